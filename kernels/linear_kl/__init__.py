@@ -1,0 +1,1 @@
+"""linear_kl: see the design."""

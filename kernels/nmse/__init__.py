@@ -1,0 +1,1 @@
+"""nmse: see the design."""

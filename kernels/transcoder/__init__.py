@@ -1,0 +1,1 @@
+"""transcoder: see the design."""
