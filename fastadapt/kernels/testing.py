@@ -1,0 +1,174 @@
+"""Compare a result with its float64 oracle, under a budget that is computed, never chosen.
+
+The oracle is the op's reference, run in float64 on the same inputs (already rounded to the tested
+dtype). The *peer* is the same reference run in the tested dtype: what plain PyTorch would have
+given. An implementation may be at most twice as far from the oracle as the peer, plus rounding:
+
+    error <= 2 * (error(peer) + eps(dtype) * max|oracle|)
+
+for the largest error and for the root mean square. Usable wherever torch is; pytest is not needed.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["ErrorBudget", "assert_close", "error_budget"]
+
+
+class ErrorBudget(NamedTuple):
+    """How far a result is from its oracle, and how far it may be. Errors are absolute."""
+
+    max_error: float  # infinite where NaN or an infinity is not at the oracle's place
+    rms_error: float
+    max_budget: float
+    rms_budget: float
+    worst: tuple[int, ...]  # coordinates of the largest error; () for a scalar or empty tensor
+
+    @property
+    def within(self) -> bool:
+        """Whether both errors keep to their budget."""
+        return self.max_error <= self.max_budget and self.rms_error <= self.rms_budget
+
+
+def error_budget(actual: Tensor, oracle: Tensor, peer: Tensor | None = None) -> ErrorBudget:
+    """Measures ``actual`` against ``oracle`` and gives the budget it must keep.
+
+    Args:
+        actual: floating tensor of any shape and device: the result under test.
+        oracle: float64 tensor of the same shape: the reference's result.
+        peer: the reference's result in ``actual``'s dtype; None counts as an exact peer.
+
+    A float64 ``actual`` has no peer of its own dtype, since that is the oracle, which rounds as
+    much as it does. Pass a **float32** peer: its error is scaled by eps(float64) / eps(float32),
+    and the budget is doubled, because the difference of two results holds the rounding of both.
+
+    Where the oracle, rounded to ``actual``'s dtype, is NaN or infinite, ``actual`` (and the peer)
+    must be the same; the errors are taken over the other entries.
+
+    Raises:
+        ValueError: the tensors cannot be compared (shape, dtype, a peer that overflowed).
+    """
+    actual, oracle = actual.detach(), oracle.detach()
+    _check_comparable(actual, oracle, peer)
+    info = torch.finfo(actual.dtype)
+    oracle_there = oracle.to(actual.dtype)
+    oracle = oracle.cpu()
+    error = _error(actual, oracle, oracle_there)
+    finite_oracle = oracle[torch.isfinite(oracle_there).cpu()]
+    scale = float(finite_oracle.abs().max()) if finite_oracle.numel() else 0.0
+    unit = info.eps * max(scale, info.tiny)  # the spacing of subnormals where all is subnormal
+    peer_max = peer_rms = 0.0
+    if peer is not None:
+        peer = peer.detach()
+        peer_error = _error(peer, oracle, oracle.to(peer.dtype))
+        peer_max, peer_rms = _max(peer_error), _rms(peer_error)
+        if not math.isfinite(peer_max):
+            raise ValueError("peer: expected NaN and infinities where the oracle has them")
+        ratio = info.eps / torch.finfo(peer.dtype).eps  # 1, but for a float64 actual
+        peer_max, peer_rms = peer_max * ratio, peer_rms * ratio
+    factor = 4 if actual.dtype == torch.float64 else 2
+    return ErrorBudget(
+        max_error=_max(error),
+        rms_error=_rms(error),
+        max_budget=factor * (peer_max + unit),
+        rms_budget=factor * (peer_rms + unit),
+        worst=_worst(error),
+    )
+
+
+def assert_close(
+    actual: Tensor, oracle: Tensor, peer: Tensor | None = None, *, name: str = ""
+) -> None:
+    """Raises AssertionError unless ``actual`` is within the :func:`error_budget` of ``oracle``.
+
+    Shapes must agree, and so must the dtypes of ``actual`` and ``peer`` (a float64 ``actual`` takes
+    a float32 peer, see :func:`error_budget`). Integer and boolean tensors must be equal. The
+    message gives maximum and RMS error, their budgets, and the coordinates of the worst element.
+
+    Args:
+        actual, oracle, peer: see :func:`error_budget`.
+        name: what is compared; it opens the message.
+    """
+    title = name or "tensor"
+    if actual.shape != oracle.shape:
+        raise AssertionError(
+            f"{title}: expected shape {tuple(oracle.shape)}, got {tuple(actual.shape)}"
+        )
+    if not actual.dtype.is_floating_point:
+        _assert_equal(actual, oracle, title)
+        return
+    try:
+        budget = error_budget(actual, oracle, peer)
+    except ValueError as error:
+        raise AssertionError(f"{title}: {error}") from error
+    if budget.within:
+        return
+    where = budget.worst
+    raise AssertionError(
+        f"{title}: {actual.dtype} {tuple(actual.shape)} is too far from its float64 oracle\n"
+        f"  max error {budget.max_error:.3e}, budget {budget.max_budget:.3e}\n"
+        f"  RMS error {budget.rms_error:.3e}, budget {budget.rms_budget:.3e}\n"
+        f"  worst at {where}: got {float(actual.detach()[where]):.9g}, "
+        f"expected {float(oracle.detach()[where]):.9g}"
+        + ("" if peer is None else f", peer {float(peer.detach()[where]):.9g}")
+    )
+
+
+def _check_comparable(actual: Tensor, oracle: Tensor, peer: Tensor | None) -> None:
+    if not actual.dtype.is_floating_point:
+        raise ValueError(f"actual: expected a floating dtype, got {actual.dtype}")
+    if oracle.dtype != torch.float64:
+        raise ValueError(f"oracle: expected dtype torch.float64, got {oracle.dtype}")
+    if actual.shape != oracle.shape:
+        raise ValueError(f"actual: expected shape {tuple(oracle.shape)}, got {tuple(actual.shape)}")
+    if peer is None:
+        return
+    if peer.shape != oracle.shape:
+        raise ValueError(f"peer: expected shape {tuple(oracle.shape)}, got {tuple(peer.shape)}")
+    scaled = actual.dtype == torch.float64 and peer.dtype == torch.float32
+    if peer.dtype != actual.dtype and not scaled:
+        raise ValueError(f"dtype: expected the peer's {peer.dtype}, got {actual.dtype}")
+
+
+def _error(result: Tensor, oracle: Tensor, oracle_rounded: Tensor) -> Tensor:
+    """Absolute error, infinite where only one of the two is finite, 0 where both are the same."""
+    result, oracle_rounded = result.double().cpu(), oracle_rounded.double().cpu()
+    error = (result - oracle).abs()
+    same = (result == oracle_rounded) | (result.isnan() & oracle_rounded.isnan())
+    special = ~(torch.isfinite(result) & torch.isfinite(oracle_rounded))
+    return torch.where(special, torch.where(same, 0.0, torch.inf), error)
+
+
+def _max(error: Tensor) -> float:
+    return float(error.max()) if error.numel() else 0.0
+
+
+def _rms(error: Tensor) -> float:
+    """Scaled by the maximum, so that no square under- or overflows."""
+    top = _max(error)
+    if top == 0.0 or math.isinf(top):
+        return top
+    return top * float((error / top).square().mean().sqrt())
+
+
+def _worst(error: Tensor) -> tuple[int, ...]:
+    if error.numel() == 0:
+        return ()
+    flat = int(error.argmax())
+    return tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), error.shape))
+
+
+def _assert_equal(actual: Tensor, oracle: Tensor, title: str) -> None:
+    if actual.dtype != oracle.dtype:
+        raise AssertionError(f"{title}: expected dtype {oracle.dtype}, got {actual.dtype}")
+    wrong = actual.cpu() != oracle.cpu()
+    if not bool(wrong.any()):
+        return
+    where = _worst(wrong.double())
+    raise AssertionError(
+        f"{title}: {int(wrong.sum())} of {wrong.numel()} entries differ; first at {where}: "
+        f"got {actual[where].item()}, expected {oracle[where].item()}"
+    )

@@ -1,0 +1,155 @@
+"""The comparison itself: it must fail when it should."""
+
+import math
+
+import pytest
+import torch
+
+from fastadapt.kernels.testing import assert_close, error_budget
+
+LOW = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def example(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """A product in ``dtype`` and in float64 on the same rounded inputs."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(17, 64, generator=generator).to(dtype)
+    b = torch.randn(64, 13, generator=generator).to(dtype)
+    return a @ b, a.double() @ b.double()
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_the_peer_itself_passes(dtype):
+    result, oracle = example(dtype)
+    assert_close(result, oracle, result)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_correct_rounding_passes_without_a_peer(dtype):
+    _, oracle = example(dtype)
+    assert_close(oracle.to(dtype), oracle)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_one_wrong_row_fails_and_is_named(dtype):
+    result, oracle = example(dtype)
+    wrong = result.clone()
+    wrong[11] = result[10]
+    with pytest.raises(AssertionError, match=r"scores: .*(?s:.)*worst at \(11, \d+\)"):
+        assert_close(wrong, oracle, result, name="scores")
+
+
+def test_the_message_holds_errors_budgets_and_values():
+    actual = torch.tensor([1.0, 2.0, 4.0])
+    oracle = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    with pytest.raises(AssertionError) as caught:
+        assert_close(actual, oracle, oracle.float())
+    message = str(caught.value)
+    for part in ("max error 1.000e+00", "RMS error 5.774e-01", "budget", "(2,)", "got 4", "peer 3"):
+        assert part in message
+
+
+def test_the_budget_is_the_formula():
+    oracle = torch.tensor([1.0, -8.0, 3.0], dtype=torch.float64)
+    peer = torch.tensor([1.5, -8.0, 3.0])
+    actual = torch.tensor([1.0, -8.0, 3.25])
+    budget = error_budget(actual, oracle, peer)
+    unit = torch.finfo(torch.float32).eps * 8
+    assert budget.max_error == 0.25
+    assert budget.rms_error == pytest.approx(0.25 / math.sqrt(3))
+    assert budget.max_budget == pytest.approx(2 * (0.5 + unit))
+    assert budget.rms_budget == pytest.approx(2 * (0.5 / math.sqrt(3) + unit))
+    assert budget.worst == (2,)
+    assert budget.within
+
+
+def test_many_small_errors_fail_on_the_rms_alone():
+    oracle = torch.zeros(100, dtype=torch.float64)
+    peer = torch.zeros(100)
+    peer[0] = 1.0
+    actual = torch.full((100,), 0.9)
+    budget = error_budget(actual, oracle, peer)
+    assert budget.max_error <= budget.max_budget
+    assert not budget.within
+
+
+def test_wrong_shape_and_dtype_fail():
+    result, oracle = example(torch.bfloat16)
+    with pytest.raises(AssertionError, match=r"expected shape \(17, 13\), got \(13, 17\)"):
+        assert_close(result.T, oracle)
+    with pytest.raises(AssertionError, match=r"peer's torch.bfloat16, got torch.float32"):
+        assert_close(oracle.float(), oracle, result)
+    with pytest.raises(AssertionError, match=r"oracle: expected dtype torch.float64"):
+        assert_close(result, oracle.float())
+    with pytest.raises(ValueError, match="floating"):
+        error_budget(torch.ones(3, dtype=torch.int64), torch.ones(3).double())
+    with pytest.raises(ValueError, match=r"actual: expected shape \(4,\), got \(3,\)"):
+        error_budget(torch.ones(3), torch.ones(4).double())
+    with pytest.raises(AssertionError, match=r"peer: expected shape \(3,\), got \(1,\)"):
+        assert_close(torch.ones(3), torch.ones(3).double(), torch.ones(1))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_special_values_belong_where_the_oracle_has_them(value):
+    oracle = torch.tensor([1.0, value, 3.0], dtype=torch.float64)
+    assert_close(oracle.float(), oracle, oracle.float())
+    for other in (torch.tensor([1.0, 2.0, 3.0]), torch.tensor([value, value, 3.0])):
+        with pytest.raises(AssertionError, match="max error inf"):
+            assert_close(other, oracle, oracle.float())
+    swapped = torch.tensor([1.0, -math.inf if value == math.inf else math.inf, 3.0])
+    with pytest.raises(AssertionError, match="max error inf"):
+        assert_close(swapped, oracle)
+
+
+def test_a_peer_with_stray_nan_widens_no_budget():
+    oracle = torch.ones(2, dtype=torch.float64)
+    with pytest.raises(AssertionError, match="peer"):
+        assert_close(torch.ones(2), oracle, torch.tensor([1.0, math.nan]))
+
+
+def test_overflow_of_the_dtype_is_the_oracles_infinity():
+    oracle = torch.tensor([1e6, 1.0], dtype=torch.float64)
+    assert_close(torch.tensor([math.inf, 1.0], dtype=torch.float16), oracle)
+    with pytest.raises(AssertionError, match="inf"):
+        assert_close(torch.tensor([65504.0, 1.0], dtype=torch.float16), oracle)
+
+
+def test_subnormals_are_held_to_their_spacing():
+    oracle = torch.tensor([3e-8, 1e-7], dtype=torch.float64)
+    assert_close(oracle.half(), oracle)
+    with pytest.raises(AssertionError):
+        assert_close(torch.tensor([0.0, 3e-7], dtype=torch.float16), oracle)
+
+
+def test_float64_takes_a_float32_peer_scaled_to_its_eps():
+    generator = torch.Generator().manual_seed(1)
+    a = torch.randn(9, 501, dtype=torch.float64, generator=generator)
+    oracle = a.sum(1)
+    shuffled = a[:, torch.randperm(501, generator=generator)].cumsum(1)[:, -1]
+    peer = a.float().cumsum(1)[:, -1]
+    assert_close(shuffled, oracle, peer)
+    with pytest.raises(AssertionError, match="max error"):
+        assert_close(shuffled + 1e-11, oracle, peer)
+
+
+def test_integers_and_booleans_must_be_equal():
+    counts = torch.tensor([[1, 2], [3, 4]])
+    assert_close(counts, counts.clone())
+    assert_close(counts > 2, counts > 2)
+    with pytest.raises(AssertionError, match=r"1 of 4 .* first at \(1, 0\): got 5, expected 3"):
+        assert_close(torch.tensor([[1, 2], [5, 4]]), counts)
+    with pytest.raises(AssertionError, match="dtype"):
+        assert_close(counts, counts.int())
+
+
+def test_empty_and_scalar():
+    assert_close(torch.empty(0, 3), torch.empty(0, 3).double(), torch.empty(0, 3))
+    assert_close(torch.tensor(2.0), torch.tensor(2.0).double())
+    with pytest.raises(AssertionError, match=r"worst at \(\): got 2, expected 3"):
+        assert_close(torch.tensor(2.0), torch.tensor(3.0).double())
+
+
+def test_results_that_require_grad_are_read_as_they_are():
+    result = torch.ones(3, requires_grad=True) * 2
+    assert_close(result, torch.full((3,), 2.0).double(), result)
+    assert result.requires_grad
