@@ -1,0 +1,1 @@
+"""Conversations to rendered text, to token sequences, to batches."""

@@ -1,0 +1,97 @@
+"""Samples into batches, and the order in which a run sees them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+
+from fastadapt.data.sequences import Sample
+from fastadapt.objective import Batch
+
+IGNORED = -100
+
+
+def collate(samples: Sequence[Sample], pad_token_id: int) -> Batch:
+    """Stacks samples, padded on the right to the longest.
+
+    Args:
+        samples: at least one, each of at least two tokens.
+        pad_token_id: fills ``input_ids`` at padding; any id of the vocabulary will do, since
+            padding is masked everywhere.
+
+    Returns:
+        ``Batch``: input_ids int64 [B, T], attention_mask bool [B, T] (False at padding), labels
+        int64 [B, T] (-100 at padding and wherever the sample has it). As in transformers, label
+        ``t`` speaks of token ``t``, hence of the prediction made at ``t - 1``.
+
+    Raises:
+        ValueError: no samples, or one without a next-token position.
+    """
+    if not samples:
+        raise ValueError("samples: expected at least one, got none")
+    for sample in samples:
+        if sample.input_ids.numel() < 2:
+            raise ValueError(
+                f"samples: sample {sample.index} has {sample.input_ids.numel()} token(s); "
+                "at least 2 are needed, since the last one predicts nothing"
+            )
+    length = max(sample.input_ids.numel() for sample in samples)
+    shape = (len(samples), length)
+    input_ids = torch.full(shape, pad_token_id, dtype=torch.int64)
+    labels = torch.full(shape, IGNORED, dtype=torch.int64)
+    attention_mask = torch.zeros(shape, dtype=torch.bool)
+    for row, sample in enumerate(samples):
+        n = sample.input_ids.numel()
+        input_ids[row, :n] = sample.input_ids
+        labels[row, :n] = sample.labels
+        attention_mask[row, :n] = True
+    return Batch(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+
+
+class BatchPlan:
+    """Which samples make up batch ``step``: a pure function of ``(n, batch_size, seed, step)``.
+
+    Each epoch is a permutation of its own, drawn from (seed, epoch), cut into ``n_batches``
+    batches of which the last may be smaller; every sample is seen once per epoch. Since nothing is
+    kept between calls that changes the answer, the cursor of a resumed run is its step.
+
+    Args:
+        n: number of samples, at least 1.
+        batch_size: samples per batch, at least 1.
+        seed: of the run.
+    """
+
+    def __init__(self, n: int, batch_size: int, seed: int) -> None:
+        for name, value in (("n", n), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        self.n = n
+        self.batch_size = batch_size
+        self.seed = seed
+        self._epoch = -1
+        self._order: list[int] = []
+
+    @property
+    def n_batches(self) -> int:
+        """Batches per epoch."""
+        return -(-self.n // self.batch_size)
+
+    def __getitem__(self, step: int) -> list[int]:
+        """Indices of batch ``step``, counted from 0 over all epochs."""
+        if step < 0:
+            raise IndexError(f"step: expected 0 or more, got {step}")
+        epoch, batch = divmod(step, self.n_batches)
+        if epoch != self._epoch:
+            self._order = self._permutation(epoch)
+            self._epoch = epoch
+        start = batch * self.batch_size
+        return self._order[start : start + self.batch_size]
+
+    def _permutation(self, epoch: int) -> list[int]:
+        # Sorting by random() keys, not shuffle(): random() is the stream that Python promises to
+        # keep from version to version, so a run can be resumed after an upgrade.
+        stream = random.Random(f"{self.seed}/{epoch}")
+        keys = [stream.random() for _ in range(self.n)]
+        return sorted(range(self.n), key=keys.__getitem__)

@@ -1,0 +1,134 @@
+"""Conversations as the text that a model was trained on.
+
+The chat templates of the model families are not used here: the one of R1-Distill drops all text
+before ``</think>`` from the assistant's turns (the reasoning, which is what is studied), its
+generation prompt already ends in ``<think>\\n``, and tokenising its output adds a second BOS. The
+text is put together here instead, BOS included, and is to be tokenised with
+``add_special_tokens=False`` (arXiv 2602.20904 and the code released with it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastadapt.errors import UserError
+
+THINK = "<think>"
+
+_USER_NAMES = frozenset({"user", "human"})
+_ASSISTANT_NAMES = frozenset({"assistant", "gpt", "model"})
+
+
+@dataclass(frozen=True)
+class Family:
+    """What surrounds prompt and response in the training text of a family of models.
+
+    Attributes:
+        before_prompt: text in front of the prompt.
+        before_response: text between prompt and response.
+        after_response: text that ends the sequence.
+        markers: the special strings within; each must be one token of the pair's tokenizer.
+    """
+
+    before_prompt: str
+    before_response: str
+    after_response: str
+    markers: tuple[str, ...]
+
+
+FAMILIES: Mapping[str, Family] = {
+    # The bars are U+FF5C and the low lines U+2581: the ASCII look-alikes are not special tokens.
+    # No EOS ends the text.
+    "r1-distill": Family(
+        before_prompt="<\uff5cbegin\u2581of\u2581sentence\uff5c><\uff5cUser\uff5c>",
+        before_response="<\uff5cAssistant\uff5c>",
+        after_response="",
+        markers=(
+            "<\uff5cbegin\u2581of\u2581sentence\uff5c>",
+            "<\uff5cUser\uff5c>",
+            "<\uff5cAssistant\uff5c>",
+        ),
+    ),
+    "qwen": Family(
+        before_prompt="<|im_start|>user\n",
+        before_response="<|im_end|>\n<|im_start|>assistant\n",
+        after_response="<|im_end|>\n",
+        markers=("<|im_start|>", "<|im_end|>"),
+    ),
+}
+
+
+def get_family(name: str) -> Family:
+    """The entry of ``FAMILIES`` of this name; ``UserError`` with the known names otherwise."""
+    if name not in FAMILIES:
+        raise UserError(f"data.family: expected one of {sorted(FAMILIES)}, got {name!r}")
+    return FAMILIES[name]
+
+
+def render(conversation: Sequence[Mapping[str, Any]], family: str) -> str:
+    """The whole text of a conversation of one prompt and one response.
+
+    Args:
+        conversation: two turns ``{"from": ..., "value": str}``. The first is the prompt and the
+            second the response, by position; ``from`` may hold any name or be absent, but a name
+            known to be of the other side, or of a system turn, is an error.
+        family: a key of ``FAMILIES``.
+
+    Raises:
+        UserError: not two turns, a value that is no text or is blank, or turns of the wrong side.
+    """
+    prompt, response = render_parts(conversation, family)
+    return prompt + response
+
+
+def render_parts(conversation: Sequence[Mapping[str, Any]], family: str) -> tuple[str, str]:
+    """``render``, cut where the response begins: ``(text up to there, the rest)``."""
+    form = get_family(family)
+    prompt, response = _turns(conversation)
+    # The data write "<think> First"; the models write a line break there.
+    if response.startswith(THINK + " "):
+        response = THINK + "\n" + response[len(THINK) + 1 :]
+    return (
+        form.before_prompt + prompt + form.before_response,
+        response + form.after_response,
+    )
+
+
+def _turns(conversation: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    if not isinstance(conversation, Sequence) or isinstance(conversation, str):
+        kind = "null" if conversation is None else type(conversation).__name__
+        raise UserError(f"expected a list of two turns (prompt, response), got {kind}")
+    if len(conversation) != 2:
+        what = "an empty conversation" if not conversation else f"{len(conversation)} turn(s)"
+        raise UserError(f"expected two turns (prompt, response), got {what}")
+    prompt = _value(conversation[0], "turn 1 (prompt)", _ASSISTANT_NAMES)
+    response = _value(conversation[1], "turn 2 (response)", _USER_NAMES)
+    return prompt, response
+
+
+def _value(turn: Mapping[str, Any], where: str, wrong: frozenset[str]) -> str:
+    if not isinstance(turn, Mapping):
+        raise UserError(f"{where}: expected an object with 'from' and 'value', got {turn!r:.40}")
+    name = turn.get("from")
+    if isinstance(name, str) and name.lower() in wrong | {"system", "tool"}:
+        raise UserError(
+            f"{where}: is from {name!r}; expected the user's prompt, then the assistant's response"
+        )
+    if "value" not in turn:
+        raise UserError(f"{where}: no 'value'; it has {sorted(map(str, turn))}")
+    value = turn["value"]
+    if not isinstance(value, str):
+        kind = "null" if value is None else type(value).__name__
+        raise UserError(f"{where}: 'value' must be text, got {kind}")
+    if not value.strip():
+        raise UserError(f"{where}: 'value' is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where}: 'value' holds half a surrogate pair at character {error.start}, "
+            "which no tokenizer accepts"
+        ) from None
+    return value
