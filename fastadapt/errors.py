@@ -1,9 +1,20 @@
-"""The two ways a command ends badly."""
+"""The two ways a command of this library fails.
+
+A :class:`UserError` is a mistake in what was asked (exit code 2), a :class:`RunError` a failure
+while doing it (exit code 1). Both carry a message that stands alone, without a traceback: what was
+expected, what was got, and what to do.
+"""
+
+from __future__ import annotations
 
 
 class UserError(ValueError):
-    """A mistake of the user's, told in one line: the command line exits with status 2."""
+    """What was asked cannot be done: an impossible value, a missing column, a wrong folder."""
+
+    exit_code = 2
 
 
 class RunError(RuntimeError):
-    """A run that could not go on, told in one line: the command line exits with status 1."""
+    """What was asked failed on the way: no space, no memory, losses that are not finite."""
+
+    exit_code = 1

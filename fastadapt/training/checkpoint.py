@@ -1,0 +1,291 @@
+"""Checkpoints that a kill at any moment cannot spoil.
+
+A set is one folder ``step-00000120/`` of safetensors and JSON files and a ``manifest.json`` with
+the size and SHA-256 of each. It is written as a sibling ``.tmp-<step>-<uuid>/``, every file is
+synced, the manifest comes last, and one rename commits it: a set is whole or it is absent. Older
+sets go only after the new one was read back and verified. A checksum is needed because safetensors
+reads a file with a flipped bit without complaint. No file is a pickle.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from fastadapt.errors import RunError
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+SCALARS = "state.json"
+_STAGED = ".tmp-"
+_SET = re.compile(r"step-(\d{8,})")
+_READ_BYTES = 1 << 22
+
+
+class CheckpointDamaged(Exception):
+    """A set does not hold what its manifest says; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified set, read back: tensors by file stem and name, and the JSON scalars."""
+
+    step: int
+    path: Path
+    tensors: dict[str, dict[str, torch.Tensor]]
+    scalars: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PassedOver:
+    """A set that was not used, and why."""
+
+    path: Path
+    reason: str
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, torch.Tensor]],
+    scalars: Mapping[str, Any],
+    *,
+    keep: int = 2,
+) -> Path:
+    """Write the set of ``step`` and remove all but the newest ``keep`` sets up to it.
+
+    Args:
+        folder: the run's ``checkpoints/`` folder, made if absent.
+        step: optimiser steps done, >= 0.
+        tensors: file stem -> name -> tensor (any device and dtype, no two sharing memory).
+        scalars: JSON values, written to ``state.json``; no NaN or infinity.
+        keep: how many sets stay, >= 1, the new one counted.
+
+    Returns:
+        The folder of the committed set.
+
+    Raises:
+        RunError: the set could not be written (no space, no permission, read-only); earlier sets
+            are as they were. Also where a verified set of this step is already there.
+    """
+    if keep < 1:
+        raise ValueError(f"keep: expected at least 1 checkpoint, got {keep}")
+    final = folder / f"step-{step:08d}"
+    staged = folder / f"{_STAGED}{step}-{uuid.uuid4().hex}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        staged.mkdir()
+        _write_set(staged, step, tensors, scalars)
+        _commit(staged, final)
+        _sync_folder(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise RunError(_why_not_saved(folder, step, error)) from error
+    try:
+        verify_checkpoint(final)
+    except CheckpointDamaged as error:
+        raise RunError(
+            f"checkpoint {final} does not read back as it was written: {error}. Older checkpoints "
+            "were kept. Check the disk, then go on with --resume."
+        ) from error
+    _prune(folder, step, keep)
+    return final
+
+
+def verify_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a set's manifest and check every file against it.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        CheckpointDamaged: with the reason, where anything is missing, of another size, of another
+            SHA-256, of another step, or of another schema.
+    """
+    manifest = _read_json(path, MANIFEST)
+    if not isinstance(manifest, dict) or manifest.get("sha256") != _manifest_digest(manifest):
+        raise CheckpointDamaged(f"{MANIFEST} does not match its own SHA-256")
+    if manifest.get("schema_version") != SCHEMA_VERSION:
+        raise CheckpointDamaged(
+            f"{MANIFEST} has schema version {manifest.get('schema_version')!r}, "
+            f"this fastadapt reads {SCHEMA_VERSION}"
+        )
+    if path.name != f"step-{manifest['step']:08d}":
+        raise CheckpointDamaged(f"{MANIFEST} is of step {manifest['step']}, not of {path.name}")
+    for name, expected in manifest["files"].items():
+        if name != Path(name).name or name in ("", ".", ".."):
+            raise CheckpointDamaged(f"{MANIFEST} names {name!r}, which is not inside the folder")
+        try:
+            size, digest = _digest(path / name)
+        except FileNotFoundError:
+            raise CheckpointDamaged(f"{name} is missing") from None
+        except OSError as error:
+            raise CheckpointDamaged(f"{name} cannot be read: {error}") from error
+        if size != expected["bytes"]:
+            raise CheckpointDamaged(f"{name} has {size} bytes, expected {expected['bytes']}")
+        if digest != expected["sha256"]:
+            raise CheckpointDamaged(f"the SHA-256 of {name} differs from the manifest's")
+    return manifest
+
+
+def load_latest(folder: Path) -> tuple[Checkpoint | None, list[PassedOver]]:
+    """Read the newest set that verifies, to host memory.
+
+    Returns:
+        The checkpoint (None where no set verifies) and the newer sets that were passed over.
+    """
+    passed: list[PassedOver] = []
+    for step, path in reversed(list_checkpoints(folder)):
+        try:
+            manifest = verify_checkpoint(path)
+            scalars = _read_json(path, SCALARS)
+            tensors = {
+                Path(name).stem: load_file(path / name)
+                for name in manifest["files"]
+                if name.endswith(".safetensors")
+            }
+        except (CheckpointDamaged, SafetensorError, OSError) as error:
+            passed.append(PassedOver(path, str(error)))
+            continue
+        return Checkpoint(step, path, tensors, scalars), passed
+    return None, passed
+
+
+def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Return ``(step, path)`` of every set in the folder, oldest first, verified or not."""
+    if not folder.is_dir():
+        return []
+    found = ((_SET.fullmatch(path.name), path) for path in folder.iterdir())
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def sweep(folder: Path) -> list[Path]:
+    """Remove what an interrupted save left behind; return what was removed."""
+    if not folder.is_dir():
+        return []
+    stale = sorted(path for path in folder.iterdir() if path.name.startswith(_STAGED))
+    for path in stale:
+        shutil.rmtree(path)
+    return stale
+
+
+def sync_file(path: Path) -> None:
+    """Return once the file's contents are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_set(
+    staged: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, torch.Tensor]],
+    scalars: Mapping[str, Any],
+) -> None:
+    for stem, group in tensors.items():
+        dense = {name: tensor.detach().contiguous() for name, tensor in group.items()}
+        save_file(dense, staged / f"{stem}.safetensors")
+    (staged / SCALARS).write_text(json.dumps(dict(scalars), allow_nan=False, sort_keys=True))
+    files = {}
+    for path in sorted(staged.iterdir()):
+        sync_file(path)
+        size, digest = _digest(path)
+        files[path.name] = {"bytes": size, "sha256": digest}
+    manifest: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "step": step, "files": files}
+    manifest["sha256"] = _manifest_digest(manifest)
+    (staged / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    sync_file(staged / MANIFEST)
+    _sync_folder(staged)
+
+
+def _commit(staged: Path, final: Path) -> None:
+    """Rename the staged set into place. A damaged set in its place goes first, a good one stays."""
+    if final.exists():
+        try:
+            verify_checkpoint(final)
+        except CheckpointDamaged:
+            _discard(final)
+        else:
+            raise FileExistsError(
+                errno.EEXIST, "a verified checkpoint of this step is there", final
+            )
+    os.rename(staged, final)
+
+
+def _prune(folder: Path, step: int, keep: int) -> None:
+    older = [path for number, path in list_checkpoints(folder) if number <= step]
+    try:
+        for path in older[:-keep]:
+            _discard(path)
+    except OSError as error:
+        raise RunError(
+            f"checkpoint of step {step} was saved, but an older one could not be removed: {error}. "
+            f"Remove it from {folder} by hand, then go on with --resume."
+        ) from error
+
+
+def _discard(path: Path) -> None:
+    """Remove a set; the rename comes first, so that no half-removed set bears a set's name."""
+    doomed = path.parent / f"{_STAGED}removed-{uuid.uuid4().hex}"
+    os.rename(path, doomed)
+    shutil.rmtree(doomed)
+
+
+def _why_not_saved(folder: Path, step: int, error: Exception) -> str:
+    committed = list_checkpoints(folder)
+    kept = f"The one of step {committed[-1][0]} is intact." if committed else "There is none yet."
+    advice = "Make the folder writable"
+    text = str(error)
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in text:
+        free = shutil.disk_usage(folder if folder.is_dir() else folder.parent).free
+        advice = f"{free / 2**20:.0f} MiB are free: make room, or lower run.keep_checkpoints"
+    return (
+        f"checkpoint of step {step} could not be written to {folder}: {text}. {kept} {advice}, "
+        "then go on with --resume."
+    )
+
+
+def _read_json(path: Path, name: str) -> Any:
+    try:
+        return json.loads((path / name).read_bytes())
+    except FileNotFoundError:
+        raise CheckpointDamaged(f"{name} is missing") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointDamaged(f"{name} cannot be read: {error}") from error
+
+
+def _manifest_digest(manifest: Mapping[str, Any]) -> str:
+    body = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _digest(path: Path) -> tuple[int, str]:
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
+            size += len(block)
+    return size, digest.hexdigest()
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,264 @@
+"""The configuration of a run: one frozen dataclass per component, and their YAML.
+
+Every impossible value is refused where the configuration is made, with the key as it is written on
+the command line (``optimizer.lr``), before any model is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastadapt.adapter import AdapterConfig
+from fastadapt.data.sequences import DataConfig
+from fastadapt.errors import UserError
+from fastadapt.models import PairConfig
+from fastadapt.objective import ObjectiveConfig
+from fastadapt.training.optimizer import OptimizerConfig
+
+#: Keys in which a resumed run may differ from the run it goes on with: none of them reaches the
+#: weights. (``run.threads`` is not among them: it changes the order of sums, thus bits.)
+FREE_ON_RESUME = frozenset(
+    f"run.{name}"
+    for name in (
+        "output",
+        "log_every",
+        "eval_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "max_bad_batches",
+    )
+)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run writes, how often, and what it puts up with.
+
+    Attributes:
+        output: the run directory.
+        seed: of the adapters' initialisation, the order of the data, and the cutoffs.
+        log_every: optimiser steps between records of training metrics.
+        eval_every: optimiser steps between held-out evaluations; one comes before the first step
+            and one after the last in any case. 0: only these two.
+        checkpoint_every: optimiser steps between checkpoints; the last step has one in any case.
+        keep_checkpoints: newest checkpoints that are kept.
+        max_bad_batches: steps in a row that may be skipped for a loss or gradient that is not
+            finite; one more ends the run.
+        dead_window: tokens; a feature that has not fired on so many training tokens counts as dead.
+        threads: CPU threads of torch (None: torch's own choice). Equal bits need equal threads.
+    """
+
+    output: str
+    seed: int = 42
+    log_every: int = 1
+    eval_every: int = 500
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    max_bad_batches: int = 3
+    dead_window: int = 1_000_000
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(bool(str(self.output).strip()), "run.output", "a folder", self.output)
+        _require(0 <= self.seed < 2**63, "run.seed", "an integer in [0, 2^63)", self.seed)
+        for name, least in (
+            ("log_every", 1),
+            ("eval_every", 0),
+            ("checkpoint_every", 1),
+            ("keep_checkpoints", 1),
+            ("max_bad_batches", 0),
+            ("dead_window", 1),
+        ):
+            value = getattr(self, name)
+            _require(value >= least, f"run.{name}", f"{least} or more", value)
+        if self.threads is not None:
+            _require(self.threads >= 1, "run.threads", "1 or more, or null", self.threads)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that a training run depends on."""
+
+    pair: PairConfig
+    adapter: AdapterConfig
+    objective: ObjectiveConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    run: RunConfig
+
+    def __post_init__(self) -> None:
+        check_adapter(self.adapter)
+        check_objective(self.objective)
+        check_data(self.data)
+
+
+def check_adapter(config: AdapterConfig) -> None:
+    """Refuse an adapter that cannot exist; see :class:`~fastadapt.adapter.AdapterConfig`."""
+    known = ("relu", "topk", "batch_topk", "jumprelu")
+    if config.activation not in known:
+        raise UserError(
+            f"adapter.activation: expected one of {', '.join(known)}, got {config.activation!r}"
+            f"{_nearest(str(config.activation), known)}"
+        )
+    n = config.n_features
+    _require(n >= 1, "adapter.n_features", "1 or more", n)
+    if config.activation in ("topk", "batch_topk"):
+        fine = config.k is not None and 0 < config.k <= n
+        _require(fine, "adapter.k", f"more than 0 and at most n_features ({n})", config.k)
+        if config.activation == "topk" and config.k is not None:
+            _require(config.k == int(config.k), "adapter.k", "a whole number for topk", config.k)
+    elif config.k is not None:
+        raise UserError(
+            f"adapter.k: got {config.k} with activation {config.activation!r}, which has no k; "
+            "leave it out, or use topk or batch_topk"
+        )
+    for name in ("bandwidth", "initial_threshold"):
+        value = getattr(config, name)
+        if value is not None:
+            _require(value > 0 and math.isfinite(value), f"adapter.{name}", "more than 0", value)
+
+
+def check_objective(config: ObjectiveConfig) -> None:
+    """Refuse weights that no loss can have; see :class:`~fastadapt.objective.ObjectiveConfig`."""
+    for name in ("sparsity", "nmse", "bridge"):
+        value = getattr(config, name)
+        _require(value >= 0 and math.isfinite(value), f"objective.{name}", "0 or more", value)
+    first = config.first_cutoff
+    _require(first in (0, 1), "objective.first_cutoff", "0 (released code) or 1 (text)", first)
+    tokens = config.kl_chunk_tokens
+    _require(tokens >= 1, "objective.kl_chunk_tokens", "1 or more", tokens)
+
+
+def check_data(config: DataConfig) -> None:
+    """Refuse limits that leave nothing to predict; see ``DataConfig``."""
+    _require(config.max_tokens >= 2, "data.max_tokens", "2 or more", config.max_tokens)
+    if config.max_validation is not None:
+        fine = config.max_validation >= 1
+        _require(fine, "data.max_validation", "1 or more, or null", config.max_validation)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return the configuration as nested plain values: dicts, lists, strings, numbers."""
+    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+
+
+def from_dict(values: Mapping[str, Any], kind: type = TrainConfig, prefix: str = "") -> Any:
+    """Build a configuration from nested plain values, as :func:`to_dict` gives them.
+
+    Raises:
+        UserError: an unknown key (with the nearest known one), a missing one, a value of another
+            type, or an impossible value.
+    """
+    if not isinstance(values, Mapping):
+        raise UserError(f"{prefix.rstrip('.') or 'configuration'}: expected keys, got {values!r}")
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for key in values:
+        if key not in fields:
+            raise UserError(f"unknown key {prefix}{key}{_nearest(str(key), fields, prefix)}")
+    hints = typing.get_type_hints(kind)
+    arguments = {}
+    for name, field in fields.items():
+        if name in values:
+            arguments[name] = _typed(values[name], hints[name], prefix + name)
+        elif dataclasses.is_dataclass(hints[name]):
+            arguments[name] = from_dict({}, typing.cast(type, hints[name]), f"{prefix}{name}.")
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise UserError(f"{prefix}{name} is missing: give it a value")
+    return kind(**arguments)
+
+
+def save_config(config: TrainConfig, path: Path) -> None:
+    """Write the whole configuration, defaults included, as YAML."""
+    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
+
+
+def load_config(path: Path) -> TrainConfig:
+    """Read a configuration from YAML.
+
+    Raises:
+        UserError: no such file, no YAML, or what :func:`from_dict` refuses.
+    """
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {error}") from error
+    return from_dict(values)
+
+
+def differences(config: TrainConfig, other: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """Return the keys in which two configurations differ and a resume may not, with both values."""
+    ours, theirs = _flat(to_dict(config)), _flat(to_dict(other))
+    return {
+        key: (ours.get(key), theirs.get(key))
+        for key in sorted(ours.keys() | theirs.keys())
+        if key not in FREE_ON_RESUME and ours.get(key) != theirs.get(key)
+    }
+
+
+def _require(fine: bool, key: str, expected: str, got: object) -> None:
+    if not fine:
+        raise UserError(f"{key}: expected {expected}, got {got!r}")
+
+
+def _nearest(name: str, known: typing.Iterable[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _typed(value: Any, hint: Any, key: str) -> Any:
+    """Return ``value`` as ``hint`` asks; YAML gives ints for floats and lists for tuples."""
+    if dataclasses.is_dataclass(hint):
+        return from_dict(value, typing.cast(type, hint), f"{key}.")
+    origin, choices = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in choices:
+            return None
+        inner = [choice for choice in choices if choice is not type(None)]
+        for choice in sorted(inner, key=lambda kind: not isinstance(value, kind)):
+            return _typed(value, choice, key)
+    if origin is typing.Literal:
+        _require(value in choices, key, f"one of {', '.join(map(str, choices))}", value)
+        return value
+    if origin is tuple and isinstance(value, (list, tuple)) and len(value) == len(choices):
+        return tuple(_typed(item, choice, key) for item, choice in zip(value, choices, strict=True))
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str):
+        try:
+            return float(value)  # YAML 1.1 takes 8e-4, written without a point, for a string
+        except ValueError:
+            pass
+    elif isinstance(hint, type) and type(value) is hint:
+        return value
+    name = getattr(hint, "__name__", str(hint))
+    raise UserError(f"{key}: expected {name}, got {value!r}")
