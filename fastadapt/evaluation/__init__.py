@@ -1,0 +1,1 @@
+"""Is the adapter faithful? Measures of a replacement model against its target."""

@@ -1,0 +1,306 @@
+"""One traversal of the layers: streams, cutoff, and every loss of the method.
+
+A pure function of (model, batch, cutoff, weights). Symbols: ``h`` is the target's residual stream,
+``ĥ`` the replacement's; all KLs are KL(target ‖ model) in nats per predicted token. From
+arXiv 2602.20904:
+
+- ``L_out = mean_t KL(y_t ‖ ŷ_t)``;
+- ``L_nmse = 1/(L+1) Σ_l Σ(ĥ_l - h_l)² / Σ h_l²`` over the embeddings and every block's output;
+- bridges at a cutoff k: replacement blocks 1..k then target blocks (adapter→target), target blocks
+  1..k then replacement blocks (target→adapter), each a KL against the clean target, neither
+  detached;
+- ``L_1 = λ Σ_l mean_t Σ_i a_i ‖W_dec,i‖``.
+
+The objective is defined per sequence; a batch averages it over its sequences. KL counts the
+next-token positions whose label is valid; NMSE, L_1 and L0 count every token that is not padding.
+
+The layers are walked once, target and replacement side by side. From the cutoff on, replacement and
+target→adapter are one batch (they go through the same blocks), whose second half counts in no
+penalty and no statistic. The head is applied once, to all streams, in chunks.
+
+B sequences, T tokens, D width, S streams, L layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from fastadapt.errors import UserError
+from fastadapt.kernels.linear_kl import linear_kl
+from fastadapt.kernels.nmse import nmse
+from fastadapt.kernels.transcoder import SAVED_OPS, TranscoderStats
+from fastadapt.models import Mode, ReplacementModel
+
+IGNORE = -100
+
+
+class Batch(NamedTuple):
+    """Right-padded token sequences.
+
+    ``input_ids`` int64 ``[B, T]``; ``attention_mask`` bool ``[B, T]``, false at padding, or None
+    where there is none (known on the host, so that no step has to ask the device); ``labels`` int64
+    ``[B, T]``: the token itself where predicting it counts, -100 elsewhere.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor | None
+    labels: Tensor
+
+    @property
+    def real(self) -> Tensor:
+        """Bool ``[B, T]``: the tokens that are not padding."""
+        if self.attention_mask is None:
+            return torch.ones_like(self.input_ids, dtype=torch.bool)
+        return self.attention_mask.bool()
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on ``device``."""
+        return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in self))
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Weights of the losses, and how the traversal is run.
+
+    Args:
+        sparsity: λ of the decoder-norm-weighted L1.
+        nmse: weight of the activation loss.
+        bridge: weight of each bridge's KL. 1 in the text, 2 in the released code.
+        first_cutoff: the cutoff is uniform on ``first_cutoff..L``: 1 in the text, 0 in the released
+            code.
+        checkpoint: recompute blocks in the backward pass. Their sparse codes are kept, so the
+            encoder's product is not recomputed.
+        kl_chunk_tokens: tokens whose logits exist at a time.
+    """
+
+    sparsity: float = 1e-3
+    nmse: float = 1.0
+    bridge: float = 1.0
+    first_cutoff: int = 1
+    checkpoint: bool = True
+    kl_chunk_tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        for name in ("sparsity", "nmse", "bridge"):
+            value = getattr(self, name)
+            if not 0 <= value < float("inf"):
+                raise UserError(f"objective.{name} must be a finite weight >= 0, got {value}")
+        if self.first_cutoff not in (0, 1):
+            raise UserError(f"objective.first_cutoff must be 0 or 1, got {self.first_cutoff}")
+        if self.kl_chunk_tokens < 1:
+            raise UserError(f"objective.kl_chunk_tokens must be >= 1, got {self.kl_chunk_tokens}")
+
+
+class ObjectiveOutput(NamedTuple):
+    """The loss (0-d, with its graph), its terms (0-d, detached), and each layer's statistics."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+    stats: list[TranscoderStats]
+
+
+def draw_cutoff(n_layers: int, config: ObjectiveConfig, seed: int, step: int) -> int:
+    """The bridge's cutoff of an optimiser step: uniform on ``first_cutoff..L``.
+
+    A function of (seed, step) alone, so every rank and micro-batch, and a resumed run, agree.
+    """
+    generator = torch.Generator().manual_seed((seed << 32) ^ step)
+    return int(torch.randint(config.first_cutoff, n_layers + 1, (), generator=generator))
+
+
+class TokenWeights(NamedTuple):
+    """How much each token counts, summing to 1 over the batch; ``[B, T]`` float32 each."""
+
+    tokens: Tensor
+    predictions: Tensor
+
+
+def token_weights(batch: Batch) -> TokenWeights:
+    """Weights that average per sequence, then over the sequences that have something to count.
+
+    ``predictions`` is over the next-token positions 0..T-2 whose label is valid.
+    """
+    real = batch.real
+    valid = torch.zeros_like(real)
+    valid[:, :-1] = (batch.labels[:, 1:] != IGNORE) & real[:, 1:] & real[:, :-1]
+
+    def per_sequence(counted: Tensor) -> Tensor:
+        n = counted.sum(1, keepdim=True)
+        rows = (n > 0).sum().clamp(min=1)
+        return counted / (n.clamp(min=1) * rows)
+
+    return TokenWeights(per_sequence(real), per_sequence(valid))
+
+
+def _run_block(
+    model: ReplacementModel,
+    layer: int,
+    mode: Mode,
+    arguments: dict[str, Any],
+    mask: Tensor | None,
+    padding: Tensor | None,
+    hidden: Tensor,
+) -> tuple[Tensor, Tensor | None, TranscoderStats | None]:
+    out, aux = model.block(layer, hidden, arguments, mode, mask=mask, padding=padding)
+    return (out, None, None) if aux is None else (out, aux.penalty, aux.stats)
+
+
+def _checkpointed(
+    run: Any, hidden: Tensor, enabled: bool
+) -> tuple[Tensor, Tensor | None, TranscoderStats | None]:
+    """Run a block, recomputing it in backward; codes of its adapter are kept."""
+    if not enabled:
+        return run(hidden)  # type: ignore[no-any-return]
+    return checkpoint(  # type: ignore[no-any-return]
+        run,
+        hidden,
+        use_reentrant=False,
+        preserve_rng_state=False,
+        context_fn=partial(create_selective_checkpoint_contexts, SAVED_OPS),
+    )
+
+
+class _Streams(NamedTuple):
+    """Where the walk ended: hidden states before the final norm, and what it gathered."""
+
+    target: Tensor
+    replacement: Tensor
+    adapter_to_target: Tensor | None
+    target_to_adapter: Tensor | None
+    nmse: Tensor
+    token_nmse: Tensor
+    penalties: list[Tensor]
+    stats: list[TranscoderStats]
+
+
+def _walk(
+    model: ReplacementModel, batch: Batch, cutoff: int, config: ObjectiveConfig, tokens_BT: Tensor
+) -> _Streams:
+    """Steps 1 to 3 of the traversal: every block once per stream, losses of the hidden states."""
+    n_layers, (n_rows, _) = model.n_layers, batch.input_ids.shape
+    real, attention = batch.real, batch.attention_mask
+    padding = None if attention is None else ~real
+    forks = 0 < cutoff < n_layers
+
+    single = model.block_inputs(batch.input_ids, attention)
+    double, double_mask, double_padding = single, tokens_BT, padding
+    if forks:
+        double = model.block_inputs(
+            batch.input_ids.repeat(2, 1), None if attention is None else attention.repeat(2, 1)
+        )
+        double_mask = torch.cat([tokens_BT, torch.zeros_like(tokens_BT)])
+        double_padding = None if padding is None else padding.repeat(2, 1)
+
+    h, h_rep = single.hidden, single.hidden
+    bridge: Tensor | None = None
+    zero = torch.zeros((), device=h.device, dtype=tokens_BT.dtype)
+    nmse_sum, token_sum = zero, zero  # layer 0 is the embedding, the same in both: its term is 0
+    penalties: list[Tensor] = []
+    stats: list[TranscoderStats] = []
+    for layer in range(n_layers):
+        forked = forks and layer >= cutoff
+        if forked and layer == cutoff:
+            bridge = h_rep
+            h_rep = torch.cat([h_rep, h])
+        inputs, mask, pad = (
+            (double, double_mask, double_padding) if forked else (single, tokens_BT, padding)
+        )
+        with torch.no_grad():
+            h, _ = model.block(layer, h, single.arguments[layer], "target")
+        run = partial(_run_block, model, layer, "replacement", inputs.arguments[layer], mask, pad)
+        h_rep, penalty, counts = _checkpointed(run, h_rep, config.checkpoint)
+        assert penalty is not None
+        assert counts is not None
+        penalties.append(penalty)
+        stats.append(counts)
+        if bridge is not None:
+            run = partial(_run_block, model, layer, "target", single.arguments[layer], None, None)
+            bridge, _, _ = _checkpointed(run, bridge, config.checkpoint)
+        error = nmse(h_rep[:n_rows], h, mask=real)
+        nmse_sum = nmse_sum + error.nmse.mean()
+        token_sum = token_sum + (error.token_nmse * tokens_BT).sum()
+    return _Streams(
+        target=h,
+        replacement=h_rep[:n_rows],
+        adapter_to_target=bridge,
+        target_to_adapter=h_rep[n_rows:] if forks else None,
+        nmse=nmse_sum / (n_layers + 1),
+        token_nmse=token_sum / (n_layers + 1),
+        penalties=penalties,
+        stats=stats,
+    )
+
+
+def objective(
+    model: ReplacementModel, batch: Batch, cutoff: int, config: ObjectiveConfig
+) -> ObjectiveOutput:
+    """Every loss of a batch in one traversal.
+
+    Args:
+        model: target and replacement.
+        batch: on the model's device.
+        cutoff: k in 0..L. At 0 there is no adapter→target and target→adapter is the replacement
+            itself; at L the other way round. That bridge reuses the output's KL and gradient.
+        config: weights.
+
+    Returns:
+        The loss, its terms (``loss, kl, nmse, nmse_token, bridge_adapter_to_target,
+        bridge_target_to_adapter, sparsity, l0, top1_error``; a bridge that does not exist is
+        absent), and per-layer statistics of the replacement stream.
+
+    Raises:
+        ValueError: the cutoff lies outside 0..L.
+    """
+    if not 0 <= cutoff <= model.n_layers:
+        raise ValueError(f"cutoff must lie in 0..{model.n_layers}, got {cutoff}")
+    weights = token_weights(batch)
+    wide = torch.float64 if model.head.dtype == torch.float64 else torch.float32
+    tokens_BT, predictions_BT = (w.to(wide) for w in weights)
+    streams = _walk(model, batch, cutoff, config, tokens_BT)
+
+    forked = streams.adapter_to_target is not None
+    students = [streams.replacement]
+    if streams.adapter_to_target is not None and streams.target_to_adapter is not None:
+        students += [streams.adapter_to_target, streams.target_to_adapter]
+    with torch.no_grad():
+        teacher = model.final_norm(streams.target).flatten(0, 1)
+    kl = linear_kl(
+        teacher,
+        [model.final_norm(s).flatten(0, 1) for s in students],
+        model.head,
+        mask=predictions_BT.flatten(),
+        softcap=model.softcap,
+        chunk_tokens=config.kl_chunk_tokens,
+    )
+    out = kl.kl[0]
+    metrics: dict[str, Tensor] = {"kl": out}
+    if forked:
+        metrics["bridge_adapter_to_target"] = kl.kl[1]
+        metrics["bridge_target_to_adapter"] = kl.kl[2]
+    elif cutoff == 0:
+        metrics["bridge_target_to_adapter"] = out
+    else:
+        metrics["bridge_adapter_to_target"] = out
+    bridges = [value for name, value in metrics.items() if name.startswith("bridge")]
+    sparsity = config.sparsity * torch.stack(streams.penalties).sum()
+    loss = out + config.nmse * streams.nmse + sparsity
+    if config.bridge:
+        loss = loss + config.bridge * torch.stack(bridges).sum()
+
+    n_active = torch.stack([s.n_active for s in streams.stats]).sum()
+    n_tokens = torch.stack([s.n_tokens for s in streams.stats]).sum()
+    metrics |= {
+        "loss": loss,
+        "nmse": streams.nmse,
+        "nmse_token": streams.token_nmse,
+        "sparsity": sparsity,
+        "l0": n_active / n_tokens.clamp(min=1),
+        "top1_error": 1 - (kl.token_top1[0] * predictions_BT.flatten()).sum(),
+    }
+    return ObjectiveOutput(loss, {k: v.detach() for k, v in metrics.items()}, streams.stats)

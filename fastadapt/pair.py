@@ -1,0 +1,358 @@
+"""Load two checkpoints as a pair: the target whole, the base's MLPs, and a check that they fit.
+
+Only safetensors are read. A weight that is absent from a checkpoint is an error: transformers would
+fill it with noise.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastadapt.errors import UserError
+
+
+@dataclass(frozen=True)
+class PairConfig:
+    """Where the two models come from and how they are held.
+
+    Args:
+        target: the fine-tuned model: a local folder or a hub id.
+        base: the model it was fine-tuned from: likewise.
+        target_revision, base_revision: branch, tag or commit on the hub.
+        dtype: of the frozen weights and the adapters' working copies: ``float32``, ``bfloat16``,
+            ``float16`` or ``float64``.
+        attention: ``auto``, or transformers' name of an attention implementation.
+        device: ``auto`` (a GPU where there is one), or torch's name of a device.
+        trust_remote_code: run model code that a hub repository ships.
+    """
+
+    target: str
+    base: str
+    target_revision: str | None = None
+    base_revision: str | None = None
+    dtype: str = "float32"
+    attention: str = "auto"
+    device: str = "auto"
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise UserError(f"pair.dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Attribute paths of an architecture's parts, from the causal language model down."""
+
+    decoder: str = "model"
+    layers: str = "layers"
+    mlp: str = "mlp"
+    norm: str = "norm"
+
+
+#: The architectures whose gradients and modes are tested.
+ARCHITECTURES: Mapping[str, Paths] = {"qwen2": Paths(), "llama": Paths(), "gemma2": Paths()}
+
+
+class PairMismatchError(UserError):
+    """The two checkpoints are not a model and its fine-tuning; says what differs."""
+
+
+#: What must agree for the base's MLPs to work inside the target.
+SAME = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "hidden_act",
+    "hidden_activation",
+    "mlp_bias",
+    "vocab_size",
+)
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` becomes the GPU where there is one, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as e:
+        raise UserError(f"pair.device: torch knows no device {name!r}") from e
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("pair.device is cuda, but torch finds no GPU; use --pair.device cpu")
+    return device
+
+
+def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """The attention implementation to use, and why."""
+    from transformers.utils import is_flash_attn_2_available
+
+    if name == "flash_attention_2" and not is_flash_attn_2_available():
+        raise UserError(
+            "pair.attention is flash_attention_2, but flash-attn does not work here; "
+            "install the extra: pip install 'fastadapt[flash]', or use --pair.attention sdpa"
+        )
+    if name != "auto":
+        return name, "asked for"
+    if device.type != "cuda":
+        return "sdpa", f"flash-attn needs a GPU, the device is {device.type}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return "sdpa", f"flash-attn needs 16-bit weights, these are {dtype}"
+    if not is_flash_attn_2_available():
+        return "sdpa", "flash-attn is not installed (extra: flash)"
+    return "flash_attention_2", "GPU, 16-bit weights and flash-attn are there"
+
+
+@dataclass
+class ModelPair:
+    """A target model, its base's MLPs, and the tokenizer they share.
+
+    Attributes:
+        target: transformers' causal language model, in eval mode.
+        base_mlps: the base's MLP modules, one per layer, on the target's device.
+        tokenizer: the target's.
+        paths: where the architecture keeps its parts.
+        revisions: commit of each model, where the source is a hub repository.
+        notes: differences that do no harm, such as other names of added tokens.
+    """
+
+    target: Any
+    base_mlps: nn.ModuleList
+    tokenizer: Any
+    config: PairConfig
+    paths: Paths
+    revisions: dict[str, str | None] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def load(cls, config: PairConfig) -> ModelPair:
+        """Load and check both models.
+
+        Raises:
+            PairMismatchError: architecture, a size, the vocabulary or the tokenizer differs.
+            UserError: a source cannot be read, or lacks a weight.
+        """
+        from transformers import AutoModelForCausalLM
+
+        device, dtype = choose_device(config.device), DTYPES[config.dtype]
+        trust = config.trust_remote_code
+        target_config = _model_config(config.target, config.target_revision, trust)
+        base_config = _model_config(config.base, config.base_revision, trust)
+        check_configs(target_config, base_config)
+        tokenizer = _tokenizer(config.target, config.target_revision, trust)
+        notes = check_tokenizers(tokenizer, _tokenizer(config.base, config.base_revision, trust))
+        attention, _ = choose_attention(config.attention, device, dtype)
+        _tensor_files(config.target, config.target_revision)
+        with _reading("target", config.target):
+            target, info = AutoModelForCausalLM.from_pretrained(
+                config.target,
+                revision=config.target_revision,
+                dtype=dtype,
+                attn_implementation=attention,
+                trust_remote_code=trust,
+                use_safetensors=True,
+                output_loading_info=True,
+                **({"device_map": {"": device}} if device.type != "cpu" else {}),
+            )
+        for key in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+            if info.get(key):
+                odd = sorted(map(str, info[key]))
+                raise UserError(
+                    f"target {config.target}: {len(odd)} {key.replace('_', ' ')}: {odd[:3]}"
+                )
+        target.eval()
+        paths = ARCHITECTURES[target_config.model_type]
+        head = target.get_output_embeddings()
+        if getattr(head, "bias", None) is not None:
+            raise UserError(f"target {config.target}: a head with a bias is not supported")
+        return cls(
+            target=target,
+            base_mlps=_base_mlps(config, base_config, paths, device, dtype),
+            tokenizer=tokenizer,
+            config=config,
+            paths=paths,
+            revisions={
+                "target": getattr(target_config, "_commit_hash", None),
+                "base": getattr(base_config, "_commit_hash", None),
+            },
+            notes=notes,
+        )
+
+
+# --- checks ---------------------------------------------------------------------------------------
+
+
+def check_configs(target: Any, base: Any) -> None:
+    """Raise :class:`PairMismatchError` naming every size or kind in which the two differ."""
+    if target.model_type not in ARCHITECTURES:
+        raise UserError(
+            f"architecture {target.model_type!r} is not supported; "
+            f"supported: {', '.join(sorted(ARCHITECTURES))}"
+        )
+    differing = [
+        f"{name}: target {getattr(target, name, None)!r}, base {getattr(base, name, None)!r}"
+        for name in SAME
+        if getattr(target, name, None) != getattr(base, name, None)
+    ]
+    if differing:
+        raise PairMismatchError("these models are not a pair: " + "; ".join(differing))
+
+
+def check_tokenizers(target: Any, base: Any) -> list[str]:
+    """Compare two tokenizers; returns notes on harmless differences.
+
+    Ordinary tokens must have the same ids. Added tokens may be named otherwise (a fine-tuned model
+    renames its chat markers): that is a note, since text is always tokenised by the target's.
+    """
+
+    def ordinary(tokenizer: Any) -> dict[str, int]:
+        added = set(tokenizer.get_added_vocab())
+        return {t: i for t, i in tokenizer.get_vocab().items() if t not in added}
+
+    ours, theirs = ordinary(target), ordinary(base)
+    if ours != theirs:
+        odd = sorted(ours.items() ^ theirs.items())
+        token = odd[0][0]
+        raise PairMismatchError(
+            f"these models are not a pair: their tokenizers differ in {len({t for t, _ in odd})} "
+            f"tokens; {token!r}: target {ours.get(token)}, base {theirs.get(token)}"
+        )
+    a, b = target.get_added_vocab(), base.get_added_vocab()
+    if a == b:
+        return []
+    renamed = sorted({t for t, _ in a.items() ^ b.items()})
+    return [f"added tokens differ ({len(renamed)}), the target's are used: {renamed[:4]}"]
+
+
+# --- sources --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _reading(what: str, source: str) -> Iterator[None]:
+    """Turn what a missing, broken or misshapen source raises into one line that names it."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as e:
+        raise UserError(
+            f"{what} {source!r}: a safetensors file is truncated or damaged: {e}"
+        ) from e
+    except (OSError, ValueError, RuntimeError) as e:
+        if isinstance(e, UserError):
+            raise
+        reason = " ".join(str(e).split())
+        raise UserError(f"{what} {source!r} cannot be loaded: {reason[:300]}") from e
+
+
+def _model_config(source: str, revision: str | None, trust: bool) -> Any:
+    from transformers import AutoConfig
+
+    with _reading("model", source):
+        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust)
+
+
+def _tokenizer(source: str, revision: str | None, trust: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    with _reading("tokenizer of", source):
+        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust)
+
+
+def _fetch(source: str, name: str, revision: str | None) -> Path | None:
+    """Local path of one file of a folder or hub repository, or None where it has none."""
+    from transformers.utils import cached_file
+
+    found = cached_file(
+        source, name, revision=revision, _raise_exceptions_for_missing_entries=False
+    )
+    return None if found is None else Path(found)
+
+
+def _tensor_files(source: str, revision: str | None) -> dict[str, Path]:
+    """File of every shard, by name. Shards named by an index may not lie outside their folder."""
+    index = _fetch(source, "model.safetensors.index.json", revision)
+    if index is None:
+        single = _fetch(source, "model.safetensors", revision)
+        if single is None:
+            raise UserError(
+                f"{source}: no model.safetensors found; only safetensors checkpoints are read"
+            )
+        return {"model.safetensors": single}
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{index} is not an index of shards: {e!r}") from e
+    files = {}
+    for name in names:
+        if len(PurePosixPath(name).parts) != 1 or "\\" in name or name in ("..", "."):
+            raise UserError(f"{index}: shard {name!r} lies outside the model's folder")
+        file = _fetch(source, name, revision)
+        if file is None:
+            raise UserError(f"{source}: shard {name!r} named by the index is missing")
+        files[name] = file
+    return files
+
+
+def _base_mlps(
+    config: PairConfig,
+    base_config: Any,
+    paths: Paths,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> nn.ModuleList:
+    """The base's MLP modules with their weights; nothing else of the base is read."""
+    from safetensors import safe_open
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(
+            base_config, trust_remote_code=config.trust_remote_code
+        )
+    layers = getattr(getattr(skeleton, paths.decoder), paths.layers)
+    mlps = nn.ModuleList(getattr(layer, paths.mlp) for layer in layers)
+    prefixes = [f"{paths.decoder}.{paths.layers}.{i}.{paths.mlp}." for i in range(len(mlps))]
+    wanted = {
+        prefix + name
+        for prefix, mlp in zip(prefixes, mlps, strict=True)
+        for name in mlp.state_dict()
+    }
+    tensors: dict[str, Tensor] = {}
+    for file in _tensor_files(config.base, config.base_revision).values():
+        with (
+            _reading("base", str(file)),
+            safe_open(file, framework="pt", device=str(device)) as shard,
+        ):
+            for name in wanted & set(shard.keys()):
+                tensors[name] = shard.get_tensor(name).to(dtype)
+    if missing := sorted(wanted - set(tensors)):
+        raise UserError(
+            f"base {config.base}: {len(missing)} MLP weights are missing: {missing[:3]}"
+        )
+    for prefix, mlp in zip(prefixes, mlps, strict=True):
+        own = {name: tensors[prefix + name] for name in mlp.state_dict()}
+        for name, parameter in mlp.state_dict().items():
+            if own[name].shape != parameter.shape:
+                raise UserError(
+                    f"base {config.base}: {prefix}{name}: expected {tuple(parameter.shape)}, "
+                    f"got {tuple(own[name].shape)}"
+                )
+        mlp.load_state_dict(own, assign=True)
+    return mlps.eval()

@@ -1,0 +1,343 @@
+"""The objective against a naive float64 rendering of its formulas, with a forward pass per loss.
+
+The naive side shares no code with the library: it copies the target, puts plain modules where its
+MLPs are, and runs Hugging Face's own forward for the output, for the hidden states and for each
+bridge, one sequence at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.models.gemma2 import modeling_gemma2
+from transformers.models.llama import modeling_llama
+from transformers.models.qwen2 import modeling_qwen2
+
+from fastadapt.adapter import AdapterConfig
+from fastadapt.models import ReplacementModel
+from fastadapt.objective import Batch, ObjectiveConfig, draw_cutoff, objective
+
+LAYERS, WIDTH, FEATURES, VOCABULARY = 3, 16, 24, 40
+ACTIVATIONS = {
+    "relu": AdapterConfig(FEATURES, "relu"),
+    "topk": AdapterConfig(FEATURES, "topk", k=3),
+    "batch_topk": AdapterConfig(FEATURES, "batch_topk", k=2.5),
+    "jumprelu": AdapterConfig(FEATURES, "jumprelu", bandwidth=0.4, initial_threshold=0.15),
+}
+
+
+class NaiveMLP(nn.Module):
+    """``MLP_base(x) + A(x)``, dense, from the formulas; keeps the activations of its last call."""
+
+    def __init__(self, base: nn.Module, adapter: nn.Module) -> None:
+        super().__init__()
+        self.base, self.config = base, adapter.config
+        for name, p in adapter.named_parameters():
+            self.register_parameter(name, nn.Parameter(p.detach().clone()))
+
+    def activate(self, z: Tensor) -> Tensor:  # z [T, F]: one sequence
+        c = self.config
+        if c.activation == "jumprelu":
+            hard = z * (z > self.threshold)
+            window = (z - self.threshold).abs() < c.bandwidth / 2
+            slope = -(self.threshold.detach() / c.bandwidth) * window
+            return hard + slope.detach() * (self.threshold - self.threshold.detach())
+        a = z.clamp(min=0)
+        if c.activation == "relu":
+            return a
+        rows, k = (a, int(c.k)) if c.activation == "topk" else (a.flatten()[None], c.k * len(a))
+        kept = torch.zeros_like(rows, dtype=torch.bool)
+        kept.scatter_(1, rows.topk(int(k), dim=1).indices, True)
+        return (rows * kept).view_as(a)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.activate(x[0] @ self.W_enc.T + self.b_enc)
+        self.penalty = (a * self.W_dec.norm(dim=1)).sum() / len(a)
+        self.active = (a > 0).sum() / len(a)
+        return self.base(x) + (a @ self.W_dec + self.b_dec)[None]
+
+
+def naive(
+    target: nn.Module,
+    adapted: list[NaiveMLP],
+    batch: Batch,
+    cutoff: int,
+    weights: ObjectiveConfig,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Loss terms and gradients, one sequence and one model forward at a time."""
+    originals = [layer.mlp for layer in target.model.layers]
+    hidden: list[Tensor] = []
+
+    def run(mlps: list[nn.Module], ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+        hidden.clear()
+        handles = [
+            layer.register_forward_hook(lambda _m, _i, out: hidden.append(out))
+            for layer in target.model.layers
+        ]
+        for layer, mlp in zip(target.model.layers, mlps, strict=True):
+            layer.mlp = mlp
+        logits = target(input_ids=ids).logits[0]
+        for handle in handles:
+            handle.remove()
+        return logits, list(hidden)
+
+    def kl(clean: Tensor, logits: Tensor, counted: Tensor) -> Tensor:
+        p, q = clean.log_softmax(-1), logits.log_softmax(-1)
+        return (p.exp() * (p - q)).sum(-1)[counted].mean()
+
+    k, total = cutoff, {}
+    predicted_rows = sum(bool((row[1:] != -100).any()) for row in batch.labels)
+    for b, n in enumerate(batch.real.sum(1).tolist()):
+        ids, labels = batch.input_ids[b : b + 1, :n], batch.labels[b, :n]
+        counted = torch.cat([labels[1:] != -100, torch.tensor([False])])
+        clean, h = run(originals, ids)
+        logits, h_rep = run(list(adapted), ids)
+        terms = {
+            "nmse": sum(
+                (a - t).pow(2).mean() / (t.pow(2).mean() + 1e-8)
+                for a, t in zip(h_rep, h, strict=True)
+            )
+            / (LAYERS + 1),
+            "sparsity": weights.sparsity * sum(m.penalty for m in adapted),
+            "l0": sum(m.active for m in adapted) / LAYERS * n,
+        }
+        scale = {"nmse": len(batch.labels), "sparsity": len(batch.labels)}
+        scale["l0"] = int(batch.real.sum())
+        if counted.any():
+            terms["kl"] = kl(clean, logits, counted)
+            terms["top1_error"] = (logits.argmax(-1) != clean.argmax(-1))[counted].double().mean()
+            if k > 0:
+                mixed, _ = run([*adapted[:k], *originals[k:]], ids)
+                terms["bridge_adapter_to_target"] = kl(clean, mixed, counted)
+            if k < LAYERS:
+                mixed, _ = run([*originals[:k], *adapted[k:]], ids)
+                terms["bridge_target_to_adapter"] = kl(clean, mixed, counted)
+        for name, value in terms.items():
+            total[name] = total.get(name, 0) + value / scale.get(name, predicted_rows)
+    for layer, mlp in zip(target.model.layers, originals, strict=True):
+        layer.mlp = mlp
+    total["loss"] = total["kl"] + weights.nmse * total["nmse"] + total["sparsity"]
+    for name in ("bridge_adapter_to_target", "bridge_target_to_adapter"):
+        total["loss"] = total["loss"] + weights.bridge * total.get(name, 0)
+    parameters = {
+        f"{i}.{name}": p
+        for i, mlp in enumerate(adapted)
+        for name, p in mlp.named_parameters()
+        if not name.startswith("base.")
+    }
+    grads = torch.autograd.grad(total["loss"], list(parameters.values()), allow_unused=True)
+    return {k: torch.as_tensor(v).detach() for k, v in total.items()}, {
+        name: torch.zeros_like(p) if g is None else g
+        for (name, p), g in zip(parameters.items(), grads, strict=True)
+    }
+
+
+@pytest.fixture
+def wide_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """RMSNorm without its detour through float32, which alone leaves 2e-8 between exact ways."""
+
+    def rms(self: nn.Module, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+
+    def gemma(self: nn.Module, x: Tensor) -> Tensor:
+        return (1 + self.weight) * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
+
+    monkeypatch.setattr(modeling_qwen2.Qwen2RMSNorm, "forward", rms)
+    monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", rms)
+    monkeypatch.setattr(modeling_gemma2.Gemma2RMSNorm, "forward", gemma)
+
+
+def ragged_batch(seed: int = 0) -> Batch:
+    """Three sequences of 9, 6 and 1 tokens; some labels masked; the last has none to predict."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCABULARY, (3, 9), generator=generator)
+    real = torch.arange(9) < torch.tensor([[9], [6], [1]])
+    labels = torch.where(real, ids, -100)
+    labels[0, 1:4] = -100
+    labels[1, 5] = -100
+    return Batch(ids, real, labels)
+
+
+def check(replacement, reference_target, cutoff, config, batch, tolerance) -> None:
+    adapted = [
+        NaiveMLP(base, adapter)
+        for base, adapter in zip(replacement.pair.base_mlps, replacement.adapters, strict=True)
+    ]
+    want, want_grads = naive(reference_target, adapted, batch, cutoff, config)
+    replacement.zero_grad()
+    got = objective(replacement, batch, cutoff, config)
+    got.loss.backward()
+    assert set(got.metrics) - {"nmse_token"} == set(want)
+    for name, value in want.items():
+        error = abs(got.metrics[name] - value) / max(abs(value.item()), 1e-12)
+        assert error < tolerance, f"{name} at cutoff {cutoff}: relative error {error:.1e}"
+    for i, adapter in enumerate(replacement.adapters):
+        for name, p in adapter.named_parameters():
+            expected = want_grads[f"{i}.{name}"]
+            assert p.grad is not None, f"{i}.{name} has no gradient"
+            error = (p.grad - expected).norm() / expected.norm()
+            assert expected.norm() > 0, f"{i}.{name}: the test's own gradient is zero"
+            assert error < tolerance, f"{i}.{name} at cutoff {cutoff}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("architecture", ["qwen2", "llama", "gemma2"])
+def test_every_loss_and_gradient_equals_the_naive_ones(
+    architecture, activation, make_pair, wide_norms
+) -> None:
+    pair = make_pair(architecture, dtype="float64")
+    target = copy.deepcopy(pair.target)
+    replacement = make_replacement(pair, ACTIVATIONS[activation])
+    config = ObjectiveConfig(sparsity=0.03, nmse=0.7, bridge=1.3, kl_chunk_tokens=5)
+    for cutoff in range(LAYERS + 1):
+        check(replacement, target, cutoff, config, ragged_batch(cutoff), 1e-10)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_without_patches_the_two_ways_agree_to_single_precision(activation, make_pair) -> None:
+    pair = make_pair("qwen2", dtype="float64")
+    target = copy.deepcopy(pair.target)
+    replacement = make_replacement(pair, ACTIVATIONS[activation])
+    for cutoff in range(LAYERS + 1):
+        check(replacement, target, cutoff, ObjectiveConfig(sparsity=0.03), ragged_batch(), 1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "sparse"])
+def test_checkpointing_changes_no_bit(implementation, make_pair) -> None:
+    config = AdapterConfig(FEATURES, implementation=implementation)
+    replacement = make_replacement(make_pair("qwen2"), config)
+    results = []
+    for flag in (True, False):
+        replacement.zero_grad()
+        out = objective(replacement, ragged_batch(), 1, ObjectiveConfig(checkpoint=flag))
+        out.loss.backward()
+        grads = [p.grad.clone() for p in replacement.adapters.parameters()]
+        results.append((out.metrics, grads))
+    (m1, g1), (m2, g2) = results
+    assert {k: v.item() for k, v in m1.items()} == {k: v.item() for k, v in m2.items()}
+    assert all(torch.equal(a, b) for a, b in zip(g1, g2, strict=True))
+
+
+@pytest.mark.parametrize("cutoff", range(LAYERS + 1))
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_one_traversal(cutoff, checkpointed, make_pair) -> None:
+    """At most one target and one replacement forward per layer, plus the bridges' suffixes."""
+    replacement = make_replacement(make_pair("qwen2"), ACTIVATIONS["relu"])
+    calls: list[tuple[int, str, int]] = []
+    for i, block in enumerate(replacement.blocks):
+        block.self_attn.register_forward_hook(
+            lambda _m, _a, kwargs, _o, i=i, block=block: calls.append(
+                (i, block.mlp.mode, len(kwargs["hidden_states"]))
+            ),
+            with_kwargs=True,
+        )
+    batch = ragged_batch()
+    out = objective(replacement, batch, cutoff, ObjectiveConfig(checkpoint=checkpointed))
+    forward = list(calls)
+    n = len(batch.input_ids)
+    forks = 0 < cutoff < LAYERS
+    for layer in range(LAYERS):
+        suffix = forks and layer >= cutoff
+        assert sorted(c[1:] for c in forward if c[0] == layer) == sorted(
+            [("target", n), ("replacement", 2 * n if suffix else n)] + [("target", n)] * suffix
+        )
+    calls.clear()
+    out.loss.backward()
+    # Recomputed in backward, with the same modes: every block that carries a gradient, once.
+    again = sorted((i, mode) for i, mode, _ in calls)
+    expected = [(layer, "replacement") for layer in range(LAYERS)]
+    expected += [(layer, "target") for layer in range(cutoff, LAYERS) if forks]
+    assert again == (sorted(expected) if checkpointed else [])
+
+
+def test_recompute_keeps_the_codes(make_pair, monkeypatch) -> None:
+    """The encoder runs once per layer, not again in the backward pass."""
+    config = AdapterConfig(FEATURES, implementation="sparse")
+    replacement = make_replacement(make_pair("qwen2"), config)
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        encode = decode = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.encode += func is torch.ops.fastadapt.encode.default
+            self.decode += func is torch.ops.fastadapt.decode.default
+            return func(*args, **(kwargs or {}))
+
+    with Count() as count:
+        out = objective(replacement, ragged_batch(), 1, ObjectiveConfig())
+        assert (count.encode, count.decode) == (LAYERS, LAYERS)
+        out.loss.backward()
+    assert count.encode == LAYERS
+    assert count.decode == 2 * LAYERS
+
+
+def test_a_batch_is_the_mean_of_its_sequences(make_pair) -> None:
+    pair = make_pair("qwen2", dtype="float64")
+    replacement = make_replacement(pair, ACTIVATIONS["batch_topk"])
+    batch = ragged_batch()
+    whole = objective(replacement, batch, 1, ObjectiveConfig()).metrics
+    parts = []
+    for b, n in enumerate([9, 6]):
+        one = Batch(batch.input_ids[b : b + 1, :n], None, batch.labels[b : b + 1, :n])
+        parts.append(objective(replacement, one, 1, ObjectiveConfig()).metrics)
+    for name in ("kl", "bridge_adapter_to_target", "bridge_target_to_adapter", "top1_error"):
+        mean = sum(p[name] for p in parts) / 2  # the third sequence predicts nothing
+        assert math.isclose(whole[name], mean, rel_tol=1e-7), name
+
+
+def test_a_fresh_adapter_leaves_the_hybrid(make_pair) -> None:
+    """At the start the replacement is the hybrid, and the bridges' gradients already flow."""
+    pair = make_pair("qwen2")
+    replacement = ReplacementModel.create(pair, AdapterConfig(FEATURES))
+    batch = ragged_batch()
+    with torch.no_grad(), replacement.mode("hybrid"):
+        hybrid = replacement(batch.input_ids[:1]).logits
+    with torch.no_grad(), replacement.mode("replacement"):
+        ours = replacement(batch.input_ids[:1]).logits
+    assert torch.equal(hybrid, ours)
+    out = objective(replacement, batch, 2, ObjectiveConfig())
+    out.loss.backward()
+    assert out.metrics["sparsity"] == 0
+    assert 0.3 * FEATURES < out.metrics["l0"] < 0.7 * FEATURES
+    for adapter in replacement.adapters:
+        assert adapter.W_dec.grad.norm() > 0
+        assert torch.isfinite(adapter.W_enc.grad).all()
+
+
+def test_cutoffs_are_uniform_and_reproducible() -> None:
+    for first in (0, 1):
+        config = ObjectiveConfig(first_cutoff=first)
+        draws = [draw_cutoff(4, config, seed=42, step=s) for s in range(2000)]
+        assert draws == [draw_cutoff(4, config, seed=42, step=s) for s in range(2000)]
+        assert set(draws) == set(range(first, 5))
+        expected = 2000 / (5 - first)
+        assert all(abs(draws.count(k) - expected) < 5 * expected**0.5 for k in set(draws))
+    assert draws != [draw_cutoff(4, config, seed=43, step=s) for s in range(2000)]
+
+
+def test_a_cutoff_outside_the_model_is_refused(make_pair) -> None:
+    replacement = make_replacement(make_pair("qwen2"), ACTIVATIONS["relu"])
+    with pytest.raises(ValueError, match=r"cutoff must lie in 0\.\.3, got 4"):
+        objective(replacement, ragged_batch(), 4, ObjectiveConfig())
+
+
+def make_replacement(pair, config: AdapterConfig) -> ReplacementModel:
+    """A replacement model whose adapters are random all over, so that no gradient is zero."""
+    replacement = ReplacementModel.create(pair, config, seed=7)
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for adapter in replacement.adapters:
+            for name in ("b_enc", "W_dec", "b_dec"):
+                p = getattr(adapter, name)
+                noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+                p.copy_(0.15 * noise)
+            if config.activation == "jumprelu":
+                noise = torch.rand(FEATURES, generator=generator, dtype=torch.float64)
+                adapter.threshold.copy_(0.05 + 0.2 * noise)
+    replacement.adapters.train()
+    return replacement
