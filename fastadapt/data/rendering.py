@@ -96,7 +96,7 @@ def render_parts(conversation: Sequence[Mapping[str, Any]], family: str) -> tupl
     )
 
 
-def _turns(conversation: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+def _turns(conversation: Any) -> tuple[str, str]:
     if not isinstance(conversation, Sequence) or isinstance(conversation, str):
         kind = "null" if conversation is None else type(conversation).__name__
         raise UserError(f"expected a list of two turns (prompt, response), got {kind}")
@@ -108,7 +108,7 @@ def _turns(conversation: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
     return prompt, response
 
 
-def _value(turn: Mapping[str, Any], where: str, wrong: frozenset[str]) -> str:
+def _value(turn: Any, where: str, wrong: frozenset[str]) -> str:
     if not isinstance(turn, Mapping):
         raise UserError(f"{where}: expected an object with 'from' and 'value', got {turn!r:.40}")
     name = turn.get("from")

@@ -1,0 +1,58 @@
+# `make train` and `make test` need Python 3.11 and make, nothing else. Both work in .venv alone.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help train test lint proof bench clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-input
+
+# The lock holds for 3.11 (and for what newer versions find wheels of), by whatever name it goes.
+PYTHON ?= $(shell for name in python3.11 python3 python; do \
+	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& { echo "$$name"; break; }; done)
+
+# An environment from outside must not reach into this one.
+unexport PYTHONPATH
+unexport PYTHONHOME
+unexport VIRTUAL_ENV
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+train: $(VENV)/.runtime  ## train an adapter on the embedded pair; prints a table, writes a report
+	$(BIN)/fastadapt train organism --overwrite
+
+test: lint  ## lint, type check, and the quick tests with coverage
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --cov --cov-report=term:skip-covered
+
+lint: $(VENV)/.dev  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python .ci/types
+
+proof: lint  ## every claim at its full count: slow tests, benchmarks, and the main job from a fresh clone
+	FASTADAPT_PROOF=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=20
+	$(MAKE) bench
+	bash .ci/clean_clone make train
+
+bench: $(VENV)/.dev  ## benchmarks of the kernels
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+clean:  ## remove the environment, the caches and the runs
+	rm -rf $(VENV) .venv-ci build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
+
+$(VENV)/bin/python:
+	@[ -n "$(PYTHON)" ] || { echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11" >&2; exit 1; }
+	"$(PYTHON)" -m venv $(VENV)
+
+$(VENV)/.runtime: requirements.lock pyproject.toml setup.py | $(VENV)/bin/python
+	$(PIP) -r requirements.lock
+	$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.dev: requirements-dev.lock $(VENV)/.runtime
+	$(PIP) -r requirements-dev.lock
+	@touch $@
