@@ -1,1 +1,26 @@
-"""Transcoder adapters: a sparse, readable account of what fine-tuning changed in a model."""
+"""Transcoder adapters: a sparse, readable account of what fine-tuning changed in a model.
+
+Beside each frozen *base* MLP, inside the *fine-tuned* model, a wide sparse two-layer network learns
+the difference between the two MLPs (arXiv 2602.20904). :class:`TranscoderAdapter` is one such
+network and knows no model; :class:`ReplacementModel` wires a set of them into a Hugging Face model.
+"""
+
+from fastadapt.adapter import AdapterConfig, TranscoderAdapter, load_adapters, save_adapters
+from fastadapt.errors import RunError, UserError
+from fastadapt.models import ModelPair, PairConfig, PairMismatchError, ReplacementModel
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterConfig",
+    "ModelPair",
+    "PairConfig",
+    "PairMismatchError",
+    "ReplacementModel",
+    "RunError",
+    "TranscoderAdapter",
+    "UserError",
+    "__version__",
+    "load_adapters",
+    "save_adapters",
+]

@@ -1,0 +1,254 @@
+"""Pairs load strictly, and the three modes are what they say, in everything transformers does."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fastadapt.adapter import AdapterConfig
+from fastadapt.errors import UserError
+from fastadapt.models import ModelPair, PairConfig, PairMismatchError, ReplacementModel
+from fastadapt.pair import check_tokenizers, choose_attention, choose_device
+
+ARCHITECTURES = ["qwen2", "llama", "gemma2"]
+IDS = torch.tensor([[5, 9, 23, 7, 31, 8]])
+
+
+def randomised(pair, features: int = 24) -> ReplacementModel:
+    model = ReplacementModel.create(pair, AdapterConfig(features))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in model.adapters.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=generator))
+    return model
+
+
+def load(target: str, base: str, **changes) -> ModelPair:
+    return ModelPair.load(PairConfig(target, base, device="cpu", **changes))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_three_modes(architecture, save_model) -> None:
+    from transformers import AutoModelForCausalLM
+
+    target = save_model("target", 0, architecture)
+    base = save_model("base", 1, architecture)
+    model = randomised(load(target, base))
+    plain = AutoModelForCausalLM.from_pretrained(target).eval()
+    with torch.no_grad():
+        with model.mode("target"):
+            assert torch.equal(model(IDS).logits, plain(IDS).logits)
+        other = AutoModelForCausalLM.from_pretrained(base)
+        for layer, source in zip(plain.model.layers, other.model.layers, strict=True):
+            layer.mlp = source.mlp
+        with model.mode("hybrid"):
+            assert torch.equal(model(IDS).logits, plain(IDS).logits)
+        for layer, adapter in zip(plain.model.layers, model.adapters, strict=True):
+
+            def add(_module, inputs, output, adapter=adapter):
+                a = (inputs[0] @ adapter.W_enc.T + adapter.b_enc).relu()
+                return output + a @ adapter.W_dec + adapter.b_dec
+
+            layer.mlp.register_forward_hook(add)
+        torch.testing.assert_close(model(IDS).logits, plain(IDS).logits)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_generate_in_each_mode(architecture, make_pair) -> None:
+    model = randomised(make_pair(architecture))
+    seen = {}
+    for mode in ("target", "hybrid", "replacement"):
+        with model.mode(mode):
+            settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+            cached = model.generate(IDS, **settings)
+            assert torch.equal(cached, model.generate(IDS, use_cache=False, **settings))
+            ids = IDS
+            for _ in range(8):
+                ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+            assert torch.equal(cached, ids)
+            seen[mode] = cached
+    assert len({tuple(ids[0].tolist()) for ids in seen.values()}) == 3
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_compile(architecture, make_pair) -> None:
+    model = randomised(make_pair(architecture))
+    compiled = torch.compile(model.model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        for mode in ("replacement", "hybrid", "target"):
+            with model.mode(mode):
+                torch.testing.assert_close(
+                    compiled(IDS, use_cache=False).logits, model(IDS).logits, rtol=1e-4, atol=1e-4
+                )
+
+
+def test_mode_is_restored_after_an_error(make_pair) -> None:
+    model = randomised(make_pair("qwen2"))
+    with pytest.raises(RuntimeError, match="inside"), model.mode("target"):
+        raise RuntimeError("inside")
+    assert {mlp.mode for mlp in model.mlps} == {"replacement"}
+    with (
+        pytest.raises(UserError, match="mode must be one of target, hybrid, replacement"),
+        model.mode("base"),
+    ):
+        raise AssertionError("never reached")
+
+
+def test_only_adapters_train_and_nothing_is_loaded_twice(save_model) -> None:
+    pair = load(save_model("target", 0), save_model("base", 1))
+    model = randomised(pair)
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    assert trained == {id(p) for p in model.adapters.parameters()}
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    target = load_file(Path(pair.config.target) / "model.safetensors")
+    mlps = sum(t.numel() for name, t in target.items() if ".mlp." in name)
+    assert frozen == sum(t.numel() for t in target.values()) + mlps
+    assert not model.model.training
+    assert [n for n, _ in model.blocks[0].mlp.target.named_children()][:3] == [
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    ]
+
+
+def test_block_by_block_equals_the_models_own_forward(make_pair) -> None:
+    for architecture in ARCHITECTURES:
+        model = randomised(make_pair(architecture))
+        ids = torch.randint(3, 40, (2, 7))
+        real = torch.arange(7) < torch.tensor([[7], [4]])
+        for mode in ("target", "hybrid", "replacement"):
+            inputs = model.block_inputs(ids, real)
+            h = inputs.hidden
+            with torch.no_grad():
+                for layer in range(model.n_layers):
+                    h, aux = model.block(layer, h, inputs.arguments[layer], mode)
+                    assert (aux is not None) == (mode == "replacement")
+                with model.mode(mode):
+                    logits = model(ids, attention_mask=real.long()).logits
+                ours = model.final_norm(h) @ model.head.T
+                if model.softcap:
+                    ours = model.softcap * (ours / model.softcap).tanh()
+            torch.testing.assert_close(ours[real], logits[real])
+    assert all("forward" not in vars(block) for block in model.blocks)
+
+
+def test_one_pair_carries_one_set_of_adapters(make_pair) -> None:
+    pair = make_pair("qwen2")
+    model = randomised(pair)
+    with pytest.raises(UserError, match="already carries adapters"):
+        ReplacementModel(pair, model.adapters)
+    with pytest.raises(UserError, match="3 layers want as many adapters, got 1"):
+        ReplacementModel(make_pair("qwen2"), model.adapters[:1])
+
+
+MISMATCHES = {
+    "architecture": ({"architecture": "llama"}, "model_type: target 'qwen2', base 'llama'"),
+    "width": ({"hidden_size": 32}, "hidden_size: target 16, base 32"),
+    "mlp width": ({"intermediate_size": 48}, "intermediate_size: target 40, base 48"),
+    "layers": ({"num_hidden_layers": 2}, "num_hidden_layers: target 3, base 2"),
+    "vocabulary": ({"vocab_size": 44}, "vocab_size: target 40, base 44"),
+    "tokenizer": ({"words": "v"}, "their tokenizers differ in 74 tokens; 'v10'"),
+}
+
+
+@pytest.mark.parametrize("case", MISMATCHES)
+def test_a_mismatched_pair_says_what_differs(case, save_model) -> None:
+    changes, message = MISMATCHES[case]
+    with pytest.raises(PairMismatchError) as error:
+        load(save_model("target"), save_model("base", 1, **changes))
+    assert message in str(error.value)
+
+
+def test_renamed_added_tokens_are_a_note(save_model) -> None:
+    from transformers import AutoTokenizer
+
+    ours, theirs = (AutoTokenizer.from_pretrained(save_model(n)) for n in ("a", "b"))
+    ours.add_tokens(["<think>"])
+    assert "<think>" in check_tokenizers(ours, theirs)[0]
+    assert check_tokenizers(ours, ours) == []
+
+
+def test_missing_sources(tmp_path, save_model) -> None:
+    good = save_model("good")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load(good, str(tmp_path / "nowhere"))
+    os.remove(Path(good) / "model.safetensors")
+    with pytest.raises(UserError, match="only safetensors checkpoints are read"):
+        load(good, good)
+
+
+@pytest.mark.parametrize("role", ["target", "base"])
+def test_missing_extra_and_misshapen_weights(role, save_model) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def attempt(change) -> str:
+        folders = {"target": save_model("target"), "base": save_model("base", 1)}
+        file = Path(folders[role]) / "model.safetensors"
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file, metadata={"format": "pt"})
+        with pytest.raises(UserError) as error:
+            load(**folders)
+        return str(error.value)
+
+    def misshape(tensors) -> None:
+        tensors[name] = tensors[name][:7].clone()
+
+    assert name in attempt(lambda tensors: tensors.pop(name))
+    assert "up_proj" in attempt(misshape)
+
+
+@pytest.mark.parametrize("role", ["target", "base"])
+def test_truncated_weights(role, save_model) -> None:
+    folders = {"target": save_model("target"), "base": save_model("base", 1)}
+    file = Path(folders[role]) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match="truncated or damaged"):
+        load(**folders)
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a/../../b"])
+def test_shards_stay_in_their_folder(name, save_model) -> None:
+    base = Path(save_model("base"))
+    (base / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": {"model.layers.0.mlp.up_proj.weight": name}})
+    )
+    with pytest.raises(UserError, match="lies outside the model's folder"):
+        load(save_model("target"), str(base))
+
+
+def test_sharded_checkpoints_load(save_model) -> None:
+    from transformers import AutoModelForCausalLM
+
+    target, base = save_model("target"), save_model("base", 1)
+    whole = load(target, base)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    os.remove(Path(base) / "model.safetensors")
+    model.save_pretrained(base, max_shard_size="8KB")
+    assert (Path(base) / "model.safetensors.index.json").exists()
+    sharded = load(target, base)
+    for a, b in zip(whole.base_mlps.parameters(), sharded.base_mlps.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_choices_of_device_and_attention(monkeypatch) -> None:
+    assert choose_device("cpu").type == "cpu"
+    with pytest.raises(UserError, match="torch knows no device 'gpu'"):
+        choose_device("gpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto").type == "cpu"
+    with pytest.raises(UserError, match="torch finds no GPU"):
+        choose_device("cuda")
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert choose_attention("eager", cpu, torch.float32) == ("eager", "asked for")
+    assert choose_attention("auto", cpu, torch.bfloat16)[0] == "sdpa"
+    assert "16-bit" in choose_attention("auto", cuda, torch.float32)[1]
+    with pytest.raises(UserError, match=r"fastadapt\[flash\]"):
+        choose_attention("flash_attention_2", cuda, torch.bfloat16)
+    with pytest.raises(UserError, match=r"pair\.dtype must be one of"):
+        PairConfig("a", "b", dtype="int8")
