@@ -1,1 +1,197 @@
-"""linear_kl: see the design."""
+"""A language-model head and the KL divergence of one teacher from several students, as one op."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .autograd import linear_kl_op
+from .reference import linear_kl_reference
+
+__all__ = ["LinearKLOutput", "linear_kl"]
+
+_IMPLEMENTATIONS = ("auto", "reference", "chunked")
+
+
+class LinearKLOutput(NamedTuple):
+    """Values in the softmax dtype: float32, or float64 where an input is float64. In nats."""
+
+    kl: Tensor  # [S], the only one that carries a gradient
+    token_kl: Tensor  # [S,T]
+    token_cross_entropy: Tensor | None  # [S,T]; None without labels
+    token_top1: Tensor  # [S,T] bool: the student's most probable token is the teacher's
+
+
+def linear_kl(
+    hidden_teacher: Tensor,
+    hidden_students: Tensor | Sequence[Tensor],
+    head: Tensor,
+    *,
+    mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    softcap: float | None = None,
+    chunk_tokens: int = 1024,
+    logits_dtype: torch.dtype | None = None,
+    implementation: str = "auto",
+) -> LinearKLOutput:
+    """KL(teacher || student) of next-token distributions, from hidden states, without T x V logits.
+
+    With z = head h (then softcap * tanh(z / softcap) if set), p = softmax(z of the teacher) and
+    q_s = softmax(z of student s), for each token t and student s::
+
+        token_kl[s,t] = sum_v p_tv (log p_tv - log q_stv)
+        kl[s]         = sum_t w_t token_kl[s,t] / sum_t w_t        (0 where sum_t w_t = 0)
+
+    Terms with p = 0 count 0. ``kl`` is differentiable in ``hidden_students`` and ``head`` (its
+    students' side); the teacher's distribution is a constant. First derivatives only. The gradient
+    is made together with the values, only where something requires it and grad mode is on.
+
+    Args:
+        hidden_teacher: [T,D], floating: final hidden states (after the last norm).
+        hidden_students: [S,T,D], or S tensors [T,D], of the teacher's dtype.
+        head: [V,D], any floating dtype. No bias.
+        mask: [T], bool or floating weights w >= 0; None is all 1. Tokens of weight 0 give no
+            gradient to ``hidden_students``, whatever they hold; their token outputs are computed.
+        labels: [T], int64 in 0..V-1, or -100 to ignore: asks for ``token_cross_entropy``,
+            -log q at the label (0 where ignored).
+        softcap: bound on the logits (Gemma 2), > 0.
+        chunk_tokens: tokens whose logits exist at a time. Peak memory is two chunks of logits for
+            any S ("chunked"; the reference takes all tokens at once).
+        logits_dtype: inputs are cast to it, multiplied in it, and logits rounded to it; the softmax
+            is taken in float32 (float64 if any input or ``logits_dtype`` is). None: the softmax
+            dtype, since near-equal distributions cancel in 16 bits. On CUDA, 16-bit inputs with
+            float32 logits use 16-bit products with float32 accumulation, gradients included.
+        implementation: "chunked", "reference" (dense, the specification), or "auto": "chunked".
+
+    Ties for the most probable token go to the lowest index, and a token whose KL is NaN never
+    agrees. NaN and infinite hidden states give NaN in their own tokens and, if counted, in ``kl``.
+
+    Returns:
+        :class:`LinearKLOutput`. Equal inputs give equal bits.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+        NotImplementedError: ``implementation="triton"``.
+    """
+    students = _stacked(hidden_students)
+    _validate(hidden_teacher, students, head, mask, labels)
+    _validate_settings(softcap, chunk_tokens, logits_dtype, implementation)
+    dtypes = (hidden_teacher.dtype, head.dtype, logits_dtype)
+    softmax_dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+    logits_dtype = logits_dtype or softmax_dtype
+    if mask is None:
+        weights = hidden_teacher.new_ones(len(hidden_teacher), dtype=softmax_dtype)
+    else:
+        weights = mask.detach().to(softmax_dtype)
+    teacher = hidden_teacher.detach()
+    if implementation == "reference":
+        with torch.autocast(head.device.type, enabled=False):
+            return LinearKLOutput(
+                *linear_kl_reference(
+                    teacher, students, head, weights, labels, softcap, logits_dtype
+                )
+            )
+    grad = torch.is_grad_enabled()
+    kl, token_kl, token_cross_entropy, token_top1, *_ = linear_kl_op(
+        teacher,
+        students,
+        head,
+        weights,
+        labels,
+        softcap,
+        chunk_tokens,
+        logits_dtype,
+        grad and students.requires_grad,
+        grad and head.requires_grad,
+    )
+    return LinearKLOutput(
+        kl,
+        token_kl.detach(),
+        None if labels is None else token_cross_entropy.detach(),
+        token_top1,
+    )
+
+
+def _stacked(hidden_students: Tensor | Sequence[Tensor]) -> Tensor:
+    if isinstance(hidden_students, Tensor):
+        return hidden_students
+    if not hidden_students:
+        raise ValueError("hidden_students: expected at least one tensor [T,D], got none")
+    for s, hidden in enumerate(hidden_students):
+        _expect_tensor(f"hidden_students[{s}]", hidden)
+        if hidden.shape != hidden_students[0].shape or hidden.dtype != hidden_students[0].dtype:
+            first = hidden_students[0]
+            raise ValueError(
+                f"hidden_students[{s}]: expected {first.dtype} {list(first.shape)} like the first, "
+                f"got {hidden.dtype} {list(hidden.shape)}"
+            )
+    return torch.stack(list(hidden_students))
+
+
+def _validate(
+    teacher: Tensor, students: Tensor, head: Tensor, mask: Tensor | None, labels: Tensor | None
+) -> None:
+    for name, tensor in (
+        ("hidden_teacher", teacher),
+        ("hidden_students", students),
+        ("head", head),
+    ):
+        _expect_tensor(name, tensor)
+        if not tensor.dtype.is_floating_point:
+            raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+    if teacher.ndim != 2:
+        raise ValueError(f"hidden_teacher: expected [T,D], got {list(teacher.shape)}")
+    T, D = teacher.shape
+    if students.ndim != 3 or students.shape[1:] != teacher.shape:
+        raise ValueError(f"hidden_students: expected [S,{T},{D}], got {list(students.shape)}")
+    if students.dtype != teacher.dtype:
+        raise TypeError(f"hidden_students: expected {teacher.dtype}, got {students.dtype}")
+    if head.ndim != 2 or head.shape[1] != D or head.shape[0] < 1:
+        raise ValueError(f"head: expected [V,{D}] with V >= 1, got {list(head.shape)}")
+    for name, rows in (("mask", mask), ("labels", labels)):
+        if rows is None:
+            continue
+        _expect_tensor(name, rows)
+        if rows.shape != (T,):
+            raise ValueError(f"{name}: expected [{T}], got {list(rows.shape)}")
+    if mask is not None and mask.dtype != torch.bool and not mask.dtype.is_floating_point:
+        raise TypeError(f"mask: expected bool or a floating dtype, got {mask.dtype}")
+    if labels is not None and labels.dtype != torch.int64:
+        raise TypeError(f"labels: expected torch.int64, got {labels.dtype}")
+    for name, other in (
+        ("hidden_students", students),
+        ("head", head),
+        ("mask", mask),
+        ("labels", labels),
+    ):
+        if other is not None and other.device != teacher.device:
+            raise ValueError(f"{name}: expected device {teacher.device}, got {other.device}")
+
+
+def _validate_settings(
+    softcap: float | None,
+    chunk_tokens: int,
+    logits_dtype: torch.dtype | None,
+    implementation: str,
+) -> None:
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap: expected None or a number > 0, got {softcap}")
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens: expected an integer >= 1, got {chunk_tokens}")
+    if logits_dtype is not None and not logits_dtype.is_floating_point:
+        raise TypeError(f"logits_dtype: expected a floating dtype, got {logits_dtype}")
+    if implementation == "triton":
+        raise NotImplementedError(
+            'implementation: "triton" is not built yet for linear_kl; use "auto", which runs '
+            '"chunked" on every device'
+        )
+    if implementation not in _IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation: expected one of {', '.join(_IMPLEMENTATIONS)}, got {implementation!r}"
+        )
+
+
+def _expect_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")

@@ -1,1 +1,113 @@
-"""nmse: see the design."""
+"""Normalised mean squared error between two streams of hidden states."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .autograd import nmse_op
+from .reference import nmse_reference
+
+__all__ = ["NMSEOutput", "nmse"]
+
+_IMPLEMENTATIONS = ("auto", "reference", "chunked")
+
+
+class NMSEOutput(NamedTuple):
+    """In float32, or float64 where an input is float64."""
+
+    nmse: Tensor  # [B], or 0-d for inputs [T,D]; carries the gradient
+    token_nmse: Tensor  # [B,T], or [T]; carries none
+
+
+def nmse(
+    x: Tensor,
+    target: Tensor,
+    *,
+    mask: Tensor | None = None,
+    eps: float = 1e-8,
+    implementation: str = "auto",
+) -> NMSEOutput:
+    """Squared error of ``x`` over the power of ``target``: one ratio per sequence, uncentred.
+
+    Over the tokens t of sequence b that ``mask`` counts, and the width i::
+
+        nmse[b]         = mean_ti (x_bti - target_bti)^2 / (mean_ti target_bti^2 + eps)
+        token_nmse[b,t] = mean_i  (x_bti - target_bti)^2 / (mean_i  target_bti^2 + eps)
+
+    (arXiv 2602.20904, the activation loss of one layer.) ``nmse`` is 0 for a sequence without
+    counted tokens. ``nmse`` is differentiable in ``x`` alone, once; ``target`` is a constant.
+
+    Args:
+        x, target: [B,T,D] or [T,D], floating, of one shape; squares are summed in float32 (float64
+            if either is float64). The backward keeps neither, only their difference in x's dtype.
+        mask: [B,T] or [T], bool: the tokens that count; None is all. Others give no gradient,
+            whatever they hold; ``token_nmse`` is computed for every token.
+        eps: added to the mean square of ``target``, >= 0.
+        implementation: "chunked" (small blocks of tokens), "reference" (the specification), or
+            "auto": "chunked".
+
+    Returns:
+        :class:`NMSEOutput`. NaN and infinities give NaN or infinity in the tokens that hold them
+        and, if counted, in their sequence. Equal inputs give equal bits.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+        NotImplementedError: ``implementation="triton"``.
+    """
+    _validate(x, target, mask, eps, implementation)
+    dtype = torch.float64 if torch.float64 in (x.dtype, target.dtype) else torch.float32
+    if mask is None:
+        mask = x.new_ones(x.shape[:-1], dtype=torch.bool)
+    single = x.ndim == 2
+    target = target.detach()
+    if single:
+        x, target, mask = x[None], target[None], mask[None]
+    if implementation == "reference":
+        per_sequence, per_token = nmse_reference(x, target, mask, eps, dtype)
+    else:
+        x_grad = torch.is_grad_enabled() and x.requires_grad
+        per_sequence, per_token, *_ = nmse_op(x, target, mask, eps, dtype, x_grad)
+        per_token = per_token.detach()
+    return (
+        NMSEOutput(per_sequence[0], per_token[0]) if single else NMSEOutput(per_sequence, per_token)
+    )
+
+
+def _validate(
+    x: Tensor, target: Tensor, mask: Tensor | None, eps: float, implementation: str
+) -> None:
+    for name, tensor in (("x", x), ("target", target)):
+        _expect_tensor(name, tensor)
+        if not tensor.dtype.is_floating_point:
+            raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+    if x.ndim not in (2, 3):
+        raise ValueError(f"x: expected [B,T,D] or [T,D], got {list(x.shape)}")
+    if target.shape != x.shape:
+        raise ValueError(f"target: expected {list(x.shape)} like x, got {list(target.shape)}")
+    if target.device != x.device:
+        raise ValueError(f"target: expected device {x.device}, got {target.device}")
+    if mask is not None:
+        _expect_tensor("mask", mask)
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask: expected torch.bool, got {mask.dtype}")
+        if mask.shape != x.shape[:-1]:
+            raise ValueError(f"mask: expected {list(x.shape[:-1])}, got {list(mask.shape)}")
+        if mask.device != x.device:
+            raise ValueError(f"mask: expected device {x.device}, got {mask.device}")
+    if not eps >= 0:
+        raise ValueError(f"eps: expected a number >= 0, got {eps}")
+    if implementation == "triton":
+        raise NotImplementedError(
+            'implementation: "triton" is not built yet for nmse; use "auto", which runs "chunked" '
+            "on every device"
+        )
+    if implementation not in _IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation: expected one of {', '.join(_IMPLEMENTATIONS)}, got {implementation!r}"
+        )
+
+
+def _expect_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")

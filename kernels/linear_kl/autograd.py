@@ -1,0 +1,112 @@
+"""``torch.ops.fastadapt.linear_kl``: registration, fake, autograd, FLOP formula."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastadapt.kernels import flops
+
+from .chunked import linear_kl_chunked
+
+
+@torch.library.custom_op("fastadapt::linear_kl", mutates_args=())
+def linear_kl_op(
+    hidden_teacher: Tensor,
+    hidden_students: Tensor,
+    head: Tensor,
+    weights: Tensor,
+    labels: Tensor | None,
+    softcap: float | None,
+    chunk_tokens: int,
+    logits_dtype: torch.dtype,
+    students_grad: bool,
+    head_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`linear_kl_chunked`. Only the first result, kl, carries a gradient.
+
+    The flags say which gradients to make: they come with the forward, before autograd can ask.
+    """
+    with torch.autocast(head.device.type, enabled=False):
+        return linear_kl_chunked(
+            hidden_teacher,
+            hidden_students,
+            head,
+            weights,
+            labels,
+            softcap,
+            chunk_tokens,
+            logits_dtype,
+            students_grad,
+            head_grad,
+        )
+
+
+@linear_kl_op.register_fake
+def _fake(
+    hidden_teacher: Tensor,
+    hidden_students: Tensor,
+    head: Tensor,
+    weights: Tensor,
+    labels: Tensor | None,
+    softcap: float | None,
+    chunk_tokens: int,
+    logits_dtype: torch.dtype,
+    students_grad: bool,
+    head_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    S, T, D = hidden_students.shape
+    V = head.shape[0]
+    return (
+        weights.new_empty(S),
+        weights.new_empty(S, T),
+        weights.new_empty((0,) if labels is None else (S, T)),
+        weights.new_empty((S, T), dtype=torch.bool),
+        weights.new_empty(T),
+        hidden_students.new_empty((S, T, D) if students_grad else (0,)),
+        weights.new_empty((S, V, D) if head_grad else (0,)),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *_, scale, grad_students, grad_head = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(scale, grad_students, grad_head)
+    ctx.head_dtype = inputs[2].dtype
+    ctx.made = inputs[-2:]
+
+
+@once_differentiable
+def _backward(ctx: Any, grad_kl: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    scale_T, grad_students_STD, grad_head_SVD = ctx.saved_tensors
+    students_grad, head_grad = ctx.made
+    grad_students = grad_head = None
+    if grad_kl is not None and students_grad and ctx.needs_input_grad[1]:
+        factor_ST1 = (grad_kl[:, None] * scale_T)[..., None]
+        live = scale_T[:, None] != 0
+        product = grad_students_STD * factor_ST1
+        grad_students = torch.where(live, product, 0).to(grad_students_STD.dtype)
+    if grad_kl is not None and head_grad and ctx.needs_input_grad[2]:
+        grad_head = torch.einsum("s,svd->vd", grad_kl, grad_head_SVD).to(ctx.head_dtype)
+    return None, grad_students, grad_head, None, None, None, None, None, None, None
+
+
+linear_kl_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _flops(
+    teacher: tuple[int, int],
+    students: tuple[int, int, int],
+    head: tuple[int, int],
+    *arguments: Any,
+    out_shape: Any = None,
+) -> int:
+    """The matrix products: logits of every stream, then one each for the gradients made."""
+    students_grad, head_grad = arguments[-2:]
+    S, T, D = students
+    products = 1 + S + S * bool(students_grad) + S * bool(head_grad)
+    return 2 * T * D * head[0] * products
+
+
+flops.register(torch.ops.fastadapt.linear_kl, _flops)

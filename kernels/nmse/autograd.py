@@ -1,0 +1,62 @@
+"""``torch.ops.fastadapt.nmse``: registration, fake, autograd, FLOP formula."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastadapt.kernels import flops
+
+from .chunked import nmse_chunked
+
+
+@torch.library.custom_op("fastadapt::nmse", mutates_args=())
+def nmse_op(
+    x: Tensor, target: Tensor, mask: Tensor, eps: float, dtype: torch.dtype, x_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`nmse_chunked`. Only the first result carries a gradient, to x.
+
+    The flag asks for it: what the gradient needs is kept by the forward.
+    """
+    return nmse_chunked(x, target, mask, eps, dtype, x_grad)
+
+
+@nmse_op.register_fake
+def _fake(
+    x: Tensor, target: Tensor, mask: Tensor, eps: float, dtype: torch.dtype, x_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    B, T, D = x.shape
+    return (
+        x.new_empty(B, dtype=dtype),
+        x.new_empty((B, T), dtype=dtype),
+        x.new_empty((B, T, D) if x_grad else (0,)),
+        x.new_empty(B, dtype=dtype),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[2:])
+    ctx.made = inputs[-1]
+
+
+@once_differentiable
+def _backward(ctx: Any, grad_nmse: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    difference_BTD, factor_B = ctx.saved_tensors
+    grad_x = None
+    if grad_nmse is not None and ctx.made and ctx.needs_input_grad[0]:
+        grad_x = (difference_BTD * (grad_nmse * factor_B)[:, None, None]).to(difference_BTD.dtype)
+    return grad_x, None, None, None, None, None
+
+
+nmse_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _flops(x: tuple[int, int, int], *arguments: Any, out_shape: Any = None) -> int:
+    """Elementwise: difference, two squares, two sums. No matrix product."""
+    B, T, D = x
+    return 5 * B * T * D
+
+
+flops.register(torch.ops.fastadapt.nmse, _flops)

@@ -1,0 +1,55 @@
+"""Normalised squared error over small blocks of tokens, keeping what the gradient needs.
+
+Two numbers per token, its error and its power, give every result. The difference x - target is
+kept in x's dtype: with it the backward needs neither stream.
+
+B sequences, T tokens, D width, R = B*T rows.
+"""
+
+import torch
+from torch import Tensor
+
+_BLOCK_ELEMENTS = {"cpu": 2**18}  # of temporaries, fp32: 1 MiB
+_BLOCK_ELEMENTS_ELSEWHERE = 2**26
+
+
+def nmse_chunked(
+    x_BTD: Tensor,
+    target_BTD: Tensor,
+    mask_BT: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    x_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Values, and the gradient up to one factor per sequence.
+
+    Returns:
+        nmse [B], token_nmse [B,T] in ``dtype``;
+        difference [B,T,D] in x's dtype, 0 at masked-out tokens ([0] unless ``x_grad``);
+        factor [B]: d nmse_b / dx_bti = factor_b * difference_bti.
+    """
+    B, T, D = x_BTD.shape
+    x_RD, target_RD, mask_R = x_BTD.reshape(-1, D), target_BTD.reshape(-1, D), mask_BT.reshape(-1)
+    difference_RD = x_RD.new_empty((B * T, D) if x_grad else (0,))
+    error_R = torch.empty(B * T, dtype=dtype, device=x_BTD.device)
+    power_R = torch.empty_like(error_R)
+    elements = _BLOCK_ELEMENTS.get(x_BTD.device.type, _BLOCK_ELEMENTS_ELSEWHERE)
+    step = max(1, elements // max(1, D))
+    for start in range(0, B * T, step):
+        rows = slice(start, start + step)
+        target = target_RD[rows].to(dtype)
+        difference = x_RD[rows].to(dtype) - target
+        if x_grad:
+            difference_RD[rows] = difference
+            difference_RD[rows].masked_fill_(~mask_R[rows, None], 0)
+        error_R[rows] = difference.square_().sum(-1)
+        power_R[rows] = target.square().sum(-1)
+    error_BT, power_BT = error_R.view(B, T), power_R.view(B, T)
+
+    entries_B = (mask_BT.sum(-1) * D).clamp_min(1)
+    error_B = torch.where(mask_BT, error_BT, 0).sum(-1) / entries_B
+    denominator_B = torch.where(mask_BT, power_BT, 0).sum(-1) / entries_B + eps
+    token_nmse = (error_BT / max(D, 1)) / (power_BT / max(D, 1) + eps)
+    factor_B = 2 / (entries_B * denominator_B)
+    shape = (B, T, D) if x_grad else (0,)
+    return error_B / denominator_B, token_nmse, difference_RD.view(shape), factor_B
