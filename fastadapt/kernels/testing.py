@@ -15,7 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["ErrorBudget", "assert_close", "error_budget"]
+__all__ = ["LAYOUTS", "ErrorBudget", "assert_close", "error_budget", "with_layout"]
+
+LAYOUTS = ("contiguous", "transposed", "sliced", "parent", "offset", "expanded")
 
 
 class ErrorBudget(NamedTuple):
@@ -114,6 +116,44 @@ def assert_close(
         f"  worst at {where}: got {float(actual.detach()[where]):.9g}, "
         f"expected {float(oracle.detach()[where]):.9g}"
         + ("" if peer is None else f", peer {float(peer.detach()[where]):.9g}")
+    )
+
+
+def with_layout(tensor: Tensor, layout: str) -> Tensor:
+    """The values of ``tensor`` under other strides; ``"expanded"`` repeats its first row, stride 0.
+
+    Args:
+        tensor: any shape.
+        layout: of :data:`LAYOUTS`. "transposed": the last two dimensions swapped in memory;
+            "sliced": every second row of a taller tensor; "parent": columns of a wider tensor;
+            "offset": storage that starts later and is not aligned. What lies between is NaN (or
+            the dtype's maximum). A scalar knows "contiguous" and "offset" alone and takes the
+            latter for all others.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
+    if layout == "contiguous":
+        return tensor.contiguous()
+    shape = tensor.shape
+    if tensor.ndim == 0 or layout == "offset":
+        return _filled(tensor, (tensor.numel() + 3,))[3:].view(shape).copy_(tensor)
+    if layout == "expanded":
+        return tensor[:1].contiguous().expand(shape) if len(tensor) else tensor
+    if layout == "sliced":
+        return _filled(tensor, (2 * shape[0] + 1, *shape[1:]))[1::2].copy_(tensor)
+    if layout == "parent":
+        wide = _filled(tensor, (*shape[:-1], shape[-1] + 5))
+        return wide[..., 2 : 2 + shape[-1]].copy_(tensor)
+    if tensor.ndim == 1:  # nothing to swap: a column of a matrix
+        return _filled(tensor, (shape[0], 2))[:, 1].copy_(tensor)
+    return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def _filled(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if tensor.dtype.is_floating_point:
+        return tensor.new_full(shape, torch.nan)
+    return tensor.new_full(
+        shape, 1 if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).max
     )
 
 

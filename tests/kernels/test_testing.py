@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fastadapt.kernels.testing import assert_close, error_budget
+from fastadapt.kernels.testing import LAYOUTS, assert_close, error_budget, with_layout
 
 LOW = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -153,3 +153,34 @@ def test_results_that_require_grad_are_read_as_they_are():
     result = torch.ones(3, requires_grad=True) * 2
     assert_close(result, torch.full((3,), 2.0).double(), result)
     assert result.requires_grad
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(), (7,), (5, 3), (2, 5, 3), (0, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool])
+def test_layouts_keep_the_values(layout, shape, dtype):
+    values = torch.arange(math.prod(shape)).reshape(shape).to(dtype)
+    laid_out = with_layout(values, layout)
+    assert laid_out.shape == values.shape
+    assert laid_out.dtype == dtype
+    repeats = layout == "expanded" and values.ndim > 0
+    assert torch.equal(laid_out, values[:1].expand(shape) if repeats else values)
+    assert laid_out.untyped_storage().data_ptr() != values.untyped_storage().data_ptr() or (
+        layout in ("contiguous", "expanded") or values.numel() == 0
+    )
+
+
+def test_layouts_have_the_strides_they_name():
+    values = torch.zeros(2, 5, 3)
+    strides = {layout: with_layout(values, layout).stride() for layout in LAYOUTS}
+    assert strides == {
+        "contiguous": (15, 3, 1),
+        "transposed": (15, 1, 5),
+        "sliced": (30, 3, 1),
+        "parent": (40, 8, 1),
+        "offset": (15, 3, 1),
+        "expanded": (0, 3, 1),
+    }
+    assert with_layout(values, "offset").storage_offset() == 3
+    with pytest.raises(ValueError, match="layout: expected one of contiguous"):
+        with_layout(values, "diagonal")
