@@ -22,9 +22,10 @@ def collate(samples: Sequence[Sample], pad_token_id: int) -> Batch:
             padding is masked everywhere.
 
     Returns:
-        ``Batch``: input_ids int64 [B, T], attention_mask bool [B, T] (False at padding), labels
-        int64 [B, T] (-100 at padding and wherever the sample has it). As in transformers, label
-        ``t`` speaks of token ``t``, hence of the prediction made at ``t - 1``.
+        ``Batch``: input_ids int64 [B, T]; attention_mask bool [B, T], False at padding, or None
+        where all samples have the same length; labels int64 [B, T], -100 at padding and wherever
+        the sample has it. As in transformers, label ``t`` speaks of token ``t``, hence of the
+        prediction made at ``t - 1``.
 
     Raises:
         ValueError: no samples, or one without a next-token position.
@@ -37,17 +38,18 @@ def collate(samples: Sequence[Sample], pad_token_id: int) -> Batch:
                 f"samples: sample {sample.index} has {sample.input_ids.numel()} token(s); "
                 "at least 2 are needed, since the last one predicts nothing"
             )
-    length = max(sample.input_ids.numel() for sample in samples)
+    lengths = [sample.input_ids.numel() for sample in samples]
+    length = max(lengths)
     shape = (len(samples), length)
     input_ids = torch.full(shape, pad_token_id, dtype=torch.int64)
     labels = torch.full(shape, IGNORED, dtype=torch.int64)
     attention_mask = torch.zeros(shape, dtype=torch.bool)
-    for row, sample in enumerate(samples):
-        n = sample.input_ids.numel()
+    for row, (sample, n) in enumerate(zip(samples, lengths, strict=True)):
         input_ids[row, :n] = sample.input_ids
         labels[row, :n] = sample.labels
         attention_mask[row, :n] = True
-    return Batch(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+    padded = min(lengths) < length
+    return Batch(input_ids, attention_mask if padded else None, labels)
 
 
 class BatchPlan:

@@ -1,0 +1,121 @@
+"""Each trap of rendering a reasoning conversation, one test."""
+
+import pytest
+
+from fastadapt.data.rendering import FAMILIES, render, render_parts
+from fastadapt.errors import UserError
+
+R1_BOS = "<｜begin▁of▁sentence｜>"
+RESPONSE = "<think>\nFirst, 1 + 1.\n</think>\n\nIt is 2."
+
+
+def conversation(prompt="What is 1 + 1?", response=RESPONSE, names=("human", "gpt")):
+    return [
+        {"from": names[0], "value": prompt},
+        {"from": names[1], "value": response},
+    ]
+
+
+def test_r1_distill_is_rendered_to_the_letter():
+    assert render(conversation(), "r1-distill") == (
+        "<｜begin▁of▁sentence｜><｜User｜>What is 1 + 1?<｜Assistant｜>"
+        "<think>\nFirst, 1 + 1.\n</think>\n\nIt is 2."
+    )
+
+
+def test_qwen_is_rendered_to_the_letter():
+    assert render(conversation(response="It is 2."), "qwen") == (
+        "<|im_start|>user\nWhat is 1 + 1?<|im_end|>\n<|im_start|>assistant\nIt is 2.<|im_end|>\n"
+    )
+
+
+def test_r1_markers_are_the_fullwidth_ones():
+    text = render(conversation(prompt="q", response="r"), "r1-distill")
+    assert {character for character in text if not character.isascii()} == {"\uff5c", "\u2581"}
+    assert "|" not in text
+    assert "_" not in text
+
+
+def test_r1_has_one_bos_and_no_eos():
+    text = render(conversation(), "r1-distill")
+    assert text.count(R1_BOS) == 1
+    assert text.startswith(R1_BOS)
+    assert text.endswith("It is 2.")
+    assert "end▁of▁sentence" not in text
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_reasoning_before_the_closing_marker_stays(family):
+    assert "First, 1 + 1.\n</think>" in render(conversation(), family)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [
+        ("<think> Hmm </think> 2", "<think>\nHmm </think> 2"),
+        ("<think>\nHmm </think> 2", "<think>\nHmm </think> 2"),
+        ("<think>Hmm </think> 2", "<think>Hmm </think> 2"),
+        # Only the first space, and only at the very beginning.
+        ("<think>  Hmm </think> 2", "<think>\n Hmm </think> 2"),
+        (" <think> Hmm </think> 2", " <think> Hmm </think> 2"),
+        ("So <think> Hmm </think> 2", "So <think> Hmm </think> 2"),
+        ("<think> a </think> <think> b", "<think>\na </think> <think> b"),
+    ],
+)
+def test_a_leading_think_is_followed_by_a_line_break(family, response, expected):
+    _, rendered = render_parts(conversation(response=response), family)
+    assert rendered == expected + FAMILIES[family].after_response
+
+
+def test_the_prompt_is_not_touched():
+    prompt = "  <think> keep me \n"
+    assert f"<｜User｜>{prompt}<｜Assistant｜>" in render(conversation(prompt=prompt), "r1-distill")
+
+
+@pytest.mark.parametrize("names", [("human", "gpt"), ("user", "assistant"), ("alice", "bob")])
+def test_turns_count_by_position(names):
+    assert render(conversation(names=names), "r1-distill") == render(conversation(), "r1-distill")
+
+
+def test_turns_need_no_name():
+    turns = [{"value": turn["value"]} for turn in conversation()]
+    assert render(turns, "r1-distill") == render(conversation(), "r1-distill")
+
+
+def test_the_parts_meet_where_the_response_begins():
+    before, after = render_parts(conversation(), "r1-distill")
+    assert before.endswith("<｜Assistant｜>")
+    assert after == RESPONSE
+
+
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        (None, "expected a list of two turns (prompt, response), got null"),
+        ("hello", "expected a list of two turns (prompt, response), got str"),
+        ([], "expected two turns (prompt, response), got an empty conversation"),
+        (conversation()[:1], "expected two turns (prompt, response), got 1 turn(s)"),
+        (conversation() * 2, "expected two turns (prompt, response), got 4 turn(s)"),
+        (["a", "b"], "turn 1 (prompt): expected an object with 'from' and 'value', got 'a'"),
+        (conversation(names=("gpt", "human")), "turn 1 (prompt): is from 'gpt'"),
+        (conversation(names=("system", "human")), "turn 1 (prompt): is from 'system'"),
+        (conversation(names=("human", "user")), "turn 2 (response): is from 'user'"),
+        ([{"role": "user", "content": "q"}] * 2, "no 'value'; it has ['content', 'role']"),
+        (conversation(response=7), "turn 2 (response): 'value' must be text, got int"),
+        (conversation(prompt=None), "turn 1 (prompt): 'value' must be text, got null"),
+        (conversation(prompt=" \n"), "turn 1 (prompt): 'value' is empty"),
+        (conversation(response=""), "turn 2 (response): 'value' is empty"),
+        (conversation(response="a\ud800"), "holds half a surrogate pair at character 1"),
+    ],
+)
+def test_a_malformed_conversation_says_what_is_wrong(turns, message):
+    with pytest.raises(UserError) as caught:
+        render(turns, "r1-distill")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_family_lists_the_known_ones():
+    with pytest.raises(UserError, match=r"expected one of \['qwen', 'r1-distill'\], got 'llama'"):
+        render(conversation(), "llama")

@@ -1,0 +1,212 @@
+"""Conversations to token sequences: what is kept, what counts, and what is refused."""
+
+import json
+import warnings
+
+import pytest
+import torch
+
+from fastadapt.data.rendering import render
+from fastadapt.data.sequences import DataConfig, load_sequences
+from fastadapt.errors import UserError
+
+
+def config(**changes) -> DataConfig:
+    return DataConfig(**{"train": "unused", "validation": "unused", **changes})
+
+
+@pytest.fixture
+def rows(turns):
+    # 13 tokens as r1-distill; every fifth has two more.
+    return [
+        turns("1 + 1 = ?", "<think> so 2 </think> 2" + (" wait ." if i % 5 == 2 else ""))
+        for i in range(300)
+    ]
+
+
+@pytest.mark.parametrize("family", ["r1-distill", "qwen"])
+def test_ids_are_those_of_the_rendered_text(family, rows, tokenizer, write_jsonl):
+    sequences = load_sequences(write_jsonl(rows), tokenizer, config(family=family), split="train")
+    assert len(sequences) == len(rows)
+    for index in (0, 2, 127, 128, 299):
+        sample = sequences[index]
+        text = render(rows[index], family)
+        assert sample.index == index
+        assert sample.input_ids.dtype == sample.labels.dtype == torch.int64
+        expected = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert sample.input_ids.tolist() == expected
+        assert tokenizer.unk_token_id not in expected
+
+
+def test_there_is_one_bos_and_no_eos(rows, tokenizer, write_jsonl):
+    ids = load_sequences(write_jsonl(rows[:1]), tokenizer, config(), split="train")[0].input_ids
+    assert (ids == tokenizer.bos_token_id).nonzero().flatten().tolist() == [0]
+    assert (ids != tokenizer.eos_token_id).all()
+
+
+def test_padding_and_truncation_set_in_the_tokenizer_do_not_act(rows, tokenizer, write_jsonl):
+    expected = [
+        s.input_ids for s in load_sequences(write_jsonl(rows), tokenizer, config(), split="train")
+    ]
+    backend = tokenizer.backend_tokenizer
+    backend.enable_padding(length=64)
+    backend.enable_truncation(4)
+    try:
+        found = load_sequences(write_jsonl(rows), tokenizer, config(), split="train")
+        assert all(torch.equal(a.input_ids, b) for a, b in zip(found, expected, strict=True))
+    finally:
+        backend.no_padding()
+        backend.no_truncation()
+
+
+def test_every_token_counts_by_default(rows, tokenizer, write_jsonl):
+    sample = load_sequences(write_jsonl(rows[:1]), tokenizer, config(), split="train")[0]
+    assert torch.equal(sample.labels, sample.input_ids)
+    assert sample.labels.data_ptr() != sample.input_ids.data_ptr()
+
+
+@pytest.mark.parametrize("family", ["r1-distill", "qwen"])
+def test_prompt_tokens_can_be_left_out_of_the_loss(family, rows, tokenizer, write_jsonl):
+    sample = load_sequences(
+        write_jsonl(rows[:1]),
+        tokenizer,
+        config(family=family, train_on_prompt=False),
+        split="train",
+    )[0]
+    first = sample.input_ids.tolist().index(tokenizer.convert_tokens_to_ids("<think>"))
+    assert (sample.labels[:first] == -100).all()
+    assert torch.equal(sample.labels[first:], sample.input_ids[first:])
+
+
+def test_longer_conversations_are_left_out_and_counted(rows, tokenizer, write_jsonl):
+    everything = load_sequences(write_jsonl(rows), tokenizer, config(), split="train")
+    assert everything.counts == (300, 300, 0, 240 * 13 + 60 * 15, 15)
+    some = load_sequences(write_jsonl(rows), tokenizer, config(max_tokens=13), split="train")
+    assert some.counts == (300, 240, 60, 240 * 13, 13)
+    assert list(some.rows) == [i for i in range(300) if i % 5 != 2]
+    for i, row in enumerate(some.rows):
+        assert torch.equal(some[i].input_ids, everything[row].input_ids)
+
+
+def test_only_validation_is_cut_short(rows, tokenizer, write_jsonl):
+    settings = config(max_validation=7, max_tokens=13)
+    path = write_jsonl(rows)
+    held_out = load_sequences(path, tokenizer, settings, split="validation")
+    assert held_out.counts == (9, 7, 2, 7 * 13, 13)
+    assert len(load_sequences(path, tokenizer, settings, split="train")) == 240
+
+
+def test_the_split_selects_the_files_of_a_folder(rows, tokenizer, write_jsonl, tmp_path):
+    write_jsonl(rows[:3], "train.jsonl")
+    write_jsonl(rows[:2], "validation.jsonl")
+    write_jsonl(rows[:1], "test.jsonl")
+    source = str(tmp_path)
+    assert len(load_sequences(source, tokenizer, config(), split="train")) == 3
+    assert len(load_sequences(source, tokenizer, config(), split="validation")) == 2
+    other = config(validation_split="test")
+    assert len(load_sequences(source, tokenizer, other, split="validation")) == 1
+
+
+def test_indices_run_as_in_a_list(rows, tokenizer, write_jsonl):
+    sequences = load_sequences(write_jsonl(rows[:4]), tokenizer, config(), split="train")
+    assert sequences[-1].index == 3
+    assert [sample.index for sample in sequences] == [0, 1, 2, 3]
+    with pytest.raises(IndexError, match="expected less than 4, got 4"):
+        sequences[4]
+
+
+def test_local_files_leave_no_trace(rows, tokenizer, write_jsonl, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    path = write_jsonl(rows)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_sequences(path, tokenizer, config(), split="train")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["rows.jsonl"]
+
+
+class NoWords:
+    """A tokenizer that knows its markers and drops all other words."""
+
+    unk_token_id = None
+
+    def __init__(self, kept: int):
+        self.kept = kept
+
+    def __call__(self, text, **_):
+        if isinstance(text, str):
+            return {"input_ids": [5]}
+        offsets = [[(0, 1)] * self.kept for _ in text]
+        return {"input_ids": [[5] * self.kept for _ in text], "offset_mapping": offsets}
+
+
+def test_a_malformed_conversation_is_located(rows, turns, tokenizer, write_jsonl):
+    bad = turns("1 + 1 = ?", "")
+    path = write_jsonl([*rows[:140], bad, *rows])
+    with pytest.raises(UserError) as caught:
+        load_sequences(path, tokenizer, config(), split="train")
+    assert str(caught.value) == f"{path}, line 141: turn 2 (response): 'value' is empty"
+
+
+@pytest.mark.parametrize(("kept", "count"), [(0, "0 token(s)"), (1, "1 token(s)")])
+def test_a_one_token_sample_is_refused(kept, count, rows, write_jsonl):
+    with pytest.raises(UserError, match=r"line 1: the conversation has") as caught:
+        load_sequences(write_jsonl(rows), NoWords(kept), config(), split="train")
+    assert count in str(caught.value)
+
+
+def test_a_response_without_tokens_is_refused(rows, write_jsonl):
+    settings = config(train_on_prompt=False)
+    with pytest.raises(UserError, match="line 1: the response has no token"):
+        load_sequences(write_jsonl(rows), NoWords(3), settings, split="train")
+
+
+def test_a_source_without_conversations_is_refused(tokenizer, tmp_path):
+    path = tmp_path / "none.jsonl"
+    path.write_text("\n")
+    with pytest.raises(UserError, match=r"\(train\): it holds no conversation"):
+        load_sequences(str(path), tokenizer, config(), split="train")
+
+
+def test_nothing_left_names_the_setting_and_the_shortest(rows, tokenizer, write_jsonl):
+    with pytest.raises(UserError) as caught:
+        load_sequences(write_jsonl(rows), tokenizer, config(max_tokens=12), split="validation")
+    assert str(caught.value).endswith(
+        "(validation): all 300 conversations are longer than data.max_tokens=12; the shortest has "
+        "13 tokens"
+    )
+
+
+def test_a_tokenizer_of_another_family_is_refused(rows, write_jsonl):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    other = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>")),
+        unk_token="<unk>",
+    )
+    with pytest.raises(UserError, match=r"does not know its marker '<\|im_start\|>' as one token"):
+        load_sequences(write_jsonl(rows), other, config(family="qwen"), split="train")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"family": "r1"}, "data.family: expected one of ['qwen', 'r1-distill'], got 'r1'"),
+        ({"max_tokens": 1}, "data.max_tokens: expected at least 2, got 1"),
+        ({"max_validation": 0}, "data.max_validation: expected at least 1 or null, got 0"),
+    ],
+)
+def test_an_impossible_setting_is_refused_at_once(changes, message):
+    with pytest.raises(UserError) as caught:
+        config(**changes)
+    assert str(caught.value) == message
+
+
+def test_the_columns_of_the_real_data_load(rows, tokenizer, tmp_path):
+    lines = [
+        {"difficulty": d, "source": "s", "domain": "math", "conversations": row}
+        for d, row in zip([None, 7], rows, strict=False)
+    ]
+    path = tmp_path / "full.jsonl"
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    assert len(load_sequences(str(path), tokenizer, config(), split="train")) == 2

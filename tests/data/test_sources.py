@@ -1,0 +1,186 @@
+"""Reading rows: every kind of source, and one clear line for each that cannot be read."""
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from fastadapt.data.sources import read_rows
+from fastadapt.errors import UserError
+
+
+@pytest.fixture
+def rows(turns):
+    return [turns(f"{i} + 1 ?", f"<think> so {i} </think> {i + 1}") for i in range(5)]
+
+
+def read(source, split="train"):
+    return [conversation for _, conversation in read_rows(str(source), split=split)]
+
+
+def write_parquet(path: Path, columns: dict) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def test_jsonl_and_parquet_hold_the_same_rows(rows, write_jsonl, tmp_path):
+    parquet = write_parquet(tmp_path / "rows.parquet", {"conversations": rows})
+    assert read(write_jsonl(rows)) == read(parquet) == rows
+
+
+def test_other_columns_are_ignored(rows, tmp_path):
+    line = {"difficulty": None, "source": "s", "domain": "math", "conversations": rows[0]}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(line))
+    parquet = write_parquet(
+        tmp_path / "rows.parquet", {"difficulty": [None], "conversations": rows[:1]}
+    )
+    assert read(path) == read(parquet) == rows[:1]
+
+
+def test_blank_lines_and_a_byte_order_mark_are_no_rows(rows, write_jsonl, tmp_path):
+    plain = Path(write_jsonl(rows)).read_text()
+    path = tmp_path / "marked.jsonl"
+    path.write_text("\ufeff" + plain.replace("\n", "\r\n\r\n"), encoding="utf-8")
+    assert read(path) == rows
+
+
+def test_a_line_separator_within_a_value_does_not_end_the_row(turns, write_jsonl):
+    rows = [turns("a\u2028b", "c\u0085d")]
+    assert read(write_jsonl(rows)) == rows
+
+
+def test_a_folder_is_read_in_the_order_of_its_paths(rows, write_jsonl, tmp_path):
+    write_jsonl(rows[2:], "b.jsonl")
+    write_parquet(tmp_path / "a" / "0.parquet", {"conversations": rows[:2]})
+    write_jsonl(rows, ".cache/hidden.jsonl")
+    (tmp_path / "README.md").write_text("not data")
+    assert read(tmp_path) == rows
+
+
+def test_a_folder_named_after_splits_gives_the_split(rows, write_jsonl, tmp_path):
+    write_jsonl(rows[:1], "data/train-00000-of-00002.jsonl")
+    write_jsonl(rows[1:3], "data/train-00001-of-00002.jsonl")
+    write_jsonl(rows[3:], "data/validation.jsonl")
+    assert read(tmp_path, "train") == rows[:3]
+    assert read(tmp_path, "validation") == rows[3:]
+    with pytest.raises(UserError, match="no file of split 'test' among data/train-00000"):
+        read(tmp_path, "test")
+
+
+def test_rows_say_where_they_stand(rows, write_jsonl, tmp_path):
+    path = write_jsonl(rows)
+    assert [where for where, _ in read_rows(path, split="train")][:2] == [
+        f"{path}, line 1",
+        f"{path}, line 2",
+    ]
+    parquet = write_parquet(tmp_path / "rows.parquet", {"conversations": rows})
+    assert [where for where, _ in read_rows(str(parquet), split="train")][-1].endswith("row 5")
+
+
+def test_a_hub_dataset_is_loaded_with_its_split_and_revision(rows, monkeypatch):
+    import datasets
+
+    asked = {}
+
+    def load_dataset(name, *, split, revision):
+        asked.update(name=name, split=split, revision=revision)
+        return datasets.Dataset.from_dict({"domain": ["math"] * 5, "conversations": rows})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    found = list(read_rows("someone/rows", split="train[:5]", revision="abc"))
+    assert asked == {"name": "someone/rows", "split": "train[:5]", "revision": "abc"}
+    assert [conversation for _, conversation in found] == rows
+    assert found[3][0] == "someone/rows (train[:5]), row 3"
+
+
+def test_a_hub_dataset_without_the_column_names_those_it_has(monkeypatch):
+    import datasets
+
+    table = datasets.Dataset.from_dict({"prompt": ["a"], "answer": ["b"]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table)
+    with pytest.raises(UserError, match="no column 'conversations'; the columns are 'prompt', 'a"):
+        read("someone/rows")
+
+
+BAD_LINES = {
+    "cut off": (b'{"conversations": [', "line 2: malformed JSON at column 20: Expecting value"),
+    "not an object": (b"[1, 2]", "line 2: expected a JSON object, got list"),
+    "other columns": (
+        b'{"prompt": "a", "answer": "b"}',
+        "line 2: no column 'conversations'; the columns are 'prompt', 'answer'",
+    ),
+    "no column": (b"{}", "line 2: no column 'conversations'; the columns are none"),
+    "not UTF-8": (b'{"conversations": "\xff"}', "line 2: not UTF-8 at byte 19"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LINES)
+def test_a_bad_line_is_named(case, rows, write_jsonl):
+    line, message = BAD_LINES[case]
+    path = write_jsonl(rows[:1])
+    with Path(path).open("ab") as file:
+        file.write(line + b"\n")
+    with pytest.raises(UserError) as caught:
+        read(path)
+    assert f"{path}, {message}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def bad_sources(folder: Path) -> dict[str, tuple[str, str]]:
+    (folder / "empty").mkdir()
+    (folder / "rows.csv").write_text("a,b\n")
+    (folder / "broken.parquet").write_bytes(b"PAR1 no parquet at all PAR1")
+    write_parquet(folder / "other.parquet", {"prompt": ["a"], "answer": ["b"]})
+    return {
+        "no file": (f"{folder}/absent.jsonl", "absent.jsonl': no such file or folder"),
+        "no file, as a name": ("absent.jsonl", "'absent.jsonl': no such file or folder"),
+        "a folder without data": (f"{folder}/empty", "the folder holds no .jsonl or .parquet file"),
+        "an unknown kind": (f"{folder}/rows.csv", "expected a .jsonl or .parquet file"),
+        "broken": (f"{folder}/broken.parquet", "broken.parquet: not a readable Parquet file"),
+        "other columns": (
+            f"{folder}/other.parquet",
+            "other.parquet: no column 'conversations'; the columns are 'prompt', 'answer'",
+        ),
+        "not on the hub": (
+            "nobody/nothing",
+            "no such file or folder here, and as a dataset of the hub (split 'train', revision "
+            "'main') it could not be loaded",
+        ),
+    }
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "no file",
+        "no file, as a name",
+        "a folder without data",
+        "an unknown kind",
+        "broken",
+        "other columns",
+        "not on the hub",
+    ],
+)
+def test_a_source_that_cannot_be_read_says_why(case, tmp_path):
+    source, message = bad_sources(tmp_path)[case]
+    with pytest.raises(UserError) as caught:
+        read(source)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_without_permission_says_so(rows, write_jsonl, monkeypatch):
+    path = write_jsonl(rows)
+
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    monkeypatch.setattr(Path, "open", refuse)  # chmod does not hold back root
+    with pytest.raises(UserError, match="cannot be read: Permission denied"):
+        read(path)
