@@ -35,7 +35,7 @@ _SET = re.compile(r"step-(\d{8,})")
 _READ_BYTES = 1 << 22
 
 
-class CheckpointDamaged(Exception):
+class CheckpointDamagedError(Exception):
     """A set does not hold what its manifest says; the message is the reason."""
 
 
@@ -96,7 +96,7 @@ def save_checkpoint(
         raise RunError(_why_not_saved(folder, step, error)) from error
     try:
         verify_checkpoint(final)
-    except CheckpointDamaged as error:
+    except CheckpointDamagedError as error:
         raise RunError(
             f"checkpoint {final} does not read back as it was written: {error}. Older checkpoints "
             "were kept. Check the disk, then go on with --resume."
@@ -112,32 +112,36 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
         The manifest.
 
     Raises:
-        CheckpointDamaged: with the reason, where anything is missing, of another size, of another
-            SHA-256, of another step, or of another schema.
+        CheckpointDamagedError: with the reason: anything missing, or of another size, SHA-256, step
+            or schema.
     """
     manifest = _read_json(path, MANIFEST)
     if not isinstance(manifest, dict) or manifest.get("sha256") != _manifest_digest(manifest):
-        raise CheckpointDamaged(f"{MANIFEST} does not match its own SHA-256")
+        raise CheckpointDamagedError(f"{MANIFEST} does not match its own SHA-256")
     if manifest.get("schema_version") != SCHEMA_VERSION:
-        raise CheckpointDamaged(
+        raise CheckpointDamagedError(
             f"{MANIFEST} has schema version {manifest.get('schema_version')!r}, "
             f"this fastadapt reads {SCHEMA_VERSION}"
         )
     if path.name != f"step-{manifest['step']:08d}":
-        raise CheckpointDamaged(f"{MANIFEST} is of step {manifest['step']}, not of {path.name}")
+        raise CheckpointDamagedError(
+            f"{MANIFEST} is of step {manifest['step']}, not of {path.name}"
+        )
     for name, expected in manifest["files"].items():
         if name != Path(name).name or name in ("", ".", ".."):
-            raise CheckpointDamaged(f"{MANIFEST} names {name!r}, which is not inside the folder")
+            raise CheckpointDamagedError(
+                f"{MANIFEST} names {name!r}, which is not inside the folder"
+            )
         try:
             size, digest = _digest(path / name)
         except FileNotFoundError:
-            raise CheckpointDamaged(f"{name} is missing") from None
+            raise CheckpointDamagedError(f"{name} is missing") from None
         except OSError as error:
-            raise CheckpointDamaged(f"{name} cannot be read: {error}") from error
+            raise CheckpointDamagedError(f"{name} cannot be read: {error}") from error
         if size != expected["bytes"]:
-            raise CheckpointDamaged(f"{name} has {size} bytes, expected {expected['bytes']}")
+            raise CheckpointDamagedError(f"{name} has {size} bytes, expected {expected['bytes']}")
         if digest != expected["sha256"]:
-            raise CheckpointDamaged(f"the SHA-256 of {name} differs from the manifest's")
+            raise CheckpointDamagedError(f"the SHA-256 of {name} differs from the manifest's")
     return manifest
 
 
@@ -157,7 +161,7 @@ def load_latest(folder: Path) -> tuple[Checkpoint | None, list[PassedOver]]:
                 for name in manifest["files"]
                 if name.endswith(".safetensors")
             }
-        except (CheckpointDamaged, SafetensorError, OSError) as error:
+        except (CheckpointDamagedError, SafetensorError, OSError) as error:
             passed.append(PassedOver(path, str(error)))
             continue
         return Checkpoint(step, path, tensors, scalars), passed
@@ -218,7 +222,7 @@ def _commit(staged: Path, final: Path) -> None:
     if final.exists():
         try:
             verify_checkpoint(final)
-        except CheckpointDamaged:
+        except CheckpointDamagedError:
             _discard(final)
         else:
             raise FileExistsError(
@@ -264,9 +268,9 @@ def _read_json(path: Path, name: str) -> Any:
     try:
         return json.loads((path / name).read_bytes())
     except FileNotFoundError:
-        raise CheckpointDamaged(f"{name} is missing") from None
+        raise CheckpointDamagedError(f"{name} is missing") from None
     except (OSError, ValueError) as error:
-        raise CheckpointDamaged(f"{name} cannot be read: {error}") from error
+        raise CheckpointDamagedError(f"{name} cannot be read: {error}") from error
 
 
 def _manifest_digest(manifest: Mapping[str, Any]) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import types
 import typing
 from collections.abc import Mapping
@@ -44,7 +43,7 @@ FREE_ON_RESUME = frozenset(
 class RunConfig:
     """Where a run writes, how often, and what it puts up with.
 
-    Attributes:
+    Args:
         output: the run directory.
         seed: of the adapters' initialisation, the order of the data, and the cutoffs.
         log_every: optimiser steps between records of training metrics.
@@ -52,8 +51,8 @@ class RunConfig:
             and one after the last in any case. 0: only these two.
         checkpoint_every: optimiser steps between checkpoints; the last step has one in any case.
         keep_checkpoints: newest checkpoints that are kept.
-        max_bad_batches: steps in a row that may be skipped for a loss or gradient that is not
-            finite; one more ends the run.
+        max_bad_batches: the run ends when so many steps in a row had to be skipped, since their
+            loss or gradient was not finite.
         dead_window: tokens; a feature that has not fired on so many training tokens counts as dead.
         threads: CPU threads of torch (None: torch's own choice). Equal bits need equal threads.
     """
@@ -76,7 +75,7 @@ class RunConfig:
             ("eval_every", 0),
             ("checkpoint_every", 1),
             ("keep_checkpoints", 1),
-            ("max_bad_batches", 0),
+            ("max_bad_batches", 1),
             ("dead_window", 1),
         ):
             value = getattr(self, name)
@@ -95,56 +94,6 @@ class TrainConfig:
     data: DataConfig
     optimizer: OptimizerConfig
     run: RunConfig
-
-    def __post_init__(self) -> None:
-        check_adapter(self.adapter)
-        check_objective(self.objective)
-        check_data(self.data)
-
-
-def check_adapter(config: AdapterConfig) -> None:
-    """Refuse an adapter that cannot exist; see :class:`~fastadapt.adapter.AdapterConfig`."""
-    known = ("relu", "topk", "batch_topk", "jumprelu")
-    if config.activation not in known:
-        raise UserError(
-            f"adapter.activation: expected one of {', '.join(known)}, got {config.activation!r}"
-            f"{_nearest(str(config.activation), known)}"
-        )
-    n = config.n_features
-    _require(n >= 1, "adapter.n_features", "1 or more", n)
-    if config.activation in ("topk", "batch_topk"):
-        fine = config.k is not None and 0 < config.k <= n
-        _require(fine, "adapter.k", f"more than 0 and at most n_features ({n})", config.k)
-        if config.activation == "topk" and config.k is not None:
-            _require(config.k == int(config.k), "adapter.k", "a whole number for topk", config.k)
-    elif config.k is not None:
-        raise UserError(
-            f"adapter.k: got {config.k} with activation {config.activation!r}, which has no k; "
-            "leave it out, or use topk or batch_topk"
-        )
-    for name in ("bandwidth", "initial_threshold"):
-        value = getattr(config, name)
-        if value is not None:
-            _require(value > 0 and math.isfinite(value), f"adapter.{name}", "more than 0", value)
-
-
-def check_objective(config: ObjectiveConfig) -> None:
-    """Refuse weights that no loss can have; see :class:`~fastadapt.objective.ObjectiveConfig`."""
-    for name in ("sparsity", "nmse", "bridge"):
-        value = getattr(config, name)
-        _require(value >= 0 and math.isfinite(value), f"objective.{name}", "0 or more", value)
-    first = config.first_cutoff
-    _require(first in (0, 1), "objective.first_cutoff", "0 (released code) or 1 (text)", first)
-    tokens = config.kl_chunk_tokens
-    _require(tokens >= 1, "objective.kl_chunk_tokens", "1 or more", tokens)
-
-
-def check_data(config: DataConfig) -> None:
-    """Refuse limits that leave nothing to predict; see ``DataConfig``."""
-    _require(config.max_tokens >= 2, "data.max_tokens", "2 or more", config.max_tokens)
-    if config.max_validation is not None:
-        fine = config.max_validation >= 1
-        _require(fine, "data.max_validation", "1 or more, or null", config.max_validation)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ that take the update; the working copies are rounded from them after every step.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ _WIDE = (torch.float32, torch.float64)
 class OptimizerConfig:
     """AdamW (arXiv 1711.05101), its schedule, and how many sequences make a step.
 
-    Attributes:
+    Args:
         lr: learning rate at the end of the warm-up.
         betas: decay of the first and second moment, each in [0, 1).
         eps: added to the root of the second moment.
@@ -73,9 +73,9 @@ def _require(fine: bool, name: str, expected: str, got: object) -> None:
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
     """Rate of update ``step`` (0-based) out of ``steps``.
 
-    With ``w = round(warmup * steps)``: ``lr (step + 1) / (w + 1)`` for the first ``w`` updates (the
-    very first is not wasted on a rate of 0), then ``lr (1 + cos(pi (step - w) / (steps - w))) / 2``,
-    which would reach 0 at ``step = steps``.
+    With ``w = round(warmup * steps)``: ``lr (step + 1) / (w + 1)`` for the first ``w`` updates (so
+    the very first is not wasted on a rate of 0), then ``lr (1 + cos(pi p)) / 2`` with
+    ``p = (step - w) / (steps - w)``, which would reach 0 at ``step = steps``.
     """
     warm = round(config.warmup * steps)
     if step < warm:
@@ -150,7 +150,7 @@ class AdapterOptimizer:
         self._hooks.clear()
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Weights and moments for a checkpoint: ``{"weights" | "exp_avg" | "exp_avg_sq": {name: t}}``.
+        """Weights and moments for a checkpoint, by group (weights, exp_avg, exp_avg_sq) and name.
 
         The weights are the masters; working copies follow from them by rounding.
         """
@@ -169,7 +169,7 @@ class AdapterOptimizer:
         """Take back what :meth:`tensors` and :meth:`scalars` gave.
 
         Raises:
-            UserError: a tensor is missing, extra, or of another shape or dtype; nothing was changed.
+            UserError: a tensor is missing, extra, or of another shape or dtype (nothing changed).
         """
         for group, expected in self.tensors().items():
             _check_same(group, expected, tensors.get(group, {}))
@@ -201,7 +201,7 @@ class AdapterOptimizer:
                 parameter.copy_(self.masters[name])
 
 
-def _move_gradient_to(master: Tensor):
+def _move_gradient_to(master: Tensor) -> Callable[[Tensor], None]:
     def move(parameter: Tensor) -> None:
         assert parameter.grad is not None
         if master.grad is None:

@@ -1,0 +1,1 @@
+"""Configuration, optimiser, checkpoints, memory plan, and the loop that trains the adapters."""

@@ -1,0 +1,57 @@
+"""The end of a run: adapters, summary, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from fastadapt.adapter import save_adapters
+from fastadapt.models import ReplacementModel
+from fastadapt.training import rundir
+from fastadapt.training.config import TrainConfig
+
+_MEASURED = (
+    "kl_hybrid",
+    "kl_adapter",
+    "kl_recovered_vs_hybrid",
+    "top1_error_hybrid",
+    "top1_error_adapter",
+    "nmse_mean",
+    "l0_mean",
+    "l0_per_layer",
+    "tokens",
+)
+
+
+def write(
+    folder: Path, config: TrainConfig, model: ReplacementModel, summary: dict[str, Any]
+) -> dict[str, Any]:
+    """Write ``adapter/``, ``summary.json`` and ``report.html``; return the summary."""
+    from fastadapt.training.report import write_report
+
+    pair = model.pair
+    metadata = {
+        "target": config.pair.target,
+        "base": config.pair.base,
+        "revisions": pair.revisions,
+        "objective": dataclasses.asdict(config.objective),
+        "family": config.data.family,
+        "seed": config.run.seed,
+        "measured": {name: summary[name] for name in _MEASURED},
+        "versions": versions()["versions"],
+    }
+    with rundir.replacing(folder / rundir.ADAPTER) as staged:
+        save_adapters(model.adapters, staged, metadata)
+    summary = {**summary, "adapter": str(folder / rundir.ADAPTER)}
+    with rundir.replacing(folder / rundir.SUMMARY) as staged:
+        staged.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    return {**summary, "report": str(write_report(folder))}
+
+
+def versions() -> dict[str, dict[str, str]]:
+    """``{"versions": {package: version}}`` of what the numbers depend on."""
+    packages = ("fastadapt", "torch", "transformers", "safetensors")
+    return {"versions": {package: version(package) for package in packages}}

@@ -1,0 +1,289 @@
+"""A run between steps: what it holds, one step of it, its records and its state.
+
+A step is a pure function of weights, moments and the step's number: the order of the data, the
+cutoff and the learning rate all follow from (seed, step). A run that is killed and resumed
+therefore writes the same bits as one that was not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from threading import Event
+from typing import cast
+
+import torch
+
+from fastadapt.adapter import TranscoderAdapter
+from fastadapt.errors import RunError
+from fastadapt.evaluation.faithfulness import evaluate
+from fastadapt.models import ModelPair, ReplacementModel
+from fastadapt.objective import Batch, draw_cutoff, objective
+from fastadapt.organism import resolve
+from fastadapt.training import finish, rundir, state
+from fastadapt.training.checkpoint import (
+    Checkpoint,
+    PassedOver,
+    list_checkpoints,
+    save_checkpoint,
+    sweep,
+)
+from fastadapt.training.config import TrainConfig
+from fastadapt.training.feed import Feed
+from fastadapt.training.metrics import DeadFeatures, StepGatherer, StepReport, evaluation_record
+from fastadapt.training.optimizer import AdapterOptimizer, learning_rate
+from fastadapt.training.rundir import MetricsLog, Record, Sink
+
+
+class Run:
+    """A run between steps: models, data, optimiser, counters, log."""
+
+    log: MetricsLog
+
+    def __init__(self, config: TrainConfig, folder: Path, started: float) -> None:
+
+        self.config, self.folder, self.started = config, folder, started
+        torch.manual_seed(config.run.seed)
+        source = config.pair
+        pair = ModelPair.load(
+            dataclasses.replace(source, target=resolve(source.target), base=resolve(source.base))
+        )
+        self.feed = Feed(config, pair.tokenizer, next(pair.base_mlps.parameters()).device)
+        self.steps = self.feed.steps
+        self.model = ReplacementModel.create(pair, config.adapter, seed=config.run.seed)
+        self.model.adapters.train()
+        named = dict(self.model.adapters.named_parameters())
+        self.optimizer = AdapterOptimizer(named, config.optimizer)
+        shape = self.model.n_layers, self.model.n_features
+        self.dead = DeadFeatures(*shape, config.run.dead_window, self.model.device)
+        self.step = 0
+        self.tokens = 0
+        self.bad_in_row = 0
+        self.bad_total = 0
+        self.wall_before = 0.0
+        self._since_log = [0, 0.0]  # tokens, seconds
+        self._evaluation: Record = {}
+
+    # --- before and after the loop ----------------------------------------------------------------
+
+    def begin(
+        self,
+        checkpoint: Checkpoint | None,
+        passed: list[PassedOver],
+        sinks: Sequence[Sink],
+        *,
+        resume: bool,
+    ) -> None:
+        """Restore the state of ``checkpoint``, open the log, and evaluate if that is due."""
+        path = self.folder / rundir.METRICS
+        if resume:
+            swept = sweep(self.folder / rundir.CHECKPOINTS)
+            if checkpoint is not None:
+                state.restore(self, checkpoint)
+            rundir.drop_records_after(path, self.step if checkpoint else -1)
+        self.log = MetricsLog(path, sinks)
+        if not self.log.has("start", 0):
+            self.log.write("start", 0, **state.facts(self))
+        if resume:
+            self.log.write(
+                "resume",
+                self.step,
+                steps=self.steps,
+                checkpoint=self._relative(checkpoint.path) if checkpoint else None,
+                passed_over=[{"path": self._relative(p.path), "reason": p.reason} for p in passed],
+                unfinished_saves_removed=len(swept),
+                threads=torch.get_num_threads(),
+                wall_s=self.wall_s,
+            )
+            if checkpoint is not None and not self.log.has("checkpoint", self.step):
+                self._record_checkpoint(checkpoint.path)
+
+    def interrupted(self, signals: list[str]) -> Record:
+        """Save where the run stands, and say so."""
+        saved = list_checkpoints(self.folder / rundir.CHECKPOINTS)
+        path = saved[-1][1] if saved and saved[-1][0] == self.step else self._save()
+        return {
+            "interrupted": True,
+            "signal": signals[0] if signals else None,
+            "step": self.step,
+            "steps": self.steps,
+            "checkpoint": str(path),
+            "output": str(self.folder),
+            "wall_s": self.wall_s,
+        }
+
+    def finish(self) -> Record:
+        """Write the adapters, the summary and the report."""
+        record = next(
+            r
+            for r in reversed(rundir.read_records(self.folder / rundir.METRICS))
+            if r["kind"] == "eval" and r["step"] == self.steps
+        )
+        evaluation = {k: v for k, v in record.items() if k not in ("kind", "step", "wall_s")}
+        summary = {
+            **evaluation,
+            "interrupted": False,
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "dead_per_layer": self.dead.per_layer().tolist(),
+            "dead_window": self.config.run.dead_window,
+            "bad_batches": self.bad_total,
+            "wall_s": self.wall_s,
+            "output": str(self.folder),
+            **finish.versions(),
+        }
+        return finish.write(self.folder, self.config, self.model, summary)
+
+    # --- one step ---------------------------------------------------------------------------------
+
+    def advance(self) -> None:
+        """One optimiser step: forward and backward of its micro-batches, then the update."""
+        began = time.monotonic()
+        micro_batches = self.feed.micro_batches(self.step)
+        n_sequences = sum(map(len, micro_batches))
+        cutoff = draw_cutoff(
+            self.model.n_layers, self.config.objective, self.config.run.seed, self.step
+        )
+        gathered, tokens = StepGatherer(), 0
+        for ids in micro_batches:
+            batch, n_tokens = self.feed.batch(self.feed.train, ids)
+            out = objective(self.model, batch, cutoff, self.config.objective)
+            weight = len(ids) / n_sequences
+            (out.loss * weight).backward()
+            gathered.add(out, weight)
+            tokens += n_tokens
+        norm = self.optimizer.gradient_norm()
+        self.dead.update(gathered.fired(), tokens, gathered.finite(norm))
+        report = gathered.report(norm, self.dead.per_layer())
+        rate = learning_rate(self.step, self.steps, self.config.optimizer)
+        self.step += 1
+        if not report.finite:
+            self._skip(report, micro_batches)
+            return
+        self.optimizer.step(rate, norm)
+        if self.config.adapter.activation == "batch_topk":
+            for adapter, value in zip(self.model.adapters, gathered.min_active(), strict=True):
+                cast(TranscoderAdapter, adapter).update_threshold(value)
+        self.bad_in_row = 0
+        self.tokens += tokens
+        self._since_log[0] += tokens
+        self._since_log[1] += time.monotonic() - began
+        if self.step % self.config.run.log_every == 0 or self.step in (1, self.steps):
+            self._record_step(report, rate, cutoff)
+
+    def _skip(self, report: StepReport, micro_batches: list[list[int]]) -> None:
+        """Leave weights and moments as they are, and say which data did it."""
+        self.optimizer.discard()
+        self.bad_in_row += 1
+        self.bad_total += 1
+        losses = torch.tensor(report.losses)
+        culprits = [
+            ids
+            for ids, fine in zip(micro_batches, losses.isfinite().tolist(), strict=True)
+            if not fine
+        ]
+        reason = "loss" if culprits else "gradient"
+        rows = self.feed.rows([i for ids in culprits or micro_batches for i in ids])
+        self.log.write(
+            "bad_batch",
+            self.step,
+            ids=rows,
+            reason=f"{reason} is not finite",
+            in_row=self.bad_in_row,
+            wall_s=self.wall_s,
+        )
+        if self.bad_in_row >= self.config.run.max_bad_batches:
+            raise RunError(
+                f"step {self.step}: {self.bad_in_row} batches in a row gave a {reason} that is not "
+                f"finite (run.max_bad_batches={self.config.run.max_bad_batches}); the last one "
+                f"holds rows {rows} of {self.config.data.train}. No update was made with them. "
+                "Look at these rows, or lower optimizer.lr; --resume goes on from the last "
+                "checkpoint."
+            )
+
+    # --- records, evaluations, checkpoints --------------------------------------------------------
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds that this run has taken, those before a resume included."""
+        return self.wall_before + time.monotonic() - self.started
+
+    def _record_step(self, report: StepReport, rate: float, cutoff: int) -> None:
+        tokens, seconds = self._since_log
+        self._since_log = [0, 0.0]
+        self.log.write(
+            "train",
+            self.step,
+            **report.terms,
+            l0_per_layer=report.l0_per_layer,
+            dead_per_layer=report.dead_per_layer,
+            lr=rate,
+            grad_norm=report.grad_norm,
+            cutoff=cutoff,
+            tokens=self.tokens,
+            tokens_per_s=tokens / max(seconds, 1e-9),
+            wall_s=self.wall_s,
+        )
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to compute."""
+        return self.step == self.steps and self.log.has("eval", self.steps)
+
+    def evaluate_if_due(self, stopping: Event) -> None:
+        """Evaluate before the first step, after the last, and every ``eval_every`` in between.
+
+        An evaluation that is told to stop leaves no record; it is made up for on resume.
+        """
+        every = self.config.run.eval_every
+        due = self.step in (0, self.steps) or (every and self.step % every == 0)
+        if not due or self.log.has("eval", self.step):
+            return
+        chunk = self.config.objective.kl_chunk_tokens
+        try:
+            values = evaluate(self.model, self._held_out_batches(stopping), chunk_tokens=chunk)
+        except _StoppedError:
+            return
+        self.log.write(
+            "eval",
+            self.step,
+            **evaluation_record(values),
+            tokens=self.tokens,
+            wall_s=self.wall_s,
+        )
+
+    def _held_out_batches(self, stopping: Event) -> Iterator[Batch]:
+        for batch in self.feed.held_out_batches():
+            if stopping.is_set():
+                raise _StoppedError
+            yield batch
+
+    def save_if_due(self) -> None:
+        """Save every ``checkpoint_every`` steps and after the last."""
+        if self.step % self.config.run.checkpoint_every == 0 or self.step == self.steps:
+            self._save()
+
+    def _save(self) -> Path:
+        self.log.sync()
+        tensors, scalars = state.capture(self)
+        path = save_checkpoint(
+            self.folder / rundir.CHECKPOINTS,
+            self.step,
+            tensors,
+            scalars,
+            keep=self.config.run.keep_checkpoints,
+        )
+        self._record_checkpoint(path)
+        return path
+
+    def _record_checkpoint(self, path: Path) -> None:
+        self.log.write("checkpoint", self.step, path=self._relative(path), wall_s=self.wall_s)
+
+    def _relative(self, path: Path) -> str:
+        return path.relative_to(self.folder).as_posix()
+
+
+class _StoppedError(Exception):
+    """The evaluation in progress was told to stop."""

@@ -1,0 +1,264 @@
+"""The run directory: who may write into it, and the files in it that are no checkpoint.
+
+::
+
+    config.yaml     the whole configuration
+    metrics.jsonl   one record per line, in the order of events
+    checkpoints/    see fastadapt.training.checkpoint
+    adapter/        the trained adapters
+    summary.json    the final numbers
+    report.html     the same, to look at
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fastadapt.errors import RunError, UserError
+from fastadapt.training.checkpoint import list_checkpoints, sync_file
+from fastadapt.training.config import TrainConfig, differences, load_config, save_config
+
+Record = dict[str, Any]
+Sink = Callable[[Record], None]
+
+CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+ADAPTER = "adapter"
+SUMMARY = "summary.json"
+REPORT = "report.html"
+_LOCK = ".lock"
+#: Everything that a run writes, as patterns; an overwrite removes this and nothing else.
+_WRITTEN = (
+    f"{CHECKPOINTS}/step-*",
+    f"{CHECKPOINTS}/.tmp-*",
+    f"{ADAPTER}/fastadapt.json",
+    f"{ADAPTER}/layer_*.safetensors",
+    ".tmp-*",
+    METRICS,
+    SUMMARY,
+    REPORT,
+    CONFIG,
+)
+
+
+@contextmanager
+def open_run(config: TrainConfig, *, resume: bool, overwrite: bool) -> Iterator[Path]:
+    """Claim ``run.output`` for this process; nothing in it is changed yet.
+
+    Raises:
+        UserError: it is no folder or cannot be made, is in use by another process, holds another
+            run (without ``resume`` or ``overwrite``), holds none to resume or overwrite, or holds
+            one of another configuration.
+    """
+    if resume and overwrite:
+        raise UserError("--resume goes on with a run, --overwrite removes it: choose one")
+    folder = Path(config.run.output).expanduser()
+    _check_contents(folder, config, resume=resume, overwrite=overwrite)
+    made = _make(folder)
+    try:
+        with _lock(folder):
+            yield folder
+    finally:
+        if made and not (folder / CONFIG).exists():
+            (folder / _LOCK).unlink(missing_ok=True)
+            _remove_if_empty(folder)
+
+
+def start_afresh(folder: Path, config: TrainConfig) -> None:
+    """Remove what an earlier run wrote into the folder, and write the configuration of this one."""
+    try:
+        for pattern in _WRITTEN:
+            for path in folder.glob(pattern):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for name in (CHECKPOINTS, ADAPTER):
+            _remove_if_empty(folder / name)
+        with replacing(folder / CONFIG) as staged:
+            save_config(config, staged)
+    except OSError as error:
+        raise RunError(f"run.output: {folder} cannot be written: {error}") from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a sibling to write to; it takes the place of ``path`` when the context ends well."""
+    staged = path.parent / f".tmp-{path.name}-{uuid.uuid4().hex}"
+    try:
+        yield staged
+        for file in staged.iterdir() if staged.is_dir() else [staged]:
+            sync_file(file)
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(staged, path)
+    finally:
+        if staged.is_dir():
+            shutil.rmtree(staged, ignore_errors=True)
+        else:
+            staged.unlink(missing_ok=True)
+
+
+class MetricsLog:
+    """``metrics.jsonl``, and whoever else wants the records.
+
+    Args:
+        path: the file; records are appended, each flushed.
+        sinks: called with every record, in order.
+    """
+
+    def __init__(self, path: Path, sinks: Sequence[Sink] = ()) -> None:
+        self._sinks = tuple(sinks)
+        self._path = path
+        self._seen = {(r["kind"], r["step"]) for r in read_records(path)}
+        try:
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise RunError(f"{path} cannot be written: {error.strerror}") from error
+
+    def write(self, kind: str, step: int, **values: Any) -> Record:
+        """Append a record. Numbers that are not finite become null, which JSON can say."""
+        record = {"kind": kind, "step": step, **_finite(values)}
+        try:
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise RunError(
+                f"{self._path} cannot be written: {error.strerror}. Checkpoints are intact: make "
+                "room, then go on with --resume."
+            ) from error
+        self._seen.add((kind, step))
+        for sink in self._sinks:
+            sink(record)
+        return record
+
+    def has(self, kind: str, step: int) -> bool:
+        """Whether there is a record of this kind and step."""
+        return (kind, step) in self._seen
+
+    def sync(self) -> None:
+        """Return once all records are on the disk."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise RunError(f"{self._path} cannot be written: {error.strerror}") from error
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def read_records(path: Path) -> list[Record]:
+    """Return the whole records of a metrics file; a line that a kill cut short is left out."""
+    records = []
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and "kind" in record and isinstance(record.get("step"), int):
+            records.append(record)
+    return records
+
+
+def drop_records_after(path: Path, step: int) -> None:
+    """Take back what was recorded after ``step``, so that the steps to come are recorded once."""
+    kept = [record for record in read_records(path) if record["step"] <= step]
+    with replacing(path) as staged:
+        staged.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _check_contents(folder: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"run.output: {folder} is a file; expected a folder or a new name")
+    try:
+        found = [path for path in folder.iterdir() if path.name != _LOCK] if folder.exists() else []
+    except OSError as error:
+        raise UserError(f"run.output: {folder} cannot be read: {error.strerror}") from error
+    if resume:
+        if not (folder / CONFIG).is_file():
+            raise UserError(f"--resume: {folder} holds no run; leave --resume out to start one")
+        _check_same_config(folder, config)
+    elif found and not _looks_like_a_run(folder):
+        raise UserError(
+            f"run.output: {folder} is not empty and does not look like a run "
+            f"(it holds {', '.join(sorted(path.name for path in found)[:3])}); "
+            "nothing in it was touched. Give a new folder."
+        )
+    elif found and not overwrite:
+        steps = list_checkpoints(folder / CHECKPOINTS)
+        reached = f"at step {steps[-1][0]}" if steps else "without a checkpoint"
+        raise UserError(
+            f"run.output: {folder} holds another run, {reached}. Go on with it (--resume), remove "
+            "it (--overwrite), or give another folder (--run.output)."
+        )
+
+
+def _looks_like_a_run(folder: Path) -> bool:
+    """Whether the traces of a run are there; files that someone added to it do not matter."""
+    traces = (_LOCK, METRICS, CHECKPOINTS)
+    if not (folder / CONFIG).is_file() or not any((folder / name).exists() for name in traces):
+        return False
+    try:
+        load_config(folder / CONFIG)
+    except UserError:
+        return False
+    return True
+
+
+def _check_same_config(folder: Path, config: TrainConfig) -> None:
+    differing = differences(config, load_config(folder / CONFIG))
+    if differing:
+        told = "; ".join(f"{key}: {new!r}, was {old!r}" for key, (new, old) in differing.items())
+        raise UserError(
+            f"--resume: the run in {folder} has another configuration ({told}). Give the old "
+            "values, or start another run with another --run.output."
+        )
+
+
+def _make(folder: Path) -> bool:
+    made = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run.output: {folder} cannot be made: {error.strerror}") from error
+    return made
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Hold the folder for this process; the kernel lets go of it when the process ends."""
+    try:
+        file = (folder / _LOCK).open("a")
+    except OSError as error:
+        raise UserError(f"run.output: {folder} cannot be written: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"run.output: another process is training in {folder}") from None
+        yield
+
+
+def _remove_if_empty(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()

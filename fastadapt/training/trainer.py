@@ -1,0 +1,78 @@
+"""From a configuration to a run directory with trained adapters."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from threading import Event
+
+import torch
+
+from fastadapt.errors import RunError
+from fastadapt.training import rundir
+from fastadapt.training.checkpoint import Checkpoint, PassedOver, load_latest
+from fastadapt.training.config import TrainConfig
+from fastadapt.training.interrupt import out_of_memory_explained, stop_on_signals
+from fastadapt.training.rundir import Record, Sink
+
+
+def train(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    sinks: Sequence[Sink] = (),
+    stop: Event | None = None,
+) -> Record:
+    """Train adapters as configured, into the folder ``config.run.output``.
+
+    Args:
+        config: everything the run depends on.
+        resume: go on from the newest checkpoint of the run in that folder.
+        overwrite: remove the run in that folder first.
+        sinks: called with every record of ``metrics.jsonl``, as it is written.
+        stop: set it to end after the step in progress. SIGTERM and the first SIGINT do the same
+            where this is called in the main thread; a second SIGINT interrupts.
+
+    Returns:
+        The summary, with ``interrupted: False``. If the run was told to stop: ``interrupted:
+        True``, ``signal``, ``step``, ``steps``, ``checkpoint``, ``output``; resume goes on there.
+
+    Raises:
+        UserError: a value, a model, a data set or the folder is not as it must be.
+        RunError: no space, no memory, or too many batches in a row that are not finite.
+    """
+    started = time.monotonic()
+    if config.run.threads is not None:
+        torch.set_num_threads(config.run.threads)
+    with (
+        stop_on_signals(stop) as (stopping, caught),
+        rundir.open_run(config, resume=resume, overwrite=overwrite) as folder,
+        out_of_memory_explained(config),
+    ):
+        from fastadapt.training.loop import Run
+
+        checkpoint, passed = _find_checkpoint(folder) if resume else (None, [])
+        run = Run(config, folder, started)
+        if not resume:
+            rundir.start_afresh(folder, config)
+        run.begin(checkpoint, passed, sinks, resume=resume)
+        with run.log:
+            run.evaluate_if_due(stopping)
+            while run.step < run.steps and not stopping.is_set():
+                run.advance()
+                run.save_if_due()
+                run.evaluate_if_due(stopping)
+            return run.finish() if run.done else run.interrupted(caught)
+
+
+def _find_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[PassedOver]]:
+    checkpoint, passed = load_latest(folder / rundir.CHECKPOINTS)
+    if checkpoint is None and passed:
+        told = "; ".join(f"{each.path.name}: {each.reason}" for each in passed)
+        raise RunError(
+            f"no checkpoint in {folder / rundir.CHECKPOINTS} is whole ({told}). "
+            "Start again with --overwrite."
+        )
+    return checkpoint, passed
