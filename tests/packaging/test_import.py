@@ -1,0 +1,111 @@
+"""Importing is quick and quiet, and ``kernels/`` at the root is in nobody's way."""
+
+import importlib.metadata
+import json
+import statistics
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+import fastadapt
+
+SECONDS = 0.3
+
+
+def test_the_public_names_are_these():
+    assert fastadapt.__all__ == [
+        "AdapterConfig",
+        "ModelPair",
+        "PairConfig",
+        "PairMismatchError",
+        "ReplacementModel",
+        "RunError",
+        "TranscoderAdapter",
+        "UserError",
+        "__version__",
+        "load_adapters",
+        "save_adapters",
+    ]
+    for name in fastadapt.__all__:
+        assert hasattr(fastadapt, name)
+    assert fastadapt.__version__ == importlib.metadata.version("fastadapt")
+
+
+TIMED = """
+import json, sys, time, torch
+started = time.perf_counter()
+import fastadapt
+seconds = time.perf_counter() - started
+heavy = [name for name in ("transformers", "triton", "datasets") if name in sys.modules]
+print(json.dumps([seconds, heavy]))
+"""
+
+
+def test_import_is_quick_and_light(run, tmp_path):
+    results = [json.loads(run(TIMED, cwd=tmp_path)) for _ in range(5)]
+    assert results[0][1] == []
+    # The first run may write byte code.
+    assert statistics.median(seconds for seconds, _ in results) < SECONDS
+
+
+IMPORT_ALL = """
+import importlib, pkgutil, sys
+
+def refuse(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"):
+        raise RuntimeError(f"{event} {arguments}")
+
+sys.addaudithook(refuse)
+import fastadapt
+names = ["fastadapt"]
+folders = [(fastadapt.__path__, "fastadapt.")]
+for paths, prefix in folders:
+    for module in pkgutil.iter_modules(paths, prefix):
+        names.append(module.name)
+        loaded = importlib.import_module(module.name)
+        if module.ispkg:
+            folders.append((loaded.__path__, module.name + "."))
+print(*names)
+"""
+
+
+def test_no_module_reaches_for_the_network_when_imported(run, installed, tmp_path):
+    names = run(IMPORT_ALL, cwd=tmp_path, path=installed).split()
+    assert {"fastadapt.cli", "fastadapt.kernels.linear_kl", "fastadapt.data.sources"} <= set(names)
+
+
+FROM_THE_ROOT = """
+import importlib.metadata, importlib.util, json
+spec = importlib.util.find_spec("kernels")
+from transformers import Qwen2ForCausalLM
+try:
+    version = importlib.metadata.version("kernels")
+except importlib.metadata.PackageNotFoundError:
+    version = None
+folders = list(spec.submodule_search_locations)
+print(json.dumps([Qwen2ForCausalLM.__name__, version, spec.origin, folders]))
+"""
+
+
+@pytest.mark.parametrize("present", [True, False], ids=["present", "absent"])
+def test_transformers_models_import_from_the_root(present, run, root, tmp_path):
+    """With Hugging Face's ``kernels`` and, in a copy of site-packages without it, with none.
+
+    The copy is a folder of links, used without ``site`` so that nothing else is on the path. There
+    ``kernels`` is found all the same: it is the folder at the root, a namespace without code.
+    """
+    for entry in Path(sysconfig.get_paths()["purelib"]).iterdir():
+        hidden = entry.name == "kernels" or entry.name.startswith("kernels-")
+        if entry.suffix != ".pth" and (present or not hidden):
+            (tmp_path / entry.name).symlink_to(entry)
+    printed = run(FROM_THE_ROOT, "-S", cwd=root, path=tmp_path)
+    name, version, origin, locations = json.loads(printed)
+    assert name == "Qwen2ForCausalLM"
+    if present:
+        assert version is not None
+        assert origin == str(tmp_path / "kernels" / "__init__.py")
+    else:
+        assert version is None
+        assert origin is None
+        assert [Path(location).resolve() for location in locations] == [root / "kernels"]
