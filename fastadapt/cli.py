@@ -1,0 +1,240 @@
+"""The command line; the only place that prints.
+
+Results go to standard output, progress and errors to standard error. Exit code 0: done, or stopped
+by a signal with everything saved; 1: a failure on the way; 2: what was asked cannot be done.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fastadapt.errors import RunError, UserError
+from fastadapt.options import (
+    doctor_parser,
+    nearest,
+    organism_parser,
+    parse_train,
+    train_parser,
+)
+
+USAGE = """\
+usage: fastadapt COMMAND ...
+
+  train PRESET_OR_YAML   train transcoder adapters on a model pair
+  organism               the embedded model pair: build, check, sample
+  doctor                 what will be used on this machine and why, and a check of the kernels
+
+fastadapt COMMAND --help tells the options of each; fastadapt --version the version."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code; what is no one's mistake keeps its traceback."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except (UserError, RunError) as error:
+        _print_error(str(error))
+        return error.exit_code
+    except SystemExit as end:  # --help
+        return end.code if isinstance(end.code, int) else 0
+    except KeyboardInterrupt:
+        _print_error("interrupted")
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+
+
+def _dispatch(argv: list[str]) -> int:
+    name, rest = (argv[0], argv[1:]) if argv else ("--help", [])
+    if name in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    if name == "--version":
+        from importlib.metadata import version
+
+        print(f"fastadapt {version('fastadapt')}")
+        return 0
+    if name not in COMMANDS:
+        raise UserError(f"unknown command {name!r}{nearest(name, COMMANDS)} (see fastadapt --help)")
+    return COMMANDS[name](rest)
+
+
+def _print_error(message: str) -> None:
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print(Text("error: ", style="bold red"), Text(message), sep="", end="\n")
+
+
+def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    # A pipe has no width: lines there are as long as they need to be.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    table = Table(show_edge=False, pad_edge=False, header_style="bold")
+    for i, name in enumerate(head):
+        table.add_column(name, justify="right" if i else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table)
+
+
+# --- train ----------------------------------------------------------------------------------------
+
+
+def train(argv: list[str]) -> int:
+    """`fastadapt train`."""
+    if {"-h", "--help"} & set(argv):
+        train_parser().print_help()
+        return 0
+    config, flags = parse_train(argv)
+    if flags.print_config:
+        import yaml
+
+        from fastadapt.training.config import to_dict
+
+        print(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), end="")
+        return 0
+    if flags.dry_run:
+        return _print_plan(config)
+
+    from fastadapt.progress import Progress
+    from fastadapt.training import train as run_training
+
+    _say("Loading models and data ...")
+    with Progress(sys.stderr) as progress:
+        summary = run_training(
+            config, resume=flags.resume, overwrite=flags.overwrite, sinks=[progress]
+        )
+    if summary["interrupted"]:
+        return _stopped(summary, flags.config, argv)
+    _print_summary(summary)
+    return 0
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _stopped(summary: dict[str, Any], config: str, argv: list[str]) -> int:
+    """A signal came and everything is saved: say how to go on."""
+    from fastadapt.training.report import write_report
+
+    report = write_report(summary["output"])
+    again = [a for a in argv if a not in ("--resume", "--overwrite")]
+    command = " ".join(["fastadapt train", *map(_quoted, again), "--resume"])
+    print(f"Stopped at step {summary['step']} of {summary['steps']}; everything up to it is saved.")
+    print(f"Go on with:  {command}")
+    print(f"So far:      {report}")
+    return 0
+
+
+def _quoted(argument: str) -> str:
+    import shlex
+
+    return shlex.quote(argument)
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    from fastadapt.training.records import comparison, duration, number, percent
+
+    print()
+    _print_table(*comparison(summary))
+    print()
+    recovered = percent(summary.get("kl_recovered_vs_hybrid"))
+    print(f"The adapter recovers {recovered} of the hybrid's KL to the target.")
+    l0 = ", ".join(number(v) for v in summary.get("l0_per_layer") or [])
+    print(f"L0 per layer: {l0}")
+    print(f"{number(summary['tokens'])} training tokens in {duration(summary['wall_s'])}")
+    print(f"adapter: {summary['adapter']}")
+    print(f"report:  {Path(summary['report']).resolve()}")
+
+
+def _print_plan(config: Any) -> int:
+    from fastadapt.training.interrupt import free_memory
+    from fastadapt.training.plan import gib, plan
+
+    planned = plan(config)
+    _print_table(["memory", ""], [[name, gib(size)] for name, size in planned.parts.items()])
+    print()
+    print(f"Peak: {gib(planned.peak_bytes)}; {free_memory()}.")
+    return 0
+
+
+# --- organism and doctor --------------------------------------------------------------------------
+
+
+def organism(argv: list[str]) -> int:
+    """`fastadapt organism`."""
+    if not argv:
+        organism_parser().print_help()
+        return 0
+    typed = organism_parser().parse_args(argv)
+    options = typed[typed.subcommand]
+    return ORGANISM[typed.subcommand](options)
+
+
+def _organism_build(options: Any) -> int:
+    from fastadapt.organism import build
+
+    out = Path(options.out).expanduser()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not options.overwrite:
+        raise UserError(f"--out: {out} is in use; give a new folder, or --overwrite")
+    _print_values(build(out, seed=options.seed, progress=_say_record))
+    print(f"written to {out.resolve()}")
+    return 0
+
+
+def _organism_check(options: Any) -> int:
+    from fastadapt.organism import FOLDER, check
+
+    folder = Path(options.folder or FOLDER)
+    if not folder.is_dir():
+        raise UserError(f"--folder: no such folder: {folder}")
+    _print_values(check(folder))
+    return 0
+
+
+def _organism_sample(options: Any) -> int:
+    raise NotImplementedError
+
+
+def _say_record(record: dict[str, Any]) -> None:
+    _say("  ".join(f"{key} {_short(value)}" for key, value in record.items()))
+
+
+def _print_values(values: dict[str, Any]) -> None:
+    _print_table(["", ""], [[key, _short(value)] for key, value in values.items()])
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def doctor(argv: list[str]) -> int:
+    """`fastadapt doctor`."""
+    options = doctor_parser().parse_args(argv)
+
+    from fastadapt.doctor import diagnose
+
+    diagnosis = diagnose()
+    if options.json:
+        print(json.dumps(diagnosis, indent=2))
+    else:
+        for title, rows in diagnosis["sections"].items():
+            _print_table([title, *[""] * (len(rows[0]) - 1)], rows)
+            print()
+    return 0 if diagnosis["ok"] else 1
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": train,
+    "organism": organism,
+    "doctor": doctor,
+}
+ORGANISM = {"build": _organism_build, "check": _organism_check, "sample": _organism_sample}

@@ -1,0 +1,124 @@
+"""A run directory read back: its records by kind, its final numbers, and the table of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastadapt.training.rundir import CONFIG, METRICS, SUMMARY, Record, read_records
+
+
+@dataclass
+class Run:
+    """What a run directory holds, each part as far as it got.
+
+    Attributes:
+        folder: the run directory.
+        train, evals: one record per step, in order of steps.
+        events: every other record, in order of writing.
+        summary: ``summary.json``, empty before the end of the run.
+        config: ``config.yaml`` as text.
+    """
+
+    folder: Path
+    train: list[Record] = field(default_factory=list)
+    evals: list[Record] = field(default_factory=list)
+    events: list[Record] = field(default_factory=list)
+    summary: Record = field(default_factory=dict)
+    config: str = ""
+
+    @property
+    def result(self) -> Record:
+        """The final numbers: of the summary, or of the last evaluation of a run without one."""
+        return {**(self.evals[-1] if self.evals else {}), **self.summary}
+
+
+def read_run(run_dir: str | Path) -> Run:
+    """Reads a run directory; a step that was recorded twice counts as recorded last.
+
+    Raises:
+        FileNotFoundError: `run_dir` is not a directory.
+    """
+    folder = Path(run_dir)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"run_dir: expected a run directory, got {str(run_dir)!r}")
+    run = Run(folder)
+    steps: dict[str, dict[int, Record]] = {"train": {}, "eval": {}}
+    for record in read_records(folder / METRICS):
+        if record["kind"] in steps:
+            steps[record["kind"]][record["step"]] = record
+        else:
+            run.events.append(record)
+    run.train = [steps["train"][s] for s in sorted(steps["train"])]
+    run.evals = [steps["eval"][s] for s in sorted(steps["eval"])]
+    if (folder / SUMMARY).is_file():
+        run.summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    if (folder / CONFIG).is_file():
+        run.config = (folder / CONFIG).read_text(encoding="utf-8")
+    return run
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """A number as a reader wants it: `digits` significant digits, thousands grouped, – for none."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    if isinstance(value, float) and math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    if value == 0:
+        return "0"
+    magnitude = math.floor(math.log10(abs(value)))
+    if magnitude >= 5 and not isinstance(value, int):
+        return f"{value:,.0f}"
+    if magnitude < -4:
+        mantissa, exponent = f"{value:.{max(digits - 2, 0)}e}".split("e")
+        return f"{mantissa}e{int(exponent)}".replace("-", "−")
+    if isinstance(value, int):
+        return f"{value:,}".replace("-", "−")
+    return f"{value:,.{max(digits - 1 - magnitude, 0)}f}".replace("-", "−")
+
+
+def percent(value: float | None) -> str:
+    """A share of 1 as a percentage with one digit, – for none."""
+    return "–" if value is None else f"{100 * value:.1f}%".replace("-", "−")
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as hours, minutes and seconds, the two largest that apply."""
+    if seconds is None:
+        return "–"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def comparison(result: Record) -> tuple[list[str], list[list[str]]]:
+    """The table hybrid / adapter / target: its head and rows, from a summary or an evaluation.
+
+    The target is what the others are measured against, so its errors are 0 by definition.
+    """
+
+    def row(name: str, hybrid: str, adapter: str, show: Any = number) -> list[str]:
+        return [name, show(result.get(hybrid)), show(result.get(adapter)), show(0)]
+
+    rows = [
+        row("KL to the target (nats per token)", "kl_hybrid", "kl_adapter"),
+        row("top-1 error", "top1_error_hybrid", "top1_error_adapter", percent),
+        row("NMSE, mean over layers", "nmse_mean_hybrid", "nmse_mean"),
+    ]
+    hybrid = result.get("nmse_per_layer_hybrid") or []
+    adapter = result.get("nmse_per_layer") or []
+    for i in range(max(len(hybrid), len(adapter))):
+        name = "NMSE of the embedding" if i == 0 else f"NMSE after layer {i - 1}"
+        rows.append([name, number(at(hybrid, i)), number(at(adapter, i)), "0"])
+    rows.append(["L0 (features per token and layer)", "–", number(result.get("l0_mean")), "–"])
+    return ["", "hybrid", "adapter", "target"], rows
+
+
+def at(values: list[Any] | None, index: int) -> Any:
+    """`values[index]`, None where there is none."""
+    return values[index] if values and index < len(values) else None

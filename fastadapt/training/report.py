@@ -1,0 +1,303 @@
+"""A run as one page: ``report.html``, made from the run directory alone.
+
+The page needs no network and no script: drawings are inline SVG, the style is in the page, and both
+follow the reader's light or dark setting. Measures are those of `fastadapt.evaluation`: KL is
+KL(target ‖ model) in nats per predicted token, NMSE is ‖ĥ - h‖²/‖h‖², L0 is active features per
+token per layer (arXiv 2602.20904).
+"""
+
+from __future__ import annotations
+
+import json
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from fastadapt.training.charts import (
+    Series,
+    empty_chart,
+    histogram,
+    line_chart,
+    ramp,
+    smooth,
+)
+from fastadapt.training.records import Run, at, comparison, duration, number, percent, read_run
+from fastadapt.training.report_style import STYLE
+
+# key of a training record: title, unit, key of an evaluation for the adapter, and for the hybrid
+CURVES: dict[str, tuple[str, str, str | None, str | None]] = {
+    "loss": ("Total loss", "weighted sum of all terms", None, None),
+    "kl": ("Output KL", "nats per token", "kl_adapter", "kl_hybrid"),
+    "top1_error": ("Top-1 error", "share of tokens", "top1_error_adapter", "top1_error_hybrid"),
+    "nmse": ("NMSE", "mean over layers", "nmse_mean", "nmse_mean_hybrid"),
+    "nmse_token": ("NMSE per token", "mean over tokens and layers", None, None),
+    "bridge_adapter_to_target": ("Bridge: adapter → target", "nats per token", None, None),
+    "bridge_target_to_adapter": ("Bridge: target → adapter", "nats per token", None, None),
+    "sparsity": ("Sparsity", "λ · Σ a‖W_dec‖", None, None),
+    "l0": ("L0", "active features per token and layer", "l0_mean", None),
+}
+OPTIMISATION = {
+    "lr": ("Learning rate", ""),
+    "grad_norm": ("Gradient norm", "before clipping"),
+    "tokens_per_s": ("Speed", "tokens per second"),
+}
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Writes ``report.html`` into a run directory, finished or not, from that directory alone.
+
+    Args:
+        run_dir: a run directory; every file in it may be missing.
+
+    Returns:
+        Path of the page.
+    """
+    run = read_run(run_dir)
+    title = run.folder.resolve().name
+    body = [
+        _head(run, title),
+        _tiles(run),
+        _section("Against the target", _comparison(run), "held-out data"),
+        _section("Training", _curves(run), "thin: every step · thick: smoothed · dots: held-out"),
+        _section("Sparsity", _sparsity(run), "per layer"),
+        _section("Layers", _layers(run), "held-out data"),
+        _section("Optimisation", _optimisation(run)),
+        _section("Events", _events(run)),
+        _section("Run", _run_facts(run)),
+    ]
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f"<title>{escape(title)} · fastadapt</title><style>{STYLE}</style></head>"
+        f"<body><main>{''.join(body)}</main></body></html>\n"
+    )
+    path = run.folder / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _section(title: str, content: str, note: str = "") -> str:
+    if not content:
+        return ""
+    aside = f'<span class="note">{escape(note)}</span>' if note else ""
+    return f"<section><header><h2>{escape(title)}</h2>{aside}</header>{content}</section>"
+
+
+def _head(run: Run, title: str) -> str:
+    step = run.train[-1].get("step") if run.train else None
+    if run.summary:
+        state = '<span class="state done">finished</span>'
+    else:
+        at = f" at step {number(step)}" if step is not None else ""
+        state = f'<span class="state open">not finished{at}</span>'
+    return (
+        f'<div class="top"><p class="brand">fastadapt · transcoder adapters</p>'
+        f"<h1>{escape(title)}</h1>{state}</div>"
+    )
+
+
+def _tiles(run: Run) -> str:
+    r = run.result
+    tokens = r.get("tokens")
+    tiles = [
+        ("KL recovered", percent(r.get("kl_recovered_vs_hybrid")), "of the hybrid's KL to target"),
+        ("KL to target", number(r.get("kl_adapter")), f"hybrid {number(r.get('kl_hybrid'))} nats"),
+        (
+            "Top-1 error",
+            percent(r.get("top1_error_adapter")),
+            f"hybrid {percent(r.get('top1_error_hybrid'))}",
+        ),
+        ("L0", number(r.get("l0_mean")), "features per token and layer"),
+        ("Tokens", number(tokens), f"in {duration(r.get('wall_s'))}"),
+    ]
+    cells = "".join(
+        f'<div class="tile"><span>{escape(a)}</span><b>{escape(b)}</b><i>{escape(c)}</i></div>'
+        for a, b, c in tiles
+    )
+    return f'<div class="tiles">{cells}</div>'
+
+
+def _table(head: list[str], rows: list[list[str]], kind: str = "") -> str:
+    top = "".join(f"<th>{escape(h)}</th>" for h in head)
+    body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in rows)
+    return (
+        f'<div class="scroll"><table class="{kind}"><thead><tr>{top}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def _comparison(run: Run) -> str:
+    if run.result.get("kl_adapter") is None:
+        return '<p class="none">No evaluation was recorded yet.</p>'
+    return _table(*comparison(run.result), kind="compare")
+
+
+def _card(title: str, unit: str, chart: str, legend: str = "") -> str:
+    return (
+        f'<figure class="card"><header><h3>{escape(title)}</h3>'
+        f"<span>{escape(unit)}</span></header>"
+        f'<div class="legend">{legend}</div>{chart}</figure>'
+    )
+
+
+def _key(style: str, name: str, value: float | None) -> str:
+    return f'<span><i class="{style}"></i>{escape(name)} <b>{number(value)}</b></span>'
+
+
+def _column(records: list[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    kept = [(r.get("step", 0), r[key]) for r in records if isinstance(r.get(key), int | float)]
+    return [float(s) for s, _ in kept], [float(v) for _, v in kept]
+
+
+def _curve(
+    run: Run,
+    key: str,
+    title: str,
+    unit: str,
+    held: str | None = None,
+    base: str | None = None,
+) -> str:
+    xs, ys = _column(run.train, key)
+    held_xs, held_ys = _column(run.evals, held) if held else ([], [])
+    base_xs, base_ys = _column(run.evals, base) if base else ([], [])
+    if not xs and not held_xs:
+        return ""
+    series, legend = [], []
+    if xs:
+        window = max(1, len(xs) // 40)
+        smoothed = smooth(ys, window)
+        series += [Series("train, every step", xs, ys, "faint")] if window > 1 else []
+        series.append(Series("train", xs, smoothed, "main"))
+        legend.append(_key("main", "train", smoothed[-1]))
+    if held_xs:
+        series.append(Series("held-out", held_xs, held_ys, "held"))
+        legend.append(_key("held", "held-out", held_ys[-1]))
+    if base_xs:
+        ends = [min([*xs, *held_xs]), max([*xs, *held_xs])]
+        series.insert(0, Series("hybrid", ends, [base_ys[-1]] * 2, "base"))
+        legend.append(_key("base", "hybrid", base_ys[-1]))
+    return _card(title, unit, line_chart(f"{title} over steps", series), "".join(legend))
+
+
+def _grid(cards: list[str]) -> str:
+    kept = [c for c in cards if c]
+    return f'<div class="grid">{"".join(kept)}</div>' if kept else ""
+
+
+def _curves(run: Run) -> str:
+    cards = _grid([_curve(run, key, *spec) for key, spec in CURVES.items()])
+    return cards or '<p class="none">No training step was recorded yet.</p>'
+
+
+def _optimisation(run: Run) -> str:
+    return _grid([_curve(run, key, *spec) for key, spec in OPTIMISATION.items()])
+
+
+def _layer_key(n: int) -> str:
+    if n <= 8:
+        return "".join(
+            f'<span><i style="background:{ramp(i / max(n - 1, 1))}"></i>layer {i}</span>'
+            for i in range(n)
+        )
+    stops = ",".join(ramp(i / 4) for i in range(5))
+    style = f"background:linear-gradient(90deg,{stops})"
+    return f'<span>layer 0<i class="ramp" style="{style}"></i>layer {n - 1}</span>'
+
+
+def _l0_over_time(run: Run) -> str:
+    records = [r for r in run.train if r.get("l0_per_layer")]
+    if not records:
+        return ""
+    n = len(records[-1]["l0_per_layer"])
+    xs = [float(r.get("step", 0)) for r in records]
+    window = max(1, len(xs) // 40)
+    series = [
+        Series(
+            f"layer {i}",
+            xs,
+            smooth([float(at(r["l0_per_layer"], i) or 0) for r in records], window),
+            ramp(i / max(n - 1, 1)),
+        )
+        for i in range(n)
+    ]
+    chart = line_chart("L0 of each layer over steps, log axis", series, log=True)
+    return _card(
+        "L0 per layer over time", "active features per token, log axis", chart, _layer_key(n)
+    )
+
+
+def _density(run: Run) -> tuple[list[float], list[list[int]]]:
+    """Edges and counts per layer, without the decades that are empty in every layer."""
+    histograms = run.result.get("feature_density_histogram") or {}
+    edges, layers = histograms.get("log10_edges") or [], histograms.get("counts") or []
+    used = [i for counts in layers for i, count in enumerate(counts) if count]
+    if not used:
+        return edges, layers
+    first = next(i for i in range(min(used), -1, -1) if i == 0 or edges[i] == int(edges[i]))
+    return edges[first:], [counts[first:] for counts in layers]
+
+
+def _sparsity(run: Run) -> str:
+    cards = [_l0_over_time(run)]
+    edges, layers = _density(run)
+    dead = run.result.get("n_dead_per_layer") or []
+    for i, counts in enumerate(layers):
+        silent = at(dead, i)
+        note = f"<span>dead <b>{number(silent)}</b></span>" if silent is not None else ""
+        chart = histogram(
+            f"Feature density of layer {i}", edges, counts, x_label="log10 of the share of tokens"
+        )
+        cards.append(_card(f"Feature density, layer {i}", "number of features", chart, note))
+    if not layers and cards[0]:
+        none = empty_chart("measured at the first evaluation")
+        cards.append(_card("Feature density", "number of features", none))
+    return _grid(cards)
+
+
+def _layers(run: Run) -> str:
+    r = run.result
+    l0, dead = r.get("l0_per_layer") or [], r.get("n_dead_per_layer") or []
+    last = next((t for t in reversed(run.train) if t.get("dead_per_layer")), {})
+    recent = last.get("dead_per_layer") or []
+    n = max(len(l0), len(dead), len(recent))
+    if not n:
+        return ""
+    rows = [
+        [
+            f"layer {i}",
+            number(at(l0, i)),
+            number(at(dead, i)),
+            number(at(recent, i)),
+            number(at(r.get("nmse_per_layer") or [], i + 1)),
+        ]
+        for i in range(n)
+    ]
+    head = ["", "L0", "dead on held-out", "dead in training", "NMSE after"]
+    return _table(head, rows)
+
+
+def _events(run: Run) -> str:
+    rows = []
+    for e in run.events:
+        if e["kind"] == "checkpoint":
+            continue
+        rest = {k: v for k, v in e.items() if k not in ("kind", "step", "wall_s")}
+        rows.append([str(e["kind"]), number(e.get("step")), json.dumps(rest, ensure_ascii=False)])
+    return _table(["what", "step", "more"], rows, "events") if rows else ""
+
+
+def _run_facts(run: Run) -> str:
+    facts = [["folder", run.folder.resolve().name]]
+    if run.train:
+        facts.append(["steps recorded", number(len(run.train))])
+    saved = [e for e in run.events if e["kind"] == "checkpoint"]
+    if saved:
+        facts.append(["checkpoints written", number(len(saved))])
+    facts += [[k, str(v)] for k, v in (run.summary.get("versions") or {}).items()]
+    config = (
+        f"<details open><summary>config.yaml</summary><pre>{escape(run.config)}</pre></details>"
+        if run.config
+        else ""
+    )
+    return _table(["", ""], facts, "facts") + config
