@@ -1,4 +1,6 @@
-"""What every test runs under: no network, one thread, fixed seeds."""
+"""What every test runs under: no network, one thread, fixed seeds; and tiny random pairs."""
+
+from __future__ import annotations
 
 import os
 
@@ -10,7 +12,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,3 +44,86 @@ def poison() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+TINY = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+    "tie_word_embeddings": False,
+}
+
+
+def tiny_config(architecture: str, **changes: Any) -> Any:
+    """Configuration of a model of three blocks and width 16."""
+    from transformers import Gemma2Config, LlamaConfig, Qwen2Config
+
+    kinds: dict[str, Any] = {"qwen2": Qwen2Config, "llama": LlamaConfig, "gemma2": Gemma2Config}
+    special: dict[str, Any] = {}
+    if architecture == "gemma2":
+        special = {"head_dim": 4, "sliding_window": 4, "final_logit_softcapping": 5.0}
+    return kinds[architecture](**{**TINY, **special, **changes})
+
+
+def tiny_model(architecture: str, seed: int, dtype: torch.dtype, **changes: Any) -> Any:
+    """A random model whose weights are large enough that its predictions differ by token."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(tiny_config(architecture, **changes))
+        with torch.no_grad():
+            for p in model.parameters():
+                p.normal_(0, 0.3)
+    return model.to(dtype).eval()
+
+
+@pytest.fixture
+def make_pair() -> Callable[..., Any]:
+    """``make_pair(architecture, dtype="float32")``: an unrelated target and base as a pair."""
+    from torch import nn
+
+    from fastadapt.pair import ARCHITECTURES, DTYPES, ModelPair, PairConfig
+
+    def make(architecture: str, dtype: str = "float32") -> ModelPair:
+        base = tiny_model(architecture, 1, DTYPES[dtype])
+        return ModelPair(
+            target=tiny_model(architecture, 0, DTYPES[dtype]),
+            base_mlps=nn.ModuleList(layer.mlp for layer in base.model.layers),
+            tokenizer=None,
+            config=PairConfig("target", "base", dtype=dtype, device="cpu"),
+            paths=ARCHITECTURES[architecture],
+        )
+
+    return make
+
+
+@pytest.fixture
+def save_model(tmp_path: Path) -> Callable[..., str]:
+    """``save_model(name, seed, **config changes)``: a tiny checkpoint with a tokenizer on disk."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    def save(
+        name: str, seed: int = 0, architecture: str = "qwen2", words: str = "w", **changes: Any
+    ) -> str:
+        folder = tmp_path / name
+        model = tiny_model(architecture, seed, torch.float32, **changes)
+        model.save_pretrained(folder)
+        vocabulary = {"<bos>": 0, "<eos>": 1, "<pad>": 2}
+        vocabulary |= {f"{words}{i}": i for i in range(3, model.config.vocab_size)}
+        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
+        ).save_pretrained(folder)
+        return str(folder)
+
+    return save
