@@ -31,7 +31,7 @@ test: lint  ## lint, type check, and the quick tests with coverage
 lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python .ci/types
+	$(BIN)/python .ci/typecheck.py
 
 proof: lint  ## every claim at its full count: slow tests, benchmarks, and the main job from a fresh clone
 	FASTADAPT_PROOF=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=20

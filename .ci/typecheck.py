@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Type-checks the package under the names that it is imported by.
 
 ``kernels/<op>`` is installed as ``fastadapt.kernels.<op>``, a mapping that lives in ``setup.py``
