@@ -253,7 +253,7 @@ def _discard(path: Path) -> None:
 def _why_not_saved(folder: Path, step: int, error: Exception) -> str:
     committed = list_checkpoints(folder)
     kept = f"The one of step {committed[-1][0]} is intact." if committed else "There is none yet."
-    advice = "Make the folder writable"
+    advice = "See to the folder and its disk"
     text = str(error)
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in text:
         free = shutil.disk_usage(folder if folder.is_dir() else folder.parent).free

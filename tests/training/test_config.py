@@ -1,0 +1,133 @@
+"""Impossible values are refused with their key; YAML returns what was written."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+
+from fastadapt.errors import UserError
+from fastadapt.training.config import (
+    TrainConfig,
+    differences,
+    from_dict,
+    load_config,
+    save_config,
+    to_dict,
+)
+
+BAD = {
+    "optimizer.lr": [(-1e-3, "positive"), (0.0, "positive"), (math.nan, "positive"), ("fast", "")],
+    "optimizer.betas": [([0.9], "tuple"), ([0.9, 1.0], r"\[0, 1\)"), ([-0.1, 0.9], r"\[0, 1\)")],
+    "optimizer.eps": [(0.0, "positive")],
+    "optimizer.weight_decay": [(-0.1, "0 or more")],
+    "optimizer.clip": [(0.0, "positive"), (-1.0, "positive")],
+    "optimizer.warmup": [(-0.1, r"\[0, 1\]"), (1.5, r"\[0, 1\]")],
+    "optimizer.batch_size": [(0, "1 or more"), (1.5, "expected int")],
+    "optimizer.accumulation": [(0, "1 or more")],
+    "optimizer.epochs": [(0, "1 or more"), (True, "expected int")],
+    "optimizer.max_steps": [(0, "1 or more, or null")],
+    "run.output": [("  ", "a folder")],
+    "run.seed": [(-1, r"\[0, 2\^63\)")],
+    "run.log_every": [(0, "1 or more")],
+    "run.eval_every": [(-1, "0 or more")],
+    "run.checkpoint_every": [(0, "1 or more")],
+    "run.keep_checkpoints": [(0, "1 or more")],
+    "run.max_bad_batches": [(0, "1 or more")],
+    "run.dead_window": [(0, "1 or more")],
+    "run.threads": [(0, "1 or more, or null")],
+    "adapter.activation": [("gelu", "relu, topk, batch_topk, jumprelu")],
+    "adapter.n_features": [(0, "at least 1")],
+    "adapter.k": [(4, "not used")],
+    "objective.sparsity": [(-1.0, "")],
+    "objective.first_cutoff": [(2, "0 or 1")],
+    "objective.kl_chunk_tokens": [(0, "")],
+    "data.max_tokens": [(1, "at least 2")],
+    "data.max_validation": [(0, "at least 1")],
+    "data.family": [("llama", "qwen")],
+    "pair.dtype": [("int8", "bfloat16")],
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [(key, value, expected) for key, cases in BAD.items() for value, expected in cases],
+)
+def test_impossible_values(tiny_config, key: str, value: object, expected: str) -> None:
+    with pytest.raises(UserError, match=f"{key.replace('.', '[.]')}.*{expected}"):
+        tiny_config(**{key: value})
+
+
+def test_k_beyond_the_features(tiny_config) -> None:
+    with pytest.raises(UserError, match=r"adapter\.k"):
+        from_dict({"activation": "topk", "k": 49, "n_features": 48}, _kind("adapter"), "adapter.")
+
+
+def _kind(section: str) -> type:
+    import typing
+
+    return typing.get_type_hints(TrainConfig)[section]
+
+
+def test_unknown_keys_name_the_nearest(tiny_config) -> None:
+    values = to_dict(tiny_config())
+    values["optimizer"]["learning_rate"] = values["optimizer"].pop("lr")
+    values["optimizer"]["warm_up"] = 0.1
+    with pytest.raises(UserError, match=r"unknown key optimizer\.learning_rate"):
+        from_dict(values)
+    del values["optimizer"]["learning_rate"]
+    with pytest.raises(
+        UserError, match=r"unknown key optimizer\.warm_up; did you mean optimizer\.warmup\?"
+    ):
+        from_dict(values)
+
+
+def test_missing_and_mistyped_sections(tiny_config) -> None:
+    values = to_dict(tiny_config())
+    del values["pair"]["target"]
+    with pytest.raises(UserError, match=r"pair\.target is missing"):
+        from_dict(values)
+    with pytest.raises(UserError, match="optimizer: expected keys, got 3"):
+        from_dict({**to_dict(tiny_config()), "optimizer": 3})
+
+
+def test_yaml_returns_what_was_written(tiny_config, tmp_path: Path) -> None:
+    config = tiny_config(**{"optimizer.max_steps": 7, "run.threads": 1, "optimizer.lr": 3e-4})
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    written = (tmp_path / "config.yaml").read_text()
+    for section in dataclasses.fields(config):
+        for field in dataclasses.fields(getattr(config, section.name)):
+            assert f"  {field.name}:" in written
+
+
+def test_yaml_numbers_without_a_point(tiny_config, tmp_path: Path) -> None:
+    save_config(tiny_config(), tmp_path / "config.yaml")
+    text = (tmp_path / "config.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(text.replace("lr: 0.01", "lr: 8e-4"))
+    assert load_config(tmp_path / "config.yaml").optimizer.lr == 8e-4
+
+
+def test_unreadable_yaml(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none\.yaml cannot be read: No such file"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("pair: [")
+    with pytest.raises(UserError, match=r"bad\.yaml is not YAML"):
+        load_config(tmp_path / "bad.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(UserError, match=r"configuration: expected keys, got \[1\]"):
+        load_config(tmp_path / "list.yaml")
+
+
+def test_what_may_differ_on_resume(tiny_config) -> None:
+    config = tiny_config()
+    harmless = tiny_config(
+        **{"run.output": "elsewhere", "run.eval_every": 1, "run.checkpoint_every": 9}
+    )
+    assert differences(harmless, config) == {}
+    assert differences(tiny_config(**{"optimizer.lr": 0.5, "run.seed": 1}), config) == {
+        "optimizer.lr": (0.5, 1e-2),
+        "run.seed": (1, 42),
+    }
