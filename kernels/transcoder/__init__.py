@@ -1,1 +1,238 @@
-"""transcoder: see the design."""
+"""Transcoder: encoder, ReLU-like activation, sparse decoder and decoder-norm penalty, in one op.
+
+:func:`transcoder` is the op; :data:`SAVED_OPS` lists what selective checkpointing should keep, so
+that a recompute skips the encoder's matrix product::
+
+    context_fn = partial(create_selective_checkpoint_contexts, SAVED_OPS)
+    checkpoint(block, h, use_reentrant=False, context_fn=context_fn)
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from .autograd import SAVED_OPS, transcode
+from .reference import TranscoderOutput, TranscoderStats, accumulator, reference
+from .sparse import Plan
+
+__all__ = ["SAVED_OPS", "Plan", "TranscoderOutput", "TranscoderStats", "transcoder"]
+
+ACTIVATIONS = ("relu", "topk", "batch_topk", "jumprelu")
+IMPLEMENTATIONS = ("auto", "reference", "sparse", "triton")
+
+
+def transcoder(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    *,
+    activation: str = "relu",
+    k: float | None = None,
+    threshold: Tensor | None = None,
+    bandwidth: float | None = None,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    padding: Tensor | None = None,
+    plan: Plan | None = None,
+    implementation: str = "auto",
+) -> TranscoderOutput:
+    """``out = residual + W_decᵀ a + b_dec`` with ``a = activation(W_enc x + b_enc)``.
+
+    Formulas: arXiv 2602.20904 (adapter and penalty), arXiv 2407.14435 (jumprelu). An entry is a
+    code where ``a > 0``. All floating arguments but `mask` and `threshold` share x's dtype; under
+    autocast they are cast to its dtype, float64 excepted. Sums accumulate in fp32 (float64 for
+    float64 x).
+
+    Args:
+        x: ``[T, d_in]`` or ``[S, T, d_in]``: S rows (sequences and streams stacked) of T tokens.
+        W_enc: ``[F, d_in]``, a row per feature.
+        b_enc: ``[F]``.
+        W_dec: ``[F, d_out]``, a row per feature.
+        b_dec: ``[d_out]``.
+        activation: one of
+
+            - ``"relu"``: ``a = max(z, 0)``.
+            - ``"topk"``: the `k` largest positives of each token; equal ones by lowest feature.
+            - ``"batch_topk"``: in each row of x (``[T, d]`` is one row) the ``floor(k·n)`` largest
+              positives, n its tokens that are not padding; equal ones by lowest (token, feature).
+              With `threshold` in place of `k` (inference): ``a = z·1[z > max(threshold, 0)]``.
+            - ``"jumprelu"``: ``a = z·1[z > θ]``, θ = `threshold` > 0 (one at or below 0 acts as 0).
+              ``∂a/∂θ = -(θ/ε)·1[|z-θ| < ε/2]``, also where ``a = 0``; ε = `bandwidth`.
+        k: integer in 0..F (topk), number in 0..F (batch_topk), else None.
+        threshold: ``[F]`` (jumprelu, differentiable) or 0-d or ``[F]`` (batch_topk at inference).
+        bandwidth: > 0 (jumprelu), else None.
+        residual: x's leading shape and d_out; None is 0.
+        mask: bool or floating weights of x's leading shape: how much each token counts in
+            `penalty`; statistics count tokens of non-zero weight. None is 1. Not differentiated.
+        padding: bool of x's leading shape, True on padding: no code there (``out = residual +
+            b_dec``), no part in a ranking, no weight, whatever x holds. None is no padding.
+        plan: how to lay the codes out; None lets the op look at their number. Results are exact
+            either way. Ignored by the reference.
+        implementation: ``"reference"`` (dense, plain autograd), ``"sparse"`` (CPU; codes), or
+            ``"auto"``: sparse on a CPU (and, with a plan, on the meta device), else reference.
+
+    Returns:
+        ``out`` like `residual`; ``penalty`` 0-d, fp32 or float64: ``Σ_t w_t Σ_i a_ti ‖W_dec,i‖₂``,
+        a sum, whose norm is differentiated, with gradient 0 at a zero row; ``stats``.
+
+    Non-finite values: a NaN pre-activation counts as active and ranks with ``+inf`` as the
+    largest, so that it reaches `out`; ``-0`` and ``-inf`` are inactive, denormals are active.
+    Whether a non-finite weight or gradient spreads to entries that it meets with factor 0 is
+    left open.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, device, shape or value, with what was
+            expected and what was got; in the sparse path also codes beyond ``plan.capacity``.
+        NotImplementedError: ``implementation="triton"``.
+    """
+    _validate(x, W_enc, b_enc, W_dec, b_dec, residual, mask, padding)
+    _validate_activation(activation, k, threshold, bandwidth, W_enc)
+    chosen = _choose(implementation, x.device.type, plan)
+
+    autocast = _autocasts(x)
+    if autocast:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, W_enc, b_enc, W_dec, b_dec = (t.to(dtype) for t in (x, W_enc, b_enc, W_dec, b_dec))
+        residual = None if residual is None else residual.to(dtype)
+    acc = accumulator(x.dtype)
+    if activation == "batch_topk" and threshold is not None:
+        threshold = threshold.detach().to(acc).expand(W_enc.shape[0])
+    lead = x.shape[:-1]
+    x_STD = x if x.dim() == 3 else x[None]
+    rows = x_STD.shape[:-1]
+    with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
+        result = (reference if chosen == "reference" else transcode)(
+            x_STD,
+            W_enc,
+            b_enc,
+            W_dec,
+            b_dec,
+            activation=activation,
+            k=k,
+            threshold=threshold,
+            bandwidth=bandwidth,
+            residual_STE=None if residual is None else residual.reshape(*rows, W_dec.shape[1]),
+            weight_ST=None if mask is None else mask.detach().reshape(rows).to(acc),
+            padding_ST=None if padding is None else padding.reshape(rows),
+            **({} if chosen == "reference" else {"plan": plan}),
+        )
+    return result._replace(out=result.out.view(*lead, W_dec.shape[1]))
+
+
+def _autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for x: it leaves float64 alone."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return False
+    return torch.is_autocast_enabled(device)
+
+
+def _expect(ok: bool, argument: str, expected: str, got: object) -> None:
+    if not ok:
+        raise ValueError(f"transcoder: {argument} must be {expected}; got {got}")
+
+
+def _validate(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    padding: Tensor | None,
+) -> None:
+    """Types, devices, dtypes and shapes of the tensors."""
+    named = {"x": x, "W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
+    named |= {n: t for n, t in [("residual", residual)] if t is not None}
+    flags = {n: t for n, t in [("mask", mask), ("padding", padding)] if t is not None}
+    for name, tensor in (named | flags).items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"transcoder: {name} must be a tensor; got {type(tensor).__name__}")
+        _expect(tensor.device == x.device, name, f"on x's device, {x.device}", tensor.device)
+    _expect(x.is_floating_point(), "x", "of a floating dtype", x.dtype)
+    if not _autocasts(x):
+        for name, tensor in named.items():
+            _expect(tensor.dtype == x.dtype, name, f"of x's dtype, {x.dtype}", tensor.dtype)
+    _expect(x.dim() in (2, 3), "x", "of shape [T, d_in] or [S, T, d_in]", list(x.shape))
+    _expect(W_enc.dim() == 2, "W_enc", "of shape [F, d_in]", list(W_enc.shape))
+    _expect(W_dec.dim() == 2, "W_dec", "of shape [F, d_out]", list(W_dec.shape))
+    F, d_in, d_out = W_enc.shape[0], x.shape[-1], W_dec.shape[1]
+    lead = list(x.shape[:-1])
+    shapes = {"W_enc": [F, d_in], "b_enc": [F], "W_dec": [F, d_out], "b_dec": [d_out]}
+    shapes |= {"residual": [*lead, d_out], "mask": lead, "padding": lead}
+    origin = f"(x is {list(x.shape)}, W_enc has {F} features)"
+    for name, tensor in (named | flags).items():
+        if name in shapes:
+            got = list(tensor.shape)
+            _expect(got == shapes[name], name, f"of shape {shapes[name]} {origin}", got)
+    if padding is not None:
+        _expect(padding.dtype == torch.bool, "padding", "of dtype bool", padding.dtype)
+    if mask is not None:
+        ok = mask.dtype == torch.bool or mask.is_floating_point()
+        _expect(ok, "mask", "bool or floating weights", mask.dtype)
+
+
+def _validate_activation(
+    activation: str,
+    k: float | None,
+    threshold: Tensor | None,
+    bandwidth: float | None,
+    W_enc: Tensor,
+) -> None:
+    """Which of k, threshold and bandwidth the activation takes, and their values."""
+    F = W_enc.shape[0]
+    _expect(activation in ACTIVATIONS, "activation", f"one of {ACTIVATIONS}", repr(activation))
+    ranked = activation == "topk" or (activation == "batch_topk" and threshold is None)
+    if ranked:
+        _expect(k is not None, "k", f"given for activation {activation!r}", None)
+        assert k is not None
+        _expect(0 <= k <= F, "k", f"in 0..{F}, the number of features", k)
+        _expect(activation == "batch_topk" or int(k) == k, "k", "a whole number for topk", k)
+    else:
+        reason = "given threshold" if activation == "batch_topk" else activation
+        _expect(k is None, "k", f"None with {reason}", k)
+    jumps = activation == "jumprelu"
+    if jumps:
+        _expect(bandwidth is not None, "bandwidth", "given for jumprelu", None)
+        assert bandwidth is not None
+        _expect(0 < bandwidth < float("inf"), "bandwidth", "positive and finite", bandwidth)
+        _expect(threshold is not None, "threshold", f"a tensor of shape [{F}] for jumprelu", None)
+    else:
+        _expect(bandwidth is None, "bandwidth", f"None with {activation}", bandwidth)
+    if threshold is not None:
+        takes = jumps or activation == "batch_topk"
+        _expect(takes, "threshold", f"None with {activation}", "a tensor")
+        if not isinstance(threshold, Tensor):
+            raise TypeError(
+                f"transcoder: threshold must be a tensor; got {type(threshold).__name__}"
+            )
+        shapes = [[F]] if jumps else [[F], []]
+        got = list(threshold.shape)
+        _expect(got in shapes, "threshold", " or ".join(f"of shape {s}" for s in shapes), got)
+        _expect(threshold.is_floating_point(), "threshold", "floating", threshold.dtype)
+        device = W_enc.device
+        _expect(threshold.device == device, "threshold", f"on {device}", threshold.device)
+
+
+def _choose(implementation: str, device: str, plan: Plan | None) -> str:
+    """The implementation that `implementation` means on this device."""
+    known = f"one of {IMPLEMENTATIONS}"
+    _expect(implementation in IMPLEMENTATIONS, "implementation", known, repr(implementation))
+    if plan is not None and not isinstance(plan, Plan):
+        raise TypeError(f"transcoder: plan must be a Plan or None; got {type(plan).__name__}")
+    if implementation == "triton":
+        raise NotImplementedError(
+            "transcoder: implementation 'triton' is not built yet; use 'auto', 'sparse' (CPU) or "
+            "'reference'"
+        )
+    if implementation == "auto":
+        return "sparse" if device == "cpu" or (device == "meta" and plan) else "reference"
+    if implementation == "sparse":
+        _expect(device in ("cpu", "meta"), "implementation", f"'reference' on {device}", "'sparse'")
+    return implementation

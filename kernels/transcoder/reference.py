@@ -1,0 +1,165 @@
+"""The transcoder in dense PyTorch, in the words of its formulas: the specification of the op.
+
+    z = W_enc x + b_enc        a = activation(z)        out = residual + W_decᵀ a + b_dec
+    penalty = Σ_t w_t Σ_i a_ti ‖W_dec,i‖₂
+
+Any device, any floating dtype; float64 for oracles. Autograd makes the gradients, except θ's.
+Shape suffixes: S groups (rows ranked together by batch_topk), T tokens, D and E widths in and out,
+F features.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+
+class TranscoderStats(NamedTuple):
+    """Counts over the tokens of non-zero weight that are not padding. Not differentiable."""
+
+    n_active: Tensor  #: int64, 0-d: active entries.
+    feature_counts: Tensor  #: int64 [F]: tokens on which each feature fired.
+    n_tokens: Tensor  #: int64, 0-d: tokens counted.
+    #: fp32, 0-d: the smallest active value of each row of x, averaged over the rows that have one.
+    #: For batch_topk, whose threshold at inference follows it; NaN if none, and otherwise.
+    min_active: Tensor
+
+    @property
+    def fired(self) -> Tensor:
+        """Bool [F]: the feature fired on at least one counted token."""
+        return self.feature_counts > 0
+
+
+class TranscoderOutput(NamedTuple):
+    """What :func:`fastadapt.kernels.transcoder.transcoder` returns."""
+
+    out: Tensor  #: x's dtype, [T, d_out] or [S, T, d_out].
+    penalty: Tensor  #: 0-d, fp32 (float64 for float64 x): a sum over tokens, not a mean.
+    stats: TranscoderStats
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums and of the penalty: fp32, or float64 for float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class JumpReLU(torch.autograd.Function):
+    """``z·1[z > θ]`` with ``∂a/∂θ = -(θ/ε)·1[|z-θ| < ε/2]``, a straight-through estimate.
+
+    Formula: arXiv 2407.14435, with a rectangle of width ε as the kernel.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, theta: Tensor, epsilon: float) -> Tensor:
+        ctx.save_for_backward(z, theta)
+        ctx.epsilon = epsilon
+        return above(z, theta)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        (z, theta), (da,) = ctx.saved_tensors, gradients
+        acc = accumulator(z.dtype)
+        window = (z.to(acc) - theta.to(acc)).abs() < ctx.epsilon / 2
+        in_window = torch.where(window, da, 0).to(acc).flatten(0, -2).sum(0)
+        dtheta = -(theta.to(acc) / ctx.epsilon) * in_window
+        return torch.where(above(z, theta) != 0, da, 0), dtheta.to(theta.dtype), None
+
+
+def above(z: Tensor, cut: Tensor) -> Tensor:
+    """``z·1[z > max(cut, 0)]``; NaN stays NaN, so a broken pre-activation cannot hide as a zero."""
+    return torch.where(z <= cut.clamp(min=0), 0, z)
+
+
+def keep_largest(a: Tensor, count: Tensor | int) -> Tensor:
+    """Zeroes all but the `count` largest of the last axis; equal ones by lowest index."""
+    order = a.argsort(dim=-1, descending=True, stable=True)
+    ranks = torch.arange(a.shape[-1], device=a.device).expand_as(order)
+    rank = torch.empty_like(order).scatter_(-1, order, ranks)
+    return torch.where(rank < count, a, 0)
+
+
+def activate(
+    z_STF: Tensor,
+    activation: str,
+    k: float | None,
+    threshold: Tensor | None,
+    bandwidth: float | None,
+    padding_ST: Tensor | None,
+) -> Tensor:
+    """a = activation(z), with no code on padding."""
+    if padding_ST is not None:
+        z_STF = z_STF.masked_fill(padding_ST[..., None], 0)
+    if activation == "jumprelu":
+        assert threshold is not None
+        assert bandwidth is not None
+        a_STF: Tensor = JumpReLU.apply(z_STF, threshold, bandwidth)
+        return a_STF if padding_ST is None else a_STF.masked_fill(padding_ST[..., None], 0)
+    if threshold is not None:
+        return above(z_STF, threshold)
+    a_STF = torch.relu(z_STF)
+    if activation == "topk":
+        assert k is not None
+        return keep_largest(a_STF, int(k))
+    if activation == "batch_topk":
+        assert k is not None
+        S, T, _ = a_STF.shape
+        n_tokens_S = torch.full((S,), T, device=a_STF.device)
+        if padding_ST is not None:
+            n_tokens_S = (~padding_ST).sum(-1)
+        count_S = (k * n_tokens_S.double()).floor()
+        return keep_largest(a_STF.flatten(1), count_S[:, None]).view_as(a_STF)
+    return a_STF
+
+
+def statistics(a_STF: Tensor, counted_ST: Tensor, activation: str) -> TranscoderStats:
+    """Counts of the active entries of counted tokens."""
+    active_STF = (a_STF != 0) & counted_ST[..., None]
+    feature_counts_F = active_STF.sum((0, 1))
+    min_active = torch.full((), torch.nan, device=a_STF.device)
+    if activation == "batch_topk" and a_STF[:1].numel():
+        smallest_S = torch.where(active_STF, a_STF, torch.inf).flatten(1).amin(-1).float()
+        fires_S = active_STF.flatten(1).any(-1)
+        min_active = torch.where(fires_S, smallest_S, 0).sum() / fires_S.sum()
+    return TranscoderStats(feature_counts_F.sum(), feature_counts_F, counted_ST.sum(), min_active)
+
+
+def reference(
+    x_STD: Tensor,
+    W_enc_FD: Tensor,
+    b_enc_F: Tensor,
+    W_dec_FE: Tensor,
+    b_dec_E: Tensor,
+    *,
+    activation: str,
+    k: float | None,
+    threshold: Tensor | None,
+    bandwidth: float | None,
+    residual_STE: Tensor | None,
+    weight_ST: Tensor | None,
+    padding_ST: Tensor | None,
+) -> TranscoderOutput:
+    """The whole op on validated arguments; see the package's public function for their meaning."""
+    acc = accumulator(x_STD.dtype)
+    if padding_ST is not None:
+        x_STD = x_STD.masked_fill(padding_ST[..., None], 0)
+    z_STF = nnf.linear(x_STD, W_enc_FD, b_enc_F)
+    a_STF = activate(z_STF, activation, k, threshold, bandwidth, padding_ST)
+
+    out_STE = a_STF @ W_dec_FE + b_dec_E
+    if residual_STE is not None:
+        out_STE = residual_STE + out_STE
+
+    norm_F = torch.linalg.vector_norm(W_dec_FE, dim=-1, dtype=acc)
+    penalty_ST = a_STF.to(acc) @ norm_F
+    counted_ST = torch.ones_like(penalty_ST, dtype=torch.bool)
+    if weight_ST is not None:
+        penalty_ST = penalty_ST * weight_ST
+        counted_ST = weight_ST != 0
+    if padding_ST is not None:
+        counted_ST = counted_ST & ~padding_ST
+    return TranscoderOutput(
+        out_STE, penalty_ST.sum(), statistics(a_STF.detach(), counted_ST, activation)
+    )
