@@ -23,6 +23,7 @@ B sequences, T tokens, D width, S streams, L layers.
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -110,18 +111,18 @@ def draw_cutoff(n_layers: int, config: ObjectiveConfig, seed: int, step: int) ->
 
     A function of (seed, step) alone, so every rank and micro-batch, and a resumed run, agree.
     """
-    generator = torch.Generator().manual_seed((seed << 32) ^ step)
-    return int(torch.randint(config.first_cutoff, n_layers + 1, (), generator=generator))
+    # Seeding by text hashes all of it; torch's CPU generator would use 32 bits of an integer.
+    return random.Random(f"cutoff {seed} {step}").randint(config.first_cutoff, n_layers)
 
 
 class TokenWeights(NamedTuple):
-    """How much each token counts, summing to 1 over the batch; ``[B, T]`` float32 each."""
+    """How much each token counts, summing to 1 over the batch; ``[B, T]``, floating."""
 
     tokens: Tensor
     predictions: Tensor
 
 
-def token_weights(batch: Batch) -> TokenWeights:
+def token_weights(batch: Batch, dtype: torch.dtype = torch.float32) -> TokenWeights:
     """Weights that average per sequence, then over the sequences that have something to count.
 
     ``predictions`` is over the next-token positions 0..T-2 whose label is valid.
@@ -133,7 +134,7 @@ def token_weights(batch: Batch) -> TokenWeights:
     def per_sequence(counted: Tensor) -> Tensor:
         n = counted.sum(1, keepdim=True)
         rows = (n > 0).sum().clamp(min=1)
-        return counted / (n.clamp(min=1) * rows)
+        return counted.to(dtype) / (n.clamp(min=1) * rows)
 
     return TokenWeights(per_sequence(real), per_sequence(valid))
 
@@ -199,7 +200,7 @@ def _walk(
 
     h, h_rep = single.hidden, single.hidden
     bridge: Tensor | None = None
-    zero = torch.zeros((), device=h.device, dtype=tokens_BT.dtype)
+    zero = tokens_BT.new_zeros(())
     nmse_sum, token_sum = zero, zero  # layer 0 is the embedding, the same in both: its term is 0
     penalties: list[Tensor] = []
     stats: list[TranscoderStats] = []
@@ -259,9 +260,8 @@ def objective(
     """
     if not 0 <= cutoff <= model.n_layers:
         raise ValueError(f"cutoff must lie in 0..{model.n_layers}, got {cutoff}")
-    weights = token_weights(batch)
     wide = torch.float64 if model.head.dtype == torch.float64 else torch.float32
-    tokens_BT, predictions_BT = (w.to(wide) for w in weights)
+    tokens_BT, predictions_BT = token_weights(batch, wide)
     streams = _walk(model, batch, cutoff, config, tokens_BT)
 
     forked = streams.adapter_to_target is not None
@@ -300,7 +300,7 @@ def objective(
         "nmse": streams.nmse,
         "nmse_token": streams.token_nmse,
         "sparsity": sparsity,
-        "l0": n_active / n_tokens.clamp(min=1),
+        "l0": n_active.to(wide) / n_tokens.clamp(min=1),
         "top1_error": 1 - (kl.token_top1[0] * predictions_BT.flatten()).sum(),
     }
     return ObjectiveOutput(loss, {k: v.detach() for k, v in metrics.items()}, streams.stats)

@@ -58,16 +58,25 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Paths:
-    """Attribute paths of an architecture's parts, from the causal language model down."""
+    """Attribute paths of an architecture's parts, from the causal language model down.
+
+    ``attention`` is the implementation to use where flash-attn is not: ``eager`` for Gemma 2, whose
+    soft-capped attention scores torch's fused attention cannot make.
+    """
 
     decoder: str = "model"
     layers: str = "layers"
     mlp: str = "mlp"
     norm: str = "norm"
+    attention: str = "sdpa"
 
 
 #: The architectures whose gradients and modes are tested.
-ARCHITECTURES: Mapping[str, Paths] = {"qwen2": Paths(), "llama": Paths(), "gemma2": Paths()}
+ARCHITECTURES: Mapping[str, Paths] = {
+    "qwen2": Paths(),
+    "llama": Paths(),
+    "gemma2": Paths(attention="eager"),
+}
 
 
 class PairMismatchError(UserError):
@@ -100,8 +109,10 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """The attention implementation to use, and why."""
+def choose_attention(
+    name: str, device: torch.device, dtype: torch.dtype, otherwise: str = "sdpa"
+) -> tuple[str, str]:
+    """The attention implementation to use, and why; ``otherwise`` where flash-attn cannot be."""
     from transformers.utils import is_flash_attn_2_available
 
     if name == "flash_attention_2" and not is_flash_attn_2_available():
@@ -112,11 +123,11 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> tup
     if name != "auto":
         return name, "asked for"
     if device.type != "cuda":
-        return "sdpa", f"flash-attn needs a GPU, the device is {device.type}"
+        return otherwise, f"flash-attn needs a GPU, the device is {device.type}"
     if dtype not in (torch.bfloat16, torch.float16):
-        return "sdpa", f"flash-attn needs 16-bit weights, these are {dtype}"
+        return otherwise, f"flash-attn needs 16-bit weights, these are {dtype}"
     if not is_flash_attn_2_available():
-        return "sdpa", "flash-attn is not installed (extra: flash)"
+        return otherwise, "flash-attn is not installed (extra: flash)"
     return "flash_attention_2", "GPU, 16-bit weights and flash-attn are there"
 
 
@@ -158,7 +169,8 @@ class ModelPair:
         check_configs(target_config, base_config)
         tokenizer = _tokenizer(config.target, config.target_revision, trust)
         notes = check_tokenizers(tokenizer, _tokenizer(config.base, config.base_revision, trust))
-        attention, _ = choose_attention(config.attention, device, dtype)
+        paths = ARCHITECTURES[target_config.model_type]
+        attention, _ = choose_attention(config.attention, device, dtype, paths.attention)
         _tensor_files(config.target, config.target_revision)
         with _reading("target", config.target):
             target, info = AutoModelForCausalLM.from_pretrained(
@@ -168,6 +180,7 @@ class ModelPair:
                 attn_implementation=attention,
                 trust_remote_code=trust,
                 use_safetensors=True,
+                ignore_mismatched_sizes=True,  # so that the check below names the weight
                 output_loading_info=True,
                 **({"device_map": {"": device}} if device.type != "cpu" else {}),
             )
@@ -178,7 +191,6 @@ class ModelPair:
                     f"target {config.target}: {len(odd)} {key.replace('_', ' ')}: {odd[:3]}"
                 )
         target.eval()
-        paths = ARCHITECTURES[target_config.model_type]
         head = target.get_output_embeddings()
         if getattr(head, "bias", None) is not None:
             raise UserError(f"target {config.target}: a head with a bias is not supported")

@@ -40,7 +40,7 @@ def test_a_fresh_adapter_adds_nothing_and_half_of_it_fires() -> None:
     assert penalty == 0
     assert abs(stats.n_active / (50 * 2048) - 0.5) < 0.02
     assert adapter.W_enc.abs().max() <= 1 / math.sqrt(64)
-    assert adapter.W_enc.std() == pytest.approx(1 / math.sqrt(3 * 64), rel=0.02)
+    assert adapter.W_enc.std().item() == pytest.approx(1 / math.sqrt(3 * 64), rel=0.02)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

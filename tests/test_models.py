@@ -77,6 +77,7 @@ def test_generate_in_each_mode(architecture, make_pair) -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_compile(architecture, make_pair) -> None:
+    torch._dynamo.reset()
     model = randomised(make_pair(architecture))
     compiled = torch.compile(model.model, backend="aot_eager", fullgraph=True)
     with torch.no_grad():

@@ -55,7 +55,7 @@ def _add(sums: _Sums, model: ReplacementModel, batch: Batch, chunk_tokens: int) 
             sums.nmse[s, layer + 1] += nmse(students[s], h, mask=real).nmse.sum()
             if aux is not None:
                 sums.counts_LF[layer] += aux.stats.feature_counts
-    predictions = token_weights(batch).predictions
+    predictions = token_weights(batch, torch.float64).predictions
     rows = int((predictions.sum(1) > 0).sum())
     kl = linear_kl(
         model.final_norm(h).flatten(0, 1),
@@ -66,7 +66,7 @@ def _add(sums: _Sums, model: ReplacementModel, batch: Batch, chunk_tokens: int) 
         chunk_tokens=chunk_tokens,
     )
     sums.kl += kl.kl.double() * rows
-    sums.agree += (kl.token_top1.double() @ predictions.flatten().double()) * rows
+    sums.agree += (kl.token_top1.double() @ predictions.flatten()) * rows
     sums.sequences += len(batch.input_ids)
     sums.predicted += rows
     sums.tokens += int(real.sum())
