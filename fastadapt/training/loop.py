@@ -7,7 +7,6 @@ therefore writes the same bits as one that was not.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,9 +18,8 @@ import torch
 from fastadapt.adapter import TranscoderAdapter
 from fastadapt.errors import RunError
 from fastadapt.evaluation.faithfulness import evaluate
-from fastadapt.models import ModelPair, ReplacementModel
+from fastadapt.models import ReplacementModel
 from fastadapt.objective import Batch, draw_cutoff, objective
-from fastadapt.organism import resolve
 from fastadapt.training import finish, rundir, state
 from fastadapt.training.checkpoint import (
     Checkpoint,
@@ -42,17 +40,17 @@ class Run:
 
     log: MetricsLog
 
-    def __init__(self, config: TrainConfig, folder: Path, started: float) -> None:
-
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: Path,
+        started: float,
+        model: ReplacementModel,
+        feed: Feed,
+    ) -> None:
         self.config, self.folder, self.started = config, folder, started
-        torch.manual_seed(config.run.seed)
-        source = config.pair
-        pair = ModelPair.load(
-            dataclasses.replace(source, target=resolve(source.target), base=resolve(source.base))
-        )
-        self.feed = Feed(config, pair.tokenizer, next(pair.base_mlps.parameters()).device)
-        self.steps = self.feed.steps
-        self.model = ReplacementModel.create(pair, config.adapter, seed=config.run.seed)
+        self.model, self.feed = model, feed
+        self.steps = feed.steps
         self.model.adapters.train()
         named = dict(self.model.adapters.named_parameters())
         self.optimizer = AdapterOptimizer(named, config.optimizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,10 +11,14 @@ from threading import Event
 import torch
 
 from fastadapt.errors import RunError
+from fastadapt.models import ModelPair, ReplacementModel
+from fastadapt.organism import resolve
 from fastadapt.training import rundir
 from fastadapt.training.checkpoint import Checkpoint, PassedOver, load_latest
 from fastadapt.training.config import TrainConfig
+from fastadapt.training.feed import Feed
 from fastadapt.training.interrupt import out_of_memory_explained, stop_on_signals
+from fastadapt.training.loop import Run
 from fastadapt.training.rundir import Record, Sink
 
 
@@ -51,10 +56,10 @@ def train(
         rundir.open_run(config, resume=resume, overwrite=overwrite) as folder,
         out_of_memory_explained(config),
     ):
-        from fastadapt.training.loop import Run
-
         checkpoint, passed = _find_checkpoint(folder) if resume else (None, [])
-        run = Run(config, folder, started)
+        torch.manual_seed(config.run.seed)
+        model, feed = _load(config)
+        run = Run(config, folder, started, model, feed)
         if not resume:
             rundir.start_afresh(folder, config)
         run.begin(checkpoint, passed, sinks, resume=resume)
@@ -65,6 +70,16 @@ def train(
                 run.save_if_due()
                 run.evaluate_if_due(stopping)
             return run.finish() if run.done else run.interrupted(caught)
+
+
+def _load(config: TrainConfig) -> tuple[ReplacementModel, Feed]:
+    """Models with fresh adapters, and the data in the pair's tokens."""
+    source = config.pair
+    pair = ModelPair.load(
+        dataclasses.replace(source, target=resolve(source.target), base=resolve(source.base))
+    )
+    feed = Feed(config, pair.tokenizer, next(pair.base_mlps.parameters()).device)
+    return ReplacementModel.create(pair, config.adapter, seed=config.run.seed), feed
 
 
 def _find_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[PassedOver]]:

@@ -27,6 +27,8 @@ def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.add_special_tokens(special)
+    # As added tokens the words survive whichever tokenizer class transformers picks for Qwen2.
+    words.add_tokens(list(vocabulary)[len(special) :])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>"
     )
@@ -41,7 +43,11 @@ def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     for seed, name in enumerate(("target", "base")):
         torch.manual_seed(seed)
-        Qwen2ForCausalLM(config).save_pretrained(folder / name)
+        model = Qwen2ForCausalLM(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(0, 0.2)  # large enough that the two models disagree
+        model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     draw = random.Random(0)
     for name, rows in (("train", 24), ("validation", 4)):
