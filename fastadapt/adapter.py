@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -251,7 +251,7 @@ def _tensors(adapter: TranscoderAdapter) -> dict[str, Tensor]:
 
 
 def save_adapters(
-    adapters: Sequence[TranscoderAdapter] | nn.ModuleList,
+    adapters: Iterable[nn.Module],
     folder: str | os.PathLike[str],
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
@@ -269,7 +269,9 @@ def save_adapters(
     """
     from safetensors.torch import save_file
 
-    layers = list(adapters)
+    layers = [adapter for adapter in adapters if isinstance(adapter, TranscoderAdapter)]
+    if not layers:
+        raise UserError("there is no adapter to save")
     first = layers[0]
     for i, adapter in enumerate(layers):
         if (adapter.config, adapter.d_in, adapter.d_out) != (first.config, first.d_in, first.d_out):

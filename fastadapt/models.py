@@ -55,7 +55,7 @@ class AdaptedMLP(nn.Module):
     that :meth:`running` opened; where none is open (``generate``) they are dropped.
     """
 
-    def __init__(self, target: nn.Module, base: nn.Module, adapter: TranscoderAdapter) -> None:
+    def __init__(self, target: nn.Module, base: nn.Module, adapter: nn.Module) -> None:
         super().__init__()
         self.target = target
         self.base = base
@@ -75,13 +75,13 @@ class AdaptedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.mode == "target":
-            return self.target(x)  # type: ignore[no-any-return]
+            return self.target(x)
         out: Tensor = self.base(x)
         if self.mode == "hybrid":
             return out
         call = self.call
         if call is None:
-            return self.adapter(x, residual=out)[0]  # type: ignore[no-any-return]
+            return self.adapter(x, residual=out)[0]
         out, call.aux = self.adapter(
             x, residual=out, mask=call.mask, padding=call.padding, plan=call.plan
         )
@@ -176,7 +176,9 @@ class ReplacementModel(nn.Module):
     @property
     def n_features(self) -> int:
         """Features per layer, F."""
-        return int(self.adapters[0].n_features)  # type: ignore[arg-type]
+        first = self.adapters[0]
+        assert isinstance(first, TranscoderAdapter)
+        return first.n_features
 
     @property
     def device(self) -> torch.device:
@@ -203,7 +205,7 @@ class ReplacementModel(nn.Module):
     @property
     def blocks(self) -> nn.ModuleList:
         """transformers' own decoder layers."""
-        return getattr(getattr(self.model, self._decoder), self._layers)  # type: ignore[no-any-return]
+        return getattr(getattr(self.model, self._decoder), self._layers)
 
     # --- as a Hugging Face model ------------------------------------------------------------------
 
@@ -299,4 +301,4 @@ class ReplacementModel(nn.Module):
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The norm before the head."""
-        return getattr(getattr(self.model, self._decoder), self._norm)(hidden)  # type: ignore[no-any-return]
+        return getattr(getattr(self.model, self._decoder), self._norm)(hidden)

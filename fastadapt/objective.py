@@ -62,7 +62,12 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``."""
-        return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in self))
+        mask = self.attention_mask
+        return Batch(
+            self.input_ids.to(device, non_blocking=True),
+            None if mask is None else mask.to(device, non_blocking=True),
+            self.labels.to(device, non_blocking=True),
+        )
 
 
 @dataclass(frozen=True)
@@ -157,8 +162,8 @@ def _checkpointed(
 ) -> tuple[Tensor, Tensor | None, TranscoderStats | None]:
     """Run a block, recomputing it in backward; codes of its adapter are kept."""
     if not enabled:
-        return run(hidden)  # type: ignore[no-any-return]
-    return checkpoint(  # type: ignore[no-any-return]
+        return run(hidden)
+    return checkpoint(
         run,
         hidden,
         use_reentrant=False,

@@ -173,7 +173,7 @@ class ModelPair:
         attention, _ = choose_attention(config.attention, device, dtype, paths.attention)
         _tensor_files(config.target, config.target_revision)
         with _reading("target", config.target):
-            target, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 config.target,
                 revision=config.target_revision,
                 dtype=dtype,
@@ -184,6 +184,7 @@ class ModelPair:
                 output_loading_info=True,
                 **({"device_map": {"": device}} if device.type != "cpu" else {}),
             )
+        target, info = loaded
         for key in ("missing_keys", "mismatched_keys", "unexpected_keys"):
             if info.get(key):
                 odd = sorted(map(str, info[key]))
