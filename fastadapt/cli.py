@@ -73,12 +73,12 @@ def _print_error(message: str) -> None:
     console.print(Text("error: ", style="bold red"), Text(message), sep="", end="\n")
 
 
-def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: bool = False) -> None:
     # A pipe has no width: lines there are as long as they need to be.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
     table = Table(show_edge=False, pad_edge=False, header_style="bold")
     for i, name in enumerate(head):
-        table.add_column(name, justify="right" if i else "left", overflow="fold")
+        table.add_column(name, justify="right" if i and not left else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
     console.print(table)
@@ -103,9 +103,12 @@ def train(argv: list[str]) -> int:
     if flags.dry_run:
         return _print_plan(config)
 
-    from fastadapt.progress import Progress
-    from fastadapt.training import train as run_training
+    from transformers.utils import logging as transformers_logging
 
+    from fastadapt.progress import Progress
+    from fastadapt.training.trainer import train as run_training
+
+    transformers_logging.disable_progress_bar()
     _say("Loading models and data ...")
     with Progress(sys.stderr) as progress:
         summary = run_training(
@@ -226,10 +229,31 @@ def doctor(argv: list[str]) -> int:
     if options.json:
         print(json.dumps(diagnosis, indent=2))
     else:
-        for title, rows in diagnosis["sections"].items():
-            _print_table([title, *[""] * (len(rows[0]) - 1)], rows)
-            print()
-    return 0 if diagnosis["ok"] else 1
+        _print_diagnosis(diagnosis)
+    return 0 if diagnosis["ok"] else RunError.exit_code
+
+
+def _print_diagnosis(diagnosis: dict[str, Any]) -> None:
+    _print_table(["hardware", ""], list(map(list, diagnosis["hardware"].items())), left=True)
+    print()
+    found = [[name, found or "not installed"] for name, found in diagnosis["versions"].items()]
+    _print_table(["versions", ""], found, left=True)
+    print()
+    chosen = [[c["what"], c["choice"], c["why"]] for c in diagnosis["choices"]]
+    _print_table(["auto means", "", "because"], chosen, left=True)
+    print()
+    checked = [
+        [
+            c["op"],
+            c["implementation"],
+            c["dtype"],
+            c["device"],
+            "ok" if c["ok"] else f"FAILED: {c['message']}",
+            f"{100 * c['share']:.0f}% ({c['worst']})" if c["worst"] else "",
+        ]
+        for c in diagnosis["checks"]
+    ]
+    _print_table(["kernel", "", "", "", "check", "of the allowed error"], checked, left=True)
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {

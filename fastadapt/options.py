@@ -37,6 +37,8 @@ _JSONARGPARSE = [
         (r"Expected (.*)\. Got value: (.*)$", r"expected \1, got '\2'"),
         (r'^Parser key "(\S+)":', r"--\1:"),
         (r"^argument (--\S+):", r"\1:"),
+        (r"^argument subcommand: invalid choice: ('\S+')", r"unknown command \1"),
+        (r"^the following arguments are required: \w+\.(\w+)$", r"--\1 is missing"),
     )
 ]
 
@@ -102,8 +104,8 @@ def train_parser() -> Parser:
         prog="fastadapt train",
         usage="fastadapt train PRESET_OR_YAML [--COMPONENT.KEY VALUE ...] "
         + " ".join(f"[{flag}]" for flag in TRAIN_FLAGS),
-        description="Train transcoder adapters on a model pair, into a run directory. What is typed "
-        "wins over the preset or file, and that over the defaults below.",
+        description="Train transcoder adapters on a model pair, into a run directory. What is "
+        "typed wins over the preset or file, and that over the defaults below.",
     )
     parser.add_argument(
         "config", metavar="PRESET_OR_YAML", help=f"a preset ({_known()}) or a YAML file"

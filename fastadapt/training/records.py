@@ -66,7 +66,7 @@ def number(value: Any, digits: int = 3) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "–"
     if isinstance(value, float) and math.isinf(value):
-        return "∞" if value > 0 else "−∞"
+        return "inf" if value > 0 else "-inf"
     if value == 0:
         return "0"
     magnitude = math.floor(math.log10(abs(value)))
@@ -74,15 +74,15 @@ def number(value: Any, digits: int = 3) -> str:
         return f"{value:,.0f}"
     if magnitude < -4:
         mantissa, exponent = f"{value:.{max(digits - 2, 0)}e}".split("e")
-        return f"{mantissa}e{int(exponent)}".replace("-", "−")
+        return f"{mantissa}e{int(exponent)}"
     if isinstance(value, int):
-        return f"{value:,}".replace("-", "−")
-    return f"{value:,.{max(digits - 1 - magnitude, 0)}f}".replace("-", "−")
+        return f"{value:,}"
+    return f"{value:,.{max(digits - 1 - magnitude, 0)}f}"
 
 
 def percent(value: float | None) -> str:
     """A share of 1 as a percentage with one digit, – for none."""
-    return "–" if value is None else f"{100 * value:.1f}%".replace("-", "−")
+    return "–" if value is None else f"{100 * value:.1f}%"
 
 
 def duration(seconds: float | None) -> str:

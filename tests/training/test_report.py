@@ -202,7 +202,7 @@ def test_no_directory_is_an_error_that_names_it(tmp_path):
 @pytest.mark.parametrize(
     ("value", "text"),
     [(None, "–"), (0.0, "0"), (1.4, "1.40"), (0.01234, "0.0123"), (1234567, "1,234,567"),
-     (123456.7, "123,457"), (3.2e-7, "3.2e−7"), (-0.5, "−0.500"), (math.nan, "–"), (math.inf, "∞")],
+     (123456.7, "123,457"), (3.2e-7, "3.2e-7"), (-0.5, "-0.500"), (math.nan, "–"), (math.inf, "inf")],
 )  # fmt: skip
 def test_numbers_read_well(value, text):
     assert number(value) == text

@@ -1,0 +1,194 @@
+"""The command line as its users meet it: what it takes, what it prints, how it ends."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+OPTIONS = """
+--adapter --adapter.activation --adapter.bandwidth --adapter.implementation
+--adapter.initial_threshold --adapter.k --adapter.n_features
+--data --data.family --data.max_tokens --data.max_validation --data.revision --data.train
+--data.train_on_prompt --data.train_split --data.validation --data.validation_split
+--dry-run --help
+--objective --objective.bridge --objective.checkpoint --objective.first_cutoff
+--objective.kl_chunk_tokens --objective.nmse --objective.sparsity
+--optimizer --optimizer.accumulation --optimizer.batch_size --optimizer.betas --optimizer.clip
+--optimizer.epochs --optimizer.eps --optimizer.lr --optimizer.masters --optimizer.max_steps
+--optimizer.warmup --optimizer.weight_decay
+--overwrite
+--pair --pair.attention --pair.base --pair.base_revision --pair.device --pair.dtype --pair.target
+--pair.target_revision --pair.trust_remote_code
+--print_config --resume
+--run --run.checkpoint_every --run.dead_window --run.eval_every --run.keep_checkpoints
+--run.log_every --run.max_bad_batches --run.output --run.seed --run.threads
+""".split()
+
+
+def test_the_options_of_train_are_frozen():
+    """Runs are started by scripts: an option that goes or changes its name breaks them."""
+    from fastadapt.options import train_parser
+
+    options = [o for o in train_parser()._option_string_actions if o.startswith("--")]
+    assert sorted(options) == sorted(OPTIONS)
+
+
+def test_the_commands_are_frozen(fastadapt):
+    from fastadapt.cli import COMMANDS, ORGANISM
+
+    assert sorted(COMMANDS) == ["doctor", "organism", "train"]
+    assert sorted(ORGANISM) == ["build", "check", "sample"]
+    for command in COMMANDS:
+        assert command in fastadapt("--help").out
+
+
+def test_version_and_help(fastadapt):
+    assert re.fullmatch(r"fastadapt \d+\.\d+\.\d+\S*\n", fastadapt("--version").out)
+    assert fastadapt() == fastadapt("--help")
+    assert fastadapt("--help").code == 0
+
+
+def test_help_of_train_tells_every_option_with_its_meaning(fastadapt):
+    outcome = fastadapt("train", "--help")
+    assert outcome.code == 0
+    for option in OPTIONS:
+        assert option in outcome.out
+    text = " ".join(outcome.out.split())
+    assert "learning rate at the end of the warm-up" in text
+    assert "default: 0.0008" in text
+
+
+@pytest.mark.parametrize("preset", ["organism", "r1-distill-qwen-7b"])
+def test_presets_parse_and_print_whole(fastadapt, preset):
+    from fastadapt.training.config import TrainConfig, from_dict, to_dict
+
+    outcome = fastadapt("train", preset, "--print_config")
+    assert outcome.code == 0
+    config = from_dict(yaml.safe_load(outcome.out))
+    assert isinstance(config, TrainConfig)
+    assert to_dict(config) == yaml.safe_load(outcome.out)
+
+
+def test_every_preset_is_tested_and_shipped():
+    from fastadapt.options import preset_names
+
+    assert preset_names() == ["organism", "r1-distill-qwen-7b"]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_what_is_typed_wins_over_the_file_wherever_it_stands(fastadapt, recipe, first):
+    path = recipe()
+    typed = ["--optimizer.lr", "3e-3", "--optimizer.betas", "[0.5, 0.75]", "--adapter.k=null"]
+    order = [path, *typed] if first else [*typed, path]
+    config = yaml.safe_load(fastadapt("train", *order, "--print_config").out)
+    assert config["optimizer"]["lr"] == 3e-3
+    assert config["optimizer"]["betas"] == [0.5, 0.75]
+    assert config["optimizer"]["batch_size"] == 2  # of the file
+    assert config["optimizer"]["epochs"] == 1  # of the dataclass
+
+
+def test_training_prints_the_table_and_the_report(fastadapt, recipe, tmp_path):
+    outcome = fastadapt("train", recipe())
+    assert outcome.code == 0, outcome.err
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    rows = {
+        cells[0].strip(): [c.strip() for c in cells[1:]]
+        for cells in (line.split("│") for line in outcome.out.splitlines())
+        if len(cells) == 4
+    }
+    kl = rows["KL to the target (nats per token)"]
+    assert float(kl[0]) == pytest.approx(summary["kl_hybrid"], rel=1e-2)
+    assert float(kl[1]) == pytest.approx(summary["kl_adapter"], rel=1e-2)
+    assert kl[2] == "0"
+    assert rows["top-1 error"][1] == f"{100 * summary['top1_error_adapter']:.1f}%"
+    assert "NMSE after layer 1" in rows
+    report = Path(re.search(r"^report:\s+(\S+)$", outcome.out, re.MULTILINE).group(1))
+    assert report == tmp_path / "run" / "report.html"
+    assert report.is_file()
+    assert "<h3>Output KL</h3>" in report.read_text(encoding="utf-8")
+    # Not a terminal: lines, no carriage returns, and the rate and what is left in them.
+    assert "\r" not in outcome.err
+    assert re.search(r"step 6/6 .*KL .*L0 .*tok/s .*left", outcome.err)
+    assert "held-out KL" in outcome.err
+
+
+def test_a_dry_run_reads_no_weights_and_makes_no_folder(fastadapt, recipe, tmp_path, monkeypatch):
+    import safetensors
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(safetensors, "safe_open", refuse)
+    outcome = fastadapt("train", recipe(), "--dry-run")
+    assert outcome.code == 0, outcome.err
+    assert "Peak:" in outcome.out
+    assert "GiB" in outcome.out
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_stopped_run_says_how_to_go_on_and_does(fastadapt, recipe, tmp_path, monkeypatch):
+    """SIGTERM after the second step: exit 0, everything saved; the printed command finishes it."""
+    import os
+    import shlex
+    import signal
+
+    from fastadapt.progress import Progress
+
+    path = recipe()
+    step = Progress._step
+
+    def kill_at_two(self: Progress, at: int, record: dict) -> None:
+        step(self, at, record)
+        if at == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "_step", kill_at_two)
+        outcome = fastadapt("train", path, "--optimizer.lr", "5e-3")
+    assert outcome.code == 0, outcome.err
+    assert "Stopped at step 2 of 6" in outcome.out
+    assert "not finished" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    command = re.search(r"^Go on with:\s+fastadapt (.*)$", outcome.out, re.MULTILINE).group(1)
+    assert command == f"train {path} --optimizer.lr 5e-3 --resume"
+    again = fastadapt(*shlex.split(command))
+    assert again.code == 0, again.err
+    assert "resuming after step 2 of 6" in again.err
+    assert "report:" in again.out
+
+
+def test_nothing_is_overwritten_without_being_asked(fastadapt, recipe, tmp_path):
+    path = recipe()
+    assert fastadapt("train", path).code == 0
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    refused = fastadapt("train", path)
+    assert refused.code == 2
+    assert "--overwrite" in refused.err
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    assert fastadapt("train", path, "--overwrite").code == 0
+
+
+def test_a_bug_keeps_its_traceback(fastadapt, recipe, monkeypatch):
+    from fastadapt.training import trainer
+
+    def break_down(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(trainer, "train", break_down)
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        fastadapt("train", recipe())
+
+
+def test_the_installed_command_exits_with_the_code():
+    from shutil import which
+
+    command = which("fastadapt", path=str(Path(sys.executable).parent))
+    assert command is not None
+    done = subprocess.run([command, "tran"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: unknown command 'tran'; did you mean train?")
+    assert "Traceback" not in done.stderr
