@@ -37,6 +37,7 @@ def linear_kl_chunked(
     """
     S, T, D = students_STD.shape
     V = head_VD.shape[0]
+    _check_labels(labels_T, V)
     new = weights_T.new_empty
     total = weights_T.sum()
     scale_T = torch.where(total == 0, 0, weights_T / total)
@@ -48,6 +49,8 @@ def linear_kl_chunked(
     grad_head = weights_T.new_zeros((S, V, D) if head_grad else (0,))
 
     chunk = max(1, min(chunk_tokens, T))
+    # Every stream's rows go through one buffer: equal hidden states give equal bits, and KL 0.
+    hidden_CD = teacher_TD.new_empty(chunk, D)
     log_p_CV = new(chunk, V)
     logits_CV = new((chunk, V), dtype=logits_dtype)
     for start in range(0, T, chunk):
@@ -55,11 +58,11 @@ def linear_kl_chunked(
         n = rows.stop - start
         log_p, logits = log_p_CV[:n], logits_CV[:n]
         labels = None if labels_T is None else labels_T[rows]
-        _project(teacher_TD[rows], head_VD, logits)
+        _project(hidden_CD[:n].copy_(teacher_TD[rows]), head_VD, logits)
         top1 = _teacher_log_softmax(logits, softcap, log_p)
         uncounted_C1 = (weights_T[rows] == 0)[:, None]
         for s in range(S):
-            hidden = students_STD[s, rows]
+            hidden = hidden_CD[:n].copy_(students_STD[s, rows])
             _project(hidden, head_VD, logits)
             _student_pass(
                 log_p,
@@ -80,6 +83,16 @@ def linear_kl_chunked(
                 _add_head_gradient(logits, hidden, scale_T[rows], grad_head[s])
     kl = torch.where(weights_T != 0, scale_T * token_kl, 0).sum(-1)
     return kl, token_kl, token_ce, token_top1, scale_T, grad_students, grad_head
+
+
+def _check_labels(labels_T: Tensor | None, V: int) -> None:
+    """On a GPU the gather's own device-side check has to do: looking here would synchronise."""
+    if labels_T is None or labels_T.device.type != "cpu":
+        return
+    wrong = ((labels_T < 0) | (labels_T >= V)) & (labels_T != -100)
+    if bool(wrong.any()):
+        t = int(wrong.nonzero()[0])
+        raise ValueError(f"labels: expected 0..{V - 1} or -100, got {int(labels_T[t])} at {t}")
 
 
 def _blocks(tensor_CV: Tensor) -> list[slice]:
@@ -131,7 +144,7 @@ def _student_pass(
         top1_C[block] = (z.argmax(-1) == teacher_top1_C[block]) & ~kl.isnan()
         if cross_entropy_C is not None and labels_C is not None:
             labels = labels_C[block]
-            picked = log_q.gather(-1, labels.clamp_min(0)[:, None])[:, 0]
+            picked = log_q.gather(-1, labels.masked_fill(labels == -100, 0)[:, None])[:, 0]
             cross_entropy_C[block] = (-picked).masked_fill_(labels == -100, 0)
         if with_gradient:
             grad = log_q.exp_().sub_(p)

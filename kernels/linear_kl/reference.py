@@ -40,5 +40,7 @@ def linear_kl_reference(
     token_top1 = (students_STV.argmax(-1) == teacher_TV.argmax(-1)) & ~token_kl.isnan()
     if labels_T is None:
         return kl, token_kl, None, token_top1
-    picked = log_q.detach().gather(-1, labels_T.clamp_min(0).expand(len(log_q), -1)[..., None])
-    return kl, token_kl, (-picked[..., 0]).masked_fill(labels_T == -100, 0), token_top1
+    ignored_T = labels_T == -100
+    index_ST1 = labels_T.masked_fill(ignored_T, 0).expand(len(log_q), -1)[..., None]
+    token_ce = -log_q.detach().gather(-1, index_ST1)[..., 0]
+    return kl, token_kl, token_ce.masked_fill(ignored_T, 0), token_top1

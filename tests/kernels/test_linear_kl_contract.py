@@ -1,0 +1,178 @@
+"""linear_kl as an op: registration, fakes, compilation, work done, memory, determinism."""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+from fastadapt.kernels.linear_kl import linear_kl
+from fastadapt.kernels.linear_kl.autograd import linear_kl_op
+
+PROOF = bool(os.environ.get("FASTADAPT_PROOF"))
+IMPLEMENTATIONS = ("reference", "chunked")
+
+
+def example(
+    S: int = 2, T: int = 11, D: int = 5, V: int = 13, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    shapes = ((T, D), (S, T, D), (V, D))
+    teacher, students, head = (torch.randn(s, generator=generator).to(dtype) for s in shapes)
+    return teacher, students, head
+
+
+# Registration
+
+
+@pytest.mark.parametrize("grads", [(True, True), (True, False), (False, True), (False, False)])
+def test_opcheck(grads):
+    teacher, students, head = example()
+    students.requires_grad_(grads[0])
+    head.requires_grad_(grads[1])
+    labels = torch.arange(11) if grads[0] else None
+    torch.library.opcheck(
+        linear_kl_op,
+        (teacher, students, head, torch.rand(11), labels, 2.0, 4, torch.float32, *grads),
+    )
+
+
+def test_compiles_into_one_graph_and_gives_the_same_bits():
+    compiled = torch.compile(linear_kl, fullgraph=True, backend="aot_eager", dynamic=True)
+    for T in (11, 14):
+        teacher, students, head = example(T=T)
+        results = []
+        for function in (linear_kl, compiled):
+            leaf = students.clone().requires_grad_()
+            mask, labels = torch.arange(T) > 2, torch.arange(T) % 13
+            output = function(teacher, leaf, head, mask=mask, labels=labels, chunk_tokens=4)
+            output.kl.backward(torch.tensor([1.0, -2.0]))
+            results.append((*output, leaf.grad))
+        for eager, graph in zip(*results, strict=True):
+            assert torch.equal(eager.detach(), graph.detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_fake_results_look_like_real_ones(dtype):
+    teacher, students, head = example(dtype=dtype)
+    real = linear_kl(teacher, students, head, labels=torch.arange(11))
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(t) for t in (teacher, students, head, torch.arange(11))]
+        fake = linear_kl(*fakes[:3], labels=fakes[3])
+    for a, b in zip(real, fake, strict=True):
+        assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_autocast_changes_nothing(implementation):
+    results = []
+    for enabled in (False, True):
+        teacher, students, head = example()
+        students.requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            output = linear_kl(teacher, students, head, implementation=implementation)
+        output.kl.sum().backward()
+        results.append((output.kl.detach(), students.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+# Work done
+
+
+@pytest.mark.parametrize(
+    ("students_grad", "head_grad", "grad_mode", "products"),
+    [
+        (True, False, True, 1 + 3 + 3),
+        (True, True, True, 1 + 3 + 3 + 3),
+        (False, True, True, 1 + 3 + 3),
+        (False, False, True, 1 + 3),
+        (True, True, False, 1 + 3),
+    ],
+)
+def test_flops_are_those_of_the_gradients_asked_for(students_grad, head_grad, grad_mode, products):
+    """At the shapes of a 7B model, on meta tensors: 2 T D V per product."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    T, D, V = 7500, 3584, 152_064
+    teacher = torch.empty(T, D, dtype=torch.bfloat16, device="meta")
+    students = torch.empty(3, T, D, dtype=torch.bfloat16, device="meta")
+    head = torch.empty(V, D, dtype=torch.bfloat16, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(grad_mode):
+        kl = linear_kl(
+            teacher, students.requires_grad_(students_grad), head.requires_grad_(head_grad)
+        ).kl
+        if kl.requires_grad:
+            kl.sum().backward()
+    weighted_sum = (
+        2 * 3 * V * D if head_grad and grad_mode else 0
+    )  # of the students' head gradients
+    assert counter.get_total_flops() == 2 * T * D * V * products + weighted_sum
+
+
+def test_only_kl_carries_a_gradient():
+    teacher, students, head = example()
+    output = linear_kl(teacher, students.requires_grad_(), head, labels=torch.arange(11))
+    assert output.kl.requires_grad
+    assert not any(t.requires_grad for t in output[1:])
+    teacher.requires_grad_()
+    assert not linear_kl(teacher, students.detach(), head).kl.requires_grad
+    with torch.no_grad():
+        assert not linear_kl(teacher, students, head).kl.requires_grad
+
+
+def peak_bytes(function: Any) -> int:
+    """Most bytes that the CPU allocator held at once on behalf of ``function``."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        function()
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    held = peak = 0
+    for _, change in changes:
+        held += change
+        peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("S", [1, 3])
+def test_peak_memory_is_two_chunks_of_logits(S, dtype):
+    """At V = 152,064 and six chunks: all logits of one stream would be three times the bound."""
+    T, D, V, chunk = 96, 8, 152_064, 16
+    teacher, students, head = example(S, T, D, V, dtype)
+    students.requires_grad_()
+
+    def step() -> None:
+        linear_kl(teacher, students, head, chunk_tokens=chunk).kl.sum().backward()
+
+    chunk_bytes = 4 * chunk * V
+    peak = peak_bytes(step)
+    assert peak > 2 * chunk_bytes  # the measurement sees the chunks
+    # Above the two chunks: temporaries of a block of rows (2 MiB each), gradients, the hidden rows.
+    small = 6 * 2**21 + 4 * students.numel() * students.element_size()
+    assert peak <= 2 * chunk_bytes + small
+    assert peak < 4 * T * V / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_threads_give_the_same_bits_every_time(dtype):
+    teacher, students, head = example(2, 48, 64, 1500, dtype)
+    students.requires_grad_()
+    head.requires_grad_()
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(2)
+    torch.use_deterministic_algorithms(False)
+    try:
+        seen = set()
+        for _ in range(250 if PROOF else 15):
+            output = linear_kl(teacher, students, head, chunk_tokens=16, labels=torch.arange(48))
+            grads = torch.autograd.grad(output.kl, (students, head), torch.tensor([1.0, 0.3]))
+            tensors = (*(t.detach() for t in output), *grads)
+            seen.add(
+                hash(b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in tensors))
+            )
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
+    assert len(seen) == 1
