@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.library import define, impl, register_autograd, register_fake
-from torch.utils.flop_counter import register_flop_formula
+
+from fastadapt.kernels import flops
 
 from . import sparse
 from .reference import TranscoderOutput, TranscoderStats, accumulator
@@ -91,16 +92,16 @@ def transcode(
 def _encode(*args: Any) -> tuple[Tensor, ...]:
     *inputs, dense, capacity = args
     plan = None if dense is None else Plan(dense, capacity)
-    codes, *rest = sparse.encode(*inputs, plan=plan)
+    call: tuple[Any, ...] = (*inputs, plan)
+    codes, *rest = sparse.encode(*call)
     return (*codes, *rest)
 
 
 def _encode_backward(da: Tensor | None, c: Tensor | None, x: Tensor, *args: Any) -> Any:
     *inputs, bandwidth, need = args
-    codes, x_ND = Codes(*inputs[-N_CODES:]), x.flatten(0, 1)
-    dx, *rest = sparse.encode_backward(
-        da, c, x_ND, *inputs[:-N_CODES], codes=codes, bandwidth=bandwidth, need=need
-    )
+    codes = Codes(*inputs[-N_CODES:])
+    call: tuple[Any, ...] = (da, c, x.flatten(0, 1), *inputs[:-N_CODES], codes, bandwidth, need)
+    dx, *rest = sparse.encode_backward(*call)
     return (dx.view(x.shape) if need[0] else dx, *rest)
 
 
@@ -229,25 +230,27 @@ register_autograd("fastadapt::decode", _differentiate_decode, setup_context=_set
 # --- FLOPs of the products, two per multiply-add --------------------------------------------------
 
 
-@register_flop_formula(ops.encode)
 def _count_encode(x_shape: Any, W_enc_shape: Any, *_: Any, **__: Any) -> int:
     S, T, D = x_shape
     return int(2 * S * T * D * W_enc_shape[0])
 
 
-@register_flop_formula(ops.encode_backward)
 def _count_encode_backward(*args: Any, **_: Any) -> int:
     W_enc_shape, values_shape, need = args[3], args[8], args[-1]
     return int(2 * values_shape[0] * W_enc_shape[1] * (need[0] + need[1]))
 
 
-@register_flop_formula(ops.decode)
 def _count_decode(*args: Any, **_: Any) -> int:
     values_shape, W_dec_shape = args[0], args[N_CODES]
     return int(2 * values_shape[0] * W_dec_shape[1])
 
 
-@register_flop_formula(ops.decode_backward)
 def _count_decode_backward(*args: Any, **_: Any) -> int:
     values_shape, W_dec_shape, need_values, need_W = args[1], *args[-3:]
     return int(2 * values_shape[0] * W_dec_shape[1] * (need_values + need_W))
+
+
+flops.register(ops.encode, _count_encode)
+flops.register(ops.encode_backward, _count_encode_backward)
+flops.register(ops.decode, _count_decode)
+flops.register(ops.decode_backward, _count_decode_backward)
