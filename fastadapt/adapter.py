@@ -1,4 +1,4 @@
-"""One layer's transcoder adapter: its parameters, its call of the kernel, its file.
+"""One layer's transcoder adapter: its parameters and its call of the kernel.
 
 An adapter knows no model. It maps the input of an MLP to what fine-tuning added to that MLP's
 output: ``a = activation(W_enc x + b_enc)``, ``A(x) = W_decᵀ a + b_dec`` (arXiv 2602.20904). It is a
@@ -9,12 +9,8 @@ Shapes: T tokens, D width, F features; both weight matrices hold one row per fea
 
 from __future__ import annotations
 
-import json
 import math
-import os
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +20,6 @@ from fastadapt.errors import UserError
 from fastadapt.kernels.transcoder import Plan, TranscoderStats, transcoder
 from fastadapt.kernels.transcoder.reference import activate
 
-SCHEMA_VERSION = 1
 ACTIVATIONS = ("relu", "topk", "batch_topk", "jumprelu")
 
 
@@ -241,134 +236,3 @@ class TranscoderAdapter(nn.Module):
         seen = min_active.to(self.threshold)
         moved = torch.where(self.threshold == 0, seen, torch.lerp(seen, self.threshold, decay))
         self.threshold.copy_(torch.where(seen.isnan(), self.threshold, moved))
-
-
-# --- a folder of adapters -------------------------------------------------------------------------
-
-
-def _tensors(adapter: TranscoderAdapter) -> dict[str, Tensor]:
-    return {name: t.detach().contiguous() for name, t in adapter.state_dict().items()}
-
-
-def save_adapters(
-    adapters: Iterable[nn.Module],
-    folder: str | os.PathLike[str],
-    metadata: Mapping[str, Any] | None = None,
-) -> None:
-    """Write one adapter per layer as ``fastadapt.json`` and ``layer_{i}.safetensors``.
-
-    The JSON file states schema version, shapes, orientation (one row per feature in both matrices),
-    the hook (the MLP's input, after the norm and its weight), that the adapter is *additive*, and
-    ``metadata`` (model ids, revisions, losses, measured L0). It is written last, so that a folder
-    that has it is whole.
-
-    Args:
-        adapters: layer 0 first; one configuration and one pair of widths for all.
-        folder: made if it is not there.
-        metadata: JSON-serialisable.
-    """
-    from safetensors.torch import save_file
-
-    layers = [adapter for adapter in adapters if isinstance(adapter, TranscoderAdapter)]
-    if not layers:
-        raise UserError("there is no adapter to save")
-    first = layers[0]
-    for i, adapter in enumerate(layers):
-        if (adapter.config, adapter.d_in, adapter.d_out) != (first.config, first.d_in, first.d_out):
-            raise UserError(f"layer {i} differs from layer 0 in configuration or width")
-    path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "fastadapt.json").unlink(missing_ok=True)
-    for i, adapter in enumerate(layers):
-        save_file(_tensors(adapter), path / f"layer_{i}.safetensors")
-    card = {
-        "schema_version": SCHEMA_VERSION,
-        "kind": "transcoder_adapter",
-        "additive": True,
-        "hook_in": "mlp.input (after the norm, norm weight included)",
-        "hook_out": "mlp.output (added to the base MLP's, before any post-norm)",
-        "orientation": {"W_enc": "[n_features, d_in]", "W_dec": "[n_features, d_out]"},
-        "n_layers": len(layers),
-        "d_in": first.d_in,
-        "d_out": first.d_out,
-        "adapter": asdict(first.config),
-        "metadata": dict(metadata or {}),
-    }
-    (path / "fastadapt.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-
-
-def _read_card(path: Path) -> dict[str, Any]:
-    card_file = path / "fastadapt.json"
-    if not card_file.is_file():
-        raise UserError(f"{path} holds no adapters: fastadapt.json is missing")
-    try:
-        card = json.loads(card_file.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise UserError(f"{card_file} is not JSON: {e}") from e
-    if not isinstance(card, dict):
-        raise UserError(f"{card_file} must hold an object, got {type(card).__name__}")
-    version = card.get("schema_version")
-    if version != SCHEMA_VERSION:
-        raise UserError(
-            f"{card_file}: schema_version is {version!r}, this fastadapt reads {SCHEMA_VERSION}"
-        )
-    if card.get("additive") is not True:
-        raise UserError(f"{card_file}: 'additive' must be true: a replacement is no adapter")
-    for key in ("n_layers", "d_in", "d_out"):
-        if not isinstance(card.get(key), int) or card[key] < 1:
-            raise UserError(f"{card_file}: {key} must be a positive integer, got {card.get(key)!r}")
-    return card
-
-
-def load_adapters(
-    folder: str | os.PathLike[str],
-    *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> tuple[nn.ModuleList, dict[str, Any]]:
-    """Read what :func:`save_adapters` wrote: the adapters, layer 0 first, and the metadata.
-
-    Strict: a missing, extra or misshapen file or tensor is a :class:`UserError` that names it.
-    Parameters keep the dtype of the file unless ``dtype`` is given.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = Path(folder)
-    card = _read_card(path)
-    known = {f.name for f in fields(AdapterConfig)}
-    settings = card.get("adapter")
-    if not isinstance(settings, dict) or set(settings) - known:
-        raise UserError(f"{path / 'fastadapt.json'}: 'adapter' holds unknown settings: {settings}")
-    config = AdapterConfig(**settings)
-    names = {f"layer_{i}.safetensors" for i in range(card["n_layers"])}
-    found = {p.name for p in path.glob("layer_*.safetensors")}
-    if names != found:
-        raise UserError(
-            f"{path}: layers of the adapters do not match fastadapt.json: "
-            f"missing {sorted(names - found)}, unexpected {sorted(found - names)}"
-        )
-    adapters = nn.ModuleList()
-    for i in range(card["n_layers"]):
-        file = path / f"layer_{i}.safetensors"
-        try:
-            tensors = load_file(file)
-        except (SafetensorError, OSError) as e:
-            raise UserError(f"{file} cannot be read: {e}") from e
-        adapter = TranscoderAdapter(card["d_in"], config, d_out=card["d_out"], device="meta")
-        expected = {name: tuple(t.shape) for name, t in adapter.state_dict().items()}
-        shapes = {name: tuple(t.shape) for name, t in tensors.items()}
-        for name in sorted(expected.keys() | shapes.keys()):
-            if expected.get(name) != shapes.get(name):
-                raise UserError(
-                    f"{file}: tensor {name}: expected {expected.get(name, 'none')}, "
-                    f"got {shapes.get(name, 'none')}"
-                )
-        if dtype is not None:
-            tensors = {
-                name: t if name == "threshold" and t.dim() == 0 else t.to(dtype)
-                for name, t in tensors.items()
-            }
-        adapter.load_state_dict(tensors, assign=True)
-        adapters.append(adapter.to(device) if device is not None else adapter)
-    return adapters, card["metadata"]

@@ -6,17 +6,22 @@ fill it with noise.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastadapt.errors import UserError
+from fastadapt.pretrained import (
+    ARCHITECTURES,
+    Paths,
+    load_mlps,
+    load_tokenizer,
+    model_config,
+    reading,
+    tensor_files,
+)
 
 
 @dataclass(frozen=True)
@@ -53,29 +58,6 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "float64": torch.float64,
-}
-
-
-@dataclass(frozen=True)
-class Paths:
-    """Attribute paths of an architecture's parts, from the causal language model down.
-
-    ``attention`` is the implementation to use where flash-attn is not: ``eager`` for Gemma 2, whose
-    soft-capped attention scores torch's fused attention cannot make.
-    """
-
-    decoder: str = "model"
-    layers: str = "layers"
-    mlp: str = "mlp"
-    norm: str = "norm"
-    attention: str = "sdpa"
-
-
-#: The architectures whose gradients and modes are tested.
-ARCHITECTURES: Mapping[str, Paths] = {
-    "qwen2": Paths(),
-    "llama": Paths(),
-    "gemma2": Paths(attention="eager"),
 }
 
 
@@ -164,15 +146,17 @@ class ModelPair:
 
         device, dtype = choose_device(config.device), DTYPES[config.dtype]
         trust = config.trust_remote_code
-        target_config = _model_config(config.target, config.target_revision, trust)
-        base_config = _model_config(config.base, config.base_revision, trust)
+        target_config = model_config(config.target, config.target_revision, trust)
+        base_config = model_config(config.base, config.base_revision, trust)
         check_configs(target_config, base_config)
-        tokenizer = _tokenizer(config.target, config.target_revision, trust)
-        notes = check_tokenizers(tokenizer, _tokenizer(config.base, config.base_revision, trust))
+        tokenizer = load_tokenizer(config.target, config.target_revision, trust)
+        notes = check_tokenizers(
+            tokenizer, load_tokenizer(config.base, config.base_revision, trust)
+        )
         paths = ARCHITECTURES[target_config.model_type]
         attention, _ = choose_attention(config.attention, device, dtype, paths.attention)
-        _tensor_files(config.target, config.target_revision)
-        with _reading("target", config.target):
+        tensor_files(config.target, config.target_revision)
+        with reading("target", config.target):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 config.target,
                 revision=config.target_revision,
@@ -197,7 +181,14 @@ class ModelPair:
             raise UserError(f"target {config.target}: a head with a bias is not supported")
         return cls(
             target=target,
-            base_mlps=_base_mlps(config, base_config, paths, device, dtype),
+            base_mlps=load_mlps(
+                config.base,
+                config.base_revision,
+                base_config,
+                device=device,
+                dtype=dtype,
+                trust=trust,
+            ),
             tokenizer=tokenizer,
             config=config,
             paths=paths,
@@ -252,120 +243,3 @@ def check_tokenizers(target: Any, base: Any) -> list[str]:
         return []
     renamed = sorted({t for t, _ in a.items() ^ b.items()})
     return [f"added tokens differ ({len(renamed)}), the target's are used: {renamed[:4]}"]
-
-
-# --- sources --------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _reading(what: str, source: str) -> Iterator[None]:
-    """Turn what a missing, broken or misshapen source raises into one line that names it."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except SafetensorError as e:
-        raise UserError(
-            f"{what} {source!r}: a safetensors file is truncated or damaged: {e}"
-        ) from e
-    except (OSError, ValueError, RuntimeError) as e:
-        if isinstance(e, UserError):
-            raise
-        reason = " ".join(str(e).split())
-        raise UserError(f"{what} {source!r} cannot be loaded: {reason[:300]}") from e
-
-
-def _model_config(source: str, revision: str | None, trust: bool) -> Any:
-    from transformers import AutoConfig
-
-    with _reading("model", source):
-        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust)
-
-
-def _tokenizer(source: str, revision: str | None, trust: bool) -> Any:
-    from transformers import AutoTokenizer
-
-    with _reading("tokenizer of", source):
-        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust)
-
-
-def _fetch(source: str, name: str, revision: str | None) -> Path | None:
-    """Local path of one file of a folder or hub repository, or None where it has none."""
-    from transformers.utils import cached_file
-
-    found = cached_file(
-        source, name, revision=revision, _raise_exceptions_for_missing_entries=False
-    )
-    return None if found is None else Path(found)
-
-
-def _tensor_files(source: str, revision: str | None) -> dict[str, Path]:
-    """File of every shard, by name. Shards named by an index may not lie outside their folder."""
-    index = _fetch(source, "model.safetensors.index.json", revision)
-    if index is None:
-        single = _fetch(source, "model.safetensors", revision)
-        if single is None:
-            raise UserError(
-                f"{source}: no model.safetensors found; only safetensors checkpoints are read"
-            )
-        return {"model.safetensors": single}
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"{index} is not an index of shards: {e!r}") from e
-    files = {}
-    for name in names:
-        if len(PurePosixPath(name).parts) != 1 or "\\" in name or name in ("..", "."):
-            raise UserError(f"{index}: shard {name!r} lies outside the model's folder")
-        file = _fetch(source, name, revision)
-        if file is None:
-            raise UserError(f"{source}: shard {name!r} named by the index is missing")
-        files[name] = file
-    return files
-
-
-def _base_mlps(
-    config: PairConfig,
-    base_config: Any,
-    paths: Paths,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> nn.ModuleList:
-    """The base's MLP modules with their weights; nothing else of the base is read."""
-    from safetensors import safe_open
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(
-            base_config, trust_remote_code=config.trust_remote_code
-        )
-    layers = getattr(getattr(skeleton, paths.decoder), paths.layers)
-    mlps = nn.ModuleList(getattr(layer, paths.mlp) for layer in layers)
-    prefixes = [f"{paths.decoder}.{paths.layers}.{i}.{paths.mlp}." for i in range(len(mlps))]
-    wanted = {
-        prefix + name
-        for prefix, mlp in zip(prefixes, mlps, strict=True)
-        for name in mlp.state_dict()
-    }
-    tensors: dict[str, Tensor] = {}
-    for file in _tensor_files(config.base, config.base_revision).values():
-        with (
-            _reading("base", str(file)),
-            safe_open(file, framework="pt", device=str(device)) as shard,
-        ):
-            for name in wanted & set(shard.keys()):
-                tensors[name] = shard.get_tensor(name).to(dtype)
-    if missing := sorted(wanted - set(tensors)):
-        raise UserError(
-            f"base {config.base}: {len(missing)} MLP weights are missing: {missing[:3]}"
-        )
-    for prefix, mlp in zip(prefixes, mlps, strict=True):
-        own = {name: tensors[prefix + name] for name in mlp.state_dict()}
-        for name, parameter in mlp.state_dict().items():
-            if own[name].shape != parameter.shape:
-                raise UserError(
-                    f"base {config.base}: {prefix}{name}: expected {tuple(parameter.shape)}, "
-                    f"got {tuple(own[name].shape)}"
-                )
-        mlp.load_state_dict(own, assign=True)
-    return mlps.eval()

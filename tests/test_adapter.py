@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastadapt.adapter import AdapterConfig, TranscoderAdapter, load_adapters, save_adapters
+from fastadapt.adapter import AdapterConfig, TranscoderAdapter
+from fastadapt.adapter_files import load_adapters, save_adapters
 from fastadapt.errors import UserError
 
 CONFIGS = {

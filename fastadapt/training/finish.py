@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fastadapt.adapter import save_adapters
+from fastadapt.adapter_files import save_adapters
 from fastadapt.models import ReplacementModel
 from fastadapt.training import rundir
 from fastadapt.training.config import TrainConfig

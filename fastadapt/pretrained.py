@@ -1,0 +1,156 @@
+"""Read checkpoints: configuration, tokenizer, shards, and the MLPs alone. Only safetensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastadapt.errors import UserError
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Attribute paths of an architecture's parts, from the causal language model down.
+
+    ``attention`` is the implementation to use where flash-attn is not: ``eager`` for Gemma 2, whose
+    soft-capped attention scores torch's fused attention cannot make.
+    """
+
+    decoder: str = "model"
+    layers: str = "layers"
+    mlp: str = "mlp"
+    norm: str = "norm"
+    attention: str = "sdpa"
+
+
+#: The architectures whose gradients and modes are tested.
+ARCHITECTURES: Mapping[str, Paths] = {
+    "qwen2": Paths(),
+    "llama": Paths(),
+    "gemma2": Paths(attention="eager"),
+}
+
+
+@contextmanager
+def reading(what: str, source: str) -> Iterator[None]:
+    """Turn what a missing, broken or misshapen source raises into one line that names it."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as e:
+        raise UserError(
+            f"{what} {source!r}: a safetensors file is truncated or damaged: {e}"
+        ) from e
+    except (OSError, ValueError, RuntimeError) as e:
+        if isinstance(e, UserError):
+            raise
+        reason = " ".join(str(e).split())
+        raise UserError(f"{what} {source!r} cannot be loaded: {reason[:300]}") from e
+
+
+def model_config(source: str, revision: str | None, trust: bool) -> Any:
+    """transformers' configuration of a local folder or hub id."""
+    from transformers import AutoConfig
+
+    with reading("model", source):
+        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust)
+
+
+def load_tokenizer(source: str, revision: str | None, trust: bool) -> Any:
+    """The tokenizer of a local folder or hub id."""
+    from transformers import AutoTokenizer
+
+    with reading("tokenizer of", source):
+        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust)
+
+
+def _fetch(source: str, name: str, revision: str | None) -> Path | None:
+    """Local path of one file of a folder or hub repository, or None where it has none."""
+    from transformers.utils import cached_file
+
+    found = cached_file(
+        source, name, revision=revision, _raise_exceptions_for_missing_entries=False
+    )
+    return None if found is None else Path(found)
+
+
+def tensor_files(source: str, revision: str | None) -> dict[str, Path]:
+    """File of every shard, by name. Shards named by an index may not lie outside their folder."""
+    index = _fetch(source, "model.safetensors.index.json", revision)
+    if index is None:
+        single = _fetch(source, "model.safetensors", revision)
+        if single is None:
+            raise UserError(
+                f"{source}: no model.safetensors found; only safetensors checkpoints are read"
+            )
+        return {"model.safetensors": single}
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{index} is not an index of shards: {e!r}") from e
+    files = {}
+    for name in names:
+        if len(PurePosixPath(name).parts) != 1 or "\\" in name or name in ("..", "."):
+            raise UserError(f"{index}: shard {name!r} lies outside the model's folder")
+        file = _fetch(source, name, revision)
+        if file is None:
+            raise UserError(f"{source}: shard {name!r} named by the index is missing")
+        files[name] = file
+    return files
+
+
+def load_mlps(
+    source: str,
+    revision: str | None,
+    config: Any,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    trust: bool,
+) -> nn.ModuleList:
+    """The MLP modules of a checkpoint, one per layer, with their weights; nothing else is read.
+
+    ``config`` is the checkpoint's :func:`model_config`.
+    """
+    from safetensors import safe_open
+    from transformers import AutoModelForCausalLM
+
+    paths = ARCHITECTURES[config.model_type]
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+    layers = getattr(getattr(skeleton, paths.decoder), paths.layers)
+    mlps = nn.ModuleList(getattr(layer, paths.mlp) for layer in layers)
+    prefixes = [f"{paths.decoder}.{paths.layers}.{i}.{paths.mlp}." for i in range(len(mlps))]
+    wanted = {
+        prefix + name
+        for prefix, mlp in zip(prefixes, mlps, strict=True)
+        for name in mlp.state_dict()
+    }
+    tensors: dict[str, Tensor] = {}
+    for file in tensor_files(source, revision).values():
+        with (
+            reading("base", str(file)),
+            safe_open(file, framework="pt", device=str(device)) as shard,
+        ):
+            for name in wanted & set(shard.keys()):
+                tensors[name] = shard.get_tensor(name).to(dtype)
+    if missing := sorted(wanted - set(tensors)):
+        raise UserError(f"base {source}: {len(missing)} MLP weights are missing: {missing[:3]}")
+    for prefix, mlp in zip(prefixes, mlps, strict=True):
+        own = {name: tensors[prefix + name] for name in mlp.state_dict()}
+        for name, parameter in mlp.state_dict().items():
+            if own[name].shape != parameter.shape:
+                raise UserError(
+                    f"base {source}: {prefix}{name}: expected {tuple(parameter.shape)}, "
+                    f"got {tuple(own[name].shape)}"
+                )
+        mlp.load_state_dict(own, assign=True)
+    return mlps.eval()
