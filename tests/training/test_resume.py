@@ -1,0 +1,215 @@
+"""A run that was killed and resumed equals one that was not, to the bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from threading import Event
+
+import pytest
+import torch
+
+from fastadapt.errors import RunError, UserError
+from fastadapt.training.checkpoint import list_checkpoints, load_latest
+from fastadapt.training.config import TrainConfig, save_config
+from fastadapt.training.feed import Feed
+from fastadapt.training.rundir import read_records
+from fastadapt.training.trainer import train
+
+TIMING = {"wall_s", "tokens_per_s"}
+
+
+def records(folder: Path) -> list[dict]:
+    """What two runs must have in common: all records but those of resuming, without the clock."""
+    kept = [r for r in read_records(folder / "metrics.jsonl") if r["kind"] != "resume"]
+    return [{k: v for k, v in record.items() if k not in TIMING} for record in kept]
+
+
+def assert_same_run(folder: Path, whole: Path) -> None:
+    ours, theirs = load_latest(folder / "checkpoints")[0], load_latest(whole / "checkpoints")[0]
+    assert ours is not None
+    assert theirs is not None
+    assert ours.step == theirs.step
+    assert ours.tensors.keys() == theirs.tensors.keys()
+    for file in ("weights", "exp_avg", "exp_avg_sq", "counters", "rng"):
+        a, b = (c.path / f"{file}.safetensors" for c in (ours, theirs))
+        assert a.read_bytes() == b.read_bytes(), file
+    timeless = [{k: v for k, v in c.scalars.items() if k != "wall_s"} for c in (ours, theirs)]
+    assert timeless[0] == timeless[1]
+    for file in sorted((whole / "adapter").glob("*.safetensors")):
+        assert (folder / "adapter" / file.name).read_bytes() == file.read_bytes()
+    assert records(folder) == records(whole)
+
+
+def stop_after(event: Event, step: int) -> Callable[[dict], None]:
+    def sink(record: dict) -> None:
+        if record["kind"] == "train" and record["step"] == step:
+            event.set()
+
+    return sink
+
+
+def into(config: TrainConfig, folder: Path) -> TrainConfig:
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, output=str(folder)))
+
+
+def test_killed_at_five_steps_and_resumed_twice(tiny_config, tmp_path: Path) -> None:
+    """Steps before the first checkpoint (3), on one, between two, and the last."""
+    kills = ["1,2", "3,5", "4,9", "7,8", "10,12"]
+    save_config(tiny_config(), tmp_path / "config.yaml")
+    program = Path(__file__).with_name("crash_runs.py")
+    arguments = [sys.executable, program, tmp_path / "config.yaml", tmp_path, *kills]
+    done = subprocess.run(list(map(str, arguments)), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in kills:
+        folder = tmp_path / name.replace(",", "-")
+        assert_same_run(folder, tmp_path / "whole")
+        resumed = [r for r in read_records(folder / "metrics.jsonl") if r["kind"] == "resume"]
+        assert resumed  # those of the first resume may lie behind the second one's checkpoint
+
+
+VARIANTS = {
+    "topk": {"adapter.activation": "topk", "adapter.k": 3},
+    "batch_topk": {"adapter.activation": "batch_topk", "adapter.k": 2.5},
+    "jumprelu": {
+        "adapter.activation": "jumprelu",
+        "adapter.bandwidth": 0.1,
+        "adapter.initial_threshold": 0.05,
+    },
+    "bfloat16 on masters": {"pair.dtype": "bfloat16"},
+    "bfloat16 alone": {"pair.dtype": "bfloat16", "optimizer.masters": False},
+    "accumulation and epochs": {
+        "optimizer.batch_size": 3,
+        "optimizer.accumulation": 3,
+        "optimizer.epochs": 2,
+    },
+    "no checkpointing of blocks": {"objective.checkpoint": False},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_stopped_and_resumed(tiny_config, tmp_path: Path, variant: str) -> None:
+    config = tiny_config(**VARIANTS[variant])
+    whole = train(into(config, tmp_path / "whole"))
+    stop, again = Event(), into(config, tmp_path / "again")
+    stopped = train(again, stop=stop, sinks=[stop_after(stop, 4)])
+    assert stopped["interrupted"]
+    assert (stopped["step"], stopped["steps"]) == (4, whole["steps"])
+    resumed = train(again, resume=True)
+    assert not resumed["interrupted"]
+    ours = [r for r in records(tmp_path / "again") if (r["kind"], r["step"]) != ("checkpoint", 4)]
+    assert ours == records(tmp_path / "whole")
+    for file in ("weights", "exp_avg", "exp_avg_sq", "counters"):
+        a, b = (
+            list_checkpoints(tmp_path / name / "checkpoints")[-1][1] / f"{file}.safetensors"
+            for name in ("whole", "again")
+        )
+        assert a.read_bytes() == b.read_bytes(), file
+    same = whole.keys() - {"wall_s", "output", "adapter", "report"}
+    assert {k: whole[k] for k in same} == {k: resumed[k] for k in same}
+
+
+def test_every_sample_is_seen_once(tiny_config, monkeypatch) -> None:
+    seen: list[int] = []
+    real = Feed.batch
+
+    def batch(self, data, indices):
+        if data is self.train:
+            seen.extend(indices)
+        return real(self, data, indices)
+
+    monkeypatch.setattr(Feed, "batch", batch)
+    config = tiny_config(**{"optimizer.batch_size": 5, "optimizer.accumulation": 2})
+    for last in (1, 2, None):
+        stop = Event()
+        sinks = [] if last is None else [stop_after(stop, last)]
+        summary = train(config, resume=last != 1, stop=stop, sinks=sinks)
+    assert summary["steps"] == 3
+    assert sorted(seen) == list(range(24))
+    assert seen != list(range(24))
+
+
+def test_the_newest_whole_checkpoint_is_taken_and_the_others_told(tiny_config, tmp_path) -> None:
+    config = tiny_config()
+    train(config)
+    newest = list_checkpoints(tmp_path / "run" / "checkpoints")[-1][1]
+    weights = newest / "weights.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1])
+    (tmp_path / "run" / "checkpoints" / ".tmp-12-dead").mkdir()
+    told: list[dict] = []
+    train(config, resume=True, sinks=[told.append])
+    resume = next(record for record in told if record["kind"] == "resume")
+    assert resume["step"] == 9
+    assert resume["checkpoint"] == "checkpoints/step-00000009"
+    assert [each["path"] for each in resume["passed_over"]] == ["checkpoints/step-00000012"]
+    assert "weights.safetensors has" in resume["passed_over"][0]["reason"]
+    assert resume["unfinished_saves_removed"] == 1
+    assert weights.read_bytes() == whole  # made anew, to the bit
+
+
+def test_no_whole_checkpoint_is_an_error_and_not_a_fresh_start(tiny_config, tmp_path) -> None:
+    config = tiny_config()
+    train(config)
+    for _, path in list_checkpoints(tmp_path / "run" / "checkpoints"):
+        (path / "manifest.json").unlink()
+    with pytest.raises(RunError, match=r"no checkpoint in .* is whole \(step-00000012: manifest"):
+        train(config, resume=True)
+
+
+def test_a_run_that_ended_can_be_resumed_to_nothing(tiny_config, tmp_path: Path) -> None:
+    config = tiny_config()
+    first = train(config)
+    before = records(tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    second = train(config, resume=True)
+    assert records(tmp_path / "run") == before
+    assert (tmp_path / "run" / "summary.json").is_file()
+    assert {**second, "wall_s": 0} == {**first, "wall_s": 0}
+
+
+def test_an_evaluation_that_was_cut_short_is_made_up_for(tiny_config, tmp_path: Path) -> None:
+    """Stopped within the evaluation of step 5: none is recorded; the resumed run has it."""
+    config = tiny_config()
+    train(into(config, tmp_path / "whole"))
+    stop = Event()
+    again = into(config, tmp_path / "again")
+    stopped = train(again, stop=stop, sinks=[stop_after(stop, 5)])
+    assert stopped["step"] == 5
+    assert not any(r["kind"] == "eval" and r["step"] == 5 for r in records(tmp_path / "again"))
+    train(again, resume=True)
+    ours = [r for r in records(tmp_path / "again") if (r["kind"], r["step"]) != ("checkpoint", 5)]
+    assert ours == records(tmp_path / "whole")
+
+
+def test_other_data_is_refused(tiny_config, tiny_pair: Path, tmp_path: Path) -> None:
+    rows = (tiny_pair / "train.jsonl").read_text().splitlines()
+    data = tmp_path / "train.jsonl"
+    data.write_text("\n".join(rows))
+    config, stop = tiny_config(**{"data.train": str(data)}), Event()
+    train(config, stop=stop, sinks=[stop_after(stop, 3)])
+    data.write_text("\n".join(rows[:-3]))
+    with pytest.raises(UserError, match=r"24 sequences when the run began.*now it holds 21"):
+        train(config, resume=True)
+
+
+def test_weights_of_another_shape_are_refused(tiny_config, tmp_path: Path) -> None:
+    """The configuration was edited along with the command line: the tensors still tell."""
+    stop = Event()
+    train(tiny_config(), stop=stop, sinks=[stop_after(stop, 3)])
+    other = tiny_config(**{"adapter.n_features": 40})
+    save_config(other, tmp_path / "run" / "config.yaml")
+    with pytest.raises(UserError, match=r"another shape.*expected \(40, 32\).*got \(48, 32\)"):
+        train(other, resume=True)
+
+
+def test_threads_are_set_as_asked(tiny_config) -> None:
+    before = torch.get_num_threads()
+    try:
+        train(tiny_config(**{"run.threads": 2, "optimizer.max_steps": 1}))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
