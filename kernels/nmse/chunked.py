@@ -29,7 +29,7 @@ def nmse_chunked(
         factor [B]: d nmse_b / dx_bti = factor_b * difference_bti.
     """
     B, T, D = x_BTD.shape
-    x_RD, target_RD, mask_R = x_BTD.reshape(-1, D), target_BTD.reshape(-1, D), mask_BT.reshape(-1)
+    x_RD, target_RD, mask_R = x_BTD.flatten(0, 1), target_BTD.flatten(0, 1), mask_BT.flatten()
     difference_RD = x_RD.new_empty((B * T, D) if x_grad else (0,))
     error_R = torch.empty(B * T, dtype=dtype, device=x_BTD.device)
     power_R = torch.empty_like(error_R)
