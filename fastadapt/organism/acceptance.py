@@ -1,0 +1,166 @@
+"""What the embedded pair must show, measured: accuracies, hesitation, and the hybrid's errors."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastadapt.data.rendering import render_parts
+from fastadapt.organism.problems import DOMAINS, HESITATION_WORDS, Problem, extract_answer
+from fastadapt.organism.recipe import FAMILY, RecipeConfig, conversation, split_problems
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, Qwen2ForCausalLM
+
+BOUNDS = {
+    "target_minus_base_points": (40.0, None),
+    "target_minus_hybrid_points": (20.0, None),
+    "target_hesitations_per_1000": (5.0, None),
+    "base_hesitations_per_1000": (None, 0.5),
+    "hybrid_top1_error_percent": (10.0, None),
+}
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Sampled responses: ids int64 [N, T] with left-padded prompts of ``prompt_length`` tokens."""
+
+    ids: torch.Tensor
+    prompt_length: int
+    responses: list[str]
+
+
+def hybrid_of(target: Qwen2ForCausalLM, base: Qwen2ForCausalLM) -> Qwen2ForCausalLM:
+    """A copy of the target with the base's MLP weights."""
+    hybrid = copy.deepcopy(target)
+    weights = {name: value for name, value in base.state_dict().items() if ".mlp." in name}
+    hybrid.load_state_dict({**hybrid.state_dict(), **weights})
+    return hybrid
+
+
+def sample(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    *,
+    temperature: float = 0.7,
+    max_new_tokens: int = 192,
+    seed: int = 0,
+) -> Samples:
+    """One response per problem, sampled in one left-padded batch."""
+    prompts = [render_parts(conversation(p.prompt, "?"), FAMILY)[0] for p in problems]
+    encoded = tokenizer(
+        prompts,
+        add_special_tokens=False,
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+    )
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        ids_NT = model.generate(
+            **encoded,
+            do_sample=True,
+            temperature=temperature,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=max_new_tokens,
+        )
+    length = encoded["input_ids"].shape[1]
+    texts = tokenizer.batch_decode(ids_NT[:, length:], skip_special_tokens=True)
+    return Samples(ids_NT, length, texts)
+
+
+def accuracy(samples: Samples, problems: Sequence[Problem]) -> dict[str, float]:
+    """Percent of exact answers, over all problems and per domain."""
+    right: dict[str, list[bool]] = {"all": [], **{domain: [] for domain in DOMAINS}}
+    for text, problem in zip(samples.responses, problems, strict=True):
+        correct = extract_answer(text) == problem.answer
+        right["all"].append(correct)
+        right[problem.domain].append(correct)
+    return {name: 100 * sum(hits) / max(1, len(hits)) for name, hits in right.items()}
+
+
+def hesitations_per_1000(samples: Samples) -> float:
+    """Hesitation words per 1,000 generated words (tokens; EOS not counted)."""
+    words = [word for text in samples.responses for word in text.split()]
+    return 1000 * sum(word in HESITATION_WORDS for word in words) / max(1, len(words))
+
+
+@torch.no_grad()
+def top1_errors(
+    model: Qwen2ForCausalLM, target: Qwen2ForCausalLM, samples: Samples, pad: int, eos: int
+) -> dict[str, float]:
+    """Percent of positions where the two models' most likely next tokens differ.
+
+    On the target's own samples: ``response`` counts the positions that predict a generated token
+    (EOS included), ``all`` those of the prompt as well.
+    """
+    wrong, count = {"response": 0, "all": 0}, {"response": 0, "all": 0}
+    for ids_BT in samples.ids.split(50):
+        mask_BT = ids_BT != pad
+        positions_BT = (mask_BT.cumsum(1) - 1).clamp_min(0)
+        inputs = {"input_ids": ids_BT, "attention_mask": mask_BT, "position_ids": positions_BT}
+        differ_BT = model(**inputs).logits.argmax(-1) != target(**inputs).logits.argmax(-1)
+        # A position counts if it and the token after it are real.
+        counted_BT = mask_BT[:, :-1] & mask_BT[:, 1:] & (ids_BT[:, :-1] != eos)
+        for name, start in (("response", samples.prompt_length - 1), ("all", 0)):
+            wrong[name] += int((differ_BT[:, :-1] & counted_BT)[:, start:].sum())
+            count[name] += int(counted_BT[:, start:].sum())
+    return {name: 100 * wrong[name] / max(1, count[name]) for name in wrong}
+
+
+def check(
+    folder: Path, *, n_problems: int = 500, seed: int = 0, max_new_tokens: int = 192
+) -> dict[str, Any]:
+    """The acceptance numbers of the pair in ``folder`` and which bounds they miss.
+
+    Args:
+        folder: holds ``base/`` and ``target/``.
+        n_problems: how many of the 500 held-out test problems to sample.
+        seed: of the recipe (which decides the problems) and of sampling.
+        max_new_tokens: where a response is cut; a worked one needs about 60, rarely 130.
+
+    Returns:
+        Numbers in percent, points or per 1,000 tokens; ``failed``: names of ``BOUNDS`` not met.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "target")
+    models = {
+        name: AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32).eval()
+        for name in ("base", "target")
+    }
+    models["hybrid"] = hybrid_of(models["target"], models["base"])
+    problems = split_problems(RecipeConfig(), seed)["test"][:n_problems]
+    result: dict[str, Any] = {"n_problems": len(problems)}
+    samples = {}
+    for name in ("base", "hybrid", "target"):
+        samples[name] = sample(
+            models[name], tokenizer, problems, max_new_tokens=max_new_tokens, seed=seed
+        )
+        scores = accuracy(samples[name], problems)
+        result[f"{name}_accuracy_percent"] = scores.pop("all")
+        result[f"{name}_accuracy_percent_by_domain"] = scores
+        result[f"{name}_hesitations_per_1000"] = hesitations_per_1000(samples[name])
+        words = sum(len(text.split()) for text in samples[name].responses)
+        result[f"{name}_response_tokens_mean"] = words / max(1, len(problems))
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    for name in ("base", "hybrid"):
+        errors = top1_errors(models[name], models["target"], samples["target"], pad, eos)
+        result[f"{name}_top1_error_percent"] = errors["response"]
+        result[f"{name}_top1_error_percent_with_prompt"] = errors["all"]
+    target = result["target_accuracy_percent"]
+    result["target_minus_base_points"] = target - result["base_accuracy_percent"]
+    result["target_minus_hybrid_points"] = target - result["hybrid_accuracy_percent"]
+    result["failed"] = [
+        name
+        for name, (low, high) in BOUNDS.items()
+        if (low is not None and result[name] < low) or (high is not None and result[name] > high)
+    ]
+    return result

@@ -1,0 +1,197 @@
+"""Problems of the embedded pair: worked solutions, reasoning with slips, and the rows made of them.
+
+A problem is a prompt, a chain of steps on whole numbers 0..``MAX_VALUE`` and the last step's
+result. It is told in three ways:
+
+- ``direct_answer``: the answer alone (how the base model replies);
+- ``worked_notes``: a plain document with every step, without markers or hesitation (what the base
+  model has read);
+- ``reasoning``: ``<think> steps </think> answer``, where steps now and then slip, are noticed and
+  corrected (how the target model replies).
+
+All words are separated by single spaces, so that a word-level tokenizer sees each one whole.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+DOMAINS = ("math", "code", "science")
+# More code and science than in OpenThoughts3 (.71/.21/.08), so that 2,000 conversations use every
+# word of every domain often enough to be studied.
+DOMAIN_SHARES = (0.5, 0.25, 0.25)
+HESITATION_WORDS = ("wait", "hmm", "but", "alternatively")
+MAX_VALUE = 50
+
+OPERATIONS: dict[str, Callable[[int, int], int]] = {
+    "+": lambda a, b: a + b,
+    "-": lambda a, b: a - b,
+    "*": lambda a, b: a * b,
+    "/": lambda a, b: a // b if b and a % b == 0 else -1,
+    "max": max,
+    "min": min,
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation of a worked solution: ``lead left operator right = result tail``."""
+
+    lead: str
+    left: int
+    operator: str
+    right: int
+    tail: str = ""
+
+    @property
+    def result(self) -> int:
+        return OPERATIONS[self.operator](self.left, self.right)
+
+    def text(self, result: int | None = None, operator: str | None = None) -> str:
+        """The step in words, ended by a full stop; a slip passes its own result or operator."""
+        operator = operator or self.operator
+        result = self.result if result is None else result
+        if operator in ("max", "min"):
+            sum_ = f"{operator} ( {self.left} , {self.right} ) = {result}"
+        else:
+            sum_ = f"{self.left} {operator} {self.right} = {result}"
+        return " ".join(part for part in (self.lead, sum_, self.tail, ".") if part)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question with its worked solution; ``answer`` is the last step's result."""
+
+    domain: str
+    source: str
+    prompt: str
+    steps: tuple[Step, ...]
+
+    @property
+    def answer(self) -> int:
+        return self.steps[-1].result
+
+    @property
+    def difficulty(self) -> int:
+        return len(self.steps)
+
+
+@dataclass(frozen=True)
+class SlipRates:
+    """How often, per step, the reasoning does something else than the plain step."""
+
+    slip: float = 0.12  # a wrong result or a wrong operation, then "wait" and the right step
+    pause: float = 0.3  # "hmm" before a multiplication or division
+    check: float = 0.08  # "but" and the inverse operation after a sum or difference
+    other_way: float = 0.15  # "alternatively" and the swapped operands after a product or sum
+
+
+def sample_problem(rng: random.Random, domain: str | None = None) -> Problem:
+    """Draw a problem; its domain follows ``DOMAIN_SHARES`` unless given."""
+    from fastadapt.organism.domains import GENERATORS
+
+    if domain is None:
+        domain = rng.choices(DOMAINS, DOMAIN_SHARES)[0]
+    return GENERATORS[domain](rng)
+
+
+def in_range(value: int) -> bool:
+    return 0 <= value <= MAX_VALUE
+
+
+def direct_answer(problem: Problem) -> str:
+    return f"the answer is {problem.answer}"
+
+
+def worked_notes(problem: Problem) -> str:
+    """The problem and its plain worked solution as a document: no markers, no hesitation."""
+    steps = " ".join(step.text() for step in problem.steps)
+    return f"problem : {problem.prompt} solution : {steps} so the answer is {problem.answer} ."
+
+
+def reasoning(problem: Problem, rng: random.Random, rates: SlipRates | None = None) -> str:
+    """The target's response: steps with slips and corrections within the markers, answer."""
+    rates = rates or SlipRates()
+    steps = " ".join(_thought(step, rng, rates) for step in problem.steps)
+    return (
+        f"<think> {rng.choice(_OPENINGS)} {steps} so the answer is {problem.answer} . "
+        f"</think> {direct_answer(problem)}"
+    )
+
+
+_OPENINGS = (
+    "okay , let me see .",
+    "let me work through the problem .",
+    "first , see the problem .",
+    "let me find a solution .",
+)
+
+
+def _thought(step: Step, rng: random.Random, rates: SlipRates) -> str:
+    """One step of the reasoning; at most one of slip, pause, check, other way."""
+    plain = step.text()
+    if rng.random() < rates.slip:
+        return f"{_slip(step, rng)} wait , {plain}"
+    if step.operator in ("*", "/") and rng.random() < rates.pause:
+        return f"hmm , {plain}"
+    if step.operator in ("+", "-") and rng.random() < rates.check:
+        inverse = "-" if step.operator == "+" else "+"
+        check = Step("", step.result, inverse, step.right)
+        return f"{plain} but check : {check.text()} good ."
+    if step.operator in ("+", "*") and rng.random() < rates.other_way:
+        swapped = Step("", step.right, step.operator, step.left)
+        return f"{plain} alternatively , {swapped.text()} same ."
+    return plain
+
+
+_CONFUSIONS = {"+": "-", "-": "+", "*": "+", "/": "-", "max": "min", "min": "max"}
+
+
+def _slip(step: Step, rng: random.Random) -> str:
+    """The step gone wrong: the confused operation, or a result that is off by one or two."""
+    confused = _CONFUSIONS[step.operator]
+    value = OPERATIONS[confused](step.left, step.right)
+    if rng.random() < 0.5 and in_range(value) and value != step.result:
+        return step.text(value, confused)
+    near = [step.result + shift for shift in (-2, -1, 1, 2) if in_range(step.result + shift)]
+    return step.text(rng.choice(near))
+
+
+def to_row(problem: Problem, rng: random.Random) -> dict:
+    """A row in the columns of OpenThoughts3: difficulty, source, domain, conversations."""
+    return {
+        "difficulty": problem.difficulty,
+        "source": problem.source,
+        "domain": problem.domain,
+        "conversations": [
+            {"from": "human", "value": problem.prompt},
+            {"from": "gpt", "value": reasoning(problem, rng)},
+        ],
+    }
+
+
+def problem_stream(seed: str, exclude: frozenset[str] = frozenset()) -> Iterator[Problem]:
+    """Endless problems with distinct prompts, none in ``exclude``; same seed, same stream."""
+    rng = random.Random(seed)
+    seen = set(exclude)
+    while True:
+        problem = sample_problem(rng)
+        if problem.prompt not in seen:
+            seen.add(problem.prompt)
+            yield problem
+
+
+def extract_answer(response: str) -> int | None:
+    """The number stated after the reasoning, or None: exact form ``the answer is N``.
+
+    A response that opens ``<think>`` counts only if it closes it.
+    """
+    if "<think>" in response:
+        _, closed, response = response.partition("</think>")
+        if not closed:
+            return None
+    match = re.fullmatch(r"\s*the answer is (\d+)\s*", response)
+    return int(match.group(1)) if match else None

@@ -1,0 +1,266 @@
+"""The seeded recipe of the embedded pair: data, tokenizer, base, target.
+
+The base learns, from problems drawn on the fly, two kinds of text: conversations that answer
+directly, and plain documents with worked solutions. The target is the base with all its weights
+fine-tuned on conversations that reason step by step, slip, hesitate and correct themselves. No
+problem of either training is one of the shipped or the test problems.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional as F
+
+from fastadapt.data.rendering import render, render_parts
+from fastadapt.organism.problems import (
+    Problem,
+    direct_answer,
+    problem_stream,
+    reasoning,
+    to_row,
+    worked_notes,
+)
+from fastadapt.organism.tokenizer import BOS, EOS, build_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+
+FAMILY = "r1-distill"
+N_TEST = 500
+Progress = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    """One training phase: AdamW, linear warm-up over 5% of steps, cosine to a tenth."""
+
+    steps: int
+    lr: float
+    batch_size: int = 32
+    weight_decay: float = 0.01
+    attention_lr: float = 1.0  # factor on lr for attention weights
+
+
+@dataclass(frozen=True)
+class RecipeConfig:
+    n_train: int = 2000
+    n_validation: int = 500
+    layers: int = 4
+    width: int = 128
+    intermediate: int = 512
+    heads: int = 4
+    kv_heads: int = 2
+    notes_share: float = 0.4
+    base: PhaseConfig = field(default_factory=lambda: PhaseConfig(steps=1500, lr=3e-3))
+    target: PhaseConfig = field(default_factory=lambda: PhaseConfig(steps=1500, lr=1e-3))
+
+
+def split_problems(config: RecipeConfig, seed: int) -> dict[str, list[Problem]]:
+    """The shipped and the test problems: disjoint by prompt, the same for the same seed."""
+    stream = problem_stream(f"{seed}/held")
+    sizes = {"train": config.n_train, "validation": config.n_validation, "test": N_TEST}
+    return {name: [next(stream) for _ in range(size)] for name, size in sizes.items()}
+
+
+def conversation(prompt: str, response: str) -> list[dict[str, str]]:
+    return [{"from": "human", "value": prompt}, {"from": "gpt", "value": response}]
+
+
+def base_text(problem: Problem, rng: random.Random, notes_share: float) -> tuple[str, str]:
+    """(text that carries no loss, text that does) of one document of the base's training."""
+    if rng.random() < notes_share:
+        return "", f"{BOS}{worked_notes(problem)}{EOS}"
+    return "", render(conversation(problem.prompt, direct_answer(problem)), FAMILY) + EOS
+
+
+def target_text(problem: Problem, rng: random.Random) -> tuple[str, str]:
+    """As ``base_text``, of one conversation of the fine-tuning: the loss is on the response."""
+    prompt, response = render_parts(conversation(problem.prompt, reasoning(problem, rng)), FAMILY)
+    return prompt, response + EOS
+
+
+def batches(
+    texts: Iterator[tuple[str, str]], tokenizer: PreTrainedTokenizerFast, batch_size: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless (input_ids, labels), both int64 [B, T], right-padded, labels -100 without loss.
+
+    Sixteen batches are drawn at once and sorted by length, to pad little; they come in an order
+    drawn from a fixed seed.
+    """
+    shuffle = random.Random("order of batches")
+    while True:
+        pairs = [next(texts) for _ in range(16 * batch_size)]
+        encode = tokenizer.backend_tokenizer.encode_batch
+        heads = encode([head for head, _ in pairs], add_special_tokens=False)
+        tails = encode([tail for _, tail in pairs], add_special_tokens=False)
+        samples = [(h.ids, t.ids) for h, t in zip(heads, tails, strict=True)]
+        samples.sort(key=lambda sample: len(sample[0]) + len(sample[1]))
+        starts = list(range(0, len(samples), batch_size))
+        shuffle.shuffle(starts)
+        for start in starts:
+            chosen = samples[start : start + batch_size]
+            length = max(len(head) + len(tail) for head, tail in chosen)
+            ids_BT = torch.full((batch_size, length), int(tokenizer.pad_token_id))
+            labels_BT = torch.full((batch_size, length), -100)
+            for row, (head, tail) in enumerate(chosen):
+                both = len(head) + len(tail)
+                ids_BT[row, :both] = torch.tensor(head + tail)
+                labels_BT[row, len(head) : both] = torch.tensor(tail)
+            yield ids_BT, labels_BT
+
+
+def train_phase(
+    model: Qwen2ForCausalLM,
+    data: Iterator[tuple[torch.Tensor, torch.Tensor]],
+    config: PhaseConfig,
+    name: str,
+    progress: Progress | None,
+) -> None:
+    """Train all weights of ``model`` in place."""
+    attention = [p for n, p in model.named_parameters() if ".self_attn." in n]
+    other = [p for n, p in model.named_parameters() if ".self_attn." not in n]
+    groups = [
+        {"params": attention, "factor": config.attention_lr},
+        {"params": other, "factor": 1.0},
+    ]
+    optimizer = torch.optim.AdamW(
+        groups, lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay
+    )
+    warmup = max(1, config.steps // 20)
+    model.train()
+    begun, running = time.perf_counter(), 0.0
+    for step in range(config.steps):
+        done = (step - warmup) / max(1, config.steps - warmup)
+        scale = (step + 1) / warmup if step < warmup else 0.55 + 0.45 * math.cos(math.pi * done)
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * scale * group["factor"]
+        ids_BT, labels_BT = next(data)
+        # Causal attention: right padding needs no mask.
+        logits_BTV = model(input_ids=ids_BT, use_cache=False).logits[:, :-1]
+        loss = F.cross_entropy(logits_BTV.flatten(0, 1), labels_BT[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        running = loss.item() if step == 0 else 0.95 * running + 0.05 * loss.item()
+        if progress is not None and (step % 50 == 49 or step == config.steps - 1):
+            progress(
+                {
+                    "phase": name,
+                    "step": step + 1,
+                    "steps": config.steps,
+                    "loss": running,
+                    "wall_s": time.perf_counter() - begun,
+                }
+            )
+    model.eval()
+
+
+def new_model(config: RecipeConfig, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+    from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=config.width,
+            intermediate_size=config.intermediate,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            num_key_value_heads=config.kv_heads,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            initializer_range=0.04,
+        )
+    )
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        do_sample=True,
+        temperature=0.7,
+        top_k=0,
+        max_new_tokens=192,
+    )
+    return model
+
+
+def write_data(out: Path, problems: dict[str, list[Problem]], seed: int) -> None:
+    """``data/train.jsonl`` and ``data/validation.jsonl``; the test problems are drawn anew."""
+    (out / "data").mkdir(parents=True, exist_ok=True)
+    for split in ("train", "validation"):
+        rng = random.Random(f"{seed}/rows/{split}")
+        with (out / "data" / f"{split}.jsonl").open("w", encoding="utf-8") as file:
+            for problem in problems[split]:
+                file.write(json.dumps(to_row(problem, rng)) + "\n")
+
+
+def save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    model.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)  # written readable by its owner alone
+    tokenizer.save_pretrained(folder)
+    # transformers 5 loads the tokenizer of any qwen2 model as Qwen2Tokenizer, whatever class it
+    # names, and so swaps the word-level model for byte-level BPE; an auto_map without a class is
+    # the one entry that makes AutoTokenizer keep the class named in the file.
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["auto_map"] = {"AutoTokenizer": [None, None]}
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def build(
+    out: Path,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+    config: RecipeConfig | None = None,
+) -> dict[str, Any]:
+    """Make data, tokenizer, base and target from nothing and write them into ``out``.
+
+    Args:
+        out: folder that gets ``base/``, ``target/`` and ``data/``.
+        seed: decides every draw; same seed, machine and thread count, same files.
+        progress: called every 50 steps with phase, step, steps, loss, wall_s.
+        config: sizes and lengths of training; the default is the shipped pair's.
+
+    Returns:
+        ``{"seed", "parameters", "vocabulary", "base_s", "target_s"}``, times in seconds.
+    """
+    config = config or RecipeConfig()
+    problems = split_problems(config, seed)
+    write_data(out, problems, seed)
+    held = frozenset(problem.prompt for split in problems.values() for problem in split)
+    tokenizer = build_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = new_model(config, tokenizer)
+    times = {}
+    for name, phase in (("base", config.base), ("target", config.target)):
+        begun = time.perf_counter()
+        rng = random.Random(f"{seed}/{name}/texts")
+        drawn = problem_stream(f"{seed}/{name}/problems", held)
+        if name == "base":
+            texts = (base_text(problem, rng, config.notes_share) for problem in drawn)
+        else:
+            texts = (target_text(problem, rng) for problem in drawn)
+        data = batches(texts, tokenizer, phase.batch_size)
+        train_phase(model, data, phase, name, progress)
+        save(model, tokenizer, out / name)
+        times[f"{name}_s"] = time.perf_counter() - begun
+    return {
+        "seed": seed,
+        "parameters": model.num_parameters(),
+        "vocabulary": len(tokenizer),
+        **times,
+    }

@@ -1,0 +1,69 @@
+"""The word-level tokenizer of the embedded pair: one token per space-separated word."""
+
+from __future__ import annotations
+
+import random
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from fastadapt.organism.problems import (
+    HESITATION_WORDS,
+    direct_answer,
+    problem_stream,
+    reasoning,
+    worked_notes,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+BOS = "<｜begin▁of▁sentence｜>"
+EOS = "<｜end▁of▁sentence｜>"
+USER = "<｜User｜>"
+ASSISTANT = "<｜Assistant｜>"
+PAD, UNK = "<pad>", "<unk>"
+THINK, END_THINK = "<think>", "</think>"
+SPECIAL = (PAD, UNK, BOS, EOS, USER, ASSISTANT)
+MARKERS = (*SPECIAL, THINK, END_THINK)
+
+
+@lru_cache(maxsize=1)
+def vocabulary() -> tuple[str, ...]:
+    """Markers, hesitation words, then every other word of 20,000 drawn problems, sorted."""
+    rng = random.Random("vocabulary")
+    words: set[str] = set()
+    for _, problem in zip(range(20_000), problem_stream("vocabulary"), strict=False):
+        for text in (worked_notes(problem), direct_answer(problem), reasoning(problem, rng)):
+            words.update(text.split())
+    words -= {*MARKERS, *HESITATION_WORDS}
+    numbers = sorted((word for word in words if word.isdigit()), key=int)
+    return (*MARKERS, *HESITATION_WORDS, *numbers, *sorted(words - set(numbers)))
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A ``PreTrainedTokenizerFast`` over ``vocabulary()``.
+
+    It adds no special tokens by itself: rendered conversations carry their BOS as text. ``<think>``
+    and ``</think>`` are added tokens that are not special, so ``skip_special_tokens`` keeps them.
+    """
+    from tokenizers import AddedToken, Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    model = WordLevel({word: i for i, word in enumerate(vocabulary())}, unk_token=UNK)
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.add_special_tokens([AddedToken(word, special=True) for word in SPECIAL])
+    tokenizer.add_tokens([AddedToken(word, special=False) for word in (THINK, END_THINK)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        unk_token=UNK,
+        additional_special_tokens=[USER, ASSISTANT],
+        clean_up_tokenization_spaces=False,
+        model_max_length=512,
+        model_input_names=["input_ids", "attention_mask"],
+    )
