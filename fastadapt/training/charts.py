@@ -15,7 +15,7 @@ from html import escape
 from fastadapt.training.records import number
 
 WIDTH, HEIGHT = 400.0, 230.0
-LEFT, RIGHT, TOP, BOTTOM = 50.0, 12.0, 10.0, 36.0
+LEFT, RIGHT, TOP, BOTTOM = 42.0, 12.0, 10.0, 36.0
 MAX_POINTS = 400
 # Visible on both a light and a dark page; a layer's colour is read off this ramp by its depth.
 RAMP = ((108, 82, 214), (47, 124, 224), (20, 158, 146), (120, 170, 50), (224, 152, 20))
@@ -89,11 +89,12 @@ def _points(series: Series, log: bool) -> list[tuple[float, float]]:
     return kept[::-1][::stride][::-1]
 
 
-def empty_chart(message: str) -> str:
+def empty_chart(message: str, size: tuple[float, float] = (WIDTH, HEIGHT)) -> str:
     """A frame that says why there is nothing to draw."""
+    width, height = size
     return (
-        f'<svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img" aria-label="{escape(message)}">'
-        f'<text class="none" x="{WIDTH / 2:g}" y="{HEIGHT / 2:g}">{escape(message)}</text></svg>'
+        f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(message)}">'
+        f'<text class="none" x="{width / 2:g}" y="{height / 2:g}">{escape(message)}</text></svg>'
     )
 
 
@@ -156,14 +157,17 @@ def _tick(value: float) -> str:
     return f"{value:.6g}".replace("-", "−")
 
 
-def _x_axis(ticks: list[tuple[float, str]], label: str) -> str:
-    bottom = HEIGHT - BOTTOM
+def _x_axis(
+    ticks: list[tuple[float, str]], label: str, size: tuple[float, float] = (WIDTH, HEIGHT)
+) -> str:
+    width, height = size
+    bottom = height - BOTTOM
     marks = "".join(
         f'<text class="x" x="{x:.1f}" y="{bottom + 15:g}">{text}</text>' for x, text in ticks
     )
     return (
-        f'<path class="axis" d="M{LEFT:g} {bottom:g}H{WIDTH - RIGHT:g}"/>{marks}'
-        f'<text class="name" x="{WIDTH - RIGHT:g}" y="{HEIGHT - 5:g}">{escape(label)}</text>'
+        f'<path class="axis" d="M{LEFT:g} {bottom:g}H{width - RIGHT:g}"/>{marks}'
+        f'<text class="name" x="{width - RIGHT:g}" y="{height - 5:g}">{escape(label)}</text>'
     )
 
 
@@ -184,29 +188,37 @@ def _line(series: Series, points: list[tuple[float, float]]) -> str:
     return f'<path {look} d="{path}">{title}</path>{dots}'
 
 
-def histogram(label: str, edges: Sequence[float], counts: Sequence[float], *, x_label: str) -> str:
+def histogram(
+    label: str,
+    edges: Sequence[float],
+    counts: Sequence[float],
+    *,
+    x_label: str,
+    size: tuple[float, float] = (WIDTH, HEIGHT),
+) -> str:
     """Bars of `counts` [n] between `edges` [n + 1]; a bar tells its count on hover."""
+    width, height = size
     if not any(counts):
-        return empty_chart("no feature fired")
+        return empty_chart("no feature fired", size)
     low, high, top = edges[0], edges[-1], max(counts)
-    bottom = HEIGHT - BOTTOM
+    bottom = height - BOTTOM
 
     def sx(x: float) -> float:
-        return LEFT + (x - low) / (high - low) * (WIDTH - LEFT - RIGHT)
+        return LEFT + (x - low) / (high - low) * (width - LEFT - RIGHT)
 
-    out = [f'<svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img" aria-label="{escape(label)}">']
+    out = [f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(label)}">']
     scale = (bottom - TOP) / (top * 1.06)
     for tick in _whole(linear_ticks(0, top * 1.06, 4)):
         y = bottom - tick * scale
-        out.append(f'<path class="grid-line" d="M{LEFT:g} {y:.1f}H{WIDTH - RIGHT:g}"/>')
+        out.append(f'<path class="grid-line" d="M{LEFT:g} {y:.1f}H{width - RIGHT:g}"/>')
         out.append(f'<text class="y" x="{LEFT - 7:g}" y="{y + 3.8:.1f}">{_tick(tick)}</text>')
     for left, right, count in zip(edges, edges[1:], counts, strict=False):
         if count:
-            height, width = count * scale, max(sx(right) - sx(left) - 1.2, 0.8)
+            tall, wide = count * scale, max(sx(right) - sx(left) - 1.2, 0.8)
             out.append(
-                f'<rect class="bar" x="{sx(left) + 0.6:.1f}" y="{bottom - height:.1f}" '
-                f'width="{width:.1f}" height="{height:.1f}" rx="1">'
+                f'<rect class="bar" x="{sx(left) + 0.6:.1f}" y="{bottom - tall:.1f}" '
+                f'width="{wide:.1f}" height="{tall:.1f}" rx="1">'
                 f"<title>{left:.2f} to {right:.2f}: {number(count)}</title></rect>"
             )
-    out.append(_x_axis([(sx(t), _tick(t)) for t in linear_ticks(low, high)], x_label))
+    out.append(_x_axis([(sx(t), _tick(t)) for t in _whole(linear_ticks(low, high))], x_label, size))
     return "".join([*out, "</svg>"])

@@ -106,16 +106,16 @@ def comparison(result: Record) -> tuple[list[str], list[list[str]]]:
         return [name, show(result.get(hybrid)), show(result.get(adapter)), show(0)]
 
     rows = [
-        row("KL to the target (nats per token)", "kl_hybrid", "kl_adapter"),
+        row("KL, nats per token", "kl_hybrid", "kl_adapter"),
         row("top-1 error", "top1_error_hybrid", "top1_error_adapter", percent),
-        row("NMSE, mean over layers", "nmse_mean_hybrid", "nmse_mean"),
+        row("NMSE, mean", "nmse_mean_hybrid", "nmse_mean"),
     ]
     hybrid = result.get("nmse_per_layer_hybrid") or []
     adapter = result.get("nmse_per_layer") or []
     for i in range(max(len(hybrid), len(adapter))):
         name = "NMSE of the embedding" if i == 0 else f"NMSE after layer {i - 1}"
         rows.append([name, number(at(hybrid, i)), number(at(adapter, i)), "0"])
-    rows.append(["L0 (features per token and layer)", "–", number(result.get("l0_mean")), "–"])
+    rows.append(["L0 per layer", "–", number(result.get("l0_mean")), "–"])
     return ["", "hybrid", "adapter", "target"], rows
 
 

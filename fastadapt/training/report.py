@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from fastadapt.training.charts import (
+    HEIGHT,
+    WIDTH,
     Series,
     empty_chart,
     histogram,
@@ -22,7 +24,7 @@ from fastadapt.training.charts import (
     smooth,
 )
 from fastadapt.training.records import Run, at, comparison, duration, number, percent, read_run
-from fastadapt.training.report_style import STYLE
+from fastadapt.training.report_style import STYLE, card, grid, legend_key, section, table
 
 # key of a training record: title, unit, key of an evaluation for the adapter, and for the hybrid
 CURVES: dict[str, tuple[str, str, str | None, str | None]] = {
@@ -36,6 +38,8 @@ CURVES: dict[str, tuple[str, str, str | None, str | None]] = {
     "sparsity": ("Sparsity", "λ · Σ a‖W_dec‖", None, None),
     "l0": ("L0", "active features per token and layer", "l0_mean", None),
 }
+SMALL_FROM = 6
+LOG_SHARE = "log10 of share of tokens"
 OPTIMISATION = {
     "lr": ("Learning rate", ""),
     "grad_norm": ("Gradient norm", "before clipping"),
@@ -57,13 +61,13 @@ def write_report(run_dir: str | Path) -> Path:
     body = [
         _head(run, title),
         _tiles(run),
-        _section("Against the target", _comparison(run), "held-out data"),
-        _section("Training", _curves(run), "thin: every step · thick: smoothed · dots: held-out"),
-        _section("Sparsity", _sparsity(run), "per layer"),
-        _section("Layers", _layers(run), "held-out data"),
-        _section("Optimisation", _optimisation(run)),
-        _section("Events", _events(run)),
-        _section("Run", _run_facts(run)),
+        section("Against the target", _comparison(run), "held-out data"),
+        section("Training", _curves(run), "thin: every step · thick: smoothed · dots: held-out"),
+        section("Sparsity", _sparsity(run), "per layer"),
+        section("Layers", _layers(run), "held-out data"),
+        section("Optimisation", _optimisation(run)),
+        section("Events", _events(run)),
+        section("Run", _run_facts(run)),
     ]
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -75,13 +79,6 @@ def write_report(run_dir: str | Path) -> Path:
     path = run.folder / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
-
-
-def _section(title: str, content: str, note: str = "") -> str:
-    if not content:
-        return ""
-    aside = f'<span class="note">{escape(note)}</span>' if note else ""
-    return f"<section><header><h2>{escape(title)}</h2>{aside}</header>{content}</section>"
 
 
 def _head(run: Run, title: str) -> str:
@@ -118,31 +115,10 @@ def _tiles(run: Run) -> str:
     return f'<div class="tiles">{cells}</div>'
 
 
-def _table(head: list[str], rows: list[list[str]], kind: str = "") -> str:
-    top = "".join(f"<th>{escape(h)}</th>" for h in head)
-    body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in rows)
-    return (
-        f'<div class="scroll"><table class="{kind}"><thead><tr>{top}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
-
-
 def _comparison(run: Run) -> str:
     if run.result.get("kl_adapter") is None:
         return '<p class="none">No evaluation was recorded yet.</p>'
-    return _table(*comparison(run.result), kind="compare")
-
-
-def _card(title: str, unit: str, chart: str, legend: str = "") -> str:
-    return (
-        f'<figure class="card"><header><h3>{escape(title)}</h3>'
-        f"<span>{escape(unit)}</span></header>"
-        f'<div class="legend">{legend}</div>{chart}</figure>'
-    )
-
-
-def _key(style: str, name: str, value: float | None) -> str:
-    return f'<span><i class="{style}"></i>{escape(name)} <b>{number(value)}</b></span>'
+    return table(*comparison(run.result), kind="compare")
 
 
 def _column(records: list[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
@@ -169,29 +145,24 @@ def _curve(
         smoothed = smooth(ys, window)
         series += [Series("train, every step", xs, ys, "faint")] if window > 1 else []
         series.append(Series("train", xs, smoothed, "main"))
-        legend.append(_key("main", "train", smoothed[-1]))
+        legend.append(legend_key("main", "train", smoothed[-1]))
     if held_xs:
         series.append(Series("held-out", held_xs, held_ys, "held"))
-        legend.append(_key("held", "held-out", held_ys[-1]))
+        legend.append(legend_key("held", "held-out", held_ys[-1]))
     if base_xs:
         ends = [min([*xs, *held_xs]), max([*xs, *held_xs])]
         series.insert(0, Series("hybrid", ends, [base_ys[-1]] * 2, "base"))
-        legend.append(_key("base", "hybrid", base_ys[-1]))
-    return _card(title, unit, line_chart(f"{title} over steps", series), "".join(legend))
-
-
-def _grid(cards: list[str]) -> str:
-    kept = [c for c in cards if c]
-    return f'<div class="grid">{"".join(kept)}</div>' if kept else ""
+        legend.append(legend_key("base", "hybrid", base_ys[-1]))
+    return card(title, unit, line_chart(f"{title} over steps", series), "".join(legend))
 
 
 def _curves(run: Run) -> str:
-    cards = _grid([_curve(run, key, *spec) for key, spec in CURVES.items()])
+    cards = grid([_curve(run, key, *spec) for key, spec in CURVES.items()])
     return cards or '<p class="none">No training step was recorded yet.</p>'
 
 
 def _optimisation(run: Run) -> str:
-    return _grid([_curve(run, key, *spec) for key, spec in OPTIMISATION.items()])
+    return grid([_curve(run, key, *spec) for key, spec in OPTIMISATION.items()])
 
 
 def _layer_key(n: int) -> str:
@@ -222,7 +193,7 @@ def _l0_over_time(run: Run) -> str:
         for i in range(n)
     ]
     chart = line_chart("L0 of each layer over steps, log axis", series, log=True)
-    return _card(
+    return card(
         "L0 per layer over time", "active features per token, log axis", chart, _layer_key(n)
     )
 
@@ -239,20 +210,26 @@ def _density(run: Run) -> tuple[list[float], list[list[int]]]:
 
 
 def _sparsity(run: Run) -> str:
-    cards = [_l0_over_time(run)]
+    over_time = _l0_over_time(run)
     edges, layers = _density(run)
-    dead = run.result.get("n_dead_per_layer") or []
+    # Many layers are small multiples; a few are charts like the others.
+    small = len(layers) > SMALL_FROM
+    size = (200.0, 130.0) if small else (WIDTH, HEIGHT)
+    dead = run.result.get("n_dead_per_layer")
+    cards = []
     for i, counts in enumerate(layers):
         silent = at(dead, i)
         note = f"<span>dead <b>{number(silent)}</b></span>" if silent is not None else ""
-        chart = histogram(
-            f"Feature density of layer {i}", edges, counts, x_label="log10 of the share of tokens"
-        )
-        cards.append(_card(f"Feature density, layer {i}", "number of features", chart, note))
-    if not layers and cards[0]:
+        chart = histogram(f"Density of layer {i}", edges, counts, x_label=LOG_SHARE, size=size)
+        title = f"layer {i}" if small else f"Feature density, layer {i}"
+        cards.append(card(title, "" if small else "number of features", chart, note))
+    if small:
+        heading = "<h3>Feature density: number of features</h3>"
+        return grid([over_time]) + heading + grid(cards, "grid small")
+    if not layers and over_time:
         none = empty_chart("measured at the first evaluation")
-        cards.append(_card("Feature density", "number of features", none))
-    return _grid(cards)
+        cards.append(card("Feature density", "number of features", none))
+    return grid([over_time, *cards])
 
 
 def _layers(run: Run) -> str:
@@ -273,8 +250,8 @@ def _layers(run: Run) -> str:
         ]
         for i in range(n)
     ]
-    head = ["", "L0", "dead on held-out", "dead in training", "NMSE after"]
-    return _table(head, rows)
+    head = ["", "L0", "dead (held-out)", "dead (training)", "NMSE"]
+    return table(head, rows)
 
 
 def _events(run: Run) -> str:
@@ -284,7 +261,7 @@ def _events(run: Run) -> str:
             continue
         rest = {k: v for k, v in e.items() if k not in ("kind", "step", "wall_s")}
         rows.append([str(e["kind"]), number(e.get("step")), json.dumps(rest, ensure_ascii=False)])
-    return _table(["what", "step", "more"], rows, "events") if rows else ""
+    return table(["what", "step", "more"], rows, "events") if rows else ""
 
 
 def _run_facts(run: Run) -> str:
@@ -300,4 +277,4 @@ def _run_facts(run: Run) -> str:
         if run.config
         else ""
     )
-    return _table(["", ""], facts, "facts") + config
+    return table(["", ""], facts, "facts") + config

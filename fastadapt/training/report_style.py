@@ -1,4 +1,13 @@
-"""The style sheet of the report: one set of colours for light pages, one for dark ones."""
+"""The look of the report: its style sheet, for light and dark pages, and the parts of a page.
+
+Text given to these functions is escaped; drawings, legends and content are HTML.
+"""
+
+from __future__ import annotations
+
+from html import escape
+
+from fastadapt.training.records import number
 
 STYLE = """
 :root{--page:#f6f6f4;--card:#ffffff;--ink:#16181d;--soft:#5a606c;--line:#e2e2de;--grid:#ecece8;
@@ -29,6 +38,9 @@ section>header{display:flex;flex-wrap:wrap;align-items:baseline;gap:2px 12px;mar
 .tile b{font-size:25px;line-height:1.3;font-weight:650;letter-spacing:-.01em}
 .tile i{font-style:normal;font-size:12.5px;color:var(--soft)}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,350px),1fr));gap:12px}
+.small{grid-template-columns:repeat(auto-fill,minmax(min(100%,185px),1fr))}
+.grid+h3{margin:18px 0 10px}
+.small .legend{margin:0;min-height:0}.small .card header{margin-bottom:2px}
 .card{margin:0;padding:13px 14px 8px;min-width:0;display:flex;flex-direction:column}
 .card svg{margin-top:auto}
 .card header{display:flex;flex-wrap:wrap;justify-content:space-between;gap:0 10px;
@@ -67,6 +79,46 @@ pre{margin:0;padding:4px 16px 16px;overflow-x:auto;font:12.5px/1.55 ui-monospace
 Menlo,Consolas,"Liberation Mono",monospace}
 @media (max-width:560px){main{padding:20px 12px 40px}h1{font-size:23px}section{margin-top:26px}
 .tiles{grid-template-columns:1fr 1fr;gap:8px}.tile{padding:10px 12px}.tile b{font-size:21px}
-.grid{gap:8px}th,td{padding:7px 10px}.facts td:first-child{width:110px}}
+.grid{gap:8px}th,td{padding:7px 9px}.small{grid-template-columns:1fr 1fr}
+.compare td:first-child{white-space:normal}
+.facts td:first-child{width:110px}}
 @media print{body{background:#fff}.card,.tile,.scroll{break-inside:avoid}}
 """
+
+
+def section(title: str, content: str, note: str = "") -> str:
+    """A titled part of the page; nothing where there is no content."""
+    if not content:
+        return ""
+    aside = f'<span class="note">{escape(note)}</span>' if note else ""
+    return f"<section><header><h2>{escape(title)}</h2>{aside}</header>{content}</section>"
+
+
+def table(head: list[str], rows: list[list[str]], kind: str = "") -> str:
+    """Rows under a head, in a frame that scrolls sideways."""
+    top = "".join(f"<th>{escape(h)}</th>" for h in head)
+    body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in rows)
+    return (
+        f'<div class="scroll"><table class="{kind}"><thead><tr>{top}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def card(title: str, unit: str, chart: str, legend: str = "") -> str:
+    """A drawing with its title, unit and legend."""
+    return (
+        f'<figure class="card"><header><h3>{escape(title)}</h3>'
+        f"<span>{escape(unit)}</span></header>"
+        f'<div class="legend">{legend}</div>{chart}</figure>'
+    )
+
+
+def legend_key(style: str, name: str, value: float | None) -> str:
+    """An entry of a legend: a line of the style, its name, its last value."""
+    return f'<span><i class="{style}"></i>{escape(name)} <b>{number(value)}</b></span>'
+
+
+def grid(cards: list[str], kind: str = "grid") -> str:
+    """Cards side by side, as many as fit; nothing where there is none."""
+    kept = [c for c in cards if c]
+    return f'<div class="{kind}">{"".join(kept)}</div>' if kept else ""

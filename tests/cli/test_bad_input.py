@@ -73,10 +73,15 @@ def option(name: str, value: str, message: str) -> Case:
 
 
 def _vocabulary_renamed(d: Desk) -> list[object]:
-    base = d.model("base")
+    # transformers reads any tokenizer of a Qwen2 folder as Qwen2's, which makes every word of this
+    # one an added token; with this entry it keeps the class that the file names.
+    kept = {"auto_map": {"AutoTokenizer": [None, None]}}
+    target, base = d.model("target"), d.model("base")
+    for folder in (target, base):
+        d.edit(folder / "tokenizer_config.json", **kept)
     path = base / "tokenizer.json"
     path.write_text(path.read_text().replace('"w7"', '"other"'))
-    return d.train(**{"pair.base": str(base)})
+    return d.train(**{"pair.target": str(target), "pair.base": str(base)})
 
 
 def _weights_cut(d: Desk, keep: float) -> list[object]:

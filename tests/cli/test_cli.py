@@ -100,7 +100,7 @@ def test_training_prints_the_table_and_the_report(fastadapt, recipe, tmp_path):
         for cells in (line.split("│") for line in outcome.out.splitlines())
         if len(cells) == 4
     }
-    kl = rows["KL to the target (nats per token)"]
+    kl = rows["KL, nats per token"]
     assert float(kl[0]) == pytest.approx(summary["kl_hybrid"], rel=1e-2)
     assert float(kl[1]) == pytest.approx(summary["kl_adapter"], rel=1e-2)
     assert kl[2] == "0"

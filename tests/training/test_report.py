@@ -129,7 +129,7 @@ def test_a_finished_run_is_told_whole(tmp_path):
     assert "61.2%" in text  # its top-1 error
     assert "seed: 42" in text  # the config
     assert "2.13.0" in text  # the versions
-    assert "dead on held-out" in text
+    assert "dead (held-out)" in text
 
 
 def test_the_page_needs_no_network_and_no_script(tmp_path):
