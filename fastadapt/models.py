@@ -129,10 +129,7 @@ class ReplacementModel(nn.Module):
         self.pair = pair
         self.model = pair.target
         self.adapters = adapters
-        self._mlp = paths.mlp
-        self._decoder = paths.decoder
-        self._layers = paths.layers
-        self._norm = paths.norm
+        self.paths = paths
 
     @classmethod
     def create(
@@ -160,8 +157,6 @@ class ReplacementModel(nn.Module):
             for _ in pair.base_mlps
         )
         return cls(pair, adapters)
-
-    # --- sizes ------------------------------------------------------------------------------------
 
     @property
     def n_layers(self) -> int:
@@ -200,14 +195,12 @@ class ReplacementModel(nn.Module):
     @property
     def mlps(self) -> list[AdaptedMLP]:
         """The three-mode MLPs, layer 1 of the model first."""
-        return [getattr(block, self._mlp) for block in self.blocks]
+        return [getattr(block, self.paths.mlp) for block in self.blocks]
 
     @property
     def blocks(self) -> nn.ModuleList:
         """transformers' own decoder layers."""
-        return getattr(getattr(self.model, self._decoder), self._layers)
-
-    # --- as a Hugging Face model ------------------------------------------------------------------
+        return getattr(getattr(self.model, self.paths.decoder), self.paths.layers)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The Hugging Face model's forward, in the current mode."""
@@ -234,8 +227,6 @@ class ReplacementModel(nn.Module):
         finally:
             for mlp, old in zip(mlps, before, strict=True):
                 mlp.mode = old
-
-    # --- block by block ---------------------------------------------------------------------------
 
     @torch.no_grad()
     def block_inputs(self, input_ids: Tensor, attention_mask: Tensor | None) -> BlockInputs:
@@ -267,7 +258,7 @@ class ReplacementModel(nn.Module):
         for block in blocks:
             block.forward = record
         try:
-            getattr(self.model, self._decoder)(
+            getattr(self.model, self.paths.decoder)(
                 input_ids=input_ids, attention_mask=attention_mask, use_cache=False
             )
         finally:
@@ -294,11 +285,11 @@ class ReplacementModel(nn.Module):
         """
         block = self.blocks[layer]
         call = _Call(mask, padding, plan)
-        mlp: AdaptedMLP = getattr(block, self._mlp)
+        mlp: AdaptedMLP = getattr(block, self.paths.mlp)
         with mlp.running(mode, call):
             out: Tensor = block(hidden, **arguments)
         return out, call.aux
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The norm before the head."""
-        return getattr(getattr(self.model, self._decoder), self._norm)(hidden)
+        return getattr(getattr(self.model, self.paths.decoder), self.paths.norm)(hidden)

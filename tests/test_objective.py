@@ -18,8 +18,9 @@ from transformers.models.llama import modeling_llama
 from transformers.models.qwen2 import modeling_qwen2
 
 from fastadapt.adapter import AdapterConfig
+from fastadapt.batch import Batch
 from fastadapt.models import ReplacementModel
-from fastadapt.objective import Batch, ObjectiveConfig, draw_cutoff, objective
+from fastadapt.objective import ObjectiveConfig, draw_cutoff, objective
 
 LAYERS, WIDTH, FEATURES, VOCABULARY = 3, 16, 24, 40
 ACTIVATIONS = {

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
+from fastadapt.batch import Batch
 from fastadapt.data.sequences import Sample
-from fastadapt.objective import Batch
 
 IGNORED = -100
 

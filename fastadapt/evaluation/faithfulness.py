@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastadapt.batch import Batch, token_weights
 from fastadapt.errors import UserError
 from fastadapt.kernels.linear_kl import linear_kl
 from fastadapt.kernels.nmse import nmse
 from fastadapt.models import Mode, ReplacementModel
-from fastadapt.objective import Batch, token_weights
 
 STUDENTS: tuple[Mode, Mode] = ("hybrid", "replacement")
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from fastadapt.batch import Batch
 from fastadapt.data.batches import BatchPlan, collate
 from fastadapt.data.sequences import Sequences, load_sequences
-from fastadapt.objective import Batch
 from fastadapt.organism import resolve
 from fastadapt.training.config import TrainConfig
 from fastadapt.training.plan import count_steps

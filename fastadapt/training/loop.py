@@ -16,10 +16,11 @@ from typing import cast
 import torch
 
 from fastadapt.adapter import TranscoderAdapter
+from fastadapt.batch import Batch
 from fastadapt.errors import RunError
 from fastadapt.evaluation.faithfulness import evaluate
 from fastadapt.models import ReplacementModel
-from fastadapt.objective import Batch, draw_cutoff, objective
+from fastadapt.objective import draw_cutoff, objective
 from fastadapt.training import finish, rundir, state
 from fastadapt.training.checkpoint import (
     Checkpoint,

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from fastadapt.adapter import AdapterConfig
+from fastadapt.batch import Batch
 from fastadapt.errors import UserError
 from fastadapt.evaluation.faithfulness import evaluate
 from fastadapt.models import ReplacementModel
-from fastadapt.objective import Batch
 
 
 def batches() -> list[Batch]:
