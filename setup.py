@@ -8,9 +8,10 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-ops = sorted(p.parent.name for p in Path(__file__).parent.glob("kernels/*/__init__.py"))
+root = Path(__file__).parent
+ops = {f"fastadapt.kernels.{p.parent.name}": p.parent for p in root.glob("kernels/*/__init__.py")}
 
 setup(
-    packages=[*find_packages(include=["fastadapt", "fastadapt.*"]), *(f"fastadapt.kernels.{op}" for op in ops)],
-    package_dir={f"fastadapt.kernels.{op}": f"kernels/{op}" for op in ops},
+    packages=[*find_packages(include=["fastadapt", "fastadapt.*"]), *sorted(ops)],
+    package_dir={name: folder.relative_to(root).as_posix() for name, folder in ops.items()},
 )
