@@ -178,8 +178,10 @@ def _cases(device: torch.device) -> Iterator[tuple[str, Op, Outputs, tuple[str, 
     yield "nmse", _nmse, streams, ("reference", "chunked")
 
 
-def _transcoder(implementation: str, x: Tensor, **weights: Tensor) -> Outputs:
-    out, penalty, _ = transcoder(x, **weights, implementation=implementation)
+def _transcoder(
+    implementation: str, x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor
+) -> Outputs:
+    out, penalty, _ = transcoder(x, W_enc, b_enc, W_dec, b_dec, implementation=implementation)
     return {"out": out, "penalty": penalty}
 
 

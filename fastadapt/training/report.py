@@ -257,7 +257,7 @@ def _layers(run: Run) -> str:
 def _events(run: Run) -> str:
     rows = []
     for e in run.events:
-        if e["kind"] == "checkpoint":
+        if e["kind"] in ("start", "checkpoint"):
             continue
         rest = {k: v for k, v in e.items() if k not in ("kind", "step", "wall_s")}
         rows.append([str(e["kind"]), number(e.get("step")), json.dumps(rest, ensure_ascii=False)])
@@ -271,6 +271,11 @@ def _run_facts(run: Run) -> str:
     saved = [e for e in run.events if e["kind"] == "checkpoint"]
     if saved:
         facts.append(["checkpoints written", number(len(saved))])
+    for start in (e for e in run.events if e["kind"] == "start"):
+        told = {k: v for k, v in start.items() if k not in ("kind", "step", "wall_s")}
+        facts += [
+            [k.replace("_", " "), v if isinstance(v, str) else number(v)] for k, v in told.items()
+        ]
     facts += [[k, str(v)] for k, v in (run.summary.get("versions") or {}).items()]
     config = (
         f"<details open><summary>config.yaml</summary><pre>{escape(run.config)}</pre></details>"

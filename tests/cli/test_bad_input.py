@@ -167,35 +167,77 @@ CASES = [
     # --- the command line
     Case("command", lambda d: ["trian"], r"unknown command 'trian'; did you mean train\?"),
     Case("no config", lambda d: ["train"], r"PRESET_OR_YAML is missing; presets: organism"),
-    Case("preset", lambda d: ["train", "organsim"], r"organsim: no such preset; did you mean organism\?"),
+    Case(
+        "preset",
+        lambda d: ["train", "organsim"],
+        r"organsim: no such preset; did you mean organism\?",
+    ),
     Case("second positional", lambda d: d.train("more"), r"unexpected argument 'more'"),
     option("--optimizer.learning_rate", "1", r"unknown option --optimizer\.learning_rate"),
     option("--optimizer.lrr", "1", r"--optimizer\.lrr; did you mean --optimizer\.lr\?"),
-    Case("abbreviation", lambda d: d.train("--res"), r"unknown option --res; did you mean --resume\?"),
-    Case("no value", lambda d: d.train("--optimizer.lr"), r"--optimizer\.lr: expected one argument"),
+    Case(
+        "abbreviation", lambda d: d.train("--res"), r"unknown option --res; did you mean --resume\?"
+    ),
+    Case(
+        "no value", lambda d: d.train("--optimizer.lr"), r"--optimizer\.lr: expected one argument"
+    ),
     option("--optimizer.lr", "fast", r"--optimizer\.lr: expected float, got 'fast'"),
     option("--data.max_tokens", "10.5", r"--data\.max_tokens: expected int, got '10\.5'"),
     option("--adapter.k", "few", r"--adapter\.k: expected float or null, got 'few'"),
     option("--optimizer.betas", "[0.9]", r"--optimizer\.betas: expected a tuple with 2 elements"),
-    option("--objective.checkpoint", "maybe", r"--objective\.checkpoint: expected bool, got 'maybe'"),
-    Case("both", lambda d: d.train("--resume", "--overwrite"), r"--resume .* --overwrite .*choose one"),
+    option(
+        "--objective.checkpoint", "maybe", r"--objective\.checkpoint: expected bool, got 'maybe'"
+    ),
+    Case(
+        "both",
+        lambda d: d.train("--resume", "--overwrite"),
+        r"--resume .* --overwrite .*choose one",
+    ),
     Case("organism command", lambda d: ["organism", "biuld"], r"unknown command 'biuld'.*'build'"),
     Case("organism build", lambda d: ["organism", "build"], r"--out is missing"),
     Case("organism out", _folder_in_use, r"--out: .*new is in use.*--overwrite"),
-    Case("organism folder", lambda d: ["organism", "check", "--folder", d.folder / "no"], r"--folder: .*no"),
+    Case(
+        "organism folder",
+        lambda d: ["organism", "check", "--folder", d.folder / "no"],
+        r"--folder: .*no",
+    ),
     # --- the file
     Case("no file", lambda d: ["train", d.folder / "no.yaml"], r"no\.yaml: no such file"),
-    Case("no YAML", lambda d: d.yaml(lambda v: "pair: [unclosed"), r"run\.yaml is not YAML: .*line 1"),
+    Case(
+        "no YAML", lambda d: d.yaml(lambda v: "pair: [unclosed"), r"run\.yaml is not YAML: .*line 1"
+    ),
     Case("a list", lambda d: d.yaml(lambda v: "- pair\n"), r"expected keys with values, got list"),
     Case("empty file", lambda d: d.yaml(lambda v: ""), r"expected keys with values, got NoneType"),
-    Case("unknown key", lambda d: d.yaml(lambda v: v["run"].update(sed=1)), r"unknown key run\.sed; did you mean run\.seed\?"),
-    Case("unknown part", lambda d: d.yaml(lambda v: v.update(optimiser={})), r"unknown key optimiser; did you mean optimizer\?"),
-    Case("missing key", lambda d: d.yaml(lambda v: v.update(pair={"target": "x"})), r"pair\.base is missing"),
-    Case("part is no mapping", lambda d: d.yaml(lambda v: v.update(adapter=3)), r"adapter: expected keys, got 3"),
-    Case("type in the file", lambda d: d.yaml(lambda v: v["run"].update(seed="x")), r"run\.seed: expected int, got 'x'"),
+    Case(
+        "unknown key",
+        lambda d: d.yaml(lambda v: v["run"].update(sed=1)),
+        r"unknown key run\.sed; did you mean run\.seed\?",
+    ),
+    Case(
+        "unknown part",
+        lambda d: d.yaml(lambda v: v.update(optimiser={})),
+        r"unknown key optimiser; did you mean optimizer\?",
+    ),
+    Case(
+        "missing key",
+        lambda d: d.yaml(lambda v: v.update(pair={"target": "x"})),
+        r"pair\.base is missing",
+    ),
+    Case(
+        "part is no mapping",
+        lambda d: d.yaml(lambda v: v.update(adapter=3)),
+        r"adapter: expected keys, got 3",
+    ),
+    Case(
+        "type in the file",
+        lambda d: d.yaml(lambda v: v["run"].update(seed="x")),
+        r"run\.seed: expected int, got 'x'",
+    ),
     # --- impossible values
     option("--optimizer.lr", "-1", r"optimizer\.lr: expected a positive number, got -1\.0"),
-    option("--optimizer.betas", "[0.9, 1.5]", r"optimizer\.betas: expected two numbers in \[0, 1\)"),
+    option(
+        "--optimizer.betas", "[0.9, 1.5]", r"optimizer\.betas: expected two numbers in \[0, 1\)"
+    ),
     option("--optimizer.warmup", "2", r"optimizer\.warmup: .*\[0, 1\], got 2\.0"),
     option("--optimizer.batch_size", "0", r"optimizer\.batch_size: expected 1 or more, got 0"),
     option("--run.keep_checkpoints", "0", r"run\.keep_checkpoints: expected 1 or more, got 0"),
@@ -203,8 +245,16 @@ CASES = [
     option("--adapter.activation", "gelu", r"adapter\.activation .*relu.*jumprelu, got 'gelu'"),
     option("--adapter.activation", "topk", r"adapter\.k is needed with activation='topk'"),
     option("--adapter.k", "3", r"adapter\.k is not used with activation='relu'"),
-    option("--adapter.activation", "jumprelu", r"adapter\.bandwidth is needed with activation='jumprelu'"),
-    Case("k > F", lambda d: d.train("--adapter.activation", "topk", "--adapter.k", 25), r"adapter\.k .*24.*got 25"),
+    option(
+        "--adapter.activation",
+        "jumprelu",
+        r"adapter\.bandwidth is needed with activation='jumprelu'",
+    ),
+    Case(
+        "k > F",
+        lambda d: d.train("--adapter.activation", "topk", "--adapter.k", 25),
+        r"adapter\.k .*24.*got 25",
+    ),
     option("--adapter.implementation", "cuda", r"implementation .*'cuda'"),
     option("--adapter.implementation", "triton", r"'triton' is not built yet"),
     option("--objective.sparsity", "-0.001", r"objective\.sparsity .*got -0\.001"),
@@ -213,43 +263,132 @@ CASES = [
     option("--data.family", "llama", r"family.*'llama'"),
     option("--pair.dtype", "float8", r"pair\.dtype must be one of float32.*got 'float8'"),
     option("--pair.device", "abacus", r"pair\.device: .*'abacus'"),
-    option("--pair.attention", "telepathy", r"""attn_implementation="telepathy"` is not supported"""),
+    option(
+        "--pair.attention", "telepathy", r"""attn_implementation="telepathy"` is not supported"""
+    ),
     # --- the pair
-    Case("architecture", lambda d: _other(d, model_type="llama"), r"not a pair: .*model_type: target 'qwen2', base 'llama'"),
-    Case("width", lambda d: _other(d, hidden_size=48), r"not a pair: .*hidden_size: target 32, base 48"),
-    Case("inner width", lambda d: _other(d, intermediate_size=96), r"intermediate_size: target 64, base 96"),
-    Case("layers", lambda d: _other(d, num_hidden_layers=3, layer_types=["full_attention"] * 3), r"not a pair: .*num_hidden_layers: target 2, base 3"),
-    Case("vocabulary", lambda d: _other(d, vocab_size=65), r"not a pair: .*vocab_size: target 64, base 65"),
-    Case("activation function", lambda d: _other(d, hidden_act="gelu"), r"not a pair: .*hidden_act: target 'silu', base 'gelu'"),
-    Case("tokenizer", _vocabulary_renamed, r"not a pair: their tokenizers differ in 2 tokens; 'other': target None, base 13"),
-    Case("no model", lambda d: d.train(**{"pair.target": str(d.folder / "nothing")}), r"target .*nothing"),
+    Case(
+        "architecture",
+        lambda d: _other(d, model_type="llama"),
+        r"not a pair: .*model_type: target 'qwen2', base 'llama'",
+    ),
+    Case(
+        "width",
+        lambda d: _other(d, hidden_size=48),
+        r"not a pair: .*hidden_size: target 32, base 48",
+    ),
+    Case(
+        "inner width",
+        lambda d: _other(d, intermediate_size=96),
+        r"intermediate_size: target 64, base 96",
+    ),
+    Case(
+        "layers",
+        lambda d: _other(d, num_hidden_layers=3, layer_types=["full_attention"] * 3),
+        r"not a pair: .*num_hidden_layers: target 2, base 3",
+    ),
+    Case(
+        "vocabulary",
+        lambda d: _other(d, vocab_size=65),
+        r"not a pair: .*vocab_size: target 64, base 65",
+    ),
+    Case(
+        "activation function",
+        lambda d: _other(d, hidden_act="gelu"),
+        r"not a pair: .*hidden_act: target 'silu', base 'gelu'",
+    ),
+    Case(
+        "tokenizer",
+        _vocabulary_renamed,
+        r"not a pair: their tokenizers differ in 2 tokens; 'other': target None, base 13",
+    ),
+    Case(
+        "no model",
+        lambda d: d.train(**{"pair.target": str(d.folder / "nothing")}),
+        r"target .*nothing",
+    ),
     Case("no config.json", _no_config, r"other-base.*config\.json"),
-    Case("cut weights", lambda d: _weights_cut(d, 0.7), r"other-target.*(truncated|cut|incomplete|damaged|cannot be read)"),
-    Case("header cut", lambda d: _weights_cut(d, 0.001), r"other-target.*(header|truncated|cut|damaged|cannot be read)"),
-    Case("weight missing", lambda d: _weights(d, "target", lambda t: t.pop("model.norm.weight")), r"other-target.*model\.norm\.weight"),
-    Case("base MLP missing", lambda d: _weights(d, "base", lambda t: t.pop("model.layers.1.mlp.up_proj.weight")), r"other-base.*model\.layers\.1\.mlp\.up_proj\.weight"),
-    Case("base MLP misshapen", lambda d: _weights(d, "base", lambda t: t.update({"model.layers.0.mlp.up_proj.weight": torch.zeros(64, 31)})), r"other-base.*model\.layers\.0\.mlp\.up_proj\.weight"),
-    Case("part of the embedded pair", lambda d: d.train(**{"pair.target": "organism/tarket"}), r"organism/tarket"),
+    Case(
+        "cut weights",
+        lambda d: _weights_cut(d, 0.7),
+        r"other-target.*(truncated|cut|incomplete|damaged|cannot be read)",
+    ),
+    Case(
+        "header cut",
+        lambda d: _weights_cut(d, 0.001),
+        r"other-target.*(header|truncated|cut|damaged|cannot be read)",
+    ),
+    Case(
+        "weight missing",
+        lambda d: _weights(d, "target", lambda t: t.pop("model.norm.weight")),
+        r"other-target.*model\.norm\.weight",
+    ),
+    Case(
+        "base MLP missing",
+        lambda d: _weights(d, "base", lambda t: t.pop("model.layers.1.mlp.up_proj.weight")),
+        r"other-base.*model\.layers\.1\.mlp\.up_proj\.weight",
+    ),
+    Case(
+        "base MLP misshapen",
+        lambda d: _weights(
+            d,
+            "base",
+            lambda t: t.update({"model.layers.0.mlp.up_proj.weight": torch.zeros(64, 31)}),
+        ),
+        r"other-base.*model\.layers\.0\.mlp\.up_proj\.weight",
+    ),
+    Case(
+        "part of the embedded pair",
+        lambda d: d.train(**{"pair.target": "organism/tarket"}),
+        r"organism/tarket",
+    ),
     # --- the data
     Case("no data", lambda d: d.train(**{"data.train": str(d.folder / "no.jsonl")}), r"no\.jsonl"),
     Case("kind of file", lambda d: d.train(**{"data.train": str(d.recipe())}), r"run\.yaml.*jsonl"),
     Case("no column", _rows({"text": "w1"}), r"rows\.jsonl.*conversations.*text"),
     Case("no JSON", _rows(CONVERSATION, "{broken"), r"rows\.jsonl, line 2: .*JSON"),
     Case("no rows", _rows(), r"rows\.jsonl.*(empty|no )"),
-    Case("one turn", _rows({"conversations": TURNS[:1]}), r"rows\.jsonl, line 1: expected two turns"),
-    Case("empty sample", _rows(CONVERSATION, {"conversations": [TURNS[0], {"from": "assistant", "value": ""}]}), r"rows\.jsonl, line 2: turn 2.*is empty"),
+    Case(
+        "one turn", _rows({"conversations": TURNS[:1]}), r"rows\.jsonl, line 1: expected two turns"
+    ),
+    Case(
+        "empty sample",
+        _rows(CONVERSATION, {"conversations": [TURNS[0], {"from": "assistant", "value": ""}]}),
+        r"rows\.jsonl, line 2: turn 2.*is empty",
+    ),
     Case("all too long", _rows(CONVERSATION, **{"data.max_tokens": 3}), r"max_tokens"),
     Case("markers", lambda d: d.train(**{"data.family": "qwen"}), r"<\|im_start\|>"),
     # --- the run directory
     Case("a file", _file_in_place_of_folder, r"run\.output: .*run is a file"),
-    Case("something else", _folder_of_something_else, r"run\.output: .*not look like a run.*thesis\.tex.*nothing in it was touched"),
-    Case("another run", _second_run, r"run\.output: .*holds another run, at step 6.*--resume.*--overwrite"),
-    Case("read-only", lambda d: d.train("--run.output", "/proc/fastadapt"), r"run\.output: /proc/fastadapt cannot be made"),
+    Case(
+        "something else",
+        _folder_of_something_else,
+        r"run\.output: .*not look like a run.*thesis\.tex.*nothing in it was touched",
+    ),
+    Case(
+        "another run",
+        _second_run,
+        r"run\.output: .*holds another run, at step 6.*--resume.*--overwrite",
+    ),
+    Case(
+        "read-only",
+        lambda d: d.train("--run.output", "/proc/fastadapt"),
+        r"run\.output: /proc/fastadapt cannot be made",
+    ),
     Case("nothing to resume", lambda d: d.train("--resume"), r"--resume: .*holds no run"),
-    Case("resume another", _resume_another, r"--resume: .*another configuration \(optimizer\.lr: 0\.002, was 0\.01\)"),
-    Case("damaged checkpoints", _all_checkpoints_damaged, r"no checkpoint .* is whole \(.*step", code=1),
+    Case(
+        "resume another",
+        _resume_another,
+        r"--resume: .*another configuration \(optimizer\.lr: 0\.002, was 0\.01\)",
+    ),
+    Case(
+        "damaged checkpoints",
+        _all_checkpoints_damaged,
+        r"no checkpoint .* is whole \(.*step",
+        code=1,
+    ),
     Case("checkpoint of another shape", _checkpoint_of_another_shape, r"checkpoint.*(shape|16)"),
-]  # fmt: skip
+]
 
 
 @pytest.fixture

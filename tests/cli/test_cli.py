@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-OPTIONS = """
+OPTIONS = re.findall(
+    r"\S+",
+    """
 --adapter --adapter.activation --adapter.bandwidth --adapter.implementation
 --adapter.initial_threshold --adapter.k --adapter.n_features
 --data --data.family --data.max_tokens --data.max_validation --data.revision --data.train
@@ -26,7 +28,8 @@ OPTIONS = """
 --print_config --resume
 --run --run.checkpoint_every --run.dead_window --run.eval_every --run.keep_checkpoints
 --run.log_every --run.max_bad_batches --run.output --run.seed --run.threads
-""".split()
+""",
+)
 
 
 def test_the_options_of_train_are_frozen():

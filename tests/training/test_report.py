@@ -19,6 +19,14 @@ def write_run(folder: Path, *, layers: int = 4, steps: int = 600, summary: bool 
     (folder / "config.yaml").write_text("pair:\n  target: <organism>/target\nrun:\n  seed: 42\n")
     edges = [-7 + 0.25 * i for i in range(29)]
     with (folder / "metrics.jsonl").open("w") as file:
+        start = {
+            "kind": "start",
+            "step": 0,
+            "steps": 600,
+            "held_out_sequences": 77,
+            "device": "cpu",
+        }
+        file.write(json.dumps(start) + "\n")
         for step in range(1, steps + 1):
             decay, wave = (
                 math.exp(-step / 120),
@@ -129,6 +137,7 @@ def test_a_finished_run_is_told_whole(tmp_path):
     assert "61.2%" in text  # its top-1 error
     assert "seed: 42" in text  # the config
     assert "2.13.0" in text  # the versions
+    assert "held out sequences 77" in " ".join(text.split())
     assert "dead (held-out)" in text
 
 
@@ -201,9 +210,19 @@ def test_no_directory_is_an_error_that_names_it(tmp_path):
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(None, "–"), (0.0, "0"), (1.4, "1.40"), (0.01234, "0.0123"), (1234567, "1,234,567"),
-     (123456.7, "123,457"), (3.2e-7, "3.2e-7"), (-0.5, "-0.500"), (math.nan, "–"), (math.inf, "inf")],
-)  # fmt: skip
+    [
+        (None, "–"),
+        (0.0, "0"),
+        (1.4, "1.40"),
+        (0.01234, "0.0123"),
+        (1234567, "1,234,567"),
+        (123456.7, "123,457"),
+        (3.2e-7, "3.2e-7"),
+        (-0.5, "-0.500"),
+        (math.nan, "–"),
+        (math.inf, "inf"),
+    ],
+)
 def test_numbers_read_well(value, text):
     assert number(value) == text
 
