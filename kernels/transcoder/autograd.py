@@ -1,9 +1,10 @@
 """The registered ops ``fastadapt::encode`` and ``fastadapt::decode``: fakes, autograd, FLOPs.
 
-`encode` returns codes, penalty and statistics, which selective checkpointing saves; `decode` is
-recomputed, and saves neither its output nor the residual. The number of codes is data: without a
-plan the fakes give it as an unbacked size. Each op's backward is an op too, so that compilers and
-counters see it. Device code registers itself beside the CPU's, with ``torch.library.impl``.
+`encode` returns codes and statistics, which selective checkpointing saves; `decode` returns output
+and penalty, is recomputed, and saves neither its output nor the residual. The number of codes is
+data: without a plan the fakes give it as an unbacked size. Each op's backward is an op too, so that
+compilers and counters see it. Device code registers itself beside the CPU's, with
+``torch.library.impl``.
 """
 
 from __future__ import annotations
@@ -22,24 +23,28 @@ from .sparse import Codes, Plan
 
 ops = torch.ops.fastadapt
 N_CODES = len(Codes._fields)
-TENSORS = ", ".join(["Tensor"] * 5)
 CODES = ", ".join(f"Tensor {name}" for name in Codes._fields)
-INPUTS = "Tensor norm, Tensor? threshold, Tensor? weight, Tensor? padding"
+STATS = ", ".join(f"Tensor {name}" for name in TranscoderStats._fields)
 
 define(
     "fastadapt::encode",
-    f"(Tensor x, Tensor W_enc, Tensor b_enc, {INPUTS}, str activation, float k, float bandwidth, "
-    f"bool? dense, SymInt? capacity) -> ({CODES}, {TENSORS})",
+    "(Tensor x, Tensor W_enc, Tensor b_enc, Tensor? threshold, Tensor? weight, Tensor? padding, "
+    "str activation, float k, float bandwidth, bool? dense, SymInt? capacity) "
+    f"-> ({CODES}, {STATS})",
 )
 define(
     "fastadapt::encode_backward",
-    f"(Tensor? da, Tensor? c, Tensor x, Tensor W_enc, {INPUTS}, {CODES}, float bandwidth, "
-    f"bool[] need) -> ({TENSORS})",
+    "(Tensor da, Tensor x, Tensor W_enc, Tensor? threshold, Tensor? padding, "
+    f"{CODES}, float bandwidth, bool[] need) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-define("fastadapt::decode", f"({CODES}, Tensor W_dec, Tensor b_dec, Tensor? residual) -> Tensor")
+define(
+    "fastadapt::decode",
+    f"({CODES}, Tensor W_dec, Tensor b_dec, Tensor? residual, Tensor? weight) -> (Tensor, Tensor)",
+)
 define(
     "fastadapt::decode_backward",
-    f"(Tensor g, {CODES}, Tensor W_dec, bool need_values, bool need_W) -> (Tensor, Tensor)",
+    f"(Tensor? g, Tensor? c, {CODES}, Tensor W_dec, Tensor? weight, bool need_values, bool need_W) "
+    "-> (Tensor, Tensor)",
 )
 
 #: What selective checkpointing should keep of a block that contains the op.
@@ -63,15 +68,13 @@ def transcode(
     plan: Plan | None,
 ) -> TranscoderOutput:
     """The op on validated arguments, through the registered ops."""
-    # The norm stays outside of the ops: autograd differentiates it, with gradient 0 at a zero row.
-    norm_F = torch.linalg.vector_norm(W_dec_FE, dim=-1, dtype=accumulator(x_STD.dtype))
+    weight_N = None if weight_ST is None else weight_ST.flatten()
     results = ops.encode(
         x_STD,
         W_enc_FD,
         b_enc_F,
-        norm_F,
         threshold,
-        None if weight_ST is None else weight_ST.flatten(),
+        weight_N,
         None if padding_ST is None else padding_ST.flatten(),
         activation,
         0.0 if k is None else float(k),
@@ -79,9 +82,9 @@ def transcode(
         None if plan is None else plan.dense,
         None if plan is None else plan.capacity,
     )
-    codes, (penalty, *stats) = results[:N_CODES], results[N_CODES:]
+    codes, stats = results[:N_CODES], results[N_CODES:]
     residual_NE = None if residual_STE is None else residual_STE.flatten(0, 1)
-    out_NE = ops.decode(*codes, W_dec_FE, b_dec_E, residual_NE)
+    out_NE, penalty = ops.decode(*codes, W_dec_FE, b_dec_E, residual_NE, weight_N)
     out_STE = out_NE.view(*x_STD.shape[:-1], W_dec_FE.shape[1])
     return TranscoderOutput(out_STE, penalty, TranscoderStats(*stats))
 
@@ -91,26 +94,25 @@ def transcode(
 
 def _encode(*args: Any) -> tuple[Tensor, ...]:
     *inputs, dense, capacity = args
-    plan = None if dense is None else Plan(dense, capacity)
-    call: tuple[Any, ...] = (*inputs, plan)
-    codes, *rest = sparse.encode(*call)
-    return (*codes, *rest)
+    call: tuple[Any, ...] = (*inputs, None if dense is None else Plan(dense, capacity))
+    codes, *stats = sparse.encode(*call)
+    return (*codes, *stats)
 
 
-def _encode_backward(da: Tensor | None, c: Tensor | None, x: Tensor, *args: Any) -> Any:
+def _encode_backward(da: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *inputs, bandwidth, need = args
     codes = Codes(*inputs[-N_CODES:])
-    call: tuple[Any, ...] = (da, c, x.flatten(0, 1), *inputs[:-N_CODES], codes, bandwidth, need)
+    call: tuple[Any, ...] = (da, x.flatten(0, 1), *inputs[:-N_CODES], codes, bandwidth, need)
     dx, *rest = sparse.encode_backward(*call)
     return (dx.view(x.shape) if need[0] else dx, *rest)
 
 
-def _decode(*args: Any) -> Tensor:
+def _decode(*args: Any) -> tuple[Tensor, Tensor]:
     return sparse.decode(Codes(*args[:N_CODES]), *args[N_CODES:])
 
 
-def _decode_backward(g: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    return sparse.decode_backward(g, Codes(*args[:N_CODES]), *args[N_CODES:])
+def _decode_backward(g: Tensor | None, c: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
+    return sparse.decode_backward(g, c, Codes(*args[:N_CODES]), *args[N_CODES:])
 
 
 impl("fastadapt::encode", "cpu", _encode)
@@ -123,16 +125,16 @@ impl("fastadapt::decode_backward", "cpu", _decode_backward)
 
 
 @register_fake("fastadapt::encode")
-def _fake_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, norm: Tensor, *args: Any) -> Any:
+def _fake_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, *args: Any) -> tuple[Tensor, ...]:
     activation, dense, capacity = args[3], *args[-2:]
     N, F = x.shape[0] * x.shape[1], W_enc.shape[0]
-    n_window: Any = N * F if activation == "jumprelu" else 0
+    jumps = activation == "jumprelu"
     n_values: Any = N * F
     n_codes: Any = 0
+    n_window: Any = N * F if jumps else 0
     if dense is None:
         size = torch.library.get_ctx().new_dynamic_size
-        n_values, n_codes = size(), size()
-        n_window = size() if activation == "jumprelu" else 0
+        n_values, n_codes, n_window = size(), size(), size() if jumps else 0
     elif not dense:
         n_values = capacity
         if capacity is None:
@@ -145,7 +147,6 @@ def _fake_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, norm: Tensor, *args: A
         x.new_empty(n_codes, dtype=torch.int64),
         x.new_empty(F + 1, dtype=torch.int64),
         x.new_empty(n_window, dtype=torch.bool),
-        norm.new_empty(()),
         x.new_empty((), dtype=torch.int64),
         x.new_empty(F, dtype=torch.int64),
         x.new_empty((), dtype=torch.int64),
@@ -155,27 +156,29 @@ def _fake_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, norm: Tensor, *args: A
 
 @register_fake("fastadapt::encode_backward")
 def _fake_encode_backward(
-    da: Tensor | None, c: Tensor | None, x: Tensor, W_enc: Tensor, norm: Tensor, *args: Any
+    da: Tensor, x: Tensor, W_enc: Tensor, threshold: Tensor | None, *args: Any
 ) -> tuple[Tensor, ...]:
-    theta, need, F = norm if args[0] is None else args[0], args[-1], W_enc.shape[0]
+    need, F = args[-1], W_enc.shape[0]
     return (
         x.new_empty(x.shape if need[0] else 0),
-        W_enc.new_empty(W_enc.shape if need[1] else 0),
+        x.new_empty(W_enc.shape if need[1] else 0),
         x.new_empty(F if need[2] else 0),
-        norm.new_empty(F if need[3] else 0),
-        theta.new_empty(F if need[4] else 0),
+        (x if threshold is None else threshold).new_empty(F if need[3] else 0),
     )
 
 
 @register_fake("fastadapt::decode")
-def _fake_decode(*args: Any) -> Tensor:
+def _fake_decode(*args: Any) -> tuple[Tensor, Tensor]:
     codes, W_dec = Codes(*args[:N_CODES]), args[N_CODES]
-    return W_dec.new_empty(codes.row_offsets.shape[0] - 1, W_dec.shape[1])
+    out = W_dec.new_empty(codes.row_offsets.shape[0] - 1, W_dec.shape[1])
+    return out, W_dec.new_empty((), dtype=accumulator(W_dec.dtype))
 
 
 @register_fake("fastadapt::decode_backward")
-def _fake_decode_backward(g: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    values, (W_dec, need_values, need_W) = args[0], args[N_CODES:]
+def _fake_decode_backward(
+    g: Tensor | None, c: Tensor | None, values: Tensor, *args: Any
+) -> tuple[Tensor, Tensor]:
+    W_dec, _, need_values, need_W = args[N_CODES - 1 :]
     return (
         values.new_empty(values.shape if need_values else 0),
         W_dec.new_empty(W_dec.shape if need_W else 0),
@@ -186,40 +189,43 @@ def _fake_decode_backward(g: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _setup_encode(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, W_enc, _, norm, threshold, weight, padding, _, _, bandwidth, _, _ = inputs
+    x, W_enc, _, threshold, _, padding, _, _, bandwidth, _, _ = inputs
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:N_CODES], *output[N_CODES + 1 :])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.bandwidth = bandwidth
-    ctx.save_for_backward(x, W_enc, norm, threshold, weight, padding, *output[:N_CODES])
+    ctx.save_for_backward(x, W_enc, threshold, padding, *output[:N_CODES])
 
 
-def _differentiate_encode(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-    da, c = gradients[0], gradients[N_CODES]
+def _differentiate_encode(ctx: Any, da: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     rest = [None] * 7
-    if da is None and c is None:
-        return (*[None] * 5, *rest)
-    # Of the inputs x, W_enc, b_enc, norm and threshold.
-    need = list(ctx.needs_input_grad[:5])
-    results = ops.encode_backward(da, c, *ctx.saved_tensors, ctx.bandwidth, need)
+    if da is None:
+        return (*[None] * 4, *rest)
+    need = list(ctx.needs_input_grad[:4])  # x, W_enc, b_enc, threshold
+    results = ops.encode_backward(da, *ctx.saved_tensors, ctx.bandwidth, need)
     return (*(g if needed else None for g, needed in zip(results, need, strict=True)), *rest)
 
 
-def _setup_decode(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[: N_CODES + 1])
+def _setup_decode(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *codes_and_W_dec, _, _, weight = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*codes_and_W_dec, weight)
 
 
-def _differentiate_decode(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate_decode(
+    ctx: Any, g: Tensor | None, c: Tensor | None
+) -> tuple[Tensor | None, ...]:
     need_values = ctx.needs_input_grad[0]
-    need_W, need_b, need_residual = ctx.needs_input_grad[N_CODES:]
+    need_W, need_b, need_residual, _ = ctx.needs_input_grad[N_CODES:]
     da = dW = None
-    if need_values or need_W:
-        da, dW = ops.decode_backward(g, *ctx.saved_tensors, need_values, need_W)
+    if (need_values or need_W) and not (g is None and c is None):
+        da, dW = ops.decode_backward(g, c, *ctx.saved_tensors, need_values, need_W)
     return (
         da if need_values else None,
         *[None] * (N_CODES - 1),
         dW if need_W else None,
-        g.sum(0) if need_b else None,
+        g.sum(0) if need_b and g is not None else None,
         g if need_residual else None,
+        None,
     )
 
 
@@ -236,7 +242,7 @@ def _count_encode(x_shape: Any, W_enc_shape: Any, *_: Any, **__: Any) -> int:
 
 
 def _count_encode_backward(*args: Any, **_: Any) -> int:
-    W_enc_shape, values_shape, need = args[3], args[8], args[-1]
+    W_enc_shape, values_shape, need = args[2], args[5], args[-1]
     return int(2 * values_shape[0] * W_enc_shape[1] * (need[0] + need[1]))
 
 
@@ -246,7 +252,8 @@ def _count_decode(*args: Any, **_: Any) -> int:
 
 
 def _count_decode_backward(*args: Any, **_: Any) -> int:
-    values_shape, W_dec_shape, need_values, need_W = args[1], *args[-3:]
+    values_shape, W_dec_shape = args[2], args[2 + N_CODES]
+    need_values, need_W = args[-2:]
     return int(2 * values_shape[0] * W_dec_shape[1] * (need_values + need_W))
 
 

@@ -24,8 +24,13 @@ from torch import Tensor
 
 from .reference import accumulator
 
-DENSE_SHARE = 0.035
-COUNT_ROWS = 128
+DENSE_SHARE = 0.05
+# Tokens that the choice between codes and dense products looks at: it need not be exact.
+SAMPLE = 256
+# Features searched for codes together: most blocks hold none, and a maximum is a cheap test.
+BLOCK = 64
+# Rows counted together: a small product of ones and zeros beats a sum of booleans eightfold.
+COUNTED_ROWS = 128
 
 
 class Plan(NamedTuple):
@@ -58,22 +63,10 @@ class Codes(NamedTuple):
         )
 
 
-class Encoded(NamedTuple):
-    """Codes, penalty and statistics (see ``TranscoderStats``)."""
-
-    codes: Codes
-    penalty: Tensor
-    n_active: Tensor
-    feature_counts: Tensor
-    n_tokens: Tensor
-    min_active: Tensor
-
-
 def encode(
     x_STD: Tensor,
     W_enc_FD: Tensor,
     b_enc_F: Tensor,
-    norm_F: Tensor,
     threshold_F: Tensor | None,
     weight_N: Tensor | None,
     padding_N: Tensor | None,
@@ -81,112 +74,66 @@ def encode(
     k: float,
     bandwidth: float,
     plan: Plan | None,
-) -> Encoded:
-    """Pre-activations by one dense product, then codes, penalty and statistics."""
+) -> tuple[Codes, Tensor, Tensor, Tensor, Tensor]:
+    """Codes and the four statistics of ``TranscoderStats``, by one dense product."""
     S, T, _ = x_STD.shape
     N, F = S * T, W_enc_FD.shape[0]
     z_NF = nnf.linear(x_STD, W_enc_FD, b_enc_F).reshape(N, F)
-    inactive_NF = _inactive(z_NF, S, threshold_F, padding_N, activation, k)
-    absent_NF, window_NF = inactive_NF, None
+    window_NF = None
     if activation == "jumprelu":
         assert threshold_F is not None
         window_NF = _in_window(z_NF, threshold_F, bandwidth)
         if padding_N is not None:
             window_NF &= ~padding_N[:, None]
-        absent_NF = inactive_NF & ~window_NF
+    a_NF = _activate_(z_NF, S, threshold_F, padding_N, activation, k)
 
-    counted_N = torch.ones(N, dtype=torch.bool, device=z_NF.device)
+    counted_N = torch.ones(N, dtype=torch.bool, device=a_NF.device)
     if weight_N is not None:
         counted_N = weight_N != 0
     if padding_N is not None:
         counted_N = counted_N & ~padding_N
 
-    dense = plan.dense if plan else _prefers_dense(absent_NF)
-    if dense:
-        codes = _dense_codes(z_NF, inactive_NF, window_NF, activation)
-        a_NF = codes.values.view(N, F)
-        penalty_N = a_NF.to(norm_F.dtype) @ norm_F
-        penalty = penalty_N.sum() if weight_N is None else penalty_N @ weight_N
-        counts_F = _column_counts(inactive_NF, counted_N)
-        ranked_a, offsets = a_NF.flatten(), torch.arange(S + 1, device=a_NF.device) * T * F
-        is_active = ~inactive_NF.flatten()
+    if plan.dense if plan else _prefers_dense(a_NF, window_NF):
+        codes = _dense_codes(a_NF, window_NF)
+        counts_F = _column_counts(a_NF, counted_N)
+        min_active = _nan_like(a_NF)
         if activation == "batch_topk":
-            is_active = (~inactive_NF & counted_N[:, None]).flatten()
+            active_NF = (a_NF != 0) & counted_N[:, None]
+            offsets_S = torch.arange(S + 1, device=a_NF.device) * (T * F)
+            min_active = _mean_smallest(a_NF.flatten(), active_NF.flatten(), offsets_S)
     else:
-        codes = _sparse_codes(z_NF, absent_NF, inactive_NF, window_NF, plan)
+        codes = _sparse_codes(a_NF, window_NF, plan)
         live = codes.live()
-        rows_C = _segments(live.row_offsets)
-        cost_C = live.values.to(norm_F.dtype) * norm_F[live.features]
-        penalty = (cost_C if weight_N is None else cost_C * weight_N[rows_C]).sum()
-        is_active = (live.values != 0) & counted_N[rows_C]
-        counts_F = torch.bincount(live.features[is_active], minlength=F)
-        ranked_a, offsets = live.values, live.row_offsets[:: max(T, 1)]
-    min_active = torch.full((), torch.nan, device=z_NF.device)
-    if activation == "batch_topk":
-        min_active = _mean_smallest(ranked_a, is_active, offsets)
-    return Encoded(codes, penalty, counts_F.sum(), counts_F, counted_N.sum(), min_active)
-
-
-def decode(codes: Codes, W_dec_FE: Tensor, b_dec_E: Tensor, residual_NE: Tensor | None) -> Tensor:
-    """``out = residual + W_decᵀ a + b_dec``, rounded once."""
-    if codes.dense:
-        a_NF = codes.values.view(-1, W_dec_FE.shape[0])
-        if residual_NE is None:
-            return torch.addmm(b_dec_E, a_NF, W_dec_FE)
-        return torch.addmm(residual_NE, a_NF, W_dec_FE).add_(b_dec_E)
-    live, acc = codes.live(), accumulator(W_dec_FE.dtype)
-    out_NE = _gather_sum(W_dec_FE, live.features, live.row_offsets, live.values).add_(b_dec_E)
-    if residual_NE is not None:
-        out_NE += residual_NE.to(acc)
-    return out_NE.to(W_dec_FE.dtype)
-
-
-def decode_backward(
-    g_NE: Tensor, codes: Codes, W_dec_FE: Tensor, need_values: bool, need_W: bool
-) -> tuple[Tensor, Tensor]:
-    """``da_ti = g_t·W_dec,i`` at the codes and ``dW_dec,i = Σ_t a_ti g_t``; empty if not needed."""
-    da = dW = g_NE.new_empty(0)
-    if codes.dense:
-        a_NF = codes.values.view(-1, W_dec_FE.shape[0])
-        if need_values:
-            da = (g_NE @ W_dec_FE.T).flatten()
-        return da, a_NF.T @ g_NE if need_W else dW
-    live, g_NE = codes.live(), g_NE.contiguous()
-    rows_C = _segments(live.row_offsets)
-    if need_values:
-        da = _pad(_sampled_product(g_NE, W_dec_FE, rows_C, live), codes.values)
-    if need_W:
-        by = live.order
-        dW = _gather_sum(g_NE, rows_C[by], live.feature_offsets, live.values[by])
-    return da, dW.to(g_NE.dtype)
+        active_C = (live.values != 0) & counted_N[_segments(live.row_offsets)]
+        counts_F = torch.bincount(live.features[active_C], minlength=F)
+        min_active = _nan_like(a_NF)
+        if activation == "batch_topk":
+            min_active = _mean_smallest(live.values, active_C, live.row_offsets[:: max(T, 1)])
+    return codes, counts_F.sum(), counts_F, counted_N.sum(), min_active
 
 
 def encode_backward(
-    da: Tensor | None,
-    c: Tensor | None,
+    da: Tensor,
     x_ND: Tensor,
     W_enc_FD: Tensor,
-    norm_F: Tensor,
     threshold_F: Tensor | None,
-    weight_N: Tensor | None,
     padding_N: Tensor | None,
     codes: Codes,
     bandwidth: float,
     need: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, W_enc, b_enc, the decoder norms and θ; those not needed are empty.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, W_enc, b_enc and θ from the codes' `da`; those not needed are empty.
 
-    ``dz_ti = (da_ti + c w_t ‖W_dec,i‖)·1[a_ti > 0]``, `c` being the penalty's gradient.
+    ``dz_ti = da_ti·1[a_ti > 0]``; only JumpReLU has entries where the two differ.
     """
-    (N, _), F, acc = x_ND.shape, W_enc_FD.shape[0], norm_F.dtype
-    dx, dW, db, dnorm, dtheta = (x_ND.new_empty(0) for _ in range(5))
+    (N, _), F, acc = x_ND.shape, W_enc_FD.shape[0], accumulator(x_ND.dtype)
+    dx, dW, db, dtheta = (x_ND.new_empty(0) for _ in range(4))
+    live = codes if codes.dense else codes.live()
+    da = dz = da[: live.values.numel()]
+    if threshold_F is not None:
+        dz = torch.where(live.values != 0, da, 0)
     if codes.dense:
-        a_NF = codes.values.view(N, F)
-        up_NF = a_NF.new_zeros(()).expand(N, F) if da is None else da.view(N, F)
-        if c is not None:
-            cost_NF = c * norm_F if weight_N is None else weight_N[:, None] * (c * norm_F)
-            up_NF = up_NF + cost_NF
-        dz_NF = torch.ops.aten.threshold_backward(up_NF, a_NF.to(up_NF.dtype), 0).to(x_ND.dtype)
+        dz_NF = dz.view(N, F)
         if need[0]:
             dx = dz_NF @ W_enc_FD
         if need[1]:
@@ -195,43 +142,134 @@ def encode_backward(
             dW = dz_NF.T @ x_ND
         if need[2]:
             db = dz_NF.sum(0, dtype=acc)
-        if need[3] and c is not None:
-            ones_N = torch.ones(N, dtype=acc, device=a_NF.device)
-            dnorm = c * (a_NF.to(acc).T @ (ones_N if weight_N is None else weight_N))
-        if need[4] and threshold_F is not None:
-            dtheta = torch.where(codes.window.view(N, F), up_NF, 0).sum(0, dtype=acc)
+        if need[3]:
+            dtheta = torch.where(codes.window, da, 0).view(N, F).sum(0, dtype=acc)
+    else:
+        rows_C, by = _segments(live.row_offsets), live.order
+        if need[0]:
+            dx = _gather_sum(W_enc_FD, live.features, live.row_offsets, dz)
+        if need[1]:
+            dW = _gather_sum(x_ND, rows_C[by], live.feature_offsets, dz[by])
+        if need[2]:
+            db = _segment_sum(dz[by], live.feature_offsets)
+        if need[3]:
+            assert threshold_F is not None
+            near_C = _in_window(live.values, threshold_F[live.features], bandwidth)
+            near_C |= live.values == 0
+            dtheta = _segment_sum(torch.where(near_C, da, 0)[by], live.feature_offsets)
+    if need[3]:
+        assert threshold_F is not None
+        dtheta = (-(threshold_F.to(acc) / bandwidth) * dtheta).to(threshold_F.dtype)
+    return dx.to(x_ND.dtype), dW.to(x_ND.dtype), db.to(x_ND.dtype), dtheta
+
+
+def decode(
+    codes: Codes,
+    W_dec_FE: Tensor,
+    b_dec_E: Tensor,
+    residual_NE: Tensor | None,
+    weight_N: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """``out = residual + W_decᵀ a + b_dec``, rounded once, and the penalty."""
+    norm_F = _norm(W_dec_FE)
+    if codes.dense:
+        a_NF = codes.values.view(-1, W_dec_FE.shape[0])
+        penalty_N = a_NF.to(norm_F.dtype) @ norm_F
+        penalty = penalty_N.sum() if weight_N is None else penalty_N @ weight_N
+        if residual_NE is None:
+            return torch.addmm(b_dec_E, a_NF, W_dec_FE), penalty
+        return torch.addmm(residual_NE, a_NF, W_dec_FE).add_(b_dec_E), penalty
+    live = codes.live()
+    cost_C = live.values.to(norm_F.dtype) * norm_F[live.features]
+    if weight_N is not None:
+        cost_C *= weight_N[_segments(live.row_offsets)]
+    out_NE = _gather_sum(W_dec_FE, live.features, live.row_offsets, live.values)
+    out_NE += b_dec_E
+    if residual_NE is not None:
+        out_NE += residual_NE
+    return out_NE.to(W_dec_FE.dtype), cost_C.sum()
+
+
+def decode_backward(
+    g_NE: Tensor | None,
+    c: Tensor | None,
+    codes: Codes,
+    W_dec_FE: Tensor,
+    weight_N: Tensor | None,
+    need_values: bool,
+    need_W: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the codes and of W_dec, given those of out (`g`) and penalty (`c`).
+
+    ``da_ti = g_t·W_dec,i + c w_t ‖W_dec,i‖`` and
+    ``dW_dec,i = Σ_t a_ti g_t + c Σ_t w_t a_ti W_dec,i/‖W_dec,i‖`` (0 at a zero row).
+    Dense: `da` is 0 where there is no code. What is not needed is empty.
+    """
+    F, E = W_dec_FE.shape
+    da = dW = W_dec_FE.new_empty(0)
+    norm_F = _norm(W_dec_FE)
+    spent_F = norm_F.new_zeros(F)  # Σ_t w_t a_ti
+    if codes.dense:
+        a_NF = codes.values.view(-1, F)
+        if need_values:
+            da = _dense_da(g_NE, c, a_NF, W_dec_FE, norm_F, weight_N)
+            if codes.window.numel() == 0:
+                torch.ops.aten.threshold_backward.grad_input(da, a_NF, 0, grad_input=da)
+            da = da.flatten()
+        if need_W:
+            dW = a_NF.new_zeros(F, E) if g_NE is None else a_NF.T @ g_NE
+            ones_N = norm_F.new_ones(len(a_NF)) if weight_N is None else weight_N
+            spent_F = spent_F if c is None else a_NF.to(norm_F.dtype).T @ ones_N
     else:
         live = codes.live()
         rows_C, by = _segments(live.row_offsets), live.order
-        values_C = live.values.to(acc)
-        up_C = torch.zeros_like(values_C) if da is None else da[: len(values_C)].to(acc)
-        if c is not None:
-            cost_C = c * norm_F[live.features]
-            up_C = up_C + (cost_C if weight_N is None else cost_C * weight_N[rows_C])
-        dz_C = torch.where(values_C != 0, up_C, 0)
-        if need[0]:
-            dx = _gather_sum(W_enc_FD, live.features, live.row_offsets, dz_C)
-        if need[1]:
-            dW = _gather_sum(x_ND, rows_C[by], live.feature_offsets, dz_C[by])
-        if need[2]:
-            db = _segment_sum(dz_C[by], live.feature_offsets)
-        if need[3] and c is not None:
-            weighed_C = values_C if weight_N is None else values_C * weight_N[rows_C]
-            dnorm = c * _segment_sum(weighed_C[by], live.feature_offsets)
-        if need[4] and threshold_F is not None:
-            near_C = (values_C == 0) | _in_window(values_C, threshold_F[live.features], bandwidth)
-            dtheta = _segment_sum(torch.where(near_C, up_C, 0)[by], live.feature_offsets)
-    if need[3] and c is None:
-        dnorm = torch.zeros_like(norm_F)
-    if need[4] and threshold_F is not None:
-        dtheta = (-(threshold_F.to(acc) / bandwidth) * dtheta).to(threshold_F.dtype)
-    return dx.to(x_ND.dtype), dW.to(W_enc_FD.dtype), db.to(x_ND.dtype), dnorm, dtheta
+        g_NE = norm_F.new_zeros(len(codes.row_offsets) - 1, E) if g_NE is None else g_NE
+        if need_values:
+            da = _sampled_product(g_NE, W_dec_FE, rows_C, live)
+            if c is not None:
+                cost_C = c * norm_F[live.features]
+                da += cost_C if weight_N is None else cost_C * weight_N[rows_C]
+            da = _pad(da.to(codes.values.dtype), codes.values)
+        if need_W:
+            dW = _gather_sum(g_NE, rows_C[by], live.feature_offsets, live.values[by])
+            if c is not None:
+                weighed_C = live.values.to(norm_F.dtype)
+                weighed_C = weighed_C if weight_N is None else weighed_C * weight_N[rows_C]
+                spent_F = _segment_sum(weighed_C[by], live.feature_offsets)
+    if need_W and c is not None:
+        scale_F = torch.where(norm_F > 0, c * spent_F / norm_F, 0)
+        dW.addcmul_(W_dec_FE.to(dW.dtype), scale_F.to(dW.dtype)[:, None])
+    return da, dW.to(W_dec_FE.dtype)
+
+
+def _dense_da(
+    g_NE: Tensor | None,
+    c: Tensor | None,
+    a_NF: Tensor,
+    W_dec_FE: Tensor,
+    norm_F: Tensor,
+    weight_N: Tensor | None,
+) -> Tensor:
+    """``g_t·W_dec,i + c w_t ‖W_dec,i‖`` at every entry."""
+    if c is None:
+        assert g_NE is not None
+        return g_NE @ W_dec_FE.T
+    cost = c * norm_F if weight_N is None else weight_N[:, None] * (c * norm_F)
+    cost = cost.to(a_NF.dtype)
+    if g_NE is None:
+        return cost.expand_as(a_NF).clone()
+    return torch.addmm(cost, g_NE, W_dec_FE.T)
+
+
+def _norm(W_dec_FE: Tensor) -> Tensor:
+    """``‖W_dec,i‖₂`` in the accumulator's dtype."""
+    return torch.linalg.vector_norm(W_dec_FE, dim=-1, dtype=accumulator(W_dec_FE.dtype))
 
 
 # --- which entries are active ---------------------------------------------------------------------
 
 
-def _inactive(
+def _activate_(
     z_NF: Tensor,
     n_rows: int,
     threshold_F: Tensor | None,
@@ -239,23 +277,29 @@ def _inactive(
     activation: str,
     k: float,
 ) -> Tensor:
-    """Bool [N, F]: where a = 0. NaN is active: `z <= cut` is false for it."""
-    inactive_NF = z_NF <= (0 if threshold_F is None else threshold_F.clamp(min=0))
-    if padding_N is not None:
-        inactive_NF |= padding_N[:, None]
+    """Turns z into a, in place. NaN is active: `z <= cut` is false for it."""
+    inactive_NF = None
     if activation == "topk":
-        inactive_NF |= ~_largest(z_NF, int(k))
+        inactive_NF = ~_largest(z_NF, int(k))
     elif activation == "batch_topk" and threshold_F is None and z_NF.numel():
-        for group, (z_TF, out_TF) in enumerate(
+        inactive_NF = torch.empty_like(z_NF, dtype=torch.bool)
+        for row, (z_TF, inactive_TF) in enumerate(
             zip(z_NF.chunk(n_rows), inactive_NF.chunk(n_rows), strict=True)
         ):
-            n_tokens = z_TF.shape[0]
+            n_tokens = len(z_TF)
             if padding_N is not None:
-                padding_T = padding_N.chunk(n_rows)[group]
+                padding_T = padding_N.chunk(n_rows)[row]
                 n_tokens -= int(padding_T.sum())
                 z_TF = z_TF.masked_fill(padding_T[:, None], -torch.inf)
-            out_TF |= ~_largest(z_TF.reshape(1, -1), int(k * n_tokens)).view_as(out_TF)
-    return inactive_NF
+            largest = _largest(z_TF.reshape(1, -1), int(k * n_tokens))
+            torch.logical_not(largest.view_as(inactive_TF), out=inactive_TF)
+    elif threshold_F is not None:
+        inactive_NF = z_NF <= threshold_F
+    if inactive_NF is not None:
+        z_NF.masked_fill_(inactive_NF, 0)
+    if padding_N is not None:
+        z_NF.masked_fill_(padding_N[:, None], 0)
+    return z_NF.relu_()
 
 
 def _largest(z_RM: Tensor, k: int) -> Tensor:
@@ -282,52 +326,40 @@ def _in_window(z: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
     return (z.to(acc) - threshold.to(acc)).abs() < bandwidth / 2
 
 
-def _prefers_dense(absent_NF: Tensor) -> bool:
-    """Whether dense products are faster at this number of codes."""
-    n_codes = absent_NF.numel() - int(absent_NF.count_nonzero())
-    return n_codes > DENSE_SHARE * absent_NF.numel()
+def _prefers_dense(a_NF: Tensor, window_NF: Tensor | None) -> bool:
+    """Whether dense products are likely faster, by a sample of the tokens."""
+    step = max(1, len(a_NF) // SAMPLE)
+    present = a_NF[::step] != 0
+    if window_NF is not None:
+        present |= window_NF[::step]
+    return int(present.count_nonzero()) > DENSE_SHARE * present.numel()
 
 
 # --- codes ----------------------------------------------------------------------------------------
 
 
-def _dense_codes(
-    z_NF: Tensor, inactive_NF: Tensor, window_NF: Tensor | None, activation: str
-) -> Codes:
-    N, F = z_NF.shape
-    # Equal to the general form for relu without padding, and eight times as fast.
-    a_NF = z_NF.relu_() if activation == "relu" else z_NF
-    a_NF.masked_fill_(inactive_NF, 0)
-    index = torch.zeros(0, dtype=torch.int64, device=z_NF.device)
+def _dense_codes(a_NF: Tensor, window_NF: Tensor | None) -> Codes:
+    N, F = a_NF.shape
+    index = torch.zeros(0, dtype=torch.int64, device=a_NF.device)
     window = index.bool() if window_NF is None else window_NF.flatten()
-    return Codes(
-        a_NF.flatten(), index.int(), index.new_zeros(N + 1), index, index.new_zeros(F + 1), window
-    )
+    offsets = index.new_zeros(N + 1), index.new_zeros(F + 1)
+    return Codes(a_NF.flatten(), index.int(), offsets[0], index, offsets[1], window)
 
 
-def _sparse_codes(
-    z_NF: Tensor,
-    absent_NF: Tensor,
-    inactive_NF: Tensor,
-    window_NF: Tensor | None,
-    plan: Plan | None,
-) -> Codes:
-    N, F = z_NF.shape
-    place_C = (~absent_NF).flatten().nonzero().flatten()
+def _sparse_codes(a_NF: Tensor, window_NF: Tensor | None, plan: Plan | None) -> Codes:
+    N, F = a_NF.shape
+    place_C = _places(a_NF, window_NF)
     rows_C = place_C // max(F, 1)
     features_C = place_C - rows_C * F
-    values_C = z_NF.flatten()[place_C]
-    if window_NF is not None:
-        values_C.masked_fill_(inactive_NF.flatten()[place_C], 0)
     by_feature_C, order_C = features_C.sort(stable=True)
-    count = torch.arange(max(N, F) + 1, device=z_NF.device)
+    count = torch.arange(max(N, F) + 1, device=a_NF.device)
     codes = Codes(
-        values_C,
+        a_NF.flatten()[place_C],
         features_C.int(),
         torch.searchsorted(rows_C, count[: N + 1]),
         order_C,
         torch.searchsorted(by_feature_C, count[: F + 1]),
-        torch.zeros(0, dtype=torch.bool, device=z_NF.device),
+        torch.zeros(0, dtype=torch.bool, device=a_NF.device),
     )
     if plan is None or plan.capacity is None:
         return codes
@@ -336,30 +368,49 @@ def _sparse_codes(
             f"transcoder: plan.capacity must hold every code; got {plan.capacity} for "
             f"{len(place_C)} codes; raise it, or give Plan(dense=True) or no plan"
         )
-    buffer = values_C.new_empty(plan.capacity)
+    buffer = place_C.new_empty(plan.capacity)
     return codes._replace(
-        values=_pad(values_C, buffer),
+        values=_pad(codes.values, buffer),
         features=_pad(codes.features, buffer),
-        order=_pad(order_C, buffer),
+        order=_pad(codes.order, buffer),
     )
+
+
+def _places(a_NF: Tensor, window_NF: Tensor | None) -> Tensor:
+    """int64 [C]: where in the flattened a there is a code, ascending."""
+    if window_NF is not None or a_NF.shape[1] % BLOCK:
+        present_NF = a_NF != 0
+        if window_NF is not None:
+            present_NF |= window_NF
+        return present_NF.flatten().nonzero().flatten()
+    if a_NF.numel() == 0:
+        return torch.zeros(0, dtype=torch.int64, device=a_NF.device)
+    a_KB = a_NF.view(-1, BLOCK)
+    blocks = (a_KB.amax(-1) != 0).nonzero().flatten()
+    block, inside = (a_KB[blocks] != 0).nonzero(as_tuple=True)
+    return blocks[block] * BLOCK + inside
 
 
 def _pad(t_C: Tensor, like: Tensor) -> Tensor:
     """`t_C` with zeros up to the length of `like`."""
-    return nnf.pad(t_C, (0, like.numel() - t_C.numel())) if len(like) > len(t_C) else t_C
+    return nnf.pad(t_C, (0, len(like) - len(t_C))) if len(like) > len(t_C) else t_C
 
 
 # --- statistics -----------------------------------------------------------------------------------
 
 
-def _column_counts(inactive_NF: Tensor, counted_N: Tensor) -> Tensor:
-    """int64 [F]: active entries of counted rows. Small products beat a sum of bools eightfold."""
-    counts_F = torch.zeros(inactive_NF.shape[1], dtype=torch.int64, device=inactive_NF.device)
-    for inactive_nF, counted_n in zip(
-        inactive_NF.split(COUNT_ROWS), counted_N.split(COUNT_ROWS), strict=True
+def _column_counts(a_NF: Tensor, counted_N: Tensor) -> Tensor:
+    """int64 [F]: active entries of counted rows."""
+    counts_F = torch.zeros(a_NF.shape[1], dtype=torch.int64, device=a_NF.device)
+    for a_nF, counted_n in zip(
+        a_NF.split(COUNTED_ROWS), counted_N.split(COUNTED_ROWS), strict=True
     ):
-        counts_F += (counted_n.float() @ (~inactive_nF).float()).long()
+        counts_F += (counted_n.float() @ (a_nF != 0).float()).long()
     return counts_F
+
+
+def _nan_like(t: Tensor) -> Tensor:
+    return torch.full((), torch.nan, device=t.device)
 
 
 def _mean_smallest(values: Tensor, is_active: Tensor, offsets_S: Tensor) -> Tensor:
@@ -367,7 +418,7 @@ def _mean_smallest(values: Tensor, is_active: Tensor, offsets_S: Tensor) -> Tens
     smallest_S = torch.segment_reduce(
         torch.where(is_active, values, torch.inf).float(), "min", offsets=offsets_S
     )
-    total = torch.cat([is_active.new_zeros(1, dtype=torch.int64), is_active.cumsum(0)])
+    total = nnf.pad(is_active.cumsum(0), (1, 0))
     fires_S = total[offsets_S[1:]] > total[offsets_S[:-1]]
     return torch.where(fires_S, smallest_S, 0).sum() / fires_S.sum()
 
@@ -382,6 +433,8 @@ def _segments(offsets: Tensor) -> Tensor:
 
 
 def _segment_sum(values_C: Tensor, offsets: Tensor) -> Tensor:
+    """Sums of consecutive entries, in the accumulator's dtype."""
+    values_C = values_C.to(accumulator(values_C.dtype))
     return torch.segment_reduce(values_C, "sum", offsets=offsets)
 
 
@@ -401,10 +454,15 @@ def _gather_sum(table_MD: Tensor, index_C: Tensor, offsets: Tensor, scale_C: Ten
 
 
 def _sampled_product(g_NE: Tensor, W_FE: Tensor, rows_C: Tensor, codes: Codes) -> Tensor:
-    """``g[row_c] · W[feature_c]`` for every code, in the codes' dtype."""
-    acc = accumulator(g_NE.dtype)
-    if rows_C.numel() == 0 or g_NE.numel() == 0:
-        return codes.values.new_zeros(rows_C.shape)
+    """``g[row_c] · W[feature_c]`` for every code, in the accumulator's dtype."""
+    acc = accumulator(W_FE.dtype)
+    if rows_C.numel() == 0 or W_FE.numel() == 0:
+        return W_FE.new_zeros(len(rows_C), dtype=acc)
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        g_NE.to(acc), W_FE.to(acc).contiguous(), codes.features.long(), codes.row_offsets, rows_C, 0
-    ).to(codes.values.dtype)
+        g_NE.to(acc).contiguous(),
+        W_FE.to(acc).contiguous(),
+        codes.features.long(),
+        codes.row_offsets,
+        rows_C,
+        0,
+    )
