@@ -7,6 +7,8 @@ by a signal with everything saved; 1: a failure on the way; 2: what was asked ca
 from __future__ import annotations
 
 import json
+import random
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,21 +20,13 @@ from rich.text import Text
 
 from fastadapt.errors import RunError, UserError
 from fastadapt.options import (
+    USAGE,
     doctor_parser,
     nearest,
     organism_parser,
     parse_train,
     train_parser,
 )
-
-USAGE = """\
-usage: fastadapt COMMAND ...
-
-  train PRESET_OR_YAML   train transcoder adapters on a model pair
-  organism               the embedded model pair: build, check, sample
-  doctor                 what will be used on this machine and why, and a check of the kernels
-
-fastadapt COMMAND --help tells the options of each; fastadapt --version the version."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -103,12 +97,10 @@ def train(argv: list[str]) -> int:
     if flags.dry_run:
         return _print_plan(config)
 
-    from transformers.utils import logging as transformers_logging
-
     from fastadapt.progress import Progress
     from fastadapt.training.trainer import train as run_training
 
-    transformers_logging.disable_progress_bar()
+    _quiet_transformers()
     _say("Loading models and data ...")
     with Progress(sys.stderr) as progress:
         summary = run_training(
@@ -118,6 +110,13 @@ def train(argv: list[str]) -> int:
         return _stopped(summary, flags.config, argv)
     _print_summary(summary)
     return 0
+
+
+def _quiet_transformers() -> None:
+    """No bars of transformers' own, which would cross ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def _say(message: str) -> None:
@@ -130,17 +129,11 @@ def _stopped(summary: dict[str, Any], config: str, argv: list[str]) -> int:
 
     report = write_report(summary["output"])
     again = [a for a in argv if a not in ("--resume", "--overwrite")]
-    command = " ".join(["fastadapt train", *map(_quoted, again), "--resume"])
+    command = " ".join(["fastadapt train", *map(shlex.quote, again), "--resume"])
     print(f"Stopped at step {summary['step']} of {summary['steps']}; everything up to it is saved.")
     print(f"Go on with:  {command}")
     print(f"So far:      {report}")
     return 0
-
-
-def _quoted(argument: str) -> str:
-    import shlex
-
-    return shlex.quote(argument)
 
 
 def _print_summary(summary: dict[str, Any]) -> None:
@@ -178,6 +171,7 @@ def organism(argv: list[str]) -> int:
         organism_parser().print_help()
         return 0
     typed = organism_parser().parse_args(argv)
+    _quiet_transformers()
     options = typed[typed.subcommand]
     return ORGANISM[typed.subcommand](options)
 
@@ -188,31 +182,70 @@ def _organism_build(options: Any) -> int:
     out = Path(options.out).expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not options.overwrite:
         raise UserError(f"--out: {out} is in use; give a new folder, or --overwrite")
-    _print_values(build(out, seed=options.seed, progress=_say_record))
-    print(f"written to {out.resolve()}")
+    for name, value in _flat(build(out, seed=options.seed, progress=_say_record)).items():
+        print(f"{name}: {_short(value)}")
+    print(f"written to {out.resolve()}; measure it with: fastadapt organism check --folder {out}")
     return 0
 
 
 def _organism_check(options: Any) -> int:
     from fastadapt.organism import FOLDER, check
+    from fastadapt.organism.acceptance import BOUNDS
 
     folder = Path(options.folder or FOLDER)
-    if not folder.is_dir():
-        raise UserError(f"--folder: no such folder: {folder}")
-    _print_values(check(folder))
+    if not (folder / "target").is_dir() or not (folder / "base").is_dir():
+        raise UserError(f"--folder: expected a folder with target/ and base/, got {folder}")
+    measured = check(folder)
+    failed = measured.pop("failed")
+    rows = [
+        [name, _short(value), _bounds(*BOUNDS.get(name, (None, None))), "*" * (name in failed)]
+        for name, value in _flat(measured).items()
+    ]
+    _print_table(["", "measured", "must be", ""], rows)
+    if failed:
+        raise RunError(f"the pair in {folder} is not what it must be: {', '.join(failed)}")
     return 0
 
 
+def _bounds(low: float | None, high: float | None) -> str:
+    return " ".join(
+        f"{sign} {bound:g}" for sign, bound in ((">=", low), ("<=", high)) if bound is not None
+    )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return flat
+
+
 def _organism_sample(options: Any) -> int:
-    raise NotImplementedError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from fastadapt.organism import FOLDER
+    from fastadapt.organism.acceptance import hybrid_of, sample
+    from fastadapt.organism.problems import extract_answer, sample_problem
+
+    if options.n < 1:
+        raise UserError(f"--n: expected 1 or more, got {options.n}")
+    of = {n: AutoModelForCausalLM.from_pretrained(FOLDER / n).eval() for n in ("target", "base")}
+    model = hybrid_of(of["target"], of["base"]) if options.model == "hybrid" else of[options.model]
+    draw = random.Random(options.seed)
+    problems = [sample_problem(draw) for _ in range(options.n)]
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER / "target")
+    responses = sample(model, tokenizer, problems, seed=options.seed).responses
+    for problem, response in zip(problems, responses, strict=True):
+        right = extract_answer(response) == problem.answer
+        verdict = "right" if right else f"wrong: the answer is {problem.answer}"
+        print(f"[{problem.domain}] {problem.prompt}\n  {response}\n  ({verdict})\n")
+    return 0
 
 
 def _say_record(record: dict[str, Any]) -> None:
     _say("  ".join(f"{key} {_short(value)}" for key, value in record.items()))
-
-
-def _print_values(values: dict[str, Any]) -> None:
-    _print_table(["", ""], [[key, _short(value)] for key, value in values.items()])
 
 
 def _short(value: Any) -> str:

@@ -24,6 +24,15 @@ if typing.TYPE_CHECKING:
 
 PRESETS = Path(__file__).parent / "presets"
 
+USAGE = """\
+usage: fastadapt COMMAND ...
+
+  train PRESET_OR_YAML   train transcoder adapters on a model pair
+  organism               the embedded model pair: build, check, sample
+  doctor                 what will be used on this machine and why, and a check of the kernels
+
+fastadapt COMMAND --help tells the options of each; fastadapt --version the version."""
+
 #: Messages of jsonargparse, and how they are said here.
 _JSONARGPARSE = [
     (re.compile(pattern), said)
@@ -34,6 +43,7 @@ _JSONARGPARSE = [
             r"expected \1 or null, got '\2'",
         ),
         (r"Expected an? <class '(\w+)'>\. Got value: (.*)$", r"expected \1, got '\2'"),
+        (r"Expected a typing\.Literal\[(.*)\]\. Got value: (.*)$", r"expected one of \1, got '\2'"),
         (r"Expected (.*)\. Got value: (.*)$", r"expected \1, got '\2'"),
         (r'^Parser key "(\S+)":', r"--\1:"),
         (r"^argument (--\S+):", r"\1:"),
@@ -187,7 +197,13 @@ def organism_parser() -> Parser:
     check = Parser(description="Measure whether a pair is what it must be.")
     check.add_argument("--folder", type=str, default=None, help="a pair; default: the shipped one")
     commands.add_subcommand("check", check, help="measure the pair")
-    sample = Parser(description="Print problems and how the target answers them.")
+    sample = Parser(description="Print problems and how a model of the shipped pair answers them.")
+    sample.add_argument(
+        "--model",
+        type=typing.Literal["target", "base", "hybrid"],
+        default="target",
+        help="the hybrid is the target with the base's MLPs",
+    )
     sample.add_argument("--n", type=int, default=3, help="number of problems")
     sample.add_argument("--seed", type=int, default=0, help="of the problems and the sampling")
     commands.add_subcommand("sample", sample, help="problems and answers")

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 10.0
 #: Training metric: how it is named in the bar.
-SHOWN = {"loss": "loss", "kl": "KL", "nmse": "NMSE", "sparsity": "sparsity", "l0": "L0"}
+SHOWN = {"loss": "loss", "kl": "KL", "nmse": "NMSE", "sparsity": "L1", "l0": "L0"}
 
 
 class Progress:
@@ -54,7 +54,7 @@ class Progress:
             for passed in record.get("passed_over", ()):
                 self._say(f"passed over {passed['path']}: {passed['reason']}")
         if self._bar is None and self._is_terminal:
-            self._bar = tqdm(total=self._steps, file=self._stream, unit="step", dynamic_ncols=True)
+            self._bar = tqdm(total=self._steps, file=self._stream, unit=" step", dynamic_ncols=True)
         if self._bar is not None:
             self._bar.n = self._bar.initial = step
             self._bar.refresh()
