@@ -78,6 +78,8 @@ def encode(
     """Codes and the four statistics of ``TranscoderStats``, by one dense product."""
     S, T, _ = x_STD.shape
     N, F = S * T, W_enc_FD.shape[0]
+    if padding_N is not None:
+        x_STD = x_STD.masked_fill(padding_N.view(S, T, 1), 0)
     z_NF = nnf.linear(x_STD, W_enc_FD, b_enc_F).reshape(N, F)
     window_NF = None
     if activation == "jumprelu":

@@ -1,0 +1,516 @@
+"""The transcoder's values and gradients: against float64, by formula, at the edges."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastadapt.kernels.testing import LAYOUTS, assert_close, with_layout
+from fastadapt.kernels.transcoder import Plan, TranscoderOutput, transcoder
+
+ACTIVATIONS = ["relu", "topk", "batch_topk", "jumprelu"]
+SIZES = [0, 1, 2, 3, 7, 8, 9, 13, 31, 33, 64, 65]
+PLANS = [None, Plan(dense=True), Plan(dense=False), Plan(dense=False, capacity=20_000)]
+WAYS = [("reference", None), *(("sparse", plan) for plan in PLANS)]
+STATS = ("n_active", "feature_counts", "n_tokens", "min_active")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One draw of everything that an op can be given."""
+
+    activation: str
+    dtype: torch.dtype
+    S: int | None  # None: x is [T, d_in]
+    T: int
+    d_in: int
+    d_out: int
+    F: int
+    k: float
+    shift: float  # of b_enc: how many features fire
+    coarse: bool  # values on a grid: ties, exact zeros
+    inference: bool  # batch_topk by threshold
+    layouts: tuple[str, ...]
+    masked: str | None
+    padded: bool
+    residual: bool
+    plan: Plan | None
+    seed: int
+
+
+@st.composite
+def cases(draw: Any) -> Case:
+    F = draw(st.sampled_from([*SIZES, 127, 129]))
+    return Case(
+        activation=draw(st.sampled_from(ACTIVATIONS)),
+        dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])),
+        S=draw(st.sampled_from([None, 1, 2, 3])),
+        T=draw(st.sampled_from(SIZES)),
+        d_in=draw(st.sampled_from(SIZES)),
+        d_out=draw(st.sampled_from(SIZES)),
+        F=F,
+        k=draw(st.sampled_from([0, 1, 2, 3, 5, 8, F])),
+        shift=draw(st.sampled_from([-100.0, -2.0, -0.5, 0.5, 100.0])),
+        coarse=draw(st.booleans()),
+        inference=draw(st.booleans()),
+        layouts=tuple(draw(st.sampled_from(LAYOUTS)) for _ in range(8)),
+        masked=draw(st.sampled_from([None, "bool", "float"])),
+        padded=draw(st.booleans()),
+        residual=draw(st.booleans()),
+        plan=draw(st.sampled_from(PLANS)),
+        seed=draw(st.integers(0, 2**31)),
+    )
+
+
+def draw_inputs(case: Case) -> tuple[dict[str, Tensor], dict[str, Any], Tensor, Tensor]:
+    """Leaves by name, the other arguments, and cotangents of out and penalty."""
+    draw = torch.Generator().manual_seed(case.seed)
+
+    def normal(*shape: int) -> Tensor:
+        values = torch.randn(shape, generator=draw, dtype=torch.float64)
+        return (values * 2).round() / 2 if case.coarse else values
+
+    lead = (case.T,) if case.S is None else (case.S, case.T)
+    leaves = {
+        "x": normal(*lead, case.d_in),
+        "W_enc": normal(case.F, case.d_in) / 2 ** round(math.log2(max(1, case.d_in)) / 2),
+        "b_enc": normal(case.F) + case.shift,
+        "W_dec": normal(case.F, case.d_out),
+        "b_dec": normal(case.d_out),
+    }
+    leaves["W_dec"][::3] = 0  # rows whose norm has no direction
+    if case.residual:
+        leaves["residual"] = normal(*lead, case.d_out)
+    arguments: dict[str, Any] = {"activation": case.activation}
+    if case.activation in ("topk", "batch_topk"):
+        arguments["k"] = min(case.k, case.F)
+    if case.activation == "batch_topk":
+        arguments["k"] = min(case.k / 2, case.F)
+        if case.inference:
+            arguments["k"] = None
+            arguments["threshold"] = torch.tensor(0.5)
+    if case.activation == "jumprelu":
+        leaves["threshold"] = (0.1 + normal(case.F).abs() / 4).to(case.dtype).double()
+        arguments["bandwidth"] = 0.75
+    mask = torch.rand(lead, generator=draw)
+    if case.masked:
+        arguments["mask"] = mask > 0.3 if case.masked == "bool" else mask * (mask > 0.3)
+    if case.padded:
+        arguments["padding"] = torch.rand(lead, generator=draw) > 0.7
+    leaves = {
+        name: with_layout(leaf.to(case.dtype), layout)
+        for (name, leaf), layout in zip(leaves.items(), case.layouts, strict=False)
+    }
+    cotangent = with_layout(normal(*lead, case.d_out).to(case.dtype), case.layouts[-1])
+    return leaves, arguments, cotangent, torch.randn((), generator=draw)
+
+
+def run(
+    leaves: dict[str, Tensor],
+    arguments: dict[str, Any],
+    cotangent: Tensor,
+    c: Tensor,
+    *,
+    dtype: torch.dtype,
+    implementation: str,
+    plan: Plan | None = None,
+) -> tuple[TranscoderOutput, dict[str, Tensor]]:
+    """The op's outputs and the gradients of all leaves."""
+    leaves = {n: t.detach().to(dtype).requires_grad_() for n, t in leaves.items()}
+    result = transcoder(**leaves, **arguments, implementation=implementation, plan=plan)
+    cotangents = [cotangent.to(dtype), c.to(result.penalty.dtype)]
+    grads = torch.autograd.grad(
+        [result.out, result.penalty], list(leaves.values()), cotangents, allow_unused=True
+    )
+    named = {
+        name: torch.zeros_like(leaf) if grad is None else grad
+        for (name, leaf), grad in zip(leaves.items(), grads, strict=True)
+    }
+    return result, named
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(case=cases())
+def test_sparse_keeps_the_budget(case: Case) -> None:
+    leaves, arguments, cotangent, c = draw_inputs(case)
+    before = {name: leaf.clone() for name, leaf in leaves.items()}
+    torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN
+    try:
+        args = (leaves, arguments, cotangent, c)
+        actual = run(*args, dtype=case.dtype, implementation="sparse", plan=case.plan)
+        oracle = run(*args, dtype=torch.float64, implementation="reference")
+        low = torch.float32 if case.dtype == torch.float64 else case.dtype
+        peer = run(*args, dtype=low, implementation="reference")
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+    assert actual[0].out.dtype == case.dtype
+    accumulator = torch.float64 if case.dtype == torch.float64 else torch.float32
+    assert actual[0].penalty.dtype == accumulator
+    assert_close(actual[0].out, oracle[0].out, peer[0].out, name="out")
+    assert_close(actual[0].penalty, oracle[0].penalty, peer[0].penalty, name="penalty")
+    for name, gradient in actual[1].items():
+        assert gradient.dtype == case.dtype
+        assert_close(gradient, oracle[1][name], peer[1][name], name=f"gradient of {name}")
+        torch.testing.assert_close(leaves[name], before[name], rtol=0, atol=0, equal_nan=True)
+    same = (oracle if case.dtype == torch.float64 else peer)[0].stats
+    for name in STATS:
+        torch.testing.assert_close(
+            getattr(actual[0].stats, name), getattr(same, name), equal_nan=True, msg=name
+        )
+
+
+def by_formula(
+    x_STD: Tensor, W_enc: Tensor, b_enc: Tensor, activation: str, **arguments: Any
+) -> list[list[list[float]]]:
+    """a, by loops over rows, tokens and features."""
+    z = [
+        [[float(w @ t) + float(b) for w, b in zip(W_enc, b_enc, strict=True)] for t in row]
+        for row in x_STD
+    ]
+    kept: list[list[list[float]]] = []
+    for row in z:
+        a = [[max(v, 0.0) for v in token] for token in row]
+        if activation == "jumprelu":
+            theta = arguments["threshold"]
+            a = [[v if v > t else 0.0 for v, t in zip(tok, theta, strict=True)] for tok in row]
+        if activation == "topk":
+            for token in a:
+                best = sorted(range(len(token)), key=lambda i: (-token[i], i))[: arguments["k"]]
+                token[:] = [v if i in best else 0.0 for i, v in enumerate(token)]
+        if activation == "batch_topk":
+            flat = [(-v, t, i) for t, token in enumerate(a) for i, v in enumerate(token)]
+            best_places = {p[1:] for p in sorted(flat)[: math.floor(arguments["k"] * len(a))]}
+            a = [
+                [v if (t, i) in best_places else 0.0 for i, v in enumerate(token)]
+                for t, token in enumerate(a)
+            ]
+        kept.append(a)
+    return kept
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "relu": {},
+    "topk": {"k": 2},
+    "batch_topk": {"k": 1.3},
+    "jumprelu": {"bandwidth": 0.5},
+}
+
+
+def small(activation: str, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Float64 leaves of S=2, T=5, d_in=3, d_out=4, F=6, and the activation's arguments."""
+    torch.manual_seed(seed)
+    leaves = {
+        "x": torch.randn(2, 5, 3, dtype=torch.float64),
+        "W_enc": torch.randn(6, 3, dtype=torch.float64),
+        "b_enc": torch.randn(6, dtype=torch.float64),
+        "W_dec": torch.randn(6, 4, dtype=torch.float64),
+        "b_dec": torch.randn(4, dtype=torch.float64),
+        "residual": torch.randn(2, 5, 4, dtype=torch.float64),
+    }
+    if activation == "jumprelu":
+        leaves["threshold"] = torch.rand(6, dtype=torch.float64) + 0.2
+    return leaves, {"activation": activation, **SETTINGS[activation]}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("implementation", "plan"), WAYS)
+def test_forward_by_formula(activation: str, implementation: str, plan: Plan | None) -> None:
+    leaves, arguments = small(activation)
+    weight = torch.rand(2, 5) + 0.1
+    result = transcoder(
+        **leaves, **arguments, mask=weight, implementation=implementation, plan=plan
+    )
+    x, W_enc, b_enc, W_dec, b_dec = list(leaves.values())[:5]
+    a = torch.tensor(
+        by_formula(x, W_enc, b_enc, threshold=leaves.get("threshold"), **arguments),
+        dtype=torch.float64,
+    )
+    torch.testing.assert_close(result.out, leaves["residual"] + a @ W_dec + b_dec)
+    norms = W_dec.square().sum(-1).sqrt()
+    expected = sum(
+        weight.double()[s, t] * a[s, t, i] * norms[i]
+        for s in range(2)
+        for t in range(5)
+        for i in range(6)
+    )
+    torch.testing.assert_close(result.penalty, torch.as_tensor(expected))
+    assert result.stats.n_active == (a > 0).sum()
+    assert result.stats.n_tokens == 10
+    assert result.stats.feature_counts.tolist() == (a > 0).sum((0, 1)).tolist()
+    assert result.stats.fired.tolist() == (a > 0).any(0).any(0).tolist()
+    if activation == "batch_topk":
+        smallest = torch.stack([row[row > 0].min() for row in a]).mean()
+        torch.testing.assert_close(result.stats.min_active, smallest.float())
+
+
+def away_from_kinks(activation: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Inputs whose code pattern no step of the difference quotient changes."""
+    for seed in range(100):
+        leaves, arguments = small(activation, seed)
+        z = leaves["x"] @ leaves["W_enc"].T + leaves["b_enc"]
+        gaps = z.flatten().abs()
+        if activation == "jumprelu":
+            gaps = (z - leaves["threshold"]).abs().flatten()
+        if activation in ("topk", "batch_topk"):
+            gaps = torch.cat([gaps, z.flatten().sort().values.diff()])
+        if gaps.min() > 1e-4:
+            return leaves, arguments
+    raise AssertionError("no draw is away from the kinks")
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("implementation", "plan"), WAYS)
+def test_gradcheck(activation: str, implementation: str, plan: Plan | None) -> None:
+    leaves, arguments = away_from_kinks(activation)
+    padding = torch.zeros(2, 5, dtype=torch.bool)
+    padding[1, 3:] = True
+    fixed = {"threshold": leaves.pop("threshold")} if activation == "jumprelu" else {}
+
+    def function(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        result = transcoder(
+            **dict(zip(leaves, tensors, strict=True)),
+            **fixed,
+            **arguments,
+            mask=torch.linspace(0, 1, 10).view(2, 5),
+            padding=padding,
+            implementation=implementation,
+            plan=plan,
+        )
+        return result.out, result.penalty
+
+    inputs = [leaf.requires_grad_() for leaf in leaves.values()]
+    assert torch.autograd.gradcheck(function, inputs, eps=1e-6, atol=1e-7, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("implementation", "plan"), WAYS)
+def test_theta_gets_the_straight_through_gradient(implementation: str, plan: Plan | None) -> None:
+    leaves, arguments = small("jumprelu")
+    leaves["threshold"].requires_grad_()
+    arguments["bandwidth"] = 1.0
+    weight = torch.rand(2, 5, dtype=torch.float64)
+    result = transcoder(
+        **leaves, **arguments, mask=weight, implementation=implementation, plan=plan
+    )
+    g, c = torch.randn_like(result.out), torch.randn((), dtype=torch.float64)
+    torch.autograd.backward([result.out, result.penalty], [g, c])
+
+    z = leaves["x"] @ leaves["W_enc"].T + leaves["b_enc"]
+    expected, inactive_in_window = torch.zeros(6, dtype=torch.float64), 0
+    for i, theta in enumerate(leaves["threshold"].tolist()):
+        for s in range(2):
+            for t in range(5):
+                if abs(float(z[s, t, i]) - theta) < arguments["bandwidth"] / 2:
+                    row = leaves["W_dec"][i]
+                    upstream = g[s, t] @ row + c * weight[s, t] * row.norm()
+                    expected[i] -= theta / arguments["bandwidth"] * upstream
+                    inactive_in_window += float(z[s, t, i]) <= theta
+    assert inactive_in_window > 0
+    torch.testing.assert_close(leaves["threshold"].grad, expected)
+
+
+@pytest.mark.parametrize(("implementation", "plan"), WAYS)
+def test_non_finite_and_tiny_values(implementation: str, plan: Plan | None) -> None:
+    values = [math.nan, math.inf, -math.inf, -0.0, 0.0, 1e-40, 1.0, 1.0, 2.0, -1.0]
+    active = {
+        "relu": [0, 1, 5, 6, 7, 8],
+        1: [0],
+        2: [0, 1],
+        3: [0, 1, 8],
+        4: [0, 1, 6, 8],  # of two equal ones, the lower index
+        10: [0, 1, 5, 6, 7, 8],
+    }
+    for k, expected in active.items():
+        ranking: dict[str, Any] = {} if k == "relu" else {"activation": "topk", "k": k}
+        result = transcoder(
+            torch.zeros(3, 1),
+            torch.ones(10, 1),
+            torch.tensor(values),
+            torch.ones(10, 2),
+            torch.zeros(2),
+            **ranking,
+            implementation=implementation,
+            plan=plan,
+        )
+        assert result.stats.fired.nonzero().flatten().tolist() == expected, k
+        assert result.out.isnan().all()
+        assert result.penalty.isnan()
+
+
+@pytest.mark.parametrize(("implementation", "plan"), WAYS)
+def test_infinity_reaches_the_output(implementation: str, plan: Plan | None) -> None:
+    result = transcoder(
+        torch.zeros(1, 1),
+        torch.ones(2, 1),
+        torch.tensor([math.inf, -math.inf]),
+        torch.tensor([[1.0, -1.0], [1.0, 1.0]]),
+        torch.zeros(2),
+        implementation=implementation,
+        plan=plan,
+    )
+    assert result.out.tolist() == [[math.inf, -math.inf]]
+    assert result.stats.fired.tolist() == [True, False]
+
+
+@pytest.mark.parametrize(("implementation", "plan"), WAYS)
+def test_batch_topk_ranks_each_row_alone(implementation: str, plan: Plan | None) -> None:
+    leaves, _ = small("batch_topk")
+    leaves["x"][1] *= 10  # this row would take every place
+    padding = torch.zeros(2, 5, dtype=torch.bool)
+    padding[0, 1:3] = True
+    both = {"activation": "batch_topk", "k": 0.7, "implementation": implementation, "plan": plan}
+    together = transcoder(**leaves, **both, padding=padding)
+    for s, n_tokens in [(0, 3), (1, 5)]:
+        one = leaves | {"x": leaves["x"][s], "residual": leaves["residual"][s]}
+        alone = transcoder(**one, **both, padding=padding[s])
+        torch.testing.assert_close(together.out[s], alone.out)
+        assert alone.stats.n_active == math.floor(0.7 * n_tokens)
+        assert alone.stats.n_tokens == n_tokens
+
+
+@pytest.mark.parametrize(("implementation", "plan"), WAYS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_padding_has_no_code_whatever_it_holds(
+    activation: str, implementation: str, plan: Plan | None
+) -> None:
+    leaves, arguments = small(activation)
+    padding = torch.zeros(2, 5, dtype=torch.bool)
+    padding[:, 3:] = True
+    leaves["x"][padding] = math.nan
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    result = transcoder(
+        **leaves, **arguments, padding=padding, implementation=implementation, plan=plan
+    )
+    torch.testing.assert_close(
+        result.out[padding], (leaves["residual"] + leaves["b_dec"])[padding], rtol=0, atol=0
+    )
+    torch.autograd.backward(
+        [result.out, result.penalty], [torch.randn_like(result.out), result.penalty.new_ones(())]
+    )
+    for name, leaf in leaves.items():
+        assert leaf.grad is not None
+        assert leaf.grad.isfinite().all(), name
+    assert not leaves["x"].grad[padding].any()
+    assert result.stats.n_tokens == 6
+
+
+def test_more_features_than_16_bits_count() -> None:
+    torch.manual_seed(0)
+    F = 65_537
+    b_enc = torch.full((F,), -10.0)
+    b_enc[[0, 65_535, 65_536]] = 10.0
+    leaves = {
+        "x": torch.randn(3, 2),
+        "W_enc": torch.randn(F, 2),
+        "b_enc": b_enc,
+        "W_dec": torch.randn(F, 2),
+        "b_dec": torch.zeros(2),
+    }
+    args = (leaves, {}, torch.randn(3, 2), torch.tensor(0.5))
+    actual, gradients = run(*args, dtype=torch.float32, implementation="sparse")
+    expected, expected_gradients = run(*args, dtype=torch.float32, implementation="reference")
+    assert {0, 65_535, 65_536} <= set(actual.stats.fired.nonzero().flatten().tolist())
+    torch.testing.assert_close(actual.out, expected.out)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected_gradients[name])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.01, 0.03, 0.06, 0.5, 1.0])
+def test_exact_on_both_sides_of_the_switch(share: float) -> None:
+    torch.manual_seed(0)
+    T, D, F = 96, 16, 256
+    x, W_enc = torch.randn(T, D), torch.randn(F, D)
+    cut = torch.quantile((x @ W_enc.T).flatten(), 1 - share)
+    leaves = {
+        "x": x,
+        "W_enc": W_enc,
+        "b_enc": torch.full((F,), float(-cut) + (100 if share == 1 else 0)),
+        "W_dec": torch.randn(F, D),
+        "b_dec": torch.randn(D),
+    }
+    args = (leaves, {}, torch.randn(T, D), torch.tensor(0.1))
+    oracle = run(*args, dtype=torch.float64, implementation="reference")
+    peer = run(*args, dtype=torch.float32, implementation="reference")
+    actual = run(*args, dtype=torch.float32, implementation="auto")
+    assert_close(actual[0].out, oracle[0].out, peer[0].out)
+    for name, gradient in actual[1].items():
+        assert_close(gradient, oracle[1][name], peer[1][name], name=name)
+    assert actual[0].stats.n_active == peer[0].stats.n_active
+
+
+def wrong(**changes: Any) -> dict[str, Any]:
+    return {
+        "x": torch.zeros(5, 3),
+        "W_enc": torch.zeros(6, 3),
+        "b_enc": torch.zeros(6),
+        "W_dec": torch.zeros(6, 4),
+        "b_dec": torch.zeros(4),
+    } | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": torch.zeros(3)}, r"x must be of shape \[T, d_in\].*got \[3\]"),
+        ({"x": torch.zeros(5, 3).long()}, "x must be of a floating dtype; got torch.int64"),
+        ({"x": torch.zeros(5, 2)}, r"W_enc must be of shape \[6, 2\].*got \[6, 3\]"),
+        ({"W_enc": torch.zeros(6)}, r"W_enc must be of shape \[F, d_in\]; got \[6\]"),
+        ({"b_enc": torch.zeros(7)}, r"b_enc must be of shape \[6\].*got \[7\]"),
+        ({"W_dec": torch.zeros(4, 6)}, r"W_dec must be of shape \[6, 6\].*got \[4, 6\]"),
+        ({"b_dec": torch.zeros(3)}, r"b_dec must be of shape \[4\].*got \[3\]"),
+        ({"b_dec": torch.zeros(4).double()}, "b_dec must be of x's dtype.*got torch.float64"),
+        ({"b_dec": torch.zeros(4, device="meta")}, "b_dec must be on x's device, cpu; got meta"),
+        ({"residual": torch.zeros(5, 3)}, r"residual must be of shape \[5, 4\].*got \[5, 3\]"),
+        ({"mask": torch.ones(4)}, r"mask must be of shape \[5\].*got \[4\]"),
+        ({"mask": torch.ones(5).long()}, "mask must be bool or floating weights; got torch.int64"),
+        ({"padding": torch.ones(5)}, "padding must be of dtype bool; got torch.float32"),
+        ({"activation": "gelu"}, "activation must be one of .*got 'gelu'"),
+        ({"k": 3}, "k must be None with relu; got 3"),
+        ({"activation": "topk"}, "k must be given for activation 'topk'; got None"),
+        ({"activation": "topk", "k": 7}, r"k must be in 0\.\.6, the number of features; got 7"),
+        ({"activation": "topk", "k": 1.5}, "k must be a whole number for topk; got 1.5"),
+        ({"activation": "batch_topk", "k": -1}, r"k must be in 0\.\.6"),
+        ({"activation": "batch_topk", "k": 1, "threshold": torch.ones(())}, "k must be None with"),
+        ({"threshold": torch.ones(6)}, "threshold must be None with relu; got a tensor"),
+        (
+            {"activation": "jumprelu", "bandwidth": 0.1},
+            r"threshold must be a tensor of shape \[6\]",
+        ),
+        ({"activation": "jumprelu", "threshold": torch.ones(6)}, "bandwidth must be given"),
+        (
+            {"activation": "jumprelu", "threshold": torch.ones(6), "bandwidth": 0.0},
+            r"bandwidth must be positive and finite; got 0\.0",
+        ),
+        (
+            {"activation": "jumprelu", "threshold": torch.ones(5), "bandwidth": 0.1},
+            r"threshold must be of shape \[6\]; got \[5\]",
+        ),
+        ({"implementation": "cuda"}, "implementation must be one of .*got 'cuda'"),
+        (
+            {"b_enc": torch.ones(6), "plan": Plan(False, 29)},
+            "plan.capacity must hold every code; got 29 for 30 codes; raise it",
+        ),
+    ],
+)
+def test_misuse_gets_one_clear_error(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"transcoder: {message}"):
+        transcoder(**wrong(**changes))
+
+
+def test_wrong_types_and_what_is_not_built() -> None:
+    with pytest.raises(TypeError, match="W_dec must be a tensor; got list"):
+        transcoder(**wrong(W_dec=[1.0]))
+    with pytest.raises(TypeError, match="plan must be a Plan or None; got dict"):
+        transcoder(**wrong(plan={}))
+    with pytest.raises(TypeError, match="threshold must be a tensor; got float"):
+        transcoder(**wrong(activation="jumprelu", threshold=0.1, bandwidth=0.1))
+    with pytest.raises(NotImplementedError, match="'triton' is not built yet"):
+        transcoder(**wrong(implementation="triton"))
