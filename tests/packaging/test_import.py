@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import statistics
 import sysconfig
 from pathlib import Path
 
@@ -45,8 +44,8 @@ print(json.dumps([seconds, heavy]))
 def test_import_is_quick_and_light(run, tmp_path):
     results = [json.loads(run(TIMED, cwd=tmp_path)) for _ in range(5)]
     assert results[0][1] == []
-    # The first run may write byte code.
-    assert statistics.median(seconds for seconds, _ in results) < SECONDS
+    # The quickest of five: a first run writes byte code, and what else the machine does only adds.
+    assert min(seconds for seconds, _ in results) < SECONDS
 
 
 IMPORT_ALL = """
