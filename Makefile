@@ -36,7 +36,7 @@ lint: $(VENV)/.dev  ## ruff and mypy
 proof: lint  ## every claim at its full count: slow tests, benchmarks, and the main job from a fresh clone
 	FASTADAPT_PROOF=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=20
 	$(MAKE) bench
-	bash .ci/clean_clone make train
+	bash .ci/clean_clone timeout 720 make train
 
 bench: $(VENV)/.dev  ## benchmarks of the kernels
 	$(BIN)/python -m pytest benchmarks --benchmark-only
