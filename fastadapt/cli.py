@@ -127,12 +127,11 @@ def _stopped(summary: dict[str, Any], config: str, argv: list[str]) -> int:
     """A signal came and everything is saved: say how to go on."""
     from fastadapt.training.report import write_report
 
-    report = write_report(summary["output"])
     again = [a for a in argv if a not in ("--resume", "--overwrite")]
     command = " ".join(["fastadapt train", *map(shlex.quote, again), "--resume"])
     print(f"Stopped at step {summary['step']} of {summary['steps']}; everything up to it is saved.")
     print(f"Go on with:  {command}")
-    print(f"So far:      {report}")
+    print(f"So far:      {write_report(summary['output'])}")
     return 0
 
 
@@ -156,9 +155,13 @@ def _print_plan(config: Any) -> int:
     from fastadapt.training.plan import gib, plan
 
     planned = plan(config)
-    _print_table(["memory", ""], [[name, gib(size)] for name, size in planned.parts.items()])
-    print()
-    print(f"Peak: {gib(planned.peak_bytes)}; {free_memory()}.")
+    for title, sizes in (("memory, by part", planned.parts), ("by phase", planned.phases)):
+        _print_table([title, "at most"], [[name, gib(size)] for name, size in sizes.items()])
+        print()
+    print(f"Peak: {gib(planned.peak_bytes)}, in {planned.peak_phase}; {free_memory()}.")
+    print(f"Sequences of up to {planned.tokens_per_sequence:,} tokens.", end=" ")
+    known = f"{planned.steps:,} steps" if planned.steps else "Steps: not known without the data"
+    print(f"{known}; {planned.parameters:,} trained parameters.")
     return 0
 
 

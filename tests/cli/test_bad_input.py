@@ -73,15 +73,13 @@ def option(name: str, value: str, message: str) -> Case:
 
 
 def _vocabulary_renamed(d: Desk) -> list[object]:
-    # transformers reads any tokenizer of a Qwen2 folder as Qwen2's, which makes every word of this
-    # one an added token; with this entry it keeps the class that the file names.
-    kept = {"auto_map": {"AutoTokenizer": [None, None]}}
-    target, base = d.model("target"), d.model("base")
-    for folder in (target, base):
-        d.edit(folder / "tokenizer_config.json", **kept)
+    from fastadapt.organism import FOLDER
+
+    base = d.folder / "other-base"
+    shutil.copytree(FOLDER / "base", base)
     path = base / "tokenizer.json"
-    path.write_text(path.read_text().replace('"w7"', '"other"'))
-    return d.train(**{"pair.target": str(target), "pair.base": str(base)})
+    path.write_text(path.read_text().replace('"wait"', '"pause"'))
+    return d.train(**{"pair.target": "organism/target", "pair.base": str(base)})
 
 
 def _weights_cut(d: Desk, keep: float) -> list[object]:
@@ -300,7 +298,7 @@ CASES = [
     Case(
         "tokenizer",
         _vocabulary_renamed,
-        r"not a pair: their tokenizers differ in 2 tokens; 'other': target None, base 13",
+        r"not a pair: their tokenizers differ in 2 tokens; 'pause': target None",
     ),
     Case(
         "no model",

@@ -1,0 +1,59 @@
+"""What the README shows runs as it stands there."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def test_the_adapter_in_ten_lines_runs(capsys):
+    (code,) = blocks("python")
+    lines = [line for line in code.splitlines() if line.strip()]
+    assert len(lines) <= 10
+    names: dict[str, object] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    gradients = {name: p.grad for name, p in names["adapter"].named_parameters()}
+    assert set(gradients) == {"W_enc", "b_enc", "W_dec", "b_dec"}
+    assert all(g is not None for g in gradients.values())
+    assert gradients["W_dec"].abs().sum() > 0
+    assert 200 < float(capsys.readouterr().out.split("(")[-1].rstrip(")\n")) < 312  # half of 512
+
+
+def test_the_commands_are_understood(tmp_path):
+    from fastadapt.options import doctor_parser, parse_train
+
+    values = yaml.safe_load(blocks("yaml")[0])
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values))
+    seen = 0
+    for line in "".join(blocks("bash")).splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:2] == ["fastadapt", "train"] and "--help" not in words:
+            argv = [str(tmp_path / w) if w == "mine.yaml" else w for w in words[2:]]
+            config, flags = parse_train(argv)
+            assert config.optimizer.lr == (4e-4 if "4e-4" in argv else 8e-4)
+            assert flags.resume == ("--resume" in argv)
+            seen += 1
+        elif words[:2] == ["fastadapt", "doctor"]:
+            doctor_parser().parse_args(words[2:])
+            seen += 1
+    assert seen == 5
+
+
+@pytest.mark.parametrize("target", ["train", "test"])
+def test_the_make_targets_exist(target):
+    assert re.search(rf"^make {target} ", blocks("bash")[0], re.MULTILINE)
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_links_lead_somewhere():
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", README):
+        assert (ROOT / link).exists(), link
