@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastadapt.errors import UserError
-from fastadapt.kernels.transcoder import Plan, TranscoderStats, transcoder
+from fastadapt.kernels.transcoder import IMPLEMENTATIONS, Plan, TranscoderStats, transcoder
 from fastadapt.kernels.transcoder.reference import activate
 
 ACTIVATIONS = ("relu", "topk", "batch_topk", "jumprelu")
@@ -64,6 +64,13 @@ class AdapterConfig:
             )
         if self.activation == "topk" and self.k != int(self.k or 0):
             raise UserError(f"adapter.k must be an integer for topk, got {self.k}; see batch_topk")
+        if self.implementation not in IMPLEMENTATIONS:
+            raise UserError(
+                f"adapter.implementation must be one of {', '.join(IMPLEMENTATIONS)}, "
+                f"got {self.implementation!r}"
+            )
+        if self.implementation == "triton":
+            raise UserError("adapter.implementation: 'triton' is not built yet; use 'auto'")
         for name in ("bandwidth", "initial_threshold"):
             value = getattr(self, name)
             if (self.activation == "jumprelu") != (value is not None):

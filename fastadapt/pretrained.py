@@ -60,6 +60,11 @@ def model_config(source: str, revision: str | None, trust: bool) -> Any:
     """transformers' configuration of a local folder or hub id."""
     from transformers import AutoConfig
 
+    looks_local = source.startswith(("/", ".", "~")) or source.count("/") > 1
+    if looks_local and not Path(source).is_dir():
+        raise UserError(
+            f"model {source!r} cannot be loaded: no such folder; expected one, or a hub id"
+        )
     with reading("model", source):
         return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust)
 

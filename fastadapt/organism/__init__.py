@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fastadapt.errors import UserError
+
 FOLDER = Path(__file__).resolve().parent
 NAMES = {
     "organism/target": FOLDER / "target",
@@ -24,12 +26,12 @@ def resolve(name: str) -> str:
     """The path behind a name of the embedded pair; any other string is returned unchanged.
 
     Raises:
-        ValueError: a name under ``organism/`` that does not exist.
+        UserError: a name under ``organism/`` that does not exist.
     """
     if name in NAMES:
         return str(NAMES[name])
     if name.startswith("organism/"):
-        raise ValueError(f"unknown part of the embedded pair {name!r}: one of {sorted(NAMES)}")
+        raise UserError(f"unknown part of the embedded pair {name!r}: one of {sorted(NAMES)}")
     return name
 
 

@@ -303,7 +303,7 @@ CASES = [
     Case(
         "no model",
         lambda d: d.train(**{"pair.target": str(d.folder / "nothing")}),
-        r"target .*nothing",
+        r"model .*nothing' cannot be loaded: no such folder",
     ),
     Case("no config.json", _no_config, r"other-base.*config\.json"),
     Case(
