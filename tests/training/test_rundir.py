@@ -1,0 +1,216 @@
+"""Whose folder a run may write into, and what it may remove there."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from pathlib import Path
+
+import pytest
+
+from fastadapt.errors import RunError, UserError
+from fastadapt.training.config import save_config
+from fastadapt.training.rundir import (
+    MetricsLog,
+    drop_records_after,
+    open_run,
+    read_records,
+    replacing,
+    start_afresh,
+)
+
+
+def begin(config) -> Path:
+    with open_run(config, resume=False, overwrite=False) as folder:
+        start_afresh(folder, config)
+        MetricsLog(folder / "metrics.jsonl").__exit__()
+    return folder
+
+
+def test_a_new_folder_and_an_empty_one(tiny_config, tmp_path: Path) -> None:
+    config = tiny_config(**{"run.output": str(tmp_path / "deep" / "run")})
+    assert begin(config) == tmp_path / "deep" / "run"
+    (tmp_path / "empty").mkdir()
+    begin(tiny_config(**{"run.output": str(tmp_path / "empty")}))
+
+
+def test_a_folder_of_another_run_is_not_overwritten(tiny_config, tmp_path: Path) -> None:
+    config = tiny_config()
+    folder = begin(config)
+    (folder / "checkpoints" / "step-00000009").mkdir(parents=True)
+    with (
+        pytest.raises(UserError, match=r"holds another run, at step 9\. Go on with it \(--resume"),
+        open_run(config, resume=False, overwrite=False),
+    ):
+        raise AssertionError("never reached")
+    assert (folder / "checkpoints" / "step-00000009").is_dir()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_is_no_run_is_never_touched(tiny_config, tmp_path, overwrite: bool) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("years")
+    (folder / "config.yaml").write_text("mine: too")
+    (folder / "metrics.jsonl").write_text("")
+    config = tiny_config(**{"run.output": str(folder)})
+    with (
+        pytest.raises(UserError, match="does not look like a run"),
+        open_run(config, resume=False, overwrite=overwrite),
+    ):
+        raise AssertionError("never reached")
+    assert (folder / "thesis.tex").read_text() == "years"
+    assert (folder / "config.yaml").read_text() == "mine: too"
+
+
+def test_overwriting_removes_what_a_run_wrote_and_nothing_else(tiny_config, tmp_path) -> None:
+    config = tiny_config()
+    folder = begin(config)
+    for name in ("checkpoints/step-00000003", "checkpoints/.tmp-6-ab", "adapter", ".tmp-x"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "layer_0.safetensors").write_bytes(b"x")
+    (folder / "summary.json").write_text("{}")
+    (folder / "notes.md").write_text("mine")
+    (folder / "adapter" / "notes.md").write_text("mine")
+    with open_run(config, resume=False, overwrite=True):
+        assert (folder / "summary.json").exists()  # nothing goes before the new run can begin
+        start_afresh(folder, config)
+    kept = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.name != ".lock")
+    assert kept == ["adapter", "adapter/notes.md", "config.yaml", "notes.md"]
+
+
+def test_resume_needs_a_run_of_the_same_configuration(tiny_config, tmp_path: Path) -> None:
+    config = tiny_config()
+    for resume, overwrite, message in (
+        (True, False, r"holds no run; leave --resume out"),
+        (True, True, "choose one"),
+    ):
+        with (
+            pytest.raises(UserError, match=message),
+            open_run(config, resume=resume, overwrite=overwrite),
+        ):
+            raise AssertionError("never reached")
+    assert not (tmp_path / "run").exists()
+    begin(config)
+    other = tiny_config(**{"optimizer.lr": 0.5, "adapter.n_features": 40})
+    with (
+        pytest.raises(UserError, match=r"adapter\.n_features: 40, was 48; optimizer\.lr: 0\.5"),
+        open_run(other, resume=True, overwrite=False),
+    ):
+        raise AssertionError("never reached")
+    with open_run(tiny_config(**{"run.eval_every": 9}), resume=True, overwrite=False) as folder:
+        assert folder == tmp_path / "run"
+
+
+def test_a_file_in_the_folders_place(tiny_config, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for name, message in (("file", "is a file"), ("file/run", "cannot be made")):
+        config = tiny_config(**{"run.output": str(tmp_path / name)})
+        with (
+            pytest.raises(UserError, match=message),
+            open_run(config, resume=False, overwrite=False),
+        ):
+            raise AssertionError("never reached")
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def test_two_processes_cannot_share_a_folder(tiny_config, tmp_path: Path) -> None:
+    config = tiny_config()
+    folder = begin(config)
+    with (folder / ".lock").open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with (
+            pytest.raises(UserError, match="another process is training in"),
+            open_run(config, resume=True, overwrite=False),
+        ):
+            raise AssertionError("never reached")
+
+
+def test_a_run_that_cannot_begin_leaves_no_folder(tiny_config, tmp_path: Path) -> None:
+    config = tiny_config()
+    with (
+        pytest.raises(UserError, match="no such model"),
+        open_run(config, resume=False, overwrite=False),
+    ):
+        raise UserError("no such model")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_may_not_be_written(tiny_config, tmp_path: Path, monkeypatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    config = tiny_config()
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with (
+        pytest.raises(UserError, match=r"run\.output: .* cannot be made: Permission denied"),
+        open_run(config, resume=False, overwrite=False),
+    ):
+        raise AssertionError("never reached")
+
+
+# --- metrics --------------------------------------------------------------------------------------
+
+
+def test_records_reach_the_file_and_the_sinks_in_order(tmp_path: Path) -> None:
+    told: list[dict] = []
+    with MetricsLog(tmp_path / "metrics.jsonl", [told.append]) as log:
+        log.write("train", 1, loss=float("nan"), l0_per_layer=[1.0, float("inf")])
+        assert read_records(tmp_path / "metrics.jsonl") == told  # flushed at once
+        log.write("eval", 1, kl_adapter=0.5, histogram={"counts": [[1]]})
+    assert told == [
+        {"kind": "train", "step": 1, "loss": None, "l0_per_layer": [1.0, None]},
+        {"kind": "eval", "step": 1, "kl_adapter": 0.5, "histogram": {"counts": [[1]]}},
+    ]
+    with MetricsLog(tmp_path / "metrics.jsonl") as log:
+        assert log.has("eval", 1)
+        assert not log.has("eval", 2)
+
+
+def test_what_came_after_a_checkpoint_is_taken_back(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    records = [{"kind": "train", "step": step, "loss": 0.1 * step} for step in range(1, 7)]
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    path.write_text(text + '{"kind": "train", "step": 7, "lo')  # cut short by a kill
+    drop_records_after(path, 4)
+    assert path.read_text() == "".join(json.dumps(record) + "\n" for record in records[:4])
+    drop_records_after(tmp_path / "none.jsonl", 4)
+    assert read_records(tmp_path / "none.jsonl") == []
+
+
+def test_a_full_disk_is_told(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log._file.close()
+    log._file = Path("/dev/full").open("a")
+    with pytest.raises(RunError, match=r"No space left on device.*Checkpoints are intact"):
+        log.write("train", 1, loss=1.0)
+    with pytest.raises(OSError, match="No space left"):  # what is buffered cannot be written
+        log._file.close()
+
+
+def test_replacing_is_all_or_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "summary.json"
+    path.write_text("old")
+    with pytest.raises(UnicodeEncodeError), replacing(path) as staged:
+        staged.write_text("half\udc00")
+    assert path.read_text() == "old"
+    with replacing(path) as staged:
+        staged.write_text("new")
+    with replacing(tmp_path / "adapter") as staged:
+        staged.mkdir()
+        (staged / "a").write_text("1")
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["adapter", "summary.json"]
+    assert path.read_text() == "new"
+
+
+def test_an_edited_configuration_is_read_with_care(tiny_config, tmp_path: Path) -> None:
+    config = tiny_config()
+    folder = begin(config)
+    save_config(config, folder / "config.yaml")
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("warmup", "warm_up"))
+    with (
+        pytest.raises(UserError, match=r"unknown key optimizer\.warm_up; did you mean"),
+        open_run(config, resume=True, overwrite=False),
+    ):
+        raise AssertionError("never reached")
