@@ -181,7 +181,7 @@ def test_what_came_after_a_checkpoint_is_taken_back(tmp_path: Path) -> None:
 def test_a_full_disk_is_told(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl")
     log._file.close()
-    log._file = Path("/dev/full").open("a")
+    log._file = Path("/dev/full").open("a")  # noqa: SIM115  # closed below, with an error
     with pytest.raises(RunError, match=r"No space left on device.*Checkpoints are intact"):
         log.write("train", 1, loss=1.0)
     with pytest.raises(OSError, match="No space left"):  # what is buffered cannot be written
