@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 _BLOCK_ELEMENTS = {"cpu": 2**18}  # of temporaries, fp32: 1 MiB
-_BLOCK_ELEMENTS_ELSEWHERE = 2**26
+_BLOCK_ELEMENTS_ELSEWHERE = 2**24
 
 
 def nmse_chunked(
