@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import yaml
@@ -69,3 +72,78 @@ def recipe(tiny_pair: Path, tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return make
+
+
+class Desk:
+    """What a case arranges its mistake with."""
+
+    def __init__(self, pair: Path, folder: Path, recipe: Callable[..., Path], run: Callable):
+        self.pair, self.folder, self.recipe, self.run = pair, folder, recipe, run
+
+    def train(self, *options: object, **changes: object) -> list[object]:
+        """`fastadapt train` of the recipe with changes to its file and options after it."""
+        return ["train", self.recipe(**changes), *options]
+
+    def yaml(self, change: Callable[[dict], Any]) -> list[object]:
+        """`fastadapt train` of the recipe's values after `change`, or of what that returns."""
+        path = self.recipe()
+        values = yaml.safe_load(path.read_text())
+        changed = change(values)
+        path.write_text(yaml.safe_dump(values) if changed is None else changed)
+        return ["train", path]
+
+    def model(self, which: str, **config: object) -> Path:
+        """A copy of the pair's `which` with changes to its config.json."""
+        copy = self.folder / f"other-{which}"
+        shutil.copytree(self.pair / which, copy)
+        self.edit(copy / "config.json", **config)
+        return copy
+
+    def edit(self, path: Path, **changes: object) -> None:
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    def data(self, *rows: object) -> str:
+        """A file of rows; strings are written as they are."""
+        path = self.folder / "rows.jsonl"
+        lines = [r if isinstance(r, str) else json.dumps(r) for r in rows]
+        path.write_text("".join(line + "\n" for line in lines))
+        return str(path)
+
+    def finished_run(self, **changes: object) -> Path:
+        """The run directory of a run that ended well."""
+        outcome = self.run("train", self.recipe(**changes))
+        assert outcome.code == 0, outcome.err
+        return self.folder / "run"
+
+
+@pytest.fixture
+def desk(tiny_pair: Path, tmp_path: Path, recipe: Callable, fastadapt: Callable) -> Desk:
+    return Desk(tiny_pair, tmp_path, recipe, fastadapt)
+
+
+@pytest.fixture
+def expect_error(desk: Desk, fastadapt: Callable) -> Callable[..., None]:
+    """``expect_error(arrange, message, code)``: the command that `arrange(desk)` gives is refused.
+
+    It must print one error that matches `message` and nothing else, exit with `code`, show no
+    traceback, and leave what was in the output folder as it was.
+    """
+
+    def check(arrange: Callable[[Desk], list[object]], message: str, code: int = 2) -> None:
+        argv = arrange(desk)
+        before = _contents(desk.folder / "run")
+        outcome = fastadapt(*argv)
+        assert re.search(message, " ".join(outcome.err.split())), outcome.err
+        assert outcome.code == code
+        assert outcome.out == ""
+        assert outcome.err.count("error: ") == 1
+        assert "Traceback" not in outcome.err
+        assert _contents(desk.folder / "run") == before, "the output was touched"
+
+    return check
+
+
+def _contents(path: Path) -> Any:
+    if not path.is_dir():
+        return path.read_bytes() if path.is_file() else None
+    return {p.name: _contents(p) for p in path.iterdir() if p.name != ".lock"}

@@ -1,0 +1,146 @@
+"""A mistake in what is typed or in the file gets one clear error: its own words, its own exit code.
+
+A case: its name, the command line (from a desk, see conftest), and what the error must say.
+"""
+
+import re
+
+import pytest
+import torch
+
+
+def option(name, value, message):
+    return (f"{name} {value}", lambda d: d.train(name, value), message)
+
+
+def _folder_in_use(d):
+    (d.folder / "new").mkdir()
+    (d.folder / "new" / "file").write_text("")
+    return ["organism", "build", "--out", d.folder / "new"]
+
+
+CASES = [
+    # --- the command line
+    ("command", lambda d: ["trian"], r"unknown command 'trian'; did you mean train\?"),
+    ("no config", lambda d: ["train"], r"PRESET_OR_YAML is missing; presets: organism"),
+    (
+        "preset",
+        lambda d: ["train", "organsim"],
+        r"organsim: no such preset; did you mean organism\?",
+    ),
+    ("second positional", lambda d: d.train("more"), r"unexpected argument 'more'"),
+    option("--optimizer.learning_rate", "1", r"unknown option --optimizer\.learning_rate"),
+    option("--optimizer.lrr", "1", r"--optimizer\.lrr; did you mean --optimizer\.lr\?"),
+    ("abbreviation", lambda d: d.train("--res"), r"unknown option --res; did you mean --resume\?"),
+    ("no value", lambda d: d.train("--optimizer.lr"), r"--optimizer\.lr: expected one argument"),
+    option("--optimizer.lr", "fast", r"--optimizer\.lr: expected float, got 'fast'"),
+    option("--data.max_tokens", "10.5", r"--data\.max_tokens: expected int, got '10\.5'"),
+    option("--adapter.k", "few", r"--adapter\.k: expected float or null, got 'few'"),
+    option("--optimizer.betas", "[0.9]", r"--optimizer\.betas: expected a tuple with 2 elements"),
+    option(
+        "--objective.checkpoint", "maybe", r"--objective\.checkpoint: expected bool, got 'maybe'"
+    ),
+    (
+        "both",
+        lambda d: d.train("--resume", "--overwrite"),
+        r"--resume .* --overwrite .*choose one",
+    ),
+    ("organism command", lambda d: ["organism", "biuld"], r"unknown command 'biuld'.*'build'"),
+    ("organism build", lambda d: ["organism", "build"], r"--out is missing"),
+    ("organism out", _folder_in_use, r"--out: .*new is in use.*--overwrite"),
+    (
+        "organism folder",
+        lambda d: ["organism", "check", "--folder", d.folder / "no"],
+        r"--folder: .*no",
+    ),
+    # --- the file
+    ("no file", lambda d: ["train", d.folder / "no.yaml"], r"no\.yaml: no such file"),
+    ("no YAML", lambda d: d.yaml(lambda v: "pair: [unclosed"), r"run\.yaml is not YAML: .*line 1"),
+    ("a list", lambda d: d.yaml(lambda v: "- pair\n"), r"expected keys with values, got list"),
+    ("empty file", lambda d: d.yaml(lambda v: ""), r"expected keys with values, got NoneType"),
+    (
+        "unknown key",
+        lambda d: d.yaml(lambda v: v["run"].update(sed=1)),
+        r"unknown key run\.sed; did you mean run\.seed\?",
+    ),
+    (
+        "unknown part",
+        lambda d: d.yaml(lambda v: v.update(optimiser={})),
+        r"unknown key optimiser; did you mean optimizer\?",
+    ),
+    (
+        "missing key",
+        lambda d: d.yaml(lambda v: v.update(pair={"target": "x"})),
+        r"pair\.base is missing",
+    ),
+    (
+        "part is no mapping",
+        lambda d: d.yaml(lambda v: v.update(adapter=3)),
+        r"adapter: expected keys, got 3",
+    ),
+    (
+        "type in the file",
+        lambda d: d.yaml(lambda v: v["run"].update(seed="x")),
+        r"run\.seed: expected int, got 'x'",
+    ),
+    # --- impossible values
+    option("--optimizer.lr", "-1", r"optimizer\.lr: expected a positive number, got -1\.0"),
+    option(
+        "--optimizer.betas", "[0.9, 1.5]", r"optimizer\.betas: expected two numbers in \[0, 1\)"
+    ),
+    option("--optimizer.warmup", "2", r"optimizer\.warmup: .*\[0, 1\], got 2\.0"),
+    option("--optimizer.batch_size", "0", r"optimizer\.batch_size: expected 1 or more, got 0"),
+    option("--run.keep_checkpoints", "0", r"run\.keep_checkpoints: expected 1 or more, got 0"),
+    option("--adapter.n_features", "0", r"adapter\.n_features .*at least 1, got 0"),
+    option("--adapter.activation", "gelu", r"adapter\.activation .*relu.*jumprelu, got 'gelu'"),
+    option("--adapter.activation", "topk", r"adapter\.k is needed with activation='topk'"),
+    option("--adapter.k", "3", r"adapter\.k is not used with activation='relu'"),
+    option(
+        "--adapter.activation",
+        "jumprelu",
+        r"adapter\.bandwidth is needed with activation='jumprelu'",
+    ),
+    (
+        "k > F",
+        lambda d: d.train("--adapter.activation", "topk", "--adapter.k", 25),
+        r"adapter\.k .*24.*got 25",
+    ),
+    option("--adapter.implementation", "cuda", r"implementation .*'cuda'"),
+    option("--adapter.implementation", "triton", r"'triton' is not built yet"),
+    option("--objective.sparsity", "-0.001", r"objective\.sparsity .*got -0\.001"),
+    option("--objective.first_cutoff", "2", r"objective\.first_cutoff must be 0 or 1, got 2"),
+    option("--data.max_tokens", "1", r"data\.max_tokens: expected at least 2, got 1"),
+    option("--data.family", "llama", r"family.*'llama'"),
+    option("--pair.dtype", "float8", r"pair\.dtype must be one of float32.*got 'float8'"),
+    option("--pair.device", "abacus", r"pair\.device: .*'abacus'"),
+    option(
+        "--pair.attention", "telepathy", r"""attn_implementation="telepathy"` is not supported"""
+    ),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case[0].replace(" ", "-") for case in CASES])
+def test_a_mistake_gets_one_clear_error(case, expect_error):
+    _, arrange, *expected = case
+    expect_error(arrange, *expected)
+
+
+def test_every_case_has_words_of_its_own():
+    assert len({name for name, *_ in CASES}) == len(CASES)
+    assert len({message for _, _, message, *_ in CASES}) == len(CASES)
+
+
+def test_a_missing_extra_is_named(fastadapt, recipe, monkeypatch):
+    import transformers.utils
+
+    monkeypatch.setattr(transformers.utils, "is_flash_attn_2_available", lambda: False)
+    outcome = fastadapt("train", recipe(), "--pair.attention", "flash_attention_2")
+    assert outcome.code == 2
+    assert "pip install 'fastadapt[flash]'" in outcome.err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(fastadapt, recipe):
+    outcome = fastadapt("train", recipe(), "--pair.device", "cuda")
+    assert outcome.code == 2
+    assert re.search(r"pair\.device is cuda, but torch finds no GPU", outcome.err)

@@ -1,0 +1,81 @@
+"""Progress: a bar on a terminal, lines elsewhere, and what goes wrong said at once."""
+
+import io
+
+import pytest
+
+from fastadapt.progress import Progress
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def step(at: int, **more: object) -> dict:
+    terms = {"loss": 2.5, "kl": 1.25, "nmse": 0.5, "sparsity": 0.125, "l0": 12.0}
+    return {"kind": "train", "step": at, **terms, "tokens_per_s": 4321.0, **more}
+
+
+def test_a_bar_on_a_terminal():
+    stream = Terminal()
+    with Progress(stream) as progress:
+        progress({"kind": "start", "step": 0, "steps": 4})
+        for at in range(1, 5):
+            progress(step(at))
+    last = stream.getvalue().split("\r")[-1]
+    for part in ("4/4", "loss 2.5", "KL 1.25", "NMSE 0.5", "L1 0.125", "L0 12", "4,321 tok/s"):
+        assert part in last
+
+
+def test_a_bar_goes_on_where_the_run_does():
+    stream = Terminal()
+    with Progress(stream) as progress:
+        progress({"kind": "start", "step": 0, "steps": 10})
+        progress({"kind": "resume", "step": 7, "steps": 10, "passed_over": []})
+        progress(step(8))
+    assert "resuming after step 7 of 10" in stream.getvalue()
+    assert "8/10" in stream.getvalue().split("\r")[-1]
+
+
+def test_a_line_every_so_often_elsewhere():
+    stream, clock = io.StringIO(), Clock()
+    with Progress(stream, clock) as progress:
+        progress({"kind": "start", "step": 0, "steps": 100})
+        for at in range(1, 101):
+            clock.now += 1.0
+            progress(step(at))
+    lines = stream.getvalue().splitlines()
+    assert [line.split()[1] for line in lines] == [
+        *(f"{at}/100" for at in (1, 11, 21, 31, 41, 51, 61, 71, 81, 91, 100))
+    ]
+    assert lines[5].endswith("49 s left")
+    assert "\r" not in stream.getvalue()
+
+
+@pytest.mark.parametrize("stream", [io.StringIO(), Terminal()])
+def test_what_goes_wrong_is_said_at_once(stream):
+    with Progress(stream) as progress:
+        damaged = {"path": "checkpoints/step-6", "reason": "flipped bit"}
+        progress({"kind": "resume", "step": 3, "steps": 9, "passed_over": [damaged]})
+        progress({"kind": "bad_batch", "step": 4, "ids": [7], "reason": "loss is not finite"})
+    assert "passed over checkpoints/step-6: flipped bit" in stream.getvalue()
+    assert "step 4: skipped, loss is not finite (rows [7])" in stream.getvalue()
+
+
+def test_numbers_that_are_not_there_are_dashes():
+    stream = io.StringIO()
+    with Progress(stream) as progress:
+        progress({"kind": "start", "step": 0, "steps": 1})
+        progress(step(1, kl=None))
+    assert "KL –" in stream.getvalue()
