@@ -212,9 +212,9 @@ def _validate_activation(
             raise TypeError(
                 f"transcoder: threshold must be a tensor; got {type(threshold).__name__}"
             )
-        shapes = [[F]] if jumps else [[F], []]
         got = list(threshold.shape)
-        _expect(got in shapes, "threshold", " or ".join(f"of shape {s}" for s in shapes), got)
+        ok = got == [F] or (got == [] and not jumps)
+        _expect(ok, "threshold", f"of shape [{F}]" if jumps else f"of shape [{F}] or []", got)
         _expect(threshold.is_floating_point(), "threshold", "floating", threshold.dtype)
         device = W_enc.device
         _expect(threshold.device == device, "threshold", f"on {device}", threshold.device)

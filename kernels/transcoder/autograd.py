@@ -82,11 +82,14 @@ def transcode(
         None if plan is None else plan.dense,
         None if plan is None else plan.capacity,
     )
-    codes, stats = results[:N_CODES], results[N_CODES:]
+    codes, (n_active, counts_F, n_tokens, min_active) = results[:N_CODES], results[N_CODES:]
     residual_NE = None if residual_STE is None else residual_STE.flatten(0, 1)
     out_NE, penalty = ops.decode(*codes, W_dec_FE, b_dec_E, residual_NE, weight_N)
     out_STE = out_NE.view(*x_STD.shape[:-1], W_dec_FE.shape[1])
-    return TranscoderOutput(out_STE, penalty, TranscoderStats(*stats))
+    min_active = min_active.masked_fill(min_active == -1, torch.nan)  # -1: there is none
+    return TranscoderOutput(
+        out_STE, penalty, TranscoderStats(n_active, counts_F, n_tokens, min_active)
+    )
 
 
 # --- the CPU's implementation ---------------------------------------------------------------------
@@ -229,6 +232,12 @@ def _differentiate_decode(
     )
 
 
+def _refuse(ctx: Any, *_: Any) -> None:
+    raise RuntimeError("fastadapt::encode and fastadapt::decode have no second derivative")
+
+
+register_autograd("fastadapt::encode_backward", _refuse)
+register_autograd("fastadapt::decode_backward", _refuse)
 register_autograd("fastadapt::encode", _differentiate_encode, setup_context=_setup_encode)
 register_autograd("fastadapt::decode", _differentiate_decode, setup_context=_setup_decode)
 

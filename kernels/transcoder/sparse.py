@@ -75,7 +75,10 @@ def encode(
     bandwidth: float,
     plan: Plan | None,
 ) -> tuple[Codes, Tensor, Tensor, Tensor, Tensor]:
-    """Codes and the four statistics of ``TranscoderStats``, by one dense product."""
+    """Codes and the four statistics of ``TranscoderStats``, by one dense product.
+
+    `min_active` is -1 where there is none: NaN, which equals nothing, is put in by the caller.
+    """
     S, T, _ = x_STD.shape
     N, F = S * T, W_enc_FD.shape[0]
     if padding_N is not None:
@@ -95,10 +98,10 @@ def encode(
     if padding_N is not None:
         counted_N = counted_N & ~padding_N
 
+    min_active = torch.full((), -1.0, device=a_NF.device)
     if plan.dense if plan else _prefers_dense(a_NF, window_NF):
         codes = _dense_codes(a_NF, window_NF)
         counts_F = _column_counts(a_NF, counted_N)
-        min_active = _nan_like(a_NF)
         if activation == "batch_topk":
             active_NF = (a_NF != 0) & counted_N[:, None]
             offsets_S = torch.arange(S + 1, device=a_NF.device) * (T * F)
@@ -108,7 +111,6 @@ def encode(
         live = codes.live()
         active_C = (live.values != 0) & counted_N[_segments(live.row_offsets)]
         counts_F = torch.bincount(live.features[active_C], minlength=F)
-        min_active = _nan_like(a_NF)
         if activation == "batch_topk":
             min_active = _mean_smallest(live.values, active_C, live.row_offsets[:: max(T, 1)])
     return codes, counts_F.sum(), counts_F, counted_N.sum(), min_active
@@ -411,18 +413,15 @@ def _column_counts(a_NF: Tensor, counted_N: Tensor) -> Tensor:
     return counts_F
 
 
-def _nan_like(t: Tensor) -> Tensor:
-    return torch.full((), torch.nan, device=t.device)
-
-
 def _mean_smallest(values: Tensor, is_active: Tensor, offsets_S: Tensor) -> Tensor:
-    """Each segment's smallest active value, averaged over the segments that have one; else NaN."""
+    """Each segment's smallest active value, averaged over the segments that have one; else -1."""
     smallest_S = torch.segment_reduce(
         torch.where(is_active, values, torch.inf).float(), "min", offsets=offsets_S
     )
     total = nnf.pad(is_active.cumsum(0), (1, 0))
     fires_S = total[offsets_S[1:]] > total[offsets_S[:-1]]
-    return torch.where(fires_S, smallest_S, 0).sum() / fires_S.sum()
+    mean = torch.where(fires_S, smallest_S, 0).sum() / fires_S.sum()
+    return torch.where(fires_S.any(), mean, -1)
 
 
 # --- sparse products ------------------------------------------------------------------------------
