@@ -60,11 +60,13 @@ def linear_ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten in [low, high], thinned to six at most; with 2 and 5 where few."""
+    """Powers of ten in [low, high], with 2 and 5 where few; round numbers where fewer than two."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     parts = (1, 2, 5) if math.log10(high / low) < 2.2 else (1,)
     ticks = [m * 10.0**d for d in decades for m in parts]
     ticks = [t for t in ticks if low * 0.999 <= t <= high * 1.001]
+    if len(ticks) < 2:
+        return linear_ticks(low, high)
     return ticks[:: max(1, math.ceil(len(ticks) / 6))]
 
 

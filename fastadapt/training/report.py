@@ -133,6 +133,7 @@ def _curve(
     unit: str,
     held: str | None = None,
     base: str | None = None,
+    log: bool | None = None,
 ) -> str:
     xs, ys = _column(run.train, key)
     held_xs, held_ys = _column(run.evals, held) if held else ([], [])
@@ -153,7 +154,7 @@ def _curve(
         ends = [min([*xs, *held_xs]), max([*xs, *held_xs])]
         series.insert(0, Series("hybrid", ends, [base_ys[-1]] * 2, "base"))
         legend.append(legend_key("base", "hybrid", base_ys[-1]))
-    return card(title, unit, line_chart(f"{title} over steps", series), "".join(legend))
+    return card(title, unit, line_chart(f"{title} over steps", series, log=log), "".join(legend))
 
 
 def _curves(run: Run) -> str:
@@ -162,7 +163,7 @@ def _curves(run: Run) -> str:
 
 
 def _optimisation(run: Run) -> str:
-    return grid([_curve(run, key, *spec) for key, spec in OPTIMISATION.items()])
+    return grid([_curve(run, key, *spec, log=False) for key, spec in OPTIMISATION.items()])
 
 
 def _layer_key(n: int) -> str:
@@ -199,13 +200,14 @@ def _l0_over_time(run: Run) -> str:
 
 
 def _density(run: Run) -> tuple[list[float], list[list[int]]]:
-    """Edges and counts per layer, without the decades that are empty in every layer."""
+    """Edges and counts per layer, without the decades below 1e-4 that are empty in every layer."""
     histograms = run.result.get("feature_density_histogram") or {}
     edges, layers = histograms.get("log10_edges") or [], histograms.get("counts") or []
     used = [i for counts in layers for i, count in enumerate(counts) if count]
     if not used:
         return edges, layers
-    first = next(i for i in range(min(used), -1, -1) if i == 0 or edges[i] == int(edges[i]))
+    decades = [i for i, edge in enumerate(edges) if edge == int(edge) and edge <= -4]
+    first = max((i for i in decades if i <= min(used)), default=0)
     return edges[first:], [counts[first:] for counts in layers]
 
 
