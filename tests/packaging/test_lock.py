@@ -1,0 +1,60 @@
+"""The lock pins all that is installed by `make train` and `make test`, once and exactly."""
+
+import importlib.metadata
+import re
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+tomllib = pytest.importorskip("tomllib", reason="the lock is for Python 3.11")
+
+
+def pins(path: Path) -> dict[str, str]:
+    lines = [line.split("#")[0].strip() for line in path.read_text().splitlines()]
+    found = [line.split("==") for line in lines if line and not line.startswith("-r ")]
+    names = [name for name, _ in found]
+    assert len(set(names)) == len(names)
+    return dict(found)
+
+
+@pytest.fixture(scope="module")
+def project(root) -> dict:
+    return tomllib.loads((root / "pyproject.toml").read_text())["project"]
+
+
+def closure(requirements: list[str]) -> set[str]:
+    """All distributions that these draw in, by the metadata of those installed."""
+    seen: set[str] = set()
+    todo = [Requirement(text) for text in requirements]
+    while todo:
+        requirement = todo.pop()
+        name = canonicalize_name(requirement.name)
+        if name in seen or re.match(r"nvidia-|cuda-", name):  # what torch's build for CUDA brings
+            continue
+        seen.add(name)
+        for text in importlib.metadata.distribution(name).requires or []:
+            needed = Requirement(text)
+            if needed.marker is None or needed.marker.evaluate({"extra": ""}):
+                todo.append(needed)
+    return seen
+
+
+def test_the_lock_of_the_main_job_is_complete(project, root):
+    locked = pins(root / "requirements.lock")
+    assert closure(project["dependencies"]) <= set(locked)
+    assert (locked["torch"], locked["triton"]) == ("2.13.0", "3.7.1")
+
+
+def test_the_lock_of_the_tests_is_complete(project, root):
+    locked = pins(root / "requirements.lock") | pins(root / "requirements-dev.lock")
+    dev = project["optional-dependencies"]["dev"]
+    assert closure([*project["dependencies"], *dev]) <= set(locked)
+
+
+def test_what_is_locked_is_within_the_ranges(project, root):
+    locked = pins(root / "requirements.lock") | pins(root / "requirements-dev.lock")
+    for text in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
+        requirement = Requirement(text)
+        assert locked[canonicalize_name(requirement.name)] in requirement.specifier
