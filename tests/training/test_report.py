@@ -255,3 +255,11 @@ def test_a_histogram_draws_its_counts_to_scale():
     heights = [float(h) for h in re.findall(r'class="bar".*? height="([\d.]+)"', svg)]
     assert len(heights) == 2
     assert heights[0] == pytest.approx(2 * heights[1], rel=1e-2)
+
+
+def test_many_layers_are_small_multiples_with_one_colour_scale(tmp_path):
+    html = write_report(write_run(tmp_path / "run", layers=28, steps=100)).read_text("utf-8")
+    _Page(html)
+    assert html.count('viewBox="0 0 200 130"') == 28
+    assert 'class="ramp"' in html
+    assert "layer 27" in html
