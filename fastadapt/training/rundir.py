@@ -43,7 +43,7 @@ _WRITTEN = (
     f"{CHECKPOINTS}/.tmp-*",
     f"{ADAPTER}/fastadapt.json",
     f"{ADAPTER}/layer_*.safetensors",
-    ".tmp-*",
+    *(f".tmp-{name}-{'[0-9a-f]' * 32}" for name in (CONFIG, METRICS, SUMMARY, ADAPTER)),
     METRICS,
     SUMMARY,
     REPORT,
@@ -192,19 +192,22 @@ def _check_contents(folder: Path, config: TrainConfig, *, resume: bool, overwrit
         raise UserError(f"run.output: {folder} is a file; expected a folder or a new name")
     try:
         found = [path for path in folder.iterdir() if path.name != _LOCK] if folder.exists() else []
+        unfinished = {path for pattern in _WRITTEN for path in folder.glob(pattern)}
     except OSError as error:
         raise UserError(f"run.output: {folder} cannot be read: {error.strerror}") from error
     if resume:
         if not (folder / CONFIG).is_file():
             raise UserError(f"--resume: {folder} holds no run; leave --resume out to start one")
         _check_same_config(folder, config)
-    elif found and not _looks_like_a_run(folder):
+    elif set(found) <= unfinished and not (folder / CONFIG).exists():
+        return  # empty, or a run that was killed before it began
+    elif not _looks_like_a_run(folder):
         raise UserError(
             f"run.output: {folder} is not empty and does not look like a run "
             f"(it holds {', '.join(sorted(path.name for path in found)[:3])}); "
             "nothing in it was touched. Give a new folder."
         )
-    elif found and not overwrite:
+    elif not overwrite:
         steps = list_checkpoints(folder / CHECKPOINTS)
         reached = f"at step {steps[-1][0]}" if steps else "without a checkpoint"
         raise UserError(

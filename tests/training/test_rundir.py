@@ -19,6 +19,8 @@ from fastadapt.training.rundir import (
     start_afresh,
 )
 
+STAGED = ".tmp-summary.json-" + "0f" * 16
+
 
 def begin(config) -> Path:
     with open_run(config, resume=False, overwrite=False) as folder:
@@ -66,7 +68,7 @@ def test_a_folder_that_is_no_run_is_never_touched(tiny_config, tmp_path, overwri
 def test_overwriting_removes_what_a_run_wrote_and_nothing_else(tiny_config, tmp_path) -> None:
     config = tiny_config()
     folder = begin(config)
-    for name in ("checkpoints/step-00000003", "checkpoints/.tmp-6-ab", "adapter", ".tmp-x"):
+    for name in ("checkpoints/step-00000003", "checkpoints/.tmp-6-ab", "adapter", STAGED):
         (folder / name).mkdir(parents=True)
         (folder / name / "layer_0.safetensors").write_bytes(b"x")
     (folder / "summary.json").write_text("{}")
@@ -100,6 +102,15 @@ def test_resume_needs_a_run_of_the_same_configuration(tiny_config, tmp_path: Pat
         raise AssertionError("never reached")
     with open_run(tiny_config(**{"run.eval_every": 9}), resume=True, overwrite=False) as folder:
         assert folder == tmp_path / "run"
+
+
+def test_a_run_killed_before_it_began_is_no_obstacle(tiny_config, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ".lock").touch()
+    (folder / f".tmp-config.yaml-{'0f' * 16}").write_text("pa")
+    begin(tiny_config())
+    assert sorted(p.name for p in folder.iterdir()) == [".lock", "config.yaml", "metrics.jsonl"]
 
 
 def test_a_file_in_the_folders_place(tiny_config, tmp_path: Path) -> None:

@@ -1,0 +1,151 @@
+"""The plan counts exactly what can be counted, grows with what costs, and holds at full width."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastadapt.errors import UserError
+from fastadapt.training import memory, trainer
+from fastadapt.training.optimizer import AdapterOptimizer
+from fastadapt.training.plan import count_steps, gib, plan
+
+
+def n_bytes(tensors) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("masters", [True, False])
+def test_what_stays_is_counted_to_the_byte(tiny_config, dtype: str, masters: bool) -> None:
+    config = tiny_config(**{"pair.dtype": dtype, "optimizer.masters": masters})
+    planned = plan(config)
+    model, feed = trainer._load(config)
+    optimizer = AdapterOptimizer(dict(model.adapters.named_parameters()), config.optimizer)
+    owned = {id(p) for p in model.adapters.parameters()}
+    mlps = {id(p) for mlp in model.mlps for p in mlp.base.parameters()}
+    frozen = [p for p in model.parameters() if id(p) not in owned | mlps]
+    groups = optimizer.tensors()
+    apart = [m for n, m in optimizer.masters.items() if m is not optimizer.parameters[n]]
+    assert planned.parts["frozen target"] == n_bytes(frozen)
+    base = [p for p in model.parameters() if id(p) in mlps]
+    assert planned.parts["frozen base MLPs"] == n_bytes(base)
+    assert planned.parts["adapters"] == n_bytes(model.adapters.parameters())
+    assert planned.parts.get("fp32 masters", 0) == n_bytes(apart)
+    moments = [*groups["exp_avg"].values(), *groups["exp_avg_sq"].values()]
+    assert planned.parts["moments"] == n_bytes(moments)
+    assert planned.parameters == sum(p.numel() for p in model.adapters.parameters())
+    assert (planned.steps, planned.tokens) == (feed.steps, 361)
+    longest = max(feed.train.counts.longest, feed.held_out.counts.longest)
+    assert planned.tokens_per_sequence == longest
+
+
+def test_kept_for_the_backward_pass(tiny_config) -> None:
+    """What the forward pass keeps, measured by torch's own accounting of saved tensors."""
+    from fastadapt.objective import objective
+
+    config = tiny_config(**{"optimizer.batch_size": 1, "adapter.n_features": 512})
+    model, feed = trainer._load(config)
+    longest = max(range(len(feed.train)), key=lambda i: len(feed.train[i].input_ids))
+    batch, tokens = feed.batch(feed.train, [longest])
+    saved: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = objective(model, batch, 1, config.objective)
+    permanent = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = sum(
+        tensor.untyped_storage().nbytes()
+        for pointer, tensor in saved.items()
+        if pointer not in permanent
+    )
+    shapes = memory.Shapes.of(config, model.model.config, tokens)
+    streams = sum(memory._kept_streams(shapes, layer) for layer in range(2))
+    at_head = memory._last_streams(shapes) + memory._student_gradients(shapes, True)
+    small = 64 * tokens + 8 * 2 * 512 * 4  # masks, weights and norms of features
+    assert out.loss.isfinite()
+    assert 0.5 * streams < kept <= streams + at_head + memory._inputs(shapes) + small
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("adapter.n_features", 96),
+        ("optimizer.batch_size", 4),
+        ("objective.checkpoint", False),
+        ("objective.kl_chunk_tokens", 4096),
+        ("adapter.implementation", "reference"),
+        ("pair.dtype", "float64"),
+    ],
+)
+def test_it_grows_with_what_costs(tiny_config, key: str, value: object) -> None:
+    small = {"objective.kl_chunk_tokens": 8}
+    before = plan(tiny_config(**small))
+    after = plan(tiny_config(**{**small, key: value}))
+    if key == "objective.kl_chunk_tokens":
+        assert after.parts["logits of a chunk"] > before.parts["logits of a chunk"]
+        assert after.phases["head"] > before.phases["head"]
+    else:
+        assert after.peak_bytes > before.peak_bytes
+
+
+def test_without_the_data_the_limit_counts(tiny_config, tmp_path: Path) -> None:
+    config = tiny_config(**{"data.train": "someone/dataset", "data.max_tokens": 500})
+    planned = plan(config)
+    assert (planned.steps, planned.tokens, planned.tokens_per_sequence) == (None, None, 500)
+    config = tiny_config(**{"data.train": "someone/dataset", "optimizer.max_steps": 7})
+    assert plan(config).steps == 7
+
+
+def test_steps(tiny_config) -> None:
+    for changes, batches, expected in (
+        ({}, 12, 12),
+        ({"optimizer.epochs": 2}, 12, 24),
+        ({"optimizer.accumulation": 5}, 12, 3),
+        ({"optimizer.accumulation": 5, "optimizer.epochs": 2}, 12, 5),
+        ({"optimizer.max_steps": 4}, 12, 4),
+        ({"optimizer.max_steps": 99}, 12, 12),
+    ):
+        assert count_steps(batches, tiny_config(**changes)) == expected
+
+
+def test_in_words(tiny_config) -> None:
+    planned = plan(tiny_config())
+    assert planned.peak_bytes == planned.phases[planned.peak_phase]
+    assert planned.largest(2).count("MiB") == 2
+    assert gib(3 * 2**30) == "3.00 GiB"
+    assert gib(5 * 2**20) == "5.0 MiB"
+
+
+def test_a_pair_that_is_none(tiny_config, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere"):
+        plan(tiny_config(**{"pair.base": str(tmp_path / "nowhere")}))
+
+
+@pytest.mark.slow
+def test_one_step_at_the_true_width_of_a_7b_model(tmp_path: Path) -> None:
+    """2 layers, d=3584, inner width 18,944, V=152,064, F=8192, T=1,024, on the CPU in fp32."""
+    program = Path(__file__).with_name("full_width.py")
+    done = subprocess.run(
+        [sys.executable, str(program), str(tmp_path)], capture_output=True, text=True, timeout=1800
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert found["record"]["kind"] == "train"
+    for name in ("loss", "kl", "nmse", "sparsity", "grad_norm"):
+        assert isinstance(found["record"][name], float), name  # null where not finite
+    assert len(found["parameters"]) == 8
+    assert found["with_gradient"] == found["parameters"]
+    assert found["moved"] == found["parameters"]
+    used = found["peak"] - found["before"]  # what interpreter and libraries held is not the plan's
+    print(f"planned {gib(found['planned'])}, used {gib(used)}, step {found['step_s']:.0f} s")
+    assert used <= found["planned"]
+    assert used >= 0.8 * found["planned"]  # a plan that is no lower bound of sense is no plan
