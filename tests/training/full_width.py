@@ -58,10 +58,12 @@ def configure(folder: Path) -> tuple[TrainConfig, Any]:
 
 @torch.no_grad()
 def fill(module: torch.nn.Module, scale: float) -> None:
-    """Noise in every matrix: one block of it, repeated, since drawing 2e9 numbers takes minutes."""
+    """Noise in every matrix: one block of it, repeated, since to draw 2e9 numbers takes minutes."""
     noise = torch.randn(2**20, generator=torch.Generator().manual_seed(0)) * scale
-    for parameter in module.parameters():
-        if parameter.dim() > 1:
+    for name, parameter in module.named_parameters():
+        if name.endswith("bias"):
+            parameter.zero_()
+        elif parameter.dim() > 1:
             flat = parameter.view(-1)
             for part in flat.split(len(noise)):
                 part.copy_(noise[: len(part)])
@@ -104,6 +106,7 @@ def feed(vocabulary: int) -> Any:
         train=[0],
         micro_batches=lambda step: [[0]],
         batch=lambda data, indices: (Batch(ids, None, ids), TOKENS),
+        rows=list,
     )
 
 
