@@ -11,6 +11,7 @@ from fastadapt.pair import check_configs
 from fastadapt.pretrained import load_tokenizer, model_config
 from fastadapt.training import memory
 from fastadapt.training.config import TrainConfig
+from fastadapt.training.shapes import Shapes
 
 #: Training files up to this size are read for the number of sequences and the longest of them.
 _READ_BYTES = 64 * 2**20
@@ -64,7 +65,7 @@ def plan(config: TrainConfig) -> Plan:
     target = model_config(resolve(source.target), source.target_revision, trust)
     check_configs(target, model_config(resolve(source.base), source.base_revision, trust))
     steps, tokens, longest = _look_at_data(config)
-    shapes = memory.Shapes.of(config, target, longest or config.data.max_tokens)
+    shapes = Shapes.of(config, target, longest or config.data.max_tokens)
     return Plan(
         parts=memory.parts(shapes),
         phases=memory.phases(shapes),

@@ -14,6 +14,7 @@ from fastadapt.errors import UserError
 from fastadapt.training import memory, trainer
 from fastadapt.training.optimizer import AdapterOptimizer
 from fastadapt.training.plan import count_steps, gib, plan
+from fastadapt.training.shapes import Shapes
 
 
 def n_bytes(tensors) -> int:
@@ -67,7 +68,7 @@ def test_kept_for_the_backward_pass(tiny_config) -> None:
         for pointer, tensor in saved.items()
         if pointer not in permanent
     )
-    shapes = memory.Shapes.of(config, model.model.config, tokens)
+    shapes = Shapes.of(config, model.model.config, tokens)
     streams = sum(memory._kept_streams(shapes, layer) for layer in range(2))
     at_head = memory._last_streams(shapes) + memory._student_gradients(shapes, True)
     small = 64 * tokens + 8 * 2 * 512 * 4  # masks, weights and norms of features

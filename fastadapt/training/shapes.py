@@ -1,0 +1,117 @@
+"""The numbers that a memory plan is about, from a run's and its models' configurations.
+
+B sequences, T tokens, N = B T, D width, I width inside the MLP, F features, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastadapt.pair import DTYPES, choose_attention, choose_device
+from fastadapt.pretrained import ARCHITECTURES
+from fastadapt.training.config import TrainConfig
+
+FP32 = 4  #: bytes
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The numbers that the arithmetic is about; bytes per element are named ``..._bytes``."""
+
+    layers: int
+    sequences: int  # B
+    tokens: int  # N
+    width: int  # D
+    inner: int  # I
+    heads: int
+    query: int  # width of all query heads together
+    key: int  # width of all key heads together
+    vocabulary: int
+    features: int
+    norms: int  # per layer
+    target_parameters: int
+    mlp_parameters: int
+    adapter_parameters: int  # per layer
+    element_bytes: int
+    logit_bytes: int
+    moment_bytes: int
+    masters: bool
+    dense_kernel: bool  # the reference kernel: nothing is kept, all of [N, F] is recomputed
+    ranked: bool  # topk and batch_topk
+    windowed: bool  # jumprelu
+    eager: bool  # attention makes [T, T]
+    checkpoint: bool
+    accumulate: bool
+    chunk: int
+    scratch_elements: int  # of the chunked kernels' blocks
+
+    @classmethod
+    def of(cls, config: TrainConfig, target: Any, tokens: int) -> Shapes:
+        """From the run's configuration, the target's, and the tokens of the longest sequence."""
+        from transformers import AutoModelForCausalLM
+
+        paths = ARCHITECTURES[target.model_type]
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                target, trust_remote_code=config.pair.trust_remote_code
+            )
+        layers = getattr(getattr(model, paths.decoder), paths.layers)
+        mlp = getattr(layers[0], paths.mlp)
+        dtype, device = DTYPES[config.pair.dtype], choose_device(config.pair.device)
+        d, f = target.hidden_size, config.adapter.n_features
+        head = getattr(target, "head_dim", None) or d // target.num_attention_heads
+        wide, low = dtype.itemsize, dtype.itemsize < FP32
+        attention, _ = choose_attention(config.pair.attention, device, dtype, paths.attention)
+        implementation = config.adapter.implementation
+        jump = config.adapter.activation == "jumprelu"
+        n = config.optimizer.batch_size * tokens
+        return cls(
+            layers=len(layers),
+            sequences=config.optimizer.batch_size,
+            tokens=n,
+            width=d,
+            inner=target.intermediate_size,
+            heads=target.num_attention_heads,
+            query=head * target.num_attention_heads,
+            key=head * target.num_key_value_heads,
+            vocabulary=target.vocab_size,
+            features=f,
+            norms=sum("norm" in name for name, _ in layers[0].named_children()),
+            target_parameters=sum(p.numel() for p in model.parameters()),
+            mlp_parameters=sum(p.numel() for p in mlp.parameters()) * len(layers),
+            adapter_parameters=2 * f * d + f + d + (f if jump else 0),
+            element_bytes=wide,
+            logit_bytes=max(wide, FP32),
+            moment_bytes=FP32 if low and config.optimizer.masters else wide,
+            masters=low and config.optimizer.masters,
+            dense_kernel=implementation == "reference"
+            or (implementation == "auto" and device.type != "cpu"),
+            ranked=config.adapter.activation in ("topk", "batch_topk"),
+            windowed=jump,
+            eager=attention == "eager",
+            checkpoint=config.objective.checkpoint,
+            accumulate=config.optimizer.accumulation > 1,
+            chunk=min(config.objective.kl_chunk_tokens, n),
+            scratch_elements=2**19 if device.type == "cpu" else 2**26,
+        )
+
+    @property
+    def forked(self) -> bool:
+        """Whether there is a cutoff with both bridges."""
+        return self.layers > 1
+
+    @property
+    def upcast(self) -> int:
+        """Bytes of the fp32 copy that is made of a low-precision element; 0 of a wide one."""
+        return FP32 if self.element_bytes < FP32 else 0
+
+    def rows(self, layer: int) -> int:
+        """Streams that go through the replacement's block together, layers counted from 0."""
+        return 2 if self.forked and layer >= 1 else 1
+
+    def bridges(self, layer: int) -> int:
+        """Streams that go through the target's block with gradients."""
+        return 1 if self.forked and layer >= 1 else 0
