@@ -26,7 +26,7 @@ train: $(VENV)/.runtime  ## train an adapter on the embedded pair; prints a tabl
 	$(BIN)/fastadapt train organism --overwrite
 
 test: lint  ## lint, type check, and the quick tests with coverage
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --cov --cov-report=term:skip-covered
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --cov --cov-report=term:skip-covered --durations=10
 
 lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/ruff check .
