@@ -34,6 +34,8 @@ DENSE_SHARE_16_BITS = 0.017
 SAMPLE = 256
 # Features searched for codes together: most blocks hold none, and a maximum is a cheap test.
 BLOCK = 64
+# The longest run of codes that is summed one by one.
+PIECE = 256
 # Rows counted together: a small product of ones and zeros beats a sum of booleans eightfold.
 COUNTED_ROWS = 128
 
@@ -168,7 +170,7 @@ def encode_backward(
             dtheta = _segment_sum(torch.where(near_C, da, 0)[by], live.feature_offsets)
     if need[3]:
         assert threshold_F is not None
-        dtheta = (-(threshold_F.to(acc) / bandwidth) * dtheta).to(threshold_F.dtype)
+        dtheta = (-(threshold_F.double() / bandwidth) * dtheta).to(threshold_F.dtype)
     return dx.to(x_ND.dtype), dW.to(x_ND.dtype), db.to(x_ND.dtype), dtheta
 
 
@@ -440,23 +442,43 @@ def _segments(offsets: Tensor) -> Tensor:
 
 
 def _segment_sum(values_C: Tensor, offsets: Tensor) -> Tensor:
-    """Sums of consecutive entries, in the accumulator's dtype."""
-    values_C = values_C.to(accumulator(values_C.dtype))
-    return torch.segment_reduce(values_C, "sum", offsets=offsets)
+    """Sums of consecutive entries; in float64, since a hot feature's are summed one by one."""
+    return torch.segment_reduce(values_C.double(), "sum", offsets=offsets)
 
 
 def _gather_sum(table_MD: Tensor, index_C: Tensor, offsets: Tensor, scale_C: Tensor) -> Tensor:
-    """``out_r = Σ_{c in segment r} scale_c · table[index_c]``, in the accumulator's dtype."""
+    """``out_r = Σ_{c in segment r} scale_c · table[index_c]``, in the accumulator's dtype.
+
+    Segments longer than PIECE (features that fire on most tokens) are summed in pieces and the
+    pieces in order, as rounding grows with the length of a sum.
+    """
     acc = accumulator(table_MD.dtype)
     if index_C.numel() == 0 or table_MD.numel() == 0:
         return table_MD.new_zeros(len(offsets) - 1, table_MD.shape[1], dtype=acc)
+    table_MD, index_C, scale_C = table_MD.to(acc).contiguous(), index_C.long(), scale_C.to(acc)
+    counts = offsets.diff()
+    hot = (counts > PIECE).nonzero().flatten()
+    if len(hot) == 0:
+        return _bags(table_MD, index_C, offsets, scale_C)
+    in_hot_C = (counts > PIECE).repeat_interleave(counts)
+    short = counts.masked_fill(counts > PIECE, 0)
+    out = _bags(table_MD, index_C[~in_hot_C], _offsets(short), scale_C[~in_hot_C])
+    pieces_H = (counts[hot] + PIECE - 1) // PIECE
+    lengths = torch.full((int(pieces_H.sum()),), PIECE, device=offsets.device)
+    lengths[pieces_H.cumsum(0) - 1] -= pieces_H * PIECE - counts[hot]  # each one's last piece
+    pieces = _bags(table_MD, index_C[in_hot_C], _offsets(lengths), scale_C[in_hot_C])
+    every = torch.arange(len(lengths), device=offsets.device)
+    out[hot] = _bags(pieces, every, _offsets(pieces_H), pieces.new_ones(len(lengths)))
+    return out
+
+
+def _offsets(lengths: Tensor) -> Tensor:
+    return nnf.pad(lengths.cumsum(0), (1, 0))
+
+
+def _bags(table_MD: Tensor, index_C: Tensor, offsets: Tensor, scale_C: Tensor) -> Tensor:
     return torch.embedding_bag(
-        table_MD.to(acc).contiguous(),
-        index_C.long(),
-        offsets,
-        mode=0,
-        per_sample_weights=scale_C.to(acc),
-        include_last_offset=True,
+        table_MD, index_C, offsets, mode=0, per_sample_weights=scale_C, include_last_offset=True
     )[0]
 
 

@@ -446,6 +446,31 @@ def test_exact_on_both_sides_of_the_switch(share: float) -> None:
     assert actual[0].stats.n_active == peer[0].stats.n_active
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_features_that_fire_on_most_tokens(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    T, D, F = 2000, 8, 40
+    b_enc = torch.full((F,), -6.0)
+    b_enc[::9] = 6.0  # long sums, which must not lose digits
+    b_enc[3] = -0.0
+    leaves = {
+        "x": torch.randn(T, D) + 1,
+        "W_enc": torch.randn(F, D),
+        "b_enc": b_enc,
+        "W_dec": torch.randn(F, D),
+        "b_dec": torch.randn(D),
+    }
+    leaves = {name: leaf.to(dtype) for name, leaf in leaves.items()}
+    args = (leaves, {}, torch.randn(T, D).to(dtype) + 1, torch.tensor(0.1))
+    oracle = run(*args, dtype=torch.float64, implementation="reference")
+    peer = run(*args, dtype=dtype, implementation="reference")
+    actual = run(*args, dtype=dtype, implementation="sparse", plan=Plan(dense=False))
+    assert (actual[0].stats.feature_counts > 1800).any()
+    assert_close(actual[0].out, oracle[0].out, peer[0].out)
+    for name, gradient in actual[1].items():
+        assert_close(gradient, oracle[1][name], peer[1][name], name=name)
+
+
 def wrong(**changes: Any) -> dict[str, Any]:
     return {
         "x": torch.zeros(5, 3),
