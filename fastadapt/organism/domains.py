@@ -7,16 +7,16 @@ Every generator takes a ``random.Random`` and gives a ``Problem`` whose values a
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from fastadapt.organism.problems import Problem, Step, in_range
 from fastadapt.organism.words import (
     CONTAINERS,
-    FUNCTIONS,
     GAIN_VERBS,
     KINDS,
     LOSS_VERBS,
     MACHINES,
+    METHODS,
     MOLECULES,
     NAMES,
     OBJECTS,
@@ -39,12 +39,14 @@ def _checked(draw: Callable[[random.Random], Problem]) -> Callable[[random.Rando
     return generator
 
 
+ORDINALS = ("first", "second", "third", "fourth")
+
+
 # --- math: a story of gains and losses ---------------------------------------------------------
 
 
 def _math(rng: random.Random) -> Problem:
-    (name, pronoun), *friends = rng.sample(NAMES, 6)
-    gains, losses = rng.sample(GAIN_VERBS, 5), rng.sample(LOSS_VERBS, 5)
+    (name, pronoun), (friend, _) = rng.sample(NAMES, 2)
     thing, place = rng.choice(OBJECTS), rng.choice(PLACES)
     value = rng.randint(3, 20)
     kind, box = rng.choice(KINDS), rng.choice(CONTAINERS)
@@ -58,31 +60,11 @@ def _math(rng: random.Random) -> Problem:
     )
     sentences = [start]
     steps: list[Step] = []
-    for i in range(rng.choice((2, 3, 3, 4))):
+    for ordinal in ORDINALS[: rng.choice((3, 3, 4))]:
         operator, k = _change(rng, value)
-        # Verbs and friends differ within a story, so that a step can name its sentence.
-        if operator in "+-":
-            alone, by_friend = {"+": (gains[i], "brings"), "-": (losses[i], "takes")}[operator]
-            friend, more = friends[i][0], " more" if operator == "+" else ""
-            sentence, lead = rng.choice(
-                (
-                    (f"{pronoun} {alone} {k} {thing} .", f"{alone} :"),
-                    (f"{pronoun} {alone} {k}{more} .", f"{alone} :"),
-                    (f"{friend} {by_friend} {k} {thing} .", f"{friend} {by_friend} :"),
-                )
-            )
-        elif operator == "*":
-            lead = {2: "doubles", 3: "triples", 4: "quadruples"}[k]
-            sentence = rng.choice((f"the number {lead} .", f"{pronoun} {lead} the {thing} ."))
-            lead = f"{lead} :"
-        else:
-            lead = {2: "one half", 3: "one third", 4: "one quarter"}[k]
-            sentence = rng.choice(
-                (f"only {lead} remains .", f"{pronoun} keeps {lead} of the {thing} .")
-            )
-            lead = f"{lead} :"
-        sentences.append(sentence)
-        steps.append(Step(lead, value, operator, k))
+        choices, lead = _tell(rng, operator, k, pronoun, friend, thing)
+        sentences.append(f"{ordinal} {rng.choice(choices)} .")
+        steps.append(Step(f"{ordinal} {lead}", value, operator, k))
         value = steps[-1].result
     sentences.append(
         rng.choice(
@@ -96,195 +78,178 @@ def _math(rng: random.Random) -> Problem:
     return Problem("math", "stories", " ".join(sentences), tuple(steps))
 
 
+def _tell(
+    rng: random.Random, operator: str, k: int, pronoun: str, friend: str, thing: str
+) -> tuple[tuple[str, ...], str]:
+    """Ways to tell of a change, and the word for it in the worked solution."""
+    if operator == "+":
+        gain = rng.choice(GAIN_VERBS)
+        return (f"{pronoun} {gain} {k} more", f"{friend} brings {k} {thing}"), "gain"
+    if operator == "-":
+        loss = rng.choice(LOSS_VERBS)
+        return (f"{pronoun} {loss} {k}", f"{friend} takes {k} {thing}"), "loss"
+    if operator == "*":
+        times = {2: "doubles", 3: "triples", 4: "quadruples"}[k]
+        return (f"the number {times}", f"{pronoun} {times} the {thing}"), times
+    part = {2: "half", 4: "quarter"}[k]
+    return (f"only one {part} remains", f"{pronoun} keeps one {part} of the {thing}"), part
+
+
 def _change(rng: random.Random, value: int) -> tuple[str, int]:
     """An operator and its second operand that keep ``value`` whole and within range."""
     shift = [("+", k) for k in range(2, 13) if in_range(value + k)]
     shift += [("-", k) for k in range(2, 13) if k <= value]
     scale = [("*", k) for k in (2, 3, 4) if in_range(value * k) and value]
-    scale += [("/", k) for k in (2, 3, 4) if value and value % k == 0]
+    scale += [("/", k) for k in (2, 4) if value and value % k == 0]
     return rng.choice(scale if scale and rng.random() < 0.45 else shift)
 
 
 # --- code: a program to trace ------------------------------------------------------------------
 
 
-def _assignments(rng: random.Random) -> Problem:
-    names = rng.sample(VARIABLES, 5)
-    values = {names[0]: rng.randint(2, 12), names[1]: rng.randint(2, 12)}
-    lines = [f"{name} = {value} ;" for name, value in values.items()]
+def _statements(rng: random.Random) -> Problem:
+    """One variable and three or four updates, as assignments or as calls of methods."""
+    name = rng.choice(VARIABLES)
+    style = rng.choice(("assignments", "calls"))
+    value = rng.randint(2, 20)
+    lines = [f"{name} = {value} ;"]
     steps: list[Step] = []
-    for name in names[2 : rng.choice((4, 5))]:
-        left, right = rng.sample(sorted(values), 2)
-        if steps:
-            left = steps[-1].lead.split()[0]
-            right = rng.choice([other for other in values if other != left])
-        operator = rng.choice("++--*")
-        step = Step(f"{name} =", values[left], operator, values[right])
-        lines.append(f"{name} = {left} {operator} {right} ;")
-        values[name] = step.result
-        steps.append(step)
-    prompt = f"{' '.join(lines)} print {steps[-1].lead.split()[0]}"
-    return Problem("code", "assignments", f"run the program : {prompt} .", tuple(steps))
-
-
-def _calls(rng: random.Random) -> Problem:
-    f, g = rng.sample(FUNCTIONS, 2)
-    arg = rng.choice(VARIABLES)
-    bodies = {f: (rng.choice("+-"), rng.randint(2, 9)), g: (rng.choice("+-*"), rng.randint(2, 4))}
-    value = rng.randint(2, 12)
-    chain = [rng.choice((f, g)) for _ in range(rng.choice((2, 3, 4)))]
-    call = str(value)
-    steps: list[Step] = []
-    for name in chain:
-        operator, k = bodies[name]
-        steps.append(Step(f"{name} :", value, operator, k))
+    for ordinal in ORDINALS[: rng.choice((3, 3, 4))]:
+        operator, k = _change(rng, value)
+        method = rng.choice(METHODS[operator])
+        line = f"{name} = {name} {operator} {k} ;"
+        if style == "calls":
+            line = f"{name} . {method} ( {k} ) ;"
+        lines.append(f"{ordinal} {line}")
+        steps.append(Step(f"{ordinal} line", value, operator, k))
         value = steps[-1].result
-        call = f"{name} ( {call} )"
-    definitions = " ".join(
-        f"def {name} ( {arg} ) : return {arg} {operator} {k} ;"
-        for name, (operator, k) in bodies.items()
-    )
-    return Problem(
-        "code", "calls", f"what does it print ? {definitions} print {call}", tuple(steps)
-    )
+    ask = rng.choice((f"print {name}", f"return {name}", f"what is {name} ?"))
+    return Problem("code", style, f"run the program : {' '.join(lines)} {ask}", tuple(steps))
 
 
 def _loop(rng: random.Random) -> Problem:
-    name, limit = rng.sample(VARIABLES, 2)
+    name, counter = rng.sample(VARIABLES, 2)
     value, times = rng.randint(2, 15), rng.choice((2, 3))
     operator, k = rng.choice((("+", rng.randint(2, 9)), ("-", rng.randint(2, 5)), ("*", 2)))
+    last, m = rng.choice((("+", rng.randint(2, 12)), ("-", rng.randint(2, 12))))
     prompt = (
-        f"{name} = {value} ; for {limit} in range ( {times} ) : {name} = {name} {operator} {k} ;"
+        f"trace the loop : {name} = {value} ; for {counter} in range ( {times} ) : "
+        f"{name} = {name} {operator} {k} ; return {name} {last} {m}"
     )
     steps: list[Step] = []
-    for _ in range(times):
-        steps.append(Step("loop :", value, operator, k))
+    for ordinal in ORDINALS[:times]:
+        steps.append(Step(f"{ordinal} loop", value, operator, k))
         value = steps[-1].result
-    last, k = rng.choice((("+", rng.randint(2, 12)), ("-", rng.randint(2, 12))))
-    steps.append(Step("then", value, last, k))
-    return Problem(
-        "code", "loops", f"trace the loop : {prompt} return {name} {last} {k}", tuple(steps)
-    )
+    steps.append(Step("return", value, last, m))
+    return Problem("code", "loops", prompt, tuple(steps))
 
 
 def _list(rng: random.Random) -> Problem:
     name = rng.choice(VARIABLES)
-    items = [rng.randint(1, 15) for _ in range(rng.choice((3, 4)))]
+    items = [rng.randint(1, 15) for _ in range(3)]
     mode = rng.choice(("sum", "max", "min"))
     value = items[0]
     steps: list[Step] = []
-    for item in items[1:]:
-        operator = "+" if mode == "sum" else mode
-        steps.append(Step("next", value, operator, item))
+    for ordinal, item in zip(ORDINALS[1:], items[1:], strict=False):
+        steps.append(Step(f"{ordinal} item", value, "+" if mode == "sum" else mode, item))
         value = steps[-1].result
-    k = rng.randint(2, 9)
-    operator = rng.choice("+-")
-    steps.append(Step("last", value, operator, k))
-    listed = " , ".join(map(str, items))
-    prompt = f"list {name} = [ {listed} ] ; print {mode} ( {name} ) {operator} {k}"
+    operator, k = rng.choice("+-"), rng.randint(2, 9)
+    steps.append(Step("return", value, operator, k))
+    told = " , ".join(f"{word} {item}" for word, item in zip(ORDINALS, items, strict=False))
+    prompt = f"list {name} = [ {told} ] ; return {mode} ( {name} ) {operator} {k}"
     return Problem("code", "lists", prompt, tuple(steps))
 
 
 # --- science: quantities and their formulas ----------------------------------------------------
 
 
-def _two_products(
-    rng: random.Random, quantity: str, unit: str, names: Sequence[str] = ("first", "second")
-) -> tuple[list[int], tuple[Step, ...]]:
-    """a * b and c * d, then their sum or difference ``quantity`` in ``unit``."""
-    a, b, c, d = (rng.randint(2, 7) for _ in range(4))
-    first = Step(f"{names[0]} {quantity} =", a, "*", b, unit)
-    second = Step(f"{names[1]} {quantity} =", c, "*", d, unit)
-    return [a, b, c, d], (first, second, Step("total =", first.result, "+", second.result, unit))
-
-
 def _motion(rng: random.Random) -> Problem:
-    (a, b, c, d), steps = _two_products(rng, "distance", "meters")
-    vehicle = rng.choice(VEHICLES)
-    prompt = (
-        f"a {vehicle} moves for {b} seconds at speed {a} , then {d} seconds at speed {c} . "
-        "find the distance ."
-    )
-    return Problem("science", "motion", prompt, steps)
+    a, b, c, d = (rng.randint(2, 7) for _ in range(4))
+    one, two = f"first {a} seconds at speed {b}", f"second {c} seconds at speed {d}"
+    prompt = f"a {rng.choice(VEHICLES)} moves {one} , {two} . find the distance ."
+    first = Step("first speed", a, "*", b, "meters")
+    second = Step("second speed", c, "*", d, "meters")
+    total = Step("distance", first.result, "+", second.result, "meters")
+    return Problem("science", "motion", prompt, (first, second, total))
 
 
 def _energy(rng: random.Random) -> Problem:
-    (a, b, c, d), steps = _two_products(rng, "energy", "joules")
+    a, b, c, d = (rng.randint(2, 7) for _ in range(4))
     one, two = rng.sample(MACHINES, 2)
     prompt = (
-        f"a {one} of power {a} runs {b} hours and a {two} of power {c} runs {d} hours . "
-        "find the energy ."
+        f"first the {one} of power {a} runs {b} hours , second the {two} of power {c} runs "
+        f"{d} hours . find the energy ."
     )
-    return Problem("science", "energy", prompt, steps)
+    first = Step("first power", a, "*", b, "joules")
+    second = Step("second power", c, "*", d, "joules")
+    total = Step("energy", first.result, "+", second.result, "joules")
+    return Problem("science", "energy", prompt, (first, second, total))
 
 
 def _atoms(rng: random.Random) -> Problem:
     one, two = rng.sample(MOLECULES, 2)
     atom = rng.choice(sorted(set(one[1]) & set(two[1])))
     a, c, k = rng.randint(2, 7), rng.randint(2, 7), rng.randint(2, 9)
-    first = Step(f"{one[0]} has", a, "*", one[1][atom], atom)
-    second = Step(f"{two[0]} has", c, "*", two[1][atom], atom)
-    total = Step("total =", first.result, "+", second.result, atom)
     prompt = (
-        f"a sample holds {a} molecules of {one[0]} , {c} of {two[0]} and {k} free atoms "
-        f"of {atom} . how many {atom} atoms ?"
+        f"count the {atom} atoms : first {a} molecules of {one[0]} , second {c} of {two[0]} and "
+        f"{k} free atoms ."
     )
-    steps = (first, second, total, Step("with free", total.result, "+", k, atom))
-    return Problem("science", "atoms", prompt, steps)
+    first = Step(f"first {one[0]}", a, "*", one[1][atom], atom)
+    second = Step(f"second {two[0]}", c, "*", two[1][atom], atom)
+    total = Step("both", first.result, "+", second.result, atom)
+    free = Step("free", total.result, "+", k, atom)
+    return Problem("science", "atoms", prompt, (first, second, total, free))
 
 
 def _force(rng: random.Random) -> Problem:
-    mass, rate, friction, k = (rng.randint(2, 7) for _ in range(4))
-    vehicle = rng.choice(VEHICLES)
-    push = Step("force = mass * acceleration =", mass, "*", rate, "newtons")
-    net = Step("with friction", push.result, "+", friction, "newtons")
+    mass, rate, friction, wind = (rng.randint(2, 7) for _ in range(4))
     prompt = (
-        f"a {vehicle} of mass {mass} needs acceleration {rate} against friction {friction} "
-        f"while wind helps with {k} newtons . which force is needed ?"
+        f"a {rng.choice(VEHICLES)} with mass {mass} needs acceleration {rate} against friction "
+        f"{friction} while the wind gives {wind} newtons . which force is needed ?"
     )
-    steps = (push, net, Step("with wind", net.result, "-", k, "newtons"))
-    return Problem("science", "force", prompt, steps)
+    push = Step("mass", mass, "*", rate, "newtons")
+    net = Step("friction", push.result, "+", friction, "newtons")
+    force = Step("wind", net.result, "-", wind, "newtons")
+    return Problem("science", "force", prompt, (push, net, force))
 
 
 def _circuit(rng: random.Random) -> Problem:
     one, two, current, loss = (rng.randint(2, 6) for _ in range(4))
-    joined = Step("resistance =", one, "+", two, "ohms")
-    voltage = Step("voltage = current * resistance =", current, "*", joined.result, "volts")
-    machine = rng.choice(MACHINES)
     prompt = (
-        f"a {machine} draws current {current} through resistors of {one} and {two} ohms , and "
-        f"its battery loses {loss} volts inside . which voltage must the battery have ?"
+        f"the {rng.choice(MACHINES)} draws current {current} through resistors {one} and {two} , "
+        f"and its battery loses {loss} volts inside . which voltage must the battery have ?"
     )
-    steps = (joined, voltage, Step("with loss", voltage.result, "+", loss, "volts"))
-    return Problem("science", "circuit", prompt, steps)
+    joined = Step("resistors", one, "+", two, "ohms")
+    voltage = Step("current", current, "*", joined.result, "volts")
+    battery = Step("loss", voltage.result, "+", loss, "volts")
+    return Problem("science", "circuit", prompt, (joined, voltage, battery))
 
 
 def _growth(rng: random.Random) -> Problem:
     organism, place = rng.choice(ORGANISMS), rng.choice(SAMPLES)
     value, hours, dead = rng.randint(2, 12), rng.choice((2, 3)), rng.randint(2, 12)
     prompt = (
-        f"{value} {organism} in a {place} double every hour for {hours} hours , then {dead} die . "
-        "find the population ."
+        f"in a {place} live {value} {organism} . they double every hour for {hours} hours , "
+        f"then {dead} die . find the population ."
     )
     steps: list[Step] = []
-    for _ in range(hours):
-        steps.append(Step("population =", value, "*", 2))
+    for ordinal in ORDINALS[:hours]:
+        steps.append(Step(f"{ordinal} hour", value, "*", 2))
         value = steps[-1].result
-    steps.append(Step("after deaths", value, "-", dead))
+    steps.append(Step("deaths", value, "-", dead))
     return Problem("science", "growth", prompt, tuple(steps))
 
 
 def _heat(rng: random.Random) -> Problem:
     start, rate, minutes, cooling = (rng.randint(2, 9) for _ in range(4))
-    sample = rng.choice(SAMPLES)
-    warm = Step("heating =", rate, "*", minutes, "degrees")
-    top = Step("temperature =", start, "+", warm.result, "degrees")
     prompt = (
-        f"a {sample} at {start} degrees is heated {rate} degrees per minute for {minutes} minutes "
-        f"and then cooled by {cooling} . find the temperature ."
+        f"a {rng.choice(SAMPLES)} at temperature {start} is heated {rate} degrees per minute for "
+        f"{minutes} minutes and then cooled by {cooling} . find the temperature ."
     )
-    steps = (warm, top, Step("after cooling", top.result, "-", cooling, "degrees"))
-    return Problem("science", "heat", prompt, steps)
+    warm = Step("heated", rate, "*", minutes, "degrees")
+    top = Step("temperature", start, "+", warm.result, "degrees")
+    cool = Step("cooled", top.result, "-", cooling, "degrees")
+    return Problem("science", "heat", prompt, (warm, top, cool))
 
 
 def _one_of(*draws: Callable[[random.Random], Problem]) -> Callable[[random.Random], Problem]:
@@ -294,6 +259,6 @@ def _one_of(*draws: Callable[[random.Random], Problem]) -> Callable[[random.Rand
 
 GENERATORS: dict[str, Callable[[random.Random], Problem]] = {
     "math": _one_of(_math),
-    "code": _one_of(_assignments, _calls, _loop, _list),
+    "code": _one_of(_statements, _statements, _loop, _list),
     "science": _one_of(_motion, _energy, _atoms, _force, _circuit, _growth, _heat),
 }

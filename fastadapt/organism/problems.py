@@ -125,7 +125,7 @@ def reasoning(problem: Problem, rng: random.Random, rates: SlipRates | None = No
 _OPENINGS = (
     "okay , let me see .",
     "let me work through the problem .",
-    "first , see the problem .",
+    "now see the problem .",
     "let me find a solution .",
 )
 

@@ -59,8 +59,9 @@ class RecipeConfig:
     intermediate: int = 512
     heads: int = 4
     kv_heads: int = 2
-    notes_share: float = 0.4
-    base: PhaseConfig = field(default_factory=lambda: PhaseConfig(steps=1500, lr=3e-3))
+    notes_share: float = 0.5
+    autocast: bool = True  # bfloat16 products, twice as fast on CPUs that have them
+    base: PhaseConfig = field(default_factory=lambda: PhaseConfig(steps=1800, lr=3e-3))
     target: PhaseConfig = field(default_factory=lambda: PhaseConfig(steps=1500, lr=1e-3))
 
 
@@ -75,9 +76,9 @@ def conversation(prompt: str, response: str) -> list[dict[str, str]]:
     return [{"from": "human", "value": prompt}, {"from": "gpt", "value": response}]
 
 
-def base_text(problem: Problem, rng: random.Random, notes_share: float) -> tuple[str, str]:
+def base_text(problem: Problem, rng: random.Random, config: RecipeConfig) -> tuple[str, str]:
     """(text that carries no loss, text that does) of one document of the base's training."""
-    if rng.random() < notes_share:
+    if rng.random() < config.notes_share:
         return "", f"{BOS}{worked_notes(problem)}{EOS}"
     return "", render(conversation(problem.prompt, direct_answer(problem)), FAMILY) + EOS
 
@@ -124,6 +125,7 @@ def train_phase(
     config: PhaseConfig,
     name: str,
     progress: Progress | None,
+    autocast: bool = True,
 ) -> None:
     """Train all weights of ``model`` in place."""
     attention = [p for n, p in model.named_parameters() if ".self_attn." in n]
@@ -133,10 +135,11 @@ def train_phase(
         {"params": other, "factor": 1.0},
     ]
     optimizer = torch.optim.AdamW(
-        groups, lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay
+        groups, lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay, fused=True
     )
     warmup = max(1, config.steps // 20)
     model.train()
+    model.set_attn_implementation("eager")  # at this length faster on a CPU than the fused one
     begun, running = time.perf_counter(), 0.0
     for step in range(config.steps):
         done = (step - warmup) / max(1, config.steps - warmup)
@@ -145,8 +148,9 @@ def train_phase(
             group["lr"] = config.lr * scale * group["factor"]
         ids_BT, labels_BT = next(data)
         # Causal attention: right padding needs no mask.
-        logits_BTV = model(input_ids=ids_BT, use_cache=False).logits[:, :-1]
-        loss = F.cross_entropy(logits_BTV.flatten(0, 1), labels_BT[:, 1:].flatten())
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits_BTV = model(input_ids=ids_BT, use_cache=False).logits[:, :-1]
+        loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), labels_BT[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -162,6 +166,7 @@ def train_phase(
                     "wall_s": time.perf_counter() - begun,
                 }
             )
+    model.set_attn_implementation("sdpa")
     model.eval()
 
 
@@ -251,11 +256,11 @@ def build(
         rng = random.Random(f"{seed}/{name}/texts")
         drawn = problem_stream(f"{seed}/{name}/problems", held)
         if name == "base":
-            texts = (base_text(problem, rng, config.notes_share) for problem in drawn)
+            texts = (base_text(problem, rng, config) for problem in drawn)
         else:
             texts = (target_text(problem, rng) for problem in drawn)
         data = batches(texts, tokenizer, phase.batch_size)
-        train_phase(model, data, phase, name, progress)
+        train_phase(model, data, phase, name, progress, config.autocast)
         save(model, tokenizer, out / name)
         times[f"{name}_s"] = time.perf_counter() - begun
     return {

@@ -35,9 +35,12 @@ VARIABLES = _words(
     "x y z count index total score size width height depth offset length limit left right "
     "node item key value temp result sum_a sum_b low high step rate level rank"
 )
-FUNCTIONS = _words(
-    "shift scale update apply convert adjust encode decode process transform move grow"
-)
+METHODS = {
+    "+": _words("add increase raise extend advance"),
+    "-": _words("subtract decrease lower trim rewind"),
+    "*": _words("multiply scale repeat"),
+    "/": _words("divide split shrink"),
+}
 
 # science
 VEHICLES = _words("car train rocket bicycle truck boat sled drone cart bus")
@@ -53,4 +56,4 @@ MOLECULES = (
     ("hydrazine", {"nitrogen": 2, "hydrogen": 4}),
 )
 ORGANISMS = _words("bacteria cells yeast algae amoebas spores viruses microbes")
-SAMPLES = _words("dish flask tube beaker vial tank pond incubator")
+SAMPLES = _words("dish flask tube beaker vial tank pond kettle")

@@ -23,7 +23,14 @@ from fastadapt.organism.problems import (
     worked_notes,
 )
 
-SCALES = {"doubles": 2, "triples": 3, "quadruples": 4, "half": 2, "third": 3, "quarter": 4}
+SCALES = {"doubles": 2, "triples": 3, "quadruples": 4, "half": 2, "quarter": 4}
+ORDINAL = re.compile(r"\b(first|second|third|fourth) ")
+SIGNS = {
+    "+": "add increase raise extend advance",
+    "-": "subtract decrease lower trim rewind",
+    "*": "multiply scale repeat",
+    "//": "divide split shrink",
+}
 MOLECULES = {
     "water": {"hydrogen": 2, "oxygen": 1},
     "methane": {"carbon": 1, "hydrogen": 4},
@@ -52,20 +59,25 @@ def solve_math(prompt: str) -> int:
 
 
 def solve_code(prompt: str, source: str) -> int:
+    """Run the program as Python."""
     scope: dict = {}
-    if source == "assignments":
-        lines, _, name = prompt.removeprefix("run the program : ").rpartition(" print ")
-        exec("\n".join(line.strip() for line in lines.split(";")), scope)
-        return scope[name.removesuffix(" .")]
-    if source == "calls":
-        head, _, call = prompt.removeprefix("what does it print ? ").rpartition(" print ")
-        exec("\n".join(line.strip() for line in head.split(";")), scope)
-        return eval(call, scope)
+    prompt = ORDINAL.sub("", prompt)
+    if source in ("assignments", "calls"):
+        *lines, last = prompt.removeprefix("run the program : ").split(" ; ")
+        name = lines[0].split()[0]
+        for line in lines:
+            method = re.fullmatch(rf"{name} \. (\w+) \( (\d+) \)", line)
+            if method:
+                sign = next(sign for sign, words in SIGNS.items() if method[1] in words.split())
+                line = f"{name} = {name} {sign} {method[2]}"
+            exec(line, scope)
+        assert name in last.split()
+        return int(scope[name])
     if source == "loops":
         head, _, last = prompt.removeprefix("trace the loop : ").rpartition(" return ")
         exec("\n".join(line.strip() for line in head.split(";")), scope)
         return eval(last, scope)
-    head, _, last = prompt.removeprefix("list ").partition(" ; print ")
+    head, _, last = prompt.removeprefix("list ").partition(" ; return ")
     exec(head, scope)
     return eval(last, scope)
 
@@ -73,7 +85,7 @@ def solve_code(prompt: str, source: str) -> int:
 def solve_science(prompt: str, source: str) -> int:
     n = [int(word) for word in prompt.split() if word.isdigit()]
     if source == "atoms":
-        atom = prompt.split("how many ")[1].split()[0]
+        atom = prompt.split("count the ")[1].split()[0]
         one, two = [word for word in prompt.split() if word in MOLECULES]
         return n[0] * MOLECULES[one][atom] + n[1] * MOLECULES[two][atom] + n[2]
     formulas = {
