@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from .autograd import SAVED_OPS, transcode
+from .codes import Plan
 from .reference import TranscoderOutput, TranscoderStats, accumulator, reference
-from .sparse import Plan
 
 __all__ = ["SAVED_OPS", "Plan", "TranscoderOutput", "TranscoderStats", "transcoder"]
 

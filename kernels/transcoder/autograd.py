@@ -18,8 +18,8 @@ from torch.library import define, impl, register_autograd, register_fake
 from fastadapt.kernels import flops
 
 from . import sparse
+from .codes import Codes, Plan
 from .reference import TranscoderOutput, TranscoderStats, accumulator
-from .sparse import Codes, Plan
 
 ops = torch.ops.fastadapt
 N_CODES = len(Codes._fields)

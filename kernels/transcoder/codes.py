@@ -1,0 +1,187 @@
+"""Codes, the sparse activations: which entries of a dense z are active, and their two orders.
+
+Codes are CSR by token: `values`, `features` (ascending in a row) and `row_offsets`, with `order`,
+the permutation to by-feature order (tokens ascending), and `feature_offsets`. An entry of value 0
+is an inactive one in JumpReLU's window: it carries gradient to θ alone. Where dense products are
+faster, `values` is all of a [N, F], flattened, `features` is empty and `window` marks JumpReLU's
+window.
+
+Shape suffixes: N tokens (of all rows of x), T tokens of a row, F features, C codes, K blocks of B
+features; in ranking, R rows of M entries.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+from .reference import accumulator
+
+# Share of entries that are codes above which dense products win. Measured on one AVX-512 core with
+# AMX: at T=2048, d=1024, F=8192 in fp32 a step takes 0.3 + 27 * share seconds on codes and passes
+# the dense 1.7 at 0.051 (0.065 to 0.075 for d of 128 and 512); a little less leaves room for
+# features of uneven counts on more threads. In bf16, whose codes are multiplied in fp32, at 0.018.
+DENSE_SHARE = {torch.float32: 0.045, torch.float64: 0.045}
+DENSE_SHARE_16_BITS = 0.017
+# Tokens that the choice between codes and dense products looks at: it need not be exact.
+SAMPLE = 256
+# Features searched for codes together: most blocks hold none, and a maximum is a cheap test.
+BLOCK = 64
+
+
+class Plan(NamedTuple):
+    """How to lay the codes out: a host value, so that path and shapes are known beforehand."""
+
+    dense: bool  #: dense products, or codes.
+    capacity: int | None = None  #: length of the code buffers (sparse only); None: as needed.
+
+
+class Codes(NamedTuple):
+    """What the encoder leaves for the decoder and for both backward passes."""
+
+    values: Tensor  #: x's dtype, [C]; dense: [N * F].
+    features: Tensor  #: int32 [C]; dense: [0].
+    row_offsets: Tensor  #: int64 [N + 1].
+    order: Tensor  #: int64 [C]: code indices by feature, tokens ascending; dense: [0].
+    feature_offsets: Tensor  #: int64 [F + 1].
+    window: Tensor  #: bool [N * F] for dense jumprelu, else [0].
+
+    @property
+    def dense(self) -> bool:
+        """Whether `values` holds every entry."""
+        return self.features.numel() == 0 and self.values.numel() > 0
+
+    def live(self) -> Codes:
+        """Without the unused tail of buffers longer than the codes."""
+        n = int(self.row_offsets[-1])
+        return self._replace(
+            values=self.values[:n], features=self.features[:n], order=self.order[:n]
+        )
+
+
+def activate_(
+    z_NF: Tensor,
+    n_rows: int,
+    threshold_F: Tensor | None,
+    padding_N: Tensor | None,
+    activation: str,
+    k: float,
+) -> Tensor:
+    """Turns z into a, in place. NaN is active: `z <= cut` is false for it."""
+    inactive_NF = None
+    if activation == "topk":
+        inactive_NF = ~_largest(z_NF, int(k))
+    elif activation == "batch_topk" and threshold_F is None and z_NF.numel():
+        inactive_NF = torch.empty_like(z_NF, dtype=torch.bool)
+        for row, (z_TF, inactive_TF) in enumerate(
+            zip(z_NF.chunk(n_rows), inactive_NF.chunk(n_rows), strict=True)
+        ):
+            n_tokens = len(z_TF)
+            if padding_N is not None:
+                padding_T = padding_N.chunk(n_rows)[row]
+                n_tokens -= int(padding_T.sum())
+                z_TF = z_TF.masked_fill(padding_T[:, None], -torch.inf)
+            largest = _largest(z_TF.reshape(1, -1), int(k * n_tokens))
+            torch.logical_not(largest.view_as(inactive_TF), out=inactive_TF)
+    elif threshold_F is not None:
+        inactive_NF = z_NF <= threshold_F
+    if inactive_NF is not None:
+        z_NF.masked_fill_(inactive_NF, 0)
+    if padding_N is not None:
+        z_NF.masked_fill_(padding_N[:, None], 0)
+    return z_NF.relu_()
+
+
+def _largest(z_RM: Tensor, k: int) -> Tensor:
+    """True at each row's k largest; equal ones by lowest index; NaN above all.
+
+    Entries at or below 0 may come out either way: they are inactive whatever their rank.
+    """
+    if k >= z_RM.shape[1]:
+        return torch.ones_like(z_RM, dtype=torch.bool)
+    if k == 0:
+        return torch.zeros_like(z_RM, dtype=torch.bool)
+    cut_R = z_RM.topk(k, dim=-1, sorted=False).values.amin(-1)  # NaN if any value is
+    keep_RM = z_RM >= cut_R[:, None]
+    unclear_R = cut_R.isnan() | ((keep_RM.count_nonzero(-1) > k) & (cut_R > 0))
+    for row in unclear_R.nonzero().flatten().tolist():
+        keep_RM[row] = False
+        keep_RM[row, z_RM[row].argsort(descending=True, stable=True)[:k]] = True
+    return keep_RM
+
+
+def in_window(z: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    """``|z - θ| < ε/2``, in the accumulator's dtype."""
+    acc = accumulator(z.dtype)
+    return (z.to(acc) - threshold.to(acc)).abs() < bandwidth / 2
+
+
+def prefers_dense(a_NF: Tensor, window_NF: Tensor | None) -> bool:
+    """Whether dense products are likely faster, by a sample of the tokens."""
+    step = max(1, len(a_NF) // SAMPLE)
+    present = a_NF[::step] != 0
+    if window_NF is not None:
+        present |= window_NF[::step]
+    share = DENSE_SHARE.get(a_NF.dtype, DENSE_SHARE_16_BITS)
+    return int(present.count_nonzero()) > share * present.numel()
+
+
+def dense_codes(a_NF: Tensor, window_NF: Tensor | None) -> Codes:
+    N, F = a_NF.shape
+    index = torch.zeros(0, dtype=torch.int64, device=a_NF.device)
+    window = index.bool() if window_NF is None else window_NF.flatten()
+    offsets = index.new_zeros(N + 1), index.new_zeros(F + 1)
+    return Codes(a_NF.flatten(), index.int(), offsets[0], index, offsets[1], window)
+
+
+def sparse_codes(a_NF: Tensor, window_NF: Tensor | None, plan: Plan | None) -> Codes:
+    N, F = a_NF.shape
+    place_C = _places(a_NF, window_NF)
+    rows_C = place_C // max(F, 1)
+    features_C = place_C - rows_C * F
+    by_feature_C, order_C = features_C.sort(stable=True)
+    count = torch.arange(max(N, F) + 1, device=a_NF.device)
+    codes = Codes(
+        a_NF.flatten()[place_C],
+        features_C.int(),
+        torch.searchsorted(rows_C, count[: N + 1]),
+        order_C,
+        torch.searchsorted(by_feature_C, count[: F + 1]),
+        torch.zeros(0, dtype=torch.bool, device=a_NF.device),
+    )
+    if plan is None or plan.capacity is None:
+        return codes
+    if len(place_C) > plan.capacity:
+        raise ValueError(
+            f"transcoder: plan.capacity must hold every code; got {plan.capacity} for "
+            f"{len(place_C)} codes; raise it, or give Plan(dense=True) or no plan"
+        )
+    buffer = place_C.new_empty(plan.capacity)
+    return codes._replace(
+        values=pad(codes.values, buffer),
+        features=pad(codes.features, buffer),
+        order=pad(codes.order, buffer),
+    )
+
+
+def _places(a_NF: Tensor, window_NF: Tensor | None) -> Tensor:
+    """int64 [C]: where in the flattened a there is a code, ascending."""
+    if window_NF is not None or a_NF.shape[1] % BLOCK:
+        present_NF = a_NF != 0
+        if window_NF is not None:
+            present_NF |= window_NF
+        return present_NF.flatten().nonzero().flatten()
+    if a_NF.numel() == 0:
+        return torch.zeros(0, dtype=torch.int64, device=a_NF.device)
+    a_KB = a_NF.view(-1, BLOCK)
+    blocks = (a_KB.amax(-1) != 0).nonzero().flatten()
+    block, inside = (a_KB[blocks] != 0).nonzero(as_tuple=True)
+    return blocks[block] * BLOCK + inside
+
+
+def pad(t_C: Tensor, like: Tensor) -> Tensor:
+    """`t_C` with zeros up to the length of `like`."""
+    return nnf.pad(t_C, (0, len(like) - len(t_C))) if len(like) > len(t_C) else t_C
