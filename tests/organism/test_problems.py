@@ -121,7 +121,7 @@ def test_every_step_stays_in_range_and_the_chain_holds(domain):
     for _ in range(500):
         problem = sample_problem(rng, domain)
         assert problem.difficulty == len(problem.steps)
-            assert problem.difficulty in (3, 4)
+        assert problem.difficulty in (3, 4)
         for step in problem.steps:
             assert all(0 <= value <= MAX_VALUE for value in (step.left, step.right, step.result))
         previous = {step.result for step in problem.steps[:-1]}
