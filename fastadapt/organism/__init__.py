@@ -45,7 +45,7 @@ def build(
 
 
 def check(folder: str | Path = FOLDER) -> dict[str, Any]:
-    """Measure the pair in ``folder`` against its acceptance bounds; see ``check.check``."""
+    """Measure the pair in ``folder`` against its acceptance bounds; see ``acceptance.check``."""
     from fastadapt.organism import acceptance
 
     return acceptance.check(Path(folder))
