@@ -59,7 +59,7 @@ def main(folder: Path, kills: int, seed: int) -> dict[str, int]:
     draw = random.Random(seed)
     began = time.perf_counter()
     save_checkpoint(folder, 1, tensors_of(1), {"step": 1}, keep=2)
-    typical = time.perf_counter() - began
+    typical = min(time.perf_counter() - began, 0.05)  # a slow first save says little of the others
     found = {"kills": 0, "mid_save": 0, "lost": 0, "mixed": 0, "unresumable": 0, "damaged": 0}
     committed = 1
     for _ in range(kills):

@@ -62,7 +62,7 @@ def test_killed_at_five_steps_and_resumed_twice(tiny_config, tmp_path: Path) -> 
     save_config(tiny_config(), tmp_path / "config.yaml")
     program = Path(__file__).with_name("crash_runs.py")
     arguments = [sys.executable, program, tmp_path / "config.yaml", tmp_path, *kills]
-    done = subprocess.run(list(map(str, arguments)), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(list(map(str, arguments)), capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     for name in kills:
         folder = tmp_path / name.replace(",", "-")
