@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from fastadapt.options import parse_train
 from fastadapt.training.trainer import train
@@ -12,14 +11,9 @@ pytestmark = pytest.mark.slow
 
 
 def run(folder, *options: str) -> dict:
-    """The preset on all cores, with what is typed after it."""
-    threads = torch.get_num_threads()
-    argv = ["organism", "--run.output", str(folder / "run"), "--run.threads", "2", *options]
-    config, _ = parse_train(argv)
-    try:
-        summary = train(config)
-    finally:
-        torch.set_num_threads(threads)
+    """The preset, with what is typed after it."""
+    config, _ = parse_train(["organism", "--run.output", str(folder / "run"), *options])
+    summary = train(config)
     print({k: v for k, v in summary.items() if k.startswith(("kl", "top1", "nmse_mean", "l0"))})
     return summary
 
