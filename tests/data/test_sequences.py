@@ -210,3 +210,8 @@ def test_the_columns_of_the_real_data_load(rows, tokenizer, tmp_path):
     path = tmp_path / "full.jsonl"
     path.write_text("\n".join(json.dumps(line) for line in lines))
     assert len(load_sequences(str(path), tokenizer, config(), split="train")) == 2
+
+
+def test_a_split_is_train_or_validation(tokenizer):
+    with pytest.raises(ValueError, match="split: expected 'train' or 'validation', got 'test'"):
+        load_sequences("unused", tokenizer, config(), split="test")
