@@ -18,7 +18,15 @@ from .autograd import SAVED_OPS, transcode
 from .codes import Plan
 from .reference import TranscoderOutput, TranscoderStats, accumulator, reference
 
-__all__ = ["SAVED_OPS", "Plan", "TranscoderOutput", "TranscoderStats", "transcoder"]
+__all__ = [
+    "ACTIVATIONS",
+    "IMPLEMENTATIONS",
+    "SAVED_OPS",
+    "Plan",
+    "TranscoderOutput",
+    "TranscoderStats",
+    "transcoder",
+]
 
 ACTIVATIONS = ("relu", "topk", "batch_topk", "jumprelu")
 IMPLEMENTATIONS = ("auto", "reference", "sparse", "triton")
