@@ -34,15 +34,15 @@ lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/python .ci/typecheck.py
 
 proof: lint  ## every claim at its full count: slow tests, benchmarks, and the main job from a fresh clone
-	FASTADAPT_PROOF=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=20
+	FASTADAPT_PROOF=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=20 --cov --cov-report=term:skip-covered
 	$(MAKE) bench
 	bash .ci/clean_clone timeout 720 make train
 
 bench: $(VENV)/.dev  ## benchmarks of the kernels
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
-clean:  ## remove the environment, the caches and the runs
-	rm -rf $(VENV) .venv-ci build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
+clean:  ## remove the environment and the caches; runs stay
+	rm -rf $(VENV) .venv-ci build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
 
 $(VENV)/bin/python:
 	@[ -n "$(PYTHON)" ] || { echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11" >&2; exit 1; }

@@ -87,9 +87,30 @@ def _read_card(path: Path) -> dict[str, Any]:
     if card.get("additive") is not True:
         raise UserError(f"{card_file}: 'additive' must be true: a replacement is no adapter")
     for key in ("n_layers", "d_in", "d_out"):
-        if not isinstance(card.get(key), int) or card[key] < 1:
-            raise UserError(f"{card_file}: {key} must be a positive integer, got {card.get(key)!r}")
+        value = card.get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"{card_file}: {key} must be a positive integer, got {value!r}")
+    if not isinstance(card.get("metadata"), dict):
+        raise UserError(f"{card_file}: metadata must be an object, got {card.get('metadata')!r}")
     return card
+
+
+def _read_config(settings: Any, card_file: Path) -> AdapterConfig:
+    """The adapters' configuration: every setting there, none unknown, each of its type."""
+    known = {f.name for f in fields(AdapterConfig)}
+    given = set(settings) if isinstance(settings, dict) else set()
+    if given != known:
+        raise UserError(
+            f"{card_file}: settings in 'adapter' do not match: "
+            f"missing {sorted(known - given)}, unknown {sorted(given - known)}"
+        )
+    kinds: dict[str, Any] = {"n_features": int, "activation": str, "implementation": str}
+    for name, value in settings.items():
+        kind = kinds.get(name, (int, float, type(None)))
+        if isinstance(value, bool) or not isinstance(value, kind):
+            wanted = getattr(kind, "__name__", "number or null")
+            raise UserError(f"{card_file}: adapter.{name}: expected {wanted}, got {value!r}")
+    return AdapterConfig(**settings)
 
 
 def load_adapters(
@@ -108,11 +129,7 @@ def load_adapters(
 
     path = Path(folder)
     card = _read_card(path)
-    known = {f.name for f in fields(AdapterConfig)}
-    settings = card.get("adapter")
-    if not isinstance(settings, dict) or set(settings) - known:
-        raise UserError(f"{path / 'fastadapt.json'}: 'adapter' holds unknown settings: {settings}")
-    config = AdapterConfig(**settings)
+    config = _read_config(card.get("adapter"), path / "fastadapt.json")
     names = {f"layer_{i}.safetensors" for i in range(card["n_layers"])}
     found = {p.name for p in path.glob("layer_*.safetensors")}
     if names != found:
@@ -136,6 +153,8 @@ def load_adapters(
                     f"{file}: tensor {name}: expected {expected.get(name, 'none')}, "
                     f"got {shapes.get(name, 'none')}"
                 )
+            if not tensors[name].is_floating_point():
+                raise UserError(f"{file}: tensor {name}: expected floating, got integers")
         if dtype is not None:
             tensors = {
                 name: t if name == "threshold" and t.dim() == 0 else t.to(dtype)

@@ -38,6 +38,7 @@ from fastadapt.kernels.linear_kl import linear_kl
 from fastadapt.kernels.nmse import nmse
 from fastadapt.kernels.transcoder import SAVED_OPS, TranscoderStats
 from fastadapt.models import Mode, ReplacementModel
+from fastadapt.pair import DTYPES
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,16 @@ class ObjectiveConfig:
     Args:
         sparsity: λ of the decoder-norm-weighted L1.
         nmse: weight of the activation loss.
-        bridge: weight of each bridge's KL. 1 in the text, 2 in the released code.
+        bridge: weight of each bridge's KL. 1 in the text, 2 in the released code; at 0 the bridges
+            are not run.
         first_cutoff: the cutoff is uniform on ``first_cutoff..L``: 1 in the text, 0 in the released
             code.
         checkpoint: recompute blocks in the backward pass. Their sparse codes are kept, so the
             encoder's product is not recomputed.
         kl_chunk_tokens: tokens whose logits exist at a time.
+        logits_dtype: what logits are rounded to before the softmax, which is taken in float32:
+            null for float32 (near-equal distributions cancel in 16 bits), ``bfloat16`` as in the
+            released code.
     """
 
     sparsity: float = 1e-3
@@ -61,6 +66,7 @@ class ObjectiveConfig:
     first_cutoff: int = 1
     checkpoint: bool = True
     kl_chunk_tokens: int = 1024
+    logits_dtype: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("sparsity", "nmse", "bridge"):
@@ -71,6 +77,11 @@ class ObjectiveConfig:
             raise UserError(f"objective.first_cutoff must be 0 or 1, got {self.first_cutoff}")
         if self.kl_chunk_tokens < 1:
             raise UserError(f"objective.kl_chunk_tokens must be >= 1, got {self.kl_chunk_tokens}")
+        if self.logits_dtype is not None and self.logits_dtype not in DTYPES:
+            raise UserError(
+                f"objective.logits_dtype must be null or one of {', '.join(DTYPES)}, "
+                f"got {self.logits_dtype!r}"
+            )
 
 
 class ObjectiveOutput(NamedTuple):
@@ -138,7 +149,7 @@ def _walk(
     n_layers, (n_rows, _) = model.n_layers, batch.input_ids.shape
     real, attention = batch.real, batch.attention_mask
     padding = None if attention is None else ~real
-    forks = 0 < cutoff < n_layers
+    forks = 0 < cutoff < n_layers and config.bridge > 0
 
     single = model.block_inputs(batch.input_ids, attention)
     double, double_mask, double_padding = single, tokens_BT, padding
@@ -228,6 +239,7 @@ def objective(
         mask=predictions_BT.flatten(),
         softcap=model.softcap,
         chunk_tokens=config.kl_chunk_tokens,
+        logits_dtype=None if config.logits_dtype is None else DTYPES[config.logits_dtype],
     )
     out = kl.kl[0]
     metrics: dict[str, Tensor] = {"kl": out}
@@ -236,12 +248,12 @@ def objective(
         metrics["bridge_target_to_adapter"] = kl.kl[2]
     elif cutoff == 0:
         metrics["bridge_target_to_adapter"] = out
-    else:
+    elif cutoff == model.n_layers:
         metrics["bridge_adapter_to_target"] = out
     bridges = [value for name, value in metrics.items() if name.startswith("bridge")]
     sparsity = config.sparsity * torch.stack(streams.penalties).sum()
     loss = out + config.nmse * streams.nmse + sparsity
-    if config.bridge:
+    if config.bridge and bridges:
         loss = loss + config.bridge * torch.stack(bridges).sum()
 
     n_active = torch.stack([s.n_active for s in streams.stats]).sum()

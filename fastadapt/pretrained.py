@@ -49,7 +49,8 @@ def reading(what: str, source: str) -> Iterator[None]:
         raise UserError(
             f"{what} {source!r}: a safetensors file is truncated or damaged: {e}"
         ) from e
-    except (OSError, ValueError, RuntimeError) as e:
+    # transformers raises the latter three on configurations that it did not expect.
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as e:
         if isinstance(e, UserError):
             raise
         reason = " ".join(str(e).split())

@@ -123,6 +123,11 @@ def edit_card(folder, **changes) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
+def edit_settings(folder, **changes) -> None:
+    settings = json.loads((folder / "fastadapt.json").read_text())["adapter"]
+    edit_card(folder, adapter={**settings, **changes})
+
+
 FAULTS = {
     "missing tensor": (
         lambda f: edit_tensors(f, lambda t: t.pop("b_dec")),
@@ -159,7 +164,24 @@ FAULTS = {
     "newer schema": (lambda f: edit_card(f, schema_version=99), "schema_version is 99"),
     "replacement": (lambda f: edit_card(f, additive=False), "'additive' must be true"),
     "no width": (lambda f: edit_card(f, d_in="wide"), "d_in must be a positive integer"),
-    "unknown setting": (lambda f: edit_card(f, adapter={"colour": 1}), "unknown settings"),
+    "flag for a width": (lambda f: edit_card(f, d_in=True), "d_in must be a positive integer"),
+    "no metadata": (lambda f: edit_card(f, metadata=None), "metadata must be an object"),
+    "unknown setting": (
+        lambda f: edit_settings(f, colour=1),
+        r"do not match: missing \[\], unknown \['colour'\]",
+    ),
+    "missing settings": (
+        lambda f: edit_card(f, adapter={}),
+        r"missing \['activation', .*unknown \[\]",
+    ),
+    "text for a number": (
+        lambda f: edit_settings(f, n_features="40"),
+        r"adapter\.n_features: expected int, got '40'",
+    ),
+    "integers for weights": (
+        lambda f: edit_tensors(f, lambda t: t.update(W_enc=t["W_enc"].long())),
+        r"layer_1\.safetensors: tensor W_enc: expected floating, got integers",
+    ),
 }
 
 

@@ -19,6 +19,7 @@ from transformers.models.qwen2 import modeling_qwen2
 
 from fastadapt.adapter import AdapterConfig
 from fastadapt.batch import Batch
+from fastadapt.errors import UserError
 from fastadapt.models import ReplacementModel
 from fastadapt.objective import ObjectiveConfig, draw_cutoff, objective
 
@@ -103,10 +104,15 @@ def naive(
                 for a, t in zip(h_rep, h, strict=True)
             )
             / (LAYERS + 1),
+            "nmse_token": sum(
+                ((a - t).pow(2).mean(-1) / (t.pow(2).mean(-1) + 1e-8)).mean()
+                for a, t in zip(h_rep, h, strict=True)
+            )
+            / (LAYERS + 1),
             "sparsity": weights.sparsity * sum(m.penalty for m in adapted),
             "l0": sum(m.active for m in adapted) / LAYERS * n,
         }
-        scale = {"nmse": len(batch.labels), "sparsity": len(batch.labels)}
+        scale = dict.fromkeys(("nmse", "nmse_token", "sparsity"), len(batch.labels))
         scale["l0"] = int(batch.real.sum())
         if counted.any():
             terms["kl"] = kl(clean, logits, counted)
@@ -179,7 +185,7 @@ def check(replacement, reference_target, cutoff, config, batch, tolerance) -> No
     replacement.zero_grad()
     got = objective(replacement, batch, cutoff, config)
     got.loss.backward()
-    assert set(got.metrics) - {"nmse_token"} == set(want)
+    assert set(got.metrics) == set(want)
     for name, value in want.items():
         error = abs(got.metrics[name] - value) / max(abs(value.item()), 1e-12)
         assert error < tolerance, f"{name} at cutoff {cutoff}: relative error {error:.1e}"
@@ -260,6 +266,31 @@ def test_one_traversal(cutoff, checkpointed, make_pair) -> None:
     expected = [(layer, "replacement") for layer in range(LAYERS)]
     expected += [(layer, "target") for layer in range(cutoff, LAYERS) if forks]
     assert again == (sorted(expected) if checkpointed else [])
+
+
+def test_without_weight_the_bridges_are_not_run(make_pair) -> None:
+    replacement = make_replacement(make_pair("qwen2"), ACTIVATIONS["relu"])
+    calls: list[int] = []
+    for block in replacement.blocks:
+        block.self_attn.register_forward_hook(lambda _m, _a, _o: calls.append(1))
+    batch = ragged_batch()
+    with torch.no_grad():
+        bare = objective(replacement, batch, 1, ObjectiveConfig(bridge=0)).metrics
+        assert len(calls) == 2 * LAYERS
+        full = objective(replacement, batch, 1, ObjectiveConfig(bridge=1)).metrics
+    assert not any(name.startswith("bridge") for name in bare)
+    bridges = sum(value for name, value in full.items() if name.startswith("bridge"))
+    torch.testing.assert_close(bare["loss"], full["loss"] - bridges)
+
+
+def test_logits_can_be_rounded_as_in_the_released_code(make_pair) -> None:
+    replacement = make_replacement(make_pair("qwen2"), ACTIVATIONS["relu"])
+    exact = objective(replacement, ragged_batch(), 1, ObjectiveConfig()).metrics
+    rounded = ObjectiveConfig(logits_dtype="bfloat16")
+    coarse = objective(replacement, ragged_batch(), 1, rounded).metrics
+    assert 0 < abs(coarse["kl"] - exact["kl"]) < 0.02 * exact["kl"]
+    with pytest.raises(UserError, match=r"objective\.logits_dtype must be null or one of float32"):
+        ObjectiveConfig(logits_dtype="int8")
 
 
 def test_recompute_keeps_the_codes(make_pair, monkeypatch) -> None:

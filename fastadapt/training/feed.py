@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,6 +35,18 @@ class Feed:
         self._pad = tokenizer.pad_token_id or 0
         self._order = BatchPlan(len(self.train), config.optimizer.batch_size, config.run.seed)
         self.steps = count_steps(self._order.n_batches, config)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the tokens and labels of both sets: what a resumed run must find again."""
+        digest = hashlib.sha256()
+        for data in (self.train, self.held_out):
+            for i in range(len(data)):
+                sample = data[i]
+                digest.update(len(sample.input_ids).to_bytes(8, "little"))
+                digest.update(sample.input_ids.numpy().tobytes())
+                digest.update(sample.labels.numpy().tobytes())
+        return digest.hexdigest()
 
     def micro_batches(self, step: int) -> list[list[int]]:
         """Indices into ``train`` of each micro-batch of a 0-based optimiser step."""

@@ -15,6 +15,16 @@ if TYPE_CHECKING:
     from fastadapt.training.loop import Run
 
 
+_MOVED = {
+    "data_sha256": "--resume: data.train or data.validation holds other tokens than when the run "
+    "began. Give the data the run began with, or begin again with --overwrite.",
+    "device_type": "--resume: the run began on {then}, now pair.device is {now}; the bits would "
+    "differ. Use --pair.device {then}, or begin again with --overwrite.",
+    "revisions": "--resume: the run began with model revisions {then}, now they are {now}. Name "
+    "pair.target_revision and pair.base_revision, or begin again with --overwrite.",
+}
+
+
 def capture(run: Run) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Everything that the steps to come depend on, or count on: tensors and JSON scalars.
 
@@ -37,16 +47,29 @@ def capture(run: Run) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         "bad_total": run.bad_total,
         "threads": torch.get_num_threads(),
         "wall_s": run.wall_s,
+        **_origin(run),
         **versions(),
     }
     return {**run.optimizer.tensors(), "counters": counters, "rng": rng}, scalars
 
 
+def _origin(run: Run) -> dict[str, Any]:
+    """What the run's bits follow from and the configuration does not pin down."""
+    return {
+        "data_sha256": run.feed.sha256,
+        "device_type": run.model.device.type,
+        "revisions": run.model.pair.revisions,
+    }
+
+
 def restore(run: Run, checkpoint: Checkpoint) -> None:
     """Put a run where it stood when ``checkpoint`` was saved.
 
+    The number of threads, on which a CPU's sums depend, is the saved run's, unless the
+    configuration names one.
+
     Raises:
-        UserError: the data or the adapters are not those that the run began with.
+        UserError: data, models, adapters or kind of device are not those the run began with.
     """
     tensors, scalars = checkpoint.tensors, checkpoint.scalars
     then, now = scalars["sequences"], len(run.feed.train)
@@ -56,6 +79,11 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
             f"({scalars['steps']} steps), now it holds {now} ({run.steps} steps). "
             "Give the data the run began with."
         )
+    for key, now in _origin(run).items():
+        if scalars[key] != now:
+            raise UserError(_MOVED[key].format(then=scalars[key], now=now))
+    if run.config.run.threads is None:
+        torch.set_num_threads(scalars["threads"])
     run.optimizer.load(tensors, scalars)
     counters = dict(tensors["counters"])
     run.dead.since_LF.copy_(counters.pop("since_fired"))

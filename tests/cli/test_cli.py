@@ -18,7 +18,7 @@ OPTIONS = re.findall(
 --data.train_on_prompt --data.train_split --data.validation --data.validation_split
 --dry-run --help
 --objective --objective.bridge --objective.checkpoint --objective.first_cutoff
---objective.kl_chunk_tokens --objective.nmse --objective.sparsity
+--objective.kl_chunk_tokens --objective.logits_dtype --objective.nmse --objective.sparsity
 --optimizer --optimizer.accumulation --optimizer.batch_size --optimizer.betas --optimizer.clip
 --optimizer.epochs --optimizer.eps --optimizer.lr --optimizer.masters --optimizer.max_steps
 --optimizer.warmup --optimizer.weight_decay

@@ -1,7 +1,8 @@
 """Kill a process that saves checkpoints without a pause, again and again; tell what was found.
 
-Run as a program: ``crash_saves.py FOLDER KILLS SEED``. Every tensor of a set holds its step, so a
-set that mixes two steps shows. Prints one JSON object.
+Run as a program: ``crash_saves.py FOLDER KILLS SEED``: until KILLS of them left an unfinished save
+behind (others fell between two saves, or within the pruning, and count as well). Every tensor of a
+set holds its step, so a set that mixes two steps shows. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def main(folder: Path, kills: int, seed: int) -> dict[str, int]:
     typical = min(time.perf_counter() - began, 0.05)  # a slow first save says little of the others
     found = {"kills": 0, "mid_save": 0, "lost": 0, "mixed": 0, "unresumable": 0, "damaged": 0}
     committed = 1
-    for _ in range(kills):
+    while found["mid_save"] < kills and found["kills"] < 20 * kills:
         steps = kill_once(folder, committed + 1, draw.uniform(0, 4 * typical))
         committed = max([committed, *steps])
         found["kills"] += 1

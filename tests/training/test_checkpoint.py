@@ -323,7 +323,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
         save(tmp_path / "file" / "checkpoints", 1)
 
 
-def test_kills_while_saving(tmp_path: Path) -> None:
+def test_kills_while_saving(tmp_path: Path, capsys) -> None:
     """SIGKILL at random moments of saves: each resumes, none mixes steps, none is lost."""
     kills = 100 if PROOF else 5
     program = Path(__file__).with_name("crash_saves.py")
@@ -331,7 +331,7 @@ def test_kills_while_saving(tmp_path: Path) -> None:
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["kills"] == kills
+    assert found["kills"] >= found["mid_save"] == kills
     assert {k: found[k] for k in ("lost", "mixed", "unresumable", "damaged")} == {
         "lost": 0,
         "mixed": 0,
@@ -339,4 +339,5 @@ def test_kills_while_saving(tmp_path: Path) -> None:
         "damaged": 0,
     }
     assert found["kept"] == 2
-    assert found["mid_save"] >= kills // 3  # else the kills missed what they are to hit
+    with capsys.disabled():
+        print(f" {found} ", end="")

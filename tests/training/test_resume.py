@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fastadapt.errors import RunError, UserError
+from fastadapt.training import trainer
 from fastadapt.training.checkpoint import list_checkpoints, load_latest
 from fastadapt.training.config import TrainConfig, save_config
 from fastadapt.training.feed import Feed
@@ -194,6 +195,51 @@ def test_other_data_is_refused(tiny_config, tiny_pair: Path, tmp_path: Path) -> 
     data.write_text("\n".join(rows[:-3]))
     with pytest.raises(UserError, match=r"24 sequences when the run began.*now it holds 21"):
         train(config, resume=True)
+
+
+def test_as_much_other_data_is_refused(tiny_config, tiny_pair: Path, tmp_path: Path) -> None:
+    rows = (tiny_pair / "train.jsonl").read_text().splitlines()
+    data = tmp_path / "train.jsonl"
+    data.write_text("\n".join(rows))
+    config, stop = tiny_config(**{"data.train": str(data)}), Event()
+    train(config, stop=stop, sinks=[stop_after(stop, 3)])
+    data.write_text("\n".join([*rows[1:], rows[0]]))
+    with pytest.raises(UserError, match="holds other tokens than when the run began"):
+        train(config, resume=True)
+
+
+def test_the_saved_number_of_threads_is_taken_up(tiny_config) -> None:
+    before, stop = torch.get_num_threads(), Event()
+    try:
+        torch.set_num_threads(2)
+        train(tiny_config(), stop=stop, sinks=[stop_after(stop, 3)])
+        torch.set_num_threads(1)
+        train(tiny_config(), resume=True)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("device_type", "cuda", "began on cuda, now pair.device is cpu"),
+        ("revisions", {"target": "abc", "base": None}, "began with model revisions .*abc"),
+    ],
+)
+def test_another_origin_is_refused(key, value, message, tiny_config, monkeypatch) -> None:
+    """As if the checkpoint had been saved on another kind of device, or of other revisions."""
+    stop = Event()
+    train(tiny_config(), stop=stop, sinks=[stop_after(stop, 3)])
+    find = trainer.load_latest
+
+    def moved(folder):
+        found, passed = find(folder)
+        return dataclasses.replace(found, scalars={**found.scalars, key: value}), passed
+
+    monkeypatch.setattr(trainer, "load_latest", moved)
+    with pytest.raises(UserError, match=message):
+        train(tiny_config(), resume=True)
 
 
 def test_weights_of_another_shape_are_refused(tiny_config, tmp_path: Path) -> None:
