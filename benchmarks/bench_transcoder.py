@@ -23,11 +23,12 @@ from fastadapt.kernels.testing import assert_close
 from fastadapt.kernels.transcoder import transcoder
 
 T, D, F = 2048, 1024, 8192
-L0S = [0.1, 1, 10, 100, 250, 350, 450, 700, 1000, 4096]
+L0S = [0.1, 1, 10, 100, 250, 350, 450, 700, 1000, 4096, 8000]
 PLAIN_L0S = [1, 10, 4096]
 FASTER = {1: 4.0, 10: 3.0}  # times as fast as the reference, at least
 NEVER_BELOW = 0.9
-ROUNDS, MORE_ROUNDS = 7, 14
+PAIRS = 9  # fixed beforehand: to measure again what failed would be to choose
+SEED = 0
 PENALTY_GRADIENT = torch.tensor(1e-3)
 NAMES = ["x", "W_enc", "b_enc", "W_dec", "b_dec", "residual"]
 
@@ -49,7 +50,7 @@ def fresh(*shape: int) -> Tensor:
 @functools.lru_cache(maxsize=1)
 def inputs(l0: float) -> dict[str, Tensor]:
     """Leaves whose pre-activations are standard normal but for the bias, which sets the rates."""
-    torch.manual_seed(torch.seed() % 2**31)
+    torch.manual_seed(SEED)
     W_enc = nnf.normalize(fresh(F, D), dim=-1)
     tensors = {
         "x": fresh(T, D),
@@ -148,17 +149,9 @@ def test_sparse(benchmark: Any, l0: float) -> None:
         reference.append(timed(*new, "reference"))
         return new, {}
 
-    benchmark.pedantic(
-        lambda *new: sparse.append(timed(*new, "sparse")), setup=setup, rounds=ROUNDS
-    )
+    benchmark.pedantic(lambda *new: sparse.append(timed(*new, "sparse")), setup=setup, rounds=PAIRS)
 
-    def ratio() -> float:
-        return statistics.median(r / s for r, s in zip(reference, sparse, strict=True))
-
+    ratio = statistics.median(r / s for r, s in zip(reference, sparse, strict=True))
     bound = FASTER.get(l0, NEVER_BELOW)
-    while ratio() < bound and len(sparse) < ROUNDS + MORE_ROUNDS:
-        new = refresh(leaves)
-        reference.append(timed(*new, "reference"))
-        sparse.append(timed(*new, "sparse"))
-    benchmark.extra_info |= {"ratio": round(ratio(), 3), "pairs": len(sparse)}
-    assert ratio() >= bound, f"{ratio():.2f} times as fast as the reference, expected {bound}"
+    benchmark.extra_info |= {"ratio": round(ratio, 3), "pairs": len(sparse), "seed": SEED}
+    assert ratio >= bound, f"{ratio:.2f} times as fast as the reference, expected {bound}"
