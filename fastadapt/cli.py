@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import random
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from fastadapt.options import (
     nearest,
     organism_parser,
     parse_train,
+    resume_command,
     train_parser,
 )
 
@@ -107,7 +107,7 @@ def train(argv: list[str]) -> int:
             config, resume=flags.resume, overwrite=flags.overwrite, sinks=[progress]
         )
     if summary["interrupted"]:
-        return _stopped(summary, flags.config, argv)
+        return _stopped(summary, argv)
     _print_summary(summary)
     return 0
 
@@ -123,14 +123,12 @@ def _say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def _stopped(summary: dict[str, Any], config: str, argv: list[str]) -> int:
+def _stopped(summary: dict[str, Any], argv: list[str]) -> int:
     """A signal came and everything is saved: say how to go on."""
     from fastadapt.training.report import write_report
 
-    again = [a for a in argv if a not in ("--resume", "--overwrite")]
-    command = " ".join(["fastadapt train", *map(shlex.quote, again), "--resume"])
     print(f"Stopped at step {summary['step']} of {summary['steps']}; everything up to it is saved.")
-    print(f"Go on with:  {command}")
+    print(f"Go on with:  {resume_command(argv)}")
     print(f"So far:      {write_report(summary['output'])}")
     return 0
 
