@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
+import shlex
+import shutil
+import sys
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -90,16 +94,19 @@ def find_config(name: str) -> Path:
     """The file of a preset, by its name, or of a YAML file, by its path.
 
     Raises:
-        UserError: neither a preset nor a file.
+        UserError: neither a preset nor a file, such as a folder.
     """
     if name in preset_names():
         return PRESETS / f"{name}.yaml"
     path = Path(name).expanduser()
     if path.is_file():
         return path
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; expected a YAML file or a preset ({_known()})")
     if path.suffix in (".yaml", ".yml") or "/" in name:
         raise UserError(f"{name}: no such file; give a YAML file or a preset ({_known()})")
-    raise UserError(f"{name}: no such preset{nearest(name, preset_names())} Known: {_known()}")
+    hint = nearest(name, preset_names()) or "."
+    raise UserError(f"{name}: no such preset{hint} Known: {_known()}")
 
 
 def _known() -> str:
@@ -160,6 +167,28 @@ def parse_train(argv: Sequence[str]) -> tuple[TrainConfig, Namespace]:
                 raise UserError(f"{component}: expected keys, got {below!r}")
             below.update({key: _plain(value) for key, value in fields.items()})
     return from_dict(values), flags
+
+
+def resume_command(argv: Sequence[str]) -> str:
+    """The command that goes on with a run, to be typed in the shell that the run was started from.
+
+    Args:
+        argv: arguments of the `fastadapt train` that was stopped.
+    """
+    again = [a for a in argv if a not in ("--resume", "--overwrite")]
+    return shlex.join([_program(), "train", *again, "--resume"])
+
+
+def _program() -> str:
+    # A script that the shell found on the PATH is told its path too: what counts is whether
+    # `fastadapt` alone leads there. Embedded in another program, there is no path of ours.
+    started = sys.argv[0]
+    found = shutil.which("fastadapt")
+    if Path(started).stem != "fastadapt":
+        return "fastadapt"
+    if found is not None and os.path.realpath(found) == os.path.realpath(started):
+        return "fastadapt"
+    return started
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
