@@ -121,8 +121,16 @@ def desk(tiny_pair: Path, tmp_path: Path, recipe: Callable, fastadapt: Callable)
     return Desk(tiny_pair, tmp_path, recipe, fastadapt)
 
 
+@pytest.fixture(scope="session")
+def emitted() -> dict[str, str]:
+    """Test by test, the error that a mistake got, whatever folder it was made in."""
+    return {}
+
+
 @pytest.fixture
-def expect_error(desk: Desk, fastadapt: Callable) -> Callable[..., None]:
+def expect_error(
+    desk: Desk, fastadapt: Callable, emitted: dict[str, str], request: pytest.FixtureRequest
+) -> Callable[..., None]:
     """``expect_error(arrange, message, code)``: the command that `arrange(desk)` gives is refused.
 
     It must print one error that matches `message` and nothing else, exit with `code`, show no
@@ -133,7 +141,9 @@ def expect_error(desk: Desk, fastadapt: Callable) -> Callable[..., None]:
         argv = arrange(desk)
         before = _contents(desk.folder / "run")
         outcome = fastadapt(*argv)
-        assert re.search(message, " ".join(outcome.err.split())), outcome.err
+        said = " ".join(outcome.err.split())
+        emitted[request.node.nodeid] = re.sub(r"(?<![\w.])/[^\s',:]+", "PATH", said)
+        assert re.search(message, said), outcome.err
         assert outcome.code == code
         assert outcome.out == ""
         assert outcome.err.count("error: ") == 1

@@ -26,7 +26,13 @@ CASES = [
     (
         "preset",
         lambda d: ["train", "organsim"],
-        r"organsim: no such preset; did you mean organism\?",
+        r"organsim: no such preset; did you mean organism\? Known: organism, r1-",
+    ),
+    ("no preset", lambda d: ["train", "zzz"], r"zzz: no such preset\. Known: organism, r1-"),
+    (
+        "a folder",
+        lambda d: ["train", d.folder],
+        r"is a folder; expected a YAML file or a preset \(organism, r1-",
     ),
     ("second positional", lambda d: d.train("more"), r"unexpected argument 'more'"),
     option("--optimizer.learning_rate", "1", r"unknown option --optimizer\.learning_rate"),
@@ -125,9 +131,13 @@ def test_a_mistake_gets_one_clear_error(case, expect_error):
     expect_error(arrange, *expected)
 
 
-def test_every_case_has_words_of_its_own():
-    assert len({name for name, *_ in CASES}) == len(CASES)
-    assert len({message for _, _, message, *_ in CASES}) == len(CASES)
+def test_every_case_has_words_of_its_own(emitted):
+    """What was printed for every case that has run so far, of whatever file, is its own."""
+    assert len({name for name, *_ in CASES}) == len(CASES) >= 30
+    by_message: dict[str, list[str]] = {}
+    for case, said in emitted.items():
+        by_message.setdefault(said, []).append(case)
+    assert {said: cases for said, cases in by_message.items() if len(cases) > 1} == {}
 
 
 def test_a_missing_extra_is_named(fastadapt, recipe, monkeypatch):
