@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from fastadapt.training.rundir import CONFIG, METRICS, SUMMARY, Record, read_records
 
 
@@ -34,6 +36,31 @@ class Run:
     def result(self) -> Record:
         """The final numbers: of the summary, or of the last evaluation of a run without one."""
         return {**(self.evals[-1] if self.evals else {}), **self.summary}
+
+    @property
+    def dead_window(self) -> int | None:
+        """``run.dead_window`` in training tokens, None where the directory does not tell it."""
+        window = self.summary.get("dead_window")
+        if window is None:
+            try:
+                window = yaml.safe_load(self.config)["run"]["dead_window"]
+            except (yaml.YAMLError, LookupError, TypeError):  # no such key, or no such file
+                return None
+        return window if isinstance(window, int) else None
+
+    @property
+    def dead_in_training(self) -> list[int]:
+        """Per layer, features that fired on none of the last `dead_window` training tokens.
+
+        Empty while fewer tokens than the window were seen, when none can have been silent for it.
+        """
+        counted = (r for r in (self.summary, *reversed(self.train)) if r.get("dead_per_layer"))
+        last = next(counted, {})
+        window, tokens = self.dead_window, last.get("tokens")
+        if window is None or tokens is None or tokens < window:
+            return []
+        dead: list[int] = last["dead_per_layer"]
+        return dead
 
 
 def read_run(run_dir: str | Path) -> Run:

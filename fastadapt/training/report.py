@@ -237,8 +237,7 @@ def _sparsity(run: Run) -> str:
 def _layers(run: Run) -> str:
     r = run.result
     l0, dead = r.get("l0_per_layer") or [], r.get("n_dead_per_layer") or []
-    last = next((t for t in reversed(run.train) if t.get("dead_per_layer")), {})
-    recent = last.get("dead_per_layer") or []
+    recent = run.dead_in_training
     n = max(len(l0), len(dead), len(recent))
     if not n:
         return ""
@@ -252,7 +251,9 @@ def _layers(run: Run) -> str:
         ]
         for i in range(n)
     ]
-    head = ["", "L0", "dead (held-out)", "dead (training)", "NMSE"]
+    window = run.dead_window
+    told = "training, window unknown" if window is None else f"last {window:,} training tokens"
+    head = ["", "L0", "dead (held-out)", f"dead ({told})", "NMSE"]
     return table(head, rows)
 
 

@@ -12,11 +12,15 @@ from fastadapt.training.charts import Series, histogram, line_chart, linear_tick
 from fastadapt.training.records import number
 from fastadapt.training.report import write_report
 
+WINDOW = 100_000
+
 
 def write_run(folder: Path, *, layers: int = 4, steps: int = 600, summary: bool = True) -> Path:
     """A run directory with the records of `steps` steps of an even, decaying training."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text("pair:\n  target: <organism>/target\nrun:\n  seed: 42\n")
+    (folder / "config.yaml").write_text(
+        f"pair:\n  target: <organism>/target\nrun:\n  seed: 42\n  dead_window: {WINDOW}\n"
+    )
     edges = [-7 + 0.25 * i for i in range(29)]
     with (folder / "metrics.jsonl").open("w") as file:
         start = {
@@ -139,6 +143,50 @@ def test_a_finished_run_is_told_whole(tmp_path):
     assert "2.13.0" in text  # the versions
     assert "held out sequences 77" in " ".join(text.split())
     assert "dead (held-out)" in text
+
+
+def _dead_in_training(folder: Path) -> tuple[str, list[str]]:
+    """Head and cells of the column of features that are dead in training."""
+    rows = re.findall(r"<tr>(.*?)</tr>", write_report(folder).read_text(encoding="utf-8"))
+    told = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in rows]
+    first = next(i for i, cells in enumerate(told) if "dead (held-out)" in cells)
+    column = [cells[3] for cells in told[first : first + 5]]
+    return column[0], column[1:]
+
+
+@pytest.mark.parametrize("summary", [True, False])
+def test_dead_in_training_names_its_window(tmp_path, summary):
+    head, cells = _dead_in_training(write_run(tmp_path / "run", summary=summary))
+    assert head == "dead (last 100,000 training tokens)"
+    assert cells == ["15", "16", "17", "18"]  # of step 600
+
+
+def test_the_window_of_a_summary_counts(tmp_path):
+    run = write_run(tmp_path / "run")
+    path = run / "summary.json"
+    more = {"dead_window": 1_800_000, "dead_per_layer": [5, 6, 0, 8], "tokens": 1_800_000}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **more}))
+    head, cells = _dead_in_training(run)
+    assert head == "dead (last 1,800,000 training tokens)"
+    assert cells == ["5", "6", "0", "8"]
+
+
+def test_nothing_is_dead_before_the_window_has_passed(tmp_path):
+    run = write_run(tmp_path / "run", steps=100)
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace(str(WINDOW), "300001"))  # 300,000 were seen
+    assert _dead_in_training(run) == ("dead (last 300,001 training tokens)", ["–"] * 4)
+
+
+@pytest.mark.parametrize("config", ["run:\n  seed: 42\n", "", "run: [\n", "run: 3\n", None])
+def test_without_a_window_nothing_is_called_dead(tmp_path, config):
+    run = write_run(tmp_path / "run", steps=100)
+    path = run / "config.yaml"
+    if config is None:
+        path.unlink()
+    else:
+        path.write_text(config)
+    assert _dead_in_training(run) == ("dead (training, window unknown)", ["–"] * 4)
 
 
 def test_the_page_needs_no_network_and_no_script(tmp_path):
