@@ -54,6 +54,10 @@ def test_the_make_targets_exist(target):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
+def test_no_comment_is_left():
+    assert "<!--" not in README
+
+
 def test_links_lead_somewhere():
     for link in re.findall(r"\]\((?!https?:)([^)]+)\)", README):
         assert (ROOT / link).exists(), link
