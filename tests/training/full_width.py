@@ -6,6 +6,7 @@ on the fly. Prints one JSON object.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import sys
 import time
@@ -18,6 +19,20 @@ import torch
 from fastadapt.training.config import TrainConfig, from_dict
 
 TOKENS = 1024
+WIDE = {
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+}
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 def memory(field: str) -> int:
@@ -26,18 +41,10 @@ def memory(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def configure(folder: Path) -> tuple[TrainConfig, Any]:
+def configure(folder: Path, sizes: dict[str, int], n_features: int) -> tuple[TrainConfig, Any]:
     from transformers import Qwen2Config
 
-    model = Qwen2Config(
-        vocab_size=152064,
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=2,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        tie_word_embeddings=False,
-    )
+    model = Qwen2Config(num_hidden_layers=2, tie_word_embeddings=False, **sizes)
     for name in ("target", "base"):
         model.save_pretrained(folder / name)
     config = from_dict(
@@ -47,10 +54,10 @@ def configure(folder: Path) -> tuple[TrainConfig, Any]:
                 "base": str(folder / "base"),
                 "device": "cpu",
             },
-            "adapter": {"n_features": 8192},
+            "adapter": {"n_features": n_features},
             "data": {"train": "none.jsonl", "validation": "none.jsonl", "max_tokens": TOKENS},
             "optimizer": {"max_steps": 1},
-            "run": {"output": str(folder / "run")},
+            "run": {"output": str(folder)},
         }
     )
     return config, model
@@ -110,41 +117,58 @@ def feed(vocabulary: int) -> Any:
     )
 
 
-def main(folder: Path) -> dict[str, Any]:
+def multiply(width: int, vocabulary: int) -> None:
+    """The largest products of a step: the head's, forward and backward."""
+    x, weight = torch.ones(TOKENS, width), torch.ones(vocabulary, width)
+    torch.mm(x @ weight.T, weight, out=x)
+
+
+def one_step(config: TrainConfig, model_config: Any) -> dict[str, Any]:
+    """Build the models, take one optimiser step; say what moved and what it was recorded as."""
     from fastadapt.training import loop
-    from fastadapt.training.plan import plan
     from fastadapt.training.rundir import MetricsLog
 
-    torch.set_num_threads(2)
-    config, model_config = configure(folder)
-    planned = plan(config)
-    before = memory("VmRSS")
-    began = time.monotonic()
+    folder = Path(config.run.output)
     model = build(config, model_config)
-    built, after_build = time.monotonic() - began, memory("VmHWM")
+    began = time.monotonic()
     run = loop.Run(config, folder, began, model, feed(model_config.vocab_size))
     # A sum is enough to notice a change of one element; a copy would count as the step's memory.
     weights = {name: p.double().sum().item() for name, p in run.optimizer.parameters.items()}
-    began = time.monotonic()
     records: list[dict[str, Any]] = []
     with MetricsLog(folder / "metrics.jsonl", [records.append]) as run.log:
         run.advance()
     moments = run.optimizer.tensors()["exp_avg"]
+    parameters = run.optimizer.parameters
     return {
         "record": records[0],
-        "moved": [n for n, p in run.optimizer.parameters.items() if p.double().sum() != weights[n]],
-        "with_gradient": [n for n, m in moments.items() if m.isfinite().all() and m.any()],
         "parameters": list(moments),
-        "planned": planned.peak_bytes,
-        "phases": planned.phases,
-        "parts": planned.parts,
-        "before": before,
-        "after_build": after_build,
-        "peak": memory("VmHWM"),
-        "build_s": built,
+        "moved": [name for name, p in parameters.items() if p.double().sum() != weights[name]],
+        "with_gradient": [name for name, m in moments.items() if m.isfinite().all() and m.any()],
         "step_s": time.monotonic() - began,
     }
 
 
+def main(folder: Path, sizes: dict[str, int], n_features: int) -> dict[str, Any]:
+    from fastadapt.training.plan import plan
+
+    torch.set_num_threads(2)
+    # What is the libraries' own, and not the plan's, first: their code, by a small step, and the
+    # scratch that products of matrices of this size get and keep.
+    one_step(*configure(folder / "small", SMALL, 64))
+    multiply(sizes["hidden_size"], sizes["vocab_size"])
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    config, model_config = configure(folder / "wide", sizes, n_features)
+    planned = plan(config)
+    before = memory("VmRSS")
+    found = one_step(config, model_config)
+    return found | {
+        "planned": planned.peak_bytes,
+        "phases": planned.phases,
+        "parts": planned.parts,
+        "before": before,
+        "peak": memory("VmHWM"),
+    }
+
+
 if __name__ == "__main__":
-    print(json.dumps(main(Path(sys.argv[1]))))
+    print(json.dumps(main(Path(sys.argv[1]), WIDE, 8192)))
