@@ -51,7 +51,8 @@ def reading(what: str, source: str) -> Iterator[None]:
         ) from e
     # transformers raises the latter three on configurations that it did not expect.
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as e:
-        if isinstance(e, UserError):
+        no_memory = isinstance(e, torch.OutOfMemoryError) or "not enough memory" in str(e)
+        if isinstance(e, UserError) or no_memory:
             raise
         reason = " ".join(str(e).split())
         raise UserError(f"{what} {source!r} cannot be loaded: {reason[:300]}") from e

@@ -14,6 +14,7 @@ from fastadapt.adapter import AdapterConfig
 from fastadapt.errors import UserError
 from fastadapt.models import ModelPair, PairConfig, PairMismatchError, ReplacementModel
 from fastadapt.pair import check_tokenizers, choose_attention, choose_device
+from fastadapt.pretrained import reading
 
 ARCHITECTURES = ["qwen2", "llama", "gemma2"]
 IDS = torch.tensor([[5, 9, 23, 7, 31, 8]])
@@ -211,6 +212,19 @@ def test_truncated_weights(role, save_model) -> None:
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(UserError, match="truncated or damaged"):
         load(**folders)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
+    ],
+)
+def test_running_out_of_memory_is_not_a_wrong_source(error) -> None:
+    with pytest.raises(RuntimeError) as raised, reading("target", "somewhere"):
+        raise error
+    assert raised.value is error
 
 
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a/../../b"])
