@@ -99,10 +99,12 @@ def sample_problem(rng: random.Random, domain: str | None = None) -> Problem:
 
 
 def in_range(value: int) -> bool:
+    """Whether a number has a token of its own."""
     return 0 <= value <= MAX_VALUE
 
 
 def direct_answer(problem: Problem) -> str:
+    """What the base is taught to say: the answer, without a step."""
     return f"the answer is {problem.answer}"
 
 

@@ -73,6 +73,7 @@ def split_problems(config: RecipeConfig, seed: int) -> dict[str, list[Problem]]:
 
 
 def conversation(prompt: str, response: str) -> list[dict[str, str]]:
+    """Prompt and response in the columns of OpenThoughts3."""
     return [{"from": "human", "value": prompt}, {"from": "gpt", "value": response}]
 
 
@@ -171,6 +172,7 @@ def train_phase(
 
 
 def new_model(config: RecipeConfig, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+    """A Qwen2 of the configured size, drawn from the current seed."""
     from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
     model = Qwen2ForCausalLM(
@@ -212,6 +214,7 @@ def write_data(out: Path, problems: dict[str, list[Problem]], seed: int) -> None
 
 
 def save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write model and tokenizer as ``AutoModelForCausalLM`` and ``AutoTokenizer`` read them."""
     model.save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)  # written readable by its owner alone
     tokenizer.save_pretrained(folder)

@@ -130,6 +130,7 @@ def prefers_dense(a_NF: Tensor, window_NF: Tensor | None) -> bool:
 
 
 def dense_codes(a_NF: Tensor, window_NF: Tensor | None) -> Codes:
+    """All of a [N, F] as codes, for dense products."""
     N, F = a_NF.shape
     index = torch.zeros(0, dtype=torch.int64, device=a_NF.device)
     window = index.bool() if window_NF is None else window_NF.flatten()
@@ -138,6 +139,7 @@ def dense_codes(a_NF: Tensor, window_NF: Tensor | None) -> Codes:
 
 
 def sparse_codes(a_NF: Tensor, window_NF: Tensor | None, plan: Plan | None) -> Codes:
+    """The active entries of a [N, F] (and those in the window), in buffers of the plan's size."""
     N, F = a_NF.shape
     place_C = _places(a_NF, window_NF)
     rows_C = place_C // max(F, 1)
