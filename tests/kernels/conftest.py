@@ -1,0 +1,24 @@
+"""Triton kernels run on the GPU if there is one, else in Triton's interpreter on the CPU."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which happens later
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where Triton kernels are tested: "cuda" or, interpreted, "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="session")
+def triton_dtypes() -> list[torch.dtype]:
+    """Those in which kernels are tested: the interpreter multiplies bfloat16 wrongly."""
+    exact = [torch.float32, torch.float16]
+    return [*exact, torch.bfloat16] if torch.cuda.is_available() else exact
