@@ -21,6 +21,8 @@ from hypothesis import settings
 
 PROOF = os.environ.get("FASTADAPT_PROOF") == "1"
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 torch.set_num_threads(1)
 # Without a deadline: a first call compiles or loads. Drawn anew in `make proof`, fixed otherwise.
 settings.register_profile("quick", max_examples=25, deadline=None, derandomize=True)

@@ -1,14 +1,9 @@
-"""Triton kernels run on the GPU if there is one, else in Triton's interpreter on the CPU."""
+"""Triton kernels run on the GPU if there is one, else in Triton's interpreter (see tests/conftest.py)."""
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which happens later
 
 
 @pytest.fixture(scope="session")
