@@ -14,8 +14,10 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from fastadapt.kernels import device as devices
+
 from .autograd import SAVED_OPS, transcode
-from .codes import Plan
+from .codes import Plan, plan_for
 from .reference import TranscoderOutput, TranscoderStats, accumulator, reference
 
 __all__ = [
@@ -25,11 +27,12 @@ __all__ = [
     "Plan",
     "TranscoderOutput",
     "TranscoderStats",
+    "plan_for",
     "transcoder",
 ]
 
 ACTIVATIONS = ("relu", "topk", "batch_topk", "jumprelu")
-IMPLEMENTATIONS = ("auto", "reference", "sparse", "triton")
+IMPLEMENTATIONS = ("auto", "reference", "sparse", "triton", "triton_fused")
 
 
 def transcoder(
@@ -79,10 +82,15 @@ def transcoder(
             `penalty`; statistics count tokens of non-zero weight. None is 1. Not differentiated.
         padding: bool of x's leading shape, True on padding: no code there (``out = residual +
             b_dec``), no part in a ranking, no weight, whatever x holds. None is no padding.
-        plan: how to lay the codes out; None lets the op look at their number. Results are exact
-            either way. Ignored by the reference.
-        implementation: ``"reference"`` (dense, plain autograd), ``"sparse"`` (CPU; codes), or
-            ``"auto"``: sparse on a CPU (and, with a plan, on the meta device), else reference.
+        plan: how to lay the codes out (:func:`plan_for`); None lets the op look at their number,
+            for which it waits for a GPU once. Results are exact either way, but for codes beyond
+            ``plan.capacity``: a CPU raises; a GPU, which cannot without a wait, leaves results
+            invalid and says so by ``stats.n_codes > plan.capacity``. Ignored by the reference.
+        implementation: ``"reference"`` (dense, plain autograd); ``"sparse"`` (CPU; codes);
+            ``"triton"`` (GPU; codes behind the library's product) or ``"triton_fused"`` (the
+            product in Triton too), both for 16 bits and float32; ``"auto"``: sparse on a CPU (and,
+            with a plan, on the meta device), triton on a GPU, the reference elsewhere and for
+            float64 on a GPU.
 
     Returns:
         ``out`` like `residual`; ``penalty`` 0-d, fp32 or float64: ``Σ_t w_t Σ_i a_ti ‖W_dec,i‖₂``,
@@ -96,17 +104,16 @@ def transcoder(
     Raises:
         TypeError, ValueError: an argument's type, dtype, device, shape or value, with what was
             expected and what was got; in the sparse path also codes beyond ``plan.capacity``.
-        NotImplementedError: ``implementation="triton"``.
     """
     _validate(x, W_enc, b_enc, W_dec, b_dec, residual, mask, padding)
     _validate_activation(activation, k, threshold, bandwidth, W_enc)
-    chosen = _choose(implementation, x.device.type, plan)
 
     autocast = _autocasts(x)
     if autocast:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, W_enc, b_enc, W_dec, b_dec = (t.to(dtype) for t in (x, W_enc, b_enc, W_dec, b_dec))
         residual = None if residual is None else residual.to(dtype)
+    chosen = _choose(implementation, x, plan)
     acc = accumulator(x.dtype)
     if activation == "batch_topk" and threshold is not None:
         threshold = threshold.detach().to(acc).expand(W_enc.shape[0])
@@ -127,7 +134,7 @@ def transcoder(
             residual_STE=None if residual is None else residual.reshape(*rows, W_dec.shape[1]),
             weight_ST=None if mask is None else mask.detach().reshape(rows).to(acc),
             padding_ST=None if padding is None else padding.reshape(rows),
-            **({} if chosen == "reference" else {"plan": plan}),
+            **({} if chosen == "reference" else {"plan": plan, "implementation": chosen}),
         )
     return result._replace(out=result.out.view(*lead, W_dec.shape[1]))
 
@@ -228,19 +235,24 @@ def _validate_activation(
         _expect(threshold.device == device, "threshold", f"on {device}", threshold.device)
 
 
-def _choose(implementation: str, device: str, plan: Plan | None) -> str:
-    """The implementation that `implementation` means on this device."""
+def _choose(implementation: str, x: Tensor, plan: Plan | None) -> str:
+    """The implementation that `implementation` means for x."""
     known = f"one of {IMPLEMENTATIONS}"
     _expect(implementation in IMPLEMENTATIONS, "implementation", known, repr(implementation))
     if plan is not None and not isinstance(plan, Plan):
         raise TypeError(f"transcoder: plan must be a Plan or None; got {type(plan).__name__}")
-    if implementation == "triton":
-        raise NotImplementedError(
-            "transcoder: implementation 'triton' is not built yet; use 'auto', 'sparse' (CPU) or "
-            "'reference'"
-        )
+    device = x.device.type
+    wide = x.dtype == torch.float64
     if implementation == "auto":
+        if device == "cuda" and not wide:
+            return "triton"
         return "sparse" if device == "cpu" or (device == "meta" and plan) else "reference"
     if implementation == "sparse":
-        _expect(device in ("cpu", "meta"), "implementation", f"'reference' on {device}", "'sparse'")
+        there = f"'triton' or 'reference' on {device}"
+        _expect(device in ("cpu", "meta"), "implementation", there, "'sparse'")
+    elif implementation != "reference":
+        there = f"'sparse' or 'reference' on {device}, where Triton kernels do not run"
+        runs = device == "meta" or devices.runs_triton(device)
+        _expect(runs, "implementation", there, repr(implementation))
+        _expect(not wide, "implementation", "'reference' for float64", repr(implementation))
     return implementation

@@ -3,8 +3,7 @@
 `encode` returns codes and statistics, which selective checkpointing saves; `decode` returns output
 and penalty, is recomputed, and saves neither its output nor the residual. The number of codes is
 data: without a plan the fakes give it as an unbacked size. Each op's backward is an op too, so that
-compilers and counters see it. Device code registers itself beside the CPU's, with
-``torch.library.impl``.
+compilers and counters see it. An op's last argument, the implementation, says whose code runs.
 """
 
 from __future__ import annotations
@@ -29,22 +28,25 @@ STATS = ", ".join(f"Tensor {name}" for name in TranscoderStats._fields)
 define(
     "fastadapt::encode",
     "(Tensor x, Tensor W_enc, Tensor b_enc, Tensor? threshold, Tensor? weight, Tensor? padding, "
-    "str activation, float k, float bandwidth, bool? dense, SymInt? capacity) "
+    "str activation, float k, float bandwidth, bool? dense, SymInt? capacity, bool ordered, "
+    "str implementation) "
     f"-> ({CODES}, {STATS})",
 )
 define(
     "fastadapt::encode_backward",
     "(Tensor da, Tensor x, Tensor W_enc, Tensor? threshold, Tensor? padding, "
-    f"{CODES}, float bandwidth, bool[] need) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"{CODES}, float bandwidth, bool[] need, str implementation) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 define(
     "fastadapt::decode",
-    f"({CODES}, Tensor W_dec, Tensor b_dec, Tensor? residual, Tensor? weight) -> (Tensor, Tensor)",
+    f"({CODES}, Tensor W_dec, Tensor b_dec, Tensor? residual, Tensor? weight, "
+    "str implementation) -> (Tensor, Tensor)",
 )
 define(
     "fastadapt::decode_backward",
-    f"(Tensor? g, Tensor? c, {CODES}, Tensor W_dec, Tensor? weight, bool need_values, bool need_W) "
-    "-> (Tensor, Tensor)",
+    f"(Tensor? g, Tensor? c, {CODES}, Tensor W_dec, Tensor? weight, bool need_values, bool need_W, "
+    "str implementation) -> (Tensor, Tensor)",
 )
 
 #: What selective checkpointing should keep of a block that contains the op.
@@ -66,8 +68,11 @@ def transcode(
     weight_ST: Tensor | None,
     padding_ST: Tensor | None,
     plan: Plan | None,
+    implementation: str,
 ) -> TranscoderOutput:
     """The op on validated arguments, through the registered ops."""
+    weights = x_STD, W_enc_FD, b_enc_F, W_dec_FE, threshold
+    ordered = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in weights)
     weight_N = None if weight_ST is None else weight_ST.flatten()
     results = ops.encode(
         x_STD,
@@ -81,47 +86,72 @@ def transcode(
         0.0 if bandwidth is None else float(bandwidth),
         None if plan is None else plan.dense,
         None if plan is None else plan.capacity,
+        ordered,
+        implementation,
     )
-    codes, (n_active, counts_F, n_tokens, min_active) = results[:N_CODES], results[N_CODES:]
+    codes, (*counts, min_active, n_codes) = results[:N_CODES], results[N_CODES:]
     residual_NE = None if residual_STE is None else residual_STE.flatten(0, 1)
-    out_NE, penalty = ops.decode(*codes, W_dec_FE, b_dec_E, residual_NE, weight_N)
+    out_NE, penalty = ops.decode(*codes, W_dec_FE, b_dec_E, residual_NE, weight_N, implementation)
     out_STE = out_NE.view(*x_STD.shape[:-1], W_dec_FE.shape[1])
     min_active = min_active.masked_fill(min_active == -1, torch.nan)  # -1: there is none
-    return TranscoderOutput(
-        out_STE, penalty, TranscoderStats(n_active, counts_F, n_tokens, min_active)
-    )
+    stats = TranscoderStats(*counts, min_active, n_codes)
+    return TranscoderOutput(out_STE, penalty, stats)
 
 
-# --- the CPU's implementation ---------------------------------------------------------------------
+# --- implementations ------------------------------------------------------------------------------
 
 
 def _encode(*args: Any) -> tuple[Tensor, ...]:
-    *inputs, dense, capacity = args
-    call: tuple[Any, ...] = (*inputs, None if dense is None else Plan(dense, capacity))
-    codes, *stats = sparse.encode(*call)
+    *inputs, dense, capacity, ordered, implementation = args
+    call: tuple[Any, ...] = (*inputs, None if dense is None else Plan(dense, capacity), ordered)
+    if implementation == "sparse":
+        codes, *stats = sparse.encode(*call)
+    else:
+        from . import triton_forward
+
+        codes, *stats = triton_forward.encode(*call, fused=implementation == "triton_fused")
     return (*codes, *stats)
 
 
 def _encode_backward(da: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *inputs, bandwidth, need = args
+    *inputs, bandwidth, need, implementation = args
     codes = Codes(*inputs[-N_CODES:])
     call: tuple[Any, ...] = (da, x.flatten(0, 1), *inputs[:-N_CODES], codes, bandwidth, need)
-    dx, *rest = sparse.encode_backward(*call)
+    if implementation == "sparse":
+        dx, *rest = sparse.encode_backward(*call)
+    else:
+        from . import triton_backward
+
+        dx, *rest = triton_backward.encode_backward(*call)
     return (dx.view(x.shape) if need[0] else dx, *rest)
 
 
 def _decode(*args: Any) -> tuple[Tensor, Tensor]:
-    return sparse.decode(Codes(*args[:N_CODES]), *args[N_CODES:])
+    *inputs, implementation = args
+    call: tuple[Any, ...] = (Codes(*inputs[:N_CODES]), *inputs[N_CODES:])
+    if implementation == "sparse":
+        return sparse.decode(*call)
+    from . import triton_forward
+
+    return triton_forward.decode(*call)
 
 
 def _decode_backward(g: Tensor | None, c: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
-    return sparse.decode_backward(g, c, Codes(*args[:N_CODES]), *args[N_CODES:])
+    *inputs, implementation = args
+    call: tuple[Any, ...] = (g, c, Codes(*inputs[:N_CODES]), *inputs[N_CODES:])
+    if implementation == "sparse":
+        return sparse.decode_backward(*call)
+    from . import triton_backward
+
+    return triton_backward.decode_backward(*call)
 
 
-impl("fastadapt::encode", "cpu", _encode)
-impl("fastadapt::encode_backward", "cpu", _encode_backward)
-impl("fastadapt::decode", "cpu", _decode)
-impl("fastadapt::decode_backward", "cpu", _decode_backward)
+# Triton's kernels run on a CPU too, in its interpreter.
+DEVICES = ("cpu", "cuda")
+impl("fastadapt::encode", DEVICES, _encode)
+impl("fastadapt::encode_backward", DEVICES, _encode_backward)
+impl("fastadapt::decode", DEVICES, _decode)
+impl("fastadapt::decode_backward", DEVICES, _decode_backward)
 
 
 # --- fakes ----------------------------------------------------------------------------------------
@@ -129,7 +159,7 @@ impl("fastadapt::decode_backward", "cpu", _decode_backward)
 
 @register_fake("fastadapt::encode")
 def _fake_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    activation, dense, capacity = args[3], *args[-2:]
+    activation, (dense, capacity, ordered, _) = args[3], args[-4:]
     N, F = x.shape[0] * x.shape[1], W_enc.shape[0]
     jumps = activation == "jumprelu"
     n_values: Any = N * F
@@ -143,17 +173,20 @@ def _fake_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, *args: Any) -> tuple[T
         if capacity is None:
             n_values = torch.library.get_ctx().new_dynamic_size()
         n_codes, n_window = n_values, 0
+    n_ordered = n_codes if ordered else 0
     return (
         x.new_empty(n_values),
         x.new_empty(n_codes, dtype=torch.int32),
         x.new_empty(N + 1, dtype=torch.int64),
-        x.new_empty(n_codes, dtype=torch.int64),
-        x.new_empty(F + 1, dtype=torch.int64),
+        x.new_empty(n_ordered, dtype=torch.int64),
+        x.new_empty(n_ordered, dtype=torch.int32),
+        x.new_empty(F + 1 if ordered else 0, dtype=torch.int64),
         x.new_empty(n_window, dtype=torch.bool),
         x.new_empty((), dtype=torch.int64),
         x.new_empty(F, dtype=torch.int64),
         x.new_empty((), dtype=torch.int64),
         x.new_empty((), dtype=torch.float32),
+        x.new_empty((), dtype=torch.int64),
     )
 
 
@@ -161,7 +194,7 @@ def _fake_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, *args: Any) -> tuple[T
 def _fake_encode_backward(
     da: Tensor, x: Tensor, W_enc: Tensor, threshold: Tensor | None, *args: Any
 ) -> tuple[Tensor, ...]:
-    need, F = args[-1], W_enc.shape[0]
+    need, F = args[-2], W_enc.shape[0]
     return (
         x.new_empty(x.shape if need[0] else 0),
         x.new_empty(W_enc.shape if need[1] else 0),
@@ -181,7 +214,7 @@ def _fake_decode(*args: Any) -> tuple[Tensor, Tensor]:
 def _fake_decode_backward(
     g: Tensor | None, c: Tensor | None, values: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor]:
-    W_dec, _, need_values, need_W = args[N_CODES - 1 :]
+    W_dec, _, need_values, need_W, _ = args[N_CODES - 1 :]
     return (
         values.new_empty(values.shape if need_values else 0),
         W_dec.new_empty(W_dec.shape if need_W else 0),
@@ -192,24 +225,24 @@ def _fake_decode_backward(
 
 
 def _setup_encode(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, W_enc, _, threshold, _, padding, _, _, bandwidth, _, _ = inputs
+    x, W_enc, _, threshold, _, padding, _, _, bandwidth, _, _, _, implementation = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.bandwidth = bandwidth
+    ctx.bandwidth, ctx.implementation = bandwidth, implementation
     ctx.save_for_backward(x, W_enc, threshold, padding, *output[:N_CODES])
 
 
 def _differentiate_encode(ctx: Any, da: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    rest = [None] * 7
+    rest = [None] * 9
     if da is None:
         return (*[None] * 4, *rest)
     need = list(ctx.needs_input_grad[:4])  # x, W_enc, b_enc, threshold
-    results = ops.encode_backward(da, *ctx.saved_tensors, ctx.bandwidth, need)
+    results = ops.encode_backward(da, *ctx.saved_tensors, ctx.bandwidth, need, ctx.implementation)
     return (*(g if needed else None for g, needed in zip(results, need, strict=True)), *rest)
 
 
 def _setup_decode(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *codes_and_W_dec, _, _, weight = inputs
+    *codes_and_W_dec, _, _, weight, ctx.implementation = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*codes_and_W_dec, weight)
 
@@ -218,16 +251,19 @@ def _differentiate_decode(
     ctx: Any, g: Tensor | None, c: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     need_values = ctx.needs_input_grad[0]
-    need_W, need_b, need_residual, _ = ctx.needs_input_grad[N_CODES:]
+    need_W, need_b, need_residual, _, _ = ctx.needs_input_grad[N_CODES:]
     da = dW = None
     if (need_values or need_W) and not (g is None and c is None):
-        da, dW = ops.decode_backward(g, c, *ctx.saved_tensors, need_values, need_W)
+        da, dW = ops.decode_backward(
+            g, c, *ctx.saved_tensors, need_values, need_W, ctx.implementation
+        )
     return (
         da if need_values else None,
         *[None] * (N_CODES - 1),
         dW if need_W else None,
         g.sum(0) if need_b and g is not None else None,
         g if need_residual else None,
+        None,
         None,
     )
 
@@ -251,7 +287,7 @@ def _count_encode(x_shape: Any, W_enc_shape: Any, *_: Any, **__: Any) -> int:
 
 
 def _count_encode_backward(*args: Any, **_: Any) -> int:
-    W_enc_shape, values_shape, need = args[2], args[5], args[-1]
+    W_enc_shape, values_shape, need = args[2], args[5], args[-2]
     return int(2 * values_shape[0] * W_enc_shape[1] * (need[0] + need[1]))
 
 
@@ -262,7 +298,7 @@ def _count_decode(*args: Any, **_: Any) -> int:
 
 def _count_decode_backward(*args: Any, **_: Any) -> int:
     values_shape, W_dec_shape = args[2], args[2 + N_CODES]
-    need_values, need_W = args[-2:]
+    need_values, need_W = args[-3:-1]
     return int(2 * values_shape[0] * W_dec_shape[1] * (need_values + need_W))
 
 

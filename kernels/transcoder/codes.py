@@ -1,7 +1,8 @@
 """Codes, the sparse activations: which entries of a dense z are active, and their two orders.
 
 Codes are CSR by token: `values`, `features` (ascending in a row) and `row_offsets`, with `order`,
-the permutation to by-feature order (tokens ascending), and `feature_offsets`. An entry of value 0
+the permutation to by-feature order (tokens ascending), each code's token in that order, `tokens`,
+and `feature_offsets`; these three only where the weights get a gradient. An entry of value 0
 is an inactive one in JumpReLU's window: it carries gradient to θ alone. Where dense products are
 faster, `values` is all of a [N, F], flattened, `features` is empty and `window` marks JumpReLU's
 window.
@@ -26,6 +27,13 @@ from .reference import accumulator
 # features of uneven counts on more threads. In bf16, whose codes are multiplied in fp32, at 0.018.
 DENSE_SHARE = {torch.float32: 0.045, torch.float64: 0.045}
 DENSE_SHARE_16_BITS = 0.017
+# On a GPU not yet measured: where gathering a row of 16 bits at 4.3 TB/s takes as long as its share
+# of a product at 788 TFLOP/s; in fp32, of 4 bytes at some 60 TFLOP/s.
+DENSE_SHARE_GPU = {torch.float32: 0.036}
+DENSE_SHARE_GPU_16_BITS = 0.0055
+# Buffers hold this many times the expected codes, and a few more, in steps that repeat.
+HEADROOM = 1.5
+CAPACITY_STEP = 16_384
 # Tokens that the choice between codes and dense products looks at: it need not be exact.
 SAMPLE = 256
 # Features searched for codes together: most blocks hold none, and a maximum is a cheap test.
@@ -39,6 +47,34 @@ class Plan(NamedTuple):
     capacity: int | None = None  #: length of the code buffers (sparse only); None: as needed.
 
 
+def dense_share(dtype: torch.dtype, device_type: str) -> float:
+    """Share of entries that are codes above which dense products win."""
+    if device_type == "cuda":
+        return DENSE_SHARE_GPU.get(dtype, DENSE_SHARE_GPU_16_BITS)
+    return DENSE_SHARE.get(dtype, DENSE_SHARE_16_BITS)
+
+
+def plan_for(
+    codes_per_token: float, n_tokens: int, n_features: int, dtype: torch.dtype, device_type: str
+) -> Plan:
+    """The plan of a call that should find about `codes_per_token` codes on each of its tokens.
+
+    Args:
+        codes_per_token: as a call before it found: ``stats.n_codes`` over its tokens.
+        n_tokens: of the call, all rows of x together.
+        n_features: F.
+        dtype, device_type: of x: they decide where dense products win.
+
+    Returns:
+        Dense, or codes with room for half as many again, and never more than there are entries.
+    """
+    if codes_per_token > dense_share(dtype, device_type) * n_features:
+        return Plan(dense=True)
+    entries = n_tokens * n_features
+    wanted = int(HEADROOM * codes_per_token * n_tokens) + CAPACITY_STEP
+    return Plan(False, min(entries, -(-wanted // CAPACITY_STEP) * CAPACITY_STEP))
+
+
 class Codes(NamedTuple):
     """What the encoder leaves for the decoder and for both backward passes."""
 
@@ -46,7 +82,8 @@ class Codes(NamedTuple):
     features: Tensor  #: int32 [C]; dense: [0].
     row_offsets: Tensor  #: int64 [N + 1].
     order: Tensor  #: int64 [C]: code indices by feature, tokens ascending; dense: [0].
-    feature_offsets: Tensor  #: int64 [F + 1].
+    tokens: Tensor  #: int32 [C]: each code's token, in the order by feature; dense: [0].
+    feature_offsets: Tensor  #: int64 [F + 1]; [0] where codes are not ordered by feature.
     window: Tensor  #: bool [N * F] for dense jumprelu, else [0].
 
     @property
@@ -58,7 +95,10 @@ class Codes(NamedTuple):
         """Without the unused tail of buffers longer than the codes."""
         n = int(self.row_offsets[-1])
         return self._replace(
-            values=self.values[:n], features=self.features[:n], order=self.order[:n]
+            values=self.values[:n],
+            features=self.features[:n],
+            order=self.order[:n],
+            tokens=self.tokens[:n],
         )
 
 
@@ -125,35 +165,44 @@ def prefers_dense(a_NF: Tensor, window_NF: Tensor | None) -> bool:
     present = a_NF[::step] != 0
     if window_NF is not None:
         present |= window_NF[::step]
-    share = DENSE_SHARE.get(a_NF.dtype, DENSE_SHARE_16_BITS)
-    return int(present.count_nonzero()) > share * present.numel()
+    return int(present.count_nonzero()) > dense_share(a_NF.dtype, "cpu") * present.numel()
 
 
-def dense_codes(a_NF: Tensor, window_NF: Tensor | None) -> Codes:
+def dense_codes(a_NF: Tensor, window_NF: Tensor | None, *, ordered: bool) -> Codes:
     """All of a [N, F] as codes, for dense products."""
     N, F = a_NF.shape
     index = torch.zeros(0, dtype=torch.int64, device=a_NF.device)
+    rows, columns = index.new_zeros(N + 1), index.new_zeros(F + 1 if ordered else 0)
     window = index.bool() if window_NF is None else window_NF.flatten()
-    offsets = index.new_zeros(N + 1), index.new_zeros(F + 1)
-    return Codes(a_NF.flatten(), index.int(), offsets[0], index, offsets[1], window)
+    return Codes(a_NF.flatten(), index.int(), rows, index, index.int(), columns, window)
 
 
-def sparse_codes(a_NF: Tensor, window_NF: Tensor | None, plan: Plan | None) -> Codes:
+def sparse_codes(
+    a_NF: Tensor, window_NF: Tensor | None, plan: Plan | None, *, ordered: bool
+) -> Codes:
     """The active entries of a [N, F] (and those in the window), in buffers of the plan's size."""
     N, F = a_NF.shape
     place_C = _places(a_NF, window_NF)
     rows_C = place_C // max(F, 1)
     features_C = place_C - rows_C * F
-    by_feature_C, order_C = features_C.sort(stable=True)
     count = torch.arange(max(N, F) + 1, device=a_NF.device)
+    none = count[:0]
     codes = Codes(
         a_NF.flatten()[place_C],
         features_C.int(),
         torch.searchsorted(rows_C, count[: N + 1]),
-        order_C,
-        torch.searchsorted(by_feature_C, count[: F + 1]),
-        torch.zeros(0, dtype=torch.bool, device=a_NF.device),
+        none,
+        none.int(),
+        none,
+        none.bool(),
     )
+    if ordered:
+        by_feature_C, order_C = features_C.sort(stable=True)
+        codes = codes._replace(
+            order=order_C,
+            tokens=rows_C[order_C].int(),
+            feature_offsets=torch.searchsorted(by_feature_C, count[: F + 1]),
+        )
     if plan is None or plan.capacity is None:
         return codes
     if len(place_C) > plan.capacity:
@@ -165,7 +214,8 @@ def sparse_codes(a_NF: Tensor, window_NF: Tensor | None, plan: Plan | None) -> C
     return codes._replace(
         values=pad(codes.values, buffer),
         features=pad(codes.features, buffer),
-        order=pad(codes.order, buffer),
+        order=pad(codes.order, buffer) if ordered else codes.order,
+        tokens=pad(codes.tokens, buffer) if ordered else codes.tokens,
     )
 
 

@@ -18,7 +18,10 @@ from torch import Tensor
 
 
 class TranscoderStats(NamedTuple):
-    """Counts over the tokens of non-zero weight that are not padding. Not differentiable."""
+    """Counts over tokens of non-zero weight that are not padding; `n_codes` over all but padding.
+
+    Not differentiable.
+    """
 
     n_active: Tensor  #: int64, 0-d: active entries.
     feature_counts: Tensor  #: int64 [F]: tokens on which each feature fired.
@@ -26,6 +29,9 @@ class TranscoderStats(NamedTuple):
     #: fp32, 0-d: the smallest active value of each row of x, averaged over the rows that have one.
     #: For batch_topk, whose threshold at inference follows it; NaN if none, and otherwise.
     min_active: Tensor
+    #: int64, 0-d: codes of all tokens that are not padding: active entries, and for jumprelu those
+    #: in its window. A plan whose capacity is less does not hold them.
+    n_codes: Tensor
 
     @property
     def fired(self) -> Tensor:
@@ -114,8 +120,10 @@ def activate(
     return a_STF
 
 
-def statistics(a_STF: Tensor, counted_ST: Tensor, activation: str) -> TranscoderStats:
-    """Counts of the active entries of counted tokens."""
+def statistics(
+    a_STF: Tensor, code_STF: Tensor, counted_ST: Tensor, activation: str
+) -> TranscoderStats:
+    """Counts of the active entries of counted tokens, and of all codes."""
     active_STF = (a_STF != 0) & counted_ST[..., None]
     feature_counts_F = active_STF.sum((0, 1))
     min_active = torch.full((), torch.nan, device=a_STF.device)
@@ -123,7 +131,9 @@ def statistics(a_STF: Tensor, counted_ST: Tensor, activation: str) -> Transcoder
         smallest_S = torch.where(active_STF, a_STF, torch.inf).flatten(1).amin(-1).float()
         fires_S = active_STF.flatten(1).any(-1)
         min_active = torch.where(fires_S, smallest_S, 0).sum() / fires_S.sum()
-    return TranscoderStats(feature_counts_F.sum(), feature_counts_F, counted_ST.sum(), min_active)
+    return TranscoderStats(
+        feature_counts_F.sum(), feature_counts_F, counted_ST.sum(), min_active, code_STF.sum()
+    )
 
 
 def reference(
@@ -160,6 +170,11 @@ def reference(
         counted_ST = weight_ST != 0
     if padding_ST is not None:
         counted_ST = counted_ST & ~padding_ST
-    return TranscoderOutput(
-        out_STE, penalty_ST.sum(), statistics(a_STF.detach(), counted_ST, activation)
-    )
+    code_STF = a_STF.detach() != 0
+    if activation == "jumprelu":
+        assert threshold is not None
+        assert bandwidth is not None
+        window_STF = (z_STF.detach().to(acc) - threshold.to(acc)).abs() < bandwidth / 2
+        code_STF |= window_STF if padding_ST is None else window_STF & ~padding_ST[..., None]
+    stats = statistics(a_STF.detach(), code_STF, counted_ST, activation)
+    return TranscoderOutput(out_STE, penalty_ST.sum(), stats)

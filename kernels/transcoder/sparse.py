@@ -42,10 +42,12 @@ def encode(
     k: float,
     bandwidth: float,
     plan: Plan | None,
-) -> tuple[Codes, Tensor, Tensor, Tensor, Tensor]:
-    """Codes and the four statistics of ``TranscoderStats``, by one dense product.
+    ordered: bool,
+) -> tuple[Codes, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Codes and the statistics of ``TranscoderStats``, by one dense product.
 
-    `min_active` is -1 where there is none: NaN, which equals nothing, is put in by the caller.
+    `ordered`: also the order by feature, which gradients need. `min_active` is -1 where there is
+    none: NaN, which equals nothing, is put in by the caller.
     """
     S, T, _ = x_STD.shape
     N, F = S * T, W_enc_FD.shape[0]
@@ -68,20 +70,25 @@ def encode(
 
     min_active = torch.full((), -1.0, device=a_NF.device)
     if plan.dense if plan else prefers_dense(a_NF, window_NF):
-        codes = dense_codes(a_NF, window_NF)
+        codes = dense_codes(a_NF, window_NF, ordered=ordered)
         counts_F = _column_counts(a_NF, counted_N)
+        n_codes = counts_F.sum()
+        if weight_N is not None or window_NF is not None:
+            present_NF = a_NF != 0 if window_NF is None else (a_NF != 0) | window_NF
+            n_codes = present_NF.count_nonzero()
         if activation == "batch_topk":
             active_NF = (a_NF != 0) & counted_N[:, None]
             offsets_S = torch.arange(S + 1, device=a_NF.device) * (T * F)
             min_active = _mean_smallest(a_NF.flatten(), active_NF.flatten(), offsets_S)
     else:
-        codes = sparse_codes(a_NF, window_NF, plan)
+        codes = sparse_codes(a_NF, window_NF, plan, ordered=ordered)
         live = codes.live()
+        n_codes = live.row_offsets[-1].clone()
         active_C = (live.values != 0) & counted_N[segments(live.row_offsets)]
         counts_F = torch.bincount(live.features[active_C], minlength=F)
         if activation == "batch_topk":
             min_active = _mean_smallest(live.values, active_C, live.row_offsets[:: max(T, 1)])
-    return codes, counts_F.sum(), counts_F, counted_N.sum(), min_active
+    return codes, counts_F.sum(), counts_F, counted_N.sum(), min_active, n_codes
 
 
 def encode_backward(
@@ -117,11 +124,11 @@ def encode_backward(
         if need[3]:
             dtheta = torch.where(codes.window, da, 0).view(N, F).sum(0, dtype=acc)
     else:
-        rows_C, by = segments(live.row_offsets), live.order
+        by = live.order
         if need[0]:
             dx = gather_sum(W_enc_FD, live.features, live.row_offsets, dz)
         if need[1]:
-            dW = gather_sum(x_ND, rows_C[by], live.feature_offsets, dz[by])
+            dW = gather_sum(x_ND, live.tokens, live.feature_offsets, dz[by])
         if need[2]:
             db = segment_sum(dz[by], live.feature_offsets)
         if need[3]:
@@ -203,7 +210,7 @@ def decode_backward(
                 da += cost_C if weight_N is None else cost_C * weight_N[rows_C]
             da = pad(da.to(codes.values.dtype), codes.values)
         if need_W:
-            dW = gather_sum(g_NE, rows_C[by], live.feature_offsets, live.values[by])
+            dW = gather_sum(g_NE, live.tokens, live.feature_offsets, live.values[by])
             if c is not None:
                 weighed_C = live.values.to(norm_F.dtype)
                 weighed_C = weighed_C if weight_N is None else weighed_C * weight_N[rows_C]

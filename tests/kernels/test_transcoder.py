@@ -537,5 +537,5 @@ def test_wrong_types_and_what_is_not_built() -> None:
         transcoder(**wrong(plan={}))
     with pytest.raises(TypeError, match="threshold must be a tensor; got float"):
         transcoder(**wrong(activation="jumprelu", threshold=0.1, bandwidth=0.1))
-    with pytest.raises(NotImplementedError, match="'triton' is not built yet"):
+    with pytest.raises(ValueError, match="implementation must be 'reference' for float64"):
         transcoder(**wrong(implementation="triton"))

@@ -1,0 +1,117 @@
+"""The bodies of ``fastadapt::encode_backward`` and ``fastadapt::decode_backward`` on a GPU.
+
+They do what those of ``sparse.py`` do, with kernels in place of library calls.
+
+Shape suffixes: N tokens, D and E widths in and out, F features, C codes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import triton_dense, triton_sums
+from .codes import Codes
+from .triton_forward import norms
+
+
+def encode_backward(
+    da: Tensor,
+    x_ND: Tensor,
+    W_enc_FD: Tensor,
+    threshold_F: Tensor | None,
+    padding_N: Tensor | None,
+    codes: Codes,
+    bandwidth: float,
+    need: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, W_enc, b_enc and θ from the codes' `da`; those not needed are empty."""
+    (N, _), F = x_ND.shape, W_enc_FD.shape[0]
+    dx, dW, db, window_sums = (x_ND.new_empty(0) for _ in range(4))
+    jumps = threshold_F is not None and bandwidth > 0
+    if codes.dense:
+        a_NF, dz_NF = codes.values.view(N, F), da.view(N, F)
+        if need[3]:
+            window_sums = triton_dense.column_sums(dz_NF, window=codes.window.view(N, F))
+        if jumps:
+            dz_NF = torch.where(a_NF != 0, dz_NF, 0)
+        if need[0]:
+            dx = dz_NF @ W_enc_FD
+        if need[1]:
+            if padding_N is not None:
+                x_ND = x_ND.masked_fill(padding_N[:, None], 0)
+            dW = dz_NF.T @ x_ND
+        if need[2]:
+            db = triton_dense.column_sums(dz_NF)
+    else:
+        if need[0]:
+            dx = triton_sums.token_sums(da, codes, W_enc_FD, skip_zeros=jumps)
+        if need[1]:
+            dW = triton_sums.feature_sums(da, codes, x_ND, skip_zeros=jumps)
+        if need[2] or need[3]:
+            assert not need[3] or threshold_F is not None
+            db, window_sums = triton_sums.feature_scalars(
+                da,
+                codes,
+                cut_F=threshold_F.float().contiguous()
+                if jumps and threshold_F is not None
+                else None,
+                half_bandwidth=bandwidth / 2,
+            )
+    dtheta = x_ND.new_empty(0)
+    if need[3]:
+        assert threshold_F is not None
+        dtheta = (-(threshold_F.double() / bandwidth) * window_sums).to(threshold_F.dtype)
+    return dx, dW, db.to(x_ND.dtype) if need[2] else x_ND.new_empty(0), dtheta
+
+
+def decode_backward(
+    g_NE: Tensor | None,
+    c: Tensor | None,
+    codes: Codes,
+    W_dec_FE: Tensor,
+    weight_N: Tensor | None,
+    need_values: bool,
+    need_W: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the codes and of W_dec, given those of out (`g`) and penalty (`c`)."""
+    N, F = len(codes.row_offsets) - 1, W_dec_FE.shape[0]
+    da = dW = W_dec_FE.new_empty(0)
+    norm_F = norms(W_dec_FE)
+    if codes.dense:
+        a_NF = codes.values.view(N, F)
+        if need_values:
+            da = _dense_gradient(g_NE, c, codes, W_dec_FE, norm_F, weight_N).flatten()
+        if need_W:
+            dW = torch.zeros_like(W_dec_FE) if g_NE is None else a_NF.T @ g_NE
+            if c is not None:
+                spent_F = triton_dense.column_sums(a_NF, weight_N=weight_N)
+                scale_F = torch.where(norm_F > 0, c * spent_F / norm_F, 0)
+                dW.addcmul_(W_dec_FE, scale_F.to(dW.dtype)[:, None])
+        return da, dW
+    if need_values:
+        da = triton_sums.code_gradients(g_NE, c, codes, W_dec_FE, norm_F, weight_N)
+    if need_W:
+        table = W_dec_FE.new_zeros(1, 1).expand(N, W_dec_FE.shape[1]) if g_NE is None else g_NE
+        penalty = None
+        if c is not None:
+            spent_F, _ = triton_sums.feature_scalars(codes.values, codes, weight_N=weight_N)
+            penalty = (c, spent_F, norm_F, W_dec_FE)
+        dW = triton_sums.feature_sums(codes.values, codes, table, penalty=penalty)
+    return da, dW
+
+
+def _dense_gradient(
+    g_NE: Tensor | None,
+    c: Tensor | None,
+    codes: Codes,
+    W_dec_FE: Tensor,
+    norm_F: Tensor,
+    weight_N: Tensor | None,
+) -> Tensor:
+    """``g_t · W_dec,i + c w_t ‖W_dec,i‖`` at the codes, 0 elsewhere."""
+    a_NF = codes.values.view(-1, W_dec_FE.shape[0])
+    da_NF = torch.empty_like(a_NF) if g_NE is None else g_NE @ W_dec_FE.T
+    window = codes.window.view_as(a_NF) if codes.window.numel() else None
+    triton_dense.finish_gradient_(da_NF, a_NF, window, norm_F, c, weight_N, has_g=g_NE is not None)
+    return da_NF

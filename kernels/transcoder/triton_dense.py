@@ -1,0 +1,149 @@
+"""Passes over a dense ``[N, F]`` on a GPU, for layers where too much is active for codes.
+
+The products themselves are the library's. Sums by column are made in pieces of tokens, whose sums
+are added in order.
+
+Shape suffixes: N tokens, F features.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ROWS: dict[str, Any] = {"BLOCK_F": 2048, "num_warps": 4}
+COLUMNS: dict[str, Any] = {"BLOCK_N": 16, "BLOCK_F": 128, "num_warps": 4}
+#: Tokens that one program sums.
+COLUMN_TOKENS = 256
+
+
+@triton.jit
+def cost_of_rows(a_ptr, norms_ptr, weights_ptr, costs_ptr, F, HAS_WEIGHTS: tl.constexpr,
+                 BLOCK_F: tl.constexpr):  # fmt: skip
+    """``w_t Σ_i a_ti norm_i``."""
+    row = tl.program_id(0).to(tl.int64)
+    cost = tl.zeros((BLOCK_F,), dtype=tl.float32)
+    for f0 in tl.range(0, F, BLOCK_F):
+        features = f0 + tl.arange(0, BLOCK_F)
+        a = tl.load(a_ptr + row * F + features, mask=features < F, other=0.0)
+        norm = tl.load(norms_ptr + features, mask=features < F, other=0.0)
+        cost += a.to(tl.float32) * norm
+    spent = tl.sum(cost, axis=0)
+    if HAS_WEIGHTS:
+        spent = spent * tl.load(weights_ptr + row)
+    tl.store(costs_ptr + row, spent)
+
+
+@triton.jit
+def finish_gradient(
+    da_ptr, a_ptr, window_ptr, norms_ptr, c_ptr, weights_ptr, F, HAS_G: tl.constexpr,
+    HAS_C: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """In place: ``da + c w_t norm_i`` where there is a code, else 0."""
+    row = tl.program_id(0).to(tl.int64)
+    features = tl.program_id(1).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
+    inside = features < F
+    place = row * F + features
+    keep = tl.load(a_ptr + place, mask=inside, other=0.0) != 0
+    if HAS_WINDOW:
+        keep = keep | (tl.load(window_ptr + place, mask=inside, other=0) != 0)
+    da = tl.zeros((BLOCK_F,), dtype=tl.float32)
+    if HAS_G:
+        da += tl.load(da_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    if HAS_C:
+        cost = tl.load(c_ptr) * tl.load(norms_ptr + features, mask=inside, other=0.0)
+        if HAS_WEIGHTS:
+            cost = cost * tl.load(weights_ptr + row)
+        da += cost
+    tl.store(da_ptr + place, tl.where(keep, da, 0.0).to(da_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["N"])
+def sum_columns(
+    values_ptr, weights_ptr, window_ptr, sums_ptr, N, F, TOKENS, HAS_WEIGHTS: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """``Σ_t w_t value_ti`` over TOKENS tokens; with a window, of what lies in it."""
+    features = tl.program_id(0).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
+    split = tl.program_id(1).to(tl.int64)
+    inside = (features < F)[None, :]
+    total = tl.zeros((BLOCK_N, BLOCK_F), dtype=tl.float32)
+    for n0 in tl.range(0, TOKENS, BLOCK_N):
+        rows = split * TOKENS + n0 + tl.arange(0, BLOCK_N)
+        live = inside & (rows < N)[:, None]
+        place = rows[:, None] * F + features[None, :]
+        if HAS_WINDOW:
+            live = live & (tl.load(window_ptr + place, mask=live, other=0) != 0)
+        value = tl.load(values_ptr + place, mask=live, other=0.0).to(tl.float32)
+        if HAS_WEIGHTS:
+            value = value * tl.load(weights_ptr + rows, mask=rows < N, other=0.0)[:, None]
+        total += value
+    tl.store(sums_ptr + split * F + features, tl.sum(total, axis=0), mask=features < F)
+
+
+def row_costs(a_NF: Tensor, norm_F: Tensor, weight_N: Tensor | None) -> Tensor:
+    """fp32 [N]: each token's penalty."""
+    N, F = a_NF.shape
+    costs = norm_F.new_empty(N)
+    if N:
+        cost_of_rows[(N,)](
+            a_NF, norm_F, weight_N, costs, F, HAS_WEIGHTS=weight_N is not None, **ROWS
+        )
+    return costs
+
+
+def finish_gradient_(
+    da_NF: Tensor,
+    a_NF: Tensor,
+    window: Tensor | None,
+    norm_F: Tensor,
+    c: Tensor | None,
+    weight_N: Tensor | None,
+    *,
+    has_g: bool,
+) -> None:
+    """Adds the penalty's part to `da` (0 so far unless `has_g`) and clears what is no code."""
+    N, F = a_NF.shape
+    if a_NF.numel():
+        finish_gradient[(N, triton.cdiv(F, ROWS["BLOCK_F"]))](
+            da_NF,
+            a_NF,
+            None if window is None else window.view(torch.uint8),
+            norm_F,
+            c,
+            weight_N,
+            F,
+            HAS_G=has_g,
+            HAS_C=c is not None,
+            HAS_WEIGHTS=weight_N is not None,
+            HAS_WINDOW=window is not None,
+            **ROWS,
+        )
+
+
+def column_sums(
+    values_NF: Tensor, *, weight_N: Tensor | None = None, window: Tensor | None = None
+) -> Tensor:
+    """fp32 [F]: ``Σ_t w_t value_ti``, of what lies in `window` if given."""
+    N, F = values_NF.shape
+    splits = triton.cdiv(N, COLUMN_TOKENS)
+    sums = values_NF.new_empty((splits, F), dtype=torch.float32)
+    if values_NF.numel():
+        sum_columns[(triton.cdiv(F, COLUMNS["BLOCK_F"]), splits)](
+            values_NF,
+            weight_N,
+            None if window is None else window.view(torch.uint8),
+            sums,
+            N,
+            F,
+            COLUMN_TOKENS,
+            HAS_WEIGHTS=weight_N is not None,
+            HAS_WINDOW=window is not None,
+            **COLUMNS,
+        )
+    return sums.sum(0)

@@ -1,0 +1,337 @@
+"""The encoder on a GPU: products, activation, and which entries are codes.
+
+Each launcher leaves the same two things: `words`, int32 ``[N, ceil(F / 32)]``, whose bit says that
+an entry is a code, and `values`, x's dtype ``[N, F]``, which holds the activation *at the codes
+alone* (the rest is whatever was there). Nothing can overflow, and the order of programs does not
+matter. Three ways, for three shapes:
+
+- :func:`mark_product`: the library's product, then one pass over its result.
+- :func:`multiply_and_mark`: a persistent Triton product whose pre-activations never reach memory.
+- :func:`multiply_few_and_mark`: few tokens, where reading W_enc once is all there is to do.
+
+Product and bias are summed in fp32 and rounded once to x's dtype (the first way leaves that to the
+library's ``linear``): what is compared with 0 or a threshold is what is stored.
+
+Shape suffixes: N tokens, D width, F features, W words of 32 features.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .triton_bits import pack
+
+# Kinds of activation, as the kernels know them. Rankings mark every positive; the cut comes later.
+RELU, THRESHOLD, JUMPRELU = (tl.constexpr(kind) for kind in range(3))
+
+MARK: dict[str, Any] = {"BLOCK_W": 64, "num_warps": 4}
+# 128 x 128 x 64 with 8 warps compiles without spills around the packing of the flags.
+MULTIPLY_16_BITS: dict[str, Any] = {
+    "BLOCK_N": 128,
+    "BLOCK_F": 128,
+    "BLOCK_D": 64,
+    "GROUP": 8,
+    "num_warps": 8,
+    "num_stages": 3,
+}
+MULTIPLY_32_BITS = MULTIPLY_16_BITS | {"BLOCK_N": 64, "BLOCK_F": 64, "BLOCK_D": 32}
+# One word of features a program, so that some 256 of them keep all of the memory busy.
+MULTIPLY_FEW: dict[str, Any] = {"BLOCK_D": 128, "num_warps": 4, "num_stages": 4}
+#: Tokens up to which one block of rows holds them all and W_enc is read once.
+FEW = 64
+
+
+def words_for(n_tokens: int, n_features: int, like: Tensor) -> Tensor:
+    """Uninitialised words for the flags of every entry."""
+    return like.new_empty((n_tokens, -(-n_features // 32)), dtype=torch.int32)
+
+
+@triton.jit
+def activate(z, cut, half_bandwidth, ACTIVATION: tl.constexpr):
+    """(a, flags) of pre-activations in x's dtype; NaN is active. Flags are int32."""
+    wide = z.to(tl.float32)
+    if ACTIVATION == RELU:
+        active = ~(wide <= 0)
+        return z, active.to(tl.int32)
+    active = ~(wide <= tl.maximum(cut, 0.0))
+    if ACTIVATION == THRESHOLD:
+        return z, active.to(tl.int32)
+    window = tl.abs(wide - cut) < half_bandwidth
+    return tl.where(active, z, 0.0).to(z.dtype), (active | window).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["N"])
+def mark(
+    values_ptr,
+    cut_ptr,
+    padding_ptr,
+    words_ptr,
+    window_ptr,
+    N,
+    F,
+    half_bandwidth,
+    ACTIVATION: tl.constexpr,
+    HAS_PADDING: tl.constexpr,
+    DENSE: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """Pre-activations in `values` -> activations, flags; DENSE also writes zeros, the window."""
+    row = tl.program_id(0).to(tl.int64)
+    first_word = tl.program_id(1).to(tl.int64) * BLOCK_W
+    feature = first_word * 32 + (tl.arange(0, BLOCK_W) * 32)[:, None] + tl.arange(0, 32)[None, :]
+    inside = feature < F
+    place = row * F + feature
+    z = tl.load(values_ptr + place, mask=inside, other=0.0)
+    cut = 0.0
+    if ACTIVATION != RELU:
+        cut = tl.load(cut_ptr + feature, mask=inside, other=0.0)
+    a, flags = activate(z, cut, half_bandwidth, ACTIVATION)
+    flags = tl.where(inside, flags, 0)
+    if HAS_PADDING:
+        flags = tl.where(tl.load(padding_ptr + row) != 0, 0, flags)
+    word = first_word + tl.arange(0, BLOCK_W)
+    n_words = (F + 31) // 32
+    tl.store(words_ptr + row * n_words + word, pack(flags, 1), mask=word < n_words)
+    if DENSE:
+        tl.store(values_ptr + place, tl.where(flags != 0, a, 0.0).to(a.dtype), mask=inside)
+        if ACTIVATION == JUMPRELU:
+            window = (flags != 0) & (tl.abs(z.to(tl.float32) - cut) < half_bandwidth)
+            tl.store(window_ptr + place, window.to(tl.int8), mask=inside)
+    elif ACTIVATION == JUMPRELU:  # elsewhere a code's activation is its pre-activation
+        tl.store(values_ptr + place, a, mask=flags != 0)
+
+
+@triton.jit
+def _keep_codes(
+    z, cut, half_bandwidth, rows, first_feature, padding_ptr, values_ptr, words_ptr, N, F,
+    ACTIVATION: tl.constexpr, HAS_PADDING: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """Writes a tile's flags, and its values where a flag is set: mostly there are none."""
+    a, flags = activate(z, cut, half_bandwidth, ACTIVATION)
+    features = first_feature + tl.arange(0, BLOCK_F)
+    inside = (rows < N)[:, None] & (features < F)[None, :]
+    if HAS_PADDING:
+        inside = inside & (tl.load(padding_ptr + rows, mask=rows < N, other=1) == 0)[:, None]
+    flags = tl.where(inside, flags, 0)
+    packed = pack(tl.reshape(flags, [BLOCK_N, BLOCK_F // 32, 32]), 2)
+    word = first_feature // 32 + tl.arange(0, BLOCK_F // 32)
+    n_words = (F + 31) // 32
+    tl.store(
+        words_ptr + rows[:, None] * n_words + word[None, :],
+        packed,
+        mask=(rows < N)[:, None] & (word < n_words)[None, :],
+    )
+    if tl.max(tl.max(flags, axis=1), axis=0) > 0:
+        tl.store(values_ptr + rows[:, None] * F + features[None, :], a, mask=flags != 0)
+
+
+@triton.jit(do_not_specialize=["N"])
+def multiply_mark(
+    x_desc, W_desc, bias_ptr, cut_ptr, padding_ptr, values_ptr, words_ptr, N, F, D, half_bandwidth,
+    ACTIVATION: tl.constexpr, HAS_PADDING: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Persistent x Wᵀ over tiles in groups of GROUP blocks of rows, which share W's in the L2."""
+    blocks_N = tl.cdiv(N, BLOCK_N)
+    blocks_F = tl.cdiv(F, BLOCK_F)
+    for tile in tl.range(tl.program_id(0), blocks_N * blocks_F, tl.num_programs(0)):
+        group = tile // (GROUP * blocks_F)
+        first = group * GROUP
+        size = tl.minimum(blocks_N - first, GROUP)
+        inside_group = tile % (GROUP * blocks_F)
+        block_N = first + inside_group % size
+        block_F = inside_group // size
+        acc = tl.zeros((BLOCK_N, BLOCK_F), dtype=tl.float32)
+        for d in tl.range(0, D, BLOCK_D):
+            x = x_desc.load([block_N * BLOCK_N, d])
+            W = W_desc.load([block_F * BLOCK_F, d])
+            acc = tl.dot(x, W.T, acc, input_precision="ieee")
+        rows = block_N.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        first_feature = block_F.to(tl.int64) * BLOCK_F
+        features = first_feature + tl.arange(0, BLOCK_F)
+        bias = tl.load(bias_ptr + features, mask=features < F, other=0.0).to(tl.float32)
+        cut = 0.0
+        if ACTIVATION != RELU:
+            cut = tl.load(cut_ptr + features, mask=features < F, other=0.0)[None, :]
+        z = (acc + bias[None, :]).to(values_ptr.dtype.element_ty)
+        _keep_codes(
+            z, cut, half_bandwidth, rows, first_feature, padding_ptr, values_ptr, words_ptr, N, F,
+            ACTIVATION, HAS_PADDING, BLOCK_N, BLOCK_F,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["N"])
+def multiply_few_mark(
+    x_ptr, W_ptr, bias_ptr, cut_ptr, padding_ptr, values_ptr, words_ptr, N, F, D, x_stride,
+    W_stride, half_bandwidth, ACTIVATION: tl.constexpr, HAS_PADDING: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """x Wᵀ for up to BLOCK_N tokens and 32 features a program: W is read once."""
+    BLOCK_F: tl.constexpr = 32
+    first_feature = tl.program_id(0).to(tl.int64) * BLOCK_F
+    features = first_feature + tl.arange(0, BLOCK_F)
+    rows = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_N, BLOCK_F), dtype=tl.float32)
+    for d0 in tl.range(0, D, BLOCK_D):
+        d = d0 + tl.arange(0, BLOCK_D)
+        x = tl.load(
+            x_ptr + rows[:, None] * x_stride + d[None, :],
+            mask=(rows < N)[:, None] & (d < D)[None, :],
+            other=0.0,
+        )
+        W = tl.load(
+            W_ptr + features[:, None] * W_stride + d[None, :],
+            mask=(features < F)[:, None] & (d < D)[None, :],
+            other=0.0,
+        )
+        acc = tl.dot(x, W.T, acc, input_precision="ieee")
+    bias = tl.load(bias_ptr + features, mask=features < F, other=0.0).to(tl.float32)
+    cut = 0.0
+    if ACTIVATION != RELU:
+        cut = tl.load(cut_ptr + features, mask=features < F, other=0.0)[None, :]
+    z = (acc + bias[None, :]).to(values_ptr.dtype.element_ty)
+    _keep_codes(
+        z, cut, half_bandwidth, rows, first_feature, padding_ptr, values_ptr, words_ptr, N, F,
+        ACTIVATION, HAS_PADDING, BLOCK_N, BLOCK_F,
+    )  # fmt: skip
+
+
+class Activation:
+    """What the kernels need to know of an activation.
+
+    Args:
+        name: of the public function; rankings mark every positive.
+        threshold_F: θ, or None.
+        bandwidth: ε of jumprelu.
+        padding_N: bool, or None.
+    """
+
+    def __init__(
+        self, name: str, threshold_F: Tensor | None, bandwidth: float, padding_N: Tensor | None
+    ) -> None:
+        kind = RELU if threshold_F is None else JUMPRELU if name == "jumprelu" else THRESHOLD
+        self.jumps = name == "jumprelu"
+        self.half_bandwidth = bandwidth / 2
+        self.cut_F = None if threshold_F is None else threshold_F.float().contiguous()
+        self.padding_N = None if padding_N is None else padding_N.contiguous().view(torch.uint8)
+        self.constants = {"ACTIVATION": kind.value, "HAS_PADDING": padding_N is not None}
+
+
+def mark_product(z_NF: Tensor, activation: Activation, *, dense: bool) -> tuple[Tensor, Tensor]:
+    """Turns pre-activations into activations, in place.
+
+    Returns:
+        words [N, W], and window: bool [N, F] for dense jumprelu, else [0]. Dense: `z_NF` is zero
+        where there is no code.
+    """
+    N, F = z_NF.shape
+    words = words_for(N, F, z_NF)
+    window = z_NF.new_empty((N, F) if dense and activation.jumps else 0, dtype=torch.bool)
+    if z_NF.numel():
+        grid = (N, triton.cdiv(words.shape[1], MARK["BLOCK_W"]))
+        mark[grid](
+            z_NF,
+            activation.cut_F,
+            activation.padding_N,
+            words,
+            window.view(torch.uint8),
+            N,
+            F,
+            activation.half_bandwidth,
+            **activation.constants,
+            DENSE=dense,
+            **MARK,
+        )
+    return words, window
+
+
+def multiply_and_mark(
+    x_ND: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, activation: Activation
+) -> tuple[Tensor, Tensor]:
+    """Words and values by one persistent kernel: the pre-activations stay in registers."""
+    (N, D), F = x_ND.shape, W_enc_FD.shape[0]
+    values = x_ND.new_empty(N, F)
+    words = words_for(N, F, x_ND)
+    if values.numel():
+        config = dict(MULTIPLY_32_BITS if x_ND.dtype == torch.float32 else MULTIPLY_16_BITS)
+        tiles = triton.cdiv(N, config["BLOCK_N"]) * triton.cdiv(F, config["BLOCK_F"])
+        multiply_mark[(min(tiles, _processors(x_ND)),)](
+            TensorDescriptor.from_tensor(_aligned(x_ND), [config["BLOCK_N"], config["BLOCK_D"]]),
+            TensorDescriptor.from_tensor(
+                _aligned(W_enc_FD), [config["BLOCK_F"], config["BLOCK_D"]]
+            ),
+            b_enc_F.contiguous(),
+            activation.cut_F,
+            activation.padding_N,
+            values,
+            words,
+            N,
+            F,
+            D,
+            activation.half_bandwidth,
+            **activation.constants,
+            **config,
+        )
+    return words, values
+
+
+def multiply_few_and_mark(
+    x_ND: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, activation: Activation
+) -> tuple[Tensor, Tensor]:
+    """Words and values for few tokens, at the speed at which W_enc can be read."""
+    (N, D), F = x_ND.shape, W_enc_FD.shape[0]
+    values = x_ND.new_empty(N, F)
+    words = words_for(N, F, x_ND)
+    if values.numel():
+        x_ND, W_enc_FD = last_contiguous(x_ND), last_contiguous(W_enc_FD)
+        block = min(FEW, max(16, triton.next_power_of_2(N)))
+        multiply_few_mark[(words.shape[1], triton.cdiv(N, block))](
+            x_ND,
+            W_enc_FD,
+            b_enc_F.contiguous(),
+            activation.cut_F,
+            activation.padding_N,
+            values,
+            words,
+            N,
+            F,
+            D,
+            x_ND.stride(0),
+            W_enc_FD.stride(0),
+            activation.half_bandwidth,
+            **activation.constants,
+            BLOCK_N=block,
+            **MULTIPLY_FEW,
+        )
+    return words, values
+
+
+def last_contiguous(t: Tensor) -> Tensor:
+    """`t`, copied if its last dimension is not contiguous."""
+    return t if t.stride(-1) == 1 or t.numel() == 0 else t.contiguous()
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """`t` such that the hardware can copy tiles of it: rows and start at multiples of 16 bytes."""
+    size = t.element_size()
+    if t.stride(1) == 1 and t.stride(0) * size % 16 == 0 and t.data_ptr() % 16 == 0:
+        if t.stride(0) >= t.shape[1]:
+            return t
+    D = t.shape[1]
+    padded = t.new_zeros(t.shape[0], max(1, -(-D * size // 16)) * 16 // size)
+    padded[:, :D] = t
+    return padded[:, : max(1, D)]  # a width of 0 is one column of zeros
+
+
+def _processors(t: Tensor) -> int:
+    """Programs of a persistent grid."""
+    if t.device.type == "cuda":
+        return torch.cuda.get_device_properties(t.device).multi_processor_count
+    return 4

@@ -1,0 +1,148 @@
+"""Rankings on a GPU: which of the positives are among the k largest, exactly.
+
+A positive float's bits, read as an integer, order it. Digit by digit of 8 bits, from the top, each
+row's positives are counted by digit; summed over the entries that compete with each other (a
+token's, or a sequence's), the counts give the digit in which the k-th largest lies. What is left
+after the last digit is its key, and how many of the equal ones stay: the first ones.
+
+Shape suffixes: N tokens, G groups that rank together (tokens, or rows of x), F features.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .triton_bits import order_key, pack, rank, unpack
+
+DIGIT = tl.constexpr(8)  # bits
+DIGITS = tl.constexpr(256)
+COUNT: dict[str, Any] = {"BLOCK_W": 64, "num_warps": 4}
+CUT: dict[str, Any] = {"BLOCK_W": 64, "num_warps": 4}
+
+
+@triton.jit
+def _keys(
+    words_ptr, values_ptr, row, f0, F, KEY_BITS: tl.constexpr, BLOCK_W: tl.constexpr
+):  # fmt: skip
+    """(flags, keys, values) [BLOCK_W, 32] of a row's features from f0 on; keys are 0 elsewhere."""
+    W = (F + 31) // 32
+    word = f0 // 32 + tl.arange(0, BLOCK_W)
+    flags = unpack(tl.load(words_ptr + row * W + word, mask=word < W, other=0))
+    features = f0 + (tl.arange(0, BLOCK_W) * 32)[:, None] + tl.arange(0, 32)[None, :]
+    values = tl.load(values_ptr + row * F + features, mask=flags != 0, other=0.0)
+    return flags, tl.where(flags != 0, order_key(values, KEY_BITS), 0), values
+
+
+@triton.jit(do_not_specialize=["group_size", "shift"])
+def count_digits(
+    words_ptr, values_ptr, prefix_ptr, counts_ptr, F, group_size, shift,
+    KEY_BITS: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """Of a row's codes whose key begins with its group's prefix: how many have each next digit."""
+    row = tl.program_id(0).to(tl.int64)
+    prefix = tl.load(prefix_ptr + row // group_size)
+    counts = tl.zeros((DIGITS,), dtype=tl.int32)
+    for f0 in tl.range(0, F, BLOCK_W * 32):
+        flags, keys, _ = _keys(words_ptr, values_ptr, row, f0, F, KEY_BITS, BLOCK_W)
+        leading = (keys >> shift) >> DIGIT
+        digit = (keys >> shift) & (DIGITS - 1)
+        live = (flags != 0) & (leading == prefix)
+        counts += tl.histogram(
+            tl.reshape(digit, [BLOCK_W * 32]), DIGITS, mask=tl.reshape(live, [BLOCK_W * 32])
+        )
+    tl.store(counts_ptr + row * DIGITS + tl.arange(0, DIGITS), counts)
+
+
+@triton.jit(do_not_specialize=["group_size"])
+def cut_rows(
+    words_ptr, values_ptr, cut_ptr, quota_ptr, smallest_ptr, F, group_size,
+    KEY_BITS: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """Clears a row's flags below its group's cut, and of the equal ones all but the first."""
+    row = tl.program_id(0).to(tl.int64)
+    cut = tl.load(cut_ptr + row // group_size)
+    quota = tl.load(quota_ptr + row)
+    W = (F + 31) // 32
+    equal_before = 0
+    smallest = tl.full((BLOCK_W, 32), float("inf"), dtype=tl.float32)
+    for f0 in tl.range(0, F, BLOCK_W * 32):
+        flags, keys, values = _keys(words_ptr, values_ptr, row, f0, F, KEY_BITS, BLOCK_W)
+        equal = ((flags != 0) & (keys == cut)).to(tl.int32)
+        before = equal_before + rank(pack(equal, 1))
+        keep = (flags != 0) & ((keys > cut) | ((equal != 0) & (before < quota)))
+        word = f0 // 32 + tl.arange(0, BLOCK_W)
+        tl.store(words_ptr + row * W + word, pack(keep.to(tl.int32), 1), mask=word < W)
+        smallest = tl.minimum(smallest, tl.where(keep, values.to(tl.float32), float("inf")))
+        equal_before += tl.sum(tl.sum(equal, axis=1), axis=0)
+    tl.store(smallest_ptr + row, tl.min(tl.min(smallest, axis=1), axis=0))
+
+
+def keep_largest_(words: Tensor, values_NF: Tensor, count_G: Tensor) -> Tensor:
+    """Clears the flags of all but each group's `count` largest, in place.
+
+    Args:
+        words, values_NF: flags and values of the positives; group g is the g-th N / G tokens.
+        count_G: int64, on the device. Ties go to the lowest (token, feature); NaN is the largest.
+
+    Returns:
+        fp32 [N]: each token's smallest kept value, infinite where none was kept.
+    """
+    N, F = values_NF.shape
+    G = len(count_G)
+    smallest_N = values_NF.new_full((N,), torch.inf, dtype=torch.float32)
+    if values_NF.numel() == 0:
+        return smallest_N
+    key_bits = 8 * values_NF.element_size()
+    size = N // G
+    prefix_G = words.new_zeros(G)
+    counts_N = words.new_empty(N, DIGITS.value)
+    left_G = count_G
+    digit_G = count_G
+    for shift in range(key_bits - DIGIT.value, -1, -DIGIT.value):
+        count_digits[(N,)](
+            words, values_NF, prefix_G, counts_N, F, size, shift, KEY_BITS=key_bits, **COUNT
+        )
+        # From the largest digit down: how many lie in it or above.
+        above_GH = counts_N.view(G, size, -1).sum(1).flip(1).cumsum(1)
+        last = DIGITS.value - 1
+        # Fewer than asked for: everything stays, since no key reaches down to the cut of 0.
+        full_G = (above_GH < left_G[:, None]).sum(1).clamp(max=last)
+        taken_G = above_GH.gather(1, (full_G - 1).clamp(min=0)[:, None])[:, 0]
+        left_G = left_G - torch.where(full_G > 0, taken_G, 0)
+        digit_G = last - full_G
+        prefix_G = ((prefix_G << DIGIT.value) | digit_G).int()
+    # The last digit's counts are those of keys equal to the cut: the first `left` of them stay.
+    equal_GT = counts_N.view(G, size, -1).gather(2, digit_G.view(G, 1, 1).expand(G, size, 1))
+    equal_GT = equal_GT[..., 0].long()
+    quota_GT = (left_G[:, None] - (equal_GT.cumsum(1) - equal_GT)).clamp(min=0)
+    cut_G = prefix_G.masked_fill(count_G == 0, 0x7FFFFFFF)  # a key that only NaN has
+    cut_rows[(N,)](
+        words,
+        values_NF,
+        cut_G,
+        quota_GT.flatten(),
+        smallest_N,
+        F,
+        size,
+        KEY_BITS=key_bits,
+        **CUT,
+    )
+    return smallest_N
+
+
+def smallest_kept(words: Tensor, values_NF: Tensor) -> Tensor:
+    """fp32 [N]: each token's smallest flagged value, infinite where there is none."""
+    N, F = values_NF.shape
+    smallest_N = values_NF.new_full((N,), torch.inf, dtype=torch.float32)
+    if values_NF.numel():
+        none = words.new_zeros(N)  # a cut of 0, below every key
+        key_bits = 8 * values_NF.element_size()
+        cut_rows[(N,)](
+            words, values_NF, none, none.long(), smallest_N, F, 1, KEY_BITS=key_bits, **CUT
+        )
+    return smallest_N

@@ -1,0 +1,478 @@
+"""Sums over codes on a GPU: by token (decoder, dx, sampled product), by feature (weights).
+
+A program sums in a fixed order and nothing is added atomically: same inputs, same bits. Widths are
+cut into slices, the slower axis of the grid, so that a slice of the gathered table stays in the
+cache. A feature's first PIECE codes are summed by its own program, further pieces of a feature
+that fires often by programs of their own, whose sums are then added in order.
+
+Shape suffixes: N tokens, E width, F features, C codes, P further pieces.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .codes import Codes
+from .triton_encode import JUMPRELU, RELU, last_contiguous
+
+#: Codes of a feature that one program sums.
+PIECE = 256
+TOKEN_SUMS: dict[str, Any] = {"BLOCK_C": 8, "BLOCK_E": 512, "num_warps": 4}
+SAMPLED: dict[str, Any] = {"BLOCK_C": 8, "BLOCK_E": 512, "num_warps": 4}
+FEATURE_SUMS: dict[str, Any] = {"BLOCK_C": 8, "BLOCK_E": 512, "num_warps": 4}
+FEATURE_SCALARS: dict[str, Any] = {"BLOCK_C": 1024, "num_warps": 4}
+PIECES: dict[str, Any] = {"BLOCK_F": 1024, "num_warps": 4}
+
+
+@triton.jit
+def _scales(scales_ptr, values_ptr, place, live, SKIP_ZEROS: tl.constexpr):
+    """Factors of codes, fp32; SKIP_ZEROS: 0 where the code itself is 0."""
+    scale = tl.load(scales_ptr + place, mask=live, other=0.0).to(tl.float32)
+    if SKIP_ZEROS:
+        value = tl.load(values_ptr + place, mask=live, other=0.0)
+        scale = tl.where(value == 0, 0.0, scale)
+    return scale
+
+
+@triton.jit
+def sum_by_token(
+    scales_ptr, values_ptr, features_ptr, row_offsets_ptr, table_ptr, bias_ptr, residual_ptr,
+    norms_ptr, weights_ptr, out_ptr, costs_ptr, E, table_stride, residual_stride,
+    SKIP_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    HAS_NORMS: tl.constexpr, HAS_WEIGHTS: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """``out_t = residual_t + bias + Σ_c scale_c table[feature_c]``; costs ``w_t Σ_c scale norm``."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
+    inside = columns < E
+    end = tl.load(row_offsets_ptr + row + 1)
+    total = tl.zeros((BLOCK_E,), dtype=tl.float32)
+    cost = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    for c0 in tl.range(tl.load(row_offsets_ptr + row), end, BLOCK_C):
+        place = c0 + tl.arange(0, BLOCK_C)
+        live = place < end
+        feature = tl.load(features_ptr + place, mask=live, other=0).to(tl.int64)
+        scale = _scales(scales_ptr, values_ptr, place, live, SKIP_ZEROS)
+        entries = tl.load(
+            table_ptr + feature[:, None] * table_stride + columns[None, :],
+            mask=live[:, None] & inside[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        total += tl.sum(scale[:, None] * entries, axis=0)
+        if HAS_NORMS:
+            cost += scale * tl.load(norms_ptr + feature, mask=live, other=0.0)
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + row * residual_stride + columns, mask=inside, other=0.0)
+        total += residual.to(tl.float32)
+    tl.store(out_ptr + row * E + columns, total.to(out_ptr.dtype.element_ty), mask=inside)
+    if HAS_NORMS:
+        spent = tl.sum(cost, axis=0)
+        if HAS_WEIGHTS:
+            spent = spent * tl.load(weights_ptr + row)
+        tl.store(costs_ptr + row, spent, mask=tl.program_id(1) == 0)
+
+
+@triton.jit
+def cost_by_token(
+    values_ptr, features_ptr, row_offsets_ptr, table_ptr, weights_ptr, costs_ptr, E, table_stride,
+    HAS_WEIGHTS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """``w_t Σ_c value_c ‖table[feature_c]‖`` from the rows of the codes alone."""
+    row = tl.program_id(0).to(tl.int64)
+    end = tl.load(row_offsets_ptr + row + 1)
+    cost = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    for c0 in tl.range(tl.load(row_offsets_ptr + row), end, BLOCK_C):
+        place = c0 + tl.arange(0, BLOCK_C)
+        live = place < end
+        feature = tl.load(features_ptr + place, mask=live, other=0).to(tl.int64)
+        squares = tl.zeros((BLOCK_C, BLOCK_E), dtype=tl.float32)
+        for e0 in tl.range(0, E, BLOCK_E):
+            columns = e0 + tl.arange(0, BLOCK_E)
+            entries = tl.load(
+                table_ptr + feature[:, None] * table_stride + columns[None, :],
+                mask=live[:, None] & (columns < E)[None, :],
+                other=0.0,
+            ).to(tl.float32)
+            squares += entries * entries
+        value = tl.load(values_ptr + place, mask=live, other=0.0).to(tl.float32)
+        cost += value * tl.sqrt_rn(tl.sum(squares, axis=1))
+    spent = tl.sum(cost, axis=0)
+    if HAS_WEIGHTS:
+        spent = spent * tl.load(weights_ptr + row)
+    tl.store(costs_ptr + row, spent)
+
+
+@triton.jit
+def sampled_product(
+    g_ptr, W_ptr, features_ptr, row_offsets_ptr, norms_ptr, c_ptr, weights_ptr, da_ptr, E,
+    g_stride, W_stride, HAS_G: tl.constexpr, HAS_C: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """``da_c = g_t · W[feature_c] + c w_t norm[feature_c]`` for every code."""
+    row = tl.program_id(0).to(tl.int64)
+    end = tl.load(row_offsets_ptr + row + 1)
+    for c0 in tl.range(tl.load(row_offsets_ptr + row), end, BLOCK_C):
+        place = c0 + tl.arange(0, BLOCK_C)
+        live = place < end
+        feature = tl.load(features_ptr + place, mask=live, other=0).to(tl.int64)
+        da = tl.zeros((BLOCK_C,), dtype=tl.float32)
+        if HAS_G:
+            products = tl.zeros((BLOCK_C, BLOCK_E), dtype=tl.float32)
+            for e0 in tl.range(0, E, BLOCK_E):
+                columns = e0 + tl.arange(0, BLOCK_E)
+                inside = columns < E
+                g = tl.load(g_ptr + row * g_stride + columns, mask=inside, other=0.0)
+                W = tl.load(
+                    W_ptr + feature[:, None] * W_stride + columns[None, :],
+                    mask=live[:, None] & inside[None, :],
+                    other=0.0,
+                )
+                products += g.to(tl.float32)[None, :] * W.to(tl.float32)
+            da += tl.sum(products, axis=1)
+        if HAS_C:
+            cost = tl.load(c_ptr) * tl.load(norms_ptr + feature, mask=live, other=0.0)
+            if HAS_WEIGHTS:
+                cost = cost * tl.load(weights_ptr + row)
+            da += cost
+        tl.store(da_ptr + place, da.to(da_ptr.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def count_pieces(feature_offsets_ptr, piece_offsets_ptr, F, PIECE: tl.constexpr,
+                 BLOCK_F: tl.constexpr):  # fmt: skip
+    """Prefix sums [F + 1] of each feature's pieces beyond the first. One program."""
+    before = 0
+    for f0 in tl.range(0, F, BLOCK_F):
+        f = f0 + tl.arange(0, BLOCK_F)
+        start = tl.load(feature_offsets_ptr + f, mask=f < F, other=0)
+        end = tl.load(feature_offsets_ptr + f + 1, mask=f < F, other=0)
+        further = tl.maximum((end - start + (PIECE - 1)) // PIECE - 1, 0).to(tl.int32)
+        tl.store(piece_offsets_ptr + f + 1, before + tl.cumsum(further, 0), mask=f < F)
+        before += tl.sum(further, axis=0)
+    tl.store(piece_offsets_ptr, 0)
+
+
+@triton.jit
+def _sum_piece(
+    scales_ptr, values_ptr, order_ptr, tokens_ptr, table_ptr, start, end, columns, inside,
+    table_stride, SKIP_ZEROS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """``Σ_c scale_c table[token_c]`` over the codes start..end in the order by feature."""
+    total = tl.zeros((BLOCK_E,), dtype=tl.float32)
+    for c0 in tl.range(start, end, BLOCK_C):
+        place = c0 + tl.arange(0, BLOCK_C)
+        live = place < end
+        code = tl.load(order_ptr + place, mask=live, other=0)
+        token = tl.load(tokens_ptr + place, mask=live, other=0).to(tl.int64)
+        scale = _scales(scales_ptr, values_ptr, code, live, SKIP_ZEROS)
+        entries = tl.load(
+            table_ptr + token[:, None] * table_stride + columns[None, :],
+            mask=live[:, None] & inside[None, :],
+            other=0.0,
+        )
+        total += tl.sum(scale[:, None] * entries.to(tl.float32), axis=0)
+    return total
+
+
+@triton.jit
+def sum_further_pieces(
+    scales_ptr, values_ptr, order_ptr, tokens_ptr, feature_offsets_ptr, piece_offsets_ptr,
+    table_ptr, pieces_ptr, F, E, table_stride, SKIP_ZEROS: tl.constexpr, PIECE: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """The sums of the pieces beyond each feature's first, which a search assigns to programs."""
+    piece = tl.program_id(0)
+    if piece >= tl.load(piece_offsets_ptr + F):
+        return
+    low = 0
+    high = F
+    while high - low > 1:  # the last feature whose further pieces begin at or before this one
+        middle = (low + high) // 2
+        if tl.load(piece_offsets_ptr + middle) <= piece:
+            low = middle
+        else:
+            high = middle
+    nth = (piece - tl.load(piece_offsets_ptr + low)).to(tl.int64) + 1
+    start = tl.load(feature_offsets_ptr + low) + nth * PIECE
+    end = tl.minimum(start + PIECE, tl.load(feature_offsets_ptr + low + 1))
+    columns = tl.program_id(1).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
+    inside = columns < E
+    total = _sum_piece(
+        scales_ptr, values_ptr, order_ptr, tokens_ptr, table_ptr, start, end, columns, inside,
+        table_stride, SKIP_ZEROS, BLOCK_C, BLOCK_E,
+    )  # fmt: skip
+    tl.store(pieces_ptr + piece.to(tl.int64) * E + columns, total, mask=inside)
+
+
+@triton.jit
+def sum_by_feature(
+    scales_ptr, values_ptr, order_ptr, tokens_ptr, feature_offsets_ptr, piece_offsets_ptr,
+    table_ptr, pieces_ptr, out_ptr, W_ptr, norms_ptr, spent_ptr, c_ptr, E, table_stride, W_stride,
+    SKIP_ZEROS: tl.constexpr, HAS_C: tl.constexpr, PIECE: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """``out_i = Σ_c scale_c table[token_c] + c spent_i W_i / ‖W_i‖`` over feature i's codes."""
+    feature = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
+    inside = columns < E
+    start = tl.load(feature_offsets_ptr + feature)
+    end = tl.load(feature_offsets_ptr + feature + 1)
+    total = _sum_piece(
+        scales_ptr, values_ptr, order_ptr, tokens_ptr, table_ptr, start,
+        tl.minimum(end, start + PIECE), columns, inside, table_stride, SKIP_ZEROS, BLOCK_C, BLOCK_E,
+    )  # fmt: skip
+    first = tl.load(piece_offsets_ptr + feature)
+    for piece in tl.range(first, tl.load(piece_offsets_ptr + feature + 1)):
+        total += tl.load(pieces_ptr + piece.to(tl.int64) * E + columns, mask=inside, other=0.0)
+    if HAS_C:
+        norm = tl.load(norms_ptr + feature)
+        if (end > start) & (norm > 0):
+            factor = tl.div_rn(tl.load(c_ptr) * tl.load(spent_ptr + feature), norm)
+            W = tl.load(W_ptr + feature * W_stride + columns, mask=inside, other=0.0)
+            total += factor * W.to(tl.float32)
+    tl.store(out_ptr + feature * E + columns, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def sum_scalars(
+    scales_ptr, values_ptr, order_ptr, tokens_ptr, feature_offsets_ptr, weights_ptr, cut_ptr,
+    out_ptr, dtheta_ptr, half_bandwidth, HAS_WEIGHTS: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """``Σ_c w_t scale_c`` of each feature; for jumprelu that of active codes, and of the window."""
+    feature = tl.program_id(0).to(tl.int64)
+    end = tl.load(feature_offsets_ptr + feature + 1)
+    total = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    window = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    for c0 in tl.range(tl.load(feature_offsets_ptr + feature), end, BLOCK_C):
+        place = c0 + tl.arange(0, BLOCK_C)
+        live = place < end
+        code = tl.load(order_ptr + place, mask=live, other=0)
+        scale = tl.load(scales_ptr + code, mask=live, other=0.0).to(tl.float32)
+        if HAS_WEIGHTS:
+            token = tl.load(tokens_ptr + place, mask=live, other=0).to(tl.int64)
+            scale = scale * tl.load(weights_ptr + token, mask=live, other=0.0)
+        if ACTIVATION == JUMPRELU:
+            value = tl.load(values_ptr + code, mask=live, other=0.0).to(tl.float32)
+            near = tl.abs(value - tl.load(cut_ptr + feature)) < half_bandwidth
+            window += tl.where(near | (value == 0), scale, 0.0)
+            scale = tl.where(value == 0, 0.0, scale)
+        total += scale
+    tl.store(out_ptr + feature, tl.sum(total, axis=0))
+    if ACTIVATION == JUMPRELU:
+        tl.store(dtheta_ptr + feature, tl.sum(window, axis=0))
+
+
+def token_sums(
+    scales_C: Tensor, codes: Codes, table_FE: Tensor, *, skip_zeros: bool = False
+) -> Tensor:
+    """[N, E] in the table's dtype: ``Σ_c scale_c table[feature_c]`` of each token."""
+    out, _ = decode_sums(scales_C, codes, table_FE, None, None, None, None, skip_zeros=skip_zeros)
+    return out
+
+
+def decode_sums(
+    scales_C: Tensor,
+    codes: Codes,
+    table_FE: Tensor,
+    bias_E: Tensor | None,
+    residual_NE: Tensor | None,
+    norm_F: Tensor | None,
+    weight_N: Tensor | None,
+    *,
+    skip_zeros: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """(out [N, E], costs fp32 [N]): the decoder's sums with bias and residual, and its penalty.
+
+    Without `norm_F` the costs are uninitialised.
+    """
+    N, E = len(codes.row_offsets) - 1, table_FE.shape[1]
+    table_FE = last_contiguous(table_FE)
+    residual_NE = None if residual_NE is None else last_contiguous(residual_NE)
+    out = table_FE.new_empty(N, E)
+    costs = codes.values.new_empty(N, dtype=torch.float32)
+    if N:
+        grid = (N, max(1, triton.cdiv(E, TOKEN_SUMS["BLOCK_E"])))
+        sum_by_token[grid](
+            scales_C,
+            codes.values,
+            codes.features,
+            codes.row_offsets,
+            table_FE,
+            None if bias_E is None else bias_E.contiguous(),
+            residual_NE,
+            norm_F,
+            weight_N,
+            out,
+            costs,
+            E,
+            table_FE.stride(0),
+            0 if residual_NE is None else residual_NE.stride(0),
+            SKIP_ZEROS=skip_zeros,
+            HAS_BIAS=bias_E is not None,
+            HAS_RESIDUAL=residual_NE is not None,
+            HAS_NORMS=norm_F is not None,
+            HAS_WEIGHTS=weight_N is not None,
+            **TOKEN_SUMS,
+        )
+    return out, costs
+
+
+def token_costs(codes: Codes, W_dec_FE: Tensor, weight_N: Tensor | None) -> Tensor:
+    """fp32 [N]: each token's penalty, reading the decoder's rows of its codes only."""
+    N, E = len(codes.row_offsets) - 1, W_dec_FE.shape[1]
+    W_dec_FE = last_contiguous(W_dec_FE)
+    costs = codes.values.new_empty(N, dtype=torch.float32)
+    if N:
+        cost_by_token[(N,)](
+            codes.values,
+            codes.features,
+            codes.row_offsets,
+            W_dec_FE,
+            weight_N,
+            costs,
+            E,
+            W_dec_FE.stride(0),
+            HAS_WEIGHTS=weight_N is not None,
+            **SAMPLED,
+        )
+    return costs
+
+
+def code_gradients(
+    g_NE: Tensor | None,
+    c: Tensor | None,
+    codes: Codes,
+    W_dec_FE: Tensor,
+    norm_F: Tensor,
+    weight_N: Tensor | None,
+) -> Tensor:
+    """[C] in the codes' dtype: ``g_t · W_dec,i + c w_t ‖W_dec,i‖``; 0 in the unused tail."""
+    N, E = len(codes.row_offsets) - 1, W_dec_FE.shape[1]
+    W_dec_FE = last_contiguous(W_dec_FE)
+    g_NE = None if g_NE is None else last_contiguous(g_NE)
+    da = torch.zeros_like(codes.values)
+    if N:
+        sampled_product[(N,)](
+            g_NE,
+            W_dec_FE,
+            codes.features,
+            codes.row_offsets,
+            norm_F,
+            c,
+            weight_N,
+            da,
+            E,
+            0 if g_NE is None else g_NE.stride(0),
+            W_dec_FE.stride(0),
+            HAS_G=g_NE is not None,
+            HAS_C=c is not None,
+            HAS_WEIGHTS=weight_N is not None,
+            **SAMPLED,
+        )
+    return da
+
+
+def feature_sums(
+    scales_C: Tensor,
+    codes: Codes,
+    table_NE: Tensor,
+    *,
+    skip_zeros: bool = False,
+    penalty: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+) -> Tensor:
+    """[F, E] in the table's dtype: ``Σ_c scale_c table[token_c]`` over each feature's codes.
+
+    Args:
+        penalty: (c, spent_F, norm_F, W_FE) adds ``c spent_i W_i / ‖W_i‖``, 0 at a zero row.
+    """
+    F, E = len(codes.feature_offsets) - 1, table_NE.shape[1]
+    table_NE = last_contiguous(table_NE)
+    out = table_NE.new_empty(F, E)
+    if out.numel() == 0:
+        return out
+    c, spent_F, norm_F, W_FE = (None,) * 4 if penalty is None else penalty
+    W_FE = None if W_FE is None else last_contiguous(W_FE)
+    piece_offsets = codes.features.new_empty(F + 1)
+    count_pieces[(1,)](codes.feature_offsets, piece_offsets, F, PIECE=PIECE, **PIECES)
+    n_pieces = len(codes.values) // PIECE  # at most: each is the successor of a full one
+    pieces = table_NE.new_empty((n_pieces, E), dtype=torch.float32)
+    slices = triton.cdiv(E, FEATURE_SUMS["BLOCK_E"])
+    common = (
+        scales_C,
+        codes.values,
+        codes.order,
+        codes.tokens,
+        codes.feature_offsets,
+        piece_offsets,
+        table_NE,
+        pieces,
+    )
+    if n_pieces:
+        sum_further_pieces[(n_pieces, slices)](
+            *common,
+            F,
+            E,
+            table_NE.stride(0),
+            SKIP_ZEROS=skip_zeros,
+            PIECE=PIECE,
+            **FEATURE_SUMS,
+        )
+    sum_by_feature[(F, slices)](
+        *common,
+        out,
+        W_FE,
+        norm_F,
+        spent_F,
+        c,
+        E,
+        table_NE.stride(0),
+        0 if W_FE is None else W_FE.stride(0),
+        SKIP_ZEROS=skip_zeros,
+        HAS_C=penalty is not None,
+        PIECE=PIECE,
+        **FEATURE_SUMS,
+    )
+    return out
+
+
+def feature_scalars(
+    scales_C: Tensor,
+    codes: Codes,
+    *,
+    weight_N: Tensor | None = None,
+    cut_F: Tensor | None = None,
+    half_bandwidth: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """fp32 [F], twice: ``Σ_c w_t scale_c`` of active codes and, given θ as `cut_F`, of the window.
+
+    Without `cut_F` every code counts in the first, and the second is empty.
+    """
+    F = len(codes.feature_offsets) - 1
+    out = codes.values.new_empty(F, dtype=torch.float32)
+    window = out.new_empty(0 if cut_F is None else F)
+    if F:
+        sum_scalars[(F,)](
+            scales_C,
+            codes.values,
+            codes.order,
+            codes.tokens,
+            codes.feature_offsets,
+            weight_N,
+            cut_F,
+            out,
+            window,
+            half_bandwidth,
+            HAS_WEIGHTS=weight_N is not None,
+            ACTIVATION=(RELU if cut_F is None else JUMPRELU).value,
+            **FEATURE_SCALARS,
+        )
+    return out, window
