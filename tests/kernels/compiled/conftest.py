@@ -1,0 +1,6 @@
+"""Makes the modules beside the tests importable: this folder is no package."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
