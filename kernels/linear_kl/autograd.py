@@ -8,7 +8,8 @@ from torch.autograd.function import once_differentiable
 
 from fastadapt.kernels import flops
 
-from .chunked import linear_kl_chunked
+from .chunked import CHUNKED
+from .chunks import Elementwise, linear_kl_chunks
 
 
 @torch.library.custom_op("fastadapt::linear_kl", mutates_args=())
@@ -21,15 +22,18 @@ def linear_kl_op(
     softcap: float | None,
     chunk_tokens: int,
     logits_dtype: torch.dtype,
+    implementation: str,
     students_grad: bool,
     head_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`linear_kl_chunked`. Only the first result, kl, carries a gradient.
+    """See :func:`linear_kl_chunks`. Only the first result, kl, carries a gradient.
 
-    The flags say which gradients to make: they come with the forward, before autograd can ask.
+    ``implementation`` is "chunked" or "triton". The flags say which gradients to make: they come
+    with the forward, before autograd can ask.
     """
-    with torch.autocast(head.device.type, enabled=False):
-        return linear_kl_chunked(
+    with torch.autocast(head.device.type, enabled=False), torch.cuda.device_of(head):
+        return linear_kl_chunks(
+            _elementwise(implementation),
             hidden_teacher,
             hidden_students,
             head,
@@ -43,6 +47,14 @@ def linear_kl_op(
         )
 
 
+def _elementwise(implementation: str) -> Elementwise:
+    if implementation == "triton":
+        from .triton_kl import TRITON  # imports triton, which importing fastadapt must not
+
+        return TRITON
+    return CHUNKED
+
+
 @linear_kl_op.register_fake
 def _fake(
     hidden_teacher: Tensor,
@@ -53,6 +65,7 @@ def _fake(
     softcap: float | None,
     chunk_tokens: int,
     logits_dtype: torch.dtype,
+    implementation: str,
     students_grad: bool,
     head_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -89,7 +102,7 @@ def _backward(ctx: Any, grad_kl: Tensor | None, *_: Tensor | None) -> tuple[Tens
         grad_students = torch.where(live, product, 0).to(grad_students_STD.dtype)
     if grad_kl is not None and head_grad and ctx.needs_input_grad[2]:
         grad_head = torch.einsum("s,svd->vd", grad_kl, grad_head_SVD).to(ctx.head_dtype)
-    return None, grad_students, grad_head, None, None, None, None, None, None, None
+    return None, grad_students, grad_head, *[None] * 8
 
 
 linear_kl_op.register_autograd(_backward, setup_context=_setup_context)

@@ -8,70 +8,89 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from fastadapt.kernels.linear_kl import linear_kl
+from fastadapt.kernels.linear_kl import chunks, linear_kl
 from fastadapt.kernels.linear_kl.autograd import linear_kl_op
+from fastadapt.kernels.linear_kl.chunked import CHUNKED
 
 PROOF = bool(os.environ.get("FASTADAPT_PROOF"))
-IMPLEMENTATIONS = ("reference", "chunked")
+IMPLEMENTATIONS = ("reference", "chunked", "triton")
+OP_IMPLEMENTATIONS = ("chunked", "triton")
+
+# Of numpy in the interpreter, where the kernels subtract two infinities.
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning:triton")
 
 
 def example(
-    S: int = 2, T: int = 11, D: int = 5, V: int = 13, dtype: torch.dtype = torch.float32
+    S: int = 2,
+    T: int = 11,
+    D: int = 5,
+    V: int = 13,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
 ) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(5)
     shapes = ((T, D), (S, T, D), (V, D))
-    teacher, students, head = (torch.randn(s, generator=generator).to(dtype) for s in shapes)
-    return teacher, students, head
+    tensors = (torch.randn(s, generator=generator).to(device, dtype) for s in shapes)
+    return tuple(tensors)  # type: ignore[return-value]
 
 
 # Registration
 
 
 @pytest.mark.parametrize("grads", [(True, True), (True, False), (False, True), (False, False)])
-def test_opcheck(grads):
-    teacher, students, head = example()
+@pytest.mark.parametrize("implementation", OP_IMPLEMENTATIONS)
+def test_opcheck(implementation, grads, device):
+    teacher, students, head = example(device=device)
     students.requires_grad_(grads[0])
     head.requires_grad_(grads[1])
-    labels = torch.arange(11) if grads[0] else None
+    labels = torch.arange(11, device=device) if grads[0] else None
+    weights = torch.rand(11).to(device)
+    settings = (2.0, 4, torch.float32, implementation)
     torch.library.opcheck(
-        linear_kl_op,
-        (teacher, students, head, torch.rand(11), labels, 2.0, 4, torch.float32, *grads),
+        linear_kl_op, (teacher, students, head, weights, labels, *settings, *grads)
     )
 
 
-def test_compiles_into_one_graph_and_gives_the_same_bits():
+@pytest.mark.parametrize("implementation", OP_IMPLEMENTATIONS)
+def test_compiles_into_one_graph_and_gives_the_same_bits(implementation, device):
     compiled = torch.compile(linear_kl, fullgraph=True, backend="aot_eager", dynamic=True)
     for T in (11, 14):
-        teacher, students, head = example(T=T)
+        teacher, students, head = example(T=T, device=device)
+        mask = torch.arange(T, device=device) > 2
+        labels = torch.arange(T, device=device) % 13
+        settings = {"chunk_tokens": 4, "implementation": implementation}
         results = []
         for function in (linear_kl, compiled):
             leaf = students.clone().requires_grad_()
-            mask, labels = torch.arange(T) > 2, torch.arange(T) % 13
-            output = function(teacher, leaf, head, mask=mask, labels=labels, chunk_tokens=4)
-            output.kl.backward(torch.tensor([1.0, -2.0]))
+            output = function(teacher, leaf, head, mask=mask, labels=labels, **settings)
+            output.kl.backward(torch.tensor([1.0, -2.0], device=device))
             results.append((*output, leaf.grad))
         for eager, graph in zip(*results, strict=True):
             assert torch.equal(eager.detach(), graph.detach())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_fake_results_look_like_real_ones(dtype):
-    teacher, students, head = example(dtype=dtype)
-    real = linear_kl(teacher, students, head, labels=torch.arange(11))
+@pytest.mark.parametrize(
+    ("implementation", "dtype"),
+    [("chunked", torch.bfloat16), ("chunked", torch.float64), ("triton", torch.bfloat16)],
+)
+def test_fake_results_look_like_real_ones(implementation, dtype, device):
+    teacher, students, head = example(dtype=dtype, device=device)
+    labels = torch.arange(11, device=device)
+    real = linear_kl(teacher, students, head, labels=labels, implementation=implementation)
     with FakeTensorMode() as mode:
-        fakes = [mode.from_tensor(t) for t in (teacher, students, head, torch.arange(11))]
-        fake = linear_kl(*fakes[:3], labels=fakes[3])
+        fakes = [mode.from_tensor(t) for t in (teacher, students, head, labels)]
+        fake = linear_kl(*fakes[:3], labels=fakes[3], implementation=implementation)
     for a, b in zip(real, fake, strict=True):
         assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_autocast_changes_nothing(implementation):
+def test_autocast_changes_nothing(implementation, device):
     results = []
     for enabled in (False, True):
-        teacher, students, head = example()
+        teacher, students, head = example(device=device)
         students.requires_grad_()
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=enabled):
             output = linear_kl(teacher, students, head, implementation=implementation)
         output.kl.sum().backward()
         results.append((output.kl.detach(), students.grad))
@@ -109,6 +128,25 @@ def test_flops_are_those_of_the_gradients_asked_for(students_grad, head_grad, gr
         2 * 3 * V * D if head_grad and grad_mode else 0
     )  # of the students' head gradients
     assert counter.get_total_flops() == 2 * T * D * V * products + weighted_sum
+
+
+@pytest.mark.parametrize("wider", [False, True])
+def test_off_the_cpu_nothing_waits_for_the_device(monkeypatch, wider):
+    """Meta tensors refuse to be looked at. ``wider``: with the products that a GPU makes."""
+    if wider:
+        monkeypatch.setattr(chunks, "_accumulates_wider", lambda head, *_: True)
+
+    def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    weights, labels = meta(11, dtype=torch.float32), meta(11, dtype=torch.int64)
+    settings = (2.0, 4, torch.float32, True, True)
+    _, token_kl, *_, d_students, d_head = chunks.linear_kl_chunks(
+        CHUNKED, meta(11, 5), meta(2, 11, 5), meta(13, 5), weights, labels, *settings
+    )
+    assert token_kl.shape == (2, 11)
+    assert d_students.shape == (2, 11, 5)
+    assert d_head.shape == (2, 13, 5)
 
 
 def test_only_kl_carries_a_gradient():

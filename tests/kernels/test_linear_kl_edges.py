@@ -8,24 +8,41 @@ from torch import Tensor
 
 from fastadapt.kernels.linear_kl import linear_kl
 
-IMPLEMENTATIONS = ("reference", "chunked")
+IMPLEMENTATIONS = ("reference", "chunked", "triton")
+
+# Of numpy in the interpreter, where the kernels subtract two infinities.
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning:triton")
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The vocabularies here take Triton's kernels several blocks."""
+    from fastadapt.kernels.linear_kl.triton_kl import CONFIGURATIONS
+
+    for dtype, shipped in CONFIGURATIONS.items():
+        monkeypatch.setitem(CONFIGURATIONS, dtype, shipped._replace(block=8))
 
 
 def example(
-    S: int = 2, T: int = 11, D: int = 5, V: int = 13, dtype: torch.dtype = torch.float32
+    device: str,
+    S: int = 2,
+    T: int = 11,
+    D: int = 5,
+    V: int = 13,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(5)
     shapes = ((T, D), (S, T, D), (V, D))
-    teacher, students, head = (torch.randn(s, generator=generator).to(dtype) for s in shapes)
-    return teacher, students, head
+    tensors = (torch.randn(s, generator=generator).to(device, dtype) for s in shapes)
+    return tuple(tensors)  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("place", ["teacher", "student"])
-def test_a_token_that_is_not_finite_shows_and_stays_alone(implementation, value, place):
-    teacher, students, head = example()
-    labels = torch.arange(11)
+def test_a_token_that_is_not_finite_shows_and_stays_alone(implementation, value, place, device):
+    teacher, students, head = example(device)
+    labels = torch.arange(11, device=device)
     clean = linear_kl(teacher, students, head, labels=labels, implementation=implementation)
     teacher, students = teacher.clone(), students.clone()
     (teacher if place == "teacher" else students[1])[4, 2] = value
@@ -33,7 +50,7 @@ def test_a_token_that_is_not_finite_shows_and_stays_alone(implementation, value,
     output = linear_kl(
         teacher, students, head, labels=labels, chunk_tokens=4, implementation=implementation
     )
-    hit = torch.zeros(2, 11, dtype=torch.bool)
+    hit = torch.zeros(2, 11, dtype=torch.bool, device=device)
     hit[slice(None) if place == "teacher" else 1, 4] = True
     assert torch.equal(output.token_kl.isnan(), hit)
     assert not output.token_top1[hit].any()
@@ -44,9 +61,9 @@ def test_a_token_that_is_not_finite_shows_and_stays_alone(implementation, value,
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_tokens_of_weight_zero_take_no_part_but_are_computed(implementation):
-    teacher, students, head = example()
-    mask = torch.arange(11) % 3 != 0
+def test_tokens_of_weight_zero_take_no_part_but_are_computed(implementation, device):
+    teacher, students, head = example(device)
+    mask = torch.arange(11, device=device) % 3 != 0
     everything = linear_kl(teacher, students, head, implementation=implementation)
     students[:, 3] = math.nan
     teacher[6] = math.inf
@@ -62,11 +79,11 @@ def test_tokens_of_weight_zero_take_no_part_but_are_computed(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_nothing_counted_is_zero_with_zero_gradient(implementation):
-    teacher, students, head = example()
+def test_nothing_counted_is_zero_with_zero_gradient(implementation, device):
+    teacher, students, head = example(device)
     students.requires_grad_()
     head.requires_grad_()
-    mask = torch.zeros(11, dtype=torch.bool)
+    mask = torch.zeros(11, dtype=torch.bool, device=device)
     kl = linear_kl(teacher, students, head, mask=mask, implementation=implementation).kl
     kl.sum().backward()
     assert not kl.any()
@@ -75,15 +92,17 @@ def test_nothing_counted_is_zero_with_zero_gradient(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_impossible_tokens_of_the_teacher_count_nothing(implementation):
+def test_impossible_tokens_of_the_teacher_count_nothing(implementation, device):
     """An infinite row of the head: logit -inf where the hidden state is positive."""
-    teacher, students, head = torch.ones(2, 1), torch.ones(1, 2, 1), torch.zeros(3, 1)
+    shapes = ((2, 1), (1, 2, 1), (3, 1))
+    teacher, students, head = (torch.ones(shape, device=device) for shape in shapes)
+    head[0] = 0
     head[1] = -math.inf
     head[2] = 1.0
     students[0, 1] = 3.0
     output = linear_kl(teacher, students, head, implementation=implementation)
-    p = torch.tensor([0.0, 1.0]).softmax(0)
-    q = torch.tensor([0.0, 3.0]).softmax(0)
+    p = torch.tensor([0.0, 1.0], device=device).softmax(0)
+    q = torch.tensor([0.0, 3.0], device=device).softmax(0)
     expected = (p * (p / q).log()).sum()
     torch.testing.assert_close(output.token_kl, torch.stack([expected * 0, expected])[None])
     reverse = linear_kl(-teacher, students, head, implementation=implementation)
@@ -94,9 +113,10 @@ def test_impossible_tokens_of_the_teacher_count_nothing(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_a_student_that_excludes_a_possible_token_is_infinitely_far(implementation):
-    head = torch.tensor([[0.0], [-3e38]])
-    teacher, students = torch.full((1, 1), 1e-38), torch.full((1, 1, 1), 10.0)  # 10 * -3e38 = -inf
+def test_a_student_that_excludes_a_possible_token_is_infinitely_far(implementation, device):
+    head = torch.tensor([[0.0], [-3e38]], device=device)
+    teacher = torch.full((1, 1), 1e-38, device=device)
+    students = torch.full((1, 1, 1), 10.0, device=device)  # 10 * -3e38 = -inf
     students.requires_grad_()
     output = linear_kl(teacher, students, head, implementation=implementation)
     assert output.kl.tolist() == [math.inf]
@@ -105,35 +125,61 @@ def test_a_student_that_excludes_a_possible_token_is_infinitely_far(implementati
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_ties_go_to_the_lowest_index(implementation):
-    head = torch.tensor([[1.0], [2.0], [2.0], [0.0]])
-    teacher = torch.tensor([[1.0], [1.0], [0.0]])
-    students = torch.tensor([[[1.0], [-1.0], [0.0]]])
+def test_ties_go_to_the_lowest_index(implementation, device):
+    # 30 times the last row: ties also lie in different blocks of Triton's.
+    head = torch.tensor([[1.0], [2.0], [2.0], *[[0.0]] * 30, [2.0]], device=device)
+    teacher = torch.tensor([[1.0], [1.0], [0.0]], device=device)
+    students = torch.tensor([[[1.0], [-1.0], [0.0]]], device=device)
     output = linear_kl(teacher, students, head, implementation=implementation)
     assert output.token_top1.tolist() == [[True, False, True]]
-    # All four logits tie at the cap: index 0, where the uncapped teacher has index 1.
-    capped = linear_kl(teacher + 1e3, students + 1e3, head + 5, softcap=1.0)
+    # All logits tie at the cap: index 0, where the uncapped teacher has index 1.
+    capped = linear_kl(
+        teacher + 1e3, students + 1e3, head + 5, softcap=1.0, implementation=implementation
+    )
     assert capped.token_top1.all()
 
 
+@pytest.mark.parametrize("softcap", [None, 4.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_student_equal_to_the_teacher_has_kl_and_gradient_zero(dtype):
-    teacher, _, head = example(T=37, D=33, V=300, dtype=dtype)
-    wide = torch.zeros(37, 41, dtype=dtype)
+@pytest.mark.parametrize("implementation", ["chunked", "triton"])
+def test_a_student_equal_to_the_teacher_has_kl_and_gradient_zero(
+    implementation, dtype, softcap, device
+):
+    teacher, _, head = example(device, T=19, D=33, V=70, dtype=dtype)
+    wide = torch.zeros(19, 41, dtype=dtype, device=device)
     wide[:, 3:36] = teacher
     students = wide[None, :, 3:36].requires_grad_()
-    output = linear_kl(teacher, students, head, chunk_tokens=8)
+    output = linear_kl(
+        teacher, students, head, softcap=softcap, chunk_tokens=8, implementation=implementation
+    )
     output.kl.sum().backward()
     assert not output.token_kl.any()
     assert not students.grad.any()
     assert output.token_top1.all()
 
 
-def test_no_token_gives_empty_results():
-    teacher, students, head = example(T=0)
-    output = linear_kl(teacher, students, head, labels=torch.zeros(0, dtype=torch.int64))
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_no_token_gives_empty_results(implementation, device):
+    teacher, students, head = example(device, T=0)
+    labels = torch.zeros(0, dtype=torch.int64, device=device)
+    output = linear_kl(teacher, students, head, labels=labels, implementation=implementation)
     assert output.kl.tolist() == [0, 0]
     assert [t.shape for t in output[1:]] == [(2, 0)] * 3
+
+
+@pytest.mark.parametrize("implementation", ["chunked", "triton"])
+def test_labels_outside_the_vocabulary_read_nothing_and_give_nan_where_looking_costs(
+    implementation, device, monkeypatch
+):
+    monkeypatch.setattr("fastadapt.kernels.linear_kl.chunks._check_labels", lambda *_: None)
+    teacher, students, head = example(device)
+    labels = torch.tensor([0, 12, -100, 13, -1, 2**31, -(2**62), 2**62, -99, -101, 3])
+    token_ce = linear_kl(
+        teacher, students, head, labels=labels.to(device), implementation=implementation
+    ).token_cross_entropy
+    assert token_ce.isnan().any(0).nonzero()[:, 0].tolist() == [3, 4, 5, 6, 7, 8, 9]
+    assert token_ce[:, [0, 1, 10]].gt(0).all()
+    assert not token_ce[:, 2].any()
 
 
 @pytest.mark.parametrize(
@@ -187,12 +233,11 @@ def test_no_token_gives_empty_results():
         ({"softcap": math.nan}, ValueError, "softcap"),
         ({"chunk_tokens": 0}, ValueError, "chunk_tokens: expected an integer >= 1, got 0"),
         ({"logits_dtype": torch.int32}, TypeError, "logits_dtype: expected a floating dtype"),
-        ({"implementation": "triton"}, NotImplementedError, "not built yet for linear_kl"),
         ({"implementation": "fast"}, ValueError, "implementation: expected one of auto, reference"),
     ],
 )
 def test_errors_name_argument_expected_and_got(change, error, message):
-    teacher, students, head = example()
+    teacher, students, head = example("cpu")
     arguments = {"hidden_teacher": teacher, "hidden_students": students, "head": head} | change
     with pytest.raises(error, match=message):
         linear_kl(
@@ -201,3 +246,14 @@ def test_errors_name_argument_expected_and_got(change, error, message):
             arguments.pop("head"),
             **arguments,
         )
+
+
+def test_triton_says_where_it_cannot_run(monkeypatch):
+    teacher, students, head = example("cpu")
+    with pytest.raises(ValueError, match="computes in float32, got float64"):
+        linear_kl(teacher.double(), students.double(), head, implementation="triton")
+    with pytest.raises(ValueError, match="got float64 among inputs and logits_dtype"):
+        linear_kl(teacher, students, head, logits_dtype=torch.float64, implementation="triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="needs a GPU, got tensors on cpu"):
+        linear_kl(teacher, students, head, implementation="triton")

@@ -1,0 +1,203 @@
+"""Linear + KL a chunk of tokens at a time, with the gradient made in the same pass.
+
+Two buffers of [chunk, V] serve every stream: one keeps what the students need of the teacher, which
+all of them share; the other holds one student's logits, then, in place, their gradient. The matrix
+products are the library's; what happens to logits between them is an :class:`Elementwise`.
+
+S students, T tokens, D width, V vocabulary, C tokens of a chunk.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_BLOCK_ELEMENTS = {"cpu": 2**19}  # of temporaries, fp32: 2 MiB, which stays in cache
+_BLOCK_ELEMENTS_ELSEWHERE = 2**24
+
+
+class Elementwise(NamedTuple):
+    """The work on logits between the matrix products, row by row."""
+
+    keeps_logits: bool  # the teacher's, in the logits' dtype; else a buffer in the softmax dtype
+    # (logits [C,V], softcap, kept [C,V]) -> what the student's pass needs of the teacher.
+    # Where logits are kept, ``kept`` is ``logits``.
+    teacher: Callable[[Tensor, float | None, Tensor], tuple[Tensor, ...]]
+    student: "StudentPass"
+
+
+class Gradient(NamedTuple):
+    """Where d kl / d logits goes: over the student's logits."""
+
+    rows: Tensor  # [C,V]: a view of their memory, in the same dtype or in one of half the size
+    unit: float  # what 1 is stored as
+
+
+# (teacher's, logits [C,V], labels [C], softcap, gradient, kl [C], cross-entropy [C], top1 [C])
+StudentPass = Callable[
+    [
+        tuple[Tensor, ...],
+        Tensor,
+        Tensor | None,
+        float | None,
+        Gradient | None,
+        Tensor,
+        Tensor | None,
+        Tensor,
+    ],
+    None,
+]
+
+
+def linear_kl_chunks(
+    elementwise: Elementwise,
+    teacher_TD: Tensor,
+    students_STD: Tensor,
+    head_VD: Tensor,
+    weights_T: Tensor,
+    labels_T: Tensor | None,
+    softcap: float | None,
+    chunk_tokens: int,
+    logits_dtype: torch.dtype,
+    students_grad: bool,
+    head_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Values and gradients in one pass over the tokens.
+
+    Returns:
+        kl [S], token_kl [S,T], token_cross_entropy [S,T] ([0] without labels), token_top1 [S,T];
+        scale [T]: each token's share of kl;
+        grad_students [S,T,D]: d token_kl / d hidden_students, 0 for tokens of weight 0 ([0] unless
+        ``students_grad``). Unscaled, so that a float16 result does not underflow;
+        grad_head [S,V,D]: d kl / d head in the softmax dtype ([0] unless ``head_grad``).
+    """
+    S, T, D = students_STD.shape
+    V = head_VD.shape[0]
+    _check_labels(labels_T, V)
+    labels_T = None if labels_T is None else labels_T.contiguous()
+    new = weights_T.new_empty
+    total = weights_T.sum()
+    scale_T = torch.where(total == 0, 0, weights_T / total)
+    token_kl = new(S, T)
+    token_ce = new(0) if labels_T is None else new(S, T)
+    token_top1 = new((S, T), dtype=torch.bool)
+    grad_students = torch.empty_like(students_STD, memory_format=torch.contiguous_format)
+    grad_students = grad_students if students_grad else students_STD.new_empty(0)
+    grad_head = weights_T.new_zeros((S, V, D) if head_grad else (0,))
+
+    chunk = max(1, min(chunk_tokens, T))
+    # Every stream's rows go through one buffer: equal hidden states give equal bits, and KL 0.
+    hidden_CD = teacher_TD.new_empty(chunk, D)
+    logits_CV = new((chunk, V), dtype=logits_dtype)
+    kept_CV = torch.empty_like(logits_CV) if elementwise.keeps_logits else new(chunk, V)
+    for start in range(0, T, chunk):
+        rows = slice(start, min(start + chunk, T))
+        n = rows.stop - start
+        kept, logits = kept_CV[:n], logits_CV[:n]
+        labels = None if labels_T is None else labels_T[rows]
+        raw = kept if elementwise.keeps_logits else logits
+        _project(hidden_CD[:n].copy_(teacher_TD[rows]), head_VD, raw)
+        teacher = elementwise.teacher(raw, softcap, kept)
+        gradient = None
+        if students_grad or head_grad:
+            gradient = _gradient_rows(logits, hidden_CD.dtype, head_VD)
+        uncounted_C1 = (weights_T[rows] == 0)[:, None]
+        for s in range(S):
+            hidden = hidden_CD[:n].copy_(students_STD[s, rows])
+            _project(hidden, head_VD, logits)
+            elementwise.student(
+                teacher,
+                logits,
+                labels,
+                softcap,
+                gradient,
+                token_kl[s, rows],
+                None if labels is None else token_ce[s, rows],
+                token_top1[s, rows],
+            )
+            if gradient is not None and students_grad:
+                grad = grad_students[s, rows]
+                _project_back(gradient, head_VD, logits_dtype, grad)
+                grad.masked_fill_(uncounted_C1, 0)
+            if gradient is not None and head_grad:
+                _add_head_gradient(gradient, hidden, scale_T[rows], grad_head[s])
+    kl = torch.where(weights_T != 0, scale_T * token_kl, 0).sum(-1)
+    return kl, token_kl, token_ce, token_top1, scale_T, grad_students, grad_head
+
+
+def row_blocks(tensor_CV: Tensor) -> list[slice]:
+    """Blocks of rows small enough for elementwise temporaries."""
+    C, V = tensor_CV.shape
+    elements = _BLOCK_ELEMENTS.get(tensor_CV.device.type, _BLOCK_ELEMENTS_ELSEWHERE)
+    rows = max(1, elements // max(1, V))
+    return [slice(start, min(start + rows, C)) for start in range(0, C, rows)]
+
+
+def _check_labels(labels_T: Tensor | None, V: int) -> None:
+    """Only where looking costs nothing: on a GPU it would synchronise."""
+    if labels_T is None or labels_T.device.type != "cpu":
+        return
+    wrong = ((labels_T < 0) | (labels_T >= V)) & (labels_T != -100)
+    if bool(wrong.any()):
+        t = int(wrong.nonzero()[0])
+        raise ValueError(f"labels: expected 0..{V - 1} or -100, got {int(labels_T[t])} at {t}")
+
+
+def _gradient_rows(logits_CV: Tensor, hidden_dtype: torch.dtype, head_VD: Tensor) -> Gradient:
+    """In the dtype of the products that consume it.
+
+    Its entries lie within -1..1: float16 keeps small ones when 1 is stored as 2**15.
+    """
+    if not _accumulates_wider(head_VD, hidden_dtype, logits_CV.dtype):
+        return Gradient(logits_CV, 1.0)
+    narrow = logits_CV.view(head_VD.dtype)[:, : logits_CV.shape[1]]
+    return Gradient(narrow, 2.0**15 if head_VD.dtype == torch.float16 else 1.0)
+
+
+def _project(hidden_CD: Tensor, head_VD: Tensor, out_CV: Tensor) -> None:
+    """hidden @ head.T in ``out``'s dtype, without a copy of the head in that dtype."""
+    dtype = out_CV.dtype
+    if hidden_CD.dtype == head_VD.dtype == dtype:
+        torch.mm(hidden_CD, head_VD.T, out=out_CV)
+    elif _accumulates_wider(head_VD, hidden_CD.dtype, dtype):
+        torch.mm(hidden_CD, head_VD.T, out_dtype=dtype, out=out_CV)
+    else:
+        hidden_CD = hidden_CD.to(dtype)
+        for block in row_blocks(head_VD):
+            torch.mm(hidden_CD, head_VD[block].to(dtype).T, out=out_CV[:, block])
+
+
+def _project_back(gradient: Gradient, head_VD: Tensor, dtype: torch.dtype, out_CD: Tensor) -> None:
+    """grad @ head, accumulated in ``dtype`` and rounded once to ``out``'s."""
+    grad_CV = gradient.rows
+    if head_VD.dtype == dtype == out_CD.dtype:
+        torch.mm(grad_CV, head_VD, out=out_CD)
+    elif grad_CV.dtype != dtype:
+        out_CD.copy_(torch.mm(grad_CV, head_VD, out_dtype=dtype).div_(gradient.unit))
+    else:
+        total_CD = grad_CV.new_zeros(out_CD.shape)
+        for block in row_blocks(head_VD):
+            total_CD.addmm_(grad_CV[:, block], head_VD[block].to(dtype))
+        out_CD.copy_(total_CD)
+
+
+def _add_head_gradient(
+    gradient: Gradient, hidden_CD: Tensor, scale_C: Tensor, out_VD: Tensor
+) -> None:
+    """out += grad.T @ (scale * hidden), multiplied in ``out``'s dtype."""
+    hidden_CD = hidden_CD.to(out_VD.dtype) * (scale_C / gradient.unit)[:, None]
+    for block in row_blocks(out_VD):
+        out_VD[block].addmm_(gradient.rows[:, block].to(out_VD.dtype).T, hidden_CD)
+
+
+def _accumulates_wider(
+    head_VD: Tensor, hidden_dtype: torch.dtype, logits_dtype: torch.dtype
+) -> bool:
+    """Whether the device multiplies 16-bit matrices straight into float32 logits."""
+    return (
+        head_VD.device.type == "cuda"
+        and head_VD.dtype == hidden_dtype
+        and head_VD.dtype in (torch.float16, torch.bfloat16)
+        and logits_dtype == torch.float32
+    )

@@ -1,0 +1,253 @@
+"""What happens to logits between the matrix products, as two Triton kernels: one per pass.
+
+Pass 1 gives a row's largest logit, the logarithm of its sum of exponentials over that one, and its
+first argmax. It is the same kernel for the teacher, once per chunk, and for every student, so that
+equal logits have equal statistics, bit for bit, whatever a compiler makes of it. Pass 2 reads both
+rows of logits again, gives the token's results, and writes the gradient over the student's row. The
+teacher's logits stay as they are: no log-probabilities are ever stored.
+
+One program works on one token, over the vocabulary in blocks. Each lane of a block keeps running
+values of its own, and lanes meet once per row, in a fixed order: no atomics, no reduction inside a
+loop, the same bits every time. Arithmetic is float32, without fused multiply-adds, which a compiler
+could place differently for teacher and student.
+
+V vocabulary, C tokens of a chunk.
+"""
+
+# The arguments of kernels have no types to write, and neither has triton.
+# mypy: disable-error-code="no-untyped-def, import-untyped"
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .chunks import Elementwise, Gradient
+
+
+class Configuration(NamedTuple):
+    """How a row is worked on."""
+
+    block: int  # columns at a time, a power of 2
+    warps: int
+
+
+# By the logits' dtype. 16 columns per thread: two or four loads of 16 bytes, and no spills.
+CONFIGURATIONS = {
+    torch.float32: Configuration(4096, 8),
+    torch.bfloat16: Configuration(4096, 8),
+    torch.float16: Configuration(4096, 8),
+}
+
+
+@triton.jit
+def _tanh(x):
+    """tanh, accurate also near 0: a continued fraction below 5/8, exponentials above."""
+    size = tl.abs(x)
+    near = tl.minimum(size, 0.625)
+    square = near * near
+    small = near * (945.0 + square * (105.0 + square)) / (945.0 + square * (420.0 + 15.0 * square))
+    large = 1.0 - 2.0 / (tl.exp(2.0 * size) + 1.0)
+    result = tl.where(size < 0.625, small, large)
+    return tl.where(x < 0, -result, result)
+
+
+@triton.jit(do_not_specialize_on_alignment=["top_ptr", "log_total_ptr", "top1_ptr"])
+def row_statistics_kernel(
+    logits_ptr,
+    top_ptr,
+    log_total_ptr,
+    top1_ptr,
+    V,
+    softcap,
+    CAPPED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Of a row [V]: m = max z, log sum exp(z - m), first argmax. Pass 1.
+
+    Apart, since the rounding of their sum, relative to m, would be in every log-probability.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * V
+    lanes = tl.arange(0, BLOCK)
+    top = tl.full([BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)  # of exp(z - top)
+    first = lanes
+    for start in range(0, V, BLOCK):
+        columns = start + lanes
+        inside = columns < V
+        z = tl.load(logits_ptr + columns, mask=inside, other=float("-inf")).to(tl.float32)
+        if CAPPED:
+            z = tl.where(inside, softcap * _tanh(z / softcap), float("-inf"))
+        larger = z > top
+        # Of two infinities of one sign the ratio is 1 here; the last lines turn what is not a
+        # distribution into NaN.
+        ratio = tl.where(z == top, 1.0, tl.exp(-tl.abs(z - top)))
+        total = tl.where(larger, total * ratio + 1.0, total + ratio)
+        first = tl.where(larger, columns, first)
+        top = tl.where(larger, z, top)
+    row_top = tl.max(top, 0)
+    row_total = tl.sum(total * tl.exp(top - row_top), 0)
+    tl.store(top_ptr + row, row_top)
+    tl.store(log_total_ptr + row, tl.log(row_total))
+    tl.store(top1_ptr + row, tl.min(tl.where(top == row_top, first, V), 0))
+
+
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        "teacher_top_ptr",
+        "teacher_log_total_ptr",
+        "teacher_top1_ptr",
+        "top_ptr",
+        "log_total_ptr",
+        "top1_ptr",
+        "labels_ptr",
+        "kl_ptr",
+        "cross_entropy_ptr",
+        "agrees_ptr",
+    ]
+)
+def student_kernel(
+    teacher_ptr,
+    teacher_top_ptr,
+    teacher_log_total_ptr,
+    teacher_top1_ptr,
+    logits_ptr,
+    top_ptr,
+    log_total_ptr,
+    top1_ptr,
+    labels_ptr,
+    gradient_ptr,
+    kl_ptr,
+    cross_entropy_ptr,
+    agrees_ptr,
+    V,
+    softcap,
+    unit,
+    CAPPED: tl.constexpr,
+    LABELS: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    NARROW: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """KL, cross-entropy, agreement; unit * d kl / d logits into the memory of the logits: pass 2.
+
+    ``NARROW``: the gradient's dtype has half the size of the logits', its rows the same distance
+    in bytes. A block then covers logits of its own block and of those before, so all of the
+    program's threads must have read theirs first.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    teacher_ptr += row * V
+    logits_ptr += row * V
+    gradient_ptr += row * V * (2 if NARROW else 1)
+    top_p = tl.load(teacher_top_ptr + row)
+    log_total_p = tl.load(teacher_log_total_ptr + row)
+    top_q = tl.load(top_ptr + row)
+    log_total_q = tl.load(log_total_ptr + row)
+    lanes = tl.arange(0, BLOCK)
+    kl = tl.zeros([BLOCK], tl.float32)
+    cross_entropy = tl.zeros([BLOCK], tl.float32)
+    label = tl.load(labels_ptr + row) if LABELS else 0
+    for start in range(0, V, BLOCK):
+        columns = start + lanes
+        inside = columns < V
+        z_p = tl.load(teacher_ptr + columns, mask=inside, other=float("-inf")).to(tl.float32)
+        z_q = tl.load(logits_ptr + columns, mask=inside, other=float("-inf")).to(tl.float32)
+        if CAPPED:
+            tanh_q = _tanh(z_q / softcap)
+            z_p = tl.where(inside, softcap * _tanh(z_p / softcap), float("-inf"))
+            z_q = tl.where(inside, softcap * tanh_q, float("-inf"))
+        log_p = z_p - top_p - log_total_p
+        log_q = z_q - top_q - log_total_q
+        p = tl.exp(log_p)
+        kl += tl.where(p == 0.0, 0.0, p * (log_p - log_q))
+        if LABELS:
+            cross_entropy = tl.where(columns == label, -log_q, cross_entropy)
+        if GRADIENT:
+            gradient = tl.exp(log_q) - p
+            if CAPPED:  # d cap tanh(z / cap) / dz = 1 - tanh^2
+                gradient *= 1.0 - tanh_q * tanh_q
+            if NARROW:
+                tl.debug_barrier()
+            gradient = (gradient * unit).to(gradient_ptr.dtype.element_ty)
+            tl.store(gradient_ptr + columns, gradient, mask=inside)
+    row_kl = tl.sum(kl, 0)
+    tl.store(kl_ptr + row, row_kl)
+    same = tl.load(teacher_top1_ptr + row) == tl.load(top1_ptr + row)
+    tl.store(agrees_ptr + row, (same & (row_kl == row_kl)).to(tl.uint8))
+    if LABELS:
+        known = (label >= 0) & (label < V)
+        picked = tl.where(known, tl.sum(cross_entropy, 0), float("nan"))
+        tl.store(cross_entropy_ptr + row, tl.where(label == -100, 0.0, picked))
+
+
+def row_statistics(logits_CV: Tensor, softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`row_statistics_kernel`: float32 [C], float32 [C], int32 [C]. Rows contiguous."""
+    C, V = logits_CV.shape
+    top_C, log_total_C = (logits_CV.new_empty(C, dtype=torch.float32) for _ in range(2))
+    top1_C = logits_CV.new_empty(C, dtype=torch.int32)
+    block, warps = CONFIGURATIONS[logits_CV.dtype]
+    if C:
+        row_statistics_kernel[(C,)](
+            logits_CV,
+            top_C,
+            log_total_C,
+            top1_C,
+            V,
+            1.0 if softcap is None else softcap,
+            CAPPED=softcap is not None,
+            BLOCK=block,
+            num_warps=warps,
+            enable_fp_fusion=False,
+        )
+    return top_C, log_total_C, top1_C
+
+
+def _teacher_pass(
+    logits_CV: Tensor, softcap: float | None, kept_CV: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The logits themselves and their statistics, for all students."""
+    return kept_CV, *row_statistics(kept_CV, softcap)
+
+
+def _student_pass(
+    teacher: tuple[Tensor, ...],
+    logits_CV: Tensor,
+    labels_C: Tensor | None,
+    softcap: float | None,
+    gradient: Gradient | None,
+    kl_C: Tensor,
+    cross_entropy_C: Tensor | None,
+    top1_C: Tensor,
+) -> None:
+    """Fills kl, cross-entropy and agreement; replaces the logits by d kl / d logits if asked."""
+    C, V = logits_CV.shape
+    if not C:
+        return
+    block, warps = CONFIGURATIONS[logits_CV.dtype]
+    target = Gradient(logits_CV, 1.0) if gradient is None else gradient
+    student_kernel[(C,)](
+        *teacher,
+        logits_CV,
+        *row_statistics(logits_CV, softcap),
+        labels_C,
+        target.rows,
+        kl_C,
+        cross_entropy_C,
+        top1_C.view(torch.uint8),
+        V,
+        1.0 if softcap is None else softcap,
+        target.unit,
+        CAPPED=softcap is not None,
+        LABELS=labels_C is not None,
+        GRADIENT=gradient is not None,
+        NARROW=target.rows.dtype != logits_CV.dtype,
+        BLOCK=block,
+        num_warps=warps,
+        enable_fp_fusion=False,
+    )
+
+
+TRITON = Elementwise(keeps_logits=True, teacher=_teacher_pass, student=_student_pass)
