@@ -44,16 +44,15 @@ def nmse(
         mask: [B,T] or [T], bool: the tokens that count; None is all. Others give no gradient,
             whatever they hold; ``token_nmse`` is computed for every token.
         eps: added to the mean square of ``target``, >= 0.
-        implementation: "chunked" (small blocks of tokens), "reference" (the specification), or
-            "auto": "chunked".
+        implementation: "chunked" (PyTorch over small blocks of tokens, on every device),
+            "reference" (the specification), or "auto": "chunked".
 
     Returns:
         :class:`NMSEOutput`. NaN and infinities give NaN or infinity in the tokens that hold them
         and, if counted, in their sequence. Equal inputs give equal bits.
 
     Raises:
-        TypeError, ValueError: an argument is not as above.
-        NotImplementedError: ``implementation="triton"``.
+        TypeError, ValueError: an argument is not as above (nmse has no Triton kernel).
     """
     _validate(x, target, mask, eps, implementation)
     dtype = torch.float64 if torch.float64 in (x.dtype, target.dtype) else torch.float32
@@ -98,8 +97,8 @@ def _validate(
     if not eps >= 0:
         raise ValueError(f"eps: expected a number >= 0, got {eps}")
     if implementation == "triton":
-        raise NotImplementedError(
-            'implementation: "triton" is not built yet for nmse; use "auto", which runs "chunked" '
+        raise ValueError(
+            'implementation: nmse has no Triton kernel; use "auto", which runs "chunked" (PyTorch) '
             "on every device"
         )
     if implementation not in _IMPLEMENTATIONS:

@@ -1,7 +1,7 @@
 """Normalised squared error over small blocks of tokens, keeping what the gradient needs.
 
 Two numbers per token, its error and its power, give every result. The difference x - target is
-kept in x's dtype: with it the backward needs neither stream.
+kept in x's dtype: with it the backward needs neither stream. Nothing here waits for the device.
 
 B sequences, T tokens, D width, R = B*T rows.
 """

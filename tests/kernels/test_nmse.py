@@ -14,6 +14,7 @@ from torch._subclasses import FakeTensorMode
 
 from fastadapt.kernels.nmse import nmse
 from fastadapt.kernels.nmse.autograd import nmse_op
+from fastadapt.kernels.nmse.chunked import nmse_chunked
 from fastadapt.kernels.testing import LAYOUTS, assert_close, with_layout
 
 PROOF = bool(os.environ.get("FASTADAPT_PROOF"))
@@ -44,7 +45,7 @@ class Case:
     distance: float
     seed: int
 
-    def inputs(self, fill: int) -> dict[str, Tensor | None]:
+    def inputs(self, fill: int, device: str) -> dict[str, Tensor | None]:
         generator = torch.Generator().manual_seed(self.seed + fill)
 
         def normal(*shape: int) -> Tensor:
@@ -62,12 +63,14 @@ class Case:
             "cotangent": normal(*self.shape[:-2]).float(),
         }
         return {
-            name: None if tensor is None else with_layout(tensor, layout)
+            name: None if tensor is None else with_layout(tensor.to(device), layout)
             for (name, tensor), layout in zip(tensors.items(), self.layouts, strict=True)
         }
 
-    def run(self, fill: int, implementation: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
-        inputs = self.inputs(fill)
+    def run(
+        self, fill: int, device: str, implementation: str, dtype: torch.dtype | None
+    ) -> dict[str, Tensor]:
+        inputs = self.inputs(fill, device)
         x = inputs["x"].to(dtype or self.dtype).detach().requires_grad_()
         target = inputs["target"].to(dtype or self.target_dtype)
         output = nmse(x, target, mask=inputs["mask"], eps=self.eps, implementation=implementation)
@@ -95,11 +98,11 @@ cases = st.builds(
 @pytest.mark.usefixtures("poison")
 @given(case=cases)
 @settings(max_examples=200 if PROOF else 25, deadline=None, derandomize=True, database=None)
-def test_within_the_budget_of_the_oracle(case):
+def test_within_the_budget_of_the_oracle(case, device):
     wide = torch.float64 in (case.dtype, case.target_dtype)
 
     def pooled(implementation: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
-        results = [case.run(fill, implementation, dtype) for fill in range(FILLS)]
+        results = [case.run(fill, device, implementation, dtype) for fill in range(FILLS)]
         return {name: torch.stack([r[name] for r in results]) for name in results[0]}
 
     oracle = pooled("reference", torch.float64)
@@ -276,6 +279,17 @@ def test_fakes_autocast_and_flops():
     assert counter.get_total_flops() == 5 * x.numel()
 
 
+def test_off_the_cpu_nothing_waits_for_the_device():
+    """Meta tensors refuse to be looked at."""
+    x, target = (torch.empty(3, 7, 5, dtype=torch.bfloat16, device="meta") for _ in range(2))
+    mask = torch.empty(3, 7, dtype=torch.bool, device="meta")
+    per_sequence, per_token, difference, factor = nmse_chunked(
+        x, target, mask, 1e-8, torch.float32, True
+    )
+    assert (per_sequence.shape, per_token.shape) == ((3,), (3, 7))
+    assert (difference.shape, factor.shape) == ((3, 7, 5), (3,))
+
+
 def test_two_threads_give_the_same_bits_every_time():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 300, 1024, generator=generator).requires_grad_()
@@ -321,7 +335,7 @@ def test_two_threads_give_the_same_bits_every_time():
             "mask: expected device cpu, got meta",
         ),
         ({"eps": -1.0}, ValueError, "eps: expected a number >= 0, got -1.0"),
-        ({"implementation": "triton"}, NotImplementedError, "not built yet for nmse"),
+        ({"implementation": "triton"}, ValueError, 'nmse has no Triton kernel; use "auto"'),
         ({"implementation": "sparse"}, ValueError, "implementation: expected one of auto"),
     ],
 )
