@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastadapt.errors import UserError
+from fastadapt.kernels.device import runs_triton
 from fastadapt.kernels.transcoder import IMPLEMENTATIONS, Plan, TranscoderStats, transcoder
 from fastadapt.kernels.transcoder.reference import activate
 
@@ -34,7 +35,8 @@ class AdapterConfig:
             tokens of a sequence, which may be fractional.
         bandwidth: ``jumprelu`` only: width ε of the straight-through window around the threshold.
         initial_threshold: ``jumprelu`` only: θ at the start, > 0.
-        implementation: of the kernel: ``auto``, ``reference``, ``sparse`` or ``triton``.
+        implementation: of the kernel: ``auto``, ``reference``, ``sparse`` (on a CPU), ``triton`` or
+            ``triton_fused`` (on a GPU); see :func:`fastadapt.kernels.transcoder.transcoder`.
     """
 
     n_features: int = 8192
@@ -69,8 +71,6 @@ class AdapterConfig:
                 f"adapter.implementation must be one of {', '.join(IMPLEMENTATIONS)}, "
                 f"got {self.implementation!r}"
             )
-        if self.implementation == "triton":
-            raise UserError("adapter.implementation: 'triton' is not built yet; use 'auto'")
         for name in ("bandwidth", "initial_threshold"):
             value = getattr(self, name)
             if (self.activation == "jumprelu") != (value is not None):
@@ -80,6 +80,25 @@ class AdapterConfig:
                 )
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"adapter.{name} must be a positive number, got {value}")
+
+    def check_runs(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Refuse an implementation that does not run on ``device`` with parameters of ``dtype``.
+
+        Raises:
+            UserError: it does not.
+        """
+        name, on, why = self.implementation, device.type, ""
+        if name == "sparse" and on not in ("cpu", "meta"):
+            why = f"runs on a CPU, and the device is {on}"
+        elif name.startswith("triton") and on != "meta":
+            if not runs_triton(on):
+                why = f"needs a GPU, and the device is {on}"
+            elif dtype == torch.float64:
+                why = "computes in float32 at most, and the parameters are float64"
+            elif on == "cpu" and dtype == torch.bfloat16:
+                why = "is interpreted on a CPU, where Triton multiplies bfloat16 wrongly"
+        if why:
+            raise UserError(f"adapter.implementation: {name!r} {why}; use 'auto'")
 
 
 class Aux(NamedTuple):

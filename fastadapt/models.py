@@ -146,6 +146,7 @@ class ReplacementModel(nn.Module):
         """
         generator = torch.Generator().manual_seed(seed)
         weight = next(pair.base_mlps.parameters())
+        config.check_runs(weight.device, dtype or weight.dtype)
         adapters = nn.ModuleList(
             TranscoderAdapter(
                 pair.target.config.hidden_size,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -220,3 +221,24 @@ def test_adapters_of_one_set_are_alike(tmp_path) -> None:
 def test_impossible_settings(settings, message) -> None:
     with pytest.raises(UserError, match=message):
         AdapterConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "device", "dtype", "message"),
+    [
+        ("auto", "cuda", "float64", ""),
+        ("sparse", "cpu", "bfloat16", ""),
+        ("sparse", "cuda", "float32", "'sparse' runs on a CPU, and the device is cuda"),
+        ("triton", "cuda", "bfloat16", ""),
+        ("triton_fused", "meta", "bfloat16", ""),
+        ("triton", "cpu", "float32", ""),  # interpreted
+        ("triton", "mps", "float32", "'triton' needs a GPU, and the device is mps; use 'auto'"),
+        ("triton_fused", "cuda", "float64", "'triton_fused' computes in float32 at most"),
+        ("triton", "cpu", "bfloat16", "interpreted on a CPU"),
+    ],
+)
+def test_where_implementations_run(implementation, device, dtype, message, monkeypatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    config = AdapterConfig(8, implementation=implementation)
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        config.check_runs(torch.device(device), getattr(torch, dtype))

@@ -66,6 +66,7 @@ class Shapes:
         wide, low = dtype.itemsize, dtype.itemsize < FP32
         attention, _ = choose_attention(config.pair.attention, device, dtype, paths.attention)
         implementation = config.adapter.implementation
+        on_codes = device.type == "cpu" or (device.type == "cuda" and dtype != torch.float64)
         jump = config.adapter.activation == "jumprelu"
         n = config.optimizer.batch_size * tokens
         return cls(
@@ -88,7 +89,7 @@ class Shapes:
             moment_bytes=FP32 if low and config.optimizer.masters else wide,
             masters=low and config.optimizer.masters,
             dense_kernel=implementation == "reference"
-            or (implementation == "auto" and device.type != "cpu"),
+            or (implementation == "auto" and not on_codes),
             ranked=config.adapter.activation in ("topk", "batch_topk"),
             windowed=jump,
             eager=attention == "eager",

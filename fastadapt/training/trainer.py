@@ -13,6 +13,7 @@ import torch
 from fastadapt.errors import RunError
 from fastadapt.models import ModelPair, ReplacementModel
 from fastadapt.organism import resolve
+from fastadapt.pair import DTYPES, choose_device
 from fastadapt.training import rundir
 from fastadapt.training.checkpoint import Checkpoint, PassedOver, load_latest
 from fastadapt.training.config import TrainConfig
@@ -49,6 +50,7 @@ def train(
         RunError: no space, no memory, or too many batches in a row that are not finite.
     """
     started = time.monotonic()
+    config.adapter.check_runs(choose_device(config.pair.device), DTYPES[config.pair.dtype])
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
     with (

@@ -112,7 +112,6 @@ CASES = [
         r"adapter\.k .*24.*got 25",
     ),
     option("--adapter.implementation", "cuda", r"implementation .*'cuda'"),
-    option("--adapter.implementation", "triton", r"'triton' is not built yet"),
     option("--objective.sparsity", "-0.001", r"objective\.sparsity .*got -0\.001"),
     option("--objective.first_cutoff", "2", r"objective\.first_cutoff must be 0 or 1, got 2"),
     option("--data.max_tokens", "1", r"data\.max_tokens: expected at least 2, got 1"),
@@ -129,6 +128,26 @@ CASES = [
 def test_a_mistake_gets_one_clear_error(case, expect_error):
     _, arrange, *expected = case
     expect_error(arrange, *expected)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("name", ["triton", "triton_fused"])
+def test_triton_without_a_gpu(expect_error, monkeypatch, name):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    _, arrange, message = option(
+        "--adapter.implementation",
+        name,
+        rf"'{name}' needs a GPU, and the device is cpu; use 'auto'",
+    )
+    expect_error(arrange, message)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_triton_interpreted_in_bfloat16(expect_error):
+    expect_error(
+        lambda d: d.train("--adapter.implementation", "triton", "--pair.dtype", "bfloat16"),
+        "'triton' is interpreted on a CPU, where Triton multiplies bfloat16 wrongly",
+    )
 
 
 def test_every_case_has_words_of_its_own(emitted):
