@@ -24,6 +24,7 @@ B sequences, T tokens, D width, S streams, L layers.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -36,7 +37,7 @@ from fastadapt.batch import Batch, token_weights
 from fastadapt.errors import UserError
 from fastadapt.kernels.linear_kl import linear_kl
 from fastadapt.kernels.nmse import nmse
-from fastadapt.kernels.transcoder import SAVED_OPS, TranscoderStats
+from fastadapt.kernels.transcoder import SAVED_OPS, Plan, TranscoderStats, plan_for
 from fastadapt.models import Mode, ReplacementModel
 from fastadapt.pair import DTYPES
 
@@ -84,12 +85,21 @@ class ObjectiveConfig:
             )
 
 
+class AdapterCall(NamedTuple):
+    """A layer's call of its adapter: what it gave, its plan, and the streams in it (1 or 2)."""
+
+    penalty: Tensor
+    stats: TranscoderStats
+    plan: Plan | None
+    n_streams: int
+
+
 class ObjectiveOutput(NamedTuple):
-    """The loss (0-d, with its graph), its terms (0-d, detached), and each layer's statistics."""
+    """The loss (0-d, with its graph), its terms (0-d, detached), and each layer's call."""
 
     loss: Tensor
     metrics: dict[str, Tensor]
-    stats: list[TranscoderStats]
+    calls: list[AdapterCall]
 
 
 def draw_cutoff(n_layers: int, config: ObjectiveConfig, seed: int, step: int) -> int:
@@ -106,11 +116,12 @@ def _run_block(
     layer: int,
     mode: Mode,
     arguments: dict[str, Any],
-    mask: Tensor | None,
-    padding: Tensor | None,
     hidden: Tensor,
+    mask: Tensor | None = None,
+    padding: Tensor | None = None,
+    plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor | None, TranscoderStats | None]:
-    out, aux = model.block(layer, hidden, arguments, mode, mask=mask, padding=padding)
+    out, aux = model.block(layer, hidden, arguments, mode, mask=mask, padding=padding, plan=plan)
     return (out, None, None) if aux is None else (out, aux.penalty, aux.stats)
 
 
@@ -138,12 +149,22 @@ class _Streams(NamedTuple):
     target_to_adapter: Tensor | None
     nmse: Tensor
     token_nmse: Tensor
-    penalties: list[Tensor]
-    stats: list[TranscoderStats]
+    calls: list[AdapterCall]
+
+
+def _plan(model: ReplacementModel, hidden: Tensor, codes_per_token: float) -> Plan:
+    """The plan of a layer's call on ``hidden [S, T, D]``, padding counted as tokens."""
+    n_tokens, kind = hidden.shape[0] * hidden.shape[1], hidden.device.type
+    return plan_for(codes_per_token, n_tokens, model.n_features, hidden.dtype, kind)
 
 
 def _walk(
-    model: ReplacementModel, batch: Batch, cutoff: int, config: ObjectiveConfig, tokens_BT: Tensor
+    model: ReplacementModel,
+    batch: Batch,
+    cutoff: int,
+    config: ObjectiveConfig,
+    tokens_BT: Tensor,
+    codes_per_token: Sequence[float] | None,
 ) -> _Streams:
     """Steps 1 to 3 of the traversal: every block once per stream, losses of the hidden states."""
     n_layers, (n_rows, _) = model.n_layers, batch.input_ids.shape
@@ -164,8 +185,7 @@ def _walk(
     bridge: Tensor | None = None
     zero = tokens_BT.new_zeros(())
     nmse_sum, token_sum = zero, zero  # layer 0 is the embedding, the same in both: its term is 0
-    penalties: list[Tensor] = []
-    stats: list[TranscoderStats] = []
+    calls: list[AdapterCall] = []
     for layer in range(n_layers):
         forked = forks and layer >= cutoff
         if forked and layer == cutoff:
@@ -176,14 +196,15 @@ def _walk(
         )
         with torch.no_grad():
             h, _ = model.block(layer, h, single.arguments[layer], "target")
-        run = partial(_run_block, model, layer, "replacement", inputs.arguments[layer], mask, pad)
+        plan = None if codes_per_token is None else _plan(model, h_rep, codes_per_token[layer])
+        run = partial(_run_block, model, layer, "replacement", inputs.arguments[layer])
+        run = partial(run, mask=mask, padding=pad, plan=plan)
         h_rep, penalty, counts = _checkpointed(run, h_rep, config.checkpoint)
         assert penalty is not None
         assert counts is not None
-        penalties.append(penalty)
-        stats.append(counts)
+        calls.append(AdapterCall(penalty, counts, plan, 2 if forked else 1))
         if bridge is not None:
-            run = partial(_run_block, model, layer, "target", single.arguments[layer], None, None)
+            run = partial(_run_block, model, layer, "target", single.arguments[layer])
             bridge, _, _ = _checkpointed(run, bridge, config.checkpoint)
         error = nmse(h_rep[:n_rows], h, mask=real)
         nmse_sum = nmse_sum + error.nmse.mean()
@@ -195,13 +216,16 @@ def _walk(
         target_to_adapter=h_rep[n_rows:] if forks else None,
         nmse=nmse_sum / (n_layers + 1),
         token_nmse=token_sum / (n_layers + 1),
-        penalties=penalties,
-        stats=stats,
+        calls=calls,
     )
 
 
 def objective(
-    model: ReplacementModel, batch: Batch, cutoff: int, config: ObjectiveConfig
+    model: ReplacementModel,
+    batch: Batch,
+    cutoff: int,
+    config: ObjectiveConfig,
+    codes_per_token: Sequence[float] | None = None,
 ) -> ObjectiveOutput:
     """Every loss of a batch in one traversal.
 
@@ -211,11 +235,14 @@ def objective(
         cutoff: k in 0..L. At 0 there is no adapter→target and target→adapter is the replacement
             itself; at L the other way round. That bridge reuses the output's KL and gradient.
         config: weights.
+        codes_per_token: of each layer, to plan its call with
+            (:func:`fastadapt.kernels.transcoder.plan_for`); None: no plan, the op looks for itself.
+            On a GPU nothing returned is valid where a call has more codes than its plan holds.
 
     Returns:
         The loss, its terms (``loss, kl, nmse, nmse_token, bridge_adapter_to_target,
         bridge_target_to_adapter, sparsity, l0, top1_error``; a bridge that does not exist is
-        absent), and per-layer statistics of the replacement stream.
+        absent), and every layer's call, with statistics of the replacement stream.
 
     Raises:
         ValueError: the cutoff lies outside 0..L.
@@ -224,7 +251,7 @@ def objective(
         raise ValueError(f"cutoff must lie in 0..{model.n_layers}, got {cutoff}")
     wide = torch.float64 if model.head.dtype == torch.float64 else torch.float32
     tokens_BT, predictions_BT = token_weights(batch, wide)
-    streams = _walk(model, batch, cutoff, config, tokens_BT)
+    streams = _walk(model, batch, cutoff, config, tokens_BT, codes_per_token)
 
     forked = streams.adapter_to_target is not None
     students = [streams.replacement]
@@ -251,13 +278,13 @@ def objective(
     elif cutoff == model.n_layers:
         metrics["bridge_adapter_to_target"] = out
     bridges = [value for name, value in metrics.items() if name.startswith("bridge")]
-    sparsity = config.sparsity * torch.stack(streams.penalties).sum()
+    sparsity = config.sparsity * torch.stack([c.penalty for c in streams.calls]).sum()
     loss = out + config.nmse * streams.nmse + sparsity
     if config.bridge and bridges:
         loss = loss + config.bridge * torch.stack(bridges).sum()
 
-    n_active = torch.stack([s.n_active for s in streams.stats]).sum()
-    n_tokens = torch.stack([s.n_tokens for s in streams.stats]).sum()
+    n_active = torch.stack([c.stats.n_active for c in streams.calls]).sum()
+    n_tokens = torch.stack([c.stats.n_tokens for c in streams.calls]).sum()
     metrics |= {
         "loss": loss,
         "nmse": streams.nmse,
@@ -266,4 +293,5 @@ def objective(
         "l0": n_active.to(wide) / n_tokens.clamp(min=1),
         "top1_error": 1 - (kl.token_top1[0] * predictions_BT.flatten()).sum(),
     }
-    return ObjectiveOutput(loss, {k: v.detach() for k, v in metrics.items()}, streams.stats)
+    calls = [c._replace(penalty=c.penalty.detach()) for c in streams.calls]
+    return ObjectiveOutput(loss, {k: v.detach() for k, v in metrics.items()}, calls)

@@ -17,9 +17,11 @@ from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen2 import modeling_qwen2
 
+from fastadapt import adapter as adapter_module
 from fastadapt.adapter import AdapterConfig
 from fastadapt.batch import Batch
 from fastadapt.errors import UserError
+from fastadapt.kernels.transcoder import Plan, plan_for
 from fastadapt.models import ReplacementModel
 from fastadapt.objective import ObjectiveConfig, draw_cutoff, objective
 
@@ -313,6 +315,52 @@ def test_recompute_keeps_the_codes(make_pair, monkeypatch) -> None:
         out.loss.backward()
     assert count.encode == LAYERS
     assert count.decode == 2 * LAYERS
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_every_call_has_the_plan_of_its_layer(checkpointed, make_pair, monkeypatch) -> None:
+    """Of as many tokens as go through it, padding counted; the recompute has the same."""
+    config = AdapterConfig(FEATURES, implementation="sparse")
+    replacement = make_replacement(make_pair("qwen2"), config)
+    seen: list[Plan | None] = []
+    transcoder = adapter_module.transcoder
+
+    def watched(*args, plan, **kwargs):
+        seen.append(plan)
+        return transcoder(*args, plan=plan, **kwargs)
+
+    monkeypatch.setattr(adapter_module, "transcoder", watched)
+    rates = [0.2, 0.9, FEATURES]
+    weights = ObjectiveConfig(checkpoint=checkpointed)
+    out = objective(replacement, ragged_batch(), 1, weights, rates)
+    expected = [
+        plan_for(rate, n_streams * 3 * 9, FEATURES, torch.float32, "cpu")
+        for rate, n_streams in zip(rates, (1, 2, 2), strict=True)
+    ]
+    assert [call.plan for call in out.calls] == seen == expected
+    assert [plan.dense for plan in expected] == [False, False, True]
+    assert [call.n_streams for call in out.calls] == [1, 2, 2]
+    out.loss.backward()
+    assert sorted(seen) == sorted(expected * (1 + checkpointed))
+    assert all(
+        call.plan is None for call in objective(replacement, ragged_batch(), 1, weights).calls
+    )
+
+
+def test_plans_change_no_value(make_pair) -> None:
+    replacement = make_replacement(make_pair("qwen2"), AdapterConfig(FEATURES, "topk", k=1))
+    results = []
+    for rates in (None, [1.0] * LAYERS, [FEATURES] * LAYERS):
+        replacement.zero_grad()
+        out = objective(replacement, ragged_batch(), 1, ObjectiveConfig(sparsity=0.03), rates)
+        out.loss.backward()
+        results.append(
+            [out.loss.detach(), *(p.grad.clone() for p in replacement.adapters.parameters())]
+        )
+    assert all(int(call.stats.n_codes) > 0 for call in out.calls)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-4, atol=1e-6)
 
 
 def test_a_batch_is_the_mean_of_its_sequences(make_pair) -> None:

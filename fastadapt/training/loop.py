@@ -33,6 +33,7 @@ from fastadapt.training.config import TrainConfig
 from fastadapt.training.feed import Feed
 from fastadapt.training.metrics import DeadFeatures, StepGatherer, StepReport, evaluation_record
 from fastadapt.training.optimizer import AdapterOptimizer, learning_rate
+from fastadapt.training.planner import Planner, overflow, takes_plans
 from fastadapt.training.rundir import MetricsLog, Record, Sink
 
 
@@ -57,6 +58,7 @@ class Run:
         self.optimizer = AdapterOptimizer(named, config.optimizer)
         shape = self.model.n_layers, self.model.n_features
         self.dead = DeadFeatures(*shape, config.run.dead_window, self.model.device)
+        self.planner = Planner(takes_plans(config.adapter.implementation, self.model.device.type))
         self.step = 0
         self.tokens = 0
         self.bad_in_row = 0
@@ -138,51 +140,60 @@ class Run:
     # --- one step ---------------------------------------------------------------------------------
 
     def advance(self) -> None:
-        """One optimiser step: forward and backward of its micro-batches, then the update."""
+        """One optimiser step: forward and backward of its micro-batches, then the update.
+
+        Where a layer had more codes than planned nothing is kept, and the step is made again.
+        """
         began = time.monotonic()
         micro_batches = self.feed.micro_batches(self.step)
-        n_sequences = sum(map(len, micro_batches))
         cutoff = draw_cutoff(
             self.model.n_layers, self.config.objective, self.config.run.seed, self.step
         )
-        gathered, tokens = StepGatherer(), 0
-        for ids in micro_batches:
-            batch, n_tokens = self.feed.batch(self.feed.train, ids)
-            out = objective(self.model, batch, cutoff, self.config.objective)
-            weight = len(ids) / n_sequences
-            (out.loss * weight).backward()
-            gathered.add(out, weight)
-            tokens += n_tokens
-        norm = self.optimizer.gradient_norm()
-        self.dead.update(gathered.fired(), tokens, gathered.finite(norm))
-        report = gathered.report(norm, self.dead.per_layer())
+        gathered, norm, report = self._gradient(micro_batches, cutoff, self.planner.expected)
+        if found := overflow(report.calls):
+            self.optimizer.discard()
+            self.log.write("replan", self.step + 1, **found, wall_s=self.wall_s)
+            gathered, norm, report = self._gradient(micro_batches, cutoff, None)
         rate = learning_rate(self.step, self.steps, self.config.optimizer)
         self.step += 1
         if not report.finite:
             self._skip(report, micro_batches)
             return
         self.optimizer.step(rate, norm)
+        self.planner.applied(report.calls)
         if self.config.adapter.activation == "batch_topk":
             for adapter, value in zip(self.model.adapters, gathered.min_active(), strict=True):
                 cast(TranscoderAdapter, adapter).update_threshold(value)
         self.bad_in_row = 0
-        self.tokens += tokens
-        self._since_log[0] += tokens
+        self.tokens += gathered.tokens
+        self._since_log[0] += gathered.tokens
         self._since_log[1] += time.monotonic() - began
         if self.step % self.config.run.log_every == 0 or self.step in (1, self.steps):
             self._record_step(report, rate, cutoff)
+
+    def _gradient(
+        self, micro_batches: list[list[int]], cutoff: int, expected: list[float] | None
+    ) -> tuple[StepGatherer, torch.Tensor, StepReport]:
+        """Sum the gradient, as planned or without plans; its norm, and what was told."""
+        n_sequences = sum(map(len, micro_batches))
+        gathered = StepGatherer()
+        # All batches first: a copy to the device waits for what the device is doing.
+        batches = [self.feed.batch(self.feed.train, ids) for ids in micro_batches]
+        for ids, (batch, tokens) in zip(micro_batches, batches, strict=True):
+            out = objective(self.model, batch, cutoff, self.config.objective, expected)
+            weight = len(ids) / n_sequences
+            (out.loss * weight).backward()
+            gathered.add(out, weight, tokens)
+        norm = self.optimizer.gradient_norm()
+        self.dead.update(gathered.fired(), gathered.tokens, gathered.valid(norm))
+        return gathered, norm, gathered.report(norm, self.dead.per_layer())
 
     def _skip(self, report: StepReport, micro_batches: list[list[int]]) -> None:
         """Leave weights and moments as they are, and say which data did it."""
         self.optimizer.discard()
         self.bad_in_row += 1
         self.bad_total += 1
-        losses = torch.tensor(report.losses)
-        culprits = [
-            ids
-            for ids, fine in zip(micro_batches, losses.isfinite().tolist(), strict=True)
-            if not fine
-        ]
+        culprits = [micro_batches[i] for i in report.broken]
         reason = "loss" if culprits else "gradient"
         rows = self.feed.rows([i for ids in culprits or micro_batches for i in ids])
         self.log.write(

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fastadapt.kernels.transcoder import TranscoderStats
-from fastadapt.objective import ObjectiveOutput
+from fastadapt.objective import AdapterCall, ObjectiveOutput
+from fastadapt.training.planner import Call
 
 #: Edges of the histogram of feature density: log10 of the share of tokens on which a feature fires.
 DENSITY_EDGES = [-7 + i / 4 for i in range(29)]
@@ -28,6 +29,7 @@ class StepReport(NamedTuple):
         grad_norm: of the summed gradient, before clipping.
         l0_per_layer: active features per token.
         dead_per_layer: features that have not fired within the dead window.
+        calls: every call of an adapter: ``[micro-batch][layer]``.
     """
 
     terms: dict[str, float]
@@ -35,11 +37,17 @@ class StepReport(NamedTuple):
     grad_norm: float
     l0_per_layer: list[float]
     dead_per_layer: list[int]
+    calls: list[list[Call]]
 
     @property
     def finite(self) -> bool:
         """Whether the losses and the gradient are numbers that a step may be made of."""
         return all(map(math.isfinite, (self.grad_norm, *self.losses)))
+
+    @property
+    def broken(self) -> list[int]:
+        """The micro-batches whose loss is not finite."""
+        return [i for i, loss in enumerate(self.losses) if not math.isfinite(loss)]
 
 
 class StepGatherer:
@@ -48,23 +56,37 @@ class StepGatherer:
     def __init__(self) -> None:
         self._terms: dict[str, Tensor] = {}
         self._losses: list[Tensor] = []
-        self._stats: list[list[TranscoderStats]] = []
+        self._calls: list[list[AdapterCall]] = []
+        self._tokens: list[int] = []
 
-    def add(self, out: ObjectiveOutput, weight: float) -> None:
-        """Take a micro-batch that holds the share ``weight`` of the step's sequences."""
+    @property
+    def tokens(self) -> int:
+        """Tokens of the step."""
+        return sum(self._tokens)
+
+    def add(self, out: ObjectiveOutput, weight: float, tokens: int) -> None:
+        """Take a micro-batch of ``tokens`` tokens, the share ``weight`` of the step's sequences."""
         for name, value in out.metrics.items():
             term = value * weight
             self._terms[name] = self._terms[name] + term if name in self._terms else term
         self._losses.append(out.metrics["loss"])
-        self._stats.append(out.stats)
+        self._calls.append(out.calls)
+        self._tokens.append(tokens)
 
     def fired(self) -> Tensor:
         """Bool [L, F]: features that fired on some token of the step."""
         return torch.stack([_any([s.fired for s in layer]) for layer in self._layers()])
 
-    def finite(self, grad_norm: Tensor) -> Tensor:
-        """0-d bool on the device: what :attr:`StepReport.finite` will say."""
-        return torch.stack([*self._losses, grad_norm]).isfinite().all()
+    def valid(self, grad_norm: Tensor) -> Tensor:
+        """0-d bool on the device: :attr:`StepReport.finite`, and no call overflows its plan."""
+        finite = torch.stack([*self._losses, grad_norm]).isfinite().all()
+        fits = [
+            call.stats.n_codes <= call.plan.capacity
+            for layers in self._calls
+            for call in layers
+            if call.plan is not None and not call.plan.dense and call.plan.capacity is not None
+        ]
+        return torch.stack([finite, *fits]).all()
 
     def min_active(self) -> Tensor:
         """[L]: smallest active value, averaged over micro-batches; NaN where nothing fired."""
@@ -77,21 +99,28 @@ class StepGatherer:
         layers = self._layers()
         active = torch.stack([torch.stack([s.n_active for s in layer]).sum() for layer in layers])
         tokens = torch.stack([torch.stack([s.n_tokens for s in layer]).sum() for layer in layers])
+        codes = torch.stack([c.stats.n_codes for layers in self._calls for c in layers])
         parts = [
             torch.stack(list(self._terms.values())),
             torch.stack(self._losses),
             grad_norm.reshape(1),
             active / tokens.clamp(min=1),
             dead_L,
+            codes,
         ]
         sizes = [part.numel() for part in parts]
         flat = torch.cat([part.double() for part in parts]).cpu().split(sizes)
-        terms, losses, norm, l0, dead = (part.tolist() for part in flat)
+        terms, losses, norm, l0, dead, found = (part.tolist() for part in flat)
         named = dict(zip(self._terms, terms, strict=True))
-        return StepReport(named, losses, norm[0], l0, [int(n) for n in dead])
+        counts = map(int, found)
+        calls = [
+            [Call(call.plan, call.n_streams * tokens, next(counts)) for call in layers]
+            for layers, tokens in zip(self._calls, self._tokens, strict=True)
+        ]
+        return StepReport(named, losses, norm[0], l0, [int(n) for n in dead], calls)
 
     def _layers(self) -> list[tuple[TranscoderStats, ...]]:
-        return list(zip(*self._stats, strict=True))
+        return [tuple(c.stats for c in layer) for layer in zip(*self._calls, strict=True)]
 
 
 class DeadFeatures:

@@ -47,6 +47,7 @@ def capture(run: Run) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         "bad_total": run.bad_total,
         "threads": torch.get_num_threads(),
         "wall_s": run.wall_s,
+        **run.planner.state(),
         **_origin(run),
         **versions(),
     }
@@ -96,6 +97,7 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     run.step, run.tokens = checkpoint.step, scalars["tokens"]
     run.bad_in_row, run.bad_total = scalars["bad_in_row"], scalars["bad_total"]
     run.wall_before = scalars["wall_s"]
+    run.planner.load(scalars)
 
 
 def facts(run: Run) -> dict[str, Any]:

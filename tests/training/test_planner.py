@@ -1,0 +1,321 @@
+"""Plans follow the counts of the step before; a step whose plan was too small leaves no trace."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from threading import Event
+
+import pytest
+import torch
+
+from fastadapt import adapter as adapter_module
+from fastadapt.kernels.transcoder import Plan, codes
+from fastadapt.objective import objective
+from fastadapt.training import loop, trainer
+from fastadapt.training.planner import Call, Planner, overflow, takes_plans
+from fastadapt.training.rundir import MetricsLog, read_records
+from fastadapt.training.trainer import train
+
+# Where Triton's kernels run on a CPU: in its interpreter, which tests/conftest.py switches on.
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's test")
+TIMING = {"wall_s", "tokens_per_s"}
+
+
+def call(codes: int, capacity: int | None = None, *, dense: bool = False, tokens: int = 10) -> Call:
+    plan = Plan(dense, capacity) if dense or capacity is not None else None
+    return Call(plan, tokens, codes)
+
+
+# --- by itself ------------------------------------------------------------------------------------
+
+
+def test_a_call_overflows_only_a_capacity() -> None:
+    assert call(11, 10).overflows
+    assert not call(10, 10).overflows
+    assert not call(11).overflows
+    assert not call(11, dense=True).overflows
+    assert not Call(Plan(False, None), 10, 11).overflows
+
+
+def test_the_first_overflow_of_each_micro_batch_is_told() -> None:
+    fine, short, garbage = call(3, 10), call(11, 10), call(10**9, 10)
+    assert overflow([[fine, fine], [fine, call(5)]]) == {}
+    assert overflow([[fine, short, garbage], [fine, fine, fine], [short, garbage, fine]]) == {
+        "layers": [1, 0],
+        "capacities": [10, 10],
+        "codes": [11, 11],
+    }
+
+
+def test_the_largest_count_of_the_micro_batches_is_expected() -> None:
+    planner = Planner(True)
+    assert planner.expected is None
+    planner.applied([[call(30), call(2)], [call(20, tokens=5), call(0)], [call(0, tokens=0)] * 2])
+    assert planner.expected == [4.0, 0.2]
+    planner.applied([[call(10, 99), call(10, dense=True)]])
+    assert planner.expected == [1.0, 1.0]
+
+
+def test_where_no_plans_are_taken_nothing_is_expected() -> None:
+    planner = Planner(False)
+    planner.applied([[call(30)]])
+    assert planner.expected is None
+    assert planner.state() == {"codes_per_token": None}
+
+
+def test_the_state_is_taken_back() -> None:
+    one, other = Planner(True), Planner(True)
+    one.applied([[call(1, tokens=3)]])
+    other.load(one.state())
+    assert other.expected == [1 / 3]
+    other.load({})  # a checkpoint from before there were plans
+    assert other.expected is None
+
+
+@pytest.mark.parametrize(
+    ("implementation", "device", "takes"),
+    [
+        ("auto", "cuda", True),
+        ("auto", "cpu", False),
+        ("reference", "cuda", False),
+        ("sparse", "cpu", False),
+        ("triton", "cpu", True),
+        ("triton_fused", "cuda", True),
+    ],
+)
+def test_who_takes_plans(implementation: str, device: str, takes: bool) -> None:
+    assert takes_plans(implementation, device) is takes
+
+
+# --- in a run -------------------------------------------------------------------------------------
+
+
+def as_on_a_device(*args: object, plan: Plan | None = None, **kwargs: object):
+    """The op as a device runs it: codes beyond the capacity raise nothing and spoil the results."""
+    out = real_transcoder(*args, plan=None, **kwargs)
+    found = int(out.stats.n_codes)
+    if plan is None or plan.dense or plan.capacity is None or found <= plan.capacity:
+        return real_transcoder(*args, plan=plan, **kwargs)
+    return out._replace(out=out.out * torch.nan)
+
+
+real_transcoder = adapter_module.transcoder
+
+
+@pytest.fixture
+def planned(monkeypatch, tmp_path: Path, tiny_config):
+    """``planned(name, **changes)``: a run between steps that plans, few of whose features fire."""
+    monkeypatch.setattr(adapter_module, "transcoder", as_on_a_device)
+    monkeypatch.setattr(loop, "takes_plans", lambda *_: True)
+    # So that tiny numbers are planned like large ones: codes at any density, and room that counts.
+    monkeypatch.setitem(codes.DENSE_SHARE, torch.float32, 1.0)
+    monkeypatch.setattr(codes, "CAPACITY_STEP", 4)
+    monkeypatch.setattr(codes, "HEADROOM", 3)  # so short sequences differ more
+
+    def make(name: str, **changes: object) -> loop.Run:
+        changes = {"optimizer.accumulation": 2, "optimizer.batch_size": 3, **changes}
+        config = tiny_config(**{"adapter.implementation": "sparse", **changes})
+        model, feed = trainer._load(config)
+        with torch.no_grad():
+            for adapter in model.adapters:
+                adapter.b_enc.fill_(-0.25)
+        (tmp_path / name).mkdir()
+        run = loop.Run(config, tmp_path / name, 0.0, model, feed)
+        run.log = logs.enter_context(MetricsLog(tmp_path / name / "metrics.jsonl"))
+        return run
+
+    with ExitStack() as logs:
+        yield make
+
+
+def told(run: loop.Run) -> list[dict]:
+    run.log._file.flush()
+    records = read_records(run.folder / "metrics.jsonl")
+    return [{k: v for k, v in record.items() if k not in TIMING} for record in records]
+
+
+def state_of(run: loop.Run) -> dict[str, torch.Tensor]:
+    groups = {**run.optimizer.tensors(), "counters": {"since": run.dead.since_LF}}
+    return {f"{g}/{n}": t.clone() for g, ts in groups.items() for n, t in ts.items()}
+
+
+def assert_same(run: loop.Run, other: loop.Run) -> None:
+    ours, theirs = state_of(run), state_of(other)
+    assert all(torch.equal(t, theirs[name]) for name, t in ours.items())
+    assert (run.step, run.tokens, run.bad_total) == (other.step, other.tokens, other.bad_total)
+    assert run.planner.expected == other.planner.expected
+
+
+def test_plans_follow_the_step_before(planned, monkeypatch) -> None:
+    run, seen = planned("run"), []
+    real = loop.objective
+
+    def watched(*args):
+        out = real(*args)
+        seen.append((args[-1], [c.plan for c in out.calls]))
+        return out
+
+    monkeypatch.setattr(loop, "objective", watched)
+    run.advance()
+    assert seen == [(None, [None, None])] * 2  # nothing is known yet
+    first = run.planner.expected
+    assert all(0 < rate < 20 for rate in first), first
+    seen.clear()
+    run.advance()
+    assert [rates for rates, _ in seen] == [first] * 2
+    assert all(isinstance(plan, Plan) and not plan.dense for _, plans in seen for plan in plans)
+    assert run.planner.expected != first
+    assert {r["kind"] for r in told(run)} == {"train"}
+
+
+def test_codes_are_counted_per_token_of_every_stream(planned) -> None:
+    """Behind a fork the call holds two streams: its codes are of twice the tokens."""
+    run = planned("run", **{"objective.bridge": 0.0})
+    batch, tokens = run.feed.batch(run.feed.train, [0, 1, 2])
+    rates = []
+    for bridge in (0.0, 1.0):
+        config = type(run.config.objective)(bridge=bridge)
+        out = objective(run.model, batch, 1, config)
+        assert [c.n_streams for c in out.calls] == ([1, 2] if bridge else [1, 1])
+        planner = Planner(True)
+        planner.applied(
+            [[Call(c.plan, c.n_streams * tokens, int(c.stats.n_codes)) for c in out.calls]]
+        )
+        rates.append(planner.expected)
+    alone, forked = rates
+    assert alone[0] == forked[0]
+    assert 0.3 < forked[1] / alone[1] < 3
+
+
+def test_a_plan_that_was_too_small_changes_no_bit(planned) -> None:
+    run, other = planned("run"), planned("other")
+    for each in (run, other):
+        each.advance()
+        each.advance()
+    run.planner.expected = [0.01, 0.01]
+    for each in (run, other):
+        each.advance()
+    assert_same(run, other)
+    told_run, told_other = told(run), told(other)
+    replan = next(r for r in told_run if r["kind"] == "replan")
+    assert replan["step"] == 3
+    assert replan["layers"] == [0, 0]  # of both micro-batches: behind it, counts tell nothing
+    assert all(c > m for c, m in zip(replan["codes"], replan["capacities"], strict=True))
+    assert [r for r in told_run if r is not replan] == told_other
+
+
+def test_a_broken_step_leaves_no_expectation(planned, monkeypatch) -> None:
+    run = planned("run")
+    run.advance()
+    expected = run.planner.expected
+    real = loop.objective
+    monkeypatch.setattr(
+        loop, "objective", lambda *a: (o := real(*a))._replace(metrics={"loss": o.loss * torch.nan})
+    )
+    run.advance()
+    assert run.bad_total == 1
+    assert run.planner.expected == expected
+
+
+def test_stopped_and_resumed_with_plans(planned, tiny_config, tmp_path: Path) -> None:
+    """The expectation is saved: were it not, the first step after a resume would have no plan."""
+    changes = {"adapter.implementation": "sparse", "run.eval_every": 0, "optimizer.max_steps": 7}
+    whole = tiny_config(**{**changes, "run.output": str(tmp_path / "whole")})
+    again = tiny_config(**{**changes, "run.output": str(tmp_path / "again")})
+    train(whole)
+    stop = Event()
+
+    def sink(record: dict) -> None:
+        if (record["kind"], record["step"]) == ("train", 4):
+            stop.set()
+
+    assert train(again, stop=stop, sinks=[sink])["step"] == 4
+    first: list = []
+    real = loop.objective
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "objective", lambda *a: first.append(a[-1]) or real(*a))
+        train(again, resume=True)
+    assert isinstance(first[0], list)
+    for file in ("weights", "exp_avg", "exp_avg_sq", "counters"):
+        name = f"checkpoints/step-00000007/{file}.safetensors"
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+# --- with the kernels -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def few(planned, monkeypatch):
+    """``few(name, implementation)``: the op itself, in steps of one sequence."""
+    monkeypatch.setattr(adapter_module, "transcoder", real_transcoder)
+
+    def make(name: str, implementation: str) -> loop.Run:
+        sizes = {"optimizer.accumulation": 1, "optimizer.batch_size": 1, "adapter.n_features": 24}
+        return planned(name, **sizes, **{"adapter.implementation": implementation})
+
+    return make
+
+
+@interpreted
+@pytest.mark.parametrize("implementation", ["triton", "triton_fused"])
+def test_training_on_the_kernels_equals_training_on_the_cpu(few, implementation: str) -> None:
+    run, other = few("run", implementation), few("other", "sparse")
+    for _ in range(2):
+        run.advance()
+        other.advance()
+    assert run.planner.expected == other.planner.expected
+    ours, theirs = state_of(run), state_of(other)
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=1e-6, msg=name)
+    assert all(r["kind"] == "train" for r in told(run))
+
+
+@interpreted
+def test_a_kernel_whose_buffers_were_too_short_changes_no_bit(few) -> None:
+    run, other = few("run", "triton"), few("other", "triton")
+    for each in (run, other):
+        each.advance()
+    run.planner.expected = [0.01, 0.01]
+    for each in (run, other):
+        each.advance()
+    assert_same(run, other)
+    assert [r["kind"] for r in told(run)] == ["train", "replan", "train"]
+    assert [r for r in told(run) if r["kind"] == "train"] == told(other)
+
+
+#: What makes the host wait for a device, were the tensor there.
+READS = ("item", "tolist", "nonzero", "numpy", "__bool__", "__int__", "__float__", "__index__")
+#: Read elsewhere: by transformers once per batch, before the first block; and on a CPU alone.
+OTHERS = ("transformers/masking_utils.py", "linear_kl/chunked.py")
+
+
+@interpreted
+def test_nothing_reads_from_the_device_inside_a_planned_step(few, monkeypatch) -> None:
+    from fastadapt.kernels.transcoder import triton_forward
+
+    run, read = few("run", "triton"), []
+    run.advance()
+    monkeypatch.setattr(triton_forward, "SMALL", 0)  # below, calls need not look even without plan
+    batch, _ = run.feed.batch(run.feed.train, [0])
+
+    def watch(name: str) -> None:
+        real = getattr(torch.Tensor, name)
+
+        def watched(*args: object):
+            if not sys._getframe(1).f_code.co_filename.endswith(OTHERS):
+                read.append(name)
+            return real(*args)
+
+        monkeypatch.setattr(torch.Tensor, name, watched)
+
+    for name in READS:
+        watch(name)
+    for expected in (run.planner.expected, [24.0, 24.0]):
+        out = objective(run.model, batch, 1, run.config.objective, expected)
+        out.loss.backward()
+    assert not read
+    assert out.calls[0].plan is not None
+    objective(run.model, batch, 1, run.config.objective)
+    assert read == ["__int__", "__int__"]  # without plans: once per layer
