@@ -10,6 +10,7 @@ that a recompute skips the encoder's matrix product::
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,6 +121,7 @@ def transcoder(
     lead = x.shape[:-1]
     x_STD = x if x.dim() == 3 else x[None]
     rows = x_STD.shape[:-1]
+    extra: dict[str, Any] = {"plan": plan, "implementation": chosen}
     with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
         result = (reference if chosen == "reference" else transcode)(
             x_STD,
@@ -134,7 +136,7 @@ def transcoder(
             residual_STE=None if residual is None else residual.reshape(*rows, W_dec.shape[1]),
             weight_ST=None if mask is None else mask.detach().reshape(rows).to(acc),
             padding_ST=None if padding is None else padding.reshape(rows),
-            **({} if chosen == "reference" else {"plan": plan, "implementation": chosen}),
+            **({} if chosen == "reference" else extra),
         )
     return result._replace(out=result.out.view(*lead, W_dec.shape[1]))
 

@@ -89,12 +89,15 @@ def transcode(
         ordered,
         implementation,
     )
-    codes, (*counts, min_active, n_codes) = results[:N_CODES], results[N_CODES:]
+    codes, (n_active, counts_F, n_tokens, min_active, n_codes) = (
+        results[:N_CODES],
+        results[N_CODES:],
+    )
     residual_NE = None if residual_STE is None else residual_STE.flatten(0, 1)
     out_NE, penalty = ops.decode(*codes, W_dec_FE, b_dec_E, residual_NE, weight_N, implementation)
     out_STE = out_NE.view(*x_STD.shape[:-1], W_dec_FE.shape[1])
     min_active = min_active.masked_fill(min_active == -1, torch.nan)  # -1: there is none
-    stats = TranscoderStats(*counts, min_active, n_codes)
+    stats = TranscoderStats(n_active, counts_F, n_tokens, min_active, n_codes)
     return TranscoderOutput(out_STE, penalty, stats)
 
 
@@ -103,13 +106,15 @@ def transcode(
 
 def _encode(*args: Any) -> tuple[Tensor, ...]:
     *inputs, dense, capacity, ordered, implementation = args
-    call: tuple[Any, ...] = (*inputs, None if dense is None else Plan(dense, capacity), ordered)
+    plan = None if dense is None else Plan(dense, capacity)
+    call: tuple[Any, ...] = (*inputs, plan, ordered)
     if implementation == "sparse":
         codes, *stats = sparse.encode(*call)
     else:
         from . import triton_forward
 
-        codes, *stats = triton_forward.encode(*call, fused=implementation == "triton_fused")
+        call = (*call, implementation == "triton_fused")
+        codes, *stats = triton_forward.encode(*call)
     return (*codes, *stats)
 
 

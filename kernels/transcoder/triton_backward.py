@@ -49,14 +49,12 @@ def encode_backward(
         if need[1]:
             dW = triton_sums.feature_sums(da, codes, x_ND, skip_zeros=jumps)
         if need[2] or need[3]:
-            assert not need[3] or threshold_F is not None
+            cut_F = None
+            if jumps:
+                assert threshold_F is not None
+                cut_F = threshold_F.float().contiguous()
             db, window_sums = triton_sums.feature_scalars(
-                da,
-                codes,
-                cut_F=threshold_F.float().contiguous()
-                if jumps and threshold_F is not None
-                else None,
-                half_bandwidth=bandwidth / 2,
+                da, codes, cut_F=cut_F, half_bandwidth=bandwidth / 2
             )
     dtheta = x_ND.new_empty(0)
     if need[3]:

@@ -1,7 +1,12 @@
 """Device functions on words of 32 flags, and on floats as ordered keys. Imported by the kernels.
 
 A tile of flags is ``[..., W, 32]``: bit j of word w stands for feature ``32 w + j``.
+
+A device function returns at its end alone: Triton compiles also what follows a return that stands
+under a constant condition.
 """
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
 
@@ -22,13 +27,15 @@ def popcount(words):
 
 
 @triton.jit
-def pack(flags, AXIS: tl.constexpr):
-    """int32 words of the flags (0 or 1, int32) along AXIS, which has 32 entries and is the last."""
-    lanes = tl.arange(0, 32)
-    if AXIS == 1:
-        return tl.sum(flags << lanes[None, :], axis=1)
-    tl.static_assert(AXIS == 2)
-    return tl.sum(flags << lanes[None, None, :], axis=2)
+def pack(flags):
+    """int32 [W] words of [W, 32] flags, which are 0 or 1."""
+    return tl.sum(flags << tl.arange(0, 32)[None, :], axis=1)
+
+
+@triton.jit
+def pack_rows(flags):
+    """int32 [N, W] words of [N, W, 32] flags."""
+    return tl.sum(flags << tl.arange(0, 32)[None, None, :], axis=2)
 
 
 @triton.jit
@@ -51,6 +58,8 @@ def order_key(values, KEY_BITS: tl.constexpr):
     """int32 keys in the order of positive `values` (16 or 32 bits); every NaN is the largest."""
     if KEY_BITS == 16:
         bits = values.to(tl.int16, bitcast=True).to(tl.int32)
-        return tl.where(values != values, 0x7FFF, bits)
-    bits = values.to(tl.int32, bitcast=True)
-    return tl.where(values != values, 0x7FFFFFFF, bits)
+        largest = 0x7FFF
+    else:
+        bits = values.to(tl.int32, bitcast=True)
+        largest = 0x7FFFFFFF
+    return tl.where(values != values, largest, bits)

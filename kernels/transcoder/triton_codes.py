@@ -7,6 +7,8 @@ the offsets end at the capacity; the true number is returned beside them.
 Shape suffixes: N tokens, F features, W words of 32 features, C codes.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from __future__ import annotations
 
 from typing import Any
@@ -50,7 +52,7 @@ def count_columns(
     W = (F + 31) // 32
     lanes = tl.arange(0, 32)
     features = first_word * 32 + (tl.arange(0, BLOCK_W) * 32)[:, None] + lanes[None, :]
-    total = tl.zeros((BLOCK_W, 32), dtype=tl.int32)
+    total = tl.zeros((BLOCK_N, BLOCK_W, 32), dtype=tl.int32)
     for n0 in tl.range(0, TOKENS, BLOCK_N):
         rows = split * TOKENS + n0 + tl.arange(0, BLOCK_N)
         live = rows < N
@@ -66,8 +68,8 @@ def count_columns(
             place = rows[:, None, None] * F + features[None, :, :]
             value = tl.load(values_ptr + place, mask=flags != 0, other=0.0)
             flags = tl.where(value == 0, 0, flags)
-        total += tl.sum(flags, axis=0)
-    tl.store(counts_ptr + split * F + features, total, mask=features < F)
+        total += flags
+    tl.store(counts_ptr + split * F + features, tl.sum(total, axis=0), mask=features < F)
 
 
 @triton.jit

@@ -6,6 +6,8 @@ are added in order.
 Shape suffixes: N tokens, F features.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from __future__ import annotations
 
 from typing import Any

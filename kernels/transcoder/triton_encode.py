@@ -15,6 +15,8 @@ library's ``linear``): what is compared with 0 or a threshold is what is stored.
 Shape suffixes: N tokens, D width, F features, W words of 32 features.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from __future__ import annotations
 
 from typing import Any
@@ -25,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .triton_bits import pack
+from .triton_bits import pack, pack_rows
 
 # Kinds of activation, as the kernels know them. Rankings mark every positive; the cut comes later.
 RELU, THRESHOLD, JUMPRELU = (tl.constexpr(kind) for kind in range(3))
@@ -42,7 +44,8 @@ MULTIPLY_16_BITS: dict[str, Any] = {
 }
 MULTIPLY_32_BITS = MULTIPLY_16_BITS | {"BLOCK_N": 64, "BLOCK_F": 64, "BLOCK_D": 32}
 # One word of features a program, so that some 256 of them keep all of the memory busy.
-MULTIPLY_FEW: dict[str, Any] = {"BLOCK_D": 128, "num_warps": 4, "num_stages": 4}
+MULTIPLY_FEW_16_BITS: dict[str, Any] = {"BLOCK_D": 128, "num_warps": 4, "num_stages": 3}
+MULTIPLY_FEW_32_BITS = MULTIPLY_FEW_16_BITS | {"BLOCK_D": 64}
 #: Tokens up to which one block of rows holds them all and W_enc is read once.
 FEW = 64
 
@@ -56,14 +59,12 @@ def words_for(n_tokens: int, n_features: int, like: Tensor) -> Tensor:
 def activate(z, cut, half_bandwidth, ACTIVATION: tl.constexpr):
     """(a, flags) of pre-activations in x's dtype; NaN is active. Flags are int32."""
     wide = z.to(tl.float32)
-    if ACTIVATION == RELU:
-        active = ~(wide <= 0)
-        return z, active.to(tl.int32)
-    active = ~(wide <= tl.maximum(cut, 0.0))
-    if ACTIVATION == THRESHOLD:
-        return z, active.to(tl.int32)
-    window = tl.abs(wide - cut) < half_bandwidth
-    return tl.where(active, z, 0.0).to(z.dtype), (active | window).to(tl.int32)
+    flags = ~(wide <= tl.maximum(cut, 0.0))
+    a = z
+    if ACTIVATION == JUMPRELU:
+        a = tl.where(flags, z, 0.0).to(z.dtype)
+        flags = flags | (tl.abs(wide - cut) < half_bandwidth)
+    return a, flags.to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -97,7 +98,7 @@ def mark(
         flags = tl.where(tl.load(padding_ptr + row) != 0, 0, flags)
     word = first_word + tl.arange(0, BLOCK_W)
     n_words = (F + 31) // 32
-    tl.store(words_ptr + row * n_words + word, pack(flags, 1), mask=word < n_words)
+    tl.store(words_ptr + row * n_words + word, pack(flags), mask=word < n_words)
     if DENSE:
         tl.store(values_ptr + place, tl.where(flags != 0, a, 0.0).to(a.dtype), mask=inside)
         if ACTIVATION == JUMPRELU:
@@ -108,28 +109,34 @@ def mark(
 
 
 @triton.jit
-def _keep_codes(
-    z, cut, half_bandwidth, rows, first_feature, padding_ptr, values_ptr, words_ptr, N, F,
-    ACTIVATION: tl.constexpr, HAS_PADDING: tl.constexpr, BLOCK_N: tl.constexpr,
+def _finish_tile(
+    acc, rows, first_feature, bias_ptr, cut_ptr, padding_ptr, values_ptr, words_ptr, N, F,
+    half_bandwidth, ACTIVATION: tl.constexpr, HAS_PADDING: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """Writes a tile's flags, and its values where a flag is set: mostly there are none."""
-    a, flags = activate(z, cut, half_bandwidth, ACTIVATION)
+    """From a tile of products to its flags, and its values where a flag is set: mostly nowhere.
+
+    Without a branch around the values: it saves little, and Blackwell's compiler refuses it.
+    """
     features = first_feature + tl.arange(0, BLOCK_F)
+    bias = tl.load(bias_ptr + features, mask=features < F, other=0.0).to(tl.float32)
+    cut = 0.0
+    if ACTIVATION != RELU:
+        cut = tl.load(cut_ptr + features, mask=features < F, other=0.0)[None, :]
+    z = (acc + bias[None, :]).to(values_ptr.dtype.element_ty)
+    a, flags = activate(z, cut, half_bandwidth, ACTIVATION)
     inside = (rows < N)[:, None] & (features < F)[None, :]
     if HAS_PADDING:
         inside = inside & (tl.load(padding_ptr + rows, mask=rows < N, other=1) == 0)[:, None]
     flags = tl.where(inside, flags, 0)
-    packed = pack(tl.reshape(flags, [BLOCK_N, BLOCK_F // 32, 32]), 2)
     word = first_feature // 32 + tl.arange(0, BLOCK_F // 32)
     n_words = (F + 31) // 32
     tl.store(
         words_ptr + rows[:, None] * n_words + word[None, :],
-        packed,
+        pack_rows(tl.reshape(flags, [BLOCK_N, BLOCK_F // 32, 32])),
         mask=(rows < N)[:, None] & (word < n_words)[None, :],
     )
-    if tl.max(tl.max(flags, axis=1), axis=0) > 0:
-        tl.store(values_ptr + rows[:, None] * F + features[None, :], a, mask=flags != 0)
+    tl.store(values_ptr + rows[:, None] * F + features[None, :], a, mask=flags != 0)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -155,15 +162,16 @@ def multiply_mark(
             acc = tl.dot(x, W.T, acc, input_precision="ieee")
         rows = block_N.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         first_feature = block_F.to(tl.int64) * BLOCK_F
-        features = first_feature + tl.arange(0, BLOCK_F)
-        bias = tl.load(bias_ptr + features, mask=features < F, other=0.0).to(tl.float32)
-        cut = 0.0
-        if ACTIVATION != RELU:
-            cut = tl.load(cut_ptr + features, mask=features < F, other=0.0)[None, :]
-        z = (acc + bias[None, :]).to(values_ptr.dtype.element_ty)
-        _keep_codes(
-            z, cut, half_bandwidth, rows, first_feature, padding_ptr, values_ptr, words_ptr, N, F,
-            ACTIVATION, HAS_PADDING, BLOCK_N, BLOCK_F,
+        # Half a tile at a time: flags, values and addresses of a whole one exceed the registers.
+        halves = tl.reshape(acc, (BLOCK_N, 2, BLOCK_F // 2)).permute(0, 2, 1)
+        left, right = tl.split(halves)
+        _finish_tile(
+            left, rows, first_feature, bias_ptr, cut_ptr, padding_ptr, values_ptr, words_ptr, N, F,
+            half_bandwidth, ACTIVATION, HAS_PADDING, BLOCK_N, BLOCK_F // 2,
+        )  # fmt: skip
+        _finish_tile(
+            right, rows, first_feature + BLOCK_F // 2, bias_ptr, cut_ptr, padding_ptr, values_ptr,
+            words_ptr, N, F, half_bandwidth, ACTIVATION, HAS_PADDING, BLOCK_N, BLOCK_F // 2,
         )  # fmt: skip
 
 
@@ -192,14 +200,9 @@ def multiply_few_mark(
             other=0.0,
         )
         acc = tl.dot(x, W.T, acc, input_precision="ieee")
-    bias = tl.load(bias_ptr + features, mask=features < F, other=0.0).to(tl.float32)
-    cut = 0.0
-    if ACTIVATION != RELU:
-        cut = tl.load(cut_ptr + features, mask=features < F, other=0.0)[None, :]
-    z = (acc + bias[None, :]).to(values_ptr.dtype.element_ty)
-    _keep_codes(
-        z, cut, half_bandwidth, rows, first_feature, padding_ptr, values_ptr, words_ptr, N, F,
-        ACTIVATION, HAS_PADDING, BLOCK_N, BLOCK_F,
+    _finish_tile(
+        acc, rows, first_feature, bias_ptr, cut_ptr, padding_ptr, values_ptr, words_ptr, N, F,
+        half_bandwidth, ACTIVATION, HAS_PADDING, BLOCK_N, BLOCK_F,
     )  # fmt: skip
 
 
@@ -292,6 +295,7 @@ def multiply_few_and_mark(
     if values.numel():
         x_ND, W_enc_FD = last_contiguous(x_ND), last_contiguous(W_enc_FD)
         block = min(FEW, max(16, triton.next_power_of_2(N)))
+        wide = x_ND.dtype == torch.float32
         multiply_few_mark[(words.shape[1], triton.cdiv(N, block))](
             x_ND,
             W_enc_FD,
@@ -308,7 +312,7 @@ def multiply_few_and_mark(
             activation.half_bandwidth,
             **activation.constants,
             BLOCK_N=block,
-            **MULTIPLY_FEW,
+            **(MULTIPLY_FEW_32_BITS if wide else MULTIPLY_FEW_16_BITS),
         )
     return words, values
 
@@ -321,10 +325,10 @@ def last_contiguous(t: Tensor) -> Tensor:
 def _aligned(t: Tensor) -> Tensor:
     """`t` such that the hardware can copy tiles of it: rows and start at multiples of 16 bytes."""
     size = t.element_size()
-    if t.stride(1) == 1 and t.stride(0) * size % 16 == 0 and t.data_ptr() % 16 == 0:
-        if t.stride(0) >= t.shape[1]:
-            return t
     D = t.shape[1]
+    rows = t.stride(0) * size % 16 == 0 and t.stride(0) >= D > 0
+    if rows and t.stride(1) == 1 and t.data_ptr() % 16 == 0:
+        return t
     padded = t.new_zeros(t.shape[0], max(1, -(-D * size // 16)) * 16 // size)
     padded[:, :D] = t
     return padded[:, : max(1, D)]  # a width of 0 is one column of zeros

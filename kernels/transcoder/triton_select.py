@@ -8,6 +8,8 @@ after the last digit is its key, and how many of the equal ones stay: the first 
 Shape suffixes: N tokens, G groups that rank together (tokens, or rows of x), F features.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from __future__ import annotations
 
 from typing import Any
@@ -73,10 +75,10 @@ def cut_rows(
     for f0 in tl.range(0, F, BLOCK_W * 32):
         flags, keys, values = _keys(words_ptr, values_ptr, row, f0, F, KEY_BITS, BLOCK_W)
         equal = ((flags != 0) & (keys == cut)).to(tl.int32)
-        before = equal_before + rank(pack(equal, 1))
+        before = equal_before + rank(pack(equal))
         keep = (flags != 0) & ((keys > cut) | ((equal != 0) & (before < quota)))
         word = f0 // 32 + tl.arange(0, BLOCK_W)
-        tl.store(words_ptr + row * W + word, pack(keep.to(tl.int32), 1), mask=word < W)
+        tl.store(words_ptr + row * W + word, pack(keep.to(tl.int32)), mask=word < W)
         smallest = tl.minimum(smallest, tl.where(keep, values.to(tl.float32), float("inf")))
         equal_before += tl.sum(tl.sum(equal, axis=1), axis=0)
     tl.store(smallest_ptr + row, tl.min(tl.min(smallest, axis=1), axis=0))

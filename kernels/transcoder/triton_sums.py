@@ -8,6 +8,8 @@ that fires often by programs of their own, whose sums are then added in order.
 Shape suffixes: N tokens, E width, F features, C codes, P further pieces.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from __future__ import annotations
 
 from typing import Any
@@ -47,7 +49,7 @@ def sum_by_token(
     HAS_NORMS: tl.constexpr, HAS_WEIGHTS: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """``out_t = residual_t + bias + Σ_c scale_c table[feature_c]``; costs ``w_t Σ_c scale norm``."""
+    """``residual_t + bias + Σ_c scale_c table[feature_c]``; as costs ``w_t Σ_c scale_c norm``."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
     inside = columns < E
