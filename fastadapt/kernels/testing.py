@@ -57,9 +57,8 @@ def error_budget(actual: Tensor, oracle: Tensor, peer: Tensor | None = None) -> 
     _check_comparable(actual, oracle, peer)
     info = torch.finfo(actual.dtype)
     oracle_there = oracle.to(actual.dtype)
-    oracle = oracle.cpu()
     error = _error(actual, oracle, oracle_there)
-    finite_oracle = oracle[torch.isfinite(oracle_there).cpu()]
+    finite_oracle = oracle[torch.isfinite(oracle_there)]
     scale = float(finite_oracle.abs().max()) if finite_oracle.numel() else 0.0
     unit = info.eps * max(scale, info.tiny)  # the spacing of subnormals where all is subnormal
     peer_max = peer_rms = 0.0
@@ -174,8 +173,11 @@ def _check_comparable(actual: Tensor, oracle: Tensor, peer: Tensor | None) -> No
 
 
 def _error(result: Tensor, oracle: Tensor, oracle_rounded: Tensor) -> Tensor:
-    """Absolute error, infinite where only one of the two is finite, 0 where both are the same."""
-    result, oracle_rounded = result.double().cpu(), oracle_rounded.double().cpu()
+    """Absolute error, infinite where only one of the two is finite, 0 where both are the same.
+
+    Computed where the oracle lies: a device that holds float64.
+    """
+    result, oracle_rounded = result.to(oracle.device).double(), oracle_rounded.double()
     error = (result - oracle).abs()
     same = (result == oracle_rounded) | (result.isnan() & oracle_rounded.isnan())
     special = ~(torch.isfinite(result) & torch.isfinite(oracle_rounded))

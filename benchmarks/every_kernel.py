@@ -1,0 +1,43 @@
+"""Runs every Triton kernel once at small, odd shapes, for a sanitizer to watch.
+
+``python -m benchmarks.every_kernel DEVICE``
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+
+from benchmarks import head_cases, transcoder_steps
+from benchmarks.exactness import ACTIVATIONS
+from benchmarks.transcoder_cases import implementations
+from fastadapt.kernels.transcoder import Plan
+
+SHAPES = [(67, 40, 200), (3, 64, 131), (300, 72, 520)]  # T, d, F
+
+
+def main(device: str) -> None:
+    """Both implementations of the transcoder, every activation, both plans; the head and KL."""
+    dtypes = [torch.float32, torch.bfloat16 if device == "cuda" else torch.float16]
+    for dtype in dtypes:
+        for T, d, F in SHAPES:
+            inputs = transcoder_steps.make_inputs(T, d, F, 12.0, dtype, device, 0)
+            for implementation in implementations(device):
+                for name, options in ACTIVATIONS.items():
+                    call: dict[str, Any] = dict(options)
+                    if name == "jumprelu":
+                        call["threshold"] = torch.full((F,), 0.1, device=device, dtype=dtype)
+                    for plan in (None, Plan(dense=True), Plan(dense=False, capacity=T * F)):
+                        if implementation != "sparse":
+                            transcoder_steps.step(inputs, implementation, plan, **call)
+        hidden = head_cases.make_inputs(2, 37, 24, 1003, dtype, device, 0)
+        for implementation in head_cases.implementations(device):
+            head_cases.step(hidden, implementation)
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

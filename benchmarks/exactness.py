@@ -1,0 +1,153 @@
+"""Claims that only the device at hand can show: the same bits each time, and indices past 2³¹."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import head_cases, transcoder_steps
+from benchmarks.case import Inputs, Row
+from benchmarks.head_cases import implementations as head_implementations
+from benchmarks.parts import Scale
+from benchmarks.transcoder_cases import implementations, plan_of
+from fastadapt.kernels.testing import assert_close
+from fastadapt.kernels.transcoder import Plan, transcoder
+
+__all__ = ["large_indices", "repeats"]
+
+ACTIVATIONS: dict[str, dict[str, Any]] = {
+    "relu": {},
+    "topk": {"activation": "topk", "k": 8},
+    "batch_topk": {"activation": "batch_topk", "k": 7.5},
+    "jumprelu": {"activation": "jumprelu", "bandwidth": 0.05},
+}
+L0 = 20.0
+
+
+def repeats(s: Scale, times: int) -> Iterator[Row]:
+    """Forward and backward, ``times`` times, on inputs that fill the device: bitwise equal."""
+    inputs = transcoder_steps.make_inputs(s.T, s.d, s.F, L0, s.dtype, s.device, 0)
+    for implementation in implementations(s.device):
+        if implementation == "sparse":
+            continue
+        for name in ("relu",) if s.T < 100 else ACTIVATIONS:
+            options = ACTIVATIONS[name]
+            if name == "jumprelu":
+                threshold = torch.full((s.F,), 0.1, device=s.device, dtype=s.dtype)
+                options = options | {"threshold": threshold}
+            for dense in (False, True):
+                plan = Plan(dense, None if dense else int(3 * L0 * s.T) + 4096)
+                call = {"implementation": implementation, "plan": plan, **options}
+                yield _repeated(
+                    f"transcoder {name}, {'dense' if dense else 'sparse'}",
+                    implementation,
+                    functools.partial(transcoder_steps.step, inputs, **call),
+                    times,
+                )
+    hidden = head_cases.make_inputs(
+        2, min(s.head_tokens, 1500), s.head_width, s.V, s.dtype, s.device, 0
+    )
+    for implementation in head_implementations(s.device):
+        yield _repeated(
+            "linear_kl",
+            implementation,
+            functools.partial(head_cases.step, hidden, implementation),
+            max(2, times // 5),
+        )
+
+
+def _repeated(op: str, implementation: str, step: Any, times: int) -> Row:
+    first = {key: _bits(value) for key, value in step().items()}
+    unlike = {
+        key
+        for _ in range(times - 1)
+        for key, value in step().items()
+        if not torch.equal(first[key], _bits(value))
+    }
+    return {
+        "op": op,
+        "implementation": implementation,
+        "claim": f"{times} repeats give the same bits",
+        "right": not unlike,
+        "wrong": ", ".join(sorted(unlike)),
+    }
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """NaN equals nothing; its bits do."""
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.detach().contiguous().view(integers[tensor.element_size()])
+
+
+def large_indices(s: Scale) -> Iterator[Row]:
+    """Tensors of more than 2³¹ entries, held against calls on the parts they consist of."""
+    if s.device != "cuda" or s.T < 1024:
+        return
+    F, d = 16_384, 64
+    T = 2**31 // F + 4096
+    for implementation in implementations(s.device):
+        inputs = transcoder_steps.make_inputs(T, d, F, 4.0, s.dtype, s.device, 0)
+        plan = plan_of(6 * T, T, F, s.dtype, s.device)
+        yield _compared(implementation, inputs, T, plan)
+        yield _compared(implementation, inputs, T, Plan(dense=True))
+    S, V, n = 1, s.V, 2**31 // s.V + 512
+    hidden = head_cases.make_inputs(S, n, d, V, s.dtype, s.device, 0)
+    for implementation in head_implementations(s.device):
+        whole = head_cases.step(hidden, implementation, chunk_tokens=n)
+        parts = head_cases.step(hidden, implementation, chunk_tokens=1024)
+        unlike = [key for key, value in whole.items() if not _near(value, parts[key])]
+        yield {
+            "op": "linear_kl",
+            "implementation": implementation,
+            "claim": f"logits of {n * V:,} entries as in chunks",
+            "right": not unlike,
+            "wrong": ", ".join(unlike),
+        }
+
+
+def _near(a: Tensor, b: Tensor) -> bool:
+    """Equal but for the order of sums: products of other shapes add up otherwise."""
+    a, b = a.float(), b.float()
+    scale = float(b.abs().max())
+    return bool(torch.isfinite(a).all()) and float((a - b).abs().max()) <= 0.02 * scale
+
+
+def _compared(implementation: str, inputs: Inputs, T: int, plan: Plan) -> Row:
+    """The last tokens, whose indices are the largest, against a float64 reference on them alone."""
+    leaves = {name: inputs[name].detach() for name in transcoder_steps.LEAVES}
+    with torch.no_grad():
+        out = transcoder(**leaves, plan=plan, implementation=implementation).out
+        last = slice(T - 2048, T)
+        part = leaves | {name: leaves[name][last] for name in ("x", "residual")}
+        low = transcoder(**part, implementation="reference").out
+        wide = {name: tensor.double() for name, tensor in part.items()}
+        oracle = transcoder(**wide, implementation="reference").out
+    wrong = ""
+    try:
+        assert_close(out[last], oracle, low, name="out")
+    except AssertionError as error:
+        wrong = str(error)
+    made = transcoder_steps.step(inputs, implementation, plan)
+    row = made["gradient of x"][last]
+    chunked = transcoder_steps.step(
+        {
+            name: value[last].detach().requires_grad_(value.requires_grad)
+            if name in ("x", "residual", "g")
+            else value
+            for name, value in inputs.items()
+        },
+        "reference",
+    )
+    if not wrong and not _near(row, chunked["gradient of x"]):
+        wrong = "gradient of x"
+    return {
+        "op": f"transcoder, {'dense' if plan.dense else 'sparse'}",
+        "implementation": implementation,
+        "claim": f"pre-activations of {T * len(leaves['W_enc']):,} entries, forward and backward",
+        "right": not wrong,
+        "wrong": wrong,
+    }

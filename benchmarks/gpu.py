@@ -1,0 +1,314 @@
+"""Checks the kernels on a GPU and, only if they are right, measures them.
+
+``python benchmarks/gpu.py``, in under 8 minutes: (a) the kernels' own tests on the GPU, and the
+same bits over many repeats; (b) the measurements, most important first, each part within its time;
+(c) one JSON with commit, versions, hardware, roofs, rows, and what was promised against what was
+measured. A bound that is missed is recorded, never an error. Exit code 0: all right; 1: something
+is wrong (see the JSON).
+
+Works from a checkout with torch, triton, numpy and pytest; nothing needs to be installed.
+``--only PART`` (of parts.py, or tests, repeats, indices, lengths) measures parts alone, without
+the tests; each row still checks its own inputs. ``--device cpu --quick`` runs the whole path at
+tiny shapes, kernels interpreted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+TOTAL_S = 460.0
+TESTS_S = 170.0
+REPEATS = 250
+CHECKS = ("tests", "repeats", "indices")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _options().parse_args(arguments)
+    started = time.monotonic()
+    sys.path[:1] = [str(ROOT)]  # not the folder of this file, which is a package of its own
+    from benchmarks.checkout import importable
+
+    if options.device == "cpu" and options.quick:
+        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+    env = importable()
+    run = _Run(options, env, started)
+    if options.sanitizer:
+        run.sanitize()
+    run.check()
+    if run.is_right or options.only:
+        run.measure()
+    run.write()
+    return 0 if run.is_right else 1
+
+
+def _options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="benchmarks/gpu.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, to test this script")
+    parser.add_argument("--only", action="append", metavar="PART", help="this part (repeatable)")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/<gpu>-<date>.json")
+    parser.add_argument("--commit", help="recorded where the checkout has no history")
+    parser.add_argument("--seconds", type=float, default=TOTAL_S, help="for everything")
+    parser.add_argument("--no-tests", action="store_true", help="leave the tests to another run")
+    parser.add_argument("--sanitizer", action="store_true", help="compute-sanitizer on each kernel")
+    return parser
+
+
+class _Run:
+    """One run: its clock, and everything that goes into the JSON."""
+
+    def __init__(self, options: argparse.Namespace, env: dict[str, str], started: float) -> None:
+        import torch
+
+        from benchmarks import machine, parts, peers
+        from benchmarks.roofs import measure_roofs
+
+        if options.device == "cuda" and not torch.cuda.is_available():
+            sys.exit("No GPU here; --device cpu --quick tries the script out without one.")
+        torch._dynamo.config.recompile_limit = 64  # one compilation per shape, of many
+        self.options, self.env, self.deadline = options, env, started + options.seconds
+        self.scale = parts.scale(options.device, quick=options.quick)
+        self.roofs = measure_roofs(options.device, self.scale.dtype, quick=options.quick)
+        self.result: dict[str, Any] = {
+            **machine.describe(options.device, options.commit),
+            "quick": options.quick,
+            "roofs": self.roofs._asdict(),
+            "peers_missing": peers.missing(),
+            "checks": {},
+            "parts": {},
+            "seconds": {},
+        }
+        hardware = self.result["hardware"]
+        self.name = hardware.get("gpu", hardware["cpu"])
+        _say(f"{self.name}: {json.dumps(self.result['roofs'])}")
+
+    @property
+    def is_right(self) -> bool:
+        """Nothing that ran was wrong, and what decides whether to measure did run."""
+        checks = self.result["checks"].values()
+        rows = [r for part in self.result["parts"].values() for r in part]
+        return all(check["right"] for check in checks) and not any(_is_wrong(r) for r in rows)
+
+    def wants(self, part: str) -> bool:
+        """Whether this part was asked for; parts asked for by name come without the tests."""
+        if part == "tests" and self.options.no_tests:
+            return False
+        return part in self.options.only if self.options.only else True
+
+    def left(self) -> float:
+        """Seconds until the end."""
+        return self.deadline - time.monotonic()
+
+    def check(self) -> None:
+        """Tests, repeats and large indices: what decides whether to measure."""
+        from benchmarks import exactness
+
+        if self.wants("tests"):
+            with self.timed("tests"):
+                self.result["checks"]["tests"] = _run_tests(self.env, self.options)
+            _say(f"tests: {self.result['checks']['tests']}")
+        times = 2 if self.options.quick else REPEATS
+        for name, rows in (
+            ("repeats", lambda: exactness.repeats(self.scale, times)),
+            ("indices", lambda: exactness.large_indices(self.scale)),
+        ):
+            if self.wants(name):
+                found: list[dict[str, Any]] = []
+                check = self.result["checks"][name] = {"right": False, "rows": found}
+                with self.timed(name):
+                    try:
+                        found += self.collect(rows(), 60)
+                        check["right"] = all(row["right"] for row in found)
+                    except Exception as error:
+                        check["error"] = f"{type(error).__name__}: {error}"
+                        _say(f"{name}: {check['error']}")
+
+    def measure(self) -> None:
+        """Every part, until time is up."""
+        from benchmarks import lengths
+        from benchmarks.parts import PARTS
+
+        unknown = set(self.options.only or ()) - {*PARTS, *CHECKS, "lengths"}
+        if unknown:
+            sys.exit(f"--only: no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+        parts = {name: (self.rows(p.cases(self.scale)), p.seconds) for name, p in PARTS.items()}
+        parts["lengths"] = (
+            lengths.rows(self.scale, quick=self.options.quick, env=self.env, left=self.left),
+            100,
+        )
+        for name, (rows, seconds) in parts.items():
+            if self.wants(name) and self.left() > 0:
+                with self.timed(name):
+                    self.result["parts"][name] = list(self.collect(rows, seconds))
+            elif self.wants(name):
+                _say(f"{name}: no time left")
+
+    def rows(self, cases: Iterable[Any]) -> Iterator[dict[str, Any]]:
+        """The rows of each case, with the ratios between them. One step's failure is a row."""
+        from benchmarks.case import add_ratios, row
+
+        seconds, least = (0.0, 1) if self.options.quick else (0.3, 5)
+        for case in cases:
+            made: list[dict[str, Any]] = []
+            try:
+                for step in case.steps:
+                    try:
+                        made.append(row(case, step, self.roofs, seconds=seconds, least=least))
+                    except Exception as error:
+                        message = f"{type(error).__name__}: {error}"
+                        kind = case.steps[step].kind
+                        failed = {"op": case.op, "implementation": step, "kind": kind}
+                        failed |= {"shape": case.shape, "right": False, "error": message}
+                        made.append(failed)
+                    yield made[-1]
+            finally:  # also where the time was up in its midst
+                add_ratios(made)
+                case.release()
+
+    def collect(self, rows: Iterator[Any], seconds: float) -> Iterator[Any]:
+        """As many rows as fit; a line of each."""
+        end = min(time.monotonic() + seconds, self.deadline)
+        for row in rows:
+            _say(_line(row))
+            yield row
+            if time.monotonic() > end and not self.options.only:
+                _say("  the part's time is up")
+                return
+
+    def timed(self, name: str) -> _Timed:
+        """Records how long a part took."""
+        return _Timed(name, self.result["seconds"])
+
+    def sanitize(self) -> None:
+        """compute-sanitizer over a small run of every kernel."""
+        tool = shutil.which("compute-sanitizer")
+        if tool is None:
+            self.result["checks"]["sanitizer"] = {"right": True, "ran": False, "why": "no tool"}
+            return
+        command = [sys.executable, "-m", "benchmarks.every_kernel", self.options.device]
+        for kind in ("memcheck", "racecheck"):
+            argv = [tool, "--tool", kind, "--error-exitcode", "9", *command]
+            done = _subprocess(argv, self.env | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, 300)
+            self.result["checks"][kind] = {"right": done["rc"] == 0, "ran": True, **done}
+            _say(f"{kind}: exit code {done['rc']}")
+
+    def write(self) -> None:
+        """The JSON, whatever happened."""
+        from benchmarks.bounds import bounds
+
+        self.result["bounds"] = bounds(self.result["parts"], self.name)
+        self.result["right"] = self.is_right
+        slug = re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+        default = ROOT / "benchmarks" / "results" / f"{slug}-{self.result['date'][:10]}.json"
+        output = self.options.output or default
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(self.result, indent=1) + "\n")
+        for bound in self.result["bounds"]:
+            verdict = "met" if bound["met"] else "MISSED"
+            _say(f"{verdict}: {bound['claim']}: {bound['measured']:.3g} (bound {bound['bound']})")
+        _say(f"{'right' if self.is_right else 'WRONG'}; written to {output}")
+
+
+class _Timed:
+    def __init__(self, name: str, seconds: dict[str, float]) -> None:
+        self.name, self.seconds = name, seconds
+
+    def __enter__(self) -> None:
+        self.start = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds[self.name] = round(time.monotonic() - self.start, 2)
+
+
+def _is_wrong(row: dict[str, Any]) -> bool:
+    return row.get("right") is False and row.get("kind", "ours") == "ours"
+
+
+def _run_tests(env: dict[str, str], options: argparse.Namespace) -> dict[str, Any]:
+    """The kernels' quick tests. Files whose imports are not installed are left out, and named."""
+    folder = ROOT / "tests" / "kernels"
+    left_out = []
+    if importlib.util.find_spec("hypothesis") is None:
+        files = sorted(folder.rglob("test_*.py"))
+        left_out = [
+            f for f in files if re.search(r"^(from|import) hypothesis", f.read_text(), re.M)
+        ]
+        _say(f"without hypothesis, these are left out: {', '.join(f.name for f in left_out)}")
+    if options.quick:
+        selected = [folder / "test_testing.py"]
+        left_out = [f for f in left_out if f in selected]
+    else:
+        selected = [folder]
+        # What is shown by compiling ahead of time needs no GPU.
+        left_out.append(folder / "compiled")
+    report = Path(env["PYTHONPATH"].split(os.pathsep)[0]) / "junit.xml"
+    command = [sys.executable, "-m", "pytest", *map(str, selected), "-q", "-m", "not slow"]
+    command += ["-p", "no:cacheprovider", "--maxfail", "5", "--junit-xml", str(report)]
+    command += [f"--ignore={path}" for path in left_out]
+    done = _subprocess(command, env, TESTS_S)
+    counts = {}
+    if report.exists():
+        suite = ElementTree.parse(report).getroot().find("testsuite")
+        if suite is not None:
+            keys = ("tests", "failures", "errors", "skipped")
+            counts = {key: int(suite.get(key, 0)) for key in keys}
+    names = [path.name for path in left_out]
+    return {"right": done["rc"] == 0, **counts, "left_out": names, **done}
+
+
+def _subprocess(command: list[str], env: dict[str, str], seconds: float) -> dict[str, Any]:
+    """Exit code and the end of what was printed, unless all went well."""
+    try:
+        done = subprocess.run(
+            command,
+            env=env,
+            cwd=ROOT,
+            timeout=seconds,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        output = error.stdout or b""
+        text = output.decode(errors="replace") if isinstance(output, bytes) else output
+        return {"rc": None, "why": f"not finished in {seconds:.0f} s", "end": text[-4000:]}
+    end = {"end": done.stdout[-4000:]} if done.returncode else {}
+    return {"rc": done.returncode, **end}
+
+
+def _line(row: dict[str, Any]) -> str:
+    shape = " ".join(f"{key}={value}" for key, value in row.get("shape", {}).items())
+    words = [row["op"], shape, row["implementation"] + ":"]
+    if "median_s" in row:
+        words.append(f"{row['median_s'] * 1e3:.4g} ms ± {row['spread_s'] * 1e3:.2g}")
+        words.append(f"{row['peak_bytes'] / 1e9:.3g} GB")
+    if "claim" in row:
+        words.append(row["claim"])
+    if "first_s" in row:
+        words.append(f"{sum(row['first_s']):.3g} s, then {sum(row['again_s']):.3g} s")
+    if row.get("right") is False:
+        words.append("WRONG")
+    words += [str(row[key]) for key in ("wrong", "error") if row.get(key)]
+    return "  " + " ".join(words)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,221 @@
+"""Cases of the head and KL: one teacher, one or three students, a frozen head.
+
+Shape suffixes as in ``kernels/linear_kl``: S students, T tokens, d width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+from benchmarks import peers
+from benchmarks.case import Case, Cost, Inputs, Results, Step, cast, compiled, copies
+from fastadapt.kernels.device import runs_triton
+from fastadapt.kernels.linear_kl import linear_kl
+
+__all__ = ["case", "make_inputs", "step"]
+
+CHUNK = 1024
+# Entries of the logits of one stream that the specification is given at once.
+ENTRIES_AT_ONCE = {"cuda": 2**28, "cpu": 2**23}
+DISTANCE = 0.3  # of a student's hidden states from the teacher's, which have variance 1
+
+
+def make_inputs(
+    S: int, T: int, d: int, V: int, dtype: torch.dtype, device: str, seed: int
+) -> Inputs:
+    """Leaves and cotangents. Logits have variance 1 but for what the students differ by."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    teacher = normal(T, d)
+    students = (teacher + DISTANCE * normal(S, T, d)).to(dtype)
+    return {
+        "teacher": teacher.to(dtype),
+        "students": students.requires_grad_(),
+        "head": (normal(V, d) / d**0.5).to(dtype),
+        "c": normal(S),
+    }
+
+
+def step(inputs: Inputs, implementation: str, **options: Any) -> Results:
+    """Forward and backward of one call; KL, its values per token and the students' gradient."""
+    output = linear_kl(
+        inputs["teacher"],
+        inputs["students"],
+        inputs["head"],
+        implementation=implementation,
+        **options,
+    )
+    cotangent = inputs["c"].to(output.kl.dtype)
+    (gradient,) = torch.autograd.grad(output.kl, inputs["students"], cotangent)
+    return {
+        "kl": output.kl.detach(),
+        "token_kl": output.token_kl,
+        "gradient of students": gradient,
+    }
+
+
+def truth(inputs: Inputs, dtype: torch.dtype) -> Results:
+    """The specification in any dtype, on as many tokens at once as memory allows."""
+    T, V = len(inputs["teacher"]), len(inputs["head"])
+    head = inputs["head"].to(dtype)
+    kl: Tensor | float = 0.0
+    token_kl, gradient = [], []
+    for tokens in _pieces(T, V, inputs["head"].device.type):
+        part = cast(
+            {
+                "teacher": inputs["teacher"][tokens],
+                "students": inputs["students"].detach()[:, tokens].requires_grad_(),
+                "c": inputs["c"],
+            },
+            dtype,
+        )
+        part["c"] = inputs["c"]  # in the results' dtype, whatever the inputs'
+        share = len(part["teacher"]) / T
+        results = step(part | {"head": head}, "reference")
+        kl = kl + results["kl"] * share
+        token_kl.append(results["token_kl"])
+        gradient.append(results["gradient of students"] * share)
+    assert isinstance(kl, Tensor)
+    return {
+        "kl": kl,
+        "token_kl": torch.cat(token_kl, 1),
+        "gradient of students": torch.cat(gradient, 1),
+    }
+
+
+def _pieces(T: int, V: int, device: str) -> Iterator[slice]:
+    size = max(1, ENTRIES_AT_ONCE[device] // V)
+    return (slice(start, start + size) for start in range(0, T, size))
+
+
+def products(inputs: Inputs) -> Tensor:
+    """The floor: logits of every stream and each student's gradient, products alone."""
+    head = inputs["head"]
+    with torch.no_grad():
+        gradients = []
+        for start in range(0, len(inputs["teacher"]), CHUNK):
+            tokens = slice(start, start + CHUNK)
+            torch.mm(inputs["teacher"][tokens], head.T)
+            for student in inputs["students"]:
+                gradients.append(torch.mm(torch.mm(student[tokens], head.T), head))
+        return torch.cat(gradients)
+
+
+def chunk_loss(teacher: Tensor, student: Tensor, head: Tensor) -> Tensor:
+    """Σ_t KL of a chunk in plain PyTorch, for a compiler."""
+    log_p = nnf.log_softmax((teacher @ head.T).float(), -1)
+    log_q = nnf.log_softmax((student @ head.T).float(), -1)
+    return (log_p.exp() * (log_p - log_q)).sum()
+
+
+def compiled_chunks(inputs: Inputs, *, backend: str) -> Results:
+    """What one writes by hand: compiled chunks, whose gradients are made one by one."""
+    # Lengths of the last chunk differ: compiled for any.
+    loss = compiled(chunk_loss, backend, True)
+    kl, gradient = [], []
+    for s, student in enumerate(inputs["students"].detach()):
+        total: Tensor | float = 0.0
+        for start in range(0, len(student), CHUNK):
+            tokens = slice(start, start + CHUNK)
+            leaf = student[tokens].requires_grad_()
+            value = loss(inputs["teacher"][tokens], leaf, inputs["head"]) / len(student)
+            (made,) = torch.autograd.grad(value, leaf, inputs["c"][s])
+            gradient.append(made)
+            total = total + value.detach()
+        assert isinstance(total, Tensor)
+        kl.append(total)
+    return {
+        "kl": torch.stack(kl),
+        "gradient of students": torch.cat(gradient).view_as(inputs["students"]),
+    }
+
+
+def single_calls(inputs: Inputs, implementation: str) -> Results:
+    """Each student with the teacher in a call of its own."""
+    parts = []
+    for s in range(len(inputs["students"])):
+        leaf = inputs["students"].detach()[s : s + 1].requires_grad_()
+        part = inputs | {"students": leaf, "c": inputs["c"][s : s + 1]}
+        parts.append(step(part, implementation))
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+
+def _peer(inputs: Inputs, loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Results:
+    """One call per student: the peers know no more than one."""
+    kl, gradient = [], []
+    for s, student in enumerate(inputs["students"].detach()):
+        leaf = student.requires_grad_()
+        value = loss(leaf, inputs["teacher"], inputs["head"])
+        (made,) = torch.autograd.grad(value, leaf, inputs["c"][s].to(value.dtype))
+        kl.append(value.detach().float())
+        gradient.append(made)
+    return {"kl": torch.stack(kl), "gradient of students": torch.stack(gradient)}
+
+
+def implementations(device: str) -> list[str]:
+    """Those of the op's own that run here, but for the reference."""
+    return ["chunked", *(["triton"] if runs_triton(device) else [])]
+
+
+def cost(S: int, T: int, d: int, V: int, dtype: torch.dtype) -> Cost:
+    """By the op's FLOP formula and the least bytes: hidden states, head and gradients once."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        students = torch.empty(S, T, d, dtype=dtype, device="meta", requires_grad=True)
+        teacher = torch.empty(T, d, dtype=dtype, device="meta")
+        linear_kl(teacher, students, torch.empty(V, d, dtype=dtype, device="meta"))
+    return Cost(counter.get_total_flops(), (T * d * (1 + 2 * S) + V * d) * dtype.itemsize)
+
+
+def case(
+    S: int,
+    T: int,
+    d: int,
+    V: int,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    backend: str | None = "inductor",
+) -> Case:
+    """``backend`` None compiles nothing."""
+    n_sets = copies((V + (2 * S + 1) * T) * d * dtype.itemsize, device)
+    steps = {
+        "reference": Step(functools.partial(step, implementation="reference"), "reference"),
+        "GEMMs": Step(products, "floor"),
+    }
+    if backend:
+        run = functools.partial(compiled_chunks, backend=backend)
+        steps["compiled chunks"] = Step(run, "peer", "no values per token")
+    for name, find in (
+        ("fla-core", peers.fla_kl),
+        ("liger-kernel", peers.liger_kl),
+        ("liger-kernel chunked", peers.liger_chunked_kl),
+    ):
+        peer = find() if device == "cuda" else None
+        if peer is not None:
+            steps[name] = Step(functools.partial(_peer, loss=peer.loss), "peer", peer.note)
+    for name in implementations(device):
+        steps[name] = Step(functools.partial(step, implementation=name))
+        if S > 1:
+            run = functools.partial(single_calls, implementation=name)
+            steps[f"{name}, {S} single calls"] = Step(run)
+    return Case(
+        "linear_kl",
+        {"S": S, "T": T, "d": d, "V": V},
+        dtype,
+        device,
+        lambda: [make_inputs(S, T, d, V, dtype, device, seed) for seed in range(n_sets)],
+        steps,
+        truth,
+        lambda _: cost(S, T, d, V, dtype),
+    )

@@ -1,0 +1,50 @@
+"""What the machine at hand reaches: copy bandwidth and the rate of matrix products."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.timing import measure
+
+__all__ = ["Roofs", "measure_roofs"]
+
+
+class Roofs(NamedTuple):
+    """Measured in the run whose rows they are compared with."""
+
+    copy_bytes_per_s: float  #: read and written bytes of a large copy
+    gemm_flops_per_s: float  #: of the faster of two large products
+    dtype: str
+
+    def floor_s(self, flops: float, n_bytes: float) -> float:
+        """The time below which work of so many operations and bytes cannot come."""
+        return max(flops / self.gemm_flops_per_s, n_bytes / self.copy_bytes_per_s)
+
+
+def measure_roofs(device: str, dtype: torch.dtype, *, quick: bool = False) -> Roofs:
+    """Takes about a second on a GPU."""
+    large = device == "cuda" and not quick
+    n = 2**30 if large else 2**25  # bytes
+    buffers = [
+        (
+            torch.ones(n, dtype=torch.uint8, device=device),
+            torch.empty(n, dtype=torch.uint8, device=device),
+        )
+        for _ in range(2)
+    ]
+    copy_s = measure(lambda pair: pair[1].copy_(pair[0]), buffers, device).median_s
+    shapes = [(7500, 3584, 8192), (8192, 8192, 8192)] if large else [(512, 512, 512)]
+    rate = 0.0
+    for M, K, N in shapes:
+        operands = [
+            (
+                torch.randn(M, K, device=device).to(dtype),
+                torch.randn(N, K, device=device).to(dtype),
+            )
+            for _ in range(2)
+        ]
+        seconds = measure(lambda ab: ab[0] @ ab[1].T, operands, device).median_s
+        rate = max(rate, 2 * M * K * N / seconds)
+    return Roofs(2 * n / copy_s, rate, str(dtype)[6:])

@@ -1,0 +1,149 @@
+"""How long a step takes and how much memory it needs, on a GPU or a CPU.
+
+On a GPU a step lies between two events. Before the first one the stream is made to wait until the
+host has enqueued the whole step, so that the events bracket the device's work alone; how long
+steps take one after the other with the host's share is measured beside it (`wall_s`). Inputs are
+given in several sets, used in turn, which together should be larger than the cache.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Measurement", "measure", "measure_graph", "peak_bytes", "synchronize"]
+
+Step = Callable[[Any], Any]
+LEAST, MOST = 5, 50
+# The waiting kernel counts clock cycles; no GPU's clock is faster, so it never waits too short.
+CYCLES_PER_S = 2.2e9
+LONGEST_WAIT_S = 0.02
+
+
+class Measurement(NamedTuple):
+    """Seconds and bytes of one step."""
+
+    median_s: float
+    spread_s: float  #: distance between the quartiles
+    wall_s: float  #: one after the other, host included
+    repeats: int
+    peak_bytes: int  #: most that was held at once, over what was held before
+    result_bytes: int  #: of that, what the step returned
+
+
+def measure(
+    step: Step, sets: Sequence[Any], device: str, *, seconds: float = 0.4, least: int = LEAST
+) -> Measurement:
+    """Runs ``step`` on each of ``sets`` in turn for about ``seconds``, after a warm-up.
+
+    Args:
+        step: takes one of ``sets`` and returns tensors (in dicts and lists), which are dropped.
+        sets: inputs; on a GPU together larger than its L2.
+        device: "cuda" or "cpu".
+        seconds: measuring time, within 5 (or ``least``) to 50 repeats.
+    """
+    for inputs in [*sets, sets[0]] if device == "cuda" else sets[:1]:  # warm-up
+        step(inputs)
+    synchronize(device)
+    start = time.perf_counter()
+    step(sets[0])
+    enqueued_s = time.perf_counter() - start
+    synchronize(device)
+    once_s = time.perf_counter() - start
+    repeats = min(MOST, max(least, int(seconds / max(once_s, 1e-9))))
+    timed = _events if device == "cuda" else _clock
+    times = timed(step, sets, repeats, enqueued_s)
+    start = time.perf_counter()
+    n = max(2, repeats // 2) if device == "cuda" else 0
+    for i in range(n):
+        step(sets[i % len(sets)])
+    synchronize(device)
+    wall_s = (time.perf_counter() - start) / n if n else statistics.median(times)
+    peak, held = peak_bytes(lambda: step(sets[0]), device)
+    return Measurement(statistics.median(times), spread(times), wall_s, repeats, peak, held)
+
+
+def measure_graph(step: Step, sets: Sequence[Any], *, seconds: float = 0.2) -> float:
+    """Median seconds of ``step`` replayed as a CUDA graph, which has no launches to wait for."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for inputs in sets:
+            step(inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    graphs = []
+    for inputs in sets:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step(inputs)
+        graphs.append(graph)
+    return measure(lambda graph: graph.replay(), graphs, "cuda", seconds=seconds).median_s
+
+
+def spread(times: Sequence[float]) -> float:
+    """The distance between the quartiles."""
+    low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else (times * 3)
+    return float(high - low)
+
+
+def synchronize(device: str) -> None:
+    """Waits for the device."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_bytes(function: Callable[[], Any], device: str) -> tuple[int, int]:
+    """Most bytes held at once on behalf of ``function``, and those of the tensors it returned."""
+    if device != "cuda":
+        with torch.profiler.profile(profile_memory=True) as profile:
+            results = function()
+        events = profile.profiler.kineto_results.events()
+        changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+        held = peak = 0
+        for _, change in changes:
+            held += change
+            peak = max(peak, held)
+        return peak, _bytes(results)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    results = function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before, _bytes(results)
+
+
+def _bytes(results: Any) -> int:
+    if isinstance(results, Tensor):
+        return results.numel() * results.element_size()
+    if isinstance(results, dict):
+        return sum(_bytes(value) for value in results.values())
+    return sum(_bytes(value) for value in results) if isinstance(results, (list, tuple)) else 0
+
+
+def _events(step: Step, sets: Sequence[Any], repeats: int, enqueued_s: float) -> list[float]:
+    wait = int(min(LONGEST_WAIT_S, 1.5 * enqueued_s + 1e-4) * CYCLES_PER_S)
+    pairs = []
+    for i in range(repeats):
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(wait)
+        start.record()
+        step(sets[i % len(sets)])
+        end.record()
+        pairs.append((start, end))
+        end.synchronize()
+    return [start.elapsed_time(end) / 1e3 for start, end in pairs]
+
+
+def _clock(step: Step, sets: Sequence[Any], repeats: int, _: float) -> list[float]:
+    times = []
+    for i in range(repeats):
+        start = time.perf_counter()
+        step(sets[i % len(sets)])
+        times.append(time.perf_counter() - start)
+    return times

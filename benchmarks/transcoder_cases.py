@@ -1,0 +1,237 @@
+"""Cases of the transcoder: who computes it, with which plan, and what it costs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as nnf
+
+from benchmarks import peers
+from benchmarks.case import Case, Cost, Inputs, Results, Step, cast, compiled, copies
+from benchmarks.transcoder_steps import (
+    BEFORE_TOPK,
+    LEAVES,
+    differentiated,
+    encoder_gemm,
+    gradients,
+    make_inputs,
+    plain,
+    reference,
+    step,
+    truth,
+    truth_of_topk,
+)
+from fastadapt.kernels.device import runs_triton
+from fastadapt.kernels.transcoder import Plan, transcoder
+
+__all__ = ["case", "implementations", "plan_of", "serving_case", "topk_case"]
+
+
+def implementations(device: str) -> list[str]:
+    """Those of the op's own that run here, but for the reference."""
+    names = ["sparse"] if device == "cpu" else []
+    return [*names, "triton", "triton_fused"] if runs_triton(device) else names
+
+
+def count_codes(inputs: Inputs) -> int:
+    """Active entries of these inputs."""
+    with torch.no_grad():
+        z = nnf.linear(inputs["x"], inputs["W_enc"], inputs["b_enc"])
+        return int((z > 0).sum())
+
+
+def plan_of(n_codes: int, T: int, F: int, dtype: torch.dtype, device: str) -> Plan:
+    """The plan that training would make after a step with so many codes."""
+    from fastadapt.kernels.transcoder import plan_for
+
+    return plan_for(n_codes / T, T, F, dtype, device)
+
+
+def cost(T: int, d: int, F: int, n_codes: int, dtype: torch.dtype) -> Cost:
+    """Of forward and backward on codes, by the op's FLOP formulas and the least bytes."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    meta = {
+        name: torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+        for name, shape in {
+            "x": (T, d),
+            "W_enc": (F, d),
+            "b_enc": (F,),
+            "W_dec": (F, d),
+            "b_dec": (d,),
+            "residual": (T, d),
+        }.items()
+    }
+    meta |= {"g": torch.empty(T, d, dtype=dtype, device="meta")}
+    meta |= {"c": torch.empty((), dtype=torch.float64, device="meta")}
+    with FlopCounterMode(display=False) as counter:
+        step(meta, "auto", Plan(dense=False, capacity=max(n_codes, 1)))
+    live = min(F, n_codes)  # rows of W_dec
+    elements = T * d * 6 + F * d + live * d + 2 * F * d  # x, residual, out, g, dx, x again; weights
+    return Cost(counter.get_total_flops(), elements * dtype.itemsize)
+
+
+def make_planned(
+    T: int,
+    d: int,
+    F: int,
+    l0: float,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    n_sets: int,
+    k: int | None = None,
+) -> list[Inputs]:
+    """Sets with the plan that training would have: of the largest number of codes among them."""
+    sets = [make_inputs(T, d, F, l0, dtype, device, seed) for seed in range(n_sets)]
+    n_codes = k * T if k else max(count_codes(inputs) for inputs in sets)
+    plan = plan_of(n_codes, T, F, dtype, device)
+    forced = Plan(dense=False, capacity=round(1.25 * n_codes) + 1024)
+    plans = {"plan": plan, "dense plan": Plan(dense=True), "sparse plan": forced}
+    return [inputs | plans | {"n_codes": n_codes} for inputs in sets]
+
+
+def facts(sets: Sequence[Inputs]) -> dict[str, Any]:
+    """What the inputs turned out to be."""
+    inputs = sets[0]
+    plan: Plan = inputs["plan"]
+    return {
+        "measured_L0": inputs["n_codes"] / len(inputs["x"]),
+        "plan": "dense" if plan.dense else f"sparse, {plan.capacity} codes",
+    }
+
+
+def planned(implementation: str, plan: str = "plan", **options: Any) -> Callable[[Inputs], Results]:
+    """The step of an implementation under one of the inputs' plans; `sparse` looks for itself."""
+    own = implementation in ("reference", "sparse")
+    return lambda i: step(i, implementation, None if own else i[plan], **options)
+
+
+def case(
+    T: int,
+    d: int,
+    F: int,
+    l0: float,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    backend: str | None = "inductor",
+) -> Case:
+    """ReLU at a density. ``backend`` None compiles nothing."""
+    n_sets = copies(6 * F * d * dtype.itemsize, device)
+    steps = {"reference": Step(planned("reference"), "reference")}
+    if backend:
+        fast = compiled(reference, backend, False)
+        steps["reference compiled"] = Step(differentiated(fast), "reference", backend)
+    steps["plain"] = Step(differentiated(plain), "reference", "no statistics")
+    if backend:
+        fast = compiled(plain, backend, False)
+        steps["plain compiled"] = Step(differentiated(fast), "reference", "no statistics")
+    steps["encoder GEMM"] = Step(encoder_gemm, "floor", cost=Cost(2.0 * T * d * F, 0))
+    for name in implementations(device):
+        steps[name] = Step(planned(name))
+        if name != "sparse":
+            for path in ("dense", "sparse"):
+                steps[f"{name}, {path}"] = Step(planned(name, f"{path} plan"))
+    return Case(
+        "transcoder",
+        {"T": T, "d": d, "F": F, "L0": l0},
+        dtype,
+        device,
+        lambda: make_planned(T, d, F, l0, dtype, device, n_sets=n_sets),
+        steps,
+        truth,
+        lambda sets: cost(T, d, F, sets[0]["n_codes"], dtype),
+        facts,
+    )
+
+
+def topk_case(T: int, d: int, F: int, k: int, dtype: torch.dtype, device: str) -> Case:
+    """TopK against implementations of a fixed k, which have neither penalty nor statistics."""
+    n_sets = copies(6 * F * d * dtype.itemsize, device)
+    topk = {"activation": "topk", "k": k}
+    steps = {
+        "reference": Step(planned("reference", **topk), "reference"),
+        "encoder GEMM": Step(encoder_gemm, "floor", cost=Cost(2.0 * T * d * F, 0)),
+    }
+    peer = peers.sparsify_topk() if device == "cuda" else None
+    if peer is not None:
+
+        def run(inputs: Inputs) -> Results:
+            values, indices = peer.encode(inputs["x"], inputs["W_enc"], inputs["b_enc"], k)
+            decoded = peer.decode(indices, values, inputs["W_dec"])
+            out = inputs["residual"] + (decoded + inputs["b_dec"])
+            return {"out": out.detach()} | gradients(inputs, [out], [inputs["g"]])
+
+        own = functools.partial(truth_of_topk, k=k, penalised=False)
+        steps["eai-sparsify"] = Step(run, "peer", peer.note, own)
+    steps |= {name: Step(planned(name, **topk)) for name in implementations(device)}
+    l0 = BEFORE_TOPK * k
+    return Case(
+        "transcoder topk",
+        {"T": T, "d": d, "F": F, "k": k},
+        dtype,
+        device,
+        lambda: make_planned(T, d, F, l0, dtype, device, n_sets=n_sets, k=k),
+        steps,
+        functools.partial(truth_of_topk, k=k, penalised=True),
+        lambda _: cost(T, d, F, k * T, dtype),
+        lambda _: {"positives": l0},
+    )
+
+
+NARROW = 16  # width of the decoder where the encoder is to be timed alone
+
+
+def serving_case(T: int, d: int, F: int, l0: float, dtype: torch.dtype, device: str) -> Case:
+    """Forward alone, of few tokens: the whole adapter, and one whose decoder is next to nothing."""
+    n_sets = copies(2 * F * d * dtype.itemsize, device)
+    size, on_gpu = dtype.itemsize, device == "cuda"
+    encoder = Cost(2.0 * T * d * F, (F * d + T * d) * size)
+
+    def make() -> list[Inputs]:
+        sets = make_planned(T, d, F, l0, dtype, device, n_sets=n_sets)
+        for inputs in sets:
+            inputs["narrow W_dec"] = inputs["W_dec"].detach()[:, :NARROW].contiguous()
+            inputs["narrow b_dec"] = inputs["b_dec"].detach()[:NARROW].clone()
+        return sets
+
+    def whole(sets: Sequence[Inputs]) -> Cost:
+        n_codes = sets[0]["n_codes"]
+        elements = F * d + min(F, n_codes) * d + 3 * T * d
+        return Cost(encoder.flops + 2.0 * n_codes * d, elements * size)
+
+    def forward(inputs: Inputs, implementation: str, alone: bool) -> Results:
+        leaves = {name: inputs[name] for name in LEAVES}
+        if alone:
+            leaves |= {name: inputs[f"narrow {name}"] for name in ("W_dec", "b_dec")}
+            del leaves["residual"]
+        plan = None if implementation in ("reference", "sparse") else inputs["plan"]
+        with torch.no_grad():
+            output = transcoder(**leaves, plan=plan, implementation=implementation)
+        return {"out": output.out, "penalty": output.penalty}
+
+    def right(inputs: Inputs, wanted: torch.dtype, alone: bool) -> Results:
+        return forward(cast(inputs, wanted), "reference", alone)
+
+    run = functools.partial
+    steps = {
+        "reference": Step(run(forward, implementation="reference", alone=False), "reference"),
+        "encoder GEMM": Step(encoder_gemm, "floor", cost=encoder, graph=on_gpu),
+    }
+    right_alone = run(right, alone=True)
+    for name in implementations(device):
+        steps[name] = Step(run(forward, implementation=name, alone=False), graph=on_gpu)
+        steps[f"{name}, encoder"] = Step(
+            run(forward, implementation=name, alone=True),
+            note=f"decoder of width {NARROW}",
+            truth=right_alone,
+            cost=encoder,
+            graph=on_gpu,
+        )
+    shape = {"T": T, "d": d, "F": F, "L0": l0}
+    right_whole = run(right, alone=False)
+    return Case("serving", shape, dtype, device, make, steps, right_whole, whole, facts)
