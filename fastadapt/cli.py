@@ -268,6 +268,8 @@ def doctor(argv: list[str]) -> int:
 
 
 def _print_diagnosis(diagnosis: dict[str, Any]) -> None:
+    from fastadapt.doctor import summary
+
     _print_table(["hardware", ""], list(map(list, diagnosis["hardware"].items())), left=True)
     print()
     found = [[name, found or "not installed"] for name, found in diagnosis["versions"].items()]
@@ -276,18 +278,13 @@ def _print_diagnosis(diagnosis: dict[str, Any]) -> None:
     chosen = [[c["what"], c["choice"], c["why"]] for c in diagnosis["choices"]]
     _print_table(["auto means", "", "because"], chosen, left=True)
     print()
-    checked = [
-        [
-            c["op"],
-            c["implementation"],
-            c["dtype"],
-            c["device"],
-            "ok" if c["ok"] else f"FAILED: {c['message']}",
-            f"{100 * c['share']:.0f}% ({c['worst']})" if c["worst"] else "",
-        ]
-        for c in diagnosis["checks"]
-    ]
-    _print_table(["kernel", "", "", "", "check", "of the allowed error"], checked, left=True)
+    _print_table(
+        ["kernel", "", "", "", "cases", "check", "of the allowed error"],
+        summary(diagnosis["checks"]),
+        left=True,
+    )
+    for note in diagnosis["notes"]:
+        print(f"\n{note}")
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {

@@ -1,28 +1,20 @@
 """What this machine is, what will be used on it and why, and whether the kernels are right here.
 
-Nothing is printed and nothing is downloaded. Every check is an op's implementation, run once
-forward and backward on random inputs against the op's reference in float64, under the budget of
-`fastadapt.kernels.testing`.
+Nothing is printed and nothing is downloaded. `fastadapt.kernel_checks` holds the checks.
 """
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from fastadapt.kernels.linear_kl import linear_kl
-from fastadapt.kernels.nmse import nmse
-from fastadapt.kernels.testing import error_budget
-from fastadapt.kernels.transcoder import transcoder
+from fastadapt.kernel_checks import notes, run_checks
 from fastadapt.pair import choose_attention, choose_device
 
 PACKAGES = (
@@ -46,33 +38,13 @@ class Choice:
     why: str
 
 
-@dataclass(frozen=True)
-class Check:
-    """One implementation of one op, compared with its reference in float64.
-
-    Attributes:
-        share: the largest error as a share of what it may be, over all outputs and gradients; at
-            most 1 where `ok`.
-        worst: the output or gradient with that error.
-        message: why it failed, empty where `ok`.
-    """
-
-    op: str
-    implementation: str
-    dtype: str
-    device: str
-    ok: bool
-    share: float
-    worst: str
-    message: str = ""
-
-
 def diagnose(device: str = "auto") -> dict[str, Any]:
     """Everything that `fastadapt doctor` tells, as plain values.
 
     Returns:
         ``{"ok": bool, "hardware": {name: text}, "versions": {package: version or None},
-        "choices": [Choice as dict], "checks": [Check as dict]}``; `ok` if all checks are.
+        "choices": [Choice as dict], "checks": [Check as dict], "notes": [text]}``; `ok` if all
+        checks are; the notes say what could not be checked.
     """
     there = choose_device(device)
     checks = run_checks(there)
@@ -82,6 +54,7 @@ def diagnose(device: str = "auto") -> dict[str, Any]:
         "versions": versions(),
         "choices": [asdict(choice) for choice in choices(there)],
         "checks": [asdict(check) for check in checks],
+        "notes": notes(there),
     }
 
 
@@ -133,117 +106,40 @@ def choices(device: torch.device) -> list[Choice]:
     for dtype in (torch.float32, torch.bfloat16):
         choice, why = choose_attention("auto", device, dtype)
         found.append(Choice(f"pair.attention, {_name(dtype)}", choice, why))
-    if on == "cpu":
-        found.append(
-            Choice("transcoder", "sparse", "on a CPU, work on active features alone is faster")
-        )
+    chunks = "never more than a chunk of intermediate values"
+    if on == "cuda":
+        codes = "codes, behind the library's matrix product, faster than dense where they are few"
+        found.append(Choice("transcoder", "triton", codes))
+        found.append(Choice("transcoder, float64", "reference", "the Triton kernels sum in fp32"))
+        found.append(Choice("linear_kl", "triton", f"{chunks}, read twice and written once"))
+        found.append(Choice("linear_kl, float64", "chunked", "the Triton kernels sum in fp32"))
     else:
-        found.append(Choice("transcoder", "reference", "the Triton kernels are not built yet"))
-    for op in ("linear_kl", "nmse"):
-        found.append(Choice(op, "chunked", "never more than a chunk of intermediate values"))
+        cpu = Choice("transcoder", "sparse", "on a CPU, work on active features alone is faster")
+        other = Choice("transcoder", "reference", f"no other implementation runs on {on}")
+        found.append(cpu if on == "cpu" else other)
+        found.append(Choice("linear_kl", "chunked", f"{chunks}; Triton kernels need a GPU"))
+    found.append(Choice("nmse", "chunked", chunks))
     return found
-
-
-# --- checks ---------------------------------------------------------------------------------------
-
-Outputs = dict[str, Tensor]
-Op = Callable[..., Outputs]
-
-
-def run_checks(device: torch.device) -> list[Check]:
-    """Every implementation that runs on `device`, in float32 and bfloat16."""
-    return [
-        _check(op, run, inputs, implementation, dtype, device)
-        for op, run, inputs, implementations in _cases(device)
-        for implementation in implementations
-        for dtype in (torch.float32, torch.bfloat16)
-    ]
-
-
-def _cases(device: torch.device) -> Iterator[tuple[str, Op, Outputs, tuple[str, ...]]]:
-    generator = torch.Generator().manual_seed(0)
-    random = partial(torch.randn, generator=generator, dtype=torch.float64)
-    adapter = {
-        "x": random(48, 32),
-        "W_enc": random(96, 32) / 6,
-        "b_enc": random(96) - 2,  # few features fire, so that "sparse" is what is tested
-        "W_dec": random(96, 32),
-        "b_dec": random(32),
-    }
-    sparse = ("sparse",) if device.type == "cpu" else ()
-    yield "transcoder", _transcoder, adapter, ("reference", *sparse)
-    heads = {"teacher": random(40, 24), "students": random(2, 40, 24), "head": random(80, 24) / 5}
-    yield "linear_kl", _linear_kl, heads, ("reference", "chunked")
-    streams = {"x": random(2, 9, 32), "target": random(2, 9, 32)}
-    yield "nmse", _nmse, streams, ("reference", "chunked")
-
-
-def _transcoder(
-    implementation: str, x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor
-) -> Outputs:
-    out, penalty, _ = transcoder(x, W_enc, b_enc, W_dec, b_dec, implementation=implementation)
-    return {"out": out, "penalty": penalty}
-
-
-def _linear_kl(implementation: str, teacher: Tensor, students: Tensor, head: Tensor) -> Outputs:
-    options: dict[str, Any] = {"implementation": implementation, "chunk_tokens": 16}
-    return {"kl": linear_kl(teacher, students, head, **options).kl}
-
-
-def _nmse(implementation: str, x: Tensor, target: Tensor) -> Outputs:
-    return {"nmse": nmse(x, target, implementation=implementation).nmse}
-
-
-def _check(
-    op: str,
-    run: Op,
-    inputs: Outputs,
-    implementation: str,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Check:
-    about = (op, implementation, _name(dtype), str(device))
-    rounded = {name: value.to(device, dtype) for name, value in inputs.items()}
-    oracle = _forward_backward(run, "reference", {n: v.double() for n, v in rounded.items()})
-    peer = _forward_backward(run, "reference", rounded)
-    try:
-        actual = _forward_backward(run, implementation, rounded)
-        shares = {name: _share(actual[name], oracle[name], peer[name]) for name in oracle}
-    except Exception as error:
-        # A kernel that does not run here is a finding, whatever it raises.
-        return Check(*about, ok=False, share=float("inf"), worst="", message=_told(error))
-    worst = max(shares, key=lambda name: shares[name])
-    share = shares[worst]
-    message = "" if share <= 1 else f"{worst} is {share:.3g} times as far off as it may be"
-    return Check(*about, ok=share <= 1, share=share, worst=worst, message=message)
-
-
-def _forward_backward(run: Op, implementation: str, inputs: Outputs) -> Outputs:
-    """Outputs, and gradients under a random cotangent of each, by name."""
-    leaves = {name: value.clone().requires_grad_() for name, value in inputs.items()}
-    outputs = run(implementation, **leaves)
-    generator = torch.Generator().manual_seed(1)
-    cotangents = [
-        torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
-        for value in outputs.values()
-    ]
-    wanted = [name for name in leaves if name not in ("teacher", "target")]
-    gradients = torch.autograd.grad(
-        list(outputs.values()), [leaves[name] for name in wanted], cotangents
-    )
-    named = dict(zip((f"gradient of {name}" for name in wanted), gradients, strict=True))
-    return {**{name: value.detach() for name, value in outputs.items()}, **named}
-
-
-def _share(actual: Tensor, oracle: Tensor, peer: Tensor) -> float:
-    """The error as a share of its budget, of the maximum or the RMS, whichever is larger."""
-    budget = error_budget(actual, oracle, peer)
-    return max(budget.max_error / budget.max_budget, budget.rms_error / budget.rms_budget)
-
-
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def summary(checks: list[dict[str, Any]]) -> list[list[str]]:
+    """The checks of :func:`diagnose` as rows: op, implementation, dtype, device, cases, what came
+    out, and the error; one for all cases of a kernel in a dtype, or one for each that failed.
+    """
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for c in checks:
+        key = (c["op"], c["implementation"], c["dtype"], c["device"])
+        groups.setdefault(key, []).append(c)
+    rows = []
+    for about, cases in groups.items():
+        failed = [c for c in cases if not c["ok"]]
+        for c in failed or [max(cases, key=lambda c: c["share"])]:
+            worst = ", ".join(filter(None, (c["worst"], c["case"])))
+            share = f"{100 * c['share']:.0f}% ({worst})" if c["worst"] else c["case"]
+            said = "ok" if c["ok"] else f"FAILED: {c['message']}"
+            rows.append([*about, str(len(cases)), said, share])
+    return rows

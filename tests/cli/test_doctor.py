@@ -2,11 +2,20 @@
 
 import json
 import platform
+from typing import NamedTuple
 
 import pytest
 import torch
 
-from fastadapt import doctor
+from fastadapt import doctor, kernel_checks
+
+runs_triton = kernel_checks.runs_triton
+
+
+@pytest.fixture(autouse=True)
+def _not_interpreted(monkeypatch):
+    """As without the tests' TRITON_INTERPRET, which must be there whenever triton is imported."""
+    monkeypatch.setattr(kernel_checks, "runs_triton", lambda device: device == "cuda")
 
 
 def test_all_checks_of_this_machine_pass(fastadapt):
@@ -19,10 +28,62 @@ def test_all_checks_of_this_machine_pass(fastadapt):
     found = {(c["op"], c["implementation"], c["dtype"]) for c in diagnosis["checks"]}
     expected = {("transcoder", "reference"), ("linear_kl", "reference"), ("linear_kl", "chunked")}
     expected |= {("nmse", "reference"), ("nmse", "chunked")}
-    if not torch.cuda.is_available():
+    dtypes = ["float32", "bfloat16"]
+    if torch.cuda.is_available():
+        dtypes.append("float16")
+        expected |= {("transcoder", "triton"), ("transcoder", "triton_fused")}
+        expected |= {("linear_kl", "triton")}
+    else:
         expected.add(("transcoder", "sparse"))
-    assert found == {(*e, d) for e in expected for d in ("float32", "bfloat16")}
+    assert found == {(*e, d) for e in expected for d in dtypes}
+    cases = {c["case"] for c in diagnosis["checks"] if c["op"] == "transcoder"}
+    activations = ("relu", "topk", "batch_topk", "jumprelu")
+    assert cases == {a + p for a in activations for p in ("", ", codes", ", dense")}
     assert all(0 < c["share"] <= 1 for c in diagnosis["checks"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU")
+def test_kernels_that_cannot_run_here_are_named(fastadapt):
+    outcome = fastadapt("doctor")
+    assert "cannot run here and were not checked: they need a GPU" in outcome.out
+    assert "device is cpu" in outcome.out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU")
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning:triton")  # of masked lanes
+def test_triton_kernels_are_checked_where_they_are_interpreted(fastadapt, monkeypatch):
+    monkeypatch.setattr(kernel_checks, "runs_triton", runs_triton)
+    # The interpreter is slow: one activation and one dtype of each.
+    monkeypatch.setattr(kernel_checks, "ACTIVATIONS", {"jumprelu": {"bandwidth": 0.5}})
+    dtypes = kernel_checks.dtypes
+    monkeypatch.setattr(kernel_checks, "dtypes", lambda *about: dtypes(*about)[:1])
+    outcome = fastadapt("doctor", "--json")
+    diagnosis = json.loads(outcome.out)
+    assert outcome.code == 0, diagnosis["checks"]
+    found = {
+        (c["op"], c["implementation"], c["case"])
+        for c in diagnosis["checks"]
+        if c["implementation"].startswith("triton")
+    }
+    cases = [("transcoder", i, c) for i in ("triton", "triton_fused") for c in ("codes", "dense")]
+    expected = {(op, i, f"jumprelu, {c}") for op, i, c in cases} | {("linear_kl", "triton", "")}
+    assert found == expected
+    assert dtypes("triton", "cpu") == (torch.float32, torch.float16)  # no bfloat16
+    assert "interpreted on the CPU" in diagnosis["notes"][0]
+
+
+def test_failures_have_a_row_each_and_the_rest_one_together():
+    good = {"op": "a", "implementation": "i", "dtype": "d", "device": "cpu", "ok": True}
+    good |= {"case": "small", "share": 0.1, "worst": "out", "message": ""}
+    worse = good | {"case": "", "share": 0.25}
+    bad = good | {"dtype": "e", "ok": False, "share": float("inf"), "worst": "", "message": "no"}
+    assert doctor.summary(
+        [good, worse, good, bad, bad | {"case": "large"}, good | {"dtype": "e"}]
+    ) == [
+        ["a", "i", "d", "cpu", "3", "ok", "25% (out)"],
+        ["a", "i", "e", "cpu", "3", "FAILED: no", "small"],
+        ["a", "i", "e", "cpu", "3", "FAILED: no", "large"],
+    ]
 
 
 def test_the_table_says_what_and_why(fastadapt):
@@ -33,11 +94,22 @@ def test_the_table_says_what_and_why(fastadapt):
 
 
 def test_auto_means_what_the_ops_choose():
+    from fastadapt.kernels.linear_kl import _chosen
     from fastadapt.kernels.transcoder import _choose
 
-    for device in ("cpu", "cuda"):
-        told = {c.what: c.choice for c in doctor.choices(torch.device(device))}
-        assert told["transcoder"] == _choose("auto", device, None)
+    class On(NamedTuple):
+        device: torch.device
+        dtype: torch.dtype
+
+    for name in ("cpu", "cuda"):
+        device = torch.device(name)
+        told = {c.what: c.choice for c in doctor.choices(device)}
+        for dtype, what in ((torch.bfloat16, ""), (torch.float64, ", float64")):
+            transcoder = told.get(f"transcoder{what}", told["transcoder"])
+            assert transcoder == _choose("auto", On(device, dtype), None)
+            softmax = torch.promote_types(dtype, torch.float32)
+            linear_kl = told.get(f"linear_kl{what}", told["linear_kl"])
+            assert linear_kl == _chosen("auto", name, softmax)
 
 
 @pytest.mark.parametrize(
@@ -50,13 +122,13 @@ def test_auto_means_what_the_ops_choose():
     ],
 )
 def test_a_kernel_that_is_wrong_here_is_found(fastadapt, monkeypatch, wrong):
-    right = doctor.transcoder
+    right = kernel_checks.transcoder
 
     def bent(*args, implementation, **kwargs):
         out = right(*args, implementation=implementation, **kwargs)
         return wrong(out) if implementation == "sparse" else out
 
-    monkeypatch.setattr(doctor, "transcoder", bent)
+    monkeypatch.setattr(kernel_checks, "transcoder", bent)
     outcome = fastadapt("doctor", "--json")
     assert outcome.code == 1
     failed = [c for c in json.loads(outcome.out)["checks"] if not c["ok"]]
@@ -66,14 +138,14 @@ def test_a_kernel_that_is_wrong_here_is_found(fastadapt, monkeypatch, wrong):
 
 
 def test_a_kernel_that_does_not_run_here_is_found(fastadapt, monkeypatch):
-    right = doctor.nmse
+    right = kernel_checks.nmse
 
     def broken(*args, implementation, **kwargs):
         if implementation == "chunked":
             raise RuntimeError("no kernel image is available\nmore")
         return right(*args, implementation=implementation, **kwargs)
 
-    monkeypatch.setattr(doctor, "nmse", broken)
+    monkeypatch.setattr(kernel_checks, "nmse", broken)
     outcome = fastadapt("doctor")
     assert outcome.code == 1
     assert "FAILED: RuntimeError: no kernel image is available" in outcome.out

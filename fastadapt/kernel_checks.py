@@ -1,0 +1,210 @@
+"""Every kernel once, forward and backward, on the device at hand, against its reference in float64.
+
+Inputs are drawn once and rounded to the tested dtype; errors are judged under the budget of
+`fastadapt.kernels.testing`. The transcoder's inputs lie on a grid on which its encoder is exact in
+every dtype, so that which features are active, and how ties are ranked, does not hang on rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastadapt.kernels.device import runs_triton
+from fastadapt.kernels.linear_kl import linear_kl
+from fastadapt.kernels.nmse import nmse
+from fastadapt.kernels.testing import error_budget
+from fastadapt.kernels.transcoder import Plan, transcoder
+
+Tensors = dict[str, Tensor]
+Run = Callable[..., Tensors]
+
+#: Rows of the transcoder's x, tokens, width, features.
+S, T, D, F = 2, 13, 32, 64
+#: Activation: its arguments.
+ACTIVATIONS: dict[str, dict[str, Any]] = {
+    "relu": {},
+    "topk": {"k": 3},
+    "batch_topk": {"k": 2.5},
+    "jumprelu": {"bandwidth": 0.5},
+}
+PLANS = {"codes": Plan(dense=False, capacity=S * T * F), "dense": Plan(dense=True)}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One implementation of one op in one case, compared with its reference in float64.
+
+    Attributes:
+        share: the largest error as a share of what it may be, over all outputs and gradients; at
+            most 1 where `ok`.
+        worst: the output or gradient with that error.
+        message: why it failed, empty where `ok`.
+    """
+
+    op: str
+    implementation: str
+    case: str
+    dtype: str
+    device: str
+    ok: bool
+    share: float
+    worst: str
+    message: str = ""
+
+
+class Case(NamedTuple):
+    """``run(implementation, **inputs)`` gives outputs by name, of every implementation."""
+
+    op: str
+    name: str
+    run: Run
+    inputs: Tensors
+    implementations: tuple[str, ...]
+
+
+def run_checks(device: torch.device) -> list[Check]:
+    """Every op, implementation and case that runs on `device`, in every dtype that it handles."""
+    return [
+        _check(case, implementation, dtype, device)
+        for case in _cases(device.type)
+        for implementation in case.implementations
+        for dtype in dtypes(implementation, device.type)
+    ]
+
+
+def dtypes(implementation: str, device_type: str) -> tuple[torch.dtype, ...]:
+    """Those in which an implementation is checked."""
+    if device_type == "cuda":
+        wanted = (torch.float32, torch.float16)
+        return (*wanted, torch.bfloat16) if torch.cuda.is_bf16_supported() else wanted
+    if implementation.startswith("triton"):  # interpreted, which multiplies bfloat16 wrongly
+        return (torch.float32, torch.float16)
+    return (torch.float32, torch.bfloat16)
+
+
+def notes(device: torch.device) -> list[str]:
+    """What is not checked on `device`, and why."""
+    if not runs_triton(device.type):
+        return [
+            "The Triton kernels (transcoder: triton, triton_fused; linear_kl: triton) cannot run "
+            f"here and were not checked: they need a GPU, and the device is {device.type}."
+        ]
+    if device.type != "cuda":
+        return [
+            "The Triton kernels were interpreted on the CPU (TRITON_INTERPRET=1), not compiled; "
+            "bfloat16, which the interpreter multiplies wrongly, was left out."
+        ]
+    return []
+
+
+def _cases(device_type: str) -> Iterator[Case]:
+    generator = torch.Generator().manual_seed(0)
+    random = partial(torch.randn, generator=generator, dtype=torch.float64)
+    triton = runs_triton(device_type)
+    # x and W_enc are small multiples of 1 and 1/4, b_enc of 1/4 plus 1/8: z is exact in bfloat16,
+    # is never 0, and never on the edge of JumpReLU's window. b_enc lets few features fire.
+    grid = partial(torch.randint, generator=generator, dtype=torch.float64)
+    adapter = {
+        "x": grid(-2, 3, (S, T, D)),
+        "W_enc": grid(-1, 2, (F, D)) / 4,
+        "b_enc": grid(-13, -7, (F,)) / 4 + 1 / 8,
+        "W_dec": random(F, D),
+        "b_dec": random(D),
+        "residual": random(S, T, D),
+    }
+    theta = {"threshold": torch.full((F,), 0.5, dtype=torch.float64)}
+    on_codes = [("sparse", device_type == "cpu"), ("triton", triton), ("triton_fused", triton)]
+    planned = tuple(name for name, runs in on_codes if runs)
+    for activation, options in ACTIVATIONS.items():
+        inputs = adapter | theta if activation == "jumprelu" else adapter
+        run = partial(_transcoder, activation=activation, **options)
+        yield Case("transcoder", activation, run, inputs, ("reference",))
+        for name, plan in PLANS.items():
+            with_plan = partial(run, plan=plan)
+            yield Case("transcoder", f"{activation}, {name}", with_plan, inputs, planned)
+    heads = {"teacher": random(40, 24), "students": random(2, 40, 24), "head": random(80, 24) / 5}
+    fused = ("triton",) if triton else ()
+    yield Case("linear_kl", "", _linear_kl, heads, ("reference", "chunked", *fused))
+    streams = {"x": random(2, 9, 32), "target": random(2, 9, 32)}
+    yield Case("nmse", "", _nmse, streams, ("reference", "chunked"))
+
+
+def _transcoder(
+    implementation: str,
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    **options: Any,
+) -> Tensors:
+    """The last token of a row is padding; one before it counts half, one not at all."""
+    padding = torch.zeros(S, T, dtype=torch.bool, device=x.device)
+    padding[:, -1] = True
+    weight = torch.ones(S, T, device=x.device)
+    weight[:, -3], weight[:, -2] = 0.5, 0
+    tensors = x, W_enc, b_enc, W_dec, b_dec
+    options |= {"padding": padding, "mask": weight, "implementation": implementation}
+    out, penalty, _ = transcoder(*tensors, **options)
+    return {"out": out, "penalty": penalty}
+
+
+def _linear_kl(implementation: str, teacher: Tensor, students: Tensor, head: Tensor) -> Tensors:
+    options: dict[str, Any] = {"implementation": implementation, "chunk_tokens": 16}
+    return {"kl": linear_kl(teacher, students, head, **options).kl}
+
+
+def _nmse(implementation: str, x: Tensor, target: Tensor) -> Tensors:
+    return {"nmse": nmse(x, target, implementation=implementation).nmse}
+
+
+def _check(case: Case, implementation: str, dtype: torch.dtype, device: torch.device) -> Check:
+    name = str(dtype).removeprefix("torch.")
+    about = (case.op, implementation, case.name, name, str(device))
+    rounded = {name: value.to(device, dtype) for name, value in case.inputs.items()}
+    wide = {name: value.double() for name, value in rounded.items()}
+    oracle = _forward_backward(case.run, "reference", wide)
+    peer = _forward_backward(case.run, "reference", rounded)
+    try:
+        actual = _forward_backward(case.run, implementation, rounded)
+        shares = {name: _share(actual[name], oracle[name], peer[name]) for name in oracle}
+    except Exception as error:
+        # A kernel that does not run here is a finding, whatever it raises.
+        return Check(*about, ok=False, share=float("inf"), worst="", message=_told(error))
+    worst = max(shares, key=lambda name: shares[name])
+    share = shares[worst]
+    message = "" if share <= 1 else f"{worst} is {share:.3g} times as far off as it may be"
+    return Check(*about, ok=share <= 1, share=share, worst=worst, message=message)
+
+
+def _forward_backward(run: Run, implementation: str, inputs: Tensors) -> Tensors:
+    """Outputs, and gradients under a random cotangent of each, by name."""
+    leaves = {name: value.clone().requires_grad_() for name, value in inputs.items()}
+    outputs = run(implementation, **leaves)
+    generator = torch.Generator().manual_seed(1)
+    cotangents = [
+        torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
+        for value in outputs.values()
+    ]
+    wanted = [name for name in leaves if name not in ("teacher", "target")]
+    gradients = torch.autograd.grad(
+        list(outputs.values()), [leaves[name] for name in wanted], cotangents
+    )
+    named = dict(zip((f"gradient of {name}" for name in wanted), gradients, strict=True))
+    return {**{name: value.detach() for name, value in outputs.items()}, **named}
+
+
+def _share(actual: Tensor, oracle: Tensor, peer: Tensor) -> float:
+    """The error as a share of its budget, of the maximum or the RMS, whichever is larger."""
+    budget = error_budget(actual, oracle, peer)
+    return max(budget.max_error / budget.max_budget, budget.rms_error / budget.rms_budget)
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
