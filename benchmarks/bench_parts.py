@@ -29,7 +29,12 @@ def _rows() -> Iterator[Any]:
     for part, entry in PARTS.items():
         for case in entry.cases(SCALE):
             for name in case.steps:
-                words = [part, *(f"{key}{value}" for key, value in case.shape.items()), name]
+                words = [
+                    part,
+                    case.op,
+                    *(f"{key}{value}" for key, value in case.shape.items()),
+                    name,
+                ]
                 yield pytest.param(part, case, name, id="-".join(words).replace(" ", "_"))
 
 
@@ -50,7 +55,7 @@ def test_row(benchmark: Any, part: str, case: Case, name: str) -> None:
     if not _held:
         _held.append(case)
     step = case.steps[name]
-    benchmark.group = f"{part} {case.label} {str(case.dtype)[6:]}"
+    benchmark.group = f"{part} {case.op} {case.label} {str(case.dtype)[6:]}"
     row = describe(case, name)
     try:
         if step.kind != "floor":

@@ -33,7 +33,7 @@ L0 = 10
 
 def lengths(s: Scale) -> list[int]:
     """The same for everyone."""
-    return random.Random(0).sample(range(s.T // 8, s.T), min(N_LENGTHS, s.T // 3))
+    return random.Random(0).sample(range(max(1, s.T // 8), s.T), min(N_LENGTHS, s.T // 2))
 
 
 def names(s: Scale) -> list[str]:

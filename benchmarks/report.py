@@ -1,0 +1,254 @@
+"""Tables and plots of the results: ``python -m benchmarks.report``
+
+Reads every ``*.json`` that gpu.py wrote in ``benchmarks/results/`` (or ``--results FOLDER``), and
+writes there ``README.md`` and, beside each file, plots in SVG (matplotlib, extra ``bench``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["main", "page", "plots"]
+
+Row = dict[str, Any]
+FOLDER = Path(__file__).resolve().parent / "results"
+WIDTH, HEIGHT = 7.0, 4.5  # inches
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 1 where there is nothing to report."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report")
+    parser.add_argument("--results", type=Path, default=FOLDER)
+    parser.add_argument("--no-plots", action="store_true")
+    options = parser.parse_args(arguments)
+    paths = sorted(options.results.glob("*.json"))
+    if not paths:
+        print(f"No results in {options.results}: python benchmarks/gpu.py makes them.")
+        return 1
+    sections = []
+    for path in paths:
+        result = json.loads(path.read_text())
+        images = [] if options.no_plots else plots(result, path)
+        sections.append(page(result, path.name, images))
+        print(f"{path.name}: {len(images)} plots")
+    readme = options.results / "README.md"
+    readme.write_text("# Results\n\n" + "\n".join(sections))
+    print(f"Written to {readme}")
+    return 0
+
+
+def page(result: Row, name: str, images: Iterable[Path] = ()) -> str:
+    """One result as Markdown."""
+    hardware, roofs = result["hardware"], result["roofs"]
+    machine = hardware.get("gpu") or f"{hardware['cpu']}, {hardware['threads']} threads"
+    versions = ", ".join(f"{key} {value}" for key, value in result["versions"].items())
+    commit = (result["commit"] or "unknown")[:12] + (" (changed)" if result["changed"] else "")
+    lines = [
+        f"## {machine}",
+        "",
+        f"[{name}]({name}), {result['date']}, commit {commit}, sources {result['sources'][:12]}; "
+        f"{versions}.",
+        "",
+        f"Roofs in this run: copy {roofs['copy_bytes_per_s'] / 1e12:.3g} TB/s, products in "
+        f"{roofs['dtype']} {roofs['gemm_flops_per_s'] / 1e12:.4g} TFLOP/s.",
+        "",
+    ]
+    if result["quick"]:
+        lines += ["Tiny shapes: a trial of the script, no measurement.", ""]
+    lines += _checks(result)
+    lines += _bounds(result["bounds"])
+    lines += [f"![{image.stem}]({image.name})" for image in images]
+    for part, rows in result["parts"].items():
+        lines += ["", f"### {part}", "", *(_lengths(rows) if part == "lengths" else _rows(rows))]
+    for peer, why in result["peers_missing"].items():
+        lines += ["", f"{peer}: {why}."]
+    return "\n".join(lines) + "\n"
+
+
+def _checks(result: Row) -> list[str]:
+    words = []
+    for name, check in result["checks"].items():
+        verdict = "right" if check["right"] else "WRONG"
+        count = check.get("tests", len(check.get("rows", [])))
+        words.append(f"{name}: {verdict}" + (f" ({count})" if count else ""))
+        if check.get("left_out"):
+            words[-1] += f", without {', '.join(check['left_out'])}"
+    return [f"Checks: {'; '.join(words) or 'none in this run'}.", ""]
+
+
+def _bounds(bounds: Sequence[Row]) -> list[str]:
+    if not bounds:
+        return []
+    table = [
+        [b["claim"], b["bound"], f"{b['measured']:.3g}", "yes" if b["met"] else "**no**"]
+        for b in bounds
+    ]
+    return [*_table(["claim", "bound", "measured", "met"], table), ""]
+
+
+def _rows(rows: Sequence[Row]) -> list[str]:
+    others = dict.fromkeys(name for r in rows for name in r.get("times_as_fast_as", {}))
+    columns = sorted(others, key=lambda name: name != "reference")
+    header = ["shape", "implementation", "ms", "spread", "GB", "of the roof"]
+    graphs = any("graph_s" in r for r in rows)
+    header += ["ms as a graph"] if graphs else []
+    header += [f"× {name}" for name in columns]
+    table = []
+    for r in rows:
+        shape = " ".join(f"{key}={value}" for key, value in r["shape"].items())
+        name = r["implementation"] + ("" if r.get("right") is not False else " (not exact)")
+        if "median_s" not in r:
+            why = r.get("error") or r.get("wrong", "")
+            table.append([shape, name, (why.splitlines() or [""])[0][:80]])
+            continue
+        ratios = r.get("times_as_fast_as", {})
+        table.append(
+            [
+                shape,
+                name,
+                f"{r['median_s'] * 1e3:.4g}",
+                f"{r['spread_s'] * 1e3:.2g}",
+                f"{r['peak_bytes'] / 1e9:.3g}",
+                f"{r['share_of_roof']:.0%}",
+                *([f"{r['graph_s'] * 1e3:.4g}" if "graph_s" in r else ""] if graphs else []),
+                *(f"{ratios[other]:.2f}" if other in ratios else "" for other in columns),
+            ]
+        )
+    return _table(header, table)
+
+
+def _lengths(rows: Sequence[Row]) -> list[str]:
+    header = ["implementation", "first calls, s", "again, s", "kernels compiled", "graphs"]
+    table = []
+    for r in rows:
+        if "first_s" not in r:
+            table.append([r["implementation"], r.get("error", "")])
+            continue
+        first, again = sum(r["first_s"]), sum(r["again_s"])
+        counts = [str(r["kernels_compiled"]), str(r["graphs_compiled"])]
+        table.append([r["implementation"], f"{first:.3g}", f"{again:.3g}", *counts])
+    return _table(header, table)
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    def line(cells: Sequence[str]) -> str:
+        padded = [*cells, *[""] * (len(header) - len(cells))]
+        return "| " + " | ".join(cell.replace("|", "/") for cell in padded) + " |"
+
+    return [line(header), "|" + "---|" * len(header), *(line(row) for row in rows)]
+
+
+def plots(result: Row, path: Path) -> list[Path]:
+    """Time and ratio over L0, the crossing of both paths, and lengths in a row; where measured."""
+    try:
+        import matplotlib as mpl
+    except ModuleNotFoundError:
+        sys.exit("Plots need matplotlib: pip install fastadapt[bench], or --no-plots.")
+    mpl.use("svg")
+    mpl.rcParams["svg.hashsalt"] = "fastadapt"  # equal results, equal files
+    parts = result["parts"]
+    made = []
+    for name, rows in (("transcoder", parts.get("transcoder")), ("sweep", parts.get("sweep"))):
+        series = dict(_series(rows or []))
+        if series:
+            made.append(_time_over_l0(series, rows, result["roofs"], path, name))
+    series = dict(_series(parts.get("transcoder") or []))
+    if "reference" in series:
+        made.append(_ratio_over_l0(series, path))
+    rows = [r for r in parts.get("lengths", []) if "first_s" in r]
+    if rows:
+        made.append(_first_calls(rows, path))
+    return made
+
+
+def _series(rows: Sequence[Row]) -> Iterator[tuple[str, list[tuple[float, float]]]]:
+    """Seconds by L0 of each implementation."""
+    names = dict.fromkeys(r["implementation"] for r in rows)
+    for name in names:
+        points = [
+            (r["measured_L0"], r["median_s"])
+            for r in rows
+            if r["implementation"] == name and "median_s" in r and "measured_L0" in r
+        ]
+        if points:
+            yield name, sorted(points)
+
+
+def _time_over_l0(
+    series: dict[str, list[tuple[float, float]]],
+    rows: Sequence[Row],
+    roofs: Row,
+    path: Path,
+    name: str,
+) -> Path:
+    figure, axes = _axes("L0, active features per token", "ms, forward and backward")
+    for label, points in series.items():
+        if label != "encoder GEMM":
+            axes.plot(*_shown(points), marker="o", markersize=3, label=label)
+    if "encoder GEMM" in series:
+        middle = sorted(s for _, s in series["encoder GEMM"])[len(series["encoder GEMM"]) // 2]
+        axes.axhline(middle * 1e3, color="0.4", linestyle="--", label="encoder GEMM")
+    floor = {
+        r["measured_L0"]: max(
+            r["flops"] / roofs["gemm_flops_per_s"], r["bytes"] / roofs["copy_bytes_per_s"]
+        )
+        for r in rows
+        if r["kind"] == "reference" and "flops" in r
+    }
+    if floor:
+        label = "roof: products and bytes"
+        axes.plot(*_shown(sorted(floor.items())), color="0.7", linestyle=":", label=label)
+    shape = ", ".join(f"{k}={v}" for k, v in rows[0]["shape"].items() if k != "L0")
+    axes.set_title(f"transcoder, {shape}, {rows[0]['dtype']}", fontsize=10)
+    return _saved(figure, axes, path, name)
+
+
+def _ratio_over_l0(series: dict[str, list[tuple[float, float]]], path: Path) -> Path:
+    figure, axes = _axes("L0, active features per token", "times as fast as the reference")
+    reference = dict(series.pop("reference"))
+    for label, points in series.items():
+        ratios = [(l0, reference[l0] / s * 1e-3) for l0, s in points if l0 in reference]
+        if ratios and label != "encoder GEMM":
+            axes.plot(*_shown(ratios), marker="o", markersize=3, label=label)
+    axes.axhline(1, color="0.4", linewidth=0.8)
+    return _saved(figure, axes, path, "ratio")
+
+
+def _first_calls(rows: Sequence[Row], path: Path) -> Path:
+    figure, axes = _axes("call, each of another length", "ms")
+    axes.set_xscale("linear")
+    for r in rows:
+        calls = list(enumerate(r["first_s"], 1))
+        axes.plot(*_shown(calls), marker="o", markersize=3, label=r["implementation"])
+    return _saved(figure, axes, path, "lengths")
+
+
+def _shown(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    """Milliseconds over L0; L0 0 stands at the axis's left end."""
+    return [max(x, 0.05) for x, _ in points], [y * 1e3 for _, y in points]
+
+
+def _axes(x: str, y: str) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set(xlabel=x, ylabel=y, xscale="log", yscale="log")
+    axes.grid(visible=True, which="both", linewidth=0.3)
+    return figure, axes
+
+
+def _saved(figure: Any, axes: Any, path: Path, name: str) -> Path:
+    axes.legend(fontsize=7)
+    file = path.with_name(f"{path.stem}-{name}.svg")
+    figure.savefig(file, metadata={"Date": None})
+    return file
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""benchmarks/gpu.py runs its whole path without a GPU, at tiny shapes, kernels interpreted."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """From elsewhere, and without what this process has on its path."""
+    kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    return subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--device", "cpu", *arguments],
+        cwd=cwd,
+        env=kept | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory) -> tuple[subprocess.CompletedProcess[str], Path]:
+    folder = tmp_path_factory.mktemp("results")
+    output = folder / "tiny.json"
+    return run("--quick", "--output", str(output), "--commit", "abc", cwd=folder), output
+
+
+@pytest.fixture(scope="module")
+def result(done) -> dict:
+    completed, output = done
+    assert completed.returncode == 0, completed.stdout + completed.stderr
+    return json.loads(output.read_text())
+
+
+def test_it_checks_then_measures_every_part(result):
+    assert result["right"] is True
+    assert result["checks"]["tests"]["tests"] > 50
+    assert result["checks"]["repeats"]["rows"]
+    parts = ["transcoder", "linear_kl", "topk", "serving", "sweep", "block", "shapes", "lengths"]
+    assert list(result["parts"]) == parts
+    assert all(result["parts"].values())
+
+
+def test_every_row_of_ours_was_right_before_it_was_timed(result):
+    rows = [r for name, part in result["parts"].items() for r in part if name != "lengths"]
+    ours = [r for r in rows if r["kind"] == "ours"]
+    assert {"sparse", "triton", "triton_fused", "chunked"} <= {r["implementation"] for r in ours}
+    for row in ours:
+        assert row["right"] is True
+        assert row["median_s"] > 0
+        assert row["times_as_fast_as"]
+
+
+def test_it_records_what_a_figure_depends_on(result):
+    assert result["commit"] == "abc"
+    assert len(result["sources"]) == 64
+    assert {"torch", "triton", "python"} <= set(result["versions"])
+    assert result["hardware"]["cpu"]
+    assert result["roofs"]["copy_bytes_per_s"] > 0
+    assert result["quick"] is True
+
+
+def test_tiny_shapes_say_nothing_of_the_bounds(result):
+    assert result["bounds"] == []
+
+
+def test_a_part_alone_is_measured_without_the_tests(tmp_path):
+    output = tmp_path / "one.json"
+    completed = run("--quick", "--only", "block", "--output", str(output), cwd=tmp_path)
+    assert completed.returncode == 0, completed.stdout + completed.stderr
+    result = json.loads(output.read_text())
+    assert (list(result["checks"]), list(result["parts"])) == ([], ["block"])
+
+
+def test_an_unknown_part_is_refused(tmp_path):
+    completed = run("--quick", "--only", "nothing", cwd=tmp_path)
+    assert completed.returncode == 1
+    assert "no part nothing; there are transcoder, " in completed.stderr
