@@ -171,7 +171,6 @@ def row(case: Case, name: str, roofs: Roofs, *, seconds: float = 0.4, least: int
             if result["right"] is False and step.kind == "ours":
                 return result
             timed = measure(step.run, case.sets, case.device, seconds=seconds, least=least)
-            graph_s = measure_graph(step.run, case.sets) if step.graph else None
         except torch.OutOfMemoryError:
             return result | {"error": "out of memory"}
         except Exception as error:
@@ -179,9 +178,12 @@ def row(case: Case, name: str, roofs: Roofs, *, seconds: float = 0.4, least: int
                 raise
             return result | {"error": f"{type(error).__name__}: {error}"}
     result |= timed._asdict()
-    if graph_s is not None:
-        result["graph_s"] = graph_s
-    return result | shares(step.cost or case.cost, graph_s or timed.median_s, roofs)
+    if step.graph:
+        try:
+            result["graph_s"] = measure_graph(step.run, case.sets)
+        except RuntimeError as error:  # it cannot be captured
+            result["no_graph"] = str(error)
+    return result | shares(step.cost or case.cost, result.get("graph_s", timed.median_s), roofs)
 
 
 def describe(case: Case, name: str) -> Row:
