@@ -253,7 +253,17 @@ def _run_tests(env: dict[str, str], options: argparse.Namespace) -> dict[str, An
         left_out.append(folder / "compiled")
     report = Path(env["PYTHONPATH"].split(os.pathsep)[0]) / "junit.xml"
     command = [sys.executable, "-m", "pytest", *map(str, selected), "-q", "-m", "not slow"]
-    command += ["-p", "no:cacheprovider", "--maxfail", "5", "--junit-xml", str(report)]
+    # Other versions warn of other things.
+    command += [
+        "-W",
+        "default",
+        "-p",
+        "no:cacheprovider",
+        "--maxfail",
+        "5",
+        "--junit-xml",
+        str(report),
+    ]
     command += [f"--ignore={path}" for path in left_out]
     done = _subprocess(command, env, TESTS_S)
     counts = {}

@@ -149,7 +149,7 @@ def single_calls(inputs: Inputs, implementation: str) -> Results:
     return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
-def _peer(inputs: Inputs, loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Results:
+def peer_step(inputs: Inputs, loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Results:
     """One call per student: the peers know no more than one."""
     kl, gradient = [], []
     for s, student in enumerate(inputs["students"].detach()):
@@ -203,7 +203,7 @@ def case(
     ):
         peer = find() if device == "cuda" else None
         if peer is not None:
-            steps[name] = Step(functools.partial(_peer, loss=peer.loss), "peer", peer.note)
+            steps[name] = Step(functools.partial(peer_step, loss=peer.loss), "peer", peer.note)
     for name in implementations(device):
         steps[name] = Step(functools.partial(step, implementation=name))
         if S > 1:
