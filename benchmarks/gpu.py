@@ -252,18 +252,10 @@ def _run_tests(env: dict[str, str], options: argparse.Namespace) -> dict[str, An
         # What is shown by compiling ahead of time needs no GPU.
         left_out.append(folder / "compiled")
     report = Path(env["PYTHONPATH"].split(os.pathsep)[0]) / "junit.xml"
+    report.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", *map(str, selected), "-q", "-m", "not slow"]
     # Other versions warn of other things.
-    command += [
-        "-W",
-        "default",
-        "-p",
-        "no:cacheprovider",
-        "--maxfail",
-        "5",
-        "--junit-xml",
-        str(report),
-    ]
+    command += ["-Wdefault", "-pno:cacheprovider", "--maxfail=5", f"--junit-xml={report}"]
     command += [f"--ignore={path}" for path in left_out]
     done = _subprocess(command, env, TESTS_S)
     counts = {}
@@ -293,7 +285,7 @@ def _subprocess(command: list[str], env: dict[str, str], seconds: float) -> dict
     try:
         done = subprocess.run(
             command,
-            env=env,
+            env=env | {"PYTHONUNBUFFERED": "1"},
             cwd=ROOT,
             timeout=seconds,
             stdout=subprocess.PIPE,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ def scale(device: str, *, quick: bool = False) -> Scale:
             features=(8192, 16_384),
             l0s=(0.1, 1, 10, 100, 1000, 4096),
             sweep=(0, 3, 20, 30, 45, 70, 200, 500, 2000, 8192),
-            l0s_of_shapes=(1, 10, 100),
+            l0s_of_shapes=(10, 1, 100, 0.1, 1000, 4096),
             ks=(8, 16, 32),
             few=(1, 2, 4, 8, 16, 32, 64, 128, 256),
             head_tokens=7500,
@@ -142,11 +143,9 @@ def sweep(s: Scale) -> Iterator[Case]:
 
 def shapes(s: Scale) -> Iterator[Case]:
     """Other numbers of tokens and features."""
-    for F in s.features:
-        for T in s.lengths:
-            for l0 in s.l0s_of_shapes:
-                full = transcoder_case(T, s.d, F, l0, s.dtype, s.device, backend=None)
-                yield full.only("reference", "encoder GEMM", "sparse", "triton", "triton_fused")
+    for l0, F, T in itertools.product(s.l0s_of_shapes, s.features, s.lengths):
+        full = transcoder_case(T, s.d, F, l0, s.dtype, s.device, backend=None)
+        yield full.only("reference", "encoder GEMM", "sparse", "triton", "triton_fused")
 
 
 def block(s: Scale) -> Iterator[Case]:
