@@ -125,10 +125,10 @@ class Case:
 
 
 def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
-    """The same inputs, all floating tensors in ``dtype``; leaves stay leaves."""
+    """The same inputs, all floating tensors but scalars in ``dtype``; leaves stay leaves."""
     changed = {}
     for key, value in inputs.items():
-        if isinstance(value, Tensor) and value.is_floating_point():
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dim():
             value = value.detach().to(dtype).requires_grad_(value.requires_grad)
         changed[key] = value
     return changed

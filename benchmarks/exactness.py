@@ -26,11 +26,13 @@ ACTIVATIONS: dict[str, dict[str, Any]] = {
     "jumprelu": {"activation": "jumprelu", "bandwidth": 0.05},
 }
 L0 = 20.0
+MOST_TOKENS = 2048  # enough to fill any device
 
 
 def repeats(s: Scale, times: int) -> Iterator[Row]:
     """Forward and backward, ``times`` times, on inputs that fill the device: bitwise equal."""
-    inputs = transcoder_steps.make_inputs(s.T, s.d, s.F, L0, s.dtype, s.device, 0)
+    T = min(s.T, MOST_TOKENS)
+    inputs = transcoder_steps.make_inputs(T, s.d, s.F, L0, s.dtype, s.device, 0)
     for implementation in implementations(s.device):
         if implementation == "sparse":
             continue
@@ -40,7 +42,7 @@ def repeats(s: Scale, times: int) -> Iterator[Row]:
                 threshold = torch.full((s.F,), 0.1, device=s.device, dtype=s.dtype)
                 options = options | {"threshold": threshold}
             for dense in (False, True):
-                plan = Plan(dense, None if dense else int(3 * L0 * s.T) + 4096)
+                plan = Plan(dense, None if dense else int(3 * L0 * T) + 4096)
                 call = {"implementation": implementation, "plan": plan, **options}
                 yield _repeated(
                     f"transcoder {name}, {'dense' if dense else 'sparse'}",
@@ -49,7 +51,7 @@ def repeats(s: Scale, times: int) -> Iterator[Row]:
                     times,
                 )
     hidden = head_cases.make_inputs(
-        2, min(s.head_tokens, 1500), s.head_width, s.V, s.dtype, s.device, 0
+        2, min(s.head_tokens, MOST_TOKENS), s.head_width, s.V, s.dtype, s.device, 0
     )
     for implementation in head_implementations(s.device):
         yield _repeated(

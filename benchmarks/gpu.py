@@ -90,6 +90,7 @@ class _Run:
             "checks": {},
             "parts": {},
             "seconds": {},
+            "cut_short": [],
         }
         hardware = self.result["hardware"]
         self.name = hardware.get("gpu", hardware["cpu"])
@@ -130,7 +131,7 @@ class _Run:
                 check = self.result["checks"][name] = {"right": False, "rows": found}
                 with self.timed(name):
                     try:
-                        found += self.collect(rows(), 60)
+                        found += self.collect(name, rows(), 60)
                         check["right"] = all(row["right"] for row in found)
                     except Exception as error:
                         check["error"] = f"{type(error).__name__}: {error}"
@@ -152,9 +153,10 @@ class _Run:
         for name, (rows, seconds) in parts.items():
             if self.wants(name) and self.left() > 0:
                 with self.timed(name):
-                    self.result["parts"][name] = list(self.collect(rows, seconds))
+                    self.result["parts"][name] = list(self.collect(name, rows, seconds))
             elif self.wants(name):
                 _say(f"{name}: no time left")
+                self.result["cut_short"].append(name)
 
     def rows(self, cases: Iterable[Any]) -> Iterator[dict[str, Any]]:
         """The rows of each case, with the ratios between them. One step's failure is a row."""
@@ -178,7 +180,7 @@ class _Run:
                 add_ratios(made)
                 case.release()
 
-    def collect(self, rows: Iterator[Any], seconds: float) -> Iterator[Any]:
+    def collect(self, name: str, rows: Iterator[Any], seconds: float) -> Iterator[Any]:
         """As many rows as fit; a line of each."""
         end = min(time.monotonic() + seconds, self.deadline)
         for row in rows:
@@ -186,6 +188,7 @@ class _Run:
             yield row
             if time.monotonic() > end and not self.options.only:
                 _say("  the part's time is up")
+                self.result["cut_short"].append(name)
                 return
 
     def timed(self, name: str) -> _Timed:

@@ -65,6 +65,8 @@ def page(result: Row, name: str, images: Iterable[Path] = ()) -> str:
     lines += [f"![{image.stem}]({image.name})" for image in images]
     for part, rows in result["parts"].items():
         lines += ["", f"### {part}", "", *(_lengths(rows) if part == "lengths" else _rows(rows))]
+    if result["cut_short"]:
+        lines += ["", f"Cut short by their time: {', '.join(result['cut_short'])}."]
     for peer, why in result["peers_missing"].items():
         lines += ["", f"{peer}: {why}."]
     return "\n".join(lines) + "\n"

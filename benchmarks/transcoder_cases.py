@@ -66,7 +66,7 @@ def cost(T: int, d: int, F: int, n_codes: int, dtype: torch.dtype) -> Cost:
         }.items()
     }
     meta |= {"g": torch.empty(T, d, dtype=dtype, device="meta")}
-    meta |= {"c": torch.empty((), dtype=torch.float64, device="meta")}
+    meta |= {"c": torch.empty((), device="meta")}
     with FlopCounterMode(display=False) as counter:
         step(meta, "auto", Plan(dense=False, capacity=max(n_codes, 1)))
     live = min(F, n_codes)  # rows of W_dec

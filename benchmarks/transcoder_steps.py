@@ -80,7 +80,7 @@ def make_inputs(
     inputs: Inputs = {name: t.to(dtype).requires_grad_() for name, t in leaves.items()}
     return inputs | {
         "g": normal(T, d).to(dtype),
-        "c": torch.tensor(1e-3, dtype=torch.float64, device=device),
+        "c": torch.tensor(1e-3, device=device),
     }
 
 

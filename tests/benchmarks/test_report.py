@@ -113,6 +113,7 @@ def results(tmp_path: Path) -> Path:
         "checks": {"tests": {"right": True, "tests": 12, "left_out": ["test_x.py"]}},
         "parts": {"transcoder": [*rows, failed], "lengths": [lengths]},
         "bounds": bounds({"transcoder": rows}, "H200"),
+        "cut_short": ["sweep"],
         "peers_missing": {"fla-core": "not installed"},
     }
     (tmp_path / "a-gpu.json").write_text(json.dumps(result))
@@ -130,6 +131,7 @@ def test_the_page_holds_machine_bounds_and_every_row(results):
     assert "| T=7500 d=3584 F=8192 L0=1 | triton | 3000 | 30 | 3 | 50% | 3.33 |" in page
     assert "L0=100 | triton (not exact) | out: too far |" in page
     assert "| triton | 2.1 | 0.2 | 7 | 0 |" in page
+    assert "Cut short by their time: sweep." in page
     assert "fla-core: not installed." in page
 
 
