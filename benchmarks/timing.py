@@ -87,7 +87,7 @@ def measure_graph(step: Step, sets: Sequence[Any], *, seconds: float = 0.2) -> f
 
 def spread(times: Sequence[float]) -> float:
     """The distance between the quartiles."""
-    low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else (times * 3)
+    low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
     return float(high - low)
 
 

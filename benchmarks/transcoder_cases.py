@@ -152,7 +152,7 @@ def case(
 def topk_case(T: int, d: int, F: int, k: int, dtype: torch.dtype, device: str) -> Case:
     """TopK against implementations of a fixed k, which have neither penalty nor statistics."""
     n_sets = copies(6 * F * d * dtype.itemsize, device)
-    topk = {"activation": "topk", "k": k}
+    topk: dict[str, Any] = {"activation": "topk", "k": k}
     steps = {
         "reference": Step(planned("reference", **topk), "reference"),
         "encoder GEMM": Step(encoder_gemm, "floor", cost=Cost(2.0 * T * d * F, 0)),
