@@ -1,0 +1,190 @@
+"""What any machine can show of the kernels as they are compiled for GPUs.
+
+``make test`` looks at sm_90 in bfloat16, ``make proof`` at all targets and dtypes, with the Triton
+that is installed and with the oldest that is supported. For a listing, set FASTADAPT_RESOURCES to a
+folder: each record is written there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROGRAM = Path(__file__).with_name("compile_ops.py")
+KERNELS = Path(__file__).parents[3] / "kernels"
+DTYPES = "bfloat16,float16,float32"
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+#: A folder that holds Triton 3.6 and nothing else, made by `make proof`.
+OLDEST_TRITON = os.environ.get("FASTADAPT_OLDEST_TRITON")
+#: Shared memory that a block may have, in bytes: a kernel that wants more compiles, but never runs.
+SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+#: Bytes of stack that a thread may have, by kernel and target; elsewhere none.
+OCCUPANCY = "the assembler gives up some values for more threads; too few to matter"
+MAY_SPILL = {
+    ("student_kernel", "sm_80"): (8, OCCUPANCY),
+    ("student_kernel", "sm_90"): (8, OCCUPANCY),
+    ("mark", "sm_80"): (8, OCCUPANCY),
+    ("sum_by_token", "sm_80"): (24, OCCUPANCY),
+    ("multiply_mark", "sm_80"): (40, "the addresses of tiles, which newer GPUs compute elsewhere"),
+    ("multiply_mark", "sm_90"): (8, "where F is odd, whose rows are no multiple of 16 bytes"),
+}
+
+
+def compile_ops(*arguments: str, cache: Path, triton: str | None = None) -> dict[str, Any]:
+    """The program's record, from a process that does not interpret kernels."""
+    environment = os.environ | {"TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    if triton is not None:
+        environment["PYTHONPATH"] = triton
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    record: dict[str, Any] = json.loads(done.stdout)
+    if folder := os.environ.get("FASTADAPT_RESOURCES"):
+        name = f"{record['target']}-{arguments[1]}-{arguments[2]}-triton-{record['triton']}.json"
+        (Path(folder) / name).write_text(json.dumps(record, indent=1))
+    return record
+
+
+def check(record: dict[str, Any]) -> None:
+    """Every kernel compiled, fits, keeps its numbers in registers and its offsets in 64 bits."""
+    target = record["target"]
+    problems = {f"{f['kernel']} does not compile: {f['error']}" for f in record["failures"]}
+    for kernel in record["kernels"]:
+        name = f"{kernel['kernel']} {kernel['constants']} ({kernel['case']})"
+        allowed, _ = MAY_SPILL.get((kernel["kernel"], target), (0, ""))
+        if kernel["stack"] > allowed and target in ("sm_80", "sm_90"):
+            problems.add(f"{name} has {kernel['stack']} bytes of stack")
+        if kernel["shared"] > SHARED[target]:
+            problems.add(f"{name} wants {kernel['shared']} bytes of shared memory")
+        if kernel["narrow_products"]:
+            problems.add(f"{name} has 32-bit products in addresses: {kernel['narrow_products']}")
+        if target == "sm_90" and is_large_product(kernel) and not kernel["wgmma"]:
+            problems.add(f"{name} multiplies without wgmma")
+    assert not problems, "\n".join(sorted(problems))
+    assert sorted({kernel["kernel"] for kernel in record["kernels"]}) == record["launched"]
+
+
+def is_large_product(kernel: dict[str, Any]) -> bool:
+    """wgmma takes 64 rows at least; fp32 is multiplied exactly, not in tf32."""
+    dot = kernel["dot"]
+    return dot is not None and dot["rows"] >= 64 and dot["dtype"] in ("bf16", "f16")
+
+
+def compilations(record: dict[str, Any]) -> dict[str, int]:
+    """How often each kernel was compiled for one set of constants and one choice of pointers."""
+    counts: dict[str, int] = defaultdict(int)
+    for kernel in record["kernels"]:
+        parts = ("kernel", "constants", "pointers", "num_warps", "num_stages")
+        counts[json.dumps([kernel[part] for part in parts])] += 1
+    return counts
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("triton")
+
+
+def test_compiles_for_hopper(cache: Path) -> None:
+    record = compile_ops("sm_90", "bfloat16", "shapes", cache=cache)
+    check(record)
+    assert any(is_large_product(kernel) for kernel in record["kernels"])
+
+
+def test_lengths_do_not_recompile(cache: Path) -> None:
+    record = compile_ops("sm_90", "bfloat16", "lengths", cache=cache)
+    assert not record["failures"]
+    counts = compilations(record)
+    assert counts
+    assert {name: count for name, count in counts.items() if count > 2} == {}
+
+
+# --- that the checks see what they look for ------------------------------------------------------
+
+
+def test_sees_a_removed_cast_and_a_specialised_length(cache: Path) -> None:
+    cast = without_cast("transcoder", "triton_dense", "cost_of_rows")
+    old = '@triton.jit(do_not_specialize=["N"])\ndef sum_columns('
+    changes = (*cast, old, "@triton.jit\ndef sum_columns(")
+    record = compile_ops("sm_90", "bfloat16", "lengths", *changes, cache=cache)
+    assert not record["failures"]
+    assert narrow_kernels(record) == {"cost_of_rows"}
+    repeated = {json.loads(name)[0] for name, n in compilations(record).items() if n > 2}
+    assert repeated == {"sum_columns"}
+
+
+def narrow_kernels(record: dict[str, Any]) -> set[str]:
+    return {kernel["kernel"] for kernel in record["kernels"] if kernel["narrow_products"]}
+
+
+def without_cast(op: str, file: str, kernel: str) -> tuple[str, str, str, str]:
+    """A change that takes the first cast to 64 bits out of a kernel."""
+    source = (KERNELS / op / f"{file}.py").read_text()
+    body = re.search(rf"^def {kernel}\(.*?\.to\(tl\.int64\)", source, re.DOTALL | re.MULTILINE)
+    assert body is not None, f"{kernel} has no cast to 64 bits"
+    return op, file, body[0], body[0].removesuffix(".to(tl.int64)")
+
+
+# --- every target, dtype and Triton --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def proof(cache: Path) -> Iterator[dict[tuple[str, str], Future[dict[str, Any]]]]:
+    """Records by Triton and target, made by two processes at a time, in the order of the tests."""
+    tritons = {"installed": None, "oldest": OLDEST_TRITON}
+    with ThreadPoolExecutor(2) as pool:
+        yield {
+            (name, target): pool.submit(
+                compile_ops, target, DTYPES, "shapes", cache=cache, triton=folder
+            )
+            for name, folder in tritons.items()
+            if name == "installed" or folder is not None
+            for target in TARGETS
+        }
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("triton", ["installed", "oldest"])
+def test_compiles(
+    proof: dict[tuple[str, str], Future[dict[str, Any]]], triton: str, target: str
+) -> None:
+    if (triton, target) not in proof:
+        pytest.skip("FASTADAPT_OLDEST_TRITON names no folder; `make proof` makes one")
+    record = proof[triton, target].result()
+    assert triton != "oldest" or record["triton"].startswith("3.6.")
+    check(record)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("op", "file", "kernel"),
+    [
+        ("transcoder", "triton_encode", "mark"),
+        ("transcoder", "triton_encode", "multiply_mark"),
+        ("transcoder", "triton_sums", "sampled_product"),
+        ("transcoder", "triton_sums", "sum_by_feature"),
+        ("linear_kl", "triton_kl", "row_statistics_kernel"),
+    ],
+)
+def test_sees_any_removed_cast(cache: Path, op: str, file: str, kernel: str) -> None:
+    changed = without_cast(op, file, kernel)
+    record = compile_ops("sm_90", "bfloat16", "lengths", *changed, cache=cache)
+    assert not record["failures"]
+    assert narrow_kernels(record) == {kernel}
