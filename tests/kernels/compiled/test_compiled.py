@@ -28,9 +28,10 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 OLDEST_TRITON = os.environ.get("FASTADAPT_OLDEST_TRITON")
 #: Shared memory that a block may have, in bytes: a kernel that wants more compiles, but never runs.
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
-#: Bytes of stack that a thread may have, by kernel and target; elsewhere none.
+# Why the stack may be used.
 OCCUPANCY = "the assembler gives up some values for more threads; too few to matter"
 ODD_ROWS = "addresses, where F is odd; on sm_80 also in float32, without hardware that copies tiles"
+#: Bytes of stack that a thread may have, by kernel and target; elsewhere none.
 MAY_SPILL = {
     ("mark", "sm_80"): (8, OCCUPANCY),
     ("mark", "sm_90"): (8, OCCUPANCY),
