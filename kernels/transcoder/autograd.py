@@ -230,10 +230,10 @@ def _fake_decode_backward(
 
 
 def _setup_encode(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, W_enc, _, threshold, _, padding, _, _, bandwidth, _, _, _, implementation = inputs
+    x, W_enc, _, threshold, _, padding, _, _, bandwidth, _, _, ordered, implementation = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.bandwidth, ctx.implementation = bandwidth, implementation
+    ctx.bandwidth, ctx.ordered, ctx.implementation = bandwidth, ordered, implementation
     ctx.save_for_backward(x, W_enc, threshold, padding, *output[:N_CODES])
 
 
@@ -241,6 +241,8 @@ def _differentiate_encode(ctx: Any, da: Tensor | None, *_: None) -> tuple[Tensor
     rest = [None] * 9
     if da is None:
         return (*[None] * 4, *rest)
+    if not ctx.ordered:
+        raise RuntimeError("fastadapt::encode makes gradients only of codes that are ordered")
     need = list(ctx.needs_input_grad[:4])  # x, W_enc, b_enc, threshold
     results = ops.encode_backward(da, *ctx.saved_tensors, ctx.bandwidth, need, ctx.implementation)
     return (*(g if needed else None for g, needed in zip(results, need, strict=True)), *rest)

@@ -186,14 +186,14 @@ def sparse_codes(
     rows_C = place_C // max(F, 1)
     features_C = place_C - rows_C * F
     count = torch.arange(max(N, F) + 1, device=a_NF.device)
-    none = count[:0]
+    none = count.new_zeros(0)
     codes = Codes(
         a_NF.flatten()[place_C],
         features_C.int(),
         torch.searchsorted(rows_C, count[: N + 1]),
         none,
         none.int(),
-        none,
+        none.clone(),
         none.bool(),
     )
     if ordered:

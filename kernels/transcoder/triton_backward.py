@@ -27,6 +27,7 @@ def encode_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, W_enc, b_enc and θ from the codes' `da`; those not needed are empty."""
     (N, _), F = x_ND.shape, W_enc_FD.shape[0]
+    da = da.contiguous()  # the gradient of a sum is expanded
     dx, dW, db, window_sums = (x_ND.new_empty(0) for _ in range(4))
     jumps = threshold_F is not None and bandwidth > 0
     if codes.dense:
@@ -75,6 +76,7 @@ def decode_backward(
     """Gradients of the codes and of W_dec, given those of out (`g`) and penalty (`c`)."""
     N, F = len(codes.row_offsets) - 1, W_dec_FE.shape[0]
     da = dW = W_dec_FE.new_empty(0)
+    weight_N = None if weight_N is None else weight_N.contiguous()
     norm_F = norms(W_dec_FE)
     if codes.dense:
         a_NF = codes.values.view(N, F)

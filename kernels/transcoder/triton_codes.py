@@ -196,7 +196,7 @@ def codes_from_flags(
     empty = offsets.new_empty(0)
     window = empty.bool()
     if not ordered:
-        return Codes(values, features, offsets, empty, words.new_empty(0), empty, window)
+        return Codes(values, features, offsets, empty, words.new_empty(0), empty.clone(), window)
     # A radix sort takes half the passes over 16 bits. It is stable: tokens ascend.
     keys = features.short() if torch.iinfo(torch.int16).max > F else features
     sorted_keys, order = keys.sort(stable=True)

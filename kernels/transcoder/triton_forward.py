@@ -102,6 +102,7 @@ def decode(
 ) -> tuple[Tensor, Tensor]:
     """``out = residual + W_decᵀ a + b_dec``, and the penalty."""
     N = len(codes.row_offsets) - 1
+    weight_N = None if weight_N is None else weight_N.contiguous()
     if codes.dense:
         a_NF = codes.values.view(N, -1)
         penalty = triton_dense.row_costs(a_NF, norms(W_dec_FE), weight_N).sum()

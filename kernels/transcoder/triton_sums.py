@@ -231,9 +231,10 @@ def sum_by_feature(
         scales_ptr, values_ptr, order_ptr, tokens_ptr, table_ptr, start,
         tl.minimum(end, start + PIECE), columns, inside, table_stride, SKIP_ZEROS, BLOCK_C, BLOCK_E,
     )  # fmt: skip
-    first = tl.load(piece_offsets_ptr + feature)
-    for piece in tl.range(first, tl.load(piece_offsets_ptr + feature + 1)):
-        total += tl.load(pieces_ptr + piece.to(tl.int64) * E + columns, mask=inside, other=0.0)
+    first = tl.load(piece_offsets_ptr + feature).to(tl.int64)
+    last = tl.load(piece_offsets_ptr + feature + 1).to(tl.int64)
+    for piece in tl.range(first, last):
+        total += tl.load(pieces_ptr + piece * E + columns, mask=inside, other=0.0)
     if HAS_C:
         norm = tl.load(norms_ptr + feature)
         if (end > start) & (norm > 0):

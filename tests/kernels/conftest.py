@@ -1,4 +1,4 @@
-"""Triton kernels run on the GPU if there is one, else in Triton's interpreter (see tests/conftest.py)."""
+"""Triton kernels run on the GPU if there is one, else interpreted (see tests/conftest.py)."""
 
 from __future__ import annotations
 

@@ -16,8 +16,10 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
+from transcoder_cases import TRITON_DEVICE
 
 from fastadapt.kernels.transcoder import SAVED_OPS, Plan, TranscoderOutput, transcoder
+from fastadapt.kernels.transcoder.codes import Codes
 
 PROOF = os.environ.get("FASTADAPT_PROOF") == "1"
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -29,9 +31,28 @@ SETTINGS: dict[str, dict[str, Any]] = {
 PLANS = [None, Plan(dense=True), Plan(dense=False), Plan(dense=False, capacity=4000)]
 S, T, D, E, F = 2, 17, 12, 10, 64
 NAMES = ["x", "W_enc", "b_enc", "W_dec", "b_dec", "residual", "threshold"]
+SPARSE = Plan(dense=False, capacity=2000)
+#: (implementation, activation, plan): all of the CPU's, and of Triton's, interpreted where there is
+#: no GPU and then slow, those that differ most.
+WAYS = [("sparse", activation, plan) for activation in SETTINGS for plan in PLANS]
+WAYS += [
+    ("triton", "relu", SPARSE),
+    ("triton", "jumprelu", SPARSE),
+    ("triton", "jumprelu", Plan(dense=True)),
+    ("triton", "topk", None),
+    ("triton_fused", "batch_topk", Plan(dense=False)),
+    ("triton_fused", "relu", Plan(dense=True)),
+]
 
 
-def leaves(activation: str = "relu", *, seed: int = 0, tokens: int = T) -> list[Tensor]:
+def place(implementation: str) -> str:
+    """The device on which an implementation is tested."""
+    return TRITON_DEVICE if implementation.startswith("triton") else "cpu"
+
+
+def leaves(
+    activation: str = "relu", *, seed: int = 0, tokens: int = T, device: str = "cpu"
+) -> list[Tensor]:
     """x, W_enc, b_enc, W_dec, b_dec, residual and, for jumprelu, the threshold."""
     torch.manual_seed(seed)
     shapes = [(S, tokens, D), (F, D), (F,), (F, E), (E,), (S, tokens, E)]
@@ -39,7 +60,7 @@ def leaves(activation: str = "relu", *, seed: int = 0, tokens: int = T) -> list[
     tensors[2] -= 3
     if activation == "jumprelu":
         tensors.append(torch.rand(F) + 0.2)
-    return [tensor.requires_grad_() for tensor in tensors]
+    return [tensor.to(device).requires_grad_() for tensor in tensors]
 
 
 def call(tensors: list[Tensor], activation: str = "relu", **kwargs: Any) -> TranscoderOutput:
@@ -65,14 +86,16 @@ class CallCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("activation", SETTINGS)
-@pytest.mark.parametrize("plan", PLANS)
-def test_checkpointing_keeps_the_codes(activation: str, plan: Plan | None) -> None:
-    tensors = leaves(activation)
+@pytest.mark.parametrize(("implementation", "activation", "plan"), WAYS)
+def test_checkpointing_keeps_the_codes(
+    implementation: str, activation: str, plan: Plan | None
+) -> None:
+    tensors = leaves(activation, device=place(implementation))
     context_fn = functools.partial(create_selective_checkpoint_contexts, SAVED_OPS)
 
     def block(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        result = call([inputs[0].sin(), *inputs[1:]], activation, plan=plan)
+        given = [inputs[0].sin(), *inputs[1:]]
+        result = call(given, activation, plan=plan, implementation=implementation)
         return result.out.tanh(), result.penalty, result.stats.n_active
 
     gradients, counts = [], []
@@ -82,7 +105,8 @@ def test_checkpointing_keeps_the_codes(activation: str, plan: Plan | None) -> No
                 outputs = checkpoint(block, *tensors, use_reentrant=False, context_fn=context_fn)
             else:
                 outputs = block(*tensors)
-            cotangent = torch.linspace(-1, 1, outputs[0].numel()).view_as(outputs[0])
+            cotangent = torch.linspace(-1, 1, outputs[0].numel(), device=tensors[0].device)
+            cotangent = cotangent.view_as(outputs[0])
             loss = (outputs[0] * cotangent).sum() + 0.3 * outputs[1]
             gradients.append((*outputs, *torch.autograd.grad(loss, tensors)))
         counts.append(counter.calls)
@@ -121,11 +145,12 @@ def test_decode_saves_neither_output_nor_residual() -> None:
     assert tensors[5].untyped_storage().data_ptr() not in saved
 
 
-@pytest.mark.parametrize("activation", SETTINGS)
-@pytest.mark.parametrize("plan", PLANS)
-def test_repeated_backward_and_each_output_alone(activation: str, plan: Plan | None) -> None:
-    tensors = leaves(activation)
-    result = call(tensors, activation, plan=plan)
+@pytest.mark.parametrize(("implementation", "activation", "plan"), WAYS)
+def test_repeated_backward_and_each_output_alone(
+    implementation: str, activation: str, plan: Plan | None
+) -> None:
+    tensors = leaves(activation, device=place(implementation))
+    result = call(tensors, activation, plan=plan, implementation=implementation)
     first = backward(result, tensors, retain_graph=True)
     for one, two in zip(first, backward(result, tensors, retain_graph=True), strict=True):
         assert torch.equal(one, two)
@@ -175,32 +200,41 @@ def test_same_inputs_same_bits(activation: str, dense: bool) -> None:
             assert torch.equal(a, b), name
 
 
-@pytest.mark.parametrize("activation", SETTINGS)
-@pytest.mark.parametrize("plan", PLANS)
-def test_opcheck(activation: str, plan: Plan | None) -> None:
-    tensors = leaves(activation, tokens=5)
+@pytest.mark.parametrize(("implementation", "activation", "plan"), WAYS)
+def test_opcheck(implementation: str, activation: str, plan: Plan | None) -> None:
+    device = place(implementation)
+    tensors = leaves(activation, tokens=5, device=device)
     threshold = tensors[6] if activation == "jumprelu" else None
     settings = SETTINGS[activation]
     layout = (None, None) if plan is None else plan
-    weight, padding = torch.rand(S * 5), torch.rand(S * 5) > 0.8
+    weight = torch.rand(S * 5, device=device)
+    padding = torch.rand(S * 5, device=device) > 0.8
     numbers = (float(settings.get("k", 0)), float(settings.get("bandwidth", 0)))
-    inputs = (*tensors[:3], threshold, weight, padding, activation, *numbers, *layout)
+    given = (*tensors[:3], threshold, weight, padding, activation, *numbers, *layout)
+    inputs = (*given, True, implementation)
     ops = torch.ops.fastadapt
     torch.library.opcheck(ops.encode.default, inputs)
+    frozen = [t.detach() if isinstance(t, Tensor) else t for t in given]
+    torch.library.opcheck(ops.encode.default, (*frozen, False, implementation))
 
-    codes = [t.detach() for t in ops.encode(*inputs)[:6]]
+    codes = [t.detach() for t in ops.encode(*inputs)[: len(Codes._fields)]]
     codes[0].requires_grad_()
-    residual = torch.randn(S * 5, E, requires_grad=True)
-    torch.library.opcheck(ops.decode.default, (*codes, *tensors[3:5], residual, weight))
+    residual = torch.randn(S * 5, E, requires_grad=True, device=device)
+    torch.library.opcheck(
+        ops.decode.default, (*codes, *tensors[3:5], residual, weight, implementation)
+    )
     codes[0] = codes[0].detach()
-    g, c, da = torch.randn(S * 5, E), torch.randn(()), torch.randn_like(codes[0])
+    g, c = torch.randn(S * 5, E, device=device), torch.randn((), device=device)
+    da = torch.randn_like(codes[0])
     W_enc, W_dec = tensors[1].detach(), tensors[3].detach()
-    torch.library.opcheck(ops.decode_backward.default, (g, c, *codes, W_dec, weight, True, True))
+    torch.library.opcheck(
+        ops.decode_backward.default, (g, c, *codes, W_dec, weight, True, True, implementation)
+    )
     theta = None if threshold is None else threshold.detach()
     need = [True, True, False, theta is not None]
     torch.library.opcheck(
         ops.encode_backward.default,
-        (da, tensors[0].detach(), W_enc, theta, padding, *codes, numbers[1], need),
+        (da, tensors[0].detach(), W_enc, theta, padding, *codes, numbers[1], need, implementation),
     )
 
 
@@ -227,6 +261,31 @@ def test_flops_on_the_meta_device(plan: Plan) -> None:
     one_product = 2 * tokens * width * features
     other = one_product if plan.dense else 2 * 500 * width
     assert counter.get_total_flops() == one_product + 5 * other
+
+
+def test_backward_on_codes_is_cheap() -> None:
+    """At L0 10 of the 7B pair: products of the backward pass, by the ops' own formulas."""
+    tokens, width, features, l0 = 7_500, 3_584, 8_192, 10
+    flops = {}
+    for plan in (Plan(dense=True), Plan(dense=False, capacity=l0 * tokens)):
+        with torch.device("meta"):
+            tensors = [torch.empty(1, tokens, width), torch.empty(features, width)]
+            tensors += [torch.empty(features), torch.empty(features, width), torch.empty(width)]
+        result = transcoder(*[t.requires_grad_() for t in tensors], plan=plan)
+        with FlopCounterMode(display=False) as counter:
+            (result.out.sum() + result.penalty).backward()
+        flops[plan.dense] = counter.get_total_flops()
+    assert flops[True] == 4 * 2 * tokens * width * features
+    assert flops[False] == 4 * 2 * l0 * tokens * width
+    assert flops[False] < 0.03 * flops[True]
+
+
+def test_nothing_of_every_token_and_feature_is_kept() -> None:
+    tensors = leaves(device=place("triton"))
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, id):
+        call(tensors, implementation="triton", plan=SPARSE)
+    assert max(kept) <= 2000 < S * T * F
 
 
 def test_frozen_weights_get_no_gradient_work() -> None:
@@ -256,17 +315,21 @@ def test_frozen_weights_get_no_gradient_work() -> None:
     }
 
 
-@pytest.mark.parametrize("activation", SETTINGS)
-def test_compiles_whole(activation: str) -> None:
+@pytest.mark.parametrize(
+    ("implementation", "activation", "plan"),
+    [("sparse", activation, None) for activation in SETTINGS] + [("triton", "relu", SPARSE)],
+)
+def test_compiles_whole(implementation: str, activation: str, plan: Plan | None) -> None:
     torch._dynamo.reset()
+    how: dict[str, Any] = {"implementation": implementation, "plan": plan}
 
     @torch.compile(backend="aot_eager", fullgraph=True, dynamic=True)
     def compiled(*inputs: Tensor) -> TranscoderOutput:
-        return call(list(inputs), activation)
+        return call(list(inputs), activation, **how)
 
     for tokens in (T, T + 3, T + 16):
-        tensors = leaves(activation, tokens=tokens)
-        eager, result = call(tensors, activation), compiled(*tensors)
+        tensors = leaves(activation, tokens=tokens, device=place(implementation))
+        eager, result = call(tensors, activation, **how), compiled(*tensors)
         for a, b in zip((*eager[:2], *eager.stats), (*result[:2], *result.stats), strict=True):
             assert torch.equal(a, b) or (a.isnan() & b.isnan()).all()
         for name, a, b in zip(
@@ -288,21 +351,23 @@ def test_compiles_with_inductor() -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("implementation", ["reference", "sparse"])
+@pytest.mark.parametrize("implementation", ["reference", "sparse", "triton"])
 def test_autocast_is_a_cast_of_the_inputs(implementation: str) -> None:
-    tensors = leaves()
-    low = [t.detach().bfloat16().requires_grad_() for t in tensors]
-    with torch.autocast("cpu", torch.bfloat16):
+    device = place(implementation)
+    dtype = torch.float16 if implementation == "triton" else torch.bfloat16
+    tensors = leaves(device=device)
+    low = [t.detach().to(dtype).requires_grad_() for t in tensors]
+    with torch.autocast(device, dtype):
         result = call(tensors, implementation=implementation)
     expected = call(low, implementation=implementation)
-    assert result.out.dtype == torch.bfloat16
+    assert result.out.dtype == dtype
     assert result.penalty.dtype == torch.float32
     assert torch.equal(result.out, expected.out)
     assert torch.equal(result.penalty, expected.penalty)
     for name, a, b in zip(NAMES, backward(result, tensors), backward(expected, low), strict=False):
         assert a.dtype == torch.float32
         assert torch.equal(a, b.float()), name
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, dtype):
         assert call([t.double() for t in tensors]).out.dtype == torch.float64
 
 

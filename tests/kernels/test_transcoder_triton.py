@@ -1,0 +1,337 @@
+"""The transcoder's Triton kernels: against float64, at the edges, bit for bit.
+
+On a GPU where there is one, else in Triton's interpreter (``tests/conftest.py``).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from torch import Tensor
+from transcoder_cases import (
+    ACTIVATIONS,
+    TRITON_DEVICE,
+    TRITON_DTYPES,
+    TRITON_SIZES,
+    Case,
+    cases,
+    draw_inputs,
+    run,
+)
+
+from fastadapt.kernels.testing import assert_close
+from fastadapt.kernels.transcoder import (
+    Plan,
+    TranscoderOutput,
+    transcoder,
+    triton_codes,
+    triton_encode,
+    triton_forward,
+    triton_sums,
+)
+from fastadapt.kernels.transcoder.codes import sparse_codes
+
+PROOF = os.environ.get("FASTADAPT_PROOF") == "1"
+IMPLEMENTATIONS = ["triton", "triton_fused"]
+#: (implementation, whether to take the paths of few tokens where there are few)
+WAYS = [("triton", False), ("triton", True), ("triton_fused", False)]
+EXAMPLES = 70 if PROOF else 6  # of each way
+SPARSE, DENSE = Plan(dense=False), Plan(dense=True)
+EXACT = {"rtol": 0, "atol": 0}
+
+
+def codes_of(leaves: dict[str, Tensor], arguments: dict[str, Any], **how: Any) -> Tensor:
+    """The codes as a dense a: what the decoder makes of them when it is the identity."""
+    F = len(leaves["b_enc"])
+    encoder = {name: leaves[name] for name in ("x", "W_enc", "b_enc")}
+    eye = torch.eye(F, dtype=encoder["x"].dtype, device=encoder["x"].device)
+    threshold = {"threshold": leaves["threshold"]} if "threshold" in leaves else {}
+    with torch.no_grad():
+        return transcoder(**encoder, W_dec=eye, b_dec=eye[0] * 0, **threshold, **arguments, **how)[
+            0
+        ]
+
+
+def assert_penalty(result: TranscoderOutput, a: Tensor, W_dec: Tensor, mask: Tensor | None) -> None:
+    """Against float64, of the very codes: in 16 bits their rounding would hide everything else."""
+
+    def penalty(dtype: torch.dtype) -> Tensor:
+        costs = a.to(dtype) @ torch.linalg.vector_norm(W_dec.to(dtype), dim=-1)
+        return (costs if mask is None else costs * mask.to(dtype)).sum()
+
+    assert result.penalty.dtype == torch.float32
+    assert_close(result.penalty, penalty(torch.float64), penalty(torch.float32), name="penalty")
+
+
+@pytest.mark.parametrize(("implementation", "few"), WAYS)
+@settings(
+    max_examples=EXAMPLES,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    phases=[Phase.explicit, Phase.generate],  # to shrink a failure takes the interpreter minutes
+)
+@given(case=cases(TRITON_DTYPES, TRITON_SIZES))
+def test_kernels_keep_the_budget(implementation: str, few: bool, case: Case) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        if not few:
+            patch.setattr(triton_forward, "FEW", 0)
+            patch.setattr(triton_forward, "SMALL", 0)
+        keep_the_budget(implementation, case)
+
+
+def keep_the_budget(implementation: str, case: Case) -> None:
+    leaves, arguments, cotangent, c = draw_inputs(case, TRITON_DEVICE)
+    before = {name: leaf.clone() for name, leaf in leaves.items()}
+    how = {"implementation": implementation, "plan": case.plan}
+    torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN
+    try:
+        args = (leaves, arguments, cotangent, c)
+        actual = run(*args, dtype=case.dtype, **how)
+        oracle = run(*args, dtype=torch.float64, implementation="reference")
+        peer = run(*args, dtype=case.dtype, implementation="reference")
+        a = codes_of(leaves, arguments, **how) if case.F else leaves["x"].new_zeros(0)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+    for name, leaf in leaves.items():
+        torch.testing.assert_close(leaf, before[name], **EXACT, equal_nan=True)
+    result, gradients = actual
+    assert result.out.dtype == case.dtype
+    assert_close(result.out, oracle[0].out, peer[0].out, name="out")
+    if case.F:
+        padded = arguments.get("padding", torch.zeros(a.shape[:-1], dtype=torch.bool))
+        assert_penalty(result, a, leaves["W_dec"], arguments.get("mask"))
+        assert not a[padded].any()
+        counted = torch.ones_like(padded) if not case.masked else arguments["mask"] != 0
+        active = (a != 0) & (counted & ~padded)[..., None]
+        assert torch.equal(result.stats.feature_counts, active.flatten(0, -2).sum(0))
+        assert result.stats.n_active == active.sum()
+        if case.activation == "batch_topk":
+            rows = torch.where(active, a.double(), torch.inf).flatten(0 if case.S is None else 1)
+            least = rows.view(case.S or 1, -1).amin(1) if rows.numel() else rows
+            least = least[least.isfinite()]
+            mean = least.mean().float()
+            torch.testing.assert_close(result.stats.min_active, mean, equal_nan=True)
+    assert torch.equal(result.stats.n_tokens, oracle[0].stats.n_tokens)
+
+    # Rounding may move an entry across the cut. Where it has, the oracle's gradient is that of
+    # other codes, and so is the peer's; elsewhere all of them are compared.
+    same = all(
+        torch.equal(result.stats.feature_counts, other[0].stats.feature_counts)
+        and torch.equal(result.stats.n_codes, other[0].stats.n_codes)
+        for other in (oracle, peer)
+    )
+    if same:
+        for name, gradient in gradients.items():
+            assert gradient.dtype == case.dtype
+            assert_close(gradient, oracle[1][name], peer[1][name], name=f"gradient of {name}")
+    else:
+        assert case.dtype != torch.float32 or not case.coarse
+
+
+def inputs(
+    T: int = 17, D: int = 24, E: int = 20, F: int = 64, shift: float = -1.0, **changes: Tensor
+) -> dict[str, Tensor]:
+    """Leaves in fp32 on the device, by name."""
+    leaves = {
+        "x": torch.randn(T, D),
+        "W_enc": torch.randn(F, D) / D**0.5,
+        "b_enc": torch.randn(F) + shift,
+        "W_dec": torch.randn(F, E),
+        "b_dec": torch.randn(E),
+        "residual": torch.randn(T, E),
+    }
+    leaves |= changes
+    return {name: leaf.to(TRITON_DEVICE).requires_grad_() for name, leaf in leaves.items()}
+
+
+def compare(leaves: dict[str, Tensor], implementation: str, plan: Plan | None, **more: Any) -> Any:
+    """Asserts outputs and gradients against float64; returns the statistics."""
+    g = torch.randn_like(leaves["residual"])
+    args = (leaves, more, g, torch.tensor(0.7, device=g.device))
+    actual = run(*args, dtype=torch.float32, implementation=implementation, plan=plan)
+    oracle = run(*args, dtype=torch.float64, implementation="reference")
+    peer = run(*args, dtype=torch.float32, implementation="reference")
+    for name in ("n_active", "feature_counts", "n_tokens", "n_codes"):
+        assert torch.equal(getattr(actual[0].stats, name), getattr(oracle[0].stats, name)), name
+    for name in ("out", "penalty"):
+        values = [getattr(r[0], name) for r in (actual, oracle, peer)]
+        assert_close(*values, name=name)
+    for name, gradient in actual[1].items():
+        assert_close(gradient, oracle[1][name], peer[1][name], name=f"gradient of {name}")
+    return actual[0].stats
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("plan", [SPARSE, DENSE, None])
+def test_nothing_is_truncated(implementation: str, plan: Plan | None) -> None:
+    T, F = 20, 80
+    b_enc = torch.full((F,), -100.0)
+    b_enc[32:64] = 100.0  # a whole word of a tile, on every token
+    x = torch.randn(T, 24)
+    x[7] = 1000 * torch.ones(24)  # a token on which every feature is active
+    W_enc = torch.rand(F, 24)
+    stats = compare(inputs(T=T, x=x, W_enc=W_enc, b_enc=b_enc, F=F), implementation, plan)
+    assert stats.feature_counts[32:64].tolist() == [T] * 32
+    assert stats.n_active == 32 * T + (F - 32)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_features_of_many_pieces(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_sums, "PIECE", 16)
+    b_enc = torch.full((40,), -100.0)
+    b_enc[[0, 13, 39]] = 100.0
+    b_enc[20:25] = torch.tensor([-0.2, 0.0, 0.2, 0.4, 0.6])  # about as many as fill a few pieces
+    leaves = inputs(T=65, D=8, E=8, F=40, b_enc=b_enc)
+    stats = compare(leaves, implementation, SPARSE)
+    assert stats.feature_counts[[0, 13, 39]].tolist() == [65] * 3
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_exceeding_the_capacity_shows_and_harms_nothing(
+    implementation: str, activation: str
+) -> None:
+    leaves = inputs(shift=0.5)
+    arguments: dict[str, Any] = {"relu": {}, "topk": {"k": 20}, "batch_topk": {"k": 20.5}}.get(
+        activation, {"bandwidth": 0.3, "threshold": torch.full((64,), 0.1, device=TRITON_DEVICE)}
+    )
+    plan = Plan(dense=False, capacity=100)
+    out, penalty, stats = transcoder(
+        **leaves, activation=activation, **arguments, implementation=implementation, plan=plan
+    )
+    enough = transcoder(
+        **leaves, activation=activation, **arguments, implementation=implementation, plan=SPARSE
+    )
+    assert stats.n_codes > 100
+    assert torch.equal(stats.n_codes, enough.stats.n_codes)
+    (out.sum() + penalty).backward()  # invalid, but within its buffers
+    exact = Plan(dense=False, capacity=int(stats.n_codes))
+    fits = transcoder(
+        **leaves, activation=activation, **arguments, implementation=implementation, plan=exact
+    )
+    assert torch.equal(fits.out, enough.out)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("plan", [SPARSE, DENSE])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_same_inputs_same_bits(
+    implementation: str, plan: Plan, activation: str, dtype: torch.dtype
+) -> None:
+    assert not torch.are_deterministic_algorithms_enabled()
+    leaves = {name: leaf.detach().to(dtype) for name, leaf in inputs().items()}
+    arguments: dict[str, Any] = {"relu": {}, "topk": {"k": 5}, "batch_topk": {"k": 4.5}}.get(
+        activation, {"bandwidth": 0.3}
+    )
+    if activation == "jumprelu":
+        leaves["threshold"] = torch.full((64,), 0.1, device=TRITON_DEVICE)
+    g = torch.randn_like(leaves["residual"])
+    first: list[Tensor] = []
+    repeats = 250 if TRITON_DEVICE == "cuda" else 5 if PROOF else 2
+    for _ in range(repeats):
+        result, gradients = run(
+            leaves,
+            {"activation": activation, **arguments},
+            g,
+            torch.tensor(0.5, device=TRITON_DEVICE),
+            dtype=dtype,
+            implementation=implementation,
+            plan=plan,
+        )
+        bits = [result.out, result.penalty, *result.stats, *gradients.values()]
+        first = first or bits
+        for a, b in zip(first, bits, strict=True):
+            assert torch.equal(a, b) or (a.isnan() & b.isnan()).all()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("T", [1, 2, 16, 17, 64, 65])
+def test_every_number_of_tokens(implementation: str, T: int) -> None:
+    """One token to generate with, the blocks of few tokens, and just past them; without a plan."""
+    compare(inputs(T=T, F=33), implementation, None)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("plan", [SPARSE, DENSE])
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, when interpreted
+def test_non_finite_and_tiny_values(implementation: str, plan: Plan) -> None:
+    values = [math.nan, math.inf, -math.inf, -0.0, 0.0, 1e-40, 1.0, 1.0, 2.0, -1.0]
+    active: dict[Any, list[int]] = {
+        "relu": [0, 1, 5, 6, 7, 8],
+        0: [],
+        1: [0],
+        2: [0, 1],
+        3: [0, 1, 8],
+        4: [0, 1, 6, 8],  # of two equal ones, the lower index
+        10: [0, 1, 5, 6, 7, 8],
+    }
+    for k, expected in active.items():
+        for name in ("topk", "batch_topk"):
+            ranking: dict[str, Any] = {} if k == "relu" else {"activation": name, "k": k}
+            arguments = [
+                torch.zeros(1, 1),
+                torch.ones(10, 1),
+                torch.tensor(values),
+                torch.ones(10, 2),
+                torch.zeros(2),
+            ]
+            result = transcoder(
+                *(t.to(TRITON_DEVICE) for t in arguments),
+                **ranking,
+                implementation=implementation,
+                plan=plan,
+            )
+            assert result.stats.fired.nonzero().flatten().tolist() == expected, (k, name)
+            assert result.out.isnan().all() == (k != 0)
+
+
+@pytest.mark.parametrize("F", [32_766, 32_767, 32_768, 65_535, 65_536, 65_537])
+def test_order_by_feature_where_16_bits_end(F: int) -> None:
+    a = torch.zeros(3, F)
+    a[:, [0, 1, F // 2, F - 2, F - 1]] = torch.rand(3, 5) + 0.1
+    a[1, F - 1] = 0
+    expected = sparse_codes(a, None, None, ordered=True)
+    values = a.to(TRITON_DEVICE)
+    words, _ = triton_encode.mark_product(
+        values, triton_encode.Activation("relu", None, 0.0, None), dense=False
+    )
+    counts = triton_codes.row_counts(words)
+    offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    actual = triton_codes.codes_from_flags(words, values, offsets, 14, ordered=True)
+    for name, one, two in zip(actual._fields, actual, expected, strict=True):
+        assert torch.equal(one.cpu(), two), name
+        assert one.dtype == two.dtype
+
+
+def test_two_ways_for_the_product_agree() -> None:
+    leaves = inputs()
+    results = [transcoder(**leaves, implementation=i, plan=SPARSE) for i in IMPLEMENTATIONS]
+    assert torch.equal(*(r.stats.feature_counts for r in results))
+    torch.testing.assert_close(results[0].out, results[1].out)
+
+
+def test_where_kernels_do_not_run() -> None:
+    wide = {name: leaf.double() for name, leaf in inputs().items()}
+    with pytest.raises(ValueError, match="implementation must be 'reference' for float64; got"):
+        transcoder(**wide, implementation="triton")
+
+
+def test_nothing_waits_for_the_device_in_a_planned_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_forward, "FEW", 8)
+    leaves = inputs()
+    g = torch.randn_like(leaves["residual"])
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a value was read from the device")
+
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "nonzero"):
+        monkeypatch.setattr(Tensor, name, refuse)
+    for plan in (DENSE, Plan(dense=False, capacity=6_000)):
+        out, penalty, _ = transcoder(**leaves, implementation="triton", plan=plan)
+        torch.autograd.backward([out, penalty], [g, torch.ones_like(penalty)])

@@ -1,0 +1,144 @@
+"""Draws of everything that the transcoder can be given, and a run of it with its gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastadapt.kernels.testing import LAYOUTS, with_layout
+from fastadapt.kernels.transcoder import Plan, TranscoderOutput, transcoder
+
+ACTIVATIONS = ["relu", "topk", "batch_topk", "jumprelu"]
+SIZES = [0, 1, 2, 3, 7, 8, 9, 13, 31, 33, 64, 65]
+PLANS = [None, Plan(dense=True), Plan(dense=False), Plan(dense=False, capacity=20_000)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+#: Where Triton kernels run, and in which dtypes: the interpreter multiplies bfloat16 wrongly.
+TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TRITON_DTYPES = [torch.float32, torch.float16]
+TRITON_DTYPES += [torch.bfloat16] if torch.cuda.is_available() else []
+#: The interpreter takes milliseconds for each token and each feature.
+TRITON_SIZES = SIZES if torch.cuda.is_available() else [0, 1, 2, 3, 7, 8, 13, 31, 33]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One draw of everything that an op can be given."""
+
+    activation: str
+    dtype: torch.dtype
+    S: int | None  # None: x is [T, d_in]
+    T: int
+    d_in: int
+    d_out: int
+    F: int
+    k: float
+    shift: float  # of b_enc: how many features fire
+    coarse: bool  # values on a grid: ties, exact zeros
+    inference: bool  # batch_topk by threshold
+    layouts: tuple[str, ...]
+    masked: str | None
+    padded: bool
+    residual: bool
+    plan: Plan | None
+    seed: int
+
+
+@st.composite
+def cases(draw: Any, dtypes: list[torch.dtype], sizes: Sequence[int] = SIZES) -> Case:
+    F = draw(st.sampled_from([*sizes, 127, 129]))
+    return Case(
+        activation=draw(st.sampled_from(ACTIVATIONS)),
+        dtype=draw(st.sampled_from(dtypes)),
+        S=draw(st.sampled_from([None, 1, 2, 3])),
+        T=draw(st.sampled_from(sizes)),
+        d_in=draw(st.sampled_from(sizes)),
+        d_out=draw(st.sampled_from(sizes)),
+        F=F,
+        k=draw(st.sampled_from([0, 1, 2, 3, 5, 8, F])),
+        shift=draw(st.sampled_from([-100.0, -2.0, -0.5, 0.5, 100.0])),
+        coarse=draw(st.booleans()),
+        inference=draw(st.booleans()),
+        layouts=tuple(draw(st.sampled_from(LAYOUTS)) for _ in range(8)),
+        masked=draw(st.sampled_from([None, "bool", "float"])),
+        padded=draw(st.booleans()),
+        residual=draw(st.booleans()),
+        plan=draw(st.sampled_from(PLANS)),
+        seed=draw(st.integers(0, 2**31)),
+    )
+
+
+def draw_inputs(
+    case: Case, device: str = "cpu"
+) -> tuple[dict[str, Tensor], dict[str, Any], Tensor, Tensor]:
+    """Leaves by name, the other arguments, and cotangents of out and penalty."""
+    draw = torch.Generator().manual_seed(case.seed)
+
+    def normal(*shape: int) -> Tensor:
+        values = torch.randn(shape, generator=draw, dtype=torch.float64)
+        return (values * 2).round() / 2 if case.coarse else values
+
+    lead = (case.T,) if case.S is None else (case.S, case.T)
+    leaves = {
+        "x": normal(*lead, case.d_in),
+        "W_enc": normal(case.F, case.d_in) / 2 ** round(math.log2(max(1, case.d_in)) / 2),
+        "b_enc": normal(case.F) + case.shift,
+        "W_dec": normal(case.F, case.d_out),
+        "b_dec": normal(case.d_out),
+    }
+    leaves["W_dec"][::3] = 0  # rows whose norm has no direction
+    if case.residual:
+        leaves["residual"] = normal(*lead, case.d_out)
+    arguments: dict[str, Any] = {"activation": case.activation}
+    if case.activation in ("topk", "batch_topk"):
+        arguments["k"] = min(case.k, case.F)
+    if case.activation == "batch_topk":
+        arguments["k"] = min(case.k / 2, case.F)
+        if case.inference:
+            arguments["k"] = None
+            arguments["threshold"] = torch.tensor(0.5, device=device)
+    if case.activation == "jumprelu":
+        leaves["threshold"] = (0.1 + normal(case.F).abs() / 4).to(case.dtype).double()
+        arguments["bandwidth"] = 0.75
+    mask = torch.rand(lead, generator=draw)
+    if case.masked:
+        weights = mask > 0.3 if case.masked == "bool" else mask * (mask > 0.3)
+        arguments["mask"] = with_layout(weights.to(device), case.layouts[-2])
+    if case.padded:
+        padding = (torch.rand(lead, generator=draw) > 0.7).to(device)
+        arguments["padding"] = with_layout(padding, case.layouts[-3])
+    leaves = {
+        name: with_layout(leaf.to(device, case.dtype), layout)
+        for (name, leaf), layout in zip(leaves.items(), case.layouts, strict=False)
+    }
+    cotangent = with_layout(normal(*lead, case.d_out).to(device, case.dtype), case.layouts[-1])
+    return leaves, arguments, cotangent, torch.randn((), generator=draw).to(device)
+
+
+def run(
+    leaves: dict[str, Tensor],
+    arguments: dict[str, Any],
+    cotangent: Tensor,
+    c: Tensor,
+    *,
+    dtype: torch.dtype,
+    implementation: str,
+    plan: Plan | None = None,
+) -> tuple[TranscoderOutput, dict[str, Tensor]]:
+    """The op's outputs and the gradients of all leaves."""
+    leaves = {n: t.detach().to(dtype).requires_grad_() for n, t in leaves.items()}
+    result = transcoder(**leaves, **arguments, implementation=implementation, plan=plan)
+    cotangents = [cotangent.to(dtype), c.to(result.penalty.dtype)]
+    grads = torch.autograd.grad(
+        [result.out, result.penalty], list(leaves.values()), cotangents, allow_unused=True
+    )
+    named = {
+        name: torch.zeros_like(leaf) if grad is None else grad
+        for (name, leaf), grad in zip(leaves.items(), grads, strict=True)
+    }
+    return result, named
