@@ -16,7 +16,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_adapter_in_ten_lines_runs(capsys):
-    (code,) = blocks("python")
+    code, kernels = blocks("python")
     lines = [line for line in code.splitlines() if line.strip()]
     assert len(lines) <= 10
     names: dict[str, object] = {}
@@ -26,6 +26,9 @@ def test_the_adapter_in_ten_lines_runs(capsys):
     assert all(g is not None for g in gradients.values())
     assert gradients["W_dec"].abs().sum() > 0
     assert 200 < float(capsys.readouterr().out.split("(")[-1].rstrip(")\n")) < 312  # half of 512
+    exec(compile(kernels, "README.md", "exec"), names)
+    assert names["out"].shape == names["x"].shape
+    assert 0 < names["stats"].n_active <= min(8 * 20, names["plan"].capacity)
 
 
 def test_the_commands_are_understood(tmp_path):
@@ -45,7 +48,11 @@ def test_the_commands_are_understood(tmp_path):
         elif words[:2] == ["fastadapt", "doctor"]:
             doctor_parser().parse_args(words[2:])
             seen += 1
-    assert seen == 5
+        elif words[:1] == ["python"]:
+            program = words[1] if words[1] != "-m" else words[2].replace(".", "/") + ".py"
+            assert (ROOT / program).is_file()
+            seen += 1
+    assert seen == 7
 
 
 @pytest.mark.parametrize("target", ["train", "test"])
