@@ -114,7 +114,8 @@ def _encode(*args: Any) -> tuple[Tensor, ...]:
         from . import triton_forward
 
         call = (*call, implementation == "triton_fused")
-        codes, *stats = triton_forward.encode(*call)
+        with torch.cuda.device_of(inputs[0]):  # kernels are launched on the current device
+            codes, *stats = triton_forward.encode(*call)
     return (*codes, *stats)
 
 
@@ -127,7 +128,8 @@ def _encode_backward(da: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     else:
         from . import triton_backward
 
-        dx, *rest = triton_backward.encode_backward(*call)
+        with torch.cuda.device_of(da):
+            dx, *rest = triton_backward.encode_backward(*call)
     return (dx.view(x.shape) if need[0] else dx, *rest)
 
 
@@ -138,7 +140,8 @@ def _decode(*args: Any) -> tuple[Tensor, Tensor]:
         return sparse.decode(*call)
     from . import triton_forward
 
-    return triton_forward.decode(*call)
+    with torch.cuda.device_of(inputs[0]):
+        return triton_forward.decode(*call)
 
 
 def _decode_backward(g: Tensor | None, c: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
@@ -148,7 +151,8 @@ def _decode_backward(g: Tensor | None, c: Tensor | None, *args: Any) -> tuple[Te
         return sparse.decode_backward(*call)
     from . import triton_backward
 
-    return triton_backward.decode_backward(*call)
+    with torch.cuda.device_of(inputs[0]):
+        return triton_backward.decode_backward(*call)
 
 
 # Triton's kernels run on a CPU too, in its interpreter.

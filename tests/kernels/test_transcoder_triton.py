@@ -80,6 +80,7 @@ def test_kernels_keep_the_budget(implementation: str, few: bool, case: Case) -> 
         if not few:
             patch.setattr(triton_forward, "FEW", 0)
             patch.setattr(triton_forward, "SMALL", 0)
+            patch.setattr(triton_forward, "SMALL_ENTRIES", 0)
         keep_the_budget(implementation, case)
 
 
