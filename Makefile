@@ -14,6 +14,10 @@ PYTHON ?= $(shell for name in python3.11 python3 python; do \
 	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	&& { echo "$$name"; break; }; done)
 
+# Tests side by side, a file's in one process; benchmarks need the machine for themselves.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -n logical --maxprocesses 4 \
+	--dist loadfile --cov --cov-report=term:skip-covered
+
 # An environment from outside must not reach into this one.
 unexport PYTHONPATH
 unexport PYTHONHOME
@@ -26,7 +30,7 @@ train: $(VENV)/.runtime  ## train an adapter on the embedded pair; prints a tabl
 	$(BIN)/fastadapt train organism --overwrite
 
 test: lint  ## lint, type check, and the quick tests with coverage
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --cov --cov-report=term:skip-covered --durations=10
+	$(PYTEST) -m "not slow" --durations=10
 
 lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -34,7 +38,7 @@ lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/python .ci/typecheck.py
 
 proof: lint $(VENV)/triton-3.6  ## every claim at its full count: slow tests, benchmarks, and the main job from a fresh clone
-	FASTADAPT_PROOF=1 FASTADAPT_OLDEST_TRITON=$(abspath $(VENV)/triton-3.6) OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=20 --cov --cov-report=term:skip-covered
+	FASTADAPT_PROOF=1 FASTADAPT_OLDEST_TRITON=$(abspath $(VENV)/triton-3.6) $(PYTEST) --durations=20
 	$(MAKE) bench
 	bash .ci/clean_clone timeout 720 make train
 
