@@ -25,8 +25,8 @@ from .triton_encode import (
 
 #: Tokens up to which a pass over all of W_dec costs more than to read the rows of the codes twice.
 SMALL = 256
-#: Entries up to which, without a plan, buffers for all of them cost less than to wait for a count;
-#: so generation never waits, and can be captured as a graph.
+#: Entries up to which, without a plan or gradients, buffers for all of them cost less than to wait
+#: for a count; so generation never waits, and can be captured as a graph.
 SMALL_ENTRIES = 2**22
 
 
@@ -81,7 +81,7 @@ def encode(
     n_codes = offsets[-1].clone()
     min_active = _min_active(values, words, rows_N, smallest_N, counted_N, S, activation)
 
-    if plan is None and N * F <= SMALL_ENTRIES:
+    if plan is None and not ordered and N * F <= SMALL_ENTRIES:
         plan = Plan(dense=False, capacity=N * F)
     if plan is None:
         total = int(n_codes)

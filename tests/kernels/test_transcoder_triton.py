@@ -104,7 +104,7 @@ def keep_the_budget(implementation: str, case: Case) -> None:
     assert result.out.dtype == case.dtype
     assert_close(result.out, oracle[0].out, peer[0].out, name="out")
     if case.F:
-        padded = arguments.get("padding", torch.zeros(a.shape[:-1], dtype=torch.bool))
+        padded = arguments.get("padding", torch.zeros_like(a[..., 0], dtype=torch.bool))
         assert_penalty(result, a, leaves["W_dec"], arguments.get("mask"))
         assert not a[padded].any()
         counted = torch.ones_like(padded) if not case.masked else arguments["mask"] != 0
@@ -336,3 +336,5 @@ def test_nothing_waits_for_the_device_in_a_planned_step(monkeypatch: pytest.Monk
     for plan in (DENSE, Plan(dense=False, capacity=6_000)):
         out, penalty, _ = transcoder(**leaves, implementation="triton", plan=plan)
         torch.autograd.backward([out, penalty], [g, torch.ones_like(penalty)])
+    with torch.no_grad():  # nor does generation, which has no plan
+        transcoder(**leaves, implementation="triton")
