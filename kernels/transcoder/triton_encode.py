@@ -294,7 +294,7 @@ def multiply_few_and_mark(
     words = words_for(N, F, x_ND)
     if values.numel():
         x_ND, W_enc_FD = last_contiguous(x_ND), last_contiguous(W_enc_FD)
-        block = min(FEW, max(16, triton.next_power_of_2(N)))
+        block = 16 if N <= 16 else FEW  # two, so that few lengths do not each compile their own
         wide = x_ND.dtype == torch.float32
         multiply_few_mark[(words.shape[1], triton.cdiv(N, block))](
             x_ND,

@@ -192,6 +192,24 @@ def test_features_of_many_pieces(implementation: str, monkeypatch: pytest.Monkey
     assert stats.feature_counts[[0, 13, 39]].tolist() == [65] * 3
 
 
+@pytest.mark.parametrize("activation", ["relu", "topk", "batch_topk", "jumprelu", "threshold"])
+@pytest.mark.parametrize("plan", [SPARSE, DENSE, None])
+def test_every_activation_behind_the_librarys_product(
+    activation: str, plan: Plan | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_forward, "FEW", 0)
+    monkeypatch.setattr(triton_forward, "SMALL", 0)
+    arguments: dict[str, Any] = {"relu": {}, "topk": {"k": 5}, "batch_topk": {"k": 4.5}}.get(
+        activation, {"bandwidth": 0.3}
+    )
+    leaves = inputs(T=11, F=40)
+    if activation == "jumprelu":
+        leaves["threshold"] = (torch.rand(40) / 4 + 0.1).to(TRITON_DEVICE)
+    if activation == "threshold":
+        activation, arguments = "batch_topk", {"threshold": leaves["b_dec"].new_full((), 0.2)}
+    compare(leaves, "triton", plan, activation=activation, **arguments)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_exceeding_the_capacity_shows_and_harms_nothing(
