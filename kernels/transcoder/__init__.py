@@ -114,7 +114,7 @@ def transcoder(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, W_enc, b_enc, W_dec, b_dec = (t.to(dtype) for t in (x, W_enc, b_enc, W_dec, b_dec))
         residual = None if residual is None else residual.to(dtype)
-    chosen = _choose(implementation, x, plan)
+    chosen = _choose(implementation, x, threshold, plan)
     acc = accumulator(x.dtype)
     if activation == "batch_topk" and threshold is not None:
         threshold = threshold.detach().to(acc).expand(W_enc.shape[0])
@@ -237,14 +237,14 @@ def _validate_activation(
         _expect(threshold.device == device, "threshold", f"on {device}", threshold.device)
 
 
-def _choose(implementation: str, x: Tensor, plan: Plan | None) -> str:
+def _choose(implementation: str, x: Tensor, threshold: Tensor | None, plan: Plan | None) -> str:
     """The implementation that `implementation` means for x."""
     known = f"one of {IMPLEMENTATIONS}"
     _expect(implementation in IMPLEMENTATIONS, "implementation", known, repr(implementation))
     if plan is not None and not isinstance(plan, Plan):
         raise TypeError(f"transcoder: plan must be a Plan or None; got {type(plan).__name__}")
     device = x.device.type
-    wide = x.dtype == torch.float64
+    wide = x.dtype == torch.float64 or (threshold is not None and threshold.dtype == torch.float64)
     if implementation == "auto":
         if device == "cuda" and not wide:
             return "triton"
@@ -256,5 +256,10 @@ def _choose(implementation: str, x: Tensor, plan: Plan | None) -> str:
         there = f"'sparse' or 'reference' on {device}, where Triton kernels do not run"
         runs = device == "meta" or devices.runs_triton(device)
         _expect(runs, "implementation", there, repr(implementation))
-        _expect(not wide, "implementation", "'reference' for float64", repr(implementation))
+        _expect(
+            not wide,
+            "implementation",
+            "'reference' for float64 (x or threshold)",
+            repr(implementation),
+        )
     return implementation

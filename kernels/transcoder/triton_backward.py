@@ -83,7 +83,7 @@ def decode_backward(
         if need_values:
             da = _dense_gradient(g_NE, c, codes, W_dec_FE, norm_F, weight_N).flatten()
         if need_W:
-            dW = torch.zeros_like(W_dec_FE) if g_NE is None else a_NF.T @ g_NE
+            dW = W_dec_FE.new_zeros(F, W_dec_FE.shape[1]) if g_NE is None else a_NF.T @ g_NE
             if c is not None:
                 spent_F = triton_dense.column_sums(a_NF, weight_N=weight_N)
                 scale_F = torch.where(norm_F > 0, c * spent_F / norm_F, 0)

@@ -59,7 +59,7 @@ def words_for(n_tokens: int, n_features: int, like: Tensor) -> Tensor:
 def activate(z, cut, half_bandwidth, ACTIVATION: tl.constexpr):
     """(a, flags) of pre-activations in x's dtype; NaN is active. Flags are int32."""
     wide = z.to(tl.float32)
-    flags = ~(wide <= tl.maximum(cut, 0.0))
+    flags = ~((wide <= 0) | (wide <= cut))
     a = z
     if ACTIVATION == JUMPRELU:
         a = tl.where(flags, z, 0.0).to(z.dtype)

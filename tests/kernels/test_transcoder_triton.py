@@ -193,12 +193,18 @@ def test_features_of_many_pieces(implementation: str, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("activation", ["relu", "topk", "batch_topk", "jumprelu", "threshold"])
-@pytest.mark.parametrize("plan", [SPARSE, DENSE, None])
-def test_every_activation_behind_the_librarys_product(
-    activation: str, plan: Plan | None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("plan", [SPARSE, DENSE])
+@pytest.mark.parametrize(("implementation", "few"), WAYS)
+def test_every_activation_every_way(
+    activation: str,
+    plan: Plan,
+    implementation: str,
+    few: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(triton_forward, "FEW", 0)
-    monkeypatch.setattr(triton_forward, "SMALL", 0)
+    if not few:
+        monkeypatch.setattr(triton_forward, "FEW", 0)
+        monkeypatch.setattr(triton_forward, "SMALL", 0)
     arguments: dict[str, Any] = {"relu": {}, "topk": {"k": 5}, "batch_topk": {"k": 4.5}}.get(
         activation, {"bandwidth": 0.3}
     )
@@ -207,7 +213,37 @@ def test_every_activation_behind_the_librarys_product(
         leaves["threshold"] = (torch.rand(40) / 4 + 0.1).to(TRITON_DEVICE)
     if activation == "threshold":
         activation, arguments = "batch_topk", {"threshold": leaves["b_dec"].new_full((), 0.2)}
-    compare(leaves, "triton", plan, activation=activation, **arguments)
+    compare(leaves, implementation, plan, activation=activation, **arguments)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("plan", [SPARSE, DENSE])
+@pytest.mark.parametrize("padded", [False, True])
+def test_ties_across_tokens_go_to_the_first(implementation: str, plan: Plan, padded: bool) -> None:
+    S, T, F, k = 2, 3, 33, 15.5
+    arguments = [
+        torch.zeros(S, T, 2),
+        torch.ones(F, 2),
+        torch.ones(F),
+        torch.eye(F),
+        torch.zeros(F),
+    ]
+    padding = torch.zeros(S, T, dtype=torch.bool, device=TRITON_DEVICE)
+    padding[1, 0] = padded
+    result = transcoder(
+        *(t.to(TRITON_DEVICE) for t in arguments),
+        activation="batch_topk",
+        k=k,
+        padding=padding,
+        implementation=implementation,
+        plan=plan,
+    )
+    for s in range(S):
+        n_tokens = T - int(padding[s].sum())
+        expected = torch.zeros(n_tokens * F)
+        expected[: int(k * n_tokens)] = 1
+        assert result.out[s][~padding[s]].flatten().tolist() == expected.tolist()
+        assert not result.out[s][padding[s]].any()
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -337,8 +373,11 @@ def test_two_ways_for_the_product_agree() -> None:
 
 def test_where_kernels_do_not_run() -> None:
     wide = {name: leaf.double() for name, leaf in inputs().items()}
-    with pytest.raises(ValueError, match="implementation must be 'reference' for float64; got"):
+    with pytest.raises(ValueError, match="implementation must be 'reference' for float64"):
         transcoder(**wide, implementation="triton")
+    theta = {"activation": "jumprelu", "bandwidth": 0.1, "threshold": torch.ones(64).double()}
+    with pytest.raises(ValueError, match="implementation must be 'reference' for float64"):
+        transcoder(**inputs(), **theta, implementation="triton")
 
 
 def test_nothing_waits_for_the_device_in_a_planned_step(monkeypatch: pytest.MonkeyPatch) -> None:
