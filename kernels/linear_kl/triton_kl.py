@@ -44,15 +44,23 @@ CONFIGURATIONS = {
 
 @triton.jit
 def _tanh(x):
-    """tanh: below 5/8 x less a continued fraction, so that x hardly rounds; exponentials above."""
+    """tanh, off by one unit of float32 at most where the arithmetic rounds correctly.
+
+    Near 0, y less a continued fraction, so that y hardly rounds. Around 1, the same of y = x - 1:
+    tanh(1 + y) = tanh 1 + tanh y (1 - tanh^2 1) / (1 + tanh 1 tanh y). Exponentials beyond.
+    """
+    tanh_1: tl.constexpr = 0.7615941762924194  # in float32, and what that leaves:
+    rest: tl.constexpr = -2.0336655e-8
+    slope: tl.constexpr = 0.41997434161402614  # 1 - tanh^2 1
     size = tl.abs(x)
-    near = tl.minimum(size, 0.625)
-    square = near * near
-    small = near - near * (square * (315.0 + 14.0 * square)) / (
-        945.0 + square * (420.0 + 15.0 * square)
-    )
+    shifted = size >= 0.75
+    y = tl.where(shifted, tl.minimum(size - 1.0, 0.5), size)
+    square = y * y
+    part = square * (315.0 + 14.0 * square) / (945.0 + square * (420.0 + 15.0 * square))
+    small = y - y * part
+    middle = tanh_1 + (small * slope / (1.0 + tanh_1 * small) + rest)
     large = 1.0 - 2.0 / (tl.exp(2.0 * size) + 1.0)
-    result = tl.where(size < 0.625, small, large)
+    result = tl.where(size < 1.5, tl.where(shifted, middle, small), large)
     return tl.where(x < 0, -result, result)
 
 

@@ -47,8 +47,8 @@ def test_what_auto_means(monkeypatch):
 
 @pytest.mark.parametrize("V", [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 61])
 @pytest.mark.usefixtures("_small_blocks", "poison")
-def test_statistics_of_rows(V, device, triton_dtypes):
-    for dtype in triton_dtypes:
+def test_statistics_of_rows(V, device):
+    for dtype in (torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])):
         logits = (4 * torch.randn(9, V)).to(device, dtype)
         top, log_total, first = statistics(logits)
         assert torch.equal(top, logits.float().amax(-1))

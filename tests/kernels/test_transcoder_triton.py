@@ -375,9 +375,11 @@ def test_where_kernels_do_not_run() -> None:
     wide = {name: leaf.double() for name, leaf in inputs().items()}
     with pytest.raises(ValueError, match="implementation must be 'reference' for float64"):
         transcoder(**wide, implementation="triton")
-    theta = {"activation": "jumprelu", "bandwidth": 0.1, "threshold": torch.ones(64).double()}
+    leaves = inputs()
+    theta = torch.ones(64, dtype=torch.float64, device=TRITON_DEVICE)
+    jumprelu: dict[str, Any] = {"activation": "jumprelu", "bandwidth": 0.1, "threshold": theta}
     with pytest.raises(ValueError, match="implementation must be 'reference' for float64"):
-        transcoder(**inputs(), **theta, implementation="triton")
+        transcoder(**leaves, **jumprelu, implementation="triton")
 
 
 def test_nothing_waits_for_the_device_in_a_planned_step(monkeypatch: pytest.MonkeyPatch) -> None:
