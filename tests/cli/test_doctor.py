@@ -106,7 +106,7 @@ def test_auto_means_what_the_ops_choose():
         told = {c.what: c.choice for c in doctor.choices(device)}
         for dtype, what in ((torch.bfloat16, ""), (torch.float64, ", float64")):
             transcoder = told.get(f"transcoder{what}", told["transcoder"])
-            assert transcoder == _choose("auto", On(device, dtype), None)
+            assert transcoder == _choose("auto", On(device, dtype), None, None)
             softmax = torch.promote_types(dtype, torch.float32)
             linear_kl = told.get(f"linear_kl{what}", told["linear_kl"])
             assert linear_kl == _chosen("auto", name, softmax)
