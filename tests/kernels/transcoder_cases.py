@@ -112,11 +112,16 @@ def draw_inputs(
     if case.padded:
         padding = (torch.rand(lead, generator=draw) > 0.7).to(device)
         arguments["padding"] = with_layout(padding, case.layouts[-3])
+    layouts = case.layouts
+    if device == "cpu" and case.dtype == torch.bfloat16:
+        # torch's bf16 products on a CPU read past the end of such rows, into NaN: the reference's
+        # too (seen in 2.13 with AMX, 31 columns of a parent of 36).
+        layouts = tuple("sliced" if layout == "parent" else layout for layout in layouts)
     leaves = {
         name: with_layout(leaf.to(device, case.dtype), layout)
-        for (name, leaf), layout in zip(leaves.items(), case.layouts, strict=False)
+        for (name, leaf), layout in zip(leaves.items(), layouts, strict=False)
     }
-    cotangent = with_layout(normal(*lead, case.d_out).to(device, case.dtype), case.layouts[-1])
+    cotangent = with_layout(normal(*lead, case.d_out).to(device, case.dtype), layouts[-1])
     return leaves, arguments, cotangent, torch.randn((), generator=draw).to(device)
 
 
