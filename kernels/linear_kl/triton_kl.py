@@ -64,6 +64,13 @@ def _tanh(x):
     return tl.where(x < 0, -result, result)
 
 
+@triton.jit
+def _near_expm1(x):
+    """e^x - 1 for |x| <= 1/4, by the series of x / (e^x - 1)."""
+    square = x * x
+    return x / (1.0 - 0.5 * x + square * (1.0 / 12.0 - square * (1.0 / 720.0)))
+
+
 @triton.jit(do_not_specialize_on_alignment=["top_ptr", "log_total_ptr", "top1_ptr"])
 def row_statistics_kernel(
     logits_ptr,
@@ -181,9 +188,15 @@ def student_kernel(
         log_p = z_p - top_p - log_total_p
         log_q = z_q - top_q - log_total_q
         p = tl.exp(log_p)
-        kl += tl.where(p == 0.0, 0.0, p * (log_p - log_q))
+        # Where the two are close their difference is taken logit from logit, which hardly rounds,
+        # and q - p = p (e^d - 1) from it: two separate exponentials would cancel.
+        gap = log_q - log_p
+        near = tl.abs(gap) < 0.25
+        between = (z_q - z_p) - (top_q - top_p) - (log_total_q - log_total_p)
+        gap = tl.where(near, between, gap)
+        kl -= tl.where(p == 0.0, 0.0, p * gap)
         if GRADIENT:
-            gradient = tl.exp(log_q) - p
+            gradient = tl.where(near, p * _near_expm1(gap), tl.exp(log_q) - p)
             if CAPPED:  # d cap tanh(z / cap) / dz = 1 - tanh^2
                 gradient *= 1.0 - tanh_q * tanh_q
             if NARROW:
