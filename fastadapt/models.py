@@ -76,16 +76,14 @@ class AdaptedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.mode == "target":
             return self.target(x)
-        out: Tensor = self.base(x)
         if self.mode == "hybrid":
-            return out
+            return self.base(x)
         call = self.call
         if call is None:
-            return self.adapter(x, residual=out)[0]
-        out, call.aux = self.adapter(
-            x, residual=out, mask=call.mask, padding=call.padding, plan=call.plan
-        )
-        return out
+            return self.adapter(x, residual=self.base(x))[0]
+        # The base comes last: see fastadapt.recompute.
+        out, call.aux = self.adapter(x, mask=call.mask, padding=call.padding, plan=call.plan)
+        return out + self.base(x)
 
 
 class BlockInputs(NamedTuple):
