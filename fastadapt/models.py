@@ -239,6 +239,8 @@ class ReplacementModel(nn.Module):
             The embeddings ``[B, T, D]`` (scaled as the architecture does) and each block's keyword
             arguments: attention mask, rotary embeddings, positions.
         """
+        from transformers import DynamicCache
+
         arguments: list[dict[str, Any]] = []
 
         def record(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -249,7 +251,7 @@ class ReplacementModel(nn.Module):
                 )
             if not arguments:
                 embeddings.append(hidden_states)
-            arguments.append(kwargs)
+            arguments.append({**kwargs, "past_key_values": None})
             return hidden_states
 
         embeddings: list[Tensor] = []
@@ -258,7 +260,11 @@ class ReplacementModel(nn.Module):
             block.forward = record
         try:
             getattr(self.model, self.paths.decoder)(
-                input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                # Without a cache transformers asks the device whether sequences are packed.
+                past_key_values=DynamicCache(),
+                use_cache=False,
             )
         finally:
             for block in blocks:

@@ -46,19 +46,9 @@ def test_the_tracker_counts_what_lives() -> None:
 @pytest.mark.parametrize("policy", ["none", "attention", "full"])
 @pytest.mark.parametrize("dense", [False, True], ids=["codes", "dense"])
 def test_the_plan_is_what_lives(
-    policy: str, dense: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    policy: str, dense: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """At the 7B pair's width, 10,000 tokens. What ops allocate within themselves is not seen."""
-    made = ReplacementModel.block_inputs
-
-    def without_masks(self, *args):
-        # To transformers a fake tensor is one that is traced: it makes masks that a run has not.
-        inputs = made(self, *args)
-        for arguments in inputs.arguments:
-            arguments["attention_mask"] = None
-        return inputs
-
-    monkeypatch.setattr(ReplacementModel, "block_inputs", without_masks)
     config = run_config(policy)
     model_config = Qwen2Config(
         hidden_size=3584,
