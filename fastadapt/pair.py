@@ -187,8 +187,10 @@ class ModelPair:
 def check_configs(target: Any, base: Any) -> None:
     """Raise :class:`PairMismatchError` naming every size or kind in which the two differ."""
     if target.model_type not in ARCHITECTURES:
+        inner = getattr(target.get_text_config(), "model_type", None)
+        text = f" (of its parts, the text model {inner!r} is)" if inner in ARCHITECTURES else ""
         raise UserError(
-            f"architecture {target.model_type!r} is not supported; "
+            f"architecture {target.model_type!r} is not supported{text}; "
             f"supported: {', '.join(sorted(ARCHITECTURES))}"
         )
     differing = [

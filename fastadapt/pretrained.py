@@ -35,6 +35,11 @@ ARCHITECTURES: Mapping[str, Paths] = {
     "qwen2": Paths(),
     "llama": Paths(),
     "gemma2": Paths(attention="eager"),
+    "gemma3_text": Paths(),
+    "mistral": Paths(),
+    "olmo2": Paths(),
+    "phi3": Paths(),
+    "qwen3": Paths(),
 }
 
 
@@ -125,7 +130,7 @@ def load_causal_lm(
     role: str = "target",
     besides: Collection[str] = (),
 ) -> Any:
-    """transformers' causal language model of a checkpoint, in eval mode, every weight accounted for.
+    """transformers' causal language model of a checkpoint, in eval mode, no weight left over.
 
     ``besides`` are the tensors that the checkpoint may hold and the model does not; ``role`` is the
     checkpoint's name in messages.

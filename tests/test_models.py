@@ -14,9 +14,8 @@ from fastadapt.adapter import AdapterConfig
 from fastadapt.errors import UserError
 from fastadapt.models import ModelPair, PairConfig, PairMismatchError, ReplacementModel
 from fastadapt.pair import check_tokenizers, choose_attention, choose_device
-from fastadapt.pretrained import reading
+from fastadapt.pretrained import ARCHITECTURES, reading
 
-ARCHITECTURES = ["qwen2", "llama", "gemma2"]
 IDS = torch.tensor([[5, 9, 23, 7, 31, 8]])
 
 

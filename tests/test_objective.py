@@ -14,8 +14,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers.models.gemma2 import modeling_gemma2
+from transformers.models.gemma3 import modeling_gemma3
 from transformers.models.llama import modeling_llama
+from transformers.models.mistral import modeling_mistral
+from transformers.models.olmo2 import modeling_olmo2
+from transformers.models.phi3 import modeling_phi3
 from transformers.models.qwen2 import modeling_qwen2
+from transformers.models.qwen3 import modeling_qwen3
 
 from fastadapt import adapter as adapter_module
 from fastadapt.adapter import AdapterConfig
@@ -24,6 +29,7 @@ from fastadapt.errors import UserError
 from fastadapt.kernels.transcoder import Plan, plan_for
 from fastadapt.models import ReplacementModel
 from fastadapt.objective import ObjectiveConfig, draw_cutoff, objective
+from fastadapt.pretrained import ARCHITECTURES
 
 LAYERS, WIDTH, FEATURES, VOCABULARY = 3, 16, 24, 40
 ACTIVATIONS = {
@@ -161,9 +167,17 @@ def float64_clean(monkeypatch: pytest.MonkeyPatch) -> None:
     def gemma(self: nn.Module, x: Tensor) -> Tensor:
         return (1 + self.weight) * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
 
-    monkeypatch.setattr(modeling_qwen2.Qwen2RMSNorm, "forward", rms)
-    monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", rms)
-    monkeypatch.setattr(modeling_gemma2.Gemma2RMSNorm, "forward", gemma)
+    for norm in (
+        modeling_llama.LlamaRMSNorm,
+        modeling_mistral.MistralRMSNorm,
+        modeling_olmo2.Olmo2RMSNorm,
+        modeling_phi3.Phi3RMSNorm,
+        modeling_qwen2.Qwen2RMSNorm,
+        modeling_qwen3.Qwen3RMSNorm,
+    ):
+        monkeypatch.setattr(norm, "forward", rms)
+    for norm in (modeling_gemma2.Gemma2RMSNorm, modeling_gemma3.Gemma3RMSNorm):
+        monkeypatch.setattr(norm, "forward", gemma)
     monkeypatch.setattr(nn.functional, "softmax", wide_softmax)
 
 
@@ -200,8 +214,12 @@ def check(replacement, reference_target, cutoff, config, batch, tolerance) -> No
             assert error < tolerance, f"{i}.{name} at cutoff {cutoff}: relative error {error:.1e}"
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("architecture", ["qwen2", "llama", "gemma2"])
+# Each architecture with one activation, and each activation with two architectures.
+CASES = [(architecture, "relu") for architecture in ARCHITECTURES]
+CASES += [(a, activation) for a in ("qwen2", "gemma2") for activation in list(ACTIVATIONS)[1:]]
+
+
+@pytest.mark.parametrize(("architecture", "activation"), CASES)
 def test_every_loss_and_gradient_equals_the_naive_ones(
     architecture, activation, make_pair, float64_clean
 ) -> None:
