@@ -24,7 +24,7 @@ def randomised(pair, features: int = 24) -> ReplacementModel:
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for p in model.adapters.parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=generator))
+            p.add_(0.3 * torch.randn(p.shape, generator=generator))
     return model
 
 
@@ -163,6 +163,14 @@ def test_a_mismatched_pair_says_what_differs(case, save_model) -> None:
     with pytest.raises(PairMismatchError) as error:
         load(save_model("target"), save_model("base", 1, **changes))
     assert message in str(error.value)
+
+
+def test_of_a_multimodal_model_the_text_model_is_wanted(tmp_path, save_model) -> None:
+    from transformers import AutoConfig
+
+    AutoConfig.for_model("gemma3").save_pretrained(tmp_path / "gemma3")
+    with pytest.raises(UserError, match=r"'gemma3' is not supported .* 'gemma3_text' is\)"):
+        load(str(tmp_path / "gemma3"), save_model("base"))
 
 
 def test_renamed_added_tokens_are_a_note(save_model) -> None:
