@@ -21,6 +21,7 @@ from fastadapt.training.feed import Feed
 from fastadapt.training.interrupt import out_of_memory_explained, stop_on_signals
 from fastadapt.training.loop import Run
 from fastadapt.training.rundir import Record, Sink
+from fastadapt.training.sinks import open_sinks
 
 
 def train(
@@ -56,6 +57,7 @@ def train(
     with (
         stop_on_signals(stop) as (stopping, caught),
         rundir.open_run(config, resume=resume, overwrite=overwrite) as folder,
+        open_sinks(config, folder) as more_sinks,
         out_of_memory_explained(config),
     ):
         checkpoint, passed = _find_checkpoint(folder) if resume else (None, [])
@@ -64,7 +66,7 @@ def train(
         run = Run(config, folder, started, model, feed)
         if not resume:
             rundir.start_afresh(folder, config)
-        run.begin(checkpoint, passed, sinks, resume=resume)
+        run.begin(checkpoint, passed, [*sinks, *more_sinks], resume=resume)
         with run.log:
             run.evaluate_if_due(stopping)
             while run.step < run.steps and not stopping.is_set():
