@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from fastadapt.adapter import TranscoderAdapter
 from fastadapt.errors import RunError, UserError
-from fastadapt.pretrained import ARCHITECTURES, fetch, model_config, reading, tensor_files
+from fastadapt.pretrained import ARCHITECTURES, Paths, fetch, model_config, reading, tensor_files
 
 #: Reads one tensor.
 Lazy = Callable[[], Tensor]
@@ -78,6 +79,25 @@ def replacement_tensors(
     if odd := sorted({name for name in ours if mlp.match(name)} - mlps.keys()):
         raise UserError(f"base {base}: {len(odd)} MLP weights are missing: {odd[:3]}")
     return {name: mlps.get(name, tensor) for name, tensor in ours.items()}
+
+
+def adapter_tensors(
+    layers: Sequence[Callable[[], TranscoderAdapter]], paths: Paths
+) -> dict[str, Lazy]:
+    """The tensors of adapters as ``...{layer}.mlp.adapter.{name}``; one layer is held at a time."""
+
+    @lru_cache(maxsize=1)
+    def layer(i: int) -> dict[str, Tensor]:
+        return layers[i]().state_dict()
+
+    def one(i: int, name: str) -> Tensor:
+        return layer(i)[name]
+
+    block = f"{paths.decoder}.{paths.layers}.{{}}.{paths.mlp}.adapter.{{}}"
+    names = list(layer(0))
+    return {
+        block.format(i, name): partial(one, i, name) for i in range(len(layers)) for name in names
+    }
 
 
 def read_json(source: str, name: str, revision: str | None) -> dict[str, Any]:

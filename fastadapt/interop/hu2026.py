@@ -12,10 +12,10 @@ F features, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import lru_cache, partial
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,16 +26,16 @@ from fastadapt.checkpoint_files import (
     CONFIG,
     SHARD_BYTES,
     Lazy,
+    adapter_tensors,
     lazy_tensors,
     read_json,
     replacement_tensors,
 )
 from fastadapt.errors import UserError
 from fastadapt.interop.hu2026_format import (
-    NAMES,
-    adapter_tensors,
     adapters_of,
     published_config,
+    published_tensors,
     write_published,
 )
 from fastadapt.models import ModelPair, PairConfig, PairMismatchError, ReplacementModel
@@ -75,7 +75,7 @@ def load(
         PairMismatchError: the target is another model than the checkpoint was made from.
     """
     config = published_config(source, revision)
-    held = adapter_tensors(source, revision)
+    held = published_tensors(source, revision)
     stored = str(config.dtype or torch.float32).removeprefix("torch.")
     pair = PairConfig(
         target or source, source, target_revision or revision, revision, dtype=dtype or stored
@@ -94,7 +94,7 @@ def load(
     )
     blocks = model.model.layers
     base_mlps = nn.ModuleList(block.mlp for block in blocks)
-    own: Any = [_NoTarget() for _ in blocks]
+    own: Any = [None] * len(blocks)
     if target is not None:
         theirs = model_config(target, target_revision, trust=False)
         check_configs(theirs, config)
@@ -174,7 +174,7 @@ def to_adapters(
     checkpoint itself, which holds the base's MLPs.
     """
     config = published_config(source, revision)
-    held = adapter_tensors(source, revision)
+    held = published_tensors(source, revision)
     commit = getattr(config, "_commit_hash", None)
     metadata = {
         "target": target,
@@ -208,10 +208,7 @@ def from_adapters(
             f"{config.get('num_hidden_layers')}"
         )
     tensors = replacement_tensors(target, base, at)
-    for i, read in enumerate(layers):
-        once = lru_cache(maxsize=1)(read)
-        for name in NAMES:
-            tensors[f"model.layers.{i}.mlp.adapter.{name}"] = partial(_part, once, name)
+    tensors |= adapter_tensors(layers, ARCHITECTURES["qwen2"])
     write_published(
         folder,
         tensors,
@@ -222,16 +219,6 @@ def from_adapters(
         like=like,
         shard_bytes=shard_bytes,
     )
-
-
-class _NoTarget(nn.Module):
-    """Stands for the target's MLP in a model that was read without its target."""
-
-    def forward(self, x: Tensor) -> NoReturn:
-        raise UserError(
-            "this checkpoint was read without its target, whose MLPs it does not hold; "
-            "read it with target=... for the target mode"
-        )
 
 
 def _check_shared(target: str, revision: str | None, held: Mapping[str, Lazy]) -> None:
@@ -252,7 +239,3 @@ def _check_shared(target: str, revision: str | None, held: Mapping[str, Lazy]) -
 
 def _itself(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu()
-
-
-def _part(read: Callable[[], TranscoderAdapter], name: str) -> Tensor:
-    return getattr(read(), name).detach()

@@ -36,7 +36,7 @@ NAMES = {
 _ADAPTER = re.compile(r"model\.layers\.\d+\.mlp\.transcoder_(enc|dec)\.(weight|bias)")
 
 
-def adapter_tensors(source: str, revision: str | None) -> dict[str, Lazy]:
+def published_tensors(source: str, revision: str | None) -> dict[str, Lazy]:
     """The adapters' tensors of a checkpoint, by name."""
     tensors = lazy_tensors(source, revision, "checkpoint")
     return {name: read for name, read in tensors.items() if _ADAPTER.fullmatch(name)}
