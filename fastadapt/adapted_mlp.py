@@ -78,9 +78,11 @@ class AdaptedMLP(nn.Module):
 
         Small calls do without one, see the op; for others dense products hold any number of codes.
         """
-        capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+        if not x.is_cuda or torch.compiler.is_compiling():
+            return None
         assert isinstance(self.adapter, TranscoderAdapter)
         small = x.shape[:-1].numel() * self.adapter.n_features <= SMALL_ENTRIES
+        capturing = torch.cuda.is_current_stream_capturing()
         return Plan(dense=True) if capturing and not small else None
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from fastadapt.adapter import AdapterConfig
 from fastadapt.errors import UserError
+from fastadapt.kernels.transcoder import SMALL_ENTRIES, Plan
 from fastadapt.models import ModelPair, PairConfig, PairMismatchError, ReplacementModel
 from fastadapt.pair import check_tokenizers, choose_attention, choose_device
 from fastadapt.pretrained import ARCHITECTURES, reading
@@ -75,7 +76,7 @@ def test_generate_in_each_mode(architecture, make_pair) -> None:
     assert len({tuple(ids[0].tolist()) for ids in seen.values()}) == 3
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ["qwen2", "gemma2", "phi3"])
 def test_compile(architecture, make_pair) -> None:
     torch._dynamo.reset()
     model = randomised(make_pair(architecture))
@@ -136,6 +137,19 @@ def test_block_by_block_equals_the_models_own_forward(make_pair) -> None:
                     ours = model.softcap * (ours / model.softcap).tanh()
             torch.testing.assert_close(ours[real], logits[real])
     assert all("forward" not in vars(block) for block in model.blocks)
+
+
+def test_what_is_captured_as_a_graph_asks_the_gpu_nothing(make_pair, monkeypatch) -> None:
+    """Calls too large for a buffer of every entry take dense products, but only when captured."""
+    from torch._subclasses import FakeTensorMode
+
+    mlp = randomised(make_pair("qwen2")).mlps[0]
+    with FakeTensorMode():
+        few, many = (torch.empty(1, n, 16, device="cuda") for n in (1, SMALL_ENTRIES // 24 + 1))
+    for capturing, expected in ((True, Plan(dense=True)), (False, None)):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda c=capturing: c)
+        assert mlp._plan_of_capture(few) is None
+        assert mlp._plan_of_capture(many) == expected
 
 
 def test_one_pair_carries_one_set_of_adapters(make_pair) -> None:

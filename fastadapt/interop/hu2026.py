@@ -78,7 +78,11 @@ def load(
     held = published_tensors(source, revision)
     stored = str(config.dtype or torch.float32).removeprefix("torch.")
     pair = PairConfig(
-        target or source, source, target_revision or revision, revision, dtype=dtype or stored
+        target or source,
+        source,
+        target_revision if target else revision,
+        revision,
+        dtype=dtype or stored,
     )
     on, wide = choose_device(device), DTYPES[pair.dtype]
     paths = ARCHITECTURES["qwen2"]

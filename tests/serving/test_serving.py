@@ -127,13 +127,32 @@ def test_batches_give_the_tokens_of_generate(architecture, exported) -> None:
                 prompts,
                 generation_config=config,
                 continuous_batching_config=ContinuousBatchingConfig(
-                    page_size=16, num_blocks=32, max_batch_tokens=32
+                    num_blocks=8, max_batch_tokens=32
                 ),
             )
             alone = [loaded.generate(torch.tensor([p]), **GREEDY)[0, len(p) :] for p in prompts]
         seen[mode] = [out.generated_tokens for out in together.values()]
         assert seen[mode] == [out.tolist() for out in alone]
     assert seen["replacement"] != seen["hybrid"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are captured on a GPU")
+@pytest.mark.parametrize("n_tokens", [1, 7, 300_000])
+def test_an_adapters_work_is_captured_as_a_graph(n_tokens, exported) -> None:
+    """Small calls hold every code, larger ones take dense products: neither asks the GPU."""
+    folder, _ = exported()
+    loaded = AutoModelForCausalLM.from_pretrained(folder).cuda()
+    mlp = loaded.adapted_mlps[0]
+    x = torch.randn(1, n_tokens, 16, device="cuda")
+    with torch.no_grad():
+        mlp(x)  # kernels are compiled
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = mlp(x)
+        x.copy_(torch.randn_like(x))
+        expected = mlp(x)
+        graph.replay()
+    torch.testing.assert_close(captured, expected)
 
 
 def test_what_belongs_to_the_target_is_kept(exported, tmp_path) -> None:
