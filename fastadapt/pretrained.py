@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -138,7 +138,7 @@ def load_causal_lm(
     from transformers import AutoModelForCausalLM
 
     tensor_files(source, revision)
-    with reading(role, source):
+    with reading(role, source), _no_report() if besides else nullcontext():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             revision=revision,
@@ -157,6 +157,22 @@ def load_causal_lm(
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise UserError(f"{role} {source}: a head with a bias is not supported")
     return model.eval()
+
+
+@contextmanager
+def _no_report() -> Iterator[None]:
+    """Without transformers' table of tensors that it does not know, which are known to the caller.
+
+    What is wrong with a checkpoint is raised from the same facts.
+    """
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def load_mlps(

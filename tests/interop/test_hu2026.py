@@ -136,6 +136,14 @@ def test_it_computes_what_the_formula_says(published, tmp_path) -> None:
     torch.testing.assert_close(logits(model, "replacement"), reference_logits(source))
 
 
+def test_nothing_is_said_of_tensors_that_are_read(published, capfd) -> None:
+    """transformers reports them as unexpected, which reads as if they were left out."""
+    source = published()
+    capfd.readouterr()
+    hu2026.load(source, device="cpu")
+    assert "UNEXPECTED" not in "".join(capfd.readouterr())
+
+
 def test_the_target_mode_is_the_target(published, tmp_path) -> None:
     from transformers import AutoModelForCausalLM
 
