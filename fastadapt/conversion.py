@@ -45,7 +45,7 @@ def convert(
         raise UserError(f"--output: {out} is in use; give a new folder")
     if format == "adapters":
         hu2026.to_adapters(source, out, target=target, base=base)
-        return f"adapters, metadata = fastadapt.load_adapters({str(out)!r})"
+        return f"import fastadapt; adapters, metadata = fastadapt.load_adapters({str(out)!r})"
     folder = _adapters_of(source)
     metadata = read_adapters(folder)[1]["metadata"]
     pair = {"target": target, "base": base}
@@ -65,8 +65,9 @@ def convert(
         revisions=revisions,
     )
     if format == "hu2026":
-        return f"model = fastadapt.interop.hu2026.load({str(out)!r})"
-    return f"import fastadapt.serving; model = AutoModelForCausalLM.from_pretrained({str(out)!r})"
+        return f"from fastadapt.interop import hu2026; model = hu2026.load({str(out)!r})"
+    imports = "import fastadapt.serving; from transformers import AutoModelForCausalLM"
+    return f"{imports}; model = AutoModelForCausalLM.from_pretrained({str(out)!r})"
 
 
 def _adapters_of(source: str) -> Path:

@@ -22,6 +22,14 @@ def of_the_run(folder: Path) -> torch.Tensor:
         return ReplacementModel(pair, adapters)(IDS).logits
 
 
+def told(outcome) -> dict:
+    """What the line that says how to load it leaves behind."""
+    assert (outcome.code, outcome.err) == (0, "")
+    names: dict = {}
+    exec(outcome.out.removeprefix("Load it with:").strip(), names)
+    return names
+
+
 def test_a_run_crosses_over_and_comes_back(desk, fastadapt, tmp_path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -29,23 +37,17 @@ def test_a_run_crosses_over_and_comes_back(desk, fastadapt, tmp_path) -> None:
     expected = of_the_run(run)
     out = tmp_path / "checkpoint"
     outcome = fastadapt("export", run, "--output", out)
-    assert (outcome.code, outcome.err) == (0, "")
-    said = f"import fastadapt.serving; model = AutoModelForCausalLM.from_pretrained({str(out)!r})"
-    assert said in outcome.out
     with torch.no_grad():
-        assert torch.equal(AutoModelForCausalLM.from_pretrained(out)(IDS).logits, expected)
+        assert torch.equal(told(outcome)["model"](IDS).logits, expected)
 
     published, adapters = tmp_path / "published", tmp_path / "adapters"
-    assert fastadapt("export", run, "--output", published, "--format", "hu2026").code == 0
-    names = {}
-    exec("import fastadapt.interop.hu2026", names)
-    loaded = eval(f"fastadapt.interop.hu2026.load({str(published)!r}, device='cpu')", names)
+    outcome = fastadapt("export", run, "--output", published, "--format", "hu2026")
+    loaded = told(outcome)["model"]
     with torch.no_grad():
         assert torch.equal(loaded(IDS).logits, expected)
 
     outcome = fastadapt("export", published, "--output", adapters, "--format", "adapters")
-    assert outcome.code == 0
-    ours, theirs = load_adapters(run / "adapter")[0], load_adapters(adapters)[0]
+    ours, theirs = load_adapters(run / "adapter")[0], told(outcome)["adapters"]
     for name, tensor in ours.state_dict().items():
         assert torch.equal(theirs.state_dict()[name], tensor)
     again = tmp_path / "again"

@@ -113,7 +113,7 @@ def test_saved_again_it_is_the_same(exported, tmp_path) -> None:
         assert torch.equal(loaded(IDS).logits, again(IDS).logits)
 
 
-@pytest.mark.parametrize("architecture", ["qwen2", "llama"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_batches_give_the_tokens_of_generate(architecture, exported) -> None:
     folder, _ = exported(architecture)
     loaded = AutoModelForCausalLM.from_pretrained(folder)
