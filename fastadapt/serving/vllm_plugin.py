@@ -2,8 +2,8 @@
 
 vLLM can run any model of transformers in its own engine; an exported checkpoint is one once its
 classes are registered. So the plugin registers them in every process of vLLM's, and names vLLM's
-class for such models as theirs. Adapters cannot be switched off there, and ``batch_topk`` does not
-load: its threshold is a buffer, and vLLM's loader fills parameters. Not run on a GPU yet.
+class for such models as theirs. Adapters cannot be switched off there, and ``batch_topk`` needs a
+vLLM whose loader fills buffers too, since its threshold is one. Not run on a GPU yet.
 """
 
 from __future__ import annotations
