@@ -62,16 +62,14 @@ class AdaptedMLP(nn.Module):
                     "hold; only the modes hybrid and replacement are there"
                 )
             return self.target(x)
-        out: Tensor = self.base(x)
         if self.mode == "hybrid":
-            return out
+            return self.base(x)
         call = self.call
         if call is None:
-            return self.adapter(x, residual=out, plan=self._plan_of_capture(x))[0]
-        out, call.aux = self.adapter(
-            x, residual=out, mask=call.mask, padding=call.padding, plan=call.plan
-        )
-        return out
+            return self.adapter(x, residual=self.base(x), plan=self._plan_of_capture(x))[0]
+        # The base comes last: see fastadapt.recompute.
+        out, call.aux = self.adapter(x, mask=call.mask, padding=call.padding, plan=call.plan)
+        return out + self.base(x)
 
     def _plan_of_capture(self, x: Tensor) -> Plan | None:
         """A plan that asks the GPU nothing, while its work is captured as a graph.

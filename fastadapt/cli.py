@@ -96,7 +96,7 @@ def train(argv: list[str]) -> int:
         print(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), end="")
         return 0
     if flags.dry_run:
-        return _print_plan(config)
+        return _print_plan(config, flags.gpu, as_json=flags.json)
 
     from fastadapt.progress import Progress
     from fastadapt.training.trainer import train as run_training
@@ -147,18 +147,40 @@ def _print_summary(summary: dict[str, Any]) -> None:
     print(f"report:  {Path(summary['report']).resolve()}")
 
 
-def _print_plan(config: Any) -> int:
-    from fastadapt.training.interrupt import free_memory
-    from fastadapt.training.plan import gib, plan
+def _print_plan(config: Any, gpu: str | None, *, as_json: bool) -> int:
+    from fastadapt.training.plan import as_json as to_json
+    from fastadapt.training.plan import gb, plan, predict, remedies
 
-    planned = plan(config)
+    planned = plan(config, gpu)
+    if as_json:
+        print(json.dumps(to_json(planned, predict(config, planned)), indent=2))
+        return 0
+    device = planned.device
     for title, sizes in (("memory, by part", planned.parts), ("by phase", planned.phases)):
-        _print_table([title, "at most"], [[name, gib(size)] for name, size in sizes.items()])
+        _print_table([title, "at most"], [[name, gb(size)] for name, size in sizes.items()])
         print()
-    print(f"Peak: {gib(planned.peak_bytes)}, in {planned.peak_phase}; {free_memory()}.")
-    print(f"Sequences of up to {planned.tokens_per_sequence:,} tokens.", end=" ")
-    known = f"{planned.steps:,} steps" if planned.steps else "Steps: not known without the data"
-    print(f"{known}; {planned.parameters:,} trained parameters.")
+    print(
+        f"Peak: {gb(planned.peak_bytes)}, in {planned.peak_phase}, for sequences of up to "
+        f"{planned.tokens_per_sequence:,} tokens, with objective.checkpoint {planned.checkpoint}."
+    )
+    usable = f"{gb(device.usable_bytes)} of the {gb(device.memory_bytes)} of {device.name}"
+    print(f"It {'fits' if planned.fits else 'DOES NOT FIT'} into {usable}.")
+    if not planned.fits:
+        found = [[name, gb(size)] for name, size in remedies(config, planned)]
+        _print_table(["with", "peak"], found)
+    assumed = "" if planned.tokens else ", both assumed: the data are not here"
+    print(
+        f"{planned.steps:,} steps of {planned.mean_tokens:,} tokens a sequence{assumed}; "
+        f"{planned.parameters:,} trained parameters; checkpoints and adapters: "
+        f"{gb(planned.disk_bytes)} of disk."
+    )
+    predicted = predict(config, planned)
+    print(
+        f"Prediction: {predicted.flops_per_step / 1e12:,.4g} TFLOP a step at L0 {predicted.l0:g} "
+        f"(more at the first steps, whose products are dense), {predicted.step_s:.3g} s, "
+        f"{predicted.hours:.3g} h for the run, at {device.flops_per_s / 1e12:.4g} TFLOP/s of "
+        f"{device.name} ({device.source})."
+    )
     return 0
 
 

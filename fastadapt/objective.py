@@ -31,15 +31,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from fastadapt.batch import Batch, token_weights
 from fastadapt.errors import UserError
 from fastadapt.kernels.linear_kl import linear_kl
 from fastadapt.kernels.nmse import nmse
-from fastadapt.kernels.transcoder import SAVED_OPS, Plan, TranscoderStats, plan_for
+from fastadapt.kernels.transcoder import Plan, TranscoderStats, plan_for
 from fastadapt.models import Mode, ReplacementModel
 from fastadapt.pair import DTYPES
+from fastadapt.recompute import POLICIES, recomputed
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,9 @@ class ObjectiveConfig:
             are not run.
         first_cutoff: the cutoff is uniform on ``first_cutoff..L``: 1 in the text, 0 in the released
             code.
-        checkpoint: recompute blocks in the backward pass. Their sparse codes are kept, so the
-            encoder's product is not recomputed.
+        checkpoint: what a block keeps for the backward pass (:mod:`fastadapt.recompute`):
+            ``none`` recomputes nothing, ``attention`` all but attention, ``full`` all; a training
+            run with ``auto`` takes the first of them whose planned memory fits.
         kl_chunk_tokens: tokens whose logits exist at a time.
         logits_dtype: what logits are rounded to before the softmax, which is taken in float32:
             null for float32 (near-equal distributions cancel in 16 bits), ``bfloat16`` as in the
@@ -65,7 +66,7 @@ class ObjectiveConfig:
     nmse: float = 1.0
     bridge: float = 1.0
     first_cutoff: int = 1
-    checkpoint: bool = True
+    checkpoint: str = "full"
     kl_chunk_tokens: int = 1024
     logits_dtype: str | None = None
 
@@ -76,6 +77,11 @@ class ObjectiveConfig:
                 raise UserError(f"objective.{name} must be a finite weight >= 0, got {value}")
         if self.first_cutoff not in (0, 1):
             raise UserError(f"objective.first_cutoff must be 0 or 1, got {self.first_cutoff}")
+        if self.checkpoint not in (*POLICIES, "auto"):
+            raise UserError(
+                f"objective.checkpoint must be auto or one of {', '.join(POLICIES)}, "
+                f"got {self.checkpoint!r}"
+            )
         if self.kl_chunk_tokens < 1:
             raise UserError(f"objective.kl_chunk_tokens must be >= 1, got {self.kl_chunk_tokens}")
         if self.logits_dtype is not None and self.logits_dtype not in DTYPES:
@@ -123,21 +129,6 @@ def _run_block(
 ) -> tuple[Tensor, Tensor | None, TranscoderStats | None]:
     out, aux = model.block(layer, hidden, arguments, mode, mask=mask, padding=padding, plan=plan)
     return (out, None, None) if aux is None else (out, aux.penalty, aux.stats)
-
-
-def _checkpointed(
-    run: Any, hidden: Tensor, enabled: bool
-) -> tuple[Tensor, Tensor | None, TranscoderStats | None]:
-    """Run a block, recomputing it in backward; codes of its adapter are kept."""
-    if not enabled:
-        return run(hidden)
-    return checkpoint(
-        run,
-        hidden,
-        use_reentrant=False,
-        preserve_rng_state=False,
-        context_fn=partial(create_selective_checkpoint_contexts, SAVED_OPS),
-    )
 
 
 class _Streams(NamedTuple):
@@ -199,13 +190,13 @@ def _walk(
         plan = None if codes_per_token is None else _plan(model, h_rep, codes_per_token[layer])
         run = partial(_run_block, model, layer, "replacement", inputs.arguments[layer])
         run = partial(run, mask=mask, padding=pad, plan=plan)
-        h_rep, penalty, counts = _checkpointed(run, h_rep, config.checkpoint)
+        h_rep, penalty, counts = recomputed(config.checkpoint, run, h_rep)
         assert penalty is not None
         assert counts is not None
         calls.append(AdapterCall(penalty, counts, plan, 2 if forked else 1))
         if bridge is not None:
             run = partial(_run_block, model, layer, "target", single.arguments[layer])
-            bridge, _, _ = _checkpointed(run, bridge, config.checkpoint)
+            bridge, _, _ = recomputed(config.checkpoint, run, bridge)
         error = nmse(h_rep[:n_rows], h, mask=real)
         nmse_sum = nmse_sum + error.nmse.mean()
         token_sum = token_sum + (error.token_nmse * tokens_BT).sum()

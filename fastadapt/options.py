@@ -130,15 +130,20 @@ def train_parser() -> Parser:
     )
     for flag, told in TRAIN_FLAGS.items():
         parser.add_argument(flag, action="store_true", default=False, help=told)
+    parser.add_argument("--gpu", type=str, default=None, help=PLAN_GPU)
     for name, kind in typing.get_type_hints(TrainConfig).items():
         parser.add_class_arguments(kind, name)
     return parser
 
 
+PLAN_GPU = "with --dry-run: plan for this GPU (a100, h100, h200) instead of this machine"
+
 TRAIN_FLAGS = {
     "--resume": "go on with the run in run.output, from its newest checkpoint",
     "--overwrite": "remove the run in run.output first",
-    "--dry-run": "print what the run would need (memory, steps) and stop; no weights are read",
+    "--dry-run": "print what the run would need (memory, work, hours, disk) and stop; no weights "
+    "are read, nothing is fetched for a preset",
+    "--json": "with --dry-run: print one JSON object",
     "--print_config": "print the whole configuration as YAML and stop",
 }
 
@@ -161,6 +166,10 @@ def parse_train(argv: Sequence[str]) -> tuple[TrainConfig, Namespace]:
     for flag in TRAIN_FLAGS:
         name = flag.lstrip("-").replace("-", "_")
         flags[name] = bool(typed.get(name))
+    flags.gpu = typed.get("gpu")
+    for name in ("json", "gpu"):
+        if flags[name] and not flags.dry_run:
+            parser.error(f"--{name} goes with --dry-run")
     for component, fields in typed.as_dict().items():
         if isinstance(fields, dict):
             below = values.setdefault(component, {})

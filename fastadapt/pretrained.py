@@ -43,6 +43,10 @@ ARCHITECTURES: Mapping[str, Paths] = {
 }
 
 
+#: Shapes of the presets' models.
+SHAPES = Path(__file__).parent / "presets" / "shapes.json"
+
+
 @contextmanager
 def reading(what: str, source: str) -> Iterator[None]:
     """Turn what a missing, broken or misshapen source raises into one line that names it."""
@@ -74,6 +78,18 @@ def model_config(source: str, revision: str | None, trust: bool) -> Any:
         )
     with reading("model", source):
         return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust)
+
+
+def shipped_config(source: str) -> Any | None:
+    """transformers' configuration of a hub model that a preset names: its shapes, offline.
+
+    For plans alone: what has no influence on shapes (positions, rotary bases) is not in it. None
+    for other models.
+    """
+    from transformers import AutoConfig
+
+    known = json.loads(SHAPES.read_text(encoding="utf-8")).get(source)
+    return None if known is None else AutoConfig.for_model(**known)
 
 
 def load_tokenizer(source: str, revision: str | None, trust: bool) -> Any:

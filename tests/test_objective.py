@@ -8,11 +8,14 @@ bridge, one sequence at a time.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
+from collections import Counter
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.gemma3 import modeling_gemma3
 from transformers.models.llama import modeling_llama
@@ -30,6 +33,7 @@ from fastadapt.kernels.transcoder import Plan, plan_for
 from fastadapt.models import ReplacementModel
 from fastadapt.objective import ObjectiveConfig, draw_cutoff, objective
 from fastadapt.pretrained import ARCHITECTURES
+from fastadapt.recompute import POLICIES
 
 LAYERS, WIDTH, FEATURES, VOCABULARY = 3, 16, 24, 40
 ACTIVATIONS = {
@@ -245,20 +249,21 @@ def test_checkpointing_changes_no_bit(implementation, make_pair) -> None:
     config = AdapterConfig(FEATURES, implementation=implementation)
     replacement = make_replacement(make_pair("qwen2"), config)
     results = []
-    for flag in (True, False):
+    for policy in POLICIES:
         replacement.zero_grad()
-        out = objective(replacement, ragged_batch(), 1, ObjectiveConfig(checkpoint=flag))
+        out = objective(replacement, ragged_batch(), 1, ObjectiveConfig(checkpoint=policy))
         out.loss.backward()
         grads = [p.grad.clone() for p in replacement.adapters.parameters()]
         results.append((out.metrics, grads))
-    (m1, g1), (m2, g2) = results
-    assert {k: v.item() for k, v in m1.items()} == {k: v.item() for k, v in m2.items()}
-    assert all(torch.equal(a, b) for a, b in zip(g1, g2, strict=True))
+    (m1, g1), *others = results
+    for m2, g2 in others:
+        assert {k: v.item() for k, v in m1.items()} == {k: v.item() for k, v in m2.items()}
+        assert all(torch.equal(a, b) for a, b in zip(g1, g2, strict=True))
 
 
 @pytest.mark.parametrize("cutoff", range(LAYERS + 1))
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_one_traversal(cutoff, checkpointed, make_pair) -> None:
+@pytest.mark.parametrize("policy", POLICIES)
+def test_one_traversal(cutoff, policy, make_pair) -> None:
     """At most one target and one replacement forward per layer, plus the bridges' suffixes."""
     replacement = make_replacement(make_pair("qwen2"), ACTIVATIONS["relu"])
     calls: list[tuple[int, str, int]] = []
@@ -270,7 +275,7 @@ def test_one_traversal(cutoff, checkpointed, make_pair) -> None:
             with_kwargs=True,
         )
     batch = ragged_batch()
-    out = objective(replacement, batch, cutoff, ObjectiveConfig(checkpoint=checkpointed))
+    out = objective(replacement, batch, cutoff, ObjectiveConfig(checkpoint=policy))
     forward = list(calls)
     n = len(batch.input_ids)
     forks = 0 < cutoff < LAYERS
@@ -285,7 +290,7 @@ def test_one_traversal(cutoff, checkpointed, make_pair) -> None:
     again = sorted((i, mode) for i, mode, _ in calls)
     expected = [(layer, "replacement") for layer in range(LAYERS)]
     expected += [(layer, "target") for layer in range(cutoff, LAYERS) if forks]
-    assert again == (sorted(expected) if checkpointed else [])
+    assert again == ([] if policy == "none" else sorted(expected))
 
 
 def test_without_weight_the_bridges_are_not_run(make_pair) -> None:
@@ -346,30 +351,51 @@ def test_parity_with_the_released_precision(cutoff, make_pair) -> None:
         assert (grads[name] - value).norm() <= budget, name
 
 
-def test_recompute_keeps_the_codes(make_pair, monkeypatch) -> None:
-    """The encoder runs once per layer, not again in the backward pass."""
-    config = AdapterConfig(FEATURES, implementation="sparse")
-    replacement = make_replacement(make_pair("qwen2"), config)
-    from torch.utils._python_dispatch import TorchDispatchMode
+class Counted(TorchDispatchMode):
+    """How often each op ran, and its products ``[m, n]`` of matrices."""
 
-    class Count(TorchDispatchMode):
-        encode = decode = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: Counter[str] = Counter()
+        self.products: Counter[tuple[int, ...]] = Counter()
 
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.encode += func is torch.ops.fastadapt.encode.default
-            self.decode += func is torch.ops.fastadapt.decode.default
-            return func(*args, **(kwargs or {}))
-
-    with Count() as count:
-        out = objective(replacement, ragged_batch(), 1, ObjectiveConfig())
-        assert (count.encode, count.decode) == (LAYERS, LAYERS)
-        out.loss.backward()
-    assert count.encode == LAYERS
-    assert count.decode == 2 * LAYERS
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.ops[func.name()] += 1
+        if func.name() in ("aten::mm", "aten::addmm"):
+            self.products[tuple(out.shape)] += 1
+        return out
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_every_call_has_the_plan_of_its_layer(checkpointed, make_pair, monkeypatch) -> None:
+def test_what_the_backward_pass_makes_again(make_pair) -> None:
+    """Sparse codes are kept, dense ones are not; attention is, where asked; down is never made."""
+    encode, decode = "fastadapt::encode", "fastadapt::decode"
+    attention = "aten::_scaled_dot_product_flash_attention_for_cpu"
+    batch = ragged_batch()._replace(attention_mask=None)  # a mask goes another way
+    tokens = batch.input_ids.numel()
+    for policy, rate in itertools.product(POLICIES, (0.2, FEATURES)):
+        pair = make_pair("qwen2")
+        inner = pair.target.config.intermediate_size
+        config = AdapterConfig(FEATURES, "topk", k=1, implementation="sparse")
+        replacement = make_replacement(pair, config)
+        with Counted() as forward:
+            weights = ObjectiveConfig(checkpoint=policy, bridge=0)
+            out = objective(replacement, batch, 1, weights, [rate] * LAYERS)
+        with Counted() as backward:
+            out.loss.backward()
+        again = policy != "none"
+        assert forward.ops[encode] == forward.ops[decode] == LAYERS
+        assert forward.ops[attention] == 2 * LAYERS
+        assert backward.ops[decode] == LAYERS * again
+        assert backward.ops[encode] == LAYERS * (again and rate == FEATURES)
+        assert backward.ops[attention] == LAYERS * (policy == "full")
+        # Of [tokens, inner]: the gradient through down, and gate and up made again, but in the
+        # lowest block, whose MLP has a gradient to nothing. (tests/training/test_work.py has down.)
+        assert backward.products[tokens, inner] == (LAYERS - 1) * (3 if again else 1)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_call_has_the_plan_of_its_layer(policy, make_pair, monkeypatch) -> None:
     """Of as many tokens as go through it, padding counted; the recompute has the same."""
     config = AdapterConfig(FEATURES, implementation="sparse")
     replacement = make_replacement(make_pair("qwen2"), config)
@@ -382,7 +408,7 @@ def test_every_call_has_the_plan_of_its_layer(checkpointed, make_pair, monkeypat
 
     monkeypatch.setattr(adapter_module, "transcoder", watched)
     rates = [0.2, 0.9, FEATURES]
-    weights = ObjectiveConfig(checkpoint=checkpointed)
+    weights = ObjectiveConfig(checkpoint=policy)
     out = objective(replacement, ragged_batch(), 1, weights, rates)
     expected = [
         plan_for(rate, n_streams * 3 * 9, FEATURES, torch.float32, "cpu")
@@ -392,7 +418,7 @@ def test_every_call_has_the_plan_of_its_layer(checkpointed, make_pair, monkeypat
     assert [plan.dense for plan in expected] == [False, False, True]
     assert [call.n_streams for call in out.calls] == [1, 2, 2]
     out.loss.backward()
-    assert sorted(seen) == sorted(expected * (1 + checkpointed))
+    assert sorted(seen) == sorted(expected * (1 if policy == "none" else 2))
     assert all(
         call.plan is None for call in objective(replacement, ragged_batch(), 1, weights).calls
     )

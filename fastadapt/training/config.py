@@ -27,15 +27,15 @@ from fastadapt.training.optimizer import OptimizerConfig
 #: Keys in which a resumed run may differ from the run it goes on with: none of them reaches the
 #: weights. (``run.threads`` is not among them: it changes the order of sums, thus bits.)
 FREE_ON_RESUME = frozenset(
-    f"run.{name}"
-    for name in (
-        "output",
-        "log_every",
-        "eval_every",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "max_bad_batches",
-        "sinks",
+    (
+        "run.output",
+        "run.log_every",
+        "run.eval_every",
+        "run.checkpoint_every",
+        "run.keep_checkpoints",
+        "run.max_bad_batches",
+        "run.sinks",
+        "objective.checkpoint",
     )
 )
 

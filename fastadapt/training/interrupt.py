@@ -62,11 +62,11 @@ def _is_refusal(error: Exception) -> bool:
 
 
 def _told(config: TrainConfig, reason: str) -> str:
-    from fastadapt.training.plan import gib, plan
+    from fastadapt.training.plan import gb, plan
 
     try:
         planned = plan(config)
-        need = f"The plan is {gib(planned.peak_bytes)} at the peak: {planned.largest(4)}."
+        need = f"The plan is {gb(planned.peak_bytes)} at the peak: {planned.largest(4)}."
     except UserError as error:
         need = f"No plan could be made: {error}."
     first = reason.strip().splitlines()[0] if reason.strip() else "no reason given"
@@ -76,7 +76,7 @@ def _told(config: TrainConfig, reason: str) -> str:
         "optimizer.accumulation in its stead), objective.kl_chunk_tokens "
         f"({config.objective.kl_chunk_tokens}) or adapter.n_features "
         f"({config.adapter.n_features})"
-        + ("" if config.objective.checkpoint else ", set objective.checkpoint to true")
+        + ("" if config.objective.checkpoint == "full" else ", set objective.checkpoint to full")
         + ("" if config.pair.dtype != "float32" else ", or set pair.dtype to bfloat16")
         + ". --resume goes on from the last checkpoint."
     )
@@ -84,11 +84,11 @@ def _told(config: TrainConfig, reason: str) -> str:
 
 def free_memory() -> str:
     """Say how much memory is free, of the GPU where there is one and of the host."""
-    from fastadapt.training.plan import gib
+    from fastadapt.training.plan import gb
 
     host = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    said = f"{gib(host)} of host memory are free"
+    said = f"{gb(host)} of host memory are free"
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
-        return f"{gib(free)} of {gib(total)} GPU memory and {said}"
+        return f"{gb(free)} of {gb(total)} GPU memory and {said}"
     return said

@@ -1,16 +1,21 @@
 """Bytes of a training step, counted from shapes: what stays, what is kept, what is alive at once.
 
 The bytes are counts of the tensors that are alive together at the worst moment, at the worst cutoff
-(the earliest one that makes both bridges) and at full density, as at the first steps, where about
-half of all features fire and the codes are kept dense. What is not counted: the interpreter, its
-libraries and their scratch space, and what an allocator holds beyond the tensors in it.
+(the earliest one that makes both bridges) and at the worse of two densities: that of the first
+steps, where about half of all features fire and products are dense, and the highest at which codes
+are kept (``dense=False``). What is not counted: the interpreter, its libraries and their scratch
+space, and what an allocator holds beyond the tensors in it.
 
 B sequences, T tokens, N = B T, D width, I width inside the MLP, F features, V vocabulary, L layers.
 """
 
 from __future__ import annotations
 
+from fastadapt.kernels.transcoder.codes import HEADROOM
 from fastadapt.training.shapes import FP32, Shapes
+
+#: Of a code beside its value: feature and token (int32), and its place in the order (int64).
+_CODE_BYTES = 4 + 4 + 8
 
 # --- what stays -----------------------------------------------------------------------------------
 
@@ -35,29 +40,41 @@ def _gradient(s: Shapes) -> int:
 
 
 def _kept_streams(s: Shapes, layer: int) -> int:
-    """Inputs of checkpointed blocks, and the difference that the NMSE's gradient is made of."""
-    streams = s.rows(layer) + s.bridges(layer) + 1
-    return streams * s.tokens * s.width * s.element_bytes
+    """Inputs of recomputed blocks, and the difference that the NMSE's gradient is made of."""
+    inputs = 0 if s.checkpoint == "none" else s.rows(layer) + s.bridges(layer)
+    return (inputs + 1) * s.tokens * s.width * s.element_bytes
 
 
-def _kept_codes(s: Shapes, layer: int) -> int:
-    """Dense codes [N, F]; fewer bytes as soon as they are sparse."""
-    if s.dense_kernel and s.checkpoint:
-        return 0
-    per_entry = s.element_bytes + s.windowed
-    return s.rows(layer) * s.tokens * s.features * per_entry
+def _kept_codes(s: Shapes, layer: int, dense: bool) -> int:
+    """Of the adapter. Dense ones [N, F] are recomputed where anything is."""
+    tokens = s.rows(layer) * s.tokens
+    if s.dense_kernel or dense:
+        kept = s.checkpoint == "none" and not s.dense_kernel
+        return tokens * s.features * (s.element_bytes + s.windowed) * kept
+    each = HEADROOM * s.codes_per_token * (s.element_bytes + _CODE_BYTES)
+    return int(tokens * (each + 8)) + 8 * s.features
 
 
 def _kept_blocks(s: Shapes, layer: int) -> int:
-    """Activations of blocks that are not recomputed."""
-    if s.checkpoint:
+    """What the policy keeps of a block beside its input.
+
+    Nothing of the lowest block has a gradient but its adapter.
+    """
+    rows, bridges = s.rows(layer), s.bridges(layer)
+    if s.checkpoint == "full" or (s.checkpoint == "attention" and s.eager):
         return 0
-    adapted = _block_activations(s, s.rows(layer)) + _adapter_activations(s, s.rows(layer))
-    return adapted + s.bridges(layer) * _block_activations(s, 1)
+    if s.checkpoint == "attention":
+        per_token = s.query * s.element_bytes + s.heads * FP32
+        return (rows + bridges) * s.tokens * per_token
+    adapter = _adapter_activations(s, rows)
+    if layer == 0:
+        return adapter + rows * s.tokens * s.width * s.element_bytes
+    adapted = _block_activations(s, rows, True) + adapter
+    return adapted + bridges * _block_activations(s, 1, False)
 
 
-def _kept(s: Shapes, layer: int) -> int:
-    return _kept_streams(s, layer) + _kept_codes(s, layer) + _kept_blocks(s, layer)
+def _kept(s: Shapes, layer: int, dense: bool) -> int:
+    return _kept_streams(s, layer) + _kept_codes(s, layer, dense) + _kept_blocks(s, layer)
 
 
 def _inputs(s: Shapes) -> int:
@@ -71,19 +88,21 @@ def _inputs(s: Shapes) -> int:
 # --- what one block makes -------------------------------------------------------------------------
 
 
-def _block_activations(s: Shapes, rows: int) -> int:
+def _block_activations(s: Shapes, rows: int, adapted: bool) -> int:
     """Saved by a block of attention and frozen MLP: frozen products save no input.
 
-    Per token: fp32 copies at the norms; query and key after rotation, value, both repeated to all
-    heads, output and its contiguous copy; log-sum-exp; the residual and the normed stream between
-    attention and MLP, and two outputs; gate, its activation, and the up projection.
+    Per token: what each norm reads, in fp32 or wider; query and key after rotation, value, output,
+    log-sum-exp; gate, its activation, and the up projection; the adapter's input. Where sequences
+    are padded, key and value are repeated to all heads.
     """
     e = s.element_bytes
-    norms = s.norms * s.width * s.upcast
-    attention = (5 * s.query + 2 * s.key) * e + s.heads * FP32
+    norms = s.norms * s.width * max(e, FP32)
+    attention = (2 * s.query + 2 * s.key) * e + s.heads * FP32
+    if s.sequences > 1:
+        attention += 2 * s.query * e
     if s.eager:
         attention += s.heads * (s.tokens // s.sequences) * (2 * e + FP32)
-    return rows * s.tokens * (norms + attention + 4 * s.width * e + 3 * s.inner * e)
+    return rows * s.tokens * (norms + attention + adapted * s.width * e + 3 * s.inner * e)
 
 
 def _adapter_activations(s: Shapes, rows: int) -> int:
@@ -93,37 +112,56 @@ def _adapter_activations(s: Shapes, rows: int) -> int:
     return rows * s.tokens * s.features * (2 * s.element_bytes + s.upcast)
 
 
-def _forward_scratch(s: Shapes, rows: int) -> int:
-    """Alive inside a block whose activations are dropped: four MLP widths, streams, flags."""
+def _forward_scratch(s: Shapes, rows: int, dense: bool) -> int:
+    """Alive inside a block that keeps nothing: three MLP widths, or the encoder's [N, F].
+
+    Beside them the block's streams, and on a CPU the kernel's flags and fp32 copies.
+    """
     e = s.element_bytes
     flags = 2 + s.upcast + (24 if s.ranked and s.dense_kernel else 16 if s.ranked else 0)
-    per_token = 4 * s.inner * e + 6 * s.width * max(e, FP32) + s.features * flags
-    return rows * s.tokens * per_token + _adapter_activations(s, rows)
+    if s.on_gpu and not s.dense_kernel:
+        flags = e + 1 + (4 if s.ranked else 0)  # z, a bit per entry in words, digits of a rank
+    adapter = s.features * flags
+    per_token = max(3 * s.inner * e, adapter)
+    streams = 2 * s.width * max(e, FP32)
+    return rows * s.tokens * (per_token + streams) + _adapter_activations(s, rows)
 
 
-def _backward_scratch(s: Shapes, rows: int) -> int:
-    """Beyond the block's activations, the largest of: adapter, MLP, attention.
+def _op_scratch(s: Shapes, rows: int, dense: bool) -> int:
+    """Of the adapter's backward pass.
 
-    Adapter: the gradient of the codes, the penalty's share, their sum, what passes the activation
-    (the latter three in fp32), and rounded copies; for the weights, the penalty's gradient of
-    W_dec beside the decoder's, and gradients in the parameters' dtype before they reach a master.
+    Dense: the gradient of the codes and, on a CPU in fp32, the penalty's share, their sum, and what
+    passes the activation. For the weights, the penalty's gradient of W_dec beside the decoder's,
+    and gradients in the parameters' dtype before they reach a master.
     """
     e, n, f = s.element_bytes, rows * s.tokens, s.features
-    codes = n * f * (e + 3 * FP32 + s.upcast + (e if s.upcast else 0))
+    codes = 0
+    if dense or s.dense_kernel:
+        wide = e if s.on_gpu else 3 * FP32 + s.upcast + (e if s.upcast else 0)
+        codes = n * f * (e + wide)
     weights = 3 * f * s.width * FP32 + (2 * f * s.width * e if s.masters else 0)
+    return codes + weights
+
+
+def _backward_scratch(s: Shapes, rows: int, dense: bool) -> int:
+    """Beyond the block's activations, the largest of: adapter, MLP, attention."""
+    e, n = s.element_bytes, rows * s.tokens
     mlp = 3 * n * s.inner * e
     attention = 4 * n * s.query * e + 4 * n * s.width * max(e, FP32)
     if s.eager:
         attention += 2 * n * s.heads * (s.tokens // s.sequences) * FP32
-    return max(codes + weights, mlp, attention)
+    return max(_op_scratch(s, rows, dense), mlp, attention)
 
 
-def _block_backward(s: Shapes, layer: int) -> int:
+def _block_backward(s: Shapes, layer: int, dense: bool) -> int:
     """The larger of the replacement's block and the bridge's, with the streams' gradients."""
-    rows, bridges = s.rows(layer), s.bridges(layer)
-    recomputed = _block_activations(s, rows) + _adapter_activations(s, rows) if s.checkpoint else 0
-    streams = (2 * rows + bridges + 2) * s.tokens * s.width * s.element_bytes
-    return recomputed + _backward_scratch(s, rows) + streams
+    rows, bridges, recomputed = s.rows(layer), s.bridges(layer), 0
+    if s.checkpoint != "none":
+        recomputed = _block_activations(s, rows, True) + _adapter_activations(s, rows)
+        if dense and not s.dense_kernel:
+            recomputed += rows * s.tokens * s.features * (s.element_bytes + s.windowed)
+    streams = (rows + bridges) * s.tokens * s.width * s.element_bytes
+    return recomputed + _backward_scratch(s, rows, dense) + streams
 
 
 # --- the head -------------------------------------------------------------------------------------
@@ -157,21 +195,26 @@ def _student_gradients(s: Shapes, in_backward: bool) -> int:
 
 def phases(s: Shapes) -> dict[str, int]:
     """Bytes alive at the worst moment of each phase of a step."""
+    by_density = [_phases(s, dense) for dense in (True, False)]
+    return {name: max(each[name] for each in by_density) for name in by_density[0]}
+
+
+def _phases(s: Shapes, dense: bool) -> dict[str, int]:
     fixed = sum(_weights(s).values()) + _inputs(s)
     gradients = [_gradient(s)] * s.layers
     earlier = sum(gradients) if s.accumulate else 0  # of the micro-batches before this one
-    kept = [_kept(s, layer) for layer in range(s.layers)]
+    kept = [_kept(s, layer, dense) for layer in range(s.layers)]
     top = s.layers - 1
     backward = max(
         sum(kept[: layer + 1])
         + (sum(gradients) if s.accumulate else sum(gradients[layer:]))
-        + _block_backward(s, layer)
+        + _block_backward(s, layer, dense)
         for layer in range(s.layers)
     )
     whole = fixed + earlier + sum(kept)
-    streams = 4 * s.tokens * s.width * s.element_bytes
+    streams = 2 * s.tokens * s.width * s.element_bytes
     return {
-        "forward": whole + streams + _forward_scratch(s, s.rows(top)),
+        "forward": whole + streams + _forward_scratch(s, s.rows(top), dense),
         "head": whole + _last_streams(s) + _student_gradients(s, False) + _logits(s),
         "head, backward": whole + _last_streams(s) + _student_gradients(s, True),
         "backward": fixed + backward,
@@ -181,14 +224,16 @@ def phases(s: Shapes) -> dict[str, int]:
 
 def parts(s: Shapes) -> dict[str, int]:
     """Bytes by part, each at its own largest."""
-    layers, top = range(s.layers), s.layers - 1
+    layers, densities = range(s.layers), (True, False)
     sizes = {
         **_weights(s),
         "gradients": s.layers * _gradient(s),
         "checkpointed streams": _inputs(s) + sum(_kept_streams(s, layer) for layer in layers),
-        "codes": sum(_kept_codes(s, layer) for layer in layers),
-        "blocks not recomputed": sum(_kept_blocks(s, layer) for layer in layers),
-        "one block, recomputed": max(_block_backward(s, layer) for layer in (0, top)),
+        "codes": max(sum(_kept_codes(s, layer, dense) for layer in layers) for dense in densities),
+        "kept of blocks": sum(_kept_blocks(s, layer) for layer in layers),
+        "one block, backward": max(
+            _block_backward(s, layer, dense) for layer in (0, s.layers - 1) for dense in densities
+        ),
         "logits of a chunk": _logits(s),
         "streams at the head": _last_streams(s) + _student_gradients(s, True),
     }

@@ -1,20 +1,32 @@
-"""Steps and memory of a run, from the models' configurations alone: no weight is read."""
+"""What a run needs: steps, memory, work, time, disk. No weight is read."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from fastadapt.data.sequences import load_sequences
 from fastadapt.organism import resolve
-from fastadapt.pair import check_configs
-from fastadapt.pretrained import load_tokenizer, model_config
+from fastadapt.pair import DTYPES, check_configs
+from fastadapt.pretrained import load_tokenizer, model_config, shipped_config
+from fastadapt.recompute import POLICIES
 from fastadapt.training import memory
 from fastadapt.training.config import TrainConfig
+from fastadapt.training.gpus import Device, planned_device
 from fastadapt.training.shapes import Shapes
+from fastadapt.training.work import Setup, flops_per_step
 
 #: Training files up to this size are read for the number of sequences and the longest of them.
 _READ_BYTES = 64 * 2**20
+#: Of the method's data, where those of the run are not at hand.
+SEQUENCES = 50_000
+MEAN_SHARE = 0.76  # of the longest sequence: 380M tokens in 50,000 of up to 10,000
+L0 = 10.0  # features per token and layer that the prediction is made for
 
 
 @dataclass(frozen=True)
@@ -22,21 +34,29 @@ class Plan:
     """What a run needs.
 
     Attributes:
+        device: where it would take place.
+        checkpoint: the policy of :mod:`fastadapt.recompute`; ``auto`` is resolved.
         parts: bytes by part, each at its own largest.
         phases: bytes alive at the worst moment of each phase of a step.
         tokens_per_sequence: T: the longest sequence, or ``data.max_tokens`` where the data are not
             at hand or too large to look at.
-        steps: optimiser steps, or None where the data are not at hand.
-        tokens: training tokens over all epochs, or None likewise.
+        mean_tokens: of a sequence; assumed where the data are not at hand.
+        steps: optimiser steps; those of the method's data where the data are not at hand.
+        tokens: training tokens over all epochs, or None where the data are not at hand.
         parameters: trained ones.
+        disk_bytes: of the checkpoints that are kept, the one being written, and the adapters.
     """
 
+    device: Device
+    checkpoint: str
     parts: dict[str, int]
     phases: dict[str, int]
     tokens_per_sequence: int
-    steps: int | None
+    mean_tokens: int
+    steps: int
     tokens: int | None
     parameters: int
+    disk_bytes: int
 
     @property
     def peak_bytes(self) -> int:
@@ -48,32 +68,142 @@ class Plan:
         """The phase of that moment."""
         return max(self.phases, key=lambda name: self.phases[name])
 
+    @property
+    def fits(self) -> bool:
+        """Whether the peak leaves the device what it needs beside tensors."""
+        return self.peak_bytes <= self.device.usable_bytes
+
     def largest(self, n: int) -> str:
         """The ``n`` largest parts in words."""
         ranked = sorted(self.parts.items(), key=lambda part: -part[1])
-        return ", ".join(f"{name} {gib(size)}" for name, size in ranked[:n])
+        return ", ".join(f"{name} {gb(size)}" for name, size in ranked[:n])
 
 
-def plan(config: TrainConfig) -> Plan:
+@dataclass(frozen=True)
+class Prediction:
+    """Work and time of a run: no measurement of it.
+
+    Attributes:
+        l0: active features per token and layer that it is made for: k, where k is set, else 10.
+        flops_per_step: at the mean length, over all micro-batches.
+        step_s: seconds of a step, if all of it went at the device's rate of large products.
+        hours: of all steps, likewise.
+    """
+
+    l0: float
+    flops_per_step: float
+    step_s: float
+    hours: float
+
+
+def plan(config: TrainConfig, gpu: str | None = None) -> Plan:
     """Plan a run without reading weights; data and tokenizer are looked at where they are small.
+
+    Args:
+        config: the run's.
+        gpu: plan for this one (:data:`fastadapt.training.gpus.DATA_SHEETS`), not for this machine.
 
     Raises:
         UserError: a model's configuration cannot be read, or the two are not a pair.
     """
-    source = config.pair
-    trust = source.trust_remote_code
-    target = model_config(resolve(source.target), source.target_revision, trust)
-    check_configs(target, model_config(resolve(source.base), source.base_revision, trust))
-    steps, tokens, longest = _look_at_data(config)
-    shapes = Shapes.of(config, target, longest or config.data.max_tokens)
+    target = _target(config)
+    device = planned_device(gpu, device_kind(config, gpu), DTYPES[config.pair.dtype])
+    steps, tokens, longest, mean = _look_at_data(config)
+    longest = longest or config.data.max_tokens
+    mean = mean or round(MEAN_SHARE * longest)
+    config = with_policy(config, target, longest, device)
+    shapes = Shapes.of(config, target, longest, device.kind)
+    copies = config.run.keep_checkpoints + 1
+    parameters = shapes.adapter_parameters * shapes.layers
     return Plan(
+        device=device,
+        checkpoint=config.objective.checkpoint,
         parts=memory.parts(shapes),
         phases=memory.phases(shapes),
-        tokens_per_sequence=shapes.tokens // config.optimizer.batch_size,
+        tokens_per_sequence=longest,
+        mean_tokens=mean,
         steps=steps,
         tokens=tokens,
-        parameters=shapes.adapter_parameters * shapes.layers,
+        parameters=parameters,
+        disk_bytes=parameters * (3 * shapes.moment_bytes * copies + shapes.element_bytes),
     )
+
+
+def predict(config: TrainConfig, planned: Plan) -> Prediction:
+    """Work and time of a planned run; takes seconds."""
+    target, adapter = _target(config), config.adapter
+    objective = dataclasses.replace(config.objective, checkpoint=planned.checkpoint)
+    size = config.optimizer.batch_size
+    setup = Setup(target, config.pair, adapter, objective, size, planned.mean_tokens)
+    l0 = L0 if adapter.k is None else float(adapter.k)
+    micro_batch = flops_per_step(setup, target.num_hidden_layers, l0)
+    per_step = micro_batch * config.optimizer.accumulation
+    step_s = per_step / planned.device.flops_per_s
+    return Prediction(l0, per_step, step_s, planned.steps * step_s / 3600)
+
+
+def as_json(planned: Plan, predicted: Prediction) -> dict[str, Any]:
+    """Both, as JSON values."""
+    first = {"peak_bytes": planned.peak_bytes, "fits": planned.fits}
+    values = {**first, **dataclasses.asdict(planned), **dataclasses.asdict(predicted)}
+    values["device"]["usable_bytes"] = planned.device.usable_bytes
+    return values
+
+
+def device_kind(config: TrainConfig, gpu: str | None = None) -> str:
+    """``cuda`` or ``cpu``: what the run asks for, whether or not it is there."""
+    name = config.pair.device
+    if gpu is None and name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return "cuda" if gpu is not None or name.startswith("cuda") else "cpu"
+
+
+def with_policy(config: TrainConfig, target: Any, tokens: int, device: Device) -> TrainConfig:
+    """``config``, its ``objective.checkpoint`` resolved: what is the least work and fits.
+
+    Args:
+        target: transformers' configuration.
+        tokens: of the longest sequence.
+        device: where it must fit; where nothing does, the policy of the least memory is taken.
+    """
+    if config.objective.checkpoint != "auto":
+        return config
+    for policy in POLICIES:
+        chosen = _with(config, "objective", checkpoint=policy)
+        phases = memory.phases(Shapes.of(chosen, target, tokens, device.kind))
+        if max(phases.values()) <= device.usable_bytes:
+            break
+    return chosen
+
+
+def remedies(config: TrainConfig, planned: Plan) -> Iterator[tuple[str, int]]:
+    """Settings that lower the peak, each alone, and the peak with it; the lowest first."""
+    target, kind = _target(config), planned.device.kind
+
+    def peak(changed: TrainConfig, tokens: int = planned.tokens_per_sequence) -> int:
+        return max(memory.phases(Shapes.of(changed, target, tokens, kind)).values())
+
+    config = _with(config, "objective", checkpoint=planned.checkpoint)
+    tokens, chunk = planned.tokens_per_sequence, config.objective.kl_chunk_tokens
+    tried = {
+        "objective.checkpoint full": _with(config, "objective", checkpoint="full"),
+        f"objective.kl_chunk_tokens {chunk // 4}": _with(
+            config, "objective", kl_chunk_tokens=max(1, chunk // 4)
+        ),
+        "optimizer.masters false": _with(config, "optimizer", masters=False),
+        "optimizer.batch_size 1, with optimizer.accumulation in its stead": _with(
+            config, "optimizer", batch_size=1
+        ),
+        f"adapter.n_features {config.adapter.n_features // 2}": _with(
+            config, "adapter", n_features=config.adapter.n_features // 2
+        ),
+        "pair.dtype bfloat16": _with(config, "pair", dtype="bfloat16"),
+    }
+    found = {name: peak(changed) for name, changed in tried.items()}
+    found[f"data.max_tokens {tokens // 2}"] = peak(config, tokens // 2)
+    for name, size in sorted(found.items(), key=lambda item: item[1]):
+        if size < planned.peak_bytes:
+            yield name, size
 
 
 def count_steps(batches_per_epoch: int, config: TrainConfig) -> int:
@@ -83,16 +213,36 @@ def count_steps(batches_per_epoch: int, config: TrainConfig) -> int:
     return steps if config.optimizer.max_steps is None else min(steps, config.optimizer.max_steps)
 
 
-def gib(n: int) -> str:
-    """Bytes as text."""
-    return f"{n / 2**30:.2f} GiB" if n >= 2**27 else f"{n / 2**20:.1f} MiB"
+def gb(n: int) -> str:
+    """Bytes as text, in powers of 1,000."""
+    return f"{n / 1e9:.2f} GB" if n >= 1e8 else f"{n / 1e6:.1f} MB"
 
 
-def _look_at_data(config: TrainConfig) -> tuple[int | None, int | None, int | None]:
-    """Steps, tokens and longest sequence, where the training file is here and small."""
+def _with(config: TrainConfig, component: str, **changes: Any) -> TrainConfig:
+    part = dataclasses.replace(getattr(config, component), **changes)
+    return dataclasses.replace(config, **{component: part})
+
+
+def _target(config: TrainConfig) -> Any:
+    """The target's configuration: shipped with a preset, or read; checked against the base's."""
+    source = config.pair
+    target, base = (
+        shipped_config(name) or model_config(resolve(name), revision, source.trust_remote_code)
+        for name, revision in (
+            (source.target, source.target_revision),
+            (source.base, source.base_revision),
+        )
+    )
+    check_configs(target, base)
+    return target
+
+
+def _look_at_data(config: TrainConfig) -> tuple[int, int | None, int | None, int | None]:
+    """Steps, tokens, longest and mean sequence; the latter three where the data are here, small."""
     path = Path(resolve(config.data.train)).expanduser()
+    size = config.optimizer.batch_size
     if not path.is_file() or path.stat().st_size > _READ_BYTES:
-        return config.optimizer.max_steps, None, None
+        return count_steps(-(-SEQUENCES // size), config), None, None, None
     pair = config.pair
     tokenizer = load_tokenizer(resolve(pair.target), pair.target_revision, pair.trust_remote_code)
     loaded = [
@@ -100,6 +250,7 @@ def _look_at_data(config: TrainConfig) -> tuple[int | None, int | None, int | No
         for source, split in ((config.data.train, "train"), (config.data.validation, "validation"))
     ]
     counts = loaded[0].counts
-    batches = -(-len(loaded[0]) // config.optimizer.batch_size)
     longest = max(each.counts.longest for each in loaded)
-    return count_steps(batches, config), counts.tokens * config.optimizer.epochs, longest
+    steps = count_steps(-(-len(loaded[0]) // size), config)
+    mean = max(2, round(counts.tokens / len(loaded[0])))
+    return steps, counts.tokens * config.optimizer.epochs, longest, mean

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from fastadapt.pair import DTYPES, choose_attention, choose_device
+from fastadapt.kernels.transcoder.codes import dense_share
+from fastadapt.pair import DTYPES
 from fastadapt.pretrained import ARCHITECTURES
 from fastadapt.training.config import TrainConfig
 
@@ -43,14 +44,19 @@ class Shapes:
     ranked: bool  # topk and batch_topk
     windowed: bool  # jumprelu
     eager: bool  # attention makes [T, T]
-    checkpoint: bool
+    checkpoint: str  # of fastadapt.recompute
+    on_gpu: bool
+    codes_per_token: float  # the most that are kept as codes
     accumulate: bool
     chunk: int
     scratch_elements: int  # of the chunked kernels' blocks
 
     @classmethod
-    def of(cls, config: TrainConfig, target: Any, tokens: int) -> Shapes:
-        """From the run's configuration, the target's, and the tokens of the longest sequence."""
+    def of(cls, config: TrainConfig, target: Any, tokens: int, device: str) -> Shapes:
+        """From the run's configuration, the target's, and the tokens of the longest sequence.
+
+        ``device`` is the kind that the run is planned for, ``cuda`` or ``cpu``.
+        """
         from transformers import AutoModelForCausalLM
 
         paths = ARCHITECTURES[target.model_type]
@@ -60,13 +66,13 @@ class Shapes:
             )
         layers = getattr(getattr(model, paths.decoder), paths.layers)
         mlp = getattr(layers[0], paths.mlp)
-        dtype, device = DTYPES[config.pair.dtype], choose_device(config.pair.device)
+        dtype = DTYPES[config.pair.dtype]
         d, f = target.hidden_size, config.adapter.n_features
         head = getattr(target, "head_dim", None) or d // target.num_attention_heads
         wide, low = dtype.itemsize, dtype.itemsize < FP32
-        attention, _ = choose_attention(config.pair.attention, device, dtype, paths.attention)
+        attention = paths.attention if config.pair.attention == "auto" else config.pair.attention
         implementation = config.adapter.implementation
-        on_codes = device.type == "cpu" or (device.type == "cuda" and dtype != torch.float64)
+        on_codes = device == "cpu" or dtype != torch.float64
         jump = config.adapter.activation == "jumprelu"
         n = config.optimizer.batch_size * tokens
         return cls(
@@ -85,7 +91,9 @@ class Shapes:
             mlp_parameters=sum(p.numel() for p in mlp.parameters()) * len(layers),
             adapter_parameters=2 * f * d + f + d + (f if jump else 0),
             element_bytes=wide,
-            logit_bytes=max(wide, FP32),
+            logit_bytes=max(wide, FP32)
+            if config.objective.logits_dtype is None or device == "cpu"
+            else DTYPES[config.objective.logits_dtype].itemsize,
             moment_bytes=FP32 if low and config.optimizer.masters else wide,
             masters=low and config.optimizer.masters,
             dense_kernel=implementation == "reference"
@@ -96,7 +104,9 @@ class Shapes:
             checkpoint=config.objective.checkpoint,
             accumulate=config.optimizer.accumulation > 1,
             chunk=min(config.objective.kl_chunk_tokens, n),
-            scratch_elements=2**19 if device.type == "cpu" else 2**26,
+            scratch_elements=2**19 if device == "cpu" else 0,
+            on_gpu=device == "cuda",
+            codes_per_token=dense_share(dtype, device) * f,
         )
 
     @property

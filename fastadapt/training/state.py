@@ -113,5 +113,6 @@ def facts(run: Run) -> dict[str, Any]:
         "n_features": run.model.n_features,
         "parameters": sum(p.numel() for p in run.model.adapters.parameters()),
         "device": str(run.model.device),
+        "checkpoint": run.config.objective.checkpoint,
         "threads": torch.get_num_threads(),
     }

@@ -18,8 +18,10 @@ from fastadapt.training import rundir
 from fastadapt.training.checkpoint import Checkpoint, PassedOver, load_latest
 from fastadapt.training.config import TrainConfig
 from fastadapt.training.feed import Feed
+from fastadapt.training.gpus import this_device
 from fastadapt.training.interrupt import out_of_memory_explained, stop_on_signals
 from fastadapt.training.loop import Run
+from fastadapt.training.plan import with_policy
 from fastadapt.training.rundir import Record, Sink
 from fastadapt.training.sinks import open_sinks
 
@@ -63,7 +65,7 @@ def train(
         checkpoint, passed = _find_checkpoint(folder) if resume else (None, [])
         torch.manual_seed(config.run.seed)
         model, feed = _load(config)
-        run = Run(config, folder, started, model, feed)
+        run = Run(_with_policy(config, model, feed), folder, started, model, feed)
         if not resume:
             rundir.start_afresh(folder, config)
         run.begin(checkpoint, passed, [*sinks, *more_sinks], resume=resume)
@@ -84,6 +86,12 @@ def _load(config: TrainConfig) -> tuple[ReplacementModel, Feed]:
     )
     feed = Feed(config, pair.tokenizer, next(pair.base_mlps.parameters()).device)
     return ReplacementModel.create(pair, config.adapter, seed=config.run.seed), feed
+
+
+def _with_policy(config: TrainConfig, model: ReplacementModel, feed: Feed) -> TrainConfig:
+    """``config`` with the checkpointing policy that fits this machine; every policy, same bits."""
+    longest = max(feed.train.counts.longest, feed.held_out.counts.longest)
+    return with_policy(config, model.model.config, longest, this_device(model.device.type))
 
 
 def _find_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[PassedOver]]:

@@ -26,13 +26,13 @@ CASES = [
     (
         "preset",
         lambda d: ["train", "organsim"],
-        r"organsim: no such preset; did you mean organism\? Known: organism, r1-",
+        r"organsim: no such preset; did you mean organism\? Known: organism, qwq-",
     ),
-    ("no preset", lambda d: ["train", "zzz"], r"zzz: no such preset\. Known: organism, r1-"),
+    ("no preset", lambda d: ["train", "zzz"], r"zzz: no such preset\. Known: organism, qwq-"),
     (
         "a folder",
         lambda d: ["train", d.folder],
-        r"is a folder; expected a YAML file or a preset \(organism, r1-",
+        r"is a folder; expected a YAML file or a preset \(organism, qwq-",
     ),
     ("second positional", lambda d: d.train("more"), r"unexpected argument 'more'"),
     option("--optimizer.learning_rate", "1", r"unknown option --optimizer\.learning_rate"),
@@ -44,7 +44,9 @@ CASES = [
     option("--adapter.k", "few", r"--adapter\.k: expected float or null, got 'few'"),
     option("--optimizer.betas", "[0.9]", r"--optimizer\.betas: expected a tuple with 2 elements"),
     option(
-        "--objective.checkpoint", "maybe", r"--objective\.checkpoint: expected bool, got 'maybe'"
+        "--objective.checkpoint",
+        "maybe",
+        r"objective\.checkpoint must be auto or one of none, attention, full, got 'maybe'",
     ),
     (
         "both",

@@ -16,7 +16,7 @@ OPTIONS = re.findall(
 --adapter.initial_threshold --adapter.k --adapter.n_features
 --data --data.family --data.max_tokens --data.max_validation --data.revision --data.train
 --data.train_on_prompt --data.train_split --data.validation --data.validation_split
---dry-run --help
+--dry-run --gpu --help --json
 --objective --objective.bridge --objective.checkpoint --objective.first_cutoff
 --objective.kl_chunk_tokens --objective.logits_dtype --objective.nmse --objective.sparsity
 --optimizer --optimizer.accumulation --optimizer.batch_size --optimizer.betas --optimizer.clip
@@ -79,7 +79,8 @@ def test_presets_parse_and_print_whole(fastadapt, preset):
 def test_every_preset_is_tested_and_shipped():
     from fastadapt.options import preset_names
 
-    assert preset_names() == ["organism", "r1-distill-qwen-7b"]
+    known = ["r1-distill-qwen-1.5b", "r1-distill-qwen-7b", "r1-distill-qwen-7b-text"]
+    assert preset_names() == ["organism", "qwq-32b", *known]
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -129,8 +130,48 @@ def test_a_dry_run_reads_no_weights_and_makes_no_folder(fastadapt, recipe, tmp_p
     outcome = fastadapt("train", recipe(), "--dry-run")
     assert outcome.code == 0, outcome.err
     assert "Peak:" in outcome.out
-    assert "GiB" in outcome.out
+    assert "It fits into" in outcome.out
+    assert "measured here" in outcome.out
     assert not (tmp_path / "run").exists()
+
+
+def test_the_papers_run_is_planned_offline(fastadapt, monkeypatch):
+    """For an 80 GB GPU and 10,000 tokens, with one JSON object on standard output."""
+    import socket
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("something was fetched")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    outcome = fastadapt("train", "r1-distill-qwen-7b", "--dry-run", "--json")
+    assert outcome.code == 0, outcome.err
+    planned = json.loads(outcome.out)
+    assert (planned["tokens_per_sequence"], planned["steps"]) == (10_000, 50_000)
+    assert planned["device"]["memory_bytes"] == 80 * 10**9
+    assert planned["device"]["source"].startswith("data sheet")
+    assert planned["peak_bytes"] == max(planned["phases"].values()) < 76e9
+    assert planned["fits"] is True
+    assert planned["hours"] == pytest.approx(planned["steps"] * planned["step_s"] / 3600)
+    assert planned["flops_per_step"] < 900e12
+
+
+def test_what_does_not_fit_comes_with_a_way_out(fastadapt):
+    wide = ["--optimizer.masters", "true", "--adapter.n_features", "16384"]
+    told = fastadapt("train", "r1-distill-qwen-7b", "--dry-run", "--gpu", "h100", *wide).out
+    assert "DOES NOT FIT" in told
+    peak = float(re.search(r"Peak: ([\d.]+) GB", told).group(1))
+    for name in ("optimizer.masters false", "adapter.n_features 8192", "data.max_tokens 5000"):
+        assert float(re.search(rf"{name} +│ +([\d.]+) GB", told).group(1)) < peak
+
+
+def test_what_a_dry_run_refuses(fastadapt):
+    train = ["train", "r1-distill-qwen-7b"]
+    assert "--json goes with --dry-run" in fastadapt(*train, "--json").err
+    assert "--gpu goes with --dry-run" in fastadapt(*train, "--gpu", "h100").err
+    outcome = fastadapt(*train, "--dry-run", "--gpu", "tpu")
+    assert outcome.code == 2
+    assert "--gpu: expected one of a100, h100, h200, got 'tpu'" in outcome.err
 
 
 def test_a_stopped_run_says_how_to_go_on_and_does(fastadapt, recipe, tmp_path, monkeypatch):

@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from fastadapt.errors import UserError
+from fastadapt.options import find_config, preset_names, read_yaml
 from fastadapt.training import memory, trainer
+from fastadapt.training.config import from_dict
 from fastadapt.training.optimizer import AdapterOptimizer
-from fastadapt.training.plan import count_steps, gib, plan
+from fastadapt.training.plan import count_steps, gb, plan
 from fastadapt.training.shapes import Shapes
 
 
@@ -69,7 +71,7 @@ def test_kept_for_the_backward_pass(tiny_config) -> None:
         for pointer, tensor in saved.items()
         if pointer not in permanent
     )
-    shapes = Shapes.of(config, model.model.config, tokens)
+    shapes = Shapes.of(config, model.model.config, tokens, "cpu")
     streams = sum(memory._kept_streams(shapes, layer) for layer in range(2))
     at_head = memory._last_streams(shapes) + memory._student_gradients(shapes, True)
     small = 64 * tokens + 8 * 2 * 512 * 4  # masks, weights and norms of features
@@ -82,7 +84,7 @@ def test_kept_for_the_backward_pass(tiny_config) -> None:
     [
         ("adapter.n_features", 96),
         ("optimizer.batch_size", 4),
-        ("objective.checkpoint", False),
+        ("objective.checkpoint", "none"),
         ("objective.kl_chunk_tokens", 4096),
         ("adapter.implementation", "reference"),
         ("pair.dtype", "float64"),
@@ -102,7 +104,7 @@ def test_it_grows_with_what_costs(tiny_config, key: str, value: object) -> None:
 def test_without_the_data_the_limit_counts(tiny_config, tmp_path: Path) -> None:
     config = tiny_config(**{"data.train": "someone/dataset", "data.max_tokens": 500})
     planned = plan(config)
-    assert (planned.steps, planned.tokens, planned.tokens_per_sequence) == (None, None, 500)
+    assert (planned.steps, planned.tokens, planned.tokens_per_sequence) == (25_000, None, 500)
     config = tiny_config(**{"data.train": "someone/dataset", "optimizer.max_steps": 7})
     assert plan(config).steps == 7
 
@@ -122,9 +124,18 @@ def test_steps(tiny_config) -> None:
 def test_in_words(tiny_config) -> None:
     planned = plan(tiny_config())
     assert planned.peak_bytes == planned.phases[planned.peak_phase]
-    assert planned.largest(2).count("MiB") == 2
-    assert gib(3 * 2**30) == "3.00 GiB"
-    assert gib(5 * 2**20) == "5.0 MiB"
+    assert planned.largest(2).count("MB") == 2
+    assert gb(3 * 10**9) == "3.00 GB"
+    assert gb(5 * 10**6) == "5.0 MB"
+
+
+@pytest.mark.parametrize("preset", [n for n in preset_names() if n != "organism"])
+def test_presets_are_planned_from_shapes_that_are_shipped(preset: str) -> None:
+    """For an 80 GB GPU, which holds the 7B pair, in fp32 masters too, and not the 32B one."""
+    planned = plan(from_dict(read_yaml(find_config(preset))), gpu="h100")
+    assert planned.tokens_per_sequence == 10_000
+    assert planned.steps == (6250 if preset == "qwq-32b" else 50_000)
+    assert planned.fits == (preset != "qwq-32b") == (planned.peak_bytes <= 76e9)
 
 
 def test_a_pair_that_is_none(tiny_config, tmp_path: Path) -> None:
@@ -156,8 +167,6 @@ def test_one_step_at_the_true_width_of_a_7b_model(tmp_path: Path, capsys) -> Non
     assert found["moved"] == found["parameters"]
     used = found["peak"] - found["before"]  # what interpreter and libraries held is not the plan's
     with capsys.disabled():
-        print(
-            f" planned {gib(found['planned'])}, used {gib(used)}, {found['step_s']:.0f} s a step "
-        )
+        print(f" planned {gb(found['planned'])}, used {gb(used)}, {found['step_s']:.0f} s a step ")
     assert used <= found["planned"]
     assert used >= 0.8 * found["planned"]  # a plan that is no lower bound of sense is no plan

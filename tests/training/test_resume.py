@@ -87,7 +87,7 @@ VARIANTS = {
         "optimizer.accumulation": 3,
         "optimizer.epochs": 2,
     },
-    "no checkpointing of blocks": {"objective.checkpoint": False},
+    "no checkpointing of blocks": {"objective.checkpoint": "none"},
 }
 
 

@@ -1,0 +1,110 @@
+"""The method's training step in plain torch, a model pass per quantity: what ours is compared with.
+
+A rendering of the released algorithm (arXiv 2602.20904) from its description: the target runs for
+its logits and again for its hidden states, so does the replacement, and both bridges start at the
+embedding. Adapters are dense, logits are whole, nothing is recomputed. Sequences are without
+padding.
+
+T tokens, D width, F features, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+from fastadapt.objective import ObjectiveConfig
+from fastadapt.pair import DTYPES, ModelPair
+
+__all__ = ["DenseAdapted", "NaiveStep"]
+
+
+class DenseAdapted(nn.Module):
+    """``MLP_base(x) + A(x)`` with all F activations; keeps the penalty of its last call."""
+
+    penalty: Tensor
+
+    def __init__(self, base: nn.Module, adapter: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        for name, parameter in adapter.named_parameters():
+            self.register_parameter(name, nn.Parameter(parameter.detach().clone()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = nnf.relu(nnf.linear(x, self.W_enc, self.b_enc))
+        self.penalty = (a * self.W_dec.norm(dim=1)).sum(-1).mean()
+        return self.base(x) + a @ self.W_dec + self.b_dec
+
+
+class NaiveStep:
+    """Losses of a sequence. The pair's target is changed in place, and must not be wrapped yet.
+
+    Args:
+        pair: target and base MLPs.
+        adapters: one per layer, ReLU; their parameters are copied.
+    """
+
+    def __init__(self, pair: ModelPair, adapters: Sequence[nn.Module]) -> None:
+        self.target, self.paths = pair.target, pair.paths
+        self.target.requires_grad_(False)
+        pair.base_mlps.requires_grad_(False)
+        self.layers = getattr(getattr(self.target, self.paths.decoder), self.paths.layers)
+        self.originals: list[Any] = [getattr(layer, self.paths.mlp) for layer in self.layers]
+        self.adapted: list[Any] = [
+            DenseAdapted(base, adapter)
+            for base, adapter in zip(pair.base_mlps, adapters, strict=True)
+        ]
+
+    def __call__(self, ids: Tensor, cutoff: int, config: ObjectiveConfig) -> dict[str, Tensor]:
+        """``loss`` and its terms, of ``ids [1, T]``, named as the objective names them.
+
+        The bridges run at every cutoff, also where one of them repeats the output's KL.
+        """
+        n_layers, dtype = len(self.layers), config.logits_dtype
+        wide = torch.float64 if self.target.dtype == torch.float64 else torch.float32
+
+        def kl(clean: Tensor, logits: Tensor) -> Tensor:
+            rounded = [t if dtype is None else t.to(DTYPES[dtype]) for t in (logits, clean)]
+            q, p = (t.log_softmax(-1, dtype=wide) for t in rounded)
+            return nnf.kl_div(q, p, reduction="none", log_target=True).sum(-1)[:, :-1].mean()
+
+        with torch.no_grad():
+            clean, _ = self._run(self.originals, ids)
+            _, hidden = self._run(self.originals, ids)
+        terms = {"kl": kl(clean, self._run(self.adapted, ids)[0])}
+        _, ours = self._run(self.adapted, ids)
+        terms["sparsity"] = config.sparsity * torch.stack([m.penalty for m in self.adapted]).sum()
+        errors = [
+            (a - h).to(wide).square().mean() / (h.to(wide).square().mean() + 1e-8)
+            for a, h in zip(ours, hidden, strict=True)
+        ]
+        terms["nmse"] = torch.stack(errors).sum() / (n_layers + 1)
+        mixed = [*self.adapted[:cutoff], *self.originals[cutoff:]]
+        terms["bridge_adapter_to_target"] = kl(clean, self._run(mixed, ids)[0])
+        mixed = [*self.originals[:cutoff], *self.adapted[cutoff:]]
+        terms["bridge_target_to_adapter"] = kl(clean, self._run(mixed, ids)[0])
+        bridges = terms["bridge_adapter_to_target"] + terms["bridge_target_to_adapter"]
+        loss = terms["kl"] + config.nmse * terms["nmse"] + terms["sparsity"]
+        return {**terms, "loss": loss + config.bridge * bridges}
+
+    def _run(self, mlps: Sequence[nn.Module], ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Logits and every block's output, with these MLPs."""
+        hidden: list[Tensor] = []
+        handles = [
+            layer.register_forward_hook(lambda _m, _i, out: hidden.append(out))
+            for layer in self.layers
+        ]
+        try:
+            for layer, mlp in zip(self.layers, mlps, strict=True):
+                setattr(layer, self.paths.mlp, mlp)
+            logits = self.target(input_ids=ids, use_cache=False).logits
+        finally:
+            for handle in handles:
+                handle.remove()
+            for layer, mlp in zip(self.layers, self.originals, strict=True):
+                setattr(layer, self.paths.mlp, mlp)
+        return logits, hidden

@@ -1,0 +1,109 @@
+"""Operations of a step: by the formulas, linear in depth, fewer than the plain algorithm's."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from transformers import Qwen2Config
+
+from benchmarks.naive_step import NaiveStep
+from fastadapt.adapter import AdapterConfig, TranscoderAdapter
+from fastadapt.objective import ObjectiveConfig
+from fastadapt.pair import DTYPES, PairConfig
+from fastadapt.training.work import Setup, count, count_of, flops_per_step, mean_over_cutoffs
+
+D, INNER, F, V, T, L = 3584, 18_944, 8192, 152_064, 7500, 28
+
+
+def paper(**changes: object) -> Setup:
+    """The 7B pair's shapes."""
+    config = Qwen2Config(
+        hidden_size=D,
+        intermediate_size=INNER,
+        num_hidden_layers=L,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        vocab_size=V,
+        tie_word_embeddings=False,
+    )
+    objective = ObjectiveConfig(first_cutoff=0, **changes)
+    pair = PairConfig("target", "base", dtype="bfloat16")
+    return Setup(config, pair, AdapterConfig(F), objective, sequences=1, tokens=T)
+
+
+def naive_count(setup: Setup, n_layers: int, cutoff: int) -> float:
+    def step(pair, batch) -> None:
+        adapters = [
+            TranscoderAdapter(D, setup.adapter, dtype=DTYPES[setup.pair.dtype])
+            for _ in pair.base_mlps
+        ]
+        NaiveStep(pair, adapters)(batch.input_ids, cutoff, setup.objective)["loss"].backward()
+
+    return count_of(setup, n_layers, step)
+
+
+def test_a_layer_by_hand() -> None:
+    """Nothing recomputed, no bridge, dense adapters: products by their shapes."""
+    setup = paper(checkpoint="none", bridge=0)
+    layer = count(setup, 3, 0, F) - count(setup, 2, 0, F)
+    attention = 2 * T * D * (D + 2 * 512 + D)
+    mlp = 3 * 2 * T * D * INNER
+    adapter = 2 * 2 * T * D * F
+    scores = 2 * 2 * T * T * D / 2
+    target = attention + mlp + scores
+    replacement = attention + mlp + adapter + scores
+    backward = attention + mlp + 2 * adapter + 2.5 * scores  # frozen weights have no gradient
+    assert layer == pytest.approx(target + replacement + backward, rel=2e-3)
+
+
+@pytest.mark.parametrize("policy", ["none", "attention", "full"])
+def test_depth_and_cutoff_are_linear(policy: str) -> None:
+    setup = dataclasses.replace(paper(checkpoint=policy), tokens=300)
+    cutoffs = [count(setup, 5, k, 10.0) for k in range(6)]
+    assert flops_per_step(setup, 5, 10.0) == pytest.approx(sum(cutoffs) / 6, rel=1e-12)
+    no_bridge = dataclasses.replace(setup.objective, bridge=0.0)
+    setup = dataclasses.replace(setup, objective=no_bridge)
+    assert flops_per_step(setup, 5, 10.0) == pytest.approx(count(setup, 5, 2, 10.0), rel=1e-12)
+
+
+def test_the_plain_step_is_linear_too() -> None:
+    setup = dataclasses.replace(paper(), tokens=300)
+    each = [naive_count(setup, 5, k) for k in range(6)]
+    mean = mean_over_cutoffs(lambda depth, k: naive_count(setup, depth, k), 5, 0)
+    assert mean == pytest.approx(sum(each) / 6, rel=1e-12)
+
+
+def test_what_is_recomputed() -> None:
+    """Gate and up, never down; attention unless its output is kept; the adapter where dense."""
+    counts = {
+        (policy, l0): count(paper(checkpoint=policy, bridge=0), 3, 0, l0)
+        - count(paper(checkpoint=policy, bridge=0), 2, 0, l0)
+        for policy in ("none", "attention", "full")
+        for l0 in (10.0, F)
+    }
+    scores = 2 * 2 * T * T * D / 2
+    attention = 2 * T * D * (D + 2 * 512 + D)
+    gate_and_up = 2 * 2 * T * D * INNER
+    encoder_and_decoder = 2 * 2 * T * D * F
+    products = attention + gate_and_up
+    for l0, more in ((10.0, 0), (F, encoder_and_decoder)):
+        none = counts["none", l0]
+        assert counts["attention", l0] - none == pytest.approx(products + more, rel=1e-3)
+        assert counts["full", l0] - none == pytest.approx(products + more + scores, rel=1e-3)
+
+
+def test_the_papers_step_takes_fewer_operations(capsys: pytest.CaptureFixture[str]) -> None:
+    """At L0 10, with checkpointing; beside the plain algorithm's, without it, at every cutoff."""
+    ours = {p: flops_per_step(paper(checkpoint=p), L, 10.0) for p in ("none", "attention", "full")}
+    first = flops_per_step(paper(checkpoint="full"), L, F)
+    plain = mean_over_cutoffs(lambda depth, k: naive_count(paper(), depth, k), L, 0)
+    with capsys.disabled():
+        told = ", ".join(f"{policy} {n / 1e12:.0f}" for policy, n in ours.items())
+        print(
+            f" TFLOP a step, 7B pair, T=7,500, mean over cutoffs: ours at L0 10, by checkpoint: "
+            f"{told}; dense adapters, full: {first / 1e12:.0f}; plain: {plain / 1e12:.0f} "
+        )
+    assert ours["full"] <= 900e12
+    assert ours["none"] < ours["attention"] < ours["full"] < first < plain
+    assert plain > 1.6 * ours["full"]
