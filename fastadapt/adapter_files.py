@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,24 +36,28 @@ def save_adapters(
     that has it is whole.
 
     Args:
-        adapters: layer 0 first; one configuration and one pair of widths for all.
+        adapters: layer 0 first, one configuration and one pair of widths for all; of an iterator
+            one is held at a time.
         folder: made if it is not there.
         metadata: JSON-serialisable.
     """
     from safetensors.torch import save_file
 
-    layers = [adapter for adapter in adapters if isinstance(adapter, TranscoderAdapter)]
-    if not layers:
-        raise UserError("there is no adapter to save")
-    first = layers[0]
-    for i, adapter in enumerate(layers):
-        if (adapter.config, adapter.d_in, adapter.d_out) != (first.config, first.d_in, first.d_out):
-            raise UserError(f"layer {i} differs from layer 0 in configuration or width")
     path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "fastadapt.json").unlink(missing_ok=True)
-    for i, adapter in enumerate(layers):
-        save_file(_tensors(adapter), path / f"layer_{i}.safetensors")
+    first: TranscoderAdapter | None = None
+    n_layers = 0
+    for adapter in adapters:
+        assert isinstance(adapter, TranscoderAdapter)
+        if first is None:
+            first = adapter
+            path.mkdir(parents=True, exist_ok=True)
+            (path / "fastadapt.json").unlink(missing_ok=True)
+        if (adapter.config, adapter.d_in, adapter.d_out) != (first.config, first.d_in, first.d_out):
+            raise UserError(f"layer {n_layers} differs from layer 0 in configuration or width")
+        save_file(_tensors(adapter), path / f"layer_{n_layers}.safetensors")
+        n_layers += 1
+    if first is None:
+        raise UserError("there is no adapter to save")
     card = {
         "schema_version": SCHEMA_VERSION,
         "kind": "transcoder_adapter",
@@ -60,7 +65,7 @@ def save_adapters(
         "hook_in": "mlp.input (after the norm, norm weight included)",
         "hook_out": "mlp.output (added to the base MLP's, before any post-norm)",
         "orientation": {"W_enc": "[n_features, d_in]", "W_dec": "[n_features, d_out]"},
-        "n_layers": len(layers),
+        "n_layers": n_layers,
         "d_in": first.d_in,
         "d_out": first.d_out,
         "adapter": asdict(first.config),
@@ -113,6 +118,51 @@ def _read_config(settings: Any, card_file: Path) -> AdapterConfig:
     return AdapterConfig(**settings)
 
 
+def read_adapters(
+    folder: str | os.PathLike[str],
+) -> tuple[list[Callable[[], TranscoderAdapter]], dict[str, Any]]:
+    """What reads each layer's adapter, layer 0 first, and the card: ``fastadapt.json``.
+
+    For those who want one layer at a time. ``card["adapter"]`` is an :class:`AdapterConfig`, and
+    ``card["metadata"]`` what was saved as such. Strict, as :func:`load_adapters` is.
+    """
+    path = Path(folder)
+    card = _read_card(path)
+    card["adapter"] = _read_config(card.get("adapter"), path / "fastadapt.json")
+    names = {f"layer_{i}.safetensors" for i in range(card["n_layers"])}
+    found = {p.name for p in path.glob("layer_*.safetensors")}
+    if names != found:
+        raise UserError(
+            f"{path}: layers of the adapters do not match fastadapt.json: "
+            f"missing {sorted(names - found)}, unexpected {sorted(found - names)}"
+        )
+    files = [path / f"layer_{i}.safetensors" for i in range(card["n_layers"])]
+    return [partial(_read_layer, file, card) for file in files], card
+
+
+def _read_layer(file: Path, card: dict[str, Any]) -> TranscoderAdapter:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{file} cannot be read: {e}") from e
+    adapter = TranscoderAdapter(card["d_in"], card["adapter"], d_out=card["d_out"], device="meta")
+    expected = {name: tuple(t.shape) for name, t in adapter.state_dict().items()}
+    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+    for name in sorted(expected.keys() | shapes.keys()):
+        if expected.get(name) != shapes.get(name):
+            raise UserError(
+                f"{file}: tensor {name}: expected {expected.get(name, 'none')}, "
+                f"got {shapes.get(name, 'none')}"
+            )
+        if not tensors[name].is_floating_point():
+            raise UserError(f"{file}: tensor {name}: expected floating, got integers")
+    adapter.load_state_dict(tensors, assign=True)
+    return adapter
+
+
 def load_adapters(
     folder: str | os.PathLike[str],
     *,
@@ -122,44 +172,15 @@ def load_adapters(
     """Read what :func:`save_adapters` wrote: the adapters, layer 0 first, and the metadata.
 
     Strict: a missing, extra or misshapen file or tensor is a :class:`UserError` that names it.
-    Parameters keep the dtype of the file unless ``dtype`` is given.
+    Parameters keep the dtype of the file unless ``dtype`` is given; the running threshold of
+    ``batch_topk`` keeps its own.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = Path(folder)
-    card = _read_card(path)
-    config = _read_config(card.get("adapter"), path / "fastadapt.json")
-    names = {f"layer_{i}.safetensors" for i in range(card["n_layers"])}
-    found = {p.name for p in path.glob("layer_*.safetensors")}
-    if names != found:
-        raise UserError(
-            f"{path}: layers of the adapters do not match fastadapt.json: "
-            f"missing {sorted(names - found)}, unexpected {sorted(found - names)}"
-        )
+    layers, card = read_adapters(folder)
     adapters = nn.ModuleList()
-    for i in range(card["n_layers"]):
-        file = path / f"layer_{i}.safetensors"
-        try:
-            tensors = load_file(file)
-        except (SafetensorError, OSError) as e:
-            raise UserError(f"{file} cannot be read: {e}") from e
-        adapter = TranscoderAdapter(card["d_in"], config, d_out=card["d_out"], device="meta")
-        expected = {name: tuple(t.shape) for name, t in adapter.state_dict().items()}
-        shapes = {name: tuple(t.shape) for name, t in tensors.items()}
-        for name in sorted(expected.keys() | shapes.keys()):
-            if expected.get(name) != shapes.get(name):
-                raise UserError(
-                    f"{file}: tensor {name}: expected {expected.get(name, 'none')}, "
-                    f"got {shapes.get(name, 'none')}"
-                )
-            if not tensors[name].is_floating_point():
-                raise UserError(f"{file}: tensor {name}: expected floating, got integers")
+    for read in layers:
+        adapter = read()
         if dtype is not None:
-            tensors = {
-                name: t if name == "threshold" and t.dim() == 0 else t.to(dtype)
-                for name, t in tensors.items()
-            }
-        adapter.load_state_dict(tensors, assign=True)
-        adapters.append(adapter.to(device) if device is not None else adapter)
+            for parameter in adapter.parameters():
+                parameter.data = parameter.data.to(dtype)
+        adapters.append(adapter.to(device))
     return adapters, card["metadata"]

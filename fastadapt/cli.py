@@ -21,6 +21,7 @@ from fastadapt.errors import RunError, UserError
 from fastadapt.options import (
     USAGE,
     doctor_parser,
+    export_parser,
     nearest,
     organism_parser,
     parse_train,
@@ -103,9 +104,8 @@ def train(argv: list[str]) -> int:
     _quiet_transformers()
     _say("Loading models and data ...")
     with Progress(sys.stderr) as progress:
-        summary = run_training(
-            config, resume=flags.resume, overwrite=flags.overwrite, sinks=[progress]
-        )
+        how = {"resume": flags.resume, "overwrite": flags.overwrite}
+        summary = run_training(config, **how, sinks=[progress])
     if summary["interrupted"]:
         return _stopped(summary, argv)
     _print_summary(summary)
@@ -141,8 +141,7 @@ def _print_summary(summary: dict[str, Any]) -> None:
     print()
     recovered = percent(summary.get("kl_recovered_vs_hybrid"))
     print(f"The adapter recovers {recovered} of the hybrid's KL to the target.")
-    l0 = ", ".join(number(v) for v in summary.get("l0_per_layer") or [])
-    print(f"L0 per layer: {l0}")
+    print("L0 per layer:", ", ".join(map(number, summary.get("l0_per_layer") or [])))
     print(f"{number(summary['tokens'])} training tokens in {duration(summary['wall_s'])}")
     print(f"adapter: {summary['adapter']}")
     print(f"report:  {Path(summary['report']).resolve()}")
@@ -239,9 +238,8 @@ def _bounds(low: float | None, high: float | None) -> str:
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= (
-            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
+        name = prefix + key
+        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return flat
 
 
@@ -300,17 +298,24 @@ def _print_diagnosis(diagnosis: dict[str, Any]) -> None:
     chosen = [[c["what"], c["choice"], c["why"]] for c in diagnosis["choices"]]
     _print_table(["auto means", "", "because"], chosen, left=True)
     print()
-    _print_table(
-        ["kernel", "", "", "", "cases", "check", "of the allowed error"],
-        summary(diagnosis["checks"]),
-        left=True,
-    )
+    head = ["kernel", "", "", "", "cases", "check", "of the allowed error"]
+    _print_table(head, summary(diagnosis["checks"]), left=True)
     for note in diagnosis["notes"]:
         print(f"\n{note}")
 
 
+def export(argv: list[str]) -> int:
+    """`fastadapt export`."""
+    from fastadapt.conversion import convert
+
+    _quiet_transformers()
+    print(f"Load it with:  {convert(**export_parser().parse_args(argv).as_dict())}")
+    return 0
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
+    "export": export,
     "organism": organism,
     "doctor": doctor,
 }

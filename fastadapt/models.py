@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fastadapt.adapted_mlp import AdaptedMLP, Call, Mode, in_mode
 from fastadapt.adapter import AdapterConfig, Aux, TranscoderAdapter
 from fastadapt.errors import UserError
 from fastadapt.kernels.transcoder import Plan
@@ -33,57 +33,6 @@ __all__ = [
     "PairMismatchError",
     "ReplacementModel",
 ]
-
-Mode = Literal["target", "hybrid", "replacement"]
-MODES: tuple[Mode, ...] = ("target", "hybrid", "replacement")
-
-
-@dataclass
-class _Call:
-    """What an open call hands to the MLP inside a block, and what the MLP hands back."""
-
-    mask: Tensor | None
-    padding: Tensor | None
-    plan: Plan | None
-    aux: Aux | None = None
-
-
-class AdaptedMLP(nn.Module):
-    """Stands where the target's MLP stood and knows three modes.
-
-    Returns one tensor, as the block expects. The adapter's penalty and statistics go to the call
-    that :meth:`running` opened; where none is open (``generate``) they are dropped.
-    """
-
-    def __init__(self, target: nn.Module, base: nn.Module, adapter: nn.Module) -> None:
-        super().__init__()
-        self.target = target
-        self.base = base
-        self.adapter = adapter
-        self.mode: Mode = "replacement"
-        self.call: _Call | None = None
-
-    @contextmanager
-    def running(self, mode: Mode, call: _Call | None) -> Iterator[None]:
-        """Take ``mode`` and ``call`` inside the context; restore what was there before."""
-        before = self.mode, self.call
-        self.mode, self.call = mode, call
-        try:
-            yield
-        finally:
-            self.mode, self.call = before
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.mode == "target":
-            return self.target(x)
-        if self.mode == "hybrid":
-            return self.base(x)
-        call = self.call
-        if call is None:
-            return self.adapter(x, residual=self.base(x))[0]
-        # The base comes last: see fastadapt.recompute.
-        out, call.aux = self.adapter(x, mask=call.mask, padding=call.padding, plan=call.plan)
-        return out + self.base(x)
 
 
 class BlockInputs(NamedTuple):
@@ -215,17 +164,8 @@ class ReplacementModel(nn.Module):
 
         Without one, the model is the replacement.
         """
-        if mode not in MODES:
-            raise UserError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-        mlps = self.mlps
-        before = [mlp.mode for mlp in mlps]
-        for mlp in mlps:
-            mlp.mode = mode
-        try:
+        with in_mode(self.mlps, mode):
             yield self
-        finally:
-            for mlp, old in zip(mlps, before, strict=True):
-                mlp.mode = old
 
     @torch.no_grad()
     def block_inputs(self, input_ids: Tensor, attention_mask: Tensor | None) -> BlockInputs:
@@ -289,7 +229,7 @@ class ReplacementModel(nn.Module):
         ``mask``, ``padding`` and ``plan`` go to the adapter (:meth:`TranscoderAdapter.forward`).
         """
         block = self.blocks[layer]
-        call = _Call(mask, padding, plan)
+        call = Call(mask, padding, plan)
         mlp: AdaptedMLP = getattr(block, self.paths.mlp)
         with mlp.running(mode, call):
             out: Tensor = block(hidden, **arguments)

@@ -32,6 +32,7 @@ USAGE = """\
 usage: fastadapt COMMAND ...
 
   train PRESET_OR_YAML   train transcoder adapters on a model pair
+  export RUN             a trained run as one Hugging Face checkpoint, or in another format
   organism               the embedded model pair: build, check, sample
   doctor                 what will be used on this machine and why, and a check of the kernels
 
@@ -245,6 +246,30 @@ def organism_parser() -> Parser:
     sample.add_argument("--n", type=int, default=3, help="number of problems")
     sample.add_argument("--seed", type=int, default=0, help="of the problems and the sampling")
     commands.add_subcommand("sample", sample, help="problems and answers")
+    return parser
+
+
+def export_parser() -> Parser:
+    """The parser of `fastadapt export`."""
+    from fastadapt.conversion import Format
+
+    parser = Parser(
+        prog="fastadapt export",
+        description="Write a run (or a folder of adapters) as one checkpoint, tensor by tensor; or "
+        "read the adapters of a checkpoint published with arXiv 2602.20904 (--format adapters).",
+    )
+    parser.add_argument("source", metavar="RUN", type=str, help="a run, adapters, or a checkpoint")
+    parser.add_argument("--output", type=str, required=True, help="a new folder")
+    parser.add_argument(
+        "--format",
+        type=Format,
+        default="huggingface",
+        help="huggingface: for AutoModelForCausalLM, after `import fastadapt.serving`; "
+        "hu2026: as published with arXiv 2602.20904; adapters: this library's own",
+    )
+    for role in ("target", "base"):
+        told = f"the {role} model, where it is not the one that the adapters name"
+        parser.add_argument(f"--{role}", type=typing.Optional[str], default=None, help=told)  # noqa: UP045
     return parser
 
 

@@ -16,11 +16,10 @@ from fastadapt.errors import UserError
 from fastadapt.pretrained import (
     ARCHITECTURES,
     Paths,
+    load_causal_lm,
     load_mlps,
     load_tokenizer,
     model_config,
-    reading,
-    tensor_files,
 )
 
 
@@ -142,8 +141,6 @@ class ModelPair:
             PairMismatchError: architecture, a size, the vocabulary or the tokenizer differs.
             UserError: a source cannot be read, or lacks a weight.
         """
-        from transformers import AutoModelForCausalLM
-
         device, dtype = choose_device(config.device), DTYPES[config.dtype]
         trust = config.trust_remote_code
         target_config = model_config(config.target, config.target_revision, trust)
@@ -155,30 +152,14 @@ class ModelPair:
         )
         paths = ARCHITECTURES[target_config.model_type]
         attention, _ = choose_attention(config.attention, device, dtype, paths.attention)
-        tensor_files(config.target, config.target_revision)
-        with reading("target", config.target):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                config.target,
-                revision=config.target_revision,
-                dtype=dtype,
-                attn_implementation=attention,
-                trust_remote_code=trust,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # so that the check below names the weight
-                output_loading_info=True,
-                **({"device_map": {"": device}} if device.type != "cpu" else {}),
-            )
-        target, info = loaded
-        for key in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-            if info.get(key):
-                odd = sorted(map(str, info[key]))
-                raise UserError(
-                    f"target {config.target}: {len(odd)} {key.replace('_', ' ')}: {odd[:3]}"
-                )
-        target.eval()
-        head = target.get_output_embeddings()
-        if getattr(head, "bias", None) is not None:
-            raise UserError(f"target {config.target}: a head with a bias is not supported")
+        target = load_causal_lm(
+            config.target,
+            config.target_revision,
+            device=device,
+            dtype=dtype,
+            attention=attention,
+            trust=trust,
+        )
         return cls(
             target=target,
             base_mlps=load_mlps(
@@ -206,8 +187,10 @@ class ModelPair:
 def check_configs(target: Any, base: Any) -> None:
     """Raise :class:`PairMismatchError` naming every size or kind in which the two differ."""
     if target.model_type not in ARCHITECTURES:
+        inner = getattr(target.get_text_config(), "model_type", None)
+        text = f" (of its parts, the text model {inner!r} is)" if inner in ARCHITECTURES else ""
         raise UserError(
-            f"architecture {target.model_type!r} is not supported; "
+            f"architecture {target.model_type!r} is not supported{text}; "
             f"supported: {', '.join(sorted(ARCHITECTURES))}"
         )
     differing = [

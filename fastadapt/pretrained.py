@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -35,6 +35,11 @@ ARCHITECTURES: Mapping[str, Paths] = {
     "qwen2": Paths(),
     "llama": Paths(),
     "gemma2": Paths(attention="eager"),
+    "gemma3_text": Paths(),
+    "mistral": Paths(),
+    "olmo2": Paths(),
+    "phi3": Paths(),
+    "qwen3": Paths(),
 }
 
 
@@ -95,7 +100,7 @@ def load_tokenizer(source: str, revision: str | None, trust: bool) -> Any:
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust)
 
 
-def _fetch(source: str, name: str, revision: str | None) -> Path | None:
+def fetch(source: str, name: str, revision: str | None) -> Path | None:
     """Local path of one file of a folder or hub repository, or None where it has none."""
     from transformers.utils import cached_file
 
@@ -107,9 +112,9 @@ def _fetch(source: str, name: str, revision: str | None) -> Path | None:
 
 def tensor_files(source: str, revision: str | None) -> dict[str, Path]:
     """File of every shard, by name. Shards named by an index may not lie outside their folder."""
-    index = _fetch(source, "model.safetensors.index.json", revision)
+    index = fetch(source, "model.safetensors.index.json", revision)
     if index is None:
-        single = _fetch(source, "model.safetensors", revision)
+        single = fetch(source, "model.safetensors", revision)
         if single is None:
             raise UserError(
                 f"{source}: no model.safetensors found; only safetensors checkpoints are read"
@@ -123,11 +128,67 @@ def tensor_files(source: str, revision: str | None) -> dict[str, Path]:
     for name in names:
         if len(PurePosixPath(name).parts) != 1 or "\\" in name or name in ("..", "."):
             raise UserError(f"{index}: shard {name!r} lies outside the model's folder")
-        file = _fetch(source, name, revision)
+        file = fetch(source, name, revision)
         if file is None:
             raise UserError(f"{source}: shard {name!r} named by the index is missing")
         files[name] = file
     return files
+
+
+def load_causal_lm(
+    source: str,
+    revision: str | None,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: str,
+    trust: bool,
+    role: str = "target",
+    besides: Collection[str] = (),
+) -> Any:
+    """transformers' causal language model of a checkpoint, in eval mode, no weight left over.
+
+    ``besides`` are the tensors that the checkpoint may hold and the model does not; ``role`` is the
+    checkpoint's name in messages.
+    """
+    from transformers import AutoModelForCausalLM
+
+    tensor_files(source, revision)
+    with reading(role, source), _no_report() if besides else nullcontext():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=revision,
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=trust,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # so that the check below names the weight
+            output_loading_info=True,
+            **({"device_map": {"": device}} if device.type != "cpu" else {}),
+        )
+    model, info = loaded
+    for key in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if odd := sorted(map(str, set(info.get(key, ())) - set(besides))):
+            raise UserError(f"{role} {source}: {len(odd)} {key.replace('_', ' ')}: {odd[:3]}")
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        raise UserError(f"{role} {source}: a head with a bias is not supported")
+    return model.eval()
+
+
+@contextmanager
+def _no_report() -> Iterator[None]:
+    """Without transformers' table of tensors that it does not know, which are known to the caller.
+
+    What is wrong with a checkpoint is raised from the same facts.
+    """
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def load_mlps(
@@ -138,10 +199,11 @@ def load_mlps(
     device: torch.device,
     dtype: torch.dtype,
     trust: bool,
+    role: str = "base",
 ) -> nn.ModuleList:
     """The MLP modules of a checkpoint, one per layer, with their weights; nothing else is read.
 
-    ``config`` is the checkpoint's :func:`model_config`.
+    ``config`` is the checkpoint's :func:`model_config`; ``role`` is its name in messages.
     """
     from safetensors import safe_open
     from transformers import AutoModelForCausalLM
@@ -160,19 +222,19 @@ def load_mlps(
     tensors: dict[str, Tensor] = {}
     for file in tensor_files(source, revision).values():
         with (
-            reading("base", str(file)),
+            reading(role, str(file)),
             safe_open(file, framework="pt", device=str(device)) as shard,
         ):
             for name in wanted & set(shard.keys()):
                 tensors[name] = shard.get_tensor(name).to(dtype)
     if missing := sorted(wanted - set(tensors)):
-        raise UserError(f"base {source}: {len(missing)} MLP weights are missing: {missing[:3]}")
+        raise UserError(f"{role} {source}: {len(missing)} MLP weights are missing: {missing[:3]}")
     for prefix, mlp in zip(prefixes, mlps, strict=True):
         own = {name: tensors[prefix + name] for name in mlp.state_dict()}
         for name, parameter in mlp.state_dict().items():
             if own[name].shape != parameter.shape:
                 raise UserError(
-                    f"base {source}: {prefix}{name}: expected {tuple(parameter.shape)}, "
+                    f"{role} {source}: {prefix}{name}: expected {tuple(parameter.shape)}, "
                     f"got {tuple(own[name].shape)}"
                 )
         mlp.load_state_dict(own, assign=True)

@@ -9,7 +9,7 @@ Three policies, from the least work to the least memory, with the same bits in e
 Sparse codes are few, and with them the encoder's product is not made again. Dense ones, as at the
 first steps, are as large as any activation: they are recomputed. A recompute ends with the last
 tensor that the backward pass needs; the frozen ``down_proj`` needs no input of its own, so where it
-comes last (:class:`fastadapt.models.AdaptedMLP`) its product is not made again either.
+comes last (:class:`fastadapt.adapted_mlp.AdaptedMLP`) its product is not made again either.
 """
 
 from __future__ import annotations

@@ -70,13 +70,24 @@ TINY = {
 
 def tiny_config(architecture: str, **changes: Any) -> Any:
     """Configuration of a model of three blocks and width 16."""
-    from transformers import Gemma2Config, LlamaConfig, Qwen2Config
+    from transformers import AutoConfig
 
-    kinds: dict[str, Any] = {"qwen2": Qwen2Config, "llama": LlamaConfig, "gemma2": Gemma2Config}
-    special: dict[str, Any] = {}
-    if architecture == "gemma2":
-        special = {"head_dim": 4, "sliding_window": 4, "final_logit_softcapping": 5.0}
-    return kinds[architecture](**{**TINY, **special, **changes})
+    # Windows shorter than the tests' sequences, and layers of both kinds where there are two.
+    layer_types = ["sliding_attention", "full_attention", "sliding_attention"]
+    special: dict[str, dict[str, Any]] = {
+        "gemma2": {"head_dim": 4, "sliding_window": 4, "final_logit_softcapping": 5.0},
+        "gemma3_text": {"head_dim": 4, "sliding_window": 4, "layer_types": layer_types},
+        "mistral": {"sliding_window": 4},
+        "phi3": {"sliding_window": 5},
+        "qwen3": {
+            "head_dim": 8,
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "layer_types": layer_types,
+        },
+    }
+    kind = type(AutoConfig.for_model(architecture))
+    return kind(**{**TINY, **special.get(architecture, {}), **changes})
 
 
 def tiny_model(architecture: str, seed: int, dtype: torch.dtype, **changes: Any) -> Any:

@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from fastadapt.adapter import AdapterConfig
 from fastadapt.errors import UserError
+from fastadapt.kernels.transcoder import SMALL_ENTRIES, Plan
 from fastadapt.models import ModelPair, PairConfig, PairMismatchError, ReplacementModel
 from fastadapt.pair import check_tokenizers, choose_attention, choose_device
-from fastadapt.pretrained import reading
+from fastadapt.pretrained import ARCHITECTURES, reading
 
-ARCHITECTURES = ["qwen2", "llama", "gemma2"]
 IDS = torch.tensor([[5, 9, 23, 7, 31, 8]])
 
 
@@ -25,7 +25,7 @@ def randomised(pair, features: int = 24) -> ReplacementModel:
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for p in model.adapters.parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=generator))
+            p.add_(0.3 * torch.randn(p.shape, generator=generator))
     return model
 
 
@@ -76,7 +76,7 @@ def test_generate_in_each_mode(architecture, make_pair) -> None:
     assert len({tuple(ids[0].tolist()) for ids in seen.values()}) == 3
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ["qwen2", "gemma2", "phi3"])
 def test_compile(architecture, make_pair) -> None:
     torch._dynamo.reset()
     model = randomised(make_pair(architecture))
@@ -139,6 +139,19 @@ def test_block_by_block_equals_the_models_own_forward(make_pair) -> None:
     assert all("forward" not in vars(block) for block in model.blocks)
 
 
+def test_what_is_captured_as_a_graph_asks_the_gpu_nothing(make_pair, monkeypatch) -> None:
+    """Calls too large for a buffer of every entry take dense products, but only when captured."""
+    from torch._subclasses import FakeTensorMode
+
+    mlp = randomised(make_pair("qwen2")).mlps[0]
+    with FakeTensorMode():
+        few, many = (torch.empty(1, n, 16, device="cuda") for n in (1, SMALL_ENTRIES // 24 + 1))
+    for capturing, expected in ((True, Plan(dense=True)), (False, None)):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda c=capturing: c)
+        assert mlp._plan_of_capture(few) is None
+        assert mlp._plan_of_capture(many) == expected
+
+
 def test_one_pair_carries_one_set_of_adapters(make_pair) -> None:
     pair = make_pair("qwen2")
     model = randomised(pair)
@@ -164,6 +177,14 @@ def test_a_mismatched_pair_says_what_differs(case, save_model) -> None:
     with pytest.raises(PairMismatchError) as error:
         load(save_model("target"), save_model("base", 1, **changes))
     assert message in str(error.value)
+
+
+def test_of_a_multimodal_model_the_text_model_is_wanted(tmp_path, save_model) -> None:
+    from transformers import AutoConfig
+
+    AutoConfig.for_model("gemma3").save_pretrained(tmp_path / "gemma3")
+    with pytest.raises(UserError, match=r"'gemma3' is not supported .* 'gemma3_text' is\)"):
+        load(str(tmp_path / "gemma3"), save_model("base"))
 
 
 def test_renamed_added_tokens_are_a_note(save_model) -> None:

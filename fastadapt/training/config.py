@@ -13,7 +13,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -34,9 +34,12 @@ FREE_ON_RESUME = frozenset(
         "run.checkpoint_every",
         "run.keep_checkpoints",
         "run.max_bad_batches",
+        "run.sinks",
         "objective.checkpoint",
     )
 )
+
+SinkName = Literal["tensorboard", "wandb", "trackio"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class RunConfig:
             loss or gradient was not finite.
         dead_window: tokens; a feature that has not fired on so many training tokens counts as dead.
         threads: CPU threads of torch (None: torch's own choice). Equal bits need equal threads.
+        sinks: where metrics go beside ``metrics.jsonl``: any of ``tensorboard``, ``wandb``,
+            ``trackio``, each an extra of the same name.
     """
 
     output: str
@@ -66,6 +71,7 @@ class RunConfig:
     max_bad_batches: int = 3
     dead_window: int = 1_000_000
     threads: int | None = None
+    sinks: tuple[SinkName, ...] = ()
 
     def __post_init__(self) -> None:
         _require(bool(str(self.output).strip()), "run.output", "a folder", self.output)
@@ -80,6 +86,7 @@ class RunConfig:
         ):
             value = getattr(self, name)
             _require(value >= least, f"run.{name}", f"{least} or more", value)
+        _require(len(set(self.sinks)) == len(self.sinks), "run.sinks", "each once", self.sinks)
         if self.threads is not None:
             _require(self.threads >= 1, "run.threads", "1 or more, or null", self.threads)
 
@@ -198,6 +205,8 @@ def _typed(value: Any, hint: Any, key: str) -> Any:
     if origin is typing.Literal:
         _require(value in choices, key, f"one of {', '.join(map(str, choices))}", value)
         return value
+    if origin is tuple and choices[-1] is Ellipsis and isinstance(value, (list, tuple)):
+        return tuple(_typed(item, choices[0], key) for item in value)
     if origin is tuple and isinstance(value, (list, tuple)) and len(value) == len(choices):
         return tuple(_typed(item, choice, key) for item, choice in zip(value, choices, strict=True))
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):

@@ -8,6 +8,7 @@
     adapter/        the trained adapters
     summary.json    the final numbers
     report.html     the same, to look at
+    tensorboard/    and wandb/, run-id.txt: what sinks keep here (fastadapt.training.sinks)
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter"
 SUMMARY = "summary.json"
 REPORT = "report.html"
+TENSORBOARD = "tensorboard"
+WANDB = "wandb"
+RUN_ID = "run-id.txt"
 _LOCK = ".lock"
 #: Everything that a run writes, as patterns; an overwrite removes this and nothing else.
 _WRITTEN = (
@@ -44,6 +48,9 @@ _WRITTEN = (
     f"{ADAPTER}/fastadapt.json",
     f"{ADAPTER}/layer_*.safetensors",
     *(f".tmp-{name}-{'[0-9a-f]' * 32}" for name in (CONFIG, METRICS, SUMMARY, ADAPTER)),
+    f"{TENSORBOARD}/events.out.tfevents.*",
+    f"{WANDB}/*",
+    RUN_ID,
     METRICS,
     SUMMARY,
     REPORT,
@@ -79,8 +86,9 @@ def start_afresh(folder: Path, config: TrainConfig) -> None:
     try:
         for pattern in _WRITTEN:
             for path in folder.glob(pattern):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        for name in (CHECKPOINTS, ADAPTER):
+                is_folder = path.is_dir() and not path.is_symlink()
+                shutil.rmtree(path) if is_folder else path.unlink()
+        for name in (CHECKPOINTS, ADAPTER, TENSORBOARD, WANDB):
             _remove_if_empty(folder / name)
         with replacing(folder / CONFIG) as staged:
             save_config(config, staged)

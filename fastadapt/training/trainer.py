@@ -23,6 +23,7 @@ from fastadapt.training.interrupt import out_of_memory_explained, stop_on_signal
 from fastadapt.training.loop import Run
 from fastadapt.training.plan import with_policy
 from fastadapt.training.rundir import Record, Sink
+from fastadapt.training.sinks import open_sinks
 
 
 def train(
@@ -58,6 +59,7 @@ def train(
     with (
         stop_on_signals(stop) as (stopping, caught),
         rundir.open_run(config, resume=resume, overwrite=overwrite) as folder,
+        open_sinks(config, folder) as more_sinks,
         out_of_memory_explained(config),
     ):
         checkpoint, passed = _find_checkpoint(folder) if resume else (None, [])
@@ -66,7 +68,7 @@ def train(
         run = Run(_with_policy(config, model, feed), folder, started, model, feed)
         if not resume:
             rundir.start_afresh(folder, config)
-        run.begin(checkpoint, passed, sinks, resume=resume)
+        run.begin(checkpoint, passed, [*sinks, *more_sinks], resume=resume)
         with run.log:
             run.evaluate_if_due(stopping)
             while run.step < run.steps and not stopping.is_set():

@@ -18,13 +18,14 @@ from torch import Tensor
 from fastadapt.kernels import device as devices
 
 from .autograd import SAVED_OPS, transcode
-from .codes import Plan, plan_for
+from .codes import SMALL_ENTRIES, Plan, plan_for
 from .reference import TranscoderOutput, TranscoderStats, accumulator, reference
 
 __all__ = [
     "ACTIVATIONS",
     "IMPLEMENTATIONS",
     "SAVED_OPS",
+    "SMALL_ENTRIES",
     "Plan",
     "TranscoderOutput",
     "TranscoderStats",

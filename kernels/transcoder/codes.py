@@ -34,6 +34,9 @@ DENSE_SHARE_GPU_16_BITS = 0.0055
 # Buffers hold this many times the expected codes, and a few more, in steps that repeat.
 HEADROOM = 1.5
 CAPACITY_STEP = 16_384
+# Entries up to which, without a plan or gradients, buffers for all of them cost less than to wait
+# for a count; so generation never waits, and can be captured as a graph.
+SMALL_ENTRIES = 2**22
 # Tokens that the choice between codes and dense products looks at: it need not be exact.
 SAMPLE = 256
 # Features searched for codes together: most blocks hold none, and a maximum is a cheap test.

@@ -13,7 +13,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from . import triton_codes, triton_dense, triton_select, triton_sums
-from .codes import Codes, Plan, dense_codes, dense_share
+from .codes import SMALL_ENTRIES, Codes, Plan, dense_codes, dense_share
 from .reference import accumulator
 from .triton_encode import (
     FEW,
@@ -25,9 +25,6 @@ from .triton_encode import (
 
 #: Tokens up to which a pass over all of W_dec costs more than to read the rows of the codes twice.
 SMALL = 256
-#: Entries up to which, without a plan or gradients, buffers for all of them cost less than to wait
-#: for a count; so generation never waits, and can be captured as a graph.
-SMALL_ENTRIES = 2**22
 
 
 def encode(

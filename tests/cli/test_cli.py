@@ -27,7 +27,7 @@ OPTIONS = re.findall(
 --pair.target_revision --pair.trust_remote_code
 --print_config --resume
 --run --run.checkpoint_every --run.dead_window --run.eval_every --run.keep_checkpoints
---run.log_every --run.max_bad_batches --run.output --run.seed --run.threads
+--run.log_every --run.max_bad_batches --run.output --run.seed --run.sinks --run.threads
 """,
 )
 
@@ -43,7 +43,7 @@ def test_the_options_of_train_are_frozen():
 def test_the_commands_are_frozen(fastadapt):
     from fastadapt.cli import COMMANDS, ORGANISM
 
-    assert sorted(COMMANDS) == ["doctor", "organism", "train"]
+    assert sorted(COMMANDS) == ["doctor", "export", "organism", "train"]
     assert sorted(ORGANISM) == ["build", "check", "sample"]
     for command in COMMANDS:
         assert command in fastadapt("--help").out

@@ -43,8 +43,15 @@ def test_license_and_command_are_declared(wheel):
         assert "Requires-Python: >=3.10" in metadata
         assert f"{info}/licenses/LICENSE" in archive.namelist()
         entry_points = archive.read(f"{info}/entry_points.txt").decode()
-    assert entry_points.split() == ["[console_scripts]", "fastadapt", "=", "fastadapt.cli:main"]
-    for extra in ("flash", "eval", "interop", "bench", "dev"):
+    assert entry_points.splitlines() == [
+        "[console_scripts]",
+        "fastadapt = fastadapt.cli:main",
+        "",
+        "[vllm.general_plugins]",
+        "fastadapt = fastadapt.serving.vllm_plugin:register",
+    ]
+    extras = "flash tensorboard wandb trackio eval interop bench dev"
+    for extra in extras.split():
         assert f"Provides-Extra: {extra}\n" in metadata
 
 

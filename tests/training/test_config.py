@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastadapt.errors import UserError
+from fastadapt.options import PRESETS
 from fastadapt.training.config import (
     TrainConfig,
     differences,
@@ -131,3 +132,13 @@ def test_what_may_differ_on_resume(tiny_config) -> None:
         "optimizer.lr": (0.5, 1e-2),
         "run.seed": (1, 42),
     }
+
+
+def test_the_released_precision_is_three_settings() -> None:
+    """Parameters and moments in bfloat16 without masters, KL on bfloat16 logits."""
+    config = load_config(PRESETS / "r1-distill-qwen-7b.yaml")
+    assert config.pair.dtype == "bfloat16"
+    assert config.optimizer.masters is False
+    assert config.objective.logits_dtype == "bfloat16"
+    assert (config.objective.bridge, config.objective.first_cutoff) == (2, 0)
+    assert (config.optimizer.weight_decay, config.optimizer.clip) == (0, 1)

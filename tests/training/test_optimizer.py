@@ -36,9 +36,11 @@ def run(optimizer: AdapterOptimizer, seeds: range, rate: float = 1e-3) -> None:
         optimizer.step(rate, optimizer.gradient_norm())
 
 
-def test_equals_adamw_with_clipping() -> None:
-    ours, theirs = parameters(), parameters()
-    config = OptimizerConfig(clip=0.5, weight_decay=0.1)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equals_adamw_with_clipping(dtype) -> None:
+    """In bfloat16 without masters: the released code's state, parameters and moments alike."""
+    ours, theirs = parameters(dtype), parameters(dtype)
+    config = OptimizerConfig(clip=0.5, weight_decay=0.1, masters=False)
     optimizer = AdapterOptimizer(ours, config)
     adam = torch.optim.AdamW(theirs.values(), lr=1e-3, weight_decay=0.1, fused=True)
     for seed in range(4):

@@ -1,0 +1,207 @@
+"""Hugging Face checkpoints as files: tensors read one at a time, shards written one at a time.
+
+No checkpoint is ever in memory whole: what is written is a mapping from names to calls that read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fastadapt.adapter import TranscoderAdapter
+from fastadapt.errors import RunError, UserError
+from fastadapt.pretrained import ARCHITECTURES, Paths, fetch, model_config, reading, tensor_files
+
+#: Reads one tensor.
+Lazy = Callable[[], Tensor]
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+#: Bytes of a shard at most, where it is not one tensor alone.
+SHARD_BYTES = 5_000_000_000
+#: What else belongs to a model and is copied as it is: settings of generation, tokenizer, template.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def lazy_tensors(source: str, revision: str | None, role: str) -> dict[str, Lazy]:
+    """Every tensor of a checkpoint by name, to be read when called; ``role`` is for messages."""
+    from safetensors import safe_open
+
+    tensors: dict[str, Lazy] = {}
+    for file in tensor_files(source, revision).values():
+        with reading(role, str(file)), safe_open(file, framework="pt") as shard:
+            tensors |= {name: partial(_read, file, name, role) for name in shard.keys()}  # noqa: SIM118
+    return tensors
+
+
+def _read(file: Path, name: str, role: str) -> Tensor:
+    from safetensors import safe_open
+
+    with reading(role, str(file)), safe_open(file, framework="pt") as shard:
+        tensor: Tensor = shard.get_tensor(name)
+        return tensor
+
+
+def replacement_tensors(
+    target: str, base: str, revisions: Mapping[str, str | None] | None = None
+) -> dict[str, Lazy]:
+    """The tensors that a replacement model has beside its adapters, under the target's names.
+
+    Those of the target, but for its MLPs, and in their place the base's.
+
+    Raises:
+        UserError: the two do not have the same MLPs.
+    """
+    at = revisions or {}
+    config = model_config(target, at.get("target"), trust=False)
+    paths = ARCHITECTURES[config.model_type]
+    mlp = re.compile(rf"{paths.decoder}\.{paths.layers}\.\d+\.{paths.mlp}\.")
+    ours = lazy_tensors(target, at.get("target"), "target")
+    theirs = lazy_tensors(base, at.get("base"), "base")
+    mlps = {name: tensor for name, tensor in theirs.items() if mlp.match(name)}
+    if odd := sorted({name for name in ours if mlp.match(name)} - mlps.keys()):
+        raise UserError(f"base {base}: {len(odd)} MLP weights are missing: {odd[:3]}")
+    return {name: mlps.get(name, tensor) for name, tensor in ours.items()}
+
+
+def adapter_tensors(
+    layers: Sequence[Callable[[], TranscoderAdapter]], paths: Paths
+) -> dict[str, Lazy]:
+    """The tensors of adapters as ``...{layer}.mlp.adapter.{name}``; one layer is held at a time."""
+
+    @lru_cache(maxsize=1)
+    def layer(i: int) -> dict[str, Tensor]:
+        return layers[i]().state_dict()
+
+    def one(i: int, name: str) -> Tensor:
+        return layer(i)[name]
+
+    block = f"{paths.decoder}.{paths.layers}.{{}}.{paths.mlp}.adapter.{{}}"
+    names = list(layer(0))
+    return {
+        block.format(i, name): partial(one, i, name) for i in range(len(layers)) for name in names
+    }
+
+
+def read_json(source: str, name: str, revision: str | None) -> dict[str, Any]:
+    """A JSON file of a folder or hub repository, as it is."""
+    file = fetch(source, name, revision)
+    if file is None:
+        raise UserError(f"{source}: {name} is missing")
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise UserError(f"{file} is not JSON: {e}") from e
+    if not isinstance(values, dict):
+        raise UserError(f"{file} must hold an object, got {type(values).__name__}")
+    return values
+
+
+def write_checkpoint(
+    folder: Path,
+    tensors: Mapping[str, Lazy],
+    config: str,
+    *,
+    companions: str,
+    revision: str | None = None,
+    index: str | None = None,
+    shard_bytes: float = SHARD_BYTES,
+) -> None:
+    """Write a checkpoint, one shard in memory at a time; ``config.json`` is written last.
+
+    Args:
+        folder: new or empty.
+        tensors: by name, in the order in which they are read.
+        config: the text of ``config.json``.
+        companions: the folder or hub id whose tokenizer, chat template and generation settings are
+            copied, of ``revision``.
+        index: the text of an index of shards, to write these very shards.
+        shard_bytes: of a shard at most, where there is no index to follow.
+
+    Raises:
+        UserError: the folder is in use.
+        RunError: it cannot be written.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is in use; give a new folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in COMPANIONS:
+            if (file := fetch(companions, name, revision)) is not None:
+                (folder / name).write_bytes(file.read_bytes())
+        if index is None:
+            _write_shards(folder, tensors, shard_bytes)
+        else:
+            _write_as_indexed(folder, tensors, index)
+        (folder / CONFIG).write_text(config, encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"{folder} cannot be written: {error.strerror or error}") from error
+
+
+def as_json(values: Mapping[str, Any]) -> str:
+    """JSON in the form in which transformers writes it: sorted keys, two spaces, a last newline."""
+    return json.dumps(values, indent=2, sort_keys=True) + "\n"
+
+
+def _save(held: Mapping[str, Tensor], file: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({name: t.contiguous() for name, t in held.items()}, file, metadata={"format": "pt"})
+
+
+def _write_as_indexed(folder: Path, tensors: Mapping[str, Lazy], index: str) -> None:
+    files: dict[str, str] = json.loads(index)["weight_map"]
+    if odd := sorted(tensors.keys() ^ files.keys()):
+        raise UserError(f"{len(odd)} tensors are not both here and in the index: {odd[:3]}")
+    for file in sorted(set(files.values())):
+        _save({name: tensors[name]() for name in files if files[name] == file}, folder / file)
+    (folder / INDEX).write_text(index, encoding="utf-8")
+
+
+def _write_shards(folder: Path, tensors: Mapping[str, Lazy], limit: float) -> None:
+    """Shards of at most ``limit`` bytes; of several, an index, and names that say how many."""
+    shards: list[list[str]] = []
+    held: dict[str, Tensor] = {}
+    total = size = 0
+
+    def write() -> None:
+        _save(held, folder / f"shard-{len(shards)}")
+        shards.append(list(held))
+        held.clear()
+
+    for name, read in tensors.items():
+        tensor = read()
+        if held and size + tensor.nbytes > limit:
+            write()
+            size = 0
+        held[name] = tensor
+        size += tensor.nbytes
+        total += tensor.nbytes
+    write()
+    if len(shards) == 1:
+        (folder / "shard-0").rename(folder / "model.safetensors")
+        return
+    weight_map: dict[str, str] = {}
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        (folder / f"shard-{i}").rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_text(as_json(index), encoding="utf-8")

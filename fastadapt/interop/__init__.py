@@ -1,0 +1,1 @@
+"""Other projects' formats, one file each; read and written without those projects."""

@@ -1,0 +1,143 @@
+"""The format of the checkpoints published with arXiv 2602.20904: names, shapes, configuration.
+
+See :mod:`fastadapt.interop.hu2026`, which reads and writes them. F features, D width.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastadapt.adapter import AdapterConfig, TranscoderAdapter
+from fastadapt.checkpoint_files import (
+    CONFIG,
+    INDEX,
+    Lazy,
+    as_json,
+    lazy_tensors,
+    write_checkpoint,
+)
+from fastadapt.errors import UserError
+from fastadapt.pretrained import fetch, model_config
+
+ARCHITECTURE = "Qwen2ForCausalLMWithTranscoder"
+NAMES = {
+    "W_enc": "transcoder_enc.weight",
+    "b_enc": "transcoder_enc.bias",
+    "W_dec": "transcoder_dec.weight",
+    "b_dec": "transcoder_dec.bias",
+}
+_ADAPTER = re.compile(r"model\.layers\.\d+\.mlp\.transcoder_(enc|dec)\.(weight|bias)")
+
+
+def published_tensors(source: str, revision: str | None) -> dict[str, Lazy]:
+    """The adapters' tensors of a checkpoint, by name."""
+    tensors = lazy_tensors(source, revision, "checkpoint")
+    return {name: read for name, read in tensors.items() if _ADAPTER.fullmatch(name)}
+
+
+def published_config(source: str, revision: str | None) -> Any:
+    """transformers' configuration of a checkpoint, which must be a published one."""
+    config = model_config(source, revision, trust=False)
+    features = getattr(config, "transcoder_n_features", None)
+    if config.model_type != "qwen2" or type(features) is not int or features < 1:
+        raise UserError(
+            f"{source}: expected a checkpoint of {ARCHITECTURE} with transcoder_n_features in its "
+            f"config.json, got model_type={config.model_type!r}, transcoder_n_features={features!r}"
+        )
+    return config
+
+
+def adapters_of(source: str, config: Any, held: Mapping[str, Lazy]) -> Iterator[TranscoderAdapter]:
+    """The adapters of a checkpoint, layer by layer; strict about names and shapes."""
+    kind = AdapterConfig(n_features=config.transcoder_n_features)
+    biased = bool(getattr(config, "transcoder_dec_bias", True))
+    layers = [f"model.layers.{i}.mlp." for i in range(config.num_hidden_layers)]
+    names = [name for name in NAMES if biased or name != "b_dec"]
+    wanted = {layer + NAMES[name] for layer in layers for name in names}
+    if odd := sorted(wanted ^ held.keys()):
+        raise UserError(
+            f"{source}: {len(odd)} tensors of the transcoders are missing, or not of the "
+            f"{len(layers)} layers of config.json: {odd[:3]}"
+        )
+    for layer in layers:
+        adapter = TranscoderAdapter(config.hidden_size, kind, device="meta")
+        own: dict[str, Tensor] = {}
+        for name, empty in adapter.named_parameters():
+            if name not in names:
+                own[name] = torch.zeros_like(own["b_enc"][:1]).expand(empty.shape).contiguous()
+                continue
+            tensor = held[layer + NAMES[name]]()
+            own[name] = tensor.T.contiguous() if name == "W_dec" and tensor.dim() == 2 else tensor
+            if own[name].shape != empty.shape or not tensor.is_floating_point():
+                wanted_shape = list(empty.T.shape if name == "W_dec" else empty.shape)
+                raise UserError(
+                    f"{source}: {layer}{NAMES[name]}: expected {wanted_shape}, floating, "
+                    f"got {list(tensor.shape)} of {tensor.dtype}"
+                )
+        adapter.load_state_dict(own, assign=True)
+        yield adapter
+
+
+def _transposed(read: Lazy) -> Tensor:
+    return read().T
+
+
+def write_published(
+    folder: str | Path,
+    tensors: Mapping[str, Lazy],
+    config: Mapping[str, Any],
+    first: TranscoderAdapter,
+    *,
+    companions: str,
+    like: str | None,
+    shard_bytes: float,
+    revision: str | None = None,
+) -> None:
+    """Write a checkpoint of ``tensors``, where adapters are still ``...mlp.adapter.W_enc`` etc."""
+    if config.get("model_type") != "qwen2" or first.config.activation != "relu":
+        raise UserError(
+            "the published format is of Qwen2 models with ReLU adapters; this is "
+            f"{config.get('model_type')} with {first.config.activation}"
+        )
+    biased, index, text = True, None, None
+    if like is not None:
+        biased = bool(getattr(published_config(like, None), "transcoder_dec_bias", True))
+        index, text = _text(like, INDEX), _text(like, CONFIG)
+        shard_bytes, companions, revision = float("inf"), like, None
+    if text is None:
+        dtype = str(first.W_enc.dtype).removeprefix("torch.")
+        own = {key: value for key, value in config.items() if key != "torch_dtype"}
+        own |= {"architectures": [ARCHITECTURE], "dtype": dtype}
+        own |= {"transcoder_n_features": first.n_features, "transcoder_dec_bias": True}
+        text = as_json(own)
+    named: dict[str, Lazy] = {}
+    for ours, read in tensors.items():
+        layer, found, name = ours.partition("adapter.")
+        if not found:
+            named[ours] = read
+        elif name == "b_dec" and not biased:
+            if torch.count_nonzero(read()):
+                raise UserError(f"{like} has no decoder biases, but {ours} is not zero")
+        else:
+            named[layer + NAMES[name]] = partial(_transposed, read) if name == "W_dec" else read
+    write_checkpoint(
+        Path(folder),
+        named,
+        text,
+        companions=companions,
+        revision=revision,
+        index=index,
+        shard_bytes=shard_bytes,
+    )
+
+
+def _text(source: str, name: str) -> str | None:
+    file = fetch(source, name, None)
+    return None if file is None else file.read_text(encoding="utf-8")

@@ -1,0 +1,114 @@
+"""`fastadapt export`: a run becomes checkpoints that load elsewhere, and those become adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastadapt.adapter_files import load_adapters
+
+IDS = torch.tensor([[7, 8, 9, 10]])
+
+
+def of_the_run(folder: Path) -> torch.Tensor:
+    """Logits of the replacement model of a run, put together from its parts."""
+    from fastadapt.models import ModelPair, PairConfig, ReplacementModel
+
+    adapters, metadata = load_adapters(folder / "adapter")
+    pair = ModelPair.load(PairConfig(metadata["target"], metadata["base"], device="cpu"))
+    with torch.no_grad():
+        return ReplacementModel(pair, adapters)(IDS).logits
+
+
+def told(outcome) -> dict:
+    """What the line that says how to load it leaves behind."""
+    assert (outcome.code, outcome.err) == (0, "")
+    names: dict = {}
+    exec(outcome.out.removeprefix("Load it with:").strip(), names)
+    return names
+
+
+def test_a_run_crosses_over_and_comes_back(desk, fastadapt, tmp_path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    run = desk.finished_run()
+    expected = of_the_run(run)
+    out = tmp_path / "checkpoint"
+    outcome = fastadapt("export", run, "--output", out)
+    with torch.no_grad():
+        assert torch.equal(told(outcome)["model"](IDS).logits, expected)
+
+    published, adapters = tmp_path / "published", tmp_path / "adapters"
+    outcome = fastadapt("export", run, "--output", published, "--format", "hu2026")
+    loaded = told(outcome)["model"]
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, expected)
+
+    outcome = fastadapt("export", published, "--output", adapters, "--format", "adapters")
+    ours, theirs = load_adapters(run / "adapter")[0], told(outcome)["adapters"]
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(theirs.state_dict()[name], tensor)
+    again = tmp_path / "again"
+    outcome = fastadapt("export", adapters, "--output", again, "--target", desk.pair / "target")
+    assert outcome.code == 0, outcome.err
+    with torch.no_grad():
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(again)(IDS).logits, expected)
+
+
+def test_the_embedded_pair_exports_by_its_names(fastadapt, tmp_path) -> None:
+    from transformers import AutoConfig, AutoTokenizer
+
+    from fastadapt.adapter import AdapterConfig, TranscoderAdapter
+    from fastadapt.adapter_files import save_adapters
+    from fastadapt.organism import FOLDER
+
+    adapters = [TranscoderAdapter(128, AdapterConfig(8)) for _ in range(4)]
+    metadata = {"target": "organism/target", "base": "organism/base"}
+    save_adapters(adapters, tmp_path / "adapters", metadata)
+    assert fastadapt("export", tmp_path / "adapters", "--output", tmp_path / "out").code == 0
+    assert AutoConfig.from_pretrained(tmp_path / "out").max_position_embeddings == 512
+    ours, theirs = (AutoTokenizer.from_pretrained(p) for p in (tmp_path / "out", FOLDER / "target"))
+    assert type(ours) is type(theirs)
+    text = "<｜User｜>What is 3 plus 4?<｜Assistant｜><think>\n3 + 4 = 7"
+    assert ours(text).input_ids == theirs(text).input_ids
+
+
+MISTAKES = {
+    "nothing there": (
+        lambda desk: ["export", desk.folder / "no", "--output", desk.folder / "out"],
+        r"expected a run or a folder of adapters with fastadapt\.json",
+    ),
+    "an output in use": (
+        lambda desk: ["export", desk.folder / "no", "--output", desk.pair],
+        "--output: .* is in use; give a new folder",
+    ),
+    "no output": (lambda desk: ["export", desk.folder], "--output is missing|output"),
+    "a format that is none": (
+        lambda desk: ["export", desk.folder, "--output", "x", "--format", "onnx"],
+        "--format: expected one of 'huggingface', 'hu2026', 'adapters', got 'onnx'",
+    ),
+    "adapters of a plain model": (
+        lambda desk: [
+            "export",
+            desk.pair / "target",
+            "--output",
+            desk.folder / "out",
+            "--format",
+            "adapters",
+        ],
+        "expected a checkpoint of Qwen2ForCausalLMWithTranscoder",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes(mistake, expect_error) -> None:
+    expect_error(*MISTAKES[mistake])
+
+
+def test_a_run_that_is_not_finished(desk, expect_error) -> None:
+    run = desk.finished_run()
+    (run / "adapter" / "fastadapt.json").unlink()
+    expect_error(lambda desk: ["export", run, "--output", desk.folder / "out"], "not finished")

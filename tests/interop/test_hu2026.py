@@ -1,0 +1,276 @@
+"""Published checkpoints become replacement models and adapters, and come back as the same bytes."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fastadapt.adapter import AdapterConfig, TranscoderAdapter
+from fastadapt.adapter_files import load_adapters, save_adapters
+from fastadapt.errors import UserError
+from fastadapt.interop import hu2026
+from fastadapt.models import PairMismatchError, ReplacementModel
+
+FEATURES, WIDTH, LAYERS = 24, 16, 3
+IDS = torch.tensor([[5, 9, 23, 7, 31, 8]])
+LAYER, MODULES = "model.layers.{}.mlp.", ("enc", "dec")
+
+
+def shards_of(folder: str | Path) -> dict[str, torch.Tensor]:
+    found = [load_file(file) for file in sorted(Path(folder).glob("*.safetensors"))]
+    return {name: tensor for shard in found for name, tensor in shard.items()}
+
+
+def files_of(folder: str | Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+
+
+@pytest.fixture
+def published(save_model: Callable[..., str], tmp_path: Path) -> Callable[..., str]:
+    """``published(tied=False, decoder_bias=True, shards=3)``: a checkpoint as on the hub, small.
+
+    Written here from the format's description, with a target in ``target``, a base in ``base``.
+    """
+
+    def make(tied: bool = False, decoder_bias: bool = True, shards: int = 3) -> str:
+        target = save_model("target", 0, tie_word_embeddings=tied)
+        base = save_model("base", 1, tie_word_embeddings=tied)
+        for folder in (target, base):
+            file = Path(folder) / "model.safetensors"
+            held = {name: t.bfloat16() for name, t in load_file(file).items()}
+            save_file(held, file, metadata={"format": "pt"})
+            config = json.loads((Path(folder) / "config.json").read_text())
+            (Path(folder) / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+        tensors, mlps = shards_of(target), shards_of(base)
+        tensors |= {name: t for name, t in mlps.items() if ".mlp." in name}
+        generator = torch.Generator().manual_seed(5)
+        for i in range(LAYERS):
+            shapes: dict[str, tuple[int, ...]] = {
+                "enc.weight": (FEATURES, WIDTH),
+                "enc.bias": (FEATURES,),
+                "dec.weight": (WIDTH, FEATURES),
+                "dec.bias": (WIDTH,),
+            }
+            for name, shape in shapes.items():
+                if name != "dec.bias" or decoder_bias:
+                    noise = 0.3 * torch.randn(shape, generator=generator)
+                    tensors[LAYER.format(i) + "transcoder_" + name] = noise.bfloat16()
+        folder = tmp_path / "published"
+        folder.mkdir()
+        for file in Path(target).iterdir():
+            if "token" in file.name or "generation" in file.name:
+                (folder / file.name).write_bytes(file.read_bytes())
+        config = json.loads((Path(target) / "config.json").read_text())
+        config |= {"architectures": ["Qwen2ForCausalLMWithTranscoder"], "torch_dtype": "bfloat16"}
+        config |= {"transcoder_n_features": FEATURES, "transcoder_dec_bias": decoder_bias}
+        del config["dtype"]  # as older transformers wrote it
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        names = list(tensors)
+        weight_map = {}
+        for n in range(shards):
+            file = (
+                f"model-{n + 1:05}-of-{shards:05}.safetensors"
+                if shards > 1
+                else "model.safetensors"
+            )
+            held = {name: tensors[name] for name in names[n::shards]}
+            save_file(held, folder / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(held, file)
+        if shards > 1:
+            index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+            (folder / "model.safetensors.index.json").write_text(text)
+        return str(folder)
+
+    return make
+
+
+def logits(model: ReplacementModel, mode: Any) -> torch.Tensor:
+    with torch.no_grad(), model.mode(mode):
+        return model(IDS).logits
+
+
+def reference_logits(folder: str) -> torch.Tensor:
+    """From the formula, in float32: Hugging Face's Qwen2, transcoders as hooks on its MLPs."""
+    from torch.nn.functional import linear
+    from transformers import AutoConfig, Qwen2ForCausalLM
+
+    tensors = {name: t.float() for name, t in shards_of(folder).items()}
+    plain = Qwen2ForCausalLM(AutoConfig.from_pretrained(folder)).float().eval()
+    plain.load_state_dict({n: t for n, t in tensors.items() if "transcoder" not in n})
+    for i, layer in enumerate(plain.model.layers):
+        own = LAYER.format(i) + "transcoder_{}.{}"
+
+        def add(_module, inputs, output, own=own):
+            enc, dec = ([tensors[own.format(m, n)] for n in ("weight", "bias")] for m in MODULES)
+            return output + linear(linear(inputs[0], *enc).relu(), *dec)
+
+        layer.mlp.register_forward_hook(add)
+    with torch.no_grad():
+        return plain(IDS).logits
+
+
+@pytest.mark.parametrize("case", [{}, {"tied": True}, {"decoder_bias": False}, {"shards": 1}])
+def test_there_and_back_through_a_model(case, published, tmp_path) -> None:
+    source = published(**case)
+    target = str(tmp_path / "target")
+    model = hu2026.load(source, target, device="cpu")
+    assert model.n_features == FEATURES
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    hu2026.save(model, tmp_path / "back", like=source)
+    assert files_of(tmp_path / "back") == files_of(source)
+    again = hu2026.load(str(tmp_path / "back"), target, device="cpu")
+    for mode in ("target", "hybrid", "replacement"):
+        assert torch.equal(logits(model, mode), logits(again, mode))
+
+
+def test_it_computes_what_the_formula_says(published, tmp_path) -> None:
+    source = published()
+    model = hu2026.load(source, str(tmp_path / "target"), device="cpu", dtype="float32")
+    torch.testing.assert_close(logits(model, "replacement"), reference_logits(source))
+
+
+def test_nothing_is_said_of_tensors_that_are_read(published, monkeypatch) -> None:
+    """transformers reports them as unexpected, which reads as if they were left out."""
+    said: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", said.append)
+    monkeypatch.setattr(logging.getLogger("transformers"), "handlers", [handler])
+    hu2026.load(published(), device="cpu")
+    assert not [record.getMessage() for record in said if "UNEXPECTED" in record.getMessage()]
+
+
+def test_the_target_mode_is_the_target(published, tmp_path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    source, target = published(), str(tmp_path / "target")
+    plain = AutoModelForCausalLM.from_pretrained(target)
+    with torch.no_grad():
+        expected = plain(IDS).logits
+    assert torch.equal(logits(hu2026.load(source, target, device="cpu"), "target"), expected)
+    alone = hu2026.load(source, device="cpu")
+    whole = hu2026.load(source, target, device="cpu")
+    for mode in ("hybrid", "replacement"):
+        assert torch.equal(logits(alone, mode), logits(whole, mode))
+    with pytest.raises(UserError, match="read without its target"):
+        logits(alone, "target")
+
+
+@pytest.mark.parametrize("decoder_bias", [True, False])
+def test_there_and_back_through_adapters_alone(decoder_bias, published, tmp_path) -> None:
+    source = published(decoder_bias=decoder_bias)
+    target, base = str(tmp_path / "target"), str(tmp_path / "base")
+    hu2026.to_adapters(source, tmp_path / "adapters", target=target, base=base)
+    adapters, metadata = load_adapters(tmp_path / "adapters")
+    assert metadata["published"] == {"checkpoint": source, "revision": None}
+    held = shards_of(source)
+    for i, adapter in enumerate(adapters):
+        layer = LAYER.format(i)
+        assert torch.equal(adapter.W_enc, held[layer + "transcoder_enc.weight"])
+        assert torch.equal(adapter.W_dec, held[layer + "transcoder_dec.weight"].T)
+        assert torch.equal(adapter.b_enc, held[layer + "transcoder_enc.bias"])
+        expected = held.get(layer + "transcoder_dec.bias", torch.zeros(WIDTH).bfloat16())
+        assert torch.equal(adapter.b_dec, expected)
+    hu2026.from_adapters(
+        tmp_path / "adapters", tmp_path / "back", target=target, base=base, like=source
+    )
+    assert files_of(tmp_path / "back") == files_of(source)
+
+
+def test_own_adapters_become_a_published_checkpoint(published, tmp_path) -> None:
+    published()  # for its pair
+    target, base = str(tmp_path / "target"), str(tmp_path / "base")
+    adapters = [TranscoderAdapter(WIDTH, AdapterConfig(40)) for _ in range(LAYERS)]
+    for adapter in adapters:
+        torch.nn.init.normal_(adapter.W_dec, std=0.2)
+        torch.nn.init.normal_(adapter.b_dec, std=0.2)
+    save_adapters([a.bfloat16() for a in adapters], tmp_path / "own")
+    out = tmp_path / "out"
+    hu2026.from_adapters(tmp_path / "own", out, target=target, base=base, shard_bytes=5000)
+    config = json.loads((out / "config.json").read_text())
+    assert config["architectures"] == ["Qwen2ForCausalLMWithTranscoder"]
+    assert (config["transcoder_n_features"], config["transcoder_dec_bias"]) == (40, True)
+    assert (config["model_type"], config["dtype"]) == ("qwen2", "bfloat16")
+    assert len(list(out.glob("model-*-of-*.safetensors"))) > 3
+    index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    assert set(index) == set(shards_of(out))
+    model = hu2026.load(str(out), target, device="cpu")
+    for ours, theirs in zip(adapters, model.adapters, strict=True):
+        for name, parameter in ours.named_parameters():
+            assert torch.equal(parameter, getattr(theirs, name))
+    hu2026.save(model, tmp_path / "again", shard_bytes=5000)
+    assert shards_of(tmp_path / "again").keys() == index.keys()
+    for name, tensor in shards_of(tmp_path / "again").items():
+        assert torch.equal(tensor, shards_of(out)[name])
+
+
+def test_never_two_copies(published, tmp_path, monkeypatch) -> None:
+    """Written a shard at a time: no more is held than a shard and the next tensor."""
+    source = published(shards=1)
+    sizes: list[int] = []
+
+    def watched(held, file, metadata):
+        sizes.append(sum(t.nbytes for t in held.values()))
+        save_file(held, file, metadata)
+
+    monkeypatch.setattr("safetensors.torch.save_file", watched)
+    model = hu2026.load(source, device="cpu")
+    hu2026.save(model, tmp_path / "out", shard_bytes=4000)
+    total = sum(t.nbytes for t in shards_of(source).values())
+    assert sum(sizes) == total
+    assert max(sizes) <= 4000 < total / 3
+
+
+def test_another_target_is_refused(published, save_model, tmp_path) -> None:
+    source = published()
+    other = save_model("other", 7)
+    with pytest.raises(PairMismatchError, match="of the weights that they should share differ"):
+        hu2026.load(source, other, device="cpu")
+    wider = save_model("wider", 7, hidden_size=32)
+    with pytest.raises(PairMismatchError, match="hidden_size: target 32, base 16"):
+        hu2026.load(source, wider, device="cpu")
+
+
+def test_faulty_checkpoints_are_refused(published, tmp_path) -> None:
+    source = Path(published(shards=1))
+    file = source / "model.safetensors"
+    whole, name = load_file(file), LAYER.format(1) + "transcoder_dec.weight"
+
+    def attempt(tensors) -> str:
+        save_file(tensors, file, metadata={"format": "pt"})
+        with pytest.raises(UserError) as error:
+            hu2026.to_adapters(str(source), tmp_path / "adapters")
+        assert not (tmp_path / "adapters" / "fastadapt.json").exists()
+        return str(error.value)
+
+    assert name in attempt({n: t for n, t in whole.items() if n != name})
+    message = attempt({**whole, name: whole[name].T.contiguous()})
+    assert "expected [16, 24], floating, got [24, 16]" in message
+    extra = LAYER.format(LAYERS) + "transcoder_enc.bias"
+    assert extra in attempt({**whole, extra: torch.zeros(FEATURES)})
+    with pytest.raises(UserError, match="expected a checkpoint of Qwen2ForCausalLMWith"):
+        hu2026.load(str(tmp_path / "base"), device="cpu")
+
+
+def test_what_the_format_cannot_say_is_refused(published, make_pair, tmp_path) -> None:
+    source = published(decoder_bias=False)
+    model = hu2026.load(source, device="cpu")
+    with torch.no_grad():
+        model.adapters[1].b_dec[3] = 1
+    with pytest.raises(UserError, match="has no decoder biases"):
+        hu2026.save(model, tmp_path / "out", like=source)
+    llama = ReplacementModel.create(make_pair("llama"), AdapterConfig(8))
+    with pytest.raises(UserError, match="Qwen2 models with ReLU adapters; this is llama with relu"):
+        hu2026.save(llama, tmp_path / "out")
+    topk = ReplacementModel.create(make_pair("qwen2"), AdapterConfig(8, "topk", k=2))
+    with pytest.raises(UserError, match="this is qwen2 with topk"):
+        hu2026.save(topk, tmp_path / "out")
+    with pytest.raises(UserError, match="is in use; give a new folder"):
+        hu2026.save(model, source)

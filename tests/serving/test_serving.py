@@ -1,0 +1,243 @@
+"""An exported checkpoint is the run's replacement model, in all that transformers does with it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    ContinuousBatchingConfig,
+)
+
+from fastadapt import serving
+from fastadapt.adapter import AdapterConfig
+from fastadapt.adapter_files import save_adapters
+from fastadapt.errors import UserError
+from fastadapt.models import ModelPair, PairConfig, ReplacementModel
+from fastadapt.pretrained import ARCHITECTURES
+from fastadapt.serving.registered import classes_of
+
+IDS = torch.tensor([[5, 9, 23, 7, 31, 8]])
+GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+ACTIVATIONS = {
+    "relu": AdapterConfig(24),
+    "topk": AdapterConfig(24, "topk", k=3),
+    "batch_topk": AdapterConfig(24, "batch_topk", k=2.5),
+    "jumprelu": AdapterConfig(24, "jumprelu", bandwidth=0.4, initial_threshold=0.15),
+}
+
+
+@pytest.fixture
+def exported(save_model, tmp_path) -> Callable[..., tuple[Path, ReplacementModel]]:
+    """``exported(architecture, ...)``: a checkpoint in five shards or so, and what it came from."""
+
+    def make(
+        architecture: str = "qwen2",
+        config: AdapterConfig = ACTIVATIONS["relu"],
+        dtype: str = "float32",
+        **changes: Any,
+    ) -> tuple[Path, ReplacementModel]:
+        target = save_model("target", 0, architecture, **changes)
+        base = save_model("base", 1, architecture, **changes)
+        pair = ModelPair.load(PairConfig(target, base, dtype=dtype, device="cpu"))
+        model = ReplacementModel.create(pair, config)
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for p in model.adapters.parameters():
+                p.add_(0.3 * torch.randn(p.shape, generator=generator).to(p.dtype))
+            for adapter in model.adapters:
+                if config.activation == "jumprelu":
+                    adapter.threshold.abs_()
+                if config.activation == "batch_topk":
+                    adapter.update_threshold(torch.tensor(0.123456789))
+        save_adapters(model.adapters, tmp_path / "adapter")
+        out = tmp_path / "exported"
+        serving.export(tmp_path / "adapter", out, target=target, base=base, shard_bytes=8000)
+        model.adapters.eval()
+        return out, model
+
+    return make
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_it_loads_as_what_was_trained(architecture, exported) -> None:
+    folder, model = exported(architecture)
+    assert (folder / "model.safetensors.index.json").is_file()
+    loaded, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert isinstance(loaded, serving.AdaptedModel)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == [type(loaded).__name__]
+    with torch.no_grad():
+        for mode in ("replacement", "hybrid"):
+            with model.mode(mode), loaded.mode(mode):
+                assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+                assert torch.equal(loaded.generate(IDS, **GREEDY), model.generate(IDS, **GREEDY))
+        with loaded.mode("hybrid"):
+            hybrid = loaded(IDS).logits
+    assert not torch.equal(hybrid, loaded(IDS).logits)
+    with pytest.raises(UserError, match="read without its target"), loaded.mode("target"):
+        loaded(IDS)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_and_precision(activation, dtype, exported) -> None:
+    folder, model = exported(config=ACTIVATIONS[activation], dtype=dtype)
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert str(loaded.dtype) == f"torch.{dtype}"
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    for ours, theirs in zip(loaded.adapted_mlps, model.adapters, strict=True):
+        for name, tensor in theirs.state_dict().items():
+            assert torch.equal(ours.adapter.state_dict()[name], tensor), name
+
+
+def test_saved_again_it_is_the_same(exported, tmp_path) -> None:
+    folder, _ = exported()
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    loaded.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, again(IDS).logits)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_batches_give_the_tokens_of_generate(architecture, exported) -> None:
+    folder, _ = exported(architecture)
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    prompts = [[5, 9, 23], [7, 31, 8, 12, 3], [4]]
+    config = loaded.generation_config
+    config.update(**GREEDY, pad_token_id=2)
+    seen = {}
+    for mode in ("replacement", "hybrid"):
+        with loaded.mode(mode):
+            together = loaded.generate_batch(
+                prompts,
+                generation_config=config,
+                continuous_batching_config=ContinuousBatchingConfig(
+                    num_blocks=8, max_batch_tokens=32
+                ),
+            )
+            alone = [loaded.generate(torch.tensor([p]), **GREEDY)[0, len(p) :] for p in prompts]
+        seen[mode] = [out.generated_tokens for out in together.values()]
+        assert seen[mode] == [out.tolist() for out in alone]
+    assert seen["replacement"] != seen["hybrid"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are captured on a GPU")
+@pytest.mark.parametrize("n_tokens", [1, 7, 300_000])
+def test_an_adapters_work_is_captured_as_a_graph(n_tokens, exported) -> None:
+    """Small calls hold every code, larger ones take dense products: neither asks the GPU."""
+    folder, _ = exported()
+    loaded = AutoModelForCausalLM.from_pretrained(folder).cuda()
+    mlp = loaded.adapted_mlps[0]
+    x = torch.randn(1, n_tokens, 16, device="cuda")
+    with torch.no_grad():
+        mlp(x)  # kernels are compiled
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = mlp(x)
+        x.copy_(torch.randn_like(x))
+        expected = mlp(x)
+        graph.replay()
+    torch.testing.assert_close(captured, expected)
+
+
+def test_what_belongs_to_the_target_is_kept(exported, tmp_path) -> None:
+    target = Path(tmp_path / "target")
+    target.mkdir()
+    (target / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    folder, _ = exported(max_position_embeddings=99, eos_token_id=5)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (folder / name).read_bytes() == (target / name).read_bytes()
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert loaded.config.max_position_embeddings == 99
+    assert loaded.generation_config.eos_token_id == loaded.config.eos_token_id == 5
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    message = [{"role": "user", "content": "w7"}]
+    assert tokenizer.apply_chat_template(message, tokenize=False) == "w7"
+
+
+@pytest.mark.parametrize("named", ["LlamaTokenizerFast", "Qwen2Tokenizer", None])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_tokenizer_is_the_targets(architecture, named, save_model, tmp_path) -> None:
+    """Whichever class transformers picks for the target's type and what its files name."""
+    target, ours = Path(save_model("target", 0, architecture)), tmp_path / "ours"
+    file = target / "tokenizer_config.json"
+    config = {k: v for k, v in json.loads(file.read_text()).items() if k != "tokenizer_class"}
+    file.write_text(json.dumps(config | ({"tokenizer_class": named} if named else {})))
+    shutil.copytree(target, ours)
+    values = json.loads((target / "config.json").read_text())
+    (ours / "config.json").write_text(
+        json.dumps({**values, "model_type": f"fastadapt_{architecture}", "adapter": {}})
+    )
+    a, b = (AutoTokenizer.from_pretrained(folder) for folder in (ours, target))
+    assert type(a) is type(b)
+    assert a.get_vocab() == b.get_vocab()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_vllm_finds_every_weight(architecture, tied, exported) -> None:
+    """vLLM has what ``AutoModel`` makes as ``.model``, and the head as ``.lm_head``."""
+    folder, _ = exported(architecture, tie_word_embeddings=tied)
+    with torch.device("meta"):
+        decoder = AutoModel.from_config(AutoConfig.from_pretrained(folder))
+    wanted = {f"model.{name}": p.shape for name, p in decoder.named_parameters()}
+    if not tied:
+        wanted["lm_head.weight"] = decoder.get_input_embeddings().weight.shape
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as shard:
+            found |= {n: torch.Size(shard.get_slice(n).get_shape()) for n in shard.keys()}  # noqa: SIM118
+    assert found == wanted
+    for pattern in decoder.config.base_model_tp_plan:
+        parts = pattern.split("*.")
+        names = [n for n, _ in decoder.named_modules() if n.startswith(parts[0])]
+        assert any(n.endswith(parts[-1]) for n in names) or "norm" in pattern, pattern
+
+
+def test_vllms_plugin_registers_each_architecture(monkeypatch) -> None:
+    """vLLM is not installed here: what it would be told is taken down."""
+    import sys
+    import types
+
+    (entry,) = importlib.metadata.entry_points(group="vllm.general_plugins", name="fastadapt")
+    told: dict[str, str] = {}
+    registry = types.SimpleNamespace(
+        get_supported_archs=lambda: ["FastadaptLlamaForCausalLM"],
+        register_model=told.__setitem__,
+    )
+    monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(ModelRegistry=registry))
+    entry.load()()
+    names = {classes_of(architecture)[2].__name__ for architecture in ARCHITECTURES}
+    assert set(told) == names - {"FastadaptLlamaForCausalLM"}
+    assert set(told.values()) == {"vllm.model_executor.models.transformers:TransformersForCausalLM"}
+
+
+def test_what_does_not_fit_is_refused(exported, save_model, tmp_path) -> None:
+    exported()
+    base = str(tmp_path / "base")
+    for changes, message in (
+        ({"num_hidden_layers": 2}, "layers: adapters .* have 3, target .* 2"),
+        ({"hidden_size": 32}, "width: adapters .* have 16, target .* 32"),
+    ):
+        other = save_model("other", 0, **changes)
+        with pytest.raises(UserError, match=message):
+            serving.export(tmp_path / "adapter", tmp_path / "out", target=other, base=base)
+    with pytest.raises(UserError, match="is in use; give a new folder"):
+        serving.export(
+            tmp_path / "adapter", tmp_path / "base", target=str(tmp_path / "target"), base=base
+        )

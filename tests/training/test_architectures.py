@@ -1,0 +1,37 @@
+"""Every architecture of the table is planned for, trained, and generates with what was trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastadapt.adapter_files import load_adapters
+from fastadapt.models import ModelPair, ReplacementModel
+from fastadapt.pretrained import ARCHITECTURES
+from fastadapt.training.plan import plan
+from fastadapt.training.trainer import train
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_run_of_each(architecture, tiny_pair, tiny_config, save_model, tmp_path) -> None:
+    for seed, name in enumerate(("target", "base")):
+        folder = Path(save_model(name, seed, architecture, vocab_size=64))
+        for file in (tiny_pair / name).glob("token*"):
+            shutil.copy(file, folder)
+    config = tiny_config(**{"optimizer.max_steps": 6})
+    pair = dataclasses.replace(
+        config.pair, target=str(tmp_path / "target"), base=str(tmp_path / "base")
+    )
+    config = dataclasses.replace(config, pair=pair)
+    assert plan(config).peak_bytes > 0
+    summary = train(config)
+    assert summary["kl_adapter"] < summary["kl_hybrid"]
+    adapters, _ = load_adapters(summary["adapter"])
+    model = ReplacementModel(ModelPair.load(pair), adapters)
+    ids = torch.tensor([[7, 8, 9]])
+    out = model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    assert out.shape == (1, 7)
