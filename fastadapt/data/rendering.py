@@ -86,7 +86,7 @@ def render(conversation: Sequence[Mapping[str, Any]], family: str) -> str:
 def render_parts(conversation: Sequence[Mapping[str, Any]], family: str) -> tuple[str, str]:
     """``render``, cut where the response begins: ``(text up to there, the rest)``."""
     form = get_family(family)
-    prompt, response = _turns(conversation)
+    prompt, response = turns(conversation)
     # The data write "<think> First"; the models write a line break there.
     if response.startswith(THINK + " "):
         response = THINK + "\n" + response[len(THINK) + 1 :]
@@ -96,7 +96,8 @@ def render_parts(conversation: Sequence[Mapping[str, Any]], family: str) -> tupl
     )
 
 
-def _turns(conversation: Any) -> tuple[str, str]:
+def turns(conversation: Any) -> tuple[str, str]:
+    """Prompt and response of a conversation, by position; see :func:`render` for the errors."""
     if not isinstance(conversation, Sequence) or isinstance(conversation, str):
         kind = "null" if conversation is None else type(conversation).__name__
         raise UserError(f"expected a list of two turns (prompt, response), got {kind}")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastadapt.data.rendering import get_family, render_parts
 from fastadapt.data.sources import Row, read_rows
+from fastadapt.data.tokens import check_markers, encode
 from fastadapt.errors import UserError
 
 _CHUNK = 128  # conversations handed to the tokenizer at once
@@ -147,7 +148,7 @@ def load_sequences(source: str, tokenizer: Any, config: DataConfig, *, split: st
     """
     if split not in ("train", "validation"):
         raise ValueError(f"split: expected 'train' or 'validation', got {split!r}")
-    _check_markers(tokenizer, config.family)
+    check_markers(tokenizer, config.family)
     name = config.train_split if split == "train" else config.validation_split
     limit = config.max_validation if split == "validation" else None
     rows = read_rows(source, split=name, revision=config.revision)
@@ -186,13 +187,8 @@ def _tokenised(
     """Token ids of each row and the index of the first token whose prediction counts."""
     while chunk := list(islice(rows, _CHUNK)):
         parts = [_render_row(row, config.family) for row in chunk]
-        encoded = tokenizer(
-            [prompt + response for prompt, response in parts],
-            add_special_tokens=False,  # BOS is in the text
-            return_attention_mask=False,
-            return_offsets_mapping=not config.train_on_prompt,
-            verbose=False,
-        )
+        texts = [prompt + response for prompt, response in parts]
+        encoded = encode(tokenizer, texts, offsets=not config.train_on_prompt)
         for i, (where, _) in enumerate(chunk):
             ids = encoded["input_ids"][i]
             if len(ids) < 2:
@@ -214,13 +210,3 @@ def _render_row(row: Row, family: str) -> tuple[str, str]:
         return render_parts(conversation, family)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-
-
-def _check_markers(tokenizer: Any, family: str) -> None:
-    for marker in get_family(family).markers:
-        ids = tokenizer(marker, add_special_tokens=False)["input_ids"]
-        if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
-            raise UserError(
-                f"data.family={family!r}: the tokenizer does not know its marker {marker!r} as one "
-                "token; choose the family of this pair"
-            )

@@ -41,9 +41,10 @@ def test_the_options_of_train_are_frozen():
 
 
 def test_the_commands_are_frozen(fastadapt):
-    from fastadapt.cli import COMMANDS, ORGANISM
+    from fastadapt.cli import COMMANDS
+    from fastadapt.cli_organism import COMMANDS as ORGANISM
 
-    assert sorted(COMMANDS) == ["doctor", "organism", "train"]
+    assert sorted(COMMANDS) == ["data", "doctor", "organism", "train"]
     assert sorted(ORGANISM) == ["build", "check", "sample"]
     for command in COMMANDS:
         assert command in fastadapt("--help").out
