@@ -486,6 +486,31 @@ def test_the_hub_is_streamed_at_one_commit(config, tmp_path, monkeypatch):
         assert rows_of(made["output"], split) == rows_of(expected["output"], split)
 
 
+STOPPED_ON_THE_HUB = """
+import sys, threading, datasets, huggingface_hub
+from fastadapt.data.prepare import prepare
+from fastadapt.data.selection import PrepareConfig
+
+real, (file, output, tokenizer) = datasets.load_dataset, sys.argv[1:]
+datasets.load_dataset = lambda name, **how: real(
+    "parquet", data_files=file, split="train", streaming=True
+)
+huggingface_hub.HfApi.dataset_info = lambda *_, **__: type("Info", (), {"sha": "c0ffee"})
+stop = threading.Event()
+stop.set()
+made = prepare(PrepareConfig("someone/rows", output, tokenizer, max_tokens=60), stop=stop)
+assert made["rows"] == 1000
+"""
+
+
+def test_a_stopped_stream_ends_its_process_well(config, tmp_path):
+    """Arrow's threads abort a process in which a streamed file is left half read."""
+    file = openthoughts.write_parquet(tmp_path / "rows.parquet", ROWS)
+    command = [sys.executable, "-c", STOPPED_ON_THE_HUB, file, config().output, config().tokenizer]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
 def test_a_hub_out_of_reach_says_so(config):
     with pytest.raises(UserError, match="as a dataset of the hub"):
         prepare(config(source="nobody/nothing"))
