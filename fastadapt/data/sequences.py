@@ -34,6 +34,11 @@ class DataConfig:
         revision: branch, tag or commit of hub datasets.
         train_split: split of a hub dataset or folder to train on.
         validation_split: split of a hub dataset or folder to validate on.
+        bucket: batches whose sequences are sorted by length together, so that those of a batch are
+            of like length and less is padding; 1: none. Each sequence stays as likely in each
+            batch of an epoch. Of use where optimizer.batch_size is above 1.
+        workers: processes that make batches ahead of the steps; 0: none, a step makes its own.
+            The order, and so every bit, is the same.
     """
 
     train: str
@@ -45,11 +50,16 @@ class DataConfig:
     revision: str | None = None
     train_split: str = "train"
     validation_split: str = "validation"
+    bucket: int = 1
+    workers: int = 0
 
     def __post_init__(self) -> None:
         get_family(self.family)
         if self.max_tokens < 2:
             raise UserError(f"data.max_tokens: expected at least 2, got {self.max_tokens}")
+        for name, least in (("bucket", 1), ("workers", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"data.{name}: expected {least} or more, got {getattr(self, name)}")
         if self.max_validation is not None and self.max_validation < 1:
             raise UserError(
                 f"data.max_validation: expected at least 1 or null, got {self.max_validation}"
@@ -113,6 +123,12 @@ class Sequences(Sequence[Sample]):
         self._tokens = tokens  # int32 [N], all sequences end to end
         self._ends = ends
         self._first_labels = first_labels
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence."""
+        starts = [0, *self._ends[:-1]]
+        return [end - start for start, end in zip(starts, self._ends, strict=True)]
 
     def __len__(self) -> int:
         return len(self._ends)

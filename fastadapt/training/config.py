@@ -36,7 +36,7 @@ FREE_ON_RESUME = frozenset(
         "keep_checkpoints",
         "max_bad_batches",
     )
-)
+) | {"data.workers"}
 
 
 @dataclass(frozen=True)
