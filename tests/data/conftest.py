@@ -1,4 +1,4 @@
-"""A word-level tokenizer that knows the markers of both families, and files of conversations."""
+"""A word-level tokenizer that knows the markers of all families, and files of conversations."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from fastadapt.data.rendering import FAMILIES
 
-WORDS = ("what", "is", "1", "2", "3", "4", "+", "=", "?", ".", "wait", "so", "user", "assistant")
+WORDS = ("what", "is", "1", "2", "3", "4", "+", "=", "?", ".", "wait", "so", "user")
+WORDS += ("assistant", "model")
 
 
 @pytest.fixture(scope="session")

@@ -222,3 +222,21 @@ def test_ahead_gives_nothing_it_was_not_asked_for(make_feed) -> None:
     assert ahead.take(0, first) is not None
     assert ahead.take(0, first) is None
     assert ahead.take(1, feed.micro_batches(1)[0]) is not None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_gpu_is_not_waited_for(workers, tiny_config, tiny_pair) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_pair / "target")
+    gpu = torch.device("cuda")
+    feed = Feed(tiny_config(**{"data.workers": workers}), tokenizer, gpu)
+    alone = Feed(tiny_config(), tokenizer, CPU)
+    batches_of(feed, 0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        made = [batches_of(feed, step) for step in range(feed.steps)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        feed.close()
+    for step, batches in enumerate(made):
+        assert same([(batch.to("cpu"), n) for batch, n in batches], batches_of(alone, step))
