@@ -170,8 +170,13 @@ def _remove(folder: Path, patterns: Sequence[str]) -> None:
 
 
 def finish(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write the manifest and remove what the reading needed."""
+    """Write the manifest, after which nothing else is needed."""
     with replacing(folder / MANIFEST) as staged:
         text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
         staged.write_text(text, encoding="utf-8")
+    clean(folder)
+
+
+def clean(folder: Path) -> None:
+    """Remove what the reading of a finished selection needed, and what a kill left of it."""
     _remove(folder, (*_STAGED, *(f"{WORK}/{name}" for name in (_SETTINGS, JOURNAL, ROWS))))

@@ -87,6 +87,7 @@ def prepare(
             manifest = outdir.read_manifest(folder)
             if manifest is not None:
                 outdir.verify(folder, manifest)
+                outdir.clean(folder)
                 return {**manifest, "interrupted": False, "output": str(folder)}
         else:
             outdir.begin(folder, settings)

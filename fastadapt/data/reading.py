@@ -30,7 +30,7 @@ Sink = Callable[[Record], None]
 REQUIRED, CARRIED = (COLUMN, "domain"), ("difficulty", "source")
 
 _COMMIT_ROWS = 1000  # rows of the source between commits: what a kill costs, at most
-_ENCODE_ROWS = 32  # conversations handed to the tokenizer at once: a token takes it 100 bytes
+_ENCODE_ROWS = 64  # conversations handed to the tokenizer at once: a token takes it 100 bytes
 
 
 class _Waiting(NamedTuple):

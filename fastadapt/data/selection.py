@@ -69,7 +69,7 @@ class PrepareConfig:
     shares: str = "math=.708,code=.208,science=.083"
     split: str = "train"
     revision: str | None = None
-    reserve: float = 1.5
+    reserve: float = 1.25
     allow_fewer: bool = False
 
     def __post_init__(self) -> None:

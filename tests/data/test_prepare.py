@@ -108,7 +108,8 @@ def test_it_is_the_draw_that_a_dense_reading_gives(config, source):
     from fastadapt.data.selection import SPLITS, look_at, row_key
 
     tokenizer = AutoTokenizer.from_pretrained(NAMES["organism/target"])
-    settings = config()
+    longest = 40  # of many rows, and one less than that of many others
+    settings = config(max_tokens=longest, train=600, validation=60)
     lines = [json.loads(line) for line in source.read_text().splitlines()]
     order = sorted(range(ROWS), key=lambda row: row_key(42, row))
     expected, long, passed = {split: [] for split in SPLITS}, Counter(), Counter()
@@ -123,7 +124,7 @@ def test_it_is_the_draw_that_a_dense_reading_gives(config, source):
                 continue
             gone.add(row)
             text = render(turns, "r1-distill")
-            if len(tokenizer(text, add_special_tokens=False)["input_ids"]) > 60:
+            if len(tokenizer(text, add_special_tokens=False)["input_ids"]) > longest:
                 long[domain] += 1
             elif split == "train" and turns[0]["value"] in held_out:
                 passed[domain] += 1
@@ -131,7 +132,8 @@ def test_it_is_the_draw_that_a_dense_reading_gives(config, source):
                 quotas[split][domain] -= 1
                 expected[split].append(row)
         held_out = {lines[row]["conversations"][0]["value"] for row in expected["validation"]}
-    made = prepare(config(reserve=1.2))
+    made = prepare(settings)
+    assert made["counts"]["train"]["longest"] == longest
     for split in SPLITS:
         assert [row["row"] for row in rows_of(made["output"], split)] == expected[split]
     for domain, reasons in made["counts"]["left_out_of_drawn"].items():
@@ -291,6 +293,17 @@ def test_a_finished_one_is_verified_on_resume(config):
     path.write_bytes(content)
     with pytest.raises(RunError, match=r"train\.parquet is not what manifest\.json says"):
         prepare(config(), resume=True)
+
+
+def test_a_kill_after_the_manifest_leaves_nothing_behind(config, monkeypatch):
+    """Between the last file written and the first one removed."""
+    with monkeypatch.context() as patched:
+        patched.setattr(module.outdir, "clean", lambda folder: None)
+        made = prepare(config())
+    folder = Path(made["output"])
+    assert (folder / ".prepare" / "rows").exists()
+    assert prepare(config(), resume=True) == made
+    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
 
 
 def test_resume_needs_the_same_settings_and_source(config, source, tmp_path):
