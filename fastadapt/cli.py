@@ -18,10 +18,8 @@ from fastadapt.console import print_error, print_table, quiet_transformers, say
 from fastadapt.errors import RunError, UserError
 from fastadapt.options import (
     USAGE,
-    data_parser,
     doctor_parser,
     nearest,
-    parse_prepare,
     parse_train,
     resume_command,
     train_parser,
@@ -140,6 +138,8 @@ def _print_plan(config: Any) -> int:
 
 def data(argv: list[str]) -> int:
     """`fastadapt data`."""
+    from fastadapt.options_data import data_parser, parse_prepare
+
     if not argv:
         data_parser().print_help()
         return 0
