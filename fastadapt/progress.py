@@ -127,6 +127,7 @@ class PrepareProgress:
             self._bar.total = total
             self._bar.set_postfix_str(more, refresh=False)
             self._bar.update(done - self._bar.n)
+            self._bar.refresh()
         elif kind != self._kind or self._clock() - self._spoke >= SECONDS_BETWEEN_LINES:
             self._spoke = self._clock()
             of = f" of {total:,}" if total is not None else ""

@@ -109,7 +109,8 @@ def apportion(n: int, shares: Mapping[str, Fraction]) -> dict[str, int]:
     """``n`` in these proportions: each rounded down, what is left goes to the largest remainders.
 
     The shares need not sum to 1 (those of the paper sum to .999); the counts sum to ``n``, each
-    within 1 of its exact part.
+    within 1 of its exact part. (The published splits hold 49,952 and 4,996: parts of 55,000, each
+    rounded by itself.)
     """
     total = sum(shares.values())
     exact = {domain: n * share / total for domain, share in shares.items()}
