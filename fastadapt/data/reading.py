@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from threading import Event
 from typing import Any, NamedTuple
@@ -21,7 +20,6 @@ from fastadapt.data.sources import COLUMN
 from fastadapt.data.spool import Spool
 from fastadapt.data.streams import Stream
 from fastadapt.data.tokens import encode
-from fastadapt.errors import UserError
 
 Record = dict[str, Any]
 Sink = Callable[[Record], None]
@@ -37,7 +35,6 @@ class _Waiting(NamedTuple):
     """A row that passed every test but that of its length."""
 
     row: int
-    where: str
     values: Mapping[str, Any]
     turns: tuple[str, str]
 
@@ -65,8 +62,8 @@ class Reading:
         if spool.done:
             return True
         row = spool.read
-        for where, values in self._stream.rows(spool.cursor):
-            self._look(row, where, values)
+        for _, values in self._stream.rows(spool.cursor):
+            self._look(row, values)
             row += 1
             if row % _COMMIT_ROWS == 0:
                 self._count_tokens()
@@ -82,7 +79,7 @@ class Reading:
     def _standing(self) -> Record:
         return {"kept": self._kept, "fraction": self._stream.fraction}
 
-    def _look(self, row: int, where: str, values: Mapping[str, Any]) -> None:
+    def _look(self, row: int, values: Mapping[str, Any]) -> None:
         found = look_at(values, self._domains)
         counts = self._spool.counts
         if found != OTHER_DOMAIN:
@@ -91,7 +88,7 @@ class Reading:
             counts["left_out"][found] += 1
             return
         if self._shortlist.admits(values["domain"], row_key(self._config.seed, row)):
-            self._waiting.append(_Waiting(row, where, values, found))
+            self._waiting.append(_Waiting(row, values, found))
             if len(self._waiting) == _ENCODE_ROWS:
                 self._count_tokens()
 
@@ -107,22 +104,22 @@ class Reading:
                 self._spool.too_long(each.row, domain)
                 continue
             hashes = prompt_hash(each.turns[0]), conversation_hash(*each.turns)
-            self._spool.keep(each.row, domain, hashes, len(ids), _carried(each))
+            self._spool.keep(each.row, domain, hashes, len(ids), _carried(each.values))
             self._kept += 1
 
 
-def _carried(row: _Waiting) -> Record:
-    """What is written of a row beside its tokens and its place."""
-    values = row.values
-    kept: Record = {
-        COLUMN: [{"from": t.get("from"), "value": t["value"]} for t in values[COLUMN]],
+def _carried(values: Mapping[str, Any]) -> Record:
+    """What is written of a row beside tokens and place; None for what is of another kind."""
+    difficulty, source = values.get("difficulty"), values.get("source")
+    if isinstance(difficulty, float) and difficulty.is_integer():
+        difficulty = int(difficulty)  # integers with nulls, as some writers give them
+    return {
+        COLUMN: [{"from": _text(t.get("from")), "value": t["value"]} for t in values[COLUMN]],
         "domain": values["domain"],
+        "source": _text(source),
+        "difficulty": difficulty if type(difficulty) is int else None,
     }
-    for name, kind, told in (("source", str, "text"), ("difficulty", int, "an integer")):
-        value = values.get(name)
-        if isinstance(value, float):  # as a table of integers with nulls is given by some readers
-            value = None if math.isnan(value) else int(value) if value.is_integer() else value
-        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
-            raise UserError(f"{row.where}: {name}: expected {told} or null, got {value!r:.40}")
-        kept[name] = value
-    return kept
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None

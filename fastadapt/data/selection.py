@@ -42,7 +42,8 @@ class PrepareConfig:
 
     Attributes:
         source: hub id of a dataset, or a .jsonl or .parquet file, or a folder of such files, with
-            columns ``conversations`` and ``domain``; ``difficulty`` and ``source`` are kept.
+            columns ``conversations`` and ``domain``. ``difficulty`` (an integer) and ``source``
+            (text) are kept where there are any.
         output: folder for train.parquet, validation.parquet and manifest.json.
         tokenizer: folder or hub id; of the pair that will be trained.
         family: how a conversation is rendered before its tokens are counted.

@@ -50,3 +50,23 @@ def write_jsonl(tmp_path: Path) -> Callable[..., str]:
         return str(path)
 
     return write
+
+
+@pytest.fixture
+def selection(tmp_path: Path) -> Callable[..., Any]:
+    """``selection(source=..., train=...)``: 1,000 and 100 conversations of at most 60 tokens."""
+    from fastadapt.data.selection import PrepareConfig
+    from fastadapt.organism import NAMES
+
+    def make(**changes: Any) -> PrepareConfig:
+        values = {
+            "output": str(tmp_path / "out"),
+            "tokenizer": str(NAMES["organism/target"]),
+            "train": 1000,
+            "validation": 100,
+            "max_tokens": 60,
+            **changes,
+        }
+        return PrepareConfig(**values)
+
+    return make

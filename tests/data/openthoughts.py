@@ -14,6 +14,9 @@ from typing import Any
 WORDS = ("what", "is", "1", "2", "3", "4", "+", "=", "?", ".", "wait", "so")
 DOMAINS = {"math": 850, "code": 250, "science": 100}
 
+#: What a selection leaves in its folder.
+FILES = ("train.parquet", "validation.parquet", "manifest.json")
+
 
 def rows(n: int, *, copies: int = 4, words: int = 30, seed: int = 0) -> Iterator[dict[str, Any]]:
     """``n`` rows; of ten, one has no <think> and one no </think>, and one is four times as long."""
@@ -77,3 +80,15 @@ def write_parquet(path: Path, n: int, *, group: int = 700, **how: Any) -> Path:
                 waiting = []
         writer.write_table(pa.Table.from_pylist(waiting, schema=schema))
     return path
+
+
+def rows_of(folder: str | Path, split: str) -> list[dict[str, Any]]:
+    """The rows of a split that was selected."""
+    import pyarrow.parquet as pq
+
+    return pq.read_table(Path(folder) / f"{split}.parquet").to_pylist()
+
+
+def bytes_of(folder: str | Path) -> dict[str, bytes]:
+    """Every byte of a selection."""
+    return {name: (Path(folder) / name).read_bytes() for name in FILES}
