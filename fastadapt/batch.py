@@ -29,6 +29,15 @@ class Batch(NamedTuple):
             return torch.ones_like(self.input_ids, dtype=torch.bool)
         return self.attention_mask.bool()
 
+    def pinned(self) -> Batch:
+        """The same batch in pinned memory, from which a GPU copies without holding up the host."""
+        mask = self.attention_mask
+        return Batch(
+            self.input_ids.pin_memory(),
+            None if mask is None else mask.pin_memory(),
+            self.labels.pin_memory(),
+        )
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``."""
         mask = self.attention_mask

@@ -1,4 +1,4 @@
-"""The command line; the only place that prints.
+"""The command line; it and `fastadapt.cli_organism` are the only places that print.
 
 Results go to standard output, progress and errors to standard error. Exit code 0: done, or stopped
 by a signal with everything saved; 1: a failure on the way; 2: what was asked cannot be done.
@@ -6,24 +6,21 @@ by a signal with everything saved; 1: a failure on the way; 2: what was asked ca
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import random
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
+from fastadapt.cli_organism import organism
+from fastadapt.console import print_error, print_table, quiet_transformers, say
 from fastadapt.errors import RunError, UserError
 from fastadapt.options import (
     USAGE,
     doctor_parser,
     export_parser,
     nearest,
-    organism_parser,
     parse_train,
     resume_command,
     train_parser,
@@ -36,12 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(arguments)
     except (UserError, RunError) as error:
-        _print_error(str(error))
+        print_error(str(error))
         return error.exit_code
     except SystemExit as end:  # --help
         return end.code if isinstance(end.code, int) else 0
     except KeyboardInterrupt:
-        _print_error("interrupted")
+        print_error("interrupted")
         return 130
     except BrokenPipeError:
         sys.stderr.close()
@@ -61,22 +58,6 @@ def _dispatch(argv: list[str]) -> int:
     if name not in COMMANDS:
         raise UserError(f"unknown command {name!r}{nearest(name, COMMANDS)} (see fastadapt --help)")
     return COMMANDS[name](rest)
-
-
-def _print_error(message: str) -> None:
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
-    console.print(Text("error: ", style="bold red"), Text(message), sep="", end="\n")
-
-
-def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: bool = False) -> None:
-    # A pipe has no width: lines there are as long as they need to be.
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
-    table = Table(show_edge=False, pad_edge=False, header_style="bold")
-    for i, name in enumerate(head):
-        table.add_column(name, justify="right" if i and not left else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    console.print(table)
 
 
 # --- train ----------------------------------------------------------------------------------------
@@ -101,8 +82,8 @@ def train(argv: list[str]) -> int:
     from fastadapt.progress import Progress
     from fastadapt.training.trainer import train as run_training
 
-    _quiet_transformers()
-    _say("Loading models and data ...")
+    quiet_transformers()
+    say("Loading models and data ...")
     with Progress(sys.stderr) as progress:
         how = {"resume": flags.resume, "overwrite": flags.overwrite}
         summary = run_training(config, **how, sinks=[progress])
@@ -110,17 +91,6 @@ def train(argv: list[str]) -> int:
         return _stopped(summary, argv)
     _print_summary(summary)
     return 0
-
-
-def _quiet_transformers() -> None:
-    """No bars of transformers' own, which would cross ours."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
 
 
 def _stopped(summary: dict[str, Any], argv: list[str]) -> int:
@@ -137,7 +107,7 @@ def _print_summary(summary: dict[str, Any]) -> None:
     from fastadapt.training.records import comparison, duration, number, percent
 
     print()
-    _print_table(*comparison(summary))
+    print_table(*comparison(summary))
     print()
     recovered = percent(summary.get("kl_recovered_vs_hybrid"))
     print(f"The adapter recovers {recovered} of the hybrid's KL to the target.")
@@ -157,7 +127,7 @@ def _print_plan(config: Any, gpu: str | None, *, as_json: bool) -> int:
         return 0
     device = planned.device
     for title, sizes in (("memory, by part", planned.parts), ("by phase", planned.phases)):
-        _print_table([title, "at most"], [[name, gb(size)] for name, size in sizes.items()])
+        print_table([title, "at most"], [[name, gb(size)] for name, size in sizes.items()])
         print()
     print(
         f"Peak: {gb(planned.peak_bytes)}, in {planned.peak_phase}, for sequences of up to "
@@ -167,7 +137,7 @@ def _print_plan(config: Any, gpu: str | None, *, as_json: bool) -> int:
     print(f"It {'fits' if planned.fits else 'DOES NOT FIT'} into {usable}.")
     if not planned.fits:
         found = [[name, gb(size)] for name, size in remedies(config, planned)]
-        _print_table(["with", "peak"], found)
+        print_table(["with", "peak"], found)
     assumed = "" if planned.tokens else ", both assumed: the data are not here"
     print(
         f"{planned.steps:,} steps of {planned.mean_tokens:,} tokens a sequence{assumed}; "
@@ -184,93 +154,43 @@ def _print_plan(config: Any, gpu: str | None, *, as_json: bool) -> int:
     return 0
 
 
-# --- organism and doctor --------------------------------------------------------------------------
+# --- data -----------------------------------------------------------------------------------------
 
 
-def organism(argv: list[str]) -> int:
-    """`fastadapt organism`."""
+def data(argv: list[str]) -> int:
+    """`fastadapt data`."""
+    from fastadapt.options_data import data_parser, parse_prepare
+
     if not argv:
-        organism_parser().print_help()
+        data_parser().print_help()
         return 0
-    typed = organism_parser().parse_args(argv)
-    _quiet_transformers()
-    options = typed[typed.subcommand]
-    return ORGANISM[typed.subcommand](options)
+    config, flags = parse_prepare(argv)
 
+    from fastadapt.data.prepare import prepare
+    from fastadapt.data.report import summary
+    from fastadapt.organism import resolve
+    from fastadapt.progress import PrepareProgress
+    from fastadapt.training.interrupt import stop_on_signals
 
-def _organism_build(options: Any) -> int:
-    from fastadapt.organism import build
-
-    out = Path(options.out).expanduser()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not options.overwrite:
-        raise UserError(f"--out: {out} is in use; give a new folder, or --overwrite")
-    for name, value in _flat(build(out, seed=options.seed, progress=_say_record)).items():
-        print(f"{name}: {_short(value)}")
-    print(f"written to {out.resolve()}; measure it with: fastadapt organism check --folder {out}")
+    quiet_transformers()
+    config = dataclasses.replace(config, tokenizer=resolve(config.tokenizer))
+    with stop_on_signals(None) as (stop, _), PrepareProgress(sys.stderr) as progress:
+        made = prepare(
+            config, resume=flags.resume, overwrite=flags.overwrite, sink=progress, stop=stop
+        )
+    if made["interrupted"]:
+        print(f"Stopped after {made['rows']:,} rows; what they gave is kept.")
+        print(f"Go on with:  {resume_command(argv[1:], ('data', 'prepare'))}")
+        return 0
+    for head, rows in summary(made):
+        print_table(head, rows)
+        print()
+    for name in made["files"]:
+        print(f"{name}: {(Path(made['output']) / name).resolve()}")
     return 0
 
 
-def _organism_check(options: Any) -> int:
-    from fastadapt.organism import FOLDER, check
-    from fastadapt.organism.acceptance import BOUNDS
-
-    folder = Path(options.folder or FOLDER)
-    if not (folder / "target").is_dir() or not (folder / "base").is_dir():
-        raise UserError(f"--folder: expected a folder with target/ and base/, got {folder}")
-    measured = check(folder)
-    failed = measured.pop("failed")
-    rows = [
-        [name, _short(value), _bounds(*BOUNDS.get(name, (None, None))), "*" * (name in failed)]
-        for name, value in _flat(measured).items()
-    ]
-    _print_table(["", "measured", "must be", ""], rows)
-    if failed:
-        raise RunError(f"the pair in {folder} is not what it must be: {', '.join(failed)}")
-    return 0
-
-
-def _bounds(low: float | None, high: float | None) -> str:
-    return " ".join(
-        f"{sign} {bound:g}" for sign, bound in ((">=", low), ("<=", high)) if bound is not None
-    )
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        name = prefix + key
-        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
-    return flat
-
-
-def _organism_sample(options: Any) -> int:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from fastadapt.organism import FOLDER
-    from fastadapt.organism.acceptance import hybrid_of, sample
-    from fastadapt.organism.problems import extract_answer, sample_problem
-
-    if options.n < 1:
-        raise UserError(f"--n: expected 1 or more, got {options.n}")
-    of = {n: AutoModelForCausalLM.from_pretrained(FOLDER / n).eval() for n in ("target", "base")}
-    model = hybrid_of(of["target"], of["base"]) if options.model == "hybrid" else of[options.model]
-    draw = random.Random(options.seed)
-    problems = [sample_problem(draw) for _ in range(options.n)]
-    tokenizer = AutoTokenizer.from_pretrained(FOLDER / "target")
-    responses = sample(model, tokenizer, problems, seed=options.seed).responses
-    for problem, response in zip(problems, responses, strict=True):
-        right = extract_answer(response) == problem.answer
-        verdict = "right" if right else f"wrong: the answer is {problem.answer}"
-        print(f"[{problem.domain}] {problem.prompt}\n  {response}\n  ({verdict})\n")
-    return 0
-
-
-def _say_record(record: dict[str, Any]) -> None:
-    _say("  ".join(f"{key} {_short(value)}" for key, value in record.items()))
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+# --- doctor ---------------------------------------------------------------------------------------
 
 
 def doctor(argv: list[str]) -> int:
@@ -290,16 +210,16 @@ def doctor(argv: list[str]) -> int:
 def _print_diagnosis(diagnosis: dict[str, Any]) -> None:
     from fastadapt.doctor import summary
 
-    _print_table(["hardware", ""], list(map(list, diagnosis["hardware"].items())), left=True)
+    print_table(["hardware", ""], list(map(list, diagnosis["hardware"].items())), left=True)
     print()
     found = [[name, found or "not installed"] for name, found in diagnosis["versions"].items()]
-    _print_table(["versions", ""], found, left=True)
+    print_table(["versions", ""], found, left=True)
     print()
     chosen = [[c["what"], c["choice"], c["why"]] for c in diagnosis["choices"]]
-    _print_table(["auto means", "", "because"], chosen, left=True)
+    print_table(["auto means", "", "because"], chosen, left=True)
     print()
     head = ["kernel", "", "", "", "cases", "check", "of the allowed error"]
-    _print_table(head, summary(diagnosis["checks"]), left=True)
+    print_table(head, summary(diagnosis["checks"]), left=True)
     for note in diagnosis["notes"]:
         print(f"\n{note}")
 
@@ -308,7 +228,7 @@ def export(argv: list[str]) -> int:
     """`fastadapt export`."""
     from fastadapt.conversion import convert
 
-    _quiet_transformers()
+    quiet_transformers()
     print(f"Load it with:  {convert(**export_parser().parse_args(argv).as_dict())}")
     return 0
 
@@ -316,7 +236,7 @@ def export(argv: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "export": export,
+    "data": data,
     "organism": organism,
     "doctor": doctor,
 }
-ORGANISM = {"build": _organism_build, "check": _organism_check, "sample": _organism_sample}

@@ -32,6 +32,7 @@ USAGE = """\
 usage: fastadapt COMMAND ...
 
   train PRESET_OR_YAML   train transcoder adapters on a model pair
+  data prepare           training and validation sets out of a data set of conversations
   export RUN             a trained run as one Hugging Face checkpoint, or in another format
   organism               the embedded model pair: build, check, sample
   doctor                 what will be used on this machine and why, and a check of the kernels
@@ -179,14 +180,10 @@ def parse_train(argv: Sequence[str]) -> tuple[TrainConfig, Namespace]:
     return from_dict(values), flags
 
 
-def resume_command(argv: Sequence[str]) -> str:
-    """The command that goes on with a run, to be typed in the shell that the run was started from.
-
-    Args:
-        argv: arguments of the `fastadapt train` that was stopped.
-    """
+def resume_command(argv: Sequence[str], command: Sequence[str] = ("train",)) -> str:
+    """What to type to go on, in the shell in which `fastadapt COMMAND ARGV...` was stopped."""
     again = [a for a in argv if a not in ("--resume", "--overwrite")]
-    return shlex.join([_program(), "train", *again, "--resume"])
+    return shlex.join([_program(), *command, *again, "--resume"])
 
 
 def _program() -> str:

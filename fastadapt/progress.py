@@ -87,6 +87,55 @@ class Progress:
             self._stream.flush()
 
 
+class PrepareProgress:
+    """A sink of `fastadapt.data.prepare.prepare`.
+
+    Args:
+        stream: written to; a bar is drawn if it is a terminal.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, stream: TextIO, clock: Any = time.monotonic) -> None:
+        self._stream, self._clock = stream, clock
+        self._is_terminal = stream.isatty()
+        self._bar: tqdm[Any] | None = None
+        self._kind = ""
+        self._spoke = clock()
+
+    def __enter__(self) -> PrepareProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        if record["kind"] == "read":
+            done, fraction = record["rows"], record["fraction"]
+            total = round(done / fraction) if fraction else None
+            self._show("reading", done, total, f"{record['kept']:,} kept")
+        else:
+            self._show("writing", record["done"], record["of"], "")
+
+    def _show(self, kind: str, done: int, total: int | None, more: str) -> None:
+        if self._is_terminal:
+            if self._bar is None or kind != self._kind:
+                self.__exit__()
+                self._bar = tqdm(
+                    desc=kind, file=self._stream, unit=" rows", initial=done, dynamic_ncols=True
+                )
+            self._bar.total = total
+            self._bar.set_postfix_str(more, refresh=False)
+            self._bar.update(done - self._bar.n)
+            self._bar.refresh()
+        elif kind != self._kind or self._clock() - self._spoke >= SECONDS_BETWEEN_LINES:
+            self._spoke = self._clock()
+            of = f" of {total:,}" if total is not None else ""
+            self._stream.write(f"{kind}: {done:,}{of} rows  {more}".rstrip() + "\n")
+            self._stream.flush()
+        self._kind = kind
+
+
 def evaluation_line(record: dict[str, Any]) -> str:
     """The numbers of an evaluation in one line."""
     return (

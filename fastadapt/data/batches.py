@@ -53,27 +53,48 @@ def collate(samples: Sequence[Sample], pad_token_id: int) -> Batch:
 
 
 class BatchPlan:
-    """Which samples make up batch ``step``: a pure function of ``(n, batch_size, seed, step)``.
+    """Which samples make up batch ``step``: a pure function of the arguments and ``step``.
 
     Each epoch is a permutation of its own, drawn from (seed, epoch), cut into ``n_batches``
     batches of which the last may be smaller; every sample is seen once per epoch. Since nothing is
     kept between calls that changes the answer, the cursor of a resumed run is its step.
 
+    With ``window`` above 1, samples of like length share a batch, so that less is padding: every
+    ``window`` batches of the permutation are sorted by length before they are cut, and all full
+    batches of the epoch are shuffled. A sample is as likely in each batch as without it, whatever
+    its length: full batches come in a uniform order, and what fills the smaller last batch is taken
+    off the permutation before anything is sorted. Who shares a batch with whom does change.
+
     Args:
         n: number of samples, at least 1.
         batch_size: samples per batch, at least 1.
         seed: of the run.
+        lengths: of the samples, in tokens; asked for where ``window`` is above 1.
+        window: batches whose samples are sorted together, at least 1.
     """
 
-    def __init__(self, n: int, batch_size: int, seed: int) -> None:
-        for name, value in (("n", n), ("batch_size", batch_size)):
+    def __init__(
+        self,
+        n: int,
+        batch_size: int,
+        seed: int,
+        *,
+        lengths: Sequence[int] | None = None,
+        window: int = 1,
+    ) -> None:
+        for name, value in (("n", n), ("batch_size", batch_size), ("window", window)):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
+        if window > 1 and (lengths is None or len(lengths) != n):
+            got = "none" if lengths is None else len(lengths)
+            raise ValueError(f"lengths: expected {n}, one per sample, got {got}")
         self.n = n
         self.batch_size = batch_size
         self.seed = seed
+        self._lengths = lengths
+        self._window = window
         self._epoch = -1
-        self._order: list[int] = []
+        self._batches: list[list[int]] = []
 
     @property
     def n_batches(self) -> int:
@@ -86,14 +107,44 @@ class BatchPlan:
             raise IndexError(f"step: expected 0 or more, got {step}")
         epoch, batch = divmod(step, self.n_batches)
         if epoch != self._epoch:
-            self._order = self._permutation(epoch)
+            self._batches = self._cut(epoch)
             self._epoch = epoch
-        start = batch * self.batch_size
-        return self._order[start : start + self.batch_size]
+        return self._batches[batch]
 
-    def _permutation(self, epoch: int) -> list[int]:
-        # Sorting by random() keys, not shuffle(): random() is the stream that Python promises to
-        # keep from version to version, so a run can be resumed after an upgrade.
-        stream = random.Random(f"{self.seed}/{epoch}")
-        keys = [stream.random() for _ in range(self.n)]
-        return sorted(range(self.n), key=keys.__getitem__)
+    def _cut(self, epoch: int) -> list[list[int]]:
+        order = permutation(self.n, f"{self.seed}/{epoch}")
+        if self._window == 1 or self._lengths is None:
+            return cut(order, self.batch_size)
+        whole = self.n - self.n % self.batch_size
+        batches = bucket(order[:whole], self._lengths, self.batch_size, self._window)
+        shuffled = permutation(len(batches), f"{self.seed}/{epoch}/batches")
+        return [batches[i] for i in shuffled] + cut(order[whole:], self.batch_size)
+
+
+def permutation(n: int, seed: str) -> list[int]:
+    """``0..n-1`` in a random order, the same in every version of Python."""
+    # Sorting by random() keys, not shuffle(): random() is the stream that Python promises to
+    # keep from version to version, so a run can be resumed after an upgrade.
+    stream = random.Random(seed)
+    keys = [stream.random() for _ in range(n)]
+    return sorted(range(n), key=keys.__getitem__)
+
+
+def bucket(
+    order: Sequence[int], lengths: Sequence[int], batch_size: int, window: int
+) -> list[list[int]]:
+    """Batches of samples of like length, from a permutation whose length they divide.
+
+    Every ``window * batch_size`` samples of ``order`` are sorted by length, equal lengths staying
+    in their order, and cut.
+    """
+    return [
+        batch
+        for some in cut(order, window * batch_size)
+        for batch in cut(sorted(some, key=lengths.__getitem__), batch_size)
+    ]
+
+
+def cut(items: Sequence[int], size: int) -> list[list[int]]:
+    """Runs of ``size`` items, of which the last may be smaller."""
+    return [list(items[first : first + size]) for first in range(0, len(items), size)]

@@ -51,11 +51,26 @@ FAMILIES: Mapping[str, Family] = {
             "<\uff5cAssistant\uff5c>",
         ),
     ),
+    # Qwen2.5, Qwen3 and QwQ. No system turn, which some of their templates put in front.
     "qwen": Family(
         before_prompt="<|im_start|>user\n",
         before_response="<|im_end|>\n<|im_start|>assistant\n",
         after_response="<|im_end|>\n",
         markers=("<|im_start|>", "<|im_end|>"),
+    ),
+    # llama.com/docs/model-cards-and-prompt-formats/meta-llama-3
+    "llama3": Family(
+        before_prompt="<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n",
+        before_response="<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        after_response="<|eot_id|>",
+        markers=("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    ),
+    # Gemma 1 to 3: ai.google.dev/gemma/docs/formatting; the BOS is their tokenizers'.
+    "gemma": Family(
+        before_prompt="<bos><start_of_turn>user\n",
+        before_response="<end_of_turn>\n<start_of_turn>model\n",
+        after_response="<end_of_turn>\n",
+        markers=("<bos>", "<start_of_turn>", "<end_of_turn>"),
     ),
 }
 
@@ -86,7 +101,7 @@ def render(conversation: Sequence[Mapping[str, Any]], family: str) -> str:
 def render_parts(conversation: Sequence[Mapping[str, Any]], family: str) -> tuple[str, str]:
     """``render``, cut where the response begins: ``(text up to there, the rest)``."""
     form = get_family(family)
-    prompt, response = _turns(conversation)
+    prompt, response = turns(conversation)
     # The data write "<think> First"; the models write a line break there.
     if response.startswith(THINK + " "):
         response = THINK + "\n" + response[len(THINK) + 1 :]
@@ -96,7 +111,8 @@ def render_parts(conversation: Sequence[Mapping[str, Any]], family: str) -> tupl
     )
 
 
-def _turns(conversation: Any) -> tuple[str, str]:
+def turns(conversation: Any) -> tuple[str, str]:
+    """Prompt and response of a conversation, by position; see :func:`render` for the errors."""
     if not isinstance(conversation, Sequence) or isinstance(conversation, str):
         kind = "null" if conversation is None else type(conversation).__name__
         raise UserError(f"expected a list of two turns (prompt, response), got {kind}")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastadapt.data.rendering import get_family, render_parts
 from fastadapt.data.sources import Row, read_rows
+from fastadapt.data.tokens import check_markers, encode
 from fastadapt.errors import UserError
 
 _CHUNK = 128  # conversations handed to the tokenizer at once
@@ -33,6 +34,11 @@ class DataConfig:
         revision: branch, tag or commit of hub datasets.
         train_split: split of a hub dataset or folder to train on.
         validation_split: split of a hub dataset or folder to validate on.
+        bucket: batches whose sequences are sorted by length together, so that those of a batch are
+            of like length and less is padding; 1: none. Each sequence stays as likely in each
+            batch of an epoch. Of use where optimizer.batch_size is above 1.
+        workers: processes that make batches ahead of the steps; 0: none, a step makes its own.
+            The order, and so every bit, is the same.
     """
 
     train: str
@@ -44,11 +50,16 @@ class DataConfig:
     revision: str | None = None
     train_split: str = "train"
     validation_split: str = "validation"
+    bucket: int = 1
+    workers: int = 0
 
     def __post_init__(self) -> None:
         get_family(self.family)
         if self.max_tokens < 2:
             raise UserError(f"data.max_tokens: expected at least 2, got {self.max_tokens}")
+        for name, least in (("bucket", 1), ("workers", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"data.{name}: expected {least} or more, got {getattr(self, name)}")
         if self.max_validation is not None and self.max_validation < 1:
             raise UserError(
                 f"data.max_validation: expected at least 1 or null, got {self.max_validation}"
@@ -113,6 +124,12 @@ class Sequences(Sequence[Sample]):
         self._ends = ends
         self._first_labels = first_labels
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence."""
+        starts = [0, *self._ends[:-1]]
+        return [end - start for start, end in zip(starts, self._ends, strict=True)]
+
     def __len__(self) -> int:
         return len(self._ends)
 
@@ -147,7 +164,7 @@ def load_sequences(source: str, tokenizer: Any, config: DataConfig, *, split: st
     """
     if split not in ("train", "validation"):
         raise ValueError(f"split: expected 'train' or 'validation', got {split!r}")
-    _check_markers(tokenizer, config.family)
+    check_markers(tokenizer, config.family)
     name = config.train_split if split == "train" else config.validation_split
     limit = config.max_validation if split == "validation" else None
     rows = read_rows(source, split=name, revision=config.revision)
@@ -186,13 +203,8 @@ def _tokenised(
     """Token ids of each row and the index of the first token whose prediction counts."""
     while chunk := list(islice(rows, _CHUNK)):
         parts = [_render_row(row, config.family) for row in chunk]
-        encoded = tokenizer(
-            [prompt + response for prompt, response in parts],
-            add_special_tokens=False,  # BOS is in the text
-            return_attention_mask=False,
-            return_offsets_mapping=not config.train_on_prompt,
-            verbose=False,
-        )
+        texts = [prompt + response for prompt, response in parts]
+        encoded = encode(tokenizer, texts, offsets=not config.train_on_prompt)
         for i, (where, _) in enumerate(chunk):
             ids = encoded["input_ids"][i]
             if len(ids) < 2:
@@ -214,13 +226,3 @@ def _render_row(row: Row, family: str) -> tuple[str, str]:
         return render_parts(conversation, family)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-
-
-def _check_markers(tokenizer: Any, family: str) -> None:
-    for marker in get_family(family).markers:
-        ids = tokenizer(marker, add_special_tokens=False)["input_ids"]
-        if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
-            raise UserError(
-                f"data.family={family!r}: the tokenizer does not know its marker {marker!r} as one "
-                "token; choose the family of this pair"
-            )

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastadapt.errors import UserError
 
@@ -21,6 +22,17 @@ _SPLITS = ("train", "validation", "test")
 
 Row = tuple[str, Any]
 """Where the row stands ("train.jsonl, line 3") and its conversation, not yet checked."""
+
+Cursor = tuple[int, int, int]
+"""A place in a list of files: file, offset in it (bytes of JSONL, rows of Parquet), rows before."""
+
+
+class Record(NamedTuple):
+    """A row of a file: where it stands, its columns, and the place after it."""
+
+    where: str
+    values: dict[str, Any]
+    after: Cursor
 
 
 def read_rows(source: str, *, split: str, revision: str | None = None) -> Iterator[Row]:
@@ -38,15 +50,27 @@ def read_rows(source: str, *, split: str, revision: str | None = None) -> Iterat
         UserError: nothing there, no file of a known kind, malformed JSON (with its line), or no
             column ``conversations`` (with the columns there are).
     """
+    files = find_files(source, split)
+    if files is None:
+        return _read_hub(source, split, revision)
+    return ((record.where, record.values[COLUMN]) for record in read_files(files))
+
+
+def find_files(source: str, split: str) -> list[Path] | None:
+    """Files of a local source, in order; None for the id of a dataset on the hub.
+
+    Raises:
+        UserError: nothing there, or no file of a known kind or of the split.
+    """
     path = Path(source).expanduser()
     if path.is_dir():
-        return _read_files(_files_of(path, split))
+        return _files_of(path, split)
     if path.exists():
-        return _read_files([path])
+        return [path]
     looks_local = path.suffix in (*SUFFIXES, ".json", ".csv") or not _HUB_ID.fullmatch(source)
     if looks_local:
         raise UserError(f"data source {source!r}: no such file or folder")
-    return _read_hub(source, split, revision)
+    return None
 
 
 def _files_of(folder: Path, split: str) -> list[Path]:
@@ -68,19 +92,41 @@ def _files_of(folder: Path, split: str) -> list[Path]:
     return chosen
 
 
-def _read_files(paths: Iterable[Path]) -> Iterator[Row]:
-    for path in paths:
+def read_files(
+    paths: Sequence[Path],
+    required: Sequence[str] = (COLUMN,),
+    optional: Sequence[str] = (),
+    start: Cursor = (0, 0, 0),
+) -> Iterator[Record]:
+    """Rows of ``.jsonl`` and ``.parquet`` files in order, from a place on.
+
+    Args:
+        paths: the files.
+        required: columns that each row has; without one of them, ``UserError``.
+        optional: columns whose values are given where there are any.
+        start: ``Record.after`` of the last row that is not wanted any more.
+    """
+    first, offset, before = start
+    for index, path in enumerate(paths[first:], start=first):
         if path.suffix == ".jsonl":
-            yield from _read_jsonl(path)
+            rows = _read_jsonl(path, required, offset, before)
         elif path.suffix == ".parquet":
-            yield from _read_parquet(path)
+            rows = _read_parquet(path, required, optional, before)
         else:
             raise UserError(f"data source {str(path)!r}: expected a .jsonl or .parquet file")
+        for where, values, offset, number in rows:
+            yield Record(where, values, (index, offset, number))
+        offset = before = 0
 
 
-def _read_jsonl(path: Path) -> Iterator[Row]:
+_Place = tuple[str, dict[str, Any], int, int]
+
+
+def _read_jsonl(path: Path, required: Sequence[str], offset: int, before: int) -> Iterator[_Place]:
     with _open(path) as file:
-        for number, line in enumerate(file, start=1):
+        file.seek(offset)
+        for number, line in enumerate(file, start=before + 1):
+            offset += len(line)
             where = f"{path}, line {number}"
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
@@ -96,23 +142,35 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
                 ) from None
             if not isinstance(row, dict):
                 raise UserError(f"{where}: expected a JSON object, got {type(row).__name__}")
-            _require_column(row, where)
-            yield where, row[COLUMN]
+            require_columns(row, required, where)
+            yield where, row, offset, number
 
 
-def _read_parquet(path: Path) -> Iterator[Row]:
+def _read_parquet(
+    path: Path, required: Sequence[str], optional: Sequence[str], before: int
+) -> Iterator[_Place]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     with _open(path) as file:
         try:
-            table = pq.ParquetFile(file)
-            _require_column(table.schema_arrow.names, str(path))
-            number = 0
-            for batch in table.iter_batches(columns=[COLUMN], batch_size=256):
-                for row in batch.column(0).to_pylist():
-                    number += 1
-                    yield f"{path}, row {number}", row
+            # Page by page: a row group is never in memory as a whole.
+            table = pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
+            names = table.schema_arrow.names
+            require_columns(names, required, str(path))
+            columns = [*required, *(name for name in optional if name in names)]
+            done = 0
+            for group in range(table.num_row_groups):
+                rows = table.metadata.row_group(group).num_rows
+                if done + rows <= before:
+                    done += rows
+                    continue
+                for batch in table.iter_batches(256, row_groups=[group], columns=columns):
+                    skipped = min(max(before - done, 0), len(batch))
+                    fresh = batch.slice(skipped).to_pylist()
+                    for number, values in enumerate(fresh, start=done + skipped + 1):
+                        yield f"{path}, row {number}", values, number, number
+                    done += len(batch)
         except pa.ArrowException as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{path}: not a readable Parquet file: {reason}") from None
@@ -120,10 +178,22 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 
 def _read_hub(name: str, split: str, revision: str | None) -> Iterator[Row]:
     import datasets
+
+    with reading_hub(name, split, revision):
+        rows = datasets.load_dataset(name, split=split, revision=revision)
+    require_columns(rows.column_names, (COLUMN,), f"{name} ({split})")
+    for number, row in enumerate(rows.select_columns([COLUMN])):
+        yield f"{name} ({split}), row {number}", row[COLUMN]
+
+
+@contextmanager
+def reading_hub(name: str, split: str, revision: str | None) -> Iterator[None]:
+    """Turn what the hub and ``datasets`` raise while opening a dataset into one ``UserError``."""
+    import datasets
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     try:
-        rows = datasets.load_dataset(name, split=split, revision=revision)
+        yield
     except (
         datasets.exceptions.DatasetsError,
         HfHubHTTPError,
@@ -136,9 +206,6 @@ def _read_hub(name: str, split: str, revision: str | None) -> Iterator[Row]:
             f"data source {name!r}: no such file or folder here, and as a dataset of the hub "
             f"(split {split!r}, revision {revision or 'main'!r}) it could not be loaded: {reason}"
         ) from None
-    _require_column(rows.column_names, f"{name} ({split})")
-    for number, row in enumerate(rows.select_columns([COLUMN])):
-        yield f"{name} ({split}), row {number}", row[COLUMN]
 
 
 def _open(path: Path) -> Any:
@@ -148,8 +215,10 @@ def _open(path: Path) -> Any:
         raise UserError(f"data source {str(path)!r}: cannot be read: {error.strerror}") from None
 
 
-def _require_column(columns: Iterable[str], where: str) -> None:
+def require_columns(columns: Iterable[str], required: Iterable[str], where: str) -> None:
+    """Raise ``UserError`` naming the first of the required columns that is not there."""
     names = list(columns)
-    if COLUMN not in names:
-        found = ", ".join(repr(name) for name in names) or "none"
-        raise UserError(f"{where}: no column {COLUMN!r}; the columns are {found}")
+    for column in required:
+        if column not in names:
+            found = ", ".join(repr(name) for name in names) or "none"
+            raise UserError(f"{where}: no column {column!r}; the columns are {found}")

@@ -26,13 +26,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fastadapt.errors import RunError
+from fastadapt.files import digest as _digest
+from fastadapt.files import sync_file
+from fastadapt.files import sync_folder as _sync_folder
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 SCALARS = "state.json"
 _STAGED = ".tmp-"
 _SET = re.compile(r"step-(\d{8,})")
-_READ_BYTES = 1 << 22
 
 
 class CheckpointDamagedError(Exception):
@@ -186,15 +188,6 @@ def sweep(folder: Path) -> list[Path]:
     return stale
 
 
-def sync_file(path: Path) -> None:
-    """Return once the file's contents are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _write_set(
     staged: Path,
     step: int,
@@ -276,20 +269,3 @@ def _read_json(path: Path, name: str) -> Any:
 def _manifest_digest(manifest: Mapping[str, Any]) -> str:
     body = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _digest(path: Path) -> tuple[int, str]:
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            digest.update(block)
-            size += len(block)
-    return size, digest.hexdigest()
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

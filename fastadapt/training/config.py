@@ -37,7 +37,7 @@ FREE_ON_RESUME = frozenset(
         "run.sinks",
         "objective.checkpoint",
     )
-)
+) | {"data.workers"}
 
 SinkName = Literal["tensorboard", "wandb", "trackio"]
 

@@ -3,38 +3,69 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
 
 from fastadapt.batch import Batch
-from fastadapt.data.batches import BatchPlan, collate
+from fastadapt.data.batches import BatchPlan
 from fastadapt.data.sequences import Sequences, load_sequences
 from fastadapt.organism import resolve
+from fastadapt.training.ahead import Ahead, make_batch
 from fastadapt.training.config import TrainConfig
 from fastadapt.training.plan import count_steps
 
 
 class Feed:
-    """Training and held-out data of a run. It has no state: a step's data follow from its number.
+    """Training and held-out data of a run: what a step sees follows from its number alone.
 
     Args:
         config: data, batch size, accumulation, epochs, seed.
         tokenizer: the pair's.
         device: where batches go.
+        share: which of a step's micro-batches this process will ask for; all, if not given.
     """
 
-    def __init__(self, config: TrainConfig, tokenizer: Any, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        tokenizer: Any,
+        device: torch.device,
+        share: Callable[[list[list[int]]], list[list[int]]] | None = None,
+    ) -> None:
         data, self._config, self._device = config.data, config, device
         self.train = load_sequences(resolve(data.train), tokenizer, data, split="train")
         self.held_out = load_sequences(
             resolve(data.validation), tokenizer, data, split="validation"
         )
         self._pad = tokenizer.pad_token_id or 0
-        self._order = BatchPlan(len(self.train), config.optimizer.batch_size, config.run.seed)
+        self._order = BatchPlan(
+            len(self.train),
+            config.optimizer.batch_size,
+            config.run.seed,
+            lengths=self.train.lengths,
+            window=data.bucket,
+        )
         self.steps = count_steps(self._order.n_batches, config)
+        self._now = 0  # the step that was asked for last
+        self._ahead: Ahead | None = None
+        if data.workers:
+            mine = share or (lambda micro_batches: micro_batches)
+            self._ahead = Ahead(
+                self.train,
+                self._pad,
+                lambda step: mine(self._indices(step)),
+                self.steps,
+                workers=data.workers,
+                pin=device.type == "cuda",
+            )
+
+    def close(self) -> None:
+        """End the processes that make batches ahead."""
+        if self._ahead is not None:
+            self._ahead.close()
 
     @cached_property
     def sha256(self) -> str:
@@ -50,6 +81,10 @@ class Feed:
 
     def micro_batches(self, step: int) -> list[list[int]]:
         """Indices into ``train`` of each micro-batch of a 0-based optimiser step."""
+        self._now = step
+        return self._indices(step)
+
+    def _indices(self, step: int) -> list[list[int]]:
         optimizer = self._config.optimizer
         first = step * optimizer.accumulation
         last = min(first + optimizer.accumulation, self._order.n_batches * optimizer.epochs)
@@ -57,11 +92,12 @@ class Feed:
 
     def batch(self, data: Sequences, indices: Sequence[int]) -> tuple[Batch, int]:
         """The batch of these sequences on the device, and its tokens, counted on the host."""
-        samples = [data[i] for i in indices]
-        batch = collate(samples, self._pad)
-        n_tokens = sum(sample.input_ids.numel() for sample in samples)
-        if n_tokens == batch.input_ids.numel():
-            batch = batch._replace(attention_mask=None)
+        made = None
+        if self._ahead is not None and data is self.train:
+            made = self._ahead.take(self._now, list(indices))
+        batch, n_tokens = made or make_batch(data, indices, self._pad)
+        if self._device.type == "cuda":
+            batch = batch.pinned()
         return batch.to(self._device), n_tokens
 
     def held_out_batches(self) -> Iterator[Batch]:

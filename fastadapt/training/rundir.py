@@ -13,19 +13,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from fastadapt.errors import RunError, UserError
-from fastadapt.training.checkpoint import list_checkpoints, sync_file
+from fastadapt.files import locked, replacing
+from fastadapt.training.checkpoint import list_checkpoints
 from fastadapt.training.config import TrainConfig, differences, load_config, save_config
 
 Record = dict[str, Any]
@@ -94,24 +93,6 @@ def start_afresh(folder: Path, config: TrainConfig) -> None:
             save_config(config, staged)
     except OSError as error:
         raise RunError(f"run.output: {folder} cannot be written: {error}") from error
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a sibling to write to; it takes the place of ``path`` when the context ends well."""
-    staged = path.parent / f".tmp-{path.name}-{uuid.uuid4().hex}"
-    try:
-        yield staged
-        for file in staged.iterdir() if staged.is_dir() else [staged]:
-            sync_file(file)
-        if path.is_dir():
-            shutil.rmtree(path)
-        os.replace(staged, path)
-    finally:
-        if staged.is_dir():
-            shutil.rmtree(staged, ignore_errors=True)
-        else:
-            staged.unlink(missing_ok=True)
 
 
 class MetricsLog:
@@ -257,16 +238,14 @@ def _make(folder: Path) -> bool:
 
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process; the kernel lets go of it when the process ends."""
-    try:
-        file = (folder / _LOCK).open("a")
-    except OSError as error:
-        raise UserError(f"run.output: {folder} cannot be written: {error.strerror}") from error
-    with file:
+    """Hold the folder for this process."""
+    with ExitStack() as held:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held.enter_context(locked(folder / _LOCK))
         except BlockingIOError:
             raise UserError(f"run.output: another process is training in {folder}") from None
+        except OSError as error:
+            raise UserError(f"run.output: {folder} cannot be written: {error.strerror}") from error
         yield
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from threading import Event
 
@@ -69,7 +70,7 @@ def train(
         if not resume:
             rundir.start_afresh(folder, config)
         run.begin(checkpoint, passed, [*sinks, *more_sinks], resume=resume)
-        with run.log:
+        with closing(feed), run.log:
             run.evaluate_if_due(stopping)
             while run.step < run.steps and not stopping.is_set():
                 run.advance()

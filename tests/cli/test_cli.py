@@ -14,8 +14,9 @@ OPTIONS = re.findall(
     """
 --adapter --adapter.activation --adapter.bandwidth --adapter.implementation
 --adapter.initial_threshold --adapter.k --adapter.n_features
---data --data.family --data.max_tokens --data.max_validation --data.revision --data.train
---data.train_on_prompt --data.train_split --data.validation --data.validation_split
+--data --data.bucket --data.family --data.max_tokens --data.max_validation --data.revision
+--data.train --data.train_on_prompt --data.train_split --data.validation --data.validation_split
+--data.workers
 --dry-run --gpu --help --json
 --objective --objective.bridge --objective.checkpoint --objective.first_cutoff
 --objective.kl_chunk_tokens --objective.logits_dtype --objective.nmse --objective.sparsity
@@ -40,12 +41,27 @@ def test_the_options_of_train_are_frozen():
     assert sorted(options) == sorted(OPTIONS)
 
 
-def test_the_commands_are_frozen(fastadapt):
-    from fastadapt.cli import COMMANDS, ORGANISM
+PREPARE_OPTIONS = """
+--allow_fewer --family --help --max_tokens --output --overwrite --reserve --resume --revision --seed
+--shares --split --tokenizer --train --validation
+"""
 
-    assert sorted(COMMANDS) == ["doctor", "export", "organism", "train"]
+
+def test_the_options_of_data_prepare_are_frozen(fastadapt):
+    told = fastadapt("data", "prepare", "--help").out
+    assert sorted(set(re.findall(r"^  (?:-h, )?(--\w+)", told, re.MULTILINE))) == (
+        PREPARE_OPTIONS.split()
+    )
+    assert "SOURCE" in told
+
+
+def test_the_commands_are_frozen(fastadapt):
+    from fastadapt.cli import COMMANDS
+    from fastadapt.cli_organism import COMMANDS as ORGANISM
+
+    assert sorted(COMMANDS) == ["data", "doctor", "export", "organism", "train"]
     assert sorted(ORGANISM) == ["build", "check", "sample"]
-    for command in COMMANDS:
+    for command in (*COMMANDS, "data prepare"):
         assert command in fastadapt("--help").out
 
 

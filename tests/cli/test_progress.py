@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from fastadapt.progress import Progress
+from fastadapt.progress import PrepareProgress, Progress
 
 
 class Terminal(io.StringIO):
@@ -79,3 +79,41 @@ def test_numbers_that_are_not_there_are_dashes():
         progress({"kind": "start", "step": 0, "steps": 1})
         progress(step(1, kl=None))
     assert "KL –" in stream.getvalue()
+
+
+def reading(rows: int, fraction: float | None) -> dict:
+    return {"kind": "read", "rows": rows, "kept": rows // 2, "fraction": fraction}
+
+
+def test_reading_a_source_is_a_bar_whose_end_is_estimated():
+    stream = Terminal()
+    with PrepareProgress(stream) as progress:
+        progress(reading(1000, 0.25))
+        progress(reading(3000, 0.5))
+        last = stream.getvalue().split("\r")[-1]
+        progress({"kind": "write", "done": 30, "of": 30})
+    for part in ("reading", "3000/6000", "1,500 kept"):
+        assert part in last
+    assert "30/30" in stream.getvalue().split("\r")[-1]
+
+
+def test_a_source_of_unknown_length_has_a_bar_without_an_end():
+    stream = Terminal()
+    with PrepareProgress(stream) as progress:
+        progress(reading(1000, None))
+        progress(reading(2000, None))
+    assert "2000 rows" in stream.getvalue().split("\r")[-1]
+
+
+def test_reading_elsewhere_is_a_line_now_and_then():
+    stream, clock = io.StringIO(), Clock()
+    with PrepareProgress(stream, clock) as progress:
+        for rows in range(1000, 6000, 1000):
+            progress(reading(rows, rows / 10_000))
+            clock.now += 4.0
+        progress({"kind": "write", "done": 7, "of": 9})
+    assert stream.getvalue().splitlines() == [
+        "reading: 1,000 of 10,000 rows  500 kept",
+        "reading: 4,000 of 10,000 rows  2,000 kept",
+        "writing: 7 of 9 rows",
+    ]

@@ -33,6 +33,7 @@ def test_the_adapter_in_ten_lines_runs(capsys):
 
 def test_the_commands_are_understood(tmp_path):
     from fastadapt.options import doctor_parser, parse_train
+    from fastadapt.options_data import parse_prepare
 
     values = yaml.safe_load(blocks("yaml")[0])
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values))
@@ -44,6 +45,9 @@ def test_the_commands_are_understood(tmp_path):
             config, flags = parse_train(argv)
             assert config.optimizer.lr == (4e-4 if "4e-4" in argv else 8e-4)
             assert flags.resume == ("--resume" in argv)
+            seen += 1
+        elif words[:3] == ["fastadapt", "data", "prepare"]:
+            parse_prepare(words[2:])
             seen += 1
         elif words[:2] == ["fastadapt", "doctor"]:
             doctor_parser().parse_args(words[2:])

@@ -1,4 +1,4 @@
-"""A word-level tokenizer that knows the markers of both families, and files of conversations."""
+"""A word-level tokenizer that knows the markers of all families, and files of conversations."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from fastadapt.data.rendering import FAMILIES
 
-WORDS = ("what", "is", "1", "2", "3", "4", "+", "=", "?", ".", "wait", "so", "user", "assistant")
+WORDS = ("what", "is", "1", "2", "3", "4", "+", "=", "?", ".", "wait", "so", "user")
+WORDS += ("assistant", "model")
 
 
 @pytest.fixture(scope="session")
@@ -49,3 +50,23 @@ def write_jsonl(tmp_path: Path) -> Callable[..., str]:
         return str(path)
 
     return write
+
+
+@pytest.fixture
+def selection(tmp_path: Path) -> Callable[..., Any]:
+    """``selection(source=..., train=...)``: 1,000 and 100 conversations of at most 60 tokens."""
+    from fastadapt.data.selection import PrepareConfig
+    from fastadapt.organism import NAMES
+
+    def make(**changes: Any) -> PrepareConfig:
+        values = {
+            "output": str(tmp_path / "out"),
+            "tokenizer": str(NAMES["organism/target"]),
+            "train": 1000,
+            "validation": 100,
+            "max_tokens": 60,
+            **changes,
+        }
+        return PrepareConfig(**values)
+
+    return make

@@ -1,11 +1,15 @@
 """Padding, and an order of samples that depends on the step alone."""
 
+import itertools
+import random
+from collections import Counter
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastadapt.data.batches import BatchPlan, collate
+from fastadapt.data.batches import BatchPlan, bucket, collate, cut
 from fastadapt.data.sequences import Sample
 
 
@@ -96,3 +100,92 @@ def test_an_empty_plan_is_refused(n, size, message):
 def test_a_negative_step_is_refused():
     with pytest.raises(IndexError, match="expected 0 or more, got -1"):
         BatchPlan(3, 1, seed=0)[-1]
+
+
+# --- batches of like length -----------------------------------------------------------------------
+
+
+@given(
+    n=st.integers(1, 120),
+    size=st.integers(1, 9),
+    window=st.integers(1, 7),
+    seed=st.integers(0, 2**63),
+)
+def test_an_epoch_of_buckets_sees_every_sample_once(n, size, window, seed):
+    lengths = [(i * 7919) % 97 for i in range(n)]
+    plan = BatchPlan(n, size, seed, lengths=lengths, window=window)
+    for epoch in range(2):
+        batches = [plan[epoch * plan.n_batches + i] for i in range(plan.n_batches)]
+        assert sorted(i for batch in batches for i in batch) == list(range(n))
+        assert all(len(batch) == size for batch in batches[:-1])
+        assert len(batches[-1]) == (n - 1) % size + 1
+    again = BatchPlan(n, size, seed, lengths=lengths, window=window)
+    assert [again[i] for i in reversed(range(again.n_batches))] == [
+        plan[i] for i in reversed(range(plan.n_batches))
+    ]
+
+
+@pytest.mark.parametrize(("n", "size", "window"), [(5, 2, 2), (6, 2, 2), (6, 2, 3), (7, 3, 2)])
+def test_no_sample_is_likelier_in_any_batch_for_its_length(n, size, window):
+    """Exactly: over all permutations and all orders of batches, each sample is in each batch alike.
+
+    That is what a plan without buckets gives, and the uniform distribution over draws is what
+    ``permutation`` samples from.
+    """
+    lengths = list(range(n))
+    whole = n - n % size
+    found = Counter()
+    draws = 0
+    for order in itertools.permutations(range(n)):
+        batches = bucket(order[:whole], lengths, size, window)
+        for places in itertools.permutations(range(len(batches))):
+            draws += 1
+            for place, batch in enumerate([batches[i] for i in places] + cut(order[whole:], size)):
+                found.update((sample, place) for sample in batch)
+    for sample in range(n):
+        for place in range(-(-n // size)):
+            width = size if place < whole // size else n % size
+            assert found[sample, place] * n == draws * width
+
+
+def test_the_longest_sample_is_anywhere_in_drawn_epochs():
+    """The same of the plan itself: 2,000 epochs, the place of the longest and the shortest."""
+    n, size = 21, 4
+    plan = BatchPlan(n, size, 0, lengths=list(range(n)), window=3)
+    epochs = 2000
+    for sample in (0, 10, n - 1):
+        places = Counter(
+            next(i for i in range(6) if sample in plan[epoch * 6 + i]) for epoch in range(epochs)
+        )
+        expected = [epochs * size / n] * 5 + [epochs / n]
+        chi_squared = sum((places[i] - e) ** 2 / e for i, e in enumerate(expected))
+        assert chi_squared < 20.5  # 5 degrees of freedom, p = 0.001
+
+
+def test_buckets_pad_less():
+    draw = random.Random(0)
+    lengths = [draw.randint(1, 1000) for _ in range(640)]
+
+    def padded(window):
+        plan = BatchPlan(640, 8, 0, lengths=lengths, window=window)
+        return sum(8 * max(lengths[i] for i in plan[step]) for step in range(80)) / sum(lengths)
+
+    assert padded(1) > 1.6
+    assert padded(10) < 1.1
+
+
+def test_a_window_of_one_is_the_plain_order():
+    lengths = list(range(30))
+    plain, windowed = BatchPlan(30, 4, 7), BatchPlan(30, 4, 7, lengths=lengths, window=1)
+    assert [plain[i] for i in range(20)] == [windowed[i] for i in range(20)]
+
+
+def test_the_order_of_buckets_is_the_same_in_every_version():
+    plan = BatchPlan(8, 3, seed=42, lengths=[5, 1, 7, 3, 2, 8, 6, 4], window=2)
+    assert [plan[i] for i in range(3)] == [[3, 7, 0], [6, 2, 5], [4, 1]]
+
+
+@pytest.mark.parametrize("lengths", [None, [1, 2]])
+def test_buckets_need_the_lengths(lengths):
+    with pytest.raises(ValueError, match="lengths: expected 3, one per sample, got"):
+        BatchPlan(3, 1, 0, lengths=lengths, window=2)

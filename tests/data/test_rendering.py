@@ -1,8 +1,12 @@
 """Each trap of rendering a reasoning conversation, one test."""
 
+import copy
+import re
+
 import pytest
 
 from fastadapt.data.rendering import FAMILIES, render, render_parts
+from fastadapt.data.tokens import encode
 from fastadapt.errors import UserError
 
 R1_BOS = "<｜begin▁of▁sentence｜>"
@@ -27,6 +31,95 @@ def test_qwen_is_rendered_to_the_letter():
     assert render(conversation(response="It is 2."), "qwen") == (
         "<|im_start|>user\nWhat is 1 + 1?<|im_end|>\n<|im_start|>assistant\nIt is 2.<|im_end|>\n"
     )
+
+
+def test_llama3_is_rendered_to_the_letter():
+    assert render(conversation(response="It is 2."), "llama3") == (
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nWhat is 1 + 1?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nIt is 2.<|eot_id|>"
+    )
+
+
+def test_gemma_is_rendered_to_the_letter():
+    assert render(conversation(response="It is 2."), "gemma") == (
+        "<bos><start_of_turn>user\nWhat is 1 + 1?<end_of_turn>\n"
+        "<start_of_turn>model\nIt is 2.<end_of_turn>\n"
+    )
+
+
+def test_a_family_names_every_special_string_it_writes():
+    """What looks like a marker is one; the tokenizer is asked about each before a run."""
+    for family in FAMILIES.values():
+        text = family.before_prompt + family.before_response + family.after_response
+        written = set(re.findall(r"<[|｜]?[a-zA-Z▁_]+[|｜]?>", text))
+        assert written == set(family.markers)
+
+
+# --- the traps of chat templates, which are not used here ----------------------------------------
+
+# What R1-Distill's template does to a conversation, by its behaviour.
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<｜User｜>{{ m.content }}"
+    "{% else %}<｜Assistant｜>{{ m.content.split('</think>')[-1] }}<eos>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<｜Assistant｜><think>\n{% endif %}"
+)
+MESSAGES = [
+    {"role": "user", "content": "What is 1 + 1?"},
+    {"role": "assistant", "content": RESPONSE},
+]
+
+
+@pytest.fixture
+def adds_bos(tokenizer):
+    """The tokenizer with a template, and with a BOS in front of every text, as R1-Distill's has."""
+    from tokenizers.processors import TemplateProcessing
+
+    again = copy.deepcopy(tokenizer)
+    again.chat_template = TEMPLATE
+    again.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{R1_BOS}:0 $A:0", special_tokens=[(R1_BOS, again.bos_token_id)]
+    )
+    return again
+
+
+def test_the_template_would_strip_the_reasoning(adds_bos):
+    templated = adds_bos.apply_chat_template(MESSAGES, tokenize=False)
+    assert "First, 1 + 1." not in templated
+    assert "First, 1 + 1." in render(conversation(), "r1-distill")
+
+
+def test_the_generation_prompt_would_open_the_reasoning_twice(adds_bos):
+    prompt = adds_bos.apply_chat_template(MESSAGES[:1], tokenize=False, add_generation_prompt=True)
+    assert prompt.endswith("<think>\n")
+    assert (prompt + RESPONSE).count("<think>") == 2
+    rendered = render(conversation(), "r1-distill")
+    assert rendered.count("<think>") == 1
+    assert prompt + RESPONSE.removeprefix("<think>\n") == rendered
+
+
+def test_tokenising_the_template_again_would_double_the_bos(adds_bos):
+    bos = adds_bos.bos_token_id
+    templated = adds_bos.apply_chat_template(MESSAGES, tokenize=False)
+    assert adds_bos(templated)["input_ids"][:2] == [bos, bos]
+    (ids,) = encode(adds_bos, [render(conversation(), "r1-distill")])["input_ids"]
+    assert [i for i, token in enumerate(ids) if token == bos] == [0]
+
+
+def test_ascii_look_alikes_are_not_the_markers(tokenizer):
+    """A family written with | and _ is refused by the pair's tokenizer."""
+    for marker in FAMILIES["r1-distill"].markers:
+        assert len(tokenizer(marker, add_special_tokens=False)["input_ids"]) == 1
+        typed = marker.replace("｜", "|").replace("▁", "_")
+        assert tokenizer.convert_tokens_to_ids(typed) == tokenizer.unk_token_id
+
+
+def test_no_eos_follows_the_response_of_r1(adds_bos):
+    assert adds_bos.apply_chat_template(MESSAGES, tokenize=False).endswith("<eos>")
+    (ids,) = encode(adds_bos, [render(conversation(), "r1-distill")])["input_ids"]
+    assert adds_bos.eos_token_id not in ids
+
+
+# --- the rest ---------------------------------------------------------------------------------
 
 
 def test_r1_markers_are_the_fullwidth_ones():
@@ -117,5 +210,7 @@ def test_a_malformed_conversation_says_what_is_wrong(turns, message):
 
 
 def test_an_unknown_family_lists_the_known_ones():
-    with pytest.raises(UserError, match=r"expected one of \['qwen', 'r1-distill'\], got 'llama'"):
-        render(conversation(), "llama")
+    with pytest.raises(
+        UserError, match=r"expected one of \['gemma', 'llama3', 'qwen', 'r1-distill'\], got 'mamba'"
+    ):
+        render(conversation(), "mamba")

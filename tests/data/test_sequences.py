@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 
-from fastadapt.data.rendering import render
+from fastadapt.data.rendering import FAMILIES, render
 from fastadapt.data.sequences import DataConfig, load_sequences
 from fastadapt.errors import UserError
 
@@ -24,7 +24,7 @@ def rows(turns):
     ]
 
 
-@pytest.mark.parametrize("family", ["r1-distill", "qwen"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_ids_are_those_of_the_rendered_text(family, rows, tokenizer, write_jsonl):
     sequences = load_sequences(write_jsonl(rows), tokenizer, config(family=family), split="train")
     assert len(sequences) == len(rows)
@@ -65,7 +65,7 @@ def test_every_token_counts_by_default(rows, tokenizer, write_jsonl):
     assert sample.labels.data_ptr() != sample.input_ids.data_ptr()
 
 
-@pytest.mark.parametrize("family", ["r1-distill", "qwen"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_prompt_tokens_can_be_left_out_of_the_loss(family, rows, tokenizer, write_jsonl):
     sample = load_sequences(
         write_jsonl(rows[:1]),
@@ -191,7 +191,7 @@ def test_a_tokenizer_of_another_family_is_refused(rows, write_jsonl):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"family": "r1"}, "data.family: expected one of ['qwen', 'r1-distill'], got 'r1'"),
+        ({"family": "r1"}, f"data.family: expected one of {sorted(FAMILIES)}, got 'r1'"),
         ({"max_tokens": 1}, "data.max_tokens: expected at least 2, got 1"),
         ({"max_validation": 0}, "data.max_validation: expected at least 1 or null, got 0"),
     ],
@@ -215,3 +215,29 @@ def test_the_columns_of_the_real_data_load(rows, tokenizer, tmp_path):
 def test_a_split_is_train_or_validation(tokenizer):
     with pytest.raises(ValueError, match="split: expected 'train' or 'validation', got 'test'"):
         load_sequences("unused", tokenizer, config(), split="test")
+
+
+def test_the_published_splits_load_as_they_are(tokenizer, turns, tmp_path):
+    """Their names, their columns: `needs_truncation` always, `difficulty` where there is one."""
+    for name, n in (("train", 6), ("val", 3)):
+        with (tmp_path / f"stratified_n55000_t10000_s42_{name}.jsonl").open("w") as file:
+            for i in range(n):
+                row = {
+                    "domain": ("math", "code", "science")[i % 3],
+                    "source": "someone/something",
+                    "conversations": turns("1 + 1 = ?", "<think> so 2 </think> 2" + " ." * (i % 2)),
+                    "needs_truncation": False,
+                }
+                if i % 3 == 1:
+                    row["difficulty"] = 7.0
+                file.write(json.dumps(row) + "\n")  # fullwidth and other characters escaped
+    settings = config(
+        train=str(tmp_path / "stratified_n55000_t10000_s42_train.jsonl"),
+        validation=str(tmp_path / "stratified_n55000_t10000_s42_val.jsonl"),
+    )
+    train = load_sequences(settings.train, tokenizer, settings, split="train")
+    held_out = load_sequences(settings.validation, tokenizer, settings, split="validation")
+    assert (len(train), len(held_out)) == (6, 3)
+    text = render(turns("1 + 1 = ?", "<think> so 2 </think> 2 ."), "r1-distill")
+    expected = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert train[1].input_ids.tolist() == held_out[1].input_ids.tolist() == expected

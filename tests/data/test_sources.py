@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fastadapt.data.sources import read_rows
+from fastadapt.data.sources import read_files, read_rows
 from fastadapt.errors import UserError
 
 
@@ -71,6 +71,23 @@ def test_a_folder_named_after_splits_gives_the_split(rows, write_jsonl, tmp_path
     assert read(tmp_path, "validation") == rows[3:]
     with pytest.raises(UserError, match="no file of split 'test' among data/train-00000"):
         read(tmp_path, "test")
+
+
+@pytest.mark.parametrize("group", [1, 3, 100])
+def test_files_are_read_on_from_any_row(group, turns, tmp_path):
+    """JSONL with blank lines, Parquet in row groups, several files: the rest, by the same names."""
+    rows = [turns(f"{i} + 1 ?", f"{i}") for i in range(11)]
+    paths = [tmp_path / name for name in ("a.jsonl", "b.parquet", "c.parquet", "d.jsonl")]
+    lines = [json.dumps({"n": i, "conversations": row}) for i, row in enumerate(rows)]
+    paths[0].write_text("\ufeff" + "\n\n".join(lines), encoding="utf-8")
+    paths[3].write_text("\n" + "\n".join(lines) + "\n\n", encoding="utf-8")
+    table = pa.table({"n": range(11), "conversations": rows})
+    pq.write_table(table, paths[1], row_group_size=group)
+    pq.write_table(table.slice(0, 0), paths[2])
+    whole = list(read_files(paths, optional=("n",)))
+    assert [record.values["n"] for record in whole] == [*range(11)] * 3
+    for i, record in enumerate(whole):
+        assert list(read_files(paths, optional=("n",), start=record.after)) == whole[i + 1 :]
 
 
 def test_rows_say_where_they_stand(rows, write_jsonl, tmp_path):

@@ -102,11 +102,11 @@ def test_a_step_reads_nothing(run: Run, policy: str, codes: float) -> None:
 def test_a_read_is_seen() -> None:
     value = torch.ones(3)
     for read in (lambda: value.sum().item(), lambda: bool(value.any()), lambda: value.nonzero()):
-        with NoReads(), pytest.raises((AssertionError, RuntimeError), match="reads|synchroniz"):
+        with NoReads(), pytest.raises((AssertionError, RuntimeError), match=r"reads|synchroniz"):
             read()
 
 
 def test_without_a_plan_the_op_looks_for_itself(run: Run) -> None:
     batch, _ = run.feed.batch(run.feed.train, run.feed.micro_batches(0)[0])
-    with NoReads(), pytest.raises((AssertionError, RuntimeError), match="reads|synchroniz"):
+    with NoReads(), pytest.raises((AssertionError, RuntimeError), match=r"reads|synchroniz"):
         objective(run.model, batch, 1, run.config.objective, None)

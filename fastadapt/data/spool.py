@@ -1,0 +1,161 @@
+"""The texts of candidates on the disk, and a journal from which a killed reading goes on.
+
+Two files that are only appended to. ``rows`` holds each candidate's row, as JSON, compressed.
+``journal`` has a line for each candidate and each row that is too long, and after every so many
+rows of the source a line that commits all before it, with what is needed to read on. Whatever
+follows the last committed line, in either file, was cut short by a kill and is cut off.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from fastadapt.data.selection import Candidate, Shortlist, row_key
+from fastadapt.errors import RunError
+
+ROWS, JOURNAL = "rows", "journal"
+_CODEC = "zstd"
+
+
+class Spool:
+    """Candidates and counts of a reading in progress.
+
+    Args:
+        folder: of the two files; what they hold already is taken up.
+        seed: of the order, from which keys follow.
+        shortlist: filled with the candidates.
+
+    Attributes:
+        read: rows of the source that are done with.
+        cursor: ``Stream.cursor()`` after them.
+        counts: rows of each domain, and rows left out by reason.
+        done: whether the source has been read to its end.
+    """
+
+    def __init__(self, folder: Path, seed: int, shortlist: Shortlist) -> None:
+        self._folder, self._seed, self._shortlist = folder, seed, shortlist
+        self.read, self.cursor, self.done = 0, None, False
+        self.counts: dict[str, Counter[str]] = {"domains": Counter(), "left_out": Counter()}
+        self._lines: list[str] = []
+        self._packed: list[bytes] = []
+        try:
+            kept, self._size = self._take_up(folder / JOURNAL)
+            self._journal = _open(folder / JOURNAL, kept)
+            self._rows = _open(folder / ROWS, self._size)
+        except OSError as error:
+            raise RunError(f"{folder} cannot be written: {error.strerror}") from error
+
+    def _take_up(self, path: Path) -> tuple[int, int]:
+        """Replay the committed part of a journal; its bytes, and those of ``rows``."""
+        kept = size = place = 0
+        pending: list[Any] = []
+        if not path.exists():
+            return 0, 0
+        with path.open("rb") as file:
+            for line in file:
+                place += len(line)
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    break  # cut short; so is what may follow
+                if isinstance(entry, list):
+                    pending.append(entry)
+                    continue
+                for one in pending:
+                    self._enter(one)
+                pending = []
+                self.read, self.cursor, self.done = entry["read"], entry["cursor"], entry["done"]
+                self.counts = {name: Counter(counts) for name, counts in entry["counts"].items()}
+                kept, size = place, entry["bytes"]
+        return kept, size
+
+    def _enter(self, entry: list[Any]) -> None:
+        row, domain = entry[:2]
+        key = row_key(self._seed, row)
+        if len(entry) == 2:
+            self._shortlist.add_too_long(domain, key)
+        else:
+            self._shortlist.add(Candidate(key, row, domain, *entry[2:]))
+
+    def keep(
+        self, row: int, domain: str, hashes: tuple[str, str], tokens: int, values: Any
+    ) -> None:
+        """Take in a candidate with its row of the source."""
+        import pyarrow as pa
+
+        text = json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode()
+        packed = pa.compress(text, codec=_CODEC, asbytes=True)
+        self._note([row, domain, *hashes, tokens, self._size, len(packed), len(text)])
+        self._packed.append(packed)
+        self._size += len(packed)
+
+    def too_long(self, row: int, domain: str) -> None:
+        """Note a row that has too many tokens."""
+        self._note([row, domain])
+
+    def _note(self, entry: list[Any]) -> None:
+        self._lines.append(json.dumps(entry, ensure_ascii=False))
+        self._enter(entry)
+
+    def commit(self, read: int, cursor: Any, *, done: bool = False) -> None:
+        """Return once all rows up to ``read`` are done with for good."""
+        self.read, self.cursor, self.done = read, cursor, done
+        entry = {
+            "read": read,
+            "cursor": cursor,
+            "done": done,
+            "counts": self.counts,
+            "bytes": self._size,
+        }
+        lines = [*self._lines, json.dumps(entry, ensure_ascii=False)]
+        try:
+            _append(self._rows, b"".join(self._packed))
+            _append(self._journal, "".join(line + "\n" for line in lines).encode())
+        except OSError as error:
+            raise RunError(
+                f"{self._folder} cannot be written: {error.strerror}. Make room, then go on with "
+                "--resume."
+            ) from error
+        self._lines, self._packed = [], []
+
+    def text(self, candidate: Candidate) -> dict[str, Any]:
+        """The row that was kept with a candidate."""
+        import pyarrow as pa
+
+        packed = os.pread(self._rows.fileno(), candidate.size, candidate.offset)
+        return json.loads(
+            pa.decompress(packed, decompressed_size=candidate.unpacked, codec=_CODEC, asbytes=True)
+        )
+
+    def __enter__(self) -> Spool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._rows.close()
+        self._journal.close()
+
+
+def _open(path: Path, size: int) -> FileIO:
+    """The file, cut off after ``size`` bytes; unbuffered, so that nothing is written by closing."""
+    file = FileIO(path, "a+")
+    there = os.fstat(file.fileno()).st_size
+    if there < size:
+        raise RunError(
+            f"{path} has {there} bytes, and its journal speaks of {size}: begin again with "
+            "--overwrite"
+        )
+    file.truncate(size)
+    return file
+
+
+def _append(file: FileIO, data: bytes) -> None:
+    """Write all of it and return once it is on the disk."""
+    left = memoryview(data)
+    while left:
+        left = left[os.write(file.fileno(), left) :]
+    os.fsync(file.fileno())

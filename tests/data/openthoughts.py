@@ -1,0 +1,94 @@
+"""A file in the schema of OpenThoughts3, made small: what a row may be, in all its ways.
+
+Sorted by domain, as the real one is (850 : 250 : 100), each prompt with several responses.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+WORDS = ("what", "is", "1", "2", "3", "4", "+", "=", "?", ".", "wait", "so")
+DOMAINS = {"math": 850, "code": 250, "science": 100}
+
+#: What a selection leaves in its folder.
+FILES = ("train.parquet", "validation.parquet", "manifest.json")
+
+
+def rows(n: int, *, copies: int = 4, words: int = 30, seed: int = 0) -> Iterator[dict[str, Any]]:
+    """``n`` rows; of ten, one has no <think> and one no </think>, and one is four times as long."""
+    draw = random.Random(seed)
+    total = sum(DOMAINS.values())
+    made = 0
+    for i, (domain, share) in enumerate(DOMAINS.items()):
+        count = n - made if i == len(DOMAINS) - 1 else n * share // total
+        prompt = ""
+        for j in range(count):
+            if j % copies == 0:
+                prompt = f"{domain} {j} " + " ".join(draw.choices(WORDS, k=5))
+            yield {
+                "difficulty": None if domain != "code" else draw.randint(1, 10),
+                "source": f"made/{domain}",
+                "domain": domain,
+                "conversations": [
+                    {"from": "human", "value": prompt},
+                    {"from": "gpt", "value": _response(draw, draw.randrange(10), words)},
+                ],
+            }
+        made += count
+
+
+def _response(draw: random.Random, kind: int, words: int) -> str:
+    n = draw.randint(words // 2, words)
+    thought = " ".join(draw.choices(WORDS, k=4 * n if kind == 2 else n))
+    if kind == 0:
+        return f"{thought} </think> <answer>"
+    if kind == 1:
+        return f"</think> <think> {thought}"
+    return f"<think> {thought} </think> so {draw.randint(0, 9**9)}"
+
+
+def write_jsonl(path: Path, n: int, **how: Any) -> Path:
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows(n, **how):
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return path
+
+
+def write_parquet(path: Path, n: int, *, group: int = 700, **how: Any) -> Path:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    turn = pa.struct([("from", pa.string()), ("value", pa.string())])
+    schema = pa.schema(
+        [
+            ("difficulty", pa.int64()),
+            ("source", pa.string()),
+            ("domain", pa.string()),
+            ("conversations", pa.list_(turn)),
+        ]
+    )
+    with pq.ParquetWriter(path, schema) as writer:
+        waiting: list[dict[str, Any]] = []
+        for row in rows(n, **how):
+            waiting.append(row)
+            if len(waiting) == group:
+                writer.write_table(pa.Table.from_pylist(waiting, schema=schema))
+                waiting = []
+        writer.write_table(pa.Table.from_pylist(waiting, schema=schema))
+    return path
+
+
+def rows_of(folder: str | Path, split: str) -> list[dict[str, Any]]:
+    """The rows of a split that was selected."""
+    import pyarrow.parquet as pq
+
+    return pq.read_table(Path(folder) / f"{split}.parquet").to_pylist()
+
+
+def bytes_of(folder: str | Path) -> dict[str, bytes]:
+    """Every byte of a selection."""
+    return {name: (Path(folder) / name).read_bytes() for name in FILES}

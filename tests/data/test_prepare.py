@@ -1,0 +1,317 @@
+"""A whole selection, on a file of 5,000 rows in the schema of OpenThoughts3."""
+
+import importlib.util
+import json
+import threading
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from fastadapt.data.prepare import prepare
+from fastadapt.data.rendering import render
+from fastadapt.data.selection import prompt_hash
+from fastadapt.data.sequences import DataConfig, load_sequences
+from fastadapt.errors import UserError
+from fastadapt.organism import NAMES
+
+_spec = importlib.util.spec_from_file_location(
+    "fastadapt_tests_openthoughts", Path(__file__).with_name("openthoughts.py")
+)
+openthoughts = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(openthoughts)
+rows_of, bytes_of, FILES = openthoughts.rows_of, openthoughts.bytes_of, openthoughts.FILES
+
+ROWS = 5000
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    return openthoughts.write_jsonl(tmp_path_factory.mktemp("source") / "rows.jsonl", ROWS)
+
+
+@pytest.fixture
+def config(source, selection):
+    return partial(selection, source=str(source))
+
+
+def test_quotas_are_met_and_nothing_is_in_both(config):
+    """The claim: shares within 1, disjoint by row, by conversation and by prompt."""
+    made = prepare(config())
+    splits = {split: rows_of(made["output"], split) for split in ("train", "validation")}
+    for split, n in (("train", 1000), ("validation", 100)):
+        assert len(splits[split]) == n
+        found = Counter(row["domain"] for row in splits[split])
+        for domain, share in (("math", 0.708), ("code", 0.208), ("science", 0.083)):
+            assert abs(found[domain] - n * share / 0.999) <= 1
+    rows = {split: {row["row"] for row in splits[split]} for split in splits}
+    prompts = {
+        split: {prompt_hash(row["conversations"][0]["value"]) for row in splits[split]}
+        for split in splits
+    }
+    assert not rows["train"] & rows["validation"]
+    assert not prompts["train"] & prompts["validation"]
+    assert sum(map(len, rows.values())) == 1100
+    assert made["counts"]["train"]["prompts"] == len(prompts["train"]) < 1000
+
+
+def test_rows_are_those_of_the_source_and_short_enough(config, source):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(NAMES["organism/target"])
+    lines = [json.loads(line) for line in source.read_text().splitlines()]
+    made = prepare(config())
+    for split in ("train", "validation"):
+        for row in rows_of(made["output"], split):
+            place, tokens = row.pop("row"), row.pop("tokens")
+            assert row == lines[place]
+            response = row["conversations"][1]["value"]
+            assert "</think>" in response.partition("<think>")[2]
+            text = render(row["conversations"], "r1-distill")
+            assert tokens == len(tokenizer(text, add_special_tokens=False)["input_ids"]) <= 60
+    difficulties = {row["difficulty"] for row in rows_of(made["output"], "train")}
+    assert None in difficulties
+    assert len(difficulties) > 2
+
+
+def test_it_is_the_draw_that_a_dense_reading_gives(config, source):
+    """Against all rows in memory, sorted by key: quotas filled from the front."""
+    from transformers import AutoTokenizer
+
+    from fastadapt.data.selection import SPLITS, look_at, row_key
+
+    tokenizer = AutoTokenizer.from_pretrained(NAMES["organism/target"])
+    longest = 40  # of many rows, and one less than that of many others
+    settings = config(max_tokens=longest, train=600, validation=60)
+    lines = [json.loads(line) for line in source.read_text().splitlines()]
+    order = sorted(range(ROWS), key=lambda row: row_key(42, row))
+    expected, long, passed = {split: [] for split in SPLITS}, Counter(), Counter()
+    gone, held_out = set(), set()
+    quotas = settings.quotas()
+    for split in SPLITS:
+        for row in order:
+            domain, turns = lines[row]["domain"], lines[row]["conversations"]
+            if row in gone or quotas[split][domain] == 0:
+                continue
+            if isinstance(look_at(lines[row], quotas[split]), str):
+                continue
+            gone.add(row)
+            text = render(turns, "r1-distill")
+            if len(tokenizer(text, add_special_tokens=False)["input_ids"]) > longest:
+                long[domain] += 1
+            elif split == "train" and turns[0]["value"] in held_out:
+                passed[domain] += 1
+            else:
+                quotas[split][domain] -= 1
+                expected[split].append(row)
+        held_out = {lines[row]["conversations"][0]["value"] for row in expected["validation"]}
+    made = prepare(settings)
+    assert made["counts"]["train"]["longest"] == longest
+    for split in SPLITS:
+        assert [row["row"] for row in rows_of(made["output"], split)] == expected[split]
+    for domain, reasons in made["counts"]["left_out_of_drawn"].items():
+        assert reasons["its prompt is in validation"] == passed[domain]
+        assert reasons["more than max_tokens tokens"] == long[domain] > 0
+
+
+def test_columns_of_another_kind_are_left_empty(config, tmp_path):
+    response = "<think> 1 </think> 1"
+    kinds = [(7.0, 7, "s", "s"), ("hard", None, 3, None), (True, None, None, None), (7.5, None) * 2]
+    path = tmp_path / "rows.jsonl"
+    with path.open("w") as file:
+        for i, (difficulty, _, source, _) in enumerate(kinds):
+            turns = [{"from": i, "value": f"{i}"}, {"from": "gpt", "value": response}]
+            row = {"difficulty": difficulty, "source": source, "domain": "math"}
+            file.write(json.dumps({**row, "conversations": turns}) + "\n")
+    made = prepare(config(source=str(path), shares="math=1", train=4, validation=0))
+    found = {row["row"]: row for row in rows_of(made["output"], "train")}
+    for i, (_, difficulty, _, source) in enumerate(kinds):
+        assert (found[i]["difficulty"], found[i]["source"]) == (difficulty, source)
+        assert found[i]["conversations"][0] == {"from": None, "value": f"{i}"}
+
+
+def test_the_manifest_says_what_is_there(config, source):
+    import hashlib
+
+    made = prepare(config())
+    folder = Path(made["output"])
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest == {k: v for k, v in made.items() if k not in ("interrupted", "output")}
+    for name, told in manifest["files"].items():
+        content = (folder / name).read_bytes()
+        assert told["bytes"] == len(content)
+        assert told["sha256"] == hashlib.sha256(content).hexdigest()
+        assert told["rows"] == pq.read_metadata(folder / name).num_rows
+    origin = manifest["source"]["files"][0]
+    assert origin["sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
+    counts = manifest["counts"]
+    lines = [json.loads(line) for line in source.read_text().splitlines()]
+    assert counts["rows"] == ROWS
+    assert counts["domains"] == dict(Counter(line["domain"] for line in lines))
+    responses = [line["conversations"][1]["value"] for line in lines]
+    unopened = sum("<think>" not in r for r in responses)
+    unclosed = sum("<think>" in r and "</think>" not in r.split("<think>")[1] for r in responses)
+    assert unopened > 300
+    assert unclosed > 300
+    assert counts["left_out_of_source"]["no <think>"] == unopened
+    assert counts["left_out_of_source"]["no </think> after it"] == unclosed
+    for split in ("train", "validation"):
+        tokens = [row["tokens"] for row in rows_of(folder, split)]
+        assert counts[split]["tokens"] == sum(tokens)
+        assert counts[split]["longest"] == max(tokens)
+        assert sum(counts[split]["lengths"]) == len(tokens)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
+
+
+def test_the_files_train(config):
+    made = prepare(config())
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(NAMES["organism/target"])
+    folder = made["output"]
+    data = DataConfig(f"{folder}/train.parquet", f"{folder}/validation.parquet", max_tokens=60)
+    train = load_sequences(data.train, tokenizer, data, split="train")
+    assert train.counts.kept == 1000
+    assert train.counts.too_long == 0
+    assert train.counts.tokens == made["counts"]["train"]["tokens"]
+    whole = DataConfig(folder, folder, max_tokens=60)
+    assert len(load_sequences(folder, tokenizer, whole, split="validation")) == 100
+
+
+def test_again_gives_the_same_bytes(config, tmp_path):
+    first = bytes_of(prepare(config(output=str(tmp_path / "a")))["output"])
+    assert bytes_of(prepare(config(output=str(tmp_path / "b")))["output"]) == first
+    assert bytes_of(prepare(config(output=str(tmp_path / "a")), overwrite=True)["output"]) == first
+    other = bytes_of(prepare(config(output=str(tmp_path / "c"), seed=43))["output"])
+    assert other["train.parquet"] != first["train.parquet"]
+
+
+def test_parquet_and_jsonl_give_the_same_rows(config, tmp_path):
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    whole = openthoughts.write_parquet(tmp_path / "rows.parquet", ROWS)
+    table = pq.read_table(whole)
+    for i, start in enumerate(range(0, ROWS, 1900)):  # several files, several row groups in each
+        part = table.slice(start, 1900)
+        pq.write_table(part, folder / f"train-{i:05}.parquet", row_group_size=300)
+    given = [
+        bytes_of(prepare(config(output=str(tmp_path / name), **how))["output"])["train.parquet"]
+        for name, how in (
+            ("lines", {}),
+            ("one", {"source": str(whole)}),
+            ("many", {"source": str(folder)}),
+        )
+    ]
+    assert given[0] == given[1] == given[2]
+
+
+# --- quotas that cannot be filled -----------------------------------------------------------------
+
+
+def test_a_quota_that_cannot_be_filled_says_which_and_how_many(config):
+    with pytest.raises(UserError) as caught:
+        prepare(config(train=4000))
+    said = str(caught.value)
+    assert "does not fill the quotas: train lacks" in said
+    for domain, n in (("math", "2,835"), ("code", "833"), ("science", "332")):
+        assert f"of {n} {domain}" in said
+    assert "no <think>: " in said
+    assert "--allow_fewer" in said
+    assert "\n" not in said
+
+
+def test_what_there_is_can_be_taken_without_reading_again(config):
+    with pytest.raises(UserError):
+        prepare(config(train=4000))
+    records = []
+    made = prepare(config(train=4000, allow_fewer=True), resume=True, sink=records.append)
+    assert {record["kind"] for record in records} == {"write"}
+    train, validation = made["counts"]["train"], made["counts"]["validation"]
+    assert all(0 < train["conversations"][d] < train["wanted"][d] for d in train["wanted"])
+    assert validation["conversations"] == validation["wanted"]
+
+
+def test_a_reserve_that_was_too_small_says_so(config, tmp_path):
+    source = openthoughts.write_jsonl(tmp_path / "rows.jsonl", ROWS, copies=200)
+    few = config(source=str(source), validation=12, train=1400, reserve=1.0)
+    with pytest.raises(UserError, match="raise --reserve and begin again"):
+        prepare(few)
+    made = prepare(
+        config(source=str(source), validation=12, train=1400, reserve=3.0), overwrite=True
+    )
+    assert len(rows_of(made["output"], "train")) == 1400
+
+
+# --- folders and sources that will not do ---------------------------------------------------------
+
+
+def test_other_things_in_the_folder_are_not_touched(config, tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("years of work")
+    for how in ({}, {"overwrite": True}):
+        with pytest.raises(UserError, match=r"holds no selection \(it holds thesis.tex\)"):
+            prepare(config(), **how)
+    with pytest.raises(UserError, match=r"--resume: .* holds no selection"):
+        prepare(config(), resume=True)
+    assert [path.name for path in folder.iterdir()] == ["thesis.tex"]
+
+
+def test_files_beside_a_selection_survive_an_overwrite(config):
+    folder = Path(prepare(config())["output"])
+    (folder / "notes.txt").write_text("mine")
+    prepare(config(seed=1), overwrite=True)
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_a_selection_is_not_replaced_unasked(config):
+    before = bytes_of(prepare(config())["output"])
+    with pytest.raises(UserError, match=r"holds a selection already\. Replace it"):
+        prepare(config())
+    with pytest.raises(UserError, match="choose one"):
+        prepare(config(), resume=True, overwrite=True)
+    assert bytes_of(config().output) == before
+
+
+def test_an_unfinished_one_is_not_replaced_unasked(config):
+    stop = threading.Event()
+    stop.set()
+    prepare(config(), stop=stop)
+    with pytest.raises(UserError, match=r"was not finished\. Go on with it"):
+        prepare(config())
+    assert not prepare(config(), overwrite=True)["interrupted"]
+
+
+def test_a_folder_is_one_process_at_a_time(config):
+    def again(_):
+        with pytest.raises(UserError, match="another process is writing"):
+            prepare(config(), resume=True)
+        seen.append(1)
+
+    seen: list[int] = []
+    prepare(config(), sink=again)
+    assert seen
+
+
+def test_a_mistake_leaves_no_folder(config, tmp_path):
+    with pytest.raises(UserError, match="no such file or folder"):
+        prepare(config(source=str(tmp_path / "absent.jsonl")))
+    with pytest.raises(UserError, match=r"<\|im_start\|>"):
+        prepare(config(family="qwen"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"conversations": []}, r"line 1: no column 'domain'; the columns are 'conversations'"),
+        ({"domain": "math"}, r"line 1: no column 'conversations'"),
+    ],
+)
+def test_a_source_of_another_form_is_named(row, message, config, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=message):
+        prepare(config(source=str(path)))

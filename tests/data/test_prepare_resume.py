@@ -1,0 +1,233 @@
+"""A selection that is stopped, killed, refused room, or streamed from the hub, and goes on."""
+
+import errno
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from functools import partial
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from fastadapt.data import prepare as module
+from fastadapt.data.prepare import prepare
+from fastadapt.data.selection import PrepareConfig
+from fastadapt.errors import RunError, UserError
+
+_spec = importlib.util.spec_from_file_location(
+    "fastadapt_tests_openthoughts", Path(__file__).with_name("openthoughts.py")
+)
+openthoughts = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(openthoughts)
+rows_of, bytes_of, FILES = openthoughts.rows_of, openthoughts.bytes_of, openthoughts.FILES
+
+ROWS = 5000
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    return openthoughts.write_jsonl(tmp_path_factory.mktemp("source") / "rows.jsonl", ROWS)
+
+
+@pytest.fixture
+def config(source, selection):
+    return partial(selection, source=str(source))
+
+
+KILLED = """
+import os, signal, sys
+from fastadapt.data import prepare as module, reading
+from fastadapt.data.selection import PrepareConfig
+from fastadapt.data.spool import Spool
+
+reading._COMMIT_ROWS = 250
+kind, at, *values = sys.argv[1:]
+config = PrepareConfig(*values[:3], train=1000, validation=100, max_tokens=60)
+seen = 0
+
+def sink(record):
+    global seen
+    seen += record["kind"] == kind
+    if seen == int(at):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+module._GROUP_BYTES = 1 << 15
+module.prepare(config, resume="resume" in values, sink=sink)
+"""
+
+
+def run_killed(config: PrepareConfig, kind: str, at: int, *more: str) -> int:
+    command = [sys.executable, "-c", KILLED, kind, str(at)]
+    command += [config.source, config.output, config.tokenizer, *more]
+    return subprocess.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}).returncode
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_killed_and_resumed_gives_the_same_bytes(kind, config, source, tmp_path, monkeypatch):
+    """SIGKILL while reading, twice, then while writing; the files are those of one go."""
+    if kind == "parquet":
+        source = openthoughts.write_parquet(tmp_path / "rows.parquet", ROWS, group=333)
+    monkeypatch.setattr(module, "_GROUP_BYTES", 1 << 15)
+    whole = bytes_of(prepare(config(source=str(source), output=str(tmp_path / "whole")))["output"])
+    settings = config(source=str(source))
+    assert run_killed(settings, "read", 7) == -signal.SIGKILL
+    journal = Path(settings.output) / ".prepare" / "journal"
+    with journal.open("ab") as file:  # as a kill in the middle of a write leaves it
+        file.write(b'[1750, "math", "3')
+    with (journal.parent / "rows").open("ab") as file:
+        file.write(b"half a row")
+    assert run_killed(settings, "read", 6, "resume") == -signal.SIGKILL
+    assert run_killed(settings, "write", 3, "resume") == -signal.SIGKILL
+    assert not (Path(settings.output) / "manifest.json").exists()
+    read = []
+    made = prepare(settings, resume=True, sink=read.append)
+    assert bytes_of(made["output"]) == whole
+    assert not any(record["kind"] == "read" for record in read)  # that was done
+    assert sorted(path.name for path in Path(made["output"]).iterdir()) == sorted(FILES)
+
+
+def test_told_to_stop_it_goes_on_from_there(config, tmp_path):
+    whole = bytes_of(prepare(config(output=str(tmp_path / "whole")))["output"])
+    stop = threading.Event()
+    stop.set()
+    reached = []
+    for _ in range(10):
+        made = prepare(config(), resume=bool(reached), stop=stop)
+        if not made["interrupted"]:
+            break
+        reached.append(made["rows"])
+    assert reached == [1000, 2000, 3000, 4000, 5000]
+    assert bytes_of(made["output"]) == whole
+
+
+def test_a_finished_one_is_verified_on_resume(config):
+    made = prepare(config())
+    assert prepare(config(), resume=True) == made
+    path = Path(made["output"]) / "train.parquet"
+    content = bytearray(path.read_bytes())
+    content[100] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(RunError, match=r"train\.parquet is not what manifest\.json says"):
+        prepare(config(), resume=True)
+
+
+def test_a_kill_after_the_manifest_leaves_nothing_behind(config, monkeypatch):
+    """Between the last file written and the first one removed."""
+    with monkeypatch.context() as patched:
+        patched.setattr(module.outdir, "clean", lambda folder: None)
+        made = prepare(config())
+    folder = Path(made["output"])
+    assert (folder / ".prepare" / "rows").exists()
+    assert prepare(config(), resume=True) == made
+    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
+
+
+def test_resume_needs_the_same_settings_and_source(config, source, tmp_path):
+    copy = tmp_path / "rows.jsonl"
+    shutil.copy(source, copy)
+    stop = threading.Event()
+    stop.set()
+    prepare(config(source=str(copy)), stop=stop)
+    with pytest.raises(UserError, match=r"other settings \(seed: 1, was 42\)"):
+        prepare(config(source=str(copy), seed=1), resume=True)
+    with copy.open("a") as file:
+        file.write("\n")
+    with pytest.raises(UserError, match=r"other settings \(source: .*bytes"):
+        prepare(config(source=str(copy)), resume=True)
+
+
+def test_no_room_leaves_what_there_is(config, tmp_path, monkeypatch):
+    """A disk that is full in the middle: one clear error, and resume gives the same bytes."""
+    from fastadapt.data import spool
+
+    whole = bytes_of(prepare(config(output=str(tmp_path / "whole")))["output"])
+    real, written = spool._append, []
+
+    def full(file, data):
+        written.append(len(data))
+        if len(written) == 5:
+            real(file, data[: len(data) // 2])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(file, data)
+
+    monkeypatch.setattr(spool, "_append", full)
+    with pytest.raises(RunError, match=r"cannot be written: No space left on device.*--resume"):
+        prepare(config())
+    monkeypatch.setattr(spool, "_append", real)
+    assert bytes_of(prepare(config(), resume=True)["output"]) == whole
+
+
+# --- the hub --------------------------------------------------------------------------------------
+
+
+def test_the_hub_is_streamed_at_one_commit(config, tmp_path, monkeypatch):
+    """`datasets` streams the same files here; only where they lie is stood in for."""
+    import datasets
+    import huggingface_hub
+
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    whole = openthoughts.write_parquet(folder / "train-0.parquet", ROWS)
+    table = pq.read_table(whole)
+    pq.write_table(table.slice(0, 2600), folder / "train-0.parquet")
+    pq.write_table(table.slice(2600), folder / "train-1.parquet")
+    real, asked = datasets.load_dataset, []
+
+    def load(name, **how):
+        asked.append((name, how))
+        files = sorted(map(str, folder.glob("*.parquet")))
+        return real("parquet", data_files=files, split="train", streaming=how["streaming"])
+
+    class Info:
+        sha = "c0ffee"
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "dataset_info", lambda self, name, revision=None: Info
+    )
+    expected = prepare(config(output=str(tmp_path / "lines")))
+    settings = config(source="someone/rows")
+    stop = threading.Event()
+    stop.set()
+    for i in range(3):
+        assert prepare(settings, resume=i > 0, stop=stop)["rows"] == 1000 * (i + 1)
+    made = prepare(settings, resume=True)
+    assert asked[0] == ("someone/rows", {"split": "train", "revision": "c0ffee", "streaming": True})
+    assert made["source"] == {"dataset": "someone/rows", "split": "train", "revision": "c0ffee"}
+    for split in ("train", "validation"):
+        assert rows_of(made["output"], split) == rows_of(expected["output"], split)
+
+
+STOPPED_ON_THE_HUB = """
+import sys, threading, datasets, huggingface_hub
+from fastadapt.data.prepare import prepare
+from fastadapt.data.selection import PrepareConfig
+
+real, (file, output, tokenizer) = datasets.load_dataset, sys.argv[1:]
+datasets.load_dataset = lambda name, **how: real(
+    "parquet", data_files=file, split="train", streaming=True
+)
+huggingface_hub.HfApi.dataset_info = lambda *_, **__: type("Info", (), {"sha": "c0ffee"})
+stop = threading.Event()
+stop.set()
+made = prepare(PrepareConfig("someone/rows", output, tokenizer, max_tokens=60), stop=stop)
+assert made["rows"] == 1000
+"""
+
+
+def test_a_stopped_stream_ends_its_process_well(config, tmp_path):
+    """Arrow's threads abort a process in which a streamed file is left half read."""
+    file = openthoughts.write_parquet(tmp_path / "rows.parquet", ROWS)
+    command = [sys.executable, "-c", STOPPED_ON_THE_HUB, file, config().output, config().tokenizer]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_a_hub_out_of_reach_says_so(config):
+    with pytest.raises(UserError, match="as a dataset of the hub"):
+        prepare(config(source="nobody/nothing"))

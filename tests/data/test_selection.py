@@ -1,0 +1,235 @@
+"""Who is drawn: quotas, keys, filters, splits. Each on numbers that one can see through."""
+
+from collections import Counter
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastadapt.data.selection import (
+    HELD_OUT,
+    MALFORMED,
+    NO_END,
+    NO_THINK,
+    OTHER_DOMAIN,
+    REPEATED,
+    TOO_LONG,
+    Candidate,
+    PrepareConfig,
+    Shortlist,
+    apportion,
+    conversation_hash,
+    draw,
+    length_histogram,
+    look_at,
+    parse_shares,
+    prompt_hash,
+    row_key,
+)
+from fastadapt.errors import UserError
+
+
+def candidate(key, domain="math", prompt=None, conversation=None):
+    prompt, conversation = prompt or f"p{domain}{key}", conversation or f"c{domain}{key}"
+    return Candidate(key, key, domain, prompt, conversation, 10, 0, 1, 1)
+
+
+def test_the_quotas_of_the_paper():
+    quotas = PrepareConfig().quotas()
+    assert quotas["train"] == {"math": 35_436, "code": 10_410, "science": 4_154}
+    assert quotas["validation"] == {"math": 3_544, "code": 1_041, "science": 415}
+    assert sum(quotas["train"].values()) == 50_000
+    assert sum(quotas["validation"].values()) == 5_000
+
+
+@given(
+    n=st.integers(0, 10**6),
+    shares=st.dictionaries(
+        st.text("abc", min_size=1), st.fractions(Fraction(1, 1000), 1), min_size=1
+    ),
+)
+def test_quotas_add_up_and_are_within_one_of_their_share(n, shares):
+    counts = apportion(n, shares)
+    assert sum(counts.values()) == n
+    total = sum(shares.values())
+    assert all(abs(counts[d] - n * shares[d] / total) < 1 for d in shares)
+
+
+def test_shares_are_exact():
+    assert parse_shares("math=.7, code=1/3") == {"math": Fraction(7, 10), "code": Fraction(1, 3)}
+
+
+@pytest.mark.parametrize("text", ["", "math", "math=0", "math=-1", "math=x", "a=1,a=1", "=1"])
+def test_other_shares_are_refused(text):
+    with pytest.raises(UserError, match="--shares: expected domain=share"):
+        parse_shares(text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": 0}, "--train: expected 1 or more, got 0"),
+        ({"validation": -1}, "--validation: expected 0 or more"),
+        ({"max_tokens": 1}, "--max_tokens: expected 2 or more"),
+        ({"seed": -1}, "--seed: expected 0 or more"),
+        ({"reserve": 0.5}, "--reserve: expected 1 or more, got 0.5"),
+        ({"reserve": float("nan")}, "--reserve: expected 1 or more"),
+        ({"family": "nobody"}, "expected one of"),
+    ],
+)
+def test_impossible_values_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        PrepareConfig(**changes)
+
+
+def test_keys_are_the_same_in_every_version():
+    assert row_key(42, 0) == 5672782413942647296
+    assert row_key(42, 1_199_999) == 3806046940342673144
+    assert row_key(43, 0) != row_key(42, 0)
+
+
+def test_keys_are_uniform_wherever_the_row_stands():
+    """Of 20 stretches of the source, each has its part of the lowest tenth of the keys."""
+    n, stretches = 40_000, 20
+    lowest = sorted(range(n), key=lambda row: row_key(42, row))[: n // 10]
+    found = Counter(row * stretches // n for row in lowest)
+    expected = n / 10 / stretches
+    chi_squared = sum((found[i] - expected) ** 2 / expected for i in range(stretches))
+    assert chi_squared < 43.8  # 19 degrees of freedom, p = 0.001
+
+
+def row(response="<think> a </think> b", **changes):
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": response}]
+    return {"domain": "math", "conversations": turns, **changes}
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        (row(), ("q", "<think> a </think> b")),
+        (row(difficulty=None), ("q", "<think> a </think> b")),
+        (row(" <think></think>"), ("q", " <think></think>")),
+        (row("</think> <think> a </think>"), ("q", "</think> <think> a </think>")),
+        (row(domain="law"), OTHER_DOMAIN),
+        (row(domain=None), OTHER_DOMAIN),
+        (row(domain=["math"]), OTHER_DOMAIN),
+        (row(conversations=None), MALFORMED),
+        (row(conversations=[{"from": "human", "value": "q"}]), MALFORMED),
+        (row(""), MALFORMED),
+        (row("no thought"), NO_THINK),
+        (row("a </think> b"), NO_THINK),
+        (row("<think> a"), NO_END),
+        (row("</think> <think> a"), NO_END),
+        (row("<think> a </ think>"), NO_END),
+    ],
+)
+def test_a_row_is_looked_at(values, found):
+    assert look_at(values, {"math", "code"}) == found
+
+
+def test_turns_count_by_position_not_by_name():
+    values = row(conversations=[{"value": "q"}, {"from": "alice", "value": "<think></think>"}])
+    assert look_at(values, {"math"}) == ("q", "<think></think>")
+
+
+def test_prompts_are_equal_up_to_white_space():
+    assert prompt_hash("a  b\n") == prompt_hash("a b") != prompt_hash("ab")
+    assert conversation_hash("a b", "c") == conversation_hash("a  b", "c")
+    assert conversation_hash("a b", "c ") != conversation_hash("a b", "c")
+
+
+@given(
+    keys=st.lists(st.integers(0, 60), max_size=80),
+    limit=st.integers(1, 12),
+)
+def test_a_shortlist_keeps_the_lowest(keys, limit):
+    """With equal keys too, and whatever was let go before."""
+    shortlist = Shortlist({"math": limit})
+    rows = [Candidate(key, i, "math", "", str(i), 10, 0, 1, 1) for i, key in enumerate(keys)]
+    for each in rows:
+        if shortlist.admits("math", each.key):
+            shortlist.add(each)
+    assert shortlist.ordered("math") == sorted(rows, key=lambda c: (c.key, c.row))[:limit]
+    assert ("math" in shortlist.full) == (len(keys) > limit)
+
+
+def shortlist_of(*candidates, limit=100):
+    shortlist = Shortlist({"math": limit, "code": limit})
+    for each in candidates:
+        shortlist.add(each)
+    return shortlist
+
+
+def keys_of(selection):
+    return {split: [c.key for c in taken] for split, taken in selection.splits.items()}
+
+
+def quotas(train, validation):
+    return {
+        "train": {"math": train[0], "code": train[1]},
+        "validation": {"math": validation[0], "code": validation[1]},
+    }
+
+
+def test_validation_draws_first_and_both_are_in_the_order_of_the_keys():
+    math = [candidate(key) for key in (1, 4, 5, 8)]
+    code = [candidate(key, "code") for key in (2, 3, 7, 9)]
+    selection = draw(shortlist_of(*math, *code), quotas((2, 1), (1, 2)))
+    assert keys_of(selection) == {"validation": [1, 2, 3], "train": [4, 5, 7]}
+    assert selection.missing == {}
+
+
+def test_training_passes_over_prompts_of_validation_in_any_domain():
+    shortlist = shortlist_of(
+        candidate(1, prompt="p"),
+        candidate(2, prompt="p"),
+        candidate(3),
+        candidate(1, "code"),
+        candidate(2, "code", prompt="p"),
+        candidate(3, "code"),
+    )
+    selection = draw(shortlist, quotas((1, 1), (1, 1)))
+    assert keys_of(selection) == {"validation": [1, 1], "train": [3, 3]}
+    assert selection.left_out["math"][HELD_OUT] == selection.left_out["code"][HELD_OUT] == 1
+
+
+def test_a_prompt_may_come_again_within_a_split():
+    shortlist = shortlist_of(*(candidate(key, prompt="p") for key in (1, 2, 3)))
+    selection = draw(shortlist, quotas((3, 0), (0, 0)))
+    assert keys_of(selection)["train"] == [1, 2, 3]
+
+
+def test_the_same_conversation_is_taken_once():
+    shortlist = shortlist_of(
+        candidate(1, prompt="p", conversation="c"),
+        candidate(2, prompt="p", conversation="c"),
+        candidate(3, prompt="p"),
+    )
+    selection = draw(shortlist, quotas((2, 0), (0, 0)))
+    assert keys_of(selection)["train"] == [1, 3]
+    assert selection.left_out["math"][REPEATED] == 1
+
+
+def test_what_a_domain_lacks_is_told():
+    selection = draw(shortlist_of(candidate(1), candidate(2)), quotas((3, 2), (1, 1)))
+    assert selection.missing == {
+        "validation": {"code": 1},
+        "train": {"math": 2, "code": 2},
+    }
+    assert keys_of(selection) == {"validation": [1], "train": [2]}
+
+
+def test_only_long_rows_that_were_drawn_are_counted():
+    shortlist = shortlist_of(candidate(3), candidate(7))
+    for key in (1, 2, 5, 6, 8):
+        shortlist.add_too_long("math", key)
+    assert draw(shortlist, quotas((1, 0), (0, 0))).left_out["math"][TOO_LONG] == 2
+    assert draw(shortlist, quotas((2, 0), (0, 0))).left_out["math"][TOO_LONG] == 4
+    assert draw(shortlist, quotas((3, 0), (0, 0))).left_out["math"][TOO_LONG] == 5
+
+
+@given(tokens=st.lists(st.integers(1, 97)), longest=st.integers(97, 200))
+def test_a_histogram_counts_every_length_once(tokens, longest):
+    assert sum(length_histogram(tokens, longest)) == len(tokens)
+    assert length_histogram([1, longest], longest) == [1, *[0] * 8, 1]

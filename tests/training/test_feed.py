@@ -1,0 +1,242 @@
+"""Batches made ahead by worker processes: the same ones, in the same steps; workers that end."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from fastadapt.errors import UserError
+from fastadapt.training.ahead import Ahead
+from fastadapt.training.config import FREE_ON_RESUME
+from fastadapt.training.feed import Feed
+from fastadapt.training.trainer import train
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def make_feed(tiny_config: Callable, tiny_pair: Path) -> Iterator[Callable[..., Feed]]:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_pair / "target")
+    feeds: list[Feed] = []
+
+    def make(**changes: object) -> Feed:
+        feeds.append(Feed(tiny_config(**changes), tokenizer, CPU))
+        return feeds[-1]
+
+    yield make
+    for feed in feeds:
+        feed.close()
+
+
+def children() -> set[int]:
+    path = Path(f"/proc/self/task/{os.getpid()}/children")
+    return set(map(int, path.read_text().split()))
+
+
+def batches_of(feed: Feed, step: int) -> list:
+    return [feed.batch(feed.train, ids) for ids in feed.micro_batches(step)]
+
+
+def same(one: list, other: list) -> bool:
+    def equal(x: torch.Tensor | None, y: torch.Tensor | None) -> bool:
+        return x is y if x is None or y is None else torch.equal(x, y)
+
+    return len(one) == len(other) and all(
+        n == m and all(map(equal, a, b)) for (a, n), (b, m) in zip(one, other, strict=True)
+    )
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_give_what_a_step_makes_itself(make_feed, accumulation, workers) -> None:
+    how = {"optimizer.accumulation": accumulation, "optimizer.epochs": 3}
+    alone, ahead = make_feed(**how), make_feed(**how, **{"data.workers": workers})
+    assert alone.steps == ahead.steps
+    for step in range(alone.steps):
+        assert same(batches_of(alone, step), batches_of(ahead, step))
+
+
+def test_batches_are_made_by_the_workers(make_feed, monkeypatch) -> None:
+    """Not here: what makes them here is out of order, and no step notices."""
+    from fastadapt.training import feed as module
+
+    feed = make_feed(**{"data.workers": 1})
+    before = children()
+    monkeypatch.setattr(module, "make_batch", None)
+    for step in range(feed.steps):
+        assert len(batches_of(feed, step)) == 1
+    assert len(children() - before) <= 1
+
+
+def test_a_step_made_again_or_jumped_to_is_right(make_feed) -> None:
+    """A step is made twice where its plan overflowed; a resumed run begins anywhere."""
+    how = {"optimizer.epochs": 4, "optimizer.batch_size": 1}
+    alone, ahead = make_feed(**how), make_feed(**how, **{"data.workers": 2})
+    for step in (5, 5, 6, 6, 7, 50, 51, 3, 3, 4, 95, 0):
+        assert same(batches_of(alone, step), batches_of(ahead, step)), step
+
+
+def test_other_batches_than_the_plan_s_are_made_when_asked_for(make_feed) -> None:
+    alone, ahead = make_feed(), make_feed(**{"data.workers": 1})
+    ahead.micro_batches(0)
+    alone.micro_batches(0)
+    for ids in ([0], [3, 1], [2, 2]):
+        assert same([alone.batch(alone.train, ids)], [ahead.batch(ahead.train, ids)])
+    assert same(batches_of(alone, 1), batches_of(ahead, 1))
+
+
+def test_a_process_may_take_its_share_alone(tiny_config, tiny_pair) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_pair / "target")
+    config = tiny_config(**{"optimizer.accumulation": 4, "data.workers": 1})
+    feed = Feed(config, tokenizer, CPU, share=lambda all_of_them: all_of_them[1::2])
+    made = []
+    real = feed._ahead.take
+    feed._ahead.take = lambda *asked: made.append(real(*asked)) or made[-1]
+    for step in range(feed.steps):
+        for ids in feed.micro_batches(step)[1::2]:
+            feed.batch(feed.train, ids)
+    feed.close()
+    assert made
+    assert None not in made
+
+
+def test_workers_end_with_the_feed(make_feed) -> None:
+    feed = make_feed(**{"data.workers": 2, "optimizer.epochs": 50})
+    before = children()
+    batches_of(feed, 0)
+    assert len(children() - before) == 2
+    feed.close()
+    assert children() == before
+    feed.close()
+
+
+def test_a_run_with_workers_writes_the_same_bits(tiny_config, tmp_path) -> None:
+    """And may be resumed with another number of them."""
+    assert "data.workers" in FREE_ON_RESUME
+    before = children()
+    for name, first, then in (("none", 0, 0), ("two", 2, 2), ("mixed", 2, 0)):
+        output = {"run.output": str(tmp_path / name), "data.bucket": 3}
+        stop = _StopAfter(5)
+        train(tiny_config(**output, **{"data.workers": first}), sinks=[stop], stop=stop.event)
+        train(tiny_config(**output, **{"data.workers": then}), resume=True)
+    assert children() == before
+    weights = [
+        [(tmp_path / name / "adapter" / f"layer_{i}.safetensors").read_bytes() for i in range(2)]
+        for name in ("none", "two", "mixed")
+    ]
+    assert weights[0] == weights[1] == weights[2]
+
+
+class _StopAfter:
+    def __init__(self, step: int) -> None:
+        import threading
+
+        self.event, self._step = threading.Event(), step
+
+    def __call__(self, record: dict) -> None:
+        if record["kind"] == "train" and record["step"] == self._step:
+            self.event.set()
+
+
+def test_buckets_train_on_every_sequence_once(make_feed) -> None:
+    feed = make_feed(**{"data.bucket": 4, "optimizer.batch_size": 5})
+    seen = [i for step in range(feed.steps) for ids in feed.micro_batches(step) for i in ids]
+    assert sorted(seen) == list(range(len(feed.train)))
+    plain = make_feed(**{"optimizer.batch_size": 5})
+    assert [feed.micro_batches(s) for s in range(5)] != [plain.micro_batches(s) for s in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("data.bucket", 0, "data.bucket: expected 1 or more, got 0"),
+        ("data.workers", -1, "data.workers: expected 0 or more, got -1"),
+    ],
+)
+def test_impossible_values_are_refused(tiny_config, key, value, message) -> None:
+    with pytest.raises(UserError, match=message):
+        tiny_config(**{key: value})
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_saves_and_ends_without_a_word(
+    number, tiny_config, tmp_path
+) -> None:
+    """As Ctrl-C does, which the terminal sends to workers too; after it no process is left."""
+    from fastadapt.training.config import save_config
+
+    rows = tmp_path / "train.jsonl"
+    draw = random.Random(0)
+    words = [f"w{i}" for i in range(56)]
+    turns = [
+        [{"from": who, "value": " ".join(draw.choices(words, k=9))} for who in ("user", "gpt")]
+        for _ in range(4000)
+    ]
+    rows.write_text("".join(json.dumps({"conversations": t}) + "\n" for t in turns))
+    config = tiny_config(**{"data.workers": 2, "data.train": str(rows), "run.eval_every": 0})
+    save_config(config, tmp_path / "run.yaml")
+    code = "import sys; from fastadapt.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "train", str(tmp_path / "run.yaml")]
+    environment = {k: v for k, v in os.environ.items() if k != "TOKENIZERS_PARALLELISM"}
+    run = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    metrics = Path(config.run.output) / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and '"train", "step": 3,' in metrics.read_text()):
+        assert run.poll() is None, run.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(run.pid, number)
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 0, err
+    assert "Stopped at step" in out
+    for word in ("Traceback", "Warning", "warning", "fork", "KeyboardInterrupt"):
+        assert word not in err
+    with pytest.raises(ProcessLookupError):
+        os.killpg(run.pid, 0)
+
+
+def test_ahead_gives_nothing_it_was_not_asked_for(make_feed) -> None:
+    feed = make_feed(**{"data.workers": 1})
+    ahead = feed._ahead
+    assert isinstance(ahead, Ahead)
+    first = feed.micro_batches(0)[0]
+    assert ahead.take(0, first[::-1]) is None
+    assert ahead.take(0, first) is not None
+    assert ahead.take(0, first) is None
+    assert ahead.take(1, feed.micro_batches(1)[0]) is not None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_gpu_is_not_waited_for(workers, tiny_config, tiny_pair) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_pair / "target")
+    gpu = torch.device("cuda")
+    feed = Feed(tiny_config(**{"data.workers": workers}), tokenizer, gpu)
+    alone = Feed(tiny_config(), tokenizer, CPU)
+    batches_of(feed, 0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        made = [batches_of(feed, step) for step in range(feed.steps)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        feed.close()
+    for step, batches in enumerate(made):
+        assert same([(batch.to("cpu"), n) for batch, n in batches], batches_of(alone, step))
