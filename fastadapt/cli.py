@@ -27,6 +27,7 @@ from fastadapt.options import (
     resume_command,
     train_parser,
 )
+from fastadapt.ranks import leads, tells
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(arguments)
     except (UserError, RunError) as error:
-        _print_error(str(error))
+        if tells(error):
+            _print_error(str(error))
         return error.exit_code
     except SystemExit as end:  # --help
         return end.code if isinstance(end.code, int) else 0
@@ -106,6 +108,8 @@ def train(argv: list[str]) -> int:
         summary = run_training(
             config, resume=flags.resume, overwrite=flags.overwrite, sinks=[progress]
         )
+    if not leads():
+        return 0
     if summary["interrupted"]:
         return _stopped(summary, argv)
     _print_summary(summary)
@@ -120,7 +124,8 @@ def _quiet_transformers() -> None:
 
 
 def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    if leads():
+        print(message, file=sys.stderr, flush=True)
 
 
 def _stopped(summary: dict[str, Any], argv: list[str]) -> int:

@@ -135,8 +135,8 @@ class ModelPair:
     notes: list[str] = field(default_factory=list)
 
     @classmethod
-    def load(cls, config: PairConfig) -> ModelPair:
-        """Load and check both models.
+    def load(cls, config: PairConfig, *, into: torch.device | None = None) -> ModelPair:
+        """Load and check both models, into the memory of ``into`` (``config.device`` if not given).
 
         Raises:
             PairMismatchError: architecture, a size, the vocabulary or the tokenizer differs.
@@ -155,6 +155,7 @@ class ModelPair:
         )
         paths = ARCHITECTURES[target_config.model_type]
         attention, _ = choose_attention(config.attention, device, dtype, paths.attention)
+        place = into or device
         tensor_files(config.target, config.target_revision)
         with reading("target", config.target):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -166,7 +167,7 @@ class ModelPair:
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # so that the check below names the weight
                 output_loading_info=True,
-                **({"device_map": {"": device}} if device.type != "cpu" else {}),
+                **({"device_map": {"": place}} if place.type != "cpu" else {}),
             )
         target, info = loaded
         for key in ("missing_keys", "mismatched_keys", "unexpected_keys"):
@@ -185,7 +186,7 @@ class ModelPair:
                 config.base,
                 config.base_revision,
                 base_config,
-                device=device,
+                device=place,
                 dtype=dtype,
                 trust=trust,
             ),

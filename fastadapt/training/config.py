@@ -35,6 +35,7 @@ FREE_ON_RESUME = frozenset(
         "checkpoint_every",
         "keep_checkpoints",
         "max_bad_batches",
+        "rank_timeout",
     )
 )
 
@@ -55,6 +56,8 @@ class RunConfig:
             loss or gradient was not finite.
         dead_window: tokens; a feature that has not fired on so many training tokens counts as dead.
         threads: CPU threads of torch (None: torch's own choice). Equal bits need equal threads.
+        rank_timeout: with several ranks, seconds that one waits for another before the run ends. A
+            checkpoint must be written in less.
     """
 
     output: str
@@ -66,6 +69,7 @@ class RunConfig:
     max_bad_batches: int = 3
     dead_window: int = 1_000_000
     threads: int | None = None
+    rank_timeout: int = 1800
 
     def __post_init__(self) -> None:
         _require(bool(str(self.output).strip()), "run.output", "a folder", self.output)
@@ -77,6 +81,7 @@ class RunConfig:
             ("keep_checkpoints", 1),
             ("max_bad_batches", 1),
             ("dead_window", 1),
+            ("rank_timeout", 1),
         ):
             value = getattr(self, name)
             _require(value >= least, f"run.{name}", f"{least} or more", value)

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Event
 
 import torch
 
-from fastadapt.errors import RunError
+from fastadapt.errors import RunError, UserError
 from fastadapt.models import ModelPair, ReplacementModel
 from fastadapt.organism import resolve
 from fastadapt.pair import DTYPES, choose_device
+from fastadapt.ranks import ALONE, Ranks, joined
 from fastadapt.training import rundir
 from fastadapt.training.checkpoint import Checkpoint, PassedOver, load_latest
 from fastadapt.training.config import TrainConfig
 from fastadapt.training.feed import Feed
-from fastadapt.training.interrupt import out_of_memory_explained, stop_on_signals
+from fastadapt.training.interrupt import (
+    lost_ranks_explained,
+    out_of_memory_explained,
+    stop_on_signals,
+)
 from fastadapt.training.loop import Run
 from fastadapt.training.rundir import Record, Sink
+from fastadapt.training.sharding import shard
 
 
 def train(
@@ -50,38 +57,74 @@ def train(
         RunError: no space, no memory, or too many batches in a row that are not finite.
     """
     started = time.monotonic()
-    config.adapter.check_runs(choose_device(config.pair.device), DTYPES[config.pair.dtype])
+    device = choose_device(config.pair.device)
+    config.adapter.check_runs(device, DTYPES[config.pair.dtype])
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
     with (
+        joined(device, config.run.rank_timeout) as ranks,
         stop_on_signals(stop) as (stopping, caught),
-        rundir.open_run(config, resume=resume, overwrite=overwrite) as folder,
+        _opened(config, ranks, resume=resume, overwrite=overwrite) as folder,
+        lost_ranks_explained(config, ranks),
         out_of_memory_explained(config),
     ):
-        checkpoint, passed = _find_checkpoint(folder) if resume else (None, [])
+        _check_shares(config, ranks)
+        checkpoint, passed = ranks.lead(lambda: _find_checkpoint(folder)) if resume else (None, [])
         torch.manual_seed(config.run.seed)
-        model, feed = _load(config)
-        run = Run(config, folder, started, model, feed)
+        model, feed = _load(config, ranks, device)
+        run = Run(config, folder, started, model, feed, ranks)
         if not resume:
-            rundir.start_afresh(folder, config)
+            ranks.lead(lambda: rundir.start_afresh(folder, config))
         run.begin(checkpoint, passed, sinks, resume=resume)
         with run.log:
             run.evaluate_if_due(stopping)
-            while run.step < run.steps and not stopping.is_set():
+            while run.step < run.steps and not ranks.any(stopping.is_set()):
                 run.advance()
                 run.save_if_due()
                 run.evaluate_if_due(stopping)
             return run.finish() if run.done else run.interrupted(caught)
 
 
-def _load(config: TrainConfig) -> tuple[ReplacementModel, Feed]:
+@contextmanager
+def _opened(config: TrainConfig, ranks: Ranks, *, resume: bool, overwrite: bool) -> Iterator[Path]:
+    """The run's folder, held by rank 0."""
+    opening = rundir.open_run(config, resume=resume, overwrite=overwrite)
+    with ExitStack() as held:
+        yield ranks.lead(lambda: held.enter_context(opening))
+
+
+def _check_shares(config: TrainConfig, ranks: Ranks) -> None:
+    """Refuse steps that cannot be dealt out evenly, and say how the same step can be."""
+    optimizer, n = config.optimizer, ranks.world
+    if optimizer.accumulation % n == 0:
+        return
+    size = optimizer.batch_size * optimizer.accumulation
+    same = (
+        f"--optimizer.batch_size {size // n} --optimizer.accumulation {n} makes the same steps"
+        if size % n == 0
+        else f"a step has {size} sequences, which {n} ranks cannot share evenly"
+    )
+    raise UserError(
+        f"optimizer.accumulation: a step's batches are dealt out to {n} ranks, so expected a "
+        f"multiple of {n}, got {optimizer.accumulation}; {same}"
+    )
+
+
+def _load(
+    config: TrainConfig, ranks: Ranks = ALONE, device: torch.device | None = None
+) -> tuple[ReplacementModel, Feed]:
     """Models with fresh adapters, and the data in the pair's tokens."""
     source = config.pair
-    pair = ModelPair.load(
-        dataclasses.replace(source, target=resolve(source.target), base=resolve(source.base))
-    )
-    feed = Feed(config, pair.tokenizer, next(pair.base_mlps.parameters()).device)
-    return ReplacementModel.create(pair, config.adapter, seed=config.run.seed), feed
+    source = dataclasses.replace(source, target=resolve(source.target), base=resolve(source.base))
+    if ranks.world == 1:
+        pair = ModelPair.load(source)
+        model = ReplacementModel.create(pair, config.adapter, seed=config.run.seed)
+    else:
+        assert device is not None
+        pair = ModelPair.load(source, into=torch.device("cpu"))
+        model = ReplacementModel.create(pair, config.adapter, seed=config.run.seed, runs_on=device)
+        shard(model, ranks, device, masters=config.optimizer.masters)
+    return model, Feed(config, pair.tokenizer, model.device)
 
 
 def _find_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[PassedOver]]:
