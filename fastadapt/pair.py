@@ -138,12 +138,12 @@ class ModelPair:
     def load(cls, config: PairConfig, *, into: torch.device | None = None) -> ModelPair:
         """Load and check both models, into the memory of ``into`` (``config.device`` if not given).
 
+        On the meta device they are shapes: no weight is read.
+
         Raises:
             PairMismatchError: architecture, a size, the vocabulary or the tokenizer differs.
             UserError: a source cannot be read, or lacks a weight.
         """
-        from transformers import AutoModelForCausalLM
-
         device, dtype = choose_device(config.device), DTYPES[config.dtype]
         trust = config.trust_remote_code
         target_config = model_config(config.target, config.target_revision, trust)
@@ -156,26 +156,7 @@ class ModelPair:
         paths = ARCHITECTURES[target_config.model_type]
         attention, _ = choose_attention(config.attention, device, dtype, paths.attention)
         place = into or device
-        tensor_files(config.target, config.target_revision)
-        with reading("target", config.target):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                config.target,
-                revision=config.target_revision,
-                dtype=dtype,
-                attn_implementation=attention,
-                trust_remote_code=trust,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # so that the check below names the weight
-                output_loading_info=True,
-                **({"device_map": {"": place}} if place.type != "cpu" else {}),
-            )
-        target, info = loaded
-        for key in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-            if info.get(key):
-                odd = sorted(map(str, info[key]))
-                raise UserError(
-                    f"target {config.target}: {len(odd)} {key.replace('_', ' ')}: {odd[:3]}"
-                )
+        target = _target(config, target_config, attention, place)
         target.eval()
         head = target.get_output_embeddings()
         if getattr(head, "bias", None) is not None:
@@ -199,6 +180,39 @@ class ModelPair:
             },
             notes=notes,
         )
+
+
+def _target(config: PairConfig, target_config: Any, attention: str, place: torch.device) -> Any:
+    """The target model on ``place``, with every weight that its checkpoint should have."""
+    from transformers import AutoModelForCausalLM
+
+    kind: dict[str, Any] = {
+        "dtype": DTYPES[config.dtype],
+        "attn_implementation": attention,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    if place.type == "meta":
+        with place:
+            return AutoModelForCausalLM.from_config(target_config, **kind)
+    tensor_files(config.target, config.target_revision)
+    with reading("target", config.target):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            config.target,
+            revision=config.target_revision,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # so that the check below names the weight
+            output_loading_info=True,
+            **kind,
+            **({"device_map": {"": place}} if place.type != "cpu" else {}),
+        )
+    target, info = loaded
+    for key in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if info.get(key):
+            odd = sorted(map(str, info[key]))
+            raise UserError(
+                f"target {config.target}: {len(odd)} {key.replace('_', ' ')}: {odd[:3]}"
+            )
+    return target
 
 
 # --- checks ---------------------------------------------------------------------------------------

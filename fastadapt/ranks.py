@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -99,6 +100,11 @@ class Ranks:
         dist.all_reduce(told, dist.ReduceOp.MAX)
         return told.bool()
 
+    def send(self, tensor: Tensor) -> None:
+        """Overwrite a tensor with rank 0's."""
+        if self.world > 1:
+            dist.broadcast(tensor, src=0)
+
     def add_up(self, tensor: Tensor) -> None:
         """Replace a tensor by its sum over ranks."""
         if self.world > 1:
@@ -176,3 +182,8 @@ def _take_device(device: torch.device) -> None:
 def is_lost(error: Exception) -> bool:
     """Whether an error says that another rank cannot be reached any more, or in time."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def lost_reason(error: Exception) -> str:
+    """The first sentence of such an error, without the place in gloo's source."""
+    return re.sub(r"^\[[^\]]*\] ", "", str(error).strip()).split(". ")[0].splitlines()[0]

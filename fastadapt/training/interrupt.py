@@ -13,7 +13,7 @@ from types import FrameType
 import torch
 
 from fastadapt.errors import RunError, UserError
-from fastadapt.ranks import Ranks, is_lost
+from fastadapt.ranks import Ranks, is_lost, lost_reason
 from fastadapt.training.checkpoint import list_checkpoints
 from fastadapt.training.config import TrainConfig
 from fastadapt.training.rundir import CHECKPOINTS
@@ -62,7 +62,7 @@ def lost_ranks_explained(config: TrainConfig, ranks: Ranks) -> Iterator[None]:
         raise RunError(
             f"rank {ranks.rank} of {ranks.world} lost another one: a process of the run has ended, "
             f"or was out of reach for run.rank_timeout={config.run.rank_timeout} s "
-            f"({str(error).strip().splitlines()[0]}). torchrun's report says which ended, and how. "
+            f"({lost_reason(error)}). torchrun's report says which ended, and how. "
             f"{kept}; the same command with --resume goes on from there, on any number of ranks."
         ) from error
 

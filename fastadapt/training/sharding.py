@@ -13,7 +13,7 @@ added up over ranks in fp32, as they are over micro-batches.
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import cast
 
 import torch
@@ -23,6 +23,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from fastadapt.adapter import TranscoderAdapter
+from fastadapt.errors import RunError
 from fastadapt.models import ReplacementModel
 from fastadapt.ranks import Ranks
 
@@ -32,14 +33,18 @@ _LOW = (torch.bfloat16, torch.float16)
 def shard(model: ReplacementModel, ranks: Ranks, device: torch.device, *, masters: bool) -> None:
     """Spread the blocks over ``ranks``, one after the other, and put the rest on ``device``.
 
-    The model comes in whole, in host memory; no GPU ever holds more than one whole block of it.
-    All ranks must come with the same weights. Call before anything refers to the parameters.
+    Rank 0 comes with the weights, in host memory, and sends them block by block: no other host
+    reads them, and no GPU ever holds more than one whole block. Call before anything refers to the
+    parameters.
 
     Args:
-        model: changed in place.
+        model: changed in place; that of ranks other than 0 is on the meta device.
         ranks: more than one.
         device: where the shares go.
         masters: hold the adapters' shares in fp32 where they are of lower precision.
+
+    Raises:
+        RunError: the models of two ranks differ in a tensor's name, shape or dtype.
     """
     mesh = init_device_mesh(device.type, (ranks.world,))
     dtype = next(model.pair.base_mlps.parameters()).dtype
@@ -49,9 +54,11 @@ def shard(model: ReplacementModel, ranks: Ranks, device: torch.device, *, master
     if masters:
         for parameter in model.adapters.parameters():
             parameter.data = parameter.data.to(wide)
+    _check_same(model, ranks)
     blocks: list[FSDPModule] = []
     unit: FSDPModule
     for block in model.blocks:
+        _send(block, ranks, device)
         # Not resharded after a call, since a layer is called up to three times in a row:
         # ReplacementModel.leave does it.
         unit = fully_shard(block, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
@@ -64,13 +71,43 @@ def shard(model: ReplacementModel, ranks: Ranks, device: torch.device, *, master
         following.set_modules_to_backward_prefetch([unit])
 
     decoder = getattr(model.model, model.paths.decoder)
-    rest = [m for name, m in decoder.named_children() if name != model.paths.layers]
-    for module in (*rest, model.model.get_output_embeddings()):
-        module.to(device)
+    embeddings, head = model.model.get_input_embeddings(), model.model.get_output_embeddings()
+    tied = embeddings.weight is head.weight
+    for name, module in decoder.named_children():
+        if name != model.paths.layers:
+            _send(module, ranks, device)
+    if tied:
+        head.weight = embeddings.weight
+    else:
+        _send(head, ranks, device)
     # The decoder runs first in every traversal, which makes it the root: one set of streams for
     # all blocks.
     whole = {p for p in decoder.parameters() if not isinstance(p, DTensor)}
     fully_shard(decoder, mesh=mesh, ignored_params=whole)
+
+
+def _check_same(model: ReplacementModel, ranks: Ranks) -> None:
+    ours = {
+        name: (tuple(t.shape), str(t.dtype))
+        for name, t in chain(model.named_parameters(), model.named_buffers())
+    }
+    theirs = ranks.lead(lambda: ours)
+    if odd := sorted(name for name, _ in ours.items() ^ theirs.items()):
+        raise RunError(
+            f"rank {ranks.rank}: the model is not that of rank 0 ({odd[0]}: "
+            f"{ours.get(odd[0], 'none')}, there {theirs.get(odd[0], 'none')}). Use the same "
+            "versions and the same files on every machine."
+        )
+
+
+def _send(module: nn.Module, ranks: Ranks, device: torch.device) -> None:
+    """Bring rank 0's weights of a module to ``device``, on every rank."""
+    if ranks.leads:
+        module.to(device)
+    else:
+        module.to_empty(device=device)
+    for tensor in chain(module.parameters(), module.buffers()):
+        ranks.send(tensor.detach())
 
 
 def whole_adapters(model: ReplacementModel) -> nn.ModuleList:

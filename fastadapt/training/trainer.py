@@ -119,12 +119,19 @@ def _load(
     if ranks.world == 1:
         pair = ModelPair.load(source)
         model = ReplacementModel.create(pair, config.adapter, seed=config.run.seed)
-    else:
-        assert device is not None
-        pair = ModelPair.load(source, into=torch.device("cpu"))
-        model = ReplacementModel.create(pair, config.adapter, seed=config.run.seed, runs_on=device)
-        shard(model, ranks, device, masters=config.optimizer.masters)
-    return model, Feed(config, pair.tokenizer, model.device)
+        return model, Feed(config, pair.tokenizer, model.device)
+    assert device is not None
+
+    def load(into: str) -> ReplacementModel:
+        pair = ModelPair.load(source, into=torch.device(into))
+        return ReplacementModel.create(pair, config.adapter, seed=config.run.seed, runs_on=device)
+
+    # Weights are read once, and what is wrong with them is everyone's error.
+    held: list[ReplacementModel] = []
+    ranks.lead(lambda: held.append(load("cpu")))
+    model = held[0] if held else load("meta")
+    shard(model, ranks, device, masters=config.optimizer.masters)
+    return model, Feed(config, model.pair.tokenizer, model.device)
 
 
 def _find_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[PassedOver]]:
