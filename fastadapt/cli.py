@@ -27,14 +27,14 @@ from fastadapt.options import (
     resume_command,
     train_parser,
 )
-from fastadapt.ranks import leads, tells
+from fastadapt.ranks import leads, leave, tells
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code; what is no one's mistake keeps its traceback."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(arguments)
+        return leave(_dispatch(arguments))
     except (UserError, RunError) as error:
         if tells(error):
             _print_error(str(error))

@@ -40,13 +40,17 @@ def train(
 ) -> Record:
     """Train adapters as configured, into the folder ``config.run.output``.
 
+    In processes that torchrun started, all of them call this, and it is one run: sharded over them
+    (:mod:`fastadapt.training.sharding`), each step's micro-batches dealt out to them. What it
+    computes is what one process would, up to the order of sums. Rank 0 alone writes.
+
     Args:
         config: everything the run depends on.
         resume: go on from the newest checkpoint of the run in that folder.
         overwrite: remove the run in that folder first.
-        sinks: called with every record of ``metrics.jsonl``, as it is written.
-        stop: set it to end after the step in progress. SIGTERM and the first SIGINT do the same
-            where this is called in the main thread; a second SIGINT interrupts.
+        sinks: called with every record of ``metrics.jsonl``, as it is written (on rank 0).
+        stop: set it, on any rank, to end after the step in progress. SIGTERM and the first SIGINT
+            do the same where this is called in the main thread; a second SIGINT interrupts.
 
     Returns:
         The summary, with ``interrupted: False``. If the run was told to stop: ``interrupted:
@@ -54,7 +58,8 @@ def train(
 
     Raises:
         UserError: a value, a model, a data set or the folder is not as it must be.
-        RunError: no space, no memory, or too many batches in a row that are not finite.
+        RunError: no space, no memory, too many batches in a row that are not finite, or another
+            process of the run is gone.
     """
     started = time.monotonic()
     device = choose_device(config.pair.device)
@@ -72,6 +77,7 @@ def train(
         checkpoint, passed = ranks.lead(lambda: _find_checkpoint(folder)) if resume else (None, [])
         torch.manual_seed(config.run.seed)
         model, feed = _load(config, ranks, device)
+        _check_same_data(feed, ranks)
         run = Run(config, folder, started, model, feed, ranks)
         if not resume:
             ranks.lead(lambda: rundir.start_afresh(folder, config))
@@ -108,6 +114,15 @@ def _check_shares(config: TrainConfig, ranks: Ranks) -> None:
         f"optimizer.accumulation: a step's batches are dealt out to {n} ranks, so expected a "
         f"multiple of {n}, got {optimizer.accumulation}; {same}"
     )
+
+
+def _check_same_data(feed: Feed, ranks: Ranks) -> None:
+    """Refuse machines that hold different data: their steps would not be one step."""
+    if ranks.world > 1 and feed.sha256 != ranks.lead(lambda: feed.sha256):
+        raise UserError(
+            f"data.train or data.validation holds other tokens on rank {ranks.rank} than on rank "
+            "0: give every machine the same files"
+        )
 
 
 def _load(

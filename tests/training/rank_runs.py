@@ -5,6 +5,7 @@ configuration whose folder holds a run already is resumed. WHAT happens after 1-
 
 - ``stop``: rank 0 alone is told to stop;
 - ``kill``: rank 1 is killed (SIGKILL) in the middle of the step that follows;
+- ``full``: rank 1 can write no file any more, as on a full disk;
 - ``nan``: the second micro-batch of the step that follows has a loss that is not a number.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -22,7 +24,7 @@ import torch
 
 from fastadapt import objective as module
 from fastadapt.errors import RunError, UserError
-from fastadapt.ranks import tells
+from fastadapt.ranks import leave, tells
 from fastadapt.training import loop
 from fastadapt.training.config import TrainConfig, load_config
 from fastadapt.training.trainer import train
@@ -41,7 +43,7 @@ def run(argument: str) -> None:
             stop.set()
 
     loop.objective = module.objective
-    if what in ("kill", "nan") and RANK == 1 % WORLD:
+    if what in ("kill", "nan", "full") and RANK == 1 % WORLD:
         plant(what, int(step), config)
     resume = (Path(config.run.output) / "config.yaml").exists()
     train(config, resume=resume, sinks=[sink], stop=stop)
@@ -58,6 +60,9 @@ def plant(what: str, step: int, config: TrainConfig) -> None:
             return out
         if what == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if what == "full":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))
+            return out
         loss = out.loss * math.nan
         return out._replace(loss=loss, metrics={**out.metrics, "loss": loss.detach()})
 
@@ -73,3 +78,4 @@ if __name__ == "__main__":
             if tells(error):
                 print(f"error: {error}", file=sys.stderr)
             sys.exit(error.exit_code)
+    leave(0)
