@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from fastadapt.adapter import AdapterConfig, Aux, TranscoderAdapter
 from fastadapt.block_inputs import BlockInputs, record_inputs
@@ -266,6 +265,8 @@ class ReplacementModel(nn.Module):
 
     def leave(self, layer: int) -> None:
         """Let go of what calls of a block gathered from other ranks; alone, there is nothing."""
+        from torch.distributed.fsdp import FSDPModule
+
         block = self.blocks[layer]
         if isinstance(block, FSDPModule):
             block.reshard()

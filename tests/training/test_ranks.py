@@ -210,14 +210,14 @@ def test_the_same_steps_on_one_two_and_four_ranks(
     exact = newest(tmp_path / "relu-1").tensors["weights"]
     errors = {n: flat(newest(tmp_path / f"single-{n}").tensors["weights"]) for n in (1, 2, 4)}
     errors = {n: weights - flat(exact) for n, weights in errors.items()}
-    losses = {
-        n: torch.tensor([r["loss"] for r in steps(tmp_path / f"single-{n}")])
-        - torch.tensor([r["loss"] for r in steps(tmp_path / "relu-1")])
-        for n in (1, 2, 4)
+    loss = {
+        name: torch.tensor([r["loss"] for r in steps(tmp_path / name)], dtype=torch.float64)
+        for name in ("relu-1", "single-1", "single-2", "single-4")
     }
+    losses = {n: loss[f"single-{n}"] - loss["relu-1"] for n in (1, 2, 4)}
     eps, told = torch.finfo(torch.float32).eps, []
     for n in (2, 4):
-        for of, largest in ((errors, flat(exact).abs().max()), (losses, 1.0)):
+        for of, largest in ((errors, flat(exact).abs().max()), (losses, loss["relu-1"].max())):
             for size in (lambda e: e.abs().max(), lambda e: e.square().mean().sqrt()):
                 told.append(f"{n} ranks {size(of[n]):.1e}, one {size(of[1]):.1e}")
                 assert size(of[n]) <= 2 * (size(of[1]) + eps * largest)
