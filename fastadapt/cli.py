@@ -25,15 +25,17 @@ from fastadapt.options import (
     resume_command,
     train_parser,
 )
+from fastadapt.ranks import leads, leave, tells
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code; what is no one's mistake keeps its traceback."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(arguments)
+        return leave(_dispatch(arguments))
     except (UserError, RunError) as error:
-        print_error(str(error))
+        if tells(error):
+            print_error(str(error))
         return error.exit_code
     except SystemExit as end:  # --help
         return end.code if isinstance(end.code, int) else 0
@@ -87,6 +89,8 @@ def train(argv: list[str]) -> int:
     with Progress(sys.stderr) as progress:
         how = {"resume": flags.resume, "overwrite": flags.overwrite}
         summary = run_training(config, **how, sinks=[progress])
+    if not leads():
+        return 0
     if summary["interrupted"]:
         return _stopped(summary, argv)
     _print_summary(summary)

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fastadapt.ranks import leads
+
 
 def print_error(message: str) -> None:
     console = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -34,4 +36,5 @@ def quiet_transformers() -> None:
 
 
 def say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    if leads():
+        print(message, file=sys.stderr, flush=True)

@@ -12,9 +12,11 @@ class UserError(ValueError):
     """What was asked cannot be done: an impossible value, a missing column, a wrong folder."""
 
     exit_code = 2
+    told: bool | None = None  #: of a run of several processes: whether another one has told it
 
 
 class RunError(RuntimeError):
     """What was asked failed on the way: no space, no memory, losses that are not finite."""
 
     exit_code = 1
+    told: bool | None = None  #: of a run of several processes: whether another one has told it

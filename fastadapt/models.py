@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastadapt.adapted_mlp import AdaptedMLP, Call, Mode, in_mode
 from fastadapt.adapter import AdapterConfig, Aux, TranscoderAdapter
+from fastadapt.block_inputs import BlockInputs, record_inputs
 from fastadapt.errors import UserError
 from fastadapt.kernels.transcoder import Plan
 from fastadapt.pair import ModelPair, PairConfig, PairMismatchError
@@ -33,13 +34,6 @@ __all__ = [
     "PairMismatchError",
     "ReplacementModel",
 ]
-
-
-class BlockInputs(NamedTuple):
-    """What the model's own forward gives its first block, and the arguments of every block."""
-
-    hidden: Tensor
-    arguments: list[dict[str, Any]]
 
 
 class ReplacementModel(nn.Module):
@@ -86,14 +80,16 @@ class ReplacementModel(nn.Module):
         *,
         seed: int = 42,
         dtype: torch.dtype | None = None,
+        runs_on: torch.device | None = None,
     ) -> ReplacementModel:
         """A replacement model with fresh adapters on the pair's device.
 
-        ``dtype`` of the adapters is the pair's unless given; ``seed`` fixes ``W_enc``.
+        ``dtype`` of the adapters is the pair's unless given; ``seed`` fixes ``W_enc``. ``runs_on``
+        is where the model will be moved before it runs, if it is not there yet.
         """
         generator = torch.Generator().manual_seed(seed)
         weight = next(pair.base_mlps.parameters())
-        config.check_runs(weight.device, dtype or weight.dtype)
+        config.check_runs(runs_on or weight.device, dtype or weight.dtype)
         adapters = nn.ModuleList(
             TranscoderAdapter(
                 pair.target.config.hidden_size,
@@ -179,37 +175,7 @@ class ReplacementModel(nn.Module):
             The embeddings ``[B, T, D]`` (scaled as the architecture does) and each block's keyword
             arguments: attention mask, rotary embeddings, positions.
         """
-        from transformers import DynamicCache
-
-        arguments: list[dict[str, Any]] = []
-
-        def record(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if args:
-                raise TypeError(
-                    f"{type(self.model).__name__} passes {len(args) + 1} positional arguments to "
-                    "its blocks; only the hidden states are expected to be positional"
-                )
-            if not arguments:
-                embeddings.append(hidden_states)
-            arguments.append({**kwargs, "past_key_values": None})
-            return hidden_states
-
-        embeddings: list[Tensor] = []
-        blocks = list(self.blocks)
-        for block in blocks:
-            block.forward = record
-        try:
-            getattr(self.model, self.paths.decoder)(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                # Without a cache transformers asks the device whether sequences are packed.
-                past_key_values=DynamicCache(),
-                use_cache=False,
-            )
-        finally:
-            for block in blocks:
-                del block.forward
-        return BlockInputs(embeddings[0], arguments)
+        return record_inputs(self.model, self.paths, input_ids, attention_mask)
 
     def block(
         self,
@@ -234,6 +200,14 @@ class ReplacementModel(nn.Module):
         with mlp.running(mode, call):
             out: Tensor = block(hidden, **arguments)
         return out, call.aux
+
+    def leave(self, layer: int) -> None:
+        """Let go of what calls of a block gathered from other ranks; alone, there is nothing."""
+        from torch.distributed.fsdp import FSDPModule
+
+        block = self.blocks[layer]
+        if isinstance(block, FSDPModule):
+            block.reshard()
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The norm before the head."""

@@ -197,6 +197,7 @@ def _walk(
         if bridge is not None:
             run = partial(_run_block, model, layer, "target", single.arguments[layer])
             bridge, _, _ = recomputed(config.checkpoint, run, bridge)
+        model.leave(layer)
         error = nmse(h_rep[:n_rows], h, mask=real)
         nmse_sum = nmse_sum + error.nmse.mean()
         token_sum = token_sum + (error.token_nmse * tokens_BT).sum()

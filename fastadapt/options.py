@@ -183,13 +183,24 @@ def parse_train(argv: Sequence[str]) -> tuple[TrainConfig, Namespace]:
 def resume_command(argv: Sequence[str], command: Sequence[str] = ("train",)) -> str:
     """What to type to go on, in the shell in which `fastadapt COMMAND ARGV...` was stopped."""
     again = [a for a in argv if a not in ("--resume", "--overwrite")]
-    return shlex.join([_program(), *command, *again, "--resume"])
+    return shlex.join([*_launcher(), _program(), *command, *again, "--resume"])
+
+
+def _launcher() -> list[str]:
+    """What stood before the program where torchrun started this process among others."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return []
+    here, machines = os.environ["LOCAL_WORLD_SIZE"], os.environ["GROUP_WORLD_SIZE"]
+    several = ["--nnodes", machines] if machines != "1" else []
+    return ["torchrun", *several, "--nproc-per-node", here, "-m"]
 
 
 def _program() -> str:
     # A script that the shell found on the PATH is told its path too: what counts is whether
     # `fastadapt` alone leads there. Embedded in another program, there is no path of ours.
     started = sys.argv[0]
+    if _launcher():
+        return "fastadapt"
     found = shutil.which("fastadapt")
     if Path(started).stem != "fastadapt":
         return "fastadapt"

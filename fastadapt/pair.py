@@ -134,8 +134,10 @@ class ModelPair:
     notes: list[str] = field(default_factory=list)
 
     @classmethod
-    def load(cls, config: PairConfig) -> ModelPair:
-        """Load and check both models.
+    def load(cls, config: PairConfig, *, into: torch.device | None = None) -> ModelPair:
+        """Load and check both models, into the memory of ``into`` (``config.device`` if not given).
+
+        On the meta device they are shapes: no weight is read.
 
         Raises:
             PairMismatchError: architecture, a size, the vocabulary or the tokenizer differs.
@@ -152,21 +154,15 @@ class ModelPair:
         )
         paths = ARCHITECTURES[target_config.model_type]
         attention, _ = choose_attention(config.attention, device, dtype, paths.attention)
-        target = load_causal_lm(
-            config.target,
-            config.target_revision,
-            device=device,
-            dtype=dtype,
-            attention=attention,
-            trust=trust,
-        )
+        place = into or device
+        target = _target(config, target_config, attention, place)
         return cls(
             target=target,
             base_mlps=load_mlps(
                 config.base,
                 config.base_revision,
                 base_config,
-                device=device,
+                device=place,
                 dtype=dtype,
                 trust=trust,
             ),
@@ -179,6 +175,27 @@ class ModelPair:
             },
             notes=notes,
         )
+
+
+def _target(config: PairConfig, target_config: Any, attention: str, place: torch.device) -> Any:
+    """The target model on ``place``, with every weight that its checkpoint should have."""
+    from transformers import AutoModelForCausalLM
+
+    dtype, trust = DTYPES[config.dtype], config.trust_remote_code
+    if place.type == "meta":
+        with place:
+            model = AutoModelForCausalLM.from_config(
+                target_config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust
+            )
+        return model.eval()
+    return load_causal_lm(
+        config.target,
+        config.target_revision,
+        device=place,
+        dtype=dtype,
+        attention=attention,
+        trust=trust,
+    )
 
 
 # --- checks ---------------------------------------------------------------------------------------

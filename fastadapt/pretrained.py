@@ -203,6 +203,7 @@ def load_mlps(
 ) -> nn.ModuleList:
     """The MLP modules of a checkpoint, one per layer, with their weights; nothing else is read.
 
+    On the meta device they are shapes, and nothing is read.
     ``config`` is the checkpoint's :func:`model_config`; ``role`` is its name in messages.
     """
     from safetensors import safe_open
@@ -219,6 +220,8 @@ def load_mlps(
         for prefix, mlp in zip(prefixes, mlps, strict=True)
         for name in mlp.state_dict()
     }
+    if device.type == "meta":
+        return mlps.to(dtype).eval()
     tensors: dict[str, Tensor] = {}
     for file in tensor_files(source, revision).values():
         with (

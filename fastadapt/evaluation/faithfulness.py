@@ -19,6 +19,7 @@ from fastadapt.errors import UserError
 from fastadapt.kernels.linear_kl import linear_kl
 from fastadapt.kernels.nmse import nmse
 from fastadapt.models import Mode, ReplacementModel
+from fastadapt.ranks import ALONE, Ranks
 
 STUDENTS: tuple[Mode, Mode] = ("hybrid", "replacement")
 
@@ -35,6 +36,13 @@ class _Sums:
         self.sequences = 0
         self.predicted = 0
         self.tokens = 0
+
+    def add_up(self, ranks: Ranks) -> None:
+        """Add those of all ranks."""
+        counts = self.counts_LF.new_tensor([self.sequences, self.predicted, self.tokens])
+        for tensor in (self.kl, self.agree, self.nmse, self.counts_LF, counts):
+            ranks.add_up(tensor)
+        self.sequences, self.predicted, self.tokens = counts.tolist()
 
 
 @torch.no_grad()
@@ -55,6 +63,7 @@ def _add(sums: _Sums, model: ReplacementModel, batch: Batch, chunk_tokens: int) 
             sums.nmse[s, layer + 1] += nmse(students[s], h, mask=real).nmse.sum()
             if aux is not None:
                 sums.counts_LF[layer] += aux.stats.feature_counts
+        model.leave(layer)
     predictions = token_weights(batch, torch.float64).predictions
     rows = int((predictions.sum(1) > 0).sum())
     kl = linear_kl(
@@ -73,7 +82,11 @@ def _add(sums: _Sums, model: ReplacementModel, batch: Batch, chunk_tokens: int) 
 
 
 def evaluate(
-    model: ReplacementModel, batches: Iterable[Batch], *, chunk_tokens: int = 1024
+    model: ReplacementModel,
+    batches: Iterable[Batch],
+    *,
+    chunk_tokens: int = 1024,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Faithfulness of hybrid and replacement to the target on held-out batches.
 
@@ -81,6 +94,7 @@ def evaluate(
         model: its adapters are put in ``eval()`` for the call and restored.
         batches: moved to the model's device one at a time.
         chunk_tokens: tokens whose logits exist at a time.
+        ranks: share the batches, of which each has all; the result is the same on all.
 
     Returns:
         ``kl_hybrid, kl_adapter`` (nats per predicted token), ``kl_recovered_vs_hybrid`` =
@@ -98,10 +112,12 @@ def evaluate(
     training = model.adapters.training
     model.adapters.eval()
     try:
-        for batch in batches:
-            _add(sums, model, batch.to(model.device), chunk_tokens)
+        for batch, counts in ranks.share(batches):
+            unused = None if counts else _Sums(model.n_layers, model.n_features, model.device)
+            _add(unused or sums, model, batch.to(model.device), chunk_tokens)
     finally:
         model.adapters.train(training)
+    sums.add_up(ranks)
     if not sums.predicted:
         raise UserError("nothing to evaluate: no sequence has a token to predict")
     kl_hybrid, kl_adapter = (sums.kl / sums.predicted).tolist()

@@ -16,21 +16,23 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from fastadapt.errors import RunError
-from fastadapt.files import digest as _digest
-from fastadapt.files import sync_file
-from fastadapt.files import sync_folder as _sync_folder
+from fastadapt.files import digest as file_digest
+from fastadapt.files import sync_file, sync_folder
+from fastadapt.ranks import ALONE, Ranks
+from fastadapt.training import tensor_files
+from fastadapt.training.tensor_files import Checkpoint
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 SCALARS = "state.json"
 _STAGED = ".tmp-"
@@ -39,16 +41,6 @@ _SET = re.compile(r"step-(\d{8,})")
 
 class CheckpointDamagedError(Exception):
     """A set does not hold what its manifest says; the message is the reason."""
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A verified set, read back: tensors by file stem and name, and the JSON scalars."""
-
-    step: int
-    path: Path
-    tensors: dict[str, dict[str, torch.Tensor]]
-    scalars: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -62,19 +54,22 @@ class PassedOver:
 def save_checkpoint(
     folder: Path,
     step: int,
-    tensors: Mapping[str, Mapping[str, torch.Tensor]],
+    tensors: tensor_files.Groups,
     scalars: Mapping[str, Any],
     *,
     keep: int = 2,
+    ranks: Ranks = ALONE,
 ) -> Path:
     """Write the set of ``step`` and remove all but the newest ``keep`` sets up to it.
 
     Args:
         folder: the run's ``checkpoints/`` folder, made if absent.
         step: optimiser steps done, >= 0.
-        tensors: file stem -> name -> tensor (any device and dtype, no two sharing memory).
+        tensors: group -> name -> tensor (any device and dtype, no two sharing memory).
         scalars: JSON values, written to ``state.json``; no NaN or infinity.
         keep: how many sets stay, >= 1, the new one counted.
+        ranks: all of them must call this. Each writes its shares of what is shared out; the rest
+            is rank 0's.
 
     Returns:
         The folder of the committed set.
@@ -85,26 +80,51 @@ def save_checkpoint(
     """
     if keep < 1:
         raise ValueError(f"keep: expected at least 1 checkpoint, got {keep}")
-    final = folder / f"step-{step:08d}"
-    staged = folder / f"{_STAGED}{step}-{uuid.uuid4().hex}"
+    shared, whole = tensor_files.split(tensors)
+
+    def stage() -> Path:
+        staged = folder / f"{_STAGED}{step}-{uuid.uuid4().hex}"
+        with _told(folder, step, staged):
+            folder.mkdir(parents=True, exist_ok=True)
+            staged.mkdir()
+        return staged
+
+    def complete() -> Path:
+        final = folder / f"step-{step:08d}"
+        with _told(folder, step, staged):
+            if len(list(staged.iterdir())) < files:
+                raise OSError(
+                    f"{files} ranks wrote their shares, and rank 0 sees fewer files: run.output "
+                    "must be on a file system that all machines share"
+                )
+            _write_set(staged, step, whole, scalars)
+            _commit(staged, final)
+            sync_folder(folder)
+        try:
+            verify_checkpoint(final)
+        except CheckpointDamagedError as error:
+            raise RunError(
+                f"checkpoint {final} does not read back as it was written: {error}. Older "
+                "checkpoints were kept. Check the disk, then go on with --resume."
+            ) from error
+        _prune(folder, step, keep)
+        return final
+
+    staged, files = ranks.lead(stage), 0
+    if shared:
+        with _told(folder, step, staged):
+            files = tensor_files.write_shares(staged, shared, ranks)
+    return ranks.lead(complete)
+
+
+@contextmanager
+def _told(folder: Path, step: int, staged: Path) -> Iterator[None]:
+    """Turn what goes wrong on the disk into a :class:`RunError`; nothing staged is left."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        staged.mkdir()
-        _write_set(staged, step, tensors, scalars)
-        _commit(staged, final)
-        _sync_folder(folder)
+        yield
     except (OSError, SafetensorError) as error:
         shutil.rmtree(staged, ignore_errors=True)
         raise RunError(_why_not_saved(folder, step, error)) from error
-    try:
-        verify_checkpoint(final)
-    except CheckpointDamagedError as error:
-        raise RunError(
-            f"checkpoint {final} does not read back as it was written: {error}. Older checkpoints "
-            "were kept. Check the disk, then go on with --resume."
-        ) from error
-    _prune(folder, step, keep)
-    return final
 
 
 def verify_checkpoint(path: Path) -> dict[str, Any]:
@@ -135,7 +155,7 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
                 f"{MANIFEST} names {name!r}, which is not inside the folder"
             )
         try:
-            size, digest = _digest(path / name)
+            size, digest = file_digest(path / name)
         except FileNotFoundError:
             raise CheckpointDamagedError(f"{name} is missing") from None
         except OSError as error:
@@ -148,7 +168,7 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def load_latest(folder: Path) -> tuple[Checkpoint | None, list[PassedOver]]:
-    """Read the newest set that verifies, to host memory.
+    """Find the newest set that verifies.
 
     Returns:
         The checkpoint (None where no set verifies) and the newer sets that were passed over.
@@ -156,17 +176,13 @@ def load_latest(folder: Path) -> tuple[Checkpoint | None, list[PassedOver]]:
     passed: list[PassedOver] = []
     for step, path in reversed(list_checkpoints(folder)):
         try:
-            manifest = verify_checkpoint(path)
+            verify_checkpoint(path)
             scalars = _read_json(path, SCALARS)
-            tensors = {
-                Path(name).stem: load_file(path / name)
-                for name in manifest["files"]
-                if name.endswith(".safetensors")
-            }
+            tensor_files.check_headers(path)
         except (CheckpointDamagedError, SafetensorError, OSError) as error:
             passed.append(PassedOver(path, str(error)))
             continue
-        return Checkpoint(step, path, tensors, scalars), passed
+        return Checkpoint(step, path, scalars), passed
     return None, passed
 
 
@@ -191,23 +207,24 @@ def sweep(folder: Path) -> list[Path]:
 def _write_set(
     staged: Path,
     step: int,
-    tensors: Mapping[str, Mapping[str, torch.Tensor]],
+    tensors: tensor_files.Groups,
     scalars: Mapping[str, Any],
 ) -> None:
-    for stem, group in tensors.items():
-        dense = {name: tensor.detach().contiguous() for name, tensor in group.items()}
-        save_file(dense, staged / f"{stem}.safetensors")
+    for group, members in tensors.items():
+        called = tensor_files.named({group: members})
+        dense = {name: tensor.detach().contiguous() for name, tensor in called.items()}
+        save_file(dense, staged / f"{group}.safetensors")
     (staged / SCALARS).write_text(json.dumps(dict(scalars), allow_nan=False, sort_keys=True))
     files = {}
     for path in sorted(staged.iterdir()):
         sync_file(path)
-        size, digest = _digest(path)
+        size, digest = file_digest(path)
         files[path.name] = {"bytes": size, "sha256": digest}
     manifest: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "step": step, "files": files}
     manifest["sha256"] = _manifest_digest(manifest)
     (staged / MANIFEST).write_text(json.dumps(manifest, indent=1))
     sync_file(staged / MANIFEST)
-    _sync_folder(staged)
+    sync_folder(staged)
 
 
 def _commit(staged: Path, final: Path) -> None:

@@ -34,6 +34,7 @@ FREE_ON_RESUME = frozenset(
         "run.checkpoint_every",
         "run.keep_checkpoints",
         "run.max_bad_batches",
+        "run.rank_timeout",
         "run.sinks",
         "objective.checkpoint",
     )
@@ -60,6 +61,8 @@ class RunConfig:
         threads: CPU threads of torch (None: torch's own choice). Equal bits need equal threads.
         sinks: where metrics go beside ``metrics.jsonl``: any of ``tensorboard``, ``wandb``,
             ``trackio``, each an extra of the same name.
+        rank_timeout: with several ranks, seconds that one waits for another before the run ends. A
+            checkpoint must be written in less.
     """
 
     output: str
@@ -72,6 +75,7 @@ class RunConfig:
     dead_window: int = 1_000_000
     threads: int | None = None
     sinks: tuple[SinkName, ...] = ()
+    rank_timeout: int = 1800
 
     def __post_init__(self) -> None:
         _require(bool(str(self.output).strip()), "run.output", "a folder", self.output)
@@ -83,6 +87,7 @@ class RunConfig:
             ("keep_checkpoints", 1),
             ("max_bad_batches", 1),
             ("dead_window", 1),
+            ("rank_timeout", 1),
         ):
             value = getattr(self, name)
             _require(value >= least, f"run.{name}", f"{least} or more", value)

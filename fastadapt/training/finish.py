@@ -8,8 +8,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from fastadapt.adapter_files import save_adapters
-from fastadapt.models import ReplacementModel
+from fastadapt.models import ModelPair
 from fastadapt.training import rundir
 from fastadapt.training.config import TrainConfig
 
@@ -27,12 +29,30 @@ _MEASURED = (
 
 
 def write(
-    folder: Path, config: TrainConfig, model: ReplacementModel, summary: dict[str, Any]
+    folder: Path,
+    config: TrainConfig,
+    pair: ModelPair,
+    adapters: nn.ModuleList,
+    counts: dict[str, Any],
 ) -> dict[str, Any]:
-    """Write ``adapter/``, ``summary.json`` and ``report.html``; return the summary."""
+    """Write ``adapter/``, ``summary.json`` and ``report.html``; return the summary.
+
+    It is the last evaluation in the log, with ``counts`` of the training.
+    """
     from fastadapt.training.report import write_report
 
-    pair = model.pair
+    record = next(
+        r
+        for r in reversed(rundir.read_records(folder / rundir.METRICS))
+        if r["kind"] == "eval" and r["step"] == counts["steps"]
+    )
+    summary = {
+        **{k: v for k, v in record.items() if k not in ("kind", "step", "wall_s")},
+        "interrupted": False,
+        **counts,
+        "output": str(folder),
+        **versions(),
+    }
     metadata = {
         "target": config.pair.target,
         "base": config.pair.base,
@@ -44,7 +64,7 @@ def write(
         "versions": versions()["versions"],
     }
     with rundir.replacing(folder / rundir.ADAPTER) as staged:
-        save_adapters(model.adapters, staged, metadata)
+        save_adapters(adapters, staged, metadata)
     summary = {**summary, "adapter": str(folder / rundir.ADAPTER)}
     with rundir.replacing(folder / rundir.SUMMARY) as staged:
         staged.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")

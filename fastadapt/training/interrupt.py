@@ -7,12 +7,16 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 import torch
 
 from fastadapt.errors import RunError, UserError
+from fastadapt.ranks import Ranks, is_lost, lost_reason
+from fastadapt.training.checkpoint import list_checkpoints
 from fastadapt.training.config import TrainConfig
+from fastadapt.training.rundir import CHECKPOINTS
 
 #: How torch's allocator for the CPU, which has no exception of its own, says that it got nothing.
 _CPU_REFUSED = ("not enough memory", "can't allocate memory", "Cannot allocate memory")
@@ -43,6 +47,24 @@ def stop_on_signals(stop: threading.Event | None) -> Iterator[tuple[threading.Ev
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def lost_ranks_explained(config: TrainConfig, ranks: Ranks) -> Iterator[None]:
+    """Turn the failure to reach another rank into a :class:`RunError` that says how to go on."""
+    try:
+        yield
+    except RuntimeError as error:
+        if ranks.world == 1 or isinstance(error, RunError) or not is_lost(error):
+            raise
+        saved = list_checkpoints(Path(config.run.output).expanduser() / CHECKPOINTS)
+        kept = f"The checkpoint of step {saved[-1][0]} is kept" if saved else "There is none yet"
+        raise RunError(
+            f"rank {ranks.rank} of {ranks.world} lost another one: a process of the run has ended, "
+            f"or was out of reach for run.rank_timeout={config.run.rank_timeout} s "
+            f"({lost_reason(error)}). torchrun's report says which ended, and how. "
+            f"{kept}; the same command with --resume goes on from there, on any number of ranks."
+        ) from error
 
 
 @contextmanager

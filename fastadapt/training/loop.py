@@ -21,6 +21,7 @@ from fastadapt.errors import RunError
 from fastadapt.evaluation.faithfulness import evaluate
 from fastadapt.models import ReplacementModel
 from fastadapt.objective import draw_cutoff, objective
+from fastadapt.ranks import ALONE, Ranks
 from fastadapt.training import finish, rundir, state
 from fastadapt.training.checkpoint import (
     Checkpoint,
@@ -35,6 +36,7 @@ from fastadapt.training.metrics import DeadFeatures, StepGatherer, StepReport, e
 from fastadapt.training.optimizer import AdapterOptimizer, learning_rate
 from fastadapt.training.planner import Planner, overflow, takes_plans
 from fastadapt.training.rundir import MetricsLog, Record, Sink
+from fastadapt.training.sharding import whole_adapters
 
 
 class Run:
@@ -49,9 +51,10 @@ class Run:
         started: float,
         model: ReplacementModel,
         feed: Feed,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.config, self.folder, self.started = config, folder, started
-        self.model, self.feed = model, feed
+        self.model, self.feed, self.ranks = model, feed, ranks
         self.steps = feed.steps
         self.model.adapters.train()
         named = dict(self.model.adapters.named_parameters())
@@ -80,11 +83,12 @@ class Run:
         """Restore the state of ``checkpoint``, open the log, and evaluate if that is due."""
         path = self.folder / rundir.METRICS
         if resume:
-            swept = sweep(self.folder / rundir.CHECKPOINTS)
+            swept = self.ranks.lead(lambda: sweep(self.folder / rundir.CHECKPOINTS))
             if checkpoint is not None:
                 state.restore(self, checkpoint)
-            rundir.drop_records_after(path, self.step if checkpoint else -1)
-        self.log = MetricsLog(path, sinks)
+            kept = self.step if checkpoint else -1
+            self.ranks.lead(lambda: rundir.drop_records_after(path, kept))
+        self.log = rundir.open_log(path, sinks, self.ranks)
         if not self.log.has("start", 0):
             self.log.write("start", 0, **state.facts(self))
         if resume:
@@ -96,6 +100,7 @@ class Run:
                 passed_over=[{"path": self._relative(p.path), "reason": p.reason} for p in passed],
                 unfinished_saves_removed=len(swept),
                 threads=torch.get_num_threads(),
+                ranks=self.ranks.world,
                 wall_s=self.wall_s,
             )
             if checkpoint is not None and not self.log.has("checkpoint", self.step):
@@ -103,7 +108,7 @@ class Run:
 
     def interrupted(self, signals: list[str]) -> Record:
         """Save where the run stands, and say so."""
-        saved = list_checkpoints(self.folder / rundir.CHECKPOINTS)
+        saved = self.ranks.lead(lambda: list_checkpoints(self.folder / rundir.CHECKPOINTS))
         path = saved[-1][1] if saved and saved[-1][0] == self.step else self._save()
         return {
             "interrupted": True,
@@ -117,25 +122,17 @@ class Run:
 
     def finish(self) -> Record:
         """Write the adapters, the summary and the report."""
-        record = next(
-            r
-            for r in reversed(rundir.read_records(self.folder / rundir.METRICS))
-            if r["kind"] == "eval" and r["step"] == self.steps
-        )
-        evaluation = {k: v for k, v in record.items() if k not in ("kind", "step", "wall_s")}
-        summary = {
-            **evaluation,
-            "interrupted": False,
+        adapters = whole_adapters(self.model)
+        counts = {
             "steps": self.steps,
             "tokens": self.tokens,
             "dead_per_layer": self.dead.per_layer().tolist(),
             "dead_window": self.config.run.dead_window,
             "bad_batches": self.bad_total,
             "wall_s": self.wall_s,
-            "output": str(self.folder),
-            **finish.versions(),
         }
-        return finish.write(self.folder, self.config, self.model, summary)
+        about = self.folder, self.config, self.model.pair
+        return self.ranks.lead(lambda: finish.write(*about, adapters, counts))
 
     # --- one step ---------------------------------------------------------------------------------
 
@@ -175,15 +172,16 @@ class Run:
         self, micro_batches: list[list[int]], cutoff: int, expected: list[float] | None
     ) -> tuple[StepGatherer, torch.Tensor, StepReport]:
         """Sum the gradient, as planned or without plans; its norm, and what was told."""
+        gathered = StepGatherer(self.ranks)
         n_sequences = sum(map(len, micro_batches))
-        gathered = StepGatherer()
+        mine = [(ids, n * len(ids) / n_sequences) for ids, n in self.ranks.share(micro_batches)]
         # All batches first: a copy to the device waits for what the device is doing.
-        batches = [self.feed.batch(self.feed.train, ids) for ids in micro_batches]
-        for ids, (batch, tokens) in zip(micro_batches, batches, strict=True):
+        batches = [self.feed.batch(self.feed.train, ids) for ids, _ in mine]
+        for (_, weight), (batch, tokens) in zip(mine, batches, strict=True):
             out = objective(self.model, batch, cutoff, self.config.objective, expected)
-            weight = len(ids) / n_sequences
             (out.loss * weight).backward()
             gathered.add(out, weight, tokens)
+        gathered.combine(len(micro_batches))
         norm = self.optimizer.gradient_norm()
         self.dead.update(gathered.fired(), gathered.tokens, gathered.valid(norm))
         return gathered, norm, gathered.report(norm, self.dead.per_layer())
@@ -253,7 +251,8 @@ class Run:
             return
         chunk = self.config.objective.kl_chunk_tokens
         try:
-            values = evaluate(self.model, self._held_out_batches(stopping), chunk_tokens=chunk)
+            batches = self._held_out_batches(stopping)
+            values = evaluate(self.model, batches, chunk_tokens=chunk, ranks=self.ranks)
         except _StoppedError:
             return
         self.log.write(
@@ -266,7 +265,7 @@ class Run:
 
     def _held_out_batches(self, stopping: Event) -> Iterator[Batch]:
         for batch in self.feed.held_out_batches():
-            if stopping.is_set():
+            if self.ranks.any(stopping.is_set()):
                 raise _StoppedError
             yield batch
 
@@ -284,6 +283,7 @@ class Run:
             tensors,
             scalars,
             keep=self.config.run.keep_checkpoints,
+            ranks=self.ranks,
         )
         self._record_checkpoint(path)
         return path

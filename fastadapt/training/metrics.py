@@ -12,12 +12,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastadapt.kernels.transcoder import TranscoderStats
-from fastadapt.objective import AdapterCall, ObjectiveOutput
+from fastadapt.kernels.transcoder import Plan
+from fastadapt.objective import ObjectiveOutput
+from fastadapt.ranks import ALONE, Ranks
 from fastadapt.training.planner import Call
 
 #: Edges of the histogram of feature density: log10 of the share of tokens on which a feature fires.
 DENSITY_EDGES = [-7 + i / 4 for i in range(29)]
+
+
+_STATISTICS = ("n_active", "n_tokens", "n_codes", "min_active")  # of a call; 0-d each
 
 
 class StepReport(NamedTuple):
@@ -51,76 +55,97 @@ class StepReport(NamedTuple):
 
 
 class StepGatherer:
-    """Collects the micro-batches of one optimiser step without waiting for the device."""
+    """Collects the micro-batches of one optimiser step without waiting for the device.
 
-    def __init__(self) -> None:
-        self._terms: dict[str, Tensor] = {}
-        self._losses: list[Tensor] = []
-        self._calls: list[list[AdapterCall]] = []
-        self._tokens: list[int] = []
+    Every rank adds its share of them, then all call :meth:`combine`; from there on each has the
+    whole step, in the order in which one process would have gone through it.
+
+    Args:
+        ranks: those that share the step.
+    """
+
+    def __init__(self, ranks: Ranks = ALONE) -> None:
+        self._ranks = ranks
+        self._names: list[str] = []
+        self._n_streams: list[int] = []  # [L]
+        self._rows: list[Tensor] = []  # per micro-batch: terms, loss, whether it fits, statistics
+        self._known: list[list[int]] = []  # tokens, capacities [L], of those added here
+        self._fired: list[Tensor] = []  # bool [L, F]
+
+    def add(self, out: ObjectiveOutput, weight: float, tokens: int) -> None:
+        """Take a micro-batch of ``tokens`` tokens, the share ``weight`` of the step's sequences.
+
+        One of weight 0 is a repeat that does not count (:meth:`fastadapt.ranks.Ranks.share`).
+        """
+        self._names = list(out.metrics)
+        self._n_streams = [call.n_streams for call in out.calls]
+        capacities = [_capacity(call.plan) for call in out.calls]
+        loss, stats = out.metrics["loss"], [call.stats for call in out.calls]
+        fits = [
+            call.stats.n_codes <= capacity
+            for call, capacity in zip(out.calls, capacities, strict=True)
+            if capacity >= 0
+        ]
+        columns = [
+            torch.stack(list(out.metrics.values())).double() * weight,
+            torch.stack([loss.isfinite(), *fits]).all()[None],
+            loss[None],
+            *(torch.stack([getattr(s, name) for s in stats]) for name in _STATISTICS),
+        ]
+        self._rows.append(torch.cat([column.double() for column in columns]))
+        self._known.append([tokens, *capacities])
+        self._fired.append(torch.stack([s.fired for s in stats]))
+
+    def combine(self, n_micro_batches: int) -> None:
+        """Put the shares of all ranks together: ``n_micro_batches`` in all."""
+        n_layers = len(self._n_streams)
+        sizes = [len(self._names), 1, 1, *(n_layers for _ in _STATISTICS)]
+        rows = self._ranks.interleave(torch.stack(self._rows))[:n_micro_batches]
+        self._terms, self._fits, self._loss, *statistics = rows.split(sizes, dim=1)
+        self._statistics = dict(zip(_STATISTICS, statistics, strict=True))
+        self._known = self._ranks.interleave(torch.tensor(self._known))[:n_micro_batches].tolist()
 
     @property
     def tokens(self) -> int:
         """Tokens of the step."""
-        return sum(self._tokens)
-
-    def add(self, out: ObjectiveOutput, weight: float, tokens: int) -> None:
-        """Take a micro-batch of ``tokens`` tokens, the share ``weight`` of the step's sequences."""
-        for name, value in out.metrics.items():
-            term = value * weight
-            self._terms[name] = self._terms[name] + term if name in self._terms else term
-        self._losses.append(out.metrics["loss"])
-        self._calls.append(out.calls)
-        self._tokens.append(tokens)
+        return sum(tokens for tokens, *_ in self._known)
 
     def fired(self) -> Tensor:
         """Bool [L, F]: features that fired on some token of the step."""
-        return torch.stack([_any([s.fired for s in layer]) for layer in self._layers()])
+        return self._ranks.union(torch.stack(self._fired).any(0))
 
     def valid(self, grad_norm: Tensor) -> Tensor:
         """0-d bool on the device: :attr:`StepReport.finite`, and no call overflows its plan."""
-        finite = torch.stack([*self._losses, grad_norm]).isfinite().all()
-        fits = [
-            call.stats.n_codes <= call.plan.capacity
-            for layers in self._calls
-            for call in layers
-            if call.plan is not None and not call.plan.dense and call.plan.capacity is not None
-        ]
-        return torch.stack([finite, *fits]).all()
+        return self._fits.bool().all() & grad_norm.isfinite()
 
     def min_active(self) -> Tensor:
         """[L]: smallest active value, averaged over micro-batches; NaN where nothing fired."""
-        return torch.stack(
-            [torch.stack([s.min_active for s in layer]).nanmean() for layer in self._layers()]
-        )
+        return self._statistics["min_active"].nanmean(0)
 
     def report(self, grad_norm: Tensor, dead_L: Tensor) -> StepReport:
         """Read everything in one copy from the device."""
-        layers = self._layers()
-        active = torch.stack([torch.stack([s.n_active for s in layer]).sum() for layer in layers])
-        tokens = torch.stack([torch.stack([s.n_tokens for s in layer]).sum() for layer in layers])
-        codes = torch.stack([c.stats.n_codes for layers in self._calls for c in layers])
+        of = self._statistics
         parts = [
-            torch.stack(list(self._terms.values())),
-            torch.stack(self._losses),
-            grad_norm.reshape(1),
-            active / tokens.clamp(min=1),
+            self._terms.sum(0),
+            self._loss,
+            grad_norm,
+            of["n_active"].sum(0) / of["n_tokens"].sum(0).clamp(min=1),
             dead_L,
-            codes,
+            of["n_codes"],
         ]
         sizes = [part.numel() for part in parts]
-        flat = torch.cat([part.double() for part in parts]).cpu().split(sizes)
-        terms, losses, norm, l0, dead, found = (part.tolist() for part in flat)
-        named = dict(zip(self._terms, terms, strict=True))
-        counts = map(int, found)
+        flat = torch.cat([part.double().flatten() for part in parts]).cpu().split(sizes)
+        terms, losses, norm, l0, dead, codes = (part.tolist() for part in flat)
+        counts = map(int, codes)
         calls = [
-            [Call(call.plan, call.n_streams * tokens, next(counts)) for call in layers]
-            for layers, tokens in zip(self._calls, self._tokens, strict=True)
+            [
+                Call(_plan(capacity), n_streams * tokens, next(counts))
+                for capacity, n_streams in zip(capacities, self._n_streams, strict=True)
+            ]
+            for tokens, *capacities in self._known
         ]
+        named = dict(zip(self._names, terms, strict=True))
         return StepReport(named, losses, norm[0], l0, [int(n) for n in dead], calls)
-
-    def _layers(self) -> list[tuple[TranscoderStats, ...]]:
-        return [tuple(c.stats for c in layer) for layer in zip(*self._calls, strict=True)]
 
 
 class DeadFeatures:
@@ -172,5 +197,11 @@ def density_histogram(density: Sequence[Sequence[float]]) -> dict[str, Any]:
     return {"log10_edges": DENSITY_EDGES, "counts": counts}
 
 
-def _any(flags: Sequence[Tensor]) -> Tensor:
-    return flags[0] if len(flags) == 1 else torch.stack(list(flags)).any(0)
+def _capacity(plan: Plan | None) -> int:
+    """Of the buffers of a call; -1 where they are as long as they have to be."""
+    return -1 if plan is None or plan.dense or plan.capacity is None else plan.capacity
+
+
+def _plan(capacity: int) -> Plan | None:
+    """What of a call's plan is still of interest: whether it was too small."""
+    return None if capacity < 0 else Plan(False, capacity)

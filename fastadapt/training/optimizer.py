@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fastadapt.errors import UserError
 
@@ -119,8 +120,12 @@ class AdapterOptimizer:
 
     @torch.no_grad()
     def gradient_norm(self) -> Tensor:
-        """L2 norm of the summed gradient over all parameters: 0-d, fp32, on their device."""
-        return torch.nn.utils.get_total_norm(self._gradients())
+        """L2 norm of the summed gradient over all parameters: 0-d, fp32, on their device.
+
+        Of sharded parameters, over all shares: every rank must call this.
+        """
+        norm = torch.nn.utils.get_total_norm(self._gradients())
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     @torch.no_grad()
     def step(self, rate: float, norm: Tensor) -> None:

@@ -23,7 +23,7 @@ class Call(NamedTuple):
     """A layer's call in one micro-batch: what it was told and what it found.
 
     Attributes:
-        plan: None where the op looked for itself.
+        plan: what it was given; None where the op looked for itself, or nothing could be too short.
         tokens: of all streams in the call, without padding.
         codes: how many there were, also where the buffers were too short.
     """

@@ -24,6 +24,7 @@ from typing import Any
 
 from fastadapt.errors import RunError, UserError
 from fastadapt.files import locked, replacing
+from fastadapt.ranks import Ranks
 from fastadapt.training.checkpoint import list_checkpoints
 from fastadapt.training.config import TrainConfig, differences, load_config, save_config
 
@@ -101,20 +102,29 @@ class MetricsLog:
     Args:
         path: the file; records are appended, each flushed.
         sinks: called with every record, in order.
+        seen: of a rank that does not lead: the ``seen`` of the one that does. It keeps count with
+            the leader, and writes and tells nothing.
     """
 
-    def __init__(self, path: Path, sinks: Sequence[Sink] = ()) -> None:
+    def __init__(
+        self, path: Path, sinks: Sequence[Sink] = (), seen: set[tuple[str, int]] | None = None
+    ) -> None:
         self._sinks = tuple(sinks)
         self._path = path
-        self._seen = {(r["kind"], r["step"]) for r in read_records(path)}
+        self._silent = seen is not None
+        #: Kind and step of every record.
+        self.seen = seen or {(r["kind"], r["step"]) for r in read_records(path)}
         try:
-            self._file = path.open("a", encoding="utf-8")
+            self._file = (Path(os.devnull) if self._silent else path).open("a", encoding="utf-8")
         except OSError as error:
             raise RunError(f"{path} cannot be written: {error.strerror}") from error
 
     def write(self, kind: str, step: int, **values: Any) -> Record:
         """Append a record. Numbers that are not finite become null, which JSON can say."""
         record = {"kind": kind, "step": step, **_finite(values)}
+        self.seen.add((kind, step))
+        if self._silent:
+            return record
         try:
             self._file.write(json.dumps(record, allow_nan=False) + "\n")
             self._file.flush()
@@ -123,17 +133,18 @@ class MetricsLog:
                 f"{self._path} cannot be written: {error.strerror}. Checkpoints are intact: make "
                 "room, then go on with --resume."
             ) from error
-        self._seen.add((kind, step))
         for sink in self._sinks:
             sink(record)
         return record
 
     def has(self, kind: str, step: int) -> bool:
         """Whether there is a record of this kind and step."""
-        return (kind, step) in self._seen
+        return (kind, step) in self.seen
 
     def sync(self) -> None:
         """Return once all records are on the disk."""
+        if self._silent:
+            return
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
@@ -144,6 +155,13 @@ class MetricsLog:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+
+def open_log(path: Path, sinks: Sequence[Sink], ranks: Ranks) -> MetricsLog:
+    """The log of each rank: rank 0 writes, the others keep count with it."""
+    held = [MetricsLog(path, sinks)] if ranks.leads else []
+    seen = ranks.lead(lambda: held[0].seen)
+    return held[0] if held else MetricsLog(path, seen=seen)
 
 
 def read_records(path: Path) -> list[Record]:

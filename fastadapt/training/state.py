@@ -72,7 +72,7 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     Raises:
         UserError: data, models, adapters or kind of device are not those the run began with.
     """
-    tensors, scalars = checkpoint.tensors, checkpoint.scalars
+    scalars = checkpoint.scalars
     then, now = scalars["sequences"], len(run.feed.train)
     if (then, scalars["steps"]) != (now, run.steps):
         raise UserError(
@@ -85,6 +85,7 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
             raise UserError(_MOVED[key].format(then=scalars[key], now=now))
     if run.config.run.threads is None:
         torch.set_num_threads(scalars["threads"])
+    tensors = checkpoint.read(like=run.optimizer.tensors())
     run.optimizer.load(tensors, scalars)
     counters = dict(tensors["counters"])
     run.dead.since_LF.copy_(counters.pop("since_fired"))
@@ -112,7 +113,8 @@ def facts(run: Run) -> dict[str, Any]:
         "d_model": run.model.d_model,
         "n_features": run.model.n_features,
         "parameters": sum(p.numel() for p in run.model.adapters.parameters()),
-        "device": str(run.model.device),
+        "device": run.model.device.type if run.ranks.world > 1 else str(run.model.device),
+        "ranks": run.ranks.world,
         "checkpoint": run.config.objective.checkpoint,
         "threads": torch.get_num_threads(),
     }

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from threading import Event
 
 import torch
 
-from fastadapt.errors import RunError
+from fastadapt.errors import RunError, UserError
 from fastadapt.models import ModelPair, ReplacementModel
 from fastadapt.organism import resolve
 from fastadapt.pair import DTYPES, choose_device
+from fastadapt.ranks import ALONE, Ranks, joined
 from fastadapt.training import rundir
 from fastadapt.training.checkpoint import Checkpoint, PassedOver, load_latest
 from fastadapt.training.config import TrainConfig
 from fastadapt.training.feed import Feed
 from fastadapt.training.gpus import this_device
-from fastadapt.training.interrupt import out_of_memory_explained, stop_on_signals
+from fastadapt.training.interrupt import (
+    lost_ranks_explained,
+    out_of_memory_explained,
+    stop_on_signals,
+)
 from fastadapt.training.loop import Run
 from fastadapt.training.plan import with_policy
 from fastadapt.training.rundir import Record, Sink
+from fastadapt.training.sharding import shard
 from fastadapt.training.sinks import open_sinks
 
 
@@ -37,13 +43,17 @@ def train(
 ) -> Record:
     """Train adapters as configured, into the folder ``config.run.output``.
 
+    In processes that torchrun started, all of them call this, and it is one run: sharded over them
+    (:mod:`fastadapt.training.sharding`), each step's micro-batches dealt out to them. What it
+    computes is what one process would, up to the order of sums. Rank 0 alone writes.
+
     Args:
         config: everything the run depends on.
         resume: go on from the newest checkpoint of the run in that folder.
         overwrite: remove the run in that folder first.
-        sinks: called with every record of ``metrics.jsonl``, as it is written.
-        stop: set it to end after the step in progress. SIGTERM and the first SIGINT do the same
-            where this is called in the main thread; a second SIGINT interrupts.
+        sinks: called with every record of ``metrics.jsonl``, as it is written (on rank 0).
+        stop: set it, on any rank, to end after the step in progress. SIGTERM and the first SIGINT
+            do the same where this is called in the main thread; a second SIGINT interrupts.
 
     Returns:
         The summary, with ``interrupted: False``. If the run was told to stop: ``interrupted:
@@ -51,42 +61,96 @@ def train(
 
     Raises:
         UserError: a value, a model, a data set or the folder is not as it must be.
-        RunError: no space, no memory, or too many batches in a row that are not finite.
+        RunError: no space, no memory, too many batches in a row that are not finite, or another
+            process of the run is gone.
     """
     started = time.monotonic()
-    config.adapter.check_runs(choose_device(config.pair.device), DTYPES[config.pair.dtype])
+    device = choose_device(config.pair.device)
+    config.adapter.check_runs(device, DTYPES[config.pair.dtype])
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
     with (
+        joined(device, config.run.rank_timeout) as ranks,
         stop_on_signals(stop) as (stopping, caught),
-        rundir.open_run(config, resume=resume, overwrite=overwrite) as folder,
+        _opened(config, ranks, resume=resume, overwrite=overwrite) as folder,
         open_sinks(config, folder) as more_sinks,
+        lost_ranks_explained(config, ranks),
         out_of_memory_explained(config),
     ):
-        checkpoint, passed = _find_checkpoint(folder) if resume else (None, [])
+        _check_shares(config, ranks)
+        checkpoint, passed = ranks.lead(lambda: _find_checkpoint(folder)) if resume else (None, [])
         torch.manual_seed(config.run.seed)
-        model, feed = _load(config)
-        run = Run(_with_policy(config, model, feed), folder, started, model, feed)
+        model, feed = _load(config, ranks, device)
+        _check_same_data(feed, ranks)
+        run = Run(_with_policy(config, model, feed), folder, started, model, feed, ranks)
         if not resume:
-            rundir.start_afresh(folder, config)
+            ranks.lead(lambda: rundir.start_afresh(folder, config))
         run.begin(checkpoint, passed, [*sinks, *more_sinks], resume=resume)
         with closing(feed), run.log:
             run.evaluate_if_due(stopping)
-            while run.step < run.steps and not stopping.is_set():
+            while run.step < run.steps and not ranks.any(stopping.is_set()):
                 run.advance()
                 run.save_if_due()
                 run.evaluate_if_due(stopping)
             return run.finish() if run.done else run.interrupted(caught)
 
 
-def _load(config: TrainConfig) -> tuple[ReplacementModel, Feed]:
+@contextmanager
+def _opened(config: TrainConfig, ranks: Ranks, *, resume: bool, overwrite: bool) -> Iterator[Path]:
+    """The run's folder, held by rank 0."""
+    opening = rundir.open_run(config, resume=resume, overwrite=overwrite)
+    with ExitStack() as held:
+        yield ranks.lead(lambda: held.enter_context(opening))
+
+
+def _check_shares(config: TrainConfig, ranks: Ranks) -> None:
+    """Refuse steps that cannot be dealt out evenly, and say how the same step can be."""
+    optimizer, n = config.optimizer, ranks.world
+    if optimizer.accumulation % n == 0:
+        return
+    size = optimizer.batch_size * optimizer.accumulation
+    same = (
+        f"--optimizer.batch_size {size // n} --optimizer.accumulation {n} makes the same steps"
+        if size % n == 0
+        else f"a step has {size} sequences, which {n} ranks cannot share evenly"
+    )
+    raise UserError(
+        f"optimizer.accumulation: a step's batches are dealt out to {n} ranks, so expected a "
+        f"multiple of {n}, got {optimizer.accumulation}; {same}"
+    )
+
+
+def _check_same_data(feed: Feed, ranks: Ranks) -> None:
+    """Refuse machines that hold different data: their steps would not be one step."""
+    if ranks.world > 1 and feed.sha256 != ranks.lead(lambda: feed.sha256):
+        raise UserError(
+            f"data.train or data.validation holds other tokens on rank {ranks.rank} than on rank "
+            "0: give every machine the same files"
+        )
+
+
+def _load(
+    config: TrainConfig, ranks: Ranks = ALONE, device: torch.device | None = None
+) -> tuple[ReplacementModel, Feed]:
     """Models with fresh adapters, and the data in the pair's tokens."""
     source = config.pair
-    pair = ModelPair.load(
-        dataclasses.replace(source, target=resolve(source.target), base=resolve(source.base))
-    )
-    feed = Feed(config, pair.tokenizer, next(pair.base_mlps.parameters()).device)
-    return ReplacementModel.create(pair, config.adapter, seed=config.run.seed), feed
+    source = dataclasses.replace(source, target=resolve(source.target), base=resolve(source.base))
+    if ranks.world == 1:
+        pair = ModelPair.load(source)
+        model = ReplacementModel.create(pair, config.adapter, seed=config.run.seed)
+        return model, Feed(config, pair.tokenizer, model.device)
+    assert device is not None
+
+    def load(into: str) -> ReplacementModel:
+        pair = ModelPair.load(source, into=torch.device(into))
+        return ReplacementModel.create(pair, config.adapter, seed=config.run.seed, runs_on=device)
+
+    # Weights are read once, and what is wrong with them is everyone's error.
+    held: list[ReplacementModel] = []
+    ranks.lead(lambda: held.append(load("cpu")))
+    model = held[0] if held else load("meta")
+    shard(model, ranks, device, masters=config.optimizer.masters)
+    return model, Feed(config, model.pair.tokenizer, model.device)
 
 
 def _with_policy(config: TrainConfig, model: ReplacementModel, feed: Feed) -> TrainConfig:

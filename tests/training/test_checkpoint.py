@@ -167,7 +167,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda p: shutil.copytree(p.parent / "step-00000001", p, dirs_exist_ok=True),
         "of step 1, not of step-00000002",
     ),
-    "other schema": (lambda p: edit_manifest(p, lambda m: m.update(schema_version=2)), "version 2"),
+    "other schema": (lambda p: edit_manifest(p, lambda m: m.update(schema_version=1)), "version 1"),
     "path outside": (
         lambda p: edit_manifest(p, lambda m: m["files"].update({"../x": {"bytes": 0}})),
         "'../x', which is not inside the folder",

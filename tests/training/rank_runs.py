@@ -1,0 +1,81 @@
+"""Train several configurations, one after the other, on the ranks that torchrun started.
+
+Run as a program, alone or under torchrun: ``rank_runs.py CONFIG.yaml[@WHAT:STEP] ...``. A
+configuration whose folder holds a run already is resumed. WHAT happens after 1-based STEP:
+
+- ``stop``: rank 0 alone is told to stop;
+- ``kill``: rank 1 is killed (SIGKILL) in the middle of the step that follows;
+- ``full``: rank 1 can write no file any more, as on a full disk;
+- ``nan``: the second micro-batch of the step that follows has a loss that is not a number.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+import signal
+import sys
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import torch
+
+from fastadapt import objective as module
+from fastadapt.errors import RunError, UserError
+from fastadapt.ranks import leave, tells
+from fastadapt.training import loop
+from fastadapt.training.config import TrainConfig, load_config
+from fastadapt.training.trainer import train
+
+RANK, WORLD = (int(os.environ.get(name, alone)) for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
+
+
+def run(argument: str) -> None:
+    """One training, as asked."""
+    path, _, event = argument.partition("@")
+    what, _, step = event.partition(":")
+    config, stop = load_config(Path(path)), Event()
+
+    def sink(record: dict[str, Any]) -> None:
+        if what == "stop" and (record["kind"], record["step"]) == ("train", int(step)):
+            stop.set()
+
+    loop.objective = module.objective
+    if what in ("kill", "nan", "full") and RANK == 1 % WORLD:
+        plant(what, int(step), config)
+    resume = (Path(config.run.output) / "config.yaml").exists()
+    train(config, resume=resume, sinks=[sink], stop=stop)
+
+
+def plant(what: str, step: int, config: TrainConfig) -> None:
+    """Let the second micro-batch of 0-based ``step``, which is rank 1's, go wrong."""
+    calls = config.optimizer.accumulation // WORLD  # of this rank, in a step
+    fatal, count = calls * step + 1 // WORLD, iter(range(10_000))
+
+    def objective(*args: Any) -> Any:
+        out = module.objective(*args)
+        if next(count) != fatal:
+            return out
+        if what == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if what == "full":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))
+            return out
+        loss = out.loss * math.nan
+        return out._replace(loss=loss, metrics={**out.metrics, "loss": loss.detach()})
+
+    loop.objective = objective
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for each in sys.argv[1:]:
+        try:
+            run(each)
+        except (UserError, RunError) as error:
+            if tells(error):
+                print(f"error: {error}", file=sys.stderr)
+            sys.exit(error.exit_code)
+    leave(0)

@@ -1,0 +1,292 @@
+"""A run on several processes is the run on one: same losses, same weights, same checkpoints.
+
+Processes are real, started by torchrun, and talk over gloo. Starting them costs seconds, so one
+launch trains many configurations (``rank_runs.py``).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastadapt.errors import UserError
+from fastadapt.ranks import Ranks
+from fastadapt.training.checkpoint import list_checkpoints, load_latest
+from fastadapt.training.config import save_config
+from fastadapt.training.rundir import read_records
+from fastadapt.training.tensor_files import Checkpoint
+from fastadapt.training.trainer import _check_shares
+
+PROGRAM = str(Path(__file__).with_name("rank_runs.py"))
+TIMING = {"wall_s", "tokens_per_s"}
+BATCHES = {"optimizer.batch_size": 1, "optimizer.accumulation": 4, "optimizer.epochs": 4}
+RUN = {
+    **BATCHES,
+    "optimizer.max_steps": 20,
+    "run.eval_every": 0,
+    "run.checkpoint_every": 6,
+    "run.threads": 1,
+}
+DOUBLE = {"pair.dtype": "float64"}
+
+
+def launch(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = [sys.executable, *(torchrun if ranks > 1 else ()), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+
+
+def launch_well(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    done = launch(ranks, *arguments)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+@pytest.fixture
+def written(tiny_config, tmp_path: Path) -> Callable[..., str]:
+    """``written(name, **changes)``: the file of a configuration of a run into folder ``name``."""
+
+    def write(name: str, **changes: object) -> str:
+        config = tiny_config(**{**RUN, **changes, "run.output": str(tmp_path / name)})
+        save_config(config, tmp_path / f"{name}.yaml")
+        return str(tmp_path / f"{name}.yaml")
+
+    return write
+
+
+def newest(folder: Path) -> Checkpoint:
+    found, passed = load_latest(folder / "checkpoints")
+    assert found is not None
+    assert passed == []
+    return found
+
+
+def steps(folder: Path, kind: str = "train") -> list[dict]:
+    kept = (r for r in read_records(folder / "metrics.jsonl") if r["kind"] == kind)
+    return [{k: v for k, v in record.items() if k not in TIMING} for record in kept]
+
+
+def flat(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([tensors[name].flatten().double() for name in sorted(tensors)])
+
+
+def assert_close(folder: Path, whole: Path, tolerance: float) -> None:
+    """Losses, weights, moments and numbers of the log; counters and the rest are the same."""
+    ours, theirs = newest(folder), newest(whole)
+    assert ours.tensors.keys() == theirs.tensors.keys()
+    for group in ("weights", "exp_avg", "exp_avg_sq"):
+        a, b = flat(ours.tensors[group]), flat(theirs.tensors[group])
+        assert (a - b).abs().max() < tolerance, group
+    for group in ("counters", "rng"):
+        for name, tensor in theirs.tensors[group].items():
+            torch.testing.assert_close(
+                ours.tensors[group][name], tensor, rtol=0, atol=tolerance if "." in name else 0
+            )
+    assert ours.scalars | {"wall_s": 0} == theirs.scalars | {"wall_s": 0}
+    for kind in ("train", "eval", "bad_batch", "checkpoint"):
+        assert_same_numbers(steps(folder, kind), steps(whole, kind), tolerance)
+
+
+def assert_same_numbers(a: object, b: object, tolerance: float) -> None:
+    if isinstance(a, dict) and isinstance(b, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same_numbers(a[key], b[key], tolerance)
+    elif isinstance(a, list) and isinstance(b, list):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same_numbers(x, y, tolerance)
+    elif isinstance(a, float) and isinstance(b, float):
+        assert abs(a - b) < tolerance
+    else:
+        assert a == b
+
+
+def assert_same_bits(folder: Path, whole: Path) -> None:
+    ours, theirs = newest(folder), newest(whole)
+    for group in ("weights", "exp_avg", "exp_avg_sq", "counters", "rng"):
+        for name, tensor in theirs.tensors[group].items():
+            assert torch.equal(ours.tensors[group][name], tensor), (group, name)
+    files = sorted((whole / "adapter").glob("*.safetensors"))
+    assert files
+    for file in files:
+        assert (folder / "adapter" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_two_ranks_from_the_command_line(written, tmp_path: Path) -> None:
+    """Two bf16 gradients have one sum in fp32, whichever comes first: the bits are the same."""
+    bits = {"pair.dtype": "bfloat16", "optimizer.accumulation": 2, "optimizer.clip": float("inf")}
+    short = {"optimizer.max_steps": 3, "run.checkpoint_every": 3}
+    configs = [written(name, **bits, **short) for name in ("two", "one")]
+    done = launch_well(2, "-m", "fastadapt", "train", configs[0])
+    assert done.stdout.count("The adapter recovers") == 1
+    assert done.stderr.count("Loading models and data") == 1
+    launch_well(1, PROGRAM, configs[1])
+    assert_same_bits(tmp_path / "two", tmp_path / "one")
+    assert [steps(tmp_path / name, "start")[0]["ranks"] for name in ("two", "one")] == [2, 1]
+    path = list_checkpoints(tmp_path / "two" / "checkpoints")[-1][1]
+    assert {p.name for p in path.iterdir()} == {
+        "counters.safetensors",
+        "manifest.json",
+        "rng.safetensors",
+        "shard-00001-model-00001-of-00001.safetensors",
+        "shard-00002-model-00001-of-00001.safetensors",
+        "state.json",
+    }
+
+
+@pytest.fixture
+def gemma_pair(tiny_pair: Path, tmp_path: Path) -> dict[str, str]:
+    """Tied embeddings, scaled; capped logits; a window in every second layer; eager attention."""
+    from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=4,
+        final_logit_softcapping=5.0,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+    )
+    for seed, name in enumerate(("target", "base")):
+        torch.manual_seed(seed)
+        model = Gemma2ForCausalLM(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(0, 0.2)
+        model.save_pretrained(tmp_path / "gemma" / name)
+        tokenizer = AutoTokenizer.from_pretrained(tiny_pair / name)
+        tokenizer.save_pretrained(tmp_path / "gemma" / name)
+    return {f"pair.{name}": str(tmp_path / "gemma" / name) for name in ("target", "base")}
+
+
+VARIANTS: dict[str, dict] = {
+    "relu": {},
+    "topk": {"adapter.activation": "topk", "adapter.k": 3},
+    "batch_topk": {"adapter.activation": "batch_topk", "adapter.k": 2.5},
+    "jumprelu": {
+        "adapter.activation": "jumprelu",
+        "adapter.bandwidth": 0.1,
+        "adapter.initial_threshold": 0.05,
+    },
+    "short last step": {"optimizer.batch_size": 5, "optimizer.epochs": 3},  # 15 micro-batches
+    "no checkpointing": {"objective.checkpoint": False, "optimizer.accumulation": 8},
+    "ranks without a share": {"adapter.n_features": 5},  # rows of 2, 2, 1 and 0 features
+}
+
+
+@pytest.mark.slow
+def test_the_same_steps_on_one_two_and_four_ranks(
+    written, gemma_pair, tmp_path: Path, capsys
+) -> None:
+    """In float64 to 1e-10. In float32, against float64, the error is that of one process: the
+    budget of every implementation, on the maximum and on the RMS."""
+    variants = {**VARIANTS, "gemma2": gemma_pair}
+    names = [name.replace(" ", "-") for name in variants]
+    for ranks in (1, 2, 4):
+        doubles = [
+            written(f"{name}-{ranks}", **DOUBLE, **changes)
+            for name, changes in zip(names, variants.values(), strict=True)
+        ]
+        broken = written(f"nan-{ranks}", **DOUBLE) + "@nan:4"
+        launch_well(ranks, PROGRAM, *doubles, broken, written(f"single-{ranks}"))
+    for name in [*names, "nan"]:
+        for ranks in (2, 4):
+            assert_close(tmp_path / f"{name}-{ranks}", tmp_path / f"{name}-1", 1e-10)
+    assert [r["step"] for r in steps(tmp_path / "nan-4", "bad_batch")] == [5]
+
+    exact = newest(tmp_path / "relu-1").tensors["weights"]
+    errors = {n: flat(newest(tmp_path / f"single-{n}").tensors["weights"]) for n in (1, 2, 4)}
+    errors = {n: weights - flat(exact) for n, weights in errors.items()}
+    loss = {
+        name: torch.tensor([r["loss"] for r in steps(tmp_path / name)], dtype=torch.float64)
+        for name in ("relu-1", "single-1", "single-2", "single-4")
+    }
+    losses = {n: loss[f"single-{n}"] - loss["relu-1"] for n in (1, 2, 4)}
+    eps, told = torch.finfo(torch.float32).eps, []
+    for n in (2, 4):
+        for of, largest in ((errors, flat(exact).abs().max()), (losses, loss["relu-1"].max())):
+            for size in (lambda e: e.abs().max(), lambda e: e.square().mean().sqrt()):
+                told.append(f"{n} ranks {size(of[n]):.1e}, one {size(of[1]):.1e}")
+                assert size(of[n]) <= 2 * (size(of[1]) + eps * largest)
+    with capsys.disabled():
+        print(f" errors of weights and losses: {'; '.join(told)} ", end="")
+
+
+@pytest.mark.slow
+def test_resumed_on_two_four_and_one_ranks(written, tmp_path: Path) -> None:
+    whole, again = written("whole", **DOUBLE), written("again", **DOUBLE)
+    launch_well(1, PROGRAM, whole)
+    launch_well(2, PROGRAM, f"{again}@stop:5")
+    launch_well(4, PROGRAM, f"{again}@stop:11")
+    launch_well(1, PROGRAM, again)
+    resumed = steps(tmp_path / "again", "resume")
+    assert [(r["step"], r["ranks"]) for r in resumed] == [(5, 4), (11, 1)]
+    for record in (5, 11):  # the checkpoints of the two stops are this run's alone
+        assert record in [r["step"] for r in steps(tmp_path / "again", "checkpoint")]
+    ours, theirs = newest(tmp_path / "again"), newest(tmp_path / "whole")
+    for group in ("weights", "exp_avg", "exp_avg_sq", "counters"):
+        difference = flat(ours.tensors[group]) - flat(theirs.tensors[group])
+        assert difference.abs().max() < 1e-10, group
+    assert_same_numbers(steps(tmp_path / "again"), steps(tmp_path / "whole"), 1e-10)
+
+
+@pytest.mark.slow
+def test_the_same_number_of_ranks_resumes_to_the_bit(written, tmp_path: Path) -> None:
+    whole, again = written("whole"), written("again")
+    launch_well(2, PROGRAM, whole, f"{again}@stop:8", again)
+    assert_same_bits(tmp_path / "again", tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_rank_killed_within_a_step_ends_the_run_and_costs_no_checkpoint(
+    ranks: int, written, tmp_path: Path
+) -> None:
+    whole, killed = written("whole", **DOUBLE), written("killed", **DOUBLE)
+    done = launch(ranks, PROGRAM, f"{killed}@kill:8")
+    assert done.returncode != 0
+    told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1, done.stderr[-4000:]
+    assert f"of {ranks} lost another one: a process of the run has ended" in told[0]
+    assert "The checkpoint of step 6 is kept; the same command with --resume" in told[0]
+    assert "Signal 9 (SIGKILL)" in done.stderr  # torchrun's report
+    launch_well(1, PROGRAM, whole, killed)
+    assert_close(tmp_path / "killed", tmp_path / "whole", 1e-10)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_for_one_rank(written, tmp_path: Path) -> None:
+    config = written("run", **DOUBLE)
+    done = launch(2, PROGRAM, f"{config}@full:8")
+    assert done.returncode != 0
+    told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1, done.stderr[-4000:]
+    assert "checkpoint of step 12 could not be written" in told[0]
+    assert "rank 1: File too large" in told[0]
+    assert "The one of step 6 is intact." in told[0]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000006"]
+    launch_well(2, PROGRAM, config)
+    assert newest(tmp_path / "run").step == 20
+
+
+def test_a_step_that_cannot_be_shared_says_which_can(tiny_config) -> None:
+    two = Ranks(0, 2)
+    _check_shares(tiny_config(**{"optimizer.accumulation": 4}), two)
+    with pytest.raises(UserError, match=r"expected a multiple of 2, got 1; .*batch_size 1 --opt"):
+        _check_shares(tiny_config(), two)
+    odd = tiny_config(**{"optimizer.batch_size": 3, "optimizer.accumulation": 3})
+    with pytest.raises(UserError, match="a step has 9 sequences, which 2 ranks cannot share"):
+        _check_shares(odd, two)
