@@ -8,8 +8,9 @@ is wrong (see the JSON).
 
 Works from a checkout with torch, triton, numpy and pytest; nothing needs to be installed.
 ``--only PART`` (of parts.py, or tests, repeats, indices, lengths) measures parts alone, without
-the tests; each row still checks its own inputs. ``--device cpu --quick`` runs the whole path at
-tiny shapes, kernels interpreted.
+the tests; each row still checks its own inputs. ``step``, whole training steps of the 7B pair, is a
+part that comes only when it is named. ``--device cpu --quick`` runs the whole path at tiny shapes,
+kernels interpreted.
 """
 
 from __future__ import annotations
@@ -139,10 +140,10 @@ class _Run:
 
     def measure(self) -> None:
         """Every part, until time is up."""
-        from benchmarks import lengths
+        from benchmarks import lengths, whole_step
         from benchmarks.parts import PARTS
 
-        unknown = set(self.options.only or ()) - {*PARTS, *CHECKS, "lengths"}
+        unknown = set(self.options.only or ()) - {*PARTS, *CHECKS, "lengths", "step"}
         if unknown:
             sys.exit(f"--only: no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
         parts = {name: (self.rows(p.cases(self.scale)), p.seconds) for name, p in PARTS.items()}
@@ -150,6 +151,9 @@ class _Run:
             lengths.rows(self.scale, quick=self.options.quick, env=self.env, left=self.left),
             100,
         )
+        if self.options.only and "step" in self.options.only:  # minutes of its own
+            sizes = whole_step.SMALL if self.options.quick else whole_step.PAPER
+            parts["step"] = (whole_step.rows(sizes, self.options.device, self.roofs), 400)
         for name, (rows, seconds) in parts.items():
             if self.wants(name) and self.left() > 0:
                 with self.timed(name):
