@@ -27,13 +27,13 @@ def _weights(s: Shapes) -> dict[str, int]:
         "frozen base MLPs": s.mlp_parameters * s.element_bytes,
         "adapters": adapters * s.element_bytes,
         "fp32 masters": adapters * FP32 if s.masters else 0,
-        "moments": 2 * adapters * s.moment_bytes,
+        "moments": int(2 * adapters * s.moment_bytes),
     }
 
 
 def _gradient(s: Shapes) -> int:
     """Of one layer's adapter, as it is kept until the update."""
-    return s.adapter_parameters * s.moment_bytes
+    return s.adapter_parameters * s.gradient_bytes
 
 
 # --- what a forward pass keeps for the backward pass ----------------------------------------------

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fastadapt.errors import UserError
+from fastadapt.training import low_memory
 
 _WIDE = (torch.float32, torch.float64)
 
@@ -37,6 +38,9 @@ class OptimizerConfig:
         epochs: passes over the training data.
         max_steps: stop, and end the schedule, after so many optimiser steps.
         masters: keep fp32 copies of parameters of lower precision.
+        moments: ``full``, in the masters' precision, or ``8bit`` (torchao, extra ``lowmem``).
+        stochastic_rounding: round updated bfloat16 parameters up or down at random, so that small
+            updates count on average; in place of masters (torchao, extra ``lowmem``).
     """
 
     lr: float = 8e-4
@@ -50,6 +54,8 @@ class OptimizerConfig:
     epochs: int = 1
     max_steps: int | None = None
     masters: bool = True
+    moments: str = "full"
+    stochastic_rounding: bool = False
 
     def __post_init__(self) -> None:
         _require(self.lr > 0 and math.isfinite(self.lr), "lr", "a positive number", self.lr)
@@ -62,8 +68,16 @@ class OptimizerConfig:
         for name in ("batch_size", "accumulation", "epochs"):
             value = getattr(self, name)
             _require(value >= 1, name, "1 or more", value)
+        _require(self.moments in ("full", "8bit"), "moments", "full or 8bit", self.moments)
+        fine = not (self.stochastic_rounding and self.masters)
+        _require(fine, "stochastic_rounding", "masters false beside it", self.stochastic_rounding)
         if self.max_steps is not None:
             _require(self.max_steps >= 1, "max_steps", "1 or more, or null", self.max_steps)
+
+    @property
+    def low_memory(self) -> bool:
+        """Whether torchao's AdamW is wanted."""
+        return self.moments == "8bit" or self.stochastic_rounding
 
 
 def _require(fine: bool, name: str, expected: str, got: object) -> None:
@@ -107,14 +121,7 @@ class AdapterOptimizer:
             self._hooks.append(
                 parameter.register_post_accumulate_grad_hook(_move_gradient_to(master))
             )
-        self._adam = torch.optim.AdamW(
-            list(self.masters.values()),
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        self._adam = _adam(list(self.masters.values()), config)
         self.updates = 0
         self._set_moments({})
 
@@ -136,7 +143,8 @@ class AdapterOptimizer:
         """
         self._gradients()
         nn.utils.clip_grads_with_norm_(self.masters.values(), self.config.clip, norm)
-        self._adam.param_groups[0]["lr"] = rate
+        group = self._adam.param_groups[0]
+        group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
         self._adam.step()
         self.updates += 1
         self._round_to_parameters()
@@ -162,7 +170,9 @@ class AdapterOptimizer:
         state = self._adam.state
         groups: dict[str, dict[str, Tensor]] = {"weights": dict(self.masters)}
         for moment in ("exp_avg", "exp_avg_sq"):
-            groups[moment] = {name: state[m][moment] for name, m in self.masters.items()}
+            groups[moment] = {}
+            for name, m in self.masters.items():
+                groups[moment] |= low_memory.stored(name, state[m][moment])
         return groups
 
     def scalars(self) -> dict[str, Any]:
@@ -193,10 +203,18 @@ class AdapterOptimizer:
     def _set_moments(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Put AdamW's state in place at once, so that a checkpoint always has every tensor."""
         for name, master in self.masters.items():
-            state = {"step": torch.tensor(float(self.updates), device=master.device)}
+            low = self.config.low_memory
+            step = torch.tensor(float(self.updates), device=None if low else master.device)
+            state = {"step": step}
             for moment in ("exp_avg", "exp_avg_sq"):
-                value = torch.zeros_like(master, requires_grad=False)
-                state[moment] = value.copy_(tensors[moment][name]) if tensors else value
+                value = (
+                    low_memory.zero_moment(self._adam, master, moment)
+                    if low
+                    else torch.zeros_like(master, requires_grad=False)
+                )
+                for key, part in low_memory.stored(name, value).items() if tensors else ():
+                    part.copy_(tensors[moment][key])
+                state[moment] = value
             self._adam.state[master] = state
 
     @torch.no_grad()
@@ -204,6 +222,19 @@ class AdapterOptimizer:
         for name, parameter in self.parameters.items():
             if self.masters[name] is not parameter:
                 parameter.copy_(self.masters[name])
+
+
+def _adam(masters: list[Tensor], config: OptimizerConfig) -> Any:
+    if config.low_memory:
+        return low_memory.make(masters, config)
+    return torch.optim.AdamW(
+        masters,
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
 
 
 def _move_gradient_to(master: Tensor) -> Callable[[Tensor], None]:

@@ -125,7 +125,13 @@ def plan(config: TrainConfig, gpu: str | None = None) -> Plan:
         steps=steps,
         tokens=tokens,
         parameters=parameters,
-        disk_bytes=parameters * (3 * shapes.moment_bytes * copies + shapes.element_bytes),
+        disk_bytes=int(
+            parameters
+            * (
+                copies * (shapes.gradient_bytes + 2 * shapes.moment_bytes)  # masters and moments
+                + shapes.element_bytes
+            )
+        ),
     )
 
 
@@ -191,6 +197,7 @@ def remedies(config: TrainConfig, planned: Plan) -> Iterator[tuple[str, int]]:
             config, "objective", kl_chunk_tokens=max(1, chunk // 4)
         ),
         "optimizer.masters false": _with(config, "optimizer", masters=False),
+        "optimizer.moments 8bit": _with(config, "optimizer", moments="8bit"),
         "optimizer.batch_size 1, with optimizer.accumulation in its stead": _with(
             config, "optimizer", batch_size=1
         ),

@@ -14,6 +14,7 @@ from fastadapt.kernels.transcoder.codes import dense_share
 from fastadapt.pair import DTYPES
 from fastadapt.pretrained import ARCHITECTURES
 from fastadapt.training.config import TrainConfig
+from fastadapt.training.low_memory import MOMENT_BYTES
 
 FP32 = 4  #: bytes
 
@@ -38,7 +39,8 @@ class Shapes:
     adapter_parameters: int  # per layer
     element_bytes: int
     logit_bytes: int
-    moment_bytes: int
+    gradient_bytes: int  # summed
+    moment_bytes: float  # of each of the two
     masters: bool
     dense_kernel: bool  # the reference kernel: nothing is kept, all of [N, F] is recomputed
     ranked: bool  # topk and batch_topk
@@ -75,6 +77,7 @@ class Shapes:
         on_codes = device == "cpu" or dtype != torch.float64
         jump = config.adapter.activation == "jumprelu"
         n = config.optimizer.batch_size * tokens
+        summed = FP32 if low and config.optimizer.masters else wide
         return cls(
             layers=len(layers),
             sequences=config.optimizer.batch_size,
@@ -94,7 +97,8 @@ class Shapes:
             logit_bytes=max(wide, FP32)
             if config.objective.logits_dtype is None or device == "cpu"
             else DTYPES[config.objective.logits_dtype].itemsize,
-            moment_bytes=FP32 if low and config.optimizer.masters else wide,
+            gradient_bytes=summed,
+            moment_bytes=MOMENT_BYTES if config.optimizer.moments == "8bit" else summed,
             masters=low and config.optimizer.masters,
             dense_kernel=implementation == "reference"
             or (implementation == "auto" and not on_codes),

@@ -106,6 +106,11 @@ def _opened(config: TrainConfig, ranks: Ranks, *, resume: bool, overwrite: bool)
 def _check_shares(config: TrainConfig, ranks: Ranks) -> None:
     """Refuse steps that cannot be dealt out evenly, and say how the same step can be."""
     optimizer, n = config.optimizer, ranks.world
+    if n > 1 and optimizer.low_memory:
+        raise UserError(
+            "optimizer.moments 8bit and optimizer.stochastic_rounding are for one process; several "
+            "share masters and moments out already"
+        )
     if optimizer.accumulation % n == 0:
         return
     size = optimizer.batch_size * optimizer.accumulation

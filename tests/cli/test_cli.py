@@ -22,6 +22,7 @@ OPTIONS = re.findall(
 --objective.kl_chunk_tokens --objective.logits_dtype --objective.nmse --objective.sparsity
 --optimizer --optimizer.accumulation --optimizer.batch_size --optimizer.betas --optimizer.clip
 --optimizer.epochs --optimizer.eps --optimizer.lr --optimizer.masters --optimizer.max_steps
+--optimizer.moments --optimizer.stochastic_rounding
 --optimizer.warmup --optimizer.weight_decay
 --overwrite
 --pair --pair.attention --pair.base --pair.base_revision --pair.device --pair.dtype --pair.target

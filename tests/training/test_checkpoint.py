@@ -245,7 +245,7 @@ CALLS = {
     "rename": (os, "rename"),
     "open": (os, "open"),
     "write": (Path, "write_text"),
-    "read": (module, "_digest"),
+    "read": (module, "file_digest"),
     "save_file": (module, "save_file"),
 }
 

@@ -37,7 +37,7 @@ MAY_SPILL = {
     ("mark", "sm_80", "16 bits"): (8, OCCUPANCY),
     ("mark", "sm_90", "16 bits"): (8, OCCUPANCY),
     ("sum_by_token", "sm_80", "odd F"): (24, OCCUPANCY),
-    ("multiply_mark", "sm_80", "odd F"): (120, ODD_ROWS),
+    ("multiply_mark", "sm_80", "odd F"): (128, ODD_ROWS),
     ("multiply_mark", "sm_90", "odd F"): (32, ODD_ROWS),
     ("multiply_mark", "sm_80", "32 bits"): (40, NO_COPIES),
 }
