@@ -32,7 +32,7 @@ def test_the_adapter_in_ten_lines_runs(capsys):
 
 
 def test_the_commands_are_understood(tmp_path):
-    from fastadapt.options import doctor_parser, parse_train
+    from fastadapt.options import doctor_parser, export_parser, parse_train
     from fastadapt.options_data import parse_prepare
 
     values = yaml.safe_load(blocks("yaml")[0])
@@ -40,10 +40,14 @@ def test_the_commands_are_understood(tmp_path):
     seen = 0
     for line in "".join(blocks("bash")).splitlines():
         words = shlex.split(line, comments=True)
-        if words[:2] == ["fastadapt", "train"] and "--help" not in words:
+        if words[:2] == ["fastadapt", "export"]:
+            export_parser().parse_args(words[2:])
+            seen += 1
+        elif words[:2] == ["fastadapt", "train"] and "--help" not in words:
+            words = [w.replace("$sparsity", "3e-4") for w in words]
             argv = [str(tmp_path / w) if w == "mine.yaml" else w for w in words[2:]]
             config, flags = parse_train(argv)
-            assert config.optimizer.lr == (4e-4 if "4e-4" in argv else 8e-4)
+            assert config.optimizer.lr == (4e-4 if "--optimizer.lr" in argv else 8e-4)
             assert flags.resume == ("--resume" in argv)
             seen += 1
         elif words[:3] == ["fastadapt", "data", "prepare"]:
@@ -56,7 +60,7 @@ def test_the_commands_are_understood(tmp_path):
             program = words[1] if words[1] != "-m" else words[2].replace(".", "/") + ".py"
             assert (ROOT / program).is_file()
             seen += 1
-    assert seen == 7
+    assert seen == 11
 
 
 @pytest.mark.parametrize("target", ["train", "test"])
