@@ -79,7 +79,8 @@ def train(argv: list[str]) -> int:
         print(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), end="")
         return 0
     if flags.dry_run:
-        return _print_plan(config, flags.gpu, as_json=flags.json)
+        gpus = 1 if flags.gpus is None else flags.gpus
+        return _print_plan(config, flags.gpu, gpus, as_json=flags.json)
 
     from fastadapt.progress import Progress
     from fastadapt.training.trainer import train as run_training
@@ -121,11 +122,11 @@ def _print_summary(summary: dict[str, Any]) -> None:
     print(f"report:  {Path(summary['report']).resolve()}")
 
 
-def _print_plan(config: Any, gpu: str | None, *, as_json: bool) -> int:
+def _print_plan(config: Any, gpu: str | None, gpus: int, *, as_json: bool) -> int:
     from fastadapt.training.plan import as_json as to_json
     from fastadapt.training.plan import gb, plan, predict, remedies
 
-    planned = plan(config, gpu)
+    planned = plan(config, gpu, gpus)
     if as_json:
         print(json.dumps(to_json(planned, predict(config, planned)), indent=2))
         return 0
@@ -137,7 +138,8 @@ def _print_plan(config: Any, gpu: str | None, *, as_json: bool) -> int:
         f"Peak: {gb(planned.peak_bytes)}, in {planned.peak_phase}, for sequences of up to "
         f"{planned.tokens_per_sequence:,} tokens, with objective.checkpoint {planned.checkpoint}."
     )
-    usable = f"{gb(device.usable_bytes)} of the {gb(device.memory_bytes)} of {device.name}"
+    name = device.name if gpus == 1 else f"each of {gpus} {device.name}"
+    usable = f"{gb(device.usable_bytes)} of the {gb(device.memory_bytes)} of {name}"
     print(f"It {'fits' if planned.fits else 'DOES NOT FIT'} into {usable}.")
     if not planned.fits:
         found = [[name, gb(size)] for name, size in remedies(config, planned)]

@@ -132,11 +132,13 @@ def train_parser() -> Parser:
     for flag, told in TRAIN_FLAGS.items():
         parser.add_argument(flag, action="store_true", default=False, help=told)
     parser.add_argument("--gpu", type=str, default=None, help=PLAN_GPU)
+    parser.add_argument("--gpus", type=int, default=None, help=PLAN_GPUS)
     for name, kind in typing.get_type_hints(TrainConfig).items():
         parser.add_class_arguments(kind, name)
     return parser
 
 
+PLAN_GPUS = "with --dry-run: plan for so many GPUs that share the run"
 PLAN_GPU = "with --dry-run: plan for this GPU (a100, h100, h200) instead of this machine"
 
 TRAIN_FLAGS = {
@@ -167,9 +169,9 @@ def parse_train(argv: Sequence[str]) -> tuple[TrainConfig, Namespace]:
     for flag in TRAIN_FLAGS:
         name = flag.lstrip("-").replace("-", "_")
         flags[name] = bool(typed.get(name))
-    flags.gpu = typed.get("gpu")
-    for name in ("json", "gpu"):
-        if flags[name] and not flags.dry_run:
+    flags.gpu, flags.gpus = typed.get("gpu"), typed.get("gpus")
+    for name in ("json", "gpu", "gpus"):
+        if flags[name] is not None and flags[name] is not False and not flags.dry_run:
             parser.error(f"--{name} goes with --dry-run")
     for component, fields in typed.as_dict().items():
         if isinstance(fields, dict):

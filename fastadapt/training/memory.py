@@ -21,19 +21,26 @@ _CODE_BYTES = 4 + 4 + 8
 
 
 def _weights(s: Shapes) -> dict[str, int]:
-    adapters = s.layers * s.adapter_parameters
+    """A rank's share of the blocks, where several share them, and two blocks that are whole.
+
+    Shares of adapters with masters are the masters.
+    """
+    e, n, adapters = s.element_bytes, s.ranks, s.layers * s.adapter_parameters
+    blocks = s.target_parameters - s.whole_parameters
+    whole_block = (blocks + s.mlp_parameters) // s.layers + s.adapter_parameters
     return {
-        "frozen target": s.target_parameters * s.element_bytes,
-        "frozen base MLPs": s.mlp_parameters * s.element_bytes,
-        "adapters": adapters * s.element_bytes,
-        "fp32 masters": adapters * FP32 if s.masters else 0,
-        "moments": int(2 * adapters * s.moment_bytes),
+        "frozen target": (s.whole_parameters + blocks // n) * e,
+        "frozen base MLPs": s.mlp_parameters // n * e,
+        "adapters": 0 if n > 1 and s.masters else adapters // n * e,
+        "fp32 masters": adapters // n * FP32 if s.masters else 0,
+        "moments": int(2 * adapters // n * s.moment_bytes),
+        "gathered blocks": 2 * whole_block * e if n > 1 else 0,
     }
 
 
 def _gradient(s: Shapes) -> int:
     """Of one layer's adapter, as it is kept until the update."""
-    return s.adapter_parameters * s.gradient_bytes
+    return s.adapter_parameters // s.ranks * s.gradient_bytes
 
 
 # --- what a forward pass keeps for the backward pass ----------------------------------------------

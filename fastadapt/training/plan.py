@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fastadapt.data.sequences import load_sequences
+from fastadapt.errors import UserError
 from fastadapt.organism import resolve
 from fastadapt.pair import DTYPES, check_configs
 from fastadapt.pretrained import load_tokenizer, model_config, shipped_config
@@ -34,7 +35,8 @@ class Plan:
     """What a run needs.
 
     Attributes:
-        device: where it would take place.
+        device: where it would take place; the bytes are those of one.
+        gpus: how many of them share the run.
         checkpoint: the policy of :mod:`fastadapt.recompute`; ``auto`` is resolved.
         parts: bytes by part, each at its own largest.
         phases: bytes alive at the worst moment of each phase of a step.
@@ -48,6 +50,7 @@ class Plan:
     """
 
     device: Device
+    gpus: int
     checkpoint: str
     parts: dict[str, int]
     phases: dict[str, int]
@@ -85,7 +88,7 @@ class Prediction:
 
     Attributes:
         l0: active features per token and layer that it is made for: k, where k is set, else 10.
-        flops_per_step: at the mean length, over all micro-batches.
+        flops_per_step: at the mean length, over all micro-batches, on all GPUs together.
         step_s: seconds of a step, if all of it went at the device's rate of large products.
         hours: of all steps, likewise.
     """
@@ -96,27 +99,36 @@ class Prediction:
     hours: float
 
 
-def plan(config: TrainConfig, gpu: str | None = None) -> Plan:
+def plan(config: TrainConfig, gpu: str | None = None, gpus: int = 1) -> Plan:
     """Plan a run without reading weights; data and tokenizer are looked at where they are small.
 
     Args:
         config: the run's.
         gpu: plan for this one (:data:`fastadapt.training.gpus.DATA_SHEETS`), not for this machine.
+        gpus: so many share the run.
 
     Raises:
-        UserError: a model's configuration cannot be read, or the two are not a pair.
+        UserError: a model's configuration cannot be read, the two are not a pair, or a step's
+            batches cannot be dealt out to so many.
     """
+    accumulation = config.optimizer.accumulation
+    if gpus < 1 or (gpus > 1 and accumulation % gpus):
+        raise UserError(
+            f"--gpus: a step's {accumulation} batches (optimizer.accumulation) are dealt out; "
+            f"expected 1 or a divisor of {accumulation}, got {gpus}"
+        )
     target = _target(config)
     device = planned_device(gpu, device_kind(config, gpu), DTYPES[config.pair.dtype])
     steps, tokens, longest, mean = _look_at_data(config)
     longest = longest or config.data.max_tokens
     mean = mean or round(MEAN_SHARE * longest)
-    config = with_policy(config, target, longest, device)
-    shapes = Shapes.of(config, target, longest, device.kind)
+    config = with_policy(config, target, longest, device, gpus)
+    shapes = Shapes.of(config, target, longest, device.kind, gpus)
     copies = config.run.keep_checkpoints + 1
     parameters = shapes.adapter_parameters * shapes.layers
     return Plan(
         device=device,
+        gpus=gpus,
         checkpoint=config.objective.checkpoint,
         parts=memory.parts(shapes),
         phases=memory.phases(shapes),
@@ -144,7 +156,7 @@ def predict(config: TrainConfig, planned: Plan) -> Prediction:
     l0 = L0 if adapter.k is None else float(adapter.k)
     micro_batch = flops_per_step(setup, target.num_hidden_layers, l0)
     per_step = micro_batch * config.optimizer.accumulation
-    step_s = per_step / planned.device.flops_per_s
+    step_s = per_step / planned.device.flops_per_s / planned.gpus
     return Prediction(l0, per_step, step_s, planned.steps * step_s / 3600)
 
 
@@ -164,19 +176,22 @@ def device_kind(config: TrainConfig, gpu: str | None = None) -> str:
     return "cuda" if gpu is not None or name.startswith("cuda") else "cpu"
 
 
-def with_policy(config: TrainConfig, target: Any, tokens: int, device: Device) -> TrainConfig:
+def with_policy(
+    config: TrainConfig, target: Any, tokens: int, device: Device, ranks: int = 1
+) -> TrainConfig:
     """``config``, its ``objective.checkpoint`` resolved: what is the least work and fits.
 
     Args:
         target: transformers' configuration.
         tokens: of the longest sequence.
+        ranks: that share the run.
         device: where it must fit; where nothing does, the policy of the least memory is taken.
     """
     if config.objective.checkpoint != "auto":
         return config
     for policy in POLICIES:
         chosen = _with(config, "objective", checkpoint=policy)
-        phases = memory.phases(Shapes.of(chosen, target, tokens, device.kind))
+        phases = memory.phases(Shapes.of(chosen, target, tokens, device.kind, ranks))
         if max(phases.values()) <= device.usable_bytes:
             break
     return chosen
@@ -184,10 +199,10 @@ def with_policy(config: TrainConfig, target: Any, tokens: int, device: Device) -
 
 def remedies(config: TrainConfig, planned: Plan) -> Iterator[tuple[str, int]]:
     """Settings that lower the peak, each alone, and the peak with it; the lowest first."""
-    target, kind = _target(config), planned.device.kind
+    target, kind, n = _target(config), planned.device.kind, planned.gpus
 
     def peak(changed: TrainConfig, tokens: int = planned.tokens_per_sequence) -> int:
-        return max(memory.phases(Shapes.of(changed, target, tokens, kind)).values())
+        return max(memory.phases(Shapes.of(changed, target, tokens, kind, n)).values())
 
     config = _with(config, "objective", checkpoint=planned.checkpoint)
     tokens, chunk = planned.tokens_per_sequence, config.objective.kl_chunk_tokens

@@ -34,7 +34,9 @@ class Shapes:
     vocabulary: int
     features: int
     norms: int  # per layer
+    ranks: int  # that share blocks, gradients and moments
     target_parameters: int
+    whole_parameters: int  # of the target, outside its blocks: every rank has all of them
     mlp_parameters: int
     adapter_parameters: int  # per layer
     element_bytes: int
@@ -54,10 +56,13 @@ class Shapes:
     scratch_elements: int  # of the chunked kernels' blocks
 
     @classmethod
-    def of(cls, config: TrainConfig, target: Any, tokens: int, device: str) -> Shapes:
+    def of(
+        cls, config: TrainConfig, target: Any, tokens: int, device: str, ranks: int = 1
+    ) -> Shapes:
         """From the run's configuration, the target's, and the tokens of the longest sequence.
 
-        ``device`` is the kind that the run is planned for, ``cuda`` or ``cpu``.
+        ``device`` is the kind that the run is planned for, ``cuda`` or ``cpu``; ``ranks`` is how
+        many of them share the run.
         """
         from transformers import AutoModelForCausalLM
 
@@ -77,6 +82,7 @@ class Shapes:
         on_codes = device == "cpu" or dtype != torch.float64
         jump = config.adapter.activation == "jumprelu"
         n = config.optimizer.batch_size * tokens
+        everything = sum(p.numel() for p in model.parameters())
         summed = FP32 if low and config.optimizer.masters else wide
         return cls(
             layers=len(layers),
@@ -90,7 +96,9 @@ class Shapes:
             vocabulary=target.vocab_size,
             features=f,
             norms=sum("norm" in name for name, _ in layers[0].named_children()),
-            target_parameters=sum(p.numel() for p in model.parameters()),
+            ranks=ranks,
+            target_parameters=everything,
+            whole_parameters=everything - sum(p.numel() for p in layers.parameters()),
             mlp_parameters=sum(p.numel() for p in mlp.parameters()) * len(layers),
             adapter_parameters=2 * f * d + f + d + (f if jump else 0),
             element_bytes=wide,
@@ -106,7 +114,7 @@ class Shapes:
             windowed=jump,
             eager=attention == "eager",
             checkpoint=config.objective.checkpoint,
-            accumulate=config.optimizer.accumulation > 1,
+            accumulate=config.optimizer.accumulation > ranks,
             chunk=min(config.objective.kl_chunk_tokens, n),
             scratch_elements=2**19 if device == "cpu" else 0,
             on_gpu=device == "cuda",

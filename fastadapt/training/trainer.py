@@ -82,7 +82,7 @@ def train(
         torch.manual_seed(config.run.seed)
         model, feed = _load(config, ranks, device)
         _check_same_data(feed, ranks)
-        run = Run(_with_policy(config, model, feed), folder, started, model, feed, ranks)
+        run = Run(_with_policy(config, model, feed, ranks), folder, started, model, feed, ranks)
         if not resume:
             ranks.lead(lambda: rundir.start_afresh(folder, config))
         run.begin(checkpoint, passed, [*sinks, *more_sinks], resume=resume)
@@ -158,10 +158,13 @@ def _load(
     return model, Feed(config, model.pair.tokenizer, model.device)
 
 
-def _with_policy(config: TrainConfig, model: ReplacementModel, feed: Feed) -> TrainConfig:
+def _with_policy(
+    config: TrainConfig, model: ReplacementModel, feed: Feed, ranks: Ranks
+) -> TrainConfig:
     """``config`` with the checkpointing policy that fits this machine; every policy, same bits."""
     longest = max(feed.train.counts.longest, feed.held_out.counts.longest)
-    return with_policy(config, model.model.config, longest, this_device(model.device.type))
+    device = this_device(model.device.type)
+    return with_policy(config, model.model.config, longest, device, ranks.world)
 
 
 def _find_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[PassedOver]]:

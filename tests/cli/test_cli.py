@@ -17,7 +17,7 @@ OPTIONS = re.findall(
 --data --data.bucket --data.family --data.max_tokens --data.max_validation --data.revision
 --data.train --data.train_on_prompt --data.train_split --data.validation --data.validation_split
 --data.workers
---dry-run --gpu --help --json
+--dry-run --gpu --gpus --help --json
 --objective --objective.bridge --objective.checkpoint --objective.first_cutoff
 --objective.kl_chunk_tokens --objective.logits_dtype --objective.nmse --objective.sparsity
 --optimizer --optimizer.accumulation --optimizer.batch_size --optimizer.betas --optimizer.clip

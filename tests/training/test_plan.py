@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -136,6 +137,24 @@ def test_presets_are_planned_from_shapes_that_are_shipped(preset: str) -> None:
     assert planned.tokens_per_sequence == 10_000
     assert planned.steps == (6250 if preset == "qwq-32b" else 50_000)
     assert planned.fits == (preset != "qwq-32b") == (planned.peak_bytes <= 76e9)
+
+
+def test_what_one_gpu_does_not_hold_eight_do() -> None:
+    config = from_dict(read_yaml(find_config("qwq-32b")))
+    one, two, eight = (plan(config, gpu="h200", gpus=n) for n in (1, 2, 8))
+    assert eight.fits
+    assert not plan(config, gpu="h100", gpus=8).fits
+    without = dataclasses.replace(config.optimizer, masters=False)
+    without_masters = dataclasses.replace(config, optimizer=without)
+    assert plan(without_masters, gpu="h100", gpus=8).fits
+    assert one.peak_bytes > two.peak_bytes > eight.peak_bytes
+    # Of what blocks, moments and masters take one rank has its share.
+    shared = ("frozen base MLPs", "fp32 masters", "moments")
+    for name in shared:
+        assert eight.parts[name] == pytest.approx(one.parts[name] / 8, rel=1e-6)
+    assert eight.parts["frozen target"] > one.parts["frozen target"] / 8
+    with pytest.raises(UserError, match=r"--gpus: .* expected 1 or a divisor of 8, got 3"):
+        plan(config, gpu="h100", gpus=3)
 
 
 def test_a_pair_that_is_none(tiny_config, tmp_path: Path) -> None:
