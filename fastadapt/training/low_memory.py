@@ -6,21 +6,20 @@ torchao compiles its update: the first one takes seconds, on a CPU with a C++ co
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from fastadapt.errors import UserError
 
-if TYPE_CHECKING:
-    from fastadapt.training.optimizer import OptimizerConfig
-
 #: Bytes per element of an 8-bit moment: a code, and its share of a scale per 256 elements.
 MOMENT_BYTES = 1 + 4 / 256
 
 
-def make(parameters: Sequence[Tensor], config: OptimizerConfig) -> Any:
-    """torchao's AdamW as ``config.moments`` and ``config.stochastic_rounding`` ask.
+def make(
+    parameters: Sequence[Tensor], *, eight_bit: bool, stochastic_rounding: bool, **adam: Any
+) -> Any:
+    """torchao's AdamW, with 8-bit moments or of the parameters' precision; ``adam``: as of torch's.
 
     Raises:
         UserError: torchao is not installed.
@@ -32,15 +31,8 @@ def make(parameters: Sequence[Tensor], config: OptimizerConfig) -> Any:
             "optimizer.moments 8bit and optimizer.stochastic_rounding need torchao; install the "
             "extra: pip install 'fastadapt[lowmem]'"
         ) from error
-    kind = optim.AdamW8bit if config.moments == "8bit" else optim._AdamW
-    return kind(
-        list(parameters),
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        bf16_stochastic_round=config.stochastic_rounding,
-    )
+    kind = optim.AdamW8bit if eight_bit else optim._AdamW
+    return kind(list(parameters), bf16_stochastic_round=stochastic_rounding, **adam)
 
 
 def zero_moment(adam: Any, master: Tensor, moment: str) -> Tensor:

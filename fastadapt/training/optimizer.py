@@ -225,15 +225,14 @@ class AdapterOptimizer:
 
 
 def _adam(masters: list[Tensor], config: OptimizerConfig) -> Any:
-    if config.low_memory:
-        return low_memory.make(masters, config)
-    return torch.optim.AdamW(
-        masters,
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        fused=True,
+    adam: dict[str, Any] = {
+        name: getattr(config, name) for name in ("lr", "betas", "eps", "weight_decay")
+    }
+    if not config.low_memory:
+        return torch.optim.AdamW(masters, **adam, fused=True)
+    rounding = config.stochastic_rounding
+    return low_memory.make(
+        masters, eight_bit=config.moments == "8bit", stochastic_rounding=rounding, **adam
     )
 
 
