@@ -74,9 +74,9 @@ class NaiveStep:
 
         with torch.no_grad():
             clean, _ = self._run(self.originals, ids)
-            _, hidden = self._run(self.originals, ids)
+            _, hidden = self._run(self.originals, ids, head=False)
         terms = {"kl": kl(clean, self._run(self.adapted, ids)[0])}
-        _, ours = self._run(self.adapted, ids)
+        _, ours = self._run(self.adapted, ids, head=False)
         terms["sparsity"] = config.sparsity * torch.stack([m.penalty for m in self.adapted]).sum()
         errors = [
             (a - h).to(wide).square().mean() / (h.to(wide).square().mean() + 1e-8)
@@ -91,8 +91,10 @@ class NaiveStep:
         loss = terms["kl"] + config.nmse * terms["nmse"] + terms["sparsity"]
         return {**terms, "loss": loss + config.bridge * bridges}
 
-    def _run(self, mlps: Sequence[nn.Module], ids: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Logits and every block's output, with these MLPs."""
+    def _run(
+        self, mlps: Sequence[nn.Module], ids: Tensor, *, head: bool = True
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Logits, or what the decoder returns, and every block's output, with these MLPs."""
         hidden: list[Tensor] = []
         handles = [
             layer.register_forward_hook(lambda _m, _i, out: hidden.append(out))
@@ -101,7 +103,8 @@ class NaiveStep:
         try:
             for layer, mlp in zip(self.layers, mlps, strict=True):
                 setattr(layer, self.paths.mlp, mlp)
-            logits = self.target(input_ids=ids, use_cache=False).logits
+            model = self.target if head else getattr(self.target, self.paths.decoder)
+            logits = model(input_ids=ids, use_cache=False)[0]
         finally:
             for handle in handles:
                 handle.remove()

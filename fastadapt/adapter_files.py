@@ -11,16 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastadapt.adapter import AdapterConfig, TranscoderAdapter
 from fastadapt.errors import UserError
+from fastadapt.files import save_tensors
 
 SCHEMA_VERSION = 1
-
-
-def _tensors(adapter: TranscoderAdapter) -> dict[str, Tensor]:
-    return {name: t.detach().contiguous() for name, t in adapter.state_dict().items()}
 
 
 def save_adapters(
@@ -41,8 +38,6 @@ def save_adapters(
         folder: made if it is not there.
         metadata: JSON-serialisable.
     """
-    from safetensors.torch import save_file
-
     path = Path(folder)
     first: TranscoderAdapter | None = None
     n_layers = 0
@@ -54,7 +49,7 @@ def save_adapters(
             (path / "fastadapt.json").unlink(missing_ok=True)
         if (adapter.config, adapter.d_in, adapter.d_out) != (first.config, first.d_in, first.d_out):
             raise UserError(f"layer {n_layers} differs from layer 0 in configuration or width")
-        save_file(_tensors(adapter), path / f"layer_{n_layers}.safetensors")
+        save_tensors(adapter.state_dict(), path / f"layer_{n_layers}.safetensors")
         n_layers += 1
     if first is None:
         raise UserError("there is no adapter to save")

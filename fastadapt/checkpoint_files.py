@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastadapt.adapter import TranscoderAdapter
 from fastadapt.errors import RunError, UserError
+from fastadapt.files import save_tensors
 from fastadapt.pretrained import ARCHITECTURES, Paths, fetch, model_config, reading, tensor_files
 
 #: Reads one tensor.
@@ -161,9 +162,7 @@ def as_json(values: Mapping[str, Any]) -> str:
 
 
 def _save(held: Mapping[str, Tensor], file: Path) -> None:
-    from safetensors.torch import save_file
-
-    save_file({name: t.contiguous() for name, t in held.items()}, file, metadata={"format": "pt"})
+    save_tensors(held, file, {"format": "pt"})
 
 
 def _write_as_indexed(folder: Path, tensors: Mapping[str, Lazy], index: str) -> None:

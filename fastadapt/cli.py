@@ -128,7 +128,7 @@ def _print_plan(config: Any, gpu: str | None, gpus: int, *, as_json: bool) -> in
 
     planned = plan(config, gpu, gpus)
     if as_json:
-        print(json.dumps(to_json(planned, predict(config, planned)), indent=2))
+        print(json.dumps(to_json(config, planned), indent=2))
         return 0
     device = planned.device
     for title, sizes in (("memory, by part", planned.parts), ("by phase", planned.phases)):

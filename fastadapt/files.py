@@ -7,9 +7,11 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+from torch import Tensor
 
 _READ_BYTES = 1 << 22
 
@@ -58,6 +60,18 @@ def digest(path: Path) -> tuple[int, str]:
             sha256.update(block)
             size += len(block)
     return size, sha256.hexdigest()
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """A safetensors file with the permissions of any new file; the library's own are 0600."""
+    from safetensors.torch import save_file
+
+    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path, metadata)
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 @contextmanager

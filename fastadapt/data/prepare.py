@@ -72,8 +72,6 @@ def prepare(
 
     tell = sink or (lambda _: None)
     with outdir.open_output(config.output, resume=resume, overwrite=overwrite) as folder:
-        tokenizer = load_tokenizer(config.tokenizer, None, trust=False)
-        check_markers(tokenizer, config.family)
         stream = Stream(
             config.source,
             split=config.split,
@@ -81,6 +79,8 @@ def prepare(
             required=REQUIRED,
             optional=CARRIED,
         )
+        tokenizer = load_tokenizer(config.tokenizer, None, trust=False)
+        check_markers(tokenizer, config.family)
         settings = _settings(config, stream, tokenizer)
         if resume:
             outdir.check_same(folder, settings)

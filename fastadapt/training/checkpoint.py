@@ -23,11 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from fastadapt.errors import RunError
 from fastadapt.files import digest as file_digest
-from fastadapt.files import sync_file, sync_folder
+from fastadapt.files import save_tensors, sync_file, sync_folder
 from fastadapt.ranks import ALONE, Ranks
 from fastadapt.training import tensor_files
 from fastadapt.training.tensor_files import Checkpoint
@@ -212,8 +211,7 @@ def _write_set(
 ) -> None:
     for group, members in tensors.items():
         called = tensor_files.named({group: members})
-        dense = {name: tensor.detach().contiguous() for name, tensor in called.items()}
-        save_file(dense, staged / f"{group}.safetensors")
+        save_tensors(called, staged / f"{group}.safetensors")
     (staged / SCALARS).write_text(json.dumps(dict(scalars), allow_nan=False, sort_keys=True))
     files = {}
     for path in sorted(staged.iterdir()):

@@ -63,7 +63,7 @@ def planned_device(gpu: str | None, kind: str, dtype: torch.dtype) -> Device:
     """
     if gpu is None and (kind == "cpu" or torch.cuda.is_available()):
         return this_device(kind, measured_rate(kind, dtype))
-    name = gpu or "h100"
+    name = (gpu or "h100").lower()
     if name not in DATA_SHEETS:
         raise UserError(f"--gpu: expected one of {', '.join(DATA_SHEETS)}, got {name!r}")
     title, memory, rate = DATA_SHEETS[name]

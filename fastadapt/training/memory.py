@@ -107,8 +107,8 @@ def _block_activations(s: Shapes, rows: int, adapted: bool) -> int:
     attention = (2 * s.query + 2 * s.key) * e + s.heads * FP32
     if s.sequences > 1:
         attention += 2 * s.query * e
-    if s.eager:
-        attention += s.heads * (s.tokens // s.sequences) * (2 * e + FP32)
+    if s.eager:  # the softmax, in fp32 and rounded; the capped scores
+        attention += s.heads * (s.tokens // s.sequences) * (e + FP32 + e * s.capped)
     return rows * s.tokens * (norms + attention + adapted * s.width * e + 3 * s.inner * e)
 
 
@@ -130,6 +130,8 @@ def _forward_scratch(s: Shapes, rows: int, dense: bool) -> int:
         flags = e + 1 + (4 if s.ranked else 0)  # z, a bit per entry in words, digits of a rank
     adapter = s.features * flags
     per_token = max(3 * s.inner * e, adapter)
+    if s.eager:  # scores, masked scores, and their softmax in fp32 and rounded
+        per_token = max(per_token, s.heads * (s.tokens // s.sequences) * (3 * e + FP32))
     streams = 2 * s.width * max(e, FP32)
     return rows * s.tokens * (per_token + streams) + _adapter_activations(s, rows)
 
@@ -156,7 +158,7 @@ def _backward_scratch(s: Shapes, rows: int, dense: bool) -> int:
     mlp = 3 * n * s.inner * e
     attention = 4 * n * s.query * e + 4 * n * s.width * max(e, FP32)
     if s.eager:
-        attention += 2 * n * s.heads * (s.tokens // s.sequences) * FP32
+        attention += n * s.heads * (s.tokens // s.sequences) * FP32
     return max(_op_scratch(s, rows, dense), mlp, attention)
 
 

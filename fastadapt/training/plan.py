@@ -160,11 +160,13 @@ def predict(config: TrainConfig, planned: Plan) -> Prediction:
     return Prediction(l0, per_step, step_s, planned.steps * step_s / 3600)
 
 
-def as_json(planned: Plan, predicted: Prediction) -> dict[str, Any]:
-    """Both, as JSON values."""
+def as_json(config: TrainConfig, planned: Plan) -> dict[str, Any]:
+    """The plan, its prediction, and what would lower the peak where it does not fit."""
+    predicted = predict(config, planned)
     first = {"peak_bytes": planned.peak_bytes, "fits": planned.fits}
     values = {**first, **dataclasses.asdict(planned), **dataclasses.asdict(predicted)}
     values["device"]["usable_bytes"] = planned.device.usable_bytes
+    values["remedies"] = {} if planned.fits else dict(remedies(config, planned))
     return values
 
 

@@ -48,6 +48,7 @@ class Shapes:
     ranked: bool  # topk and batch_topk
     windowed: bool  # jumprelu
     eager: bool  # attention makes [T, T]
+    capped: bool  # and caps its scores
     checkpoint: str  # of fastadapt.recompute
     on_gpu: bool
     codes_per_token: float  # the most that are kept as codes
@@ -113,6 +114,7 @@ class Shapes:
             ranked=config.adapter.activation in ("topk", "batch_topk"),
             windowed=jump,
             eager=attention == "eager",
+            capped=getattr(target, "attn_logit_softcapping", None) is not None,
             checkpoint=config.objective.checkpoint,
             accumulate=config.optimizer.accumulation > ranks,
             chunk=min(config.objective.kl_chunk_tokens, n),

@@ -246,7 +246,7 @@ CALLS = {
     "open": (os, "open"),
     "write": (Path, "write_text"),
     "read": (module, "file_digest"),
-    "save_file": (module, "save_file"),
+    "save_tensors": (module, "save_tensors"),
 }
 
 
@@ -273,7 +273,7 @@ def test_a_failing_system_call_leaves_the_last_set_intact(tmp_path, call: str, c
     failed = 0
     for nth in range(1, 100):
         step, error = nth + 1, OSError(code, os.strerror(code))
-        if call == "save_file":
+        if call == "save_tensors":
             error = SafetensorError(f"I/O error: {os.strerror(code)} (os error {code})")
         before = list_checkpoints(tmp_path)
         with pytest.MonkeyPatch.context() as patch:

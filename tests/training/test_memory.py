@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 from live_bytes import LiveBytes
-from transformers import Qwen2Config
+from transformers import Gemma2Config, Qwen2Config
 
 from fastadapt.batch import Batch
 from fastadapt.models import ReplacementModel
@@ -20,10 +21,31 @@ from fastadapt.training.work import Setup, fake_pair
 LAYERS, TOKENS = 10, 10_000
 
 
-def run_config(policy: str) -> TrainConfig:
+QWEN = Qwen2Config(
+    hidden_size=3584,
+    intermediate_size=18_944,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=28,
+    num_key_value_heads=4,
+    vocab_size=152_064,
+    tie_word_embeddings=False,
+)
+GEMMA = Gemma2Config(
+    hidden_size=2304,
+    intermediate_size=9216,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=256,
+    vocab_size=256_000,
+)
+
+
+def run_config(policy: str, attention: str = "auto") -> TrainConfig:
+    pair = {"target": "target", "base": "base", "dtype": "bfloat16", "attention": attention}
     return from_dict(
         {
-            "pair": {"target": "target", "base": "base", "dtype": "bfloat16"},
+            "pair": pair,
             "adapter": {"n_features": 8192},
             "objective": {"checkpoint": policy},
             "data": {"train": "train.jsonl", "validation": "validation.jsonl"},
@@ -48,23 +70,56 @@ def test_the_tracker_counts_what_lives() -> None:
 def test_the_plan_is_what_lives(
     policy: str, dense: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """At the 7B pair's width, 10,000 tokens. What ops allocate within themselves is not seen."""
+    """At the 7B pair's width, 10,000 tokens: at most 5% above, beside what ops make for themselves.
+
+    That, in logits and in the adapter's backward pass, is not seen here.
+    """
     config = run_config(policy)
-    model_config = Qwen2Config(
-        hidden_size=3584,
-        intermediate_size=18_944,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        vocab_size=152_064,
-        tie_word_embeddings=False,
-    )
-    shapes = Shapes.of(config, model_config, TOKENS, "cuda")
-    setup = Setup(model_config, config.pair, config.adapter, config.objective, 1, TOKENS)
+    shapes = Shapes.of(config, QWEN, TOKENS, "cuda")
+    seen = forward, backward = lives(config, QWEN, shapes, TOKENS, dense)
+    fixed = memory._weights(shapes)
+    phases = memory._phases(shapes, dense)
+    planned_forward = max(phases["forward"], phases["head"]) - fixed["moments"]
+    planned_backward = max(phases["backward"], phases["head, backward"]) - fixed["moments"]
+    told = [f"{n / 1e9:.2f}" for n in (*seen, planned_forward, planned_backward)]
+    with capsys.disabled():
+        print(
+            f" {policy}: forward {told[0]} of {told[2]} GB planned, "
+            f"backward {told[1]} of {told[3]} "
+        )
+    assert forward <= planned_forward <= 1.05 * forward + memory._logits(shapes)
+    assert backward <= planned_backward <= 1.05 * backward + memory._op_scratch(shapes, 2, dense)
+
+
+@pytest.mark.parametrize("policy", ["none", "full"])
+@pytest.mark.parametrize(
+    ("model", "tokens"), [(GEMMA, 4000), (QWEN, 3000)], ids=["gemma2", "qwen2"]
+)
+def test_attention_that_makes_all_scores_is_planned(model, tokens: int, policy: str) -> None:
+    """Within a tenth: what libraries make of the scores on the way is not theirs to promise."""
+    config = run_config(policy, attention="eager")
+    shapes = Shapes.of(config, model, tokens, "cuda")
+    for live, planned in zip(
+        lives(config, model, shapes, tokens, False),
+        (
+            max(memory._phases(shapes, False)[name] for name in names)
+            for names in (("forward", "head"), ("backward", "head, backward"))
+        ),
+        strict=True,
+    ):
+        live += memory._weights(shapes)["moments"]
+        assert 0.95 * live <= planned <= 1.1 * live + memory._logits(shapes)
+
+
+def lives(
+    config: TrainConfig, model_config: Any, shapes: Shapes, tokens: int, dense: bool
+) -> tuple[int, int]:
+    """The most bytes alive in a step's forward and in its backward pass, without moments."""
+    setup = Setup(model_config, config.pair, config.adapter, config.objective, 1, tokens)
     codes = 8192.0 if dense else shapes.codes_per_token * 0.999
     with fake_pair(setup, LAYERS) as pair:
         model = ReplacementModel.create(pair, config.adapter)
-        ids = torch.zeros(1, TOKENS, dtype=torch.int64)
+        ids = torch.zeros(1, tokens, dtype=torch.int64)
         with LiveBytes() as live:
             for parameter in model.parameters():
                 live.see(parameter.data)
@@ -78,17 +133,7 @@ def test_the_plan_is_what_lives(
     counts = LAYERS * 8192 * 8  # of features, in the step's statistics
     gradients = LAYERS * memory._gradient(shapes) + counts
     assert after - weights == pytest.approx(gradients, rel=1e-4)
-    phases = memory._phases(shapes, dense)
-    planned_forward = max(phases["forward"], phases["head"]) - fixed["moments"]
-    planned_backward = max(phases["backward"], phases["head, backward"]) - fixed["moments"]
-    unseen = memory._op_scratch(shapes, 2, dense)
-    with capsys.disabled():
-        print(
-            f" {policy}: forward {forward / 1e9:.2f} of {planned_forward / 1e9:.2f} GB planned, "
-            f"backward {backward / 1e9:.2f} of {planned_backward / 1e9:.2f} "
-        )
-    assert forward <= planned_forward <= 1.05 * forward + memory._logits(shapes)
-    assert backward <= planned_backward <= 1.05 * backward + unseen
+    return forward, backward
 
 
 def test_codes_are_the_smaller_the_sparser() -> None:

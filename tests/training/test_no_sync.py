@@ -1,7 +1,8 @@
-"""Between its batches and its one report, a step reads nothing from the device."""
+"""Beside its one report a step reads nothing from the device."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from fastadapt.objective import objective
 from fastadapt.training import trainer
 from fastadapt.training.loop import Run
 from fastadapt.training.metrics import StepGatherer
+from fastadapt.training.rundir import MetricsLog
 
 # Of masked lanes, in interpreted kernels.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning:triton")
@@ -42,7 +44,7 @@ class NoReads(TorchDispatchMode):
     """Raises where the host would wait for the device; on a GPU torch watches all copies too."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.name() in READS:
+        if self.watching and func.name() in READS:
             raise AssertionError(f"{func.name()} reads from the device")
         return func(*args, **(kwargs or {}))
 
@@ -50,18 +52,26 @@ class NoReads(TorchDispatchMode):
         def refuse(*_: object) -> None:
             raise AssertionError("a method reads from the device")
 
-        self.patch = pytest.MonkeyPatch()
-        for name in METHODS:
-            self.patch.setattr(torch.Tensor, name, refuse)
-        if torch.cuda.is_available():
-            torch.cuda.set_sync_debug_mode("error")
+        self.refuse = refuse
+        self.watch()
         return super().__enter__()
 
     def __exit__(self, *told):
+        self.lift()
+        return super().__exit__(*told)
+
+    def watch(self) -> None:
+        self.watching, self.patch = True, pytest.MonkeyPatch()
+        for name in METHODS:
+            self.patch.setattr(torch.Tensor, name, self.refuse)
+        if torch.cuda.is_available():
+            torch.cuda.set_sync_debug_mode("error")
+
+    def lift(self) -> None:
+        self.watching = False
         self.patch.undo()
         if torch.cuda.is_available():
             torch.cuda.set_sync_debug_mode("default")
-        return super().__exit__(*told)
 
 
 @pytest.fixture
@@ -83,22 +93,41 @@ def run(tiny_config: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(("policy", "codes"), [("attention", 2.0), ("full", 32.0)])
-def test_a_step_reads_nothing(run: Run, policy: str, codes: float) -> None:
-    weights = run.config.objective.__class__(checkpoint=policy)
-    expected = [codes] * run.model.n_layers
-    batches = [run.feed.batch(run.feed.train, ids) for ids in run.feed.micro_batches(0)]
-    gathered = StepGatherer()
-    with NoReads():
-        for batch, tokens in batches:
-            assert batch.attention_mask is None
-            out = objective(run.model, batch, 1, weights, expected)
-            (out.loss * 0.5).backward()
-            gathered.add(out, 0.5, tokens)
-    gathered.combine(len(batches))  # with what the host knows of each batch
-    with NoReads():
-        norm = run.optimizer.gradient_norm()
-        run.dead.update(gathered.fired(), gathered.tokens, gathered.valid(norm))
-        run.optimizer.step(1e-3, norm)
+def test_a_step_reads_its_report_and_nothing_else(
+    run: Run, policy: str, codes: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop's own step. Its report is one copy, read before the update that depends on it."""
+    changed = dataclasses.replace(run.config.objective, checkpoint=policy)
+    run.config = dataclasses.replace(run.config, objective=changed)
+    run.log = MetricsLog(run.folder / "metrics.jsonl")
+    run.planner.expected = [codes] * run.model.n_layers
+    guard = NoReads()
+    read: list[str] = []
+
+    def unguarded(name: str) -> None:
+        method = getattr(StepGatherer, name)
+
+        def call(*args):
+            guard.lift()
+            try:
+                return method(*args)
+            finally:
+                read.append(name)
+                guard.watch()
+
+        monkeypatch.setattr(StepGatherer, name, call)
+
+    unguarded("report")  # the one copy
+    unguarded("combine")  # of what the host knows: tokens, lengths of buffers
+    before = [p.detach().clone() for p in run.model.adapters.parameters()]
+    with guard, run.log:
+        run.advance()
+    assert read == ["combine", "report"]
+    assert run.step == 1
+    moved = [
+        not torch.equal(a, b) for a, b in zip(before, run.model.adapters.parameters(), strict=True)
+    ]
+    assert any(moved)
 
 
 def test_a_read_is_seen() -> None:

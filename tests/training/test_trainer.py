@@ -356,15 +356,15 @@ def test_another_thread_has_the_event_alone(tiny_config, tmp_path: Path) -> None
 def test_a_full_disk_ends_the_run_with_the_last_checkpoint_intact(
     tiny_config, tmp_path: Path, monkeypatch
 ) -> None:
-    real, calls = checkpoint_module.save_file, iter(range(1000))
+    real, calls = checkpoint_module.save_tensors, iter(range(1000))
 
-    def save_file(*args: object) -> None:
+    def save_tensors(*args: object) -> None:
         if next(calls) >= 7:  # five files make a set
             raise OSError(28, "No space left on device")
         real(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint_module, "save_file", save_file)
+        patch.setattr(checkpoint_module, "save_tensors", save_tensors)
         with pytest.raises(RunError, match=r"step 6.*No space left.*step 3 is intact.*MiB are fr"):
             train(tiny_config())
     assert train(tiny_config(), resume=True)["steps"] == 12
