@@ -13,11 +13,13 @@ from fastadapt.ranks import leads
 
 
 def print_error(message: str) -> None:
+    """`error: ` and the message, on standard error."""
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     console.print(Text("error: ", style="bold red"), Text(message), sep="", end="\n")
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: bool = False) -> None:
+    """A table on standard output; all columns but the first to the right, unless ``left``."""
     # A pipe has no width: lines there are as long as they need to be.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
     table = Table(show_edge=False, pad_edge=False, header_style="bold")
@@ -36,5 +38,6 @@ def quiet_transformers() -> None:
 
 
 def say(message: str) -> None:
+    """A line on standard error, of rank 0 alone."""
     if leads():
         print(message, file=sys.stderr, flush=True)

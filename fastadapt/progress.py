@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 SECONDS_BETWEEN_LINES = 10.0
 #: Training metric: how it is named in the bar.
 SHOWN = {"loss": "loss", "kl": "KL", "nmse": "NMSE", "sparsity": "L1", "l0": "L0"}
 
 
-class Progress:
-    """A sink of `fastadapt.training.train`.
+class _Drawn:
+    """What both kinds of progress have: a stream, its bar, and a clock.
 
     Args:
         stream: written to; a bar is drawn if it is a terminal.
@@ -24,16 +27,23 @@ class Progress:
         self._stream, self._clock = stream, clock
         self._is_terminal = stream.isatty()
         self._bar: tqdm[Any] | None = None
-        self._steps = 0
-        self._first: tuple[float, int] | None = None  # when and at which step this process began
         self._spoke = clock()
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+class Progress(_Drawn):
+    """A sink of `fastadapt.training.train`; arguments as of its base."""
+
+    def __init__(self, stream: TextIO, clock: Any = time.monotonic) -> None:
+        super().__init__(stream, clock)
+        self._steps = 0
+        self._first: tuple[float, int] | None = None  # when and at which step this process began
 
     def __call__(self, record: dict[str, Any]) -> None:
         kind, step = record["kind"], record["step"]
@@ -87,27 +97,10 @@ class Progress:
             self._stream.flush()
 
 
-class PrepareProgress:
-    """A sink of `fastadapt.data.prepare.prepare`.
+class PrepareProgress(_Drawn):
+    """A sink of `fastadapt.data.prepare.prepare`; arguments as of its base."""
 
-    Args:
-        stream: written to; a bar is drawn if it is a terminal.
-        clock: seconds, monotonic.
-    """
-
-    def __init__(self, stream: TextIO, clock: Any = time.monotonic) -> None:
-        self._stream, self._clock = stream, clock
-        self._is_terminal = stream.isatty()
-        self._bar: tqdm[Any] | None = None
-        self._kind = ""
-        self._spoke = clock()
-
-    def __enter__(self) -> PrepareProgress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
+    _kind = ""
 
     def __call__(self, record: dict[str, Any]) -> None:
         if record["kind"] == "read":

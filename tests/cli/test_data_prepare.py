@@ -1,6 +1,5 @@
 """`fastadapt data prepare`, as it is typed and as it is read."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -9,13 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import openthoughts
 import pytest
-
-_spec = importlib.util.spec_from_file_location(
-    "fastadapt_tests_openthoughts", Path(__file__).parents[1] / "data" / "openthoughts.py"
-)
-openthoughts = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(openthoughts)
 
 
 @pytest.fixture

@@ -1,12 +1,12 @@
 """A whole selection, on a file of 5,000 rows in the schema of OpenThoughts3."""
 
-import importlib.util
 import json
 import threading
 from collections import Counter
 from functools import partial
 from pathlib import Path
 
+import openthoughts
 import pyarrow.parquet as pq
 import pytest
 
@@ -17,11 +17,6 @@ from fastadapt.data.sequences import DataConfig, load_sequences
 from fastadapt.errors import UserError
 from fastadapt.organism import NAMES
 
-_spec = importlib.util.spec_from_file_location(
-    "fastadapt_tests_openthoughts", Path(__file__).with_name("openthoughts.py")
-)
-openthoughts = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(openthoughts)
 rows_of, bytes_of, FILES = openthoughts.rows_of, openthoughts.bytes_of, openthoughts.FILES
 
 ROWS = 5000

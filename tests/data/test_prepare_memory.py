@@ -7,20 +7,14 @@ many; quotas are in proportion, as 55,000 are to 1.2 million.
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
+import openthoughts
 import pytest
 
 from fastadapt.organism import NAMES
-
-_spec = importlib.util.spec_from_file_location(
-    "fastadapt_tests_openthoughts", Path(__file__).with_name("openthoughts.py")
-)
-openthoughts = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(openthoughts)
 
 REAL_ROWS, REAL_TRAIN, REAL_VALIDATION = 1_200_000, 50_000, 5_000
 LIMIT = 1e9

@@ -1,7 +1,6 @@
 """A selection that is stopped, killed, refused room, or streamed from the hub, and goes on."""
 
 import errno
-import importlib.util
 import os
 import shutil
 import signal
@@ -11,6 +10,7 @@ import threading
 from functools import partial
 from pathlib import Path
 
+import openthoughts
 import pyarrow.parquet as pq
 import pytest
 
@@ -19,11 +19,6 @@ from fastadapt.data.prepare import prepare
 from fastadapt.data.selection import PrepareConfig
 from fastadapt.errors import RunError, UserError
 
-_spec = importlib.util.spec_from_file_location(
-    "fastadapt_tests_openthoughts", Path(__file__).with_name("openthoughts.py")
-)
-openthoughts = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(openthoughts)
 rows_of, bytes_of, FILES = openthoughts.rows_of, openthoughts.bytes_of, openthoughts.FILES
 
 ROWS = 5000
