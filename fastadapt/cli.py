@@ -150,6 +150,9 @@ def _print_plan(config: Any, gpu: str | None, gpus: int, *, as_json: bool) -> in
         f"{planned.parameters:,} trained parameters; checkpoints and adapters: "
         f"{gb(planned.disk_bytes)} of disk."
     )
+    if planned.host_bytes:
+        copied = gb(2 * planned.host_bytes * config.optimizer.accumulation)
+        print(f"Host memory: {gb(planned.host_bytes)}, of which a step copies {copied} to the GPU.")
     predicted = predict(config, planned)
     print(
         f"Prediction: {predicted.flops_per_step / 1e12:,.4g} TFLOP a step at L0 {predicted.l0:g} "

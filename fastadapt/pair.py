@@ -36,6 +36,8 @@ class PairConfig:
         attention: ``auto``, or transformers' name of an attention implementation.
         device: ``auto`` (a GPU where there is one), or torch's name of a device.
         trust_remote_code: run model code that a hub repository ships.
+        offload: while training, keep the frozen weights of the blocks in host memory and copy each
+            block to the GPU when it is its turn: less memory, more time.
     """
 
     target: str
@@ -46,6 +48,7 @@ class PairConfig:
     attention: str = "auto"
     device: str = "auto"
     trust_remote_code: bool = False
+    offload: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:

@@ -38,7 +38,7 @@ FREE_ON_RESUME = frozenset(
         "run.sinks",
         "objective.checkpoint",
     )
-) | {"data.workers"}
+) | {"data.workers", "pair.offload"}
 
 SinkName = Literal["tensorboard", "wandb", "trackio"]
 

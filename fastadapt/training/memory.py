@@ -23,19 +23,31 @@ _CODE_BYTES = 4 + 4 + 8
 def _weights(s: Shapes) -> dict[str, int]:
     """A rank's share of the blocks, where several share them, and two blocks that are whole.
 
-    Shares of adapters with masters are the masters.
+    Shares of adapters with masters are the masters. Blocks whose frozen weights are in host memory
+    (:mod:`fastadapt.training.offload`) are gathered likewise, without their adapters, and the copy
+    from the host is alive beside what is gathered from it.
     """
     e, n, adapters = s.element_bytes, s.ranks, s.layers * s.adapter_parameters
     blocks = s.target_parameters - s.whole_parameters
-    whole_block = (blocks + s.mlp_parameters) // s.layers + s.adapter_parameters
+    frozen_block = (blocks + s.mlp_parameters) // s.layers
+    gathered = 4 * frozen_block * s.offload
+    if n > 1:
+        gathered = 2 * (frozen_block + s.adapter_parameters)
+    here = 0 if s.offload else 1 / n
     return {
-        "frozen target": (s.whole_parameters + blocks // n) * e,
-        "frozen base MLPs": s.mlp_parameters // n * e,
+        "frozen target": (s.whole_parameters + int(blocks * here)) * e,
+        "frozen base MLPs": int(s.mlp_parameters * here) * e,
         "adapters": 0 if n > 1 and s.masters else adapters // n * e,
         "fp32 masters": adapters // n * FP32 if s.masters else 0,
         "moments": int(2 * adapters // n * s.moment_bytes),
-        "gathered blocks": 2 * whole_block * e if n > 1 else 0,
+        "gathered blocks": gathered * e,
     }
+
+
+def host_bytes(s: Shapes) -> int:
+    """Of frozen weights in host memory."""
+    blocks = s.target_parameters - s.whole_parameters + s.mlp_parameters
+    return blocks * s.element_bytes * s.offload
 
 
 def _gradient(s: Shapes) -> int:

@@ -46,6 +46,7 @@ class Plan:
         steps: optimiser steps; those of the method's data where the data are not at hand.
         tokens: training tokens over all epochs, or None where the data are not at hand.
         parameters: trained ones.
+        host_bytes: of frozen weights in host memory (``pair.offload``).
         disk_bytes: of the checkpoints that are kept, the one being written, and the adapters.
     """
 
@@ -59,6 +60,7 @@ class Plan:
     steps: int
     tokens: int | None
     parameters: int
+    host_bytes: int
     disk_bytes: int
 
     @property
@@ -117,6 +119,8 @@ def plan(config: TrainConfig, gpu: str | None = None, gpus: int = 1) -> Plan:
             f"--gpus: a step's {accumulation} batches (optimizer.accumulation) are dealt out; "
             f"expected 1 or a divisor of {accumulation}, got {gpus}"
         )
+    if gpus > 1 and config.pair.offload:
+        raise UserError("pair.offload is for one GPU; several share the frozen weights out already")
     target = _target(config)
     device = planned_device(gpu, device_kind(config, gpu), DTYPES[config.pair.dtype])
     steps, tokens, longest, mean = _look_at_data(config)
@@ -137,6 +141,7 @@ def plan(config: TrainConfig, gpu: str | None = None, gpus: int = 1) -> Plan:
         steps=steps,
         tokens=tokens,
         parameters=parameters,
+        host_bytes=memory.host_bytes(shapes),
         disk_bytes=int(
             parameters
             * (
@@ -223,6 +228,8 @@ def remedies(config: TrainConfig, planned: Plan) -> Iterator[tuple[str, int]]:
         ),
         "pair.dtype bfloat16": _with(config, "pair", dtype="bfloat16"),
     }
+    if n == 1:
+        tried["pair.offload true"] = _with(config, "pair", offload=True)
     found = {name: peak(changed) for name, changed in tried.items()}
     found[f"data.max_tokens {tokens // 2}"] = peak(config, tokens // 2)
     for name, size in sorted(found.items(), key=lambda item: item[1]):

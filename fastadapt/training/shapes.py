@@ -35,6 +35,7 @@ class Shapes:
     features: int
     norms: int  # per layer
     ranks: int  # that share blocks, gradients and moments
+    offload: bool  # frozen weights of the blocks are in host memory
     target_parameters: int
     whole_parameters: int  # of the target, outside its blocks: every rank has all of them
     mlp_parameters: int
@@ -98,6 +99,7 @@ class Shapes:
             features=f,
             norms=sum("norm" in name for name, _ in layers[0].named_children()),
             ranks=ranks,
+            offload=config.pair.offload,
             target_parameters=everything,
             whole_parameters=everything - sum(p.numel() for p in layers.parameters()),
             mlp_parameters=sum(p.numel() for p in mlp.parameters()) * len(layers),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 from threading import Event
 
@@ -27,6 +27,7 @@ from fastadapt.training.interrupt import (
     stop_on_signals,
 )
 from fastadapt.training.loop import Run
+from fastadapt.training.offload import group_of_one, offload
 from fastadapt.training.plan import with_policy
 from fastadapt.training.rundir import Record, Sink
 from fastadapt.training.sharding import shard
@@ -71,6 +72,7 @@ def train(
         torch.set_num_threads(config.run.threads)
     with (
         joined(device, config.run.rank_timeout) as ranks,
+        group_of_one(device, ranks) if config.pair.offload else nullcontext(),
         stop_on_signals(stop) as (stopping, caught),
         _opened(config, ranks, resume=resume, overwrite=overwrite) as folder,
         open_sinks(config, folder) as more_sinks,
@@ -140,15 +142,17 @@ def _load(
     """Models with fresh adapters, and the data in the pair's tokens."""
     source = config.pair
     source = dataclasses.replace(source, target=resolve(source.target), base=resolve(source.base))
-    if ranks.world == 1:
-        pair = ModelPair.load(source)
-        model = ReplacementModel.create(pair, config.adapter, seed=config.run.seed)
-        return model, Feed(config, pair.tokenizer, model.device)
-    assert device is not None
 
-    def load(into: str) -> ReplacementModel:
-        pair = ModelPair.load(source, into=torch.device(into))
+    def load(into: str | None) -> ReplacementModel:
+        pair = ModelPair.load(source, into=None if into is None else torch.device(into))
         return ReplacementModel.create(pair, config.adapter, seed=config.run.seed, runs_on=device)
+
+    if ranks.world == 1:
+        model = load("cpu" if source.offload else None)
+        if source.offload:
+            offload(model, device or choose_device(source.device))
+        return model, Feed(config, model.pair.tokenizer, model.device)
+    assert device is not None
 
     # Weights are read once, and what is wrong with them is everyone's error.
     held: list[ReplacementModel] = []

@@ -25,7 +25,8 @@ OPTIONS = re.findall(
 --optimizer.moments --optimizer.stochastic_rounding
 --optimizer.warmup --optimizer.weight_decay
 --overwrite
---pair --pair.attention --pair.base --pair.base_revision --pair.device --pair.dtype --pair.target
+--pair --pair.attention --pair.base --pair.base_revision --pair.device --pair.dtype --pair.offload
+--pair.target
 --pair.target_revision --pair.trust_remote_code
 --print_config --resume
 --run --run.checkpoint_every --run.dead_window --run.eval_every --run.keep_checkpoints

@@ -1,0 +1,121 @@
+"""Frozen blocks in host memory: the same bits, with only the blocks in use gathered."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from threading import Event
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from fastadapt.errors import UserError
+from fastadapt.models import ReplacementModel
+from fastadapt.objective import objective
+from fastadapt.options import parse_train
+from fastadapt.ranks import ALONE, Ranks
+from fastadapt.training import trainer
+from fastadapt.training.checkpoint import load_latest
+from fastadapt.training.offload import group_of_one
+from fastadapt.training.plan import plan, remedies
+from fastadapt.training.trainer import train
+
+CPU = torch.device("cpu")
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    found, passed = load_latest(folder / "checkpoints")
+    assert found is not None
+    assert passed == []
+    return {f"{g}.{n}": t for g, tensors in found.tensors.items() for n, t in tensors.items()}
+
+
+@pytest.mark.parametrize("policy", ["none", "attention", "full"])
+def test_the_same_bits_and_a_resume_either_way(tiny_config, tmp_path: Path, policy: str) -> None:
+    def run(name: str, offload: bool, steps: int, resume: bool = False) -> None:
+        config = tiny_config(
+            **{
+                "objective.checkpoint": policy,
+                "optimizer.accumulation": 2,
+                "optimizer.max_steps": 6,
+                "pair.offload": offload,
+                "run.output": str(tmp_path / name),
+            }
+        )
+
+        def stop_there(record: dict) -> None:
+            if record["kind"] == "train" and record["step"] == steps < 6:
+                stop.set()
+
+        stop = Event()
+        train(config, resume=resume, sinks=[stop_there], stop=stop)
+
+    run("here", False, 6)
+    run("there", True, 6)
+    run("moved", True, 2)
+    run("moved", False, 4, resume=True)
+    run("moved", True, 6, resume=True)
+    here, there, moved = (weights(tmp_path / name) for name in ("here", "there", "moved"))
+    assert here.keys() == there.keys() == moved.keys()
+    for name, tensor in here.items():
+        assert torch.equal(there[name], tensor), name
+        assert torch.equal(moved[name], tensor), name
+    ours = (tmp_path / "there" / "adapter" / "layer_1.safetensors").read_bytes()
+    assert ours == (tmp_path / "here" / "adapter" / "layer_1.safetensors").read_bytes()
+
+
+def gathered(model: ReplacementModel) -> list[int]:
+    """Blocks whose frozen weights are whole."""
+    return [
+        i
+        for i, block in enumerate(model.blocks)
+        if any(not isinstance(p, DTensor) for p in block.parameters() if not p.requires_grad)
+    ]
+
+
+@pytest.mark.parametrize("policy", ["none", "full"])
+def test_a_block_is_there_only_while_it_is_walked(policy: str) -> None:
+    config, _ = parse_train(
+        ["organism", "--pair.offload", "true", "--objective.checkpoint", policy]
+    )
+    with group_of_one(CPU, ALONE):
+        model, feed = trainer._load(config, ALONE, CPU)
+        at_once: list[list[int]] = []
+        for mlp in model.mlps:
+            mlp.register_forward_pre_hook(lambda *_: at_once.append(gathered(model)))
+        batch, _ = feed.batch(feed.train, [0, 1])
+        out = objective(model, batch, 2, config.objective)
+        forward = len(at_once)
+        assert gathered(model) == []
+        out.loss.backward()
+        assert gathered(model) == []
+    # A layer and the one that is fetched ahead of it.
+    assert max(map(len, at_once)) <= 2
+    assert {i for blocks in at_once for i in blocks} == {0, 1, 2, 3}
+    assert (len(at_once) > forward) == (policy == "full")
+    assert all(p.grad is not None for p in model.adapters.parameters())
+
+
+def test_one_process_only(tiny_config) -> None:
+    with pytest.raises(UserError, match=r"pair\.offload is for one process"):  # noqa: SIM117
+        with group_of_one(CPU, Ranks(0, 2)):
+            pass
+    config = tiny_config(**{"pair.offload": True, "optimizer.accumulation": 2})
+    with pytest.raises(UserError, match=r"pair\.offload is for one GPU"):
+        plan(config, gpus=2)
+
+
+def test_the_plan_says_what_is_where() -> None:
+    config, _ = parse_train(["r1-distill-qwen-7b"])
+    there = dataclasses.replace(config, pair=dataclasses.replace(config.pair, offload=True))
+    full, less = plan(config, "h100"), plan(there, "h100")
+    moved = full.parts["frozen target"] + full.parts["frozen base MLPs"]
+    moved -= less.parts["frozen target"]
+    assert less.host_bytes == moved
+    assert full.host_bytes == 0
+    assert less.peak_bytes == full.peak_bytes - moved + less.parts["gathered blocks"]
+    small = dataclasses.replace(full.device, name="a small GPU", memory_bytes=40_000_000_000)
+    assert dict(remedies(config, dataclasses.replace(full, device=small)))["pair.offload true"] == (
+        less.peak_bytes
+    )
