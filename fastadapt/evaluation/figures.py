@@ -1,0 +1,186 @@
+"""What an evaluation's plots show, from ``eval.json``; how they are drawn is the next room's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from fastadapt.evaluation.tables import Interval
+
+
+@dataclass(frozen=True)
+class Series:
+    """One student's line, points, or level (a height without an x).
+
+    Attributes:
+        name: of the student.
+        kind: its kind, see :mod:`fastadapt.evaluation.students`; it decides colour and dashes.
+        x, y, low, high: as many numbers each; of a level, ``x`` is empty and the others have one.
+    """
+
+    name: str
+    kind: str
+    x: list[float]
+    y: list[float]
+    low: list[float]
+    high: list[float]
+
+    @property
+    def level(self) -> bool:
+        """Whether it is a height alone."""
+        return not self.x
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A plot: ``key`` names its file; points are joined where ``joined``."""
+
+    key: str
+    title: str
+    x_label: str
+    y_label: str
+    series: list[Series] = field(default_factory=list)
+    x_log: bool = False
+    y_log: bool = False
+    joined: bool = True
+
+
+def figures(result: Mapping[str, Any]) -> list[Figure]:
+    """All plots that ``result`` (the contents of ``eval.json``) has the numbers for."""
+    found = [
+        *_against_l0(result),
+        *_nmse(result),
+        *_partial(result),
+        *_positions(result),
+        *_benchmarks(result),
+    ]
+    return [figure for figure in found if figure.series]
+
+
+#: key, title, unit, of what is drawn over L0
+OUTPUTS = (
+    ("top1_error", "Top-1 error", "share of predicted tokens"),
+    ("kl", "KL to the target", "nats per predicted token"),
+)
+L0 = "L0: active features per token and layer"
+
+
+def _against_l0(result: Mapping[str, Any]) -> list[Figure]:
+    measured = result.get("faithfulness") or {}
+    return [
+        Figure(
+            f"{key}-l0",
+            f"{title} against L0",
+            L0,
+            unit,
+            over_l0(result, {name: found[key] for name, found in measured.items()}),
+            x_log=True,
+        )
+        for key, title, unit in OUTPUTS
+    ]
+
+
+def over_l0(result: Mapping[str, Any], values: Mapping[str, Interval]) -> list[Series]:
+    """Students of an L0 as points, the sweep's joined; others as levels.
+
+    The sweep is the transcoders that were trained with the bridge and with a sparsity.
+    """
+    series: list[Series] = []
+    sweep: list[tuple[float, Interval]] = []
+    for student in result["students"]:
+        value, l0 = values.get(student["name"]), student.get("l0")
+        if value is None:
+            continue
+        if student["kind"] == "transcoder" and student["variant"] == "" and l0:
+            sweep.append((l0, value))
+        else:
+            kind = student["variant"] or student["kind"]
+            series.append(_series(student["name"], kind, [l0] if l0 else [], [value]))
+    if "target" in values:
+        series.append(_series("target", "target", [], [values["target"]]))
+    sweep.sort(key=lambda point: point[0])
+    if sweep:
+        series.insert(
+            0, _series("adapters", "transcoder", [x for x, _ in sweep], [v for _, v in sweep])
+        )
+    return series
+
+
+def _series(name: str, kind: str, x: Sequence[float], values: Sequence[Interval]) -> Series:
+    return Series(
+        name,
+        kind,
+        list(map(float, x)),
+        *([value[key] for value in values] for key in ("mean", "low", "high")),
+    )
+
+
+def _per_student(
+    result: Mapping[str, Any], curves: Mapping[str, tuple[Sequence[float], Sequence[Interval]]]
+) -> list[Series]:
+    return [
+        _series(s["name"], s["variant"] or s["kind"], *curves[s["name"]])
+        for s in result["students"]
+        if s["name"] in curves
+    ]
+
+
+def _nmse(result: Mapping[str, Any]) -> list[Figure]:
+    measured = result.get("faithfulness") or {}
+    found = []
+    for key, title in (
+        ("nmse_per_layer", "NMSE by layer"),
+        ("nmse_token_per_layer", "NMSE by layer, mean over tokens"),
+    ):
+        curves = {name: (range(len(m[key])), m[key]) for name, m in measured.items() if m.get(key)}
+        label = "layer (0: embeddings)"
+        found.append(
+            Figure(key.replace("_", "-"), title, label, "NMSE", _per_student(result, curves))
+        )
+    return found
+
+
+def _partial(result: Mapping[str, Any]) -> list[Figure]:
+    measured = result.get("partial") or {}
+    found = []
+    for way, title, label in (
+        ("first", "First n layers replaced", "n"),
+        ("last", "Last n layers replaced", "n"),
+        ("single", "One layer replaced", "layer"),
+    ):
+        curves = {name: (range(len(m[way])), m[way]) for name, m in measured.items()}
+        unit = "KL to the target, nats per predicted token"
+        series = _per_student(result, curves)
+        found.append(Figure(f"partial-{way}", title, label, unit, series))
+    return found
+
+
+def _positions(result: Mapping[str, Any]) -> list[Figure]:
+    measured = result.get("faithfulness") or {}
+    curves = {}
+    for name, m in measured.items():
+        edges, values = m["by_position"]["edges"], m["by_position"]["kl"]
+        middles = [(a + b) / 2 for a, b in pairwise(edges)]
+        curves[name] = (middles, values)
+    unit = "KL to the target, nats per predicted token"
+    series = _per_student(result, curves)
+    return [Figure("kl-position", "KL against position", "position in the text", unit, series)]
+
+
+#: key, title, unit, of what is drawn over L0 for each benchmark
+BENCHMARK = (
+    ("accuracy", "accuracy", "share of answers that are right"),
+    ("length", "length", "tokens per response"),
+)
+
+
+def _benchmarks(result: Mapping[str, Any]) -> list[Figure]:
+    found = []
+    for name, measured in (result.get("benchmarks") or {}).items():
+        for key, title, unit in BENCHMARK:
+            values = {s: v["sampled"][key] for s, v in measured.items() if "sampled" in v}
+            series = over_l0(result, values)
+            found.append(Figure(f"{name}-{key}", f"{name}: {title}", L0, unit, series, x_log=True))
+    return found

@@ -1,0 +1,246 @@
+"""The tables of an evaluation, from ``eval.json``, in Markdown and LaTeX.
+
+Every number that was estimated comes with its interval. Students are the models that are compared
+with the target, see :mod:`fastadapt.evaluation.students`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastadapt.training.records import number, percent
+
+#: mean and interval: ``{"mean": float, "low": float, "high": float}``
+Interval = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under a head; ``note`` says what is in them."""
+
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+    note: str = ""
+
+
+def tables(result: Mapping[str, Any]) -> list[Table]:
+    """All tables that ``result`` (the contents of ``eval.json``) has the numbers for."""
+    found = [_outputs(result), _order(result), _partial(result), *_benchmarks(result)]
+    return [table for table in found if table is not None]
+
+
+def shown(value: Interval | None, show: Callable[[float], str] = number) -> str:
+    """``0.105 [0.098, 0.112]``, – where there is none."""
+    if value is None:
+        return "–"
+    low, high = (show(value[end]).rstrip("%") for end in ("low", "high"))
+    return f"{show(value['mean'])} [{low}, {high}]"
+
+
+def _outputs(result: Mapping[str, Any]) -> Table | None:
+    measured = result.get("faithfulness")
+    if not measured:
+        return None
+    regions = [r for r in ("prompt", "thinking", "answer") if _some(measured, r)]
+    rows = []
+    for student in result["students"]:
+        found = measured.get(student["name"])
+        if found is None:
+            continue
+        per_layer = found.get("nmse_per_layer")
+        nmse = None if per_layer is None else sum(i["mean"] for i in per_layer) / len(per_layer)
+        rows.append(
+            [
+                student["name"],
+                student["what"],
+                number(found.get("l0")),
+                shown(found["kl"]),
+                shown(found["top1_error"], percent),
+                *(percent_of(found["regions"].get(r)) for r in regions),
+                number(nmse),
+            ]
+        )
+    return Table(
+        "Output faithfulness",
+        [
+            "student",
+            "",
+            "L0",
+            "KL, nats",
+            "top-1 error",
+            *(f"… {r}" for r in regions),
+            "NMSE",
+        ],
+        rows,
+        f"{result['texts']['n']:,} responses of the target, {result['texts']['predicted']:,} "
+        f"predicted tokens; intervals of {percent(result['level'])} over sequences. KL is "
+        "KL(target ‖ student) in nats per predicted token, NMSE the mean over layers 0..L.",
+    )
+
+
+def percent_of(region: Mapping[str, Any] | None) -> str:
+    """The top-1 error of a region, without its interval."""
+    return "–" if not region else percent(region["top1_error"]["mean"])
+
+
+def _some(measured: Mapping[str, Any], region: str) -> bool:
+    return any(found["regions"].get(region) for found in measured.values())
+
+
+def _order(result: Mapping[str, Any]) -> Table | None:
+    gaps = result.get("order")
+    if not gaps:
+        return None
+    rows = [
+        [
+            f"{gap['worse']} − {gap['better']}",
+            shown(gap["top1_error"], percent),
+            shown(gap["kl"]),
+            "yes" if gap["top1_error"]["low"] > 0 else "NO",
+        ]
+        for gap in gaps
+    ]
+    return Table(
+        "Order",
+        ["gap", "top-1 error, points", "KL, nats", "above 0"],
+        rows,
+        "Differences of two students on the same sequences, with intervals over sequences; the "
+        "last column is about top-1 error.",
+    )
+
+
+def _partial(result: Mapping[str, Any]) -> Table | None:
+    measured = result.get("partial")
+    if not measured:
+        return None
+    rows = []
+    for student in result["students"]:
+        found = measured.get(student["name"])
+        if found is None:
+            continue
+        full = found["first"][-1]
+        cells = []
+        for way in ("first", "last", "single"):
+            curve = found[way] if way == "single" else found[way][1:-1]
+            cells.append(_worst(curve, way))
+        rows.append([student["name"], shown(full), *cells])
+    return Table(
+        "Partial replacement",
+        ["student", "all layers", "first n, worst", "last n, worst", "one layer, worst"],
+        rows,
+        "KL to the target, in nats per predicted token, where only some layers are replaced; the "
+        "worst choice of each kind, all layers aside.",
+    )
+
+
+def _worst(curve: Sequence[Interval], way: str) -> str:
+    if not curve:
+        return "–"
+    at = max(range(len(curve)), key=lambda i: curve[i]["mean"])
+    where = f"layer {at}" if way == "single" else f"n={at + 1}"
+    return f"{shown(curve[at])} ({where})"
+
+
+def _benchmarks(result: Mapping[str, Any]) -> list[Table]:
+    return [
+        _benchmark(result, name, measured)
+        for name, measured in (result.get("benchmarks") or {}).items()
+    ]
+
+
+def _benchmark(result: Mapping[str, Any], name: str, measured: Mapping[str, Any]) -> Table:
+    rows = []
+    for student in ({"name": "target", "what": "target"}, *result["students"]):
+        for variant, found in measured.get(student["name"], {}).items():
+            speed = found.get("tokens_per_s")
+            rows.append(
+                [
+                    student["name"] + ("" if variant == "sampled" else f", {variant}"),
+                    shown(found["accuracy"], percent),
+                    shown(found.get("recovered"), percent),
+                    shown(found["length"]),
+                    shown(found["hesitations_per_1000"]),
+                    percent(found["truncated"]),
+                    percent(found["degenerate"]),
+                    "–" if speed is None else f"{speed:,.0f}",
+                ]
+            )
+    return Table(
+        f"Benchmark: {name}",
+        [
+            "model",
+            "accuracy",
+            "of the gain over the hybrid",
+            "tokens",
+            "hesitations / 1,000",
+            "at the limit",
+            "degenerate",
+            "tokens/s",
+        ],
+        rows,
+        f"{result['benchmark_counts'][name]}; intervals over questions.",
+    )
+
+
+# --- as text --------------------------------------------------------------------------------------
+
+
+def as_markdown(found: Sequence[Table]) -> str:
+    """Tables of GitHub's Markdown, with titles and notes."""
+    return "\n".join(_markdown(table) for table in found)
+
+
+def _markdown(table: Table) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+
+    rule = line(["---", *["---:"] * (len(table.head) - 1)])
+    lines = [f"## {table.title}", "", line(table.head), rule, *map(line, table.rows)]
+    return "\n".join([*lines, *(["", table.note] if table.note else []), ""])
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    **{c: "\\" + c for c in "&%$#_{}"},
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "–": "--",
+    "−": "$-$",
+    "‖": r"$\|$",
+    "λ": r"$\lambda$",
+    "…": r"\dots",
+}
+
+
+def as_latex(found: Sequence[Table]) -> str:
+    r"""Each as a ``table`` environment; ``\usepackage{booktabs}`` is all that they need."""
+    return "\n".join(_latex(table) for table in found)
+
+
+def _latex(table: Table) -> str:
+    def escaped(text: str) -> str:
+        return "".join(_LATEX.get(c, c) for c in text)
+
+    def line(cells: Sequence[str]) -> str:
+        return " & ".join(map(escaped, cells)) + r" \\"
+
+    note = f"{table.title}. {table.note}" if table.note else table.title
+    return "\n".join(
+        [
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{escaped(note)}}}",
+            rf"\begin{{tabular}}{{l{'r' * (len(table.head) - 1)}}}",
+            r"\toprule",
+            line(table.head),
+            r"\midrule",
+            *map(line, table.rows),
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+            "",
+        ]
+    )

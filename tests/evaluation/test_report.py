@@ -1,0 +1,104 @@
+"""Tables, figures and the page of an evaluation."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from results import LAYERS, STUDENTS, made_up
+
+from fastadapt.evaluation.drawing import COLOURS, colours, interactive, write_png
+from fastadapt.evaluation.figures import figures
+from fastadapt.evaluation.page import write_page
+from fastadapt.evaluation.tables import as_latex, as_markdown, shown, tables
+
+
+def test_a_number_stands_with_its_interval() -> None:
+    assert shown({"mean": 0.105, "low": 0.098, "high": 0.112}) == "0.105 [0.0980, 0.112]"
+    assert shown(None) == "–"
+
+
+def test_every_student_is_in_every_table_that_is_about_it() -> None:
+    outputs, order, partial, benchmark = tables(made_up())
+    names = [name for name, *_ in STUDENTS]
+    assert [row[0] for row in outputs.rows] == names
+    assert [row[0] for row in partial.rows] == names[1:]
+    assert [row[0] for row in benchmark.rows] == ["target", *names]
+    assert [row[-1] for row in order.rows] == ["yes", "NO"]
+    assert all(len(row) == len(t.head) for t in tables(made_up()) for row in t.rows)
+    # No answer region was measured, so there is no column of it.
+    assert outputs.head[5:] == ["… prompt", "… thinking", "NMSE"]
+    # The worst choice leaves the full replacement out.
+    assert f"(n={LAYERS - 1})" in partial.rows[0][2]
+    assert f"(layer {LAYERS - 1})" in partial.rows[0][4]
+
+
+def test_parts_that_were_not_measured_have_no_table() -> None:
+    result = made_up()
+    for part in ("faithfulness", "order", "partial", "benchmarks"):
+        del result[part]
+    assert tables(result) == []
+    assert figures(result) == []
+
+
+def test_markdown_is_a_grid_and_latex_is_escaped() -> None:
+    found = tables(made_up())
+    for block in as_markdown(found).split("## ")[1:]:
+        lines = [line for line in block.splitlines() if line.startswith("|")]
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
+    latex = as_latex(found)
+    assert r"l0\_10\%" in latex
+    assert r"sparse <b>\&</b>" in latex
+    assert not re.search(r"(?<!\\)[%#]", latex)
+    assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == len(found)
+    for line in latex.splitlines():
+        assert line.replace(r"\{", "").replace(r"\}", "").count("{") == (
+            line.replace(r"\{", "").replace(r"\}", "").count("}")
+        )
+
+
+def test_the_sweep_is_one_line_over_l0_and_others_are_beside_it() -> None:
+    by_key = {figure.key: figure for figure in figures(made_up())}
+    series = {s.name: s for s in by_key["top1_error-l0"].series}
+    assert series["adapters"].x == [0.3, 10.0]
+    assert series["adapters"].y == [0.18, 0.1]
+    assert series["dense"].x == [150.0]
+    assert series["skyline"].level
+    assert series["hybrid"].level
+    assert {s.kind for s in series.values()} <= set(COLOURS)
+    assert [s.name for s in by_key["nmse-per-layer"].series] == [n for n, *_ in STUDENTS[1:]]
+    assert by_key["kl-position"].series[0].x == [5.0, 15.0]
+    assert "target" in {s.name for s in by_key["sums-accuracy"].series}
+
+
+def test_adapters_are_told_apart() -> None:
+    by_key = {figure.key: figure for figure in figures(made_up())}
+    for figure in by_key.values():
+        assert len(set(colours(figure.series))) == len(figure.series)
+
+
+def test_files_are_drawn(tmp_path: Path) -> None:
+    result = made_up()
+    drawn = figures(result)
+    for figure in drawn[:2]:
+        write_png(figure, tmp_path / "a.png")
+        assert (tmp_path / "a.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+        traces = interactive(figure).data
+        assert [trace.name for trace in traces] == [s.name for s in figure.series]
+    write_page(result, tables(result), drawn, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "sparse &lt;b&gt;&amp;&lt;/b&gt;" in page
+    # The plots' names are in scripts: there, too, no tag may come of them.
+    assert "sparse <b>" not in page
+    assert not re.search(r"<(script|link|img|iframe)[^>]*(src|href)=", page)
+    assert page.count('class="plotly-graph-div"') == len(drawn)
+
+
+@pytest.mark.parametrize("students", [["skyline"], ["l0_10%"]])
+def test_one_student_alone_can_be_drawn(students: list[str], tmp_path: Path) -> None:
+    result = made_up()
+    result["students"] = [s for s in result["students"] if s["name"] in students]
+    for figure in figures(result):
+        write_png(figure, tmp_path / "a.png")
+        interactive(figure)
