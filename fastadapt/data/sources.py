@@ -50,10 +50,24 @@ def read_rows(source: str, *, split: str, revision: str | None = None) -> Iterat
         UserError: nothing there, no file of a known kind, malformed JSON (with its line), or no
             column ``conversations`` (with the columns there are).
     """
+    values = read_values(source, split=split, revision=revision)
+    return ((where, row[COLUMN]) for where, row in values)
+
+
+def read_values(
+    source: str, *, split: str, revision: str | None = None, optional: Sequence[str] = ()
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows with further columns: where each stands, and its columns.
+
+    Args:
+        source, split, revision: as of :func:`read_rows`, and so are the errors.
+        optional: columns beside ``conversations`` that are given where the source has them; others
+            may be given too.
+    """
     files = find_files(source, split)
     if files is None:
-        return _read_hub(source, split, revision)
-    return ((record.where, record.values[COLUMN]) for record in read_files(files))
+        return _read_hub(source, split, revision, optional)
+    return ((row.where, row.values) for row in read_files(files, optional=optional))
 
 
 def find_files(source: str, split: str) -> list[Path] | None:
@@ -176,14 +190,17 @@ def _read_parquet(
             raise UserError(f"{path}: not a readable Parquet file: {reason}") from None
 
 
-def _read_hub(name: str, split: str, revision: str | None) -> Iterator[Row]:
+def _read_hub(
+    name: str, split: str, revision: str | None, optional: Sequence[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
     import datasets
 
     with reading_hub(name, split, revision):
         rows = datasets.load_dataset(name, split=split, revision=revision)
     require_columns(rows.column_names, (COLUMN,), f"{name} ({split})")
-    for number, row in enumerate(rows.select_columns([COLUMN])):
-        yield f"{name} ({split}), row {number}", row[COLUMN]
+    columns = [COLUMN, *(column for column in optional if column in rows.column_names)]
+    for number, row in enumerate(rows.select_columns(columns)):
+        yield f"{name} ({split}), row {number}", row
 
 
 @contextmanager
