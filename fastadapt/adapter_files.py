@@ -135,15 +135,18 @@ def _read_config(settings: Any, card_file: Path) -> AdapterConfig:
     return AdapterConfig(**settings)
 
 
-def _read_shapes(shapes: Any, card: dict[str, Any], card_file: Path) -> list[dict[str, Any]]:
+def _read_shapes(shapes: Any, n_layers: int, card_file: Path) -> list[dict[str, tuple[int, ...]]]:
     """Of the tensors of every layer, by name."""
-    if (
-        not isinstance(shapes, list)
-        or len(shapes) != card["n_layers"]
-        or not all(isinstance(layer, dict) for layer in shapes)
-    ):
-        raise UserError(f"{card_file}: tensors: expected the shapes of {card['n_layers']} layers")
-    return [{name: tuple(shape) for name, shape in layer.items()} for layer in shapes]
+    try:
+        read = [{name: tuple(shape) for name, shape in layer.items()} for layer in shapes]
+    except (TypeError, AttributeError):
+        read = []
+    if len(read) != n_layers:
+        raise UserError(
+            f"{card_file}: tensors: expected {n_layers} layers, each with the shapes of its "
+            "tensors by name"
+        )
+    return read
 
 
 def read_adapters(
@@ -160,7 +163,7 @@ def read_adapters(
         card["adapter"] = _read_config(card.get("adapter"), card_file)
     else:
         card["adapter"] = AdapterConfig(kind=card["kind"])
-        card["tensors"] = _read_shapes(card.get("tensors"), card, card_file)
+        card["tensors"] = _read_shapes(card.get("tensors"), card["n_layers"], card_file)
     names = {f"layer_{i}.safetensors" for i in range(card["n_layers"])}
     found = {p.name for p in path.glob("layer_*.safetensors")}
     if names != found:

@@ -25,7 +25,7 @@ def _weights(s: Shapes) -> dict[str, int]:
 
     Shares of adapters with masters are the masters.
     """
-    e, n, adapters = s.element_bytes, s.ranks, s.layers * s.adapter_parameters
+    e, n, adapters = s.element_bytes, s.ranks, s.trained_parameters
     blocks = s.target_parameters - s.whole_parameters
     whole_block = (blocks + s.mlp_parameters) // s.layers + s.adapter_parameters
     return {
