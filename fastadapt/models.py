@@ -52,15 +52,7 @@ class ReplacementModel(nn.Module):
         paths = pair.paths
         decoder = getattr(pair.target, paths.decoder)
         layers = getattr(decoder, paths.layers)
-        if len(adapters) != len(layers):
-            raise UserError(f"{len(layers)} layers want as many adapters, got {len(adapters)}")
-        width = pair.target.config.hidden_size
-        for i, adapter in enumerate(adapters):
-            if (adapter.d_in, adapter.d_out) != (width, width):
-                raise UserError(
-                    f"adapter of layer {i}: the model's width is {width}, "
-                    f"got d_in={adapter.d_in}, d_out={adapter.d_out}"
-                )
+        _check_fit(pair, adapters)
         pair.target.requires_grad_(False)
         pair.base_mlps.requires_grad_(False)
         if isinstance(getattr(layers[0], paths.mlp), AdaptedMLP):
@@ -101,6 +93,19 @@ class ReplacementModel(nn.Module):
             for _ in pair.base_mlps
         )
         return cls(pair, adapters)
+
+    def carry(self, adapters: nn.ModuleList) -> None:
+        """Put other adapters where these are, so that several runs share one pair in memory.
+
+        Args:
+            adapters: as the constructor takes them, on the pair's device.
+        """
+        if adapters is self.adapters:
+            return
+        _check_fit(self.pair, adapters)
+        for mlp, adapter in zip(self.mlps, adapters, strict=True):
+            mlp.adapter = adapter
+        self.adapters = adapters
 
     @property
     def n_layers(self) -> int:
@@ -212,3 +217,15 @@ class ReplacementModel(nn.Module):
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The norm before the head."""
         return getattr(getattr(self.model, self.paths.decoder), self.paths.norm)(hidden)
+
+
+def _check_fit(pair: ModelPair, adapters: nn.ModuleList) -> None:
+    n_layers, width = len(pair.base_mlps), pair.target.config.hidden_size
+    if len(adapters) != n_layers:
+        raise UserError(f"{n_layers} layers want as many adapters, got {len(adapters)}")
+    for i, adapter in enumerate(adapters):
+        if (adapter.d_in, adapter.d_out) != (width, width):
+            raise UserError(
+                f"adapter of layer {i}: the model's width is {width}, "
+                f"got d_in={adapter.d_in}, d_out={adapter.d_out}"
+            )
