@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
 
@@ -54,34 +55,41 @@ class Parts:
         Raises:
             RunError: the folder cannot be written.
         """
-        try:
+        with self._writing():
             self._pieces.mkdir(parents=True, exist_ok=True)
             with replacing(self._piece(part)) as staged:
                 save_tensors(tensors, staged, {"fingerprint": self._fingerprint})
-            if self.missing():
-                return
-            pieces = [self._read(self._piece(i)) for i in range(self.n_parts)]
-            joined = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
-            with replacing(self.whole) as staged:
-                save_tensors(joined, staged, {"fingerprint": self._fingerprint})
-            shutil.rmtree(self._pieces, ignore_errors=True)
-        except OSError as error:
-            raise RunError(
-                f"{self._pieces} cannot be written: {error.strerror}; what was measured before is "
-                "intact: make room and evaluate again"
-            ) from error
+        if not self.missing():
+            self._join()
 
     def read(self) -> dict[str, Tensor]:
         """All parts, in order, as one.
 
         Raises:
-            UserError: some are missing, or the file is damaged.
+            UserError: some are missing, or a file is damaged.
         """
         if missing := self.missing():
             raise UserError(f"{self._pieces}: {len(missing)} of {self.n_parts} parts are missing")
         if not self.whole.is_file():
-            raise UserError(f"{self.whole} is gone; evaluate again")
+            self._join()  # a kill came between the last part and this
         return self._read(self.whole)
+
+    def _join(self) -> None:
+        pieces = [self._read(self._piece(i)) for i in range(self.n_parts)]
+        joined = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+        with self._writing(), replacing(self.whole) as staged:
+            save_tensors(joined, staged, {"fingerprint": self._fingerprint})
+        shutil.rmtree(self._pieces, ignore_errors=True)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunError(
+                f"{self._pieces} cannot be written: {error.strerror}; what was measured before is "
+                "intact: make room and evaluate again"
+            ) from error
 
     def _read(self, file: Path) -> dict[str, Tensor]:
         with reading("measurement", str(file)), safe_open(file, framework="pt") as opened:
