@@ -1,4 +1,8 @@
-"""The MLP of a block in its three modes: the target's, the base's, the base's with an adapter."""
+"""The MLP of a block in its three modes: the target's, the base's, the base's with an adapter.
+
+Where weights of the model are trained in place of adapters (:mod:`fastadapt.tuned`), the third is
+what these make of it.
+"""
 
 from __future__ import annotations
 
@@ -64,6 +68,9 @@ class AdaptedMLP(nn.Module):
             return self.target(x)
         if self.mode == "hybrid":
             return self.base(x)
+        if not isinstance(self.adapter, TranscoderAdapter):
+            out: Tensor = self.adapter(x, self.base)
+            return out
         call = self.call
         if call is None:
             return self.adapter(x, residual=self.base(x), plan=self._plan_of_capture(x))[0]

@@ -10,7 +10,7 @@ Shapes: T tokens, D width, F features; both weight matrices hold one row per fea
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -22,14 +22,18 @@ from fastadapt.kernels.transcoder import IMPLEMENTATIONS, Plan, TranscoderStats,
 from fastadapt.kernels.transcoder.reference import activate
 
 ACTIVATIONS = ("relu", "topk", "batch_topk", "jumprelu")
+#: What a run trains: transcoders beside the base's MLPs, or weights of the model itself
+#: (:mod:`fastadapt.tuned`).
+KINDS = ("transcoder", "mlp", "norms")
+N_FEATURES = 8192  # of the method, for 7B
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """Shape and activation of the adapters of a model, the same for every layer.
+    """What is trained in every layer of a model; of transcoders, their shape and activation.
 
     Args:
-        n_features: features per layer (F).
+        n_features: features per layer (F) of a ``transcoder``; 8192 if not given.
         activation: ``relu``, ``topk``, ``batch_topk`` or ``jumprelu``.
         k: active features per token: an integer for ``topk``; for ``batch_topk`` the mean over the
             tokens of a sequence, which may be fractional.
@@ -37,18 +41,30 @@ class AdapterConfig:
         initial_threshold: ``jumprelu`` only: θ at the start, > 0.
         implementation: of the kernel: ``auto``, ``reference``, ``sparse`` (on a CPU), ``triton`` or
             ``triton_fused`` (on a GPU); see :func:`fastadapt.kernels.transcoder.transcoder`.
+        kind: ``transcoder``, an adapter beside the base's MLP; ``mlp``, the base's MLP itself;
+            ``norms``, the weights of every RMSNorm, the base's MLPs in place. The latter two have
+            no features, and none of the settings above.
     """
 
-    n_features: int = 8192
+    n_features: int | None = None
     activation: str = "relu"
     k: float | None = None
     bandwidth: float | None = None
     initial_threshold: float | None = None
     implementation: str = "auto"
+    kind: str = "transcoder"
 
     def __post_init__(self) -> None:
-        if self.n_features < 1:
-            raise UserError(f"adapter.n_features must be at least 1, got {self.n_features}")
+        if self.kind not in KINDS:
+            raise UserError(f"adapter.kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        if not self.sparse:
+            self._check_unused()
+            return
+        if self.n_features is None:
+            object.__setattr__(self, "n_features", N_FEATURES)
+        n_features = self.features
+        if n_features < 1:
+            raise UserError(f"adapter.n_features must be at least 1, got {n_features}")
         if self.activation not in ACTIVATIONS:
             raise UserError(
                 f"adapter.activation must be one of {', '.join(ACTIVATIONS)}, "
@@ -60,10 +76,8 @@ class AdapterConfig:
                 f"adapter.k is {'needed' if wants_k else 'not used'} with "
                 f"activation={self.activation!r}, got k={self.k}"
             )
-        if self.k is not None and not 0 < self.k <= self.n_features:
-            raise UserError(
-                f"adapter.k must lie in (0, n_features={self.n_features}], got {self.k}"
-            )
+        if self.k is not None and not 0 < self.k <= n_features:
+            raise UserError(f"adapter.k must lie in (0, n_features={n_features}], got {self.k}")
         if self.activation == "topk" and self.k != int(self.k or 0):
             raise UserError(f"adapter.k must be an integer for topk, got {self.k}; see batch_topk")
         if self.implementation not in IMPLEMENTATIONS:
@@ -80,6 +94,25 @@ class AdapterConfig:
                 )
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"adapter.{name} must be a positive number, got {value}")
+
+    def _check_unused(self) -> None:
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if setting.name != "kind" and value != setting.default:
+                raise UserError(
+                    f"adapter.{setting.name} is of transcoders and not used with "
+                    f"kind={self.kind!r}: expected {setting.default}, got {value!r}"
+                )
+
+    @property
+    def sparse(self) -> bool:
+        """Whether what is trained has features: a penalty, an L0, rows of a decoder."""
+        return self.kind == "transcoder"
+
+    @property
+    def features(self) -> int:
+        """Features per layer; 0 of a kind that has none."""
+        return self.n_features or 0
 
     def check_runs(self, device: torch.device, dtype: torch.dtype) -> None:
         """Refuse an implementation that does not run on ``device`` with parameters of ``dtype``.
@@ -128,6 +161,7 @@ class TranscoderAdapter(nn.Module):
             the draw is made there in float32, so that it is the same on every device.
     """
 
+    kind = "transcoder"
     W_enc: nn.Parameter
     b_enc: nn.Parameter
     W_dec: nn.Parameter
@@ -148,7 +182,7 @@ class TranscoderAdapter(nn.Module):
         self.config = config
         self.d_in = d_in
         self.d_out = d_in if d_out is None else d_out
-        f = config.n_features
+        f = config.features
         kind: dict[str, Any] = {"device": device, "dtype": dtype}
         self.W_enc = nn.Parameter(torch.empty(f, d_in, **kind))
         self.b_enc = nn.Parameter(torch.zeros(f, **kind))
@@ -172,7 +206,7 @@ class TranscoderAdapter(nn.Module):
     @property
     def n_features(self) -> int:
         """Number of features, F."""
-        return self.config.n_features
+        return self.config.features
 
     def extra_repr(self) -> str:
         return (

@@ -1,4 +1,8 @@
-"""A folder of adapters: ``fastadapt.json`` and ``layer_{i}.safetensors``, read strictly."""
+"""A folder of adapters: ``fastadapt.json`` and ``layer_{i}.safetensors``, read strictly.
+
+Its ``kind`` is ``transcoder_adapter``, which is additive, or ``mlp`` or ``norms``: weights that
+take the place of the model's own (:mod:`fastadapt.tuned`).
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -16,8 +20,11 @@ from torch import nn
 from fastadapt.adapter import AdapterConfig, TranscoderAdapter
 from fastadapt.errors import UserError
 from fastadapt.files import save_tensors
+from fastadapt.tuned import TUNED, TunedWeights
 
 SCHEMA_VERSION = 1
+TRANSCODER = "transcoder_adapter"
+KINDS = (TRANSCODER, *TUNED)
 
 
 def save_adapters(
@@ -27,10 +34,10 @@ def save_adapters(
 ) -> None:
     """Write one adapter per layer as ``fastadapt.json`` and ``layer_{i}.safetensors``.
 
-    The JSON file states schema version, shapes, orientation (one row per feature in both matrices),
-    the hook (the MLP's input, after the norm and its weight), that the adapter is *additive*, and
-    ``metadata`` (model ids, revisions, losses, measured L0). It is written last, so that a folder
-    that has it is whole.
+    The JSON file states schema version, kind, shapes, and of transcoders the orientation (one row
+    per feature in both matrices), the hook (the MLP's input, after the norm and its weight) and
+    that they are *additive*; and ``metadata`` (model ids, revisions, losses, measured L0). It is
+    written last, so that a folder that has it is whole.
 
     Args:
         adapters: layer 0 first, one configuration and one pair of widths for all; of an iterator
@@ -39,34 +46,45 @@ def save_adapters(
         metadata: JSON-serialisable.
     """
     path = Path(folder)
-    first: TranscoderAdapter | None = None
-    n_layers = 0
+    first: dict[str, Any] | None = None
+    shapes: list[dict[str, list[int]]] = []
     for adapter in adapters:
-        assert isinstance(adapter, TranscoderAdapter)
         if first is None:
-            first = adapter
+            first = _card(adapter)
             path.mkdir(parents=True, exist_ok=True)
             (path / "fastadapt.json").unlink(missing_ok=True)
-        if (adapter.config, adapter.d_in, adapter.d_out) != (first.config, first.d_in, first.d_out):
-            raise UserError(f"layer {n_layers} differs from layer 0 in configuration or width")
-        save_tensors(adapter.state_dict(), path / f"layer_{n_layers}.safetensors")
-        n_layers += 1
+        if _card(adapter) != first:
+            raise UserError(f"layer {len(shapes)} differs from layer 0 in configuration or width")
+        tensors = adapter.state_dict()
+        save_tensors(tensors, path / f"layer_{len(shapes)}.safetensors")
+        shapes.append({name: list(tensor.shape) for name, tensor in tensors.items()})
     if first is None:
         raise UserError("there is no adapter to save")
-    card = {
-        "schema_version": SCHEMA_VERSION,
-        "kind": "transcoder_adapter",
+    card = {"schema_version": SCHEMA_VERSION, **first, "n_layers": len(shapes)}
+    if card["kind"] != TRANSCODER:
+        card["tensors"] = shapes
+    card["metadata"] = dict(metadata or {})
+    (path / "fastadapt.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+
+
+def _card(adapter: nn.Module) -> dict[str, Any]:
+    """What a layer's adapter is; the same for all layers of a model."""
+    if isinstance(adapter, TunedWeights):
+        width = {"d_in": adapter.d_in, "d_out": adapter.d_out}
+        return {"kind": adapter.kind, "additive": False, **width}
+    assert isinstance(adapter, TranscoderAdapter)
+    settings = asdict(adapter.config)
+    del settings["kind"]
+    return {
+        "kind": TRANSCODER,
         "additive": True,
         "hook_in": "mlp.input (after the norm, norm weight included)",
         "hook_out": "mlp.output (added to the base MLP's, before any post-norm)",
         "orientation": {"W_enc": "[n_features, d_in]", "W_dec": "[n_features, d_out]"},
-        "n_layers": n_layers,
-        "d_in": first.d_in,
-        "d_out": first.d_out,
-        "adapter": asdict(first.config),
-        "metadata": dict(metadata or {}),
+        "d_in": adapter.d_in,
+        "d_out": adapter.d_out,
+        "adapter": settings,
     }
-    (path / "fastadapt.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
 
 
 def adapters_of(source: str | os.PathLike[str]) -> Path:
@@ -100,8 +118,12 @@ def _read_card(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{card_file}: schema_version is {version!r}, this fastadapt reads {SCHEMA_VERSION}"
         )
-    if card.get("additive") is not True:
-        raise UserError(f"{card_file}: 'additive' must be true: a replacement is no adapter")
+    kind = card.get("kind")
+    if kind not in KINDS:
+        raise UserError(f"{card_file}: kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if card.get("additive") is not (kind == TRANSCODER):
+        told = "true: a replacement is no adapter" if kind == TRANSCODER else f"false for {kind}"
+        raise UserError(f"{card_file}: 'additive' must be {told}")
     for key in ("n_layers", "d_in", "d_out"):
         value = card.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -113,7 +135,7 @@ def _read_card(path: Path) -> dict[str, Any]:
 
 def _read_config(settings: Any, card_file: Path) -> AdapterConfig:
     """The adapters' configuration: every setting there, none unknown, each of its type."""
-    known = {f.name for f in fields(AdapterConfig)}
+    known = {f.name for f in fields(AdapterConfig)} - {"kind"}
     given = set(settings) if isinstance(settings, dict) else set()
     if given != known:
         raise UserError(
@@ -129,17 +151,35 @@ def _read_config(settings: Any, card_file: Path) -> AdapterConfig:
     return AdapterConfig(**settings)
 
 
+def _read_shapes(shapes: Any, n_layers: int, card_file: Path) -> list[dict[str, tuple[int, ...]]]:
+    """Of the tensors of every layer, by name."""
+    try:
+        read = [{name: tuple(shape) for name, shape in layer.items()} for layer in shapes]
+    except (TypeError, AttributeError):
+        read = []
+    if len(read) != n_layers:
+        raise UserError(
+            f"{card_file}: tensors: expected {n_layers} layers, each with the shapes of its "
+            "tensors by name"
+        )
+    return read
+
+
 def read_adapters(
     folder: str | os.PathLike[str],
-) -> tuple[list[Callable[[], TranscoderAdapter]], dict[str, Any]]:
+) -> tuple[list[Callable[[], nn.Module]], dict[str, Any]]:
     """What reads each layer's adapter, layer 0 first, and the card: ``fastadapt.json``.
 
     For those who want one layer at a time. ``card["adapter"]`` is an :class:`AdapterConfig`, and
     ``card["metadata"]`` what was saved as such. Strict, as :func:`load_adapters` is.
     """
     path = Path(folder)
-    card = _read_card(path)
-    card["adapter"] = _read_config(card.get("adapter"), path / "fastadapt.json")
+    card, card_file = _read_card(path), path / "fastadapt.json"
+    if card["kind"] == TRANSCODER:
+        card["adapter"] = _read_config(card.get("adapter"), card_file)
+    else:
+        card["adapter"] = AdapterConfig(kind=card["kind"])
+        card["tensors"] = _read_shapes(card.get("tensors"), card["n_layers"], card_file)
     names = {f"layer_{i}.safetensors" for i in range(card["n_layers"])}
     found = {p.name for p in path.glob("layer_*.safetensors")}
     if names != found:
@@ -148,10 +188,27 @@ def read_adapters(
             f"missing {sorted(names - found)}, unexpected {sorted(found - names)}"
         )
     files = [path / f"layer_{i}.safetensors" for i in range(card["n_layers"])]
-    return [partial(_read_layer, file, card) for file in files], card
+    return [partial(_read_layer, file, i, card) for i, file in enumerate(files)], card
 
 
-def _read_layer(file: Path, card: dict[str, Any]) -> TranscoderAdapter:
+def read_transcoders(
+    folder: str | os.PathLike[str], purpose: str
+) -> tuple[list[Callable[[], TranscoderAdapter]], dict[str, Any]]:
+    """:func:`read_adapters`, for a ``purpose`` that has no place for anything but transcoders.
+
+    Raises:
+        UserError: they are of another kind.
+    """
+    layers, card = read_adapters(folder)
+    if card["kind"] != TRANSCODER:
+        raise UserError(
+            f"{folder}: {purpose} is for transcoder adapters; these are of kind {card['kind']!r}, "
+            "which takes the place of the model's own weights"
+        )
+    return cast("list[Callable[[], TranscoderAdapter]]", layers), card
+
+
+def _read_layer(file: Path, layer: int, card: dict[str, Any]) -> nn.Module:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -159,8 +216,14 @@ def _read_layer(file: Path, card: dict[str, Any]) -> TranscoderAdapter:
         tensors = load_file(file)
     except (SafetensorError, OSError) as e:
         raise UserError(f"{file} cannot be read: {e}") from e
-    adapter = TranscoderAdapter(card["d_in"], card["adapter"], d_out=card["d_out"], device="meta")
-    expected = {name: tuple(t.shape) for name, t in adapter.state_dict().items()}
+    adapter: TranscoderAdapter | None = None
+    if card["kind"] == TRANSCODER:
+        adapter = TranscoderAdapter(
+            card["d_in"], card["adapter"], d_out=card["d_out"], device="meta"
+        )
+        expected = {name: tuple(t.shape) for name, t in adapter.state_dict().items()}
+    else:
+        expected = card["tensors"][layer]
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}
     for name in sorted(expected.keys() | shapes.keys()):
         if expected.get(name) != shapes.get(name):
@@ -170,6 +233,8 @@ def _read_layer(file: Path, card: dict[str, Any]) -> TranscoderAdapter:
             )
         if not tensors[name].is_floating_point():
             raise UserError(f"{file}: tensor {name}: expected floating, got integers")
+    if adapter is None:
+        return TUNED[card["kind"]](card["d_in"], tensors)
     adapter.load_state_dict(tensors, assign=True)
     return adapter
 
@@ -182,7 +247,8 @@ def load_adapters(
 ) -> tuple[nn.ModuleList, dict[str, Any]]:
     """Read what :func:`save_adapters` wrote: the adapters, layer 0 first, and the metadata.
 
-    Strict: a missing, extra or misshapen file or tensor is a :class:`UserError` that names it.
+    Whatever their kind, which each module tells. Strict: a missing, extra or misshapen file or
+    tensor is a :class:`UserError` that names it.
     Parameters keep the dtype of the file unless ``dtype`` is given; the running threshold of
     ``batch_topk`` keeps its own.
     """

@@ -21,10 +21,9 @@ from fastadapt.options import (
     doctor_parser,
     export_parser,
     nearest,
-    parse_train,
     resume_command,
-    train_parser,
 )
+from fastadapt.options_train import parse_train, train_parser
 from fastadapt.ranks import leads, leave, tells
 
 
@@ -109,14 +108,17 @@ def _stopped(summary: dict[str, Any], argv: list[str]) -> int:
 
 
 def _print_summary(summary: dict[str, Any]) -> None:
-    from fastadapt.training.records import comparison, duration, number, percent
+    from fastadapt.training.records import TRAINED, comparison, duration, number, percent
 
     print()
     print_table(*comparison(summary))
     print()
     recovered = percent(summary.get("kl_recovered_vs_hybrid"))
-    print(f"The adapter recovers {recovered} of the hybrid's KL to the target.")
-    print("L0 per layer:", ", ".join(map(number, summary.get("l0_per_layer") or [])))
+    trained = TRAINED[summary["adapter_kind"]]
+    verb = "recovers" if trained == "adapter" else "recover"
+    print(f"The {trained} {verb} {recovered} of the hybrid's KL to the target.")
+    if per_layer := summary.get("l0_per_layer"):
+        print("L0 per layer:", ", ".join(map(number, per_layer)))
     print(f"{number(summary['tokens'])} training tokens in {duration(summary['wall_s'])}")
     print(f"adapter: {summary['adapter']}")
     print(f"report:  {Path(summary['report']).resolve()}")
@@ -151,9 +153,10 @@ def _print_plan(config: Any, gpu: str | None, gpus: int, *, as_json: bool) -> in
         f"{gb(planned.disk_bytes)} of disk."
     )
     predicted = predict(config, planned)
+    sparse = f" at L0 {predicted.l0:g} (more at the first steps, whose products are dense)"
     print(
-        f"Prediction: {predicted.flops_per_step / 1e12:,.4g} TFLOP a step at L0 {predicted.l0:g} "
-        f"(more at the first steps, whose products are dense), {predicted.step_s:.3g} s, "
+        f"Prediction: {predicted.flops_per_step / 1e12:,.4g} TFLOP a step"
+        f"{'' if predicted.l0 is None else sparse}, {predicted.step_s:.3g} s, "
         f"{predicted.hours:.3g} h for the run, at {device.flops_per_s / 1e12:.4g} TFLOP/s of "
         f"{device.name} ({device.source})."
     )

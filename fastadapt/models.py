@@ -2,7 +2,9 @@
 
 The *target* is the fine-tuned model. The *hybrid* is the target with the base model's MLPs. The
 *replacement* is the hybrid with an adapter beside every base MLP. They share attention, norms,
-embeddings and head, so a pair costs the target and the base's MLP weights, nothing more.
+embeddings and head, so a pair costs the target and the base's MLP weights, nothing more. Two
+baselines of the method take the place of adapters and are the replacement then: MLPs, or norm
+weights, that were trained themselves (:mod:`fastadapt.tuned`).
 
 Blocks are called through transformers' own modules: no copy of a model's forward lives here.
 Masks and rotary embeddings come from one call of the model's own forward
@@ -24,6 +26,7 @@ from fastadapt.block_inputs import BlockInputs, record_inputs
 from fastadapt.errors import UserError
 from fastadapt.kernels.transcoder import Plan
 from fastadapt.pair import ModelPair, PairConfig, PairMismatchError
+from fastadapt.tuned import TunedNorms, TunedWeights, switch_norms, tuned_weights, weights_of
 
 __all__ = [
     "AdaptedMLP",
@@ -44,7 +47,8 @@ class ReplacementModel(nn.Module):
 
     Args:
         pair: the two models. Its target is changed in place: its MLPs are wrapped.
-        adapters: one per layer, of the MLP's widths.
+        adapters: one per layer, of the MLP's widths, all of one kind: transcoders, or weights of
+            the model (:class:`fastadapt.tuned.TunedWeights`) of the names and shapes that it has.
     """
 
     def __init__(self, pair: ModelPair, adapters: nn.ModuleList) -> None:
@@ -59,6 +63,8 @@ class ReplacementModel(nn.Module):
             raise UserError("this pair's target already carries adapters; load the pair again")
         for layer, base, adapter in zip(layers, pair.base_mlps, adapters, strict=True):
             setattr(layer, paths.mlp, AdaptedMLP(getattr(layer, paths.mlp), base, adapter))
+        if isinstance(adapters[0], TunedNorms):
+            switch_norms(pair)
         self.pair = pair
         self.model = pair.target
         self.adapters = adapters
@@ -76,9 +82,12 @@ class ReplacementModel(nn.Module):
     ) -> ReplacementModel:
         """A replacement model with fresh adapters on the pair's device.
 
-        ``dtype`` of the adapters is the pair's unless given; ``seed`` fixes ``W_enc``. ``runs_on``
-        is where the model will be moved before it runs, if it is not there yet.
+        ``dtype`` of transcoders is the pair's unless given; ``seed`` fixes ``W_enc``. ``runs_on``
+        is where the model will be moved before it runs, if it is not there yet. Of another
+        ``config.kind`` the fresh weights are the hybrid's.
         """
+        if not config.sparse:
+            return cls(pair, tuned_weights(pair, config.kind))
         generator = torch.Generator().manual_seed(seed)
         weight = next(pair.base_mlps.parameters())
         config.check_runs(runs_on or weight.device, dtype or weight.dtype)
@@ -105,6 +114,8 @@ class ReplacementModel(nn.Module):
         _check_fit(self.pair, adapters)
         for mlp, adapter in zip(self.mlps, adapters, strict=True):
             mlp.adapter = adapter
+        if isinstance(adapters[0], TunedNorms):
+            switch_norms(self.pair)
         self.adapters = adapters
 
     @property
@@ -119,10 +130,9 @@ class ReplacementModel(nn.Module):
 
     @property
     def n_features(self) -> int:
-        """Features per layer, F."""
+        """Features per layer, F; 0 where what is trained has none."""
         first = self.adapters[0]
-        assert isinstance(first, TranscoderAdapter)
-        return first.n_features
+        return first.n_features if isinstance(first, TranscoderAdapter) else 0
 
     @property
     def device(self) -> torch.device:
@@ -195,6 +205,8 @@ class ReplacementModel(nn.Module):
     ) -> tuple[Tensor, Aux | None]:
         """Block ``layer`` (0-based) of the given mode: ``[B, T, D]`` to ``[B, T, D]``, and the aux.
 
+        The aux is that of a transcoder, in the mode ``replacement``; else None.
+
         The mode is set and restored in here, so that a recompute under checkpointing, which runs
         after the caller's contexts have closed and on a GPU in another thread, is the same call.
         ``mask``, ``padding`` and ``plan`` go to the adapter (:meth:`TranscoderAdapter.forward`).
@@ -214,18 +226,26 @@ class ReplacementModel(nn.Module):
         if isinstance(block, FSDPModule):
             block.reshard()
 
-    def final_norm(self, hidden: Tensor) -> Tensor:
-        """The norm before the head."""
-        return getattr(getattr(self.model, self.paths.decoder), self.paths.norm)(hidden)
+    def final_norm(self, hidden: Tensor, mode: Mode) -> Tensor:
+        """The norm before the head, of the given mode; they differ where norms were refit."""
+        norm = getattr(getattr(self.model, self.paths.decoder), self.paths.norm)
+        with self.mlps[-1].running(mode, None):
+            out: Tensor = norm(hidden)
+        return out
 
 
 def _check_fit(pair: ModelPair, adapters: nn.ModuleList) -> None:
     n_layers, width = len(pair.base_mlps), pair.target.config.hidden_size
     if len(adapters) != n_layers:
         raise UserError(f"{n_layers} layers want as many adapters, got {len(adapters)}")
+    if len({type(adapter) for adapter in adapters}) > 1:
+        raise UserError("adapters of several kinds: one kind for all layers is expected")
     for i, adapter in enumerate(adapters):
         if (adapter.d_in, adapter.d_out) != (width, width):
             raise UserError(
                 f"adapter of layer {i}: the model's width is {width}, "
                 f"got d_in={adapter.d_in}, d_out={adapter.d_out}"
             )
+    tuned = [adapter for adapter in adapters if isinstance(adapter, TunedWeights)]
+    for i, wanted in enumerate(weights_of(pair, tuned[0].kind) if tuned else ()):
+        tuned[i].check_fits(wanted, i)

@@ -101,7 +101,10 @@ class AdapterCall(NamedTuple):
 
 
 class ObjectiveOutput(NamedTuple):
-    """The loss (0-d, with its graph), its terms (0-d, detached), and each layer's call."""
+    """The loss (0-d, with its graph), its terms (0-d, detached), and each layer's call.
+
+    Where no transcoders are trained there are no calls.
+    """
 
     loss: Tensor
     metrics: dict[str, Tensor]
@@ -191,14 +194,15 @@ def _walk(
         run = partial(_run_block, model, layer, "replacement", inputs.arguments[layer])
         run = partial(run, mask=mask, padding=pad, plan=plan)
         h_rep, penalty, counts = recomputed(config.checkpoint, run, h_rep)
-        assert penalty is not None
-        assert counts is not None
-        calls.append(AdapterCall(penalty, counts, plan, 2 if forked else 1))
+        if penalty is not None and counts is not None:
+            calls.append(AdapterCall(penalty, counts, plan, 2 if forked else 1))
         if bridge is not None:
             run = partial(_run_block, model, layer, "target", single.arguments[layer])
             bridge, _, _ = recomputed(config.checkpoint, run, bridge)
         model.leave(layer)
-        error = nmse(h_rep[:n_rows], h, mask=real)
+        # Without a weight it is measured and no more.
+        free = h_rep[:n_rows] if config.nmse else h_rep[:n_rows].detach()
+        error = nmse(free, h, mask=real)
         nmse_sum = nmse_sum + error.nmse.mean()
         token_sum = token_sum + (error.token_nmse * tokens_BT).sum()
     return _Streams(
@@ -234,7 +238,8 @@ def objective(
     Returns:
         The loss, its terms (``loss, kl, nmse, nmse_token, bridge_adapter_to_target,
         bridge_target_to_adapter, sparsity, l0, top1_error``; a bridge that does not exist is
-        absent), and every layer's call, with statistics of the replacement stream.
+        absent, and so are sparsity and L0 of what has no features), and every layer's call, with
+        statistics of the replacement stream.
 
     Raises:
         ValueError: the cutoff lies outside 0..L.
@@ -246,14 +251,16 @@ def objective(
     streams = _walk(model, batch, cutoff, config, tokens_BT, codes_per_token)
 
     forked = streams.adapter_to_target is not None
-    students = [streams.replacement]
+    # Each with the mode of the blocks that it left last.
+    students: list[tuple[Tensor, Mode]] = [(streams.replacement, "replacement")]
     if streams.adapter_to_target is not None and streams.target_to_adapter is not None:
-        students += [streams.adapter_to_target, streams.target_to_adapter]
+        students.append((streams.adapter_to_target, "target"))
+        students.append((streams.target_to_adapter, "replacement"))
     with torch.no_grad():
-        teacher = model.final_norm(streams.target).flatten(0, 1)
+        teacher = model.final_norm(streams.target, "target").flatten(0, 1)
     kl = linear_kl(
         teacher,
-        [model.final_norm(s).flatten(0, 1) for s in students],
+        [model.final_norm(s, mode).flatten(0, 1) for s, mode in students],
         model.head,
         mask=predictions_BT.flatten(),
         softcap=model.softcap,
@@ -265,24 +272,26 @@ def objective(
     if forked:
         metrics["bridge_adapter_to_target"] = kl.kl[1]
         metrics["bridge_target_to_adapter"] = kl.kl[2]
-    elif cutoff == 0:
+    elif config.bridge and cutoff == 0:
         metrics["bridge_target_to_adapter"] = out
-    elif cutoff == model.n_layers:
+    elif config.bridge and cutoff == model.n_layers:
         metrics["bridge_adapter_to_target"] = out
     bridges = [value for name, value in metrics.items() if name.startswith("bridge")]
-    sparsity = config.sparsity * torch.stack([c.penalty for c in streams.calls]).sum()
-    loss = out + config.nmse * streams.nmse + sparsity
-    if config.bridge and bridges:
+    loss = out + config.nmse * streams.nmse
+    sparse: dict[str, Tensor] = {}
+    if streams.calls:
+        sparse["sparsity"] = config.sparsity * torch.stack([c.penalty for c in streams.calls]).sum()
+        n_active = torch.stack([c.stats.n_active for c in streams.calls]).sum()
+        n_tokens = torch.stack([c.stats.n_tokens for c in streams.calls]).sum()
+        sparse["l0"] = n_active.to(wide) / n_tokens.clamp(min=1)
+        loss = loss + sparse["sparsity"]
+    if bridges:
         loss = loss + config.bridge * torch.stack(bridges).sum()
-
-    n_active = torch.stack([c.stats.n_active for c in streams.calls]).sum()
-    n_tokens = torch.stack([c.stats.n_tokens for c in streams.calls]).sum()
     metrics |= {
         "loss": loss,
         "nmse": streams.nmse,
         "nmse_token": streams.token_nmse,
-        "sparsity": sparsity,
-        "l0": n_active.to(wide) / n_tokens.clamp(min=1),
+        **sparse,
         "top1_error": 1 - (kl.token_top1[0] * predictions_BT.flatten()).sum(),
     }
     calls = [c._replace(penalty=c.penalty.detach()) for c in streams.calls]

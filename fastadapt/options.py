@@ -1,12 +1,7 @@
-"""What can be typed after `fastadapt`: the parsers, made from the configuration's dataclasses.
-
-A run's configuration is a preset's or a YAML file's, with the options that were typed written over
-it; `fastadapt.training.config.from_dict` then has the one word on what is allowed.
-"""
+"""What can be typed after `fastadapt`: the parser of every command, and those of the small ones."""
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import os
 import re
@@ -18,20 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser
 
 from fastadapt.errors import UserError
-
-if typing.TYPE_CHECKING:
-    from fastadapt.training.config import TrainConfig
-
-PRESETS = Path(__file__).parent / "presets"
 
 USAGE = """\
 usage: fastadapt COMMAND ...
 
-  train PRESET_OR_YAML   train transcoder adapters on a model pair
+  train PRESET_OR_YAML   train transcoder adapters, or a baseline, on a model pair
   data prepare           training and validation sets out of a data set of conversations
   export RUN             a trained run as one Hugging Face checkpoint, or in another format
   organism               the embedded model pair: build, check, sample
@@ -87,101 +76,6 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def preset_names() -> list[str]:
-    """Names of the presets that the package ships."""
-    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
-
-
-def find_config(name: str) -> Path:
-    """The file of a preset, by its name, or of a YAML file, by its path.
-
-    Raises:
-        UserError: neither a preset nor a file, such as a folder.
-    """
-    if name in preset_names():
-        return PRESETS / f"{name}.yaml"
-    path = Path(name).expanduser()
-    if path.is_file():
-        return path
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; expected a YAML file or a preset ({_known()})")
-    if path.suffix in (".yaml", ".yml") or "/" in name:
-        raise UserError(f"{name}: no such file; give a YAML file or a preset ({_known()})")
-    hint = nearest(name, preset_names()) or "."
-    raise UserError(f"{name}: no such preset{hint} Known: {_known()}")
-
-
-def _known() -> str:
-    return ", ".join(preset_names())
-
-
-def train_parser() -> Parser:
-    """The parser of `fastadapt train`: one option per field of the configuration."""
-    from fastadapt.training.config import TrainConfig
-
-    parser = Parser(
-        prog="fastadapt train",
-        usage="fastadapt train PRESET_OR_YAML [--COMPONENT.KEY VALUE ...] "
-        + " ".join(f"[{flag}]" for flag in TRAIN_FLAGS),
-        description="Train transcoder adapters on a model pair, into a run directory. What is "
-        "typed wins over the preset or file, and that over the defaults below.",
-    )
-    parser.add_argument(
-        "config", metavar="PRESET_OR_YAML", help=f"a preset ({_known()}) or a YAML file"
-    )
-    for flag, told in TRAIN_FLAGS.items():
-        parser.add_argument(flag, action="store_true", default=False, help=told)
-    parser.add_argument("--gpu", type=str, default=None, help=PLAN_GPU)
-    parser.add_argument("--gpus", type=int, default=None, help=PLAN_GPUS)
-    for name, kind in typing.get_type_hints(TrainConfig).items():
-        parser.add_class_arguments(kind, name)
-    return parser
-
-
-PLAN_GPUS = "with --dry-run: plan for so many GPUs that share the run"
-PLAN_GPU = "with --dry-run: plan for this GPU (a100, h100, h200) instead of this machine"
-
-TRAIN_FLAGS = {
-    "--resume": "go on with the run in run.output, from its newest checkpoint",
-    "--overwrite": "remove the run in run.output first",
-    "--dry-run": "print what the run would need (memory, work, hours, disk) and stop; no weights "
-    "are read, nothing is fetched for a preset",
-    "--json": "with --dry-run: print one JSON object",
-    "--print_config": "print the whole configuration as YAML and stop",
-}
-
-
-def parse_train(argv: Sequence[str]) -> tuple[TrainConfig, Namespace]:
-    """The configuration of a run and the flags beside it, from the arguments of `fastadapt train`.
-
-    Raises:
-        UserError: an unknown option, preset or key, or an impossible value.
-    """
-    from fastadapt.training.config import from_dict
-
-    parser = train_parser()
-    # Only what was typed: defaults come from the file, and below it from the dataclasses.
-    typed = parser.parse_args(argv, defaults=False, _skip_validation=True)
-    if typed.get("config") is None:
-        parser.error(f"PRESET_OR_YAML is missing; presets: {_known()}")
-    values = read_yaml(find_config(typed.config))
-    flags = Namespace(config=typed.config)
-    for flag in TRAIN_FLAGS:
-        name = flag.lstrip("-").replace("-", "_")
-        flags[name] = bool(typed.get(name))
-    flags.gpu, flags.gpus = typed.get("gpu"), typed.get("gpus")
-    for name in ("json", "gpu", "gpus"):
-        if flags[name] is not None and flags[name] is not False and not flags.dry_run:
-            parser.error(f"--{name} goes with --dry-run")
-    for component, fields in typed.as_dict().items():
-        if isinstance(fields, dict):
-            below = values.setdefault(component, {})
-            if not isinstance(below, dict):
-                raise UserError(f"{component}: expected keys, got {below!r}")
-            below.update({key: _plain(value) for key, value in fields.items()})
-    return from_dict(values), flags
-
-
 def resume_command(argv: Sequence[str], command: Sequence[str] = ("train",)) -> str:
     """What to type to go on, in the shell in which `fastadapt COMMAND ARGV...` was stopped."""
     again = [a for a in argv if a not in ("--resume", "--overwrite")]
@@ -209,29 +103,6 @@ def _program() -> str:
     if found is not None and os.path.realpath(found) == os.path.realpath(started):
         return "fastadapt"
     return started
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The keys of a YAML file.
-
-    Raises:
-        UserError: unreadable, no YAML, or not keys with values.
-    """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected keys with values, got {type(values).__name__}")
-    return values
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    return value
 
 
 def organism_parser() -> Parser:

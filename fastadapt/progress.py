@@ -70,7 +70,7 @@ class Progress(_Drawn):
             self._bar.refresh()
 
     def _step(self, step: int, record: dict[str, Any]) -> None:
-        terms = [f"{name} {_short(record.get(key))}" for key, name in SHOWN.items()]
+        terms = [f"{name} {_short(record[key])}" for key, name in SHOWN.items() if key in record]
         terms.append(f"{record['tokens_per_s']:,.0f} tok/s")
         if self._bar is not None:
             self._bar.set_postfix_str(", ".join(terms), refresh=False)
@@ -135,7 +135,8 @@ def evaluation_line(record: dict[str, Any]) -> str:
         f"KL {_short(record.get('kl_adapter'))} (hybrid {_short(record.get('kl_hybrid'))}, "
         f"recovered {_short(record.get('kl_recovered_vs_hybrid'))}), "
         f"top-1 error {_short(record.get('top1_error_adapter'))} "
-        f"(hybrid {_short(record.get('top1_error_hybrid'))}), L0 {_short(record.get('l0_mean'))}"
+        f"(hybrid {_short(record.get('top1_error_hybrid'))})"
+        + (f", L0 {_short(record['l0_mean'])}" if "l0_mean" in record else "")
     )
 
 

@@ -132,7 +132,7 @@ def test_block_by_block_equals_the_models_own_forward(make_pair) -> None:
                     assert (aux is not None) == (mode == "replacement")
                 with model.mode(mode):
                     logits = model(ids, attention_mask=real.long()).logits
-                ours = model.final_norm(h) @ model.head.T
+                ours = model.final_norm(h, mode) @ model.head.T
                 if model.softcap:
                     ours = model.softcap * (ours / model.softcap).tanh()
             torch.testing.assert_close(ours[real], logits[real])

@@ -57,8 +57,11 @@ def _add(sums: _Sums, model: ReplacementModel, batch: Batch, chunk_tokens: int) 
     predictions = token_weights(batch, torch.float64).predictions
     rows = int((predictions.sum(1) > 0).sum())
     kl = linear_kl(
-        model.final_norm(h).flatten(0, 1),
-        [model.final_norm(s).flatten(0, 1) for s in students],
+        model.final_norm(h, "target").flatten(0, 1),
+        [
+            model.final_norm(s, mode).flatten(0, 1)
+            for s, mode in zip(students, STUDENTS, strict=True)
+        ],
         model.head,
         mask=predictions.flatten(),
         softcap=model.softcap,
@@ -93,7 +96,8 @@ def evaluate(
         ``nmse_per_layer, nmse_per_layer_hybrid`` (L+1 numbers), ``l0_mean, l0_per_layer`` (active
         features per token per layer), ``feature_density`` (per layer, per feature: share of tokens
         on which it fired), ``n_dead_per_layer`` (features that fired on none of these tokens),
-        ``tokens`` and ``sequences``.
+        ``tokens`` and ``sequences``. What has no features (tuned MLPs or norms, which ``adapter``
+        stands for then) has no ``l0...``, no density and no dead ones.
 
     Raises:
         UserError: no sequence has a token to predict.
@@ -113,8 +117,6 @@ def evaluate(
     kl_hybrid, kl_adapter = (sums.kl / sums.predicted).tolist()
     error_hybrid, error_adapter = (1 - sums.agree / sums.predicted).tolist()
     nmse_hybrid, nmse_adapter = sums.nmse / sums.sequences
-    density = sums.counts_LF / sums.tokens
-    l0 = density.double().sum(1)
     return {
         "kl_hybrid": kl_hybrid,
         "kl_adapter": kl_adapter,
@@ -125,10 +127,18 @@ def evaluate(
         "nmse_mean_hybrid": nmse_hybrid.mean().item(),
         "nmse_per_layer": nmse_adapter.tolist(),
         "nmse_per_layer_hybrid": nmse_hybrid.tolist(),
+        **(_sparsity(sums) if model.n_features else {}),
+        "tokens": sums.tokens,
+        "sequences": sums.sequences,
+    }
+
+
+def _sparsity(sums: _Sums) -> dict[str, Any]:
+    density = sums.counts_LF / sums.tokens
+    l0 = density.double().sum(1)
+    return {
         "l0_mean": l0.mean().item(),
         "l0_per_layer": l0.tolist(),
         "feature_density": density.tolist(),
         "n_dead_per_layer": (sums.counts_LF == 0).sum(1).tolist(),
-        "tokens": sums.tokens,
-        "sequences": sums.sequences,
     }

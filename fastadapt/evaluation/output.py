@@ -181,11 +181,11 @@ def _measure(
             if aux is not None:
                 active[name].append(aux.stats.n_active)
     assert h is not None
-    teacher = model.final_norm(h)
+    teacher = model.final_norm(h, "target")
     predicts = batch.real[:, 1:] & batch.real[:, :-1]
     out: dict[str, dict[str, Tensor]] = {}
     if inside:
-        finals = [model.final_norm(state) for state in states]
+        finals = [model.final_norm(x, to.mode) for x, to in zip(states, streams, strict=True)]
         got = _kl(model, teacher, finals, model.head, predicts, chunk_tokens)
         for s, name in enumerate(inside):
             out[name] = {"kl": got.token_kl[s], "agrees": got.token_top1[s]}

@@ -147,7 +147,7 @@ def _measure(
     predicts = batch.real[:, 1:] & batch.real[:, :-1]
 
     def final(end: _End) -> Tensor:
-        return model.final_norm(end.hidden[:, :-1][predicts])
+        return model.final_norm(end.hidden[:, :-1][predicts], end.mode)
 
     teacher = final(_End(clean, "target"))
     text = torch.arange(len(predicts), device=predicts.device).repeat_interleave(predicts.sum(1))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fastadapt.adapter import TranscoderAdapter
-from fastadapt.adapter_files import read_adapters, save_adapters
+from fastadapt.adapter_files import read_transcoders, save_adapters
 from fastadapt.checkpoint_files import (
     CONFIG,
     SHARD_BYTES,
@@ -147,7 +147,11 @@ def save(
         RunError: the folder cannot be written.
     """
     first = model.adapters[0]
-    assert isinstance(first, TranscoderAdapter)
+    if not isinstance(first, TranscoderAdapter):
+        raise UserError(
+            "the published format is for transcoder adapters; this model's are of kind "
+            f"{first.kind!r}"
+        )
     untied = {name for name, _ in model.model.named_parameters()}
     write_published(
         folder,
@@ -204,7 +208,7 @@ def from_adapters(
     Works on files alone. ``like`` as in :func:`save`.
     """
     at = revisions or {}
-    layers, _ = read_adapters(adapters)
+    layers, _ = read_transcoders(adapters, "the published format")
     config = read_json(target, CONFIG, at.get("target"))
     if len(layers) != config.get("num_hidden_layers"):
         raise UserError(

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from fastadapt.adapter_files import read_adapters
+from fastadapt.adapter_files import read_transcoders
 from fastadapt.checkpoint_files import (
     CONFIG,
     SHARD_BYTES,
@@ -48,7 +48,7 @@ def export(
         RunError: the folder cannot be written.
     """
     at = revisions or {}
-    layers, card = read_adapters(adapters)
+    layers, card = read_transcoders(adapters, "this export")
     config = read_json(target, CONFIG, at.get("target"))
     architecture = str(config.get("model_type"))
     if architecture not in ARCHITECTURES:

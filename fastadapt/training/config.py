@@ -107,6 +107,13 @@ class TrainConfig:
     optimizer: OptimizerConfig
     run: RunConfig
 
+    def __post_init__(self) -> None:
+        if self.objective.sparsity and not self.adapter.sparse:
+            raise UserError(
+                f"objective.sparsity: expected 0, since adapter.kind {self.adapter.kind!r} has no "
+                f"features to keep few, got {self.objective.sparsity}"
+            )
+
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Return the configuration as nested plain values: dicts, lists, strings, numbers."""

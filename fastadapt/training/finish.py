@@ -49,6 +49,7 @@ def write(
     summary = {
         **{k: v for k, v in record.items() if k not in ("kind", "step", "wall_s")},
         "interrupted": False,
+        "adapter_kind": config.adapter.kind,
         **counts,
         "output": str(folder),
         **versions(),
@@ -60,7 +61,7 @@ def write(
         "objective": dataclasses.asdict(config.objective),
         "family": config.data.family,
         "seed": config.run.seed,
-        "measured": {name: summary[name] for name in _MEASURED},
+        "measured": {name: summary[name] for name in _MEASURED if name in summary},
         "versions": versions()["versions"],
     }
     with rundir.replacing(folder / rundir.ADAPTER) as staged:

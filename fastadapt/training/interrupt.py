@@ -95,9 +95,9 @@ def _told(config: TrainConfig, reason: str) -> str:
     return (
         f"out of memory ({first}). {need} {free_memory()}. Lower data.max_tokens "
         f"({config.data.max_tokens}), optimizer.batch_size ({config.optimizer.batch_size}, with "
-        "optimizer.accumulation in its stead), objective.kl_chunk_tokens "
-        f"({config.objective.kl_chunk_tokens}) or adapter.n_features "
-        f"({config.adapter.n_features})"
+        "optimizer.accumulation in its stead) or objective.kl_chunk_tokens "
+        f"({config.objective.kl_chunk_tokens})"
+        + (f", or adapter.n_features ({config.adapter.features})" if config.adapter.sparse else "")
         + ("" if config.objective.checkpoint == "full" else ", set objective.checkpoint to full")
         + ("" if config.pair.dtype != "float32" else ", or set pair.dtype to bfloat16")
         + ". --resume goes on from the last checkpoint."

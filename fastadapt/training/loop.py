@@ -59,9 +59,10 @@ class Run:
         self.model.adapters.train()
         named = dict(self.model.adapters.named_parameters())
         self.optimizer = AdapterOptimizer(named, config.optimizer)
-        shape = self.model.n_layers, self.model.n_features
-        self.dead = DeadFeatures(*shape, config.run.dead_window, self.model.device)
-        self.planner = Planner(takes_plans(config.adapter.implementation, self.model.device.type))
+        sparse, kernel = config.adapter.sparse, config.adapter.implementation
+        shape = (self.model.n_layers, self.model.n_features) if sparse else (0,)
+        self.dead = DeadFeatures(shape, config.run.dead_window, self.model.device)
+        self.planner = Planner(sparse and takes_plans(kernel, self.model.device.type))
         self.step = 0
         self.tokens = 0
         self.bad_in_row = 0

@@ -25,7 +25,7 @@ def _weights(s: Shapes) -> dict[str, int]:
 
     Shares of adapters with masters are the masters.
     """
-    e, n, adapters = s.element_bytes, s.ranks, s.layers * s.adapter_parameters
+    e, n, adapters = s.element_bytes, s.ranks, s.trained_parameters
     blocks = s.target_parameters - s.whole_parameters
     whole_block = (blocks + s.mlp_parameters) // s.layers + s.adapter_parameters
     return {
@@ -55,6 +55,8 @@ def _kept_streams(s: Shapes, layer: int) -> int:
 def _kept_codes(s: Shapes, layer: int, dense: bool) -> int:
     """Of the adapter. Dense ones [N, F] are recomputed where anything is."""
     tokens = s.rows(layer) * s.tokens
+    if not s.features:
+        return 0
     if s.dense_kernel or dense:
         kept = s.checkpoint == "none" and not s.dense_kernel
         return tokens * s.features * (s.element_bytes + s.windowed) * kept
@@ -65,7 +67,8 @@ def _kept_codes(s: Shapes, layer: int, dense: bool) -> int:
 def _kept_blocks(s: Shapes, layer: int) -> int:
     """What the policy keeps of a block beside its input.
 
-    Nothing of the lowest block has a gradient but its adapter.
+    Nothing of the lowest block has a gradient but its adapter. (Its norms do, where they are
+    trained, and an MLP that is trained there is counted with its block.)
     """
     rows, bridges = s.rows(layer), s.bridges(layer)
     if s.checkpoint == "full" or (s.checkpoint == "attention" and s.eager):
@@ -74,7 +77,7 @@ def _kept_blocks(s: Shapes, layer: int) -> int:
         per_token = s.query * s.element_bytes + s.heads * FP32
         return (rows + bridges) * s.tokens * per_token
     adapter = _adapter_activations(s, rows)
-    if layer == 0:
+    if layer == 0 and s.features:
         return adapter + rows * s.tokens * s.width * s.element_bytes
     adapted = _block_activations(s, rows, True) + adapter
     return adapted + bridges * _block_activations(s, 1, False)
@@ -100,16 +103,18 @@ def _block_activations(s: Shapes, rows: int, adapted: bool) -> int:
 
     Per token: what each norm reads, in fp32 or wider; query and key after rotation, value, output,
     log-sum-exp; gate, its activation, and the up projection; the adapter's input. Where sequences
-    are padded, key and value are repeated to all heads.
+    are padded, key and value are repeated to all heads. Trained weights have inputs to save: an
+    MLP's last product reads that of gate and up, a norm's weight what was normed.
     """
     e = s.element_bytes
-    norms = s.norms * s.width * max(e, FP32)
+    norms = s.norms * s.width * max(e, FP32) * (2 if adapted and s.kind == "norms" else 1)
+    inner = (4 if adapted and s.kind == "mlp" else 3) * s.inner
     attention = (2 * s.query + 2 * s.key) * e + s.heads * FP32
     if s.sequences > 1:
         attention += 2 * s.query * e
     if s.eager:  # the softmax, in fp32 and rounded; the capped scores
         attention += s.heads * (s.tokens // s.sequences) * (e + FP32 + e * s.capped)
-    return rows * s.tokens * (norms + attention + adapted * s.width * e + 3 * s.inner * e)
+    return rows * s.tokens * (norms + attention + adapted * s.width * e + inner * e)
 
 
 def _adapter_activations(s: Shapes, rows: int) -> int:
@@ -144,6 +149,8 @@ def _op_scratch(s: Shapes, rows: int, dense: bool) -> int:
     and gradients in the parameters' dtype before they reach a master.
     """
     e, n, f = s.element_bytes, rows * s.tokens, s.features
+    if not f:
+        return s.adapter_parameters * e
     codes = 0
     if dense or s.dense_kernel:
         wide = e if s.on_gpu else 3 * FP32 + s.upcast + (e if s.upcast else 0)

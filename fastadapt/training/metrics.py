@@ -31,9 +31,9 @@ class StepReport(NamedTuple):
         terms: the objective's metrics, averaged over the step's sequences.
         losses: the loss of each micro-batch.
         grad_norm: of the summed gradient, before clipping.
-        l0_per_layer: active features per token.
-        dead_per_layer: features that have not fired within the dead window.
-        calls: every call of an adapter: ``[micro-batch][layer]``.
+        l0_per_layer: active features per token; empty where what is trained has none.
+        dead_per_layer: features that have not fired within the dead window; likewise.
+        calls: every call of a transcoder: ``[micro-batch][layer]``.
     """
 
     terms: dict[str, float]
@@ -90,11 +90,11 @@ class StepGatherer:
             torch.stack(list(out.metrics.values())).double() * weight,
             torch.stack([loss.isfinite(), *fits]).all()[None],
             loss[None],
-            *(torch.stack([getattr(s, name) for s in stats]) for name in _STATISTICS),
+            *(_stacked([getattr(s, name) for s in stats], loss) for name in _STATISTICS),
         ]
         self._rows.append(torch.cat([column.double() for column in columns]))
         self._known.append([tokens, *capacities])
-        self._fired.append(torch.stack([s.fired for s in stats]))
+        self._fired.append(_stacked([s.fired for s in stats], loss).bool())
 
     def combine(self, n_micro_batches: int) -> None:
         """Put the shares of all ranks together: ``n_micro_batches`` in all."""
@@ -111,7 +111,7 @@ class StepGatherer:
         return sum(tokens for tokens, *_ in self._known)
 
     def fired(self) -> Tensor:
-        """Bool [L, F]: features that fired on some token of the step."""
+        """Bool [L, F]: features that fired on some token of the step; [0] where there are none."""
         return self._ranks.union(torch.stack(self._fired).any(0))
 
     def valid(self, grad_norm: Tensor) -> Tensor:
@@ -152,14 +152,14 @@ class DeadFeatures:
     """Training tokens since each feature last fired; dead are those beyond the window.
 
     Args:
-        n_layers, n_features: L and F.
+        shape: (L, F); (0,) where what is trained has no features.
         window: in tokens.
         device: of the counters.
     """
 
-    def __init__(self, n_layers: int, n_features: int, window: int, device: torch.device) -> None:
+    def __init__(self, shape: tuple[int, ...], window: int, device: torch.device) -> None:
         self.window = window
-        self.since_LF = torch.zeros(n_layers, n_features, dtype=torch.int64, device=device)
+        self.since_LF = torch.zeros(shape, dtype=torch.int64, device=device)
 
     def update(self, fired_LF: Tensor, tokens: int, counted: Tensor) -> None:
         """Count a step of ``tokens`` tokens, unless ``counted`` (0-d bool) is false."""
@@ -168,7 +168,7 @@ class DeadFeatures:
 
     def per_layer(self) -> Tensor:
         """int64 [L]: dead features per layer."""
-        return (self.since_LF >= self.window).sum(1)
+        return (self.since_LF >= self.window).sum(-1) if len(self.since_LF) else self.since_LF
 
 
 def evaluation_record(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -181,7 +181,8 @@ def evaluation_record(values: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("tokens", "sequences"):
         if name in record:
             record[f"eval_{name}"] = record.pop(name)
-    record["feature_density_histogram"] = density_histogram(values["feature_density"])
+    if "feature_density" in values:
+        record["feature_density_histogram"] = density_histogram(values["feature_density"])
     return record
 
 
@@ -195,6 +196,11 @@ def density_histogram(density: Sequence[Sequence[float]]) -> dict[str, Any]:
         histogram, _ = torch.histogram(fired.log10().clamp(low, high), edges)
         counts.append([int(n) for n in histogram.tolist()])
     return {"log10_edges": DENSITY_EDGES, "counts": counts}
+
+
+def _stacked(tensors: list[Tensor], like: Tensor) -> Tensor:
+    """``[L, ...]``; of no layers, where nothing that is trained has features, ``[0]``."""
+    return torch.stack(tensors) if tensors else like.new_zeros(0)
 
 
 def _capacity(plan: Plan | None) -> int:

@@ -87,13 +87,14 @@ class Prediction:
     """Work and time of a run: no measurement of it.
 
     Attributes:
-        l0: active features per token and layer that it is made for: k, where k is set, else 10.
+        l0: active features per token and layer that it is made for: k, where k is set, else 10;
+            None of what has no features.
         flops_per_step: at the mean length, over all micro-batches, on all GPUs together.
         step_s: seconds of a step, if all of it went at the device's rate of large products.
         hours: of all steps, likewise.
     """
 
-    l0: float
+    l0: float | None
     flops_per_step: float
     step_s: float
     hours: float
@@ -125,7 +126,7 @@ def plan(config: TrainConfig, gpu: str | None = None, gpus: int = 1) -> Plan:
     config = with_policy(config, target, longest, device, gpus)
     shapes = Shapes.of(config, target, longest, device.kind, gpus)
     copies = config.run.keep_checkpoints + 1
-    parameters = shapes.adapter_parameters * shapes.layers
+    parameters = shapes.trained_parameters
     return Plan(
         device=device,
         gpus=gpus,
@@ -153,7 +154,7 @@ def predict(config: TrainConfig, planned: Plan) -> Prediction:
     objective = dataclasses.replace(config.objective, checkpoint=planned.checkpoint)
     size = config.optimizer.batch_size
     setup = Setup(target, config.pair, adapter, objective, size, planned.mean_tokens)
-    l0 = L0 if adapter.k is None else float(adapter.k)
+    l0 = None if not adapter.sparse else L0 if adapter.k is None else float(adapter.k)
     micro_batch = flops_per_step(setup, target.num_hidden_layers, l0)
     per_step = micro_batch * config.optimizer.accumulation
     step_s = per_step / planned.device.flops_per_s / planned.gpus
@@ -218,11 +219,10 @@ def remedies(config: TrainConfig, planned: Plan) -> Iterator[tuple[str, int]]:
         "optimizer.batch_size 1, with optimizer.accumulation in its stead": _with(
             config, "optimizer", batch_size=1
         ),
-        f"adapter.n_features {config.adapter.n_features // 2}": _with(
-            config, "adapter", n_features=config.adapter.n_features // 2
-        ),
         "pair.dtype bfloat16": _with(config, "pair", dtype="bfloat16"),
     }
+    if fewer := config.adapter.features // 2:
+        tried[f"adapter.n_features {fewer}"] = _with(config, "adapter", n_features=fewer)
     found = {name: peak(changed) for name, changed in tried.items()}
     found[f"data.max_tokens {tokens // 2}"] = peak(config, tokens // 2)
     for name, size in sorted(found.items(), key=lambda item: item[1]):

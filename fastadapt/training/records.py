@@ -12,6 +12,9 @@ import yaml
 
 from fastadapt.training.rundir import CONFIG, METRICS, SUMMARY, Record, read_records
 
+#: What the numbers of `..._adapter` are of, by `adapter.kind`.
+TRAINED = {"transcoder": "adapter", "mlp": "tuned MLPs", "norms": "refit norms"}
+
 
 @dataclass
 class Run:
@@ -35,7 +38,9 @@ class Run:
     @property
     def result(self) -> Record:
         """The final numbers: of the summary, or of the last evaluation of a run without one."""
-        return {**(self.evals[-1] if self.evals else {}), **self.summary}
+        start = next((event for event in self.events if event["kind"] == "start"), {})
+        kind = {key: start[key] for key in ("adapter_kind",) if key in start}
+        return {**kind, **(self.evals[-1] if self.evals else {}), **self.summary}
 
     @property
     def dead_window(self) -> int | None:
@@ -124,7 +129,7 @@ def duration(seconds: float | None) -> str:
 
 
 def comparison(result: Record) -> tuple[list[str], list[list[str]]]:
-    """The table hybrid / adapter / target: its head and rows, from a summary or an evaluation.
+    """The table hybrid / what was trained / target, head and rows, of a summary or evaluation.
 
     The target is what the others are measured against, so its errors are 0 by definition.
     """
@@ -142,8 +147,10 @@ def comparison(result: Record) -> tuple[list[str], list[list[str]]]:
     for i in range(max(len(hybrid), len(adapter))):
         name = "NMSE of the embedding" if i == 0 else f"NMSE after layer {i - 1}"
         rows.append([name, number(at(hybrid, i)), number(at(adapter, i)), "0"])
-    rows.append(["L0 per layer", "–", number(result.get("l0_mean")), "–"])
-    return ["", "hybrid", "adapter", "target"], rows
+    kind = result.get("adapter_kind", "transcoder")  # runs of old do not tell
+    if kind == "transcoder":
+        rows.append(["L0 per layer", "–", number(result.get("l0_mean")), "–"])
+    return ["", "hybrid", TRAINED[kind], "target"], rows
 
 
 def at(values: list[Any] | None, index: int) -> Any:

@@ -105,9 +105,10 @@ def _tiles(run: Run) -> str:
             percent(r.get("top1_error_adapter")),
             f"hybrid {percent(r.get('top1_error_hybrid'))}",
         ),
-        ("L0", number(r.get("l0_mean")), "features per token and layer"),
         ("Tokens", number(tokens), f"in {duration(r.get('wall_s'))}"),
     ]
+    if r.get("adapter_kind", "transcoder") == "transcoder":
+        tiles.insert(-1, ("L0", number(r.get("l0_mean")), "features per token and layer"))
     cells = "".join(
         f'<div class="tile"><span>{escape(a)}</span><b>{escape(b)}</b><i>{escape(c)}</i></div>'
         for a, b, c in tiles

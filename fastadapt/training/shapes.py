@@ -15,6 +15,7 @@ from fastadapt.pair import DTYPES
 from fastadapt.pretrained import ARCHITECTURES
 from fastadapt.training.config import TrainConfig
 from fastadapt.training.low_memory import MOMENT_BYTES
+from fastadapt.tuned import norms_of
 
 FP32 = 4  #: bytes
 
@@ -23,6 +24,7 @@ FP32 = 4  #: bytes
 class Shapes:
     """The numbers that the arithmetic is about; bytes per element are named ``..._bytes``."""
 
+    kind: str  # of what is trained
     layers: int
     sequences: int  # B
     tokens: int  # N
@@ -39,6 +41,8 @@ class Shapes:
     whole_parameters: int  # of the target, outside its blocks: every rank has all of them
     mlp_parameters: int
     adapter_parameters: int  # per layer
+    trained_parameters: int  # of all layers, and of the last norm where that is trained
+    bridged: bool
     element_bytes: int
     logit_bytes: int
     gradient_bytes: int  # summed
@@ -75,7 +79,7 @@ class Shapes:
         layers = getattr(getattr(model, paths.decoder), paths.layers)
         mlp = getattr(layers[0], paths.mlp)
         dtype = DTYPES[config.pair.dtype]
-        d, f = target.hidden_size, config.adapter.n_features
+        d, f, kind = target.hidden_size, config.adapter.features, config.adapter.kind
         head = getattr(target, "head_dim", None) or d // target.num_attention_heads
         wide, low = dtype.itemsize, dtype.itemsize < FP32
         attention = paths.attention if config.pair.attention == "auto" else config.pair.attention
@@ -84,8 +88,15 @@ class Shapes:
         jump = config.adapter.activation == "jumprelu"
         n = config.optimizer.batch_size * tokens
         everything = sum(p.numel() for p in model.parameters())
+        norm = sum(p.numel() for _, part in norms_of(layers[0]) for p in part.parameters())
+        trained = {
+            "transcoder": 2 * f * d + f + d + (f if jump else 0),
+            "mlp": sum(p.numel() for p in mlp.parameters()),
+            "norms": norm,
+        }[kind]
         summed = FP32 if low and config.optimizer.masters else wide
         return cls(
+            kind=kind,
             layers=len(layers),
             sequences=config.optimizer.batch_size,
             tokens=n,
@@ -101,7 +112,9 @@ class Shapes:
             target_parameters=everything,
             whole_parameters=everything - sum(p.numel() for p in layers.parameters()),
             mlp_parameters=sum(p.numel() for p in mlp.parameters()) * len(layers),
-            adapter_parameters=2 * f * d + f + d + (f if jump else 0),
+            adapter_parameters=trained,
+            trained_parameters=trained * len(layers) + (d if kind == "norms" else 0),
+            bridged=config.objective.bridge > 0,
             element_bytes=wide,
             logit_bytes=max(wide, FP32)
             if config.objective.logits_dtype is None or device == "cpu"
@@ -126,7 +139,7 @@ class Shapes:
     @property
     def forked(self) -> bool:
         """Whether there is a cutoff with both bridges."""
-        return self.layers > 1
+        return self.bridged and self.layers > 1
 
     @property
     def upcast(self) -> int:

@@ -26,6 +26,7 @@ from fastadapt.adapter import TranscoderAdapter
 from fastadapt.errors import RunError
 from fastadapt.models import ReplacementModel
 from fastadapt.ranks import Ranks
+from fastadapt.tuned import TunedWeights
 
 _LOW = (torch.bfloat16, torch.float16)
 
@@ -120,16 +121,21 @@ def whole_adapters(model: ReplacementModel) -> nn.ModuleList:
     leads = torch.distributed.get_rank() == 0
     whole = nn.ModuleList()
     for block, sharded in zip(model.blocks, model.adapters, strict=True):
-        sharded = cast(TranscoderAdapter, sharded)
         unit = cast(FSDPModule, block)
         unit.unshard()
         if leads:
-            adapter = TranscoderAdapter(
-                sharded.d_in, sharded.config, d_out=sharded.d_out, device="meta"
-            )
             tensors = dict(sharded.named_parameters()) | dict(sharded.named_buffers())
             held = {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
-            adapter.load_state_dict(held, assign=True)
-            whole.append(adapter)
+            whole.append(_like(sharded, held))
         unit.reshard()
     return whole
+
+
+def _like(adapter: nn.Module, tensors: dict[str, torch.Tensor]) -> nn.Module:
+    """An adapter of the same kind and shape that holds ``tensors``."""
+    if isinstance(adapter, TunedWeights):
+        return type(adapter)(adapter.d_in, tensors)
+    assert isinstance(adapter, TranscoderAdapter)
+    made = TranscoderAdapter(adapter.d_in, adapter.config, d_out=adapter.d_out, device="meta")
+    made.load_state_dict(tensors, assign=True)
+    return made

@@ -106,6 +106,11 @@ def _opened(config: TrainConfig, ranks: Ranks, *, resume: bool, overwrite: bool)
 def _check_shares(config: TrainConfig, ranks: Ranks) -> None:
     """Refuse steps that cannot be dealt out evenly, and say how the same step can be."""
     optimizer, n = config.optimizer, ranks.world
+    if n > 1 and config.adapter.kind == "norms":
+        raise UserError(
+            "adapter.kind norms is for one process: the last norm lies outside the blocks that "
+            "several share out"
+        )
     if n > 1 and optimizer.low_memory:
         raise UserError(
             "optimizer.moments 8bit and optimizer.stochastic_rounding are for one process; several "

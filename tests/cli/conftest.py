@@ -92,6 +92,12 @@ class Desk:
         path.write_text(yaml.safe_dump(values) if changed is None else changed)
         return ["train", path]
 
+    def over(self, text: str) -> Path:
+        """A YAML file to go over the recipe."""
+        path = self.folder / "over.yaml"
+        path.write_text(text)
+        return path
+
     def model(self, which: str, **config: object) -> Path:
         """A copy of the pair's `which` with changes to its config.json."""
         copy = self.folder / f"other-{which}"

@@ -13,7 +13,7 @@ OPTIONS = re.findall(
     r"\S+",
     """
 --adapter --adapter.activation --adapter.bandwidth --adapter.implementation
---adapter.initial_threshold --adapter.k --adapter.n_features
+--adapter.initial_threshold --adapter.k --adapter.kind --adapter.n_features
 --data --data.bucket --data.family --data.max_tokens --data.max_validation --data.revision
 --data.train --data.train_on_prompt --data.train_split --data.validation --data.validation_split
 --data.workers
@@ -37,7 +37,7 @@ OPTIONS = re.findall(
 
 def test_the_options_of_train_are_frozen():
     """Runs are started by scripts: an option that goes or changes its name breaks them."""
-    from fastadapt.options import train_parser
+    from fastadapt.options_train import train_parser
 
     options = [o for o in train_parser()._option_string_actions if o.startswith("--")]
     assert sorted(options) == sorted(OPTIONS)
@@ -95,7 +95,7 @@ def test_presets_parse_and_print_whole(fastadapt, preset):
 
 
 def test_every_preset_is_tested_and_shipped():
-    from fastadapt.options import preset_names
+    from fastadapt.options_train import preset_names
 
     known = ["r1-distill-qwen-1.5b", "r1-distill-qwen-7b", "r1-distill-qwen-7b-text"]
     assert preset_names() == ["organism", "qwq-32b", *known]

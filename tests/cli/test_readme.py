@@ -32,8 +32,9 @@ def test_the_adapter_in_ten_lines_runs(capsys):
 
 
 def test_the_commands_are_understood(tmp_path):
-    from fastadapt.options import doctor_parser, export_parser, parse_train
+    from fastadapt.options import doctor_parser, export_parser
     from fastadapt.options_data import parse_prepare
+    from fastadapt.options_train import parse_train
 
     values = yaml.safe_load(blocks("yaml")[0])
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values))

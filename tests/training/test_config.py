@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastadapt.errors import UserError
-from fastadapt.options import PRESETS
+from fastadapt.options_train import PRESETS
 from fastadapt.training.config import (
     TrainConfig,
     differences,

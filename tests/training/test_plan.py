@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fastadapt.errors import UserError
-from fastadapt.options import find_config, preset_names, read_yaml
+from fastadapt.options_train import find_config, preset_names, read_yaml
 from fastadapt.training import memory, trainer
 from fastadapt.training.config import from_dict
 from fastadapt.training.optimizer import AdapterOptimizer

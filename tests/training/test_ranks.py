@@ -184,6 +184,7 @@ VARIANTS: dict[str, dict] = {
     "short last step": {"optimizer.batch_size": 5, "optimizer.epochs": 3},  # 15 micro-batches
     "no checkpointing": {"objective.checkpoint": "none", "optimizer.accumulation": 8},
     "ranks without a share": {"adapter.n_features": 5},  # rows of 2, 2, 1 and 0 features
+    "mlp": {"adapter.kind": "mlp", "adapter.n_features": None, "objective.sparsity": 0.0},
 }
 
 

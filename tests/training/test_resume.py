@@ -57,10 +57,12 @@ def into(config: TrainConfig, folder: Path) -> TrainConfig:
     return dataclasses.replace(config, run=dataclasses.replace(config.run, output=str(folder)))
 
 
-def test_killed_at_five_steps_and_resumed_twice(tiny_config, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["transcoder", "mlp"])
+def test_killed_at_five_steps_and_resumed_twice(tiny_config, tmp_path: Path, kind: str) -> None:
     """Steps before the first checkpoint (3), on one, between two, and the last."""
     kills = ["1,2", "3,5", "4,9", "7,8", "10,12"]
-    save_config(tiny_config(), tmp_path / "config.yaml")
+    config = tiny_config(**VARIANTS[kind] if kind == "mlp" else {})
+    save_config(config, tmp_path / "config.yaml")
     program = Path(__file__).with_name("crash_runs.py")
     arguments = [sys.executable, program, tmp_path / "config.yaml", tmp_path, *kills]
     done = subprocess.run(list(map(str, arguments)), capture_output=True, text=True, timeout=900)
@@ -88,6 +90,8 @@ VARIANTS = {
         "optimizer.epochs": 2,
     },
     "no checkpointing of blocks": {"objective.checkpoint": "none"},
+    "mlp": {"adapter.kind": "mlp", "adapter.n_features": None, "objective.sparsity": 0.0},
+    "norms": {"adapter.kind": "norms", "adapter.n_features": None, "objective.sparsity": 0.0},
 }
 
 
