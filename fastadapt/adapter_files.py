@@ -87,6 +87,22 @@ def _card(adapter: nn.Module) -> dict[str, Any]:
     }
 
 
+def adapters_of(source: str | os.PathLike[str]) -> Path:
+    """The folder of adapters of a finished run, or ``source`` itself where it is one.
+
+    Raises:
+        UserError: it is neither.
+    """
+    folder = Path(source).expanduser()
+    if (folder / "fastadapt.json").is_file():
+        return folder
+    if (folder / "adapter" / "fastadapt.json").is_file():
+        return folder / "adapter"
+    if (folder / "config.yaml").is_file():
+        raise UserError(f"{folder}: this run is not finished: it has no adapter/ yet")
+    raise UserError(f"{source}: expected a run or a folder of adapters with fastadapt.json")
+
+
 def _read_card(path: Path) -> dict[str, Any]:
     card_file = path / "fastadapt.json"
     if not card_file.is_file():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from fastadapt.adapter_files import read_adapters
+from fastadapt.adapter_files import adapters_of, read_adapters
 from fastadapt.errors import UserError
 from fastadapt.organism import resolve
 
@@ -46,7 +46,7 @@ def convert(
     if format == "adapters":
         hu2026.to_adapters(source, out, target=target, base=base)
         return f"import fastadapt; adapters, metadata = fastadapt.load_adapters({str(out)!r})"
-    folder = _adapters_of(source)
+    folder = adapters_of(source)
     metadata = read_adapters(folder)[1]["metadata"]
     pair = {"target": target, "base": base}
     revisions: dict[str, str | None] = {}
@@ -68,14 +68,3 @@ def convert(
         return f"from fastadapt.interop import hu2026; model = hu2026.load({str(out)!r})"
     imports = "import fastadapt.serving; from transformers import AutoModelForCausalLM"
     return f"{imports}; model = AutoModelForCausalLM.from_pretrained({str(out)!r})"
-
-
-def _adapters_of(source: str) -> Path:
-    folder = Path(source).expanduser()
-    if (folder / "fastadapt.json").is_file():
-        return folder
-    if (folder / "adapter" / "fastadapt.json").is_file():
-        return folder / "adapter"
-    if (folder / "config.yaml").is_file():
-        raise UserError(f"{folder}: this run is not finished: it has no adapter/ yet")
-    raise UserError(f"{source}: expected a run or a folder of adapters with fastadapt.json")

@@ -56,20 +56,7 @@ class ReplacementModel(nn.Module):
         paths = pair.paths
         decoder = getattr(pair.target, paths.decoder)
         layers = getattr(decoder, paths.layers)
-        if len(adapters) != len(layers):
-            raise UserError(f"{len(layers)} layers want as many adapters, got {len(adapters)}")
-        if len({type(adapter) for adapter in adapters}) > 1:
-            raise UserError("adapters of several kinds: one kind for all layers is expected")
-        width = pair.target.config.hidden_size
-        for i, adapter in enumerate(adapters):
-            if (adapter.d_in, adapter.d_out) != (width, width):
-                raise UserError(
-                    f"adapter of layer {i}: the model's width is {width}, "
-                    f"got d_in={adapter.d_in}, d_out={adapter.d_out}"
-                )
-        tuned = [adapter for adapter in adapters if isinstance(adapter, TunedWeights)]
-        for i, wanted in enumerate(weights_of(pair, tuned[0].kind) if tuned else ()):
-            tuned[i].check_fits(wanted, i)
+        _check_fit(pair, adapters)
         pair.target.requires_grad_(False)
         pair.base_mlps.requires_grad_(False)
         if isinstance(getattr(layers[0], paths.mlp), AdaptedMLP):
@@ -77,7 +64,7 @@ class ReplacementModel(nn.Module):
         for layer, base, adapter in zip(layers, pair.base_mlps, adapters, strict=True):
             setattr(layer, paths.mlp, AdaptedMLP(getattr(layer, paths.mlp), base, adapter))
         if isinstance(adapters[0], TunedNorms):
-            switch_norms(pair, adapters)
+            switch_norms(pair)
         self.pair = pair
         self.model = pair.target
         self.adapters = adapters
@@ -115,6 +102,21 @@ class ReplacementModel(nn.Module):
             for _ in pair.base_mlps
         )
         return cls(pair, adapters)
+
+    def carry(self, adapters: nn.ModuleList) -> None:
+        """Put other adapters where these are, so that several runs share one pair in memory.
+
+        Args:
+            adapters: as the constructor takes them, on the pair's device.
+        """
+        if adapters is self.adapters:
+            return
+        _check_fit(self.pair, adapters)
+        for mlp, adapter in zip(self.mlps, adapters, strict=True):
+            mlp.adapter = adapter
+        if isinstance(adapters[0], TunedNorms):
+            switch_norms(self.pair)
+        self.adapters = adapters
 
     @property
     def n_layers(self) -> int:
@@ -230,3 +232,20 @@ class ReplacementModel(nn.Module):
         with self.mlps[-1].running(mode, None):
             out: Tensor = norm(hidden)
         return out
+
+
+def _check_fit(pair: ModelPair, adapters: nn.ModuleList) -> None:
+    n_layers, width = len(pair.base_mlps), pair.target.config.hidden_size
+    if len(adapters) != n_layers:
+        raise UserError(f"{n_layers} layers want as many adapters, got {len(adapters)}")
+    if len({type(adapter) for adapter in adapters}) > 1:
+        raise UserError("adapters of several kinds: one kind for all layers is expected")
+    for i, adapter in enumerate(adapters):
+        if (adapter.d_in, adapter.d_out) != (width, width):
+            raise UserError(
+                f"adapter of layer {i}: the model's width is {width}, "
+                f"got d_in={adapter.d_in}, d_out={adapter.d_out}"
+            )
+    tuned = [adapter for adapter in adapters if isinstance(adapter, TunedWeights)]
+    for i, wanted in enumerate(weights_of(pair, tuned[0].kind) if tuned else ()):
+        tuned[i].check_fits(wanted, i)

@@ -101,22 +101,23 @@ class TunedNorms(TunedWeights):
 class SwitchedNorm(nn.Module):
     """Stands where a norm stood, and takes the refit weight where its block's MLP is replaced.
 
+    While the block carries refit weights: with a transcoder beside its MLP it is the target's norm.
+
     Args:
         norm: the target's.
-        tuned: the weights of its block.
-        name: of the norm, among them.
-        mlp: of its block, whose mode it follows.
+        name: of the norm, among the weights of its block.
+        mlp: of its block, whose mode it follows, and whose ``adapter`` these weights are.
     """
 
-    def __init__(self, norm: nn.Module, tuned: TunedNorms, name: str, mlp: AdaptedMLP) -> None:
+    def __init__(self, norm: nn.Module, name: str, mlp: AdaptedMLP) -> None:
         super().__init__()
         self.norm = norm
-        self._of_block = tuned, name, mlp  # in a tuple, since they are parts of the block already
+        self._of_block = name, mlp  # in a tuple, since it is a part of the block already
 
     def forward(self, x: Tensor) -> Tensor:
-        tuned, name, mlp = self._of_block
-        if mlp.mode == "replacement":
-            return tuned.call(self.norm, name, x)
+        name, mlp = self._of_block
+        if mlp.mode == "replacement" and isinstance(mlp.adapter, TunedNorms):
+            return mlp.adapter.call(self.norm, name, x)
         out: Tensor = self.norm(x)
         return out
 
@@ -125,10 +126,14 @@ TUNED: Mapping[str, type[TunedWeights]] = {kind.kind: kind for kind in (TunedMLP
 
 
 def norms_of(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The RMSNorms in a block, by name."""
+    """The RMSNorms in a block, by name, switched or not."""
     # transformers' classes are called so in every architecture: Qwen2RMSNorm, Olmo2RMSNorm.
+    within: set[nn.Module] = set()
     for name, part in module.named_modules():
-        if type(part).__name__.endswith("RMSNorm"):
+        if isinstance(part, SwitchedNorm):
+            within.add(part.norm)
+            yield name, part.norm
+        elif type(part).__name__.endswith("RMSNorm") and part not in within:
             yield name, part
 
 
@@ -146,7 +151,8 @@ def weights_of(pair: ModelPair, kind: str) -> Sequence[Mapping[str, Tensor]]:
         {f"{at}.{name}": p for at, norm in norms_of(block) for name, p in norm.named_parameters()}
         for block in blocks
     ]
-    last = getattr(decoder, pair.paths.norm).named_parameters()
+    norm = getattr(decoder, pair.paths.norm)
+    last = (norm.norm if isinstance(norm, SwitchedNorm) else norm).named_parameters()
     layers[-1] |= {f"{FINAL_NORM}.{name}": p for name, p in last}
     return layers
 
@@ -160,15 +166,18 @@ def tuned_weights(pair: ModelPair, kind: str) -> nn.ModuleList:
     )
 
 
-def switch_norms(pair: ModelPair, layers: nn.ModuleList) -> None:
-    """Put switched norms in the place of the target's, once its MLPs are adapted."""
+def switch_norms(pair: ModelPair) -> None:
+    """Put switched norms in the place of the target's, once its MLPs are adapted; once is enough.
+
+    A model that never carries refit norms keeps transformers' own modules.
+    """
     decoder, blocks = _blocks(pair)
-    for block, tuned in zip(blocks, layers, strict=True):
-        assert isinstance(tuned, TunedNorms)
+    last = getattr(decoder, pair.paths.norm)
+    if isinstance(last, SwitchedNorm):
+        return
+    for block in blocks:
         mlp = getattr(block, pair.paths.mlp)
         for name, norm in list(norms_of(block)):
             holder, _, own = name.rpartition(".")
-            setattr(block.get_submodule(holder), own, SwitchedNorm(norm, tuned, name, mlp))
-        last, last_mlp = tuned, mlp
-    norm = getattr(decoder, pair.paths.norm)
-    setattr(decoder, pair.paths.norm, SwitchedNorm(norm, last, FINAL_NORM, last_mlp))
+            setattr(block.get_submodule(holder), own, SwitchedNorm(norm, name, mlp))
+    setattr(decoder, pair.paths.norm, SwitchedNorm(last, FINAL_NORM, mlp))

@@ -12,10 +12,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastadapt.batch import Batch, token_weights
 from fastadapt.errors import UserError
+from fastadapt.evaluation.streams import Stream, side_by_side
 from fastadapt.kernels.linear_kl import linear_kl
 from fastadapt.kernels.nmse import nmse
 from fastadapt.models import Mode, ReplacementModel
@@ -48,22 +48,12 @@ class _Sums:
 @torch.no_grad()
 def _add(sums: _Sums, model: ReplacementModel, batch: Batch, chunk_tokens: int) -> None:
     real = batch.real
-    attention = batch.attention_mask
-    inputs = model.block_inputs(batch.input_ids, attention)
-    padding = None if attention is None else ~real
-    h = inputs.hidden
-    students: list[Tensor] = [h, h]
-    for layer in range(model.n_layers):
-        arguments = inputs.arguments[layer]
-        h, _ = model.block(layer, h, arguments, "target")
-        for s, mode in enumerate(STUDENTS):
-            students[s], aux = model.block(
-                layer, students[s], arguments, mode, mask=real, padding=padding
-            )
-            sums.nmse[s, layer + 1] += nmse(students[s], h, mask=real).nmse.sum()
-            if aux is not None:
-                sums.counts_LF[layer] += aux.stats.feature_counts
-        model.leave(layer)
+    for passed in side_by_side(model, batch, [Stream(mode) for mode in STUDENTS]):
+        layer, h, students, aux = passed
+        for s, student in enumerate(students):
+            sums.nmse[s, layer + 1] += nmse(student, h, mask=real).nmse.sum()
+            if (of_block := aux[s]) is not None:
+                sums.counts_LF[layer] += of_block.stats.feature_counts
     predictions = token_weights(batch, torch.float64).predictions
     rows = int((predictions.sum(1) > 0).sum())
     kl = linear_kl(

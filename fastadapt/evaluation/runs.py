@@ -1,0 +1,134 @@
+"""What a run's folder says of itself: its name, its pair, what was trained and how."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastadapt.errors import UserError
+from fastadapt.organism import resolve
+from fastadapt.pair import PairConfig
+
+#: Names that no run may have: every pair has these. The target is no student, but generates too.
+BUILT_IN = ("target", "base", "hybrid")
+#: What ``fastadapt.json`` calls the kinds that have another name here.
+_KINDS = {"transcoder_adapter": "transcoder"}
+
+
+@dataclass(frozen=True)
+class Student:
+    """A model that is compared with the target, and what its run says of it.
+
+    Attributes:
+        name: ``base``, ``hybrid``, or the run's.
+        kind: ``base``, ``hybrid``, ``transcoder``, ``mlp`` or ``norms``.
+        run: folder of the run, of those that have one.
+        sparsity, bridge: weights of these losses in its training.
+        l0: active features per token and layer, as its run measured them on held-out data.
+        tokens: that it was trained on.
+    """
+
+    name: str
+    kind: str
+    run: str | None = None
+    sparsity: float | None = None
+    bridge: float | None = None
+    l0: float | None = None
+    tokens: int | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """The same as a dict, for JSON."""
+        return asdict(self)
+
+
+def names_of(runs: Sequence[str | os.PathLike[str]], names: Sequence[str] | None) -> list[str]:
+    if names is None:
+        names = [Path(run).expanduser().resolve().name for run in runs]
+    if len(names) != len(runs):
+        raise UserError(f"expected as many names as runs, got {len(names)} for {len(runs)}")
+    for name in names:
+        if name in BUILT_IN:
+            raise UserError(f"a run may not be called {name!r}, which every pair has: name it")
+        if not name or not all(c.isalnum() or c in "._-+=" for c in name) or name[0] == ".":
+            raise UserError(f"a run's name: expected letters, digits and ._-+=, got {name!r}")
+        if names.count(name) > 1:
+            which = ", ".join(str(run) for run, n in zip(runs, names, strict=True) if n == name)
+            raise UserError(f"several runs are called {name!r} ({which}): name them")
+    return list(names)
+
+
+def pair_of(folder: Path, metadata: Mapping[str, Any]) -> PairConfig:
+    """The pair of adapters: as their run's ``config.yaml`` has it, at the commits they name."""
+    config = folder.parent / "config.yaml"
+    named = {role: metadata.get(role) for role in ("target", "base")}
+    values: dict[str, Any] = {role: name for role, name in named.items() if name is not None}
+    if folder.name == "adapter" and config.is_file():
+        try:
+            of_run = yaml.safe_load(config.read_text(encoding="utf-8"))["pair"]
+            ours = {role: of_run[role] for role in named}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
+            raise UserError(f"{config} is no run's configuration: {error!r}") from error
+        if named != ours:
+            raise UserError(
+                f"{folder}: these adapters are of another pair than their run: they name "
+                f"{_shown(named)}, {config} {_shown(ours)}"
+            )
+        values = of_run
+    known = {field.name for field in fields(PairConfig)}
+    if not {"target", "base"} <= set(values) <= known:
+        raise UserError(f"{folder}: expected a target and a base, got {dict(values)}")
+    pair = PairConfig(**values)
+    at = metadata.get("revisions") or {}
+    return replace(
+        pair,
+        target=resolve(pair.target),
+        base=resolve(pair.base),
+        target_revision=at.get("target") or pair.target_revision,
+        base_revision=at.get("base") or pair.base_revision,
+    )
+
+
+def _shown(pair: Mapping[str, Any]) -> str:
+    return f"{pair['target']} and {pair['base']}"
+
+
+def check_same(first: PairConfig, other: PairConfig, run: str, other_run: str) -> None:
+    def models(pair: PairConfig) -> dict[str, Any]:
+        return {
+            role: (os.path.realpath(name) if os.path.isdir(name) else name, revision)
+            for role, name, revision in (
+                ("target", pair.target, pair.target_revision),
+                ("base", pair.base, pair.base_revision),
+            )
+        }
+
+    if models(first) != models(other):
+        raise UserError(
+            f"{other_run}: expected a run of the pair of {run}, {_shown(asdict(first))}; "
+            f"got one of {_shown(asdict(other))}"
+        )
+    if first.dtype != other.dtype:
+        raise UserError(
+            f"{other_run}: its pair was held in {other.dtype}, that of {run} in {first.dtype}; "
+            "give the dtype to evaluate both in"
+        )
+
+
+def student_of(name: str, run: Path, card: Mapping[str, Any]) -> Student:
+    metadata = card["metadata"]
+    objective, measured = metadata.get("objective") or {}, metadata.get("measured") or {}
+    kind = str(card.get("kind"))
+    return Student(
+        name,
+        _KINDS.get(kind, kind),
+        str(run),
+        sparsity=objective.get("sparsity"),
+        bridge=objective.get("bridge"),
+        l0=measured.get("l0_mean"),
+        tokens=measured.get("tokens"),
+    )

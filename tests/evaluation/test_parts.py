@@ -1,0 +1,93 @@
+"""Finished parts outlive kills, full disks and other measurements."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from threading import Event
+
+import pytest
+import torch
+
+from fastadapt.errors import RunError, UserError
+from fastadapt.evaluation.parts import Parts, unfinished
+
+PRINT, OTHER = "ab" * 32, "cd" * 32
+
+
+def part(i: int) -> dict[str, torch.Tensor]:
+    return {"x": torch.full((i + 1, 2), float(i)), "flag": torch.tensor([bool(i)])}
+
+
+def test_parts_become_one_file_in_their_order(tmp_path) -> None:
+    parts = Parts(tmp_path, "a", PRINT, 3)
+    for i in (2, 0):
+        parts.add(i, part(i))
+    assert Parts(tmp_path, "a", PRINT, 3).missing() == [1]
+    with pytest.raises(UserError, match="1 of 3 parts are missing"):
+        parts.read()
+    assert parts.missing() == [1]
+    parts.add(1, part(1))
+    assert [path.name for path in tmp_path.iterdir()] == [f"a-{PRINT[:16]}.safetensors"]
+    again = Parts(tmp_path, "a", PRINT, 3)
+    assert again.missing() == []
+    assert again.read()["x"][:, 0].tolist() == [0, 1, 1, 2, 2, 2]
+    assert again.read()["flag"].tolist() == [False, True, True]
+    assert Parts(tmp_path, "a", OTHER, 3).missing() == [0, 1, 2]
+    assert Parts(tmp_path, "b", PRINT, 3).missing() == [0, 1, 2]
+
+
+def test_a_kill_while_joining_loses_nothing(tmp_path, monkeypatch) -> None:
+    parts = Parts(tmp_path, "a", PRINT, 2)
+    parts.add(0, part(0))
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastadapt.evaluation.parts.torch.cat", killed)
+    with pytest.raises(KeyboardInterrupt):
+        parts.add(1, part(1))
+    monkeypatch.undo()
+    assert len(Parts(tmp_path, "a", PRINT, 2).read()["x"]) == 3
+    assert parts.missing() == []
+
+
+def test_a_damaged_or_foreign_file_is_named(tmp_path) -> None:
+    parts = Parts(tmp_path, "a", PRINT, 1)
+    parts.add(0, part(0))
+    foreign = Parts(tmp_path, "a", PRINT[:16] + OTHER, 1)
+    with pytest.raises(UserError, match=r"expected the fingerprint abab.*remove it and evaluate"):
+        foreign.read()
+    parts.whole.write_bytes(parts.whole.read_bytes()[:-4])
+    with pytest.raises(UserError, match="truncated or damaged"):
+        parts.read()
+
+
+def test_a_folder_that_cannot_be_written(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"cannot be written.*what was measured before is intact"):
+        Parts(tmp_path / "file", "a", PRINT, 1).add(0, part(0))
+
+
+def test_what_is_unfinished(tmp_path) -> None:
+    stores = {name: Parts(tmp_path, name, PRINT, 3) for name in ("a", "b", "c")}
+    stores["a"].add(1, part(1))
+    seen, told, stop = [], [], Event()
+
+    def progress(done: int, total: int) -> None:
+        told.append((done, total))
+        if len(told) == 4:
+            stop.set()
+
+    def work(stop: Event | None) -> None:
+        for i, names in unfinished(stores, 2, progress, stop):
+            seen.append((i, names))
+            for name in names:
+                stores[name].add(i, part(i))
+
+    work(stop)
+    assert seen == [(0, ["a", "b"]), (1, ["b"]), (2, ["a", "b"]), (0, ["c"])]
+    assert told == [(3, 9), (4, 9), (6, 9), (7, 9)]
+    work(None)
+    assert seen[4:] == [(1, ["c"]), (2, ["c"])]
+    assert told[-1] == (9, 9)
+    assert Path(stores["c"].whole).is_file()

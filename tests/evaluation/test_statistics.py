@@ -1,0 +1,197 @@
+"""Intervals cover the truth as often as they say, on populations whose truth is known."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastadapt.errors import UserError
+from fastadapt.evaluation.statistics import BootstrapConfig, Intervals, ratio, recovered, wilson
+
+PROOF = os.environ.get("FASTADAPT_PROOF") == "1"
+EXPERIMENTS = 4000 if PROOF else 1000
+FAST = BootstrapConfig(resamples=999)
+#: What the docstring of the module promises of 50 to 500 units: this near to the stated level.
+WITHIN = 0.02
+
+
+def draw(kind: str, n: int, seed: int = 0) -> tuple[Tensor, Tensor, float]:
+    """Sums and counts ``[EXPERIMENTS, n]`` of a population, and its true ratio.
+
+    Counts are sequences' lengths, log-normal; rates differ by sequence and are independent of
+    them, so that the true ratio is the mean rate.
+    """
+    shape = (EXPERIMENTS, n)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        name, _, setting = kind.partition(" ")
+        spread = 0.7 if name == "errors" else 0.5
+        counts = (100 * torch.exp(spread * torch.randn(shape))).round().clamp(min=5)
+        if name == "errors":  # wrong positions, which cluster in sequences
+            p, size = map(float, setting.split("/"))
+            rate = torch.distributions.Beta(p * size, (1 - p) * size).sample(shape)
+            return torch.binomial(counts, rate), counts, p
+        if name == "exponential":
+            return counts * torch.empty(shape).exponential_(), counts, 1.0
+        sigma = float(setting)
+        return counts * torch.exp(sigma * torch.randn(shape) - sigma**2 / 2), counts, 1.0
+
+
+def coverage(intervals: Intervals, truth: float) -> float:
+    inside = (intervals.low <= truth) & (truth <= intervals.high)
+    return inside.double().mean().item()
+
+
+def noise(level: float) -> float:
+    """Three standard errors of a coverage measured by so many experiments."""
+    return 3 * math.sqrt(level * (1 - level) / EXPERIMENTS)
+
+
+@pytest.mark.parametrize("n", [50, 150, 500] if PROOF else [50, 150])
+@pytest.mark.parametrize(
+    "kind", ["log-normal 0.5", "exponential", "errors 0.5/3", "errors 0.1/10", "errors 0.02/20"]
+)
+def test_coverage_is_as_stated(kind, n) -> None:
+    sums, counts, truth = draw(kind, n)
+    bounds = (0, 1) if kind.startswith("errors") else (0, math.inf)
+    covered = coverage(ratio(sums, counts, bounds=bounds, config=FAST), truth)
+    assert abs(covered - FAST.level) < WITHIN + noise(FAST.level)
+
+
+@pytest.mark.parametrize("p", [0.002, 0.998])
+def test_coverage_near_the_bounds_is_never_short(p) -> None:
+    sums, counts, _ = draw("errors 0.002/50", 50)
+    if p > 0.5:
+        sums = counts - sums
+    intervals = ratio(sums, counts, bounds=(0, 1), config=FAST)
+    assert coverage(intervals, p) > FAST.level - noise(FAST.level)
+    assert intervals.low.min() >= 0
+    assert intervals.high.max() <= 1
+
+
+def test_other_levels() -> None:
+    level = 0.8
+    sums, counts, truth = draw("exponential", 100)
+    intervals = ratio(sums, counts, config=BootstrapConfig(level=level, resamples=999))
+    assert abs(coverage(intervals, truth) - level) < WITHIN + noise(level)
+
+
+def test_what_is_measured_is_the_method_not_the_populations() -> None:
+    """The plain percentile interval, which users expect here, does not pass the same test."""
+    sums, counts, truth = draw("exponential", 50)
+    generator = torch.Generator().manual_seed(0)
+    taken = torch.randint(50, (FAST.resamples, 50), generator=generator)
+    times = torch.zeros(FAST.resamples, 50).scatter_add_(
+        1, taken, torch.ones(1).expand(*taken.shape)
+    )
+    means = (sums @ times.T) / (counts @ times.T)
+    low, high = torch.quantile(means, torch.tensor([0.025, 0.975]), dim=1)
+    assert FAST.level - coverage(Intervals(means[:, 0], low, high), truth) > WITHIN
+    # And independent positions, as if no sequence held them together.
+    errors, counts, truth = draw("errors 0.1/10", 50)
+    plain = wilson(errors.sum(1), counts.sum(1))
+    assert FAST.level - coverage(plain, truth) > 0.2
+
+
+def test_paired_differences_cover_and_are_narrower_than_unpaired() -> None:
+    sums, counts, _ = draw("log-normal 0.5", 60)
+    extra, *_ = draw("log-normal 0.5", 60, seed=1)
+    other = sums + 0.1 * extra  # another student, wrong at the same places
+    difference = ratio(other - sums, counts, config=FAST)
+    wanted = 0.1 * (extra.sum() / counts.sum()).item()
+    assert abs(coverage(difference, wanted) - FAST.level) < WITHIN + noise(FAST.level)
+    alone = ratio(sums, counts, config=FAST)
+    assert (difference.high - difference.low).mean() < 0.3 * (alone.high - alone.low).mean()
+
+
+def test_share_of_a_gain() -> None:
+    """Questions differ in difficulty; the three models answer each several times."""
+    n, repetitions, wanted = 60, 10, 0.75
+    shape = (min(EXPERIMENTS, 400), n)
+    floor = torch.empty(shape).uniform_(0.1, 0.4)
+    gain = torch.empty(shape).uniform_(0.2, 0.5)
+    rates = {"floor": floor, "student": floor + wanted * gain, "ceiling": floor + gain}
+    seen = {
+        name: torch.binomial(torch.full(shape, float(repetitions)), rate) / repetitions
+        for name, rate in rates.items()
+    }
+    held = 0
+    for student, low, high in zip(seen["student"], seen["floor"], seen["ceiling"], strict=True):
+        share = recovered(student, low, high, FAST)
+        held += bool(share.low <= wanted <= share.high)
+    error = 3 * math.sqrt(0.95 * 0.05 / len(seen["student"]))
+    assert abs(held / len(seen["student"]) - 0.95) < WITHIN + error
+
+
+def test_no_gain_has_no_share() -> None:
+    flat = torch.tensor([0.0, 1.0] * 10)
+    share = recovered(flat, flat, flat.flip(0), FAST)
+    assert share.plain() == {"mean": None, "low": None, "high": None}
+
+
+def test_one_observation_per_unit_is_wilsons_interval() -> None:
+    hits = torch.tensor([1.0] * 7 + [0.0] * 43)
+    got = ratio(hits, torch.ones(50), bounds=(0, 1))
+    want = wilson(7, 50)
+    torch.testing.assert_close(got.low, want.low)
+    torch.testing.assert_close(got.high, want.high)
+    # Newcombe 1998, table I: 81 of 263.
+    published = wilson(81, 263)
+    assert published.low.item() == pytest.approx(0.2553, abs=5e-5)
+    assert published.high.item() == pytest.approx(0.3662, abs=5e-5)
+
+
+@pytest.mark.parametrize("hit", [0.0, 1.0])
+def test_all_wrong_and_all_right(hit) -> None:
+    counts = torch.full((40,), 100.0)
+    got = ratio(hit * counts, counts, bounds=(0, 1))
+    want = wilson(40 * hit, 40)
+    torch.testing.assert_close(got.low, want.low)
+    torch.testing.assert_close(got.high, want.high)
+    assert got.mean == hit
+
+
+def test_rows_are_the_same_alone_and_together_and_seeded() -> None:
+    sums, counts, _ = draw("exponential", 30)
+    together = ratio(sums[:3], counts[:3], config=FAST)
+    for row in range(3):
+        alone = ratio(sums[row], counts[row], config=FAST)
+        for one, all_rows in zip(alone, together, strict=True):
+            torch.testing.assert_close(one, all_rows[row], rtol=1e-12, atol=0)
+    again = ratio(sums[:3], counts[:3], config=FAST)
+    assert all(torch.equal(a, b) for a, b in zip(together, again, strict=True))
+    other = ratio(sums[:3], counts[:3], config=BootstrapConfig(resamples=999, seed=1))
+    assert not torch.equal(other.low, together.low)
+
+
+def test_units_without_a_count_and_too_few_units() -> None:
+    sums, counts = torch.tensor([1.0, 2.0, 3.0, 2.5]), torch.tensor([2.0, 2.0, 2.0, 2.0])
+    padded = ratio(torch.cat([sums, torch.zeros(4)]), torch.cat([counts, torch.zeros(4)]))
+    assert padded.mean == pytest.approx(8.5 / 8)
+    one = ratio(torch.tensor([3.0, 0.0]), torch.tensor([4.0, 0.0]))
+    assert one.plain() == {"mean": 0.75, "low": None, "high": None}
+    none = ratio(torch.zeros(2, 3), torch.zeros(3)).plain()
+    assert none == [{"mean": None, "low": None, "high": None}] * 2
+    two = ratio(torch.tensor([1.0, 2.0]), torch.ones(2)).plain()
+    assert two == {"mean": 1.5, "low": None, "high": None}
+    json.dumps(none, allow_nan=False)
+
+
+def test_units_that_agree_have_no_interval_to_show() -> None:
+    counts = torch.tensor([3.0, 7.0, 11.0, 5.0])
+    same = ratio(0.3 * counts, counts, bounds=(0, 1))
+    assert same.low == same.mean == same.high == pytest.approx(0.3)
+
+
+def test_bad_input() -> None:
+    with pytest.raises(UserError, match=r"statistics\.level: expected a share in \[0\.5, 1\)"):
+        BootstrapConfig(level=95)
+    with pytest.raises(UserError, match=r"statistics\.resamples: expected 200 or more, got 10"):
+        BootstrapConfig(resamples=10)
+    with pytest.raises(ValueError, match="expected finite numbers"):
+        ratio(torch.tensor([1.0, math.nan]), torch.ones(2))
