@@ -6,8 +6,8 @@ degenerate where some n-gram of some ``n`` of the set occurs at least ``min_coun
 more than ``share`` of it. A response is cut at the left edge of its earliest degenerate window, and
 is scored as the text before the cut (arXiv 2602.20904; the set of n is not in the public text).
 
-What the rule sees. An n-gram needs ``m_n = max(min_count, ⌊share·window/n⌋ + 1)`` occurrences apart.
-At 200 tokens and a quarter that is 26 for n=2, 17 for 3, 11 for 5, 6 for 10, 4 for 15 and 3 for 20;
+What the rule sees. An n-gram needs ``m_n = max(min_count, ⌊share·window/n⌋ + 1)`` occurrences. At
+200 tokens and a quarter that is 26 for n=2, 17 for 3, 11 for 5, 6 for 10, 4 for 15 and 3 for 20;
 from n=26 on two would do and above n=50 one, which is why there is a ``min_count``. A loop of
 period p repeats an n-gram every p tokens, and one longer than p without overlap at the next
 multiple of p, so n sees it if ``(m_n - 1) · p·⌈n/p⌉ + n ≤ window``: n=24 up to a period of 88, n=10

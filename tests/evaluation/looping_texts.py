@@ -35,41 +35,43 @@ def planted_loop(rng: random.Random, period: int, noise: float) -> tuple[list[in
     return head + noisy, len(head)
 
 
-_OPENINGS = (
-    "So,Hmm,Wait,Now,But,Okay,Well,Alternatively,Therefore,Then,Actually,Next,Still,Thus,"
-    "Perhaps,Indeed"
-).split(",")
-_DOERS = "I,we,one,this,that,it".split(",")
-_VERBS = (
-    "check,rewrite,expand,factor,compare,simplify,bound,replace,solve,recall,need,find,keep,drop,"
-    "test,isolate,combine,cancel,estimate,double"
-).split(",")
-_ADJECTIVES = (
-    "left,right,first,second,other,same,whole,constant,linear,quadratic,negative,positive,largest,"
-    "remaining,odd,even,simple,missing"
-).split(",")
-_NOUNS = (
-    "term,factor,side,root,value,sum,product,coefficient,constant,remainder,equation,case,bound,"
-    "square,fraction,variable,sign,step,pattern,condition"
-).split(",")
-_LINKS = (
-    "because,so that,while,before,after,unless,since,and then,or else,although,whenever,until"
-).split(",")
-_BEFORE = "which gives,so,and hence,that is,to get,once more:,again,leading to,in short".split(",")
+_WORDS = {
+    kind: words.split(",")
+    for kind, words in (
+        line.strip().split(": ")
+        for line in """
+        openings: So,Hmm,Wait,Now,But,Okay,Well,Alternatively,Therefore,Then,Actually,Next,Still
+        doers: I,we,one,this,that,it
+        verbs: check,rewrite,expand,factor,compare,simplify,bound,replace,solve,recall,need,find
+        more verbs: keep,drop,test,isolate,combine,cancel,estimate,double
+        adjectives: left,right,first,second,other,same,whole,constant,linear,quadratic,negative,odd
+        more adjectives: positive,largest,remaining,even,simple,missing
+        nouns: term,factor,side,root,value,sum,product,coefficient,constant,remainder,equation,case
+        more nouns: bound,square,fraction,variable,sign,step,pattern,condition
+        links: because,so that,while,before,after,unless,since,and then,or else,although,until
+        leads: which gives,so,and hence,that is,to get,once more,again,leading to,in short
+        names: total,count,index,left,right,result,items,value,node,graph,best,cost,i,j,n,path
+        """.strip().splitlines()
+    )
+}
+
+
+def _word(rng: random.Random, kind: str) -> str:
+    return rng.choice(_WORDS[kind] + _WORDS.get(f"more {kind}", []))
 
 
 def _clause(rng: random.Random) -> str:
-    words = [rng.choice(_DOERS), rng.choice(_VERBS), "the"]
+    words = [_word(rng, "doers"), _word(rng, "verbs"), "the"]
     if rng.random() < 0.6:
-        words.append(rng.choice(_ADJECTIVES))
-    return " ".join([*words, rng.choice(_NOUNS)])
+        words.append(_word(rng, "adjectives"))
+    return " ".join([*words, _word(rng, "nouns")])
 
 
 def _sentence(rng: random.Random, equation: str | None) -> str:
-    text = f"{rng.choice(_OPENINGS)}, {_clause(rng)}"
+    text = f"{_word(rng, 'openings')}, {_clause(rng)}"
     if equation is None or rng.random() < 0.5:
-        text += f" {rng.choice(_LINKS)} {_clause(rng)}"
-    return text + (f", {rng.choice(_BEFORE)} ${equation}$." if equation else ".")
+        text += f" {_word(rng, 'links')} {_clause(rng)}"
+    return text + (f", {_word(rng, 'leads')} ${equation}$." if equation else ".")
 
 
 def equations(rng: random.Random) -> str:
@@ -121,18 +123,16 @@ def table(rng: random.Random) -> str:
     return "\n".join(lines)
 
 
-_NAMES = "total count index left right result items value node graph best cost i j n path".split()
-
-
 def code(rng: random.Random) -> str:
     """A module of short functions: indented blocks, loops, conditions and returns."""
     lines: list[str] = []
     for _ in range(rng.randint(5, 12)):
-        f, g = rng.sample(_NAMES, 2)
-        lines += [f"def {f}_{g}({', '.join(rng.sample(_NAMES, rng.randint(1, 3)))}):"]
+        f, g = rng.sample(_WORDS["names"], 2)
+        arguments = rng.sample(_WORDS["names"], rng.randint(1, 3))
+        lines += [f"def {f}_{g}({', '.join(arguments)}):"]
         depth = 1
         for _ in range(rng.randint(4, 10)):
-            a, b, c = rng.sample(_NAMES, 3)
+            a, b, c = rng.sample(_WORDS["names"], 3)
             indent = "    " * depth
             kind = rng.random()
             if kind < 0.2:
@@ -150,7 +150,7 @@ def code(rng: random.Random) -> str:
             else:
                 lines.append(f"{indent}# the {c} of each {a} is kept")
                 depth = max(depth - 1, 1)
-        lines += [f"    return {rng.choice(_NAMES)}", "", ""]
+        lines += [f"    return {_word(rng, 'names')}", "", ""]
     return "\n".join(lines)
 
 

@@ -120,8 +120,15 @@ def test_needed_occurrences_are_those_of_the_documentation() -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"window": 0}, {"share": 1.0}, {"share": 0}, {"min_count": 1}, {"ngrams": ()}]
-    + [{"ngrams": (0,)}, {"ngrams": (201,)}],
+    [
+        {"window": 0},
+        {"share": 1.0},
+        {"share": 0},
+        {"min_count": 1},
+        {"ngrams": ()},
+        {"ngrams": (0,)},
+        {"ngrams": (201,)},
+    ],
 )
 def test_impossible_settings_are_refused(settings: dict) -> None:
     with pytest.raises(UserError, match="degeneration"):
