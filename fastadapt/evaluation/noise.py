@@ -42,7 +42,7 @@ def gumbel(high_N: Tensor, low_N: Tensor, vocabulary: int) -> Tensor:
     bits_NV = _mix(_mix(index_V ^ low_N[:, None]) ^ high_N[:, None])
     k_NV = bits_NV.float()
     u_NV = (torch.where(bits_NV < 0, k_NV + 2.0**32, k_NV) + 0.5) * 2.0**-32
-    # -log(1 - u) is exact where it is small, which is where the noise is large and the draw decided.
+    # -log(1 - u) is exact where it is small: where the noise is large, and the draw decided.
     exponential_NV = -torch.log1p(-u_NV.clamp_max(1 - 2.0**-24))
     return -torch.log(exponential_NV)
 
