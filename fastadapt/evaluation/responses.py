@@ -1,0 +1,206 @@
+"""Responses as they finish, in a file from which an interrupted sampling goes on.
+
+A JSONL file of three kinds of records: ``settings`` (first: what the tokens depend on),
+``response`` (one per finished request, in the order of finishing) and ``speed`` (one per sampling
+that ended or was told to stop). A line that a kill cut short is dropped; nothing else is ever
+changed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Any, Literal
+
+from fastadapt.errors import RunError, UserError
+from fastadapt.files import locked
+
+SCHEMA = 1
+Finish = Literal["eos", "length", "degenerate", "stop"]
+Key = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to be answered, one repetition of it.
+
+    Attributes:
+        id: names the prompt among those of a file.
+        prompt: its token ids, BOS included; nothing is added to them.
+        repetition: 0, 1, ... of the same prompt.
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    repetition: int = 0
+
+    @property
+    def key(self) -> Key:
+        return self.id, self.repetition
+
+
+@dataclass(frozen=True)
+class Response:
+    """What was sampled for a request.
+
+    Attributes:
+        id, repetition: the request's.
+        seed: the request's own, of which its random numbers are a function.
+        prompt_tokens: ids of the prompt.
+        tokens: ids of the response, the end-of-sequence token included where there is one, and all
+            up to the end of the degenerate window where there is one.
+        text: the response as text, up to ``cut`` or the stop string, without special tokens.
+        finish: ``eos``; ``length``, the budget or the context was used up; ``degenerate``; or
+            ``stop``, a stop string came.
+        cut: tokens before the first degenerate window, None where there is none.
+    """
+
+    id: str
+    repetition: int
+    seed: int
+    prompt_tokens: list[int]
+    tokens: list[int]
+    text: str
+    finish: Finish
+    cut: int | None
+
+    @property
+    def key(self) -> Key:
+        return self.id, self.repetition
+
+    @property
+    def scored_tokens(self) -> int:
+        """Length of what is scored: up to the cut, the end-of-sequence token not counted."""
+        if self.cut is not None:
+            return self.cut
+        return len(self.tokens) - (self.finish == "eos")
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens generated and the seconds of generation alone, loading and warming up left out."""
+
+    tokens: int
+    seconds: float
+    batching: str
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+class ResponseFile:
+    """The file, open for adding to; see :func:`open_responses`."""
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        self.path = path
+        self.finished: dict[Key, Response] = {}
+        self.speeds: list[Speed] = []
+        settings = json.loads(json.dumps({"kind": "settings", "schema": SCHEMA, **settings}))
+        kept = self._take_up(settings)
+        self._file = FileIO(path, "a+")
+        self._file.truncate(kept)
+        if not kept:
+            self._write(settings)
+
+    def _take_up(self, settings: Mapping[str, Any]) -> int:
+        """Read what there is; the bytes of its whole lines."""
+        kept = 0
+        for record, kept in _records(self.path):
+            kind = record.pop("kind", None)
+            if kept and not self.finished and not self.speeds and kind == "settings":
+                _compare(self.path, record, {k: v for k, v in settings.items() if k != "kind"})
+            elif kind == "response":
+                response = Response(**record)
+                self.finished[response.key] = response
+            elif kind == "speed":
+                self.speeds.append(Speed(**record))
+            else:
+                raise UserError(f"{self.path}: expected a file of responses, got a {kind!r} record")
+        return kept
+
+    def add(self, response: Response) -> None:
+        """Write a finished response."""
+        self.finished[response.key] = response
+        self._write({"kind": "response", **asdict(response)})
+
+    def add_speed(self, speed: Speed) -> None:
+        """Write how fast the sampling was that ends here, and see to it that all is on the disk."""
+        self.speeds.append(speed)
+        self._write({"kind": "speed", **asdict(speed)})
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        left = memoryview((json.dumps(record, ensure_ascii=False) + "\n").encode())
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            raise RunError(f"{self.path} cannot be written: {error.strerror}") from error
+
+
+@contextmanager
+def open_responses(path: Path, settings: Mapping[str, Any]) -> Iterator[ResponseFile]:
+    """The file of responses at ``path``, for this process alone.
+
+    Raises:
+        UserError: it holds responses of other settings, or is no such file.
+        RunError: it cannot be written, or another process samples into it.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(path):
+            file = ResponseFile(path, settings)
+            try:
+                yield file
+            finally:
+                file.close()
+    except BlockingIOError:
+        raise RunError(f"{path}: another process samples into this file") from None
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def read_responses(path: Path) -> list[Response]:
+    """The responses of a file, in the order in which they finished."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file of responses")
+    return [
+        Response(**{name: value for name, value in record.items() if name != "kind"})
+        for record, _ in _records(path)
+        if record.get("kind") == "response"
+    ]
+
+
+def _records(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """Each record and the bytes up to its end; a last line that was cut short is left out."""
+    place = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                record = json.loads(line)
+            except ValueError:
+                raise UserError(f"{path}, line {number}: malformed JSON") from None
+            if not isinstance(record, dict):
+                raise UserError(f"{path}, line {number}: expected a JSON object")
+            place += len(line)
+            yield record, place
+
+
+def _compare(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    for name in {**wanted, **found}:
+        if found.get(name) != wanted.get(name):
+            raise UserError(
+                f"{path} holds responses of other settings: {name} was {found.get(name)!r}, and is "
+                f"now {wanted.get(name)!r}; sample into another file, or delete this one"
+            )

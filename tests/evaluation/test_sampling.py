@@ -1,0 +1,306 @@
+"""Sampling: exact draws, tokens that belong to their request, resumption, and bad input."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastadapt.adapter import AdapterConfig
+from fastadapt.data.rendering import render_parts
+from fastadapt.data.tokens import encode
+from fastadapt.errors import RunError, UserError
+from fastadapt.evaluation.degeneration import DegenerationConfig, find_cut
+from fastadapt.evaluation.noise import gumbel, position_key, request_seed
+from fastadapt.evaluation.rollout import Draw
+from fastadapt.evaluation.sampling import (
+    Request,
+    Response,
+    SamplingConfig,
+    read_responses,
+    sample,
+)
+from fastadapt.files import locked
+from fastadapt.models import ModelPair, PairConfig, ReplacementModel
+
+BATCHINGS = ("static", "continuous")
+
+
+@pytest.fixture
+def tiny(save_model: Callable[..., str]) -> tuple[Any, Any]:
+    """A random float64 model of 40 words and 64 positions, and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = save_model("tiny")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def requests(n: int = 9, repetitions: int = 1) -> list[Request]:
+    return [
+        Request(f"q{i}", tuple(3 + (7 * i + j) % 37 for j in range(1 + i % 5)), repetition)
+        for i in range(n)
+        for repetition in range(repetitions)
+    ]
+
+
+CONFIG = SamplingConfig(max_new_tokens=20, batching="static")
+
+
+def tokens(responses: Sequence[Response]) -> dict[Any, list[int]]:
+    return {response.key: response.tokens for response in responses}
+
+
+def test_draws_follow_the_softmax() -> None:
+    """Chi-square over 40,000 draws of requests and positions, at a chance of 1e-4 to fail."""
+    torch.manual_seed(3)
+    logits_V = torch.randn(12) * 1.5
+    expected_V = torch.softmax(logits_V.double() / 0.7, 0)
+    pairs = [
+        position_key(request_seed(0, f"q{i}", r), t)
+        for i in range(50)
+        for r in range(8)
+        for t in range(100)
+    ]
+    high_N, low_N = (torch.tensor(half, dtype=torch.int32) for half in zip(*pairs, strict=True))
+    scores_NV = Draw(SamplingConfig())(logits_V.expand(len(pairs), -1), high_N, low_N)
+    drawn_N = scores_NV.argmax(-1)
+    counts_V = torch.bincount(drawn_N, minlength=12)
+    chi2 = ((counts_V - len(pairs) * expected_V) ** 2 / (len(pairs) * expected_V)).sum()
+    assert chi2 < 37.4  # the 1 - 1e-4 quantile at 11 degrees of freedom
+    # Positions one after the other: pairs of draws are independent as well.
+    joint = torch.bincount(drawn_N[:-1:2] * 12 + drawn_N[1::2], minlength=144)
+    wanted = (expected_V[:, None] * expected_V).flatten() * (len(pairs) / 2)
+    enough = wanted > 5
+    chi2 = ((joint - wanted) ** 2 / wanted)[enough].sum()
+    n = int(enough.sum())
+    assert chi2 < n + 4 * (2 * n) ** 0.5
+
+
+def test_noise_is_gumbel_and_finite_over_a_large_vocabulary() -> None:
+    keys = [position_key(request_seed(1, "q", 0), t) for t in range(4)]
+    high, low = (torch.tensor(half, dtype=torch.int32) for half in zip(*keys, strict=True))
+    noise = gumbel(high, low, 150_000).double()
+    assert noise.isfinite().all()
+    assert noise.mean().item() == pytest.approx(0.5772, abs=0.01)
+    assert noise.var().item() == pytest.approx(1.6449, abs=0.02)
+    # No row repeats another, and the largest are as large as 150,000 draws make them.
+    assert (noise[0] - noise[1]).abs().median() > 0.5
+    assert noise.amax(1).min() > 9
+
+
+def test_top_p_leaves_out_the_tail() -> None:
+    logits = torch.log(torch.tensor([[0.6, 0.3, 0.08, 0.02]])).expand(500, -1)
+    keys = [position_key(5, t) for t in range(500)]
+    high, low = (torch.tensor(half, dtype=torch.int32) for half in zip(*keys, strict=True))
+    draw = Draw(SamplingConfig(temperature=1.0, top_p=0.85))
+    assert set(draw(logits, high, low).argmax(-1).tolist()) == {0, 1}
+
+
+def test_tokens_belong_to_the_request_and_not_to_the_batch(tiny: tuple[Any, Any]) -> None:
+    wanted = requests(9, 2)
+    together = tokens(sample(*tiny, wanted, CONFIG).responses)
+    assert len({tuple(t) for t in together.values()}) > 12
+    for others in (
+        sample(*tiny, wanted[::-1], replace(CONFIG, batch_size=4)),
+        sample(*tiny, wanted, replace(CONFIG, batch_size=1)),
+        sample(*tiny, wanted, replace(CONFIG, batching="continuous")),
+        sample(*tiny, wanted[5:], replace(CONFIG, batching="continuous", batch_size=3)),
+    ):
+        for key, found in tokens(others.responses).items():
+            assert found == together[key]
+    other_seed = tokens(sample(*tiny, wanted, replace(CONFIG, seed=1)).responses)
+    assert other_seed != together
+
+
+def greedy_by_full_forwards(model: Any, prompt: Sequence[int], n: int, eos: int) -> list[int]:
+    """No cache, no batch, no padding: the whole sequence anew for each token."""
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(n):
+            ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+            if ids[-1] == eos:
+                break
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("batching", BATCHINGS)
+def test_replacement_at_temperature_0_is_a_loop_of_full_forwards(batching: Any) -> None:
+    """50 prompts of the embedded pair, adapters with random decoders."""
+    from fastadapt.organism import resolve
+    from fastadapt.organism.recipe import FAMILY, RecipeConfig, conversation, split_problems
+
+    config = PairConfig(resolve("organism/target"), resolve("organism/base"), device="cpu")
+    model = ReplacementModel.create(ModelPair.load(config), AdapterConfig(n_features=64))
+    with torch.no_grad():
+        for adapter in model.adapters:
+            adapter.W_dec.normal_(0, 0.1)
+    tokenizer = model.pair.tokenizer
+    problems = split_problems(RecipeConfig(), 0)["test"][:50]
+    prompts = [render_parts(conversation(p.prompt, "?"), FAMILY)[0] for p in problems]
+    wanted = [
+        Request(str(i), tuple(ids)) for i, ids in enumerate(encode(tokenizer, prompts)["input_ids"])
+    ]
+    settings = SamplingConfig(temperature=0, max_new_tokens=24, batching=batching)
+    with model.mode("replacement"):
+        sampled = sample(model.model, tokenizer, wanted, settings)
+        for request, response in zip(wanted, sampled.responses, strict=True):
+            assert response.tokens == greedy_by_full_forwards(
+                model.model, request.prompt, 24, tokenizer.eos_token_id
+            )
+    with model.mode("hybrid"):
+        hybrid = sample(model.model, tokenizer, wanted[:10], settings)
+    assert tokens(hybrid.responses) != tokens(sampled.responses[:10])
+
+
+@pytest.mark.parametrize("batching", BATCHINGS)
+def test_what_ends_a_response(tiny: tuple[Any, Any], batching: Any) -> None:
+    model, tokenizer = tiny
+    wanted = requests(8)
+    config = replace(CONFIG, max_new_tokens=100, batching=batching, stop_degenerate=False)
+    plain = sample(model, tokenizer, wanted, config).responses
+    for response, request in zip(plain, wanted, strict=True):
+        ended = response.tokens[-1] == tokenizer.eos_token_id
+        assert response.finish == ("eos" if ended else "length")
+        assert ended or len(response.tokens) == 64 - len(request.prompt)  # the context, filled
+        assert response.cut is None
+        assert response.scored_tokens == len(response.tokens) - ended
+        assert response.text == tokenizer.decode(response.tokens, skip_special_tokens=True)
+    # The same tokens up to the loop, and no more than the window that shows it.
+    rule = DegenerationConfig(window=12, ngrams=(1, 2), share=0.4, min_count=2)
+    greedy = replace(config, temperature=0.0)  # which loops
+    plain = sample(model, tokenizer, wanted, greedy).responses
+    looping = replace(greedy, stop_degenerate=True, degeneration=rule)
+    cuts = 0
+    for response, whole in zip(
+        sample(model, tokenizer, wanted, looping).responses, plain, strict=True
+    ):
+        cut = find_cut(whole.tokens, rule)
+        assert response.cut == cut
+        if cut is not None:
+            cuts += 1
+            assert response.finish == "degenerate"
+            assert response.tokens == whole.tokens[: cut + 12]
+            assert response.text == tokenizer.decode(whole.tokens[:cut], skip_special_tokens=True)
+            assert response.scored_tokens == cut
+    assert cuts
+    # A stop string is not part of the text.
+    word = tokenizer.decode(plain[0].tokens[3:5])
+    stopped = sample(model, tokenizer, wanted[:1], replace(greedy, stop=(word,))).responses[0]
+    texts = [tokenizer.decode(plain[0].tokens[:n]) for n in range(6)]
+    n = next(n for n, text in enumerate(texts) if word in text)
+    assert (stopped.finish, stopped.tokens) == ("stop", plain[0].tokens[:n])
+    assert stopped.text == plain[0].text[: plain[0].text.index(word)]
+
+
+def test_the_models_own_generation_settings_neither_count_nor_change(
+    tiny: tuple[Any, Any],
+) -> None:
+    from transformers import GenerationConfig
+
+    model, tokenizer = tiny
+    before = tokens(sample(model, tokenizer, requests(), CONFIG).responses)
+    own = GenerationConfig(
+        eos_token_id=1, repetition_penalty=5.0, top_k=1, do_sample=True, temperature=0.1
+    )
+    model.generation_config = own
+    assert tokens(sample(model, tokenizer, requests(), CONFIG).responses) == before
+    assert model.generation_config is own
+
+
+def test_resumes_without_repeating_or_losing_any(tiny: tuple[Any, Any], tmp_path: Path) -> None:
+    wanted, out = requests(9, 2), tmp_path / "deep" / "responses.jsonl"
+    config = replace(CONFIG, batch_size=4)
+    whole = tokens(sample(*tiny, wanted, config).responses)
+    stop = threading.Event()
+    told: list[tuple[int, int]] = []
+
+    def tell(done: int, total: int) -> None:
+        told.append((done, total))
+        if done >= 5:
+            stop.set()
+
+    first = sample(*tiny, wanted, config, out=out, progress=tell, stop=stop)
+    assert not first.complete
+    assert 5 <= len(first.responses) < len(wanted)
+    assert told[0] == (0, 18)
+    assert told[-1] == (len(first.responses), 18)
+    kept = out.read_bytes()
+    with out.open("ab") as file:  # a kill in the middle of a line
+        file.write(b'{"kind": "response", "id": "q8", "tok')
+    told.clear()
+    second = sample(*tiny, wanted, config, out=out, progress=lambda *now: told.append(now))
+    assert second.complete
+    assert told == [(done, 18) for done in range(len(first.responses), 19)]
+    assert out.read_bytes().startswith(kept)
+    lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    rows = [(line["id"], line["repetition"]) for line in lines if line["kind"] == "response"]
+    assert sorted(rows) == sorted(request.key for request in wanted)
+    assert tokens(read_responses(out)) == tokens(second.responses) == whole
+    assert second.speed is not None
+    assert second.speed.tokens == sum(map(len, whole.values()))
+    # Done: nothing is generated, and the speed is still known.
+    size = out.stat().st_size
+    assert sample(*tiny, wanted, config, out=out).speed == second.speed
+    assert out.stat().st_size == size
+
+
+def test_a_file_of_other_settings_is_refused(tiny: tuple[Any, Any], tmp_path: Path) -> None:
+    out, wanted = tmp_path / "responses.jsonl", requests(3)
+    sample(*tiny, wanted, CONFIG, out=out, source={"model": "a"})
+    before = out.read_bytes()
+    for change in ({"temperature": 0.0}, {"seed": 1}, {"max_new_tokens": 21}):
+        with pytest.raises(UserError, match=f"other settings: {next(iter(change))} was"):
+            sample(*tiny, wanted, replace(CONFIG, **change), out=out, source={"model": "a"})
+    with pytest.raises(UserError, match="source was"):
+        sample(*tiny, wanted, CONFIG, out=out, source={"model": "b"})
+    other = [replace(wanted[1], prompt=(9, 9))]
+    with pytest.raises(UserError, match="another prompt of the name 'q1'"):
+        sample(*tiny, other, CONFIG, out=out, source={"model": "a"})
+    assert out.read_bytes() == before
+    # Batches are not among them.
+    sample(*tiny, wanted, replace(CONFIG, batch_size=2), out=out, source={"model": "a"})
+    with locked(out), pytest.raises(RunError, match="another process"):
+        sample(*tiny, wanted, CONFIG, out=out, source={"model": "a"})
+    out.write_text("{}\n")
+    with pytest.raises(UserError, match="responses"):
+        sample(*tiny, wanted, CONFIG, out=out, source={"model": "a"})
+
+
+def test_bad_requests_are_told_before_anything_runs(tiny: tuple[Any, Any], tmp_path: Path) -> None:
+    out = tmp_path / "responses.jsonl"
+    long = Request("long", (5,) * 64)
+    with pytest.raises(UserError, match=r"'long': the prompt has 64 tokens.* context is 64"):
+        sample(*tiny, [*requests(), long], CONFIG, out=out)
+    with pytest.raises(UserError, match="'q0', repetition 0: is there twice"):
+        sample(*tiny, requests() * 2, CONFIG, out=out)
+    with pytest.raises(UserError, match="'none': the prompt is empty"):
+        sample(*tiny, [Request("none", ())], CONFIG, out=out)
+    assert not out.exists()
+    # One token is room enough.
+    (only,) = sample(*tiny, [Request("just", (5,) * 63)], CONFIG).responses
+    assert len(only.tokens) == 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"max_new_tokens": 0},
+        {"batch_size": 0},
+        {"batching": "dynamic"},
+        {"stop": ("",)},
+    ],
+)
+def test_impossible_settings_are_refused(settings: dict) -> None:
+    with pytest.raises(UserError, match=f"sampling.{next(iter(settings))}"):
+        SamplingConfig(**settings)
