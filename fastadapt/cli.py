@@ -1,4 +1,4 @@
-"""The command line; it and `fastadapt.cli_organism` are the only places that print.
+"""The command line; it, `cli_eval` and `cli_organism` are the only places that print.
 
 Results go to standard output, progress and errors to standard error. Exit code 0: done, or stopped
 by a signal with everything saved; 1: a failure on the way; 2: what was asked cannot be done.
@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastadapt.cli_eval import evaluate
 from fastadapt.cli_organism import organism
 from fastadapt.console import print_error, print_table, quiet_transformers, say
 from fastadapt.errors import RunError, UserError
@@ -108,7 +109,8 @@ def _stopped(summary: dict[str, Any], argv: list[str]) -> int:
 
 
 def _print_summary(summary: dict[str, Any]) -> None:
-    from fastadapt.training.records import TRAINED, comparison, duration, number, percent
+    from fastadapt.training.records import TRAINED, comparison
+    from fastadapt.wording import duration, number, percent
 
     print()
     print_table(*comparison(summary))
@@ -249,6 +251,7 @@ def export(argv: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
+    "eval": evaluate,
     "export": export,
     "data": data,
     "organism": organism,

@@ -81,7 +81,7 @@ class Progress(_Drawn):
             self._say(f"step {step}/{self._steps}  {'  '.join(terms)}  {self._left(step, now)}")
 
     def _left(self, step: int, now: float) -> str:
-        from fastadapt.training.records import duration
+        from fastadapt.wording import duration
 
         start, first = self._first or (now, step)
         if step <= first:
@@ -125,6 +125,27 @@ class PrepareProgress(_Drawn):
             self._spoke = self._clock()
             of = f" of {total:,}" if total is not None else ""
             self._stream.write(f"{kind}: {done:,}{of} rows  {more}".rstrip() + "\n")
+            self._stream.flush()
+        self._kind = kind
+
+
+class EvalProgress(_Drawn):
+    """Told by `fastadapt.evaluation.comparison` what is being done; arguments as of its base."""
+
+    _kind = ""
+
+    def __call__(self, kind: str, done: int, total: int) -> None:
+        if self._is_terminal:
+            if self._bar is None or kind != self._kind:
+                self.__exit__()
+                self._bar = tqdm(
+                    desc=kind, file=self._stream, total=total, initial=done, dynamic_ncols=True
+                )
+            self._bar.total = total
+            self._bar.update(done - self._bar.n)
+        elif kind != self._kind or self._clock() - self._spoke >= SECONDS_BETWEEN_LINES:
+            self._spoke = self._clock()
+            self._stream.write(f"{kind}: {done:,} of {total:,}\n")
             self._stream.flush()
         self._kind = kind
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -91,7 +92,7 @@ def over_l0(result: Mapping[str, Any], values: Mapping[str, Interval]) -> list[S
     sweep: list[tuple[float, Interval]] = []
     for student in result["students"]:
         value, l0 = values.get(student["name"]), student.get("l0")
-        if value is None:
+        if value is None or value["mean"] is None:
             continue
         if student["kind"] == "transcoder" and student["variant"] == "" and l0:
             sweep.append((l0, value))
@@ -109,12 +110,13 @@ def over_l0(result: Mapping[str, Any], values: Mapping[str, Interval]) -> list[S
 
 
 def _series(name: str, kind: str, x: Sequence[float], values: Sequence[Interval]) -> Series:
-    return Series(
-        name,
-        kind,
-        list(map(float, x)),
-        *([value[key] for value in values] for key in ("mean", "low", "high")),
-    )
+    """Of the values that there are; an interval that is not there has no width."""
+    kept = [i for i, value in enumerate(values) if value["mean"] is not None]
+    ends = []
+    for end in ("mean", "low", "high"):
+        told = ((values[i][end], values[i]["mean"]) for i in kept)
+        ends.append([float(mean if v is None else v) for v, mean in told])  # type: ignore[arg-type]
+    return Series(name, kind, [float(x[i]) for i in kept] if x else [], *ends)
 
 
 def _per_student(
@@ -150,7 +152,7 @@ def _partial(result: Mapping[str, Any]) -> list[Figure]:
         ("last", "Last n layers replaced", "n"),
         ("single", "One layer replaced", "layer"),
     ):
-        curves = {name: (range(len(m[way])), m[way]) for name, m in measured.items()}
+        curves = {name: (list(range(len(m[way]))), m[way]) for name, m in measured.items()}
         unit = "KL to the target, nats per predicted token"
         series = _per_student(result, curves)
         found.append(Figure(f"partial-{way}", title, label, unit, series))
@@ -162,11 +164,12 @@ def _positions(result: Mapping[str, Any]) -> list[Figure]:
     curves = {}
     for name, m in measured.items():
         edges, values = m["by_position"]["edges"], m["by_position"]["kl"]
-        middles = [(a + b) / 2 for a, b in pairwise(edges)]
+        middles = [math.sqrt((a + 1) * b) for a, b in pairwise(edges)]
         curves[name] = (middles, values)
     unit = "KL to the target, nats per predicted token"
     series = _per_student(result, curves)
-    return [Figure("kl-position", "KL against position", "position in the text", unit, series)]
+    label = "position in the text, from 1"
+    return [Figure("kl-position", "KL against position", label, unit, series, x_log=True)]
 
 
 #: key, title, unit, of what is drawn over L0 for each benchmark

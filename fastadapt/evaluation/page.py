@@ -14,7 +14,7 @@ from fastadapt.evaluation.drawing import interactive
 from fastadapt.evaluation.figures import Figure
 from fastadapt.evaluation.tables import Table
 from fastadapt.files import replacing
-from fastadapt.training.report_style import STYLE, card, grid, section, table
+from fastadapt.page_style import STYLE, card, grid, section, table
 
 #: None of them sends anything anywhere.
 _BUTTONS = ["toImage", "zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]

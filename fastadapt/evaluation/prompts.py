@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
+
+import yaml
 
 from fastadapt.data.rendering import render_parts
 from fastadapt.data.sources import COLUMN, read_values
@@ -17,6 +20,33 @@ class Prompt(NamedTuple):
     id: str
     ids: list[int]
     domain: str | None
+
+
+class HeldOut(NamedTuple):
+    """What a run was validated on, as its ``config.yaml`` names it."""
+
+    source: str
+    split: str
+    revision: str | None
+    family: str
+
+
+def held_out(run: Path) -> HeldOut | None:
+    """The held-out data of a run; None of a folder that is no run's, such as bare adapters.
+
+    Raises:
+        UserError: its configuration cannot be read.
+    """
+    path = run / "config.yaml"
+    if not path.is_file():
+        return None
+    try:
+        told = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]
+        return HeldOut(
+            told["validation"], told["validation_split"], told["revision"], told["family"]
+        )
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no run's configuration: {error!r}") from error
 
 
 def load_prompts(

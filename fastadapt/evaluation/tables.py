@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastadapt.training.records import number, percent
+from fastadapt.wording import number, percent
 
-#: mean and interval: ``{"mean": float, "low": float, "high": float}``
-Interval = Mapping[str, float]
+#: ``{"mean": ..., "low": ..., "high": ...}``, each None where there is nothing to tell
+Interval = Mapping[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
     return [table for table in found if table is not None]
 
 
-def shown(value: Interval | None, show: Callable[[float], str] = number) -> str:
+def shown(value: Interval | None, show: Callable[[float | None], str] = number) -> str:
     """``0.105 [0.098, 0.112]``, – where there is none."""
-    if value is None:
+    if value is None or value["mean"] is None:
         return "–"
     low, high = (show(value[end]).rstrip("%") for end in ("low", "high"))
     return f"{show(value['mean'])} [{low}, {high}]"
@@ -50,7 +50,7 @@ def _outputs(result: Mapping[str, Any]) -> Table | None:
         found = measured.get(student["name"])
         if found is None:
             continue
-        per_layer = found.get("nmse_per_layer")
+        per_layer = found["nmse_per_layer"]
         nmse = None if per_layer is None else sum(i["mean"] for i in per_layer) / len(per_layer)
         rows.append(
             [
@@ -59,7 +59,7 @@ def _outputs(result: Mapping[str, Any]) -> Table | None:
                 number(found.get("l0")),
                 shown(found["kl"]),
                 shown(found["top1_error"], percent),
-                *(percent_of(found["regions"].get(r)) for r in regions),
+                *(percent(found["regions"][r]["top1_error"]["mean"]) for r in regions),
                 number(nmse),
             ]
         )
@@ -81,13 +81,8 @@ def _outputs(result: Mapping[str, Any]) -> Table | None:
     )
 
 
-def percent_of(region: Mapping[str, Any] | None) -> str:
-    """The top-1 error of a region, without its interval."""
-    return "–" if not region else percent(region["top1_error"]["mean"])
-
-
 def _some(measured: Mapping[str, Any], region: str) -> bool:
-    return any(found["regions"].get(region) for found in measured.values())
+    return any(found["regions"][region]["positions"] for found in measured.values())
 
 
 def _order(result: Mapping[str, Any]) -> Table | None:
@@ -96,10 +91,10 @@ def _order(result: Mapping[str, Any]) -> Table | None:
         return None
     rows = [
         [
-            f"{gap['worse']} − {gap['better']}",
+            f"{gap['above']} − {gap['below']}",
             shown(gap["top1_error"], percent),
             shown(gap["kl"]),
-            "yes" if gap["top1_error"]["low"] > 0 else "NO",
+            "yes" if gap["holds"] else "NO",
         ]
         for gap in gaps
     ]
@@ -126,20 +121,22 @@ def _partial(result: Mapping[str, Any]) -> Table | None:
         for way in ("first", "last", "single"):
             curve = found[way] if way == "single" else found[way][1:-1]
             cells.append(_worst(curve, way))
-        rows.append([student["name"], shown(full), *cells])
+        excess = shown(found["excess"]["worst"])
+        rows.append([student["name"], shown(full), *cells, excess])
     return Table(
         "Partial replacement",
-        ["student", "all layers", "first n, worst", "last n, worst", "one layer, worst"],
+        ["student", "all layers", "first n, worst", "last n, worst", "one layer, worst", "excess"],
         rows,
         "KL to the target, in nats per predicted token, where only some layers are replaced; the "
-        "worst choice of each kind, all layers aside.",
+        "worst choice of each kind, all layers aside, and what the worst of all has more than all "
+        f"layers together. {result['texts']['n_partial']:,} of the texts.",
     )
 
 
 def _worst(curve: Sequence[Interval], way: str) -> str:
     if not curve:
         return "–"
-    at = max(range(len(curve)), key=lambda i: curve[i]["mean"])
+    at = max(range(len(curve)), key=lambda i: curve[i]["mean"] or 0.0)
     where = f"layer {at}" if way == "single" else f"n={at + 1}"
     return f"{shown(curve[at])} ({where})"
 

@@ -13,6 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from fastadapt.page_style import STYLE, card, grid, legend_key, section, table
 from fastadapt.training.charts import (
     HEIGHT,
     WIDTH,
@@ -23,8 +24,8 @@ from fastadapt.training.charts import (
     ramp,
     smooth,
 )
-from fastadapt.training.records import Run, at, comparison, duration, number, percent, read_run
-from fastadapt.training.report_style import STYLE, card, grid, legend_key, section, table
+from fastadapt.training.records import Run, at, comparison, read_run
+from fastadapt.wording import duration, number, percent
 
 # key of a training record: title, unit, key of an evaluation for the adapter, and for the hybrid
 CURVES: dict[str, tuple[str, str, str | None, str | None]] = {

@@ -42,19 +42,21 @@ def made_up() -> dict[str, Any]:
         "students": [],
         "faithfulness": {},
         "partial": {},
-        "texts": {"n": 500, "predicted": 20_000},
+        "texts": {"n": 500, "n_partial": 100, "predicted": 20_000},
         "settings": {"seed": 0},
         "versions": {"torch": "2.13"},
         "order": [
             {
-                "worse": "base",
-                "better": "hybrid",
+                "above": "base",
+                "below": "hybrid",
+                "holds": True,
                 "top1_error": interval(0.18),
                 "kl": interval(0.5),
             },
             {
-                "worse": "dense",
-                "better": "skyline",
+                "above": "dense",
+                "below": "skyline",
+                "holds": False,
                 "top1_error": {"mean": 0.01, "low": -0.01, "high": 0.03},
                 "kl": interval(0.1),
             },
@@ -73,14 +75,17 @@ def made_up() -> dict[str, Any]:
                 way: [interval(error * i) for i in range(LAYERS + (way != "single"))]
                 for way in ("first", "last", "single")
             }
+            result["partial"][name]["excess"] = {"worst": interval(-error)}
         region = {"kl": interval(error), "top1_error": interval(error), "positions": 99}
+        none = {"mean": None, "low": None, "high": None}
+        nothing = {"kl": none, "top1_error": none, "positions": 0}
         result["faithfulness"][name] = {
             "kl": interval(5 * error),
             "top1_error": interval(error),
             "l0": l0,
-            "regions": {"prompt": region, "thinking": region},
+            "regions": {"prompt": region, "thinking": region, "answer": nothing},
             "domains": {"math": region},
-            "by_position": {"edges": [0, 10, 20], "kl": [interval(error), interval(error / 2)]},
+            "by_position": {"edges": [0, 1, 2, 4], "kl": [interval(error), none, interval(error)]},
             "nmse_per_layer": per_layer,
             "nmse_token_per_layer": per_layer,
         }

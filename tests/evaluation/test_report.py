@@ -17,6 +17,8 @@ from fastadapt.evaluation.tables import as_latex, as_markdown, shown, tables
 def test_a_number_stands_with_its_interval() -> None:
     assert shown({"mean": 0.105, "low": 0.098, "high": 0.112}) == "0.105 [0.0980, 0.112]"
     assert shown(None) == "–"
+    assert shown({"mean": None, "low": None, "high": None}) == "–"
+    assert shown({"mean": 0.5, "low": None, "high": None}) == "0.500 [–, –]"
 
 
 def test_every_student_is_in_every_table_that_is_about_it() -> None:
@@ -68,7 +70,7 @@ def test_the_sweep_is_one_line_over_l0_and_others_are_beside_it() -> None:
     assert series["hybrid"].level
     assert {s.kind for s in series.values()} <= set(COLOURS)
     assert [s.name for s in by_key["nmse-per-layer"].series] == [n for n, *_ in STUDENTS[1:]]
-    assert by_key["kl-position"].series[0].x == [5.0, 15.0]
+    assert by_key["kl-position"].series[0].x == [1.0, pytest.approx(12**0.5)]
     assert "target" in {s.name for s in by_key["sums-accuracy"].series}
 
 

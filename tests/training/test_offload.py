@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from fastadapt.errors import UserError
 from fastadapt.models import ReplacementModel
 from fastadapt.objective import objective
-from fastadapt.options import parse_train
+from fastadapt.options_train import parse_train
 from fastadapt.ranks import ALONE, Ranks
 from fastadapt.training import trainer
 from fastadapt.training.checkpoint import load_latest

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from html import escape
 
-from fastadapt.training.records import number
+from fastadapt.wording import number
 
 STYLE = """
 :root{--page:#f6f6f4;--card:#ffffff;--ink:#16181d;--soft:#5a606c;--line:#e2e2de;--grid:#ecece8;

@@ -1,0 +1,51 @@
+"""`fastadapt eval`: how faithful trained runs are."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from fastadapt.console import print_table, quiet_transformers
+from fastadapt.options_eval import default_output, eval_parser, parse_eval
+
+
+def evaluate(argv: list[str]) -> int:
+    """`fastadapt eval`."""
+    if not argv or {"-h", "--help"} & set(argv):
+        eval_parser().print_help()
+        return 0
+    config, flags = parse_eval(argv)
+
+    from fastadapt.evaluation.comparison import Comparison
+    from fastadapt.evaluation.folder import opened
+    from fastadapt.evaluation.students import Students
+    from fastadapt.progress import EvalProgress
+    from fastadapt.training.interrupt import stop_on_signals
+
+    quiet_transformers()
+    students = Students.open(flags.runs, flags.names, dtype=flags.dtype, device=flags.device)
+    output = Path(flags.output).expanduser() if flags.output else default_output(flags.runs)
+    with (
+        opened(output, overwrite=flags.overwrite) as folder,
+        stop_on_signals(None) as (stop, _),
+        EvalProgress(sys.stderr) as progress,
+    ):
+        result = Comparison(students, folder, config, progress, stop).run(flags.parts)
+    if result is None:
+        print(f"Stopped; what was measured is kept in {output}.")
+        print("Go on with the same command.")
+        return 0
+    _print(result, output)
+    return 0
+
+
+def _print(result: dict[str, Any], output: Path) -> None:
+    from fastadapt.evaluation.tables import tables
+
+    for table in tables(result):
+        print(table.title)
+        print_table(table.head, table.rows)
+        print()
+    for name in ("eval.json", "tables.md", "tables.tex", "plots", "report.html"):
+        print(f"{name}: {(output / name).resolve()}")

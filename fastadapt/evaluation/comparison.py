@@ -1,0 +1,257 @@
+"""Everything that `fastadapt eval` measures of runs, in a folder that it can be gone on with in.
+
+Each part is kept under a fingerprint of all that it depends on: what is there already is not
+measured again, and what belongs to other settings is never taken for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from threading import Event
+from typing import Any, Literal
+
+from fastadapt.errors import UserError
+from fastadapt.evaluation.drawing import require_drawing
+from fastadapt.evaluation.folder import write
+from fastadapt.evaluation.output import OutputConfig, measure_output
+from fastadapt.evaluation.partial import PartialConfig, measure_partial
+from fastadapt.evaluation.prompts import held_out, load_prompts
+from fastadapt.evaluation.responses import Request
+from fastadapt.evaluation.runs import Student
+from fastadapt.evaluation.sampling import SamplingConfig, sample
+from fastadapt.evaluation.statistics import BootstrapConfig
+from fastadapt.evaluation.students import Students
+from fastadapt.evaluation.summary import order, summarise_output, summarise_partial
+from fastadapt.evaluation.texts import Text, answer_starts
+from fastadapt.organism import resolve
+
+SCHEMA_VERSION = 1
+Part = Literal["outputs", "partial", "benchmarks"]
+PARTS: tuple[Part, ...] = ("outputs", "partial", "benchmarks")
+#: Told what is being done, how much of it is done, and how much there is.
+Tell = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class TextsConfig:
+    """The texts on which students are compared: the target's own responses to held-out prompts.
+
+    Args:
+        prompts: conversations whose prompts are answered, named as ``data.train`` is; the run's
+            held-out data if not given.
+        n: the first so many.
+        n_partial: partial replacement is measured on the first so many of them.
+    """
+
+    prompts: str | None = None
+    n: int = 500
+    n_partial: int = 100
+
+    def __post_init__(self) -> None:
+        for name in ("n", "n_partial"):
+            if getattr(self, name) < 1:
+                raise UserError(f"texts.{name}: expected 1 or more, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What is measured, and how."""
+
+    texts: TextsConfig = field(default_factory=TextsConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    outputs: OutputConfig = field(default_factory=OutputConfig)
+    partial: PartialConfig = field(default_factory=PartialConfig)
+    statistics: BootstrapConfig = field(default_factory=BootstrapConfig)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs opened for an evaluation, and the folder of it.
+
+    Attributes:
+        students: the runs, their base and hybrid.
+        folder: of the evaluation, held by :func:`opened`.
+        config: what is measured.
+        tell: called as work is done.
+        stop: set it to end after the batch at hand.
+    """
+
+    students: Students
+    folder: Path
+    config: EvalConfig
+    tell: Tell
+    stop: Event
+
+    def run(self, parts: Sequence[Part]) -> dict[str, Any] | None:
+        """Measure what was not measured before, and write ``eval.json``, tables and plots.
+
+        Returns:
+            The contents of ``eval.json``; None if told to stop before everything was measured.
+        """
+        require_drawing()
+        found: dict[str, Any] = {}
+        if {"outputs", "partial"} & set(parts):
+            texts = self._texts()
+            if "outputs" in parts and not self.stop.is_set():
+                found |= self._outputs(texts)
+            if "partial" in parts and not self.stop.is_set():
+                found |= self._partial(texts[: self.config.texts.n_partial])
+            found["texts"] = self._told_of(texts)
+        if "benchmarks" in parts and not self.stop.is_set():
+            found |= self._benchmarks()
+        if self.stop.is_set():
+            return None
+        result = {**self._about(found), **found}
+        write(result, self.folder)
+        return result
+
+    # --- the parts --------------------------------------------------------------------------------
+
+    def _texts(self) -> list[Text]:
+        """The target's responses, sampled or read; only those that are finished."""
+        students, config = self.students, self.config.texts
+        first = students.students[students.runs[0]].run
+        told = None if first is None else held_out(Path(first))
+        source = config.prompts or (told and told.source)
+        family = students.family or (told and told.family)
+        if source is None or family is None:
+            raise UserError(
+                f"{first} does not say what it was validated on and how that was rendered: give "
+                "the folder of a run first"
+            )
+        own = told if config.prompts is None else None
+        prompts = load_prompts(
+            resolve(source),
+            students.tokenizer,
+            family,
+            config.n,
+            split=own.split if own else "validation",
+            revision=own.revision if own else None,
+        )
+        requests = [Request(prompt.id, tuple(prompt.ids)) for prompt in prompts]
+        with students.generating("target") as model:
+            sampled = sample(
+                model,
+                students.tokenizer,
+                requests,
+                self.config.sampling,
+                out=self.folder / "texts.jsonl",
+                source={"model": "target", "sha256": students.fingerprint("target")},
+                progress=partial(self.tell, "texts of the target"),
+                stop=self.stop,
+            )
+        responses = {response.id: response for response in sampled.responses}
+        texts = []
+        for prompt in prompts:
+            if response := responses.get(prompt.id):
+                ids = [*prompt.ids, *response.tokens]
+                texts.append(Text(prompt.id, ids, len(prompt.ids), prompt.domain))
+        return texts
+
+    def _outputs(self, texts: list[Text]) -> dict[str, Any]:
+        students = self.students
+        measured = measure_output(
+            students,
+            texts,
+            self.folder / "outputs",
+            config=self.config.outputs,
+            progress=partial(self.tell, "outputs"),
+            stop=self.stop,
+        )
+        if self.stop.is_set():
+            return {}
+        answers = answer_starts(texts, students.tokenizer)
+        told = summarise_output(measured, texts, answers, self.config.statistics)
+        ranked = [name for name in self._ranking(told) if name in measured]
+        return {
+            "faithfulness": told,
+            "order": order(measured, ranked, self.config.statistics),
+        }
+
+    def _ranking(self, told: Mapping[str, Any]) -> list[str]:
+        """Students from the one expected furthest from the target to the nearest.
+
+        The order that arXiv 2602.20904 found: base, hybrid, adapters from sparse to dense, skyline.
+        """
+        sweep = [n for n, s in self.students.students.items() if s.kind == "transcoder"]
+        sweep = [n for n in sweep if not variant(self.students.students[n])]
+        skyline = [n for n, s in self.students.students.items() if s.kind == "mlp"]
+        by_l0 = sorted(sweep, key=lambda name: told[name]["l0"])
+        return ["base", "hybrid", *by_l0, *skyline]
+
+    def _partial(self, texts: list[Text]) -> dict[str, Any]:
+        measured = measure_partial(
+            self.students,
+            texts,
+            self.folder / "partial",
+            config=self.config.partial,
+            progress=partial(self.tell, "partial replacement"),
+            stop=self.stop,
+        )
+        return {"partial": summarise_partial(measured, self.config.statistics)}
+
+    def _benchmarks(self) -> dict[str, Any]:
+        return {}
+
+    # --- what is written --------------------------------------------------------------------------
+
+    def _told_of(self, texts: Sequence[Text]) -> dict[str, int]:
+        return {
+            "n": len(texts),
+            "n_partial": min(len(texts), self.config.texts.n_partial),
+            "predicted": sum(len(text.ids) - 1 for text in texts),
+        }
+
+    def _about(self, found: Mapping[str, Any]) -> dict[str, Any]:
+        pair = self.students.config
+        told = found.get("faithfulness", {})
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "pair": {
+                "target": pair.target,
+                "target_revision": pair.target_revision,
+                "base": pair.base,
+                "base_revision": pair.base_revision,
+            },
+            "settings": dataclasses.asdict(self.config),
+            "level": self.config.statistics.level,
+            "versions": {name: version(name) for name in ("fastadapt", "torch", "transformers")},
+            "students": [
+                {
+                    **student.plain(),
+                    # As measured here, where it was; else on the run's own held-out data.
+                    "l0": told.get(name, {}).get("l0") or student.l0,
+                    "variant": variant(student),
+                    "what": what(student),
+                }
+                for name, student in self.students.students.items()
+            ],
+        }
+
+
+def variant(student: Student) -> str:
+    """``dense`` or ``no-bridge`` for the ablations of the adapter, empty for all others."""
+    if student.kind != "transcoder":
+        return ""
+    return "dense" if student.sparsity == 0 else "no-bridge" if student.bridge == 0 else ""
+
+
+def what(student: Student) -> str:
+    """A student in words."""
+    if student.kind == "transcoder":
+        return {
+            "": f"adapter, λ={student.sparsity:g}" if student.sparsity is not None else "adapter",
+            "dense": "adapter, λ=0",
+            "no-bridge": f"adapter, λ={student.sparsity:g}, no bridge",
+        }[variant(student)]
+    return {
+        "base": "the whole base model",
+        "hybrid": "target with the base's MLPs",
+        "mlp": "hybrid, MLPs fine-tuned",
+        "norms": "hybrid, norms refit",
+    }[student.kind]

@@ -1,0 +1,86 @@
+"""The folder of an evaluation: who may write there, and what is written at the end.
+
+::
+
+    texts.jsonl        responses of the target to held-out prompts
+    outputs/           per position of these, every student's KL and top-1 agreement
+    partial/           the same where only some layers are replaced, summed per text
+    benchmarks/        responses of every model to questions, and how they were judged
+    eval.json          what came out, with intervals
+    tables.md, tables.tex, plots/*.png, report.html
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fastadapt.errors import RunError, UserError
+from fastadapt.evaluation.drawing import write_png
+from fastadapt.evaluation.figures import figures
+from fastadapt.evaluation.page import write_page
+from fastadapt.evaluation.tables import as_latex, as_markdown, tables
+from fastadapt.files import locked, replacing
+
+LOCK = ".lock"
+#: Everything that is ever in the folder.
+CONTENTS = (
+    LOCK,
+    "texts.jsonl",
+    "outputs",
+    "partial",
+    "benchmarks",
+    "eval.json",
+    "tables.md",
+    "tables.tex",
+    "plots",
+    "report.html",
+)
+
+
+def write(result: Mapping[str, Any], folder: Path) -> None:
+    """Write ``eval.json`` and everything that is made of it."""
+    with replacing(folder / "eval.json") as staged:
+        text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
+        staged.write_text(text + "\n", encoding="utf-8")
+    made, drawn = tables(result), figures(result)
+    for name, text in (("tables.md", as_markdown(made)), ("tables.tex", as_latex(made))):
+        with replacing(folder / name) as staged:
+            staged.write_text(text, encoding="utf-8")
+    with replacing(folder / "plots") as staged:
+        staged.mkdir()
+        for figure in drawn:
+            write_png(figure, staged / f"{figure.key}.png")
+    write_page(result, made, drawn, folder / "report.html")
+
+
+@contextmanager
+def opened(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """The folder of an evaluation, for this process alone.
+
+    Raises:
+        UserError: it is in use, cannot be written, or holds something else.
+    """
+    try:
+        if output.exists() and not output.is_dir():
+            raise UserError(f"--output: {output} is a file; expected a folder or a new name")
+        held = {path.name for path in output.iterdir()} if output.exists() else set()
+        if foreign := sorted(held - set(CONTENTS)):
+            raise UserError(
+                f"--output: {output} holds something that is no evaluation ({foreign[0]}); nothing "
+                "in it was touched. Give a new folder."
+            )
+        output.mkdir(parents=True, exist_ok=True)
+        with locked(output / LOCK):
+            for name in held - {LOCK} if overwrite else ():
+                path = output / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            yield output
+    except BlockingIOError:
+        raise UserError(f"--output: another process is evaluating into {output}") from None
+    except OSError as error:
+        raise RunError(f"--output: {output} cannot be written: {error.strerror}") from error
