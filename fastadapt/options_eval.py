@@ -63,12 +63,12 @@ def parse_eval(argv: Sequence[str]) -> tuple[EvalConfig, Namespace]:
         UserError: an unknown option or an impossible value.
     """
     from fastadapt.evaluation.comparison import EvalConfig
+    from fastadapt.training.config import from_dict
 
-    parser = eval_parser()
-    typed = parser.parse_args(argv)
-    made = parser.instantiate_classes(typed)
-    config = EvalConfig(**{name: made[name] for name in typing.get_type_hints(EvalConfig)})
-    return config, typed
+    typed = eval_parser().parse_args(argv)
+    names = typing.get_type_hints(EvalConfig)
+    values = {name: value for name, value in typed.as_dict().items() if name in names}
+    return from_dict(values, EvalConfig), typed
 
 
 def default_output(runs: Sequence[str]) -> Path:

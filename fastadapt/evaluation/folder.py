@@ -69,14 +69,15 @@ def opened(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
         if output.exists() and not output.is_dir():
             raise UserError(f"--output: {output} is a file; expected a folder or a new name")
         held = {path.name for path in output.iterdir()} if output.exists() else set()
-        if foreign := sorted(held - set(CONTENTS)):
+        staged = {name for name in held if name.startswith(".tmp-")}  # what a kill left
+        if foreign := sorted(held - staged - set(CONTENTS)):
             raise UserError(
                 f"--output: {output} holds something that is no evaluation ({foreign[0]}); nothing "
                 "in it was touched. Give a new folder."
             )
         output.mkdir(parents=True, exist_ok=True)
         with locked(output / LOCK):
-            for name in held - {LOCK} if overwrite else ():
+            for name in held - {LOCK} if overwrite else staged:
                 path = output / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             yield output

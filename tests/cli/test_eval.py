@@ -1,0 +1,184 @@
+"""`fastadapt eval`, from runs to tables, plots and a page; and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+QUICK = ("--texts.n", 3, "--texts.n_partial", 2, "--sampling.max_new_tokens", 8)
+OUTPUTS = ("--parts", "[outputs, partial]")
+
+
+@pytest.fixture
+def runs(recipe: Callable, fastadapt: Callable, tmp_path: Path) -> list[Path]:
+    """A run of adapters and one of the skyline, on the tiny pair."""
+    folders = [tmp_path / "runs" / name for name in ("sparse", "tuned")]
+    for folder, overlay in zip(folders, ([], ["skyline"]), strict=True):
+        outcome = fastadapt("train", recipe(), *overlay, "--run.output", folder)
+        assert outcome.code == 0, outcome.err
+    return folders
+
+
+def files(folder: Path) -> dict[str, int]:
+    return {
+        str(path.relative_to(folder)): path.stat().st_mtime_ns
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_runs_are_compared_and_nothing_is_measured_twice(runs, fastadapt) -> None:
+    outcome = fastadapt("eval", *runs, *OUTPUTS, *QUICK)
+    assert outcome.code == 0, outcome.err
+    folder = runs[0].parent / "eval"
+    result = json.loads((folder / "eval.json").read_text())
+    assert [s["name"] for s in result["students"]] == ["base", "hybrid", "sparse", "tuned"]
+    assert [s["kind"] for s in result["students"]] == ["base", "hybrid", "transcoder", "mlp"]
+    assert result["texts"]["n"] == 3
+    assert set(result["faithfulness"]) == {"base", "hybrid", "sparse", "tuned"}
+    assert set(result["partial"]) == {"hybrid", "sparse", "tuned"}
+    assert [gap["above"] for gap in result["order"]] == ["base", "hybrid", "sparse"]
+    assert {"tables.md", "tables.tex", "report.html"} <= set(files(folder))
+    assert {"kl-l0.png", "partial-last.png"} <= {p.name for p in (folder / "plots").iterdir()}
+    for said in ("Output faithfulness", "Order", "Partial replacement", "report.html"):
+        assert said in outcome.out
+    assert "texts of the target" in outcome.err
+
+    before, texts = files(folder), (folder / "texts.jsonl").read_bytes()
+    again = fastadapt("eval", *runs, *OUTPUTS, *QUICK)
+    assert again.out == outcome.out
+    kept = {name: at for name, at in files(folder).items() if name.endswith(".safetensors")}
+    assert kept
+    assert kept == {name: before[name] for name in kept}
+    assert (folder / "texts.jsonl").read_bytes() == texts
+    assert json.loads((folder / "eval.json").read_text()) == result
+
+
+def test_another_run_adds_only_itself(runs, fastadapt, tmp_path: Path) -> None:
+    output = ("--output", tmp_path / "out")
+    assert fastadapt("eval", runs[0], *output, *OUTPUTS, *QUICK).code == 0
+    before = files(tmp_path / "out")
+    assert fastadapt("eval", *runs, *output, *OUTPUTS, *QUICK).code == 0
+    after = files(tmp_path / "out")
+    kept = [name for name in before if name.endswith(".safetensors")]
+    assert len(kept) == 3 + 2
+    assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
+    assert any("tuned" in name for name in after.keys() - before.keys())
+
+
+@pytest.mark.slow
+def test_a_killed_evaluation_is_gone_on_with(runs, tmp_path: Path) -> None:
+    """SIGKILL at several moments, then to the end: the same numbers as in one go."""
+    command = [sys.executable, "-m", "fastadapt", "eval", *map(str, runs), *OUTPUTS]
+    command += [*map(str, QUICK), "--outputs.batch_tokens", "16", "--partial.batch_tokens", "16"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def start(name: str) -> subprocess.Popen:
+        argv = [*command, "--output", str(tmp_path / name)]
+        return subprocess.Popen(
+            argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
+
+    began = time.monotonic()
+    whole = start("whole")
+    said = whole.communicate(timeout=300)
+    assert whole.returncode == 0, said[1]
+    took = time.monotonic() - began
+    for share in (0.5, 0.7, 0.85):
+        process = start("killed")
+        time.sleep(share * took)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    last = start("killed")
+    said = last.communicate(timeout=300)
+    assert last.returncode == 0, said[1]
+    results = [json.loads((tmp_path / n / "eval.json").read_text()) for n in ("whole", "killed")]
+    assert results[0] == results[1]
+
+
+BAD = {
+    "no run": (lambda d: ["eval", d.folder / "nothing"], r"nothing: expected a run"),
+    "a run without an adapter": (
+        lambda d: ["eval", without_adapter(d)],
+        r"run.*adapter",
+    ),
+    "an option that is not there": (
+        lambda d: ["eval", d.folder, "--text.n", 3],
+        r"unknown option --text\.n; did you mean --texts\.n",
+    ),
+    "no texts": (
+        lambda d: ["eval", d.folder, "--texts.n", 0],
+        r"texts\.n: expected 1 or more, got 0",
+    ),
+    "a part that is none": (
+        lambda d: ["eval", d.folder, "--parts", "[output]"],
+        r"--parts.*output",
+    ),
+    "prompts that are not there": (
+        lambda d: [
+            "eval",
+            d.finished_run(),
+            "--texts.prompts",
+            "gone.jsonl",
+            "--output",
+            d.folder / "e",
+        ],
+        r"gone\.jsonl",
+    ),
+    "a folder of something else": (
+        lambda d: ["eval", d.finished_run(), "--output", d.pair],
+        r"holds something that is no evaluation .* nothing in it was touched",
+    ),
+    "a prompt longer than the context": (
+        lambda d: [
+            "eval",
+            d.finished_run(),
+            "--texts.prompts",
+            d.data(long_row()),
+            "--output",
+            d.folder / "e",
+        ],
+        r"context",
+    ),
+}
+
+
+def without_adapter(desk) -> Path:
+    folder = desk.finished_run()
+    shutil.rmtree(folder / "adapter")
+    return folder
+
+
+def long_row() -> dict:
+    turns = [{"from": "user", "value": "w1 " * 80}, {"from": "assistant", "value": "w2"}]
+    return {"conversations": turns}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_cannot_be_evaluated_is_said_at_once(case: str, expect_error) -> None:
+    arrange, message = BAD[case]
+    expect_error(arrange, message)
+
+
+def test_an_adapter_of_another_pair(runs, fastadapt) -> None:
+    from fastadapt.organism import resolve
+
+    card = runs[1] / "adapter" / "fastadapt.json"
+    config = runs[1] / "config.yaml"
+    for path in (card, config):
+        text = path.read_text()
+        values = json.loads(text)["metadata"]["target"] if path == card else target
+        target = values
+        path.write_text(text.replace(target, resolve("organism/target")))
+    outcome = fastadapt("eval", *runs, *QUICK)
+    assert outcome.code == 2
+    assert "expected a run of the pair of" in " ".join(outcome.err.split())
