@@ -311,3 +311,33 @@ def test_what_wants_transcoders_refuses_others_by_name(make_pair, tmp_path: Path
     with pytest.raises(UserError, match=r"published format is for transcoder adapters.*'mlp'"):
         hu2026.save(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "gemma2", "qwen3"])
+def test_a_pair_carries_one_kind_after_another(architecture, make_pair) -> None:
+    """With the same bits as a pair that never carried anything else."""
+    kinds = ("transcoder", "norms", "mlp", "norms")
+    configs = [AdapterConfig(24) if k == "transcoder" else AdapterConfig(kind=k) for k in kinds]
+
+    def perturbed(seed: int) -> ReplacementModel:
+        model = ReplacementModel.create(make_pair(architecture), configs[seed], seed=seed)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for p in model.adapters.parameters():
+                p.add_(0.1 * torch.randn(p.shape, generator=generator))
+        return model
+
+    alone = [perturbed(seed) for seed in range(len(kinds))]
+    ids = torch.tensor([[5, 9, 23, 7, 31, 8]])
+    with torch.no_grad():
+        for first in range(len(kinds)):
+            model = perturbed(first)
+            for other in (*alone, alone[first]):
+                model.carry(other.adapters)
+                assert model.adapters is other.adapters
+                assert torch.equal(model(ids).logits, other(ids).logits)
+                with model.mode("target"), alone[0].mode("target"):
+                    assert torch.equal(model(ids).logits, alone[0](ids).logits)
+    with pytest.raises(UserError, match="3 layers want as many adapters, got 2"):
+        model.carry(alone[0].adapters[:2])
+    assert model.adapters is alone[-1].adapters

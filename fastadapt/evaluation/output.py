@@ -24,7 +24,7 @@ from torch import Tensor
 from fastadapt.batch import Batch
 from fastadapt.errors import RunError, UserError
 from fastadapt.evaluation.parts import Parts, unfinished
-from fastadapt.evaluation.streams import side_by_side
+from fastadapt.evaluation.streams import final_norm, side_by_side
 from fastadapt.evaluation.students import Students
 from fastadapt.evaluation.texts import Text, batch_of, batches_of, digest_of
 from fastadapt.kernels.linear_kl import LinearKLOutput, linear_kl
@@ -185,7 +185,7 @@ def _measure(
     predicts = batch.real[:, 1:] & batch.real[:, :-1]
     out: dict[str, dict[str, Tensor]] = {}
     if inside:
-        finals = [model.final_norm(x, to.mode) for x, to in zip(states, streams, strict=True)]
+        finals = [final_norm(model, x, to) for x, to in zip(states, streams, strict=True)]
         got = _kl(model, teacher, finals, model.head, predicts, chunk_tokens)
         for s, name in enumerate(inside):
             out[name] = {"kl": got.token_kl[s], "agrees": got.token_top1[s]}

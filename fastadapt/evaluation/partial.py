@@ -34,7 +34,7 @@ from fastadapt.batch import Batch
 from fastadapt.errors import UserError
 from fastadapt.evaluation.output import check_finite, stores_of
 from fastadapt.evaluation.parts import unfinished
-from fastadapt.evaluation.streams import Stream
+from fastadapt.evaluation.streams import Stream, carrying, final_norm
 from fastadapt.evaluation.students import Students
 from fastadapt.evaluation.texts import Text, batch_of, batches_of, digest_of
 from fastadapt.kernels.linear_kl import linear_kl
@@ -94,7 +94,10 @@ class _End(NamedTuple):
     """A stream after the last block, and whose that was."""
 
     hidden: Tensor
-    mode: Mode
+    stream: Stream
+
+
+_TARGET = Stream("target")
 
 
 def measure_partial(
@@ -137,19 +140,13 @@ def _measure(
     model: ReplacementModel, batch: Batch, stream: Stream, config: PartialConfig
 ) -> dict[str, Tensor]:
     """Sums ``[B, 3L-3]`` over positions: of *first* 1..L, *last* 1..L-1, *single* 1..L-2."""
-    before = model.adapters
-    if stream.adapters is not None:
-        model.carry(stream.adapters)
-    try:
-        clean, ends = _ends(model, batch, stream.mode, config.streams_at_once)
-    finally:
-        model.carry(before)
+    clean, ends = _ends(model, batch, stream, config.streams_at_once)
     predicts = batch.real[:, 1:] & batch.real[:, :-1]
 
     def final(end: _End) -> Tensor:
-        return model.final_norm(end.hidden[:, :-1][predicts], end.mode)
+        return final_norm(model, end.hidden[:, :-1][predicts], end.stream)
 
-    teacher = final(_End(clean, "target"))
+    teacher = final(_End(clean, _TARGET))
     text = torch.arange(len(predicts), device=predicts.device).repeat_interleave(predicts.sum(1))
     kl: list[Tensor] = []
     wrong: list[Tensor] = []
@@ -171,7 +168,7 @@ def _measure(
 
 
 def _ends(
-    model: ReplacementModel, batch: Batch, mode: Mode, at_once: int
+    model: ReplacementModel, batch: Batch, stream: Stream, at_once: int
 ) -> tuple[Tensor, list[_End]]:
     """The target's last states, and those of every partial replacement, as ``_measure`` has them.
 
@@ -181,9 +178,9 @@ def _ends(
     n_layers, ids, attention = model.n_layers, batch.input_ids, batch.attention_mask
     inputs = {1: model.block_inputs(ids, attention)}
 
-    def run(layer: int, streams: dict[int, Tensor], mode: Mode) -> dict[int, Tensor]:
+    def run(layer: int, states: dict[int, Tensor], mode: Mode) -> dict[int, Tensor]:
         out: dict[int, Tensor] = {}
-        keys = list(streams)
+        keys = list(states)
         for first in range(0, len(keys), at_once):
             some = keys[first : first + at_once]
             n = len(some)
@@ -193,7 +190,7 @@ def _ends(
             real = batch.real.repeat(n, 1)
             together, _ = model.block(
                 layer,
-                torch.cat([streams[key] for key in some]),
+                torch.cat([states[key] for key in some]),
                 inputs[n].arguments[layer],
                 mode,
                 mask=real,
@@ -205,19 +202,20 @@ def _ends(
     clean = inputs[1].hidden
     targets: dict[int, Tensor] = {}
     students: dict[int, Tensor] = {}
-    for layer in range(n_layers):
-        students[layer] = clean
-        targets = run(layer, {0: clean, **targets}, "target")
-        clean = targets.pop(0)
-        students = run(layer, students, mode)
-        if layer + 1 < n_layers:
-            targets[layer + 1] = students[0]
-            if layer > 0:
-                targets[-layer] = students[layer]
-        model.leave(layer)
-    first = [_End(targets[n], "target") for n in range(1, n_layers)] + [_End(students[0], mode)]
-    last = [_End(students[n_layers - n], mode) for n in range(1, n_layers)]
-    single = [_End(targets[-layer], "target") for layer in range(1, n_layers - 1)]
+    with carrying(model, stream.adapters):
+        for layer in range(n_layers):
+            students[layer] = clean
+            targets = run(layer, {0: clean, **targets}, "target")
+            clean = targets.pop(0)
+            students = run(layer, students, stream.mode)
+            if layer + 1 < n_layers:
+                targets[layer + 1] = students[0]
+                if layer > 0:
+                    targets[-layer] = students[layer]
+            model.leave(layer)
+    first = [_End(targets[n], _TARGET) for n in range(1, n_layers)] + [_End(students[0], stream)]
+    last = [_End(students[n_layers - n], stream) for n in range(1, n_layers)]
+    single = [_End(targets[-layer], _TARGET) for layer in range(1, n_layers - 1)]
     return clean, first + last + single
 
 

@@ -16,8 +16,6 @@ from fastadapt.pair import PairConfig
 
 #: Names that no run may have: every pair has these. The target is no student, but generates too.
 BUILT_IN = ("target", "base", "hybrid")
-#: What ``fastadapt.json`` calls the kinds that have another name here.
-_KINDS = {"transcoder_adapter": "transcoder"}
 
 
 @dataclass(frozen=True)
@@ -122,10 +120,9 @@ def check_same(first: PairConfig, other: PairConfig, run: str, other_run: str) -
 def student_of(name: str, run: Path, card: Mapping[str, Any]) -> Student:
     metadata = card["metadata"]
     objective, measured = metadata.get("objective") or {}, metadata.get("measured") or {}
-    kind = str(card.get("kind"))
     return Student(
         name,
-        _KINDS.get(kind, kind),
+        card["adapter"].kind,
         str(run),
         sparsity=objective.get("sparsity"),
         bridge=objective.get("bridge"),

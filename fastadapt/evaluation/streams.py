@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,24 @@ class Stream(NamedTuple):
 
     mode: Mode
     adapters: nn.ModuleList | None = None
+
+
+@contextmanager
+def carrying(model: ReplacementModel, adapters: nn.ModuleList | None) -> Iterator[None]:
+    """Let the model carry other adapters inside the context (None: those it has)."""
+    before = model.adapters
+    if adapters is not None:
+        model.carry(adapters)
+    try:
+        yield
+    finally:
+        model.carry(before)
+
+
+def final_norm(model: ReplacementModel, hidden: Tensor, stream: Stream) -> Tensor:
+    """The norm before the head that goes with a stream's last block."""
+    with carrying(model, stream.adapters):
+        return model.final_norm(hidden, stream.mode)
 
 
 class Passed(NamedTuple):
@@ -44,8 +63,7 @@ def side_by_side(
     inputs = model.block_inputs(batch.input_ids, attention)
     padding = None if attention is None else ~real
     h, students = inputs.hidden, [inputs.hidden] * len(streams)
-    carried = model.adapters
-    try:
+    with carrying(model, None):
         for layer in range(model.n_layers):
             arguments = inputs.arguments[layer]
             h, _ = model.block(layer, h, arguments, "target")
@@ -59,5 +77,3 @@ def side_by_side(
                 aux.append(of_block)
             model.leave(layer)
             yield Passed(layer, h, list(students), aux)
-    finally:
-        model.carry(carried)

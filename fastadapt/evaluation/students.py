@@ -28,7 +28,7 @@ from fastadapt.evaluation.runs import (
     pair_of,
     student_of,
 )
-from fastadapt.evaluation.streams import Stream
+from fastadapt.evaluation.streams import Stream, carrying
 from fastadapt.files import digest
 from fastadapt.models import ModelPair, PairConfig, ReplacementModel
 from fastadapt.pair import DTYPES
@@ -150,12 +150,8 @@ class Students:
             with self.model.mode(name):  # type: ignore[arg-type]
                 yield self.model.model
         else:
-            before = self.model.adapters
-            with self.replacement(name).mode("replacement"):
-                try:
-                    yield self.model.model
-                finally:
-                    self.model.carry(before)
+            with carrying(self.model, self.adapters(name)), self.model.mode("replacement"):
+                yield self.model.model
 
     @contextmanager
     def base(self) -> Iterator[Any]:

@@ -10,34 +10,43 @@ import pytest
 import torch
 import yaml
 
-from fastadapt.adapter import AdapterConfig, TranscoderAdapter
+from fastadapt.adapter import AdapterConfig
 from fastadapt.adapter_files import save_adapters
 from fastadapt.evaluation.texts import Text
+from fastadapt.models import ModelPair, PairConfig, ReplacementModel
 
 
 @pytest.fixture
 def make_run(tmp_path: Path, save_model: Callable[..., str]) -> Callable[..., Path]:
-    """``make_run(name, seed, architecture)``: a run's folder with random adapters."""
+    """``make_run(name, seed, architecture, kind)``: a run's folder with random adapters."""
     pairs: dict[str, dict[str, str]] = {}
 
-    def make(name: str, seed: int = 0, architecture: str = "qwen2", **metadata: Any) -> Path:
+    def make(
+        name: str,
+        seed: int = 0,
+        architecture: str = "qwen2",
+        kind: str = "transcoder",
+        dtype: str = "float32",
+        **metadata: Any,
+    ) -> Path:
         if architecture not in pairs:
             pairs[architecture] = {
                 role: save_model(f"{architecture}-{role}", i, architecture)
                 for i, role in enumerate(("target", "base"))
             }
-        pair = pairs[architecture]
+        settings = {**pairs[architecture], "device": "cpu", "dtype": dtype}
+        config = AdapterConfig(24) if kind == "transcoder" else AdapterConfig(kind=kind)
+        pair = ModelPair.load(PairConfig(**settings))
+        model = ReplacementModel.create(pair, config, seed=seed)
         generator = torch.Generator().manual_seed(seed)
-        adapters = [TranscoderAdapter(16, AdapterConfig(24), generator=generator) for _ in range(3)]
-        for adapter in adapters:
-            drawn = 0.1 * torch.randn(adapter.W_dec.shape, generator=generator)
-            adapter.W_dec.data.copy_(drawn)
+        with torch.no_grad():
+            for p in model.adapters.parameters():
+                p.add_(0.1 * torch.randn(p.shape, generator=generator))
         folder = tmp_path / name
         folder.mkdir()
-        config = {"pair": {**pair, "device": "cpu", "dtype": "float32"}}
-        (folder / "config.yaml").write_text(yaml.safe_dump(config))
-        told = {**pair, "family": "r1-distill", **metadata}
-        save_adapters(adapters, folder / "adapter", told)
+        (folder / "config.yaml").write_text(yaml.safe_dump({"pair": settings}))
+        told = {**pairs[architecture], "family": "r1-distill", **metadata}
+        save_adapters(model.adapters, folder / "adapter", told)
         return folder
 
     return make

@@ -1,0 +1,137 @@
+"""Every partial replacement at once against one model after another, and what it costs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastadapt.errors import UserError
+from fastadapt.evaluation.partial import (
+    FAMILIES,
+    PartialConfig,
+    block_passes,
+    measure_partial,
+)
+from fastadapt.evaluation.students import Students
+from fastadapt.models import Mode
+
+
+@torch.no_grad()
+def logits(students: Students, mode: Mode, replaced: list[bool], ids: list[int]) -> torch.Tensor:
+    """Of one model, by its own forward, with each layer set by hand."""
+    model = students.model
+    for mlp, student in zip(model.mlps, replaced, strict=True):
+        mlp.mode = mode if student else "target"
+    got: torch.Tensor = model(torch.tensor([ids])).logits[0, :-1]
+    for mlp in model.mlps:
+        mlp.mode = "replacement"
+    return got
+
+
+def configurations(n_layers: int) -> dict[str, list[list[bool]]]:
+    layers = range(n_layers)
+    return {
+        "first": [[layer < n for layer in layers] for n in range(n_layers + 1)],
+        "last": [[layer >= n_layers - n for layer in layers] for n in range(n_layers + 1)],
+        "single": [[layer == one for layer in layers] for one in layers],
+    }
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "gemma2", "olmo2"])
+def test_equals_one_model_after_another(architecture, make_run, texts, tmp_path) -> None:
+    kinds = {"a": "transcoder", "m": "mlp", "n": "norms"}
+    runs = [
+        make_run(name, seed, architecture, kind, "float64")
+        for seed, (name, kind) in enumerate(kinds.items(), 1)
+    ]
+    students = Students.open(runs)
+    config = PartialConfig(batch_tokens=18, chunk_tokens=5, streams_at_once=2)
+    measured = measure_partial(students, texts, tmp_path / "out", config=config)
+    assert list(measured) == ["hybrid", "a", "m", "n"]
+    for name, got in measured.items():
+        mode: Mode = "hybrid" if name == "hybrid" else "replacement"
+        if mode == "replacement":
+            students.replacement(name)
+        for family, models in configurations(3).items():
+            kl, wrong = [], []
+            for text in texts:
+                p = logits(students, mode, [False] * 3, text.ids).log_softmax(-1)
+                for replaced in models:
+                    q = logits(students, mode, replaced, text.ids).log_softmax(-1)
+                    kl.append((p.exp() * (p - q)).sum())
+                    wrong.append((p.argmax(-1) != q.argmax(-1)).sum())
+            shape = (len(texts), len(models))
+            # transformers computes its norms in float32 on float64 too.
+            want = torch.stack(kl).view(shape)
+            torch.testing.assert_close(got.kl[family], want, rtol=1e-6, atol=1e-6)
+            assert torch.equal(got.wrong[family], torch.stack(wrong).view(shape))
+        assert got.positions.tolist() == [len(text.ids) - 1 for text in texts]
+        assert got.kl["first"][:, -1].min() > 0
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 100])
+def test_block_passes_are_as_stated(at_once, make_run, texts, tmp_path, monkeypatch) -> None:
+    students = Students.open([make_run("a", 1)])
+    model, rows, largest = students.model, {"target": 0, "replacement": 0}, 0
+    block = model.block
+
+    def counted(layer, hidden, arguments, mode, **settings):
+        nonlocal largest
+        assert arguments["position_embeddings"][0].shape[0] in (1, len(hidden))
+        rows[mode] += len(hidden)
+        largest = max(largest, len(hidden))
+        return block(layer, hidden, arguments, mode, **settings)
+
+    monkeypatch.setattr(model, "block", counted)
+    config = PartialConfig(batch_tokens=1000, streams_at_once=at_once)
+    got = measure_partial(students, texts, tmp_path / str(at_once), names=["a"], config=config)
+    n_layers, n = model.n_layers, len(texts)
+    assert rows["replacement"] == n * n_layers * (n_layers + 1) // 2
+    assert sum(rows.values()) == n * (n_layers + block_passes(n_layers))
+    assert got["a"].block_passes == block_passes(n_layers) == n_layers**2 + 1
+    # On the last layer: the target, first 1..L-1, single 1..L-2.
+    assert largest == n * min(at_once, 2 * n_layers - 2)
+
+
+def test_about_half_of_one_by_one() -> None:
+    """Of L layers 3L - 3 models that differ, at L blocks each."""
+    assert [block_passes(n) for n in (1, 2, 3, 4, 28)] == [1, 4, 10, 19, 1135]
+    assert block_passes(28) / (28 * (3 * 28 - 3)) == pytest.approx(0.5, abs=0.001)
+
+
+@pytest.mark.parametrize("n_layers", [1, 2])
+def test_few_layers(n_layers, make_pair, texts, monkeypatch) -> None:
+    """The families share streams where there are hardly any."""
+    from torch import nn
+
+    from fastadapt.adapter import AdapterConfig
+    from fastadapt.evaluation import partial
+    from fastadapt.evaluation.streams import Stream
+    from fastadapt.evaluation.texts import batch_of
+    from fastadapt.models import ReplacementModel
+
+    pair = make_pair("qwen2", "float64")
+    pair.target.model.layers = pair.target.model.layers[:n_layers]
+    pair.base_mlps = nn.ModuleList(pair.base_mlps[:n_layers])
+    model = ReplacementModel.create(pair, AdapterConfig(24))
+    batch = batch_of(texts, range(len(texts)))
+    got = partial._families(partial._measure(model, batch, Stream("hybrid"), PartialConfig()))
+    full = got.kl["first"][:, n_layers]
+    assert torch.equal(full, got.kl["last"][:, n_layers])
+    assert got.kl["first"].shape == got.kl["last"].shape == (5, n_layers + 1)
+    assert got.kl["single"].shape == (5, n_layers)
+    if n_layers == 1:
+        assert torch.equal(got.kl["single"][:, 0], full)
+    else:
+        assert torch.equal(got.kl["single"][:, 0], got.kl["first"][:, 1])
+        assert torch.equal(got.kl["single"][:, 1], got.kl["last"][:, 1])
+        assert not torch.equal(got.kl["single"][:, 0], full)
+
+
+def test_the_base_has_no_parts(make_run, texts, tmp_path) -> None:
+    students = Students.open([make_run("a", 1)])
+    with pytest.raises(UserError, match="shares the target's attention"):
+        measure_partial(students, texts, tmp_path, names=["base"])
+    with pytest.raises(UserError, match=r"partial\.streams_at_once: expected at least 1, got 0"):
+        PartialConfig(streams_at_once=0)
+    assert FAMILIES == ("first", "last", "single")
