@@ -52,7 +52,7 @@ class OutputConfig:
     def __post_init__(self) -> None:
         for name in ("batch_tokens", "chunk_tokens", "students_at_once"):
             if getattr(self, name) < 1:
-                raise UserError(f"output.{name}: expected at least 1, got {getattr(self, name)}")
+                raise UserError(f"outputs.{name}: expected at least 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)

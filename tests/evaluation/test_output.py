@@ -158,7 +158,7 @@ def test_bad_students(make_run, texts, tmp_path) -> None:
     students = Students.open([make_run("a", 1)])
     with pytest.raises(UserError, match="no student is called 'c'; there are base, hybrid, a"):
         measure_output(students, texts, tmp_path, names=["c"])
-    with pytest.raises(UserError, match=r"output\.batch_tokens: expected at least 1, got 0"):
+    with pytest.raises(UserError, match=r"outputs\.batch_tokens: expected at least 1, got 0"):
         OutputConfig(batch_tokens=0)
     with torch.no_grad():
         students.adapters("a")[2].W_dec[:] = torch.nan
