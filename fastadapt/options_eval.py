@@ -43,7 +43,7 @@ def eval_parser() -> Parser:
         "--parts",
         type=list[typing.Literal[PARTS]],  # type: ignore[valid-type]
         default=list(PARTS),
-        help="what is measured: any of outputs, partial, benchmarks",
+        help="what is measured: any of outputs, partial, speed, benchmarks",
     )
     for name, kind in (("dtype", "of weights and streams"), ("device", "to run on")):
         told = f"{kind}; by default as in training"
@@ -52,7 +52,8 @@ def eval_parser() -> Parser:
         "--overwrite", action="store_true", default=False, help="remove what is in --output first"
     )
     for name, kind in typing.get_type_hints(EvalConfig).items():
-        parser.add_class_arguments(kind, name)
+        skipped = {"sampling", "family"} if name == "benchmarks" else set()
+        parser.add_class_arguments(kind, name, skip=skipped)
     return parser
 
 

@@ -16,14 +16,21 @@ from threading import Event
 from typing import Any, Literal
 
 from fastadapt.errors import UserError
+from fastadapt.evaluation.benchmarks import (
+    BenchmarkConfig,
+    BenchmarkResult,
+    run_benchmarks,
+    tasks_of,
+)
 from fastadapt.evaluation.drawing import require_drawing
 from fastadapt.evaluation.folder import write
 from fastadapt.evaluation.output import OutputConfig, measure_output
 from fastadapt.evaluation.partial import PartialConfig, measure_partial
 from fastadapt.evaluation.prompts import held_out, load_prompts
 from fastadapt.evaluation.responses import Request
-from fastadapt.evaluation.runs import Student
 from fastadapt.evaluation.sampling import SamplingConfig, sample
+from fastadapt.evaluation.scores import MEAN, summarise_benchmarks
+from fastadapt.evaluation.speed import SpeedConfig, measure_speed
 from fastadapt.evaluation.statistics import BootstrapConfig
 from fastadapt.evaluation.students import Students
 from fastadapt.evaluation.summary import order, summarise_output, summarise_partial
@@ -31,8 +38,8 @@ from fastadapt.evaluation.texts import Text, answer_starts
 from fastadapt.organism import resolve
 
 SCHEMA_VERSION = 1
-Part = Literal["outputs", "partial", "benchmarks"]
-PARTS: tuple[Part, ...] = ("outputs", "partial", "benchmarks")
+Part = Literal["outputs", "partial", "speed", "benchmarks"]
+PARTS: tuple[Part, ...] = ("outputs", "partial", "speed", "benchmarks")
 #: Told what is being done, how much of it is done, and how much there is.
 Tell = Callable[[str, int, int], None]
 
@@ -60,12 +67,26 @@ class TextsConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """What is measured, and how."""
+    """What is measured, and how.
+
+    Args:
+        texts: what students are compared on.
+        sampling: of these texts, and of the benchmarks.
+        outputs: output faithfulness.
+        partial: partial replacement.
+        speed: of generation.
+        benchmarks: questions; with ``few_shot`` base and hybrid are asked with examples as well, at
+            temperature 0 and at that of ``sampling``. ``sampling`` and ``family`` of theirs are not
+            settings here: they are those above and the runs'.
+        statistics: intervals.
+    """
 
     texts: TextsConfig = field(default_factory=TextsConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     outputs: OutputConfig = field(default_factory=OutputConfig)
     partial: PartialConfig = field(default_factory=PartialConfig)
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
+    benchmarks: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     statistics: BootstrapConfig = field(default_factory=BootstrapConfig)
 
 
@@ -102,6 +123,14 @@ class Comparison:
             if "partial" in parts and not self.stop.is_set():
                 found |= self._partial(texts[: self.config.texts.n_partial])
             found["texts"] = self._told_of(texts)
+        if "speed" in parts and not self.stop.is_set():
+            found["speed"] = measure_speed(
+                self.students,
+                self.folder / "speed.json",
+                self.config.speed,
+                progress=partial(self.tell, "speed of generation"),
+                stop=self.stop,
+            )
         if "benchmarks" in parts and not self.stop.is_set():
             found |= self._benchmarks()
         if self.stop.is_set():
@@ -179,7 +208,7 @@ class Comparison:
         The order that arXiv 2602.20904 found: base, hybrid, adapters from sparse to dense, skyline.
         """
         sweep = [n for n, s in self.students.students.items() if s.kind == "transcoder"]
-        sweep = [n for n in sweep if not variant(self.students.students[n])]
+        sweep = [n for n in sweep if not self.students.students[n].variant]
         skyline = [n for n, s in self.students.students.items() if s.kind == "mlp"]
         by_l0 = sorted(sweep, key=lambda name: told[name]["l0"])
         return ["base", "hybrid", *by_l0, *skyline]
@@ -196,7 +225,37 @@ class Comparison:
         return {"partial": summarise_partial(measured, self.config.statistics)}
 
     def _benchmarks(self) -> dict[str, Any]:
-        return {}
+        students, config = self.students, self.config.benchmarks
+        config = dataclasses.replace(
+            config,
+            tasks=config.tasks or tasks_of(students.config.target),
+            family=students.family or config.family,
+            sampling=self.config.sampling,
+        )
+        results: dict[str, dict[str, dict[str, BenchmarkResult]]] = {}
+        for model in ("target", *students.students):
+            with students.generating(model) as generates:
+                for way, asked in ways_of_asking(model, config).items():
+                    found = run_benchmarks(
+                        generates,
+                        students.tokenizer,
+                        asked,
+                        self.folder / "benchmarks" / f"{model}-{way.replace(', ', '-')}",
+                        source={"model": model, "sha256": students.fingerprint(model)},
+                        progress=partial(self.tell, f"{model}, {way}"),
+                        stop=self.stop,
+                    )
+                    if self.stop.is_set():
+                        return {}
+                    results.setdefault(model, {})[way] = found
+        told = summarise_benchmarks(results, self.config.statistics)
+        of_target = results["target"]["sampled"]
+        counts = {
+            name: f"{result.n_questions} questions × {result.repetitions}"
+            for name, result in of_target.items()
+        }
+        counts[MEAN] = f"{len(of_target)} benchmarks, each with the same weight"
+        return {"benchmarks": told, "benchmark_counts": counts}
 
     # --- what is written --------------------------------------------------------------------------
 
@@ -226,32 +285,19 @@ class Comparison:
                     **student.plain(),
                     # As measured here, where it was; else on the run's own held-out data.
                     "l0": told.get(name, {}).get("l0") or student.l0,
-                    "variant": variant(student),
-                    "what": what(student),
+                    "variant": student.variant,
+                    "what": student.what,
                 }
                 for name, student in self.students.students.items()
             ],
         }
 
 
-def variant(student: Student) -> str:
-    """``dense`` or ``no-bridge`` for the ablations of the adapter, empty for all others."""
-    if student.kind != "transcoder":
-        return ""
-    return "dense" if student.sparsity == 0 else "no-bridge" if student.bridge == 0 else ""
-
-
-def what(student: Student) -> str:
-    """A student in words."""
-    if student.kind == "transcoder":
-        return {
-            "": f"adapter, λ={student.sparsity:g}" if student.sparsity is not None else "adapter",
-            "dense": "adapter, λ=0",
-            "no-bridge": f"adapter, λ={student.sparsity:g}, no bridge",
-        }[variant(student)]
-    return {
-        "base": "the whole base model",
-        "hybrid": "target with the base's MLPs",
-        "mlp": "hybrid, MLPs fine-tuned",
-        "norms": "hybrid, norms refit",
-    }[student.kind]
+def ways_of_asking(model: str, config: BenchmarkConfig) -> dict[str, BenchmarkConfig]:
+    """How a model is asked: sampled; base and hybrid also with examples, and greedily."""
+    ways = {"sampled": dataclasses.replace(config, few_shot=0)}
+    if config.few_shot and model in ("base", "hybrid"):
+        greedy = dataclasses.replace(config.sampling, temperature=0.0)
+        ways[f"{config.few_shot}-shot"] = config
+        ways[f"{config.few_shot}-shot, greedy"] = dataclasses.replace(config, sampling=greedy)
+    return ways

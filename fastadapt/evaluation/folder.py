@@ -5,6 +5,7 @@
     texts.jsonl        responses of the target to held-out prompts
     outputs/           per position of these, every student's KL and top-1 agreement
     partial/           the same where only some layers are replaced, summed per text
+    speed.json         how fast each model generates
     benchmarks/        responses of every model to questions, and how they were judged
     eval.json          what came out, with intervals
     tables.md, tables.tex, plots/*.png, report.html
@@ -33,6 +34,7 @@ CONTENTS = (
     "texts.jsonl",
     "outputs",
     "partial",
+    "speed.json",
     "benchmarks",
     "eval.json",
     "tables.md",

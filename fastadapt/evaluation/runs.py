@@ -39,6 +39,26 @@ class Student:
     l0: float | None = None
     tokens: int | None = None
 
+    @property
+    def variant(self) -> str:
+        """``dense`` or ``no-bridge`` for the ablations of the adapter, empty for all others."""
+        if self.kind != "transcoder":
+            return ""
+        return "dense" if self.sparsity == 0 else "no-bridge" if self.bridge == 0 else ""
+
+    @property
+    def what(self) -> str:
+        """The student in words."""
+        if self.kind == "transcoder":
+            weight = "" if self.sparsity is None else f", λ={self.sparsity:g}"
+            return f"adapter{weight}{', no bridge' if self.variant == 'no-bridge' else ''}"
+        return {
+            "base": "the whole base model",
+            "hybrid": "target with the base's MLPs",
+            "mlp": "hybrid, MLPs fine-tuned",
+            "norms": "hybrid, norms refit",
+        }[self.kind]
+
     def plain(self) -> dict[str, Any]:
         """The same as a dict, for JSON."""
         return asdict(self)

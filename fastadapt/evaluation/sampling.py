@@ -124,8 +124,8 @@ def sample(
             name, or an ``out`` of other settings or prompts.
         RunError: the generation failed, or ``out`` cannot be written.
     """
-    context = int(model.config.get_text_config().max_position_embeddings)
-    _check(requests, context)
+    context = context_of(model)
+    check_requests(requests, context)
     eos = end_tokens(model, tokenizer)
     settings = {
         "source": dict(source or {}),
@@ -167,7 +167,13 @@ def end_tokens(model: Any, tokenizer: Any) -> set[int]:
     return {i for i in (*ids, tokenizer.eos_token_id) if i is not None}
 
 
-def _check(requests: Sequence[Request], context: int) -> None:
+def context_of(model: Any) -> int:
+    """Tokens that a sequence of the model may have."""
+    return int(model.config.get_text_config().max_position_embeddings)
+
+
+def check_requests(requests: Sequence[Request], context: int) -> None:
+    """``UserError`` for a prompt that leaves no room for a token, is empty, or is there twice."""
     seen: set[Key] = set()
     for request in requests:
         name = f"request {request.id!r}"

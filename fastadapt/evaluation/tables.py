@@ -28,7 +28,13 @@ class Table:
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
     """All tables that ``result`` (the contents of ``eval.json``) has the numbers for."""
-    found = [_outputs(result), _order(result), _partial(result), *_benchmarks(result)]
+    found = [
+        _outputs(result),
+        _order(result),
+        _partial(result),
+        *_benchmarks(result),
+        _speed(result),
+    ]
     return [table for table in found if table is not None]
 
 
@@ -179,6 +185,24 @@ def _benchmark(result: Mapping[str, Any], name: str, measured: Mapping[str, Any]
         ],
         rows,
         f"{result['benchmark_counts'][name]}; intervals over questions.",
+    )
+
+
+def _speed(result: Mapping[str, Any]) -> Table | None:
+    speed = result.get("speed")
+    if not speed:
+        return None
+    rows = [
+        [name, f"{found['tokens_per_s']:,.0f}", f"{100 * found['overhead']:+.1f}%"]
+        for name, found in speed["models"].items()
+    ]
+    return Table(
+        "Speed of generation",
+        ["model", "tokens/s", "time over the target's"],
+        rows,
+        f"{speed['batch_size']} sequences of {speed['prompt_tokens']} tokens, "
+        f"{speed['new_tokens']} new ones each, greedily, in turn; median of {speed['rounds']} "
+        f"rounds on {speed['device']}.",
     )
 
 

@@ -174,11 +174,9 @@ def test_an_adapter_of_another_pair(runs, fastadapt) -> None:
 
     card = runs[1] / "adapter" / "fastadapt.json"
     config = runs[1] / "config.yaml"
+    target = json.loads(card.read_text())["metadata"]["target"]
     for path in (card, config):
-        text = path.read_text()
-        values = json.loads(text)["metadata"]["target"] if path == card else target
-        target = values
-        path.write_text(text.replace(target, resolve("organism/target")))
+        path.write_text(path.read_text().replace(target, resolve("organism/target")))
     outcome = fastadapt("eval", *runs, *QUICK)
     assert outcome.code == 2
     assert "expected a run of the pair of" in " ".join(outcome.err.split())

@@ -1,0 +1,424 @@
+"""Benchmarks: questions, judges, lm-eval's own run against ours, resumption, and bad input."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from fastadapt.adapter import AdapterConfig
+from fastadapt.errors import UserError
+from fastadapt.evaluation.benchmarks import (
+    EMBEDDED,
+    PUBLISHED,
+    BenchmarkConfig,
+    read_rows,
+    run_benchmarks,
+)
+from fastadapt.evaluation.degeneration import DegenerationConfig
+from fastadapt.evaluation.harness import TASKS, SampledLM, evaluate_task
+from fastadapt.evaluation.judging import (
+    chosen_letter,
+    hesitations,
+    last_boxed,
+    letter_is_right,
+    math_is_right,
+    stated_is_right,
+)
+from fastadapt.evaluation.questions import BENCHMARKS, LETTERS, questions
+from fastadapt.evaluation.sampling import SamplingConfig
+from fastadapt.models import ModelPair, PairConfig, ReplacementModel
+
+BOS = "<｜begin▁of▁sentence｜>"
+
+
+@pytest.fixture(scope="module")
+def replacement() -> ReplacementModel:
+    """The embedded pair with random adapters, small enough that the hybrid is still there."""
+    from fastadapt.organism import resolve
+
+    config = PairConfig(resolve("organism/target"), resolve("organism/base"), device="cpu")
+    model = ReplacementModel.create(ModelPair.load(config), AdapterConfig(n_features=64))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for adapter in model.adapters:
+            adapter.W_dec.normal_(0, 0.05)
+    return model
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a connection was tried")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def write_rows(folder: Path, name: str, rows: list[dict]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+
+
+def choice_rows(n: int) -> list[dict]:
+    return [
+        {
+            "Question": f"Which is right in case {i}?",
+            "Correct Answer": f"right {i}",
+            "Incorrect Answer 1": f"wrong {i} one",
+            "Incorrect Answer 2": f"wrong {i} two",
+            "Incorrect Answer 3": f"wrong {i} three",
+        }
+        for i in range(n)
+    ]
+
+
+# --- judges ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "boxed"),
+    [
+        (r"so \boxed{3}. No: \boxed{\frac{1}{2}} it is", r"\frac{1}{2}"),
+        (r"\boxed{ {a} }", "{a}"),
+        (r"\boxed{1} then \boxed{2", "1"),
+        (r"boxed{1}", None),
+        ("", None),
+    ],
+)
+def test_the_last_complete_box_counts(text: str, boxed: str | None) -> None:
+    assert last_boxed(text) == boxed
+
+
+@pytest.mark.parametrize(
+    ("said", "answer", "right"),
+    [
+        (r"\frac{1}{2}", "0.5", True),
+        (r"\dfrac12", r"\frac{1}{2}", True),
+        ("2k + 2", "2(k+1)", True),
+        (r"x = 5", "5", True),
+        (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\pi/2)", True),
+        (r"\text{Evelyn}", r"\text{Evelyn}", True),
+        ("033", "33", True),
+        ("34", "33", False),
+        (r"\frac{1}{3}", "0.5", False),
+        (r"\text{Ann}", r"\text{Evelyn}", False),
+        ("", "5", False),
+        (r"\frac{", "5", False),
+    ],
+)
+def test_mathematics_is_compared_as_such(said: str, answer: str, right: bool) -> None:
+    assert math_is_right(f"Hence \\boxed{{{said}}}.", answer) is right
+
+
+def test_an_answer_outside_the_box_is_none() -> None:
+    assert not math_is_right("the answer is 5", "5")
+
+
+def test_mathematics_is_judged_outside_the_main_thread_too() -> None:
+    found: list[bool] = []
+    thread = threading.Thread(target=lambda: found.append(math_is_right(r"\boxed{0.5}", "1/2")))
+    thread.start()
+    thread.join()
+    assert found == [True]
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        (r"It is a good guess. \boxed{C}", "C"),
+        (r"\boxed{B} but no, \boxed{\text{D}}", "D"),
+        (r"\boxed{(A)}", "A"),
+        (r"\boxed{B: 12 m}", "B"),
+        (r"\boxed{a}", None),
+        (r"\boxed{Argon}", None),
+        ("The answer is a number.\nA good one.", None),
+        ("The answer is A good one.", None),
+        ("Answer: C.\n", "C"),
+        ("the answer is **(B)**", "B"),
+        ("a b c d", None),
+    ],
+)
+def test_a_letter_is_an_option_and_not_an_article(text: str, letter: str | None) -> None:
+    assert chosen_letter(text) == letter
+    assert letter_is_right(text, "C") is (letter == "C")
+
+
+def test_the_embedded_pair_states_its_number() -> None:
+    assert stated_is_right("<think> 1 + 1 = 2 . </think> the answer is 2", "2")
+    assert not stated_is_right("<think> the answer is 2", "2")
+
+
+def test_hesitations_are_whole_words() -> None:
+    words = ("wait", "hmm", "but", "but check")
+    assert hesitations("Wait, hmm. But check: a butter waiter waits, but", words) == 4
+    assert hesitations("wait", ()) == 0
+
+
+# --- questions ---------------------------------------------------------------------------------
+
+
+def test_options_are_shuffled_by_question_and_seed(tmp_path: Path) -> None:
+    write_rows(tmp_path, "gpqa_diamond", choice_rows(400))
+
+    def ask(seed: int) -> list[dict]:
+        return questions("gpqa_diamond", family="qwen", data=str(tmp_path), few_shot=0, seed=seed)
+
+    rows = ask(0)
+    counts = Counter(row["answer"] for row in rows)
+    assert set(counts) == set(LETTERS)
+    assert max(counts.values()) - min(counts.values()) < 50  # 100 each; 3 standard deviations
+    assert len({tuple(row["order"]) for row in rows}) == 24
+    assert ask(0) == rows
+    assert [row["order"] for row in ask(1)] != [row["order"] for row in rows]
+    for i, row in enumerate(rows):
+        # What stands under the key is the right answer, and `order` says so.
+        assert f"{row['answer']}: right {i}\n" in row["prompt"]
+        assert row["order"][LETTERS.index(row["answer"])] == 0
+
+
+def test_prompts_are_worded_and_rendered_as_the_model_was_trained(tmp_path: Path) -> None:
+    write_rows(tmp_path, "amc23", [{"question": "What is 1+1?", "answer": "2"}])
+    (row,) = questions("amc23", family="r1-distill", data=str(tmp_path), few_shot=0, seed=0)
+    assert row["prompt"] == (
+        f"{BOS}<｜User｜>Problem: What is 1+1?\nMark your solution with \\boxed\nAnswer:"
+        "<｜Assistant｜>"
+    )
+    assert row["answer"] == "2"
+
+
+def test_examples_stand_before_the_question(tmp_path: Path) -> None:
+    rows = [
+        {"problem": f"Q{i}?", "answer": str(i), "solution": f"It is \\boxed{{{i}}}."}
+        for i in range(6)
+    ]
+    write_rows(tmp_path, "math500", rows)
+    asked = questions("math500", family="qwen", data=str(tmp_path), few_shot=3, seed=0)
+    for i, row in enumerate(asked):
+        assert row["prompt"].count("Problem: ") == 4
+        assert row["prompt"].count(f"Problem: Q{i}?") == 1  # never an example of itself
+        assert row["prompt"].count("It is \\boxed") == 3
+        assert row["prompt"].endswith("Answer:<|im_end|>\n<|im_start|>assistant\n")
+    with pytest.raises(UserError, match="few_shot: math500 has 6 examples, 6 wanted"):
+        questions("math500", family="qwen", data=str(tmp_path), few_shot=6, seed=0)
+    embedded = questions("organism_math", family="r1-distill", data=None, few_shot=2, seed=0)
+    assert embedded[0]["prompt"].count("<think>") == 2
+    assert embedded[0]["prompt"].count(BOS) == 1
+    assert embedded == questions(
+        "organism_math", family="r1-distill", data=None, few_shot=2, seed=0
+    )
+
+
+def test_the_embedded_benchmark_is_the_held_out_problems() -> None:
+    from fastadapt.organism.recipe import RecipeConfig, split_problems
+
+    test = split_problems(RecipeConfig(), 0)["test"]
+    for task in EMBEDDED:
+        rows = questions(task, family="r1-distill", data=None, few_shot=0, seed=3)
+        domain = task.removeprefix("organism_")
+        assert [(row["question"], row["answer"]) for row in rows] == [
+            (p.prompt, str(p.answer)) for p in test if p.domain == domain
+        ]
+
+
+def test_missing_data_is_told_with_what_to_fetch(tmp_path: Path) -> None:
+    for task, of in BENCHMARKS.items():
+        if of.hub is None:
+            continue
+        for data in (None, str(tmp_path)):
+            config = BenchmarkConfig(tasks=(task,), data=data)
+            with pytest.raises(UserError) as caught:
+                run_benchmarks(None, None, config, tmp_path / "out")
+            message = str(caught.value)
+            assert message.startswith(f"benchmark {task}: ")
+            assert f"fetch the dataset {of.hub[0]}" in message
+            assert f"{task}.jsonl" in message
+            assert all(repr(column) in message for column in of.columns)
+    assert not (tmp_path / "out").exists()
+    write_rows(tmp_path, "aime25", [{"question": "?", "answer": "1"}])
+    with pytest.raises(UserError, match=r"aime25.jsonl, line 1: no column 'problem'"):
+        questions("aime25", family="qwen", data=str(tmp_path), few_shot=0, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"tasks": ("math5000",)}, "tasks"),
+        ({"repetitions": 0}, "repetitions"),
+        ({"limit": 0}, "limit"),
+        ({"few_shot": -1}, "few_shot"),
+        ({"family": "gpt"}, "family"),
+    ],
+)
+def test_impossible_settings_are_refused(settings: dict, named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        BenchmarkConfig(**settings)
+
+
+@pytest.mark.parametrize("task", BENCHMARKS)
+def test_task_files_sample_as_published(task: str) -> None:
+    """No greedy decoding under several repetitions, whose filter keeps them all."""
+    own = yaml.load((TASKS / f"{task}.yaml").read_text(), Loader=_Loose)
+    common = yaml.load((TASKS / own["include"]).read_text(), Loader=_Loose)
+    whole = {**common, **own}
+    assert whole["dataset_kwargs"] == {"benchmark": task}
+    assert whole["repeats"] == BENCHMARKS[task].repetitions
+    assert whole["filter_list"][0]["filter"][0]["k"] == whole["repeats"]
+    settings = whole["generation_kwargs"]
+    assert (settings["do_sample"], settings["temperature"], settings["top_p"]) == (True, 0.7, 1.0)
+
+
+class _Loose(yaml.SafeLoader):
+    pass
+
+
+_Loose.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))
+
+
+# --- runs --------------------------------------------------------------------------------------
+
+GREEDY = SamplingConfig(temperature=0, max_new_tokens=60)
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("mode", ["replacement", "target"])
+def test_lm_evals_own_model_gives_the_same_results(
+    replacement: ReplacementModel, mode: Any
+) -> None:
+    """``simple_evaluate`` with ``HFLM`` on a replacement model, greedily, against our sampling."""
+    from lm_eval.models.huggingface import HFLM
+
+    tokenizer = replacement.pair.tokenizer
+    metadata = {"family": "r1-distill", "seed": 0}
+    with replacement.mode(mode):
+        theirs = HFLM(pretrained=replacement.model, tokenizer=tokenizer, batch_size=16)
+        greedily = {"do_sample": False, "temperature": 0.0, "max_gen_toks": 60}
+        ours = SampledLM(replacement.model, tokenizer, GREEDY)
+        their_accuracy, their_samples = evaluate_task(
+            theirs, "organism_math", metadata=metadata, repeats=1, limit=40, generation=greedily
+        )
+        accuracy, samples = evaluate_task(
+            ours, "organism_math", metadata=metadata, repeats=1, limit=40
+        )
+    assert [s["resps"] for s in samples] == [s["resps"] for s in their_samples]
+    assert accuracy == their_accuracy
+    assert (accuracy > 0.7) == (mode == "target")
+    # One BOS, in theirs as in ours.
+    prompt = samples[0]["doc"]["prompt"]
+    ids, _ = theirs.tok_batch_encode([prompt])
+    assert ids[0].tolist().count(tokenizer.bos_token_id) == 1
+    assert ours.sampled is not None
+    assert ours.sampled.responses[0].prompt_tokens == ids[0].tolist()
+
+
+@pytest.mark.usefixtures("no_network")
+def test_rows_are_those_that_lm_eval_scores(replacement: ReplacementModel, tmp_path: Path) -> None:
+    config = BenchmarkConfig(
+        tasks=EMBEDDED[:2],
+        repetitions=3,
+        limit=8,
+        sampling=SamplingConfig(max_new_tokens=100, seed=4),
+    )
+    with replacement.mode("target"):
+        results = run_benchmarks(replacement.model, replacement.pair.tokenizer, config, tmp_path)
+        lm = SampledLM(replacement.model, replacement.pair.tokenizer, config.sampling)
+        accuracy, _ = evaluate_task(lm, EMBEDDED[1], metadata={"seed": 0}, repeats=3, limit=8)
+    assert list(results) == list(EMBEDDED[:2])
+    result = results[EMBEDDED[1]]
+    rows = read_rows(tmp_path / f"{EMBEDDED[1]}.rows.jsonl")
+    assert rows == list(result.rows)
+    assert [(r.question, r.repetition) for r in rows] == [
+        (f"organism_code/test{i}", r) for i in range(8) for r in range(3)
+    ]
+    assert result.accuracy == pytest.approx(accuracy)
+    assert 0.2 < result.accuracy < 1
+    assert (result.n_questions, result.repetitions) == (8, 3)
+    assert len({row.text for row in rows[:3]}) > 1  # repetitions are drawn apart
+    n = sum(row.length_tokens for row in rows)
+    assert result.length_tokens == n / 24
+    assert result.hesitations_per_1000 == 1000 * sum(row.hesitations for row in rows) / n
+    assert result.numbers()["tokens_per_second"] > 0
+
+
+def test_a_degenerate_response_is_scored_up_to_the_cut(
+    replacement: ReplacementModel, tmp_path: Path
+) -> None:
+    """A rule so strict that every response breaks it: the text ends where the window begins."""
+    rule = DegenerationConfig(window=8, ngrams=(1,), share=0.2, min_count=2)
+    sampling = SamplingConfig(temperature=0, max_new_tokens=60, degeneration=rule)
+    config = BenchmarkConfig(tasks=EMBEDDED[:1], limit=6, sampling=sampling)
+    with replacement.mode("target"):
+        results = run_benchmarks(replacement.model, replacement.pair.tokenizer, config, tmp_path)
+    result = results[EMBEDDED[0]]
+    assert result.degenerate == 1
+    assert result.accuracy == 0
+    for row in result.rows:
+        assert row.length_tokens == row.cut == len(row.text.split())
+
+
+def test_an_interrupted_run_goes_on(replacement: ReplacementModel, tmp_path: Path) -> None:
+    def config() -> BenchmarkConfig:
+        return BenchmarkConfig(
+            tasks=EMBEDDED[:2], limit=6, sampling=SamplingConfig(max_new_tokens=30, batch_size=2)
+        )
+
+    stop = threading.Event()
+
+    def tell(done: int, total: int) -> None:
+        if done >= 3:
+            stop.set()
+
+    arguments = (replacement.model, replacement.pair.tokenizer, config())
+    with replacement.mode("target"):
+        whole = run_benchmarks(*arguments, tmp_path / "whole")
+        assert not run_benchmarks(*arguments, tmp_path / "parts", progress=tell, stop=stop)
+        kept = (tmp_path / "parts" / f"{EMBEDDED[0]}.responses.jsonl").read_bytes()
+        parts = run_benchmarks(*arguments, tmp_path / "parts")
+        seen: list[tuple[int, int]] = []
+        again = run_benchmarks(
+            *arguments, tmp_path / "parts", progress=lambda *now: seen.append(now)
+        )
+    assert (tmp_path / "parts" / f"{EMBEDDED[0]}.responses.jsonl").read_bytes().startswith(kept)
+    for task in EMBEDDED[:2]:
+        assert whole[task].rows == parts[task].rows == again[task].rows
+    assert seen == [(6, 6), (6, 6)]
+
+
+@pytest.mark.usefixtures("no_network")
+def test_published_benchmarks_run_from_a_local_folder(
+    replacement: ReplacementModel, tmp_path: Path
+) -> None:
+    """With their repetitions; of a model that cannot answer, so only the way there is tried."""
+    math = [{"problem": f"Q{i}?", "question": f"Q{i}?", "answer": str(i)} for i in range(3)]
+    for name in ("math500", "amc23", "aime25"):
+        write_rows(tmp_path, name, math)
+    write_rows(tmp_path, "gpqa_diamond", choice_rows(3))
+    sampling = SamplingConfig(max_new_tokens=5)
+    config = BenchmarkConfig(tasks=PUBLISHED, data=str(tmp_path), sampling=sampling)
+    model, tokenizer = replacement.model, replacement.pair.tokenizer
+    results = run_benchmarks(model, tokenizer, config, tmp_path / "out")
+    assert {task: result.repetitions for task, result in results.items()} == {
+        "math500": 1,
+        "amc23": 10,
+        "aime25": 10,
+        "gpqa_diamond": 3,
+    }
+    assert all(result.accuracy == 0 for result in results.values())
+
+
+def test_a_prompt_that_does_not_fit_is_told_before_anything_runs(
+    replacement: ReplacementModel, tmp_path: Path
+) -> None:
+    math = [{"problem": "of " * 600 if i else "Q?", "answer": "1"} for i in range(2)]
+    write_rows(tmp_path, "math500", math)
+    config = BenchmarkConfig(tasks=("organism_math", "math500"), data=str(tmp_path))
+    with pytest.raises(UserError, match=r"'math500/1': the prompt has 6\d\d tokens.* is 512"):
+        run_benchmarks(replacement.model, replacement.pair.tokenizer, config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
