@@ -1,9 +1,10 @@
-# `make train` and `make test` need Python 3.11 and make, nothing else. Both work in .venv alone.
+# `make train`, `make test` and `make reproduce` need Python 3.11 and make, nothing else. All work in
+# .venv alone.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help train test lint proof bench clean
+.PHONY: help train test reproduce lint proof bench clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,6 +19,9 @@ PYTHON ?= $(shell for name in python3.11 python3 python; do \
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -n logical --maxprocesses 4 \
 	--dist loadfile --cov --cov-report=term:skip-covered
 
+# What `make reproduce` compares, in the order of its tables.
+REPRODUCED := norms l0-0.3 l0-0.7 l0-1.7 l0-4 l0-10 no-bridge dense skyline
+
 # An environment from outside must not reach into this one.
 unexport PYTHONPATH
 unexport PYTHONHOME
@@ -31,6 +35,10 @@ train: $(VENV)/.runtime  ## train an adapter on the embedded pair; prints a tabl
 
 test: lint  ## lint, type check, and the quick tests with coverage
 	$(PYTEST) -m "not slow" --durations=10
+
+reproduce: $(VENV)/.eval  ## train and compare nine runs on the embedded pair: tables, plots; goes on where it was
+	PATH="$(abspath $(BIN)):$$PATH" bash reproduce/runs runs/reproduce
+	$(BIN)/fastadapt eval $(REPRODUCED:%=runs/reproduce/%) --benchmarks.few_shot 4
 
 lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -57,7 +65,11 @@ $(VENV)/.runtime: requirements.lock pyproject.toml setup.py | $(VENV)/bin/python
 	$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
-$(VENV)/.dev: requirements-dev.lock $(VENV)/.runtime
+$(VENV)/.eval: requirements-eval.lock $(VENV)/.runtime
+	$(PIP) -r requirements-eval.lock
+	@touch $@
+
+$(VENV)/.dev: requirements-dev.lock $(VENV)/.eval
 	$(PIP) -r requirements-dev.lock
 	@touch $@
 

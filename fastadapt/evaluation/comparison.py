@@ -203,15 +203,14 @@ class Comparison:
         }
 
     def _ranking(self, told: Mapping[str, Any]) -> list[str]:
-        """Students from the one expected furthest from the target to the nearest.
+        """From the furthest to the nearest, as arXiv 2602.20904 found them.
 
-        The order that arXiv 2602.20904 found: base, hybrid, adapters from sparse to dense, skyline.
+        Base, hybrid, adapters from sparse to dense, skyline; the ablations have no place in it.
         """
-        sweep = [n for n, s in self.students.students.items() if s.kind == "transcoder"]
-        sweep = [n for n in sweep if not self.students.students[n].variant]
-        skyline = [n for n, s in self.students.students.items() if s.kind == "mlp"]
-        by_l0 = sorted(sweep, key=lambda name: told[name]["l0"])
-        return ["base", "hybrid", *by_l0, *skyline]
+        all_of_them = self.students.students
+        sweep = [n for n, s in all_of_them.items() if s.kind == "transcoder" and not s.variant]
+        skyline = [n for n, s in all_of_them.items() if s.kind == "mlp"]
+        return ["base", "hybrid", *sorted(sweep, key=lambda name: told[name]["l0"]), *skyline]
 
     def _partial(self, texts: list[Text]) -> dict[str, Any]:
         measured = measure_partial(

@@ -1,0 +1,92 @@
+"""Benchmarks' numbers with intervals, by hand."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from fastadapt.errors import UserError
+from fastadapt.evaluation.benchmarks import Row, summarize
+from fastadapt.evaluation.responses import Speed
+from fastadapt.evaluation.scores import MEAN, summarise_benchmarks
+
+SPEED = Speed(tokens=1000, seconds=2.0, batching="static")
+
+
+def answered(rights: list[list[bool]], tokens: int = 10, finish: str = "eos", task: str = "a"):
+    """A result: by question, whether each repetition was right."""
+    rows = [
+        Row(f"{task}/{q}", r, right, "1", tokens + q, finish, None, 1, "text")
+        for q, repetitions in enumerate(rights)
+        for r, right in enumerate(repetitions)
+    ]
+    random.Random(0).shuffle(rows)  # in the order in which they finished
+    return summarize(task, rows, SPEED)
+
+
+def drawn(p: float, n: int, seed: int, repetitions: int = 3) -> list[list[bool]]:
+    draw = random.Random(seed)
+    return [[draw.random() < p for _ in range(repetitions)] for _ in range(n)]
+
+
+def test_means_are_over_questions_and_benchmarks_weigh_the_same() -> None:
+    few, many = drawn(0.9, 20, 0), drawn(0.3, 200, 1, repetitions=1)
+    found = summarise_benchmarks(
+        {"target": {"sampled": {"few": answered(few), "many": answered(many, tokens=100)}}}
+    )
+    shares = [sum(map(sum, rights)) / sum(map(len, rights)) for rights in (few, many)]
+    for name, share in zip(("few", "many"), shares, strict=True):
+        assert found[name]["target"]["sampled"]["accuracy"]["mean"] == pytest.approx(share)
+    mean = found[MEAN]["target"]["sampled"]
+    assert mean["accuracy"]["mean"] == pytest.approx(sum(shares) / 2)
+    lengths = (10 + 19 / 2, 100 + 199 / 2)
+    assert mean["length"]["mean"] == pytest.approx(sum(lengths) / 2)
+    assert mean["tokens_per_s"] == pytest.approx(500)
+    # The one with fewer questions is what makes the mean uncertain.
+    width = {n: f["target"]["sampled"]["accuracy"] for n, f in found.items()}
+    assert width["few"]["high"] - width["few"]["low"] > width["many"]["high"] - width["many"]["low"]
+
+
+def test_what_is_recovered_is_paired_with_target_and_hybrid() -> None:
+    target, hybrid = drawn(0.8, 400, 2), drawn(0.05, 400, 3)
+    middle = [t if q % 2 else h for q, (t, h) in enumerate(zip(target, hybrid, strict=True))]
+    found = summarise_benchmarks(
+        {
+            name: {"sampled": {"a": answered(rights)}}
+            for name, rights in (("target", target), ("hybrid", hybrid), ("run", middle))
+        }
+    )["a"]
+    assert found["target"]["sampled"]["recovered"] is None
+    assert found["hybrid"]["sampled"]["recovered"] is None
+    got = found["run"]["sampled"]["recovered"]
+    assert got["low"] < 0.5 < got["high"]
+    assert got["high"] - got["low"] < 0.2
+
+
+def test_without_a_hybrid_nothing_is_recovered_and_shares_are_counted() -> None:
+    found = summarise_benchmarks(
+        {
+            "target": {"sampled": {"a": answered(drawn(0.5, 9, 4), finish="length")}},
+            "run": {
+                "sampled": {"a": answered(drawn(0.5, 9, 5), finish="degenerate")},
+                "greedy": {"a": answered(drawn(0.5, 9, 6, repetitions=1))},
+            },
+        }
+    )
+    assert MEAN not in found
+    run = found["a"]["run"]
+    assert run["sampled"]["recovered"] is None
+    assert (run["sampled"]["degenerate"], run["sampled"]["truncated"]) == (1.0, 0.0)
+    assert found["a"]["target"]["sampled"]["truncated"] == 1.0
+    assert run["greedy"]["hesitations_per_1000"]["mean"] == pytest.approx(1000 / 14)
+
+
+def test_models_asked_differently_are_not_compared() -> None:
+    with pytest.raises(UserError, match="different numbers of questions"):
+        summarise_benchmarks(
+            {
+                "target": {"sampled": {"a": answered(drawn(0.5, 9, 4))}},
+                "run": {"sampled": {"a": answered(drawn(0.5, 8, 5))}},
+            }
+        )
