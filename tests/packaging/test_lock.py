@@ -1,4 +1,4 @@
-"""The lock pins all that is installed by `make train` and `make test`, once and exactly."""
+"""The locks pin all that make installs, once and exactly."""
 
 import importlib.metadata
 import re
@@ -47,14 +47,27 @@ def test_the_lock_of_the_main_job_is_complete(project, root):
     assert (locked["torch"], locked["triton"]) == ("2.13.0", "3.7.1")
 
 
-def test_the_lock_of_the_tests_is_complete(project, root):
-    locked = pins(root / "requirements.lock") | pins(root / "requirements-dev.lock")
-    dev = project["optional-dependencies"]["dev"]
-    assert closure([*project["dependencies"], *dev]) <= set(locked)
+@pytest.fixture(scope="module")
+def locked(root) -> dict[str, str]:
+    """All that the tests have: three locks, none of which says what another does."""
+    files = [pins(root / f"requirements{name}.lock") for name in ("", "-eval", "-dev")]
+    assert len({name for pinned in files for name in pinned}) == sum(map(len, files))
+    return files[0] | files[1] | files[2]
 
 
-def test_what_is_locked_is_within_the_ranges(project, root):
-    locked = pins(root / "requirements.lock") | pins(root / "requirements-dev.lock")
-    for text in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
+def test_the_lock_of_evaluations_is_complete(project, root):
+    locked = pins(root / "requirements.lock") | pins(root / "requirements-eval.lock")
+    needed = [*project["dependencies"], *project["optional-dependencies"]["eval"]]
+    assert closure(needed) <= set(locked)
+
+
+def test_the_lock_of_the_tests_is_complete(project, locked):
+    extras = [text for name in ("eval", "dev") for text in project["optional-dependencies"][name]]
+    assert closure([*project["dependencies"], *extras]) <= set(locked)
+
+
+def test_what_is_locked_is_within_the_ranges(project, locked):
+    extras = [text for name in ("eval", "dev") for text in project["optional-dependencies"][name]]
+    for text in [*project["dependencies"], *extras]:
         requirement = Requirement(text)
         assert locked[canonicalize_name(requirement.name)] in requirement.specifier
