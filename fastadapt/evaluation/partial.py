@@ -187,15 +187,8 @@ def _ends(
             if n not in inputs:
                 mask = None if attention is None else attention.repeat(n, 1)
                 inputs[n] = model.block_inputs(ids.repeat(n, 1), mask)
-            real = batch.real.repeat(n, 1)
-            together, _ = model.block(
-                layer,
-                torch.cat([states[key] for key in some]),
-                inputs[n].arguments[layer],
-                mode,
-                mask=real,
-                padding=None if attention is None else ~real,
-            )
+            together = torch.cat([states[key] for key in some])
+            together, _ = model.block(layer, together, inputs[n].arguments[layer], mode)
             out.update(zip(some, together.chunk(n), strict=True))
         return out
 

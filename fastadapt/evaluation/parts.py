@@ -9,7 +9,7 @@ from pathlib import Path
 from threading import Event
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastadapt.errors import RunError, UserError
@@ -85,10 +85,11 @@ class Parts:
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise RunError(
-                f"{self._pieces} cannot be written: {error.strerror}; what was measured before is "
-                "intact: make room and evaluate again"
+                f"{self._pieces} cannot be written: {reason}; what was measured before is intact: "
+                "make room and evaluate again"
             ) from error
 
     def _read(self, file: Path) -> dict[str, Tensor]:
