@@ -153,10 +153,12 @@ def _print_plan(config: Any, gpu: str | None, gpus: int, *, as_json: bool) -> in
         f"{gb(planned.disk_bytes)} of disk."
     )
     predicted = predict(config, planned)
-    sparse = f" at L0 {predicted.l0:g} (more at the first steps, whose products are dense)"
+    at_l0 = ""
+    if predicted.l0 is not None:
+        at_l0 = f" at L0 {predicted.l0:g} (more at the first steps, whose products are dense)"
     print(
-        f"Prediction: {predicted.flops_per_step / 1e12:,.4g} TFLOP a step"
-        f"{'' if predicted.l0 is None else sparse}, {predicted.step_s:.3g} s, "
+        f"Prediction: {predicted.flops_per_step / 1e12:,.4g} TFLOP a step{at_l0}, "
+        f"{predicted.step_s:.3g} s, "
         f"{predicted.hours:.3g} h for the run, at {device.flops_per_s / 1e12:.4g} TFLOP/s of "
         f"{device.name} ({device.source})."
     )

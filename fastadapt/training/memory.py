@@ -49,7 +49,7 @@ def _gradient(s: Shapes) -> int:
 def _kept_streams(s: Shapes, layer: int) -> int:
     """Inputs of recomputed blocks, and the difference that the NMSE's gradient is made of."""
     inputs = 0 if s.checkpoint == "none" else s.rows(layer) + s.bridges(layer)
-    return (inputs + 1) * s.tokens * s.width * s.element_bytes
+    return (inputs + s.nmse) * s.tokens * s.width * s.element_bytes
 
 
 def _kept_codes(s: Shapes, layer: int, dense: bool) -> int:
@@ -108,13 +108,14 @@ def _block_activations(s: Shapes, rows: int, adapted: bool) -> int:
     """
     e = s.element_bytes
     norms = s.norms * s.width * max(e, FP32) * (2 if adapted and s.kind == "norms" else 1)
+    read = s.width * e if adapted and s.kind != "norms" else 0
     inner = (4 if adapted and s.kind == "mlp" else 3) * s.inner
     attention = (2 * s.query + 2 * s.key) * e + s.heads * FP32
     if s.sequences > 1:
         attention += 2 * s.query * e
     if s.eager:  # the softmax, in fp32 and rounded; the capped scores
         attention += s.heads * (s.tokens // s.sequences) * (e + FP32 + e * s.capped)
-    return rows * s.tokens * (norms + attention + adapted * s.width * e + inner * e)
+    return rows * s.tokens * (norms + attention + read + inner * e)
 
 
 def _adapter_activations(s: Shapes, rows: int) -> int:

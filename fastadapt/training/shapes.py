@@ -43,6 +43,7 @@ class Shapes:
     adapter_parameters: int  # per layer
     trained_parameters: int  # of all layers, and of the last norm where that is trained
     bridged: bool
+    nmse: bool
     element_bytes: int
     logit_bytes: int
     gradient_bytes: int  # summed
@@ -115,6 +116,7 @@ class Shapes:
             adapter_parameters=trained,
             trained_parameters=trained * len(layers) + (d if kind == "norms" else 0),
             bridged=config.objective.bridge > 0,
+            nmse=config.objective.nmse > 0,
             element_bytes=wide,
             logit_bytes=max(wide, FP32)
             if config.objective.logits_dtype is None or device == "cpu"

@@ -10,6 +10,7 @@ import torch
 from live_bytes import LiveBytes
 from transformers import Gemma2Config, Qwen2Config
 
+from fastadapt.adapter import AdapterConfig
 from fastadapt.batch import Batch
 from fastadapt.models import ReplacementModel
 from fastadapt.objective import objective
@@ -111,12 +112,33 @@ def test_attention_that_makes_all_scores_is_planned(model, tokens: int, policy: 
         assert 0.95 * live <= planned <= 1.1 * live + memory._logits(shapes)
 
 
+@pytest.mark.parametrize("policy", ["none", "full"])
+@pytest.mark.parametrize("bridge", [0.0, 1.0], ids=["output", "bridged"])
+@pytest.mark.parametrize("kind", ["mlp", "norms"])
+def test_the_plan_of_a_baseline_is_what_lives(kind: str, bridge: float, policy: str) -> None:
+    """Never less than what lives, and at most a tenth above, beside logits."""
+    config = run_config(policy)
+    weights = dataclasses.replace(config.objective, sparsity=0.0, nmse=bridge, bridge=bridge)
+    config = dataclasses.replace(config, adapter=AdapterConfig(kind=kind), objective=weights)
+    shapes = Shapes.of(config, QWEN, TOKENS, "cuda")
+    phases, moments = memory.phases(shapes), memory._weights(shapes)["moments"]
+    for live, names in zip(
+        lives(config, QWEN, shapes, TOKENS, False),
+        (("forward", "head"), ("backward", "head, backward")),
+        strict=True,
+    ):
+        planned = max(phases[name] for name in names) - moments
+        assert live <= planned <= 1.1 * live + memory._logits(shapes)
+
+
 def lives(
     config: TrainConfig, model_config: Any, shapes: Shapes, tokens: int, dense: bool
 ) -> tuple[int, int]:
     """The most bytes alive in a step's forward and in its backward pass, without moments."""
     setup = Setup(model_config, config.pair, config.adapter, config.objective, 1, tokens)
-    codes = 8192.0 if dense else shapes.codes_per_token * 0.999
+    codes = None
+    if sparse := config.adapter.sparse:
+        codes = [8192.0 if dense else shapes.codes_per_token * 0.999] * LAYERS
     with fake_pair(setup, LAYERS) as pair:
         model = ReplacementModel.create(pair, config.adapter)
         ids = torch.zeros(1, tokens, dtype=torch.int64)
@@ -124,14 +146,18 @@ def lives(
             for parameter in model.parameters():
                 live.see(parameter.data)
             live.peak = weights = live.alive
-            out = objective(model, Batch(ids, None, ids), 1, config.objective, [codes] * LAYERS)
+            out = objective(model, Batch(ids, None, ids), 1, config.objective, codes)
             forward, live.peak = live.peak, live.alive
             out.loss.backward()
             backward, after = live.peak, live.alive
     fixed = memory._weights(shapes)
     assert weights == sum(fixed.values()) - fixed["moments"]  # which the optimiser makes
-    counts = LAYERS * 8192 * 8  # of features, in the step's statistics
-    gradients = LAYERS * memory._gradient(shapes) + counts
+    counts = LAYERS * 8192 * 8 * sparse  # of features, in the step's statistics
+    gradients = shapes.trained_parameters * shapes.gradient_bytes + counts
+    # Of the few weights of norms what remains is mostly the step's numbers.
+    if config.adapter.kind == "norms":
+        assert gradients < after - weights < gradients + 8 * 2 * tokens
+        return forward, backward
     assert after - weights == pytest.approx(gradients, rel=1e-4)
     return forward, backward
 

@@ -120,13 +120,16 @@ def assert_same_bits(folder: Path, whole: Path) -> None:
         assert (folder / "adapter" / file.name).read_bytes() == file.read_bytes()
 
 
-def test_two_ranks_from_the_command_line(written, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["relu", "mlp"])
+def test_two_ranks_from_the_command_line(written, tmp_path: Path, kind: str) -> None:
     """Two bf16 gradients have one sum in fp32, whichever comes first: the bits are the same."""
     bits = {"pair.dtype": "bfloat16", "optimizer.accumulation": 2, "optimizer.clip": float("inf")}
     short = {"optimizer.max_steps": 3, "run.checkpoint_every": 3}
+    bits |= VARIANTS[kind]
     configs = [written(name, **bits, **short) for name in ("two", "one")]
     done = launch_well(2, "-m", "fastadapt", "train", configs[0])
-    assert done.stdout.count("The adapter recovers") == 1
+    told = {"relu": "The adapter recovers", "mlp": "The tuned MLPs recover"}
+    assert done.stdout.count(told[kind]) == 1
     assert done.stderr.count("Loading models and data") == 1
     launch_well(1, PROGRAM, configs[1])
     assert_same_bits(tmp_path / "two", tmp_path / "one")
@@ -172,6 +175,7 @@ def gemma_pair(tiny_pair: Path, tmp_path: Path) -> dict[str, str]:
     return {f"pair.{name}": str(tmp_path / "gemma" / name) for name in ("target", "base")}
 
 
+NORMS = {"adapter.kind": "norms", "adapter.n_features": None, "objective.sparsity": 0.0}
 VARIANTS: dict[str, dict] = {
     "relu": {},
     "topk": {"adapter.activation": "topk", "adapter.k": 3},
@@ -291,3 +295,6 @@ def test_a_step_that_cannot_be_shared_says_which_can(tiny_config) -> None:
     odd = tiny_config(**{"optimizer.batch_size": 3, "optimizer.accumulation": 3})
     with pytest.raises(UserError, match="a step has 9 sequences, which 2 ranks cannot share"):
         _check_shares(odd, two)
+    norms = tiny_config(**NORMS, **{"optimizer.accumulation": 4})
+    with pytest.raises(UserError, match=r"adapter\.kind norms is for one process"):
+        _check_shares(norms, two)
