@@ -37,19 +37,21 @@ def test_parts_become_one_file_in_their_order(tmp_path) -> None:
     assert Parts(tmp_path, "b", PRINT, 3).missing() == [0, 1, 2]
 
 
-def test_a_kill_while_joining_loses_nothing(tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("at", ["torch.cat", "sync_folder", "shutil.rmtree"])
+def test_a_kill_while_joining_loses_nothing(at, tmp_path, monkeypatch) -> None:
     parts = Parts(tmp_path, "a", PRINT, 2)
     parts.add(0, part(0))
 
     def killed(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastadapt.evaluation.parts.torch.cat", killed)
+    monkeypatch.setattr(f"fastadapt.evaluation.parts.{at}", killed)
     with pytest.raises(KeyboardInterrupt):
         parts.add(1, part(1))
     monkeypatch.undo()
     assert len(Parts(tmp_path, "a", PRINT, 2).read()["x"]) == 3
     assert parts.missing() == []
+    assert list(tmp_path.iterdir()) == [parts.whole]
 
 
 def test_a_damaged_or_foreign_file_is_named(tmp_path) -> None:
