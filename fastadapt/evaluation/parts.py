@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,11 +10,11 @@ from pathlib import Path
 from threading import Event
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastadapt.errors import RunError, UserError
-from fastadapt.files import replacing, save_tensors
+from fastadapt.files import replacing, save_tensors, sync_folder
 from fastadapt.pretrained import reading
 
 
@@ -35,6 +36,8 @@ class Parts:
         stem = f"{name}-{fingerprint[:16]}"
         self.whole = folder / f"{stem}.safetensors"
         self._pieces = folder / stem
+        if self.whole.is_file():  # a kill may have left them
+            shutil.rmtree(self._pieces, ignore_errors=True)
 
     def _piece(self, part: int) -> Path:
         return self._pieces / f"{part:06d}.safetensors"
@@ -77,18 +80,23 @@ class Parts:
     def _join(self) -> None:
         pieces = [self._read(self._piece(i)) for i in range(self.n_parts)]
         joined = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
-        with self._writing(), replacing(self.whole) as staged:
-            save_tensors(joined, staged, {"fingerprint": self._fingerprint})
+        beside = self._pieces / "all.safetensors"  # where a kill leaves nothing that stays
+        with self._writing():
+            with replacing(beside) as staged:
+                save_tensors(joined, staged, {"fingerprint": self._fingerprint})
+            os.replace(beside, self.whole)
+            sync_folder(self.whole.parent)
         shutil.rmtree(self._pieces, ignore_errors=True)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise RunError(
-                f"{self._pieces} cannot be written: {error.strerror}; what was measured before is "
-                "intact: make room and evaluate again"
+                f"{self._pieces} cannot be written: {reason}; what was measured before is intact: "
+                "make room and evaluate again"
             ) from error
 
     def _read(self, file: Path) -> dict[str, Tensor]:

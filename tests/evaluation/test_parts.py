@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 from threading import Event
 
@@ -36,19 +37,21 @@ def test_parts_become_one_file_in_their_order(tmp_path) -> None:
     assert Parts(tmp_path, "b", PRINT, 3).missing() == [0, 1, 2]
 
 
-def test_a_kill_while_joining_loses_nothing(tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("at", ["torch.cat", "sync_folder", "shutil.rmtree"])
+def test_a_kill_while_joining_loses_nothing(at, tmp_path, monkeypatch) -> None:
     parts = Parts(tmp_path, "a", PRINT, 2)
     parts.add(0, part(0))
 
     def killed(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastadapt.evaluation.parts.torch.cat", killed)
+    monkeypatch.setattr(f"fastadapt.evaluation.parts.{at}", killed)
     with pytest.raises(KeyboardInterrupt):
         parts.add(1, part(1))
     monkeypatch.undo()
     assert len(Parts(tmp_path, "a", PRINT, 2).read()["x"]) == 3
     assert parts.missing() == []
+    assert list(tmp_path.iterdir()) == [parts.whole]
 
 
 def test_a_damaged_or_foreign_file_is_named(tmp_path) -> None:
@@ -66,6 +69,20 @@ def test_a_folder_that_cannot_be_written(tmp_path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match=r"cannot be written.*what was measured before is intact"):
         Parts(tmp_path / "file", "a", PRINT, 1).add(0, part(0))
+
+
+def test_a_disk_that_takes_no_more(tmp_path) -> None:
+    parts = Parts(tmp_path, "a", PRINT, 2)
+    parts.add(0, part(0))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(RunError, match=r"cannot be written: .*File too large.*is intact"):
+            parts.add(1, part(1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert parts.missing() == [1]
+    assert len(list((tmp_path / f"a-{PRINT[:16]}").iterdir())) == 1
 
 
 def test_what_is_unfinished(tmp_path) -> None:

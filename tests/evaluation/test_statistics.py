@@ -98,6 +98,20 @@ def test_what_is_measured_is_the_method_not_the_populations() -> None:
     assert FAST.level - coverage(plain, truth) > 0.2
 
 
+@pytest.mark.parametrize(("questions", "repetitions"), [(30, 10), (40, 10), (198, 3), (500, 1)])
+def test_accuracy_over_questions_and_repetitions(questions, repetitions) -> None:
+    """The published benchmarks: questions of very different difficulty, each asked again."""
+    shape = (EXPERIMENTS, questions)
+    rate = torch.distributions.Beta(0.6, 0.4).sample(shape)
+    asked = torch.full(shape, float(repetitions))
+    right = torch.binomial(asked, rate)
+    covered = coverage(ratio(right, asked, bounds=(0, 1), config=FAST), 0.6)
+    assert abs(covered - FAST.level) < WITHIN + noise(FAST.level)
+    if repetitions > 1:  # as if every answer were to a question of its own
+        plain = coverage(wilson(right.sum(1), asked.sum(1)), 0.6)
+        assert FAST.level - plain > WITHIN + noise(FAST.level)
+
+
 def test_paired_differences_cover_and_are_narrower_than_unpaired() -> None:
     sums, counts, _ = draw("log-normal 0.5", 60)
     extra, *_ = draw("log-normal 0.5", 60, seed=1)

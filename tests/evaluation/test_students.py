@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,6 +87,10 @@ def test_fingerprints_know_models_and_adapters(make_run, tmp_path) -> None:
     file = run / "adapter" / "layer_1.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\x01")
     assert students.fingerprint("a") != told["a"]
+    file = Path(students.config.target) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    assert students.fingerprint("b") != told["b"]
+    assert students.fingerprint("hybrid") != told["hybrid"]
 
 
 def test_bad_runs(make_run, tmp_path) -> None:
