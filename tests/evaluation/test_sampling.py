@@ -304,3 +304,37 @@ def test_bad_requests_are_told_before_anything_runs(tiny: tuple[Any, Any], tmp_p
 def test_impossible_settings_are_refused(settings: dict) -> None:
     with pytest.raises(UserError, match=f"sampling.{next(iter(settings))}"):
         SamplingConfig(**settings)
+
+
+def test_a_request_put_back_for_want_of_room_keeps_its_tokens(
+    tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a cache that holds a part of the requests, some begin anew with what they had."""
+    from transformers import ContinuousBatchingConfig
+
+    from fastadapt.evaluation import continuous
+
+    wanted = requests(8, 2)
+    config = replace(CONFIG, max_new_tokens=50)
+    whole = tokens(sample(*tiny, wanted, config).responses)
+    put_back = []
+    real = continuous._Watch._tokens
+
+    def watched(self: Any, state: Any) -> list[int]:
+        put_back.append(
+            len(state.initial_tokens) > len(self.rollouts[state.request_id].request.prompt)
+        )
+        return real(self, state)
+
+    monkeypatch.setattr(continuous._Watch, "_tokens", watched)
+    small = ContinuousBatchingConfig(
+        page_size=4,
+        num_blocks=24,
+        max_batch_tokens=64,
+        max_requests_per_batch=16,
+        auto_switch_to_flash=False,
+    )
+    monkeypatch.setattr(continuous, "_settings", lambda *_: small)
+    found = sample(*tiny, wanted, replace(config, batching="continuous")).responses
+    assert any(put_back)
+    assert tokens(found) == whole
