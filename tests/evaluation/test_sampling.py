@@ -93,6 +93,10 @@ def test_noise_is_gumbel_and_finite_over_a_large_vocabulary() -> None:
     # No row repeats another, and the largest are as large as 150,000 draws make them.
     assert (noise[0] - noise[1]).abs().median() > 0.5
     assert noise.amax(1).min() > 9
+    # Either half of a key makes another row.
+    half = gumbel(torch.tensor([7, 7, 8]).int(), torch.tensor([3, 4, 3]).int(), 1000).double()
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert abs(torch.corrcoef(half[[a, b]])[0, 1]) < 0.15
 
 
 def test_top_p_leaves_out_the_tail() -> None:
