@@ -93,6 +93,10 @@ def test_noise_is_gumbel_and_finite_over_a_large_vocabulary() -> None:
     # No row repeats another, and the largest are as large as 150,000 draws make them.
     assert (noise[0] - noise[1]).abs().median() > 0.5
     assert noise.amax(1).min() > 9
+    # Either half of a key makes another row.
+    half = gumbel(torch.tensor([7, 7, 8]).int(), torch.tensor([3, 4, 3]).int(), 1000).double()
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert abs(torch.corrcoef(half[[a, b]])[0, 1]) < 0.15
 
 
 def test_top_p_leaves_out_the_tail() -> None:
@@ -304,3 +308,37 @@ def test_bad_requests_are_told_before_anything_runs(tiny: tuple[Any, Any], tmp_p
 def test_impossible_settings_are_refused(settings: dict) -> None:
     with pytest.raises(UserError, match=f"sampling.{next(iter(settings))}"):
         SamplingConfig(**settings)
+
+
+def test_a_request_put_back_for_want_of_room_keeps_its_tokens(
+    tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a cache that holds a part of the requests, some begin anew with what they had."""
+    from transformers import ContinuousBatchingConfig
+
+    from fastadapt.evaluation import continuous
+
+    wanted = requests(8, 2)
+    config = replace(CONFIG, max_new_tokens=50)
+    whole = tokens(sample(*tiny, wanted, config).responses)
+    put_back = []
+    real = continuous._Watch._tokens
+
+    def watched(self: Any, state: Any) -> list[int]:
+        put_back.append(
+            len(state.initial_tokens) > len(self.rollouts[state.request_id].request.prompt)
+        )
+        return real(self, state)
+
+    monkeypatch.setattr(continuous._Watch, "_tokens", watched)
+    small = ContinuousBatchingConfig(
+        page_size=4,
+        num_blocks=24,
+        max_batch_tokens=64,
+        max_requests_per_batch=16,
+        auto_switch_to_flash=False,
+    )
+    monkeypatch.setattr(continuous, "_settings", lambda *_: small)
+    found = sample(*tiny, wanted, replace(config, batching="continuous")).responses
+    assert any(put_back)
+    assert tokens(found) == whole
