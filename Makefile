@@ -20,7 +20,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -n logical -
 	--dist loadfile --cov --cov-report=term:skip-covered
 
 # What `make reproduce` compares, in the order of its tables.
-REPRODUCED := norms l0-0.3 l0-0.7 l0-1.7 l0-4 l0-10 no-bridge dense skyline
+REPRODUCED := norms sparsity-2.3e-1 sparsity-1e-1 sparsity-3.7e-2 sparsity-1.2e-2 sparsity-4.3e-3 \
+	no-bridge dense skyline
 
 # An environment from outside must not reach into this one.
 unexport PYTHONPATH
