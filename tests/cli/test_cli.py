@@ -58,11 +58,33 @@ def test_the_options_of_data_prepare_are_frozen(fastadapt):
     assert "SOURCE" in told
 
 
+EVAL_OPTIONS = """
+--benchmarks --benchmarks.data --benchmarks.few_shot --benchmarks.hesitation_words
+--benchmarks.limit --benchmarks.repetitions --benchmarks.seed --benchmarks.tasks --device
+--dtype --help --names --names+ --output --outputs --outputs.batch_tokens --outputs.chunk_tokens
+--outputs.students_at_once --overwrite --partial --partial.batch_tokens --partial.chunk_tokens
+--partial.streams_at_once --parts --parts+ --sampling --sampling.batch_size --sampling.batching
+--sampling.degeneration --sampling.degeneration.min_count --sampling.degeneration.ngrams
+--sampling.degeneration.share --sampling.degeneration.window --sampling.max_new_tokens
+--sampling.seed --sampling.stop --sampling.stop_degenerate --sampling.temperature
+--sampling.top_p --speed --speed.batch_size --speed.new_tokens --speed.prompt_tokens
+--speed.rounds --statistics --statistics.level --statistics.resamples --statistics.seed --texts
+--texts.n --texts.n_partial --texts.prompts
+"""
+
+
+def test_the_options_of_eval_are_frozen():
+    from fastadapt.options_eval import eval_parser
+
+    options = [o for o in eval_parser()._option_string_actions if o.startswith("--")]
+    assert sorted(options) == EVAL_OPTIONS.split()
+
+
 def test_the_commands_are_frozen(fastadapt):
     from fastadapt.cli import COMMANDS
     from fastadapt.cli_organism import COMMANDS as ORGANISM
 
-    assert sorted(COMMANDS) == ["data", "doctor", "export", "organism", "train"]
+    assert sorted(COMMANDS) == ["data", "doctor", "eval", "export", "organism", "train"]
     assert sorted(ORGANISM) == ["build", "check", "sample"]
     for command in (*COMMANDS, "data prepare"):
         assert command in fastadapt("--help").out
