@@ -177,15 +177,9 @@ def run_benchmarks(
         UserError: lm-eval is not installed, a benchmark's data is missing, or a prompt does not
             fit the context; all of them before anything runs.
     """
-    try:
-        from fastadapt.evaluation.harness import SampledLM, StoppedError, evaluate_task
-    except ModuleNotFoundError as error:
-        if error.name is None or not error.name.startswith("lm_eval"):
-            raise
-        raise UserError(
-            "benchmarks run through lm-eval, which is not installed; install the extra: "
-            "pip install 'fastadapt[eval]'"
-        ) from None
+    _require_lm_eval()
+    from fastadapt.evaluation.harness import SampledLM, StoppedError, evaluate_task
+
     metadata = {
         "family": config.family,
         "data": config.data,
@@ -275,16 +269,34 @@ def _row(task: str, response: Response, answer: str, config: BenchmarkConfig) ->
     )
 
 
+def require_questions(config: BenchmarkConfig) -> None:
+    """Raise ``UserError`` where lm-eval or the data of a benchmark is missing."""
+    _require_lm_eval()
+    for task in config.tasks:
+        _questions(task, config)
+
+
+def _require_lm_eval() -> None:
+    try:
+        import lm_eval  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name != "lm_eval":
+            raise
+        raise UserError(
+            "benchmarks run through lm-eval, which is not installed; install the extra: "
+            "pip install 'fastadapt[eval]'"
+        ) from None
+
+
+def _questions(task: str, config: BenchmarkConfig) -> list[dict[str, Any]]:
+    how = {"data": config.data, "few_shot": config.few_shot, "seed": config.seed}
+    return questions(task, family=config.family, **how)[: config.limit]  # type: ignore[arg-type]
+
+
 def _check_all(model: Any, tokenizer: Any, config: BenchmarkConfig) -> None:
     """Every benchmark's questions are there and fit the context, before the first is asked."""
     for task in config.tasks:
-        rows = questions(
-            task,
-            family=config.family,
-            data=config.data,
-            few_shot=config.few_shot,
-            seed=config.seed,
-        )[: config.limit]
+        rows = _questions(task, config)
         prompts = encode(tokenizer, [row["prompt"] for row in rows])["input_ids"]
         requests = [Request(r["id"], tuple(ids)) for r, ids in zip(rows, prompts, strict=True)]
         check_requests(requests, context_of(model))

@@ -16,12 +16,8 @@ from threading import Event
 from typing import Any, Literal
 
 from fastadapt.errors import UserError
-from fastadapt.evaluation.benchmarks import (
-    BenchmarkConfig,
-    BenchmarkResult,
-    run_benchmarks,
-    tasks_of,
-)
+from fastadapt.evaluation.asking import ask, asked_of, counts_of
+from fastadapt.evaluation.benchmarks import BenchmarkConfig, require_questions
 from fastadapt.evaluation.drawing import require_drawing
 from fastadapt.evaluation.folder import write
 from fastadapt.evaluation.output import OutputConfig, measure_output
@@ -29,7 +25,7 @@ from fastadapt.evaluation.partial import PartialConfig, measure_partial
 from fastadapt.evaluation.prompts import held_out, load_prompts
 from fastadapt.evaluation.responses import Request
 from fastadapt.evaluation.sampling import SamplingConfig, sample
-from fastadapt.evaluation.scores import MEAN, summarise_benchmarks
+from fastadapt.evaluation.scores import summarise_benchmarks
 from fastadapt.evaluation.speed import SpeedConfig, measure_speed
 from fastadapt.evaluation.statistics import BootstrapConfig
 from fastadapt.evaluation.students import Students
@@ -115,6 +111,8 @@ class Comparison:
             The contents of ``eval.json``; None if told to stop before everything was measured.
         """
         require_drawing()
+        if "benchmarks" in parts:  # what is missing there is told before hours are spent here
+            require_questions(asked_of(self.students, self.config.benchmarks, self.config.sampling))
         found: dict[str, Any] = {}
         if {"outputs", "partial"} & set(parts):
             texts = self._texts()
@@ -224,37 +222,14 @@ class Comparison:
         return {"partial": summarise_partial(measured, self.config.statistics)}
 
     def _benchmarks(self) -> dict[str, Any]:
-        students, config = self.students, self.config.benchmarks
-        config = dataclasses.replace(
-            config,
-            tasks=config.tasks or tasks_of(students.config.target),
-            family=students.family or config.family,
-            sampling=self.config.sampling,
-        )
-        results: dict[str, dict[str, dict[str, BenchmarkResult]]] = {}
-        for model in ("target", *students.students):
-            with students.generating(model) as generates:
-                for way, asked in ways_of_asking(model, config).items():
-                    found = run_benchmarks(
-                        generates,
-                        students.tokenizer,
-                        asked,
-                        self.folder / "benchmarks" / f"{model}-{way.replace(', ', '-')}",
-                        source={"model": model, "sha256": students.fingerprint(model)},
-                        progress=partial(self.tell, f"{model}, {way}"),
-                        stop=self.stop,
-                    )
-                    if self.stop.is_set():
-                        return {}
-                    results.setdefault(model, {})[way] = found
-        told = summarise_benchmarks(results, self.config.statistics)
-        of_target = results["target"]["sampled"]
-        counts = {
-            name: f"{result.n_questions} questions × {result.repetitions}"
-            for name, result in of_target.items()
+        asked = asked_of(self.students, self.config.benchmarks, self.config.sampling)
+        results = ask(self.students, asked, self.folder / "benchmarks", self.tell, self.stop)
+        if self.stop.is_set():
+            return {}
+        return {
+            "benchmarks": summarise_benchmarks(results, self.config.statistics),
+            "benchmark_counts": counts_of(results),
         }
-        counts[MEAN] = f"{len(of_target)} benchmarks, each with the same weight"
-        return {"benchmarks": told, "benchmark_counts": counts}
 
     # --- what is written --------------------------------------------------------------------------
 
@@ -290,13 +265,3 @@ class Comparison:
                 for name, student in self.students.students.items()
             ],
         }
-
-
-def ways_of_asking(model: str, config: BenchmarkConfig) -> dict[str, BenchmarkConfig]:
-    """How a model is asked: sampled; base and hybrid also with examples, and greedily."""
-    ways = {"sampled": dataclasses.replace(config, few_shot=0)}
-    if config.few_shot and model in ("base", "hybrid"):
-        greedy = dataclasses.replace(config.sampling, temperature=0.0)
-        ways[f"{config.few_shot}-shot"] = config
-        ways[f"{config.few_shot}-shot, greedy"] = dataclasses.replace(config, sampling=greedy)
-    return ways

@@ -21,6 +21,7 @@ from fastadapt.evaluation.statistics import BootstrapConfig, Intervals, ratio, r
 #: By model, by way of asking (``sampled``, ``few-shot``, ...), by task.
 Results = Mapping[str, Mapping[str, Mapping[str, BenchmarkResult]]]
 MEAN = "mean"
+SAMPLED = "sampled"
 
 
 class _Sums(NamedTuple):
@@ -61,7 +62,7 @@ def summarise_benchmarks(
             if all(t in by for by in ways.values() for t in of_task)
         }
         _check_same(sums, task)
-        ends = [sums.get(model, {}).get("sampled") for model in ("hybrid", "target")]
+        ends = [sums.get(model, {}).get(SAMPLED) for model in ("hybrid", "target")]
         told[task] = {}
         for model, ways in sums.items():
             told[task][model] = {}
@@ -70,7 +71,7 @@ def summarise_benchmarks(
                 told[task][model][way] = {
                     **_intervals(found, config),
                     "recovered": _recovered(found, ends, config)
-                    if model not in ("target", "hybrid") or way != "sampled"
+                    if model not in ("target", "hybrid") or way != SAMPLED
                     else None,
                     "truncated": sum(row.finish == "length" for row in rows) / len(rows),
                     "degenerate": sum(row.finish == "degenerate" for row in rows) / len(rows),

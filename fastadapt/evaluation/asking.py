@@ -1,0 +1,87 @@
+"""The benchmarks' questions, put to every model that is compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from threading import Event
+
+from fastadapt.evaluation.benchmarks import (
+    BenchmarkConfig,
+    BenchmarkResult,
+    run_benchmarks,
+    tasks_of,
+)
+from fastadapt.evaluation.sampling import SamplingConfig
+from fastadapt.evaluation.scores import MEAN, SAMPLED, Results
+from fastadapt.evaluation.students import Students
+
+
+def asked_of(
+    students: Students, config: BenchmarkConfig, sampling: SamplingConfig
+) -> BenchmarkConfig:
+    """``config`` with the pair's own benchmarks where it names none, and how the pair is asked."""
+    return replace(
+        config,
+        tasks=config.tasks or tasks_of(students.config.target),
+        family=students.family or config.family,
+        sampling=sampling,
+    )
+
+
+def ask(
+    students: Students,
+    config: BenchmarkConfig,
+    folder: Path,
+    tell: Callable[[str, int, int], None],
+    stop: Event,
+) -> Results:
+    """Ask target, base, hybrid and every run, or read what they answered before.
+
+    Args:
+        students: the runs.
+        config: of :func:`asked_of`; with ``few_shot`` base and hybrid are asked in other ways too.
+        folder: of a folder per model and way.
+        tell: called with (model and way, responses, responses wanted).
+        stop: ends the call early; what is returned is not whole then.
+    """
+    results: dict[str, dict[str, dict[str, BenchmarkResult]]] = {}
+    for model in ("target", *students.students):
+        with students.generating(model) as generates:
+            for way, asked in ways_of_asking(model, config).items():
+                found = run_benchmarks(
+                    generates,
+                    students.tokenizer,
+                    asked,
+                    folder / f"{model}-{way.replace(', ', '-')}",
+                    source={"model": model, "sha256": students.fingerprint(model)},
+                    progress=partial(tell, f"{model}, {way}"),
+                    stop=stop,
+                )
+                if stop.is_set():
+                    return results
+                results.setdefault(model, {})[way] = found
+    return results
+
+
+def ways_of_asking(model: str, config: BenchmarkConfig) -> dict[str, BenchmarkConfig]:
+    """How a model is asked: sampled; base and hybrid also with examples, and greedily."""
+    ways = {SAMPLED: replace(config, few_shot=0)}
+    if config.few_shot and model in ("base", "hybrid"):
+        greedy = replace(config.sampling, temperature=0.0)
+        ways[f"{config.few_shot}-shot"] = config
+        ways[f"{config.few_shot}-shot, greedy"] = replace(config, sampling=greedy)
+    return ways
+
+
+def counts_of(results: Results) -> dict[str, str]:
+    """How much was asked, by benchmark, in words."""
+    of_target = results["target"][SAMPLED]
+    counts = {
+        name: f"{result.n_questions} questions × {result.repetitions}"
+        for name, result in of_target.items()
+    }
+    counts[MEAN] = f"{len(of_target)} benchmarks, each with the same weight"
+    return counts
