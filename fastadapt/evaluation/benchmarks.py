@@ -179,12 +179,8 @@ def run_benchmarks(
             "benchmarks run through lm-eval, which is not installed; install the extra: "
             "pip install 'fastadapt[eval]'"
         ) from None
-    metadata = {
-        "family": config.family,
-        "data": config.data,
-        "few_shot": config.few_shot,
-        "seed": config.seed,
-    }
+    asked = {"family": config.family, "few_shot": config.few_shot, "seed": config.seed}
+    metadata = {**asked, "data": config.data}
     _check_all(model, tokenizer, config)
     results: dict[str, BenchmarkResult] = {}
     for task in config.tasks:
@@ -193,7 +189,7 @@ def run_benchmarks(
             tokenizer,
             config.sampling,
             out=out / f"{task}.responses.jsonl",
-            source=source,
+            source={**(source or {}), "questions": asked},
             progress=progress,
             stop=stop,
         )

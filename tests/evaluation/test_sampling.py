@@ -218,10 +218,13 @@ def test_the_models_own_generation_settings_neither_count_nor_change(
     assert model.generation_config is own
 
 
-def test_resumes_without_repeating_or_losing_any(tiny: tuple[Any, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("batching", BATCHINGS)
+def test_resumes_without_repeating_or_losing_any(
+    tiny: tuple[Any, Any], tmp_path: Path, batching: Any
+) -> None:
     wanted, out = requests(9, 2), tmp_path / "deep" / "responses.jsonl"
-    config = replace(CONFIG, batch_size=4)
-    whole = tokens(sample(*tiny, wanted, config).responses)
+    whole = tokens(sample(*tiny, wanted, CONFIG).responses)
+    config = replace(CONFIG, batch_size=4, batching=batching)
     stop = threading.Event()
     told: list[tuple[int, int]] = []
 
