@@ -345,3 +345,12 @@ def test_a_request_put_back_for_want_of_room_keeps_its_tokens(
     found = sample(*tiny, wanted, replace(config, batching="continuous")).responses
     assert any(put_back)
     assert tokens(found) == whole
+
+
+def test_requests_of_warming_up_are_let_through() -> None:
+    """On a GPU the scheduler runs some of its own first, to capture graphs."""
+    from types import SimpleNamespace
+
+    from fastadapt.evaluation.continuous import _Watch
+
+    assert _Watch([]).keys_of(SimpleNamespace(request_id="__warmup__", position_offset=3)) == (0, 0)
