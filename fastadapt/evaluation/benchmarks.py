@@ -180,12 +180,8 @@ def run_benchmarks(
     _require_lm_eval()
     from fastadapt.evaluation.harness import SampledLM, StoppedError, evaluate_task
 
-    metadata = {
-        "family": config.family,
-        "data": config.data,
-        "few_shot": config.few_shot,
-        "seed": config.seed,
-    }
+    asked = {"family": config.family, "few_shot": config.few_shot, "seed": config.seed}
+    metadata = {**asked, "data": config.data}
     _check_all(model, tokenizer, config)
     results: dict[str, BenchmarkResult] = {}
     for task in config.tasks:
@@ -194,7 +190,7 @@ def run_benchmarks(
             tokenizer,
             config.sampling,
             out=out / f"{task}.responses.jsonl",
-            source=source,
+            source={**(source or {}), "questions": asked},
             progress=progress,
             stop=stop,
         )

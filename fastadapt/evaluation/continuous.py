@@ -73,7 +73,9 @@ class _Watch:
 
     def keys_of(self, state: Any) -> tuple[int, int]:
         """Take the tokens that came since, end what has ended, and give the next token's key."""
-        rollout = self.rollouts[state.request_id]
+        rollout = self.rollouts.get(state.request_id)
+        if rollout is None:  # of warming up, which makes requests of its own
+            return 0, 0
         if rollout.finish is None and self.take(state.request_id, self._tokens(state)):
             self.cancel(state.request_id)
             self.ended.put(state.request_id)

@@ -117,7 +117,7 @@ class Rollout:
         cut = None if self._detector is None else self._detector.cut
         text = self._text(self.tokens[:cut])
         if self.finish == "stop":
-            text = text[: min(text.find(s) for s in self._config.stop if s in text)]
+            text = text[: min((text.find(s) for s in self._config.stop if s in text), default=None)]
         return Response(
             id=self.request.id,
             repetition=self.request.repetition,

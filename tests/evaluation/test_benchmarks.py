@@ -272,7 +272,8 @@ def test_task_files_sample_as_published(task: str) -> None:
     assert whole["repeats"] == BENCHMARKS[task].repetitions
     assert whole["filter_list"][0]["filter"][0]["k"] == whole["repeats"]
     settings = whole["generation_kwargs"]
-    assert (settings["do_sample"], settings["temperature"], settings["top_p"]) == (True, 0.7, 1.0)
+    wanted = {"do_sample": True, "temperature": 0.7, "top_p": 1.0, "top_k": 0}
+    assert {name: settings[name] for name in wanted} == wanted
 
 
 class _Loose(yaml.SafeLoader):
@@ -299,7 +300,8 @@ def test_lm_evals_own_model_gives_the_same_results(
     metadata = {"family": "r1-distill", "seed": 0}
     with replacement.mode(mode):
         theirs = HFLM(pretrained=replacement.model, tokenizer=tokenizer, batch_size=16)
-        greedily = {"do_sample": False, "temperature": 0.0, "max_gen_toks": 60}
+        greedily = {"do_sample": False, "temperature": 0.0, "top_k": None, "top_p": None}
+        greedily["max_gen_toks"] = 60
         ours = SampledLM(replacement.model, tokenizer, GREEDY)
         their_accuracy, their_samples = evaluate_task(
             theirs, "organism_math", metadata=metadata, repeats=1, limit=40, generation=greedily

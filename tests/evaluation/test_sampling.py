@@ -218,10 +218,13 @@ def test_the_models_own_generation_settings_neither_count_nor_change(
     assert model.generation_config is own
 
 
-def test_resumes_without_repeating_or_losing_any(tiny: tuple[Any, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("batching", BATCHINGS)
+def test_resumes_without_repeating_or_losing_any(
+    tiny: tuple[Any, Any], tmp_path: Path, batching: Any
+) -> None:
     wanted, out = requests(9, 2), tmp_path / "deep" / "responses.jsonl"
-    config = replace(CONFIG, batch_size=4)
-    whole = tokens(sample(*tiny, wanted, config).responses)
+    whole = tokens(sample(*tiny, wanted, CONFIG).responses)
+    config = replace(CONFIG, batch_size=4, batching=batching)
     stop = threading.Event()
     told: list[tuple[int, int]] = []
 
@@ -342,3 +345,12 @@ def test_a_request_put_back_for_want_of_room_keeps_its_tokens(
     found = sample(*tiny, wanted, replace(config, batching="continuous")).responses
     assert any(put_back)
     assert tokens(found) == whole
+
+
+def test_requests_of_warming_up_are_let_through() -> None:
+    """On a GPU the scheduler runs some of its own first, to capture graphs."""
+    from types import SimpleNamespace
+
+    from fastadapt.evaluation.continuous import _Watch
+
+    assert _Watch([]).keys_of(SimpleNamespace(request_id="__warmup__", position_offset=3)) == (0, 0)
