@@ -178,6 +178,38 @@ def test_gradients_are_those_of_the_plain_models_kl(architecture, kind, make_pai
             )
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_stream_ends_in_the_norm_of_its_last_block(kind, make_pair) -> None:
+    """A bridge is one model up to the cutoff and the other, with its last norm, from there on."""
+    pair = make_pair("olmo2", "float64")
+    target = copy.deepcopy(pair.target)
+    given = tuned(copy.deepcopy(pair), kind).adapters
+    student = plain(pair, kind, given)
+    model = ReplacementModel(pair, given)
+    arguments = model.block_inputs(IDS, None)
+    cutoff = 1
+
+    def kl(first, then) -> torch.Tensor:
+        h = arguments.hidden
+        for i, keywords in enumerate(arguments.arguments):
+            h = (first if i < cutoff else then).model.layers[i](h, **keywords)
+        logits = then.lm_head(then.model.norm(h))[:, :-1].log_softmax(-1)
+        return (y.exp() * (y - logits)).sum(-1).mean()
+
+    with torch.no_grad():
+        y = target(IDS).logits[:, :-1].log_softmax(-1)
+        expected = {
+            "kl": kl(student, student),
+            "bridge_adapter_to_target": kl(student, target),
+            "bridge_target_to_adapter": kl(target, student),
+        }
+    assert len({round(float(value), 6) for value in expected.values()}) == 3
+    config = ObjectiveConfig(sparsity=0, nmse=0, bridge=1)
+    metrics = objective(model, Batch(IDS, None, IDS), cutoff, config).metrics
+    for name, value in expected.items():
+        torch.testing.assert_close(metrics[name], value, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("weights", [(0, 0), (1, 1)], ids=["output", "nmse-and-bridges"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_moves_what_is_trained_and_nothing_else(kind, weights, make_pair) -> None:
