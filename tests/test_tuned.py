@@ -136,6 +136,25 @@ def test_generate_in_each_mode(architecture, kind, make_pair) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_batches_give_the_tokens_of_generate(kind, make_pair) -> None:
+    from transformers import ContinuousBatchingConfig
+
+    model = tuned(make_pair("qwen2"), kind)
+    prompts = [[5, 9, 23], [7, 31, 8, 12, 3], [4]]
+    greedy = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    config = model.model.generation_config
+    config.update(**greedy, pad_token_id=2)
+    with torch.no_grad():
+        together = model.model.generate_batch(
+            prompts,
+            generation_config=config,
+            continuous_batching_config=ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=32),
+        )
+        alone = [model.generate(torch.tensor([p]), **greedy)[0, len(p) :] for p in prompts]
+    assert [o.generated_tokens for o in together.values()] == [out.tolist() for out in alone]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_compile(kind, make_pair) -> None:
     torch._dynamo.reset()
     model = tuned(make_pair("gemma2"), kind)
