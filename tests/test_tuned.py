@@ -136,6 +136,25 @@ def test_generate_in_each_mode(architecture, kind, make_pair) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_batches_give_the_tokens_of_generate(kind, make_pair) -> None:
+    from transformers import ContinuousBatchingConfig
+
+    model = tuned(make_pair("qwen2"), kind)
+    prompts = [[5, 9, 23], [7, 31, 8, 12, 3], [4]]
+    greedy = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    config = model.model.generation_config
+    config.update(**greedy, pad_token_id=2)
+    with torch.no_grad():
+        together = model.model.generate_batch(
+            prompts,
+            generation_config=config,
+            continuous_batching_config=ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=32),
+        )
+        alone = [model.generate(torch.tensor([p]), **greedy)[0, len(p) :] for p in prompts]
+    assert [o.generated_tokens for o in together.values()] == [out.tolist() for out in alone]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_compile(kind, make_pair) -> None:
     torch._dynamo.reset()
     model = tuned(make_pair("gemma2"), kind)
@@ -176,6 +195,38 @@ def test_gradients_are_those_of_the_plain_models_kl(architecture, kind, make_pai
             torch.testing.assert_close(
                 p.grad, student.get_parameter(path).grad, rtol=1e-5, atol=1e-7
             )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_stream_ends_in_the_norm_of_its_last_block(kind, make_pair) -> None:
+    """A bridge is one model up to the cutoff and the other, with its last norm, from there on."""
+    pair = make_pair("olmo2", "float64")
+    target = copy.deepcopy(pair.target)
+    given = tuned(copy.deepcopy(pair), kind).adapters
+    student = plain(pair, kind, given)
+    model = ReplacementModel(pair, given)
+    arguments = model.block_inputs(IDS, None)
+    cutoff = 1
+
+    def kl(first, then) -> torch.Tensor:
+        h = arguments.hidden
+        for i, keywords in enumerate(arguments.arguments):
+            h = (first if i < cutoff else then).model.layers[i](h, **keywords)
+        logits = then.lm_head(then.model.norm(h))[:, :-1].log_softmax(-1)
+        return (y.exp() * (y - logits)).sum(-1).mean()
+
+    with torch.no_grad():
+        y = target(IDS).logits[:, :-1].log_softmax(-1)
+        expected = {
+            "kl": kl(student, student),
+            "bridge_adapter_to_target": kl(student, target),
+            "bridge_target_to_adapter": kl(target, student),
+        }
+    assert len({round(float(value), 6) for value in expected.values()}) == 3
+    config = ObjectiveConfig(sparsity=0, nmse=0, bridge=1)
+    metrics = objective(model, Batch(IDS, None, IDS), cutoff, config).metrics
+    for name, value in expected.items():
+        torch.testing.assert_close(metrics[name], value, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("weights", [(0, 0), (1, 1)], ids=["output", "nmse-and-bridges"])
