@@ -210,8 +210,8 @@ def run_benchmarks(
 
 def summarize(task: str, rows: Sequence[Row], speed: Speed | None = None) -> BenchmarkResult:
     """The numbers of judged rows, every question with as many."""
-    n_questions = len({row.question for row in rows})
     n, tokens = len(rows), sum(row.length_tokens for row in rows)
+    n_questions = len({row.question for row in rows})
     return BenchmarkResult(
         task=task,
         n_questions=n_questions,
@@ -232,17 +232,15 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def score_math(doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, float]:
-    """lm-eval's ``process_results`` of the tasks judged by math-verify."""
+    """lm-eval's ``process_results`` of the tasks judged by math-verify; below, of the others."""
     return _score(math_is_right, doc, results)
 
 
 def score_letter(doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, float]:
-    """lm-eval's ``process_results`` of the multiple choice."""
     return _score(letter_is_right, doc, results)
 
 
 def score_stated(doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, float]:
-    """lm-eval's ``process_results`` of the embedded pair's tasks."""
     return _score(stated_is_right, doc, results)
 
 

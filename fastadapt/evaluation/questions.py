@@ -183,8 +183,9 @@ def _read(benchmark: str, data: str | None) -> Sequence[Row]:
                 loaded = datasets.load_dataset(name, configuration, split=split)
         except UserError as error:
             raise UserError(
-                f"benchmark {benchmark}: {error}. Where the hub is out of reach, {fetch}, "
-                f"elsewhere, save it as {benchmark}.jsonl, and give its folder as benchmarks.data"
+                f"benchmark {benchmark}: {error}. If the hub cannot be reached from here: {fetch} "
+                f"where it can, save it as {benchmark}.jsonl, and give its folder as "
+                "benchmarks.data"
             ) from None
         require_columns(loaded.column_names, of.columns, f"{name} ({split})")
         rows = list(loaded)
