@@ -43,7 +43,8 @@ def eval_parser() -> Parser:
         "--parts",
         type=list[typing.Literal[PARTS]],  # type: ignore[valid-type]
         default=list(PARTS),
-        help="what is measured: any of outputs, partial, speed, benchmarks",
+        help="what is measured and written: any of outputs, partial, speed, benchmarks; what "
+        "another call measured is kept, and written when it is asked for again",
     )
     for name, kind in (("dtype", "of weights and streams"), ("device", "to run on")):
         told = f"{kind}; by default as in training"

@@ -138,12 +138,6 @@ class BenchmarkResult:
     speed: Speed | None
     rows: Sequence[Row]
 
-    def numbers(self) -> dict[str, Any]:
-        """All but the rows, as plain values."""
-        kept = {k: v for k, v in vars(self).items() if k not in ("rows", "speed")}
-        speed = None if self.speed is None else self.speed.tokens_per_second
-        return {**kept, "tokens_per_second": speed}
-
 
 def tasks_of(target: str) -> tuple[str, ...]:
     """The benchmarks that a target is usually asked: the embedded pair has its own."""

@@ -346,7 +346,8 @@ def test_rows_are_those_that_lm_eval_scores(replacement: ReplacementModel, tmp_p
     n = sum(row.length_tokens for row in rows)
     assert result.length_tokens == n / 24
     assert result.hesitations_per_1000 == 1000 * sum(row.hesitations for row in rows) / n
-    assert result.numbers()["tokens_per_second"] > 0
+    assert result.speed is not None
+    assert result.speed.tokens_per_second > 0
 
 
 def test_a_degenerate_response_is_scored_up_to_the_cut(
