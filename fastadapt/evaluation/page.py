@@ -21,7 +21,6 @@ _BUTTONS = ["toImage", "zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d
 _MORE = """
 .plots{grid-template-columns:repeat(auto-fill,minmax(min(100%,520px),1fr))}
 .plots .card>.legend{display:none}
-td{white-space:normal;min-width:84px}
 """
 
 

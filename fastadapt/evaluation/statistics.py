@@ -156,11 +156,13 @@ def recovered(
     Returns:
         A 0-d interval; NaN throughout where the gain itself is not above 0 at the stated level.
     """
-    gain = ratio(ceiling - floor, torch.ones_like(floor), config=config)
+    gains = ceiling - floor
+    most = gains.abs().max().item()
+    gain = ratio(gains, torch.ones_like(floor), bounds=(-most, most), config=config)
     if not gain.low > 0:
         nothing = torch.tensor(math.nan, dtype=torch.float64)
         return Intervals(nothing, nothing, nothing)
-    return ratio(student - floor, ceiling - floor, config=config)
+    return ratio(student - floor, gains, config=config)
 
 
 def _resampled(moments: Tensor, resamples: int, seed: int) -> list[Tensor]:

@@ -64,6 +64,18 @@ def test_what_is_recovered_is_paired_with_target_and_hybrid() -> None:
     assert got["high"] - got["low"] < 0.2
 
 
+def test_a_clear_gain_on_few_questions_is_one() -> None:
+    """17 of 20 against none: resamples without spread must not hide it."""
+    rights = {"target": 17, "hybrid": 0, "run": 11}
+    results = {
+        name: {"sampled": {"a": answered([[q < n] for q in range(20)])}}
+        for name, n in rights.items()
+    }
+    got = summarise_benchmarks(results)["a"]["run"]["sampled"]["recovered"]
+    assert got["mean"] == pytest.approx(11 / 17)
+    assert 0.2 < got["low"] < got["high"] < 1
+
+
 def test_without_a_hybrid_nothing_is_recovered_and_shares_are_counted() -> None:
     found = summarise_benchmarks(
         {
