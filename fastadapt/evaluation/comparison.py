@@ -21,7 +21,7 @@ from fastadapt.evaluation.benchmarks import BenchmarkConfig, require_questions
 from fastadapt.evaluation.drawing import require_drawing
 from fastadapt.evaluation.folder import write
 from fastadapt.evaluation.output import OutputConfig, measure_output
-from fastadapt.evaluation.partial import PartialConfig, measure_partial
+from fastadapt.evaluation.partial import Partial, PartialConfig, measure_partial
 from fastadapt.evaluation.prompts import held_out, load_prompts
 from fastadapt.evaluation.responses import Request
 from fastadapt.evaluation.sampling import SamplingConfig, sample
@@ -29,7 +29,12 @@ from fastadapt.evaluation.scores import summarise_benchmarks
 from fastadapt.evaluation.speed import SpeedConfig, measure_speed
 from fastadapt.evaluation.statistics import BootstrapConfig
 from fastadapt.evaluation.students import Students
-from fastadapt.evaluation.summary import order, summarise_output, summarise_partial
+from fastadapt.evaluation.summary import (
+    order,
+    partial_gaps,
+    summarise_output,
+    summarise_partial,
+)
 from fastadapt.evaluation.texts import Text, answer_starts
 from fastadapt.organism import resolve
 
@@ -219,7 +224,33 @@ class Comparison:
             progress=partial(self.tell, "partial replacement"),
             stop=self.stop,
         )
-        return {"partial": summarise_partial(measured, self.config.statistics)}
+        if self.stop.is_set():
+            return {}
+        return {
+            "partial": summarise_partial(measured, self.config.statistics),
+            "bridge": self._bridge(measured),
+        }
+
+    def _bridge(self, measured: Mapping[str, Partial]) -> list[dict[str, Any]]:
+        """Adapters without the bridge against those of the same sparsity with it, paired by text.
+
+        Where only the last layers are replaced, these get inputs that no replaced layer has made:
+        what target→adapter trains for.
+        """
+        students = [s for s in self.students.students.values() if s.kind == "transcoder"]
+        return [
+            {
+                "without": ablated.name,
+                "with": whole.name,
+                "last": partial_gaps(
+                    measured[ablated.name], measured[whole.name], "last", self.config.statistics
+                ),
+            }
+            for ablated in students
+            for whole in students
+            if (ablated.variant, whole.variant) == ("no-bridge", "")
+            and ablated.sparsity == whole.sparsity
+        ]
 
     def _benchmarks(self) -> dict[str, Any]:
         asked = asked_of(self.students, self.config.benchmarks, self.config.sampling)

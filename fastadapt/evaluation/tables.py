@@ -32,6 +32,7 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
         _outputs(result),
         _order(result),
         _partial(result),
+        _bridge(result),
         *_benchmarks(result),
         _speed(result),
     ]
@@ -136,6 +137,23 @@ def _partial(result: Mapping[str, Any]) -> Table | None:
         "KL to the target, in nats per predicted token, where only some layers are replaced; the "
         "worst choice of each kind, all layers aside, and what the worst of all has more than all "
         f"layers together. {result['texts']['n_partial']:,} of the texts.",
+    )
+
+
+def _bridge(result: Mapping[str, Any]) -> Table | None:
+    pairs = result.get("bridge")
+    if not pairs:
+        return None
+    n_layers = len(pairs[0]["last"]) - 1
+    rows = [
+        [f"{pair['without']} − {pair['with']}", *(shown(gap) for gap in pair["last"][1:])]
+        for pair in pairs
+    ]
+    return Table(
+        "What the bridge does where only the last layers are replaced",
+        ["KL without − with", *(f"last {n}" for n in range(1, n_layers)), "all"],
+        rows,
+        "Adapters of the same sparsity, on the same texts; nats per predicted token.",
     )
 
 

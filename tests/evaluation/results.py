@@ -61,6 +61,13 @@ def made_up() -> dict[str, Any]:
                 "kl": interval(0.1),
             },
         ],
+        "bridge": [
+            {
+                "without": "no-bridge",
+                "with": "l0_10%",
+                "last": [interval(0.1 * i) for i in range(LAYERS + 1)],
+            }
+        ],
         "benchmarks": {"sums": {"target": {"sampled": measured(0.29) | {"recovered": None}}}},
         "benchmark_counts": {"sums": "500 questions × 1"},
     }

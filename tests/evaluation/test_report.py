@@ -22,12 +22,14 @@ def test_a_number_stands_with_its_interval() -> None:
 
 
 def test_every_student_is_in_every_table_that_is_about_it() -> None:
-    outputs, order, partial, benchmark = tables(made_up())
+    outputs, order, partial, bridge, benchmark = tables(made_up())
     names = [name for name, *_ in STUDENTS]
     assert [row[0] for row in outputs.rows] == names
     assert [row[0] for row in partial.rows] == names[1:]
     assert [row[0] for row in benchmark.rows] == ["target", *names]
     assert [row[-1] for row in order.rows] == ["yes", "NO"]
+    assert bridge.head[1:] == ["last 1", "last 2", "last 3", "all"]
+    assert bridge.rows[0][0] == "no-bridge − l0_10%"
     assert all(len(row) == len(t.head) for t in tables(made_up()) for row in t.rows)
     # No answer region was measured, so there is no column of it.
     assert outputs.head[5:] == ["… prompt", "… thinking", "NMSE"]
@@ -38,7 +40,7 @@ def test_every_student_is_in_every_table_that_is_about_it() -> None:
 
 def test_parts_that_were_not_measured_have_no_table() -> None:
     result = made_up()
-    for part in ("faithfulness", "order", "partial", "benchmarks"):
+    for part in ("faithfulness", "order", "partial", "bridge", "benchmarks"):
         del result[part]
     assert tables(result) == []
     assert figures(result) == []
