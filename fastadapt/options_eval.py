@@ -17,7 +17,8 @@ if typing.TYPE_CHECKING:
 
 def eval_parser() -> Parser:
     """The parser of `fastadapt eval`: one option per field of the evaluation's configuration."""
-    from fastadapt.evaluation.comparison import PARTS, EvalConfig
+    from fastadapt.evaluation.comparison import EvalConfig
+    from fastadapt.evaluation.folder import PARTS
 
     parser = Parser(
         prog="fastadapt eval",
@@ -43,8 +44,8 @@ def eval_parser() -> Parser:
         "--parts",
         type=list[typing.Literal[PARTS]],  # type: ignore[valid-type]
         default=list(PARTS),
-        help="what is measured and written: any of outputs, partial, speed, benchmarks; what "
-        "another call measured is kept, and written when it is asked for again",
+        help="what is measured: any of outputs, partial, speed, benchmarks; others that were "
+        "measured before of the same runs with the same settings stay in eval.json",
     )
     for name, kind in (("dtype", "of weights and streams"), ("device", "to run on")):
         told = f"{kind}; by default as in training"

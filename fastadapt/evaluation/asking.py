@@ -49,14 +49,15 @@ def ask(
     """
     results: dict[str, dict[str, dict[str, BenchmarkResult]]] = {}
     for model in ("target", *students.students):
+        sha256 = students.fingerprint(model)
         with students.generating(model) as generates:
             for way, asked in ways_of_asking(model, config).items():
                 found = run_benchmarks(
                     generates,
                     students.tokenizer,
                     asked,
-                    folder / f"{model}-{way.replace(', ', '-')}",
-                    source={"model": model, "sha256": students.fingerprint(model)},
+                    folder / f"{model}-{way.replace(', ', '-')}-{asked.fingerprint(sha256)[:16]}",
+                    source={"model": model, "sha256": sha256},
                     progress=partial(tell, f"{model}, {way}"),
                     stop=stop,
                 )
@@ -70,8 +71,10 @@ def ways_of_asking(model: str, config: BenchmarkConfig) -> dict[str, BenchmarkCo
     """How a model is asked: sampled; base and hybrid also with examples, and greedily."""
     ways = {SAMPLED: replace(config, few_shot=0)}
     if config.few_shot and model in ("base", "hybrid"):
-        greedy = replace(config.sampling, temperature=0.0)
-        ways[f"{config.few_shot}-shot"] = config
+        # A model that goes on after its answer with a question of its own is not judged on that.
+        drawn = replace(config.sampling, stop=(*config.sampling.stop, "\nProblem:"))
+        greedy = replace(drawn, temperature=0.0)
+        ways[f"{config.few_shot}-shot"] = replace(config, sampling=drawn)
         ways[f"{config.few_shot}-shot, greedy"] = replace(config, sampling=greedy)
     return ways
 

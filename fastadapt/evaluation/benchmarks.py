@@ -6,6 +6,7 @@ where it stopped, and every row is, so intervals can be drawn over questions lat
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -81,6 +82,11 @@ class BenchmarkConfig:
         if self.few_shot < 0:
             raise UserError(f"benchmarks.few_shot: expected 0 or more, got {self.few_shot}")
 
+    def fingerprint(self, model: str) -> str:
+        """SHA-256 of what the responses of a model (its own fingerprint) depend on."""
+        asked = (self.data, self.family, self.few_shot, self.seed, self.sampling.fingerprint())
+        return hashlib.sha256(repr((model, asked)).encode()).hexdigest()
+
     def repeats(self, task: str) -> int:
         """Responses per question; one where they would all be the same."""
         if self.sampling.temperature == 0:
@@ -93,8 +99,7 @@ class Row:
     """One response, judged.
 
     Attributes:
-        question: id of the question.
-        repetition: of it.
+        question, repetition: which of the question with this id.
         correct: whether its answer is right.
         answer: the right one.
         length_tokens: of what is judged: up to the cut, the end-of-sequence token not counted.
@@ -141,8 +146,7 @@ class BenchmarkResult:
 
 def tasks_of(target: str) -> tuple[str, ...]:
     """The benchmarks that a target is usually asked: the embedded pair has its own."""
-    embedded = Path(NAMES["organism/target"])
-    return EMBEDDED if Path(target).resolve() == embedded.resolve() else PUBLISHED
+    return EMBEDDED if Path(target).resolve() == NAMES["organism/target"] else PUBLISHED
 
 
 def run_benchmarks(
@@ -277,8 +281,8 @@ def _require_lm_eval() -> None:
 
 
 def _questions(task: str, config: BenchmarkConfig) -> list[dict[str, Any]]:
-    how = {"data": config.data, "few_shot": config.few_shot, "seed": config.seed}
-    return questions(task, family=config.family, **how)[: config.limit]  # type: ignore[arg-type]
+    by = {"few_shot": config.few_shot, "seed": config.seed}
+    return questions(task, family=config.family, data=config.data, **by)[: config.limit]
 
 
 def _check_all(model: Any, tokenizer: Any, config: BenchmarkConfig) -> None:

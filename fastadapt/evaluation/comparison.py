@@ -13,18 +13,16 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from threading import Event
-from typing import Any, Literal
+from typing import Any
 
 from fastadapt.errors import UserError
 from fastadapt.evaluation.asking import ask, asked_of, counts_of
 from fastadapt.evaluation.benchmarks import BenchmarkConfig, require_questions
 from fastadapt.evaluation.drawing import require_drawing
-from fastadapt.evaluation.folder import write
+from fastadapt.evaluation.folder import PARTS, Part, kept_part, write
 from fastadapt.evaluation.output import OutputConfig, measure_output
 from fastadapt.evaluation.partial import Partial, PartialConfig, measure_partial
-from fastadapt.evaluation.prompts import held_out, load_prompts
-from fastadapt.evaluation.responses import Request
-from fastadapt.evaluation.sampling import SamplingConfig, sample
+from fastadapt.evaluation.sampling import SamplingConfig
 from fastadapt.evaluation.scores import summarise_benchmarks
 from fastadapt.evaluation.speed import SpeedConfig, measure_speed
 from fastadapt.evaluation.statistics import BootstrapConfig
@@ -35,35 +33,12 @@ from fastadapt.evaluation.summary import (
     summarise_output,
     summarise_partial,
 )
+from fastadapt.evaluation.target_texts import TextsConfig, target_texts
 from fastadapt.evaluation.texts import Text, answer_starts
-from fastadapt.organism import resolve
 
 SCHEMA_VERSION = 1
-Part = Literal["outputs", "partial", "speed", "benchmarks"]
-PARTS: tuple[Part, ...] = ("outputs", "partial", "speed", "benchmarks")
 #: Told what is being done, how much of it is done, and how much there is.
 Tell = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class TextsConfig:
-    """The texts on which students are compared: the target's own responses to held-out prompts.
-
-    Args:
-        prompts: conversations whose prompts are answered, named as ``data.train`` is; the run's
-            held-out data if not given.
-        n: the first so many.
-        n_partial: partial replacement is measured on the first so many of them.
-    """
-
-    prompts: str | None = None
-    n: int = 500
-    n_partial: int = 100
-
-    def __post_init__(self) -> None:
-        for name in ("n", "n_partial"):
-            if getattr(self, name) < 1:
-                raise UserError(f"texts.{name}: expected 1 or more, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -116,11 +91,20 @@ class Comparison:
             The contents of ``eval.json``; None if told to stop before everything was measured.
         """
         require_drawing()
+        if not parts:
+            raise UserError(f"--parts: expected some of {', '.join(PARTS)}, got none")
         if "benchmarks" in parts:  # what is missing there is told before hours are spent here
             require_questions(asked_of(self.students, self.config.benchmarks, self.config.sampling))
         found: dict[str, Any] = {}
         if {"outputs", "partial"} & set(parts):
-            texts = self._texts()
+            texts = target_texts(
+                self.students,
+                self.config.texts,
+                self.config.sampling,
+                self.folder / "texts",
+                progress=partial(self.tell, "texts of the target"),
+                stop=self.stop,
+            )
             if "outputs" in parts and not self.stop.is_set():
                 found |= self._outputs(texts)
             if "partial" in parts and not self.stop.is_set():
@@ -139,51 +123,12 @@ class Comparison:
         if self.stop.is_set():
             return None
         result = {**self._about(found), **found}
+        for part in set(PARTS) - set(parts):
+            result |= kept_part(self.folder, part, result)
         write(result, self.folder)
         return result
 
     # --- the parts --------------------------------------------------------------------------------
-
-    def _texts(self) -> list[Text]:
-        """The target's responses, sampled or read; only those that are finished."""
-        students, config = self.students, self.config.texts
-        first = students.students[students.runs[0]].run
-        told = None if first is None else held_out(Path(first))
-        source = config.prompts or (told and told.source)
-        family = students.family or (told and told.family)
-        if source is None or family is None:
-            raise UserError(
-                f"{first} does not say what it was validated on and how that was rendered: give "
-                "the folder of a run first"
-            )
-        own = told if config.prompts is None else None
-        prompts = load_prompts(
-            resolve(source),
-            students.tokenizer,
-            family,
-            config.n,
-            split=own.split if own else "validation",
-            revision=own.revision if own else None,
-        )
-        requests = [Request(prompt.id, tuple(prompt.ids)) for prompt in prompts]
-        with students.generating("target") as model:
-            sampled = sample(
-                model,
-                students.tokenizer,
-                requests,
-                self.config.sampling,
-                out=self.folder / "texts.jsonl",
-                source={"model": "target", "sha256": students.fingerprint("target")},
-                progress=partial(self.tell, "texts of the target"),
-                stop=self.stop,
-            )
-        responses = {response.id: response for response in sampled.responses}
-        texts = []
-        for prompt in prompts:
-            if response := responses.get(prompt.id):
-                ids = [*prompt.ids, *response.tokens]
-                texts.append(Text(prompt.id, ids, len(prompt.ids), prompt.domain))
-        return texts
 
     def _outputs(self, texts: list[Text]) -> dict[str, Any]:
         students = self.students
@@ -212,8 +157,12 @@ class Comparison:
         """
         all_of_them = self.students.students
         sweep = [n for n, s in all_of_them.items() if s.kind == "transcoder" and not s.variant]
-        skyline = [n for n, s in all_of_them.items() if s.kind == "mlp"]
-        return ["base", "hybrid", *sorted(sweep, key=lambda name: told[name]["l0"]), *skyline]
+        sweep.sort(key=lambda name: told[name]["l0"])
+        skylines = [n for n, s in all_of_them.items() if s.kind == "mlp"]
+        skylines.sort(
+            key=lambda name: told[name]["top1_error"]["mean"]
+        )  # of several rates, the best
+        return ["base", "hybrid", *sweep, *skylines[:1]]
 
     def _partial(self, texts: list[Text]) -> dict[str, Any]:
         measured = measure_partial(
@@ -284,6 +233,10 @@ class Comparison:
             },
             "settings": dataclasses.asdict(self.config),
             "level": self.config.statistics.level,
+            "fingerprints": {
+                name: self.students.fingerprint(name)
+                for name in ("target", *self.students.students)
+            },
             "versions": {name: version(name) for name in ("fastadapt", "torch", "transformers")},
             "students": [
                 {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ def colours(series: Sequence[Series]) -> list[str]:
 def write_png(figure: Figure, path: Path) -> None:
     """Draw ``figure`` into a PNG file, 7.6 by 4.2 inches at 200 dots an inch."""
     from matplotlib.figure import Figure as Canvas
+    from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
     canvas = Canvas(figsize=(7.6, 4.2), layout="constrained")
     axes = canvas.add_subplot()
@@ -65,8 +67,14 @@ def write_png(figure: Figure, path: Path) -> None:
             axes.fill_between(s.x, s.low, s.high, color=colour, alpha=0.15, linewidth=0)
         else:
             axes.vlines(s.x, s.low, s.high, color=colour)
-    if figure.x_log and any(not s.level for s in figure.series):
+    xs = [x for s in figure.series for x in s.x]
+    if figure.x_log and xs:
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(FixedLocator(_round_numbers(min(xs), max(xs))))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
+    elif _counted(xs):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if figure.y_log:
         axes.set_yscale("log")
     if all(s.level for s in figure.series):
@@ -80,6 +88,18 @@ def write_png(figure: Figure, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     canvas.legend(loc="outside right upper", fontsize=8, frameon=False)
     canvas.savefig(path, dpi=200)
+
+
+def _counted(xs: Sequence[float]) -> bool:
+    """Whether they are few whole numbers, such as layers."""
+    return bool(xs) and all(x == int(x) for x in xs) and max(xs) <= 12
+
+
+def _round_numbers(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten from ``low`` to ``high``; beyond two decades, the powers."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    steps = (1.0,) if high > 100 * low else (1.0, 2.0, 5.0)
+    return [step * 10.0**power for power in powers for step in steps]
 
 
 def interactive(figure: Figure) -> Any:
@@ -123,9 +143,8 @@ def interactive(figure: Figure) -> Any:
     )
     any_x = any(not s.level for s in figure.series)
     grid = {"showgrid": True, "gridcolor": "rgba(128,128,128,.22)", "zeroline": False}
-    counted = all(x == int(x) for x in xs) and max(xs) <= 12
     drawn.update_xaxes(
-        dtick=1 if counted and not figure.x_log else None,
+        dtick=1 if _counted(xs) and not figure.x_log else None,
         title=figure.x_label,
         type="log" if figure.x_log and any_x else "linear",
         showticklabels=any_x,

@@ -78,6 +78,7 @@ def _against_l0(result: Mapping[str, Any]) -> list[Figure]:
             unit,
             over_l0(result, {name: found[key] for name, found in measured.items()}),
             x_log=True,
+            y_log=key == "kl",
         )
         for key, title, unit in OUTPUTS
     ]
@@ -94,7 +95,7 @@ def over_l0(result: Mapping[str, Any], values: Mapping[str, Interval]) -> list[S
         value, l0 = values.get(student["name"]), student.get("l0")
         if value is None or value["mean"] is None:
             continue
-        if student["kind"] == "transcoder" and student["variant"] == "" and l0:
+        if _in_sweep(student) and l0:
             sweep.append((l0, value))
         else:
             kind = student["variant"] or student["kind"]
@@ -122,11 +123,15 @@ def _series(name: str, kind: str, x: Sequence[float], values: Sequence[Interval]
 def _per_student(
     result: Mapping[str, Any], curves: Mapping[str, tuple[Sequence[float], Sequence[Interval]]]
 ) -> list[Series]:
-    return [
-        _series(s["name"], s["variant"] or s["kind"], *curves[s["name"]])
-        for s in result["students"]
-        if s["name"] in curves
-    ]
+    """In the order of the students, but adapters from sparse to dense."""
+    students = [s for s in result["students"] if s["name"] in curves]
+    sweep = iter(sorted(filter(_in_sweep, students), key=lambda s: s["l0"] or 0.0))
+    ordered = [next(sweep) if _in_sweep(s) else s for s in students]
+    return [_series(s["name"], s["variant"] or s["kind"], *curves[s["name"]]) for s in ordered]
+
+
+def _in_sweep(student: Mapping[str, Any]) -> bool:
+    return student["kind"] == "transcoder" and student["variant"] == ""
 
 
 def _nmse(result: Mapping[str, Any]) -> list[Figure]:
@@ -152,10 +157,13 @@ def _partial(result: Mapping[str, Any]) -> list[Figure]:
         ("last", "Last n layers replaced", "n"),
         ("single", "One layer replaced", "layer"),
     ):
-        curves = {name: (list(range(len(m[way]))), m[way]) for name, m in measured.items()}
+        start = 0 if way == "single" else 1  # none replaced is the target itself
+        curves = {
+            name: (list(range(start, len(m[way]))), m[way][start:]) for name, m in measured.items()
+        }
         unit = "KL to the target, nats per predicted token"
         series = _per_student(result, curves)
-        found.append(Figure(f"partial-{way}", title, label, unit, series))
+        found.append(Figure(f"partial-{way}", title, label, unit, series, y_log=True))
     return found
 
 
@@ -169,7 +177,9 @@ def _positions(result: Mapping[str, Any]) -> list[Figure]:
     unit = "KL to the target, nats per predicted token"
     series = _per_student(result, curves)
     label = "position in the text, from 1"
-    return [Figure("kl-position", "KL against position", label, unit, series, x_log=True)]
+    return [
+        Figure("kl-position", "KL against position", label, unit, series, x_log=True, y_log=True)
+    ]
 
 
 #: key, title, unit, of what is drawn over L0 for each benchmark

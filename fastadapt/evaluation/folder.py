@@ -2,7 +2,7 @@
 
 ::
 
-    texts.jsonl        responses of the target to held-out prompts
+    texts/             responses of the target to held-out prompts
     outputs/           per position of these, every student's KL and top-1 agreement
     partial/           the same where only some layers are replaced, summed per text
     speed.json         how fast each model generates
@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fastadapt.errors import RunError, UserError
 from fastadapt.evaluation.drawing import write_png
@@ -31,7 +31,7 @@ LOCK = ".lock"
 #: Everything that is ever in the folder.
 CONTENTS = (
     LOCK,
-    "texts.jsonl",
+    "texts",
     "outputs",
     "partial",
     "speed.json",
@@ -42,6 +42,35 @@ CONTENTS = (
     "plots",
     "report.html",
 )
+
+
+Part = Literal["outputs", "partial", "speed", "benchmarks"]
+PARTS: tuple[Part, ...] = ("outputs", "partial", "speed", "benchmarks")
+#: What each part has in ``eval.json``.
+_SECTIONS: Mapping[Part, tuple[str, ...]] = {
+    "outputs": ("faithfulness", "order", "texts"),
+    "partial": ("partial", "bridge", "texts"),
+    "speed": ("speed",),
+    "benchmarks": ("benchmarks", "benchmark_counts"),
+}
+
+
+def kept_part(folder: Path, part: Part, result: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``eval.json`` has of a part, if it is of the same models, runs and settings.
+
+    Args:
+        folder: of the evaluation.
+        part: one that was not asked for this time.
+        result: the new contents, as far as they are there.
+    """
+    path = folder / "eval.json"
+    if not path.is_file():
+        return {}
+    old = json.loads(path.read_text(encoding="utf-8"))
+    for same in ("schema_version", "pair", "fingerprints", "settings"):
+        if old.get(same) != json.loads(json.dumps(result[same])):
+            return {}
+    return {name: old[name] for name in _SECTIONS[part] if name in old and name not in result}
 
 
 def write(result: Mapping[str, Any], folder: Path) -> None:

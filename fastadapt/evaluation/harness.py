@@ -20,6 +20,7 @@ from threading import Event
 from typing import Any
 
 import lm_eval.api.task
+import lm_eval.evaluator
 import yaml
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
@@ -155,11 +156,13 @@ def _repeated(task: str, repeats: int) -> Iterator[Path]:
 def _quiet() -> Iterator[None]:
     """Without lm-eval's account of what it does, nor its bars; errors are raised all the same."""
     logger = logging.getLogger("lm_eval")
-    level, bar = logger.level, lm_eval.api.task.tqdm
+    level, bar, commit = logger.level, lm_eval.api.task.tqdm, lm_eval.evaluator.get_git_commit_hash
     logger.setLevel(logging.ERROR)
     lm_eval.api.task.tqdm = partial(bar, disable=True)
+    lm_eval.evaluator.get_git_commit_hash = lambda: None  # git complains outside a checkout
     try:
         yield
     finally:
         logger.setLevel(level)
         lm_eval.api.task.tqdm = bar
+        lm_eval.evaluator.get_git_commit_hash = commit

@@ -8,16 +8,23 @@ from collections.abc import Sequence
 
 from fastadapt.errors import UserError
 
-_LETTER = re.compile(r"\(?([A-D])\)?(?![A-Za-z])")
+# An option, alone or with its wording after it; "A, B, C or D" and "A catalyst" are none.
+_LETTER = re.compile(r"\(?([A-D])\)?(?:[.:)].*)?", re.DOTALL)
+_PREFIX = re.compile(r"(?i:^(?:the )?(?:option|answer|choice)\b(?: is)?:?\s*)")
 # Uppercase only, and nothing after it on its line: "the answer is a number" names no option.
 _STATED = re.compile(r"[Aa]nswer(?: is)?:?[ *]*\(?([A-D])\)?[ .*]*(?:$|\n)")
-_WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|rm|bf)\s*\{([^{}]*)\}")
+_WRAPPED = re.compile(
+    r"\\(?:text(?:bf|it|rm|sf)?|math(?:rm|bf|it|sf|tt)|boldsymbol|bm|rm|bf)\s*\{([^{}]*)\}"
+)
+_SPACES = re.compile(r"[$~]|\\[,;:! ]")
 
 
 def last_boxed(text: str) -> str | None:
     r"""What the last complete ``\boxed{...}`` holds, braces matched; None where there is none."""
-    for begin in reversed([match.end() for match in re.finditer(r"\\boxed\s*\{", text)]):
-        depth = 1
+    for match in reversed(list(re.finditer(r"\\boxed\s*(?:\{|(?<=\s)([\w.]+))", text))):
+        if match[1] is not None:  # without braces
+            return match[1].rstrip(".")
+        begin, depth = match.end(), 1
         for place in range(begin, len(text)):
             depth += {"{": 1, "}": -1}.get(text[place], 0)
             if depth == 0:
@@ -63,7 +70,10 @@ def chosen_letter(text: str) -> str | None:
     """
     boxed = last_boxed(text)
     if boxed is not None:
-        match = _LETTER.match(_WRAPPED.sub(r"\1", boxed).strip())
+        before = None
+        while boxed != before:
+            before, boxed = boxed, _WRAPPED.sub(r"\1", boxed)
+        match = _LETTER.fullmatch(_PREFIX.sub("", _SPACES.sub(" ", boxed).strip()).strip())
         return match.group(1) if match else None
     stated = _STATED.findall(text)
     return stated[-1] if stated else None

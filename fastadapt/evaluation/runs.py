@@ -73,10 +73,12 @@ def names_of(runs: Sequence[str | os.PathLike[str]], names: Sequence[str] | None
         if name in BUILT_IN:
             raise UserError(f"a run may not be called {name!r}, which every pair has: name it")
         if not name or not all(c.isalnum() or c in "._-+=" for c in name) or name[0] == ".":
-            raise UserError(f"a run's name: expected letters, digits and ._-+=, got {name!r}")
+            raise UserError(
+                f"a run's name: expected letters, digits and ._-+=, got {name!r} (--names)"
+            )
         if names.count(name) > 1:
             which = ", ".join(str(run) for run, n in zip(runs, names, strict=True) if n == name)
-            raise UserError(f"several runs are called {name!r} ({which}): name them")
+            raise UserError(f"several runs are called {name!r} ({which}): name them (--names)")
     return list(names)
 
 

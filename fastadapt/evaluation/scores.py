@@ -45,9 +45,10 @@ def summarise_benchmarks(
 
     Returns:
         By benchmark (and ``mean``, of several), model and way of asking: intervals ``accuracy``,
-        ``length`` (tokens), ``hesitations_per_1000`` (tokens), ``recovered`` (share of the
-        target's gain in accuracy over the hybrid, sampled alike; None where there is none), the
-        shares ``truncated`` and ``degenerate``, and ``tokens_per_s``.
+        ``length`` (tokens), ``hesitations_per_1000`` (tokens), ``recovered`` and
+        ``recovered_from_base`` (share of the target's gain in accuracy over the hybrid, and over
+        the base, all sampled; None where there is none), the shares ``truncated`` and
+        ``degenerate``, and ``tokens_per_s``.
 
     Raises:
         UserError: a model was asked other questions than another.
@@ -62,7 +63,7 @@ def summarise_benchmarks(
             if all(t in by for by in ways.values() for t in of_task)
         }
         _check_same(sums, task)
-        ends = [sums.get(model, {}).get(SAMPLED) for model in ("hybrid", "target")]
+        ends = {m: sums.get(m, {}).get(SAMPLED) for m in ("base", "hybrid", "target")}
         told[task] = {}
         for model, ways in sums.items():
             told[task][model] = {}
@@ -70,9 +71,8 @@ def summarise_benchmarks(
                 rows = [row for t in of_task for row in results[model][way][t].rows]
                 told[task][model][way] = {
                     **_intervals(found, config),
-                    "recovered": _recovered(found, ends, config)
-                    if model not in ("target", "hybrid") or way != SAMPLED
-                    else None,
+                    "recovered": _recovered(found, ends["hybrid"], ends["target"], config),
+                    "recovered_from_base": _recovered(found, ends["base"], ends["target"], config),
                     "truncated": sum(row.finish == "length" for row in rows) / len(rows),
                     "degenerate": sum(row.finish == "degenerate" for row in rows) / len(rows),
                     "tokens_per_s": _speed([results[model][way][t] for t in of_task]),
@@ -117,12 +117,12 @@ def _intervals(found: _Sums, config: BootstrapConfig | None) -> dict[str, Any]:
     }
 
 
-def _recovered(found: _Sums, ends: Sequence[_Sums | None], config: BootstrapConfig | None) -> Any:
-    if any(end is None for end in ends):
+def _recovered(
+    found: _Sums, floor: _Sums | None, ceiling: _Sums | None, config: BootstrapConfig | None
+) -> Any:
+    """None of the two ends themselves, and where one of them is not there."""
+    if floor is None or ceiling is None or found is floor or found is ceiling:
         return None
-    floor, ceiling = ends
-    assert floor is not None
-    assert ceiling is not None
     a, b, c = (each.correct / each.responses * each.weight for each in (found, floor, ceiling))
     interval: Intervals = recovered(a, b, c, config)
     return interval.plain()

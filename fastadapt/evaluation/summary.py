@@ -125,13 +125,16 @@ def order(
 
     Returns:
         Per pair of neighbours: ``above`` and ``below`` (names), their gaps ``kl`` and
-        ``top1_error``, and ``holds``: whether the gap in top-1 error lies wholly above 0.
+        ``top1_error``, and ``holds``: ``yes``, the gap in top-1 error lies wholly above 0; ``tie``,
+        0 is in its interval; ``no``, it lies below; or None, too few texts to tell.
     """
     pairs = []
     for above, below in pairwise(names):
         gap = gaps(measured[above], measured[below], config)
-        low = gap["top1_error"]["low"]
-        holds = low is not None and low > 0
+        low, high = gap["top1_error"]["low"], gap["top1_error"]["high"]
+        holds = None
+        if low is not None and high is not None:
+            holds = "yes" if low > 0 else "no" if high < 0 else "tie"
         pairs.append({"above": above, "below": below, **gap, "holds": holds})
     return pairs
 

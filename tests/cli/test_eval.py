@@ -53,13 +53,14 @@ def test_runs_are_compared_and_nothing_is_measured_twice(runs, fastadapt) -> Non
         assert said in outcome.out
     assert "texts of the target" in outcome.err
 
-    before, texts = files(folder), (folder / "texts.jsonl").read_bytes()
+    (sampled,) = (folder / "texts").iterdir()
+    before, texts = files(folder), sampled.read_bytes()
     again = fastadapt("eval", *runs, *OUTPUTS, *QUICK)
     assert again.out == outcome.out
     kept = {name: at for name, at in files(folder).items() if name.endswith(".safetensors")}
     assert kept
     assert kept == {name: before[name] for name in kept}
-    assert (folder / "texts.jsonl").read_bytes() == texts
+    assert sampled.read_bytes() == texts
     assert json.loads((folder / "eval.json").read_text()) == result
 
 
@@ -73,6 +74,32 @@ def test_another_run_adds_only_itself(runs, fastadapt, tmp_path: Path) -> None:
     assert len(kept) == 3 + 2
     assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
     assert any("tuned" in name for name in after.keys() - before.keys())
+
+
+def test_parts_add_up_and_a_retrained_run_is_measured_anew(runs, fastadapt) -> None:
+    """Other parts stay in eval.json for as long as they are of the same runs and settings."""
+    command = ("eval", runs[0], *QUICK, "--speed.new_tokens", 2, "--speed.rounds", 1)
+    folder = runs[0] / "eval"
+
+    def sections(*parts: str) -> set[str]:
+        outcome = fastadapt(*command, "--parts", f"[{','.join(parts)}]")
+        assert outcome.code == 0, outcome.err
+        told = json.loads((folder / "eval.json").read_text())
+        return {"faithfulness", "partial", "speed"} & told.keys()
+
+    assert sections("outputs") == {"faithfulness"}
+    assert sections("speed") == {"faithfulness", "speed"}
+    assert sections("partial") == {"faithfulness", "speed", "partial"}
+    (first,) = (folder / "texts").iterdir()
+    shutil.rmtree(runs[0] / "adapter")
+    shutil.copytree(runs[1] / "adapter", runs[0] / "adapter")
+    assert sections("outputs") == {"faithfulness"}
+    assert json.loads((folder / "eval.json").read_text())["students"][-1]["kind"] == "mlp"
+    assert list((folder / "texts").iterdir()) == [first]  # the target is what it was
+    command = (*command, "--sampling.seed", 1)
+    assert sections("outputs") == {"faithfulness"}
+    assert len(list((folder / "texts").iterdir())) == 2
+    assert fastadapt(*command, "--parts", "[]").code == 2
 
 
 @pytest.mark.slow

@@ -122,6 +122,11 @@ def test_an_answer_outside_the_box_is_none() -> None:
     assert not math_is_right("the answer is 5", "5")
 
 
+def test_a_box_needs_no_braces() -> None:
+    assert math_is_right(r"so it is $\boxed 12$.", "12")
+    assert not math_is_right(r"\boxed{12} and then \boxed 13.", "12")
+
+
 def test_mathematics_is_judged_outside_the_main_thread_too() -> None:
     found: list[bool] = []
     thread = threading.Thread(target=lambda: found.append(math_is_right(r"\boxed{0.5}", "1/2")))
@@ -137,6 +142,15 @@ def test_mathematics_is_judged_outside_the_main_thread_too() -> None:
         (r"\boxed{B} but no, \boxed{\text{D}}", "D"),
         (r"\boxed{(A)}", "A"),
         (r"\boxed{B: 12 m}", "B"),
+        (r"\boxed{\textbf{\text{C}}}", "C"),
+        (r"\boxed{\mathrm{~C}}", "C"),
+        (r"\boxed{\boldsymbol{C}.}", "C"),
+        (r"$\boxed{$C$}$", "C"),
+        (r"\boxed{\text{Option C}}", "C"),
+        (r"\boxed{\text{Answer: C}}", "C"),
+        (r"so \boxed C", "C"),
+        (r"\boxed{A, B, C, or D}", None),
+        (r"\boxed{\text{A catalyst}}", None),
         (r"\boxed{a}", None),
         (r"\boxed{Argon}", None),
         ("The answer is a number.\nA good one.", None),

@@ -59,6 +59,7 @@ def test_what_is_recovered_is_paired_with_target_and_hybrid() -> None:
     )["a"]
     assert found["target"]["sampled"]["recovered"] is None
     assert found["hybrid"]["sampled"]["recovered"] is None
+    assert found["run"]["sampled"]["recovered_from_base"] is None  # it was not asked
     got = found["run"]["sampled"]["recovered"]
     assert got["low"] < 0.5 < got["high"]
     assert got["high"] - got["low"] < 0.2
