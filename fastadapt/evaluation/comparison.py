@@ -122,9 +122,10 @@ class Comparison:
             found |= self._benchmarks()
         if self.stop.is_set():
             return None
-        result = {**self._about(found), **found}
+        result = {**self._about(), **found}
         for part in set(PARTS) - set(parts):
             result |= kept_part(self.folder, part, result)
+        result["students"] = self._cards(result.get("faithfulness", {}))
         write(result, self.folder)
         return result
 
@@ -220,9 +221,8 @@ class Comparison:
             "predicted": sum(len(text.ids) - 1 for text in texts),
         }
 
-    def _about(self, found: Mapping[str, Any]) -> dict[str, Any]:
+    def _about(self) -> dict[str, Any]:
         pair = self.students.config
-        told = found.get("faithfulness", {})
         return {
             "schema_version": SCHEMA_VERSION,
             "pair": {
@@ -238,14 +238,16 @@ class Comparison:
                 for name in ("target", *self.students.students)
             },
             "versions": {name: version(name) for name in ("fastadapt", "torch", "transformers")},
-            "students": [
-                {
-                    **student.plain(),
-                    # As measured here, where it was; else on the run's own held-out data.
-                    "l0": told.get(name, {}).get("l0") or student.l0,
-                    "variant": student.variant,
-                    "what": student.what,
-                }
-                for name, student in self.students.students.items()
-            ],
         }
+
+    def _cards(self, measured: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """What is said of each student; L0 as measured here, or else on its run's held-out data."""
+        return [
+            {
+                **student.plain(),
+                "l0": measured.get(name, {}).get("l0") or student.l0,
+                "variant": student.variant,
+                "what": student.what,
+            }
+            for name, student in self.students.students.items()
+        ]
