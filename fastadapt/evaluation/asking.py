@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from threading import Event
 
+from fastadapt.errors import UserError
 from fastadapt.evaluation.benchmarks import (
     BenchmarkConfig,
     BenchmarkResult,
@@ -22,11 +23,20 @@ from fastadapt.evaluation.students import Students
 def asked_of(
     students: Students, config: BenchmarkConfig, sampling: SamplingConfig
 ) -> BenchmarkConfig:
-    """``config`` with the pair's own benchmarks where it names none, and how the pair is asked."""
+    """``config`` with the pair's own benchmarks where it names none, and how the pair is asked.
+
+    Raises:
+        UserError: the runs do not say how conversations were rendered, which a guess may not do.
+    """
+    if students.family is None:
+        raise UserError(
+            f"benchmarks: {students.runs[0]} does not say in which family's form conversations "
+            "were rendered in its training; give the folder of a run that does first"
+        )
     return replace(
         config,
         tasks=config.tasks or tasks_of(students.config.target),
-        family=students.family or config.family,
+        family=students.family,
         sampling=sampling,
     )
 

@@ -87,6 +87,7 @@ class SampledLM(LM):
             raise StoppedError
         return [response.text for response in self.sampled.responses]
 
+    # lm-eval's base class wants these two of every model; our task files never ask for them.
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         raise NotImplementedError("these benchmarks generate; none asks for a likelihood")
 

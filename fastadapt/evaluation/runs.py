@@ -65,6 +65,12 @@ class Student:
 
 
 def names_of(runs: Sequence[str | os.PathLike[str]], names: Sequence[str] | None) -> list[str]:
+    """What the runs are called: as given, or as their folders.
+
+    Raises:
+        UserError: too few or too many names, one given twice, one that every pair has, or one that
+            cannot be a file's.
+    """
     if names is None:
         names = [Path(run).expanduser().resolve().name for run in runs]
     if len(names) != len(runs):
@@ -118,6 +124,8 @@ def _shown(pair: Mapping[str, Any]) -> str:
 
 
 def check_same(first: PairConfig, other: PairConfig, run: str, other_run: str) -> None:
+    """Raise ``UserError``, naming both runs, where they are of two pairs or two dtypes."""
+
     def models(pair: PairConfig) -> dict[str, Any]:
         return {
             role: (os.path.realpath(name) if os.path.isdir(name) else name, revision)
@@ -135,11 +143,12 @@ def check_same(first: PairConfig, other: PairConfig, run: str, other_run: str) -
     if first.dtype != other.dtype:
         raise UserError(
             f"{other_run}: its pair was held in {other.dtype}, that of {run} in {first.dtype}; "
-            "give the dtype to evaluate both in"
+            "give the dtype to evaluate both in (--dtype)"
         )
 
 
 def student_of(name: str, run: Path, card: Mapping[str, Any]) -> Student:
+    """A run as a student: ``card`` is its ``fastadapt.json``."""
     metadata = card["metadata"]
     objective, measured = metadata.get("objective") or {}, metadata.get("measured") or {}
     return Student(

@@ -103,6 +103,9 @@ def test_files_are_drawn(tmp_path: Path) -> None:
 def test_one_student_alone_can_be_drawn(students: list[str], tmp_path: Path) -> None:
     result = made_up()
     result["students"] = [s for s in result["students"] if s["name"] in students]
-    for figure in figures(result):
-        write_png(figure, tmp_path / "a.png")
-        interactive(figure)
+    drawn = figures(result)
+    assert drawn
+    for figure in drawn:
+        write_png(figure, tmp_path / f"{figure.key}.png")
+        assert (tmp_path / f"{figure.key}.png").stat().st_size > 10_000
+        assert len(interactive(figure).data) == len(figure.series) > 0

@@ -10,6 +10,9 @@ import torch
 import yaml
 
 from fastadapt.errors import UserError
+from fastadapt.evaluation.asking import asked_of
+from fastadapt.evaluation.benchmarks import PUBLISHED, BenchmarkConfig
+from fastadapt.evaluation.sampling import SamplingConfig
 from fastadapt.evaluation.students import Students
 
 IDS = torch.tensor([[5, 9, 23, 7, 31, 8]])
@@ -132,3 +135,11 @@ def test_bad_names_and_dtypes(make_run, tmp_path) -> None:
     with pytest.raises(UserError, match=r"held in bfloat16, that of .* in float32"):
         Students.open([run, other])
     assert Students.open([run, other], dtype="float32").runs == ["a", "b"]
+
+
+def test_how_to_ask_is_not_guessed(make_run) -> None:
+    students = Students.open([make_run("a", family=None)])
+    with pytest.raises(UserError, match=r"benchmarks: a does not say in which family's form"):
+        asked_of(students, BenchmarkConfig(), SamplingConfig())
+    asked = asked_of(Students.open([make_run("b")]), BenchmarkConfig(), SamplingConfig(seed=3))
+    assert (asked.family, asked.tasks, asked.sampling.seed) == ("r1-distill", PUBLISHED, 3)
