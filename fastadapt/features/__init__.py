@@ -1,0 +1,1 @@
+"""What the features of an adapter mean: collected, browsed, described, judged, selected."""

@@ -1,0 +1,230 @@
+"""A store of features: opened, checked, asked, added to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fastadapt.errors import RunError, UserError
+from fastadapt.features.schema import KINDS, MANIFEST, SCHEMA_VERSION, SHARED, TABLES, Kind
+from fastadapt.files import digest, locked, replacing
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from duckdb import DuckDBPyConnection
+
+LOCK = ".lock"
+_ROW_GROUP = 8192  # rows; a reader of one feature reads one group of each column
+
+
+class Store:
+    """A finished store.
+
+    Attributes:
+        folder: of the store.
+        manifest: the contents of ``manifest.json``.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder = folder
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, source: str | os.PathLike[str], *, adapter: str | None = None) -> Store:
+        """The store in ``source``, or in ``source/features`` of a run.
+
+        Args:
+            source: folder of a store, or of a run.
+            adapter: SHA-256 of the adapter that it must be of, if it matters.
+
+        Raises:
+            UserError: there is none, it is of another version or another adapter, or a file is
+                missing.
+        """
+        folder = Path(source).expanduser()
+        if not (folder / MANIFEST).is_file() and (folder / "features" / MANIFEST).is_file():
+            folder = folder / "features"
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise UserError(
+                f"{source} has no features yet: expected {path.name} in it, or in features/ "
+                "(fastadapt features collect)"
+            )
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path} is not JSON: {error}") from error
+        found = manifest.get("schema_version") if isinstance(manifest, dict) else None
+        if found != SCHEMA_VERSION:
+            raise UserError(
+                f"{path}: schema_version is {found!r}, this fastadapt reads {SCHEMA_VERSION}"
+            )
+        if adapter is not None and manifest["adapter"] != adapter:
+            raise UserError(
+                f"{folder}: these features are of another adapter (of {manifest['run']}); collect "
+                "them again (--overwrite), or give the store of this run"
+            )
+        for name in manifest["files"]:
+            if not (folder / name).is_file():
+                raise UserError(f"{folder}: {name} is missing; collect the features again")
+        return cls(folder, manifest)
+
+    @property
+    def kinds(self) -> list[Kind]:
+        """The kinds of unit that were collected."""
+        return [kind for kind in KINDS if kind in self.manifest["units"]]
+
+    def shape(self, kind: Kind) -> tuple[int, int]:
+        """Layers, and units per layer, of a kind."""
+        if kind not in self.manifest["units"]:
+            raise UserError(f"{self.folder}: no {kind} units in it; it has {', '.join(self.kinds)}")
+        units = self.manifest["units"][kind]
+        return int(units["n_layers"]), int(units["n_features"])
+
+    def path(self, table: str, kind: Kind = "adapter") -> Path:
+        """Where a table of :data:`~fastadapt.features.schema.TABLES` or ``SHARED`` lies."""
+        return self.folder / (f"{table}.parquet" if table in SHARED else f"{kind}/{table}.parquet")
+
+    def has(self, table: str, kind: Kind = "adapter") -> bool:
+        """Whether the table is there."""
+        return self.path(table, kind).is_file()
+
+    def read(
+        self,
+        table: str,
+        kind: Kind = "adapter",
+        *,
+        columns: Sequence[str] | None = None,
+        layer: int | None = None,
+        features: Iterable[int] | None = None,
+    ) -> pa.Table:
+        """A table, or the rows of one layer, or of some units of it.
+
+        Raises:
+            UserError: it is not there, or cannot be read.
+        """
+        path = self.path(table, kind)
+        if not path.is_file():
+            raise UserError(f"{self.folder} has no {table} of {kind} units yet")
+        filters = [] if layer is None else [("layer", "=", layer)]
+        if features is not None:
+            filters.append(("feature", "in", sorted(set(features))))  # type: ignore[arg-type]
+        try:
+            return pq.read_table(
+                path, columns=None if columns is None else list(columns), filters=filters or None
+            )
+        except (pa.ArrowInvalid, OSError) as error:
+            raise UserError(f"{path} cannot be read: {error}") from error
+
+    def check_unit(self, kind: Kind, layer: int, feature: int) -> None:
+        """Raise ``UserError`` where there is no such unit."""
+        n_layers, n_features = self.shape(kind)
+        if not 0 <= layer < n_layers:
+            raise UserError(f"layer: expected 0 to {n_layers - 1}, got {layer}")
+        if not 0 <= feature < n_features:
+            raise UserError(f"feature: expected 0 to {n_features - 1}, got {feature}")
+
+    def connect(self, kind: Kind = "adapter") -> DuckDBPyConnection:
+        """A DuckDB connection with a view of every table that is there, by its name.
+
+        The connection reads the store's files and nothing else on the machine, and no network.
+
+        Raises:
+            UserError: DuckDB is not installed.
+        """
+        try:
+            import duckdb
+        except ImportError:
+            raise UserError("SQL over features needs: pip install 'fastadapt[features]'") from None
+        connection = duckdb.connect()
+        for table in (*TABLES, *SHARED):
+            if self.has(table, kind):
+                path = str(self.path(table, kind).resolve()).replace("'", "''")
+                connection.execute(f"CREATE VIEW {table} AS SELECT * FROM read_parquet('{path}')")
+        allowed = str(self.folder.resolve()).replace("'", "''")
+        connection.execute(f"SET allowed_directories = ['{allowed}/']")
+        connection.execute("SET enable_external_access = false")
+        connection.execute("SET lock_configuration = true")
+        return connection
+
+    def add(self, table: str, rows: pa.Table, kind: Kind = "adapter") -> None:
+        """Write one of the tables that come after collecting, in place of what it was.
+
+        Raises:
+            RunError: the folder cannot be written.
+        """
+        write_table(rows, self.path(table, kind), TABLES[table])
+
+
+def adapter_digest(folder: Path) -> str:
+    """SHA-256 of a folder of adapters: of the bytes of each layer's file, in order."""
+    sha256 = hashlib.sha256()
+    for path in sorted(folder.glob("layer_*.safetensors")):
+        sha256.update(f"{path.name} {digest(path)}\n".encode())
+    return sha256.hexdigest()
+
+
+def write_table(rows: pa.Table, path: Path, schema: pa.Schema) -> None:
+    """Write a table of the given columns, sorted by its leading (layer, feature) if it has them.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
+    rows = rows.select(schema.names).cast(schema)
+    if "layer" in schema.names:
+        keys = [name for name in ("layer", "feature", "sample", "rank") if name in schema.names]
+        rows = rows.sort_by([(name, "ascending") for name in keys])
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as staged:
+            pq.write_table(rows, staged, compression="zstd", row_group_size=_ROW_GROUP)
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def write_manifest(folder: Path, facts: Mapping[str, Any], files: Sequence[Path]) -> None:
+    """Write ``manifest.json``: it comes last, and makes the folder a store.
+
+    Args:
+        folder: of the store.
+        facts: all but ``schema_version`` and ``files``: ``run`` (its folder), ``adapter`` (SHA-256,
+            see :func:`fastadapt.features.store.Store.open`), ``pair``, ``data`` (source, digest,
+            texts, tokens), ``domains``, ``settings``, ``units`` (by kind: n_layers, n_features),
+            ``lens`` (how it was taken), ``edges``, ``versions``.
+        files: those that collecting has written, in the folder.
+    """
+    listed = {}
+    for path in sorted(files):
+        size, sha256 = digest(path)
+        listed[str(path.relative_to(folder))] = {"bytes": size, "sha256": sha256}
+    manifest = {"schema_version": SCHEMA_VERSION, **facts, "files": listed}
+    with replacing(folder / MANIFEST) as staged:
+        text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False)
+        staged.write_text(text + "\n", encoding="utf-8")
+
+
+@contextmanager
+def writing(store: Path) -> Iterator[None]:
+    """Hold the store's folder for this process, which adds to it.
+
+    Raises:
+        UserError: another process does.
+        RunError: it cannot be written.
+    """
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+        with locked(store / LOCK):
+            yield
+    except BlockingIOError:
+        raise UserError(f"{store}: another process is writing there") from None
+    except OSError as error:
+        raise RunError(f"{store} cannot be written: {error.strerror}") from error

@@ -1,0 +1,78 @@
+"""A store opens, is refused where it is not what it should be, and answers SQL, reading only it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from stores import MadeText, make_store
+
+from fastadapt.errors import UserError
+from fastadapt.features.store import Store
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(1)
+    texts = [MadeText(list(rng.integers(0, 30, 40)), [2] * 10 + [5] * 30, "math") for _ in range(3)]
+    activations = [np.maximum(rng.normal(size=(2, 40, 6)) - 1, 0).astype(np.float32) for _ in texts]
+    make_store(tmp_path / "features", texts, activations, [f"w{i}" for i in range(30)])
+    return tmp_path
+
+
+def test_a_run_finds_its_store_and_rows_of_one_feature(folder: Path) -> None:
+    store = Store.open(folder)
+    assert store.kinds == ["adapter"]
+    assert store.shape("adapter") == (2, 6)
+    rows = store.read("examples", layer=1, features=[3]).to_pylist()
+    assert {(row["layer"], row["feature"]) for row in rows} == {(1, 3)}
+    counts = store.read("features", columns=["count"], layer=1, features=[3])["count"].to_pylist()
+    assert len([row for row in rows if row["sample"] == "top"]) == min(20, counts[0])
+
+
+def test_sql_reads_the_store_and_nothing_else(folder: Path) -> None:
+    import duckdb
+
+    connection = Store.open(folder).connect()
+    found = connection.execute("SELECT count(*) FROM features JOIN lens USING (layer, feature)")
+    assert found.fetchone() == (12,)
+    with pytest.raises(duckdb.PermissionException):
+        connection.execute("SELECT * FROM read_text('/etc/hostname')")
+    with pytest.raises(duckdb.InvalidInputException):
+        connection.execute("SET enable_external_access = true")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: (f / "manifest.json").unlink(), "has no features yet"),
+        (lambda f: (f / "manifest.json").write_text("{"), "is not JSON"),
+        (lambda f: (f / "adapter" / "lens.parquet").unlink(), "lens.parquet is missing"),
+        (
+            lambda f: (f / "manifest.json").write_text(json.dumps({"schema_version": 9})),
+            "schema_version is 9",
+        ),
+    ],
+)
+def test_what_is_no_store_is_told(folder: Path, change: object, message: str) -> None:
+    change(folder / "features")  # type: ignore[operator]
+    with pytest.raises(UserError, match=message):
+        Store.open(folder)
+
+
+def test_a_store_of_another_adapter_is_told(folder: Path) -> None:
+    with pytest.raises(UserError, match="of another adapter"):
+        Store.open(folder, adapter="1" * 64)
+    assert Store.open(folder, adapter="0" * 64).kinds == ["adapter"]
+
+
+def test_units_out_of_range_are_told(folder: Path) -> None:
+    store = Store.open(folder)
+    with pytest.raises(UserError, match="layer: expected 0 to 1, got 2"):
+        store.check_unit("adapter", 2, 0)
+    with pytest.raises(UserError, match="feature: expected 0 to 5, got -1"):
+        store.check_unit("adapter", 0, -1)
+    with pytest.raises(UserError, match="no base units"):
+        store.shape("base")
