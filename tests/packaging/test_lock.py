@@ -57,17 +57,27 @@ def locked(root) -> dict[str, str]:
 
 def test_the_lock_of_evaluations_is_complete(project, root):
     locked = pins(root / "requirements.lock") | pins(root / "requirements-eval.lock")
-    needed = [*project["dependencies"], *project["optional-dependencies"]["eval"]]
-    assert closure(needed) <= set(locked)
+    extras = [
+        text for name in ("eval", "features") for text in project["optional-dependencies"][name]
+    ]
+    assert closure([*project["dependencies"], *extras]) <= set(locked)
 
 
 def test_the_lock_of_the_tests_is_complete(project, locked):
-    extras = [text for name in ("eval", "dev") for text in project["optional-dependencies"][name]]
+    extras = [
+        text
+        for name in ("eval", "features", "dev")
+        for text in project["optional-dependencies"][name]
+    ]
     assert closure([*project["dependencies"], *extras]) <= set(locked)
 
 
 def test_what_is_locked_is_within_the_ranges(project, locked):
-    extras = [text for name in ("eval", "dev") for text in project["optional-dependencies"][name]]
+    extras = [
+        text
+        for name in ("eval", "features", "dev")
+        for text in project["optional-dependencies"][name]
+    ]
     for text in [*project["dependencies"], *extras]:
         requirement = Requirement(text)
         assert locked[canonicalize_name(requirement.name)] in requirement.specifier
