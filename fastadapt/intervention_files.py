@@ -46,7 +46,8 @@ def intervene(
         output: a new folder.
         features: of the run's adapter.
         intervention: what is done.
-        overwrite: replace what an earlier intervention wrote there; nothing else ever is.
+        overwrite: replace what an earlier intervention wrote there; where anything else is in the
+            folder, nothing is.
 
     Returns:
         ``output``.
@@ -87,7 +88,7 @@ def intervene(
         }
     told["interventions"] = [*history, step]
     out = Path(output).expanduser()
-    _check_output(out, overwrite=overwrite)
+    _check_output(out, source, overwrite=overwrite)
     made = (intervention.apply(read(), features.rows(layer)) for layer, read in enumerate(layers))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -120,14 +121,17 @@ def _config_of(source: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check_output(out: Path, *, overwrite: bool) -> None:
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+def _check_output(out: Path, source: Path, *, overwrite: bool) -> None:
+    held = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if not held and not (out.exists() and not out.is_dir()):
         return
-    if not (out / SET).is_file() or not (out / _ADAPTER).is_dir():
+    if other := sorted(held - {SET, _CONFIG, _ADAPTER}) or [out.name] * (SET not in held):
         raise UserError(
-            f"{out} holds something that no intervention wrote; nothing in it was touched. Give a "
-            "new folder."
+            f"{out} holds something that no intervention wrote ({other[0]}); nothing in it was "
+            "touched. Give a new folder."
         )
+    if out.resolve() in (source.resolve(), source.resolve().parent):
+        raise UserError(f"{out} is the run that is changed; give a new folder")
     if not overwrite:
         raise UserError(
             f"{out} holds an intervention already. Replace it (--overwrite), or give a new folder."
