@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastadapt.adapter import Aux, TranscoderAdapter
 from fastadapt.errors import UserError
-from fastadapt.kernels.transcoder import SMALL_ENTRIES, Plan
+from fastadapt.kernels.transcoder import SMALL_ENTRIES, Plan, SparseCodes
 
 Mode = Literal["target", "hybrid", "replacement"]
 MODES: tuple[Mode, ...] = ("target", "hybrid", "replacement")
@@ -29,6 +29,7 @@ class Call:
     mask: Tensor | None
     padding: Tensor | None
     plan: Plan | None
+    codes: list[SparseCodes] | None = None
     aux: Aux | None = None
 
 
@@ -75,7 +76,9 @@ class AdaptedMLP(nn.Module):
         if call is None:
             return self.adapter(x, residual=self.base(x), plan=self._plan_of_capture(x))[0]
         # The base comes last: see fastadapt.recompute.
-        out, call.aux = self.adapter(x, mask=call.mask, padding=call.padding, plan=call.plan)
+        out, call.aux = self.adapter(
+            x, mask=call.mask, padding=call.padding, plan=call.plan, codes=call.codes
+        )
         return out + self.base(x)
 
     def _plan_of_capture(self, x: Tensor) -> Plan | None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastadapt.errors import UserError
 from fastadapt.kernels.device import runs_triton
 from fastadapt.kernels.transcoder import IMPLEMENTATIONS, Plan, TranscoderStats, transcoder
-from fastadapt.kernels.transcoder.reference import activate
+from fastadapt.kernels.transcoder.reference import SparseCodes, activate
 
 ACTIVATIONS = ("relu", "topk", "batch_topk", "jumprelu")
 #: What a run trains: transcoders beside the base's MLPs, or weights of the model itself
@@ -197,9 +197,8 @@ class TranscoderAdapter(nn.Module):
             self.register_buffer("threshold", start)
         if self.W_enc.device.type != "meta":
             bound = 1 / math.sqrt(d_in)
-            draw = torch.empty(f, d_in, dtype=torch.float32).uniform_(
-                -bound, bound, generator=generator
-            )
+            draw = torch.empty(f, d_in, dtype=torch.float32)
+            draw.uniform_(-bound, bound, generator=generator)
             with torch.no_grad():
                 self.W_enc.copy_(draw)
 
@@ -233,6 +232,7 @@ class TranscoderAdapter(nn.Module):
         mask: Tensor | None = None,
         padding: Tensor | None = None,
         plan: Plan | None = None,
+        codes: list[SparseCodes] | None = None,
     ) -> tuple[Tensor, Aux]:
         """``residual + A(x)`` for every token, with the penalty and the counts.
 
@@ -244,6 +244,7 @@ class TranscoderAdapter(nn.Module):
                 penalty; statistics count tokens of non-zero weight. All 1 if not given.
             padding: bool of x's leading shape, true at tokens that do not exist.
             plan: how the kernel goes about it; see :class:`fastadapt.kernels.transcoder.Plan`.
+            codes: where this call's sparse activations are appended, if they are asked for.
 
         Returns:
             ``out [..., d_out]`` in x's dtype, and :class:`Aux`.
@@ -258,6 +259,7 @@ class TranscoderAdapter(nn.Module):
             mask=mask,
             padding=padding,
             plan=plan,
+            codes=codes,
             **self._kernel(),
         )
         return out, Aux(penalty, stats)

@@ -24,7 +24,7 @@ from fastadapt.adapted_mlp import AdaptedMLP, Call, Mode, in_mode
 from fastadapt.adapter import AdapterConfig, Aux, TranscoderAdapter
 from fastadapt.block_inputs import BlockInputs, record_inputs
 from fastadapt.errors import UserError
-from fastadapt.kernels.transcoder import Plan
+from fastadapt.kernels.transcoder import Plan, SparseCodes
 from fastadapt.pair import ModelPair, PairConfig, PairMismatchError
 from fastadapt.tuned import TunedNorms, TunedWeights, switch_norms, tuned_weights, weights_of
 
@@ -202,6 +202,7 @@ class ReplacementModel(nn.Module):
         mask: Tensor | None = None,
         padding: Tensor | None = None,
         plan: Plan | None = None,
+        codes: list[SparseCodes] | None = None,
     ) -> tuple[Tensor, Aux | None]:
         """Block ``layer`` (0-based) of the given mode: ``[B, T, D]`` to ``[B, T, D]``, and the aux.
 
@@ -209,10 +210,11 @@ class ReplacementModel(nn.Module):
 
         The mode is set and restored in here, so that a recompute under checkpointing, which runs
         after the caller's contexts have closed and on a GPU in another thread, is the same call.
-        ``mask``, ``padding`` and ``plan`` go to the adapter (:meth:`TranscoderAdapter.forward`).
+        ``mask``, ``padding``, ``plan`` and ``codes`` go to the adapter
+        (:meth:`TranscoderAdapter.forward`).
         """
         block = self.blocks[layer]
-        call = Call(mask, padding, plan)
+        call = Call(mask, padding, plan, codes)
         mlp: AdaptedMLP = getattr(block, self.paths.mlp)
         with mlp.running(mode, call):
             out: Tensor = block(hidden, **arguments)

@@ -159,16 +159,22 @@ class ModelPair:
         attention, _ = choose_attention(config.attention, device, dtype, paths.attention)
         place = into or device
         target = _target(config, target_config, attention, place)
-        return cls(
-            target=target,
-            base_mlps=load_mlps(
+        if (config.base, config.base_revision) == (config.target, config.target_revision):
+            # Features put onto the target: the same weights once.
+            blocks = getattr(getattr(target, paths.decoder), paths.layers)
+            base_mlps = nn.ModuleList(getattr(block, paths.mlp) for block in blocks)
+        else:
+            base_mlps = load_mlps(
                 config.base,
                 config.base_revision,
                 base_config,
                 device=place,
                 dtype=dtype,
                 trust=trust,
-            ),
+            )
+        return cls(
+            target=target,
+            base_mlps=base_mlps,
             tokenizer=tokenizer,
             config=config,
             paths=paths,

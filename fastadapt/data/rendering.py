@@ -30,12 +30,14 @@ class Family:
         before_response: text between prompt and response.
         after_response: text that ends the sequence.
         markers: the special strings within; each must be one token of the pair's tokenizer.
+        bos: the one of them, if any, that ``before_prompt`` begins with to say that a text begins.
     """
 
     before_prompt: str
     before_response: str
     after_response: str
     markers: tuple[str, ...]
+    bos: str = ""
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -50,6 +52,7 @@ FAMILIES: Mapping[str, Family] = {
             "<\uff5cUser\uff5c>",
             "<\uff5cAssistant\uff5c>",
         ),
+        bos="<\uff5cbegin\u2581of\u2581sentence\uff5c>",
     ),
     # Qwen2.5, Qwen3 and QwQ. No system turn, which some of their templates put in front.
     "qwen": Family(
@@ -64,6 +67,7 @@ FAMILIES: Mapping[str, Family] = {
         before_response="<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
         after_response="<|eot_id|>",
         markers=("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+        bos="<|begin_of_text|>",
     ),
     # Gemma 1 to 3: ai.google.dev/gemma/docs/formatting; the BOS is their tokenizers'.
     "gemma": Family(
@@ -71,6 +75,7 @@ FAMILIES: Mapping[str, Family] = {
         before_response="<end_of_turn>\n<start_of_turn>model\n",
         after_response="<end_of_turn>\n",
         markers=("<bos>", "<start_of_turn>", "<end_of_turn>"),
+        bos="<bos>",
     ),
 }
 

@@ -21,6 +21,10 @@ COLOURS = {
     "hybrid": "#D55E00",
     "base": "#8a8a8a",
     "target": "#999933",
+    # Sets of features, in a study of them.
+    "selected": "#009E73",
+    "selected otherwise": "#56B4E9",
+    "random": "#8a8a8a",
 }
 DASHES = {"hybrid": "dash", "base": "dot", "target": "dashdot"}
 #: Of several adapters in one figure: from sparse to dense.

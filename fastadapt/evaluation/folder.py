@@ -15,16 +15,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from fastadapt.errors import RunError, UserError
 from fastadapt.evaluation.drawing import write_png
-from fastadapt.evaluation.figures import figures
+from fastadapt.evaluation.figures import Figure, figures
 from fastadapt.evaluation.page import write_page
-from fastadapt.evaluation.tables import as_latex, as_markdown, tables
+from fastadapt.evaluation.tables import Table, as_latex, as_markdown, tables
 from fastadapt.files import locked, replacing
 
 LOCK = ".lock"
@@ -75,10 +75,29 @@ def kept_part(folder: Path, part: Part, result: Mapping[str, Any]) -> dict[str, 
 
 def write(result: Mapping[str, Any], folder: Path) -> None:
     """Write ``eval.json`` and everything that is made of it."""
-    with replacing(folder / "eval.json") as staged:
+    present(result, tables(result), figures(result), folder, "evaluation", "eval.json")
+
+
+def present(
+    result: Mapping[str, Any],
+    made: Sequence[Table],
+    drawn: Sequence[Figure],
+    folder: Path,
+    what: str,
+    name: str,
+) -> None:
+    """Write a result as JSON, its tables as Markdown and LaTeX, its plots, and a page of all.
+
+    Args:
+        result: with ``pair``, ``settings`` and ``versions``.
+        made, drawn: of it.
+        folder: that is written into.
+        what: it is, in a word.
+        name: of the JSON file.
+    """
+    with replacing(folder / name) as staged:
         text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
         staged.write_text(text + "\n", encoding="utf-8")
-    made, drawn = tables(result), figures(result)
     for name, text in (("tables.md", as_markdown(made)), ("tables.tex", as_latex(made))):
         with replacing(folder / name) as staged:
             staged.write_text(text, encoding="utf-8")
@@ -86,12 +105,14 @@ def write(result: Mapping[str, Any], folder: Path) -> None:
         staged.mkdir()
         for figure in drawn:
             write_png(figure, staged / f"{figure.key}.png")
-    write_page(result, made, drawn, folder / "report.html")
+    write_page(result, made, drawn, folder / "report.html", what)
 
 
 @contextmanager
-def opened(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """The folder of an evaluation, for this process alone.
+def opened(
+    output: Path, *, overwrite: bool = False, contents: Sequence[str] = CONTENTS
+) -> Iterator[Path]:
+    """The folder of an evaluation, for this process alone; ``contents`` may be in it.
 
     Raises:
         UserError: it is in use, cannot be written, or holds something else.
@@ -101,7 +122,7 @@ def opened(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
             raise UserError(f"--output: {output} is a file; expected a folder or a new name")
         held = {path.name for path in output.iterdir()} if output.exists() else set()
         staged = {name for name in held if name.startswith(".tmp-")}  # what a kill left
-        if foreign := sorted(held - staged - set(CONTENTS)):
+        if foreign := sorted(held - staged - set(contents)):
             raise UserError(
                 f"--output: {output} holds something that is no evaluation ({foreign[0]}); nothing "
                 "in it was touched. Give a new folder."

@@ -25,7 +25,11 @@ _MORE = """
 
 
 def write_page(
-    result: Mapping[str, Any], found: Sequence[Table], drawn: Sequence[Figure], path: Path
+    result: Mapping[str, Any],
+    found: Sequence[Table],
+    drawn: Sequence[Figure],
+    path: Path,
+    what: str = "evaluation",
 ) -> None:
     """Write the page.
 
@@ -34,14 +38,15 @@ def write_page(
         found: its tables.
         drawn: its figures.
         path: of the page.
+        what: it is about, in a word.
     """
     from plotly.offline import get_plotlyjs
 
     pair = result["pair"]
     title = f"{Path(pair['target']).name} against {Path(pair['base']).name}"
     body = [
-        '<div class="top"><p class="brand">fastadapt · evaluation</p>'
-        f"<h1>{escape(title)}</h1></div>",
+        '<div class="top"><p class="brand">fastadapt · '
+        f"{escape(what)}</p><h1>{escape(title)}</h1></div>",
         *(section(t.title, table(t.head, t.rows), t.note) for t in found),
         section("Plots", grid([_card(figure) for figure in drawn], "grid plots")),
         section("Settings", table(["", ""], _facts(result), "facts")),

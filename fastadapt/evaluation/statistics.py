@@ -165,6 +165,26 @@ def recovered(
     return ratio(student - floor, gains, config=config)
 
 
+def quotient(a: Intervals, b: Intervals) -> Intervals:
+    """Interval of ``a / b`` from those of the two: MOVER-R (Donner and Zou 2012, eq. 9).
+
+    It takes the two as independent, so where they are measured on the same units and vary together,
+    it is wider than it need be. Infinite where ``b`` reaches 0, NaN where ``b`` is 0.
+    """
+    product = a.mean * b.mean
+
+    def root(of_a: Tensor, of_b: Tensor) -> Tensor:
+        inner = of_a * of_b * (2 * a.mean - of_a) * (2 * b.mean - of_b)
+        return (product**2 - inner).clamp(min=0).sqrt()
+
+    # The published form of the lower end times the conjugate of its numerator, which is never 0.
+    low = a.low * (2 * a.mean - a.low) / (product + root(a.low, b.high))
+    high = (product + root(a.high, b.low)) / (b.low * (2 * b.mean - b.low))
+    low = torch.where(a.mean > 0, low.clamp(min=0), 0.0)
+    high = torch.where(b.low > 0, high, math.inf)
+    return Intervals(*(torch.where(b.mean > 0, e, math.nan) for e in (a.mean / b.mean, low, high)))
+
+
 def _resampled(moments: Tensor, resamples: int, seed: int) -> list[Tensor]:
     """Sums over the units of each resample: of ``[5, K, n]``, some ``[5, R, K]``."""
     generator = torch.Generator().manual_seed(seed)

@@ -103,6 +103,10 @@ class Students:
         """Names of the students that were trained, in the order given."""
         return list(self._folders)
 
+    def folder(self, name: str) -> Path:
+        """Where a run's adapters are read from."""
+        return self._folders[name]
+
     @cached_property
     def model(self) -> ReplacementModel:
         """The pair, loaded when it is first asked for; it carries some run's adapters."""

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -183,12 +184,32 @@ def write_table(rows: pa.Table, path: Path, schema: pa.Schema) -> None:
     if "layer" in schema.names:
         keys = [name for name in ("layer", "feature", "sample", "rank") if name in schema.names]
         rows = rows.sort_by([(name, "ascending") for name in keys])
+    write_pieces([rows], path, schema)
+
+
+def write_pieces(pieces: Iterable[pa.Table], path: Path, schema: pa.Schema) -> None:
+    """Write a table of which a piece is in memory at a time; the pieces come in its order.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as staged:
-            pq.write_table(rows, staged, compression="zstd", row_group_size=_ROW_GROUP)
+        with (
+            replacing(path) as staged,
+            pq.ParquetWriter(staged, schema, compression="zstd") as writer,
+        ):
+            for piece in pieces:
+                rows = piece.select(schema.names).cast(schema)
+                writer.write_table(rows, row_group_size=_ROW_GROUP)
     except OSError as error:
-        raise RunError(f"{path} cannot be written: {error.strerror}") from error
+        raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def list_column(values: np.ndarray) -> pa.ListArray:
+    """A column of lists of equal length: the rows of ``values [n, m]``."""
+    offsets = np.arange(len(values) + 1, dtype=np.int32) * values.shape[1]
+    return pa.ListArray.from_arrays(offsets, pa.array(values.reshape(-1)))
 
 
 def write_manifest(folder: Path, facts: Mapping[str, Any], files: Sequence[Path]) -> None:

@@ -19,7 +19,7 @@ from fastadapt.kernels import device as devices
 
 from .autograd import SAVED_OPS, transcode
 from .codes import SMALL_ENTRIES, Plan, plan_for
-from .reference import TranscoderOutput, TranscoderStats, accumulator, reference
+from .reference import SparseCodes, TranscoderOutput, TranscoderStats, accumulator, reference
 
 __all__ = [
     "ACTIVATIONS",
@@ -27,6 +27,7 @@ __all__ = [
     "SAVED_OPS",
     "SMALL_ENTRIES",
     "Plan",
+    "SparseCodes",
     "TranscoderOutput",
     "TranscoderStats",
     "plan_for",
@@ -51,6 +52,7 @@ def transcoder(
     residual: Tensor | None = None,
     mask: Tensor | None = None,
     padding: Tensor | None = None,
+    codes: list[SparseCodes] | None = None,
     plan: Plan | None = None,
     implementation: str = "auto",
 ) -> TranscoderOutput:
@@ -137,6 +139,7 @@ def transcoder(
             residual_STE=None if residual is None else residual.reshape(*rows, W_dec.shape[1]),
             weight_ST=None if mask is None else mask.detach().reshape(rows).to(acc),
             padding_ST=None if padding is None else padding.reshape(rows),
+            codes=codes,
             **({} if chosen == "reference" else extra),
         )
     return result._replace(out=result.out.view(*lead, W_dec.shape[1]))

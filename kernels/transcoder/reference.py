@@ -39,6 +39,23 @@ class TranscoderStats(NamedTuple):
         return self.feature_counts > 0
 
 
+class SparseCodes(NamedTuple):
+    """The active entries of a call, by token and then by feature; none on padding.
+
+    Not differentiable.
+    """
+
+    tokens: Tensor  #: int64 [C]: place in x's leading dimensions, flattened.
+    features: Tensor  #: int64 [C].
+    values: Tensor  #: x's dtype [C]: ``a`` there, not 0.
+
+    @classmethod
+    def of(cls, a_NF: Tensor) -> SparseCodes:
+        """Those of a dense a."""
+        tokens, features = a_NF.detach().nonzero(as_tuple=True)
+        return cls(tokens, features, a_NF.detach()[tokens, features])
+
+
 class TranscoderOutput(NamedTuple):
     """What :func:`fastadapt.kernels.transcoder.transcoder` returns."""
 
@@ -150,6 +167,7 @@ def reference(
     residual_STE: Tensor | None,
     weight_ST: Tensor | None,
     padding_ST: Tensor | None,
+    codes: list[SparseCodes] | None,
 ) -> TranscoderOutput:
     """The whole op on validated arguments; see the package's public function for their meaning."""
     acc = accumulator(x_STD.dtype)
@@ -177,4 +195,6 @@ def reference(
         window_STF = (z_STF.detach().to(acc) - threshold.to(acc)).abs() < bandwidth / 2
         code_STF |= window_STF if padding_ST is None else window_STF & ~padding_ST[..., None]
     stats = statistics(a_STF.detach(), code_STF, counted_ST, activation)
+    if codes is not None:
+        codes.append(SparseCodes.of(a_STF.flatten(0, 1)))
     return TranscoderOutput(out_STE, penalty_ST.sum(), stats)

@@ -1,0 +1,187 @@
+"""Collect, for every unit of a run's layers, where it fires: counts, and examples with windows.
+
+Held-out texts go once through the replacement model, whose adapters hand back their codes. On the
+device, without a loop over activations, these become counts (by domain, region and tenth of the
+thinking), a histogram, and two k-bests of each unit: by activation, and by a seeded priority, which
+makes a draw with equal chance for each. Windows are looked up for those alone that enter. All of it
+merges: shards on several devices or machines give the store of one pass, bit for bit, and so does
+what was interrupted and resumed.
+
+Memory beside the model depends on units, not on tokens: 30 examples of 71 tokens take some 9 kB a
+unit.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+from fastadapt.errors import RunError, UserError
+from fastadapt.features.collect import folder as work
+from fastadapt.features.collect.config import CollectConfig, Shard
+from fastadapt.features.collect.gathering import Progress, begin, gather, open_run
+from fastadapt.features.collect.merging import merged_tallies, shards_of
+from fastadapt.features.collect.tables import check_fires, unit_shapes, write_texts, write_units
+from fastadapt.features.collect.tally import Tally
+from fastadapt.features.schema import EDGES, MANIFEST, Kind
+from fastadapt.features.store import Store, write_manifest, writing
+
+__all__ = ["CollectConfig", "Shard", "collect", "merge"]
+
+
+def collect(
+    run: str | os.PathLike[str],
+    folder: str | os.PathLike[str] | None = None,
+    config: CollectConfig | None = None,
+    *,
+    shard: Shard | tuple[int, int] | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    attention: str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    stop: Event | None = None,
+) -> Store | None:
+    """Collect a run's features. Called again, it goes on where it was; finished, it does nothing.
+
+    Args:
+        run: folder of a finished run, or of adapters (then ``config.data`` is needed).
+        folder: of the store; ``features`` in the run if not given, of a shard ``features-i-of-n``.
+        config: which texts, and what is kept.
+        shard: the part of the texts to read; then :func:`merge` makes the store.
+        dtype, device, attention: of the pair, in place of the run's settings.
+        overwrite: remove what other settings or another adapter left in the folder.
+        progress: told (texts done, texts).
+        stop: ends after the batch at hand; what was collected is kept.
+
+    Returns:
+        The store; None of a shard, or where it was stopped.
+
+    Raises:
+        UserError: the run has no features or is not finished, the texts cannot be read, or the
+            folder holds something else.
+        RunError: nothing fires, an activation is not finite, or the folder cannot be written.
+    """
+    part = Shard(*(shard or Shard())).checked()
+    opened = open_run(
+        str(run), config or CollectConfig(), dtype=dtype, device=device, attention=attention
+    )
+    name = "features" if part.n == 1 else f"features-{part.i}-of-{part.n}"
+    out = Path(folder).expanduser() if folder is not None else Path(run).expanduser() / name
+    work.check_folder(out)
+    facts = opened.facts(part)
+    with writing(out):
+        if overwrite:
+            work.clear(out)
+        if done := _finished(out, facts):
+            return done
+        prepared = begin(opened, facts, part, out)
+        tallies = gather(opened, prepared, out, progress=progress, stop=stop)
+        if tallies is None or part.n > 1:
+            return None
+        return _finish(out, [out], facts, tallies, prepared.domains)
+
+
+def merge(
+    shards: Sequence[str | os.PathLike[str]],
+    folder: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+) -> Store:
+    """Make one store of all shards: the one that a single pass makes. Needs no model.
+
+    Args:
+        shards: their folders, in any order.
+        folder: of the store.
+        overwrite: remove what is in it.
+
+    Raises:
+        UserError: shards are missing, given twice, unfinished, or of several collections.
+        RunError: nothing fires, or the folder cannot be written.
+    """
+    parts = shards_of([Path(shard).expanduser() for shard in shards])
+    out = Path(folder).expanduser()
+    work.check_folder(out)
+    with writing(out):
+        if overwrite:
+            work.clear(out)
+        facts = {**parts[0].facts, "shard": list(Shard())}
+        del facts["prepared"], facts["units"]
+        if done := _finished(out, facts):
+            return done
+        tallies, domains = merged_tallies(parts)
+        first = parts[0].folder
+        try:
+            for name in ["tokens.parquet", *(f"{kind}/lens.parquet" for kind in tallies)]:
+                (out / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(first / name, out / name)
+        except OSError as error:
+            raise RunError(f"{out} cannot be written: {error.strerror}") from error
+        return _finish(out, [part.folder for part in parts], facts, tallies, domains)
+
+
+def _finished(out: Path, facts: Mapping[str, Any]) -> Store | None:
+    """The store, if it is there and of the same; what is there may not be of anything else."""
+    begun = work.read_facts(out)
+    then: Mapping[str, Any] | None
+    there = begun is None and (out / MANIFEST).is_file()
+    then = Store.open(out).manifest.get("collected", {}) if there else begun
+    if then is None:
+        return None
+    if told := work.differing(then, facts):
+        raise UserError(
+            f"{out}: what was collected there differs from what is asked for ({told:.300}): "
+            "collect again (--overwrite), or give another folder"
+        )
+    return Store.open(out) if there else None
+
+
+def _finish(
+    out: Path,
+    parts: Sequence[Path],
+    facts: Mapping[str, Any],
+    tallies: Mapping[Kind, Tally],
+    domains: list[str],
+) -> Store:
+    """Write the tables, the manifest last, and remove what only collecting needed."""
+    texts = write_texts([part / work.WORK / work.TEXTS for part in parts], out / "texts.parquet")
+    try:
+        for tally in tallies.values():
+            check_fires(tally, texts, facts["data"]["name"])
+    except RunError:
+        work.clear(out)
+        raise
+    files = [out / "texts.parquet", out / "tokens.parquet"]
+    for kind, tally in tallies.items():
+        files += [*write_units(tally, texts, domains, out / kind), out / kind / "lens.parquet"]
+    source = facts["data"]
+    manifest = {
+        "run": facts["run"],
+        "adapter": facts["adapter"],
+        "pair": facts["pair"],
+        "data": {
+            "source": source["name"],
+            "family": source["family"],
+            "digest": texts.digest,
+            "texts": len(texts.numbers),
+            "tokens": texts.tokens,
+        },
+        "domains": domains,
+        "settings": facts["settings"],
+        "units": unit_shapes(tallies),
+        "lens": {"demeaned": facts["settings"]["demeaned"], "final_norm": False},
+        "edges": list(EDGES),
+        "versions": {name: version(name) for name in ("fastadapt", "torch", "transformers")},
+        "collected": facts,
+    }
+    try:
+        write_manifest(out, manifest, files)
+    except OSError as error:
+        raise RunError(f"{out} cannot be written: {error.strerror}") from error
+    work.clear_work(out)
+    return Store.open(out)

@@ -1,0 +1,106 @@
+"""What is collected, and which part of the texts one of several processes takes."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from fastadapt.errors import UserError
+from fastadapt.features.schema import KINDS, Kind
+
+
+@dataclass(frozen=True)
+class CollectConfig:
+    """Which texts are read, and what is kept of each unit's activations.
+
+    Args:
+        data: conversations, named as ``data.train`` is; the run's held-out data if not given.
+        n: the first so many conversations; all if not given.
+        max_tokens: longer conversations are left out, and so are those longer than the model's
+            context.
+        top: the strongest activations that are kept of each unit.
+        uniform: activations drawn from all of a unit's, each with equal chance.
+        before: tokens of a window before the one of the activation.
+        after: tokens of a window after it.
+        kinds: ``adapter``, its features; ``base`` and ``target``, neurons of the MLPs of the base
+            (as they run in the replacement model) and of the target (in the target), as baselines.
+        neurons_per_token: a neuron counts as active on a token where its activation (what the
+            MLP's output matrix multiplies), times the norm of its column there, is positive and
+            among the token's so many largest of its layer. Without such a bound, about half of
+            them fire on any token. If not given, the run's measured L0, rounded up.
+        seed: of the uniform draw.
+        batch_tokens: tokens of a batch, padding included; a longer text is a batch of its own.
+        snapshot_tokens: tokens after which all that was collected is written, for a resumption.
+        demeaned: subtract the mean over the vocabulary from the logit lens.
+    """
+
+    data: str | None = None
+    n: int | None = None
+    max_tokens: int = 10_000
+    top: int = 20
+    uniform: int = 10
+    before: int = 50
+    after: int = 20
+    kinds: tuple[Kind, ...] = ("adapter",)
+    neurons_per_token: int | None = None
+    seed: int = 0
+    batch_tokens: int = 8192
+    snapshot_tokens: int = 1_000_000
+    demeaned: bool = True
+
+    def __post_init__(self) -> None:
+        least = {"top": 1, "uniform": 0, "before": 0, "after": 0, "max_tokens": 2, "seed": 0}
+        least |= {"batch_tokens": 1, "snapshot_tokens": 1}
+        least |= {k: 1 for k in ("n", "neurons_per_token") if getattr(self, k) is not None}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise UserError(
+                    f"features.{name}: expected {bound} or more, got {getattr(self, name)}"
+                )
+        if self.seed >= 2**63:
+            raise UserError(f"features.seed: expected less than 2**63, got {self.seed}")
+        kinds = tuple(self.kinds)
+        if not kinds or set(kinds) - set(KINDS) or len(set(kinds)) < len(kinds):
+            raise UserError(
+                f"features.kinds: expected some of {', '.join(KINDS)}, each once, got "
+                f"{', '.join(kinds) or 'none'}"
+            )
+        object.__setattr__(self, "kinds", tuple(kind for kind in KINDS if kind in kinds))
+
+    @property
+    def width(self) -> int:
+        """Tokens of a window, W."""
+        return self.before + 1 + self.after
+
+
+class Shard(NamedTuple):
+    """Part ``i`` of ``n``, counted from 0."""
+
+    i: int = 0
+    n: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """``i/n``.
+
+        Raises:
+            UserError: it is not.
+        """
+        found = re.fullmatch(r"(\d+)/(\d+)", text)
+        if found is None:
+            raise UserError(f"--shard: expected i/n, such as 0/3, got {text!r}")
+        return cls(int(found[1]), int(found[2])).checked()
+
+    def checked(self) -> Shard:
+        """Itself.
+
+        Raises:
+            UserError: there is no such part.
+        """
+        if not 0 <= self.i < self.n:
+            raise UserError(
+                f"--shard: expected i/n with i from 0 to n - 1 (0/3, 1/3, 2/3), got "
+                f"{self.i}/{self.n}"
+            )
+        return self

@@ -1,0 +1,246 @@
+"""From tallies to the tables of a store, a layer in memory at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fastadapt.errors import RunError
+from fastadapt.features.collect.keeping import POSITION_BITS
+from fastadapt.features.collect.tally import HIGH, LOW, Tally
+from fastadapt.features.regions import THINKING
+from fastadapt.features.schema import EXAMPLES, FEATURES, REGIONS, SAMPLES, TEXTS
+from fastadapt.features.store import list_column, write_pieces
+
+
+class Texts(NamedTuple):
+    """The finished table of texts: ``[n]`` each."""
+
+    path: Path
+    numbers: np.ndarray  #: int64, of each row's conversation in the source; ascending.
+    domains: np.ndarray  #: strings or None.
+    lengths: np.ndarray  #: int64, tokens.
+    groups: np.ndarray  #: int64, row group of each row.
+    digest: str  #: SHA-256 of the tokens, in order.
+
+    @property
+    def tokens(self) -> int:
+        """Of all texts."""
+        return int(self.lengths.sum())
+
+
+def write_texts(parts: Sequence[Path], path: Path) -> Texts:
+    """Join shards' texts into one table, whose rows are numbered from 0.
+
+    Args:
+        parts: what :func:`~fastadapt.features.collect.texts.prepare` wrote.
+        path: of the table.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    numbers: list[int] = []
+    domains: list[str | None] = []
+    lengths: list[np.ndarray] = []
+    groups: list[int] = []
+    sha256 = hashlib.sha256()
+
+    def rows() -> Iterator[pa.Table]:
+        for group, table in enumerate(heapq.merge(*map(_groups, parts), key=_first)):
+            start = len(numbers)
+            numbers.extend(table["text"].to_pylist())
+            domains.extend(table["domain"].to_pylist())
+            tokens = table["tokens"].combine_chunks()
+            lengths.append(np.diff(tokens.offsets.to_numpy()))
+            groups.extend([group] * len(table))
+            sha256.update(lengths[-1].astype("<i8").tobytes())
+            sha256.update(tokens.values.to_numpy().astype("<i4").tobytes())
+            own = pa.array(range(start, len(numbers)), pa.int32())
+            yield table.set_column(0, TEXTS.field("text"), own)
+
+    write_pieces(rows(), path, TEXTS)
+    return Texts(
+        path,
+        np.array(numbers, dtype=np.int64),
+        np.array(domains, dtype=object),
+        np.concatenate(lengths) if lengths else np.zeros(0, np.int64),
+        np.array(groups, dtype=np.int64),
+        sha256.hexdigest(),
+    )
+
+
+def _groups(path: Path) -> Iterator[pa.Table]:
+    with pq.ParquetFile(path) as file:
+        for group in range(file.num_row_groups):
+            yield file.read_row_group(group)
+
+
+def _first(table: pa.Table) -> int:
+    return int(table["text"][0].as_py())
+
+
+def write_units(tally: Tally, texts: Texts, domains: Sequence[str], folder: Path) -> list[Path]:
+    """``features.parquet`` and ``examples.parquet`` of one kind of unit.
+
+    Raises:
+        RunError: they cannot be written.
+    """
+    paths = [folder / f"{name}.parquet" for name in ("features", "examples")]
+    every = range(tally.n_layers)
+    total, n_domains = texts.tokens, len(domains)
+    write_pieces((_unit_rows(tally, i, total, n_domains) for i in every), paths[0], FEATURES)
+    write_pieces((_example_rows(tally, i, texts) for i in every), paths[1], EXAMPLES)
+    return paths
+
+
+def _unit_rows(tally: Tally, layer: int, tokens: int, n_domains: int) -> pa.Table:
+    F = tally.n_features
+    rows = slice(layer * F, (layer + 1) * F)
+    counts = tally.counts[rows].cpu().numpy()
+    by_slot = counts.sum(1)
+    by_region, by_tenth = by_slot[:, : len(REGIONS)].copy(), by_slot[:, len(REGIONS) :]
+    by_region[:, THINKING] += by_tenth.sum(1)
+    count = by_slot.sum(1)
+    high, low = tally.sums[rows].cpu().numpy().T
+    total = (high + low / LOW) / HIGH
+    strongest = tally.kept["top"].value[rows, 0].cpu().numpy()
+    return pa.table(
+        {
+            "layer": np.full(F, layer, np.int32),
+            "feature": np.arange(F, dtype=np.int32),
+            "count": count,
+            "density": count / tokens,
+            "max": strongest,
+            "mean": (total / np.maximum(count, 1)).astype(np.float32),
+            "norm": tally.norms[rows].cpu().numpy(),
+            "histogram": list_column(tally.histogram[rows].cpu().numpy()),
+            "by_domain": list_column(counts.sum(2)[:, :n_domains]),
+            "by_region": list_column(by_region),
+            "by_tenth": list_column(by_tenth),
+        }
+    )
+
+
+class _Kept(NamedTuple):
+    """The examples of a layer, sorted as the table is: ``[m]`` each, windows ``[m, W]``."""
+
+    feature: np.ndarray
+    sample: np.ndarray
+    rank: np.ndarray
+    row: np.ndarray
+    position: np.ndarray
+    value: np.ndarray
+    priority: np.ndarray
+    window: np.ndarray
+
+
+def _examples(tally: Tally, layer: int, texts: Texts) -> _Kept:
+    F = tally.n_features
+    found: dict[str, list[np.ndarray]] = {name: [] for name in _Kept._fields}
+    for sample, name in enumerate(SAMPLES):
+        units = slice(layer * F, (layer + 1) * F)
+        kept = {field: t[units].cpu() for field, t in tally.kept[name].tensors().items()}
+        feature, rank = (kept["key"] >= 0).nonzero(as_tuple=True)
+        place = kept["place"][feature, rank]
+        number = (place >> POSITION_BITS).numpy()
+        position = place & (2**POSITION_BITS - 1)
+        key = kept["key"][feature, rank]
+        if name == "top":
+            key = tally.priorities(layer, feature, place >> POSITION_BITS, position)
+        columns = (
+            feature.numpy(),
+            np.full(len(feature), sample),
+            rank.numpy(),
+            np.searchsorted(texts.numbers, number),
+            position.numpy(),
+            kept["value"][feature, rank].numpy(),
+            key.numpy(),
+            kept["window"][feature, rank].numpy(),
+        )
+        for column, into in zip(columns, found.values(), strict=True):
+            into.append(column)
+    joined = {name: np.concatenate(parts) for name, parts in found.items()}
+    order = np.lexsort((joined["rank"], joined["sample"], joined["feature"]))
+    return _Kept(**{name: column[order] for name, column in joined.items()})
+
+
+def _example_rows(tally: Tally, layer: int, texts: Texts) -> pa.Table:
+    kept, before, after = _examples(tally, layer, texts), tally.config.before, tally.config.after
+    start = np.maximum(kept.position - before, 0)
+    end = np.minimum(kept.position + after + 1, texts.lengths[kept.row])
+    lengths = end - start
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    tokens, regions = _windows(texts, kept.row, start, lengths, kept.position)
+    width = kept.window.shape[1]
+    first = np.arange(len(start)) * width + start - (kept.position - before)
+    values = kept.window.reshape(-1)[_ranges(first, lengths)]
+    return pa.table(
+        {
+            "layer": np.full(len(start), layer, np.int32),
+            "feature": kept.feature.astype(np.int32),
+            "sample": np.array(SAMPLES, dtype=object)[kept.sample],
+            "rank": kept.rank.astype(np.int32),
+            "text": kept.row.astype(np.int32),
+            "position": kept.position.astype(np.int32),
+            "value": kept.value,
+            "token": tokens[offsets[:-1] + kept.position - start],
+            "region": np.array(REGIONS, dtype=object)[regions],
+            "domain": pa.array(texts.domains[kept.row], pa.string()),
+            "start": start.astype(np.int32),
+            "tokens": pa.ListArray.from_arrays(offsets, tokens),
+            "values": pa.ListArray.from_arrays(offsets, values),
+            "priority": kept.priority,
+        }
+    )
+
+
+def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """``starts[i], starts[i] + 1, ...``, ``lengths[i]`` of them, one after the other."""
+    before = np.cumsum(lengths) - lengths
+    return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))
+
+
+def _windows(
+    texts: Texts, row: np.ndarray, start: np.ndarray, lengths: np.ndarray, position: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of windows, end to end, and the region at each window's activation."""
+    tokens = np.empty(int(lengths.sum()), dtype=np.int32)
+    regions = np.empty(len(row), dtype=np.int8)
+    place = np.cumsum(lengths) - lengths
+    group = texts.groups[row]
+    with pq.ParquetFile(texts.path) as file:
+        for some in np.unique(group):
+            here = np.flatnonzero(group == some)
+            table = file.read_row_group(int(some), columns=["tokens", "regions"])
+            of = table["tokens"].combine_chunks()
+            own = row[here] - np.searchsorted(texts.groups, some)
+            at = of.offsets.to_numpy()[own]
+            source = _ranges(at + start[here], lengths[here])
+            tokens[_ranges(place[here], lengths[here])] = of.values.to_numpy()[source]
+            inside = table["regions"].combine_chunks().values.to_numpy()
+            regions[here] = inside[at + position[here]]
+    return tokens, regions
+
+
+def check_fires(tally: Tally, texts: Texts, source: str) -> None:
+    """Raise ``RunError`` where no unit was active on any token."""
+    if not bool(tally.counts.any()):
+        raise RunError(
+            f"nothing fires: none of the {tally.n_layers} x {tally.n_features} {tally.kind} units "
+            f"is active on any of the {texts.tokens} tokens of {source}"
+        )
+
+
+def unit_shapes(tallies: Mapping[Any, Tally]) -> dict[str, dict[str, int]]:
+    """Of each kind, for the manifest."""
+    return {
+        kind: {"n_layers": tally.n_layers, "n_features": tally.n_features}
+        for kind, tally in tallies.items()
+    }

@@ -1,0 +1,208 @@
+"""What is known of every unit of a kind so far: how often, how strongly, where; and its examples.
+
+All of it is sums of integers and k-bests, so it is the same bits in whatever order batches come.
+N tokens of a batch (padding counted), F units of a layer, U units of all layers, C codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastadapt.errors import RunError
+from fastadapt.features.collect.chance import priority, tokens_hash, units_hash
+from fastadapt.features.collect.config import CollectConfig
+from fastadapt.features.collect.keeping import FIELDS, Candidates, Kept, best
+from fastadapt.features.schema import EDGES, REGIONS, SAMPLES, TENTHS, Kind, SampleKind
+from fastadapt.kernels.transcoder import SparseCodes
+
+#: Where a token stands: its region, or (behind those) its tenth of the thinking.
+SLOTS = len(REGIONS) + TENTHS
+#: Sums of activations are kept as integers in two parts: of 2**-16, and of 2**-48 for the rest.
+HIGH, LOW = 2.0**16, 2.0**32
+_UNITS = 8192  # whose examples are merged at a time
+
+
+class Places(NamedTuple):
+    """The tokens of a batch: int64 ``[N]`` each."""
+
+    slot: Tensor  #: ``domain * SLOTS + slot``.
+    place: Tensor  #: see :func:`fastadapt.features.collect.keeping.place_of`.
+    hash: Tensor  #: see :func:`fastadapt.features.collect.chance.tokens_hash`.
+    first: Tensor  #: of the token's window, in the batch.
+    last: Tensor  #: likewise, included.
+
+
+def edges_of(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``EDGES``, each rounded down, so that a value of the dtype is above one iff above the other.
+
+    Args:
+        dtype: float32.
+    """
+    exact = torch.tensor(EDGES, dtype=torch.float64)
+    near = exact.to(dtype)
+    below = torch.nextafter(near, torch.zeros_like(near))
+    return torch.where(near.double() > exact, below, near).to(device)
+
+
+class Tally:
+    """Counts and examples of one kind of unit.
+
+    Attributes:
+        counts: int64 ``[U, domains + 1, SLOTS]``: active tokens; the last domain is none.
+        histogram: int64 ``[U, len(EDGES) + 1]``.
+        sums: int64 ``[U, 2]``, of activations: multiples of 2**-16, and of 2**-48.
+        norms: float32 ``[U]``, of what each unit writes.
+        kept: the examples, by kind of sample.
+    """
+
+    def __init__(
+        self,
+        kind: Kind,
+        shape: tuple[int, int],
+        n_domains: int,
+        config: CollectConfig,
+        device: torch.device,
+    ) -> None:
+        self.kind, self.config = kind, config
+        self.n_layers, self.n_features = shape
+        n_units = self.n_layers * self.n_features
+        zeros = torch.zeros(n_units, 1, dtype=torch.int64, device=device)
+        self.counts = zeros.new_zeros(n_units, n_domains + 1, SLOTS)
+        self.histogram = zeros.new_zeros(n_units, len(EDGES) + 1)
+        self.sums = zeros.new_zeros(n_units, 2)
+        self.norms = torch.zeros(n_units, device=device)
+        self.kept: dict[SampleKind, Kept] = {
+            name: Kept.empty(n_units, k, config.width, device)
+            for name, k in zip(SAMPLES, (config.top, config.uniform), strict=True)
+        }
+        self._edges = edges_of(torch.float32, device)
+        self._hashes = [
+            units_hash(config.seed, kind, layer, self.n_features, device)
+            for layer in range(self.n_layers)
+        ]
+
+    def add(self, layer: int, codes: SparseCodes, at: Places) -> None:
+        """Take in a layer's codes of one batch.
+
+        Raises:
+            RunError: an activation is not finite, or not positive.
+        """
+        values = codes.values.float()
+        if len(values) == 0:
+            return
+        if not bool((values > 0).all() & (values < torch.inf).all()):
+            raise RunError(
+                f"layer {layer}: an activation of the {self.kind} is not a finite, positive number"
+            )
+        self._count(layer, codes.features, at.slot[codes.tokens], values)
+        unit = codes.features + layer * self.n_features
+        drawn = priority(self._hashes[layer][codes.features], at.hash[codes.tokens])
+        # Of positive floats, the bits sort as the numbers do.
+        keys: dict[SampleKind, Tensor] = {"top": values.view(torch.int32).long(), "uniform": drawn}
+        chosen: dict[SampleKind, Tensor] = {}
+        for name, kept in self.kept.items():
+            key = keys[name]
+            found = kept.admits(unit, key)
+            if len(found) > kept.k:
+                place = at.place[codes.tokens[found]]
+                found = found[best(unit[found], key[found], place, kept.k)[0]]
+            chosen[name] = found
+        windows = windows_of(
+            codes._replace(values=values), torch.cat(list(chosen.values())), at, self.config
+        ).split([len(found) for found in chosen.values()])
+        for (name, found), window in zip(chosen.items(), windows, strict=True):
+            place = at.place[codes.tokens[found]]
+            self.kept[name].merge(
+                Candidates(unit[found], keys[name][found], place, values[found], window)
+            )
+
+    def priorities(self, layer: int, features: Tensor, text: Tensor, position: Tensor) -> Tensor:
+        """int64, of activations of a layer's units: ``[m]``, on the CPU."""
+        return priority(self._hashes[layer].cpu()[features], tokens_hash(text, position))
+
+    def _count(self, layer: int, features: Tensor, slot: Tensor, values: Tensor) -> None:
+        F = self.n_features
+        rows = slice(layer * F, (layer + 1) * F)
+
+        def add(total: Tensor, index: Tensor, weights: Tensor | None = None) -> None:
+            width = total[0].numel()
+            found = torch.bincount(features * width + index, weights, minlength=F * width)
+            total[rows] += found.long().view(F, *total.shape[1:])
+
+        add(self.counts, slot)
+        add(self.histogram, torch.bucketize(values, self._edges))
+        scaled = values.double() * HIGH
+        high = scaled.floor()
+        # Integers in float64: exact, in whatever order they are added.
+        add(self.sums[:, :1], torch.zeros_like(features), high)
+        add(self.sums[:, 1:], torch.zeros_like(features), ((scaled - high) * LOW).floor())
+
+    def absorb(self, other: Mapping[str, Tensor], domains: Sequence[int]) -> None:
+        """Add what another tally's :meth:`tensors` hold, of other texts.
+
+        Args:
+            domains: place here of each of its domains.
+        """
+        for here, counts in zip(domains, other["counts"].unbind(1), strict=True):
+            self.counts[:, here] += counts
+        self.histogram += other["histogram"]
+        self.sums += other["sums"]
+        self.norms.copy_(other["norms"])
+        for name, kept in self.kept.items():
+            theirs = Kept(*(other[f"{name}.{field}"] for field in FIELDS))
+            for units in torch.arange(len(self.counts)).split(_UNITS):
+                kept.merge(theirs.candidates(units))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it, by name."""
+        examples = {
+            f"{name}.{field}": tensor
+            for name, kept in self.kept.items()
+            for field, tensor in kept.tensors().items()
+        }
+        return {
+            "counts": self.counts,
+            "histogram": self.histogram,
+            "sums": self.sums,
+            "norms": self.norms,
+            **examples,
+        }
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Be what :meth:`tensors` gave."""
+        for name, mine in self.tensors().items():
+            mine.copy_(tensors[name])
+
+
+def windows_of(codes: SparseCodes, chosen: Tensor, at: Places, config: CollectConfig) -> Tensor:
+    """The activations of a code's unit at the tokens around it: float32 ``[m, W]``.
+
+    Args:
+        codes: of a layer and batch.
+        chosen: int64 ``[m]``, indices into them.
+        at: the tokens of the batch.
+    """
+    device, N = chosen.device, len(at.place)
+    windows = torch.zeros(len(chosen), config.width, device=device)
+    if len(chosen) == 0:
+        return windows
+    feature, token = codes.features[chosen], codes.tokens[chosen]
+    # Those of the chosen units alone, by unit and then token: a window is a run among them.
+    wanted = torch.zeros(int(codes.features.max()) + 1, dtype=torch.bool, device=device)
+    wanted[feature] = True
+    near = wanted[codes.features].nonzero().flatten()
+    key, order = (codes.features[near] * N + codes.tokens[near]).sort()
+    values = codes.values[near[order]]
+    start = torch.searchsorted(key, feature * N + at.first[token])
+    end = torch.searchsorted(key, feature * N + at.last[token], right=True)
+    lengths = end - start
+    row = torch.arange(len(chosen), device=device).repeat_interleave(lengths)
+    ahead = (lengths.cumsum(0) - lengths - start)[row]
+    source = torch.arange(len(row), device=device) - ahead
+    slot = key[source] - (feature * N + token - config.before)[row]
+    windows[row, slot] = values[source]
+    return windows

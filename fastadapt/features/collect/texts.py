@@ -1,0 +1,219 @@
+"""The texts that are read: rendered, tokenised, each token's region known, in groups of a file.
+
+Conversations are taken in groups of consecutive ones. A group is what one shard reads alone, and
+batches never cross it, so a text meets the same others in its batch, and gives the same bits,
+however many shards there are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from fastadapt.batch import Batch
+from fastadapt.data.batches import collate
+from fastadapt.data.rendering import render_parts
+from fastadapt.data.sequences import Sample
+from fastadapt.data.sources import COLUMN, find_files, read_values
+from fastadapt.data.tokens import check_markers, encode
+from fastadapt.errors import UserError
+from fastadapt.features.collect.chance import tokens_hash
+from fastadapt.features.collect.config import CollectConfig, Shard
+from fastadapt.features.collect.keeping import place_of
+from fastadapt.features.collect.tally import SLOTS, Places
+from fastadapt.features.regions import regions_of, spans_of, tenths_of
+from fastadapt.features.schema import REGIONS, TEXTS
+from fastadapt.files import digest, replacing
+
+GROUP = 64  # conversations
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the conversations are, and how they are read.
+
+    Attributes:
+        name: file, folder or hub id.
+        split, revision: of a folder or of the hub.
+        family: how they are rendered.
+        n: the first so many; None for all.
+        max_tokens: longer ones are left out.
+    """
+
+    name: str
+    split: str
+    revision: str | None
+    family: str
+    n: int | None
+    max_tokens: int
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all of it, of local files by their contents."""
+        files = find_files(self.name, self.split)
+        told = {**asdict(self), **({} if files is None else {"name": None, "split": None})}
+        sha256 = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+        for file in files or ():
+            sha256.update(f"{file.name} {digest(file)}\n".encode())
+        return sha256.hexdigest()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known of the texts once they are prepared.
+
+    Attributes:
+        read: conversations of the source, those of other shards included.
+        too_long: left out, of this shard's.
+        texts, tokens: of this shard.
+        domains: of these texts, sorted.
+    """
+
+    read: int
+    too_long: int
+    texts: int
+    tokens: int
+    domains: list[str]
+
+
+def prepare(source: Source, tokenizer: Any, shard: Shard, path: Path) -> Prepared:
+    """Write this shard's texts into a file of :data:`~fastadapt.features.schema.TEXTS`.
+
+    Its row groups are the groups. ``text`` is the number of the conversation in its source.
+
+    Raises:
+        UserError: the source cannot be read, or a conversation is malformed.
+    """
+    check_markers(tokenizer, source.family)
+    rows = read_values(
+        source.name, split=source.split, revision=source.revision, optional=["domain"]
+    )
+    read = too_long = texts = tokens = 0
+    domains: set[str] = set()
+    numbered = enumerate(islice(rows, source.n))
+    with replacing(path) as staged, pq.ParquetWriter(staged, TEXTS, compression="zstd") as writer:
+        for group, members in groupby(numbered, lambda row: row[0] // GROUP):
+            some = list(members)
+            read += len(some)
+            if group % shard.n != shard.i:
+                continue
+            made = _tokenised(some, tokenizer, source.family)
+            kept = [text for text in made if len(text["tokens"]) <= source.max_tokens]
+            too_long += len(some) - len(kept)
+            texts += len(kept)
+            tokens += sum(len(text["tokens"]) for text in kept)
+            domains.update(text["domain"] for text in kept if text["domain"] is not None)
+            if kept:
+                writer.write_table(pa.Table.from_pylist(kept, schema=TEXTS))
+    if not read:
+        raise UserError(f"data source {source.name!r}: it holds no conversation")
+    return Prepared(read, too_long, texts, tokens, sorted(domains))
+
+
+def _tokenised(
+    some: list[tuple[int, tuple[str, dict[str, Any]]]], tokenizer: Any, family: str
+) -> list[dict[str, Any]]:
+    parts = []
+    for _, (where, values) in some:
+        try:
+            parts.append(render_parts(values[COLUMN], family))
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+    encoded = encode(tokenizer, [prompt + response for prompt, response in parts], offsets=True)
+    made = []
+    for i, (number, (where, values)) in enumerate(some):
+        ids, domain = encoded["input_ids"][i], values.get("domain")
+        if len(ids) < 2:
+            raise UserError(
+                f"{where}: the conversation has {len(ids)} token(s); at least 2 are needed"
+            )
+        spans = spans_of(*parts[i], family)
+        made.append(
+            {
+                "text": number,
+                "id": str(number),
+                "domain": domain if isinstance(domain, str) else None,
+                "tokens": ids,
+                "regions": regions_of(spans, encoded["offset_mapping"][i]),
+            }
+        )
+    return made
+
+
+class Text(NamedTuple):
+    """A row of the file: ``tokens`` int64 ``[T]``, ``regions`` int8 ``[T]``."""
+
+    number: int
+    domain: str | None
+    tokens: np.ndarray
+    regions: np.ndarray
+
+
+def read_group(file: pq.ParquetFile, group: int) -> list[Text]:
+    """The texts of a row group."""
+    table = file.read_row_group(group)
+    tokens, regions = table["tokens"].combine_chunks(), table["regions"].combine_chunks()
+    return [
+        Text(
+            number,
+            domain,
+            tokens[i].values.to_numpy().astype(np.int64),
+            regions[i].values.to_numpy(),
+        )
+        for i, (number, domain) in enumerate(
+            zip(table["text"].to_pylist(), table["domain"].to_pylist(), strict=True)
+        )
+    ]
+
+
+def batches_of(texts: list[Text], batch_tokens: int) -> Iterator[list[Text]]:
+    """A group's batches: like lengths together, longest first; in a batch, in their order."""
+    some: list[Text] = []
+    for text in sorted(texts, key=lambda text: (-len(text.tokens), text.number)):
+        if some and len(some[0].tokens) * (len(some) + 1) > batch_tokens:
+            yield sorted(some, key=lambda text: text.number)
+            some = []
+        some.append(text)
+    if some:
+        yield sorted(some, key=lambda text: text.number)
+
+
+def batch_of(texts: list[Text]) -> Batch:
+    """Texts as a batch, every token of which counts."""
+    rows = [torch.from_numpy(text.tokens) for text in texts]
+    return collate([Sample(i, row, row) for i, row in enumerate(rows)], 0)
+
+
+def places_of(
+    texts: list[Text], domains: list[str], config: CollectConfig, device: torch.device
+) -> Places:
+    """Of every token of their batch; what padding has is never looked at."""
+    longest = max(len(text.tokens) for text in texts)
+    slot = np.zeros((len(texts), longest), dtype=np.int64)
+    for row, text in zip(slot, texts, strict=True):
+        tenth = tenths_of(text.regions)
+        of_text = np.where(tenth >= 0, len(REGIONS) + tenth, text.regions)
+        domain = len(domains) if text.domain is None else domains.index(text.domain)
+        row[: len(of_text)] = domain * SLOTS + of_text
+    number = torch.tensor([text.number for text in texts], device=device)[:, None]
+    length = torch.tensor([len(text.tokens) for text in texts], device=device)[:, None]
+    position = torch.arange(longest, device=device)
+    row_start = torch.arange(len(texts), device=device)[:, None] * longest
+    first = row_start + (position - config.before).clamp(min=0)
+    last = row_start + torch.minimum(position + config.after, length - 1)
+    return Places(
+        torch.from_numpy(slot).to(device).flatten(),
+        place_of(number, position).flatten(),
+        tokens_hash(number, position).flatten(),
+        first.flatten(),
+        last.flatten(),
+    )

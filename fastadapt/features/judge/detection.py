@@ -1,0 +1,85 @@
+"""Whether descriptions tell texts on which a unit fires from others: scores, and their means.
+
+Of a unit, accuracy is the share of scored texts that were told right; half of them fire the unit,
+so 0.5 is what knowing nothing gives. Precision is the share of texts that were said to fire it and
+do, recall that of those which fire it and were said to. Of several units all three are ratios of
+sums, with intervals over units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fastadapt.evaluation.statistics import BootstrapConfig, ratio
+from fastadapt.evaluation.tables import Interval
+from fastadapt.features.judge.examples import Case
+
+_SHARE = (0.0, 1.0)
+MEASURES = ("accuracy", "precision", "recall")
+
+
+def score(case: Case, judge: str, told: Sequence[bool]) -> dict[str, Any]:
+    """A row of ``SCORES``.
+
+    Args:
+        case: what was asked of.
+        judge: who answered.
+        told: for each scored text, whether it was said to fire the unit.
+    """
+    truth = case.truth
+    right = [said == is_so for said, is_so in zip(told, truth, strict=True)]
+    true_positives = sum(r for r, is_so in zip(right, truth, strict=True) if is_so)
+    return {
+        "layer": case.unit.layer,
+        "feature": case.unit.feature,
+        "variant": case.sample,
+        "judge": judge,
+        "positives": sum(truth),
+        "negatives": len(truth) - sum(truth),
+        "true_positives": true_positives,
+        "true_negatives": sum(right) - true_positives,
+        "accuracy": sum(right) / len(right),
+    }
+
+
+def summarise(
+    rows: Sequence[Mapping[str, Any]], n_layers: int, config: BootstrapConfig
+) -> dict[str, Any]:
+    """Means over units, all together and by layer.
+
+    Args:
+        rows: of ``SCORES``, of one kind, judge and variant.
+        n_layers: of the model.
+
+    Returns:
+        ``accuracy, precision, recall`` as intervals, ``units``, and ``layers``, a list of the same.
+    """
+    of_layer = [[row for row in rows if row["layer"] == layer] for layer in range(n_layers)]
+    return {**_means(rows, config), "layers": [_means(some, config) for some in of_layer]}
+
+
+def _means(rows: Sequence[Mapping[str, Any]], config: BootstrapConfig) -> dict[str, Any]:
+    if not rows:
+        nothing: Interval = {"mean": None, "low": None, "high": None}
+        return {**dict.fromkeys(MEASURES, nothing), "units": 0}
+    columns = {key: [float(row[key]) for row in rows] for key in _COUNTS}
+    positives, negatives, found, rejected = (
+        torch.tensor(columns[key], dtype=torch.float64) for key in _COUNTS
+    )
+    claimed = found + negatives - rejected
+    parts = {
+        "accuracy": (found + rejected, positives + negatives),
+        "precision": (found, claimed),
+        "recall": (found, positives),
+    }
+    means = {
+        name: ratio(sums, counts, bounds=_SHARE, config=config).plain()
+        for name, (sums, counts) in parts.items()
+    }
+    return {**means, "units": len(rows)}
+
+
+_COUNTS = ("positives", "negatives", "true_positives", "true_negatives")

@@ -1,0 +1,178 @@
+"""What judges said, put into the store: rows, ``judgements.json``, ``judgements.md`` and plots."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from fastadapt.errors import RunError, UserError
+from fastadapt.evaluation.drawing import write_png
+from fastadapt.evaluation.figures import Figure, Series
+from fastadapt.evaluation.tables import Interval, Table, as_markdown, shown
+from fastadapt.features.judge.questions import CLASSES
+from fastadapt.features.schema import TABLES, Kind
+from fastadapt.features.store import Store
+from fastadapt.files import replacing
+from fastadapt.wording import percent
+
+SCHEMA_VERSION = 1
+JSON, TEXT, PLOTS = "judgements.json", "judgements.md", "judgements"
+#: What units of a kind are called, and the colour of their line, as a kind of student.
+NAMES: Mapping[str, tuple[str, str]] = {
+    "adapter": ("adapter's features", "transcoder"),
+    "base": ("base's neurons", "base"),
+    "target": ("target's neurons", "target"),
+}
+Part = Literal["described", "classified"]
+
+
+def add_rows(
+    store: Store, table: str, kind: Kind, judge: str, rows: Sequence[Mapping[str, Any]]
+) -> None:
+    """Put a judge's rows into a table of the store; those of other judges stay.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
+    added = pa.Table.from_pylist(list(rows), schema=TABLES[table])
+    if store.has(table, kind):
+        held = store.read(table, kind)
+        added = pa.concat_tables([held.filter(pc.not_equal(held["judge"], judge)), added])
+    store.add(table, added, kind)
+
+
+def read_judgements(store: Store) -> dict[str, Any]:
+    """The contents of ``judgements.json``; nothing where there is none yet.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    path = store.folder / JSON
+    if not path.is_file():
+        return {"schema_version": SCHEMA_VERSION, "judges": {}}
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        version = held["schema_version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error!r}); remove it, and judge again") from error
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"{path}: schema_version is {version!r}, this fastadapt reads {SCHEMA_VERSION}"
+        )
+    return dict(held)
+
+
+def write_judgements(store: Store, judge: str, part: Part, result: Mapping[str, Any]) -> None:
+    """Write what a judge said, beside what it and others said before, as JSON, tables and plots.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
+    held = read_judgements(store)
+    held["judges"].setdefault(judge, {})[part] = result
+    held["judges"] = dict(sorted(held["judges"].items()))
+    try:
+        with replacing(store.folder / JSON) as staged:
+            text = json.dumps(held, indent=1, ensure_ascii=False, allow_nan=False)
+            staged.write_text(text + "\n", encoding="utf-8")
+        with replacing(store.folder / TEXT) as staged:
+            staged.write_text(as_markdown(tables(held)), encoding="utf-8")
+        with replacing(store.folder / PLOTS) as staged:
+            staged.mkdir()
+            for figure in figures(held):
+                write_png(figure, staged / f"{figure.key}.png")
+    except OSError as error:
+        raise RunError(f"{store.folder} cannot be written: {error.strerror}") from error
+
+
+# --- as tables ------------------------------------------------------------------------------------
+
+
+def tables(held: Mapping[str, Any]) -> list[Table]:
+    """Tables of everything in ``judgements.json``."""
+    found = []
+    for judge, parts in held["judges"].items():
+        if "described" in parts:
+            found += _detection(judge, parts["described"])
+        if "classified" in parts:
+            found += _classes(judge, parts["classified"])
+    return found
+
+
+def _detection(judge: str, result: Mapping[str, Any]) -> list[Table]:
+    settings = result["settings"]
+    note = (
+        f"Told a description, which of {2 * settings['scored']} texts fire the unit? Half of them "
+        "do, so 50% is what knowing nothing gives; none was shown to the describer. Units active "
+        f"on at least {settings['min_density']:g} of the tokens, at most {settings['units']} of a "
+        f"layer; intervals of {percent(result['level'])} over units."
+    )
+    found = []
+    for sample in settings["samples"]:
+        rows = []
+        for kind, by_sample in result["detection"].items():
+            told = by_sample[sample]
+            for where, means in [("all", told), *enumerate(told["layers"])]:
+                measures = [shown(means[m], percent) for m in ("accuracy", "precision", "recall")]
+                rows.append([NAMES[kind][0], str(where), f"{means['units']:,}", *measures])
+        head = ["units", "layer", "n", "accuracy", "precision", "recall"]
+        found.append(Table(f"Detection by {judge}: {sample} examples", head, rows, note))
+    return found
+
+
+def _classes(judge: str, result: Mapping[str, Any]) -> list[Table]:
+    found = []
+    for kind, told in result["shares"].items():
+        rows = [
+            [
+                str(where),
+                f"{some['units']:,}",
+                *(shown(i, percent) for i in some["shares"].values()),
+            ]
+            for where, some in [("all", told), *enumerate(told["layers"])]
+        ]
+        head = ["layer", "n", *told["shares"]]
+        note = f"Shares of units; intervals of {percent(result['level'])} over them."
+        found.append(Table(f"Classes by {judge}: {NAMES[kind][0]}", head, rows, note))
+    return found
+
+
+# --- as plots -------------------------------------------------------------------------------------
+
+
+def figures(held: Mapping[str, Any]) -> list[Figure]:
+    """Plots of everything in ``judgements.json``: by layer, adapter beside neurons."""
+    found = []
+    for judge, parts in held["judges"].items():
+        name = "".join(c if c.isalnum() or c in "._-" else "-" for c in judge)
+        for sample in parts.get("described", {}).get("settings", {}).get("samples", ()):
+            told = {k: by[sample] for k, by in parts["described"]["detection"].items()}
+            series = [
+                _series(kind, [layer["accuracy"] for layer in means["layers"]])
+                for kind, means in told.items()
+            ]
+            title = f"Detection by {judge}, {sample} examples (0.5: chance)"
+            key = f"detection-{sample}-{name}"
+            found.append(Figure(key, title, "layer", "accuracy", series))
+        shares = parts.get("classified", {}).get("shares", {})
+        for class_ in CLASSES if shares else ():
+            series = [
+                _series(kind, [layer["shares"][class_] for layer in told["layers"]])
+                for kind, told in shares.items()
+            ]
+            title = f"Classes by {judge}: {class_}"
+            found.append(Figure(f"class-{class_}-{name}", title, "layer", "share of units", series))
+    return found
+
+
+def _series(kind: str, values: Sequence[Interval]) -> Series:
+    """Of the layers that have a value; an interval that is not there has no width."""
+    kept = [(x, v) for x, v in enumerate(values) if v["mean"] is not None]
+    ends: list[list[float]] = []
+    for end in ("mean", "low", "high"):
+        ends.append([float(v["mean"] if v[end] is None else v[end]) for _, v in kept])  # type: ignore[arg-type]
+    return Series(*NAMES[kind], [float(x) for x, _ in kept], *ends)

@@ -1,0 +1,126 @@
+"""What the study compares: selected sets, random ones beside them, every model that is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastadapt.errors import UserError
+from fastadapt.evaluation.benchmarks import BenchmarkConfig
+from fastadapt.evaluation.sampling import SamplingConfig
+from fastadapt.evaluation.statistics import BootstrapConfig
+from fastadapt.features.selection import alive, matched, promoting, standing_at
+from fastadapt.features.sets import FeatureSet
+from fastadapt.features.store import Store
+from fastadapt.interventions import KINDS, SCALE, Kind
+
+RUN = "adapter"  #: the name of the run among the models that are asked
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """What is selected, switched and asked.
+
+    Args:
+        tops: selections, by how many of the most promoted tokens count; the first is the main one.
+        share: of the strongest examples that stand at the template's markers.
+        times: sizes of the random sets, as multiples of the selected one.
+        draws: random sets of each size.
+        scales: of the transfer; -0.5 is measured in any case, and alone of random sets.
+        benchmarks: questions; the pair's own where none is named. Its ``sampling`` and ``family``
+            are not settings here: they are that below and the run's.
+        sampling: of the responses.
+        statistics: intervals.
+    """
+
+    tops: tuple[int, ...] = (1, 10)
+    share: float = 0.8
+    times: tuple[int, ...] = (1, 10)
+    draws: int = 3
+    scales: tuple[float, ...] = (-0.25, -0.5, -0.75, -1.0)
+    benchmarks: BenchmarkConfig = field(default_factory=BenchmarkConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    statistics: BootstrapConfig = field(default_factory=BootstrapConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("tops", "times"):
+            values = getattr(self, name)
+            if not values or min(values) < 1 or len(set(values)) < len(values):
+                raise UserError(f"{name}: expected distinct numbers of 1 or more, got {values}")
+        if self.draws < 1:
+            raise UserError(f"draws: expected 1 or more, got {self.draws}")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One model that is asked.
+
+    Attributes:
+        model: that is changed: ``target``, ``hybrid`` or the run.
+        kind: the intervention; None for the model as it is.
+        top: of the selection.
+        times: of a random set, how many times as many; 0 is the selected set.
+        seed: of the draw.
+        scale: of a transfer.
+        features: the set.
+    """
+
+    model: str
+    kind: Kind | None = None
+    top: int = 0
+    times: int = 0
+    seed: int = 0
+    scale: float | None = None
+    features: FeatureSet | None = None
+
+    @property
+    def group(self) -> tuple[Any, ...]:
+        """What the draws of one size share."""
+        return self.model, self.kind, self.top, self.times, self.scale
+
+    @property
+    def name(self) -> str:
+        """That of its folder."""
+        if self.kind is None:
+            return self.model
+        drawn = f"-random{self.times}x-{self.seed}" if self.times else ""
+        scale = "" if self.scale is None else f"{self.scale:+g}"
+        return f"{self.kind}{scale}-top{self.top}{drawn}"
+
+
+def select(store: Store, config: StudyConfig) -> dict[int, FeatureSet]:
+    """The selected sets, by how many promoted tokens count.
+
+    Raises:
+        UserError: one of them is empty.
+    """
+    template, living = standing_at(store, share=config.share), alive(store)
+    words = config.benchmarks.hesitation_words
+    return {
+        top: ((promoting(store, words, top) | template) & living).not_empty() for top in config.tops
+    }
+
+
+def arms_of(store: Store, sets: Mapping[int, FeatureSet], config: StudyConfig) -> list[Arm]:
+    """Every model that is asked, the unchanged ones first."""
+    return [*(Arm(model) for model in ("target", "hybrid", RUN)), *_changed(store, sets, config)]
+
+
+def _changed(store: Store, sets: Mapping[int, FeatureSet], config: StudyConfig) -> Iterator[Arm]:
+    living = alive(store)
+    for top, features in sets.items():
+        # As many times the set as was asked for, or as there are others.
+        most = len(living - features) // len(features)
+        drawn = {
+            (n, seed): matched(store, features, n, seed)
+            for n in dict.fromkeys(min(n, most) for n in config.times if most)
+            for seed in range(config.draws)
+        }
+        for kind in KINDS:
+            onto = kind == "onto-target"
+            model = "target" if onto else RUN
+            for scale in dict.fromkeys((*config.scales, SCALE)) if onto else (None,):
+                yield Arm(model, kind, top, scale=scale, features=features)
+            for (n, seed), others in drawn.items():
+                yield Arm(model, kind, top, n, seed, SCALE if onto else None, others)

@@ -1,0 +1,268 @@
+"""The study's claims, tables and figures, from the contents of ``study.json``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fastadapt.evaluation.figures import Figure, Series
+from fastadapt.evaluation.statistics import Intervals, quotient
+from fastadapt.evaluation.tables import Interval, Table, shown
+from fastadapt.interventions import SCALE
+from fastadapt.wording import number, percent
+
+#: What arXiv 2602.20904 leads one to expect.
+REMOVED, SPARED, ADDED = 0.7, 0.15, 5.0
+RATE = "hesitations_per_1000"
+_UNIT = "hesitation words per 1,000 tokens"
+
+Arm = Mapping[str, Any]
+
+
+def claims(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What is expected of each arm, what was found, and whether it holds.
+
+    Returns:
+        Of each: ``kind``, ``top``, ``times``, ``scale`` (which name the arm), ``claim`` (in words,
+        empty where nothing is expected), ``value`` (an interval: of ``ablate`` and ``onto-target``
+        the share by which hesitation fell, of ``only`` how many times the random set's the selected
+        set's is), and ``holds``: ``yes`` or ``no`` by the estimate, and ``not clearly`` where its
+        interval has both.
+    """
+    found = []
+    for arm in result["arms"]:
+        if arm["kind"] is None:
+            continue
+        value: Any = None
+        claim = holds = ""
+        if arm["kind"] == "only":
+            if arm["times"]:
+                share = over(arm[RATE], _selected(result, arm)[RATE])
+                value = Intervals(1 / share.mean, 1 / share.high, 1 / share.low).plain()
+                # Of the share, since that of a random set which makes none is a number.
+                claim = f"≥ {ADDED:g} times"
+                holds = verdict(share.plain(), 1 / ADDED, above=False)
+        else:
+            left = over(arm[RATE], _whole(result, arm["model"])[RATE])
+            value = Intervals(1 - left.mean, 1 - left.high, 1 - left.low).plain()
+            if arm["kind"] == "ablate" and arm["times"] < 2:
+                selected = arm["times"] == 0
+                bound = REMOVED if selected else SPARED
+                claim = f"{'≥' if selected else '≤'} {percent(bound)}"
+                holds = verdict(value, bound, above=selected)
+            elif arm["times"] == 0 and arm["scale"] == SCALE:
+                claim, holds = "> 0", verdict(value, 0.0, above=True)
+        named = {key: arm[key] for key in ("kind", "top", "times", "scale")}
+        found.append({**named, "claim": claim, "value": value, "holds": holds})
+    return found
+
+
+def over(a: Interval, b: Interval) -> Intervals:
+    """The quotient of two rates."""
+    both = [
+        Intervals(
+            *(torch.tensor(_finite(i[end]), dtype=torch.float64) for end in Intervals._fields)
+        )
+        for i in (a, b)
+    ]
+    return quotient(*both)
+
+
+def _finite(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def verdict(value: Interval | None, bound: float, *, above: bool) -> str:
+    """Whether a value is at least (or at most) ``bound``, by its estimate and by its interval."""
+    if value is None or value["mean"] is None:
+        return "not measurable"
+    low, high = (value[end] for end in ("low", "high"))
+    holds = value["mean"] >= bound if above else value["mean"] <= bound
+    worst, best = (low, high) if above else (high, low)
+    doubtful = worst if holds else best
+    if doubtful is None:
+        clear = False
+    elif above:
+        clear = (doubtful >= bound) == holds
+    else:
+        clear = (doubtful <= bound) == holds
+    return ("yes" if holds else "no") + ("" if clear else ", not clearly")
+
+
+def _whole(result: Mapping[str, Any], model: str) -> Arm:
+    """The model as it is."""
+    return next(a for a in result["arms"] if a["kind"] is None and a["model"] == model)
+
+
+def _selected(result: Mapping[str, Any], arm: Arm) -> Arm:
+    """The selected set that a random one stands beside."""
+    same = ("kind", "top", "scale")
+    return next(
+        a for a in result["arms"] if a["times"] == 0 and all(a[key] == arm[key] for key in same)
+    )
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def tables(result: Mapping[str, Any]) -> list[Table]:
+    """One each of removal, addition and transfer."""
+    asked = result["settings"]["benchmarks"]
+    tasks = f"{len(asked['tasks'])} benchmarks, each with the same weight"
+    words = ", ".join(asked["hesitation_words"])
+    sets = "; ".join(
+        f"{_name(s)}: {s['size']:,} features, by layer {', '.join(map(str, s['per_layer']))}"
+        for s in result["sets"]
+    )
+    common = (
+        f"Hesitation: {words}, per 1,000 tokens. {tasks}; intervals of {percent(result['level'])} "
+        f"over questions. {sets}; {result['features']['alive']:,} of "
+        f"{result['features']['total']:,} fired on the texts of the store. Random sets match in "
+        "density; of several draws the numbers are of all together."
+    )
+    head = ["features", "hesitation / 1,000"]
+    tail = ["tokens", "accuracy", "expected", "holds"]
+    expected = "Expected is what arXiv 2602.20904 leads one to expect."
+    return [
+        Table(
+            "Removal from the replacement model",
+            ["removed", *head, "cut", *tail],
+            [_row(result, _whole(result, "adapter"), "nothing"), *_rows(result, "ablate", percent)],
+            f"{common} Cut: the share by which hesitation fell. {expected}",
+        ),
+        Table(
+            "Addition to the hybrid",
+            ["added", *head, "selected over it", *tail],
+            [
+                _row(result, _whole(result, "hybrid"), "nothing: the hybrid"),
+                _row(result, _whole(result, "adapter"), "everything: the adapter"),
+                *_rows(result, "only", number),
+            ],
+            f"{common} Selected over it: how many times the random set's hesitation the selected "
+            f"set's is, and where that is none, the random set made none. {expected}",
+        ),
+        Table(
+            "Transfer onto the target",
+            ["put onto it", *head, "cut", *tail],
+            [
+                _row(result, _whole(result, "target"), "nothing"),
+                *_rows(result, "onto-target", percent),
+            ],
+            f"{common} Cut: the share by which hesitation fell. {expected}",
+        ),
+    ]
+
+
+def _name(of: Mapping[str, Any]) -> str:
+    return f"hesitation (top {of['top']}) + template"
+
+
+def _rows(result: Mapping[str, Any], kind: str, show: Any) -> list[list[str]]:
+    rows = []
+    for arm in result["arms"]:
+        if arm["kind"] != kind:
+            continue
+        name = _name(arm)
+        if arm["times"]:
+            many = "as many" if arm["times"] == 1 else f"{arm['times']} times as many"
+            draws = f"{len(arm['draws'])} draw{'s' * (len(arm['draws']) > 1)}"
+            name = f"random, {many} as top {arm['top']} ({draws})"
+        if arm["scale"] is not None:
+            name += f", × {arm['scale']:g}"
+        rows.append(_row(result, arm, name, show))
+    return rows
+
+
+def _row(result: Mapping[str, Any], arm: Arm, name: str, show: Any = number) -> list[str]:
+    claim = next(
+        (
+            claim
+            for claim in result["claims"]
+            if all(claim[key] == arm[key] for key in ("kind", "top", "times", "scale"))
+        ),
+        {"value": None, "claim": "", "holds": ""},
+    )
+    return [
+        name,
+        number(arm["features"]) if arm["kind"] else "–",
+        shown(arm[RATE]),
+        shown(claim["value"], show),
+        shown(arm["length"]),
+        shown(arm["accuracy"], percent),
+        claim["claim"] or "–",
+        claim["holds"] or "–",
+    ]
+
+
+# --- figures --------------------------------------------------------------------------------------
+
+
+def figures(result: Mapping[str, Any]) -> list[Figure]:
+    """One each of removal, addition and transfer."""
+    levels = {name: _level(result, name) for name in ("target", "hybrid", "adapter")}
+    label = "features, of " + number(result["features"]["total"])
+    return [
+        Figure(
+            "removal",
+            "Features removed from the replacement model",
+            label,
+            _UNIT,
+            [*_by_size(result, "ablate"), levels["adapter"], levels["target"]],
+            x_log=True,
+            joined=False,
+        ),
+        Figure(
+            "addition",
+            "Features added to the hybrid",
+            label,
+            _UNIT,
+            [*_by_size(result, "only"), levels["hybrid"], levels["adapter"]],
+            x_log=True,
+            joined=False,
+        ),
+        Figure(
+            "transfer",
+            "Features put onto the target",
+            "scale",
+            _UNIT,
+            [*_by_scale(result), levels["target"]],
+        ),
+    ]
+
+
+def _level(result: Mapping[str, Any], model: str) -> Series:
+    kind = "transcoder" if model == "adapter" else model
+    return _series(model, kind, [], [_whole(result, model)])
+
+
+def _by_size(result: Mapping[str, Any], kind: str) -> list[Series]:
+    found = []
+    for name, random in (("hesitation + template", False), ("random", True)):
+        arms = [a for a in result["arms"] if a["kind"] == kind and bool(a["times"]) == random]
+        arms.sort(key=lambda arm: arm["features"])
+        xs = [float(arm["features"]) for arm in arms]
+        found.append(_series(name, "random" if random else "selected", xs, arms))
+    return [series for series in found if series.x]
+
+
+def _by_scale(result: Mapping[str, Any]) -> list[Series]:
+    found = []
+    for i, chosen in enumerate(result["sets"]):
+        same = [
+            a for a in result["arms"] if a["kind"] == "onto-target" and a["top"] == chosen["top"]
+        ]
+        mine = sorted((a for a in same if not a["times"]), key=lambda arm: arm["scale"])
+        kind = "selected" if i == 0 else "selected otherwise"
+        found.append(_series(_name(chosen), kind, [a["scale"] for a in mine], mine))
+        if i == 0:
+            others = [a for a in same if a["times"] == 1]
+            found.append(_series("random, as many", "random", [a["scale"] for a in others], others))
+    return [series for series in found if series.x]
+
+
+def _series(name: str, kind: str, xs: Sequence[float], arms: Sequence[Arm]) -> Series:
+    ends = [[float(arm[RATE][end]) for arm in arms] for end in ("mean", "low", "high")]
+    return Series(name, kind, list(xs), *ends)

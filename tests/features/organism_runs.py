@@ -1,0 +1,105 @@
+"""Runs of the embedded pair with random adapters of a chosen L0, made in a second, and the dense
+activations of a run on the texts of its store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+import yaml
+from stores import MadeText
+
+from fastadapt.adapter import AdapterConfig
+from fastadapt.adapter_files import save_adapters
+from fastadapt.evaluation.students import Students
+from fastadapt.features.collect.texts import batch_of, batches_of, read_group
+from fastadapt.models import ModelPair, PairConfig, ReplacementModel
+from fastadapt.organism import resolve
+
+PAIR = {"target": "organism/target", "base": "organism/base"}
+DATA = {
+    "validation": "organism/validation",
+    "validation_split": "validation",
+    "revision": None,
+    "family": "r1-distill",
+}
+
+
+def make_run(
+    folder: Path, *, n_features: int = 24, l0: float = 3.0, seed: int = 0, **config: Any
+) -> Path:
+    """A finished run's folder: ``config.yaml`` and ``adapter/``."""
+    named = {role: resolve(name) for role, name in PAIR.items()}
+    pair = ModelPair.load(PairConfig(**named, device="cpu"))
+    model = ReplacementModel.create(pair, AdapterConfig(n_features, **config), seed=seed).eval()
+    draw = torch.Generator().manual_seed(seed)
+    ids = torch.randint(4, 400, (8, 60), generator=draw)
+    inputs = model.block_inputs(ids, None)
+    hidden = inputs.hidden
+    with torch.no_grad():
+        for layer, adapter in enumerate(model.adapters):
+            seen: list[torch.Tensor] = []
+            handle = adapter.register_forward_pre_hook(
+                lambda _, given, seen=seen: seen.append(given[0])
+            )
+            model.block(layer, hidden, inputs.arguments[layer], "replacement")
+            handle.remove()
+            z = (seen[0].flatten(0, 1) @ adapter.W_enc.T).float()
+            adapter.b_enc.copy_(-z.quantile(1 - l0 / n_features, dim=0))
+            adapter.W_dec.copy_(0.02 * torch.randn(adapter.W_dec.shape, generator=draw))
+            hidden, _ = model.block(layer, hidden, inputs.arguments[layer], "replacement")
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump({"pair": PAIR, "data": DATA}))
+    told = {**PAIR, "family": "r1-distill", "measured": {"l0_mean": l0}}
+    save_adapters(model.adapters, folder / "adapter", told)
+    return folder
+
+
+def dense_activations(
+    run: Path, store: Path, batch_tokens: int
+) -> Iterator[tuple[MadeText, np.ndarray]]:
+    """Each text of a store and its activations, float32 ``[L, T, F]``, all of them made.
+
+    The adapters' inputs are taken as they run, in the batches in which they were collected, and
+    encoded densely.
+    """
+    students = Students.open([run], device="cpu")
+    model = students.replacement(students.runs[0])
+    seen: list[torch.Tensor] = []
+    for adapter in model.adapters:
+        adapter.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    file = pq.ParquetFile(store / "texts.parquet")
+    for group in range(file.num_row_groups):
+        made = {}
+        for some in batches_of(read_group(file, group), batch_tokens):
+            seen.clear()
+            batch = batch_of(some)
+            with torch.no_grad():
+                model.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+                pairs = zip(model.adapters, seen, strict=True)
+                a = torch.stack([adapter.encode(x) for adapter, x in pairs]).float().numpy()
+            for i, text in enumerate(some):
+                length = len(text.tokens)
+                told = MadeText(text.tokens.tolist(), text.regions.tolist(), text.domain)
+                made[text.number] = told, a[:, i, :length]
+        yield from (made[number] for number in sorted(made))
+
+
+def hashed(seed: int, kind: int, layer: int, feature: int, text: int, position: int) -> int:
+    """The priority of an activation, in whole numbers: what the tensors of ``chance`` compute."""
+    mask, step = 2**64 - 1, 0x9E3779B97F4A7C15
+
+    def mix(x: int) -> int:
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+        return x ^ (x >> 31)
+
+    unit = seed
+    for part in (kind, layer, feature):
+        unit = (mix((unit + step) & mask) + part) & mask
+    token = mix((mix((text + step) & mask) + position) & mask)
+    return mix(mix(unit) ^ token) & (2**63 - 1)

@@ -1,0 +1,121 @@
+"""Sets of features: what they are, how they combine, how they are kept and refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from stores import MadeText, make_store
+
+from fastadapt.errors import UserError
+from fastadapt.features.sets import (
+    FeatureSet,
+    list_sets,
+    load_set,
+    names_of_sets,
+    read_set,
+    save_set,
+)
+from fastadapt.features.store import Store
+
+OF = {"adapter": "0" * 64, "shape": (2, 6)}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    rng = np.random.default_rng(1)
+    texts = [MadeText(list(rng.integers(0, 30, 8)), [5] * 8)]
+    activations = [np.maximum(rng.normal(size=(2, 8, 6)), 0).astype(np.float32)]
+    return make_store(tmp_path / "features", texts, activations, [f"w{i}" for i in range(30)]).store
+
+
+def made(*pairs: tuple[int, int], by: str = "hand") -> FeatureSet:
+    return FeatureSet.of(pairs, **OF, made=by)
+
+
+def test_sets_combine_as_sets_do() -> None:
+    a, b = made((1, 5), (0, 2), (0, 2), by="a"), made((1, 5), (1, 0), by="b")
+    assert a.features == ((0, 2), (1, 5))
+    assert (a | b).features == ((0, 2), (1, 0), (1, 5))
+    assert (a & b).features == ((1, 5),)
+    assert (a - b).features == ((0, 2),)
+    assert len(~a) == 10
+    assert not (a & ~a).features
+    assert (a | ~a).features == (~(a & ~a)).features
+    assert (a | b).made == "(a) | (b)"
+    assert ((a | b) - a).made == "((a) | (b)) - (a)"
+    assert (1, 5) in a
+    assert (1, 4) not in a
+    assert a.rows(1) == [5]
+    assert (a | b).per_layer() == [1, 2]
+
+
+def test_sets_of_two_adapters_do_not_combine() -> None:
+    other = FeatureSet.of([(0, 1)], adapter="1" * 64, shape=(2, 6), made="other")
+    with pytest.raises(UserError, match="the set hand and the set other are of two adapters"):
+        made((0, 1)) | other
+
+
+def test_a_set_is_kept_and_listed(store: Store) -> None:
+    a = made((0, 2), (1, 5))
+    path = save_set(store, a, "mine")
+    assert path == store.folder / "sets" / "mine.json"
+    again = load_set(store, "mine")
+    assert (again.features, again.made, again.name) == (a.features, "hand", "mine")
+    assert again.digest() == a.digest() != made((0, 2)).digest()
+    with pytest.raises(UserError, match="has a set 'mine' already"):
+        save_set(store, made((0, 0)), "mine")
+    save_set(store, made((0, 0)), "mine", overwrite=True)
+    save_set(store, a, "another")
+    assert names_of_sets(store) == ["another", "mine"]
+    assert list_sets(store)[0] == {
+        "name": "another",
+        "size": 2,
+        "per_layer": [1, 1],
+        "made": "hand",
+    }
+    assert not [p for p in path.parent.iterdir() if p.suffix != ".json"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"features": []}, "set 'mine' is empty"),
+        ({"features": [[2, 0]]}, "layers 0 to 1 and numbers 0 to 5, got feature 0 of layer 2"),
+        ({"features": [[0, -1]]}, "got feature -1 of layer 0"),
+        ({"features": [[0, 6]]}, "got feature 6 of layer 0"),
+        ({"features": [[1, 0], [0, 1]]}, "sorted by layer and number"),
+        ({"features": [[1, 0], [1, 0]]}, "distinct"),
+        ({"features": [[1]]}, "is no set of features"),
+        ({"features": None}, "is no set of features"),
+        ({"adapter": "1" * 64}, "set 'mine' is of another adapter"),
+        ({"n_features": 7}, "set 'mine' is of another adapter"),
+        ({"schema_version": 7}, "schema_version is 7"),
+    ],
+)
+def test_a_spoilt_set_is_told(store: Store, change: dict, message: str) -> None:
+    path = save_set(store, made((0, 2)), "mine")
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(UserError, match=message):
+        load_set(store, "mine")
+
+
+def test_what_is_no_set_is_told(store: Store, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no set 'mine'; there are: none yet"):
+        load_set(store, "mine")
+    with pytest.raises(UserError, match="the set hand is empty"):
+        save_set(store, made(), "mine")
+    other = FeatureSet.of([(0, 1)], adapter="1" * 64, shape=(2, 6), made="other")
+    with pytest.raises(UserError, match="of another adapter than the features in"):
+        save_set(store, other, "mine")
+    for name in ("", ".x", "a/b", "..", "a b"):
+        with pytest.raises(UserError, match="a set's name"):
+            save_set(store, made((0, 1)), name)
+    assert not (store.folder / "sets").exists()
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(UserError, match="is not JSON"):
+        read_set(tmp_path / "x.json")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_set(tmp_path / "none.json")

@@ -1,0 +1,135 @@
+"""The sparse codes that the op hands out: what is active, from every implementation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor
+from transcoder_cases import DTYPES, TRITON_DEVICE, Case, cases, draw_inputs
+
+from fastadapt.kernels.transcoder import Plan, SparseCodes, transcoder
+
+PLANS = [None, Plan(dense=True), Plan(dense=False), Plan(dense=False, capacity=4000)]
+S, T, D, E, F = 2, 9, 12, 10, 64
+SETTINGS: dict[str, dict[str, Any]] = {
+    "relu": {},
+    "topk": {"k": 3},
+    "batch_topk": {"k": 2.5},
+    "jumprelu": {"bandwidth": 0.5},
+}
+
+
+def inputs(activation: str, device: str) -> dict[str, Any]:
+    torch.manual_seed(3)
+    shapes = {"x": (S, T, D), "W_enc": (F, D), "b_enc": (F,), "W_dec": (F, E), "b_dec": (E,)}
+    tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
+    tensors["b_enc"] -= 3
+    if activation == "jumprelu":
+        tensors["threshold"] = torch.rand(F) + 0.2
+    padding = torch.zeros(S, T, dtype=torch.bool)
+    padding[1, 6:] = True
+    named = {name: tensor.to(device) for name, tensor in tensors.items()}
+    return {
+        **named,
+        "padding": padding.to(device),
+        "activation": activation,
+        **SETTINGS[activation],
+    }
+
+
+def dense(codes: SparseCodes, n_tokens: int, n_features: int) -> Tensor:
+    a = codes.values.new_zeros(n_tokens, n_features)
+    a[codes.tokens, codes.features] = codes.values
+    return a
+
+
+def identity(given: dict[str, Any], **how: Any) -> Tensor:
+    """The dense a: what the decoder makes of it when it is the identity."""
+    eye = torch.eye(len(given["b_enc"]), dtype=given["x"].dtype, device=given["x"].device)
+    with torch.no_grad():
+        return transcoder(**{**given, "W_dec": eye, "b_dec": eye[0] * 0}, **how).out.flatten(0, -2)
+
+
+def check(given: dict[str, Any], codes: SparseCodes, a: Tensor) -> None:
+    """In order, each once, none inactive or on padding, and the very values."""
+    n_tokens, n_features = a.shape
+    assert codes.tokens.dtype == codes.features.dtype == torch.int64
+    assert codes.values.dtype == given["x"].dtype
+    assert not codes.values.requires_grad
+    place = codes.tokens * n_features + codes.features
+    assert (place.diff() > 0).all()
+    assert (codes.values != 0).all()
+    torch.testing.assert_close(dense(codes, n_tokens, n_features), a, rtol=0, atol=0)
+    if "padding" in given:
+        assert not given["padding"].flatten()[codes.tokens].any()
+
+
+#: All of the CPU's; of Triton's, interpreted where there is no GPU and then slow, one of each kind.
+WAYS: list[tuple[str, str, Plan | None]] = [
+    *(("reference", activation, None) for activation in SETTINGS),
+    *(("sparse", activation, plan) for activation in SETTINGS for plan in PLANS),
+    ("triton", "relu", Plan(dense=False, capacity=4000)),
+    ("triton", "jumprelu", Plan(dense=True)),
+    ("triton", "jumprelu", Plan(dense=False)),
+    ("triton", "topk", None),
+    ("triton_fused", "batch_topk", None),
+]
+
+
+@pytest.mark.parametrize(("implementation", "activation", "plan"), WAYS)
+def test_codes_are_what_is_active(implementation: str, activation: str, plan: Plan | None) -> None:
+    given = inputs(activation, TRITON_DEVICE if implementation.startswith("triton") else "cpu")
+    how = {"implementation": implementation, "plan": plan}
+    codes: list[SparseCodes] = []
+    result = transcoder(**given, codes=codes, **how)
+    assert torch.equal(result.out, transcoder(**given, **how).out)  # asked for, nothing changes
+    check(given, codes[0], identity(given, **how))
+    assert len(codes) == 1
+    assert len(codes[0].values) == result.stats.n_active > 0
+
+
+@given(case=cases(DTYPES))
+def test_codes_of_any_call(case: Case) -> None:
+    leaves, arguments, _, _ = draw_inputs(case)
+    given_ = {**leaves, **arguments}
+    for implementation, plan in (("reference", None), ("sparse", case.plan)):
+        codes: list[SparseCodes] = []
+        result = transcoder(**given_, codes=codes, implementation=implementation, plan=plan)
+        alike = {key: value for key, value in given_.items() if key != "residual"}
+        a = identity(alike, implementation=implementation, plan=plan) if case.F else None
+        if a is not None:
+            check(given_, codes[0], a)
+        if not case.masked:
+            assert len(codes[0].values) == result.stats.n_active
+
+
+def test_codes_come_without_gradient_beside_one_that_has() -> None:
+    given = inputs("relu", "cpu")
+    given["W_dec"].requires_grad_()
+    given["W_enc"].requires_grad_()
+    codes: list[SparseCodes] = []
+    transcoder(**given, codes=codes).out.sum().backward()
+    assert given["W_enc"].grad is not None
+    assert not any(tensor.requires_grad for tensor in codes[0])
+
+
+def test_a_compiled_call_hands_them_out() -> None:
+    torch._dynamo.reset()
+    given = inputs("relu", "cpu")
+
+    @torch.compile(backend="aot_eager", dynamic=True)
+    def compiled(x: Tensor) -> tuple[Tensor, SparseCodes]:
+        codes: list[SparseCodes] = []
+        out = transcoder(**{**given, "x": x}, codes=codes, plan=Plan(dense=False)).out
+        return out, codes[0]
+
+    with torch.no_grad():
+        out, found = compiled(given["x"])
+    codes: list[SparseCodes] = []
+    assert torch.equal(out, transcoder(**given, codes=codes).out)
+    for one, two in zip(found, codes[0], strict=True):
+        assert torch.equal(one, two)
+    torch._dynamo.reset()
