@@ -1,4 +1,4 @@
-"""The command line; it, `cli_eval` and `cli_organism` are the only places that print.
+"""The command line; it and the `cli_*` beside it are the only places that print.
 
 Results go to standard output, progress and errors to standard error. Exit code 0: done, or stopped
 by a signal with everything saved; 1: a failure on the way; 2: what was asked cannot be done.
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastadapt.cli_eval import evaluate
+from fastadapt.cli_features import features, intervene
 from fastadapt.cli_organism import organism
 from fastadapt.console import print_error, print_table, quiet_transformers, say
 from fastadapt.errors import RunError, UserError
@@ -252,6 +253,8 @@ def export(argv: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "eval": evaluate,
+    "features": features,
+    "intervene": intervene,
     "export": export,
     "data": data,
     "organism": organism,

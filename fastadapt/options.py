@@ -22,6 +22,8 @@ usage: fastadapt COMMAND ...
 
   train PRESET_OR_YAML   train transcoder adapters, or a baseline, on a model pair
   eval RUN [RUN ...]     how faithful runs are: tables, plots, benchmarks
+  features COMMAND RUN   what features mean: collect, browse, describe, classify, select
+  intervene RUN          a run with some features removed, kept alone, or put onto the target
   data prepare           training and validation sets out of a data set of conversations
   export RUN             a trained run as one Hugging Face checkpoint, or in another format
   organism               the embedded model pair: build, check, sample
