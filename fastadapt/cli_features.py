@@ -231,12 +231,12 @@ def _approve(estimate: Estimate) -> bool:
 
 
 def _judgements(store: Store, result: dict[str, Any] | None, *, stopped: bool) -> int:
-    from fastadapt.features.judge.judgements import tables
+    from fastadapt.features.judge.judgements import read_judgements, tables
 
     if result is None:
         print(_GO_ON if stopped else "Nothing was called.")
         return 0
-    for table in tables(store):
+    for table in tables(read_judgements(store)):
         print(table.title)
         print_table(table.head, table.rows)
         print()

@@ -1,0 +1,155 @@
+"""`fastadapt features` and `fastadapt intervene`: from a run to a store, pages, judgements, sets, and
+runs that were changed; and what they refuse."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from organism_runs import make_run
+
+COLLECT = ("--n", 12, "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("features") / "run")
+
+
+@pytest.fixture
+def run(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "run"))
+
+
+@pytest.fixture
+def collected(run: Path, fastadapt: Callable) -> Path:
+    outcome = fastadapt("features", "collect", run, *COLLECT)
+    assert outcome.code == 0, outcome.err
+    return run
+
+
+def test_from_a_run_to_its_pages_and_judgements(run: Path, fastadapt: Callable) -> None:
+    outcome = fastadapt("features", "collect", run, *COLLECT)
+    assert outcome.code == 0, outcome.err
+    assert re.search(r"adapter\W+0\W+24\W", outcome.out)
+    assert "12 texts" in outcome.out
+    manifest = (run / "features" / "manifest.json").read_bytes()
+    assert fastadapt("features", "collect", run, *COLLECT).code == 0
+    assert (run / "features" / "manifest.json").read_bytes() == manifest
+
+    described = fastadapt("features", "describe", run, "--describe.units", 3, "--device", "cpu")
+    assert described.code == 0, described.err
+    assert "accuracy" in described.out
+    assert (run / "features" / "adapter" / "scores.parquet").is_file()
+    overlap = fastadapt("features", "overlap", run, "--device", "cpu")
+    assert overlap.code == 0, overlap.err
+    pages = fastadapt("features", "export", run)
+    assert pages.code == 0, pages.err
+    assert (run / "features" / "site" / "index.html").is_file()
+    assert str(run / "features" / "site" / "index.html") in pages.out
+
+
+def test_shards_are_merged(run: Path, fastadapt: Callable, tmp_path: Path) -> None:
+    shards = [tmp_path / f"part-{i}" for i in range(2)]
+    for i, folder in enumerate(shards):
+        outcome = fastadapt(
+            "features", "collect", run, *COLLECT, "--shard", f"{i}/2", "--output", folder
+        )
+        assert outcome.code == 0, outcome.err
+        assert f"Shard {i} of 2 is done" in outcome.out
+    outcome = fastadapt("features", "merge", *reversed(shards), "--output", tmp_path / "whole")
+    assert outcome.code == 0, outcome.err
+    assert fastadapt("features", "collect", run, *COLLECT).code == 0
+    for name in ("texts.parquet", "adapter/features.parquet", "adapter/examples.parquet"):
+        whole = (tmp_path / "whole" / name).read_bytes()
+        assert whole == (run / "features" / name).read_bytes()
+
+
+def test_a_set_is_taken_out_and_put_onto_the_target(collected, fastadapt, tmp_path) -> None:
+    select = ("features", "select", collected)
+    many = fastadapt(*select, "many", "--sql", "SELECT layer, feature FROM features WHERE count>20")
+    assert many.code == 0, many.err
+    few = fastadapt(*select, "few", "--sql", "SELECT layer, feature FROM features WHERE count>60")
+    assert few.code == 0, few.err
+    rest = fastadapt(*select, "rest", "--difference", "many", "few")
+    assert rest.code == 0, rest.err
+    sizes = [int(re.search(r": (\d+) features", o.out)[1]) for o in (many, few, rest)]  # type: ignore[index]
+    assert sizes[0] == sizes[1] + sizes[2]
+    told = fastadapt("features", "sets", collected)
+    assert [name in told.out for name in ("few", "many", "rest")] == [True] * 3
+
+    for kind in ("ablate", "only", "onto-target"):
+        changed = fastadapt(
+            "intervene", collected, f"--{kind}", "few", "--output", tmp_path / kind
+        )
+        assert changed.code == 0, changed.err
+        card = json.loads((tmp_path / kind / "adapter" / "fastadapt.json").read_text())
+        (step,) = card["metadata"]["interventions"]
+        assert (step["kind"], step["set"]["size"]) == (kind, sizes[1])
+    assert card["metadata"]["base"] == card["metadata"]["target"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("features", "colect", "{run}"), "did you mean collect?"),
+        (("features", "collect", "{run}", "--shard", "3/3"), "expected i/n with i from 0"),
+        (("features", "collect", "{run}", "--n", "0"), "expected 1 or more, got 0"),
+        (("features", "collect", "{run}", "--kinds", "[units]"), "--kinds"),
+        (("features", "export", "{run}/adapter"), "has no features yet"),
+        (("features", "select", "{run}", "a/b", "--template"), "a set's name"),
+        (("features", "select", "{run}", "none", "--promotes", "qqqq"), "is empty"),
+        (("features", "select", "{run}", "none"), "a set is selected in one way"),
+        (("features", "select", "{run}", "none", "--sql", "DROP TABLE features"), "SELECT"),
+        (("features", "classify", "{run}"), "tells no classes"),
+        (("features", "serve", "{run}", "--port", "70000"), "expected 0 to 65535"),
+        (("intervene", "{run}", "--output", "{run}/x"), "expected one of --ablate"),
+        (("intervene", "{run}", "--ablate", "nope", "--output", "{run}/x"), "no set 'nope'"),
+    ],
+)
+def test_what_is_refused(collected: Path, fastadapt: Callable, argv, message: str) -> None:
+    before = sorted(path for path in collected.rglob("*"))
+    outcome = fastadapt(*(text.format(run=collected) for text in argv))
+    assert outcome.code == 2, outcome.out
+    assert message in " ".join(outcome.err.split())
+    assert sorted(path for path in collected.rglob("*")) == before
+
+
+def test_a_store_of_another_adapter_is_refused(collected, fastadapt, tmp_path) -> None:
+    other = make_run(tmp_path / "other", seed=1)
+    shutil.move(collected / "features", other / "features")
+    for argv in (
+        ("features", "describe", other, "--device", "cpu"),
+        ("features", "collect", other, *COLLECT),
+    ):
+        outcome = fastadapt(*argv)
+        assert outcome.code == 2
+        assert "--overwrite" in outcome.err
+
+
+def test_costs_are_told_and_need_consent(collected, fastadapt, monkeypatch) -> None:
+    """Where nobody can be asked, nothing is called: the address would refuse any call."""
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    outcome = fastadapt(
+        *("features", "classify", collected, "--judge.model", "some", "--classify.units", 2),
+        *("--judge.base_url", "http://127.0.0.1:9/v1", "--judge.price_in", 1),
+        *("--judge.price_out", 2),
+    )
+    assert outcome.code == 2
+    assert "8 calls" in outcome.err
+    assert "--yes" in outcome.err
+
+
+def test_help_tells_every_command_and_option(fastadapt: Callable) -> None:
+    from fastadapt.cli_features import COMMANDS
+
+    told = fastadapt("features").out
+    assert [name for name in COMMANDS if f"  {name} " not in told] == []
+    for name in COMMANDS:
+        outcome = fastadapt("features", name, "--help")
+        assert outcome.code == 0, outcome.err
+        assert f"fastadapt features {name}" in outcome.out
