@@ -91,7 +91,7 @@ def write_png(figure: Figure, path: Path) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     canvas.legend(loc="outside right upper", fontsize=8, frameon=False)
-    canvas.savefig(path, dpi=200)
+    canvas.savefig(path, dpi=200, format="png")
 
 
 def _counted(xs: Sequence[float]) -> bool:

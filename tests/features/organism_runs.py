@@ -103,3 +103,9 @@ def hashed(seed: int, kind: int, layer: int, feature: int, text: int, position: 
         unit = (mix((unit + step) & mask) + part) & mask
     token = mix((mix((text + step) & mask) + position) & mask)
     return mix(mix(unit) ^ token) & (2**63 - 1)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Every file of a store, by name."""
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(p.relative_to(folder)): p.read_bytes() for p in paths if p.name != ".lock"}

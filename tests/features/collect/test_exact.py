@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from organism_runs import dense_activations, hashed, make_run
+from organism_runs import dense_activations, files_of, hashed, make_run
 from stores import rows_of
 
 from fastadapt.features.collect import CollectConfig, collect, merge
@@ -16,12 +16,6 @@ from fastadapt.features.schema import EXAMPLES, FEATURES
 from fastadapt.features.store import Store
 
 CONFIG = CollectConfig(n=150, batch_tokens=1500, seed=7)  # three groups, some 13 batches
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    """Every file of a store, by name."""
-    paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {str(p.relative_to(folder)): p.read_bytes() for p in paths if p.name != ".lock"}
 
 
 @pytest.fixture(scope="module")
