@@ -192,7 +192,7 @@ def _cases(
 ) -> list[Case]:
     """A case for each sample; fewer where the unit is not silent anywhere for long enough."""
     fires = corpus.starts[places[:, 0]] + places[:, 1]
-    cases = []
+    cases: list[Case] = []
     for sample, (shown, scored) in split.items():
         rng = _rng(config.seed, unit, sample, 1)
         taken = np.concatenate([corpus.starts - 1, fires, *corpus.taken([*shown, *scored])])
