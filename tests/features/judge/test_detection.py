@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from planted import FAMILIES, MadeActivations, planted
 from stores import Made, MadeText, make_store
 
 from fastadapt.errors import UserError
+from fastadapt.features.judge.activations import Places
 from fastadapt.features.judge.describe import describe
 from fastadapt.features.judge.detection import score, summarise
 from fastadapt.features.judge.examples import Case, draw
@@ -215,3 +217,13 @@ def test_settings_that_cannot_be_are_refused() -> None:
 def test_a_token_that_the_vocabulary_lacks_is_named(made: Made) -> None:
     with pytest.raises(UserError, match="no token 4000"):
         Vocabulary(made.store).pieces([1, 4000])
+
+
+def test_a_model_that_is_not_the_stores_is_refused(made: Made) -> None:
+    class Shifted(MadeActivations):
+        def places(self, *given: Any, **named: Any) -> Places:
+            found = super().places(*given, **named)
+            return {unit: places[:0] for unit, places in found.items()}
+
+    with pytest.raises(UserError, match="not the model that its features were collected from"):
+        draw(made.store, DescribeConfig(), Shifted(made))
