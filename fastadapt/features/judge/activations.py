@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastadapt.adapter import TranscoderAdapter
 from fastadapt.batch import Batch
 from fastadapt.errors import UserError
 from fastadapt.evaluation.texts import Text, batch_of, batches_of
@@ -94,10 +95,11 @@ class ModelActivations:
                     break
                 batch = batch_of(whole, indices).to(self._model.device)
                 for layer, active in self._walk(kind, batch, units):
-                    for unit, places in zip(units[layer], active.unbind(-1), strict=True):
-                        rows = places.nonzero().cpu().numpy()
-                        rows[:, 0] = np.asarray(indices)[rows[:, 0]]
-                        found[layer, unit].append(rows)
+                    of_unit, row, at = active.nonzero().cpu().numpy().T
+                    places = np.stack([np.asarray(indices)[row], at], 1)
+                    ends = np.searchsorted(of_unit, np.arange(1, len(units[layer])))
+                    for unit, some in zip(units[layer], np.split(places, ends), strict=True):
+                        found[layer, unit].append(some)
                 done += len(indices)
                 if progress is not None:
                     progress(done, len(texts))
@@ -108,7 +110,7 @@ class ModelActivations:
     def _walk(
         self, kind: Kind, batch: Batch, units: Mapping[int, Sequence[int]]
     ) -> Iterator[tuple[int, Tensor]]:
-        """Of each layer asked for, bool ``[B, T, units]``; false at padding."""
+        """Of each layer asked for, bool ``[units, B, T]``; false at padding."""
         model = self._model
         real, attention = batch.real, batch.attention_mask
         padding = None if attention is None else ~real
@@ -127,8 +129,8 @@ class ModelActivations:
             model.leave(layer)
             if layer in units:
                 wanted = torch.tensor(list(units[layer]), device=model.device)
-                active = self._active(kind, read, seen[0])[..., wanted]
-                yield layer, active & real[..., None]
+                active = self._active(read, seen[0])[..., wanted]
+                yield layer, active.movedim(-1, 0) & real
 
     def _read(self, kind: Kind, layer: int) -> nn.Module:
         """The module whose input tells the activations."""
@@ -140,10 +142,11 @@ class ModelActivations:
             raise UserError(f"neurons of {type(mlp).__name__} cannot be read: it has no down_proj")
         return down
 
-    def _active(self, kind: Kind, read: nn.Module, x: Tensor) -> Tensor:
+    def _active(self, read: nn.Module, x: Tensor) -> Tensor:
         """Bool ``[B, T, F]``."""
-        if kind == "adapter":
+        if isinstance(read, TranscoderAdapter):
             return read.encode(x) > 0
+        assert isinstance(read, nn.Linear)
         weighed = x.float() * read.weight.float().norm(dim=0)
         strongest = weighed.topk(min(self._k or 0, weighed.shape[-1]), dim=-1)
         active = torch.zeros_like(weighed, dtype=torch.bool)

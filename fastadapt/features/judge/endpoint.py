@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
@@ -163,12 +164,21 @@ class EndpointJudge:
                         answers[i] = told.answer
                         tally.add(told)
                         if tally.hopeless:
-                            self._calls.forget(tally.requests)
-                            raise self._nonsense(tally)
+                            ended.set()
+                            error = self._nonsense(tally)
+                            self._forget(tally, waiting)
+                            raise error
                         if progress is not None:
                             progress(tally.done, len(questions))
             finally:
                 ended.set()
+
+    def _forget(self, tally: Tally, waiting: Iterable[Future[Told | None]]) -> None:
+        """Drop what was not valid, with what is still on its way."""
+        for future in wait(waiting).done:
+            if future.exception() is None and (told := future.result()) is not None:
+                tally.add(told)
+        self._calls.forget(tally.requests)
 
     def _answer(
         self, client: OpenAI, question: Question, stop: threading.Event, ended: threading.Event
@@ -195,6 +205,7 @@ class EndpointJudge:
     def _call(self, client: OpenAI, request: Mapping[str, Any]) -> str:
         import openai
 
+        made: Any
         fields = {"model": request["model"], "messages": request["messages"]}
         try:
             # As fields of the body, since what this package calls a parameter differs by version.
@@ -208,8 +219,9 @@ class EndpointJudge:
             raise self._refused(error) from None
         except openai.APIError as error:
             raise self._failed(f"sent what cannot be read ({error})") from None
-        text = _text_of(made)
-        usage = getattr(made, "usage", None)
+        except json.JSONDecodeError as error:
+            made = error.doc
+        text, usage = _text_of(made), getattr(made, "usage", None)
         told = None if usage is None else usage.model_dump(exclude_none=True)
         self._calls.keep(request, text, told)
         return text
@@ -260,12 +272,16 @@ class EndpointJudge:
 
 
 def _text_of(made: Any) -> str:
-    """What a completion says; nothing, which is no valid answer, where it is not one."""
+    """What a completion says; the whole of it where it says nothing, which is no valid answer."""
+    from pydantic import BaseModel  # what the package openai makes its answers of
+
     try:
         text = made.choices[0].message.content
     except (AttributeError, IndexError, TypeError):
-        return ""
-    return text if isinstance(text, str) else ""
+        text = None
+    if isinstance(text, str) and text:
+        return text
+    return made.model_dump_json(exclude_none=True) if isinstance(made, BaseModel) else str(made)
 
 
 def _short(text: str) -> str:

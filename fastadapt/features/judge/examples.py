@@ -30,6 +30,7 @@ from fastadapt.features.judge.units import Unit, Window, eligible, examples_of
 from fastadapt.features.schema import KINDS, SAMPLES, Kind, SampleKind
 from fastadapt.features.store import Store
 
+_AGREE = 0.9  # of examples; other batches round otherwise, which moves those near 0 in bfloat16
 #: Why a unit is not judged.
 REASONS = ("too rare", "too few examples", "no silent text")
 
@@ -99,8 +100,10 @@ def draw(
             places = activations.places(kind, corpus.tokens, by_layer, progress=told, stop=stop)
         if stop is not None and stop.is_set():
             return None
+        fires = {unit: corpus.along(places[unit.layer, unit.feature]) for unit in splits}
+        _check_model(store, kind, splits, fires, corpus)
         for unit, split in splits.items():
-            some = _cases(unit, split, places[unit.layer, unit.feature], corpus, config)
+            some = _cases(unit, split, fires[unit], corpus, config)
             if len(some) < len(split):
                 counts[kind][unit.layer]["no silent text"] += 1
             else:
@@ -187,12 +190,32 @@ def _rng(seed: int, unit: Unit, sample: SampleKind, use: int) -> np.random.Gener
     return np.random.default_rng([seed, *place, use])
 
 
+def _check_model(
+    store: Store,
+    kind: Kind,
+    splits: Mapping[Unit, _Split],
+    fires: Mapping[Unit, np.ndarray],
+    corpus: Corpus,
+) -> None:
+    """Refuse a model that is silent where the store has kept that its units fire."""
+    told = [
+        bool(np.isin(taken, fires[unit]).any())
+        for unit, split in splits.items()
+        for shown, scored in split.values()
+        for taken in corpus.taken([*shown, *scored])
+    ]
+    if sum(told) < _AGREE * len(told):
+        raise UserError(
+            f"{store.folder}: this is not the model that its features were collected from: of "
+            f"{len(told):,} examples of {kind} units, it fires on {sum(told):,}"
+        )
+
+
 def _cases(
-    unit: Unit, split: _Split, places: np.ndarray, corpus: Corpus, config: DescribeConfig
+    unit: Unit, split: _Split, fires: np.ndarray, corpus: Corpus, config: DescribeConfig
 ) -> list[Case]:
     """A case for each sample; fewer where the unit is not silent anywhere for long enough."""
-    fires = corpus.starts[places[:, 0]] + places[:, 1]
-    cases = []
+    cases: list[Case] = []
     for sample, (shown, scored) in split.items():
         rng = _rng(config.seed, unit, sample, 1)
         taken = np.concatenate([corpus.starts - 1, fires, *corpus.taken([*shown, *scored])])

@@ -34,6 +34,10 @@ class Corpus:
                 found.append(self.starts[i] + np.arange(window.start, window.end))
         return found
 
+    def along(self, places: np.ndarray) -> np.ndarray:
+        """Where (index of the drawn text, position) lie."""
+        return np.asarray(self.starts[places[:, 0]] + places[:, 1])
+
     def at(self, place: int, length: int) -> Window:
         """The silent window that begins at a place."""
         i = int(np.searchsorted(self.starts, place, side="right")) - 1

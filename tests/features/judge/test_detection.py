@@ -1,0 +1,229 @@
+"""Planted features score what they should; no scored text was shown; silent ones are silent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import numpy as np
+import pytest
+from planted import FAMILIES, MadeActivations, planted
+from stores import Made, MadeText, make_store
+
+from fastadapt.errors import UserError
+from fastadapt.features.judge.activations import Places
+from fastadapt.features.judge.describe import describe
+from fastadapt.features.judge.detection import score, summarise
+from fastadapt.features.judge.examples import Case, draw
+from fastadapt.features.judge.judgements import read_judgements
+from fastadapt.features.judge.settings import DescribeConfig
+from fastadapt.features.judge.units import Unit, Vocabulary, Window
+from fastadapt.features.judge.without_llm import TokenJudge
+from fastadapt.features.schema import SAMPLES
+from fastadapt.features.store import Store
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return planted(tmp_path_factory.mktemp("planted") / "features")
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_planted_features_score_what_they_should(made: Made, sample: str, seed: int) -> None:
+    config = DescribeConfig(samples=(sample,), seed=seed)  # type: ignore[arg-type]
+    found = describe(made.store, TokenJudge(), config, MadeActivations(made))
+    assert found is not None
+    layers = found["detection"]["adapter"][sample]["layers"]
+    means = {
+        family: layer["accuracy"]["mean"] for family, layer in zip(FAMILIES, layers, strict=True)
+    }
+    assert means["token"] >= 0.95
+    assert means["pair"] >= 0.9
+    assert abs(means["random"] - 0.5) <= 0.05
+    assert all(layer["units"] == 40 for layer in layers)
+
+
+def test_a_rule_that_is_no_rule_is_right_half_of_the_time(made: Made) -> None:
+    """Texts of units that fire at random: whatever words are looked for tell nothing."""
+    drawn = draw(made.store, DescribeConfig(), MadeActivations(made))
+    assert drawn is not None
+    rng = np.random.default_rng(0)
+    right = []
+    for case in drawn.cases:
+        if FAMILIES[case.unit.layer] == "random":
+            for _ in range(20):
+                words = set(rng.integers(0, 400, 3).tolist())
+                told = [bool(words & set(window.tokens)) for window in case.texts]
+                right += [a == b for a, b in zip(told, case.truth, strict=True)]
+    assert abs(np.mean(right) - 0.5) <= 0.02
+
+
+def test_no_scored_text_was_shown_and_no_silent_one_fires(made: Made) -> None:
+    config = DescribeConfig()
+    drawn = draw(made.store, config, MadeActivations(made))
+    assert drawn is not None
+    assert len(drawn.cases) == 2 * 120
+    for case in drawn.cases:
+        check_honest(case, made, config)
+
+
+def check_honest(case: Case, made: Made, config: DescribeConfig) -> None:
+    """By a loop over every token: nothing of the library's own account is believed."""
+
+    def tokens(windows: tuple[Window, ...]) -> set[tuple[int, int]]:
+        return {(w.text, at) for w in windows for at in range(w.start, w.start + len(w.tokens))}
+
+    assert not tokens(case.shown) & tokens(case.texts)
+    assert not {w.tokens for w in case.shown} & {w.tokens for w in case.texts}
+    assert sum(len(w.tokens) for w in case.texts) == len(tokens(case.texts))  # nor do they overlap
+    truth = []
+    for window in case.texts:
+        whole, active = made.texts[window.text], made.activations[window.text]
+        here = slice(window.start, window.start + len(window.tokens))
+        assert list(window.tokens) == list(whole.tokens[here])
+        truth.append(bool((active[case.unit.layer, here, case.unit.feature] > 0).any()))
+    assert tuple(truth) == case.truth
+    assert sum(truth) == config.scored
+    assert len(truth) == 2 * config.scored
+    lengths = {
+        so: sorted(len(w.tokens) for w, f in zip(case.texts, truth, strict=True) if f is so)
+        for so in (True, False)
+    }
+    assert lengths[True] == lengths[False]
+    assert config.min_shown <= len(case.shown) <= config.shown
+    for window in case.shown:
+        here = slice(window.start, window.start + len(window.tokens))
+        fires = made.activations[window.text][case.unit.layer, here, case.unit.feature] > 0
+        assert window.fires == tuple(fires.tolist())
+
+
+def test_short_texts_and_dense_units_are_honest_too(tmp_path: Path) -> None:
+    """Windows as long as whole texts, many of them of one text, and texts that repeat others."""
+    rng = np.random.default_rng(3)
+    texts, activations = [], []
+    for n in range(60):
+        ids = rng.integers(0, 50, int(rng.integers(5, 60)))
+        if n % 3 == 0 and n:
+            ids = np.array(texts[n - 1].tokens)
+        chances = np.array([0.002, 0.01, 0.02, 0.05, 0.1, 0.3, 0.9, 1])
+        fires = (rng.random((1, len(ids), 8)) < chances) * rng.random((1, len(ids), 8))
+        texts.append(MadeText(ids.tolist(), [7] * len(ids)))
+        # Equal texts have equal activations: a model is a function.
+        same = activations[n - 1] if n % 3 == 0 and n else fires.astype(np.float32)
+        activations.append(same)
+    made = make_store(tmp_path / "f", texts, activations, [f"w{i}" for i in range(50)])
+    config = DescribeConfig(before=4, after=2, min_shown=1, shown=4)
+    drawn = draw(made.store, config, MadeActivations(made))
+    assert drawn is not None
+    for case in drawn.cases:
+        check_honest(case, made, config)
+    counts = drawn.counts["adapter"][0]
+    assert counts["judged"] >= 3
+    assert counts["no silent text"] >= 1  # the one that fires everywhere
+    assert sum(counts.values()) == 8
+
+
+def test_equal_settings_draw_equal_cases_whatever_else_is_drawn(made: Made) -> None:
+    one = draw(made.store, DescribeConfig(seed=4), MadeActivations(made))
+    two = draw(made.store, DescribeConfig(seed=4), MadeActivations(made))
+    alone = draw(made.store, DescribeConfig(seed=4, samples=("uniform",)), MadeActivations(made))
+    other = draw(made.store, DescribeConfig(seed=5), MadeActivations(made))
+    assert one is not None
+    assert two is not None
+    assert alone is not None
+    assert other is not None
+    assert one.cases == two.cases
+    assert [c for c in one.cases if c.sample == "uniform"] == alone.cases
+    assert one.cases != other.cases
+
+
+def test_scores_are_what_counting_gives() -> None:
+    unit = Unit("adapter", 0, 3)
+    fires = [True, False, True, False]
+    texts = tuple(Window(i, 0, (i,), (f,)) for i, f in enumerate(fires))
+    row = score(Case(unit, "top", (), texts), "j", (True, True, False, False))
+    assert (row["positives"], row["negatives"]) == (2, 2)
+    assert (row["true_positives"], row["true_negatives"], row["accuracy"]) == (1, 1, 0.5)
+    told = summarise([row, {**row, "true_positives": 2}], 2, DescribeConfig().statistics)
+    assert told["accuracy"]["mean"] == 5 / 8
+    assert told["precision"]["mean"] == 3 / 5
+    assert told["recall"]["mean"] == 3 / 4
+    assert told["layers"][1]["units"] == 0
+    assert told["layers"][1]["accuracy"] == {"mean": None, "low": None, "high": None}
+
+
+def test_what_is_written_is_what_was_said(made: Made) -> None:
+    config = DescribeConfig(units=5)
+    found = describe(made.store, TokenJudge(), config, MadeActivations(made))
+    store = Store.open(made.store.folder)
+    descriptions = store.read("descriptions").to_pylist()
+    scores = store.read("scores").to_pylist()
+    assert len(descriptions) == len(scores) == 2 * 15
+    assert {row["variant"] for row in scores} == {"top", "uniform"}
+    mean = np.mean([row["accuracy"] for row in scores if row["variant"] == "top"])
+    assert found is not None
+    assert found["detection"]["adapter"]["top"]["accuracy"]["mean"] == pytest.approx(mean)
+    held = read_judgements(store)["judges"]["tokens"]["described"]
+    assert held["detection"] == found["detection"]
+    folder = store.folder
+    assert "Detection by tokens" in (folder / "judgements.md").read_text()
+    assert (folder / "judgements" / "detection-top-tokens.png").is_file()
+
+
+def test_another_judges_rows_stay(made: Made) -> None:
+    class Other(TokenJudge):
+        name = "other"
+
+    config = DescribeConfig(units=3, samples=("top",))
+    for judge in (TokenJudge(), Other(), TokenJudge()):
+        describe(made.store, judge, config, MadeActivations(made))
+    rows = made.store.read("scores").to_pylist()
+    assert sorted(row["judge"] for row in rows) == ["other"] * 9 + ["tokens"] * 9
+
+
+def test_stopped_before_it_is_done_it_writes_nothing(made: Made, tmp_path: Path) -> None:
+    fresh = planted(tmp_path / "f", features=3, texts=40)
+    stop = Event()
+    stop.set()
+    config = DescribeConfig()
+    assert describe(fresh.store, TokenJudge(), config, MadeActivations(fresh), stop=stop) is None
+    assert not fresh.store.has("scores")
+    assert not (fresh.store.folder / "judgements.json").exists()
+
+
+def test_a_store_without_activations_is_refused(tmp_path: Path) -> None:
+    texts = [MadeText([1, 2, 3, 4], [7] * 4)]
+    made = make_store(tmp_path / "f", texts, [np.zeros((1, 4, 2), np.float32)], ["a"] * 5)
+    with pytest.raises(UserError, match="2 adapter units: too rare"):
+        describe(made.store, TokenJudge(), DescribeConfig(), MadeActivations(made))
+    assert not made.store.has("descriptions")
+
+
+def test_settings_that_cannot_be_are_refused() -> None:
+    for wrong, named in [
+        ({"units": 0}, "describe.units"),
+        ({"min_density": 2.0}, "describe.min_density"),
+        ({"min_shown": 11}, "describe.min_shown"),
+        ({"samples": ()}, "describe.samples"),
+        ({"samples": ("best",)}, "describe.samples"),
+        ({"kinds": ("none",)}, "describe.kinds"),
+    ]:
+        with pytest.raises(UserError, match=named):
+            DescribeConfig(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_token_that_the_vocabulary_lacks_is_named(made: Made) -> None:
+    with pytest.raises(UserError, match="no token 4000"):
+        Vocabulary(made.store).pieces([1, 4000])
+
+
+def test_a_model_that_is_not_the_stores_is_refused(made: Made) -> None:
+    class Shifted(MadeActivations):
+        def places(self, *given: Any, **named: Any) -> Places:
+            found = super().places(*given, **named)
+            return {unit: places[:0] for unit, places in found.items()}
+
+    with pytest.raises(UserError, match="not the model that its features were collected from"):
+        draw(made.store, DescribeConfig(), Shifted(made))

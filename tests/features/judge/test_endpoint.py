@@ -1,0 +1,372 @@
+"""A judge behind a real server on loopback: one that answers, fails, stalls, and talks nonsense."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chat_server import ChatServer, Fault, answers_well, serving
+from planted import MadeActivations, planted
+
+from fastadapt.errors import RunError, UserError
+from fastadapt.features.judge.describe import describe
+from fastadapt.features.judge.endpoint import EndpointJudge
+from fastadapt.features.judge.opening import open_judge
+from fastadapt.features.judge.questions import Detect, Estimate
+from fastadapt.features.judge.settings import DescribeConfig, JudgeConfig
+from fastadapt.features.judge.without_llm import TokenJudge
+from fastadapt.features.store import Store
+
+KEY = "sk-this-key-is-secret-0123456789"
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OPENAI_BASE_URL", "OPENAI_MODEL", "OPENAI_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+
+@pytest.fixture
+def good() -> Iterator[ChatServer]:
+    with serving(answers_well) as server:
+        yield server
+
+
+def judge_at(url: str, folder: Path, **settings: Any) -> EndpointJudge:
+    config = JudgeConfig(**{"model": "made-1", "base_url": url, "timeout": 5.0, **settings})
+    return EndpointJudge(config, folder / "calls")
+
+
+def questions(n: int) -> list[Detect]:
+    return [Detect(f"w{i}", ((f"w{i}",), ("none",))) for i in range(n)]
+
+
+RIGHT = (True, False)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_every_question_has_its_answer_and_a_second_run_makes_no_call(
+    good: ChatServer, tmp_path: Path
+) -> None:
+    judge = judge_at(good.url, tmp_path)
+    seen: list[tuple[int, int]] = []
+    assert judge.ask(questions(30), progress=lambda *p: seen.append(p)) == [RIGHT] * 30
+    assert seen == [(i, 30) for i in range(1, 31)]
+    assert len(good.requests) == 30
+    assert good.keys[0] == f"Bearer {KEY}"
+    assert judge_at(good.url, tmp_path).ask(questions(30)) == [RIGHT] * 30
+    assert len(good.requests) == 30
+
+
+def test_the_request_is_what_was_set(good: ChatServer, tmp_path: Path) -> None:
+    plain = good.requests
+    judge_at(good.url, tmp_path, extra={"reasoning_effort": "low"}).ask(questions(1))
+    assert plain[0]["model"] == "made-1"
+    assert plain[0]["temperature"] == 0.0
+    assert plain[0]["max_tokens"] == 1024
+    assert plain[0]["response_format"] == {"type": "json_object"}
+    assert plain[0]["reasoning_effort"] == "low"
+    judge_at(good.url, tmp_path, temperature=None, max_tokens=None, json_mode=False).ask(
+        questions(1)
+    )
+    assert set(plain[1]) == {"model", "messages"}
+
+
+def test_another_model_or_parameter_is_another_question(good: ChatServer, tmp_path: Path) -> None:
+    for settings in ({}, {"model": "made-2"}, {"temperature": 1.0}, {"max_tokens": 7}, {}):
+        judge_at(good.url, tmp_path, **settings).ask(questions(1))
+    assert len(good.requests) == 4
+
+
+@pytest.mark.parametrize("concurrency", [1, 3, 8])
+def test_no_more_at_once_than_set(tmp_path: Path, concurrency: int) -> None:
+    def slowly(body: dict[str, Any], number: int) -> str:
+        time.sleep(0.05)
+        return answers_well(body, number)
+
+    with serving(slowly) as server:
+        judge_at(server.url, tmp_path, concurrency=concurrency).ask(questions(24))
+    assert server.most_at_once == concurrency
+
+
+@pytest.mark.parametrize("status", [429, 500, 503, 0])
+def test_what_passes_is_tried_again(tmp_path: Path, status: int) -> None:
+    def at_first(body: dict[str, Any], number: int) -> Any:
+        return Fault(status) if number <= 2 else answers_well(body)
+
+    with serving(at_first) as server:
+        assert judge_at(server.url, tmp_path, concurrency=1).ask(questions(2)) == [RIGHT] * 2
+    assert len(server.requests) == 4
+
+
+def test_a_stall_is_a_timeout_and_tried_again(tmp_path: Path) -> None:
+    def at_first(body: dict[str, Any], number: int) -> Any:
+        return Fault(200, stall=1.5) if number == 1 else answers_well(body)
+
+    with serving(at_first) as server:
+        assert judge_at(server.url, tmp_path, timeout=0.3).ask(questions(1)) == [RIGHT]
+    with serving(lambda *_: Fault(200, stall=1.0)) as server:
+        judge = judge_at(server.url, tmp_path, timeout=0.2, retries=1)
+        with pytest.raises(RunError, match=r"127\.0\.0\.1.* no answer in 0\.2 s, after 2 attempts"):
+            judge.ask([Detect("other", (("a",),))])
+    assert len(server.requests) == 2
+
+
+def test_a_judge_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with serving(answers_well) as server:
+        url = server.url
+    judge = judge_at(url.replace("//", "//user:secret@") + "?token=hidden", tmp_path, retries=0)
+    with pytest.raises(RunError, match=r"made-1 at http://127\.0\.0\.1:\d+/v1 cannot be") as caught:
+        judge.ask(questions(3))
+    assert "secret" not in str(caught.value)
+    assert "hidden" not in str(caught.value)
+    assert not (tmp_path / "calls").exists()
+
+
+def test_a_refusal_is_told_at_once_and_without_the_key(tmp_path: Path) -> None:
+    body = json.dumps({"error": {"message": f"Incorrect API key provided: {KEY}"}})
+    told = pytest.raises(RunError, match="HTTP 401, 'Incorrect API key provided: ")
+    with serving(lambda *_: Fault(401, body)) as server, told as caught:
+        judge_at(server.url, tmp_path, concurrency=1).ask(questions(5))
+    assert KEY not in str(caught.value)
+    assert caught.value.__cause__ is None
+    assert len(server.requests) <= 3
+
+
+NONSENSE = [
+    "I would rather not.",
+    "",
+    '{"1": "maybe", "2": false}',
+    Fault(200, "<html>it works!</html>"),
+    Fault(200, "{}"),
+    Fault(200, '{"choices": [{"message": null}]}'),
+    Fault(200, '{"choices": []}'),
+]
+
+
+@pytest.mark.parametrize("nonsense", NONSENSE)
+def test_nonsense_is_asked_again_once_then_an_error_that_shows_it(
+    tmp_path: Path, nonsense: Any
+) -> None:
+    told = pytest.raises(RunError, match=r"made-1 at http://127.*One of them: ")
+    with serving(lambda *_: nonsense) as server, told as caught:
+        judge_at(server.url, tmp_path, concurrency=1, retries=0).ask(questions(30))
+    if isinstance(nonsense, str) and nonsense:
+        assert repr(nonsense) in str(caught.value)
+    # At most a tenth of 30 may be: the fourth ends it, and a few are under way by then.
+    assert 8 <= len(server.requests) <= 14
+    again = server.requests[1]["messages"]
+    assert [m["role"] for m in again] == ["system", "user", "assistant", "user"]
+    with serving(answers_well) as server:  # it is asked again when the endpoint has come to itself
+        assert judge_at(server.url, tmp_path).ask(questions(30)) == [RIGHT] * 30
+
+
+def test_a_few_answers_that_are_not_valid_are_counted(tmp_path: Path) -> None:
+    def mostly(body: dict[str, Any], _: int) -> Any:
+        bad = any('"w3"' in message["content"] for message in body["messages"])
+        return "no" if bad else answers_well(body)
+
+    with serving(mostly) as server:
+        judge = judge_at(server.url, tmp_path)
+        assert judge.ask(questions(20)) == [RIGHT] * 3 + [None] + [RIGHT] * 16
+        assert len(server.requests) == 21
+        assert judge.ask(questions(20))[3] is None  # kept as well: nothing is asked twice
+        assert judge.estimate(questions(20)).calls == 0
+        assert len(server.requests) == 21
+
+
+def test_an_answer_in_the_second_place_is_an_answer(tmp_path: Path) -> None:
+    def second(body: dict[str, Any], _: int) -> Any:
+        return "hm" if len(body["messages"]) == 2 else answers_well(body)
+
+    with serving(second) as server:
+        assert judge_at(server.url, tmp_path).ask(questions(3)) == [RIGHT] * 3
+        assert judge_at(server.url, tmp_path).kept(questions(1)[0]) == RIGHT
+    assert len(server.requests) == 6
+
+
+def test_stopped_it_keeps_what_it_has_and_goes_on_from_there(tmp_path: Path) -> None:
+    stop = threading.Event()
+
+    def stops(body: dict[str, Any], number: int) -> str:
+        if number == 10:
+            stop.set()
+        return answers_well(body)
+
+    with serving(stops) as server:
+        answers = judge_at(server.url, tmp_path, concurrency=2).ask(questions(40), stop=stop)
+        assert 10 <= len([a for a in answers if a == RIGHT]) <= 12
+        assert len(server.requests) == len([a for a in answers if a is not None])
+        assert judge_at(server.url, tmp_path).ask(questions(40)) == [RIGHT] * 40
+    assert len(server.requests) == 40
+
+
+def test_a_file_that_was_cut_is_asked_again(good: ChatServer, tmp_path: Path) -> None:
+    judge = judge_at(good.url, tmp_path)
+    judge.ask(questions(2))
+    path = next((tmp_path / "calls").rglob("*.json"))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:20])
+    assert judge.ask(questions(2)) == [RIGHT] * 2
+    assert len(good.requests) == 3
+    assert path.read_bytes() == whole
+
+
+def test_the_estimate_counts_calls_tokens_and_money(good: ChatServer, tmp_path: Path) -> None:
+    judge = judge_at(good.url, tmp_path, price_in=2.0, price_out=10.0, max_tokens=100)
+    told = judge.estimate(questions(20))
+    assert isinstance(told, Estimate)
+    assert (told.calls, told.kept, told.tokens_out) == (20, 0, 2000)
+    assert told.cost == pytest.approx((told.tokens_in * 2 + 2000 * 10) / 1e6)
+    judge.ask(questions(20))
+    letters = sum(len(m["content"]) for r in good.requests for m in r["messages"])
+    assert letters / 4 <= told.tokens_in <= letters / 4 + 20 * 2 * 5
+    assert judge.estimate(questions(21))[:2] == (1, 20)
+    assert judge_at(good.url, tmp_path).estimate(questions(1)).cost is None
+    by_words = EndpointJudge(judge.config, tmp_path / "none", count=lambda t: len(t.split()))
+    assert by_words.estimate(questions(1)).counted == "by the given tokenizer"
+
+
+def test_settings_that_cannot_be_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for wrong in (
+        {"concurrency": 0},
+        {"timeout": 0.0},
+        {"retries": -1},
+        {"invalid_share": 1.0},
+        {"max_tokens": 0},
+        {"temperature": -1.0},
+        {"price_in": -1.0},
+        {"base_url": "ftp://x"},
+        {"extra": {"stream": True}},
+    ):
+        name = next(iter(wrong))
+        with pytest.raises(UserError, match=rf"judge\.{name}"):
+            JudgeConfig(**wrong)  # type: ignore[arg-type]
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with pytest.raises(UserError, match="OPENAI_API_KEY"):
+        EndpointJudge(JudgeConfig(model="made-1"), tmp_path)
+
+
+def test_the_environment_names_model_and_address(
+    good: ChatServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path, {})
+    assert isinstance(open_judge(JudgeConfig(), store), TokenJudge)
+    monkeypatch.setenv("OPENAI_MODEL", "made-3")
+    monkeypatch.setenv("OPENAI_BASE_URL", good.url)
+    monkeypatch.delenv("OPENAI_API_KEY")  # an endpoint of one's own may do without
+    judge = open_judge(JudgeConfig(), store)
+    assert judge.ask(questions(1)) == [RIGHT]
+    assert good.requests[0]["model"] == judge.name == "made-3"
+    assert judge.about["endpoint"] == good.url
+
+
+# --- the whole way --------------------------------------------------------------------------------
+
+CONFIG = DescribeConfig(units=6, samples=("top",))
+
+
+def test_planted_features_by_an_endpoint_and_no_key_on_disk(
+    good: ChatServer, tmp_path: Path
+) -> None:
+    made = planted(tmp_path / "f", features=6)
+    told: list[Estimate] = []
+
+    def approve(estimate: Estimate) -> bool:
+        told.append(estimate)
+        assert not good.requests
+        return True
+
+    def run() -> Any:
+        judge = open_judge(JudgeConfig(model="made-1", base_url=good.url), made.store)
+        return describe(made.store, judge, CONFIG, MadeActivations(made), approve=approve)
+
+    found = run()
+    accuracy = [
+        layer["accuracy"]["mean"] for layer in found["detection"]["adapter"]["top"]["layers"]
+    ]
+    assert accuracy[0] >= 0.95  # it looks for the marked words
+    assert abs(accuracy[2] - 0.5) <= 0.2
+    assert told[0].calls == len(good.requests) == 2 * 18
+    before = files(made.store.folder)
+    assert run() == found  # without asking for approval, since nothing is called
+    assert len(told) == 1
+    assert len(good.requests) == 36
+    assert files(made.store.folder) == before
+    assert not [name for name, data in before.items() if KEY.encode() in data]
+    assert found["judge"] == {"model": "made-1", "endpoint": good.url, "prompts": 1}
+
+
+def test_refused_it_calls_nothing(good: ChatServer, tmp_path: Path) -> None:
+    made = planted(tmp_path / "f", features=3, texts=60)
+    judge = open_judge(JudgeConfig(model="made-1", base_url=good.url), made.store)
+    activations = MadeActivations(made)
+    assert describe(made.store, judge, CONFIG, activations, approve=lambda _: False) is None
+    assert not good.requests
+    assert not made.store.has("descriptions")
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from planted import MadeActivations, planted
+from fastadapt.features.judge.describe import describe
+from fastadapt.features.judge.opening import open_judge
+from fastadapt.features.judge.settings import DescribeConfig, JudgeConfig
+
+made = planted(Path(sys.argv[1]), features=6)
+judge = open_judge(JudgeConfig(model="made-1", base_url=sys.argv[2], concurrency=2), made.store)
+describe(made.store, judge, DescribeConfig(units=6, samples=("top",)), MadeActivations(made))
+"""
+
+
+def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
+    enough = threading.Event()
+
+    def slowly(body: dict[str, Any], number: int) -> str:
+        if number >= 8:
+            enough.set()
+        if not resumed:
+            time.sleep(0.05)
+        return answers_well(body)
+
+    resumed = False
+    with serving(slowly) as server:
+        here = [str(Path(__file__).parents[1]), *sys.path]
+        child = subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                f"import sys; sys.path[:0] = {here!r}\n{KILLED}",
+                str(tmp_path / "killed"),
+                server.url,
+            ],
+        )
+        assert enough.wait(120)
+        child.kill()
+        child.wait()
+        asked = len(server.requests)
+        killed = Store.open(tmp_path / "killed")
+        assert not killed.has("descriptions")
+        kept = len(list((killed.folder / "calls").rglob("*.json")))
+        assert 0 < kept <= asked < 36
+        resumed = True
+        made = planted(tmp_path / "whole", features=6)
+        for store in (killed, made.store):
+            judge = open_judge(JudgeConfig(model="made-1", base_url=server.url), store)
+            describe(store, judge, CONFIG, MadeActivations(made))
+        assert len(server.requests) == asked + (36 - kept) + 36
+    assert files(killed.folder) == files(made.store.folder)
