@@ -73,3 +73,26 @@ def open_tab(browser: Any, *, width: int = 1300, height: int = 900, **context: A
     page.on("requestfailed", lambda request: tab.complaints.append(f"failed: {request.url}"))
     page.on("request", lambda request: tab.requests.append(request.url))
     return tab
+
+
+def text_of(tab: Tab, selector: str = "body") -> str:
+    return str(tab.page.text_content(selector))
+
+
+def open_site(browser: Any, address: str, fragment: str = "", **options: Any) -> Tab:
+    tab = open_tab(browser, **options)
+    tab.page.goto(f"{address}{fragment}")
+    tab.marked("feature" if "/" in fragment.strip("#/").split("?")[0] else "rows")
+    return tab
+
+
+def go(tab: Tab, fragment: str) -> None:
+    """Another address of the same page, until it is drawn."""
+    tab.page.evaluate(
+        """fragment => new Promise((done) => {
+          const drawn = () => setTimeout(() => requestAnimationFrame(done));
+          addEventListener("hashchange", drawn, { once: true });
+          location.hash = fragment;
+        })""",
+        fragment,
+    )

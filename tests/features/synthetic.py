@@ -27,7 +27,7 @@ from fastadapt.features.store import Store, write_manifest, write_table
 
 BEFORE, AFTER = 50, 20
 DOMAINS = ("code", "math", "science")
-_WORDS = (
+_WORDS = (  # noqa: SIM905
     "wait so the of to and is in that we have this can be let me think but check again maybe "
     "number sum equals first then if not actually therefore answer value x y n function return "
     "because which one two three solve equation both sides hmm however product length step"
@@ -172,10 +172,9 @@ def _layer(
         }
     )
     top, uniform = (20, 10) if layer in size.full else (size.top, size.uniform)
-    each = top + uniform
-    units = np.repeat(np.flatnonzero(fires), each)
-    rank = np.tile(np.r_[np.arange(top), np.arange(uniform)], int(fires.sum()))
-    is_top = np.tile(np.arange(each) < top, int(fires.sum()))
+    rank = np.r_[np.arange(top), np.arange(uniform)]
+    units, column = np.nonzero(rank < counts[:, None])  # a unit has no more than its activations
+    is_top, rank = column < top, rank[column]
     text = rng.integers(0, len(texts), units.size)
     position = rng.integers(0, texts.shape[1], units.size)
     value = scale[units] * np.where(is_top, 1 - rank / 60, rng.random(units.size) * 0.9 + 0.05)

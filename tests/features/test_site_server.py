@@ -155,11 +155,10 @@ def test_hostile_requests_get_nothing(port: int, store: Store, tmp_path: Path) -
     assert get(port, "/app.js")[0] == 200
 
 
-@pytest.mark.parametrize(
-    "host", ["evil.example", "evil.example:{port}", "127.0.0.1", "127.0.0.1:1", "", "0.0.0.0:{port}"]
-)
-def test_a_page_of_another_host_reads_nothing(port: int, host: str) -> None:
-    assert get(port, "/", host=host.format(port=port))[0] == 421
+def test_a_page_of_another_host_reads_nothing(port: int) -> None:
+    names = ("evil.example", f"evil.example:{port}", "127.0.0.1", "127.0.0.1:1", "")
+    for host in (*names, f"0.0.0.0:{port}", f"127.0.0.1:{port}.evil.example"):
+        assert get(port, "/", host=host)[0] == 421, host
 
 
 def test_requests_that_are_none(port: int) -> None:
@@ -171,7 +170,8 @@ def test_requests_that_are_none(port: int) -> None:
         status, answer = get(port, "/", method=method)
         assert status == 405, method
         assert b"Allow: GET, HEAD" in answer
-    smuggled = f"GET / HTTP/1.1\r\n{here}Content-Length: 40\r\n\r\nGET /app.js HTTP/1.1\r\n{here}\r\n"
+    second = f"GET /app.js HTTP/1.1\r\n{here}\r\n"
+    smuggled = f"GET / HTTP/1.1\r\n{here}Content-Length: {len(second)}\r\n\r\n{second}"
     status, answer = ask(port, smuggled.encode())
     assert status == 400
     assert answer.count(b"HTTP/1.1") == 1

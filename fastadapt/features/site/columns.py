@@ -109,9 +109,10 @@ def class_names(store: Store, kind: Kind) -> list[list[Any]]:
     """
     if not store.has("classes", kind):
         return []
-    rows = store.read("classes", kind, columns=["class", "subclass"]).group_by(["class", "subclass"])
+    names = ["class", "subclass"]
+    rows = store.read("classes", kind, columns=names).group_by(names).aggregate([])
     found = sorted(
-        ([row["class"], row["subclass"]] for row in rows.aggregate([]).to_pylist()),
+        ([row["class"], row["subclass"]] for row in rows.to_pylist()),
         key=lambda pair: (pair[0], pair[1] or ""),
     )
     if len(found) > _NO_BYTE:
@@ -143,7 +144,7 @@ def totals(store: Store, domains: Sequence[str]) -> dict[str, list[int]]:
 
 def _places(store: Store, rows: pa.Table, n: int) -> np.ndarray:
     units = rows["feature"].to_numpy()
-    if units.size and not (0 <= units.min() and units.max() < n):
+    if units.size and (units.min() < 0 or units.max() >= n):
         raise UserError(
             f"{store.folder}: its tables have features {units.min()} to {units.max()}, its "
             f"manifest says {n} per layer; collect the features again"

@@ -150,7 +150,8 @@ def _write(
             which, texts = described(units.notes)
             put(f"{kind}-{layer}", {"descriptions": texts}, {**units.index, "described": which})
             for part, low, high in parts(n_features, span):
-                notes = {unit: units.notes[unit] for unit in range(low, high) if unit in units.notes}
+                within = range(low, high)
+                notes = {unit: units.notes[unit] for unit in within if unit in units.notes}
                 put(f"{kind}-{layer}-{part}", {"notes": notes}, cut(units, low, high))
             done += 1
             if progress is not None:

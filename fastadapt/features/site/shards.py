@@ -1,6 +1,6 @@
 """Data as scripts: what ``static/shards.js`` unpacks.
 
-A shard is one call, ``fastadapt.shard(name, stamp, data)``. ``data`` is base64 of a zlib stream of::
+A shard is a call, ``fastadapt.shard(name, stamp, data)``; the data are base64 of a zlib stream of::
 
     4 bytes     length of the head, little-endian
     head        JSON in UTF-8: {"facts": ..., "columns": [[name, type, entries], ...]}

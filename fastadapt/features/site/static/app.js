@@ -10,6 +10,7 @@ let tokens = null;
 let list = null;
 let asked = 0; // addresses so far: what comes late for an older one is not shown
 let listSeen = false;
+let searching = false; // the list was asked for to search in it
 
 function address(kind, layer = null, feature = null) {
   const parts = kind === site.kinds[0].kind ? [] : [kind];
@@ -117,8 +118,10 @@ function showList(before) {
   show("list");
   document.title = `${document.getElementById("title").textContent} · fastadapt`;
   list.resume(before.unit);
-  if (first) performance.mark("rows");
-  else if (before.unit !== null) list.grid.focus({ preventScroll: true });
+  if (searching) document.getElementById("q").select();
+  searching = false;
+  if (first) drawn("rows");
+  else if (document.activeElement === document.body && before.unit !== null) list.grid.focus({ preventScroll: true });
 }
 
 async function showFeature(units, unit, layer, mine) {
@@ -137,7 +140,12 @@ async function showFeature(units, unit, layer, mine) {
   document.title = `Layer ${layer}, ${unitWord(units.kind)} ${feature} · fastadapt`;
   scrollTo(0, 0);
   main.focus({ preventScroll: true });
-  performance.mark("feature");
+  drawn("feature");
+}
+
+/** Notes the time once what was drawn is on the screen. */
+function drawn(name) {
+  requestAnimationFrame(() => setTimeout(() => performance.mark(name)));
 }
 
 /** Units before and after one: in the list where there was one, else by number. */
@@ -226,8 +234,9 @@ function onKey(event) {
   const { before, after } = onPage ? neighbours(kinds.get(here.kind), here.unit) : {};
   if (event.key === "?") dialog.showModal();
   else if (event.key === "/") {
+    searching = onPage;
     if (onPage) location.hash = address(here.kind);
-    setTimeout(() => document.getElementById("q").select(), onPage ? 60 : 0);
+    else document.getElementById("q").select();
   } else if (onPage && event.key === "Escape") location.hash = address(here.kind);
   else if (onPage && (event.key === "j" || event.key === "ArrowRight")) go(after);
   else if (onPage && (event.key === "k" || event.key === "ArrowLeft")) go(before);

@@ -155,7 +155,7 @@ class List {
     const asked = this.query();
     const count = [...asked.keys()].filter((name) => name !== "q" && name !== "sort").length;
     document.getElementById("more").textContent = count ? `Filters (${count})` : "Filters";
-    document.getElementById("reset").hidden = asked.size === 0;
+    document.getElementById("clear").hidden = asked.size === 0;
     const all = units.version * units.features;
     const reading = units.whole ? "" : ` · ${units.version} of ${units.layers} layers read`;
     this.status.textContent =

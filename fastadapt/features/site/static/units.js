@@ -118,6 +118,9 @@ class Units {
     };
     const low = wanted.layer === null ? 0 : wanted.layer * this.features;
     const high = wanted.layer === null ? this.n : low + this.features;
+    // Bounds as the densities are kept, so that an equal one is within.
+    const from = wanted.from === null ? -1 : Math.fround(wanted.from);
+    const to = wanted.to === null ? Infinity : Math.fround(wanted.to);
     let found = 0;
     for (let i = 0; i < order.length; i++) {
       const unit = wanted.rising ? order[order.length - 1 - i] : order[i];
@@ -125,8 +128,7 @@ class Units {
       if (!wanted.dead && count[unit] === 0) continue;
       if (wanted.region !== null && region[unit] !== wanted.region) continue;
       if (wanted.classes !== null && !wanted.classes.has(this.class[unit])) continue;
-      if (wanted.from !== null && density[unit] < wanted.from) continue;
-      if (wanted.to !== null && density[unit] > wanted.to) continue;
+      if (density[unit] < from || density[unit] > to) continue;
       if (exact && !promotes(unit, exact)) continue;
       if (some && !promotes(unit, some) && !says(unit)) continue;
       out[found++] = unit;

@@ -53,8 +53,11 @@ function short(number) {
   if (number === null || Number.isNaN(number)) return "–";
   if (number === 0) return "0";
   const size = Math.abs(number);
-  if (size >= 1e6 || size < 1e-3) return number.toExponential(1).replace("e+", "e");
-  return number.toLocaleString("en-US", { maximumSignificantDigits: 3 });
+  const far = size >= 1e6 || size < 1e-3;
+  const text = far
+    ? number.toExponential(1).replace("e+", "e")
+    : number.toLocaleString("en-US", { maximumSignificantDigits: 3 });
+  return text.replaceAll("-", "−");
 }
 
 /** A share of 1 as a percentage of two significant digits. */
@@ -63,7 +66,8 @@ function percent(share) {
   if (share === 0) return "0%";
   const value = 100 * share;
   if (value < 1e-4) return `${value.toExponential(1)}%`;
-  return `${value.toLocaleString("en-US", { maximumSignificantDigits: 2 })}%`;
+  const digits = { minimumSignificantDigits: value < 10 ? 2 : 1, maximumSignificantDigits: 2 };
+  return `${value.toLocaleString("en-US", digits)}%`;
 }
 
 /** A share typed as a number or a percentage; null for nothing, NaN for anything else. */
