@@ -1,0 +1,197 @@
+"""Serves the pages to this machine, and nothing but the pages.
+
+A request names one of the site's files or gets 404: names are matched against the few shapes that
+an export writes, never decoded and never joined as paths. The host that a browser asks for must be
+this one, so that no other site's page can read the answers by pointing its name here.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import sys
+from collections.abc import Callable
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Event, Thread
+
+from fastadapt.errors import RunError, UserError
+from fastadapt.features.site.pages import RECORD, SITE, export, is_current
+from fastadapt.features.store import Store
+
+HOST = "127.0.0.1"
+PORT = 8765
+_FILE = re.compile(r"/(?:|index\.html|style\.css|[a-z]+\.js|data/[a-z]+(?:-[0-9]+){0,2}\.js)")
+_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+}
+_HEADERS = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "frame-ancestors 'none'",  # the rest is in the page, for files too
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+_BLOCK = 1 << 20
+
+
+def serve(
+    source: Store | str | os.PathLike[str],
+    *,
+    port: int = PORT,
+    ready: Callable[[str], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    stop: Event | None = None,
+) -> None:
+    """Show a store's pages at ``http://127.0.0.1:port/`` until Ctrl-C.
+
+    Args:
+        source: a store or a run, whose pages are exported first where they are missing or older
+            than it; or the folder of an export, served as it is.
+        port: to listen at; 0 takes any free one.
+        ready: told the address once it answers.
+        progress: of the export: told (layers done, layers).
+        stop: set it to end.
+
+    Raises:
+        UserError: the port is taken or impossible, or there is neither store nor site.
+        RunError: the pages cannot be written.
+    """
+    server = listen(port)  # before an export of minutes, to fail early
+    try:
+        if isinstance(source, Store) or not (Path(source).expanduser() / RECORD).is_file():
+            store = source if isinstance(source, Store) else Store.open(source)
+            folder = store.folder / SITE
+            if not is_current(store, folder) and not export(store, progress=progress, stop=stop):
+                return
+        else:
+            folder = Path(source).expanduser()
+        server.folder = folder.resolve()
+        if stop is not None:
+            Thread(target=_end_with, args=(server, stop), daemon=True).start()
+        if ready is not None:
+            ready(f"http://{HOST}:{server.server_port}/")
+        server.serve_forever()
+    except KeyboardInterrupt:
+        pass  # the way to end it
+    finally:
+        server.server_close()
+
+
+class SiteServer(ThreadingHTTPServer):
+    """Listens on loopback.
+
+    Attributes:
+        folder: of the pages, with no link in its path.
+    """
+
+    daemon_threads = True
+    folder = Path()
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Nothing for a browser that went away; else as ever."""
+        if not isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):
+            super().handle_error(request, client_address)  # type: ignore[arg-type]
+
+
+def listen(port: int) -> SiteServer:
+    """A server at a port of this machine, which answers once it is told its folder and to serve.
+
+    Raises:
+        UserError: the port is taken or impossible.
+        RunError: it cannot be had for another reason.
+    """
+    if not 0 <= port < 2**16:
+        raise UserError(f"port: expected 0 to 65535, got {port}")
+    try:
+        return SiteServer((HOST, port), _Handler)
+    except OSError as error:
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            why = "taken" if error.errno == errno.EADDRINUSE else "not for this user"
+            raise UserError(f"port: {port} is {why}; give another, or 0 for a free one") from error
+        raise RunError(f"cannot listen at {HOST}:{port}: {error.strerror}") from error
+
+
+def _end_with(server: SiteServer, stop: Event) -> None:
+    stop.wait()
+    server.shutdown()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: SiteServer
+    server_version, sys_version = "fastadapt", ""
+    protocol_version = "HTTP/1.1"
+    timeout = 30  # seconds without a request, or within one
+
+    def do_GET(self) -> None:
+        self._answer(send=True)
+
+    def do_HEAD(self) -> None:
+        self._answer(send=False)
+
+    def _answer(self, send: bool) -> None:
+        hosts = self.headers.get_all("Host", [])
+        here = {f"{name}:{self.server.server_port}" for name in (HOST, "localhost")}
+        if len(hosts) != 1 or hosts[0].lower() not in here:
+            self.send_error(HTTPStatus.MISDIRECTED_REQUEST)
+            return
+        if self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers:
+            self.send_error(HTTPStatus.BAD_REQUEST)  # what follows would be read as a request
+            return
+        path = self._file()
+        try:
+            file = path.open("rb") if path is not None else None
+        except OSError:  # replaced by another export at this moment
+            file = None
+        if path is None or file is None:
+            self.send_error(HTTPStatus.NOT_FOUND)
+            return
+        with file:
+            left = os.fstat(file.fileno()).st_size
+            self.send_response(HTTPStatus.OK)
+            self.send_header("Content-Type", _TYPES[path.suffix])
+            self.send_header("Content-Length", str(left))
+            self.end_headers()
+            while send and left > 0 and (block := file.read(min(left, _BLOCK))):
+                self.wfile.write(block)
+                left -= len(block)
+
+    def _file(self) -> Path | None:
+        # As it was sent: parse_request makes one slash of several.
+        name = self.requestline.split()[1].partition("?")[0]
+        if not _FILE.fullmatch(name):
+            return None
+        path = self.server.folder / (name[1:] or "index.html")
+        # A link may lead anywhere.
+        return path if path.is_file() and Path(os.path.realpath(path)) == path else None
+
+    def end_headers(self) -> None:
+        for name, value in _HEADERS.items():
+            self.send_header(name, value)
+        super().end_headers()
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Say what is wrong in a line, with nothing of the request in it, and hang up."""
+        body = f"{int(code)} {HTTPStatus(code).phrase}\n".encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "text/plain; charset=utf-8")
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Connection", "close")
+        if code == HTTPStatus.METHOD_NOT_ALLOWED:
+            self.send_header("Allow", "GET, HEAD")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+        self.close_connection = True
+
+    def __getattr__(self, name: str) -> Callable[[], None]:
+        if name.startswith("do_"):  # any other method
+            return lambda: self.send_error(HTTPStatus.METHOD_NOT_ALLOWED)
+        raise AttributeError(name)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing is printed here."""

@@ -1,0 +1,274 @@
+// The list: what is asked for, and the rows of it that are in sight.
+"use strict";
+
+class List {
+  /** go: told an address to show; asked: told the query that was typed. */
+  constructor(go, asked) {
+    this.go = go;
+    this.asked = asked;
+    this.form = document.getElementById("filters");
+    this.grid = document.getElementById("grid");
+    this.rows = document.getElementById("rows");
+    this.nothing = document.getElementById("nothing");
+    this.status = document.getElementById("count");
+    this.matches = new Uint32Array(0);
+    this.chosen = -1; // row
+    this.pool = [];
+    const apply = () => this.typed();
+    this.form.addEventListener("input", apply);
+    this.form.addEventListener("submit", (event) => event.preventDefault());
+    this.form.addEventListener("reset", () => setTimeout(apply));
+    this.nothing.querySelector("button").addEventListener("click", () => this.form.reset());
+    const more = document.getElementById("more");
+    more.addEventListener("click", () => {
+      const open = this.form.classList.toggle("shown");
+      more.setAttribute("aria-expanded", open);
+    });
+    this.grid.addEventListener("scroll", () => this.draw(), { passive: true });
+    this.grid.addEventListener("keydown", (event) => this.key(event));
+    this.rows.addEventListener("click", (event) => {
+      const row = event.target.closest(".row");
+      if (row && !event.target.closest("a") && getSelection().isCollapsed) this.go(row.address);
+    });
+    addEventListener("resize", () => this.draw());
+  }
+
+  /** Asks for the units of a kind as the query says. */
+  show(units, site, tokens, query) {
+    const same = this.units === units && this.query().toString() === query.toString();
+    if (same) return;
+    if (this.units !== units) {
+      this.units = units;
+      this.fields(site);
+    }
+    this.tokens = tokens;
+    for (const field of this.form.elements) {
+      if (!field.name) continue;
+      const value = query.get(field.name) ?? "";
+      if (field.type === "checkbox") field.checked = value === "1";
+      else if (field.value !== value && field !== document.activeElement) field.value = value;
+    }
+    this.refresh(true);
+  }
+
+  fields(site) {
+    const { units, form } = this;
+    this.regions = site.regions;
+    const options = (name, entries) => {
+      const select = form.elements[name];
+      select.replaceChildren(select.options[0]);
+      entries.forEach(([value, text]) => select.append(el("option", { value }, text)));
+    };
+    options("layer", Array.from({ length: units.layers }, (_, i) => [i, String(i)]));
+    options("region", site.regions.map((name, i) => [i, name]));
+    const classes = [...new Set(units.classes.map(([name]) => name))];
+    const entries = classes.map((name) => [JSON.stringify([name]), plain(name)]);
+    units.classes.forEach(([name, sub]) => {
+      if (sub !== null) entries.push([JSON.stringify([name, sub]), plain(`${name}: ${sub}`)]);
+    });
+    options("class", entries.sort((a, b) => (a[1] < b[1] ? -1 : 1)));
+    document.getElementById("class-field").hidden = classes.length === 0;
+    const described = units.tables.includes("descriptions");
+    form.elements.q.placeholder = described
+      ? "Search descriptions and promoted tokens"
+      : "Search promoted tokens";
+    this.grid.classList.toggle("with-class", classes.length > 0);
+    const heads = ["Layer / no.", "Density", "Max", "Mostly in"];
+    if (classes.length) heads.push("Class");
+    heads.push(described ? "Description, promoted tokens" : "Promoted tokens");
+    const cells = heads.map((text) => el("span", { role: "columnheader" }, text));
+    this.grid.querySelector(".head").replaceChildren(...cells);
+    this.grid.setAttribute("aria-label", `${KIND_NAMES[units.kind]} ${unitWord(units.kind, 2)}`);
+  }
+
+  /** Draws the list where it was left, with a unit chosen. */
+  resume(unit) {
+    this.grid.scrollTop = this.left ?? 0;
+    this.draw();
+    const at = this.matches.indexOf(unit);
+    if (at >= 0) this.choose(at);
+  }
+
+  /** Keeps the place for resume(). */
+  leave() {
+    this.left = this.grid.scrollTop;
+  }
+
+  /** What is typed, as a query without what is empty. */
+  query() {
+    const out = new URLSearchParams();
+    for (const field of this.form.elements) {
+      if (!field.name) continue;
+      const value = field.type === "checkbox" ? (field.checked ? "1" : "") : field.value;
+      if (value) out.set(field.name, value);
+    }
+    return out;
+  }
+
+  typed() {
+    cancelAnimationFrame(this.frame);
+    this.frame = requestAnimationFrame(() => {
+      this.asked(this.query());
+      this.refresh(true);
+    });
+  }
+
+  wanted() {
+    const { elements } = this.form;
+    const number = (name) => (elements[name].value === "" ? null : Number(elements[name].value));
+    const sort = elements.sort.value;
+    const bounds = ["from", "to"].map((name) => {
+      const value = share(elements[name].value);
+      elements[name].setAttribute("aria-invalid", Number.isNaN(value));
+      return Number.isNaN(value) ? null : value;
+    });
+    let classes = null;
+    if (elements.class.value) {
+      const [name, sub] = JSON.parse(elements.class.value);
+      classes = new Set();
+      this.units.classes.forEach(([n, s], code) => {
+        if (n === name && (sub === undefined || s === sub)) classes.add(code);
+      });
+    }
+    return {
+      q: elements.q.value.trim().toLowerCase(),
+      token: elements.token.value.trim().toLowerCase(),
+      layer: number("layer"),
+      region: number("region"),
+      classes,
+      from: bounds[0],
+      to: bounds[1],
+      dead: elements.dead.checked,
+      key: { max: "max", weakest: "max", index: "index" }[sort] ?? "density",
+      rising: sort === "rarest" || sort === "weakest",
+    };
+  }
+
+  /** Finds what matches anew; from the top, or where the list stands. */
+  refresh(fromTop) {
+    const { units } = this;
+    if (!units) return;
+    const chosen = this.matches[this.chosen];
+    this.matches = units.match(this.wanted(), this.tokens);
+    this.chosen = fromTop ? -1 : this.matches.indexOf(chosen);
+    if (fromTop) this.grid.scrollTop = 0;
+    const asked = this.query();
+    const count = [...asked.keys()].filter((name) => name !== "q" && name !== "sort").length;
+    document.getElementById("more").textContent = count ? `Filters (${count})` : "Filters";
+    document.getElementById("clear").hidden = asked.size === 0;
+    const all = units.version * units.features;
+    const reading = units.whole ? "" : ` · ${units.version} of ${units.layers} layers read`;
+    this.status.textContent =
+      `${whole(this.matches.length)} of ${whole(all)} ${unitWord(units.kind, all)}${reading}`;
+    this.grid.setAttribute("aria-rowcount", this.matches.length + 1);
+    this.nothing.hidden = this.matches.length > 0 || !units.whole;
+    const dead = asked.size === 0 ? "None of them ever fired on these texts." : "Nothing matches.";
+    this.nothing.querySelector("p").textContent = dead;
+    this.nothing.querySelector("button").hidden = asked.size === 0;
+    this.draw();
+  }
+
+  // A browser's elements are at most some 17 million pixels high: above that, a pixel of the
+  // scroll bar is more than one of the list.
+  place() {
+    const height = parseFloat(getComputedStyle(this.grid).getPropertyValue("--row"));
+    const view = this.grid.clientHeight - this.rows.offsetTop;
+    const full = this.matches.length * height;
+    const tall = Math.min(full, 8e6);
+    const ratio = tall > view ? (full - view) / (tall - view) : 1;
+    return { height, view, tall, ratio };
+  }
+
+  draw() {
+    if (!this.units || this.grid.offsetParent === null) return;
+    const { height, view, tall, ratio } = this.place();
+    this.rows.style.height = `${tall}px`;
+    const top = this.grid.scrollTop * ratio;
+    const first = Math.max(0, Math.floor(top / height) - 4);
+    const last = Math.min(this.matches.length, Math.ceil((top + view) / height) + 4);
+    while (this.pool.length < last - first) this.pool.push(this.rows.appendChild(this.blank()));
+    this.pool.forEach((row, i) => {
+      const at = first + i;
+      row.hidden = at >= last;
+      if (row.hidden) return;
+      const stale = row.of !== this.units || row.query !== here.query;
+      if (stale || row.unit !== this.matches[at]) this.fill(row, this.matches[at]);
+      row.style.transform = `translateY(${this.grid.scrollTop + at * height - top}px)`;
+      row.id = `row-${at}`;
+      row.setAttribute("aria-rowindex", at + 2);
+      row.setAttribute("aria-selected", at === this.chosen);
+    });
+    if (this.chosen >= first && this.chosen < last) {
+      this.grid.setAttribute("aria-activedescendant", `row-${this.chosen}`);
+    } else this.grid.removeAttribute("aria-activedescendant");
+  }
+
+  blank() {
+    return el("div", { class: "row", role: "row" });
+  }
+
+  fill(row, unit) {
+    const { units, tokens } = this;
+    const layer = Math.floor(unit / units.features);
+    const feature = unit % units.features;
+    row.unit = unit;
+    row.of = units;
+    row.query = here.query;
+    row.address = address(units.kind, layer, feature);
+    const cell = (name, ...children) => el("span", { role: "gridcell", class: name }, ...children);
+    const name = `${layer} / ${feature}`;
+    const says = cell("says");
+    if (units.description[unit] !== undefined) {
+      says.append(el("bdi", { class: "text" }, plain(units.description[unit])));
+    }
+    const chips = el("span", { class: "chips" });
+    units.promotedOf(unit).forEach((token) => chips.append(chip(tokens.text(token))));
+    says.append(chips);
+    // From one token in ten million to all of them.
+    const share = Math.max(0, 1 + Math.log10(Math.max(units.density[unit], 1e-7)) / 7);
+    const region = units.region[unit] === 255 ? "never fired" : this.regions[units.region[unit]];
+    const cells = [
+      cell("name", el("a", { href: row.address, tabindex: -1 }, name)),
+      cell("density", el("i", { style: { "--share": share } }), percent(units.density[unit])),
+      cell("max", short(units.max[unit])),
+      cell("region", region),
+    ];
+    if (units.classes.length) {
+      const found = units.classes[units.class[unit]];
+      cells.push(cell("class", el("bdi", {}, found ? plain(found.filter(Boolean).join(": ")) : "")));
+    }
+    row.replaceChildren(...cells, says);
+  }
+
+  /** Chooses a row and brings it into sight. */
+  choose(at) {
+    if (!this.matches.length) return;
+    this.chosen = Math.min(this.matches.length - 1, Math.max(0, at));
+    const { height, view, ratio } = this.place();
+    const top = this.grid.scrollTop * ratio;
+    const y = this.chosen * height;
+    if (y < top) this.grid.scrollTop = y / ratio;
+    else if (y + height > top + view) this.grid.scrollTop = (y + height - view) / ratio;
+    this.draw();
+  }
+
+  key(event) {
+    const page = Math.max(1, Math.floor(this.place().view / this.place().height) - 1);
+    const steps = {
+      ArrowDown: 1, j: 1, ArrowUp: -1, k: -1, PageDown: page, PageUp: -page,
+      Home: -this.matches.length, End: this.matches.length,
+    };
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.key in steps) this.choose(this.chosen + steps[event.key]);
+    else if (event.key === "Enter" && this.chosen >= 0) this.open();
+    else return;
+    event.preventDefault();
+    event.stopPropagation();
+  }
+
+  open() {
+    const unit = this.matches[this.chosen];
+    const { kind, features } = this.units;
+    this.go(address(kind, Math.floor(unit / features), unit % features));
+  }
+}

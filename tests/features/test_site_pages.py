@@ -1,0 +1,278 @@
+"""The pages in a real browser, opened as files and served: what is shown and found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from threading import Event, Thread
+from typing import Any
+
+import numpy as np
+import pytest
+from browser import chromium, go, open_site, text_of
+from synthetic import Size, write_synthetic
+
+from fastadapt.features.site import export, serve
+from fastadapt.features.store import Store
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """Two kinds of unit, three layers."""
+    folder = tmp_path_factory.mktemp("small") / "features"
+    size = Size(3, 300, 4, 2, texts=40, text_tokens=300, vocabulary=800, described=20, classed=40)
+    write_synthetic(folder, size)
+    manifest = (folder / "manifest.json").read_text()
+    units = '"adapter": {\n   "n_layers": 3,\n   "n_features": 300\n  }'
+    assert units in manifest
+    (folder / "manifest.json").write_text(
+        manifest.replace(units, f"{units},\n  {units.replace('adapter', 'base')}")
+    )
+    (folder / "base").mkdir()
+    for name in ("features", "examples", "lens"):
+        (folder / "base" / f"{name}.parquet").write_bytes(
+            (folder / "adapter" / f"{name}.parquet").read_bytes()
+        )
+    return Store.open(folder)
+
+
+@pytest.fixture(scope="module")
+def file(store: Store) -> str:
+    """The address of its pages as files."""
+    site = export(store)
+    assert site is not None
+    return (site / "index.html").as_uri()
+
+
+@pytest.fixture(scope="module")
+def server(store: Store, file: str) -> Iterator[str]:
+    """The address of its pages as a server has them."""
+    stop, ready, told = Event(), Event(), []
+
+    def tell(place: str) -> None:
+        told.append(place)
+        ready.set()
+
+    thread = Thread(target=serve, args=(store,), kwargs={"port": 0, "ready": tell, "stop": stop})
+    thread.start()
+    assert ready.wait(60)
+    yield told[0]
+    stop.set()
+    thread.join(10)
+
+
+@pytest.fixture(params=["file", "server"])
+def address(request: pytest.FixtureRequest) -> str:
+    return str(request.getfixturevalue(request.param))
+
+
+def expected(store: Store, test: Any) -> int:
+    rows = store.read("features").to_pylist()
+    promoted = store.read("lens", columns=["promoted_tokens"])["promoted_tokens"].to_pylist()
+    classes = {(r["layer"], r["feature"]): r for r in store.read("classes").to_pylist()}
+    described = {
+        (r["layer"], r["feature"]): r["description"] for r in store.read("descriptions").to_pylist()
+    }
+    return sum(
+        bool(test(row, tokens, classes.get(unit), described.get(unit, "")))
+        for row, tokens in zip(rows, promoted, strict=True)
+        for unit in [(row["layer"], row["feature"])]
+    )
+
+
+MATCHES: list[tuple[str, Any]] = [
+    ("", lambda row, *_: row["count"] > 0),
+    ("dead=1", lambda *_: True),
+    ("layer=1", lambda row, *_: row["layer"] == 1 and row["count"] > 0),
+    ("from=1%25&to=0.05", lambda row, *_: 0.01 <= row["density"] <= 0.05),
+    (
+        "region=5",
+        lambda row, *_: row["count"] > 0 and row["by_region"][5] == max(row["by_region"]),
+    ),
+    (
+        "token=Wait",
+        lambda row, up, *_: row["count"] > 0 and any(t.strip() == "wait" for t in up),
+    ),
+    (
+        "q=wait",
+        lambda row, up, _, said: (
+            row["count"] > 0 and (any("wait" in t for t in up) or "wait" in said)
+        ),
+    ),
+    (
+        "q=fires+feature",
+        lambda row, up, _, said: row["count"] > 0 and "fires" in said and "feature" in said,
+    ),
+    (
+        'class=["domain"]',
+        lambda row, up, found, _: row["count"] > 0 and found and found["class"] == "domain",
+    ),
+    (
+        'class=["domain","math"]&layer=2',
+        lambda row, up, found, _: (
+            row["count"] > 0 and found and (found["layer"], found["subclass"]) == (2, "math")
+        ),
+    ),
+]
+
+
+def test_the_list_has_what_matches(browser: Any, store: Store, file: str) -> None:
+    tab = open_site(browser, file, "#/?q=nobodysaysthis")
+    tab.marked("whole")
+    assert text_of(tab, "#nothing p") == "Nothing matches."
+    for query, test in MATCHES:
+        go(tab, f"#/?{query}")
+        count = expected(store, test)
+        assert text_of(tab, "#count") == f"{count:,} of 900 features", query
+        assert tab.page.get_attribute("#grid", "aria-rowcount") == str(count + 1)
+        assert tab.page.locator("#nothing").is_hidden()
+        assert count > 0
+    assert tab.complaints == []
+
+
+SORTS: list[tuple[str, Any]] = [
+    ("", lambda r: (-np.float32(r["density"]), r["layer"], r["feature"])),
+    ("rarest", lambda r: (np.float32(r["density"]), -r["layer"], -r["feature"])),
+    ("max", lambda r: (-r["max"], r["layer"], r["feature"])),
+    ("weakest", lambda r: (r["max"], -r["layer"], -r["feature"])),
+    ("index", lambda r: (r["layer"], r["feature"])),
+]
+
+
+def test_the_list_is_sorted(browser: Any, store: Store, file: str) -> None:
+    tab = open_site(browser, file, "#/?q=nobodysaysthis")
+    tab.marked("whole")
+    for sort, key in SORTS:
+        go(tab, f"#/?sort={sort}")
+        rows = sorted((r for r in store.read("features").to_pylist() if r["count"]), key=key)
+        names = [f"{row['layer']} / {row['feature']}" for row in rows]
+        shown = tab.page.locator("#rows .row:not([hidden]) .name").all_text_contents()
+        assert shown[:12] == names[:12], sort
+        tab.page.focus("#grid")
+        tab.page.keyboard.press("End")
+        assert text_of(tab, ".row[aria-selected=true] .name") == names[-1]
+        box = tab.page.locator(".row[aria-selected=true]").bounding_box()
+        frame = tab.page.locator("#grid").bounding_box()
+        assert frame["y"] <= box["y"] <= frame["y"] + frame["height"] - box["height"] + 1
+    assert tab.complaints == []
+
+
+def test_keys_lead_from_the_list_to_a_page_and_back(browser: Any, address: str) -> None:
+    tab = open_site(browser, address)
+    page = tab.page
+    tab.marked("whole")
+    page.keyboard.press("/")
+    page.keyboard.type("wait")
+    page.wait_for_function("() => location.hash.includes('q=wait')")
+    page.keyboard.press("Enter")
+    page.keyboard.press("j")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("k")
+    second = text_of(tab, ".row[aria-selected=true] .name")
+    assert page.get_attribute(".row[aria-selected=true]", "aria-rowindex") == "3"
+    page.keyboard.press("Enter")
+    tab.marked("feature")
+    layer, feature = second.split(" / ")
+    assert text_of(tab, "#feature h2") == f"Layer {layer}, feature {feature}"
+    assert page.evaluate("location.hash") == f"#/{layer}/{feature}?q=wait"
+    assert text_of(tab, ".places .note").startswith("2 of ")
+    page.keyboard.press("j")
+    page.wait_for_function(
+        "() => document.querySelector('.places .note').textContent.startsWith('3 of')"
+    )
+    page.keyboard.press("w")
+    assert page.locator("#feature.short").count() == 0
+    page.keyboard.press("Escape")
+    page.wait_for_selector("#list:not([hidden])")
+    assert page.get_attribute(".row[aria-selected=true]", "aria-rowindex") == "4"
+    assert page.input_value("#q") == "wait"
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#feature:not([hidden])")
+    page.keyboard.press("/")
+    page.wait_for_function("() => document.activeElement.id === 'q'")
+    page.keyboard.press("Escape")
+    page.keyboard.press("?")
+    assert page.locator("dialog[open]").count() == 1
+    page.keyboard.press("Escape")
+    assert page.locator("dialog[open]").count() == 0
+    page.click("#clear")
+    page.wait_for_function("() => location.hash === '#/'")
+    assert tab.complaints == []
+
+
+def test_a_page_shows_what_the_store_says(browser: Any, store: Store, address: str) -> None:
+    rows = store.read("features", layer=2).to_pylist()
+    unit = next(row for row in rows if row["count"])
+    tab = open_site(browser, address, f"#/2/{unit['feature']}")
+    tiles = tab.page.locator(".tile b").all_text_contents()
+    assert tiles[1] == f"{unit['count']:,}"
+    examples = store.read("examples", layer=2, features=[unit["feature"]]).to_pylist()
+    strings = store.read("tokens")["string"].to_pylist()
+    texts = store.read("texts", columns=["id"])["id"].to_pylist()
+    cards = tab.page.locator("article")
+    assert cards.count() == len(examples) == 6
+    for i, example in enumerate(examples):
+        card = cards.nth(i)
+        spans = card.locator(".window span")
+        assert spans.count() == len(example["tokens"])
+        drawn = spans.all_text_contents()
+        assert [t.replace("↵", "") for t in drawn] == [
+            strings[t].replace("\n\n", "\n") for t in example["tokens"]
+        ]
+        shares = spans.evaluate_all("all => all.map(s => s.style.getPropertyValue('--share'))")
+        for share, value in zip(shares, example["values"], strict=True):
+            assert (float(share) if share else 0) == pytest.approx(value / unit["max"], rel=1e-5)
+        peak = spans.nth(example["position"] - example["start"])
+        assert peak.get_attribute("class").split()[-1] == "peak"
+        assert card.locator(".peak").count() == 1
+        facts = card.locator("header").text_content()
+        assert texts[example["text"]] in facts
+        assert example["region"] in facts
+        assert example["domain"] in facts
+    lens = store.read("lens", layer=2, features=[unit["feature"]]).to_pylist()[0]
+    tokens = [t.replace("␣", " ") for t in tab.page.locator(".lens .token").all_text_contents()]
+    wanted = [*lens["promoted_tokens"], *lens["suppressed_tokens"]]
+    assert tokens == [t.replace("\n", "↵") for t in wanted]
+    assert tab.complaints == []
+
+
+def test_kinds_are_switched_and_counts_hold(browser: Any, file: str) -> None:
+    tab = open_site(browser, file)
+    links = tab.page.locator("#kinds a")
+    assert links.all_text_contents() == ["Adapter", "Base MLP"]
+    links.nth(1).click()
+    tab.page.wait_for_function(
+        "() => document.getElementById('count').textContent.endsWith('900 neurons')"
+    )
+    assert tab.page.evaluate("location.hash") == "#/base"
+    tab.page.keyboard.press("Home")
+    tab.page.keyboard.press("Enter")
+    tab.marked("feature")
+    assert "neuron" in text_of(tab, "#feature h2")
+    assert tab.complaints == []
+
+
+def test_filters_are_reset_where_nothing_matches(browser: Any, file: str) -> None:
+    tab = open_site(browser, file, "#/?q=nobodysaysthis&dead=1&layer=2&sort=max")
+    tab.marked("whole")
+    tab.page.click("#nothing button")
+    tab.page.wait_for_function("() => document.getElementById('nothing').hidden")
+    assert tab.page.evaluate("location.hash") == "#/"
+    tab.page.fill("input[name=from]", "many")
+    tab.page.wait_for_selector("input[name=from][aria-invalid=true]")
+    assert tab.complaints == []
+
+
+@pytest.mark.parametrize("width", [1300, 430])
+def test_nothing_is_wider_than_the_window(browser: Any, file: str, width: int) -> None:
+    tab = open_site(browser, file, width=width)
+    for fragment in ("#/1/17", "#/?q=nobodysaysthis", "#/2/3"):
+        go(tab, fragment)
+        tab.page.wait_for_timeout(200)
+        assert tab.page.evaluate("document.documentElement.scrollWidth") <= width
+        assert tab.page.evaluate("document.body.scrollWidth") <= width

@@ -1,0 +1,152 @@
+"""Text in the pages is text, whatever it says; in a real browser."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from browser import chromium, go, open_site, text_of
+from stores import MadeText, make_store
+
+from fastadapt.features.schema import CLASSES, DESCRIPTIONS, SCORES
+from fastadapt.features.site import export
+
+#: Texts that try to be more than text, and how they are shown where that is not as they are.
+HOSTILE: list[tuple[str, str | None]] = [
+    ("<script>alert(1)</script>", None),
+    ("</script><script>alert(2)</script>", None),
+    ("--></script><!--<script>alert(3)", None),
+    ("<img src=x onerror=alert(4)>", None),
+    ('"><svg onload=alert(5)>', None),
+    ("' onmouseover='alert(6)' x='", None),
+    ("&lt;b&gt;bold&lt;/b&gt; &amp;#60; &#x3c;", None),
+    ("`${alert(7)}`", None),
+    ("');alert(8);//", None),
+    ('\\");alert(9);//', None),
+    ("javascript:alert(10)", None),
+    ("data:text/html,<script>alert(11)</script>", None),
+    ("<a href=javascript:alert(12)>a</a>", None),
+    ("<style>*{display:none}</style>", None),
+    ("</style><link rel=stylesheet href=//evil.example/a.css>", None),
+    ("<iframe srcdoc='<script>alert(13)</script>'></iframe>", None),
+    ("<base href=//evil.example/>", None),
+    ("<meta http-equiv=refresh content='0;url=//evil.example'>", None),
+    ("expression(alert(14));}body{background:url(//evil.example/b)}", None),
+    ("{{constructor.constructor('alert(15)')()}}", None),
+    ("__proto__", None),
+    ("a\u2028alert(16)\u2029b", "a⟨U+2028⟩alert(16)⟨U+2029⟩b"),
+    ("a\u202etxt.exe\u202c\u2066b", "a⟨U+202E⟩txt.exe⟨U+202C⟩⟨U+2066⟩b"),
+    ("nul\x00l\x1b[31m\x7f", "nul⟨U+0000⟩l⟨U+001B⟩[31m⟨U+007F⟩"),
+    ("zero\u200bwidth\ufeff\U000e0041", "zero⟨U+200B⟩width⟨U+FEFF⟩⟨U+E0041⟩"),
+    ("Z\u0351\u036b\u0343\u036a\u0302" * 8, None),
+]
+SHOWN = [shown or text for text, shown in HOSTILE]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pages of a store whose every text is hostile."""
+    folder = tmp_path_factory.mktemp("hostile") / "features"
+    strings = [text for text, _ in HOSTILE]
+    n = len(strings)
+    texts = [MadeText(list(range(n)), [2] * 5 + [5] * (n - 5), strings[i]) for i in range(n)]
+    rng = np.random.default_rng(0)
+    activations = [rng.random((1, n, n)).astype(np.float32) + 0.1 for _ in texts]
+    promoted = {(0, i): [i] for i in range(n)}
+    made = make_store(
+        folder,
+        texts,
+        activations,
+        strings,
+        promoted=promoted,
+        run=strings[0],
+        pair={"target": strings[3], "base": strings[4]},
+    )
+    # The store's ids too; Parquet is written as collecting writes it.
+    held = made.store.read("texts")
+    ids = held.set_column(1, held.schema.field("id"), pa.array(strings))
+    pa.parquet.write_table(ids, made.store.path("texts"))
+    descriptions, scores, classes = [], [], []
+    for i, text in enumerate(strings):
+        unit = {"layer": 0, "feature": i}
+        said = {**unit, "variant": "top", "judge": text}
+        descriptions.append({**said, "description": text, "shown": [0]})
+        counts = dict.fromkeys(("positives", "negatives", "true_positives", "true_negatives"), 5)
+        scores.append({**said, **counts, "accuracy": 1.0})
+        classes.append({**unit, "judge": text, "class": text, "subclass": text, "reason": text})
+    for name, rows, schema in (
+        ("descriptions", descriptions, DESCRIPTIONS),
+        ("scores", scores, SCORES),
+        ("classes", classes, CLASSES),
+    ):
+        made.store.add(name, pa.Table.from_pylist(rows, schema=schema))
+    site = export(made.store)
+    assert site is not None
+    return site
+
+
+def test_text_that_tries_to_break_out_is_shown_as_text(browser: Any, hostile: Path) -> None:
+    assert len(HOSTILE) >= 20
+    address = (hostile / "index.html").as_uri()
+    tab = open_site(browser, address)
+    listed = text_of(tab, "#grid")
+    options = tab.page.locator("select[name=class] option").all_text_contents()
+    for shown in SHOWN:
+        assert shown in listed
+        assert f"{shown}: {shown}" in options
+    for i, shown in enumerate(SHOWN):
+        tab = open_site(browser, address, f"#/0/{i}")
+        assert text_of(tab, "blockquote") == shown
+        assert text_of(tab, "header.unit .state") == f"{shown}: {shown}"
+        assert shown in text_of(tab, ".said figcaption")  # the judge
+        assert shown in text_of(tab, "main > .note")  # the reason
+        assert text_of(tab, ".lens .token").replace("␣", " ") == shown
+        windows = "".join(tab.page.locator("article .window").all_text_contents())
+        facts = "".join(tab.page.locator("article header").all_text_contents())
+        charts = text_of(tab, ".charts")
+        for other in SHOWN:
+            assert other in windows  # every token
+            assert other in charts  # every domain
+        assert sum(other in facts for other in SHOWN) == len(SHOWN)  # ids
+        peak = tab.page.locator("article .peak").first
+        peak.scroll_into_view_if_needed()
+        tab.page.wait_for_timeout(50)  # scrolling takes the tip away
+        peak.hover()
+        tab.page.wait_for_selector("#tip:not([hidden])")
+        assert any(shown in text_of(tab, "#tip") for shown in SHOWN)
+        assert tab.page.locator("article img, article svg, article script, iframe").count() == 0
+        assert tab.page.evaluate("document.querySelectorAll('script').length") == 7
+        assert tab.complaints == []
+        allowed = {path.resolve().as_uri() for path in hostile.rglob("*")}
+        asked = {r.split("#")[0] for r in tab.requests if r != "data:,"}
+        assert asked <= allowed
+        tab.page.context.close()
+
+
+def test_hostile_addresses_are_told_or_are_queries(browser: Any, hostile: Path) -> None:
+    tab = open_site(browser, (hostile / "index.html").as_uri())
+    for fragment in (
+        "#/9/9",
+        "#/0/99",
+        "#/-1/0",
+        "#/constructor/1/1",
+        "#/0/0/0",
+        "#/<img src=x onerror=alert(1)>/1",
+    ):
+        go(tab, fragment)
+        assert "here: layers 0 to 0, features 0 to 25." in text_of(tab, "#trouble"), fragment
+    for query in ("q=%3Cscript%3E", "token=__proto__", "sort=__proto__", "class=%7B", "layer=9e9"):
+        go(tab, f"#/?{query}")
+        assert "of 26 features" in text_of(tab, "#count"), query
+        assert tab.page.locator("#trouble").is_hidden(), query
+    assert tab.complaints == []
