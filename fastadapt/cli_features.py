@@ -201,7 +201,8 @@ def _judged(typed: Any, command: str) -> tuple[Any, Any]:
 
     told = typed.as_dict()
     kind = DescribeConfig if command == "describe" else ClassifyConfig
-    return from_dict(told["judge"], JudgeConfig), from_dict(told[command], kind)
+    judge = from_dict(told["judge"], JudgeConfig, "judge.")
+    return judge, from_dict(told[command], kind, f"{command}.")
 
 
 def _open(config: Any, store: Store, tokenizer: Any) -> Any:
@@ -245,26 +246,31 @@ def _judgements(store: Store, result: dict[str, Any] | None, *, stopped: bool) -
 
 
 def _overlap(argv: list[str]) -> int:
-    from fastadapt.features.opening import students_of
-    from fastadapt.features.overlap import OverlapConfig, overlap, table
+    from fastadapt.features.overlap import OverlapConfig, medians, overlap, plot_of
     from fastadapt.features.store import Store
+    from fastadapt.wording import percent
 
     typed = parse(overlap_parser(), argv)
-    store = Store.open(typed.source)
-    students = students_of(store, dtype=typed.dtype, device=typed.device)
     with _under_way() as (stop, progress):
-        done = overlap(
-            store,
-            students,
+        found = overlap(
+            typed.run,
+            typed.store,
             config_of(typed, OverlapConfig),
-            progress=partial(progress, "overlap"),
+            dtype=typed.dtype,
+            device=typed.device,
+            progress=partial(progress, "layers"),
             stop=stop,
         )
-    if not done:
-        print(_GO_ON)
+    if found is None:
+        print("Stopped; nothing was written.")
         return 0
-    shown = table(store)
-    print_table(shown.head, shown.rows)
+    of = medians(found)
+    print(
+        f"Of the tokens on which a feature fires most, {percent(of['target'])} are the same when "
+        f"it reads the target, and {percent(of['base'])} when it reads the base (medians over "
+        f"{found.num_rows:,} features)."
+    )
+    print(f"plot: {plot_of(Store.open(typed.store or typed.run)).resolve()}")
     return 0
 
 

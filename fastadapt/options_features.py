@@ -33,9 +33,11 @@ fastadapt features COMMAND --help tells the options of each."""
 
 def config_of(typed: Namespace, kind: type[Config]) -> Config:
     """The configuration whose fields were typed as options of the same names."""
+    from fastadapt.training.config import from_dict
+
     told = typed.as_dict()
-    lists = {name: tuple(v) for name, v in told.items() if isinstance(v, list)}
-    return kind(**{f.name: {**told, **lists}[f.name] for f in fields(kind)})  # type: ignore[arg-type]
+    made: Config = from_dict({f.name: told[f.name] for f in fields(kind)}, kind)  # type: ignore[arg-type]
+    return made
 
 
 def collect_parser() -> Parser:
@@ -80,7 +82,7 @@ def pages_parser(command: str) -> Parser:
     if command == "export":
         _path(parser, "output", "folder to write; site in the store if not given")
     else:
-        from fastadapt.features.site import PORT
+        from fastadapt.features.site.server import PORT
 
         parser.add_argument("--port", type=int, default=PORT, help="to listen at; 0: any free one")
     return parser
@@ -117,7 +119,8 @@ def overlap_parser() -> Parser:
         description="Of the tokens on which a feature fires most, how many are the same when its "
         "encoder reads the target, and when it reads the base (arXiv 2602.20904, appendix G)?",
     )
-    _source(parser)
+    parser.add_argument("run", metavar="RUN", type=str, help="a run whose features were collected")
+    _path(parser, "store", "of the features; features in the run if not given")
     for name, kind in (("dtype", "of weights and streams"), ("device", "to run on")):
         _path(parser, name, f"{kind}; by default as in training")
     parser.add_class_arguments(OverlapConfig)

@@ -221,6 +221,8 @@ def _typed(value: Any, hint: Any, key: str) -> Any:
         return tuple(_typed(item, choices[0], key) for item in value)
     if origin is tuple and isinstance(value, (list, tuple)) and len(value) == len(choices):
         return tuple(_typed(item, choice, key) for item, choice in zip(value, choices, strict=True))
+    if origin is dict and isinstance(value, Mapping):
+        return dict(value)
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     if hint is float and isinstance(value, str):

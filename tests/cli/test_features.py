@@ -1,5 +1,5 @@
-"""`fastadapt features` and `fastadapt intervene`: from a run to a store, pages, judgements, sets, and
-runs that were changed; and what they refuse."""
+"""`fastadapt features` and `fastadapt intervene`: a run, its store, pages, judgements, sets, and runs
+that were changed; and what they refuse."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from organism_runs import make_run
 
-COLLECT = ("--n", 12, "--device", "cpu")
+COLLECT = ("--n", 60, "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def test_from_a_run_to_its_pages_and_judgements(run: Path, fastadapt: Callable) 
     outcome = fastadapt("features", "collect", run, *COLLECT)
     assert outcome.code == 0, outcome.err
     assert re.search(r"adapter\W+0\W+24\W", outcome.out)
-    assert "12 texts" in outcome.out
+    assert "60 texts" in outcome.out
     manifest = (run / "features" / "manifest.json").read_bytes()
     assert fastadapt("features", "collect", run, *COLLECT).code == 0
     assert (run / "features" / "manifest.json").read_bytes() == manifest
@@ -71,9 +71,9 @@ def test_shards_are_merged(run: Path, fastadapt: Callable, tmp_path: Path) -> No
 
 def test_a_set_is_taken_out_and_put_onto_the_target(collected, fastadapt, tmp_path) -> None:
     select = ("features", "select", collected)
-    many = fastadapt(*select, "many", "--sql", "SELECT layer, feature FROM features WHERE count>20")
+    many = fastadapt(*select, "many", "--sql", "SELECT layer, feature FROM features WHERE count>100")
     assert many.code == 0, many.err
-    few = fastadapt(*select, "few", "--sql", "SELECT layer, feature FROM features WHERE count>60")
+    few = fastadapt(*select, "few", "--sql", "SELECT layer, feature FROM features WHERE count>300")
     assert few.code == 0, few.err
     rest = fastadapt(*select, "rest", "--difference", "many", "few")
     assert rest.code == 0, rest.err
@@ -83,9 +83,7 @@ def test_a_set_is_taken_out_and_put_onto_the_target(collected, fastadapt, tmp_pa
     assert [name in told.out for name in ("few", "many", "rest")] == [True] * 3
 
     for kind in ("ablate", "only", "onto-target"):
-        changed = fastadapt(
-            "intervene", collected, f"--{kind}", "few", "--output", tmp_path / kind
-        )
+        changed = fastadapt("intervene", collected, f"--{kind}", "few", "--output", tmp_path / kind)
         assert changed.code == 0, changed.err
         card = json.loads((tmp_path / kind / "adapter" / "fastadapt.json").read_text())
         (step,) = card["metadata"]["interventions"]
