@@ -125,7 +125,7 @@ def _batches(store: Store, config: OverlapConfig) -> Iterator[list[Text]]:
     tokens = 0
     with pq.ParquetFile(store.path("texts")) as file:
         for group in range(file.num_row_groups):
-            texts = []
+            texts: list[Text] = []
             for text in read_group(file, group):
                 tokens += len(text.tokens)
                 if tokens > config.tokens and (texts or group):

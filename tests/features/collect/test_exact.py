@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from organism_runs import dense_activations, files_of, hashed, make_run
 from stores import rows_of
 
 from fastadapt.evaluation.students import Students
 from fastadapt.features.collect import CollectConfig, collect, merge
-from fastadapt.features.schema import EXAMPLES, FEATURES, KINDS, Kind
+from fastadapt.features.collect.tally import bins_of
+from fastadapt.features.schema import EDGES, EXAMPLES, FEATURES, KINDS, Kind
 from fastadapt.features.store import Store
 
 CONFIG = CollectConfig(n=150, batch_tokens=1500, seed=7)  # three groups, some 13 batches
@@ -89,6 +91,16 @@ def test_neurons_too(run: Path, tmp_path: Path, kind: Kind) -> None:
         norms = store.read("features", kind, columns=["norm"], layer=layer)["norm"].to_numpy()
         columns = getattr(mlp, kind).down_proj.weight
         np.testing.assert_allclose(norms, columns.norm(dim=0).numpy(), rtol=1e-6)
+
+
+def test_bins_are_those_of_the_edges() -> None:
+    edges = torch.tensor(EDGES, dtype=torch.float64)
+    at = edges.float()
+    near = [at, torch.nextafter(at, at * 0), torch.nextafter(at, at * 2), torch.rand(1000) * 100]
+    ends = torch.tensor([2.0**-149, 2.0**-126, 1e-30, 2.0**-10.4, 2.0**11, 3e38])
+    values = torch.cat([*near, ends])
+    expected = (values.double()[:, None] > edges).sum(1)
+    assert bins_of(values).tolist() == expected.tolist()
 
 
 def test_merged_shards_are_the_same_files(run: Path, store: Store, tmp_path: Path) -> None:
