@@ -32,8 +32,11 @@ def best(unit: Tensor, key: Tensor, place: Tensor, k: int) -> tuple[Tensor, Tens
     Returns:
         Indices into them, sorted by unit and rank, and the ranks: int64, up to k of each unit.
     """
-    order = place.argsort(stable=True)
-    order = order[key[order].argsort(descending=True, stable=True)]
+    if bool((place.diff() > 0).all()):  # as the codes of a batch come
+        order = key.argsort(descending=True, stable=True)
+    else:
+        order = place.argsort(stable=True)
+        order = order[key[order].argsort(descending=True, stable=True)]
     order = order[unit[order].int().argsort(stable=True)]
     units = unit[order]
     rank = torch.arange(len(units), device=unit.device) - torch.searchsorted(units, units)
@@ -90,13 +93,15 @@ class Kept:
         """Indices of those that may be among the k best; after some batches these are few."""
         if self.k == 0:
             return unit.new_zeros(0)
-        return (key >= self.key[:, -1][unit]).nonzero().flatten()
+        return (key >= self.key[:, -1].index_select(0, unit)).nonzero().flatten()
 
     def merge(self, new: Candidates) -> None:
         """Take in candidates, each of which is met once."""
         if len(new.unit) == 0 or self.k == 0:
             return
-        touched, of = new.unit.unique(return_inverse=True)
+        met = torch.zeros(len(self.key), dtype=torch.bool, device=new.unit.device)
+        met[new.unit] = True
+        touched, of = met.nonzero().flatten(), (met.cumsum(0) - 1)[new.unit]
         order, among_new = best(of, new.key, new.place, self.k)
         of = of[order]
         old = {name: getattr(self, name)[touched] for name in RANKED}

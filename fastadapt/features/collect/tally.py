@@ -97,13 +97,16 @@ class Tally:
         values = codes.values.float()
         if len(values) == 0:
             return
-        if not bool((values > 0).all() & (values < torch.inf).all()):
+        least, most = values.aminmax()  # NaN, if any value is
+        if not (least > 0 and most < torch.inf):
             raise RunError(
                 f"layer {layer}: an activation of the {self.kind} is not a finite, positive number"
             )
-        self._count(layer, codes.features, at.slot[codes.tokens], values)
-        unit = codes.features + layer * self.n_features
-        drawn = priority(self._hashes[layer][codes.features], at.hash[codes.tokens])
+        tokens, features = codes.tokens, codes.features
+        self._count(layer, features, at.slot.index_select(0, tokens), values)
+        unit = features + layer * self.n_features
+        of_unit = self._hashes[layer].index_select(0, features)
+        drawn = priority(of_unit, at.hash.index_select(0, tokens))
         # Of positive floats, the bits sort as the numbers do.
         keys: dict[SampleKind, Tensor] = {"top": values.view(torch.int32).long(), "uniform": drawn}
         chosen: dict[SampleKind, Tensor] = {}
@@ -130,19 +133,15 @@ class Tally:
     def _count(self, layer: int, features: Tensor, slot: Tensor, values: Tensor) -> None:
         F = self.n_features
         rows = slice(layer * F, (layer + 1) * F)
-
-        def add(total: Tensor, index: Tensor, weights: Tensor | None = None) -> None:
+        for total, index in ((self.counts, slot), (self.histogram, bins_of(values))):
             width = total[0].numel()
-            found = torch.bincount(features * width + index, weights, minlength=F * width)
-            total[rows] += found.long().view(F, *total.shape[1:])
-
-        add(self.counts, slot)
-        add(self.histogram, bins_of(values))
+            found = torch.bincount(features * width + index, minlength=F * width)
+            total[rows] += found.view(F, *total.shape[1:])
         scaled = values.double() * HIGH
         high = scaled.floor()
         # Integers in float64: exact, in whatever order they are added.
-        add(self.sums[:, :1], torch.zeros_like(features), high)
-        add(self.sums[:, 1:], torch.zeros_like(features), ((scaled - high) * LOW).floor())
+        for part, whole in enumerate((high, ((scaled - high) * LOW).floor())):
+            self.sums[rows, part] += torch.bincount(features, whole, minlength=F).long()
 
     def absorb(self, other: Mapping[str, Tensor], domains: Sequence[int]) -> None:
         """Add what another tally's :meth:`tensors` hold, of other texts.
