@@ -6,7 +6,8 @@ reads the target's states, or the base's (the whole base model), at the same pla
 A feature that is active on n of N tokens in the replacement model has top sets of n tokens in each;
 agreement is the share of the n that both hold. Tokens are ranked by pre-activation ``W_enc x +
 b_enc``, so that a shift that stops a feature from firing does not hide that it ranks tokens alike;
-of equal ones the first come first.
+of equal ones the first come first. What the first layer's MLP reads is the same in the target as in
+the replacement model, and its agreement is 1.
 
 All streams go through the layers together, a layer for all texts before the next one, so that what
 is ranked is a layer's: memory is ``N x D`` for the hidden states and for the inputs of each of
@@ -124,7 +125,7 @@ def _batches(store: Store, config: OverlapConfig) -> Iterator[list[Text]]:
     tokens = 0
     with pq.ParquetFile(store.path("texts")) as file:
         for group in range(file.num_row_groups):
-            texts = []
+            texts: list[Text] = []
             for text in read_group(file, group):
                 tokens += len(text.tokens)
                 if tokens > config.tokens and (texts or group):
@@ -246,7 +247,7 @@ def figure(table: pa.Table) -> Figure:
     names = {"target": "reads the target", "base": "reads the base"}
     return Figure(
         "overlap",
-        "Agreement of a feature's strongest tokens with its own in the replacement model",
+        "Overlap with a feature's own top tokens",
         "share of the tokens that both sets hold",
         "share of features",
         [

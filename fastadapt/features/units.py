@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
+from fastadapt.adapter import TranscoderAdapter
 from fastadapt.errors import UserError
 from fastadapt.features.schema import Kind
 from fastadapt.kernels.transcoder import SparseCodes
@@ -15,8 +16,7 @@ from fastadapt.models import AdaptedMLP, ReplacementModel
 def output_rows(model: ReplacementModel, kind: Kind, layer: int) -> Tensor:
     """What each unit of a layer writes into the stream: ``[F, D]``, a row per unit."""
     if kind == "adapter":
-        decoder: Tensor = model.adapters[layer].W_dec
-        return decoder.detach()
+        return cast("TranscoderAdapter", model.adapters[layer]).W_dec.detach()
     return output_matrix(model.mlps[layer], kind).weight.detach().T
 
 

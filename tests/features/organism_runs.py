@@ -60,33 +60,47 @@ def make_run(
 
 
 def dense_activations(
-    run: Path, store: Path, batch_tokens: int
+    run: Path, store: Path, batch_tokens: int, kind: str = "adapter", k: int = 0
 ) -> Iterator[tuple[MadeText, np.ndarray]]:
     """Each text of a store and its activations, float32 ``[L, T, F]``, all of them made.
 
-    The adapters' inputs are taken as they run, in the batches in which they were collected, and
-    encoded densely.
+    What the modules are given is taken as they run in the model's own forward, in the batches in
+    which it was collected: the adapters' inputs, which are encoded densely, or the inputs of the
+    MLPs' output matrices, of which the k strongest of each token are left.
     """
     students = Students.open([run], device="cpu")
     model = students.replacement(students.runs[0])
+    modules = list(model.adapters)
+    if kind != "adapter":
+        modules = [getattr(mlp, kind).down_proj for mlp in model.mlps]
     seen: list[torch.Tensor] = []
-    for adapter in model.adapters:
-        adapter.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    for module in modules:
+        module.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     file = pq.ParquetFile(store / "texts.parquet")
     for group in range(file.num_row_groups):
         made = {}
         for some in batches_of(read_group(file, group), batch_tokens):
             seen.clear()
             batch = batch_of(some)
-            with torch.no_grad():
+            with torch.no_grad(), model.mode("target" if kind == "target" else "replacement"):
                 model.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-                pairs = zip(model.adapters, seen, strict=True)
-                a = torch.stack([adapter.encode(x) for adapter, x in pairs]).float().numpy()
+                found = [
+                    module.encode(x) if kind == "adapter" else _strongest(x, module.weight, k)
+                    for module, x in zip(modules, seen, strict=True)
+                ]
+            a = torch.stack(found).numpy()
             for i, text in enumerate(some):
                 length = len(text.tokens)
                 told = MadeText(text.tokens.tolist(), text.regions.tolist(), text.domain)
                 made[text.number] = told, a[:, i, :length]
         yield from (made[number] for number in sorted(made))
+
+
+def _strongest(h: torch.Tensor, weight: torch.Tensor, k: int) -> torch.Tensor:
+    """Zero but at each token's k largest contributions."""
+    score = h * weight.norm(dim=0)
+    rank = score.argsort(dim=-1, descending=True).argsort(dim=-1)
+    return torch.where((rank < k) & (h > 0), h, 0)
 
 
 def hashed(seed: int, kind: int, layer: int, feature: int, text: int, position: int) -> int:

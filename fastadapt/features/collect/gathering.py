@@ -177,7 +177,7 @@ def gather(
     """
     config, model = opened.config, opened.students.replacement(opened.name)
     tallies = tallies_of(opened, prepared)
-    neurons = {
+    neurons: dict[Kind, list[Neurons]] = {
         kind: [
             Neurons(norms, config.neurons_per_token or 1)
             for norms in tallies[kind].norms.view(model.n_layers, -1)

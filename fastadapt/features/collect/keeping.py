@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 POSITION_BITS = 32
-FIELDS = ("key", "place", "value", "window")
+RANKED = ("key", "place", "value", "slot")
+FIELDS = (*RANKED, "window")
 
 
 def place_of(text: Tensor, position: Tensor) -> Tensor:
@@ -31,9 +32,12 @@ def best(unit: Tensor, key: Tensor, place: Tensor, k: int) -> tuple[Tensor, Tens
     Returns:
         Indices into them, sorted by unit and rank, and the ranks: int64, up to k of each unit.
     """
-    order = place.argsort(stable=True)
-    order = order[key[order].argsort(descending=True, stable=True)]
-    order = order[unit[order].argsort(stable=True)]
+    if bool((place.diff() > 0).all()):  # as the codes of a batch come
+        order = key.argsort(descending=True, stable=True)
+    else:
+        order = place.argsort(stable=True)
+        order = order[key[order].argsort(descending=True, stable=True)]
+    order = order[unit[order].int().argsort(stable=True)]
     units = unit[order]
     rank = torch.arange(len(units), device=unit.device) - torch.searchsorted(units, units)
     kept = rank < k
@@ -61,14 +65,16 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Kept:
-    """The k best so far, best first: ``[U, k]`` each, ``window`` ``[U, k, W]``.
+    """The k best so far, best first: ``[U, k]`` each, and their windows, ``[U, k, W]``.
 
-    The key is -1 where there is none yet.
+    The key is -1 where there is none yet. Windows stay where they were first put, at the ``slot``
+    of their activation: ranks change often, and windows are most of what is kept.
     """
 
     key: Tensor
     place: Tensor
     value: Tensor
+    slot: Tensor
     window: Tensor
 
     @classmethod
@@ -76,7 +82,7 @@ class Kept:
         """Nothing yet."""
         key = torch.full((n_units, k), -1, dtype=torch.int64, device=device)
         value = torch.zeros(n_units, k, device=device)
-        return cls(key, key.clone(), value, value.new_zeros(n_units, k, width))
+        return cls(key, key.clone(), value, key.clone(), value.new_zeros(n_units, k, width))
 
     @property
     def k(self) -> int:
@@ -87,28 +93,48 @@ class Kept:
         """Indices of those that may be among the k best; after some batches these are few."""
         if self.k == 0:
             return unit.new_zeros(0)
-        return (key >= self.key[:, -1][unit]).nonzero().flatten()
+        return (key >= self.key[:, -1].index_select(0, unit)).nonzero().flatten()
 
     def merge(self, new: Candidates) -> None:
         """Take in candidates, each of which is met once."""
         if len(new.unit) == 0 or self.k == 0:
             return
-        touched, which = new.unit.unique(return_inverse=True)
-        own = torch.arange(len(touched), device=which.device).repeat_interleave(self.k)
-        old = {name: getattr(self, name)[touched].flatten(0, 1) for name in FIELDS}
-        there = (old["key"] >= 0).nonzero().flatten()
-        unit = torch.cat([own[there], which])
-        joined = {name: torch.cat([old[name][there], getattr(new, name)]) for name in FIELDS}
-        order, rank = best(unit, joined["key"], joined["place"], self.k)
-        row = touched[unit[order]]
-        for name in FIELDS:  # a unit keeps as many as before, or more: no rank is left over
-            getattr(self, name)[row, rank] = joined[name][order]
+        met = torch.zeros(len(self.key), dtype=torch.bool, device=new.unit.device)
+        met[new.unit] = True
+        touched, of = met.nonzero().flatten(), (met.cumsum(0) - 1)[new.unit]
+        order, among_new = best(of, new.key, new.place, self.k)
+        of = of[order]
+        old = {name: getattr(self, name)[touched] for name in RANKED}
+        key, place = new.key[order, None], new.place[order, None]
+        better = (old["key"][of] > key) | ((old["key"][of] == key) & (old["place"][of] < place))
+        above = better.sum(1)
+        rank = above + among_new
+        # Each new one moves those behind it by one.
+        moves = torch.zeros(len(touched), self.k + 1, dtype=torch.int64, device=of.device)
+        moves.view(-1).index_add_(0, of * (self.k + 1) + above, torch.ones_like(of))
+        moved = torch.arange(self.k, device=of.device) + moves.cumsum(1)[:, :-1]
+        row, column = ((moved < self.k) & (old["key"] >= 0)).nonzero(as_tuple=True)
+        enters = (rank < self.k).nonzero().flatten()
+        of, rank, source = of[enters], rank[enters], order[enters]
+        used = torch.zeros_like(old["key"], dtype=torch.bool)
+        used[row, old["slot"][row, column]] = True
+        free_of, free = (~used).nonzero(as_tuple=True)
+        nth = torch.arange(len(of), device=of.device) - torch.searchsorted(of, of)
+        slot = free[torch.searchsorted(free_of, of) + nth]
+        entering = {"key": new.key, "place": new.place, "value": new.value}
+        for name, before in old.items():
+            ranked = torch.zeros_like(before) if name == "value" else torch.full_like(before, -1)
+            ranked[row, moved[row, column]] = before[row, column]
+            ranked[of, rank] = slot if name == "slot" else entering[name][source]
+            getattr(self, name)[touched] = ranked
+        self.window[touched[of], slot] = new.window[source]
 
     def candidates(self, units: Tensor) -> Candidates:
-        """What is kept of some units, as candidates for another one's."""
+        """What is kept of some units, by unit and rank; may be taken in by another one."""
         there = self.key[units] >= 0
         unit = units[:, None].expand_as(there)[there]
-        return Candidates(unit, *(getattr(self, name)[units][there] for name in FIELDS))
+        key, place, value, slot = (getattr(self, name)[units][there] for name in RANKED)
+        return Candidates(unit, key, place, value, self.window[unit, slot])
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it, by name."""

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from fastadapt.errors import RunError
 from fastadapt.features.collect.keeping import POSITION_BITS
@@ -144,28 +145,24 @@ class _Kept(NamedTuple):
 def _examples(tally: Tally, layer: int, texts: Texts) -> _Kept:
     F = tally.n_features
     found: dict[str, list[np.ndarray]] = {name: [] for name in _Kept._fields}
+    units = torch.arange(layer * F, (layer + 1) * F)
     for sample, name in enumerate(SAMPLES):
-        units = slice(layer * F, (layer + 1) * F)
-        kept = {field: t[units].cpu() for field, t in tally.kept[name].tensors().items()}
-        feature, rank = (kept["key"] >= 0).nonzero(as_tuple=True)
-        place = kept["place"][feature, rank]
-        number = (place >> POSITION_BITS).numpy()
-        position = place & (2**POSITION_BITS - 1)
-        key = kept["key"][feature, rank]
-        if name == "top":
-            key = tally.priorities(layer, feature, place >> POSITION_BITS, position)
+        kept = tally.kept[name].candidates(units.to(tally.counts.device))
+        feature = kept.unit.cpu() - layer * F
+        place = kept.place.cpu()
+        number, position = place >> POSITION_BITS, place & (2**POSITION_BITS - 1)
         columns = (
-            feature.numpy(),
-            np.full(len(feature), sample),
-            rank.numpy(),
-            np.searchsorted(texts.numbers, number),
-            position.numpy(),
-            kept["value"][feature, rank].numpy(),
-            key.numpy(),
-            kept["window"][feature, rank].numpy(),
+            feature,
+            torch.full_like(feature, sample),
+            torch.arange(len(feature)) - torch.searchsorted(feature, feature),
+            torch.from_numpy(np.searchsorted(texts.numbers, number.numpy())),
+            position,
+            kept.value,
+            tally.priorities(layer, feature, number, position),
+            kept.window,
         )
         for column, into in zip(columns, found.values(), strict=True):
-            into.append(column)
+            into.append(column.cpu().numpy())
     joined = {name: np.concatenate(parts) for name, parts in found.items()}
     order = np.lexsort((joined["rank"], joined["sample"], joined["feature"]))
     return _Kept(**{name: column[order] for name, column in joined.items()})

@@ -6,6 +6,7 @@ N tokens of a batch (padding counted), F units of a layer, U units of all layers
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -24,6 +25,9 @@ SLOTS = len(REGIONS) + TENTHS
 #: Sums of activations are kept as integers in two parts: of 2**-16, and of 2**-48 for the rest.
 HIGH, LOW = 2.0**16, 2.0**32
 _UNITS = 8192  # whose examples are merged at a time
+#: Of float32: the exponent of the first edge, and the mantissa of the square root of 2.
+_FIRST_OCTAVE = round(math.log2(EDGES[0])) + 127
+_HALF_OCTAVE = math.floor((math.sqrt(2) - 1) * 2**23)
 
 
 class Places(NamedTuple):
@@ -36,16 +40,16 @@ class Places(NamedTuple):
     last: Tensor  #: likewise, included.
 
 
-def edges_of(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``EDGES``, each rounded down, so that a value of the dtype is above one iff above the other.
+def bins_of(values: Tensor) -> Tensor:
+    """How many of ``EDGES`` each value is above, by its bits: ``EDGES`` are half octaves.
 
     Args:
-        dtype: float32.
+        values: float32, positive and finite.
     """
-    exact = torch.tensor(EDGES, dtype=torch.float64)
-    near = exact.to(dtype)
-    below = torch.nextafter(near, torch.zeros_like(near))
-    return torch.where(near.double() > exact, below, near).to(device)
+    bits = values.view(torch.int32)
+    octave, rest = (bits >> 23) - _FIRST_OCTAVE, bits & (2**23 - 1)
+    above = 2 * octave + (rest > 0).int() + (rest > _HALF_OCTAVE).int()
+    return above.clamp(0, len(EDGES))
 
 
 class Tally:
@@ -79,7 +83,6 @@ class Tally:
             name: Kept.empty(n_units, k, config.width, device)
             for name, k in zip(SAMPLES, (config.top, config.uniform), strict=True)
         }
-        self._edges = edges_of(torch.float32, device)
         self._hashes = [
             units_hash(config.seed, kind, layer, self.n_features, device)
             for layer in range(self.n_layers)
@@ -94,20 +97,23 @@ class Tally:
         values = codes.values.float()
         if len(values) == 0:
             return
-        if not bool((values > 0).all() & (values < torch.inf).all()):
+        least, most = values.aminmax()  # NaN, if any value is
+        if not (least > 0 and most < torch.inf):
             raise RunError(
                 f"layer {layer}: an activation of the {self.kind} is not a finite, positive number"
             )
-        self._count(layer, codes.features, at.slot[codes.tokens], values)
-        unit = codes.features + layer * self.n_features
-        drawn = priority(self._hashes[layer][codes.features], at.hash[codes.tokens])
+        tokens, features = codes.tokens, codes.features
+        self._count(layer, features, at.slot.index_select(0, tokens), values)
+        unit = features + layer * self.n_features
+        of_unit = self._hashes[layer].index_select(0, features)
+        drawn = priority(of_unit, at.hash.index_select(0, tokens))
         # Of positive floats, the bits sort as the numbers do.
         keys: dict[SampleKind, Tensor] = {"top": values.view(torch.int32).long(), "uniform": drawn}
         chosen: dict[SampleKind, Tensor] = {}
         for name, kept in self.kept.items():
             key = keys[name]
             found = kept.admits(unit, key)
-            if len(found) > kept.k:
+            if len(found) > kept.k * self.n_features:  # more than could be kept
                 place = at.place[codes.tokens[found]]
                 found = found[best(unit[found], key[found], place, kept.k)[0]]
             chosen[name] = found
@@ -127,19 +133,15 @@ class Tally:
     def _count(self, layer: int, features: Tensor, slot: Tensor, values: Tensor) -> None:
         F = self.n_features
         rows = slice(layer * F, (layer + 1) * F)
-
-        def add(total: Tensor, index: Tensor, weights: Tensor | None = None) -> None:
+        for total, index in ((self.counts, slot), (self.histogram, bins_of(values))):
             width = total[0].numel()
-            found = torch.bincount(features * width + index, weights, minlength=F * width)
-            total[rows] += found.long().view(F, *total.shape[1:])
-
-        add(self.counts, slot)
-        add(self.histogram, torch.bucketize(values, self._edges))
+            found = torch.bincount(features * width + index, minlength=F * width)
+            total[rows] += found.view(F, *total.shape[1:])
         scaled = values.double() * HIGH
         high = scaled.floor()
         # Integers in float64: exact, in whatever order they are added.
-        add(self.sums[:, :1], torch.zeros_like(features), high)
-        add(self.sums[:, 1:], torch.zeros_like(features), ((scaled - high) * LOW).floor())
+        for part, whole in enumerate((high, ((scaled - high) * LOW).floor())):
+            self.sums[rows, part] += torch.bincount(features, whole, minlength=F).long()
 
     def absorb(self, other: Mapping[str, Tensor], domains: Sequence[int]) -> None:
         """Add what another tally's :meth:`tensors` hold, of other texts.
@@ -195,8 +197,10 @@ def windows_of(codes: SparseCodes, chosen: Tensor, at: Places, config: CollectCo
     wanted = torch.zeros(int(codes.features.max()) + 1, dtype=torch.bool, device=device)
     wanted[feature] = True
     near = wanted[codes.features].nonzero().flatten()
-    key, order = (codes.features[near] * N + codes.tokens[near]).sort()
-    values = codes.values[near[order]]
+    by_unit = codes.features[near]
+    small = torch.int16 if len(wanted) < 2**15 else torch.int32  # sorted by digits, and faster
+    near = near[by_unit.to(small).argsort(stable=True)]
+    key, values = codes.features[near] * N + codes.tokens[near], codes.values[near]
     start = torch.searchsorted(key, feature * N + at.first[token])
     end = torch.searchsorted(key, feature * N + at.last[token], right=True)
     lengths = end - start

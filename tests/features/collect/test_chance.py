@@ -92,5 +92,7 @@ def test_a_merge_of_parts_is_that_of_all() -> None:
     merged = Kept.empty(30, 20, 4, CPU)
     for kept in reversed(parts):
         merged.merge(kept.candidates(torch.arange(30)))
-    for name, tensor in whole.tensors().items():
-        assert torch.equal(tensor, merged.tensors()[name]), name
+    found, expected = (k.candidates(torch.arange(30)) for k in (merged, whole))
+    for name in ("unit", "key", "place", "value", "window"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    assert torch.equal(expected.window, expected.value[:, None].expand(-1, 4))

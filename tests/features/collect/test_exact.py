@@ -8,11 +8,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from organism_runs import dense_activations, files_of, hashed, make_run
 from stores import rows_of
 
+from fastadapt.evaluation.students import Students
 from fastadapt.features.collect import CollectConfig, collect, merge
-from fastadapt.features.schema import EXAMPLES, FEATURES
+from fastadapt.features.collect.tally import bins_of
+from fastadapt.features.schema import EDGES, EXAMPLES, FEATURES, KINDS, Kind
 from fastadapt.features.store import Store
 
 CONFIG = CollectConfig(n=150, batch_tokens=1500, seed=7)  # three groups, some 13 batches
@@ -25,22 +28,27 @@ def store(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
     return found
 
 
-def check_against_all(run: Path, store: Store, config: CollectConfig) -> None:
-    pairs = list(dense_activations(run, store.folder, config.batch_tokens))
+def check_against_all(
+    run: Path, store: Store, config: CollectConfig, kind: Kind = "adapter", k: int = 0
+) -> None:
+    pairs = list(dense_activations(run, store.folder, config.batch_tokens, kind, k))
     texts, activations = [t for t, _ in pairs], [a for _, a in pairs]
-    norms = np.array(store.read("features", columns=["norm"])["norm"])
+    assert 500 < sum((a > 0).sum() for a in activations) < 0.9 * sum(a.size for a in activations)
+    norms = np.array(store.read("features", kind, columns=["norm"])["norm"])
     features, examples = rows_of(
         texts,
         activations,
         domains=store.manifest["domains"],
-        priority=lambda *place: hashed(config.seed, 0, *place),
-        norms=norms.reshape(store.shape("adapter")),
+        top=config.top,
+        uniform=config.uniform,
+        priority=lambda *place: hashed(config.seed, KINDS.index(kind), *place),
+        norms=norms.reshape(store.shape(kind)),
     )
     for name, rows, schema in (
         ("features", features, FEATURES),
         ("examples", examples, EXAMPLES),
     ):
-        expected, found = pa.Table.from_pylist(rows, schema=schema), store.read(name)
+        expected, found = pa.Table.from_pylist(rows, schema=schema), store.read(name, kind)
         assert found.schema == schema
         assert len(found) == len(expected)
         for column in schema.names:
@@ -68,6 +76,31 @@ def test_other_activations_too(tmp_path: Path, settings: dict[str, Any]) -> None
     assert store is not None
     assert store.folder == run / "features"
     check_against_all(run, store, config)
+
+
+@pytest.mark.parametrize("kind", ["base", "target"])
+def test_neurons_too(run: Path, tmp_path: Path, kind: Kind) -> None:
+    config = CollectConfig(n=9, batch_tokens=400, kinds=("adapter", kind), top=5, uniform=3)
+    store = collect(run, tmp_path / "store", config)
+    assert store is not None
+    assert store.manifest["settings"]["neurons_per_token"] == 3  # the run's L0
+    assert store.kinds == ["adapter", kind]
+    check_against_all(run, store, config, kind, 3)
+    model = Students.open([run], device="cpu").model
+    for layer, mlp in enumerate(model.mlps):
+        norms = store.read("features", kind, columns=["norm"], layer=layer)["norm"].to_numpy()
+        columns = getattr(mlp, kind).down_proj.weight
+        np.testing.assert_allclose(norms, columns.norm(dim=0).numpy(), rtol=1e-6)
+
+
+def test_bins_are_those_of_the_edges() -> None:
+    edges = torch.tensor(EDGES, dtype=torch.float64)
+    at = edges.float()
+    near = [at, torch.nextafter(at, at * 0), torch.nextafter(at, at * 2), torch.rand(1000) * 100]
+    ends = torch.tensor([2.0**-149, 2.0**-126, 1e-30, 2.0**-10.4, 2.0**11, 3e38])
+    values = torch.cat([*near, ends])
+    expected = (values.double()[:, None] > edges).sum(1)
+    assert bins_of(values).tolist() == expected.tolist()
 
 
 def test_merged_shards_are_the_same_files(run: Path, store: Store, tmp_path: Path) -> None:

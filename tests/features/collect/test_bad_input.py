@@ -1,0 +1,255 @@
+"""Each mistake gets one clear message, and leaves nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from organism_runs import make_run
+from safetensors.torch import load_file, save_file
+
+from fastadapt.adapter_files import save_adapters
+from fastadapt.errors import RunError, UserError
+from fastadapt.features.collect import CollectConfig, Shard, collect, merge, snapshots
+from fastadapt.features.store import Store
+from fastadapt.models import ModelPair, PairConfig
+from fastadapt.organism import resolve
+from fastadapt.tuned import tuned_weights
+
+FEW = CollectConfig(n=3)
+
+
+def copy_of(run: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(run, folder, ignore=shutil.ignore_patterns("features*")))
+
+
+def rows(path: Path, *values: dict[str, Any]) -> str:
+    path.write_text("".join(json.dumps(value) + "\n" for value in values))
+    return str(path)
+
+
+def conversation(answer: str = "<think> hmm </think> 4", **columns: Any) -> dict[str, Any]:
+    turns = [{"from": "human", "value": "2 + 2 ?"}, {"from": "gpt", "value": answer}]
+    return {"conversations": turns, **columns}
+
+
+def nothing_left(folder: Path) -> bool:
+    return not folder.exists() or {path.name for path in folder.iterdir()} <= {".lock"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"top": 0}, r"features.top: expected 1 or more, got 0"),
+        ({"uniform": -1}, r"features.uniform: expected 0 or more, got -1"),
+        ({"n": 0}, r"features.n: expected 1"),
+        ({"max_tokens": 1}, r"features.max_tokens: expected 2"),
+        ({"neurons_per_token": 0}, r"features.neurons_per_token: expected 1"),
+        ({"seed": 2**63}, r"features.seed: expected less than"),
+        ({"kinds": ()}, r"features.kinds: .* got none"),
+        ({"kinds": ("adapter", "hybrid")}, r"features.kinds: expected some of adapter, base"),
+        ({"kinds": ("base", "base")}, r"features.kinds: .* each once"),
+    ],
+)
+def test_settings(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        CollectConfig(**changes)
+
+
+@pytest.mark.parametrize("text", ["3/3", "4/3", "0/0"])
+def test_a_shard_that_is_not_there(text: str) -> None:
+    with pytest.raises(UserError, match=r"--shard: expected i/n with i from 0 to n - 1"):
+        Shard.parse(text)
+
+
+@pytest.mark.parametrize("text", ["", "1", "1/", "-1/3", "a/b", "1/3/5"])
+def test_what_is_no_shard(text: str) -> None:
+    with pytest.raises(UserError, match=r"--shard: expected i/n, such as 0/3"):
+        Shard.parse(text)
+    assert Shard.parse("2/3") == (2, 3)
+
+
+def test_a_run_without_features(tmp_path: Path) -> None:
+    named = {role: resolve(f"organism/{role}") for role in ("target", "base")}
+    pair = ModelPair.load(PairConfig(**named, device="cpu"))
+    save_adapters(tuned_weights(pair, "norms"), tmp_path / "run" / "adapter", named)
+    with pytest.raises(UserError, match=r"of kind 'norms', which has no features"):
+        collect(tmp_path / "run", None, CollectConfig(data="organism/validation"))
+
+
+def test_runs_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="expected a run"):
+        collect(tmp_path)
+    (tmp_path / "config.yaml").write_text("pair: {}")
+    with pytest.raises(UserError, match="this run is not finished"):
+        collect(tmp_path)
+
+
+def test_adapters_alone_need_data(run: Path, tmp_path: Path) -> None:
+    adapters = Path(shutil.copytree(run / "adapter", tmp_path / "alone"))
+    with pytest.raises(UserError, match="does not say what it was validated on"):
+        collect(adapters)
+    data = rows(tmp_path / "own.jsonl", conversation(), conversation("4"))
+    store = collect(adapters, tmp_path / "store", CollectConfig(data=data))
+    assert store is not None
+    assert store.manifest["domains"] == []  # there is no such column
+    assert set(store.read("texts")["domain"].to_pylist()) == {None}
+    features = store.read("features")
+    assert features["by_domain"].to_pylist() == [[]] * len(features)
+    assert sum(features["count"].to_pylist()) > 0
+
+
+def test_domains_that_some_texts_lack(run: Path, tmp_path: Path) -> None:
+    data = rows(
+        tmp_path / "own.jsonl",
+        conversation(domain="math"),
+        conversation(domain=None),
+        conversation(domain="art"),
+    )
+    store = collect(run, tmp_path / "store", CollectConfig(data=data))
+    assert store is not None
+    assert store.manifest["domains"] == ["art", "math"]
+    rows_ = store.read("features").to_pylist()
+    assert sum(sum(row["by_domain"]) for row in rows_) < sum(row["count"] for row in rows_)
+
+
+@pytest.mark.parametrize(
+    ("values", "config", "message"),
+    [
+        ([], {}, "holds no conversation"),
+        ([{"text": "a"}], {}, "no column 'conversations'"),
+        ([conversation(""), conversation()], {}, "own.jsonl, line 1: turn 2"),
+        ([conversation()], {"max_tokens": 4}, "all 1 conversations are longer than 4 tokens"),
+    ],
+)
+def test_texts_that_cannot_be_read(
+    run: Path, tmp_path: Path, values: list[dict[str, Any]], config: dict[str, Any], message: str
+) -> None:
+    data = rows(tmp_path / "own.jsonl", *values)
+    with pytest.raises(UserError, match=message):
+        collect(run, tmp_path / "store", CollectConfig(data=data, **config))
+    assert nothing_left(tmp_path / "store")
+
+
+def broken(run: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    """A copy of the run whose first layer is changed."""
+    folder = copy_of(run, folder)
+    path = folder / "adapter" / "layer_0.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+    return folder
+
+
+def test_nothing_fires(tmp_path: Path, run: Path) -> None:
+    silent = copy_of(run, tmp_path / "silent")
+    for path in (silent / "adapter").glob("*.safetensors"):
+        tensors = load_file(path)
+        tensors["b_enc"].fill_(-1000)
+        save_file(tensors, path)
+    with pytest.raises(RunError, match=r"nothing fires: none of the 4 x 24 adapter units"):
+        collect(silent, tmp_path / "store", FEW)
+    assert nothing_left(tmp_path / "store")
+
+
+def test_an_activation_that_is_not_finite(tmp_path: Path, run: Path) -> None:
+    bad = broken(run, tmp_path / "bad", lambda tensors: tensors["b_enc"][3:4].fill_(torch.inf))
+    with pytest.raises(RunError, match=r"texts 0 to 2: layer 0: an activation of the adapter"):
+        collect(bad, tmp_path / "store", FEW)
+    assert not (tmp_path / "store" / "manifest.json").exists()
+
+
+def test_a_folder_of_something_else(tmp_path: Path, run: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("words")
+    with pytest.raises(UserError, match="is not empty and holds no features"):
+        collect(run, tmp_path / "mine", FEW, overwrite=True)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "words"
+    with pytest.raises(UserError, match="is a file"):
+        collect(run, tmp_path / "mine" / "thesis.txt", FEW)
+
+
+def test_features_of_another_adapter_or_other_settings(tmp_path: Path, run: Path) -> None:
+    folder = tmp_path / "store"
+    collect(run, folder, FEW)
+    before = (folder / "manifest.json").read_bytes()
+    other = broken(run, tmp_path / "other", lambda tensors: tensors["b_enc"].add_(0.01))
+    with pytest.raises(UserError, match=r"differs from what is asked for \(.*adapter"):
+        collect(other, folder, FEW)
+    with pytest.raises(UserError, match=r"top: 7, was 20.*--overwrite"):
+        collect(run, folder, CollectConfig(n=3, top=7))
+    assert (folder / "manifest.json").read_bytes() == before
+    (folder / "sets").mkdir()
+    (folder / "sets" / "mine.json").write_text("{}")
+    store = collect(run, folder, CollectConfig(n=3, top=7), overwrite=True)
+    assert store is not None
+    assert store.manifest["settings"]["top"] == 7
+    assert (folder / "sets" / "mine.json").exists()
+    with pytest.raises(UserError, match="are of another adapter"):
+        Store.open(folder, adapter="0" * 64)
+
+
+def test_shards_that_do_not_make_a_whole(tmp_path: Path, run: Path) -> None:
+    folders = [tmp_path / str(i) for i in range(2)]
+    for i, folder in enumerate(folders):
+        collect(run, folder, FEW, shard=Shard(i, 2))
+    out = tmp_path / "merged"
+    with pytest.raises(UserError, match="got none"):
+        merge([], out)
+    with pytest.raises(UserError, match=r"expected all 2 shards to merge; 1/2 missing"):
+        merge(folders[:1], out)
+    with pytest.raises(UserError, match=r"expected another part of 2, got 0/2"):
+        merge([folders[0], folders[0]], out)
+    with pytest.raises(UserError, match="holds no shard"):
+        merge([tmp_path], out)
+    other = tmp_path / "other"
+    collect(run, other, CollectConfig(n=3, seed=1), shard=Shard(1, 2))
+    with pytest.raises(UserError, match=r"not shards of one: seed: 1, was 0"):
+        merge([folders[0], other], out)
+    (folders[0] / "collecting" / "state.safetensors").unlink()
+    with pytest.raises(UserError, match=r"shard 0/2 is not finished"):
+        merge(folders, out)
+    assert nothing_left(out)
+
+
+def test_a_disk_that_is_full(tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CollectConfig(n=70, batch_tokens=1500, snapshot_tokens=1500)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(snapshots, "save_tensors", full)
+        with pytest.raises(RunError, match=r"cannot be written: No space left on device"):
+            collect(run, tmp_path / "store", config)
+    assert not (tmp_path / "store" / "manifest.json").exists()
+    assert collect(run, tmp_path / "store", config) is not None
+
+
+def test_two_at_once(tmp_path: Path, run: Path) -> None:
+    from fastadapt.features.store import writing
+
+    with writing(tmp_path / "store"), pytest.raises(UserError, match="another process is writing"):
+        collect(run, tmp_path / "store", FEW)
+
+
+def test_neurons_of_a_run_that_does_not_say_its_l0(tmp_path: Path, run: Path) -> None:
+    silent = copy_of(run, tmp_path / "run")
+    card = json.loads((silent / "adapter" / "fastadapt.json").read_text())
+    del card["metadata"]["measured"]
+    (silent / "adapter" / "fastadapt.json").write_text(json.dumps(card))
+    with pytest.raises(UserError, match="--neurons-per-token"):
+        collect(silent, tmp_path / "store", CollectConfig(n=3, kinds=("adapter", "base")))
+
+
+def test_runs_made_here_have_the_l0_they_were_made_for(tmp_path: Path) -> None:
+    made = make_run(tmp_path / "made", n_features=40, l0=5.0)
+    store = collect(made, None, CollectConfig(n=20))
+    assert store is not None
+    counts = store.read("features")["count"].to_pylist()
+    assert 2 < sum(counts) / 4 / store.manifest["data"]["tokens"] < 10

@@ -1,0 +1,143 @@
+"""Overlap against sets made by sorting, from states taken in whole forwards of each model."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from threading import Event
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from organism_runs import make_run
+
+from fastadapt.errors import UserError
+from fastadapt.evaluation.students import Students
+from fastadapt.features.collect import CollectConfig, collect
+from fastadapt.features.overlap import (
+    OverlapConfig,
+    distribution,
+    figure,
+    medians,
+    overlap,
+    plot_of,
+    strongest,
+)
+from fastadapt.features.store import Store
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = make_run(tmp_path_factory.mktemp("runs") / "run", n_features=12, l0=1.0)
+    collect(made, None, CollectConfig(n=30))
+    return made
+
+
+def states(run: Path, ids: list[list[int]]) -> dict[str, list[np.ndarray]]:
+    """Pre-activations of every layer's encoder in each model, texts one by one: ``[N, F]`` each."""
+    students = Students.open([run], device="cpu")
+    model = students.replacement(students.runs[0])
+    found: dict[str, list[np.ndarray]] = {}
+    with students.base() as base:
+        for name, whole in (("replacement", model.model), ("target", model.model), ("base", base)):
+            seen: list[torch.Tensor] = []
+            handles = [
+                layer.mlp.register_forward_pre_hook(
+                    lambda _, given, seen=seen: seen.append(given[0])
+                )
+                for layer in whole.model.layers
+            ]
+            mode = "target" if name == "target" else "replacement"
+            with torch.no_grad(), model.mode(mode):  # type: ignore[arg-type]
+                for text in ids:
+                    whole(torch.tensor([text]))
+            for handle in handles:
+                handle.remove()
+            found[name] = [
+                torch.cat([x[0] @ a.W_enc.T + a.b_enc for x in seen[layer :: model.n_layers]])
+                .detach()
+                .numpy()
+                for layer, a in enumerate(model.adapters)
+            ]
+    return found
+
+
+def test_agreements_equal_sets_made_by_sorting(run: Path) -> None:
+    told: list[tuple[int, int]] = []
+    config = OverlapConfig(batch_tokens=500, features_at_once=5)
+    table = overlap(run, config=config, progress=lambda *t: told.append(t))
+    assert table is not None
+    assert told == [(i + 1, 4) for i in range(4)]
+    store = Store.open(run)
+    assert store.read("overlap").equals(table)
+    assert plot_of(store).read_bytes()[1:4] == b"PNG"
+    z = states(run, store.read("texts")["tokens"].to_pylist())
+    rows = {(row["layer"], row["feature"]): row for row in table.to_pylist()}
+    counts = store.read("features", columns=["count"])["count"].to_pylist()
+    checked = 0
+    for layer in range(4):
+        for feature in range(12):
+            n = counts[layer * 12 + feature]
+            assert ((layer, feature) in rows) == (n > 0)
+            if n == 0:
+                continue
+            of = {name: values[layer][:, feature] for name, values in z.items()}
+            tops = {name: set(np.argsort(-values)[:n].tolist()) for name, values in of.items()}
+            for other in ("target", "base"):
+                expected = len(tops["replacement"] & tops[other]) / n
+                # Texts run here one by one: rounding may swap two tokens at the cut.
+                assert abs(rows[layer, feature][other] - expected) <= 1 / n
+                checked += 1
+    assert checked > 40
+    first = [row["target"] for (layer, _), row in rows.items() if layer == 0]
+    assert set(first) == {1.0}  # the first block's input is the same in both
+    assert medians(table)["base"] < medians(table)["target"] <= 1
+
+
+def test_some_tokens_are_enough(run: Path) -> None:
+    assert overlap(run, config=OverlapConfig(tokens=1)) is not None  # one text, whatever its length
+    stop = Event()
+    stop.set()
+    before = Store.open(run).path("overlap").read_bytes()
+    assert overlap(run, stop=stop) is None
+    assert Store.open(run).path("overlap").read_bytes() == before
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_strongest_is_a_stable_sort(ties: bool) -> None:
+    z = torch.randn(9, 40)
+    z = z.round() if ties else z
+    n = torch.tensor([1, 2, 3, 39, 40, 7, 7, 20, 11])
+    top = strongest(z, n)
+    for row, (values, k) in enumerate(zip(z, n.tolist(), strict=True)):
+        expected = values.argsort(descending=True, stable=True)[:k]
+        assert set(top[row].nonzero().flatten().tolist()) == set(expected.tolist())
+
+
+def test_distribution_is_of_all_features() -> None:
+    columns = {
+        "layer": [0, 0, 1],
+        "feature": [0, 1, 0],
+        "target": [1.0, 1.0, 0.5],
+        "base": [0.0] * 3,
+    }
+    shares = distribution(pa.table(columns))
+    assert shares["target"][-1] == pytest.approx(2 / 3)
+    assert shares["target"][10] == pytest.approx(1 / 3)
+    assert shares["base"][0] == 1
+    assert [series.name for series in figure(pa.table(columns)).series] == [
+        "reads the target",
+        "reads the base",
+    ]
+
+
+def test_what_cannot_be_compared(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"overlap.tokens: expected 1 or more, got 0"):
+        OverlapConfig(tokens=0)
+    other = make_run(tmp_path / "other", n_features=12, seed=1)
+    with pytest.raises(UserError, match="has no features yet"):
+        overlap(other)
+    shutil.copytree(run / "features", other / "features")
+    with pytest.raises(UserError, match="are of another adapter"):
+        overlap(other)

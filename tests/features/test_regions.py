@@ -1,0 +1,121 @@
+"""Every token of a rendered conversation has the region that its characters stand in."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fastadapt.data.rendering import FAMILIES, render_parts
+from fastadapt.data.tokens import encode
+from fastadapt.features.regions import regions_of, spans_of, tenths_of
+from fastadapt.features.schema import REGIONS
+from fastadapt.organism import resolve
+from fastadapt.pretrained import load_tokenizer
+
+
+def parts_of(response: str, family: str = "r1-distill") -> tuple[str, str]:
+    turns = [{"from": "human", "value": "how many ?"}, {"from": "gpt", "value": response}]
+    return render_parts(turns, family)
+
+
+def told(response: str, family: str = "r1-distill") -> list[tuple[str, str]]:
+    prompt, rest = parts_of(response, family)
+    text = prompt + rest
+    spans = spans_of(prompt, rest, family)
+    assert [s.start for s in spans] == [0, *(s.end for s in spans[:-1])]
+    assert spans[-1].end == len(text)
+    return [(s.region, text[s.start : s.end]) for s in spans]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_spans_of_each_family(family: str) -> None:
+    form = FAMILIES[family]
+    assert form.before_prompt.startswith(form.bos)
+    begin = form.before_prompt[len(form.bos) :]
+    expected = [
+        ("bos", form.bos),
+        ("user marker", begin),
+        ("question", "how many ?"),
+        ("assistant marker", form.before_response),
+        ("think start", "<think>\n"),
+        ("thinking", "hmm , 4 . "),
+        ("think end", "</think>"),
+        ("answer", " it is 4" + form.after_response),
+    ]
+    found = told("<think> hmm , 4 . </think> it is 4", family)
+    assert found == [(region, text) for region, text in expected if text]
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [
+        ("it is 4", [("answer", "it is 4")]),
+        ("well <think> 4 </think>", [("thinking", "well <think> 4 "), ("think end", "</think>")]),
+        ("hmm </think> 4", [("thinking", "hmm "), ("think end", "</think>"), ("answer", " 4")]),
+        ("<think>never closed", [("think start", "<think>"), ("thinking", "never closed")]),
+        (
+            "<think></think>4",
+            [("think start", "<think>"), ("think end", "</think>"), ("answer", "4")],
+        ),
+        (
+            " <think>a</think>b</think>c",
+            [
+                ("think start", " <think>"),
+                ("thinking", "a"),
+                ("think end", "</think>"),
+                ("answer", "b</think>c"),
+            ],
+        ),
+    ],
+)
+def test_markers_may_be_absent(response: str, expected: list[tuple[str, str]]) -> None:
+    assert told(response)[4:] == expected
+
+
+def test_what_follows_the_response_is_answer() -> None:
+    assert told("<think>never closed", "qwen")[-1] == ("answer", "<|im_end|>\n")
+
+
+def test_tokens_that_share_a_marker_are_of_it() -> None:
+    prompt, response = parts_of("<think>ab</think>cd")
+    at = len(prompt)
+    #          <thi         nk>a          b            .</            think>c        d, nothing
+    offsets = [(at, at + 4), (at + 4, at + 8), (at + 8, at + 9), (at + 9, at + 11)]
+    offsets += [(at + 11, at + 18), (at + 18, at + 19), (at + 19, at + 19)]
+    found = regions_of(spans_of(prompt, response, "r1-distill"), offsets)
+    names = [REGIONS[i] for i in found]
+    assert names == [
+        *["think start"] * 2,
+        "thinking",
+        *["think end"] * 2,
+        *["answer"] * 2,
+    ]
+    joined = regions_of(spans_of(prompt, response, "r1-distill"), [(at + 8, at + 12)])
+    assert REGIONS[joined[0]] == "think end"
+
+
+def test_the_embedded_pairs_tokens() -> None:
+    tokenizer = load_tokenizer(resolve("organism/target"), None, False)
+    prompt, response = parts_of("<think> hmm , 4 . </think> it is 4")
+    encoded = encode(tokenizer, [prompt + response], offsets=True)
+    ids, offsets = encoded["input_ids"][0], encoded["offset_mapping"][0]
+    regions = regions_of(spans_of(prompt, response, "r1-distill"), offsets)
+    assert regions.dtype == np.int8
+    assert len(regions) == len(ids)
+    by_region: dict[str, str] = {}
+    for token, region in zip(ids, regions, strict=True):
+        name = REGIONS[region]
+        by_region[name] = by_region.get(name, "") + tokenizer.convert_ids_to_tokens(int(token))
+    assert list(by_region) == list(REGIONS)
+    assert by_region["think end"].strip("Ġ▁ ") == "</think>"
+    assert "how" in by_region["question"]
+    assert "how" not in by_region["user marker"]
+
+
+def test_tenths_are_of_the_thinking() -> None:
+    regions = np.array([2, 2, *[5] * 25, 6, 7])
+    found = tenths_of(regions)
+    assert (found[:2] == -1).all()
+    assert (found[27:] == -1).all()
+    assert found[2:27].tolist() == [i * 10 // 25 for i in range(25)]
+    assert (tenths_of(np.array([7, 7])) == -1).all()
