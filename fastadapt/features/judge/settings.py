@@ -36,7 +36,8 @@ class JudgeConfig:
         temperature: null sends none, for endpoints that refuse it.
         max_tokens: of an answer; null sends none.
         json_mode: ask for ``response_format: {"type": "json_object"}``.
-        extra: further fields of the request, as they are, for example ``reasoning_effort``.
+        extra: further fields of the request, as they are, for example ``reasoning_effort``; they
+            are written down with the answers.
         invalid_share: of answers that are still not valid after asking again; beyond it, the run
             ends with an error.
         price_in: of a million tokens of questions, in any currency.

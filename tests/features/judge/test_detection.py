@@ -146,9 +146,10 @@ def test_scores_are_what_counting_gives() -> None:
     row = score(Case(unit, "top", (), texts), "j", (True, True, False, False))
     assert (row["positives"], row["negatives"]) == (2, 2)
     assert (row["true_positives"], row["true_negatives"], row["accuracy"]) == (1, 1, 0.5)
-    told = summarise([row, {**row, "true_positives": 2}], 2, DescribeConfig().statistics)
-    assert told["accuracy"]["mean"] == 5 / 8
-    assert told["precision"]["mean"] == 3 / 5
+    better = {**row, "true_positives": 2, "true_negatives": 2}
+    told = summarise([row, better], 2, DescribeConfig().statistics)
+    assert told["accuracy"]["mean"] == 6 / 8
+    assert told["precision"]["mean"] == 3 / 4
     assert told["recall"]["mean"] == 3 / 4
     assert told["layers"][1]["units"] == 0
     assert told["layers"][1]["accuracy"] == {"mean": None, "low": None, "high": None}

@@ -23,6 +23,7 @@ from fastadapt.features.judge.questions import Detect, Estimate
 from fastadapt.features.judge.settings import DescribeConfig, JudgeConfig
 from fastadapt.features.judge.without_llm import TokenJudge
 from fastadapt.features.store import Store
+from fastadapt.wording import number
 
 KEY = "sk-this-key-is-secret-0123456789"
 
@@ -236,6 +237,7 @@ def test_the_estimate_counts_calls_tokens_and_money(good: ChatServer, tmp_path: 
     assert judge_at(good.url, tmp_path).estimate(questions(1)).cost is None
     by_words = EndpointJudge(judge.config, tmp_path / "none", count=lambda t: len(t.split()))
     assert by_words.estimate(questions(1)).counted == "by the given tokenizer"
+    assert f"at most {number(told.cost)} in all" in told.words
 
 
 def test_settings_that_cannot_be_are_refused(
@@ -317,6 +319,30 @@ def test_refused_it_calls_nothing(good: ChatServer, tmp_path: Path) -> None:
     assert describe(made.store, judge, CONFIG, activations, approve=lambda _: False) is None
     assert not good.requests
     assert not made.store.has("descriptions")
+
+
+def test_after_nonsense_nothing_is_half_written(tmp_path: Path) -> None:
+    made = planted(tmp_path / "f", features=3, texts=60)
+    before = set(files(made.store.folder))
+
+    def no_detection(body: dict[str, Any], _: int) -> str:
+        return "?" if "Description:" in body["messages"][1]["content"] else answers_well(body)
+
+    with serving(no_detection) as server:
+        judge = open_judge(JudgeConfig(model="made-1", base_url=server.url), made.store)
+        with pytest.raises(RunError, match="not valid"):
+            describe(made.store, judge, CONFIG, MadeActivations(made))
+    new = set(files(made.store.folder)) - before
+    assert {name.split("/")[0] for name in new} == {"calls", ".lock"}
+
+
+def test_what_cannot_be_added_to_is_told_before_any_call(good: ChatServer, tmp_path: Path) -> None:
+    made = planted(tmp_path / "f", features=3, texts=60)
+    (made.store.folder / "judgements.json").write_text("{")
+    judge = open_judge(JudgeConfig(model="made-1", base_url=good.url), made.store)
+    with pytest.raises(UserError, match=r"judgements\.json cannot be read"):
+        describe(made.store, judge, CONFIG, MadeActivations(made))
+    assert not good.requests
 
 
 KILLED = """
