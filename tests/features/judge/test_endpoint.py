@@ -72,7 +72,7 @@ def test_every_question_has_its_answer_and_a_second_run_makes_no_call(
 
 def test_the_request_is_what_was_set(good: ChatServer, tmp_path: Path) -> None:
     plain = good.requests
-    judge_at(good.url, tmp_path, extra={"reasoning_effort": "low"}).ask(questions(1))
+    judge_at(good.url, tmp_path, extra='{"reasoning_effort": "low"}').ask(questions(1))
     assert plain[0]["model"] == "made-1"
     assert plain[0]["temperature"] == 0.0
     assert plain[0]["max_tokens"] == 1024
@@ -252,7 +252,9 @@ def test_settings_that_cannot_be_are_refused(
         {"temperature": -1.0},
         {"price_in": -1.0},
         {"base_url": "ftp://x"},
-        {"extra": {"stream": True}},
+        {"extra": '{"stream": true}'},
+        {"extra": "[]"},
+        {"extra": "low"},
     ):
         name = next(iter(wrong))
         with pytest.raises(UserError, match=rf"judge\.{name}"):
