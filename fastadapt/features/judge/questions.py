@@ -95,7 +95,7 @@ class Estimate(NamedTuple):
     @property
     def words(self) -> str:
         """All of it in a line."""
-        cost = "no prices given" if self.cost is None else f"at most {number(self.cost)} in all"
+        cost = "no prices given" if self.cost is None else f"some {number(self.cost)} in all"
         return (
             f"{self.calls:,} calls ({self.kept:,} answers kept from before), {self.tokens_in:,} "
             f"tokens of questions ({self.counted}), at most {self.tokens_out:,} of answers: {cost}"
