@@ -184,6 +184,16 @@ def test_another_judges_rows_stay(made: Made) -> None:
     assert sorted(row["judge"] for row in rows) == ["other"] * 9 + ["tokens"] * 9
 
 
+def test_what_was_said_of_features_collected_before_is_dropped(tmp_path: Path) -> None:
+    made = planted(tmp_path / "f", features=3, texts=60)
+    describe(made.store, TokenJudge(), DescribeConfig(), MadeActivations(made))
+    assert read_judgements(made.store)["judges"]
+    again = planted(tmp_path / "f", features=3, texts=60, seed=1)
+    path = again.store.folder / "manifest.json"
+    path.write_text(path.read_text().replace("made/target", "made/other"))
+    assert not read_judgements(again.store)["judges"]
+
+
 def test_stopped_before_it_is_done_it_writes_nothing(made: Made, tmp_path: Path) -> None:
     fresh = planted(tmp_path / "f", features=3, texts=40)
     stop = Event()
