@@ -67,9 +67,11 @@ def read_judgements(store: Store) -> dict[str, Any]:
             f"{path}: schema_version is {version!r}, this fastadapt reads {SCHEMA_VERSION}"
         )
     mine = _collected(store)
-    for judge, parts in judges.items():
-        judges[judge] = {part: told for part, told in parts.items() if told.get("collected") == mine}
-    kept = {judge: parts for judge, parts in judges.items() if parts}
+    kept = {
+        judge: same
+        for judge, parts in judges.items()
+        if (same := {part: told for part, told in parts.items() if told.get("collected") == mine})
+    }
     return {"schema_version": SCHEMA_VERSION, "judges": kept}
 
 
