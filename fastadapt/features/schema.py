@@ -13,6 +13,7 @@ base's or the target's MLP, collected in the same way as its baseline. A store i
         descriptions.parquet, scores.parquet, classes.parquet, overlap.parquet   if there are any
     sets/NAME.json                 named sets of features
     calls/                         answers of judges, by the content of the question
+    judgements.json, judgements.md, judgements/   what judges said in sum, as tables and plots
     site/                          the pages
 
 Tables are sorted by (layer, feature) and read by any Parquet reader. A feature's layer and number

@@ -13,7 +13,7 @@ from fastadapt.errors import UserError
 from fastadapt.evaluation.drawing import require_drawing
 from fastadapt.evaluation.statistics import BootstrapConfig, ratio
 from fastadapt.features.judge.describe import Tell
-from fastadapt.features.judge.judgements import add_rows, write_judgements
+from fastadapt.features.judge.judgements import add_rows, read_judgements, write_judgements
 from fastadapt.features.judge.questions import CLASSES, Class, Classify, Estimate, Judge
 from fastadapt.features.judge.settings import ClassifyConfig
 from fastadapt.features.judge.units import Unit, Vocabulary, Window, eligible, examples_of
@@ -50,6 +50,7 @@ def classify(
             "its endpoint (judge.base_url)"
         )
     with writing(store.folder):
+        read_judgements(store)  # what cannot be added to is told before calls are paid for
         units, asked, counts = _questions(store, config)
         if approve is not None:
             estimate = judge.estimate(asked)

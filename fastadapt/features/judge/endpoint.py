@@ -109,7 +109,7 @@ class EndpointJudge:
     def _request(self, messages: Sequence[prompts.Message]) -> dict[str, Any]:
         """All that an answer depends on: what its file is named after."""
         c = self.config
-        parameters: dict[str, Any] = dict(c.extra)
+        parameters = c.fields
         if c.temperature is not None:
             parameters["temperature"] = c.temperature
         if c.max_tokens is not None:

@@ -14,9 +14,9 @@ from fastadapt.evaluation.drawing import write_png
 from fastadapt.evaluation.figures import Figure, Series
 from fastadapt.evaluation.tables import Interval, Table, as_markdown, shown
 from fastadapt.features.judge.questions import CLASSES
-from fastadapt.features.schema import TABLES, Kind
+from fastadapt.features.schema import MANIFEST, TABLES, Kind
 from fastadapt.features.store import Store
-from fastadapt.files import replacing
+from fastadapt.files import digest, replacing
 from fastadapt.wording import percent
 
 SCHEMA_VERSION = 1
@@ -46,7 +46,10 @@ def add_rows(
 
 
 def read_judgements(store: Store) -> dict[str, Any]:
-    """The contents of ``judgements.json``; nothing where there is none yet.
+    """The contents of ``judgements.json``, of judges that spoke of these features.
+
+    Nothing where there is none yet; what was said of features that were collected here before, of
+    another adapter or other texts, is left out.
 
     Raises:
         UserError: it cannot be read.
@@ -56,14 +59,25 @@ def read_judgements(store: Store) -> dict[str, Any]:
         return {"schema_version": SCHEMA_VERSION, "judges": {}}
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
-        version = held["schema_version"]
+        version, judges = held["schema_version"], dict(held["judges"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error!r}); remove it, and judge again") from error
     if version != SCHEMA_VERSION:
         raise UserError(
             f"{path}: schema_version is {version!r}, this fastadapt reads {SCHEMA_VERSION}"
         )
-    return dict(held)
+    mine = _collected(store)
+    kept = {
+        judge: same
+        for judge, parts in judges.items()
+        if (same := {part: told for part, told in parts.items() if told.get("collected") == mine})
+    }
+    return {"schema_version": SCHEMA_VERSION, "judges": kept}
+
+
+def _collected(store: Store) -> str:
+    """Tells what a store was collected from: SHA-256 of its manifest."""
+    return digest(store.folder / MANIFEST)[1]
 
 
 def write_judgements(store: Store, judge: str, part: Part, result: Mapping[str, Any]) -> None:
@@ -73,7 +87,7 @@ def write_judgements(store: Store, judge: str, part: Part, result: Mapping[str, 
         RunError: the folder cannot be written.
     """
     held = read_judgements(store)
-    held["judges"].setdefault(judge, {})[part] = result
+    held["judges"].setdefault(judge, {})[part] = {"collected": _collected(store), **result}
     held["judges"] = dict(sorted(held["judges"].items()))
     try:
         with replacing(store.folder / JSON) as staged:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from threading import Event
 from typing import NamedTuple, Protocol
 
+from fastadapt.wording import number
+
 #: Pieces of text, one per token.
 Pieces = tuple[str, ...]
 Progress = Callable[[int, int], None]  # questions answered, questions
@@ -89,6 +91,15 @@ class Estimate(NamedTuple):
     tokens_out: int
     cost: float | None
     counted: str
+
+    @property
+    def words(self) -> str:
+        """All of it in a line."""
+        cost = "no prices given" if self.cost is None else f"some {number(self.cost)} in all"
+        return (
+            f"{self.calls:,} calls ({self.kept:,} answers kept from before), {self.tokens_in:,} "
+            f"tokens of questions ({self.counted}), at most {self.tokens_out:,} of answers: {cost}"
+        )
 
 
 class Judge(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from dataclasses import dataclass, field
@@ -36,7 +37,8 @@ class JudgeConfig:
         temperature: null sends none, for endpoints that refuse it.
         max_tokens: of an answer; null sends none.
         json_mode: ask for ``response_format: {"type": "json_object"}``.
-        extra: further fields of the request, as they are, for example ``reasoning_effort``.
+        extra: further fields of the request as a JSON object, ``{"reasoning_effort": "low"}`` for
+            example; they are written down with the answers.
         invalid_share: of answers that are still not valid after asking again; beyond it, the run
             ends with an error.
         price_in: of a million tokens of questions, in any currency.
@@ -52,7 +54,7 @@ class JudgeConfig:
     temperature: float | None = 0.0
     max_tokens: int | None = 1024
     json_mode: bool = True
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: str = "{}"
     invalid_share: float = 0.1
     price_in: float | None = None
     price_out: float | None = None
@@ -80,8 +82,23 @@ class JudgeConfig:
                 f"judge.base_url: expected http:// or https://, got {public(self.base_url)!r}"
             )
         own = {"model", "messages", "temperature", "max_tokens", "response_format", "stream", "n"}
-        if taken := sorted(own & set(self.extra)):
+        if taken := sorted(own & set(self.fields)):
             raise UserError(f"judge.extra: {taken[0]} is a setting of its own, or fixed")
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """``extra``, read.
+
+        Raises:
+            UserError: it is no JSON object.
+        """
+        try:
+            found = json.loads(self.extra)
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise UserError(f"judge.extra: expected a JSON object, got {self.extra!r}")
+        return found
 
     @property
     def asked_for(self) -> str | None:

@@ -146,9 +146,10 @@ def test_scores_are_what_counting_gives() -> None:
     row = score(Case(unit, "top", (), texts), "j", (True, True, False, False))
     assert (row["positives"], row["negatives"]) == (2, 2)
     assert (row["true_positives"], row["true_negatives"], row["accuracy"]) == (1, 1, 0.5)
-    told = summarise([row, {**row, "true_positives": 2}], 2, DescribeConfig().statistics)
-    assert told["accuracy"]["mean"] == 5 / 8
-    assert told["precision"]["mean"] == 3 / 5
+    better = {**row, "true_positives": 2, "true_negatives": 2}
+    told = summarise([row, better], 2, DescribeConfig().statistics)
+    assert told["accuracy"]["mean"] == 6 / 8
+    assert told["precision"]["mean"] == 3 / 4
     assert told["recall"]["mean"] == 3 / 4
     assert told["layers"][1]["units"] == 0
     assert told["layers"][1]["accuracy"] == {"mean": None, "low": None, "high": None}
@@ -181,6 +182,16 @@ def test_another_judges_rows_stay(made: Made) -> None:
         describe(made.store, judge, config, MadeActivations(made))
     rows = made.store.read("scores").to_pylist()
     assert sorted(row["judge"] for row in rows) == ["other"] * 9 + ["tokens"] * 9
+
+
+def test_what_was_said_of_features_collected_before_is_dropped(tmp_path: Path) -> None:
+    made = planted(tmp_path / "f", features=3, texts=60)
+    describe(made.store, TokenJudge(), DescribeConfig(), MadeActivations(made))
+    assert read_judgements(made.store)["judges"]
+    again = planted(tmp_path / "f", features=3, texts=60, seed=1)
+    path = again.store.folder / "manifest.json"
+    path.write_text(path.read_text().replace("made/target", "made/other"))
+    assert not read_judgements(again.store)["judges"]
 
 
 def test_stopped_before_it_is_done_it_writes_nothing(made: Made, tmp_path: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,16 +11,15 @@ from typing import Any
 
 import pytest
 from chat_server import ChatServer, Fault, answers_well, serving
-from planted import MadeActivations, planted
 
 from fastadapt.errors import RunError, UserError
-from fastadapt.features.judge.describe import describe
 from fastadapt.features.judge.endpoint import EndpointJudge
 from fastadapt.features.judge.opening import open_judge
 from fastadapt.features.judge.questions import Detect, Estimate
-from fastadapt.features.judge.settings import DescribeConfig, JudgeConfig
+from fastadapt.features.judge.settings import JudgeConfig
 from fastadapt.features.judge.without_llm import TokenJudge
 from fastadapt.features.store import Store
+from fastadapt.wording import number
 
 KEY = "sk-this-key-is-secret-0123456789"
 
@@ -52,10 +49,6 @@ def questions(n: int) -> list[Detect]:
 RIGHT = (True, False)
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
 def test_every_question_has_its_answer_and_a_second_run_makes_no_call(
     good: ChatServer, tmp_path: Path
 ) -> None:
@@ -71,7 +64,7 @@ def test_every_question_has_its_answer_and_a_second_run_makes_no_call(
 
 def test_the_request_is_what_was_set(good: ChatServer, tmp_path: Path) -> None:
     plain = good.requests
-    judge_at(good.url, tmp_path, extra={"reasoning_effort": "low"}).ask(questions(1))
+    judge_at(good.url, tmp_path, extra='{"reasoning_effort": "low"}').ask(questions(1))
     assert plain[0]["model"] == "made-1"
     assert plain[0]["temperature"] == 0.0
     assert plain[0]["max_tokens"] == 1024
@@ -236,6 +229,7 @@ def test_the_estimate_counts_calls_tokens_and_money(good: ChatServer, tmp_path: 
     assert judge_at(good.url, tmp_path).estimate(questions(1)).cost is None
     by_words = EndpointJudge(judge.config, tmp_path / "none", count=lambda t: len(t.split()))
     assert by_words.estimate(questions(1)).counted == "by the given tokenizer"
+    assert f"some {number(told.cost)} in all" in told.words
 
 
 def test_settings_that_cannot_be_are_refused(
@@ -250,7 +244,9 @@ def test_settings_that_cannot_be_are_refused(
         {"temperature": -1.0},
         {"price_in": -1.0},
         {"base_url": "ftp://x"},
-        {"extra": {"stream": True}},
+        {"extra": '{"stream": true}'},
+        {"extra": "[]"},
+        {"extra": "low"},
     ):
         name = next(iter(wrong))
         with pytest.raises(UserError, match=rf"judge\.{name}"):
@@ -272,101 +268,3 @@ def test_the_environment_names_model_and_address(
     assert judge.ask(questions(1)) == [RIGHT]
     assert good.requests[0]["model"] == judge.name == "made-3"
     assert judge.about["endpoint"] == good.url
-
-
-# --- the whole way --------------------------------------------------------------------------------
-
-CONFIG = DescribeConfig(units=6, samples=("top",))
-
-
-def test_planted_features_by_an_endpoint_and_no_key_on_disk(
-    good: ChatServer, tmp_path: Path
-) -> None:
-    made = planted(tmp_path / "f", features=6)
-    told: list[Estimate] = []
-
-    def approve(estimate: Estimate) -> bool:
-        told.append(estimate)
-        assert not good.requests
-        return True
-
-    def run() -> Any:
-        judge = open_judge(JudgeConfig(model="made-1", base_url=good.url), made.store)
-        return describe(made.store, judge, CONFIG, MadeActivations(made), approve=approve)
-
-    found = run()
-    accuracy = [
-        layer["accuracy"]["mean"] for layer in found["detection"]["adapter"]["top"]["layers"]
-    ]
-    assert accuracy[0] >= 0.95  # it looks for the marked words
-    assert abs(accuracy[2] - 0.5) <= 0.2
-    assert told[0].calls == len(good.requests) == 2 * 18
-    before = files(made.store.folder)
-    assert run() == found  # without asking for approval, since nothing is called
-    assert len(told) == 1
-    assert len(good.requests) == 36
-    assert files(made.store.folder) == before
-    assert not [name for name, data in before.items() if KEY.encode() in data]
-    assert found["judge"] == {"model": "made-1", "endpoint": good.url, "prompts": 1}
-
-
-def test_refused_it_calls_nothing(good: ChatServer, tmp_path: Path) -> None:
-    made = planted(tmp_path / "f", features=3, texts=60)
-    judge = open_judge(JudgeConfig(model="made-1", base_url=good.url), made.store)
-    activations = MadeActivations(made)
-    assert describe(made.store, judge, CONFIG, activations, approve=lambda _: False) is None
-    assert not good.requests
-    assert not made.store.has("descriptions")
-
-
-KILLED = """
-import sys
-from pathlib import Path
-from planted import MadeActivations, planted
-from fastadapt.features.judge.describe import describe
-from fastadapt.features.judge.opening import open_judge
-from fastadapt.features.judge.settings import DescribeConfig, JudgeConfig
-
-made = planted(Path(sys.argv[1]), features=6)
-judge = open_judge(JudgeConfig(model="made-1", base_url=sys.argv[2], concurrency=2), made.store)
-describe(made.store, judge, DescribeConfig(units=6, samples=("top",)), MadeActivations(made))
-"""
-
-
-def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
-    enough = threading.Event()
-
-    def slowly(body: dict[str, Any], number: int) -> str:
-        if number >= 8:
-            enough.set()
-        if not resumed:
-            time.sleep(0.05)
-        return answers_well(body)
-
-    resumed = False
-    with serving(slowly) as server:
-        here = [str(Path(__file__).parents[1]), *sys.path]
-        child = subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                f"import sys; sys.path[:0] = {here!r}\n{KILLED}",
-                str(tmp_path / "killed"),
-                server.url,
-            ],
-        )
-        assert enough.wait(120)
-        child.kill()
-        child.wait()
-        asked = len(server.requests)
-        killed = Store.open(tmp_path / "killed")
-        assert not killed.has("descriptions")
-        kept = len(list((killed.folder / "calls").rglob("*.json")))
-        assert 0 < kept <= asked < 36
-        resumed = True
-        made = planted(tmp_path / "whole", features=6)
-        for store in (killed, made.store):
-            judge = open_judge(JudgeConfig(model="made-1", base_url=server.url), store)
-            describe(store, judge, CONFIG, MadeActivations(made))
-        assert len(server.requests) == asked + (36 - kept) + 36
-    assert files(killed.folder) == files(made.store.folder)

@@ -49,6 +49,10 @@ def test_only_what_fires_more_often_than_not() -> None:
     assert told("THE the the", "the THE the", "the the THE the") == NOTHING
 
 
+def test_a_key_that_fires_now_and_then_is_left_out_of_a_rule_that_holds() -> None:
+    assert told("WAIT the a THE", "the WAIT the b", "c WAIT the the") == 'fires on " wait"'
+
+
 def test_the_words_carry_the_rule_whatever_the_tokens_are() -> None:
     odd = ('"', "\\", ", ", ' after "', "\n", "fires on ", "é", "]")
     for piece in odd:
