@@ -195,4 +195,4 @@ def _write_static(folder: Path) -> None:
 
 
 def _u32(column: Any) -> np.ndarray:
-    return column.to_numpy().astype("<u4")  # type: ignore[no-any-return]
+    return column.to_numpy().astype("<u4")
