@@ -172,7 +172,7 @@ function exampleColumns(examples, max, all) {
 
 function drawExample(example, max, { site, tokens, texts }) {
   const { start, position, value, values } = example;
-  const facts = [texts.get(example.text) ?? `text ${example.text}`, `token ${whole(position)}`];
+  const facts = [`text ${texts.get(example.text) ?? example.text}`, `token ${whole(position)}`];
   if (example.region !== 255) facts.push(site.regions[example.region]);
   if (example.domain !== 255) facts.push(site.domains[example.domain]);
   const window = el("p", { class: "window", dir: "auto" });
