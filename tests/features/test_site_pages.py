@@ -132,6 +132,11 @@ def test_the_list_has_what_matches(browser: Any, store: Store, file: str) -> Non
         assert tab.page.get_attribute("#grid", "aria-rowcount") == str(count + 1)
         assert tab.page.locator("#nothing").is_hidden()
         assert count > 0
+    # Bounds belong to the range.
+    density = next(r["density"] for r in store.read("features").to_pylist() if r["count"])
+    go(tab, f"#/?from={density}&to={density * 100}%25")
+    count = expected(store, lambda row, *_: row["density"] == density)
+    assert text_of(tab, "#count") == f"{count:,} of 900 features"
     assert tab.complaints == []
 
 
