@@ -31,7 +31,7 @@ class Tab:
     def marked(self, name: str) -> float:
         """Seconds from the start of the navigation until the page made a mark, which it awaits."""
         self.page.wait_for_function(
-            "name => performance.getEntriesByName(name).length > 0", arg=name, timeout=120_000
+            "name => performance.getEntriesByName(name).length > 0", arg=name, timeout=30_000
         )
         milliseconds = self.page.evaluate("n => performance.getEntriesByName(n)[0].startTime", name)
         return float(milliseconds) / 1000

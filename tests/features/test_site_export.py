@@ -24,6 +24,7 @@ from fastadapt.features.site import export
 from fastadapt.features.site.pages import is_current
 from fastadapt.features.site.shards import TYPES, shard
 from fastadapt.features.store import Store
+from fastadapt.files import locked
 
 _CALL = re.compile(r'fastadapt\.shard\("([a-z0-9-]+)","([0-9a-f]+)","([A-Za-z0-9+/=]+)"\);\n')
 
@@ -218,6 +219,18 @@ def test_pages_are_replaced_as_a_whole_or_not_at_all(
     export(store)
     assert not (site / "data" / "old.js").exists()
     assert [p.name for p in store.folder.iterdir() if p.name.startswith(".tmp")] == []
+
+
+def test_what_a_killed_export_left_is_cleared(store: Store) -> None:
+    killed, living = (store.folder / f".tmp-site-{name}" for name in ("killed", "living"))
+    for left in (killed, living):
+        (left / "data").mkdir(parents=True)
+    with locked(living / ".lock"):
+        site = export(store)
+    assert site is not None
+    assert not killed.exists()
+    assert living.is_dir()
+    assert not (site / ".lock").exists()
 
 
 def test_a_folder_of_something_else_is_left_alone(store: Store, tmp_path: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
@@ -132,6 +135,11 @@ def test_the_list_has_what_matches(browser: Any, store: Store, file: str) -> Non
         assert tab.page.get_attribute("#grid", "aria-rowcount") == str(count + 1)
         assert tab.page.locator("#nothing").is_hidden()
         assert count > 0
+    # Bounds belong to the range.
+    density = next(r["density"] for r in store.read("features").to_pylist() if r["count"])
+    go(tab, f"#/?from={density}&to={density * 100}%25")
+    count = expected(store, lambda row, *_: row["density"] == density)
+    assert text_of(tab, "#count") == f"{count:,} of 900 features"
     assert tab.complaints == []
 
 
@@ -239,6 +247,35 @@ def test_a_page_shows_what_the_store_says(browser: Any, store: Store, address: s
     wanted = [*lens["promoted_tokens"], *lens["suppressed_tokens"]]
     assert tokens == [t.replace("\n", "↵") for t in wanted]
     assert tab.complaints == []
+
+
+def test_a_unit_that_never_fired_has_a_page(browser: Any, store: Store, file: str) -> None:
+    dead = next(row for row in store.read("features").to_pylist() if not row["count"])
+    tab = open_site(browser, file, f"#/{dead['layer']}/{dead['feature']}")
+    assert "It never fired." in text_of(tab, ".charts")
+    assert tab.page.locator(".examples .none").all_text_contents() == ["None kept."] * 2
+    assert tab.page.locator(".tile b").all_text_contents()[:4] == ["0%", "0", "0", "0"]
+    assert tab.complaints == []
+
+
+def test_pages_of_another_site_read_no_data(browser: Any, server: str, tmp_path: Path) -> None:
+    (tmp_path / "index.html").write_text("<!doctype html><p>hello")
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    other = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    Thread(target=other.serve_forever, daemon=True).start()
+    page = browser.new_context().new_page()
+    load = """address => new Promise((done) => {
+      window.fastadapt = { shard: () => done("read") };
+      const script = document.createElement("script");
+      script.src = address + "data/site.js";
+      script.onerror = () => done("refused");
+      document.head.append(script);
+    })"""
+    page.goto(f"http://localhost:{other.server_port}/")  # another site than 127.0.0.1
+    assert page.evaluate(load, server) == "refused"
+    page.context.close()
+    other.shutdown()
+    other.server_close()
 
 
 def test_kinds_are_switched_and_counts_hold(browser: Any, file: str) -> None:

@@ -93,6 +93,7 @@ def test_the_files_of_the_site_are_served(port: int, store: Store, target: str, 
         assert answer.headers["Content-Type"] == kind
         assert answer.headers["Cache-Control"] == "no-store"
         assert answer.headers["X-Content-Type-Options"] == "nosniff"
+        assert answer.headers["Cross-Origin-Resource-Policy"] == "same-origin"
     connection.close()
 
 

@@ -19,6 +19,11 @@ from fastadapt.features.store import Store
 #: Tables of what judges said, beside the collected ones; shown on the page of a unit.
 JUDGED = ("descriptions", "scores", "classes", "overlap")
 _THINKING = REGIONS.index("thinking")
+#: Columns of an example that the pages show.
+_SHOWN = (
+    *("feature", "sample", "text", "position", "value", "region", "domain"),
+    *("start", "tokens", "values"),
+)
 _NO_BYTE = 255  # of a column of u8: no entry here
 
 
@@ -85,8 +90,8 @@ def read_layer(
     index["class"] = np.full(n, _NO_BYTE, "<u1")
     for unit, said in notes.items():
         if "classes" in said:
-            first = said["classes"][0]
-            index["class"][unit] = classes.index([first["class"], first["subclass"]])
+            chosen = said["classes"][0]
+            index["class"][unit] = classes.index([chosen["class"], chosen["subclass"]])
     first, examples = _examples(store, kind, layer, domains)
     return Layer(index, detail, examples, first, notes)
 
@@ -195,7 +200,7 @@ def _examples(
     n = store.shape(kind)[1]
     if not store.has("examples", kind):
         return np.zeros(n + 1, np.int64), {}
-    rows = store.read("examples", kind, layer=layer)
+    rows = store.read("examples", kind, layer=layer, columns=_SHOWN)
     units = _places(store, rows, n)
     if np.any(np.diff(units) < 0):
         raise UserError(f"{store.path('examples', kind)} is not sorted by feature")

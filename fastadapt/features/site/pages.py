@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from threading import Event
@@ -15,7 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from fastadapt.errors import RunError, UserError
-from fastadapt.features.schema import EDGES, MANIFEST, REGIONS, Kind
+from fastadapt.features.schema import MANIFEST, REGIONS, Kind
 from fastadapt.features.site.columns import (
     JUDGED,
     class_names,
@@ -26,8 +28,8 @@ from fastadapt.features.site.columns import (
     totals,
 )
 from fastadapt.features.site.shards import shard
-from fastadapt.features.store import Store
-from fastadapt.files import digest, replacing, sync_file
+from fastadapt.features.store import LOCK, Store
+from fastadapt.files import digest, locked, replacing, sync_file
 from fastadapt.page_style import STYLE
 
 SITE = "site"
@@ -77,9 +79,13 @@ def export(
         raise UserError(f"{target} is no folder")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _clear_killed(target)
         with replacing(target) as staged:
-            if not _write(store, staged, shapes, progress, stop):
-                raise _StoppedError
+            staged.mkdir()
+            with locked(staged / LOCK):
+                if not _write(store, staged, shapes, progress, stop):
+                    raise _StoppedError
+                (staged / LOCK).unlink()
     except _StoppedError:
         return None
     except OSError as error:
@@ -89,6 +95,14 @@ def export(
 
 class _StoppedError(Exception):
     """Ends the export without putting anything in place."""
+
+
+def _clear_killed(target: Path) -> None:
+    """Remove what exports left that were killed; those that live hold their lock."""
+    for left in target.parent.glob(f".tmp-{target.name}-*"):
+        if left.is_dir():
+            with suppress(BlockingIOError), locked(left / LOCK):
+                shutil.rmtree(left)
 
 
 def is_current(store: Store, folder: Path) -> bool:
@@ -129,7 +143,7 @@ def _write(
 ) -> bool:
     """Write everything; whether it came to its end."""
     data = folder / "data"
-    data.mkdir(parents=True)
+    data.mkdir()
     mark = stamp(store, list(shapes))
 
     def put(name: str, facts: Any, columns: dict[str, np.ndarray]) -> None:
@@ -175,7 +189,7 @@ def _write(
         "kinds": listed,
         "regions": list(REGIONS),
         "domains": domains,
-        "edges": list(EDGES),
+        "edges": list(manifest["edges"]),
         "totals": totals(store, domains),
         **{key: manifest[key] for key in ("run", "pair", "data", "settings", "lens")},
     }
@@ -195,4 +209,4 @@ def _write_static(folder: Path) -> None:
 
 
 def _u32(column: Any) -> np.ndarray:
-    return column.to_numpy().astype("<u4")  # type: ignore[no-any-return]
+    return column.to_numpy().astype("<u4")

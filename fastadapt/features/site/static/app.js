@@ -8,6 +8,7 @@ const kinds = new Map(); // Units by kind
 let site = null;
 let tokens = null;
 let list = null;
+let shortWindows = true;
 let asked = 0; // addresses so far: what comes late for an older one is not shown
 let listSeen = false;
 let searching = false; // the list was asked for to search in it
@@ -54,7 +55,8 @@ async function route() {
   }
   const units = kinds.get(here.kind);
   const query = new URLSearchParams(here.query);
-  const wanted = here.unit === null ? Number(query.get("layer")) : Math.floor(here.unit / units.features);
+  const own = here.unit === null ? null : Math.floor(here.unit / units.features);
+  const wanted = own ?? Number(query.get("layer"));
   const layer = wanted < units.layers ? wanted : 0;
   const page = here.unit === null ? null : showFeature(units, here.unit, layer, mine);
   page?.catch(() => {}); // told where it is awaited
@@ -153,7 +155,8 @@ function neighbours(units, unit) {
   const at = listSeen || here.query ? list.matches.indexOf(unit) : -1;
   if (at >= 0 && list.units === units) {
     const { matches } = list;
-    return { before: matches[at - 1], after: matches[at + 1], place: `${whole(at + 1)} of ${whole(matches.length)} in the list` };
+    const place = `${whole(at + 1)} of ${whole(matches.length)} in the list`;
+    return { before: matches[at - 1], after: matches[at + 1], place };
   }
   return {
     before: unit > 0 ? unit - 1 : undefined,
@@ -182,8 +185,6 @@ function drawPlaces(units, unit) {
   );
 }
 
-let shortWindows = true;
-
 function drawToggle() {
   const button = document.getElementById("window");
   button.textContent = shortWindows ? "Whole windows" : "Short windows";
@@ -200,8 +201,11 @@ function drawKinds() {
   const nav = document.getElementById("kinds");
   nav.hidden = site.kinds.length < 2;
   nav.replaceChildren(...site.kinds.map(({ kind }) =>
-    el("a", { class: "quiet", href: address(kind), "aria-current": kind === here.kind ? "page" : null },
-      KIND_NAMES[kind] ?? kind)));
+    el("a", {
+      class: "quiet",
+      href: address(kind),
+      "aria-current": kind === here.kind ? "page" : null,
+    }, KIND_NAMES[kind] ?? kind)));
 }
 
 function drawTitle() {
@@ -210,9 +214,11 @@ function drawTitle() {
   document.getElementById("title").textContent =
     target && base ? `${name(target)} against ${name(base)}` : name(site.run);
   const facts = [["Run", site.run], ["Target", target], ["Base", base]];
-  facts.push(["Texts", `${whole(site.data.texts)}, ${whole(site.data.tokens)} tokens, of ${site.data.source}`]);
-  facts.push(["Highlight", "an activation over the unit's largest one; the token that was kept is underlined"]);
+  const { texts, tokens: count, source } = site.data;
+  facts.push(["Texts", `${whole(texts)}, ${whole(count)} tokens, of ${source}`]);
+  facts.push(["Density", "the share of all tokens at which it is active"]);
   facts.push(["Mostly in", "the region of most of its activations"]);
+  facts.push(["Highlight", "an activation over its largest one; the token that was kept is underlined"]);
   const about = document.getElementById("about");
   facts.forEach(([key, value]) => about.append(el("dt", {}, key), el("dd", {}, plain(String(value)))));
 }
@@ -253,7 +259,8 @@ function tips() {
     tip.hidden = !owner;
     if (!owner) return;
     tip.textContent = owner.dataset.tip;
-    const box = Array.from(owner.getClientRects()).find((r) => event.clientY <= r.bottom) ?? owner.getBoundingClientRect();
+    const boxes = Array.from(owner.getClientRects()); // one per line that it is on
+    const box = boxes.find(({ bottom }) => event.clientY <= bottom) ?? owner.getBoundingClientRect();
     const left = Math.min(Math.max(8, box.left), innerWidth - tip.offsetWidth - 8);
     const above = box.top - tip.offsetHeight - 6;
     tip.style.left = `${Math.max(8, left)}px`;
@@ -268,7 +275,8 @@ async function start() {
     history.replaceState(null, "", address(here.kind));
   });
   document.addEventListener("keydown", onKey);
-  document.getElementById("help-button").addEventListener("click", () => document.getElementById("help").showModal());
+  const help = document.getElementById("help");
+  document.getElementById("help-button").addEventListener("click", () => help.showModal());
   tips();
   try {
     readTokens();

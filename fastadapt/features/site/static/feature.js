@@ -85,7 +85,7 @@ const VARIANTS = { top: "strongest examples", uniform: "examples drawn uniformly
 function said(notes) {
   const out = [];
   for (const { description, variant, judge } of notes.descriptions ?? []) {
-    const facts = [`from the ${VARIANTS[variant] ?? variant}`, judge];
+    const facts = [`from the ${VARIANTS[variant] ?? variant}`, `judge: ${judge}`];
     for (const score of notes.scores ?? []) {
       if (score.variant !== variant || score.judge !== judge) continue;
       const right = score.true_positives + score.true_negatives;
@@ -96,7 +96,7 @@ function said(notes) {
     out.push(el("figure", { class: "said" }, el("blockquote", { dir: "auto" }, plain(description)), line));
   }
   for (const { class: name, subclass, reason, judge } of notes.classes ?? []) {
-    const line = joined([[name, subclass].filter(Boolean).join(": "), reason, judge]);
+    const line = joined([[name, subclass].filter(Boolean).join(": "), reason, `judge: ${judge}`]);
     out.push(el("p", { class: "note" }, "Class ", ...line));
   }
   return out;
@@ -172,7 +172,7 @@ function exampleColumns(examples, max, all) {
 
 function drawExample(example, max, { site, tokens, texts }) {
   const { start, position, value, values } = example;
-  const facts = [texts.get(example.text) ?? `text ${example.text}`, `token ${whole(position)}`];
+  const facts = [`text ${texts.get(example.text) ?? example.text}`, `token ${whole(position)}`];
   if (example.region !== 255) facts.push(site.regions[example.region]);
   if (example.domain !== 255) facts.push(site.domains[example.domain]);
   const window = el("p", { class: "window", dir: "auto" });
@@ -182,10 +182,11 @@ function drawExample(example, max, { site, tokens, texts }) {
     const far = at < position - BEFORE || at > position + AFTER;
     const share = max > 0 ? Math.max(-1, Math.min(1, values[i] / max)) : 0;
     const names = [far && "far", at === position && "peak", share < 0 && "negative"].filter(Boolean);
+    const number = values[i] === 0 ? "0" : values[i].toPrecision(4);
     window.append(el("span", {
       class: names.join(" ") || null,
       style: share === 0 ? {} : { "--share": Math.abs(share) },
-      "data-tip": `${alone(tokens.text(token))} · ${values[i] === 0 ? "0" : values[i].toPrecision(4)} · token ${at}`,
+      "data-tip": `${alone(tokens.text(token))} · ${number} · token ${at}`,
     }, text));
   });
   if (start < position - BEFORE) window.prepend(el("i", { class: "cut" }, "…"));

@@ -44,6 +44,7 @@ const fastadapt = (() => {
   }
 
   async function unpack(data) {
+    if (!window.DecompressionStream) throw new Error("These pages need a browser of 2023 or later.");
     const packed = new Blob([fromBase64(data)]).stream();
     const stream = packed.pipeThrough(new DecompressionStream("deflate"));
     const raw = new Uint8Array(await new Response(stream).arrayBuffer());

@@ -41,7 +41,9 @@ function alone(text) {
 }
 
 function chip(text) {
-  return el("bdi", { class: "token" }, alone(text));
+  const [, before, middle, after] = /^(␣*)(.*?)(␣*)$/su.exec(alone(text));
+  const spaces = (marks) => (marks ? el("i", {}, marks) : null);
+  return el("bdi", { class: "token" }, spaces(before), middle, spaces(after));
 }
 
 function whole(number) {
