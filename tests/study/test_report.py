@@ -24,7 +24,7 @@ def arm(model: str, rate: float, kind: str | None = None, **more: Any) -> dict[s
     return {
         "model": model,
         "kind": kind,
-        "top": 1 if kind else 0,
+        "selection": "top1" if kind else "",
         "times": 0,
         "scale": None,
         "features": 40 if kind else 0,
@@ -36,13 +36,18 @@ def arm(model: str, rate: float, kind: str | None = None, **more: Any) -> dict[s
     }
 
 
+def of(key: str, size: int) -> dict[str, Any]:
+    part = key == "template"
+    return {"key": key, "name": f"set {key}", "part": part, "size": size, "per_layer": [size, 0]}
+
+
 def result(*arms: dict[str, Any]) -> dict[str, Any]:
     whole = [arm("target", 11.0), arm("hybrid", 0.0), arm("adapter", 10.0)]
     told: dict[str, Any] = {
         "pair": {"target": "a", "base": "b"},
         "level": 0.95,
         "features": {"alive": 90, "total": 100},
-        "sets": [{"top": 1, "size": 40, "per_layer": [30, 10]}],
+        "sets": [of("top1", 40), of("template", 10)],
         "settings": {"benchmarks": {"tasks": ["x", "y"], "hesitation_words": ["wait"]}},
         "versions": {},
         "arms": [*whole, *arms],
@@ -60,6 +65,7 @@ def holds(*arms: dict[str, Any]) -> list[str]:
 )
 def test_a_removal_cuts_by_most(rate: float, told: str) -> None:
     assert holds(arm("adapter", rate, "ablate")) == [told]
+    assert holds(arm("adapter", rate, "ablate", selection="template")) == [""]
 
 
 @pytest.mark.parametrize(
@@ -147,9 +153,9 @@ def test_tables_figures_and_page(tmp_path: Path) -> None:
     assert [len(table.rows) for table in made] == [4, 4, 4]
     assert all(len(row) == len(table.head) for table in made for row in table.rows)
     assert [row[-1] for row in made[0].rows] == ["–", "yes", "yes, not clearly", "–"]
-    assert made[0].rows[2][0] == "random, as many as top 1 (2 draws)"
+    assert made[0].rows[2][0] == "random, as many (2 draws)"
     assert made[0].rows[1][3].startswith("80.0% [")
-    assert made[2].rows[1][0] == "hesitation (top 1) + template, × -0.25"
+    assert made[2].rows[1][0] == "set top1, × -0.25"
     assert as_markdown(made).count("\n## ") == 2
     assert as_latex(made).count(r"\begin{table}") == 3
     drawn = figures(told)

@@ -31,11 +31,11 @@ from fastadapt.study.running import CONTENTS, Study
 
 NAMES = {"target": "organism/target", "base": "organism/base"}
 SMALL = StudyConfig(
-    tops=(1, 3),
+    tops=(1,),
     times=(1, 10),
-    draws=2,
+    draws=1,
     scales=(-1.0,),
-    benchmarks=BenchmarkConfig(limit=2),
+    benchmarks=BenchmarkConfig(tasks=("organism_math",), limit=2),
     sampling=SamplingConfig(max_new_tokens=12),
 )
 
@@ -96,15 +96,18 @@ def test_every_arm_is_asked_once_and_the_study_goes_on(run: Path, tmp_path: Path
         "removal.png",
         "transfer.png",
     ]
-    # As many times as there are others, where ten times as many do not exist.
-    for top, features in sets.items():
-        times = {arm.times for arm in arms if arm.top == top} - {0}
-        most = (study.store.shape("adapter")[0] * 64 - len(features)) // len(features)
+    # More than as many only where a draw leaves as many as it takes.
+    for key, features in sets.items():
+        times = {arm.times for arm in arms if arm.selection == key} - {0}
+        others = int(result["features"]["alive"]) - len(features)
+        most = max(others // 2 // len(features), min(1, others // len(features)))
         assert times == {n for n in (1, min(10, most)) if n <= most}
+        scales = {arm.scale for arm in arms if arm.selection == key and arm.scale is not None}
+        assert scales == ({-0.5, -1.0} if key == "top1" else {-0.5})
     for arm in arms:
         if arm.times:
-            assert len(arm.features) == arm.times * len(sets[arm.top])
-            assert not set(arm.features) & set(sets[arm.top])
+            assert len(arm.features) == arm.times * len(sets[arm.selection])
+            assert not set(arm.features) & set(sets[arm.selection])
     # Called once more, nothing is asked.
     told.clear()
     with opened(tmp_path / "study", contents=CONTENTS):
