@@ -38,8 +38,8 @@ def intervene(
 
     ``output`` holds ``adapter/``, whose ``fastadapt.json`` has the history under
     ``metadata.interventions`` (one entry per intervention, the oldest first); ``config.yaml``, the
-    source's pair and data; and ``set.json``, the set. A run that was changed before takes sets of
-    the adapter that it came from: a feature keeps its number.
+    source's pair and data, where it has them; and ``set.json``, the set. A run that was changed
+    before takes sets of the adapter that it came from: a feature keeps its number.
 
     Args:
         run: folder of a run, or of adapters.
@@ -78,10 +78,9 @@ def intervene(
     if intervention.kind == "onto-target":
         step["scale"] = intervention.scale
         revision = (metadata.get("revisions") or {}).get("target")
-        config["pair"] |= {
-            "base": config["pair"]["target"],
-            "base_revision": config["pair"].get("target_revision"),
-        }
+        if config is not None:
+            pair = config["pair"]
+            pair |= {"base": pair["target"], "base_revision": pair.get("target_revision")}
         told |= {
             "base": metadata["target"],
             "revisions": {"target": revision, "base": revision},
@@ -96,8 +95,9 @@ def intervene(
             staged.mkdir()
             save_adapters(made, staged / _ADAPTER, told)
             features.write(staged / SET)
-            text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-            (staged / _CONFIG).write_text(text, encoding="utf-8")
+            if config is not None:
+                text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+                (staged / _CONFIG).write_text(text, encoding="utf-8")
             for file in (staged / _ADAPTER).iterdir():
                 sync_file(file)
     except OSError as error:
@@ -105,20 +105,14 @@ def intervene(
     return out
 
 
-def _config_of(source: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Pair and data of a run's ``config.yaml``; of bare adapters the pair that they name."""
-    pair = pair_of(source, metadata)
+def _config_of(source: Path, metadata: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Pair and data of a run's ``config.yaml``; None of bare adapters, which have none."""
+    pair_of(source, metadata)  # that it can be told, and is the one that the adapters name
     path = source.parent / _CONFIG
-    if source.name == _ADAPTER and path.is_file():
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return {name: config[name] for name in ("pair", "data") if name in config}
-    return {
-        "pair": {
-            **{role: metadata[role] for role in ("target", "base")},
-            "target_revision": pair.target_revision,
-            "base_revision": pair.base_revision,
-        }
-    }
+    if source.name != _ADAPTER or not path.is_file():
+        return None
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return {name: config[name] for name in ("pair", "data") if name in config}
 
 
 def _check_output(out: Path, source: Path, *, overwrite: bool) -> None:

@@ -23,7 +23,7 @@ COLOURS = {
     "target": "#999933",
     # Sets of features, in a study of them.
     "selected": "#009E73",
-    "selected otherwise": "#56B4E9",
+    "selected part": "#56B4E9",
     "random": "#8a8a8a",
 }
 DASHES = {"hybrid": "dash", "base": "dot", "target": "dashdot"}

@@ -99,18 +99,18 @@ def over_l0(result: Mapping[str, Any], values: Mapping[str, Interval]) -> list[S
             sweep.append((l0, value))
         else:
             kind = student["variant"] or student["kind"]
-            series.append(_series(student["name"], kind, [l0] if l0 else [], [value]))
+            series.append(series_of(student["name"], kind, [l0] if l0 else [], [value]))
     if "target" in values:
-        series.append(_series("target", "target", [], [values["target"]]))
+        series.append(series_of("target", "target", [], [values["target"]]))
     sweep.sort(key=lambda point: point[0])
     if sweep:
         series.insert(
-            0, _series("adapters", "transcoder", [x for x, _ in sweep], [v for _, v in sweep])
+            0, series_of("adapters", "transcoder", [x for x, _ in sweep], [v for _, v in sweep])
         )
     return series
 
 
-def _series(name: str, kind: str, x: Sequence[float], values: Sequence[Interval]) -> Series:
+def series_of(name: str, kind: str, x: Sequence[float], values: Sequence[Interval]) -> Series:
     """Of the values that there are; an interval that is not there has no width."""
     kept = [i for i, value in enumerate(values) if value["mean"] is not None]
     ends = []
@@ -127,7 +127,7 @@ def _per_student(
     students = [s for s in result["students"] if s["name"] in curves]
     sweep = iter(sorted(filter(_in_sweep, students), key=lambda s: s["l0"] or 0.0))
     ordered = [next(sweep) if _in_sweep(s) else s for s in students]
-    return [_series(s["name"], s["variant"] or s["kind"], *curves[s["name"]]) for s in ordered]
+    return [series_of(s["name"], s["variant"] or s["kind"], *curves[s["name"]]) for s in ordered]
 
 
 def _in_sweep(student: Mapping[str, Any]) -> bool:

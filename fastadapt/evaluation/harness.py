@@ -157,13 +157,17 @@ def _repeated(task: str, repeats: int) -> Iterator[Path]:
 def _quiet() -> Iterator[None]:
     """Without lm-eval's account of what it does, nor its bars; errors are raised all the same."""
     logger = logging.getLogger("lm_eval")
-    level, bar, commit = logger.level, lm_eval.api.task.tqdm, lm_eval.evaluator.get_git_commit_hash
+    evaluator: Any = lm_eval.evaluator
+    level, bar = logger.level, lm_eval.api.task.tqdm
+    commit, environment = evaluator.get_git_commit_hash, evaluator.add_env_info
     logger.setLevel(logging.ERROR)
     lm_eval.api.task.tqdm = partial(bar, disable=True)
-    lm_eval.evaluator.get_git_commit_hash = lambda: None  # git complains outside a checkout
+    evaluator.get_git_commit_hash = lambda: None  # git complains outside a checkout
+    evaluator.add_env_info = lambda _: None  # it runs pip, for seconds, and nobody reads it
     try:
         yield
     finally:
         logger.setLevel(level)
         lm_eval.api.task.tqdm = bar
-        lm_eval.evaluator.get_git_commit_hash = commit
+        evaluator.get_git_commit_hash = commit
+        evaluator.add_env_info = environment

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastadapt.evaluation.figures import Figure, Series
+from fastadapt.evaluation.figures import Figure, Series, series_of
 from fastadapt.evaluation.statistics import Intervals, quotient
 from fastadapt.evaluation.tables import Interval, Table, shown
 from fastadapt.interventions import SCALE
@@ -26,12 +26,13 @@ def claims(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What is expected of each arm, what was found, and whether it holds.
 
     Returns:
-        Of each: ``kind``, ``top``, ``times``, ``scale`` (which name the arm), ``claim`` (in words,
-        empty where nothing is expected), ``value`` (an interval: of ``ablate`` and ``onto-target``
-        the share by which hesitation fell, of ``only`` how many times the random set's the selected
-        set's is), and ``holds``: ``yes`` or ``no`` by the estimate, and ``not clearly`` where its
-        interval has both.
+        Of each: ``kind``, ``selection``, ``times``, ``scale`` (which name the arm), ``claim`` (in
+        words, empty where nothing is expected), ``value`` (an interval: of ``ablate`` and
+        ``onto-target`` the share by which hesitation fell, of ``only`` how many times the random
+        set's the selected set's is), and ``holds``: ``yes`` or ``no`` by the estimate, and ``not
+        clearly`` where its interval has both.
     """
+    parts = {chosen["key"] for chosen in result["sets"] if chosen["part"]}
     found = []
     for arm in result["arms"]:
         if arm["kind"] is None:
@@ -55,7 +56,9 @@ def claims(result: Mapping[str, Any]) -> list[dict[str, Any]]:
                 holds = verdict(value, bound, above=selected)
             elif arm["times"] == 0 and arm["scale"] == SCALE:
                 claim, holds = "> 0", verdict(value, 0.0, above=True)
-        named = {key: arm[key] for key in ("kind", "top", "times", "scale")}
+        if arm["selection"] in parts:
+            claim = holds = ""
+        named = {key: arm[key] for key in ("kind", "selection", "times", "scale")}
         found.append({**named, "claim": claim, "value": value, "holds": holds})
     return found
 
@@ -99,7 +102,7 @@ def _whole(result: Mapping[str, Any], model: str) -> Arm:
 
 def _selected(result: Mapping[str, Any], arm: Arm) -> Arm:
     """The selected set that a random one stands beside."""
-    same = ("kind", "top", "scale")
+    same = ("kind", "selection", "scale")
     return next(
         a for a in result["arms"] if a["times"] == 0 and all(a[key] == arm[key] for key in same)
     )
@@ -114,7 +117,7 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
     tasks = f"{len(asked['tasks'])} benchmarks, each with the same weight"
     words = ", ".join(asked["hesitation_words"])
     sets = "; ".join(
-        f"{_name(s)}: {s['size']:,} features, by layer {', '.join(map(str, s['per_layer']))}"
+        f"{s['name']}: {s['size']:,} features, by layer {', '.join(map(str, s['per_layer']))}"
         for s in result["sets"]
     )
     common = (
@@ -156,8 +159,9 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
     ]
 
 
-def _name(of: Mapping[str, Any]) -> str:
-    return f"hesitation (top {of['top']}) + template"
+def _chosen(result: Mapping[str, Any], arm: Arm) -> Mapping[str, Any]:
+    """The set that an arm has, or is drawn like."""
+    return next(of for of in result["sets"] if of["key"] == arm["selection"])
 
 
 def _rows(result: Mapping[str, Any], kind: str, show: Any) -> list[list[str]]:
@@ -165,11 +169,11 @@ def _rows(result: Mapping[str, Any], kind: str, show: Any) -> list[list[str]]:
     for arm in result["arms"]:
         if arm["kind"] != kind:
             continue
-        name = _name(arm)
+        name = str(_chosen(result, arm)["name"])
         if arm["times"]:
             many = "as many" if arm["times"] == 1 else f"{arm['times']} times as many"
             draws = f"{len(arm['draws'])} draw{'s' * (len(arm['draws']) > 1)}"
-            name = f"random, {many} as top {arm['top']} ({draws})"
+            name = f"random, {many} ({draws})"
         if arm["scale"] is not None:
             name += f", × {arm['scale']:g}"
         rows.append(_row(result, arm, name, show))
@@ -181,7 +185,7 @@ def _row(result: Mapping[str, Any], arm: Arm, name: str, show: Any = number) -> 
         (
             claim
             for claim in result["claims"]
-            if all(claim[key] == arm[key] for key in ("kind", "top", "times", "scale"))
+            if all(claim[key] == arm[key] for key in ("kind", "selection", "times", "scale"))
         ),
         {"value": None, "claim": "", "holds": ""},
     )
@@ -239,30 +243,34 @@ def _level(result: Mapping[str, Any], model: str) -> Series:
 
 
 def _by_size(result: Mapping[str, Any], kind: str) -> list[Series]:
+    """Each selection, and all random sets."""
+    of_kind = [arm for arm in result["arms"] if arm["kind"] == kind]
     found = []
-    for name, random in (("hesitation + template", False), ("random", True)):
-        arms = [a for a in result["arms"] if a["kind"] == kind and bool(a["times"]) == random]
-        arms.sort(key=lambda arm: arm["features"])
-        xs = [float(arm["features"]) for arm in arms]
-        found.append(_series(name, "random" if random else "selected", xs, arms))
-    return [series for series in found if series.x]
+    for chosen in result["sets"]:
+        arms = [a for a in of_kind if a["selection"] == chosen["key"] and not a["times"]]
+        colour = "selected part" if chosen["part"] else "selected"
+        found.append((chosen["name"], colour, arms))
+    drawn = sorted((a for a in of_kind if a["times"]), key=lambda arm: arm["features"])
+    found.append(("random", "random", drawn))
+    return [
+        _series(name, colour, [float(arm["features"]) for arm in arms], arms)
+        for name, colour, arms in found
+        if arms
+    ]
 
 
 def _by_scale(result: Mapping[str, Any]) -> list[Series]:
+    """The main selection, swept, and the random sets beside it."""
+    main = result["sets"][0]
+    same = [
+        a for a in result["arms"] if (a["kind"], a["selection"]) == ("onto-target", main["key"])
+    ]
     found = []
-    for i, chosen in enumerate(result["sets"]):
-        same = [
-            a for a in result["arms"] if a["kind"] == "onto-target" and a["top"] == chosen["top"]
-        ]
-        mine = sorted((a for a in same if not a["times"]), key=lambda arm: arm["scale"])
-        kind = "selected" if i == 0 else "selected otherwise"
-        found.append(_series(_name(chosen), kind, [a["scale"] for a in mine], mine))
-        if i == 0:
-            others = [a for a in same if a["times"] == 1]
-            found.append(_series("random, as many", "random", [a["scale"] for a in others], others))
+    for name, kind, drawn in ((main["name"], "selected", 0), ("random, as many", "random", 1)):
+        arms = sorted((a for a in same if a["times"] == drawn), key=lambda arm: arm["scale"])
+        found.append(_series(name, kind, [arm["scale"] for arm in arms], arms))
     return [series for series in found if series.x]
 
 
 def _series(name: str, kind: str, xs: Sequence[float], arms: Sequence[Arm]) -> Series:
-    ends = [[float(arm[RATE][end]) for arm in arms] for end in ("mean", "low", "high")]
-    return Series(name, kind, list(xs), *ends)
+    return series_of(name, kind, xs, [arm[RATE] for arm in arms])

@@ -29,7 +29,7 @@ from fastadapt.features.selection import alive
 from fastadapt.features.sets import FeatureSet
 from fastadapt.features.store import Store
 from fastadapt.interventions import scaled
-from fastadapt.study.arms import RUN, Arm, StudyConfig, arms_of, select
+from fastadapt.study.arms import PARTS, RUN, Arm, StudyConfig, arms_of, select
 from fastadapt.study.report import claims, figures, tables
 
 SCHEMA_VERSION = 1
@@ -145,7 +145,7 @@ class Study:
             wanted = ("hesitations_per_1000", "length", "accuracy", "truncated", "degenerate")
             measured.append(
                 {
-                    **{key: getattr(first, key) for key in ("model", "kind", "top", "times")},
+                    **{key: getattr(first, key) for key in ("model", "kind", "selection", "times")},
                     "scale": first.scale,
                     "features": 0 if first.features is None else len(first.features),
                     **{key: numbers[key] for key in wanted},
@@ -157,7 +157,7 @@ class Study:
             )
         return measured
 
-    def _about(self, sets: Mapping[int, FeatureSet], asked: BenchmarkConfig) -> dict[str, Any]:
+    def _about(self, sets: Mapping[str, FeatureSet], asked: BenchmarkConfig) -> dict[str, Any]:
         pair = self.students.config
         return {
             "schema_version": SCHEMA_VERSION,
@@ -180,13 +180,15 @@ class Study:
             },
             "sets": [
                 {
-                    "top": top,
+                    "key": key,
+                    "name": features.name,
+                    "part": key in PARTS,
                     "size": len(features),
                     "per_layer": features.per_layer(),
                     "made": features.made,
                     "sha256": features.digest(),
                 }
-                for top, features in sets.items()
+                for key, features in sets.items()
             ],
             "versions": {name: version(name) for name in ("fastadapt", "torch", "transformers")},
         }

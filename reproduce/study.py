@@ -1,0 +1,62 @@
+"""What features do: python reproduce/study.py RUN [--output FOLDER] [--overwrite]
+
+Collects the features of a run if that was not done, switches selected and random sets of them, and
+writes tables, plots and a page into FOLDER (``study`` in the run). Called again it goes on where it
+stopped. What is done, and why so: ``fastadapt/study``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+from fastadapt.adapter_files import adapters_of
+from fastadapt.console import print_error, print_table, quiet_transformers
+from fastadapt.errors import RunError, UserError
+from fastadapt.evaluation.folder import opened
+from fastadapt.evaluation.students import Students
+from fastadapt.features.collect import collect
+from fastadapt.features.store import Store, adapter_digest
+from fastadapt.progress import EvalProgress
+from fastadapt.study.arms import RUN, StudyConfig
+from fastadapt.study.report import tables
+from fastadapt.study.running import CONTENTS, Study
+from fastadapt.training.interrupt import stop_on_signals
+
+
+def main(argv: list[str]) -> int:
+    """The study of one run, with the defaults of :class:`fastadapt.study.arms.StudyConfig`."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--overwrite", action="store_true")
+    options = parser.parse_args(argv)
+    output = options.output or options.run / "study"
+    quiet_transformers()
+    result = None
+    with stop_on_signals(None) as (stop, _), EvalProgress(sys.stderr) as progress:
+        collect(options.run, progress=partial(progress, "texts collected"), stop=stop)
+        if not stop.is_set():
+            store = Store.open(options.run, adapter=adapter_digest(adapters_of(options.run)))
+            students = Students.open([options.run], [RUN])
+            with opened(output, overwrite=options.overwrite, contents=CONTENTS) as folder:
+                result = Study(students, store, folder, StudyConfig(), progress, stop).run()
+    if result is None:
+        print(f"Stopped; what was measured is kept in {output}. Go on with the same command.")
+        return 0
+    for table in tables(result):
+        print(table.title)
+        print_table(table.head, table.rows)
+        print(f"{table.note}\n")
+    print(f"{output / 'report.html'}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (UserError, RunError) as error:
+        print_error(str(error))
+        sys.exit(error.exit_code)

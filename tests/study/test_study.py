@@ -1,0 +1,149 @@
+"""The study end to end: on the embedded pair, small; and for real where everything is proved."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import replace
+from pathlib import Path
+from threading import Event
+
+import pytest
+import torch
+import yaml
+
+from fastadapt.adapter import AdapterConfig
+from fastadapt.adapter_files import adapters_of, save_adapters
+from fastadapt.data.sequences import DataConfig
+from fastadapt.errors import UserError
+from fastadapt.evaluation.benchmarks import BenchmarkConfig
+from fastadapt.evaluation.folder import opened
+from fastadapt.evaluation.sampling import SamplingConfig
+from fastadapt.evaluation.students import Students
+from fastadapt.features.collect import CollectConfig, collect
+from fastadapt.features.store import Store, adapter_digest
+from fastadapt.intervention_files import intervene
+from fastadapt.interventions import Intervention
+from fastadapt.models import ModelPair, PairConfig, ReplacementModel
+from fastadapt.organism import resolve
+from fastadapt.study.arms import RUN, StudyConfig, arms_of, select
+from fastadapt.study.running import CONTENTS, Study
+
+NAMES = {"target": "organism/target", "base": "organism/base"}
+SMALL = StudyConfig(
+    tops=(1,),
+    times=(1, 10),
+    draws=1,
+    scales=(-1.0,),
+    benchmarks=BenchmarkConfig(tasks=("organism_math",), limit=2),
+    sampling=SamplingConfig(max_new_tokens=12),
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the embedded pair with random adapters of few features, and their store."""
+    folder = tmp_path_factory.mktemp("study") / "run"
+    folder.mkdir()
+    pair = ModelPair.load(PairConfig(**{k: resolve(v) for k, v in NAMES.items()}, device="cpu"))
+    model = ReplacementModel.create(pair, AdapterConfig(64))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for adapter in model.adapters:
+            adapter.b_enc.fill_(-0.5)
+            adapter.W_dec.copy_(0.05 * torch.randn(adapter.W_dec.shape, generator=generator))
+    save_adapters(model.adapters, folder / "adapter", {**NAMES, "family": "r1-distill"})
+    data = dataclasses.asdict(DataConfig("organism/train", "organism/validation"))
+    (folder / "config.yaml").write_text(yaml.safe_dump({"pair": NAMES, "data": data}))
+    assert collect(folder, config=CollectConfig(n=40)) is not None
+    return folder
+
+
+def open_study(run: Path, folder: Path, config: StudyConfig, stop: Event, told: list) -> Study:
+    store = Store.open(run, adapter=adapter_digest(adapters_of(run)))
+    students = Students.open([run], [RUN])
+    return Study(students, store, folder, config, lambda *what: told.append(what), stop)
+
+
+def test_every_arm_is_asked_once_and_the_study_goes_on(run: Path, tmp_path: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    stop = Event()
+
+    def stopped(*what: object) -> None:
+        if len({kind for kind, *_ in told}) == 5:
+            stop.set()
+
+    with opened(tmp_path / "study", contents=CONTENTS) as folder:
+        study = open_study(run, folder, SMALL, stop, told)
+        begun = replace(study, tell=lambda *what: (told.append(what), stopped()))
+        assert begun.run() is None
+    asked = [path.name for path in (folder / "benchmarks").iterdir()]
+    assert len(asked) == 5
+    assert not (folder / "study.json").exists()
+    stamps = {p: p.stat().st_mtime_ns for p in folder.glob("benchmarks/*/*.rows.jsonl")}
+    stop.clear()
+    with opened(tmp_path / "study", contents=CONTENTS) as folder:
+        result = study.run()
+    assert result == json.loads((folder / "study.json").read_text())
+    sets = select(study.store, SMALL)
+    arms = arms_of(study.store, sets, SMALL)
+    assert len({arm.name for arm in arms}) == len(arms)
+    assert len(list((folder / "benchmarks").iterdir())) == len(arms)
+    assert len({json.dumps(arm["draws"]) for arm in result["arms"]}) > 3
+    assert stamps
+    assert sorted(path.name for path in (folder / "plots").iterdir()) == [
+        "addition.png",
+        "removal.png",
+        "transfer.png",
+    ]
+    # More than as many only where a draw leaves as many as it takes.
+    for key, features in sets.items():
+        times = {arm.times for arm in arms if arm.selection == key} - {0}
+        others = int(result["features"]["alive"]) - len(features)
+        most = max(others // 2 // len(features), min(1, others // len(features)))
+        assert times == {n for n in (1, min(10, most)) if n <= most}
+        scales = {arm.scale for arm in arms if arm.selection == key and arm.scale is not None}
+        assert scales == ({-0.5, -1.0} if key == "top1" else {-0.5})
+    for arm in arms:
+        if arm.times:
+            assert len(arm.features) == arm.times * len(sets[arm.selection])
+            assert not set(arm.features) & set(sets[arm.selection])
+    # Called once more, nothing is asked.
+    told.clear()
+    with opened(tmp_path / "study", contents=CONTENTS):
+        assert study.run() == result
+    assert all(done == wanted for _, done, wanted in told)
+
+
+def test_an_arm_is_what_its_saved_run_is(run: Path, tmp_path: Path) -> None:
+    study = open_study(run, tmp_path, SMALL, Event(), [])
+    ids = torch.tensor([[2, 4, 30, 90, 200, 5, 6]])
+    logits = []
+    for arm in arms_of(study.store, select(study.store, SMALL), SMALL)[:7]:
+        with torch.no_grad(), study._generating(arm) as model:
+            logits.append(model(ids).logits)
+        if arm.features is None:
+            continue
+        kind = Intervention(arm.kind) if arm.scale is None else Intervention(arm.kind, arm.scale)
+        saved = intervene(run, tmp_path / arm.name, arm.features, kind)
+        students = Students.open([saved], ["saved"])
+        with torch.no_grad(), students.generating("saved") as model:
+            assert torch.equal(model(ids).logits, logits[-1])
+    assert all(not torch.equal(a, b) for i, a in enumerate(logits) for b in logits[:i])
+
+
+def test_impossible_studies_are_told(run: Path, tmp_path: Path) -> None:
+    for values, message in (
+        ({"tops": ()}, "tops: expected distinct"),
+        ({"times": (0,)}, "times: expected distinct"),
+        ({"draws": 0}, "draws: expected"),
+    ):
+        with pytest.raises(UserError, match=message):
+            replace(SMALL, **values)
+    words = replace(SMALL.benchmarks, hesitation_words=("never",))
+    study = open_study(run, tmp_path, replace(SMALL, benchmarks=words), Event(), [])
+    with pytest.raises(UserError, match="is empty"):
+        study.run()
+    (tmp_path / "other").write_text("")
+    with pytest.raises(UserError, match="no evaluation"), opened(tmp_path, contents=CONTENTS):
+        pass
