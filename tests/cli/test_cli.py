@@ -84,7 +84,9 @@ def test_the_commands_are_frozen(fastadapt):
     from fastadapt.cli import COMMANDS
     from fastadapt.cli_organism import COMMANDS as ORGANISM
 
-    assert sorted(COMMANDS) == ["data", "doctor", "eval", "export", "organism", "train"]
+    assert sorted(COMMANDS) == [
+        *("data", "doctor", "eval", "export", "features", "intervene", "organism", "train")
+    ]
     assert sorted(ORGANISM) == ["build", "check", "sample"]
     for command in (*COMMANDS, "data prepare"):
         assert command in fastadapt("--help").out

@@ -1,5 +1,5 @@
-"""`fastadapt features` and `fastadapt intervene`: a run, its store, pages, judgements, sets, and runs
-that were changed; and what they refuse."""
+"""`fastadapt features` and `fastadapt intervene`: a run, its store, pages, judgements and sets, and
+runs that were changed; and what they refuse."""
 
 from __future__ import annotations
 
@@ -71,9 +71,10 @@ def test_shards_are_merged(run: Path, fastadapt: Callable, tmp_path: Path) -> No
 
 def test_a_set_is_taken_out_and_put_onto_the_target(collected, fastadapt, tmp_path) -> None:
     select = ("features", "select", collected)
-    many = fastadapt(*select, "many", "--sql", "SELECT layer, feature FROM features WHERE count>100")
+    sql = "SELECT layer, feature FROM features WHERE count > {}"
+    many = fastadapt(*select, "many", "--sql", sql.format(100))
     assert many.code == 0, many.err
-    few = fastadapt(*select, "few", "--sql", "SELECT layer, feature FROM features WHERE count>300")
+    few = fastadapt(*select, "few", "--sql", sql.format(300))
     assert few.code == 0, few.err
     rest = fastadapt(*select, "rest", "--difference", "many", "few")
     assert rest.code == 0, rest.err
@@ -151,3 +152,63 @@ def test_help_tells_every_command_and_option(fastadapt: Callable) -> None:
         outcome = fastadapt("features", name, "--help")
         assert outcome.code == 0, outcome.err
         assert f"fastadapt features {name}" in outcome.out
+
+
+OPTIONS = {
+    "collect": """
+--after --batch_tokens --before --data --demeaned --device --dtype --kinds --max_tokens --n
+--neurons_per_token --output --overwrite --seed --shard --snapshot_tokens --top --uniform
+""",
+    "merge": """
+--output --overwrite
+""",
+    "export": """
+--output
+""",
+    "serve": """
+--port
+""",
+    "describe": """
+--describe --describe.after --describe.before --describe.kinds --describe.min_density
+--describe.min_shown --describe.samples --describe.scored --describe.seed --describe.shown
+--describe.statistics --describe.statistics.level --describe.statistics.resamples
+--describe.statistics.seed --describe.texts --describe.units --device --dtype --judge
+--judge.base_url --judge.concurrency --judge.extra --judge.invalid_share --judge.json_mode
+--judge.key_variable --judge.max_tokens --judge.model --judge.price_in --judge.price_out
+--judge.retries --judge.temperature --judge.timeout --yes
+""",
+    "classify": """
+--classify --classify.after --classify.before --classify.kinds --classify.min_density
+--classify.min_shown --classify.seed --classify.statistics --classify.statistics.level
+--classify.statistics.resamples --classify.statistics.seed --classify.top --classify.uniform
+--classify.units --judge --judge.base_url --judge.concurrency --judge.extra
+--judge.invalid_share --judge.json_mode --judge.key_variable --judge.max_tokens --judge.model
+--judge.price_in --judge.price_out --judge.retries --judge.temperature --judge.timeout --yes
+""",
+    "overlap": """
+--batch_tokens --device --dtype --features_at_once --store --tokens
+""",
+    "select": """
+--alive --at --before --classes --difference --hesitation --intersection --overwrite --promotes
+--random --seed --share --sql --template --times --top --union
+""",
+    "sets": "",
+    "intervene": """
+--ablate --only --onto-target --output --overwrite --scale --store
+""",
+}
+
+
+def test_the_options_are_frozen() -> None:
+    from fastadapt import options_features as options
+
+    named = {
+        "export": lambda: options.pages_parser("export"),
+        "serve": lambda: options.pages_parser("serve"),
+        "describe": lambda: options.judged_parser("describe"),
+        "classify": lambda: options.judged_parser("classify"),
+    }
+    for name, frozen in OPTIONS.items():
+        parser = named.get(name) or getattr(options, f"{name}_parser")
+        found = {o for o in parser()._option_string_actions if o.startswith("--")} - {"--help"}
+        assert sorted(found) == frozen.split(), name

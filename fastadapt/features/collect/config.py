@@ -55,15 +55,13 @@ class CollectConfig:
         least |= {k: 1 for k in ("n", "neurons_per_token") if getattr(self, k) is not None}
         for name, bound in least.items():
             if getattr(self, name) < bound:
-                raise UserError(
-                    f"features.{name}: expected {bound} or more, got {getattr(self, name)}"
-                )
+                raise UserError(f"{name}: expected {bound} or more, got {getattr(self, name)}")
         if self.seed >= 2**63:
-            raise UserError(f"features.seed: expected less than 2**63, got {self.seed}")
+            raise UserError(f"seed: expected less than 2**63, got {self.seed}")
         kinds = tuple(self.kinds)
         if not kinds or set(kinds) - set(KINDS) or len(set(kinds)) < len(kinds):
             raise UserError(
-                f"features.kinds: expected some of {', '.join(KINDS)}, each once, got "
+                f"kinds: expected some of {', '.join(KINDS)}, each once, got "
                 f"{', '.join(kinds) or 'none'}"
             )
         object.__setattr__(self, "kinds", tuple(kind for kind in KINDS if kind in kinds))

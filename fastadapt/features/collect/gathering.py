@@ -114,7 +114,7 @@ def open_run(
         if student.l0 is None:
             raise UserError(
                 f"{run} does not say its L0: say how many neurons of a token count as active "
-                "(--neurons-per-token)"
+                "(--neurons_per_token)"
             )
         n = max(1, math.ceil(student.l0))
         config = CollectConfig(**{**asdict(config), "neurons_per_token": n})
