@@ -9,7 +9,7 @@ ones, on which it does not. What makes the score honest:
 - held-out and shown examples are drawn from the same sample, so one is as strong as the other;
 - a silent window is drawn with equal chance from all stretches of the corpus' sampled texts in
   which the unit is active at no token, as the model itself says (:class:`Activations`), and which
-  share no token with a window that was shown or held out;
+  neither share a token with a window that was shown or held out nor repeat its tokens;
 - each silent window is as long as a held-out one, so that length tells nothing.
 """
 
@@ -221,11 +221,14 @@ def _cases(
         taken = np.concatenate([corpus.starts - 1, fires, *corpus.taken([*shown, *scored])])
         texts = list(scored)
         for window in scored:
-            place = silent(taken, len(window.tokens), rng)
-            if place is None:
-                return cases
-            texts.append(corpus.at(place, len(window.tokens)))
-            taken = np.concatenate([taken, np.arange(place, place + len(window.tokens))])
+            length, found = len(window.tokens), None
+            while found is None or any(found.meets(other) for other in (*shown, *texts)):
+                place = silent(taken, length, rng)
+                if place is None:
+                    return cases
+                found = corpus.at(place, length)
+                taken = np.concatenate([taken, np.arange(place, place + length)])
+            texts.append(found)
         shuffled = tuple(texts[i] for i in rng.permutation(len(texts)))
         cases.append(Case(unit, sample, tuple(shown), shuffled))
     return cases
