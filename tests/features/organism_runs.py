@@ -15,6 +15,8 @@ from stores import MadeText
 
 from fastadapt.adapter import AdapterConfig
 from fastadapt.adapter_files import save_adapters
+from fastadapt.data.batches import collate
+from fastadapt.data.sequences import DataConfig, load_sequences
 from fastadapt.evaluation.students import Students
 from fastadapt.features.collect.texts import batch_of, batches_of, read_group
 from fastadapt.models import ModelPair, PairConfig, ReplacementModel
@@ -37,8 +39,10 @@ def make_run(
     pair = ModelPair.load(PairConfig(**named, device="cpu"))
     model = ReplacementModel.create(pair, AdapterConfig(n_features, **config), seed=seed).eval()
     draw = torch.Generator().manual_seed(seed)
-    ids = torch.randint(4, 400, (8, 60), generator=draw)
-    inputs = model.block_inputs(ids, None)
+    told = DataConfig("", resolve("organism/validation"), max_validation=24)
+    texts = load_sequences(told.validation, pair.tokenizer, told, split="validation")
+    batch = collate(list(texts), 0)
+    inputs = model.block_inputs(batch.input_ids, batch.attention_mask)
     hidden = inputs.hidden
     with torch.no_grad():
         for layer, adapter in enumerate(model.adapters):
@@ -48,14 +52,14 @@ def make_run(
             )
             model.block(layer, hidden, inputs.arguments[layer], "replacement")
             handle.remove()
-            z = (seen[0].flatten(0, 1) @ adapter.W_enc.T).float()
+            z = (seen[0][batch.real] @ adapter.W_enc.T).float()
             adapter.b_enc.copy_(-z.quantile(1 - l0 / n_features, dim=0))
             adapter.W_dec.copy_(0.02 * torch.randn(adapter.W_dec.shape, generator=draw))
             hidden, _ = model.block(layer, hidden, inputs.arguments[layer], "replacement")
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump({"pair": PAIR, "data": DATA}))
-    told = {**PAIR, "family": "r1-distill", "measured": {"l0_mean": l0}}
-    save_adapters(model.adapters, folder / "adapter", told)
+    card = {**PAIR, "family": "r1-distill", "measured": {"l0_mean": l0}}
+    save_adapters(model.adapters, folder / "adapter", card)
     return folder
 
 

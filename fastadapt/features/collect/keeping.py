@@ -21,6 +21,11 @@ def place_of(text: Tensor, position: Tensor) -> Tensor:
     return (text << POSITION_BITS) | position
 
 
+def rows(tensor: Tensor, index: Tensor) -> Tensor:
+    """``tensor[index]``, along its first dimension; on a CPU several times as fast."""
+    return tensor.index_select(0, index)
+
+
 def best(unit: Tensor, key: Tensor, place: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Which candidates are among the k best of their unit, and the rank of each there.
 
@@ -36,9 +41,9 @@ def best(unit: Tensor, key: Tensor, place: Tensor, k: int) -> tuple[Tensor, Tens
         order = key.argsort(descending=True, stable=True)
     else:
         order = place.argsort(stable=True)
-        order = order[key[order].argsort(descending=True, stable=True)]
-    order = order[unit[order].int().argsort(stable=True)]
-    units = unit[order]
+        order = rows(order, rows(key, order).argsort(descending=True, stable=True))
+    order = rows(order, rows(unit, order).int().argsort(stable=True))
+    units = rows(unit, order)
     rank = torch.arange(len(units), device=unit.device) - torch.searchsorted(units, units)
     kept = rank < k
     return order[kept], rank[kept]
@@ -93,7 +98,7 @@ class Kept:
         """Indices of those that may be among the k best; after some batches these are few."""
         if self.k == 0:
             return unit.new_zeros(0)
-        return (key >= self.key[:, -1].index_select(0, unit)).nonzero().flatten()
+        return (key >= rows(self.key[:, -1], unit)).nonzero().flatten()
 
     def merge(self, new: Candidates) -> None:
         """Take in candidates, each of which is met once."""
@@ -101,12 +106,13 @@ class Kept:
             return
         met = torch.zeros(len(self.key), dtype=torch.bool, device=new.unit.device)
         met[new.unit] = True
-        touched, of = met.nonzero().flatten(), (met.cumsum(0) - 1)[new.unit]
+        touched, of = met.nonzero().flatten(), rows(met.cumsum(0) - 1, new.unit)
         order, among_new = best(of, new.key, new.place, self.k)
-        of = of[order]
-        old = {name: getattr(self, name)[touched] for name in RANKED}
-        key, place = new.key[order, None], new.place[order, None]
-        better = (old["key"][of] > key) | ((old["key"][of] == key) & (old["place"][of] < place))
+        of = rows(of, order)
+        old = {name: rows(getattr(self, name), touched) for name in RANKED}
+        key, place = rows(new.key, order)[:, None], rows(new.place, order)[:, None]
+        keys, places = rows(old["key"], of), rows(old["place"], of)
+        better = (keys > key) | ((keys == key) & (places < place))
         above = better.sum(1)
         rank = above + among_new
         # Each new one moves those behind it by one.
@@ -114,20 +120,22 @@ class Kept:
         moves.view(-1).index_add_(0, of * (self.k + 1) + above, torch.ones_like(of))
         moved = torch.arange(self.k, device=of.device) + moves.cumsum(1)[:, :-1]
         row, column = ((moved < self.k) & (old["key"] >= 0)).nonzero(as_tuple=True)
+        at = row * self.k + column
+        behind = rows(moved.flatten(), at)
         enters = (rank < self.k).nonzero().flatten()
-        of, rank, source = of[enters], rank[enters], order[enters]
+        of, rank, source = (rows(t, enters) for t in (of, rank, order))
         used = torch.zeros_like(old["key"], dtype=torch.bool)
-        used[row, old["slot"][row, column]] = True
+        used[row, rows(old["slot"].flatten(), at)] = True
         free_of, free = (~used).nonzero(as_tuple=True)
         nth = torch.arange(len(of), device=of.device) - torch.searchsorted(of, of)
-        slot = free[torch.searchsorted(free_of, of) + nth]
+        slot = rows(free, torch.searchsorted(free_of, of) + nth)
         entering = {"key": new.key, "place": new.place, "value": new.value}
         for name, before in old.items():
             ranked = torch.zeros_like(before) if name == "value" else torch.full_like(before, -1)
-            ranked[row, moved[row, column]] = before[row, column]
-            ranked[of, rank] = slot if name == "slot" else entering[name][source]
+            ranked[row, behind] = rows(before.flatten(), at)
+            ranked[of, rank] = slot if name == "slot" else rows(entering[name], source)
             getattr(self, name)[touched] = ranked
-        self.window[touched[of], slot] = new.window[source]
+        self.window[rows(touched, of), slot] = rows(new.window, source)
 
     def candidates(self, units: Tensor) -> Candidates:
         """What is kept of some units, by unit and rank; may be taken in by another one."""

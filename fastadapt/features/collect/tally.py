@@ -16,7 +16,7 @@ from torch import Tensor
 from fastadapt.errors import RunError
 from fastadapt.features.collect.chance import priority, tokens_hash, units_hash
 from fastadapt.features.collect.config import CollectConfig
-from fastadapt.features.collect.keeping import FIELDS, Candidates, Kept, best
+from fastadapt.features.collect.keeping import FIELDS, Candidates, Kept, best, rows
 from fastadapt.features.schema import EDGES, REGIONS, SAMPLES, TENTHS, Kind, SampleKind
 from fastadapt.kernels.transcoder import SparseCodes
 
@@ -103,10 +103,10 @@ class Tally:
                 f"layer {layer}: an activation of the {self.kind} is not a finite, positive number"
             )
         tokens, features = codes.tokens, codes.features
-        self._count(layer, features, at.slot.index_select(0, tokens), values)
+        self._count(layer, features, rows(at.slot, tokens), values)
         unit = features + layer * self.n_features
-        of_unit = self._hashes[layer].index_select(0, features)
-        drawn = priority(of_unit, at.hash.index_select(0, tokens))
+        of_unit = rows(self._hashes[layer], features)
+        drawn = priority(of_unit, rows(at.hash, tokens))
         # Of positive floats, the bits sort as the numbers do.
         keys: dict[SampleKind, Tensor] = {"top": values.view(torch.int32).long(), "uniform": drawn}
         chosen: dict[SampleKind, Tensor] = {}
@@ -114,17 +114,17 @@ class Tally:
             key = keys[name]
             found = kept.admits(unit, key)
             if len(found) > kept.k * self.n_features:  # more than could be kept
-                place = at.place[codes.tokens[found]]
-                found = found[best(unit[found], key[found], place, kept.k)[0]]
+                place = rows(at.place, rows(tokens, found))
+                chances = rows(unit, found), rows(key, found), place
+                found = rows(found, best(*chances, kept.k)[0])
             chosen[name] = found
         windows = windows_of(
             codes._replace(values=values), torch.cat(list(chosen.values())), at, self.config
         ).split([len(found) for found in chosen.values()])
         for (name, found), window in zip(chosen.items(), windows, strict=True):
-            place = at.place[codes.tokens[found]]
-            self.kept[name].merge(
-                Candidates(unit[found], keys[name][found], place, values[found], window)
-            )
+            key, place = rows(keys[name], found), rows(at.place, rows(tokens, found))
+            new = Candidates(rows(unit, found), key, place, rows(values, found), window)
+            self.kept[name].merge(new)
 
     def priorities(self, layer: int, features: Tensor, text: Tensor, position: Tensor) -> Tensor:
         """int64, of activations of a layer's units: ``[m]``, on the CPU."""
@@ -132,16 +132,16 @@ class Tally:
 
     def _count(self, layer: int, features: Tensor, slot: Tensor, values: Tensor) -> None:
         F = self.n_features
-        rows = slice(layer * F, (layer + 1) * F)
+        units = slice(layer * F, (layer + 1) * F)
         for total, index in ((self.counts, slot), (self.histogram, bins_of(values))):
             width = total[0].numel()
             found = torch.bincount(features * width + index, minlength=F * width)
-            total[rows] += found.view(F, *total.shape[1:])
+            total[units] += found.view(F, *total.shape[1:])
         scaled = values.double() * HIGH
         high = scaled.floor()
         # Integers in float64: exact, in whatever order they are added.
         for part, whole in enumerate((high, ((scaled - high) * LOW).floor())):
-            self.sums[rows, part] += torch.bincount(features, whole, minlength=F).long()
+            self.sums[units, part] += torch.bincount(features, whole, minlength=F).long()
 
     def absorb(self, other: Mapping[str, Tensor], domains: Sequence[int]) -> None:
         """Add what another tally's :meth:`tensors` hold, of other texts.
@@ -192,21 +192,21 @@ def windows_of(codes: SparseCodes, chosen: Tensor, at: Places, config: CollectCo
     windows = torch.zeros(len(chosen), config.width, device=device)
     if len(chosen) == 0:
         return windows
-    feature, token = codes.features[chosen], codes.tokens[chosen]
+    feature, token = rows(codes.features, chosen), rows(codes.tokens, chosen)
     # Those of the chosen units alone, by unit and then token: a window is a run among them.
     wanted = torch.zeros(int(codes.features.max()) + 1, dtype=torch.bool, device=device)
     wanted[feature] = True
-    near = wanted[codes.features].nonzero().flatten()
-    by_unit = codes.features[near]
+    near = rows(wanted, codes.features).nonzero().flatten()
+    by_unit = rows(codes.features, near)
     small = torch.int16 if len(wanted) < 2**15 else torch.int32  # sorted by digits, and faster
-    near = near[by_unit.to(small).argsort(stable=True)]
-    key, values = codes.features[near] * N + codes.tokens[near], codes.values[near]
-    start = torch.searchsorted(key, feature * N + at.first[token])
-    end = torch.searchsorted(key, feature * N + at.last[token], right=True)
+    near = rows(near, by_unit.to(small).argsort(stable=True))
+    key = rows(codes.features, near) * N + rows(codes.tokens, near)
+    start = torch.searchsorted(key, feature * N + rows(at.first, token))
+    end = torch.searchsorted(key, feature * N + rows(at.last, token), right=True)
     lengths = end - start
     row = torch.arange(len(chosen), device=device).repeat_interleave(lengths)
-    ahead = (lengths.cumsum(0) - lengths - start)[row]
+    ahead = rows(lengths.cumsum(0) - lengths - start, row)
     source = torch.arange(len(row), device=device) - ahead
-    slot = key[source] - (feature * N + token - config.before)[row]
-    windows[row, slot] = values[source]
+    slot = rows(key, source) - rows(feature * N + token - config.before, row)
+    windows[row, slot] = rows(codes.values, rows(near, source))
     return windows
