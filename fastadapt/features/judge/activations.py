@@ -12,14 +12,14 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
-from fastadapt.adapter import TranscoderAdapter
-from fastadapt.batch import Batch
 from fastadapt.errors import UserError
 from fastadapt.evaluation.texts import Text, batch_of, batches_of
+from fastadapt.features.collect.walking import walk
 from fastadapt.features.schema import Kind
-from fastadapt.models import Mode, ReplacementModel
+from fastadapt.features.units import Neurons, output_rows
+from fastadapt.kernels.transcoder import SparseCodes
+from fastadapt.models import ReplacementModel
 
 #: By (layer, unit): int64 ``[n, 2]``, rows of (index of the text, position in it), in order.
 Places = dict[tuple[int, int], np.ndarray]
@@ -45,12 +45,7 @@ class Activations(Protocol):
 
 
 class ModelActivations:
-    """Those of a pair's units, read where collecting reads them.
-
-    Features of the adapter and neurons of the base's MLPs run in the replacement model, neurons of
-    the target's in the target. A neuron is active on a token where its activation (what the MLP's
-    output matrix multiplies), times the norm of its column there, is positive and among the token's
-    ``neurons_per_token`` largest.
+    """Those of a pair's units, read as collecting reads them.
 
     Args:
         model: with transcoders; they are put in ``eval()`` for each call and restored.
@@ -80,77 +75,50 @@ class ModelActivations:
         stop: Event | None = None,
     ) -> Places:
         """See :class:`Activations`. What was found until ``stop`` is set is returned."""
-        if kind != "adapter" and self._k is None:
-            raise UserError(f"{kind} neurons: expected how many of a token count as active")
+        model, neurons = self._model, self._neurons(kind)
         found: dict[tuple[int, int], list[np.ndarray]] = {
             (layer, unit): [] for layer, some in units.items() for unit in some
         }
         whole = [Text(str(i), list(ids), 0) for i, ids in enumerate(texts)]
-        training = self._model.adapters.training
-        self._model.adapters.eval()
+        training = model.adapters.training
+        model.adapters.eval()
         done = 0
         try:
             for indices in batches_of(whole, self._batch_tokens):
                 if stop is not None and stop.is_set():
                     break
-                batch = batch_of(whole, indices).to(self._model.device)
-                for layer, active in self._walk(kind, batch, units):
-                    of_unit, row, at = active.nonzero().cpu().numpy().T
-                    places = np.stack([np.asarray(indices)[row], at], 1)
-                    ends = np.searchsorted(of_unit, np.arange(1, len(units[layer])))
-                    for unit, some in zip(units[layer], np.split(places, ends), strict=True):
-                        found[layer, unit].append(some)
+                batch = batch_of(whole, indices).to(model.device)
+                width = batch.input_ids.shape[1]
+                for layer, codes in walk(model, batch, neurons):
+                    for unit, tokens in _by_unit(codes[kind], units.get(layer, ())):
+                        row, at = np.divmod(tokens, width)
+                        found[layer, unit].append(np.stack([np.asarray(indices)[row], at], 1))
                 done += len(indices)
                 if progress is not None:
                     progress(done, len(texts))
         finally:
-            self._model.adapters.train(training)
+            model.adapters.train(training)
         return {unit: _in_order(rows) for unit, rows in found.items()}
 
-    def _walk(
-        self, kind: Kind, batch: Batch, units: Mapping[int, Sequence[int]]
-    ) -> Iterator[tuple[int, Tensor]]:
-        """Of each layer asked for, bool ``[units, B, T]``; false at padding."""
-        model = self._model
-        real, attention = batch.real, batch.attention_mask
-        padding = None if attention is None else ~real
-        mode: Mode = "target" if kind == "target" else "replacement"
-        inputs = model.block_inputs(batch.input_ids, attention)
-        hidden = inputs.hidden
-        for layer in range(max(units) + 1):
-            arguments = inputs.arguments[layer]
-            seen: list[Tensor] = []
-            read = self._read(kind, layer)
-            hook = read.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[0]))
-            try:
-                hidden, _ = model.block(layer, hidden, arguments, mode, padding=padding)
-            finally:
-                hook.remove()
-            model.leave(layer)
-            if layer in units:
-                wanted = torch.tensor(list(units[layer]), device=model.device)
-                active = self._active(read, seen[0])[..., wanted]
-                yield layer, active.movedim(-1, 0) & real
-
-    def _read(self, kind: Kind, layer: int) -> nn.Module:
-        """The module whose input tells the activations."""
+    def _neurons(self, kind: Kind) -> dict[Kind, list[Neurons]]:
+        """How the kind's neurons are read; nothing for the adapter's features, which tell."""
         if kind == "adapter":
-            return self._model.adapters[layer]
-        mlp = getattr(self._model.mlps[layer], kind)
-        down = getattr(mlp, "down_proj", None)
-        if not isinstance(down, nn.Linear):
-            raise UserError(f"neurons of {type(mlp).__name__} cannot be read: it has no down_proj")
-        return down
+            return {}
+        if self._k is None:
+            raise UserError(f"{kind} neurons: expected how many of a token count as active")
+        layers = range(self._model.n_layers)
+        rows = [output_rows(self._model, kind, layer) for layer in layers]
+        return {kind: [Neurons(of_layer.float().norm(dim=1), self._k) for of_layer in rows]}
 
-    def _active(self, read: nn.Module, x: Tensor) -> Tensor:
-        """Bool ``[B, T, F]``."""
-        if isinstance(read, TranscoderAdapter):
-            return read.encode(x) > 0
-        assert isinstance(read, nn.Linear)
-        weighed = x.float() * read.weight.float().norm(dim=0)
-        strongest = weighed.topk(min(self._k or 0, weighed.shape[-1]), dim=-1)
-        active = torch.zeros_like(weighed, dtype=torch.bool)
-        return active.scatter(-1, strongest.indices, strongest.values > 0)
+
+def _by_unit(codes: SparseCodes, units: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
+    """Of each of some units, the tokens at which it is active."""
+    tokens, features = codes.tokens.cpu().numpy(), codes.features.cpu().numpy()
+    order = np.argsort(features, kind="stable")
+    tokens, features = tokens[order], features[order]
+    for unit in units:
+        first, end = np.searchsorted(features, [unit, unit + 1])
+        yield unit, tokens[first:end]
 
 
 def _in_order(rows: Sequence[np.ndarray]) -> np.ndarray:
