@@ -175,7 +175,7 @@ def _describe(argv: list[str]) -> int:
             config,
             activations,
             tell=progress,
-            approve=None if typed.yes else _approve,
+            approve=partial(_approve, agreed=typed.yes),
             stop=stop,
         )
         return _judgements(store, result, stopped=stop.is_set())
@@ -190,7 +190,7 @@ def _classify(argv: list[str]) -> int:
     store = Store.open(typed.source)
     made = _open(judge, store, None)
     with _under_way() as (stop, progress):
-        approve = None if typed.yes else _approve
+        approve = partial(_approve, agreed=typed.yes)
         result = classify(store, made, config, tell=progress, approve=approve, stop=stop)
         return _judgements(store, result, stopped=stop.is_set())
 
@@ -214,17 +214,11 @@ def _open(config: Any, store: Store, tokenizer: Any) -> Any:
     return open_judge(config, store, count=count)
 
 
-def _approve(estimate: Estimate) -> bool:
-    """Tell what the calls will cost, and ask a person; without one nothing is called."""
-    from fastadapt.wording import number
-
-    cost = "unknown, no price was given" if estimate.cost is None else number(estimate.cost)
-    print(
-        f"{estimate.calls:,} calls ({estimate.kept:,} answers are kept from before), "
-        f"{estimate.tokens_in:,} tokens in and at most {estimate.tokens_out:,} out "
-        f"({estimate.counted}); cost: {cost}",
-        file=sys.stderr,
-    )
+def _approve(estimate: Estimate, *, agreed: bool) -> bool:
+    """Tell what the calls will cost, and ask a person; where nobody is there, nothing is called."""
+    print(estimate.words, file=sys.stderr)
+    if agreed:
+        return True
     if not sys.stdin.isatty():
         raise UserError("nobody is there to agree to these costs; agree beforehand with --yes")
     print("Make these calls? [y/N] ", end="", file=sys.stderr, flush=True)

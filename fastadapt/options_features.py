@@ -104,7 +104,9 @@ def judged_parser(command: str) -> Parser:
     if command == "describe":
         for name, kind in (("dtype", "of weights and streams"), ("device", "to run on")):
             _path(parser, name, f"{kind}; by default as in training")
-    parser.add_argument("--yes", action="store_true", default=False, help="do not ask about costs")
+    parser.add_argument(
+        "--yes", action="store_true", default=False, help="agree to the costs beforehand"
+    )
     parser.add_class_arguments(JudgeConfig, "judge")
     parser.add_class_arguments(DescribeConfig if command == "describe" else ClassifyConfig, command)
     return parser

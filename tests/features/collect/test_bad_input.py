@@ -45,15 +45,15 @@ def nothing_left(folder: Path) -> bool:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"top": 0}, r"features.top: expected 1 or more, got 0"),
-        ({"uniform": -1}, r"features.uniform: expected 0 or more, got -1"),
-        ({"n": 0}, r"features.n: expected 1"),
-        ({"max_tokens": 1}, r"features.max_tokens: expected 2"),
-        ({"neurons_per_token": 0}, r"features.neurons_per_token: expected 1"),
-        ({"seed": 2**63}, r"features.seed: expected less than"),
-        ({"kinds": ()}, r"features.kinds: .* got none"),
-        ({"kinds": ("adapter", "hybrid")}, r"features.kinds: expected some of adapter, base"),
-        ({"kinds": ("base", "base")}, r"features.kinds: .* each once"),
+        ({"top": 0}, r"top: expected 1 or more, got 0"),
+        ({"uniform": -1}, r"uniform: expected 0 or more, got -1"),
+        ({"n": 0}, r"n: expected 1"),
+        ({"max_tokens": 1}, r"max_tokens: expected 2"),
+        ({"neurons_per_token": 0}, r"neurons_per_token: expected 1"),
+        ({"seed": 2**63}, r"seed: expected less than"),
+        ({"kinds": ()}, r"kinds: .* got none"),
+        ({"kinds": ("adapter", "hybrid")}, r"kinds: expected some of adapter, base"),
+        ({"kinds": ("base", "base")}, r"kinds: .* each once"),
     ],
 )
 def test_settings(changes: dict[str, Any], message: str) -> None:
@@ -243,7 +243,7 @@ def test_neurons_of_a_run_that_does_not_say_its_l0(tmp_path: Path, run: Path) ->
     card = json.loads((silent / "adapter" / "fastadapt.json").read_text())
     del card["metadata"]["measured"]
     (silent / "adapter" / "fastadapt.json").write_text(json.dumps(card))
-    with pytest.raises(UserError, match="--neurons-per-token"):
+    with pytest.raises(UserError, match="--neurons_per_token"):
         collect(silent, tmp_path / "store", CollectConfig(n=3, kinds=("adapter", "base")))
 
 
