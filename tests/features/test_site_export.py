@@ -15,13 +15,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from stores import MadeText, make_store
-from synthetic import Size, write_synthetic
 
 import fastadapt.features.site.pages as exporting
 from fastadapt.errors import RunError, UserError
 from fastadapt.features.schema import CLASSES, DESCRIPTIONS, REGIONS, SCORES, TENTHS
 from fastadapt.features.site import export
-from fastadapt.features.site.pages import is_current
+from fastadapt.features.site.columns import parts
+from fastadapt.features.site.pages import STATIC, is_current, units_per_shard
 from fastadapt.features.site.shards import TYPES, shard
 from fastadapt.features.store import Store
 from fastadapt.files import locked
@@ -265,14 +265,35 @@ def test_a_shard_has_no_character_that_could_end_a_script() -> None:
     assert re.fullmatch(rb'fastadapt\.shard\("site","0+","[A-Za-z0-9+/=]+"\);\n', made)
 
 
-def test_files_stay_few(tmp_path: Path) -> None:
-    store = write_synthetic(
-        tmp_path / "features", Size(28, 600, 1, 0, texts=4, text_tokens=300, vocabulary=500)
-    )
+@pytest.mark.parametrize(
+    ("shapes", "shards"),
+    [
+        ([(28, 8192)], 28 * 64),  # 7B
+        ([(64, 16384)], 64 * 28),  # 32B
+        ([(28, 8192), (28, 18944), (28, 18944)], 84 * 21),  # with the neurons of both models
+        ([(4, 512)], 4 * 8),
+        ([(1, 3)], 1),
+        ([(2000, 8)], None),
+    ],
+)
+def test_files_stay_few(shapes: list[tuple[int, int]], shards: int | None) -> None:
+    layers = sum(n_layers for n_layers, _ in shapes)
+    found = sum(n * len(list(parts(f, units_per_shard(f, layers)))) for n, f in shapes)
+    if shards is None:
+        assert found == layers  # no more than one of each
+    else:
+        assert found == shards
+        assert found + layers + len(STATIC) + 5 < 2000
+
+
+def test_the_files_are_these(store: Store) -> None:
     site = export(store)
     assert site is not None
-    files = [path for path in site.rglob("*") if path.is_file()]
-    assert len(files) < 400
-    # The arithmetic of 28 layers of 8,192, which test_site_scale.py does for real.
-    span = -(-8192 // (exporting._MOST_SHARDS // 28))
-    assert span == 128
+    found = {path.relative_to(site).as_posix() for path in site.rglob("*") if path.is_file()}
+    data = (
+        "site",
+        "tokens",
+        "texts",
+        *(f"adapter-{n}{p}" for n in (0, 1) for p in ("", "-0", "-1")),
+    )
+    assert found == {*STATIC, "style.css", "site.json", *(f"data/{name}.js" for name in data)}

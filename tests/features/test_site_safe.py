@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from browser import chromium, go, open_site, text_of
+from browser import chromium, go, open_site, serving, text_of
 from stores import MadeText, make_store
 
 from fastadapt.features.schema import CLASSES, DESCRIPTIONS, SCORES
 from fastadapt.features.site import export
+from fastadapt.features.store import Store
 
 #: Texts that try to be more than text, and how they are shown where that is not as they are.
 HOSTILE: list[tuple[str, str | None]] = [
@@ -153,3 +157,24 @@ def test_hostile_addresses_are_told_or_are_queries(browser: Any, hostile: Path) 
         assert "of 26 features" in text_of(tab, "#count"), query
         assert tab.page.locator("#trouble").is_hidden(), query
     assert tab.complaints == []
+
+
+def test_pages_of_another_site_read_no_data(browser: Any, hostile: Path, tmp_path: Path) -> None:
+    (tmp_path / "index.html").write_text("<!doctype html><p>hello")
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    other = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    Thread(target=other.serve_forever, daemon=True).start()
+    page = browser.new_context().new_page()
+    load = """address => new Promise((done) => {
+      window.fastadapt = { shard: () => done("read") };
+      const script = document.createElement("script");
+      script.src = address + "data/site.js";
+      script.onerror = () => done("refused");
+      document.head.append(script);
+    })"""
+    with serving(Store.open(hostile.parent)) as address:
+        page.goto(f"http://localhost:{other.server_port}/")  # another site than 127.0.0.1
+        assert page.evaluate(load, address) == "refused"
+    page.context.close()
+    other.shutdown()
+    other.server_close()

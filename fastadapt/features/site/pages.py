@@ -134,6 +134,16 @@ def stamp(store: Store, kinds: Sequence[str]) -> str:
     return sha256.hexdigest()[:32]
 
 
+def units_per_shard(n_features: int, layers: int) -> int:
+    """Units whose examples share a file.
+
+    Args:
+        n_features: units of the layer.
+        layers: of all kinds together.
+    """
+    return max(_LEAST_UNITS, -(-n_features // max(1, _MOST_SHARDS // layers)))
+
+
 def _write(
     store: Store,
     folder: Path,
@@ -156,7 +166,7 @@ def _write(
     listed, done = [], 0
     for kind, (n_layers, n_features) in shapes.items():
         classes = class_names(store, kind)
-        span = max(_LEAST_UNITS, -(-n_features // max(1, _MOST_SHARDS // layers)))
+        span = units_per_shard(n_features, layers)
         for layer in range(n_layers):
             if stop is not None and stop.is_set():
                 return False
