@@ -20,9 +20,8 @@ import fastadapt.features.site.pages as exporting
 from fastadapt.errors import RunError, UserError
 from fastadapt.features.schema import CLASSES, DESCRIPTIONS, REGIONS, SCORES, TENTHS
 from fastadapt.features.site import export
-from fastadapt.features.site.columns import parts
-from fastadapt.features.site.pages import STATIC, is_current, units_per_shard
-from fastadapt.features.site.shards import TYPES, shard
+from fastadapt.features.site.pages import STATIC, is_current
+from fastadapt.features.site.shards import TYPES
 from fastadapt.features.store import Store
 from fastadapt.files import locked
 
@@ -259,31 +258,13 @@ def test_a_store_that_contradicts_itself_is_told(store: Store) -> None:
     assert not (store.folder / "site").exists()
 
 
-def test_a_shard_has_no_character_that_could_end_a_script() -> None:
-    text = '</script><!--\u2028\u2029"\\`${x}\x00'
-    made = shard("site", "0" * 32, {"text": text}, {"a": np.arange(3, dtype="<u4")})
-    assert re.fullmatch(rb'fastadapt\.shard\("site","0+","[A-Za-z0-9+/=]+"\);\n', made)
-
-
-@pytest.mark.parametrize(
-    ("shapes", "shards"),
-    [
-        ([(28, 8192)], 28 * 64),  # 7B
-        ([(64, 16384)], 64 * 28),  # 32B
-        ([(28, 8192), (28, 18944), (28, 18944)], 84 * 21),  # with the neurons of both models
-        ([(4, 512)], 4 * 8),
-        ([(1, 3)], 1),
-        ([(2000, 8)], None),
-    ],
-)
-def test_files_stay_few(shapes: list[tuple[int, int]], shards: int | None) -> None:
-    layers = sum(n_layers for n_layers, _ in shapes)
-    found = sum(n * len(list(parts(f, units_per_shard(f, layers)))) for n, f in shapes)
-    if shards is None:
-        assert found == layers  # no more than one of each
-    else:
-        assert found == shards
-        assert found + layers + len(STATIC) + 5 < 2000
+@pytest.mark.parametrize("table", ["texts", "tokens", "adapter/examples"])
+def test_a_table_that_was_cut_off_is_told(store: Store, table: str) -> None:
+    path = store.folder / f"{table}.parquet"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=f"{path.name} cannot be read"):
+        export(store)
+    assert [p.name for p in store.folder.iterdir() if "site" in p.name] == []
 
 
 def test_the_files_are_these(store: Store) -> None:

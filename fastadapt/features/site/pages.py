@@ -14,7 +14,6 @@ from threading import Event
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from fastadapt.errors import RunError, UserError
 from fastadapt.features.schema import MANIFEST, REGIONS, Kind
@@ -191,9 +190,9 @@ def _write(
                 "tables": tables,
             }
         )
-    tokens = pq.read_table(store.path("tokens"))
+    tokens = store.read("tokens")
     put("tokens", {"strings": tokens["string"].to_pylist()}, {"token": _u32(tokens["token"])})
-    texts = pq.read_table(store.path("texts"), columns=["text", "id"])
+    texts = store.read("texts", columns=["text", "id"])
     put("texts", {"ids": texts["id"].to_pylist()}, {"text": _u32(texts["text"])})
     facts = {
         "kinds": listed,
