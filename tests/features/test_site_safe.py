@@ -15,7 +15,7 @@ import pytest
 from browser import chromium, go, open_site, serving, text_of
 from stores import MadeText, make_store
 
-from fastadapt.features.schema import CLASSES, DESCRIPTIONS, SCORES
+from fastadapt.features.schema import CLASSES, DESCRIPTIONS, OVERLAP, SCORES
 from fastadapt.features.site import export
 from fastadapt.features.store import Store
 
@@ -80,18 +80,20 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     held = made.store.read("texts")
     ids = held.set_column(1, held.schema.field("id"), pa.array(strings))
     pa.parquet.write_table(ids, made.store.path("texts"))
-    descriptions, scores, classes = [], [], []
+    descriptions, scores, classes, overlap = [], [], [], []
     for i, text in enumerate(strings):
         unit = {"layer": 0, "feature": i}
         said = {**unit, "variant": "top", "judge": text}
         descriptions.append({**said, "description": text, "shown": [0]})
         counts = dict.fromkeys(("positives", "negatives", "true_positives", "true_negatives"), 5)
         scores.append({**said, **counts, "accuracy": 1.0})
+        overlap.append({**unit, "target": 0.5, "base": float("nan")})
         classes.append({**unit, "judge": text, "class": text, "subclass": text, "reason": text})
     for name, rows, schema in (
         ("descriptions", descriptions, DESCRIPTIONS),
         ("scores", scores, SCORES),
         ("classes", classes, CLASSES),
+        ("overlap", overlap, OVERLAP),
     ):
         made.store.add(name, pa.Table.from_pylist(rows, schema=schema))
     site = export(made.store)
@@ -121,6 +123,7 @@ def test_text_that_tries_to_break_out_is_shown_as_text(browser: Any, hostile: Pa
         windows = "".join(tab.page.locator("article .window").all_text_contents())
         facts = "".join(tab.page.locator("article header").all_text_contents())
         charts = text_of(tab, ".charts")
+        assert charts.endswith("agreementthe target50%the base–")
         for other in SHOWN:
             assert other in windows  # every token
             assert other in charts  # every domain
