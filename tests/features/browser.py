@@ -7,9 +7,13 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import Event, Thread
 from typing import Any
 
 import pytest
+
+from fastadapt.features.site import serve
+from fastadapt.features.store import Store
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
@@ -96,3 +100,23 @@ def go(tab: Tab, fragment: str) -> None:
         })""",
         fragment,
     )
+
+
+@contextmanager
+def serving(source: Store) -> Iterator[str]:
+    """Serves a store's pages in a thread; yields their address."""
+    stop, ready, told = Event(), Event(), []
+
+    def tell(address: str) -> None:
+        told.append(address)
+        ready.set()
+
+    thread = Thread(target=serve, args=(source,), kwargs={"port": 0, "ready": tell, "stop": stop})
+    thread.start()
+    try:
+        assert ready.wait(60)
+        yield told[0]
+    finally:
+        stop.set()
+        thread.join(10)
+    assert not thread.is_alive()

@@ -15,14 +15,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from stores import MadeText, make_store
-from synthetic import Size, write_synthetic
 
 import fastadapt.features.site.pages as exporting
 from fastadapt.errors import RunError, UserError
 from fastadapt.features.schema import CLASSES, DESCRIPTIONS, REGIONS, SCORES, TENTHS
 from fastadapt.features.site import export
-from fastadapt.features.site.pages import is_current
-from fastadapt.features.site.shards import TYPES, shard
+from fastadapt.features.site.pages import STATIC, is_current
+from fastadapt.features.site.shards import TYPES
 from fastadapt.features.store import Store
 from fastadapt.files import locked
 
@@ -259,20 +258,23 @@ def test_a_store_that_contradicts_itself_is_told(store: Store) -> None:
     assert not (store.folder / "site").exists()
 
 
-def test_a_shard_has_no_character_that_could_end_a_script() -> None:
-    text = '</script><!--\u2028\u2029"\\`${x}\x00'
-    made = shard("site", "0" * 32, {"text": text}, {"a": np.arange(3, dtype="<u4")})
-    assert re.fullmatch(rb'fastadapt\.shard\("site","0+","[A-Za-z0-9+/=]+"\);\n', made)
+@pytest.mark.parametrize("table", ["texts", "tokens", "adapter/examples"])
+def test_a_table_that_was_cut_off_is_told(store: Store, table: str) -> None:
+    path = store.folder / f"{table}.parquet"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=f"{path.name} cannot be read"):
+        export(store)
+    assert [p.name for p in store.folder.iterdir() if "site" in p.name] == []
 
 
-def test_files_stay_few(tmp_path: Path) -> None:
-    store = write_synthetic(
-        tmp_path / "features", Size(28, 600, 1, 0, texts=4, text_tokens=300, vocabulary=500)
-    )
+def test_the_files_are_these(store: Store) -> None:
     site = export(store)
     assert site is not None
-    files = [path for path in site.rglob("*") if path.is_file()]
-    assert len(files) < 400
-    # The arithmetic of 28 layers of 8,192, which test_site_scale.py does for real.
-    span = -(-8192 // (exporting._MOST_SHARDS // 28))
-    assert span == 128
+    found = {path.relative_to(site).as_posix() for path in site.rglob("*") if path.is_file()}
+    data = (
+        "site",
+        "tokens",
+        "texts",
+        *(f"adapter-{n}{p}" for n in (0, 1) for p in ("", "-0", "-1")),
+    )
+    assert found == {*STATIC, "style.css", "site.json", *(f"data/{name}.js" for name in data)}

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from browser import chromium, go, open_site, text_of
+from browser import chromium, go, open_site, serving, text_of
 from stores import MadeText, make_store
 
-from fastadapt.features.schema import CLASSES, DESCRIPTIONS, SCORES
+from fastadapt.features.schema import CLASSES, DESCRIPTIONS, OVERLAP, SCORES
 from fastadapt.features.site import export
+from fastadapt.features.store import Store
 
 #: Texts that try to be more than text, and how they are shown where that is not as they are.
 HOSTILE: list[tuple[str, str | None]] = [
@@ -76,18 +80,20 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     held = made.store.read("texts")
     ids = held.set_column(1, held.schema.field("id"), pa.array(strings))
     pa.parquet.write_table(ids, made.store.path("texts"))
-    descriptions, scores, classes = [], [], []
+    descriptions, scores, classes, overlap = [], [], [], []
     for i, text in enumerate(strings):
         unit = {"layer": 0, "feature": i}
         said = {**unit, "variant": "top", "judge": text}
         descriptions.append({**said, "description": text, "shown": [0]})
         counts = dict.fromkeys(("positives", "negatives", "true_positives", "true_negatives"), 5)
         scores.append({**said, **counts, "accuracy": 1.0})
+        overlap.append({**unit, "target": 0.5, "base": float("nan")})
         classes.append({**unit, "judge": text, "class": text, "subclass": text, "reason": text})
     for name, rows, schema in (
         ("descriptions", descriptions, DESCRIPTIONS),
         ("scores", scores, SCORES),
         ("classes", classes, CLASSES),
+        ("overlap", overlap, OVERLAP),
     ):
         made.store.add(name, pa.Table.from_pylist(rows, schema=schema))
     site = export(made.store)
@@ -117,6 +123,7 @@ def test_text_that_tries_to_break_out_is_shown_as_text(browser: Any, hostile: Pa
         windows = "".join(tab.page.locator("article .window").all_text_contents())
         facts = "".join(tab.page.locator("article header").all_text_contents())
         charts = text_of(tab, ".charts")
+        assert charts.endswith("agreementthe target50%the base–")
         for other in SHOWN:
             assert other in windows  # every token
             assert other in charts  # every domain
@@ -153,3 +160,24 @@ def test_hostile_addresses_are_told_or_are_queries(browser: Any, hostile: Path) 
         assert "of 26 features" in text_of(tab, "#count"), query
         assert tab.page.locator("#trouble").is_hidden(), query
     assert tab.complaints == []
+
+
+def test_pages_of_another_site_read_no_data(browser: Any, hostile: Path, tmp_path: Path) -> None:
+    (tmp_path / "index.html").write_text("<!doctype html><p>hello")
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    other = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    Thread(target=other.serve_forever, daemon=True).start()
+    page = browser.new_context().new_page()
+    load = """address => new Promise((done) => {
+      window.fastadapt = { shard: () => done("read") };
+      const script = document.createElement("script");
+      script.src = address + "data/site.js";
+      script.onerror = () => done("refused");
+      document.head.append(script);
+    })"""
+    with serving(Store.open(hostile.parent)) as address:
+        page.goto(f"http://localhost:{other.server_port}/")  # another site than 127.0.0.1
+        assert page.evaluate(load, address) == "refused"
+    page.context.close()
+    other.shutdown()
+    other.server_close()

@@ -8,14 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from threading import Event, Thread
 from typing import Any
 
 import pytest
-from browser import Tab, chromium, open_tab
+from browser import Tab, chromium, open_tab, serving
 from synthetic import Size, write_synthetic
 
-from fastadapt.features.site import export, serve
+from fastadapt.features.site import export
 from fastadapt.features.store import Store
 
 FIRST_PAINT = 2.0  # seconds
@@ -44,11 +43,14 @@ _ACT = """([selector, value]) => new Promise((done) => {
 
 #: Exports in a process of its own, whose peak of memory is then the export's.
 _EXPORT = """
-import json, resource, sys, time
+import json, sys, time
+from pathlib import Path
 from fastadapt.features.site import export
 from fastadapt.features.store import Store
 store = Store.open(sys.argv[1])
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+def peak():  # ru_maxrss would count the parent's
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1e3
 imports, started, times = peak(), time.monotonic(), []
 export(store, progress=lambda *_: times.append(time.monotonic() - started))
 print(json.dumps({
@@ -94,25 +96,12 @@ def check(found: dict[str, Any]) -> None:
 
 def both_ways(store: Store, site: Path) -> None:
     """Opens the site from its files, then through a server, and holds both against the bounds."""
-    stop, ready, told = Event(), Event(), []
-
-    def tell(place: str) -> None:
-        told.append(place)
-        ready.set()
-
-    options = {"port": 0, "ready": tell, "stop": stop}
-    thread = Thread(target=serve, args=(store,), kwargs=options)
-    thread.start()
-    try:
-        assert ready.wait(60)
-        for address in ((site / "index.html").as_uri(), told[0]):
+    with serving(store) as served:
+        for address in ((site / "index.html").as_uri(), served):
             with chromium() as browser:  # anew: nothing is kept from the one before
                 tab = open_tab(browser)
                 check(measure(tab, address))
                 assert tab.complaints == []
-    finally:
-        stop.set()
-        thread.join(10)
 
 
 def test_a_small_store_opens_and_filters(tmp_path: Path) -> None:

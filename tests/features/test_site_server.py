@@ -10,10 +10,11 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event
 
 import numpy as np
 import pytest
+from browser import serving
 from stores import MadeText, make_store
 
 from fastadapt.errors import UserError
@@ -35,19 +36,8 @@ def store(tmp_path: Path) -> Store:
 @pytest.fixture
 def port(store: Store) -> Iterator[int]:
     """Of a server of the store's pages."""
-    stop, ready, told = Event(), Event(), []
-
-    def tell(address: str) -> None:
-        told.append(address)
-        ready.set()
-
-    thread = Thread(target=serve, args=(store,), kwargs={"port": 0, "ready": tell, "stop": stop})
-    thread.start()
-    assert ready.wait(60)
-    yield int(told[0].rsplit(":", 1)[1].strip("/"))
-    stop.set()
-    thread.join(10)
-    assert not thread.is_alive()
+    with serving(store) as address:
+        yield int(address.rsplit(":", 1)[1].strip("/"))
 
 
 def ask(port: int, request: bytes) -> tuple[int, bytes]:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from fastadapt.errors import UserError
 from fastadapt.features.schema import REGIONS, SAMPLES, TENTHS, Kind
@@ -129,17 +128,17 @@ def totals(store: Store, domains: Sequence[str]) -> dict[str, list[int]]:
     """Tokens of the store's texts by region, by tenth of the thinking, by domain."""
     by_region, by_tenth = np.zeros(len(REGIONS), np.int64), np.zeros(TENTHS, np.int64)
     by_domain = dict.fromkeys(domains, 0)
-    file = pq.ParquetFile(store.path("texts"))
-    for batch in file.iter_batches(batch_size=64, columns=["domain", "regions"]):
-        for domain, regions in zip(batch["domain"].to_pylist(), batch["regions"], strict=True):
-            values = regions.values.to_numpy()
-            by_region += np.bincount(values, minlength=len(REGIONS))
-            thinking = int((values == _THINKING).sum())
-            if thinking:
-                tenths = np.arange(thinking) * TENTHS // thinking
-                by_tenth += np.bincount(tenths, minlength=TENTHS)
-            if domain in by_domain:
-                by_domain[domain] += values.size
+    texts = store.read("texts", columns=["domain", "regions"])
+    flat, begins = _flat(texts["regions"])
+    for domain, begin, end in zip(texts["domain"].to_pylist(), begins, begins[1:], strict=False):
+        regions = flat[begin:end]
+        by_region += np.bincount(regions, minlength=len(REGIONS))
+        thinking = int((regions == _THINKING).sum())
+        if thinking:
+            tenths = np.arange(thinking) * TENTHS // thinking
+            by_tenth += np.bincount(tenths, minlength=TENTHS)
+        if domain in by_domain:
+            by_domain[domain] += regions.size
     return {
         "region": by_region.tolist(),
         "tenth": by_tenth.tolist(),

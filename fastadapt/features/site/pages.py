@@ -14,7 +14,6 @@ from threading import Event
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from fastadapt.errors import RunError, UserError
 from fastadapt.features.schema import MANIFEST, REGIONS, Kind
@@ -134,6 +133,16 @@ def stamp(store: Store, kinds: Sequence[str]) -> str:
     return sha256.hexdigest()[:32]
 
 
+def units_per_shard(n_features: int, layers: int) -> int:
+    """Units whose examples share a file.
+
+    Args:
+        n_features: units of the layer.
+        layers: of all kinds together.
+    """
+    return max(_LEAST_UNITS, -(-n_features // max(1, _MOST_SHARDS // layers)))
+
+
 def _write(
     store: Store,
     folder: Path,
@@ -156,7 +165,7 @@ def _write(
     listed, done = [], 0
     for kind, (n_layers, n_features) in shapes.items():
         classes = class_names(store, kind)
-        span = max(_LEAST_UNITS, -(-n_features // max(1, _MOST_SHARDS // layers)))
+        span = units_per_shard(n_features, layers)
         for layer in range(n_layers):
             if stop is not None and stop.is_set():
                 return False
@@ -181,9 +190,9 @@ def _write(
                 "tables": tables,
             }
         )
-    tokens = pq.read_table(store.path("tokens"))
+    tokens = store.read("tokens")
     put("tokens", {"strings": tokens["string"].to_pylist()}, {"token": _u32(tokens["token"])})
-    texts = pq.read_table(store.path("texts"), columns=["text", "id"])
+    texts = store.read("texts", columns=["text", "id"])
     put("texts", {"ids": texts["id"].to_pylist()}, {"text": _u32(texts["text"])})
     facts = {
         "kinds": listed,

@@ -53,7 +53,7 @@ function drawFeature(main, all) {
   const head = el("header", { class: "unit" },
     el("h2", {}, `Layer ${layer}, ${unitWord(units.kind)} ${feature}`));
   const found = units.classes[units.class[unit]];
-  if (found) head.append(el("bdi", { class: "state open" }, plain(found.filter(Boolean).join(": "))));
+  if (found) head.append(el("bdi", { class: "state" }, plain(found.filter(Boolean).join(": "))));
   main.replaceChildren(
     el("nav", { class: "places", "aria-label": "Neighbours" }),
     head,
@@ -114,7 +114,7 @@ function lens(promoted, detail, tokens) {
       label: chip(tokens.text(token)),
       size: Math.abs(logits[i]) / most,
       text: short(logits[i]),
-      tip: `token ${token}: ${logits[i].toPrecision(5)}`,
+      tip: `${alone(tokens.text(token))} · ${logits[i]?.toPrecision(4)} · token ${token}`,
     })).filter((_, i) => ids[i] !== 0xffffffff);
     const content = rows.length ? bars(rows, style) : el("p", { class: "none" }, "No logit lens.");
     return chartCard(title, "logit", content);
