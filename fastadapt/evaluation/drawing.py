@@ -16,6 +16,7 @@ COLOURS = {
     "transcoder": "#0072B2",
     "dense": "#56B4E9",
     "no-bridge": "#CC79A7",
+    "changed": "#000000",
     "mlp": "#009E73",
     "norms": "#E69F00",
     "hybrid": "#D55E00",
