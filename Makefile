@@ -1,10 +1,10 @@
-# `make train`, `make test` and `make reproduce` need Python 3.11 and make, nothing else. All work in
-# .venv alone.
+# `make train`, `make test`, `make reproduce` and `make study` need Python 3.11 and make, nothing else.
+# All work in .venv alone.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help train test reproduce lint proof bench clean
+.PHONY: help train test reproduce study lint proof bench clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -23,6 +23,9 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -n logical -
 REPRODUCED := norms sparsity-2.3e-1 sparsity-1e-1 sparsity-3.7e-2 sparsity-1.2e-2 sparsity-4.3e-3 \
 	no-bridge dense skyline
 
+# The densest adapter of the sweep: the one that reasons best has most to show when it is changed.
+STUDIED := sparsity-4.3e-3
+
 # An environment from outside must not reach into this one.
 unexport PYTHONPATH
 unexport PYTHONHOME
@@ -40,6 +43,10 @@ test: lint  ## lint, type check, and the quick tests with coverage
 reproduce: $(VENV)/.eval  ## train and compare nine runs on the embedded pair: tables, plots; goes on where it was
 	PATH="$(abspath $(BIN)):$$PATH" bash reproduce/runs runs/reproduce
 	$(BIN)/fastadapt eval $(REPRODUCED:%=runs/reproduce/%) --benchmarks.few_shot 4
+
+study: $(VENV)/.eval  ## switch features of one of these runs, and see what they do: tables, plots; goes on where it was
+	PATH="$(abspath $(BIN)):$$PATH" bash reproduce/runs runs/reproduce 1 $(STUDIED)
+	$(BIN)/python reproduce/study.py runs/reproduce/$(STUDIED)
 
 lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/ruff check .

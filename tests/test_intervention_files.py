@@ -106,6 +106,9 @@ def test_it_says_what_was_done_to_what(make_run: Callable, tmp_path: Path) -> No
     config = yaml.safe_load((out / "config.yaml").read_text())
     assert sorted(config) == ["data", "pair"]
     assert config["pair"] == yaml.safe_load((run / "config.yaml").read_text())["pair"]
+    # An evaluation says so, and puts it in no sweep of adapters as they were trained.
+    student = Students.open([out]).students["out"]
+    assert (student.what, student.variant) == ("adapter, ablate mine (14)", "changed")
     # Onto the target, the scale is part of it.
     card = load_adapters(intervene(run, tmp_path / "onto", features, ONTO) / "adapter")[1]
     assert card["interventions"][0]["scale"] == -0.5

@@ -16,6 +16,7 @@ COLOURS = {
     "transcoder": "#0072B2",
     "dense": "#56B4E9",
     "no-bridge": "#CC79A7",
+    "changed": "#000000",
     "mlp": "#009E73",
     "norms": "#E69F00",
     "hybrid": "#D55E00",
@@ -23,7 +24,9 @@ COLOURS = {
     "target": "#999933",
     # Sets of features, in a study of them.
     "selected": "#009E73",
-    "selected part": "#56B4E9",
+    "selected otherwise": "#E69F00",
+    "hesitation": "#56B4E9",
+    "template": "#CC79A7",
     "random": "#8a8a8a",
 }
 DASHES = {"hybrid": "dash", "base": "dot", "target": "dashdot"}
@@ -67,7 +70,7 @@ def write_png(figure: Figure, path: Path) -> None:
             continue
         line = dash if figure.joined and len(s.x) > 1 else "none"
         axes.plot(s.x, s.y, color=colour, linestyle=line, marker="o", markersize=3.5, label=s.name)
-        if len(s.x) > 1:
+        if len(s.x) > 1 and figure.joined:
             axes.fill_between(s.x, s.low, s.high, color=colour, alpha=0.15, linewidth=0)
         else:
             axes.vlines(s.x, s.low, s.high, color=colour)

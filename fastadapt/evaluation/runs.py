@@ -29,6 +29,7 @@ class Student:
         sparsity, bridge: weights of these losses in its training.
         l0: active features per token and layer, as its run measured them on held-out data.
         tokens: that it was trained on.
+        changed: what was done to its features since, the first first, in words.
     """
 
     name: str
@@ -38,12 +39,16 @@ class Student:
     bridge: float | None = None
     l0: float | None = None
     tokens: int | None = None
+    changed: tuple[str, ...] = ()
 
     @property
     def variant(self) -> str:
-        """``dense`` or ``no-bridge`` for the ablations of the adapter, empty for all others."""
+        """``dense`` or ``no-bridge`` for the ablations of the adapter, ``changed`` where features
+        of it were since; empty for all others."""
         if self.kind != "transcoder":
             return ""
+        if self.changed:
+            return "changed"
         return "dense" if self.sparsity == 0 else "no-bridge" if self.bridge == 0 else ""
 
     @property
@@ -51,7 +56,8 @@ class Student:
         """The student in words."""
         if self.kind == "transcoder":
             weight = "" if self.sparsity is None else f", λ={self.sparsity:g}"
-            return f"adapter{weight}{', no bridge' if self.variant == 'no-bridge' else ''}"
+            bridge = ", no bridge" if self.bridge == 0 and self.sparsity != 0 else ""
+            return ", ".join([f"adapter{weight}{bridge}", *self.changed])
         return {
             "base": "the whole base model",
             "hybrid": "target with the base's MLPs",
@@ -159,4 +165,11 @@ def student_of(name: str, run: Path, card: Mapping[str, Any]) -> Student:
         bridge=objective.get("bridge"),
         l0=measured.get("l0_mean"),
         tokens=measured.get("tokens"),
+        changed=tuple(map(_changed, metadata.get("interventions") or ())),
     )
+
+
+def _changed(step: Mapping[str, Any]) -> str:
+    """An entry of ``metadata.interventions`` (:mod:`fastadapt.intervention_files`) in words."""
+    scale = "" if step.get("scale") is None else f" × {step['scale']:g}"
+    return f"{step['kind']} {step['set']['name'] or 'set'} ({step['set']['size']:,}){scale}"

@@ -128,13 +128,14 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
     )
     head = ["features", "hesitation / 1,000"]
     tail = ["tokens", "accuracy", "expected", "holds"]
+    cut = "Cut: the share by which hesitation fell; where it is negative, it rose."
     expected = "Expected is what arXiv 2602.20904 leads one to expect."
     return [
         Table(
             "Removal from the replacement model",
             ["removed", *head, "cut", *tail],
             [_row(result, _whole(result, "adapter"), "nothing"), *_rows(result, "ablate", percent)],
-            f"{common} Cut: the share by which hesitation fell. {expected}",
+            f"{common} {cut} {expected}",
         ),
         Table(
             "Addition to the hybrid",
@@ -154,7 +155,7 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
                 _row(result, _whole(result, "target"), "nothing"),
                 *_rows(result, "onto-target", percent),
             ],
-            f"{common} Cut: the share by which hesitation fell. {expected}",
+            f"{common} {cut} {expected}",
         ),
     ]
 
@@ -181,14 +182,9 @@ def _rows(result: Mapping[str, Any], kind: str, show: Any) -> list[list[str]]:
 
 
 def _row(result: Mapping[str, Any], arm: Arm, name: str, show: Any = number) -> list[str]:
-    claim = next(
-        (
-            claim
-            for claim in result["claims"]
-            if all(claim[key] == arm[key] for key in ("kind", "selection", "times", "scale"))
-        ),
-        {"value": None, "claim": "", "holds": ""},
-    )
+    none: Mapping[str, Any] = {"value": None, "claim": "", "holds": ""}
+    same = ("kind", "selection", "times", "scale")
+    claim = next((c for c in result["claims"] if all(c[key] == arm[key] for key in same)), none)
     return [
         name,
         number(arm["features"]) if arm["kind"] else "–",
@@ -248,8 +244,8 @@ def _by_size(result: Mapping[str, Any], kind: str) -> list[Series]:
     found = []
     for chosen in result["sets"]:
         arms = [a for a in of_kind if a["selection"] == chosen["key"] and not a["times"]]
-        colour = "selected part" if chosen["part"] else "selected"
-        found.append((chosen["name"], colour, arms))
+        main = "selected" if chosen is result["sets"][0] else "selected otherwise"
+        found.append((chosen["name"], chosen["key"] if chosen["part"] else main, arms))
     drawn = sorted((a for a in of_kind if a["times"]), key=lambda arm: arm["features"])
     found.append(("random", "random", drawn))
     return [

@@ -71,6 +71,7 @@ def test_what_a_run_says_of_itself(make_run) -> None:
         "bridge": 0.0,
         "l0": 3.5,
         "tokens": 1000,
+        "changed": (),
     }
     assert students.family == "r1-distill"
     assert students.students["hybrid"].kind == "hybrid"
