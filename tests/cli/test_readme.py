@@ -5,7 +5,11 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from organism_runs import make_run
+
+from fastadapt.evaluation.students import Students
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -16,7 +20,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_adapter_in_ten_lines_runs(capsys):
-    code, kernels = blocks("python")
+    _, code, kernels = blocks("python")
     lines = [line for line in code.splitlines() if line.strip()]
     assert len(lines) <= 10
     names: dict[str, object] = {}
@@ -31,14 +35,36 @@ def test_the_adapter_in_ten_lines_runs(capsys):
     assert 0 < names["stats"].n_active <= min(8 * 20, names["plan"].capacity)
 
 
+def test_features_are_scaled_for_one_prompt(tmp_path):
+    run = make_run(tmp_path / "run", n_features=512)
+    model = Students.open([run], device="cpu").model
+    names = {"model": model, "input_ids": torch.tensor([[5, 6, 7]])}
+    before = model(input_ids=names["input_ids"]).logits
+    exec(compile(blocks("python")[0], "README.md", "exec"), names)
+    assert torch.equal(model(input_ids=names["input_ids"]).logits, before)
+
+
 def test_the_commands_are_understood(tmp_path):
     from fastadapt.options import doctor_parser, export_parser
     from fastadapt.options_data import parse_prepare
     from fastadapt.options_eval import parse_eval
+    from fastadapt.options_features import (
+        collect_parser,
+        intervene_parser,
+        judged_parser,
+        pages_parser,
+        select_parser,
+    )
     from fastadapt.options_train import parse_train
 
     values = yaml.safe_load(blocks("yaml")[0])
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values))
+    parsers = {
+        "collect": collect_parser(),
+        "serve": pages_parser("serve"),
+        "describe": judged_parser("describe"),
+        "select": select_parser(),
+    }
     seen = 0
     for line in "".join(blocks("bash")).splitlines():
         words = shlex.split(line, comments=True)
@@ -56,9 +82,16 @@ def test_the_commands_are_understood(tmp_path):
         elif words[:3] == ["fastadapt", "data", "prepare"]:
             parse_prepare(words[2:])
             seen += 1
+        elif words[:2] == ["fastadapt", "features"]:
+            parsers[words[2]].parse_args(words[3:])
+            seen += 1
+        elif words[:2] == ["fastadapt", "intervene"]:
+            intervene_parser().parse_args(words[2:])
+            seen += 1
         elif words[:2] == ["fastadapt", "eval"]:
             config, flags = parse_eval(words[2:])
-            assert (len(flags.runs), config.benchmarks.few_shot) == (2, 4)
+            few_shot = 4 if "--benchmarks.few_shot" in words else 0
+            assert (len(flags.runs), config.benchmarks.few_shot) == (2, few_shot)
             seen += 1
         elif words[:2] == ["fastadapt", "doctor"]:
             doctor_parser().parse_args(words[2:])
@@ -67,10 +100,10 @@ def test_the_commands_are_understood(tmp_path):
             program = words[1] if words[1] != "-m" else words[2].replace(".", "/") + ".py"
             assert (ROOT / program).is_file()
             seen += 1
-    assert seen == 16
+    assert seen == 22
 
 
-@pytest.mark.parametrize("target", ["train", "test", "reproduce"])
+@pytest.mark.parametrize("target", ["train", "test", "reproduce", "study"])
 def test_the_make_targets_exist(target):
     assert f"make {target}" in README
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
