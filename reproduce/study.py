@@ -1,4 +1,4 @@
-"""What features do: python reproduce/study.py RUN [--output FOLDER] [--overwrite]
+"""What features do: python reproduce/study.py RUN [--output FOLDER] [--repetitions N]
 
 Collects the features of a run if that was not done, switches selected and random sets of them, and
 writes tables, plots and a page into FOLDER (``study`` in the run). Called again it goes on where it
@@ -15,6 +15,7 @@ from pathlib import Path
 from fastadapt.adapter_files import adapters_of
 from fastadapt.console import print_error, print_table, quiet_transformers
 from fastadapt.errors import RunError, UserError
+from fastadapt.evaluation.benchmarks import BenchmarkConfig
 from fastadapt.evaluation.folder import opened
 from fastadapt.evaluation.students import Students
 from fastadapt.features.collect import collect
@@ -27,14 +28,17 @@ from fastadapt.training.interrupt import stop_on_signals
 
 
 def main(argv: list[str]) -> int:
-    """The study of one run, with the defaults of :class:`fastadapt.study.arms.StudyConfig`."""
+    """The study of one run, with the defaults of ``StudyConfig`` but for the repetitions."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("run", type=Path)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--overwrite", action="store_true")
+    # Where little is left of the reasoning, a response has ten tokens, and few hesitate.
+    parser.add_argument("--repetitions", type=int, default=3, help="responses per question")
     options = parser.parse_args(argv)
     output = options.output or options.run / "study"
     quiet_transformers()
+    config = StudyConfig(benchmarks=BenchmarkConfig(repetitions=options.repetitions))
     result = None
     with stop_on_signals(None) as (stop, _), EvalProgress(sys.stderr) as progress:
         collect(options.run, progress=partial(progress, "texts collected"), stop=stop)
@@ -42,7 +46,7 @@ def main(argv: list[str]) -> int:
             store = Store.open(options.run, adapter=adapter_digest(adapters_of(options.run)))
             students = Students.open([options.run], [RUN])
             with opened(output, overwrite=options.overwrite, contents=CONTENTS) as folder:
-                result = Study(students, store, folder, StudyConfig(), progress, stop).run()
+                result = Study(students, store, folder, config, progress, stop).run()
     if result is None:
         print(f"Stopped; what was measured is kept in {output}. Go on with the same command.")
         return 0

@@ -50,6 +50,26 @@ def test_the_swept_rate_is_the_one_in_use():
     assert read_yaml(path)["optimizer"]["lr"] == float(best)
 
 
+def test_those_that_are_named_are_trained(tmp_path):
+    program = tmp_path / "fastadapt"
+    program.write_text(
+        "#!/bin/bash\necho 'The adapter recovers 1%'\n"
+        'while [ "$1" != --run.output ]; do shift; done\n'
+        'mkdir -p "$2" && touch "$2/summary.json"\n'
+    )
+    program.chmod(0o755)
+    command = [SCRIPTS / "runs", tmp_path / "runs", "1", "sparsity-4.3e-3", "norms"]
+    environment = {**os.environ, "FASTADAPT": str(program)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert done.returncode == 0, done.stderr
+    trained = {path.name for path in (tmp_path / "runs").iterdir() if path.is_dir()}
+    assert trained == {"sparsity-4.3e-3", "norms"}
+    # `make study` trains one of them, of the same configuration.
+    studied = re.search(r"^STUDIED := (\S+)$", (SCRIPTS.parent / "Makefile").read_text(), re.M)
+    assert studied is not None
+    assert studied[1] in runs()
+
+
 @pytest.mark.slow
 def test_they_run_go_on_and_do_not_repeat(tmp_path):
     program = tmp_path / "fastadapt"
