@@ -1,9 +1,9 @@
 """Collecting features, held against the forward pass that it rides on and against a plain loop.
 
 Run with ``pytest -s benchmarks/bench_collect.py``: the embedded pair, 512 features a layer, ten of
-them active on a token. What is asserted are ratios within one run: batches are timed in turn by
-each, so that a busy machine disturbs all alike. ``FASTADAPT_RUN`` names a trained run to take in
-place of random adapters.
+them active on a token. What is asserted are ratios within one run, on one thread: batches are timed
+in turn by each, so that a busy machine disturbs all alike, which it does not where small ops wait
+for a second core. ``FASTADAPT_RUN`` names a trained run to take in place of random adapters.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,14 @@ def timed(step: Callable[..., Any], *args: Any) -> float:
     start = time.perf_counter()
     step(*args)
     return time.perf_counter() - start
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

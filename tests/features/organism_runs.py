@@ -19,7 +19,7 @@ from fastadapt.data.batches import collate
 from fastadapt.data.sequences import DataConfig, load_sequences
 from fastadapt.evaluation.students import Students
 from fastadapt.features.collect.texts import batch_of, batches_of, read_group
-from fastadapt.models import ModelPair, PairConfig, ReplacementModel
+from fastadapt.models import Mode, ModelPair, PairConfig, ReplacementModel
 from fastadapt.organism import resolve
 
 PAIR = {"target": "organism/target", "base": "organism/base"}
@@ -68,9 +68,9 @@ def dense_activations(
 ) -> Iterator[tuple[MadeText, np.ndarray]]:
     """Each text of a store and its activations, float32 ``[L, T, F]``, all of them made.
 
-    What the modules are given is taken as they run in the model's own forward, in the batches in
-    which it was collected: the adapters' inputs, which are encoded densely, or the inputs of the
-    MLPs' output matrices, of which the k strongest of each token are left.
+    What the modules are given is taken as they run in the blocks, in the batches in which it was
+    collected: the adapters' inputs, which are encoded densely, or the inputs of the MLPs' output
+    matrices, of which the k strongest of each token are left.
     """
     students = Students.open([run], device="cpu")
     model = students.replacement(students.runs[0])
@@ -86,8 +86,13 @@ def dense_activations(
         for some in batches_of(read_group(file, group), batch_tokens):
             seen.clear()
             batch = batch_of(some)
-            with torch.no_grad(), model.mode("target" if kind == "target" else "replacement"):
-                model.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+            mode: Mode = "target" if kind == "target" else "replacement"
+            padding = None if batch.attention_mask is None else ~batch.real
+            with torch.no_grad():
+                inputs = model.block_inputs(batch.input_ids, batch.attention_mask)
+                hidden = inputs.hidden
+                for layer, arguments in enumerate(inputs.arguments):
+                    hidden, _ = model.block(layer, hidden, arguments, mode, padding=padding)
                 found = [
                     module.encode(x) if kind == "adapter" else _strongest(x, module.weight, k)
                     for module, x in zip(modules, seen, strict=True)

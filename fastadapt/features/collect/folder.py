@@ -26,6 +26,9 @@ from fastadapt.files import replacing
 WORK = "collecting"
 FACTS, TEXTS, STATE = "facts.json", "texts.parquet", "state.safetensors"
 
+#: What may be there without features: that of others, and what :func:`clear` leaves.
+_BESIDE = {LOCK, "sets", "calls", "site"}
+
 Facts = dict[str, Any]
 
 
@@ -38,7 +41,7 @@ def check_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; expected a folder or a new name")
     found = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if found - {LOCK} and not found & {MANIFEST, WORK}:
+    if found - _BESIDE and not found & {MANIFEST, WORK}:
         raise UserError(
             f"{folder} is not empty and holds no features (it holds "
             f"{', '.join(sorted(found)[:3])}); nothing in it was touched: give a new folder"

@@ -35,7 +35,6 @@ from fastadapt.features.lens import token_strings, write_lens, write_tokens
 from fastadapt.features.schema import Kind
 from fastadapt.features.store import adapter_digest
 from fastadapt.features.units import Neurons, output_rows
-from fastadapt.organism import resolve
 
 Progress = Callable[[int, int], None]
 
@@ -119,7 +118,7 @@ def open_run(
         n = max(1, math.ceil(student.l0))
         config = CollectConfig(**{**asdict(config), "neurons_per_token": n})
     split, revision = (own.split, own.revision) if own else ("validation", None)
-    found = Source(resolve(source), split, revision, family, config.n, config.max_tokens)
+    found = Source(source, split, revision, family, config.n, config.max_tokens)
     return Opened(students, run, found, config)
 
 

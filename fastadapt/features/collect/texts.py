@@ -34,6 +34,7 @@ from fastadapt.features.collect.tally import SLOTS, Places
 from fastadapt.features.regions import regions_of, spans_of, tenths_of
 from fastadapt.features.schema import REGIONS, TEXTS
 from fastadapt.files import digest, replacing
+from fastadapt.organism import resolve
 
 GROUP = 64  # conversations
 
@@ -43,7 +44,7 @@ class Source:
     """Where the conversations are, and how they are read.
 
     Attributes:
-        name: file, folder or hub id.
+        name: file, folder, hub id, or one of the embedded pair's.
         split, revision: of a folder or of the hub.
         family: how they are rendered.
         n: the first so many; None for all.
@@ -59,7 +60,7 @@ class Source:
 
     def fingerprint(self) -> str:
         """SHA-256 of all of it, of local files by their contents."""
-        files = find_files(self.name, self.split)
+        files = find_files(resolve(self.name), self.split)
         told = {**asdict(self), **({} if files is None else {"name": None, "split": None})}
         sha256 = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
         for file in files or ():
@@ -95,7 +96,7 @@ def prepare(source: Source, tokenizer: Any, shard: Shard, path: Path) -> Prepare
     """
     check_markers(tokenizer, source.family)
     rows = read_values(
-        source.name, split=source.split, revision=source.revision, optional=["domain"]
+        resolve(source.name), split=source.split, revision=source.revision, optional=["domain"]
     )
     read = too_long = texts = tokens = 0
     domains: set[str] = set()
