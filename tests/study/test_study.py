@@ -124,8 +124,8 @@ def test_an_arm_is_what_its_saved_run_is(run: Path, tmp_path: Path) -> None:
             logits.append(model(ids).logits)
         if arm.features is None:
             continue
-        kind = Intervention(arm.kind) if arm.scale is None else Intervention(arm.kind, arm.scale)
-        saved = intervene(run, tmp_path / arm.name, arm.features, kind)
+        made = Intervention(arm.kind, arm.scale)
+        saved = intervene(run, tmp_path / arm.name, arm.features, made)
         students = Students.open([saved], ["saved"])
         with torch.no_grad(), students.generating("saved") as model:
             assert torch.equal(model(ids).logits, logits[-1])
