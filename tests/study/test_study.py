@@ -1,4 +1,4 @@
-"""The study end to end: on the embedded pair, small; and for real where everything is proved."""
+"""The study end to end, small, on the embedded pair with adapters that were not trained."""
 
 from __future__ import annotations
 
@@ -65,7 +65,6 @@ def open_study(run: Path, folder: Path, config: StudyConfig, stop: Event, told: 
     return Study(students, store, folder, config, lambda *what: told.append(what), stop)
 
 
-@pytest.mark.slow
 def test_every_arm_is_asked_once_and_the_study_goes_on(run: Path, tmp_path: Path) -> None:
     told: list[tuple[str, int, int]] = []
     stop = Event()
