@@ -51,25 +51,28 @@ class Intervention:
 
     Args:
         kind: ``ablate``, ``only`` or ``onto-target``.
-        scale: of ``onto-target``.
+        scale: of ``onto-target``, -0.5 if not given; the others have none.
     """
 
     kind: Kind
-    scale: float = SCALE
+    scale: float | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise UserError(f"an intervention is one of {', '.join(KINDS)}, got {self.kind!r}")
-        if not math.isfinite(self.scale):
+        if self.kind == "onto-target" and self.scale is None:
+            object.__setattr__(self, "scale", SCALE)
+        elif self.kind != "onto-target" and self.scale is not None:
+            raise UserError(f"scale: of onto-target alone, not of {self.kind}; got {self.scale}")
+        if self.scale is not None and not math.isfinite(self.scale):
             raise UserError(f"scale: expected a finite number, got {self.scale}")
 
     def apply(self, adapter: TranscoderAdapter, rows: list[int]) -> TranscoderAdapter:
         """A new adapter, of which the features ``rows`` are those of the set."""
-        inside, outside = {"ablate": (0.0, 1.0), "only": (1.0, 0.0)}.get(
-            self.kind, (self.scale, 0.0)
-        )
-        factors = torch.full((adapter.n_features,), outside, dtype=torch.float64)
-        factors[rows] = inside
+        of_set = {"ablate": 0.0, "only": 1.0}.get(self.kind, self.scale)
+        of_others = float(self.kind == "ablate")
+        factors = torch.full((adapter.n_features,), of_others, dtype=torch.float64)
+        factors[rows] = torch.tensor(of_set, dtype=torch.float64)
         return with_factors(adapter, factors, bias=self.kind != "onto-target")
 
 

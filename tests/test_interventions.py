@@ -285,6 +285,7 @@ def test_what_cannot_be_done_is_told(make_model: Callable, make_pair: Callable) 
         "expected a finite number, got nan": lambda: onto_target(
             model.adapters, feature_set(), float("nan")
         ),
+        "scale: of onto-target alone, not of only; got 0.5": lambda: Intervention("only", 0.5),
         "an intervention is one of ablate, only, onto-target": lambda: Intervention("remove"),
     }
     live = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -205,6 +206,17 @@ def load_set(store: Store, name: str) -> FeatureSet:
     features = read_set(path)
     _check_of(store, features)
     return features
+
+
+def find_set(source: str | os.PathLike[str], name: str) -> FeatureSet:
+    """A set as it is typed: ``name`` in the store of ``source`` (or of that run), or a JSON file.
+
+    Raises:
+        UserError: as of :func:`read_set` and :func:`load_set`; or there is no store.
+    """
+    if name.endswith(".json"):
+        return read_set(Path(name).expanduser())
+    return load_set(Store.open(source), name)
 
 
 def names_of_sets(store: Store) -> list[str]:

@@ -12,6 +12,7 @@ from stores import MadeText, make_store
 from fastadapt.errors import UserError
 from fastadapt.features.sets import (
     FeatureSet,
+    find_set,
     list_sets,
     load_set,
     names_of_sets,
@@ -64,6 +65,8 @@ def test_a_set_is_kept_and_listed(store: Store) -> None:
     assert path == store.folder / "sets" / "mine.json"
     again = load_set(store, "mine")
     assert (again.features, again.made, again.name) == (a.features, "hand", "mine")
+    for source, named in ((store.folder, "mine"), (store.folder.parent, "mine"), ("", str(path))):
+        assert find_set(source, named) == again
     assert again.digest() == a.digest() != made((0, 2)).digest()
     with pytest.raises(UserError, match="has a set 'mine' already"):
         save_set(store, made((0, 0)), "mine")
