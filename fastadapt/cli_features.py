@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from fastadapt.features.judge.questions import Estimate
-    from fastadapt.features.sets import FeatureSet
     from fastadapt.features.store import Store
     from fastadapt.progress import EvalProgress
 
@@ -305,6 +303,7 @@ def intervene(argv: list[str]) -> int:
     if not argv or {"-h", "--help"} & set(argv):
         intervene_parser().print_help()
         return 0
+    from fastadapt.features.sets import find_set
     from fastadapt.intervention_files import intervene as save
     from fastadapt.interventions import Intervention
 
@@ -313,22 +312,13 @@ def intervene(argv: list[str]) -> int:
     out = save(
         typed.run,
         typed.output,
-        _set(typed, name),
+        find_set(typed.store or typed.run, name),
         Intervention(kind, scale=typed.scale),  # type: ignore[arg-type]
         overwrite=typed.overwrite,
     )
     print(f"adapter: {out.resolve()}")
     print(f"Compare it:  fastadapt eval {typed.run} {out}")
     return 0
-
-
-def _set(typed: Any, name: str) -> FeatureSet:
-    from fastadapt.features.sets import load_set, read_set
-    from fastadapt.features.store import Store
-
-    if Path(name).suffix == ".json":
-        return read_set(Path(name).expanduser())
-    return load_set(Store.open(typed.store or typed.run), name)
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {

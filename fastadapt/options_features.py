@@ -165,8 +165,6 @@ def sets_parser() -> Parser:
 
 def intervene_parser() -> Parser:
     """The parser of `fastadapt intervene`."""
-    from fastadapt.interventions import SCALE
-
     parser = Parser(
         prog="fastadapt intervene",
         usage="fastadapt intervene RUN (--ablate SET | --only SET | --onto-target SET "
@@ -188,7 +186,8 @@ def intervene_parser() -> Parser:
             default=None,
             help=f"{told}: a set of the run, or its file",
         )
-    parser.add_argument("--scale", type=float, default=SCALE, help="of --onto-target")
+    scale: Any = typing.Optional[float]  # noqa: UP045
+    parser.add_argument("--scale", type=scale, default=None, help="of --onto-target; -0.5")
     parser.add_argument("--output", type=str, required=True, help="a new folder")
     _path(parser, "store", "of the features; features in the run if not given")
     _overwrite(parser, "replace what an earlier intervention wrote there")
