@@ -67,7 +67,7 @@ class OverlapConfig:
     def __post_init__(self) -> None:
         for name in ("tokens", "batch_tokens", "features_at_once"):
             if getattr(self, name) < 1:
-                raise UserError(f"overlap.{name}: expected 1 or more, got {getattr(self, name)}")
+                raise UserError(f"{name}: expected 1 or more, got {getattr(self, name)}")
 
 
 def overlap(

@@ -133,7 +133,7 @@ def test_distribution_is_of_all_features() -> None:
 
 
 def test_what_cannot_be_compared(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"overlap.tokens: expected 1 or more, got 0"):
+    with pytest.raises(UserError, match=r"tokens: expected 1 or more, got 0"):
         OverlapConfig(tokens=0)
     other = make_run(tmp_path / "other", n_features=12, seed=1)
     with pytest.raises(UserError, match="has no features yet"):

@@ -143,7 +143,7 @@ def begin(opened: Opened, facts: work.Facts, shard: Shard, folder: Path) -> Prep
         if prepared.texts == 0 and shard.n == 1:
             raise UserError(
                 f"data source {opened.source.name!r}: all {prepared.read} conversations are longer "
-                f"than {opened.source.max_tokens} tokens (--max-tokens)"
+                f"than {opened.source.max_tokens} tokens (--max_tokens)"
             )
         strings = token_strings(tokenizer, len(model.head))
         write_tokens(strings, folder / "tokens.parquet")
