@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
+from fastadapt.cli_progress import under_way
 from fastadapt.console import print_table, quiet_transformers
 from fastadapt.options_eval import default_output, eval_parser, parse_eval
 
@@ -20,16 +20,13 @@ def evaluate(argv: list[str]) -> int:
     from fastadapt.evaluation.comparison import Comparison
     from fastadapt.evaluation.folder import opened
     from fastadapt.evaluation.students import Students
-    from fastadapt.progress import EvalProgress
-    from fastadapt.training.interrupt import stop_on_signals
 
     quiet_transformers()
     students = Students.open(flags.runs, flags.names, dtype=flags.dtype, device=flags.device)
     output = Path(flags.output).expanduser() if flags.output else default_output(flags.runs)
     with (
         opened(output, overwrite=flags.overwrite) as folder,
-        stop_on_signals(None) as (stop, _),
-        EvalProgress(sys.stderr) as progress,
+        under_way() as (stop, progress),
     ):
         result = Comparison(students, folder, config, progress, stop).run(flags.parts)
     if result is None:

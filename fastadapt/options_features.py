@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -206,15 +205,6 @@ def chosen_intervention(typed: Namespace) -> tuple[str, str]:
         got = ", ".join(f"--{name}" for name, _ in given) or "none"
         raise UserError(f"expected one of --ablate, --only, --onto-target, got {got}")
     return given[0]
-
-
-def parse(parser: Parser, argv: Sequence[str]) -> Namespace:
-    """What was typed.
-
-    Raises:
-        UserError: an unknown option or an impossible value.
-    """
-    return parser.parse_args(list(argv))
 
 
 def _source(parser: Parser) -> None:

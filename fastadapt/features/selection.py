@@ -41,7 +41,7 @@ class SelectConfig:
         classes: features of one of these classes or subclasses.
         sql: a SELECT of ``layer`` and ``feature`` over the tables of the store.
         random: the name of a set, like which features are drawn that are not in it.
-        union, intersection, difference: names of sets; of the latter the first without the others.
+        union, intersection, difference: names of sets; of these the first without others.
         top: promoted tokens that count, of 10.
         share: of the strongest examples that must be so, for ``template``, ``at`` and ``before``.
         times: how many times as many as the set has are drawn.

@@ -1,0 +1,105 @@
+"""`fastadapt features describe` and `classify`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from fastadapt.cli_progress import GO_ON, under_way
+from fastadapt.console import print_table
+from fastadapt.errors import UserError
+from fastadapt.options_features import judged_parser
+
+if TYPE_CHECKING:
+    from fastadapt.features.judge.questions import Estimate
+    from fastadapt.features.store import Store
+
+
+def describe(argv: list[str]) -> int:
+    """`fastadapt features describe`."""
+    from fastadapt.features.judge.activations import ModelActivations
+    from fastadapt.features.judge.describe import describe as ask
+    from fastadapt.features.opening import students_of
+    from fastadapt.features.store import Store
+
+    typed = judged_parser("describe").parse_args(argv)
+    judge, config = _judged(typed, "describe")
+    store = Store.open(typed.source)
+    students = students_of(store, dtype=typed.dtype, device=typed.device)
+    activations = ModelActivations(
+        students.model,
+        neurons_per_token=store.manifest["settings"].get("neurons_per_token"),
+    )
+    made = _open(judge, store, students.tokenizer)
+    with under_way() as (stop, progress):
+        result = ask(
+            store,
+            made,
+            config,
+            activations,
+            tell=progress,
+            approve=partial(_approve, agreed=typed.yes),
+            stop=stop,
+        )
+        return _judgements(store, result, stopped=stop.is_set())
+
+
+def classify(argv: list[str]) -> int:
+    """`fastadapt features classify`."""
+    from fastadapt.features.judge.classify import classify as ask
+    from fastadapt.features.store import Store
+
+    typed = judged_parser("classify").parse_args(argv)
+    judge, config = _judged(typed, "classify")
+    store = Store.open(typed.source)
+    made = _open(judge, store, None)
+    with under_way() as (stop, progress):
+        approve = partial(_approve, agreed=typed.yes)
+        result = ask(store, made, config, tell=progress, approve=approve, stop=stop)
+        return _judgements(store, result, stopped=stop.is_set())
+
+
+def _judged(typed: Any, command: str) -> tuple[Any, Any]:
+    from fastadapt.features.judge.settings import ClassifyConfig, DescribeConfig, JudgeConfig
+    from fastadapt.training.config import from_dict
+
+    told = typed.as_dict()
+    kind = DescribeConfig if command == "describe" else ClassifyConfig
+    judge = from_dict(told["judge"], JudgeConfig, "judge.")
+    return judge, from_dict(told[command], kind, f"{command}.")
+
+
+def _open(config: Any, store: Store, tokenizer: Any) -> Any:
+    from fastadapt.features.judge.opening import open_judge
+
+    count: Callable[[str], int] | None = None
+    if tokenizer is not None:
+        count = lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])  # noqa: E731
+    return open_judge(config, store, count=count)
+
+
+def _approve(estimate: Estimate, *, agreed: bool) -> bool:
+    """Tell what the calls will cost, and ask a person; where nobody is there, nothing is called."""
+    print(estimate.words, file=sys.stderr)
+    if agreed:
+        return True
+    if not sys.stdin.isatty():
+        raise UserError("nobody is there to agree to these costs; agree beforehand with --yes")
+    print("Make these calls? [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def _judgements(store: Store, result: dict[str, Any] | None, *, stopped: bool) -> int:
+    from fastadapt.features.judge.judgements import read_judgements, tables
+
+    if result is None:
+        print(GO_ON if stopped else "Nothing was called.")
+        return 0
+    for table in tables(read_judgements(store)):
+        print(table.title)
+        print_table(table.head, table.rows)
+        print()
+    print(f"judgements: {store.folder.resolve()}")
+    return 0

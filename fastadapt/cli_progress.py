@@ -1,0 +1,25 @@
+"""What every long command has: a bar, and a signal that ends it with what is done kept."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from threading import Event
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from fastadapt.progress import EvalProgress
+
+GO_ON = "Stopped; what was done is kept. Go on with the same command."
+
+
+@contextmanager
+def under_way() -> Iterator[tuple[Event, EvalProgress]]:
+    """A bar, and an event that Ctrl-C and SIGTERM set."""
+    from fastadapt.progress import EvalProgress
+    from fastadapt.training.interrupt import stop_on_signals
+
+    with stop_on_signals(None) as (stop, _), EvalProgress(sys.stderr) as progress:
+        yield stop, progress
