@@ -42,7 +42,7 @@ def require_drawing() -> None:
         import plotly  # noqa: F401
     except ModuleNotFoundError as error:
         raise UserError(
-            f"plots need {error.name}; install the extra: pip install 'fastadapt[eval]'"
+            f"plots need {error.name}; install an extra that has it: pip install 'fastadapt[eval]'"
         ) from error
 
 
