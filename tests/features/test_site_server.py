@@ -216,8 +216,9 @@ def test_an_export_is_served_without_its_store(store: Store, tmp_path: Path) -> 
 
 
 def test_ctrl_c_ends_it_quietly(store: Store) -> None:
-    code = (
-        "import sys; from fastadapt.features.site import serve; "
+    code = (  # in a terminal SIGINT interrupts; what a shell starts in the background ignores it
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from fastadapt.features.site import serve; "
         "serve(sys.argv[1], port=0, ready=lambda a: print(a, flush=True)); print('ended')"
     )
     environment = {**os.environ, "PYTHONWARNINGS": "error"}
