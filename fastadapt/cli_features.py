@@ -209,7 +209,9 @@ def intervene(argv: list[str]) -> int:
         overwrite=typed.overwrite,
     )
     print(f"adapter: {out.resolve()}")
-    print(f"Compare it:  fastadapt eval {typed.run} {out}")
+    # On the target it is of another pair, the target with itself.
+    beside = "" if kind == "onto-target" else f"{typed.run} "
+    print(f"Compare it:  fastadapt eval {beside}{out}")
     return 0
 
 

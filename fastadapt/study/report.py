@@ -30,37 +30,43 @@ def claims(result: Mapping[str, Any]) -> list[dict[str, Any]]:
         words, empty where nothing is expected), ``value`` (an interval: of ``ablate`` and
         ``onto-target`` the share by which hesitation fell, of ``only`` how many times the random
         set's the selected set's is), and ``holds``: ``yes`` or ``no`` by the estimate, and ``not
-        clearly`` where its interval has both.
+        clearly`` where its interval has both, or one draw says otherwise than another.
     """
     parts = {chosen["key"] for chosen in result["sets"] if chosen["part"]}
     found = []
     for arm in result["arms"]:
         if arm["kind"] is None:
             continue
-        value: Any = None
-        claim = holds = ""
-        if arm["kind"] == "only":
-            if arm["times"]:
-                share = over(arm[RATE], _selected(result, arm)[RATE])
-                value = Intervals(1 / share.mean, 1 / share.high, 1 / share.low).plain()
-                # Of the share, since that of a random set which makes none is a number.
-                claim = f"≥ {ADDED:g} times"
-                holds = verdict(share.plain(), 1 / ADDED, above=False)
-        else:
-            left = over(arm[RATE], _whole(result, arm["model"])[RATE])
-            value = Intervals(1 - left.mean, 1 - left.high, 1 - left.low).plain()
-            if arm["kind"] == "ablate" and arm["times"] < 2:
-                selected = arm["times"] == 0
-                bound = REMOVED if selected else SPARED
-                claim = f"{'≥' if selected else '≤'} {percent(bound)}"
-                holds = verdict(value, bound, above=selected)
-            elif arm["times"] == 0 and arm["scale"] == SCALE:
-                claim, holds = "> 0", verdict(value, 0.0, above=True)
+        value, claim, holds = _claim(result, arm, arm[RATE])
+        each = {_claim(result, arm, draw[RATE])[2].split(",")[0] for draw in arm["draws"]}
+        if len(each) > 1 and not holds.endswith("not clearly"):
+            holds += ", not clearly"  # the intervals are over questions, not over draws
         if arm["selection"] in parts:
             claim = holds = ""
         named = {key: arm[key] for key in ("kind", "selection", "times", "scale")}
         found.append({**named, "claim": claim, "value": value, "holds": holds})
     return found
+
+
+def _claim(result: Mapping[str, Any], arm: Arm, rate: Interval) -> tuple[Any, str, str]:
+    """Value, claim and verdict of an arm that hesitates at this rate."""
+    if arm["kind"] == "only":
+        if not arm["times"]:
+            return None, "", ""
+        share = over(rate, _selected(result, arm)[RATE])
+        value = Intervals(1 / share.mean, 1 / share.high, 1 / share.low).plain()
+        # Of the share, since that of a random set which makes none is a number.
+        return value, f"≥ {ADDED:g} times", verdict(share.plain(), 1 / ADDED, above=False)
+    left = over(rate, _whole(result, arm["model"])[RATE])
+    value = Intervals(1 - left.mean, 1 - left.high, 1 - left.low).plain()
+    if arm["kind"] == "ablate" and arm["times"] < 2:
+        selected = arm["times"] == 0
+        bound = REMOVED if selected else SPARED
+        claim = f"{'≥' if selected else '≤'} {percent(bound)}"
+        return value, claim, verdict(value, bound, above=selected)
+    if arm["times"] == 0 and arm["scale"] == SCALE:
+        return value, "> 0", verdict(value, 0.0, above=True)
+    return value, "", ""
 
 
 def over(a: Interval, b: Interval) -> Intervals:
@@ -124,9 +130,10 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
         f"Hesitation: {words}, per 1,000 tokens. {tasks}; intervals of {percent(result['level'])} "
         f"over questions. {sets}; {result['features']['alive']:,} of "
         f"{result['features']['total']:,} fired on the texts of the store. Random sets match in "
-        "density; of several draws the numbers are of all together."
+        "density; of several draws the numbers are of all together, and no interval covers the "
+        "choice of a draw: the hesitation of each stands beside."
     )
-    head = ["features", "hesitation / 1,000"]
+    head = ["features", "hesitation / 1,000", "each draw"]
     tail = ["tokens", "accuracy", "expected", "holds"]
     cut = "Cut: the share by which hesitation fell; where it is negative, it rose."
     expected = "Expected is what arXiv 2602.20904 leads one to expect."
@@ -189,6 +196,7 @@ def _row(result: Mapping[str, Any], arm: Arm, name: str, show: Any = number) -> 
         name,
         number(arm["features"]) if arm["kind"] else "–",
         shown(arm[RATE]),
+        ", ".join(number(draw[RATE]["mean"]) for draw in arm["draws"]) if arm["times"] else "–",
         shown(claim["value"], show),
         shown(arm["length"]),
         shown(arm["accuracy"], percent),

@@ -31,7 +31,7 @@ def arm(model: str, rate: float, kind: str | None = None, **more: Any) -> dict[s
         "hesitations_per_1000": interval(rate),
         "length": interval(48.0),
         "accuracy": interval(0.5),
-        "draws": [{}],
+        "draws": [{"hesitations_per_1000": interval(rate)}],
         **more,
     }
 
@@ -138,11 +138,18 @@ def test_a_quotient_at_the_edges() -> None:
     assert all(math.isnan(value) for value in ends(quotient(of(5, 4, 6), of(0, 0, 0))))
 
 
+@pytest.mark.parametrize(("rates", "told"), [((10.5, 10.6), "yes"), ((14, 7), "yes, not clearly")])
+def test_draws_that_disagree_are_told(rates: tuple[float, ...], told: str) -> None:
+    draws = [{"hesitations_per_1000": interval(rate)} for rate in rates]
+    assert holds(arm("adapter", 10.5, "ablate", times=1, draws=draws)) == [told]
+
+
 def test_tables_figures_and_page(tmp_path: Path) -> None:
     scales = (-0.25, -0.5)
+    draws = [{"hesitations_per_1000": interval(rate)} for rate in (10.0, 9.0)]
     told = result(
         arm("adapter", 2.0, "ablate"),
-        arm("adapter", 9.5, "ablate", times=1, draws=[{}, {}]),
+        arm("adapter", 9.5, "ablate", times=1, draws=draws),
         arm("adapter", 4.0, "ablate", times=10, features=400),
         arm("adapter", 8.0, "only"),
         arm("adapter", 0.0, "only", times=1),
@@ -154,7 +161,8 @@ def test_tables_figures_and_page(tmp_path: Path) -> None:
     assert all(len(row) == len(table.head) for table in made for row in table.rows)
     assert [row[-1] for row in made[0].rows] == ["–", "yes", "yes, not clearly", "–"]
     assert made[0].rows[2][0] == "random, as many (2 draws)"
-    assert made[0].rows[1][3].startswith("80.0% [")
+    assert [row[3] for row in made[0].rows] == ["–", "–", "10.0, 9.00", "4.00"]
+    assert made[0].rows[1][4].startswith("80.0% [")
     assert made[2].rows[1][0] == "set top1, × -0.25"
     assert as_markdown(made).count("\n## ") == 2
     assert as_latex(made).count(r"\begin{table}") == 3
