@@ -13,6 +13,7 @@ from planted import FAMILIES, MadeActivations, planted
 from stores import Made, MadeText, make_store
 
 from fastadapt.errors import UserError
+from fastadapt.evaluation.statistics import wilson
 from fastadapt.features.judge.activations import Places
 from fastadapt.features.judge.describe import describe
 from fastadapt.features.judge.detection import score, summarise
@@ -160,6 +161,19 @@ def test_scores_are_what_counting_gives() -> None:
     assert told["recall"]["mean"] == 3 / 4
     assert told["layers"][1]["units"] == 0
     assert told["layers"][1]["accuracy"] == {"mean": None, "low": None, "high": None}
+
+
+@pytest.mark.parametrize("n", [2, 3, 30])
+@pytest.mark.parametrize("right", [0, 1, 3, 5])
+def test_units_that_score_alike_are_not_certain(n: int, right: int) -> None:
+    texts = tuple(Window(i, 0, (i,), (i % 2 == 0,)) for i in range(10))
+    told = tuple((i < 2 * right) == (i % 2 == 0) for i in range(10))
+    rows = [score(Case(Unit("adapter", 0, i), "top", (), texts), "j", told) for i in range(n)]
+    config = DescribeConfig().statistics
+    found = summarise(rows, 1, config)["accuracy"]
+    assert found == pytest.approx(wilson(n * right / 5, n, config.level).plain())
+    lone = summarise(rows[:1], 1, config)["accuracy"]
+    assert lone == {"mean": pytest.approx(right / 5), "low": None, "high": None}
 
 
 def test_what_is_written_is_what_was_said(made: Made) -> None:
