@@ -15,8 +15,9 @@ from fastadapt.files import replacing
 class Calls:
     """A folder of answers, each in a file that is named after what was asked.
 
-    A file holds what was asked beside the answer, and neither the address of the endpoint nor its
-    key. It is written as a whole or not at all; one that cannot be read counts as not there.
+    A file holds what was asked and of whom beside the answer, and neither the endpoint's key nor
+    what may be secret in its address. It is written as a whole or not at all; one that cannot be
+    read counts as not there.
 
     Args:
         folder: made when the first answer is kept.

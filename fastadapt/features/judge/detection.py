@@ -3,7 +3,9 @@
 Of a unit, accuracy is the share of scored texts that were told right; half of them fire the unit,
 so 0.5 is what knowing nothing gives. Precision is the share of texts that were said to fire it and
 do, recall that of those which fire it and were said to. Of several units all three are ratios of
-sums, with intervals over units.
+sums, with intervals over units. Where all units score alike, short of 0 and 1, a bootstrap has
+nothing to resample; the interval is then Wilson's with each unit a trial: as wide as that of scores
+which are all 0 or 1, the ones that vary most about their mean.
 """
 
 from __future__ import annotations
@@ -12,8 +14,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from fastadapt.evaluation.statistics import BootstrapConfig, ratio
+from fastadapt.evaluation.statistics import BootstrapConfig, ratio, wilson
 from fastadapt.evaluation.tables import Interval
 from fastadapt.features.judge.examples import Case
 
@@ -75,11 +78,18 @@ def _means(rows: Sequence[Mapping[str, Any]], config: BootstrapConfig) -> dict[s
         "precision": (found, claimed),
         "recall": (found, positives),
     }
-    means = {
-        name: ratio(sums, counts, bounds=_SHARE, config=config).plain()
-        for name, (sums, counts) in parts.items()
-    }
+    means = {name: _share(sums, counts, config) for name, (sums, counts) in parts.items()}
     return {**means, "units": len(rows)}
+
+
+def _share(sums: Tensor, counts: Tensor, config: BootstrapConfig) -> Interval:
+    found = ratio(sums, counts, bounds=_SHARE, config=config)
+    if found.low == found.high:  # NaN of fewer than two units is not
+        units = counts.sum() ** 2 / (counts**2).sum()  # weighed by their counts
+        alone = wilson(found.mean * units, units, config.level)
+        found = found._replace(low=alone.low, high=alone.high)
+    told: Interval = found.plain()
+    return told
 
 
 _COUNTS = ("positives", "negatives", "true_positives", "true_negatives")

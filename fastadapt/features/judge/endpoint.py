@@ -16,7 +16,7 @@ from fastadapt.errors import RunError, UserError
 from fastadapt.features.judge import prompts
 from fastadapt.features.judge.calls import Calls
 from fastadapt.features.judge.questions import Answer, Estimate, Progress, Question
-from fastadapt.features.judge.settings import BASE_URL, HOSTED, MODEL, JudgeConfig, public
+from fastadapt.features.judge.settings import BASE_URL, HOSTED, MODEL, JudgeConfig, public, secrets
 from fastadapt.features.judge.tally import Tally, Told
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class EndpointJudge:
                 f"the judge {model} needs a key: set {config.key_variable} in the environment, or "
                 f"give the address of an endpoint without one (judge.base_url, or {BASE_URL})"
             )
+        self._secrets = sorted({*secrets(self._url), self._key or ""} - {""}, key=len, reverse=True)
         self._calls, self._count = Calls(calls), count
         try:
             import openai  # noqa: F401
@@ -85,11 +86,10 @@ class EndpointJudge:
                     count(m["content"]) + _PER_MESSAGE for m in prompts.messages(question)
                 )
         c = self.config
-        out = calls * (c.max_tokens or 0)
-        priced = c.price_in is not None and c.price_out is not None and c.max_tokens is not None
-        cost = (
-            (tokens * (c.price_in or 0) + out * (c.price_out or 0)) / 1_000_000 if priced else None
-        )
+        out = None if c.max_tokens is None else calls * c.max_tokens
+        cost = None
+        if out is not None and c.price_in is not None and c.price_out is not None:
+            cost = (tokens * c.price_in + out * c.price_out) / 1_000_000
         how = "by the given tokenizer" if self._count else f"{_LETTERS_PER_TOKEN} letters to one"
         return Estimate(calls, len(questions) - calls, tokens, out, cost, how)
 
@@ -117,6 +117,7 @@ class EndpointJudge:
         if c.json_mode:
             parameters["response_format"] = {"type": "json_object"}
         return {
+            "endpoint": public(self._url),
             "model": self.name,
             "prompts": prompts.VERSION,
             "messages": list(messages),
@@ -240,7 +241,7 @@ class EndpointJudge:
         with client:
             yield client
 
-    # --- errors, which show no key ----------------------------------------------------------------
+    # --- errors, which show no key or password ----------------------------------------------------
 
     def _failed(self, what: str) -> RunError:
         after = f", after {self.config.retries + 1} attempts" if self.config.retries else ""
@@ -253,7 +254,7 @@ class EndpointJudge:
         return RunError(
             self._safe(
                 f"the judge {self.name} at {public(self._url)} refused{after}: HTTP "
-                f"{error.status_code}, {_short(str(body))}"
+                f"{error.status_code}, {_short(self._safe(str(body)))}"
             )
         )
 
@@ -263,12 +264,15 @@ class EndpointJudge:
                 f"the judge {self.name} at {public(self._url)} gave {tally.invalid} answers of "
                 f"{tally.done} that are not valid, each asked for twice; at most "
                 f"{self.config.invalid_share:.0%} of {tally.total} may be (judge.invalid_share). "
-                f"One of them: {_short(tally.sample)}"
+                f"One of them: {_short(self._safe(tally.sample))}"
             )
         )
 
     def _safe(self, text: str) -> str:
-        return text.replace(self._key, "***") if self._key else text
+        """A text without what is secret; before it is shortened, which may leave a part of that."""
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return text
 
 
 def _text_of(made: Any) -> str:

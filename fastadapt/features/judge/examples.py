@@ -10,7 +10,11 @@ ones, on which it does not. What makes the score honest:
 - a silent window is drawn with equal chance from all stretches of the corpus' sampled texts in
   which the unit is active at no token, as the model itself says (:class:`Activations`), and which
   neither share a token with a window that was shown or held out nor repeat its tokens;
-- each silent window is as long as a held-out one, so that length tells nothing.
+- each silent window is as long as a held-out one, so that length tells nothing;
+- and it touches the start of its text, or the end, exactly where that one does, so that what texts
+  begin and end with tells nothing: held-out windows are cut off there, and have a token that begins
+  every text far more often than stretches drawn without regard to it. A unit without such a silent
+  window for each held-out one is not judged, and is counted.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from fastadapt.errors import UserError
 from fastadapt.features.judge.activations import Activations, Places
 from fastadapt.features.judge.questions import Progress
 from fastadapt.features.judge.settings import DescribeConfig
-from fastadapt.features.judge.silent import Corpus, silent
+from fastadapt.features.judge.silent import Corpus
 from fastadapt.features.judge.units import Unit, Window, eligible, examples_of
 from fastadapt.features.schema import KINDS, SAMPLES, Kind, SampleKind
 from fastadapt.features.store import Store
@@ -214,20 +218,18 @@ def _check_model(
 def _cases(
     unit: Unit, split: _Split, fires: np.ndarray, corpus: Corpus, config: DescribeConfig
 ) -> list[Case]:
-    """A case for each sample; fewer where the unit is not silent anywhere for long enough."""
+    """A case for each sample; fewer where the unit has no silent window for each held-out one."""
     cases: list[Case] = []
     for sample, (shown, scored) in split.items():
         rng = _rng(config.seed, unit, sample, 1)
-        taken = np.concatenate([corpus.starts - 1, fires, *corpus.taken([*shown, *scored])])
+        active = np.concatenate([fires, *corpus.taken([*shown, *scored])])
         texts = list(scored)
         for window in scored:
-            length, found = len(window.tokens), None
-            while found is None or any(found.meets(other) for other in (*shown, *texts)):
-                place = silent(taken, length, rng)
-                if place is None:
-                    return cases
-                found = corpus.at(place, length)
-                taken = np.concatenate([taken, np.arange(place, place + length)])
+            taken = np.concatenate([active, *corpus.taken(texts[len(scored) :])])
+            free = corpus.silent(taken, window, rng)
+            found = next((w for w in free if not any(w.meets(o) for o in (*shown, *texts))), None)
+            if found is None:
+                return cases
             texts.append(found)
         shuffled = tuple(texts[i] for i in rng.permutation(len(texts)))
         cases.append(Case(unit, sample, tuple(shown), shuffled))

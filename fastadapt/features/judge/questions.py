@@ -77,29 +77,39 @@ class Estimate(NamedTuple):
 
     Attributes:
         calls: to be made; answers that are kept from before are not among them. An answer that is
-            not valid is asked for once more, which is not counted here.
+            not valid is asked for once more, with it and what is wrong with it in the question,
+            which is not counted in any of these.
         kept: answers kept from before.
         tokens_in: of the questions.
-        tokens_out: at most, of the answers.
-        cost: in the currency of the prices; None where no price was given.
+        tokens_out: at most, of the answers; None where nothing limits them.
+        cost: in the currency of the prices; None where no price was given, or no limit.
         counted: how tokens were counted, in words.
     """
 
     calls: int
     kept: int
     tokens_in: int
-    tokens_out: int
+    tokens_out: int | None
     cost: float | None
     counted: str
 
     @property
     def words(self) -> str:
         """All of it in a line."""
-        cost = "no prices given" if self.cost is None else f"some {number(self.cost)} in all"
-        return (
+        if self.tokens_out is None:
+            answers, cost = "any number of answers", "no limit (judge.max_tokens)"
+        else:
+            answers = f"at most {self.tokens_out:,} of answers"
+            cost = "no prices given" if self.cost is None else f"some {number(self.cost)} in all"
+        line = (
             f"{self.calls:,} calls ({self.kept:,} answers kept from before), {self.tokens_in:,} "
-            f"tokens of questions ({self.counted}), at most {self.tokens_out:,} of answers: {cost}"
+            f"tokens of questions ({self.counted}), {answers}: {cost}"
         )
+        again = (
+            "; up to twice that where answers are not valid (each such is asked for once more), "
+            "and the tokens of those answers besides"
+        )
+        return line + again if self.calls else line
 
 
 class Judge(Protocol):

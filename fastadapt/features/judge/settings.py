@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import os
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
 
 from fastadapt.errors import UserError
 from fastadapt.evaluation.statistics import BootstrapConfig
@@ -223,3 +224,20 @@ def public(url: str) -> str:
     parts = urlsplit(url)
     host = parts.netloc.rpartition("@")[2]
     return urlunsplit((parts.scheme, host, parts.path, "", ""))
+
+
+def secrets(url: str) -> set[str]:
+    """What may be secret in an address, in the forms in which an endpoint may quote it.
+
+    Name and password as they stand, as they are meant (``%40`` is ``@``), and in base64, as they
+    are sent (RFC 7617); the password alone, or the name where there is none; the query.
+    """
+    parts = urlsplit(url)
+    found = {parts.query, *(value for _, value in parse_qsl(parts.query))}
+    given = parts.netloc.rpartition("@")[0]
+    name, _, password = given.partition(":")
+    for user, word in ((name, password), (unquote(name), unquote(password))):
+        if user or word:
+            pair = f"{user}:{word}"
+            found |= {pair, base64.b64encode(pair.encode()).decode(), word or user}
+    return found - {""}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -12,12 +13,14 @@ from planted import FAMILIES, MadeActivations, planted
 from stores import Made, MadeText, make_store
 
 from fastadapt.errors import UserError
+from fastadapt.evaluation.statistics import wilson
 from fastadapt.features.judge.activations import Places
 from fastadapt.features.judge.describe import describe
 from fastadapt.features.judge.detection import score, summarise
 from fastadapt.features.judge.examples import Case, draw
 from fastadapt.features.judge.judgements import read_judgements
 from fastadapt.features.judge.settings import DescribeConfig
+from fastadapt.features.judge.silent import Corpus
 from fastadapt.features.judge.units import Unit, Vocabulary, Window
 from fastadapt.features.judge.without_llm import TokenJudge
 from fastadapt.features.schema import SAMPLES
@@ -88,11 +91,15 @@ def check_honest(case: Case, made: Made, config: DescribeConfig) -> None:
     assert tuple(truth) == case.truth
     assert sum(truth) == config.scored
     assert len(truth) == 2 * config.scored
-    lengths = {
-        so: sorted(len(w.tokens) for w, f in zip(case.texts, truth, strict=True) if f is so)
+    shapes = {
+        so: sorted(
+            (len(w.tokens), w.start == 0, w.end == len(made.texts[w.text].tokens))
+            for w, f in zip(case.texts, truth, strict=True)
+            if f is so
+        )
         for so in (True, False)
     }
-    assert lengths[True] == lengths[False]
+    assert shapes[True] == shapes[False]
     assert config.min_shown <= len(case.shown) <= config.shown
     for window in case.shown:
         here = slice(window.start, window.start + len(window.tokens))
@@ -154,6 +161,19 @@ def test_scores_are_what_counting_gives() -> None:
     assert told["recall"]["mean"] == 3 / 4
     assert told["layers"][1]["units"] == 0
     assert told["layers"][1]["accuracy"] == {"mean": None, "low": None, "high": None}
+
+
+@pytest.mark.parametrize("n", [2, 3, 30])
+@pytest.mark.parametrize("right", [0, 1, 3, 5])
+def test_units_that_score_alike_are_not_certain(n: int, right: int) -> None:
+    texts = tuple(Window(i, 0, (i,), (i % 2 == 0,)) for i in range(10))
+    told = tuple((i < 2 * right) == (i % 2 == 0) for i in range(10))
+    rows = [score(Case(Unit("adapter", 0, i), "top", (), texts), "j", told) for i in range(n)]
+    config = DescribeConfig().statistics
+    found = summarise(rows, 1, config)["accuracy"]
+    assert found == pytest.approx(wilson(n * right / 5, n, config.level).plain())
+    lone = summarise(rows[:1], 1, config)["accuracy"]
+    assert lone == {"mean": pytest.approx(right / 5), "low": None, "high": None}
 
 
 def test_what_is_written_is_what_was_said(made: Made) -> None:
@@ -239,3 +259,64 @@ def test_a_model_that_is_not_the_stores_is_refused(made: Made) -> None:
 
     with pytest.raises(UserError, match="not the model that its features were collected from"):
         draw(made.store, DescribeConfig(), Shifted(made))
+
+
+def test_what_texts_begin_and_end_with_tells_nothing(tmp_path: Path) -> None:
+    """Units that fire anywhere, windows cut off by both ends of texts, and no word that tells."""
+    begin, end, features = 1, 2, 40
+    rng = np.random.default_rng(0)
+    texts, activations = [], []
+    for _ in range(300):
+        n = int(rng.integers(40, 60))
+        texts.append(MadeText([begin, *rng.integers(3, 400, n - 2).tolist(), end], [7] * n))
+        fires = rng.random((1, n, features)) < 0.005
+        activations.append(np.where(fires, rng.uniform(0.5, 2, fires.shape), 0).astype(np.float32))
+    made = make_store(tmp_path / "f", texts, activations, [f"w{i}" for i in range(400)])
+    config = DescribeConfig(before=20, after=10)
+    drawn = draw(made.store, config, MadeActivations(made))
+    assert drawn is not None
+    assert drawn.counts["adapter"][0]["judged"] == features
+    for case in drawn.cases:
+        check_honest(case, made, config)
+    truth = np.array([so for case in drawn.cases for so in case.truth])
+    for token in (begin, end):
+        told = np.array([token in window.tokens for case in drawn.cases for window in case.texts])
+        assert told[truth].mean() >= 0.15  # else there is nothing to match
+        assert abs(np.mean(told == truth) - 0.5) <= 0.05
+
+
+def test_silent_windows_are_all_that_a_loop_finds_with_equal_chance(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    texts = [MadeText([3] * n, [7] * n) for n in (1, 4, 9, 5, 5, 12)]
+    nothing = [np.zeros((1, len(text.tokens), 1), np.float32) for text in texts]
+    made = make_store(tmp_path / "f", texts, nothing, ["w"] * 4)
+    corpus = Corpus(made.store, DescribeConfig())
+    found: Counter[tuple[int, int]] = Counter()
+    for trial in range(400):
+        some = [(i, at) for i, t in enumerate(texts) for at in range(len(t.tokens))]
+        held = [place for place in some if rng.random() < 0.15 * (trial % 3)]
+        n = int(rng.integers(len(texts)))
+        size = len(texts[n].tokens)
+        start = int(rng.integers(size))
+        length = int(rng.integers(1, size - start + 1))
+        like = Window(n, start, (3,) * length, (True,) * length)
+        wanted = {
+            (i, at)
+            for i, t in enumerate(texts)
+            for at in range(len(t.tokens) - length + 1)
+            if not any((i, p) in held for p in range(at, at + length))
+            and (at == 0) == (start == 0)
+            and (at + length == len(t.tokens)) == (start + length == size)
+        }
+        taken = corpus.along(np.array(held, dtype=np.int64).reshape(-1, 2))
+        windows = list(corpus.silent(taken, like, rng))
+        assert all(len(w.tokens) == length and not any(w.fires) for w in windows)
+        got = [(w.text, w.start) for w in windows]
+        assert len(got) == len(set(got))
+        assert set(got) == wanted
+    like = Window(2, 1, (3, 3), (True, True))
+    for _ in range(4000):
+        window = next(corpus.silent(np.array([], dtype=np.int64), like, rng))
+        found[window.text, window.start] += 1
+    assert len(found) == 1 + 6 + 2 + 2 + 9  # of the texts longer than 3
+    assert max(found.values()) <= 2 * min(found.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import threading
 import time
@@ -16,7 +17,7 @@ from fastadapt.errors import RunError, UserError
 from fastadapt.features.judge.endpoint import EndpointJudge
 from fastadapt.features.judge.opening import open_judge
 from fastadapt.features.judge.questions import Detect, Estimate
-from fastadapt.features.judge.settings import JudgeConfig
+from fastadapt.features.judge.settings import JudgeConfig, secrets
 from fastadapt.features.judge.without_llm import TokenJudge
 from fastadapt.features.store import Store
 from fastadapt.wording import number
@@ -137,6 +138,50 @@ def test_a_refusal_is_told_at_once_and_without_the_key(tmp_path: Path) -> None:
     assert len(server.requests) <= 3
 
 
+LONG = "x " * 142 + "{}"  # cut for the message in the middle of what follows
+
+
+@pytest.mark.parametrize("status", [401, 200])
+def test_what_is_cut_off_shows_no_part_of_the_key(tmp_path: Path, status: int) -> None:
+    text = LONG.format(KEY)
+    said: Any = text if status == 200 else Fault(401, json.dumps({"error": {"message": text}}))
+    with serving(lambda *_: said) as server, pytest.raises(RunError, match="x x x") as caught:
+        judge_at(server.url, tmp_path, concurrency=1).ask(questions(30))
+    assert "***" in str(caught.value)
+    assert KEY[:6] not in str(caught.value)
+
+
+def test_a_refusal_quotes_no_password_of_the_address(tmp_path: Path) -> None:
+    sent = base64.b64encode(b"someone:open@sesame").decode()
+    forms = ["someone:open%40sesame", "someone:open@sesame", sent, "open@sesame", "t0ps3cret"]
+    text = f"who is this: {' '.join(forms)}"
+    with serving(lambda *_: Fault(403, json.dumps({"error": {"message": text}}))) as server:
+        url = server.url.replace("//", "//someone:open%40sesame@") + "?token=t0ps3cret"
+        with pytest.raises(RunError, match="HTTP 403, 'who is this: ") as caught:
+            judge_at(url, tmp_path, concurrency=1).ask(questions(1))
+    for form in (*forms, sent[:6], "sesame"):
+        assert form not in str(caught.value)
+    assert str(caught.value).count("***") == len(forms)
+
+
+def test_a_name_without_a_password_is_one() -> None:
+    assert secrets("https://t0ken@host/v1") == {"t0ken", "t0ken:", "dDBrZW46"}
+    assert secrets("https://host/v1") == set()
+
+
+def test_another_endpoints_answers_are_not_this_ones(good: ChatServer, tmp_path: Path) -> None:
+    judge_at(good.url, tmp_path).ask(questions(3))
+    with serving(lambda body, _: answers_well(body)) as other:
+        judge = judge_at(other.url, tmp_path)
+        assert judge.kept(questions(1)[0]) is None
+        assert judge.ask(questions(3)) == [RIGHT] * 3
+    assert len(good.requests) == len(other.requests) == 3
+    # What is secret in an address is no part of it.
+    named = judge_at(good.url.replace("//", "//me:hidden@"), tmp_path)
+    assert named.kept(questions(1)[0]) == RIGHT
+    assert not [p for p in tmp_path.rglob("*.json") if "hidden" in p.read_text()]
+
+
 NONSENSE = [
     "I would rather not.",
     "",
@@ -153,15 +198,16 @@ def test_nonsense_is_asked_again_once_then_an_error_that_shows_it(
     tmp_path: Path, nonsense: Any
 ) -> None:
     told = pytest.raises(RunError, match=r"made-1 at http://127.*One of them: ")
-    with serving(lambda *_: nonsense) as server, told as caught:
-        judge_at(server.url, tmp_path, concurrency=1, retries=0).ask(questions(30))
-    if isinstance(nonsense, str) and nonsense:
-        assert repr(nonsense) in str(caught.value)
-    # At most a tenth of 30 may be: the fourth ends it, and a few are under way by then.
-    assert 8 <= len(server.requests) <= 14
-    again = server.requests[1]["messages"]
-    assert [m["role"] for m in again] == ["system", "user", "assistant", "user"]
-    with serving(answers_well) as server:  # it is asked again when the endpoint has come to itself
+    with serving(lambda *_: nonsense) as server:
+        with told as caught:
+            judge_at(server.url, tmp_path, concurrency=1, retries=0).ask(questions(30))
+        if isinstance(nonsense, str) and nonsense:
+            assert repr(nonsense) in str(caught.value)
+        # At most a tenth of 30 may be: the fourth ends it, and a few are under way by then.
+        assert 8 <= len(server.requests) <= 14
+        again = server.requests[1]["messages"]
+        assert [m["role"] for m in again] == ["system", "user", "assistant", "user"]
+        server.behaviour = answers_well  # it is asked again when the endpoint has come to itself
         assert judge_at(server.url, tmp_path).ask(questions(30)) == [RIGHT] * 30
 
 
@@ -229,7 +275,11 @@ def test_the_estimate_counts_calls_tokens_and_money(good: ChatServer, tmp_path: 
     assert judge_at(good.url, tmp_path).estimate(questions(1)).cost is None
     by_words = EndpointJudge(judge.config, tmp_path / "none", count=lambda t: len(t.split()))
     assert by_words.estimate(questions(1)).counted == "by the given tokenizer"
-    assert f"some {number(told.cost)} in all" in told.words
+    assert f"some {number(told.cost)} in all; up to twice that where answers are not" in told.words
+    assert "twice" not in judge.estimate(questions(20)).words  # nothing is asked
+    limitless = judge_at(good.url, tmp_path / "none", price_in=2.0, price_out=1.0, max_tokens=None)
+    assert limitless.estimate(questions(1))[3:5] == (None, None)
+    assert "any number of answers: no limit" in limitless.estimate(questions(1)).words
 
 
 def test_settings_that_cannot_be_are_refused(
