@@ -151,8 +151,10 @@ def differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 def _flat(facts: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
     flat: dict[tuple[str, ...], Any] = {}
     for key, value in facts.items():
-        inner = value.items() if isinstance(value, dict) else ()
-        flat |= {(key, k): v for k, v in inner} or {(key,): value}
+        if isinstance(value, dict):
+            flat |= {(key, k): v for k, v in value.items()}
+        else:
+            flat[key,] = value
     return flat
 
 
