@@ -32,12 +32,8 @@ FACTS, TEXTS, STATE = "facts.json", "texts.parquet", "state.safetensors"
 #: What may be there without features: that of others, and what :func:`clear` leaves.
 _BESIDE = {LOCK, "sets", "calls", "site"}
 #: What is of the units that were collected, in the folder and in those of the kinds.
-_SHARED = {
-    *(f"{name}.parquet" for name in SHARED),
-    "judgements.json",
-    "judgements.md",
-    "judgements",
-}
+_SHARED = {MANIFEST, *(f"{name}.parquet" for name in SHARED)}
+_SHARED |= {"judgements.json", "judgements.md", "judgements"}
 _OF_KIND = {*(f"{name}.parquet" for name in TABLES), "overlap.png"}
 _STAGED = re.compile(r"\.tmp-(.+)-[0-9a-f]{32}")  # see fastadapt.files.replacing
 

@@ -157,6 +157,7 @@ def test_a_killed_merge_is_called_again(
             merge(shards, out)
     if point == "half a table":
         (out / "adapter" / f".tmp-features.parquet-{'0' * 32}").write_bytes(b"half")
+        (out / f".tmp-manifest.json-{'0' * 32}").write_bytes(b"half")
     assert not (out / "manifest.json").exists()
     assert files_of(merge(shards, out, overwrite=overwrite).folder) == whole
 
