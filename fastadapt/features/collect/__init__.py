@@ -55,7 +55,7 @@ def collect(
         config: which texts, and what is kept.
         shard: the part of the texts to read; then :func:`merge` makes the store.
         dtype, device, attention: of the pair, in place of the run's settings.
-        overwrite: remove what other settings or another adapter left in the folder.
+        overwrite: collect anew, in place of what the folder holds, once the texts are prepared.
         progress: told (texts done, texts).
         stop: ends after the batch at hand; what was collected is kept.
 
@@ -76,11 +76,10 @@ def collect(
     work.check_folder(out)
     facts = opened.facts(part)
     with writing(out):
-        if overwrite:
-            work.clear(out)
-        if done := _finished(out, facts):
+        work.sweep(out)
+        if not overwrite and (done := _finished(out, facts)):
             return done
-        prepared = begin(opened, facts, part, out)
+        prepared = begin(opened, facts, part, out, anew=overwrite)
         tallies = gather(opened, prepared, out, progress=progress, stop=stop)
         if tallies is None or part.n > 1:
             return None
@@ -106,15 +105,17 @@ def merge(
     """
     parts = shards_of([Path(shard).expanduser() for shard in shards])
     out = Path(folder).expanduser()
+    if out.resolve() in [part.folder.resolve() for part in parts]:
+        raise UserError(f"{out} is one of the shards to merge; give another folder for the store")
     work.check_folder(out)
     with writing(out):
-        if overwrite:
-            work.clear(out)
+        work.sweep(out)
         facts = {**parts[0].facts, "shard": list(Shard())}
         del facts["prepared"], facts["units"]
-        if done := _finished(out, facts):
+        if not overwrite and (done := _finished(out, facts)):
             return done
         tallies, domains = merged_tallies(parts)
+        work.clear(out)
         first = parts[0].folder
         try:
             for name in ["tokens.parquet", *(f"{kind}/lens.parquet" for kind in tallies)]:

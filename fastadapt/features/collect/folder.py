@@ -7,14 +7,17 @@
     collecting/state.safetensors   what was collected so far
 
 and, at the end, a store (:mod:`fastadapt.features.schema`). Of one shard of several, ``collecting``
-stays, for :func:`fastadapt.features.collect.merge`.
+stays, for :func:`fastadapt.features.collect.merge`. What is prepared lies in ``collecting.next``
+until all of it is there, and only then takes the place of what the folder held.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +26,20 @@ from fastadapt.features.schema import KINDS, MANIFEST, SHARED, TABLES
 from fastadapt.features.store import LOCK
 from fastadapt.files import replacing
 
-WORK = "collecting"
+WORK, NEXT = "collecting", "collecting.next"
 FACTS, TEXTS, STATE = "facts.json", "texts.parquet", "state.safetensors"
 
 #: What may be there without features: that of others, and what :func:`clear` leaves.
 _BESIDE = {LOCK, "sets", "calls", "site"}
+#: What is of the units that were collected, in the folder and in those of the kinds.
+_SHARED = {MANIFEST, *(f"{name}.parquet" for name in SHARED)}
+_SHARED |= {"judgements.json", "judgements.md", "judgements"}
+_OF_KIND = {*(f"{name}.parquet" for name in TABLES), "overlap.png"}
+_STAGED = re.compile(r"\.tmp-(.+)-[0-9a-f]{32}")  # see fastadapt.files.replacing
+
+#: Facts that say where something lies, and those that tell what it is, wherever it lies.
+_WHERE = {"run", "target", "base", "name", "split"}
+_WHAT = {"adapter", "models", "fingerprint"}
 
 Facts = dict[str, Any]
 
@@ -41,11 +53,35 @@ def check_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; expected a folder or a new name")
     found = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if found - _BESIDE and not found & {MANIFEST, WORK}:
+    if found - _BESIDE and not (WORK in found or _is_store(folder) or _is_rest(folder)):
         raise UserError(
             f"{folder} is not empty and holds no features (it holds "
             f"{', '.join(sorted(found)[:3])}); nothing in it was touched: give a new folder"
         )
+
+
+def _is_store(folder: Path) -> bool:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and {"schema_version", "units"} <= manifest.keys()
+
+
+def _is_rest(folder: Path) -> bool:
+    """Whether a kill left it: locked once, and nothing there but what a store is made of."""
+    known = {*_BESIDE, *_SHARED, *KINDS, NEXT}
+    return (folder / LOCK).is_file() and all(
+        _unstaged(path) in known
+        and (path.name not in KINDS or {_unstaged(p) for p in path.glob("*")} <= _OF_KIND)
+        for path in folder.iterdir()
+    )
+
+
+def _unstaged(path: Path) -> str:
+    """The name of what a file is, or was to become."""
+    staged = _STAGED.fullmatch(path.name)
+    return staged[1] if staged else path.name
 
 
 def read_facts(folder: Path) -> Facts | None:
@@ -67,29 +103,55 @@ def read_facts(folder: Path) -> Facts | None:
 
 
 def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Note what is collected.
+    """Note what is collected, beside what was prepared for it.
 
     Raises:
-        RunError: it cannot be written.
+        OSError: it cannot be written.
     """
-    try:
-        (folder / WORK).mkdir(parents=True, exist_ok=True)
-        with replacing(folder / WORK / FACTS) as staged:
-            staged.write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
-    except OSError as error:
-        raise RunError(f"{folder} cannot be written: {error.strerror}") from error
+    with replacing(folder / NEXT / FACTS) as staged:
+        staged.write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def begin_anew(folder: Path) -> None:
+    """Put what was prepared in place of all that was collected there before.
+
+    A kill leaves what was there, or what :func:`check_folder` knows and :func:`clear` removes.
+
+    Raises:
+        OSError: the folder cannot be written.
+        RunError: what was there cannot be removed.
+    """
+    clear(folder)
+    prepared = folder / NEXT
+    for path in [prepared / "tokens.parquet", *prepared.glob("*/lens.parquet")]:
+        target = folder / path.relative_to(prepared)
+        target.parent.mkdir(exist_ok=True)
+        os.replace(path, target)
+        if path.parent != prepared:
+            path.parent.rmdir()
+    os.replace(prepared, folder / WORK)
 
 
 def differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """In what two accounts of what is collected differ, in words; empty where they do not."""
-    told = []
-    for key in now:
-        old, new = then.get(key), json.loads(json.dumps(now[key]))
-        if isinstance(new, dict) and isinstance(old, dict):
-            told += [f"{k}: {new[k]!r}, was {old.get(k)!r}" for k in new if new[k] != old.get(k)]
-        elif new != old:
-            told.append(f"{key}: {new!r}, was {old!r}")
-    return "; ".join(told)
+    """In what two accounts of what is collected differ, in words; empty where they do not.
+
+    The same adapter, models and texts are the same wherever they lie.
+    """
+    old, new = _flat(then), _flat(json.loads(json.dumps(now)))
+    changed = sorted((k for k in new if new[k] != old.get(k)), key=lambda k: k[-1] in _WHERE)
+    if not any(key[-1] in _WHAT for key in changed):
+        changed = [key for key in changed if key[-1] not in _WHERE]
+    return "; ".join(f"{key[-1]}: {new[key]!r}, was {old.get(key)!r}" for key in changed)
+
+
+def _flat(facts: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
+    flat: dict[tuple[str, ...], Any] = {}
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            flat |= {(key, k): v for k, v in value.items()}
+        else:
+            flat[key,] = value
+    return flat
 
 
 def clear(folder: Path) -> None:
@@ -100,18 +162,48 @@ def clear(folder: Path) -> None:
     """
     try:
         (folder / MANIFEST).unlink(missing_ok=True)  # first: without it there is no store
-        for name in SHARED:
-            (folder / f"{name}.parquet").unlink(missing_ok=True)
+        clear_work(folder)
+        for path in list(_of_units(folder)):
+            _remove(path)
         for kind in KINDS:
-            for name in TABLES:
-                (folder / kind / f"{name}.parquet").unlink(missing_ok=True)
             if (folder / kind).is_dir() and not any((folder / kind).iterdir()):
                 (folder / kind).rmdir()
-        clear_work(folder)
     except OSError as error:
         raise RunError(f"{folder} cannot be written: {error.strerror}") from error
 
 
+def _of_units(folder: Path) -> Iterator[Path]:
+    for within, names in ((folder, _SHARED), *((folder / kind, _OF_KIND) for kind in KINDS)):
+        if within.is_dir():
+            yield from (path for path in within.iterdir() if _unstaged(path) in names)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a kill left half-made.
+
+    Raises:
+        RunError: it cannot be removed.
+    """
+    try:
+        if not (folder / MANIFEST).is_file():  # what adds to a finished store may be at work
+            for path in list(_of_units(folder)):
+                if _STAGED.fullmatch(path.name):
+                    _remove(path)
+    except OSError as error:
+        raise RunError(f"{folder} cannot be written: {error.strerror}") from error
+    shutil.rmtree(folder / NEXT, ignore_errors=True)
+    if not (folder / WORK / FACTS).is_file():
+        clear_work(folder)
+
+
 def clear_work(folder: Path) -> None:
     """Remove what only collecting needs."""
+    (folder / WORK / FACTS).unlink(missing_ok=True)  # first: without it nothing was begun
     shutil.rmtree(folder / WORK, ignore_errors=True)

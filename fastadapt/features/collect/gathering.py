@@ -122,42 +122,52 @@ def open_run(
     return Opened(students, run, found, config)
 
 
-def begin(opened: Opened, facts: work.Facts, shard: Shard, folder: Path) -> Prepared:
+def begin(
+    opened: Opened, facts: work.Facts, shard: Shard, folder: Path, *, anew: bool = False
+) -> Prepared:
     """Prepare the texts, the vocabulary and the logit lens, if that was not done before.
+
+    What the folder held is removed once all of it is prepared: a mistake costs nothing.
+
+    Args:
+        opened: the run.
+        facts: what is collected.
+        shard: the part of the texts to prepare.
+        folder: of the store.
+        anew: prepare it in any case.
 
     Raises:
         UserError: the source cannot be read, or none of its conversations is short enough.
     """
-    before = work.read_facts(folder)
+    before = None if anew else work.read_facts(folder)
     if before is not None:
         return Prepared(**before["prepared"])
+    staged = folder / work.NEXT
     try:
-        (folder / work.WORK).mkdir(parents=True, exist_ok=True)
+        staged.mkdir(parents=True)
         model = opened.students.replacement(opened.name)
         # Asked for first, since a kind that cannot be collected should be known at once.
         for kind in opened.config.kinds:
             output_rows(model, kind, 0)
         tokenizer = model.pair.tokenizer
-        path = folder / work.WORK / work.TEXTS
-        prepared = prepare(opened.source, tokenizer, shard, path)
+        prepared = prepare(opened.source, tokenizer, shard, staged / work.TEXTS)
         if prepared.texts == 0 and shard.n == 1:
             raise UserError(
                 f"data source {opened.source.name!r}: all {prepared.read} conversations are longer "
                 f"than {opened.source.max_tokens} tokens (--max_tokens)"
             )
         strings = token_strings(tokenizer, len(model.head))
-        write_tokens(strings, folder / "tokens.parquet")
+        write_tokens(strings, staged / "tokens.parquet")
         for kind in opened.config.kinds:
-            target = folder / kind / "lens.parquet"
+            target = staged / kind / "lens.parquet"
             write_lens(model, kind, strings, target, demeaned=opened.config.demeaned)
         units = {k: [model.n_layers, len(output_rows(model, k, 0))] for k in opened.config.kinds}
         work.write_facts(folder, {**facts, "prepared": asdict(prepared), "units": units})
+        work.begin_anew(folder)
     except OSError as error:
-        work.clear(folder)
         raise RunError(f"{folder} cannot be written: {error.strerror or error}") from error
-    except BaseException:
-        work.clear(folder)
-        raise
+    finally:
+        work.sweep(folder)
     return prepared
 
 
