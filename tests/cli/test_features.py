@@ -41,7 +41,10 @@ def test_from_a_run_to_its_pages_and_judgements(run: Path, fastadapt: Callable) 
     assert fastadapt("features", "collect", run, *COLLECT).code == 0
     assert (run / "features" / "manifest.json").read_bytes() == manifest
 
-    described = fastadapt("features", "describe", run, "--describe.units", 3, "--device", "cpu")
+    short = ("--describe.before", 4, "--describe.after", 1)  # these features are seldom silent
+    described = fastadapt(
+        "features", "describe", run, "--describe.units", 3, *short, "--device", "cpu"
+    )
     assert described.code == 0, described.err
     assert "accuracy" in described.out
     assert (run / "features" / "adapter" / "scores.parquet").is_file()
