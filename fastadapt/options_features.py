@@ -51,8 +51,7 @@ def collect_parser() -> Parser:
     parser.add_argument("run", metavar="RUN", type=str, help="folder of a finished run")
     _path(parser, "output", "folder of the store; features in the run if not given")
     _path(parser, "shard", "i/n: this part of the texts only, 0/4 to 3/4; then merge them")
-    for name, kind in (("dtype", "of weights and streams"), ("device", "to run on")):
-        _path(parser, name, f"{kind}; by default as in training")
+    _model(parser)
     _overwrite(parser, "remove what was collected there otherwise")
     parser.add_class_arguments(CollectConfig)
     return parser
@@ -101,8 +100,7 @@ def judged_parser(command: str) -> Parser:
     parser = Parser(prog=f"fastadapt features {command}", description=told[command])
     _source(parser)
     if command == "describe":
-        for name, kind in (("dtype", "of weights and streams"), ("device", "to run on")):
-            _path(parser, name, f"{kind}; by default as in training")
+        _model(parser)
     parser.add_argument(
         "--yes", action="store_true", default=False, help="agree to the costs beforehand"
     )
@@ -122,8 +120,7 @@ def overlap_parser() -> Parser:
     )
     parser.add_argument("run", metavar="RUN", type=str, help="a run whose features were collected")
     _path(parser, "store", "of the features; features in the run if not given")
-    for name, kind in (("dtype", "of weights and streams"), ("device", "to run on")):
-        _path(parser, name, f"{kind}; by default as in training")
+    _model(parser)
     parser.add_class_arguments(OverlapConfig)
     return parser
 
@@ -211,6 +208,11 @@ def _source(parser: Parser) -> None:
     parser.add_argument(
         "source", metavar="RUN", type=str, help="a run whose features were collected, or a store"
     )
+
+
+def _model(parser: Parser) -> None:
+    for name, told in (("dtype", "of weights and streams"), ("device", "to run on")):
+        _path(parser, name, f"{told}; by default as in training")
 
 
 def _path(parser: Parser, name: str, told: str) -> None:

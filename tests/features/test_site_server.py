@@ -212,7 +212,10 @@ def test_pages_are_made_where_they_are_missing_or_old(store: Store) -> None:
 def test_an_export_is_served_without_its_store(store: Store, tmp_path: Path) -> None:
     site = export(store, tmp_path / "pages")
     store.folder.rename(tmp_path / "gone")
-    served(site)
+    with serving(site) as address:
+        status, answer = get(int(address.rsplit(":", 1)[1].strip("/")), "/index.html")
+    assert status == 200
+    assert answer.endswith((site / "index.html").read_bytes())
 
 
 def test_ctrl_c_ends_it_quietly(store: Store) -> None:
