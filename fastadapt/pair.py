@@ -54,6 +54,12 @@ class PairConfig:
         if self.dtype not in DTYPES:
             raise UserError(f"pair.dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
 
+    @property
+    def named(self) -> dict[str, str | None]:
+        """Both models and their revisions, as files of results have them."""
+        keys = ("target", "target_revision", "base", "base_revision")
+        return {key: getattr(self, key) for key in keys}
+
 
 DTYPES = {
     "float32": torch.float32,

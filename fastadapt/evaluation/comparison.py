@@ -222,15 +222,9 @@ class Comparison:
         }
 
     def _about(self) -> dict[str, Any]:
-        pair = self.students.config
         return {
             "schema_version": SCHEMA_VERSION,
-            "pair": {
-                "target": pair.target,
-                "target_revision": pair.target_revision,
-                "base": pair.base,
-                "base_revision": pair.base_revision,
-            },
+            "pair": self.students.config.named,
             "settings": dataclasses.asdict(self.config),
             "level": self.config.statistics.level,
             "fingerprints": {

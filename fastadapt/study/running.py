@@ -158,15 +158,9 @@ class Study:
         return measured
 
     def _about(self, sets: Mapping[str, FeatureSet], asked: BenchmarkConfig) -> dict[str, Any]:
-        pair = self.students.config
         return {
             "schema_version": SCHEMA_VERSION,
-            "pair": {
-                "target": pair.target,
-                "target_revision": pair.target_revision,
-                "base": pair.base,
-                "base_revision": pair.base_revision,
-            },
+            "pair": self.students.config.named,
             "run": self.students.students[RUN].plain(),
             "settings": {
                 **dataclasses.asdict(self.config),

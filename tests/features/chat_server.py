@@ -14,6 +14,8 @@ from typing import Any
 #: What a server does with a request: the text of its answer, or a fault.
 Behaviour = Callable[[dict[str, Any], int], Any]
 
+KEY = "sk-this-key-is-secret-0123456789"
+
 
 class Fault:
     """An answer that is none.

@@ -70,10 +70,7 @@ class Opened:
             "run": self.run,
             "adapter": adapter_digest(self.students.folder(self.name)),
             "models": self.students.fingerprint(self.name),
-            "pair": {
-                key: getattr(pair, key)
-                for key in ("target", "base", "target_revision", "base_revision", "dtype")
-            },
+            "pair": {**pair.named, "dtype": pair.dtype},
             "data": {**asdict(self.source), "fingerprint": self.source.fingerprint()},
             "settings": settings,
             "shard": list(shard),

@@ -6,12 +6,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_server import ChatServer, answers_well, serving
+from chat_server import KEY, ChatServer, answers_well, serving
 from planted import MadeActivations, planted
 
 from fastadapt.errors import RunError, UserError
@@ -20,21 +19,6 @@ from fastadapt.features.judge.opening import open_judge
 from fastadapt.features.judge.questions import Estimate
 from fastadapt.features.judge.settings import DescribeConfig, JudgeConfig
 from fastadapt.features.store import Store
-
-KEY = "sk-this-key-is-secret-0123456789"
-
-
-@pytest.fixture(autouse=True)
-def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("OPENAI_BASE_URL", "OPENAI_MODEL", "OPENAI_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-
-
-@pytest.fixture
-def good() -> Iterator[ChatServer]:
-    with serving(answers_well) as server:
-        yield server
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -6,12 +6,11 @@ import base64
 import json
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_server import ChatServer, Fault, answers_well, serving
+from chat_server import KEY, ChatServer, Fault, answers_well, serving
 
 from fastadapt.errors import RunError, UserError
 from fastadapt.features.judge.endpoint import EndpointJudge
@@ -21,21 +20,6 @@ from fastadapt.features.judge.settings import JudgeConfig, secrets
 from fastadapt.features.judge.without_llm import TokenJudge
 from fastadapt.features.store import Store
 from fastadapt.wording import number
-
-KEY = "sk-this-key-is-secret-0123456789"
-
-
-@pytest.fixture(autouse=True)
-def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("OPENAI_BASE_URL", "OPENAI_MODEL", "OPENAI_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-
-
-@pytest.fixture
-def good() -> Iterator[ChatServer]:
-    with serving(answers_well) as server:
-        yield server
 
 
 def judge_at(url: str, folder: Path, **settings: Any) -> EndpointJudge:
