@@ -16,7 +16,13 @@ from torch import Tensor
 
 from fastadapt.errors import UserError
 from fastadapt.evaluation.benchmarks import BenchmarkResult
-from fastadapt.evaluation.statistics import BootstrapConfig, Intervals, ratio, recovered
+from fastadapt.evaluation.statistics import (
+    BootstrapConfig,
+    Intervals,
+    most_of_none,
+    ratio,
+    recovered,
+)
 
 #: By model, by way of asking (``sampled``, ``few-shot``, ...), by task.
 Results = Mapping[str, Mapping[str, Mapping[str, BenchmarkResult]]]
@@ -110,10 +116,15 @@ def _intervals(found: _Sums, config: BootstrapConfig | None) -> dict[str, Any]:
         return ratio(sums * scale, counts * scale, bounds=bounds, config=config).plain()
 
     infinite = float("inf")
+    hesitations = of(1000 * found.hesitations, found.tokens, (0.0, infinite))
+    tokens = (found.tokens * scale).sum().item() / scale.max().item()  # as the heaviest ones weigh
+    if tokens and not found.hesitations.any():
+        level = (config or BootstrapConfig()).level
+        hesitations["high"] = 1000 * most_of_none(tokens, level)
     return {
         "accuracy": of(found.correct, found.responses, (0.0, 1.0)),
         "length": of(found.tokens, found.responses, (0.0, infinite)),
-        "hesitations_per_1000": of(1000 * found.hesitations, found.tokens, (0.0, infinite)),
+        "hesitations_per_1000": hesitations,
     }
 
 

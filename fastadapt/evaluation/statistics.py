@@ -142,6 +142,15 @@ def wilson(successes: Tensor | float, trials: Tensor | float, level: float = 0.9
     return Intervals(p, low, torch.where(p == 1, 1.0, middle + half))
 
 
+def most_of_none(exposure: float, level: float = 0.95) -> float:
+    """Upper end of the interval of a rate, events per exposure, of which no event was seen.
+
+    The exact one of a Poisson count (Garwood 1936), ``-ln((1 - level) / 2) / exposure``: a sample
+    in which nothing happened has no spread, and says little where it is small.
+    """
+    return -math.log((1 - level) / 2) / exposure if exposure > 0 else math.nan
+
+
 def recovered(
     student: Tensor, floor: Tensor, ceiling: Tensor, config: BootstrapConfig | None = None
 ) -> Intervals:

@@ -14,10 +14,16 @@ from fastadapt.evaluation.scores import MEAN, summarise_benchmarks
 SPEED = Speed(tokens=1000, seconds=2.0, batching="static")
 
 
-def answered(rights: list[list[bool]], tokens: int = 10, finish: str = "eos", task: str = "a"):
+def answered(
+    rights: list[list[bool]],
+    tokens: int = 10,
+    finish: str = "eos",
+    task: str = "a",
+    hesitations: int = 1,
+):
     """A result: by question, whether each repetition was right."""
     rows = [
-        Row(f"{task}/{q}", r, right, "1", tokens + q, finish, None, 1, "text")
+        Row(f"{task}/{q}", r, right, "1", tokens + q, finish, None, hesitations, "text")
         for q, repetitions in enumerate(rights)
         for r, right in enumerate(repetitions)
     ]
@@ -93,6 +99,25 @@ def test_without_a_hybrid_nothing_is_recovered_and_shares_are_counted() -> None:
     assert (run["sampled"]["degenerate"], run["sampled"]["truncated"]) == (1.0, 0.0)
     assert found["a"]["target"]["sampled"]["truncated"] == 1.0
     assert run["greedy"]["hesitations_per_1000"]["mean"] == pytest.approx(1000 / 14)
+
+
+def test_what_never_hesitates_in_few_tokens_may_still_hesitate() -> None:
+    silent = {
+        n: answered(drawn(0.5, n, n), tokens=t, hesitations=0) for n, t in ((10, 5), (20, 50))
+    }
+    found = summarise_benchmarks({"run": {"sampled": {str(n): r for n, r in silent.items()}}})
+    exposure = {n: sum(row.length_tokens for row in silent[n].rows) for n in silent}
+    for n, tokens in exposure.items():
+        rate = found[str(n)]["run"]["sampled"]["hesitations_per_1000"]
+        assert rate == {
+            "mean": 0,
+            "low": 0,
+            "high": pytest.approx(1000 * 3.6889 / tokens, rel=1e-4),
+        }
+    # Both weigh the same, so a token of the shorter ones weighs twice: of the longer, half count.
+    rate = found[MEAN]["run"]["sampled"]["hesitations_per_1000"]
+    both = exposure[10] + exposure[20] / 2
+    assert rate == {"mean": 0, "low": 0, "high": pytest.approx(1000 * 3.6889 / both, rel=1e-4)}
 
 
 def test_models_asked_differently_are_not_compared() -> None:

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from fastadapt.errors import UserError
-from fastadapt.evaluation.statistics import BootstrapConfig, Intervals, ratio, recovered, wilson
+from fastadapt.evaluation.statistics import (
+    BootstrapConfig,
+    Intervals,
+    most_of_none,
+    ratio,
+    recovered,
+    wilson,
+)
 
 PROOF = os.environ.get("FASTADAPT_PROOF") == "1"
 EXPERIMENTS = 4000 if PROOF else 1000
@@ -200,6 +207,14 @@ def test_units_that_agree_have_no_interval_to_show() -> None:
     counts = torch.tensor([3.0, 7.0, 11.0, 5.0])
     same = ratio(0.3 * counts, counts, bounds=(0, 1))
     assert same.low == same.mean == same.high == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("level", [0.9, 0.95])
+def test_none_seen_leaves_the_rates_that_rarely_show_none(level) -> None:
+    """The largest rate at which a sample of none has the chance of a tail."""
+    high = most_of_none(50.0, level)
+    assert math.exp(-50 * high) == pytest.approx((1 - level) / 2)
+    assert math.isnan(most_of_none(0.0))
 
 
 def test_bad_input() -> None:
