@@ -164,9 +164,11 @@ def scaled(
 ) -> Iterator[None]:
     """Inside the context features count otherwise; nothing is saved, and all is as before after it.
 
-    It does what is saved otherwise, bit for bit: a factor of 0 is :func:`ablate`, and a factor onto
-    the target is :func:`onto_target`. Contexts nest: the inner one starts from what the outer one
-    made. The changed adapters are copies, held as long as the context.
+    It does what is saved otherwise: a factor of 0 is :func:`ablate`, and a factor onto the target
+    is :func:`onto_target`. The bits are the same where the model holds its adapters in float32, as
+    saved ones are; in 16 bits for 0 and powers of two of either sign, while by other factors a row
+    is rounded twice. Contexts nest: the inner one starts from what the outer one made. The changed
+    adapters are copies, held as long as the context.
 
     Args:
         model: it answers as the replacement, in ``generate`` and everything else.

@@ -14,5 +14,5 @@ one most promoted token; the paper's ten are the second. Where ten times as many
 more than half of the others, the larger control is as many times the set as that half holds.
 
 Interventions are live here (:func:`fastadapt.interventions.scaled`): one pair in memory, no file
-per arm, the same bits as saved ones.
+per arm, and in float32 the same bits as saved ones.
 """
