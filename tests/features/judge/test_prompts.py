@@ -108,6 +108,28 @@ def test_what_is_no_answer_says_why(text: str, why: str) -> None:
     assert why in told[-1]["content"]
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"evidence": "e", "description": "at the marker </think>"},
+        {"evidence": "before </think>, {", "description": "at </think> or {1}"},
+    ],
+)
+@pytest.mark.parametrize("before", ["", "<think>is it {this}?</think>", "</think>", "So: "])
+def test_an_answer_may_name_the_end_of_thinking(answer: dict[str, str], before: str) -> None:
+    text = json.dumps(answer)
+    assert read(DESCRIBE, f"{before}{text}") == answer["description"]
+    assert read(DESCRIBE, f"{before}```json\n{text}\n```") == answer["description"]
+    told = json.dumps({"class": "language", "reason": answer["description"]})
+    assert read(CLASSIFY, before + told) == Class("language", None, answer["description"])
+
+
+def test_what_was_thought_is_no_answer() -> None:
+    for after in ("", "I give up.", "}", '{"1": true'):
+        with pytest.raises(InvalidAnswerError):
+            read(DETECT, '<think>{"1": true, "2": false}</think>' + after)
+
+
 def test_descriptions_are_text_and_no_essay() -> None:
     assert read(DESCRIBE, '{"evidence": "e", "description": " on waiting "}') == "on waiting"
     for wrong in (
