@@ -198,6 +198,10 @@ def _text(found: dict[str, Any], key: str) -> str:
     value = found.get(key)
     if not isinstance(value, str) or not value.strip():
         raise InvalidAnswerError(f'expected text under "{key}"')
+    try:
+        value.encode()  # half an emoji, as \\ud83d in JSON, can be written nowhere
+    except UnicodeEncodeError:
+        raise InvalidAnswerError(f'expected text under "{key}" that is valid Unicode') from None
     return value.strip()
 
 

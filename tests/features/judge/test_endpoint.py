@@ -15,7 +15,7 @@ from chat_server import KEY, ChatServer, Fault, answers_well, serving
 from fastadapt.errors import RunError, UserError
 from fastadapt.features.judge.endpoint import EndpointJudge
 from fastadapt.features.judge.opening import open_judge
-from fastadapt.features.judge.questions import Detect, Estimate
+from fastadapt.features.judge.questions import Describe, Detect, Estimate, Example
 from fastadapt.features.judge.settings import JudgeConfig, secrets
 from fastadapt.features.judge.without_llm import TokenJudge
 from fastadapt.features.store import Store
@@ -217,6 +217,27 @@ def test_an_answer_in_the_second_place_is_an_answer(tmp_path: Path) -> None:
         assert judge_at(server.url, tmp_path).ask(questions(3)) == [RIGHT] * 3
         assert judge_at(server.url, tmp_path).kept(questions(1)[0]) == RIGHT
     assert len(server.requests) == 6
+
+
+@pytest.mark.parametrize(
+    ("half", "answer"),
+    [
+        (r'{"description": "on \ud83d"}', None),  # in the answer's own JSON
+        ('{"description": "on \ud83d"}', "on \ufffd"),  # in that of the endpoint
+        (Fault(200, r'{"choices": [], "id": "\ud83d"}'), None),
+        (Fault(200, json.dumps("\ud83d")), None),
+    ],
+)
+def test_half_an_emoji_ends_nothing(tmp_path: Path, half: Any, answer: str | None) -> None:
+    def mostly(body: dict[str, Any], _: int) -> Any:
+        return half if " wait" in body["messages"][1]["content"] else answers_well(body)
+
+    asked = [Describe((Example(("so", " wait"), (False, True)),)), *questions(20)]
+    with serving(mostly) as server:
+        assert judge_at(server.url, tmp_path).ask(asked) == [answer, *[RIGHT] * 20]
+        calls = len(server.requests)
+        assert judge_at(server.url, tmp_path).ask(asked) == [answer, *[RIGHT] * 20]
+        assert len(server.requests) == calls == 21 + (answer is None)  # all of it was kept
 
 
 def test_stopped_it_keeps_what_it_has_and_goes_on_from_there(tmp_path: Path) -> None:

@@ -142,6 +142,14 @@ def test_descriptions_are_text_and_no_essay() -> None:
             read(DESCRIBE, wrong)
 
 
+def test_half_an_emoji_is_no_text() -> None:
+    assert read(DESCRIBE, r'{"description": "on \ud83d\ude00"}') == "on 😀"
+    with pytest.raises(InvalidAnswerError, match="valid Unicode"):
+        read(DESCRIBE, r'{"description": "on \ud83d"}')
+    with pytest.raises(InvalidAnswerError, match="valid Unicode"):
+        read(CLASSIFY, r'{"class": "language", "reason": "\ude00"}')
+
+
 def test_classes_are_of_the_list() -> None:
     def of(class_: str, subclass: str | None) -> str:
         return json.dumps({"reason": "because", "class": class_, "subclass": subclass})
