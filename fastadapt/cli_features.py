@@ -94,6 +94,9 @@ def _print_store(store: Store) -> None:
     print_table(["units", "layer", "there are", "fire", "L0", "median density"], rows)
     data = store.manifest["data"]
     print(f"\n{data['tokens']:,} tokens of {data['texts']:,} texts")
+    if left_out := data.get("too_long"):
+        told = f"{left_out:,} of {data['read']:,} conversations were left out: they are longer than"
+        print(f"{told} --max_tokens, or than the model's context")
     print(f"features: {store.folder.resolve()}")
     print(f"browse:   fastadapt features serve {store.folder}")
 

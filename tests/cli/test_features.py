@@ -56,6 +56,14 @@ def test_from_a_run_to_its_pages_and_judgements(run: Path, fastadapt: Callable) 
     assert str(run / "features" / "site" / "index.html") in pages.out
 
 
+def test_texts_that_were_left_out_are_told(run: Path, fastadapt: Callable) -> None:
+    outcome = fastadapt("features", "collect", run, *COLLECT, "--max_tokens", 90)
+    assert outcome.code == 0, outcome.err
+    told = json.loads((run / "features" / "manifest.json").read_text())["data"]
+    assert 0 < told["too_long"] == 60 - told["texts"]
+    assert f"{told['too_long']} of 60 conversations were left out" in outcome.out
+
+
 def test_shards_are_merged(run: Path, fastadapt: Callable, tmp_path: Path) -> None:
     shards = [tmp_path / f"part-{i}" for i in range(2)]
     for i, folder in enumerate(shards):

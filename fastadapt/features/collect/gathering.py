@@ -14,6 +14,7 @@ import torch
 
 from fastadapt.errors import RunError, UserError
 from fastadapt.evaluation.prompts import held_out
+from fastadapt.evaluation.sampling import context_of
 from fastadapt.evaluation.students import Students
 from fastadapt.features.collect import folder as work
 from fastadapt.features.collect import snapshots
@@ -147,11 +148,13 @@ def begin(
         for kind in opened.config.kinds:
             output_rows(model, kind, 0)
         tokenizer = model.pair.tokenizer
-        prepared = prepare(opened.source, tokenizer, shard, staged / work.TEXTS)
+        longest = min(opened.source.max_tokens, context_of(model.model))
+        to = staged / work.TEXTS
+        prepared = prepare(opened.source, tokenizer, shard, to, max_tokens=longest)
         if prepared.texts == 0 and shard.n == 1:
             raise UserError(
                 f"data source {opened.source.name!r}: all {prepared.read} conversations are longer "
-                f"than {opened.source.max_tokens} tokens (--max_tokens)"
+                f"than {longest} tokens (--max_tokens, at most the model's context)"
             )
         strings = token_strings(tokenizer, len(model.head))
         write_tokens(strings, staged / "tokens.parquet")

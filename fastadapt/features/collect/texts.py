@@ -86,10 +86,19 @@ class Prepared:
     domains: list[str]
 
 
-def prepare(source: Source, tokenizer: Any, shard: Shard, path: Path) -> Prepared:
+def prepare(
+    source: Source, tokenizer: Any, shard: Shard, path: Path, *, max_tokens: int
+) -> Prepared:
     """Write this shard's texts into a file of :data:`~fastadapt.features.schema.TEXTS`.
 
     Its row groups are the groups. ``text`` is the number of the conversation in its source.
+
+    Args:
+        source: of the texts.
+        tokenizer: the pair's.
+        shard: the part of the texts to take.
+        path: of the file.
+        max_tokens: longer conversations are left out, and counted.
 
     Raises:
         UserError: the source cannot be read, or a conversation is malformed.
@@ -108,7 +117,7 @@ def prepare(source: Source, tokenizer: Any, shard: Shard, path: Path) -> Prepare
             if group % shard.n != shard.i:
                 continue
             made = _tokenised(some, tokenizer, source.family)
-            kept = [text for text in made if len(text["tokens"]) <= source.max_tokens]
+            kept = [text for text in made if len(text["tokens"]) <= max_tokens]
             too_long += len(some) - len(kept)
             texts += len(kept)
             tokens += sum(len(text["tokens"]) for text in kept)
