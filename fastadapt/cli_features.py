@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from fastadapt.cli_judges import classify, describe
-from fastadapt.cli_progress import GO_ON, under_way
+from fastadapt.cli_progress import go_on, under_way
 from fastadapt.console import print_table, quiet_transformers
 from fastadapt.errors import UserError
 from fastadapt.options import nearest
@@ -61,7 +61,7 @@ def _collect(argv: list[str]) -> int:
             stop=stop,
         )
         if stop.is_set():
-            print(GO_ON)
+            print(f"Stopped; what was done is kept. {go_on(overwrite=typed.overwrite)}")
             return 0
     if store is None:
         print(f"Shard {shard.i} of {shard.n} is done. When all are: fastadapt features merge ...")

@@ -6,11 +6,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from organism_runs import make_run
+
+from fastadapt.progress import EvalProgress
 
 COLLECT = ("--n", 60, "--device", "cpu")
 
@@ -62,6 +65,18 @@ def test_texts_that_were_left_out_are_told(run: Path, fastadapt: Callable) -> No
     told = json.loads((run / "features" / "manifest.json").read_text())["data"]
     assert 0 < told["too_long"] == 60 - told["texts"]
     assert f"{told['too_long']} of 60 conversations were left out" in outcome.out
+
+
+@pytest.mark.parametrize("command", [("features", "collect"), ("eval",)])
+@pytest.mark.parametrize("flags", [(), ("--overwrite",)])
+def test_what_was_stopped_says_how_to_go_on(
+    run: Path, fastadapt: Callable, monkeypatch: pytest.MonkeyPatch, command, flags
+) -> None:
+    monkeypatch.setattr(EvalProgress, "__call__", lambda *_: signal.raise_signal(signal.SIGTERM))
+    outcome = fastadapt(*command, run, "--device", "cpu", *flags)
+    assert outcome.code == 0, outcome.err
+    how = ", without --overwrite." if flags else "."
+    assert f"Go on with the same command{how}" in outcome.out
 
 
 def test_shards_are_merged(run: Path, fastadapt: Callable, tmp_path: Path) -> None:
