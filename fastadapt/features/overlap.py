@@ -40,7 +40,7 @@ from fastadapt.evaluation.figures import Figure, Series
 from fastadapt.evaluation.students import Students
 from fastadapt.features.collect.texts import Text, batch_of, batches_of, read_group
 from fastadapt.features.schema import OVERLAP
-from fastadapt.features.store import Store, adapter_digest
+from fastadapt.features.store import Store, adapter_digest, writing
 from fastadapt.files import replacing
 from fastadapt.kernels.transcoder import SparseCodes
 from fastadapt.models import ReplacementModel
@@ -95,7 +95,8 @@ def overlap(
         The table, a row per feature that is active on some of the tokens; None if stopped.
 
     Raises:
-        UserError: there is no store, it is of another adapter, or plots cannot be drawn.
+        UserError: there is no store, it is of another adapter, another process writes there, or
+            plots cannot be drawn.
         RunError: the store cannot be written.
     """
     require_drawing()
@@ -103,21 +104,22 @@ def overlap(
     students = Students.open([run], dtype=dtype, device=device, attention=attention)
     name = students.runs[0]
     store = Store.open(source or run, adapter=adapter_digest(students.folder(name)))
-    model = students.replacement(name)
-    batches = [batch_of(some) for some in _batches(store, config)]
-    pieces: list[pa.Table] = []
-    with students.base() as base:
-        for layer, inputs, n_F in _layers(model, base, batches):
-            pieces.append(_agreements(model.adapters[layer], layer, inputs, n_F, config))
-            if progress is not None:
-                progress(layer + 1, model.n_layers)
-            if stop is not None and stop.is_set():
-                return None
-    table = pa.concat_tables(pieces)
-    store.add("overlap", table)
-    with replacing(plot_of(store)) as staged:
-        write_png(figure(table), staged)
-    return table
+    with writing(store.folder):
+        model = students.replacement(name)
+        batches = [batch_of(some) for some in _batches(store, config)]
+        pieces: list[pa.Table] = []
+        with students.base() as base:
+            for layer, inputs, n_F in _layers(model, base, batches):
+                pieces.append(_agreements(model.adapters[layer], layer, inputs, n_F, config))
+                if progress is not None:
+                    progress(layer + 1, model.n_layers)
+                if stop is not None and stop.is_set():
+                    return None
+        table = pa.concat_tables(pieces)
+        store.add("overlap", table)
+        with replacing(plot_of(store)) as staged:
+            write_png(figure(table), staged)
+        return table
 
 
 def _batches(store: Store, config: OverlapConfig) -> Iterator[list[Text]]:

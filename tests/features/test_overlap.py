@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,7 @@ import torch
 from organism_runs import make_run
 
 from fastadapt.errors import UserError
+from fastadapt.evaluation.drawing import write_png
 from fastadapt.evaluation.students import Students
 from fastadapt.features.collect import CollectConfig, collect
 from fastadapt.features.overlap import (
@@ -24,7 +26,7 @@ from fastadapt.features.overlap import (
     plot_of,
     strongest,
 )
-from fastadapt.features.store import Store
+from fastadapt.features.store import Store, writing
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +95,27 @@ def test_agreements_equal_sets_made_by_sorting(run: Path) -> None:
     first = [row["target"] for (layer, _), row in rows.items() if layer == 0]
     assert set(first) == {1.0}  # the first block's input is the same in both
     assert medians(table)["base"] < medians(table)["target"] <= 1
+
+
+def test_the_store_is_held_from_its_opening_to_the_plot(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, held = Store.open(run).folder, []
+
+    def refused(*_: object) -> None:
+        with pytest.raises(UserError, match="another process is writing"), writing(folder):
+            pass
+        held.append(True)
+
+    def drawn(*given: Any) -> None:
+        refused()
+        write_png(*given)
+
+    monkeypatch.setattr("fastadapt.features.overlap.write_png", drawn)
+    assert overlap(run, config=OverlapConfig(tokens=1), progress=refused) is not None
+    assert len(held) == 4 + 1  # in each layer, and at the plot
+    with writing(folder), pytest.raises(UserError, match="another process is writing"):
+        overlap(run, config=OverlapConfig(tokens=1), progress=pytest.fail)
 
 
 def test_some_tokens_are_enough(run: Path) -> None:
