@@ -185,10 +185,10 @@ def _sets(argv: list[str]) -> int:
     from fastadapt.features.store import Store
 
     store = Store.open(sets_parser().parse_args(argv).source)
-    rows = [
-        [s["name"], f"{s['size']:,}", ", ".join(map(str, s["per_layer"])), s["made"]]
-        for s in list_sets(store)
-    ]
+    rows = []
+    for s in list_sets(store):
+        made = f"(of another adapter: select it again) {s['made']}" if s["stale"] else s["made"]
+        rows.append([s["name"], f"{s['size']:,}", ", ".join(map(str, s["per_layer"])), made])
     print_table(["set", "features", "by layer", "made of"], rows, left=True)
     return 0
 

@@ -156,6 +156,20 @@ def test_a_store_of_another_adapter_is_refused(collected, fastadapt, tmp_path) -
         assert "--overwrite" in outcome.err
 
 
+def test_sets_of_another_adapter_are_listed_as_such(collected, fastadapt) -> None:
+    sql = "SELECT layer, feature FROM features"
+    for name in ("mine", "old"):
+        assert fastadapt("features", "select", collected, name, "--sql", sql).code == 0
+    path = collected / "features" / "sets" / "old.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "adapter": "0" * 64}))
+    told = fastadapt("features", "sets", collected)
+    assert told.code == 0, told.err
+    (mine,) = (line for line in told.out.splitlines() if "mine" in line)
+    (old,) = (line for line in told.out.splitlines() if "old" in line)
+    assert "another adapter" not in mine
+    assert "of another adapter: select it again" in old
+
+
 def test_costs_are_told_and_need_consent(collected, fastadapt, monkeypatch) -> None:
     """Where nobody can be asked, nothing is called: the address would refuse any call."""
     monkeypatch.setenv("OPENAI_API_KEY", "none")
