@@ -306,6 +306,10 @@ def test_settings_that_cannot_be_are_refused(
         name = next(iter(wrong))
         with pytest.raises(UserError, match=rf"judge\.{name}"):
             JudgeConfig(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"judge\.model: .* at judge\.base_url"):
+        JudgeConfig(base_url="http://127.0.0.1:9/v1")
+    monkeypatch.setenv("OPENAI_MODEL", "made-1")
+    assert JudgeConfig(base_url="http://127.0.0.1:9/v1").asked_for == "made-1"
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(UserError, match="OPENAI_API_KEY"):
         EndpointJudge(JudgeConfig(model="made-1"), tmp_path)
