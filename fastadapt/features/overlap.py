@@ -37,10 +37,10 @@ from fastadapt.block_inputs import record_inputs
 from fastadapt.errors import UserError
 from fastadapt.evaluation.drawing import require_drawing, write_png
 from fastadapt.evaluation.figures import Figure, Series
-from fastadapt.evaluation.students import Students
 from fastadapt.features.collect.texts import Text, batch_of, batches_of, read_group
+from fastadapt.features.opening import students_of
 from fastadapt.features.schema import OVERLAP
-from fastadapt.features.store import Store, adapter_digest, writing
+from fastadapt.features.store import Store, writing
 from fastadapt.files import replacing
 from fastadapt.kernels.transcoder import SparseCodes
 from fastadapt.models import ReplacementModel
@@ -87,7 +87,8 @@ def overlap(
         run: folder of the run.
         source: of its store; the run's own if not given.
         config: how much.
-        dtype, device, attention: of the pair, in place of the run's settings.
+        dtype: of the pair; the one that the features were collected in if not given.
+        device, attention: of the pair, in place of the run's settings.
         progress: told (layers done, layers).
         stop: ends after the layer at hand, with nothing written.
 
@@ -101,11 +102,10 @@ def overlap(
     """
     require_drawing()
     config = config or OverlapConfig()
-    students = Students.open([run], dtype=dtype, device=device, attention=attention)
-    name = students.runs[0]
-    store = Store.open(source or run, adapter=adapter_digest(students.folder(name)))
+    store = Store.open(source or run)
     with writing(store.folder):
-        model = students.replacement(name)
+        students = students_of(store, run, dtype=dtype, device=device, attention=attention)
+        model = students.model
         batches = [batch_of(some) for some in _batches(store, config)]
         pieces: list[pa.Table] = []
         with students.base() as base:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
 from organism_runs import make_run
@@ -17,6 +18,7 @@ from fastadapt.errors import UserError
 from fastadapt.evaluation.drawing import write_png
 from fastadapt.evaluation.students import Students
 from fastadapt.features.collect import CollectConfig, collect
+from fastadapt.features.opening import students_of
 from fastadapt.features.overlap import (
     OverlapConfig,
     distribution,
@@ -116,6 +118,24 @@ def test_the_store_is_held_from_its_opening_to_the_plot(
     assert len(held) == 4 + 1  # in each layer, and at the plot
     with writing(folder), pytest.raises(UserError, match="another process is writing"):
         overlap(run, config=OverlapConfig(tokens=1), progress=pytest.fail)
+
+
+def test_models_run_as_they_did_when_features_were_collected(run: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("features")))
+    store = collect(own, None, CollectConfig(n=30), dtype="bfloat16")
+    assert store is not None
+    assert students_of(store).config.dtype == "bfloat16"
+    assert students_of(store, run).config.dtype == "bfloat16"
+    assert students_of(store, dtype="float32").config.dtype == "float32"
+    fires = store.read("features").filter(pc.field("count") > 0)
+    table = overlap(own)
+    assert table is not None
+    assert table.select(["layer", "feature"]).equals(fires.select(["layer", "feature"]))
+    of_run = overlap(own, dtype="float32")
+    assert of_run is not None
+    assert not of_run["base"].equals(table["base"])
+    del store.manifest["pair"]["dtype"]  # of a store that does not say
+    assert students_of(store).config.dtype == "float32"
 
 
 def test_some_tokens_are_enough(run: Path) -> None:
