@@ -9,13 +9,16 @@ from typing import NamedTuple
 from fastadapt.errors import UserError
 from fastadapt.features.schema import KINDS, Kind
 
+DOMAINS = 64  #: at most; of 28 layers of 8,192 units, their counts take 2 GB
+
 
 @dataclass(frozen=True)
 class CollectConfig:
     """Which texts are read, and what is kept of each unit's activations.
 
     Args:
-        data: conversations, named as ``data.train`` is; the run's held-out data if not given.
+        data: conversations, named as ``data.train`` is; the run's held-out data if not given. A
+            column ``domain`` may have 64 different values at most: each unit is counted in each.
         n: the first so many conversations; all if not given.
         max_tokens: longer conversations are left out, and so are those longer than the model's
             context.

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from fastadapt.adapter_files import save_adapters
 from fastadapt.errors import RunError, UserError
-from fastadapt.features.collect import CollectConfig, Shard, collect, merge, snapshots
+from fastadapt.features.collect import CollectConfig, Shard, collect, gathering, merge, snapshots
 from fastadapt.features.store import Store
 from fastadapt.models import ModelPair, PairConfig
 from fastadapt.organism import resolve
@@ -116,6 +117,25 @@ def test_domains_that_some_texts_lack(run: Path, tmp_path: Path) -> None:
     assert store.manifest["domains"] == ["art", "math"]
     rows_ = store.read("features").to_pylist()
     assert sum(sum(row["by_domain"]) for row in rows_) < sum(row["count"] for row in rows_)
+
+
+@pytest.mark.parametrize("shard", [Shard(), Shard(0, 2), Shard(1, 2)])
+def test_more_domains_than_can_be_counted(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard: Shard
+) -> None:
+    def data(n: int) -> str:
+        return rows(tmp_path / "own.jsonl", *(conversation(domain=f"d{i % n}") for i in range(90)))
+
+    monkeypatch.setattr(gathering, "take", pytest.fail)  # no forward pass
+    told = r"at most 64 different values in the column 'domain', got 65 in 90 conversations"
+    with pytest.raises(UserError, match=told):
+        collect(run, tmp_path / "store", CollectConfig(data=data(65)), shard=shard)
+    assert nothing_left(tmp_path / "store")
+    monkeypatch.undo()
+    stop = Event()
+    stop.set()  # as many as can be are taken
+    collect(run, tmp_path / "store", CollectConfig(data=data(64)), shard=shard, stop=stop)
+    assert (tmp_path / "store" / "collecting" / "state.safetensors").is_file()
 
 
 @pytest.mark.parametrize(
