@@ -80,17 +80,18 @@ def _merge(argv: list[str]) -> int:
 
 def _print_store(store: Store) -> None:
     """What was collected, by kind and layer."""
+    import numpy as np
+
     from fastadapt.wording import number, percent
 
     rows = []
     for kind in store.kinds:
-        found = store.connect(kind).execute(
-            "SELECT layer, count(*), count_if(count > 0), sum(density), median(density) "
-            "FILTER (WHERE count > 0) FROM features GROUP BY layer ORDER BY layer"
-        )
-        for layer, n, alive, active, median in found.fetchall():
-            of = [kind, str(layer), number(n), number(alive), number(float(active))]
-            rows.append([*of, "–" if median is None else percent(median)])
+        for layer in range(store.shape(kind)[0]):
+            density = store.read("features", kind, columns=["density"], layer=layer)["density"]
+            all_F = density.to_numpy()
+            fire = all_F[all_F > 0]
+            of = [kind, str(layer), number(len(all_F)), number(len(fire)), number(all_F.sum())]
+            rows.append([*of, percent(np.median(fire)) if len(fire) else "–"])
     print_table(["units", "layer", "there are", "fire", "L0", "median density"], rows)
     data = store.manifest["data"]
     print(f"\n{data['tokens']:,} tokens of {data['texts']:,} texts")

@@ -7,9 +7,12 @@ import json
 import re
 import shutil
 import signal
+import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from organism_runs import make_run
 
@@ -57,6 +60,22 @@ def test_from_a_run_to_its_pages_and_judgements(run: Path, fastadapt: Callable) 
     assert pages.code == 0, pages.err
     assert (run / "features" / "site" / "index.html").is_file()
     assert str(run / "features" / "site" / "index.html") in pages.out
+
+
+def test_collecting_needs_no_extra(
+    run: Path, fastadapt: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("duckdb", "openai", "matplotlib", "plotly"):
+        monkeypatch.setitem(sys.modules, name, None)
+    outcome = fastadapt("features", "collect", run, *COLLECT)
+    assert outcome.code == 0, outcome.err
+    rows = pq.read_table(run / "features" / "adapter" / "features.parquet").to_pylist()
+    lines = [re.split(r"\W*│\W*", line) for line in outcome.out.splitlines() if "│" in line]
+    for layer, line in enumerate(lines):
+        of = [row["density"] for row in rows if row["layer"] == layer]
+        assert line[:5] == ["adapter", str(layer), "24", "24", f"{sum(of):.2f}"]
+        assert line[5] == f"{100 * statistics.median(of):.1f}%"
+    assert len(lines) == 4
 
 
 def test_texts_that_were_left_out_are_told(run: Path, fastadapt: Callable) -> None:
