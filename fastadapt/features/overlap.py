@@ -5,9 +5,10 @@ which its encoder answers most strongly there are held against those of the same
 reads the target's states, or the base's (the whole base model), at the same place: the MLP's input.
 A feature that is active on n of N tokens in the replacement model has top sets of n tokens in each;
 agreement is the share of the n that both hold. Tokens are ranked by pre-activation ``W_enc x +
-b_enc``, so that a shift that stops a feature from firing does not hide that it ranks tokens alike;
-of equal ones the first come first. What the first layer's MLP reads is the same in the target as in
-the replacement model, and its agreement is 1.
+b_enc``, so that a shift that stops a feature from firing does not hide that it ranks tokens alike.
+It is computed in float32 at least: rounded to 16 bits, many tokens are equal at the cut. Of those
+that still are (the first tokens of texts, for one), the first come first. What the first layer's
+MLP reads is the same in the target as in the replacement model, and its agreement is 1.
 
 All streams go through the layers together, a layer for all texts before the next one, so that what
 is ranked is a layer's: memory is ``N x D`` for the hidden states and for the inputs of each of
@@ -46,6 +47,7 @@ from fastadapt.kernels.transcoder import SparseCodes
 from fastadapt.models import ReplacementModel
 
 BINS = 20  # of the distribution
+_WIDENED = 8192  # tokens whose inputs are in float32 at a time
 OTHERS = ("target", "base")
 
 
@@ -198,9 +200,7 @@ def _agreements(
     found: dict[str, list[Tensor]] = {other: [] for other in OTHERS}
     for some in features.split(config.features_at_once):
         tops = {
-            stream: strongest(
-                nn.functional.linear(x, adapter.W_enc[some], adapter.b_enc[some]).T, n_F[some]
-            )
+            stream: strongest(pre_activations(adapter, some, x), n_F[some])
             for stream, x in inputs.items()
         }
         for other in OTHERS:
@@ -218,6 +218,14 @@ def _agreements(
     ).cast(OVERLAP)
 
 
+def pre_activations(adapter: Any, features: Tensor, x_ND: Tensor) -> Tensor:
+    """Of some features, ``W_enc x + b_enc`` in float32 at least: ``[F, N]``."""
+    wide = torch.promote_types(x_ND.dtype, torch.float32)
+    W_FD, b_F = adapter.W_enc[features].to(wide), adapter.b_enc[features].to(wide)
+    parts = [x_ND] if x_ND.dtype == wide else x_ND.split(_WIDENED)
+    return torch.cat([nn.functional.linear(x.to(wide), W_FD, b_F) for x in parts]).T
+
+
 def strongest(z_FN: Tensor, n_F: Tensor) -> Tensor:
     """True at the ``n_F`` largest of each row, of equal ones the first: bool ``[F, N]``.
 
@@ -227,11 +235,9 @@ def strongest(z_FN: Tensor, n_F: Tensor) -> Tensor:
     """
     z_FN = z_FN.contiguous()
     cut = z_FN.topk(int(n_F.max()), dim=1).values.gather(1, (n_F - 1)[:, None])
-    top = z_FN >= cut
-    for row in (top.sum(1) > n_F).nonzero().flatten().tolist():  # several at the cut: rare
-        at = (z_FN[row] == cut[row]).nonzero().flatten()
-        top[row, at[int(n_F[row]) - int(top[row].sum()) :]] = False
-    return top
+    top, equal = z_FN > cut, z_FN == cut
+    left_F1 = n_F[:, None] - top.sum(1, keepdim=True)
+    return top | (equal & (equal.cumsum(1, dtype=torch.int32) <= left_F1))
 
 
 def distribution(table: pa.Table) -> dict[str, list[float]]:

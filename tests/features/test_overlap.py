@@ -14,6 +14,7 @@ import pytest
 import torch
 from organism_runs import make_run
 
+from fastadapt.adapter import AdapterConfig, TranscoderAdapter
 from fastadapt.errors import UserError
 from fastadapt.evaluation.drawing import write_png
 from fastadapt.evaluation.students import Students
@@ -26,6 +27,7 @@ from fastadapt.features.overlap import (
     medians,
     overlap,
     plot_of,
+    pre_activations,
     strongest,
 )
 from fastadapt.features.store import Store, writing
@@ -156,6 +158,45 @@ def test_strongest_is_a_stable_sort(ties: bool) -> None:
     for row, (values, k) in enumerate(zip(z, n.tolist(), strict=True)):
         expected = values.argsort(descending=True, stable=True)[:k]
         assert set(top[row].nonzero().flatten().tolist()) == set(expected.tolist())
+
+
+def one_by_one(z_FN: torch.Tensor, n_F: torch.Tensor) -> torch.Tensor:
+    """The rule, a feature at a time."""
+    top = torch.zeros_like(z_FN, dtype=torch.bool)
+    for row, (values, n) in enumerate(zip(z_FN, n_F.tolist(), strict=True)):
+        top[row, values.argsort(descending=True, stable=True)[:n]] = True
+    return top
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_rule_is_that_of_a_loop_over_features(
+    run: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    found = overlap(run, dtype=dtype)
+    assert found is not None
+    monkeypatch.setattr("fastadapt.features.overlap.strongest", one_by_one)
+    assert found.equals(overlap(run, dtype=dtype))
+    first = found.filter(pc.equal(found["layer"], 0))
+    assert set(first["target"].to_pylist()) == {1.0}
+
+
+def test_pre_activations_of_16_bits_are_not_rounded_to_them() -> None:
+    draw = torch.Generator().manual_seed(0)
+    adapter = TranscoderAdapter(32, AdapterConfig(50), generator=draw)
+    x, some = torch.randn(20_000, 32, generator=draw), torch.arange(10, 30)
+    own = torch.nn.functional.linear(x, adapter.W_enc[some], adapter.b_enc[some]).T
+    assert pre_activations(adapter, some, x).equal(own)
+
+    def equal_at_the_cut(z_FN: torch.Tensor) -> int:
+        ordered = z_FN.sort(dim=1, descending=True).values
+        return int((ordered[:, 499] == ordered[:, 500]).sum())
+
+    adapter, x = adapter.bfloat16(), x.bfloat16()
+    z = pre_activations(adapter, some, x)
+    exact = x.double() @ adapter.W_enc[some].double().T + adapter.b_enc[some].double()
+    torch.testing.assert_close(z.double(), exact.T, rtol=0, atol=1e-6)
+    assert equal_at_the_cut(z.bfloat16()) > 10
+    assert equal_at_the_cut(z) == 0
 
 
 def test_distribution_is_of_all_features() -> None:
