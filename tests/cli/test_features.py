@@ -217,7 +217,7 @@ def test_help_tells_every_command_and_option(fastadapt: Callable) -> None:
 OPTIONS = {
     "collect": """
 --after --batch_tokens --before --data --demeaned --device --dtype --kinds --max_tokens --n
---neurons_per_token --output --overwrite --seed --shard --snapshot_tokens --top --uniform
+--neurons_per_token --output --overwrite --seed --shard --snapshot_tokens --split --top --uniform
 """,
     "merge": """
 --output --overwrite

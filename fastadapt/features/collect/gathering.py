@@ -38,6 +38,8 @@ from fastadapt.features.store import adapter_digest
 from fastadapt.features.units import Neurons, output_rows
 
 Progress = Callable[[int, int], None]
+#: Settings that the source of the texts has, and one without part in what is collected.
+_ELSEWHERE = ("data", "split", "n", "max_tokens", "snapshot_tokens")
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Opened:
         """What is collected, from what: equal where the result is."""
         pair = self.students.config
         settings = asdict(self.config)
-        for name in ("data", "n", "max_tokens", "snapshot_tokens"):  # in the data, or without part
+        for name in _ELSEWHERE:
             del settings[name]
         return {
             "run": self.run,
@@ -115,7 +117,7 @@ def open_run(
             )
         n = max(1, math.ceil(student.l0))
         config = CollectConfig(**{**asdict(config), "neurons_per_token": n})
-    split, revision = (own.split, own.revision) if own else ("validation", None)
+    split, revision = (own.split, own.revision) if own else (config.split or "validation", None)
     found = Source(source, split, revision, family, config.n, config.max_tokens)
     return Opened(students, run, found, config)
 
