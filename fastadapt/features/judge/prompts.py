@@ -187,7 +187,7 @@ def _object(text: str) -> dict[str, Any]:
             continue
         try:
             found: dict[str, Any] = json.loads(text[start:end])
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             why = f"the JSON object cannot be read ({error})"
         else:
             return found

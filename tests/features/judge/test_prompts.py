@@ -94,6 +94,7 @@ def test_answers_are_found_where_models_put_them(text: str) -> None:
         ("yes", "found none"),
         ('{"1": true', "found none"),
         ('{"1": true, "2": }', "cannot be read"),
+        ('{"1":' + "[" * 5000 + "}", "cannot be read"),
         ('{"1": true}', "the keys 1 to 2"),
         ('{"1": true, "2": false, "3": true}', "the keys 1 to 2"),
         ('{"1": 1, "2": 0}', "true or false"),
