@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fastadapt.cli_progress import under_way
+from fastadapt.cli_progress import go_on, under_way
 from fastadapt.console import print_table, quiet_transformers
 from fastadapt.options_eval import default_output, eval_parser, parse_eval
 
@@ -31,7 +31,7 @@ def evaluate(argv: list[str]) -> int:
         result = Comparison(students, folder, config, progress, stop).run(flags.parts)
     if result is None:
         print(f"Stopped; what was measured is kept in {output}.")
-        print("Go on with the same command.")
+        print(go_on(overwrite=flags.overwrite))
         return 0
     _print(result, output)
     return 0

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from fastadapt.cli_judges import classify, describe
-from fastadapt.cli_progress import GO_ON, under_way
+from fastadapt.cli_progress import go_on, under_way
 from fastadapt.console import print_table, quiet_transformers
 from fastadapt.errors import UserError
 from fastadapt.options import nearest
@@ -61,7 +61,7 @@ def _collect(argv: list[str]) -> int:
             stop=stop,
         )
         if stop.is_set():
-            print(GO_ON)
+            print(f"Stopped; what was done is kept. {go_on(overwrite=typed.overwrite)}")
             return 0
     if store is None:
         print(f"Shard {shard.i} of {shard.n} is done. When all are: fastadapt features merge ...")
@@ -80,20 +80,24 @@ def _merge(argv: list[str]) -> int:
 
 def _print_store(store: Store) -> None:
     """What was collected, by kind and layer."""
+    import numpy as np
+
     from fastadapt.wording import number, percent
 
     rows = []
     for kind in store.kinds:
-        found = store.connect(kind).execute(
-            "SELECT layer, count(*), count_if(count > 0), sum(density), median(density) "
-            "FILTER (WHERE count > 0) FROM features GROUP BY layer ORDER BY layer"
-        )
-        for layer, n, alive, active, median in found.fetchall():
-            of = [kind, str(layer), number(n), number(alive), number(float(active))]
-            rows.append([*of, "–" if median is None else percent(median)])
+        for layer in range(store.shape(kind)[0]):
+            density = store.read("features", kind, columns=["density"], layer=layer)["density"]
+            all_F = density.to_numpy()
+            fire = all_F[all_F > 0]
+            of = [kind, str(layer), number(len(all_F)), number(len(fire)), number(all_F.sum())]
+            rows.append([*of, percent(np.median(fire)) if len(fire) else "–"])
     print_table(["units", "layer", "there are", "fire", "L0", "median density"], rows)
     data = store.manifest["data"]
     print(f"\n{data['tokens']:,} tokens of {data['texts']:,} texts")
+    if left_out := data.get("too_long"):
+        told = f"{left_out:,} of {data['read']:,} conversations were left out: they are longer than"
+        print(f"{told} --max_tokens, or than the model's context")
     print(f"features: {store.folder.resolve()}")
     print(f"browse:   fastadapt features serve {store.folder}")
 
@@ -182,10 +186,10 @@ def _sets(argv: list[str]) -> int:
     from fastadapt.features.store import Store
 
     store = Store.open(sets_parser().parse_args(argv).source)
-    rows = [
-        [s["name"], f"{s['size']:,}", ", ".join(map(str, s["per_layer"])), s["made"]]
-        for s in list_sets(store)
-    ]
+    rows = []
+    for s in list_sets(store):
+        made = f"(of another adapter: select it again) {s['made']}" if s["stale"] else s["made"]
+        rows.append([s["name"], f"{s['size']:,}", ", ".join(map(str, s["per_layer"])), made])
     print_table(["set", "features", "by layer", "made of"], rows, left=True)
     return 0
 

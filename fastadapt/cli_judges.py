@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from fastadapt.cli_progress import GO_ON, under_way
+from fastadapt.cli_progress import go_on, under_way
 from fastadapt.console import print_table
 from fastadapt.errors import UserError
 from fastadapt.options_features import judged_parser
@@ -95,7 +95,8 @@ def _judgements(store: Store, result: dict[str, Any] | None, *, stopped: bool) -
     from fastadapt.features.judge.judgements import read_judgements, tables
 
     if result is None:
-        print(GO_ON if stopped else "Nothing was called.")
+        told = f"Stopped; what was done is kept. {go_on()}"
+        print(told if stopped else "Nothing was called.")
         return 0
     for table in tables(read_judgements(store)):
         print(table.title)

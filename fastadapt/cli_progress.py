@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 
     from fastadapt.progress import EvalProgress
 
-GO_ON = "Stopped; what was done is kept. Go on with the same command."
+
+def go_on(*, overwrite: bool = False) -> str:
+    """How a command that was stopped is gone on with; with ``--overwrite`` it would begin anew."""
+    return f"Go on with the same command{', without --overwrite' if overwrite else ''}."
 
 
 @contextmanager

@@ -100,7 +100,7 @@ def judged_parser(command: str) -> Parser:
     parser = Parser(prog=f"fastadapt features {command}", description=told[command])
     _source(parser)
     if command == "describe":
-        _model(parser)
+        _model(parser, dtype="as collected")
     parser.add_argument(
         "--yes", action="store_true", default=False, help="agree to the costs beforehand"
     )
@@ -120,7 +120,7 @@ def overlap_parser() -> Parser:
     )
     parser.add_argument("run", metavar="RUN", type=str, help="a run whose features were collected")
     _path(parser, "store", "of the features; features in the run if not given")
-    _model(parser)
+    _model(parser, dtype="as collected")
     parser.add_class_arguments(OverlapConfig)
     return parser
 
@@ -210,9 +210,9 @@ def _source(parser: Parser) -> None:
     )
 
 
-def _model(parser: Parser) -> None:
-    for name, told in (("dtype", "of weights and streams"), ("device", "to run on")):
-        _path(parser, name, f"{told}; by default as in training")
+def _model(parser: Parser, *, dtype: str = "as in training") -> None:
+    _path(parser, "dtype", f"of weights and streams; by default {dtype}")
+    _path(parser, "device", "to run on; by default as in training")
 
 
 def _path(parser: Parser, name: str, told: str) -> None:

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from fastadapt.adapter_files import adapters_of
+from fastadapt.cli_progress import go_on
 from fastadapt.console import print_error, print_table, quiet_transformers
 from fastadapt.errors import RunError, UserError
 from fastadapt.evaluation.benchmarks import BenchmarkConfig
@@ -39,16 +40,18 @@ def main(argv: list[str]) -> int:
     output = options.output or options.run / "study"
     quiet_transformers()
     config = StudyConfig(benchmarks=BenchmarkConfig(repetitions=options.repetitions))
-    result = None
+    result, anew = None, False
     with stop_on_signals(None) as (stop, _), EvalProgress(sys.stderr) as progress:
         collect(options.run, progress=partial(progress, "texts collected"), stop=stop)
         if not stop.is_set():
             store = Store.open(options.run, adapter=adapter_digest(adapters_of(options.run)))
             students = Students.open([options.run], [RUN])
-            with opened(output, overwrite=options.overwrite, contents=CONTENTS) as folder:
+            anew = options.overwrite
+            with opened(output, overwrite=anew, contents=CONTENTS) as folder:
                 result = Study(students, store, folder, config, progress, stop).run()
     if result is None:
-        print(f"Stopped; what was measured is kept in {output}. Go on with the same command.")
+        print(f"Stopped; what was measured is kept in {output}.")
+        print(go_on(overwrite=anew))
         return 0
     for table in tables(result):
         print(table.title)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from fastadapt.errors import UserError
@@ -9,20 +10,31 @@ from fastadapt.evaluation.students import Students
 from fastadapt.features.store import Store, adapter_digest
 
 
-def students_of(store: Store, *, dtype: str | None = None, device: str | None = None) -> Students:
-    """A store's run, opened: the one around it, or else where the manifest says that it is.
+def students_of(
+    store: Store,
+    run: str | os.PathLike[str] | None = None,
+    *,
+    dtype: str | None = None,
+    device: str | None = None,
+    attention: str | None = None,
+) -> Students:
+    """A store's run, opened.
 
     Args:
         store: of features.
-        dtype, device: of the pair, in place of the run's settings.
+        run: its folder; if not given, the one around the store, or else where the manifest says.
+        dtype: of the pair; the one that the features were collected in if not given.
+        device, attention: of the pair, in place of the run's settings.
 
     Raises:
         UserError: the run is not there, or its adapter is not the one that was collected.
     """
-    around = store.folder.resolve().parent
-    source = around if (around / "adapter" / "fastadapt.json").is_file() else None
-    run = Path(store.manifest["run"]) if source is None else source
-    students = Students.open([run], ["run"], dtype=dtype, device=device)
+    if run is None:
+        around = store.folder.resolve().parent
+        inside = (around / "adapter" / "fastadapt.json").is_file()
+        run = around if inside else Path(store.manifest["run"])
+    dtype = dtype or store.manifest["pair"].get("dtype")
+    students = Students.open([run], ["run"], dtype=dtype, device=device, attention=attention)
     if adapter_digest(students.folder("run")) != store.manifest["adapter"]:
         raise UserError(
             f"{store.folder}: these features are of another adapter than {run} has now; collect "

@@ -5,9 +5,10 @@ which its encoder answers most strongly there are held against those of the same
 reads the target's states, or the base's (the whole base model), at the same place: the MLP's input.
 A feature that is active on n of N tokens in the replacement model has top sets of n tokens in each;
 agreement is the share of the n that both hold. Tokens are ranked by pre-activation ``W_enc x +
-b_enc``, so that a shift that stops a feature from firing does not hide that it ranks tokens alike;
-of equal ones the first come first. What the first layer's MLP reads is the same in the target as in
-the replacement model, and its agreement is 1.
+b_enc``, so that a shift that stops a feature from firing does not hide that it ranks tokens alike.
+It is computed in float32 at least: rounded to 16 bits, many tokens are equal at the cut. Of those
+that still are (the first tokens of texts, for one), the first come first. What the first layer's
+MLP reads is the same in the target as in the replacement model, and its agreement is 1.
 
 All streams go through the layers together, a layer for all texts before the next one, so that what
 is ranked is a layer's: memory is ``N x D`` for the hidden states and for the inputs of each of
@@ -37,15 +38,16 @@ from fastadapt.block_inputs import record_inputs
 from fastadapt.errors import UserError
 from fastadapt.evaluation.drawing import require_drawing, write_png
 from fastadapt.evaluation.figures import Figure, Series
-from fastadapt.evaluation.students import Students
 from fastadapt.features.collect.texts import Text, batch_of, batches_of, read_group
+from fastadapt.features.opening import students_of
 from fastadapt.features.schema import OVERLAP
-from fastadapt.features.store import Store, adapter_digest
+from fastadapt.features.store import Store, writing
 from fastadapt.files import replacing
 from fastadapt.kernels.transcoder import SparseCodes
 from fastadapt.models import ReplacementModel
 
 BINS = 20  # of the distribution
+_WIDENED = 8192  # tokens whose inputs are in float32 at a time
 OTHERS = ("target", "base")
 
 
@@ -87,7 +89,8 @@ def overlap(
         run: folder of the run.
         source: of its store; the run's own if not given.
         config: how much.
-        dtype, device, attention: of the pair, in place of the run's settings.
+        dtype: of the pair; the one that the features were collected in if not given.
+        device, attention: of the pair, in place of the run's settings.
         progress: told (layers done, layers).
         stop: ends after the layer at hand, with nothing written.
 
@@ -95,29 +98,30 @@ def overlap(
         The table, a row per feature that is active on some of the tokens; None if stopped.
 
     Raises:
-        UserError: there is no store, it is of another adapter, or plots cannot be drawn.
+        UserError: there is no store, it is of another adapter, another process writes there, or
+            plots cannot be drawn.
         RunError: the store cannot be written.
     """
     require_drawing()
     config = config or OverlapConfig()
-    students = Students.open([run], dtype=dtype, device=device, attention=attention)
-    name = students.runs[0]
-    store = Store.open(source or run, adapter=adapter_digest(students.folder(name)))
-    model = students.replacement(name)
-    batches = [batch_of(some) for some in _batches(store, config)]
-    pieces: list[pa.Table] = []
-    with students.base() as base:
-        for layer, inputs, n_F in _layers(model, base, batches):
-            pieces.append(_agreements(model.adapters[layer], layer, inputs, n_F, config))
-            if progress is not None:
-                progress(layer + 1, model.n_layers)
-            if stop is not None and stop.is_set():
-                return None
-    table = pa.concat_tables(pieces)
-    store.add("overlap", table)
-    with replacing(plot_of(store)) as staged:
-        write_png(figure(table), staged)
-    return table
+    store = Store.open(source or run)
+    with writing(store.folder):
+        students = students_of(store, run, dtype=dtype, device=device, attention=attention)
+        model = students.model
+        batches = [batch_of(some) for some in _batches(store, config)]
+        pieces: list[pa.Table] = []
+        with students.base() as base:
+            for layer, inputs, n_F in _layers(model, base, batches):
+                pieces.append(_agreements(model.adapters[layer], layer, inputs, n_F, config))
+                if progress is not None:
+                    progress(layer + 1, model.n_layers)
+                if stop is not None and stop.is_set():
+                    return None
+        table = pa.concat_tables(pieces)
+        store.add("overlap", table)
+        with replacing(plot_of(store)) as staged:
+            write_png(figure(table), staged)
+        return table
 
 
 def _batches(store: Store, config: OverlapConfig) -> Iterator[list[Text]]:
@@ -196,9 +200,7 @@ def _agreements(
     found: dict[str, list[Tensor]] = {other: [] for other in OTHERS}
     for some in features.split(config.features_at_once):
         tops = {
-            stream: strongest(
-                nn.functional.linear(x, adapter.W_enc[some], adapter.b_enc[some]).T, n_F[some]
-            )
+            stream: strongest(pre_activations(adapter, some, x), n_F[some])
             for stream, x in inputs.items()
         }
         for other in OTHERS:
@@ -216,6 +218,14 @@ def _agreements(
     ).cast(OVERLAP)
 
 
+def pre_activations(adapter: Any, features: Tensor, x_ND: Tensor) -> Tensor:
+    """Of some features, ``W_enc x + b_enc`` in float32 at least: ``[F, N]``."""
+    wide = torch.promote_types(x_ND.dtype, torch.float32)
+    W_FD, b_F = adapter.W_enc[features].to(wide), adapter.b_enc[features].to(wide)
+    parts = [x_ND] if x_ND.dtype == wide else x_ND.split(_WIDENED)
+    return torch.cat([nn.functional.linear(x.to(wide), W_FD, b_F) for x in parts]).T
+
+
 def strongest(z_FN: Tensor, n_F: Tensor) -> Tensor:
     """True at the ``n_F`` largest of each row, of equal ones the first: bool ``[F, N]``.
 
@@ -225,11 +235,9 @@ def strongest(z_FN: Tensor, n_F: Tensor) -> Tensor:
     """
     z_FN = z_FN.contiguous()
     cut = z_FN.topk(int(n_F.max()), dim=1).values.gather(1, (n_F - 1)[:, None])
-    top = z_FN >= cut
-    for row in (top.sum(1) > n_F).nonzero().flatten().tolist():  # several at the cut: rare
-        at = (z_FN[row] == cut[row]).nonzero().flatten()
-        top[row, at[int(n_F[row]) - int(top[row].sum()) :]] = False
-    return top
+    top, equal = z_FN > cut, z_FN == cut
+    left_F1 = n_F[:, None] - top.sum(1, keepdim=True)
+    return top | (equal & (equal.cumsum(1, dtype=torch.int32) <= left_F1))
 
 
 def distribution(table: pa.Table) -> dict[str, list[float]]:

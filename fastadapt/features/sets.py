@@ -226,10 +226,19 @@ def names_of_sets(store: Store) -> list[str]:
 
 
 def list_sets(store: Store) -> list[dict[str, Any]]:
-    """Of each set of the store: ``name``, ``size``, ``per_layer``, ``made``."""
-    sets = [load_set(store, name) for name in names_of_sets(store)]
+    """Of each set of the store: ``name``, ``size``, ``per_layer``, ``made``, ``stale``.
+
+    A stale one is of another adapter than the store: it stays when features are collected anew.
+    """
     return [
-        {"name": s.name, "size": len(s), "per_layer": s.per_layer(), "made": s.made} for s in sets
+        {
+            "name": s.name,
+            "size": len(s),
+            "per_layer": s.per_layer(),
+            "made": s.made,
+            "stale": not _is_of(store, s),
+        }
+        for s in (read_set(_path(store, name)) for name in names_of_sets(store))
     ]
 
 
@@ -239,9 +248,13 @@ def _path(store: Store, name: str) -> Path:
     return store.folder / FOLDER / f"{name}.json"
 
 
-def _check_of(store: Store, features: FeatureSet) -> None:
+def _is_of(store: Store, features: FeatureSet) -> bool:
     ours = str(store.manifest["adapter"]), store.shape("adapter")
-    if (features.adapter, features.shape) != ours:
+    return (features.adapter, features.shape) == ours
+
+
+def _check_of(store: Store, features: FeatureSet) -> None:
+    if not _is_of(store, features):
         raise UserError(
             f"{features.told} is of another adapter than the features in {store.folder}; select "
             "it again"

@@ -6,11 +6,17 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
+import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from organism_runs import make_run
+
+from fastadapt.progress import EvalProgress
 
 COLLECT = ("--n", 60, "--device", "cpu")
 
@@ -54,6 +60,42 @@ def test_from_a_run_to_its_pages_and_judgements(run: Path, fastadapt: Callable) 
     assert pages.code == 0, pages.err
     assert (run / "features" / "site" / "index.html").is_file()
     assert str(run / "features" / "site" / "index.html") in pages.out
+
+
+def test_collecting_needs_no_extra(
+    run: Path, fastadapt: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("duckdb", "openai", "matplotlib", "plotly"):
+        monkeypatch.setitem(sys.modules, name, None)
+    outcome = fastadapt("features", "collect", run, *COLLECT)
+    assert outcome.code == 0, outcome.err
+    rows = pq.read_table(run / "features" / "adapter" / "features.parquet").to_pylist()
+    lines = [re.split(r"\W*│\W*", line) for line in outcome.out.splitlines() if "│" in line]
+    for layer, line in enumerate(lines):
+        of = [row["density"] for row in rows if row["layer"] == layer]
+        assert line[:5] == ["adapter", str(layer), "24", "24", f"{sum(of):.2f}"]
+        assert line[5] == f"{100 * statistics.median(of):.1f}%"
+    assert len(lines) == 4
+
+
+def test_texts_that_were_left_out_are_told(run: Path, fastadapt: Callable) -> None:
+    outcome = fastadapt("features", "collect", run, *COLLECT, "--max_tokens", 90)
+    assert outcome.code == 0, outcome.err
+    told = json.loads((run / "features" / "manifest.json").read_text())["data"]
+    assert 0 < told["too_long"] == 60 - told["texts"]
+    assert f"{told['too_long']} of 60 conversations were left out" in outcome.out
+
+
+@pytest.mark.parametrize("command", [("features", "collect"), ("eval",)])
+@pytest.mark.parametrize("flags", [(), ("--overwrite",)])
+def test_what_was_stopped_says_how_to_go_on(
+    run: Path, fastadapt: Callable, monkeypatch: pytest.MonkeyPatch, command, flags
+) -> None:
+    monkeypatch.setattr(EvalProgress, "__call__", lambda *_: signal.raise_signal(signal.SIGTERM))
+    outcome = fastadapt(*command, run, "--device", "cpu", *flags)
+    assert outcome.code == 0, outcome.err
+    how = ", without --overwrite." if flags else "."
+    assert f"Go on with the same command{how}" in outcome.out
 
 
 def test_shards_are_merged(run: Path, fastadapt: Callable, tmp_path: Path) -> None:
@@ -108,6 +150,7 @@ def test_a_set_is_taken_out_and_put_onto_the_target(collected, fastadapt, tmp_pa
         (("features", "select", "{run}", "none"), "a set is selected in one way"),
         (("features", "select", "{run}", "none", "--sql", "DROP TABLE features"), "SELECT"),
         (("features", "classify", "{run}"), "tells no classes"),
+        (("features", "describe", "{run}", "--judge.base_url", "http://localhost"), "judge.model"),
         (("features", "serve", "{run}", "--port", "70000"), "expected 0 to 65535"),
         (("intervene", "{run}", "--output", "{run}/x"), "expected one of --ablate"),
         (("intervene", "{run}", "--ablate", "nope", "--output", "{run}/x"), "no set 'nope'"),
@@ -131,6 +174,20 @@ def test_a_store_of_another_adapter_is_refused(collected, fastadapt, tmp_path) -
         outcome = fastadapt(*argv)
         assert outcome.code == 2
         assert "--overwrite" in outcome.err
+
+
+def test_sets_of_another_adapter_are_listed_as_such(collected, fastadapt) -> None:
+    sql = "SELECT layer, feature FROM features"
+    for name in ("mine", "old"):
+        assert fastadapt("features", "select", collected, name, "--sql", sql).code == 0
+    path = collected / "features" / "sets" / "old.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "adapter": "0" * 64}))
+    told = fastadapt("features", "sets", collected)
+    assert told.code == 0, told.err
+    (mine,) = (line for line in told.out.splitlines() if "mine" in line)
+    (old,) = (line for line in told.out.splitlines() if "old" in line)
+    assert "another adapter" not in mine
+    assert "of another adapter: select it again" in old
 
 
 def test_costs_are_told_and_need_consent(collected, fastadapt, monkeypatch) -> None:
@@ -160,7 +217,7 @@ def test_help_tells_every_command_and_option(fastadapt: Callable) -> None:
 OPTIONS = {
     "collect": """
 --after --batch_tokens --before --data --demeaned --device --dtype --kinds --max_tokens --n
---neurons_per_token --output --overwrite --seed --shard --snapshot_tokens --top --uniform
+--neurons_per_token --output --overwrite --seed --shard --snapshot_tokens --split --top --uniform
 """,
     "merge": """
 --output --overwrite

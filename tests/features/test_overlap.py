@@ -5,16 +5,21 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
 from organism_runs import make_run
 
+from fastadapt.adapter import AdapterConfig, TranscoderAdapter
 from fastadapt.errors import UserError
+from fastadapt.evaluation.drawing import write_png
 from fastadapt.evaluation.students import Students
 from fastadapt.features.collect import CollectConfig, collect
+from fastadapt.features.opening import students_of
 from fastadapt.features.overlap import (
     OverlapConfig,
     distribution,
@@ -22,9 +27,10 @@ from fastadapt.features.overlap import (
     medians,
     overlap,
     plot_of,
+    pre_activations,
     strongest,
 )
-from fastadapt.features.store import Store
+from fastadapt.features.store import Store, writing
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +101,45 @@ def test_agreements_equal_sets_made_by_sorting(run: Path) -> None:
     assert medians(table)["base"] < medians(table)["target"] <= 1
 
 
+def test_the_store_is_held_from_its_opening_to_the_plot(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, held = Store.open(run).folder, []
+
+    def refused(*_: object) -> None:
+        with pytest.raises(UserError, match="another process is writing"), writing(folder):
+            pass
+        held.append(True)
+
+    def drawn(*given: Any) -> None:
+        refused()
+        write_png(*given)
+
+    monkeypatch.setattr("fastadapt.features.overlap.write_png", drawn)
+    assert overlap(run, config=OverlapConfig(tokens=1), progress=refused) is not None
+    assert len(held) == 4 + 1  # in each layer, and at the plot
+    with writing(folder), pytest.raises(UserError, match="another process is writing"):
+        overlap(run, config=OverlapConfig(tokens=1), progress=pytest.fail)
+
+
+def test_models_run_as_they_did_when_features_were_collected(run: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("features")))
+    store = collect(own, None, CollectConfig(n=30), dtype="bfloat16")
+    assert store is not None
+    assert students_of(store).config.dtype == "bfloat16"
+    assert students_of(store, run).config.dtype == "bfloat16"
+    assert students_of(store, dtype="float32").config.dtype == "float32"
+    fires = store.read("features").filter(pc.field("count") > 0)
+    table = overlap(own)
+    assert table is not None
+    assert table.select(["layer", "feature"]).equals(fires.select(["layer", "feature"]))
+    of_run = overlap(own, dtype="float32")
+    assert of_run is not None
+    assert not of_run["base"].equals(table["base"])
+    del store.manifest["pair"]["dtype"]  # of a store that does not say
+    assert students_of(store).config.dtype == "float32"
+
+
 def test_some_tokens_are_enough(run: Path) -> None:
     assert overlap(run, config=OverlapConfig(tokens=1)) is not None  # one text, whatever its length
     stop = Event()
@@ -113,6 +158,45 @@ def test_strongest_is_a_stable_sort(ties: bool) -> None:
     for row, (values, k) in enumerate(zip(z, n.tolist(), strict=True)):
         expected = values.argsort(descending=True, stable=True)[:k]
         assert set(top[row].nonzero().flatten().tolist()) == set(expected.tolist())
+
+
+def one_by_one(z_FN: torch.Tensor, n_F: torch.Tensor) -> torch.Tensor:
+    """The rule, a feature at a time."""
+    top = torch.zeros_like(z_FN, dtype=torch.bool)
+    for row, (values, n) in enumerate(zip(z_FN, n_F.tolist(), strict=True)):
+        top[row, values.argsort(descending=True, stable=True)[:n]] = True
+    return top
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_rule_is_that_of_a_loop_over_features(
+    run: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    found = overlap(run, dtype=dtype)
+    assert found is not None
+    monkeypatch.setattr("fastadapt.features.overlap.strongest", one_by_one)
+    assert found.equals(overlap(run, dtype=dtype))
+    first = found.filter(pc.equal(found["layer"], 0))
+    assert set(first["target"].to_pylist()) == {1.0}
+
+
+def test_pre_activations_of_16_bits_are_not_rounded_to_them() -> None:
+    draw = torch.Generator().manual_seed(0)
+    adapter = TranscoderAdapter(32, AdapterConfig(50), generator=draw)
+    x, some = torch.randn(20_000, 32, generator=draw), torch.arange(10, 30)
+    own = torch.nn.functional.linear(x, adapter.W_enc[some], adapter.b_enc[some]).T
+    assert pre_activations(adapter, some, x).equal(own)
+
+    def equal_at_the_cut(z_FN: torch.Tensor) -> int:
+        ordered = z_FN.sort(dim=1, descending=True).values
+        return int((ordered[:, 499] == ordered[:, 500]).sum())
+
+    adapter, x = adapter.bfloat16(), x.bfloat16()
+    z = pre_activations(adapter, some, x)
+    exact = x.double() @ adapter.W_enc[some].double().T + adapter.b_enc[some].double()
+    torch.testing.assert_close(z.double(), exact.T, rtol=0, atol=1e-6)
+    assert equal_at_the_cut(z.bfloat16()) > 10
+    assert equal_at_the_cut(z) == 0
 
 
 def test_distribution_is_of_all_features() -> None:

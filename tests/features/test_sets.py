@@ -78,8 +78,21 @@ def test_a_set_is_kept_and_listed(store: Store) -> None:
         "size": 2,
         "per_layer": [1, 1],
         "made": "hand",
+        "stale": False,
     }
     assert not [p for p in path.parent.iterdir() if p.suffix != ".json"]
+
+
+def test_a_set_of_another_adapter_is_listed_as_such(store: Store) -> None:
+    save_set(store, made((0, 2)), "mine")
+    for name, change in (("other", {"adapter": "1" * 64}), ("wider", {"n_features": 7})):
+        path = save_set(store, made((1, 5)), name)
+        path.write_text(json.dumps({**json.loads(path.read_text()), **change, "name": name}))
+    assert [(s["name"], s["size"], s["stale"]) for s in list_sets(store)] == [
+        ("mine", 1, False),
+        ("other", 1, True),
+        ("wider", 1, True),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import runpy
+import shutil
+import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from threading import Event
 
@@ -26,9 +30,11 @@ from fastadapt.intervention_files import intervene
 from fastadapt.interventions import Intervention
 from fastadapt.models import ModelPair, PairConfig, ReplacementModel
 from fastadapt.organism import resolve
+from fastadapt.progress import EvalProgress
 from fastadapt.study.arms import RUN, StudyConfig, arms_of, select
 from fastadapt.study.running import CONTENTS, Study
 
+SCRIPT = Path(__file__).parents[2] / "reproduce" / "study.py"
 NAMES = {"target": "organism/target", "base": "organism/base"}
 SMALL = StudyConfig(
     tops=(1,),
@@ -112,6 +118,26 @@ def test_every_arm_is_asked_once_and_the_study_goes_on(run: Path, tmp_path: Path
     with opened(tmp_path / "study", contents=CONTENTS):
         assert study.run() == result
     assert all(done == wanted for _, done, wanted in told)
+
+
+@pytest.mark.parametrize("collected", [False, True])
+def test_stopped_it_says_how_to_go_on(
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    collected: bool,
+) -> None:
+    ignored = None if collected else shutil.ignore_patterns("features")
+    own = shutil.copytree(run, tmp_path / "run", ignore=ignored)
+    main = runpy.run_path(str(SCRIPT))["main"]
+    few = partial(collect, config=CollectConfig(n=40))
+    monkeypatch.setitem(main.__globals__, "collect", few)
+    monkeypatch.setattr(EvalProgress, "__call__", lambda *_: signal.raise_signal(signal.SIGTERM))
+    assert main([str(own), "--overwrite"]) == 0
+    # A study of before is in place until the features are there.
+    how = ", without --overwrite." if collected else "."
+    assert f"Go on with the same command{how}" in capsys.readouterr().out
 
 
 def test_an_arm_is_what_its_saved_run_is(run: Path, tmp_path: Path) -> None:

@@ -25,9 +25,10 @@ from fastadapt.errors import RunError, UserError
 from fastadapt.features.collect import folder as work
 from fastadapt.features.collect.config import CollectConfig, Shard
 from fastadapt.features.collect.gathering import Progress, begin, gather, open_run
-from fastadapt.features.collect.merging import merged_tallies, shards_of
+from fastadapt.features.collect.merging import merged_tallies, merged_texts, shards_of
 from fastadapt.features.collect.tables import check_fires, unit_shapes, write_texts, write_units
 from fastadapt.features.collect.tally import Tally
+from fastadapt.features.collect.texts import Prepared
 from fastadapt.features.schema import EDGES, MANIFEST, Kind
 from fastadapt.features.store import Store, write_manifest, writing
 
@@ -83,7 +84,7 @@ def collect(
         tallies = gather(opened, prepared, out, progress=progress, stop=stop)
         if tallies is None or part.n > 1:
             return None
-        return _finish(out, [out], facts, tallies, prepared.domains)
+        return _finish(out, [out], facts, tallies, prepared)
 
 
 def merge(
@@ -114,7 +115,8 @@ def merge(
         del facts["prepared"], facts["units"]
         if not overwrite and (done := _finished(out, facts)):
             return done
-        tallies, domains = merged_tallies(parts)
+        prepared = merged_texts(parts)
+        tallies = merged_tallies(parts, prepared.domains)
         work.clear(out)
         first = parts[0].folder
         try:
@@ -123,7 +125,7 @@ def merge(
                 shutil.copyfile(first / name, out / name)
         except OSError as error:
             raise RunError(f"{out} cannot be written: {error.strerror}") from error
-        return _finish(out, [part.folder for part in parts], facts, tallies, domains)
+        return _finish(out, [part.folder for part in parts], facts, tallies, prepared)
 
 
 def _finished(out: Path, facts: Mapping[str, Any]) -> Store | None:
@@ -147,7 +149,7 @@ def _finish(
     parts: Sequence[Path],
     facts: Mapping[str, Any],
     tallies: Mapping[Kind, Tally],
-    domains: list[str],
+    prepared: Prepared,
 ) -> Store:
     """Write the tables, the manifest last, and remove what only collecting needed."""
     texts = write_texts([part / work.WORK / work.TEXTS for part in parts], out / "texts.parquet")
@@ -159,7 +161,8 @@ def _finish(
         raise
     files = [out / "texts.parquet", out / "tokens.parquet"]
     for kind, tally in tallies.items():
-        files += [*write_units(tally, texts, domains, out / kind), out / kind / "lens.parquet"]
+        files += write_units(tally, texts, prepared.domains, out / kind)
+        files.append(out / kind / "lens.parquet")
     source = facts["data"]
     manifest = {
         "run": facts["run"],
@@ -171,8 +174,10 @@ def _finish(
             "digest": texts.digest,
             "texts": len(texts.numbers),
             "tokens": texts.tokens,
+            "read": prepared.read,
+            "too_long": prepared.too_long,
         },
-        "domains": domains,
+        "domains": prepared.domains,
         "settings": facts["settings"],
         "units": unit_shapes(tallies),
         "lens": {"demeaned": facts["settings"]["demeaned"], "final_norm": False},

@@ -9,13 +9,17 @@ from typing import NamedTuple
 from fastadapt.errors import UserError
 from fastadapt.features.schema import KINDS, Kind
 
+DOMAINS = 64  #: at most; of 28 layers of 8,192 units, their counts take 2 GB
+
 
 @dataclass(frozen=True)
 class CollectConfig:
     """Which texts are read, and what is kept of each unit's activations.
 
     Args:
-        data: conversations, named as ``data.train`` is; the run's held-out data if not given.
+        data: conversations, named as ``data.train`` is; the run's held-out data if not given. A
+            column ``domain`` may have 64 different values at most: each unit is counted in each.
+        split: of ``data``, where that is on the hub or a folder; ``validation`` if not given.
         n: the first so many conversations; all if not given.
         max_tokens: longer conversations are left out, and so are those longer than the model's
             context.
@@ -36,6 +40,7 @@ class CollectConfig:
     """
 
     data: str | None = None
+    split: str | None = None
     n: int | None = None
     max_tokens: int = 10_000
     top: int = 20
@@ -58,6 +63,11 @@ class CollectConfig:
                 raise UserError(f"{name}: expected {bound} or more, got {getattr(self, name)}")
         if self.seed >= 2**63:
             raise UserError(f"seed: expected less than 2**63, got {self.seed}")
+        if self.split is not None and self.data is None:
+            raise UserError(
+                f"split: expected --data beside it, of which {self.split!r} is a split, got none; "
+                "the run's held-out data has its own"
+            )
         kinds = tuple(self.kinds)
         if not kinds or set(kinds) - set(KINDS) or len(set(kinds)) < len(kinds):
             raise UserError(

@@ -14,6 +14,7 @@ import torch
 
 from fastadapt.errors import RunError, UserError
 from fastadapt.evaluation.prompts import held_out
+from fastadapt.evaluation.sampling import context_of
 from fastadapt.evaluation.students import Students
 from fastadapt.features.collect import folder as work
 from fastadapt.features.collect import snapshots
@@ -37,6 +38,8 @@ from fastadapt.features.store import adapter_digest
 from fastadapt.features.units import Neurons, output_rows
 
 Progress = Callable[[int, int], None]
+#: Settings that the source of the texts has, and one without part in what is collected.
+_ELSEWHERE = ("data", "split", "n", "max_tokens", "snapshot_tokens")
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Opened:
         """What is collected, from what: equal where the result is."""
         pair = self.students.config
         settings = asdict(self.config)
-        for name in ("data", "n", "max_tokens", "snapshot_tokens"):  # in the data, or without part
+        for name in _ELSEWHERE:
             del settings[name]
         return {
             "run": self.run,
@@ -114,7 +117,7 @@ def open_run(
             )
         n = max(1, math.ceil(student.l0))
         config = CollectConfig(**{**asdict(config), "neurons_per_token": n})
-    split, revision = (own.split, own.revision) if own else ("validation", None)
+    split, revision = (own.split, own.revision) if own else (config.split or "validation", None)
     found = Source(source, split, revision, family, config.n, config.max_tokens)
     return Opened(students, run, found, config)
 
@@ -147,11 +150,13 @@ def begin(
         for kind in opened.config.kinds:
             output_rows(model, kind, 0)
         tokenizer = model.pair.tokenizer
-        prepared = prepare(opened.source, tokenizer, shard, staged / work.TEXTS)
+        longest = min(opened.source.max_tokens, context_of(model.model))
+        to = staged / work.TEXTS
+        prepared = prepare(opened.source, tokenizer, shard, to, max_tokens=longest)
         if prepared.texts == 0 and shard.n == 1:
             raise UserError(
                 f"data source {opened.source.name!r}: all {prepared.read} conversations are longer "
-                f"than {opened.source.max_tokens} tokens (--max_tokens)"
+                f"than {longest} tokens (--max_tokens, at most the model's context)"
             )
         strings = token_strings(tokenizer, len(model.head))
         write_tokens(strings, staged / "tokens.parquet")

@@ -15,6 +15,7 @@ from fastadapt.features.collect import folder as work
 from fastadapt.features.collect import snapshots
 from fastadapt.features.collect.config import CollectConfig
 from fastadapt.features.collect.tally import Tally
+from fastadapt.features.collect.texts import Prepared
 from fastadapt.features.schema import Kind
 from fastadapt.pretrained import reading
 
@@ -74,9 +75,20 @@ def _check_finished(folder: Path, shard: str) -> None:
         raise UserError(f"{folder}: shard {shard} is not finished; collect it again, it goes on")
 
 
-def merged_tallies(parts: Sequence[Part]) -> tuple[dict[Kind, Tally], list[str]]:
-    """The sum of all shards, and the domains of all their texts."""
-    domains = sorted({d for part in parts for d in part.facts["prepared"]["domains"]})
+def merged_texts(parts: Sequence[Part]) -> Prepared:
+    """What is known of the texts of all shards."""
+    each = [Prepared(**part.facts["prepared"]) for part in parts]
+    return Prepared(
+        each[0].read,  # the whole source, by each of them
+        sum(own.too_long for own in each),
+        sum(own.texts for own in each),
+        sum(own.tokens for own in each),
+        sorted({domain for own in each for domain in own.domains}),
+    )
+
+
+def merged_tallies(parts: Sequence[Part], domains: Sequence[str]) -> dict[Kind, Tally]:
+    """The sum of all shards, by the domains of all their texts."""
     settings = {**parts[0].facts["settings"]}
     config = CollectConfig(**{**settings, "kinds": tuple(settings["kinds"])})
     tallies: dict[Kind, Tally] = {}
@@ -91,4 +103,4 @@ def merged_tallies(parts: Sequence[Part]) -> tuple[dict[Kind, Tally], list[str]]
                     cpu = torch.device("cpu")
                     tallies[kind] = Tally(kind, tuple(shape), len(domains), config, cpu)
                 tallies[kind].absorb(tensors, own)
-    return tallies, domains
+    return tallies

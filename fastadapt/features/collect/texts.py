@@ -28,7 +28,7 @@ from fastadapt.data.sources import COLUMN, find_files, read_values
 from fastadapt.data.tokens import check_markers, encode
 from fastadapt.errors import UserError
 from fastadapt.features.collect.chance import tokens_hash
-from fastadapt.features.collect.config import CollectConfig, Shard
+from fastadapt.features.collect.config import DOMAINS, CollectConfig, Shard
 from fastadapt.features.collect.keeping import place_of
 from fastadapt.features.collect.tally import SLOTS, Places
 from fastadapt.features.regions import regions_of, spans_of, tenths_of
@@ -86,13 +86,23 @@ class Prepared:
     domains: list[str]
 
 
-def prepare(source: Source, tokenizer: Any, shard: Shard, path: Path) -> Prepared:
+def prepare(
+    source: Source, tokenizer: Any, shard: Shard, path: Path, *, max_tokens: int
+) -> Prepared:
     """Write this shard's texts into a file of :data:`~fastadapt.features.schema.TEXTS`.
 
     Its row groups are the groups. ``text`` is the number of the conversation in its source.
 
+    Args:
+        source: of the texts.
+        tokenizer: the pair's.
+        shard: the part of the texts to take.
+        path: of the file.
+        max_tokens: longer conversations are left out, and counted.
+
     Raises:
-        UserError: the source cannot be read, or a conversation is malformed.
+        UserError: the source cannot be read, a conversation is malformed, or there are too many
+            domains, those of other shards' conversations included.
     """
     check_markers(tokenizer, source.family)
     rows = read_values(
@@ -100,15 +110,23 @@ def prepare(source: Source, tokenizer: Any, shard: Shard, path: Path) -> Prepare
     )
     read = too_long = texts = tokens = 0
     domains: set[str] = set()
+    found: set[str] = set()  # with those of all other conversations
     numbered = enumerate(islice(rows, source.n))
     with replacing(path) as staged, pq.ParquetWriter(staged, TEXTS, compression="zstd") as writer:
         for group, members in groupby(numbered, lambda row: row[0] // GROUP):
             some = list(members)
             read += len(some)
+            found.update(d for _, (_, values) in some if (d := _domain(values)) is not None)
+            if len(found) > DOMAINS:
+                raise UserError(
+                    f"data source {source.name!r}: expected at most {DOMAINS} different values in "
+                    f"the column 'domain', got {len(found)} in {read:,} conversations; rename the "
+                    "column, or put them into fewer"
+                )
             if group % shard.n != shard.i:
                 continue
             made = _tokenised(some, tokenizer, source.family)
-            kept = [text for text in made if len(text["tokens"]) <= source.max_tokens]
+            kept = [text for text in made if len(text["tokens"]) <= max_tokens]
             too_long += len(some) - len(kept)
             texts += len(kept)
             tokens += sum(len(text["tokens"]) for text in kept)
@@ -132,7 +150,7 @@ def _tokenised(
     encoded = encode(tokenizer, [prompt + response for prompt, response in parts], offsets=True)
     made = []
     for i, (number, (where, values)) in enumerate(some):
-        ids, domain = encoded["input_ids"][i], values.get("domain")
+        ids = encoded["input_ids"][i]
         if len(ids) < 2:
             raise UserError(
                 f"{where}: the conversation has {len(ids)} token(s); at least 2 are needed"
@@ -142,12 +160,17 @@ def _tokenised(
             {
                 "text": number,
                 "id": str(number),
-                "domain": domain if isinstance(domain, str) else None,
+                "domain": _domain(values),
                 "tokens": ids,
                 "regions": regions_of(spans, encoded["offset_mapping"][i]),
             }
         )
     return made
+
+
+def _domain(values: dict[str, Any]) -> str | None:
+    domain = values.get("domain")
+    return domain if isinstance(domain, str) else None
 
 
 class Text(NamedTuple):

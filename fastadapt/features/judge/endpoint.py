@@ -276,16 +276,19 @@ class EndpointJudge:
 
 
 def _text_of(made: Any) -> str:
-    """What a completion says; the whole of it where it says nothing, which is no valid answer."""
+    """What a completion says; the whole of it where it says nothing, which is no valid answer.
+
+    Half an emoji, which can be written nowhere, becomes the mark of what cannot be read.
+    """
     from pydantic import BaseModel  # what the package openai makes its answers of
 
     try:
         text = made.choices[0].message.content
     except (AttributeError, IndexError, TypeError):
         text = None
-    if isinstance(text, str) and text:
-        return text
-    return made.model_dump_json(exclude_none=True) if isinstance(made, BaseModel) else str(made)
+    if not isinstance(text, str) or not text:
+        text = str(made.model_dump(exclude_none=True) if isinstance(made, BaseModel) else made)
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _short(text: str) -> str:

@@ -8,6 +8,7 @@ chosen so that no text contains them.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -174,24 +175,33 @@ def marked(example: Example, left: str, right: str) -> str:
 
 
 def _object(text: str) -> dict[str, Any]:
-    """The JSON object in an answer, which may stand after its thinking, in a fence or in words."""
-    text = text.rpartition("</think>")[2]
-    start, end = text.find("{"), text.rfind("}")
-    if start < 0 or end < start:
-        raise InvalidAnswerError("expected a JSON object, found none")
-    try:
-        found = json.loads(text[start : end + 1])
-    except ValueError as error:
-        raise InvalidAnswerError(f"the JSON object cannot be read ({error})") from None
-    if not isinstance(found, dict):
-        raise InvalidAnswerError("expected a JSON object")
-    return found
+    """The JSON object in an answer, which may stand after its thinking, in a fence or in words.
+
+    It ends behind all thinking, and may itself name the mark at which that ends.
+    """
+    begins = [0, *(mark.end() for mark in re.finditer("</think>", text))]
+    end = text.rfind("}", begins[-1]) + 1
+    why = "expected a JSON object, found none"
+    for begin in reversed(begins):
+        if (start := text.find("{", begin, end)) < 0:
+            continue
+        try:
+            found: dict[str, Any] = json.loads(text[start:end])
+        except (ValueError, RecursionError) as error:
+            why = f"the JSON object cannot be read ({error})"
+        else:
+            return found
+    raise InvalidAnswerError(why)
 
 
 def _text(found: dict[str, Any], key: str) -> str:
     value = found.get(key)
     if not isinstance(value, str) or not value.strip():
         raise InvalidAnswerError(f'expected text under "{key}"')
+    try:
+        value.encode()  # half an emoji, as \\ud83d in JSON, can be written nowhere
+    except UnicodeEncodeError:
+        raise InvalidAnswerError(f'expected text under "{key}" that is valid Unicode') from None
     return value.strip()
 
 

@@ -82,6 +82,11 @@ class JudgeConfig:
             raise UserError(
                 f"judge.base_url: expected http:// or https://, got {public(self.base_url)!r}"
             )
+        if self.base_url is not None and self.asked_for is None:
+            raise UserError(
+                f"judge.model: expected the name of a model at judge.base_url, here or in {MODEL}, "
+                "got none"
+            )
         own = {"model", "messages", "temperature", "max_tokens", "response_format", "stream", "n"}
         if taken := sorted(own & set(self.fields)):
             raise UserError(f"judge.extra: {taken[0]} is a setting of its own, or fixed")

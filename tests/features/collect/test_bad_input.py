@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from fastadapt.adapter_files import save_adapters
 from fastadapt.errors import RunError, UserError
-from fastadapt.features.collect import CollectConfig, Shard, collect, merge, snapshots
+from fastadapt.features.collect import CollectConfig, Shard, collect, gathering, merge, snapshots
 from fastadapt.features.store import Store
 from fastadapt.models import ModelPair, PairConfig
 from fastadapt.organism import resolve
@@ -51,6 +53,7 @@ def nothing_left(folder: Path) -> bool:
         ({"max_tokens": 1}, r"max_tokens: expected 2"),
         ({"neurons_per_token": 0}, r"neurons_per_token: expected 1"),
         ({"seed": 2**63}, r"seed: expected less than"),
+        ({"split": "train"}, r"split: expected --data beside it"),
         ({"kinds": ()}, r"kinds: .* got none"),
         ({"kinds": ("adapter", "hybrid")}, r"kinds: expected some of adapter, base"),
         ({"kinds": ("base", "base")}, r"kinds: .* each once"),
@@ -116,6 +119,42 @@ def test_domains_that_some_texts_lack(run: Path, tmp_path: Path) -> None:
     assert store.manifest["domains"] == ["art", "math"]
     rows_ = store.read("features").to_pylist()
     assert sum(sum(row["by_domain"]) for row in rows_) < sum(row["count"] for row in rows_)
+
+
+def test_splits_of_a_folder(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for name, n in (("train", 2), ("test", 3)):
+        rows(tmp_path / "data" / f"{name}-0.jsonl", *[conversation()] * n)
+    config = CollectConfig(data=str(tmp_path / "data"))
+    with pytest.raises(UserError, match=r"no file of split 'validation' among test-0"):
+        collect(run, tmp_path / "store", config)
+    assert nothing_left(tmp_path / "store")
+    for split, n in (("train", 2), ("test", 3)):
+        store = collect(run, tmp_path / split, replace(config, split=split))
+        assert store is not None
+        assert store.manifest["data"]["texts"] == n
+        assert store.manifest["collected"]["data"]["split"] == split
+    with pytest.raises(UserError, match="fingerprint: "):  # of other texts
+        collect(run, tmp_path / "test", replace(config, split="train"))
+
+
+@pytest.mark.parametrize("shard", [Shard(), Shard(0, 2), Shard(1, 2)])
+def test_more_domains_than_can_be_counted(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard: Shard
+) -> None:
+    def data(n: int) -> str:
+        return rows(tmp_path / "own.jsonl", *(conversation(domain=f"d{i % n}") for i in range(90)))
+
+    monkeypatch.setattr(gathering, "take", pytest.fail)  # no forward pass
+    told = r"at most 64 different values in the column 'domain', got 65 in 90 conversations"
+    with pytest.raises(UserError, match=told):
+        collect(run, tmp_path / "store", CollectConfig(data=data(65)), shard=shard)
+    assert nothing_left(tmp_path / "store")
+    monkeypatch.undo()
+    stop = Event()
+    stop.set()  # as many as can be are taken
+    collect(run, tmp_path / "store", CollectConfig(data=data(64)), shard=shard, stop=stop)
+    assert (tmp_path / "store" / "collecting" / "state.safetensors").is_file()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from organism_runs import dense_activations, files_of, hashed, make_run
 from stores import rows_of
 
+from fastadapt.errors import UserError
 from fastadapt.evaluation.students import Students
 from fastadapt.features.collect import CollectConfig, collect, merge
 from fastadapt.features.collect.tally import bins_of
@@ -109,3 +112,31 @@ def test_merged_shards_are_the_same_files(run: Path, store: Store, tmp_path: Pat
         assert collect(run, folder, CONFIG, shard=(i, 3)) is None
     merge(list(reversed(folders)), tmp_path / "merged")
     assert files_of(tmp_path / "merged") == files_of(store.folder)
+
+
+def test_texts_beyond_the_context_are_left_out_and_counted(run: Path, tmp_path: Path) -> None:
+    def said(words: int) -> str:
+        turns = [{"from": "human", "value": "2?"}, {"from": "gpt", "value": "1 " * words}]
+        return json.dumps({"conversations": turns}) + "\n"
+
+    long = {3, 70, 71, 129}  # one, two and one of the groups that three shards take
+    data = tmp_path / "own.jsonl"
+    data.write_text("".join(said(600 if i in long else 1) for i in range(130)))
+    config = CollectConfig(data=str(data))  # the embedded pair reads 512 tokens
+    store = collect(run, tmp_path / "whole", config)
+    assert store is not None
+    told = store.manifest["data"]
+    assert (told["read"], told["too_long"], told["texts"]) == (130, 4, 126)
+    kept = [str(i) for i in range(130) if i not in long]
+    assert store.read("texts")["id"].to_pylist() == kept
+    folders = [tmp_path / f"part-{i}" for i in range(3)]
+    for i, folder in enumerate(folders):
+        assert collect(run, folder, config, shard=(i, 3)) is None
+    merge(folders, tmp_path / "merged")
+    assert files_of(tmp_path / "merged") == files_of(store.folder)
+    fewer = collect(run, tmp_path / "fewer", replace(config, n=4, max_tokens=300))
+    assert fewer is not None
+    assert fewer.manifest["data"]["too_long"] == 1
+    data.write_text(said(600))
+    with pytest.raises(UserError, match="all 1 conversations are longer than 512 tokens"):
+        collect(run, tmp_path / "none", config)

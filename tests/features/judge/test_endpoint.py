@@ -15,7 +15,7 @@ from chat_server import KEY, ChatServer, Fault, answers_well, serving
 from fastadapt.errors import RunError, UserError
 from fastadapt.features.judge.endpoint import EndpointJudge
 from fastadapt.features.judge.opening import open_judge
-from fastadapt.features.judge.questions import Detect, Estimate
+from fastadapt.features.judge.questions import Describe, Detect, Estimate, Example
 from fastadapt.features.judge.settings import JudgeConfig, secrets
 from fastadapt.features.judge.without_llm import TokenJudge
 from fastadapt.features.store import Store
@@ -219,6 +219,27 @@ def test_an_answer_in_the_second_place_is_an_answer(tmp_path: Path) -> None:
     assert len(server.requests) == 6
 
 
+@pytest.mark.parametrize(
+    ("half", "answer"),
+    [
+        (r'{"description": "on \ud83d"}', None),  # in the answer's own JSON
+        ('{"description": "on \ud83d"}', "on \ufffd"),  # in that of the endpoint
+        (Fault(200, r'{"choices": [], "id": "\ud83d"}'), None),
+        (Fault(200, json.dumps("\ud83d")), None),
+    ],
+)
+def test_half_an_emoji_ends_nothing(tmp_path: Path, half: Any, answer: str | None) -> None:
+    def mostly(body: dict[str, Any], _: int) -> Any:
+        return half if " wait" in body["messages"][1]["content"] else answers_well(body)
+
+    asked = [Describe((Example(("so", " wait"), (False, True)),)), *questions(20)]
+    with serving(mostly) as server:
+        assert judge_at(server.url, tmp_path).ask(asked) == [answer, *[RIGHT] * 20]
+        calls = len(server.requests)
+        assert judge_at(server.url, tmp_path).ask(asked) == [answer, *[RIGHT] * 20]
+        assert len(server.requests) == calls == 21 + (answer is None)  # all of it was kept
+
+
 def test_stopped_it_keeps_what_it_has_and_goes_on_from_there(tmp_path: Path) -> None:
     stop = threading.Event()
 
@@ -285,6 +306,10 @@ def test_settings_that_cannot_be_are_refused(
         name = next(iter(wrong))
         with pytest.raises(UserError, match=rf"judge\.{name}"):
             JudgeConfig(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"judge\.model: .* at judge\.base_url"):
+        JudgeConfig(base_url="http://127.0.0.1:9/v1")
+    monkeypatch.setenv("OPENAI_MODEL", "made-1")
+    assert JudgeConfig(base_url="http://127.0.0.1:9/v1").asked_for == "made-1"
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(UserError, match="OPENAI_API_KEY"):
         EndpointJudge(JudgeConfig(model="made-1"), tmp_path)

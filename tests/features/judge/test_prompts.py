@@ -94,6 +94,7 @@ def test_answers_are_found_where_models_put_them(text: str) -> None:
         ("yes", "found none"),
         ('{"1": true', "found none"),
         ('{"1": true, "2": }', "cannot be read"),
+        ('{"1":' + "[" * 5000 + "}", "cannot be read"),
         ('{"1": true}', "the keys 1 to 2"),
         ('{"1": true, "2": false, "3": true}', "the keys 1 to 2"),
         ('{"1": 1, "2": 0}', "true or false"),
@@ -108,6 +109,28 @@ def test_what_is_no_answer_says_why(text: str, why: str) -> None:
     assert why in told[-1]["content"]
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"evidence": "e", "description": "at the marker </think>"},
+        {"evidence": "before </think>, {", "description": "at </think> or {1}"},
+    ],
+)
+@pytest.mark.parametrize("before", ["", "<think>is it {this}?</think>", "</think>", "So: "])
+def test_an_answer_may_name_the_end_of_thinking(answer: dict[str, str], before: str) -> None:
+    text = json.dumps(answer)
+    assert read(DESCRIBE, f"{before}{text}") == answer["description"]
+    assert read(DESCRIBE, f"{before}```json\n{text}\n```") == answer["description"]
+    told = json.dumps({"class": "language", "reason": answer["description"]})
+    assert read(CLASSIFY, before + told) == Class("language", None, answer["description"])
+
+
+def test_what_was_thought_is_no_answer() -> None:
+    for after in ("", "I give up.", "}", '{"1": true'):
+        with pytest.raises(InvalidAnswerError):
+            read(DETECT, '<think>{"1": true, "2": false}</think>' + after)
+
+
 def test_descriptions_are_text_and_no_essay() -> None:
     assert read(DESCRIBE, '{"evidence": "e", "description": " on waiting "}') == "on waiting"
     for wrong in (
@@ -118,6 +141,14 @@ def test_descriptions_are_text_and_no_essay() -> None:
     ):
         with pytest.raises(InvalidAnswerError, match="description"):
             read(DESCRIBE, wrong)
+
+
+def test_half_an_emoji_is_no_text() -> None:
+    assert read(DESCRIBE, r'{"description": "on \ud83d\ude00"}') == "on 😀"
+    with pytest.raises(InvalidAnswerError, match="valid Unicode"):
+        read(DESCRIBE, r'{"description": "on \ud83d"}')
+    with pytest.raises(InvalidAnswerError, match="valid Unicode"):
+        read(CLASSIFY, r'{"class": "language", "reason": "\ude00"}')
 
 
 def test_classes_are_of_the_list() -> None:
