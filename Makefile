@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help train test reproduce study lint proof bench clean
+.PHONY: help train test reproduce study lint proof oldest bench clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -32,7 +32,7 @@ unexport PYTHONHOME
 unexport VIRTUAL_ENV
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 train: $(VENV)/.runtime  ## train an adapter on the embedded pair; prints a table, writes a report
 	$(BIN)/fastadapt train organism --overwrite
@@ -58,6 +58,10 @@ proof: lint $(VENV)/triton-3.6  ## every claim at its full count: slow tests, be
 	$(MAKE) bench
 	bash .ci/clean_clone timeout 720 make train
 
+oldest: $(VENV)/oldest/.done  ## the quick tests with the oldest versions that pyproject.toml allows; fetches gigabytes of CUDA
+	OMP_NUM_THREADS=1 $(VENV)/oldest/bin/python -m pytest -p no:benchmark -n logical --maxprocesses 4 \
+		--dist loadfile -m "not slow"
+
 bench: $(VENV)/.dev  ## benchmarks of the kernels
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
@@ -79,6 +83,17 @@ $(VENV)/.eval: requirements-eval.lock $(VENV)/.runtime
 
 $(VENV)/.dev: requirements-dev.lock $(VENV)/.eval
 	$(PIP) -r requirements-dev.lock
+	@touch $@
+
+# The oldest versions of all that is asked for by name, under the oldest Python that is there. Compiled
+# ahead: what an old package would warn of while it is compiled is no error of a test.
+OLDEST_PYTHON ?= $(shell command -v python3.10 || echo "$(PYTHON)")
+$(VENV)/oldest/.done: pyproject.toml setup.py
+	rm -rf $(VENV)/oldest
+	"$(OLDEST_PYTHON)" -m venv $(VENV)/oldest
+	$(VENV)/oldest/bin/python -m pip --disable-pip-version-check install --quiet --no-input uv
+	$(VENV)/oldest/bin/uv pip install --quiet --python $(VENV)/oldest/bin/python --compile-bytecode \
+		--resolution lowest-direct --editable '.[dev,eval,features,lowmem,tensorboard]'
 	@touch $@
 
 # The oldest Triton that is supported, for which kernels are compiled too; nothing else imports it.

@@ -121,7 +121,7 @@ def test_rounding_of_logits(benchmark, distance):
 
 def peak_bytes(function) -> int:
     """Most bytes that the CPU allocator held at once on behalf of ``function``."""
-    with torch.profiler.profile(profile_memory=True) as profile:
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         function()
     events = profile.profiler.kineto_results.events()
     held = peak = 0

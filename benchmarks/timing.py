@@ -100,7 +100,7 @@ def synchronize(device: str) -> None:
 def peak_bytes(function: Callable[[], Any], device: str) -> tuple[int, int]:
     """Most bytes held at once on behalf of ``function``, and those of the tensors it returned."""
     if device != "cuda":
-        with torch.profiler.profile(profile_memory=True) as profile:
+        with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
             results = function()
         events = profile.profiler.kineto_results.events()
         changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")

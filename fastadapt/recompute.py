@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from fastadapt.kernels.transcoder import SAVED_OPS
+from fastadapt.kernels.transcoder.autograd import PLANNED_DENSE
 from fastadapt.kernels.transcoder.codes import Codes
 
 POLICIES = ("none", "attention", "full")
@@ -62,8 +63,20 @@ def recomputed(policy: str, run: Callable[..., Any], *args: Tensor) -> Any:
     )
 
 
-def _keeps(attention: bool, context: Any, op: Any, *_: Any, **__: Any) -> bool:
+def _keeps(attention: bool, context: Any, op: Any, *args: Any, **_: Any) -> bool:
     """Whether what ``op`` returned is kept."""
     if op in SAVED_OPS:
-        return not Codes(*context.op_output[: len(Codes._fields)]).dense
+        return not _dense(args, getattr(context, "op_output", None))
     return attention and op.name() in ATTENTION_OPS
+
+
+def _dense(args: tuple[Any, ...], output: tuple[Tensor, ...] | None) -> bool:
+    """Whether the encoder's codes are dense: as planned, or else as they came out.
+
+    Torch 2.11 asks before there is an output, and again in the recompute: what nobody planned is
+    taken for dense there.
+    """
+    planned = args[PLANNED_DENSE]
+    if planned is not None:
+        return bool(planned)
+    return output is None or Codes(*output[: len(Codes._fields)]).dense

@@ -12,6 +12,7 @@ import math
 import queue
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from threading import Event
 from typing import Any
 
@@ -167,17 +168,27 @@ def _collect(
 def _settings(
     model: Any, rollouts: list[Rollout], config: SamplingConfig
 ) -> ContinuousBatchingConfig:
-    # The attention implementation was chosen with the model, and is not changed here.
     if model.device.type != "cpu":
-        return ContinuousBatchingConfig(
-            auto_switch_to_flash=False, max_requests_per_batch=config.batch_size
-        )
+        return settings_of(max_requests_per_batch=config.batch_size)
     at_once = min(len(rollouts), config.batch_size or CPU_BATCH)
     longest = max(len(r.request.prompt) + r.limit for r in rollouts)
-    return ContinuousBatchingConfig(
-        auto_switch_to_flash=False,
-        page_size=CPU_PAGE,
+    return settings_of(
+        CPU_PAGE,
         num_blocks=at_once * (math.ceil(longest / CPU_PAGE) + 1),
         max_batch_tokens=CPU_TOKENS,
         max_requests_per_batch=at_once,
     )
+
+
+def settings_of(page: int | None = None, **settings: Any) -> ContinuousBatchingConfig:
+    """In the words of the installed version, with ``page`` tokens of the cache together.
+
+    The attention implementation was chosen with the model: a version that would change it, does
+    not.
+    """
+    known = {field.name for field in fields(ContinuousBatchingConfig)}
+    if "auto_switch_to_flash" in known:
+        settings["auto_switch_to_flash"] = False
+    if page is not None:
+        settings["page_size" if "page_size" in known else "block_size"] = page  # the latter: 5.17
+    return ContinuousBatchingConfig(**settings)

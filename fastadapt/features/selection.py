@@ -159,7 +159,7 @@ def standing_at(
     rows = _ask(
         store,
         "SELECT layer, feature FROM examples WHERE sample = 'top' GROUP BY layer, feature "
-        "HAVING avg((region IN (SELECT unnest(?)))::INT) >= ?",
+        "HAVING avg(list_contains(?, region)::INT) >= ?",
         [list(regions), share],
     )
     return _set(store, rows, f"at {', '.join(regions)} (share {share:g})")
@@ -175,8 +175,8 @@ def preceding(store: Store, words: Sequence[str], share: float = 0.8) -> Feature
         "SELECT layer, feature FROM examples LEFT JOIN tokens "
         'ON tokens.token = examples.tokens[position - "start" + 2] '
         "WHERE sample = 'top' GROUP BY layer, feature HAVING "
-        "avg(coalesce(lower(trim(string, ?)) IN (SELECT unnest(?)), false)::INT) >= ?",
-        [_SPACES, _plain(words), share],
+        "avg(coalesce(list_contains(?, lower(trim(string, ?))), false)::INT) >= ?",
+        [_plain(words), _SPACES, share],
     )
     return _set(store, rows, f"before {', '.join(words)} (share {share:g})")
 

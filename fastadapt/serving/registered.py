@@ -89,7 +89,14 @@ def classes_of(architecture: str) -> tuple[type, type, type]:
     made = [config]
     for auto, decoder in ((AutoModel, ()), (AutoModelForCausalLM, (paths.decoder,))):
         model: Any = auto._model_mapping[plain]
-        own = {"__module__": __name__, "config_class": config, "paths": paths, "decoder": decoder}
+        own = {
+            "__module__": __name__,
+            "config_class": config,
+            "paths": paths,
+            "decoder": decoder,
+            # transformers 5.16 lets Gemma 2 use it, without its soft-capping.
+            "_supports_sdpa": paths.attention == "sdpa",
+        }
         made.append(type(f"Fastadapt{model.__name__}", (AdaptedModel, model), own))
     return made[0], made[1], made[2]
 

@@ -142,13 +142,14 @@ def transcoder(
             codes=codes,
             **({} if chosen == "reference" else extra),
         )
-    return result._replace(out=result.out.view(*lead, W_dec.shape[1]))
+    # Not _replace: torch 2.11 cannot compile it.
+    return TranscoderOutput(result.out.view(*lead, W_dec.shape[1]), result.penalty, result.stats)
 
 
 def _autocasts(x: Tensor) -> bool:
     """Whether autocast is on for x: it leaves float64 alone."""
     device = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+    if x.dtype == torch.float64 or x.is_meta:
         return False
     return torch.is_autocast_enabled(device)
 

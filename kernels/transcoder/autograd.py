@@ -51,6 +51,8 @@ define(
 
 #: What selective checkpointing should keep of a block that contains the op.
 SAVED_OPS = [ops.encode.default]
+#: Which of the encoder's arguments is the plan's ``dense``.
+PLANNED_DENSE = [a.name for a in ops.encode.default._schema.arguments].index("dense")
 
 
 def transcode(

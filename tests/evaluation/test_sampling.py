@@ -317,8 +317,6 @@ def test_a_request_put_back_for_want_of_room_keeps_its_tokens(
     tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a cache that holds a part of the requests, some begin anew with what they had."""
-    from transformers import ContinuousBatchingConfig
-
     from fastadapt.evaluation import continuous
 
     wanted = requests(8, 2)
@@ -334,13 +332,7 @@ def test_a_request_put_back_for_want_of_room_keeps_its_tokens(
         return real(self, state)
 
     monkeypatch.setattr(continuous._Watch, "_tokens", watched)
-    small = ContinuousBatchingConfig(
-        page_size=4,
-        num_blocks=24,
-        max_batch_tokens=64,
-        max_requests_per_batch=16,
-        auto_switch_to_flash=False,
-    )
+    small = continuous.settings_of(4, num_blocks=24, max_batch_tokens=64, max_requests_per_batch=16)
     monkeypatch.setattr(continuous, "_settings", lambda *_: small)
     found = sample(*tiny, wanted, replace(config, batching="continuous")).responses
     assert any(put_back)

@@ -162,7 +162,7 @@ def test_only_kl_carries_a_gradient():
 
 def peak_bytes(function: Any) -> int:
     """Most bytes that the CPU allocator held at once on behalf of ``function``."""
-    with torch.profiler.profile(profile_memory=True) as profile:
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         function()
     events = profile.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
