@@ -116,6 +116,9 @@ def test_codes_come_without_gradient_beside_one_that_has() -> None:
     assert not any(tensor.requires_grad for tensor in codes[0])
 
 
+@pytest.mark.skipif(
+    torch.__version__ < (2, 12), reason="torch 2.11 breaks off in the call, and cannot go on"
+)
 def test_a_compiled_call_hands_them_out() -> None:
     torch._dynamo.reset()
     given = inputs("relu", "cpu")
