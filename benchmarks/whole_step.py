@@ -1,7 +1,8 @@
 """A whole training step, ours and the plain one, on one device with random weights of true shapes.
 
-Forward, backward, clipping, update. Adapters get a bias at which about L0 of their features fire.
-Both are first shown to have the same losses and gradients, small and in float64, on this device.
+Forward, backward, clipping, update; ours with the report that the trainer reads before the update.
+Both are first shown to be the same step (:mod:`benchmarks.step_check`). Afterwards the report says
+whether a row was right: losses and gradients are numbers, and no layer had more codes than planned.
 Where the plain step does not fit in memory at a length, the next shorter one is tried.
 
 T tokens, d width, F features, L layers.
@@ -12,123 +13,51 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.case import Row
 from benchmarks.naive_step import NaiveStep
 from benchmarks.roofs import Roofs
+from benchmarks.step_check import check
+from benchmarks.step_models import (
+    L0,
+    PAPER,
+    SMALL,
+    Sizes,
+    make_adapters,
+    make_pair,
+    model_config,
+    pair_config,
+)
 from benchmarks.timing import synchronize
-from fastadapt.adapter import AdapterConfig, TranscoderAdapter
+from fastadapt.adapter import AdapterConfig
 from fastadapt.batch import Batch
 from fastadapt.models import ReplacementModel
 from fastadapt.objective import ObjectiveConfig, objective
-from fastadapt.pair import ModelPair, PairConfig
-from fastadapt.pretrained import ARCHITECTURES
 from fastadapt.recompute import POLICIES
 from fastadapt.training import memory
 from fastadapt.training.config import from_dict
-from fastadapt.training.metrics import StepGatherer
+from fastadapt.training.metrics import DeadFeatures, StepGatherer, StepReport
 from fastadapt.training.optimizer import AdapterOptimizer, OptimizerConfig
+from fastadapt.training.planner import overflow
 from fastadapt.training.shapes import Shapes
 from fastadapt.training.work import Setup, count
 
-__all__ = ["PAPER", "SMALL", "Sizes", "check", "rows"]
+__all__ = ["PAPER", "SMALL", "Sizes", "rows", "told"]
 
-L0 = 10.0
 STEPS = 3
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Shapes of a pair, and the lengths to time."""
-
-    d: int
-    inner: int
-    layers: int
-    heads: int
-    kv_heads: int
-    vocabulary: int
-    features: int
-    lengths: tuple[int, ...]  #: of ours
-    shorter: tuple[int, ...]  #: of the plain step, longest first: the first that fits is timed
-    dtype: torch.dtype
-
-
-PAPER = Sizes(
-    3584, 18_944, 28, 28, 4, 152_064, 8192, (7500, 10_000), (7500, 5000, 3500, 2500, 1500),
-    torch.bfloat16,
-)  # fmt: skip
-SMALL = Sizes(64, 160, 3, 4, 2, 500, 256, (128,), (128,), torch.float32)
-
-
-def make_pair(sizes: Sizes, device: str) -> ModelPair:
-    """Random weights, made where they stay."""
-    from transformers import AutoModelForCausalLM
-
-    config = _config(sizes)
-    torch.manual_seed(0)
-    with torch.device(device):
-        target = AutoModelForCausalLM.from_config(config, dtype=sizes.dtype).eval()
-        layer = type(target.model.layers[0].mlp)
-        mlps = nn.ModuleList(layer(config).to(sizes.dtype) for _ in range(sizes.layers))
-    # A fine-tuned model's MLPs are its base's, a little moved.
-    with torch.no_grad():
-        for mlp, block in zip(mlps, target.model.layers, strict=True):
-            for ours, theirs in zip(mlp.parameters(), block.mlp.parameters(), strict=True):
-                ours.copy_(theirs + 0.05 * theirs.std() * torch.randn_like(theirs))
-    pair = replace(_pair(sizes), device=device)
-    return ModelPair(target, mlps, None, pair, ARCHITECTURES["qwen2"])
-
-
-def make_adapters(sizes: Sizes, device: str) -> nn.ModuleList:
-    """About L0 features a token: their input has norm sqrt(d), so z is normal, std 1/sqrt(3)."""
-    adapters = nn.ModuleList(
-        TranscoderAdapter(sizes.d, AdapterConfig(sizes.features), device=device, dtype=sizes.dtype)
-        for _ in range(sizes.layers)
-    )
-    quantile = torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(1 - L0 / sizes.features))
-    with torch.no_grad():
-        for adapter in adapters:
-            assert isinstance(adapter, TranscoderAdapter)
-            adapter.b_enc.fill_(-float(quantile) / math.sqrt(3))
-            adapter.W_dec.normal_(std=0.02 / math.sqrt(sizes.d))
-    return adapters
-
-
-def check(device: str) -> float:
-    """The largest relative difference of a loss or gradient between both steps, in float64."""
-    sizes = replace(SMALL, dtype=torch.float64)
-    adapters = make_adapters(sizes, device)
-    plain = NaiveStep(make_pair(sizes, device), list(adapters))
-    model = ReplacementModel(make_pair(sizes, device), adapters)
-    ids = torch.randint(sizes.vocabulary, (1, 40), device=device)
-    config, worst = ObjectiveConfig(), 0.0
-    for cutoff in (0, 1, sizes.layers):
-        model.zero_grad()
-        for dense in plain.adapted:
-            dense.zero_grad()
-        ours = objective(model, Batch(ids, None, ids), cutoff, config)
-        theirs = plain(ids, cutoff, config)["loss"]
-        ours.loss.backward()
-        theirs.backward()
-        pairs = [(ours.loss.detach(), theirs.detach())]
-        for adapter, dense in zip(adapters, plain.adapted, strict=True):
-            for name, parameter in adapter.named_parameters():
-                pairs.append((parameter.grad, dense.get_parameter(name).grad))
-        worst = max(worst, *(float((a - b).norm() / b.norm()) for a, b in pairs))
-    return worst
+RATE = 1e-5
+Told = TypeVar("Told")  # a report, or a loss
 
 
 def rows(sizes: Sizes, device: str, roofs: Roofs) -> Iterator[Row]:
     """The plain step at the longest length that fits, then ours there and at its own lengths."""
-    worst = check(device)
-    right = worst < 1e-6  # transformers' norms compute in float32, also of float64
-    base: Row = {"op": "step", "right": right, "difference": worst}
+    base: Row = {"op": "step", **check(device)}
     plain = next(_plain(sizes, device, roofs, base), None)
     if plain is not None:
         yield plain
@@ -141,7 +70,9 @@ def rows(sizes: Sizes, device: str, roofs: Roofs) -> Iterator[Row]:
             row["planned_bytes"] = planned_bytes(sizes, T, policy, device)
             step = _our_step(model, optimizer, sizes, T, policy, device)
             try:
-                yield row | _timed(step, sizes, T, device, roofs)
+                measured, reports = _timed(step, sizes, T, device, roofs)
+                row |= measured | told(reports)
+                yield row | {"right": base["right"] and row["right"]}
             except torch.OutOfMemoryError as error:
                 yield row | {"kind": "floor", "error": str(error).splitlines()[0]}
             _empty(device)
@@ -163,7 +94,9 @@ def _plain(sizes: Sizes, device: str, roofs: Roofs, base: Row) -> Iterator[Row]:
         step = _plain_step(plain, optimizer, device)
         row = _row(sizes, T, "plain", base) | {"kind": "reference"}
         try:
-            measured = _timed(step, sizes, T, device, roofs)
+            measured, losses = _timed(step, sizes, T, device, roofs)
+            measured["losses"] = [float(loss) for loss in losses]
+            measured["right"] = base["right"] and all(map(math.isfinite, measured["losses"]))
         except torch.OutOfMemoryError:
             measured = None
         del plain, parameters, optimizer, step
@@ -194,25 +127,44 @@ def _our_step(
     T: int,
     policy: str,
     device: str,
-) -> Callable[[Tensor, int], Tensor]:
+) -> Callable[[Tensor, int], StepReport]:
+    """What a run's ``advance`` does: the report is read before the update that depends on it."""
     logits = None if device == "cpu" else "bfloat16"
     config = ObjectiveConfig(checkpoint=policy, logits_dtype=logits)
     expected = [2 * L0] * sizes.layers
+    dead = DeadFeatures((sizes.layers, sizes.features), 10**6, torch.device(device))
 
-    def step(ids: Tensor, cutoff: int) -> Tensor:
+    def step(ids: Tensor, cutoff: int) -> StepReport:
         gathered = StepGatherer()
         out = objective(model, Batch(ids, None, ids), cutoff, config, expected)
         out.loss.backward()
         gathered.add(out, 1.0, T)
-        _update(optimizer)
-        return out.metrics["loss"]
+        gathered.combine(1)
+        norm = optimizer.gradient_norm()
+        dead.update(gathered.fired(), gathered.tokens, gathered.valid(norm))
+        report = gathered.report(norm, dead.per_layer())
+        optimizer.step(RATE, norm)
+        return report
 
     return step
 
 
+def told(reports: Sequence[StepReport]) -> Row:
+    """What the steps' reports say: losses, L0, and whether the steps were right."""
+    l0s = [l0 for report in reports for l0 in report.l0_per_layer]
+    wrong = ["a loss or gradient is not finite" for report in reports if not report.finite]
+    wrong += [f"more codes than planned: {f}" for r in reports if (f := overflow(r.calls))]
+    found: Row = {
+        "right": not wrong,
+        "losses": [loss for report in reports for loss in report.losses],
+        "measured_L0": sum(l0s) / len(l0s),
+    }
+    return found | ({"wrong": "; ".join(dict.fromkeys(wrong))} if wrong else {})
+
+
 def _timed(
-    step: Callable[[Tensor, int], Tensor], sizes: Sizes, T: int, device: str, roofs: Roofs
-) -> Row:
+    step: Callable[[Tensor, int], Told], sizes: Sizes, T: int, device: str, roofs: Roofs
+) -> tuple[Row, list[Told]]:
     """Steps one after the other at cutoffs over the range, the host's share included."""
     on_gpu = device == "cuda"
     ids = torch.randint(sizes.vocabulary, (1, T), device=device)
@@ -221,33 +173,33 @@ def _timed(
     synchronize(device)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    seconds, losses = [], []
+    seconds, results = [], []
     for cutoff in cutoffs:
         began = time.perf_counter()
-        losses.append(step(ids, cutoff))
+        results.append(step(ids, cutoff))
         synchronize(device)
         seconds.append(time.perf_counter() - began)
     median = sorted(seconds)[len(seconds) // 2]
     kept, adapter = ObjectiveConfig(checkpoint="none"), AdapterConfig(sizes.features)
-    setup = Setup(_config(sizes), _pair(sizes), adapter, kept, 1, T)
+    setup = Setup(model_config(sizes), pair_config(sizes), adapter, kept, 1, T)
     necessary = sum(count(setup, sizes.layers, k, L0) for k in cutoffs) / len(cutoffs)
-    return {
+    row = {
         "median_s": median,
         "spread_s": max(seconds) - min(seconds),
         "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else 0,
         "tokens_per_s": T / median,
         "necessary_flops": necessary,
         "share_of_gemm_rate": necessary / median / roofs.gemm_flops_per_s,
-        "losses": [float(loss) for loss in losses],
         "hours_for_380M_tokens": 380e6 / (T / median) / 3600,
     }
+    return row, results
 
 
 def planned_bytes(sizes: Sizes, T: int, policy: str, device: str) -> int:
     """What the memory plan says of our step."""
     config = from_dict(
         {
-            "pair": asdict(_pair(sizes)),
+            "pair": asdict(pair_config(sizes)),
             "adapter": {"n_features": sizes.features},
             "objective": {
                 "checkpoint": policy,
@@ -258,7 +210,7 @@ def planned_bytes(sizes: Sizes, T: int, policy: str, device: str) -> int:
             "run": {"output": "none"},
         }
     )
-    return max(memory.phases(Shapes.of(config, _config(sizes), T, device)).values())
+    return max(memory.phases(Shapes.of(config, model_config(sizes), T, device)).values())
 
 
 def _row(sizes: Sizes, T: int, implementation: str, base: Row) -> Row:
@@ -266,30 +218,12 @@ def _row(sizes: Sizes, T: int, implementation: str, base: Row) -> Row:
     return {**base, "implementation": implementation, "kind": "ours", "shape": shape}
 
 
-def _config(sizes: Sizes) -> Any:
-    from transformers import Qwen2Config
-
-    return Qwen2Config(
-        hidden_size=sizes.d,
-        intermediate_size=sizes.inner,
-        num_hidden_layers=sizes.layers,
-        num_attention_heads=sizes.heads,
-        num_key_value_heads=sizes.kv_heads,
-        vocab_size=sizes.vocabulary,
-        tie_word_embeddings=False,
-    )
-
-
-def _pair(sizes: Sizes) -> PairConfig:
-    return PairConfig("target", "base", dtype=str(sizes.dtype)[6:])
-
-
 def _optimizer() -> OptimizerConfig:
     return OptimizerConfig(masters=False)
 
 
 def _update(optimizer: AdapterOptimizer) -> None:
-    optimizer.step(1e-5, optimizer.gradient_norm())
+    optimizer.step(RATE, optimizer.gradient_norm())
 
 
 def _empty(device: str) -> None:

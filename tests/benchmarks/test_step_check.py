@@ -1,0 +1,81 @@
+"""What has to hold before and after whole steps are timed, and that each of it can fail."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from benchmarks import step_check
+from benchmarks.whole_step import told
+from fastadapt.kernels.transcoder import Plan
+from fastadapt.training.metrics import StepReport
+from fastadapt.training.planner import Call
+
+# Of masked lanes, in interpreted kernels.
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning:triton")
+
+
+def test_both_steps_are_the_same_in_float64() -> None:
+    assert step_check.in_float64("cpu") < step_check.LIMIT
+
+
+def test_the_kernels_that_are_timed_are_in_the_check(device: str, monkeypatch) -> None:
+    from fastadapt.kernels.transcoder import triton_forward
+
+    dense = []
+    encode = triton_forward.encode
+
+    def seen(*args, **options):
+        codes = encode(*args, **options)
+        dense.append(codes[0].dense)
+        return codes
+
+    monkeypatch.setattr(triton_forward, "encode", seen)
+    budgets = step_check.of_kernels(device)
+    assert [budget.within for budget in budgets] == [True] * 3
+    assert set(dense) == {True, False}
+
+
+def test_a_gradient_that_is_no_number_is_a_difference() -> None:
+    right, wrong = torch.ones(3), torch.full((3,), math.nan)
+    assert math.isnan(step_check.difference([right, wrong], [right, right]))
+    assert not step_check.difference([right, wrong], [right, right]) < step_check.LIMIT
+    assert step_check.difference([right, right], [right, right]) == 0.0
+
+
+def test_the_budget_is_that_of_the_plain_step() -> None:
+    true = torch.randn(1000, dtype=torch.float64)
+    plain = true.float() * (1 + 1e-6)
+    within = lambda ours, oracle=true: (
+        step_check.budget_of(  # noqa: E731
+            [ours], [oracle], [plain]
+        ).within
+    )
+    assert within(plain)
+    assert not within(true.float() * (1 + 1e-4))  # products in tf32
+    assert not within(torch.full_like(plain, math.nan))
+    nothing = torch.full_like(true, math.nan)
+    assert not within(nothing.float(), nothing)
+
+
+def report(loss: float = 1.0, norm: float = 1.0, codes: int = 5) -> StepReport:
+    return StepReport({}, [loss], norm, [9.0, 11.0], [0, 0], [[Call(Plan(False, 5), 3, codes)]])
+
+
+@pytest.mark.parametrize(
+    ("reports", "wrong"),
+    [
+        ([report(), report()], None),
+        ([report(), report(codes=6)], "more codes than planned"),
+        ([report(loss=math.nan), report()], "not finite"),
+        ([report(), report(norm=math.inf)], "not finite"),
+    ],
+)
+def test_a_timed_step_is_right_only_if_its_reports_are(reports, wrong) -> None:
+    row = told(reports)
+    assert row["right"] is (wrong is None)
+    assert row["measured_L0"] == 10.0
+    assert len(row["losses"]) == 2
+    assert wrong is None or wrong in row["wrong"]
