@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -51,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     run.check()
     if run.is_right or options.only:
         run.measure()
-    run.write()
+    run.finish()
     return 0 if run.is_right else 1
 
 
@@ -60,7 +61,8 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to test this script")
     parser.add_argument("--only", action="append", metavar="PART", help="this part (repeatable)")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/<gpu>-<date>.json")
+    default = "benchmarks/results/<gpu>-<date>-<time>.json"
+    parser.add_argument("--output", type=Path, help=f"default: {default}")
     parser.add_argument("--commit", help="recorded where the checkout has no history")
     parser.add_argument("--seconds", type=float, default=TOTAL_S, help="for everything")
     parser.add_argument("--no-tests", action="store_true", help="leave the tests to another run")
@@ -95,6 +97,8 @@ class _Run:
         }
         hardware = self.result["hardware"]
         self.name = hardware.get("gpu", hardware["cpu"])
+        self.output = options.output or _default_output(self.name, self.result["date"])
+        self.output.parent.mkdir(parents=True, exist_ok=True)
         _say(f"{self.name}: {json.dumps(self.result['roofs'])}")
 
     @property
@@ -121,6 +125,7 @@ class _Run:
         if self.wants("tests"):
             with self.timed("tests"):
                 self.result["checks"]["tests"] = _run_tests(self.env, self.options)
+            self.write()
             _say(f"tests: {self.result['checks']['tests']}")
         times = 2 if self.options.quick else REPEATS
         for name, rows in (
@@ -132,11 +137,12 @@ class _Run:
                 check = self.result["checks"][name] = {"right": False, "rows": found}
                 with self.timed(name):
                     try:
-                        found += self.collect(name, rows(), 60)
+                        self.collect(name, rows(), found, 60)
                         check["right"] = all(row["right"] for row in found)
                     except Exception as error:
                         check["error"] = f"{type(error).__name__}: {error}"
                         _say(f"{name}: {check['error']}")
+                self.write()
 
     def measure(self) -> None:
         """Every part, until time is up."""
@@ -157,7 +163,8 @@ class _Run:
         for name, (rows, seconds) in parts.items():
             if self.wants(name) and self.left() > 0:
                 with self.timed(name):
-                    self.result["parts"][name] = list(self.collect(name, rows, seconds))
+                    made = self.result["parts"][name] = []
+                    self.collect(name, rows, made, seconds)
             elif self.wants(name):
                 _say(f"{name}: no time left")
                 self.result["cut_short"].append(name)
@@ -184,12 +191,15 @@ class _Run:
                 add_ratios(made)
                 case.release()
 
-    def collect(self, name: str, rows: Iterator[Any], seconds: float) -> Iterator[Any]:
-        """As many rows as fit; a line of each."""
+    def collect(
+        self, name: str, rows: Iterator[Any], into: list[dict[str, Any]], seconds: float
+    ) -> None:
+        """As many rows as fit into the part's time; a line of each, and each is on the disk."""
         end = min(time.monotonic() + seconds, self.deadline)
         for row in rows:
             _say(_line(row))
-            yield row
+            into.append(row)
+            self.write()
             if time.monotonic() > end and not self.options.only:
                 _say("  the part's time is up")
                 self.result["cut_short"].append(name)
@@ -211,22 +221,25 @@ class _Run:
             done = _subprocess(argv, self.env | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, 300)
             self.result["checks"][kind] = {"right": done["rc"] == 0, "ran": True, **done}
             _say(f"{kind}: exit code {done['rc']}")
+            self.write()
 
-    def write(self) -> None:
-        """The JSON, whatever happened."""
+    def write(self, *, finished: bool = False) -> None:
+        """All that is known, as valid JSON in place of what was there: a kill loses nothing."""
         from benchmarks.bounds import bounds
+        from fastadapt.files import replacing
 
         self.result["bounds"] = bounds(self.result["parts"], self.name)
-        self.result["right"] = self.is_right
-        slug = re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
-        default = ROOT / "benchmarks" / "results" / f"{slug}-{self.result['date'][:10]}.json"
-        output = self.options.output or default
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(self.result, indent=1) + "\n")
+        self.result |= {"right": self.is_right, "finished": finished}
+        with replacing(self.output) as staged:
+            staged.write_text(json.dumps(_without_nan(self.result), indent=1) + "\n")
+
+    def finish(self) -> None:
+        """The last word."""
+        self.write(finished=True)
         for bound in self.result["bounds"]:
             verdict = "met" if bound["met"] else "MISSED"
             _say(f"{verdict}: {bound['claim']}: {bound['measured']:.3g} (bound {bound['bound']})")
-        _say(f"{'right' if self.is_right else 'WRONG'}; written to {output}")
+        _say(f"{'right' if self.is_right else 'WRONG'}; written to {self.output}")
 
 
 class _Timed:
@@ -238,6 +251,22 @@ class _Timed:
 
     def __exit__(self, *_: object) -> None:
         self.seconds[self.name] = round(time.monotonic() - self.start, 2)
+
+
+def _default_output(name: str, date: str) -> Path:
+    """With the time, so that a second run of a day leaves the first one's results."""
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    day, clock = date[:10], date[11:19].replace(":", "")
+    return ROOT / "benchmarks" / "results" / f"{slug}-{day}-{clock}.json"
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no word for what is not finite: it is written as text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return [_without_nan(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _is_wrong(row: dict[str, Any]) -> bool:

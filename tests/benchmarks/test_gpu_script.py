@@ -1,6 +1,7 @@
 """benchmarks/gpu.py runs its whole path without a GPU, at tiny shapes, kernels interpreted."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -40,6 +41,7 @@ def result(done) -> dict:
 
 def test_it_checks_then_measures_every_part(result):
     assert result["right"] is True
+    assert result["finished"] is True
     assert result["checks"]["tests"]["tests"] > 50
     assert result["checks"]["repeats"]["rows"]
     parts = ["transcoder", "linear_kl", "topk", "serving", "sweep", "block", "shapes", "lengths"]
@@ -76,6 +78,42 @@ def test_a_part_alone_is_measured_without_the_tests(tmp_path):
     assert completed.returncode == 0, completed.stdout + completed.stderr
     result = json.loads(output.read_text())
     assert (list(result["checks"]), list(result["parts"])) == ([], ["block"])
+
+
+def test_a_kill_leaves_what_was_measured(tmp_path):
+    """Killed outright after the first row: the file is JSON, holds the row, and says so."""
+    output = tmp_path / "killed.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--device", "cpu", "--quick"]
+    process = subprocess.Popen(
+        [*command, "--only", "block", "--output", str(output)],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    lines = [process.stdout.readline() for _ in range(3)]  # the machine, one row, the next
+    process.kill()
+    process.communicate()
+    assert lines[1].startswith("  nmse")
+    result = json.loads(output.read_text())
+    assert result["finished"] is False
+    assert [row["op"] for row in result["parts"]["block"]][:1] == ["nmse"]
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".json"] == ["killed.json"]
+
+
+def test_two_runs_of_a_day_have_two_files():
+    from benchmarks.gpu import _default_output
+
+    first = _default_output("NVIDIA X", "2026-01-02T03:04:05+00:00")
+    assert first.name == "nvidia-x-2026-01-02-030405.json"
+    assert first != _default_output("NVIDIA X", "2026-01-02T03:04:06+00:00")
+
+
+def test_what_is_no_number_is_valid_json():
+    from benchmarks.gpu import _without_nan
+
+    text = json.dumps(_without_nan({"a": [math.nan, (1.5, -math.inf)], "b": "c"}), allow_nan=False)
+    assert json.loads(text) == {"a": ["nan", [1.5, "-inf"]], "b": "c"}
 
 
 def test_an_unknown_part_is_refused(tmp_path):

@@ -48,11 +48,10 @@ def test_a_gradient_that_is_no_number_is_a_difference() -> None:
 def test_the_budget_is_that_of_the_plain_step() -> None:
     true = torch.randn(1000, dtype=torch.float64)
     plain = true.float() * (1 + 1e-6)
-    within = lambda ours, oracle=true: (
-        step_check.budget_of(  # noqa: E731
-            [ours], [oracle], [plain]
-        ).within
-    )
+
+    def within(ours: torch.Tensor, oracle: torch.Tensor = true) -> bool:
+        return step_check.budget_of([ours], [oracle], [plain]).within
+
     assert within(plain)
     assert not within(true.float() * (1 + 1e-4))  # products in tf32
     assert not within(torch.full_like(plain, math.nan))
