@@ -194,14 +194,19 @@ class _Run:
     def collect(
         self, name: str, rows: Iterator[Any], into: list[dict[str, Any]], seconds: float
     ) -> None:
-        """As many rows as fit into the part's time; a line of each, and each is on the disk."""
-        end = min(time.monotonic() + seconds, self.deadline)
+        """As many rows as fit; a line of each, and each is on the disk.
+
+        A part that was asked for by name may take what is left of the whole.
+        """
+        end = self.deadline
+        if not self.options.only:
+            end = min(time.monotonic() + seconds, end)
         for row in rows:
             _say(_line(row))
             into.append(row)
             self.write()
-            if time.monotonic() > end and not self.options.only:
-                _say("  the part's time is up")
+            if time.monotonic() > end:
+                _say("  the time is up")
                 self.result["cut_short"].append(name)
                 return
 

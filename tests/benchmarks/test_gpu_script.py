@@ -5,7 +5,9 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -99,6 +101,26 @@ def test_a_kill_leaves_what_was_measured(tmp_path):
     assert result["finished"] is False
     assert [row["op"] for row in result["parts"]["block"]][:1] == ["nmse"]
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".json"] == ["killed.json"]
+
+
+@pytest.mark.parametrize(
+    ("only", "left", "part_s", "made"),
+    [(None, 100, -1, 1), (["x"], 100, -1, 5), (["x"], -1, 100, 1), (None, 100, 100, 5)],
+)
+def test_a_part_ends_with_its_time_and_one_alone_with_the_whole(only, left, part_s, made):
+    from benchmarks.gpu import _Run
+
+    state = SimpleNamespace(
+        options=SimpleNamespace(only=only),
+        deadline=time.monotonic() + left,
+        result={"cut_short": []},
+        write=lambda: None,
+    )
+    into = []
+    rows = ({"op": "x", "implementation": str(i)} for i in range(5))
+    _Run.collect(state, "x", rows, into, part_s)
+    assert len(into) == made
+    assert state.result["cut_short"] == ([] if made == 5 else ["x"])
 
 
 def test_two_runs_of_a_day_have_two_files():
