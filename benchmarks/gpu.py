@@ -8,33 +8,29 @@ is wrong (see the JSON).
 
 Works from a checkout with torch, triton, numpy and pytest; nothing needs to be installed.
 ``--only PART`` (of parts.py, or tests, repeats, indices, lengths) measures parts alone, without
-the tests; each row still checks its own inputs. ``step``, whole training steps of the 7B pair, is a
-part that comes only when it is named. ``--device cpu --quick`` runs the whole path at tiny shapes,
-kernels interpreted.
+the tests; each row still checks its own inputs. ``step``, whole training steps of the 7B pair, and
+``sanitizer``, compute-sanitizer over every kernel, come only when they are named. ``--device cpu
+--quick`` runs the whole path at tiny shapes, kernels interpreted.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 import os
 import re
-import shutil
-import subprocess
 import sys
 import time
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 TOTAL_S = 460.0
-TESTS_S = 170.0
 REPEATS = 250
-CHECKS = ("tests", "repeats", "indices")
+CHECKS = ("tests", "repeats", "indices", "sanitizer")
+MORE = ("lengths", "step")  # parts of more than kernels
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -46,8 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.device == "cpu" and options.quick:
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
     env = importable()
+    _check_parts(options.only or ())
     run = _Run(options, env, started)
-    if options.sanitizer:
+    if run.wants("sanitizer"):
         run.sanitize()
     run.check()
     if run.is_right or options.only:
@@ -66,8 +63,18 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--commit", help="recorded where the checkout has no history")
     parser.add_argument("--seconds", type=float, default=TOTAL_S, help="for everything")
     parser.add_argument("--no-tests", action="store_true", help="leave the tests to another run")
-    parser.add_argument("--sanitizer", action="store_true", help="compute-sanitizer on each kernel")
+    parser.add_argument("--sanitizer", action="store_true", help="compute-sanitizer as well")
     return parser
+
+
+def _check_parts(only: Iterable[str]) -> None:
+    """Before anything runs."""
+    from benchmarks.parts import PARTS
+
+    there = (*PARTS, *MORE, *CHECKS)
+    unknown = sorted(set(only) - set(there))
+    if unknown:
+        sys.exit(f"--only: no part {', '.join(unknown)}; there are {', '.join(there)}")
 
 
 class _Run:
@@ -112,6 +119,8 @@ class _Run:
         """Whether this part was asked for; parts asked for by name come without the tests."""
         if part == "tests" and self.options.no_tests:
             return False
+        if part == "sanitizer":
+            return self.options.sanitizer or part in (self.options.only or ())
         return part in self.options.only if self.options.only else True
 
     def left(self) -> float:
@@ -121,10 +130,12 @@ class _Run:
     def check(self) -> None:
         """Tests, repeats and large indices: what decides whether to measure."""
         from benchmarks import exactness
+        from benchmarks.kernel_tests import run_tests
 
         if self.wants("tests"):
             with self.timed("tests"):
-                self.result["checks"]["tests"] = _run_tests(self.env, self.options)
+                check = run_tests(self.env, quick=self.options.quick)
+                self.result["checks"]["tests"] = check
             self.write()
             _say(f"tests: {self.result['checks']['tests']}")
         times = 2 if self.options.quick else REPEATS
@@ -149,9 +160,6 @@ class _Run:
         from benchmarks import lengths, whole_step
         from benchmarks.parts import PARTS
 
-        unknown = set(self.options.only or ()) - {*PARTS, *CHECKS, "lengths", "step"}
-        if unknown:
-            sys.exit(f"--only: no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
         parts = {name: (self.rows(p.cases(self.scale)), p.seconds) for name, p in PARTS.items()}
         parts["lengths"] = (
             lengths.rows(self.scale, quick=self.options.quick, env=self.env, left=self.left),
@@ -216,17 +224,13 @@ class _Run:
 
     def sanitize(self) -> None:
         """compute-sanitizer over a small run of every kernel."""
-        tool = shutil.which("compute-sanitizer")
-        if tool is None:
-            self.result["checks"]["sanitizer"] = {"right": True, "ran": False, "why": "no tool"}
-            return
-        command = [sys.executable, "-m", "benchmarks.every_kernel", self.options.device]
-        for kind in ("memcheck", "racecheck"):
-            argv = [tool, "--tool", kind, "--error-exitcode", "9", *command]
-            done = _subprocess(argv, self.env | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, 300)
-            self.result["checks"][kind] = {"right": done["rc"] == 0, "ran": True, **done}
-            _say(f"{kind}: exit code {done['rc']}")
-            self.write()
+        from benchmarks.sanitizer import sanitize
+
+        with self.timed("sanitizer"):
+            for name, check in sanitize(self.options.device, self.env, self.left):
+                self.result["checks"][name] = check
+                _say(f"{name}: {check.get('why') or 'exit code ' + str(check['rc'])}")
+                self.write()
 
     def write(self, *, finished: bool = False) -> None:
         """All that is known, as valid JSON in place of what was there: a kill loses nothing."""
@@ -276,70 +280,6 @@ def _without_nan(value: Any) -> Any:
 
 def _is_wrong(row: dict[str, Any]) -> bool:
     return row.get("right") is False and row.get("kind", "ours") == "ours"
-
-
-def _run_tests(env: dict[str, str], options: argparse.Namespace) -> dict[str, Any]:
-    """The kernels' quick tests. Files whose imports are not installed are left out, and named."""
-    folder = ROOT / "tests" / "kernels"
-    left_out = []
-    if importlib.util.find_spec("hypothesis") is None:
-        left_out = _needing("hypothesis", folder)
-        _say(f"without hypothesis, these are left out: {', '.join(f.name for f in left_out)}")
-    if options.quick:
-        selected = [folder / "test_testing.py"]
-        left_out = [f for f in left_out if f in selected]
-    else:
-        selected = [folder]
-        # What is shown by compiling ahead of time needs no GPU.
-        left_out.append(folder / "compiled")
-    report = Path(env["PYTHONPATH"].split(os.pathsep)[0]) / "junit.xml"
-    report.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", *map(str, selected), "-q", "-m", "not slow"]
-    # Other versions warn of other things.
-    command += ["-Wdefault", "-pno:cacheprovider", "--maxfail=5", f"--junit-xml={report}"]
-    command += [f"--ignore={path}" for path in left_out]
-    done = _subprocess(command, env, TESTS_S)
-    counts = {}
-    if report.exists():
-        suite = ElementTree.parse(report).getroot().find("testsuite")
-        if suite is not None:
-            keys = ("tests", "failures", "errors", "skipped")
-            counts = {key: int(suite.get(key, 0)) for key in keys}
-    names = [path.name for path in left_out]
-    return {"right": done["rc"] == 0, **counts, "left_out": names, **done}
-
-
-def _needing(package: str, folder: Path) -> list[Path]:
-    """Test files that import the package, themselves or through a file beside them."""
-    sources = {path: path.read_text() for path in sorted(folder.glob("*.py"))}
-    wanted = {package}
-    while True:
-        imports = re.compile(rf"^(?:from|import) (?:{'|'.join(sorted(wanted))})\b", re.MULTILINE)
-        found = {path for path, text in sources.items() if imports.search(text)}
-        if wanted >= {path.stem for path in found}:
-            return sorted(path for path in found if path.name.startswith("test_"))
-        wanted |= {path.stem for path in found}
-
-
-def _subprocess(command: list[str], env: dict[str, str], seconds: float) -> dict[str, Any]:
-    """Exit code and the end of what was printed, unless all went well."""
-    try:
-        done = subprocess.run(
-            command,
-            env=env | {"PYTHONUNBUFFERED": "1"},
-            cwd=ROOT,
-            timeout=seconds,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        output = error.stdout or b""
-        text = output.decode(errors="replace") if isinstance(output, bytes) else output
-        return {"rc": None, "why": f"not finished in {seconds:.0f} s", "end": text[-4000:]}
-    end = {"end": done.stdout[-4000:]} if done.returncode else {}
-    return {"rc": done.returncode, **end}
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -11,6 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from benchmarks import sanitizer
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -138,7 +140,19 @@ def test_what_is_no_number_is_valid_json():
     assert json.loads(text) == {"a": ["nan", [1.5, "-inf"]], "b": "c"}
 
 
-def test_an_unknown_part_is_refused(tmp_path):
-    completed = run("--quick", "--only", "nothing", cwd=tmp_path)
+def test_an_unknown_part_is_refused_before_anything_runs(tmp_path):
+    completed = run("--quick", "--sanitizer", "--only", "nothing", cwd=tmp_path)
     assert completed.returncode == 1
     assert "no part nothing; there are transcoder, " in completed.stderr
+    assert completed.stdout == ""
+
+
+def test_a_sanitizer_that_is_not_there_is_not_right(tmp_path):
+    if sanitizer.find():
+        pytest.skip("it is there")
+    output = tmp_path / "sanitizer.json"
+    completed = run("--quick", "--only", "sanitizer", "--output", str(output), cwd=tmp_path)
+    assert completed.returncode == 1, completed.stdout + completed.stderr
+    result = json.loads(output.read_text())
+    assert result["checks"]["sanitizer"]["ran"] is False
+    assert (result["right"], result["parts"]) == (False, {})
