@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -63,20 +63,29 @@ def repeats(s: Scale, times: int) -> Iterator[Row]:
 
 
 def _repeated(op: str, implementation: str, step: Any, times: int) -> Row:
-    first = {key: _bits(value) for key, value in step().items()}
-    unlike = {
-        key
-        for _ in range(times - 1)
-        for key, value in step().items()
-        if not torch.equal(first[key], _bits(value))
-    }
-    return {
-        "op": op,
-        "implementation": implementation,
-        "claim": f"{times} repeats give the same bits",
-        "right": not unlike,
-        "wrong": ", ".join(sorted(unlike)),
-    }
+    def unlike() -> str:
+        first = {key: _bits(value) for key, value in step().items()}
+        found = {
+            key
+            for _ in range(times - 1)
+            for key, value in step().items()
+            if not torch.equal(first[key], _bits(value))
+        }
+        return ", ".join(sorted(found))
+
+    return _row(op, implementation, f"{times} repeats give the same bits", unlike)
+
+
+def _row(op: str, implementation: str, claim: str, wrong: Callable[[], str]) -> Row:
+    """What is wrong, if anything. An error is a row as well: the next one is still looked at."""
+    row: Row = {"op": op, "implementation": implementation, "claim": claim}
+    try:
+        found = wrong()
+    except torch.AcceleratorError:
+        raise  # nothing runs on the device any more
+    except Exception as error:
+        return row | {"right": False, "error": f"{type(error).__name__}: {error}"}
+    return row | {"right": not found, "wrong": found}
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -94,21 +103,23 @@ def large_indices(s: Scale) -> Iterator[Row]:
     for implementation in implementations(s.device):
         inputs = transcoder_steps.make_inputs(T, d, F, 4.0, s.dtype, s.device, 0)
         plan = plan_of(6 * T, T, F, s.dtype, s.device)
-        yield _compared(implementation, inputs, T, plan)
-        yield _compared(implementation, inputs, T, Plan(dense=True))
+        claim = f"pre-activations of {T * F:,} entries, forward and backward"
+        for each in (plan, Plan(dense=True)):
+            wrong = functools.partial(_unlike_the_last, implementation, inputs, T, each)
+            op = f"transcoder, {'dense' if each.dense else 'sparse'}"
+            yield _row(op, implementation, claim, wrong)
     S, V, n = 1, s.V, 2**31 // s.V + 512
     hidden = head_cases.make_inputs(S, n, d, V, s.dtype, s.device, 0)
     for implementation in head_implementations(s.device):
-        whole = head_cases.step(hidden, implementation, chunk_tokens=n)
-        parts = head_cases.step(hidden, implementation, chunk_tokens=1024)
-        unlike = [key for key, value in whole.items() if not _near(value, parts[key])]
-        yield {
-            "op": "linear_kl",
-            "implementation": implementation,
-            "claim": f"logits of {n * V:,} entries as in chunks",
-            "right": not unlike,
-            "wrong": ", ".join(unlike),
-        }
+        claim = f"logits of {n * V:,} entries as in chunks"
+        unlike = functools.partial(_unlike_chunks, hidden, implementation, n)
+        yield _row("linear_kl", implementation, claim, unlike)
+
+
+def _unlike_chunks(hidden: Inputs, implementation: str, n_tokens: int) -> str:
+    whole = head_cases.step(hidden, implementation, chunk_tokens=n_tokens)
+    parts = head_cases.step(hidden, implementation, chunk_tokens=1024)
+    return ", ".join(key for key, value in whole.items() if not _near(value, parts[key]))
 
 
 def _near(a: Tensor, b: Tensor) -> bool:
@@ -118,7 +129,7 @@ def _near(a: Tensor, b: Tensor) -> bool:
     return bool(torch.isfinite(a).all()) and float((a - b).abs().max()) <= 0.02 * scale
 
 
-def _compared(implementation: str, inputs: Inputs, T: int, plan: Plan) -> Row:
+def _unlike_the_last(implementation: str, inputs: Inputs, T: int, plan: Plan) -> str:
     """The last tokens, whose indices are the largest, against a float64 reference on them alone."""
     leaves = {name: inputs[name].detach() for name in transcoder_steps.LEAVES}
     with torch.no_grad():
@@ -146,10 +157,4 @@ def _compared(implementation: str, inputs: Inputs, T: int, plan: Plan) -> Row:
     )
     if not wrong and not _near(row, chunked["gradient of x"]):
         wrong = "gradient of x"
-    return {
-        "op": f"transcoder, {'dense' if plan.dense else 'sparse'}",
-        "implementation": implementation,
-        "claim": f"pre-activations of {T * len(leaves['W_enc']):,} entries, forward and backward",
-        "right": not wrong,
-        "wrong": wrong,
-    }
+    return wrong

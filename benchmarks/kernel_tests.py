@@ -7,19 +7,24 @@ import os
 import re
 import sys
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.processes import ended
 
-__all__ = ["needing", "run_tests"]
+__all__ = ["needing", "processes", "run_files", "run_tests"]
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS_S = 170.0
+MOST_PROCESSES = 6
 
 
-def run_tests(env: dict[str, str], *, quick: bool) -> dict[str, Any]:
-    """The kernels' quick tests. Files whose imports are not installed are left out, and named."""
+def run_tests(env: dict[str, str], *, quick: bool, seconds: float = TESTS_S) -> dict[str, Any]:
+    """The kernels' quick tests. Files whose imports are not installed are left out, and named.
+
+    Tests that do not end in time are not right; the counts say how many had ended.
+    """
     folder = ROOT / "tests" / "kernels"
     left_out = []
     if importlib.util.find_spec("hypothesis") is None:
@@ -32,20 +37,44 @@ def run_tests(env: dict[str, str], *, quick: bool) -> dict[str, Any]:
         # What is shown by compiling ahead of time needs no GPU.
         left_out.append(folder / "compiled")
     report = Path(env["PYTHONPATH"].split(os.pathsep)[0]) / "junit.xml"
+    done = run_files(selected, left_out, report, env, seconds, 1 if quick else processes())
+    return {**done, "left_out": [path.name for path in left_out]}
+
+
+def run_files(
+    selected: Sequence[Path],
+    left_out: Sequence[Path],
+    report: Path,
+    env: dict[str, str],
+    seconds: float,
+    n_processes: int,
+) -> dict[str, Any]:
+    """Whether these tests were ``right``, how many there were, and the end of what they said."""
     report.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", *map(str, selected), "-q", "-m", "not slow"]
     # Other versions warn of other things.
     command += ["-Wdefault", "-pno:cacheprovider", "--maxfail=5", f"--junit-xml={report}"]
     command += [f"--ignore={path}" for path in left_out]
-    done = ended(command, env, TESTS_S)
+    if n_processes > 1:
+        command += ["-n", str(n_processes), "--dist", "worksteal"]
+    done = ended(command, env, seconds, interrupt=True)
     counts = {}
     if report.exists():
         suite = ElementTree.parse(report).getroot().find("testsuite")
         if suite is not None:
             keys = ("tests", "failures", "errors", "skipped")
             counts = {key: int(suite.get(key, 0)) for key in keys}
-    names = [path.name for path in left_out]
-    return {"right": done["rc"] == 0, **counts, "left_out": names, **done}
+    return {"right": done["rc"] == 0, **counts, "processes": n_processes, **done}
+
+
+def processes() -> int:
+    """Side by side on one GPU: most of the time goes into compilers, which run on the host.
+
+    Tests share nothing but the GPU's memory, of which they want little (one of them 9 GB), and the
+    cache of compiled kernels, where Triton puts each in place as a whole.
+    """
+    there = importlib.util.find_spec("xdist") is not None
+    return max(1, min(MOST_PROCESSES, (os.cpu_count() or 1) // 2)) if there else 1
 
 
 def needing(package: str, folder: Path) -> list[Path]:

@@ -60,6 +60,10 @@ def page(result: Row, name: str, images: Iterable[Path] = ()) -> str:
     ]
     if result["quick"]:
         lines += ["Tiny shapes: a trial of the script, no measurement.", ""]
+    if not result["right"]:
+        lines += ["**Something was wrong in this run: its figures show nothing.**", ""]
+    if not result["finished"]:
+        lines += ["The run did not end: this is what it had done.", ""]
     lines += _checks(result)
     lines += _bounds(result["bounds"])
     lines += [f"![{image.stem}]({image.name})" for image in images]

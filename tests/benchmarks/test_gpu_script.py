@@ -140,6 +140,24 @@ def test_what_is_no_number_is_valid_json():
     assert json.loads(text) == {"a": ["nan", [1.5, "-inf"]], "b": "c"}
 
 
+def test_a_failure_is_measured_past_and_remains(monkeypatch, tmp_path):
+    """Wrong for good, by the exit code and in the file; what was measured is there."""
+    from benchmarks import exactness, gpu, kernel_tests, lengths, parts
+
+    monkeypatch.setattr(sys, "path", list(sys.path))  # the script changes it
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(kernel_tests, "run_tests", lambda *_, **__: {"right": False, "why": "late"})
+    monkeypatch.setattr(parts, "PARTS", {"block": parts.PARTS["block"]})
+    for module, name in ((exactness, "repeats"), (lengths, "rows")):
+        monkeypatch.setattr(module, name, lambda *_, **__: iter(()))
+    output = tmp_path / "wrong.json"
+    assert gpu.main(["--device", "cpu", "--quick", "--output", str(output)]) == 1
+    result = json.loads(output.read_text())
+    assert result["checks"]["tests"] == {"right": False, "why": "late"}
+    assert result["right"] is False
+    assert result["parts"]["block"]
+
+
 def test_an_unknown_part_is_refused_before_anything_runs(tmp_path):
     completed = run("--quick", "--sanitizer", "--only", "nothing", cwd=tmp_path)
     assert completed.returncode == 1

@@ -110,6 +110,8 @@ def results(tmp_path: Path) -> Path:
         "hardware": {"gpu": "A GPU", "cpu": "a CPU", "threads": 2},
         "roofs": {"copy_bytes_per_s": 4e12, "gemm_flops_per_s": 7.5e14, "dtype": "bfloat16"},
         "quick": False,
+        "right": False,
+        "finished": True,
         "checks": {"tests": {"right": True, "tests": 12, "left_out": ["test_x.py"]}},
         "parts": {"transcoder": [*rows, failed], "lengths": [lengths]},
         "bounds": bounds({"transcoder": rows}, "H200"),
@@ -133,6 +135,18 @@ def test_the_page_holds_machine_bounds_and_every_row(results):
     assert "| triton | 2.1 | 0.2 | 7 | 0 |" in page
     assert "Cut short by their time: sweep." in page
     assert "fla-core: not installed." in page
+    assert "**Something was wrong in this run: its figures show nothing.**" in page
+    assert "did not end" not in page
+
+
+def test_a_run_that_was_stopped_says_so(results):
+    path = results / "a-gpu.json"
+    stopped = json.loads(path.read_text()) | {"right": True, "finished": False}
+    path.write_text(json.dumps(stopped))
+    assert report.main(["--results", str(results), "--no-plots"]) == 0
+    page = (results / "README.md").read_text()
+    assert "The run did not end" in page
+    assert "Something was wrong" not in page
 
 
 def test_plots_show_time_ratio_and_lengths(results):
