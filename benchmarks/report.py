@@ -68,7 +68,8 @@ def page(result: Row, name: str, images: Iterable[Path] = ()) -> str:
     lines += _bounds(result["bounds"])
     lines += [f"![{image.stem}]({image.name})" for image in images]
     for part, rows in result["parts"].items():
-        lines += ["", f"### {part}", "", *(_lengths(rows) if part == "lengths" else _rows(rows))]
+        table = {"lengths": _lengths, "step": _steps}.get(part, _rows)
+        lines += ["", f"### {part}", "", *table(rows)]
     if result["cut_short"]:
         lines += ["", f"Cut short by their time: {', '.join(result['cut_short'])}."]
     for peer, why in result["peers_missing"].items():
@@ -109,8 +110,7 @@ def _rows(rows: Sequence[Row]) -> list[str]:
         shape = " ".join(f"{key}={value}" for key, value in r["shape"].items())
         name = r["implementation"] + ("" if r.get("right") is not False else " (not exact)")
         if "median_s" not in r:
-            why = r.get("error") or r.get("wrong", "")
-            table.append([shape, name, (why.splitlines() or [""])[0][:80]])
+            table.append([shape, name, _why(r)])
             continue
         ratios = r.get("times_as_fast_as", {})
         table.append(
@@ -126,6 +126,31 @@ def _rows(rows: Sequence[Row]) -> list[str]:
             ]
         )
     return _table(header, table)
+
+
+def _steps(rows: Sequence[Row]) -> list[str]:
+    """Whole training steps. Planned is what the trainer's memory plan says."""
+    header = ["T", "implementation", "s", "spread", "tokens/s", "GB", "GB planned"]
+    header += ["of the products' rate", "hours for 380M tokens", "L0"]
+    table = []
+    for r in rows:
+        name = r["implementation"] + ("" if r.get("right") is not False else " (wrong)")
+        line = [str(r["shape"]["T"]), name]
+        if "median_s" not in r:
+            table.append([*line, _why(r)])
+            continue
+        planned, l0 = r.get("planned_bytes"), r.get("measured_L0")
+        line += [f"{r['median_s']:.4g}", f"{r['spread_s']:.2g}", f"{r['tokens_per_s']:.4g}"]
+        line += [f"{r['peak_bytes'] / 1e9:.3g}", "" if planned is None else f"{planned / 1e9:.3g}"]
+        line += [f"{r['share_of_gemm_rate']:.0%}", f"{r['hours_for_380M_tokens']:.3g}"]
+        table.append([*line, "" if l0 is None else f"{l0:.3g}"])
+    return _table(header, table)
+
+
+def _why(row: Row) -> str:
+    """Why there is no time."""
+    said = next((row[key] for key in ("error", "wrong", "skipped") if row.get(key)), "")
+    return (said.splitlines() or [""])[0][:80]
 
 
 def _lengths(rows: Sequence[Row]) -> list[str]:

@@ -1,6 +1,8 @@
 """Bounds, tables and plots of a result with made-up figures."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -147,6 +149,36 @@ def test_a_run_that_was_stopped_says_so(results):
     page = (results / "README.md").read_text()
     assert "The run did not end" in page
     assert "Something was wrong" not in page
+
+
+def test_whole_steps_have_a_table_of_their_own(results):
+    """Of a file as gpu.py writes it: its rows know nothing of roofs."""
+    output = results / "a-gpu.json"
+    script = Path(report.__file__).with_name("gpu.py")
+    arguments = ["--device", "cpu", "--quick", "--only", "step", "--output", str(output)]
+    command = [sys.executable, str(script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(output.read_text())["parts"]["step"]
+    names = [row["implementation"] for row in rows]
+    assert names == ["plain", "ours, none", "ours, attention", "ours, full"]
+    assert all(row["right"] and row["kernels"] for row in rows)
+    assert report.main(["--results", str(results), "--no-plots"]) == 0
+    page = (results / "README.md").read_text()
+    assert "| T | implementation | s | spread | tokens/s | GB |" in page
+    for row in rows:
+        assert f"| 128 | {row['implementation']} | {row['median_s']:.4g} |" in page
+
+
+def test_a_step_that_was_not_timed_says_why(results):
+    path = results / "a-gpu.json"
+    row = {"implementation": "ours, none", "kind": "ours", "shape": {"T": 7500}, "right": True}
+    parts = {"step": [row | {"skipped": "planned at 147 GB"}, row | {"error": "out of memory"}]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"parts": parts}))
+    assert report.main(["--results", str(results), "--no-plots"]) == 0
+    page = (results / "README.md").read_text()
+    assert "| 7500 | ours, none | planned at 147 GB |" in page
+    assert "| 7500 | ours, none | out of memory |" in page
 
 
 def test_plots_show_time_ratio_and_lengths(results):
