@@ -297,7 +297,7 @@ def _line(row: dict[str, Any]) -> str:
         words.append(f"{sum(row['first_s']):.3g} s, then {sum(row['again_s']):.3g} s")
     if row.get("right") is False:
         words.append("WRONG")
-    words += [str(row[key]) for key in ("wrong", "error") if row.get(key)]
+    words += [str(row[key]) for key in ("wrong", "error", "skipped") if row.get(key)]
     return "  " + " ".join(words)
 
 

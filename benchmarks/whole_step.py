@@ -3,7 +3,8 @@
 Forward, backward, clipping, update; ours with the report that the trainer reads before the update.
 Both are first shown to be the same step (:mod:`benchmarks.step_check`). Afterwards the report says
 whether a row was right: losses and gradients are numbers, and no layer had more codes than planned.
-Where the plain step does not fit in memory at a length, the next shorter one is tried.
+Where the plain step does not fit in memory at a length, the next shorter one is tried; lengths that
+two short ones show to be too long are left out.
 
 T tokens, d width, F features, L layers.
 """
@@ -11,11 +12,12 @@ T tokens, d width, F features, L layers.
 from __future__ import annotations
 
 import gc
+import itertools
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,79 +33,111 @@ from benchmarks.step_models import (
     Sizes,
     make_adapters,
     make_pair,
-    model_config,
-    pair_config,
 )
+from benchmarks.step_plans import necessary_flops, on_the_line, planned_bytes
 from benchmarks.timing import synchronize
-from fastadapt.adapter import AdapterConfig
 from fastadapt.batch import Batch
 from fastadapt.models import ReplacementModel
 from fastadapt.objective import ObjectiveConfig, objective
 from fastadapt.recompute import POLICIES
-from fastadapt.training import memory
-from fastadapt.training.config import from_dict
+from fastadapt.training.gpus import this_device
 from fastadapt.training.metrics import DeadFeatures, StepGatherer, StepReport
 from fastadapt.training.optimizer import AdapterOptimizer, OptimizerConfig
 from fastadapt.training.planner import overflow
-from fastadapt.training.shapes import Shapes
-from fastadapt.training.work import Setup, count
 
 __all__ = ["PAPER", "SMALL", "Sizes", "rows", "told"]
 
 STEPS = 3
+PROBES = (750, 1500)  # tokens: activations, not the update, are then the most that is held
 RATE = 1e-5
 Told = TypeVar("Told")  # a report, or a loss
 
 
-def rows(sizes: Sizes, device: str, roofs: Roofs) -> Iterator[Row]:
-    """The plain step at the longest length that fits, then ours there and at its own lengths."""
+def rows(
+    sizes: Sizes, device: str, roofs: Roofs, usable_bytes: float | None = None
+) -> Iterator[Row]:
+    """The plain step at the longest length that fits, then ours there and at its own lengths.
+
+    What is planned above ``usable_bytes`` (of this device, as the trainer sees it) is not tried: a
+    row says so.
+    """
     base: Row = {"op": "step", **check(device)}
-    plain = next(_plain(sizes, device, roofs, base), None)
-    if plain is not None:
+    usable = this_device(device).usable_bytes if usable_bytes is None else usable_bytes
+    plain = None
+    for plain in _plain(sizes, device, roofs, base, usable):
         yield plain
-    lengths = dict.fromkeys([*([plain["shape"]["T"]] if plain else []), *sizes.lengths])
+    fitting = [plain["shape"]["T"]] if plain and "median_s" in plain else []
     model = ReplacementModel(make_pair(sizes, device), make_adapters(sizes, device))
     optimizer = AdapterOptimizer(dict(model.adapters.named_parameters()), _optimizer())
-    for T in lengths:
+    for T in dict.fromkeys([*fitting, *sizes.lengths]):
         for policy in POLICIES:
             row = _row(sizes, T, f"ours, {policy}", base)
             row["planned_bytes"] = planned_bytes(sizes, T, policy, device)
+            if row["planned_bytes"] > usable:
+                yield row | _skipped(row["planned_bytes"], usable)
+                continue
             step = _our_step(model, optimizer, sizes, T, policy, device)
             try:
                 measured, reports = _timed(step, sizes, T, device, roofs)
                 row |= measured | told(reports)
-                yield row | {"right": base["right"] and row["right"]}
+                row["right"] &= base["right"]
             except torch.OutOfMemoryError as error:
-                yield row | {"kind": "floor", "error": str(error).splitlines()[0]}
+                row |= {"kind": "floor", "error": str(error).splitlines()[0]}
+            optimizer.discard()
             _empty(device)
+            yield row
 
 
-def _plain(sizes: Sizes, device: str, roofs: Roofs, base: Row) -> Iterator[Row]:
-    """Its row at the first of the lengths that fits; everything of it is gone afterwards."""
+def _plain(
+    sizes: Sizes, device: str, roofs: Roofs, base: Row, usable_bytes: float
+) -> Iterator[Row]:
+    """Rows of the lengths up to the first that fits; everything of it is gone afterwards."""
+    adapters = make_adapters(sizes, device)
+    plain = NaiveStep(make_pair(sizes, device), list(adapters))
+    del adapters
+    parameters = {
+        f"{i}.{name}": p
+        for i, mlp in enumerate(plain.adapted)
+        for name, p in mlp.named_parameters()
+        if p.requires_grad
+    }
+    optimizer = AdapterOptimizer(parameters, _optimizer())
+    step = _plain_step(plain, optimizer, device)
+    peaks: dict[int, int] = {}
     for T in sizes.shorter:
-        adapters = make_adapters(sizes, device)
-        plain = NaiveStep(make_pair(sizes, device), list(adapters))
-        del adapters
-        parameters = {
-            f"{i}.{name}": p
-            for i, mlp in enumerate(plain.adapted)
-            for name, p in mlp.named_parameters()
-            if p.requires_grad
-        }
-        optimizer = AdapterOptimizer(parameters, _optimizer())
-        step = _plain_step(plain, optimizer, device)
         row = _row(sizes, T, "plain", base) | {"kind": "reference"}
         try:
+            if device == "cuda" and not peaks:
+                peaks = {n: _peak_bytes(step, sizes, n) for n in PROBES}
+            if peaks:
+                row["planned_bytes"] = on_the_line(peaks, T)
+            if row.get("planned_bytes", 0) > usable_bytes:
+                yield row | _skipped(row["planned_bytes"], usable_bytes)
+                continue
             measured, losses = _timed(step, sizes, T, device, roofs)
-            measured["losses"] = [float(loss) for loss in losses]
-            measured["right"] = base["right"] and all(map(math.isfinite, measured["losses"]))
-        except torch.OutOfMemoryError:
-            measured = None
-        del plain, parameters, optimizer, step
+            row |= measured | {"losses": [float(loss) for loss in losses]}
+            row["right"] = base["right"] and all(map(math.isfinite, row["losses"]))
+        except torch.OutOfMemoryError as error:
+            row["error"] = str(error).splitlines()[0]
+        optimizer.discard()
         _empty(device)
-        if measured is not None:
-            yield row | measured
-            return
+        yield row
+        if "median_s" in row:
+            break
+    del plain, parameters, optimizer, step
+    _empty(device)
+
+
+def _peak_bytes(step: Callable[[Tensor, int], Tensor], sizes: Sizes, T: int) -> int:
+    """Of the plain step on a GPU, at the cutoff at which the most is kept of those timed."""
+    torch.cuda.reset_peak_memory_stats()
+    step(torch.randint(sizes.vocabulary, (1, T), device="cuda"), sizes.layers // (STEPS + 1) or 1)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()
+
+
+def _skipped(planned: float, usable: float) -> Row:
+    return {"skipped": f"planned at {planned / 1e9:.0f} GB, above the {usable / 1e9:.0f} usable"}
 
 
 def _plain_step(
@@ -165,27 +199,31 @@ def told(reports: Sequence[StepReport]) -> Row:
 def _timed(
     step: Callable[[Tensor, int], Told], sizes: Sizes, T: int, device: str, roofs: Roofs
 ) -> tuple[Row, list[Told]]:
-    """Steps one after the other at cutoffs over the range, the host's share included."""
+    """Steps one after the other at cutoffs over the range, the host's share included.
+
+    ``median_s`` is the device's time from a step's end to the next one's, ``wall_s`` the host's for
+    all of them, by their number. Nothing is waited for but what the step itself reads.
+    """
     on_gpu = device == "cuda"
     ids = torch.randint(sizes.vocabulary, (1, T), device=device)
-    cutoffs = [max(1, sizes.layers * i // (STEPS + 1)) for i in range(1, STEPS + 1)]
+    cutoffs = tuple(max(1, sizes.layers * i // (STEPS + 1)) for i in range(1, STEPS + 1))
     step(ids, cutoffs[0])
     synchronize(device)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    seconds, results = [], []
+    began, clocks, results = time.perf_counter(), [_clock(device)], []
     for cutoff in cutoffs:
-        began = time.perf_counter()
         results.append(step(ids, cutoff))
-        synchronize(device)
-        seconds.append(time.perf_counter() - began)
-    median = sorted(seconds)[len(seconds) // 2]
-    kept, adapter = ObjectiveConfig(checkpoint="none"), AdapterConfig(sizes.features)
-    setup = Setup(model_config(sizes), pair_config(sizes), adapter, kept, 1, T)
-    necessary = sum(count(setup, sizes.layers, k, L0) for k in cutoffs) / len(cutoffs)
+        clocks.append(_clock(device))
+    synchronize(device)
+    wall = time.perf_counter() - began
+    seconds = [_between(a, b) for a, b in itertools.pairwise(clocks)]
+    median = statistics.median(seconds)
+    necessary = necessary_flops(sizes, T, cutoffs)
     row = {
         "median_s": median,
         "spread_s": max(seconds) - min(seconds),
+        "wall_s": wall / STEPS,
         "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else 0,
         "tokens_per_s": T / median,
         "necessary_flops": necessary,
@@ -195,22 +233,17 @@ def _timed(
     return row, results
 
 
-def planned_bytes(sizes: Sizes, T: int, policy: str, device: str) -> int:
-    """What the memory plan says of our step."""
-    config = from_dict(
-        {
-            "pair": asdict(pair_config(sizes)),
-            "adapter": {"n_features": sizes.features},
-            "objective": {
-                "checkpoint": policy,
-                "logits_dtype": None if device == "cpu" else "bfloat16",
-            },
-            "data": {"train": "none.jsonl", "validation": "none.jsonl"},
-            "optimizer": {"masters": False},
-            "run": {"output": "none"},
-        }
-    )
-    return max(memory.phases(Shapes.of(config, model_config(sizes), T, device)).values())
+def _clock(device: str) -> Any:
+    """A point in the stream of a GPU, or in time."""
+    if device != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _between(start: Any, end: Any) -> float:
+    return end - start if isinstance(end, float) else start.elapsed_time(end) / 1e3
 
 
 def _row(sizes: Sizes, T: int, implementation: str, base: Row) -> Row:

@@ -7,9 +7,13 @@ import math
 import pytest
 import torch
 
-from benchmarks import step_check
-from benchmarks.whole_step import told
+from benchmarks import step_check, whole_step
+from benchmarks.roofs import Roofs
+from benchmarks.step_models import SMALL
+from benchmarks.step_plans import necessary_flops, on_the_line, planned_bytes
+from benchmarks.whole_step import rows, told
 from fastadapt.kernels.transcoder import Plan
+from fastadapt.recompute import POLICIES
 from fastadapt.training.metrics import StepReport
 from fastadapt.training.planner import Call
 
@@ -34,7 +38,7 @@ def test_the_kernels_that_are_timed_are_in_the_check(device: str, monkeypatch) -
 
     monkeypatch.setattr(triton_forward, "encode", seen)
     budgets = step_check.of_kernels(device)
-    assert [budget.within for budget in budgets] == [True] * 3
+    assert [budget.within for budget in budgets] == [True] * 2
     assert set(dense) == {True, False}
 
 
@@ -78,3 +82,31 @@ def test_a_timed_step_is_right_only_if_its_reports_are(reports, wrong) -> None:
     assert row["measured_L0"] == 10.0
     assert len(row["losses"]) == 2
     assert wrong is None or wrong in row["wrong"]
+
+
+def test_what_is_planned_above_memory_is_not_tried_and_says_so(monkeypatch) -> None:
+    monkeypatch.setattr(whole_step, "check", lambda _: {"right": True})
+    roofs = Roofs(1e9, 1e9, "float32")
+    planned = [planned_bytes(SMALL, 128, policy, "cpu") for policy in POLICIES]
+    made = list(rows(SMALL, "cpu", roofs, usable_bytes=sorted(planned)[1]))
+    timed = {row["implementation"]: "median_s" in row for row in made}
+    assert timed == {
+        "plain": True,
+        "ours, none": False,
+        "ours, attention": True,
+        "ours, full": True,
+    }
+    (skipped,) = [row["skipped"] for row in made if "median_s" not in row]
+    assert skipped.startswith("planned at 0 GB, above")
+    assert all(row["right"] for row in made)
+    assert {row["wall_s"] > 0 for row in made if "median_s" in row} == {True}
+
+
+def test_a_plain_step_is_planned_by_two_short_ones() -> None:
+    assert on_the_line({750: 65_500_000_000, 1500: 91_000_000_000}, 2500) == 125_000_000_000
+
+
+def test_operations_are_counted_once() -> None:
+    necessary_flops.cache_clear()
+    assert necessary_flops(SMALL, 16, (1, 2)) == necessary_flops(SMALL, 16, (1, 2)) > 0
+    assert necessary_flops.cache_info().misses == 1
