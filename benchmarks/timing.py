@@ -20,6 +20,7 @@ __all__ = ["Measurement", "measure", "measure_graph", "peak_bytes", "synchronize
 
 Step = Callable[[Any], Any]
 LEAST, MOST = 5, 50
+SLOW_S, LEAST_OF_SLOW = 0.3, 3  # such a step's spread is small, and a part's time is short
 # The waiting kernel counts clock cycles; no GPU's clock is faster, so it never waits too short.
 CYCLES_PER_S = 2.2e9
 LONGEST_WAIT_S = 0.02
@@ -45,7 +46,7 @@ def measure(
         step: takes one of ``sets`` and returns tensors (in dicts and lists), which are dropped.
         sets: inputs; on a GPU together larger than its L2.
         device: "cuda" or "cpu".
-        seconds: measuring time, within 5 (or ``least``) to 50 repeats.
+        seconds: measuring time, within 5 (or ``least``) to 50 repeats; 3 of what takes over 0.3 s.
     """
     for inputs in [*sets, sets[0]] if device == "cuda" else sets[:1]:  # warm-up
         step(inputs)
@@ -55,6 +56,7 @@ def measure(
     enqueued_s = time.perf_counter() - start
     synchronize(device)
     once_s = time.perf_counter() - start
+    least = min(least, LEAST_OF_SLOW) if once_s > SLOW_S else least
     repeats = min(MOST, max(least, int(seconds / max(once_s, 1e-9))))
     timed = _events if device == "cuda" else _clock
     times = timed(step, sets, repeats, enqueued_s)

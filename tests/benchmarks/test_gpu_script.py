@@ -63,6 +63,14 @@ def test_every_row_of_ours_was_right_before_it_was_timed(result):
         assert row["times_as_fast_as"]
 
 
+def test_of_the_head_ours_comes_before_what_is_slow(result):
+    names = [row["implementation"] for row in result["parts"]["linear_kl"]]
+    order = {name: names.index(name) for name in ("GEMMs", "chunked", "triton", "reference")}
+    assert sorted(order.values()) == list(order.values())
+    ours = next(r for r in result["parts"]["linear_kl"] if r["implementation"] == "triton")
+    assert {"GEMMs", "reference"} <= set(ours["times_as_fast_as"])
+
+
 def test_it_records_what_a_figure_depends_on(result):
     assert result["commit"] == "abc"
     assert len(result["sources"]) == 64

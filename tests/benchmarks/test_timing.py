@@ -1,5 +1,7 @@
 """Times and bytes of a step; what a GPU would be asked for, by a stand-in."""
 
+import time
+
 import pytest
 import torch
 
@@ -18,6 +20,13 @@ def test_each_set_is_used_in_turn_within_the_time():
 
 def test_no_more_repeats_than_needed():
     assert timing.measure(lambda _: None, [0], "cpu", seconds=100).repeats == timing.MOST
+
+
+def test_a_slow_step_is_repeated_less():
+    measured = timing.measure(lambda _: time.sleep(0.31), [0], "cpu", seconds=0.3, least=5)
+    assert measured.repeats == timing.LEAST_OF_SLOW
+    one = timing.measure(lambda _: time.sleep(0.31), [0], "cpu", seconds=0.3, least=1)
+    assert one.repeats == 1
 
 
 def test_the_spread_is_that_of_the_quartiles():
