@@ -1,4 +1,7 @@
-"""The kernels' own tests, in a process of their own, on the device at hand."""
+"""The kernels' own tests, in a process of their own, on the device at hand.
+
+And those of training that only a GPU can fail: that no step waits for it.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,8 @@ __all__ = ["needing", "processes", "run_files", "run_tests"]
 ROOT = Path(__file__).resolve().parent.parent
 TESTS_S = 170.0
 MOST_PROCESSES = 6
+TRAINING = ("test_no_sync.py", "test_feed.py::test_a_gpu_is_not_waited_for")
+TRAINING_NEEDS = ("datasets", "tokenizers", "transformers")  # some of them only when they run
 
 
 def run_tests(env: dict[str, str], *, quick: bool, seconds: float = TESTS_S) -> dict[str, Any]:
@@ -33,12 +38,22 @@ def run_tests(env: dict[str, str], *, quick: bool, seconds: float = TESTS_S) -> 
         selected = [folder / "test_testing.py"]
         left_out = [f for f in left_out if f in selected]
     else:
-        selected = [folder]
+        training, without = gpu_tests_of_training()
+        selected = [folder, *training]
+        left_out += without
         # What is shown by compiling ahead of time needs no GPU.
         left_out.append(folder / "compiled")
     report = Path(env["PYTHONPATH"].split(os.pathsep)[0]) / "junit.xml"
     done = run_files(selected, left_out, report, env, seconds, 1 if quick else processes())
     return {**done, "left_out": [path.name for path in left_out]}
+
+
+def gpu_tests_of_training() -> tuple[list[Path], list[Path]]:
+    """Those that run here, and those whose imports are not installed."""
+    tests = [ROOT / "tests" / "training" / name for name in TRAINING]
+    if all(importlib.util.find_spec(package) for package in TRAINING_NEEDS):
+        return tests, []
+    return [], tests
 
 
 def run_files(
@@ -54,7 +69,7 @@ def run_files(
     command = [sys.executable, "-m", "pytest", *map(str, selected), "-q", "-m", "not slow"]
     # Other versions warn of other things.
     command += ["-Wdefault", "-pno:cacheprovider", "--maxfail=5", f"--junit-xml={report}"]
-    command += [f"--ignore={path}" for path in left_out]
+    command += [f"--ignore={path}" for path in left_out if path.exists()]
     if n_processes > 1:
         command += ["-n", str(n_processes), "--dist", "worksteal"]
     done = ended(command, env, seconds, interrupt=True)

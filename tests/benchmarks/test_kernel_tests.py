@@ -43,6 +43,16 @@ def test_side_by_side_they_all_run_and_one_that_fails_is_wrong(tmp_path: Path) -
     assert counts == {"right": False, "tests": 3, "failures": 1, "errors": 0, "processes": 2}
 
 
+def test_tests_of_training_come_along_where_they_can_run(monkeypatch) -> None:
+    tests, left_out = kernel_tests.gpu_tests_of_training()
+    assert ([test.name for test in tests], left_out) == (list(kernel_tests.TRAINING), [])
+    for test in tests:  # they are where they are looked for
+        file, _, name = str(test).partition("::")
+        assert f"def {name}" in Path(file).read_text()
+    monkeypatch.setattr(kernel_tests, "TRAINING_NEEDS", ("no_such_package",))
+    assert kernel_tests.gpu_tests_of_training() == ([], tests)
+
+
 def test_a_claim_that_fails_is_a_row_and_the_next_is_looked_at() -> None:
     def broken() -> str:
         raise ValueError("no such shape")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import random
 from collections.abc import Callable
@@ -62,12 +61,19 @@ def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny_config(tiny_pair: Path, tmp_path: Path) -> Callable:
-    """``tiny_config(**{"optimizer.lr": 1e-3})``: a run of 12 steps on the tiny pair."""
+    """``tiny_config(**{"optimizer.lr": 1e-3})``: a run of 12 steps on the tiny pair.
+
+    On a CPU, unless ``pair.device`` is given.
+    """
     from fastadapt.training.config import from_dict
 
     def make(**changes: object):
         values: dict = {
-            "pair": {"target": str(tiny_pair / "target"), "base": str(tiny_pair / "base")},
+            "pair": {
+                "target": str(tiny_pair / "target"),
+                "base": str(tiny_pair / "base"),
+                "device": "cpu",
+            },
             "adapter": {"n_features": 48},
             "objective": {"sparsity": 1e-3},
             "data": {
@@ -85,7 +91,6 @@ def tiny_config(tiny_pair: Path, tmp_path: Path) -> Callable:
         for key, value in changes.items():
             section, name = key.split(".")
             values[section][name] = value
-        config = from_dict(values)
-        return dataclasses.replace(config, pair=dataclasses.replace(config.pair, device="cpu"))
+        return from_dict(values)
 
     return make

@@ -89,6 +89,8 @@ def run(tiny_config: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         }
     )
     model, feed = trainer._load(config)
+    assert config.pair.device == "auto"
+    assert model.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
     return Run(config, tmp_path, 0.0, model, feed)
 
 
