@@ -3,7 +3,8 @@
 On a GPU a step lies between two events. Before the first one the stream is made to wait until the
 host has enqueued the whole step, so that the events bracket the device's work alone; how long
 steps take one after the other with the host's share is measured beside it (`wall_s`). Inputs are
-given in several sets, used in turn, which together should be larger than the cache.
+given in several sets, used in turn, which together should be larger than the cache. Before short
+steps the GPU is kept busy for a moment, so that its clocks are up.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ __all__ = ["Measurement", "measure", "measure_graph", "peak_bytes", "synchronize
 Step = Callable[[Any], Any]
 LEAST, MOST = 5, 50
 SLOW_S, LEAST_OF_SLOW = 0.3, 3  # such a step's spread is small, and a part's time is short
+SHORT_S, MOST_OF_SHORT = 1e-3, 500
+# An idle GPU lowers its clocks, and takes milliseconds to raise them. Longer steps do that in the
+# first of their repeats; before short ones it is kept busy.
+SELF_WARMING_S, BUSY_S = 5e-3, 0.05
 # The waiting kernel counts clock cycles; no GPU's clock is faster, so it never waits too short.
 CYCLES_PER_S = 2.2e9
 LONGEST_WAIT_S = 0.02
@@ -46,7 +51,8 @@ def measure(
         step: takes one of ``sets`` and returns tensors (in dicts and lists), which are dropped.
         sets: inputs; on a GPU together larger than its L2.
         device: "cuda" or "cpu".
-        seconds: measuring time, within 5 (or ``least``) to 50 repeats; 3 of what takes over 0.3 s.
+        seconds: measuring time, within 5 (or ``least``) to 50 repeats; 3 of what takes over 0.3 s,
+            up to 500 of what takes less than a millisecond.
     """
     for inputs in [*sets, sets[0]] if device == "cuda" else sets[:1]:  # warm-up
         step(inputs)
@@ -57,8 +63,11 @@ def measure(
     synchronize(device)
     once_s = time.perf_counter() - start
     least = min(least, LEAST_OF_SLOW) if once_s > SLOW_S else least
-    repeats = min(MOST, max(least, int(seconds / max(once_s, 1e-9))))
+    most = MOST_OF_SHORT if once_s < SHORT_S else MOST
+    repeats = min(most, max(least, int(seconds / max(once_s, 1e-9))))
     timed = _events if device == "cuda" else _clock
+    if device == "cuda" and once_s < SELF_WARMING_S:
+        torch.cuda._sleep(int(BUSY_S * CYCLES_PER_S))
     times = timed(step, sets, repeats, enqueued_s)
     start = time.perf_counter()
     n = max(2, repeats // 2) if device == "cuda" else 0

@@ -188,7 +188,7 @@ NARROW = 16  # width of the decoder where the encoder is to be timed alone
 
 def serving_case(T: int, d: int, F: int, l0: float, dtype: torch.dtype, device: str) -> Case:
     """Forward alone, of few tokens: the whole adapter, and one whose decoder is next to nothing."""
-    n_sets = copies(2 * F * d * dtype.itemsize, device)
+    n_sets = copies(F * d * dtype.itemsize, device)  # some rows read W_enc and little else
     size, on_gpu = dtype.itemsize, device == "cuda"
     encoder = Cost(2.0 * T * d * F, (F * d + T * d) * size)
 

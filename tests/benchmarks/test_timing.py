@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import timing
+from benchmarks import timing, transcoder_cases
 from benchmarks.roofs import Roofs
 
 
@@ -19,7 +19,10 @@ def test_each_set_is_used_in_turn_within_the_time():
 
 
 def test_no_more_repeats_than_needed():
-    assert timing.measure(lambda _: None, [0], "cpu", seconds=100).repeats == timing.MOST
+    short = timing.measure(lambda _: None, [0], "cpu", seconds=100)
+    assert short.repeats == timing.MOST_OF_SHORT
+    longer = timing.measure(lambda _: time.sleep(2e-3), [0], "cpu", seconds=100)
+    assert longer.repeats == timing.MOST
 
 
 def test_a_slow_step_is_repeated_less():
@@ -65,7 +68,12 @@ class FakeGPU:
                 return float(end.place - self.place)
 
         monkeypatch.setattr(torch.cuda, "Event", Event)
-        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: stream.append("wait"))
+
+        def sleep(cycles: int) -> None:
+            busy = cycles >= timing.BUSY_S * timing.CYCLES_PER_S
+            stream.append("busy" if busy else "wait")
+
+        monkeypatch.setattr(torch.cuda, "_sleep", sleep)
         for name, value in (
             ("synchronize", None),
             ("reset_peak_memory_stats", None),
@@ -79,9 +87,10 @@ def test_events_bracket_the_step_alone_behind_a_wait(monkeypatch):
     gpu = FakeGPU(monkeypatch)
     step = lambda _: gpu.stream.extend(["kernel", "kernel"])  # noqa: E731
     measured = timing.measure(step, [0, 1], "cuda", seconds=0.0, least=3)
-    first = gpu.stream.index("wait")
+    first = gpu.stream.index("busy")  # clocks go up
     assert gpu.stream[:first] == ["kernel"] * 8  # a warm-up of both sets and once more; then one
-    assert gpu.stream[first : first + 15] == ["wait", "event", "kernel", "kernel", "event"] * 3
+    repeat = ["wait", "event", "kernel", "kernel", "event"]
+    assert gpu.stream[first : first + 16] == ["busy", *repeat * 3]
     assert measured.median_s == pytest.approx(3e-3)  # three places later, in milliseconds
     assert measured.peak_bytes == 250
 
@@ -90,3 +99,12 @@ def test_the_higher_floor_counts():
     roofs = Roofs(copy_bytes_per_s=100.0, gemm_flops_per_s=1000.0, dtype="bfloat16")
     assert roofs.floor_s(flops=500.0, n_bytes=10.0) == 0.5
     assert roofs.floor_s(flops=500.0, n_bytes=80.0) == 0.8
+
+
+def test_sets_of_a_serving_step_exceed_the_cache_by_what_every_row_reads(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        transcoder_cases, "copies", lambda n_bytes, device: asked.append(n_bytes) or 2
+    )
+    transcoder_cases.serving_case(1, 8, 16, 1, torch.float32, "cpu")
+    assert asked == [16 * 8 * 4]  # W_enc alone
