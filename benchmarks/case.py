@@ -117,6 +117,8 @@ class Case:
         """Frees inputs and what was compared with."""
         for made in ("sets", "_expected"):
             self.__dict__.pop(made, None)
+        if self.device == "cuda":  # to those who come in processes of their own, too
+            torch.cuda.empty_cache()
 
     @property
     def label(self) -> str:

@@ -21,12 +21,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
-import re
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +86,13 @@ class _Run:
         import torch
 
         from benchmarks import machine, parts, peers
+        from benchmarks.record import default_path
         from benchmarks.roofs import measure_roofs
 
         if options.device == "cuda" and not torch.cuda.is_available():
             sys.exit("No GPU here; --device cpu --quick tries the script out without one.")
         torch._dynamo.config.recompile_limit = 64  # one compilation per shape, of many
+        self.lost = False  # after an illegal access nothing runs on the device any more
         self.options, self.env, self.deadline = options, env, started + options.seconds
         self.scale = parts.scale(options.device, quick=options.quick)
         self.roofs = measure_roofs(options.device, self.scale.dtype, quick=options.quick)
@@ -104,19 +105,22 @@ class _Run:
             "parts": {},
             "seconds": {},
             "cut_short": [],
+            "failed": {},
         }
         hardware = self.result["hardware"]
         self.name = hardware.get("gpu", hardware["cpu"])
-        self.output = options.output or _default_output(self.name, self.result["date"])
+        self.output = options.output or default_path(self.name, self.result["date"])
         self.output.parent.mkdir(parents=True, exist_ok=True)
+        self.write()
         _say(f"{self.name}: {json.dumps(self.result['roofs'])}")
 
     @property
     def is_right(self) -> bool:
-        """Nothing that ran was wrong, and what decides whether to measure did run."""
+        """Nothing that ran was wrong, and nothing that was asked for failed to run."""
         checks = self.result["checks"].values()
         rows = [r for part in self.result["parts"].values() for r in part]
-        return all(check["right"] for check in checks) and not any(_is_wrong(r) for r in rows)
+        wrong = self.result["failed"] or any(_is_wrong(row) for row in rows)
+        return all(check["right"] for check in checks) and not wrong
 
     def wants(self, part: str) -> bool:
         """Whether this part was asked for; parts asked for by name come without the tests."""
@@ -131,16 +135,16 @@ class _Run:
         return self.deadline - time.monotonic()
 
     def check(self) -> None:
-        """Tests, repeats and large indices: what decides whether to measure."""
+        """Tests, repeats and large indices."""
         from benchmarks import exactness
         from benchmarks.kernel_tests import run_tests
 
         if self.wants("tests"):
             with self.timed("tests"):
                 check = run_tests(self.env, quick=self.options.quick)
-                self.result["checks"]["tests"] = check
+            self.result["checks"]["tests"] = check
             self.write()
-            _say(f"tests: {self.result['checks']['tests']}")
+            _say(f"tests: {check}")
         times = 2 if self.options.quick else REPEATS
         for name, rows in (
             ("repeats", lambda: exactness.repeats(self.scale, times)),
@@ -149,33 +153,28 @@ class _Run:
             if self.wants(name):
                 found: list[dict[str, Any]] = []
                 check = self.result["checks"][name] = {"right": False, "rows": found}
-                with self.timed(name):
-                    try:
-                        self.collect(name, rows(), found, 60)
-                        check["right"] = all(row["right"] for row in found)
-                    except Exception as error:
-                        check["error"] = f"{type(error).__name__}: {error}"
-                        _say(f"{name}: {check['error']}")
+                ended = self.attempt(name, rows, found, 60)
+                check["right"] = ended and all(row["right"] for row in found)
                 self.write()
 
     def measure(self) -> None:
         """Every part, until time is up."""
-        from benchmarks import lengths, whole_step
+        from benchmarks import lengths
         from benchmarks.parts import PARTS
 
         parts = {name: (self.rows(p.cases(self.scale)), p.seconds) for name, p in PARTS.items()}
-        parts["lengths"] = (
-            lengths.rows(self.scale, quick=self.options.quick, env=self.env, left=self.left),
-            100,
-        )
+        quick = self.options.quick
+        rows = lengths.rows(self.scale, quick=quick, env=self.env, left=self.left)
+        parts["lengths"] = rows, 100
         if self.options.only and "step" in self.options.only:  # minutes of its own
-            sizes = whole_step.SMALL if self.options.quick else whole_step.PAPER
+            from benchmarks import whole_step
+
+            sizes = whole_step.SMALL if quick else whole_step.PAPER
             parts["step"] = (whole_step.rows(sizes, self.options.device, self.roofs), 400)
         for name, (rows, seconds) in parts.items():
             if self.wants(name) and self.left() > 0:
-                with self.timed(name):
-                    made = self.result["parts"][name] = []
-                    self.collect(name, rows, made, seconds)
+                made = self.result["parts"][name] = []
+                self.attempt(name, lambda rows=rows: rows, made, seconds)
             elif self.wants(name):
                 _say(f"{name}: no time left")
                 self.result["cut_short"].append(name)
@@ -202,6 +201,30 @@ class _Run:
                 add_ratios(made)
                 case.release()
 
+    def attempt(
+        self,
+        name: str,
+        rows: Callable[[], Iterator[Any]],
+        into: list[dict[str, Any]],
+        seconds: float,
+    ) -> bool:
+        """Whether no error came from outside a row. One from the device itself is the last."""
+        import torch
+
+        if self.lost:
+            self.result["failed"][name] = "not tried: the device no longer answers"
+            return False
+        try:
+            with self.timed(name):
+                self.collect(name, rows(), into, seconds)
+        except Exception as error:
+            self.lost = isinstance(error, torch.AcceleratorError)
+            self.result["failed"][name] = f"{type(error).__name__}: {error}"
+            _say(f"{name}: {self.result['failed'][name]}")
+            self.write()
+            return False
+        return True
+
     def collect(
         self, name: str, rows: Iterator[Any], into: list[dict[str, Any]], seconds: float
     ) -> None:
@@ -209,21 +232,31 @@ class _Run:
 
         A part that was asked for by name may take what is left of the whole.
         """
+        from benchmarks.record import line_of
+        from benchmarks.timing import synchronize
+
         end = self.deadline
         if not self.options.only:
             end = min(time.monotonic() + seconds, end)
         for row in rows:
-            _say(_line(row))
+            _say(line_of(row))
             into.append(row)
             self.write()
+            if "error" in row:  # one that left the device dead comes out here
+                synchronize(self.options.device)
             if time.monotonic() > end:
                 _say("  the time is up")
                 self.result["cut_short"].append(name)
                 return
 
-    def timed(self, name: str) -> _Timed:
-        """Records how long a part took."""
-        return _Timed(name, self.result["seconds"])
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Records how long a part took, however it ends."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.result["seconds"][name] = round(time.monotonic() - start, 2)
 
     def sanitize(self) -> None:
         """compute-sanitizer over a small run of every kernel."""
@@ -238,12 +271,11 @@ class _Run:
     def write(self, *, finished: bool = False) -> None:
         """All that is known, as valid JSON in place of what was there: a kill loses nothing."""
         from benchmarks.bounds import bounds
-        from fastadapt.files import replacing
+        from benchmarks.record import write
 
         self.result["bounds"] = bounds(self.result["parts"], self.name)
         self.result |= {"right": self.is_right, "finished": finished}
-        with replacing(self.output) as staged:
-            staged.write_text(json.dumps(_without_nan(self.result), indent=1) + "\n")
+        write(self.result, self.output)
 
     def finish(self) -> None:
         """The last word."""
@@ -254,51 +286,8 @@ class _Run:
         _say(f"{'right' if self.is_right else 'WRONG'}; written to {self.output}")
 
 
-class _Timed:
-    def __init__(self, name: str, seconds: dict[str, float]) -> None:
-        self.name, self.seconds = name, seconds
-
-    def __enter__(self) -> None:
-        self.start = time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds[self.name] = round(time.monotonic() - self.start, 2)
-
-
-def _default_output(name: str, date: str) -> Path:
-    """With the time, so that a second run of a day leaves the first one's results."""
-    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    day, clock = date[:10], date[11:19].replace(":", "")
-    return ROOT / "benchmarks" / "results" / f"{slug}-{day}-{clock}.json"
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no word for what is not finite: it is written as text."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    return [_without_nan(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
 def _is_wrong(row: dict[str, Any]) -> bool:
     return row.get("right") is False and row.get("kind", "ours") == "ours"
-
-
-def _line(row: dict[str, Any]) -> str:
-    shape = " ".join(f"{key}={value}" for key, value in row.get("shape", {}).items())
-    words = [row["op"], shape, row["implementation"] + ":"]
-    if "median_s" in row:
-        words.append(f"{row['median_s'] * 1e3:.4g} ms ± {row['spread_s'] * 1e3:.2g}")
-        words.append(f"{row['peak_bytes'] / 1e9:.3g} GB")
-    if "claim" in row:
-        words.append(row["claim"])
-    if "first_s" in row:
-        words.append(f"{sum(row['first_s']):.3g} s, then {sum(row['again_s']):.3g} s")
-    if row.get("right") is False:
-        words.append("WRONG")
-    words += [str(row[key]) for key in ("wrong", "error", "skipped") if row.get(key)]
-    return "  " + " ".join(words)
 
 
 def _say(line: str) -> None:

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from benchmarks import peers
 from benchmarks.case import Inputs, Row, Step, compiled
 from benchmarks.parts import Scale, scale
 from benchmarks.timing import synchronize
@@ -37,12 +38,17 @@ def lengths(s: Scale) -> list[int]:
 
 
 def names(s: Scale) -> list[str]:
-    """The implementations, ours first; those that are not installed say so themselves."""
+    """The implementations, ours first, and the peers that can be used."""
     ours = ["sparse"] if s.device == "cpu" else []
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if s.device == "cuda" or interpreted:
         ours += ["triton", "triton_fused", "linear_kl triton"]
-    return [*ours, *([COMPILED] if s.backend else []), *(PEERS if s.device == "cuda" else ())]
+    there = set(PEERS) - set(peers.missing()) if s.device == "cuda" else set()
+    return [
+        *ours,
+        *([COMPILED] if s.backend else []),
+        *(name for name in PEERS if name in there),
+    ]
 
 
 def rows(s: Scale, *, quick: bool, env: dict[str, str], left: Callable[[], float]) -> Iterator[Row]:

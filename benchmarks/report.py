@@ -64,6 +64,7 @@ def page(result: Row, name: str, images: Iterable[Path] = ()) -> str:
         lines += ["**Something was wrong in this run: its figures show nothing.**", ""]
     if not result["finished"]:
         lines += ["The run did not end: this is what it had done.", ""]
+    lines += [f"{name}: {why}.\n" for name, why in result["failed"].items()]
     lines += _checks(result)
     lines += _bounds(result["bounds"])
     lines += [f"![{image.stem}]({image.name})" for image in images]

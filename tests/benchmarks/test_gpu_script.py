@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from benchmarks import sanitizer
 
@@ -134,17 +135,17 @@ def test_a_part_ends_with_its_time_and_one_alone_with_the_whole(only, left, part
 
 
 def test_two_runs_of_a_day_have_two_files():
-    from benchmarks.gpu import _default_output
+    from benchmarks.record import default_path
 
-    first = _default_output("NVIDIA X", "2026-01-02T03:04:05+00:00")
+    first = default_path("NVIDIA X", "2026-01-02T03:04:05+00:00")
     assert first.name == "nvidia-x-2026-01-02-030405.json"
-    assert first != _default_output("NVIDIA X", "2026-01-02T03:04:06+00:00")
+    assert first != default_path("NVIDIA X", "2026-01-02T03:04:06+00:00")
 
 
 def test_what_is_no_number_is_valid_json():
-    from benchmarks.gpu import _without_nan
+    from benchmarks.record import without_nan
 
-    text = json.dumps(_without_nan({"a": [math.nan, (1.5, -math.inf)], "b": "c"}), allow_nan=False)
+    text = json.dumps(without_nan({"a": [math.nan, (1.5, -math.inf)], "b": "c"}), allow_nan=False)
     assert json.loads(text) == {"a": ["nan", [1.5, "-inf"]], "b": "c"}
 
 
@@ -164,6 +165,63 @@ def test_a_failure_is_measured_past_and_remains(monkeypatch, tmp_path):
     assert result["checks"]["tests"] == {"right": False, "why": "late"}
     assert result["right"] is False
     assert result["parts"]["block"]
+
+
+def rows_until(error: Exception | None):
+    yield {"op": "x", "implementation": "1"}
+    if error:
+        raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "tried"),
+    [(None, 1), (ValueError("no such shape"), 1), (torch.AcceleratorError("illegal access"), 0)],
+)
+def test_a_part_that_fails_is_written_and_a_dead_device_is_left_alone(error, tried):
+    from benchmarks.gpu import _Run
+
+    run = object.__new__(_Run)
+    run.lost, run.deadline = False, time.monotonic() + 100
+    run.options = SimpleNamespace(only=None, device="cpu")
+    run.result = {"cut_short": [], "failed": {}, "seconds": {}, "checks": {}, "parts": {}}
+    run.write = lambda: None
+    first, second = [], []
+    assert run.attempt("a", lambda: rows_until(error), first, 100) is (error is None)
+    assert len(first) == 1
+    run.attempt("b", lambda: rows_until(None), second, 100)
+    assert len(second) == tried
+    assert run.is_right is (error is None)
+    assert list(run.result["failed"]) == (["a"] if error else []) + (["b"] if not tried else [])
+
+
+def test_an_error_that_killed_the_device_ends_the_part(monkeypatch):
+    """The row that met it says so first; a later wait for the device raises it again."""
+    from benchmarks import timing
+    from benchmarks.gpu import _Run
+
+    def dead(device):
+        raise torch.AcceleratorError("illegal access")
+
+    monkeypatch.setattr(timing, "synchronize", dead)
+    state = SimpleNamespace(
+        options=SimpleNamespace(only=None, device="cuda"),
+        deadline=time.monotonic() + 100,
+        write=lambda: None,
+    )
+    into = []
+    rows = ({"op": "x", "implementation": str(i), "error": "Triton"} for i in range(3))
+    with pytest.raises(torch.AcceleratorError):
+        _Run.collect(state, "x", rows, into, 100)
+    assert len(into) == 1
+
+
+def test_peers_that_are_not_there_start_no_process(monkeypatch):
+    from benchmarks import lengths, peers
+    from benchmarks.parts import scale
+
+    monkeypatch.setattr(peers, "missing", lambda: {"fla-core": "", "liger-kernel": ""})
+    names = lengths.names(scale("cuda", quick=True))
+    assert set(names) & set(lengths.PEERS) == {"eai-sparsify"}
 
 
 def test_an_unknown_part_is_refused_before_anything_runs(tmp_path):

@@ -118,6 +118,7 @@ def results(tmp_path: Path) -> Path:
         "parts": {"transcoder": [*rows, failed], "lengths": [lengths]},
         "bounds": bounds({"transcoder": rows}, "H200"),
         "cut_short": ["sweep"],
+        "failed": {"block": "ValueError: no such shape"},
         "peers_missing": {"fla-core": "not installed"},
     }
     (tmp_path / "a-gpu.json").write_text(json.dumps(result))
@@ -139,6 +140,7 @@ def test_the_page_holds_machine_bounds_and_every_row(results):
     assert "fla-core: not installed." in page
     assert "**Something was wrong in this run: its figures show nothing.**" in page
     assert "did not end" not in page
+    assert "block: ValueError: no such shape." in page
 
 
 def test_a_run_that_was_stopped_says_so(results):

@@ -1,0 +1,54 @@
+"""How a run is written down: a line of each row, and a file of everything."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+__all__ = ["default_path", "line_of", "write"]
+
+FOLDER = Path(__file__).resolve().parent / "results"
+
+
+def write(result: dict[str, Any], path: Path) -> None:
+    """Valid JSON in place of what was there, as a whole."""
+    from fastadapt.files import replacing
+
+    with replacing(path) as staged:
+        staged.write_text(json.dumps(without_nan(result), indent=1, allow_nan=False) + "\n")
+
+
+def default_path(name: str, date: str) -> Path:
+    """With the time, so that a second run of a day leaves the first one's results."""
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    day, clock = date[:10], date[11:19].replace(":", "")
+    return FOLDER / f"{slug}-{day}-{clock}.json"
+
+
+def without_nan(value: Any) -> Any:
+    """JSON has no word for what is not finite: it is written as text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    return [without_nan(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def line_of(row: dict[str, Any]) -> str:
+    """For who watches."""
+    shape = " ".join(f"{key}={value}" for key, value in row.get("shape", {}).items())
+    words = [row["op"], shape, row["implementation"] + ":"]
+    if "median_s" in row:
+        words.append(f"{row['median_s'] * 1e3:.4g} ms ± {row['spread_s'] * 1e3:.2g}")
+        words.append(f"{row['peak_bytes'] / 1e9:.3g} GB")
+    if "claim" in row:
+        words.append(row["claim"])
+    if "first_s" in row:
+        words.append(f"{sum(row['first_s']):.3g} s, then {sum(row['again_s']):.3g} s")
+    if row.get("right") is False:
+        words.append("WRONG")
+    words += [str(row[key]) for key in ("wrong", "error", "skipped") if row.get(key)]
+    return "  " + " ".join(words)
