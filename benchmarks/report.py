@@ -130,7 +130,7 @@ def _rows(rows: Sequence[Row]) -> list[str]:
 
 
 def _steps(rows: Sequence[Row]) -> list[str]:
-    """Whole training steps. Planned is what the trainer's memory plan says."""
+    """Whole training steps. Planned: by the trainer's memory plan; the plain step by short ones."""
     header = ["T", "implementation", "s", "spread", "tokens/s", "GB", "GB planned"]
     header += ["of the products' rate", "hours for 380M tokens", "L0"]
     table = []

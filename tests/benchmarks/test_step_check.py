@@ -102,6 +102,28 @@ def test_what_is_planned_above_memory_is_not_tried_and_says_so(monkeypatch) -> N
     assert {row["wall_s"] > 0 for row in made if "median_s" in row} == {True}
 
 
+def test_a_policy_that_fails_is_a_row_and_the_next_is_timed(monkeypatch) -> None:
+    real = whole_step._our_step
+
+    def broken(model, optimizer, sizes, T, policy, device):
+        def step(ids, cutoff):
+            raise RuntimeError("a kernel does not compile")
+
+        whole = real(model, optimizer, sizes, T, policy, device)
+        return step if policy == "attention" else whole
+
+    monkeypatch.setattr(whole_step, "check", lambda _: {"right": True})
+    monkeypatch.setattr(whole_step, "_our_step", broken)
+    made = list(rows(SMALL, "cpu", Roofs(1e9, 1e9, "float32")))
+    assert {row["implementation"]: row["right"] for row in made} == {
+        "plain": True,
+        "ours, none": True,
+        "ours, attention": False,
+        "ours, full": True,
+    }
+    assert made[2]["error"] == "RuntimeError: a kernel does not compile"
+
+
 def test_a_plain_step_is_planned_by_two_short_ones() -> None:
     assert on_the_line({750: 65_500_000_000, 1500: 91_000_000_000}, 2500) == 125_000_000_000
 
