@@ -15,7 +15,7 @@ FOLDER = Path(__file__).resolve().parent / "results"
 
 def write(result: dict[str, Any], path: Path) -> None:
     """Valid JSON in place of what was there, as a whole."""
-    from fastadapt.files import replacing
+    from fastadapt.io.atomic import replacing
 
     with replacing(path) as staged:
         staged.write_text(json.dumps(without_nan(result), indent=1, allow_nan=False) + "\n")

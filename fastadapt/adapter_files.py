@@ -19,7 +19,7 @@ from torch import nn
 
 from fastadapt.adapter import AdapterConfig, TranscoderAdapter
 from fastadapt.errors import UserError
-from fastadapt.files import save_tensors
+from fastadapt.io.atomic import save_tensors
 from fastadapt.tuned import TUNED, TunedWeights
 
 SCHEMA_VERSION = 1

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastadapt.adapter import TranscoderAdapter
 from fastadapt.errors import RunError, UserError
-from fastadapt.files import save_tensors
+from fastadapt.io.atomic import save_tensors
 from fastadapt.pretrained import ARCHITECTURES, Paths, fetch, model_config, reading, tensor_files
 
 #: Reads one tensor.

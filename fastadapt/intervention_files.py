@@ -19,7 +19,7 @@ from fastadapt.errors import RunError, UserError
 from fastadapt.evaluation.runs import pair_of
 from fastadapt.features.sets import FeatureSet
 from fastadapt.features.store import adapter_digest
-from fastadapt.files import replacing, sync_file
+from fastadapt.io.atomic import replacing, sync_file
 from fastadapt.interventions import Intervention, check_fit
 
 SET = "set.json"

@@ -19,7 +19,7 @@ from typing import Any
 from fastadapt.data.selection import SPLITS
 from fastadapt.data.spool import JOURNAL, ROWS
 from fastadapt.errors import RunError, UserError
-from fastadapt.files import digest, locked, replacing
+from fastadapt.io.atomic import digest, locked, replacing
 
 MANIFEST = "manifest.json"
 FORMAT = "fastadapt data"

@@ -36,7 +36,7 @@ from fastadapt.data.spool import Spool
 from fastadapt.data.streams import Stream
 from fastadapt.data.tokens import check_markers
 from fastadapt.errors import RunError, UserError
-from fastadapt.files import digest, replacing
+from fastadapt.io.atomic import digest, replacing
 
 _GROUP_BYTES = 1 << 24  # text in a row group of the files written
 

@@ -15,7 +15,7 @@ from fastadapt.data.sources import (
     require_columns,
 )
 from fastadapt.errors import RunError
-from fastadapt.files import digest
+from fastadapt.io.atomic import digest
 
 
 class Stream:

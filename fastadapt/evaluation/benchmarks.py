@@ -33,7 +33,7 @@ from fastadapt.evaluation.sampling import (
     check_requests,
     context_of,
 )
-from fastadapt.files import replacing
+from fastadapt.io.atomic import replacing
 from fastadapt.organism import NAMES
 from fastadapt.organism.problems import HESITATION_WORDS
 

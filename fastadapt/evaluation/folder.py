@@ -25,7 +25,7 @@ from fastadapt.evaluation.drawing import write_png
 from fastadapt.evaluation.figures import Figure, figures
 from fastadapt.evaluation.page import write_page
 from fastadapt.evaluation.tables import Table, as_latex, as_markdown, tables
-from fastadapt.files import locked, replacing
+from fastadapt.io.atomic import locked, replacing
 
 LOCK = ".lock"
 #: Everything that is ever in the folder.

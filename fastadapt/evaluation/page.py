@@ -13,7 +13,7 @@ from typing import Any
 from fastadapt.evaluation.drawing import interactive
 from fastadapt.evaluation.figures import Figure
 from fastadapt.evaluation.tables import Table
-from fastadapt.files import replacing
+from fastadapt.io.atomic import replacing
 from fastadapt.page_style import STYLE, card, grid, section, table
 
 #: None of them sends anything anywhere.

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastadapt.errors import RunError, UserError
-from fastadapt.files import replacing, save_tensors, sync_folder
+from fastadapt.io.atomic import replacing, save_tensors, sync_folder
 from fastadapt.pretrained import reading
 
 

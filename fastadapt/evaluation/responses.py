@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastadapt.errors import RunError, UserError
-from fastadapt.files import locked
+from fastadapt.io.atomic import locked
 
 SCHEMA = 1
 Finish = Literal["eos", "length", "degenerate", "stop"]

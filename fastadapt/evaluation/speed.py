@@ -20,7 +20,7 @@ import torch
 
 from fastadapt.errors import UserError
 from fastadapt.evaluation.students import Students
-from fastadapt.files import replacing
+from fastadapt.io.atomic import replacing
 
 
 @dataclass(frozen=True)

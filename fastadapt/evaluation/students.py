@@ -29,7 +29,7 @@ from fastadapt.evaluation.runs import (
     student_of,
 )
 from fastadapt.evaluation.streams import Stream, carrying
-from fastadapt.files import digest
+from fastadapt.io.atomic import digest
 from fastadapt.models import ModelPair, PairConfig, ReplacementModel
 from fastadapt.pair import DTYPES
 from fastadapt.pretrained import load_causal_lm, tensor_files

@@ -42,7 +42,7 @@ from fastadapt.features.collect.texts import Text, batch_of, batches_of, read_gr
 from fastadapt.features.opening import students_of
 from fastadapt.features.schema import OVERLAP
 from fastadapt.features.store import Store, writing
-from fastadapt.files import replacing
+from fastadapt.io.atomic import replacing
 from fastadapt.kernels.transcoder import SparseCodes
 from fastadapt.models import ReplacementModel
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from fastadapt.errors import RunError, UserError
 from fastadapt.features.store import Store, writing
-from fastadapt.files import replacing
+from fastadapt.io.atomic import replacing
 
 FOLDER = "sets"
 SCHEMA_VERSION = 1

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from fastadapt.errors import RunError, UserError
 from fastadapt.features.schema import KINDS, MANIFEST, SCHEMA_VERSION, SHARED, TABLES, Kind
-from fastadapt.files import digest, locked, replacing
+from fastadapt.io.atomic import digest, locked, replacing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

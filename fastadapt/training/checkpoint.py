@@ -25,8 +25,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from fastadapt.errors import RunError
-from fastadapt.files import digest as file_digest
-from fastadapt.files import save_tensors, sync_file, sync_folder
+from fastadapt.io.atomic import digest as file_digest
+from fastadapt.io.atomic import save_tensors, sync_file, sync_folder
 from fastadapt.ranks import ALONE, Ranks
 from fastadapt.training import tensor_files
 from fastadapt.training.tensor_files import Checkpoint

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from fastadapt.errors import RunError, UserError
-from fastadapt.files import locked, replacing
+from fastadapt.io.atomic import locked, replacing
 from fastadapt.ranks import Ranks
 from fastadapt.training.checkpoint import list_checkpoints
 from fastadapt.training.config import TrainConfig, differences, load_config, save_config

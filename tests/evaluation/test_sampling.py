@@ -26,7 +26,7 @@ from fastadapt.evaluation.sampling import (
     read_responses,
     sample,
 )
-from fastadapt.files import locked
+from fastadapt.io.atomic import locked
 from fastadapt.models import ModelPair, PairConfig, ReplacementModel
 
 BATCHINGS = ("static", "continuous")

@@ -23,7 +23,7 @@ from fastadapt.features.site import export
 from fastadapt.features.site.pages import STATIC, is_current
 from fastadapt.features.site.shards import TYPES
 from fastadapt.features.store import Store
-from fastadapt.files import locked
+from fastadapt.io.atomic import locked
 
 _CALL = re.compile(r'fastadapt\.shard\("([a-z0-9-]+)","([0-9a-f]+)","([A-Za-z0-9+/=]+)"\);\n')
 

@@ -24,7 +24,7 @@ from typing import Any
 from fastadapt.errors import RunError, UserError
 from fastadapt.features.schema import KINDS, MANIFEST, SHARED, TABLES
 from fastadapt.features.store import LOCK
-from fastadapt.files import replacing
+from fastadapt.io.atomic import replacing
 
 WORK, NEXT = "collecting", "collecting.next"
 FACTS, TEXTS, STATE = "facts.json", "texts.parquet", "state.safetensors"
@@ -35,7 +35,7 @@ _BESIDE = {LOCK, "sets", "calls", "site"}
 _SHARED = {MANIFEST, *(f"{name}.parquet" for name in SHARED)}
 _SHARED |= {"judgements.json", "judgements.md", "judgements"}
 _OF_KIND = {*(f"{name}.parquet" for name in TABLES), "overlap.png"}
-_STAGED = re.compile(r"\.tmp-(.+)-[0-9a-f]{32}")  # see fastadapt.files.replacing
+_STAGED = re.compile(r"\.tmp-(.+)-[0-9a-f]{32}")  # see fastadapt.io.atomic.replacing
 
 #: Facts that say where something lies, and those that tell what it is, wherever it lies.
 _WHERE = {"run", "target", "base", "name", "split"}

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from fastadapt.errors import RunError
 from fastadapt.features.collect.tally import Tally
 from fastadapt.features.schema import Kind
-from fastadapt.files import replacing, save_tensors
+from fastadapt.io.atomic import replacing, save_tensors
 from fastadapt.pretrained import reading
 
 

@@ -33,7 +33,7 @@ from fastadapt.features.collect.keeping import place_of
 from fastadapt.features.collect.tally import SLOTS, Places
 from fastadapt.features.regions import regions_of, spans_of, tenths_of
 from fastadapt.features.schema import REGIONS, TEXTS
-from fastadapt.files import digest, replacing
+from fastadapt.io.atomic import digest, replacing
 from fastadapt.organism import resolve
 
 GROUP = 64  # conversations

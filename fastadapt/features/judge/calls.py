@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastadapt.errors import RunError
-from fastadapt.files import replacing
+from fastadapt.io.atomic import replacing
 
 
 class Calls:

@@ -16,7 +16,7 @@ from fastadapt.evaluation.tables import Interval, Table, as_markdown, shown
 from fastadapt.features.judge.questions import CLASSES
 from fastadapt.features.schema import MANIFEST, TABLES, Kind
 from fastadapt.features.store import Store
-from fastadapt.files import digest, replacing
+from fastadapt.io.atomic import digest, replacing
 from fastadapt.wording import percent
 
 SCHEMA_VERSION = 1

@@ -28,7 +28,7 @@ from fastadapt.features.site.columns import (
 )
 from fastadapt.features.site.shards import shard
 from fastadapt.features.store import LOCK, Store
-from fastadapt.files import digest, locked, replacing, sync_file
+from fastadapt.io.atomic import digest, locked, replacing, sync_file
 from fastadapt.page_style import STYLE
 
 SITE = "site"

@@ -1,0 +1,1 @@
+"""Files: guarded reading, atomic writing, and names that may become paths."""

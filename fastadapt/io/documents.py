@@ -1,0 +1,273 @@
+"""Read JSON and YAML that anyone may have written: bounded in size and depth, checked by a schema.
+
+Every reader of a document in this library goes through here. A document that is too large, nested
+too deeply, not UTF-8, not JSON or YAML, that gives a key twice or holds an integer of thousands of
+digits is a :class:`DocumentError` that names the file; a value of another type than its schema says
+is one that also names the key.
+
+A schema is a type as :mod:`msgspec` understands it: a ``TypedDict``, ``list[int]``,
+``Annotated[int, msgspec.Meta(ge=1)]``, and so on. It is strict: ``true`` and ``1.0`` are no
+integers, and ``"1"`` is no number. A key that a ``TypedDict`` does not declare stays as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import msgspec
+import yaml
+
+from fastadapt.errors import UserError
+
+MAX_BYTES = 1 << 28
+MAX_DEPTH = 64
+#: Values in a YAML document, each alias counted as often as it is used: a bound on expansion.
+MAX_VALUES = 1_000_000
+
+#: Sizes in a schema: whole numbers that every format and tensor library can hold.
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+Positive = Annotated[int, msgspec.Meta(ge=1, le=2**53)]
+#: SHA-256 in lower-case hexadecimal.
+Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+
+
+class DocumentError(UserError):
+    """A document cannot be read, or a value in it is not what its schema says."""
+
+
+def read_json(path: str | os.PathLike[str], schema: Any = Any, *, constants: bool = False) -> Any:
+    """Return the contents of a JSON file, checked against a schema.
+
+    Args:
+        path: of the file.
+        schema: a type; see the module's text.
+        constants: whether ``NaN`` and ``Infinity``, which are not JSON, are read as numbers.
+
+    Raises:
+        DocumentError: the file is missing or cannot be read, or does not hold such a document.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> path = pathlib.Path(tempfile.mkdtemp(), "sizes.json")
+        >>> _ = path.write_text('{"width": 3}')
+        >>> read_json(path, dict[str, int])
+        {'width': 3}
+    """
+    return parse_json(_read(Path(path)), str(path), schema, constants=constants)
+
+
+def read_yaml(path: str | os.PathLike[str], schema: Any = Any) -> Any:
+    """Return the contents of a YAML file, checked against a schema; see :func:`read_json`."""
+    return parse_yaml(_read(Path(path)), str(path), schema)
+
+
+def parse_json(
+    text: str | bytes, source: str, schema: Any = Any, *, constants: bool = False
+) -> Any:
+    """Return the value of a JSON text; ``source`` names the text in messages.
+
+    Raises:
+        DocumentError: see :func:`read_json`.
+    """
+    try:
+        decoded = _decode(text, source)
+        value = json.loads(
+            decoded,
+            object_pairs_hook=_object,
+            parse_constant=None if constants else _refuse_constant,
+        )
+    except RecursionError:
+        raise DocumentError(f"{source} is nested more than {MAX_DEPTH} levels deep") from None
+    except ValueError as error:
+        if isinstance(error, DocumentError):
+            raise
+        raise DocumentError(f"{source} is not valid JSON: {_reason(error)}") from error
+    if decoded.count("[") + decoded.count("{") > MAX_DEPTH:
+        _check_depth(value, source)
+    check(value, schema, source)
+    return value
+
+
+def parse_yaml(text: str | bytes, source: str, schema: Any = Any) -> Any:
+    """Return the value of a YAML text; ``source`` names the text in messages.
+
+    Raises:
+        DocumentError: see :func:`read_json`. Also where tags ask for anything but plain values.
+    """
+    try:
+        value = yaml.load(_decode(text, source), Loader=_UniqueKeyLoader)
+    except RecursionError:
+        raise DocumentError(f"{source} is nested more than {MAX_DEPTH} levels deep") from None
+    # The latter two come from values that look like dates or integers and are none.
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
+        if isinstance(error, DocumentError):
+            raise
+        raise DocumentError(f"{source} is not valid YAML: {_reason(error)}") from error
+    _check_depth(value, source, MAX_VALUES)
+    check(value, schema, source)
+    return value
+
+
+def check(value: Any, schema: Any, source: str) -> None:
+    """Raise :class:`DocumentError` where ``value`` is not what ``schema`` says, naming the key.
+
+    Example:
+        >>> check({"layers": [1, "2"]}, dict[str, list[int]], "card.json")
+        Traceback (most recent call last):
+            ...
+        fastadapt.io.documents.DocumentError: card.json: ['layers'][1]: expected int, got str
+    """
+    if schema is Any:
+        return
+    try:
+        msgspec.convert(value, schema, strict=True)
+    except msgspec.ValidationError as error:
+        reason, key = _split(str(error))
+        while "[...]" in key and (concrete := _with_key(value, schema, key)) is not None:
+            key = concrete
+        where = f"{source}: {key}" if key else source
+        raise DocumentError(f"{where}: {reason}") from None
+    except (RecursionError, OverflowError) as error:
+        raise DocumentError(f"{source}: {_reason(error)}") from error
+
+
+# --- parts ----------------------------------------------------------------------------------------
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise DocumentError(f"{path} is missing") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or error
+        raise DocumentError(f"{path} cannot be read: {reason}") from error
+    if len(content) > MAX_BYTES:
+        raise DocumentError(f"{path} has more than {MAX_BYTES:,} bytes")
+    return content
+
+
+def _decode(text: str | bytes, source: str) -> str:
+    if isinstance(text, str):
+        return text
+    try:
+        return text.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DocumentError(
+            f"{source} is not UTF-8: {error.reason} at byte {error.start}"
+        ) from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} occurs twice")
+    return values
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _reason(error: Exception) -> str:
+    """The first 200 characters of an error's message, in one line."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at line {error.lineno}, column {error.colno}"
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"{error.problem} at line {mark.line + 1}, column {mark.column + 1}"
+    return " ".join((str(error) or type(error).__name__).split())[:200]
+
+
+def _check_depth(value: Any, source: str, at_most: int | None = None) -> None:
+    """Raise where values lie deeper than ``MAX_DEPTH``, or there are more than ``at_most``."""
+    level, seen = [value], 0
+    for _ in range(MAX_DEPTH + 1):
+        children = (child for parent in level for child in _children(parent))
+        level = list(children if at_most is None else islice(children, at_most - seen + 1))
+        seen += len(level)
+        if not level:
+            return
+        if at_most is not None and seen > at_most:
+            raise DocumentError(f"{source} expands to more than {at_most:,} values")
+    raise DocumentError(f"{source} is nested more than {MAX_DEPTH} levels deep")
+
+
+def _children(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        yield from value.values()
+    elif isinstance(value, (list, tuple)):
+        yield from value
+
+
+def _split(message: str) -> tuple[str, str]:
+    """Reason and key of a message of msgspec: "Expected `int`, got `str` - at `$.a[1]`"."""
+    found = re.fullmatch(r"(.*?)(?: - at `(?:key in )?\$(.*)`)?", message, re.DOTALL)
+    assert found is not None
+    reason = found[1].replace("`", "")
+    return reason[:1].lower() + reason[1:], (found[2] or "").removeprefix(".")
+
+
+def _with_key(value: Any, schema: Any, key: str) -> str | None:
+    """``key`` with its first ``[...]``, an entry of an object of any keys, named.
+
+    msgspec does not say which entry is at fault; the one with which alone the error stays is.
+    """
+    before, _, after = key.partition("[...]")
+    steps = re.findall(r"([^.\[\]]+)|\[(\d+)\]", before)
+    parent, put = value, _setter(value, steps)
+    for name, index in steps:
+        parent = parent[name] if name else parent[int(index)]
+    if not isinstance(parent, dict):
+        return None
+    for name, entry in parent.items():
+        try:
+            msgspec.convert(put({name: entry}), schema, strict=True)
+        except msgspec.ValidationError as error:
+            if _split(str(error))[1] == key:
+                return f"{before}[{name!r:.80}]{after}"
+    return None
+
+
+def _setter(value: Any, steps: list[tuple[str, str]]) -> Callable[[Any], Any]:
+    """What returns a copy of ``value`` with another value at the end of ``steps``."""
+
+    def put(new: Any, at: Any = value, left: list[tuple[str, str]] = steps) -> Any:
+        if not left:
+            return new
+        name, index = left[0]
+        copy = at.copy()
+        where: Any = name or int(index)
+        copy[where] = put(new, at[where], left[1:])
+        return copy
+
+    return put
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML's safe loader; a key that is given twice is an error, as YAML 1.2 says."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)
+            try:
+                twice = key in seen
+            except TypeError:
+                continue  # not hashable: the parent's error says so
+            if twice:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} occurs twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)

@@ -1,0 +1,62 @@
+"""Turn a name that a file or a request gives into a path, inside one folder and nowhere else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastadapt.errors import UserError
+
+#: Bytes of a name: what common file systems hold.
+MAX_NAME_BYTES = 255
+
+
+def check_name(name: object, source: str) -> str:
+    """Return a plain file name; raise ``UserError`` where ``name`` is anything else.
+
+    A plain name has one part: no separator of any system, no drive, not ``.`` or ``..``, no control
+    character, at most 255 bytes.
+
+    Args:
+        name: from a file, a request or a command.
+        source: of the name, for messages.
+
+    Example:
+        >>> check_name("model-00001.safetensors", "index")
+        'model-00001.safetensors'
+        >>> check_name("../x", "index")
+        Traceback (most recent call last):
+        fastadapt.errors.UserError: index: expected the name of a file in its folder, got '../x'
+    """
+    if not isinstance(name, str) or not _is_plain(name):
+        raise UserError(f"{source}: expected the name of a file in its folder, got {name!r:.80}")
+    return name
+
+
+def inside(folder: Path, *names: object, source: str, follow_links: bool = False) -> Path:
+    """Return ``folder/name/...`` for plain names, which is inside ``folder`` after links, too.
+
+    Args:
+        folder: which may itself be a link.
+        names: each a plain name (:func:`check_name`).
+        source: of the names, for messages.
+        follow_links: whether a link may lead out of the folder. True only for reading models: the
+            hub's cache consists of links.
+
+    Raises:
+        UserError: a name is not plain, or leads out of the folder.
+    """
+    path = folder
+    for name in names:
+        path = path / check_name(name, source)
+    if not follow_links and not path.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{source}: {path} is a link that leads out of {folder}")
+    return path
+
+
+def _is_plain(name: str) -> bool:
+    try:
+        size = len(name.encode("utf-8"))
+    except UnicodeEncodeError:  # half of a pair of surrogates
+        return False
+    special = any(c in "/\\:" or ord(c) < 32 or ord(c) == 127 for c in name)
+    return 0 < size <= MAX_NAME_BYTES and name not in (".", "..") and not special
