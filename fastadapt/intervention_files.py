@@ -19,8 +19,8 @@ from fastadapt.errors import RunError, UserError
 from fastadapt.evaluation.runs import pair_of
 from fastadapt.features.sets import FeatureSet
 from fastadapt.features.store import adapter_digest
-from fastadapt.io.atomic import replacing, sync_file
 from fastadapt.interventions import Intervention, check_fit
+from fastadapt.io.atomic import replacing, sync_file
 
 SET = "set.json"
 _CONFIG, _ADAPTER = "config.yaml", "adapter"

@@ -1,9 +1,9 @@
 """Reading JSON and YAML: what is refused, and with which words."""
 
 from pathlib import Path
-from typing import NotRequired, TypedDict
 
 import pytest
+from typing_extensions import NotRequired, TypedDict
 
 from fastadapt.io.documents import (
     MAX_DEPTH,
