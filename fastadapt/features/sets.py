@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fastadapt.errors import RunError, UserError
+from fastadapt.errors import UserError
 from fastadapt.features.store import Store, writing
-from fastadapt.io.atomic import replacing
+from fastadapt.io.atomic import disk_errors, make_folder, replacing
 
 FOLDER = "sets"
 SCHEMA_VERSION = 1
@@ -185,11 +185,9 @@ def save_set(store: Store, features: FeatureSet, name: str, *, overwrite: bool =
                 f"{store.folder} has a set {name!r} already. Replace it (--overwrite), or give "
                 "another name."
             )
-        try:
-            path.parent.mkdir(exist_ok=True)
+        with disk_errors(path):
+            make_folder(path.parent)
             replace(features, name=name).write(path)
-        except OSError as error:
-            raise RunError(f"{path} cannot be written: {error.strerror}") from error
     return path
 
 

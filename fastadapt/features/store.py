@@ -16,7 +16,15 @@ import pyarrow.parquet as pq
 
 from fastadapt.errors import RunError, UserError
 from fastadapt.features.schema import KINDS, MANIFEST, SCHEMA_VERSION, SHARED, TABLES, Kind
-from fastadapt.io.atomic import digest, locked, replacing
+from fastadapt.io.atomic import (
+    cannot_write,
+    digest,
+    disk_errors,
+    locked,
+    make_folder,
+    replacing,
+    sweep_tree,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -193,8 +201,8 @@ def write_pieces(pieces: Iterable[pa.Table], path: Path, schema: pa.Schema) -> N
     Raises:
         RunError: the folder cannot be written.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with disk_errors(path):
+        make_folder(path.parent)
         with (
             replacing(path) as staged,
             pq.ParquetWriter(staged, schema, compression="zstd") as writer,
@@ -202,8 +210,6 @@ def write_pieces(pieces: Iterable[pa.Table], path: Path, schema: pa.Schema) -> N
             for piece in pieces:
                 rows = piece.select(schema.names).cast(schema)
                 writer.write_table(rows, row_group_size=_ROW_GROUP)
-    except OSError as error:
-        raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def list_column(values: np.ndarray) -> pa.ListArray:
@@ -235,17 +241,18 @@ def write_manifest(folder: Path, facts: Mapping[str, Any], files: Sequence[Path]
 
 @contextmanager
 def writing(store: Path) -> Iterator[None]:
-    """Hold the store's folder for this process, which adds to it.
+    """Hold the store's folder for this process, which adds to it; remove what kills left in it.
 
     Raises:
         UserError: another process does.
         RunError: it cannot be written.
     """
     try:
-        store.mkdir(parents=True, exist_ok=True)
+        make_folder(store)
         with locked(store / LOCK):
+            sweep_tree(store, but=["site"])  # whose writer has a lock of its own
             yield
     except BlockingIOError:
         raise UserError(f"{store}: another process is writing there") from None
     except OSError as error:
-        raise RunError(f"{store} cannot be written: {error.strerror}") from error
+        raise RunError(cannot_write(store, error, "Run the same command again.")) from error

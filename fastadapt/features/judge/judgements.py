@@ -9,14 +9,14 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fastadapt.errors import RunError, UserError
+from fastadapt.errors import UserError
 from fastadapt.evaluation.drawing import write_png
 from fastadapt.evaluation.figures import Figure, Series
 from fastadapt.evaluation.tables import Interval, Table, as_markdown, shown
 from fastadapt.features.judge.questions import CLASSES
 from fastadapt.features.schema import MANIFEST, TABLES, Kind
 from fastadapt.features.store import Store
-from fastadapt.io.atomic import digest, replacing
+from fastadapt.io.atomic import digest, disk_errors, replacing
 from fastadapt.wording import percent
 
 SCHEMA_VERSION = 1
@@ -89,7 +89,7 @@ def write_judgements(store: Store, judge: str, part: Part, result: Mapping[str, 
     held = read_judgements(store)
     held["judges"].setdefault(judge, {})[part] = {"collected": _collected(store), **result}
     held["judges"] = dict(sorted(held["judges"].items()))
-    try:
+    with disk_errors(store.folder):
         with replacing(store.folder / JSON) as staged:
             text = json.dumps(held, indent=1, ensure_ascii=False, allow_nan=False)
             staged.write_text(text + "\n", encoding="utf-8")
@@ -99,8 +99,6 @@ def write_judgements(store: Store, judge: str, part: Part, result: Mapping[str, 
             staged.mkdir()
             for figure in figures(held):
                 write_png(figure, staged / f"{figure.key}.png")
-    except OSError as error:
-        raise RunError(f"{store.folder} cannot be written: {error.strerror}") from error
 
 
 # --- as tables ------------------------------------------------------------------------------------
