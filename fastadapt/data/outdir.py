@@ -20,6 +20,7 @@ from fastadapt.data.selection import SPLITS
 from fastadapt.data.spool import JOURNAL, ROWS
 from fastadapt.errors import RunError, UserError
 from fastadapt.io.atomic import digest, locked, replacing
+from fastadapt.io.documents import DocumentError, read_json
 
 MANIFEST = "manifest.json"
 FORMAT = "fastadapt data"
@@ -117,8 +118,8 @@ def _is_ours(folder: Path) -> bool:
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a finished selection; None where there is none."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError):
+        manifest = read_json(folder / MANIFEST)
+    except DocumentError:
         return None
     return manifest if isinstance(manifest, dict) else None
 
@@ -151,7 +152,7 @@ def check_same(folder: Path, settings: Settings) -> None:
     manifest = read_manifest(folder)
     path = folder / WORK / _SETTINGS
     if path.exists():
-        then = json.loads(path.read_bytes())
+        then = read_json(path, dict[str, Any])
     else:
         then = manifest["settings"] if manifest is not None else {}
     differing = [key for key in settings if settings[key] != then.get(key)]

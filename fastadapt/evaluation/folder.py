@@ -26,6 +26,7 @@ from fastadapt.evaluation.figures import Figure, figures
 from fastadapt.evaluation.page import write_page
 from fastadapt.evaluation.tables import Table, as_latex, as_markdown, tables
 from fastadapt.io.atomic import locked, replacing
+from fastadapt.io.documents import read_json
 
 LOCK = ".lock"
 #: Everything that is ever in the folder.
@@ -66,7 +67,7 @@ def kept_part(folder: Path, part: Part, result: Mapping[str, Any]) -> dict[str, 
     path = folder / "eval.json"
     if not path.is_file():
         return {}
-    old = json.loads(path.read_text(encoding="utf-8"))
+    old = read_json(path, dict[str, Any])
     for same in ("schema_version", "pair", "fingerprints", "settings"):
         if old.get(same) != json.loads(json.dumps(result[same])):
             return {}
