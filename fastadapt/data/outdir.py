@@ -29,6 +29,7 @@ from fastadapt.io.atomic import (
     sweep,
     unstaged,
 )
+from fastadapt.io.documents import DocumentError, read_json
 
 MANIFEST = "manifest.json"
 FORMAT = "fastadapt data"
@@ -128,8 +129,8 @@ def _is_ours(folder: Path) -> bool:
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a finished selection; None where there is none."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError):
+        manifest = read_json(folder / MANIFEST)
+    except DocumentError:
         return None
     return manifest if isinstance(manifest, dict) else None
 
@@ -163,7 +164,7 @@ def check_same(folder: Path, settings: Settings) -> None:
     manifest = read_manifest(folder)
     path = folder / WORK / _SETTINGS
     if path.exists():
-        then = json.loads(path.read_bytes())
+        then = read_json(path, dict[str, Any])
     else:
         then = manifest["settings"] if manifest is not None else {}
     differing = [key for key in settings if settings[key] != then.get(key)]

@@ -34,6 +34,7 @@ from fastadapt.io.atomic import (
     sweep_tree,
     unstaged,
 )
+from fastadapt.io.documents import read_json
 
 LOCK = ".lock"
 #: What the message of a full disk ends with.
@@ -76,7 +77,7 @@ def kept_part(folder: Path, part: Part, result: Mapping[str, Any]) -> dict[str, 
     path = folder / "eval.json"
     if not path.is_file():
         return {}
-    old = json.loads(path.read_text(encoding="utf-8"))
+    old = read_json(path, dict[str, Any])
     for same in ("schema_version", "pair", "fingerprints", "settings"):
         if old.get(same) != json.loads(json.dumps(result[same])):
             return {}

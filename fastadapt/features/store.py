@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from typing_extensions import TypedDict
 
 from fastadapt.errors import RunError, UserError
 from fastadapt.features.schema import KINDS, MANIFEST, SCHEMA_VERSION, SHARED, TABLES, Kind
@@ -25,6 +26,8 @@ from fastadapt.io.atomic import (
     replacing,
     sweep_tree,
 )
+from fastadapt.io.documents import Count, Positive, Sha256, check, read_json
+from fastadapt.io.parquet import open_parquet, read_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,6 +36,33 @@ if TYPE_CHECKING:
 
 LOCK = ".lock"
 _ROW_GROUP = 8192  # rows; a reader of one feature reads one group of each column
+
+
+class Units(TypedDict):
+    """Of a kind: layers, and units per layer."""
+
+    n_layers: Positive
+    n_features: Positive
+
+
+class Listed(TypedDict):
+    """A file of a store."""
+
+    bytes: Count
+    sha256: Sha256
+
+
+class Manifest(TypedDict):
+    """What every reader takes from ``manifest.json``."""
+
+    run: str
+    adapter: str
+    pair: dict[str, Any]
+    data: dict[str, Any]
+    domains: list[str]
+    settings: dict[str, Any]
+    units: dict[Kind, Units]
+    files: dict[str, Listed]
 
 
 class Store:
@@ -68,15 +98,13 @@ class Store:
                 f"{source} has no features yet: expected {path.name} in it, or in features/ "
                 "(fastadapt features collect)"
             )
-        try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{path} is not JSON: {error}") from error
+        manifest = read_json(path)
         found = manifest.get("schema_version") if isinstance(manifest, dict) else None
         if found != SCHEMA_VERSION:
             raise UserError(
                 f"{path}: schema_version is {found!r}, this fastadapt reads {SCHEMA_VERSION}"
             )
+        check(manifest, Manifest, str(path))
         if adapter is not None and manifest["adapter"] != adapter:
             raise UserError(
                 f"{folder}: these features are of another adapter (of {manifest['run']}); collect "
@@ -127,12 +155,10 @@ class Store:
         filters = [] if layer is None else [("layer", "=", layer)]
         if features is not None:
             filters.append(("feature", "in", sorted(set(features))))  # type: ignore[arg-type]
-        try:
-            return pq.read_table(
-                path, columns=None if columns is None else list(columns), filters=filters or None
-            )
-        except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"{path} cannot be read: {error}") from error
+        schema = SHARED[table] if table in SHARED else TABLES[table]
+        if columns is not None:
+            schema = pa.schema([schema.field(name) for name in columns])
+        return read_table(path, schema, columns=columns, filters=filters or None)
 
     def check_unit(self, kind: Kind, layer: int, feature: int) -> None:
         """Raise ``UserError`` where there is no such unit."""
@@ -157,7 +183,8 @@ class Store:
         connection = duckdb.connect()
         for table in (*TABLES, *SHARED):
             if self.has(table, kind):
-                path = str(self.path(table, kind).resolve()).replace("'", "''")
+                with open_parquet(self.path(table, kind)):
+                    path = str(self.path(table, kind).resolve()).replace("'", "''")
                 connection.execute(f"CREATE VIEW {table} AS SELECT * FROM read_parquet('{path}')")
         allowed = str(self.folder.resolve()).replace("'", "''")
         connection.execute(f"SET allowed_directories = ['{allowed}/']")

@@ -48,7 +48,7 @@ def test_sql_reads_the_store_and_nothing_else(folder: Path) -> None:
     ("change", "message"),
     [
         (lambda f: (f / "manifest.json").unlink(), "has no features yet"),
-        (lambda f: (f / "manifest.json").write_text("{"), "is not JSON"),
+        (lambda f: (f / "manifest.json").write_text("{"), "is not valid JSON"),
         (lambda f: (f / "adapter" / "lens.parquet").unlink(), "lens.parquet is missing"),
         (
             lambda f: (f / "manifest.json").write_text(json.dumps({"schema_version": 9})),

@@ -24,6 +24,7 @@ from fastadapt.errors import UserError
 from fastadapt.features.schema import KINDS, MANIFEST, SHARED, TABLES
 from fastadapt.features.store import LOCK
 from fastadapt.io.atomic import disk_errors, replacing, sync_folder, unstaged
+from fastadapt.io.documents import DocumentError, read_json
 
 WORK, NEXT = "collecting", "collecting.next"
 FACTS, TEXTS, STATE = "facts.json", "texts.parquet", "state.safetensors"
@@ -60,8 +61,8 @@ def check_folder(folder: Path) -> None:
 
 def _is_store(folder: Path) -> bool:
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError):
+        manifest = read_json(folder / MANIFEST)
+    except DocumentError:
         return False
     return isinstance(manifest, dict) and {"schema_version", "units"} <= manifest.keys()
 
@@ -90,13 +91,8 @@ def read_facts(folder: Path) -> Facts | None:
     path = folder / WORK / FACTS
     if not path.is_file():
         return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: expected an object, got {type(found).__name__}")
-    return found
+    facts: Facts = read_json(path, dict[str, Any])
+    return facts
 
 
 def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from typing_extensions import TypedDict
 
 from fastadapt.errors import UserError
 from fastadapt.evaluation.drawing import write_png
@@ -17,6 +18,7 @@ from fastadapt.features.judge.questions import CLASSES
 from fastadapt.features.schema import MANIFEST, TABLES, Kind
 from fastadapt.features.store import Store
 from fastadapt.io.atomic import digest, disk_errors, replacing
+from fastadapt.io.documents import DocumentError, read_json
 from fastadapt.wording import percent
 
 SCHEMA_VERSION = 1
@@ -28,6 +30,11 @@ NAMES: Mapping[str, tuple[str, str]] = {
     "target": ("target's neurons", "target"),
 }
 Part = Literal["described", "classified"]
+
+
+class _Held(TypedDict):
+    schema_version: int
+    judges: dict[str, dict[str, dict[str, Any]]]
 
 
 def add_rows(
@@ -58,10 +65,10 @@ def read_judgements(store: Store) -> dict[str, Any]:
     if not path.is_file():
         return {"schema_version": SCHEMA_VERSION, "judges": {}}
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
-        version, judges = held["schema_version"], dict(held["judges"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error!r}); remove it, and judge again") from error
+        held = read_json(path, _Held)
+    except DocumentError as error:
+        raise UserError(f"{error}; remove the file, and judge again") from None
+    version, judges = held["schema_version"], held["judges"]
     if version != SCHEMA_VERSION:
         raise UserError(
             f"{path}: schema_version is {version!r}, this fastadapt reads {SCHEMA_VERSION}"
