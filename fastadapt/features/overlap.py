@@ -45,6 +45,7 @@ from fastadapt.features.store import Store, writing
 from fastadapt.io.atomic import disk_errors, replacing
 from fastadapt.kernels.transcoder import SparseCodes
 from fastadapt.models import ReplacementModel
+from fastadapt.self_check import check_traversal
 
 BINS = 20  # of the distribution
 _WIDENED = 8192  # tokens whose inputs are in float32 at a time
@@ -109,6 +110,8 @@ def overlap(
         students = students_of(store, run, dtype=dtype, device=device, attention=attention)
         model = students.model
         batches = [batch_of(some) for some in _batches(store, config)]
+        for batch in batches[:1]:
+            check_traversal(model, batch.to(model.device))
         pieces: list[pa.Table] = []
         with students.base() as base:
             for layer, inputs, n_F in _layers(model, base, batches):

@@ -37,6 +37,7 @@ from fastadapt.features.schema import Kind
 from fastadapt.features.store import adapter_digest
 from fastadapt.features.units import Neurons, output_rows
 from fastadapt.io.atomic import cannot_write
+from fastadapt.self_check import check_traversal
 
 Progress = Callable[[int, int], None]
 #: Settings that the source of the texts has, and one without part in what is collected.
@@ -199,7 +200,7 @@ def gather(
     }
     state = folder / work.WORK / work.STATE
     cursor = snapshots.load(tallies, state)
-    unsaved, done = 0, 0
+    unsaved, done, checked = 0, 0, False
     with pq.ParquetFile(folder / work.WORK / work.TEXTS) as file:
         for group in range(file.num_row_groups):
             if group < cursor.group:
@@ -209,6 +210,9 @@ def gather(
                 done += len(some)
                 if i < cursor.batch:
                     continue
+                if not checked:
+                    check_traversal(model, batch_of(some).to(model.device))
+                    checked = True
                 take(model, tallies, neurons, some, prepared.domains)
                 tokens = sum(len(text.tokens) for text in some)
                 unsaved += tokens
