@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.metadata import version
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -77,6 +78,12 @@ def _stateless(name: str, value: Any, owner: str) -> Any:
     )
 
 
+def _cache_keyword(decoder: nn.Module) -> str:
+    """The keyword of a decoder's cache: ``cache`` from transformers 5.24 on."""
+    accepted = signature(type(decoder).forward).parameters
+    return "cache" if "cache" in accepted else "past_key_values"
+
+
 def record_inputs(
     model: nn.Module, paths: Paths, input_ids: Tensor, attention_mask: Tensor | None
 ) -> BlockInputs:
@@ -108,8 +115,8 @@ def record_inputs(
             input_ids=input_ids,
             attention_mask=attention_mask,
             # Without a cache transformers asks the device whether sequences are packed.
-            past_key_values=DynamicCache(),
             use_cache=False,
+            **{_cache_keyword(decoder): DynamicCache()},
         )
     finally:
         setattr(decoder, paths.layers, blocks)
