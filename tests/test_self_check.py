@@ -101,7 +101,10 @@ class Log:
         self.seen.append(hidden)
 
 
-@pytest.mark.parametrize("make", [list, Log, dict, lambda: ([],), set], ids=str)
+STATEFUL = {"list": list, "object": Log, "dict": dict, "tuple": lambda: ([],), "set": set}
+
+
+@pytest.mark.parametrize("make", STATEFUL.values(), ids=STATEFUL)
 @pytest.mark.parametrize("mode", MODES)
 def test_an_argument_that_may_hold_state_is_refused_by_name(mode, make, make_pair) -> None:
     model = model_of(make_pair("qwen2"))
