@@ -172,7 +172,29 @@ def load_causal_lm(
             raise UserError(f"{role} {source}: {len(odd)} {key.replace('_', ' ')}: {odd[:3]}")
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise UserError(f"{role} {source}: a head with a bias is not supported")
+    if dtype == torch.float64 and attention == "eager":
+        _bound_masks(model)
     return model.eval()
+
+
+def _bound_masks(model: nn.Module) -> None:
+    """Bound the masks of eager attention in float64 by float32's lowest number.
+
+    transformers adds the lowest float64 to masked scores and takes the softmax in float32, where
+    that is minus infinity: a row that sees padding alone would be NaN, and so, a block later, would
+    be every row.
+    """
+
+    def bound(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.is_floating_point():
+            lowest = torch.finfo(torch.float32).min
+            kwargs = {**kwargs, "attention_mask": mask.clamp(min=lowest)}
+        return args, kwargs
+
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] == "self_attn":
+            module.register_forward_pre_hook(bound, with_kwargs=True)
 
 
 @contextmanager
