@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from fastadapt.data.reading import text_or_none
 from fastadapt.data.rendering import render_parts
 from fastadapt.data.sources import COLUMN, read_values
 from fastadapt.data.tokens import check_markers, encode
@@ -79,8 +80,7 @@ def load_prompts(
             texts.append(render_parts(values[COLUMN], family)[0])
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        domain = values.get("domain")
-        domains.append(domain if isinstance(domain, str) else None)
+        domains.append(text_or_none(values.get("domain")))
     encoded = encode(tokenizer, texts)["input_ids"]
     return [
         Prompt(str(i), list(ids), domain)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -181,13 +182,19 @@ class Store:
         except ImportError:
             raise UserError("SQL over features needs: pip install 'fastadapt[features]'") from None
         connection = duckdb.connect()
+        patterns = []
         for table in (*TABLES, *SHARED):
             if self.has(table, kind):
                 with open_parquet(self.path(table, kind)):
-                    path = str(self.path(table, kind).resolve()).replace("'", "''")
-                connection.execute(f"CREATE VIEW {table} AS SELECT * FROM read_parquet('{path}')")
-        allowed = str(self.folder.resolve()).replace("'", "''")
-        connection.execute(f"SET allowed_directories = ['{allowed}/']")
+                    pass
+                # DuckDB takes every path as a pattern, and names of folders as columns.
+                patterns.append(_quoted(glob.escape(str(self.path(table, kind).resolve()))))
+                rows = f"read_parquet({patterns[-1]}, hive_partitioning = false)"
+                connection.execute(f"CREATE VIEW {table} AS SELECT * FROM {rows}")
+        # A pattern is checked as it is written, and so are the files that it stands for.
+        allowed = _quoted(f"{self.folder.resolve()}/")
+        connection.execute(f"SET allowed_directories = [{allowed}]")
+        connection.execute(f"SET allowed_paths = [{', '.join(patterns)}]")
         connection.execute("SET enable_external_access = false")
         connection.execute("SET lock_configuration = true")
         return connection
@@ -199,6 +206,11 @@ class Store:
             RunError: the folder cannot be written.
         """
         write_table(rows, self.path(table, kind), TABLES[table])
+
+
+def _quoted(text: str) -> str:
+    """A literal of SQL."""
+    return "'" + text.replace("'", "''") + "'"
 
 
 def adapter_digest(folder: Path) -> str:

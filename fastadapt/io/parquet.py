@@ -50,7 +50,10 @@ def read_table(
     path = Path(path)
     with open_parquet(path, schema):
         return pq.read_table(
-            path, columns=None if columns is None else list(columns), filters=filters
+            path,
+            columns=None if columns is None else list(columns),
+            filters=filters,
+            partitioning=None,
         )
 
 

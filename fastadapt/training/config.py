@@ -147,7 +147,8 @@ def from_dict(values: Mapping[str, Any], kind: type = TrainConfig, prefix: str =
 
 def save_config(config: TrainConfig, path: Path) -> None:
     """Write the whole configuration, defaults included, as YAML."""
-    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
+    text = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+    path.write_text(text, encoding="utf-8")
 
 
 def load_config(path: Path) -> TrainConfig:
@@ -157,7 +158,7 @@ def load_config(path: Path) -> TrainConfig:
         UserError: no such file, no YAML, or what :func:`from_dict` refuses.
     """
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

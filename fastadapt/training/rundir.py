@@ -33,6 +33,7 @@ from fastadapt.io.atomic import (
     unstaged,
 )
 from fastadapt.io.atomic import sweep as sweep_beside
+from fastadapt.io.documents import DocumentError, parse_line
 from fastadapt.ranks import Ranks
 from fastadapt.training.checkpoint import list_checkpoints
 from fastadapt.training.config import TrainConfig, differences, load_config, save_config
@@ -187,10 +188,12 @@ def read_records(path: Path) -> list[Record]:
     records = []
     for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
-            record = json.loads(line)
-        except ValueError:
+            record = parse_line(line, str(path))
+        except DocumentError:
             continue
-        if isinstance(record, dict) and "kind" in record and isinstance(record.get("step"), int):
+        if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
+            continue
+        if isinstance(record.get("step"), int):
             records.append(record)
     return records
 
