@@ -18,18 +18,29 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from fastadapt.errors import RunError, UserError
 from fastadapt.io.atomic import locked, replacing
+from fastadapt.io.documents import Count, DocumentError, parse_json
 from fastadapt.ranks import Ranks
 from fastadapt.training.checkpoint import list_checkpoints
 from fastadapt.training.config import TrainConfig, differences, load_config, save_config
 
 Record = dict[str, Any]
 Sink = Callable[[Record], None]
+
+
+class RecordKey(TypedDict):
+    """What every record of ``metrics.jsonl`` holds."""
+
+    kind: str
+    step: Count
+
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
@@ -168,12 +179,8 @@ def read_records(path: Path) -> list[Record]:
     """Return the whole records of a metrics file; a line that a kill cut short is left out."""
     records = []
     for line in path.read_bytes().splitlines() if path.is_file() else ():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and "kind" in record and isinstance(record.get("step"), int):
-            records.append(record)
+        with suppress(DocumentError):
+            records.append(parse_json(line, str(path), RecordKey))
     return records
 
 
