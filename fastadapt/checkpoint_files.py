@@ -19,7 +19,15 @@ from fastadapt.adapter import TranscoderAdapter
 from fastadapt.errors import UserError
 from fastadapt.io import documents
 from fastadapt.io.atomic import half_filled, save_tensors, unstaged, writing_folder
-from fastadapt.pretrained import ARCHITECTURES, Paths, fetch, model_config, reading, tensor_files
+from fastadapt.pretrained import (
+    ARCHITECTURES,
+    Paths,
+    ShardIndex,
+    fetch,
+    model_config,
+    reading,
+    tensor_files,
+)
 
 #: Reads one tensor.
 Lazy = Callable[[], Tensor]
@@ -110,12 +118,7 @@ def read_json(source: str, name: str, revision: str | None) -> dict[str, Any]:
     file = fetch(source, name, revision)
     if file is None:
         raise UserError(f"{source}: {name} is missing")
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise UserError(f"{file} is not JSON: {e}") from e
-    if not isinstance(values, dict):
-        raise UserError(f"{file} must hold an object, got {type(values).__name__}")
+    values: dict[str, Any] = documents.read_json(file, dict[str, Any], constants=True)
     return values
 
 
@@ -217,7 +220,7 @@ def _save(held: Mapping[str, Tensor], file: Path) -> None:
 
 
 def _write_as_indexed(folder: Path, tensors: Mapping[str, Lazy], index: str) -> None:
-    files: dict[str, str] = json.loads(index)["weight_map"]
+    files = documents.parse_json(index, INDEX, ShardIndex)["weight_map"]
     if odd := sorted(tensors.keys() ^ files.keys()):
         raise UserError(f"{len(odd)} tensors are not both here and in the index: {odd[:3]}")
     for file in sorted(set(files.values())):

@@ -147,7 +147,7 @@ def read_configs(names: Sequence[str]) -> dict[str, Any]:
         UserError: no such preset or file, no YAML, or an overlay that goes over nothing.
     """
     first = names[0]
-    values = _read(find_config(first))
+    values: dict[str, Any] = read_yaml(find_config(first), dict[str, Any])
     if first in overlay_names():
         raise UserError(
             f"{first} goes over a preset or file that names the pair: fastadapt train "
@@ -159,7 +159,7 @@ def read_configs(names: Sequence[str]) -> dict[str, Any]:
             paths.append(own)
         before = _output(values)
         for path in paths:
-            _write_over(values, _read(path), path)
+            _write_over(values, read_yaml(path, dict[str, Any]), path)
         if before is not None and _output(values) == before:
             values["run"]["output"] = f"{before.rstrip('/')}-{Path(name).stem}"
     return values
@@ -177,14 +177,6 @@ def _write_over(values: dict[str, Any], changes: Mapping[str, Any], path: Path) 
         if not isinstance(fields, dict) or not isinstance(below, dict):
             raise UserError(f"{path}: {component}: expected keys, got {fields!r}")
         below.update(fields)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The keys of a YAML file; ``UserError`` where it holds anything else."""
-    values = read_yaml(path)
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected keys with values, got {type(values).__name__}")
-    return values
 
 
 def _plain(value: Any) -> Any:

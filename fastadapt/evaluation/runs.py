@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
+from typing_extensions import NotRequired, TypedDict
 
 from fastadapt.errors import UserError
+from fastadapt.io.documents import Count, DocumentError, check, read_yaml
 from fastadapt.organism import resolve
 from fastadapt.pair import PairConfig
 
@@ -70,6 +71,53 @@ class Student:
         return asdict(self)
 
 
+class PairSection(TypedDict):
+    """``pair`` of a run's ``config.yaml``: the fields of :class:`PairConfig`."""
+
+    target: str
+    base: str
+    target_revision: NotRequired[str | None]
+    base_revision: NotRequired[str | None]
+    dtype: NotRequired[str]
+    attention: NotRequired[str]
+    device: NotRequired[str]
+    trust_remote_code: NotRequired[bool]
+    offload: NotRequired[bool]
+
+
+class RunFile(TypedDict):
+    """What of a run's ``config.yaml`` says which pair it is of."""
+
+    pair: PairSection
+
+
+class ChangedSet(TypedDict):
+    """The set of features of an intervention."""
+
+    name: str | None
+    size: Count
+
+
+class Change(TypedDict):
+    """An intervention, as the card of changed adapters records it."""
+
+    kind: str
+    set: ChangedSet
+    adapter: str
+    scale: NotRequired[float | None]
+
+
+class Metadata(TypedDict, total=False):
+    """What is read of ``metadata`` of ``fastadapt.json``, where it is there."""
+
+    target: str | None
+    base: str | None
+    revisions: dict[str, str | None] | None
+    objective: dict[str, Any] | None
+    measured: dict[str, Any] | None
+    interventions: list[Change] | None
+
+
 def names_of(runs: Sequence[str | os.PathLike[str]], names: Sequence[str] | None) -> list[str]:
     """What the runs are called: as given, or as their folders.
 
@@ -97,14 +145,15 @@ def names_of(runs: Sequence[str | os.PathLike[str]], names: Sequence[str] | None
 def pair_of(folder: Path, metadata: Mapping[str, Any]) -> PairConfig:
     """The pair of adapters: as their run's ``config.yaml`` has it, at the commits they name."""
     config = folder.parent / "config.yaml"
+    check(metadata, Metadata, f"{folder / 'fastadapt.json'}: metadata")
     named = {role: metadata.get(role) for role in ("target", "base")}
     values: dict[str, Any] = {role: name for role, name in named.items() if name is not None}
     if folder.name == "adapter" and config.is_file():
         try:
-            of_run = yaml.safe_load(config.read_text(encoding="utf-8"))["pair"]
-            ours = {role: of_run[role] for role in named}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
-            raise UserError(f"{config} is no run's configuration: {error!r}") from error
+            of_run = read_yaml(config, RunFile)["pair"]
+        except DocumentError as error:
+            raise UserError(f"{config} is no run's configuration: {error}") from error
+        ours = {role: of_run[role] for role in named}
         if named != ours:
             raise UserError(
                 f"{folder}: these adapters are of another pair than their run: they name "
@@ -156,6 +205,7 @@ def check_same(first: PairConfig, other: PairConfig, run: str, other_run: str) -
 def student_of(name: str, run: Path, card: Mapping[str, Any]) -> Student:
     """A run as a student: ``card`` is its ``fastadapt.json``."""
     metadata = card["metadata"]
+    check(metadata, Metadata, f"{run}: fastadapt.json: metadata")
     objective, measured = metadata.get("objective") or {}, metadata.get("measured") or {}
     return Student(
         name,

@@ -20,6 +20,7 @@ import yaml
 from fastadapt.adapter import AdapterConfig
 from fastadapt.data.sequences import DataConfig
 from fastadapt.errors import UserError
+from fastadapt.io.documents import read_yaml
 from fastadapt.models import PairConfig
 from fastadapt.objective import ObjectiveConfig
 from fastadapt.training.optimizer import OptimizerConfig
@@ -157,13 +158,11 @@ def load_config(path: Path) -> TrainConfig:
     Raises:
         UserError: no such file, no YAML, or what :func:`from_dict` refuses.
     """
+    values = read_yaml(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {error}") from error
-    return from_dict(values)
+        return typing.cast(TrainConfig, from_dict(values))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def differences(config: TrainConfig, other: TrainConfig) -> dict[str, tuple[Any, Any]]:
@@ -225,8 +224,11 @@ def _typed(value: Any, hint: Any, key: str) -> Any:
     if origin is dict and isinstance(value, Mapping):
         return dict(value)
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if hint is float and isinstance(value, str):
+        try:
+            return float(value)
+        except OverflowError:
+            raise UserError(f"{key}: expected a number that a float can hold") from None
+    if hint is float and isinstance(value, str) and "e" in value.lower():
         try:
             return float(value)  # YAML 1.1 takes 8e-4, written without a point, for a string
         except ValueError:

@@ -18,10 +18,12 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any
+
+from typing_extensions import TypedDict
 
 from fastadapt.errors import RunError, UserError
 from fastadapt.io.atomic import (
@@ -33,13 +35,21 @@ from fastadapt.io.atomic import (
     unstaged,
 )
 from fastadapt.io.atomic import sweep as sweep_beside
-from fastadapt.io.documents import DocumentError, parse_line
+from fastadapt.io.documents import Count, DocumentError, parse_line
 from fastadapt.ranks import Ranks
 from fastadapt.training.checkpoint import list_checkpoints
 from fastadapt.training.config import TrainConfig, differences, load_config, save_config
 
 Record = dict[str, Any]
 Sink = Callable[[Record], None]
+
+
+class RecordKey(TypedDict):
+    """What every record of ``metrics.jsonl`` holds."""
+
+    kind: str
+    step: Count
+
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
@@ -187,14 +197,8 @@ def read_records(path: Path) -> list[Record]:
     """Return the whole records of a metrics file; a line that a kill cut short is left out."""
     records = []
     for line in path.read_bytes().splitlines() if path.is_file() else ():
-        try:
-            record = parse_line(line, str(path))
-        except DocumentError:
-            continue
-        if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
-            continue
-        if isinstance(record.get("step"), int):
-            records.append(record)
+        with suppress(DocumentError):
+            records.append(parse_line(line, str(path), RecordKey))
     return records
 
 
