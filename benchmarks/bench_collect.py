@@ -49,11 +49,12 @@ class Bench:
         self.config, self.tokens = config, prepared.tokens
         self.model: ReplacementModel = opened.students.model
         self.tallies = tallies_of(opened, prepared)
-        with pq.ParquetFile(folder / "store" / "collecting" / "texts.parquet") as file:
+        path = folder / "store" / "collecting" / "texts.parquet"
+        with pq.ParquetFile(path) as file:
             self.batches = [
                 some
                 for group in range(file.num_row_groups)
-                for some in batches_of(read_group(file, group), config.batch_tokens)
+                for some in batches_of(read_group(path, file, group), config.batch_tokens)
             ]
 
     @property

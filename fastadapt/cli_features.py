@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 from fastadapt.cli_judges import classify, describe
 from fastadapt.cli_progress import go_on, under_way
 from fastadapt.console import print_table, quiet_transformers
-from fastadapt.errors import UserError
+from fastadapt.errors import RunError, UserError
 from fastadapt.options import nearest
 from fastadapt.options_features import (
     FEATURES_USAGE,
+    check_parser,
     chosen_intervention,
     collect_parser,
     config_of,
@@ -197,6 +198,24 @@ def _sets(argv: list[str]) -> int:
     return 0
 
 
+def _check(argv: list[str]) -> int:
+    from fastadapt.features.checking import check_store
+    from fastadapt.features.store import Store
+
+    store = Store.open(check_parser().parse_args(argv).source, complete=False)
+    found = check_store(store)
+    rows = []
+    for one in found:
+        size = "" if one.rows is None else f"{one.rows:,}"
+        state = "wrong" if one.wrong else one.note or "sound"
+        rows.append([one.name, size, "yes" if one.hashed else "has none", state])
+    print_table(["file", "rows", "SHA-256", ""], rows, left=True)
+    lines = [f"{one.name}: {line}" for one in found for line in one.wrong]
+    if lines:
+        raise RunError(f"{store.folder}: {len(lines)} wrong:\n  " + "\n  ".join(lines))
+    return 0
+
+
 def intervene(argv: list[str]) -> int:
     """`fastadapt intervene`."""
     if not argv or {"-h", "--help"} & set(argv):
@@ -232,4 +251,5 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "overlap": _overlap,
     "select": _select,
     "sets": _sets,
+    "check": _check,
 }

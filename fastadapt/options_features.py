@@ -26,6 +26,7 @@ usage: fastadapt features COMMAND RUN ...
   overlap RUN            whether features fire on the same tokens in the target, and in the base
   select RUN NAME        a named set of features: by what they promote, where they fire, SQL, ...
   sets RUN               the sets that there are
+  check RUN              whether every file is what was collected, and every row can be
 
 fastadapt features COMMAND --help tells the options of each."""
 
@@ -155,6 +156,17 @@ def select_parser() -> Parser:
 def sets_parser() -> Parser:
     """The parser of `fastadapt features sets`."""
     parser = Parser(prog="fastadapt features sets", description="The sets that a store has.")
+    _source(parser)
+    return parser
+
+
+def check_parser() -> Parser:
+    """The parser of `fastadapt features check`."""
+    parser = Parser(
+        prog="fastadapt features check",
+        description="Hold every file of a store against its size and SHA-256 in the manifest, and "
+        "every row against the others. Exit code 1 where anything is wrong.",
+    )
     _source(parser)
     return parser
 

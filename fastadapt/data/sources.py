@@ -216,8 +216,9 @@ def _read_parquet(
                     for number, values in enumerate(fresh, start=done + skipped + 1):
                         yield f"{path}, row {number}", values, number, number
                     done += len(batch)
-        except pa.ArrowException as error:
-            reason = str(error).splitlines()[0]
+        # Arrow reports a damaged footer or page as OSError, text that is not UTF-8 as Python does.
+        except (pa.ArrowException, OSError, OverflowError, UnicodeDecodeError) as error:
+            reason = " ".join(str(error).split())[:200]
             raise UserError(f"{path}: not a readable Parquet file: {reason}") from None
 
 

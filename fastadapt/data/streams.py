@@ -123,9 +123,10 @@ class Stream:
         index, offset, _ = self._cursor
         path, size = self._files[index], self._sizes[index]
         if path.suffix == ".parquet":
-            import pyarrow.parquet as pq
+            from fastadapt.io.parquet import open_parquet
 
-            offset = round(size * offset / max(pq.read_metadata(path).num_rows, 1))
+            with open_parquet(path) as file:
+                offset = round(size * offset / max(file.metadata.num_rows, 1))
         return (sum(self._sizes[:index]) + offset) / max(sum(self._sizes), 1)
 
     def hashed(self) -> dict[str, Any]:

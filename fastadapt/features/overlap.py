@@ -29,7 +29,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
@@ -40,9 +39,10 @@ from fastadapt.evaluation.drawing import require_drawing, write_png
 from fastadapt.evaluation.figures import Figure, Series
 from fastadapt.features.collect.texts import Text, batch_of, batches_of, read_group
 from fastadapt.features.opening import students_of
-from fastadapt.features.schema import OVERLAP
+from fastadapt.features.schema import OVERLAP, TEXTS
 from fastadapt.features.store import Store, writing
 from fastadapt.io.atomic import disk_errors, replacing
+from fastadapt.io.parquet import open_parquet
 from fastadapt.kernels.transcoder import SparseCodes
 from fastadapt.models import ReplacementModel
 from fastadapt.self_check import check_traversal
@@ -130,10 +130,10 @@ def overlap(
 def _batches(store: Store, config: OverlapConfig) -> Iterator[list[Text]]:
     """The first texts of a store, as they were batched when they were collected."""
     tokens = 0
-    with pq.ParquetFile(store.path("texts")) as file:
+    with open_parquet(store.path("texts"), TEXTS) as file:
         for group in range(file.num_row_groups):
             texts: list[Text] = []
-            for text in read_group(file, group):
+            for text in read_group(store.path("texts"), file, group):
                 tokens += len(text.tokens)
                 if tokens > config.tokens and (texts or group):
                     break

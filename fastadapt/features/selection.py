@@ -13,7 +13,7 @@ import random
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import log
+from math import inf, log
 from typing import Any, ClassVar, get_args
 
 from fastadapt.data.reading import text_or_none
@@ -225,6 +225,7 @@ def matched(store: Store, like: FeatureSet, times: int = 1, seed: int = 0) -> Fe
     like.not_empty()
     wanted = times * len(like)
     rows = _ask(store, "SELECT layer, feature, density FROM features ORDER BY layer, feature")
+    _require_all(store, like, rows)
     least = min((density for *_, density in rows if density > 0), default=1.0)
     # A feature that never fired is put two octaves below the rarest that did.
     size = {(layer, i): log(density or least / 4) for layer, i, density in rows}
@@ -248,6 +249,23 @@ def matched(store: Store, like: FeatureSet, times: int = 1, seed: int = 0) -> Fe
             place = min(near, key=lambda i: abs(free[i][0] - at))
         drawn.append(free.pop(place)[1])
     return _set(store, drawn, f"random like ({like.made}), {times} times, seed {seed}")
+
+
+def _require_all(store: Store, like: FeatureSet, rows: Sequence[tuple[Any, ...]]) -> None:
+    """Refuse densities that are none, and a table without one of the set's features."""
+    path = store.path("features")
+    for layer, feature, density in rows:
+        if not 0 <= density < inf:
+            raise UserError(
+                f"{path}: the column 'density': expected finite numbers from 0 on, got {density} "
+                f"of feature {feature} of layer {layer}; collect the features again"
+            )
+    if lost := sorted(like._pairs() - {(layer, i) for layer, i, _ in rows}):
+        layer, feature = lost[0]
+        raise UserError(
+            f"{path}: the columns 'layer', 'feature': expected feature {feature} of layer {layer}, "
+            "got none; collect the features again"
+        )
 
 
 # --- asking ---------------------------------------------------------------------------------------
@@ -282,8 +300,13 @@ def _ask(store: Store, query: str, values: Sequence[Any] = ()) -> list[tuple[Any
                 f"sql: expected the columns layer and feature, got {', '.join(columns)}"
             )
         rows = result.fetchall()
-    except duckdb.Error as error:
-        raise UserError(f"sql: {str(error).splitlines()[0]}") from error
+    # RuntimeError: what DuckDB raises where a file breaks its own expectations.
+    except (duckdb.Error, RuntimeError, UnicodeDecodeError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)[:300]
+        raise UserError(
+            f"sql: {reason} (in {store.folder}; fastadapt features check {store.folder} names "
+            "files that are damaged)"
+        ) from error
     finally:
         connection.close()
     first = columns.index("layer"), columns.index("feature")
@@ -297,9 +320,12 @@ def _set(store: Store, rows: Sequence[tuple[Any, ...]], made: str) -> FeatureSet
             raise UserError(
                 f"{made}: expected whole numbers as layer and feature, got {layer!r}, {feature!r}"
             )
-    return FeatureSet.of(
-        (row[:2] for row in rows),
-        adapter=str(store.manifest["adapter"]),
-        shape=store.shape("adapter"),
-        made=made,
-    )
+    try:
+        return FeatureSet.of(
+            (row[:2] for row in rows),
+            adapter=str(store.manifest["adapter"]),
+            shape=store.shape("adapter"),
+            made=made,
+        )
+    except UserError as error:  # a row of a table, or of the SQL, that is of no feature
+        raise UserError(f"columns layer and feature in {store.folder}: {error}") from None

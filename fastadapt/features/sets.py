@@ -18,9 +18,9 @@ from typing import Any
 from typing_extensions import TypedDict
 
 from fastadapt.errors import UserError
-from fastadapt.features.store import Store, writing
+from fastadapt.features.store import Layers, PerLayer, Store, writing
 from fastadapt.io.atomic import disk_errors, make_folder, replacing
-from fastadapt.io.documents import Count, Positive, check, read_json
+from fastadapt.io.documents import Count, check, read_json
 
 FOLDER = "sets"
 SCHEMA_VERSION = 1
@@ -149,8 +149,8 @@ class FeatureSet:
 class _Set(TypedDict):
     name: str
     adapter: str
-    n_layers: Positive
-    n_features: Positive
+    n_layers: Layers
+    n_features: PerLayer
     made: str
     features: list[tuple[Count, Count]]
 

@@ -9,15 +9,17 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from fastadapt.errors import RunError, UserError
 from fastadapt.features.schema import KINDS, MANIFEST, SCHEMA_VERSION, SHARED, TABLES, Kind
+from fastadapt.features.values import require_valid
 from fastadapt.io.atomic import (
     cannot_write,
     digest,
@@ -27,7 +29,8 @@ from fastadapt.io.atomic import (
     replacing,
     sweep_tree,
 )
-from fastadapt.io.documents import Count, Positive, Sha256, check, read_json
+from fastadapt.io.documents import Count, Sha256, check, read_json
+from fastadapt.io.names import inside
 from fastadapt.io.parquet import open_parquet, read_table
 
 if TYPE_CHECKING:
@@ -39,11 +42,16 @@ LOCK = ".lock"
 _ROW_GROUP = 8192  # rows; a reader of one feature reads one group of each column
 
 
+#: Layers of a model, and units of one: more than any has, and few enough to count through.
+Layers = Annotated[int, msgspec.Meta(ge=1, le=10_000)]
+PerLayer = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+
+
 class Units(TypedDict):
     """Of a kind: layers, and units per layer."""
 
-    n_layers: Positive
-    n_features: Positive
+    n_layers: Layers
+    n_features: PerLayer
 
 
 class Listed(TypedDict):
@@ -53,17 +61,39 @@ class Listed(TypedDict):
     sha256: Sha256
 
 
+class _Pair(TypedDict):
+    dtype: NotRequired[str | None]
+
+
+class _Data(TypedDict):
+    texts: Count
+    tokens: Count
+    read: NotRequired[Count]
+    too_long: NotRequired[Count]
+
+
+class _Settings(TypedDict):
+    neurons_per_token: NotRequired[Annotated[int, msgspec.Meta(ge=1)] | None]
+
+
 class Manifest(TypedDict):
     """What every reader takes from ``manifest.json``."""
 
     run: str
     adapter: str
-    pair: dict[str, Any]
-    data: dict[str, Any]
+    pair: _Pair
+    data: _Data
     domains: list[str]
-    settings: dict[str, Any]
+    settings: _Settings
     units: dict[Kind, Units]
+    lens: dict[str, Any]
+    edges: list[float]
+    collected: NotRequired[dict[str, Any]]
     files: dict[str, Listed]
+
+
+#: Files whose bytes were held against a manifest: path, size, time of change, and SHA-256.
+_checked: set[tuple[Path, int, int, str]] = set()
 
 
 class Store:
@@ -79,12 +109,15 @@ class Store:
         self.manifest = manifest
 
     @classmethod
-    def open(cls, source: str | os.PathLike[str], *, adapter: str | None = None) -> Store:
+    def open(
+        cls, source: str | os.PathLike[str], *, adapter: str | None = None, complete: bool = True
+    ) -> Store:
         """The store in ``source``, or in ``source/features`` of a run.
 
         Args:
             source: folder of a store, or of a run.
             adapter: SHA-256 of the adapter that it must be of, if it matters.
+            complete: whether every file must be there, with a row of each unit in ``features``.
 
         Raises:
             UserError: there is none, it is of another version or another adapter, or a file is
@@ -111,10 +144,27 @@ class Store:
                 f"{folder}: these features are of another adapter (of {manifest['run']}); collect "
                 "them again (--overwrite), or give the store of this run"
             )
+        store = cls(folder, manifest)
         for name in manifest["files"]:
-            if not (folder / name).is_file():
+            listed = inside(folder, *name.split("/"), source=f"{path}: files")
+            if complete and not listed.is_file():
                 raise UserError(f"{folder}: {name} is missing; collect the features again")
-        return cls(folder, manifest)
+        for kind in store.kinds if complete else ():
+            store._check_rows(kind)
+        return store
+
+    def _check_rows(self, kind: Kind) -> None:
+        n_layers, n_features = self.shape(kind)
+        path = self.path("features", kind)
+        if not path.is_file():
+            raise UserError(f"{self.folder}: {kind}/{path.name} is missing; collect again")
+        with open_parquet(path, TABLES["features"]) as file:
+            rows = file.metadata.num_rows
+        if rows != n_layers * n_features:
+            raise UserError(
+                f"{self.folder / MANIFEST}: units.{kind}: {n_layers:,} n_layers of {n_features:,} "
+                f"n_features are {n_layers * n_features:,} units, {path} has {rows:,}"
+            )
 
     @property
     def kinds(self) -> list[Kind]:
@@ -147,8 +197,12 @@ class Store:
     ) -> pa.Table:
         """A table, or the rows of one layer, or of some units of it.
 
+        A whole table is held against the SHA-256 in the manifest, once for each file and process
+        (:meth:`check_file`); of parts of one, values alone are looked at.
+
         Raises:
-            UserError: it is not there, or cannot be read.
+            UserError: it is not there, cannot be read, is not what was collected, or has a value
+                that cannot be, such as a layer that the store does not have.
         """
         path = self.path(table, kind)
         if not path.is_file():
@@ -159,7 +213,56 @@ class Store:
         schema = SHARED[table] if table in SHARED else TABLES[table]
         if columns is not None:
             schema = pa.schema([schema.field(name) for name in columns])
-        return read_table(path, schema, columns=columns, filters=filters or None)
+        if not filters:
+            self.check_file(path)
+        rows = read_table(path, schema, columns=columns, filters=filters or None)
+        require_valid(path, table, rows, **self.limits(kind))
+        return rows
+
+    def limits(self, kind: Kind) -> dict[str, Any]:
+        """What values of its tables are held against; see :mod:`fastadapt.features.values`."""
+        return {
+            "shape": self.shape(kind) if kind in self.manifest["units"] else None,
+            "n_texts": self.manifest["data"]["texts"],
+            "domains": self.manifest["domains"],
+            "n_bins": len(self.manifest["edges"]) + 1,
+        }
+
+    def check_file(self, path: Path) -> None:
+        """Hold a file that the manifest lists against its SHA-256 there.
+
+        It is read once for each process, and again where its size or its time of change is another.
+        Tables that judges add later are not in the manifest, and have none.
+
+        Raises:
+            UserError: its bytes are others.
+        """
+        listed = self.manifest["files"].get(path.relative_to(self.folder).as_posix())
+        if listed is None:
+            return
+        try:
+            stat = path.stat()
+            known = path.resolve(), stat.st_size, stat.st_mtime_ns, listed["sha256"]
+            if known in _checked:
+                return
+            found = digest(path)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        if found != (listed["bytes"], listed["sha256"]):
+            raise UserError(
+                f"{path} is not the file that was collected: {MANIFEST} says {listed['bytes']:,} "
+                f"bytes and SHA-256 {listed['sha256'][:12]}..., it has {found[0]:,} and "
+                f"{found[1][:12]}...; collect the features again"
+            )
+        _checked.add(known)
+
+    def check_files(self, kinds: Iterable[Kind]) -> None:
+        """:meth:`check_file` of everything that was collected of some kinds, for whole readings."""
+        for table in SHARED:
+            self.check_file(self.path(table))
+        for kind in kinds:
+            for table in TABLES:
+                self.check_file(self.path(table, kind))
 
     def check_unit(self, kind: Kind, layer: int, feature: int) -> None:
         """Raise ``UserError`` where there is no such unit."""

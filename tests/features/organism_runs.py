@@ -83,7 +83,7 @@ def dense_activations(
     file = pq.ParquetFile(store / "texts.parquet")
     for group in range(file.num_row_groups):
         made = {}
-        for some in batches_of(read_group(file, group), batch_tokens):
+        for some in batches_of(read_group(store / "texts.parquet", file, group), batch_tokens):
             seen.clear()
             batch = batch_of(some)
             mode: Mode = "target" if kind == "target" else "replacement"

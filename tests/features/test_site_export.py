@@ -253,7 +253,7 @@ def test_kinds_that_are_not_there_are_told(store: Store) -> None:
 
 def test_a_store_that_contradicts_itself_is_told(store: Store) -> None:
     store.manifest["units"]["adapter"]["n_features"] = 60
-    with pytest.raises(UserError, match="features 0 to 69, its manifest says 60"):
+    with pytest.raises(UserError, match="'feature': expected 0 to 59, got 69"):
         export(store)
     assert not (store.folder / "site").exists()
 
@@ -262,7 +262,7 @@ def test_a_store_that_contradicts_itself_is_told(store: Store) -> None:
 def test_a_table_that_was_cut_off_is_told(store: Store, table: str) -> None:
     path = store.folder / f"{table}.parquet"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UserError, match=f"{path.name} cannot be read"):
+    with pytest.raises(UserError, match=f"{path.name} is not the file that was collected"):
         export(store)
     assert [p.name for p in store.folder.iterdir() if "site" in p.name] == []
 

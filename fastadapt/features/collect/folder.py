@@ -20,11 +20,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from fastadapt.errors import UserError
-from fastadapt.features.schema import KINDS, MANIFEST, SHARED, TABLES
-from fastadapt.features.store import LOCK
+from fastadapt.features.collect.config import CollectConfig
+from fastadapt.features.schema import KINDS, MANIFEST, SHARED, TABLES, Kind
+from fastadapt.features.store import LOCK, Layers, PerLayer
 from fastadapt.io.atomic import disk_errors, replacing, sync_folder, unstaged
-from fastadapt.io.documents import DocumentError, read_json
+from fastadapt.io.documents import Count, DocumentError, Positive, read_json
+from fastadapt.training.config import from_dict
 
 WORK, NEXT = "collecting", "collecting.next"
 FACTS, TEXTS, STATE = "facts.json", "texts.parquet", "state.safetensors"
@@ -41,6 +45,32 @@ _WHERE = {"run", "target", "base", "name", "split"}
 _WHAT = {"adapter", "models", "fingerprint"}
 
 Facts = dict[str, Any]
+
+
+class _Data(TypedDict):
+    name: str
+    family: str
+    fingerprint: str
+
+
+class _Prepared(TypedDict):
+    read: Count
+    too_long: Count
+    texts: Count
+    tokens: Count
+    domains: list[str]
+
+
+class _Facts(TypedDict):
+    run: str
+    adapter: str
+    models: Any
+    pair: dict[str, Any]
+    data: _Data
+    settings: dict[str, Any]
+    shard: tuple[Count, Positive]
+    prepared: _Prepared
+    units: dict[Kind, tuple[Layers, PerLayer]]
 
 
 def check_folder(folder: Path) -> None:
@@ -91,8 +121,25 @@ def read_facts(folder: Path) -> Facts | None:
     path = folder / WORK / FACTS
     if not path.is_file():
         return None
-    facts: Facts = read_json(path, dict[str, Any])
+    facts: Facts = read_json(path, _Facts)
+    i, n = facts["shard"]
+    if i >= n:
+        raise UserError(f"{path}: shard: expected i/n with i below n, got {i}/{n}")
+    config_of(folder, facts)
     return facts
+
+
+def config_of(folder: Path, facts: Facts) -> CollectConfig:
+    """The settings that the facts of a folder hold.
+
+    Raises:
+        UserError: one is missing, unknown or impossible.
+    """
+    try:
+        config: CollectConfig = from_dict(facts["settings"], CollectConfig, "settings.")
+    except UserError as error:
+        raise UserError(f"{folder / WORK / FACTS}: {error}") from None
+    return config
 
 
 def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-import pyarrow.parquet as pq
 import torch
 
 from fastadapt.errors import RunError, UserError
@@ -33,10 +32,11 @@ from fastadapt.features.collect.texts import (
 )
 from fastadapt.features.collect.walking import walk
 from fastadapt.features.lens import token_strings, write_lens, write_tokens
-from fastadapt.features.schema import Kind
+from fastadapt.features.schema import TEXTS, Kind
 from fastadapt.features.store import adapter_digest
 from fastadapt.features.units import Neurons, output_rows
 from fastadapt.io.atomic import cannot_write
+from fastadapt.io.parquet import open_parquet
 from fastadapt.self_check import check_traversal
 
 Progress = Callable[[int, int], None]
@@ -201,12 +201,14 @@ def gather(
     state = folder / work.WORK / work.STATE
     cursor = snapshots.load(tallies, state)
     unsaved, done, checked = 0, 0, False
-    with pq.ParquetFile(folder / work.WORK / work.TEXTS) as file:
+    texts = folder / work.WORK / work.TEXTS
+    with open_parquet(texts, TEXTS) as file:
         for group in range(file.num_row_groups):
             if group < cursor.group:
                 done += file.metadata.row_group(group).num_rows
                 continue
-            for i, some in enumerate(batches_of(read_group(file, group), config.batch_tokens)):
+            members = read_group(texts, file, group)
+            for i, some in enumerate(batches_of(members, config.batch_tokens)):
                 done += len(some)
                 if i < cursor.batch:
                     continue

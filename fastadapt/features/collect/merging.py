@@ -6,18 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import pyarrow.parquet as pq
 import torch
-from safetensors import safe_open
 
 from fastadapt.errors import UserError
 from fastadapt.features.collect import folder as work
 from fastadapt.features.collect import snapshots
-from fastadapt.features.collect.config import CollectConfig
-from fastadapt.features.collect.tally import Tally
+from fastadapt.features.collect.tally import Tally, wrong_values
 from fastadapt.features.collect.texts import Prepared
-from fastadapt.features.schema import Kind
-from fastadapt.pretrained import reading
+from fastadapt.features.schema import TEXTS, Kind
+from fastadapt.io.parquet import open_parquet
+from fastadapt.io.tensors import open_tensors
 
 
 class Part(NamedTuple):
@@ -70,7 +68,8 @@ def _same(facts: work.Facts) -> work.Facts:
 
 def _check_finished(folder: Path, shard: str) -> None:
     state = folder / work.WORK / work.STATE
-    groups = pq.read_metadata(folder / work.WORK / work.TEXTS).num_row_groups
+    with open_parquet(folder / work.WORK / work.TEXTS, TEXTS) as file:
+        groups = file.num_row_groups
     if not state.is_file() or snapshots.cursor_of(state).group < groups:
         raise UserError(f"{folder}: shard {shard} is not finished; collect it again, it goes on")
 
@@ -89,18 +88,33 @@ def merged_texts(parts: Sequence[Part]) -> Prepared:
 
 def merged_tallies(parts: Sequence[Part], domains: Sequence[str]) -> dict[Kind, Tally]:
     """The sum of all shards, by the domains of all their texts."""
-    settings = {**parts[0].facts["settings"]}
-    config = CollectConfig(**{**settings, "kinds": tuple(settings["kinds"])})
+    config = work.config_of(parts[0].folder, parts[0].facts)
     tallies: dict[Kind, Tally] = {}
     for part in parts:
         path = part.folder / work.WORK / work.STATE
         own = [domains.index(d) for d in part.facts["prepared"]["domains"]] + [len(domains)]
-        with reading("snapshot", str(path)), safe_open(path, framework="pt") as file:
+        with open_tensors(path) as file:
             for kind in config.kinds:
-                tensors = snapshots.Prefixed(file, kind)
+                shape = _shape(part, kind)
+                # Without memory: what the facts say may be more than there is.
+                like = Tally(kind, shape, len(own) - 1, config, torch.device("meta"))
+                snapshots.require_like(file, kind, like, path)
+                tensors = dict(snapshots.Prefixed(file, kind))
+                for name in wrong_values(tensors, like):
+                    raise UserError(f"{path}: tensor {kind}.{name}: it has values that cannot be")
                 if kind not in tallies:
-                    shape = part.facts["units"][kind]
-                    cpu = torch.device("cpu")
-                    tallies[kind] = Tally(kind, tuple(shape), len(domains), config, cpu)
+                    tallies[kind] = Tally(kind, shape, len(domains), config, torch.device("cpu"))
+                if shape != (tallies[kind].n_layers, tallies[kind].n_features):
+                    raise UserError(f"{part.folder}: units.{kind}: another shape than the others'")
                 tallies[kind].absorb(tensors, own)
     return tallies
+
+
+def _shape(part: Part, kind: Kind) -> tuple[int, int]:
+    shape = part.facts["units"].get(kind)
+    if shape is None:
+        raise UserError(
+            f"{part.folder / work.WORK / work.FACTS}: units: expected {kind}, which is among "
+            "settings.kinds, got none"
+        )
+    return int(shape[0]), int(shape[1])

@@ -7,12 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import safe_open
+import torch
 
-from fastadapt.features.collect.tally import Tally
+from fastadapt.features.collect.tally import Tally, wrong_values
 from fastadapt.features.schema import Kind
 from fastadapt.io.atomic import disk_errors, replacing, save_tensors
-from fastadapt.pretrained import reading
+from fastadapt.io.documents import Count, parse_json
+from fastadapt.io.tensors import TensorError, open_tensors
+
+_DTYPES = {torch.int64: "I64", torch.float32: "F32"}
 
 
 class Cursor(NamedTuple):
@@ -43,14 +46,18 @@ def load(tallies: Mapping[Kind, Tally], path: Path) -> Cursor:
     """Take what was saved; nothing, where nothing was.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: it cannot be read, or is of other tallies.
     """
     if not path.is_file():
         return Cursor()
-    with reading("snapshot", str(path)), safe_open(path, framework="pt") as file:
+    with open_tensors(path) as file:
+        cursor = _cursor(file, path)
         for kind, tally in tallies.items():
+            require_like(file, kind, tally, path)
             tally.load(Prefixed(file, kind))
-        return Cursor(*json.loads(file.metadata()["cursor"]))
+            for name in wrong_values(tally.tensors(), tally):
+                raise TensorError(f"{path}: tensor {kind}.{name}: it has values that cannot be")
+    return cursor
 
 
 def cursor_of(path: Path) -> Cursor:
@@ -59,8 +66,32 @@ def cursor_of(path: Path) -> Cursor:
     Raises:
         UserError: it cannot be read.
     """
-    with reading("snapshot", str(path)), safe_open(path, framework="pt") as file:
-        return Cursor(*json.loads(file.metadata()["cursor"]))
+    with open_tensors(path) as file:
+        return _cursor(file, path)
+
+
+def _cursor(file: Any, path: Path) -> Cursor:
+    text = (file.metadata() or {}).get("cursor")
+    if text is None:
+        raise TensorError(f"{path}: cursor: expected one in its metadata, got none")
+    return Cursor(*parse_json(text, f"{path}: cursor", tuple[Count, Count, Count]))
+
+
+def require_like(file: Any, kind: Kind, tally: Tally, path: Path) -> None:
+    """Raise :class:`~fastadapt.io.tensors.TensorError` where a file's tensors of a kind are not of
+    the tally's names, shapes and dtypes. Only its header is read; the tally may be on ``meta``.
+    """
+    there = set(file.keys())
+    for name, mine in tally.tensors().items():
+        where = f"{path}: tensor {kind}.{name}"
+        if f"{kind}.{name}" not in there:
+            raise TensorError(f"{where}: expected one, got none")
+        held = file.get_slice(f"{kind}.{name}")
+        found, expected = tuple(held.get_shape()), tuple(mine.shape)
+        if found != expected:
+            raise TensorError(f"{where}: expected {expected}, got {found}")
+        if held.get_dtype() != _DTYPES[mine.dtype]:
+            raise TensorError(f"{where}: expected {_DTYPES[mine.dtype]}, got {held.get_dtype()}")
 
 
 class Prefixed(Mapping[str, Any]):

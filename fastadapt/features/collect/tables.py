@@ -10,15 +10,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
-from fastadapt.errors import RunError
+from fastadapt.errors import RunError, UserError
 from fastadapt.features.collect.keeping import POSITION_BITS
 from fastadapt.features.collect.tally import HIGH, LOW, Tally
 from fastadapt.features.regions import THINKING
 from fastadapt.features.schema import EXAMPLES, FEATURES, REGIONS, SAMPLES, TEXTS
 from fastadapt.features.store import list_column, write_pieces
+from fastadapt.features.values import require_valid
+from fastadapt.io.parquet import open_parquet, read_group
 
 
 class Texts(NamedTuple):
@@ -78,9 +79,11 @@ def write_texts(parts: Sequence[Path], path: Path) -> Texts:
 
 
 def _groups(path: Path) -> Iterator[pa.Table]:
-    with pq.ParquetFile(path) as file:
+    with open_parquet(path, TEXTS) as file:
         for group in range(file.num_row_groups):
-            yield file.read_row_group(group)
+            table = read_group(path, file, group, TEXTS)
+            require_valid(path, "texts", table)
+            yield table
 
 
 def _first(table: pa.Table) -> int:
@@ -155,7 +158,7 @@ def _examples(tally: Tally, layer: int, texts: Texts) -> _Kept:
             feature,
             torch.full_like(feature, sample),
             torch.arange(len(feature)) - torch.searchsorted(feature, feature),
-            torch.from_numpy(np.searchsorted(texts.numbers, number.numpy())),
+            torch.from_numpy(_rows_of(texts, number.numpy(), position.numpy())),
             position,
             kept.value,
             tally.priorities(layer, feature, number, position),
@@ -166,6 +169,22 @@ def _examples(tally: Tally, layer: int, texts: Texts) -> _Kept:
     joined = {name: np.concatenate(parts) for name, parts in found.items()}
     order = np.lexsort((joined["rank"], joined["sample"], joined["feature"]))
     return _Kept(**{name: column[order] for name, column in joined.items()})
+
+
+def _rows_of(texts: Texts, number: np.ndarray, position: np.ndarray) -> np.ndarray:
+    """Rows of the texts of those numbers, which have those positions."""
+    row = np.searchsorted(texts.numbers, number)
+    there = row < len(texts.numbers)
+    there[there] &= texts.numbers[row[there]] == number[there]
+    there[there] &= position[there] < texts.lengths[row[there]]
+    if not there.all():
+        at = int(np.flatnonzero(~there)[0])
+        raise UserError(
+            f"what was collected so far (state.safetensors) has an activation at token "
+            f"{position[at]} of conversation {number[at]}, which {texts.path} does not have; "
+            "collect again (--overwrite)"
+        )
+    return row
 
 
 def _example_rows(tally: Tally, layer: int, texts: Texts) -> pa.Table:
@@ -212,10 +231,11 @@ def _windows(
     regions = np.empty(len(row), dtype=np.int8)
     place = np.cumsum(lengths) - lengths
     group = texts.groups[row]
-    with pq.ParquetFile(texts.path) as file:
+    columns = pa.schema([TEXTS.field(name) for name in ("tokens", "regions")])
+    with open_parquet(texts.path, columns) as file:
         for some in np.unique(group):
             here = np.flatnonzero(group == some)
-            table = file.read_row_group(int(some), columns=["tokens", "regions"])
+            table = read_group(texts.path, file, int(some), columns)
             of = table["tokens"].combine_chunks()
             own = row[here] - np.searchsorted(texts.groups, some)
             at = of.offsets.to_numpy()[own]

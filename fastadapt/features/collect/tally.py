@@ -7,7 +7,7 @@ N tokens of a batch (padding counted), F units of a layer, U units of all layers
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -178,6 +178,19 @@ class Tally:
         """Be what :meth:`tensors` gave."""
         for name, mine in self.tensors().items():
             mine.copy_(tensors[name])
+
+
+def wrong_values(tensors: Mapping[str, Tensor], like: Tally) -> Iterator[str]:
+    """Names among :meth:`Tally.tensors` of a tally with values that collecting never makes."""
+    for name, tensor in tensors.items():
+        if tensor.numel() == 0:
+            continue
+        sample, _, field = name.rpartition(".")
+        low, high = tensor.aminmax()
+        least = -1 if field in ("key", "place", "slot") else 0
+        beyond = field == "slot" and high >= like.kept[sample].k  # type: ignore[index]
+        if beyond or not (low >= least and high < torch.inf):  # NaN, if any value is
+            yield name
 
 
 def windows_of(codes: SparseCodes, chosen: Tensor, at: Places, config: CollectConfig) -> Tensor:

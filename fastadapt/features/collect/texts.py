@@ -34,6 +34,8 @@ from fastadapt.features.collect.keeping import place_of
 from fastadapt.features.collect.tally import SLOTS, Places
 from fastadapt.features.regions import regions_of, spans_of, tenths_of
 from fastadapt.features.schema import REGIONS, TEXTS
+from fastadapt.features.values import require_valid
+from fastadapt.io import parquet
 from fastadapt.io.atomic import digest, replacing
 from fastadapt.organism import resolve
 
@@ -182,9 +184,14 @@ class Text(NamedTuple):
     regions: np.ndarray
 
 
-def read_group(file: pq.ParquetFile, group: int) -> list[Text]:
-    """The texts of a row group."""
-    table = file.read_row_group(group)
+def read_group(path: Path, file: pq.ParquetFile, group: int) -> list[Text]:
+    """The texts of a row group of the file at ``path``.
+
+    Raises:
+        UserError: the file is damaged, or holds what is no text.
+    """
+    table = parquet.read_group(path, file, group, TEXTS)
+    require_valid(path, "texts", table)
     tokens, regions = table["tokens"].combine_chunks(), table["regions"].combine_chunks()
     return [
         Text(

@@ -8,7 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from fastadapt.io.atomic import disk_errors, make_folder, replacing
+from fastadapt.io.documents import DocumentError, read_json
+
+
+class _Held(TypedDict):
+    request: dict[str, Any]
+    answer: str
 
 
 class Calls:
@@ -28,11 +36,11 @@ class Calls:
     def get(self, request: Mapping[str, Any]) -> str | None:
         """The answer to a request, if it is kept."""
         try:
-            held = json.loads(self._path(request).read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+            held = read_json(self._path(request), _Held)
+        except DocumentError:
             return None
-        same = isinstance(held, dict) and held.get("request") == request
-        return held["answer"] if same and isinstance(held.get("answer"), str) else None
+        answer: str = held["answer"]
+        return answer if held["request"] == request and _is_text(answer) else None
 
     def keep(
         self, request: Mapping[str, Any], answer: str, usage: Mapping[str, Any] | None = None
@@ -58,3 +66,11 @@ class Calls:
         text = json.dumps(request, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
         name = hashlib.sha256(text.encode()).hexdigest()
         return self.folder / name[:2] / f"{name}.json"
+
+
+def _is_text(answer: str) -> bool:
+    try:
+        answer.encode()
+    except UnicodeEncodeError:  # half of a pair of surrogates, as no endpoint's answer has it
+        return False
+    return True

@@ -222,6 +222,8 @@ class EndpointJudge:
             raise self._failed(f"sent what cannot be read ({error})") from None
         except json.JSONDecodeError as error:
             made = error.doc
+        except (ValueError, RecursionError) as error:  # numbers and nesting that Python refuses
+            raise self._failed(f"sent what cannot be read ({error})") from None
         text, usage = _text_of(made), getattr(made, "usage", None)
         told = None if usage is None else usage.model_dump(exclude_none=True)
         self._calls.keep(request, text, told)

@@ -140,7 +140,10 @@ def _read(description: str) -> tuple[Form | None, set[Key]]:
     # The longest opening first: one is the beginning of another.
     for form in sorted(FORMS, key=lambda form: -len(form.opening)):
         if description.startswith(form.opening):
-            pieces = [json.loads(piece) for piece in _STRING.findall(description)]
+            try:
+                pieces = [json.loads(piece) for piece in _STRING.findall(description)]
+            except ValueError:  # an escape that JSON does not have: no rule of this judge
+                return None, set()
             size = form.words.count("{}")
             return form, {tuple(pieces[i : i + size]) for i in range(0, len(pieces), size)}
     return None, set()

@@ -61,7 +61,7 @@ def read_layer(
     """
     n = store.shape(kind)[1]
     rows = store.read("features", kind, layer=layer)
-    where = _places(store, rows, n)
+    where = rows["feature"].to_numpy()
 
     def column(name: str, dtype: str) -> np.ndarray:
         out = np.zeros(n, dtype)
@@ -80,7 +80,7 @@ def read_layer(
         detail[name] = integers(_matrix(rows[name], where, n, "<f8", 0))
     if store.has("lens", kind):
         lens = store.read("lens", kind, layer=layer)
-        where = _places(store, lens, n)
+        where = lens["feature"].to_numpy()
         index["promoted"] = _matrix(lens["promoted"], where, n, "<u4", NONE)
         detail["suppressed"] = _matrix(lens["suppressed"], where, n, "<u4", NONE)
         for name in ("promoted_logits", "suppressed_logits"):
@@ -146,16 +146,6 @@ def totals(store: Store, domains: Sequence[str]) -> dict[str, list[int]]:
     }
 
 
-def _places(store: Store, rows: pa.Table, n: int) -> np.ndarray:
-    units = rows["feature"].to_numpy()
-    if units.size and (units.min() < 0 or units.max() >= n):
-        raise UserError(
-            f"{store.folder}: its tables have features {units.min()} to {units.max()}, its "
-            f"manifest says {n} per layer; collect the features again"
-        )
-    return units
-
-
 def _flat(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     """Entries of all lists, and ``[rows + 1]`` where each begins."""
     lists = column.combine_chunks()
@@ -179,12 +169,10 @@ def _matrix(
 
 def _notes(store: Store, kind: Kind, layer: int) -> dict[int, dict[str, list[dict[str, Any]]]]:
     notes: dict[int, dict[str, list[dict[str, Any]]]] = {}
-    n = store.shape(kind)[1]
     for table in JUDGED:
         if not store.has(table, kind):
             continue
         rows = store.read(table, kind, layer=layer)
-        _places(store, rows, n)
         for row in rows.to_pylist():
             said = notes.setdefault(row.pop("feature"), {}).setdefault(table, [])
             del row["layer"]
@@ -200,7 +188,7 @@ def _examples(
     if not store.has("examples", kind):
         return np.zeros(n + 1, np.int64), {}
     rows = store.read("examples", kind, layer=layer, columns=_SHOWN)
-    units = _places(store, rows, n)
+    units = rows["feature"].to_numpy()
     if np.any(np.diff(units) < 0):
         raise UserError(f"{store.path('examples', kind)} is not sorted by feature")
     tokens, begins = _flat(rows["tokens"])

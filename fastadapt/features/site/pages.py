@@ -12,6 +12,7 @@ from threading import Event
 from typing import Any
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from fastadapt.errors import UserError
 from fastadapt.features.schema import MANIFEST, REGIONS, Kind
@@ -27,6 +28,7 @@ from fastadapt.features.site.columns import (
 from fastadapt.features.site.shards import shard
 from fastadapt.features.store import Store
 from fastadapt.io.atomic import digest, half_filled, writing_folder
+from fastadapt.io.documents import DocumentError, read_json
 from fastadapt.page_style import STYLE
 
 SITE = "site"
@@ -75,6 +77,7 @@ def export(
         raise UserError(f"{target} is no site of features; give a folder that is new or empty")
     if target.exists() and not target.is_dir():
         raise UserError(f"{target} is no folder")
+    store.check_files(chosen)
     try:
         with writing_folder(target, last=RECORD) as staged:
             if not _write(store, staged, shapes, progress, stop):
@@ -88,16 +91,21 @@ class _StoppedError(Exception):
     """Ends the export without putting anything in place."""
 
 
+class _Record(TypedDict):
+    stamp: str
+    kinds: list[Kind]
+
+
 def is_current(store: Store, folder: Path) -> bool:
     """Whether a folder has the pages of the store as it is now, made by this version."""
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        return bool(record["stamp"] == stamp(store, record["kinds"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        record = read_json(folder / RECORD, _Record)
+    except DocumentError:
         return False  # none yet, or not whole: it is made again
+    return bool(record["stamp"] == stamp(store, record["kinds"]))
 
 
-def stamp(store: Store, kinds: Sequence[str]) -> str:
+def stamp(store: Store, kinds: Sequence[Kind]) -> str:
     """What pages are made from, as 32 hexadecimal digits.
 
     That is the manifest, which has the hashes of what was collected, the tables of judges, and the
@@ -112,7 +120,7 @@ def stamp(store: Store, kinds: Sequence[str]) -> str:
     sha256.update((store.folder / MANIFEST).read_bytes())
     for kind in kinds:
         for table in JUDGED:
-            found = digest(store.path(table, kind)) if store.has(table, kind) else None  # type: ignore[arg-type]
+            found = digest(store.path(table, kind)) if store.has(table, kind) else None
             sha256.update(f"{kind} {table} {found}\n".encode())
     return sha256.hexdigest()[:32]
 

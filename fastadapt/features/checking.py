@@ -1,0 +1,198 @@
+"""Whether a store is whole: every file against the manifest, every row against the others.
+
+Readers look at what they read; here all of it is read, a row group in memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from fastadapt.errors import UserError
+from fastadapt.features.judge.judgements import JSON, read_judgements
+from fastadapt.features.schema import SHARED, TABLES, Kind
+from fastadapt.features.sets import FOLDER, list_sets
+from fastadapt.features.store import Store
+from fastadapt.features.values import unsorted, wrong_values
+from fastadapt.io.parquet import open_parquet, read_group
+
+_MOST_LINES = 8  # of one file
+
+
+@dataclass
+class Checked:
+    """A file of a store.
+
+    Attributes:
+        name: in the store's folder.
+        rows: or features of a set; None of what has no rows.
+        hashed: whether the manifest has its size and SHA-256.
+        wrong: what is, a line each; none where the file is sound.
+        note: what is not wrong and should be known.
+    """
+
+    name: str
+    rows: int | None = None
+    hashed: bool = False
+    wrong: list[str] = field(default_factory=list)
+    note: str = ""
+
+
+def check_store(store: Store) -> list[Checked]:
+    """Read everything in a store; what is wrong is returned, not raised.
+
+    Args:
+        store: opened with ``complete=False``, or files that are missing are raised there.
+    """
+    found = {name: Checked(name, hashed=True) for name in sorted(store.manifest["files"])}
+    for name, checked in found.items():
+        path = store.folder / name
+        if not path.is_file():
+            checked.wrong.append("it is missing")
+            continue
+        try:
+            store.check_file(path)
+        except UserError as error:
+            checked.wrong.append(str(error).removeprefix(f"{path} "))
+    # Texts and tokens first: the others are held against their rows.
+    known: dict[str, int] = {}
+    lengths = np.zeros(0, np.int64)
+    tables: list[tuple[str, Kind]] = [("tokens", "adapter"), ("texts", "adapter")]
+    tables += [(table, kind) for kind in store.kinds for table in TABLES]
+    for table, kind in tables:
+        name = store.path(table, kind).relative_to(store.folder).as_posix()
+        if not store.has(table, kind):
+            required = table in (*SHARED, "features")
+            if required and name not in found:
+                found[name] = Checked(name, wrong=["it is missing"])
+            continue
+        checked = found.setdefault(name, Checked(name))
+        reader = _Reader(store, table, kind, known, lengths)
+        try:
+            for line in reader.lines():
+                if line not in checked.wrong and len(checked.wrong) < _MOST_LINES:
+                    checked.wrong.append(line)
+        except UserError as error:
+            checked.wrong.append(str(error).removeprefix(f"{store.path(table, kind)}: "))
+            continue
+        checked.rows = known[table] = reader.rows
+        if table == "texts":
+            lengths = reader.lengths
+    return [*found.values(), *_others(store)]
+
+
+class _Reader:
+    """Reads one table, group by group."""
+
+    def __init__(
+        self, store: Store, table: str, kind: Kind, known: dict[str, int], lengths: np.ndarray
+    ) -> None:
+        self._store, self._table, self._kind = store, table, kind
+        self._n_tokens, self._text_lengths = known.get("tokens"), lengths
+        self.rows = 0
+        self.lengths = np.zeros(0, np.int64)
+
+    def lines(self) -> Iterator[str]:
+        """What is wrong, in the order of the file."""
+        table, store = self._table, self._store
+        schema = SHARED[table] if table in SHARED else TABLES[table]
+        path = store.path(table, self._kind)
+        before: pa.Table | None = None
+        keys = [name for name in ("layer", "feature", "sample", "rank") if name in schema.names]
+        if table not in ("features", "examples", "lens", "overlap"):
+            keys = []  # of several judges, units occur more than once
+        limits = {**store.limits(self._kind), "n_tokens": self._n_tokens}
+        lengths = []
+        with open_parquet(path, schema) as file:
+            for group in range(file.num_row_groups):
+                rows = read_group(path, file, group, schema)
+                yield from wrong_values(table, rows, **limits)
+                if keys:
+                    last = rows if before is None else pa.concat_tables([before, rows])
+                    yield from unsorted(last.select(keys), *keys)
+                    before = rows.slice(len(rows) - 1) if len(rows) else before
+                own = _OWN.get(table)
+                if own is not None:
+                    yield from own(self, rows)
+                if table == "texts":
+                    lengths.append(pc.list_value_length(rows["tokens"]).to_numpy())
+                self.rows += len(rows)
+        self.lengths = np.concatenate([self.lengths, *lengths]).astype(np.int64)
+        yield from self._counts()
+
+    def _counts(self) -> Iterator[str]:
+        data = self._store.manifest["data"]
+        n_layers, n_features = self._store.shape(self._kind) if self._table in TABLES else (0, 0)
+        expected = {"features": n_layers * n_features, "texts": data["texts"]}
+        if self._table == "lens":
+            expected["lens"] = n_layers * n_features
+        if (n := expected.get(self._table)) is not None and self.rows != n:
+            yield f"expected {n:,} rows, as the manifest says; got {self.rows:,}"
+        if self._table == "texts" and (total := int(self.lengths.sum())) != data["tokens"]:
+            yield f"the column 'tokens': the manifest says {data['tokens']:,} tokens, got {total:,}"
+
+    # --- of single tables -------------------------------------------------------------------------
+
+    def _of_numbered(self, rows: pa.Table) -> Iterator[str]:
+        name = "text" if self._table == "texts" else "token"
+        if not np.array_equal(rows[name].to_numpy(), np.arange(len(rows)) + self.rows):
+            yield f"the column {name!r}: expected the number of its row"
+
+    def _of_features(self, rows: pa.Table) -> Iterator[str]:
+        count = rows["count"].to_numpy()
+        for name in ("histogram", "by_region"):
+            parts = pc.list_parent_indices(rows[name]).to_numpy()
+            sums = np.bincount(parts, pc.list_flatten(rows[name]).to_numpy(), len(rows))
+            if not np.array_equal(sums, count):
+                yield f"the column {name!r}: expected lists that sum to 'count'"
+
+    def _of_examples(self, rows: pa.Table) -> Iterator[str]:
+        text, position = rows["text"].to_numpy(), rows["position"].to_numpy()
+        n = len(self._text_lengths)
+        if not n or not len(rows) or text.min() < 0 or text.max() >= n:
+            return  # said already, or the texts cannot be read
+        if np.any(position >= self._text_lengths[text]):
+            yield "the column 'position': expected a place in its text"
+        at = position - rows["start"].to_numpy()
+        lengths = pc.list_value_length(rows["tokens"]).to_numpy()
+        same = np.array_equal(lengths, pc.list_value_length(rows["values"]).to_numpy())
+        if not same or np.any((at < 0) | (at >= lengths)):
+            return  # said already
+        here = np.cumsum(lengths) - lengths + at
+        for one, many in (("token", "tokens"), ("value", "values")):
+            found = pc.list_flatten(rows[many]).to_numpy()[here]
+            if not np.array_equal(found, rows[one].to_numpy()):
+                yield f"the column {one!r}: expected what {many!r} has at 'position'"
+
+
+_OWN: dict[str, Callable[[_Reader, pa.Table], Iterator[str]]] = {
+    "tokens": _Reader._of_numbered,
+    "texts": _Reader._of_numbered,
+    "features": _Reader._of_features,
+    "examples": _Reader._of_examples,
+}
+
+
+def _others(store: Store) -> Iterator[Checked]:
+    listed: list[dict[str, Any]] = []
+    if "adapter" in store.manifest["units"]:
+        listed = list_sets(store)
+    for one in listed:
+        name = f"{FOLDER}/{one['name']}.json"
+        if "broken" in one:
+            yield Checked(name, wrong=[str(one["broken"])])
+        else:
+            note = "of another adapter: select it again" if one["stale"] else ""
+            yield Checked(name, one["size"], note=note)
+    if (store.folder / JSON).is_file():
+        checked = Checked(JSON)
+        try:
+            read_judgements(store)
+        except UserError as error:
+            checked.wrong.append(str(error))
+        yield checked
