@@ -17,6 +17,7 @@ from torch import Tensor
 from fastadapt.adapter import TranscoderAdapter
 from fastadapt.errors import RunError, UserError
 from fastadapt.io.atomic import save_tensors
+from fastadapt.io.names import check_name, inside
 from fastadapt.pretrained import ARCHITECTURES, Paths, fetch, model_config, reading, tensor_files
 
 #: Reads one tensor.
@@ -169,8 +170,12 @@ def _write_as_indexed(folder: Path, tensors: Mapping[str, Lazy], index: str) -> 
     files: dict[str, str] = json.loads(index)["weight_map"]
     if odd := sorted(tensors.keys() ^ files.keys()):
         raise UserError(f"{len(odd)} tensors are not both here and in the index: {odd[:3]}")
+    for file in files.values():
+        if file == INDEX or not check_name(file, f"{INDEX}: weight_map").endswith(".safetensors"):
+            raise UserError(f"{INDEX}: weight_map: expected names of .safetensors, got {file!r}")
     for file in sorted(set(files.values())):
-        _save({name: tensors[name]() for name in files if files[name] == file}, folder / file)
+        path = inside(folder, file, source=f"{INDEX}: weight_map")
+        _save({name: tensors[name]() for name in files if files[name] == file}, path)
     (folder / INDEX).write_text(index, encoding="utf-8")
 
 

@@ -6,13 +6,14 @@ import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastadapt.errors import UserError
+from fastadapt.io.names import check_name
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,11 @@ def reading(what: str, source: str) -> Iterator[None]:
 
 
 def model_config(source: str, revision: str | None, trust: bool) -> Any:
-    """transformers' configuration of a local folder or hub id."""
+    """transformers' configuration of a local folder or hub id.
+
+    Its implementation of attention is the caller's to choose: a ``config.json`` may name code of
+    the hub there, with or without ``trust`` in the code of the model.
+    """
     from transformers import AutoConfig
 
     looks_local = source.startswith(("/", ".", "~")) or source.count("/") > 1
@@ -77,7 +82,9 @@ def model_config(source: str, revision: str | None, trust: bool) -> Any:
             f"model {source!r} cannot be loaded: no such folder; expected one, or a hub id"
         )
     with reading("model", source):
-        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust)
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust)
+    config._attn_implementation = None
+    return config
 
 
 def shipped_config(source: str) -> Any | None:
@@ -126,8 +133,7 @@ def tensor_files(source: str, revision: str | None) -> dict[str, Path]:
         raise UserError(f"{index} is not an index of shards: {e!r}") from e
     files = {}
     for name in names:
-        if len(PurePosixPath(name).parts) != 1 or "\\" in name or name in ("..", "."):
-            raise UserError(f"{index}: shard {name!r} lies outside the model's folder")
+        check_name(name, f"{index}: weight_map")
         file = fetch(source, name, revision)
         if file is None:
             raise UserError(f"{source}: shard {name!r} named by the index is missing")

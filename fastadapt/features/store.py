@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from fastadapt.errors import RunError, UserError
 from fastadapt.features.schema import KINDS, MANIFEST, SCHEMA_VERSION, SHARED, TABLES, Kind
 from fastadapt.io.atomic import digest, locked, replacing
+from fastadapt.io.names import inside
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -75,7 +76,8 @@ class Store:
                 "them again (--overwrite), or give the store of this run"
             )
         for name in manifest["files"]:
-            if not (folder / name).is_file():
+            # Tables of a kind lie one folder deeper.
+            if not inside(folder, *str(name).split("/", 1), source=str(path)).is_file():
                 raise UserError(f"{folder}: {name} is missing; collect the features again")
         return cls(folder, manifest)
 

@@ -24,21 +24,24 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
-def replacing(path: Path, *, last: str | None = None) -> Iterator[Path]:
+def replacing(path: Path, *, last: str | None = None, follow_link: bool = False) -> Iterator[Path]:
     """Yield a sibling to write to; it takes the place of ``path`` when the context ends well.
 
     The sibling is a file or a folder, as the caller makes it. Before it takes its place, every file
     in it is on the disk, ``last`` after all others, and then every folder; after, the folder that
-    holds ``path``. Where ``path`` is a link, what it leads to is replaced and the link stays.
+    holds ``path``. A link is replaced, not what it leads to: that may lie anywhere.
 
     Args:
         path: a file or a folder, or neither yet; its parent is a folder.
         last: the name, in a folder, of the file that says that the folder is whole.
+        follow_link: where ``path`` is a link, replace what it leads to instead; the link stays.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written. ``path`` is as it was.
     """
-    path = Path(os.path.realpath(path))
+    # The folder that holds ``path`` may lie behind links in any case.
+    whole = os.path.realpath(path)
+    path = Path(whole) if follow_link else Path(os.path.realpath(path.parent)) / path.name
     staged = staged_beside(path)
     try:
         yield staged
@@ -67,11 +70,11 @@ def _put_in_place(staged: Path, path: Path) -> None:
         raise
     sync_folder(path.parent)
     if old is not None:
-        shutil.rmtree(old, ignore_errors=True)  # what stays of it is for the next sweep
+        _remove(old)  # what stays of it is for the next sweep
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)

@@ -24,9 +24,10 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from fastadapt.errors import RunError
+from fastadapt.errors import RunError, UserError
 from fastadapt.io.atomic import digest as file_digest
 from fastadapt.io.atomic import save_tensors, sync_file, sync_folder
+from fastadapt.io.names import inside
 from fastadapt.ranks import ALONE, Ranks
 from fastadapt.training import tensor_files
 from fastadapt.training.tensor_files import Checkpoint
@@ -149,12 +150,12 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
             f"{MANIFEST} is of step {manifest['step']}, not of {path.name}"
         )
     for name, expected in manifest["files"].items():
-        if name != Path(name).name or name in ("", ".", ".."):
-            raise CheckpointDamagedError(
-                f"{MANIFEST} names {name!r}, which is not inside the folder"
-            )
         try:
-            size, digest = file_digest(path / name)
+            file = inside(path, name, source=MANIFEST)
+        except UserError as error:
+            raise CheckpointDamagedError(str(error)) from None
+        try:
+            size, digest = file_digest(file)
         except FileNotFoundError:
             raise CheckpointDamagedError(f"{name} is missing") from None
         except OSError as error:

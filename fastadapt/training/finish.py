@@ -64,7 +64,7 @@ def write(
         "measured": {name: summary[name] for name in _MEASURED if name in summary},
         "versions": versions()["versions"],
     }
-    with rundir.replacing(folder / rundir.ADAPTER) as staged:
+    with rundir.replacing(folder / rundir.ADAPTER, follow_link=True) as staged:
         save_adapters(adapters, staged, metadata)
     summary = {**summary, "adapter": str(folder / rundir.ADAPTER)}
     with rundir.replacing(folder / rundir.SUMMARY) as staged:

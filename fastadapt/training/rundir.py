@@ -19,6 +19,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,13 @@ from fastadapt.errors import RunError, UserError
 from fastadapt.io.atomic import locked, replacing
 from fastadapt.ranks import Ranks
 from fastadapt.training.checkpoint import list_checkpoints
-from fastadapt.training.config import TrainConfig, differences, load_config, save_config
+from fastadapt.training.config import (
+    TrainConfig,
+    differences,
+    load_config,
+    recorded_trust,
+    save_config,
+)
 
 Record = dict[str, Any]
 Sink = Callable[[Record], None]
@@ -236,7 +243,16 @@ def _looks_like_a_run(folder: Path) -> bool:
 
 
 def _check_same_config(folder: Path, config: TrainConfig) -> None:
-    differing = differences(config, load_config(folder / CONFIG))
+    before = load_config(folder / CONFIG)
+    trusted = recorded_trust(folder / CONFIG)
+    if trusted and not config.pair.trust_remote_code:
+        raise UserError(
+            f"--resume: the run in {folder} was trained with code that comes with "
+            f"{config.pair.target} or {config.pair.base}. To run that code again, type "
+            "--pair.trust_remote_code true"
+        )
+    before = replace(before, pair=replace(before.pair, trust_remote_code=trusted))
+    differing = differences(config, before)
     if differing:
         told = "; ".join(f"{key}: {new!r}, was {old!r}" for key, (new, old) in differing.items())
         raise UserError(

@@ -10,6 +10,7 @@ from typing import Any
 
 from fastadapt.errors import RunError
 from fastadapt.io.atomic import replacing
+from fastadapt.io.names import inside
 
 
 class Calls:
@@ -60,4 +61,4 @@ class Calls:
     def _path(self, request: Mapping[str, Any]) -> Path:
         text = json.dumps(request, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
         name = hashlib.sha256(text.encode()).hexdigest()
-        return self.folder / name[:2] / f"{name}.json"
+        return inside(self.folder, name[:2], f"{name}.json", source="kept answers")
