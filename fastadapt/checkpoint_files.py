@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from fastadapt.adapter import TranscoderAdapter
 from fastadapt.errors import RunError, UserError
 from fastadapt.io.atomic import save_tensors
+from fastadapt.io.documents import parse_json
 from fastadapt.io.names import check_name, inside
 from fastadapt.pretrained import ARCHITECTURES, Paths, fetch, model_config, reading, tensor_files
 
@@ -166,13 +168,31 @@ def _save(held: Mapping[str, Tensor], file: Path) -> None:
     save_tensors(held, file, {"format": "pt"})
 
 
+class _Index(TypedDict):
+    weight_map: dict[str, str]
+
+
+def indexed_files(index: str, source: str) -> dict[str, str]:
+    """Return the file of every tensor in an index of shards, each a safetensors file of its folder.
+
+    Args:
+        index: its text.
+        source: of the text, for messages.
+
+    Raises:
+        UserError: it is no index, or names anything else.
+    """
+    files: dict[str, str] = parse_json(index, source, _Index)["weight_map"]
+    for file in files.values():
+        if not check_name(file, f"{source}: weight_map").endswith(".safetensors"):
+            raise UserError(f"{source}: weight_map: expected a .safetensors file, got {file!r:.80}")
+    return files
+
+
 def _write_as_indexed(folder: Path, tensors: Mapping[str, Lazy], index: str) -> None:
-    files: dict[str, str] = json.loads(index)["weight_map"]
+    files = indexed_files(index, INDEX)
     if odd := sorted(tensors.keys() ^ files.keys()):
         raise UserError(f"{len(odd)} tensors are not both here and in the index: {odd[:3]}")
-    for file in files.values():
-        if file == INDEX or not check_name(file, f"{INDEX}: weight_map").endswith(".safetensors"):
-            raise UserError(f"{INDEX}: weight_map: expected names of .safetensors, got {file!r}")
     for file in sorted(set(files.values())):
         path = inside(folder, file, source=f"{INDEX}: weight_map")
         _save({name: tensors[name]() for name in files if files[name] == file}, path)

@@ -170,7 +170,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "other schema": (lambda p: edit_manifest(p, lambda m: m.update(schema_version=1)), "version 1"),
     "path outside": (
         lambda p: edit_manifest(p, lambda m: m["files"].update({"../x": {"bytes": 0}})),
-        "'../x', which is not inside the folder",
+        "expected the name of a file in its folder, got '../x'",
     ),
     "a folder in a file's place": (
         lambda p: ((p / "state.json").unlink(), (p / "state.json").mkdir()),
