@@ -203,7 +203,12 @@ def data(argv: list[str]) -> int:
     config = dataclasses.replace(config, tokenizer=resolve(config.tokenizer))
     with stop_on_signals(None) as (stop, _), PrepareProgress(sys.stderr) as progress:
         made = prepare(
-            config, resume=flags.resume, overwrite=flags.overwrite, sink=progress, stop=stop
+            config,
+            resume=flags.resume,
+            overwrite=flags.overwrite,
+            trust_remote_code=flags.trust_remote_code,
+            sink=progress,
+            stop=stop,
         )
     if made["interrupted"]:
         print(f"Stopped after {made['rows']:,} rows; what they gave is kept.")

@@ -97,6 +97,16 @@ class Parser(ArgumentParser):
         return flat if len(flat) <= _MOST else f"{flat[: _MOST - 100]} ... {flat[-100:]}"
 
 
+def trust_flag(parser: ArgumentParser) -> None:
+    """Let ``--trust_remote_code`` be typed: :attr:`PairConfig.trust_remote_code` of this call."""
+    parser.add_argument(
+        "--trust_remote_code",
+        action="store_true",
+        default=False,
+        help="run Python code that comes with the models; never read from a run's files",
+    )
+
+
 def nearest(name: str, known: typing.Iterable[str]) -> str:
     """`; did you mean ...?` for the nearest known name, or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

@@ -9,6 +9,7 @@ Some presets are overlays: they hold only what they change, and go over any pres
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import typing
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from fastadapt.errors import UserError
-from fastadapt.io.documents import read_yaml
+from fastadapt.io.documents import parse_yaml, read_yaml
 from fastadapt.options import Parser, nearest
 
 if typing.TYPE_CHECKING:
@@ -112,7 +113,7 @@ def parse_train(argv: Sequence[str]) -> tuple[TrainConfig, Namespace]:
     Raises:
         UserError: an unknown option, preset or key, or an impossible value.
     """
-    from fastadapt.training.config import from_dict
+    from fastadapt.training.config import TRUST, from_dict, take_trust
 
     parser = train_parser()
     # Only what was typed: defaults come from the files, and below them from the dataclasses.
@@ -120,6 +121,7 @@ def parse_train(argv: Sequence[str]) -> tuple[TrainConfig, Namespace]:
     if not typed.get("config"):
         parser.error(f"PRESET_OR_YAML is missing; presets: {_known()}")
     values = read_configs(typed.config)
+    from_file = take_trust(values)
     flags = Namespace(config=typed.config)
     for flag in TRAIN_FLAGS:
         name = flag.lstrip("-").replace("-", "_")
@@ -134,7 +136,24 @@ def parse_train(argv: Sequence[str]) -> tuple[TrainConfig, Namespace]:
             if not isinstance(below, dict):
                 raise UserError(f"{component}: expected keys, got {below!r}")
             below.update({key: _plain(value) for key, value in fields.items()})
+    trust = _typed_trust(argv)
+    # `--pair FILE` reads a file, too.
+    if trust is None and (take_trust(values) or from_file):
+        raise UserError(
+            f"pair.{TRUST} is true in a file ({', '.join(typed.config)}). Trust in the code of a "
+            f"model is typed, never read from a file: to run that code, type --pair.{TRUST} true"
+        )
+    if trust is not None and isinstance(values.get("pair"), dict):
+        values["pair"][TRUST] = trust
     return from_dict(values), flags
+
+
+def _typed_trust(argv: Sequence[str]) -> bool | None:
+    """What was typed of trust in the code of models, after the parser accepted all of it."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--pair.trust_remote_code", dest="trust", default="null")
+    typed, _ = parser.parse_known_args(argv)
+    return typing.cast("bool | None", parse_yaml(typed.trust, "--pair.trust_remote_code"))
 
 
 def read_configs(names: Sequence[str]) -> dict[str, Any]:

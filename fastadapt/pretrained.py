@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
@@ -15,6 +15,7 @@ from typing_extensions import TypedDict
 
 from fastadapt.errors import RunError, UserError
 from fastadapt.io.documents import read_json
+from fastadapt.io.names import check_name
 
 _Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 28)]
 _Number = int | float | None
@@ -119,7 +120,11 @@ def reading(what: str, source: str) -> Iterator[None]:
 
 
 def model_config(source: str, revision: str | None, trust: bool) -> Any:
-    """transformers' configuration of a local folder or hub id."""
+    """transformers' configuration of a local folder or hub id.
+
+    Its implementation of attention is the caller's to choose: a ``config.json`` may name code of
+    the hub there, with or without ``trust`` in the code of the model.
+    """
     from transformers import AutoConfig
 
     looks_local = source.startswith(("/", ".", "~")) or source.count("/") > 1
@@ -130,7 +135,9 @@ def model_config(source: str, revision: str | None, trust: bool) -> Any:
     with reading("model", source):
         if (file := fetch(source, "config.json", revision)) is not None:
             read_json(file, ModelFile, constants=True)
-        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust)
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust)
+    config._attn_implementation = None
+    return config
 
 
 def shipped_config(source: str) -> Any | None:
@@ -176,8 +183,7 @@ def tensor_files(source: str, revision: str | None) -> dict[str, Path]:
     names = sorted(set(read_json(index, ShardIndex)["weight_map"].values()))
     files = {}
     for name in names:
-        if len(PurePosixPath(name).parts) != 1 or "\\" in name or name in ("..", "."):
-            raise UserError(f"{index}: shard {name!r} lies outside the model's folder")
+        check_name(name, f"{index}: weight_map")
         file = fetch(source, name, revision)
         if file is None:
             raise UserError(f"{source}: shard {name!r} named by the index is missing")

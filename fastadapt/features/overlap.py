@@ -81,6 +81,7 @@ def overlap(
     dtype: str | None = None,
     device: str | None = None,
     attention: str | None = None,
+    trust_remote_code: bool = False,
     progress: Callable[[int, int], None] | None = None,
     stop: Event | None = None,
 ) -> pa.Table | None:
@@ -92,6 +93,7 @@ def overlap(
         config: how much.
         dtype: of the pair; the one that the features were collected in if not given.
         device, attention: of the pair, in place of the run's settings.
+        trust_remote_code: run Python code that comes with the models.
         progress: told (layers done, layers).
         stop: ends after the layer at hand, with nothing written.
 
@@ -107,7 +109,14 @@ def overlap(
     config = config or OverlapConfig()
     store = Store.open(source or run)
     with writing(store.folder):
-        students = students_of(store, run, dtype=dtype, device=device, attention=attention)
+        students = students_of(
+            store,
+            run,
+            dtype=dtype,
+            device=device,
+            attention=attention,
+            trust_remote_code=trust_remote_code,
+        )
         model = students.model
         batches = [batch_of(some) for some in _batches(store, config)]
         for batch in batches[:1]:

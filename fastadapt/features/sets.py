@@ -21,6 +21,7 @@ from fastadapt.errors import UserError
 from fastadapt.features.store import Layers, PerLayer, Store, writing
 from fastadapt.io.atomic import disk_errors, make_folder, replacing
 from fastadapt.io.documents import Count, check, read_json
+from fastadapt.io.names import inside
 
 FOLDER = "sets"
 SCHEMA_VERSION = 1
@@ -260,7 +261,7 @@ def list_sets(store: Store) -> list[dict[str, Any]]:
 def _path(store: Store, name: str) -> Path:
     if not name or name[0] == "." or not all(c.isalnum() or c in "._-+=" for c in name):
         raise UserError(f"a set's name: expected letters, digits and ._-+=, got {name!r}")
-    return store.folder / FOLDER / f"{name}.json"
+    return inside(store.folder, FOLDER, f"{name}.json", source="a set's name")
 
 
 def _is_of(store: Store, features: FeatureSet) -> bool:

@@ -36,6 +36,7 @@ from fastadapt.io.atomic import (
     sync_tree,
 )
 from fastadapt.io.documents import Count, DocumentError, Sha256, check, read_json
+from fastadapt.io.names import inside
 from fastadapt.ranks import ALONE, Ranks
 from fastadapt.training import tensor_files
 from fastadapt.training.tensor_files import Checkpoint
@@ -184,12 +185,12 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     if more := sorted(held - manifest["files"].keys()):
         raise CheckpointDamagedError(f"{more[0]} is not one of the files in {MANIFEST}")
     for name, expected in manifest["files"].items():
-        if name != Path(name).name or name in ("", ".", ".."):
-            raise CheckpointDamagedError(
-                f"{MANIFEST} names {name!r}, which is not inside the folder"
-            )
         try:
-            size, digest = file_digest(path / name)
+            file = inside(path, name, source=MANIFEST)
+        except UserError as error:
+            raise CheckpointDamagedError(str(error)) from None
+        try:
+            size, digest = file_digest(file)
         except FileNotFoundError:
             raise CheckpointDamagedError(f"{name} is missing") from None
         except OSError as error:

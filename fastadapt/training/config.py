@@ -41,6 +41,9 @@ FREE_ON_RESUME = frozenset(
     )
 ) | {"data.workers", "pair.offload"}
 
+#: The key of a pair's configuration that is typed and never read from a file.
+TRUST = "trust_remote_code"
+
 SinkName = Literal["tensorboard", "wandb", "trackio"]
 
 
@@ -155,14 +158,36 @@ def save_config(config: TrainConfig, path: Path) -> None:
 def load_config(path: Path) -> TrainConfig:
     """Read a configuration from YAML.
 
+    ``pair.trust_remote_code`` is false whatever the file says: see :func:`take_trust`.
+
     Raises:
         UserError: no such file, no YAML, or what :func:`from_dict` refuses.
     """
     values = read_yaml(path)
+    take_trust(values)
     try:
         return typing.cast(TrainConfig, from_dict(values))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def take_trust(values: Any) -> bool:
+    """Remove ``pair.trust_remote_code`` from the values of a file; return whether it was set.
+
+    A file records what was trusted. It cannot ask for trust, since it travels with a result.
+
+    Example:
+        >>> values = {"pair": {"target": "a", "trust_remote_code": True}}
+        >>> take_trust(values), values
+        (True, {'pair': {'target': 'a'}})
+    """
+    pair = values.get("pair") if isinstance(values, dict) else None
+    return isinstance(pair, dict) and bool(pair.pop(TRUST, False))
+
+
+def recorded_trust(path: Path) -> bool:
+    """Whether a run's ``config.yaml`` records that it was trained with code of its models."""
+    return take_trust(read_yaml(path))
 
 
 def differences(config: TrainConfig, other: TrainConfig) -> dict[str, tuple[Any, Any]]:

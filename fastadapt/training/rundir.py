@@ -19,6 +19,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,13 @@ from fastadapt.io.atomic import sweep as sweep_beside
 from fastadapt.io.documents import Count, DocumentError, parse_line
 from fastadapt.ranks import Ranks
 from fastadapt.training.checkpoint import list_checkpoints
-from fastadapt.training.config import TrainConfig, differences, load_config, save_config
+from fastadapt.training.config import (
+    TrainConfig,
+    differences,
+    load_config,
+    recorded_trust,
+    save_config,
+)
 
 Record = dict[str, Any]
 Sink = Callable[[Record], None]
@@ -264,7 +271,16 @@ def _looks_like_a_run(folder: Path) -> bool:
 
 
 def _check_same_config(folder: Path, config: TrainConfig) -> None:
-    differing = differences(config, load_config(folder / CONFIG))
+    before = load_config(folder / CONFIG)
+    trusted = recorded_trust(folder / CONFIG)
+    if trusted and not config.pair.trust_remote_code:
+        raise UserError(
+            f"--resume: the run in {folder} was trained with code that comes with "
+            f"{config.pair.target} or {config.pair.base}. To run that code again, type "
+            "--pair.trust_remote_code true"
+        )
+    before = replace(before, pair=replace(before.pair, trust_remote_code=trusted))
+    differing = differences(config, before)
     if differing:
         told = "; ".join(f"{key}: {new!r}, was {old!r}" for key, (new, old) in differing.items())
         raise UserError(

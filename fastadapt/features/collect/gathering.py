@@ -89,13 +89,20 @@ def open_run(
     dtype: str | None,
     device: str | None,
     attention: str | None,
+    trust_remote_code: bool,
 ) -> Opened:
     """Read what a run says of itself and of its held-out texts; no weight is read yet.
 
     Raises:
         UserError: it is not finished, has no features, or does not say what is needed.
     """
-    students = Students.open([run], dtype=dtype, device=device, attention=attention)
+    students = Students.open(
+        [run],
+        dtype=dtype,
+        device=device,
+        attention=attention,
+        trust_remote_code=trust_remote_code,
+    )
     student = students.students[students.runs[0]]
     if student.kind != "transcoder":
         raise UserError(
