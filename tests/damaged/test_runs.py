@@ -45,6 +45,8 @@ def reads_back(damage: Damage, config: Any) -> bool:
     from fastadapt.training.config import to_dict
 
     given, held = yaml.safe_load(damage.content or b""), to_dict(config)
+    # A record alone: what is read from a file is never trusted.
+    assert held["pair"].pop("trust_remote_code") is False
     return all(
         key not in held[section] or held[section][key] in (value, _number(value)) or value is None
         for section, values in given.items()

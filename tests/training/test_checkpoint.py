@@ -175,7 +175,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda p: edit_manifest(
             p, lambda m: m["files"].update({"../x": {"bytes": 0, "sha256": "0" * 64}})
         ),
-        "'../x', which is not inside the folder",
+        "expected the name of a file in its folder, got '../x'",
     ),
     "a folder in a file's place": (
         lambda p: ((p / "state.json").unlink(), (p / "state.json").mkdir()),
