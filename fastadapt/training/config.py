@@ -164,8 +164,8 @@ def load_config(path: Path) -> TrainConfig:
         UserError: no such file, no YAML, or what :func:`from_dict` refuses.
     """
     values = read_yaml(path)
-    take_trust(values)
     try:
+        take_trust(values)
         return typing.cast(TrainConfig, from_dict(values))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -176,13 +176,20 @@ def take_trust(values: Any) -> bool:
 
     A file records what was trusted. It cannot ask for trust, since it travels with a result.
 
+    Raises:
+        UserError: the value is neither true nor false.
+
     Example:
         >>> values = {"pair": {"target": "a", "trust_remote_code": True}}
         >>> take_trust(values), values
         (True, {'pair': {'target': 'a'}})
     """
     pair = values.get("pair") if isinstance(values, dict) else None
-    return isinstance(pair, dict) and bool(pair.pop(TRUST, False))
+    if not isinstance(pair, dict):
+        return False
+    value = pair.pop(TRUST, False)
+    _require(isinstance(value, bool), f"pair.{TRUST}", "true or false", value)
+    return bool(value)
 
 
 def recorded_trust(path: Path) -> bool:
