@@ -176,6 +176,9 @@ def take_trust(values: Any) -> bool:
 
     A file records what was trusted. It cannot ask for trust, since it travels with a result.
 
+    Raises:
+        UserError: the value is neither true nor false.
+
     Example:
         >>> values = {"pair": {"target": "a", "trust_remote_code": True}}
         >>> take_trust(values), values
