@@ -145,6 +145,9 @@ class _Reader:
 
     def _of_features(self, rows: pa.Table) -> Iterator[str]:
         count = rows["count"].to_numpy()
+        tokens = self._store.manifest["data"]["tokens"]
+        if not np.allclose(rows["density"].to_numpy() * tokens, count, rtol=1e-6, atol=0):
+            yield "the column 'density': expected 'count' over the manifest's tokens"
         for name in ("histogram", "by_region"):
             parts = pc.list_parent_indices(rows[name]).to_numpy()
             sums = np.bincount(parts, pc.list_flatten(rows[name]).to_numpy(), len(rows))

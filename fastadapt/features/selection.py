@@ -281,6 +281,10 @@ def _plain(words: Sequence[str]) -> list[str]:
 
 def _ask(store: Store, query: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
     """The rows of a SELECT; its first two columns are ``layer`` and ``feature``."""
+    try:
+        query.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"sql: not valid Unicode at letter {error.start + 1}") from None
     connection = store.connect("adapter")
     import duckdb
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from fastadapt.errors import UserError
 from fastadapt.features.store import Layers, PerLayer, Store, writing
@@ -152,6 +152,7 @@ class _Set(TypedDict):
     n_layers: Layers
     n_features: PerLayer
     made: str
+    size: NotRequired[Count]
     features: list[tuple[Count, Count]]
 
 
@@ -163,11 +164,13 @@ def read_set(path: Path) -> FeatureSet:
     """
     plain = read_json(path)
     found = plain.get("schema_version") if isinstance(plain, dict) else None
-    if found != SCHEMA_VERSION:
+    if type(found) is not int or found != SCHEMA_VERSION:
         raise UserError(
             f"{path}: schema_version is {found!r}, this fastadapt reads {SCHEMA_VERSION}"
         )
     check(plain, _Set, str(path))
+    if (size := plain.get("size", len(plain["features"]))) != len(plain["features"]):
+        raise UserError(f"{path}: size: it says {size:,} features and has {len(plain['features']):,}")
     shape = plain["n_layers"], plain["n_features"]
     pairs = tuple((layer, feature) for layer, feature in plain["features"])
     try:

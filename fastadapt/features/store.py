@@ -133,7 +133,7 @@ class Store:
             )
         manifest = read_json(path)
         found = manifest.get("schema_version") if isinstance(manifest, dict) else None
-        if found != SCHEMA_VERSION:
+        if type(found) is not int or found != SCHEMA_VERSION:
             raise UserError(
                 f"{path}: schema_version is {found!r}, this fastadapt reads {SCHEMA_VERSION}"
             )
@@ -183,7 +183,7 @@ class Store:
 
     def has(self, table: str, kind: Kind = "adapter") -> bool:
         """Whether the table is there."""
-        return self.path(table, kind).is_file()
+        return self.path(table, kind).exists()
 
     def read(
         self,
@@ -204,7 +204,7 @@ class Store:
                 that cannot be, such as a layer that the store does not have.
         """
         path = self.path(table, kind)
-        if not path.is_file():
+        if not path.exists():
             raise UserError(f"{self.folder} has no {table} of {kind} units yet")
         filters = [] if layer is None else [("layer", "=", layer)]
         if features is not None:
@@ -277,7 +277,7 @@ class Store:
         The connection reads the store's files and nothing else on the machine, and no network.
 
         Raises:
-            UserError: DuckDB is not installed.
+            UserError: DuckDB is not installed, or a table cannot be read.
         """
         try:
             import duckdb
@@ -288,7 +288,13 @@ class Store:
             if self.has(table, kind):
                 with open_parquet(self.path(table, kind)):
                     path = str(self.path(table, kind).resolve()).replace("'", "''")
-                connection.execute(f"CREATE VIEW {table} AS SELECT * FROM read_parquet('{path}')")
+                view = f"CREATE VIEW {table} AS SELECT * FROM read_parquet('{path}')"
+                try:
+                    connection.execute(view)
+                except (duckdb.Error, RuntimeError) as error:  # it reads the footer in its own way
+                    connection.close()
+                    reason = next(iter(str(error).splitlines()), "")[:200]
+                    raise UserError(f"{path} cannot be read as Parquet: {reason}") from error
         allowed = str(self.folder.resolve()).replace("'", "''")
         connection.execute(f"SET allowed_directories = ['{allowed}/']")
         connection.execute("SET enable_external_access = false")

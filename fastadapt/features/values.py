@@ -23,7 +23,7 @@ _FROM_0 += ("histogram", "by_domain", "by_region", "by_tenth", "promoted", "supp
 _FROM_0 += ("positives", "negatives", "true_positives", "true_negatives")
 _FINITE = ("density", "max", "mean", "norm", "value", "values")
 _FINITE += ("promoted_logits", "suppressed_logits", "target", "base")
-_NOT_NEGATIVE = ("density", "norm", "target", "base")
+_NOT_NEGATIVE = ("density", "max", "mean", "norm", "value", "values", "target", "base")
 #: Lists of a row that have the same length.
 _ALIKE: Mapping[str, Sequence[Sequence[str]]] = {
     "examples": [("tokens", "values")],
