@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help train test reproduce study lint proof oldest bench clean
+.PHONY: help train test reproduce study lint proof oldest newest bench clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -62,6 +62,10 @@ oldest: $(VENV)/oldest/.done  ## the quick tests with the oldest versions that p
 	OMP_NUM_THREADS=1 $(VENV)/oldest/bin/python -m pytest -p no:benchmark -n logical --maxprocesses 4 \
 		--dist loadfile -m "not slow"
 
+newest: $(VENV)/newest/.done  ## the quick tests with the newest versions that pyproject.toml allows
+	OMP_NUM_THREADS=1 $(VENV)/newest/bin/python -m pytest -p no:benchmark -n logical --maxprocesses 4 \
+		--dist loadfile -m "not slow"
+
 bench: $(VENV)/.dev  ## benchmarks of the kernels
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
@@ -94,6 +98,17 @@ $(VENV)/oldest/.done: pyproject.toml setup.py
 	$(VENV)/oldest/bin/python -m pip --disable-pip-version-check install --quiet --no-input uv
 	$(VENV)/oldest/bin/uv pip install --quiet --python $(VENV)/oldest/bin/python --compile-bytecode \
 		--resolution lowest-direct --editable '.[dev,eval,features,lowmem,tensorboard]'
+	@touch $@
+
+# The newest versions of all but torch and its Triton, which are the locked ones: a newer torch is several
+# gigabytes of CUDA where no CPU build is at hand. NEWEST_TORCH="torch triton" takes the newest.
+NEWEST_TORCH ?= $(shell grep -E '^(torch|triton)==' requirements.lock)
+$(VENV)/newest/.done: pyproject.toml setup.py
+	rm -rf $(VENV)/newest
+	"$(PYTHON)" -m venv $(VENV)/newest
+	$(VENV)/newest/bin/python -m pip --disable-pip-version-check install --quiet --no-input setuptools $(NEWEST_TORCH)
+	$(VENV)/newest/bin/python -m pip --disable-pip-version-check install --quiet --no-input --upgrade \
+		--upgrade-strategy eager --no-build-isolation $(NEWEST_TORCH) --editable '.[dev,eval,features,tensorboard]'
 	@touch $@
 
 # The oldest Triton that is supported, for which kernels are compiled too; nothing else imports it.

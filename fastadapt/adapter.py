@@ -114,6 +114,17 @@ class AdapterConfig:
         """Features per layer; 0 of a kind that has none."""
         return self.n_features or 0
 
+    @property
+    def lowest_threshold(self) -> float | None:
+        """The least that training leaves a JumpReLU threshold; None for other activations.
+
+        A tenth of the initial threshold or of the bandwidth, whichever is smaller: above 0, so that
+        a threshold's gradient, which is proportional to it, does not vanish.
+        """
+        if self.bandwidth is None or self.initial_threshold is None:
+            return None
+        return min(self.bandwidth, self.initial_threshold) / 10
+
     def check_runs(self, device: torch.device, dtype: torch.dtype) -> None:
         """Refuse an implementation that does not run on ``device`` with parameters of ``dtype``.
 

@@ -9,17 +9,21 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
+import msgspec
 import torch
 from torch import nn
+from typing_extensions import TypedDict
 
 from fastadapt.adapter import AdapterConfig, TranscoderAdapter
 from fastadapt.errors import UserError
 from fastadapt.io.atomic import save_tensors, writing_folder
+from fastadapt.io.documents import Count, check, read_json
+from fastadapt.io.tensors import read_tensors
 from fastadapt.tuned import TUNED, TunedWeights
 
 SCHEMA_VERSION = 1
@@ -28,6 +32,8 @@ KINDS = (TRANSCODER, *TUNED)
 CARD = "fastadapt.json"
 #: Names of the files of adapters.
 PATTERNS = (CARD, "layer_*.safetensors")
+#: More than any model has; a file that asks for more is damaged, and nothing is built from it.
+MAX_LAYERS, MAX_WIDTH, MAX_FEATURES = 10_000, 1 << 20, 1 << 26
 
 
 def save_adapters(
@@ -123,66 +129,81 @@ def adapters_of(source: str | os.PathLike[str]) -> Path:
     raise UserError(f"{source}: expected a run or a folder of adapters with fastadapt.json")
 
 
+class AdapterSection(TypedDict):
+    """The settings of :class:`AdapterConfig`, as a card and an exported ``config.json`` hold them.
+
+    Of values that are possible the class itself judges.
+    """
+
+    n_features: Annotated[int, msgspec.Meta(ge=1, le=MAX_FEATURES)]
+    activation: str
+    k: int | float | None
+    bandwidth: int | float | None
+    initial_threshold: int | float | None
+    implementation: str
+
+
+_Width = Annotated[int, msgspec.Meta(ge=1, le=MAX_WIDTH)]
+
+
+class Card(TypedDict):
+    """What every ``fastadapt.json`` holds, whatever its kind."""
+
+    schema_version: int
+    kind: str
+    additive: bool
+    n_layers: Annotated[int, msgspec.Meta(ge=1, le=MAX_LAYERS)]
+    d_in: _Width
+    d_out: _Width
+    metadata: dict[str, Any]
+
+
+class TranscoderCard(Card):
+    """That of transcoders."""
+
+    adapter: AdapterSection
+
+
+class TunedCard(Card):
+    """That of tuned weights: of every layer the shapes of its tensors, by name."""
+
+    tensors: list[dict[str, list[Count]]]
+
+
 def _read_card(path: Path) -> dict[str, Any]:
     card_file = path / "fastadapt.json"
-    if not card_file.is_file():
+    if not card_file.exists():
         raise UserError(f"{path} holds no adapters: fastadapt.json is missing")
-    try:
-        card = json.loads(card_file.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise UserError(f"{card_file} is not JSON: {e}") from e
-    if not isinstance(card, dict):
-        raise UserError(f"{card_file} must hold an object, got {type(card).__name__}")
+    card: dict[str, Any] = read_json(card_file, dict[str, Any], constants=True)
     version = card.get("schema_version")
-    if version != SCHEMA_VERSION:
+    if type(version) is not int or version != SCHEMA_VERSION:
         raise UserError(
-            f"{card_file}: schema_version is {version!r}, this fastadapt reads {SCHEMA_VERSION}"
+            f"{card_file}: schema_version is {version!r:.80}, this fastadapt reads {SCHEMA_VERSION}"
         )
     kind = card.get("kind")
     if kind not in KINDS:
-        raise UserError(f"{card_file}: kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    if card.get("additive") is not (kind == TRANSCODER):
+        raise UserError(f"{card_file}: kind must be one of {', '.join(KINDS)}, got {kind!r:.80}")
+    check(card, Card, str(card_file))
+    if card["additive"] is not (kind == TRANSCODER):
         told = "true: a replacement is no adapter" if kind == TRANSCODER else f"false for {kind}"
         raise UserError(f"{card_file}: 'additive' must be {told}")
-    for key in ("n_layers", "d_in", "d_out"):
-        value = card.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"{card_file}: {key} must be a positive integer, got {value!r}")
-    if not isinstance(card.get("metadata"), dict):
-        raise UserError(f"{card_file}: metadata must be an object, got {card.get('metadata')!r}")
+    check(card, TranscoderCard if kind == TRANSCODER else TunedCard, str(card_file))
     return card
 
 
-def _read_config(settings: Any, card_file: Path) -> AdapterConfig:
-    """The adapters' configuration: every setting there, none unknown, each of its type."""
-    known = {f.name for f in fields(AdapterConfig)} - {"kind"}
-    given = set(settings) if isinstance(settings, dict) else set()
-    if given != known:
-        raise UserError(
-            f"{card_file}: settings in 'adapter' do not match: "
-            f"missing {sorted(known - given)}, unknown {sorted(given - known)}"
-        )
-    kinds: dict[str, Any] = {"n_features": int, "activation": str, "implementation": str}
-    for name, value in settings.items():
-        kind = kinds.get(name, (int, float, type(None)))
-        if isinstance(value, bool) or not isinstance(value, kind):
-            wanted = getattr(kind, "__name__", "number or null")
-            raise UserError(f"{card_file}: adapter.{name}: expected {wanted}, got {value!r}")
-    return AdapterConfig(**settings)
+def read_settings(settings: Any, source: str) -> AdapterConfig:
+    """Return the configuration of transcoders, with every setting given and none unknown.
 
-
-def _read_shapes(shapes: Any, n_layers: int, card_file: Path) -> list[dict[str, tuple[int, ...]]]:
-    """Of the tensors of every layer, by name."""
+    Raises:
+        UserError: names ``source``, where ``settings`` are read from, and the setting.
+    """
+    check(settings, AdapterSection, source)
+    if unknown := sorted(settings.keys() - AdapterSection.__annotations__.keys()):
+        raise UserError(f"{source}: settings in 'adapter' do not match: unknown {unknown}")
     try:
-        read = [{name: tuple(shape) for name, shape in layer.items()} for layer in shapes]
-    except (TypeError, AttributeError):
-        read = []
-    if len(read) != n_layers:
-        raise UserError(
-            f"{card_file}: tensors: expected {n_layers} layers, each with the shapes of its "
-            "tensors by name"
-        )
-    return read
+        return AdapterConfig(**settings)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
 
 
 def read_adapters(
@@ -196,10 +217,14 @@ def read_adapters(
     path = Path(folder)
     card, card_file = _read_card(path), path / "fastadapt.json"
     if card["kind"] == TRANSCODER:
-        card["adapter"] = _read_config(card.get("adapter"), card_file)
+        card["adapter"] = read_settings(card["adapter"], str(card_file))
     else:
         card["adapter"] = AdapterConfig(kind=card["kind"])
-        card["tensors"] = _read_shapes(card.get("tensors"), card["n_layers"], card_file)
+        if len(card["tensors"]) != card["n_layers"]:
+            raise UserError(
+                f"{card_file}: tensors: expected {card['n_layers']} layers, each with the shapes "
+                f"of its tensors by name, got {len(card['tensors'])}"
+            )
     names = {f"layer_{i}.safetensors" for i in range(card["n_layers"])}
     found = {p.name for p in path.glob("layer_*.safetensors")}
     if names != found:
@@ -229,33 +254,20 @@ def read_transcoders(
 
 
 def _read_layer(file: Path, layer: int, card: dict[str, Any]) -> nn.Module:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        tensors = load_file(file)
-    except (SafetensorError, OSError) as e:
-        raise UserError(f"{file} cannot be read: {e}") from e
-    adapter: TranscoderAdapter | None = None
-    if card["kind"] == TRANSCODER:
-        adapter = TranscoderAdapter(
-            card["d_in"], card["adapter"], d_out=card["d_out"], device="meta"
-        )
-        expected = {name: tuple(t.shape) for name, t in adapter.state_dict().items()}
-    else:
-        expected = card["tensors"][layer]
-    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
-    for name in sorted(expected.keys() | shapes.keys()):
-        if expected.get(name) != shapes.get(name):
-            raise UserError(
-                f"{file}: tensor {name}: expected {expected.get(name, 'none')}, "
-                f"got {shapes.get(name, 'none')}"
-            )
-        if not tensors[name].is_floating_point():
-            raise UserError(f"{file}: tensor {name}: expected floating, got integers")
-    if adapter is None:
-        return TUNED[card["kind"]](card["d_in"], tensors)
-    adapter.load_state_dict(tensors, assign=True)
+    if card["kind"] != TRANSCODER:
+        shapes = card["tensors"][layer]
+        tensors = read_tensors(file, shapes, finite=True)
+        try:
+            return TUNED[card["kind"]](card["d_in"], tensors)
+        except (
+            KeyError,
+            AttributeError,
+        ) as error:  # of torch, on a name that no parameter can have
+            reason = str(error.args[0]) if error.args else type(error).__name__
+            raise UserError(f"{file}: a tensor is not called as a parameter is: {reason}") from None
+    adapter = TranscoderAdapter(card["d_in"], card["adapter"], d_out=card["d_out"], device="meta")
+    expected = {name: tuple(t.shape) for name, t in adapter.state_dict().items()}
+    adapter.load_state_dict(read_tensors(file, expected, finite=True), assign=True)
     return adapter
 
 
@@ -268,7 +280,8 @@ def load_adapters(
     """Read what :func:`save_adapters` wrote: the adapters, layer 0 first, and the metadata.
 
     Whatever their kind, which each module tells. Strict: a missing, extra or misshapen file or
-    tensor is a :class:`UserError` that names it.
+    tensor is a :class:`UserError` that names it, and so is one of integers, or that holds NaN or
+    infinity, which costs one pass over each tensor.
     Parameters keep the dtype of the file unless ``dtype`` is given; the running threshold of
     ``batch_topk`` keeps its own.
     """

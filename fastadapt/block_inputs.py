@@ -1,13 +1,26 @@
-"""What a model hands to its blocks: told by its own forward, run with blocks that only record."""
+"""The arguments that a model passes to its blocks, recorded from one call of its own forward.
+
+They are passed to a block many times: once per stream, and again where a backward pass recomputes
+it. An argument that a call changes would therefore make a later call wrong without an error. So
+only arguments that no call can change are recorded; a cache of keys and values, under any keyword,
+is replaced by None, and anything else is refused by name.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.metadata import version
+from inspect import signature
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from fastadapt.errors import RunError
 from fastadapt.pretrained import Paths
+
+#: Types that hold no state. A tensor could be changed in place: fastadapt.self_check looks.
+_CONSTANT = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, Tensor)
 
 
 class BlockInputs(NamedTuple):
@@ -35,6 +48,42 @@ class _Recorder(nn.Module):
         return self._record(hidden_states, *args, **kwargs)
 
 
+def versions() -> str:
+    """The sentence that names both versions, for errors that a newer transformers can cause."""
+    return (
+        f"This is transformers {version('transformers')} with fastadapt {version('fastadapt')}; "
+        "pyproject.toml names the versions of transformers that were tested."
+    )
+
+
+def _stateless(name: str, value: Any, owner: str) -> Any:
+    """``value`` if no call can change it, None for a cache.
+
+    Raises:
+        RunError: it is of another type.
+    """
+    from transformers.cache_utils import Cache
+
+    if isinstance(value, Cache):
+        return None
+    if isinstance(value, tuple) and type(value) in (tuple, torch.Size):
+        return tuple(_stateless(name, item, owner) for item in value)
+    if isinstance(value, _CONSTANT):
+        return value
+    kind = type(value)
+    raise RunError(
+        f"{owner} passes its blocks an argument {name!r} of type {kind.__module__}."
+        f"{kind.__qualname__}, which may hold state: a block is called several times with the same "
+        f"arguments, and a later call would see what an earlier one left. {versions()}"
+    )
+
+
+def _cache_keyword(decoder: nn.Module) -> str:
+    """The keyword of a decoder's cache: ``cache`` from transformers 5.24 on."""
+    accepted = signature(type(decoder).forward).parameters
+    return "cache" if "cache" in accepted else "past_key_values"
+
+
 def record_inputs(
     model: nn.Module, paths: Paths, input_ids: Tensor, attention_mask: Tensor | None
 ) -> BlockInputs:
@@ -45,13 +94,14 @@ def record_inputs(
 
     def record(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args:
-            raise TypeError(
-                f"{type(model).__name__} passes {len(args) + 1} positional arguments to "
-                "its blocks; only the hidden states are expected to be positional"
+            raise RunError(
+                f"{type(model).__name__} passes {len(args) + 1} positional arguments to its "
+                f"blocks; only the hidden states are expected to be positional. {versions()}"
             )
         if not arguments:
             embeddings.append(hidden_states)
-        arguments.append({**kwargs, "past_key_values": None})
+        owner = type(model).__name__
+        arguments.append({name: _stateless(name, value, owner) for name, value in kwargs.items()})
         return hidden_states
 
     embeddings: list[Tensor] = []
@@ -65,8 +115,8 @@ def record_inputs(
             input_ids=input_ids,
             attention_mask=attention_mask,
             # Without a cache transformers asks the device whether sequences are packed.
-            past_key_values=DynamicCache(),
             use_cache=False,
+            **{_cache_keyword(decoder): DynamicCache()},
         )
     finally:
         setattr(decoder, paths.layers, blocks)

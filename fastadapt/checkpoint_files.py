@@ -19,7 +19,16 @@ from fastadapt.adapter import TranscoderAdapter
 from fastadapt.errors import UserError
 from fastadapt.io import documents
 from fastadapt.io.atomic import half_filled, save_tensors, unstaged, writing_folder
-from fastadapt.pretrained import ARCHITECTURES, Paths, fetch, model_config, reading, tensor_files
+from fastadapt.io.names import check_name, inside
+from fastadapt.pretrained import (
+    ARCHITECTURES,
+    Paths,
+    ShardIndex,
+    fetch,
+    model_config,
+    reading,
+    tensor_files,
+)
 
 #: Reads one tensor.
 Lazy = Callable[[], Tensor]
@@ -110,12 +119,7 @@ def read_json(source: str, name: str, revision: str | None) -> dict[str, Any]:
     file = fetch(source, name, revision)
     if file is None:
         raise UserError(f"{source}: {name} is missing")
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise UserError(f"{file} is not JSON: {e}") from e
-    if not isinstance(values, dict):
-        raise UserError(f"{file} must hold an object, got {type(values).__name__}")
+    values: dict[str, Any] = documents.read_json(file, dict[str, Any], constants=True)
     return values
 
 
@@ -216,12 +220,30 @@ def _save(held: Mapping[str, Tensor], file: Path) -> None:
     save_tensors(held, file, {"format": "pt"})
 
 
+def indexed_files(index: str, source: str) -> dict[str, str]:
+    """Return the file of every tensor in an index of shards, each a safetensors file of its folder.
+
+    Args:
+        index: its text.
+        source: of the text, for messages.
+
+    Raises:
+        UserError: it is no index, or names anything else.
+    """
+    files: dict[str, str] = documents.parse_json(index, source, ShardIndex)["weight_map"]
+    for file in files.values():
+        if not check_name(file, f"{source}: weight_map").endswith(".safetensors"):
+            raise UserError(f"{source}: weight_map: expected a .safetensors file, got {file!r:.80}")
+    return files
+
+
 def _write_as_indexed(folder: Path, tensors: Mapping[str, Lazy], index: str) -> None:
-    files: dict[str, str] = json.loads(index)["weight_map"]
+    files = indexed_files(index, INDEX)
     if odd := sorted(tensors.keys() ^ files.keys()):
         raise UserError(f"{len(odd)} tensors are not both here and in the index: {odd[:3]}")
     for file in sorted(set(files.values())):
-        _save({name: tensors[name]() for name in files if files[name] == file}, folder / file)
+        path = inside(folder, file, source=f"{INDEX}: weight_map")
+        _save({name: tensors[name]() for name in files if files[name] == file}, path)
     (folder / INDEX).write_text(index, encoding="utf-8")
 
 

@@ -16,7 +16,14 @@ from typing import Any
 from fastadapt.cli_eval import evaluate
 from fastadapt.cli_features import features, intervene
 from fastadapt.cli_organism import organism
-from fastadapt.console import print_error, print_table, quiet_transformers, say
+from fastadapt.console import (
+    is_unicode,
+    print_error,
+    print_table,
+    quiet_transformers,
+    say,
+    write_any_text,
+)
 from fastadapt.errors import RunError, UserError
 from fastadapt.options import (
     USAGE,
@@ -32,6 +39,7 @@ from fastadapt.ranks import leads, leave, tells
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code; what is no one's mistake keeps its traceback."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    write_any_text()
     try:
         return leave(_dispatch(arguments))
     except (UserError, RunError) as error:
@@ -77,7 +85,9 @@ def train(argv: list[str]) -> int:
 
         from fastadapt.training.config import to_dict
 
-        print(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), end="")
+        # A stand-in for a character would be another configuration; an escape is the same.
+        unicode = is_unicode(sys.stdout)
+        print(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=unicode), end="")
         return 0
     if flags.dry_run:
         gpus = 1 if flags.gpus is None else flags.gpus
@@ -193,7 +203,12 @@ def data(argv: list[str]) -> int:
     config = dataclasses.replace(config, tokenizer=resolve(config.tokenizer))
     with stop_on_signals(None) as (stop, _), PrepareProgress(sys.stderr) as progress:
         made = prepare(
-            config, resume=flags.resume, overwrite=flags.overwrite, sink=progress, stop=stop
+            config,
+            resume=flags.resume,
+            overwrite=flags.overwrite,
+            trust_remote_code=flags.trust_remote_code,
+            sink=progress,
+            stop=stop,
         )
     if made["interrupted"]:
         print(f"Stopped after {made['rows']:,} rows; what they gave is kept.")

@@ -22,7 +22,13 @@ def evaluate(argv: list[str]) -> int:
     from fastadapt.evaluation.students import Students
 
     quiet_transformers()
-    students = Students.open(flags.runs, flags.names, dtype=flags.dtype, device=flags.device)
+    students = Students.open(
+        flags.runs,
+        flags.names,
+        dtype=flags.dtype,
+        device=flags.device,
+        trust_remote_code=flags.trust_remote_code,
+    )
     output = Path(flags.output).expanduser() if flags.output else default_output(flags.runs)
     with (
         opened(output, overwrite=flags.overwrite) as folder,

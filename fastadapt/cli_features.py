@@ -57,6 +57,7 @@ def _collect(argv: list[str]) -> int:
             shard=shard,
             dtype=typed.dtype,
             device=typed.device,
+            trust_remote_code=typed.trust_remote_code,
             overwrite=typed.overwrite,
             progress=partial(progress, "collecting"),
             stop=stop,
@@ -147,6 +148,7 @@ def _overlap(argv: list[str]) -> int:
             config_of(typed, OverlapConfig),
             dtype=typed.dtype,
             device=typed.device,
+            trust_remote_code=typed.trust_remote_code,
             progress=partial(progress, "layers"),
             stop=stop,
         )

@@ -27,7 +27,12 @@ def describe(argv: list[str]) -> int:
     typed = judged_parser("describe").parse_args(argv)
     judge, config = _judged(typed, "describe")
     store = Store.open(typed.source)
-    students = students_of(store, dtype=typed.dtype, device=typed.device)
+    students = students_of(
+        store,
+        dtype=typed.dtype,
+        device=typed.device,
+        trust_remote_code=typed.trust_remote_code,
+    )
     activations = ModelActivations(
         students.model,
         neurons_per_token=store.manifest["settings"].get("neurons_per_token"),

@@ -77,11 +77,14 @@ def _sample(options: Any) -> int:
 
     if options.n < 1:
         raise UserError(f"--n: expected 1 or more, got {options.n}")
-    of = {n: AutoModelForCausalLM.from_pretrained(FOLDER / n).eval() for n in ("target", "base")}
+    of = {
+        name: AutoModelForCausalLM.from_pretrained(FOLDER / name, trust_remote_code=False).eval()
+        for name in ("target", "base")
+    }
     model = hybrid_of(of["target"], of["base"]) if options.model == "hybrid" else of[options.model]
     draw = random.Random(options.seed)
     problems = [sample_problem(draw) for _ in range(options.n)]
-    tokenizer = AutoTokenizer.from_pretrained(FOLDER / "target")
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER / "target", trust_remote_code=False)
     responses = sample(model, tokenizer, problems, seed=options.seed).responses
     for problem, response in zip(problems, responses, strict=True):
         right = extract_answer(response) == problem.answer

@@ -21,6 +21,7 @@ from fastadapt.features.sets import FeatureSet
 from fastadapt.features.store import adapter_digest
 from fastadapt.interventions import Intervention, check_fit
 from fastadapt.io.atomic import half_filled, unstaged, writing_folder
+from fastadapt.io.documents import read_yaml
 
 SET = "set.json"
 _CONFIG, _ADAPTER = "config.yaml", "adapter"
@@ -105,7 +106,7 @@ def _config_of(source: Path, metadata: Mapping[str, Any]) -> dict[str, Any] | No
     path = source.parent / _CONFIG
     if source.name != _ADAPTER or not path.is_file():
         return None
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    config = read_yaml(path, dict[str, Any])
     return {name: config[name] for name in ("pair", "data") if name in config}
 
 

@@ -13,9 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser
+import yaml
+from jsonargparse import ArgumentParser, get_loader, set_loader
 
 from fastadapt.errors import UserError
+from fastadapt.io.documents import DocumentError, RepeatedKeyError, parse_yaml
 
 USAGE = """\
 usage: fastadapt COMMAND ...
@@ -51,11 +53,33 @@ _JSONARGPARSE = [
 ]
 
 
+_MOST = 600  # characters of a message
+
+#: Values that begin with a dash; argparse itself takes -5e-1 for an option before Python 3.14.
+_NEGATIVE = re.compile(r"-(?:\.?\d\S*|\.?inf|infinity|\.?nan)$", re.IGNORECASE)
+
+
+def _load_yaml(text: str) -> Any:
+    """Return a typed value, or the contents of a file of them; text that is no YAML stays text."""
+    try:
+        parse_yaml(text, f"value {text!r:.40}")  # before jsonargparse's, which recurses in C
+    except DocumentError as error:
+        if error.__cause__ is None or isinstance(error.__cause__, RepeatedKeyError):
+            raise
+        raise yaml.YAMLError(str(error)) from None
+    return get_loader("yaml")(text)
+
+
+set_loader("fastadapt", _load_yaml, (yaml.YAMLError,))
+
+
 class Parser(ArgumentParser):
     """Raises :class:`UserError` where argparse prints and exits; takes no abbreviated options."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"allow_abbrev": False, "print_config": None, **kwargs})
+        ours = {"allow_abbrev": False, "print_config": None, "parser_mode": "fastadapt"}
+        super().__init__(*args, **{**ours, **kwargs})
+        self._negative_number_matcher = _NEGATIVE
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise UserError(f"{self._explain(message)} (see {self.prog} --help)") from ex
@@ -70,7 +94,17 @@ class Parser(ArgumentParser):
         flat = " ".join(message.split())
         for pattern, said in _JSONARGPARSE:
             flat = pattern.sub(said, flat)
-        return flat
+        return flat if len(flat) <= _MOST else f"{flat[: _MOST - 100]} ... {flat[-100:]}"
+
+
+def trust_flag(parser: ArgumentParser) -> None:
+    """Let ``--trust_remote_code`` be typed: :attr:`PairConfig.trust_remote_code` of this call."""
+    parser.add_argument(
+        "--trust_remote_code",
+        action="store_true",
+        default=False,
+        help="run Python code that comes with the models; never read from a run's files",
+    )
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from jsonargparse import Namespace
 
 from fastadapt.data.selection import PrepareConfig
-from fastadapt.options import Parser
+from fastadapt.options import Parser, trust_flag
 
 PREPARE_FLAGS = {
     "--resume": "go on with the selection in --output that was not finished",
@@ -37,6 +37,7 @@ def data_parser() -> Parser:
     prepare.add_class_arguments(PrepareConfig, skip={"source", "allow_fewer"})
     for flag, told in PREPARE_FLAGS.items():
         prepare.add_argument(flag, action="store_true", default=False, help=told)
+    trust_flag(prepare)
     commands.add_subcommand("prepare", prepare, help="select from a data set")
     return parser
 
@@ -51,7 +52,7 @@ def parse_prepare(argv: Sequence[str]) -> tuple[PrepareConfig, Namespace]:
     spelled = [re.sub(r"^--[^=]*", lambda name: _underscored(name[0]), a) for a in argv]
     values = data_parser().parse_args(spelled)["prepare"].as_dict()
     names = {field.name for field in dataclasses.fields(PrepareConfig)}
-    flags = Namespace(resume=values["resume"], overwrite=values["overwrite"])
+    flags = Namespace({name: values[name] for name in ("resume", "overwrite", "trust_remote_code")})
     return PrepareConfig(**{key: values[key] for key in names}), flags
 
 

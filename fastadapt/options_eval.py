@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
-from fastadapt.options import Parser
+from fastadapt.options import Parser, trust_flag
 
 if typing.TYPE_CHECKING:
     from fastadapt.evaluation.comparison import EvalConfig
@@ -50,6 +50,7 @@ def eval_parser() -> Parser:
     for name, kind in (("dtype", "of weights and streams"), ("device", "to run on")):
         told = f"{kind}; by default as in training"
         parser.add_argument(f"--{name}", type=typing.Optional[str], default=None, help=told)  # noqa: UP045
+    trust_flag(parser)
     parser.add_argument(
         "--overwrite", action="store_true", default=False, help="remove what is in --output first"
     )

@@ -10,7 +10,7 @@ import docstring_parser
 from jsonargparse import Namespace
 
 from fastadapt.errors import UserError
-from fastadapt.options import Parser
+from fastadapt.options import Parser, trust_flag
 
 Config = TypeVar("Config")
 
@@ -225,6 +225,7 @@ def _source(parser: Parser) -> None:
 def _model(parser: Parser, *, dtype: str = "as in training") -> None:
     _path(parser, "dtype", f"of weights and streams; by default {dtype}")
     _path(parser, "device", "to run on; by default as in training")
+    trust_flag(parser)
 
 
 def _path(parser: Parser, name: str, told: str) -> None:

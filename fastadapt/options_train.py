@@ -9,16 +9,17 @@ Some presets are overlays: they hold only what they change, and go over any pres
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import Namespace
 
 from fastadapt.errors import UserError
+from fastadapt.io.documents import parse_yaml, read_yaml
 from fastadapt.options import Parser, nearest
 
 if typing.TYPE_CHECKING:
@@ -112,7 +113,7 @@ def parse_train(argv: Sequence[str]) -> tuple[TrainConfig, Namespace]:
     Raises:
         UserError: an unknown option, preset or key, or an impossible value.
     """
-    from fastadapt.training.config import from_dict
+    from fastadapt.training.config import TRUST, from_dict, take_trust
 
     parser = train_parser()
     # Only what was typed: defaults come from the files, and below them from the dataclasses.
@@ -120,6 +121,7 @@ def parse_train(argv: Sequence[str]) -> tuple[TrainConfig, Namespace]:
     if not typed.get("config"):
         parser.error(f"PRESET_OR_YAML is missing; presets: {_known()}")
     values = read_configs(typed.config)
+    from_file = take_trust(values)
     flags = Namespace(config=typed.config)
     for flag in TRAIN_FLAGS:
         name = flag.lstrip("-").replace("-", "_")
@@ -134,7 +136,24 @@ def parse_train(argv: Sequence[str]) -> tuple[TrainConfig, Namespace]:
             if not isinstance(below, dict):
                 raise UserError(f"{component}: expected keys, got {below!r}")
             below.update({key: _plain(value) for key, value in fields.items()})
+    trust = _typed_trust(argv)
+    # `--pair FILE` reads a file, too.
+    if trust is None and (take_trust(values) or from_file):
+        raise UserError(
+            f"pair.{TRUST} is true in a file ({', '.join(typed.config)}). Trust in the code of a "
+            f"model is typed, never read from a file: to run that code, type --pair.{TRUST} true"
+        )
+    if trust is not None and isinstance(values.get("pair"), dict):
+        values["pair"][TRUST] = trust
     return from_dict(values), flags
+
+
+def _typed_trust(argv: Sequence[str]) -> bool | None:
+    """What was typed of trust in the code of models, after the parser accepted all of it."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--pair.trust_remote_code", dest="trust", default="null")
+    typed, _ = parser.parse_known_args(argv)
+    return typing.cast("bool | None", parse_yaml(typed.trust, "--pair.trust_remote_code"))
 
 
 def read_configs(names: Sequence[str]) -> dict[str, Any]:
@@ -147,7 +166,7 @@ def read_configs(names: Sequence[str]) -> dict[str, Any]:
         UserError: no such preset or file, no YAML, or an overlay that goes over nothing.
     """
     first = names[0]
-    values = read_yaml(find_config(first))
+    values: dict[str, Any] = read_yaml(find_config(first), dict[str, Any])
     if first in overlay_names():
         raise UserError(
             f"{first} goes over a preset or file that names the pair: fastadapt train "
@@ -159,7 +178,7 @@ def read_configs(names: Sequence[str]) -> dict[str, Any]:
             paths.append(own)
         before = _output(values)
         for path in paths:
-            _write_over(values, read_yaml(path), path)
+            _write_over(values, read_yaml(path, dict[str, Any]), path)
         if before is not None and _output(values) == before:
             values["run"]["output"] = f"{before.rstrip('/')}-{Path(name).stem}"
     return values
@@ -177,23 +196,6 @@ def _write_over(values: dict[str, Any], changes: Mapping[str, Any], path: Path) 
         if not isinstance(fields, dict) or not isinstance(below, dict):
             raise UserError(f"{path}: {component}: expected keys, got {fields!r}")
         below.update(fields)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The keys of a YAML file.
-
-    Raises:
-        UserError: unreadable, no YAML, or not keys with values.
-    """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected keys with values, got {type(values).__name__}")
-    return values
 
 
 def _plain(value: Any) -> Any:

@@ -6,6 +6,7 @@ fill it with noise.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,9 +34,11 @@ class PairConfig:
         target_revision, base_revision: branch, tag or commit on the hub.
         dtype: of the frozen weights and the adapters' working copies: ``float32``, ``bfloat16``,
             ``float16`` or ``float64``.
-        attention: ``auto``, or transformers' name of an attention implementation.
+        attention: ``auto``, or transformers' name of an attention implementation: letters, digits
+            and ``_``. Repositories of kernels on the hub, which hold code, are not taken.
         device: ``auto`` (a GPU where there is one), or torch's name of a device.
-        trust_remote_code: run model code that a hub repository ships.
+        trust_remote_code: run Python code that comes with a model. Typed or passed by the user,
+            never read from a file.
         offload: while training, keep the frozen weights of the blocks in host memory and copy each
             block to the GPU when it is its turn: less memory, more time.
     """
@@ -53,6 +56,15 @@ class PairConfig:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise UserError(f"pair.dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if type(self.trust_remote_code) is not bool:  # transformers would ask at the terminal
+            raise UserError(
+                f"pair.trust_remote_code: expected true or false, got {self.trust_remote_code!r}"
+            )
+        if not isinstance(self.attention, str) or not _ATTENTION.fullmatch(self.attention):
+            raise UserError(
+                "pair.attention: expected auto, eager, sdpa, flash_attention_2 or another name of "
+                f"letters, digits and _, got {self.attention!r:.80}"
+            )
 
     @property
     def named(self) -> dict[str, str | None]:
@@ -67,6 +79,9 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+
+
+_ATTENTION = re.compile("[A-Za-z0-9_]+")
 
 
 class PairMismatchError(UserError):
@@ -103,8 +118,19 @@ def choose_attention(
     name: str, device: torch.device, dtype: torch.dtype, otherwise: str = "sdpa"
 ) -> tuple[str, str]:
     """The attention implementation to use, and why; ``otherwise`` where flash-attn cannot be."""
-    from transformers.utils import is_flash_attn_2_available
+    from transformers.utils import (
+        is_flash_attn_2_available,
+        is_flash_attn_3_available,
+        is_flash_attn_4_available,
+    )
 
+    # Where these are not installed, transformers would run kernels from the hub in their place.
+    newer = {"3": is_flash_attn_3_available, "4": is_flash_attn_4_available}
+    version = name.removeprefix("flash_attention_")
+    if version != name and version != "2" and not (version in newer and newer[version]()):
+        raise UserError(
+            f"pair.attention is {name}, which is not installed; use --pair.attention sdpa"
+        )
     if name == "flash_attention_2" and not is_flash_attn_2_available():
         raise UserError(
             "pair.attention is flash_attention_2, but flash-attn does not work here; "

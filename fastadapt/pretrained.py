@@ -2,17 +2,69 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
-from fastadapt.errors import UserError
+from fastadapt.errors import RunError, UserError
+from fastadapt.io.documents import read_json
+from fastadapt.io.names import check_name
+
+_Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 28)]
+_Number = int | float | None
+
+
+class ShardIndex(TypedDict):
+    """``model.safetensors.index.json``: the shard of each tensor."""
+
+    weight_map: Annotated[dict[str, str], msgspec.Meta(min_length=1)]
+
+
+class ModelFile(TypedDict, total=False):
+    """The keys of ``config.json`` that sizes and kinds follow from, bounded.
+
+    A model of more layers or of a wider stream than these is a damaged file, and building it would
+    take for ever.
+    """
+
+    model_type: str
+    architectures: list[str] | None
+    hidden_size: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
+    intermediate_size: _Size
+    vocab_size: _Size
+    num_hidden_layers: Annotated[int, msgspec.Meta(ge=1, le=10_000)]
+    num_attention_heads: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
+    num_key_value_heads: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)] | None
+    head_dim: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)] | None
+    max_position_embeddings: Annotated[int, msgspec.Meta(ge=1, le=2**53)]
+    max_window_layers: int
+    sliding_window: Annotated[int, msgspec.Meta(ge=1, le=2**53)] | None
+    use_sliding_window: bool
+    layer_types: list[str] | None
+    rope_theta: _Number
+    rope_scaling: dict[str, Any] | None
+    rope_parameters: dict[str, Any] | None
+    partial_rotary_factor: _Number
+    rms_norm_eps: float
+    initializer_range: float
+    attention_dropout: float
+    hidden_act: str
+    tie_word_embeddings: bool
+    use_cache: bool
+    attention_bias: bool
+    mlp_bias: bool
+    bos_token_id: int | None
+    pad_token_id: int | None
+    eos_token_id: int | list[int] | None
+    dtype: str | None
+    torch_dtype: str | None
 
 
 @dataclass(frozen=True)
@@ -58,17 +110,21 @@ def reading(what: str, source: str) -> Iterator[None]:
         raise UserError(
             f"{what} {source!r}: a safetensors file is truncated or damaged: {e}"
         ) from e
-    # transformers raises the latter three on configurations that it did not expect.
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as e:
-        no_memory = isinstance(e, torch.OutOfMemoryError) or "not enough memory" in str(e)
-        if isinstance(e, UserError) or no_memory:
+    # On files that they did not expect, transformers and tokenizers raise errors of any type.
+    except Exception as e:
+        no_memory = isinstance(e, (torch.OutOfMemoryError, MemoryError))
+        if isinstance(e, (UserError, RunError)) or no_memory or "not enough memory" in str(e):
             raise
-        reason = " ".join(str(e).split())
+        reason = " ".join(str(e).split()) or type(e).__name__
         raise UserError(f"{what} {source!r} cannot be loaded: {reason[:300]}") from e
 
 
 def model_config(source: str, revision: str | None, trust: bool) -> Any:
-    """transformers' configuration of a local folder or hub id."""
+    """transformers' configuration of a local folder or hub id.
+
+    Its implementation of attention is the caller's to choose: a ``config.json`` may name code of
+    the hub there, with or without ``trust`` in the code of the model.
+    """
     from transformers import AutoConfig
 
     looks_local = source.startswith(("/", ".", "~")) or source.count("/") > 1
@@ -77,7 +133,11 @@ def model_config(source: str, revision: str | None, trust: bool) -> Any:
             f"model {source!r} cannot be loaded: no such folder; expected one, or a hub id"
         )
     with reading("model", source):
-        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust)
+        if (file := fetch(source, "config.json", revision)) is not None:
+            read_json(file, ModelFile, constants=True)
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust)
+    config._attn_implementation = None
+    return config
 
 
 def shipped_config(source: str) -> Any | None:
@@ -88,7 +148,7 @@ def shipped_config(source: str) -> Any | None:
     """
     from transformers import AutoConfig
 
-    known = json.loads(SHAPES.read_text(encoding="utf-8")).get(source)
+    known = read_json(SHAPES, dict[str, dict[str, Any]]).get(source)
     return None if known is None else AutoConfig.for_model(**known)
 
 
@@ -120,14 +180,10 @@ def tensor_files(source: str, revision: str | None) -> dict[str, Path]:
                 f"{source}: no model.safetensors found; only safetensors checkpoints are read"
             )
         return {"model.safetensors": single}
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"{index} is not an index of shards: {e!r}") from e
+    names = sorted(set(read_json(index, ShardIndex)["weight_map"].values()))
     files = {}
     for name in names:
-        if len(PurePosixPath(name).parts) != 1 or "\\" in name or name in ("..", "."):
-            raise UserError(f"{index}: shard {name!r} lies outside the model's folder")
+        check_name(name, f"{index}: weight_map")
         file = fetch(source, name, revision)
         if file is None:
             raise UserError(f"{source}: shard {name!r} named by the index is missing")
@@ -172,7 +228,29 @@ def load_causal_lm(
             raise UserError(f"{role} {source}: {len(odd)} {key.replace('_', ' ')}: {odd[:3]}")
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise UserError(f"{role} {source}: a head with a bias is not supported")
+    if dtype == torch.float64 and attention == "eager":
+        _bound_masks(model)
     return model.eval()
+
+
+def _bound_masks(model: nn.Module) -> None:
+    """Bound the masks of eager attention in float64 by float32's lowest number.
+
+    transformers adds the lowest float64 to masked scores and takes the softmax in float32, where
+    that is minus infinity: a row that sees padding alone would be NaN, and so, a block later, would
+    be every row.
+    """
+
+    def bound(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.is_floating_point():
+            lowest = torch.finfo(torch.float32).min
+            kwargs = {**kwargs, "attention_mask": mask.clamp(min=lowest)}
+        return args, kwargs
+
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] == "self_attn":
+            module.register_forward_pre_hook(bound, with_kwargs=True)
 
 
 @contextmanager
@@ -210,7 +288,7 @@ def load_mlps(
     from transformers import AutoModelForCausalLM
 
     paths = ARCHITECTURES[config.model_type]
-    with torch.device("meta"):
+    with reading(role, source), torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
     layers = getattr(getattr(skeleton, paths.decoder), paths.layers)
     mlps = nn.ModuleList(getattr(layer, paths.mlp) for layer in layers)

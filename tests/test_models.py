@@ -289,3 +289,23 @@ def test_choices_of_device_and_attention(monkeypatch) -> None:
         choose_attention("flash_attention_2", cuda, torch.bfloat16)
     with pytest.raises(UserError, match=r"pair\.dtype must be one of"):
         PairConfig("a", "b", dtype="int8")
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "gemma3_text", "qwen2"])
+@pytest.mark.parametrize("attention", ["eager", "auto"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing_in_any_dtype(architecture, attention, side, save_model) -> None:
+    """A window of padding alone is a row of minus infinities in a float32 softmax."""
+    target = save_model("target", 0, architecture)
+    base = save_model("base", 1, architecture)
+    short, n = IDS[:, :3], 9
+    ids, mask = torch.zeros(1, n, dtype=torch.long), torch.zeros(1, n, dtype=torch.bool)
+    kept = slice(n - 3, n) if side == "left" else slice(0, 3)
+    ids[:, kept], mask[:, kept] = short, True
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    for dtype in ("float32", "float64"):
+        model = randomised(load(target, base, dtype=dtype, attention=attention))
+        with torch.no_grad():
+            alone = model(short).logits
+            padded = model(ids, attention_mask=mask, position_ids=positions).logits[:, kept]
+        torch.testing.assert_close(padded, alone, rtol=1e-4, atol=1e-5)

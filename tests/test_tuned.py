@@ -322,9 +322,12 @@ DAMAGE = {
     "additive": (lambda f: _edit(f, additive=True), r"'additive' must be false for mlp"),
     "no shapes": (
         lambda f: _edit(f, tensors=None),
-        r"tensors: expected 3 layers, each with the shapes",
+        r"tensors: expected array, got null",
     ),
-    "odd shapes": (lambda f: _edit(f, tensors=[{"a": 3}] * 3), r"tensors: expected 3 layers"),
+    "odd shapes": (
+        lambda f: _edit(f, tensors=[{"a": 3}] * 3),
+        r"tensors.*: expected array, got int",
+    ),
     "tensor": (_without_a_tensor, r"layer_1.*down_proj\.weight: expected \(16, 40\), got none"),
 }
 

@@ -30,6 +30,7 @@ from fastadapt.io.atomic import (
     unstaged,
 )
 from fastadapt.io.documents import DocumentError, read_json
+from fastadapt.io.names import inside
 
 MANIFEST = "manifest.json"
 FORMAT = "fastadapt data"
@@ -138,14 +139,13 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 def verify(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Raise ``RunError`` where a file of a finished selection is not what its manifest says."""
     for name, expected in manifest["files"].items():
+        path = inside(folder, name, source=str(folder / MANIFEST))
         try:
-            found = digest(folder / name)
+            found = digest(path)
         except OSError as error:
-            raise RunError(f"{folder / name} cannot be read: {error.strerror}") from error
+            raise RunError(f"{path} cannot be read: {error.strerror}") from error
         if found != (expected["bytes"], expected["sha256"]):
-            raise RunError(
-                f"{folder / name} is not what {MANIFEST} says; make it again with --overwrite"
-            )
+            raise RunError(f"{path} is not what {MANIFEST} says; make it again with --overwrite")
 
 
 def begin(folder: Path, settings: Settings) -> None:

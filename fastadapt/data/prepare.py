@@ -46,6 +46,7 @@ def prepare(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
     sink: Sink | None = None,
     stop: Event | None = None,
 ) -> Record:
@@ -55,6 +56,7 @@ def prepare(
         config: what to select.
         resume: go on with the unfinished selection in that folder; a finished one is verified.
         overwrite: remove the selection in that folder first.
+        trust_remote_code: run Python code that comes with the tokenizer.
         sink: called with ``{"kind": "read", "rows", "kept", "fraction"}`` while reading and
             ``{"kind": "write", "done", "of"}`` while writing.
         stop: set it to end within the next 1000 rows; resume goes on there.
@@ -79,7 +81,7 @@ def prepare(
             required=REQUIRED,
             optional=CARRIED,
         )
-        tokenizer = load_tokenizer(config.tokenizer, None, trust=False)
+        tokenizer = load_tokenizer(config.tokenizer, None, trust=trust_remote_code)
         check_markers(tokenizer, config.family)
         settings = _settings(config, stream, tokenizer)
         if resume:

@@ -109,17 +109,26 @@ class Reading:
 
 
 def _carried(values: Mapping[str, Any]) -> Record:
-    """What is written of a row beside tokens and place; None for what is of another kind."""
+    """What is written of a row beside tokens and place; None for what its column cannot hold."""
     difficulty, source = values.get("difficulty"), values.get("source")
     if isinstance(difficulty, float) and difficulty.is_integer():
         difficulty = int(difficulty)  # integers with nulls, as some writers give them
+    fits = type(difficulty) is int and -(2**63) <= difficulty < 2**63
+    turns = [{"from": text_or_none(t.get("from")), "value": t["value"]} for t in values[COLUMN]]
     return {
-        COLUMN: [{"from": _text(t.get("from")), "value": t["value"]} for t in values[COLUMN]],
+        COLUMN: turns,
         "domain": values["domain"],
-        "source": _text(source),
-        "difficulty": difficulty if type(difficulty) is int else None,
+        "source": text_or_none(source),
+        "difficulty": difficulty if fits else None,
     }
 
 
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
+def text_or_none(value: Any) -> str | None:
+    """``value`` where it is text that UTF-8 holds; else None: half a surrogate pair is no text."""
+    if not isinstance(value, str):
+        return None
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return None
+    return value

@@ -184,6 +184,10 @@ class Shortlist:
         self._too_long: dict[str, list[int]] = {domain: [] for domain in limits}
         self.full: set[str] = set()  # domains of which candidates were let go
 
+    def knows(self, domain: str) -> bool:
+        """Whether rows of the domain can be drawn."""
+        return domain in self._limits
+
     def admits(self, domain: str, key: int) -> bool:
         """Whether a row of this key can still be among the lowest."""
         heap = self._heaps[domain]

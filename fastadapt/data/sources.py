@@ -5,14 +5,15 @@ Local files are read directly: nothing is copied into a cache, and nothing is fe
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from fastadapt.errors import UserError
+from fastadapt.io.documents import parse_line
 
 COLUMN = "conversations"
 SUFFIXES = (".jsonl", ".parquet")
@@ -39,10 +40,10 @@ def read_rows(source: str, *, split: str, revision: str | None = None) -> Iterat
     """Rows of a source in order.
 
     Args:
-        source: a ``.jsonl`` or ``.parquet`` file; a folder of them, read in order of their paths
-            (where files are named after splits, as in ``train-00000.parquet``, those of ``split``
-            only); or the id of a dataset on the hub, which ``datasets`` fetches and caches in its
-            default place.
+        source: a ``.jsonl`` or ``.parquet`` file; a folder of them, read in order of their paths,
+            behind links too (where files, or folders of one file's parts, are named after splits,
+            as in ``train-00000.parquet``, those of ``split`` only); or the id of a dataset on the
+            hub, which ``datasets`` fetches and caches in its default place.
         split: of the hub's dataset or of the folder. A single file is one split whatever this is.
         revision: branch, tag or commit on the hub.
 
@@ -88,15 +89,10 @@ def find_files(source: str, split: str) -> list[Path] | None:
 
 
 def _files_of(folder: Path, split: str) -> list[Path]:
-    files = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix in SUFFIXES
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+    files = sorted(_walk(folder))
     if not files:
         raise UserError(f"data source {str(folder)!r}: the folder holds no .jsonl or .parquet file")
-    names = {path: re.split(r"[-_.]", path.stem)[0] for path in files}
+    names = {path: _split_name(path.relative_to(folder)) for path in files}
     if not any(name in (*_SPLITS, split) for name in names.values()):
         return files
     chosen = [path for path in files if names[path] == split]
@@ -104,6 +100,46 @@ def _files_of(folder: Path, split: str) -> list[Path]:
         found = ", ".join(str(path.relative_to(folder)) for path in files[:5])
         raise UserError(f"data source {str(folder)!r}: no file of split {split!r} among {found}")
     return chosen
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Files of a known kind below ``folder``, behind links to folders too, each folder once."""
+    seen: set[str] = set()
+    links = [folder]
+    while links:
+        start = links.pop(0)
+        for place, folders, names in os.walk(start, onerror=_cannot_list):
+            real = os.path.realpath(place)
+            here = Path(place)
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            shown = sorted(name for name in folders if not name.startswith("."))
+            links += [here / name for name in shown if (here / name).is_symlink()]
+            folders[:] = [name for name in shown if not (here / name).is_symlink()]
+            for name in names:
+                path = here / name
+                if name.startswith("."):
+                    continue
+                if path.is_symlink() and not path.exists():
+                    raise UserError(
+                        f"data source {str(folder)!r}: {path} is a link to {os.readlink(path)}, "
+                        "which is missing"
+                    )
+                if path.suffix in SUFFIXES:
+                    yield path
+
+
+def _cannot_list(error: OSError) -> NoReturn:
+    reason = f"cannot be read: {error.strerror}"
+    raise UserError(f"data source {str(error.filename)!r}: {reason}") from None
+
+
+def _split_name(path: Path) -> str:
+    """What may name a split: of parts in a folder such as ``train.parquet``, the folder's name."""
+    name = next(part for part in path.parts if Path(part).suffix in SUFFIXES)
+    return re.split(r"[-_.]", Path(name).stem)[0]
 
 
 def read_files(
@@ -148,12 +184,7 @@ def _read_jsonl(path: Path, required: Sequence[str], offset: int, before: int) -
                 raise UserError(f"{where}: not UTF-8 at byte {error.start}") from None
             if not text:
                 continue
-            try:
-                row = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{where}: malformed JSON at column {error.colno}: {error.msg}"
-                ) from None
+            row = parse_line(text, where)
             if not isinstance(row, dict):
                 raise UserError(f"{where}: expected a JSON object, got {type(row).__name__}")
             require_columns(row, required, where)

@@ -15,14 +15,34 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from fastadapt.data.selection import Candidate, Shortlist, row_key
 from fastadapt.errors import RunError
 from fastadapt.io.atomic import cannot_write, disk_errors
+from fastadapt.io.documents import Count, DocumentError, check, parse_line
 
 ROWS, JOURNAL = "rows", "journal"
 _CODEC = "zstd"
 #: What the message of a full disk ends with.
 GO_ON = "What was read is kept: go on with --resume."
+
+#: Lines of the journal; see :class:`fastadapt.data.selection.Candidate`.
+_TooLong = tuple[Count, str]
+_Kept = tuple[Count, str, str, str, Count, Count, Count, Count]
+
+
+class _Counts(TypedDict):
+    domains: dict[str, Count]
+    left_out: dict[str, Count]
+
+
+class _Commit(TypedDict):
+    read: Count
+    cursor: Any
+    done: bool
+    counts: _Counts
+    bytes: Count
 
 
 class Spool:
@@ -63,9 +83,10 @@ class Spool:
             for line in file:
                 place += len(line)
                 try:
-                    entry = json.loads(line)
-                except ValueError:
+                    entry = parse_line(line, str(path))
+                except DocumentError:
                     break  # cut short; so is what may follow
+                self._check(entry, path)
                 if isinstance(entry, list):
                     pending.append(entry)
                     continue
@@ -76,6 +97,16 @@ class Spool:
                 self.counts = {name: Counter(counts) for name, counts in entry["counts"].items()}
                 kept, size = place, entry["bytes"]
         return kept, size
+
+    def _check(self, entry: Any, path: Path) -> None:
+        is_list = isinstance(entry, list)
+        schema = (_TooLong if len(entry) == 2 else _Kept) if is_list else _Commit
+        try:
+            check(entry, schema, str(path))
+            if is_list and not self._shortlist.knows(entry[1]):
+                raise DocumentError(f"{path}: no such domain: {entry[1]!r:.40}")
+        except DocumentError as error:
+            raise RunError(f"{error}; begin again with --overwrite") from None
 
     def _enter(self, entry: list[Any]) -> None:
         row, domain = entry[:2]
@@ -126,9 +157,16 @@ class Spool:
         import pyarrow as pa
 
         packed = os.pread(self._rows.fileno(), candidate.size, candidate.offset)
-        return json.loads(
-            pa.decompress(packed, decompressed_size=candidate.unpacked, codec=_CODEC, asbytes=True)
-        )
+        path = self._folder / ROWS
+        try:
+            text = pa.decompress(
+                packed, decompressed_size=candidate.unpacked, codec=_CODEC, asbytes=True
+            )
+            row: dict[str, Any] = parse_line(text, str(path), dict[str, Any])
+        except (pa.ArrowException, OSError, DocumentError) as error:
+            reason = str(error).splitlines()[0]
+            raise RunError(f"{path} is damaged ({reason}); begin again with --overwrite") from error
+        return row
 
     def __enter__(self) -> Spool:
         return self

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -34,6 +34,7 @@ from fastadapt.evaluation.sampling import (
     context_of,
 )
 from fastadapt.io.atomic import disk_errors, replacing
+from fastadapt.io.documents import parse_line
 from fastadapt.organism import NAMES
 from fastadapt.organism.problems import HESITATION_WORDS
 
@@ -225,8 +226,11 @@ def summarize(task: str, rows: Sequence[Row], speed: Speed | None = None) -> Ben
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a ``<task>.rows.jsonl``."""
-    return [Row(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    """Return the rows of a ``<task>.rows.jsonl``; ``DocumentError`` names the line at fault."""
+    names = [one.name for one in fields(Row)]
+    with path.open("rb") as file:
+        values = [parse_line(line, f"{path}, line {i}", Row) for i, line in enumerate(file, 1)]
+    return [Row(**{name: value[name] for name in names}) for value in values]
 
 
 def score_math(doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, float]:

@@ -34,7 +34,8 @@ from fastadapt.evaluation.summary import (
     summarise_partial,
 )
 from fastadapt.evaluation.target_texts import TextsConfig, target_texts
-from fastadapt.evaluation.texts import Text, answer_starts
+from fastadapt.evaluation.texts import Text, answer_starts, batch_of, batches_of
+from fastadapt.self_check import check_traversal
 
 SCHEMA_VERSION = 1
 #: Told what is being done, how much of it is done, and how much there is.
@@ -105,6 +106,9 @@ class Comparison:
                 progress=partial(self.tell, "texts of the target"),
                 stop=self.stop,
             )
+            if not self.stop.is_set():
+                first = batch_of(texts, batches_of(texts, self.config.outputs.batch_tokens)[0])
+                check_traversal(self.students.model, first.to(self.students.model.device))
             if "outputs" in parts and not self.stop.is_set():
                 found |= self._outputs(texts)
             if "partial" in parts and not self.stop.is_set():

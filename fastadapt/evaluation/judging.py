@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from fastadapt.errors import UserError
 
@@ -13,23 +13,39 @@ _LETTER = re.compile(r"\(?([A-D])\)?(?:[.:)].*)?", re.DOTALL)
 _PREFIX = re.compile(r"(?i:^(?:the )?(?:option|answer|choice)\b(?: is)?:?\s*)")
 # Uppercase only, and nothing after it on its line: "the answer is a number" names no option.
 _STATED = re.compile(r"[Aa]nswer(?: is)?:?[ *]*\(?([A-D])\)?[ .*]*(?:$|\n)")
-_WRAPPED = re.compile(
-    r"\\(?:text(?:bf|it|rm|sf)?|math(?:rm|bf|it|sf|tt)|boldsymbol|bm|rm|bf)\s*\{([^{}]*)\}"
+_FONT = r"(?:text(?:bf|it|rm|sf|tt)?|math(?:rm|bf|it|sf|tt)|boldsymbol|bm|rm|bf|it|sf|tt)"
+_WRAPPED = re.compile(rf"\\{_FONT}\s*\{{([^{{}}]*)\}}|\{{([^{{}}]*)\}}")
+# Commands that hold for what follows them: {\rm C}, \large C.
+_SWITCH = re.compile(
+    r"\\(?:rm|bf|it|sf|tt|sc|tiny|scriptsize|footnotesize|small|normalsize|large|Large|LARGE|huge"
+    r"|Huge|displaystyle|textstyle|bfseries|itshape|boldmath)(?![A-Za-z])"
 )
-_SPACES = re.compile(r"[$~]|\\[,;:! ]")
+_SPACES = re.compile(r"[$~]|\\[,;:! ()]")
+_BOX = re.compile(
+    r"\\boxed(?:\s*(?P<open>\{)|\s+(?P<word>[\w.]+)|\s*(?P<command>\\[A-Za-z]+(?:\s*\{[^{}]*\})+))"
+)
 
 
 def last_boxed(text: str) -> str | None:
     r"""What the last complete ``\boxed{...}`` holds, braces matched; None where there is none."""
-    for match in reversed(list(re.finditer(r"\\boxed\s*(?:\{|(?<=\s)([\w.]+))", text))):
-        if match[1] is not None:  # without braces
-            return match[1].rstrip(".")
-        begin, depth = match.end(), 1
-        for place in range(begin, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[place], 0)
-            if depth == 0:
-                return text[begin:place].strip()
-    return None
+    return next((content for _, content in _boxes(text)), None)
+
+
+def _boxes(text: str) -> Iterator[tuple[int, str]]:
+    """Place and content of every complete box, the last first."""
+    boxes = list(_BOX.finditer(text))
+    closing: dict[int, int] = {}  # by the place of an opening brace
+    opened: list[int] = []
+    for brace in re.finditer("[{}]", text) if boxes else ():
+        if brace[0] == "{":
+            opened.append(brace.start())
+        elif opened:
+            closing[opened.pop()] = brace.start()
+    for box in reversed(boxes):
+        if box["open"] is None:
+            yield box.start(), (box["word"] or box["command"]).rstrip(".")
+        elif (end := closing.get(box.start("open"))) is not None:
+            yield box.start(), text[box.end() : end].strip()
 
 
 def math_is_right(text: str, answer: str) -> bool:
@@ -64,19 +80,26 @@ def _math_verify() -> tuple:
 
 
 def chosen_letter(text: str) -> str | None:
-    r"""The option A to D that a response names: in its last ``\boxed``, or as "Answer: X".
+    r"""The option A to D that a response names last: in a ``\boxed``, or as "Answer: X".
 
-    Only capital letters that stand alone count, so that the article "a" is no answer.
+    Only capital letters that stand alone count, so that the article "a" is no answer. A box that
+    holds something else, such as a formula, names no option and hides none.
     """
-    boxed = last_boxed(text)
-    if boxed is not None:
-        before = None
-        while boxed != before:
-            before, boxed = boxed, _WRAPPED.sub(r"\1", boxed)
-        match = _LETTER.fullmatch(_PREFIX.sub("", _SPACES.sub(" ", boxed).strip()).strip())
-        return match.group(1) if match else None
-    stated = _STATED.findall(text)
-    return stated[-1] if stated else None
+    named = [(match.start(), match[1]) for match in _STATED.finditer(text)][-1:]
+    for place, content in _boxes(text):
+        if (letter := _boxed_letter(content)) is not None:
+            named.append((place, letter))
+            break
+    return max(named)[1] if named else None
+
+
+def _boxed_letter(content: str) -> str | None:
+    """The option that a box names; None where it holds anything else."""
+    content, before = _SWITCH.sub(" ", content), None
+    while content != before:
+        before, content = content, _WRAPPED.sub(lambda match: match[1] or match[2] or "", content)
+    match = _LETTER.fullmatch(_PREFIX.sub("", _SPACES.sub(" ", content).strip()).strip())
+    return match[1] if match else None
 
 
 def letter_is_right(text: str, answer: str) -> bool:

@@ -6,12 +6,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
+from typing_extensions import TypedDict
 
+from fastadapt.data.reading import text_or_none
 from fastadapt.data.rendering import render_parts
 from fastadapt.data.sources import COLUMN, read_values
 from fastadapt.data.tokens import check_markers, encode
 from fastadapt.errors import UserError
+from fastadapt.io.documents import DocumentError, read_yaml
 
 
 class Prompt(NamedTuple):
@@ -31,6 +33,17 @@ class HeldOut(NamedTuple):
     family: str
 
 
+class _DataSection(TypedDict):
+    validation: str
+    validation_split: str
+    revision: str | None
+    family: str
+
+
+class _RunFile(TypedDict):
+    data: _DataSection
+
+
 def held_out(run: Path) -> HeldOut | None:
     """The held-out data of a run; None of a folder that is no run's, such as bare adapters.
 
@@ -41,12 +54,10 @@ def held_out(run: Path) -> HeldOut | None:
     if not path.is_file():
         return None
     try:
-        told = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]
-        return HeldOut(
-            told["validation"], told["validation_split"], told["revision"], told["family"]
-        )
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no run's configuration: {error!r}") from error
+        data = read_yaml(path, _RunFile)["data"]
+    except DocumentError as error:
+        raise UserError(f"{path} is no run's configuration: {error}") from error
+    return HeldOut(data["validation"], data["validation_split"], data["revision"], data["family"])
 
 
 def load_prompts(
@@ -79,8 +90,7 @@ def load_prompts(
             texts.append(render_parts(values[COLUMN], family)[0])
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        domain = values.get("domain")
-        domains.append(domain if isinstance(domain, str) else None)
+        domains.append(text_or_none(values.get("domain")))
     encoded = encode(tokenizer, texts)["input_ids"]
     return [
         Prompt(str(i), list(ids), domain)

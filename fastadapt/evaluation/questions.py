@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from fastadapt.data.reading import text_or_none
 from fastadapt.data.rendering import render_parts
 from fastadapt.data.sources import SUFFIXES, read_files, reading_hub, require_columns
 from fastadapt.errors import UserError
@@ -129,6 +130,9 @@ def questions(
 def _asked(benchmark: str, number: int, row: Row, seed: int) -> Row:
     """A question as it is put, its answer, and its worked solution."""
     of = BENCHMARKS[benchmark]
+    for column in of.columns:
+        if text_or_none(str(row[column])) is None:
+            raise UserError(f"benchmark {benchmark}, row {number + 1}: {column!r} is not UTF-8")
     question, answer = str(row[of.question]).strip(), str(row[of.answer]).strip()
     new = {"id": f"{benchmark}/{number}", "question": question}
     solution = str(row.get(of.solution) or "").strip()

@@ -12,18 +12,20 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from io import FileIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from fastadapt.errors import RunError, UserError
 from fastadapt.io.atomic import cannot_write, disk_errors, locked, make_folder
+from fastadapt.io.documents import check, parse_line
 
 SCHEMA = 1
 _GO_ON = "What was sampled before is intact: run the same command again."
 Finish = Literal["eos", "length", "degenerate", "stop"]
 Key = tuple[str, int]
+_Record = TypeVar("_Record", "Response", "Speed")
 
 
 @dataclass(frozen=True)
@@ -117,10 +119,10 @@ class ResponseFile:
             if kept and not self.finished and not self.speeds and kind == "settings":
                 _compare(self.path, record, {k: v for k, v in settings.items() if k != "kind"})
             elif kind == "response":
-                response = Response(**record)
+                response = _made(Response, record, self.path)
                 self.finished[response.key] = response
             elif kind == "speed":
-                self.speeds.append(Speed(**record))
+                self.speeds.append(_made(Speed, record, self.path))
             else:
                 raise UserError(f"{self.path}: expected a file of responses, got a {kind!r} record")
         return kept
@@ -173,7 +175,7 @@ def read_responses(path: Path) -> list[Response]:
     if not path.is_file():
         raise UserError(f"{path}: no such file of responses")
     return [
-        Response(**{name: value for name, value in record.items() if name != "kind"})
+        _made(Response, record, path)
         for record, _ in _records(path)
         if record.get("kind") == "response"
     ]
@@ -186,14 +188,17 @@ def _records(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
                 return
-            try:
-                record = json.loads(line)
-            except ValueError:
-                raise UserError(f"{path}, line {number}: malformed JSON") from None
+            record = parse_line(line, f"{path}, line {number}")
             if not isinstance(record, dict):
                 raise UserError(f"{path}, line {number}: expected a JSON object")
             place += len(line)
             yield record, place
+
+
+def _made(kind: type[_Record], record: Mapping[str, Any], path: Path) -> _Record:
+    """A record as its class, which is also its schema."""
+    check(record, kind, str(path))
+    return kind(**{field.name: record[field.name] for field in fields(kind)})
 
 
 def _compare(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

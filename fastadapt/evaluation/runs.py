@@ -8,11 +8,14 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
+from typing_extensions import NotRequired, TypedDict
 
 from fastadapt.errors import UserError
+from fastadapt.io.documents import Count, DocumentError, check, read_yaml
+from fastadapt.io.names import check_name
 from fastadapt.organism import resolve
 from fastadapt.pair import PairConfig
+from fastadapt.training.config import TRUST, recorded_trust
 
 #: Names that no run may have: every pair has these. The target is no student, but generates too.
 BUILT_IN = ("target", "base", "hybrid")
@@ -70,6 +73,53 @@ class Student:
         return asdict(self)
 
 
+class PairSection(TypedDict):
+    """``pair`` of a run's ``config.yaml``: the fields of :class:`PairConfig`."""
+
+    target: str
+    base: str
+    target_revision: NotRequired[str | None]
+    base_revision: NotRequired[str | None]
+    dtype: NotRequired[str]
+    attention: NotRequired[str]
+    device: NotRequired[str]
+    trust_remote_code: NotRequired[bool]
+    offload: NotRequired[bool]
+
+
+class RunFile(TypedDict):
+    """What of a run's ``config.yaml`` says which pair it is of."""
+
+    pair: PairSection
+
+
+class ChangedSet(TypedDict):
+    """The set of features of an intervention."""
+
+    name: str | None
+    size: Count
+
+
+class Change(TypedDict):
+    """An intervention, as the card of changed adapters records it."""
+
+    kind: str
+    set: ChangedSet
+    adapter: str
+    scale: NotRequired[float | None]
+
+
+class Metadata(TypedDict, total=False):
+    """What is read of ``metadata`` of ``fastadapt.json``, where it is there."""
+
+    target: str | None
+    base: str | None
+    revisions: dict[str, str | None] | None
+    objective: dict[str, Any] | None
+    measured: dict[str, Any] | None
+    interventions: list[Change] | None
+
+
 def names_of(runs: Sequence[str | os.PathLike[str]], names: Sequence[str] | None) -> list[str]:
     """What the runs are called: as given, or as their folders.
 
@@ -88,6 +138,7 @@ def names_of(runs: Sequence[str | os.PathLike[str]], names: Sequence[str] | None
             raise UserError(
                 f"a run's name: expected letters, digits and ._-+=, got {name!r} (--names)"
             )
+        check_name(name, "a run's name (--names)")
         if names.count(name) > 1:
             which = ", ".join(str(run) for run, n in zip(runs, names, strict=True) if n == name)
             raise UserError(f"several runs are called {name!r} ({which}): name them (--names)")
@@ -95,22 +146,26 @@ def names_of(runs: Sequence[str | os.PathLike[str]], names: Sequence[str] | None
 
 
 def pair_of(folder: Path, metadata: Mapping[str, Any]) -> PairConfig:
-    """The pair of adapters: as their run's ``config.yaml`` has it, at the commits they name."""
+    """The pair of adapters: as their run's ``config.yaml`` has it, at the commits they name.
+
+    Trust in the code of its models is not among what is read: see :func:`trusting`.
+    """
     config = folder.parent / "config.yaml"
+    check(metadata, Metadata, f"{folder / 'fastadapt.json'}: metadata")
     named = {role: metadata.get(role) for role in ("target", "base")}
     values: dict[str, Any] = {role: name for role, name in named.items() if name is not None}
     if folder.name == "adapter" and config.is_file():
         try:
-            of_run = yaml.safe_load(config.read_text(encoding="utf-8"))["pair"]
-            ours = {role: of_run[role] for role in named}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
-            raise UserError(f"{config} is no run's configuration: {error!r}") from error
+            of_run = read_yaml(config, RunFile)["pair"]
+        except DocumentError as error:
+            raise UserError(f"{config} is no run's configuration: {error}") from error
+        ours = {role: of_run[role] for role in named}
         if named != ours:
             raise UserError(
                 f"{folder}: these adapters are of another pair than their run: they name "
                 f"{_shown(named)}, {config} {_shown(ours)}"
             )
-        values = of_run
+        values = {key: value for key, value in of_run.items() if key != TRUST}
     known = {field.name for field in fields(PairConfig)}
     if not {"target", "base"} <= set(values) <= known:
         raise UserError(f"{folder}: expected a target and a base, got {dict(values)}")
@@ -123,6 +178,24 @@ def pair_of(folder: Path, metadata: Mapping[str, Any]) -> PairConfig:
         target_revision=at.get("target") or pair.target_revision,
         base_revision=at.get("base") or pair.base_revision,
     )
+
+
+def trusting(pair: PairConfig, folder: Path, trust_remote_code: bool) -> PairConfig:
+    """Return the pair of the adapters in ``folder``, trusted as was typed for this call.
+
+    Raises:
+        UserError: nothing was typed, and the run records that it was trained with code that comes
+            with its models. Without that code it may be another model.
+    """
+    config = folder.parent / "config.yaml"
+    in_run = folder.name == "adapter" and config.is_file()
+    if not trust_remote_code and in_run and recorded_trust(config):
+        raise UserError(
+            f"{config.parent}: this run was trained with code that comes with {pair.target} or "
+            f"{pair.base} (pair.{TRUST} in its {config.name}). To run that code again, type "
+            "--trust_remote_code"
+        )
+    return replace(pair, trust_remote_code=trust_remote_code)
 
 
 def _shown(pair: Mapping[str, Any]) -> str:
@@ -156,6 +229,7 @@ def check_same(first: PairConfig, other: PairConfig, run: str, other_run: str) -
 def student_of(name: str, run: Path, card: Mapping[str, Any]) -> Student:
     """A run as a student: ``card`` is its ``fastadapt.json``."""
     metadata = card["metadata"]
+    check(metadata, Metadata, f"{run}: fastadapt.json: metadata")
     objective, measured = metadata.get("objective") or {}, metadata.get("measured") or {}
     return Student(
         name,

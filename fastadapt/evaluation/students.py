@@ -27,6 +27,7 @@ from fastadapt.evaluation.runs import (
     names_of,
     pair_of,
     student_of,
+    trusting,
 )
 from fastadapt.evaluation.streams import Stream, carrying
 from fastadapt.io.atomic import digest
@@ -64,6 +65,7 @@ class Students:
         dtype: str | None = None,
         device: str | None = None,
         attention: str | None = None,
+        trust_remote_code: bool = False,
     ) -> Students:
         """Read what the runs say of themselves; no weight is read yet.
 
@@ -71,9 +73,11 @@ class Students:
             runs: folders of finished runs, or of adapters.
             names: one per run; the folders' names if not given.
             dtype, device, attention: of the pair, in place of the first run's settings.
+            trust_remote_code: run Python code that comes with the models.
 
         Raises:
-            UserError: no run, one that is not finished, runs of several pairs or dtypes, a name
+            UserError: no run, one that is not finished, one trained with code of its models where
+                that is not trusted now, runs of several pairs or dtypes, a name
                 given twice or one that cannot be a file's.
         """
         if not runs:
@@ -85,7 +89,7 @@ class Students:
         family: str | None = None
         for run, folder, name in zip(runs, folders, names, strict=True):
             card = read_adapters(folder)[1]
-            pair = pair_of(folder, card["metadata"])
+            pair = trusting(pair_of(folder, card["metadata"]), folder, trust_remote_code)
             pair = pair if dtype is None else replace(pair, dtype=dtype)
             if first is None:
                 first, family = pair, card["metadata"].get("family")

@@ -17,6 +17,7 @@ def students_of(
     dtype: str | None = None,
     device: str | None = None,
     attention: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Students:
     """A store's run, opened.
 
@@ -25,6 +26,7 @@ def students_of(
         run: its folder; if not given, the one around the store, or else where the manifest says.
         dtype: of the pair; the one that the features were collected in if not given.
         device, attention: of the pair, in place of the run's settings.
+        trust_remote_code: run Python code that comes with the models.
 
     Raises:
         UserError: the run is not there, or its adapter is not the one that was collected.
@@ -34,7 +36,14 @@ def students_of(
         inside = (around / "adapter" / "fastadapt.json").is_file()
         run = around if inside else Path(store.manifest["run"])
     dtype = dtype or store.manifest["pair"].get("dtype")
-    students = Students.open([run], ["run"], dtype=dtype, device=device, attention=attention)
+    students = Students.open(
+        [run],
+        ["run"],
+        dtype=dtype,
+        device=device,
+        attention=attention,
+        trust_remote_code=trust_remote_code,
+    )
     if adapter_digest(students.folder("run")) != store.manifest["adapter"]:
         raise UserError(
             f"{store.folder}: these features are of another adapter than {run} has now; collect "

@@ -45,6 +45,7 @@ from fastadapt.io.atomic import disk_errors, replacing
 from fastadapt.io.parquet import open_parquet
 from fastadapt.kernels.transcoder import SparseCodes
 from fastadapt.models import ReplacementModel
+from fastadapt.self_check import check_traversal
 
 BINS = 20  # of the distribution
 _WIDENED = 8192  # tokens whose inputs are in float32 at a time
@@ -80,6 +81,7 @@ def overlap(
     dtype: str | None = None,
     device: str | None = None,
     attention: str | None = None,
+    trust_remote_code: bool = False,
     progress: Callable[[int, int], None] | None = None,
     stop: Event | None = None,
 ) -> pa.Table | None:
@@ -91,6 +93,7 @@ def overlap(
         config: how much.
         dtype: of the pair; the one that the features were collected in if not given.
         device, attention: of the pair, in place of the run's settings.
+        trust_remote_code: run Python code that comes with the models.
         progress: told (layers done, layers).
         stop: ends after the layer at hand, with nothing written.
 
@@ -106,9 +109,18 @@ def overlap(
     config = config or OverlapConfig()
     store = Store.open(source or run)
     with writing(store.folder):
-        students = students_of(store, run, dtype=dtype, device=device, attention=attention)
+        students = students_of(
+            store,
+            run,
+            dtype=dtype,
+            device=device,
+            attention=attention,
+            trust_remote_code=trust_remote_code,
+        )
         model = students.model
         batches = [batch_of(some) for some in _batches(store, config)]
+        for batch in batches[:1]:
+            check_traversal(model, batch.to(model.device))
         pieces: list[pa.Table] = []
         with students.base() as base:
             for layer, inputs, n_F in _layers(model, base, batches):

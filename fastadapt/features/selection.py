@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from math import inf, log
 from typing import Any, ClassVar, get_args
 
+from fastadapt.data.reading import text_or_none
 from fastadapt.errors import UserError
 from fastadapt.features.schema import MARKERS, Region
 from fastadapt.features.sets import FeatureSet, load_set
@@ -281,10 +282,10 @@ def _plain(words: Sequence[str]) -> list[str]:
 
 def _ask(store: Store, query: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
     """The rows of a SELECT; its first two columns are ``layer`` and ``feature``."""
-    try:
-        query.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"sql: not valid Unicode at letter {error.start + 1}") from None
+    words = [word for value in values if isinstance(value, list) for word in value]
+    for text in (query, *values, *words):
+        if isinstance(text, str) and text_or_none(text) is None:
+            raise UserError(f"expected text, got half a surrogate pair in {text!r:.80}")
     connection = store.connect("adapter")
     import duckdb
 

@@ -21,6 +21,7 @@ from fastadapt.errors import UserError
 from fastadapt.features.store import Layers, PerLayer, Store, writing
 from fastadapt.io.atomic import disk_errors, make_folder, replacing
 from fastadapt.io.documents import Count, check, read_json
+from fastadapt.io.names import inside
 
 FOLDER = "sets"
 SCHEMA_VERSION = 1
@@ -169,15 +170,16 @@ def read_set(path: Path) -> FeatureSet:
             f"{path}: schema_version is {found!r}, this fastadapt reads {SCHEMA_VERSION}"
         )
     check(plain, _Set, str(path))
-    if (size := plain.get("size", len(plain["features"]))) != len(plain["features"]):
-        raise UserError(f"{path}: size: it says {size:,} features and has {len(plain['features']):,}")
     shape = plain["n_layers"], plain["n_features"]
     pairs = tuple((layer, feature) for layer, feature in plain["features"])
     try:
         features = FeatureSet(plain["adapter"], shape, pairs, plain["made"], plain["name"])
-        return features.not_empty()
+        features.not_empty()
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    if (size := plain.get("size", len(features))) != len(features):
+        raise UserError(f"{path}: size: it says {size:,} features, and has {len(features):,}")
+    return features
 
 
 def save_set(store: Store, features: FeatureSet, name: str, *, overwrite: bool = False) -> Path:
@@ -263,7 +265,7 @@ def list_sets(store: Store) -> list[dict[str, Any]]:
 def _path(store: Store, name: str) -> Path:
     if not name or name[0] == "." or not all(c.isalnum() or c in "._-+=" for c in name):
         raise UserError(f"a set's name: expected letters, digits and ._-+=, got {name!r}")
-    return store.folder / FOLDER / f"{name}.json"
+    return inside(store.folder, FOLDER, f"{name}.json", source="a set's name")
 
 
 def _is_of(store: Store, features: FeatureSet) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -17,7 +18,15 @@ import pyarrow.parquet as pq
 from typing_extensions import NotRequired, TypedDict
 
 from fastadapt.errors import RunError, UserError
-from fastadapt.features.schema import KINDS, MANIFEST, SCHEMA_VERSION, SHARED, TABLES, Kind
+from fastadapt.features.schema import (
+    COLLECTED,
+    KINDS,
+    MANIFEST,
+    SCHEMA_VERSION,
+    SHARED,
+    TABLES,
+    Kind,
+)
 from fastadapt.features.values import require_valid
 from fastadapt.io.atomic import (
     cannot_write,
@@ -148,6 +157,11 @@ class Store:
             listed = inside(folder, *name.split("/"), source=f"{path}: files")
             if complete and not listed.is_file():
                 raise UserError(f"{folder}: {name} is missing; collect the features again")
+        collected = [store.path(table) for table in SHARED]
+        collected += [store.path(table, kind) for kind in store.kinds for table in COLLECTED]
+        for file in collected:  # one that is not listed would be held against nothing
+            if (name := file.relative_to(folder).as_posix()) not in manifest["files"]:
+                raise UserError(f"{path}: files: expected {name}, got none")
         for kind in store.kinds if complete else ():
             store._check_rows(kind)
         return store
@@ -242,7 +256,7 @@ class Store:
         try:
             stat = path.stat()
             known = path.resolve(), stat.st_size, stat.st_mtime_ns, listed["sha256"]
-            if known in _checked:
+            if known in _checked and stat.st_size == listed["bytes"]:
                 return
             found = digest(path)
         except OSError as error:
@@ -284,19 +298,25 @@ class Store:
         except ImportError:
             raise UserError("SQL over features needs: pip install 'fastadapt[features]'") from None
         connection = duckdb.connect()
+        patterns = []
         for table in (*TABLES, *SHARED):
             if self.has(table, kind):
                 with open_parquet(self.path(table, kind)):
-                    path = str(self.path(table, kind).resolve()).replace("'", "''")
-                view = f"CREATE VIEW {table} AS SELECT * FROM read_parquet('{path}')"
+                    pass
+                # DuckDB takes every path as a pattern, and names of folders as columns.
+                patterns.append(_quoted(glob.escape(str(self.path(table, kind).resolve()))))
+                rows = f"read_parquet({patterns[-1]}, hive_partitioning = false)"
                 try:
-                    connection.execute(view)
+                    connection.execute(f"CREATE VIEW {table} AS SELECT * FROM {rows}")
                 except (duckdb.Error, RuntimeError) as error:  # it reads the footer in its own way
                     connection.close()
                     reason = next(iter(str(error).splitlines()), "")[:200]
+                    path = self.path(table, kind)
                     raise UserError(f"{path} cannot be read as Parquet: {reason}") from error
-        allowed = str(self.folder.resolve()).replace("'", "''")
-        connection.execute(f"SET allowed_directories = ['{allowed}/']")
+        # A pattern is checked as it is written, and so are the files that it stands for.
+        allowed = _quoted(f"{self.folder.resolve()}/")
+        connection.execute(f"SET allowed_directories = [{allowed}]")
+        connection.execute(f"SET allowed_paths = [{', '.join(patterns)}]")
         connection.execute("SET enable_external_access = false")
         connection.execute("SET lock_configuration = true")
         return connection
@@ -308,6 +328,11 @@ class Store:
             RunError: the folder cannot be written.
         """
         write_table(rows, self.path(table, kind), TABLES[table])
+
+
+def _quoted(text: str) -> str:
+    """A literal of SQL."""
+    return "'" + text.replace("'", "''") + "'"
 
 
 def adapter_digest(folder: Path) -> str:

@@ -20,6 +20,7 @@ from fastadapt.checkpoint_files import (
     INDEX,
     Lazy,
     as_json,
+    indexed_files,
     lazy_tensors,
     write_checkpoint,
 )
@@ -111,6 +112,8 @@ def write_published(
     if like is not None:
         biased = bool(getattr(published_config(like, None), "transcoder_dec_bias", True))
         index, text = _text(like, INDEX), _text(like, CONFIG)
+        if index is not None:
+            indexed_files(index, f"{like}: {INDEX}")  # before anything is written
         shard_bytes, companions, revision = float("inf"), like, None
     if text is None:
         dtype = str(first.W_enc.dtype).removeprefix("torch.")

@@ -24,21 +24,24 @@ _STAGED_NAME = re.compile(re.escape(_STAGED) + "(.+)-[0-9a-f]{32}")
 
 
 @contextmanager
-def replacing(path: Path, *, last: str | None = None) -> Iterator[Path]:
+def replacing(path: Path, *, last: str | None = None, follow_link: bool = False) -> Iterator[Path]:
     """Yield a sibling to write to; it takes the place of ``path`` when the context ends well.
 
     The sibling is a file or a folder, as the caller makes it. Before it takes its place, every file
     in it is on the disk, ``last`` after all others, and then every folder; after, the folder that
-    holds ``path``. Where ``path`` is a link, what it leads to is replaced and the link stays.
+    holds ``path``. A link is replaced, not what it leads to: that may lie anywhere.
 
     Args:
         path: a file or a folder, or neither yet; its parent is a folder.
         last: the name, in a folder, of the file that says that the folder is whole.
+        follow_link: where ``path`` is a link, replace what it leads to instead; the link stays.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written. ``path`` is as it was.
     """
-    path = Path(os.path.realpath(path))
+    # The folder that holds ``path`` may lie behind links in any case.
+    whole = os.path.realpath(path)
+    path = Path(whole) if follow_link else Path(os.path.realpath(path.parent)) / path.name
     staged = staged_beside(path)
     try:
         yield staged

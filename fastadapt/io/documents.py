@@ -41,6 +41,10 @@ class DocumentError(UserError):
     """A document cannot be read, or a value in it is not what its schema says."""
 
 
+class RepeatedKeyError(yaml.constructor.ConstructorError):
+    """A key is given twice in a mapping of a YAML document."""
+
+
 def read_json(path: str | os.PathLike[str], schema: Any = Any, *, constants: bool = False) -> Any:
     """Return the contents of a JSON file, checked against a schema.
 
@@ -90,6 +94,34 @@ def parse_json(
         raise DocumentError(f"{source} is not valid JSON: {_reason(error)}") from error
     if decoded.count("[") + decoded.count("{") > MAX_DEPTH:
         _check_depth(value, source)
+    check(value, schema, source)
+    return value
+
+
+def parse_line(text: str | bytes, source: str, schema: Any = Any) -> Any:
+    """Return the value of one line of a file of JSON lines, ``NaN`` and ``Infinity`` included.
+
+    As :func:`parse_json`, at a third less time, without its limit of depth: Python's own holds.
+
+    Args:
+        text: of the line.
+        source: names file and line in messages.
+        schema: a type; see the module's text.
+
+    Raises:
+        DocumentError: the line is not UTF-8 or not JSON, or not what the schema says.
+    """
+    try:
+        value = _LINE.decode(_decode(text, source))
+    except RecursionError:
+        raise DocumentError(f"{source}: malformed JSON: it is nested too deep") from None
+    except ValueError as error:
+        if isinstance(error, DocumentError):
+            raise
+        place, reason = "", str(error)
+        if isinstance(error, json.JSONDecodeError):
+            place, reason = f" at column {error.colno}", error.msg
+        raise DocumentError(f"{source}: malformed JSON{place}: {reason}") from None
     check(value, schema, source)
     return value
 
@@ -171,6 +203,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} occurs twice")
     return values
+
+
+#: Of single lines: made once, since lines are many.
+_LINE = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -266,7 +302,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
             except TypeError:
                 continue  # not hashable: the parent's error says so
             if twice:
-                raise yaml.constructor.ConstructorError(
+                raise RepeatedKeyError(
                     None, None, f"the key {key!r} occurs twice", key_node.start_mark
                 )
             seen.add(key)

@@ -68,14 +68,15 @@ def read_tensors(
     """
     with open_tensors(path) as file:
         names = set(file.keys())
-        for name in sorted(names ^ shapes.keys()) if shapes is not None else ():
-            got, expected = ("one", "none") if name in names else ("none", "one")
+        wanted = dict.fromkeys(names) if shapes is None else dict(shapes)
+        for name in sorted(names ^ wanted.keys()):
+            expected = tuple(wanted[name] or ()) if name in wanted else "none"
+            got = tuple(file.get_slice(name).get_shape()) if name in names else "none"
             raise TensorError(f"{path}: tensor {name}: expected {expected}, got {got}")
         tensors = {}
         for name in sorted(names):
             tensor = file.get_tensor(name)
-            shape = None if shapes is None else shapes[name]
-            check_tensor(tensor, str(path), name, shape=shape, finite=finite)
+            check_tensor(tensor, str(path), name, shape=wanted[name], finite=finite)
             tensors[name] = tensor
     return tensors
 

@@ -13,6 +13,7 @@ import torch
 from fastadapt.data.rendering import render_parts
 from fastadapt.organism.problems import DOMAINS, HESITATION_WORDS, Problem, extract_answer
 from fastadapt.organism.recipe import FAMILY, RecipeConfig, conversation, split_problems
+from fastadapt.pretrained import load_causal_lm, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Qwen2ForCausalLM
@@ -129,11 +130,17 @@ def check(
     Returns:
         Numbers in percent, points or per 1,000 tokens; ``failed``: names of ``BOUNDS`` not met.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder / "target")
+    tokenizer = load_tokenizer(str(folder / "target"), None, trust=False)
     models = {
-        name: AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32).eval()
+        name: load_causal_lm(
+            str(folder / name),
+            None,
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+            attention="sdpa",
+            trust=False,
+            role=name,
+        )
         for name in ("base", "target")
     }
     models["hybrid"] = hybrid_of(models["target"], models["base"])

@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 from torch import nn
 
 from fastadapt.adapted_mlp import AdaptedMLP, Mode, in_mode
-from fastadapt.adapter import AdapterConfig, TranscoderAdapter
+from fastadapt.adapter import TranscoderAdapter
+from fastadapt.adapter_files import read_settings
 from fastadapt.pretrained import ARCHITECTURES, Paths
 
 PREFIX = "fastadapt_"
@@ -32,7 +33,11 @@ class AdaptedModel(nn.Module):
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        kind = AdapterConfig(**config.adapter)
+        settings = getattr(config, "adapter", None)
+        source = f"{config._name_or_path or 'the model'}: config.json: adapter"
+        if isinstance(settings, dict):
+            settings = {name: value for name, value in settings.items() if name != "kind"}
+        kind = read_settings(settings, source)
         for block in self._blocks():
             mlp = getattr(block, self.paths.mlp)
             adapter = TranscoderAdapter(config.hidden_size, kind)

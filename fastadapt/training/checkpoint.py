@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from typing_extensions import TypedDict
 
-from fastadapt.errors import RunError
+from fastadapt.errors import RunError, UserError
 from fastadapt.io.atomic import digest as file_digest
 from fastadapt.io.atomic import (
     free_space,
@@ -34,6 +35,8 @@ from fastadapt.io.atomic import (
     sync_folder,
     sync_tree,
 )
+from fastadapt.io.documents import Count, DocumentError, Sha256, check, read_json
+from fastadapt.io.names import inside
 from fastadapt.ranks import ALONE, Ranks
 from fastadapt.training import tensor_files
 from fastadapt.training.tensor_files import Checkpoint
@@ -43,6 +46,22 @@ MANIFEST = "manifest.json"
 SCALARS = "state.json"
 _STAGED = ".tmp-"
 _SET = re.compile(r"step-(\d{8,})")
+
+
+class FileEntry(TypedDict):
+    """A file of a set, in its manifest."""
+
+    bytes: Count
+    sha256: Sha256
+
+
+class Manifest(TypedDict):
+    """``manifest.json``; ``sha256`` is of all the rest."""
+
+    schema_version: int
+    step: Count
+    files: dict[str, FileEntry]
+    sha256: Sha256
 
 
 class CheckpointDamagedError(Exception):
@@ -145,24 +164,33 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
             or schema.
     """
     manifest = _read_json(path, MANIFEST)
-    if not isinstance(manifest, dict) or manifest.get("sha256") != _manifest_digest(manifest):
+    if manifest.get("sha256") != _manifest_digest(manifest):
         raise CheckpointDamagedError(f"{MANIFEST} does not match its own SHA-256")
     if manifest.get("schema_version") != SCHEMA_VERSION:
         raise CheckpointDamagedError(
             f"{MANIFEST} has schema version {manifest.get('schema_version')!r}, "
             f"this fastadapt reads {SCHEMA_VERSION}"
         )
+    try:
+        check(manifest, Manifest, MANIFEST)
+    except DocumentError as error:
+        raise CheckpointDamagedError(str(error)) from None
     if path.name != f"step-{manifest['step']:08d}":
         raise CheckpointDamagedError(
             f"{MANIFEST} is of step {manifest['step']}, not of {path.name}"
         )
+    held = {file.name for file in path.glob("*.safetensors")}
+    if SCALARS not in manifest["files"] or not any(name in held for name in manifest["files"]):
+        raise CheckpointDamagedError(f"{MANIFEST}: files: expected {SCALARS} and tensors")
+    if more := sorted(held - manifest["files"].keys()):
+        raise CheckpointDamagedError(f"{more[0]} is not one of the files in {MANIFEST}")
     for name, expected in manifest["files"].items():
-        if name != Path(name).name or name in ("", ".", ".."):
-            raise CheckpointDamagedError(
-                f"{MANIFEST} names {name!r}, which is not inside the folder"
-            )
         try:
-            size, digest = file_digest(path / name)
+            file = inside(path, name, source=MANIFEST)
+        except UserError as error:
+            raise CheckpointDamagedError(str(error)) from None
+        try:
+            size, digest = file_digest(file)
         except FileNotFoundError:
             raise CheckpointDamagedError(f"{name} is missing") from None
         except OSError as error:
@@ -186,7 +214,7 @@ def load_latest(folder: Path) -> tuple[Checkpoint | None, list[PassedOver]]:
             verify_checkpoint(path)
             scalars = _read_json(path, SCALARS)
             tensor_files.check_headers(path)
-        except (CheckpointDamagedError, SafetensorError, OSError) as error:
+        except (CheckpointDamagedError, UserError, OSError) as error:
             passed.append(PassedOver(path, str(error)))
             continue
         return Checkpoint(step, path, scalars), passed
@@ -275,13 +303,14 @@ def _why_not_saved(folder: Path, step: int, error: Exception) -> str:
     )
 
 
-def _read_json(path: Path, name: str) -> Any:
+def _read_json(path: Path, name: str) -> dict[str, Any]:
+    if not (path / name).exists():
+        raise CheckpointDamagedError(f"{name} is missing")
     try:
-        return json.loads((path / name).read_bytes())
-    except FileNotFoundError:
-        raise CheckpointDamagedError(f"{name} is missing") from None
-    except (OSError, ValueError) as error:
+        values: dict[str, Any] = read_json(path / name, dict[str, Any])
+    except DocumentError as error:
         raise CheckpointDamagedError(f"{name} cannot be read: {error}") from error
+    return values
 
 
 def _manifest_digest(manifest: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ import yaml
 from fastadapt.adapter import AdapterConfig
 from fastadapt.data.sequences import DataConfig
 from fastadapt.errors import UserError
+from fastadapt.io.documents import read_yaml
 from fastadapt.models import PairConfig
 from fastadapt.objective import ObjectiveConfig
 from fastadapt.training.optimizer import OptimizerConfig
@@ -39,6 +40,9 @@ FREE_ON_RESUME = frozenset(
         "objective.checkpoint",
     )
 ) | {"data.workers", "pair.offload"}
+
+#: The key of a pair's configuration that is typed and never read from a file.
+TRUST = "trust_remote_code"
 
 SinkName = Literal["tensorboard", "wandb", "trackio"]
 
@@ -147,22 +151,43 @@ def from_dict(values: Mapping[str, Any], kind: type = TrainConfig, prefix: str =
 
 def save_config(config: TrainConfig, path: Path) -> None:
     """Write the whole configuration, defaults included, as YAML."""
-    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
+    text = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+    path.write_text(text, encoding="utf-8")
 
 
 def load_config(path: Path) -> TrainConfig:
     """Read a configuration from YAML.
 
+    ``pair.trust_remote_code`` is false whatever the file says: see :func:`take_trust`.
+
     Raises:
         UserError: no such file, no YAML, or what :func:`from_dict` refuses.
     """
+    values = read_yaml(path)
+    take_trust(values)
     try:
-        values = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {error}") from error
-    return from_dict(values)
+        return typing.cast(TrainConfig, from_dict(values))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def take_trust(values: Any) -> bool:
+    """Remove ``pair.trust_remote_code`` from the values of a file; return whether it was set.
+
+    A file records what was trusted. It cannot ask for trust, since it travels with a result.
+
+    Example:
+        >>> values = {"pair": {"target": "a", "trust_remote_code": True}}
+        >>> take_trust(values), values
+        (True, {'pair': {'target': 'a'}})
+    """
+    pair = values.get("pair") if isinstance(values, dict) else None
+    return isinstance(pair, dict) and bool(pair.pop(TRUST, False))
+
+
+def recorded_trust(path: Path) -> bool:
+    """Whether a run's ``config.yaml`` records that it was trained with code of its models."""
+    return take_trust(read_yaml(path))
 
 
 def differences(config: TrainConfig, other: TrainConfig) -> dict[str, tuple[Any, Any]]:
@@ -224,8 +249,11 @@ def _typed(value: Any, hint: Any, key: str) -> Any:
     if origin is dict and isinstance(value, Mapping):
         return dict(value)
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if hint is float and isinstance(value, str):
+        try:
+            return float(value)
+        except OverflowError:
+            raise UserError(f"{key}: expected a number that a float can hold") from None
+    if hint is float and isinstance(value, str) and "e" in value.lower():
         try:
             return float(value)  # YAML 1.1 takes 8e-4, written without a point, for a string
         except ValueError:

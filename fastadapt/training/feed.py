@@ -100,6 +100,10 @@ class Feed:
             batch = batch.pinned()
         return batch.to(self._device), n_tokens
 
+    def first_batch(self) -> Batch:
+        """The first training batch on the device; the same on every rank."""
+        return make_batch(self.train, self._order[0], self._pad)[0].to(self._device)
+
     def held_out_batches(self) -> Iterator[Batch]:
         """All held-out sequences in their order."""
         size = self._config.optimizer.batch_size

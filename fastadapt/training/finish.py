@@ -69,7 +69,10 @@ def write(
         "versions": versions()["versions"],
     }
     adapter = folder / rundir.ADAPTER
-    with disk_errors(adapter, rundir.GO_ON), replacing(adapter, last=CARD) as staged:
+    with (
+        disk_errors(adapter, rundir.GO_ON),
+        replacing(adapter, last=CARD, follow_link=True) as staged,
+    ):
         staged.mkdir()
         write_adapters(adapters, staged, metadata)
     summary = {**summary, "adapter": str(adapter)}

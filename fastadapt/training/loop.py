@@ -58,7 +58,7 @@ class Run:
         self.steps = feed.steps
         self.model.adapters.train()
         named = dict(self.model.adapters.named_parameters())
-        self.optimizer = AdapterOptimizer(named, config.optimizer)
+        self.optimizer = AdapterOptimizer(named, config.optimizer, config.adapter.lowest_threshold)
         sparse, kernel = config.adapter.sparse, config.adapter.implementation
         shape = (self.model.n_layers, self.model.n_features) if sparse else (0,)
         self.dead = DeadFeatures(shape, config.run.dead_window, self.model.device)

@@ -105,10 +105,22 @@ class AdapterOptimizer:
     else in fp32 in the master, moved there as soon as each is made, so that neither precision nor
     memory is spent on a second set. Call :meth:`gradient_norm` and then either :meth:`step` or
     :meth:`discard`.
+
+    Args:
+        parameters: by name.
+        config: rates, moments, clipping.
+        lowest_threshold: what parameters called ``threshold`` are raised to after an update, so
+            that no JumpReLU threshold stays at or below 0, where its feature is a plain ReLU.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        config: OptimizerConfig,
+        lowest_threshold: float | None = None,
+    ) -> None:
         self.config = config
+        self.lowest_threshold = lowest_threshold
         self.parameters = dict(parameters)
         self.masters: dict[str, Tensor] = {}
         self._hooks = []
@@ -146,6 +158,9 @@ class AdapterOptimizer:
         group = self._adam.param_groups[0]
         group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
         self._adam.step()
+        for name, master in self.masters.items():
+            if self.lowest_threshold is not None and name.rpartition(".")[2] == "threshold":
+                master.clamp_(min=self.lowest_threshold)
         self.updates += 1
         self._round_to_parameters()
         self.discard()

@@ -2,18 +2,68 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-import yaml
+import msgspec
+from typing_extensions import TypedDict
 
+from fastadapt.io.documents import Count, DocumentError, check, parse_yaml, read_json
 from fastadapt.training.rundir import CONFIG, METRICS, SUMMARY, Record, read_records
 from fastadapt.wording import number, percent
 
 #: What the numbers of `..._adapter` are of, by `adapter.kind`.
 TRAINED = {"transcoder": "adapter", "mlp": "tuned MLPs", "norms": "refit norms"}
+
+
+_Value = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)] | None
+_PerLayer = list[_Value] | None
+
+
+class Histograms(TypedDict, total=False):
+    """Counts of features by density, per layer."""
+
+    log10_edges: list[Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)]]
+    counts: list[list[Count]]
+
+
+class Measures(TypedDict, total=False):
+    """What of a record or a summary is shown, by type; other values are not looked at."""
+
+    adapter_kind: Literal["transcoder", "mlp", "norms"]
+    loss: _Value
+    kl: _Value
+    kl_adapter: _Value
+    kl_hybrid: _Value
+    kl_recovered_vs_hybrid: _Value
+    top1_error: _Value
+    top1_error_adapter: _Value
+    top1_error_hybrid: _Value
+    nmse: _Value
+    nmse_token: _Value
+    nmse_mean: _Value
+    nmse_mean_hybrid: _Value
+    nmse_per_layer: _PerLayer
+    nmse_per_layer_hybrid: _PerLayer
+    bridge_adapter_to_target: _Value
+    bridge_target_to_adapter: _Value
+    sparsity: _Value
+    l0: _Value
+    l0_mean: _Value
+    l0_per_layer: _PerLayer
+    dead_per_layer: _PerLayer
+    n_dead_per_layer: _PerLayer
+    dead_window: Count | None
+    feature_density_histogram: Histograms | None
+    lr: _Value
+    grad_norm: _Value
+    tokens_per_s: _Value
+    tokens: Count | None
+    wall_s: _Value
+    step: Count
+    steps: Count
+    versions: dict[str, Any] | None
 
 
 @dataclass
@@ -48,8 +98,8 @@ class Run:
         window = self.summary.get("dead_window")
         if window is None:
             try:
-                window = yaml.safe_load(self.config)["run"]["dead_window"]
-            except (yaml.YAMLError, LookupError, TypeError):  # no such key, or no such file
+                window = parse_yaml(self.config, CONFIG)["run"]["dead_window"]
+            except (DocumentError, LookupError, TypeError):  # no such key, or no such file
                 return None
         return window if isinstance(window, int) else None
 
@@ -73,6 +123,7 @@ def read_run(run_dir: str | Path) -> Run:
 
     Raises:
         FileNotFoundError: `run_dir` is not a directory.
+        DocumentError: the summary or a record holds a value of another type.
     """
     folder = Path(run_dir)
     if not folder.is_dir():
@@ -80,6 +131,7 @@ def read_run(run_dir: str | Path) -> Run:
     run = Run(folder)
     steps: dict[str, dict[int, Record]] = {"train": {}, "eval": {}}
     for record in read_records(folder / METRICS):
+        check(record, Measures, f"{folder / METRICS}: {record['kind']} {record['step']}")
         if record["kind"] in steps:
             steps[record["kind"]][record["step"]] = record
         else:
@@ -87,9 +139,9 @@ def read_run(run_dir: str | Path) -> Run:
     run.train = [steps["train"][s] for s in sorted(steps["train"])]
     run.evals = [steps["eval"][s] for s in sorted(steps["eval"])]
     if (folder / SUMMARY).is_file():
-        run.summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        run.summary = read_json(folder / SUMMARY, Measures)
     if (folder / CONFIG).is_file():
-        run.config = (folder / CONFIG).read_text(encoding="utf-8")
+        run.config = (folder / CONFIG).read_text(encoding="utf-8", errors="replace")
     return run
 
 

@@ -285,7 +285,8 @@ def _run_facts(run: Run) -> str:
     for start in (e for e in run.events if e["kind"] == "start"):
         told = {k: v for k, v in start.items() if k not in ("kind", "step", "wall_s")}
         facts += [
-            [k.replace("_", " "), v if isinstance(v, str) else number(v)] for k, v in told.items()
+            [k.replace("_", " "), number(v) if isinstance(v, (int, float)) else str(v)]
+            for k, v in told.items()
         ]
     facts += [[k, str(v)] for k, v in (run.summary.get("versions") or {}).items()]
     config = (

@@ -18,10 +18,13 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from io import FileIO
 from pathlib import Path
 from typing import Any
+
+from typing_extensions import TypedDict
 
 from fastadapt.errors import RunError, UserError
 from fastadapt.io.atomic import (
@@ -33,12 +36,27 @@ from fastadapt.io.atomic import (
     unstaged,
 )
 from fastadapt.io.atomic import sweep as sweep_beside
+from fastadapt.io.documents import Count, DocumentError, parse_line
 from fastadapt.ranks import Ranks
 from fastadapt.training.checkpoint import list_checkpoints
-from fastadapt.training.config import TrainConfig, differences, load_config, save_config
+from fastadapt.training.config import (
+    TrainConfig,
+    differences,
+    load_config,
+    recorded_trust,
+    save_config,
+)
 
 Record = dict[str, Any]
 Sink = Callable[[Record], None]
+
+
+class RecordKey(TypedDict):
+    """What every record of ``metrics.jsonl`` holds."""
+
+    kind: str
+    step: Count
+
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
@@ -186,12 +204,8 @@ def read_records(path: Path) -> list[Record]:
     """Return the whole records of a metrics file; a line that a kill cut short is left out."""
     records = []
     for line in path.read_bytes().splitlines() if path.is_file() else ():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and "kind" in record and isinstance(record.get("step"), int):
-            records.append(record)
+        with suppress(DocumentError):
+            records.append(parse_line(line, str(path), RecordKey))
     return records
 
 
@@ -257,7 +271,16 @@ def _looks_like_a_run(folder: Path) -> bool:
 
 
 def _check_same_config(folder: Path, config: TrainConfig) -> None:
-    differing = differences(config, load_config(folder / CONFIG))
+    before = load_config(folder / CONFIG)
+    trusted = recorded_trust(folder / CONFIG)
+    if trusted and not config.pair.trust_remote_code:
+        raise UserError(
+            f"--resume: the run in {folder} was trained with code that comes with "
+            f"{config.pair.target} or {config.pair.base}. To run that code again, type "
+            "--pair.trust_remote_code true"
+        )
+    before = replace(before, pair=replace(before.pair, trust_remote_code=trusted))
+    differing = differences(config, before)
     if differing:
         told = "; ".join(f"{key}: {new!r}, was {old!r}" for key, (new, old) in differing.items())
         raise UserError(

@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 import torch
 from torch import Tensor
+from typing_extensions import NotRequired, TypedDict
 
 from fastadapt.errors import UserError
-from fastadapt.training.checkpoint import Checkpoint
+from fastadapt.io.documents import Count, check
+from fastadapt.training.checkpoint import SCALARS, Checkpoint
 from fastadapt.training.finish import versions
 
 if TYPE_CHECKING:
     from fastadapt.training.loop import Run
+
+
+class Scalars(TypedDict):
+    """``state.json`` of a checkpoint: the scalars that :func:`capture` gives."""
+
+    updates: Count
+    step: Count
+    steps: Count
+    sequences: Count
+    tokens: Count
+    bad_in_row: Count
+    bad_total: Count
+    threads: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
+    wall_s: Annotated[float, msgspec.Meta(ge=0, le=1e12)]
+    codes_per_token: NotRequired[list[Annotated[float, msgspec.Meta(ge=0)]] | None]
+    data_sha256: Any  # compared with the run's own, as the two below
+    device_type: Any
+    revisions: Any
 
 
 _MOVED = {
@@ -73,6 +95,7 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
         UserError: data, models, adapters or kind of device are not those the run began with.
     """
     scalars = checkpoint.scalars
+    check(scalars, Scalars, str(checkpoint.path / SCALARS))
     then, now = scalars["sequences"], len(run.feed.train)
     if (then, scalars["steps"]) != (now, run.steps):
         raise UserError(
@@ -87,18 +110,39 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
         torch.set_num_threads(scalars["threads"])
     tensors = checkpoint.read(like=run.optimizer.tensors())
     run.optimizer.load(tensors, scalars)
-    counters = dict(tensors["counters"])
-    run.dead.since_LF.copy_(counters.pop("since_fired"))
+    counters = {"since_fired": run.dead.since_LF}
     for i, adapter in enumerate(run.model.adapters):
-        for name, buffer in adapter.named_buffers():
-            buffer.copy_(counters[f"{i}.{name}"])
-    torch.set_rng_state(tensors["rng"]["cpu"])
-    if "cuda" in tensors["rng"] and run.model.device.type == "cuda":
-        torch.cuda.set_rng_state(tensors["rng"]["cuda"], run.model.device)
+        counters |= {f"{i}.{name}": buffer for name, buffer in adapter.named_buffers()}
+    for name, counter in counters.items():
+        counter.copy_(_of(checkpoint, tensors, "counters", name, counter))
+    try:
+        torch.set_rng_state(_of(checkpoint, tensors, "rng", "cpu", torch.get_rng_state()))
+        if "cuda" in tensors["rng"] and run.model.device.type == "cuda":
+            now_cuda = torch.cuda.get_rng_state(run.model.device)
+            state = _of(checkpoint, tensors, "rng", "cuda", now_cuda)
+            torch.cuda.set_rng_state(state, run.model.device)
+    except RuntimeError as error:
+        raise UserError(f"{checkpoint.path}: rng is no state of torch: {error}") from error
     run.step, run.tokens = checkpoint.step, scalars["tokens"]
     run.bad_in_row, run.bad_total = scalars["bad_in_row"], scalars["bad_total"]
     run.wall_before = scalars["wall_s"]
     run.planner.load(scalars)
+
+
+def _of(
+    checkpoint: Checkpoint,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    group: str,
+    name: str,
+    like: Tensor,
+) -> Tensor:
+    """The tensor of a checkpoint that is to become ``like``; refuses another shape or dtype."""
+    saved = tensors.get(group, {}).get(name)
+    expected = f"{like.dtype} of shape {list(like.shape)}"
+    if saved is None or (saved.shape, saved.dtype) != (like.shape, like.dtype):
+        got = "none" if saved is None else f"{saved.dtype} of shape {list(saved.shape)}"
+        raise UserError(f"{checkpoint.path}: {group}.{name}: expected {expected}, got {got}")
+    return saved
 
 
 def facts(run: Run) -> dict[str, Any]:

@@ -9,7 +9,8 @@ and of each file only what it needs. Its default format, which is a pickle, is n
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from fastadapt.io.tensors import TensorError, open_tensors
 from fastadapt.ranks import Ranks
 
 Groups = Mapping[str, Mapping[str, Tensor]]
@@ -93,7 +95,7 @@ def read(folder: Path, like: Groups | None = None) -> dict[str, dict[str, Tensor
             same share is read, to its device. All others are read whole, to host memory.
 
     Raises:
-        SafetensorError, OSError: a file is damaged.
+        TensorError, SafetensorError, OSError: a file is damaged.
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -101,14 +103,16 @@ def read(folder: Path, like: Groups | None = None) -> dict[str, dict[str, Tensor
     reader = dcp.HuggingFaceStorageReader(str(folder))
     mine = named(like or {})
     found = {}
-    for key, held in reader.read_metadata().state_dict_metadata.items():
+    with _refusing_odd_shares(folder):
+        described = reader.read_metadata().state_dict_metadata
+    for key, held in described.items():
         assert isinstance(held, TensorStorageMetadata)
         shape, dtype, own = held.size, held.properties.dtype, mine.get(key)
         if isinstance(own, DTensor) and (own.shape, own.dtype) == (shape, dtype):
             found[key] = torch.empty_like(own)
         else:
             found[key] = torch.empty(shape, dtype=dtype)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _refusing_odd_shares(folder):
         # Every rank reads for itself: where shares lie is in the files.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         dcp.load(found, storage_reader=reader, no_dist=True)
@@ -123,8 +127,29 @@ def check_headers(folder: Path) -> None:
     """Read what the files say of their tensors.
 
     Raises:
-        SafetensorError, OSError: a file is no safetensors file.
+        TensorError: a file is no safetensors file, or does not say where its shares belong.
     """
     import torch.distributed.checkpoint as dcp
 
-    dcp.HuggingFaceStorageReader(str(folder)).read_metadata()
+    for file in sorted(folder.glob("*.safetensors")):
+        with open_tensors(file):
+            pass
+    with _refusing_odd_shares(folder):
+        dcp.HuggingFaceStorageReader(str(folder)).read_metadata()
+
+
+@contextmanager
+def _refusing_odd_shares(folder: Path) -> Iterator[None]:
+    """Turn what PyTorch's reader raises on misshapen metadata of shares into a TensorError."""
+    from torch.distributed.checkpoint import CheckpointException
+
+    try:
+        yield
+    except (
+        CheckpointException, ValueError, LookupError, TypeError, AttributeError, AssertionError,
+        RecursionError, RuntimeError,
+    ) as error:  # fmt: skip
+        if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error):
+            raise
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise TensorError(f"the tensors of {folder} cannot be put together: {reason}") from error

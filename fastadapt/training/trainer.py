@@ -16,6 +16,7 @@ from fastadapt.models import ModelPair, ReplacementModel
 from fastadapt.organism import resolve
 from fastadapt.pair import DTYPES, choose_device
 from fastadapt.ranks import ALONE, Ranks, joined
+from fastadapt.self_check import check_traversal
 from fastadapt.training import rundir
 from fastadapt.training.checkpoint import Checkpoint, PassedOver, load_latest
 from fastadapt.training.config import TrainConfig
@@ -84,6 +85,7 @@ def train(
         torch.manual_seed(config.run.seed)
         model, feed = _load(config, ranks, device)
         _check_same_data(feed, ranks)
+        check_traversal(model, feed.first_batch())
         run = Run(_with_policy(config, model, feed, ranks), folder, started, model, feed, ranks)
         if not resume:
             ranks.lead(lambda: rundir.start_afresh(folder, config))

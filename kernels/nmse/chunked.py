@@ -1,7 +1,8 @@
 """Normalised squared error over small blocks of tokens, keeping what the gradient needs.
 
 Two numbers per token, its error and its power, give every result. The difference x - target is
-kept in x's dtype: with it the backward needs neither stream. Nothing here waits for the device.
+kept in x's dtype: with it the backward needs neither stream. Of float16, whose largest number two
+values can differ by more than, half of it is kept. Nothing here waits for the device.
 
 B sequences, T tokens, D width, R = B*T rows.
 """
@@ -26,6 +27,7 @@ def nmse_chunked(
     Returns:
         nmse [B], token_nmse [B,T] in ``dtype``;
         difference [B,T,D] in x's dtype, 0 at masked-out tokens ([0] unless ``x_grad``);
+            Half of it in float16.
         factor [B]: d nmse_b / dx_bti = factor_b * difference_bti.
     """
     B, T, D = x_BTD.shape
@@ -33,6 +35,7 @@ def nmse_chunked(
     difference_RD = x_RD.new_empty((B * T, D) if x_grad else (0,))
     error_R = torch.empty(B * T, dtype=dtype, device=x_BTD.device)
     power_R = torch.empty_like(error_R)
+    share = 0.5 if x_BTD.dtype == torch.float16 else 1.0
     elements = _BLOCK_ELEMENTS.get(x_BTD.device.type, _BLOCK_ELEMENTS_ELSEWHERE)
     step = max(1, elements // max(1, D))
     for start in range(0, B * T, step):
@@ -40,7 +43,7 @@ def nmse_chunked(
         target = target_RD[rows].to(dtype)
         difference = x_RD[rows].to(dtype) - target
         if x_grad:
-            difference_RD[rows] = difference
+            difference_RD[rows] = difference if share == 1 else share * difference
             difference_RD[rows].masked_fill_(~mask_R[rows, None], 0)
         error_R[rows] = difference.square_().sum(-1)
         power_R[rows] = target.square().sum(-1)
@@ -50,6 +53,6 @@ def nmse_chunked(
     error_B = torch.where(mask_BT, error_BT, 0).sum(-1) / entries_B
     denominator_B = torch.where(mask_BT, power_BT, 0).sum(-1) / entries_B + eps
     token_nmse = (error_BT / max(D, 1)) / (power_BT / max(D, 1) + eps)
-    factor_B = 2 / (entries_B * denominator_B)
+    factor_B = 2 / share / (entries_B * denominator_B)
     shape = (B, T, D) if x_grad else (0,)
     return error_B / denominator_B, token_nmse, difference_RD.view(shape), factor_B

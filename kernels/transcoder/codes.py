@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from .reference import SparseCodes, accumulator
+from .reference import SparseCodes, accumulator, codes_of
 
 # Share of entries that are codes above which dense products win. Measured on one AVX-512 core with
 # AMX: at T=2048, d=1024, F=8192 in fp32 a step takes 0.3 + 27 * share seconds on codes and passes
@@ -147,7 +147,7 @@ def activate_(
                 padding_T = padding_N.chunk(n_rows)[row]
                 n_tokens -= int(padding_T.sum())
                 z_TF = z_TF.masked_fill(padding_T[:, None], -torch.inf)
-            largest = _largest(z_TF.reshape(1, -1), int(k * n_tokens))
+            largest = _largest(z_TF.reshape(1, -1), codes_of(k, n_tokens))
             torch.logical_not(largest.view_as(inactive_TF), out=inactive_TF)
     elif threshold_F is not None:
         inactive_NF = z_NF <= threshold_F
@@ -177,9 +177,9 @@ def _largest(z_RM: Tensor, k: int) -> Tensor:
 
 
 def in_window(z: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-    """``|z - θ| < ε/2``, in the accumulator's dtype."""
+    """``|z - max(θ, 0)| < ε/2``, in the accumulator's dtype."""
     acc = accumulator(z.dtype)
-    return (z.to(acc) - threshold.to(acc)).abs() < bandwidth / 2
+    return (z.to(acc) - threshold.to(acc).clamp(min=0)).abs() < bandwidth / 2
 
 
 def prefers_dense(a_NF: Tensor, window_NF: Tensor | None) -> bool:

@@ -10,6 +10,7 @@ F features.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -70,9 +71,11 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 class JumpReLU(torch.autograd.Function):
-    """``z·1[z > θ]`` with ``∂a/∂θ = -(θ/ε)·1[|z-θ| < ε/2]``, a straight-through estimate.
+    """``z·1[z > θ⁺]`` with ``∂a/∂θ = -(|θ|/ε)·1[|z-θ⁺| < ε/2]``, a straight-through estimate.
 
-    Formula: arXiv 2407.14435, with a rectangle of width ε as the kernel.
+    ``θ⁺ = max(θ, 0)``. Formula for θ > 0: arXiv 2407.14435, with a rectangle of width ε as the
+    kernel. A threshold below 0 acts as 0; with |θ| in its gradient a sparsity penalty raises it
+    again, where -θ would drive it further down.
     """
 
     @staticmethod
@@ -85,15 +88,24 @@ class JumpReLU(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         (z, theta), (da,) = ctx.saved_tensors, gradients
         acc = accumulator(z.dtype)
-        window = (z.to(acc) - theta.to(acc)).abs() < ctx.epsilon / 2
+        window = (z.to(acc) - theta.to(acc).clamp(min=0)).abs() < ctx.epsilon / 2
         in_window = torch.where(window, da, 0).to(acc).flatten(0, -2).sum(0)
-        dtheta = -(theta.to(acc) / ctx.epsilon) * in_window
+        dtheta = -(theta.to(acc).abs() / ctx.epsilon) * in_window
         return torch.where(above(z, theta) != 0, da, 0), dtheta.to(theta.dtype), None
 
 
 def above(z: Tensor, cut: Tensor) -> Tensor:
     """``z·1[z > max(cut, 0)]``; NaN stays NaN, so a broken pre-activation cannot hide as a zero."""
     return torch.where(z <= cut.clamp(min=0), 0, z)
+
+
+#: Lifts a product of two floats that misses a whole number by rounding alone: by 2 of 2^53 parts.
+WHOLE = 1 + 2**-50
+
+
+def codes_of(k: float, n_tokens: int) -> int:
+    """``k * n_tokens`` rounded down, of ``k`` as it was typed: 0.29 of 100 tokens is 29."""
+    return math.floor(k * n_tokens * WHOLE)
 
 
 def keep_largest(a: Tensor, count: Tensor | int) -> Tensor:
@@ -132,7 +144,7 @@ def activate(
         n_tokens_S = torch.full((S,), T, device=a_STF.device)
         if padding_ST is not None:
             n_tokens_S = (~padding_ST).sum(-1)
-        count_S = (k * n_tokens_S.double()).floor()
+        count_S = (k * n_tokens_S.double() * WHOLE).floor()
         return keep_largest(a_STF.flatten(1), count_S[:, None]).view_as(a_STF)
     return a_STF
 
@@ -192,7 +204,7 @@ def reference(
     if activation == "jumprelu":
         assert threshold is not None
         assert bandwidth is not None
-        window_STF = (z_STF.detach().to(acc) - threshold.to(acc)).abs() < bandwidth / 2
+        window_STF = (z_STF.detach().to(acc) - threshold.to(acc).clamp(min=0)).abs() < bandwidth / 2
         code_STF |= window_STF if padding_ST is None else window_STF & ~padding_ST[..., None]
     stats = statistics(a_STF.detach(), code_STF, counted_ST, activation)
     if codes is not None:

@@ -138,7 +138,7 @@ def encode_backward(
             dtheta = segment_sum(torch.where(near_C, da, 0)[by], live.feature_offsets)
     if need[3]:
         assert threshold_F is not None
-        dtheta = (-(threshold_F.double() / bandwidth) * dtheta).to(threshold_F.dtype)
+        dtheta = (-(threshold_F.double().abs() / bandwidth) * dtheta).to(threshold_F.dtype)
     return dx.to(x_ND.dtype), dW.to(x_ND.dtype), db.to(x_ND.dtype), dtheta
 
 

@@ -53,14 +53,14 @@ def encode_backward(
             cut_F = None
             if jumps:
                 assert threshold_F is not None
-                cut_F = threshold_F.float().contiguous()
+                cut_F = threshold_F.float().clamp(min=0).contiguous()
             db, window_sums = triton_sums.feature_scalars(
                 da, codes, cut_F=cut_F, half_bandwidth=bandwidth / 2
             )
     dtheta = x_ND.new_empty(0)
     if need[3]:
         assert threshold_F is not None
-        dtheta = (-(threshold_F.double() / bandwidth) * window_sums).to(threshold_F.dtype)
+        dtheta = (-(threshold_F.double().abs() / bandwidth) * window_sums).to(threshold_F.dtype)
     return dx, dW, db.to(x_ND.dtype) if need[2] else x_ND.new_empty(0), dtheta
 
 

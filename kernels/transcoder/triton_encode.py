@@ -222,7 +222,7 @@ class Activation:
         kind = RELU if threshold_F is None else JUMPRELU if name == "jumprelu" else THRESHOLD
         self.jumps = name == "jumprelu"
         self.half_bandwidth = bandwidth / 2
-        self.cut_F = None if threshold_F is None else threshold_F.float().contiguous()
+        self.cut_F = None if threshold_F is None else threshold_F.float().clamp(min=0).contiguous()
         self.padding_N = None if padding_N is None else padding_N.contiguous().view(torch.uint8)
         self.constants = {"ACTIVATION": kind.value, "HAS_PADDING": padding_N is not None}
 

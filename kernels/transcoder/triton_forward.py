@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import triton_codes, triton_dense, triton_select, triton_sums
 from .codes import SMALL_ENTRIES, Codes, Plan, dense_codes, dense_share
-from .reference import accumulator
+from .reference import WHOLE, accumulator, codes_of
 from .triton_encode import (
     FEW,
     Activation,
@@ -62,9 +62,9 @@ def encode(
         if activation == "topk":
             count_G = torch.full((N,), int(k), device=x_STD.device)
         elif padding_N is None:
-            count_G = torch.full((S,), int(k * T), device=x_STD.device)
+            count_G = torch.full((S,), codes_of(k, T), device=x_STD.device)
         else:
-            count_G = (k * (~padding_N).view(S, T).sum(1).double()).floor().long()
+            count_G = (k * (~padding_N).view(S, T).sum(1).double() * WHOLE).floor().long()
         smallest_N = triton_select.keep_largest_(words, values, count_G)
 
     counted_N = None if weight_N is None else weight_N != 0

@@ -92,7 +92,11 @@ CASES = [
     ),
     # --- the file
     ("no file", lambda d: ["train", d.folder / "no.yaml"], r"no\.yaml: no such file"),
-    ("no YAML", lambda d: d.yaml(lambda v: "pair: [unclosed"), r"run\.yaml is not YAML: .*line 1"),
+    (
+        "no YAML",
+        lambda d: d.yaml(lambda v: "pair: [unclosed"),
+        r"run\.yaml is not valid YAML: .*line 1",
+    ),
     ("a list", lambda d: d.yaml(lambda v: "- pair\n"), r"expected keys with values, got list"),
     ("empty file", lambda d: d.yaml(lambda v: ""), r"expected keys with values, got NoneType"),
     (

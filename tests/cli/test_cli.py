@@ -46,7 +46,7 @@ def test_the_options_of_train_are_frozen():
 
 PREPARE_OPTIONS = """
 --allow_fewer --family --help --max_tokens --output --overwrite --reserve --resume --revision --seed
---shares --split --tokenizer --train --validation
+--shares --split --tokenizer --train --trust_remote_code --validation
 """
 
 
@@ -69,7 +69,7 @@ EVAL_OPTIONS = """
 --sampling.seed --sampling.stop --sampling.stop_degenerate --sampling.temperature
 --sampling.top_p --speed --speed.batch_size --speed.new_tokens --speed.prompt_tokens
 --speed.rounds --statistics --statistics.level --statistics.resamples --statistics.seed --texts
---texts.n --texts.n_partial --texts.prompts
+--texts.n --texts.n_partial --texts.prompts --trust_remote_code
 """
 
 

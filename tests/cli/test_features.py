@@ -217,7 +217,8 @@ def test_help_tells_every_command_and_option(fastadapt: Callable) -> None:
 OPTIONS = {
     "collect": """
 --after --batch_tokens --before --data --demeaned --device --dtype --kinds --max_tokens --n
---neurons_per_token --output --overwrite --seed --shard --snapshot_tokens --split --top --uniform
+--neurons_per_token --output --overwrite --seed --shard --snapshot_tokens --split --top
+--trust_remote_code --uniform
 """,
     "merge": """
 --output --overwrite
@@ -235,7 +236,7 @@ OPTIONS = {
 --describe.statistics.seed --describe.texts --describe.units --device --dtype --judge
 --judge.base_url --judge.concurrency --judge.extra --judge.invalid_share --judge.json_mode
 --judge.key_variable --judge.max_tokens --judge.model --judge.price_in --judge.price_out
---judge.retries --judge.temperature --judge.timeout --yes
+--judge.retries --judge.temperature --judge.timeout --trust_remote_code --yes
 """,
     "classify": """
 --classify --classify.after --classify.before --classify.kinds --classify.min_density
@@ -246,7 +247,7 @@ OPTIONS = {
 --judge.price_in --judge.price_out --judge.retries --judge.temperature --judge.timeout --yes
 """,
     "overlap": """
---batch_tokens --device --dtype --features_at_once --store --tokens
+--batch_tokens --device --dtype --features_at_once --store --tokens --trust_remote_code
 """,
     "select": """
 --alive --at --before --classes --difference --hesitation --intersection --overwrite --promotes

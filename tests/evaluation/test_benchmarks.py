@@ -158,11 +158,31 @@ def test_mathematics_is_judged_outside_the_main_thread_too() -> None:
         ("Answer: C.\n", "C"),
         ("the answer is **(B)**", "B"),
         ("a b c d", None),
+        # A box of mathematics names no option and hides none.
+        ("\\boxed{\\langle H\\rangle \\ll E}, so D.\n</think>\n\n**Answer: D**", "D"),
+        (r"So \boxed{C}. Check: \boxed{1.5\times10^{3}} J.", "C"),
+        ("So \\boxed{A}? No.\n</think>\n\n**Answer: D**", "D"),
+        ("Answer: D\nBut no: \\boxed{B}", "B"),
+        (r"\boxed{A \text{ or } B}", None),
+        (r"\boxed{\Delta A}", None),
+        # The ways in which models write a letter.
+        (r"\boxed{{C}}", "C"),
+        (r"\boxed{\rm C}", "C"),
+        (r"\boxed{{\bf C}}", "C"),
+        (r"\boxed{\large C}", "C"),
+        (r"\boxed\text{C}", "C"),
+        (r"\boxed{\(C\)}", "C"),
+        ("**Final Answer:** B", "B"),
+        ("Answer: a number", None),
     ],
 )
 def test_a_letter_is_an_option_and_not_an_article(text: str, letter: str | None) -> None:
     assert chosen_letter(text) == letter
     assert letter_is_right(text, "C") is (letter == "C")
+
+
+def test_boxes_that_never_close_are_passed_over_in_one_reading() -> None:
+    assert last_boxed(r"\boxed{7} " + "\\boxed{" * 100_000) == "7"
 
 
 def test_the_embedded_pair_states_its_number() -> None:

@@ -140,6 +140,7 @@ def test_sql_is_one_select_of_features(made: Made) -> None:
         ("COPY features TO 'x.csv'", "expected one SELECT"),
         ("CREATE TABLE a AS SELECT 1", "expected one SELECT"),
         ("   ", "expected one SELECT"),
+        ("SELECT '\ud800'", "half a surrogate pair"),
         ("SELEC 1", "syntax error"),
         ("SELECT layer FROM features", "expected the columns layer and feature, got layer"),
         ("SELECT layer, feature FROM nothing", "nothing does not exist"),

@@ -122,11 +122,15 @@ HOSTILE = [
     "*",
     "/ａpp.js",
     "/" + "a" * 70_000,
+    "/" + "a" * 5_000 + ".js",
+    "/data/" + "a" * 5_000 + "-1.js",
     "/data/adapter-0.js/../../../secret.js",
 ]
 
 
-def test_hostile_requests_get_nothing(port: int, store: Store, tmp_path: Path) -> None:
+def test_hostile_requests_get_nothing(
+    port: int, store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     site = store.folder / "site"
     (site / "data" / "link.js").symlink_to(tmp_path / "secret.js")
     (site / "outside.js").symlink_to(tmp_path / "secret.js")
@@ -144,6 +148,7 @@ def test_hostile_requests_get_nothing(port: int, store: Store, tmp_path: Path) -
     (site / "data").symlink_to(tmp_path / "moved")
     assert get(port, "/data/adapter-0.js")[0] == 404
     assert get(port, "/app.js")[0] == 200
+    assert capsys.readouterr().err == ""  # no traceback of a thread
 
 
 def test_a_page_of_another_host_reads_nothing(port: int) -> None:

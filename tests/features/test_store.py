@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ import pytest
 from stores import MadeText, make_store
 
 from fastadapt.errors import UserError
+from fastadapt.features.schema import FEATURES
+from fastadapt.features.selection import SelectConfig, select
 from fastadapt.features.store import Store
 
 
@@ -42,6 +45,30 @@ def test_sql_reads_the_store_and_nothing_else(folder: Path) -> None:
         connection.execute("SELECT * FROM read_text('/etc/hostname')")
     with pytest.raises(duckdb.InvalidInputException):
         connection.execute("SET enable_external_access = true")
+
+
+NAMES = ["l1[0.1]", "lam*", "a?b", "it's", "50%", "{x,y}", "lr=0.1", "layer=1", "a b", "a\\b", "~x"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folder_of_any_name_is_this_store_alone(folder: Path, name: str) -> None:
+    """Beside folders that its name matches as a pattern; a name of keys and values is no column."""
+    import duckdb
+
+    siblings = ["l10", "l11", "lambda", "aab"]
+    for other in (*siblings, name):
+        shutil.copytree(folder / "features", folder / other / "features")
+    store = Store.open(folder / name)
+    connection = store.connect()
+    assert connection.execute("SELECT count(*) FROM features").fetchone() == (12,)
+    columns = [row[0] for row in connection.execute("DESCRIBE features").fetchall()]
+    assert columns == store.read("features").column_names == FEATURES.names
+    assert len(store.read("features", layer=1)) == 6
+    path = str(folder / "l10" / "features" / "adapter" / "features.parquet")
+    with pytest.raises(duckdb.PermissionException):
+        connection.execute(f"SELECT * FROM read_parquet('{path}')")
+    sql = SelectConfig(sql="SELECT layer, feature FROM features")
+    assert len(select(store, sql)) == 12
 
 
 @pytest.mark.parametrize(

@@ -274,3 +274,39 @@ def test_what_the_format_cannot_say_is_refused(published, make_pair, tmp_path) -
         hu2026.save(topk, tmp_path / "out")
     with pytest.raises(UserError, match="is in use; give a new folder"):
         hu2026.save(model, source)
+
+
+def everything_in(folder: Path) -> dict[str, bytes | None]:
+    return {str(path): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+ODD = ["../x", "../victim.safetensors", "/abs", "a/b", "a\\b", "a\0b", "x" * 300, "\ud800", ".."]
+ODD += ["config.json", "model.safetensors.index.json"]
+
+
+@pytest.mark.parametrize("name", ODD, ids=lambda name: ascii(name)[:30])
+def test_an_index_names_shards_of_its_folder_alone(name: str, published, tmp_path) -> None:
+    """What the index of ``like`` names is written: inside the new folder, or nowhere."""
+    source = published()
+    pair = {role: str(tmp_path / role) for role in ("target", "base")}
+    model = hu2026.load(source, pair["target"], device="cpu")
+    hu2026.to_adapters(source, tmp_path / "adapters", **pair)
+    (tmp_path / "victim.safetensors").write_text("precious")
+    index = Path(source) / "model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    first = next(iter(values["weight_map"]))
+    values["weight_map"][first] = name
+    index.write_text(json.dumps(values))
+    before = everything_in(tmp_path)
+    out = tmp_path / "new" / "out"
+    out.mkdir(parents=True)
+    with pytest.raises(UserError, match="weight_map"):
+        hu2026.save(model, out, like=source)
+    with pytest.raises(UserError, match="weight_map"):
+        hu2026.from_adapters(tmp_path / "adapters", out, **pair, like=source)
+    if not name.endswith(".json"):  # those are files of the folder, and no safetensors
+        with pytest.raises(UserError, match="weight_map"):
+            hu2026.load(source, device="cpu")
+    after = everything_in(tmp_path)
+    assert {path for path in after if not path.startswith(str(out.parent))} == set(before)
+    assert {path: after[path] for path in before} == before

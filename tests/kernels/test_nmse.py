@@ -344,3 +344,16 @@ def test_errors_name_argument_expected_and_got(change, error, message):
     arguments = {"x": x, "target": target} | change
     with pytest.raises(error, match=message):
         nmse(arguments.pop("x"), arguments.pop("target"), **arguments)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+def test_a_difference_beyond_float16_has_a_finite_gradient(implementation):
+    """Two float16 numbers of opposite sign can differ by more than the largest float16."""
+    x, target = torch.randn(2, 1, 5, 8, generator=torch.Generator().manual_seed(0)).half()
+    x[0, 0, 0], target[0, 0, 0] = -60_000.0, 40_000.0
+    exact = x.double().requires_grad_()
+    nmse(exact, target.double(), implementation="reference").nmse.sum().backward()
+    given_ = x.requires_grad_()
+    nmse(given_, target, implementation=implementation).nmse.sum().backward()
+    assert given_.grad.isfinite().all()
+    torch.testing.assert_close(given_.grad.double(), exact.grad, rtol=1e-3, atol=1e-7)

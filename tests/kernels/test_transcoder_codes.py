@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given
 from torch import Tensor
 from transcoder_cases import DTYPES, TRITON_DEVICE, Case, cases, draw_inputs
 
+from fastadapt.kernels.testing import assert_close
 from fastadapt.kernels.transcoder import Plan, SparseCodes, transcoder
 
 PLANS = [None, Plan(dense=True), Plan(dense=False), Plan(dense=False, capacity=4000)]
@@ -131,8 +133,77 @@ def test_a_compiled_call_hands_them_out() -> None:
 
     with torch.no_grad():
         out, found = compiled(given["x"])
+    wide = {
+        key: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for key, value in given.items()
+    }
     codes: list[SparseCodes] = []
-    assert torch.equal(out, transcoder(**given, codes=codes).out)
-    for one, two in zip(found, codes[0], strict=True):
-        assert torch.equal(one, two)
+    peer: list[SparseCodes] = []
+    oracle = transcoder(**wide, codes=codes, implementation="reference").out
+    eager = transcoder(**given, codes=peer, implementation="reference").out
+    assert_close(out, oracle, eager)
+    assert torch.equal(found.tokens, codes[0].tokens)
+    assert torch.equal(found.features, codes[0].features)
+    assert_close(found.values, codes[0].values, peer[0].values)
     torch._dynamo.reset()
+
+
+#: Of Triton, which is interpreted where there is no GPU, two numbers.
+SHARES = [
+    *(
+        (how, k, n)
+        for how in ("reference", "sparse")
+        for k in (0.1, 0.29, 0.57, 0.58, 1.1, 1.15, 2.3)
+        for n in (10, 100, 700)
+    ),
+    ("triton", 0.29, 100),
+    ("triton", 1.15, 100),
+]
+
+
+@pytest.mark.parametrize(("implementation", "k", "n_tokens"), SHARES)
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_fraction_of_the_tokens_is_that_of_the_number_typed(
+    implementation: str, padded: bool, n_tokens: int, k: float
+) -> None:
+    """0.29 * 100 is 28.999999999999996 in floats; 29 codes were asked for."""
+    device = TRITON_DEVICE if implementation == "triton" else "cpu"
+    total = n_tokens + 3 if padded else n_tokens
+    padding = torch.arange(total, device=device) >= n_tokens if padded else None
+    weights = torch.rand(64, 4, device=device)
+    codes: list[SparseCodes] = []
+    transcoder(
+        torch.rand(total, 4, device=device) + 0.1,
+        weights,
+        weights.new_zeros(64),
+        weights,
+        weights.new_zeros(4),
+        activation="batch_topk",
+        k=k,
+        padding=padding,
+        codes=codes,
+        implementation=implementation,
+    )
+    assert len(codes[0].values) == int(Fraction(str(k)) * n_tokens)
+
+
+@pytest.mark.parametrize("theta", [0.05, -0.05, -0.2])
+@pytest.mark.parametrize("implementation", ["reference", "sparse", "triton"])
+def test_a_penalty_raises_a_threshold_on_either_side_of_zero(
+    implementation: str, theta: float
+) -> None:
+    """Below 0 the threshold acts as 0, and its gradient brings it back."""
+    device = TRITON_DEVICE if implementation == "triton" else "cpu"
+    x = torch.randn(400, 1, generator=torch.Generator().manual_seed(0)).to(device)
+    one, zero = torch.ones(1, 1, device=device), torch.zeros(1, device=device)
+    threshold = torch.tensor([theta], device=device, requires_grad=True)
+    result = transcoder(
+        x, one, zero, one, zero, activation="jumprelu", threshold=threshold, bandwidth=0.1,
+        implementation=implementation,
+    )  # fmt: skip
+    cut = max(theta, 0.0)
+    torch.testing.assert_close(result.out, torch.where(x > cut, x, 0))
+    result.penalty.backward()
+    window = ((x - cut).abs() < 0.05).sum().item()
+    assert window > 5
+    assert threshold.grad.item() == pytest.approx(-abs(theta) / 0.1 * window, rel=1e-5)

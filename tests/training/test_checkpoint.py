@@ -158,7 +158,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda p: (p / "manifest.json").write_text('{"step": 9}'),
         "does not match its own SHA-256",
     ),
-    "manifest is a list": (lambda p: (p / "manifest.json").write_text("[]"), "does not match"),
+    "manifest is a list": (
+        lambda p: (p / "manifest.json").write_text("[]"),
+        "expected object, got array",
+    ),
     "swapped files": (
         lambda p: shutil.copy(p.parent / "step-00000001" / "weights.safetensors", p),
         "SHA-256 of weights.safetensors",
@@ -169,7 +172,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "other schema": (lambda p: edit_manifest(p, lambda m: m.update(schema_version=1)), "version 1"),
     "path outside": (
-        lambda p: edit_manifest(p, lambda m: m["files"].update({"../x": {"bytes": 0}})),
+        lambda p: edit_manifest(
+            p, lambda m: m["files"].update({"../x": {"bytes": 0, "sha256": "0" * 64}})
+        ),
         "'../x', which is not inside the folder",
     ),
     "a folder in a file's place": (

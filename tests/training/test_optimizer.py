@@ -172,3 +172,18 @@ def test_schedule_has_no_step_of_rate_zero(warmup: float, steps: int) -> None:
     config = OptimizerConfig(warmup=warmup)
     rates = [learning_rate(step, steps, config) for step in range(steps)]
     assert all(0 < rate <= config.lr for rate in rates)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_thresholds_never_fall_below_the_lowest(dtype: torch.dtype) -> None:
+    named = {
+        "0.threshold": nn.Parameter(torch.tensor([0.02, -0.5], dtype=dtype)),
+        "0.b_enc": nn.Parameter(torch.tensor([0.02, -0.5], dtype=dtype)),
+    }
+    optimizer = AdapterOptimizer(named, OptimizerConfig(), lowest_threshold=0.01)
+    for _ in range(20):
+        sum(p.sum() for p in named.values()).backward()  # gradients that lower them all
+        optimizer.step(1e-2, optimizer.gradient_norm())
+    lowest = torch.tensor(0.01, dtype=dtype)
+    assert torch.equal(named["0.threshold"].detach(), lowest.expand(2))
+    assert (named["0.b_enc"] < -0.1).all()

@@ -45,6 +45,7 @@ def collect(
     dtype: str | None = None,
     device: str | None = None,
     attention: str | None = None,
+    trust_remote_code: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
     stop: Event | None = None,
@@ -57,6 +58,7 @@ def collect(
         config: which texts, and what is kept.
         shard: the part of the texts to read; then :func:`merge` makes the store.
         dtype, device, attention: of the pair, in place of the run's settings.
+        trust_remote_code: run Python code that comes with the models.
         overwrite: collect anew, in place of what the folder holds, once the texts are prepared.
         progress: told (texts done, texts).
         stop: ends after the batch at hand; what was collected is kept.
@@ -71,7 +73,12 @@ def collect(
     """
     part = Shard(*(shard or Shard())).checked()
     opened = open_run(
-        str(run), config or CollectConfig(), dtype=dtype, device=device, attention=attention
+        str(run),
+        config or CollectConfig(),
+        dtype=dtype,
+        device=device,
+        attention=attention,
+        trust_remote_code=trust_remote_code,
     )
     name = "features" if part.n == 1 else f"features-{part.i}-of-{part.n}"
     out = Path(folder).expanduser() if folder is not None else Path(run).expanduser() / name

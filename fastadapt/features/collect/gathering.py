@@ -37,6 +37,7 @@ from fastadapt.features.store import adapter_digest
 from fastadapt.features.units import Neurons, output_rows
 from fastadapt.io.atomic import cannot_write
 from fastadapt.io.parquet import open_parquet
+from fastadapt.self_check import check_traversal
 
 Progress = Callable[[int, int], None]
 #: Settings that the source of the texts has, and one without part in what is collected.
@@ -88,13 +89,20 @@ def open_run(
     dtype: str | None,
     device: str | None,
     attention: str | None,
+    trust_remote_code: bool,
 ) -> Opened:
     """Read what a run says of itself and of its held-out texts; no weight is read yet.
 
     Raises:
         UserError: it is not finished, has no features, or does not say what is needed.
     """
-    students = Students.open([run], dtype=dtype, device=device, attention=attention)
+    students = Students.open(
+        [run],
+        dtype=dtype,
+        device=device,
+        attention=attention,
+        trust_remote_code=trust_remote_code,
+    )
     student = students.students[students.runs[0]]
     if student.kind != "transcoder":
         raise UserError(
@@ -199,7 +207,7 @@ def gather(
     }
     state = folder / work.WORK / work.STATE
     cursor = snapshots.load(tallies, state)
-    unsaved, done = 0, 0
+    unsaved, done, checked = 0, 0, False
     texts = folder / work.WORK / work.TEXTS
     with open_parquet(texts, TEXTS) as file:
         for group in range(file.num_row_groups):
@@ -211,6 +219,9 @@ def gather(
                 done += len(some)
                 if i < cursor.batch:
                     continue
+                if not checked:
+                    check_traversal(model, batch_of(some).to(model.device))
+                    checked = True
                 take(model, tallies, neurons, some, prepared.domains)
                 tokens = sum(len(text.tokens) for text in some)
                 unsaved += tokens

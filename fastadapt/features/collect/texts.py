@@ -22,6 +22,7 @@ import torch
 
 from fastadapt.batch import Batch
 from fastadapt.data.batches import collate
+from fastadapt.data.reading import text_or_none
 from fastadapt.data.rendering import render_parts
 from fastadapt.data.sequences import Sample
 from fastadapt.data.sources import COLUMN, find_files, read_values
@@ -171,8 +172,7 @@ def _tokenised(
 
 
 def _domain(values: dict[str, Any]) -> str | None:
-    domain = values.get("domain")
-    return domain if isinstance(domain, str) else None
+    return text_or_none(values.get("domain"))
 
 
 class Text(NamedTuple):

@@ -12,6 +12,7 @@ from typing_extensions import TypedDict
 
 from fastadapt.io.atomic import disk_errors, make_folder, replacing
 from fastadapt.io.documents import DocumentError, read_json
+from fastadapt.io.names import inside
 
 
 class _Held(TypedDict):
@@ -65,7 +66,7 @@ class Calls:
     def _path(self, request: Mapping[str, Any]) -> Path:
         text = json.dumps(request, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
         name = hashlib.sha256(text.encode()).hexdigest()
-        return self.folder / name[:2] / f"{name}.json"
+        return inside(self.folder, name[:2], f"{name}.json", source="kept answers")
 
 
 def _is_text(answer: str) -> bool:

@@ -142,11 +142,11 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers:
             self.send_error(HTTPStatus.BAD_REQUEST)  # what follows would be read as a request
             return
-        path = self._file()
         try:
+            path = self._file()
             file = path.open("rb") if path is not None else None
-        except OSError:  # replaced by another export at this moment
-            file = None
+        except OSError:  # replaced by another export at this moment, or a name that is too long
+            path = file = None
         if path is None or file is None:
             self.send_error(HTTPStatus.NOT_FOUND)
             return

@@ -1,0 +1,98 @@
+"""Adapters' folders, damaged in every way: the card and the tensors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from damage import Damage, ends_well, variants
+from safetensors.torch import load_file, save_file
+
+from fastadapt.adapter import AdapterConfig, TranscoderAdapter
+from fastadapt.adapter_files import load_adapters, save_adapters
+from fastadapt.errors import UserError
+from fastadapt.tuned import TunedMLP
+
+#: Keys of a card that may be anything, or that no reader asks for.
+FREE = {"hook_in", "hook_out", "orientation", "W_enc", "W_dec", "note", "a"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    config = AdapterConfig(8, "batch_topk", k=2.5)
+    adapters = [TranscoderAdapter(6, config, d_out=4) for _ in range(2)]
+    save_adapters(adapters, tmp_path / "adapter", {"note": {"a": 1}})
+    return tmp_path / "adapter"
+
+
+def valid_card(damage: Damage, _: Any) -> bool:
+    # A bit flip may hit a text that no reader asks for.
+    possible = damage.name in ("adapter.k 1.5", "metadata {}")
+    return damage.key in FREE or damage.name.startswith("bit flip") or possible
+
+
+def valid_tensors(damage: Damage, _: Any) -> bool:
+    return damage.name.startswith("bit flip")  # the format has no checksum
+
+
+@pytest.mark.parametrize("name", ["fastadapt.json", "layer_1.safetensors"])
+def test_every_damage_is_refused_by_name(folder: Path, name: str) -> None:
+    path = folder / name
+    valid = valid_card if name.endswith("json") else valid_tensors
+    wrong, cases = [], variants(path)
+    for damage in cases:
+        damage.apply(path)
+        # A count of layers that is another is a matter of the files; the folder is named.
+        said = ends_well(
+            lambda: load_adapters(folder), damage, path, valid=valid, names=(name, "layer_")
+        )
+        wrong += [said] if said else []
+        if path.is_dir():
+            path.rmdir()
+    print(f"{len(cases)} damaged variants of {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_refused_with_the_tensor(folder: Path, value: float) -> None:
+    file = folder / "layer_0.safetensors"
+    tensors = load_file(file)
+    tensors["W_dec"][3, 1] = value
+    save_file(tensors, file)
+    with pytest.raises(UserError, match=r"layer_0\.safetensors: tensor W_dec: expected finite.*1"):
+        load_adapters(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn])
+def test_codes_are_no_weights(folder: Path, dtype: torch.dtype) -> None:
+    file = folder / "layer_0.safetensors"
+    tensors = load_file(file)
+    tensors["W_enc"] = tensors["W_enc"].to(dtype)
+    save_file(tensors, file)
+    with pytest.raises(UserError, match=r"layer_0\.safetensors: tensor W_enc: expected floating"):
+        load_adapters(folder)
+
+
+@pytest.mark.parametrize("key", ["n_layers", "d_in", "adapter.n_features"])
+def test_a_card_that_asks_for_30_million_is_refused_at_once(folder: Path, key: str) -> None:
+    card = json.loads((folder / "fastadapt.json").read_text())
+    holder = card["adapter"] if key.startswith("adapter.") else card
+    holder[key.rpartition(".")[2]] = 30_000_000 if key != "adapter.n_features" else 10**9
+    (folder / "fastadapt.json").write_text(json.dumps(card))
+    with pytest.raises(UserError, match=key.rpartition(".")[2]):
+        load_adapters(folder)
+
+
+def test_tuned_weights_of_names_that_no_parameter_has(tmp_path: Path) -> None:
+    weights = {"up.weight": torch.ones(3, 2)}
+    save_adapters([TunedMLP(2, weights)], tmp_path / "mlp")
+    card = json.loads((tmp_path / "mlp" / "fastadapt.json").read_text())
+    for name in ("up..weight", "", "forward", "kind", "."):
+        card["tensors"] = [{name: [3, 2]}]
+        (tmp_path / "mlp" / "fastadapt.json").write_text(json.dumps(card))
+        save_file({name: torch.ones(3, 2)}, tmp_path / "mlp" / "layer_0.safetensors")
+        with pytest.raises(UserError, match=r"layer_0\.safetensors"):
+            load_adapters(tmp_path / "mlp")

@@ -1,0 +1,184 @@
+"""A name that a file gives leads to a file of its folder, on reading and on writing, or nowhere."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from stores import MadeText, make_store
+
+from fastadapt.data import outdir
+from fastadapt.errors import RunError, UserError
+from fastadapt.evaluation.runs import names_of
+from fastadapt.features.judge.calls import Calls
+from fastadapt.features.sets import FeatureSet, load_set, save_set
+from fastadapt.features.store import Store
+from fastadapt.io.atomic import replacing
+from fastadapt.pretrained import tensor_files
+from fastadapt.training import checkpoint
+
+ODD = ["../secret", "/etc/passwd", "..\\secret", "a\0b", "x" * 300, "\ud800", "..", "", "link"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder beside a secret, with a link to it."""
+    made = tmp_path / "folder"
+    made.mkdir()
+    (tmp_path / "secret").write_text("precious")
+    (made / "link").symlink_to("../secret")
+    return made
+
+
+@pytest.fixture
+def untouched(folder: Path) -> Callable[[], bool]:
+    """Whether everything is as it was when this was asked for."""
+
+    def all_of() -> dict[str, Any]:
+        paths = sorted(folder.parent.rglob("*"))
+        return {str(p): p.read_bytes() if p.is_file() else p.is_symlink() for p in paths}
+
+    before: dict[str, Any] = {}
+
+    def check() -> bool:
+        if not before:
+            before.update(all_of())
+        return all_of() == before
+
+    return check
+
+
+def make(folder: Path) -> Store:
+    rng = np.random.default_rng(1)
+    texts = [MadeText(list(rng.integers(0, 30, 8)), [5] * 8)]
+    activations = [np.maximum(rng.normal(size=(2, 8, 6)), 0).astype(np.float32)]
+    return make_store(folder, texts, activations, [f"w{i}" for i in range(30)]).store
+
+
+def shards(folder: Path, name: str) -> None:
+    index = {"weight_map": {"a": name}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def checkpoints(folder: Path, name: str) -> None:
+    path = checkpoint.save_checkpoint(folder, 1, {"weights": {"a": torch.zeros(2)}}, {"step": 1})
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"][name] = {"bytes": 8, "sha256": hashlib.sha256(b"precious").hexdigest()}
+    manifest["sha256"] = checkpoint._manifest_digest(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    (path / "link").symlink_to("../../secret")
+
+
+def stores(folder: Path, name: str) -> None:
+    manifest = make(folder / "store").folder / "manifest.json"
+    values = json.loads(manifest.read_text())
+    values["files"][name] = next(iter(values["files"].values()))
+    manifest.write_text(json.dumps(values))
+    (folder / "store" / "link").symlink_to("../../secret")
+
+
+def data(folder: Path, name: str) -> None:
+    sha256 = hashlib.sha256(b"precious").hexdigest()
+    manifest = {"format": outdir.FORMAT, "files": {name: {"bytes": 8, "sha256": sha256}}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def read_checkpoint(folder: Path) -> None:
+    found, passed = checkpoint.load_latest(folder)
+    assert found is None
+    raise UserError(passed[0].reason)
+
+
+READERS: dict[str, tuple[Callable[[Path, str], None], Callable[[Path], object]]] = {
+    "shards": (shards, lambda folder: tensor_files(str(folder), None)),
+    "checkpoint": (checkpoints, read_checkpoint),
+    "store": (stores, lambda folder: Store.open(folder / "store")),
+    "data": (data, lambda folder: outdir.verify(folder, outdir.read_manifest(folder) or {})),
+}
+
+
+@pytest.mark.parametrize("name", ODD, ids=lambda name: ascii(name)[:14])
+@pytest.mark.parametrize("reader", READERS)
+def test_a_file_names_files_of_its_folder(reader: str, name: str, folder, untouched) -> None:
+    if (reader, name) == ("shards", "link"):
+        pytest.skip("shards may be links: the hub's cache consists of them")
+    write, read = READERS[reader]
+    write(folder, name)
+    untouched()
+    with pytest.raises(UserError, match=r"expected the name of a file|is a link that leads out"):
+        read(folder)
+    assert untouched()
+
+
+def test_shards_may_be_links(folder: Path) -> None:
+    shards(folder, "link")
+    assert tensor_files(str(folder), None) == {"link": folder / "link"}
+
+
+@pytest.mark.parametrize("name", ["a/b", *ODD[:-1], "é" * 130], ids=lambda name: ascii(name)[:14])
+def test_sets_and_runs_have_plain_names(name: str, folder: Path, untouched) -> None:
+    store = make(folder / "store")
+    features = FeatureSet.of([(0, 1)], adapter="0" * 64, shape=(2, 6), made="hand")
+    untouched()
+    with pytest.raises(UserError, match="name"):
+        save_set(store, features, name)
+    with pytest.raises(UserError, match="name"):
+        load_set(store, name)
+    with pytest.raises(UserError, match="name"):
+        names_of([folder], [name])
+    assert untouched()
+
+
+def test_a_set_is_not_written_through_a_link(folder: Path, untouched) -> None:
+    store = make(folder / "store")
+    features = FeatureSet.of([(0, 1)], adapter=store.manifest["adapter"], shape=(2, 6), made="hand")
+    (store.folder / "sets").mkdir()
+    (store.folder / "sets" / "a.json").symlink_to("../../../secret")
+    untouched()
+    with pytest.raises(UserError, match="is a link that leads out"):
+        save_set(store, features, "a", overwrite=True)
+    (store.folder / "sets" / "a.json").unlink()
+    (store.folder / "sets").rmdir()
+    (store.folder / "sets").symlink_to("../..")
+    with pytest.raises(UserError, match="is a link that leads out"):
+        save_set(store, features, "a")
+    assert not (folder.parent / "a.json").exists()
+
+
+def test_answers_are_not_kept_behind_a_link(folder: Path) -> None:
+    calls = Calls(folder)
+    request = {"a": 1}
+    name = calls._path(request).parent.name
+    (folder / name).symlink_to("..")
+    with pytest.raises((UserError, RunError), match="is a link that leads out"):
+        calls.keep(request, "answer")
+
+
+def test_what_is_written_takes_the_place_of_a_link(folder: Path) -> None:
+    """A file or folder of ours that somebody replaced by a link: what it leads to stays."""
+    with replacing(folder / "link") as staged:
+        staged.write_text("new")
+    assert not (folder / "link").is_symlink()
+    assert (folder / "link").read_text() == "new"
+    assert (folder.parent / "secret").read_text() == "precious"
+    (folder / "plots").symlink_to(folder.parent)
+    with replacing(folder / "plots") as staged:
+        staged.mkdir()
+        (staged / "a.png").write_text("new")
+    assert [path.name for path in (folder / "plots").iterdir()] == ["a.png"]
+    assert not (folder / "plots").is_symlink()
+    assert sorted(path.name for path in folder.iterdir()) == ["link", "plots"]
+    assert (folder.parent / "secret").read_text() == "precious"
+
+
+def test_a_link_is_followed_where_that_is_wanted(folder: Path) -> None:
+    with replacing(folder / "link", follow_link=True) as staged:
+        staged.write_text("new")
+    assert (folder / "link").is_symlink()
+    assert (folder.parent / "secret").read_text() == "new"
