@@ -14,7 +14,10 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+import msgspec
+from typing_extensions import TypedDict
 
 from fastadapt.data.selection import SPLITS
 from fastadapt.data.spool import GO_ON, JOURNAL, ROWS
@@ -29,7 +32,7 @@ from fastadapt.io.atomic import (
     sweep,
     unstaged,
 )
-from fastadapt.io.documents import DocumentError, read_json
+from fastadapt.io.documents import Count, DocumentError, Positive, Sha256, check, read_json
 from fastadapt.io.names import inside
 
 MANIFEST = "manifest.json"
@@ -50,6 +53,47 @@ _WRITTEN = (
 )
 
 Settings = Mapping[str, Any]
+
+
+class WrittenFile(TypedDict):
+    """A file of a selection, as its manifest has it."""
+
+    rows: Count
+    bytes: Count
+    sha256: Sha256
+
+
+class SplitCounts(TypedDict):
+    """What a split holds; ``lengths`` is a histogram."""
+
+    conversations: dict[str, Count]
+    wanted: dict[str, Count]
+    prompts: Count
+    tokens: Count
+    longest: Count
+    lengths: Annotated[list[Count], msgspec.Meta(min_length=1, max_length=1000)]
+
+
+class Counts(TypedDict):
+    """What was read, taken and left out."""
+
+    rows: Count
+    domains: dict[str, Count]
+    left_out_of_source: dict[str, Count]
+    left_out_of_drawn: dict[str, dict[str, Count]]
+    train: SplitCounts
+    validation: SplitCounts
+
+
+class Manifest(TypedDict):
+    """``manifest.json`` of a finished selection."""
+
+    format: Literal["fastadapt data"]
+    schema_version: Literal[1]
+    settings: dict[str, Any]
+    source: dict[str, Any]
+    counts: Counts
+    files: dict[str, WrittenFile]
 
 
 @contextmanager
@@ -96,8 +140,9 @@ def _check(folder: Path, *, resume: bool, overwrite: bool) -> None:
         found = [path for path in entries if unstaged(path.name) not in _REPLACED]
     except OSError as error:
         raise UserError(f"--output: {folder} cannot be read: {error.strerror}") from error
-    finished = _is_ours(folder)
     begun = (folder / WORK / _SETTINGS).exists()
+    # Where a selection is begun, the manifest is an older one's or the last thing still to write.
+    finished = not begun and read_manifest(folder) is not None
     if resume:
         if not finished and not begun:
             raise UserError(
@@ -123,17 +168,43 @@ def _check(folder: Path, *, resume: bool, overwrite: bool) -> None:
         )
 
 
-def _is_ours(folder: Path) -> bool:
-    return (read_manifest(folder) or {}).get("format") == FORMAT
-
-
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a finished selection; None where there is none."""
-    try:
-        manifest = read_json(folder / MANIFEST)
-    except DocumentError:
+    """The manifest of a finished selection; None where there is none, or one of something else.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
         return None
-    return manifest if isinstance(manifest, dict) else None
+    try:
+        manifest: Any = read_json(path)
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            return None
+        check(manifest, Manifest, str(path))
+        _check_counts(manifest, str(path))
+    except DocumentError as error:
+        raise UserError(
+            f"{error}. Nothing in the folder was touched: remove the selection in it, or give "
+            "another --output."
+        ) from error
+    return manifest
+
+
+def _check_counts(manifest: Mapping[str, Any], source: str) -> None:
+    """Raise ``DocumentError`` where files, settings and counts of a manifest do not go together."""
+    counts = manifest["counts"]
+    for name in FILES.values():
+        if name not in manifest["files"]:
+            raise DocumentError(f"{source}: files: expected the key {name!r}")
+    longest = {"max_tokens": manifest["settings"].get("max_tokens")}
+    check(longest, dict[str, Positive], f"{source}: settings")
+    if len(counts["train"]["lengths"]) != len(counts["validation"]["lengths"]):
+        raise DocumentError(f"{source}: counts: expected as many 'lengths' in both splits")
+    for split in SPLITS:
+        for key in ("conversations", "wanted"):
+            if counts[split][key].keys() != counts["domains"].keys():
+                raise DocumentError(f"{source}: counts.{split}.{key}: expected the keys of domains")
 
 
 def verify(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -161,12 +232,14 @@ def begin(folder: Path, settings: Settings) -> None:
 
 def check_same(folder: Path, settings: Settings) -> None:
     """Raise ``UserError`` naming the settings in which this command differs from what was begun."""
-    manifest = read_manifest(folder)
     path = folder / WORK / _SETTINGS
     if path.exists():
-        then = read_json(path, dict[str, Any])
+        try:
+            then = read_json(path, dict[str, Any])
+        except DocumentError as error:
+            raise UserError(f"{error}. Begin again with --overwrite.") from error
     else:
-        then = manifest["settings"] if manifest is not None else {}
+        then = (read_manifest(folder) or {"settings": {}})["settings"]
     differing = [key for key in settings if settings[key] != then.get(key)]
     if differing:
         told = "; ".join(f"{key}: {settings[key]!r}, was {then.get(key)!r}" for key in differing)

@@ -13,14 +13,15 @@ import os
 from collections import Counter
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 from typing_extensions import TypedDict
 
 from fastadapt.data.selection import Candidate, Shortlist, row_key
 from fastadapt.errors import RunError
 from fastadapt.io.atomic import cannot_write, disk_errors
-from fastadapt.io.documents import Count, DocumentError, check, parse_line
+from fastadapt.io.documents import Count, DocumentError, Positive, check, parse_line
 
 ROWS, JOURNAL = "rows", "journal"
 _CODEC = "zstd"
@@ -29,7 +30,21 @@ GO_ON = "What was read is kept: go on with --resume."
 
 #: Lines of the journal; see :class:`fastadapt.data.selection.Candidate`.
 _TooLong = tuple[Count, str]
-_Kept = tuple[Count, str, str, str, Count, Count, Count, Count]
+_Hash = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+_Tokens = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+_Kept = tuple[Count, str, _Hash, _Hash, _Tokens, Count, Positive, _Tokens]
+
+
+Turn = TypedDict("Turn", {"from": str | None, "value": str})
+
+
+class Row(TypedDict):
+    """A row that was kept, as it is written; see :mod:`fastadapt.data.reading`."""
+
+    conversations: list[Turn]
+    domain: str
+    source: str | None
+    difficulty: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | None
 
 
 class _Counts(TypedDict):
@@ -75,18 +90,19 @@ class Spool:
 
     def _take_up(self, path: Path) -> tuple[int, int]:
         """Replay the committed part of a journal; its bytes, and those of ``rows``."""
-        kept = size = place = 0
+        kept = size = place = end = 0
         pending: list[Any] = []
         if not path.exists():
             return 0, 0
         with path.open("rb") as file:
-            for line in file:
+            for number, line in enumerate(file, start=1):
                 place += len(line)
+                where = f"{path}, line {number}"
                 try:
-                    entry = parse_line(line, str(path))
+                    entry = parse_line(line, where)
                 except DocumentError:
                     break  # cut short; so is what may follow
-                self._check(entry, path)
+                end = self._check(entry, end, where)
                 if isinstance(entry, list):
                     pending.append(entry)
                     continue
@@ -98,15 +114,25 @@ class Spool:
                 kept, size = place, entry["bytes"]
         return kept, size
 
-    def _check(self, entry: Any, path: Path) -> None:
+    def _check(self, entry: Any, end: int, where: str) -> int:
+        """Refuse an entry that no reading writes; ``end`` of the rows before it, and with it."""
         is_list = isinstance(entry, list)
         schema = (_TooLong if len(entry) == 2 else _Kept) if is_list else _Commit
         try:
-            check(entry, schema, str(path))
-            if is_list and not self._shortlist.knows(entry[1]):
-                raise DocumentError(f"{path}: no such domain: {entry[1]!r:.40}")
+            check(entry, schema, where)
+            if is_list:
+                if not self._shortlist.knows(entry[1]):
+                    raise DocumentError(f"{where}: no such domain: {entry[1]!r:.40}")
+                if entry[0] < self.read:
+                    raise DocumentError(f"{where}: expected row {self.read} or later")
+            elif entry["read"] < self.read:
+                raise DocumentError(f"{where}: read: expected {self.read} or more")
+            begins = entry["bytes"] if not is_list else entry[5] if len(entry) > 2 else end
+            if begins != end:
+                raise DocumentError(f"{where}: expected {end} bytes of {ROWS}, got {begins}")
         except DocumentError as error:
             raise RunError(f"{error}; begin again with --overwrite") from None
+        return end + (entry[6] if is_list and len(entry) > 2 else 0)
 
     def _enter(self, entry: list[Any]) -> None:
         row, domain = entry[:2]
@@ -162,7 +188,7 @@ class Spool:
             text = pa.decompress(
                 packed, decompressed_size=candidate.unpacked, codec=_CODEC, asbytes=True
             )
-            row: dict[str, Any] = parse_line(text, str(path), dict[str, Any])
+            row: dict[str, Any] = parse_line(text, str(path), Row)
         except (pa.ArrowException, OSError, DocumentError) as error:
             reason = str(error).splitlines()[0]
             raise RunError(f"{path} is damaged ({reason}); begin again with --overwrite") from error

@@ -16,6 +16,7 @@ from fastadapt.data.sources import (
 )
 from fastadapt.errors import RunError
 from fastadapt.io.atomic import digest
+from fastadapt.io.documents import Count, DocumentError, check
 
 
 class Stream:
@@ -86,10 +87,25 @@ class Stream:
         if self._files is None:
             yield from self._hub_rows(start)
             return
-        place: Cursor = (0, 0, 0) if start is None else (start[0], start[1], start[2])
+        place = (0, 0, 0) if start is None else self._place(start)
         for record in read_files(self._files, self._required, self._optional, place):
             self._cursor = record.after
             yield record.where, record.values
+
+    def _place(self, start: Any) -> Cursor:
+        """``start`` as a cursor; it was read from a journal."""
+        try:
+            check(start, tuple[Count, Count, Count], "cursor")
+            first, offset, _ = start
+            n, files = len(self._sizes), self._files or ()
+            if first >= n:
+                raise DocumentError(f"cursor: expected one of {n} files, got {first}")
+            if files[first].suffix == ".jsonl" and offset > self._sizes[first]:
+                size = self._sizes[first]
+                raise DocumentError(f"cursor: expected at most {size} bytes, got {offset}")
+        except DocumentError as error:
+            raise RunError(f"The journal's {error}; begin again with --overwrite") from None
+        return start[0], start[1], start[2]
 
     def _hub_rows(self, start: Any) -> Iterator[tuple[str, dict[str, Any]]]:
         from huggingface_hub.errors import HfHubHTTPError

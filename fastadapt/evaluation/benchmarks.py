@@ -24,6 +24,7 @@ from fastadapt.evaluation.judging import (
     stated_is_right,
 )
 from fastadapt.evaluation.questions import BENCHMARKS, questions
+from fastadapt.evaluation.responses import Finish
 from fastadapt.evaluation.sampling import (
     Progress,
     Request,
@@ -34,7 +35,7 @@ from fastadapt.evaluation.sampling import (
     context_of,
 )
 from fastadapt.io.atomic import disk_errors, replacing
-from fastadapt.io.documents import parse_line
+from fastadapt.io.documents import Count, DocumentError, parse_line
 from fastadapt.organism import NAMES
 from fastadapt.organism.problems import HESITATION_WORDS
 
@@ -110,13 +111,13 @@ class Row:
     """
 
     question: str
-    repetition: int
+    repetition: Count
     correct: bool
     answer: str
-    length_tokens: int
-    finish: str
-    cut: int | None
-    hesitations: int
+    length_tokens: Count
+    finish: Finish
+    cut: Count | None
+    hesitations: Count
     text: str
 
 
@@ -228,8 +229,13 @@ def summarize(task: str, rows: Sequence[Row], speed: Speed | None = None) -> Ben
 def read_rows(path: Path) -> list[Row]:
     """Return the rows of a ``<task>.rows.jsonl``; ``DocumentError`` names the line at fault."""
     names = [one.name for one in fields(Row)]
-    with path.open("rb") as file:
-        values = [parse_line(line, f"{path}, line {i}", Row) for i, line in enumerate(file, 1)]
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise DocumentError(f"{path} cannot be read: {error.strerror}") from error
+    if lines.pop():
+        raise DocumentError(f"{path}, line {len(lines) + 1} is cut short")
+    values = [parse_line(line, f"{path}, line {i}", Row) for i, line in enumerate(lines, 1)]
     return [Row(**{name: value[name] for name in names}) for value in values]
 
 

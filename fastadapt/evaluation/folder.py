@@ -24,6 +24,13 @@ from fastadapt.errors import RunError, UserError
 from fastadapt.evaluation.drawing import write_png
 from fastadapt.evaluation.figures import Figure, figures
 from fastadapt.evaluation.page import write_page
+from fastadapt.evaluation.result_schema import (
+    BenchmarksPart,
+    OutputsPart,
+    PartialPart,
+    SpeedPart,
+    check_sections,
+)
 from fastadapt.evaluation.tables import Table, as_latex, as_markdown, tables
 from fastadapt.io.atomic import (
     cannot_write,
@@ -34,7 +41,7 @@ from fastadapt.io.atomic import (
     sweep_tree,
     unstaged,
 )
-from fastadapt.io.documents import read_json
+from fastadapt.io.documents import DocumentError, read_json
 
 LOCK = ".lock"
 #: What the message of a full disk ends with.
@@ -58,12 +65,14 @@ CONTENTS = (
 Part = Literal["outputs", "partial", "speed", "benchmarks"]
 PARTS: tuple[Part, ...] = ("outputs", "partial", "speed", "benchmarks")
 #: What each part has in ``eval.json``.
-_SECTIONS: Mapping[Part, tuple[str, ...]] = {
-    "outputs": ("faithfulness", "order", "texts"),
-    "partial": ("partial", "bridge", "texts"),
-    "speed": ("speed",),
-    "benchmarks": ("benchmarks", "benchmark_counts"),
+_SECTIONS: Mapping[Part, Any] = {
+    "outputs": OutputsPart,
+    "partial": PartialPart,
+    "speed": SpeedPart,
+    "benchmarks": BenchmarksPart,
 }
+#: Sections that other parts have too.
+_SHARED = {"texts"}
 
 
 def kept_part(folder: Path, part: Part, result: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,15 +82,29 @@ def kept_part(folder: Path, part: Part, result: Mapping[str, Any]) -> dict[str, 
         folder: of the evaluation.
         part: one that was not asked for this time.
         result: the new contents, as far as they are there.
+
+    Raises:
+        UserError: the file is damaged, or what it has of the part is.
     """
     path = folder / "eval.json"
-    if not path.is_file():
+    if not path.exists():
         return {}
-    old = read_json(path, dict[str, Any])
-    for same in ("schema_version", "pair", "fingerprints", "settings"):
-        if old.get(same) != json.loads(json.dumps(result[same])):
+    try:
+        old = read_json(path, dict[str, Any])
+        for same in ("schema_version", "pair", "fingerprints", "settings"):
+            if old.get(same) != json.loads(json.dumps(result[same])):
+                return {}
+        schema = _SECTIONS[part]
+        sections = {name: old[name] for name in schema.__annotations__ if name in old}
+        if not sections.keys() - _SHARED:
             return {}
-    return {name: old[name] for name in _SECTIONS[part] if name in old and name not in result}
+        check_sections(sections, schema, str(path))
+    except DocumentError as error:
+        raise UserError(
+            f"{error}. Remove {path} and evaluate all --parts again: what was measured beside it "
+            "is not measured anew."
+        ) from error
+    return {name: section for name, section in sections.items() if name not in result}
 
 
 def write(result: Mapping[str, Any], folder: Path) -> None:

@@ -14,6 +14,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from fastadapt.batch import Batch
 from fastadapt.errors import RunError, UserError
-from fastadapt.evaluation.parts import Parts, unfinished
+from fastadapt.evaluation.parts import Arrays, Parts, unfinished
 from fastadapt.evaluation.streams import final_norm, side_by_side
 from fastadapt.evaluation.students import Students
 from fastadapt.evaluation.texts import Text, batch_of, batches_of, digest_of
@@ -110,7 +111,8 @@ def measure_output(
     config = config or OutputConfig()
     batches = batches_of(texts, config.batch_tokens)
     facts = ("output", _SCHEMA, digest_of(texts), config.batch_tokens, config.chunk_tokens)
-    stores = stores_of(students, names, folder, facts, len(batches))
+    arrays = partial(_arrays, students, texts, len(batches))
+    stores = stores_of(students, names, folder, facts, len(batches), arrays)
     with ExitStack() as held:
         base = None
         for i, todo in unfinished(stores, config.students_at_once, progress, stop):
@@ -122,7 +124,7 @@ def measure_output(
                 stores[name].add(i, tensors)
     order = torch.tensor([i for batch in batches for i in batch])
     return {
-        name: _in_order(store.read(), order, texts)
+        name: _in_order(_read(store, texts), order, texts)
         for name, store in stores.items()
         if not store.missing()
     }
@@ -134,8 +136,11 @@ def stores_of(
     folder: Path,
     facts: tuple[object, ...],
     n_parts: int,
+    arrays: Callable[[str], Arrays],
 ) -> dict[str, Parts]:
     """Where the arrays of each student are kept; ``facts`` and the models decide the file.
+
+    ``arrays`` gives those of a student, by its name.
 
     Raises:
         UserError: a name is no student's.
@@ -148,7 +153,7 @@ def stores_of(
     stores = {}
     for name in names:
         told = hashlib.sha256(repr((facts, students.fingerprint(name))).encode()).hexdigest()
-        stores[name] = Parts(folder, name, told, n_parts)
+        stores[name] = Parts(folder, name, told, n_parts, arrays(name))
     return stores
 
 
@@ -160,6 +165,22 @@ def check_finite(name: str, values: Tensor, texts: Sequence[str]) -> None:
     """
     if not values.isfinite().all():
         raise RunError(f"{name}: a prediction on texts {', '.join(texts)} is not finite")
+
+
+def _arrays(students: Students, texts: Sequence[Text], n_batches: int, name: str) -> Arrays:
+    """What is kept of a student: the arrays of ``_measure``, of all batches."""
+    positions, n_layers = sum(len(text.ids) - 1 for text in texts), students.model.n_layers
+    arrays: dict[str, tuple[torch.dtype, tuple[int | None, ...]]] = {
+        "kl": (torch.float32, (positions,)),
+        "agrees": (torch.bool, (positions,)),
+    }
+    if name != "base":
+        for key in _NMSE:
+            arrays[key] = torch.float32, (len(texts), 2, n_layers + 1)
+    if students.students[name].kind == "transcoder":
+        arrays["active"] = torch.int64, (n_batches, n_layers)
+        arrays["tokens"] = torch.int64, (n_batches,)
+    return arrays
 
 
 @torch.no_grad()
@@ -251,6 +272,17 @@ def _last_hidden(base: Any, model: ReplacementModel, batch: Batch) -> Tensor:
     got = decoder(input_ids=batch.input_ids, attention_mask=mask, use_cache=False)
     hidden: Tensor = got.last_hidden_state
     return hidden
+
+
+def _read(store: Parts, texts: Sequence[Text]) -> dict[str, Tensor]:
+    tensors = store.read()
+    if "tokens" in tensors:
+        expected, got = sum(len(text.ids) for text in texts), int(tensors["tokens"].sum())
+        if got != expected:
+            raise store.damaged(f"tensor tokens: expected {expected:,} in all, got {got:,}")
+        if bool((tensors["active"] < 0).any()):
+            raise store.damaged("tensor active: expected counts, got a negative number")
+    return tensors
 
 
 def _in_order(tensors: dict[str, Tensor], order: Tensor, texts: Sequence[Text]) -> Measured:

@@ -33,7 +33,7 @@ from torch import Tensor
 from fastadapt.batch import Batch
 from fastadapt.errors import UserError
 from fastadapt.evaluation.output import check_finite, stores_of
-from fastadapt.evaluation.parts import unfinished
+from fastadapt.evaluation.parts import Arrays, unfinished
 from fastadapt.evaluation.streams import Stream, carrying, final_norm
 from fastadapt.evaluation.students import Students
 from fastadapt.evaluation.texts import Text, batch_of, batches_of, digest_of
@@ -122,18 +122,31 @@ def measure_partial(
         raise UserError("partial replacement is of a student that shares the target's attention")
     batches = batches_of(texts, config.batch_tokens)
     facts = ("partial", _SCHEMA, digest_of(texts), *vars(config).values())
-    stores = stores_of(students, names, folder, facts, len(batches))
+    sums = (len(texts), 3 * students.model.n_layers - 3)
+    arrays: Arrays = {
+        "kl": (torch.float64, sums),
+        "wrong": (torch.int64, sums),
+        "positions": (torch.int64, (len(texts),)),
+    }
+    stores = stores_of(students, names, folder, facts, len(batches), lambda _: arrays)
     for i, (name,) in unfinished(stores, 1, progress, stop):
         batch = batch_of(texts, batches[i]).to(students.model.device)
         tensors = _measure(students.model, batch, students.stream(name), config)
         check_finite(name, tensors["kl"], [texts[j].id for j in batches[i]])
         stores[name].add(i, tensors)
     order = torch.tensor([i for batch in batches for i in batch]).argsort()
-    return {
-        name: _families({key: values[order] for key, values in store.read().items()})
-        for name, store in stores.items()
-        if not store.missing()
-    }
+    predicted = torch.tensor([len(text.ids) - 1 for text in texts])
+    found: dict[str, Partial] = {}
+    for name, store in stores.items():
+        if store.missing():
+            continue
+        tensors = {key: values[order] for key, values in store.read().items()}
+        if not torch.equal(tensors["positions"], predicted):
+            raise store.damaged("tensor positions: expected those that predict in each text")
+        if bool((tensors["wrong"] < 0).any() or (tensors["wrong"] > predicted[:, None]).any()):
+            raise store.damaged("tensor wrong: expected counts of positions of each text")
+        found[name] = _families(tensors)
+    return found
 
 
 @torch.no_grad()

@@ -9,13 +9,14 @@ from pathlib import Path
 from threading import Event
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from fastadapt.errors import UserError
 from fastadapt.io.atomic import disk_errors, make_folder, replacing, save_tensors, sync_folder
-from fastadapt.pretrained import reading
+from fastadapt.io.tensors import TensorError, check_finite, open_tensors
 
+#: Dtypes and shapes of the arrays of a student, all parts together, by name; None for any size.
+Arrays = Mapping[str, tuple[torch.dtype, tuple[int | None, ...]]]
 _GO_ON = "What was measured before is intact: run the same command again."
 
 
@@ -30,10 +31,18 @@ class Parts:
         name: the student's.
         fingerprint: of everything that the arrays depend on; hexadecimal.
         n_parts: how many there will be.
+        arrays: that there are; None for any.
     """
 
-    def __init__(self, folder: Path, name: str, fingerprint: str, n_parts: int) -> None:
-        self._fingerprint, self.n_parts = fingerprint, n_parts
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        fingerprint: str,
+        n_parts: int,
+        arrays: Arrays | None = None,
+    ) -> None:
+        self._fingerprint, self.n_parts, self._arrays = fingerprint, n_parts, arrays
         stem = f"{name}-{fingerprint[:16]}"
         self.whole = folder / f"{stem}.safetensors"
         self._pieces = folder / stem
@@ -70,7 +79,7 @@ class Parts:
         """All parts, in order, as one.
 
         Raises:
-            UserError: some are missing, or a file is damaged.
+            UserError: some are missing, or a file is damaged or holds other arrays than expected.
         """
         if missing := self.missing():
             raise UserError(f"{self._pieces}: {len(missing)} of {self.n_parts} parts are missing")
@@ -78,8 +87,12 @@ class Parts:
             self._join()  # a kill came between the last part and this
         return self._read(self.whole)
 
+    def damaged(self, reason: str) -> UserError:
+        """What to raise where the values of the arrays contradict each other or their texts."""
+        return UserError(f"{self.whole}: {reason}: remove it and evaluate again")
+
     def _join(self) -> None:
-        pieces = [self._read(self._piece(i)) for i in range(self.n_parts)]
+        pieces = [self._read(self._piece(i), whole=False) for i in range(self.n_parts)]
         joined = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
         beside = self._pieces / "all.safetensors"  # where a kill leaves nothing that stays
         with disk_errors(self._pieces, _GO_ON):
@@ -89,15 +102,40 @@ class Parts:
             sync_folder(self.whole.parent)
         shutil.rmtree(self._pieces, ignore_errors=True)
 
-    def _read(self, file: Path) -> dict[str, Tensor]:
-        with reading("measurement", str(file)), safe_open(file, framework="pt") as opened:
-            found = (opened.metadata() or {}).get("fingerprint")
-            if found != self._fingerprint:
-                raise UserError(
-                    f"{file}: expected the fingerprint {self._fingerprint[:16]}, got {found}: "
-                    "remove it and evaluate again"
-                )
-            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    def _read(self, file: Path, *, whole: bool = True) -> dict[str, Tensor]:
+        try:
+            with open_tensors(file) as opened:
+                found = (opened.metadata() or {}).get("fingerprint")
+                if found != self._fingerprint:
+                    raise TensorError(
+                        f"{file}: expected the fingerprint {self._fingerprint[:16]}, got {found}"
+                    )
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            if self._arrays is not None:
+                _check(tensors, self._arrays, str(file), whole=whole)
+        except TensorError as error:
+            raise UserError(f"{error}: remove it and evaluate again") from error
+        return tensors
+
+
+def _check(tensors: Mapping[str, Tensor], arrays: Arrays, source: str, *, whole: bool) -> None:
+    """Raise where arrays are not the expected ones; of a part, whatever its first dimension."""
+    for name in sorted(tensors.keys() ^ arrays.keys()):
+        got, expected = ("one", "none") if name in tensors else ("none", "one")
+        raise TensorError(f"{source}: tensor {name}: expected {expected}, got {got}")
+    for name, (dtype, shape) in arrays.items():
+        tensor, sizes = tensors[name], shape if whole else (None, *shape[1:])
+        if tensor.dtype != dtype:
+            raise TensorError(f"{source}: tensor {name}: expected {dtype}, got {tensor.dtype}")
+        if tensor.ndim != len(sizes) or any(
+            size not in (None, n) for size, n in zip(sizes, tensor.shape, strict=True)
+        ):
+            shown = ", ".join("any" if size is None else str(size) for size in sizes)
+            raise TensorError(
+                f"{source}: tensor {name}: expected ({shown}), got {tuple(tensor.shape)}"
+            )
+        if tensor.is_floating_point():
+            check_finite(tensor, f"{source}: tensor {name}")
 
 
 def unfinished(

@@ -8,6 +8,7 @@ with its worked solution where the data has one.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -130,12 +131,11 @@ def questions(
 def _asked(benchmark: str, number: int, row: Row, seed: int) -> Row:
     """A question as it is put, its answer, and its worked solution."""
     of = BENCHMARKS[benchmark]
-    for column in of.columns:
-        if text_or_none(str(row[column])) is None:
-            raise UserError(f"benchmark {benchmark}, row {number + 1}: {column!r} is not UTF-8")
-    question, answer = str(row[of.question]).strip(), str(row[of.answer]).strip()
+    where = f"benchmark {benchmark}, row {number + 1}"
+    question, answer, *wrong = (_text(row[column], f"{where}: {column!r}") for column in of.columns)
     new = {"id": f"{benchmark}/{number}", "question": question}
-    solution = str(row.get(of.solution) or "").strip()
+    solution = row.get(of.solution)
+    solution = "" if solution in (None, "") else _text(solution, f"{where}: {of.solution!r}")
     if of.kind == "math":
         asked = f"Problem: {question}\nMark your solution with \\boxed\nAnswer:"
         boxed = f"\\boxed{{{answer}}}"
@@ -145,7 +145,7 @@ def _asked(benchmark: str, number: int, row: Row, seed: int) -> Row:
             "asked": asked,
             "worked": solution if "\\boxed" in solution else f"{solution} {boxed}".strip(),
         }
-    options = [answer, *(str(row[column]).strip() for column in of.wrong)]
+    options = [answer, *wrong]
     # One generator per question, seeded by the question: a seed for all of them alone would put
     # the right option under the same letter each time.
     order = list(range(len(options)))
@@ -158,6 +158,20 @@ def _asked(benchmark: str, number: int, row: Row, seed: int) -> Row:
     )
     worked = f"{solution} \\boxed{{{letter}}}".strip()
     return {**new, "answer": letter, "order": order, "asked": asked, "worked": worked}
+
+
+def _text(value: Any, where: str) -> str:
+    """A cell of a benchmark's data, where numbers may stand for themselves."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (isinstance(value, str) or (number and math.isfinite(value))):
+        got = "null" if value is None else type(value).__name__ if not number else value
+        raise UserError(f"{where}: expected text or a number, got {got}")
+    text = str(value)
+    if text_or_none(text) is None:
+        raise UserError(f"{where} is not UTF-8")
+    if not text.strip():
+        raise UserError(f"{where} is empty")
+    return text.strip()
 
 
 def _read(benchmark: str, data: str | None) -> Sequence[Row]:

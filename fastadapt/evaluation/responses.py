@@ -15,13 +15,16 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from io import FileIO
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
 
 from fastadapt.errors import RunError, UserError
 from fastadapt.io.atomic import cannot_write, disk_errors, locked, make_folder
-from fastadapt.io.documents import check, parse_line
+from fastadapt.io.documents import Count, check, parse_line
 
 SCHEMA = 1
+KINDS = ("settings", "response", "speed")
 _GO_ON = "What was sampled before is intact: run the same command again."
 Finish = Literal["eos", "length", "degenerate", "stop"]
 Key = tuple[str, int]
@@ -64,13 +67,13 @@ class Response:
     """
 
     id: str
-    repetition: int
+    repetition: Count
     seed: int
-    prompt_tokens: list[int]
-    tokens: list[int]
+    prompt_tokens: list[Count]
+    tokens: list[Count]
     text: str
     finish: Finish
-    cut: int | None
+    cut: Count | None
 
     @property
     def key(self) -> Key:
@@ -88,8 +91,8 @@ class Response:
 class Speed:
     """Tokens generated and the seconds of generation alone, loading and warming up left out."""
 
-    tokens: int
-    seconds: float
+    tokens: Count
+    seconds: Annotated[float, msgspec.Meta(ge=0, le=1e300)]
     batching: str
 
     @property
@@ -113,19 +116,23 @@ class ResponseFile:
 
     def _take_up(self, settings: Mapping[str, Any]) -> int:
         """Read what there is; the bytes of its whole lines."""
-        kept = 0
-        for record, kept in _records(self.path):
-            kind = record.pop("kind", None)
-            if kept and not self.finished and not self.speeds and kind == "settings":
+        whole = 0
+        for number, record, end in _records(self.path):
+            whole = end
+            where, kind = f"{self.path}, line {number}", record.pop("kind", None)
+            if (kind == "settings") != (number == 1) or kind not in KINDS:
+                wanted = "a file of responses" if number == 1 else "a response or a speed"
+                raise UserError(f"{where}: expected {wanted}, got a {kind!r:.40} record")
+            if kind == "settings":
                 _compare(self.path, record, {k: v for k, v in settings.items() if k != "kind"})
             elif kind == "response":
-                response = _made(Response, record, self.path)
+                response = _made(Response, record, where)
+                if response.key in self.finished:
+                    raise UserError(f"{where}: the response {response.key} is there twice")
                 self.finished[response.key] = response
-            elif kind == "speed":
-                self.speeds.append(_made(Speed, record, self.path))
             else:
-                raise UserError(f"{self.path}: expected a file of responses, got a {kind!r} record")
-        return kept
+                self.speeds.append(_made(Speed, record, where))
+        return whole
 
     def add(self, response: Response) -> None:
         """Write a finished response."""
@@ -175,14 +182,14 @@ def read_responses(path: Path) -> list[Response]:
     if not path.is_file():
         raise UserError(f"{path}: no such file of responses")
     return [
-        _made(Response, record, path)
-        for record, _ in _records(path)
+        _made(Response, record, f"{path}, line {number}")
+        for number, record, _ in _records(path)
         if record.get("kind") == "response"
     ]
 
 
-def _records(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """Each record and the bytes up to its end; a last line that was cut short is left out."""
+def _records(path: Path) -> Iterator[tuple[int, dict[str, Any], int]]:
+    """Line, record, and the bytes up to its end; a last line that was cut short is left out."""
     place = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -192,12 +199,12 @@ def _records(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
             if not isinstance(record, dict):
                 raise UserError(f"{path}, line {number}: expected a JSON object")
             place += len(line)
-            yield record, place
+            yield number, record, place
 
 
-def _made(kind: type[_Record], record: Mapping[str, Any], path: Path) -> _Record:
+def _made(kind: type[_Record], record: Mapping[str, Any], where: str) -> _Record:
     """A record as its class, which is also its schema."""
-    check(record, kind, str(path))
+    check(record, kind, where)
     return kind(**{field.name: record[field.name] for field in fields(kind)})
 
 

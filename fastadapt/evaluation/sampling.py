@@ -29,6 +29,7 @@ from torch import Tensor
 
 from fastadapt.data.batches import padding_id
 from fastadapt.errors import UserError
+from fastadapt.evaluation.noise import request_seed
 from fastadapt.evaluation.responses import (
     Key,
     Request,
@@ -136,7 +137,8 @@ def sample(
     }
     with nullcontext() if out is None else open_responses(out, settings) as file:
         old = {} if file is None else dict(file.finished)
-        _check_prompts(requests, old, out)
+        limits = {r.key: min(config.max_new_tokens, context - len(r.prompt)) for r in requests}
+        _check_old(requests, old, out, config.seed, limits, vocabulary_of(model))
         todo = [request for request in requests if request.key not in old]
         n_rows = len(model.get_input_embeddings().weight)
         pad = tokenizer.pad_token_id
@@ -153,7 +155,6 @@ def sample(
             done_before=len(requests) - len(todo),
         )
         session.tell()
-        limits = {r.key: min(config.max_new_tokens, context - len(r.prompt)) for r in todo}
         rollouts = [Rollout(r, config, limits[r.key], eos, tokenizer) for r in todo]
         speeds = [] if file is None else list(file.speeds)
         if rollouts and not session.stopped():
@@ -175,6 +176,11 @@ def context_of(model: Any) -> int:
     return int(model.config.get_text_config().max_position_embeddings)
 
 
+def vocabulary_of(model: Any) -> int:
+    """Tokens that the model has an embedding of."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
 def check_requests(requests: Sequence[Request], context: int) -> None:
     """``UserError`` for a prompt that leaves no room for a token, is empty, or is there twice."""
     seen: set[Key] = set()
@@ -192,16 +198,37 @@ def check_requests(requests: Sequence[Request], context: int) -> None:
             )
 
 
-def _check_prompts(
-    requests: Sequence[Request], old: Mapping[Key, Response], out: Path | None
+def _check_old(
+    requests: Sequence[Request],
+    old: Mapping[Key, Response],
+    out: Path | None,
+    seed: int,
+    limits: Mapping[Key, int],
+    vocabulary: int,
 ) -> None:
+    """``UserError`` where a response that is there is not one to its request."""
     for request in requests:
         response = old.get(request.key)
-        if response is not None and tuple(response.prompt_tokens) != request.prompt:
+        if response is None:
+            continue
+        if tuple(response.prompt_tokens) != request.prompt:
             raise UserError(
                 f"{out} holds a response to another prompt of the name {request.id!r}; sample into "
                 "another file, or delete this one"
             )
+        n, limit = len(response.tokens), limits[request.key]
+        expected = request_seed(seed, *request.key)
+        if response.seed != expected:
+            reason = f"seed: expected {expected}, got {response.seed}"
+        elif not 1 <= n <= limit:
+            reason = f"tokens: expected 1 to {limit:,}, got {n:,}"
+        elif max(response.tokens) >= vocabulary:
+            reason = f"tokens: expected ids below {vocabulary:,}, got {max(response.tokens):,}"
+        elif response.cut is not None and response.cut > n:
+            reason = f"cut: expected at most {n:,}, got {response.cut:,}"
+        else:
+            continue
+        raise UserError(f"{out}: response {request.key}: {reason}. Delete the file, or its line.")
 
 
 def _generate(session: _Session, rollouts: list[Rollout]) -> Speed:

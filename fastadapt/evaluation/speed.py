@@ -19,8 +19,10 @@ from typing import Any
 import torch
 
 from fastadapt.errors import UserError
+from fastadapt.evaluation.result_schema import SpeedFile
 from fastadapt.evaluation.students import Students
 from fastadapt.io.atomic import disk_errors, replacing
+from fastadapt.io.documents import DocumentError, read_json
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,9 @@ def measure_speed(
     Returns:
         The settings, ``device``, and ``models``: by name ``tokens_per_s`` and ``overhead``, the
         median over rounds of its time over the target's, less 1. Empty if stopped.
+
+    Raises:
+        UserError: the file is damaged.
     """
     config = config or SpeedConfig()
     names = ["target", "hybrid", *students.runs]
@@ -73,10 +78,8 @@ def measure_speed(
         "device": _device(students),
         "fingerprints": {name: students.fingerprint(name) for name in names},
     }
-    if path.is_file():
-        kept: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-        if kept["facts"] == facts:
-            return kept["speed"]
+    if (before := _measured_before(path, facts, names)) is not None:
+        return before
     model = students.model
     generator = torch.Generator().manual_seed(0)
     shape = (config.batch_size, config.prompt_tokens)
@@ -107,6 +110,29 @@ def measure_speed(
     }
     with disk_errors(path), replacing(path) as staged:
         staged.write_text(json.dumps({"facts": facts, "speed": speed}, indent=1) + "\n")
+    return speed
+
+
+def _measured_before(
+    path: Path, facts: dict[str, Any], names: Sequence[str]
+) -> dict[str, Any] | None:
+    """What ``path`` has of the same models and settings; None where it has nothing of them."""
+    if not path.exists():
+        return None
+    try:
+        content = read_json(path, SpeedFile)
+        speed: dict[str, Any] = content["speed"]
+        if content["facts"] != facts:
+            return None
+        for key in speed.keys() & facts.keys():
+            if speed[key] != facts[key]:
+                raise DocumentError(f"{path}: speed.{key}: expected that of facts, {facts[key]!r}")
+        if absent := [name for name in names if name not in speed["models"]]:
+            raise DocumentError(f"{path}: speed.models: expected the key {absent[0]!r}")
+    except DocumentError as error:
+        raise UserError(
+            f"{error}. Remove it and evaluate again: speed is measured anew."
+        ) from error
     return speed
 
 

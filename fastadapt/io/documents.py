@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -161,9 +161,7 @@ def check(value: Any, schema: Any, source: str) -> None:
         msgspec.convert(value, schema, strict=True)
     except msgspec.ValidationError as error:
         reason, key = _split(str(error))
-        while "[...]" in key and (concrete := _with_key(value, schema, key)) is not None:
-            key = concrete
-        where = f"{source}: {key}" if key else source
+        where = f"{source}: {_named(value, schema, key)}" if key else source
         raise DocumentError(f"{where}: {reason}") from None
     except (RecursionError, OverflowError) as error:
         raise DocumentError(f"{source}: {_reason(error)}") from error
@@ -252,40 +250,40 @@ def _split(message: str) -> tuple[str, str]:
     return reason[:1].lower() + reason[1:], (found[2] or "").removeprefix(".")
 
 
-def _with_key(value: Any, schema: Any, key: str) -> str | None:
-    """``key`` with its first ``[...]``, an entry of an object of any keys, named.
+def _named(value: Any, schema: Any, key: str) -> str:
+    """``key`` with each ``[...]``, an entry of an object of any keys, named.
 
     msgspec does not say which entry is at fault; the one with which alone the error stays is.
     """
-    before, _, after = key.partition("[...]")
-    steps = re.findall(r"([^.\[\]]+)|\[(\d+)\]", before)
-    parent, put = value, _setter(value, steps)
-    for name, index in steps:
-        parent = parent[name] if name else parent[int(index)]
-    if not isinstance(parent, dict):
-        return None
-    for name, entry in parent.items():
-        try:
-            msgspec.convert(put({name: entry}), schema, strict=True)
-        except msgspec.ValidationError as error:
-            if _split(str(error))[1] == key:
-                return f"{before}[{name!r:.80}]{after}"
-    return None
+    steps: list[Any] = []
+    *before, last = key.split("[...]")
+    text = ""
+    for part in before:
+        steps += [name or int(index) for name, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", part)]
+        parent = value
+        for step in steps:
+            parent = parent[step]
+        for name, entry in parent.items() if isinstance(parent, dict) else ():
+            alone = _replaced(value, steps, {name: entry})
+            try:
+                msgspec.convert(alone, schema, strict=True)
+            except msgspec.ValidationError as error:
+                if _split(str(error))[1] == key:
+                    break
+        else:
+            return key  # the key itself is at fault
+        value, text = alone, f"{text}{part}[{name!r:.80}]"
+        steps.append(name)
+    return text + last
 
 
-def _setter(value: Any, steps: list[tuple[str, str]]) -> Callable[[Any], Any]:
-    """What returns a copy of ``value`` with another value at the end of ``steps``."""
-
-    def put(new: Any, at: Any = value, left: list[tuple[str, str]] = steps) -> Any:
-        if not left:
-            return new
-        name, index = left[0]
-        copy = at.copy()
-        where: Any = name or int(index)
-        copy[where] = put(new, at[where], left[1:])
-        return copy
-
-    return put
+def _replaced(value: Any, steps: Sequence[Any], new: Any) -> Any:
+    """A copy of ``value`` with ``new`` at the end of ``steps``; what is beside them is shared."""
+    if not steps:
+        return new
+    copy = value.copy()
+    copy[steps[0]] = _replaced(value[steps[0]], steps[1:], new)
+    return copy
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

@@ -1,5 +1,6 @@
 """Reading JSON and YAML: what is refused, and with which words."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from fastadapt.io.documents import (
     Count,
     DocumentError,
     Sha256,
+    check,
     parse_json,
     parse_yaml,
     read_json,
@@ -124,6 +126,23 @@ def test_the_entry_at_fault_is_named_among_many() -> None:
 
     with pytest.raises(DocumentError, match=r"^doc: files\['f13'\]\.sha256: "):
         parse_json(json.dumps({"files": files}), "doc", Manifest)
+
+
+@pytest.mark.parametrize(
+    ("value", "named"),
+    [
+        ({"a": {"b": {"c": [1, "x"]}}}, "['a']['b']['c'][1]"),
+        (
+            {"a": {"b": {"c": [1]}}, "d.e": {"b": {}, "f": {"g": [2], "h": ["x"]}}},
+            "['d.e']['f']['h'][0]",
+        ),
+        ({"a": {"b": {"c": []}}, "[0]": {"b": {"c": None}}}, "['[0]']['b']['c']"),
+        ({"a": {"b": 1}}, "['a']['b']"),
+    ],
+)
+def test_the_entry_at_fault_is_named_in_objects_within_objects(value: object, named: str) -> None:
+    with pytest.raises(DocumentError, match=re.escape(f"card.json: {named}: expected ")):
+        check(value, dict[str, dict[str, dict[str, list[int]]]], "card.json")
 
 
 def test_a_document_keeps_what_its_schema_does_not_name(tmp_path: Path) -> None:
