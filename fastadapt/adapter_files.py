@@ -19,12 +19,15 @@ from torch import nn
 
 from fastadapt.adapter import AdapterConfig, TranscoderAdapter
 from fastadapt.errors import UserError
-from fastadapt.io.atomic import save_tensors
+from fastadapt.io.atomic import save_tensors, writing_folder
 from fastadapt.tuned import TUNED, TunedWeights
 
 SCHEMA_VERSION = 1
 TRANSCODER = "transcoder_adapter"
 KINDS = (TRANSCODER, *TUNED)
+CARD = "fastadapt.json"
+#: Names of the files of adapters.
+PATTERNS = (CARD, "layer_*.safetensors")
 
 
 def save_adapters(
@@ -39,20 +42,37 @@ def save_adapters(
     that they are *additive*; and ``metadata`` (model ids, revisions, losses, measured L0). It is
     written last, so that a folder that has it is whole.
 
+    Adapters that are in the folder are replaced once all of the new ones are on the disk; files of
+    other names stay.
+
     Args:
         adapters: layer 0 first, one configuration and one pair of widths for all; of an iterator
             one is held at a time.
         folder: made if it is not there.
         metadata: JSON-serialisable.
+
+    Raises:
+        UserError: no adapter, or adapters that differ.
+        RunError: the folder cannot be written; what was in it is as it was.
     """
-    path = Path(folder)
+    with writing_folder(Path(folder), last=CARD, ours=PATTERNS) as staged:
+        write_adapters(adapters, staged, metadata)
+
+
+def write_adapters(
+    adapters: Iterable[nn.Module], path: Path, metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Write the files of :func:`save_adapters` into an empty folder, which is there.
+
+    Raises:
+        UserError: no adapter, or adapters that differ.
+        OSError, SafetensorError: the folder cannot be written.
+    """
     first: dict[str, Any] | None = None
     shapes: list[dict[str, list[int]]] = []
     for adapter in adapters:
         if first is None:
             first = _card(adapter)
-            path.mkdir(parents=True, exist_ok=True)
-            (path / "fastadapt.json").unlink(missing_ok=True)
         if _card(adapter) != first:
             raise UserError(f"layer {len(shapes)} differs from layer 0 in configuration or width")
         tensors = adapter.state_dict()
@@ -64,7 +84,7 @@ def save_adapters(
     if card["kind"] != TRANSCODER:
         card["tensors"] = shapes
     card["metadata"] = dict(metadata or {})
-    (path / "fastadapt.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    (path / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
 
 
 def _card(adapter: nn.Module) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatch
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from typing import Any
 from torch import Tensor
 
 from fastadapt.adapter import TranscoderAdapter
-from fastadapt.errors import RunError, UserError
-from fastadapt.io.atomic import save_tensors
+from fastadapt.errors import UserError
+from fastadapt.io import documents
+from fastadapt.io.atomic import half_filled, save_tensors, unstaged, writing_folder
 from fastadapt.pretrained import ARCHITECTURES, Paths, fetch, model_config, reading, tensor_files
 
 #: Reads one tensor.
@@ -24,6 +26,8 @@ Lazy = Callable[[], Tensor]
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
+#: Names of the files that an export writes, as patterns.
+_EXPORTED = (CONFIG, INDEX, "model.safetensors", "model-*-of-*.safetensors")
 #: Bytes of a shard at most, where it is not one tensor alone.
 SHARD_BYTES = 5_000_000_000
 #: What else belongs to a model and is copied as it is: settings of generation, tokenizer, template.
@@ -124,36 +128,83 @@ def write_checkpoint(
     revision: str | None = None,
     index: str | None = None,
     shard_bytes: float = SHARD_BYTES,
+    overwrite: bool = False,
 ) -> None:
-    """Write a checkpoint, one shard in memory at a time; ``config.json`` is written last.
+    """Write a checkpoint, one shard in memory at a time, whole or not at all.
+
+    ``config.json`` comes last.
 
     Args:
-        folder: new or empty.
+        folder: new or empty, or with ``overwrite`` an export; see :func:`check_output`.
         tensors: by name, in the order in which they are read.
         config: the text of ``config.json``.
         companions: the folder or hub id whose tokenizer, chat template and generation settings are
             copied, of ``revision``.
         index: the text of an index of shards, to write these very shards.
         shard_bytes: of a shard at most, where there is no index to follow.
+        overwrite: replace an export that is there.
 
     Raises:
         UserError: the folder is in use.
-        RunError: it cannot be written.
+        RunError: it cannot be written; it is as it was.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is in use; give a new folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    check_output(folder, overwrite=overwrite)
+    with writing_folder(folder, last=CONFIG) as staged:
         for name in COMPANIONS:
             if (file := fetch(companions, name, revision)) is not None:
-                (folder / name).write_bytes(file.read_bytes())
+                (staged / name).write_bytes(file.read_bytes())
         if index is None:
-            _write_shards(folder, tensors, shard_bytes)
+            _write_shards(staged, tensors, shard_bytes)
         else:
-            _write_as_indexed(folder, tensors, index)
-        (folder / CONFIG).write_text(config, encoding="utf-8")
-    except OSError as error:
-        raise RunError(f"{folder} cannot be written: {error.strerror or error}") from error
+            _write_as_indexed(staged, tensors, index)
+        (staged / CONFIG).write_text(config, encoding="utf-8")
+
+
+def check_output(folder: Path, *, overwrite: bool) -> None:
+    """Refuse a folder that an export may not replace.
+
+    A folder that is new or empty may be written to, and one that a killed export half filled. With
+    ``overwrite`` one may be replaced that holds an export and nothing else: a checkpoint that names
+    adapters in its ``config.json``, or adapters that were read from a published checkpoint.
+
+    Raises:
+        UserError: it holds an export (without ``overwrite``), or something else.
+    """
+    from fastadapt.adapter_files import PATTERNS
+
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if not names and not (folder.exists() and not folder.is_dir()):
+        return
+    patterns = (*_EXPORTED, *COMPANIONS, *PATTERNS)
+    foreign = {name for name in names if not any(fnmatch(name, one) for one in patterns)}
+    if half_filled(folder) and all(unstaged(name) == folder.resolve().name for name in foreign):
+        return
+    if foreign or not names or not _is_export(folder):
+        raise UserError(f"{folder} is in use; give a new folder")
+    if not overwrite:
+        raise UserError(
+            f"{folder} is in use; give a new folder, or replace the export in it (--overwrite)"
+        )
+
+
+def _is_export(folder: Path) -> bool:
+    """Whether ``config.json`` or the card of adapters is as an export writes it."""
+    from fastadapt.adapter_files import CARD
+    from fastadapt.serving.registered import PREFIX
+
+    config, card = (_object(folder / name) for name in (CONFIG, CARD))
+    if str(config.get("model_type")).startswith(PREFIX) or "transcoder_n_features" in config:
+        return True
+    metadata = card.get("metadata")
+    return isinstance(metadata, dict) and "published" in metadata
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; an empty one where there is none."""
+    try:
+        return dict(documents.read_json(path, dict[str, Any]))
+    except UserError:
+        return {}
 
 
 def as_json(values: Mapping[str, Any]) -> str:

@@ -188,6 +188,9 @@ def _sets(argv: list[str]) -> int:
     store = Store.open(sets_parser().parse_args(argv).source)
     rows = []
     for s in list_sets(store):
+        if "broken" in s:
+            print(f"{s['name']}: broken: {s['broken']}")
+            continue
         made = f"(of another adapter: select it again) {s['made']}" if s["stale"] else s["made"]
         rows.append([s["name"], f"{s['size']:,}", ", ".join(map(str, s["per_layer"])), made])
     print_table(["set", "features", "by layer", "made of"], rows, left=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from fastadapt.adapter_files import adapters_of, read_adapters
+from fastadapt.checkpoint_files import check_output
 from fastadapt.errors import UserError
 from fastadapt.organism import resolve
 
@@ -19,32 +21,37 @@ def convert(
     *,
     target: str | None = None,
     base: str | None = None,
+    overwrite: bool = False,
 ) -> str:
     """Write ``source`` in another format, tensor by tensor.
 
     Args:
         source: a run, or a folder of adapters; for ``adapters`` a checkpoint published with
             arXiv 2602.20904, a folder or hub id.
-        output: a new folder.
+        output: a new folder, or with ``overwrite`` one that holds an export and nothing else.
         format: ``huggingface``, a checkpoint for ``AutoModelForCausalLM``; ``hu2026``, one in the
             published format; ``adapters``, this library's own.
         target, base: the pair, where it is not the one that the adapters name, or they name none.
+        overwrite: replace an export that is there, once the new one is on the disk.
 
     Returns:
         How to load what was written.
 
     Raises:
         UserError: no such source, no pair, or a folder in use.
-        RunError: the folder cannot be written.
+        RunError: the folder cannot be written; it is as it was.
     """
     from fastadapt import serving
     from fastadapt.interop import hu2026
 
     out = Path(output).expanduser()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--output: {out} is in use; give a new folder")
+    try:
+        check_output(out, overwrite=overwrite)
+    except UserError as error:
+        raise UserError(f"--output: {error}") from None
     if format == "adapters":
-        hu2026.to_adapters(source, out, target=target, base=base)
+        _check_apart(out, [source, target, base])
+        hu2026.to_adapters(source, out, target=target, base=base, overwrite=overwrite)
         return f"import fastadapt; adapters, metadata = fastadapt.load_adapters({str(out)!r})"
     folder = adapters_of(source)
     metadata = read_adapters(folder)[1]["metadata"]
@@ -56,6 +63,7 @@ def convert(
             raise UserError(f"{folder}: fastadapt.json names no {role}; give --{role}")
         if typed is None:
             revisions[role] = (metadata.get("revisions") or {}).get(role)
+    _check_apart(out, [str(folder), str(pair["target"]), str(pair["base"])])
     write = serving.export if format == "huggingface" else hu2026.from_adapters
     write(
         folder,
@@ -63,8 +71,16 @@ def convert(
         target=resolve(str(pair["target"])),
         base=resolve(str(pair["base"])),
         revisions=revisions,
+        overwrite=overwrite,
     )
     if format == "hu2026":
         return f"from fastadapt.interop import hu2026; model = hu2026.load({str(out)!r})"
     imports = "import fastadapt.serving; from transformers import AutoModelForCausalLM"
     return f"{imports}; model = AutoModelForCausalLM.from_pretrained({str(out)!r})"
+
+
+def _check_apart(output: Path, sources: Sequence[str | None]) -> None:
+    """Refuse to replace what is read."""
+    for source in sources:
+        if source and Path(resolve(source)).expanduser().resolve() == output.resolve():
+            raise UserError(f"--output: {output} is read by this export; give a new folder")

@@ -14,13 +14,13 @@ from typing import Any
 
 import yaml
 
-from fastadapt.adapter_files import adapters_of, read_transcoders, save_adapters
-from fastadapt.errors import RunError, UserError
+from fastadapt.adapter_files import adapters_of, read_transcoders, write_adapters
+from fastadapt.errors import UserError
 from fastadapt.evaluation.runs import pair_of
 from fastadapt.features.sets import FeatureSet
 from fastadapt.features.store import adapter_digest
 from fastadapt.interventions import Intervention, check_fit
-from fastadapt.io.atomic import replacing, sync_file
+from fastadapt.io.atomic import half_filled, unstaged, writing_folder
 
 SET = "set.json"
 _CONFIG, _ADAPTER = "config.yaml", "adapter"
@@ -89,19 +89,13 @@ def intervene(
     out = Path(output).expanduser()
     _check_output(out, source, overwrite=overwrite)
     made = (intervention.apply(read(), features.rows(layer)) for layer, read in enumerate(layers))
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(out) as staged:
-            staged.mkdir()
-            save_adapters(made, staged / _ADAPTER, told)
-            features.write(staged / SET)
-            if config is not None:
-                text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-                (staged / _CONFIG).write_text(text, encoding="utf-8")
-            for file in (staged / _ADAPTER).iterdir():
-                sync_file(file)
-    except OSError as error:
-        raise RunError(f"{out} cannot be written: {error.strerror or error}") from error
+    with writing_folder(out, last=SET) as staged:
+        (staged / _ADAPTER).mkdir()
+        write_adapters(made, staged / _ADAPTER, told)
+        if config is not None:
+            text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+            (staged / _CONFIG).write_text(text, encoding="utf-8")
+        features.write(staged / SET)
     return out
 
 
@@ -119,6 +113,9 @@ def _check_output(out: Path, source: Path, *, overwrite: bool) -> None:
     held = {path.name for path in out.iterdir()} if out.is_dir() else set()
     if not held and not (out.exists() and not out.is_dir()):
         return
+    if half_filled(out):
+        held = {name for name in held if unstaged(name) is None} | {SET}
+        overwrite = True
     if other := sorted(held - {SET, _CONFIG, _ADAPTER}) or [out.name] * (SET not in held):
         raise UserError(
             f"{out} holds something that no intervention wrote ({other[0]}); nothing in it was "

@@ -169,6 +169,9 @@ def export_parser() -> Parser:
     parser.add_argument("source", metavar="RUN", type=str, help="a run, adapters, or a checkpoint")
     parser.add_argument("--output", type=str, required=True, help="a new folder")
     parser.add_argument(
+        "--overwrite", action="store_true", help="replace an export that is in the folder"
+    )
+    parser.add_argument(
         "--format",
         type=Format,
         default="huggingface",

@@ -17,9 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from fastadapt.data.selection import SPLITS
-from fastadapt.data.spool import JOURNAL, ROWS
+from fastadapt.data.spool import GO_ON, JOURNAL, ROWS
 from fastadapt.errors import RunError, UserError
-from fastadapt.io.atomic import digest, locked, replacing
+from fastadapt.io.atomic import (
+    cannot_write,
+    digest,
+    disk_errors,
+    locked,
+    make_folder,
+    replacing,
+    sweep,
+    unstaged,
+)
+from fastadapt.io.documents import DocumentError, read_json
 
 MANIFEST = "manifest.json"
 FORMAT = "fastadapt data"
@@ -27,15 +37,13 @@ SCHEMA_VERSION = 1
 FILES = {split: f"{split}.parquet" for split in SPLITS}
 WORK = ".prepare"
 _SETTINGS, _LOCK = "settings.json", "lock"
-#: What a kill while writing leaves behind.
-_STAGED = tuple(f".tmp-{name}-{'[0-9a-f]' * 32}" for name in (*FILES.values(), MANIFEST))
+#: What is written beside its place first; see :func:`fastadapt.io.atomic.replacing`.
+_REPLACED = (*FILES.values(), MANIFEST)
 #: Everything that is ever written; an overwrite removes this and nothing else.
 _WRITTEN = (
     *FILES.values(),
     MANIFEST,
-    *_STAGED,
     f"{WORK}/{_SETTINGS}",
-    f"{WORK}/.tmp-{_SETTINGS}-{'[0-9a-f]' * 32}",
     f"{WORK}/{ROWS}",
     f"{WORK}/{JOURNAL}",
 )
@@ -57,7 +65,7 @@ def open_output(output: str, *, resume: bool, overwrite: bool) -> Iterator[Path]
     _check(folder, resume=resume, overwrite=overwrite)
     made = not folder.exists()
     try:
-        (folder / WORK).mkdir(parents=True, exist_ok=True)
+        make_folder(folder / WORK)
     except OSError as error:
         raise UserError(f"--output: {folder} cannot be made: {error.strerror}") from error
     with ExitStack() as held:
@@ -68,6 +76,7 @@ def open_output(output: str, *, resume: bool, overwrite: bool) -> Iterator[Path]
         except OSError as error:
             raise UserError(f"--output: {folder} cannot be written: {error.strerror}") from error
         try:
+            _sweep(folder)
             yield folder
         finally:
             if not (folder / WORK / _SETTINGS).exists():
@@ -80,7 +89,10 @@ def _check(folder: Path, *, resume: bool, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output: {folder} is a file; expected a folder or a new name")
     try:
-        found = {p for p in folder.iterdir() if p.name != WORK} if folder.exists() else set()
+        entries = (
+            [path for path in folder.iterdir() if path.name != WORK] if folder.exists() else []
+        )
+        found = [path for path in entries if unstaged(path.name) not in _REPLACED]
     except OSError as error:
         raise UserError(f"--output: {folder} cannot be read: {error.strerror}") from error
     finished = _is_ours(folder)
@@ -117,8 +129,8 @@ def _is_ours(folder: Path) -> bool:
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a finished selection; None where there is none."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError):
+        manifest = read_json(folder / MANIFEST)
+    except DocumentError:
         return None
     return manifest if isinstance(manifest, dict) else None
 
@@ -143,7 +155,8 @@ def begin(folder: Path, settings: Settings) -> None:
         with replacing(folder / WORK / _SETTINGS) as staged:
             staged.write_text(json.dumps(settings, ensure_ascii=False), encoding="utf-8")
     except OSError as error:
-        raise RunError(f"--output: {folder} cannot be written: {error}") from error
+        told = cannot_write(folder, error, "Run the same command again.")
+        raise RunError(f"--output: {told}") from error
 
 
 def check_same(folder: Path, settings: Settings) -> None:
@@ -151,7 +164,7 @@ def check_same(folder: Path, settings: Settings) -> None:
     manifest = read_manifest(folder)
     path = folder / WORK / _SETTINGS
     if path.exists():
-        then = json.loads(path.read_bytes())
+        then = read_json(path, dict[str, Any])
     else:
         then = manifest["settings"] if manifest is not None else {}
     differing = [key for key in settings if settings[key] != then.get(key)]
@@ -169,9 +182,19 @@ def _remove(folder: Path, patterns: Sequence[str]) -> None:
             path.unlink()
 
 
+def _sweep(folder: Path) -> None:
+    """Remove what kills left half-written; the caller holds the folder."""
+    with disk_errors(folder):
+        sweep(*(folder / name for name in _REPLACED), folder / WORK / _SETTINGS)
+
+
 def finish(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write the manifest, after which nothing else is needed."""
-    with replacing(folder / MANIFEST) as staged:
+    """Write the manifest, after which nothing else is needed.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    with disk_errors(folder / MANIFEST, GO_ON), replacing(folder / MANIFEST) as staged:
         text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
         staged.write_text(text, encoding="utf-8")
     clean(folder)
@@ -179,4 +202,4 @@ def finish(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 def clean(folder: Path) -> None:
     """Remove what the reading of a finished selection needed, and what a kill left of it."""
-    _remove(folder, (*_STAGED, *(f"{WORK}/{name}" for name in (_SETTINGS, JOURNAL, ROWS))))
+    _remove(folder, [f"{WORK}/{name}" for name in (_SETTINGS, JOURNAL, ROWS)])

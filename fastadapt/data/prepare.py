@@ -32,11 +32,11 @@ from fastadapt.data.selection import (
     length_histogram,
 )
 from fastadapt.data.sources import COLUMN
-from fastadapt.data.spool import Spool
+from fastadapt.data.spool import GO_ON, Spool
 from fastadapt.data.streams import Stream
 from fastadapt.data.tokens import check_markers
-from fastadapt.errors import RunError, UserError
-from fastadapt.io.atomic import digest, replacing
+from fastadapt.errors import UserError
+from fastadapt.io.atomic import digest, disk_errors, replacing
 
 _GROUP_BYTES = 1 << 24  # text in a row group of the files written
 
@@ -156,23 +156,18 @@ def _write(folder: Path, selection: Selection, spool: Spool, tell: Sink) -> Reco
     files: Record = {}
     for split, name in outdir.FILES.items():
         taken = selection.splits[split]
-        try:
-            with (
-                replacing(folder / name) as staged,
-                pq.ParquetWriter(
-                    staged, schema, compression="zstd", use_dictionary=["domain", "source"]
-                ) as writer,
-            ):
-                for group in _groups(taken):
-                    rows = [{**spool.text(c), "tokens": c.tokens, "row": c.row} for c in group]
-                    writer.write_table(pa.Table.from_pylist(rows, schema=schema))
-                    done += len(group)
-                    tell({"kind": "write", "done": done, "of": of})
-        except OSError as error:
-            raise RunError(
-                f"{folder / name} cannot be written: {error.strerror or error}. Make room, then go "
-                "on with --resume."
-            ) from error
+        with (
+            disk_errors(folder / name, GO_ON),
+            replacing(folder / name) as staged,
+            pq.ParquetWriter(
+                staged, schema, compression="zstd", use_dictionary=["domain", "source"]
+            ) as writer,
+        ):
+            for group in _groups(taken):
+                rows = [{**spool.text(c), "tokens": c.tokens, "row": c.row} for c in group]
+                writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+                done += len(group)
+                tell({"kind": "write", "done": done, "of": of})
         size, sha256 = digest(folder / name)
         files[name] = {"rows": len(taken), "bytes": size, "sha256": sha256}
     return files

@@ -19,10 +19,13 @@ from typing_extensions import TypedDict
 
 from fastadapt.data.selection import Candidate, Shortlist, row_key
 from fastadapt.errors import RunError
+from fastadapt.io.atomic import cannot_write, disk_errors
 from fastadapt.io.documents import Count, DocumentError, check, parse_line
 
 ROWS, JOURNAL = "rows", "journal"
 _CODEC = "zstd"
+#: What the message of a full disk ends with.
+GO_ON = "What was read is kept: go on with --resume."
 
 #: Lines of the journal; see :class:`fastadapt.data.selection.Candidate`.
 _TooLong = tuple[Count, str]
@@ -68,7 +71,7 @@ class Spool:
             self._journal = _open(folder / JOURNAL, kept)
             self._rows = _open(folder / ROWS, self._size)
         except OSError as error:
-            raise RunError(f"{folder} cannot be written: {error.strerror}") from error
+            raise RunError(cannot_write(folder, error, GO_ON)) from error
 
     def _take_up(self, path: Path) -> tuple[int, int]:
         """Replay the committed part of a journal; its bytes, and those of ``rows``."""
@@ -144,14 +147,9 @@ class Spool:
             "bytes": self._size,
         }
         lines = [*self._lines, json.dumps(entry, ensure_ascii=False)]
-        try:
+        with disk_errors(self._folder, GO_ON):
             _append(self._rows, b"".join(self._packed))
             _append(self._journal, "".join(line + "\n" for line in lines).encode())
-        except OSError as error:
-            raise RunError(
-                f"{self._folder} cannot be written: {error.strerror}. Make room, then go on with "
-                "--resume."
-            ) from error
         self._lines, self._packed = [], []
 
     def text(self, candidate: Candidate) -> dict[str, Any]:

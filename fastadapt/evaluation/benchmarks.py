@@ -33,7 +33,7 @@ from fastadapt.evaluation.sampling import (
     check_requests,
     context_of,
 )
-from fastadapt.io.atomic import replacing
+from fastadapt.io.atomic import disk_errors, replacing
 from fastadapt.io.documents import parse_line
 from fastadapt.organism import NAMES
 from fastadapt.organism.problems import HESITATION_WORDS
@@ -299,6 +299,6 @@ def _check_all(model: Any, tokenizer: Any, config: BenchmarkConfig) -> None:
 
 
 def _write(rows: Sequence[Row], path: Path) -> None:
-    with replacing(path) as staged:
+    with disk_errors(path), replacing(path) as staged:
         lines = [json.dumps(vars(row), ensure_ascii=False) + "\n" for row in rows]
         staged.write_text("".join(lines), encoding="utf-8")

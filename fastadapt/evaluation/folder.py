@@ -25,9 +25,20 @@ from fastadapt.evaluation.drawing import write_png
 from fastadapt.evaluation.figures import Figure, figures
 from fastadapt.evaluation.page import write_page
 from fastadapt.evaluation.tables import Table, as_latex, as_markdown, tables
-from fastadapt.io.atomic import locked, replacing
+from fastadapt.io.atomic import (
+    cannot_write,
+    disk_errors,
+    locked,
+    make_folder,
+    replacing,
+    sweep_tree,
+    unstaged,
+)
+from fastadapt.io.documents import read_json
 
 LOCK = ".lock"
+#: What the message of a full disk ends with.
+GO_ON = "What was measured before is intact: run the same command again."
 #: Everything that is ever in the folder.
 CONTENTS = (
     LOCK,
@@ -66,7 +77,7 @@ def kept_part(folder: Path, part: Part, result: Mapping[str, Any]) -> dict[str, 
     path = folder / "eval.json"
     if not path.is_file():
         return {}
-    old = json.loads(path.read_text(encoding="utf-8"))
+    old = read_json(path, dict[str, Any])
     for same in ("schema_version", "pair", "fingerprints", "settings"):
         if old.get(same) != json.loads(json.dumps(result[same])):
             return {}
@@ -94,18 +105,22 @@ def present(
         folder: that is written into.
         what: it is, in a word.
         name: of the JSON file.
+
+    Raises:
+        RunError: the folder cannot be written.
     """
-    with replacing(folder / name) as staged:
-        text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
-        staged.write_text(text + "\n", encoding="utf-8")
-    for name, text in (("tables.md", as_markdown(made)), ("tables.tex", as_latex(made))):
+    with disk_errors(folder, GO_ON):
         with replacing(folder / name) as staged:
-            staged.write_text(text, encoding="utf-8")
-    with replacing(folder / "plots") as staged:
-        staged.mkdir()
-        for figure in drawn:
-            write_png(figure, staged / f"{figure.key}.png")
-    write_page(result, made, drawn, folder / "report.html", what)
+            text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
+            staged.write_text(text + "\n", encoding="utf-8")
+        for name, text in (("tables.md", as_markdown(made)), ("tables.tex", as_latex(made))):
+            with replacing(folder / name) as staged:
+                staged.write_text(text, encoding="utf-8")
+        with replacing(folder / "plots") as staged:
+            staged.mkdir()
+            for figure in drawn:
+                write_png(figure, staged / f"{figure.key}.png")
+        write_page(result, made, drawn, folder / "report.html", what)
 
 
 @contextmanager
@@ -121,19 +136,19 @@ def opened(
         if output.exists() and not output.is_dir():
             raise UserError(f"--output: {output} is a file; expected a folder or a new name")
         held = {path.name for path in output.iterdir()} if output.exists() else set()
-        staged = {name for name in held if name.startswith(".tmp-")}  # what a kill left
-        if foreign := sorted(held - staged - set(contents)):
+        if foreign := sorted(name for name in held if (unstaged(name) or name) not in contents):
             raise UserError(
                 f"--output: {output} holds something that is no evaluation ({foreign[0]}); nothing "
                 "in it was touched. Give a new folder."
             )
-        output.mkdir(parents=True, exist_ok=True)
+        make_folder(output)
         with locked(output / LOCK):
-            for name in held - {LOCK} if overwrite else staged:
-                path = output / name
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            sweep_tree(output)
+            for path in list(output.iterdir()) if overwrite else ():
+                if path.name != LOCK:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
             yield output
     except BlockingIOError:
         raise UserError(f"--output: another process is evaluating into {output}") from None
     except OSError as error:
-        raise RunError(f"--output: {output} cannot be written: {error.strerror}") from error
+        raise RunError(f"--output: {cannot_write(output, error, GO_ON)}") from error

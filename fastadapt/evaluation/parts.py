@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from fastadapt.errors import RunError, UserError
-from fastadapt.io.atomic import replacing, save_tensors, sync_folder
+from fastadapt.errors import UserError
+from fastadapt.io.atomic import disk_errors, make_folder, replacing, save_tensors, sync_folder
 from fastadapt.pretrained import reading
+
+_GO_ON = "What was measured before is intact: run the same command again."
 
 
 class Parts:
@@ -58,8 +59,8 @@ class Parts:
         Raises:
             RunError: the folder cannot be written.
         """
-        with self._writing():
-            self._pieces.mkdir(parents=True, exist_ok=True)
+        with disk_errors(self._pieces, _GO_ON):
+            make_folder(self._pieces)
             with replacing(self._piece(part)) as staged:
                 save_tensors(tensors, staged, {"fingerprint": self._fingerprint})
         if not self.missing():
@@ -81,23 +82,12 @@ class Parts:
         pieces = [self._read(self._piece(i)) for i in range(self.n_parts)]
         joined = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
         beside = self._pieces / "all.safetensors"  # where a kill leaves nothing that stays
-        with self._writing():
+        with disk_errors(self._pieces, _GO_ON):
             with replacing(beside) as staged:
                 save_tensors(joined, staged, {"fingerprint": self._fingerprint})
             os.replace(beside, self.whole)
             sync_folder(self.whole.parent)
         shutil.rmtree(self._pieces, ignore_errors=True)
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise RunError(
-                f"{self._pieces} cannot be written: {reason}; what was measured before is intact: "
-                "make room and evaluate again"
-            ) from error
 
     def _read(self, file: Path) -> dict[str, Tensor]:
         with reading("measurement", str(file)), safe_open(file, framework="pt") as opened:

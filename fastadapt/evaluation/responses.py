@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from fastadapt.errors import RunError, UserError
-from fastadapt.io.atomic import locked
+from fastadapt.io.atomic import cannot_write, disk_errors, locked, make_folder
 from fastadapt.io.documents import check, parse_line
 
 SCHEMA = 1
+_GO_ON = "What was sampled before is intact: run the same command again."
 Finish = Literal["eos", "length", "degenerate", "stop"]
 Key = tuple[str, int]
 _Record = TypeVar("_Record", "Response", "Speed")
@@ -142,11 +143,9 @@ class ResponseFile:
 
     def _write(self, record: Mapping[str, Any]) -> None:
         left = memoryview((json.dumps(record, ensure_ascii=False) + "\n").encode())
-        try:
+        with disk_errors(self.path, _GO_ON):
             while left:
                 left = left[self._file.write(left) :]
-        except OSError as error:
-            raise RunError(f"{self.path} cannot be written: {error.strerror}") from error
 
 
 @contextmanager
@@ -158,7 +157,7 @@ def open_responses(path: Path, settings: Mapping[str, Any]) -> Iterator[Response
         RunError: it cannot be written, or another process samples into it.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with locked(path):
             file = ResponseFile(path, settings)
             try:
@@ -168,7 +167,7 @@ def open_responses(path: Path, settings: Mapping[str, Any]) -> Iterator[Response
     except BlockingIOError:
         raise RunError(f"{path}: another process samples into this file") from None
     except OSError as error:
-        raise RunError(f"{path} cannot be written: {error.strerror}") from error
+        raise RunError(cannot_write(path, error, _GO_ON)) from error
 
 
 def read_responses(path: Path) -> list[Response]:

@@ -20,7 +20,7 @@ import torch
 
 from fastadapt.errors import UserError
 from fastadapt.evaluation.students import Students
-from fastadapt.io.atomic import replacing
+from fastadapt.io.atomic import disk_errors, replacing
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def measure_speed(
             for name, taken in seconds.items()
         },
     }
-    with replacing(path) as staged:
+    with disk_errors(path), replacing(path) as staged:
         staged.write_text(json.dumps({"facts": facts, "speed": speed}, indent=1) + "\n")
     return speed
 

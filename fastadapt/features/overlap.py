@@ -42,7 +42,7 @@ from fastadapt.features.collect.texts import Text, batch_of, batches_of, read_gr
 from fastadapt.features.opening import students_of
 from fastadapt.features.schema import OVERLAP
 from fastadapt.features.store import Store, writing
-from fastadapt.io.atomic import replacing
+from fastadapt.io.atomic import disk_errors, replacing
 from fastadapt.kernels.transcoder import SparseCodes
 from fastadapt.models import ReplacementModel
 
@@ -119,7 +119,7 @@ def overlap(
                     return None
         table = pa.concat_tables(pieces)
         store.add("overlap", table)
-        with replacing(plot_of(store)) as staged:
+        with disk_errors(plot_of(store)), replacing(plot_of(store)) as staged:
             write_png(figure(table), staged)
         return table
 

@@ -15,9 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fastadapt.errors import RunError, UserError
+from typing_extensions import TypedDict
+
+from fastadapt.errors import UserError
 from fastadapt.features.store import Store, writing
-from fastadapt.io.atomic import replacing
+from fastadapt.io.atomic import disk_errors, make_folder, replacing
+from fastadapt.io.documents import Count, Positive, check, read_json
 
 FOLDER = "sets"
 SCHEMA_VERSION = 1
@@ -143,30 +146,35 @@ class FeatureSet:
         return FeatureSet.of(pairs, adapter=self.adapter, shape=self.shape, made=made)
 
 
+class _Set(TypedDict):
+    name: str
+    adapter: str
+    n_layers: Positive
+    n_features: Positive
+    made: str
+    features: list[tuple[Count, Count]]
+
+
 def read_set(path: Path) -> FeatureSet:
     """The set in a JSON file.
 
     Raises:
         UserError: it cannot be read, is no set, or is an empty one.
     """
-    try:
-        plain = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
+    plain = read_json(path)
     found = plain.get("schema_version") if isinstance(plain, dict) else None
     if found != SCHEMA_VERSION:
         raise UserError(
             f"{path}: schema_version is {found!r}, this fastadapt reads {SCHEMA_VERSION}"
         )
+    check(plain, _Set, str(path))
+    shape = plain["n_layers"], plain["n_features"]
+    pairs = tuple((layer, feature) for layer, feature in plain["features"])
     try:
-        shape = int(plain["n_layers"]), int(plain["n_features"])
-        pairs = tuple((int(layer), int(feature)) for layer, feature in plain["features"])
-        texts = [str(plain[key]) for key in ("adapter", "made", "name")]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is no set of features: {error!r}") from error
-    return FeatureSet(texts[0], shape, pairs, texts[1], texts[2]).not_empty()
+        features = FeatureSet(plain["adapter"], shape, pairs, plain["made"], plain["name"])
+        return features.not_empty()
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def save_set(store: Store, features: FeatureSet, name: str, *, overwrite: bool = False) -> Path:
@@ -185,11 +193,9 @@ def save_set(store: Store, features: FeatureSet, name: str, *, overwrite: bool =
                 f"{store.folder} has a set {name!r} already. Replace it (--overwrite), or give "
                 "another name."
             )
-        try:
-            path.parent.mkdir(exist_ok=True)
+        with disk_errors(path):
+            make_folder(path.parent)
             replace(features, name=name).write(path)
-        except OSError as error:
-            raise RunError(f"{path} cannot be written: {error.strerror}") from error
     return path
 
 
@@ -228,18 +234,27 @@ def names_of_sets(store: Store) -> list[str]:
 def list_sets(store: Store) -> list[dict[str, Any]]:
     """Of each set of the store: ``name``, ``size``, ``per_layer``, ``made``, ``stale``.
 
+    One whose file cannot be read has ``name`` and ``broken``, the reason.
+
     A stale one is of another adapter than the store: it stays when features are collected anew.
     """
-    return [
-        {
-            "name": s.name,
-            "size": len(s),
-            "per_layer": s.per_layer(),
-            "made": s.made,
-            "stale": not _is_of(store, s),
-        }
-        for s in (read_set(_path(store, name)) for name in names_of_sets(store))
-    ]
+    listed: list[dict[str, Any]] = []
+    for name in names_of_sets(store):
+        try:
+            s = read_set(_path(store, name))
+        except UserError as error:
+            listed.append({"name": name, "broken": str(error)})
+            continue
+        listed.append(
+            {
+                "name": s.name,
+                "size": len(s),
+                "per_layer": s.per_layer(),
+                "made": s.made,
+                "stale": not _is_of(store, s),
+            }
+        )
+    return listed
 
 
 def _path(store: Store, name: str) -> Path:

@@ -14,10 +14,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from typing_extensions import TypedDict
 
 from fastadapt.errors import RunError, UserError
 from fastadapt.features.schema import KINDS, MANIFEST, SCHEMA_VERSION, SHARED, TABLES, Kind
-from fastadapt.io.atomic import digest, locked, replacing
+from fastadapt.io.atomic import (
+    cannot_write,
+    digest,
+    disk_errors,
+    locked,
+    make_folder,
+    replacing,
+    sweep_tree,
+)
+from fastadapt.io.documents import Count, Positive, Sha256, check, read_json
+from fastadapt.io.parquet import open_parquet, read_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,6 +37,33 @@ if TYPE_CHECKING:
 
 LOCK = ".lock"
 _ROW_GROUP = 8192  # rows; a reader of one feature reads one group of each column
+
+
+class Units(TypedDict):
+    """Of a kind: layers, and units per layer."""
+
+    n_layers: Positive
+    n_features: Positive
+
+
+class Listed(TypedDict):
+    """A file of a store."""
+
+    bytes: Count
+    sha256: Sha256
+
+
+class Manifest(TypedDict):
+    """What every reader takes from ``manifest.json``."""
+
+    run: str
+    adapter: str
+    pair: dict[str, Any]
+    data: dict[str, Any]
+    domains: list[str]
+    settings: dict[str, Any]
+    units: dict[Kind, Units]
+    files: dict[str, Listed]
 
 
 class Store:
@@ -61,15 +99,13 @@ class Store:
                 f"{source} has no features yet: expected {path.name} in it, or in features/ "
                 "(fastadapt features collect)"
             )
-        try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{path} is not JSON: {error}") from error
+        manifest = read_json(path)
         found = manifest.get("schema_version") if isinstance(manifest, dict) else None
         if found != SCHEMA_VERSION:
             raise UserError(
                 f"{path}: schema_version is {found!r}, this fastadapt reads {SCHEMA_VERSION}"
             )
+        check(manifest, Manifest, str(path))
         if adapter is not None and manifest["adapter"] != adapter:
             raise UserError(
                 f"{folder}: these features are of another adapter (of {manifest['run']}); collect "
@@ -120,15 +156,10 @@ class Store:
         filters = [] if layer is None else [("layer", "=", layer)]
         if features is not None:
             filters.append(("feature", "in", sorted(set(features))))  # type: ignore[arg-type]
-        try:
-            return pq.read_table(
-                path,
-                columns=None if columns is None else list(columns),
-                filters=filters or None,
-                partitioning=None,  # a folder called "layer=3" is no column
-            )
-        except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"{path} cannot be read: {error}") from error
+        schema = SHARED[table] if table in SHARED else TABLES[table]
+        if columns is not None:
+            schema = pa.schema([schema.field(name) for name in columns])
+        return read_table(path, schema, columns=columns, filters=filters or None)
 
     def check_unit(self, kind: Kind, layer: int, feature: int) -> None:
         """Raise ``UserError`` where there is no such unit."""
@@ -154,8 +185,10 @@ class Store:
         patterns = []
         for table in (*TABLES, *SHARED):
             if self.has(table, kind):
+                with open_parquet(self.path(table, kind)):
+                    path = str(self.path(table, kind).resolve())
                 # DuckDB takes every path as a pattern, and names of folders as columns.
-                patterns.append(_quoted(glob.escape(str(self.path(table, kind).resolve()))))
+                patterns.append(_quoted(glob.escape(path)))
                 rows = f"read_parquet({patterns[-1]}, hive_partitioning = false)"
                 connection.execute(f"CREATE VIEW {table} AS SELECT * FROM {rows}")
         # A pattern is checked as it is written, and so are the files that it stands for.
@@ -207,8 +240,8 @@ def write_pieces(pieces: Iterable[pa.Table], path: Path, schema: pa.Schema) -> N
     Raises:
         RunError: the folder cannot be written.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with disk_errors(path):
+        make_folder(path.parent)
         with (
             replacing(path) as staged,
             pq.ParquetWriter(staged, schema, compression="zstd") as writer,
@@ -216,8 +249,6 @@ def write_pieces(pieces: Iterable[pa.Table], path: Path, schema: pa.Schema) -> N
             for piece in pieces:
                 rows = piece.select(schema.names).cast(schema)
                 writer.write_table(rows, row_group_size=_ROW_GROUP)
-    except OSError as error:
-        raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def list_column(values: np.ndarray) -> pa.ListArray:
@@ -249,17 +280,18 @@ def write_manifest(folder: Path, facts: Mapping[str, Any], files: Sequence[Path]
 
 @contextmanager
 def writing(store: Path) -> Iterator[None]:
-    """Hold the store's folder for this process, which adds to it.
+    """Hold the store's folder for this process, which adds to it; remove what kills left in it.
 
     Raises:
         UserError: another process does.
         RunError: it cannot be written.
     """
     try:
-        store.mkdir(parents=True, exist_ok=True)
+        make_folder(store)
         with locked(store / LOCK):
+            sweep_tree(store, but=["site"])  # whose writer has a lock of its own
             yield
     except BlockingIOError:
         raise UserError(f"{store}: another process is writing there") from None
     except OSError as error:
-        raise RunError(f"{store} cannot be written: {error.strerror}") from error
+        raise RunError(cannot_write(store, error, "Run the same command again.")) from error

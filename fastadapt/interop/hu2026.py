@@ -27,6 +27,7 @@ from fastadapt.checkpoint_files import (
     SHARD_BYTES,
     Lazy,
     adapter_tensors,
+    check_output,
     lazy_tensors,
     read_json,
     replacement_tensors,
@@ -131,20 +132,22 @@ def save(
     like: str | None = None,
     *,
     shard_bytes: float = SHARD_BYTES,
+    overwrite: bool = False,
 ) -> None:
     """Write a replacement model of a Qwen2 pair as a published checkpoint.
 
     Args:
         model: its adapters are ReLU ones.
-        folder: new or empty.
+        folder: new or empty, or with ``overwrite`` an export and nothing else.
         like: a published checkpoint of which ``config.json``, the division into shards, tokenizer
             and generation settings are kept: what was read from it and not changed is written as
             the same bytes. Else they follow from the model's own and ``shard_bytes``.
         shard_bytes: of a shard at most.
+        overwrite: replace an export that is there, once the new one is on the disk.
 
     Raises:
         UserError: an architecture or activation that the format cannot say, or a folder in use.
-        RunError: the folder cannot be written.
+        RunError: the folder cannot be written; it is as it was.
     """
     first = model.adapters[0]
     if not isinstance(first, TranscoderAdapter):
@@ -165,6 +168,7 @@ def save(
         companions=model.pair.config.target,
         like=like,
         shard_bytes=shard_bytes,
+        overwrite=overwrite,
     )
 
 
@@ -175,12 +179,14 @@ def to_adapters(
     revision: str | None = None,
     target: str | None = None,
     base: str | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Write the adapters of a published checkpoint, by themselves, in this library's format.
 
     ``target`` and ``base`` are recorded as the pair that they belong to; without a base it is the
-    checkpoint itself, which holds the base's MLPs.
+    checkpoint itself, which holds the base's MLPs. ``folder`` and ``overwrite`` as in :func:`save`.
     """
+    check_output(Path(folder), overwrite=overwrite)
     config = published_config(source, revision)
     held = published_tensors(source, revision)
     commit = getattr(config, "_commit_hash", None)
@@ -202,10 +208,11 @@ def from_adapters(
     revisions: Mapping[str, str | None] | None = None,
     like: str | None = None,
     shard_bytes: float = SHARD_BYTES,
+    overwrite: bool = False,
 ) -> None:
     """Write a folder of adapters and the pair that they belong to as a published checkpoint.
 
-    Works on files alone. ``like`` as in :func:`save`.
+    Works on files alone. ``folder``, ``like``, ``overwrite`` and errors as in :func:`save`.
     """
     at = revisions or {}
     layers, _ = read_transcoders(adapters, "the published format")
@@ -226,6 +233,7 @@ def from_adapters(
         revision=at.get("target"),
         like=like,
         shard_bytes=shard_bytes,
+        overwrite=overwrite,
     )
 
 

@@ -99,6 +99,7 @@ def write_published(
     like: str | None,
     shard_bytes: float,
     revision: str | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Write a checkpoint of ``tensors``, where adapters are still ``...mlp.adapter.W_enc`` etc."""
     if config.get("model_type") != "qwen2" or first.config.activation != "relu":
@@ -135,6 +136,7 @@ def write_published(
         revision=revision,
         index=index,
         shard_bytes=shard_bytes,
+        overwrite=overwrite,
     )
 
 

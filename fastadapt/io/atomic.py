@@ -9,8 +9,9 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from fnmatch import fnmatch
 from pathlib import Path
 
 from torch import Tensor
@@ -19,8 +20,7 @@ from fastadapt.errors import RunError
 
 _READ_BYTES = 1 << 22
 _STAGED, _LOCK = ".tmp-", ".lock"
-_TOKEN = re.compile("[0-9a-f]{32}")
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_STAGED_NAME = re.compile(re.escape(_STAGED) + "(.+)-[0-9a-f]{32}")
 
 
 @contextmanager
@@ -43,21 +43,35 @@ def replacing(path: Path, *, last: str | None = None) -> Iterator[Path]:
     try:
         yield staged
         sync_tree(staged, last)
-        _put_in_place(staged, path)
+        old = staged_beside(path) if path.is_dir() else None
+        _swap(staged, path, old)
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)  # a remainder is left to the next sweep
     finally:
         _remove(staged)
 
 
 def staged_beside(path: Path) -> Path:
-    """A new name beside ``path`` for what is to take its place; see :func:`sweep`."""
+    """Return a new name beside ``path`` for what is to take its place; see :func:`sweep`."""
     return path.parent / f"{_STAGED}{path.name}-{uuid.uuid4().hex}"
 
 
-def _put_in_place(staged: Path, path: Path) -> None:
-    """Rename; a folder that was there is moved aside first, since no rename replaces a folder."""
-    old = None
-    if path.is_dir():
-        old = staged_beside(path)
+def unstaged(name: str) -> str | None:
+    """Return the name that a staged file or folder is to take; None of any other name.
+
+    Example:
+        >>> unstaged(staged_beside(Path("run/summary.json")).name)
+        'summary.json'
+        >>> unstaged("summary.json") is None
+        True
+    """
+    staged = _STAGED_NAME.fullmatch(name)
+    return staged[1] if staged else None
+
+
+def _swap(staged: Path, path: Path, old: Path | None) -> None:
+    """Rename; a folder that was there becomes ``old`` first, since no rename replaces a folder."""
+    if old is not None:
         os.rename(path, old)
     try:
         os.replace(staged, path)
@@ -66,46 +80,125 @@ def _put_in_place(staged: Path, path: Path) -> None:
             os.rename(old, path)
         raise
     sync_folder(path.parent)
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)  # what stays of it is for the next sweep
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
 
 
 @contextmanager
-def writing_folder(path: Path, *, last: str | None = None) -> Iterator[Path]:
-    """Yield an empty folder to write to, which takes the place of ``path``: the writer of outputs.
+def writing_folder(
+    path: Path,
+    *,
+    last: str | None = None,
+    ours: Sequence[str] = ("*",),
+    advice: str = "Run the same command again.",
+) -> Iterator[Path]:
+    """Yield an empty folder to write to, whose contents become those of ``path``.
 
-    As :func:`replacing`, and a lock is held on the staged folder while it is written. Staged
-    folders beside ``path`` whose lock is free are those of killed writers; they are removed first.
+    As :func:`replacing`, and a lock is held until the folder is in place. What killed writers of
+    ``path`` left, whose locks are free, is removed first.
+
+    A folder that is there is swapped for the new one where all in it is to go. One that is empty,
+    is a mount point or the working directory, or holds files of others stays itself, and is filled:
+    ``last`` and what matches ``ours`` is removed, the new files are moved in, ``last`` after all
+    others. A kill meanwhile leaves a folder without ``last``, which :func:`half_filled` tells.
+
+    Args:
+        path: a folder, or nothing yet.
+        last: the name of the file that says that the folder is whole.
+        ours: patterns of the names that are to go from a folder that is there.
+        advice: what the message of an error ends with.
 
     Raises:
         RunError: the folder cannot be written, with the reason and the free space.
     """
     path = Path(os.path.realpath(path))
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with disk_errors(path, advice):
+        make_folder(path.parent)
         _remove_abandoned(path)
-        with replacing(path, last=last) as staged:
-            staged.mkdir()
-            with locked(staged / _LOCK):
-                yield staged
-                (staged / _LOCK).unlink()
+        entries = os.listdir(path) if path.is_dir() else []
+        filled = path.is_dir() and (
+            not all(any(fnmatch(name, pattern) for pattern in ours) for name in entries)
+            or not entries
+            or os.path.ismount(path)
+            or path == Path.cwd()
+        )
+        with _stage(path / path.name if filled else path) as stage:
+            new = stage / "new"
+            yield new
+            sync_tree(new, last)
+            if filled:
+                _fill(path, new, last, ours)
+            else:
+                _swap(new, path, stage / "old" if path.is_dir() else None)
+
+
+@contextmanager
+def _stage(path: Path) -> Iterator[Path]:
+    """A locked folder beside ``path`` with an empty folder ``new`` in it; removed at the end."""
+    with ExitStack() as held:
+        while True:
+            stage = staged_beside(path)
+            stage.mkdir()
+            try:
+                held.enter_context(locked(stage / _LOCK))
+                (stage / "new").mkdir()
+                break
+            except (BlockingIOError, FileNotFoundError):
+                continue  # another process took it, not locked yet, for one that a kill left
+        try:
+            yield stage
+        finally:
+            _remove(stage)
+
+
+def _fill(path: Path, new: Path, last: str | None, ours: Sequence[str]) -> None:
+    """Move what is in ``new`` into a folder that stays; without ``last`` in between."""
+    if last is not None:
+        (path / last).unlink(missing_ok=True)
+        sync_folder(path)
+    for pattern in ours:
+        for old in path.glob(pattern):
+            if unstaged(old.name) is None:
+                _remove(old)
+    for entry in sorted(new.iterdir(), key=lambda entry: (entry.name == last, entry)):
+        if entry.name == last:
+            sync_folder(path)
+        os.replace(entry, path / entry.name)
+    sync_folder(path)
+
+
+def half_filled(path: Path) -> bool:
+    """Whether a writer of the folder is at work in it, or was killed in it."""
+    name = Path(os.path.realpath(path)).name
+    return path.is_dir() and any(unstaged(entry) == name for entry in os.listdir(path))
 
 
 def _remove_abandoned(path: Path) -> None:
     """Remove what killed writers of ``path`` left; those that live hold their lock."""
-    for left in _staged_for(path):
+    for left in (*staged_for(path), *staged_for(path / path.name)):
         if left.is_dir():
             with suppress(BlockingIOError), locked(left / _LOCK):
                 shutil.rmtree(left)
         else:
             left.unlink(missing_ok=True)
+
+
+def staged_for(*paths: Path) -> list[Path]:
+    """What calls of :func:`replacing` that were killed, or are at work, have beside ``paths``.
+
+    It lies where a link leads, as what it was to replace does.
+    """
+    left: list[Path] = []
+    for path in (Path(os.path.realpath(path)) for path in paths):
+        if path.parent.is_dir():
+            names = sorted(os.listdir(path.parent))
+            left += [path.parent / name for name in names if unstaged(name) == path.name]
+    return left
 
 
 def sweep(*paths: Path) -> list[Path]:
@@ -116,21 +209,30 @@ def sweep(*paths: Path) -> list[Path]:
     Raises:
         OSError: it cannot be removed.
     """
-    left = [staged for path in paths for staged in _staged_for(Path(os.path.realpath(path)))]
+    left = staged_for(*paths)
     for staged in left:
         shutil.rmtree(staged) if staged.is_dir() else staged.unlink()
     return left
 
 
-def _staged_for(path: Path) -> list[Path]:
-    prefix = f"{_STAGED}{path.name}-"
-    if not path.parent.is_dir():
-        return []
-    return sorted(
-        entry
-        for entry in path.parent.iterdir()
-        if entry.name.startswith(prefix) and _TOKEN.fullmatch(entry.name.removeprefix(prefix))
-    )
+def sweep_tree(folder: Path, *, but: Collection[str] = ()) -> list[Path]:
+    """Remove what killed calls of :func:`replacing` left in a folder or below; return what it was.
+
+    Args:
+        folder: whose lock the caller holds.
+        but: names whose writers have a lock of their own.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    left: list[Path] = []
+    for parent, folders, files in os.walk(folder):
+        staged = {name for name in (*folders, *files) if (unstaged(name) or "") not in ("", *but)}
+        folders[:] = [name for name in folders if unstaged(name) is None]
+        left += [Path(parent, name) for name in sorted(staged)]
+    for path in left:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return left
 
 
 @contextmanager
@@ -148,13 +250,43 @@ def disk_errors(path: Path, advice: str = "Run the same command again.") -> Iter
 
 
 def cannot_write(path: Path, error: Exception, advice: str = "") -> str:
-    """The message of a failed write: path, reason, free space where that is the reason, advice."""
-    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    if getattr(error, "errno", None) in _FULL or "os error 28" in reason:
-        folder = next((p for p in (path, *path.parents) if p.is_dir()), Path())
-        free = shutil.disk_usage(folder).free
-        reason = f"No space left on device ({free / 2**20:,.0f} MiB free). Make room"
+    """The message of a failed write: path, reason, free space where that is the reason, advice.
+
+    Example:
+        >>> cannot_write(Path("out"), PermissionError(13, "Permission denied"), "Give another.")
+        'out cannot be written: Permission denied. Give another.'
+    """
+    number = _number(error)
+    reason = os.strerror(number) if number else str(error) or type(error).__name__
+    if is_full(error):
+        reason = f"{reason} ({free_space(path)} free). Make room"
     return " ".join(f"{path} cannot be written: {reason.rstrip('.')}. {advice}".split())
+
+
+def is_full(error: Exception) -> bool:
+    """Whether an error of a write means that the disk is full, or the quota reached."""
+    return _number(error) in (errno.ENOSPC, errno.EDQUOT)
+
+
+def free_space(path: Path) -> str:
+    """What is free on the disk of a path, which may not be there yet, in MiB."""
+    folder = next((p for p in (path, *path.parents) if p.is_dir()), Path())
+    return f"{shutil.disk_usage(folder).free / 2**20:,.0f} MiB"
+
+
+def _number(error: Exception) -> int | None:
+    number = getattr(error, "errno", None)
+    if number is None and (named := re.search(r"\(os error (\d+)\)", str(error))):
+        number = int(named[1])  # safetensors has it in the text alone
+    return number
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those that it lies in; return once their names are on the disk."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in reversed(missing):
+        sync_folder(folder.parent)
 
 
 def sync_tree(path: Path, last: str | None = None) -> None:
@@ -166,7 +298,7 @@ def sync_tree(path: Path, last: str | None = None) -> None:
     folders = [path]
     for entry in sorted(path.rglob("*")):
         (folders if entry.is_dir() else files).append(entry)
-    for file in sorted(files, key=lambda file: (file.name == last, file)):
+    for file in sorted(files, key=lambda file: (file == path / (last or ""), file)):
         sync_file(file)
     for folder in reversed(folders):
         sync_folder(folder)

@@ -29,6 +29,7 @@ def export(
     base: str,
     revisions: dict[str, str | None] | None = None,
     shard_bytes: float = SHARD_BYTES,
+    overwrite: bool = False,
 ) -> None:
     """Write adapters and the pair that they belong to as one checkpoint.
 
@@ -39,13 +40,14 @@ def export(
 
     Args:
         adapters: what :func:`fastadapt.save_adapters` wrote.
-        folder: new or empty.
+        folder: new or empty, or with ``overwrite`` an export and nothing else.
         target, base: folders or hub ids, of ``revisions`` of these names.
         shard_bytes: of a shard at most.
+        overwrite: replace an export that is there, once the new one is on the disk.
 
     Raises:
         UserError: adapters and models do not fit, or the folder is in use.
-        RunError: the folder cannot be written.
+        RunError: the folder cannot be written; it is as it was.
     """
     at = revisions or {}
     layers, card = read_transcoders(adapters, "this export")
@@ -83,4 +85,5 @@ def export(
         companions=target,
         revision=at.get("target"),
         shard_bytes=shard_bytes,
+        overwrite=overwrite,
     )

@@ -1,8 +1,8 @@
 """Checkpoints that a kill at any moment cannot spoil.
 
 A set is one folder ``step-00000120/`` of safetensors and JSON files and a ``manifest.json`` with
-the size and SHA-256 of each. It is written as a sibling ``.tmp-<step>-<uuid>/``, every file is
-synced, the manifest comes last, and one rename commits it: a set is whole or it is absent. Older
+the size and SHA-256 of each. It is written as a sibling ``.tmp-step-00000120-<uuid>/``, every file
+is synced, the manifest comes last, and one rename commits it: a set is whole or it is absent. Older
 sets go only after the new one was read back and verified. A checksum is needed because safetensors
 reads a file with a flipped bit without complaint. No file is a pickle.
 """
@@ -15,7 +15,6 @@ import json
 import os
 import re
 import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +25,15 @@ from safetensors import SafetensorError
 
 from fastadapt.errors import RunError
 from fastadapt.io.atomic import digest as file_digest
-from fastadapt.io.atomic import save_tensors, sync_file, sync_folder
+from fastadapt.io.atomic import (
+    free_space,
+    is_full,
+    make_folder,
+    save_tensors,
+    staged_beside,
+    sync_folder,
+    sync_tree,
+)
 from fastadapt.ranks import ALONE, Ranks
 from fastadapt.training import tensor_files
 from fastadapt.training.tensor_files import Checkpoint
@@ -80,16 +87,16 @@ def save_checkpoint(
     if keep < 1:
         raise ValueError(f"keep: expected at least 1 checkpoint, got {keep}")
     shared, whole = tensor_files.split(tensors)
+    final = folder / f"step-{step:08d}"
 
     def stage() -> Path:
-        staged = folder / f"{_STAGED}{step}-{uuid.uuid4().hex}"
+        staged = staged_beside(final)
         with _told(folder, step, staged):
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             staged.mkdir()
         return staged
 
     def complete() -> Path:
-        final = folder / f"step-{step:08d}"
         with _told(folder, step, staged):
             if len(list(staged.iterdir())) < files:
                 raise OSError(
@@ -97,6 +104,7 @@ def save_checkpoint(
                     "must be on a file system that all machines share"
                 )
             _write_set(staged, step, whole, scalars)
+            sync_tree(staged, last=MANIFEST)
             _commit(staged, final)
             sync_folder(folder)
         try:
@@ -215,14 +223,11 @@ def _write_set(
     (staged / SCALARS).write_text(json.dumps(dict(scalars), allow_nan=False, sort_keys=True))
     files = {}
     for path in sorted(staged.iterdir()):
-        sync_file(path)
         size, digest = file_digest(path)
         files[path.name] = {"bytes": size, "sha256": digest}
     manifest: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "step": step, "files": files}
     manifest["sha256"] = _manifest_digest(manifest)
     (staged / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    sync_file(staged / MANIFEST)
-    sync_folder(staged)
 
 
 def _commit(staged: Path, final: Path) -> None:
@@ -253,7 +258,7 @@ def _prune(folder: Path, step: int, keep: int) -> None:
 
 def _discard(path: Path) -> None:
     """Remove a set; the rename comes first, so that no half-removed set bears a set's name."""
-    doomed = path.parent / f"{_STAGED}removed-{uuid.uuid4().hex}"
+    doomed = staged_beside(path)
     os.rename(path, doomed)
     shutil.rmtree(doomed)
 
@@ -262,12 +267,10 @@ def _why_not_saved(folder: Path, step: int, error: Exception) -> str:
     committed = list_checkpoints(folder)
     kept = f"The one of step {committed[-1][0]} is intact." if committed else "There is none yet."
     advice = "See to the folder and its disk"
-    text = str(error)
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in text:
-        free = shutil.disk_usage(folder if folder.is_dir() else folder.parent).free
-        advice = f"{free / 2**20:.0f} MiB are free: make room, or lower run.keep_checkpoints"
+    if is_full(error):
+        advice = f"{free_space(folder)} are free: make room, or lower run.keep_checkpoints"
     return (
-        f"checkpoint of step {step} could not be written to {folder}: {text}. {kept} {advice}, "
+        f"checkpoint of step {step} could not be written to {folder}: {error}. {kept} {advice}, "
         "then go on with --resume."
     )
 

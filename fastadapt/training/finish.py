@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from fastadapt.adapter_files import save_adapters
+from fastadapt.adapter_files import CARD, write_adapters
+from fastadapt.io.atomic import disk_errors, replacing
 from fastadapt.models import ModelPair
 from fastadapt.training import rundir
 from fastadapt.training.config import TrainConfig
@@ -38,6 +39,9 @@ def write(
     """Write ``adapter/``, ``summary.json`` and ``report.html``; return the summary.
 
     It is the last evaluation in the log, with ``counts`` of the training.
+
+    Raises:
+        RunError: the folder cannot be written; a resume of the run writes what is missing.
     """
     from fastadapt.training.report import write_report
 
@@ -64,10 +68,13 @@ def write(
         "measured": {name: summary[name] for name in _MEASURED if name in summary},
         "versions": versions()["versions"],
     }
-    with rundir.replacing(folder / rundir.ADAPTER) as staged:
-        save_adapters(adapters, staged, metadata)
-    summary = {**summary, "adapter": str(folder / rundir.ADAPTER)}
-    with rundir.replacing(folder / rundir.SUMMARY) as staged:
+    adapter = folder / rundir.ADAPTER
+    with disk_errors(adapter, rundir.GO_ON), replacing(adapter, last=CARD) as staged:
+        staged.mkdir()
+        write_adapters(adapters, staged, metadata)
+    summary = {**summary, "adapter": str(adapter)}
+    path = folder / rundir.SUMMARY
+    with disk_errors(path, rundir.GO_ON), replacing(path) as staged:
         staged.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return {**summary, "report": str(write_report(folder))}
 

@@ -84,6 +84,7 @@ class Run:
         """Restore the state of ``checkpoint``, open the log, and evaluate if that is due."""
         path = self.folder / rundir.METRICS
         if resume:
+            self.ranks.lead(lambda: rundir.sweep(self.folder))
             swept = self.ranks.lead(lambda: sweep(self.folder / rundir.CHECKPOINTS))
             if checkpoint is not None:
                 state.restore(self, checkpoint)

@@ -13,6 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from fastadapt.io.atomic import disk_errors, replacing
 from fastadapt.page_style import STYLE, card, grid, legend_key, section, table
 from fastadapt.training.charts import (
     HEIGHT,
@@ -25,6 +26,7 @@ from fastadapt.training.charts import (
     smooth,
 )
 from fastadapt.training.records import Run, at, comparison, read_run
+from fastadapt.training.rundir import GO_ON
 from fastadapt.wording import duration, number, percent
 
 # key of a training record: title, unit, key of an evaluation for the adapter, and for the hybrid
@@ -56,6 +58,9 @@ def write_report(run_dir: str | Path) -> Path:
 
     Returns:
         Path of the page.
+
+    Raises:
+        RunError: it cannot be written.
     """
     run = read_run(run_dir)
     title = run.folder.resolve().name
@@ -78,7 +83,8 @@ def write_report(run_dir: str | Path) -> Path:
         f"<body><main>{''.join(body)}</main></body></html>\n"
     )
     path = run.folder / "report.html"
-    path.write_text(page, encoding="utf-8")
+    with disk_errors(path, GO_ON), replacing(path) as staged:
+        staged.write_text(page, encoding="utf-8")
     return path
 
 

@@ -19,11 +19,20 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from fastadapt.errors import RunError, UserError
-from fastadapt.io.atomic import locked, replacing
+from fastadapt.io.atomic import (
+    cannot_write,
+    disk_errors,
+    locked,
+    make_folder,
+    replacing,
+    unstaged,
+)
+from fastadapt.io.atomic import sweep as sweep_beside
 from fastadapt.io.documents import DocumentError, parse_line
 from fastadapt.ranks import Ranks
 from fastadapt.training.checkpoint import list_checkpoints
@@ -42,13 +51,16 @@ TENSORBOARD = "tensorboard"
 WANDB = "wandb"
 RUN_ID = "run-id.txt"
 _LOCK = ".lock"
+#: What the message of a full disk ends with.
+GO_ON = "Checkpoints are intact: go on with --resume."
+#: What is written beside its place first; see :func:`fastadapt.io.atomic.replacing`.
+_REPLACED = (CONFIG, METRICS, SUMMARY, ADAPTER, REPORT, RUN_ID)
 #: Everything that a run writes, as patterns; an overwrite removes this and nothing else.
 _WRITTEN = (
     f"{CHECKPOINTS}/step-*",
     f"{CHECKPOINTS}/.tmp-*",
     f"{ADAPTER}/fastadapt.json",
     f"{ADAPTER}/layer_*.safetensors",
-    *(f".tmp-{name}-{'[0-9a-f]' * 32}" for name in (CONFIG, METRICS, SUMMARY, ADAPTER)),
     f"{TENSORBOARD}/events.out.tfevents.*",
     f"{WANDB}/*",
     RUN_ID,
@@ -85,6 +97,7 @@ def open_run(config: TrainConfig, *, resume: bool, overwrite: bool) -> Iterator[
 def start_afresh(folder: Path, config: TrainConfig) -> None:
     """Remove what an earlier run wrote into the folder, and write the configuration of this one."""
     try:
+        sweep(folder)
         for pattern in _WRITTEN:
             for path in folder.glob(pattern):
                 is_folder = path.is_dir() and not path.is_symlink()
@@ -94,7 +107,17 @@ def start_afresh(folder: Path, config: TrainConfig) -> None:
         with replacing(folder / CONFIG) as staged:
             save_config(config, staged)
     except OSError as error:
-        raise RunError(f"run.output: {folder} cannot be written: {error}") from error
+        raise RunError(f"run.output: {cannot_write(folder, error)}") from error
+
+
+def sweep(folder: Path) -> list[Path]:
+    """Remove what kills left half-written beside the run's files; the caller holds the run.
+
+    Raises:
+        RunError: it cannot be removed.
+    """
+    with disk_errors(folder):
+        return sweep_beside(*(folder / name for name in _REPLACED))
 
 
 class MetricsLog:
@@ -116,9 +139,10 @@ class MetricsLog:
         #: Kind and step of every record.
         self.seen = seen or {(r["kind"], r["step"]) for r in read_records(path)}
         try:
-            self._file = (Path(os.devnull) if self._silent else path).open("a", encoding="utf-8")
+            # Unbuffered, so that closing writes nothing and cannot fail.
+            self._file = FileIO(os.devnull if self._silent else path, "a")
         except OSError as error:
-            raise RunError(f"{path} cannot be written: {error.strerror}") from error
+            raise RunError(cannot_write(path, error, GO_ON)) from error
 
     def write(self, kind: str, step: int, **values: Any) -> Record:
         """Append a record. Numbers that are not finite become null, which JSON can say."""
@@ -126,14 +150,10 @@ class MetricsLog:
         self.seen.add((kind, step))
         if self._silent:
             return record
-        try:
-            self._file.write(json.dumps(record, allow_nan=False) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise RunError(
-                f"{self._path} cannot be written: {error.strerror}. Checkpoints are intact: make "
-                "room, then go on with --resume."
-            ) from error
+        left = memoryview((json.dumps(record, allow_nan=False) + "\n").encode())
+        with disk_errors(self._path, GO_ON):
+            while left:
+                left = left[self._file.write(left) :]
         for sink in self._sinks:
             sink(record)
         return record
@@ -146,10 +166,8 @@ class MetricsLog:
         """Return once all records are on the disk."""
         if self._silent:
             return
-        try:
+        with disk_errors(self._path, GO_ON):
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise RunError(f"{self._path} cannot be written: {error.strerror}") from error
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -183,7 +201,7 @@ def read_records(path: Path) -> list[Record]:
 def drop_records_after(path: Path, step: int) -> None:
     """Take back what was recorded after ``step``, so that the steps to come are recorded once."""
     kept = [record for record in read_records(path) if record["step"] <= step]
-    with replacing(path) as staged:
+    with disk_errors(path, GO_ON), replacing(path) as staged:
         staged.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
 
 
@@ -201,7 +219,10 @@ def _check_contents(folder: Path, config: TrainConfig, *, resume: bool, overwrit
     if folder.exists() and not folder.is_dir():
         raise UserError(f"run.output: {folder} is a file; expected a folder or a new name")
     try:
-        found = [path for path in folder.iterdir() if path.name != _LOCK] if folder.exists() else []
+        entries = folder.iterdir() if folder.exists() else ()
+        found = [
+            path for path in entries if path.name != _LOCK and unstaged(path.name) not in _REPLACED
+        ]
         unfinished = {path for pattern in _WRITTEN for path in folder.glob(pattern)}
     except OSError as error:
         raise UserError(f"run.output: {folder} cannot be read: {error.strerror}") from error
@@ -251,7 +272,7 @@ def _check_same_config(folder: Path, config: TrainConfig) -> None:
 def _make(folder: Path) -> bool:
     made = not folder.exists()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     except OSError as error:
         raise UserError(f"run.output: {folder} cannot be made: {error.strerror}") from error
     return made

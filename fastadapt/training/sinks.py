@@ -18,8 +18,17 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from fastadapt.errors import RunError, UserError
+from fastadapt.io.atomic import disk_errors, replacing
 from fastadapt.training.config import TrainConfig, to_dict
-from fastadapt.training.rundir import METRICS, RUN_ID, TENSORBOARD, Record, Sink, read_records
+from fastadapt.training.rundir import (
+    GO_ON,
+    METRICS,
+    RUN_ID,
+    TENSORBOARD,
+    Record,
+    Sink,
+    read_records,
+)
 
 PROJECT = "fastadapt"
 #: Kinds of records that are series, in their order within a step.
@@ -161,7 +170,8 @@ def _run_id(folder: Path) -> str:
     """What this run is called where runs of many folders meet; kept in the folder."""
     file = folder / RUN_ID
     if not file.exists():
-        file.write_text(uuid.uuid4().hex[:8] + "\n")
+        with disk_errors(file, GO_ON), replacing(file) as staged:
+            staged.write_text(uuid.uuid4().hex[:8] + "\n")
     return file.read_text().strip()
 
 

@@ -112,3 +112,20 @@ def test_a_run_that_is_not_finished(desk, expect_error) -> None:
     run = desk.finished_run()
     (run / "adapter" / "fastadapt.json").unlink()
     expect_error(lambda desk: ["export", run, "--output", desk.folder / "out"], "not finished")
+
+
+def test_an_export_is_replaced_with_overwrite_alone(desk, fastadapt, tmp_path) -> None:
+    run, out = desk.finished_run(), tmp_path / "out"
+    assert fastadapt("export", run, "--output", out).code == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    again = fastadapt("export", run, "--output", out)
+    assert again.code == 2
+    assert "--overwrite" in again.err
+    (out / "config.json").write_text('{"model_type": "fastadapt_qwen2"}')
+    assert fastadapt("export", run, "--output", out, "--overwrite").code == 0
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    (out / "notes.txt").write_text("mine")
+    assert fastadapt("export", run, "--output", out, "--overwrite").code == 2
+    for other in (desk.pair / "target", run / "adapter"):
+        refused = fastadapt("export", run, "--output", other, "--overwrite")
+        assert (refused.code, "is in use" in refused.err) == (2, True)

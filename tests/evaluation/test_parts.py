@@ -67,7 +67,7 @@ def test_a_damaged_or_foreign_file_is_named(tmp_path) -> None:
 
 def test_a_folder_that_cannot_be_written(tmp_path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match=r"cannot be written.*what was measured before is intact"):
+    with pytest.raises(RunError, match=r"cannot be written.*What was measured before is intact"):
         Parts(tmp_path / "file", "a", PRINT, 1).add(0, part(0))
 
 

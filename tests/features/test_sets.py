@@ -100,12 +100,12 @@ def test_a_set_of_another_adapter_is_listed_as_such(store: Store) -> None:
     [
         ({"features": []}, "set 'mine' is empty"),
         ({"features": [[2, 0]]}, "layers 0 to 1 and numbers 0 to 5, got feature 0 of layer 2"),
-        ({"features": [[0, -1]]}, "got feature -1 of layer 0"),
+        ({"features": [[0, -1]]}, r"\[0\]\[1\]: expected int >= 0"),
         ({"features": [[0, 6]]}, "got feature 6 of layer 0"),
         ({"features": [[1, 0], [0, 1]]}, "sorted by layer and number"),
         ({"features": [[1, 0], [1, 0]]}, "distinct"),
-        ({"features": [[1]]}, "is no set of features"),
-        ({"features": None}, "is no set of features"),
+        ({"features": [[1]]}, r"features\[0\]: expected array of length 2"),
+        ({"features": None}, "features: expected array, got null"),
         ({"adapter": "1" * 64}, "set 'mine' is of another adapter"),
         ({"n_features": 7}, "set 'mine' is of another adapter"),
         ({"schema_version": 7}, "schema_version is 7"),
@@ -131,7 +131,20 @@ def test_what_is_no_set_is_told(store: Store, tmp_path: Path) -> None:
             save_set(store, made((0, 1)), name)
     assert not (store.folder / "sets").exists()
     (tmp_path / "x.json").write_text("{")
-    with pytest.raises(UserError, match="is not JSON"):
+    with pytest.raises(UserError, match="is not valid JSON"):
         read_set(tmp_path / "x.json")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is missing"):
         read_set(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("pair", [[0, 0.5], [0, "1"], [0, True], [0, 1.0], [0, 10**30]])
+def test_a_set_takes_integers_only_and_a_broken_one_is_listed(store: Store, pair: list) -> None:
+    save_set(store, made((0, 2)), "whole")
+    path = save_set(store, made((0, 2)), "broken")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "features": [pair]}))
+    with pytest.raises(UserError, match=r"broken\.json.*features"):
+        load_set(store, "broken")
+    broken, whole = list_sets(store)
+    assert broken["name"] == "broken"
+    assert "broken.json" in broken["broken"]
+    assert whole["size"] == 1

@@ -221,7 +221,7 @@ def test_pages_are_replaced_as_a_whole_or_not_at_all(
 
 
 def test_what_a_killed_export_left_is_cleared(store: Store) -> None:
-    killed, living = (store.folder / f".tmp-site-{name}" for name in ("killed", "living"))
+    killed, living = (store.folder / f".tmp-site-{digit * 32}" for digit in "01")
     for left in (killed, living):
         (left / "data").mkdir(parents=True)
     with locked(living / ".lock"):

@@ -75,7 +75,7 @@ def test_a_folder_of_any_name_is_this_store_alone(folder: Path, name: str) -> No
     ("change", "message"),
     [
         (lambda f: (f / "manifest.json").unlink(), "has no features yet"),
-        (lambda f: (f / "manifest.json").write_text("{"), "is not JSON"),
+        (lambda f: (f / "manifest.json").write_text("{"), "is not valid JSON"),
         (lambda f: (f / "adapter" / "lens.parquet").unlink(), "lens.parquet is missing"),
         (
             lambda f: (f / "manifest.json").write_text(json.dumps({"schema_version": 9})),

@@ -31,6 +31,7 @@ from fastadapt.features.collect.tally import Tally
 from fastadapt.features.collect.texts import Prepared
 from fastadapt.features.schema import EDGES, MANIFEST, Kind
 from fastadapt.features.store import Store, write_manifest, writing
+from fastadapt.io.atomic import disk_errors, make_folder, replacing
 
 __all__ = ["CollectConfig", "Shard", "collect", "merge"]
 
@@ -119,12 +120,11 @@ def merge(
         tallies = merged_tallies(parts, prepared.domains)
         work.clear(out)
         first = parts[0].folder
-        try:
+        with disk_errors(out):
             for name in ["tokens.parquet", *(f"{kind}/lens.parquet" for kind in tallies)]:
-                (out / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(first / name, out / name)
-        except OSError as error:
-            raise RunError(f"{out} cannot be written: {error.strerror}") from error
+                make_folder((out / name).parent)
+                with replacing(out / name) as staged:
+                    shutil.copyfile(first / name, staged)
         return _finish(out, [part.folder for part in parts], facts, tallies, prepared)
 
 
@@ -185,9 +185,7 @@ def _finish(
         "versions": {name: version(name) for name in ("fastadapt", "torch", "transformers")},
         "collected": facts,
     }
-    try:
+    with disk_errors(out):
         write_manifest(out, manifest, files)
-    except OSError as error:
-        raise RunError(f"{out} cannot be written: {error.strerror}") from error
     work.clear_work(out)
     return Store.open(out)

@@ -15,16 +15,16 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastadapt.errors import RunError, UserError
+from fastadapt.errors import UserError
 from fastadapt.features.schema import KINDS, MANIFEST, SHARED, TABLES
 from fastadapt.features.store import LOCK
-from fastadapt.io.atomic import replacing
+from fastadapt.io.atomic import disk_errors, replacing, sync_folder, unstaged
+from fastadapt.io.documents import DocumentError, read_json
 
 WORK, NEXT = "collecting", "collecting.next"
 FACTS, TEXTS, STATE = "facts.json", "texts.parquet", "state.safetensors"
@@ -35,7 +35,6 @@ _BESIDE = {LOCK, "sets", "calls", "site"}
 _SHARED = {MANIFEST, *(f"{name}.parquet" for name in SHARED)}
 _SHARED |= {"judgements.json", "judgements.md", "judgements"}
 _OF_KIND = {*(f"{name}.parquet" for name in TABLES), "overlap.png"}
-_STAGED = re.compile(r"\.tmp-(.+)-[0-9a-f]{32}")  # see fastadapt.io.atomic.replacing
 
 #: Facts that say where something lies, and those that tell what it is, wherever it lies.
 _WHERE = {"run", "target", "base", "name", "split"}
@@ -62,8 +61,8 @@ def check_folder(folder: Path) -> None:
 
 def _is_store(folder: Path) -> bool:
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError):
+        manifest = read_json(folder / MANIFEST)
+    except DocumentError:
         return False
     return isinstance(manifest, dict) and {"schema_version", "units"} <= manifest.keys()
 
@@ -80,8 +79,7 @@ def _is_rest(folder: Path) -> bool:
 
 def _unstaged(path: Path) -> str:
     """The name of what a file is, or was to become."""
-    staged = _STAGED.fullmatch(path.name)
-    return staged[1] if staged else path.name
+    return unstaged(path.name) or path.name
 
 
 def read_facts(folder: Path) -> Facts | None:
@@ -93,13 +91,8 @@ def read_facts(folder: Path) -> Facts | None:
     path = folder / WORK / FACTS
     if not path.is_file():
         return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: expected an object, got {type(found).__name__}")
-    return found
+    facts: Facts = read_json(path, dict[str, Any])
+    return facts
 
 
 def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
@@ -127,9 +120,12 @@ def begin_anew(folder: Path) -> None:
         target = folder / path.relative_to(prepared)
         target.parent.mkdir(exist_ok=True)
         os.replace(path, target)
+        sync_folder(target.parent)
         if path.parent != prepared:
             path.parent.rmdir()
+    sync_folder(prepared)
     os.replace(prepared, folder / WORK)
+    sync_folder(folder)
 
 
 def differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -160,7 +156,7 @@ def clear(folder: Path) -> None:
     Raises:
         RunError: it cannot be removed.
     """
-    try:
+    with disk_errors(folder):
         (folder / MANIFEST).unlink(missing_ok=True)  # first: without it there is no store
         clear_work(folder)
         for path in list(_of_units(folder)):
@@ -168,8 +164,6 @@ def clear(folder: Path) -> None:
         for kind in KINDS:
             if (folder / kind).is_dir() and not any((folder / kind).iterdir()):
                 (folder / kind).rmdir()
-    except OSError as error:
-        raise RunError(f"{folder} cannot be written: {error.strerror}") from error
 
 
 def _of_units(folder: Path) -> Iterator[Path]:
@@ -186,18 +180,7 @@ def _remove(path: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a kill left half-made.
-
-    Raises:
-        RunError: it cannot be removed.
-    """
-    try:
-        if not (folder / MANIFEST).is_file():  # what adds to a finished store may be at work
-            for path in list(_of_units(folder)):
-                if _STAGED.fullmatch(path.name):
-                    _remove(path)
-    except OSError as error:
-        raise RunError(f"{folder} cannot be written: {error.strerror}") from error
+    """Remove what a kill left half-prepared; what it left half-written ``writing`` has removed."""
     shutil.rmtree(folder / NEXT, ignore_errors=True)
     if not (folder / WORK / FACTS).is_file():
         clear_work(folder)

@@ -36,6 +36,7 @@ from fastadapt.features.lens import token_strings, write_lens, write_tokens
 from fastadapt.features.schema import Kind
 from fastadapt.features.store import adapter_digest
 from fastadapt.features.units import Neurons, output_rows
+from fastadapt.io.atomic import cannot_write
 
 Progress = Callable[[int, int], None]
 #: Settings that the source of the texts has, and one without part in what is collected.
@@ -167,7 +168,7 @@ def begin(
         work.write_facts(folder, {**facts, "prepared": asdict(prepared), "units": units})
         work.begin_anew(folder)
     except OSError as error:
-        raise RunError(f"{folder} cannot be written: {error.strerror or error}") from error
+        raise RunError(cannot_write(folder, error, "Run the same command again.")) from error
     finally:
         work.sweep(folder)
     return prepared

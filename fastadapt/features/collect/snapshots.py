@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from fastadapt.errors import RunError
 from fastadapt.features.collect.tally import Tally
 from fastadapt.features.schema import Kind
-from fastadapt.io.atomic import replacing, save_tensors
+from fastadapt.io.atomic import disk_errors, replacing, save_tensors
 from fastadapt.pretrained import reading
 
 
@@ -35,15 +34,9 @@ def save(tallies: Mapping[Kind, Tally], cursor: Cursor, path: Path) -> None:
         for kind, tally in tallies.items()
         for name, tensor in tally.tensors().items()
     }
-    try:
-        with replacing(path) as staged:
-            save_tensors(tensors, staged, {"cursor": json.dumps(cursor)})
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise RunError(
-            f"{path} cannot be written: {reason}; what was collected before is intact: make room "
-            "and collect again"
-        ) from error
+    advice = "What was collected before is intact: run the same command again."
+    with disk_errors(path, advice), replacing(path) as staged:
+        save_tensors(tensors, staged, {"cursor": json.dumps(cursor)})
 
 
 def load(tallies: Mapping[Kind, Tally], path: Path) -> Cursor:

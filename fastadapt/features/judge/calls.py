@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastadapt.errors import RunError
-from fastadapt.io.atomic import replacing
+from fastadapt.io.atomic import disk_errors, make_folder, replacing
 
 
 class Calls:
@@ -45,12 +44,10 @@ class Calls:
         """
         path = self._path(request)
         held = {"request": request, "answer": answer, "usage": usage}
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        with disk_errors(path):
+            make_folder(path.parent)
             with replacing(path) as staged:
                 staged.write_text(json.dumps(held, ensure_ascii=False) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise RunError(f"{path} cannot be written: {error.strerror}") from error
 
     def forget(self, requests: Sequence[Mapping[str, Any]]) -> None:
         """Drop the answers to some requests."""

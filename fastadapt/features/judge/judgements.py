@@ -8,15 +8,17 @@ from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from typing_extensions import TypedDict
 
-from fastadapt.errors import RunError, UserError
+from fastadapt.errors import UserError
 from fastadapt.evaluation.drawing import write_png
 from fastadapt.evaluation.figures import Figure, Series
 from fastadapt.evaluation.tables import Interval, Table, as_markdown, shown
 from fastadapt.features.judge.questions import CLASSES
 from fastadapt.features.schema import MANIFEST, TABLES, Kind
 from fastadapt.features.store import Store
-from fastadapt.io.atomic import digest, replacing
+from fastadapt.io.atomic import digest, disk_errors, replacing
+from fastadapt.io.documents import DocumentError, read_json
 from fastadapt.wording import percent
 
 SCHEMA_VERSION = 1
@@ -28,6 +30,11 @@ NAMES: Mapping[str, tuple[str, str]] = {
     "target": ("target's neurons", "target"),
 }
 Part = Literal["described", "classified"]
+
+
+class _Held(TypedDict):
+    schema_version: int
+    judges: dict[str, dict[str, dict[str, Any]]]
 
 
 def add_rows(
@@ -58,10 +65,10 @@ def read_judgements(store: Store) -> dict[str, Any]:
     if not path.is_file():
         return {"schema_version": SCHEMA_VERSION, "judges": {}}
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
-        version, judges = held["schema_version"], dict(held["judges"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error!r}); remove it, and judge again") from error
+        held = read_json(path, _Held)
+    except DocumentError as error:
+        raise UserError(f"{error}; remove the file, and judge again") from None
+    version, judges = held["schema_version"], held["judges"]
     if version != SCHEMA_VERSION:
         raise UserError(
             f"{path}: schema_version is {version!r}, this fastadapt reads {SCHEMA_VERSION}"
@@ -89,7 +96,7 @@ def write_judgements(store: Store, judge: str, part: Part, result: Mapping[str, 
     held = read_judgements(store)
     held["judges"].setdefault(judge, {})[part] = {"collected": _collected(store), **result}
     held["judges"] = dict(sorted(held["judges"].items()))
-    try:
+    with disk_errors(store.folder):
         with replacing(store.folder / JSON) as staged:
             text = json.dumps(held, indent=1, ensure_ascii=False, allow_nan=False)
             staged.write_text(text + "\n", encoding="utf-8")
@@ -99,8 +106,6 @@ def write_judgements(store: Store, judge: str, part: Part, result: Mapping[str, 
             staged.mkdir()
             for figure in figures(held):
                 write_png(figure, staged / f"{figure.key}.png")
-    except OSError as error:
-        raise RunError(f"{store.folder} cannot be written: {error.strerror}") from error
 
 
 # --- as tables ------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import math
 import os
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
 from fastadapt.errors import UserError
 from fastadapt.evaluation.statistics import BootstrapConfig
 from fastadapt.features.schema import KINDS, SAMPLES, Kind, SampleKind
+from fastadapt.io.documents import parse_json
 
 #: Variables of the environment, as other clients of such endpoints read them.
 BASE_URL, MODEL = "OPENAI_BASE_URL", "OPENAI_MODEL"
@@ -98,13 +98,8 @@ class JudgeConfig:
         Raises:
             UserError: it is no JSON object.
         """
-        try:
-            found = json.loads(self.extra)
-        except ValueError:
-            found = None
-        if not isinstance(found, dict):
-            raise UserError(f"judge.extra: expected a JSON object, got {self.extra!r}")
-        return found
+        fields: dict[str, Any] = parse_json(self.extra, "judge.extra", dict[str, Any])
+        return fields
 
     @property
     def asked_for(self) -> str | None:

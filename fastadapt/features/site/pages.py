@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from threading import Event
@@ -15,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fastadapt.errors import RunError, UserError
+from fastadapt.errors import UserError
 from fastadapt.features.schema import MANIFEST, REGIONS, Kind
 from fastadapt.features.site.columns import (
     JUDGED,
@@ -27,8 +25,8 @@ from fastadapt.features.site.columns import (
     totals,
 )
 from fastadapt.features.site.shards import shard
-from fastadapt.features.store import LOCK, Store
-from fastadapt.io.atomic import digest, locked, replacing, sync_file
+from fastadapt.features.store import Store
+from fastadapt.io.atomic import digest, half_filled, writing_folder
 from fastadapt.page_style import STYLE
 
 SITE = "site"
@@ -72,36 +70,22 @@ def export(
     if not chosen:
         raise UserError(f"kinds: expected some of {', '.join(store.kinds)}, got none")
     target = (store.folder / SITE if folder is None else Path(folder).expanduser()).resolve()
-    if target.is_dir() and not (target / RECORD).is_file() and any(target.iterdir()):
+    ours = half_filled(target) or (target / RECORD).is_file()
+    if target.is_dir() and not ours and any(target.iterdir()):
         raise UserError(f"{target} is no site of features; give a folder that is new or empty")
     if target.exists() and not target.is_dir():
         raise UserError(f"{target} is no folder")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _clear_killed(target)
-        with replacing(target) as staged:
-            staged.mkdir()
-            with locked(staged / LOCK):
-                if not _write(store, staged, shapes, progress, stop):
-                    raise _StoppedError
-                (staged / LOCK).unlink()
+        with writing_folder(target, last=RECORD) as staged:
+            if not _write(store, staged, shapes, progress, stop):
+                raise _StoppedError
     except _StoppedError:
         return None
-    except OSError as error:
-        raise RunError(f"{target} cannot be written: {error.strerror or error}") from error
     return target
 
 
 class _StoppedError(Exception):
     """Ends the export without putting anything in place."""
-
-
-def _clear_killed(target: Path) -> None:
-    """Remove what exports left that were killed; those that live hold their lock."""
-    for left in target.parent.glob(f".tmp-{target.name}-*"):
-        if left.is_dir():
-            with suppress(BlockingIOError), locked(left / LOCK):
-                shutil.rmtree(left)
 
 
 def is_current(store: Store, folder: Path) -> bool:
@@ -157,7 +141,6 @@ def _write(
 
     def put(name: str, facts: Any, columns: dict[str, np.ndarray]) -> None:
         (data / f"{name}.js").write_bytes(shard(name, mark, facts, columns))
-        sync_file(data / f"{name}.js")
 
     manifest = store.manifest
     domains = list(manifest["domains"])

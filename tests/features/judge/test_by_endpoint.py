@@ -87,7 +87,7 @@ def test_what_cannot_be_added_to_is_told_before_any_call(good: ChatServer, tmp_p
     made = planted(tmp_path / "f", features=3, texts=60)
     (made.store.folder / "judgements.json").write_text("{")
     judge = open_judge(JudgeConfig(model="made-1", base_url=good.url), made.store)
-    with pytest.raises(UserError, match=r"judgements\.json cannot be read"):
+    with pytest.raises(UserError, match=r"judgements\.json is not valid JSON"):
         describe(made.store, judge, CONFIG, MadeActivations(made))
     assert not good.requests
 

@@ -1,0 +1,239 @@
+"""Damaged variants of a file, and what a reader must do with each.
+
+``variants(path)`` yields named damages of one file; ``Damage.apply`` puts one in the file's place.
+``ends_well(call, ...)`` runs a reader or a command on it: within the time limit it returns because
+what it read is valid, or it refuses with one message that names the file; never a traceback.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import random
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file, save
+
+from fastadapt.errors import RunError, UserError
+
+DEPTH = 100_000
+#: What a value of a document is replaced by, in turn. REMOVED takes the key away.
+REMOVED = object()
+WRONG: tuple[object, ...] = (
+    None, True, -1, 0, 10**9, 1.5, "x", "12", [], {}, 2**63, 2**64, REMOVED,
+)  # fmt: skip
+SECONDS = 20
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One variant of a file.
+
+    Attributes:
+        name: of the case.
+        content: of the file; None for a folder in its place.
+        key: the last key of the value that was replaced, where it was one value of a document.
+        value: what it was replaced by.
+    """
+
+    name: str
+    content: bytes | None
+    key: str = ""
+    value: Any = None
+
+    def apply(self, path: Path) -> None:
+        """Put the variant in the place of ``path``."""
+        if path.is_dir():
+            shutil.rmtree(path)
+        if self.content is None:
+            path.unlink(missing_ok=True)
+            path.mkdir()
+        else:
+            path.write_bytes(self.content)
+
+
+def raw(content: bytes, count: int = 20, seed: int = 0) -> Iterator[Damage]:
+    """Truncations and single bit flips at ``count`` offsets, and what is no such file at all."""
+    draw = random.Random(seed)
+    offsets = sorted({len(content) * i // count for i in range(count)})
+    yield from (Damage(f"cut at {at}", content[:at]) for at in offsets if at)
+    for at in sorted(draw.sample(range(len(content)), min(count, len(content)))):
+        flipped = bytearray(content)
+        flipped[at] ^= 1 << draw.randrange(8)
+        yield Damage(f"bit flip at {at}", bytes(flipped))
+    yield Damage("empty", b"")
+    yield Damage("foreign", b"\x89PNG\r\n\x1a\n" + bytes(range(256)))
+    yield Damage("not UTF-8", b"\xff\xfe" + content)
+    yield Damage("folder", None)
+
+
+def document(content: bytes, *, is_yaml: bool = False) -> Iterator[Damage]:
+    """Wrong types at every key of a JSON or YAML document, nesting, huge numbers, equal keys."""
+    values = yaml.safe_load(content) if is_yaml else json.loads(content)
+    for text in ("[", '{"a":'):
+        yield Damage(f"nested {text}", (text * DEPTH).encode())
+    yield Damage("nested closed", b"[" * DEPTH + b"]" * DEPTH)
+    for name, number in (("5,000 digits", "1" * 5000), ("1e400", "1e400"), ("NaN", "NaN")):
+        yield Damage(name, f'{{"a": {number}}}'.encode())
+    if isinstance(values, dict) and values:
+        first = next(iter(values))
+        twice = json.dumps({first: values[first]})[1:-1]
+        yield Damage("equal keys", f"{{{twice}, {twice}}}".encode())
+    for other in (None, 3, "x", [], {}, [[]]):
+        yield Damage(f"document is {other!r}", json.dumps(other).encode())
+    for path in _paths(values):
+        for wrong in WRONG:
+            changed = _replaced(values, path, wrong)
+            if changed == values and json.dumps(changed) == json.dumps(values):
+                continue
+            told = "removed" if wrong is REMOVED else repr(wrong)
+            name = f"{'.'.join(map(str, path))} {told}"
+            key = next((str(k) for k in reversed(path) if isinstance(k, str)), "")
+            yield Damage(name, json.dumps(changed).encode(), key, wrong)
+
+
+def tensors(path: Path) -> Iterator[Damage]:
+    """Wrong dtypes, shapes and values of every tensor of a safetensors file."""
+    original = load_file(path)
+    for name, tensor in original.items():
+        odd: dict[str, torch.Tensor | None] = {
+            "int8": torch.zeros(tensor.shape, dtype=torch.int8),
+            "bool": torch.zeros(tensor.shape, dtype=torch.bool),
+            "int64": torch.zeros(tensor.shape, dtype=torch.int64),
+            "one more": torch.zeros((*tensor.shape, 1)),
+            "empty": torch.zeros(0),
+            "longer": torch.zeros([n + 1 for n in tensor.shape] or [2]),
+            "removed": None,
+        }
+        for value in (float("nan"), float("inf")):
+            if tensor.is_floating_point():
+                bad = tensor.clone()
+                bad.view(-1)[-1] = value
+                odd[str(value)] = bad
+        for what, other in odd.items():
+            held = {k: v for k, v in {**original, name: other}.items() if v is not None}
+            yield Damage(f"{name} {what}", _saved(held), name, what)
+    yield Damage("one tensor more", _saved({**original, "more": torch.zeros(1)}), "more")
+    header = b"[" * DEPTH
+    yield Damage("nested header", len(header).to_bytes(8, "little") + header)
+    yield Damage("header of 2**63 bytes", (2**63).to_bytes(8, "little") + header)
+
+
+def variants(path: Path) -> list[Damage]:
+    """Every damage that fits the kind of file, by its suffix."""
+    content = path.read_bytes()
+    found = list(raw(content))
+    if path.suffix == ".safetensors":
+        found += tensors(path)
+    elif path.suffix in (".json", ".yaml"):
+        found += document(content, is_yaml=path.suffix == ".yaml")
+    return found
+
+
+class Overrun(BaseException):
+    """A reader took longer than it may; no reader can catch this by mistake."""
+
+
+@contextmanager
+def time_limit(seconds: int = SECONDS) -> Iterator[None]:
+    """Raise :class:`Overrun` in the main thread where the context takes longer."""
+
+    def stop(*_: object) -> None:
+        raise Overrun(f"not done after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def command(*argv: object) -> Callable[[], Any]:
+    """A command line, run in this process; what it prints as an error is raised as one."""
+
+    def run() -> None:
+        from fastadapt.cli import main
+
+        out, err = io.StringIO(), io.StringIO()
+        with redirect_stdout(out), redirect_stderr(err):
+            code = main([str(a) for a in argv])
+        if code:
+            assert code in (1, 2), code
+            raise (RunError if code == 1 else UserError)(err.getvalue())
+        assert "Traceback" not in err.getvalue(), err.getvalue()
+
+    return run
+
+
+def ends_well(
+    call: Callable[[], Any],
+    damage: Damage,
+    path: Path,
+    *,
+    valid: Callable[[Damage, Any], bool],
+    names: tuple[str, ...] = (),
+) -> str | None:
+    """Run ``call`` on a damaged file; return what went wrong in one line, or None.
+
+    Args:
+        call: reads the file.
+        damage: the variant that is there.
+        path: of the file.
+        valid: whether the variant may be accepted, given what ``call`` returned.
+        names: texts of which one must be in a refusal; the file's name if not given.
+    """
+    try:
+        with time_limit():
+            result = call()
+    except (UserError, RunError) as error:
+        text = str(error)
+        if "Traceback" in text:
+            return f"{damage.name}: a traceback is printed: {text[:300]}"
+        if not any(name in text for name in names or (path.name,)):
+            return f"{damage.name}: the message does not name {path.name}: {text[:300]}"
+        if len(text) > 4000:
+            return f"{damage.name}: a message of {len(text)} characters"
+        return None
+    except (Exception, Overrun) as error:
+        return f"{damage.name}: {type(error).__name__}: {str(error)[:200]}"
+    return None if valid(damage, result) else f"{damage.name}: accepted: {str(result)[:200]}"
+
+
+# --- parts ----------------------------------------------------------------------------------------
+
+
+def _paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    if path:
+        yield path
+    if isinstance(value, dict):
+        for key, child in value.items():
+            yield from _paths(child, (*path, key))
+    elif isinstance(value, list) and value:
+        yield from _paths(value[0], (*path, 0))
+
+
+def _replaced(values: Any, path: tuple[Any, ...], new: object) -> Any:
+    changed = copy.deepcopy(values)
+    parent = changed
+    for key in path[:-1]:
+        parent = parent[key]
+    if new is REMOVED:
+        del parent[path[-1]]
+    else:
+        parent[path[-1]] = new
+    return changed
+
+
+def _saved(held: dict[str, torch.Tensor]) -> bytes:
+    return save(held)
