@@ -304,7 +304,7 @@ class Store:
                 with open_parquet(self.path(table, kind)):
                     pass
                 # DuckDB takes every path as a pattern, and names of folders as columns.
-                patterns.append(_quoted(glob.escape(path)))
+                patterns.append(_quoted(glob.escape(str(self.path(table, kind).resolve()))))
                 rows = f"read_parquet({patterns[-1]}, hive_partitioning = false)"
                 try:
                     connection.execute(f"CREATE VIEW {table} AS SELECT * FROM {rows}")
