@@ -206,11 +206,14 @@ def open_log(path: Path, sinks: Sequence[Sink], ranks: Ranks) -> MetricsLog:
 
 
 def read_records(path: Path) -> list[Record]:
-    """Return the whole records of a metrics file; a line that a kill cut short is left out."""
+    """Return the whole records of a metrics file; a line that a kill cut short is left out.
+
+    Numbers that are not finite are null, as this library writes them.
+    """
     records = []
     for line in path.read_bytes().splitlines() if path.is_file() else ():
         with suppress(DocumentError):
-            records.append(parse_line(line, str(path), RecordKey))
+            records.append(_finite(parse_line(line, str(path), RecordKey)))
     return records
 
 

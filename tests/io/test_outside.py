@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from stores import MadeText, make_store
 
 from fastadapt.data import outdir
