@@ -32,7 +32,7 @@ from fastadapt.io.atomic import (
     sweep,
     unstaged,
 )
-from fastadapt.io.documents import Count, DocumentError, Positive, Sha256, check, read_json
+from fastadapt.io.documents import Count, DocumentError, Positive, Sha256, check, read_json, same
 from fastadapt.io.names import inside
 
 MANIFEST = "manifest.json"
@@ -240,7 +240,7 @@ def check_same(folder: Path, settings: Settings) -> None:
             raise UserError(f"{error}. Begin again with --overwrite.") from error
     else:
         then = (read_manifest(folder) or {"settings": {}})["settings"]
-    differing = [key for key in settings if settings[key] != then.get(key)]
+    differing = [key for key in settings if not same(settings[key], then.get(key))]
     if differing:
         told = "; ".join(f"{key}: {settings[key]!r}, was {then.get(key)!r}" for key in differing)
         raise UserError(

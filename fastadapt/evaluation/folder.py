@@ -41,7 +41,7 @@ from fastadapt.io.atomic import (
     sweep_tree,
     unstaged,
 )
-from fastadapt.io.documents import DocumentError, read_json
+from fastadapt.io.documents import DocumentError, read_json, same
 
 LOCK = ".lock"
 #: What the message of a full disk ends with.
@@ -91,8 +91,8 @@ def kept_part(folder: Path, part: Part, result: Mapping[str, Any]) -> dict[str, 
         return {}
     try:
         old = read_json(path, dict[str, Any])
-        for same in ("schema_version", "pair", "fingerprints", "settings"):
-            if old.get(same) != json.loads(json.dumps(result[same])):
+        for about in ("schema_version", "pair", "fingerprints", "settings"):
+            if not same(old.get(about), json.loads(json.dumps(result[about]))):
                 return {}
         schema = _SECTIONS[part]
         sections = {name: old[name] for name in schema.__annotations__ if name in old}

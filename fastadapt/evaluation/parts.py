@@ -94,6 +94,11 @@ class Parts:
     def _join(self) -> None:
         pieces = [self._read(self._piece(i), whole=False) for i in range(self.n_parts)]
         joined = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+        if self._arrays is not None:
+            try:
+                _check(joined, self._arrays, str(self._pieces), whole=True)
+            except TensorError as error:
+                raise UserError(f"{error}: remove it and evaluate again") from error
         beside = self._pieces / "all.safetensors"  # where a kill leaves nothing that stays
         with disk_errors(self._pieces, _GO_ON):
             with replacing(beside) as staged:

@@ -21,7 +21,7 @@ import msgspec
 
 from fastadapt.errors import RunError, UserError
 from fastadapt.io.atomic import cannot_write, disk_errors, locked, make_folder
-from fastadapt.io.documents import Count, check, parse_line
+from fastadapt.io.documents import Count, check, parse_line, same
 
 SCHEMA = 1
 KINDS = ("settings", "response", "speed")
@@ -210,7 +210,7 @@ def _made(kind: type[_Record], record: Mapping[str, Any], where: str) -> _Record
 
 def _compare(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     for name in {**wanted, **found}:
-        if found.get(name) != wanted.get(name):
+        if not same(found.get(name), wanted.get(name)):
             raise UserError(
                 f"{path} holds responses of other settings: {name} was {found.get(name)!r}, and is "
                 f"now {wanted.get(name)!r}; sample into another file, or delete this one"

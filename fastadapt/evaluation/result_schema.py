@@ -15,6 +15,8 @@ from typing_extensions import NotRequired, TypedDict
 
 from fastadapt.io.documents import Count, DocumentError, Positive, check
 
+FAMILIES = ("first", "last", "single")
+
 #: JSON's ``1e400`` is read as infinity, which JSON cannot hold.
 Finite = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)]
 _Positive = Annotated[float, msgspec.Meta(ge=0, le=1e300)]
@@ -193,10 +195,14 @@ class SpeedPart(TypedDict):
     speed: Speeds
 
 
+_Answers = Annotated[dict[str, Answered], msgspec.Meta(min_length=1)]
+_Ways = Annotated[dict[str, _Answers], msgspec.Meta(min_length=1)]
+
+
 class BenchmarksPart(TypedDict):
     """Sections of the part ``benchmarks``: by benchmark, model and way of asking."""
 
-    benchmarks: dict[str, dict[str, dict[str, Answered]]]
+    benchmarks: dict[str, _Ways]
     benchmark_counts: dict[str, str]
 
 
@@ -216,8 +222,20 @@ def check_sections(sections: Mapping[str, Any], schema: Any, source: str) -> Non
                 f"{source}: faithfulness[{name!r}].by_position.edges: expected {len(bins) + 1} "
                 "numbers in ascending order, one more than there are bins"
             )
-    if len({len(pair["last"]) for pair in sections.get("bridge", ())}) > 1:
-        raise DocumentError(f"{source}: bridge: expected as many values of 'last' in every pair")
-    for name in sections.get("benchmarks", {}):
-        if name not in sections["benchmark_counts"]:
-            raise DocumentError(f"{source}: benchmark_counts: expected the key {name!r}")
+    curves = sections.get("partial", {})
+    sizes = {len(found[way]) + (way == "single") for found in curves.values() for way in FAMILIES}
+    sizes |= {len(pair["last"]) for pair in sections.get("bridge", ())}
+    if len(sizes) > 1:
+        raise DocumentError(
+            f"{source}: partial, bridge: expected as many values of 'first' and 'last' everywhere, "
+            f"and one less of 'single'; got {', '.join(map(str, sorted(sizes)))}"
+        )
+    measured = sections.get("faithfulness", {}).values()
+    for key in ("nmse_per_layer", "nmse_token_per_layer"):
+        if len({len(found[key]) for found in measured if found[key] is not None}) > 1:
+            raise DocumentError(f"{source}: faithfulness: expected as many of {key!r} everywhere")
+    named = {*sections.get("benchmarks", ()), "mean"}
+    if differing := sorted(named ^ {*sections.get("benchmark_counts", ()), "mean"}):
+        raise DocumentError(
+            f"{source}: benchmarks, benchmark_counts: expected {differing[0]!r} in both"
+        )

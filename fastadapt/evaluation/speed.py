@@ -22,7 +22,7 @@ from fastadapt.errors import UserError
 from fastadapt.evaluation.result_schema import SpeedFile
 from fastadapt.evaluation.students import Students
 from fastadapt.io.atomic import disk_errors, replacing
-from fastadapt.io.documents import DocumentError, read_json
+from fastadapt.io.documents import DocumentError, read_json, same
 
 
 @dataclass(frozen=True)
@@ -122,10 +122,10 @@ def _measured_before(
     try:
         content = read_json(path, SpeedFile)
         speed: dict[str, Any] = content["speed"]
-        if content["facts"] != facts:
+        if not same(content["facts"], facts):
             return None
         for key in speed.keys() & facts.keys():
-            if speed[key] != facts[key]:
+            if not same(speed[key], facts[key]):
                 raise DocumentError(f"{path}: speed.{key}: expected that of facts, {facts[key]!r}")
         if absent := [name for name in names if name not in speed["models"]]:
             raise DocumentError(f"{path}: speed.models: expected the key {absent[0]!r}")

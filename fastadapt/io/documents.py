@@ -167,6 +167,20 @@ def check(value: Any, schema: Any, source: str) -> None:
         raise DocumentError(f"{source}: {_reason(error)}") from error
 
 
+def same(a: Any, b: Any) -> bool:
+    """Whether two values of JSON are equal; ``true`` is not 1, 1.0 is.
+
+    Example:
+        >>> same({"n": [1, 2.0]}, {"n": [1, 2]}), same([True], [1])
+        (True, False)
+    """
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return isinstance(a, bool) == isinstance(b, bool) and bool(a == b)
+
+
 # --- parts ----------------------------------------------------------------------------------------
 
 

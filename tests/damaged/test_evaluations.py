@@ -1,0 +1,439 @@
+"""What an evaluation keeps, damaged: eval.json, speed.json, arrays, responses, rows, questions."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from damage import REMOVED, Damage, document, ends_well, raw, variants
+
+from fastadapt.errors import UserError
+from fastadapt.evaluation.benchmarks import Row, _write, read_rows
+from fastadapt.evaluation.figures import figures
+from fastadapt.evaluation.folder import PARTS, kept_part
+from fastadapt.evaluation.parts import Arrays, Parts
+from fastadapt.evaluation.prompts import held_out
+from fastadapt.evaluation.questions import BENCHMARKS, questions
+from fastadapt.evaluation.responses import (
+    Response,
+    Speed,
+    open_responses,
+    read_responses,
+)
+from fastadapt.evaluation.runs import pair_of
+from fastadapt.evaluation.speed import SpeedConfig, measure_speed
+from fastadapt.evaluation.tables import as_latex, as_markdown, tables
+
+_spec = importlib.util.spec_from_file_location(
+    "fastadapt_made_up_results", Path(__file__).parents[1] / "evaluation" / "results.py"
+)
+assert _spec is not None
+assert _spec.loader is not None
+results = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(results)
+
+FINGERPRINT = "ab" * 32
+
+
+def sweep(
+    path: Path,
+    cases: list[Damage],
+    call: Callable[[], Any],
+    valid: Callable[[Damage, Any], bool],
+    names: tuple[str, ...] = (),
+) -> None:
+    """Every case through ``call``; what was there is put back."""
+    content, wrong = path.read_bytes(), []
+    for damage in cases:
+        damage.apply(path)
+        said = ends_well(call, damage, path, valid=valid, names=names)
+        wrong += [said] if said else []
+        if path.is_dir():
+            path.rmdir()
+    path.write_bytes(content)
+    print(f"{len(cases)} damaged variants of {path.name}")
+    assert not wrong, f"{len(wrong)} of {len(cases)}:\n" + "\n".join(wrong)
+
+
+# --- eval.json and speed.json ---------------------------------------------------------------------
+
+ABOUT = {"schema_version": 1, "fingerprints": {"target": "ab"}}
+
+
+@pytest.fixture
+def result() -> dict[str, Any]:
+    """One of each kind of student and a part of every kind."""
+    made = {**results.made_up(), **ABOUT}
+    keep = {"l0_10%", "no-bridge"}
+    made["students"] = [s for s in made["students"] if s["name"] in keep]
+    for section in ("faithfulness", "partial"):
+        made[section] = {n: v for n, v in made[section].items() if n in keep}
+    made["speed"] = {
+        "batch_size": 2, "prompt_tokens": 3, "new_tokens": 4, "rounds": 3, "device": "cpu",
+        "models": {"target": {"tokens_per_s": 9.5, "overhead": 0.0}},
+    }  # fmt: skip
+    made["benchmarks"] = {"sums": {"target": {"sampled": results.measured(0.3)}}}
+    return made
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_part_of_eval_json(part: Any, result: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "eval.json"
+    sections = {
+        "outputs": ("faithfulness", "order", "texts"),
+        "partial": ("partial", "bridge", "texts"),
+        "speed": ("speed",),
+        "benchmarks": ("benchmarks", "benchmark_counts"),
+    }[part]
+    about = {name: result[name] for name in ("schema_version", "pair", "fingerprints", "settings")}
+    new = {**about, **{k: result[k] for k in ("students", "level", "versions")}}
+    path.write_text(json.dumps({**about, **{name: result[name] for name in sections}}))
+
+    def read() -> dict[str, Any]:
+        kept = kept_part(tmp_path, part, new)
+        made = {**new, **kept}
+        if kept:
+            json.dumps(made, allow_nan=False)
+            found = tables(made)
+            as_markdown(found), as_latex(found), figures(made)
+        return kept
+
+    assert set(read()) == set(sections)
+
+    def valid(damage: Damage, kept: dict[str, Any]) -> bool:
+        if not kept:  # of other models or settings, or of other parts
+            gone = damage.name == f"{part} removed"
+            return gone or not damage.name.startswith(sections)
+        # What is there must be what the document says, of the types that were written.
+        said = json.loads(damage.content or b"")
+        same = all(kept[name] == said[name] for name in kept)
+        return same and (damage.name.startswith("bit flip") or _possible(damage))
+
+    sweep(path, variants(path), read, valid)
+
+
+#: Keys with the values that they may hold, among those that the generator puts there.
+_POSSIBLE: dict[str, tuple[object, ...]] = {
+    **dict.fromkeys(("mean", "low", "high"), (None, -1, 0, 10**9, 1.5, 2**63, 2**64)),
+    **dict.fromkeys(("n", "n_partial", "predicted", "positions"), (0, 10**9)),
+    **dict.fromkeys(("l0", "tokens_per_s"), (None, 0, 10**9, 1.5, 2**63, 2**64)),
+    **dict.fromkeys(("truncated", "degenerate"), (0,)),
+    **dict.fromkeys(("above", "below", "without", "with", "device", "sums"), ("x", "12")),
+    **dict.fromkeys(("batch_size", "prompt_tokens", "new_tokens", "rounds"), (10**9,)),
+    "overhead": (-1, 0, 10**9, 1.5, 2**63, 2**64),
+    **dict.fromkeys(("nmse_per_layer", "nmse_token_per_layer", "holds"), (None,)),
+    **dict.fromkeys(("faithfulness", "domains", "partial", "models", "benchmarks"), ({},)),
+    **dict.fromkeys(("order", "bridge"), ([], REMOVED)),
+    "recovered": (None,),
+    **dict.fromkeys(("l0_10%", "no-bridge", "math", "target", "sampled"), ({}, REMOVED)),
+}
+
+
+def _possible(damage: Damage) -> bool:
+    allowed = _POSSIBLE.get(damage.key, ())
+    return any(type(value) is type(damage.value) and value == damage.value for value in allowed)
+
+
+@pytest.fixture
+def measured_speed(tmp_path: Path) -> Callable[[], Any]:
+    """``measure_speed`` of a model of no layers whose times are at hand: what is kept is read."""
+    path = tmp_path / "speed.json"
+    models = {name: {"tokens_per_s": 2.5, "overhead": 0.5} for name in ("target", "hybrid")}
+    config = SpeedConfig(batch_size=2, prompt_tokens=3, new_tokens=4, rounds=3)
+    device = f"cpu, {torch.get_num_threads()} threads"
+    settings = {**vars(config), "device": device}
+    prints = {"target": "a", "hybrid": "b"}
+    content = {
+        "facts": {**settings, "fingerprints": prints},
+        "speed": {**settings, "models": models},
+    }
+    path.write_text(json.dumps(content, indent=1))
+
+    class Anew(Exception):  # noqa: N818
+        pass
+
+    def embedding() -> Any:
+        raise Anew
+
+    class Model:
+        device = torch.device("cpu")
+        model = property(lambda self: embedding())
+
+    students: Any = SimpleNamespace(runs=[], fingerprint=prints.get, model=Model())
+
+    def read() -> Any:
+        try:
+            return measure_speed(students, path, config)
+        except Anew:
+            return "anew"
+
+    assert read() == content["speed"]
+    return read
+
+
+def test_speed_json(measured_speed: Callable[[], Any], tmp_path: Path) -> None:
+    path = tmp_path / "speed.json"
+
+    def valid(damage: Damage, found: Any) -> bool:
+        if found == "anew":
+            return "fact" in damage.name or damage.name.startswith("bit flip")
+        return damage.name.startswith("bit flip") or _possible(damage)
+
+    sweep(path, variants(path), measured_speed, valid)
+
+
+# --- arrays ---------------------------------------------------------------------------------------
+
+ARRAYS: Arrays = {
+    "kl": (torch.float32, (5,)),
+    "agrees": (torch.bool, (5,)),
+    "nmse": (torch.float32, (2, 2, 3)),
+    "tokens": (torch.int64, (2,)),
+}
+SHAPES = [
+    {"kl": 2, "agrees": 2, "nmse": 1, "tokens": 1},
+    {"kl": 3, "agrees": 3, "nmse": 1, "tokens": 1},
+]
+
+
+def piece(i: int) -> dict[str, torch.Tensor]:
+    return {
+        name: torch.ones((SHAPES[i][name], *shape[1:]), dtype=dtype)  # type: ignore[arg-type]
+        for name, (dtype, shape) in ARRAYS.items()
+    }
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_arrays_of_a_student(whole: bool, tmp_path: Path) -> None:
+    """The file of all batches, and that of one, from which a run goes on."""
+    first = Parts(tmp_path, "a", FINGERPRINT, 2, ARRAYS)
+    first.add(0, piece(0))
+    path = next(first.whole.parent.rglob("*.safetensors"))
+    if whole:
+        first.add(1, piece(1))
+        path = first.whole
+    content = path.read_bytes()
+
+    def read() -> dict[str, torch.Tensor]:
+        parts = Parts(tmp_path, "a", FINGERPRINT, 2, ARRAYS)
+        if not whole:
+            parts.whole.unlink(missing_ok=True)
+            path.parent.mkdir(exist_ok=True)
+        for part in parts.missing():  # as a run does
+            parts.add(part, piece(part))
+        return parts.read()
+
+    cases = variants(path)
+    for damage in cases:  # the generator's tensors have no fingerprint of their own
+        if damage.content is not None and damage.key:
+            object.__setattr__(damage, "content", _marked(damage.content))
+    wrong = []
+    for damage in cases:
+        path.parent.mkdir(exist_ok=True)
+        if not whole:
+            first.whole.unlink(missing_ok=True)
+        damage.apply(path)
+        said = ends_well(read, damage, path, valid=_same_arrays, names=(path.name, "a-abababab"))
+        wrong += [said] if said else []
+        if path.is_dir():
+            path.rmdir()
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    print(f"{len(cases)} damaged variants of {path.name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def _marked(content: bytes) -> bytes:
+    """The same tensors with the fingerprint that a reader asks for first."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = {"fingerprint": FINGERPRINT}
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
+
+
+def _same_arrays(damage: Damage, found: dict[str, torch.Tensor]) -> bool:
+    # The format has no checksum; "int64" and "bool" are what some of the arrays are.
+    if damage.name == "folder":  # it is no file: its part is measured anew
+        expected = {name: torch.ones(shape, dtype=dtype) for name, (dtype, shape) in ARRAYS.items()}
+        return all(torch.equal(found[name], expected[name]) for name in expected)
+    kinds = {"int64": "tokens", "bool": "agrees"}
+    if kinds.get(damage.value) == damage.key and damage.key:
+        return True
+    return damage.name.startswith("bit flip")
+
+
+# --- responses and rows ---------------------------------------------------------------------------
+
+RESPONSE = Response("0", 0, 7, [1, 2], [3, 4, 5], "three four", "eos", None)
+
+
+def lines_of(path: Path, number: int) -> list[Damage]:
+    """The damages of a document and of bytes, put in the place of one line."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    before, after = b"".join(lines[:number]), b"".join(lines[number + 1 :])
+    line = lines[number].rstrip(b"\n")
+    return [
+        Damage(d.name, before + d.content.replace(b"\n", b" ") + b"\n" + after, d.key, d.value)
+        for d in (*document(line), *raw(line, 10))
+        if d.content is not None
+    ]
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_lines_of_responses(number: int, tmp_path: Path) -> None:
+    path = tmp_path / "0.jsonl"
+    settings = {"temperature": 0.5, "source": {"model": "target"}}
+    with open_responses(path, settings) as file:
+        file.add(RESPONSE)
+        file.add_speed(Speed(3, 0.5, "static"))
+
+    def read() -> list[Any]:
+        with open_responses(path, settings) as file:
+            found = [*file.finished.values(), *file.speeds]
+        read_responses(path)
+        return found
+
+    possible = {
+        "id": ("x", "12"), "repetition": (10**9,), "text": ("x", "12"), "batching": ("x", "12"),
+        "seed": (-1, 0, 10**9, 2**63, 2**64), "cut": (0, 10**9), "tokens": (0, 10**9, []),
+        "prompt_tokens": ([], 0, 10**9), "seconds": (0, 10**9, 1.5, 2**63, 2**64),
+    }  # fmt: skip
+
+    def valid(damage: Damage, found: list[Any]) -> bool:
+        if damage.name.startswith("bit flip"):
+            return True
+        if damage.content and not damage.content.split(b"\n")[number].strip():
+            return False
+        # An entry of a list goes by the key of the list. Which tokens a prompt has is held against
+        # the request, see below.
+        if damage.key.endswith("tokens") and damage.value is REMOVED and ".0" in damage.name:
+            return True
+        return any(
+            type(value) is type(damage.value) and value == damage.value
+            for value in possible.get(damage.key, ())
+        )
+
+    sweep(path, lines_of(path, number), read, valid)
+
+
+def test_a_response_that_no_request_of_these_settings_has(tmp_path: Path) -> None:
+    from fastadapt.evaluation.noise import request_seed
+    from fastadapt.evaluation.sampling import Request, _check_old
+
+    request = Request("0", (1, 2))
+    seed = request_seed(0, "0", 0)
+
+    def check(**changes: Any) -> None:
+        old = {request.key: _with(**{"seed": seed, **changes})}
+        _check_old([request], old, tmp_path / "0.jsonl", 0, {request.key: 4}, 6)
+
+    check()
+    for changes, reason in (
+        ({"seed": seed + 1}, "seed: expected"),
+        ({"tokens": []}, "tokens: expected 1 to 4, got 0"),
+        ({"tokens": [1] * 5}, "tokens: expected 1 to 4, got 5"),
+        ({"tokens": [6]}, "tokens: expected ids below 6, got 6"),
+        ({"cut": 9}, "cut: expected at most 3, got 9"),
+        ({"prompt_tokens": [1]}, "another prompt"),
+    ):
+        with pytest.raises(UserError, match=rf"0\.jsonl.*{reason}"):
+            check(**changes)
+
+
+def _with(**changes: Any) -> Response:
+    return Response(**{**vars(RESPONSE), **changes})
+
+
+def test_rows_of_a_benchmark(tmp_path: Path) -> None:
+    path = tmp_path / "sums.rows.jsonl"
+    text = "so\u2028it is 4"
+    _write([Row(f"q{i}", 0, True, "4", 12, "eos", None, 1, text) for i in (0, 1)], path)
+    assert [row.text for row in read_rows(path)] == [text] * 2
+    possible = {
+        "question": ("x", "12"), "answer": ("x", "12"), "text": ("x", "12"),
+        **dict.fromkeys(("repetition", "length_tokens", "hesitations", "cut"), (0, 10**9)),
+    }  # fmt: skip
+
+    def valid(damage: Damage, _: Any) -> bool:
+        return damage.name.startswith("bit flip") or any(
+            type(value) is type(damage.value) and value == damage.value
+            for value in possible.get(damage.key, ())
+        )
+
+    cases = lines_of(path, 1)
+    sweep(path, cases, lambda: read_rows(path), valid)
+    sweep(path, list(raw(path.read_bytes())), lambda: read_rows(path), _cut_at_a_line(path))
+
+
+def _cut_at_a_line(path: Path) -> Callable[[Damage, Any], bool]:
+    content = path.read_bytes()
+    whole = {content[:i] for i in range(len(content)) if content[:i].endswith(b"\n")}
+
+    def valid(damage: Damage, _: Any) -> bool:
+        return damage.content in (*whole, b"") or damage.name.startswith("bit flip")
+
+    return valid
+
+
+# --- questions ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["math500", "gpqa_diamond"])
+def test_questions_of_the_user(task: str, tmp_path: Path) -> None:
+    of, path = BENCHMARKS[task], tmp_path / f"{task}.jsonl"
+    row = {column: f"{i} is 1?" for i, column in enumerate((*of.columns, of.solution))}
+    path.write_text("".join(json.dumps(row) + "\n" for _ in range(3)))
+
+    def read() -> list[Any]:
+        return questions(task, family="r1-distill", data=str(tmp_path), few_shot=0, seed=0)
+
+    def valid(damage: Damage, _: Any) -> bool:
+        if damage.name == "empty" or damage.name.startswith("bit flip"):  # no row, another text
+            return True
+        if damage.key == of.solution and (damage.value is None or damage.value is REMOVED):
+            return True
+        # Text and numbers stand for themselves; a key that no column is of is left alone.
+        return damage.key != "" and type(damage.value) in (str, int, float)
+
+    sweep(path, lines_of(path, 1), read, valid, (path.name, f"benchmark {task}, row 2"))
+    sweep(
+        path,
+        list(raw(path.read_bytes())),
+        read,
+        lambda d, _: d.name.startswith(("bit flip", "cut")),
+        (path.name, f"benchmark {task}"),
+    )
+
+
+# --- runs -----------------------------------------------------------------------------------------
+
+
+def test_the_configuration_that_an_evaluation_reads(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    path = tmp_path / "config.yaml"
+    pair = {"target": "t", "base": "b", "dtype": "float32"}
+    data = {"validation": "v", "validation_split": "s", "revision": None, "family": "f"}
+    path.write_text(json.dumps({"pair": pair, "data": data}))
+    named = {"target": "t", "base": "b"}
+
+    def read() -> None:
+        pair_of(tmp_path / "adapter", named)
+        held_out(tmp_path)
+
+    possible = ("validation", "validation_split", "revision", "family", "dtype")
+
+    def valid(damage: Damage, _: Any) -> bool:
+        if damage.name.startswith("bit flip") or damage.name == "folder":
+            return True
+        optional = damage.key == "dtype" and damage.value is REMOVED
+        none = damage.key == "revision" and damage.value is None
+        return optional or none or (damage.key in possible and isinstance(damage.value, str))
+
+    sweep(path, variants(path), read, valid, (path.name, "adapter", "dtype"))
