@@ -9,7 +9,7 @@ import pytest
 from results import LAYERS, STUDENTS, made_up
 
 from fastadapt.evaluation.drawing import COLOURS, colours, interactive, write_png
-from fastadapt.evaluation.figures import figures
+from fastadapt.evaluation.figures import Figure, Series, figures
 from fastadapt.evaluation.page import write_page
 from fastadapt.evaluation.tables import as_latex, as_markdown, shown, tables
 
@@ -123,5 +123,5 @@ def test_every_series_is_in_the_legend_by_its_name(name, tmp_path, monkeypatch) 
     values = ([1.0, 2.0], [0.1, 0.2], [0.05, 0.1], [0.2, 0.3])
     series = [Series(each, "transcoder", *values) for each in (name, "new")]
     write_png(Figure("k", "title", "x", "y", series), tmp_path / "a.png")
-    shown = [text.get_text() for text in legends[-1].get_texts()]
-    assert [text.strip().replace("\\$", "$") for text in shown] == [name, "new"]
+    names = [text.get_text() for text in legends[-1].get_texts()]
+    assert [text.strip().replace("\\$", "$") for text in names] == [name, "new"]
