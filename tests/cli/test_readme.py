@@ -49,6 +49,7 @@ def test_the_commands_are_understood(tmp_path):
     from fastadapt.options_data import parse_prepare
     from fastadapt.options_eval import parse_eval
     from fastadapt.options_features import (
+        check_parser,
         collect_parser,
         intervene_parser,
         judged_parser,
@@ -60,6 +61,7 @@ def test_the_commands_are_understood(tmp_path):
     values = yaml.safe_load(blocks("yaml")[0])
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values))
     parsers = {
+        "check": check_parser(),
         "collect": collect_parser(),
         "serve": pages_parser("serve"),
         "describe": judged_parser("describe"),
