@@ -102,7 +102,7 @@ def test_the_commands_are_understood(tmp_path):
             program = words[1] if words[1] != "-m" else words[2].replace(".", "/") + ".py"
             assert (ROOT / program).is_file()
             seen += 1
-    assert seen == 22
+    assert seen == 23
 
 
 @pytest.mark.parametrize("target", ["train", "test", "reproduce", "study"])
