@@ -85,6 +85,7 @@ def replacement_tensors(
     """
     at = revisions or {}
     config = model_config(target, at.get("target"), trust=False)
+    model_config(base, at.get("base"), trust=False)  # refused where it is quantised
     paths = ARCHITECTURES[config.model_type]
     mlp = re.compile(rf"{paths.decoder}\.{paths.layers}\.\d+\.{paths.mlp}\.")
     ours = lazy_tensors(target, at.get("target"), "target")

@@ -16,6 +16,7 @@ from typing_extensions import TypedDict
 from fastadapt.errors import RunError, UserError
 from fastadapt.io.documents import read_json
 from fastadapt.io.names import check_name
+from fastadapt.io.tensors import check_tensor, open_tensors
 
 _Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 28)]
 _Number = int | float | None
@@ -95,6 +96,9 @@ ARCHITECTURES: Mapping[str, Paths] = {
 }
 
 
+#: Dtypes, as safetensors calls them, of tensors that hold weights and no codes of weights.
+_STORED = ("F64", "F32", "BF16", "F16")
+
 #: Shapes of the presets' models.
 SHAPES = Path(__file__).parent / "presets" / "shapes.json"
 
@@ -136,6 +140,11 @@ def model_config(source: str, revision: str | None, trust: bool) -> Any:
         if (file := fetch(source, "config.json", revision)) is not None:
             read_json(file, ModelFile, constants=True)
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(
+            f"model {source!r} is quantised (quantization_config in its config.json), and its "
+            "stored numbers are no weights. Give the model before it was quantised"
+        )
     config._attn_implementation = None
     return config
 
@@ -171,15 +180,37 @@ def fetch(source: str, name: str, revision: str | None) -> Path | None:
 
 
 def tensor_files(source: str, revision: str | None) -> dict[str, Path]:
-    """File of every shard, by name. Shards named by an index may not lie outside their folder."""
+    """File of every shard, by name. Shards named by an index may not lie outside their folder.
+
+    As in transformers, a single file goes before an index: saving a model again leaves the index of
+    the shards that it had before.
+
+    Raises:
+        UserError: there are no weights, a shard is missing, or a tensor is quantised.
+    """
+    files = _tensor_files(source, revision)
+    for path in files.values():
+        with reading("model", str(path)), open_tensors(path) as file:
+            for name in file.keys():  # noqa: SIM118
+                dtype = file.get_slice(name).get_dtype()
+                if dtype not in _STORED:
+                    raise UserError(
+                        f"{path}: tensor {name} is stored as {dtype}, which is no weight but a "
+                        "code of one (a quantised checkpoint). Give the model before it was "
+                        f"quantised; expected {', '.join(_STORED)}"
+                    )
+    return files
+
+
+def _tensor_files(source: str, revision: str | None) -> dict[str, Path]:
+    single = fetch(source, "model.safetensors", revision)
+    if single is not None:
+        return {"model.safetensors": single}
     index = fetch(source, "model.safetensors.index.json", revision)
     if index is None:
-        single = fetch(source, "model.safetensors", revision)
-        if single is None:
-            raise UserError(
-                f"{source}: no model.safetensors found; only safetensors checkpoints are read"
-            )
-        return {"model.safetensors": single}
+        raise UserError(
+            f"{source}: no model.safetensors found; only safetensors checkpoints are read"
+        )
     names = sorted(set(read_json(index, ShardIndex)["weight_map"].values()))
     files = {}
     for name in names:
@@ -307,7 +338,9 @@ def load_mlps(
             safe_open(file, framework="pt", device=str(device)) as shard,
         ):
             for name in wanted & set(shard.keys()):
-                tensors[name] = shard.get_tensor(name).to(dtype)
+                tensor = shard.get_tensor(name)
+                check_tensor(tensor, str(file), name)
+                tensors[name] = tensor.to(dtype)
     if missing := sorted(wanted - set(tensors)):
         raise UserError(f"{role} {source}: {len(missing)} MLP weights are missing: {missing[:3]}")
     for prefix, mlp in zip(prefixes, mlps, strict=True):

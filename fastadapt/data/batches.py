@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -11,6 +12,16 @@ from fastadapt.batch import Batch
 from fastadapt.data.sequences import Sample
 
 IGNORED = -100
+
+
+def padding_id(tokenizer: Any, n_rows: int) -> int:
+    """Return the token to pad with: the tokenizer's, where the embedding of ``n_rows`` has its row.
+
+    A tokenizer that was given a padding token often comes with an embedding that was not resized.
+    Padding is masked everywhere, so that any row does.
+    """
+    token = tokenizer.pad_token_id
+    return int(token) if token is not None and 0 <= token < n_rows else 0
 
 
 def collate(samples: Sequence[Sample], pad_token_id: int) -> Batch:

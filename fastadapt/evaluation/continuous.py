@@ -109,7 +109,7 @@ def run_continuous(
     stop: Event | None,
 ) -> float:
     """Bring rollouts to their ends, ``done`` with each; the seconds of generation alone."""
-    watch, draw = _Watch(rollouts), Draw(config)
+    watch, draw = _Watch(rollouts), Draw(config, model.device)
     high = _Key(0, watch.keys_of)
     processors = ContinuousBatchingLogitsProcessorList(
         LogitsProcessorList([high, _Drawing(high, draw, watch.keys_of)])
@@ -128,13 +128,14 @@ def run_continuous(
     watch.cancel = manager.cancel_request
     try:
         manager.warmup()
+        draw.forget()  # what warming up drew is no one's
         manager.start()
         begun = time.perf_counter()
         for name, rollout in watch.rollouts.items():
             manager.add_request(
                 list(rollout.request.prompt), request_id=name, max_new_tokens=rollout.limit
             )
-        _collect(manager, watch, done, stop)
+        _collect(manager, watch, draw, done, stop)
         return time.perf_counter() - begun
     finally:
         manager.stop(block=True, hard_stop=True)
@@ -142,11 +143,16 @@ def run_continuous(
 
 
 def _collect(
-    manager: Any, watch: _Watch, done: Callable[[Rollout], None], stop: Event | None
+    manager: Any,
+    watch: _Watch,
+    draw: Draw,
+    done: Callable[[Rollout], None],
+    stop: Event | None,
 ) -> None:
     left = set(watch.rollouts)
     while left and not (stop is not None and stop.is_set()):
         output = manager.get_result(timeout=0.05)
+        draw.check()
         ended = []
         if output is not None and output.request_id in left:
             if output.error is not None:

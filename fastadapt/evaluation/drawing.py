@@ -55,6 +55,12 @@ def colours(series: Sequence[Series]) -> list[str]:
     return [next(shades) if s.kind == "transcoder" else COLOURS[s.kind] for s in series]
 
 
+def _label(name: str) -> str:
+    """A name for matplotlib, which leaves out names in ``_`` and takes ``$`` for a formula."""
+    plain = name.replace("$", r"\$")
+    return f" {plain}" if plain.startswith("_") else plain
+
+
 def write_png(figure: Figure, path: Path) -> None:
     """Draw ``figure`` into a PNG file, 7.6 by 4.2 inches at 200 dots an inch."""
     from matplotlib.figure import Figure as Canvas
@@ -65,11 +71,13 @@ def write_png(figure: Figure, path: Path) -> None:
     for s, colour in zip(figure.series, colours(figure.series), strict=True):
         dash = _MATPLOTLIB.get(DASHES.get(s.kind, ""), "-")
         if s.level:
-            axes.axhline(s.y[0], color=colour, linestyle=dash, label=s.name, linewidth=1.4)
+            axes.axhline(s.y[0], color=colour, linestyle=dash, label=_label(s.name), linewidth=1.4)
             axes.axhspan(s.low[0], s.high[0], color=colour, alpha=0.12, linewidth=0)
             continue
         line = dash if figure.joined and len(s.x) > 1 else "none"
-        axes.plot(s.x, s.y, color=colour, linestyle=line, marker="o", markersize=3.5, label=s.name)
+        axes.plot(
+            s.x, s.y, color=colour, linestyle=line, marker="o", markersize=3.5, label=_label(s.name)
+        )
         if len(s.x) > 1 and figure.joined:
             axes.fill_between(s.x, s.low, s.high, color=colour, alpha=0.15, linewidth=0)
         else:

@@ -32,22 +32,28 @@ class Interval(TypedDict):
     high: Finite | None
 
 
-class Known(Interval):
+class Known(TypedDict):
     """The same where there is an estimate."""
 
     mean: Finite
+    low: Finite | None
+    high: Finite | None
 
 
-class Shares(Interval):
+class Shares(TypedDict):
     """The same of a proportion."""
 
     mean: _Share | None
+    low: Finite | None
+    high: Finite | None
 
 
-class Differences(Interval):
+class Differences(TypedDict):
     """The same of a difference of proportions."""
 
     mean: _Difference | None
+    low: Finite | None
+    high: Finite | None
 
 
 class Region(TypedDict):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastadapt.errors import UserError
+from fastadapt.errors import RunError, UserError
 from fastadapt.evaluation.degeneration import DegenerationConfig, DegenerationDetector
 from fastadapt.evaluation.noise import gumbel, position_key, request_seed
 from fastadapt.evaluation.responses import Finish, Request, Response
@@ -139,22 +139,46 @@ class Rollout:
 
 
 class Draw:
-    """From logits to scores whose largest is the token drawn. N rows, V vocabulary."""
+    """From logits to scores whose largest is the token drawn. N rows, V vocabulary.
 
-    def __init__(self, config: SamplingConfig) -> None:
+    No token can be drawn from logits that are NaN or infinite (``argmax`` would give token 0). That
+    there were some is noted on the device, and :meth:`check` raises.
+    """
+
+    def __init__(self, config: SamplingConfig, device: torch.device | str = "cpu") -> None:
         from transformers import TopPLogitsWarper
 
+        self._broken = torch.zeros((), dtype=torch.bool, device=device)
         self._temperature = config.temperature
         self._top_p = TopPLogitsWarper(config.top_p) if config.top_p < 1 else None
 
     def __call__(self, logits_NV: Tensor, high_N: Tensor, low_N: Tensor) -> Tensor:
         """``logits / temperature``, cut to the top p, plus the noise of the keys (int32)."""
+        # Rows that fill a batch up have the key 0.
+        bad_N = ~(logits_NV < torch.inf).all(-1) & ((high_N != 0) | (low_N != 0))
+        self._broken |= bad_N.any()
         if self._temperature == 0:
             return logits_NV
         scores_NV = logits_NV.float() / self._temperature
         if self._top_p is not None:
             scores_NV = self._top_p(None, scores_NV)
         return scores_NV + gumbel(high_N, low_N, logits_NV.shape[-1])
+
+    def check(self) -> None:
+        """Raise if a call saw logits that are not finite; waits for the device.
+
+        Raises:
+            RunError: it did.
+        """
+        if bool(self._broken):
+            raise RunError(
+                "the model's logits are NaN or infinite, so that no token can be drawn. Where its "
+                "weights are 16 bits wide, they may overflow: give a wider dtype (--dtype float32)"
+            )
+
+    def forget(self) -> None:
+        """Let :meth:`check` raise for later calls alone."""
+        self._broken.zero_()
 
 
 def keys(rollouts: list[Rollout], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:

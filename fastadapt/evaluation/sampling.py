@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastadapt.data.batches import padding_id
 from fastadapt.errors import UserError
 from fastadapt.evaluation.noise import request_seed
 from fastadapt.evaluation.responses import (
@@ -139,12 +140,14 @@ def sample(
         limits = {r.key: min(config.max_new_tokens, context - len(r.prompt)) for r in requests}
         _check_old(requests, old, out, config.seed, limits, vocabulary_of(model))
         todo = [request for request in requests if request.key not in old]
+        n_rows = len(model.get_input_embeddings().weight)
         pad = tokenizer.pad_token_id
+        pad = min(eos, default=0) if pad is None else padding_id(tokenizer, n_rows)
         session = _Session(
             model=model,
             config=config,
             eos=eos,
-            pad=min(eos, default=0) if pad is None else pad,
+            pad=pad,
             file=file,
             total=len(requests),
             progress=progress,
@@ -297,7 +300,8 @@ def _run_batch(session: _Session, batch: list[Rollout]) -> None:
     """One ``generate`` on left-padded prompts; transformers derives positions from the mask."""
     from transformers import LogitsProcessorList, StoppingCriteriaList
 
-    model, draw = session.model, Draw(session.config)
+    model = session.model
+    draw = Draw(session.config, model.device)
     length = max(len(rollout.request.prompt) for rollout in batch)
     ids_BT = torch.full((len(batch), length), session.pad, dtype=torch.int64)
     mask_BT = torch.zeros_like(ids_BT)
@@ -310,6 +314,7 @@ def _run_batch(session: _Session, batch: list[Rollout]) -> None:
         return draw(logits_BV, *keys(batch, logits_BV.device))
 
     def ended(ids_BT: Tensor, logits: Any, **_: Any) -> Tensor:
+        draw.check()
         for rollout, token in zip(batch, ids_BT[:, -1].tolist(), strict=True):
             if rollout.finish is None and rollout.feed(token):
                 session.done(rollout)

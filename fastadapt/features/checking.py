@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from fastadapt.errors import UserError
 from fastadapt.features.judge.judgements import JSON, read_judgements
-from fastadapt.features.schema import SHARED, TABLES, Kind
+from fastadapt.features.schema import EDGES, MANIFEST, SHARED, TABLES, Kind
 from fastadapt.features.sets import FOLDER, list_sets
 from fastadapt.features.store import Store
 from fastadapt.features.values import unsorted, wrong_values
@@ -59,6 +59,9 @@ def check_store(store: Store) -> list[Checked]:
             store.check_file(path)
         except UserError as error:
             checked.wrong.append(str(error).removeprefix(f"{path} "))
+    if tuple(store.manifest["edges"]) != EDGES:
+        line = f"edges: expected the {len(EDGES)} that histograms are made with, got others"
+        found[MANIFEST] = Checked(MANIFEST, wrong=[line])
     # Texts and tokens first: the others are held against their rows.
     known: dict[str, int] = {}
     lengths = np.zeros(0, np.int64)
@@ -145,6 +148,9 @@ class _Reader:
 
     def _of_features(self, rows: pa.Table) -> Iterator[str]:
         count = rows["count"].to_numpy()
+        tokens = self._store.manifest["data"]["tokens"]
+        if not np.allclose(rows["density"].to_numpy() * tokens, count, rtol=1e-6, atol=0):
+            yield "the column 'density': expected 'count' over the manifest's tokens"
         for name in ("histogram", "by_region"):
             parts = pc.list_parent_indices(rows[name]).to_numpy()
             sums = np.bincount(parts, pc.list_flatten(rows[name]).to_numpy(), len(rows))

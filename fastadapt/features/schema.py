@@ -189,3 +189,5 @@ TABLES = {
     "overlap": OVERLAP,
 }
 SHARED = {"texts": TEXTS, "tokens": TOKENS}
+#: Of ``TABLES``, those that collecting writes and the manifest lists.
+COLLECTED = ("features", "examples", "lens")

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from fastadapt.errors import UserError
 from fastadapt.features.store import Layers, PerLayer, Store, writing
@@ -153,6 +153,7 @@ class _Set(TypedDict):
     n_layers: Layers
     n_features: PerLayer
     made: str
+    size: NotRequired[Count]
     features: list[tuple[Count, Count]]
 
 
@@ -164,7 +165,7 @@ def read_set(path: Path) -> FeatureSet:
     """
     plain = read_json(path)
     found = plain.get("schema_version") if isinstance(plain, dict) else None
-    if found != SCHEMA_VERSION:
+    if type(found) is not int or found != SCHEMA_VERSION:
         raise UserError(
             f"{path}: schema_version is {found!r}, this fastadapt reads {SCHEMA_VERSION}"
         )
@@ -173,9 +174,12 @@ def read_set(path: Path) -> FeatureSet:
     pairs = tuple((layer, feature) for layer, feature in plain["features"])
     try:
         features = FeatureSet(plain["adapter"], shape, pairs, plain["made"], plain["name"])
-        return features.not_empty()
+        features.not_empty()
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    if (size := plain.get("size", len(features))) != len(features):
+        raise UserError(f"{path}: size: it says {size:,} features, and has {len(features):,}")
+    return features
 
 
 def save_set(store: Store, features: FeatureSet, name: str, *, overwrite: bool = False) -> Path:

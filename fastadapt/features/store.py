@@ -18,7 +18,15 @@ import pyarrow.parquet as pq
 from typing_extensions import NotRequired, TypedDict
 
 from fastadapt.errors import RunError, UserError
-from fastadapt.features.schema import KINDS, MANIFEST, SCHEMA_VERSION, SHARED, TABLES, Kind
+from fastadapt.features.schema import (
+    COLLECTED,
+    KINDS,
+    MANIFEST,
+    SCHEMA_VERSION,
+    SHARED,
+    TABLES,
+    Kind,
+)
 from fastadapt.features.values import require_valid
 from fastadapt.io.atomic import (
     cannot_write,
@@ -134,7 +142,7 @@ class Store:
             )
         manifest = read_json(path)
         found = manifest.get("schema_version") if isinstance(manifest, dict) else None
-        if found != SCHEMA_VERSION:
+        if type(found) is not int or found != SCHEMA_VERSION:
             raise UserError(
                 f"{path}: schema_version is {found!r}, this fastadapt reads {SCHEMA_VERSION}"
             )
@@ -149,6 +157,11 @@ class Store:
             listed = inside(folder, *name.split("/"), source=f"{path}: files")
             if complete and not listed.is_file():
                 raise UserError(f"{folder}: {name} is missing; collect the features again")
+        collected = [store.path(table) for table in SHARED]
+        collected += [store.path(table, kind) for kind in store.kinds for table in COLLECTED]
+        for file in collected:  # one that is not listed would be held against nothing
+            if (name := file.relative_to(folder).as_posix()) not in manifest["files"]:
+                raise UserError(f"{path}: files: expected {name}, got none")
         for kind in store.kinds if complete else ():
             store._check_rows(kind)
         return store
@@ -184,7 +197,7 @@ class Store:
 
     def has(self, table: str, kind: Kind = "adapter") -> bool:
         """Whether the table is there."""
-        return self.path(table, kind).is_file()
+        return self.path(table, kind).exists()
 
     def read(
         self,
@@ -205,7 +218,7 @@ class Store:
                 that cannot be, such as a layer that the store does not have.
         """
         path = self.path(table, kind)
-        if not path.is_file():
+        if not path.exists():
             raise UserError(f"{self.folder} has no {table} of {kind} units yet")
         filters = [] if layer is None else [("layer", "=", layer)]
         if features is not None:
@@ -243,7 +256,7 @@ class Store:
         try:
             stat = path.stat()
             known = path.resolve(), stat.st_size, stat.st_mtime_ns, listed["sha256"]
-            if known in _checked:
+            if known in _checked and stat.st_size == listed["bytes"]:
                 return
             found = digest(path)
         except OSError as error:
@@ -278,7 +291,7 @@ class Store:
         The connection reads the store's files and nothing else on the machine, and no network.
 
         Raises:
-            UserError: DuckDB is not installed.
+            UserError: DuckDB is not installed, or a table cannot be read.
         """
         try:
             import duckdb
@@ -293,7 +306,13 @@ class Store:
                 # DuckDB takes every path as a pattern, and names of folders as columns.
                 patterns.append(_quoted(glob.escape(str(self.path(table, kind).resolve()))))
                 rows = f"read_parquet({patterns[-1]}, hive_partitioning = false)"
-                connection.execute(f"CREATE VIEW {table} AS SELECT * FROM {rows}")
+                try:
+                    connection.execute(f"CREATE VIEW {table} AS SELECT * FROM {rows}")
+                except (duckdb.Error, RuntimeError) as error:  # it reads the footer in its own way
+                    connection.close()
+                    reason = next(iter(str(error).splitlines()), "")[:200]
+                    path = self.path(table, kind)
+                    raise UserError(f"{path} cannot be read as Parquet: {reason}") from error
         # A pattern is checked as it is written, and so are the files that it stands for.
         allowed = _quoted(f"{self.folder.resolve()}/")
         connection.execute(f"SET allowed_directories = [{allowed}]")

@@ -18,12 +18,22 @@ from fastadapt.errors import UserError
 from fastadapt.features.schema import REGIONS, SAMPLES, TENTHS
 
 #: Columns of numbers that count from 0, and those that must be finite, in whatever table they are.
-_FROM_0: tuple[str, ...] = ("count", "rank", "text", "position", "token", "start", "tokens", "priority")
+_FROM_0: tuple[str, ...] = ("count", "rank", "text", "position", "token", "start", "tokens")
+_FROM_0 += ("priority",)
 _FROM_0 += ("histogram", "by_domain", "by_region", "by_tenth", "promoted", "suppressed", "shown")
 _FROM_0 += ("positives", "negatives", "true_positives", "true_negatives")
 _FINITE: tuple[str, ...] = ("density", "max", "mean", "norm", "value", "values")
 _FINITE += ("promoted_logits", "suppressed_logits", "target", "base")
-_NOT_NEGATIVE: tuple[str, ...] = ("density", "norm", "target", "base")
+_NOT_NEGATIVE: tuple[str, ...] = (
+    "density",
+    "max",
+    "mean",
+    "norm",
+    "value",
+    "values",
+    "target",
+    "base",
+)
 #: Lists of a row that have the same length.
 _ALIKE: Mapping[str, Sequence[Sequence[str]]] = {
     "examples": [("tokens", "values")],

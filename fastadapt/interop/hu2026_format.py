@@ -111,7 +111,10 @@ def write_published(
     biased, index, text = True, None, None
     if like is not None:
         biased = bool(getattr(published_config(like, None), "transcoder_dec_bias", True))
-        index, text = _text(like, INDEX), _text(like, CONFIG)
+        text = _text(like, CONFIG)
+        # An index beside a single file is left over from an earlier save.
+        single = fetch(like, "model.safetensors", None)
+        index = _text(like, INDEX) if single is None else None
         if index is not None:
             indexed_files(index, f"{like}: {INDEX}")  # before anything is written
         shard_bytes, companions, revision = float("inf"), like, None

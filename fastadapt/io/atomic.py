@@ -49,7 +49,7 @@ def replacing(path: Path, *, last: str | None = None, follow_link: bool = False)
         old = staged_beside(path) if path.is_dir() else None
         _swap(staged, path, old)
         if old is not None:
-            shutil.rmtree(old, ignore_errors=True)  # a remainder is left to the next sweep
+            _remove(old)  # a remainder is left to the next sweep
     finally:
         _remove(staged)
 
@@ -90,6 +90,11 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def _remove_strictly(path: Path) -> None:
+    """As :func:`_remove`, and an error is raised; of a link, what it leads to stays."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 @contextmanager
@@ -194,10 +199,11 @@ def _remove_abandoned(path: Path) -> None:
 def staged_for(*paths: Path) -> list[Path]:
     """What calls of :func:`replacing` that were killed, or are at work, have beside ``paths``.
 
-    It lies where a link leads, as what it was to replace does.
+    Of a link both are looked at: what lies beside it, and beside what it leads to.
     """
     left: list[Path] = []
-    for path in (Path(os.path.realpath(path)) for path in paths):
+    beside = {Path(os.path.realpath(path.parent)) / path.name for path in paths}
+    for path in sorted(beside | {Path(os.path.realpath(path)) for path in paths}):
         if path.parent.is_dir():
             names = sorted(os.listdir(path.parent))
             left += [path.parent / name for name in names if unstaged(name) == path.name]
@@ -214,7 +220,7 @@ def sweep(*paths: Path) -> list[Path]:
     """
     left = staged_for(*paths)
     for staged in left:
-        shutil.rmtree(staged) if staged.is_dir() else staged.unlink()
+        _remove_strictly(staged)
     return left
 
 
@@ -234,7 +240,7 @@ def sweep_tree(folder: Path, *, but: Collection[str] = ()) -> list[Path]:
         folders[:] = [name for name in folders if unstaged(name) is None]
         left += [Path(parent, name) for name in sorted(staged)]
     for path in left:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        _remove_strictly(path)
     return left
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -12,7 +13,9 @@ from torch.utils.data import DataLoader
 from fastadapt.batch import Batch
 from fastadapt.data.batches import collate
 from fastadapt.data.sequences import Sequences
+from fastadapt.errors import RunError
 
+_LOST = "DataLoader worker (pid"  # in torch's message; that of an exception in a worker has none
 _EACH = 4  # batches that each worker is ahead
 
 Made = tuple[Batch, int]
@@ -44,7 +47,8 @@ class Ahead:
     """The batches of the steps to come.
 
     What is asked for decides what is given: where it is not what was made ahead (a step made a
-    second time, another step), ``take`` returns None and the caller makes it himself.
+    second time, another step), ``take`` returns None and the caller makes it himself. A worker that
+    was killed is a ``RunError`` of ``take``.
 
     Args:
         data: the sequences.
@@ -103,7 +107,7 @@ class Ahead:
             # containers have little. Workers touch neither the GPU nor a tokenizer.
             multiprocessing_context="fork",
         )
-        with _without_signals():
+        with _without_signals(), _without_child_handler():
             self._loader = iter(loader)
 
     def _entries(self, step: int) -> Iterator[_Entry]:
@@ -113,13 +117,37 @@ class Ahead:
 
     def _give(self) -> Made:
         assert self._loader is not None
-        made = next(self._loader)
+        try:
+            made = next(self._loader)
+        except RuntimeError as error:
+            if _LOST not in str(error):
+                raise
+            self.close()
+            raise RunError(
+                "a process that makes batches (data.workers) was killed, by the system perhaps, "
+                "which is short of memory. Checkpoints are intact: go on with --resume; "
+                "--data.workers 0 does without such processes, and gives the same bits."
+            ) from error
         self._next = next(self._plan, None)
         return made
 
 
 def _unchanged(made: Any) -> Any:
     return made
+
+
+@contextmanager
+def _without_child_handler() -> Iterator[None]:
+    """Keep torch's handler of SIGCHLD out: it raises wherever a step is, also in a backward pass.
+
+    That a worker was killed is seen all the same, at the place where its batch is waited for.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        if before is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, before)
 
 
 @contextmanager

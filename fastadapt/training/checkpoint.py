@@ -235,7 +235,7 @@ def sweep(folder: Path) -> list[Path]:
         return []
     stale = sorted(path for path in folder.iterdir() if path.name.startswith(_STAGED))
     for path in stale:
-        shutil.rmtree(path)
+        _delete(path)
     return stale
 
 
@@ -288,7 +288,12 @@ def _discard(path: Path) -> None:
     """Remove a set; the rename comes first, so that no half-removed set bears a set's name."""
     doomed = staged_beside(path)
     os.rename(path, doomed)
-    shutil.rmtree(doomed)
+    _delete(doomed)
+
+
+def _delete(path: Path) -> None:
+    """Remove a folder; of a link to one, which lies elsewhere by someone's choice, the link."""
+    path.unlink() if path.is_symlink() else shutil.rmtree(path)
 
 
 def _why_not_saved(folder: Path, step: int, error: Exception) -> str:

@@ -164,8 +164,8 @@ def load_config(path: Path) -> TrainConfig:
         UserError: no such file, no YAML, or what :func:`from_dict` refuses.
     """
     values = read_yaml(path)
-    take_trust(values)
     try:
+        take_trust(values)
         return typing.cast(TrainConfig, from_dict(values))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -176,13 +176,21 @@ def take_trust(values: Any) -> bool:
 
     A file records what was trusted. It cannot ask for trust, since it travels with a result.
 
+    Raises:
+        UserError: the value is neither true nor false.
+
     Example:
         >>> values = {"pair": {"target": "a", "trust_remote_code": True}}
         >>> take_trust(values), values
         (True, {'pair': {'target': 'a'}})
+
+    Raises:
+        UserError: the value is neither true nor false.
     """
     pair = values.get("pair") if isinstance(values, dict) else None
-    return isinstance(pair, dict) and bool(pair.pop(TRUST, False))
+    recorded = pair.pop(TRUST, False) if isinstance(pair, dict) else False
+    _require(type(recorded) is bool, f"pair.{TRUST}", "true or false", recorded)
+    return bool(recorded)
 
 
 def recorded_trust(path: Path) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fastadapt.batch import Batch
-from fastadapt.data.batches import BatchPlan
+from fastadapt.data.batches import BatchPlan, padding_id
 from fastadapt.data.sequences import Sequences, load_sequences
 from fastadapt.organism import resolve
 from fastadapt.training.ahead import Ahead, make_batch
@@ -25,6 +25,7 @@ class Feed:
         config: data, batch size, accumulation, epochs, seed.
         tokenizer: the pair's.
         device: where batches go.
+        n_rows: of the model's embedding.
         share: which of a step's micro-batches this process will ask for; all, if not given.
     """
 
@@ -33,6 +34,7 @@ class Feed:
         config: TrainConfig,
         tokenizer: Any,
         device: torch.device,
+        n_rows: int,
         share: Callable[[list[list[int]]], list[list[int]]] | None = None,
     ) -> None:
         data, self._config, self._device = config.data, config, device
@@ -40,7 +42,7 @@ class Feed:
         self.held_out = load_sequences(
             resolve(data.validation), tokenizer, data, split="validation"
         )
-        self._pad = tokenizer.pad_token_id or 0
+        self._pad = padding_id(tokenizer, n_rows)
         self._order = BatchPlan(
             len(self.train),
             config.optimizer.batch_size,

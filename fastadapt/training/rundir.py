@@ -72,6 +72,7 @@ _LOCK = ".lock"
 GO_ON = "Checkpoints are intact: go on with --resume."
 #: What is written beside its place first; see :func:`fastadapt.io.atomic.replacing`.
 _REPLACED = (CONFIG, METRICS, SUMMARY, ADAPTER, REPORT, RUN_ID)
+_FOLDERS = (CHECKPOINTS, ADAPTER, TENSORBOARD, WANDB)
 #: Everything that a run writes, as patterns; an overwrite removes this and nothing else.
 _WRITTEN = (
     f"{CHECKPOINTS}/step-*",
@@ -112,14 +113,18 @@ def open_run(config: TrainConfig, *, resume: bool, overwrite: bool) -> Iterator[
 
 
 def start_afresh(folder: Path, config: TrainConfig) -> None:
-    """Remove what an earlier run wrote into the folder, and write the configuration of this one."""
+    """Remove what an earlier run wrote into the folder, and write the configuration of this one.
+
+    Folders that are links or mount points are emptied and stay. The old configuration goes last, so
+    that what an error leaves is still a run.
+    """
     try:
         sweep(folder)
         for pattern in _WRITTEN:
-            for path in folder.glob(pattern):
+            for path in folder.glob(pattern) if pattern != CONFIG else ():
                 is_folder = path.is_dir() and not path.is_symlink()
                 shutil.rmtree(path) if is_folder else path.unlink()
-        for name in (CHECKPOINTS, ADAPTER, TENSORBOARD, WANDB):
+        for name in _FOLDERS:
             _remove_if_empty(folder / name)
         with replacing(folder / CONFIG) as staged:
             save_config(config, staged)
@@ -201,11 +206,14 @@ def open_log(path: Path, sinks: Sequence[Sink], ranks: Ranks) -> MetricsLog:
 
 
 def read_records(path: Path) -> list[Record]:
-    """Return the whole records of a metrics file; a line that a kill cut short is left out."""
+    """Return the whole records of a metrics file; a line that a kill cut short is left out.
+
+    Numbers that are not finite are null, as this library writes them.
+    """
     records = []
     for line in path.read_bytes().splitlines() if path.is_file() else ():
         with suppress(DocumentError):
-            records.append(parse_line(line, str(path), RecordKey))
+            records.append(_finite(parse_line(line, str(path), RecordKey)))
     return records
 
 
@@ -237,6 +245,12 @@ def _check_contents(folder: Path, config: TrainConfig, *, resume: bool, overwrit
         unfinished = {path for pattern in _WRITTEN for path in folder.glob(pattern)}
     except OSError as error:
         raise UserError(f"run.output: {folder} cannot be read: {error.strerror}") from error
+    for path in (folder / name for name in _FOLDERS):
+        if path.is_symlink() and not path.is_dir():
+            raise UserError(
+                f"run.output: {path} is a link to {os.readlink(path)}, which is no folder; nothing "
+                "was touched. Make that folder, or remove the link."
+            )
     if resume:
         if not (folder / CONFIG).is_file():
             raise UserError(f"--resume: {folder} holds no run; leave --resume out to start one")
@@ -312,5 +326,6 @@ def _lock(folder: Path) -> Iterator[None]:
 
 
 def _remove_if_empty(folder: Path) -> None:
-    if folder.is_dir() and not any(folder.iterdir()):
+    stays = folder.is_symlink() or os.path.ismount(folder)
+    if not stays and folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()

@@ -158,7 +158,7 @@ def _load(
         model = load("cpu" if source.offload else None)
         if source.offload:
             offload(model, device or choose_device(source.device))
-        return model, Feed(config, model.pair.tokenizer, model.device)
+        return model, _feed(config, model)
     assert device is not None
 
     # Weights are read once, and what is wrong with them is everyone's error.
@@ -166,7 +166,12 @@ def _load(
     ranks.lead(lambda: held.append(load("cpu")))
     model = held[0] if held else load("meta")
     shard(model, ranks, device, masters=config.optimizer.masters)
-    return model, Feed(config, model.pair.tokenizer, model.device)
+    return model, _feed(config, model)
+
+
+def _feed(config: TrainConfig, model: ReplacementModel) -> Feed:
+    n_rows = model.model.get_input_embeddings().weight.shape[0]
+    return Feed(config, model.pair.tokenizer, model.device, n_rows)
 
 
 def _with_policy(

@@ -97,8 +97,8 @@ CASES = [
         lambda d: d.yaml(lambda v: "pair: [unclosed"),
         r"run\.yaml is not valid YAML: .*line 1",
     ),
-    ("a list", lambda d: d.yaml(lambda v: "- pair\n"), r"expected keys with values, got list"),
-    ("empty file", lambda d: d.yaml(lambda v: ""), r"expected keys with values, got NoneType"),
+    ("a list", lambda d: d.yaml(lambda v: "- pair\n"), r"expected object, got array"),
+    ("empty file", lambda d: d.yaml(lambda v: ""), r"expected object, got null"),
     (
         "unknown key",
         lambda d: d.yaml(lambda v: v["run"].update(sed=1)),

@@ -14,7 +14,7 @@ from damage import Damage, command, ends_well, raw, variants
 
 from fastadapt.checkpoint_files import lazy_tensors
 from fastadapt.pair import ModelPair, PairConfig
-from fastadapt.training.config import load_config, save_config
+from fastadapt.training.config import TRUST, load_config, save_config
 from fastadapt.training.report import write_report
 from fastadapt.training.rundir import read_records
 
@@ -45,8 +45,12 @@ def reads_back(damage: Damage, config: Any) -> bool:
     from fastadapt.training.config import to_dict
 
     given, held = yaml.safe_load(damage.content or b""), to_dict(config)
+    # A record alone: what is read from a file is never trusted.
+    assert held["pair"].pop("trust_remote_code") is False
     return all(
-        key not in held[section] or held[section][key] in (value, _number(value)) or value is None
+        held[section][key] in (value, _number(value))
+        or key == TRUST  # recorded, and never taken from a file
+        or (key, value) == ("n_features", None)  # the default
         for section, values in given.items()
         for key, value in (values or {}).items()
     )

@@ -109,3 +109,19 @@ def test_one_student_alone_can_be_drawn(students: list[str], tmp_path: Path) -> 
         write_png(figure, tmp_path / f"{figure.key}.png")
         assert (tmp_path / f"{figure.key}.png").stat().st_size > 10_000
         assert len(interactive(figure).data) == len(figure.series) > 0
+
+
+@pytest.mark.parametrize("name", ["_old", "a$b$c", "__"])
+def test_every_series_is_in_the_legend_by_its_name(name, tmp_path, monkeypatch) -> None:
+    """matplotlib leaves labels that begin with an underscore out, and sets formulas between $."""
+    from matplotlib.figure import Figure as Canvas
+
+    legends, draw = [], Canvas.legend
+    monkeypatch.setattr(
+        Canvas, "legend", lambda self, *a, **k: legends.append(draw(self, *a, **k)) or legends[-1]
+    )
+    values = ([1.0, 2.0], [0.1, 0.2], [0.05, 0.1], [0.2, 0.3])
+    series = [Series(each, "transcoder", *values) for each in (name, "new")]
+    write_png(Figure("k", "title", "x", "y", series), tmp_path / "a.png")
+    shown = [text.get_text() for text in legends[-1].get_texts()]
+    assert [text.strip().replace("\\$", "$") for text in shown] == [name, "new"]

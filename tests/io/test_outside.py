@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from stores import MadeText, make_store
 
 from fastadapt.data import outdir
@@ -19,7 +20,7 @@ from fastadapt.evaluation.runs import names_of
 from fastadapt.features.judge.calls import Calls
 from fastadapt.features.sets import FeatureSet, load_set, save_set
 from fastadapt.features.store import Store
-from fastadapt.io.atomic import replacing
+from fastadapt.io.atomic import replacing, staged_beside, sweep
 from fastadapt.pretrained import tensor_files
 from fastadapt.training import checkpoint
 
@@ -118,6 +119,7 @@ def test_a_file_names_files_of_its_folder(reader: str, name: str, folder, untouc
 
 def test_shards_may_be_links(folder: Path) -> None:
     shards(folder, "link")
+    save_file({"w": torch.ones(2)}, (folder / "link").resolve())
     assert tensor_files(str(folder), None) == {"link": folder / "link"}
 
 
@@ -182,3 +184,12 @@ def test_a_link_is_followed_where_that_is_wanted(folder: Path) -> None:
         staged.write_text("new")
     assert (folder / "link").is_symlink()
     assert (folder.parent / "secret").read_text() == "new"
+
+
+def test_a_sweep_removes_a_link_and_not_what_it_leads_to(folder: Path) -> None:
+    """A kill between the two renames of a folder that takes the place of a link leaves the link."""
+    left = staged_beside(folder / "plots")
+    left.symlink_to(folder.parent)
+    assert sweep(folder / "plots") == [left]
+    assert not left.is_symlink()
+    assert (folder.parent / "secret").read_text() == "precious"

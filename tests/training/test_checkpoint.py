@@ -99,6 +99,20 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
         save(tmp_path, 5, keep=0)
 
 
+def test_of_a_set_behind_a_link_the_link_goes(tmp_path: Path) -> None:
+    folder, disk = tmp_path / "checkpoints", tmp_path / "disk"
+    save(folder, 1)
+    disk.mkdir()
+    (folder / "step-00000001").rename(disk / "old")
+    (folder / "step-00000001").symlink_to(disk / "old")
+    (folder / ".tmp-2-0f").symlink_to(disk)
+    sweep(folder)
+    save(folder, 2)
+    save(folder, 3)
+    assert [step for step, _ in list_checkpoints(folder)] == [2, 3]
+    assert (disk / "old" / "manifest.json").is_file()
+
+
 def test_nothing_is_removed_until_the_new_set_verifies(tmp_path, monkeypatch) -> None:
     save(tmp_path, 1, keep=1)
 
@@ -175,7 +189,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda p: edit_manifest(
             p, lambda m: m["files"].update({"../x": {"bytes": 0, "sha256": "0" * 64}})
         ),
-        "'../x', which is not inside the folder",
+        "expected the name of a file in its folder, got '../x'",
     ),
     "a folder in a file's place": (
         lambda p: ((p / "state.json").unlink(), (p / "state.json").mkdir()),

@@ -31,7 +31,7 @@ def make_feed(tiny_config: Callable, tiny_pair: Path) -> Iterator[Callable[..., 
     feeds: list[Feed] = []
 
     def make(**changes: object) -> Feed:
-        feeds.append(Feed(tiny_config(**changes), tokenizer, CPU))
+        feeds.append(Feed(tiny_config(**changes), tokenizer, CPU, len(tokenizer)))
         return feeds[-1]
 
     yield make
@@ -99,7 +99,7 @@ def test_other_batches_than_the_plan_s_are_made_when_asked_for(make_feed) -> Non
 def test_a_process_may_take_its_share_alone(tiny_config, tiny_pair) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_pair / "target")
     config = tiny_config(**{"optimizer.accumulation": 4, "data.workers": 1})
-    feed = Feed(config, tokenizer, CPU, share=lambda all_of_them: all_of_them[1::2])
+    feed = Feed(config, tokenizer, CPU, len(tokenizer), share=lambda all_of_them: all_of_them[1::2])
     made = []
     real = feed._ahead.take
     feed._ahead.take = lambda *asked: made.append(real(*asked)) or made[-1]
@@ -229,8 +229,8 @@ def test_ahead_gives_nothing_it_was_not_asked_for(make_feed) -> None:
 def test_a_gpu_is_not_waited_for(workers, tiny_config, tiny_pair) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_pair / "target")
     gpu = torch.device("cuda")
-    feed = Feed(tiny_config(**{"data.workers": workers}), tokenizer, gpu)
-    alone = Feed(tiny_config(), tokenizer, CPU)
+    feed = Feed(tiny_config(**{"data.workers": workers}), tokenizer, gpu, len(tokenizer))
+    alone = Feed(tiny_config(), tokenizer, CPU, len(tokenizer))
     batches_of(feed, 0)
     torch.cuda.set_sync_debug_mode("error")
     try:

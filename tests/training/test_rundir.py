@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 from io import FileIO
@@ -80,6 +81,59 @@ def test_overwriting_removes_what_a_run_wrote_and_nothing_else(tiny_config, tmp_
         start_afresh(folder, config)
     kept = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.name != ".lock")
     assert kept == ["adapter", "adapter/notes.md", "config.yaml", "notes.md"]
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "adapter"])
+def test_a_folder_behind_a_link_is_emptied_and_stays(tiny_config, tmp_path, name: str) -> None:
+    config = tiny_config()
+    folder = begin(config)
+    disk = tmp_path / "disk"
+    written = {"checkpoints": "step-00000003", "adapter": "layer_0.safetensors"}[name]
+    (disk / written).mkdir(parents=True)
+    (folder / name).symlink_to(disk)
+    for _ in range(2):
+        with open_run(config, resume=False, overwrite=True):
+            start_afresh(folder, config)
+        assert (folder / name).readlink() == disk
+        assert list(disk.iterdir()) == []
+
+
+def test_an_overwrite_that_fails_leaves_a_run(tiny_config, monkeypatch) -> None:
+    config = tiny_config()
+    folder = begin(config)
+    (folder / "checkpoints" / "step-00000003").mkdir(parents=True)
+
+    def refuse(self: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rmdir", refuse)
+        with open_run(config, resume=False, overwrite=True), pytest.raises(RunError):
+            start_afresh(folder, config)
+    with open_run(config, resume=False, overwrite=True):
+        start_afresh(folder, config)
+
+
+def test_a_link_that_leads_nowhere_is_told_before_anything_goes(tiny_config, tmp_path) -> None:
+    config = tiny_config()
+    folder = begin(config)
+    (folder / "checkpoints").symlink_to(tmp_path / "unmounted")
+    for resume in (False, True):
+        with (
+            pytest.raises(UserError, match=r"checkpoints is a link to .*unmounted"),
+            open_run(config, resume=resume, overwrite=not resume),
+        ):
+            raise AssertionError("never reached")
+    assert (folder / "config.yaml").is_file()
+
+
+def test_records_that_are_none_are_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    deep, long = "[" * 100_000 + "]" * 100_000, "7" * 5000
+    lines = ['{"kind": "train", "step": 1}', deep, f'{{"kind": "a", "step": {long}}}']
+    lines += ['{"kind": [], "step": 2}', '{"kind": "train", "step": 3, "told": "a\u2028b"}', "[]"]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    assert [record["step"] for record in read_records(path)] == [1, 3]
 
 
 def test_resume_needs_a_run_of_the_same_configuration(tiny_config, tmp_path: Path) -> None:

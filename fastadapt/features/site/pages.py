@@ -120,9 +120,16 @@ def stamp(store: Store, kinds: Sequence[Kind]) -> str:
     sha256.update((store.folder / MANIFEST).read_bytes())
     for kind in kinds:
         for table in JUDGED:
-            found = digest(store.path(table, kind)) if store.has(table, kind) else None
+            found = _digest(store.path(table, kind)) if store.has(table, kind) else None
             sha256.update(f"{kind} {table} {found}\n".encode())
     return sha256.hexdigest()[:32]
+
+
+def _digest(path: Path) -> tuple[int, str]:
+    try:
+        return digest(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def units_per_shard(n_features: int, layers: int) -> int:

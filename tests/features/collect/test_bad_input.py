@@ -197,7 +197,8 @@ def test_nothing_fires(tmp_path: Path, run: Path) -> None:
 
 
 def test_an_activation_that_is_not_finite(tmp_path: Path, run: Path) -> None:
-    bad = broken(run, tmp_path / "bad", lambda tensors: tensors["b_enc"][3:4].fill_(torch.inf))
+    # The weights are finite, as an adapter's must be; the sum is not.
+    bad = broken(run, tmp_path / "bad", lambda tensors: tensors["W_enc"][3:4].fill_(3e38))
     with pytest.raises(RunError, match=r"texts 0 to 2: layer 0: an activation of the adapter"):
         collect(bad, tmp_path / "store", FEW)
     assert not (tmp_path / "store" / "manifest.json").exists()
