@@ -240,7 +240,7 @@ def check_same(folder: Path, settings: Settings) -> None:
             raise UserError(f"{error}. Begin again with --overwrite.") from error
     else:
         then = (read_manifest(folder) or {"settings": {}})["settings"]
-    differing = [key for key in settings if not same(settings[key], then.get(key))]
+    differing = [key for key in settings if key not in then or not same(settings[key], then[key])]
     if differing:
         told = "; ".join(f"{key}: {settings[key]!r}, was {then.get(key)!r}" for key in differing)
         raise UserError(

@@ -265,9 +265,11 @@ def _open(path: Path) -> Any:
 
 
 def require_columns(columns: Iterable[str], required: Iterable[str], where: str) -> None:
-    """Raise ``UserError`` naming the first of the required columns that is not there."""
+    """Raise ``UserError`` naming the first of the required columns that is not there once."""
     names = list(columns)
     for column in required:
         if column not in names:
             found = ", ".join(repr(name) for name in names) or "none"
             raise UserError(f"{where}: no column {column!r}; the columns are {found}")
+        if names.count(column) > 1:
+            raise UserError(f"{where}: expected one column {column!r}, got {names.count(column)}")

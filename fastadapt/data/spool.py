@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from contextlib import ExitStack
 from io import FileIO
 from pathlib import Path
 from typing import Annotated, Any
@@ -83,8 +84,10 @@ class Spool:
         self._packed: list[bytes] = []
         try:
             kept, self._size = self._take_up(folder / JOURNAL)
-            self._journal = _open(folder / JOURNAL, kept)
-            self._rows = _open(folder / ROWS, self._size)
+            with ExitStack() as opened:  # closed where the other one cannot be opened
+                self._journal = opened.enter_context(_open(folder / JOURNAL, kept))
+                self._rows = opened.enter_context(_open(folder / ROWS, self._size))
+                opened.pop_all()
         except OSError as error:
             raise RunError(cannot_write(folder, error, GO_ON)) from error
 
@@ -102,7 +105,8 @@ class Spool:
                     entry = parse_line(line, where)
                 except DocumentError:
                     break  # cut short; so is what may follow
-                end = self._check(entry, end, where)
+                first = pending[-1][0] + 1 if pending else self.read
+                end = self._check(entry, first, end, where)
                 if isinstance(entry, list):
                     pending.append(entry)
                     continue
@@ -114,8 +118,15 @@ class Spool:
                 kept, size = place, entry["bytes"]
         return kept, size
 
-    def _check(self, entry: Any, end: int, where: str) -> int:
-        """Refuse an entry that no reading writes; ``end`` of the rows before it, and with it."""
+    def _check(self, entry: Any, first: int, end: int, where: str) -> int:
+        """Refuse an entry that no reading writes.
+
+        Args:
+            entry: of a line.
+            first: row of the source that the entry can be of, or be read up to.
+            end: bytes of ``rows`` before it; those with it are returned.
+            where: file and line.
+        """
         is_list = isinstance(entry, list)
         schema = (_TooLong if len(entry) == 2 else _Kept) if is_list else _Commit
         try:
@@ -123,10 +134,10 @@ class Spool:
             if is_list:
                 if not self._shortlist.knows(entry[1]):
                     raise DocumentError(f"{where}: no such domain: {entry[1]!r:.40}")
-                if entry[0] < self.read:
-                    raise DocumentError(f"{where}: expected row {self.read} or later")
-            elif entry["read"] < self.read:
-                raise DocumentError(f"{where}: read: expected {self.read} or more")
+                if entry[0] < first:
+                    raise DocumentError(f"{where}: expected row {first} or later, got {entry[0]}")
+            elif entry["read"] < first:
+                raise DocumentError(f"{where}: read: expected {first} or more")
             begins = entry["bytes"] if not is_list else entry[5] if len(entry) > 2 else end
             if begins != end:
                 raise DocumentError(f"{where}: expected {end} bytes of {ROWS}, got {begins}")
@@ -204,14 +215,16 @@ class Spool:
 
 def _open(path: Path, size: int) -> FileIO:
     """The file, cut off after ``size`` bytes; unbuffered, so that nothing is written by closing."""
-    file = FileIO(path, "a+")
-    there = os.fstat(file.fileno()).st_size
-    if there < size:
-        raise RunError(
-            f"{path} has {there} bytes, and its journal speaks of {size}: begin again with "
-            "--overwrite"
-        )
-    file.truncate(size)
+    with ExitStack() as opened:
+        file = opened.enter_context(FileIO(path, "a+"))
+        there = os.fstat(file.fileno()).st_size
+        if there < size:
+            raise RunError(
+                f"{path} has {there} bytes, and its journal speaks of {size}: begin again with "
+                "--overwrite"
+            )
+        file.truncate(size)
+        opened.pop_all()
     return file
 
 

@@ -1,0 +1,328 @@
+"""Data of the user and unfinished selections, damaged: rows, Parquet, manifests, journals."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from damage import Damage, command, document, ends_well, raw, variants
+
+from fastadapt.data import prepare as module
+from fastadapt.data import reading
+from fastadapt.data.prepare import prepare
+from fastadapt.data.report import summary
+from fastadapt.data.selection import PrepareConfig
+from fastadapt.data.sequences import DataConfig, load_sequences
+from fastadapt.errors import UserError
+from fastadapt.evaluation.prompts import load_prompts
+from fastadapt.organism import NAMES
+
+_spec = importlib.util.spec_from_file_location(
+    "fastadapt_openthoughts", Path(__file__).parents[1] / "data" / "openthoughts.py"
+)
+assert _spec is not None
+assert _spec.loader is not None
+openthoughts = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(openthoughts)
+
+ROWS = 60
+
+
+def sweep(
+    path: Path,
+    cases: list[Damage],
+    call: Callable[[], Any],
+    valid: Callable[[Damage, Any], bool],
+    names: tuple[str, ...] = (),
+) -> None:
+    """Every case through ``call``; what was there is put back."""
+    content, wrong = path.read_bytes(), []
+    for damage in cases:
+        damage.apply(path)
+        said = ends_well(call, damage, path, valid=valid, names=names)
+        wrong += [said] if said else []
+        if path.is_dir():
+            shutil.rmtree(path)
+    path.write_bytes(content)
+    print(f"{len(cases)} damaged variants of {path.name}")
+    assert not wrong, f"{len(wrong)} of {len(cases)}:\n" + "\n".join(wrong)
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(NAMES["organism/target"])
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    return openthoughts.write_jsonl(tmp_path / "rows.jsonl", 4)
+
+
+def as_text(damage: Damage) -> bool:
+    """Whether a row is still one: texts are, by position, whoever is said to have written them."""
+    free = damage.key in ("difficulty", "source", "domain", "from")
+    return free or (damage.key == "value" and damage.value in ("x", "12"))
+
+
+def test_rows_to_train_on_and_to_answer(rows: Path, tokenizer: Any) -> None:
+    """Lines, through the readers of ``train``, ``features collect`` and ``eval``."""
+    lines = rows.read_bytes().splitlines(keepends=True)
+    line = lines[1].rstrip(b"\n")
+    cases = [
+        Damage(d.name, lines[0] + d.content.replace(b"\n", b" ") + b"\n", d.key, d.value)
+        for d in (*document(line), *raw(line, 10))
+        if d.content is not None
+    ]
+
+    def read() -> int:
+        config = DataConfig(train=str(rows), validation=str(rows), max_tokens=1000)
+        sequences = load_sequences(str(rows), tokenizer, config, split="train")
+        prompts = load_prompts(str(rows), tokenizer, "r1-distill", 10)
+        assert len(sequences) == len(prompts)
+        return len(sequences)
+
+    def valid(damage: Damage, n: int) -> bool:
+        if damage.name == "empty":  # a blank line is no row
+            return n == 1
+        return damage.name.startswith("bit flip") or as_text(damage)
+
+    sweep(rows, cases, read, valid, ("rows.jsonl, line 2",))
+
+
+def test_a_file_of_rows_as_a_whole(rows: Path, tokenizer: Any) -> None:
+    def read() -> None:
+        config = DataConfig(train=str(rows), validation=str(rows), max_tokens=1000)
+        load_sequences(str(rows), tokenizer, config, split="train")
+
+    content = rows.read_bytes()
+    ends = {content[: i + 1] for i, byte in enumerate(content) if byte == 10}
+    ends |= {end[:-1] for end in ends}
+    cases = [
+        *raw(content),
+        Damage("gzip", gzip.compress(content)),
+        Damage("half a gzip", gzip.compress(content)[:50]),
+    ]
+
+    def valid(damage: Damage, _: Any) -> bool:
+        return damage.name.startswith("bit flip") or damage.content in ends
+
+    sweep(rows, cases, read, valid)
+
+
+TURN = pa.struct([("from", pa.string()), ("value", pa.string())])
+
+
+def tables() -> Iterator[tuple[str, pa.Table]]:
+    """Parquet files of other columns and types."""
+    good = [[{"from": "human", "value": "what"}, {"from": "gpt", "value": "so"}]] * 3
+    yield "no such column", pa.table({"text": ["x"]})
+    yield "no column", pa.table({})
+    yield "no row", pa.table({"conversations": pa.array([], pa.list_(TURN))})
+    yield "text", pa.table({"conversations": ["what"]})
+    yield "numbers", pa.table({"conversations": [1, 2]})
+    yield "null", pa.table({"conversations": pa.array([None, good[0]], pa.list_(TURN))})
+    yield "null alone", pa.table({"conversations": pa.nulls(2)})
+    yield "bytes", pa.table({"conversations": pa.array([b"\xff"])})
+    yield "lists of numbers", pa.table({"conversations": [[1, 2]]})
+    yield "null turns", pa.table({"conversations": pa.array([[None, None]], pa.list_(TURN))})
+    yield "three turns", pa.table({"conversations": [[*good[0], good[0][0]]]})
+    yield "empty", pa.table({"conversations": pa.array([[]], pa.list_(TURN))})
+    for value in (1, 2.5, True, None, b"x"):
+        turns = [{"from": "human", "value": value}, {"from": "gpt", "value": value}]
+        yield f"value {value!r}", pa.table({"conversations": pa.array([turns])})
+    yield "no value", pa.table({"conversations": [[{"from": "human"}, {"from": "gpt"}]]})
+    twice = pa.array(good, pa.list_(TURN))
+    yield "a column twice", pa.Table.from_arrays([twice, twice], ["conversations"] * 2)
+
+
+@pytest.mark.parametrize("table", [pytest.param(table, id=name) for name, table in tables()])
+def test_a_parquet_file_of_other_columns(table: pa.Table, tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    pq.write_table(table, path)
+    config = DataConfig(train=str(path), validation=str(path), max_tokens=1000)
+    with pytest.raises(UserError, match=r"rows\.parquet"):
+        load_sequences(str(path), tokenizer, config, split="train")
+
+
+def test_a_damaged_parquet_file(tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    good = [[{"from": "human", "value": "what is 1"}, {"from": "gpt", "value": "so"}]] * 3
+    pq.write_table(pa.table({"conversations": pa.array(good, pa.list_(TURN))}), path)
+
+    def read() -> int:
+        config = DataConfig(train=str(path), validation=str(path), max_tokens=1000)
+        return len(load_sequences(str(path), tokenizer, config, split="train"))
+
+    cases = list(raw(path.read_bytes(), 40))
+    sweep(path, cases, read, lambda d, _: d.name.startswith("bit flip"))
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.json", "rows.jsonl", "nothing.jsonl"])
+def test_what_is_no_file_of_rows(name: str, tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / name
+    if name == "rows.jsonl":
+        path.mkdir()
+    elif name != "nothing.jsonl":
+        path.write_bytes(gzip.compress(b"{}\n")[:9])
+    config = DataConfig(train=str(path), validation=str(path))
+    with pytest.raises(UserError, match=name.replace(".", r"\.")):
+        load_sequences(str(path), tokenizer, config, split="train")
+
+
+def test_the_data_of_a_run_through_its_command(
+    tiny_config: Callable[..., Any], tmp_path: Path
+) -> None:
+    """As they are typed: the first line of each is what is wrong."""
+    from fastadapt.training.config import save_config
+
+    options = tmp_path / "options.yaml"
+    save_config(tiny_config(), options)
+    path, wrong = tmp_path / "rows.jsonl", []
+    run = command("train", options, "--data.train", path, "--run.output", tmp_path / "run")
+    deep, digits = (
+        b'{"conversations": ' + b"[" * 100_000,
+        b'{"conversations": ' + b"1" * 5000 + b"}",
+    )
+    cases = [
+        Damage("nested", deep + b"\n"), Damage("5,000 digits", digits + b"\n"),
+        Damage("a list", b"[1, 2]\n"), Damage("null", b'{"conversations": null}\n'),
+        Damage("no column", b'{"text": "x"}\n'), Damage("empty", b""), Damage("folder", None),
+    ]  # fmt: skip
+    for damage in cases:
+        damage.apply(path)
+        said = ends_well(run, damage, path, valid=lambda *_: False)
+        wrong += [said] if said else []
+    assert not wrong, "\n".join(wrong)
+
+
+# --- selections -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return openthoughts.write_jsonl(tmp_path_factory.mktemp("source") / "rows.jsonl", ROWS)
+
+
+@pytest.fixture
+def config(source: Path, tmp_path: Path) -> PrepareConfig:
+    return PrepareConfig(
+        str(source), str(tmp_path / "out"), str(NAMES["organism/target"]),
+        train=10, validation=2, max_tokens=60, allow_fewer=True,
+    )  # fmt: skip
+
+
+def written(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in openthoughts.FILES}
+
+
+@pytest.fixture
+def loaded_once(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
+    monkeypatch.setattr("fastadapt.pretrained.load_tokenizer", lambda *_, **__: tokenizer)
+
+
+@pytest.mark.usefixtures("loaded_once")
+def test_the_manifest_of_a_selection(config: PrepareConfig) -> None:
+    folder = Path(config.output)
+    made = prepare(config)
+    path = folder / "manifest.json"
+
+    def read() -> Any:
+        found = prepare(config, resume=True)
+        summary(found)
+        return found
+
+    assert read() == made
+    before = written(folder)
+
+    def valid(damage: Damage, _: Any) -> bool:
+        if damage.name.startswith("bit flip"):
+            return True
+        top = damage.name.split(".")[0].split()[0]
+        # What was counted, and what the source was, is only told.
+        return top in ("counts", "source") or (top, damage.key) == ("files", "rows")
+
+    # A folder whose manifest is no selection's is taken for somebody else's.
+    sweep(path, variants(path), read, valid, ("manifest.json", "holds no selection", "--resume"))
+    assert written(folder) == before
+
+
+@pytest.fixture
+def begun(config: PrepareConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, dict[str, bytes]]:
+    """A selection that was read and not written yet, and what becomes of it."""
+    monkeypatch.setattr(reading, "_COMMIT_ROWS", 20)
+    folder = Path(config.output)
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "_write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(config)
+    whole = folder.with_name("whole")
+    shutil.copytree(folder, whole)
+    prepare(replace(config, output=str(whole)), resume=True)
+    return folder, written(whole)
+
+
+@pytest.mark.usefixtures("loaded_once")
+@pytest.mark.parametrize("name", ["settings.json", "journal", "rows"])
+def test_resuming_over_damaged_files(
+    name: str, begun: tuple[Path, dict[str, bytes]], config: PrepareConfig
+) -> None:
+    """Either the same files as without the damage, or a refusal; never others in silence."""
+    folder, expected = begun
+    path = folder / ".prepare" / name
+    content = {p.name: p.read_bytes() for p in path.parent.iterdir()}
+
+    def read() -> dict[str, bytes]:
+        for file in folder.iterdir():
+            if file.is_file():
+                file.unlink()
+        for other, held in content.items():
+            if other != name:
+                (path.parent / other).write_bytes(held)
+        prepare(config, resume=True)
+        return written(folder)
+
+    def valid(damage: Damage, found: dict[str, bytes]) -> bool:
+        return found == expected or damage.name.startswith("bit flip")
+
+    if name == "journal":
+        lines = content[name].splitlines(keepends=True)
+        kept = next(i for i, line in enumerate(lines) if line.startswith(b"[") and len(line) > 60)
+        commit = next(i for i, line in enumerate(lines) if line.startswith(b"{"))
+        cases = list(raw(content[name], 10))
+        for number in (kept, commit):
+            before, after = b"".join(lines[:number]), b"".join(lines[number + 1 :])
+            cases += [
+                Damage(d.name, before + (d.content or b"") + b"\n" + after, d.key, d.value)
+                for d in document(lines[number])
+            ]
+    else:
+        cases = variants(path) if name.endswith("json") else list(raw(content[name], 10))
+    wrong = []
+    for damage in cases:
+        damage.apply(path)
+        said = ends_well(
+            read, damage, path, valid=valid, names=(name, "begun with other settings", "--resume")
+        )
+        wrong += [said] if said else []
+        if path.is_dir():
+            shutil.rmtree(path)
+        path.parent.mkdir(exist_ok=True)
+    print(f"{len(cases)} damaged variants of {name}")
+    assert not wrong, f"{len(wrong)} of {len(cases)}:\n" + "\n".join(wrong)
