@@ -46,7 +46,7 @@ class _Entry(NamedTuple):
 class Ahead:
     """The batches of the steps to come.
 
-    A worker that is killed is a ``RunError`` of ``take``. What is asked for decides what is given: where it is not what was made ahead (a step made a
+    What is asked for decides what is given: where it is not what was made ahead (a step made a
     second time, another step), ``take`` returns None and the caller makes it himself.
 
     Args:

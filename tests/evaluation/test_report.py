@@ -9,9 +9,9 @@ import pytest
 from results import LAYERS, STUDENTS, made_up
 
 from fastadapt.evaluation.drawing import COLOURS, colours, interactive, write_png
-from fastadapt.evaluation.figures import figures
+from fastadapt.evaluation.figures import Figure, Series, figures
 from fastadapt.evaluation.page import write_page
-from fastadapt.evaluation.tables import as_latex, as_markdown, shown, tables
+from fastadapt.evaluation.tables import Table, as_latex, as_markdown, shown, tables
 
 
 def test_a_number_stands_with_its_interval() -> None:
@@ -109,3 +109,32 @@ def test_one_student_alone_can_be_drawn(students: list[str], tmp_path: Path) -> 
         write_png(figure, tmp_path / f"{figure.key}.png")
         assert (tmp_path / f"{figure.key}.png").stat().st_size > 10_000
         assert len(interactive(figure).data) == len(figure.series) > 0
+
+
+def test_any_name_has_an_entry_in_the_legend_as_it_is(tmp_path, monkeypatch) -> None:
+    """matplotlib leaves out names that begin with "_", and reads "$" as mathematics."""
+    from matplotlib.figure import Figure as Canvas
+
+    legends = []
+    real = Canvas.legend
+    monkeypatch.setattr(
+        Canvas, "legend", lambda *a, **k: legends.append(real(*a, **k)) or legends[-1]
+    )
+    names = ["_old", "new", "a$b$c", "<b>x</b>"]
+    series = [Series(name, "mlp", [1.0, 2.0], [1.0, 2.0], [1.0, 2.0], [1.0, 2.0]) for name in names]
+    series.append(Series("__base", "base", [], [1.0], [0.5], [2.0]))
+    figure = Figure("k", "of $a$", "$x$", "y", series)
+    write_png(figure, tmp_path / "a.png")
+    texts = legends[0].get_texts()
+    assert [text.get_text() for text in texts] == [*names, "__base"]
+    assert not any(text.get_parse_math() for text in texts)
+    shown = [trace.name for trace in interactive(figure).data]
+    assert shown == ["_old", "new", "a$b$c", "&lt;b&gt;x&lt;/b&gt;", "__base"]
+
+
+def test_underscores_of_names_are_no_emphasis_in_markdown() -> None:
+    table = Table("t", ["", "a_b|c"], [["_old_", "__x__"], ["top_1", "-"]], "")
+    text = as_markdown([table])
+    assert r"| \_old\_ | \_\_x\_\_ |" in text
+    assert r"|  | a_b\|c |" in text
+    assert "| top_1 | - |" in text
