@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,6 @@ def colours(series: Sequence[Series]) -> list[str]:
     return [next(shades) if s.kind == "transcoder" else COLOURS[s.kind] for s in series]
 
 
-def _label(name: str) -> str:
-    """A name for matplotlib, which leaves out names in ``_`` and takes ``$`` for a formula."""
-    plain = name.replace("$", r"\$")
-    return f" {plain}" if plain.startswith("_") else plain
-
-
 def write_png(figure: Figure, path: Path) -> None:
     """Draw ``figure`` into a PNG file, 7.6 by 4.2 inches at 200 dots an inch."""
     from matplotlib.figure import Figure as Canvas
@@ -68,16 +63,15 @@ def write_png(figure: Figure, path: Path) -> None:
 
     canvas = Canvas(figsize=(7.6, 4.2), layout="constrained")
     axes = canvas.add_subplot()
+    handles: list[Any] = []
     for s, colour in zip(figure.series, colours(figure.series), strict=True):
         dash = _MATPLOTLIB.get(DASHES.get(s.kind, ""), "-")
         if s.level:
-            axes.axhline(s.y[0], color=colour, linestyle=dash, label=_label(s.name), linewidth=1.4)
+            handles.append(axes.axhline(s.y[0], color=colour, linestyle=dash, linewidth=1.4))
             axes.axhspan(s.low[0], s.high[0], color=colour, alpha=0.12, linewidth=0)
             continue
         line = dash if figure.joined and len(s.x) > 1 else "none"
-        axes.plot(
-            s.x, s.y, color=colour, linestyle=line, marker="o", markersize=3.5, label=_label(s.name)
-        )
+        handles += axes.plot(s.x, s.y, color=colour, linestyle=line, marker="o", markersize=3.5)
         if len(s.x) > 1 and figure.joined:
             axes.fill_between(s.x, s.low, s.high, color=colour, alpha=0.15, linewidth=0)
         else:
@@ -95,13 +89,19 @@ def write_png(figure: Figure, path: Path) -> None:
     if all(s.level for s in figure.series):
         axes.set_xticks([])
     axes.set_ylim(bottom=None if figure.y_log else 0)
-    axes.set_title(figure.title, fontsize=11, loc="left")
-    axes.set_xlabel(figure.x_label)
-    axes.set_ylabel(figure.y_label)
+    axes.set_title(figure.title, fontsize=11, loc="left", parse_math=False)
+    axes.set_xlabel(figure.x_label, parse_math=False)
+    axes.set_ylabel(figure.y_label, parse_math=False)
     axes.grid(color="#e6e6e6", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    canvas.legend(loc="outside right upper", fontsize=8, frameon=False)
+    # matplotlib leaves out a label that begins with "_", and reads "$" as mathematics: the names
+    # are put in afterwards, as they are.
+    labels = [str(i) for i in range(len(handles))]
+    legend = canvas.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
+    for text, s in zip(legend.get_texts(), figure.series, strict=True):
+        text.set_parse_math(False)
+        text.set_text(s.name)
     canvas.savefig(path, dpi=200, format="png")
 
 
@@ -131,7 +131,7 @@ def interactive(figure: Figure) -> Any:
         drawn.add_scatter(
             x=x,
             y=y,
-            name=s.name,
+            name=escape(s.name, quote=False),  # plotly reads tags
             mode=mode,
             line={"color": colour, "dash": DASHES.get(s.kind, "solid"), "width": 2},
             error_y=None

@@ -6,6 +6,7 @@ with the target, see :mod:`fastadapt.evaluation.students`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -238,7 +239,9 @@ def as_markdown(found: Sequence[Table]) -> str:
 
 def _markdown(table: Table) -> str:
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+        # Of underscores those at the ends of words alone make emphasis.
+        escaped = (re.sub(r"\||(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", cell) for cell in cells)
+        return "| " + " | ".join(escaped) + " |"
 
     rule = line(["---", *["---:"] * (len(table.head) - 1)])
     lines = [f"## {table.title}", "", line(table.head), rule, *map(line, table.rows)]

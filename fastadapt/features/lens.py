@@ -18,6 +18,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from fastadapt.features.characters import show_bytes, token_bytes
 from fastadapt.features.schema import LENS, TOKENS, Kind
 from fastadapt.features.store import list_column, write_pieces, write_table
 from fastadapt.features.units import output_rows
@@ -30,8 +31,9 @@ _CHUNK_ENTRIES = 2**25  # logits that exist at a time
 def token_strings(tokenizer: Any, n: int) -> list[str]:
     """The text of each of the first ``n`` tokens, spaces where a text has them.
 
-    A token that is no whole character by itself is named as the tokenizer's vocabulary does, one
-    that the tokenizer does not know as ``<id>``.
+    Of a token that is no whole character by itself the bytes are given, as
+    :mod:`fastadapt.features.characters` does; where they are not known, and of a token without
+    text, its name in the vocabulary. One that the tokenizer does not know is ``<id>``.
     """
     names = tokenizer.convert_ids_to_tokens(list(range(min(n, len(tokenizer)))))
     # Behind another token, as in a text: some tokenizers drop a space at the start.
@@ -42,7 +44,10 @@ def token_strings(tokenizer: Any, n: int) -> list[str]:
     for i, name in enumerate(names):
         text = tokenizer.decode([i] if anchor is None else [anchor, i], **how)
         text = text[len(before) :] if text.startswith(before) else tokenizer.decode([i], **how)
-        strings.append(name if not text or "\ufffd" in text else text)
+        if "\ufffd" in text:
+            raw = token_bytes(name, tokenizer.decode([i], **how))
+            text = "" if raw is None else show_bytes(raw)
+        strings.append(text or name)
     return strings + [f"<{i}>" for i in range(len(names), n)]
 
 

@@ -11,7 +11,7 @@ from results import LAYERS, STUDENTS, made_up
 from fastadapt.evaluation.drawing import COLOURS, colours, interactive, write_png
 from fastadapt.evaluation.figures import Figure, Series, figures
 from fastadapt.evaluation.page import write_page
-from fastadapt.evaluation.tables import as_latex, as_markdown, shown, tables
+from fastadapt.evaluation.tables import Table, as_latex, as_markdown, shown, tables
 
 
 def test_a_number_stands_with_its_interval() -> None:
@@ -111,17 +111,30 @@ def test_one_student_alone_can_be_drawn(students: list[str], tmp_path: Path) -> 
         assert len(interactive(figure).data) == len(figure.series) > 0
 
 
-@pytest.mark.parametrize("name", ["_old", "a$b$c", "__"])
-def test_every_series_is_in_the_legend_by_its_name(name, tmp_path, monkeypatch) -> None:
-    """matplotlib leaves labels that begin with an underscore out, and sets formulas between $."""
+def test_any_name_has_an_entry_in_the_legend_as_it_is(tmp_path, monkeypatch) -> None:
+    """matplotlib leaves out names that begin with "_", and reads "$" as mathematics."""
     from matplotlib.figure import Figure as Canvas
 
-    legends, draw = [], Canvas.legend
+    legends = []
+    real = Canvas.legend
     monkeypatch.setattr(
-        Canvas, "legend", lambda self, *a, **k: legends.append(draw(self, *a, **k)) or legends[-1]
+        Canvas, "legend", lambda *a, **k: legends.append(real(*a, **k)) or legends[-1]
     )
-    values = ([1.0, 2.0], [0.1, 0.2], [0.05, 0.1], [0.2, 0.3])
-    series = [Series(each, "transcoder", *values) for each in (name, "new")]
-    write_png(Figure("k", "title", "x", "y", series), tmp_path / "a.png")
-    names = [text.get_text() for text in legends[-1].get_texts()]
-    assert [text.strip().replace("\\$", "$") for text in names] == [name, "new"]
+    names = ["_old", "new", "a$b$c", "<b>x</b>"]
+    series = [Series(name, "mlp", [1.0, 2.0], [1.0, 2.0], [1.0, 2.0], [1.0, 2.0]) for name in names]
+    series.append(Series("__base", "base", [], [1.0], [0.5], [2.0]))
+    figure = Figure("k", "of $a$", "$x$", "y", series)
+    write_png(figure, tmp_path / "a.png")
+    texts = legends[0].get_texts()
+    assert [text.get_text() for text in texts] == [*names, "__base"]
+    assert not any(text.get_parse_math() for text in texts)
+    shown = [trace.name for trace in interactive(figure).data]
+    assert shown == ["_old", "new", "a$b$c", "&lt;b&gt;x&lt;/b&gt;", "__base"]
+
+
+def test_underscores_of_names_are_no_emphasis_in_markdown() -> None:
+    table = Table("t", ["", "a_b|c"], [["_old_", "__x__"], ["top_1", "-"]], "")
+    text = as_markdown([table])
+    assert r"| \_old\_ | \_\_x\_\_ |" in text
+    assert r"|  | a_b\|c |" in text
+    assert "| top_1 | - |" in text

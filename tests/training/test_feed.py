@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from fastadapt.errors import UserError
+from fastadapt.errors import RunError, UserError
 from fastadapt.training.ahead import Ahead
 from fastadapt.training.config import FREE_ON_RESUME
 from fastadapt.training.feed import Feed
@@ -109,6 +109,20 @@ def test_a_process_may_take_its_share_alone(tiny_config, tiny_pair) -> None:
     feed.close()
     assert made
     assert None not in made
+
+
+def test_a_killed_worker_is_told_where_its_batch_is_waited_for(make_feed) -> None:
+    """Not by torch's handler of SIGCHLD, in the midst of whatever a step does."""
+    handler = signal.getsignal(signal.SIGCHLD)
+    before = children()
+    feed = make_feed(**{"data.workers": 2, "optimizer.epochs": 50})
+    batches_of(feed, 0)
+    os.kill(min(children() - before), signal.SIGKILL)
+    time.sleep(0.5)  # the signal would be here by now
+    with pytest.raises(RunError, match=r"\(data\.workers\) was killed.*--resume"):
+        [batches_of(feed, step) for step in range(1, feed.steps)]
+    assert children() == before
+    assert signal.getsignal(signal.SIGCHLD) == handler
 
 
 def test_workers_end_with_the_feed(make_feed) -> None:

@@ -9,14 +9,14 @@ from typing import NamedTuple, Protocol
 
 from fastadapt.wording import number
 
-#: Pieces of text, one per token.
+#: Pieces of text, one per token; tokens that share a character are one piece.
 Pieces = tuple[str, ...]
 Progress = Callable[[int, int], None]  # questions answered, questions
 
 
 @dataclass(frozen=True)
 class Example:
-    """A stretch of text and at which of its tokens the unit is active."""
+    """A stretch of text and at which of its pieces the unit is active."""
 
     pieces: Pieces
     fires: tuple[bool, ...]

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from fastadapt.errors import UserError
+from fastadapt.features.characters import join_characters
 from fastadapt.features.judge.questions import Example, Pieces
 from fastadapt.features.schema import KINDS, Kind, SampleKind
 from fastadapt.features.store import Store
@@ -54,21 +55,29 @@ class Vocabulary:
         self._strings = dict(held)
 
     def pieces(self, tokens: Iterable[int]) -> Pieces:
-        """The text of each token.
+        """The text of each token, or of tokens that share a character.
 
         Raises:
             UserError: the store's vocabulary does not have one of them.
         """
+        return tuple(piece for piece, _ in self._pieces(tokens))
+
+    def example(self, window: Window) -> Example:
+        """A window as a judge sees it; tokens that share a character are active together."""
+        pieces, fires, place = [], [], 0
+        for piece, n in self._pieces(window.tokens):
+            pieces.append(piece)
+            fires.append(any(window.fires[place : place + n]))
+            place += n
+        return Example(tuple(pieces), tuple(fires))
+
+    def _pieces(self, tokens: Iterable[int]) -> list[tuple[str, int]]:
         try:
-            return tuple(self._strings[token] for token in tokens)
+            return join_characters([self._strings[token] for token in tokens])
         except KeyError as error:
             raise UserError(
                 f"{self._path} has no token {error}; collect the features again"
             ) from None
-
-    def example(self, window: Window) -> Example:
-        """A window as a judge sees it."""
-        return Example(self.pieces(window.tokens), window.fires)
 
 
 def eligible(

@@ -176,9 +176,10 @@ function drawExample(example, max, { site, tokens, texts }) {
   if (example.region !== 255) facts.push(site.regions[example.region]);
   if (example.domain !== 255) facts.push(site.domains[example.domain]);
   const window = el("p", { class: "window", dir: "auto" });
+  const pieces = tokens.running([...example.tokens], values);
   example.tokens.forEach((token, i) => {
     const at = start + i;
-    const text = running(tokens.text(token));
+    const text = running(pieces[i]);
     const far = at < position - BEFORE || at > position + AFTER;
     const share = max > 0 ? Math.max(-1, Math.min(1, values[i] / max)) : 0;
     const names = [far && "far", at === position && "peak", share < 0 && "negative"].filter(Boolean);

@@ -137,6 +137,25 @@ class Units {
   }
 }
 
+const BYTES = /⟨((?:[0-9A-F]{2} )*[0-9A-F]{2})⟩/u;
+const SHARING = 16; // tokens that share characters, at most
+
+/** The text that tokens from a place on share, and how many: see fastadapt.features.characters. */
+function shared(texts, place) {
+  const raw = [];
+  for (let length = 1; length <= SHARING && BYTES.test(texts[place + length - 1] ?? ""); length++) {
+    texts[place + length - 1].split(BYTES).forEach((part, i) =>
+      raw.push(...(i % 2 ? part.split(" ").map((pair) => parseInt(pair, 16)) : new TextEncoder().encode(part))));
+    try {
+      const decoder = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
+      return { text: decoder.decode(new Uint8Array(raw)), length };
+    } catch {
+      // Not whole yet.
+    }
+  }
+  return { text: texts[place], length: 1 };
+}
+
 /** The vocabulary. */
 class Tokens {
   constructor({ facts, columns }) {
@@ -147,6 +166,25 @@ class Tokens {
 
   text(token) {
     return this.strings[token] ?? `⟨token ${token}⟩`;
+  }
+
+  /** The text of each token of a stretch; one that several share is at the strongest of them. */
+  running(ids, values) {
+    const texts = ids.map((id) => this.text(id));
+    const out = [...texts];
+    for (let place = 0; place < texts.length; ) {
+      const { text, length } = shared(texts, place);
+      if (length > 1) {
+        let strongest = place;
+        for (let i = place; i < place + length; i++) {
+          out[i] = "";
+          if (Math.abs(values[i]) > Math.abs(values[strongest])) strongest = i;
+        }
+        out[strongest] = text;
+      }
+      place += length;
+    }
+    return out;
   }
 
   get lowered() {

@@ -1,0 +1,89 @@
+"""Tokens that are no whole characters: their bytes as text, and whole characters out of several.
+
+A byte-level vocabulary splits characters of several bytes over tokens. The text of such a token has
+the bytes that are no character in hexadecimal, as in ``⟨E4 BD⟩``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+_SHOWN = re.compile("⟨((?:[0-9A-F]{2} )*[0-9A-F]{2})⟩")
+_FALLBACK = re.compile("<0x([0-9A-F]{2})>")  # the name of a byte in a vocabulary of SentencePiece
+_MOST = 16  # tokens that share characters
+
+
+def show_bytes(raw: bytes) -> str:
+    """Return bytes as text, with those that are no character in hexadecimal.
+
+    Example:
+        >>> show_bytes(b" a\\xe4\\xbd")
+        ' a⟨E4 BD⟩'
+    """
+    text = raw.decode("utf-8", "surrogateescape")
+    return re.sub(
+        "[\udc80-\udcff]+",
+        lambda match: f"⟨{match[0].encode('utf-8', 'surrogateescape').hex(' ').upper()}⟩",
+        text,
+    )
+
+
+def token_bytes(name: str, decoded: str) -> bytes | None:
+    """Return the bytes of a token of a byte-level vocabulary; None where they are not known.
+
+    Args:
+        name: of the token in the vocabulary.
+        decoded: its text, with U+FFFD where it is no character; it must agree.
+    """
+    if match := _FALLBACK.fullmatch(name):
+        return bytes.fromhex(match[1])
+    table = _byte_of_letter()
+    if not all(letter in table for letter in name):
+        return None
+    raw = bytes(table[letter] for letter in name)
+    return raw if raw.decode("utf-8", "replace").lstrip() == decoded.lstrip() else None
+
+
+@cache
+def _byte_of_letter() -> dict[str, int]:
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return {letter: byte for byte, letter in bytes_to_unicode().items()}
+
+
+def join_characters(strings: Sequence[str]) -> list[tuple[str, int]]:
+    """Return pieces of text and how many tokens each is: 1, or those that share characters.
+
+    Args:
+        strings: of consecutive tokens.
+
+    Example:
+        >>> join_characters([" so", "⟨E4⟩", "⟨BD A0⟩", "⟨E5⟩", "."])
+        [(' so', 1), ('你', 2), ('⟨E5⟩', 1), ('.', 1)]
+    """
+    pieces, place = [], 0
+    while place < len(strings):
+        piece = strings[place], 1
+        raw = b""
+        for n, string in enumerate(strings[place : place + _MOST], start=1):
+            if not _SHOWN.search(string):
+                break
+            raw += _bytes_of(string)
+            try:
+                piece = raw.decode(), n
+            except UnicodeDecodeError:
+                continue
+            break
+        pieces.append(piece)
+        place += piece[1]
+    return pieces
+
+
+def _bytes_of(string: str) -> bytes:
+    parts: list[Any] = _SHOWN.split(string)  # text and bytes in turn
+    parts[::2] = [part.encode() for part in parts[::2]]
+    parts[1::2] = [bytes.fromhex(part) for part in parts[1::2]]
+    return b"".join(parts)
