@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+import yaml
 
 
 def option(name, value, message):
@@ -98,6 +99,21 @@ CASES = [
         r"run\.yaml is not valid YAML: .*line 1",
     ),
     ("a list", lambda d: d.yaml(lambda v: "- pair\n"), r"expected keys with values, got list"),
+    (
+        "component twice",
+        lambda d: d.yaml(lambda v: yaml.safe_dump(v) + "optimizer:\n  lr: 0.1\n"),
+        r"run\.yaml is not valid YAML: the key 'optimizer' occurs twice at line \d+",
+    ),
+    (
+        "key twice, typed",
+        lambda d: d.train("--optimizer", "{lr: 1, lr: 2}"),
+        r"the key 'lr' occurs twice",
+    ),
+    (
+        "deep, typed",
+        lambda d: d.train("--optimizer", "[" * 100_000),
+        r"nested more than 64 levels deep",
+    ),
     ("empty file", lambda d: d.yaml(lambda v: ""), r"expected keys with values, got NoneType"),
     (
         "unknown key",
