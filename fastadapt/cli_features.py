@@ -84,7 +84,7 @@ def _print_store(store: Store) -> None:
     """What was collected, by kind and layer."""
     import numpy as np
 
-    from fastadapt.wording import number, percent
+    from fastadapt.wording import markers_note, number, percent
 
     rows = []
     for kind in store.kinds:
@@ -100,6 +100,8 @@ def _print_store(store: Store) -> None:
     if left_out := data.get("too_long"):
         told = f"{left_out:,} of {data['read']:,} conversations were left out: they are longer than"
         print(f"{told} --max_tokens, or than the model's context")
+    if marked := data.get("with_markers"):
+        print(markers_note(marked, data["texts"]))
     print(f"features: {store.folder.resolve()}")
     print(f"browse:   fastadapt features serve {store.folder}")
 

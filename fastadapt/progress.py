@@ -59,6 +59,10 @@ class Progress(_Drawn):
     def _begin(self, step: int, record: dict[str, Any]) -> None:
         self._steps = record["steps"]
         self._first = (self._clock(), step)
+        if marked := record.get("with_markers"):
+            from fastadapt.wording import markers_note
+
+            self._say(f"training data: {markers_note(marked, record['sequences'])}")
         if record["kind"] == "resume":
             self._say(f"resuming after step {step} of {self._steps}")
             for passed in record.get("passed_over", ()):

@@ -39,3 +39,16 @@ def duration(seconds: float | None) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def markers_note(n: int, of: int) -> str:
+    """Say that conversations have chat markers in their text.
+
+    Example:
+        >>> markers_note(2, 1000)[:60]
+        "2 of 1,000 conversations have markers of the family in their"
+    """
+    return (
+        f"{n:,} of {of:,} conversations have markers of the family in their text, which the "
+        "tokenizer reads as markers"
+    )

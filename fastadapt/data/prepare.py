@@ -18,6 +18,7 @@ from typing import Any
 
 from fastadapt.data import outdir
 from fastadapt.data.reading import CARRIED, REQUIRED, Reading, Record, Sink
+from fastadapt.data.rendering import holds_markers, render
 from fastadapt.data.selection import (
     MALFORMED,
     NO_END,
@@ -101,13 +102,13 @@ def prepare(
             selection = draw(shortlist, config.quotas())
             if selection.missing and not config.allow_fewer:
                 raise UserError(_shortage(config, selection, spool, shortlist))
-            files = _write(folder, selection, spool, tell)
+            files, with_markers = _write(folder, selection, spool, config.family, tell)
             manifest = {
                 "format": outdir.FORMAT,
                 "schema_version": outdir.SCHEMA_VERSION,
                 "settings": settings,
                 "source": stream.hashed(),
-                "counts": _counts(config, selection, spool),
+                "counts": _counts(config, selection, spool, with_markers),
                 "files": files,
             }
         outdir.finish(folder, manifest)
@@ -138,8 +139,10 @@ def _settings(config: PrepareConfig, stream: Stream, tokenizer: Any) -> Record:
     }
 
 
-def _write(folder: Path, selection: Selection, spool: Spool, tell: Sink) -> Record:
-    """Both files, each whole or not at all; their sizes, hashes and rows."""
+def _write(
+    folder: Path, selection: Selection, spool: Spool, family: str, tell: Sink
+) -> tuple[Record, dict[str, int]]:
+    """Both files, each whole or not at all: sizes, hashes and rows; by split, rows with markers."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -156,6 +159,7 @@ def _write(folder: Path, selection: Selection, spool: Spool, tell: Sink) -> Reco
     )
     done, of = 0, sum(map(len, selection.splits.values()))
     files: Record = {}
+    with_markers = dict.fromkeys(outdir.FILES, 0)
     for split, name in outdir.FILES.items():
         taken = selection.splits[split]
         with (
@@ -167,12 +171,14 @@ def _write(folder: Path, selection: Selection, spool: Spool, tell: Sink) -> Reco
         ):
             for group in _groups(taken):
                 rows = [{**spool.text(c), "tokens": c.tokens, "row": c.row} for c in group]
+                texts = [render(row[COLUMN], family) for row in rows]
+                with_markers[split] += sum(holds_markers(text, family) for text in texts)
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))
                 done += len(group)
                 tell({"kind": "write", "done": done, "of": of})
         size, sha256 = digest(folder / name)
         files[name] = {"rows": len(taken), "bytes": size, "sha256": sha256}
-    return files
+    return files, with_markers
 
 
 def _groups(candidates: Sequence[Candidate]) -> Iterator[list[Candidate]]:
@@ -188,7 +194,9 @@ def _groups(candidates: Sequence[Candidate]) -> Iterator[list[Candidate]]:
         yield group
 
 
-def _counts(config: PrepareConfig, selection: Selection, spool: Spool) -> Record:
+def _counts(
+    config: PrepareConfig, selection: Selection, spool: Spool, with_markers: dict[str, int]
+) -> Record:
     quotas = config.quotas()
     domains = list(quotas["train"])
     splits = {}
@@ -201,6 +209,7 @@ def _counts(config: PrepareConfig, selection: Selection, spool: Spool) -> Record
             "prompts": len({c.prompt for c in taken}),
             "tokens": sum(tokens),
             "longest": max(tokens, default=0),
+            "with_markers": with_markers[split],
             "lengths": length_histogram(tokens, config.max_tokens),
         }
     reasons = (OTHER_DOMAIN, MALFORMED, NO_THINK, NO_END)

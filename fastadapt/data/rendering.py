@@ -116,6 +116,26 @@ def render_parts(conversation: Sequence[Mapping[str, Any]], family: str) -> tupl
     )
 
 
+def holds_markers(text: str, family: str) -> bool:
+    """Whether a rendered text has more of the family's markers than its template puts there.
+
+    Such a marker was written into the prompt or the response. The tokenizer reads it as the token
+    that ends or begins a turn.
+
+    Args:
+        text: of :func:`render`.
+        family: a key of ``FAMILIES``.
+
+    Example:
+        >>> said = [{"from": "human", "value": "hi<end_of_turn>"}, {"from": "gpt", "value": "ho"}]
+        >>> holds_markers(render(said, "gemma"), "gemma")
+        True
+    """
+    form = get_family(family)
+    template = form.before_prompt + form.before_response + form.after_response
+    return any(text.count(marker) > template.count(marker) for marker in form.markers)
+
+
 def turns(conversation: Any) -> tuple[str, str]:
     """Prompt and response of a conversation, by position; see :func:`render` for the errors."""
     if not isinstance(conversation, Sequence) or isinstance(conversation, str):

@@ -26,7 +26,9 @@ def _domains(manifest: Mapping[str, Any]) -> Table:
     ]
     totals = [f"{sum(counts[split]['conversations'].values()):,}" for split in splits]
     rows.append(["all", f"{counts['rows']:,}", *totals])
-    for name in ("prompts", "tokens", "longest"):
+    for name in _TOLD:
+        if name not in counts["train"]:
+            continue  # a manifest of an earlier version
         rows.append([_TOLD[name], "", *(f"{counts[split][name]:,}" for split in splits)])
     return ["conversations", "source", *splits], rows
 
@@ -35,6 +37,7 @@ _TOLD = {
     "prompts": "different prompts",
     "tokens": "tokens",
     "longest": "tokens of the longest",
+    "with_markers": "markers in their text",
 }
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastadapt.data.rendering import get_family, render_parts
+from fastadapt.data.rendering import get_family, holds_markers, render_parts
 from fastadapt.data.sources import Row, read_rows
 from fastadapt.data.tokens import check_markers, encode
 from fastadapt.errors import UserError
@@ -90,6 +90,8 @@ class SequenceCounts(NamedTuple):
         too_long: left out for having more than ``max_tokens`` tokens.
         tokens: tokens in the kept ones.
         longest: tokens in the longest kept one.
+        with_markers: kept ones whose prompt or response has a marker of the family in its text,
+            which the tokenizer reads as the marker.
     """
 
     read: int
@@ -97,6 +99,7 @@ class SequenceCounts(NamedTuple):
     too_long: int
     tokens: int
     longest: int
+    with_markers: int = 0
 
 
 class Sequences(Sequence[Sample]):
@@ -170,9 +173,9 @@ def load_sequences(source: str, tokenizer: Any, config: DataConfig, *, split: st
     rows = read_rows(source, split=name, revision=config.revision)
 
     tokens, ends, first_labels, kept_rows = array("i"), array("q"), array("q"), array("q")
-    read = too_long = longest = 0
+    read = too_long = longest = with_markers = 0
     shortest_left_out: int | None = None
-    for ids, first_label in _tokenised(rows, tokenizer, config):
+    for ids, first_label, marked in _tokenised(rows, tokenizer, config):
         read += 1
         if len(ids) > config.max_tokens:
             too_long += 1
@@ -183,6 +186,7 @@ def load_sequences(source: str, tokenizer: Any, config: DataConfig, *, split: st
         first_labels.append(first_label)
         kept_rows.append(read - 1)
         longest = max(longest, len(ids))
+        with_markers += marked
         if len(ends) == limit:
             break
     if not read:
@@ -192,15 +196,15 @@ def load_sequences(source: str, tokenizer: Any, config: DataConfig, *, split: st
             f"data source {source!r} ({split}): all {read} conversations are longer than "
             f"data.max_tokens={config.max_tokens}; the shortest has {shortest_left_out} tokens"
         )
-    counts = SequenceCounts(read, len(ends), too_long, len(tokens), longest)
+    counts = SequenceCounts(read, len(ends), too_long, len(tokens), longest, with_markers)
     packed = torch.frombuffer(tokens, dtype=torch.int32)
     return Sequences(source, counts, packed, ends, first_labels, kept_rows)
 
 
 def _tokenised(
     rows: Iterator[Row], tokenizer: Any, config: DataConfig
-) -> Iterator[tuple[list[int], int]]:
-    """Token ids of each row and the index of the first token whose prediction counts."""
+) -> Iterator[tuple[list[int], int, bool]]:
+    """Token ids of each row, the first of them whose prediction counts, and whether markers."""
     while chunk := list(islice(rows, _CHUNK)):
         parts = [_render_row(row, config.family) for row in chunk]
         texts = [prompt + response for prompt, response in parts]
@@ -217,7 +221,7 @@ def _tokenised(
                 first_label = sum(start < cut for start, _ in encoded["offset_mapping"][i])
                 if first_label == len(ids):
                     raise UserError(f"{where}: the response has no token")
-            yield ids, first_label
+            yield ids, first_label, holds_markers(texts[i], config.family)
 
 
 def _render_row(row: Row, family: str) -> tuple[str, str]:

@@ -386,8 +386,9 @@ def write_manifest(folder: Path, facts: Mapping[str, Any], files: Sequence[Path]
         folder: of the store.
         facts: all but ``schema_version`` and ``files``: ``run`` (its folder), ``adapter`` (SHA-256,
             see :func:`fastadapt.features.store.Store.open`), ``pair``, ``data`` (source, digest,
-            texts, tokens; conversations read, too_long), ``domains``, ``settings``, ``units`` (by
-            kind: n_layers, n_features), ``lens`` (how it was taken), ``edges``, ``versions``.
+            texts, tokens; conversations read, too_long, with_markers), ``domains``, ``settings``,
+            ``units`` (by kind: n_layers, n_features), ``lens`` (how it was taken), ``edges``,
+            ``versions``.
         files: those that collecting has written, in the folder.
     """
     listed = {}

@@ -153,6 +153,7 @@ def facts(run: Run) -> dict[str, Any]:
         "held_out_sequences": len(run.feed.held_out),
         "epoch_tokens": run.feed.train.counts.tokens,
         "too_long": run.feed.train.counts.too_long,
+        "with_markers": run.feed.train.counts.with_markers,
         "n_layers": run.model.n_layers,
         "d_model": run.model.d_model,
         "adapter_kind": run.config.adapter.kind,

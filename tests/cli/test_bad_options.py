@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+import yaml
 
 
 def option(name, value, message):
@@ -99,6 +100,21 @@ CASES = [
     ),
     ("a list", lambda d: d.yaml(lambda v: "- pair\n"), r"expected object, got array"),
     ("empty file", lambda d: d.yaml(lambda v: ""), r"expected object, got null"),
+    (
+        "component twice",
+        lambda d: d.yaml(lambda v: yaml.safe_dump(v) + "optimizer:\n  lr: 0.1\n"),
+        r"run\.yaml is not valid YAML: the key 'optimizer' occurs twice at line \d+",
+    ),
+    (
+        "key twice, typed",
+        lambda d: d.train("--optimizer", "{lr: 1, lr: 2}"),
+        r"the key 'lr' occurs twice",
+    ),
+    (
+        "deep, typed",
+        lambda d: d.train("--optimizer", "[" * 100_000),
+        r"nested more than 64 levels deep",
+    ),
     (
         "unknown key",
         lambda d: d.yaml(lambda v: v["run"].update(sed=1)),

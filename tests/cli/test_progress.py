@@ -73,6 +73,15 @@ def test_what_goes_wrong_is_said_at_once(stream):
     assert "step 4: skipped, loss is not finite (rows [7])" in stream.getvalue()
 
 
+def test_markers_in_the_data_are_said():
+    stream = io.StringIO()
+    start = {"kind": "start", "step": 0, "steps": 4, "sequences": 1200}
+    Progress(stream)({**start, "with_markers": 0})
+    assert stream.getvalue() == ""
+    Progress(stream)({**start, "with_markers": 3})
+    assert stream.getvalue().startswith("training data: 3 of 1,200 conversations have markers")
+
+
 def test_numbers_that_are_not_there_are_dashes():
     stream = io.StringIO()
     with Progress(stream) as progress:

@@ -12,6 +12,7 @@ import pytest
 
 from fastadapt.data.prepare import prepare
 from fastadapt.data.rendering import render
+from fastadapt.data.report import summary
 from fastadapt.data.selection import prompt_hash
 from fastadapt.data.sequences import DataConfig, load_sequences
 from fastadapt.errors import UserError
@@ -125,6 +126,51 @@ def test_columns_of_another_kind_are_left_empty(config, tmp_path):
     for i, (_, difficulty, _, source) in enumerate(kinds):
         assert (found[i]["difficulty"], found[i]["source"]) == (difficulty, source)
         assert found[i]["conversations"][0] == {"from": None, "value": f"{i}"}
+
+
+def whole_row(i: int) -> dict:
+    turns = [f"what is {i} ?", f"<think> so {i} </think> {i}"]
+    sides = [
+        {"from": side, "value": turn} for side, turn in zip(("human", "gpt"), turns, strict=True)
+    ]
+    return {"domain": "math", "conversations": sides}
+
+
+def test_what_a_column_cannot_hold_is_left_empty(config, tmp_path):
+    """Whole numbers beyond 64 bits, and text with half a surrogate pair."""
+    lines = [whole_row(i) for i in range(6)]
+    values = [10**19, -(2**63), 1e30, 2**63 - 1, -(2**63) - 1, 5.0]
+    for line, value in zip(lines, values, strict=True):
+        line |= {"difficulty": value, "source": "a\ud800"}
+        line["conversations"][0]["from"] = "\udfff"
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    how = {"train": 6, "validation": 0, "shares": "math=1", "allow_fewer": True}
+    made = prepare(config(source=str(path), max_tokens=10_000, **how))
+    rows = sorted(rows_of(made["output"], "train"), key=lambda row: row["row"])
+    assert [row["row"] for row in rows] == [*range(6)]
+    for row in rows:
+        value = values[row["row"]]
+        fits = -(2**63) <= value < 2**63
+        assert row["difficulty"] == (int(value) if fits else None)
+        assert row["source"] is None
+        assert row["conversations"][0]["from"] is None
+
+
+def test_markers_in_the_text_are_counted(config, tmp_path):
+    lines = [whole_row(i) for i in range(4)]
+    for i, line in enumerate(lines):
+        line["conversations"][1]["value"] += " <\uff5cAssistant\uff5c>" * (i % 2)
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    how = {"train": 4, "validation": 0, "shares": "math=1", "allow_fewer": True}
+    made = prepare(config(source=str(path), max_tokens=10_000, **how))
+    rows = rows_of(made["output"], "train")
+    marked = sum(row["row"] % 2 for row in rows)
+    assert made["counts"]["train"]["with_markers"] == marked > 0
+    assert ["markers in their text", "", str(marked), "0"] in summary(made)[0][1]
+    del made["counts"]["train"]["with_markers"]  # of an earlier version
+    assert summary(made)
 
 
 def test_the_manifest_says_what_is_there(config, source):

@@ -38,6 +38,16 @@ def test_ids_are_those_of_the_rendered_text(family, rows, tokenizer, write_jsonl
         assert tokenizer.unk_token_id not in expected
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_markers_in_the_text_are_counted_and_read_as_ever(family, turns, tokenizer, write_jsonl):
+    marker = FAMILIES[family].markers[-1]
+    rows = [turns("1 + 1", "2"), turns(f"1 {marker} 2", "3"), turns("1 + 2", f"so {marker} 3")]
+    sequences = load_sequences(write_jsonl(rows), tokenizer, config(family=family), split="train")
+    assert sequences.counts.with_markers == 2
+    expected = tokenizer(render(rows[1], family), add_special_tokens=False)["input_ids"]
+    assert sequences[1].input_ids.tolist() == expected
+
+
 def test_there_is_one_bos_and_no_eos(rows, tokenizer, write_jsonl):
     ids = load_sequences(write_jsonl(rows[:1]), tokenizer, config(), split="train")[0].input_ids
     assert (ids == tokenizer.bos_token_id).nonzero().flatten().tolist() == [0]
@@ -80,9 +90,9 @@ def test_prompt_tokens_can_be_left_out_of_the_loss(family, rows, tokenizer, writ
 
 def test_longer_conversations_are_left_out_and_counted(rows, tokenizer, write_jsonl):
     everything = load_sequences(write_jsonl(rows), tokenizer, config(), split="train")
-    assert everything.counts == (300, 300, 0, 240 * 13 + 60 * 15, 15)
+    assert everything.counts == (300, 300, 0, 240 * 13 + 60 * 15, 15, 0)
     some = load_sequences(write_jsonl(rows), tokenizer, config(max_tokens=13), split="train")
-    assert some.counts == (300, 240, 60, 240 * 13, 13)
+    assert some.counts == (300, 240, 60, 240 * 13, 13, 0)
     assert list(some.rows) == [i for i in range(300) if i % 5 != 2]
     for i, row in enumerate(some.rows):
         assert torch.equal(some[i].input_ids, everything[row].input_ids)
@@ -92,7 +102,7 @@ def test_only_validation_is_cut_short(rows, tokenizer, write_jsonl):
     settings = config(max_validation=7, max_tokens=13)
     path = write_jsonl(rows)
     held_out = load_sequences(path, tokenizer, settings, split="validation")
-    assert held_out.counts == (9, 7, 2, 7 * 13, 13)
+    assert held_out.counts == (9, 7, 2, 7 * 13, 13, 0)
     assert len(load_sequences(path, tokenizer, settings, split="train")) == 240
 
 

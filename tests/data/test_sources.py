@@ -90,6 +90,40 @@ def test_files_are_read_on_from_any_row(group, turns, tmp_path):
         assert list(read_files(paths, optional=("n",), start=record.after)) == whole[i + 1 :]
 
 
+def test_folders_behind_links_are_read_each_once(rows, write_jsonl, tmp_path):
+    folder, disk = tmp_path / "set", tmp_path / "disk"
+    write_jsonl(rows[:1], "set/a.jsonl")
+    write_jsonl(rows[1:3], "disk/deep/b.jsonl")
+    write_jsonl(rows, "disk/.hidden/c.jsonl")
+    (folder / "more").symlink_to(disk)
+    assert read(folder) == rows[:3]
+    (disk / "deep" / "back").symlink_to(folder)  # a circle
+    (folder / "again").symlink_to(disk / "deep")  # the same folder by another name
+    (folder / ".cache").symlink_to(disk)
+    assert sorted(map(str, read(folder))) == sorted(map(str, rows[:3]))
+
+
+@pytest.mark.parametrize("name", ["more", "b.jsonl"])
+def test_a_link_that_leads_nowhere_is_told(name, rows, write_jsonl, tmp_path):
+    write_jsonl(rows, "set/a.jsonl")
+    (tmp_path / "set" / name).symlink_to(tmp_path / "unmounted")
+    with pytest.raises(UserError, match=rf"{name} is a link to .*unmounted, which is missing"):
+        read(tmp_path / "set")
+
+
+def test_parts_in_a_folder_that_is_called_as_a_file(rows, tmp_path):
+    write_parquet(tmp_path / "set.parquet" / "part-0.parquet", {"conversations": rows[:2]})
+    write_parquet(tmp_path / "set.parquet" / "part-1.parquet", {"conversations": rows[2:]})
+    assert read(tmp_path) == read(tmp_path / "set.parquet") == rows
+
+
+def test_parts_in_folders_that_are_called_as_splits(rows, tmp_path):
+    write_parquet(tmp_path / "train.parquet" / "part-0.parquet", {"conversations": rows[:2]})
+    write_parquet(tmp_path / "test.parquet" / "part-0.parquet", {"conversations": rows[2:]})
+    assert read(tmp_path, "train") == rows[:2]
+    assert read(tmp_path, "test") == rows[2:]
+
+
 def test_rows_say_where_they_stand(rows, write_jsonl, tmp_path):
     path = write_jsonl(rows)
     assert [where for where, _ in read_rows(path, split="train")][:2] == [
@@ -127,6 +161,9 @@ def test_a_hub_dataset_without_the_column_names_those_it_has(monkeypatch):
 
 BAD_LINES = {
     "cut off": (b'{"conversations": [', "line 2: malformed JSON at column 20: Expecting value"),
+    "a long integer": (b'{"a": ' + b"7" * 5000 + b"}", "line 2: malformed JSON: Exceeds the limit"),
+    "deep": (b"[" * 100_000 + b"]" * 100_000, "line 2: malformed JSON: it is nested too deep"),
+    "a key twice": (b'{"a": 1, "a": 2}', "line 2: malformed JSON: the key 'a' occurs twice"),
     "not an object": (b"[1, 2]", "line 2: expected a JSON object, got list"),
     "other columns": (
         b'{"prompt": "a", "answer": "b"}',

@@ -19,6 +19,8 @@ from fastadapt.evaluation.benchmarks import (
     EMBEDDED,
     PUBLISHED,
     BenchmarkConfig,
+    Row,
+    _write,
     read_rows,
     run_benchmarks,
 )
@@ -183,6 +185,17 @@ def test_a_letter_is_an_option_and_not_an_article(text: str, letter: str | None)
 
 def test_boxes_that_never_close_are_passed_over_in_one_reading() -> None:
     assert last_boxed(r"\boxed{7} " + "\\boxed{" * 100_000) == "7"
+
+
+def test_rows_come_back_whatever_their_text_holds(tmp_path: Path) -> None:
+    texts = ["a\u2028b\u2029c\u0085d\x0be\x0cf\x1cg\rh", "two"]
+    rows = [Row("q", i, True, "1", 3, "eos", None, 0, text) for i, text in enumerate(texts)]
+    _write(rows, tmp_path / "rows.jsonl")
+    assert read_rows(tmp_path / "rows.jsonl") == rows
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write(json.dumps({**vars(rows[0]), "correct": "yes"}) + "\n")
+    with pytest.raises(UserError, match=r"rows\.jsonl, line 3: correct: expected bool, got str"):
+        read_rows(tmp_path / "rows.jsonl")
 
 
 def test_the_embedded_pair_states_its_number() -> None:

@@ -183,6 +183,7 @@ def _finish(
             "tokens": texts.tokens,
             "read": prepared.read,
             "too_long": prepared.too_long,
+            "with_markers": prepared.with_markers,
         },
         "domains": prepared.domains,
         "settings": facts["settings"],

@@ -83,6 +83,7 @@ def merged_texts(parts: Sequence[Part]) -> Prepared:
         sum(own.texts for own in each),
         sum(own.tokens for own in each),
         sorted({domain for own in each for domain in own.domains}),
+        sum(own.with_markers for own in each),
     )
 
 

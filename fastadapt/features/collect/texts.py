@@ -23,7 +23,7 @@ import torch
 from fastadapt.batch import Batch
 from fastadapt.data.batches import collate
 from fastadapt.data.reading import text_or_none
-from fastadapt.data.rendering import render_parts
+from fastadapt.data.rendering import holds_markers, render_parts
 from fastadapt.data.sequences import Sample
 from fastadapt.data.sources import COLUMN, find_files, read_values
 from fastadapt.data.tokens import check_markers, encode
@@ -80,6 +80,8 @@ class Prepared:
         too_long: left out, of this shard's.
         texts, tokens: of this shard.
         domains: of these texts, sorted.
+        with_markers: of these texts, those with a marker of the family in prompt or response, which
+            the tokenizer reads as the marker.
     """
 
     read: int
@@ -87,6 +89,7 @@ class Prepared:
     texts: int
     tokens: int
     domains: list[str]
+    with_markers: int = 0
 
 
 def prepare(
@@ -111,7 +114,7 @@ def prepare(
     rows = read_values(
         resolve(source.name), split=source.split, revision=source.revision, optional=["domain"]
     )
-    read = too_long = texts = tokens = 0
+    read = too_long = texts = tokens = with_markers = 0
     domains: set[str] = set()
     found: set[str] = set()  # with those of all other conversations
     numbered = enumerate(islice(rows, source.n))
@@ -133,12 +136,13 @@ def prepare(
             too_long += len(some) - len(kept)
             texts += len(kept)
             tokens += sum(len(text["tokens"]) for text in kept)
+            with_markers += sum(text.pop("marked") for text in kept)
             domains.update(text["domain"] for text in kept if text["domain"] is not None)
             if kept:
                 writer.write_table(pa.Table.from_pylist(kept, schema=TEXTS))
     if not read:
         raise UserError(f"data source {source.name!r}: it holds no conversation")
-    return Prepared(read, too_long, texts, tokens, sorted(domains))
+    return Prepared(read, too_long, texts, tokens, sorted(domains), with_markers)
 
 
 def _tokenised(
@@ -166,6 +170,7 @@ def _tokenised(
                 "domain": _domain(values),
                 "tokens": ids,
                 "regions": regions_of(spans, encoded["offset_mapping"][i]),
+                "marked": holds_markers("".join(parts[i]), family),
             }
         )
     return made
