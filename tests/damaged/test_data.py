@@ -236,7 +236,7 @@ def loaded_once(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
 @pytest.mark.usefixtures("loaded_once")
 def test_the_manifest_of_a_selection(config: PrepareConfig) -> None:
     folder = Path(config.output)
-    made = prepare(config)
+    manifest = prepare(config)
     path = folder / "manifest.json"
 
     def read() -> Any:
@@ -244,7 +244,7 @@ def test_the_manifest_of_a_selection(config: PrepareConfig) -> None:
         summary(found)
         return found
 
-    assert read() == made
+    assert read() == manifest
     before = written(folder)
 
     def valid(damage: Damage, _: Any) -> bool:
@@ -303,10 +303,12 @@ def test_resuming_over_damaged_files(
 
     if name == "journal":
         lines = content[name].splitlines(keepends=True)
-        kept = next(i for i, line in enumerate(lines) if line.startswith(b"[") and len(line) > 60)
+        candidate = next(
+            i for i, line in enumerate(lines) if line.startswith(b"[") and len(line) > 60
+        )
         commit = next(i for i, line in enumerate(lines) if line.startswith(b"{"))
         cases = list(raw(content[name], 10))
-        for number in (kept, commit):
+        for number in (candidate, commit):
             before, after = b"".join(lines[:number]), b"".join(lines[number + 1 :])
             cases += [
                 Damage(d.name, before + (d.content or b"") + b"\n" + after, d.key, d.value)

@@ -69,17 +69,17 @@ ABOUT = {"schema_version": 1, "fingerprints": {"target": "ab"}}
 @pytest.fixture
 def result() -> dict[str, Any]:
     """One of each kind of student and a part of every kind."""
-    made = {**results.made_up(), **ABOUT}
+    written = {**results.made_up(), **ABOUT}
     keep = {"l0_10%", "no-bridge"}
-    made["students"] = [s for s in made["students"] if s["name"] in keep]
+    written["students"] = [s for s in written["students"] if s["name"] in keep]
     for section in ("faithfulness", "partial"):
-        made[section] = {n: v for n, v in made[section].items() if n in keep}
-    made["speed"] = {
+        written[section] = {n: v for n, v in written[section].items() if n in keep}
+    written["speed"] = {
         "batch_size": 2, "prompt_tokens": 3, "new_tokens": 4, "rounds": 3, "device": "cpu",
         "models": {"target": {"tokens_per_s": 9.5, "overhead": 0.0}},
     }  # fmt: skip
-    made["benchmarks"] = {"sums": {"target": {"sampled": results.measured(0.3)}}}
-    return made
+    written["benchmarks"] = {"sums": {"target": {"sampled": results.measured(0.3)}}}
+    return written
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -96,23 +96,23 @@ def test_every_part_of_eval_json(part: Any, result: dict[str, Any], tmp_path: Pa
     path.write_text(json.dumps({**about, **{name: result[name] for name in sections}}))
 
     def read() -> dict[str, Any]:
-        kept = kept_part(tmp_path, part, new)
-        made = {**new, **kept}
-        if kept:
-            json.dumps(made, allow_nan=False)
-            found = tables(made)
-            as_markdown(found), as_latex(found), figures(made)
-        return kept
+        sections_read = kept_part(tmp_path, part, new)
+        written = {**new, **sections_read}
+        if sections_read:
+            json.dumps(written, allow_nan=False)
+            found = tables(written)
+            as_markdown(found), as_latex(found), figures(written)
+        return sections_read
 
     assert set(read()) == set(sections)
 
-    def valid(damage: Damage, kept: dict[str, Any]) -> bool:
-        if not kept:  # of other models or settings, or of other parts
-            gone = damage.name == f"{part} removed"
-            return gone or not damage.name.startswith(sections)
+    def valid(damage: Damage, sections_read: dict[str, Any]) -> bool:
+        if not sections_read:  # of other models or settings, or of other parts
+            absent = damage.name == f"{part} removed"
+            return absent or not damage.name.startswith(sections)
         # What is there must be what the document says, of the types that were written.
         said = json.loads(damage.content or b"")
-        same = all(kept[name] == said[name] for name in kept)
+        same = all(sections_read[name] == said[name] for name in sections_read)
         return same and (damage.name.startswith("bit flip") or _possible(damage))
 
     sweep(path, variants(path), read, valid)
