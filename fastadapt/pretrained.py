@@ -99,6 +99,9 @@ ARCHITECTURES: Mapping[str, Paths] = {
 #: Dtypes, as safetensors calls them, of tensors that hold weights and no codes of weights.
 _STORED = ("F64", "F32", "BF16", "F16")
 
+#: Files that hold a checkpoint's weights or name its shards; transformers takes the first of them.
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+
 #: Shapes of the presets' models.
 SHAPES = Path(__file__).parent / "presets" / "shapes.json"
 
@@ -145,6 +148,13 @@ def model_config(source: str, revision: str | None, trust: bool) -> Any:
             f"model {source!r} is quantised (quantization_config in its config.json), and its "
             "stored numbers are no weights. Give the model before it was quantised"
         )
+    named = getattr(config, "transformers_weights", None)
+    if named not in (None, _WEIGHTS[0]):
+        raise UserError(
+            f"model {source!r} names its weights in its config.json (transformers_weights "
+            f"{named!r}), which is not supported. Rename the file to model.safetensors, and take "
+            "the key out"
+        )
     config._attn_implementation = None
     return config
 
@@ -186,9 +196,16 @@ def tensor_files(source: str, revision: str | None) -> dict[str, Path]:
     the shards that it had before.
 
     Raises:
-        UserError: there are no weights, a shard is missing, or a tensor is quantised.
+        UserError: there are no weights, a shard is missing, a tensor is quantised, or a PEFT
+            adapter stands beside the weights, which transformers would read in their place.
     """
     files = _tensor_files(source, revision)
+    if (Path(source) / "adapter_config.json").is_file():
+        raise UserError(
+            f"{source}: adapter_config.json stands beside the weights; transformers would read a "
+            "PEFT adapter and the model that it names in their place. Merge the adapter, and "
+            "delete this file"
+        )
     for path in files.values():
         with reading("model", str(path)), open_tensors(path) as file:
             for name in file.keys():  # noqa: SIM118
@@ -203,10 +220,11 @@ def tensor_files(source: str, revision: str | None) -> dict[str, Path]:
 
 
 def _tensor_files(source: str, revision: str | None) -> dict[str, Path]:
-    single = fetch(source, "model.safetensors", revision)
+    whole, shards = _WEIGHTS
+    single = fetch(source, whole, revision)
     if single is not None:
-        return {"model.safetensors": single}
-    index = fetch(source, "model.safetensors.index.json", revision)
+        return {whole: single}
+    index = fetch(source, shards, revision)
     if index is None:
         raise UserError(
             f"{source}: no model.safetensors found; only safetensors checkpoints are read"

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastadapt.adapter import AdapterConfig
+from fastadapt.checkpoint_files import lazy_tensors
 from fastadapt.errors import UserError
 from fastadapt.kernels.transcoder import SMALL_ENTRIES, Plan
 from fastadapt.models import ModelPair, PairConfig, PairMismatchError, ReplacementModel
@@ -310,3 +311,69 @@ def test_padding_changes_nothing_in_any_dtype(architecture, attention, side, sav
             alone = model(short).logits
             padded = model(ids, attention_mask=mask, position_ids=positions).logits[:, kept]
         torch.testing.assert_close(padded, alone, rtol=1e-4, atol=1e-5)
+
+
+def change_config(folder: str, **changes) -> None:
+    path = Path(folder) / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("role", ["target", "base"])
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.uint8, torch.int32, torch.bool, torch.float8_e4m3fn]
+)
+def test_codes_of_quantised_weights_are_refused(role, dtype, save_model) -> None:
+    folders = {"target": save_model("target"), "base": save_model("base", 1)}
+    file = Path(folders[role]) / "model.safetensors"
+    tensors, name = load_file(file), "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name].to(dtype)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"{role}.*tensor {name} is stored as"):
+        load(**folders)
+
+
+@pytest.mark.parametrize("role", ["target", "base"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_quantised_configuration_is_refused(role, device, save_model) -> None:
+    """Also where no weight is read, as for the plan of a run."""
+    folders = {"target": save_model("target"), "base": save_model("base", 1)}
+    change_config(folders[role], quantization_config={"quant_method": "fp8"})
+    with pytest.raises(UserError, match=f"{role}' is quantised"):
+        ModelPair.load(PairConfig(**folders, device="cpu"), into=torch.device(device))
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["index left over", "files that differ"])
+def test_a_single_file_goes_before_an_index(same, save_model) -> None:
+    """As in transformers, whose saving in one file leaves the index of earlier shards behind."""
+    from transformers import AutoModelForCausalLM
+
+    target, base = save_model("target"), save_model("base", 1)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.save_pretrained(base, max_shard_size="8KB")
+    if same:
+        model.save_pretrained(base)
+    else:
+        changed = {name: t + 1 for name, t in load_file(Path(target) / "model.safetensors").items()}
+        save_file(changed, Path(base) / "model.safetensors", metadata={"format": "pt"})
+    assert (Path(base) / "model.safetensors.index.json").exists()
+    theirs = AutoModelForCausalLM.from_pretrained(base)
+    for mlp, layer in zip(load(target, base).base_mlps, theirs.model.layers, strict=True):
+        for name, weight in layer.mlp.named_parameters():
+            assert torch.equal(mlp.get_parameter(name), weight)
+    for name, read in lazy_tensors(base, None, "base").items():
+        assert torch.equal(read(), theirs.state_dict()[name])
+
+
+@pytest.mark.parametrize("role", ["target", "base"])
+def test_weights_that_are_elsewhere_are_refused(role, save_model) -> None:
+    """Where transformers would read other weights than those of the folder's usual files."""
+    folders = {"target": save_model("target"), "base": save_model("base", 1)}
+    for name in ("other.safetensors", "model.safetensors.index.json"):
+        change_config(folders[role], transformers_weights=name)
+        with pytest.raises(UserError, match=f"transformers_weights '{name}'"):
+            load(**folders)
+    change_config(folders[role], transformers_weights=None)
+    card = Path(folders[role]) / "adapter_config.json"
+    card.write_text(json.dumps({"base_model_name_or_path": "another", "peft_type": "LORA"}))
+    with pytest.raises(UserError, match=f"{role}: adapter_config.json stands beside the weights"):
+        load(**folders)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from fastadapt.data.rendering import get_family, holds_markers, render_parts
 from fastadapt.data.sources import Row, read_rows
-from fastadapt.data.tokens import check_markers, encode
+from fastadapt.data.tokens import check_ids, check_markers, encode
 from fastadapt.errors import UserError
 
 _CHUNK = 128  # conversations handed to the tokenizer at once
@@ -126,6 +127,20 @@ class Sequences(Sequence[Sample]):
         self._tokens = tokens  # int32 [N], all sequences end to end
         self._ends = ends
         self._first_labels = first_labels
+
+    def check_vocabulary(self, n_rows: int) -> None:
+        """Refuse tokens that a model has no embedding of.
+
+        Args:
+            n_rows: of the model's embedding.
+
+        Raises:
+            UserError: names the row of the source, counted from 1, of the first one.
+        """
+        beyond = (self._tokens >= n_rows).nonzero()[:1, 0].tolist()
+        for place in beyond:
+            row = self.rows[bisect_right(self._ends, place)]
+            check_ids(self._tokens[place : place + 1], n_rows, f"{self.source}, row {row + 1}")
 
     @property
     def lengths(self) -> list[int]:

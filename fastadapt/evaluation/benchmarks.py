@@ -33,6 +33,7 @@ from fastadapt.evaluation.sampling import (
     Speed,
     check_requests,
     context_of,
+    vocabulary_of,
 )
 from fastadapt.io.atomic import disk_errors, replacing
 from fastadapt.io.documents import Count, DocumentError, parse_line
@@ -301,7 +302,7 @@ def _check_all(model: Any, tokenizer: Any, config: BenchmarkConfig) -> None:
         rows = _questions(task, config)
         prompts = encode(tokenizer, [row["prompt"] for row in rows])["input_ids"]
         requests = [Request(r["id"], tuple(ids)) for r, ids in zip(rows, prompts, strict=True)]
-        check_requests(requests, context_of(model))
+        check_requests(requests, context_of(model), vocabulary_of(model))
 
 
 def _write(rows: Sequence[Row], path: Path) -> None:

@@ -152,7 +152,6 @@ def _collect(
     left = set(watch.rollouts)
     while left and not (stop is not None and stop.is_set()):
         output = manager.get_result(timeout=0.05)
-        draw.check()
         ended = []
         if output is not None and output.request_id in left:
             if output.error is not None:
@@ -161,6 +160,8 @@ def _collect(
                 ended.append(output.request_id)
         while not watch.ended.empty():
             ended.append(watch.ended.get())
+        # After tokens have come and before a response is kept: what broke them is noted by now.
+        draw.check(watch.rollouts.values(), together=True)
         for name in ended:
             if name in left:
                 left.discard(name)

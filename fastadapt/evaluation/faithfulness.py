@@ -68,7 +68,10 @@ def _add(sums: _Sums, model: ReplacementModel, batch: Batch, chunk_tokens: int) 
         chunk_tokens=chunk_tokens,
     )
     sums.kl += kl.kl.double() * rows
-    sums.agree += (kl.token_top1.double() @ predictions.flatten()) * rows
+    # Of logits that are NaN the largest is token 0, in both models.
+    agrees = torch.where(kl.token_kl.isfinite(), kl.token_top1.double(), torch.nan)
+    agrees = torch.where(predictions.flatten() > 0, agrees, 0)
+    sums.agree += (agrees @ predictions.flatten()) * rows
     sums.sequences += len(batch.input_ids)
     sums.predicted += rows
     sums.tokens += int(real.sum())
@@ -97,7 +100,8 @@ def evaluate(
         features per token per layer), ``feature_density`` (per layer, per feature: share of tokens
         on which it fired), ``n_dead_per_layer`` (features that fired on none of these tokens),
         ``tokens`` and ``sequences``. What has no features (tuned MLPs or norms, which ``adapter``
-        stands for then) has no ``l0...``, no density and no dead ones.
+        stands for then) has no ``l0...``, no density and no dead ones. Where a prediction is not
+        finite, KL and top-1 error are NaN.
 
     Raises:
         UserError: no sequence has a token to predict.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -12,6 +13,9 @@ from fastadapt.errors import RunError, UserError
 from fastadapt.evaluation.degeneration import DegenerationConfig, DegenerationDetector
 from fastadapt.evaluation.noise import gumbel, position_key, request_seed
 from fastadapt.evaluation.responses import Finish, Request, Response
+
+#: Tokens of a response that may be drawn before the first of them is fed.
+_IN_FLIGHT = 8
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,11 @@ class Rollout:
         """Of the noise for the token at a place in the sequence, the prompt's first being 0."""
         return position_key(self.seed, position)
 
+    def has_drawn(self, key: tuple[int, int]) -> bool:
+        """Whether ``key`` is of one of the tokens so far, or of the next few, still to be fed."""
+        first = len(self.request.prompt)
+        return any(self.key_at(first + i) == key for i in range(len(self.tokens) + _IN_FLIGHT))
+
     def feed(self, token: int) -> bool:
         """Take the next token; whether the response has ended, with it or before."""
         if self.finish is not None:
@@ -138,43 +147,71 @@ class Rollout:
         return text
 
 
+class LogitsError(RunError):
+    """No token can be drawn: the model's logits are NaN or infinite."""
+
+
 class Draw:
     """From logits to scores whose largest is the token drawn. N rows, V vocabulary.
 
-    No token can be drawn from logits that are NaN or infinite (``argmax`` would give token 0). That
-    there were some is noted on the device, and :meth:`check` raises.
+    No token can be drawn from logits that are NaN or infinite (``argmax`` would give token 0). The
+    key of the first such row is noted on the device, and :meth:`check` raises.
     """
 
     def __init__(self, config: SamplingConfig, device: torch.device | str = "cpu") -> None:
         from transformers import TopPLogitsWarper
 
-        self._broken = torch.zeros((), dtype=torch.bool, device=device)
+        self._broken = torch.zeros(2, dtype=torch.int32, device=device)
         self._temperature = config.temperature
         self._top_p = TopPLogitsWarper(config.top_p) if config.top_p < 1 else None
 
     def __call__(self, logits_NV: Tensor, high_N: Tensor, low_N: Tensor) -> Tensor:
-        """``logits / temperature``, cut to the top p, plus the noise of the keys (int32)."""
-        # Rows that fill a batch up have the key 0.
-        bad_N = ~(logits_NV < torch.inf).all(-1) & ((high_N != 0) | (low_N != 0))
-        self._broken |= bad_N.any()
+        """``logits / temperature``, cut to the top p, plus the noise of the keys (int32).
+
+        A token whose logit is minus infinity is never drawn. Rows of the key 0 fill a batch up.
+        """
+        scores_NV = logits_NV
+        if self._temperature != 0:
+            scores_NV = logits_NV.float() / self._temperature
+        self._note(scores_NV, high_N, low_N)
         if self._temperature == 0:
-            return logits_NV
-        scores_NV = logits_NV.float() / self._temperature
+            return scores_NV
         if self._top_p is not None:
             scores_NV = self._top_p(None, scores_NV)
         return scores_NV + gumbel(high_N, low_N, logits_NV.shape[-1])
 
-    def check(self) -> None:
+    def _note(self, scores_NV: Tensor, high_N: Tensor, low_N: Tensor) -> None:
+        """Keep the key of the first row without a largest score; does not wait for the device."""
+        if not len(scores_NV):  # a step that reads prompts alone
+            return
+        # The maximum is NaN where one score is, and minus infinity where no token is left.
+        bad_N = ~scores_NV.amax(-1).isfinite() & ((high_N != 0) | (low_N != 0))
+        first = bad_N.int().argmax(0, keepdim=True)
+        key = torch.stack([high_N, low_N]).index_select(1, first)[:, 0]
+        is_first = bad_N.any() & (self._broken == 0).all()
+        self._broken.copy_(torch.where(is_first, key, self._broken))
+
+    def check(self, rollouts: Iterable[Rollout], *, together: bool = False) -> None:
         """Raise if a call saw logits that are not finite; waits for the device.
 
+        Args:
+            rollouts: those that were drawn for, of which the error names one.
+            together: whether logits of one may be NaN because another's are, as in a batch whose
+                sequences lie behind one another.
+
         Raises:
-            RunError: it did.
+            LogitsError: it did.
         """
-        if bool(self._broken):
-            raise RunError(
-                "the model's logits are NaN or infinite, so that no token can be drawn. Where its "
-                "weights are 16 bits wide, they may overflow: give a wider dtype (--dtype float32)"
-            )
+        high, low = self._broken.tolist()
+        if (high, low) == (0, 0):
+            return
+        drawn = next((rollout for rollout in rollouts if rollout.has_drawn((high, low))), None)
+        name = "a request" if drawn is None else f"request {drawn.request.id!r}"
+        name += ", or another of its batch: " if together else ": "
+        raise LogitsError(
+            f"{name}the model's logits are NaN or infinite, so that no token can be drawn. Where "
+            "its weights are 16 bits wide, they may overflow: give a wider dtype (--dtype float32)"
+        )
 
     def forget(self) -> None:
         """Let :meth:`check` raise for later calls alone."""
@@ -182,8 +219,9 @@ class Draw:
 
 
 def keys(rollouts: list[Rollout], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """The halves of the rollouts' keys: two int32 ``[N]``."""
-    high, low = zip(*(rollout.key() for rollout in rollouts), strict=True)
+    """The halves of the rollouts' keys: two int32 ``[N]``, 0 where a response has ended."""
+    every = [rollout.key() if rollout.finish is None else (0, 0) for rollout in rollouts]
+    high, low = zip(*every, strict=True)
     return (
         torch.tensor(high, dtype=torch.int32, device=device),
         torch.tensor(low, dtype=torch.int32, device=device),

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from fastadapt.data.batches import padding_id
+from fastadapt.data.tokens import check_ids
 from fastadapt.errors import UserError
 from fastadapt.evaluation.noise import request_seed
 from fastadapt.evaluation.responses import (
@@ -39,7 +40,7 @@ from fastadapt.evaluation.responses import (
     open_responses,
     read_responses,
 )
-from fastadapt.evaluation.rollout import Draw, Rollout, SamplingConfig, keys
+from fastadapt.evaluation.rollout import Draw, LogitsError, Rollout, SamplingConfig, keys
 
 __all__ = ["Request", "Response", "Sampled", "SamplingConfig", "Speed", "read_responses", "sample"]
 
@@ -122,12 +123,15 @@ def sample(
         stop: ends the sampling early; what is finished is kept, what is not is begun anew later.
 
     Raises:
-        UserError: a prompt that leaves no room in the context, an empty one, two requests of one
-            name, or an ``out`` of other settings or prompts.
-        RunError: the generation failed, or ``out`` cannot be written.
+        UserError: a prompt that leaves no room in the context, an empty one, one with a token that
+            the model has no embedding of, two requests of one name, or an ``out`` of other settings
+            or prompts.
+        RunError: the generation failed, logits are NaN or infinite (it names the model and a
+            request; what was finished before is kept), or ``out`` cannot be written.
     """
     context = context_of(model)
-    check_requests(requests, context)
+    vocabulary = vocabulary_of(model)
+    check_requests(requests, context, vocabulary)
     eos = end_tokens(model, tokenizer)
     settings = {
         "source": dict(source or {}),
@@ -138,16 +142,13 @@ def sample(
     with nullcontext() if out is None else open_responses(out, settings) as file:
         old = {} if file is None else dict(file.finished)
         limits = {r.key: min(config.max_new_tokens, context - len(r.prompt)) for r in requests}
-        _check_old(requests, old, out, config.seed, limits, vocabulary_of(model))
+        _check_old(requests, old, out, config.seed, limits, vocabulary)
         todo = [request for request in requests if request.key not in old]
-        n_rows = len(model.get_input_embeddings().weight)
-        pad = tokenizer.pad_token_id
-        pad = min(eos, default=0) if pad is None else padding_id(tokenizer, n_rows)
         session = _Session(
             model=model,
             config=config,
             eos=eos,
-            pad=pad,
+            pad=padding_id(tokenizer, vocabulary),
             file=file,
             total=len(requests),
             progress=progress,
@@ -158,7 +159,11 @@ def sample(
         rollouts = [Rollout(r, config, limits[r.key], eos, tokenizer) for r in todo]
         speeds = [] if file is None else list(file.speeds)
         if rollouts and not session.stopped():
-            speeds.append(_generate(session, rollouts))
+            try:
+                speeds.append(_generate(session, rollouts))
+            except LogitsError as error:
+                model_name = f"model {source['model']!r}, " if source and "model" in source else ""
+                raise LogitsError(f"{model_name}{error}") from error
     found = {**old, **session.finished}
     responses = [found[request.key] for request in requests if request.key in found]
     return Sampled(responses, _together(speeds), len(responses) == len(requests))
@@ -181,8 +186,13 @@ def vocabulary_of(model: Any) -> int:
     return int(model.get_input_embeddings().weight.shape[0])
 
 
-def check_requests(requests: Sequence[Request], context: int) -> None:
-    """``UserError`` for a prompt that leaves no room for a token, is empty, or is there twice."""
+def check_requests(requests: Sequence[Request], context: int, vocabulary: int) -> None:
+    """Refuse prompts that cannot be answered.
+
+    Raises:
+        UserError: a prompt leaves no room for a token, is empty, is there twice, or has a token
+            that the model has no embedding of.
+    """
     seen: set[Key] = set()
     for request in requests:
         name = f"request {request.id!r}"
@@ -196,6 +206,7 @@ def check_requests(requests: Sequence[Request], context: int) -> None:
                 f"{name}: the prompt has {len(request.prompt)} tokens, and the model's context is "
                 f"{context}: no room for a response. Shorten the prompt, or leave it out."
             )
+        check_ids(request.prompt, vocabulary, name)
 
 
 def _check_old(
@@ -314,7 +325,7 @@ def _run_batch(session: _Session, batch: list[Rollout]) -> None:
         return draw(logits_BV, *keys(batch, logits_BV.device))
 
     def ended(ids_BT: Tensor, logits: Any, **_: Any) -> Tensor:
-        draw.check()
+        draw.check(batch)
         for rollout, token in zip(batch, ids_BT[:, -1].tolist(), strict=True):
             if rollout.finish is None and rollout.feed(token):
                 session.done(rollout)

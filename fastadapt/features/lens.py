@@ -18,6 +18,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from fastadapt.errors import RunError
 from fastadapt.features.characters import show_bytes, token_bytes
 from fastadapt.features.schema import LENS, TOKENS, Kind
 from fastadapt.features.store import list_column, write_pieces, write_table
@@ -73,6 +74,9 @@ def lens(head: Tensor, rows: Tensor, *, demeaned: bool = True) -> tuple[Tensor, 
     Returns:
         Token ids int64 and logits float32, ``[F, 2, min(10, V)]`` each: the largest, largest first;
         then the smallest, smallest first. Equal logits: the lowest token first.
+
+    Raises:
+        RunError: a logit is NaN or infinite.
     """
     shown = min(SHOWN, len(head))
     head = head.float()
@@ -82,6 +86,11 @@ def lens(head: Tensor, rows: Tensor, *, demeaned: bool = True) -> tuple[Tensor, 
         of = some @ head.T
         if demeaned:
             of -= (some @ mean)[:, None]
+        if not of.isfinite().all():
+            raise RunError(
+                "a logit of the lens is NaN or infinite: the model's head or what the units write "
+                "is not finite, or their product overflows"
+            )
         ends = [_largest(sign * of, shown) for sign in (1, -1)]
         ids.append(torch.stack(ends, 1))
         logits.append(torch.stack([of.gather(1, end) for end in ends], 1))

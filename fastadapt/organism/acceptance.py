@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastadapt.data.rendering import render_parts
+from fastadapt.errors import RunError
 from fastadapt.organism.problems import DOMAINS, HESITATION_WORDS, Problem, extract_answer
 from fastadapt.organism.recipe import FAMILY, RecipeConfig, conversation, split_problems
 from fastadapt.pretrained import load_causal_lm, load_tokenizer
@@ -101,13 +102,19 @@ def top1_errors(
 
     On the target's own samples: ``response`` counts the positions that predict a generated token
     (EOS included), ``all`` those of the prompt as well.
+
+    Raises:
+        RunError: a logit is NaN or infinite.
     """
     wrong, count = {"response": 0, "all": 0}, {"response": 0, "all": 0}
     for ids_BT in samples.ids.split(50):
         mask_BT = ids_BT != pad
         positions_BT = (mask_BT.cumsum(1) - 1).clamp_min(0)
         inputs = {"input_ids": ids_BT, "attention_mask": mask_BT, "position_ids": positions_BT}
-        differ_BT = model(**inputs).logits.argmax(-1) != target(**inputs).logits.argmax(-1)
+        ours_BTV, theirs_BTV = model(**inputs).logits, target(**inputs).logits
+        if not (ours_BTV[mask_BT].isfinite().all() and theirs_BTV[mask_BT].isfinite().all()):
+            raise RunError("a prediction of the models is not finite, and has no most likely token")
+        differ_BT = ours_BTV.argmax(-1) != theirs_BTV.argmax(-1)
         # A position counts if it and the token after it are real.
         counted_BT = mask_BT[:, :-1] & mask_BT[:, 1:] & (ids_BT[:, :-1] != eos)
         for name, start in (("response", samples.prompt_length - 1), ("all", 0)):

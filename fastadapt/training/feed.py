@@ -42,6 +42,8 @@ class Feed:
         self.held_out = load_sequences(
             resolve(data.validation), tokenizer, data, split="validation"
         )
+        for data_of_split in (self.train, self.held_out):
+            data_of_split.check_vocabulary(n_rows)
         self._pad = padding_id(tokenizer, n_rows)
         self._order = BatchPlan(
             len(self.train),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -101,3 +103,16 @@ def test_nothing_to_evaluate(make_pair) -> None:
     model = adapted(make_pair("qwen2"), AdapterConfig(24))
     with pytest.raises(UserError, match="no sequence has a token to predict"):
         evaluate(model, [])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_predictions_that_are_not_finite_have_no_top1(value, make_pair) -> None:
+    """The largest of NaN is token 0 in both models: no agreement."""
+    model = adapted(make_pair("qwen2"), AdapterConfig(24))
+    with torch.no_grad():
+        model.adapters[-1].b_dec[0] = value
+    got = evaluate(model, batches())
+    assert math.isnan(got["top1_error_adapter"])
+    assert not math.isfinite(got["kl_adapter"])
+    assert 0 <= got["top1_error_hybrid"] <= 1
+    assert math.isfinite(got["kl_hybrid"])

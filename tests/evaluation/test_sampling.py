@@ -18,7 +18,7 @@ from fastadapt.data.tokens import encode
 from fastadapt.errors import RunError, UserError
 from fastadapt.evaluation.degeneration import DegenerationConfig, find_cut
 from fastadapt.evaluation.noise import gumbel, position_key, request_seed
-from fastadapt.evaluation.rollout import Draw
+from fastadapt.evaluation.rollout import Draw, LogitsError
 from fastadapt.evaluation.sampling import (
     Request,
     Response,
@@ -289,6 +289,8 @@ def test_bad_requests_are_told_before_anything_runs(tiny: tuple[Any, Any], tmp_p
         sample(*tiny, requests() * 2, CONFIG, out=out)
     with pytest.raises(UserError, match="'none': the prompt is empty"):
         sample(*tiny, [Request("none", ())], CONFIG, out=out)
+    with pytest.raises(UserError, match=r"'odd': token 40 has no embedding.* the model has 40"):
+        sample(*tiny, [*requests(), Request("odd", (3, 40, 5))], CONFIG, out=out)
     assert not out.exists()
     # One token is room enough.
     (only,) = sample(*tiny, [Request("just", (5,) * 63)], CONFIG).responses
@@ -346,3 +348,89 @@ def test_requests_of_warming_up_are_let_through() -> None:
     from fastadapt.evaluation.continuous import _Watch
 
     assert _Watch([]).keys_of(SimpleNamespace(request_id="__warmup__", position_offset=3)) == (0, 0)
+
+
+@pytest.mark.parametrize("batching", BATCHINGS)
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_logits_that_are_not_finite_end_the_sampling(
+    value: float, temperature: float, batching: Any, tiny: tuple[Any, Any], tmp_path: Path
+) -> None:
+    """The largest of NaN is token 0. What was finished before is kept, and gone on from."""
+    model, tokenizer = tiny
+    config = replace(CONFIG, batching=batching, temperature=temperature)
+    out, source = tmp_path / "responses.jsonl", {"model": "hybrid"}
+    sample(model, tokenizer, requests(3), config, out=out, source=source)
+    before = out.read_bytes()
+    weight = model.get_output_embeddings().weight
+    with torch.no_grad():
+        kept = weight[7].clone()
+        weight[7] = value
+    both = " or another of its batch:" if batching == "continuous" else ""
+    with pytest.raises(LogitsError, match=f"^model 'hybrid', request 'q[3-8]'.*{both} .* NaN or"):
+        sample(model, tokenizer, requests(9), config, out=out, source=source)
+    assert out.read_bytes() == before
+    with torch.no_grad():
+        weight[7] = kept
+    resumed = sample(model, tokenizer, requests(9), config, out=out, source=source)
+    assert tokens(resumed.responses) == tokens(sample(*tiny, requests(9), config).responses)
+
+
+@pytest.mark.parametrize("batching", BATCHINGS)
+def test_a_prompt_with_nan_is_named_and_changes_no_other(
+    batching: Any, tiny: tuple[Any, Any], tmp_path: Path
+) -> None:
+    model, tokenizer = tiny
+    with torch.no_grad():
+        model.get_input_embeddings().weight[39] = torch.nan
+    out, bad = tmp_path / "responses.jsonl", Request("bad", (5, 39))
+    config = replace(CONFIG, batching=batching)
+    good = [r for r in requests() if 39 not in r.prompt]
+    name = "'bad'" if batching == "static" else "'.*', or another of its batch"
+    with pytest.raises(LogitsError, match=f"^request {name}: "):
+        sample(model, tokenizer, [*good, bad], config, out=out)
+    assert not read_responses(out)
+    alone = replace(config, batch_size=1)  # those before it are kept
+    with pytest.raises(LogitsError):
+        sample(model, tokenizer, [*good[:2], bad], alone, out=out)
+    assert "bad" not in {response.id for response in read_responses(out)}
+
+
+def test_what_may_be_drawn_from(tiny: tuple[Any, Any]) -> None:
+    """Minus infinity is a token that is never drawn; rows that fill a batch up do not count."""
+    high, low = torch.tensor([0, 0, 3]).int(), torch.tensor([0, 5, 0]).int()
+    fine = torch.randn(3, 12)
+    never = fine.clone()
+    never[1:, 4] = -torch.inf
+    filling = fine.clone()
+    filling[0] = torch.nan
+    for top_p, logits in ((1.0, never), (0.9, never), (1.0, filling)):
+        draw = Draw(SamplingConfig(top_p=top_p))
+        assert 4 not in draw(logits, high, low)[1:].argmax(-1) or logits is not never
+        draw(torch.empty(0, 12), high[:0], low[:0])
+        draw.check([])
+    nothing = fine.clone()
+    nothing[1] = -torch.inf
+    # Finite, and infinite over the temperature.
+    for temperature, logits in ((0.0, nothing), (0.7, nothing), (1e-30, fine * 1e30)):
+        draw = Draw(SamplingConfig(temperature=temperature))
+        draw(fine, high, low) if temperature > 1e-9 else None
+        draw.check([])
+        draw(logits, high, low)
+        draw(fine * 0, high, low)
+        with pytest.raises(LogitsError, match="NaN or infinite"):
+            draw.check([])
+        draw.forget()
+        draw.check([])
+
+
+@pytest.mark.parametrize("has_pad", [True, False])
+def test_a_padding_token_without_an_embedding(has_pad: bool, tiny: tuple[Any, Any]) -> None:
+    """As of a tokenizer that was given one, with a model that was not resized."""
+    model, tokenizer = tiny
+    wanted = tokens(sample(model, tokenizer, requests(), CONFIG).responses)
+    tokenizer.pad_token = None
+    if has_pad:
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+        assert tokenizer.pad_token_id >= 40
+    assert tokens(sample(model, tokenizer, requests(), CONFIG).responses) == wanted

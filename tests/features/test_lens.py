@@ -8,6 +8,7 @@ import pytest
 import torch
 from organism_runs import make_run
 
+from fastadapt.errors import RunError
 from fastadapt.evaluation.students import Students
 from fastadapt.features import lens as room
 from fastadapt.features.collect import CollectConfig, collect
@@ -42,6 +43,17 @@ def test_equal_logits_come_in_order_of_tokens() -> None:
     assert ids.tolist() == [[list(range(10))] * 2] * 2
     few, _ = lens(torch.tensor([[1.0], [3.0], [3.0]]), torch.ones(1, 1))
     assert few.tolist() == [[[1, 2, 0], [0, 1, 2]]]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e38])
+@pytest.mark.parametrize("of_head", [True, False])
+def test_logits_that_are_not_finite_are_refused(value: float, of_head: bool) -> None:
+    """They have no order; the last is finite, and its products are not."""
+    head, rows = torch.randn(30, 4), torch.randn(2, 4)
+    head[3, 1] = rows[1, 2] = 1e3
+    (head if of_head else rows)[0] = value
+    with pytest.raises(RunError, match="a logit of the lens is NaN or infinite"):
+        lens(head, rows * 50)
 
 
 def test_strings_are_as_in_a_text() -> None:

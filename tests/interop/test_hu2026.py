@@ -17,6 +17,7 @@ from fastadapt.adapter_files import load_adapters, save_adapters
 from fastadapt.errors import UserError
 from fastadapt.interop import hu2026
 from fastadapt.models import PairMismatchError, ReplacementModel
+from fastadapt.serving.export import export
 
 FEATURES, WIDTH, LAYERS = 24, 16, 3
 IDS = torch.tensor([[5, 9, 23, 7, 31, 8]])
@@ -257,6 +258,48 @@ def test_faulty_checkpoints_are_refused(published, tmp_path) -> None:
     assert extra in attempt({**whole, extra: torch.zeros(FEATURES)})
     with pytest.raises(UserError, match="expected a checkpoint of Qwen2ForCausalLMWith"):
         hu2026.load(str(tmp_path / "base"), device="cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("folder", ["published", "target", "base"])
+@pytest.mark.parametrize("part", ["mlp.up_proj.weight", "self_attn.q_proj.weight"])
+def test_codes_of_quantised_weights_are_refused(part, folder, dtype, published, tmp_path) -> None:
+    """By each command that reads one of the three checkpoints; nothing is written."""
+    source = published(shards=1)
+    pair: dict[str, Any] = {name: str(tmp_path / name) for name in ("target", "base")}
+    own, out = tmp_path / "own", tmp_path / "out"
+    save_adapters([TranscoderAdapter(WIDTH, AdapterConfig(40)) for _ in range(LAYERS)], own)
+    file = tmp_path / folder / "model.safetensors"
+    tensors, name = load_file(file), f"model.layers.1.{part}"
+    save_file({**tensors, name: tensors[name].to(dtype)}, file, metadata={"format": "pt"})
+    exports: list[Callable[[], Any]] = [
+        lambda: hu2026.from_adapters(own, out, **pair),
+        lambda: export(own, out, **pair),
+    ]
+    calls: dict[str, list[Callable[[], Any]]] = {
+        "published": [
+            lambda: hu2026.load(source, device="cpu"),
+            lambda: hu2026.to_adapters(source, out),
+        ],
+        "target": [lambda: hu2026.load(source, pair["target"], device="cpu"), *exports],
+        "base": exports,
+    }
+    for call in calls[folder]:
+        with pytest.raises(UserError, match=f"{folder}.*tensor {name} is stored as"):
+            call()
+    assert not out.exists()
+
+
+def test_an_index_left_over_is_not_followed(published, tmp_path) -> None:
+    """What is written like a checkpoint in one file beside an older index is one file."""
+    source = Path(published(shards=3))
+    whole = shards_of(source)
+    for shard in source.glob("model-*"):
+        shard.unlink()
+    save_file(whole, source / "model.safetensors", metadata={"format": "pt"})
+    hu2026.save(hu2026.load(str(source), device="cpu"), tmp_path / "out", like=str(source))
+    assert [file.name for file in (tmp_path / "out").glob("model*")] == ["model.safetensors"]
+    assert shards_of(tmp_path / "out").keys() == whole.keys()
 
 
 def test_what_the_format_cannot_say_is_refused(published, make_pair, tmp_path) -> None:

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastadapt.data.rendering import FAMILIES, render
+from fastadapt.errors import RunError
 from fastadapt.organism import FOLDER, acceptance, recipe, resolve
 from fastadapt.organism.problems import (
     DOMAINS,
@@ -283,3 +284,15 @@ def test_the_shipped_pair_meets_every_acceptance_bound():
     assert result["base_hesitations_per_1000"] <= 0.5
     assert result["hybrid_top1_error_percent"] >= 10
     assert result["failed"] == []
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_predictions_that_are_not_finite_are_no_agreement(value) -> None:
+    """The largest of NaN is token 0 in both models, which would be no error at all."""
+    target = AutoModelForCausalLM.from_pretrained(resolve("organism/target"))
+    samples = acceptance.Samples(torch.tensor([[5, 6, 7, 8]]), 2, ["7 8"])
+    assert acceptance.top1_errors(target, target, samples, 0, 1)["all"] == 0
+    with torch.no_grad():
+        target.get_output_embeddings().weight[7] = value
+    with pytest.raises(RunError, match="is not finite"):
+        acceptance.top1_errors(target, target, samples, 0, 1)

@@ -254,3 +254,41 @@ def test_a_gpu_is_not_waited_for(workers, tiny_config, tiny_pair) -> None:
         feed.close()
     for step, batches in enumerate(made):
         assert same([(batch.to("cpu"), n) for batch, n in batches], batches_of(alone, step))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_padding_token_without_an_embedding(workers, tiny_config, tiny_pair) -> None:
+    """Batches hold ids of the embedding alone, and the same texts as with a token that has one."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_pair / "target")
+    n_rows, config = len(tokenizer), tiny_config(**{"data.workers": workers})
+    plain = Feed(config, tokenizer, CPU, n_rows)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id == n_rows
+    feed = Feed(config, tokenizer, CPU, n_rows)
+    padded = 0
+    try:
+        for step in range(4):
+            for (ours, n), (theirs, m) in zip(
+                batches_of(feed, step), batches_of(plain, step), strict=True
+            ):
+                assert n == m
+                assert int(ours.input_ids.max()) < n_rows
+                padded += int((~ours.real).sum())
+                for a, b in ((ours.input_ids, theirs.input_ids), (ours.labels, theirs.labels)):
+                    assert torch.equal(a[ours.real], b[ours.real])
+        assert padded
+    finally:
+        feed.close()
+        plain.close()
+
+
+def test_tokens_without_an_embedding_are_refused(tiny_config, tiny_pair) -> None:
+    """With the row that has the first of them, before a step."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_pair / "target")
+    feed = Feed(tiny_config(), tokenizer, CPU, len(tokenizer))
+    most = [int(feed.train[i].input_ids.max()) for i in range(len(feed.train))]
+    n_rows = max(most)
+    row = feed.train.rows[most.index(n_rows)] + 1
+    message = rf"row {row}: token {n_rows} has no embedding, of which the model has {n_rows}"
+    with pytest.raises(UserError, match=message):
+        Feed(tiny_config(), tokenizer, CPU, n_rows)

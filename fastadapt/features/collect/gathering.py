@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from fastadapt.data.tokens import check_ids
 from fastadapt.errors import RunError, UserError
 from fastadapt.evaluation.prompts import held_out
-from fastadapt.evaluation.sampling import context_of
+from fastadapt.evaluation.sampling import context_of, vocabulary_of
 from fastadapt.evaluation.students import Students
 from fastadapt.features.collect import folder as work
 from fastadapt.features.collect import snapshots
@@ -209,12 +210,15 @@ def gather(
     cursor = snapshots.load(tallies, state)
     unsaved, done, checked = 0, 0, False
     texts = folder / work.WORK / work.TEXTS
+    vocabulary = vocabulary_of(model.model)
     with open_parquet(texts, TEXTS) as file:
         for group in range(file.num_row_groups):
             if group < cursor.group:
                 done += file.metadata.row_group(group).num_rows
                 continue
             members = read_group(texts, file, group)
+            for text in members:
+                check_ids(torch.from_numpy(text.tokens), vocabulary, f"text {text.number}")
             for i, some in enumerate(batches_of(members, config.batch_tokens)):
                 done += len(some)
                 if i < cursor.batch:
