@@ -45,11 +45,10 @@ def reads_back(damage: Damage, config: Any) -> bool:
     from fastadapt.training.config import to_dict
 
     given, held = yaml.safe_load(damage.content or b""), to_dict(config)
-    # A record alone: what is read from a file is never trusted.
-    assert held["pair"].pop("trust_remote_code") is False
+    assert held["pair"][TRUST] is False  # a record alone: no file is trusted
     return all(
-        held[section][key] in (value, _number(value))
-        or key == TRUST  # recorded, and never taken from a file
+        key == TRUST
+        or held[section][key] in (value, _number(value))
         or (key, value) == ("n_features", None)  # the default
         for section, values in given.items()
         for key, value in (values or {}).items()
