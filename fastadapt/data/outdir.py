@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from fastadapt.data.selection import SPLITS
 from fastadapt.data.spool import GO_ON, JOURNAL, ROWS
@@ -71,6 +71,7 @@ class SplitCounts(TypedDict):
     prompts: Count
     tokens: Count
     longest: Count
+    with_markers: NotRequired[Count]  # absent from manifests of earlier versions
     lengths: Annotated[list[Count], msgspec.Meta(min_length=1, max_length=1000)]
 
 

@@ -27,7 +27,7 @@ def _domains(manifest: Mapping[str, Any]) -> Table:
     totals = [f"{sum(counts[split]['conversations'].values()):,}" for split in splits]
     rows.append(["all", f"{counts['rows']:,}", *totals])
     for name in _TOLD:
-        if name not in counts["train"]:
+        if not all(name in counts[split] for split in splits):
             continue  # a manifest of an earlier version
         rows.append([_TOLD[name], "", *(f"{counts[split][name]:,}" for split in splits)])
     return ["conversations", "source", *splits], rows

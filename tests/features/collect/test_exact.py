@@ -115,18 +115,21 @@ def test_merged_shards_are_the_same_files(run: Path, store: Store, tmp_path: Pat
 
 
 def test_texts_beyond_the_context_are_left_out_and_counted(run: Path, tmp_path: Path) -> None:
-    def said(words: int) -> str:
-        turns = [{"from": "human", "value": "2?"}, {"from": "gpt", "value": "1 " * words}]
+    def said(words: int, more: str = "") -> str:
+        response = "1 " * words + more
+        turns = [{"from": "human", "value": "2?"}, {"from": "gpt", "value": response}]
         return json.dumps({"conversations": turns}) + "\n"
 
     long = {3, 70, 71, 129}  # one, two and one of the groups that three shards take
+    marked = dict.fromkeys((2, 3, 66, 128), "<\uff5cAssistant\uff5c>")
     data = tmp_path / "own.jsonl"
-    data.write_text("".join(said(600 if i in long else 1) for i in range(130)))
+    data.write_text("".join(said(600 if i in long else 1, marked.get(i, "")) for i in range(130)))
     config = CollectConfig(data=str(data))  # the embedded pair reads 512 tokens
     store = collect(run, tmp_path / "whole", config)
     assert store is not None
     told = store.manifest["data"]
     assert (told["read"], told["too_long"], told["texts"]) == (130, 4, 126)
+    assert told["with_markers"] == 3  # of those that are read
     kept = [str(i) for i in range(130) if i not in long]
     assert store.read("texts")["id"].to_pylist() == kept
     folders = [tmp_path / f"part-{i}" for i in range(3)]
