@@ -85,8 +85,27 @@ def stores(folder: Path, name: str) -> None:
 
 
 def data(folder: Path, name: str) -> None:
-    sha256 = hashlib.sha256(b"precious").hexdigest()
-    manifest = {"format": outdir.FORMAT, "files": {name: {"bytes": 8, "sha256": sha256}}}
+    """A selection that is whole but for one more file, which its manifest lists under ``name``."""
+    files = {}
+    for own in outdir.FILES.values():
+        (folder / own).write_bytes(b"precious")
+        files[own] = {"rows": 0, "bytes": 8, "sha256": hashlib.sha256(b"precious").hexdigest()}
+    split = {"conversations": {}, "wanted": {}, "prompts": 0, "tokens": 0, "longest": 0}
+    counts: dict[str, Any] = {
+        "rows": 0,
+        "domains": {},
+        "left_out_of_source": {},
+        "left_out_of_drawn": {},
+        **{each: {**split, "lengths": [0]} for each in outdir.FILES},
+    }
+    manifest = {
+        "format": outdir.FORMAT,
+        "schema_version": outdir.SCHEMA_VERSION,
+        "settings": {"max_tokens": 8},
+        "source": {},
+        "counts": counts,
+        "files": {**files, name: files[own]},
+    }
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
