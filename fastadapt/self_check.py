@@ -143,6 +143,8 @@ def _own(model: ReplacementModel, part: Batch, mode: Mode, positions: Tensor) ->
             use_cache=False,
             logits_to_keep=positions,
         )
+    for layer in range(model.n_layers):
+        model.leave(layer)
     return _wide(output.logits)
 
 
