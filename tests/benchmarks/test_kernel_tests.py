@@ -31,7 +31,8 @@ def test_out_of_time_the_tests_that_ended_are_counted(tmp_path: Path, n_processe
     assert done["rc"] is None
     assert done["why"] == "not finished in 24 s"
     assert done["tests"] >= 2
-    assert "2 passed" in done["end"]
+    if n_processes == 1:  # with several, the report is written before xdist waits for its workers
+        assert "2 passed" in done["end"]
 
 
 @side_by_side
