@@ -25,6 +25,7 @@ from fastadapt.checkpoint_files import (
     write_checkpoint,
 )
 from fastadapt.errors import UserError
+from fastadapt.io.tensors import check_tensor
 from fastadapt.pretrained import fetch, model_config
 
 ARCHITECTURE = "Qwen2ForCausalLMWithTranscoder"
@@ -75,13 +76,9 @@ def adapters_of(source: str, config: Any, held: Mapping[str, Lazy]) -> Iterator[
                 own[name] = torch.zeros_like(own["b_enc"][:1]).expand(empty.shape).contiguous()
                 continue
             tensor = held[layer + NAMES[name]]()
-            own[name] = tensor.T.contiguous() if name == "W_dec" and tensor.dim() == 2 else tensor
-            if own[name].shape != empty.shape or not tensor.is_floating_point():
-                wanted_shape = list(empty.T.shape if name == "W_dec" else empty.shape)
-                raise UserError(
-                    f"{source}: {layer}{NAMES[name]}: expected {wanted_shape}, floating, "
-                    f"got {list(tensor.shape)} of {tensor.dtype}"
-                )
+            shape = empty.T.shape if name == "W_dec" else empty.shape
+            check_tensor(tensor, source, layer + NAMES[name], shape=shape, finite=True)
+            own[name] = tensor.T.contiguous() if name == "W_dec" else tensor
         adapter.load_state_dict(own, assign=True)
         yield adapter
 

@@ -21,6 +21,7 @@ import torch
 from torch.nn import functional as F
 
 from fastadapt.data.rendering import render, render_parts
+from fastadapt.io.atomic import writing_folder
 from fastadapt.organism.problems import (
     Problem,
     direct_answer,
@@ -237,7 +238,8 @@ def build(
     """Make data, tokenizer, base and target from nothing and write them into ``out``.
 
     Args:
-        out: folder that gets ``base/``, ``target/`` and ``data/``.
+        out: folder that gets ``base/``, ``target/`` and ``data/``, all three once both models are
+            trained; those that are there are replaced, other files stay.
         seed: decides every draw; same seed, machine and thread count, same files.
         progress: called every 50 steps with phase, step, steps, loss, wall_s.
         config: sizes and lengths of training; the default is the shipped pair's.
@@ -246,13 +248,32 @@ def build(
         ``{"seed", "parameters", "vocabulary", "base_s", "target_s"}``, times in seconds.
     """
     config = config or RecipeConfig()
-    problems = split_problems(config, seed)
-    write_data(out, problems, seed)
-    held = frozenset(problem.prompt for split in problems.values() for problem in split)
     tokenizer = build_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = new_model(config, tokenizer)
+    with writing_folder(out, ours=("base", "target", "data")) as new:
+        times = _write_pair(new, model, tokenizer, config, seed, progress)
+    return {
+        "seed": seed,
+        "parameters": model.num_parameters(),
+        "vocabulary": len(tokenizer),
+        **times,
+    }
+
+
+def _write_pair(
+    out: Path,
+    model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    config: RecipeConfig,
+    seed: int,
+    progress: Progress | None,
+) -> dict[str, float]:
+    """Train base and target from ``model``, write all three folders; return seconds of training."""
+    problems = split_problems(config, seed)
+    write_data(out, problems, seed)
+    held = frozenset(problem.prompt for split in problems.values() for problem in split)
     times = {}
     for name, phase in (("base", config.base), ("target", config.target)):
         begun = time.perf_counter()
@@ -266,9 +287,4 @@ def build(
         train_phase(model, data, phase, name, progress, config.autocast)
         save(model, tokenizer, out / name)
         times[f"{name}_s"] = time.perf_counter() - begun
-    return {
-        "seed": seed,
-        "parameters": model.num_parameters(),
-        "vocabulary": len(tokenizer),
-        **times,
-    }
+    return times

@@ -76,13 +76,13 @@ class Run:
     def begin(
         self,
         checkpoint: Checkpoint | None,
-        passed: list[PassedOver],
         sinks: Sequence[Sink],
         *,
         resume: bool,
-    ) -> None:
-        """Restore the state of ``checkpoint``, open the log, and evaluate if that is due."""
+    ) -> MetricsLog:
+        """Restore the state of ``checkpoint``; return the log, opened, which the caller closes."""
         path = self.folder / rundir.METRICS
+        swept: list[Path] = []
         if resume:
             self.ranks.lead(lambda: rundir.sweep(self.folder))
             swept = self.ranks.lead(lambda: sweep(self.folder / rundir.CHECKPOINTS))
@@ -91,6 +91,13 @@ class Run:
             kept = self.step if checkpoint else -1
             self.ranks.lead(lambda: rundir.drop_records_after(path, kept))
         self.log = rundir.open_log(path, sinks, self.ranks)
+        self._swept = len(swept)
+        return self.log
+
+    def record_start(
+        self, checkpoint: Checkpoint | None, passed: list[PassedOver], *, resume: bool
+    ) -> None:
+        """Write the records that begin a run, or its resumption from ``checkpoint``."""
         if not self.log.has("start", 0):
             self.log.write("start", 0, **state.facts(self))
         if resume:
@@ -100,7 +107,7 @@ class Run:
                 steps=self.steps,
                 checkpoint=self._relative(checkpoint.path) if checkpoint else None,
                 passed_over=[{"path": self._relative(p.path), "reason": p.reason} for p in passed],
-                unfinished_saves_removed=len(swept),
+                unfinished_saves_removed=self._swept,
                 threads=torch.get_num_threads(),
                 ranks=self.ranks.world,
                 wall_s=self.wall_s,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import re
 import sys
 import uuid
 from collections.abc import Callable, Iterator
@@ -167,12 +168,20 @@ def _trackio(config: TrainConfig, folder: Path, stack: ExitStack) -> _Write:
 
 
 def _run_id(folder: Path) -> str:
-    """What this run is called where runs of many folders meet; kept in the folder."""
+    """Return the name of a run among runs of many folders: 8 hexadecimal digits, drawn once.
+
+    Raises:
+        UserError: the file holds something else.
+    """
     file = folder / RUN_ID
     if not file.exists():
         with disk_errors(file, GO_ON), replacing(file) as staged:
             staged.write_text(uuid.uuid4().hex[:8] + "\n")
-    return file.read_text().strip()
+    with file.open("rb") as opened:
+        name = opened.read(10).decode("utf-8", errors="replace")
+    if not re.fullmatch(r"[0-9a-f]{8}\n?", name):
+        raise UserError(f"{file}: expected 8 hexadecimal digits, got {name!r}")
+    return name.strip()
 
 
 OPENERS: dict[str, Callable[[TrainConfig, Path, ExitStack], _Write]] = {

@@ -89,8 +89,8 @@ def train(
         run = Run(_with_policy(config, model, feed, ranks), folder, started, model, feed, ranks)
         if not resume:
             ranks.lead(lambda: rundir.start_afresh(folder, config))
-        run.begin(checkpoint, passed, [*sinks, *more_sinks], resume=resume)
-        with closing(feed), run.log:
+        with closing(feed), run.begin(checkpoint, [*sinks, *more_sinks], resume=resume):
+            run.record_start(checkpoint, passed, resume=resume)
             run.evaluate_if_due(stopping)
             while run.step < run.steps and not ranks.any(stopping.is_set()):
                 run.advance()

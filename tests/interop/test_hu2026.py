@@ -253,7 +253,9 @@ def test_faulty_checkpoints_are_refused(published, tmp_path) -> None:
 
     assert name in attempt({n: t for n, t in whole.items() if n != name})
     message = attempt({**whole, name: whole[name].T.contiguous()})
-    assert "expected [16, 24], floating, got [24, 16]" in message
+    assert f"tensor {name}: expected (16, 24), got (24, 16)" in message
+    message = attempt({**whole, name: torch.full_like(whole[name], float("nan"))})
+    assert f"tensor {name}: expected finite values, got 384 NaN or infinite" in message
     extra = LAYER.format(LAYERS) + "transcoder_enc.bias"
     assert extra in attempt({**whole, extra: torch.zeros(FEATURES)})
     with pytest.raises(UserError, match="expected a checkpoint of Qwen2ForCausalLMWith"):

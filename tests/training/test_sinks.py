@@ -12,7 +12,7 @@ import pytest
 
 from fastadapt.errors import UserError
 from fastadapt.training import sinks
-from fastadapt.training.rundir import METRICS, read_records
+from fastadapt.training.rundir import METRICS, RUN_ID, read_records
 from fastadapt.training.trainer import train
 
 Series = dict[str, list[tuple[int, float]]]
@@ -168,3 +168,20 @@ def test_only_known_sinks_once_each(tiny_config) -> None:
 def test_the_numbers_of_a_record() -> None:
     record = {"kind": "train", "step": 3, "loss": 0.5, "l0_per_layer": [1.5, None], "why": "x"}
     assert sinks.scalars(record) == {"train/loss": 0.5, "train/l0_per_layer/0": 1.5}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [b"", b"../../x\n", b"/etc/x", b"\xff\0", b"a" * 300],
+    ids=["empty", "up", "root", "bytes", "long"],
+)
+def test_a_name_that_no_run_has_is_refused(name: bytes, sink, tiny_config) -> None:
+    if sink == "tensorboard":
+        pytest.skip("its files lie in the run")
+    config = tiny_config(**{"run.sinks": [sink]})
+    file = Path(config.run.output) / RUN_ID
+    with pytest.raises(CrashError):
+        train(config, sinks=[crash_at(8)])
+    file.write_bytes(name)
+    with pytest.raises(UserError, match=f"{file.name}: expected 8 hexadecimal digits, got "):
+        train(config, resume=True)
