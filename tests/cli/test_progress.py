@@ -27,7 +27,8 @@ def step(at: int, **more: object) -> dict:
     return {"kind": "train", "step": at, **terms, "tokens_per_s": 4321.0, **more}
 
 
-def test_a_bar_on_a_terminal():
+def test_a_bar_on_a_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")  # of what does not fit, tqdm leaves the end out
     stream = Terminal()
     with Progress(stream) as progress:
         progress({"kind": "start", "step": 0, "steps": 4})

@@ -259,7 +259,7 @@ def test_sweep_removes_unfinished_saves_alone(tmp_path: Path) -> None:
 # --- faults while saving --------------------------------------------------------------------------
 
 CALLS = {
-    "mkdir": (os, "mkdir"),
+    "mkdir": (Path, "mkdir"),  # Python 3.10 holds os.mkdir in a class of its own
     "fsync": (os, "fsync"),
     "rename": (os, "rename"),
     "open": (os, "open"),
