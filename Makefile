@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help train test reproduce study lint proof oldest newest bench clean
+.PHONY: help train test coverage reproduce study lint proof oldest newest bench clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,8 +16,9 @@ PYTHON ?= $(shell for name in python3.11 python3 python; do \
 	&& { echo "$$name"; break; }; done)
 
 # Tests side by side, a file's in one process; benchmarks need the machine for themselves.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -n logical --maxprocesses 4 \
-	--dist loadfile --cov --cov-report=term:skip-covered
+IN_PARALLEL := -p no:benchmark -n logical --maxprocesses 4 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(IN_PARALLEL)
+COVERAGE := --cov --cov-report=term:skip-covered
 
 # What `make reproduce` compares, in the order of its tables.
 REPRODUCED := norms sparsity-2.3e-1 sparsity-1e-1 sparsity-3.7e-2 sparsity-1.2e-2 sparsity-4.3e-3 \
@@ -37,8 +38,11 @@ help:  ## this list
 train: $(VENV)/.runtime  ## train an adapter on the embedded pair; prints a table, writes a report
 	$(BIN)/fastadapt train organism --overwrite
 
-test: lint  ## lint, type check, and the quick tests with coverage
+test: lint  ## lint, type check, and the quick tests
 	$(PYTEST) -m "not slow" --durations=10
+
+coverage: lint  ## the quick tests with coverage, which must reach the bound in pyproject.toml
+	$(PYTEST) -m "not slow" $(COVERAGE)
 
 reproduce: $(VENV)/.eval  ## train and compare nine runs on the embedded pair: tables, plots; goes on where it was
 	PATH="$(abspath $(BIN)):$$PATH" bash reproduce/runs runs/reproduce
@@ -54,17 +58,15 @@ lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/python .ci/typecheck.py
 
 proof: lint $(VENV)/triton-3.6  ## every claim at its full count: slow tests, benchmarks, and the main job from a fresh clone
-	FASTADAPT_PROOF=1 FASTADAPT_OLDEST_TRITON=$(abspath $(VENV)/triton-3.6) $(PYTEST) --durations=20
+	FASTADAPT_PROOF=1 FASTADAPT_OLDEST_TRITON=$(abspath $(VENV)/triton-3.6) $(PYTEST) $(COVERAGE) --durations=20
 	$(MAKE) bench
 	bash .ci/clean_clone timeout 720 make train
 
 oldest: $(VENV)/oldest/.done  ## the quick tests with the oldest versions that pyproject.toml allows; fetches gigabytes of CUDA
-	OMP_NUM_THREADS=1 $(VENV)/oldest/bin/python -m pytest -p no:benchmark -n logical --maxprocesses 4 \
-		--dist loadfile -m "not slow"
+	OMP_NUM_THREADS=1 $(VENV)/oldest/bin/python -m pytest $(IN_PARALLEL) -m "not slow"
 
 newest: $(VENV)/newest/.done  ## the quick tests with the newest versions that pyproject.toml allows
-	OMP_NUM_THREADS=1 $(VENV)/newest/bin/python -m pytest -p no:benchmark -n logical --maxprocesses 4 \
-		--dist loadfile -m "not slow"
+	OMP_NUM_THREADS=1 $(VENV)/newest/bin/python -m pytest $(IN_PARALLEL) -m "not slow"
 
 bench: $(VENV)/.dev  ## benchmarks of the kernels
 	$(BIN)/python -m pytest benchmarks --benchmark-only

@@ -22,7 +22,9 @@ def ran(folder: Path, seconds: float, n_processes: int) -> dict:
     )
 
 
-@pytest.mark.parametrize("n_processes", [1, pytest.param(2, marks=side_by_side)])
+@pytest.mark.parametrize(
+    "n_processes", [1, pytest.param(2, marks=[side_by_side, pytest.mark.slow])]
+)
 def test_out_of_time_the_tests_that_ended_are_counted(tmp_path: Path, n_processes: int) -> None:
     (tmp_path / "test_a.py").write_text("def test_one(): ...\ndef test_two(): ...\n")
     (tmp_path / "test_b.py").write_text(SLOW.format(name="long", seconds=120))

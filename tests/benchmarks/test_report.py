@@ -153,6 +153,7 @@ def test_a_run_that_was_stopped_says_so(results):
     assert "Something was wrong" not in page
 
 
+@pytest.mark.slow
 def test_whole_steps_have_a_table_of_their_own(results):
     """Of a file as gpu.py writes it: its rows know nothing of roofs."""
     output = results / "a-gpu.json"

@@ -14,8 +14,15 @@ from fastadapt.console import print_table, write_any_text
 from fastadapt.options import Parser
 
 
-@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "cp1252"])
-@pytest.mark.parametrize("command", ["train --help", "data prepare --help", "organism sample"])
+@pytest.mark.parametrize(
+    ("command", "encoding"),
+    [
+        ("train --help", "latin-1"),
+        ("train --help", "cp1252"),
+        ("data prepare --help", "ascii"),
+        ("organism sample", "ascii"),
+    ],
+)
 def test_every_command_prints_in_any_encoding(encoding: str, command: str) -> None:
     environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
     argv = [sys.executable, "-m", "fastadapt", *command.split()]

@@ -62,7 +62,7 @@ def run_killed(config: PrepareConfig, kind: str, at: int, *more: str) -> int:
     return subprocess.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}).returncode
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("kind", ["jsonl", pytest.param("parquet", marks=pytest.mark.slow)])
 def test_killed_and_resumed_gives_the_same_bytes(kind, config, source, tmp_path, monkeypatch):
     """SIGKILL while reading, twice, then while writing; the files are those of one go."""
     if kind == "parquet":

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from torch import Tensor
-from transcoder_cases import DTYPES, TRITON_DEVICE, Case, cases, draw_inputs
+from transcoder_cases import DTYPES, SLOW_INTERPRETED, TRITON_DEVICE, Case, cases, draw_inputs
 
 from fastadapt.kernels.testing import assert_close
 from fastadapt.kernels.transcoder import Plan, SparseCodes, transcoder
@@ -148,8 +148,7 @@ def test_a_compiled_call_hands_them_out() -> None:
     torch._dynamo.reset()
 
 
-#: Of Triton, which is interpreted where there is no GPU, two numbers.
-SHARES = [
+SHARES: list[Any] = [
     *(
         (how, k, n)
         for how in ("reference", "sparse")
@@ -157,7 +156,7 @@ SHARES = [
         for n in (10, 100, 700)
     ),
     ("triton", 0.29, 100),
-    ("triton", 1.15, 100),
+    pytest.param("triton", 1.15, 100, marks=SLOW_INTERPRETED),
 ]
 
 
@@ -187,8 +186,15 @@ def test_a_fraction_of_the_tokens_is_that_of_the_number_typed(
     assert len(codes[0].values) == int(Fraction(str(k)) * n_tokens)
 
 
-@pytest.mark.parametrize("theta", [0.05, -0.05, -0.2])
-@pytest.mark.parametrize("implementation", ["reference", "sparse", "triton"])
+@pytest.mark.parametrize(
+    ("implementation", "theta"),
+    [
+        *((name, theta) for name in ("reference", "sparse") for theta in (0.05, -0.05, -0.2)),
+        ("triton", -0.05),
+        pytest.param("triton", 0.05, marks=SLOW_INTERPRETED),
+        pytest.param("triton", -0.2, marks=SLOW_INTERPRETED),
+    ],
+)
 def test_a_penalty_raises_a_threshold_on_either_side_of_zero(
     implementation: str, theta: float
 ) -> None:

@@ -16,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
-from transcoder_cases import TRITON_DEVICE
+from transcoder_cases import SLOW_INTERPRETED, TRITON_DEVICE
 
 from fastadapt.kernels.transcoder import SAVED_OPS, Plan, TranscoderOutput, transcoder
 from fastadapt.kernels.transcoder.codes import Codes
@@ -32,16 +32,20 @@ PLANS = [None, Plan(dense=True), Plan(dense=False), Plan(dense=False, capacity=4
 S, T, D, E, F = 2, 17, 12, 10, 64
 NAMES = ["x", "W_enc", "b_enc", "W_dec", "b_dec", "residual", "threshold"]
 SPARSE = Plan(dense=False, capacity=2000)
-#: (implementation, activation, plan): all of the CPU's, and of Triton's, interpreted where there is
-#: no GPU and then slow, those that differ most.
-WAYS = [("sparse", activation, plan) for activation in SETTINGS for plan in PLANS]
+#: (implementation, activation, plan): all of the CPU's, and of Triton's those that differ most.
+WAYS: list[Any] = [("sparse", activation, plan) for activation in SETTINGS for plan in PLANS]
 WAYS += [
     ("triton", "relu", SPARSE),
-    ("triton", "jumprelu", SPARSE),
-    ("triton", "jumprelu", Plan(dense=True)),
-    ("triton", "topk", None),
-    ("triton_fused", "batch_topk", Plan(dense=False)),
-    ("triton_fused", "relu", Plan(dense=True)),
+    *(
+        pytest.param(*way, marks=SLOW_INTERPRETED)
+        for way in [
+            ("triton", "jumprelu", SPARSE),
+            ("triton", "jumprelu", Plan(dense=True)),
+            ("triton", "topk", None),
+            ("triton_fused", "batch_topk", Plan(dense=False)),
+            ("triton_fused", "relu", Plan(dense=True)),
+        ]
+    ),
 ]
 
 
@@ -317,7 +321,10 @@ def test_frozen_weights_get_no_gradient_work() -> None:
 
 @pytest.mark.parametrize(
     ("implementation", "activation", "plan"),
-    [("sparse", activation, None) for activation in SETTINGS] + [("triton", "relu", SPARSE)],
+    [
+        *(("sparse", activation, None) for activation in SETTINGS),
+        pytest.param("triton", "relu", SPARSE, marks=SLOW_INTERPRETED),
+    ],
 )
 def test_compiles_whole(implementation: str, activation: str, plan: Plan | None) -> None:
     torch._dynamo.reset()

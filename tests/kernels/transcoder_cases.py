@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -22,6 +23,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON_DTYPES = [torch.float32, torch.float16]
 TRITON_DTYPES += [torch.bfloat16] if torch.cuda.is_available() else []
+#: Marks of tests that are quick on a GPU, and slow where kernels are interpreted.
+SLOW_INTERPRETED = [] if torch.cuda.is_available() else [pytest.mark.slow]
 #: The interpreter takes milliseconds for each token and each feature.
 TRITON_SIZES = SIZES if torch.cuda.is_available() else [0, 1, 2, 3, 7, 8, 13, 31, 33]
 

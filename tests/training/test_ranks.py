@@ -120,7 +120,7 @@ def assert_same_bits(folder: Path, whole: Path) -> None:
         assert (folder / "adapter" / file.name).read_bytes() == file.read_bytes()
 
 
-@pytest.mark.parametrize("kind", ["relu", "mlp"])
+@pytest.mark.parametrize("kind", ["relu", pytest.param("mlp", marks=pytest.mark.slow)])
 def test_two_ranks_from_the_command_line(written, tmp_path: Path, kind: str) -> None:
     """Two bf16 gradients have one sum in fp32, whichever comes first: the bits are the same."""
     bits = {"pair.dtype": "bfloat16", "optimizer.accumulation": 2, "optimizer.clip": float("inf")}

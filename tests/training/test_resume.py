@@ -57,7 +57,7 @@ def into(config: TrainConfig, folder: Path) -> TrainConfig:
     return dataclasses.replace(config, run=dataclasses.replace(config.run, output=str(folder)))
 
 
-@pytest.mark.parametrize("kind", ["transcoder", "mlp"])
+@pytest.mark.parametrize("kind", ["transcoder", pytest.param("mlp", marks=pytest.mark.slow)])
 def test_killed_at_five_steps_and_resumed_twice(tiny_config, tmp_path: Path, kind: str) -> None:
     """Steps before the first checkpoint (3), on one, between two, and the last."""
     kills = ["1,2", "3,5", "4,9", "7,8", "10,12"]
