@@ -20,12 +20,24 @@ from fastadapt.io.tensors import check_tensor, open_tensors
 
 _Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 28)]
 _Number = int | float | None
+_Dtype = Annotated[
+    str, msgspec.Meta(pattern=r"^(torch\.)?(auto|float16|bfloat16|float32|float64)$")
+]
 
 
 class ShardIndex(TypedDict):
     """``model.safetensors.index.json``: the shard of each tensor."""
 
     weight_map: Annotated[dict[str, str], msgspec.Meta(min_length=1)]
+
+
+class Rotary(TypedDict, total=False):
+    """``rope_parameters`` of ``config.json``, of all layers or of each kind of layer."""
+
+    rope_type: Annotated[str, msgspec.Meta(pattern="^[a-z0-9_]+$")]
+    rope_theta: Annotated[float, msgspec.Meta(gt=0, le=2**53)]
+    full_attention: Rotary | None
+    sliding_attention: Rotary | None
 
 
 class ModelFile(TypedDict, total=False):
@@ -51,7 +63,7 @@ class ModelFile(TypedDict, total=False):
     layer_types: list[str] | None
     rope_theta: _Number
     rope_scaling: dict[str, Any] | None
-    rope_parameters: dict[str, Any] | None
+    rope_parameters: Rotary | None
     partial_rotary_factor: _Number
     rms_norm_eps: float
     initializer_range: float
@@ -64,8 +76,8 @@ class ModelFile(TypedDict, total=False):
     bos_token_id: int | None
     pad_token_id: int | None
     eos_token_id: int | list[int] | None
-    dtype: str | None
-    torch_dtype: str | None
+    dtype: _Dtype | None
+    torch_dtype: _Dtype | None
 
 
 @dataclass(frozen=True)
@@ -122,7 +134,9 @@ def reading(what: str, source: str) -> Iterator[None]:
         no_memory = isinstance(e, (torch.OutOfMemoryError, MemoryError))
         if isinstance(e, (UserError, RunError)) or no_memory or "not enough memory" in str(e):
             raise
-        reason = " ".join(str(e).split()) or type(e).__name__
+        reason = " ".join(str(e).split())
+        if len(reason.split()) < 2:  # a KeyError's is the key alone
+            reason = f"{type(e).__name__} {reason}".strip()
         raise UserError(f"{what} {source!r} cannot be loaded: {reason[:300]}") from e
 
 

@@ -140,12 +140,12 @@ def turns(conversation: Any) -> tuple[str, str]:
     """Prompt and response of a conversation, by position; see :func:`render` for the errors."""
     if not isinstance(conversation, Sequence) or isinstance(conversation, str):
         kind = "null" if conversation is None else type(conversation).__name__
-        raise UserError(f"expected a list of two turns (prompt, response), got {kind}")
+        raise UserError(f"conversations: expected two turns (prompt, response), got {kind}")
     if len(conversation) != 2:
         what = "an empty conversation" if not conversation else f"{len(conversation)} turn(s)"
-        raise UserError(f"expected two turns (prompt, response), got {what}")
-    prompt = _value(conversation[0], "turn 1 (prompt)", _ASSISTANT_NAMES)
-    response = _value(conversation[1], "turn 2 (response)", _USER_NAMES)
+        raise UserError(f"conversations: expected two turns (prompt, response), got {what}")
+    prompt = _value(conversation[0], "conversations, turn 1 (prompt)", _ASSISTANT_NAMES)
+    response = _value(conversation[1], "conversations, turn 2 (response)", _USER_NAMES)
     return prompt, response
 
 

@@ -135,7 +135,8 @@ class Spool:
                 if not self._shortlist.knows(entry[1]):
                     raise DocumentError(f"{where}: no such domain: {entry[1]!r:.40}")
                 if entry[0] < first:
-                    raise DocumentError(f"{where}: expected row {first} or later, got {entry[0]}")
+                    have = f"{first} rows are read before it"
+                    raise DocumentError(f"{where}: row {entry[0]}: expected a later one, {have}")
             elif entry["read"] < first:
                 raise DocumentError(f"{where}: read: expected {first} or more")
             begins = entry["bytes"] if not is_list else entry[5] if len(entry) > 2 else end

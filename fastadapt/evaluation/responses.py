@@ -122,7 +122,7 @@ class ResponseFile:
             where, kind = f"{self.path}, line {number}", record.pop("kind", None)
             if (kind == "settings") != (number == 1) or kind not in KINDS:
                 wanted = "a file of responses" if number == 1 else "a response or a speed"
-                raise UserError(f"{where}: expected {wanted}, got a {kind!r:.40} record")
+                raise UserError(f"{where}: expected {wanted}, got kind {kind!r:.40}")
             if kind == "settings":
                 _compare(self.path, record, {k: v for k, v in settings.items() if k != "kind"})
             elif kind == "response":

@@ -177,11 +177,15 @@ CASES = [
     ("no column", _rows({"text": "w1"}), r"rows\.jsonl.*conversations.*text"),
     ("no JSON", _rows(CONVERSATION, "{broken"), r"rows\.jsonl, line 2: .*JSON"),
     ("no rows", _rows(), r"rows\.jsonl.*(empty|no )"),
-    ("one turn", _rows({"conversations": TURNS[:1]}), r"rows\.jsonl, line 1: expected two turns"),
+    (
+        "one turn",
+        _rows({"conversations": TURNS[:1]}),
+        r"rows\.jsonl, line 1: conversations: expected two turns",
+    ),
     (
         "empty sample",
         _rows(CONVERSATION, {"conversations": [TURNS[0], {"from": "assistant", "value": ""}]}),
-        r"rows\.jsonl, line 2: turn 2.*is empty",
+        r"rows\.jsonl, line 2: conversations, turn 2.*is empty",
     ),
     ("all too long", _rows(CONVERSATION, **{"data.max_tokens": 3}), r"max_tokens"),
     ("markers", lambda d: d.train(**{"data.family": "qwen"}), r"<\|im_start\|>"),

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -34,6 +35,11 @@ WRONG: tuple[object, ...] = (
     None, True, -1, 0, 10**9, 1.5, "x", "12", [], {}, 2**63, 2**64, REMOVED,
 )  # fmt: skip
 SECONDS = 20
+#: Of a refusal that judges the file as a whole, or is transformers' and tokenizers' own.
+WHOLE = re.compile(
+    r"SHA-256|has \d+ bytes|holds no selection|expected a run or a folder of adapters|the column |"
+    r"mismatched keys|Padding_idx must|model type|KeyError|tokenizer of |tokenizers differ"
+)
 
 
 @dataclass(frozen=True)
@@ -45,12 +51,14 @@ class Damage:
         content: of the file; None for a folder in its place.
         key: the last key of the value that was replaced, where it was one value of a document.
         value: what it was replaced by.
+        keys: all keys that lead to the value.
     """
 
     name: str
     content: bytes | None
     key: str = ""
     value: Any = None
+    keys: tuple[str, ...] = ()
 
     def apply(self, path: Path) -> None:
         """Put the variant in the place of ``path``."""
@@ -99,8 +107,9 @@ def document(content: bytes, *, is_yaml: bool = False) -> Iterator[Damage]:
                 continue
             told = "removed" if wrong is REMOVED else repr(wrong)
             name = f"{'.'.join(map(str, path))} {told}"
-            key = next((str(k) for k in reversed(path) if isinstance(k, str)), "")
-            yield Damage(name, json.dumps(changed).encode(), key, wrong)
+            keys = tuple(k for k in path if isinstance(k, str))
+            key = keys[-1] if keys else ""
+            yield Damage(name, json.dumps(changed).encode(), key, wrong, keys)
 
 
 def tensors(path: Path) -> Iterator[Damage]:
@@ -209,6 +218,8 @@ def ends_well(
             return f"{damage.name}: a traceback is printed: {text[:300]}"
         if not any(name in text for name in names or (path.name,)):
             return f"{damage.name}: the message does not name {path.name}: {text[:300]}"
+        if damage.keys and not any(key in text for key in damage.keys) and not WHOLE.search(text):
+            return f"{damage.name}: the message names none of its keys: {text[:300]}"
         if len(text) > 4000:
             return f"{damage.name}: a message of {len(text)} characters"
         return None

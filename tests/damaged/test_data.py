@@ -82,7 +82,7 @@ def test_rows_to_train_on_and_to_answer(rows: Path, tokenizer: Any) -> None:
     lines = rows.read_bytes().splitlines(keepends=True)
     line = lines[1].rstrip(b"\n")
     cases = [
-        Damage(d.name, lines[0] + d.content.replace(b"\n", b" ") + b"\n", d.key, d.value)
+        Damage(d.name, lines[0] + d.content.replace(b"\n", b" ") + b"\n", d.key, d.value, d.keys)
         for d in (*document(line), *raw(line, 10))
         if d.content is not None
     ]
@@ -311,7 +311,7 @@ def test_resuming_over_damaged_files(
         for number in (candidate, commit):
             before, after = b"".join(lines[:number]), b"".join(lines[number + 1 :])
             cases += [
-                Damage(d.name, before + (d.content or b"") + b"\n" + after, d.key, d.value)
+                Damage(d.name, before + (d.content or b"") + b"\n" + after, d.key, d.value, d.keys)
                 for d in document(lines[number])
             ]
     else:

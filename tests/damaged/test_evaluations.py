@@ -280,7 +280,9 @@ def lines_of(path: Path, number: int) -> list[Damage]:
     before, after = b"".join(lines[:number]), b"".join(lines[number + 1 :])
     line = lines[number].rstrip(b"\n")
     return [
-        Damage(d.name, before + d.content.replace(b"\n", b" ") + b"\n" + after, d.key, d.value)
+        Damage(
+            d.name, before + d.content.replace(b"\n", b" ") + b"\n" + after, d.key, d.value, d.keys
+        )
         for d in (*document(line), *raw(line, 10))
         if d.content is not None
     ]

@@ -185,8 +185,8 @@ def test_the_parts_meet_where_the_response_begins():
 @pytest.mark.parametrize(
     ("turns", "message"),
     [
-        (None, "expected a list of two turns (prompt, response), got null"),
-        ("hello", "expected a list of two turns (prompt, response), got str"),
+        (None, "expected two turns (prompt, response), got null"),
+        ("hello", "expected two turns (prompt, response), got str"),
         ([], "expected two turns (prompt, response), got an empty conversation"),
         (conversation()[:1], "expected two turns (prompt, response), got 1 turn(s)"),
         (conversation() * 2, "expected two turns (prompt, response), got 4 turn(s)"),

@@ -154,7 +154,9 @@ def test_a_malformed_conversation_is_located(rows, turns, tokenizer, write_jsonl
     path = write_jsonl([*rows[:140], bad, *rows])
     with pytest.raises(UserError) as caught:
         load_sequences(path, tokenizer, config(), split="train")
-    assert str(caught.value) == f"{path}, line 141: turn 2 (response): 'value' is empty"
+    assert (
+        str(caught.value) == f"{path}, line 141: conversations, turn 2 (response): 'value' is empty"
+    )
 
 
 @pytest.mark.parametrize(("kept", "count"), [(0, "0 token(s)"), (1, "1 token(s)")])

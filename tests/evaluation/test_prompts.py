@@ -40,5 +40,5 @@ def test_rows_without_a_domain_and_without_conversations(tokenizer, tmp_path: Pa
     with pytest.raises(UserError, match="holds no conversation"):
         load_prompts(str(path), tokenizer, "r1-distill", 5)
     path.write_text(json.dumps({"conversations": turns[:1]}) + "\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"some\.jsonl, line 1: expected two turns"):
+    with pytest.raises(UserError, match=r"some\.jsonl, line 1: conversations: expected two turns"):
         load_prompts(str(path), tokenizer, "r1-distill", 5)
