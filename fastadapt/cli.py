@@ -25,6 +25,7 @@ from fastadapt.console import (
     write_any_text,
 )
 from fastadapt.errors import RunError, UserError
+from fastadapt.io.names import unusable_path
 from fastadapt.options import (
     USAGE,
     doctor_parser,
@@ -54,6 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 1
+    except (OSError, ValueError, RuntimeError) as error:
+        if (reason := unusable_path(error)) is None:
+            raise
+        print_error(reason)
+        return UserError.exit_code
 
 
 def _dispatch(argv: list[str]) -> int:

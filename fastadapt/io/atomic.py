@@ -17,6 +17,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fastadapt.errors import RunError
+from fastadapt.io.names import check_regular
 
 _READ_BYTES = 1 << 22
 _STAGED, _LOCK = ".tmp-", ".lock"
@@ -333,6 +334,7 @@ def sync_folder(path: Path) -> None:
 
 def digest(path: Path) -> tuple[int, str]:
     """Bytes and SHA-256 of a file, in hexadecimal."""
+    check_regular(path)
     sha256, size = hashlib.sha256(), 0
     with path.open("rb") as file:
         while block := file.read(_READ_BYTES):

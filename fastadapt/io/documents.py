@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -24,6 +23,7 @@ import msgspec
 import yaml
 
 from fastadapt.errors import UserError
+from fastadapt.io.names import check_regular
 
 MAX_BYTES = 1 << 28
 MAX_DEPTH = 64
@@ -204,16 +204,14 @@ def same(a: Any, b: Any) -> bool:
 
 def _read(path: Path) -> bytes:
     try:
-        mode = path.stat().st_mode
-        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # a pipe would be waited for
-            raise DocumentError(f"{path} is no regular file")
+        check_regular(path)
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise DocumentError(f"{path} is missing") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL or half a character in the path
-        if isinstance(error, DocumentError):
-            raise
+        if isinstance(error, UserError):
+            raise DocumentError(str(error)) from None
         reason = getattr(error, "strerror", None) or error
         raise DocumentError(f"{path} cannot be read: {reason}") from error
     if len(content) > MAX_BYTES:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import stat
 from pathlib import Path
 
 from fastadapt.errors import UserError
@@ -48,9 +51,56 @@ def inside(folder: Path, *names: object, source: str, follow_links: bool = False
     path = folder
     for name in names:
         path = path / check_name(name, source)
-    if not follow_links and not path.resolve().is_relative_to(folder.resolve()):
+    if not follow_links and not Path(os.path.realpath(path)).is_relative_to(folder.resolve()):
         raise UserError(f"{source}: {path} is a link that leads out of {folder}")
     return path
+
+
+def has_file(path: Path) -> bool:
+    """Return whether a file is there, which may be absent.
+
+    Raises:
+        UserError: what is there is no regular file: a folder, a pipe, a link to nothing.
+    """
+    if not os.path.lexists(path):
+        return False
+    check_regular(path)
+    if not path.is_file():
+        raise UserError(f"{path} is no regular file")
+    return True
+
+
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Raise ``UserError`` for a pipe, a device or a link to itself: a reader would wait for ever.
+
+    What is missing, and a folder, is left to the reader's own message.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UserError(f"{os.fspath(path)} is a link that leads to itself") from error
+        return
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise UserError(f"{os.fspath(path)} is no regular file")
+
+
+def unusable_path(error: Exception) -> str | None:
+    """Return what is wrong with a path that no file system holds; None for any other error.
+
+    Example:
+        >>> unusable_path(OSError(errno.ENAMETOOLONG, "", "x" * 300))[:60]
+        'File name too long: xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx'
+    """
+    if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        return f"{os.strerror(error.errno)}: {error.filename!s:.200}"
+    if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
+        return f"expected the name of a file, got {error.object!r:.200}: half a character"
+    if isinstance(error, ValueError) and "embedded null" in str(error):
+        return f"expected the name of a file, got one with a null character ({error})"
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):
+        return str(error)[:300]
+    return None
 
 
 def _is_plain(name: str) -> bool:
