@@ -33,6 +33,12 @@ MAX_VALUES = 1_000_000
 #: Sizes in a schema: whole numbers that every format and tensor library can hold.
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**53)]
+#: Numbers that a float holds; JSON's ``1e400`` is read as infinity, which JSON cannot hold.
+Finite = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)]
+NonNegative = Annotated[float, msgspec.Meta(ge=0, le=1e300)]
+#: A text that may name a file, a folder or a model: no control character, no half of a surrogate
+#: pair, and no longer than Linux takes a path.
+Name = Annotated[str, msgspec.Meta(max_length=4095, pattern=r"^[^\x00-\x1f\x7f\ud800-\udfff]*\Z")]
 #: SHA-256 in lower-case hexadecimal.
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-import msgspec
 from typing_extensions import TypedDict
 
-from fastadapt.io.documents import Count, DocumentError, check, parse_yaml, read_json
+from fastadapt.io.documents import Count, DocumentError, Finite, check, parse_yaml, read_json
 from fastadapt.training.rundir import CONFIG, METRICS, SUMMARY, Record, read_records
 from fastadapt.wording import number, percent
 
@@ -17,14 +16,14 @@ from fastadapt.wording import number, percent
 TRAINED = {"transcoder": "adapter", "mlp": "tuned MLPs", "norms": "refit norms"}
 
 
-_Value = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)] | None
+_Value = Finite | None
 _PerLayer = list[_Value] | None
 
 
 class Histograms(TypedDict, total=False):
     """Counts of features by density, per layer."""
 
-    log10_edges: list[Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)]]
+    log10_edges: list[Finite]
     counts: list[list[Count]]
 
 
