@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from fastadapt.errors import UserError
@@ -51,6 +52,23 @@ def inside(folder: Path, *names: object, source: str, follow_links: bool = False
     if not follow_links and not path.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"{source}: {path} is a link that leads out of {folder}")
     return path
+
+
+def in_model(file: Path, source: str) -> Path:
+    """Return a file of a model's folder, which is in it after links, too.
+
+    In the hub's cache, ``snapshots/<commit>/<name>`` is a link into the repository's ``blobs``.
+
+    Raises:
+        UserError: a link leads anywhere else.
+    """
+    folder, end = os.path.realpath(file.parent), os.path.realpath(file)
+    held = [folder]
+    if os.path.basename(os.path.dirname(folder)) == "snapshots":
+        held.append(os.path.join(folder, os.pardir, os.pardir, "blobs"))
+    if not any(Path(end).is_relative_to(os.path.abspath(own)) for own in held):
+        raise UserError(f"{source}: {file} is a link that leads out of {folder}")
+    return file
 
 
 def _is_plain(name: str) -> bool:
