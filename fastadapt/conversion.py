@@ -10,6 +10,7 @@ from fastadapt.adapter_files import adapters_of, read_adapters
 from fastadapt.checkpoint_files import check_output
 from fastadapt.errors import UserError
 from fastadapt.organism import resolve
+from fastadapt.pretrained import reading
 
 Format = Literal["huggingface", "hu2026", "adapters"]
 
@@ -82,5 +83,9 @@ def convert(
 def _check_apart(output: Path, sources: Sequence[str | None]) -> None:
     """Refuse to replace what is read."""
     for source in sources:
-        if source and Path(resolve(source)).expanduser().resolve() == output.resolve():
+        if not source:
+            continue
+        with reading("model", source):
+            same = Path(resolve(source)).expanduser().resolve() == output.resolve()
+        if same:
             raise UserError(f"--output: {output} is read by this export; give a new folder")

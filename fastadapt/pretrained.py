@@ -200,12 +200,17 @@ def load_tokenizer(source: str, revision: str | None, trust: bool) -> Any:
 
 
 def fetch(source: str, name: str, revision: str | None) -> Path | None:
-    """Local path of one file of a folder or hub repository, or None where it has none."""
+    """Local path of one file of a folder or hub repository, or None where it has none.
+
+    Raises:
+        UserError: there is no such folder or repository, nor can there be one of this name.
+    """
     from transformers.utils import cached_file
 
-    found = cached_file(
-        source, name, revision=revision, _raise_exceptions_for_missing_entries=False
-    )
+    with reading("model", source):
+        found = cached_file(
+            source, name, revision=revision, _raise_exceptions_for_missing_entries=False
+        )
     return None if found is None else Path(found)
 
 

@@ -15,13 +15,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from io import FileIO
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
-
-import msgspec
+from typing import Any, Literal, TypeVar
 
 from fastadapt.errors import RunError, UserError
 from fastadapt.io.atomic import cannot_write, disk_errors, locked, make_folder
-from fastadapt.io.documents import Count, check, parse_line, same
+from fastadapt.io.documents import Count, NonNegative, check, parse_line, same
 
 SCHEMA = 1
 KINDS = ("settings", "response", "speed")
@@ -92,7 +90,7 @@ class Speed:
     """Tokens generated and the seconds of generation alone, loading and warming up left out."""
 
     tokens: Count
-    seconds: Annotated[float, msgspec.Meta(ge=0, le=1e300)]
+    seconds: NonNegative
     batching: str
 
     @property

@@ -27,7 +27,8 @@ from fastadapt.checkpoint_files import (
     write_checkpoint,
 )
 from fastadapt.errors import UserError
-from fastadapt.io.documents import check
+from fastadapt.io.documents import check, read_text
+from fastadapt.io.names import in_model
 from fastadapt.io.tensors import check_tensor
 from fastadapt.pretrained import fetch, model_config
 
@@ -156,4 +157,4 @@ def write_published(
 
 def _text(source: str, name: str) -> str | None:
     file = fetch(source, name, None)
-    return None if file is None else file.read_text(encoding="utf-8")
+    return None if file is None else read_text(in_model(file, source))

@@ -16,14 +16,13 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import msgspec
 import yaml
 
 from fastadapt.errors import UserError
-from fastadapt.io.names import check_regular
+from fastadapt.io.files import open_regular
 
 MAX_BYTES = 1 << 28
 MAX_DEPTH = 64
@@ -35,6 +34,12 @@ MAX_BITS = 14_000
 #: Sizes in a schema: whole numbers that every format and tensor library can hold.
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**53)]
+#: Numbers that a float holds; JSON's ``1e400`` is read as infinity, which JSON cannot hold.
+Finite = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)]
+NonNegative = Annotated[float, msgspec.Meta(ge=0, le=1e300)]
+#: A text that may name a file, a folder or a model: no control character, no half of a surrogate
+#: pair, and no longer than Linux takes a path.
+Name = Annotated[str, msgspec.Meta(max_length=4095, pattern=r"^[^\x00-\x1f\x7f\ud800-\udfff]*\Z")]
 _HALF = re.compile("[\ud800-\udfff]")
 #: SHA-256 in lower-case hexadecimal.
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
@@ -66,12 +71,40 @@ def read_json(path: str | os.PathLike[str], schema: Any = Any, *, constants: boo
         >>> read_json(path, dict[str, int])
         {'width': 3}
     """
-    return parse_json(_read(Path(path)), str(path), schema, constants=constants)
+    return parse_json(read_bytes(path), str(path), schema, constants=constants)
 
 
 def read_yaml(path: str | os.PathLike[str], schema: Any = Any) -> Any:
     """Return the contents of a YAML file, checked against a schema; see :func:`read_json`."""
-    return parse_yaml(_read(Path(path)), str(path), schema)
+    return parse_yaml(read_bytes(path), str(path), schema)
+
+
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
+    """Return the bytes of a regular file of at most ``MAX_BYTES``, whatever they mean.
+
+    Raises:
+        DocumentError: it is missing, cannot be read, is larger, or is a pipe or a device.
+    """
+    try:
+        with open_regular(path) as file:
+            content = file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise DocumentError(f"{path} is missing") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or error
+        raise DocumentError(f"{path} cannot be read: {reason}") from error
+    if len(content) > MAX_BYTES:
+        raise DocumentError(f"{path} has more than {MAX_BYTES:,} bytes")
+    return content
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """Return the text of a file as it is; see :func:`read_bytes`.
+
+    Raises:
+        DocumentError: also where it is not UTF-8.
+    """
+    return _decode(read_bytes(path), str(path))
 
 
 def parse_json(
@@ -200,23 +233,6 @@ def same(a: Any, b: Any) -> bool:
 
 
 # --- parts ----------------------------------------------------------------------------------------
-
-
-def _read(path: Path) -> bytes:
-    try:
-        check_regular(path)
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
-    except FileNotFoundError:
-        raise DocumentError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL or half a character in the path
-        if isinstance(error, UserError):
-            raise DocumentError(str(error)) from None
-        reason = getattr(error, "strerror", None) or error
-        raise DocumentError(f"{path} cannot be read: {reason}") from error
-    if len(content) > MAX_BYTES:
-        raise DocumentError(f"{path} has more than {MAX_BYTES:,} bytes")
-    return content
 
 
 def _decode(text: str | bytes, source: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 from pathlib import Path
 
 from fastadapt.errors import UserError
@@ -64,25 +63,9 @@ def has_file(path: Path) -> bool:
     """
     if not os.path.lexists(path):
         return False
-    check_regular(path)
     if not path.is_file():
         raise UserError(f"{path} is no regular file")
     return True
-
-
-def check_regular(path: str | os.PathLike[str]) -> None:
-    """Raise ``UserError`` for a pipe, a device or a link to itself: a reader would wait for ever.
-
-    What is missing, and a folder, is left to the reader's own message.
-    """
-    try:
-        mode = os.stat(path).st_mode
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise UserError(f"{os.fspath(path)} is a link that leads to itself") from error
-        return
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise UserError(f"{os.fspath(path)} is no regular file")
 
 
 def unusable_path(error: Exception) -> str | None:
@@ -101,6 +84,23 @@ def unusable_path(error: Exception) -> str | None:
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):
         return str(error)[:300]
     return None
+
+
+def in_model(file: Path, source: str) -> Path:
+    """Return a file of a model's folder, which is in it after links, too.
+
+    In the hub's cache, ``snapshots/<commit>/<name>`` is a link into the repository's ``blobs``.
+
+    Raises:
+        UserError: a link leads anywhere else.
+    """
+    folder, end = os.path.realpath(file.parent), os.path.realpath(file)
+    held = [folder]
+    if os.path.basename(os.path.dirname(folder)) == "snapshots":
+        held.append(os.path.join(folder, os.pardir, os.pardir, "blobs"))
+    if not any(Path(end).is_relative_to(os.path.abspath(own)) for own in held):
+        raise UserError(f"{source}: {file} is a link that leads out of {folder}")
+    return file
 
 
 def _is_plain(name: str) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastadapt.errors import UserError
-from fastadapt.io.names import check_regular
+from fastadapt.io.files import check_regular
 
 #: Dtypes of weights that are read as they are. Of any other the numbers are codes.
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -32,6 +32,7 @@ from fastadapt.features.collect.texts import Prepared
 from fastadapt.features.schema import EDGES, MANIFEST, Kind
 from fastadapt.features.store import Store, write_manifest, writing
 from fastadapt.io.atomic import disk_errors, make_folder, replacing
+from fastadapt.io.names import inside
 
 __all__ = ["CollectConfig", "Shard", "collect", "merge"]
 
@@ -129,9 +130,10 @@ def merge(
         first = parts[0].folder
         with disk_errors(out):
             for name in ["tokens.parquet", *(f"{kind}/lens.parquet" for kind in tallies)]:
+                own = inside(first, *name.split("/"), source=str(first))
                 make_folder((out / name).parent)
                 with replacing(out / name) as staged:
-                    shutil.copyfile(first / name, staged)
+                    shutil.copyfile(own, staged)
         return _finish(out, [part.folder for part in parts], facts, tallies, prepared)
 
 

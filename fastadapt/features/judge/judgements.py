@@ -19,6 +19,7 @@ from fastadapt.features.schema import MANIFEST, TABLES, Kind
 from fastadapt.features.store import Store
 from fastadapt.io.atomic import digest, disk_errors, replacing
 from fastadapt.io.documents import DocumentError, read_json
+from fastadapt.io.names import has_file
 from fastadapt.wording import percent
 
 SCHEMA_VERSION = 1
@@ -62,7 +63,7 @@ def read_judgements(store: Store) -> dict[str, Any]:
         UserError: it cannot be read.
     """
     path = store.folder / JSON
-    if not path.is_file():
+    if not has_file(path):
         return {"schema_version": SCHEMA_VERSION, "judges": {}}
     try:
         held = read_json(path, _Held)
