@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
 from typing_extensions import TypedDict
@@ -13,12 +15,13 @@ from typing_extensions import TypedDict
 from fastadapt.errors import UserError
 from fastadapt.evaluation.drawing import write_png
 from fastadapt.evaluation.figures import Figure, Series
-from fastadapt.evaluation.tables import Interval, Table, as_markdown, shown
+from fastadapt.evaluation.result_schema import Interval
+from fastadapt.evaluation.tables import Table, as_markdown, shown
 from fastadapt.features.judge.questions import CLASSES
-from fastadapt.features.schema import MANIFEST, TABLES, Kind
+from fastadapt.features.schema import MANIFEST, TABLES, Kind, SampleKind
 from fastadapt.features.store import Store
 from fastadapt.io.atomic import digest, disk_errors, replacing
-from fastadapt.io.documents import DocumentError, read_json
+from fastadapt.io.documents import Count, DocumentError, Positive, check, read_json
 from fastadapt.io.names import has_file
 from fastadapt.wording import percent
 
@@ -33,9 +36,59 @@ NAMES: Mapping[str, tuple[str, str]] = {
 Part = Literal["described", "classified"]
 
 
+_Level = Annotated[float, msgspec.Meta(gt=0, lt=1)]
+
+
+class _Means(TypedDict):
+    accuracy: Interval
+    precision: Interval
+    recall: Interval
+    units: Count
+
+
+class _Detection(_Means):
+    layers: list[_Means]
+
+
+class _Settings(TypedDict):
+    """Settings of ``features describe`` that the tables name."""
+
+    scored: Positive
+    units: Positive
+    min_density: Annotated[float, msgspec.Meta(ge=0, le=1)]
+    samples: list[SampleKind]
+
+
+class _Described(TypedDict):
+    settings: _Settings
+    level: _Level
+    detection: dict[Kind, dict[SampleKind, _Detection]]
+
+
+class _Shares(TypedDict):
+    shares: dict[str, Interval]
+    units: Count
+
+
+class _LayerShares(_Shares):
+    layers: list[_Shares]
+
+
+class _Classified(TypedDict):
+    level: _Level
+    shares: dict[Kind, _LayerShares]
+
+
+_PARTS: Mapping[str, Any] = {"described": _Described, "classified": _Classified}
+
+
+class _Collected(TypedDict):
+    collected: str
+
+
 class _Held(TypedDict):
     schema_version: int
-    judges: dict[str, dict[str, dict[str, Any]]]
+    judges: dict[str, dict[Part, _Collected]]
 
 
 def add_rows(
@@ -74,6 +127,9 @@ def read_judgements(store: Store) -> dict[str, Any]:
         raise UserError(
             f"{path}: schema_version is {version!r}, this fastadapt reads {SCHEMA_VERSION}"
         )
+    for judge, parts in judges.items():
+        for part, told in parts.items():
+            _check_part(told, part, f"{path}: judges[{judge!r:.80}].{part}")
     mine = _collected(store)
     kept = {
         judge: same
@@ -81,6 +137,20 @@ def read_judgements(store: Store) -> dict[str, Any]:
         if (same := {part: told for part, told in parts.items() if told.get("collected") == mine})
     }
     return {"schema_version": SCHEMA_VERSION, "judges": kept}
+
+
+def _check_part(told: Any, part: Part, where: str) -> None:
+    """Raise where what a judge said lacks what the tables and plots show."""
+    check(told, _PARTS[part], where)
+    if part == "described":
+        for kind, by_sample in told["detection"].items():
+            if missing := set(told["settings"]["samples"]) - by_sample.keys():
+                raise UserError(f"{where}.detection.{kind}: no {', '.join(sorted(missing))}")
+    else:
+        for kind, shares in told["shares"].items():
+            for one in (shares, *shares["layers"]):
+                if missing := set(CLASSES) - one["shares"].keys():
+                    raise UserError(f"{where}.shares.{kind}: no {', '.join(sorted(missing))}")
 
 
 def _collected(store: Store) -> str:
@@ -168,7 +238,7 @@ def figures(held: Mapping[str, Any]) -> list[Figure]:
     """Plots of everything in ``judgements.json``: by layer, adapter beside neurons."""
     found = []
     for judge, parts in held["judges"].items():
-        name = "".join(c if c.isalnum() or c in "._-" else "-" for c in judge)
+        name = _file_name(judge)
         for sample in parts.get("described", {}).get("settings", {}).get("samples", ()):
             told = {k: by[sample] for k, by in parts["described"]["detection"].items()}
             series = [
@@ -187,6 +257,14 @@ def figures(held: Mapping[str, Any]) -> list[Figure]:
             title = f"Classes by {judge}: {class_}"
             found.append(Figure(f"class-{class_}-{name}", title, "layer", "share of units", series))
     return found
+
+
+def _file_name(judge: str) -> str:
+    """A judge's name as a part of the name of a file; a long one is cut, its digest added."""
+    name = "".join(c if c.isalnum() or c in "._-" else "-" for c in judge)
+    short = name.encode()[:80].decode(errors="ignore")
+    digest_of = hashlib.sha256(judge.encode()).hexdigest()
+    return name if name == short else f"{short}-{digest_of[:8]}"
 
 
 def _series(kind: str, values: Sequence[Interval]) -> Series:
