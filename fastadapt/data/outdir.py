@@ -30,6 +30,7 @@ from fastadapt.io.atomic import (
     make_folder,
     replacing,
     sweep,
+    sync_folder,
     unstaged,
 )
 from fastadapt.io.documents import Count, DocumentError, Positive, Sha256, check, read_json, same
@@ -45,8 +46,8 @@ _SETTINGS, _LOCK = "settings.json", "lock"
 _REPLACED = (*FILES.values(), MANIFEST)
 #: Everything that is ever written; an overwrite removes this and nothing else.
 _WRITTEN = (
-    *FILES.values(),
     MANIFEST,
+    *FILES.values(),
     f"{WORK}/{_SETTINGS}",
     f"{WORK}/{ROWS}",
     f"{WORK}/{JOURNAL}",
@@ -224,6 +225,8 @@ def begin(folder: Path, settings: Settings) -> None:
     """Remove what an earlier selection left in the folder, and note the settings of this one."""
     try:
         _remove(folder, _WRITTEN)
+        for held in (folder, folder / WORK):  # no old journal may come back beside the settings
+            sync_folder(held)
         with replacing(folder / WORK / _SETTINGS) as staged:
             staged.write_text(json.dumps(settings, ensure_ascii=False), encoding="utf-8")
     except OSError as error:

@@ -21,7 +21,7 @@ from typing_extensions import TypedDict
 
 from fastadapt.data.selection import Candidate, Shortlist, row_key
 from fastadapt.errors import RunError
-from fastadapt.io.atomic import cannot_write, disk_errors
+from fastadapt.io.atomic import cannot_write, disk_errors, open_appended
 from fastadapt.io.documents import Count, DocumentError, Positive, check, parse_line
 
 ROWS, JOURNAL = "rows", "journal"
@@ -217,7 +217,7 @@ class Spool:
 def _open(path: Path, size: int) -> FileIO:
     """The file, cut off after ``size`` bytes; unbuffered, so that nothing is written by closing."""
     with ExitStack() as opened:
-        file = opened.enter_context(FileIO(path, "a+"))
+        file = opened.enter_context(open_appended(path))
         there = os.fstat(file.fileno()).st_size
         if there < size:
             raise RunError(

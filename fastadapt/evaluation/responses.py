@@ -13,12 +13,11 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from io import FileIO
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from fastadapt.errors import RunError, UserError
-from fastadapt.io.atomic import cannot_write, disk_errors, locked, make_folder
+from fastadapt.io.atomic import cannot_write, disk_errors, locked, make_folder, open_appended
 from fastadapt.io.documents import Count, NonNegative, check, parse_line, same
 
 SCHEMA = 1
@@ -107,7 +106,7 @@ class ResponseFile:
         self.speeds: list[Speed] = []
         settings = json.loads(json.dumps({"kind": "settings", "schema": SCHEMA, **settings}))
         kept = self._take_up(settings)
-        self._file = FileIO(path, "a+")
+        self._file = open_appended(path)
         self._file.truncate(kept)
         if not kept:
             self._write(settings)

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from fnmatch import fnmatch
+from io import FileIO
 from pathlib import Path
 
 from torch import Tensor
@@ -330,6 +331,18 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def open_appended(path: Path) -> FileIO:
+    """Open a file to add to, which is made if it is not there; its name is on the disk.
+
+    Unbuffered, so that closing writes nothing and cannot fail.
+    """
+    with ExitStack() as opened:
+        file = opened.enter_context(FileIO(path, "a+"))
+        sync_folder(path.parent)
+        opened.pop_all()
+    return file
 
 
 def digest(path: Path) -> tuple[int, str]:

@@ -32,7 +32,9 @@ from fastadapt.io.atomic import (
     disk_errors,
     locked,
     make_folder,
+    open_appended,
     replacing,
+    sync_folder,
     unstaged,
 )
 from fastadapt.io.atomic import sweep as sweep_beside
@@ -126,6 +128,9 @@ def start_afresh(folder: Path, config: TrainConfig) -> None:
                 shutil.rmtree(path) if is_folder else path.unlink()
         for name in _FOLDERS:
             _remove_if_empty(folder / name)
+            if (folder / name).is_dir():
+                sync_folder(folder / name)  # no checkpoint of it may come back beside the new one
+        sync_folder(folder)
         with replacing(folder / CONFIG) as staged:
             save_config(config, staged)
     except OSError as error:
@@ -161,8 +166,7 @@ class MetricsLog:
         #: Kind and step of every record.
         self.seen = seen or {(r["kind"], r["step"]) for r in read_records(path)}
         try:
-            # Unbuffered, so that closing writes nothing and cannot fail.
-            self._file = FileIO(os.devnull if self._silent else path, "a")
+            self._file = FileIO(os.devnull, "a") if self._silent else open_appended(path)
         except OSError as error:
             raise RunError(cannot_write(path, error, GO_ON)) from error
 

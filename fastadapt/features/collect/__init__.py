@@ -126,11 +126,14 @@ def merge(
             return done
         prepared = merged_texts(parts)
         tallies = merged_tallies(parts, prepared.domains)
-        work.clear(out)
         first = parts[0].folder
+        copied = {
+            name: inside(first, *name.split("/"), source=str(first))
+            for name in ["tokens.parquet", *(f"{kind}/lens.parquet" for kind in tallies)]
+        }
+        work.clear(out)
         with disk_errors(out):
-            for name in ["tokens.parquet", *(f"{kind}/lens.parquet" for kind in tallies)]:
-                own = inside(first, *name.split("/"), source=str(first))
+            for name, own in copied.items():
                 make_folder((out / name).parent)
                 with replacing(out / name) as staged:
                     shutil.copyfile(own, staged)
