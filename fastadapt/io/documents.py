@@ -295,15 +295,21 @@ def _check_depth(value: Any, source: str) -> None:
 
 def _check_scalars(value: Any, source: str) -> None:
     """Raise where a text holds half a surrogate pair, or an integer cannot be printed."""
-    pending = [value]
+    pending = [(source, value)]
     while pending:
-        one = pending.pop()
-        pending += _children(one)
-        for part in one if isinstance(one, dict) else (one,):
-            if isinstance(part, str) and _HALF.search(part):
-                raise DocumentError(f"{source}: half of a surrogate pair in {part!r:.80}")
-            if isinstance(part, int) and part.bit_length() > MAX_BITS:
-                raise DocumentError(f"{source}: an integer of {part.bit_length():,} bits")
+        where, one = pending.pop()
+        if isinstance(one, dict):
+            for key, child in one.items():
+                pending += [
+                    (where, key),
+                    (f"{where}{'.' if where != source else ': '}{key}", child),
+                ]
+        elif isinstance(one, (list, tuple)):
+            pending += [(f"{where}[{i}]", child) for i, child in enumerate(one)]
+        elif isinstance(one, str) and _HALF.search(one):
+            raise DocumentError(f"{where}: half of a surrogate pair in {one!r:.80}")
+        elif isinstance(one, int) and one.bit_length() > MAX_BITS:
+            raise DocumentError(f"{where}: an integer of {one.bit_length():,} bits")
 
 
 def _children(value: Any) -> Iterator[Any]:

@@ -129,7 +129,7 @@ def test_values_that_their_tag_or_form_belies_are_refused(value: str) -> None:
 @pytest.mark.parametrize("parse", [parse_json, partial(parse_line, schema=dict), parse_yaml])
 @pytest.mark.parametrize("text", ['{"x\\ud800": 1}', '{"x": "a\\uDfffb"}', '{"x": ["\\ud83d"]}'])
 def test_half_a_character_is_refused(parse: Callable, text: str) -> None:
-    with pytest.raises(DocumentError, match="doc: half of a surrogate pair in"):
+    with pytest.raises(DocumentError, match=r"doc: .*half of a surrogate pair in"):
         parse(text, "doc")
     assert parse_json('{"x": "\\ud83d\\ude00"}', "doc") == {"x": "\U0001f600"}
 

@@ -245,7 +245,7 @@ def figures(held: Mapping[str, Any]) -> list[Figure]:
                 _series(kind, [layer["accuracy"] for layer in means["layers"]])
                 for kind, means in told.items()
             ]
-            title = f"Detection by {judge}, {sample} examples (0.5: chance)"
+            title = f"Detection by {judge:.60}, {sample} examples (0.5: chance)"
             key = f"detection-{sample}-{name}"
             found.append(Figure(key, title, "layer", "accuracy", series))
         shares = parts.get("classified", {}).get("shares", {})
@@ -254,7 +254,7 @@ def figures(held: Mapping[str, Any]) -> list[Figure]:
                 _series(kind, [layer["shares"][class_] for layer in told["layers"]])
                 for kind, told in shares.items()
             ]
-            title = f"Classes by {judge}: {class_}"
+            title = f"Classes by {judge:.60}: {class_}"
             found.append(Figure(f"class-{class_}-{name}", title, "layer", "share of units", series))
     return found
 

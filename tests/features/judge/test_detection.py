@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from threading import Event
@@ -14,6 +15,7 @@ from stores import Made, MadeText, make_store
 
 from fastadapt.errors import UserError
 from fastadapt.evaluation.statistics import wilson
+from fastadapt.features.checking import check_store
 from fastadapt.features.judge.activations import Places
 from fastadapt.features.judge.describe import describe
 from fastadapt.features.judge.detection import score, summarise
@@ -230,7 +232,10 @@ def test_what_another_judge_is_said_to_have_said_is_checked(tmp_path: Path) -> N
         "detection": {**part, "detection": {"of": detection}},
         "no top": {**part, "detection": {"adapter": {"uniform": detection["uniform"]}}},
         "level": {**part, "level": "x"},
-        "units": {**part, "detection": {"adapter": {"uniform": {**detection["uniform"], "units": -1}}}},
+        "units": {
+            **part,
+            "detection": {"adapter": {"uniform": {**detection["uniform"], "units": -1}}},
+        },
         "missing required field shares": {"collected": part["collected"], "level": 0.95},
     }
     for named, wrong in odd.items():
@@ -239,7 +244,9 @@ def test_what_another_judge_is_said_to_have_said_is_checked(tmp_path: Path) -> N
         path.write_text(json.dumps(held))
         with pytest.raises(UserError, match=rf"judgements\.json: judges.*{named}"):
             read_judgements(made.store)
-        assert any(checked.wrong for checked in check_store(made.store) if checked.name == path.name)
+        assert any(
+            checked.wrong for checked in check_store(made.store) if checked.name == path.name
+        )
     held["judges"] = {"x" * 300: {"described": part}}
     path.write_text(json.dumps(held))
     describe(made.store, TokenJudge(), DescribeConfig(), MadeActivations(made))  # it has plots, too
