@@ -5,6 +5,7 @@ Readers look at what they read; here all of it is read, a row group in memory at
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -195,7 +196,7 @@ def _others(store: Store) -> Iterator[Checked]:
         else:
             note = "of another adapter: select it again" if one["stale"] else ""
             yield Checked(name, one["size"], note=note)
-    if (store.folder / JSON).is_file():
+    if os.path.lexists(store.folder / JSON):
         checked = Checked(JSON)
         try:
             read_judgements(store)
