@@ -125,7 +125,7 @@ def check_name_of(judge: str) -> None:
     check(judge, Name, "the name of the judge")
 
 
-def check_fit(parts: Mapping[str, Any], store: Store, source: str) -> None:
+def check_fit(parts: Mapping[Part, Any], store: Store, source: str) -> None:
     """Hold a judge's parts against themselves, and against the store that they speak of.
 
     Args:
@@ -145,7 +145,7 @@ def check_fit(parts: Mapping[str, Any], store: Store, source: str) -> None:
 
 
 def _by_layer(
-    parts: Mapping[str, Any], source: str
+    parts: Mapping[Part, Any], source: str
 ) -> Iterator[tuple[str, Kind, Sequence[Mapping[str, Any]]]]:
     """Of every kind of unit the place and the layers, once samples and classes are as they must."""
     if (described := parts.get("described")) is not None:
