@@ -22,6 +22,7 @@ from fastadapt.features.store import adapter_digest
 from fastadapt.interventions import Intervention, check_fit
 from fastadapt.io.atomic import half_filled, unstaged, writing_folder
 from fastadapt.io.documents import read_yaml
+from fastadapt.io.names import is_there, typed_path
 
 SET = "set.json"
 _CONFIG, _ADAPTER = "config.yaml", "adapter"
@@ -87,7 +88,7 @@ def intervene(
             "revisions": {"target": revision, "base": revision},
         }
     told["interventions"] = [*history, step]
-    out = Path(output).expanduser()
+    out = typed_path(output, "--output")
     _check_output(out, source, overwrite=overwrite)
     made = (intervention.apply(read(), features.rows(layer)) for layer, read in enumerate(layers))
     with writing_folder(out, last=SET) as staged:
@@ -104,7 +105,7 @@ def _config_of(source: Path, metadata: Mapping[str, Any]) -> dict[str, Any] | No
     """Pair and data of a run's ``config.yaml``; None of bare adapters, which have none."""
     pair_of(source, metadata)  # that it can be told, and is the one that the adapters name
     path = source.parent / _CONFIG
-    if source.name != _ADAPTER or not path.is_file():
+    if source.name != _ADAPTER or not is_there(path):
         return None
     config = read_yaml(path, dict[str, Any])
     return {name: config[name] for name in ("pair", "data") if name in config}
@@ -122,7 +123,7 @@ def _check_output(out: Path, source: Path, *, overwrite: bool) -> None:
             f"{out} holds something that no intervention wrote ({other[0]}); nothing in it was "
             "touched. Give a new folder."
         )
-    if out.resolve() in (source.resolve(), source.resolve().parent):
+    if os.path.realpath(out) in map(os.path.realpath, (source, source.parent)):
         raise UserError(f"{out} is the run that is changed; give a new folder")
     if not overwrite:
         raise UserError(

@@ -33,7 +33,7 @@ from fastadapt.io.atomic import (
     unstaged,
 )
 from fastadapt.io.documents import Count, DocumentError, Positive, Sha256, check, read_json, same
-from fastadapt.io.names import inside
+from fastadapt.io.names import inside, is_there, typed_path
 
 MANIFEST = "manifest.json"
 FORMAT = "fastadapt data"
@@ -107,7 +107,7 @@ def open_output(output: str, *, resume: bool, overwrite: bool) -> Iterator[Path]
     """
     if resume and overwrite:
         raise UserError("--resume goes on with a selection, --overwrite removes it: choose one")
-    folder = Path(output).expanduser()
+    folder = typed_path(output, "--output")
     _check(folder, resume=resume, overwrite=overwrite)
     made = not folder.exists()
     try:
@@ -176,7 +176,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         UserError: it is damaged.
     """
     path = folder / MANIFEST
-    if not path.exists():
+    if not is_there(path):
         return None
     try:
         manifest: Any = read_json(path)
@@ -234,7 +234,7 @@ def begin(folder: Path, settings: Settings) -> None:
 def check_same(folder: Path, settings: Settings) -> None:
     """Raise ``UserError`` naming the settings in which this command differs from what was begun."""
     path = folder / WORK / _SETTINGS
-    if path.exists():
+    if is_there(path):
         try:
             then = read_json(path, dict[str, Any])
         except DocumentError as error:

@@ -22,6 +22,7 @@ import msgspec
 from fastadapt.errors import RunError, UserError
 from fastadapt.io.atomic import cannot_write, disk_errors, locked, make_folder
 from fastadapt.io.documents import Count, check, parse_line, same
+from fastadapt.io.names import check_regular, is_there
 
 SCHEMA = 1
 KINDS = ("settings", "response", "speed")
@@ -179,7 +180,7 @@ def open_responses(path: Path, settings: Mapping[str, Any]) -> Iterator[Response
 
 def read_responses(path: Path) -> list[Response]:
     """The responses of a file, in the order in which they finished."""
-    if not path.is_file():
+    if not is_there(path):
         raise UserError(f"{path}: no such file of responses")
     return [
         _made(Response, record, f"{path}, line {number}")
@@ -191,6 +192,7 @@ def read_responses(path: Path) -> list[Response]:
 def _records(path: Path) -> Iterator[tuple[int, dict[str, Any], int]]:
     """Line, record, and the bytes up to its end; a last line that was cut short is left out."""
     place = 0
+    check_regular(path)
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):

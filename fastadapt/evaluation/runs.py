@@ -12,7 +12,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from fastadapt.errors import UserError
 from fastadapt.io.documents import Count, DocumentError, check, read_yaml
-from fastadapt.io.names import check_name
+from fastadapt.io.names import check_name, is_there, typed_path
 from fastadapt.organism import resolve
 from fastadapt.pair import PairConfig
 from fastadapt.training.config import TRUST, recorded_trust
@@ -128,7 +128,7 @@ def names_of(runs: Sequence[str | os.PathLike[str]], names: Sequence[str] | None
             cannot be a file's.
     """
     if names is None:
-        names = [Path(run).expanduser().resolve().name for run in runs]
+        names = [Path(os.path.realpath(typed_path(run, "run"))).name for run in runs]
     if len(names) != len(runs):
         raise UserError(f"expected as many names as runs, got {len(names)} for {len(runs)}")
     for name in names:
@@ -154,7 +154,7 @@ def pair_of(folder: Path, metadata: Mapping[str, Any]) -> PairConfig:
     check(metadata, Metadata, f"{folder / 'fastadapt.json'}: metadata")
     named = {role: metadata.get(role) for role in ("target", "base")}
     values: dict[str, Any] = {role: name for role, name in named.items() if name is not None}
-    if folder.name == "adapter" and config.is_file():
+    if folder.name == "adapter" and is_there(config):
         try:
             of_run = read_yaml(config, RunFile)["pair"]
         except DocumentError as error:
@@ -169,7 +169,10 @@ def pair_of(folder: Path, metadata: Mapping[str, Any]) -> PairConfig:
     known = {field.name for field in fields(PairConfig)}
     if not {"target", "base"} <= set(values) <= known:
         raise UserError(f"{folder}: expected a target and a base, got {dict(values)}")
-    pair = PairConfig(**values)
+    try:
+        pair = PairConfig(**values)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
     at = metadata.get("revisions") or {}
     return replace(
         pair,
@@ -188,7 +191,7 @@ def trusting(pair: PairConfig, folder: Path, trust_remote_code: bool) -> PairCon
             with its models. Without that code it may be another model.
     """
     config = folder.parent / "config.yaml"
-    in_run = folder.name == "adapter" and config.is_file()
+    in_run = folder.name == "adapter" and is_there(config)
     if not trust_remote_code and in_run and recorded_trust(config):
         raise UserError(
             f"{config.parent}: this run was trained with code that comes with {pair.target} or "

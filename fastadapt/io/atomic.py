@@ -16,7 +16,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fastadapt.errors import RunError
+from fastadapt.errors import RunError, UserError
+from fastadapt.io.names import check_regular
 
 _READ_BYTES = 1 << 22
 _STAGED, _LOCK = ".tmp-", ".lock"
@@ -332,13 +333,31 @@ def sync_folder(path: Path) -> None:
 
 
 def digest(path: Path) -> tuple[int, str]:
-    """Bytes and SHA-256 of a file, in hexadecimal."""
+    """Bytes and SHA-256 of a file, in hexadecimal.
+
+    Raises:
+        UserError: it is a pipe or another thing that is no file.
+        OSError: it cannot be read.
+    """
+    check_regular(path)
     sha256, size = hashlib.sha256(), 0
     with path.open("rb") as file:
         while block := file.read(_READ_BYTES):
             sha256.update(block)
             size += len(block)
     return size, sha256.hexdigest()
+
+
+def digest_of_input(path: Path) -> tuple[int, str]:
+    """:func:`digest` of a file that others gave.
+
+    Raises:
+        UserError: it cannot be read, or is no file.
+    """
+    try:
+        return digest(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def save_tensors(
@@ -359,8 +378,10 @@ def locked(path: Path) -> Iterator[None]:
 
     Raises:
         BlockingIOError: another process holds it.
+        UserError: there is something else in its place, such as a pipe.
         OSError: it cannot be made.
     """
+    check_regular(path)
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield

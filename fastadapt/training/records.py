@@ -10,6 +10,7 @@ import msgspec
 from typing_extensions import TypedDict
 
 from fastadapt.io.documents import Count, DocumentError, check, parse_yaml, read_json
+from fastadapt.io.names import is_there
 from fastadapt.training.rundir import CONFIG, METRICS, SUMMARY, Record, read_records
 from fastadapt.wording import number, percent
 
@@ -138,9 +139,9 @@ def read_run(run_dir: str | Path) -> Run:
             run.events.append(record)
     run.train = [steps["train"][s] for s in sorted(steps["train"])]
     run.evals = [steps["eval"][s] for s in sorted(steps["eval"])]
-    if (folder / SUMMARY).is_file():
+    if is_there(folder / SUMMARY):
         run.summary = read_json(folder / SUMMARY, Measures)
-    if (folder / CONFIG).is_file():
+    if is_there(folder / CONFIG):
         run.config = (folder / CONFIG).read_text(encoding="utf-8", errors="replace")
     return run
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +29,7 @@ from fastadapt.features.schema import MANIFEST, TABLES, Kind
 from fastadapt.features.store import Store
 from fastadapt.io.atomic import digest, disk_errors, replacing
 from fastadapt.io.documents import DocumentError, check, read_json
-from fastadapt.io.names import inside
+from fastadapt.io.names import inside, is_there
 from fastadapt.wording import percent
 
 JSON, TEXT, PLOTS = "judgements.json", "judgements.md", "judgements"
@@ -69,7 +68,7 @@ def read_judgements(store: Store) -> dict[str, Any]:
         UserError: it cannot be read.
     """
     path = store.folder / JSON
-    if not os.path.lexists(path):
+    if not is_there(path):
         return {"schema_version": SCHEMA_VERSION, "judges": {}}
     plain = _read(path)
     try:
