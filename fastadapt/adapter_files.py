@@ -17,13 +17,13 @@ from typing import Annotated, Any, cast
 import msgspec
 import torch
 from torch import nn
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from fastadapt.adapter import AdapterConfig, TranscoderAdapter
 from fastadapt.errors import UserError
 from fastadapt.io.atomic import save_tensors, writing_folder
-from fastadapt.io.documents import Count, check, read_json
-from fastadapt.io.names import is_there, typed_path
+from fastadapt.io.documents import Count, Finite, Name, NonNegative, check, read_json
+from fastadapt.io.names import has_file, typed_path
 from fastadapt.io.tensors import read_tensors
 from fastadapt.tuned import TUNED, TunedWeights
 
@@ -121,11 +121,11 @@ def adapters_of(source: str | os.PathLike[str]) -> Path:
         UserError: it is neither.
     """
     folder = typed_path(source, "run")
-    if is_there(folder / CARD):
+    if has_file(folder / CARD):
         return folder
-    if is_there(folder / "adapter" / CARD):
+    if has_file(folder / "adapter" / CARD):
         return folder / "adapter"
-    if is_there(folder / "config.yaml"):
+    if has_file(folder / "config.yaml"):
         raise UserError(f"{folder}: this run is not finished: it has no adapter/ yet")
     raise UserError(f"{source}: expected a run or a folder of adapters with fastadapt.json")
 
@@ -147,6 +147,56 @@ class AdapterSection(TypedDict):
 _Width = Annotated[int, msgspec.Meta(ge=1, le=MAX_WIDTH)]
 
 
+class Revisions(TypedDict, total=False):
+    """The commits of the models that adapters were trained with; null of local folders."""
+
+    target: Name | None
+    base: Name | None
+
+
+class Weights(TypedDict, total=False):
+    """The weights of the losses; the other settings of the objective are not read."""
+
+    sparsity: NonNegative | None
+    nmse: NonNegative | None
+    bridge: NonNegative | None
+
+
+class Measured(TypedDict, total=False):
+    """What is read of a run's measurements; null where a number was not finite."""
+
+    l0_mean: NonNegative | None
+    tokens: Count | None
+
+
+class ChangedSet(TypedDict):
+    """The set of features of an intervention."""
+
+    name: Name | None
+    size: Count
+
+
+class Change(TypedDict):
+    """An intervention, as the card of changed adapters records it."""
+
+    kind: Name
+    set: ChangedSet
+    adapter: Name
+    scale: NotRequired[Finite | None]
+
+
+class Metadata(TypedDict, total=False):
+    """What of ``metadata`` of a card is read, where it is there; any other key may be, too."""
+
+    target: Name | None
+    base: Name | None
+    revisions: Revisions | None
+    family: Name | None
+    objective: Weights | None
+    measured: Measured | None
+    interventions: list[Change] | None
+
+
 class Card(TypedDict):
     """What every ``fastadapt.json`` holds, whatever its kind."""
 
@@ -156,7 +206,7 @@ class Card(TypedDict):
     n_layers: Annotated[int, msgspec.Meta(ge=1, le=MAX_LAYERS)]
     d_in: _Width
     d_out: _Width
-    metadata: dict[str, Any]
+    metadata: Metadata
 
 
 class TranscoderCard(Card):
@@ -173,7 +223,7 @@ class TunedCard(Card):
 
 def _read_card(path: Path) -> dict[str, Any]:
     card_file = path / "fastadapt.json"
-    if not is_there(card_file):
+    if not has_file(card_file):
         raise UserError(f"{path} holds no adapters: fastadapt.json is missing")
     card: dict[str, Any] = read_json(card_file, dict[str, Any], constants=True)
     version = card.get("schema_version")

@@ -19,7 +19,7 @@ from fastadapt.adapter import TranscoderAdapter
 from fastadapt.errors import UserError
 from fastadapt.io import documents
 from fastadapt.io.atomic import half_filled, save_tensors, unstaged, writing_folder
-from fastadapt.io.names import check_name, inside
+from fastadapt.io.names import check_name, in_model, inside
 from fastadapt.pretrained import (
     ARCHITECTURES,
     Paths,
@@ -150,14 +150,15 @@ def write_checkpoint(
         overwrite: replace an export that is there.
 
     Raises:
-        UserError: the folder is in use.
+        UserError: the folder is in use, or a companion is a link that leads out of its model, is no
+            regular file, or is too large.
         RunError: it cannot be written; it is as it was.
     """
     check_output(folder, overwrite=overwrite)
     with writing_folder(folder, last=CONFIG) as staged:
         for name in COMPANIONS:
             if (file := fetch(companions, name, revision)) is not None:
-                (staged / name).write_bytes(file.read_bytes())
+                (staged / name).write_bytes(documents.read_bytes(in_model(file, companions)))
         if index is None:
             _write_shards(staged, tensors, shard_bytes)
         else:

@@ -25,7 +25,7 @@ from fastadapt.console import (
     write_any_text,
 )
 from fastadapt.errors import RunError, UserError
-from fastadapt.io.names import path_fault
+from fastadapt.io.names import unusable_path
 from fastadapt.options import (
     USAGE,
     doctor_parser,
@@ -43,24 +43,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_any_text()
     try:
         return leave(_dispatch(arguments))
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 1
     except (UserError, RunError) as error:
         if tells(error):
             print_error(str(error))
         return error.exit_code
-    except (OSError, ValueError, RuntimeError) as error:
-        fault = path_fault(error)  # of a path that no option's check has seen
-        if fault is None:
-            raise
-        print_error(fault)
-        return UserError.exit_code
     except SystemExit as end:  # --help
         return end.code if isinstance(end.code, int) else 0
     except KeyboardInterrupt:
         print_error("interrupted")
         return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+    except (OSError, ValueError, RuntimeError) as error:
+        if (reason := unusable_path(error)) is None:
+            raise
+        print_error(reason)
+        return UserError.exit_code
 
 
 def _dispatch(argv: list[str]) -> int:

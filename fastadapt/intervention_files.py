@@ -22,7 +22,7 @@ from fastadapt.features.store import adapter_digest
 from fastadapt.interventions import Intervention, check_fit
 from fastadapt.io.atomic import half_filled, unstaged, writing_folder
 from fastadapt.io.documents import read_yaml
-from fastadapt.io.names import is_there, typed_path
+from fastadapt.io.names import has_file, typed_path
 
 SET = "set.json"
 _CONFIG, _ADAPTER = "config.yaml", "adapter"
@@ -105,7 +105,7 @@ def _config_of(source: Path, metadata: Mapping[str, Any]) -> dict[str, Any] | No
     """Pair and data of a run's ``config.yaml``; None of bare adapters, which have none."""
     pair_of(source, metadata)  # that it can be told, and is the one that the adapters name
     path = source.parent / _CONFIG
-    if source.name != _ADAPTER or not is_there(path):
+    if source.name != _ADAPTER or not has_file(path):
         return None
     config = read_yaml(path, dict[str, Any])
     return {name: config[name] for name in ("pair", "data") if name in config}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 from fastadapt.errors import RunError, UserError
-from fastadapt.io.documents import read_json
+from fastadapt.io.documents import check, read_json
 from fastadapt.io.names import check_name, typed_path
 from fastadapt.io.tensors import check_tensor, open_tensors
 
@@ -38,6 +38,10 @@ class Rotary(TypedDict, total=False):
     rope_theta: Annotated[float, msgspec.Meta(gt=0, le=2**53)]
     full_attention: Rotary | None
     sliding_attention: Rotary | None
+
+
+#: One of transformers' own; a name with a slash is that of a repository, whose code would run.
+_Implementation = Annotated[str, msgspec.Meta(pattern="^[a-z0-9_]+$")]
 
 
 class ModelFile(TypedDict, total=False):
@@ -156,7 +160,9 @@ def model_config(source: str, revision: str | None, trust: bool) -> Any:
         )
     with reading("model", source):
         if (file := fetch(source, "config.json", revision)) is not None:
-            read_json(file, ModelFile, constants=True)
+            keys = read_json(file, ModelFile, constants=True)
+            chosen = {key: value for key, value in keys.items() if "implementation" in key}
+            check(chosen, dict[str, _Implementation | None], str(file))
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust)
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(
@@ -170,7 +176,7 @@ def model_config(source: str, revision: str | None, trust: bool) -> Any:
             f"{named!r}), which is not supported. Rename the file to model.safetensors, and take "
             "the key out"
         )
-    config._attn_implementation = None
+    config._attn_implementation = config._experts_implementation = None
     return config
 
 
@@ -196,12 +202,17 @@ def load_tokenizer(source: str, revision: str | None, trust: bool) -> Any:
 
 
 def fetch(source: str, name: str, revision: str | None) -> Path | None:
-    """Local path of one file of a folder or hub repository, or None where it has none."""
+    """Local path of one file of a folder or hub repository, or None where it has none.
+
+    Raises:
+        UserError: there is no such folder or repository, nor can there be one of this name.
+    """
     from transformers.utils import cached_file
 
-    found = cached_file(
-        source, name, revision=revision, _raise_exceptions_for_missing_entries=False
-    )
+    with reading("model", source):
+        found = cached_file(
+            source, name, revision=revision, _raise_exceptions_for_missing_entries=False
+        )
     return None if found is None else Path(found)
 
 
@@ -275,9 +286,11 @@ def load_causal_lm(
     from transformers import AutoModelForCausalLM
 
     tensor_files(source, revision)
+    config = model_config(source, revision, trust)
     with reading(role, source), _no_report() if besides else nullcontext():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
+            config=config,
             revision=revision,
             dtype=dtype,
             attn_implementation=attention,

@@ -30,10 +30,11 @@ from fastadapt.io.atomic import (
     make_folder,
     replacing,
     sweep,
+    sync_folder,
     unstaged,
 )
 from fastadapt.io.documents import Count, DocumentError, Positive, Sha256, check, read_json, same
-from fastadapt.io.names import inside, is_there, typed_path
+from fastadapt.io.names import has_file, inside, typed_path
 
 MANIFEST = "manifest.json"
 FORMAT = "fastadapt data"
@@ -45,8 +46,8 @@ _SETTINGS, _LOCK = "settings.json", "lock"
 _REPLACED = (*FILES.values(), MANIFEST)
 #: Everything that is ever written; an overwrite removes this and nothing else.
 _WRITTEN = (
-    *FILES.values(),
     MANIFEST,
+    *FILES.values(),
     f"{WORK}/{_SETTINGS}",
     f"{WORK}/{ROWS}",
     f"{WORK}/{JOURNAL}",
@@ -176,7 +177,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         UserError: it is damaged.
     """
     path = folder / MANIFEST
-    if not is_there(path):
+    if not has_file(path):
         return None
     try:
         manifest: Any = read_json(path)
@@ -224,6 +225,8 @@ def begin(folder: Path, settings: Settings) -> None:
     """Remove what an earlier selection left in the folder, and note the settings of this one."""
     try:
         _remove(folder, _WRITTEN)
+        for held in (folder, folder / WORK):  # no old journal may come back beside the settings
+            sync_folder(held)
         with replacing(folder / WORK / _SETTINGS) as staged:
             staged.write_text(json.dumps(settings, ensure_ascii=False), encoding="utf-8")
     except OSError as error:
@@ -234,7 +237,7 @@ def begin(folder: Path, settings: Settings) -> None:
 def check_same(folder: Path, settings: Settings) -> None:
     """Raise ``UserError`` naming the settings in which this command differs from what was begun."""
     path = folder / WORK / _SETTINGS
-    if is_there(path):
+    if has_file(path):
         try:
             then = read_json(path, dict[str, Any])
         except DocumentError as error:

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple, NoReturn
 
 from fastadapt.errors import UserError
 from fastadapt.io.documents import parse_line
-from fastadapt.io.names import check_regular, is_there, typed_path
+from fastadapt.io.files import open_regular
+from fastadapt.io.names import has_file, typed_path
 
 COLUMN = "conversations"
 SUFFIXES = (".jsonl", ".parquet")
@@ -81,7 +82,7 @@ def find_files(source: str, split: str) -> list[Path] | None:
     path = typed_path(source, "data source")
     if path.is_dir():
         return _files_of(path, split)
-    if is_there(path):
+    if has_file(path):
         return [path]
     looks_local = path.suffix in (*SUFFIXES, ".json", ".csv") or not _HUB_ID.fullmatch(source)
     if looks_local:
@@ -259,9 +260,8 @@ def reading_hub(name: str, split: str, revision: str | None) -> Iterator[None]:
 
 
 def _open(path: Path) -> Any:
-    check_regular(path)
     try:
-        return path.open("rb")
+        return open_regular(path)
     except OSError as error:
         raise UserError(f"data source {str(path)!r}: cannot be read: {error.strerror}") from None
 

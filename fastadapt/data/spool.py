@@ -21,9 +21,9 @@ from typing_extensions import TypedDict
 
 from fastadapt.data.selection import Candidate, Shortlist, row_key
 from fastadapt.errors import RunError
-from fastadapt.io.atomic import cannot_write, disk_errors
+from fastadapt.io.atomic import cannot_write, disk_errors, open_appended
 from fastadapt.io.documents import Count, DocumentError, Positive, check, parse_line
-from fastadapt.io.names import is_there
+from fastadapt.io.names import has_file
 
 ROWS, JOURNAL = "rows", "journal"
 _CODEC = "zstd"
@@ -96,7 +96,7 @@ class Spool:
         """Replay the committed part of a journal; its bytes, and those of ``rows``."""
         kept = size = place = end = 0
         pending: list[Any] = []
-        if not is_there(path):
+        if not has_file(path):
             return 0, 0
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
@@ -218,7 +218,7 @@ class Spool:
 def _open(path: Path, size: int) -> FileIO:
     """The file, cut off after ``size`` bytes; unbuffered, so that nothing is written by closing."""
     with ExitStack() as opened:
-        file = opened.enter_context(FileIO(path, "a+"))
+        file = opened.enter_context(open_appended(path))
         there = os.fstat(file.fileno()).st_size
         if there < size:
             raise RunError(

@@ -37,7 +37,7 @@ from fastadapt.evaluation.sampling import (
 )
 from fastadapt.io.atomic import disk_errors, replacing
 from fastadapt.io.documents import Count, DocumentError, parse_line
-from fastadapt.io.names import check_regular
+from fastadapt.io.files import open_regular
 from fastadapt.organism import NAMES
 from fastadapt.organism.problems import HESITATION_WORDS
 
@@ -231,9 +231,9 @@ def summarize(task: str, rows: Sequence[Row], speed: Speed | None = None) -> Ben
 def read_rows(path: Path) -> list[Row]:
     """Return the rows of a ``<task>.rows.jsonl``; ``DocumentError`` names the line at fault."""
     names = [one.name for one in fields(Row)]
-    check_regular(path)
     try:
-        lines = path.read_bytes().split(b"\n")
+        with open_regular(path) as file:
+            lines = file.read().split(b"\n")
     except OSError as error:
         raise DocumentError(f"{path} cannot be read: {error.strerror}") from error
     if lines.pop():

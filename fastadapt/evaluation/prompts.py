@@ -14,7 +14,7 @@ from fastadapt.data.sources import COLUMN, read_values
 from fastadapt.data.tokens import check_markers, encode
 from fastadapt.errors import UserError
 from fastadapt.io.documents import DocumentError, read_yaml
-from fastadapt.io.names import is_there
+from fastadapt.io.names import has_file
 
 
 class Prompt(NamedTuple):
@@ -52,7 +52,7 @@ def held_out(run: Path) -> HeldOut | None:
         UserError: its configuration cannot be read.
     """
     path = run / "config.yaml"
-    if not is_there(path):
+    if not has_file(path):
         return None
     try:
         data = read_yaml(path, _RunFile)["data"]

@@ -13,16 +13,14 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from io import FileIO
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
-
-import msgspec
+from typing import Any, Literal, TypeVar
 
 from fastadapt.errors import RunError, UserError
-from fastadapt.io.atomic import cannot_write, disk_errors, locked, make_folder
-from fastadapt.io.documents import Count, check, parse_line, same
-from fastadapt.io.names import check_regular, is_there
+from fastadapt.io.atomic import cannot_write, disk_errors, locked, make_folder, open_appended
+from fastadapt.io.documents import Count, NonNegative, check, parse_line, same
+from fastadapt.io.files import open_regular
+from fastadapt.io.names import has_file
 
 SCHEMA = 1
 KINDS = ("settings", "response", "speed")
@@ -93,7 +91,7 @@ class Speed:
     """Tokens generated and the seconds of generation alone, loading and warming up left out."""
 
     tokens: Count
-    seconds: Annotated[float, msgspec.Meta(ge=0, le=1e300)]
+    seconds: NonNegative
     batching: str
 
     @property
@@ -110,7 +108,7 @@ class ResponseFile:
         self.speeds: list[Speed] = []
         settings = json.loads(json.dumps({"kind": "settings", "schema": SCHEMA, **settings}))
         kept = self._take_up(settings)
-        self._file = FileIO(path, "a+")
+        self._file = open_appended(path)
         self._file.truncate(kept)
         if not kept:
             self._write(settings)
@@ -180,7 +178,7 @@ def open_responses(path: Path, settings: Mapping[str, Any]) -> Iterator[Response
 
 def read_responses(path: Path) -> list[Response]:
     """The responses of a file, in the order in which they finished."""
-    if not is_there(path):
+    if not has_file(path):
         raise UserError(f"{path}: no such file of responses")
     return [
         _made(Response, record, f"{path}, line {number}")
@@ -192,8 +190,7 @@ def read_responses(path: Path) -> list[Response]:
 def _records(path: Path) -> Iterator[tuple[int, dict[str, Any], int]]:
     """Line, record, and the bytes up to its end; a last line that was cut short is left out."""
     place = 0
-    check_regular(path)
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
                 return

@@ -13,13 +13,10 @@ from typing import Annotated, Any, Literal
 import msgspec
 from typing_extensions import NotRequired, TypedDict
 
-from fastadapt.io.documents import Count, DocumentError, Positive, check
+from fastadapt.io.documents import Count, DocumentError, Finite, NonNegative, Positive, check
 
 FAMILIES = ("first", "last", "single")
 
-#: JSON's ``1e400`` is read as infinity, which JSON cannot hold.
-Finite = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)]
-_Positive = Annotated[float, msgspec.Meta(ge=0, le=1e300)]
 _Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 _Difference = Annotated[float, msgspec.Meta(ge=-1, le=1)]
 
@@ -84,7 +81,7 @@ class Faithfulness(TypedDict):
 
     kl: Interval
     top1_error: Shares
-    l0: _Positive | None
+    l0: NonNegative | None
     regions: Regions
     domains: dict[str, Region]
     by_position: ByPosition
@@ -145,13 +142,13 @@ class Answered(TypedDict):
     recovered_from_base: Interval | None
     truncated: _Share
     degenerate: _Share
-    tokens_per_s: _Positive | None
+    tokens_per_s: NonNegative | None
 
 
 class ModelSpeed(TypedDict):
     """How fast a model generates."""
 
-    tokens_per_s: _Positive
+    tokens_per_s: NonNegative
     overhead: Finite
 
 

@@ -11,8 +11,8 @@ from typing import Any
 from typing_extensions import NotRequired, TypedDict
 
 from fastadapt.errors import UserError
-from fastadapt.io.documents import Count, DocumentError, check, read_yaml
-from fastadapt.io.names import check_name, is_there, typed_path
+from fastadapt.io.documents import DocumentError, Name, read_yaml
+from fastadapt.io.names import check_name, has_file, typed_path
 from fastadapt.organism import resolve
 from fastadapt.pair import PairConfig
 from fastadapt.training.config import TRUST, recorded_trust
@@ -76,10 +76,10 @@ class Student:
 class PairSection(TypedDict):
     """``pair`` of a run's ``config.yaml``: the fields of :class:`PairConfig`."""
 
-    target: str
-    base: str
-    target_revision: NotRequired[str | None]
-    base_revision: NotRequired[str | None]
+    target: Name
+    base: Name
+    target_revision: NotRequired[Name | None]
+    base_revision: NotRequired[Name | None]
     dtype: NotRequired[str]
     attention: NotRequired[str]
     device: NotRequired[str]
@@ -91,33 +91,6 @@ class RunFile(TypedDict):
     """What of a run's ``config.yaml`` says which pair it is of."""
 
     pair: PairSection
-
-
-class ChangedSet(TypedDict):
-    """The set of features of an intervention."""
-
-    name: str | None
-    size: Count
-
-
-class Change(TypedDict):
-    """An intervention, as the card of changed adapters records it."""
-
-    kind: str
-    set: ChangedSet
-    adapter: str
-    scale: NotRequired[float | None]
-
-
-class Metadata(TypedDict, total=False):
-    """What is read of ``metadata`` of ``fastadapt.json``, where it is there."""
-
-    target: str | None
-    base: str | None
-    revisions: dict[str, str | None] | None
-    objective: dict[str, Any] | None
-    measured: dict[str, Any] | None
-    interventions: list[Change] | None
 
 
 def names_of(runs: Sequence[str | os.PathLike[str]], names: Sequence[str] | None) -> list[str]:
@@ -148,13 +121,14 @@ def names_of(runs: Sequence[str | os.PathLike[str]], names: Sequence[str] | None
 def pair_of(folder: Path, metadata: Mapping[str, Any]) -> PairConfig:
     """The pair of adapters: as their run's ``config.yaml`` has it, at the commits they name.
 
+    ``metadata`` is of their card, as :func:`fastadapt.adapter_files.read_adapters` returns it.
+
     Trust in the code of its models is not among what is read: see :func:`trusting`.
     """
     config = folder.parent / "config.yaml"
-    check(metadata, Metadata, f"{folder / 'fastadapt.json'}: metadata")
     named = {role: metadata.get(role) for role in ("target", "base")}
     values: dict[str, Any] = {role: name for role, name in named.items() if name is not None}
-    if folder.name == "adapter" and is_there(config):
+    if folder.name == "adapter" and has_file(config):
         try:
             of_run = read_yaml(config, RunFile)["pair"]
         except DocumentError as error:
@@ -191,7 +165,7 @@ def trusting(pair: PairConfig, folder: Path, trust_remote_code: bool) -> PairCon
             with its models. Without that code it may be another model.
     """
     config = folder.parent / "config.yaml"
-    in_run = folder.name == "adapter" and is_there(config)
+    in_run = folder.name == "adapter" and has_file(config)
     if not trust_remote_code and in_run and recorded_trust(config):
         raise UserError(
             f"{config.parent}: this run was trained with code that comes with {pair.target} or "
@@ -232,7 +206,6 @@ def check_same(first: PairConfig, other: PairConfig, run: str, other_run: str) -
 def student_of(name: str, run: Path, card: Mapping[str, Any]) -> Student:
     """A run as a student: ``card`` is its ``fastadapt.json``."""
     metadata = card["metadata"]
-    check(metadata, Metadata, f"{run}: fastadapt.json: metadata")
     objective, measured = metadata.get("objective") or {}, metadata.get("measured") or {}
     return Student(
         name,

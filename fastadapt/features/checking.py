@@ -20,7 +20,7 @@ from fastadapt.features.schema import EDGES, MANIFEST, SHARED, TABLES, Kind
 from fastadapt.features.sets import FOLDER, list_sets
 from fastadapt.features.store import Store
 from fastadapt.features.values import unsorted, wrong_values
-from fastadapt.io.names import is_there
+from fastadapt.io.names import has_file
 from fastadapt.io.parquet import open_parquet, read_group
 
 _MOST_LINES = 8  # of one file
@@ -55,7 +55,7 @@ def check_store(store: Store) -> list[Checked]:
     for name, checked in found.items():
         path = store.folder / name
         try:
-            if not is_there(path):
+            if not has_file(path):
                 checked.wrong.append("it is missing")
                 continue
             store.check_file(path)

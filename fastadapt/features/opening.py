@@ -8,7 +8,7 @@ from fastadapt.errors import UserError
 from fastadapt.evaluation.students import Students
 from fastadapt.features.schema import MANIFEST
 from fastadapt.features.store import Store, adapter_digest
-from fastadapt.io.names import is_there, typed_path
+from fastadapt.io.names import has_file, typed_path
 
 
 def students_of(
@@ -34,7 +34,7 @@ def students_of(
     """
     if run is None:
         around = store.folder.resolve().parent
-        inside = is_there(around / "adapter" / "fastadapt.json")
+        inside = has_file(around / "adapter" / "fastadapt.json")
         told = f"{store.folder / MANIFEST}: run"
         run = around if inside else typed_path(store.manifest["run"], told)
     dtype = dtype or store.manifest["pair"].get("dtype")

@@ -21,7 +21,7 @@ from fastadapt.errors import UserError
 from fastadapt.features.store import Layers, PerLayer, Store, writing
 from fastadapt.io.atomic import disk_errors, make_folder, replacing
 from fastadapt.io.documents import Count, check, read_json
-from fastadapt.io.names import inside, is_there, typed_path
+from fastadapt.io.names import has_file, inside, typed_path
 
 FOLDER = "sets"
 SCHEMA_VERSION = 1
@@ -211,7 +211,7 @@ def load_set(store: Store, name: str) -> FeatureSet:
         UserError: there is none of that name, or it is of another adapter than the store.
     """
     path = _path(store, name)
-    if not is_there(path):
+    if not has_file(path):
         there = ", ".join(names_of_sets(store)) or "none yet"
         raise UserError(f"{store.folder}: no set {name!r}; there are: {there}")
     features = read_set(path)

@@ -39,7 +39,7 @@ from fastadapt.io.atomic import (
     sweep_tree,
 )
 from fastadapt.io.documents import Count, Sha256, check, read_json
-from fastadapt.io.names import inside, is_there, typed_path
+from fastadapt.io.names import has_file, inside, typed_path
 from fastadapt.io.parquet import open_parquet, read_table
 
 if TYPE_CHECKING:
@@ -133,10 +133,10 @@ class Store:
                 missing.
         """
         folder = typed_path(source, "store")
-        if not is_there(folder / MANIFEST) and is_there(folder / "features" / MANIFEST):
+        if not has_file(folder / MANIFEST) and has_file(folder / "features" / MANIFEST):
             folder = folder / "features"
         path = folder / MANIFEST
-        if not is_there(path):
+        if not has_file(path):
             raise UserError(
                 f"{source} has no features yet: expected {path.name} in it, or in features/ "
                 "(fastadapt features collect)"
@@ -156,7 +156,7 @@ class Store:
         store = cls(folder, manifest)
         for name in manifest["files"]:
             listed = inside(folder, *name.split("/"), source=f"{path}: files")
-            if complete and not is_there(listed):
+            if complete and not has_file(listed):
                 raise UserError(f"{folder}: {name} is missing; collect the features again")
         collected = [store.path(table) for table in SHARED]
         collected += [store.path(table, kind) for kind in store.kinds for table in COLLECTED]
@@ -170,7 +170,7 @@ class Store:
     def _check_rows(self, kind: Kind) -> None:
         n_layers, n_features = self.shape(kind)
         path = self.path("features", kind)
-        if not is_there(path):
+        if not has_file(path):
             raise UserError(f"{self.folder}: {kind}/{path.name} is missing; collect again")
         with open_parquet(path, TABLES["features"]) as file:
             rows = file.metadata.num_rows

@@ -9,10 +9,12 @@ import re
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from fastadapt.adapter import AdapterConfig, TranscoderAdapter
 from fastadapt.checkpoint_files import (
@@ -25,6 +27,8 @@ from fastadapt.checkpoint_files import (
     write_checkpoint,
 )
 from fastadapt.errors import UserError
+from fastadapt.io.documents import check, read_text
+from fastadapt.io.names import in_model
 from fastadapt.io.tensors import check_tensor
 from fastadapt.pretrained import fetch, model_config
 
@@ -38,6 +42,13 @@ NAMES = {
 _ADAPTER = re.compile(r"model\.layers\.\d+\.mlp\.transcoder_(enc|dec)\.(weight|bias)")
 
 
+class PublishedKeys(TypedDict, total=False):
+    """Keys of ``config.json`` that the format adds."""
+
+    transcoder_n_features: Annotated[int, msgspec.Meta(ge=1, le=1 << 28)]
+    transcoder_dec_bias: bool
+
+
 def published_tensors(source: str, revision: str | None) -> dict[str, Lazy]:
     """The adapters' tensors of a checkpoint, by name."""
     tensors = lazy_tensors(source, revision, "checkpoint")
@@ -48,7 +59,8 @@ def published_config(source: str, revision: str | None) -> Any:
     """transformers' configuration of a checkpoint, which must be a published one."""
     config = model_config(source, revision, trust=False)
     features = getattr(config, "transcoder_n_features", None)
-    if config.model_type != "qwen2" or type(features) is not int or features < 1:
+    check(vars(config), PublishedKeys, f"{source}: {CONFIG}")
+    if config.model_type != "qwen2" or features is None:
         raise UserError(
             f"{source}: expected a checkpoint of {ARCHITECTURE} with transcoder_n_features in its "
             f"config.json, got model_type={config.model_type!r}, transcoder_n_features={features!r}"
@@ -145,4 +157,4 @@ def write_published(
 
 def _text(source: str, name: str) -> str | None:
     file = fetch(source, name, None)
-    return None if file is None else file.read_text(encoding="utf-8")
+    return None if file is None else read_text(in_model(file, source))

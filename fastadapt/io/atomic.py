@@ -12,12 +12,14 @@ import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from fnmatch import fnmatch
+from io import FileIO
 from pathlib import Path
 
 from torch import Tensor
 
 from fastadapt.errors import RunError, UserError
-from fastadapt.io.names import check_regular
+from fastadapt.io.files import open_regular
+from fastadapt.io.names import has_file
 
 _READ_BYTES = 1 << 22
 _STAGED, _LOCK = ".tmp-", ".lock"
@@ -332,16 +334,22 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def digest(path: Path) -> tuple[int, str]:
-    """Bytes and SHA-256 of a file, in hexadecimal.
+def open_appended(path: Path) -> FileIO:
+    """Open a file to add to, which is made if it is not there; its name is on the disk.
 
-    Raises:
-        UserError: it is a pipe or another thing that is no file.
-        OSError: it cannot be read.
+    Unbuffered, so that closing writes nothing and cannot fail.
     """
-    check_regular(path)
+    with ExitStack() as opened:
+        file = opened.enter_context(FileIO(path, "a+"))
+        sync_folder(path.parent)
+        opened.pop_all()
+    return file
+
+
+def digest(path: Path) -> tuple[int, str]:
+    """Bytes and SHA-256 of a regular file, in hexadecimal."""
     sha256, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while block := file.read(_READ_BYTES):
             sha256.update(block)
             size += len(block)
@@ -381,7 +389,7 @@ def locked(path: Path) -> Iterator[None]:
         UserError: there is something else in its place, such as a pipe.
         OSError: it cannot be made.
     """
-    check_regular(path)
+    has_file(path)  # or there is something else, which would be waited for
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield

@@ -16,23 +16,31 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from itertools import islice
-from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import msgspec
 import yaml
 
 from fastadapt.errors import UserError
+from fastadapt.io.files import open_regular
 
 MAX_BYTES = 1 << 28
 MAX_DEPTH = 64
 #: Values in a YAML document, each alias counted as often as it is used: a bound on expansion.
 MAX_VALUES = 1_000_000
+#: Of an integer: what prints within Python's limit of 4,300 digits.
+MAX_BITS = 14_000
 
 #: Sizes in a schema: whole numbers that every format and tensor library can hold.
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**53)]
+#: Numbers that a float holds; JSON's ``1e400`` is read as infinity, which JSON cannot hold.
+Finite = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)]
+NonNegative = Annotated[float, msgspec.Meta(ge=0, le=1e300)]
+#: A text that may name a file, a folder or a model: no control character, no half of a surrogate
+#: pair, and no longer than Linux takes a path.
+Name = Annotated[str, msgspec.Meta(max_length=4095, pattern=r"^[^\x00-\x1f\x7f\ud800-\udfff]*\Z")]
+_HALF = re.compile("[\ud800-\udfff]")
 #: SHA-256 in lower-case hexadecimal.
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
@@ -63,12 +71,40 @@ def read_json(path: str | os.PathLike[str], schema: Any = Any, *, constants: boo
         >>> read_json(path, dict[str, int])
         {'width': 3}
     """
-    return parse_json(_read(Path(path)), str(path), schema, constants=constants)
+    return parse_json(read_bytes(path), str(path), schema, constants=constants)
 
 
 def read_yaml(path: str | os.PathLike[str], schema: Any = Any) -> Any:
     """Return the contents of a YAML file, checked against a schema; see :func:`read_json`."""
-    return parse_yaml(_read(Path(path)), str(path), schema)
+    return parse_yaml(read_bytes(path), str(path), schema)
+
+
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
+    """Return the bytes of a regular file of at most ``MAX_BYTES``, whatever they mean.
+
+    Raises:
+        DocumentError: it is missing, cannot be read, is larger, or is a pipe or a device.
+    """
+    try:
+        with open_regular(path) as file:
+            content = file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise DocumentError(f"{path} is missing") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or error
+        raise DocumentError(f"{path} cannot be read: {reason}") from error
+    if len(content) > MAX_BYTES:
+        raise DocumentError(f"{path} has more than {MAX_BYTES:,} bytes")
+    return content
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """Return the text of a file as it is; see :func:`read_bytes`.
+
+    Raises:
+        DocumentError: also where it is not UTF-8.
+    """
+    return _decode(read_bytes(path), str(path))
 
 
 def parse_json(
@@ -92,8 +128,7 @@ def parse_json(
         if isinstance(error, DocumentError):
             raise
         raise DocumentError(f"{source} is not valid JSON: {_reason(error)}") from error
-    if decoded.count("[") + decoded.count("{") > MAX_DEPTH:
-        _check_depth(value, source)
+    _check_json(decoded, value, source)
     check(value, schema, source)
     return value
 
@@ -101,7 +136,8 @@ def parse_json(
 def parse_line(text: str | bytes, source: str, schema: Any = Any) -> Any:
     """Return the value of one line of a file of JSON lines, ``NaN`` and ``Infinity`` included.
 
-    As :func:`parse_json`, at a third less time, without its limit of depth: Python's own holds.
+    As :func:`parse_json`, at a third less time. Without a schema, half of a surrogate pair is left
+    in its text: of somebody's data, not all columns are used.
 
     Args:
         text: of the line.
@@ -111,8 +147,9 @@ def parse_line(text: str | bytes, source: str, schema: Any = Any) -> Any:
     Raises:
         DocumentError: the line is not UTF-8 or not JSON, or not what the schema says.
     """
+    decoded = _decode(text, source)
     try:
-        value = _LINE.decode(_decode(text, source))
+        value = _LINE.decode(decoded)
     except RecursionError:
         raise DocumentError(f"{source}: malformed JSON: it is nested too deep") from None
     except ValueError as error:
@@ -122,6 +159,10 @@ def parse_line(text: str | bytes, source: str, schema: Any = Any) -> Any:
         if isinstance(error, json.JSONDecodeError):
             place, reason = f" at column {error.colno}", error.msg
         raise DocumentError(f"{source}: malformed JSON{place}: {reason}") from None
+    if schema is Any and decoded.count("[") + decoded.count("{") > MAX_DEPTH:
+        _check_depth(value, source)
+    elif schema is not Any:
+        _check_json(decoded, value, source)
     check(value, schema, source)
     return value
 
@@ -132,16 +173,26 @@ def parse_yaml(text: str | bytes, source: str, schema: Any = Any) -> Any:
     Raises:
         DocumentError: see :func:`read_json`. Also where tags ask for anything but plain values.
     """
+    decoded = _decode(text, source)
     try:
-        value = yaml.load(_decode(text, source), Loader=_UniqueKeyLoader)
+        value = _load_yaml(decoded)
     except RecursionError:
         raise DocumentError(f"{source} is nested more than {MAX_DEPTH} levels deep") from None
-    # The latter two come from values that look like dates or integers and are none.
-    except (yaml.YAMLError, ValueError, OverflowError) as error:
-        if isinstance(error, DocumentError):
+    # All but the first come from values that look like dates or numbers, or have a tag that says
+    # so, and are none.
+    except (
+        yaml.YAMLError,
+        ValueError,
+        LookupError,
+        ArithmeticError,
+        TypeError,
+        AttributeError,
+    ) as e:
+        if isinstance(e, DocumentError):
             raise
-        raise DocumentError(f"{source} is not valid YAML: {_reason(error)}") from error
-    _check_depth(value, source, MAX_VALUES)
+        raise DocumentError(f"{source} is not valid YAML: {_reason(e)}") from e
+    _check_depth(value, source)
+    _check_scalars(value, source)
     check(value, schema, source)
     return value
 
@@ -163,7 +214,7 @@ def check(value: Any, schema: Any, source: str) -> None:
         reason, key = _split(str(error))
         where = f"{source}: {_named(value, schema, key)}" if key else source
         raise DocumentError(f"{where}: {reason}") from None
-    except (RecursionError, OverflowError) as error:
+    except (RecursionError, OverflowError, UnicodeEncodeError) as error:
         raise DocumentError(f"{source}: {_reason(error)}") from error
 
 
@@ -184,20 +235,6 @@ def same(a: Any, b: Any) -> bool:
 # --- parts ----------------------------------------------------------------------------------------
 
 
-def _read(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
-    except FileNotFoundError:
-        raise DocumentError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        reason = getattr(error, "strerror", None) or error
-        raise DocumentError(f"{path} cannot be read: {reason}") from error
-    if len(content) > MAX_BYTES:
-        raise DocumentError(f"{path} has more than {MAX_BYTES:,} bytes")
-    return content
-
-
 def _decode(text: str | bytes, source: str) -> str:
     if isinstance(text, str):
         return text
@@ -212,8 +249,11 @@ def _decode(text: str | bytes, source: str) -> str:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} occurs twice")
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"the key {key!r:.80} occurs twice")
+            seen.add(key)
     return values
 
 
@@ -235,18 +275,41 @@ def _reason(error: Exception) -> str:
     return " ".join((str(error) or type(error).__name__).split())[:200]
 
 
-def _check_depth(value: Any, source: str, at_most: int | None = None) -> None:
-    """Raise where values lie deeper than ``MAX_DEPTH``, or there are more than ``at_most``."""
-    level, seen = [value], 0
+def _check_json(text: str, value: Any, source: str) -> None:
+    """Check what ``text`` may hold, by a glance at it: documents are many, such values few."""
+    if text.count("[") + text.count("{") > MAX_DEPTH:
+        _check_depth(value, source)
+    if "\\ud" in text or "\\uD" in text:
+        _check_scalars(value, source)
+
+
+def _check_depth(value: Any, source: str) -> None:
+    """Raise where values lie deeper than ``MAX_DEPTH``."""
+    level = [value]
     for _ in range(MAX_DEPTH + 1):
-        children = (child for parent in level for child in _children(parent))
-        level = list(children if at_most is None else islice(children, at_most - seen + 1))
-        seen += len(level)
+        level = [child for parent in level for child in _children(parent)]
         if not level:
             return
-        if at_most is not None and seen > at_most:
-            raise DocumentError(f"{source} expands to more than {at_most:,} values")
     raise DocumentError(f"{source} is nested more than {MAX_DEPTH} levels deep")
+
+
+def _check_scalars(value: Any, source: str) -> None:
+    """Raise where a text holds half a surrogate pair, or an integer cannot be printed."""
+    pending = [(source, value)]
+    while pending:
+        where, one = pending.pop()
+        if isinstance(one, dict):
+            for key, child in one.items():
+                pending += [
+                    (where, key),
+                    (f"{where}{'.' if where != source else ': '}{key}", child),
+                ]
+        elif isinstance(one, (list, tuple)):
+            pending += [(f"{where}[{i}]", child) for i, child in enumerate(one)]
+        elif isinstance(one, str) and _HALF.search(one):
+            raise DocumentError(f"{where}: half of a surrogate pair in {one!r:.80}")
+        elif isinstance(one, int) and one.bit_length() > MAX_BITS:
+            raise DocumentError(f"{where}: an integer of {one.bit_length():,} bits")
 
 
 def _children(value: Any) -> Iterator[Any]:
@@ -300,22 +363,55 @@ def _replaced(value: Any, steps: Sequence[Any], new: Any) -> Any:
     return copy
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML's safe loader; a key that is given twice is an error, as YAML 1.2 says."""
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, whose aliases and keys are checked before anything is made of them."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def check(self, node: yaml.Node) -> None:
+        """Raise where aliases expand too far, or a key is given twice, as YAML 1.2 forbids."""
+        self._values_in(node, {}, 0)
+
+    def _values_in(self, node: yaml.Node, known: dict[int, int], depth: int) -> int:
+        """Values below a node, those behind an alias counted as often as it is used."""
+        if id(node) in known:
+            return known[id(node)]
+        if depth > MAX_DEPTH:
+            raise RecursionError
+        known[id(node)] = MAX_VALUES + 1  # an alias to what it lies in has no end
+        children: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            self._check_keys(node)
+            children = [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            children = node.value
+        count = 1 + sum(self._values_in(child, known, depth + 1) for child in children)
+        if count > MAX_VALUES:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"this expands to more than {MAX_VALUES:,} values", node.start_mark
+            )
+        known[id(node)] = count
+        return count
+
+    def _check_keys(self, node: yaml.MappingNode) -> None:
         seen = set()
         for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)
-            try:
-                twice = key in seen
-            except TypeError:
-                continue  # not hashable: the parent's error says so
-            if twice:
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag.endswith(":merge"):
+                continue  # a key that is no scalar is refused where the mapping is made
+            key = self.construct_object(key_node)
+            if key in seen:
                 raise RepeatedKeyError(
-                    None, None, f"the key {key!r} occurs twice", key_node.start_mark
+                    None, None, f"the key {key!r:.80} occurs twice", key_node.start_mark
                 )
             seen.add(key)
-        return super().construct_mapping(node, deep)
+
+
+def _load_yaml(text: str) -> Any:
+    """The value of a YAML text of one document."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        loader.check(node)
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()

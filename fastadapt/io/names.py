@@ -100,48 +100,61 @@ got 'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx...
     return path
 
 
-def is_there(path: Path) -> bool:
-    """Whether there is a file; False where nothing is.
+def has_file(path: Path) -> bool:
+    """Return whether a file is there, which may be absent.
 
     Raises:
-        UserError: there is something else, or it cannot be told.
+        UserError: what is there is no regular file: a folder, a pipe, a link to nothing.
     """
     if not os.path.lexists(path):
         return False
-    check_regular(path)
-    if not os.path.exists(path):
-        raise UserError(f"{path} is a link to what is not there")
+    if _leads_nowhere(path):
+        raise UserError(f"{path} is {_LOOP}")
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        raise UserError(f"{path} is a link to what is not there") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    for is_kind, called in _KINDS:
+        if is_kind(mode):
+            raise UserError(f"{path} is {called}; expected a file")
     return True
 
 
-def check_regular(path: str | os.PathLike[str]) -> None:
-    """Refuse what is there and no regular file; of what is missing its reader tells.
+def unusable_path(error: Exception) -> str | None:
+    """Return what is wrong with a path that no file system holds; None for any other error.
+
+    Example:
+        >>> unusable_path(OSError(errno.ENAMETOOLONG, "", "x" * 300))[:60]
+        'File name too long: xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx'
+    """
+    if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        return f"{os.strerror(error.errno)}: {error.filename!s:.200}"
+    if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
+        return f"expected the name of a file, got {error.object!r:.200}: half a character"
+    if isinstance(error, ValueError) and "embedded null" in str(error):
+        return f"expected the name of a file, got one with a null character ({error})"
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):
+        return str(error)[:300]
+    return None
+
+
+def in_model(file: Path, source: str) -> Path:
+    """Return a file of a model's folder, which is in it after links, too.
+
+    In the hub's cache, ``snapshots/<commit>/<name>`` is a link into the repository's ``blobs``.
 
     Raises:
-        UserError: it is a folder, a pipe, a device, or a link that leads to itself.
+        UserError: a link leads anywhere else.
     """
-    if _leads_nowhere(path):
-        raise UserError(f"{os.fspath(path)} is {_LOOP}")
-    try:
-        mode = os.stat(path).st_mode
-    except (OSError, ValueError):  # the reader has the words for it
-        return
-    for is_kind, called in _KINDS:
-        if is_kind(mode):
-            raise UserError(f"{os.fspath(path)} is {called}; expected a file")
-
-
-def path_fault(error: BaseException) -> str | None:
-    """What a system's refusal of a path means in words; None of any other error."""
-    if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
-        return f"{_short(error.filename)}: {os.strerror(error.errno)}"
-    if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
-        return f"{_short(error.object)}: expected what UTF-8 can write"
-    if isinstance(error, ValueError) and "embedded null" in str(error):
-        return "a path has a NUL in it"
-    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop from"):
-        return str(error)[:200]
-    return None
+    folder, end = os.path.realpath(file.parent), os.path.realpath(file)
+    held = [folder]
+    if os.path.basename(os.path.dirname(folder)) == "snapshots":
+        held.append(os.path.join(folder, os.pardir, os.pardir, "blobs"))
+    if not any(Path(end).is_relative_to(os.path.abspath(own)) for own in held):
+        raise UserError(f"{source}: {file} is a link that leads out of {folder}")
+    return file
 
 
 def _leads_nowhere(path: str | os.PathLike[str]) -> bool:

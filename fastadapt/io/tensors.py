@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastadapt.errors import UserError
-from fastadapt.io.names import check_regular
+from fastadapt.io.files import check_regular
 
 #: Dtypes of weights that are read as they are. Of any other the numbers are codes.
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -37,8 +37,8 @@ def open_tensors(path: str | os.PathLike[str], device: torch.device | str = "cpu
     """
     from safetensors import SafetensorError, safe_open
 
-    _check_regular(path)
     try:
+        check_regular(path)
         with safe_open(os.fspath(path), framework="pt", device=str(device)) as file:
             yield file
     except FileNotFoundError:
@@ -128,13 +128,6 @@ def check_finite(tensor: Tensor, where: str) -> None:
         if not bool(torch.isfinite(chunk).all()):
             odd = int((~torch.isfinite(chunk)).sum())
             raise TensorError(f"{where}: expected finite values, got {odd:,} NaN or infinite")
-
-
-def _check_regular(path: str | os.PathLike[str]) -> None:
-    try:
-        check_regular(path)
-    except UserError as error:
-        raise TensorError(str(error)) from None
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

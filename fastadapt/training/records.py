@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-import msgspec
 from typing_extensions import TypedDict
 
-from fastadapt.io.documents import Count, DocumentError, check, parse_yaml, read_json
-from fastadapt.io.names import is_there
+from fastadapt.io.documents import (
+    Count,
+    DocumentError,
+    Finite,
+    check,
+    parse_yaml,
+    read_bytes,
+    read_json,
+)
+from fastadapt.io.names import has_file, inside
 from fastadapt.training.rundir import CONFIG, METRICS, SUMMARY, Record, read_records
 from fastadapt.wording import number, percent
 
@@ -18,14 +25,14 @@ from fastadapt.wording import number, percent
 TRAINED = {"transcoder": "adapter", "mlp": "tuned MLPs", "norms": "refit norms"}
 
 
-_Value = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)] | None
+_Value = Finite | None
 _PerLayer = list[_Value] | None
 
 
 class Histograms(TypedDict, total=False):
     """Counts of features by density, per layer."""
 
-    log10_edges: list[Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)]]
+    log10_edges: list[Finite]
     counts: list[list[Count]]
 
 
@@ -125,6 +132,7 @@ def read_run(run_dir: str | Path) -> Run:
     Raises:
         FileNotFoundError: `run_dir` is not a directory.
         DocumentError: the summary or a record holds a value of another type.
+        UserError: the configuration is a link that leads out of the run.
     """
     folder = Path(run_dir)
     if not folder.is_dir():
@@ -139,10 +147,11 @@ def read_run(run_dir: str | Path) -> Run:
             run.events.append(record)
     run.train = [steps["train"][s] for s in sorted(steps["train"])]
     run.evals = [steps["eval"][s] for s in sorted(steps["eval"])]
-    if is_there(folder / SUMMARY):
+    if has_file(folder / SUMMARY):
         run.summary = read_json(folder / SUMMARY, Measures)
-    if is_there(folder / CONFIG):
-        run.config = (folder / CONFIG).read_text(encoding="utf-8", errors="replace")
+    if has_file(folder / CONFIG):
+        config = read_bytes(inside(folder, CONFIG, source=str(folder)))  # it is shown as it is
+        run.config = config.decode("utf-8", errors="replace")
     return run
 
 

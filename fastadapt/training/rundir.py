@@ -32,12 +32,14 @@ from fastadapt.io.atomic import (
     disk_errors,
     locked,
     make_folder,
+    open_appended,
     replacing,
+    sync_folder,
     unstaged,
 )
 from fastadapt.io.atomic import sweep as sweep_beside
 from fastadapt.io.documents import Count, DocumentError, parse_line
-from fastadapt.io.names import is_there, typed_path
+from fastadapt.io.names import has_file, typed_path
 from fastadapt.ranks import Ranks
 from fastadapt.training.checkpoint import list_checkpoints
 from fastadapt.training.config import (
@@ -127,6 +129,9 @@ def start_afresh(folder: Path, config: TrainConfig) -> None:
                 shutil.rmtree(path) if is_folder else path.unlink()
         for name in _FOLDERS:
             _remove_if_empty(folder / name)
+            if (folder / name).is_dir():
+                sync_folder(folder / name)  # no checkpoint of it may come back beside the new one
+        sync_folder(folder)
         with replacing(folder / CONFIG) as staged:
             save_config(config, staged)
     except OSError as error:
@@ -162,8 +167,7 @@ class MetricsLog:
         #: Kind and step of every record.
         self.seen = seen or {(r["kind"], r["step"]) for r in read_records(path)}
         try:
-            # Unbuffered, so that closing writes nothing and cannot fail.
-            self._file = FileIO(os.devnull if self._silent else path, "a")
+            self._file = FileIO(os.devnull, "a") if self._silent else open_appended(path)
         except OSError as error:
             raise RunError(cannot_write(path, error, GO_ON)) from error
 
@@ -212,7 +216,7 @@ def read_records(path: Path) -> list[Record]:
     Numbers that are not finite are null, as this library writes them.
     """
     records = []
-    for line in path.read_bytes().splitlines() if is_there(path) else ():
+    for line in path.read_bytes().splitlines() if has_file(path) else ():
         with suppress(DocumentError):
             records.append(_finite(parse_line(line, str(path), RecordKey)))
     return records
@@ -253,7 +257,7 @@ def _check_contents(folder: Path, config: TrainConfig, *, resume: bool, overwrit
                 "was touched. Make that folder, or remove the link."
             )
     if resume:
-        if not is_there(folder / CONFIG):
+        if not has_file(folder / CONFIG):
             raise UserError(f"--resume: {folder} holds no run; leave --resume out to start one")
         _check_same_config(folder, config)
     elif set(found) <= unfinished and not (folder / CONFIG).exists():

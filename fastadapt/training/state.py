@@ -31,7 +31,7 @@ class Scalars(TypedDict):
     bad_total: Count
     threads: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
     wall_s: Annotated[float, msgspec.Meta(ge=0, le=1e12)]
-    codes_per_token: NotRequired[list[Annotated[float, msgspec.Meta(ge=0)]] | None]
+    codes_per_token: NotRequired[list[Annotated[float, msgspec.Meta(ge=0, le=2**31)]] | None]
     data_sha256: Any  # compared with the run's own, as the two below
     device_type: Any
     revisions: Any
@@ -95,7 +95,15 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
         UserError: data, models, adapters or kind of device are not those the run began with.
     """
     scalars = checkpoint.scalars
-    check(scalars, Scalars, str(checkpoint.path / SCALARS))
+    file = checkpoint.path / SCALARS
+    check(scalars, Scalars, str(file))
+    codes = scalars.get("codes_per_token")
+    if scalars["step"] != checkpoint.step:
+        raise UserError(f"{file}: step: expected {checkpoint.step}, got {scalars['step']}")
+    if codes is not None and len(codes) != run.model.n_layers:
+        raise UserError(
+            f"{file}: codes_per_token: expected {run.model.n_layers} values, got {len(codes)}"
+        )
     then, now = scalars["sequences"], len(run.feed.train)
     if (then, scalars["steps"]) != (now, run.steps):
         raise UserError(

@@ -141,8 +141,8 @@ def test_the_command_to_go_on_with_names_them_all(recipe, monkeypatch):
 
 @pytest.mark.parametrize("overlay", [*KINDS, "no-bridge", "dense"])
 def test_what_it_needs(fastadapt, overlay):
-    plan = ("train", "r1-distill-qwen-7b", "--dry-run", "--json", "--gpu", "h200")
-    planned, whole = (json.loads(fastadapt(*plan, *more).out) for more in ([overlay], []))
+    preset, plan = ("train", "r1-distill-qwen-7b"), ("--dry-run", "--json", "--gpu", "h200")
+    planned, whole = (json.loads(fastadapt(*preset, *over, *plan).out) for over in ([overlay], []))
     width, inner, layers = 3584, 18944, 28
     trained = {"skyline": 3 * width * inner * layers, "norms": width * (2 * layers + 1)}
     assert planned["parameters"] == trained.get(overlay, whole["parameters"])

@@ -224,13 +224,53 @@ def test_kernels_of_the_hub_are_not_loaded(
         assert "attention" in outcome.err
 
 
-def test_a_model_cannot_choose_its_attention(foreign: Foreign) -> None:
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_a_model_cannot_choose_its_attention(foreign: Foreign, key: str) -> None:
+    import torch
+
+    from fastadapt.pretrained import load_causal_lm
+
+    path = foreign.pair / "base" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: "flash_attention_2"}))
+    how = {"dtype": torch.float32, "attention": "sdpa", "trust": False}
+    model = load_causal_lm(str(path.parent), None, device=torch.device("cpu"), **how)
+    assert model.config._attn_implementation == "sdpa"
+
+
+KERNEL_KEYS = [
+    f"{prefix}{kind}_implementation" for kind in ("attn", "experts") for prefix in ("", "_")
+]
+
+
+@pytest.mark.parametrize("key", KERNEL_KEYS)
+def test_a_kernel_of_the_hub_is_refused(foreign: Foreign, key: str) -> None:
+    """transformers would fetch the repository that is named, and run what is in it."""
+    from fastadapt.errors import UserError
     from fastadapt.pretrained import model_config
 
     path = foreign.pair / "base" / "config.json"
-    named = {"attn_implementation": "somebody/kernel"}
-    path.write_text(json.dumps({**json.loads(path.read_text()), **named}))
-    assert model_config(str(path.parent), None, trust=False)._attn_implementation is None
+    for name in ("somebody/kernel", "paged|somebody/kernel", {"": "somebody/kernel"}, 3):
+        path.write_text(json.dumps({**json.loads(path.read_text()), key: name}))
+        with pytest.raises(UserError, match=rf"config\.json: .*{key}"):
+            model_config(str(path.parent), None, trust=False)
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["train a pair", "train --dry-run", "eval", "collect", "overlap", "export"],
+)
+def test_no_command_fetches_a_kernel(
+    foreign: Foreign, fastadapt: Callable, tmp_path: Path, command: str
+) -> None:
+    for role in ("target", "base"):
+        path = foreign.pair / role / "config.json"
+        values = json.loads((FOLDER / role / "config.json").read_text())
+        path.write_text(json.dumps({**values, KERNEL_KEYS[1]: "somebody/kernel"}))
+    config = foreign.run / "config.yaml"
+    config.write_text(config.read_text().replace("trust_remote_code: true", ""))
+    outcome = fastadapt(*_commands(foreign, tmp_path / "out")[command])
+    assert outcome.code == 2
+    assert KERNEL_KEYS[1] in outcome.err
 
 
 def test_what_is_not_installed_is_not_fetched() -> None:

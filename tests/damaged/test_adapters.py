@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from fastadapt.adapter import AdapterConfig, TranscoderAdapter
 from fastadapt.adapter_files import load_adapters, save_adapters
+from fastadapt.conversion import convert
 from fastadapt.errors import UserError
 from fastadapt.tuned import TunedMLP
 
@@ -84,6 +85,62 @@ def test_a_card_that_asks_for_30_million_is_refused_at_once(folder: Path, key: s
     (folder / "fastadapt.json").write_text(json.dumps(card))
     with pytest.raises(UserError, match=key.rpartition(".")[2]):
         load_adapters(folder)
+
+
+HISTORY = {"kind": "scale", "set": {"name": None, "size": 3}, "adapter": "ab", "sha256": "cd"}
+METADATA: dict[str, list[Any]] = {
+    "target": [5, ["t"], "x" * 5000, "a\0b", "a\nb", "\ud800"],
+    "base": [True, {}, "x" * 5000, "a\0b"],
+    "revisions": ["main", [1], {"target": 5}, {"base": "\ud800"}, {"base": "x" * 5000}],
+    "family": [5, ["r1-distill"]],
+    "objective": [5, [], {"sparsity": "x"}, {"sparsity": {}}, {"bridge": 10**400}]
+    + [{"sparsity": v} for v in (-1, float("inf"), float("nan"), True)],
+    "measured": [5, {"l0_mean": "z"}, {"l0_mean": -1}, {"l0_mean": float("inf")}]
+    + [{"tokens": v} for v in (-1, 1.5, "1", 10**400)],
+    "interventions": [
+        *(5, [1], [{}], {}, [{**HISTORY, "set": 1}], [{**HISTORY, "scale": "1"}]),
+        [{**HISTORY, "scale": 1e400}],
+        [{**HISTORY, "set": {"name": "s", "size": -1}}],
+    ],
+}
+
+
+@pytest.mark.parametrize("key", METADATA)
+def test_metadata_is_judged_where_the_card_is_read(folder: Path, tmp_path: Path, key: str) -> None:
+    card = json.loads((folder / "fastadapt.json").read_text())
+    for value in METADATA[key]:
+        card["metadata"] = {"target": "organism/target", "base": "organism/base", key: value}
+        (folder / "fastadapt.json").write_text(json.dumps(card))
+        for read in (load_adapters, lambda folder: convert(str(folder), str(tmp_path / "out"))):
+            with pytest.raises(UserError, match=rf"fastadapt\.json: metadata\.{key}"):
+                read(folder)
+
+
+def test_metadata_as_all_versions_wrote_it(folder: Path) -> None:
+    card = json.loads((folder / "fastadapt.json").read_text())
+    names = {"target": None, "base": "/models/Größe 1", "published": {"revision": None}}
+    for metadata in (
+        {},
+        dict.fromkeys(METADATA),
+        {**names, "revisions": {"target": None, "base": "0" * 40}, "measured": {"l0_mean": None}},
+        {"objective": {"sparsity": 0, "nmse": 1.0, "bridge": 1, "logits_dtype": None}},
+        {"interventions": [HISTORY, {**HISTORY, "scale": -2, "run": "runs/a"}], "seed": [1]},
+        {"measured": {"l0_mean": 3, "tokens": 10, "l0_per_layer": [1.0, None], "kl_adapter": None}},
+    ):
+        (folder / "fastadapt.json").write_text(json.dumps({**card, "metadata": metadata}))
+        assert load_adapters(folder)[1] == metadata
+
+
+@pytest.mark.parametrize("target", ["x" * 300, "~nobody-here/x", "a/b/c", "a b"])
+def test_a_target_that_no_folder_can_be_is_told(folder: Path, tmp_path: Path, target: str) -> None:
+    card = json.loads((folder / "fastadapt.json").read_text())
+    card["metadata"] = {"target": target, "base": "organism/base"}
+    (folder / "fastadapt.json").write_text(json.dumps(card))
+    with pytest.raises(UserError, match=r"model .* cannot be loaded"):
+        convert(str(folder), str(tmp_path / "out"))
+    for typed in ("a\0b", "\ud800", "x" * 5000):
+        with pytest.raises(UserError, match=r"model .* cannot be loaded"):
+            convert(str(folder), str(tmp_path / "out"), target=typed)
 
 
 def test_tuned_weights_of_names_that_no_parameter_has(tmp_path: Path) -> None:

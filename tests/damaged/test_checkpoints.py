@@ -120,6 +120,13 @@ def test_a_signed_set_of_another_content_is_refused_at_resume(stopped: Any) -> N
         for value in ("x", -1, {}, [None], 10**30):
             (folder / SCALARS).write_text(json.dumps({**state, key: value}))
             attempt(f"{key} {value!r}")
+    for key, odd_value in (
+        ("step", 2),
+        ("codes_per_token", [1.0] * 9),
+        ("codes_per_token", [1e308]),
+    ):
+        (folder / SCALARS).write_text(json.dumps({**state, key: odd_value}))
+        attempt(f"{key} {odd_value!r}")
     (folder / SCALARS).write_text(json.dumps(state))
     for odd in (rng["rng.cpu"][:8].clone(), rng["rng.cpu"].float(), torch.zeros(0).byte()):
         save_file({"rng.cpu": odd}, folder / "rng.safetensors")

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
+from power_cut import Recording, Site, faults, record, sites
 from safetensors import SafetensorError
 
 from fastadapt.adapter import AdapterConfig, TranscoderAdapter
 from fastadapt.adapter_files import save_adapters
 from fastadapt.checkpoint_files import write_checkpoint
-from fastadapt.data.outdir import finish
+from fastadapt.data import outdir
+from fastadapt.data.selection import Shortlist
+from fastadapt.data.spool import Spool
 from fastadapt.errors import RunError
+from fastadapt.evaluation.parts import Parts
+from fastadapt.evaluation.responses import Speed, open_responses
+from fastadapt.features.collect.folder import begin_anew, clear, clear_work
 from fastadapt.features.store import write_manifest
 from fastadapt.io.atomic import (
     disk_errors,
@@ -25,66 +32,10 @@ from fastadapt.io.atomic import (
     sweep_tree,
     writing_folder,
 )
+from fastadapt.ranks import Ranks
+from fastadapt.training import loop, rundir
 from fastadapt.training.checkpoint import save_checkpoint
-
-Event = tuple[str, Path, Path]
-
-
-def record(write: Callable[[], object], monkeypatch: pytest.MonkeyPatch, skip: int = -1) -> list:
-    """The calls of fsync and rename, in order; the one at index ``skip`` of fsync is left out."""
-    events: list[Event] = []
-    synced = 0
-    fsync, rename, replace = os.fsync, os.rename, os.replace
-
-    def note_sync(descriptor: int) -> None:
-        nonlocal synced
-        synced += 1
-        if synced - 1 == skip:
-            return
-        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-        events.append(("sync", path, path))
-        fsync(descriptor)
-
-    def note(function: Callable) -> Callable:
-        def stand_in(old: os.PathLike, new: os.PathLike) -> None:
-            held = list(Path(old).rglob("*")) if Path(old).is_dir() else []
-            events.append(("rename", Path(old), Path(new)))
-            contents[Path(old)] = {path: path.is_dir() for path in (Path(old), *held)}
-            function(old, new)
-
-        return stand_in
-
-    contents: dict[Path, dict[Path, bool]] = {}
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", note_sync)
-        patch.setattr(os, "rename", note(rename))
-        patch.setattr(os, "replace", note(replace))
-        write()
-    return [events, contents, synced]
-
-
-def faults(
-    events: list[Event], contents: dict[Path, dict[Path, bool]], last: str | None
-) -> list[str]:
-    """What of the order is not kept: all in a renamed tree, ``last``, folders; then the parent."""
-    wrong = []
-    for i, (kind, old, new) in enumerate(events):
-        if kind != "rename" or ".tmp-" in str(new):  # within what is staged
-            continue
-        before = [path for what, path, _ in events[:i] if what == "sync"]
-        for path in contents[old]:
-            if path not in before and ".tmp-" in str(old):
-                wrong.append(f"{path} is not synced before its rename")
-        # Files, of which the last one says that all are there, and then the folders.
-        rank = {
-            p: 2 if is_dir else int(p == old / (last or "")) for p, is_dir in contents[old].items()
-        }
-        ranks = [rank[path] for path in before if path in rank]
-        if ranks != sorted(ranks):
-            wrong.append(f"{old} is synced in another order: {ranks}")
-        if not any(what == "sync" and path == new.parent for what, path, _ in events[i + 1 :]):
-            wrong.append(f"{new.parent} is not synced after the rename of {new}")
-    return wrong
+from fastadapt.training.config import TrainConfig, from_dict
 
 
 def adapters() -> list[TranscoderAdapter]:
@@ -108,7 +59,6 @@ def write_checkpoint_set(folder: Path) -> None:
 
 
 def write_store_manifest(folder: Path) -> None:
-    (folder / "texts.parquet").write_bytes(b"texts")
     write_manifest(folder, {}, [folder / "texts.parquet"])
 
 
@@ -117,31 +67,182 @@ def write_export(folder: Path) -> None:
     write_checkpoint(folder / "out", tensors, "{}", companions=str(folder))
 
 
-ARTEFACTS: dict[str, tuple[Callable[[Path], object], str | None]] = {
-    "summary": (write_file, None),
-    "pages": (write_tree, "site.json"),
-    "adapters": (lambda folder: save_adapters(adapters(), folder / "adapter"), "fastadapt.json"),
-    "checkpoint": (write_checkpoint_set, "manifest.json"),
-    "store manifest": (write_store_manifest, None),
-    "data manifest": (lambda folder: finish(folder, {"files": {}}), None),
-    "export": (write_export, "config.json"),
+def write_over_adapters(folder: Path) -> None:
+    save_adapters(adapters()[:1], folder / "adapter")
+
+
+def old_adapters(folder: Path) -> None:
+    save_adapters(adapters(), folder / "adapter")
+
+
+def adapters_among_others(folder: Path) -> None:
+    old_adapters(folder)
+    (folder / "adapter" / "README.md").write_text("mine")
+
+
+def begin_data(folder: Path) -> None:
+    output = str(folder / "runs" / "data")
+    with outdir.open_output(output, resume=False, overwrite=(folder / "runs").exists()) as opened:
+        outdir.begin(opened, {"seed": 0})
+
+
+def old_data(folder: Path) -> None:
+    work = folder / "runs" / "data" / outdir.WORK
+    work.mkdir(parents=True)
+    for name in ("settings.json", "rows", "journal"):
+        (work / name).write_text("{}")
+
+
+def read_data(folder: Path) -> None:
+    with Spool(folder, 0, Shortlist({"math": 9})) as spool:
+        for row in range(2):
+            spool.keep(row, "math", ("0" * 32, "0" * 32), 3, {"row": row})
+            spool.commit(row + 1, None)
+
+
+def config_in(folder: Path) -> TrainConfig:
+    pair = {"target": "t", "base": "b"}
+    data = {"train": "a", "validation": "b"}
+    return from_dict({"pair": pair, "data": data, "run": {"output": str(folder / "runs" / "a")}})
+
+
+def start_run(folder: Path) -> None:
+    config, again = config_in(folder), (folder / "runs").exists()
+    with rundir.open_run(config, resume=False, overwrite=again) as run:
+        rundir.start_afresh(run, config)
+
+
+def old_run(folder: Path) -> None:
+    start_run(folder)
+    run = folder / "runs" / "a"
+    save_checkpoint(run / "checkpoints", 3, {"weights": {"W": torch.ones(3)}}, {"step": 3})
+    (run / "checkpoints" / "notes.txt").write_text("mine")
+    (run / "metrics.jsonl").write_text("{}")
+    save_adapters(adapters(), run / "adapter")
+
+
+def go_on_with_run(folder: Path) -> None:
+    """A save of the training loop, of which nothing else is needed."""
+    with rundir.MetricsLog(folder / "metrics.jsonl") as log:
+        log.write("train", 1)
+        step = SimpleNamespace(
+            log=log,
+            folder=folder,
+            step=1,
+            config=config_in(folder),
+            ranks=Ranks(),
+            _record_checkpoint=lambda path: None,
+        )
+        capture = lambda _: ({"weights": {"W": torch.ones(3)}}, {"step": 1})  # noqa: E731
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop.state, "capture", capture)
+            loop.Run._save(step)  # type: ignore[arg-type]
+
+
+def prepare_features(folder: Path) -> None:
+    """What an earlier collecting left, and what is prepared for the next one."""
+    for within in (folder, folder / "adapter", folder / "collecting.next" / "adapter"):
+        within.mkdir(parents=True, exist_ok=True)
+        (within / "lens.parquet").write_bytes(b"lens")
+    for within in (folder / "collecting", folder / "collecting.next"):
+        within.mkdir(exist_ok=True)
+        for name in ("tokens.parquet", "texts.parquet", "facts.json"):
+            (within / name).write_text("{}")
+    (folder / "lens.parquet").unlink()
+    for name in ("manifest.json", "tokens.parquet", "texts.parquet"):
+        (folder / name).write_text("{}")
+
+
+def measure_parts(folder: Path) -> None:
+    parts = Parts(folder / "arrays", "a", "0" * 32, 2)
+    for part in range(2):
+        parts.add(part, {"x": torch.ones(2)})
+
+
+def sample(folder: Path) -> None:
+    with open_responses(folder / "runs" / "responses.jsonl", {"seed": 0}) as file:
+        file.add_speed(Speed(1, 1.0, "sync"))
+
+
+class Artefact(NamedTuple):
+    """How it is written, its marker, and what is there before; see ``power_cut.faults``."""
+
+    write: Callable[[Path], object]
+    marker: str | None = None
+    before: Callable[[Path], object] = lambda folder: None
+    old_counts: bool = True
+
+
+CARD = "adapter/fastadapt.json"
+ARTEFACTS = {
+    "summary": Artefact(write_file),
+    "pages": Artefact(write_tree, "site/site.json"),
+    "pages in an empty folder": Artefact(
+        write_tree, "site/site.json", lambda folder: (folder / "site").mkdir()
+    ),
+    "pages again": Artefact(write_tree, "site/site.json", write_tree),
+    "adapters": Artefact(old_adapters, CARD),
+    "adapters again": Artefact(write_over_adapters, CARD, old_adapters),
+    "adapters among others": Artefact(write_over_adapters, CARD, adapters_among_others),
+    "adapters in new folders": Artefact(
+        lambda folder: save_adapters(adapters(), folder / "a" / "b" / "c"), "a/b/c/fastadapt.json"
+    ),
+    "checkpoint": Artefact(write_checkpoint_set, "step-00000001/manifest.json"),
+    "store manifest": Artefact(
+        write_store_manifest,
+        "manifest.json",
+        lambda folder: (folder / "texts.parquet").write_bytes(b"texts"),
+    ),
+    "data begun": Artefact(begin_data, "runs/data/.prepare/settings.json"),
+    "data begun again": Artefact(
+        begin_data, "runs/data/.prepare/settings.json", old_data, old_counts=False
+    ),
+    "data read": Artefact(read_data),
+    "data manifest": Artefact(lambda folder: outdir.finish(folder, {"files": {}}), "manifest.json"),
+    "run begun": Artefact(start_run, "runs/a/config.yaml"),
+    "run begun again": Artefact(start_run, "runs/a/config.yaml", old_run, old_counts=False),
+    "run going on": Artefact(go_on_with_run),
+    "features begun": Artefact(
+        begin_anew, "collecting/facts.json", prepare_features, old_counts=False
+    ),
+    "collecting cleared": Artefact(clear_work, "collecting/facts.json", prepare_features),
+    "features cleared": Artefact(clear, "manifest.json", prepare_features),
+    "parts": Artefact(measure_parts),
+    "responses": Artefact(sample),
+    "export": Artefact(write_export, "out/config.json"),
 }
 
 
-@pytest.mark.parametrize("artefact", ARTEFACTS)
-def test_the_order_is_kept_and_every_call_is_needed(
-    artefact: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write, last = ARTEFACTS[artefact]
-    (tmp_path / "whole").mkdir()
-    events, contents, n = record(lambda: write(tmp_path / "whole"), monkeypatch)
-    assert faults(events, contents, last) == []
-    assert n >= 2
-    for skip in range(n):
-        folder = tmp_path / f"without-{skip}"
-        folder.mkdir()
-        events, contents, _ = record(lambda: write(folder), monkeypatch, skip)  # noqa: B023
-        assert faults(events, contents, last), f"fsync {skip} of {n} is not missed"
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Recording]:
+    made = {}
+    for name, artefact in ARTEFACTS.items():
+        folder = tmp_path_factory.mktemp("artefact")
+        artefact.before(folder)
+        with pytest.MonkeyPatch.context() as patch:
+            made[name] = record(lambda: artefact.write(folder), folder, patch.setattr)  # noqa: B023
+    return made
+
+
+def faults_of(name: str, recording: Recording, without: Site | None = None) -> list[str]:
+    artefact = ARTEFACTS[name]
+    return faults(recording, artefact.marker, without, old_counts=artefact.old_counts)
+
+
+@pytest.mark.parametrize("name", ARTEFACTS)
+def test_a_power_cut_leaves_nothing_half_done(name: str, recordings: dict[str, Recording]) -> None:
+    assert faults_of(name, recordings[name]) == []
+
+
+@pytest.mark.parametrize("site", sites(), ids=str)
+def test_every_call_that_syncs_is_needed(site: Site, recordings: dict[str, Recording]) -> None:
+    taken = [
+        name
+        for name, recording in recordings.items()
+        if any(site.holds(line) for event in recording.events for line in event.lines)
+    ]
+    assert taken, f"no artefact takes {site}"
+    assert any(faults_of(name, recordings[name], site) for name in taken), f"{site} is not missed"
 
 
 def test_what_stays_in_a_folder_of_others(tmp_path: Path) -> None:

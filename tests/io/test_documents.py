@@ -1,6 +1,10 @@
 """Reading JSON and YAML: what is refused, and with which words."""
 
+import os
 import re
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +17,7 @@ from fastadapt.io.documents import (
     Sha256,
     check,
     parse_json,
+    parse_line,
     parse_yaml,
     read_json,
     read_yaml,
@@ -72,7 +77,7 @@ def test_constants_are_read_where_they_are_allowed() -> None:
         ("run:\n  x: 1\n  x: 2", "doc is not valid YAML: the key 'x' occurs twice at line 3"),
         ("a: " + "[" * 100_000, "doc is nested more than 64 levels deep"),
         ("a: " + "[" * 70 + "]" * 70, "doc is nested more than 64 levels deep"),
-        ("a: &x [*x]", "doc is nested more than 64 levels deep"),
+        ("a: &x [*x]", "doc is not valid YAML: this expands to more than 1,000,000 values"),
         ("a: " + "1" * 5000, "doc is not valid YAML: Exceeds the limit"),
         ("a: 2024-13-45", "doc is not valid YAML: month must be in 1..12"),
         ("[a]: 1", "doc is not valid YAML: found unhashable key at line 1, column 1"),
@@ -97,6 +102,58 @@ def test_aliases_that_expand_without_end_are_refused() -> None:
 def test_merged_keys_may_be_overridden() -> None:
     text = "x: &x {a: 1, b: 1}\ny:\n  <<: *x\n  b: 2"
     assert parse_yaml(text, "doc")["y"] == {"a": 1, "b": 2}
+    twice = "o: {i: &b {<<: &a {x: 1}, x: 2}}\nc: {<<: *b}"  # the merged node is met again
+    assert parse_yaml(twice, "doc") == {"o": {"i": {"x": 2}}, "c": {"x": 2}}
+
+
+def test_merges_that_expand_without_end_are_refused() -> None:
+    lines = ["a0: &a0 {x: 1}"]
+    lines += [f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}" for i in range(1, 10)]
+    with pytest.raises(DocumentError, match="expands to more than 1,000,000 values"):
+        parse_yaml("\n".join(lines), "doc")
+    with pytest.raises(DocumentError, match="expands to more than"):
+        parse_yaml("a: &a [*a]", "doc")
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["!!bool maybe", '!!int ""', '!!int "_"', '!!int "-"', '!!float ""', "!!timestamp x",
+     "!!set [1]", "!!omap x", "!!binary x", "0x" + "f" * 6000, "1" + ":59" * 4000],
+)  # fmt: skip
+def test_values_that_their_tag_or_form_belies_are_refused(value: str) -> None:
+    with pytest.raises(DocumentError, match=r"^doc") as raised:
+        parse_yaml(f"a: {value}", "doc", dict[str, str])
+    assert len(str(raised.value)) < 400
+
+
+@pytest.mark.parametrize("parse", [parse_json, partial(parse_line, schema=dict), parse_yaml])
+@pytest.mark.parametrize("text", ['{"x\\ud800": 1}', '{"x": "a\\uDfffb"}', '{"x": ["\\ud83d"]}'])
+def test_half_a_character_is_refused(parse: Callable, text: str) -> None:
+    with pytest.raises(DocumentError, match=r"doc: .*half of a surrogate pair in"):
+        parse(text, "doc")
+    assert parse_json('{"x": "\\ud83d\\ude00"}', "doc") == {"x": "\U0001f600"}
+
+
+def test_many_keys_of_which_one_comes_twice_take_no_time() -> None:
+    text = "{" + ",".join(f'"{i}": 0' for i in range(100_000)) + ', "99999": 0}'
+    begun = time.process_time()
+    with pytest.raises(DocumentError, match="the key '99999' occurs twice"):
+        parse_json(text, "doc")
+    assert time.process_time() - begun < 5  # a comparison of each with each takes minutes
+
+
+def test_a_line_may_not_be_nested_deeper_than_a_document() -> None:
+    text = '{"x": ' + "[" * 700 + "]" * 700 + "}"
+    with pytest.raises(DocumentError, match="doc is nested more than 64 levels deep"):
+        parse_line(text, "doc")
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.json"
+    os.mkfifo(pipe)
+    for read in (read_json, read_yaml):
+        with pytest.raises(DocumentError, match=r"pipe\.json .*Not a regular file"):
+            read(pipe)
 
 
 @pytest.mark.parametrize(

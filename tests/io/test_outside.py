@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,15 +16,22 @@ import torch
 from safetensors.torch import save_file
 from stores import MadeText, make_store
 
+from fastadapt.checkpoint_files import write_checkpoint
 from fastadapt.data import outdir
 from fastadapt.errors import RunError, UserError
+from fastadapt.evaluation.benchmarks import read_rows
 from fastadapt.evaluation.runs import names_of
 from fastadapt.features.judge.calls import Calls
 from fastadapt.features.sets import FeatureSet, load_set, save_set
 from fastadapt.features.store import Store
-from fastadapt.io.atomic import replacing, staged_beside, sweep
+from fastadapt.interop import hu2026_format
+from fastadapt.io import documents
+from fastadapt.io.atomic import digest, replacing, staged_beside, sweep
+from fastadapt.io.parquet import read_table
+from fastadapt.io.tensors import read_tensors
 from fastadapt.pretrained import tensor_files
 from fastadapt.training import checkpoint
+from fastadapt.training.records import read_run
 
 ODD = ["../secret", "/etc/passwd", "..\\secret", "a\0b", "x" * 300, "\ud800", "..", "", "link"]
 
@@ -131,7 +140,10 @@ def test_a_file_names_files_of_its_folder(reader: str, name: str, folder, untouc
     write, read = READERS[reader]
     write(folder, name)
     untouched()
-    with pytest.raises(UserError, match=r"expected the name of a file|is a link that leads out"):
+    with pytest.raises(
+        UserError,
+        match=r"expected the name of a file|half of a surrogate pair|is a link that leads out",
+    ):
         read(folder)
     assert untouched()
 
@@ -212,3 +224,98 @@ def test_a_sweep_removes_a_link_and_not_what_it_leads_to(folder: Path) -> None:
     assert sweep(folder / "plots") == [left]
     assert not left.is_symlink()
     assert (folder.parent / "secret").read_text() == "precious"
+
+
+# --- files of a model or a run that are copied or read whole --------------------------------------
+
+
+def companion(model: Path, out: Path) -> None:
+    write_checkpoint(out, {"w": lambda: torch.ones(1)}, "{}", companions=str(model))
+
+
+def test_a_companion_is_a_file_of_its_model(folder: Path, untouched) -> None:
+    (folder / "real.json").write_text("{}")
+    (folder / "vocab.json").symlink_to("real.json")
+    companion(folder, folder.parent / "out")
+    assert (folder.parent / "out" / "vocab.json").read_text() == "{}"
+    for leads in ("../secret", "link", str(folder.parent / "secret")):
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
+        (folder / "chat_template.jinja").symlink_to(leads)
+        with pytest.raises(UserError, match=r"chat_template\.jinja is a link that leads out of"):
+            companion(folder, folder.parent / "other")
+        assert not (folder.parent / "other").exists()
+
+
+def hub(cache: Path, blob: str) -> Path:
+    """A snapshot as the hub's cache has it: links into the repository's blobs."""
+    snapshot = cache / "models--a--b" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (cache / "models--a--b" / "blobs").mkdir()
+    (cache / "models--a--b" / "blobs" / "cafe").write_text("{}")
+    (snapshot / "tokenizer.json").symlink_to(blob)
+    return snapshot
+
+
+def test_a_companion_may_be_a_blob_of_the_hubs_cache(tmp_path: Path) -> None:
+    snapshot = hub(tmp_path, "../../blobs/cafe")
+    companion(snapshot, tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    (tmp_path / "linked").symlink_to(snapshot)
+    companion(tmp_path / "linked", tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    "blob", ["../../../secret", "../../secret", "../../../models--c--d/blobs/x"]
+)
+def test_a_companion_is_no_blob_of_another_model(tmp_path: Path, blob: str) -> None:
+    snapshot = hub(tmp_path, blob)
+    secret = Path(os.path.normpath(snapshot / blob))
+    secret.parent.mkdir(parents=True, exist_ok=True)
+    secret.write_text("precious")
+    with pytest.raises(UserError, match="is a link that leads out of"):
+        companion(snapshot, tmp_path / "out")
+    blobs = tmp_path / "models--a--b" / "blobs"
+    shutil.rmtree(blobs)
+    blobs.symlink_to(secret.parent)
+    (snapshot / "tokenizer.json").unlink()
+    (snapshot / "tokenizer.json").symlink_to(f"../../blobs/{secret.name}")
+    with pytest.raises(UserError, match="is a link that leads out of"):
+        companion(snapshot, tmp_path / "out")
+
+
+def test_a_companion_is_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "merges.txt").write_text("12345678901")
+    monkeypatch.setattr("fastadapt.io.documents.MAX_BYTES", 10)
+    with pytest.raises(UserError, match=r"merges\.txt has more than 10 bytes"):
+        companion(folder, folder.parent / "out")
+
+
+def test_configurations_that_are_copied_are_files_of_their_model(folder: Path) -> None:
+    (folder / "config.json").symlink_to("../secret")
+    with pytest.raises(UserError, match=r"config\.json is a link that leads out of"):
+        hu2026_format._text(str(folder), "config.json")
+
+
+def test_a_report_shows_no_file_outside_its_run(folder: Path) -> None:
+    (folder / "config.yaml").symlink_to("../secret")
+    with pytest.raises(UserError, match=r"config\.yaml is a link that leads out of"):
+        read_run(folder)
+
+
+READ_WHOLE: dict[str, Callable[[Path], object]] = {
+    "document": documents.read_json,
+    "bytes": documents.read_bytes,
+    "digest": digest,
+    "tensors": read_tensors,
+    "table": read_table,
+    "rows": read_rows,
+}
+
+
+@pytest.mark.parametrize("reader", READ_WHOLE)
+@pytest.mark.parametrize("kind", ["pipe", "/dev/zero"])
+def test_pipes_and_devices_are_not_read(reader: str, kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "odd"
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to(kind)
+    with pytest.raises((UserError, OSError), match=r"odd.*Not a regular file|regular.*odd"):
+        READ_WHOLE[reader](path)

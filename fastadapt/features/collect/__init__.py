@@ -32,7 +32,7 @@ from fastadapt.features.collect.texts import Prepared
 from fastadapt.features.schema import EDGES, MANIFEST, Kind
 from fastadapt.features.store import Store, write_manifest, writing
 from fastadapt.io.atomic import disk_errors, make_folder, replacing
-from fastadapt.io.names import is_there, typed_path
+from fastadapt.io.names import has_file, inside, typed_path
 
 __all__ = ["CollectConfig", "Shard", "collect", "merge"]
 
@@ -126,13 +126,17 @@ def merge(
             return done
         prepared = merged_texts(parts)
         tallies = merged_tallies(parts, prepared.domains)
-        work.clear(out)
         first = parts[0].folder
+        copied = {
+            name: inside(first, *name.split("/"), source=str(first))
+            for name in ["tokens.parquet", *(f"{kind}/lens.parquet" for kind in tallies)]
+        }
+        work.clear(out)
         with disk_errors(out):
-            for name in ["tokens.parquet", *(f"{kind}/lens.parquet" for kind in tallies)]:
+            for name, own in copied.items():
                 make_folder((out / name).parent)
                 with replacing(out / name) as staged:
-                    shutil.copyfile(first / name, staged)
+                    shutil.copyfile(own, staged)
         return _finish(out, [part.folder for part in parts], facts, tallies, prepared)
 
 
@@ -140,7 +144,7 @@ def _finished(out: Path, facts: Mapping[str, Any]) -> Store | None:
     """The store, if it is there and of the same; what is there may not be of anything else."""
     begun = work.read_facts(out)
     then: Mapping[str, Any] | None
-    there = begun is None and is_there(out / MANIFEST)
+    there = begun is None and has_file(out / MANIFEST)
     then = Store.open(out).manifest.get("collected", {}) if there else begun
     if then is None:
         return None

@@ -26,9 +26,9 @@ from fastadapt.errors import UserError
 from fastadapt.features.collect.config import CollectConfig
 from fastadapt.features.schema import KINDS, MANIFEST, SHARED, TABLES, Kind
 from fastadapt.features.store import LOCK, Layers, PerLayer
-from fastadapt.io.atomic import disk_errors, replacing, sync_folder, unstaged
+from fastadapt.io.atomic import disk_errors, make_folder, replacing, sync_folder, unstaged
 from fastadapt.io.documents import Count, DocumentError, Positive, read_json
-from fastadapt.io.names import is_there
+from fastadapt.io.names import has_file
 from fastadapt.training.config import from_dict
 
 WORK, NEXT = "collecting", "collecting.next"
@@ -120,7 +120,7 @@ def read_facts(folder: Path) -> Facts | None:
         UserError: it cannot be read.
     """
     path = folder / WORK / FACTS
-    if not is_there(path):
+    if not has_file(path):
         return None
     facts: Facts = read_json(path, _Facts)
     i, n = facts["shard"]
@@ -166,7 +166,7 @@ def begin_anew(folder: Path) -> None:
     prepared = folder / NEXT
     for path in [prepared / "tokens.parquet", *prepared.glob("*/lens.parquet")]:
         target = folder / path.relative_to(prepared)
-        target.parent.mkdir(exist_ok=True)
+        make_folder(target.parent)
         os.replace(path, target)
         sync_folder(target.parent)
         if path.parent != prepared:
@@ -205,7 +205,9 @@ def clear(folder: Path) -> None:
         RunError: it cannot be removed.
     """
     with disk_errors(folder):
-        (folder / MANIFEST).unlink(missing_ok=True)  # first: without it there is no store
+        if (folder / MANIFEST).exists():
+            (folder / MANIFEST).unlink()  # first: without it there is no store
+            sync_folder(folder)
         clear_work(folder)
         for path in list(_of_units(folder)):
             _remove(path)
@@ -236,5 +238,7 @@ def sweep(folder: Path) -> None:
 
 def clear_work(folder: Path) -> None:
     """Remove what only collecting needs."""
-    (folder / WORK / FACTS).unlink(missing_ok=True)  # first: without it nothing was begun
+    if (folder / WORK / FACTS).exists():
+        (folder / WORK / FACTS).unlink()  # first: without it nothing was begun
+        sync_folder(folder / WORK)
     shutil.rmtree(folder / WORK, ignore_errors=True)

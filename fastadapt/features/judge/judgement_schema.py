@@ -117,7 +117,7 @@ class Held(TypedDict):
     """The whole file."""
 
     schema_version: int
-    judges: dict[Name, Parts]
+    judges: dict[Name, dict[str, Any]]  # each is Parts: checked one by one, to be named
 
 
 def check_name_of(judge: str) -> None:
@@ -163,6 +163,7 @@ def _by_layer(
 
 
 def _expect(where: str, names: Sequence[str], found: Mapping[str, Any]) -> None:
-    if sorted(names) != sorted(found):
-        told = ", ".join(map(ascii, sorted(found))) or "none"
-        raise UserError(f"{where}: expected {', '.join(sorted(names))}, got {told[:200]}")
+    if missing := set(names) - found.keys():
+        raise UserError(f"{where}: no {', '.join(sorted(missing))}")
+    if more := found.keys() - set(names):
+        raise UserError(f"{where}: expected {', '.join(names)}, got {min(more)!r:.80} too")

@@ -21,6 +21,7 @@ from fastadapt.features.judge.judgement_schema import (
     SCHEMA_VERSION,
     Held,
     Part,
+    Parts,
     check_fit,
     check_name_of,
 )
@@ -29,7 +30,7 @@ from fastadapt.features.schema import MANIFEST, TABLES, Kind
 from fastadapt.features.store import Store
 from fastadapt.io.atomic import digest, disk_errors, replacing
 from fastadapt.io.documents import DocumentError, check, read_json
-from fastadapt.io.names import inside, is_there
+from fastadapt.io.names import has_file, inside
 from fastadapt.wording import percent
 
 JSON, TEXT, PLOTS = "judgements.json", "judgements.md", "judgements"
@@ -68,7 +69,7 @@ def read_judgements(store: Store) -> dict[str, Any]:
         UserError: it cannot be read.
     """
     path = store.folder / JSON
-    if not is_there(path):
+    if not has_file(path):
         return {"schema_version": SCHEMA_VERSION, "judges": {}}
     plain = _read(path)
     try:
@@ -76,9 +77,11 @@ def read_judgements(store: Store) -> dict[str, Any]:
         judges, mine = plain["judges"], _collected(store)
         kept = {}
         for judge, parts in judges.items():
+            source = f"{path}: judges[{judge!r:.80}]"
+            check(parts, Parts, source)
             told = {part: parts[part] for part in PARTS if part in parts}
             same = {part: one for part, one in told.items() if one.get("collected") == mine}
-            check_fit(same, store, f"{path}: judges[{judge!r:.80}]")
+            check_fit(same, store, source)
             if same:
                 kept[judge] = same
         held = {"schema_version": SCHEMA_VERSION, "judges": kept}

@@ -29,7 +29,7 @@ from fastadapt.features.site.shards import shard
 from fastadapt.features.store import Store
 from fastadapt.io.atomic import digest_of_input, half_filled, writing_folder
 from fastadapt.io.documents import DocumentError, read_json
-from fastadapt.io.names import is_there, typed_path
+from fastadapt.io.names import has_file, typed_path
 from fastadapt.page_style import STYLE
 
 SITE = "site"
@@ -74,7 +74,7 @@ def export(
         raise UserError(f"kinds: expected some of {', '.join(store.kinds)}, got none")
     chosen_folder = store.folder / SITE if folder is None else typed_path(folder, "--output")
     target = Path(os.path.realpath(chosen_folder))
-    ours = half_filled(target) or is_there(target / RECORD)
+    ours = half_filled(target) or has_file(target / RECORD)
     if target.is_dir() and not ours and any(target.iterdir()):
         raise UserError(f"{target} is no site of features; give a folder that is new or empty")
     if target.exists() and not target.is_dir():

@@ -20,7 +20,7 @@ from threading import Event, Thread
 from fastadapt.errors import RunError, UserError
 from fastadapt.features.site.pages import RECORD, SITE, export, is_current
 from fastadapt.features.store import Store
-from fastadapt.io.names import is_there, typed_path
+from fastadapt.io.names import has_file, typed_path
 
 HOST = "127.0.0.1"
 PORT = 8765
@@ -65,7 +65,7 @@ def serve(
     server = listen(port)  # before an export of minutes, to fail early
     try:
         site = None if isinstance(source, Store) else typed_path(source, "store")
-        if site is None or not is_there(site / RECORD):
+        if site is None or not has_file(site / RECORD):
             store = source if isinstance(source, Store) else Store.open(source)
             folder = store.folder / SITE
             if not is_current(store, folder) and not export(store, progress=progress, stop=stop):

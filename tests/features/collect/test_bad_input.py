@@ -162,7 +162,7 @@ def test_more_domains_than_can_be_counted(
     [
         ([], {}, "holds no conversation"),
         ([{"text": "a"}], {}, "no column 'conversations'"),
-        ([conversation(""), conversation()], {}, "own.jsonl, line 1: turn 2"),
+        ([conversation(""), conversation()], {}, "own.jsonl, line 1: conversations, turn 2"),
         ([conversation()], {"max_tokens": 4}, "all 1 conversations are longer than 4 tokens"),
     ],
 )
@@ -251,6 +251,11 @@ def test_shards_that_do_not_make_a_whole(tmp_path: Path, run: Path) -> None:
     collect(run, other, CollectConfig(n=3, seed=1), shard=Shard(1, 2))
     with pytest.raises(UserError, match=r"not shards of one: seed: 1, was 0"):
         merge([folders[0], other], out)
+    table = folders[0] / "tokens.parquet"
+    table.rename(tmp_path / "secret.parquet")
+    table.symlink_to("../secret.parquet")
+    with pytest.raises(UserError, match=r"tokens\.parquet is a link that leads out of"):
+        merge(folders, out)
     (folders[0] / "collecting" / "state.safetensors").unlink()
     with pytest.raises(UserError, match=r"shard 0/2 is not finished"):
         merge(folders, out)

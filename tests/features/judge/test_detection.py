@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from threading import Event
@@ -14,6 +15,7 @@ from stores import Made, MadeText, make_store
 
 from fastadapt.errors import UserError
 from fastadapt.evaluation.statistics import wilson
+from fastadapt.features.checking import check_store
 from fastadapt.features.judge.activations import Places
 from fastadapt.features.judge.describe import describe
 from fastadapt.features.judge.detection import score, summarise
@@ -213,6 +215,42 @@ def test_what_was_said_of_features_collected_before_is_dropped(tmp_path: Path) -
     path = again.store.folder / "manifest.json"
     path.write_text(path.read_text().replace("made/target", "made/other"))
     assert not read_judgements(again.store)["judges"]
+
+
+def test_what_another_judge_is_said_to_have_said_is_checked(tmp_path: Path) -> None:
+    """By ``features check`` and before any question; a file anyone may have written."""
+    made = planted(tmp_path / "f", features=3, texts=60)
+    describe(made.store, TokenJudge(), DescribeConfig(), MadeActivations(made))
+    path = made.store.folder / "judgements.json"
+    held = json.loads(path.read_text())
+    part = held["judges"].pop("tokens")["described"]
+    detection = part["detection"]["adapter"]
+    odd: dict[str, dict[str, Any]] = {
+        "settings": {**part, "settings": 5},
+        "missing required field settings": {k: v for k, v in part.items() if k != "settings"},
+        "samples": {**part, "settings": {**part["settings"], "samples": ["x/../../../y"]}},
+        "detection": {**part, "detection": {"of": detection}},
+        "no top": {**part, "detection": {"adapter": {"uniform": detection["uniform"]}}},
+        "level": {**part, "level": "x"},
+        "units": {
+            **part,
+            "detection": {"adapter": {"uniform": {**detection["uniform"], "units": -1}}},
+        },
+        "missing required field shares": {"collected": part["collected"], "level": 0.95},
+    }
+    for named, wrong in odd.items():
+        kind = "classified" if "shares" in named else "described"
+        held["judges"] = {"x" * 300: {kind: wrong}}
+        path.write_text(json.dumps(held))
+        with pytest.raises(UserError, match=rf"judgements\.json: judges.*{named}"):
+            read_judgements(made.store)
+        assert any(
+            checked.wrong for checked in check_store(made.store) if checked.name == path.name
+        )
+    held["judges"] = {"x" * 300: {"described": part}}
+    path.write_text(json.dumps(held))
+    describe(made.store, TokenJudge(), DescribeConfig(), MadeActivations(made))  # it has plots, too
+    assert len(list((made.store.folder / "judgements").glob("*x-????????.png"))) == 2
 
 
 def test_stopped_before_it_is_done_it_writes_nothing(made: Made, tmp_path: Path) -> None:

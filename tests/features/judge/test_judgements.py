@@ -86,7 +86,7 @@ DAMAGED: dict[str, tuple[Change, str]] = {
     "accuracy of text": (lambda o: _detected(o)["accuracy"].update(mean="7"), "accuracy"),
     "layer": (lambda o: _detected(o).update(layers=[5]), "layers"),
     "part": (lambda o: o.update(described=[]), "described"),
-    "surrogate": (lambda o: o["described"]["judge"].update(model="\ud800"), "surrogates"),
+    "surrogate": (lambda o: o["described"]["judge"].update(model="\ud800"), "surrogate"),
     "endless": (lambda o: o["described"]["settings"].update(other=1e999), "Out of range"),
 }
 
