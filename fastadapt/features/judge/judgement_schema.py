@@ -82,27 +82,27 @@ class _ClassifySettings(_Drawing):
 
 
 class _Said(TypedDict):
-    """What both parts say beside what was found."""
+    """What both parts say beside what was found; of it tables show the level."""
 
     collected: NotRequired[Sha256]
-    judge: dict[str, str | int | None]
+    judge: NotRequired[dict[str, str | int | None]]
     level: _Level
-    units: dict[Kind, list[dict[str, Count]]]
+    units: NotRequired[dict[Kind, list[dict[str, Count]]]]
 
 
 class Described(_Said):
     """How well a judge's descriptions tell on which texts units fire."""
 
     settings: _DescribeSettings
-    invalid: dict[str, Count]
+    invalid: NotRequired[dict[str, Count]]
     detection: dict[Kind, dict[SampleKind, _Detected]]
 
 
 class Classified(_Said):
     """Of which classes a judge says that units are."""
 
-    settings: _ClassifySettings
-    invalid: Count
+    settings: NotRequired[_ClassifySettings]
+    invalid: NotRequired[Count]
     shares: dict[Kind, _Classes]
 
 

@@ -241,14 +241,14 @@ def file_names(judges: Iterable[str]) -> dict[str, str]:
 
     Example:
         >>> file_names(["m-1", "m/1"])
-        {'m-1': 'm-1', 'm/1': 'm-1-0b203ec73c7c'}
+        {'m-1': 'm-1', 'm/1': 'm-1-0b203ec7'}
     """
     names: dict[str, str] = {}
     for judge in judges:
         plain = "".join(c if c.isalnum() or c in "._-" else "-" for c in judge)
         short = plain.encode()[:_NAME_BYTES].decode(errors="ignore")
         if short != plain or short in names.values():
-            short = f"{short}-{hashlib.sha256(judge.encode()).hexdigest()[:12]}"
+            short = f"{short}-{hashlib.sha256(judge.encode()).hexdigest()[:8]}"
         names[judge] = short
     return names
 
