@@ -23,6 +23,7 @@ from fastadapt.adapter import AdapterConfig, TranscoderAdapter
 from fastadapt.errors import UserError
 from fastadapt.io.atomic import save_tensors, writing_folder
 from fastadapt.io.documents import Count, Finite, Name, NonNegative, check, read_json
+from fastadapt.io.names import has_file, typed_path
 from fastadapt.io.tensors import read_tensors
 from fastadapt.tuned import TUNED, TunedWeights
 
@@ -119,12 +120,12 @@ def adapters_of(source: str | os.PathLike[str]) -> Path:
     Raises:
         UserError: it is neither.
     """
-    folder = Path(source).expanduser()
-    if (folder / "fastadapt.json").is_file():
+    folder = typed_path(source, "run")
+    if has_file(folder / CARD):
         return folder
-    if (folder / "adapter" / "fastadapt.json").is_file():
+    if has_file(folder / "adapter" / CARD):
         return folder / "adapter"
-    if (folder / "config.yaml").is_file():
+    if has_file(folder / "config.yaml"):
         raise UserError(f"{folder}: this run is not finished: it has no adapter/ yet")
     raise UserError(f"{source}: expected a run or a folder of adapters with fastadapt.json")
 
@@ -222,7 +223,7 @@ class TunedCard(Card):
 
 def _read_card(path: Path) -> dict[str, Any]:
     card_file = path / "fastadapt.json"
-    if not card_file.exists():
+    if not has_file(card_file):
         raise UserError(f"{path} holds no adapters: fastadapt.json is missing")
     card: dict[str, Any] = read_json(card_file, dict[str, Any], constants=True)
     version = card.get("schema_version")

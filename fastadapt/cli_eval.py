@@ -7,6 +7,7 @@ from typing import Any
 
 from fastadapt.cli_progress import go_on, under_way
 from fastadapt.console import print_table, quiet_transformers
+from fastadapt.io.names import typed_path
 from fastadapt.options_eval import default_output, eval_parser, parse_eval
 
 
@@ -22,6 +23,8 @@ def evaluate(argv: list[str]) -> int:
     from fastadapt.evaluation.students import Students
 
     quiet_transformers()
+    given = flags.output
+    output = typed_path(given, "--output") if given else default_output(flags.runs)
     students = Students.open(
         flags.runs,
         flags.names,
@@ -29,7 +32,6 @@ def evaluate(argv: list[str]) -> int:
         device=flags.device,
         trust_remote_code=flags.trust_remote_code,
     )
-    output = Path(flags.output).expanduser() if flags.output else default_output(flags.runs)
     with (
         opened(output, overwrite=flags.overwrite) as folder,
         under_way() as (stop, progress),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 from typing import Any
 
 from fastadapt.console import print_table, quiet_transformers, say
 from fastadapt.errors import RunError, UserError
+from fastadapt.io.names import typed_path
 from fastadapt.options import organism_parser
 
 
@@ -25,7 +25,7 @@ def organism(argv: list[str]) -> int:
 def _build(options: Any) -> int:
     from fastadapt.organism import build
 
-    out = Path(options.out).expanduser()
+    out = typed_path(options.out, "--out")
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not options.overwrite:
         raise UserError(f"--out: {out} is in use; give a new folder, or --overwrite")
     for name, value in _flat(build(out, seed=options.seed, progress=_say_record)).items():
@@ -38,7 +38,7 @@ def _check(options: Any) -> int:
     from fastadapt.organism import FOLDER, check
     from fastadapt.organism.acceptance import BOUNDS
 
-    folder = Path(options.folder or FOLDER)
+    folder = typed_path(options.folder or FOLDER, "--folder")
     if not (folder / "target").is_dir() or not (folder / "base").is_dir():
         raise UserError(f"--folder: expected a folder with target/ and base/, got {folder}")
     measured = check(folder)

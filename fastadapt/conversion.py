@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -9,8 +10,8 @@ from typing import Literal
 from fastadapt.adapter_files import adapters_of, read_adapters
 from fastadapt.checkpoint_files import check_output
 from fastadapt.errors import UserError
+from fastadapt.io.names import typed_path
 from fastadapt.organism import resolve
-from fastadapt.pretrained import reading
 
 Format = Literal["huggingface", "hu2026", "adapters"]
 
@@ -45,7 +46,8 @@ def convert(
     from fastadapt import serving
     from fastadapt.interop import hu2026
 
-    out = Path(output).expanduser()
+    out = typed_path(output, "--output")
+    typed_path(source, "source")
     try:
         check_output(out, overwrite=overwrite)
     except UserError as error:
@@ -83,9 +85,8 @@ def convert(
 def _check_apart(output: Path, sources: Sequence[str | None]) -> None:
     """Refuse to replace what is read."""
     for source in sources:
-        if not source:
+        if source is None:
             continue
-        with reading("model", source):
-            same = Path(resolve(source)).expanduser().resolve() == output.resolve()
-        if same:
+        read = typed_path(resolve(source), "source")
+        if os.path.realpath(read) == os.path.realpath(output):
             raise UserError(f"--output: {output} is read by this export; give a new folder")

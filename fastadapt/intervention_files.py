@@ -22,7 +22,7 @@ from fastadapt.features.store import adapter_digest
 from fastadapt.interventions import Intervention, check_fit
 from fastadapt.io.atomic import half_filled, unstaged, writing_folder
 from fastadapt.io.documents import read_yaml
-from fastadapt.io.names import has_file
+from fastadapt.io.names import has_file, typed_path
 
 SET = "set.json"
 _CONFIG, _ADAPTER = "config.yaml", "adapter"
@@ -88,7 +88,7 @@ def intervene(
             "revisions": {"target": revision, "base": revision},
         }
     told["interventions"] = [*history, step]
-    out = Path(output).expanduser()
+    out = typed_path(output, "--output")
     _check_output(out, source, overwrite=overwrite)
     made = (intervention.apply(read(), features.rows(layer)) for layer, read in enumerate(layers))
     with writing_folder(out, last=SET) as staged:
@@ -123,7 +123,7 @@ def _check_output(out: Path, source: Path, *, overwrite: bool) -> None:
             f"{out} holds something that no intervention wrote ({other[0]}); nothing in it was "
             "touched. Give a new folder."
         )
-    if out.resolve() in (source.resolve(), source.resolve().parent):
+    if os.path.realpath(out) in map(os.path.realpath, (source, source.parent)):
         raise UserError(f"{out} is the run that is changed; give a new folder")
     if not overwrite:
         raise UserError(

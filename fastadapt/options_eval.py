@@ -9,6 +9,7 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
+from fastadapt.io.names import typed_path
 from fastadapt.options import Parser, trust_flag
 
 if typing.TYPE_CHECKING:
@@ -77,7 +78,7 @@ def parse_eval(argv: Sequence[str]) -> tuple[EvalConfig, Namespace]:
 
 def default_output(runs: Sequence[str]) -> Path:
     """``eval`` in the run's folder, or in the folder that holds all of several."""
-    folders = [Path(run).expanduser().resolve() for run in runs]
+    folders = [Path(os.path.realpath(typed_path(run, "run"))) for run in runs]
     if len(folders) == 1:
         return folders[0] / "eval"
     return Path(os.path.commonpath([folder.parent for folder in folders])) / "eval"

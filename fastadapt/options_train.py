@@ -20,6 +20,7 @@ from jsonargparse import Namespace
 
 from fastadapt.errors import UserError
 from fastadapt.io.documents import parse_yaml, read_yaml
+from fastadapt.io.names import typed_path
 from fastadapt.options import Parser, nearest
 
 if typing.TYPE_CHECKING:
@@ -62,7 +63,7 @@ def find_config(name: str) -> Path:
     for folder, names in ((PRESETS, preset_names()), (OVERLAYS, overlay_names())):
         if name in names:
             return folder / f"{name}.yaml"
-    path = Path(name).expanduser()
+    path = typed_path(name, "PRESET_OR_YAML")
     if path.is_file():
         return path
     if path.is_dir():

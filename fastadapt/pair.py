@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fastadapt.errors import UserError
+from fastadapt.io.names import typed_path
 from fastadapt.pretrained import (
     ARCHITECTURES,
     Paths,
@@ -54,6 +55,8 @@ class PairConfig:
     offload: bool = False
 
     def __post_init__(self) -> None:
+        for role in ("target", "base"):
+            typed_path(getattr(self, role), f"pair.{role}")  # the id of a hub is no longer
         if self.dtype not in DTYPES:
             raise UserError(f"pair.dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if type(self.trust_remote_code) is not bool:  # transformers would ask at the terminal

@@ -15,7 +15,7 @@ from typing_extensions import TypedDict
 
 from fastadapt.errors import RunError, UserError
 from fastadapt.io.documents import check, read_json
-from fastadapt.io.names import check_name
+from fastadapt.io.names import check_name, typed_path
 from fastadapt.io.tensors import check_tensor, open_tensors
 
 _Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 28)]
@@ -153,6 +153,7 @@ def model_config(source: str, revision: str | None, trust: bool) -> Any:
     from transformers import AutoConfig
 
     looks_local = source.startswith(("/", ".", "~")) or source.count("/") > 1
+    typed_path(source, "model")  # a hub id has no more letters than a path may have
     if looks_local and not Path(source).is_dir():
         raise UserError(
             f"model {source!r} cannot be loaded: no such folder; expected one, or a hub id"
@@ -195,6 +196,7 @@ def load_tokenizer(source: str, revision: str | None, trust: bool) -> Any:
     """The tokenizer of a local folder or hub id."""
     from transformers import AutoTokenizer
 
+    typed_path(source, "tokenizer")
     with reading("tokenizer of", source):
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust)
 

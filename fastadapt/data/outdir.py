@@ -34,7 +34,7 @@ from fastadapt.io.atomic import (
     unstaged,
 )
 from fastadapt.io.documents import Count, DocumentError, Positive, Sha256, check, read_json, same
-from fastadapt.io.names import inside
+from fastadapt.io.names import has_file, inside, typed_path
 
 MANIFEST = "manifest.json"
 FORMAT = "fastadapt data"
@@ -108,7 +108,7 @@ def open_output(output: str, *, resume: bool, overwrite: bool) -> Iterator[Path]
     """
     if resume and overwrite:
         raise UserError("--resume goes on with a selection, --overwrite removes it: choose one")
-    folder = Path(output).expanduser()
+    folder = typed_path(output, "--output")
     _check(folder, resume=resume, overwrite=overwrite)
     made = not folder.exists()
     try:
@@ -177,7 +177,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         UserError: it is damaged.
     """
     path = folder / MANIFEST
-    if not path.exists():
+    if not has_file(path):
         return None
     try:
         manifest: Any = read_json(path)
@@ -237,7 +237,7 @@ def begin(folder: Path, settings: Settings) -> None:
 def check_same(folder: Path, settings: Settings) -> None:
     """Raise ``UserError`` naming the settings in which this command differs from what was begun."""
     path = folder / WORK / _SETTINGS
-    if path.exists():
+    if has_file(path):
         try:
             then = read_json(path, dict[str, Any])
         except DocumentError as error:

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, NoReturn
 
 from fastadapt.errors import UserError
 from fastadapt.io.documents import parse_line
+from fastadapt.io.files import open_regular
+from fastadapt.io.names import has_file, typed_path
 
 COLUMN = "conversations"
 SUFFIXES = (".jsonl", ".parquet")
@@ -77,10 +79,10 @@ def find_files(source: str, split: str) -> list[Path] | None:
     Raises:
         UserError: nothing there, or no file of a known kind or of the split.
     """
-    path = Path(source).expanduser()
+    path = typed_path(source, "data source")
     if path.is_dir():
         return _files_of(path, split)
-    if path.exists():
+    if has_file(path):
         return [path]
     looks_local = path.suffix in (*SUFFIXES, ".json", ".csv") or not _HUB_ID.fullmatch(source)
     if looks_local:
@@ -259,7 +261,7 @@ def reading_hub(name: str, split: str, revision: str | None) -> Iterator[None]:
 
 def _open(path: Path) -> Any:
     try:
-        return path.open("rb")
+        return open_regular(path)
     except OSError as error:
         raise UserError(f"data source {str(path)!r}: cannot be read: {error.strerror}") from None
 

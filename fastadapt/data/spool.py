@@ -23,6 +23,7 @@ from fastadapt.data.selection import Candidate, Shortlist, row_key
 from fastadapt.errors import RunError
 from fastadapt.io.atomic import cannot_write, disk_errors, open_appended
 from fastadapt.io.documents import Count, DocumentError, Positive, check, parse_line
+from fastadapt.io.names import has_file
 
 ROWS, JOURNAL = "rows", "journal"
 _CODEC = "zstd"
@@ -95,7 +96,7 @@ class Spool:
         """Replay the committed part of a journal; its bytes, and those of ``rows``."""
         kept = size = place = end = 0
         pending: list[Any] = []
-        if not path.exists():
+        if not has_file(path):
             return 0, 0
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):

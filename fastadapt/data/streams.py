@@ -15,8 +15,9 @@ from fastadapt.data.sources import (
     require_columns,
 )
 from fastadapt.errors import RunError
-from fastadapt.io.atomic import digest
+from fastadapt.io.atomic import digest_of_input
 from fastadapt.io.documents import Count, DocumentError, check
+from fastadapt.io.names import typed_path
 
 
 class Stream:
@@ -50,7 +51,7 @@ class Stream:
         self._cursor: Any = None
         self._hub: Any = None
         if self._files is not None:
-            root = Path(source).expanduser()
+            root = typed_path(source, "data source")
             names = [f.relative_to(root) if f != root else Path(f.name) for f in self._files]
             self._sizes = [path.stat().st_size for path in self._files]
             self.identity: dict[str, Any] = {
@@ -150,4 +151,6 @@ class Stream:
         if self._files is None:
             return self.identity
         described = zip(self.identity["files"], self._files, strict=True)
-        return {"files": [{**known, "sha256": digest(path)[1]} for known, path in described]}
+        return {
+            "files": [{**known, "sha256": digest_of_input(path)[1]} for known, path in described]
+        }

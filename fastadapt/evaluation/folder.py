@@ -42,6 +42,7 @@ from fastadapt.io.atomic import (
     unstaged,
 )
 from fastadapt.io.documents import DocumentError, read_json, same
+from fastadapt.io.names import has_file
 
 LOCK = ".lock"
 #: What the message of a full disk ends with.
@@ -87,7 +88,7 @@ def kept_part(folder: Path, part: Part, result: Mapping[str, Any]) -> dict[str, 
         UserError: the file is damaged, or what it has of the part is.
     """
     path = folder / "eval.json"
-    if not path.exists():
+    if not has_file(path):
         return {}
     try:
         old = read_json(path, dict[str, Any])

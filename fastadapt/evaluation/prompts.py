@@ -14,6 +14,7 @@ from fastadapt.data.sources import COLUMN, read_values
 from fastadapt.data.tokens import check_markers, encode
 from fastadapt.errors import UserError
 from fastadapt.io.documents import DocumentError, read_yaml
+from fastadapt.io.names import has_file
 
 
 class Prompt(NamedTuple):
@@ -51,7 +52,7 @@ def held_out(run: Path) -> HeldOut | None:
         UserError: its configuration cannot be read.
     """
     path = run / "config.yaml"
-    if not path.is_file():
+    if not has_file(path):
         return None
     try:
         data = read_yaml(path, _RunFile)["data"]

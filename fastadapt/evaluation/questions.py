@@ -13,13 +13,13 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from fastadapt.data.reading import text_or_none
 from fastadapt.data.rendering import render_parts
 from fastadapt.data.sources import SUFFIXES, read_files, reading_hub, require_columns
 from fastadapt.errors import UserError
+from fastadapt.io.names import typed_path
 
 Row = dict[str, Any]
 LETTERS = "ABCD"
@@ -185,7 +185,7 @@ def _read(benchmark: str, data: str | None) -> Sequence[Row]:
         f"{split!r}, with the columns {columns}"
     )
     if data is not None:
-        folder = Path(data).expanduser()
+        folder = typed_path(data, "benchmarks.data")
         files = [f for suffix in SUFFIXES if (f := folder / f"{benchmark}{suffix}").is_file()]
         if not files:
             raise UserError(

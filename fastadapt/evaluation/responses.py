@@ -19,6 +19,8 @@ from typing import Any, Literal, TypeVar
 from fastadapt.errors import RunError, UserError
 from fastadapt.io.atomic import cannot_write, disk_errors, locked, make_folder, open_appended
 from fastadapt.io.documents import Count, NonNegative, check, parse_line, same
+from fastadapt.io.files import open_regular
+from fastadapt.io.names import has_file
 
 SCHEMA = 1
 KINDS = ("settings", "response", "speed")
@@ -176,7 +178,7 @@ def open_responses(path: Path, settings: Mapping[str, Any]) -> Iterator[Response
 
 def read_responses(path: Path) -> list[Response]:
     """The responses of a file, in the order in which they finished."""
-    if not path.is_file():
+    if not has_file(path):
         raise UserError(f"{path}: no such file of responses")
     return [
         _made(Response, record, f"{path}, line {number}")
@@ -188,7 +190,7 @@ def read_responses(path: Path) -> list[Response]:
 def _records(path: Path) -> Iterator[tuple[int, dict[str, Any], int]]:
     """Line, record, and the bytes up to its end; a last line that was cut short is left out."""
     place = 0
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
                 return

@@ -12,7 +12,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from fastadapt.errors import UserError
 from fastadapt.io.documents import DocumentError, Name, read_yaml
-from fastadapt.io.names import check_name, has_file
+from fastadapt.io.names import check_name, has_file, typed_path
 from fastadapt.organism import resolve
 from fastadapt.pair import PairConfig
 from fastadapt.training.config import TRUST, recorded_trust
@@ -101,7 +101,7 @@ def names_of(runs: Sequence[str | os.PathLike[str]], names: Sequence[str] | None
             cannot be a file's.
     """
     if names is None:
-        names = [Path(run).expanduser().resolve().name for run in runs]
+        names = [Path(os.path.realpath(typed_path(run, "run"))).name for run in runs]
     if len(names) != len(runs):
         raise UserError(f"expected as many names as runs, got {len(names)} for {len(runs)}")
     for name in names:
@@ -143,7 +143,10 @@ def pair_of(folder: Path, metadata: Mapping[str, Any]) -> PairConfig:
     known = {field.name for field in fields(PairConfig)}
     if not {"target", "base"} <= set(values) <= known:
         raise UserError(f"{folder}: expected a target and a base, got {dict(values)}")
-    pair = PairConfig(**values)
+    try:
+        pair = PairConfig(**values)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
     at = metadata.get("revisions") or {}
     return replace(
         pair,

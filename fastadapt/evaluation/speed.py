@@ -23,6 +23,7 @@ from fastadapt.evaluation.result_schema import SpeedFile
 from fastadapt.evaluation.students import Students
 from fastadapt.io.atomic import disk_errors, replacing
 from fastadapt.io.documents import DocumentError, read_json, same
+from fastadapt.io.names import has_file
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def _measured_before(
     path: Path, facts: dict[str, Any], names: Sequence[str]
 ) -> dict[str, Any] | None:
     """What ``path`` has of the same models and settings; None where it has nothing of them."""
-    if not path.exists():
+    if not has_file(path):
         return None
     try:
         content = read_json(path, SpeedFile)

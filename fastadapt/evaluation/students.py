@@ -30,7 +30,8 @@ from fastadapt.evaluation.runs import (
     trusting,
 )
 from fastadapt.evaluation.streams import Stream, carrying
-from fastadapt.io.atomic import digest
+from fastadapt.io.atomic import digest_of_input
+from fastadapt.io.names import typed_path
 from fastadapt.models import ModelPair, PairConfig, ReplacementModel
 from fastadapt.pair import DTYPES
 from fastadapt.pretrained import load_causal_lm, tensor_files
@@ -94,7 +95,7 @@ class Students:
             if first is None:
                 first, family = pair, card["metadata"].get("family")
             check_same(first, pair, str(runs[0]), str(run))
-            students[name] = student_of(name, Path(run), card)
+            students[name] = student_of(name, typed_path(run, "run"), card)
         assert first is not None
         changed = {"device": device, "attention": attention}
         config = replace(first, **{k: v for k, v in changed.items() if v is not None})  # type: ignore[arg-type]
@@ -197,7 +198,7 @@ class Students:
             sha256.update(self._ends(source, revision))
         for file in sorted(self._folders[name].iterdir()) if name in self._folders else ():
             if file.suffix == ".safetensors":
-                sha256.update(f"{file.name} {digest(file)}".encode())
+                sha256.update(f"{file.name} {digest_of_input(file)}".encode())
         return sha256.hexdigest()
 
     def _ends(self, source: str, revision: str | None) -> bytes:

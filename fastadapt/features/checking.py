@@ -20,6 +20,7 @@ from fastadapt.features.schema import EDGES, MANIFEST, SHARED, TABLES, Kind
 from fastadapt.features.sets import FOLDER, list_sets
 from fastadapt.features.store import Store
 from fastadapt.features.values import unsorted, wrong_values
+from fastadapt.io.names import has_file
 from fastadapt.io.parquet import open_parquet, read_group
 
 _MOST_LINES = 8  # of one file
@@ -53,10 +54,10 @@ def check_store(store: Store) -> list[Checked]:
     found = {name: Checked(name, hashed=True) for name in sorted(store.manifest["files"])}
     for name, checked in found.items():
         path = store.folder / name
-        if not path.is_file():
-            checked.wrong.append("it is missing")
-            continue
         try:
+            if not has_file(path):
+                checked.wrong.append("it is missing")
+                continue
             store.check_file(path)
         except UserError as error:
             checked.wrong.append(str(error).removeprefix(f"{path} "))

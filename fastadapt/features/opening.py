@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from fastadapt.errors import UserError
 from fastadapt.evaluation.students import Students
+from fastadapt.features.schema import MANIFEST
 from fastadapt.features.store import Store, adapter_digest
+from fastadapt.io.names import has_file, typed_path
 
 
 def students_of(
@@ -33,8 +34,9 @@ def students_of(
     """
     if run is None:
         around = store.folder.resolve().parent
-        inside = (around / "adapter" / "fastadapt.json").is_file()
-        run = around if inside else Path(store.manifest["run"])
+        inside = has_file(around / "adapter" / "fastadapt.json")
+        told = f"{store.folder / MANIFEST}: run"
+        run = around if inside else typed_path(store.manifest["run"], told)
     dtype = dtype or store.manifest["pair"].get("dtype")
     students = Students.open(
         [run],

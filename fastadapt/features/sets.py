@@ -21,7 +21,7 @@ from fastadapt.errors import UserError
 from fastadapt.features.store import Layers, PerLayer, Store, writing
 from fastadapt.io.atomic import disk_errors, make_folder, replacing
 from fastadapt.io.documents import Count, check, read_json
-from fastadapt.io.names import inside
+from fastadapt.io.names import has_file, inside, typed_path
 
 FOLDER = "sets"
 SCHEMA_VERSION = 1
@@ -211,7 +211,7 @@ def load_set(store: Store, name: str) -> FeatureSet:
         UserError: there is none of that name, or it is of another adapter than the store.
     """
     path = _path(store, name)
-    if not path.is_file():
+    if not has_file(path):
         there = ", ".join(names_of_sets(store)) or "none yet"
         raise UserError(f"{store.folder}: no set {name!r}; there are: {there}")
     features = read_set(path)
@@ -226,7 +226,7 @@ def find_set(source: str | os.PathLike[str], name: str) -> FeatureSet:
         UserError: as of :func:`read_set` and :func:`load_set`; or there is no store.
     """
     if name.endswith(".json"):
-        return read_set(Path(name).expanduser())
+        return read_set(typed_path(name, "set"))
     return load_set(Store.open(source), name)
 
 

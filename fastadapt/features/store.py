@@ -31,6 +31,7 @@ from fastadapt.features.values import require_valid
 from fastadapt.io.atomic import (
     cannot_write,
     digest,
+    digest_of_input,
     disk_errors,
     locked,
     make_folder,
@@ -38,7 +39,7 @@ from fastadapt.io.atomic import (
     sweep_tree,
 )
 from fastadapt.io.documents import Count, Sha256, check, read_json
-from fastadapt.io.names import inside
+from fastadapt.io.names import has_file, inside, typed_path
 from fastadapt.io.parquet import open_parquet, read_table
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ class Manifest(TypedDict):
 
 
 #: Files whose bytes were held against a manifest: path, size, time of change, and SHA-256.
-_checked: set[tuple[Path, int, int, str]] = set()
+_checked: set[tuple[str, int, int, str]] = set()
 
 
 class Store:
@@ -131,11 +132,11 @@ class Store:
             UserError: there is none, it is of another version or another adapter, or a file is
                 missing.
         """
-        folder = Path(source).expanduser()
-        if not (folder / MANIFEST).is_file() and (folder / "features" / MANIFEST).is_file():
+        folder = typed_path(source, "store")
+        if not has_file(folder / MANIFEST) and has_file(folder / "features" / MANIFEST):
             folder = folder / "features"
         path = folder / MANIFEST
-        if not path.is_file():
+        if not has_file(path):
             raise UserError(
                 f"{source} has no features yet: expected {path.name} in it, or in features/ "
                 "(fastadapt features collect)"
@@ -155,7 +156,7 @@ class Store:
         store = cls(folder, manifest)
         for name in manifest["files"]:
             listed = inside(folder, *name.split("/"), source=f"{path}: files")
-            if complete and not listed.is_file():
+            if complete and not has_file(listed):
                 raise UserError(f"{folder}: {name} is missing; collect the features again")
         collected = [store.path(table) for table in SHARED]
         collected += [store.path(table, kind) for kind in store.kinds for table in COLLECTED]
@@ -169,7 +170,7 @@ class Store:
     def _check_rows(self, kind: Kind) -> None:
         n_layers, n_features = self.shape(kind)
         path = self.path("features", kind)
-        if not path.is_file():
+        if not has_file(path):
             raise UserError(f"{self.folder}: {kind}/{path.name} is missing; collect again")
         with open_parquet(path, TABLES["features"]) as file:
             rows = file.metadata.num_rows
@@ -196,8 +197,8 @@ class Store:
         return self.folder / (f"{table}.parquet" if table in SHARED else f"{kind}/{table}.parquet")
 
     def has(self, table: str, kind: Kind = "adapter") -> bool:
-        """Whether the table is there."""
-        return self.path(table, kind).exists()
+        """Whether the table is there, or what else is in its place: reading it tells."""
+        return os.path.lexists(self.path(table, kind))
 
     def read(
         self,
@@ -218,7 +219,7 @@ class Store:
                 that cannot be, such as a layer that the store does not have.
         """
         path = self.path(table, kind)
-        if not path.exists():
+        if not self.has(table, kind):
             raise UserError(f"{self.folder} has no {table} of {kind} units yet")
         filters = [] if layer is None else [("layer", "=", layer)]
         if features is not None:
@@ -255,12 +256,13 @@ class Store:
             return
         try:
             stat = path.stat()
-            known = path.resolve(), stat.st_size, stat.st_mtime_ns, listed["sha256"]
-            if known in _checked and stat.st_size == listed["bytes"]:
-                return
-            found = digest(path)
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        real = os.path.realpath(path)
+        known = real, stat.st_size, stat.st_mtime_ns, listed["sha256"]
+        if known in _checked and stat.st_size == listed["bytes"]:
+            return
+        found = digest_of_input(path)
         if found != (listed["bytes"], listed["sha256"]):
             raise UserError(
                 f"{path} is not the file that was collected: {MANIFEST} says {listed['bytes']:,} "
@@ -339,7 +341,7 @@ def adapter_digest(folder: Path) -> str:
     """SHA-256 of a folder of adapters: of the bytes of each layer's file, in order."""
     sha256 = hashlib.sha256()
     for path in sorted(folder.glob("layer_*.safetensors")):
-        sha256.update(f"{path.name} {digest(path)}\n".encode())
+        sha256.update(f"{path.name} {digest_of_input(path)}\n".encode())
     return sha256.hexdigest()
 
 

@@ -17,8 +17,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fastadapt.errors import RunError
+from fastadapt.errors import RunError, UserError
 from fastadapt.io.files import open_regular
+from fastadapt.io.names import has_file
 
 _READ_BYTES = 1 << 22
 _STAGED, _LOCK = ".tmp-", ".lock"
@@ -355,6 +356,18 @@ def digest(path: Path) -> tuple[int, str]:
     return size, sha256.hexdigest()
 
 
+def digest_of_input(path: Path) -> tuple[int, str]:
+    """:func:`digest` of a file that others gave.
+
+    Raises:
+        UserError: it cannot be read, or is no file.
+    """
+    try:
+        return digest(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+
+
 def save_tensors(
     tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None
 ) -> None:
@@ -373,8 +386,10 @@ def locked(path: Path) -> Iterator[None]:
 
     Raises:
         BlockingIOError: another process holds it.
+        UserError: there is something else in its place, such as a pipe.
         OSError: it cannot be made.
     """
+    has_file(path)  # or there is something else, which would be waited for
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield

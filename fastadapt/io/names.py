@@ -1,15 +1,32 @@
-"""Turn a name that a file or a request gives into a path, inside one folder and nowhere else."""
+"""Paths from outside: what is typed, what files and requests name, and what lies there.
+
+A name becomes a path inside one folder and nowhere else; a path that is typed is one that a system
+can open; and what is read is a regular file, since a pipe would be waited for without end.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
+import stat
 from pathlib import Path
 
 from fastadapt.errors import UserError
 
 #: Bytes of a name: what common file systems hold.
 MAX_NAME_BYTES = 255
+#: Bytes of a whole path, without the NUL that Linux counts in.
+MAX_PATH_BYTES = 4095
+
+_LOOP = "a link that leads to itself"
+#: What may lie in place of a file, and how it is called.
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISBLK, "a device"),
+    (stat.S_ISCHR, "a device"),
+)
 
 
 def check_name(name: object, source: str) -> str:
@@ -50,8 +67,36 @@ def inside(folder: Path, *names: object, source: str, follow_links: bool = False
     path = folder
     for name in names:
         path = path / check_name(name, source)
-    if not follow_links and not Path(os.path.realpath(path)).is_relative_to(folder.resolve()):
+    if _leads_nowhere(path):
+        raise UserError(f"{source}: {path} is {_LOOP}")
+    if not follow_links and not _real(path).is_relative_to(_real(folder)):
         raise UserError(f"{source}: {path} is a link that leads out of {folder}")
+    return path
+
+
+def typed_path(text: str | os.PathLike[str], source: str) -> Path:
+    """Return the path that was typed, or that a file holds; ``~`` is the home folder.
+
+    Args:
+        text: the path.
+        source: the option or the key, for messages.
+
+    Raises:
+        UserError: no system could open it: it is longer than 4,095 bytes or a part of it than 255,
+            it has a NUL or what UTF-8 cannot write, or there is no such user.
+
+    Example:
+        >>> typed_path("x" * 300, "--output")
+        Traceback (most recent call last):
+        fastadapt.errors.UserError: --output: expected a path whose parts have at most 255 bytes, \
+got 'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx...
+    """
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError:  # of an unknown user
+        raise UserError(f"{source}: no home folder is known for {_short(text)}") from None
+    if (expected := _cannot_open(str(path))) is not None:
+        raise UserError(f"{source}: expected a path {expected}, got {_short(text)}")
     return path
 
 
@@ -63,8 +108,17 @@ def has_file(path: Path) -> bool:
     """
     if not os.path.lexists(path):
         return False
-    if not path.is_file():
-        raise UserError(f"{path} is no regular file")
+    if _leads_nowhere(path):
+        raise UserError(f"{path} is {_LOOP}")
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        raise UserError(f"{path} is a link to what is not there") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    for is_kind, called in _KINDS:
+        if is_kind(mode):
+            raise UserError(f"{path} is {called}; expected a file")
     return True
 
 
@@ -101,6 +155,42 @@ def in_model(file: Path, source: str) -> Path:
     if not any(Path(end).is_relative_to(os.path.abspath(own)) for own in held):
         raise UserError(f"{source}: {file} is a link that leads out of {folder}")
     return file
+
+
+def _leads_nowhere(path: str | os.PathLike[str]) -> bool:
+    """Whether links go round in a circle."""
+    try:
+        os.stat(path)
+    except OSError as error:
+        return error.errno == errno.ELOOP
+    except ValueError:
+        return False
+    return False
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # Path.resolve raises on circles
+
+
+def _cannot_open(path: str) -> str | None:
+    """What is to be expected of a path in place of this one, if no system could open it."""
+    try:
+        encoded = path.encode("utf-8")
+    except UnicodeEncodeError:
+        return "that UTF-8 can write"
+    if b"\0" in encoded:
+        return "without a NUL"
+    if max(map(len, encoded.split(b"/"))) > MAX_NAME_BYTES:
+        return f"whose parts have at most {MAX_NAME_BYTES} bytes"
+    if len(encoded) > MAX_PATH_BYTES:
+        return f"of at most {MAX_PATH_BYTES:,} bytes"
+    return None
+
+
+def _short(text: object) -> str:
+    """Text of a message in its first letters, whatever it holds."""
+    told = ascii(os.fspath(text) if isinstance(text, os.PathLike) else text)
+    return told if len(told) <= 80 else f"{told[:60]}..."
 
 
 def _is_plain(name: str) -> bool:

@@ -186,11 +186,9 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointDamagedError(f"{more[0]} is not one of the files in {MANIFEST}")
     for name, expected in manifest["files"].items():
         try:
-            file = inside(path, name, source=MANIFEST)
+            size, digest = file_digest(inside(path, name, source=MANIFEST))
         except UserError as error:
             raise CheckpointDamagedError(str(error)) from None
-        try:
-            size, digest = file_digest(file)
         except FileNotFoundError:
             raise CheckpointDamagedError(f"{name} is missing") from None
         except OSError as error:

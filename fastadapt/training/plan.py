@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastadapt.data.sequences import load_sequences
 from fastadapt.errors import UserError
+from fastadapt.io.names import typed_path
 from fastadapt.organism import resolve
 from fastadapt.pair import DTYPES, check_configs
 from fastadapt.pretrained import load_tokenizer, model_config, shipped_config
@@ -270,7 +270,7 @@ def _target(config: TrainConfig) -> Any:
 
 def _look_at_data(config: TrainConfig) -> tuple[int, int | None, int | None, int | None]:
     """Steps, tokens, longest and mean sequence; the latter three where the data are here, small."""
-    path = Path(resolve(config.data.train)).expanduser()
+    path = typed_path(resolve(config.data.train), "data.train")
     size = config.optimizer.batch_size
     if not path.is_file() or path.stat().st_size > _READ_BYTES:
         return count_steps(-(-SEQUENCES // size), config), None, None, None

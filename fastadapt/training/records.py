@@ -17,7 +17,7 @@ from fastadapt.io.documents import (
     read_bytes,
     read_json,
 )
-from fastadapt.io.names import inside
+from fastadapt.io.names import has_file, inside
 from fastadapt.training.rundir import CONFIG, METRICS, SUMMARY, Record, read_records
 from fastadapt.wording import number, percent
 
@@ -147,9 +147,9 @@ def read_run(run_dir: str | Path) -> Run:
             run.events.append(record)
     run.train = [steps["train"][s] for s in sorted(steps["train"])]
     run.evals = [steps["eval"][s] for s in sorted(steps["eval"])]
-    if (folder / SUMMARY).is_file():
+    if has_file(folder / SUMMARY):
         run.summary = read_json(folder / SUMMARY, Measures)
-    if (folder / CONFIG).is_file():
+    if has_file(folder / CONFIG):
         config = read_bytes(inside(folder, CONFIG, source=str(folder)))  # it is shown as it is
         run.config = config.decode("utf-8", errors="replace")
     return run

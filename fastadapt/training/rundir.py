@@ -39,6 +39,7 @@ from fastadapt.io.atomic import (
 )
 from fastadapt.io.atomic import sweep as sweep_beside
 from fastadapt.io.documents import Count, DocumentError, parse_line
+from fastadapt.io.names import has_file, typed_path
 from fastadapt.ranks import Ranks
 from fastadapt.training.checkpoint import list_checkpoints
 from fastadapt.training.config import (
@@ -102,7 +103,7 @@ def open_run(config: TrainConfig, *, resume: bool, overwrite: bool) -> Iterator[
     """
     if resume and overwrite:
         raise UserError("--resume goes on with a run, --overwrite removes it: choose one")
-    folder = Path(config.run.output).expanduser()
+    folder = typed_path(config.run.output, "run.output")
     _check_contents(folder, config, resume=resume, overwrite=overwrite)
     made = _make(folder)
     try:
@@ -215,7 +216,7 @@ def read_records(path: Path) -> list[Record]:
     Numbers that are not finite are null, as this library writes them.
     """
     records = []
-    for line in path.read_bytes().splitlines() if path.is_file() else ():
+    for line in path.read_bytes().splitlines() if has_file(path) else ():
         with suppress(DocumentError):
             records.append(_finite(parse_line(line, str(path), RecordKey)))
     return records
@@ -256,7 +257,7 @@ def _check_contents(folder: Path, config: TrainConfig, *, resume: bool, overwrit
                 "was touched. Make that folder, or remove the link."
             )
     if resume:
-        if not (folder / CONFIG).is_file():
+        if not has_file(folder / CONFIG):
             raise UserError(f"--resume: {folder} holds no run; leave --resume out to start one")
         _check_same_config(folder, config)
     elif set(found) <= unfinished and not (folder / CONFIG).exists():

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from fastadapt.errors import RunError, UserError
 from fastadapt.io.atomic import disk_errors, replacing
+from fastadapt.io.names import has_file
 from fastadapt.training.config import TrainConfig, to_dict
 from fastadapt.training.rundir import (
     GO_ON,
@@ -174,7 +175,7 @@ def _run_id(folder: Path) -> str:
         UserError: the file holds something else.
     """
     file = folder / RUN_ID
-    if not file.exists():
+    if not has_file(file):
         with disk_errors(file, GO_ON), replacing(file) as staged:
             staged.write_text(uuid.uuid4().hex[:8] + "\n")
     with file.open("rb") as opened:

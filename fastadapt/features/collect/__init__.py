@@ -32,7 +32,7 @@ from fastadapt.features.collect.texts import Prepared
 from fastadapt.features.schema import EDGES, MANIFEST, Kind
 from fastadapt.features.store import Store, write_manifest, writing
 from fastadapt.io.atomic import disk_errors, make_folder, replacing
-from fastadapt.io.names import inside
+from fastadapt.io.names import has_file, inside, typed_path
 
 __all__ = ["CollectConfig", "Shard", "collect", "merge"]
 
@@ -73,6 +73,8 @@ def collect(
         RunError: nothing fires, an activation is not finite, or the folder cannot be written.
     """
     part = Shard(*(shard or Shard())).checked()
+    name = "features" if part.n == 1 else f"features-{part.i}-of-{part.n}"
+    out = typed_path(run, "run") / name if folder is None else typed_path(folder, "--output")
     opened = open_run(
         str(run),
         config or CollectConfig(),
@@ -81,8 +83,6 @@ def collect(
         attention=attention,
         trust_remote_code=trust_remote_code,
     )
-    name = "features" if part.n == 1 else f"features-{part.i}-of-{part.n}"
-    out = Path(folder).expanduser() if folder is not None else Path(run).expanduser() / name
     work.check_folder(out)
     facts = opened.facts(part)
     with writing(out):
@@ -113,9 +113,9 @@ def merge(
         UserError: shards are missing, given twice, unfinished, or of several collections.
         RunError: nothing fires, or the folder cannot be written.
     """
-    parts = shards_of([Path(shard).expanduser() for shard in shards])
-    out = Path(folder).expanduser()
-    if out.resolve() in [part.folder.resolve() for part in parts]:
+    out = typed_path(folder, "--output")
+    parts = shards_of([typed_path(shard, "shard") for shard in shards])
+    if os.path.realpath(out) in [os.path.realpath(part.folder) for part in parts]:
         raise UserError(f"{out} is one of the shards to merge; give another folder for the store")
     work.check_folder(out)
     with writing(out):
@@ -144,7 +144,7 @@ def _finished(out: Path, facts: Mapping[str, Any]) -> Store | None:
     """The store, if it is there and of the same; what is there may not be of anything else."""
     begun = work.read_facts(out)
     then: Mapping[str, Any] | None
-    there = begun is None and (out / MANIFEST).is_file()
+    there = begun is None and has_file(out / MANIFEST)
     then = Store.open(out).manifest.get("collected", {}) if there else begun
     if then is None:
         return None

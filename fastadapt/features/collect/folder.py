@@ -28,6 +28,7 @@ from fastadapt.features.schema import KINDS, MANIFEST, SHARED, TABLES, Kind
 from fastadapt.features.store import LOCK, Layers, PerLayer
 from fastadapt.io.atomic import disk_errors, make_folder, replacing, sync_folder, unstaged
 from fastadapt.io.documents import Count, DocumentError, Positive, read_json
+from fastadapt.io.names import has_file
 from fastadapt.training.config import from_dict
 
 WORK, NEXT = "collecting", "collecting.next"
@@ -119,7 +120,7 @@ def read_facts(folder: Path) -> Facts | None:
         UserError: it cannot be read.
     """
     path = folder / WORK / FACTS
-    if not path.is_file():
+    if not has_file(path):
         return None
     facts: Facts = read_json(path, _Facts)
     i, n = facts["shard"]

@@ -37,6 +37,7 @@ from fastadapt.features.schema import TEXTS, Kind
 from fastadapt.features.store import adapter_digest
 from fastadapt.features.units import Neurons, output_rows
 from fastadapt.io.atomic import cannot_write
+from fastadapt.io.names import typed_path
 from fastadapt.io.parquet import open_parquet
 from fastadapt.self_check import check_traversal
 
@@ -110,7 +111,7 @@ def open_run(
             f"{run}: what was trained here is of kind {student.kind!r}, which has no features; "
             "expected a run of transcoder adapters"
         )
-    told = held_out(Path(run))
+    told = held_out(typed_path(run, "run"))
     source = config.data or (told and told.source)
     family = students.family or (told and told.family)
     if source is None or family is None:

@@ -13,6 +13,7 @@ from fastadapt.features.collect.tally import Tally, wrong_values
 from fastadapt.features.schema import Kind
 from fastadapt.io.atomic import disk_errors, replacing, save_tensors
 from fastadapt.io.documents import Count, parse_json
+from fastadapt.io.names import has_file
 from fastadapt.io.tensors import TensorError, open_tensors
 
 _DTYPES = {torch.int64: "I64", torch.float32: "F32"}
@@ -48,7 +49,7 @@ def load(tallies: Mapping[Kind, Tally], path: Path) -> Cursor:
     Raises:
         UserError: it cannot be read, or is of other tallies.
     """
-    if not path.is_file():
+    if not has_file(path):
         return Cursor()
     with open_tensors(path) as file:
         cursor = _cursor(file, path)

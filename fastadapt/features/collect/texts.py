@@ -36,7 +36,7 @@ from fastadapt.features.regions import regions_of, spans_of, tenths_of
 from fastadapt.features.schema import REGIONS, TEXTS
 from fastadapt.features.values import require_valid
 from fastadapt.io import parquet
-from fastadapt.io.atomic import digest, replacing
+from fastadapt.io.atomic import digest_of_input, replacing
 from fastadapt.organism import resolve
 
 GROUP = 64  # conversations
@@ -67,7 +67,7 @@ class Source:
         told = {**asdict(self), **({} if files is None else {"name": None, "split": None})}
         sha256 = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
         for file in files or ():
-            sha256.update(f"{file.name} {digest(file)}\n".encode())
+            sha256.update(f"{file.name} {digest_of_input(file)}\n".encode())
         return sha256.hexdigest()
 
 

@@ -13,8 +13,8 @@ from fastadapt.errors import UserError
 from fastadapt.evaluation.drawing import require_drawing
 from fastadapt.evaluation.statistics import BootstrapConfig, ratio
 from fastadapt.features.judge.describe import Tell
-from fastadapt.features.judge.judgements import add_rows, read_judgements, write_judgements
-from fastadapt.features.judge.questions import CLASSES, Class, Classify, Estimate, Judge
+from fastadapt.features.judge.judgements import add_rows, check_addable, write_judgements
+from fastadapt.features.judge.questions import Class, Classify, Estimate, Judge, class_names
 from fastadapt.features.judge.settings import ClassifyConfig
 from fastadapt.features.judge.units import Unit, Vocabulary, Window, eligible, examples_of
 from fastadapt.features.schema import Kind
@@ -50,7 +50,7 @@ def classify(
             "its endpoint (judge.base_url)"
         )
     with writing(store.folder):
-        read_judgements(store)  # what cannot be added to is told before calls are paid for
+        check_addable(store, judge.name)  # before calls are paid for
         units, asked, counts = _questions(store, config)
         if approve is not None:
             estimate = judge.estimate(asked)
@@ -160,14 +160,13 @@ def shares(
 
 
 def _shares(rows: Sequence[dict[str, Any]], config: BootstrapConfig) -> dict[str, Any]:
-    names = [(name, sub) for name, subs in CLASSES.items() for sub in (None, *subs)]
     found = {}
-    for name, subclass in names:
-        key = name if subclass is None else f"{name}: {subclass}"
+    for key in class_names():
         if not rows:
             found[key] = {"mean": None, "low": None, "high": None}
             continue
-        hits = [float(row["class"] == name and subclass in (None, row["subclass"])) for row in rows]
+        name, _, subclass = key.partition(": ")
+        hits = [float(row["class"] == name and subclass in ("", row["subclass"])) for row in rows]
         sums = torch.tensor(hits, dtype=torch.float64)
         of = torch.ones_like(sums)
         found[key] = ratio(sums, of, bounds=(0.0, 1.0), config=config).plain()

@@ -11,7 +11,7 @@ from fastadapt.evaluation.drawing import require_drawing
 from fastadapt.features.judge.activations import Activations
 from fastadapt.features.judge.detection import score, summarise
 from fastadapt.features.judge.examples import Case, Drawn, draw
-from fastadapt.features.judge.judgements import add_rows, read_judgements, write_judgements
+from fastadapt.features.judge.judgements import add_rows, check_addable, write_judgements
 from fastadapt.features.judge.prompts import DESCRIPTION_LETTERS
 from fastadapt.features.judge.questions import Answer, Describe, Detect, Estimate, Judge
 from fastadapt.features.judge.settings import DescribeConfig
@@ -57,7 +57,7 @@ def describe(
     """
     require_drawing()
     with writing(store.folder):
-        read_judgements(store)  # what cannot be added to is told before calls are paid for
+        check_addable(store, judge.name)  # before calls are paid for
         drawn = draw(store, config, activations, progress=_part(tell, "reading texts"), stop=stop)
         if drawn is None:
             return None

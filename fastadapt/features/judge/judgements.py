@@ -4,28 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
-from typing_extensions import TypedDict
 
 from fastadapt.errors import UserError
 from fastadapt.evaluation.drawing import write_png
 from fastadapt.evaluation.figures import Figure, Series
-from fastadapt.evaluation.result_schema import Interval
-from fastadapt.evaluation.tables import Table, as_markdown, shown
-from fastadapt.features.judge.questions import CLASSES
-from fastadapt.features.schema import MANIFEST, TABLES, Kind, SampleKind
+from fastadapt.evaluation.tables import Interval, Table, as_markdown, shown
+from fastadapt.features.judge.judgement_schema import (
+    PARTS,
+    SCHEMA_VERSION,
+    Held,
+    Part,
+    Parts,
+    check_fit,
+    check_name_of,
+)
+from fastadapt.features.judge.questions import CLASSES, class_names
+from fastadapt.features.schema import MANIFEST, TABLES, Kind
 from fastadapt.features.store import Store
 from fastadapt.io.atomic import digest, disk_errors, replacing
-from fastadapt.io.documents import Count, DocumentError, Positive, check, read_json
-from fastadapt.io.names import has_file
+from fastadapt.io.documents import DocumentError, check, read_json
+from fastadapt.io.names import has_file, inside
 from fastadapt.wording import percent
 
-SCHEMA_VERSION = 1
 JSON, TEXT, PLOTS = "judgements.json", "judgements.md", "judgements"
 #: What units of a kind are called, and the colour of their line, as a kind of student.
 NAMES: Mapping[str, tuple[str, str]] = {
@@ -33,62 +40,8 @@ NAMES: Mapping[str, tuple[str, str]] = {
     "base": ("base's neurons", "base"),
     "target": ("target's neurons", "target"),
 }
-Part = Literal["described", "classified"]
-
-
-_Level = Annotated[float, msgspec.Meta(gt=0, lt=1)]
-
-
-class _Means(TypedDict):
-    accuracy: Interval
-    precision: Interval
-    recall: Interval
-    units: Count
-
-
-class _Detection(_Means):
-    layers: list[_Means]
-
-
-class _Settings(TypedDict):
-    """Settings of ``features describe`` that the tables name."""
-
-    scored: Positive
-    units: Positive
-    min_density: Annotated[float, msgspec.Meta(ge=0, le=1)]
-    samples: list[SampleKind]
-
-
-class _Described(TypedDict):
-    settings: _Settings
-    level: _Level
-    detection: dict[Kind, dict[SampleKind, _Detection]]
-
-
-class _Shares(TypedDict):
-    shares: dict[str, Interval]
-    units: Count
-
-
-class _LayerShares(_Shares):
-    layers: list[_Shares]
-
-
-class _Classified(TypedDict):
-    level: _Level
-    shares: dict[Kind, _LayerShares]
-
-
-_PARTS: Mapping[str, Any] = {"described": _Described, "classified": _Classified}
-
-
-class _Collected(TypedDict):
-    collected: str
-
-
-class _Held(TypedDict):
-    schema_version: int
-    judges: dict[str, dict[Part, _Collected]]
+_ADVICE = "remove the file, and judge again"
+_NAME_BYTES = 200  # of a judge's name in the name of a file
 
 
 def add_rows(
@@ -118,39 +71,51 @@ def read_judgements(store: Store) -> dict[str, Any]:
     path = store.folder / JSON
     if not has_file(path):
         return {"schema_version": SCHEMA_VERSION, "judges": {}}
+    plain = _read(path)
     try:
-        held = read_json(path, _Held)
+        check(plain, Held, str(path))
+        judges, mine = plain["judges"], _collected(store)
+        kept = {}
+        for judge, parts in judges.items():
+            source = f"{path}: judges[{judge!r:.80}]"
+            check(parts, Parts, source)
+            told = {part: parts[part] for part in PARTS if part in parts}
+            same = {part: one for part, one in told.items() if one.get("collected") == mine}
+            check_fit(same, store, source)
+            if same:
+                kept[judge] = same
+        held = {"schema_version": SCHEMA_VERSION, "judges": kept}
+        _as_json(held, path)
+    except UserError as error:
+        raise UserError(f"{error}; {_ADVICE}") from None
+    return held
+
+
+def check_addable(store: Store, judge: str) -> None:
+    """Raise ``UserError`` where nothing can be added: before calls are paid for."""
+    check_name_of(judge)
+    read_judgements(store)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        plain: dict[str, Any] = read_json(path, dict[str, Any])
     except DocumentError as error:
-        raise UserError(f"{error}; remove the file, and judge again") from None
-    version, judges = held["schema_version"], held["judges"]
-    if version != SCHEMA_VERSION:
+        raise UserError(f"{error}; {_ADVICE}") from None
+    version = plain.get("schema_version")
+    if type(version) is not int or version != SCHEMA_VERSION:
         raise UserError(
-            f"{path}: schema_version is {version!r}, this fastadapt reads {SCHEMA_VERSION}"
+            f"{path}: schema_version is {version!r:.80}, this fastadapt reads {SCHEMA_VERSION}"
         )
-    for judge, parts in judges.items():
-        for part, told in parts.items():
-            _check_part(told, part, f"{path}: judges[{judge!r:.80}].{part}")
-    mine = _collected(store)
-    kept = {
-        judge: same
-        for judge, parts in judges.items()
-        if (same := {part: told for part, told in parts.items() if told.get("collected") == mine})
-    }
-    return {"schema_version": SCHEMA_VERSION, "judges": kept}
+    return plain
 
 
-def _check_part(told: Any, part: Part, where: str) -> None:
-    """Raise where what a judge said lacks what the tables and plots show."""
-    check(told, _PARTS[part], where)
-    if part == "described":
-        for kind, by_sample in told["detection"].items():
-            if missing := set(told["settings"]["samples"]) - by_sample.keys():
-                raise UserError(f"{where}.detection.{kind}: no {', '.join(sorted(missing))}")
-    else:
-        for kind, shares in told["shares"].items():
-            for one in (shares, *shares["layers"]):
-                if missing := set(CLASSES) - one["shares"].keys():
-                    raise UserError(f"{where}.shares.{kind}: no {', '.join(sorted(missing))}")
+def _as_json(held: Mapping[str, Any], path: Path) -> bytes:
+    try:
+        text = json.dumps(held, indent=1, ensure_ascii=False, allow_nan=False)
+        return f"{text}\n".encode()
+    except ValueError as error:  # half of a pair of surrogates, or a number that is infinite
+        raise UserError(f"{path}: a value that cannot be written: {error}") from None
 
 
 def _collected(store: Store) -> str:
@@ -162,21 +127,24 @@ def write_judgements(store: Store, judge: str, part: Part, result: Mapping[str, 
     """Write what a judge said, beside what it and others said before, as JSON, tables and plots.
 
     Raises:
+        UserError: what is there cannot be read.
         RunError: the folder cannot be written.
     """
     held = read_judgements(store)
     held["judges"].setdefault(judge, {})[part] = {"collected": _collected(store), **result}
     held["judges"] = dict(sorted(held["judges"].items()))
+    # All of it is made before any of it is replaced.
+    content, text = _as_json(held, store.folder / JSON), as_markdown(tables(held))
+    drawn = figures(held)
     with disk_errors(store.folder):
         with replacing(store.folder / JSON) as staged:
-            text = json.dumps(held, indent=1, ensure_ascii=False, allow_nan=False)
-            staged.write_text(text + "\n", encoding="utf-8")
+            staged.write_bytes(content)
         with replacing(store.folder / TEXT) as staged:
-            staged.write_text(as_markdown(tables(held)), encoding="utf-8")
+            staged.write_text(text, encoding="utf-8")
         with replacing(store.folder / PLOTS) as staged:
             staged.mkdir()
-            for figure in figures(held):
-                write_png(figure, staged / f"{figure.key}.png")
+            for figure in drawn:
+                write_png(figure, inside(staged, f"{figure.key}.png", source=JSON))
 
 
 # --- as tables ------------------------------------------------------------------------------------
@@ -221,11 +189,11 @@ def _classes(judge: str, result: Mapping[str, Any]) -> list[Table]:
             [
                 str(where),
                 f"{some['units']:,}",
-                *(shown(i, percent) for i in some["shares"].values()),
+                *(shown(some["shares"][name], percent) for name in class_names()),
             ]
             for where, some in [("all", told), *enumerate(told["layers"])]
         ]
-        head = ["layer", "n", *told["shares"]]
+        head = ["layer", "n", *class_names()]
         note = f"Shares of units; intervals of {percent(result['level'])} over them."
         found.append(Table(f"Classes by {judge}: {NAMES[kind][0]}", head, rows, note))
     return found
@@ -235,10 +203,19 @@ def _classes(judge: str, result: Mapping[str, Any]) -> list[Table]:
 
 
 def figures(held: Mapping[str, Any]) -> list[Figure]:
-    """Plots of everything in ``judgements.json``: by layer, adapter beside neurons."""
+    """Plots of everything in ``judgements.json``: by layer, adapter beside neurons.
+
+    What has a value of no layer has no line, and a plot without lines is none.
+    """
+    found = [replace(one, series=[s for s in one.series if s.x]) for one in _figures(held)]
+    return [figure for figure in found if figure.series]
+
+
+def _figures(held: Mapping[str, Any]) -> list[Figure]:
     found = []
+    names = file_names(held["judges"])
     for judge, parts in held["judges"].items():
-        name = _file_name(judge)
+        name = names[judge]
         for sample in parts.get("described", {}).get("settings", {}).get("samples", ()):
             told = {k: by[sample] for k, by in parts["described"]["detection"].items()}
             series = [
@@ -259,12 +236,21 @@ def figures(held: Mapping[str, Any]) -> list[Figure]:
     return found
 
 
-def _file_name(judge: str) -> str:
-    """A judge's name as a part of the name of a file; a long one is cut, its digest added."""
-    name = "".join(c if c.isalnum() or c in "._-" else "-" for c in judge)
-    short = name.encode()[:80].decode(errors="ignore")
-    digest_of = hashlib.sha256(judge.encode()).hexdigest()
-    return name if name == short else f"{short}-{digest_of[:8]}"
+def file_names(judges: Iterable[str]) -> dict[str, str]:
+    """What each judge is called in the names of files: short, plain, and no two alike.
+
+    Example:
+        >>> file_names(["m-1", "m/1"])
+        {'m-1': 'm-1', 'm/1': 'm-1-0b203ec7'}
+    """
+    names: dict[str, str] = {}
+    for judge in judges:
+        plain = "".join(c if c.isalnum() or c in "._-" else "-" for c in judge)
+        short = plain.encode()[:_NAME_BYTES].decode(errors="ignore")
+        if short != plain or short in names.values():
+            short = f"{short}-{hashlib.sha256(judge.encode()).hexdigest()[:8]}"
+        names[judge] = short
+    return names
 
 
 def _series(kind: str, values: Sequence[Interval]) -> Series:

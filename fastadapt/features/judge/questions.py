@@ -60,6 +60,20 @@ CLASSES: dict[str, tuple[str, ...]] = {
 }
 
 
+def class_names() -> list[str]:
+    """``class`` and ``class: subclass``, as shares of units are listed.
+
+    Example:
+        >>> class_names()[:3]
+        ['language', 'domain', 'domain: math']
+    """
+    return [
+        name if subclass is None else f"{name}: {subclass}"
+        for name, subclasses in CLASSES.items()
+        for subclass in (None, *subclasses)
+    ]
+
+
 @dataclass(frozen=True)
 class Class:
     """A class, its subclass where it has some, and why, in the judge's words."""

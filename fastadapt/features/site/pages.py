@@ -27,8 +27,9 @@ from fastadapt.features.site.columns import (
 )
 from fastadapt.features.site.shards import shard
 from fastadapt.features.store import Store
-from fastadapt.io.atomic import digest, half_filled, writing_folder
+from fastadapt.io.atomic import digest_of_input, half_filled, writing_folder
 from fastadapt.io.documents import DocumentError, read_json
+from fastadapt.io.names import has_file, typed_path
 from fastadapt.page_style import STYLE
 
 SITE = "site"
@@ -71,8 +72,9 @@ def export(
     shapes = {kind: store.shape(kind) for kind in chosen}
     if not chosen:
         raise UserError(f"kinds: expected some of {', '.join(store.kinds)}, got none")
-    target = (store.folder / SITE if folder is None else Path(folder).expanduser()).resolve()
-    ours = half_filled(target) or (target / RECORD).is_file()
+    chosen_folder = store.folder / SITE if folder is None else typed_path(folder, "--output")
+    target = Path(os.path.realpath(chosen_folder))
+    ours = half_filled(target) or has_file(target / RECORD)
     if target.is_dir() and not ours and any(target.iterdir()):
         raise UserError(f"{target} is no site of features; give a folder that is new or empty")
     if target.exists() and not target.is_dir():
@@ -120,16 +122,9 @@ def stamp(store: Store, kinds: Sequence[Kind]) -> str:
     sha256.update((store.folder / MANIFEST).read_bytes())
     for kind in kinds:
         for table in JUDGED:
-            found = _digest(store.path(table, kind)) if store.has(table, kind) else None
+            found = digest_of_input(store.path(table, kind)) if store.has(table, kind) else None
             sha256.update(f"{kind} {table} {found}\n".encode())
     return sha256.hexdigest()[:32]
-
-
-def _digest(path: Path) -> tuple[int, str]:
-    try:
-        return digest(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def units_per_shard(n_features: int, layers: int) -> int:

@@ -20,6 +20,7 @@ from threading import Event, Thread
 from fastadapt.errors import RunError, UserError
 from fastadapt.features.site.pages import RECORD, SITE, export, is_current
 from fastadapt.features.store import Store
+from fastadapt.io.names import has_file, typed_path
 
 HOST = "127.0.0.1"
 PORT = 8765
@@ -63,13 +64,14 @@ def serve(
     """
     server = listen(port)  # before an export of minutes, to fail early
     try:
-        if isinstance(source, Store) or not (Path(source).expanduser() / RECORD).is_file():
+        site = None if isinstance(source, Store) else typed_path(source, "store")
+        if site is None or not has_file(site / RECORD):
             store = source if isinstance(source, Store) else Store.open(source)
             folder = store.folder / SITE
             if not is_current(store, folder) and not export(store, progress=progress, stop=stop):
                 return
         else:
-            folder = Path(source).expanduser()
+            folder = site
         server.folder = folder.resolve()
         if stop is not None:
             Thread(target=_end_with, args=(server, stop), daemon=True).start()
