@@ -136,10 +136,11 @@ def test_a_target_that_no_folder_can_be_is_told(folder: Path, tmp_path: Path, ta
     card = json.loads((folder / "fastadapt.json").read_text())
     card["metadata"] = {"target": target, "base": "organism/base"}
     (folder / "fastadapt.json").write_text(json.dumps(card))
-    with pytest.raises(UserError, match=r"model .* cannot be loaded"):
+    impossible = r"model .* cannot be loaded|expected a path|no home folder"
+    with pytest.raises(UserError, match=impossible):
         convert(str(folder), str(tmp_path / "out"))
     for typed in ("a\0b", "\ud800", "x" * 5000):
-        with pytest.raises(UserError, match=r"model .* cannot be loaded"):
+        with pytest.raises(UserError, match=impossible):
             convert(str(folder), str(tmp_path / "out"), target=typed)
 
 

@@ -395,8 +395,8 @@ def test_a_hash_is_taken_once_and_again_after_a_change(
     from fastadapt.features import store as module
 
     read: list[Path] = []
-    real = module.digest
-    monkeypatch.setattr(module, "digest", lambda path: read.append(path) or real(path))
+    real = module.digest_of_input
+    monkeypatch.setattr(module, "digest_of_input", lambda path: read.append(path) or real(path))
     store = Store.open(folder)
     store.read("lens", layer=0)
     assert not read

@@ -235,6 +235,8 @@ def test_a_file_without_permission_says_so(rows, write_jsonl, monkeypatch):
     def refuse(*_):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
 
-    monkeypatch.setattr(Path, "open", refuse)  # chmod does not hold back root
+    monkeypatch.setattr(
+        "fastadapt.data.sources.open_regular", refuse
+    )  # chmod does not hold back root
     with pytest.raises(UserError, match="cannot be read: Permission denied"):
         read(path)
