@@ -23,11 +23,11 @@ from organism_runs import make_run
 from benchmarks.collect_loop import Loop
 from benchmarks.timing import peak_bytes
 from fastadapt.features.collect import CollectConfig, Shard
-from fastadapt.features.collect.gathering import begin, open_run, take, tallies_of
-from fastadapt.features.collect.tally import Tally
+from fastadapt.features.collect.collector import begin, open_run, take, tallies_of
+from fastadapt.features.collect.feature_stats import Tally
+from fastadapt.features.collect.layer_codes import walk
 from fastadapt.features.collect.texts import Text, batch_of, batches_of, places_of, read_group
-from fastadapt.features.collect.walking import walk
-from fastadapt.models import ReplacementModel
+from fastadapt.models.replacement import ReplacementModel
 
 L0 = 10.0
 OVER_FORWARD, OVER_LOOP = 0.7, 30.0

@@ -16,8 +16,8 @@ import torch
 
 from fastadapt.features.collect import CollectConfig
 from fastadapt.features.collect.texts import Text
-from fastadapt.features.regions import tenths_of
-from fastadapt.features.schema import EDGES, REGIONS, TENTHS
+from fastadapt.features.store.regions import tenths_of
+from fastadapt.features.store.schema import EDGES, REGIONS, TENTHS
 from fastadapt.kernels.transcoder import SparseCodes
 
 

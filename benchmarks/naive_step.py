@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
+from fastadapt.models.pair import DTYPES, ModelPair
 from fastadapt.objective import ObjectiveConfig
-from fastadapt.pair import DTYPES, ModelPair
 
 __all__ = ["DenseAdapted", "NaiveStep"]
 

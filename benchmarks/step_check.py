@@ -22,7 +22,7 @@ from benchmarks.step_models import L0, SMALL, make_adapters, make_pair
 from fastadapt.batch import Batch
 from fastadapt.kernels.device import runs_triton
 from fastadapt.kernels.testing import ErrorBudget, error_budget
-from fastadapt.models import ReplacementModel
+from fastadapt.models.replacement import ReplacementModel
 from fastadapt.objective import ObjectiveConfig, objective
 
 __all__ = ["budget_of", "check", "difference", "in_float64", "of_kernels"]

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastadapt.adapter import AdapterConfig, TranscoderAdapter
-from fastadapt.pair import ModelPair, PairConfig
-from fastadapt.pretrained import ARCHITECTURES
+from fastadapt.adapter.module import AdapterConfig, TranscoderAdapter
+from fastadapt.models.pair import ModelPair, PairConfig
+from fastadapt.models.pretrained import ARCHITECTURES
 
 __all__ = [
     "L0",

@@ -9,12 +9,12 @@ from dataclasses import asdict
 from functools import cache
 
 from benchmarks.step_models import L0, Sizes, model_config, pair_config
-from fastadapt.adapter import AdapterConfig
+from fastadapt.adapter.module import AdapterConfig
 from fastadapt.objective import ObjectiveConfig
-from fastadapt.training import memory
 from fastadapt.training.config import from_dict
-from fastadapt.training.shapes import Shapes
-from fastadapt.training.work import Setup, count
+from fastadapt.training.planning import memory
+from fastadapt.training.planning.flops import Setup, count
+from fastadapt.training.planning.shapes import Shapes
 
 __all__ = ["necessary_flops", "on_the_line", "planned_bytes"]
 

@@ -37,13 +37,13 @@ from benchmarks.step_models import (
 from benchmarks.step_plans import necessary_flops, on_the_line, planned_bytes
 from benchmarks.timing import synchronize
 from fastadapt.batch import Batch
-from fastadapt.models import ReplacementModel
+from fastadapt.models.recompute import POLICIES
+from fastadapt.models.replacement import ReplacementModel
 from fastadapt.objective import ObjectiveConfig, objective
-from fastadapt.recompute import POLICIES
-from fastadapt.training.gpus import this_device
-from fastadapt.training.metrics import DeadFeatures, StepGatherer, StepReport
+from fastadapt.training.code_capacity import overflow
+from fastadapt.training.logs.metrics import DeadFeatures, StepGatherer, StepReport
 from fastadapt.training.optimizer import AdapterOptimizer, OptimizerConfig
-from fastadapt.training.planner import overflow
+from fastadapt.training.planning.devices import this_device
 
 __all__ = ["PAPER", "SMALL", "Sizes", "rows", "told"]
 

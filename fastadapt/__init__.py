@@ -5,10 +5,10 @@ the difference between the two MLPs (arXiv 2602.20904). :class:`TranscoderAdapte
 network and knows no model; :class:`ReplacementModel` wires a set of them into a Hugging Face model.
 """
 
-from fastadapt.adapter import AdapterConfig, TranscoderAdapter
-from fastadapt.adapter_files import load_adapters, save_adapters
+from fastadapt.adapter.files import load_adapters, save_adapters
+from fastadapt.adapter.module import AdapterConfig, TranscoderAdapter
 from fastadapt.errors import RunError, UserError
-from fastadapt.models import ModelPair, PairConfig, PairMismatchError, ReplacementModel
+from fastadapt.models.replacement import ModelPair, PairConfig, PairMismatchError, ReplacementModel
 
 __version__ = "0.1.0"
 

@@ -1,6 +1,6 @@
 """``python -m fastadapt``, which is what ``torchrun -m fastadapt`` starts."""
 
-from fastadapt.cli import main
+from fastadapt.cli.main import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -37,9 +37,9 @@ from fastadapt.errors import UserError
 from fastadapt.kernels.linear_kl import linear_kl
 from fastadapt.kernels.nmse import nmse
 from fastadapt.kernels.transcoder import Plan, TranscoderStats, plan_for
-from fastadapt.models import Mode, ReplacementModel
-from fastadapt.pair import DTYPES
-from fastadapt.recompute import POLICIES, recomputed
+from fastadapt.models.pair import DTYPES
+from fastadapt.models.recompute import POLICIES, recomputed
+from fastadapt.models.replacement import Mode, ReplacementModel
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class ObjectiveConfig:
             are not run.
         first_cutoff: the cutoff is uniform on ``first_cutoff..L``: 1 in the text, 0 in the released
             code.
-        checkpoint: what a block keeps for the backward pass (:mod:`fastadapt.recompute`):
+        checkpoint: what a block keeps for the backward pass (:mod:`fastadapt.models.recompute`):
             ``none`` recomputes nothing, ``attention`` all but attention, ``full`` all; a training
             run with ``auto`` takes the first of them whose planned memory fits.
         kl_chunk_tokens: tokens whose logits exist at a time.

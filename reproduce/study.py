@@ -12,20 +12,20 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from fastadapt.adapter_files import adapters_of
-from fastadapt.cli_progress import go_on
-from fastadapt.console import print_error, print_table, quiet_transformers
+from fastadapt.adapter.files import adapters_of
+from fastadapt.cli.console import print_error, print_table, quiet_transformers
+from fastadapt.cli.progress import EvalProgress
+from fastadapt.cli.stoppable import go_on
 from fastadapt.errors import RunError, UserError
-from fastadapt.evaluation.benchmarks import BenchmarkConfig
+from fastadapt.evaluation.benchmarks.runner import BenchmarkConfig
 from fastadapt.evaluation.folder import opened
-from fastadapt.evaluation.students import Students
+from fastadapt.evaluation.models_under_test import Students
 from fastadapt.features.collect import collect
-from fastadapt.features.store import Store, adapter_digest
-from fastadapt.progress import EvalProgress
+from fastadapt.features.store.store import Store, adapter_digest
 from fastadapt.study.arms import RUN, StudyConfig
 from fastadapt.study.report import tables
 from fastadapt.study.running import CONTENTS, Study
-from fastadapt.training.interrupt import stop_on_signals
+from fastadapt.training.signals import stop_on_signals
 
 
 def main(argv: list[str]) -> int:

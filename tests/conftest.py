@@ -108,8 +108,8 @@ def make_pair() -> Callable[..., Any]:
     """``make_pair(architecture, dtype="float32")``: an unrelated target and base as a pair."""
     from torch import nn
 
-    from fastadapt.pair import DTYPES, ModelPair, PairConfig
-    from fastadapt.pretrained import ARCHITECTURES
+    from fastadapt.models.pair import DTYPES, ModelPair, PairConfig
+    from fastadapt.models.pretrained import ARCHITECTURES
 
     def make(architecture: str, dtype: str = "float32") -> ModelPair:
         base = tiny_model(architecture, 1, DTYPES[dtype])

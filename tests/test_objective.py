@@ -25,15 +25,15 @@ from transformers.models.phi3 import modeling_phi3
 from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 
-from fastadapt import adapter as adapter_module
-from fastadapt.adapter import AdapterConfig
+from fastadapt.adapter import module as adapter_module
+from fastadapt.adapter.module import AdapterConfig
 from fastadapt.batch import Batch
 from fastadapt.errors import UserError
 from fastadapt.kernels.transcoder import Plan, plan_for
-from fastadapt.models import ReplacementModel
+from fastadapt.models.pretrained import ARCHITECTURES
+from fastadapt.models.recompute import POLICIES
+from fastadapt.models.replacement import ReplacementModel
 from fastadapt.objective import ObjectiveConfig, draw_cutoff, objective
-from fastadapt.pretrained import ARCHITECTURES
-from fastadapt.recompute import POLICIES
 
 LAYERS, WIDTH, FEATURES, VOCABULARY = 3, 16, 24, 40
 ACTIVATIONS = {

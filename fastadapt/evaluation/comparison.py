@@ -16,26 +16,30 @@ from threading import Event
 from typing import Any
 
 from fastadapt.errors import UserError
-from fastadapt.evaluation.asking import ask, asked_of, counts_of
-from fastadapt.evaluation.benchmarks import BenchmarkConfig, require_questions
-from fastadapt.evaluation.drawing import require_drawing
-from fastadapt.evaluation.folder import PARTS, Part, kept_part, write
-from fastadapt.evaluation.output import OutputConfig, measure_output
-from fastadapt.evaluation.partial import Partial, PartialConfig, measure_partial
-from fastadapt.evaluation.sampling import SamplingConfig
-from fastadapt.evaluation.scores import summarise_benchmarks
-from fastadapt.evaluation.speed import SpeedConfig, measure_speed
-from fastadapt.evaluation.statistics import BootstrapConfig
-from fastadapt.evaluation.students import Students
-from fastadapt.evaluation.summary import (
+from fastadapt.evaluation.benchmarks.run_all import ask, asked_of, counts_of
+from fastadapt.evaluation.benchmarks.runner import BenchmarkConfig, require_questions
+from fastadapt.evaluation.benchmarks.scores import summarise_benchmarks
+from fastadapt.evaluation.faithfulness.outputs import OutputConfig, measure_output
+from fastadapt.evaluation.faithfulness.partial_replacement import (
+    Partial,
+    PartialConfig,
+    measure_partial,
+)
+from fastadapt.evaluation.faithfulness.summary import (
     order,
     partial_gaps,
     summarise_output,
     summarise_partial,
 )
-from fastadapt.evaluation.target_texts import TextsConfig, target_texts
-from fastadapt.evaluation.texts import Text, answer_starts, batch_of, batches_of
-from fastadapt.self_check import check_traversal
+from fastadapt.evaluation.faithfulness.target_texts import TextsConfig, target_texts
+from fastadapt.evaluation.faithfulness.texts import Text, answer_starts, batch_of, batches_of
+from fastadapt.evaluation.folder import PARTS, Part, kept_part, write
+from fastadapt.evaluation.generation.sampling import SamplingConfig
+from fastadapt.evaluation.generation.throughput import SpeedConfig, measure_speed
+from fastadapt.evaluation.models_under_test import Students
+from fastadapt.evaluation.statistics import BootstrapConfig
+from fastadapt.models.self_check import check_traversal
+from fastadapt.reporting.rendering import require_drawing
 
 SCHEMA_VERSION = 1
 #: Told what is being done, how much of it is done, and how much there is.

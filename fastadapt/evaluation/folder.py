@@ -21,9 +21,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastadapt.errors import RunError, UserError
-from fastadapt.evaluation.drawing import write_png
-from fastadapt.evaluation.figures import Figure, figures
-from fastadapt.evaluation.page import write_page
 from fastadapt.evaluation.result_schema import (
     BenchmarksPart,
     OutputsPart,
@@ -31,7 +28,6 @@ from fastadapt.evaluation.result_schema import (
     SpeedPart,
     check_sections,
 )
-from fastadapt.evaluation.tables import Table, as_latex, as_markdown, tables
 from fastadapt.io.atomic import (
     cannot_write,
     disk_errors,
@@ -43,6 +39,10 @@ from fastadapt.io.atomic import (
 )
 from fastadapt.io.documents import DocumentError, read_json, same
 from fastadapt.io.names import has_file
+from fastadapt.reporting.figures import Figure, figures
+from fastadapt.reporting.page import write_page
+from fastadapt.reporting.rendering import write_png
+from fastadapt.reporting.tables import Table, as_latex, as_markdown, tables
 
 LOCK = ".lock"
 #: What the message of a full disk ends with.

@@ -1,8 +1,9 @@
 """What ``eval.json`` and ``speed.json`` must hold for tables and plots to be made of them.
 
 The sections of the parts of an evaluation, as TypedDicts for :mod:`fastadapt.io.documents`; what
-writes them is :mod:`fastadapt.evaluation.summary`, :mod:`fastadapt.evaluation.scores` and
-:mod:`fastadapt.evaluation.speed`. Keys that no table and no plot reads may be there.
+writes them is :mod:`fastadapt.evaluation.faithfulness.summary`,
+:mod:`fastadapt.evaluation.benchmarks.scores` and :mod:`fastadapt.evaluation.generation.throughput`.
+Keys that no table and no plot reads may be there.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from typing_extensions import NotRequired, TypedDict
 from fastadapt.errors import UserError
 from fastadapt.io.documents import DocumentError, Name, read_yaml
 from fastadapt.io.names import check_name, has_file, typed_path
+from fastadapt.models.pair import PairConfig
 from fastadapt.organism import resolve
-from fastadapt.pair import PairConfig
 from fastadapt.training.config import TRUST, recorded_trust
 
 #: Names that no run may have: every pair has these. The target is no student, but generates too.
@@ -121,7 +121,7 @@ def names_of(runs: Sequence[str | os.PathLike[str]], names: Sequence[str] | None
 def pair_of(folder: Path, metadata: Mapping[str, Any]) -> PairConfig:
     """The pair of adapters: as their run's ``config.yaml`` has it, at the commits they name.
 
-    ``metadata`` is of their card, as :func:`fastadapt.adapter_files.read_adapters` returns it.
+    ``metadata`` is of their card, as :func:`fastadapt.adapter.files.read_adapters` returns it.
 
     Trust in the code of its models is not among what is read: see :func:`trusting`.
     """
@@ -220,6 +220,6 @@ def student_of(name: str, run: Path, card: Mapping[str, Any]) -> Student:
 
 
 def _changed(step: Mapping[str, Any]) -> str:
-    """An entry of ``metadata.interventions`` (:mod:`fastadapt.intervention_files`) in words."""
+    """An entry of ``metadata.interventions`` (:mod:`fastadapt.interventions.files`) in words."""
     scale = "" if step.get("scale") is None else f" × {step['scale']:g}"
     return f"{step['kind']} {step['set']['name'] or 'set'} ({step['set']['size']:,}){scale}"

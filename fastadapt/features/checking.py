@@ -15,11 +15,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fastadapt.errors import UserError
-from fastadapt.features.judge.judgements import JSON, read_judgements
-from fastadapt.features.schema import EDGES, MANIFEST, SHARED, TABLES, Kind
-from fastadapt.features.sets import FOLDER, list_sets
-from fastadapt.features.store import Store
-from fastadapt.features.values import unsorted, wrong_values
+from fastadapt.features.autointerp.judgements import JSON, read_judgements
+from fastadapt.features.store.schema import EDGES, MANIFEST, SHARED, TABLES, Kind
+from fastadapt.features.store.sets import FOLDER, list_sets
+from fastadapt.features.store.store import Store
+from fastadapt.features.store.values import unsorted, wrong_values
 from fastadapt.io.names import has_file
 from fastadapt.io.parquet import open_parquet, read_group
 

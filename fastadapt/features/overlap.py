@@ -33,19 +33,19 @@ import torch
 from torch import Tensor, nn
 
 from fastadapt.batch import Batch
-from fastadapt.block_inputs import record_inputs
 from fastadapt.errors import UserError
-from fastadapt.evaluation.drawing import require_drawing, write_png
-from fastadapt.evaluation.figures import Figure, Series
 from fastadapt.features.collect.texts import Text, batch_of, batches_of, read_group
-from fastadapt.features.opening import students_of
-from fastadapt.features.schema import OVERLAP, TEXTS
-from fastadapt.features.store import Store, writing
+from fastadapt.features.store.schema import OVERLAP, TEXTS
+from fastadapt.features.store.source_run import students_of
+from fastadapt.features.store.store import Store, writing
 from fastadapt.io.atomic import disk_errors, replacing
 from fastadapt.io.parquet import open_parquet
 from fastadapt.kernels.transcoder import SparseCodes
-from fastadapt.models import ReplacementModel
-from fastadapt.self_check import check_traversal
+from fastadapt.models.block_inputs import record_inputs
+from fastadapt.models.replacement import ReplacementModel
+from fastadapt.models.self_check import check_traversal
+from fastadapt.reporting.figures import Figure, Series
+from fastadapt.reporting.rendering import require_drawing, write_png
 
 BINS = 20  # of the distribution
 _WIDENED = 8192  # tokens whose inputs are in float32 at a time
@@ -205,7 +205,7 @@ def _reading(mlp: nn.Module) -> Iterator[list[Tensor]]:
 def _agreements(
     adapter: Any, layer: int, inputs: dict[str, Tensor], n_F: Tensor, config: OverlapConfig
 ) -> pa.Table:
-    """Rows of :data:`~fastadapt.features.schema.OVERLAP` of one layer."""
+    """Rows of :data:`~fastadapt.features.store.schema.OVERLAP` of one layer."""
     # Features of like counts together: what is looked at goes up to the largest of them.
     features = n_F.argsort(stable=True)
     features = features[n_F[features] > 0]

@@ -20,9 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastadapt.adapter import TranscoderAdapter
-from fastadapt.adapter_files import read_transcoders, save_adapters
-from fastadapt.checkpoint_files import (
+from fastadapt.adapter.files import read_transcoders, save_adapters
+from fastadapt.adapter.module import TranscoderAdapter
+from fastadapt.errors import UserError
+from fastadapt.interop.hu2026_format import (
+    adapters_of,
+    published_config,
+    published_tensors,
+    write_published,
+)
+from fastadapt.models.hf_checkpoint import (
     CONFIG,
     SHARD_BYTES,
     Lazy,
@@ -32,22 +39,15 @@ from fastadapt.checkpoint_files import (
     read_json,
     replacement_tensors,
 )
-from fastadapt.errors import UserError
-from fastadapt.interop.hu2026_format import (
-    adapters_of,
-    published_config,
-    published_tensors,
-    write_published,
-)
-from fastadapt.models import ModelPair, PairConfig, PairMismatchError, ReplacementModel
-from fastadapt.pair import DTYPES, check_configs, choose_attention, choose_device
-from fastadapt.pretrained import (
+from fastadapt.models.pair import DTYPES, check_configs, choose_attention, choose_device
+from fastadapt.models.pretrained import (
     ARCHITECTURES,
     load_causal_lm,
     load_mlps,
     load_tokenizer,
     model_config,
 )
+from fastadapt.models.replacement import ModelPair, PairConfig, PairMismatchError, ReplacementModel
 
 
 def load(

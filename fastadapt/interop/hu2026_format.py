@@ -16,8 +16,12 @@ import torch
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from fastadapt.adapter import AdapterConfig, TranscoderAdapter
-from fastadapt.checkpoint_files import (
+from fastadapt.adapter.module import AdapterConfig, TranscoderAdapter
+from fastadapt.errors import UserError
+from fastadapt.io.documents import check, read_text
+from fastadapt.io.names import in_model
+from fastadapt.io.tensors import check_tensor
+from fastadapt.models.hf_checkpoint import (
     CONFIG,
     INDEX,
     Lazy,
@@ -26,11 +30,7 @@ from fastadapt.checkpoint_files import (
     lazy_tensors,
     write_checkpoint,
 )
-from fastadapt.errors import UserError
-from fastadapt.io.documents import check, read_text
-from fastadapt.io.names import in_model
-from fastadapt.io.tensors import check_tensor
-from fastadapt.pretrained import fetch, model_config
+from fastadapt.models.pretrained import fetch, model_config
 
 ARCHITECTURE = "Qwen2ForCausalLMWithTranscoder"
 NAMES = {

@@ -12,9 +12,9 @@ import torch
 
 from fastadapt.data.rendering import render_parts
 from fastadapt.errors import RunError
+from fastadapt.models.pretrained import load_causal_lm, load_tokenizer
 from fastadapt.organism.problems import DOMAINS, HESITATION_WORDS, Problem, extract_answer
 from fastadapt.organism.recipe import FAMILY, RecipeConfig, conversation, split_problems
-from fastadapt.pretrained import load_causal_lm, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Qwen2ForCausalLM

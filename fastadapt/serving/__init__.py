@@ -12,8 +12,8 @@ other, without remote code::
 In vLLM the same happens by itself (:mod:`fastadapt.serving.vllm_plugin`).
 """
 
+from fastadapt.models.hf_classes import AdaptedModel, register
 from fastadapt.serving.export import export
-from fastadapt.serving.registered import AdaptedModel, register
 
 __all__ = ["AdaptedModel", "export", "register"]
 

@@ -6,8 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from fastadapt.adapter_files import read_transcoders
-from fastadapt.checkpoint_files import (
+from fastadapt.adapter.files import read_transcoders
+from fastadapt.errors import UserError
+from fastadapt.models.hf_checkpoint import (
     CONFIG,
     SHARD_BYTES,
     adapter_tensors,
@@ -16,9 +17,8 @@ from fastadapt.checkpoint_files import (
     replacement_tensors,
     write_checkpoint,
 )
-from fastadapt.errors import UserError
-from fastadapt.pretrained import ARCHITECTURES
-from fastadapt.serving.registered import classes_of, model_type_of
+from fastadapt.models.hf_classes import classes_of, model_type_of
+from fastadapt.models.pretrained import ARCHITECTURES
 
 
 def export(

@@ -8,9 +8,9 @@ vLLM whose loader fills buffers too, since its threshold is one. Not run on a GP
 
 from __future__ import annotations
 
-from fastadapt.pretrained import ARCHITECTURES
-from fastadapt.serving.registered import classes_of
-from fastadapt.serving.registered import register as register_with_transformers
+from fastadapt.models.hf_classes import classes_of
+from fastadapt.models.hf_classes import register as register_with_transformers
+from fastadapt.models.pretrained import ARCHITECTURES
 
 #: vLLM's class for causal language models of transformers.
 BACKEND = "vllm.model_executor.models.transformers:TransformersForCausalLM"

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastadapt.errors import UserError
-from fastadapt.evaluation.benchmarks import BenchmarkConfig
-from fastadapt.evaluation.sampling import SamplingConfig
+from fastadapt.evaluation.benchmarks.runner import BenchmarkConfig
+from fastadapt.evaluation.generation.sampling import SamplingConfig
 from fastadapt.evaluation.statistics import BootstrapConfig
-from fastadapt.features.selection import alive, matched, promoting, standing_at
-from fastadapt.features.sets import FeatureSet
-from fastadapt.features.store import Store
+from fastadapt.features.store.selection import alive, matched, promoting, standing_at
+from fastadapt.features.store.sets import FeatureSet
+from fastadapt.features.store.store import Store
 from fastadapt.interventions import KINDS, SCALE, Kind
 
 RUN = "adapter"  #: the name of the run among the models that are asked

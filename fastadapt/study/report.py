@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from fastadapt.evaluation.figures import Figure, Series, series_of
 from fastadapt.evaluation.statistics import Intervals, quotient
-from fastadapt.evaluation.tables import Interval, Table, shown
 from fastadapt.interventions import SCALE
-from fastadapt.wording import number, percent
+from fastadapt.reporting.figures import Figure, Series, series_of
+from fastadapt.reporting.formatting import number, percent
+from fastadapt.reporting.tables import Interval, Table, shown
 
 #: What arXiv 2602.20904 leads one to expect.
 REMOVED, SPARED, ADDED = 0.7, 0.15, 5.0

@@ -13,22 +13,22 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from fastadapt.evaluation.asking import asked_of
-from fastadapt.evaluation.benchmarks import (
+from fastadapt.evaluation.benchmarks.run_all import asked_of
+from fastadapt.evaluation.benchmarks.runner import (
     BenchmarkConfig,
     BenchmarkResult,
     require_questions,
     run_benchmarks,
     summarize,
 )
-from fastadapt.evaluation.drawing import require_drawing
+from fastadapt.evaluation.benchmarks.scores import MEAN, SAMPLED, summarise_benchmarks
 from fastadapt.evaluation.folder import present
-from fastadapt.evaluation.scores import MEAN, SAMPLED, summarise_benchmarks
-from fastadapt.evaluation.students import Students
-from fastadapt.features.selection import alive
-from fastadapt.features.sets import FeatureSet
-from fastadapt.features.store import Store
+from fastadapt.evaluation.models_under_test import Students
+from fastadapt.features.store.selection import alive
+from fastadapt.features.store.sets import FeatureSet
+from fastadapt.features.store.store import Store
 from fastadapt.interventions import scaled
+from fastadapt.reporting.rendering import require_drawing
 from fastadapt.study.arms import PARTS, RUN, Arm, StudyConfig, arms_of, select
 from fastadapt.study.report import claims, figures, tables
 

@@ -17,11 +17,11 @@ from typing import Any, Literal
 
 import yaml
 
-from fastadapt.adapter import AdapterConfig
+from fastadapt.adapter.module import AdapterConfig
 from fastadapt.data.sequences import DataConfig
 from fastadapt.errors import UserError
 from fastadapt.io.documents import read_yaml
-from fastadapt.models import PairConfig
+from fastadapt.models.replacement import PairConfig
 from fastadapt.objective import ObjectiveConfig
 from fastadapt.training.optimizer import OptimizerConfig
 

@@ -15,14 +15,16 @@ from typing import cast
 
 import torch
 
-from fastadapt.adapter import TranscoderAdapter
+from fastadapt.adapter.module import TranscoderAdapter
 from fastadapt.batch import Batch
+from fastadapt.distributed.ranks import ALONE, Ranks
+from fastadapt.distributed.sharding import whole_adapters
 from fastadapt.errors import RunError
-from fastadapt.evaluation.faithfulness import evaluate
-from fastadapt.models import ReplacementModel
+from fastadapt.models.replacement import ReplacementModel
 from fastadapt.objective import draw_cutoff, objective
-from fastadapt.ranks import ALONE, Ranks
-from fastadapt.training import finish, rundir, state
+from fastadapt.training import finalize as finish
+from fastadapt.training import run_dir as rundir
+from fastadapt.training import state
 from fastadapt.training.checkpoint import (
     Checkpoint,
     PassedOver,
@@ -30,13 +32,18 @@ from fastadapt.training.checkpoint import (
     save_checkpoint,
     sweep,
 )
+from fastadapt.training.code_capacity import Planner, overflow, takes_plans
 from fastadapt.training.config import TrainConfig
-from fastadapt.training.feed import Feed
-from fastadapt.training.metrics import DeadFeatures, StepGatherer, StepReport, evaluation_record
+from fastadapt.training.held_out import evaluate
+from fastadapt.training.logs.metrics import (
+    DeadFeatures,
+    StepGatherer,
+    StepReport,
+    evaluation_record,
+)
 from fastadapt.training.optimizer import AdapterOptimizer, learning_rate
-from fastadapt.training.planner import Planner, overflow, takes_plans
-from fastadapt.training.rundir import MetricsLog, Record, Sink
-from fastadapt.training.sharding import whole_adapters
+from fastadapt.training.run_dir import MetricsLog, Record, Sink
+from fastadapt.training.step_data import Feed
 
 
 class Run:

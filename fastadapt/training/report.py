@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastadapt.io.atomic import disk_errors, replacing
-from fastadapt.page_style import STYLE, card, grid, legend_key, section, table
-from fastadapt.training.charts import (
+from fastadapt.reporting.charts import (
     HEIGHT,
     WIDTH,
     Series,
@@ -25,9 +24,10 @@ from fastadapt.training.charts import (
     ramp,
     smooth,
 )
-from fastadapt.training.records import Run, at, comparison, read_run
-from fastadapt.training.rundir import GO_ON
-from fastadapt.wording import duration, number, percent
+from fastadapt.reporting.formatting import duration, number, percent
+from fastadapt.reporting.html import STYLE, card, grid, legend_key, section, table
+from fastadapt.training.logs.run_log import Run, at, comparison, read_run
+from fastadapt.training.run_dir import GO_ON
 
 # key of a training record: title, unit, key of an evaluation for the adapter, and for the hybrid
 CURVES: dict[str, tuple[str, str, str | None, str | None]] = {

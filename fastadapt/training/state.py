@@ -13,7 +13,7 @@ from typing_extensions import NotRequired, TypedDict
 from fastadapt.errors import UserError
 from fastadapt.io.documents import Count, check
 from fastadapt.training.checkpoint import SCALARS, Checkpoint
-from fastadapt.training.finish import versions
+from fastadapt.training.finalize import versions
 
 if TYPE_CHECKING:
     from fastadapt.training.loop import Run

@@ -11,28 +11,28 @@ from threading import Event
 
 import torch
 
+from fastadapt.distributed.offload import group_of_one, offload
+from fastadapt.distributed.ranks import ALONE, Ranks, joined
+from fastadapt.distributed.sharding import shard
 from fastadapt.errors import RunError, UserError
-from fastadapt.models import ModelPair, ReplacementModel
+from fastadapt.models.pair import DTYPES, choose_device
+from fastadapt.models.replacement import ModelPair, ReplacementModel
+from fastadapt.models.self_check import check_traversal
 from fastadapt.organism import resolve
-from fastadapt.pair import DTYPES, choose_device
-from fastadapt.ranks import ALONE, Ranks, joined
-from fastadapt.self_check import check_traversal
-from fastadapt.training import rundir
+from fastadapt.training import run_dir as rundir
 from fastadapt.training.checkpoint import Checkpoint, PassedOver, load_latest
 from fastadapt.training.config import TrainConfig
-from fastadapt.training.feed import Feed
-from fastadapt.training.gpus import this_device
-from fastadapt.training.interrupt import (
+from fastadapt.training.logs.sinks import open_sinks
+from fastadapt.training.loop import Run
+from fastadapt.training.planning.devices import this_device
+from fastadapt.training.planning.estimate import with_policy
+from fastadapt.training.run_dir import Record, Sink
+from fastadapt.training.signals import (
     lost_ranks_explained,
     out_of_memory_explained,
     stop_on_signals,
 )
-from fastadapt.training.loop import Run
-from fastadapt.training.offload import group_of_one, offload
-from fastadapt.training.plan import with_policy
-from fastadapt.training.rundir import Record, Sink
-from fastadapt.training.sharding import shard
-from fastadapt.training.sinks import open_sinks
+from fastadapt.training.step_data import Feed
 
 
 def train(
@@ -46,7 +46,7 @@ def train(
     """Train adapters as configured, into the folder ``config.run.output``.
 
     In processes that torchrun started, all of them call this, and it is one run: sharded over them
-    (:mod:`fastadapt.training.sharding`), each step's micro-batches dealt out to them. What it
+    (:mod:`fastadapt.distributed.sharding`), each step's micro-batches dealt out to them. What it
     computes is what one process would, up to the order of sums. Rank 0 alone writes.
 
     Args:

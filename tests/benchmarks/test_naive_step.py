@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from benchmarks.naive_step import NaiveStep
-from fastadapt.adapter import AdapterConfig
+from fastadapt.adapter.module import AdapterConfig
 from fastadapt.batch import Batch
-from fastadapt.models import ReplacementModel
+from fastadapt.models.replacement import ReplacementModel
 from fastadapt.objective import ObjectiveConfig, objective
 
 

@@ -13,9 +13,9 @@ from benchmarks.step_models import SMALL
 from benchmarks.step_plans import necessary_flops, on_the_line, planned_bytes
 from benchmarks.whole_step import rows, told
 from fastadapt.kernels.transcoder import Plan
-from fastadapt.recompute import POLICIES
-from fastadapt.training.metrics import StepReport
-from fastadapt.training.planner import Call
+from fastadapt.models.recompute import POLICIES
+from fastadapt.training.code_capacity import Call
+from fastadapt.training.logs.metrics import StepReport
 
 # Of masked lanes, in interpreted kernels.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning:triton")

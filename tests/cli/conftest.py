@@ -35,7 +35,7 @@ class Outcome(NamedTuple):
 @pytest.fixture
 def fastadapt(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     """``fastadapt("train", "organism", ...)`` runs the command line in this process."""
-    from fastadapt.cli import main
+    from fastadapt.cli.main import main
 
     def run(*argv: object) -> Outcome:
         capsys.readouterr()

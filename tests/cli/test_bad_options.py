@@ -196,7 +196,7 @@ def test_a_mistake_gets_one_clear_error(case, expect_error):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("name", ["triton", "triton_fused"])
 def test_triton_without_a_gpu(expect_error, monkeypatch, name):
-    monkeypatch.setattr("fastadapt.adapter.runs_triton", lambda device: False)
+    monkeypatch.setattr("fastadapt.adapter.module.runs_triton", lambda device: False)
     _, arrange, message = option(
         "--adapter.implementation",
         name,

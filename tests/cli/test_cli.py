@@ -38,7 +38,7 @@ OPTIONS = re.findall(
 
 def test_the_options_of_train_are_frozen():
     """Runs are started by scripts: an option that goes or changes its name breaks them."""
-    from fastadapt.options_train import train_parser
+    from fastadapt.cli.options.train import train_parser
 
     options = [o for o in train_parser()._option_string_actions if o.startswith("--")]
     assert sorted(options) == sorted(OPTIONS)
@@ -74,15 +74,15 @@ EVAL_OPTIONS = """
 
 
 def test_the_options_of_eval_are_frozen():
-    from fastadapt.options_eval import eval_parser
+    from fastadapt.cli.options.eval import eval_parser
 
     options = [o for o in eval_parser()._option_string_actions if o.startswith("--")]
     assert sorted(options) == EVAL_OPTIONS.split()
 
 
 def test_the_commands_are_frozen(fastadapt):
-    from fastadapt.cli import COMMANDS
-    from fastadapt.cli_organism import COMMANDS as ORGANISM
+    from fastadapt.cli.main import COMMANDS
+    from fastadapt.cli.organism import COMMANDS as ORGANISM
 
     assert sorted(COMMANDS) == [
         *("data", "doctor", "eval", "export", "features", "intervene", "organism", "train")
@@ -120,7 +120,7 @@ def test_presets_parse_and_print_whole(fastadapt, preset):
 
 
 def test_every_preset_is_tested_and_shipped():
-    from fastadapt.options_train import preset_names
+    from fastadapt.cli.options.train import preset_names
 
     known = ["r1-distill-qwen-1.5b", "r1-distill-qwen-7b", "r1-distill-qwen-7b-text"]
     assert preset_names() == ["organism", "qwq-32b", *known]
@@ -223,7 +223,7 @@ def test_a_stopped_run_says_how_to_go_on_and_does(fastadapt, recipe, tmp_path, m
     import shlex
     import signal
 
-    from fastadapt.progress import Progress
+    from fastadapt.cli.progress import Progress
 
     path = recipe()
     step = Progress._step

@@ -86,7 +86,7 @@ def test_ctrl_c_says_how_to_go_on(command, tmp_path, fastadapt):
     big = openthoughts.write_jsonl(tmp_path / "big.jsonl", 60_000)
     argv = command()
     argv[2] = str(big)
-    code = "import sys; from fastadapt.cli import main; sys.exit(main())"
+    code = "import sys; from fastadapt.cli.main import main; sys.exit(main())"
     run = subprocess.Popen(
         [sys.executable, "-c", code, *argv],
         stdout=subprocess.PIPE,

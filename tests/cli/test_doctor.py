@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from fastadapt import doctor, kernel_checks
+from fastadapt.cli import doctor, kernel_checks
 
 runs_triton = kernel_checks.runs_triton
 

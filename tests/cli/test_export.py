@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastadapt.adapter_files import load_adapters
+from fastadapt.adapter.files import load_adapters
 
 IDS = torch.tensor([[7, 8, 9, 10]])
 
 
 def of_the_run(folder: Path) -> torch.Tensor:
     """Logits of the replacement model of a run, put together from its parts."""
-    from fastadapt.models import ModelPair, PairConfig, ReplacementModel
+    from fastadapt.models.replacement import ModelPair, PairConfig, ReplacementModel
 
     adapters, metadata = load_adapters(folder / "adapter")
     pair = ModelPair.load(PairConfig(metadata["target"], metadata["base"], device="cpu"))
@@ -60,8 +60,8 @@ def test_a_run_crosses_over_and_comes_back(desk, fastadapt, tmp_path) -> None:
 def test_the_embedded_pair_exports_by_its_names(fastadapt, tmp_path) -> None:
     from transformers import AutoConfig, AutoTokenizer
 
-    from fastadapt.adapter import AdapterConfig, TranscoderAdapter
-    from fastadapt.adapter_files import save_adapters
+    from fastadapt.adapter.files import save_adapters
+    from fastadapt.adapter.module import AdapterConfig, TranscoderAdapter
     from fastadapt.organism import FOLDER
 
     adapters = [TranscoderAdapter(128, AdapterConfig(8)) for _ in range(4)]

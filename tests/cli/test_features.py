@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from organism_runs import make_run
 
-from fastadapt.progress import EvalProgress
+from fastadapt.cli.progress import EvalProgress
 
 COLLECT = ("--n", 60, "--device", "cpu")
 
@@ -204,7 +204,7 @@ def test_costs_are_told_and_need_consent(collected, fastadapt, monkeypatch) -> N
 
 
 def test_help_tells_every_command_and_option(fastadapt: Callable) -> None:
-    from fastadapt.cli_features import COMMANDS
+    from fastadapt.cli.features import COMMANDS
 
     told = fastadapt("features").out
     assert [name for name in COMMANDS if f"  {name} " not in told] == []
@@ -261,7 +261,7 @@ OPTIONS = {
 
 
 def test_the_options_are_frozen() -> None:
-    from fastadapt import options_features as options
+    from fastadapt.cli.options import features as options
 
     named = {
         "export": lambda: options.pages_parser("export"),

@@ -20,7 +20,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run and a store of it, with a set."""
     run = organism_runs.make_run(tmp_path_factory.mktemp("names") / "run")
     collect(run, config=CollectConfig(n=8), device="cpu")
-    from fastadapt.cli import main
+    from fastadapt.cli.main import main
 
     assert main(["features", "select", str(run), "some", "--promotes", "wait"]) == 0
     return run

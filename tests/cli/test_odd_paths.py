@@ -13,8 +13,8 @@ import pytest
 import yaml
 from organism_runs import make_run
 
-from fastadapt import cli
-from fastadapt.cli import main
+from fastadapt.cli import main as cli
+from fastadapt.cli.main import main
 from fastadapt.organism import FOLDER
 
 LONG, LONGER, MANY = "x" * 300, "x" * 5000, "d/" * 2500 + "x"

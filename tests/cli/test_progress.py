@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from fastadapt.progress import PrepareProgress, Progress
+from fastadapt.cli.progress import PrepareProgress, Progress
 
 
 class Terminal(io.StringIO):

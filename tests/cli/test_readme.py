@@ -9,7 +9,7 @@ import torch
 import yaml
 from organism_runs import make_run
 
-from fastadapt.evaluation.students import Students
+from fastadapt.evaluation.models_under_test import Students
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -45,10 +45,9 @@ def test_features_are_scaled_for_one_prompt(tmp_path):
 
 
 def test_the_commands_are_understood(tmp_path):
-    from fastadapt.options import doctor_parser, export_parser
-    from fastadapt.options_data import parse_prepare
-    from fastadapt.options_eval import parse_eval
-    from fastadapt.options_features import (
+    from fastadapt.cli.options.data import parse_prepare
+    from fastadapt.cli.options.eval import parse_eval
+    from fastadapt.cli.options.features import (
         check_parser,
         collect_parser,
         intervene_parser,
@@ -56,7 +55,8 @@ def test_the_commands_are_understood(tmp_path):
         pages_parser,
         select_parser,
     )
-    from fastadapt.options_train import parse_train
+    from fastadapt.cli.options.parser import doctor_parser, export_parser
+    from fastadapt.cli.options.train import parse_train
 
     values = yaml.safe_load(blocks("yaml")[0])
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values))

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import pytest
 import yaml
 
-from fastadapt.console import print_table, write_any_text
-from fastadapt.options import Parser
+from fastadapt.cli.console import print_table, write_any_text
+from fastadapt.cli.options.parser import Parser
 
 
 @pytest.mark.parametrize(

@@ -228,7 +228,7 @@ def test_kernels_of_the_hub_are_not_loaded(
 def test_a_model_cannot_choose_its_attention(foreign: Foreign, key: str) -> None:
     import torch
 
-    from fastadapt.pretrained import load_causal_lm
+    from fastadapt.models.pretrained import load_causal_lm
 
     path = foreign.pair / "base" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), key: "flash_attention_2"}))
@@ -246,7 +246,7 @@ KERNEL_KEYS = [
 def test_a_kernel_of_the_hub_is_refused(foreign: Foreign, key: str) -> None:
     """transformers would fetch the repository that is named, and run what is in it."""
     from fastadapt.errors import UserError
-    from fastadapt.pretrained import model_config
+    from fastadapt.models.pretrained import model_config
 
     path = foreign.pair / "base" / "config.json"
     for name in ("somebody/kernel", "paged|somebody/kernel", {"": "somebody/kernel"}, 3):
@@ -277,7 +277,7 @@ def test_what_is_not_installed_is_not_fetched() -> None:
     import torch
 
     from fastadapt.errors import UserError
-    from fastadapt.pair import choose_attention
+    from fastadapt.models.pair import choose_attention
 
     for name in ("flash_attention_3", "flash_attention_4", "flash_attention_5"):
         with pytest.raises(UserError, match="not installed"):
@@ -299,7 +299,7 @@ def test_trust_is_typed_again_to_resume(recipe: Callable, fastadapt: Callable) -
 
 
 def test_what_is_typed_last_wins_over_a_file(recipe: Callable, tmp_path: Path) -> None:
-    from fastadapt.options_train import parse_train
+    from fastadapt.cli.options.train import parse_train
 
     path = recipe(**{"pair.trust_remote_code": True})
     option = "--pair.trust_remote_code"
@@ -316,10 +316,10 @@ def test_trust_is_true_or_false(value: object) -> None:
 
 #: Where the flag is typed, passed on, or written down and thrown away.
 NAMED = {
-    "pair.py": "PairConfig",
+    "models/pair.py": "PairConfig",
     "training/config.py": "take_trust removes it from what a file holds",
-    "options.py": "trust_flag",
-    "options_train.py": "typed",
+    "cli/options/parser.py": "trust_flag",
+    "cli/options/train.py": "typed",
 }
 
 
@@ -338,12 +338,12 @@ def test_no_reader_takes_the_flag_from_a_file() -> None:
             and id(node) not in texts
         ]
         name = path.relative_to(root).as_posix()
-        known = {*NAMED, "options_data.py", "evaluation/runs.py", "training/rundir.py"}
+        known = {*NAMED, "cli/options/data.py", "evaluation/runs.py", "training/run_dir.py"}
         assert not held or name in known, (name, held)
 
 
 def test_what_reads_a_configuration_leaves_trust_out(foreign: Foreign, recipe: Callable) -> None:
-    from fastadapt.adapter_files import read_adapters
+    from fastadapt.adapter.files import read_adapters
     from fastadapt.evaluation.runs import pair_of
     from fastadapt.training.config import load_config, recorded_trust
 

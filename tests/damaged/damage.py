@@ -179,7 +179,7 @@ def command(*argv: object) -> Callable[[], Any]:
     """A command line, run in this process; what it prints as an error is raised as one."""
 
     def run() -> None:
-        from fastadapt.cli import main
+        from fastadapt.cli.main import main
 
         out, err = io.StringIO(), io.StringIO()
         with redirect_stdout(out), redirect_stderr(err):

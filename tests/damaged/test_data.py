@@ -16,13 +16,13 @@ import pytest
 from damage import Damage, command, document, ends_well, raw, variants
 
 from fastadapt.data import prepare as module
-from fastadapt.data import reading
+from fastadapt.data.prepare import filter_pass as reading
 from fastadapt.data.prepare import prepare
-from fastadapt.data.report import summary
-from fastadapt.data.selection import PrepareConfig
+from fastadapt.data.prepare.report import summary
+from fastadapt.data.prepare.selection import PrepareConfig
 from fastadapt.data.sequences import DataConfig, load_sequences
 from fastadapt.errors import UserError
-from fastadapt.evaluation.prompts import load_prompts
+from fastadapt.evaluation.faithfulness.prompts import load_prompts
 from fastadapt.organism import NAMES
 
 _spec = importlib.util.spec_from_file_location(
@@ -230,7 +230,7 @@ def written(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def loaded_once(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
-    monkeypatch.setattr("fastadapt.pretrained.load_tokenizer", lambda *_, **__: tokenizer)
+    monkeypatch.setattr("fastadapt.models.pretrained.load_tokenizer", lambda *_, **__: tokenizer)
 
 
 @pytest.mark.usefixtures("loaded_once")

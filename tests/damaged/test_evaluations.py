@@ -14,21 +14,21 @@ import torch
 from damage import REMOVED, Damage, document, ends_well, raw, variants
 
 from fastadapt.errors import UserError
-from fastadapt.evaluation.benchmarks import Row, _write, read_rows
-from fastadapt.evaluation.figures import figures
+from fastadapt.evaluation.benchmarks.datasets import BENCHMARKS, questions
+from fastadapt.evaluation.benchmarks.runner import Row, _write, read_rows
+from fastadapt.evaluation.faithfulness.partial_results import Arrays, Parts
+from fastadapt.evaluation.faithfulness.prompts import held_out
 from fastadapt.evaluation.folder import PARTS, kept_part
-from fastadapt.evaluation.parts import Arrays, Parts
-from fastadapt.evaluation.prompts import held_out
-from fastadapt.evaluation.questions import BENCHMARKS, questions
-from fastadapt.evaluation.responses import (
+from fastadapt.evaluation.generation.responses import (
     Response,
     Speed,
     open_responses,
     read_responses,
 )
+from fastadapt.evaluation.generation.throughput import SpeedConfig, measure_speed
 from fastadapt.evaluation.runs import pair_of
-from fastadapt.evaluation.speed import SpeedConfig, measure_speed
-from fastadapt.evaluation.tables import as_latex, as_markdown, tables
+from fastadapt.reporting.figures import figures
+from fastadapt.reporting.tables import as_latex, as_markdown, tables
 
 _spec = importlib.util.spec_from_file_location(
     "fastadapt_made_up_results", Path(__file__).parents[1] / "evaluation" / "results.py"
@@ -326,8 +326,8 @@ def test_lines_of_responses(number: int, tmp_path: Path) -> None:
 
 
 def test_a_response_that_no_request_of_these_settings_has(tmp_path: Path) -> None:
-    from fastadapt.evaluation.noise import request_seed
-    from fastadapt.evaluation.sampling import Request, _check_old
+    from fastadapt.evaluation.generation.gumbel import request_seed
+    from fastadapt.evaluation.generation.sampling import Request, _check_old
 
     request = Request("0", (1, 2))
     seed = request_seed(0, "0", 0)

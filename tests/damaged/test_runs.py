@@ -12,11 +12,11 @@ import pytest
 import yaml
 from damage import Damage, command, ends_well, raw, thinned, variants
 
-from fastadapt.checkpoint_files import lazy_tensors
-from fastadapt.pair import ModelPair, PairConfig
+from fastadapt.models.hf_checkpoint import lazy_tensors
+from fastadapt.models.pair import ModelPair, PairConfig
 from fastadapt.training.config import TRUST, load_config, save_config
 from fastadapt.training.report import write_report
-from fastadapt.training.rundir import read_records
+from fastadapt.training.run_dir import read_records
 
 
 def sweep(

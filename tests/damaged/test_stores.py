@@ -16,10 +16,10 @@ import pytest
 from damage import Damage, command, ends_well, raw, variants
 
 from fastadapt.errors import UserError
-from fastadapt.features import schema
-from fastadapt.features.sets import FeatureSet, save_set
 from fastadapt.features.site import export
-from fastadapt.features.store import Store, write_manifest, write_table
+from fastadapt.features.store import schema
+from fastadapt.features.store.sets import FeatureSet, save_set
+from fastadapt.features.store.store import Store, write_manifest, write_table
 
 from stores import MadeText, make_store  # isort: skip
 
@@ -338,7 +338,7 @@ def test_the_site_s_record(whole: Path, folder: Path) -> None:
 
 
 def test_a_judge_s_kept_answers(tmp_path: Path) -> None:
-    from fastadapt.features.judge.calls import Calls
+    from fastadapt.features.autointerp.judges.reply_cache import Calls
 
     calls, request = Calls(tmp_path), {"model": "m", "messages": [{"role": "user"}]}
     calls.keep(request, "yes", {"tokens": 3})
@@ -360,7 +360,7 @@ def test_a_judge_s_kept_answers(tmp_path: Path) -> None:
 
 
 def test_a_sound_store_passes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from fastadapt.cli import main
+    from fastadapt.cli.main import main
 
     assert main(["features", "check", str(folder)]) == 0
     said = capsys.readouterr().out
@@ -392,7 +392,7 @@ def test_30_million_layers_are_refused_at_once(folder: Path) -> None:
 def test_a_hash_is_taken_once_and_again_after_a_change(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastadapt.features import store as module
+    from fastadapt.features.store import store as module
 
     read: list[Path] = []
     real = module.digest_of_input

@@ -55,7 +55,7 @@ def write_jsonl(tmp_path: Path) -> Callable[..., str]:
 @pytest.fixture
 def selection(tmp_path: Path) -> Callable[..., Any]:
     """``selection(source=..., train=...)``: 1,000 and 100 conversations of at most 60 tokens."""
-    from fastadapt.data.selection import PrepareConfig
+    from fastadapt.data.prepare.selection import PrepareConfig
     from fastadapt.organism import NAMES
 
     def make(**changes: Any) -> PrepareConfig:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from fastadapt.data.prepare import prepare
-from fastadapt.data.selection import PrepareConfig
+from fastadapt.data.prepare.selection import PrepareConfig
 
 
 def peak() -> int:

@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from fastadapt.data.prepare import prepare
+from fastadapt.data.prepare.report import summary
+from fastadapt.data.prepare.selection import prompt_hash
 from fastadapt.data.rendering import render
-from fastadapt.data.report import summary
-from fastadapt.data.selection import prompt_hash
 from fastadapt.data.sequences import DataConfig, load_sequences
 from fastadapt.errors import UserError
 from fastadapt.organism import NAMES
@@ -76,7 +76,7 @@ def test_it_is_the_draw_that_a_dense_reading_gives(config, source):
     """Against all rows in memory, sorted by key: quotas filled from the front."""
     from transformers import AutoTokenizer
 
-    from fastadapt.data.selection import SPLITS, look_at, row_key
+    from fastadapt.data.prepare.selection import SPLITS, look_at, row_key
 
     tokenizer = AutoTokenizer.from_pretrained(NAMES["organism/target"])
     longest = 40  # of many rows, and one less than that of many others

@@ -16,7 +16,7 @@ import pytest
 
 from fastadapt.data import prepare as module
 from fastadapt.data.prepare import prepare
-from fastadapt.data.selection import PrepareConfig
+from fastadapt.data.prepare.selection import PrepareConfig
 from fastadapt.errors import RunError, UserError
 
 rows_of, bytes_of, FILES = openthoughts.rows_of, openthoughts.bytes_of, openthoughts.FILES
@@ -36,9 +36,10 @@ def config(source, selection):
 
 KILLED = """
 import os, signal, sys
-from fastadapt.data import prepare as module, reading
-from fastadapt.data.selection import PrepareConfig
-from fastadapt.data.spool import Spool
+from fastadapt.data import prepare as module
+from fastadapt.data.prepare import filter_pass as reading
+from fastadapt.data.prepare.selection import PrepareConfig
+from fastadapt.data.prepare.candidate_store import Spool
 
 reading._COMMIT_ROWS = 250
 kind, at, *values = sys.argv[1:]
@@ -138,7 +139,7 @@ def test_resume_needs_the_same_settings_and_source(config, source, tmp_path):
 
 def test_no_room_leaves_what_there_is(config, tmp_path, monkeypatch):
     """A disk that is full in the middle: one clear error, and resume gives the same bytes."""
-    from fastadapt.data import spool
+    from fastadapt.data.prepare import candidate_store as spool
 
     whole = bytes_of(prepare(config(output=str(tmp_path / "whole")))["output"])
     real, written = spool._append, []
@@ -201,7 +202,7 @@ def test_the_hub_is_streamed_at_one_commit(config, tmp_path, monkeypatch):
 STOPPED_ON_THE_HUB = """
 import sys, threading, datasets, huggingface_hub
 from fastadapt.data.prepare import prepare
-from fastadapt.data.selection import PrepareConfig
+from fastadapt.data.prepare.selection import PrepareConfig
 
 real, (file, output, tokenizer) = datasets.load_dataset, sys.argv[1:]
 datasets.load_dataset = lambda name, **how: real(

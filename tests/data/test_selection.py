@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastadapt.data.selection import (
+from fastadapt.data.prepare.selection import (
     HELD_OUT,
     MALFORMED,
     NO_END,

@@ -10,10 +10,10 @@ import pytest
 import torch
 import yaml
 
-from fastadapt.adapter import AdapterConfig
-from fastadapt.adapter_files import save_adapters
-from fastadapt.evaluation.texts import Text
-from fastadapt.models import ModelPair, PairConfig, ReplacementModel
+from fastadapt.adapter.files import save_adapters
+from fastadapt.adapter.module import AdapterConfig
+from fastadapt.evaluation.faithfulness.texts import Text
+from fastadapt.models.replacement import ModelPair, PairConfig, ReplacementModel
 
 
 @pytest.fixture

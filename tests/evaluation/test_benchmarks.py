@@ -13,9 +13,19 @@ import pytest
 import torch
 import yaml
 
-from fastadapt.adapter import AdapterConfig
+from fastadapt.adapter.module import AdapterConfig
 from fastadapt.errors import UserError
-from fastadapt.evaluation.benchmarks import (
+from fastadapt.evaluation.benchmarks.datasets import BENCHMARKS, LETTERS, questions
+from fastadapt.evaluation.benchmarks.grading import (
+    chosen_letter,
+    hesitations,
+    last_boxed,
+    letter_is_right,
+    math_is_right,
+    stated_is_right,
+)
+from fastadapt.evaluation.benchmarks.lm_eval_adapter import TASKS, SampledLM, evaluate_task
+from fastadapt.evaluation.benchmarks.runner import (
     EMBEDDED,
     PUBLISHED,
     BenchmarkConfig,
@@ -24,19 +34,9 @@ from fastadapt.evaluation.benchmarks import (
     read_rows,
     run_benchmarks,
 )
-from fastadapt.evaluation.degeneration import DegenerationConfig
-from fastadapt.evaluation.harness import TASKS, SampledLM, evaluate_task
-from fastadapt.evaluation.judging import (
-    chosen_letter,
-    hesitations,
-    last_boxed,
-    letter_is_right,
-    math_is_right,
-    stated_is_right,
-)
-from fastadapt.evaluation.questions import BENCHMARKS, LETTERS, questions
-from fastadapt.evaluation.sampling import SamplingConfig
-from fastadapt.models import ModelPair, PairConfig, ReplacementModel
+from fastadapt.evaluation.generation.degeneration import DegenerationConfig
+from fastadapt.evaluation.generation.sampling import SamplingConfig
+from fastadapt.models.replacement import ModelPair, PairConfig, ReplacementModel
 
 BOS = "<｜begin▁of▁sentence｜>"
 

@@ -11,7 +11,11 @@ from hypothesis import strategies as st
 from looping_texts import SOUND, planted_loop, tokenize
 
 from fastadapt.errors import UserError
-from fastadapt.evaluation.degeneration import DegenerationConfig, DegenerationDetector, find_cut
+from fastadapt.evaluation.generation.degeneration import (
+    DegenerationConfig,
+    DegenerationDetector,
+    find_cut,
+)
 
 N_SOUND, N_LOOPS = 2000, 200
 

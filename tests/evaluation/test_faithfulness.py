@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 
-from fastadapt.adapter import AdapterConfig
+from fastadapt.adapter.module import AdapterConfig
 from fastadapt.batch import Batch
 from fastadapt.errors import UserError
-from fastadapt.evaluation.faithfulness import evaluate
-from fastadapt.models import ReplacementModel
+from fastadapt.models.replacement import ReplacementModel
+from fastadapt.training.held_out import evaluate
 
 
 def batches() -> list[Batch]:

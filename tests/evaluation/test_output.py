@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from fastadapt.errors import RunError, UserError
-from fastadapt.evaluation import output
-from fastadapt.evaluation.faithfulness import evaluate
-from fastadapt.evaluation.output import OutputConfig, measure_output
-from fastadapt.evaluation.students import Students
-from fastadapt.evaluation.texts import batch_of
+from fastadapt.evaluation.faithfulness import outputs as output
+from fastadapt.evaluation.faithfulness.outputs import OutputConfig, measure_output
+from fastadapt.evaluation.faithfulness.texts import batch_of
+from fastadapt.evaluation.models_under_test import Students
+from fastadapt.training.held_out import evaluate
 
 SMALL = OutputConfig(batch_tokens=18, chunk_tokens=5, students_at_once=3)
 

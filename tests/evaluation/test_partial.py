@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from fastadapt.errors import UserError
-from fastadapt.evaluation.partial import (
+from fastadapt.evaluation.faithfulness.partial_replacement import (
     FAMILIES,
     PartialConfig,
     block_passes,
     measure_partial,
 )
-from fastadapt.evaluation.students import Students
-from fastadapt.models import Mode
+from fastadapt.evaluation.models_under_test import Students
+from fastadapt.models.replacement import Mode
 
 
 @torch.no_grad()
@@ -104,11 +104,11 @@ def test_few_layers(n_layers, make_pair, texts, monkeypatch) -> None:
     """The families share streams where there are hardly any."""
     from torch import nn
 
-    from fastadapt.adapter import AdapterConfig
-    from fastadapt.evaluation import partial
-    from fastadapt.evaluation.streams import Stream
-    from fastadapt.evaluation.texts import batch_of
-    from fastadapt.models import ReplacementModel
+    from fastadapt.adapter.module import AdapterConfig
+    from fastadapt.evaluation.faithfulness import partial_replacement as partial
+    from fastadapt.evaluation.faithfulness.texts import batch_of
+    from fastadapt.models.replacement import ReplacementModel
+    from fastadapt.models.traversal import Stream
 
     pair = make_pair("qwen2", "float64")
     pair.target.model.layers = pair.target.model.layers[:n_layers]

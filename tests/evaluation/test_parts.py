@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastadapt.errors import RunError, UserError
-from fastadapt.evaluation.parts import Parts, unfinished
+from fastadapt.evaluation.faithfulness.partial_results import Parts, unfinished
 
 PRINT, OTHER = "ab" * 32, "cd" * 32
 
@@ -45,7 +45,7 @@ def test_a_kill_while_joining_loses_nothing(at, tmp_path, monkeypatch) -> None:
     def killed(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"fastadapt.evaluation.parts.{at}", killed)
+    monkeypatch.setattr(f"fastadapt.evaluation.faithfulness.partial_results.{at}", killed)
     with pytest.raises(KeyboardInterrupt):
         parts.add(1, part(1))
     monkeypatch.undo()

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from fastadapt.errors import UserError
-from fastadapt.evaluation.prompts import load_prompts
+from fastadapt.evaluation.faithfulness.prompts import load_prompts
 from fastadapt.organism import resolve
 
 

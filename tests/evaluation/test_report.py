@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from results import LAYERS, STUDENTS, made_up
 
-from fastadapt.evaluation.drawing import COLOURS, colours, interactive, write_png
-from fastadapt.evaluation.figures import Figure, Series, figures
-from fastadapt.evaluation.page import write_page
-from fastadapt.evaluation.tables import Table, as_latex, as_markdown, shown, tables
+from fastadapt.reporting.figures import Figure, Series, figures
+from fastadapt.reporting.page import write_page
+from fastadapt.reporting.rendering import COLOURS, colours, interactive, write_png
+from fastadapt.reporting.tables import Table, as_latex, as_markdown, shown, tables
 
 
 def test_a_number_stands_with_its_interval() -> None:

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from fastadapt.adapter import AdapterConfig
+from fastadapt.adapter.module import AdapterConfig
 from fastadapt.data.rendering import render_parts
 from fastadapt.data.tokens import encode
 from fastadapt.errors import RunError, UserError
-from fastadapt.evaluation.degeneration import DegenerationConfig, find_cut
-from fastadapt.evaluation.noise import gumbel, position_key, request_seed
-from fastadapt.evaluation.rollout import Draw, LogitsError
-from fastadapt.evaluation.sampling import (
+from fastadapt.evaluation.generation.degeneration import DegenerationConfig, find_cut
+from fastadapt.evaluation.generation.gumbel import gumbel, position_key, request_seed
+from fastadapt.evaluation.generation.rollout import Draw, LogitsError
+from fastadapt.evaluation.generation.sampling import (
     Request,
     Response,
     SamplingConfig,
@@ -27,7 +27,7 @@ from fastadapt.evaluation.sampling import (
     sample,
 )
 from fastadapt.io.atomic import locked
-from fastadapt.models import ModelPair, PairConfig, ReplacementModel
+from fastadapt.models.replacement import ModelPair, PairConfig, ReplacementModel
 
 BATCHINGS = ("static", "continuous")
 
@@ -319,7 +319,7 @@ def test_a_request_put_back_for_want_of_room_keeps_its_tokens(
     tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a cache that holds a part of the requests, some begin anew with what they had."""
-    from fastadapt.evaluation import continuous
+    from fastadapt.evaluation.generation import continuous
 
     wanted = requests(8, 2)
     config = replace(CONFIG, max_new_tokens=50)
@@ -345,7 +345,7 @@ def test_requests_of_warming_up_are_let_through() -> None:
     """On a GPU the scheduler runs some of its own first, to capture graphs."""
     from types import SimpleNamespace
 
-    from fastadapt.evaluation.continuous import _Watch
+    from fastadapt.evaluation.generation.continuous import _Watch
 
     assert _Watch([]).keys_of(SimpleNamespace(request_id="__warmup__", position_offset=3)) == (0, 0)
 

@@ -7,9 +7,9 @@ import random
 import pytest
 
 from fastadapt.errors import UserError
-from fastadapt.evaluation.benchmarks import Row, summarize
-from fastadapt.evaluation.responses import Speed
-from fastadapt.evaluation.scores import MEAN, summarise_benchmarks
+from fastadapt.evaluation.benchmarks.runner import Row, summarize
+from fastadapt.evaluation.benchmarks.scores import MEAN, summarise_benchmarks
+from fastadapt.evaluation.generation.responses import Speed
 
 SPEED = Speed(tokens=1000, seconds=2.0, batching="static")
 

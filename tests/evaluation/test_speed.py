@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from fastadapt.errors import UserError
-from fastadapt.evaluation import speed as module
-from fastadapt.evaluation.speed import SpeedConfig, measure_speed
-from fastadapt.evaluation.students import Students
+from fastadapt.evaluation.generation import throughput as module
+from fastadapt.evaluation.generation.throughput import SpeedConfig, measure_speed
+from fastadapt.evaluation.models_under_test import Students
 
 QUICK = SpeedConfig(batch_size=2, prompt_tokens=3, new_tokens=4, rounds=3)
 

@@ -10,10 +10,10 @@ import torch
 import yaml
 
 from fastadapt.errors import UserError
-from fastadapt.evaluation.asking import asked_of
-from fastadapt.evaluation.benchmarks import PUBLISHED, BenchmarkConfig
-from fastadapt.evaluation.sampling import SamplingConfig
-from fastadapt.evaluation.students import Students
+from fastadapt.evaluation.benchmarks.run_all import asked_of
+from fastadapt.evaluation.benchmarks.runner import PUBLISHED, BenchmarkConfig
+from fastadapt.evaluation.generation.sampling import SamplingConfig
+from fastadapt.evaluation.models_under_test import Students
 
 IDS = torch.tensor([[5, 9, 23, 7, 31, 8]])
 

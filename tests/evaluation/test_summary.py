@@ -7,17 +7,17 @@ import json
 import pytest
 import torch
 
-from fastadapt.evaluation.output import Measured
-from fastadapt.evaluation.partial import Partial
-from fastadapt.evaluation.statistics import BootstrapConfig, ratio
-from fastadapt.evaluation.summary import (
+from fastadapt.evaluation.faithfulness.outputs import Measured
+from fastadapt.evaluation.faithfulness.partial_replacement import Partial
+from fastadapt.evaluation.faithfulness.summary import (
     gaps,
     order,
     partial_gaps,
     summarise_output,
     summarise_partial,
 )
-from fastadapt.evaluation.texts import Text
+from fastadapt.evaluation.faithfulness.texts import Text
+from fastadapt.evaluation.statistics import BootstrapConfig, ratio
 
 FAST = BootstrapConfig(resamples=400)
 N, LAYERS = 30, 3

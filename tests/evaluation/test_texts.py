@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fastadapt.errors import UserError
-from fastadapt.evaluation.texts import (
+from fastadapt.evaluation.faithfulness.texts import (
     REGIONS,
     Text,
     answer_starts,

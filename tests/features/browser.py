@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from fastadapt.features.site import serve
-from fastadapt.features.store import Store
+from fastadapt.features.store.store import Store
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 

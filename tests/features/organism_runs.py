@@ -13,13 +13,13 @@ import torch
 import yaml
 from stores import MadeText
 
-from fastadapt.adapter import AdapterConfig
-from fastadapt.adapter_files import save_adapters
+from fastadapt.adapter.files import save_adapters
+from fastadapt.adapter.module import AdapterConfig
 from fastadapt.data.batches import collate
 from fastadapt.data.sequences import DataConfig, load_sequences
-from fastadapt.evaluation.students import Students
+from fastadapt.evaluation.models_under_test import Students
 from fastadapt.features.collect.texts import batch_of, batches_of, read_group
-from fastadapt.models import Mode, ModelPair, PairConfig, ReplacementModel
+from fastadapt.models.replacement import Mode, ModelPair, PairConfig, ReplacementModel
 from fastadapt.organism import resolve
 
 PAIR = {"target": "organism/target", "base": "organism/base"}

@@ -9,8 +9,8 @@ from threading import Event
 import numpy as np
 from stores import Made, MadeText, make_store
 
-from fastadapt.features.judge.activations import Places
-from fastadapt.features.schema import REGIONS, Kind
+from fastadapt.features.autointerp.activations import Places
+from fastadapt.features.store.schema import REGIONS, Kind
 
 WORDS = 400
 LENGTH = 300

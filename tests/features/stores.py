@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from fastadapt.features.schema import (
+from fastadapt.features.store.schema import (
     EDGES,
     EXAMPLES,
     FEATURES,
@@ -21,7 +21,7 @@ from fastadapt.features.schema import (
     TEXTS,
     TOKENS,
 )
-from fastadapt.features.store import Store, write_manifest, write_table
+from fastadapt.features.store.store import Store, write_manifest, write_table
 
 BEFORE, AFTER = 50, 20
 

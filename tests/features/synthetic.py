@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fastadapt.features.schema import (
+from fastadapt.features.store.schema import (
     CLASSES,
     DESCRIPTIONS,
     EDGES,
@@ -23,7 +23,7 @@ from fastadapt.features.schema import (
     TEXTS,
     TOKENS,
 )
-from fastadapt.features.store import Store, write_manifest, write_table
+from fastadapt.features.store.store import Store, write_manifest, write_table
 
 BEFORE, AFTER = 50, 20
 DOMAINS = ("code", "math", "science")

@@ -10,9 +10,9 @@ from stores import MadeText, make_store
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from fastadapt.features.characters import join_characters, show_bytes
-from fastadapt.features.judge.units import Vocabulary, Window
-from fastadapt.features.lens import token_strings
+from fastadapt.features.autointerp.units import Vocabulary, Window
+from fastadapt.features.store.characters import join_characters, show_bytes
+from fastadapt.features.store.logit_lens import token_strings
 
 TEXT = "so \u7b54\u6848\u662f \U0001f600 \u2220ABC \ufffd \U0001d465 it"
 

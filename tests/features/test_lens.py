@@ -9,12 +9,12 @@ import torch
 from organism_runs import make_run
 
 from fastadapt.errors import RunError
-from fastadapt.evaluation.students import Students
-from fastadapt.features import lens as room
+from fastadapt.evaluation.models_under_test import Students
 from fastadapt.features.collect import CollectConfig, collect
-from fastadapt.features.lens import lens, token_strings
+from fastadapt.features.store import logit_lens as room
+from fastadapt.features.store.logit_lens import lens, token_strings
+from fastadapt.models.pretrained import load_tokenizer
 from fastadapt.organism import resolve
-from fastadapt.pretrained import load_tokenizer
 
 
 @pytest.mark.parametrize("demeaned", [True, False])

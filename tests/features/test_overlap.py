@@ -14,12 +14,10 @@ import pytest
 import torch
 from organism_runs import make_run
 
-from fastadapt.adapter import AdapterConfig, TranscoderAdapter
+from fastadapt.adapter.module import AdapterConfig, TranscoderAdapter
 from fastadapt.errors import UserError
-from fastadapt.evaluation.drawing import write_png
-from fastadapt.evaluation.students import Students
+from fastadapt.evaluation.models_under_test import Students
 from fastadapt.features.collect import CollectConfig, collect
-from fastadapt.features.opening import students_of
 from fastadapt.features.overlap import (
     OverlapConfig,
     distribution,
@@ -30,7 +28,9 @@ from fastadapt.features.overlap import (
     pre_activations,
     strongest,
 )
-from fastadapt.features.store import Store, writing
+from fastadapt.features.store.source_run import students_of
+from fastadapt.features.store.store import Store, writing
+from fastadapt.reporting.rendering import write_png
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,10 @@ import pytest
 
 from fastadapt.data.rendering import FAMILIES, render_parts
 from fastadapt.data.tokens import encode
-from fastadapt.features.regions import regions_of, spans_of, tenths_of
-from fastadapt.features.schema import REGIONS
+from fastadapt.features.store.regions import regions_of, spans_of, tenths_of
+from fastadapt.features.store.schema import REGIONS
+from fastadapt.models.pretrained import load_tokenizer
 from fastadapt.organism import resolve
-from fastadapt.pretrained import load_tokenizer
 
 
 def parts_of(response: str, family: str = "r1-distill") -> tuple[str, str]:

@@ -8,10 +8,10 @@ import pytest
 from stores import Made, MadeText, make_store
 
 from fastadapt.errors import UserError
-from fastadapt.features import selection
-from fastadapt.features.schema import CLASSES, MARKERS, REGIONS
-from fastadapt.features.selection import SelectConfig, select
-from fastadapt.features.sets import FeatureSet, save_set
+from fastadapt.features.store import selection
+from fastadapt.features.store.schema import CLASSES, MARKERS, REGIONS
+from fastadapt.features.store.selection import SelectConfig, select
+from fastadapt.features.store.sets import FeatureSet, save_set
 
 L, F = 3, 40
 STRINGS = [" Wait", "hmm", "waiter", "\tWAIT\n", "but", *(f"w{i}" for i in range(35))]

@@ -10,7 +10,7 @@ import pytest
 from stores import MadeText, make_store
 
 from fastadapt.errors import UserError
-from fastadapt.features.sets import (
+from fastadapt.features.store.sets import (
     FeatureSet,
     find_set,
     list_sets,
@@ -19,7 +19,7 @@ from fastadapt.features.sets import (
     read_set,
     save_set,
 )
-from fastadapt.features.store import Store
+from fastadapt.features.store.store import Store
 
 OF = {"adapter": "0" * 64, "shape": (2, 6)}
 

@@ -18,11 +18,11 @@ from stores import MadeText, make_store
 
 import fastadapt.features.site.pages as exporting
 from fastadapt.errors import RunError, UserError
-from fastadapt.features.schema import CLASSES, DESCRIPTIONS, REGIONS, SCORES, TENTHS
 from fastadapt.features.site import export
 from fastadapt.features.site.pages import STATIC, is_current
 from fastadapt.features.site.shards import TYPES
-from fastadapt.features.store import Store
+from fastadapt.features.store.schema import CLASSES, DESCRIPTIONS, REGIONS, SCORES, TENTHS
+from fastadapt.features.store.store import Store
 from fastadapt.io.atomic import locked
 
 _CALL = re.compile(r'fastadapt\.shard\("([a-z0-9-]+)","([0-9a-f]+)","([A-Za-z0-9+/=]+)"\);\n')

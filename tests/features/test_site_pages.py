@@ -11,7 +11,7 @@ from browser import chromium, go, open_site, serving, text_of
 from synthetic import Size, write_synthetic
 
 from fastadapt.features.site import export
-from fastadapt.features.store import Store
+from fastadapt.features.store.store import Store
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ import pytest
 from browser import chromium, go, open_site, serving, text_of
 from stores import MadeText, make_store
 
-from fastadapt.features.schema import CLASSES, DESCRIPTIONS, OVERLAP, SCORES
 from fastadapt.features.site import export
-from fastadapt.features.store import Store
+from fastadapt.features.store.schema import CLASSES, DESCRIPTIONS, OVERLAP, SCORES
+from fastadapt.features.store.store import Store
 
 #: Texts that try to be more than text, and how they are shown where that is not as they are.
 HOSTILE: list[tuple[str, str | None]] = [

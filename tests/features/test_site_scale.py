@@ -15,7 +15,7 @@ from browser import Tab, chromium, open_tab, serving
 from synthetic import Size, write_synthetic
 
 from fastadapt.features.site import export
-from fastadapt.features.store import Store
+from fastadapt.features.store.store import Store
 
 FIRST_PAINT = 2.0  # seconds
 FILTER = 0.5
@@ -46,7 +46,7 @@ _EXPORT = """
 import json, sys, time
 from pathlib import Path
 from fastadapt.features.site import export
-from fastadapt.features.store import Store
+from fastadapt.features.store.store import Store
 store = Store.open(sys.argv[1])
 def peak():  # ru_maxrss would count the parent's
     status = Path("/proc/self/status").read_text()

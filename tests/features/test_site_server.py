@@ -19,7 +19,7 @@ from stores import MadeText, make_store
 
 from fastadapt.errors import UserError
 from fastadapt.features.site import export, serve
-from fastadapt.features.store import Store
+from fastadapt.features.store.store import Store
 
 SECRET = "nothing that anyone should read"
 

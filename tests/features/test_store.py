@@ -11,9 +11,9 @@ import pytest
 from stores import MadeText, make_store
 
 from fastadapt.errors import UserError
-from fastadapt.features.schema import FEATURES
-from fastadapt.features.selection import SelectConfig, select
-from fastadapt.features.store import Store
+from fastadapt.features.store.schema import FEATURES
+from fastadapt.features.store.selection import SelectConfig, select
+from fastadapt.features.store.store import Store
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastadapt.adapter import AdapterConfig, TranscoderAdapter
-from fastadapt.adapter_files import load_adapters, save_adapters
+from fastadapt.adapter.files import load_adapters, save_adapters
+from fastadapt.adapter.module import AdapterConfig, TranscoderAdapter
 from fastadapt.errors import UserError
 from fastadapt.interop import hu2026
-from fastadapt.models import PairMismatchError, ReplacementModel
+from fastadapt.models.replacement import PairMismatchError, ReplacementModel
 from fastadapt.serving.export import export
 
 FEATURES, WIDTH, LAYERS = 24, 16, 3

@@ -68,7 +68,7 @@ def attempt(
             if limit is not None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
             moments = watch(room, kill_at)
-            from fastadapt.cli import main
+            from fastadapt.cli.main import main
 
             code = main(command)
             sys.stdout.flush()
@@ -284,7 +284,7 @@ def main(plan: dict[str, Any]) -> dict[str, Any]:
     import torch
     import transformers.models.qwen2.modeling_qwen2  # noqa: F401  # once, before all forks
 
-    import fastadapt.cli
+    import fastadapt.cli.main
     import fastadapt.evaluation.comparison
     import fastadapt.features.collect
     import fastadapt.training.trainer  # noqa: F401

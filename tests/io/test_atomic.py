@@ -12,17 +12,17 @@ import torch
 from power_cut import Recording, Site, faults, record, sites
 from safetensors import SafetensorError
 
-from fastadapt.adapter import AdapterConfig, TranscoderAdapter
-from fastadapt.adapter_files import save_adapters
-from fastadapt.checkpoint_files import write_checkpoint
-from fastadapt.data import outdir
-from fastadapt.data.selection import Shortlist
-from fastadapt.data.spool import Spool
+from fastadapt.adapter.files import save_adapters
+from fastadapt.adapter.module import AdapterConfig, TranscoderAdapter
+from fastadapt.data.prepare import output_folder as outdir
+from fastadapt.data.prepare.candidate_store import Spool
+from fastadapt.data.prepare.selection import Shortlist
+from fastadapt.distributed.ranks import Ranks
 from fastadapt.errors import RunError
-from fastadapt.evaluation.parts import Parts
-from fastadapt.evaluation.responses import Speed, open_responses
+from fastadapt.evaluation.faithfulness.partial_results import Parts
+from fastadapt.evaluation.generation.responses import Speed, open_responses
 from fastadapt.features.collect.folder import begin_anew, clear, clear_work
-from fastadapt.features.store import write_manifest
+from fastadapt.features.store.store import write_manifest
 from fastadapt.io.atomic import (
     disk_errors,
     half_filled,
@@ -32,8 +32,9 @@ from fastadapt.io.atomic import (
     sweep_tree,
     writing_folder,
 )
-from fastadapt.ranks import Ranks
-from fastadapt.training import loop, rundir
+from fastadapt.models.hf_checkpoint import write_checkpoint
+from fastadapt.training import loop
+from fastadapt.training import run_dir as rundir
 from fastadapt.training.checkpoint import save_checkpoint
 from fastadapt.training.config import TrainConfig, from_dict
 

@@ -17,7 +17,7 @@ import openthoughts
 import pytest
 import yaml
 
-from fastadapt.cli import main
+from fastadapt.cli.main import main
 
 PROOF = os.environ.get("FASTADAPT_PROOF") == "1"
 KILLS, SHARES = (10, [0.1, 0.5, 0.9]) if PROOF else (1, [0.5])

@@ -16,22 +16,22 @@ import torch
 from safetensors.torch import save_file
 from stores import MadeText, make_store
 
-from fastadapt.checkpoint_files import write_checkpoint
-from fastadapt.data import outdir
+from fastadapt.data.prepare import output_folder as outdir
 from fastadapt.errors import RunError, UserError
-from fastadapt.evaluation.benchmarks import read_rows
+from fastadapt.evaluation.benchmarks.runner import read_rows
 from fastadapt.evaluation.runs import names_of
-from fastadapt.features.judge.calls import Calls
-from fastadapt.features.sets import FeatureSet, load_set, save_set
-from fastadapt.features.store import Store
+from fastadapt.features.autointerp.judges.reply_cache import Calls
+from fastadapt.features.store.sets import FeatureSet, load_set, save_set
+from fastadapt.features.store.store import Store
 from fastadapt.interop import hu2026_format
 from fastadapt.io import documents
 from fastadapt.io.atomic import digest, replacing, staged_beside, sweep
 from fastadapt.io.parquet import read_table
 from fastadapt.io.tensors import read_tensors
-from fastadapt.pretrained import tensor_files
+from fastadapt.models.hf_checkpoint import write_checkpoint
+from fastadapt.models.pretrained import tensor_files
 from fastadapt.training import checkpoint
-from fastadapt.training.records import read_run
+from fastadapt.training.logs.run_log import read_run
 
 ODD = ["../secret", "/etc/passwd", "..\\secret", "a\0b", "x" * 300, "\ud800", "..", "", "link"]
 

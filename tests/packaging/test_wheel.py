@@ -45,7 +45,7 @@ def test_license_and_command_are_declared(wheel):
         entry_points = archive.read(f"{info}/entry_points.txt").decode()
     assert entry_points.splitlines() == [
         "[console_scripts]",
-        "fastadapt = fastadapt.cli:main",
+        "fastadapt = fastadapt.cli.main:main",
         "",
         "[vllm.general_plugins]",
         "fastadapt = fastadapt.serving.vllm_plugin:register",

@@ -21,12 +21,12 @@ from transformers import (
 )
 
 from fastadapt import serving
-from fastadapt.adapter import AdapterConfig
-from fastadapt.adapter_files import save_adapters
+from fastadapt.adapter.files import save_adapters
+from fastadapt.adapter.module import AdapterConfig
 from fastadapt.errors import UserError
-from fastadapt.models import ModelPair, PairConfig, ReplacementModel
-from fastadapt.pretrained import ARCHITECTURES
-from fastadapt.serving.registered import classes_of
+from fastadapt.models.hf_classes import classes_of
+from fastadapt.models.pretrained import ARCHITECTURES
+from fastadapt.models.replacement import ModelPair, PairConfig, ReplacementModel
 
 IDS = torch.tensor([[5, 9, 23, 7, 31, 8]])
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from fastadapt.evaluation.drawing import interactive, write_png
-from fastadapt.evaluation.page import write_page
 from fastadapt.evaluation.statistics import Intervals, quotient
-from fastadapt.evaluation.tables import as_latex, as_markdown
+from fastadapt.reporting.page import write_page
+from fastadapt.reporting.rendering import interactive, write_png
+from fastadapt.reporting.tables import as_latex, as_markdown
 from fastadapt.study.report import claims, figures, tables, verdict
 
 

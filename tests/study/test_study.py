@@ -16,21 +16,21 @@ import pytest
 import torch
 import yaml
 
-from fastadapt.adapter import AdapterConfig
-from fastadapt.adapter_files import adapters_of, save_adapters
+from fastadapt.adapter.files import adapters_of, save_adapters
+from fastadapt.adapter.module import AdapterConfig
+from fastadapt.cli.progress import EvalProgress
 from fastadapt.data.sequences import DataConfig
 from fastadapt.errors import UserError
-from fastadapt.evaluation.benchmarks import BenchmarkConfig
+from fastadapt.evaluation.benchmarks.runner import BenchmarkConfig
 from fastadapt.evaluation.folder import opened
-from fastadapt.evaluation.sampling import SamplingConfig
-from fastadapt.evaluation.students import Students
+from fastadapt.evaluation.generation.sampling import SamplingConfig
+from fastadapt.evaluation.models_under_test import Students
 from fastadapt.features.collect import CollectConfig, collect
-from fastadapt.features.store import Store, adapter_digest
-from fastadapt.intervention_files import intervene
+from fastadapt.features.store.store import Store, adapter_digest
 from fastadapt.interventions import Intervention
-from fastadapt.models import ModelPair, PairConfig, ReplacementModel
+from fastadapt.interventions.files import intervene
+from fastadapt.models.replacement import ModelPair, PairConfig, ReplacementModel
 from fastadapt.organism import resolve
-from fastadapt.progress import EvalProgress
 from fastadapt.study.arms import RUN, StudyConfig, arms_of, select
 from fastadapt.study.running import CONTENTS, Study
 

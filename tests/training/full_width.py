@@ -82,8 +82,8 @@ def build(config: TrainConfig, model_config: Any) -> Any:
     from transformers.initialization import no_init_weights
     from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
-    from fastadapt.models import ModelPair, ReplacementModel
-    from fastadapt.pretrained import ARCHITECTURES
+    from fastadapt.models.pretrained import ARCHITECTURES
+    from fastadapt.models.replacement import ModelPair, ReplacementModel
 
     with no_init_weights():
         target = Qwen2ForCausalLM(model_config).eval()
@@ -126,7 +126,7 @@ def multiply(width: int, vocabulary: int) -> None:
 def one_step(config: TrainConfig, model_config: Any) -> dict[str, Any]:
     """Build the models, take one optimiser step; say what moved and what it was recorded as."""
     from fastadapt.training import loop
-    from fastadapt.training.rundir import MetricsLog
+    from fastadapt.training.run_dir import MetricsLog
 
     folder = Path(config.run.output)
     model = build(config, model_config)
@@ -149,7 +149,7 @@ def one_step(config: TrainConfig, model_config: Any) -> dict[str, Any]:
 
 
 def main(folder: Path, sizes: dict[str, int], n_features: int) -> dict[str, Any]:
-    from fastadapt.training.plan import plan
+    from fastadapt.training.planning.estimate import plan
 
     torch.set_num_threads(2)
     # What is the libraries' own, and not the plan's, first: their code, by a small step, and the

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from fastadapt import objective as module
+from fastadapt.distributed.ranks import leave, tells
 from fastadapt.errors import RunError, UserError
-from fastadapt.ranks import leave, tells
 from fastadapt.training import loop
 from fastadapt.training.config import TrainConfig, load_config
 from fastadapt.training.trainer import train

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastadapt.adapter_files import load_adapters
-from fastadapt.models import ModelPair, ReplacementModel
-from fastadapt.pretrained import ARCHITECTURES
-from fastadapt.training.plan import plan
+from fastadapt.adapter.files import load_adapters
+from fastadapt.models.pretrained import ARCHITECTURES
+from fastadapt.models.replacement import ModelPair, ReplacementModel
+from fastadapt.training.planning.estimate import plan
 from fastadapt.training.trainer import train
 
 

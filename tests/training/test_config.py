@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from fastadapt.cli.options.train import PRESETS
 from fastadapt.errors import UserError
-from fastadapt.options_train import PRESETS
 from fastadapt.training.config import (
     TrainConfig,
     differences,

@@ -17,9 +17,9 @@ import torch
 from transformers import AutoTokenizer
 
 from fastadapt.errors import RunError, UserError
-from fastadapt.training.ahead import Ahead
 from fastadapt.training.config import FREE_ON_RESUME
-from fastadapt.training.feed import Feed
+from fastadapt.training.prefetch import Ahead
+from fastadapt.training.step_data import Feed
 from fastadapt.training.trainer import train
 
 CPU = torch.device("cpu")
@@ -69,7 +69,7 @@ def test_workers_give_what_a_step_makes_itself(make_feed, accumulation, workers)
 
 def test_batches_are_made_by_the_workers(make_feed, monkeypatch) -> None:
     """Not here: what makes them here is out of order, and no step notices."""
-    from fastadapt.training import feed as module
+    from fastadapt.training import step_data as module
 
     feed = make_feed(**{"data.workers": 1})
     before = children()
@@ -200,7 +200,7 @@ def test_a_signal_to_all_processes_saves_and_ends_without_a_word(
     rows.write_text("".join(json.dumps({"conversations": t}) + "\n" for t in turns))
     config = tiny_config(**{"data.workers": 2, "data.train": str(rows), "run.eval_every": 0})
     save_config(config, tmp_path / "run.yaml")
-    code = "import sys; from fastadapt.cli import main; sys.exit(main())"
+    code = "import sys; from fastadapt.cli.main import main; sys.exit(main())"
     command = [sys.executable, "-c", code, "train", str(tmp_path / "run.yaml")]
     environment = {k: v for k, v in os.environ.items() if k != "TOKENIZERS_PARALLELISM"}
     run = subprocess.Popen(

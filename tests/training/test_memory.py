@@ -10,14 +10,14 @@ import torch
 from live_bytes import LiveBytes
 from transformers import Gemma2Config, Qwen2Config
 
-from fastadapt.adapter import AdapterConfig
+from fastadapt.adapter.module import AdapterConfig
 from fastadapt.batch import Batch
-from fastadapt.models import ReplacementModel
+from fastadapt.models.replacement import ReplacementModel
 from fastadapt.objective import objective
-from fastadapt.training import memory
 from fastadapt.training.config import TrainConfig, from_dict
-from fastadapt.training.shapes import Shapes
-from fastadapt.training.work import Setup, fake_pair
+from fastadapt.training.planning import memory
+from fastadapt.training.planning.flops import Setup, fake_pair
+from fastadapt.training.planning.shapes import Shapes
 
 LAYERS, TOKENS = 10, 10_000
 

@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastadapt.kernels.linear_kl import linear_kl
 from fastadapt.objective import objective
 from fastadapt.training import trainer
+from fastadapt.training.logs.metrics import StepGatherer
 from fastadapt.training.loop import Run
-from fastadapt.training.metrics import StepGatherer
-from fastadapt.training.rundir import MetricsLog
+from fastadapt.training.run_dir import MetricsLog
 
 # Of masked lanes, in interpreted kernels.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning:triton")

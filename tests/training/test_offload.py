@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
+from fastadapt.cli.options.train import parse_train
+from fastadapt.distributed.offload import group_of_one
+from fastadapt.distributed.ranks import ALONE, Ranks
 from fastadapt.errors import UserError
-from fastadapt.models import ReplacementModel
+from fastadapt.models.replacement import ReplacementModel
 from fastadapt.objective import objective
-from fastadapt.options_train import parse_train
-from fastadapt.ranks import ALONE, Ranks
 from fastadapt.training import trainer
 from fastadapt.training.checkpoint import load_latest
-from fastadapt.training.offload import group_of_one
-from fastadapt.training.plan import plan, remedies
+from fastadapt.training.planning.estimate import plan, remedies
 from fastadapt.training.trainer import train
 
 CPU = torch.device("cpu")

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastadapt.cli.options.train import find_config, preset_names, read_yaml
 from fastadapt.errors import UserError
-from fastadapt.options_train import find_config, preset_names, read_yaml
-from fastadapt.training import memory, trainer
+from fastadapt.training import trainer
 from fastadapt.training.config import from_dict
 from fastadapt.training.optimizer import AdapterOptimizer
-from fastadapt.training.plan import count_steps, gb, plan
-from fastadapt.training.shapes import Shapes
+from fastadapt.training.planning import memory
+from fastadapt.training.planning.estimate import count_steps, gb, plan
+from fastadapt.training.planning.shapes import Shapes
 
 
 def n_bytes(tensors) -> int:

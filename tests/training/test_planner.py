@@ -10,12 +10,12 @@ from threading import Event
 import pytest
 import torch
 
-from fastadapt import adapter as adapter_module
+from fastadapt.adapter import module as adapter_module
 from fastadapt.kernels.transcoder import Plan, codes
 from fastadapt.objective import objective
 from fastadapt.training import loop, trainer
-from fastadapt.training.planner import Call, Planner, overflow, takes_plans
-from fastadapt.training.rundir import MetricsLog, read_records
+from fastadapt.training.code_capacity import Call, Planner, overflow, takes_plans
+from fastadapt.training.run_dir import MetricsLog, read_records
 from fastadapt.training.trainer import train
 
 # Where Triton's kernels run on a CPU: in its interpreter, which tests/conftest.py switches on.

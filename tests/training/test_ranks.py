@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastadapt.distributed.ranks import Ranks
 from fastadapt.errors import UserError
-from fastadapt.ranks import Ranks
 from fastadapt.training.checkpoint import list_checkpoints, load_latest
+from fastadapt.training.checkpoint.tensor_files import Checkpoint
 from fastadapt.training.config import save_config
-from fastadapt.training.rundir import read_records
-from fastadapt.training.tensor_files import Checkpoint
+from fastadapt.training.run_dir import read_records
 from fastadapt.training.trainer import _check_shares
 
 PROGRAM = str(Path(__file__).with_name("rank_runs.py"))

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from fastadapt.training.charts import Series, histogram, line_chart, linear_ticks, log_ticks
+from fastadapt.reporting.charts import Series, histogram, line_chart, linear_ticks, log_ticks
+from fastadapt.reporting.formatting import number
 from fastadapt.training.report import write_report
-from fastadapt.wording import number
 
 WINDOW = 100_000
 

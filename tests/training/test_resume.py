@@ -16,8 +16,8 @@ from fastadapt.errors import RunError, UserError
 from fastadapt.training import trainer
 from fastadapt.training.checkpoint import list_checkpoints, load_latest
 from fastadapt.training.config import TrainConfig, save_config
-from fastadapt.training.feed import Feed
-from fastadapt.training.rundir import read_records
+from fastadapt.training.run_dir import read_records
+from fastadapt.training.step_data import Feed
 from fastadapt.training.trainer import train
 
 TIMING = {"wall_s", "tokens_per_s"}

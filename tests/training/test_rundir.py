@@ -12,7 +12,7 @@ import pytest
 
 from fastadapt.errors import RunError, UserError
 from fastadapt.training.config import save_config
-from fastadapt.training.rundir import (
+from fastadapt.training.run_dir import (
     MetricsLog,
     drop_records_after,
     open_run,

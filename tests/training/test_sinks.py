@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from fastadapt.errors import UserError
-from fastadapt.training import sinks
-from fastadapt.training.rundir import METRICS, RUN_ID, read_records
+from fastadapt.training.logs import sinks
+from fastadapt.training.run_dir import METRICS, RUN_ID, read_records
 from fastadapt.training.trainer import train
 
 Series = dict[str, list[tuple[int, float]]]

@@ -13,16 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastadapt.adapter_files import load_adapters
+from fastadapt.adapter.files import load_adapters
 from fastadapt.errors import RunError, UserError
 from fastadapt.objective import draw_cutoff
 from fastadapt.training import checkpoint as checkpoint_module
 from fastadapt.training import loop, trainer
 from fastadapt.training.checkpoint import list_checkpoints, load_latest
 from fastadapt.training.config import load_config
-from fastadapt.training.interrupt import out_of_memory_explained, stop_on_signals
 from fastadapt.training.optimizer import learning_rate
-from fastadapt.training.rundir import MetricsLog, read_records
+from fastadapt.training.run_dir import MetricsLog, read_records
+from fastadapt.training.signals import out_of_memory_explained, stop_on_signals
 from fastadapt.training.trainer import train
 
 

@@ -8,10 +8,16 @@ import pytest
 from transformers import Qwen2Config
 
 from benchmarks.naive_step import NaiveStep
-from fastadapt.adapter import AdapterConfig, TranscoderAdapter
+from fastadapt.adapter.module import AdapterConfig, TranscoderAdapter
+from fastadapt.models.pair import DTYPES, PairConfig
 from fastadapt.objective import ObjectiveConfig
-from fastadapt.pair import DTYPES, PairConfig
-from fastadapt.training.work import Setup, count, count_of, flops_per_step, mean_over_cutoffs
+from fastadapt.training.planning.flops import (
+    Setup,
+    count,
+    count_of,
+    flops_per_step,
+    mean_over_cutoffs,
+)
 
 D, INNER, F, V, T, L = 3584, 18_944, 8192, 152_064, 7500, 28
 

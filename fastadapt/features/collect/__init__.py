@@ -23,14 +23,14 @@ from typing import Any
 
 from fastadapt.errors import RunError, UserError
 from fastadapt.features.collect import folder as work
+from fastadapt.features.collect.collector import Progress, begin, gather, open_run
 from fastadapt.features.collect.config import CollectConfig, Shard
-from fastadapt.features.collect.gathering import Progress, begin, gather, open_run
+from fastadapt.features.collect.feature_stats import Tally
 from fastadapt.features.collect.merging import merged_tallies, merged_texts, shards_of
 from fastadapt.features.collect.tables import check_fires, unit_shapes, write_texts, write_units
-from fastadapt.features.collect.tally import Tally
 from fastadapt.features.collect.texts import Prepared
-from fastadapt.features.schema import EDGES, MANIFEST, Kind
-from fastadapt.features.store import Store, write_manifest, writing
+from fastadapt.features.store.schema import EDGES, MANIFEST, Kind
+from fastadapt.features.store.store import Store, write_manifest, writing
 from fastadapt.io.atomic import disk_errors, make_folder, replacing
 from fastadapt.io.names import has_file, inside, typed_path
 

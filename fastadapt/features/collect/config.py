@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from fastadapt.errors import UserError
-from fastadapt.features.schema import KINDS, Kind
+from fastadapt.features.store.schema import KINDS, Kind
 
 DOMAINS = 64  #: at most; of 28 layers of 8,192 units, their counts take 2 GB
 

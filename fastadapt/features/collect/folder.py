@@ -6,9 +6,9 @@
     collecting/texts.parquet       the texts, see fastadapt.features.collect.texts
     collecting/state.safetensors   what was collected so far
 
-and, at the end, a store (:mod:`fastadapt.features.schema`). Of one shard of several, ``collecting``
-stays, for :func:`fastadapt.features.collect.merge`. What is prepared lies in ``collecting.next``
-until all of it is there, and only then takes the place of what the folder held.
+and, at the end, a store (:mod:`fastadapt.features.store.schema`). Of one shard of several,
+``collecting`` stays, for :func:`fastadapt.features.collect.merge`. What is prepared lies in
+``collecting.next`` until all of it is there, and only then takes the place of what the folder held.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from typing_extensions import TypedDict
 
 from fastadapt.errors import UserError
 from fastadapt.features.collect.config import CollectConfig
-from fastadapt.features.schema import KINDS, MANIFEST, SHARED, TABLES, Kind
-from fastadapt.features.store import LOCK, Layers, PerLayer
+from fastadapt.features.store.schema import KINDS, MANIFEST, SHARED, TABLES, Kind
+from fastadapt.features.store.store import LOCK, Layers, PerLayer
 from fastadapt.io.atomic import disk_errors, make_folder, replacing, sync_folder, unstaged
 from fastadapt.io.documents import Count, DocumentError, Positive, read_json
 from fastadapt.io.names import has_file

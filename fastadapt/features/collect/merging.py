@@ -11,9 +11,9 @@ import torch
 from fastadapt.errors import UserError
 from fastadapt.features.collect import folder as work
 from fastadapt.features.collect import snapshots
-from fastadapt.features.collect.tally import Tally, wrong_values
+from fastadapt.features.collect.feature_stats import Tally, wrong_values
 from fastadapt.features.collect.texts import Prepared
-from fastadapt.features.schema import TEXTS, Kind
+from fastadapt.features.store.schema import TEXTS, Kind
 from fastadapt.io.parquet import open_parquet
 from fastadapt.io.tensors import open_tensors
 

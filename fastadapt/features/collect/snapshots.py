@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastadapt.features.collect.tally import Tally, wrong_values
-from fastadapt.features.schema import Kind
+from fastadapt.features.collect.feature_stats import Tally, wrong_values
+from fastadapt.features.store.schema import Kind
 from fastadapt.io.atomic import disk_errors, replacing, save_tensors
 from fastadapt.io.documents import Count, parse_json
 from fastadapt.io.names import has_file

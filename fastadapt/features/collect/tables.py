@@ -13,12 +13,12 @@ import pyarrow as pa
 import torch
 
 from fastadapt.errors import RunError, UserError
-from fastadapt.features.collect.keeping import POSITION_BITS
-from fastadapt.features.collect.tally import HIGH, LOW, Tally
-from fastadapt.features.regions import THINKING
-from fastadapt.features.schema import EXAMPLES, FEATURES, REGIONS, SAMPLES, TEXTS
-from fastadapt.features.store import list_column, write_pieces
-from fastadapt.features.values import require_valid
+from fastadapt.features.collect.feature_stats import HIGH, LOW, Tally
+from fastadapt.features.collect.topk_buffer import POSITION_BITS
+from fastadapt.features.store.regions import THINKING
+from fastadapt.features.store.schema import EXAMPLES, FEATURES, REGIONS, SAMPLES, TEXTS
+from fastadapt.features.store.store import list_column, write_pieces
+from fastadapt.features.store.values import require_valid
 from fastadapt.io.parquet import open_parquet, read_group
 
 

@@ -22,19 +22,19 @@ import torch
 
 from fastadapt.batch import Batch
 from fastadapt.data.batches import collate
-from fastadapt.data.reading import text_or_none
+from fastadapt.data.prepare.filter_pass import text_or_none
 from fastadapt.data.rendering import holds_markers, render_parts
 from fastadapt.data.sequences import Sample
 from fastadapt.data.sources import COLUMN, find_files, read_values
 from fastadapt.data.tokens import check_markers, encode
 from fastadapt.errors import UserError
-from fastadapt.features.collect.chance import tokens_hash
 from fastadapt.features.collect.config import DOMAINS, CollectConfig, Shard
-from fastadapt.features.collect.keeping import place_of
-from fastadapt.features.collect.tally import SLOTS, Places
-from fastadapt.features.regions import regions_of, spans_of, tenths_of
-from fastadapt.features.schema import REGIONS, TEXTS
-from fastadapt.features.values import require_valid
+from fastadapt.features.collect.feature_stats import SLOTS, Places
+from fastadapt.features.collect.priority_hash import tokens_hash
+from fastadapt.features.collect.topk_buffer import place_of
+from fastadapt.features.store.regions import regions_of, spans_of, tenths_of
+from fastadapt.features.store.schema import REGIONS, TEXTS
+from fastadapt.features.store.values import require_valid
 from fastadapt.io import parquet
 from fastadapt.io.atomic import digest_of_input, replacing
 from fastadapt.organism import resolve
@@ -95,7 +95,7 @@ class Prepared:
 def prepare(
     source: Source, tokenizer: Any, shard: Shard, path: Path, *, max_tokens: int
 ) -> Prepared:
-    """Write this shard's texts into a file of :data:`~fastadapt.features.schema.TEXTS`.
+    """Write this shard's texts into a file of :data:`~fastadapt.features.store.schema.TEXTS`.
 
     Its row groups are the groups. ``text`` is the number of the conversation in its source.
 

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fastadapt.errors import UserError
-from fastadapt.features.schema import REGIONS, SAMPLES, TENTHS, Kind
 from fastadapt.features.site.shards import NONE, integers
-from fastadapt.features.store import Store
+from fastadapt.features.store.schema import REGIONS, SAMPLES, TENTHS, Kind
+from fastadapt.features.store.store import Store
 
 #: Tables of what judges said, beside the collected ones; shown on the page of a unit.
 JUDGED = ("descriptions", "scores", "classes", "overlap")

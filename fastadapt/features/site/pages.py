@@ -15,7 +15,6 @@ import numpy as np
 from typing_extensions import TypedDict
 
 from fastadapt.errors import UserError
-from fastadapt.features.schema import MANIFEST, REGIONS, Kind
 from fastadapt.features.site.columns import (
     JUDGED,
     class_names,
@@ -26,11 +25,12 @@ from fastadapt.features.site.columns import (
     totals,
 )
 from fastadapt.features.site.shards import shard
-from fastadapt.features.store import Store
+from fastadapt.features.store.schema import MANIFEST, REGIONS, Kind
+from fastadapt.features.store.store import Store
 from fastadapt.io.atomic import digest_of_input, half_filled, writing_folder
 from fastadapt.io.documents import DocumentError, read_json
 from fastadapt.io.names import has_file, typed_path
-from fastadapt.page_style import STYLE
+from fastadapt.reporting.html import STYLE
 
 SITE = "site"
 #: What the site is of, for :func:`is_current`; it also marks a folder as ours to replace.

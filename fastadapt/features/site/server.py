@@ -19,7 +19,7 @@ from threading import Event, Thread
 
 from fastadapt.errors import RunError, UserError
 from fastadapt.features.site.pages import RECORD, SITE, export, is_current
-from fastadapt.features.store import Store
+from fastadapt.features.store.store import Store
 from fastadapt.io.names import has_file, typed_path
 
 HOST = "127.0.0.1"

@@ -16,11 +16,11 @@ from organism_runs import files_of, make_run
 
 from fastadapt.errors import UserError
 from fastadapt.features import collect as room
+from fastadapt.features.autointerp import judgements
 from fastadapt.features.collect import CollectConfig, Shard, collect, folder, merge
-from fastadapt.features.judge import judgements
 from fastadapt.features.overlap import plot_of
-from fastadapt.features.schema import TABLES
-from fastadapt.features.store import Store, writing
+from fastadapt.features.store.schema import TABLES
+from fastadapt.features.store.store import Store, writing
 
 FEW = CollectConfig(n=3)
 

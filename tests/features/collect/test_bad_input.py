@@ -15,13 +15,14 @@ import torch
 from organism_runs import make_run
 from safetensors.torch import load_file, save_file
 
-from fastadapt.adapter_files import save_adapters
+from fastadapt.adapter.files import save_adapters
 from fastadapt.errors import RunError, UserError
-from fastadapt.features.collect import CollectConfig, Shard, collect, gathering, merge, snapshots
-from fastadapt.features.store import Store
-from fastadapt.models import ModelPair, PairConfig
+from fastadapt.features.collect import CollectConfig, Shard, collect, merge, snapshots
+from fastadapt.features.collect import collector as gathering
+from fastadapt.features.store.store import Store
+from fastadapt.models.baselines import tuned_weights
+from fastadapt.models.replacement import ModelPair, PairConfig
 from fastadapt.organism import resolve
-from fastadapt.tuned import tuned_weights
 
 FEW = CollectConfig(n=3)
 
@@ -277,7 +278,7 @@ def test_a_disk_that_is_full(tmp_path: Path, run: Path, monkeypatch: pytest.Monk
 
 
 def test_two_at_once(tmp_path: Path, run: Path) -> None:
-    from fastadapt.features.store import writing
+    from fastadapt.features.store.store import writing
 
     with writing(tmp_path / "store"), pytest.raises(UserError, match="another process is writing"):
         collect(run, tmp_path / "store", FEW)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from organism_runs import hashed
 
-from fastadapt.features.collect.chance import priority, tokens_hash, units_hash
-from fastadapt.features.collect.keeping import Candidates, Kept, best, place_of
+from fastadapt.features.collect.priority_hash import priority, tokens_hash, units_hash
+from fastadapt.features.collect.topk_buffer import Candidates, Kept, best, place_of
 
 SEEDS, K = 1000, 10
 CPU = torch.device("cpu")

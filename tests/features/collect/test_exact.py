@@ -15,11 +15,11 @@ from organism_runs import dense_activations, files_of, hashed, make_run
 from stores import rows_of
 
 from fastadapt.errors import UserError
-from fastadapt.evaluation.students import Students
+from fastadapt.evaluation.models_under_test import Students
 from fastadapt.features.collect import CollectConfig, collect, merge
-from fastadapt.features.collect.tally import bins_of
-from fastadapt.features.schema import EDGES, EXAMPLES, FEATURES, KINDS, Kind
-from fastadapt.features.store import Store
+from fastadapt.features.collect.feature_stats import bins_of
+from fastadapt.features.store.schema import EDGES, EXAMPLES, FEATURES, KINDS, Kind
+from fastadapt.features.store.store import Store
 
 CONFIG = CollectConfig(n=150, batch_tokens=1500, seed=7)  # three groups, some 13 batches
 

@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from fastadapt.adapter import AdapterConfig
+from fastadapt.adapter.module import AdapterConfig
 from fastadapt.batch import Batch
 from fastadapt.data.batches import collate
 from fastadapt.data.sequences import Sample
 from fastadapt.errors import UserError
-from fastadapt.features.collect.walking import walk
-from fastadapt.features.schema import Kind
-from fastadapt.features.units import Neurons, output_matrix, output_rows
-from fastadapt.models import ReplacementModel
-from fastadapt.pretrained import ARCHITECTURES
+from fastadapt.features.collect.layer_codes import walk
+from fastadapt.features.store.schema import Kind
+from fastadapt.features.store.units import Neurons, output_matrix, output_rows
+from fastadapt.models.pretrained import ARCHITECTURES
+from fastadapt.models.replacement import ReplacementModel
 
 K = 3
 

@@ -140,7 +140,7 @@ class Units {
 const BYTES = /⟨((?:[0-9A-F]{2} )*[0-9A-F]{2})⟩/u;
 const SHARING = 16; // tokens that share characters, at most
 
-/** The text that tokens from a place on share, and how many: see fastadapt.features.characters. */
+/** The text that tokens from a place on share, and how many: see fastadapt.features.store.characters. */
 function shared(texts, place) {
   const raw = [];
   for (let length = 1; length <= SHARING && BYTES.test(texts[place + length - 1] ?? ""); length++) {

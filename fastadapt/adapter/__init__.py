@@ -1,0 +1,1 @@
+"""The transcoder adapter of one layer, and its files."""

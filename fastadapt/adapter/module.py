@@ -1,0 +1,311 @@
+"""One layer's transcoder adapter: its parameters and its call of the kernel.
+
+An adapter knows no model. It maps the input of an MLP to what fine-tuning added to that MLP's
+output: ``a = activation(W_enc x + b_enc)``, ``A(x) = W_decᵀ a + b_dec`` (arXiv 2602.20904). It is a
+*delta*: it is added to the frozen base MLP's output and never replaces it.
+
+Shapes: T tokens, D width, F features; both weight matrices hold one row per feature.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastadapt.errors import UserError
+from fastadapt.kernels.device import runs_triton
+from fastadapt.kernels.transcoder import IMPLEMENTATIONS, Plan, TranscoderStats, transcoder
+from fastadapt.kernels.transcoder.reference import SparseCodes, activate
+
+ACTIVATIONS = ("relu", "topk", "batch_topk", "jumprelu")
+#: What a run trains: transcoders beside the base's MLPs, or weights of the model itself
+#: (:mod:`fastadapt.models.baselines`).
+KINDS = ("transcoder", "mlp", "norms")
+N_FEATURES = 8192  # of the method, for 7B
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What is trained in every layer of a model; of transcoders, their shape and activation.
+
+    Args:
+        n_features: features per layer (F) of a ``transcoder``; 8192 if not given.
+        activation: ``relu``, ``topk``, ``batch_topk`` or ``jumprelu``.
+        k: active features per token: an integer for ``topk``; for ``batch_topk`` the mean over the
+            tokens of a sequence, which may be fractional.
+        bandwidth: ``jumprelu`` only: width ε of the straight-through window around the threshold.
+        initial_threshold: ``jumprelu`` only: θ at the start, > 0.
+        implementation: of the kernel: ``auto``, ``reference``, ``sparse`` (on a CPU), ``triton`` or
+            ``triton_fused`` (on a GPU); see :func:`fastadapt.kernels.transcoder.transcoder`.
+        kind: ``transcoder``, an adapter beside the base's MLP; ``mlp``, the base's MLP itself;
+            ``norms``, the weights of every RMSNorm, the base's MLPs in place. The latter two have
+            no features, and none of the settings above.
+    """
+
+    n_features: int | None = None
+    activation: str = "relu"
+    k: float | None = None
+    bandwidth: float | None = None
+    initial_threshold: float | None = None
+    implementation: str = "auto"
+    kind: str = "transcoder"
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise UserError(f"adapter.kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        if not self.sparse:
+            self._check_unused()
+            return
+        if self.n_features is None:
+            object.__setattr__(self, "n_features", N_FEATURES)
+        n_features = self.features
+        if n_features < 1:
+            raise UserError(f"adapter.n_features must be at least 1, got {n_features}")
+        if self.activation not in ACTIVATIONS:
+            raise UserError(
+                f"adapter.activation must be one of {', '.join(ACTIVATIONS)}, "
+                f"got {self.activation!r}"
+            )
+        wants_k = self.activation in ("topk", "batch_topk")
+        if wants_k != (self.k is not None):
+            raise UserError(
+                f"adapter.k is {'needed' if wants_k else 'not used'} with "
+                f"activation={self.activation!r}, got k={self.k}"
+            )
+        if self.k is not None and not 0 < self.k <= n_features:
+            raise UserError(f"adapter.k must lie in (0, n_features={n_features}], got {self.k}")
+        if self.activation == "topk" and self.k != int(self.k or 0):
+            raise UserError(f"adapter.k must be an integer for topk, got {self.k}; see batch_topk")
+        if self.implementation not in IMPLEMENTATIONS:
+            raise UserError(
+                f"adapter.implementation must be one of {', '.join(IMPLEMENTATIONS)}, "
+                f"got {self.implementation!r}"
+            )
+        for name in ("bandwidth", "initial_threshold"):
+            value = getattr(self, name)
+            if (self.activation == "jumprelu") != (value is not None):
+                use = "needed" if self.activation == "jumprelu" else "not used"
+                raise UserError(
+                    f"adapter.{name} is {use} with activation={self.activation!r}, got {value}"
+                )
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"adapter.{name} must be a positive number, got {value}")
+
+    def _check_unused(self) -> None:
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if setting.name != "kind" and value != setting.default:
+                raise UserError(
+                    f"adapter.{setting.name} is of transcoders and not used with "
+                    f"kind={self.kind!r}: expected {setting.default}, got {value!r}"
+                )
+
+    @property
+    def sparse(self) -> bool:
+        """Whether what is trained has features: a penalty, an L0, rows of a decoder."""
+        return self.kind == "transcoder"
+
+    @property
+    def features(self) -> int:
+        """Features per layer; 0 of a kind that has none."""
+        return self.n_features or 0
+
+    @property
+    def lowest_threshold(self) -> float | None:
+        """The least that training leaves a JumpReLU threshold; None for other activations.
+
+        A tenth of the initial threshold or of the bandwidth, whichever is smaller: above 0, so that
+        a threshold's gradient, which is proportional to it, does not vanish.
+        """
+        if self.bandwidth is None or self.initial_threshold is None:
+            return None
+        return min(self.bandwidth, self.initial_threshold) / 10
+
+    def check_runs(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Refuse an implementation that does not run on ``device`` with parameters of ``dtype``.
+
+        Raises:
+            UserError: it does not.
+        """
+        name, on, why = self.implementation, device.type, ""
+        if name == "sparse" and on not in ("cpu", "meta"):
+            why = f"runs on a CPU, and the device is {on}"
+        elif name.startswith("triton") and on != "meta":
+            if not runs_triton(on):
+                why = f"needs a GPU, and the device is {on}"
+            elif dtype == torch.float64:
+                why = "computes in float32 at most, and the parameters are float64"
+            elif on == "cpu" and dtype == torch.bfloat16:
+                why = "is interpreted on a CPU, where Triton multiplies bfloat16 wrongly"
+        if why:
+            raise UserError(f"adapter.implementation: {name!r} {why}; use 'auto'")
+
+
+class Aux(NamedTuple):
+    """What an adapter's call gives beside its output; see :func:`fastadapt.kernels.transcoder`."""
+
+    penalty: Tensor
+    stats: TranscoderStats
+
+
+class TranscoderAdapter(nn.Module):
+    """A wide sparse two-layer network beside one MLP.
+
+    Parameters: ``W_enc [F, d_in]``, ``b_enc [F]``, ``W_dec [F, d_out]``, ``b_dec [d_out]``, and
+    ``threshold [F]`` for ``jumprelu``. With ``batch_topk``, ``threshold`` is a 0-d buffer: a
+    running mean of the smallest activation kept in training (:meth:`update_threshold`), which
+    decides in ``eval()``, since ranking over a sequence is not causal.
+
+    Initialisation (arXiv 2602.20904): ``W_enc ~ U(-1/√d_in, 1/√d_in)``, all else 0, so a fresh
+    adapter adds nothing, and about half of its features fire.
+
+    Args:
+        d_in: width of the input, the MLP's (post-norm, norm weight included).
+        config: features and activation.
+        d_out: width of the output; ``d_in`` if not given.
+        device, dtype: of the parameters.
+        generator: source of ``W_enc``; torch's default one if not given. It must live on the CPU:
+            the draw is made there in float32, so that it is the same on every device.
+    """
+
+    kind = "transcoder"
+    W_enc: nn.Parameter
+    b_enc: nn.Parameter
+    W_dec: nn.Parameter
+    b_dec: nn.Parameter
+    threshold: Tensor | None
+
+    def __init__(
+        self,
+        d_in: int,
+        config: AdapterConfig,
+        *,
+        d_out: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.d_in = d_in
+        self.d_out = d_in if d_out is None else d_out
+        f = config.features
+        kind: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.W_enc = nn.Parameter(torch.empty(f, d_in, **kind))
+        self.b_enc = nn.Parameter(torch.zeros(f, **kind))
+        self.W_dec = nn.Parameter(torch.zeros(f, self.d_out, **kind))
+        self.b_dec = nn.Parameter(torch.zeros(self.d_out, **kind))
+        if config.activation == "jumprelu":
+            assert config.initial_threshold is not None
+            self.threshold = nn.Parameter(torch.full((f,), config.initial_threshold, **kind))
+        else:
+            is_batch = config.activation == "batch_topk"
+            start = torch.zeros((), device=device, dtype=torch.float32) if is_batch else None
+            self.register_buffer("threshold", start)
+        if self.W_enc.device.type != "meta":
+            bound = 1 / math.sqrt(d_in)
+            draw = torch.empty(f, d_in, dtype=torch.float32)
+            draw.uniform_(-bound, bound, generator=generator)
+            with torch.no_grad():
+                self.W_enc.copy_(draw)
+
+    @property
+    def n_features(self) -> int:
+        """Number of features, F."""
+        return self.config.features
+
+    def extra_repr(self) -> str:
+        return (
+            f"d_in={self.d_in}, n_features={self.n_features}, d_out={self.d_out}, "
+            f"activation={self.config.activation}"
+        )
+
+    def _kernel(self) -> dict[str, Any]:
+        """Activation arguments of the kernel, as this module's mode asks."""
+        c = self.config
+        common: dict[str, Any] = {"activation": c.activation, "implementation": c.implementation}
+        if c.activation == "topk":
+            return {**common, "k": int(c.k or 0)}
+        if c.activation == "batch_topk":
+            return {**common, **({"k": c.k} if self.training else {"threshold": self.threshold})}
+        if c.activation == "jumprelu":
+            return {**common, "threshold": self.threshold, "bandwidth": c.bandwidth}
+        return common
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        padding: Tensor | None = None,
+        plan: Plan | None = None,
+        codes: list[SparseCodes] | None = None,
+    ) -> tuple[Tensor, Aux]:
+        """``residual + A(x)`` for every token, with the penalty and the counts.
+
+        Args:
+            x: ``[T, d_in]`` or ``[S, T, d_in]``, one row per sequence and stream.
+            residual: ``[..., d_out]``, what the output is added to (the base MLP's output); 0 if
+                not given. It is not modified.
+            mask: bool or float weights of x's leading shape: how much each token counts in the
+                penalty; statistics count tokens of non-zero weight. All 1 if not given.
+            padding: bool of x's leading shape, true at tokens that do not exist.
+            plan: how the kernel goes about it; see :class:`fastadapt.kernels.transcoder.Plan`.
+            codes: where this call's sparse activations are appended, if they are asked for.
+
+        Returns:
+            ``out [..., d_out]`` in x's dtype, and :class:`Aux`.
+        """
+        out, penalty, stats = transcoder(
+            x,
+            self.W_enc,
+            self.b_enc,
+            self.W_dec,
+            self.b_dec,
+            residual=residual,
+            mask=mask,
+            padding=padding,
+            plan=plan,
+            codes=codes,
+            **self._kernel(),
+        )
+        return out, Aux(penalty, stats)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Dense activations ``a [..., F]`` of ``x [T, d_in]`` or ``[S, T, d_in]``, as in training
+        or as in ``eval()``: what SAE codebases call ``encode``.
+
+        Meant for inspection: it makes every one of the ``[..., F]`` activations.
+        """
+        z = nn.functional.linear(x, self.W_enc, self.b_enc)
+        kernel = self._kernel()
+        a = activate(
+            z if z.dim() == 3 else z[None],
+            kernel["activation"],
+            kernel.get("k"),
+            kernel.get("threshold"),
+            kernel.get("bandwidth"),
+            None,
+        )
+        return a.view(z.shape)
+
+    def decode(self, a: Tensor) -> Tensor:
+        """``W_decᵀ a + b_dec`` as ``[..., d_out]`` for dense activations ``a [..., F]``."""
+        return a @ self.W_dec + self.b_dec
+
+    @torch.no_grad()
+    def update_threshold(self, min_active: Tensor, decay: float = 0.999) -> None:
+        """Move ``batch_topk``'s running threshold towards the smallest activation of a step.
+
+        The first value seen is taken as it is. A step in which nothing fired (NaN) changes nothing.
+        Called by the trainer after a step; nothing else changes the buffer.
+        """
+        if self.config.activation != "batch_topk" or self.threshold is None:
+            raise UserError(f"{self.config.activation} has no running threshold to update")
+        seen = min_active.to(self.threshold)
+        moved = torch.where(self.threshold == 0, seen, torch.lerp(seen, self.threshold, decay))
+        self.threshold.copy_(torch.where(seen.isnan(), self.threshold, moved))

@@ -1,0 +1,94 @@
+"""What every command prints with: tables and lines on standard output, errors beside it."""
+
+from __future__ import annotations
+
+import codecs
+import io
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fastadapt.distributed.ranks import leads
+
+#: How characters of the library's own texts are written where an encoding lacks them.
+_STAND_INS = str.maketrans(
+    {
+        "\N{EN DASH}": "-",
+        "\N{EM DASH}": "--",
+        "\N{MINUS SIGN}": "-",
+        "\N{HORIZONTAL ELLIPSIS}": "...",
+        "\N{FULL BLOCK}": "#",
+        "\N{GREEK SMALL LETTER EPSILON}": "epsilon",
+        "\N{GREEK SMALL LETTER LAMDA}": "lambda",
+        "\N{GREEK SMALL LETTER THETA}": "theta",
+        "\N{DOUBLE VERTICAL LINE}": "||",
+        "\N{MULTIPLICATION SIGN}": "x",
+        "\N{MIDDLE DOT}": ".",
+        "\N{PLUS-MINUS SIGN}": "+-",
+        "\N{LESS-THAN OR EQUAL TO}": "<=",
+        "\N{GREATER-THAN OR EQUAL TO}": ">=",
+        "\N{RIGHTWARDS ARROW}": "->",
+    }
+)
+
+
+def _stand_in(error: UnicodeError) -> tuple[str, int]:
+    """Handle an error of encoding: a stand-in, or Python's escape of the character."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end].translate(_STAND_INS)
+    return text.encode("ascii", "backslashreplace").decode("ascii"), error.end
+
+
+codecs.register_error("fastadapt", _stand_in)
+
+
+def write_any_text() -> None:
+    """Let standard output and error take any text, whatever their encoding is.
+
+    Characters that the encoding lacks are written as others. Not a reason to fail: what a command
+    did is done when its tables are printed.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="fastadapt")
+
+
+def is_unicode(stream: Any) -> bool:
+    """Whether a stream's encoding has every character."""
+    return (getattr(stream, "encoding", None) or "").lower().replace("-", "").startswith("utf")
+
+
+def print_error(message: str) -> None:
+    """`error: ` and the message, on standard error."""
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print(Text("error: ", style="bold red"), Text(message), sep="", end="\n")
+
+
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: bool = False) -> None:
+    """A table on standard output; all columns but the first to the right, unless ``left``."""
+    # A pipe has no width: lines there are as long as they need to be.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    table = Table(show_edge=False, pad_edge=False, header_style="bold")
+    for i, name in enumerate(head):
+        table.add_column(name, justify="right" if i and not left else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table)
+
+
+def quiet_transformers() -> None:
+    """No bars of transformers' own, which would cross ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def say(message: str) -> None:
+    """A line on standard error, of rank 0 alone."""
+    if leads():
+        print(message, file=sys.stderr, flush=True)

@@ -1,0 +1,145 @@
+"""What this machine is, what will be used on it and why, and whether the kernels are right here.
+
+Nothing is printed and nothing is downloaded. `fastadapt.cli.kernel_checks` holds the checks.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastadapt.cli.kernel_checks import notes, run_checks
+from fastadapt.models.pair import choose_attention, choose_device
+
+PACKAGES = (
+    "fastadapt",
+    "torch",
+    "triton",
+    "transformers",
+    "safetensors",
+    "datasets",
+    "jsonargparse",
+    "flash-attn",
+)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Something that will be used on this machine, and the reason."""
+
+    what: str
+    choice: str
+    why: str
+
+
+def diagnose(device: str = "auto") -> dict[str, Any]:
+    """Everything that `fastadapt doctor` tells, as plain values.
+
+    Returns:
+        ``{"ok": bool, "hardware": {name: text}, "versions": {package: version or None},
+        "choices": [Choice as dict], "checks": [Check as dict], "notes": [text]}``; `ok` if all
+        checks are; the notes say what could not be checked.
+    """
+    there = choose_device(device)
+    checks = run_checks(there)
+    return {
+        "ok": all(check.ok for check in checks),
+        "hardware": hardware(),
+        "versions": versions(),
+        "choices": [asdict(choice) for choice in choices(there)],
+        "checks": [asdict(check) for check in checks],
+        "notes": notes(there),
+    }
+
+
+def hardware() -> dict[str, str]:
+    """The processor, its cores, the memory, and the GPUs."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": f"{_processor()} ({torch.backends.cpu.get_cpu_capability()})",
+        "cores": f"{usable} usable, torch uses {torch.get_num_threads()} threads",
+        "memory": f"{os.sysconf('SC_PHYS_PAGES') * page / 2**30:.1f} GiB",
+    }
+    if not torch.cuda.is_available():
+        found["GPU"] = "none that torch can use"
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        found[f"GPU {i}"] = (
+            f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB, "
+            f"compute capability {properties.major}.{properties.minor}"
+        )
+    return found
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown processor"
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python, of the packages that matter, and of CUDA; None for what is not there."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    found["cuda (of torch)"] = torch.version.cuda
+    return found
+
+
+def choices(device: torch.device) -> list[Choice]:
+    """What `auto` means on `device`, for every setting that has it."""
+    on = device.type
+    why = "a GPU is there" if on == "cuda" else "torch finds no GPU"
+    found = [Choice("pair.device", on, why if on in ("cpu", "cuda") else "asked for")]
+    for dtype in (torch.float32, torch.bfloat16):
+        choice, why = choose_attention("auto", device, dtype)
+        found.append(Choice(f"pair.attention, {_name(dtype)}", choice, why))
+    chunks = "never more than a chunk of intermediate values"
+    if on == "cuda":
+        codes = "codes, behind the library's matrix product, faster than dense where they are few"
+        found.append(Choice("transcoder", "triton", codes))
+        found.append(Choice("transcoder, float64", "reference", "the Triton kernels sum in fp32"))
+        found.append(Choice("linear_kl", "triton", f"{chunks}, read twice and written once"))
+        found.append(Choice("linear_kl, float64", "chunked", "the Triton kernels sum in fp32"))
+    else:
+        cpu = Choice("transcoder", "sparse", "on a CPU, work on active features alone is faster")
+        other = Choice("transcoder", "reference", f"no other implementation runs on {on}")
+        found.append(cpu if on == "cpu" else other)
+        found.append(Choice("linear_kl", "chunked", f"{chunks}; Triton kernels need a GPU"))
+    found.append(Choice("nmse", "chunked", chunks))
+    return found
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def summary(checks: list[dict[str, Any]]) -> list[list[str]]:
+    """The checks of :func:`diagnose` as rows: op, implementation, dtype, device, cases, what came
+    out, and the error; one for all cases of a kernel in a dtype, or one for each that failed.
+    """
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for c in checks:
+        key = (c["op"], c["implementation"], c["dtype"], c["device"])
+        groups.setdefault(key, []).append(c)
+    rows = []
+    for about, cases in groups.items():
+        failed = [c for c in cases if not c["ok"]]
+        for c in failed or [max(cases, key=lambda c: c["share"])]:
+            worst = ", ".join(filter(None, (c["worst"], c["case"])))
+            share = f"{100 * c['share']:.0f}% ({worst})" if c["worst"] else c["case"]
+            said = "ok" if c["ok"] else f"FAILED: {c['message']}"
+            rows.append([*about, str(len(cases)), said, share])
+    return rows

@@ -1,0 +1,92 @@
+"""What `fastadapt export` does: a run, adapters or a published checkpoint in another format."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from fastadapt.adapter.files import adapters_of, read_adapters
+from fastadapt.errors import UserError
+from fastadapt.io.names import typed_path
+from fastadapt.models.hf_checkpoint import check_output
+from fastadapt.organism import resolve
+
+Format = Literal["huggingface", "hu2026", "adapters"]
+
+
+def convert(
+    source: str,
+    output: str,
+    format: Format = "huggingface",
+    *,
+    target: str | None = None,
+    base: str | None = None,
+    overwrite: bool = False,
+) -> str:
+    """Write ``source`` in another format, tensor by tensor.
+
+    Args:
+        source: a run, or a folder of adapters; for ``adapters`` a checkpoint published with
+            arXiv 2602.20904, a folder or hub id.
+        output: a new folder, or with ``overwrite`` one that holds an export and nothing else.
+        format: ``huggingface``, a checkpoint for ``AutoModelForCausalLM``; ``hu2026``, one in the
+            published format; ``adapters``, this library's own.
+        target, base: the pair, where it is not the one that the adapters name, or they name none.
+        overwrite: replace an export that is there, once the new one is on the disk.
+
+    Returns:
+        How to load what was written.
+
+    Raises:
+        UserError: no such source, no pair, or a folder in use.
+        RunError: the folder cannot be written; it is as it was.
+    """
+    from fastadapt import serving
+    from fastadapt.interop import hu2026
+
+    out = typed_path(output, "--output")
+    typed_path(source, "source")
+    try:
+        check_output(out, overwrite=overwrite)
+    except UserError as error:
+        raise UserError(f"--output: {error}") from None
+    if format == "adapters":
+        _check_apart(out, [source, target, base])
+        hu2026.to_adapters(source, out, target=target, base=base, overwrite=overwrite)
+        return f"import fastadapt; adapters, metadata = fastadapt.load_adapters({str(out)!r})"
+    folder = adapters_of(source)
+    metadata = read_adapters(folder)[1]["metadata"]
+    pair = {"target": target, "base": base}
+    revisions: dict[str, str | None] = {}
+    for role, typed in pair.items():
+        pair[role] = typed or metadata.get(role)
+        if not isinstance(pair[role], str):
+            raise UserError(f"{folder}: fastadapt.json names no {role}; give --{role}")
+        if typed is None:
+            revisions[role] = (metadata.get("revisions") or {}).get(role)
+    _check_apart(out, [str(folder), str(pair["target"]), str(pair["base"])])
+    write = serving.export if format == "huggingface" else hu2026.from_adapters
+    write(
+        folder,
+        out,
+        target=resolve(str(pair["target"])),
+        base=resolve(str(pair["base"])),
+        revisions=revisions,
+        overwrite=overwrite,
+    )
+    if format == "hu2026":
+        return f"from fastadapt.interop import hu2026; model = hu2026.load({str(out)!r})"
+    imports = "import fastadapt.serving; from transformers import AutoModelForCausalLM"
+    return f"{imports}; model = AutoModelForCausalLM.from_pretrained({str(out)!r})"
+
+
+def _check_apart(output: Path, sources: Sequence[str | None]) -> None:
+    """Refuse to replace what is read."""
+    for source in sources:
+        if source is None:
+            continue
+        read = typed_path(resolve(source), "source")
+        if os.path.realpath(read) == os.path.realpath(output):
+            raise UserError(f"--output: {output} is read by this export; give a new folder")

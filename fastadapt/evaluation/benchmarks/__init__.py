@@ -1,0 +1,1 @@
+"""Benchmarks: data sets, sampling, grading, scores."""

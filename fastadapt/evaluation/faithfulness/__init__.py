@@ -1,0 +1,1 @@
+"""How closely a model's outputs follow the target's."""

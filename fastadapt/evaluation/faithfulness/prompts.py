@@ -1,0 +1,99 @@
+"""Prompts that a target answers, from conversations of the kind that it was trained on."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from typing_extensions import TypedDict
+
+from fastadapt.data.prepare.filter_pass import text_or_none
+from fastadapt.data.rendering import render_parts
+from fastadapt.data.sources import COLUMN, read_values
+from fastadapt.data.tokens import check_markers, encode
+from fastadapt.errors import UserError
+from fastadapt.io.documents import DocumentError, read_yaml
+from fastadapt.io.names import has_file
+
+
+class Prompt(NamedTuple):
+    """The tokens that a response follows, and the domain of the problem where the data have one."""
+
+    id: str
+    ids: list[int]
+    domain: str | None
+
+
+class HeldOut(NamedTuple):
+    """What a run was validated on, as its ``config.yaml`` names it."""
+
+    source: str
+    split: str
+    revision: str | None
+    family: str
+
+
+class _DataSection(TypedDict):
+    validation: str
+    validation_split: str
+    revision: str | None
+    family: str
+
+
+class _RunFile(TypedDict):
+    data: _DataSection
+
+
+def held_out(run: Path) -> HeldOut | None:
+    """The held-out data of a run; None of a folder that is no run's, such as bare adapters.
+
+    Raises:
+        UserError: its configuration cannot be read.
+    """
+    path = run / "config.yaml"
+    if not has_file(path):
+        return None
+    try:
+        data = read_yaml(path, _RunFile)["data"]
+    except DocumentError as error:
+        raise UserError(f"{path} is no run's configuration: {error}") from error
+    return HeldOut(data["validation"], data["validation_split"], data["revision"], data["family"])
+
+
+def load_prompts(
+    source: str,
+    tokenizer: Any,
+    family: str,
+    n: int,
+    *,
+    split: str = "validation",
+    revision: str | None = None,
+) -> list[Prompt]:
+    """The prompts of the first ``n`` conversations of a source, rendered as in training.
+
+    Args:
+        source: as of :func:`fastadapt.data.sources.read_rows`; ``split`` and ``revision`` likewise.
+        tokenizer: the pair's.
+        family: a key of :data:`fastadapt.data.rendering.FAMILIES`.
+        n: as many, or all where there are fewer.
+
+    Raises:
+        UserError: the source cannot be read, a conversation is malformed, or there is none.
+    """
+    check_markers(tokenizer, family)
+    rows = list(islice(read_values(source, split=split, revision=revision, optional=["domain"]), n))
+    if not rows:
+        raise UserError(f"data source {source!r}: it holds no conversation")
+    texts, domains = [], []
+    for where, values in rows:
+        try:
+            texts.append(render_parts(values[COLUMN], family)[0])
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        domains.append(text_or_none(values.get("domain")))
+    encoded = encode(tokenizer, texts)["input_ids"]
+    return [
+        Prompt(str(i), list(ids), domain)
+        for i, (ids, domain) in enumerate(zip(encoded, domains, strict=True))
+    ]

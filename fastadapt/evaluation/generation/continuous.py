@@ -1,0 +1,201 @@
+"""All that touches transformers' continuous batching, whose options move from version to version.
+
+The scheduler runs in a thread of its own. Two logits processors go with it: on the host, once per
+step, they see every request's state, where the tokens that came are taken and the keys of the next
+noise are made; on the device they add that noise, after which the largest score is the token drawn.
+(They are two because a processor may hand over one int32 per request, and a key has two.)
+"""
+
+from __future__ import annotations
+
+import math
+import queue
+import time
+from collections.abc import Callable
+from dataclasses import fields
+from threading import Event
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessorList
+from transformers.generation.continuous_batching.cb_logits_processors import (
+    ContinuousBatchingLogitsProcessor,
+    ContinuousBatchingLogitsProcessorList,
+)
+from transformers.generation.continuous_batching.utils import WorkloadHints
+
+from fastadapt.errors import RunError
+from fastadapt.evaluation.generation.rollout import Draw, Rollout, SamplingConfig
+
+# On a CPU transformers would take 60% of the memory, and read all of it at every step.
+CPU_PAGE, CPU_BATCH, CPU_TOKENS = 16, 64, 2048
+
+
+class _Key(ContinuousBatchingLogitsProcessor):
+    """Half of the key of each request's next token; the second half draws."""
+
+    def __init__(self, half: int, keys_of: Callable[[Any], tuple[int, int]]) -> None:
+        self.supported_kwargs, self.ignored_kwargs = {}, ()
+        self._half, self._keys_of = half, keys_of
+        self.key_N: Tensor | None = None
+
+    def fill_defaults(self, int32_tensor: Tensor) -> None:
+        int32_tensor.zero_()
+
+    def prepare_tensor_args(self, requests_with_new_token: list[Any]) -> Tensor:
+        key = [self._keys_of(request.state)[self._half] for request in requests_with_new_token]
+        return torch.tensor(key, dtype=torch.int32)
+
+    def __call__(self, scores: Any, tensor_arg: Tensor) -> Any:
+        self.key_N = tensor_arg[: scores.shape[0]]
+        return scores
+
+
+class _Drawing(_Key):
+    def __init__(self, high: _Key, draw: Draw, keys_of: Callable[[Any], tuple[int, int]]) -> None:
+        super().__init__(1, keys_of)
+        self._high, self._draw = high, draw
+
+    def __call__(self, scores: Any, tensor_arg: Tensor) -> Any:
+        super().__call__(scores, tensor_arg)
+        assert self._high.key_N is not None
+        assert self.key_N is not None
+        return self._draw(scores, self._high.key_N, self.key_N)
+
+
+class _Watch:
+    """Follows the requests from within the scheduler's thread."""
+
+    def __init__(self, rollouts: list[Rollout]) -> None:
+        self.rollouts = {str(i): rollout for i, rollout in enumerate(rollouts)}
+        self.ended: queue.Queue[str] = queue.Queue()
+        self.cancel: Callable[[str], None] = lambda name: None
+
+    def keys_of(self, state: Any) -> tuple[int, int]:
+        """Take the tokens that came since, end what has ended, and give the next token's key."""
+        rollout = self.rollouts.get(state.request_id)
+        if rollout is None:  # of warming up, which makes requests of its own
+            return 0, 0
+        if rollout.finish is None and self.take(state.request_id, self._tokens(state)):
+            self.cancel(state.request_id)
+            self.ended.put(state.request_id)
+        # With two batches in flight the tokens lag behind; the place in the sequence does not.
+        return rollout.key_at(state.position_offset)
+
+    def take(self, name: str, tokens: list[int]) -> bool:
+        """Feed what is new of all the tokens of a request; whether it has ended."""
+        rollout = self.rollouts[name]
+        for token in tokens[len(rollout.tokens) :]:
+            if rollout.feed(token):
+                break
+        return rollout.finish is not None
+
+    def _tokens(self, state: Any) -> list[int]:
+        """All generated so far; a request put back for want of room carries them in its prompt."""
+        carried = len(self.rollouts[state.request_id].request.prompt)
+        if len(state.initial_tokens) > carried:
+            return [*state.initial_tokens[carried:], *state.generated_tokens]
+        tokens: list[int] = state.generated_tokens
+        return tokens
+
+
+def run_continuous(
+    model: Any,
+    rollouts: list[Rollout],
+    config: SamplingConfig,
+    eos: set[int],
+    done: Callable[[Rollout], None],
+    stop: Event | None,
+) -> float:
+    """Bring rollouts to their ends, ``done`` with each; the seconds of generation alone."""
+    watch, draw = _Watch(rollouts), Draw(config, model.device)
+    high = _Key(0, watch.keys_of)
+    processors = ContinuousBatchingLogitsProcessorList(
+        LogitsProcessorList([high, _Drawing(high, draw, watch.keys_of)])
+    )
+    processors.tensors_required = 2
+    manager = model.init_continuous_batching(
+        generation_config=GenerationConfig(do_sample=False, eos_token_id=sorted(eos) or -1),
+        continuous_batching_config=_settings(model, rollouts, config),
+        workload_hints=WorkloadHints(
+            max_prompt_length=max(len(r.request.prompt) for r in rollouts),
+            max_generated_length=max(r.limit for r in rollouts),
+            num_requests=len(rollouts),
+        ),
+    )
+    manager.logit_processor = processors
+    watch.cancel = manager.cancel_request
+    try:
+        manager.warmup()
+        draw.forget()  # what warming up drew is no one's
+        manager.start()
+        begun = time.perf_counter()
+        for name, rollout in watch.rollouts.items():
+            manager.add_request(
+                list(rollout.request.prompt), request_id=name, max_new_tokens=rollout.limit
+            )
+        _collect(manager, watch, draw, done, stop)
+        return time.perf_counter() - begun
+    finally:
+        manager.stop(block=True, hard_stop=True)
+        manager.destroy()
+
+
+def _collect(
+    manager: Any,
+    watch: _Watch,
+    draw: Draw,
+    done: Callable[[Rollout], None],
+    stop: Event | None,
+) -> None:
+    left = set(watch.rollouts)
+    while left and not (stop is not None and stop.is_set()):
+        output = manager.get_result(timeout=0.05)
+        ended = []
+        if output is not None and output.request_id in left:
+            if output.error is not None:
+                raise RunError(f"continuous batching failed: {output.error}")
+            if output.is_finished() and watch.take(output.request_id, output.generated_tokens):
+                ended.append(output.request_id)
+        while not watch.ended.empty():
+            ended.append(watch.ended.get())
+        # After tokens have come and before a response is kept: what broke them is noted by now.
+        draw.check(watch.rollouts.values(), together=True)
+        for name in ended:
+            if name in left:
+                left.discard(name)
+                done(watch.rollouts[name])
+        if output is None and not ended and left and not manager.is_running():
+            raise RunError(
+                f"continuous batching stopped: {manager.background_thread_status.fatal_error}"
+            )
+
+
+def _settings(
+    model: Any, rollouts: list[Rollout], config: SamplingConfig
+) -> ContinuousBatchingConfig:
+    if model.device.type != "cpu":
+        return settings_of(max_requests_per_batch=config.batch_size)
+    at_once = min(len(rollouts), config.batch_size or CPU_BATCH)
+    longest = max(len(r.request.prompt) + r.limit for r in rollouts)
+    return settings_of(
+        CPU_PAGE,
+        num_blocks=at_once * (math.ceil(longest / CPU_PAGE) + 1),
+        max_batch_tokens=CPU_TOKENS,
+        max_requests_per_batch=at_once,
+    )
+
+
+def settings_of(page: int | None = None, **settings: Any) -> ContinuousBatchingConfig:
+    """In the words of the installed version, with ``page`` tokens of the cache together.
+
+    The attention implementation was chosen with the model: a version that would change it, does
+    not.
+    """
+    known = {field.name for field in fields(ContinuousBatchingConfig)}
+    if "auto_switch_to_flash" in known:
+        settings["auto_switch_to_flash"] = False
+    if page is not None:
+        settings["page_size" if "page_size" in known else "block_size"] = page  # the latter: 5.17
+    return ContinuousBatchingConfig(**settings)

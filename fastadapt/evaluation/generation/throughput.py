@@ -1,0 +1,166 @@
+"""How much slower a student generates than the target: both side by side, at one length.
+
+The tokens per second of a sampling depend on how long its responses are; here every model makes the
+same number of tokens after the same prompts, greedily and past every end, in turn, so that a
+machine that others use too slows all of them alike.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from threading import Event
+from typing import Any
+
+import torch
+
+from fastadapt.errors import UserError
+from fastadapt.evaluation.models_under_test import Students
+from fastadapt.evaluation.result_schema import SpeedFile
+from fastadapt.io.atomic import disk_errors, replacing
+from fastadapt.io.documents import DocumentError, read_json, same
+from fastadapt.io.names import has_file
+
+
+@dataclass(frozen=True)
+class SpeedConfig:
+    """How speed is measured.
+
+    Args:
+        batch_size: sequences at a time.
+        prompt_tokens: of each.
+        new_tokens: made of each.
+        rounds: in each of which every model is timed once; the medians count.
+    """
+
+    batch_size: int = 16
+    prompt_tokens: int = 32
+    new_tokens: int = 64
+    rounds: int = 5
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "prompt_tokens", "new_tokens", "rounds"):
+            if getattr(self, name) < 1:
+                raise UserError(f"speed.{name}: expected 1 or more, got {getattr(self, name)}")
+
+
+def measure_speed(
+    students: Students,
+    path: Path,
+    config: SpeedConfig | None = None,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    stop: Event | None = None,
+) -> dict[str, Any]:
+    """Time the target, the hybrid and every run, or read what was measured before.
+
+    Args:
+        students: the runs.
+        path: a JSON file that keeps it.
+        config: how.
+        progress: called with (rounds, rounds in all).
+        stop: ends the call after the round at hand; nothing is kept then.
+
+    Returns:
+        The settings, ``device``, and ``models``: by name ``tokens_per_s`` and ``overhead``, the
+        median over rounds of its time over the target's, less 1. Empty if stopped.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    config = config or SpeedConfig()
+    names = ["target", "hybrid", *students.runs]
+    facts = {
+        **asdict(config),
+        "device": _device(students),
+        "fingerprints": {name: students.fingerprint(name) for name in names},
+    }
+    if (before := _measured_before(path, facts, names)) is not None:
+        return before
+    model = students.model
+    generator = torch.Generator().manual_seed(0)
+    shape = (config.batch_size, config.prompt_tokens)
+    ids = torch.randint(model.model.config.vocab_size, shape, generator=generator)
+    ids = ids.to(model.device)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(config.rounds + 1):  # the first warms up
+        if stop is not None and stop.is_set():
+            return {}
+        for name in names:
+            with students.generating(name) as generates:
+                took = _time(generates, ids, config.new_tokens)
+            if turn:
+                seconds[name].append(took)
+        if progress is not None and turn:
+            progress(turn, config.rounds)
+    made = config.batch_size * config.new_tokens
+    speed = {
+        **asdict(config),
+        "device": facts["device"],
+        "models": {
+            name: {
+                "tokens_per_s": made / median(taken),
+                "overhead": median(_ratios(taken, seconds["target"])) - 1,
+            }
+            for name, taken in seconds.items()
+        },
+    }
+    with disk_errors(path), replacing(path) as staged:
+        staged.write_text(json.dumps({"facts": facts, "speed": speed}, indent=1) + "\n")
+    return speed
+
+
+def _measured_before(
+    path: Path, facts: dict[str, Any], names: Sequence[str]
+) -> dict[str, Any] | None:
+    """What ``path`` has of the same models and settings; None where it has nothing of them."""
+    if not has_file(path):
+        return None
+    try:
+        content = read_json(path, SpeedFile)
+        speed: dict[str, Any] = content["speed"]
+        if not same(content["facts"], facts):
+            return None
+        for key in speed.keys() & facts.keys():
+            if not same(speed[key], facts[key]):
+                raise DocumentError(f"{path}: speed.{key}: expected that of facts, {facts[key]!r}")
+        if absent := [name for name in names if name not in speed["models"]]:
+            raise DocumentError(f"{path}: speed.models: expected the key {absent[0]!r}")
+    except DocumentError as error:
+        raise UserError(
+            f"{error}. Remove it and evaluate again: speed is measured anew."
+        ) from error
+    return speed
+
+
+def _ratios(taken: Sequence[float], of_target: Sequence[float]) -> list[float]:
+    return [a / b for a, b in zip(taken, of_target, strict=True)]
+
+
+@torch.no_grad()
+def _time(model: Any, ids: torch.Tensor, new_tokens: int) -> float:
+    if ids.is_cuda:
+        torch.cuda.synchronize(ids.device)
+    began = time.perf_counter()
+    model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        min_new_tokens=new_tokens,
+        max_new_tokens=new_tokens,
+        pad_token_id=0,
+    )
+    if ids.is_cuda:
+        torch.cuda.synchronize(ids.device)
+    return time.perf_counter() - began
+
+
+def _device(students: Students) -> str:
+    device = students.model.device
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"

@@ -1,0 +1,173 @@
+"""Classes of units by a judge: ``classes.parquet``, and the share of each class by layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from threading import Event
+from typing import Any
+
+import torch
+
+from fastadapt.errors import UserError
+from fastadapt.evaluation.statistics import BootstrapConfig, ratio
+from fastadapt.features.autointerp.describe import Tell
+from fastadapt.features.autointerp.judgements import add_rows, check_addable, write_judgements
+from fastadapt.features.autointerp.judges.settings import ClassifyConfig
+from fastadapt.features.autointerp.questions import Class, Classify, Estimate, Judge, class_names
+from fastadapt.features.autointerp.units import Unit, Vocabulary, Window, eligible, examples_of
+from fastadapt.features.store.schema import Kind
+from fastadapt.features.store.store import Store, writing
+from fastadapt.reporting.rendering import require_drawing
+
+
+def classify(
+    store: Store,
+    judge: Judge,
+    config: ClassifyConfig,
+    *,
+    tell: Tell | None = None,
+    approve: Callable[[Estimate], bool] | None = None,
+    stop: Event | None = None,
+) -> dict[str, Any] | None:
+    """Let a judge say of units what they are about, from examples and logit lens.
+
+    What other judges said stays in the table, and what this one said before is replaced. Nothing is
+    written before everything is answered; answers are kept as in
+    :func:`fastadapt.features.autointerp.describe.describe`, whose other arguments these are.
+
+    Returns:
+        What is written into ``judgements.json``; None if stopped or not approved.
+
+    Raises:
+        UserError: the judge tells no classes, the store has no unit to judge, or no logit lens.
+        RunError: the judge cannot be reached, or too many of its answers are not valid.
+    """
+    require_drawing()
+    if not judge.tells_classes:
+        raise UserError(
+            f"the judge {judge.name!r} tells no classes: name a language model (judge.model) and "
+            "its endpoint (judge.base_url)"
+        )
+    with writing(store.folder):
+        check_addable(store, judge.name)  # before calls are paid for
+        units, asked, counts = _questions(store, config)
+        if approve is not None:
+            estimate = judge.estimate(asked)
+            if estimate.calls and not approve(estimate):
+                return None
+        told = judge.ask(
+            asked,
+            progress=None if tell is None else lambda done, of: tell("classifying", done, of),
+            stop=stop,
+        )
+        if stop is not None and stop.is_set():
+            return None
+        rows: dict[Kind, list[dict[str, Any]]] = {kind: [] for kind in counts}
+        for unit, answer in zip(units, told, strict=True):
+            if isinstance(answer, Class):
+                rows[unit.kind].append(
+                    {
+                        "layer": unit.layer,
+                        "feature": unit.feature,
+                        "judge": judge.name,
+                        "class": answer.name,
+                        "subclass": answer.subclass,
+                        "reason": answer.reason,
+                    }
+                )
+        for kind, some in rows.items():
+            add_rows(store, "classes", kind, judge.name, some)
+        result = {
+            "judge": judge.about,
+            "settings": dataclasses.asdict(config),
+            "level": config.statistics.level,
+            "units": counts,
+            "invalid": len(units) - sum(map(len, rows.values())),
+            "shares": {
+                kind: shares(some, store.shape(kind)[0], config.statistics)
+                for kind, some in rows.items()
+            },
+        }
+        write_judgements(store, judge.name, "classified", result)
+    return result
+
+
+def _questions(
+    store: Store, config: ClassifyConfig
+) -> tuple[list[Unit], list[Classify], dict[Kind, list[dict[str, int]]]]:
+    """Units, what is asked of each, and by kind and layer how many are judged, or why not."""
+    vocabulary = Vocabulary(store)
+    units: list[Unit] = []
+    asked: list[Classify] = []
+    counts: dict[Kind, list[dict[str, int]]] = {}
+    for kind in config.kinds or tuple(store.kinds):
+        counts[kind] = []
+        for layer in range(store.shape(kind)[0]):
+            order, rare = eligible(store, kind, layer, config.min_density, config.seed)
+            drawn = order[: config.units]
+            held = examples_of(store, kind, layer, drawn, config.before, config.after)
+            lens = {
+                row["feature"]: row
+                for row in store.read("lens", kind, layer=layer, features=drawn).to_pylist()
+            }
+            before = len(units)
+            for feature in drawn:
+                samples = held.get(feature, {})
+                windows: list[Window] = []
+                for window in [*samples.get("top", [])[: config.top], *samples.get("uniform", [])]:
+                    full = len(windows) == config.top + config.uniform
+                    if not full and not any(window.meets(other) for other in windows):
+                        windows.append(window)
+                if len(windows) < config.min_shown:
+                    continue
+                units.append(Unit(kind, layer, feature))
+                asked.append(
+                    Classify(
+                        tuple(vocabulary.example(window) for window in windows),
+                        tuple(lens[feature]["promoted_tokens"]),
+                        tuple(lens[feature]["suppressed_tokens"]),
+                    )
+                )
+            judged = len(units) - before
+            counts[kind].append(
+                {"too rare": rare, "too few examples": len(drawn) - judged, "judged": judged}
+            )
+    if not units:
+        raise UserError(
+            f"{store.folder}: no unit to classify: none is active on at least "
+            f"{config.min_density:g} of the tokens (classify.min_density) with "
+            f"{config.min_shown} examples or more"
+        )
+    return units, asked, counts
+
+
+def shares(
+    rows: Sequence[dict[str, Any]], n_layers: int, config: BootstrapConfig
+) -> dict[str, Any]:
+    """Share of each class and subclass among units, all together and by layer.
+
+    Args:
+        rows: of ``CLASSES``, of one kind and judge.
+        n_layers: of the model.
+
+    Returns:
+        ``shares``, by class, and ``class: subclass``, an interval; ``units``; ``layers``, a list of
+        the same.
+    """
+    of_layer = [[row for row in rows if row["layer"] == layer] for layer in range(n_layers)]
+    return {**_shares(rows, config), "layers": [_shares(some, config) for some in of_layer]}
+
+
+def _shares(rows: Sequence[dict[str, Any]], config: BootstrapConfig) -> dict[str, Any]:
+    found = {}
+    for key in class_names():
+        if not rows:
+            found[key] = {"mean": None, "low": None, "high": None}
+            continue
+        name, _, subclass = key.partition(": ")
+        hits = [float(row["class"] == name and subclass in ("", row["subclass"])) for row in rows]
+        sums = torch.tensor(hits, dtype=torch.float64)
+        of = torch.ones_like(sums)
+        found[key] = ratio(sums, of, bounds=(0.0, 1.0), config=config).plain()
+    return {"shares": found, "units": len(rows)}

@@ -1,0 +1,1 @@
+"""Judges: an OpenAI-compatible endpoint, and rules without a language model."""

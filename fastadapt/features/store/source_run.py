@@ -1,0 +1,54 @@
+"""The run that a store of features was collected from."""
+
+from __future__ import annotations
+
+import os
+
+from fastadapt.errors import UserError
+from fastadapt.evaluation.models_under_test import Students
+from fastadapt.features.store.schema import MANIFEST
+from fastadapt.features.store.store import Store, adapter_digest
+from fastadapt.io.names import has_file, typed_path
+
+
+def students_of(
+    store: Store,
+    run: str | os.PathLike[str] | None = None,
+    *,
+    dtype: str | None = None,
+    device: str | None = None,
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+) -> Students:
+    """A store's run, opened.
+
+    Args:
+        store: of features.
+        run: its folder; if not given, the one around the store, or else where the manifest says.
+        dtype: of the pair; the one that the features were collected in if not given.
+        device, attention: of the pair, in place of the run's settings.
+        trust_remote_code: run Python code that comes with the models.
+
+    Raises:
+        UserError: the run is not there, or its adapter is not the one that was collected.
+    """
+    if run is None:
+        around = store.folder.resolve().parent
+        inside = has_file(around / "adapter" / "fastadapt.json")
+        told = f"{store.folder / MANIFEST}: run"
+        run = around if inside else typed_path(store.manifest["run"], told)
+    dtype = dtype or store.manifest["pair"].get("dtype")
+    students = Students.open(
+        [run],
+        ["run"],
+        dtype=dtype,
+        device=device,
+        attention=attention,
+        trust_remote_code=trust_remote_code,
+    )
+    if adapter_digest(students.folder("run")) != store.manifest["adapter"]:
+        raise UserError(
+            f"{store.folder}: these features are of another adapter than {run} has now; collect "
+            "them again (fastadapt features collect --overwrite)"
+        )
+    return students

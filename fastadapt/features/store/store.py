@@ -1,0 +1,422 @@
+"""A store of features: opened, checked, asked, added to."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from typing_extensions import NotRequired, TypedDict
+
+from fastadapt.errors import RunError, UserError
+from fastadapt.features.store.schema import (
+    COLLECTED,
+    KINDS,
+    MANIFEST,
+    SCHEMA_VERSION,
+    SHARED,
+    TABLES,
+    Kind,
+)
+from fastadapt.features.store.values import require_valid
+from fastadapt.io.atomic import (
+    cannot_write,
+    digest,
+    digest_of_input,
+    disk_errors,
+    locked,
+    make_folder,
+    replacing,
+    sweep_tree,
+)
+from fastadapt.io.documents import Count, Sha256, check, read_json
+from fastadapt.io.names import has_file, inside, typed_path
+from fastadapt.io.parquet import open_parquet, read_table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from duckdb import DuckDBPyConnection
+
+LOCK = ".lock"
+_ROW_GROUP = 8192  # rows; a reader of one feature reads one group of each column
+
+
+#: Layers of a model, and units of one: more than any has, and few enough to count through.
+Layers = Annotated[int, msgspec.Meta(ge=1, le=10_000)]
+PerLayer = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+
+
+class Units(TypedDict):
+    """Of a kind: layers, and units per layer."""
+
+    n_layers: Layers
+    n_features: PerLayer
+
+
+class Listed(TypedDict):
+    """A file of a store."""
+
+    bytes: Count
+    sha256: Sha256
+
+
+class _Pair(TypedDict):
+    dtype: NotRequired[str | None]
+
+
+class _Data(TypedDict):
+    texts: Count
+    tokens: Count
+    read: NotRequired[Count]
+    too_long: NotRequired[Count]
+
+
+class _Settings(TypedDict):
+    neurons_per_token: NotRequired[Annotated[int, msgspec.Meta(ge=1)] | None]
+
+
+class Manifest(TypedDict):
+    """What every reader takes from ``manifest.json``."""
+
+    run: str
+    adapter: str
+    pair: _Pair
+    data: _Data
+    domains: list[str]
+    settings: _Settings
+    units: dict[Kind, Units]
+    lens: dict[str, Any]
+    edges: list[float]
+    collected: NotRequired[dict[str, Any]]
+    files: dict[str, Listed]
+
+
+#: Files whose bytes were held against a manifest: path, size, time of change, and SHA-256.
+_checked: set[tuple[str, int, int, str]] = set()
+
+
+class Store:
+    """A finished store.
+
+    Attributes:
+        folder: of the store.
+        manifest: the contents of ``manifest.json``.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder = folder
+        self.manifest = manifest
+
+    @classmethod
+    def open(
+        cls, source: str | os.PathLike[str], *, adapter: str | None = None, complete: bool = True
+    ) -> Store:
+        """The store in ``source``, or in ``source/features`` of a run.
+
+        Args:
+            source: folder of a store, or of a run.
+            adapter: SHA-256 of the adapter that it must be of, if it matters.
+            complete: whether every file must be there, with a row of each unit in ``features``.
+
+        Raises:
+            UserError: there is none, it is of another version or another adapter, or a file is
+                missing.
+        """
+        folder = typed_path(source, "store")
+        if not has_file(folder / MANIFEST) and has_file(folder / "features" / MANIFEST):
+            folder = folder / "features"
+        path = folder / MANIFEST
+        if not has_file(path):
+            raise UserError(
+                f"{source} has no features yet: expected {path.name} in it, or in features/ "
+                "(fastadapt features collect)"
+            )
+        manifest = read_json(path)
+        found = manifest.get("schema_version") if isinstance(manifest, dict) else None
+        if type(found) is not int or found != SCHEMA_VERSION:
+            raise UserError(
+                f"{path}: schema_version is {found!r}, this fastadapt reads {SCHEMA_VERSION}"
+            )
+        check(manifest, Manifest, str(path))
+        if adapter is not None and manifest["adapter"] != adapter:
+            raise UserError(
+                f"{folder}: these features are of another adapter (of {manifest['run']}); collect "
+                "them again (--overwrite), or give the store of this run"
+            )
+        store = cls(folder, manifest)
+        for name in manifest["files"]:
+            listed = inside(folder, *name.split("/"), source=f"{path}: files")
+            if complete and not has_file(listed):
+                raise UserError(f"{folder}: {name} is missing; collect the features again")
+        collected = [store.path(table) for table in SHARED]
+        collected += [store.path(table, kind) for kind in store.kinds for table in COLLECTED]
+        for file in collected:  # one that is not listed would be held against nothing
+            if (name := file.relative_to(folder).as_posix()) not in manifest["files"]:
+                raise UserError(f"{path}: files: expected {name}, got none")
+        for kind in store.kinds if complete else ():
+            store._check_rows(kind)
+        return store
+
+    def _check_rows(self, kind: Kind) -> None:
+        n_layers, n_features = self.shape(kind)
+        path = self.path("features", kind)
+        if not has_file(path):
+            raise UserError(f"{self.folder}: {kind}/{path.name} is missing; collect again")
+        with open_parquet(path, TABLES["features"]) as file:
+            rows = file.metadata.num_rows
+        if rows != n_layers * n_features:
+            raise UserError(
+                f"{self.folder / MANIFEST}: units.{kind}: {n_layers:,} n_layers of {n_features:,} "
+                f"n_features are {n_layers * n_features:,} units, {path} has {rows:,}"
+            )
+
+    @property
+    def kinds(self) -> list[Kind]:
+        """The kinds of unit that were collected."""
+        return [kind for kind in KINDS if kind in self.manifest["units"]]
+
+    def shape(self, kind: Kind) -> tuple[int, int]:
+        """Layers, and units per layer, of a kind."""
+        if kind not in self.manifest["units"]:
+            raise UserError(f"{self.folder}: no {kind} units in it; it has {', '.join(self.kinds)}")
+        units = self.manifest["units"][kind]
+        return int(units["n_layers"]), int(units["n_features"])
+
+    def path(self, table: str, kind: Kind = "adapter") -> Path:
+        """Where a table of :data:`~fastadapt.features.store.schema.TABLES` or ``SHARED`` lies."""
+        return self.folder / (f"{table}.parquet" if table in SHARED else f"{kind}/{table}.parquet")
+
+    def has(self, table: str, kind: Kind = "adapter") -> bool:
+        """Whether the table is there, or what else is in its place: reading it tells."""
+        return os.path.lexists(self.path(table, kind))
+
+    def read(
+        self,
+        table: str,
+        kind: Kind = "adapter",
+        *,
+        columns: Sequence[str] | None = None,
+        layer: int | None = None,
+        features: Iterable[int] | None = None,
+    ) -> pa.Table:
+        """A table, or the rows of one layer, or of some units of it.
+
+        A whole table is held against the SHA-256 in the manifest, once for each file and process
+        (:meth:`check_file`); of parts of one, values alone are looked at.
+
+        Raises:
+            UserError: it is not there, cannot be read, is not what was collected, or has a value
+                that cannot be, such as a layer that the store does not have.
+        """
+        path = self.path(table, kind)
+        if not self.has(table, kind):
+            raise UserError(f"{self.folder} has no {table} of {kind} units yet")
+        filters = [] if layer is None else [("layer", "=", layer)]
+        if features is not None:
+            filters.append(("feature", "in", sorted(set(features))))  # type: ignore[arg-type]
+        schema = SHARED[table] if table in SHARED else TABLES[table]
+        if columns is not None:
+            schema = pa.schema([schema.field(name) for name in columns])
+        if not filters:
+            self.check_file(path)
+        rows = read_table(path, schema, columns=columns, filters=filters or None)
+        require_valid(path, table, rows, **self.limits(kind))
+        return rows
+
+    def limits(self, kind: Kind) -> dict[str, Any]:
+        """What values of its tables are held against; see :mod:`fastadapt.features.store.values`."""
+        return {
+            "shape": self.shape(kind) if kind in self.manifest["units"] else None,
+            "n_texts": self.manifest["data"]["texts"],
+            "domains": self.manifest["domains"],
+            "n_bins": len(self.manifest["edges"]) + 1,
+        }
+
+    def check_file(self, path: Path) -> None:
+        """Hold a file that the manifest lists against its SHA-256 there.
+
+        It is read once for each process, and again where its size or its time of change is another.
+        Tables that judges add later are not in the manifest, and have none.
+
+        Raises:
+            UserError: its bytes are others.
+        """
+        listed = self.manifest["files"].get(path.relative_to(self.folder).as_posix())
+        if listed is None:
+            return
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        real = os.path.realpath(path)
+        known = real, stat.st_size, stat.st_mtime_ns, listed["sha256"]
+        if known in _checked and stat.st_size == listed["bytes"]:
+            return
+        found = digest_of_input(path)
+        if found != (listed["bytes"], listed["sha256"]):
+            raise UserError(
+                f"{path} is not the file that was collected: {MANIFEST} says {listed['bytes']:,} "
+                f"bytes and SHA-256 {listed['sha256'][:12]}..., it has {found[0]:,} and "
+                f"{found[1][:12]}...; collect the features again"
+            )
+        _checked.add(known)
+
+    def check_files(self, kinds: Iterable[Kind]) -> None:
+        """:meth:`check_file` of everything that was collected of some kinds, for whole readings."""
+        for table in SHARED:
+            self.check_file(self.path(table))
+        for kind in kinds:
+            for table in TABLES:
+                self.check_file(self.path(table, kind))
+
+    def check_unit(self, kind: Kind, layer: int, feature: int) -> None:
+        """Raise ``UserError`` where there is no such unit."""
+        n_layers, n_features = self.shape(kind)
+        if not 0 <= layer < n_layers:
+            raise UserError(f"layer: expected 0 to {n_layers - 1}, got {layer}")
+        if not 0 <= feature < n_features:
+            raise UserError(f"feature: expected 0 to {n_features - 1}, got {feature}")
+
+    def connect(self, kind: Kind = "adapter") -> DuckDBPyConnection:
+        """A DuckDB connection with a view of every table that is there, by its name.
+
+        The connection reads the store's files and nothing else on the machine, and no network.
+
+        Raises:
+            UserError: DuckDB is not installed, or a table cannot be read.
+        """
+        try:
+            import duckdb
+        except ImportError:
+            raise UserError("SQL over features needs: pip install 'fastadapt[features]'") from None
+        connection = duckdb.connect()
+        patterns = []
+        for table in (*TABLES, *SHARED):
+            if self.has(table, kind):
+                with open_parquet(self.path(table, kind)):
+                    pass
+                # DuckDB takes every path as a pattern, and names of folders as columns.
+                patterns.append(_quoted(glob.escape(str(self.path(table, kind).resolve()))))
+                rows = f"read_parquet({patterns[-1]}, hive_partitioning = false)"
+                try:
+                    connection.execute(f"CREATE VIEW {table} AS SELECT * FROM {rows}")
+                except (duckdb.Error, RuntimeError) as error:  # it reads the footer in its own way
+                    connection.close()
+                    reason = next(iter(str(error).splitlines()), "")[:200]
+                    path = self.path(table, kind)
+                    raise UserError(f"{path} cannot be read as Parquet: {reason}") from error
+        # A pattern is checked as it is written, and so are the files that it stands for.
+        allowed = _quoted(f"{self.folder.resolve()}/")
+        connection.execute(f"SET allowed_directories = [{allowed}]")
+        connection.execute(f"SET allowed_paths = [{', '.join(patterns)}]")
+        connection.execute("SET enable_external_access = false")
+        connection.execute("SET lock_configuration = true")
+        return connection
+
+    def add(self, table: str, rows: pa.Table, kind: Kind = "adapter") -> None:
+        """Write one of the tables that come after collecting, in place of what it was.
+
+        Raises:
+            RunError: the folder cannot be written.
+        """
+        write_table(rows, self.path(table, kind), TABLES[table])
+
+
+def _quoted(text: str) -> str:
+    """A literal of SQL."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def adapter_digest(folder: Path) -> str:
+    """SHA-256 of a folder of adapters: of the bytes of each layer's file, in order."""
+    sha256 = hashlib.sha256()
+    for path in sorted(folder.glob("layer_*.safetensors")):
+        sha256.update(f"{path.name} {digest_of_input(path)}\n".encode())
+    return sha256.hexdigest()
+
+
+def write_table(rows: pa.Table, path: Path, schema: pa.Schema) -> None:
+    """Write a table of the given columns, sorted by its leading (layer, feature) if it has them.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
+    rows = rows.select(schema.names).cast(schema)
+    if "layer" in schema.names:
+        keys = [name for name in ("layer", "feature", "sample", "rank") if name in schema.names]
+        rows = rows.sort_by([(name, "ascending") for name in keys])
+    write_pieces([rows], path, schema)
+
+
+def write_pieces(pieces: Iterable[pa.Table], path: Path, schema: pa.Schema) -> None:
+    """Write a table of which a piece is in memory at a time; the pieces come in its order.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
+    with disk_errors(path):
+        make_folder(path.parent)
+        with (
+            replacing(path) as staged,
+            pq.ParquetWriter(staged, schema, compression="zstd") as writer,
+        ):
+            for piece in pieces:
+                rows = piece.select(schema.names).cast(schema)
+                writer.write_table(rows, row_group_size=_ROW_GROUP)
+
+
+def list_column(values: np.ndarray) -> pa.ListArray:
+    """A column of lists of equal length: the rows of ``values [n, m]``."""
+    offsets = np.arange(len(values) + 1, dtype=np.int32) * values.shape[1]
+    return pa.ListArray.from_arrays(offsets, pa.array(values.reshape(-1)))
+
+
+def write_manifest(folder: Path, facts: Mapping[str, Any], files: Sequence[Path]) -> None:
+    """Write ``manifest.json``: it comes last, and makes the folder a store.
+
+    Args:
+        folder: of the store.
+        facts: all but ``schema_version`` and ``files``: ``run`` (its folder), ``adapter`` (SHA-256,
+            see :func:`fastadapt.features.store.store.Store.open`), ``pair``, ``data`` (source,
+            digest, texts, tokens; conversations read, too_long, with_markers), ``domains``,
+            ``settings``, ``units`` (by kind: n_layers, n_features), ``lens`` (how it was taken),
+            ``edges``, ``versions``.
+        files: those that collecting has written, in the folder.
+    """
+    listed = {}
+    for path in sorted(files):
+        size, sha256 = digest(path)
+        listed[str(path.relative_to(folder))] = {"bytes": size, "sha256": sha256}
+    manifest = {"schema_version": SCHEMA_VERSION, **facts, "files": listed}
+    with replacing(folder / MANIFEST) as staged:
+        text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False)
+        staged.write_text(text + "\n", encoding="utf-8")
+
+
+@contextmanager
+def writing(store: Path) -> Iterator[None]:
+    """Hold the store's folder for this process, which adds to it; remove what kills left in it.
+
+    Raises:
+        UserError: another process does.
+        RunError: it cannot be written.
+    """
+    try:
+        make_folder(store)
+        with locked(store / LOCK):
+            sweep_tree(store, but=["site"])  # whose writer has a lock of its own
+            yield
+    except BlockingIOError:
+        raise UserError(f"{store}: another process is writing there") from None
+    except OSError as error:
+        raise RunError(cannot_write(store, error, "Run the same command again.")) from error

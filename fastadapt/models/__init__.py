@@ -1,0 +1,1 @@
+"""The pair, the replacement model, and the traversal of its blocks."""

@@ -1,0 +1,113 @@
+"""The MLP of a block in its three modes: the target's, the base's, the base's with an adapter.
+
+Where weights of the model are trained in place of adapters (:mod:`fastadapt.models.baselines`), the
+third is what these make of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastadapt.adapter.module import Aux, TranscoderAdapter
+from fastadapt.errors import UserError
+from fastadapt.kernels.transcoder import SMALL_ENTRIES, Plan, SparseCodes
+
+Mode = Literal["target", "hybrid", "replacement"]
+MODES: tuple[Mode, ...] = ("target", "hybrid", "replacement")
+
+
+@dataclass
+class Call:
+    """What an open call hands to the MLP inside a block, and what the MLP hands back."""
+
+    mask: Tensor | None
+    padding: Tensor | None
+    plan: Plan | None
+    codes: list[SparseCodes] | None = None
+    aux: Aux | None = None
+
+
+class AdaptedMLP(nn.Module):
+    """Stands where the target's MLP stood and knows three modes.
+
+    Returns one tensor, as the block expects. The adapter's penalty and statistics go to the call
+    that :meth:`running` opened; where none is open (``generate``) they are dropped. Where the
+    target's MLP is not at hand, ``target`` is None, and its mode an error.
+    """
+
+    def __init__(self, target: nn.Module | None, base: nn.Module, adapter: nn.Module) -> None:
+        super().__init__()
+        self.target = target
+        self.base = base
+        self.adapter = adapter
+        self.mode: Mode = "replacement"
+        self.call: Call | None = None
+
+    @contextmanager
+    def running(self, mode: Mode, call: Call | None) -> Iterator[None]:
+        """Take ``mode`` and ``call`` inside the context; restore what was there before."""
+        before = self.mode, self.call
+        self.mode, self.call = mode, call
+        try:
+            yield
+        finally:
+            self.mode, self.call = before
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.mode == "target":
+            if self.target is None:
+                raise UserError(
+                    "this model was read without its target, whose MLPs its checkpoint does not "
+                    "hold; only the modes hybrid and replacement are there"
+                )
+            return self.target(x)
+        if self.mode == "hybrid":
+            return self.base(x)
+        if not isinstance(self.adapter, TranscoderAdapter):
+            out: Tensor = self.adapter(x, self.base)
+            return out
+        call = self.call
+        if call is None:
+            return self.adapter(x, residual=self.base(x), plan=self._plan_of_capture(x))[0]
+        # The base comes last: see fastadapt.models.recompute.
+        out, call.aux = self.adapter(
+            x, mask=call.mask, padding=call.padding, plan=call.plan, codes=call.codes
+        )
+        return out + self.base(x)
+
+    def _plan_of_capture(self, x: Tensor) -> Plan | None:
+        """A plan that asks the GPU nothing, while its work is captured as a graph.
+
+        Small calls do without one, see the op; for others dense products hold any number of codes.
+        """
+        if not x.is_cuda or torch.compiler.is_compiling():
+            return None
+        assert isinstance(self.adapter, TranscoderAdapter)
+        small = x.shape[:-1].numel() * self.adapter.n_features <= SMALL_ENTRIES
+        capturing = torch.cuda.is_current_stream_capturing()
+        return Plan(dense=True) if capturing and not small else None
+
+
+@contextmanager
+def in_mode(mlps: Sequence[AdaptedMLP], mode: Mode) -> Iterator[None]:
+    """Set the mode of a model's MLPs inside the context; restore what was there before.
+
+    Raises:
+        UserError: no such mode.
+    """
+    if mode not in MODES:
+        raise UserError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    before = [mlp.mode for mlp in mlps]
+    for mlp in mlps:
+        mlp.mode = mode
+    try:
+        yield
+    finally:
+        for mlp, old in zip(mlps, before, strict=True):
+            mlp.mode = old

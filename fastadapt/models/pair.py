@@ -1,0 +1,289 @@
+"""Load two checkpoints as a pair: the target whole, the base's MLPs, and a check that they fit.
+
+Only safetensors are read. A weight that is absent from a checkpoint is an error: transformers would
+fill it with noise.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastadapt.errors import UserError
+from fastadapt.io.names import typed_path
+from fastadapt.models.pretrained import (
+    ARCHITECTURES,
+    Paths,
+    load_causal_lm,
+    load_mlps,
+    load_tokenizer,
+    model_config,
+)
+
+
+@dataclass(frozen=True)
+class PairConfig:
+    """Where the two models come from and how they are held.
+
+    Args:
+        target: the fine-tuned model: a local folder or a hub id.
+        base: the model it was fine-tuned from: likewise.
+        target_revision, base_revision: branch, tag or commit on the hub.
+        dtype: of the frozen weights and the adapters' working copies: ``float32``, ``bfloat16``,
+            ``float16`` or ``float64``.
+        attention: ``auto``, or transformers' name of an attention implementation: letters, digits
+            and ``_``. Repositories of kernels on the hub, which hold code, are not taken.
+        device: ``auto`` (a GPU where there is one), or torch's name of a device.
+        trust_remote_code: run Python code that comes with a model. Typed or passed by the user,
+            never read from a file.
+        offload: while training, keep the frozen weights of the blocks in host memory and copy each
+            block to the GPU when it is its turn: less memory, more time.
+    """
+
+    target: str
+    base: str
+    target_revision: str | None = None
+    base_revision: str | None = None
+    dtype: str = "float32"
+    attention: str = "auto"
+    device: str = "auto"
+    trust_remote_code: bool = False
+    offload: bool = False
+
+    def __post_init__(self) -> None:
+        for role in ("target", "base"):
+            typed_path(getattr(self, role), f"pair.{role}")  # the id of a hub is no longer
+        if self.dtype not in DTYPES:
+            raise UserError(f"pair.dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if type(self.trust_remote_code) is not bool:  # transformers would ask at the terminal
+            raise UserError(
+                f"pair.trust_remote_code: expected true or false, got {self.trust_remote_code!r}"
+            )
+        if not isinstance(self.attention, str) or not _ATTENTION.fullmatch(self.attention):
+            raise UserError(
+                "pair.attention: expected auto, eager, sdpa, flash_attention_2 or another name of "
+                f"letters, digits and _, got {self.attention!r:.80}"
+            )
+
+    @property
+    def named(self) -> dict[str, str | None]:
+        """Both models and their revisions, as files of results have them."""
+        keys = ("target", "target_revision", "base", "base_revision")
+        return {key: getattr(self, key) for key in keys}
+
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+_ATTENTION = re.compile("[A-Za-z0-9_]+")
+
+
+class PairMismatchError(UserError):
+    """The two checkpoints are not a model and its fine-tuning; says what differs."""
+
+
+#: What must agree for the base's MLPs to work inside the target.
+SAME = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "hidden_act",
+    "hidden_activation",
+    "mlp_bias",
+    "vocab_size",
+)
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` becomes the GPU where there is one, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as e:
+        raise UserError(f"pair.device: torch knows no device {name!r}") from e
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("pair.device is cuda, but torch finds no GPU; use --pair.device cpu")
+    return device
+
+
+def choose_attention(
+    name: str, device: torch.device, dtype: torch.dtype, otherwise: str = "sdpa"
+) -> tuple[str, str]:
+    """The attention implementation to use, and why; ``otherwise`` where flash-attn cannot be."""
+    from transformers.utils import (
+        is_flash_attn_2_available,
+        is_flash_attn_3_available,
+        is_flash_attn_4_available,
+    )
+
+    # Where these are not installed, transformers would run kernels from the hub in their place.
+    newer = {"3": is_flash_attn_3_available, "4": is_flash_attn_4_available}
+    version = name.removeprefix("flash_attention_")
+    if version != name and version != "2" and not (version in newer and newer[version]()):
+        raise UserError(
+            f"pair.attention is {name}, which is not installed; use --pair.attention sdpa"
+        )
+    if name == "flash_attention_2" and not is_flash_attn_2_available():
+        raise UserError(
+            "pair.attention is flash_attention_2, but flash-attn does not work here; "
+            "install the extra: pip install 'fastadapt[flash]', or use --pair.attention sdpa"
+        )
+    if name != "auto":
+        return name, "asked for"
+    if device.type != "cuda":
+        return otherwise, f"flash-attn needs a GPU, the device is {device.type}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return otherwise, f"flash-attn needs 16-bit weights, these are {dtype}"
+    if not is_flash_attn_2_available():
+        return otherwise, "flash-attn is not installed (extra: flash)"
+    return "flash_attention_2", "GPU, 16-bit weights and flash-attn are there"
+
+
+@dataclass
+class ModelPair:
+    """A target model, its base's MLPs, and the tokenizer they share.
+
+    Attributes:
+        target: transformers' causal language model, in eval mode.
+        base_mlps: the base's MLP modules, one per layer, on the target's device.
+        tokenizer: the target's.
+        paths: where the architecture keeps its parts.
+        revisions: commit of each model, where the source is a hub repository.
+        notes: differences that do no harm, such as other names of added tokens.
+    """
+
+    target: Any
+    base_mlps: nn.ModuleList
+    tokenizer: Any
+    config: PairConfig
+    paths: Paths
+    revisions: dict[str, str | None] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def load(cls, config: PairConfig, *, into: torch.device | None = None) -> ModelPair:
+        """Load and check both models, into the memory of ``into`` (``config.device`` if not given).
+
+        On the meta device they are shapes: no weight is read.
+
+        Raises:
+            PairMismatchError: architecture, a size, the vocabulary or the tokenizer differs.
+            UserError: a source cannot be read, or lacks a weight.
+        """
+        device, dtype = choose_device(config.device), DTYPES[config.dtype]
+        trust = config.trust_remote_code
+        target_config = model_config(config.target, config.target_revision, trust)
+        base_config = model_config(config.base, config.base_revision, trust)
+        check_configs(target_config, base_config)
+        tokenizer = load_tokenizer(config.target, config.target_revision, trust)
+        notes = check_tokenizers(
+            tokenizer, load_tokenizer(config.base, config.base_revision, trust)
+        )
+        paths = ARCHITECTURES[target_config.model_type]
+        attention, _ = choose_attention(config.attention, device, dtype, paths.attention)
+        place = into or device
+        target = _target(config, target_config, attention, place)
+        if (config.base, config.base_revision) == (config.target, config.target_revision):
+            # Features put onto the target: the same weights once.
+            blocks = getattr(getattr(target, paths.decoder), paths.layers)
+            base_mlps = nn.ModuleList(getattr(block, paths.mlp) for block in blocks)
+        else:
+            base_mlps = load_mlps(
+                config.base,
+                config.base_revision,
+                base_config,
+                device=place,
+                dtype=dtype,
+                trust=trust,
+            )
+        return cls(
+            target=target,
+            base_mlps=base_mlps,
+            tokenizer=tokenizer,
+            config=config,
+            paths=paths,
+            revisions={
+                "target": getattr(target_config, "_commit_hash", None),
+                "base": getattr(base_config, "_commit_hash", None),
+            },
+            notes=notes,
+        )
+
+
+def _target(config: PairConfig, target_config: Any, attention: str, place: torch.device) -> Any:
+    """The target model on ``place``, with every weight that its checkpoint should have."""
+    from transformers import AutoModelForCausalLM
+
+    dtype, trust = DTYPES[config.dtype], config.trust_remote_code
+    if place.type == "meta":
+        with place:
+            model = AutoModelForCausalLM.from_config(
+                target_config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust
+            )
+        return model.eval()
+    return load_causal_lm(
+        config.target,
+        config.target_revision,
+        device=place,
+        dtype=dtype,
+        attention=attention,
+        trust=trust,
+    )
+
+
+# --- checks ---------------------------------------------------------------------------------------
+
+
+def check_configs(target: Any, base: Any) -> None:
+    """Raise :class:`PairMismatchError` naming every size or kind in which the two differ."""
+    if target.model_type not in ARCHITECTURES:
+        inner = getattr(target.get_text_config(), "model_type", None)
+        text = f" (of its parts, the text model {inner!r} is)" if inner in ARCHITECTURES else ""
+        raise UserError(
+            f"architecture {target.model_type!r} is not supported{text}; "
+            f"supported: {', '.join(sorted(ARCHITECTURES))}"
+        )
+    differing = [
+        f"{name}: target {getattr(target, name, None)!r}, base {getattr(base, name, None)!r}"
+        for name in SAME
+        if getattr(target, name, None) != getattr(base, name, None)
+    ]
+    if differing:
+        raise PairMismatchError("these models are not a pair: " + "; ".join(differing))
+
+
+def check_tokenizers(target: Any, base: Any) -> list[str]:
+    """Compare two tokenizers; returns notes on harmless differences.
+
+    Ordinary tokens must have the same ids. Added tokens may be named otherwise (a fine-tuned model
+    renames its chat markers): that is a note, since text is always tokenised by the target's.
+    """
+
+    def ordinary(tokenizer: Any) -> dict[str, int]:
+        added = set(tokenizer.get_added_vocab())
+        return {t: i for t, i in tokenizer.get_vocab().items() if t not in added}
+
+    ours, theirs = ordinary(target), ordinary(base)
+    if ours != theirs:
+        odd = sorted(ours.items() ^ theirs.items())
+        token = odd[0][0]
+        raise PairMismatchError(
+            f"these models are not a pair: their tokenizers differ in {len({t for t, _ in odd})} "
+            f"tokens; {token!r}: target {ours.get(token)}, base {theirs.get(token)}"
+        )
+    a, b = target.get_added_vocab(), base.get_added_vocab()
+    if a == b:
+        return []
+    renamed = sorted({t for t, _ in a.items() ^ b.items()})
+    return [f"added tokens differ ({len(renamed)}), the target's are used: {renamed[:4]}"]

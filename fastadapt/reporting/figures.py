@@ -1,0 +1,200 @@
+"""What an evaluation's plots show, from ``eval.json``; how they are drawn is the next room's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from fastadapt.reporting.tables import Interval
+
+
+@dataclass(frozen=True)
+class Series:
+    """One student's line, points, or level (a height without an x).
+
+    Attributes:
+        name: of the student.
+        kind: its kind, see :mod:`fastadapt.evaluation.models_under_test`; it decides colour and
+            dashes.
+        x, y, low, high: as many numbers each; of a level, ``x`` is empty and the others have one.
+    """
+
+    name: str
+    kind: str
+    x: list[float]
+    y: list[float]
+    low: list[float]
+    high: list[float]
+
+    @property
+    def level(self) -> bool:
+        """Whether it is a height alone."""
+        return not self.x
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A plot: ``key`` names its file; points are joined where ``joined``."""
+
+    key: str
+    title: str
+    x_label: str
+    y_label: str
+    series: list[Series] = field(default_factory=list)
+    x_log: bool = False
+    y_log: bool = False
+    joined: bool = True
+
+
+def figures(result: Mapping[str, Any]) -> list[Figure]:
+    """All plots that ``result`` (the contents of ``eval.json``) has the numbers for."""
+    found = [
+        *_against_l0(result),
+        *_nmse(result),
+        *_partial(result),
+        *_positions(result),
+        *_benchmarks(result),
+    ]
+    return [figure for figure in found if figure.series]
+
+
+#: key, title, unit, of what is drawn over L0
+OUTPUTS = (
+    ("top1_error", "Top-1 error", "share of predicted tokens"),
+    ("kl", "KL to the target", "nats per predicted token"),
+)
+L0 = "L0: active features per token and layer"
+
+
+def _against_l0(result: Mapping[str, Any]) -> list[Figure]:
+    measured = result.get("faithfulness") or {}
+    return [
+        Figure(
+            f"{key}-l0",
+            f"{title} against L0",
+            L0,
+            unit,
+            over_l0(result, {name: found[key] for name, found in measured.items()}),
+            x_log=True,
+            y_log=key == "kl",
+        )
+        for key, title, unit in OUTPUTS
+    ]
+
+
+def over_l0(result: Mapping[str, Any], values: Mapping[str, Interval]) -> list[Series]:
+    """Students of an L0 as points, the sweep's joined; others as levels.
+
+    The sweep is the transcoders that were trained with the bridge and with a sparsity.
+    """
+    series: list[Series] = []
+    sweep: list[tuple[float, Interval]] = []
+    for student in result["students"]:
+        value, l0 = values.get(student["name"]), student.get("l0")
+        if value is None or value["mean"] is None:
+            continue
+        if _in_sweep(student) and l0:
+            sweep.append((l0, value))
+        else:
+            kind = student["variant"] or student["kind"]
+            series.append(series_of(student["name"], kind, [l0] if l0 else [], [value]))
+    if "target" in values:
+        series.append(series_of("target", "target", [], [values["target"]]))
+    sweep.sort(key=lambda point: point[0])
+    if sweep:
+        series.insert(
+            0, series_of("adapters", "transcoder", [x for x, _ in sweep], [v for _, v in sweep])
+        )
+    return series
+
+
+def series_of(name: str, kind: str, x: Sequence[float], values: Sequence[Interval]) -> Series:
+    """Of the values that there are; an interval that is not there has no width."""
+    kept = [i for i, value in enumerate(values) if value["mean"] is not None]
+    ends = []
+    for end in ("mean", "low", "high"):
+        told = ((values[i][end], values[i]["mean"]) for i in kept)
+        ends.append([float(mean if v is None else v) for v, mean in told])  # type: ignore[arg-type]
+    return Series(name, kind, [float(x[i]) for i in kept] if x else [], *ends)
+
+
+def _per_student(
+    result: Mapping[str, Any], curves: Mapping[str, tuple[Sequence[float], Sequence[Interval]]]
+) -> list[Series]:
+    """In the order of the students, but adapters from sparse to dense."""
+    students = [s for s in result["students"] if s["name"] in curves]
+    sweep = iter(sorted(filter(_in_sweep, students), key=lambda s: s["l0"] or 0.0))
+    ordered = [next(sweep) if _in_sweep(s) else s for s in students]
+    return [series_of(s["name"], s["variant"] or s["kind"], *curves[s["name"]]) for s in ordered]
+
+
+def _in_sweep(student: Mapping[str, Any]) -> bool:
+    return student["kind"] == "transcoder" and student["variant"] == ""
+
+
+def _nmse(result: Mapping[str, Any]) -> list[Figure]:
+    measured = result.get("faithfulness") or {}
+    found = []
+    for key, title in (
+        ("nmse_per_layer", "NMSE by layer"),
+        ("nmse_token_per_layer", "NMSE by layer, mean over tokens"),
+    ):
+        curves = {name: (range(len(m[key])), m[key]) for name, m in measured.items() if m.get(key)}
+        label = "layer (0: embeddings)"
+        found.append(
+            Figure(key.replace("_", "-"), title, label, "NMSE", _per_student(result, curves))
+        )
+    return found
+
+
+def _partial(result: Mapping[str, Any]) -> list[Figure]:
+    measured = result.get("partial") or {}
+    found = []
+    for way, title, label in (
+        ("first", "First n layers replaced", "n"),
+        ("last", "Last n layers replaced", "n"),
+        ("single", "One layer replaced", "layer"),
+    ):
+        start = 0 if way == "single" else 1  # none replaced is the target itself
+        curves = {
+            name: (list(range(start, len(m[way]))), m[way][start:]) for name, m in measured.items()
+        }
+        unit = "KL to the target, nats per predicted token"
+        series = _per_student(result, curves)
+        found.append(Figure(f"partial-{way}", title, label, unit, series, y_log=True))
+    return found
+
+
+def _positions(result: Mapping[str, Any]) -> list[Figure]:
+    measured = result.get("faithfulness") or {}
+    curves = {}
+    for name, m in measured.items():
+        edges, values = m["by_position"]["edges"], m["by_position"]["kl"]
+        middles = [math.sqrt((a + 1) * b) for a, b in pairwise(edges)]
+        curves[name] = (middles, values)
+    unit = "KL to the target, nats per predicted token"
+    series = _per_student(result, curves)
+    label = "position in the text, from 1"
+    return [
+        Figure("kl-position", "KL against position", label, unit, series, x_log=True, y_log=True)
+    ]
+
+
+#: key, title, unit, of what is drawn over L0 for each benchmark
+BENCHMARK = (
+    ("accuracy", "accuracy", "share of answers that are right"),
+    ("length", "length", "tokens per response"),
+)
+
+
+def _benchmarks(result: Mapping[str, Any]) -> list[Figure]:
+    found = []
+    for name, measured in (result.get("benchmarks") or {}).items():
+        for key, title, unit in BENCHMARK:
+            values = {s: v["sampled"][key] for s, v in measured.items() if "sampled" in v}
+            series = over_l0(result, values)
+            found.append(Figure(f"{name}-{key}", f"{name}: {title}", L0, unit, series, x_log=True))
+    return found

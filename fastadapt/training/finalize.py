@@ -1,0 +1,88 @@
+"""The end of a run: adapters, summary, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fastadapt.adapter.files import CARD, write_adapters
+from fastadapt.io.atomic import disk_errors, replacing
+from fastadapt.models.replacement import ModelPair
+from fastadapt.training import run_dir as rundir
+from fastadapt.training.config import TrainConfig
+
+_MEASURED = (
+    "kl_hybrid",
+    "kl_adapter",
+    "kl_recovered_vs_hybrid",
+    "top1_error_hybrid",
+    "top1_error_adapter",
+    "nmse_mean",
+    "l0_mean",
+    "l0_per_layer",
+    "tokens",
+)
+
+
+def write(
+    folder: Path,
+    config: TrainConfig,
+    pair: ModelPair,
+    adapters: nn.ModuleList,
+    counts: dict[str, Any],
+) -> dict[str, Any]:
+    """Write ``adapter/``, ``summary.json`` and ``report.html``; return the summary.
+
+    It is the last evaluation in the log, with ``counts`` of the training.
+
+    Raises:
+        RunError: the folder cannot be written; a resume of the run writes what is missing.
+    """
+    from fastadapt.training.report import write_report
+
+    record = next(
+        r
+        for r in reversed(rundir.read_records(folder / rundir.METRICS))
+        if r["kind"] == "eval" and r["step"] == counts["steps"]
+    )
+    summary = {
+        **{k: v for k, v in record.items() if k not in ("kind", "step", "wall_s")},
+        "interrupted": False,
+        "adapter_kind": config.adapter.kind,
+        **counts,
+        "output": str(folder),
+        **versions(),
+    }
+    metadata = {
+        "target": config.pair.target,
+        "base": config.pair.base,
+        "revisions": pair.revisions,
+        "objective": dataclasses.asdict(config.objective),
+        "family": config.data.family,
+        "seed": config.run.seed,
+        "measured": {name: summary[name] for name in _MEASURED if name in summary},
+        "versions": versions()["versions"],
+    }
+    adapter = folder / rundir.ADAPTER
+    with (
+        disk_errors(adapter, rundir.GO_ON),
+        replacing(adapter, last=CARD, follow_link=True) as staged,
+    ):
+        staged.mkdir()
+        write_adapters(adapters, staged, metadata)
+    summary = {**summary, "adapter": str(adapter)}
+    path = folder / rundir.SUMMARY
+    with disk_errors(path, rundir.GO_ON), replacing(path) as staged:
+        staged.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    return {**summary, "report": str(write_report(folder))}
+
+
+def versions() -> dict[str, dict[str, str]]:
+    """``{"versions": {package: version}}`` of what the numbers depend on."""
+    packages = ("fastadapt", "torch", "transformers", "safetensors")
+    return {"versions": {package: version(package) for package in packages}}

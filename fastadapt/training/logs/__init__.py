@@ -1,0 +1,1 @@
+"""The records of a run, its sinks, and a step's metrics."""

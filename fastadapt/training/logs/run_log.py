@@ -1,0 +1,185 @@
+"""A run directory read back: its records by kind, its final numbers, and the table of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from typing_extensions import TypedDict
+
+from fastadapt.io.documents import (
+    Count,
+    DocumentError,
+    Finite,
+    check,
+    parse_yaml,
+    read_bytes,
+    read_json,
+)
+from fastadapt.io.names import has_file, inside
+from fastadapt.reporting.formatting import number, percent
+from fastadapt.training.run_dir import CONFIG, METRICS, SUMMARY, Record, read_records
+
+#: What the numbers of `..._adapter` are of, by `adapter.kind`.
+TRAINED = {"transcoder": "adapter", "mlp": "tuned MLPs", "norms": "refit norms"}
+
+
+_Value = Finite | None
+_PerLayer = list[_Value] | None
+
+
+class Histograms(TypedDict, total=False):
+    """Counts of features by density, per layer."""
+
+    log10_edges: list[Finite]
+    counts: list[list[Count]]
+
+
+class Measures(TypedDict, total=False):
+    """What of a record or a summary is shown, by type; other values are not looked at."""
+
+    adapter_kind: Literal["transcoder", "mlp", "norms"]
+    loss: _Value
+    kl: _Value
+    kl_adapter: _Value
+    kl_hybrid: _Value
+    kl_recovered_vs_hybrid: _Value
+    top1_error: _Value
+    top1_error_adapter: _Value
+    top1_error_hybrid: _Value
+    nmse: _Value
+    nmse_token: _Value
+    nmse_mean: _Value
+    nmse_mean_hybrid: _Value
+    nmse_per_layer: _PerLayer
+    nmse_per_layer_hybrid: _PerLayer
+    bridge_adapter_to_target: _Value
+    bridge_target_to_adapter: _Value
+    sparsity: _Value
+    l0: _Value
+    l0_mean: _Value
+    l0_per_layer: _PerLayer
+    dead_per_layer: _PerLayer
+    n_dead_per_layer: _PerLayer
+    dead_window: Count | None
+    feature_density_histogram: Histograms | None
+    lr: _Value
+    grad_norm: _Value
+    tokens_per_s: _Value
+    tokens: Count | None
+    wall_s: _Value
+    step: Count
+    steps: Count
+    versions: dict[str, Any] | None
+
+
+@dataclass
+class Run:
+    """What a run directory holds, each part as far as it got.
+
+    Attributes:
+        folder: the run directory.
+        train, evals: one record per step, in order of steps.
+        events: every other record, in order of writing.
+        summary: ``summary.json``, empty before the end of the run.
+        config: ``config.yaml`` as text.
+    """
+
+    folder: Path
+    train: list[Record] = field(default_factory=list)
+    evals: list[Record] = field(default_factory=list)
+    events: list[Record] = field(default_factory=list)
+    summary: Record = field(default_factory=dict)
+    config: str = ""
+
+    @property
+    def result(self) -> Record:
+        """The final numbers: of the summary, or of the last evaluation of a run without one."""
+        start = next((event for event in self.events if event["kind"] == "start"), {})
+        kind = {key: start[key] for key in ("adapter_kind",) if key in start}
+        return {**kind, **(self.evals[-1] if self.evals else {}), **self.summary}
+
+    @property
+    def dead_window(self) -> int | None:
+        """``run.dead_window`` in training tokens, None where the directory does not tell it."""
+        window = self.summary.get("dead_window")
+        if window is None:
+            try:
+                window = parse_yaml(self.config, CONFIG)["run"]["dead_window"]
+            except (DocumentError, LookupError, TypeError):  # no such key, or no such file
+                return None
+        return window if isinstance(window, int) else None
+
+    @property
+    def dead_in_training(self) -> list[int]:
+        """Per layer, features that fired on none of the last `dead_window` training tokens.
+
+        Empty while fewer tokens than the window were seen, when none can have been silent for it.
+        """
+        counted = (r for r in (self.summary, *reversed(self.train)) if r.get("dead_per_layer"))
+        last = next(counted, {})
+        window, tokens = self.dead_window, last.get("tokens")
+        if window is None or tokens is None or tokens < window:
+            return []
+        dead: list[int] = last["dead_per_layer"]
+        return dead
+
+
+def read_run(run_dir: str | Path) -> Run:
+    """Reads a run directory; a step that was recorded twice counts as recorded last.
+
+    Raises:
+        FileNotFoundError: `run_dir` is not a directory.
+        DocumentError: the summary or a record holds a value of another type.
+        UserError: the configuration is a link that leads out of the run.
+    """
+    folder = Path(run_dir)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"run_dir: expected a run directory, got {str(run_dir)!r}")
+    run = Run(folder)
+    steps: dict[str, dict[int, Record]] = {"train": {}, "eval": {}}
+    for record in read_records(folder / METRICS):
+        check(record, Measures, f"{folder / METRICS}: {record['kind']} {record['step']}")
+        if record["kind"] in steps:
+            steps[record["kind"]][record["step"]] = record
+        else:
+            run.events.append(record)
+    run.train = [steps["train"][s] for s in sorted(steps["train"])]
+    run.evals = [steps["eval"][s] for s in sorted(steps["eval"])]
+    if has_file(folder / SUMMARY):
+        run.summary = read_json(folder / SUMMARY, Measures)
+    if has_file(folder / CONFIG):
+        config = read_bytes(inside(folder, CONFIG, source=str(folder)))  # it is shown as it is
+        run.config = config.decode("utf-8", errors="replace")
+    return run
+
+
+def comparison(result: Record) -> tuple[list[str], list[list[str]]]:
+    """The table hybrid / what was trained / target, head and rows, of a summary or evaluation.
+
+    The target is what the others are measured against, so its errors are 0 by definition.
+    """
+
+    def row(name: str, hybrid: str, adapter: str, show: Any = number) -> list[str]:
+        return [name, show(result.get(hybrid)), show(result.get(adapter)), show(0)]
+
+    rows = [
+        row("KL, nats per token", "kl_hybrid", "kl_adapter"),
+        row("top-1 error", "top1_error_hybrid", "top1_error_adapter", percent),
+        row("NMSE, mean", "nmse_mean_hybrid", "nmse_mean"),
+    ]
+    hybrid = result.get("nmse_per_layer_hybrid") or []
+    adapter = result.get("nmse_per_layer") or []
+    for i in range(max(len(hybrid), len(adapter))):
+        name = "NMSE of the embedding" if i == 0 else f"NMSE after layer {i - 1}"
+        rows.append([name, number(at(hybrid, i)), number(at(adapter, i)), "0"])
+    kind = result.get("adapter_kind", "transcoder")  # runs of old do not tell
+    if kind == "transcoder":
+        rows.append(["L0 per layer", "–", number(result.get("l0_mean")), "–"])
+    return ["", "hybrid", TRAINED[kind], "target"], rows
+
+
+def at(values: list[Any] | None, index: int) -> Any:
+    """`values[index]`, None where there is none."""
+    return values[index] if values and index < len(values) else None

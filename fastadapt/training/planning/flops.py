@@ -1,0 +1,154 @@
+"""Floating-point operations of a training step, counted on fake tensors: no weight, no device.
+
+The step itself runs, at the true shapes; torch's counter adds up what its products are told to do.
+A multiply-add counts as two. Fused causal attention is counted at half, which is what it does.
+
+A step's work is linear in the number of layers before the cutoff and behind it, so two and three
+layers tell that of any depth. T tokens, D width, F features, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastadapt.adapter.module import AdapterConfig
+from fastadapt.batch import Batch
+from fastadapt.models.pair import DTYPES, ModelPair, PairConfig
+from fastadapt.models.pretrained import ARCHITECTURES
+from fastadapt.models.recompute import ATTENTION_OPS
+from fastadapt.models.replacement import ReplacementModel
+from fastadapt.objective import ObjectiveConfig, objective
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a step's work follows from.
+
+    Attributes:
+        target: transformers' configuration of the target; the base's MLPs have its sizes.
+        pair, adapter, objective: as in a run's configuration.
+        sequences, tokens: B and T of the batch, without padding.
+    """
+
+    target: Any
+    pair: PairConfig
+    adapter: AdapterConfig
+    objective: ObjectiveConfig
+    sequences: int
+    tokens: int
+
+
+@contextmanager
+def fake_pair(setup: Setup, n_layers: int) -> Any:
+    """A pair of so many layers whose tensors have shapes and nothing else, while inside."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers import AutoModelForCausalLM
+
+    config = type(setup.target).from_dict(
+        {**setup.target.to_dict(), "num_hidden_layers": n_layers, "layer_types": None}
+    )
+    paths = ARCHITECTURES[config.model_type]
+    attention = paths.attention if setup.pair.attention == "auto" else setup.pair.attention
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        models = [
+            AutoModelForCausalLM.from_config(
+                config,
+                attn_implementation="eager" if attention == "eager" else "sdpa",
+                dtype=DTYPES[setup.pair.dtype],
+                trust_remote_code=setup.pair.trust_remote_code,
+            ).eval()
+            for _ in range(2)
+        ]
+        blocks = getattr(getattr(models[1], paths.decoder), paths.layers)
+        mlps = nn.ModuleList(getattr(block, paths.mlp) for block in blocks)
+        pair = replace(setup.pair, device="cpu")
+        yield ModelPair(models[0], mlps, None, pair, paths)
+
+
+def count(setup: Setup, n_layers: int, cutoff: int, codes_per_token: float | None) -> float:
+    """Operations of one step, forward and backward, at one cutoff.
+
+    Args:
+        setup: shapes and settings.
+        n_layers: L.
+        cutoff: k in 0..L.
+        codes_per_token: as the step is told (:func:`fastadapt.objective.objective`): L0 of each
+            layer; F: dense products throughout.
+    """
+
+    def step(pair: ModelPair, batch: Batch) -> None:
+        model = ReplacementModel.create(pair, setup.adapter)
+        expected = None if codes_per_token is None else [codes_per_token] * n_layers
+        objective(model, batch, cutoff, setup.objective, expected).loss.backward()
+
+    return count_of(setup, n_layers, step)
+
+
+def count_of(setup: Setup, n_layers: int, step: Callable[[ModelPair, Batch], None]) -> float:
+    """Operations of ``step(pair, batch)``, of another step than ours too."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    aten = torch.ops.aten
+    # The counter knows attention by the kernels of GPUs; on a CPU it has another name.
+    ours = {
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    }
+    with fake_pair(setup, n_layers) as pair:
+        ids = torch.zeros(setup.sequences, setup.tokens, dtype=torch.int64)
+        with FlopCounterMode(display=False, custom_mapping=ours) as counter:
+            step(pair, Batch(ids, None, ids))
+    total = 0.0
+    for op, flops in counter.get_flop_counts()["Global"].items():
+        name = str(op).replace(".", "::", 1).removesuffix("_backward")
+        total += flops / 2 if name in ATTENTION_OPS else flops
+    return total
+
+
+def flops_per_step(setup: Setup, n_layers: int, codes_per_token: float | None) -> float:
+    """Operations of a step, averaged over all cutoffs that it may draw."""
+
+    @cache
+    def counted(depth: int, cutoff: int) -> float:
+        return count(setup, depth, cutoff, codes_per_token)
+
+    def at(depth: int, cutoff: int) -> float:
+        return counted(depth, cutoff % depth)  # at both ends one bridge repeats the output's KL
+
+    return mean_over_cutoffs(at, n_layers, setup.objective.first_cutoff)
+
+
+def mean_over_cutoffs(at: Callable[[int, int], float], n_layers: int, first: int) -> float:
+    """The mean of ``at(n_layers, k)`` over k in ``first..n_layers``, from a few small depths.
+
+    Between its ends ``at`` is linear in the layers up to the cutoff and in those behind it.
+    """
+    two, three = at(2, 0), at(3, 0)
+    ends = {0: two + (n_layers - 2) * (three - two)}
+    two, three = at(2, 2), at(3, 3)
+    ends[n_layers] = two + (n_layers - 2) * (three - two)
+    four = at(4, 2)
+    before, behind = four - at(3, 1), four - at(3, 2)
+    rest = four - 2 * (before + behind)
+    cutoffs = range(first, n_layers + 1)
+    each = [ends.get(k, k * before + (n_layers - k) * behind + rest) for k in cutoffs]
+    return sum(each) / len(each)
+
+
+def _attention(query: Any, key: Any, *_: Any, **__: Any) -> int:
+    """Two products: scores, and their sum of values."""
+    sequences, heads, tokens, width = query
+    return int(2 * 2 * sequences * heads * tokens * key[2] * width)
+
+
+def _attention_backward(_: Any, query: Any, key: Any, *__: Any, **___: Any) -> int:
+    """Five: the scores again, and a gradient of each of the four factors."""
+    sequences, heads, tokens, width = query
+    return int(5 * 2 * sequences * heads * tokens * key[2] * width)

@@ -1,0 +1,120 @@
+"""Which sequences a step sees, and the batches made of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from fastadapt.batch import Batch
+from fastadapt.data.batches import BatchPlan, padding_id
+from fastadapt.data.sequences import Sequences, load_sequences
+from fastadapt.organism import resolve
+from fastadapt.training.config import TrainConfig
+from fastadapt.training.planning.estimate import count_steps
+from fastadapt.training.prefetch import Ahead, make_batch
+
+
+class Feed:
+    """Training and held-out data of a run: what a step sees follows from its number alone.
+
+    Args:
+        config: data, batch size, accumulation, epochs, seed.
+        tokenizer: the pair's.
+        device: where batches go.
+        n_rows: of the model's embedding.
+        share: which of a step's micro-batches this process will ask for; all, if not given.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        tokenizer: Any,
+        device: torch.device,
+        n_rows: int,
+        share: Callable[[list[list[int]]], list[list[int]]] | None = None,
+    ) -> None:
+        data, self._config, self._device = config.data, config, device
+        self.train = load_sequences(resolve(data.train), tokenizer, data, split="train")
+        self.held_out = load_sequences(
+            resolve(data.validation), tokenizer, data, split="validation"
+        )
+        for data_of_split in (self.train, self.held_out):
+            data_of_split.check_vocabulary(n_rows)
+        self._pad = padding_id(tokenizer, n_rows)
+        self._order = BatchPlan(
+            len(self.train),
+            config.optimizer.batch_size,
+            config.run.seed,
+            lengths=self.train.lengths,
+            window=data.bucket,
+        )
+        self.steps = count_steps(self._order.n_batches, config)
+        self._now = 0  # the step that was asked for last
+        self._ahead: Ahead | None = None
+        if data.workers:
+            mine = share or (lambda micro_batches: micro_batches)
+            self._ahead = Ahead(
+                self.train,
+                self._pad,
+                lambda step: mine(self._indices(step)),
+                self.steps,
+                workers=data.workers,
+                pin=device.type == "cuda",
+            )
+
+    def close(self) -> None:
+        """End the processes that make batches ahead."""
+        if self._ahead is not None:
+            self._ahead.close()
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the tokens and labels of both sets: what a resumed run must find again."""
+        digest = hashlib.sha256()
+        for data in (self.train, self.held_out):
+            for i in range(len(data)):
+                sample = data[i]
+                digest.update(len(sample.input_ids).to_bytes(8, "little"))
+                digest.update(sample.input_ids.numpy().tobytes())
+                digest.update(sample.labels.numpy().tobytes())
+        return digest.hexdigest()
+
+    def micro_batches(self, step: int) -> list[list[int]]:
+        """Indices into ``train`` of each micro-batch of a 0-based optimiser step."""
+        self._now = step
+        return self._indices(step)
+
+    def _indices(self, step: int) -> list[list[int]]:
+        optimizer = self._config.optimizer
+        first = step * optimizer.accumulation
+        last = min(first + optimizer.accumulation, self._order.n_batches * optimizer.epochs)
+        return [self._order[i] for i in range(first, last)]
+
+    def batch(self, data: Sequences, indices: Sequence[int]) -> tuple[Batch, int]:
+        """The batch of these sequences on the device, and its tokens, counted on the host."""
+        made = None
+        if self._ahead is not None and data is self.train:
+            made = self._ahead.take(self._now, list(indices))
+        batch, n_tokens = made or make_batch(data, indices, self._pad)
+        if self._device.type == "cuda":
+            batch = batch.pinned()
+        return batch.to(self._device), n_tokens
+
+    def first_batch(self) -> Batch:
+        """The first training batch on the device; the same on every rank."""
+        return make_batch(self.train, self._order[0], self._pad)[0].to(self._device)
+
+    def held_out_batches(self) -> Iterator[Batch]:
+        """All held-out sequences in their order."""
+        size = self._config.optimizer.batch_size
+        for first in range(0, len(self.held_out), size):
+            indices = range(first, min(first + size, len(self.held_out)))
+            yield self.batch(self.held_out, indices)[0]
+
+    def rows(self, indices: Sequence[int]) -> list[int]:
+        """Places of training sequences in their source, counted from 0."""
+        return [self.train.rows[i] for i in indices]

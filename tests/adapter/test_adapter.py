@@ -1,0 +1,244 @@
+"""One layer's adapter: what it computes, how it starts, and that its folder is read strictly."""
+
+from __future__ import annotations
+
+import json
+import math
+from contextlib import nullcontext
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fastadapt.adapter.files import load_adapters, save_adapters
+from fastadapt.adapter.module import AdapterConfig, TranscoderAdapter
+from fastadapt.errors import UserError
+
+CONFIGS = {
+    "relu": AdapterConfig(40),
+    "topk": AdapterConfig(40, "topk", k=4),
+    "batch_topk": AdapterConfig(40, "batch_topk", k=1.5),
+    "jumprelu": AdapterConfig(40, "jumprelu", bandwidth=0.1, initial_threshold=0.05),
+}
+
+
+def random_adapter(config: AdapterConfig, d_in: int = 12, d_out: int = 10) -> TranscoderAdapter:
+    generator = torch.Generator().manual_seed(0)
+    adapter = TranscoderAdapter(d_in, config, d_out=d_out, generator=generator)
+    with torch.no_grad():
+        for name in ("b_enc", "W_dec", "b_dec"):
+            p = getattr(adapter, name)
+            p.copy_(0.1 * torch.randn(p.shape, generator=generator))
+    return adapter
+
+
+def test_a_fresh_adapter_adds_nothing_and_half_of_it_fires() -> None:
+    adapter = TranscoderAdapter(64, AdapterConfig(2048), generator=torch.Generator().manual_seed(1))
+    x, residual = torch.randn(50, 64), torch.randn(50, 64)
+    before = residual.clone()
+    out, (penalty, stats) = adapter(x, residual)
+    assert torch.equal(out, residual)
+    assert torch.equal(residual, before)
+    assert penalty == 0
+    assert abs(stats.n_active / (50 * 2048) - 0.5) < 0.02
+    assert adapter.W_enc.abs().max() <= 1 / math.sqrt(64)
+    assert adapter.W_enc.std().item() == pytest.approx(1 / math.sqrt(3 * 64), rel=0.02)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("training", [True, False])
+def test_encode_then_decode_is_forward(name, training) -> None:
+    adapter = random_adapter(CONFIGS[name]).train(training)
+    if name == "batch_topk":
+        adapter.update_threshold(torch.tensor(0.08))
+    for x in (torch.randn(9, 12), torch.randn(2, 9, 12)):
+        a = adapter.encode(x)
+        assert a.shape == (*x.shape[:-1], 40)
+        out, aux = adapter(x)
+        torch.testing.assert_close(adapter.decode(a), out)
+        assert aux.stats.n_active == (a > 0).sum()
+        expected = (a * adapter.W_dec.norm(dim=1)).sum()
+        torch.testing.assert_close(aux.penalty, expected)
+
+
+def test_batch_topk_ranks_in_training_and_thresholds_after() -> None:
+    adapter = random_adapter(CONFIGS["batch_topk"])
+    x = torch.randn(2, 8, 12)
+    _, aux = adapter(x)
+    assert aux.stats.n_active == 2 * 12
+    adapter.update_threshold(aux.stats.min_active)
+    assert adapter.threshold == aux.stats.min_active
+    adapter.update_threshold(torch.tensor(float("nan")))
+    assert adapter.threshold == aux.stats.min_active
+    adapter.update_threshold(torch.tensor(1.0), decay=0.75)
+    assert adapter.threshold.item() == pytest.approx(0.75 * aux.stats.min_active.item() + 0.25)
+    adapter.eval()
+    z = x @ adapter.W_enc.T + adapter.b_enc
+    torch.testing.assert_close(adapter.encode(x), z * (z > adapter.threshold))
+    causal = torch.cat([adapter(x[:, :t])[0][:, -1:] for t in range(1, 9)], 1)
+    torch.testing.assert_close(causal, adapter(x)[0])
+    with pytest.raises(UserError, match="relu has no running threshold"):
+        random_adapter(CONFIGS["relu"]).update_threshold(torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_dtypes(dtype) -> None:
+    adapter = random_adapter(CONFIGS["relu"]).to(dtype)
+    out, aux = adapter(torch.randn(5, 12, dtype=dtype))
+    assert out.dtype == dtype
+    assert aux.penalty.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    (out.sum() + aux.penalty).backward()
+    assert all(p.grad.dtype == dtype for p in adapter.parameters())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_folder_gives_back_what_was_saved(name, tmp_path) -> None:
+    adapters = [random_adapter(CONFIGS[name]) for _ in range(3)]
+    if name == "batch_topk":
+        adapters[1].update_threshold(torch.tensor(0.3))
+    save_adapters(adapters, tmp_path / "set", {"l0_mean": 1.5})
+    loaded, metadata = load_adapters(tmp_path / "set")
+    assert metadata == {"l0_mean": 1.5}
+    for ours, theirs in zip(adapters, loaded, strict=True):
+        assert theirs.config == ours.config
+        assert set(theirs.state_dict()) == set(ours.state_dict())
+        for key, value in ours.state_dict().items():
+            assert torch.equal(value, theirs.state_dict()[key])
+        assert all(p.requires_grad for p in theirs.parameters())
+    half, _ = load_adapters(tmp_path / "set", dtype=torch.bfloat16)
+    assert half[0].W_enc.dtype == torch.bfloat16
+    card = json.loads((tmp_path / "set" / "fastadapt.json").read_text())
+    assert card["additive"] is True
+    assert card["orientation"]["W_dec"] == "[n_features, d_out]"
+
+
+def edit_tensors(folder, change) -> None:
+    file = folder / "layer_1.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+def edit_card(folder, **changes) -> None:
+    file = folder / "fastadapt.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def edit_settings(folder, **changes) -> None:
+    settings = json.loads((folder / "fastadapt.json").read_text())["adapter"]
+    edit_card(folder, adapter={**settings, **changes})
+
+
+FAULTS = {
+    "missing tensor": (
+        lambda f: edit_tensors(f, lambda t: t.pop("b_dec")),
+        r"layer_1\.safetensors: tensor b_dec: expected \(10,\), got none",
+    ),
+    "extra tensor": (
+        lambda f: edit_tensors(f, lambda t: t.update(W_skip=torch.ones(2))),
+        r"layer_1\.safetensors: tensor W_skip: expected none, got \(2,\)",
+    ),
+    "transposed decoder": (
+        lambda f: edit_tensors(f, lambda t: t.update(W_dec=t["W_dec"].T.contiguous())),
+        r"tensor W_dec: expected \(40, 10\), got \(10, 40\)",
+    ),
+    "missing layer": (
+        lambda f: (f / "layer_1.safetensors").unlink(),
+        r"missing \['layer_1\.safetensors'\]",
+    ),
+    "extra layer": (
+        lambda f: (f / "layer_7.safetensors").write_bytes(b""),
+        r"unexpected \['layer_7\.safetensors'\]",
+    ),
+    "truncated": (
+        lambda f: (f / "layer_0.safetensors").write_bytes(
+            (f / "layer_0.safetensors").read_bytes()[:-8]
+        ),
+        r"layer_0\.safetensors is truncated or damaged",
+    ),
+    "no card": (lambda f: (f / "fastadapt.json").unlink(), r"fastadapt\.json is missing"),
+    "broken card": (
+        lambda f: (f / "fastadapt.json").write_text("{"),
+        r"fastadapt\.json is not valid JSON",
+    ),
+    "list card": (lambda f: (f / "fastadapt.json").write_text("[]"), "expected object, got array"),
+    "newer schema": (lambda f: edit_card(f, schema_version=99), "schema_version is 99"),
+    "replacement": (lambda f: edit_card(f, additive=False), "'additive' must be true"),
+    "no width": (lambda f: edit_card(f, d_in="wide"), "d_in: expected int"),
+    "flag for a width": (lambda f: edit_card(f, d_in=True), "d_in: expected int"),
+    "no metadata": (lambda f: edit_card(f, metadata=None), "metadata: expected object"),
+    "unknown setting": (
+        lambda f: edit_settings(f, colour=1),
+        r"do not match: unknown \['colour'\]",
+    ),
+    "missing settings": (
+        lambda f: edit_card(f, adapter={}),
+        r"adapter: object missing required field",
+    ),
+    "text for a number": (
+        lambda f: edit_settings(f, n_features="40"),
+        r"adapter\.n_features: expected int, got str",
+    ),
+    "integers for weights": (
+        lambda f: edit_tensors(f, lambda t: t.update(W_enc=t["W_enc"].long())),
+        r"layer_1\.safetensors: tensor W_enc: expected floating point .*, got int64",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_faulty_folder_is_refused(fault, tmp_path) -> None:
+    save_adapters([random_adapter(CONFIGS["relu"]) for _ in range(2)], tmp_path)
+    spoil, message = FAULTS[fault]
+    spoil(tmp_path)
+    with pytest.raises(UserError, match=message):
+        load_adapters(tmp_path)
+
+
+def test_adapters_of_one_set_are_alike(tmp_path) -> None:
+    mixed = [random_adapter(CONFIGS["relu"]), random_adapter(CONFIGS["topk"])]
+    with pytest.raises(UserError, match="layer 1 differs from layer 0"):
+        save_adapters(mixed, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"n_features": 0}, "n_features must be at least 1"),
+        ({"activation": "gelu"}, "activation must be one of relu, topk"),
+        ({"activation": "topk"}, "k is needed"),
+        ({"k": 3}, "k is not used"),
+        ({"activation": "topk", "k": 2.5}, "must be an integer"),
+        ({"activation": "topk", "k": 9, "n_features": 8}, r"in \(0, n_features=8\], got 9"),
+        ({"activation": "jumprelu", "bandwidth": 0.1}, "initial_threshold is needed"),
+        ({"bandwidth": 0.1}, "bandwidth is not used"),
+        (
+            {"activation": "jumprelu", "bandwidth": 0.1, "initial_threshold": -1.0},
+            "initial_threshold must be a positive number",
+        ),
+    ],
+)
+def test_impossible_settings(settings, message) -> None:
+    with pytest.raises(UserError, match=message):
+        AdapterConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "device", "dtype", "message"),
+    [
+        ("auto", "cuda", "float64", ""),
+        ("sparse", "cpu", "bfloat16", ""),
+        ("sparse", "cuda", "float32", "'sparse' runs on a CPU, and the device is cuda"),
+        ("triton", "cuda", "bfloat16", ""),
+        ("triton_fused", "meta", "bfloat16", ""),
+        ("triton", "cpu", "float32", ""),  # interpreted
+        ("triton", "mps", "float32", "'triton' needs a GPU, and the device is mps; use 'auto'"),
+        ("triton_fused", "cuda", "float64", "'triton_fused' computes in float32 at most"),
+        ("triton", "cpu", "bfloat16", "interpreted on a CPU"),
+    ],
+)
+def test_where_implementations_run(implementation, device, dtype, message, monkeypatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    config = AdapterConfig(8, implementation=implementation)
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        config.check_runs(torch.device(device), getattr(torch, dtype))

@@ -1,0 +1,145 @@
+"""Descriptions by an endpoint, from the store to the tables: resumed, refused, nonsense."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chat_server import KEY, ChatServer, answers_well, serving
+from planted import MadeActivations, planted
+
+from fastadapt.errors import RunError, UserError
+from fastadapt.features.autointerp.describe import describe
+from fastadapt.features.autointerp.judges.factory import open_judge
+from fastadapt.features.autointerp.judges.settings import DescribeConfig, JudgeConfig
+from fastadapt.features.autointerp.questions import Estimate
+from fastadapt.features.store.store import Store
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+CONFIG = DescribeConfig(units=6, samples=("top",))
+
+
+def test_planted_features_by_an_endpoint_and_no_key_on_disk(
+    good: ChatServer, tmp_path: Path
+) -> None:
+    made = planted(tmp_path / "f", features=6)
+    told: list[Estimate] = []
+
+    def approve(estimate: Estimate) -> bool:
+        told.append(estimate)
+        assert not good.requests
+        return True
+
+    def run() -> Any:
+        judge = open_judge(JudgeConfig(model="made-1", base_url=good.url), made.store)
+        return describe(made.store, judge, CONFIG, MadeActivations(made), approve=approve)
+
+    found = run()
+    accuracy = [
+        layer["accuracy"]["mean"] for layer in found["detection"]["adapter"]["top"]["layers"]
+    ]
+    assert accuracy[0] >= 0.95  # it looks for the marked words
+    assert abs(accuracy[2] - 0.5) <= 0.2
+    assert told[0].calls == len(good.requests) == 2 * 18
+    before = files(made.store.folder)
+    assert run() == found  # without asking for approval, since nothing is called
+    assert len(told) == 1
+    assert len(good.requests) == 36
+    assert files(made.store.folder) == before
+    assert not [name for name, data in before.items() if KEY.encode() in data]
+    assert found["judge"] == {"model": "made-1", "endpoint": good.url, "prompts": 1}
+
+
+def test_refused_it_calls_nothing(good: ChatServer, tmp_path: Path) -> None:
+    made = planted(tmp_path / "f", features=3, texts=60)
+    judge = open_judge(JudgeConfig(model="made-1", base_url=good.url), made.store)
+    activations = MadeActivations(made)
+    assert describe(made.store, judge, CONFIG, activations, approve=lambda _: False) is None
+    assert not good.requests
+    assert not made.store.has("descriptions")
+
+
+def test_after_nonsense_nothing_is_half_written(tmp_path: Path) -> None:
+    made = planted(tmp_path / "f", features=3, texts=60)
+    before = set(files(made.store.folder))
+
+    def no_detection(body: dict[str, Any], _: int) -> str:
+        return "?" if "Description:" in body["messages"][1]["content"] else answers_well(body)
+
+    with serving(no_detection) as server:
+        judge = open_judge(JudgeConfig(model="made-1", base_url=server.url), made.store)
+        with pytest.raises(RunError, match="not valid"):
+            describe(made.store, judge, CONFIG, MadeActivations(made))
+    new = set(files(made.store.folder)) - before
+    assert {name.split("/")[0] for name in new} == {"calls", ".lock"}
+
+
+def test_what_cannot_be_added_to_is_told_before_any_call(good: ChatServer, tmp_path: Path) -> None:
+    made = planted(tmp_path / "f", features=3, texts=60)
+    (made.store.folder / "judgements.json").write_text("{")
+    judge = open_judge(JudgeConfig(model="made-1", base_url=good.url), made.store)
+    with pytest.raises(UserError, match=r"judgements\.json is not valid JSON"):
+        describe(made.store, judge, CONFIG, MadeActivations(made))
+    assert not good.requests
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from planted import MadeActivations, planted
+from fastadapt.features.autointerp.describe import describe
+from fastadapt.features.autointerp.judges.factory import open_judge
+from fastadapt.features.autointerp.judges.settings import DescribeConfig, JudgeConfig
+
+made = planted(Path(sys.argv[1]), features=6)
+judge = open_judge(JudgeConfig(model="made-1", base_url=sys.argv[2], concurrency=2), made.store)
+describe(made.store, judge, DescribeConfig(units=6, samples=("top",)), MadeActivations(made))
+"""
+
+
+def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
+    enough = threading.Event()
+
+    def slowly(body: dict[str, Any], number: int) -> str:
+        if number >= 8:
+            enough.set()
+        if not resumed:
+            time.sleep(0.05)
+        return answers_well(body)
+
+    resumed = False
+    with serving(slowly) as server:
+        here = [str(Path(__file__).parents[1]), *sys.path]
+        child = subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                f"import sys; sys.path[:0] = {here!r}\n{KILLED}",
+                str(tmp_path / "killed"),
+                server.url,
+            ],
+        )
+        assert enough.wait(120)
+        child.kill()
+        child.wait()
+        asked = len(server.requests)
+        killed = Store.open(tmp_path / "killed")
+        assert not killed.has("descriptions")
+        kept = len(list((killed.folder / "calls").rglob("*.json")))
+        assert 0 < kept <= asked < 36
+        resumed = True
+        made = planted(tmp_path / "whole", features=6)
+        for store in (killed, made.store):
+            judge = open_judge(JudgeConfig(model="made-1", base_url=server.url), store)
+            describe(store, judge, CONFIG, MadeActivations(made))
+        assert len(server.requests) == asked + (36 - kept) + 36
+    assert files(killed.folder) == files(made.store.folder)

@@ -1,0 +1,96 @@
+"""Classes by an endpoint: what is asked, what is written, and shares of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from chat_server import serving
+from planted import planted
+from stores import MadeText, make_store
+
+from fastadapt.errors import UserError
+from fastadapt.features.autointerp.classify import classify, shares
+from fastadapt.features.autointerp.judgements import read_judgements
+from fastadapt.features.autointerp.judges.factory import open_judge
+from fastadapt.features.autointerp.judges.settings import ClassifyConfig, JudgeConfig
+from fastadapt.features.autointerp.judges.without_llm import TokenJudge
+
+
+def by_layer(body: dict[str, Any], _: int) -> str:
+    """Language where the marked words are few, code where they are many."""
+    user = body["messages"][1]["content"]
+    few = len(set(user.split("⟦")[1:])) and user.count("⟦ w6") >= 5
+    name, sub = ("language", None) if few else ("domain", "code")
+    return json.dumps({"reason": "r", "class": name, "subclass": sub})
+
+
+def test_classes_are_asked_with_examples_and_lens_and_written(tmp_path: Path) -> None:
+    made = planted(tmp_path / "f", features=10)
+    config = ClassifyConfig(units=8)
+    with serving(by_layer) as server:
+        judge = open_judge(JudgeConfig(model="m/1", base_url=server.url), made.store)
+        found = classify(made.store, judge, config)
+        assert found is not None
+        assert len(server.requests) == 24
+        user = server.requests[0]["messages"][1]["content"]
+        assert "Tokens made more likely: [" in user
+        assert user.count("\n1. ") == 1
+        assert "\n10. " in user
+        assert classify(made.store, judge, config) == found
+        assert len(server.requests) == 24
+    rows = made.store.read("classes").to_pylist()
+    assert len(rows) == 24
+    assert {(r["class"], r["subclass"]) for r in rows} == {("language", None), ("domain", "code")}
+    told = found["shares"]["adapter"]
+    assert told["units"] == 24
+    of_first = told["layers"][0]["shares"]
+    assert of_first["language"]["mean"] == 1.0
+    assert of_first["language"]["low"] < 1.0
+    assert told["shares"]["domain"]["mean"] == told["shares"]["domain: code"]["mean"]
+    held = read_judgements(made.store)["judges"]["m/1"]["classified"]
+    assert held["shares"] == found["shares"]
+    assert "Classes by m/1" in (made.store.folder / "judgements.md").read_text()
+    assert (made.store.folder / "judgements" / "class-domain-m-1.png").is_file()
+
+
+def test_shares_are_counts_over_units() -> None:
+    rows = [
+        {"layer": 0, "class": "reasoning", "subclass": "output"},
+        {"layer": 0, "class": "reasoning", "subclass": "simple input"},
+        {"layer": 1, "class": "uninterpretable", "subclass": None},
+        {"layer": 1, "class": "reasoning", "subclass": "output"},
+    ]
+    told = shares(rows, 3, ClassifyConfig().statistics)
+    means = {name: share["mean"] for name, share in told["shares"].items()}
+    assert means["reasoning"] == 0.75
+    assert means["reasoning: output"] == 0.5
+    assert means["uninterpretable"] == 0.25
+    assert means["language"] == 0
+    assert sum(means[c] for c in ("language", "domain", "reasoning", "uninterpretable")) == 1
+    assert told["layers"][2] == {"units": 0, "shares": told["layers"][2]["shares"]}
+    assert told["layers"][2]["shares"]["domain"]["mean"] is None
+
+
+def test_a_judge_without_a_model_is_refused(tmp_path: Path) -> None:
+    made = planted(tmp_path / "f", features=2, texts=20)
+    with pytest.raises(UserError, match=r"'tokens' tells no classes.*judge\.model"):
+        classify(made.store, TokenJudge(), ClassifyConfig())
+
+
+def test_a_store_without_activations_is_refused(tmp_path: Path) -> None:
+    texts = [MadeText([1, 2, 3, 4], [7] * 4)]
+    made = make_store(tmp_path / "f", texts, [np.zeros((1, 4, 2), np.float32)], ["a"] * 25)
+    judge = open_judge(JudgeConfig(model="m", base_url="http://127.0.0.1:9/v1"), made.store)
+    with pytest.raises(UserError, match="no unit to classify"):
+        classify(made.store, judge, ClassifyConfig())
+    assert not made.store.has("classes")
+
+
+def test_settings_that_cannot_be_are_refused() -> None:
+    for wrong in ({"units": 0}, {"min_density": -1.0}, {"min_shown": 11}, {"kinds": ("x",)}):
+        with pytest.raises(UserError, match=f"classify.{next(iter(wrong))}"):
+            ClassifyConfig(**wrong)  # type: ignore[arg-type]

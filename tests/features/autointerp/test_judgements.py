@@ -1,0 +1,183 @@
+"""``judgements.json`` may be anyone's: what it holds is checked before any of it is used."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from planted import MadeActivations, planted
+from stores import Made
+
+from fastadapt.errors import UserError
+from fastadapt.features.autointerp.classify import shares
+from fastadapt.features.autointerp.describe import describe
+from fastadapt.features.autointerp.judgements import (
+    JSON,
+    PLOTS,
+    figures,
+    file_names,
+    read_judgements,
+    tables,
+    write_judgements,
+)
+from fastadapt.features.autointerp.judges.settings import ClassifyConfig, DescribeConfig
+from fastadapt.features.autointerp.judges.without_llm import TokenJudge
+from fastadapt.features.checking import check_store
+
+Change = Callable[[dict[str, Any]], object]
+CONFIG = DescribeConfig(units=2, samples=("top",))
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Made, str]:
+    """A store with what two judges said, the second of classes too, and the file's text."""
+    made = planted(tmp_path_factory.mktemp("judged") / "f", features=3, texts=60)
+    found = describe(made.store, TokenJudge(), CONFIG, MadeActivations(made))
+    assert found is not None
+    config = ClassifyConfig()
+    told = {
+        "judge": {"model": "other"},
+        "settings": {"units": config.units, "min_density": config.min_density, "top": 5},
+        "level": 0.95,
+        "units": {"adapter": [{"judged": 1}] * 3},
+        "invalid": 0,
+        "shares": {"adapter": shares([], 3, config.statistics)},
+    }
+    write_judgements(made.store, "other", "classified", told)
+    write_judgements(made.store, "other", "described", found)
+    return made, (made.store.folder / JSON).read_text()
+
+
+def _detected(other: dict[str, Any]) -> dict[str, Any]:
+    return other["described"]["detection"]["adapter"]["top"]
+
+
+#: What is done to the parts of the judge "other", and where the message must say that it is.
+DAMAGED: dict[str, tuple[Change, str]] = {
+    "no settings": (lambda o: o["described"].pop("settings"), "settings"),
+    "settings a number": (lambda o: o["described"].update(settings=5), "settings"),
+    "kind": (
+        lambda o: o["described"]["detection"].update(odd=o["described"]["detection"]["adapter"]),
+        "detection",
+    ),
+    "kind that the store has not": (
+        lambda o: o["described"]["detection"].update(base=o["described"]["detection"]["adapter"]),
+        "base",
+    ),
+    "level": (lambda o: o["described"].update(level="x"), "level"),
+    "level of infinity": (lambda o: o["described"].update(level=1e999), "level"),
+    "no units": (lambda o: o["classified"]["shares"]["adapter"].pop("units"), "units"),
+    "units": (lambda o: o["classified"].update(units=3), "units"),
+    "classes": (lambda o: o["classified"]["shares"]["adapter"]["shares"].pop("domain"), "shares"),
+    "layers": (lambda o: o["classified"]["shares"]["adapter"]["layers"].pop(), "layers"),
+    "sample": (
+        lambda o: o["described"]["settings"].update(samples=["x/../../../y"]),
+        "samples",
+    ),
+    "sample that was not told": (
+        lambda o: o["described"]["settings"].update(samples=["top", "uniform"]),
+        "detection.adapter",
+    ),
+    "no samples": (lambda o: o["described"]["settings"].update(samples=[]), "samples"),
+    "accuracy": (lambda o: _detected(o)["accuracy"].update(mean=7), "accuracy"),
+    "accuracy of text": (lambda o: _detected(o)["accuracy"].update(mean="7"), "accuracy"),
+    "layer": (lambda o: _detected(o).update(layers=[5]), "layers"),
+    "part": (lambda o: o.update(described=[]), "described"),
+    "surrogate": (lambda o: o["described"]["judge"].update(model="\ud800"), "surrogate"),
+    "endless": (lambda o: o["described"]["settings"].update(other=1e999), "Out of range"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_part_is_told_with_its_key(case: str, judged: tuple[Made, str]) -> None:
+    change, key = DAMAGED[case]
+    made, text = judged
+    held = json.loads(text)
+    change(held["judges"]["other"])
+    _refused(made, json.dumps(held).replace("Infinity", "1e999"), key)
+
+
+@pytest.mark.parametrize("name", ["", "x" * 1001, "a\x00b", "a\nb", "\ud800"], ids=ascii)
+def test_a_judge_of_an_odd_name_is_told(name: str, judged: tuple[Made, str]) -> None:
+    made, text = judged
+    held = json.loads(text)
+    held["judges"][name] = held["judges"].pop("other")
+    _refused(made, json.dumps(held), "judges")
+
+    class Odd(TokenJudge):
+        pass
+
+    Odd.name = name  # type: ignore[method-assign, assignment]
+    (made.store.folder / JSON).write_text(text)
+    with pytest.raises(UserError, match="the name of the judge"):
+        describe(made.store, Odd(), CONFIG, MadeActivations(made))
+
+
+def _refused(made: Made, text: str, key: str) -> None:
+    """Reading, adding and checking say what is wrong, and nothing is changed."""
+    path = made.store.folder / JSON
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"{JSON}.*{key}.*judge again"):
+        read_judgements(made.store)
+    with pytest.raises(UserError, match=key):
+        describe(made.store, TokenJudge(), CONFIG, MadeActivations(made))
+    assert path.read_text() == text
+    assert [one.name for one in check_store(made.store) if one.wrong] == [JSON]
+
+
+def test_what_the_project_wrote_is_read(judged: tuple[Made, str]) -> None:
+    made, text = judged
+    (made.store.folder / JSON).write_text(text)
+    held = read_judgements(made.store)
+    assert held == json.loads(text)
+    assert len(tables(held)) == 3
+    assert [one for one in check_store(made.store) if one.wrong] == []
+
+
+def test_what_was_said_of_other_features_needs_not_fit_the_store(judged: tuple[Made, str]) -> None:
+    made, text = judged
+    held = json.loads(text)
+    parts = held["judges"]["other"]
+    parts["classified"] |= {"collected": "0" * 64}
+    parts["classified"]["shares"]["adapter"]["layers"] = []
+    del parts["described"]["collected"]
+    (made.store.folder / JSON).write_text(json.dumps(held))
+    assert list(read_judgements(made.store)["judges"]) == ["tokens"]
+
+
+def test_long_names_of_judges_and_alike_ones_have_plots_of_their_own(
+    judged: tuple[Made, str],
+) -> None:
+    made, text = judged
+    held = json.loads(text)
+    part = held["judges"]["other"]["described"]
+    (made.store.folder / JSON).write_text(text)
+    judges = ["m/1", "m-1", "x" * 300, "x" * 299 + "y", "é" * 300, "a/../b"]
+    for judge in judges:
+        write_judgements(made.store, judge, "described", part)
+    drawn = figures(read_judgements(made.store))
+    found = {path.name for path in (made.store.folder / PLOTS).iterdir()}
+    assert found == {f"{figure.key}.png" for figure in drawn}
+    assert len(found) == len(drawn)
+    assert all(len(name.encode()) <= 255 for name in found)
+
+
+def test_a_plain_name_stays_as_it_is() -> None:
+    assert file_names(["tokens", "m/1"]) == {"tokens": "tokens", "m/1": "m-1"}
+
+
+def test_what_is_no_file_is_no_absence(judged: tuple[Made, str], tmp_path: Path) -> None:
+    made, text = judged
+    path = made.store.folder / JSON
+    path.unlink()
+    path.mkdir()
+    try:
+        with pytest.raises(UserError, match=JSON):
+            read_judgements(made.store)
+        assert [one.name for one in check_store(made.store) if one.wrong] == [JSON]
+    finally:
+        path.rmdir()
+        path.write_text(text)

@@ -1,0 +1,397 @@
+"""MLPs and norms that are trained themselves: the hybrid at first, then what their weights say."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fastadapt.adapter.files import load_adapters, read_transcoders, save_adapters
+from fastadapt.adapter.module import AdapterConfig
+from fastadapt.batch import Batch
+from fastadapt.errors import UserError
+from fastadapt.interop import hu2026
+from fastadapt.models.pretrained import ARCHITECTURES
+from fastadapt.models.replacement import ReplacementModel
+from fastadapt.objective import ObjectiveConfig, objective
+from fastadapt.training.held_out import evaluate
+from fastadapt.training.optimizer import AdapterOptimizer, OptimizerConfig
+
+KINDS = ("mlp", "norms")
+IDS = torch.tensor([[5, 9, 23, 7, 31, 8]])
+OUTPUT_ALONE = ObjectiveConfig(sparsity=0, nmse=0, bridge=0)
+
+
+def fresh(pair, kind: str) -> ReplacementModel:
+    return ReplacementModel.create(pair, AdapterConfig(kind=kind))
+
+
+def tuned(pair, kind: str) -> ReplacementModel:
+    """With weights far from the hybrid's."""
+    model = fresh(pair, kind)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in model.adapters.parameters():
+            p.add_(0.2 * torch.randn(p.shape, generator=generator).to(p.dtype))
+    return model
+
+
+def plain(pair, kind: str, adapters=None):
+    """transformers' own model of the student, made by loading weights: the oracle."""
+    model = copy.deepcopy(pair.target)
+    for i, (layer, base) in enumerate(zip(model.model.layers, pair.base_mlps, strict=True)):
+        layer.mlp = copy.deepcopy(base)
+        weights = adapters[i].state_dict() if adapters is not None else {}
+        last = {
+            n.removeprefix("final_norm."): weights.pop(n) for n in list(weights) if "final" in n
+        }
+        if kind == "mlp" and weights:
+            layer.mlp.load_state_dict(weights)
+        elif weights:
+            missing, unexpected = layer.load_state_dict(weights, strict=False)
+            assert not unexpected
+            assert not [name for name in missing if "norm" in name]
+        if last:
+            model.model.norm.load_state_dict(last)
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_it_starts_as_the_hybrid_to_the_bit(architecture, kind, make_pair) -> None:
+    pair = make_pair(architecture)
+    target, hybrid = copy.deepcopy(pair.target), plain(pair, kind)
+    model = fresh(pair, kind)
+    with torch.no_grad():
+        for mode, oracle in (("target", target), ("hybrid", hybrid), ("replacement", hybrid)):
+            with model.mode(mode):
+                assert torch.equal(model(IDS).logits, oracle(IDS).logits), mode
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_it_is_transformers_model_of_its_weights(architecture, kind, make_pair) -> None:
+    pair = make_pair(architecture)
+    target, hybrid = copy.deepcopy(pair.target), plain(pair, kind)
+    given = tuned(copy.deepcopy(pair), kind).adapters
+    student = plain(pair, kind, given)
+    model = ReplacementModel(pair, given)
+    with torch.no_grad():
+        for mode, oracle in (("target", target), ("hybrid", hybrid), ("replacement", student)):
+            expected = oracle(IDS).logits
+            with model.mode(mode):
+                assert torch.equal(model(IDS).logits, expected), mode
+            inputs = model.block_inputs(IDS, None)
+            h = inputs.hidden
+            for layer in range(model.n_layers):
+                h, aux = model.block(layer, h, inputs.arguments[layer], mode)
+                assert aux is None
+            logits = model.final_norm(h, mode) @ model.head.T
+            if model.softcap:
+                logits = model.softcap * (logits / model.softcap).tanh()
+            torch.testing.assert_close(logits, expected)
+    assert not torch.equal(student(IDS).logits, hybrid(IDS).logits)
+
+
+def test_every_norm_is_refit(make_pair) -> None:
+    block = {"input_layernorm.weight", "post_attention_layernorm.weight"}
+    around = {"pre_feedforward_layernorm.weight", "post_feedforward_layernorm.weight"}
+    heads = {"self_attn.q_norm.weight", "self_attn.k_norm.weight"}
+    expected = dict.fromkeys(("qwen2", "llama", "mistral", "phi3"), block) | {
+        "gemma2": block | around,
+        "gemma3_text": block | around | heads,
+        "olmo2": (block - {"input_layernorm.weight"})
+        | {"post_feedforward_layernorm.weight"}
+        | heads,
+        "qwen3": block | heads,
+    }
+    assert expected.keys() == ARCHITECTURES.keys()
+    for architecture, names in expected.items():
+        layers = [
+            {name for name, _ in layer.named_parameters()}
+            for layer in fresh(make_pair(architecture), "norms").adapters
+        ]
+        assert layers == [names, names, names | {"final_norm.weight"}], architecture
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("architecture", ["qwen2", "gemma2", "olmo2"])
+def test_generate_in_each_mode(architecture, kind, make_pair) -> None:
+    model = tuned(make_pair(architecture), kind)
+    seen = set()
+    for mode in ("target", "hybrid", "replacement"):
+        with model.mode(mode):
+            settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+            cached = model.generate(IDS, **settings)
+            ids = IDS
+            for _ in range(8):
+                ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+            assert torch.equal(cached, ids)
+            seen.add(tuple(ids[0].tolist()))
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batches_give_the_tokens_of_generate(kind, make_pair) -> None:
+    from transformers import ContinuousBatchingConfig
+
+    model = tuned(make_pair("qwen2"), kind)
+    prompts = [[5, 9, 23], [7, 31, 8, 12, 3], [4]]
+    greedy = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    config = model.model.generation_config
+    config.update(**greedy, pad_token_id=2)
+    with torch.no_grad():
+        together = model.model.generate_batch(
+            prompts,
+            generation_config=config,
+            continuous_batching_config=ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=32),
+        )
+        alone = [model.generate(torch.tensor([p]), **greedy)[0, len(p) :] for p in prompts]
+    assert [o.generated_tokens for o in together.values()] == [out.tolist() for out in alone]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compile(kind, make_pair) -> None:
+    torch._dynamo.reset()
+    model = tuned(make_pair("gemma2"), kind)
+    compiled = torch.compile(model.model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        for mode in ("replacement", "hybrid", "target"):
+            with model.mode(mode):
+                torch.testing.assert_close(
+                    compiled(IDS, use_cache=False).logits, model(IDS).logits, rtol=1e-4, atol=1e-4
+                )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("architecture", ["qwen2", "gemma3_text", "olmo2"])
+def test_gradients_are_those_of_the_plain_models_kl(architecture, kind, make_pair) -> None:
+    pair = make_pair(architecture, "float64")
+    given = tuned(copy.deepcopy(pair), kind).adapters
+    student = plain(pair, kind, given).requires_grad_(True)
+    with torch.no_grad():
+        y = pair.target(IDS).logits[:, :-1].log_softmax(-1)
+    ours = student(IDS).logits[:, :-1].log_softmax(-1)
+    expected = (y.exp() * (y - ours)).sum(-1).mean()
+    expected.backward()
+    model = ReplacementModel(pair, given)
+    out = objective(model, Batch(IDS, None, IDS), 1, OUTPUT_ALONE)
+    out.loss.backward()
+    torch.testing.assert_close(out.loss, expected, rtol=1e-6, atol=0)
+    assert out.calls == []
+    assert out.metrics.keys() == {"kl", "loss", "nmse", "nmse_token", "top1_error"}
+    for i, adapter in enumerate(model.adapters):
+        for name, p in adapter.named_parameters():
+            inside = name if kind == "norms" else f"mlp.{name}"
+            path = f"model.layers.{i}.{inside}"
+            if name.startswith("final_norm"):
+                path = "model.norm.weight"
+            assert p.grad is not None
+            # transformers' RMSNorm computes in float32 in any dtype.
+            torch.testing.assert_close(
+                p.grad, student.get_parameter(path).grad, rtol=1e-5, atol=1e-7
+            )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_stream_ends_in_the_norm_of_its_last_block(kind, make_pair) -> None:
+    """A bridge is one model up to the cutoff and the other, with its last norm, from there on."""
+    pair = make_pair("olmo2", "float64")
+    target = copy.deepcopy(pair.target)
+    given = tuned(copy.deepcopy(pair), kind).adapters
+    student = plain(pair, kind, given)
+    model = ReplacementModel(pair, given)
+    arguments = model.block_inputs(IDS, None)
+    cutoff = 1
+
+    def kl(first, then) -> torch.Tensor:
+        h = arguments.hidden
+        for i, keywords in enumerate(arguments.arguments):
+            h = (first if i < cutoff else then).model.layers[i](h, **keywords)
+        logits = then.lm_head(then.model.norm(h))[:, :-1].log_softmax(-1)
+        return (y.exp() * (y - logits)).sum(-1).mean()
+
+    with torch.no_grad():
+        y = target(IDS).logits[:, :-1].log_softmax(-1)
+        expected = {
+            "kl": kl(student, student),
+            "bridge_adapter_to_target": kl(student, target),
+            "bridge_target_to_adapter": kl(target, student),
+        }
+    assert len({round(float(value), 6) for value in expected.values()}) == 3
+    config = ObjectiveConfig(sparsity=0, nmse=0, bridge=1)
+    metrics = objective(model, Batch(IDS, None, IDS), cutoff, config).metrics
+    for name, value in expected.items():
+        torch.testing.assert_close(metrics[name], value, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("weights", [(0, 0), (1, 1)], ids=["output", "nmse-and-bridges"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_moves_what_is_trained_and_nothing_else(kind, weights, make_pair) -> None:
+    pair = make_pair("gemma2")
+    frozen = {n: t.clone() for n, t in pair.target.state_dict().items()}
+    base = [{n: t.clone() for n, t in mlp.state_dict().items()} for mlp in pair.base_mlps]
+    with torch.no_grad():
+        before = pair.target(IDS).logits
+    model = fresh(pair, kind)
+    parameters = dict(model.adapters.named_parameters())
+    start = {name: p.detach().clone() for name, p in parameters.items()}
+    optimizer = AdapterOptimizer(parameters, OptimizerConfig(lr=1e-2))
+    config = ObjectiveConfig(sparsity=0, nmse=weights[0], bridge=weights[1])
+    losses = []
+    for step in range(4):
+        out = objective(model, Batch(IDS, None, IDS), step, config)
+        out.loss.backward()
+        losses.append(float(out.metrics["kl"]))
+        trained = {id(p) for p in parameters.values()}
+        assert all(p.grad is None for p in model.parameters() if id(p) not in trained)
+        optimizer.step(1e-2, optimizer.gradient_norm())
+    assert losses[-1] < losses[0]
+    assert all(not torch.equal(p, start[name]) for name, p in parameters.items())
+    for mlp, was in zip(model.mlps, base, strict=True):
+        assert all(torch.equal(t, was[n]) for n, t in mlp.base.state_dict().items())
+    now = {
+        name.replace(".mlp.target.", ".mlp.").replace("norm.norm.", "norm."): t
+        for name, t in model.model.state_dict().items()
+        if ".mlp.base." not in name and ".mlp.adapter." not in name
+    }
+    assert now.keys() == frozen.keys()
+    assert all(torch.equal(t, frozen[name]) for name, t in now.items())
+    with torch.no_grad(), model.mode("target"):
+        assert torch.equal(model(IDS).logits, before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_recomputing_changes_no_bit(kind, make_pair) -> None:
+    gradients = []
+    for policy in ("none", "attention", "full"):
+        model = tuned(make_pair("qwen3"), kind)
+        config = ObjectiveConfig(sparsity=0, checkpoint=policy)
+        objective(model, Batch(IDS, None, IDS), 1, config).loss.backward()
+        gradients.append([p.grad for p in model.adapters.parameters()])
+    for other in gradients[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(gradients[0], other, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_evaluation_has_no_numbers_of_features(kind, make_pair) -> None:
+    model = tuned(make_pair("qwen2"), kind)
+    values = evaluate(model, [Batch(IDS, None, IDS)])
+    assert not [key for key in values if "l0" in key or "dead" in key or "density" in key]
+    with torch.no_grad(), model.mode("target"):
+        y = model(IDS).logits[:, :-1].log_softmax(-1)
+    ours = model(IDS).logits[:, :-1].log_softmax(-1)
+    kl = (y.exp() * (y - ours)).sum(-1).mean().item()
+    assert values["kl_adapter"] == pytest.approx(kl, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("architecture", ["phi3", "gemma3_text"])
+def test_saved_and_loaded(architecture, kind, make_pair, tmp_path: Path) -> None:
+    model = tuned(make_pair(architecture), kind)
+    save_adapters(model.adapters, tmp_path, {"step": 3})
+    card = json.loads((tmp_path / "fastadapt.json").read_text())
+    assert (card["kind"], card["additive"]) == (kind, False)
+    loaded, metadata = load_adapters(tmp_path)
+    assert metadata == {"step": 3}
+    assert {module.kind for module in loaded} == {kind}
+    again = ReplacementModel(make_pair(architecture), loaded)
+    with torch.no_grad():
+        for mode in ("target", "hybrid", "replacement"):
+            with model.mode(mode), again.mode(mode):
+                assert torch.equal(model(IDS).logits, again(IDS).logits)
+
+
+def _edit(folder: Path, **changes: object) -> None:
+    path = folder / "fastadapt.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def _without_a_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "layer_1.safetensors")
+    save_file(dict(list(tensors.items())[1:]), folder / "layer_1.safetensors")
+
+
+DAMAGE = {
+    "kind": (lambda f: _edit(f, kind="lora"), r"kind must be one of .*mlp, norms, got 'lora'"),
+    "other kind": (lambda f: _edit(f, kind="transcoder_adapter"), r"'additive' must be true"),
+    "additive": (lambda f: _edit(f, additive=True), r"'additive' must be false for mlp"),
+    "no shapes": (
+        lambda f: _edit(f, tensors=None),
+        r"tensors: expected array, got null",
+    ),
+    "odd shapes": (
+        lambda f: _edit(f, tensors=[{"a": 3}] * 3),
+        r"tensors.*: expected array, got int",
+    ),
+    "tensor": (_without_a_tensor, r"layer_1.*down_proj\.weight: expected \(16, 40\), got none"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_folder_is_refused(damage, make_pair, tmp_path: Path) -> None:
+    save_adapters(fresh(make_pair("qwen2"), "mlp").adapters, tmp_path)
+    change, message = DAMAGE[damage]
+    change(tmp_path)
+    with pytest.raises(UserError, match=message):
+        load_adapters(tmp_path)
+
+
+def test_weights_of_another_model_are_refused(make_pair) -> None:
+    for kind, other, message in (
+        ("mlp", "phi3", r"mlp of layer 0: down_proj|mlp of layer 0: gate_proj.weight: .*none"),
+        ("norms", "qwen3", r"norms of layer 0: self_attn\.k_norm\.weight: the model has \(8,\)"),
+    ):
+        given = fresh(make_pair("qwen2"), kind).adapters
+        pair = make_pair(other)
+        with pytest.raises(UserError, match=message):
+            ReplacementModel(pair, given)
+        ReplacementModel.create(pair, AdapterConfig(kind=kind))  # the pair is as it was
+    mixed = fresh(make_pair("qwen2"), "mlp").adapters
+    mixed[1] = fresh(make_pair("qwen2"), "norms").adapters[1]
+    with pytest.raises(UserError, match="one kind for all layers"):
+        ReplacementModel(make_pair("qwen2"), mixed)
+
+
+def test_what_wants_transcoders_refuses_others_by_name(make_pair, tmp_path: Path) -> None:
+    model = fresh(make_pair("qwen2"), "mlp")
+    save_adapters(model.adapters, tmp_path / "mlp")
+    with pytest.raises(UserError, match=r"this export is for transcoder adapters.*kind 'mlp'"):
+        read_transcoders(tmp_path / "mlp", "this export")
+    with pytest.raises(UserError, match=r"published format is for transcoder adapters.*'mlp'"):
+        hu2026.save(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "gemma2", "qwen3"])
+def test_a_pair_carries_one_kind_after_another(architecture, make_pair) -> None:
+    """With the same bits as a pair that never carried anything else."""
+    kinds = ("transcoder", "norms", "mlp", "norms")
+    configs = [AdapterConfig(24) if k == "transcoder" else AdapterConfig(kind=k) for k in kinds]
+
+    def perturbed(seed: int) -> ReplacementModel:
+        model = ReplacementModel.create(make_pair(architecture), configs[seed], seed=seed)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for p in model.adapters.parameters():
+                p.add_(0.1 * torch.randn(p.shape, generator=generator))
+        return model
+
+    alone = [perturbed(seed) for seed in range(len(kinds))]
+    ids = torch.tensor([[5, 9, 23, 7, 31, 8]])
+    with torch.no_grad():
+        for first in range(len(kinds)):
+            model = perturbed(first)
+            for other in (*alone, alone[first]):
+                model.carry(other.adapters)
+                assert model.adapters is other.adapters
+                assert torch.equal(model(ids).logits, other(ids).logits)
+                with model.mode("target"), alone[0].mode("target"):
+                    assert torch.equal(model(ids).logits, alone[0](ids).logits)
+    with pytest.raises(UserError, match="3 layers want as many adapters, got 2"):
+        model.carry(alone[0].adapters[:2])
+    assert model.adapters is alone[-1].adapters

@@ -1,0 +1,212 @@
+"""The walk over the blocks is the model's own forward, or an error says so."""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastadapt.adapter.module import AdapterConfig
+from fastadapt.batch import Batch
+from fastadapt.errors import RunError
+from fastadapt.models.pretrained import ARCHITECTURES
+from fastadapt.models.recompute import POLICIES
+from fastadapt.models.replacement import ReplacementModel
+from fastadapt.models.self_check import check_traversal
+from fastadapt.objective import ObjectiveConfig, objective
+
+IDS = torch.tensor([[5, 9, 23, 7, 31, 8], [3, 4, 8, 0, 0, 0]])
+PADDED = Batch(IDS, IDS > 0, IDS)
+WHOLE = Batch(IDS[:1], None, IDS[:1])
+MODES = ("target", "hybrid", "replacement")
+
+
+def model_of(pair, kind: str = "transcoder", activation: str = "relu") -> ReplacementModel:
+    more: dict[str, dict[str, float]] = {
+        "topk": {"k": 4},
+        "batch_topk": {"k": 4},
+        "jumprelu": {"bandwidth": 0.01, "initial_threshold": 0.01},
+    }
+    transcoder = AdapterConfig(24, activation=activation, **more.get(activation, {}))
+    config = transcoder if kind == "transcoder" else AdapterConfig(kind=kind)
+    model = ReplacementModel.create(pair, config)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in model.adapters.parameters():
+            p.add_(0.3 * torch.randn(p.shape, generator=generator, dtype=torch.float64))
+    return model
+
+
+def replace_forward(model: ReplacementModel, forward: Any) -> None:
+    """``forward(own, hidden_states, **arguments)`` in place of every block's forward."""
+    for block in model.blocks:
+        own = block.forward
+        block.forward = MethodType(
+            lambda _, *args, _own=own, **kw: forward(_own, *args, **kw), block
+        )
+
+
+def pass_to_blocks(model: ReplacementModel, **more: Any) -> None:
+    """Let the decoder pass its blocks more keyword arguments, as a release of transformers may."""
+    decoder = getattr(model.model, model.paths.decoder)
+    own = decoder.forward
+    decoder.forward = MethodType(lambda _, *args, **kwargs: own(*args, **kwargs, **more), decoder)
+
+
+@pytest.mark.parametrize("batch", [WHOLE, PADDED], ids=["whole", "padded"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_walk_is_the_models_own_forward(architecture, batch, make_pair) -> None:
+    model = model_of(make_pair(architecture))
+    state = torch.get_rng_state()
+    check_traversal(model, batch)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
+def test_in_every_dtype(dtype, make_pair) -> None:
+    check_traversal(model_of(make_pair("qwen2", dtype=dtype)), WHOLE)
+
+
+@pytest.mark.parametrize("activation", ["topk", "batch_topk", "jumprelu"])
+def test_of_every_activation(activation, make_pair) -> None:
+    check_traversal(model_of(make_pair("qwen2"), activation=activation), PADDED)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "norms"])
+def test_of_tuned_weights(kind, make_pair) -> None:
+    check_traversal(model_of(make_pair("qwen2"), kind), PADDED)
+
+
+def test_a_cache_is_cleared_whatever_its_keyword(make_pair) -> None:
+    from transformers import DynamicCache
+
+    model = model_of(make_pair("qwen2"))
+    pass_to_blocks(model, memory=DynamicCache(), pairs=(1, (DynamicCache(), None)))
+    for arguments in model.block_inputs(IDS, None).arguments:
+        assert arguments["memory"] is None
+        assert arguments["pairs"] == (1, (None, None))
+
+
+class Log:
+    """An object that blocks append to."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def append(self, hidden: Tensor) -> None:
+        self.seen.append(hidden)
+
+
+STATEFUL = {"list": list, "object": Log, "dict": dict, "tuple": lambda: ([],), "set": set}
+
+
+@pytest.mark.parametrize("make", STATEFUL.values(), ids=STATEFUL)
+@pytest.mark.parametrize("mode", MODES)
+def test_an_argument_that_may_hold_state_is_refused_by_name(mode, make, make_pair) -> None:
+    model = model_of(make_pair("qwen2"))
+    pass_to_blocks(model, seen=make())
+    refused = r"passes its blocks an argument 'seen' of type .*transformers \d.* with fastadapt \d"
+    with model.mode(mode), pytest.raises(RunError, match=refused):
+        model.block_inputs(IDS, None)
+    with pytest.raises(RunError, match=refused):
+        check_traversal(model, PADDED)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_block_that_appends_to_an_argument_never_trains(policy, make_pair) -> None:
+    model = model_of(make_pair("qwen2"))
+
+    def append(own: Any, hidden_states: Tensor, *, seen: Log, **kwargs: Any) -> Tensor:
+        seen.append(hidden_states)
+        return own(hidden_states + sum(h.mean() for h in seen.seen), **kwargs)
+
+    replace_forward(model, append)
+    pass_to_blocks(model, seen=Log())
+    for cutoff in range(model.n_layers + 1):
+        with pytest.raises(RunError, match="an argument 'seen' of type"):
+            objective(model, PADDED, cutoff, ObjectiveConfig(checkpoint=policy))
+
+
+def test_a_tensor_that_a_block_changes_in_place_is_named(make_pair) -> None:
+    model = model_of(make_pair("qwen2"))
+
+    def change(own: Any, hidden_states: Tensor, *, position_ids: Tensor, **kwargs: Any) -> Tensor:
+        position_ids += 0
+        return own(hidden_states, position_ids=position_ids, **kwargs)
+
+    replace_forward(model, change)
+    with pytest.raises(RunError, match="changed its argument 'position_ids' in place"):
+        check_traversal(model, PADDED)
+
+
+@pytest.mark.parametrize("keyword", ["attention_mask", "position_embeddings"])
+def test_a_renamed_keyword_is_caught(keyword, make_pair) -> None:
+    """The decoder still uses the old name; blocks that are called alone never see the argument."""
+    model = model_of(make_pair("qwen2"))
+    inside = [False]
+    decoder = getattr(model.model, model.paths.decoder)
+    own_decoder = decoder.forward
+
+    def decode(_: Any, *args: Any, **kwargs: Any) -> Any:
+        inside[0] = True
+        try:
+            return own_decoder(*args, **kwargs)
+        finally:
+            inside[0] = False
+
+    def block(own: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        if not inside[0]:  # what a new name would leave the block with: its default
+            value = kwargs[keyword]
+            if keyword == "attention_mask":
+                kwargs[keyword] = None if value is None else torch.ones_like(value)
+            else:
+                kwargs[keyword] = (torch.ones_like(value[0]), torch.zeros_like(value[1]))
+        return own(hidden_states, **kwargs)
+
+    check_traversal(model, PADDED)
+    decoder.forward = MethodType(decode, decoder)
+    replace_forward(model, block)
+    with pytest.raises(RunError, match=r"in mode target: they differ by .* transformers \d"):
+        check_traversal(model, PADDED)
+
+
+def test_a_cache_that_is_replayed_is_caught(make_pair, monkeypatch) -> None:
+    """What a renamed keyword did: one cache for every call, to which each call appends."""
+    from transformers import DynamicCache
+
+    from fastadapt.models import block_inputs
+
+    monkeypatch.setattr(block_inputs, "_stateless", lambda name, value, owner: value)
+    model = model_of(make_pair("qwen2"))
+    pass_to_blocks(model)
+    record = model.block_inputs
+
+    def recorded(ids: Tensor, mask: Tensor | None) -> block_inputs.BlockInputs:
+        inputs = record(ids, mask)
+        cache = DynamicCache()
+        name = "cache" if "cache" in inputs.arguments[0] else "past_key_values"
+        kept = [{**arguments, name: cache} for arguments in inputs.arguments]
+        return block_inputs.BlockInputs(inputs.hidden, kept)
+
+    monkeypatch.setattr(model, "block_inputs", recorded)
+    with pytest.raises((RunError, RuntimeError)):
+        check_traversal(model, WHOLE)
+
+
+def test_only_a_bounded_part_of_a_batch_is_used(make_pair, monkeypatch) -> None:
+    model = model_of(make_pair("qwen2"))
+    shapes = []
+    record = model.block_inputs
+
+    def recorded(ids: Tensor, mask: Tensor | None) -> Any:
+        shapes.append(tuple(ids.shape))
+        return record(ids, mask)
+
+    monkeypatch.setattr(model, "block_inputs", recorded)
+    monkeypatch.setattr("fastadapt.models.self_check.TOKENS", 4)
+    check_traversal(model, Batch(IDS.repeat(3, 1), (IDS > 0).repeat(3, 1), IDS.repeat(3, 1)))
+    assert shapes == [(2, 4)]
