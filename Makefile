@@ -50,7 +50,7 @@ reproduce: $(VENV)/.eval  ## train and compare nine runs on the embedded pair: t
 
 study: $(VENV)/.eval  ## switch features of one of these runs, and see what they do: tables, plots; goes on where it was
 	PATH="$(abspath $(BIN)):$$PATH" bash reproduce/runs runs/reproduce 1 $(STUDIED)
-	$(BIN)/python reproduce/study.py runs/reproduce/$(STUDIED)
+	$(BIN)/python -m reproduce.study runs/reproduce/$(STUDIED)
 
 lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/ruff check .

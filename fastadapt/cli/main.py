@@ -31,7 +31,6 @@ from fastadapt.cli.options.parser import (
     resume_command,
 )
 from fastadapt.cli.options.train import parse_train, train_parser
-from fastadapt.cli.organism import organism
 from fastadapt.distributed.ranks import leads, leave, tells
 from fastadapt.errors import RunError, UserError
 from fastadapt.io.names import unusable_path
@@ -278,6 +277,5 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "intervene": intervene,
     "export": export,
     "data": data,
-    "organism": organism,
     "doctor": doctor,
 }

@@ -1,4 +1,4 @@
-"""The embedded pair: a small model organism of reasoning fine-tuning, shipped with its recipe.
+"""The embedded pair: a small model organism of reasoning fine-tuning.
 
 Names that a configuration may use in place of a path: ``organism/target`` and ``organism/base``
 (models), ``organism/train`` and ``organism/validation`` (conversations). See ``README.md`` in this
@@ -7,9 +7,7 @@ folder for what the pair is and how it was measured.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from fastadapt.errors import UserError
 
@@ -20,6 +18,10 @@ NAMES = {
     "organism/train": FOLDER / "data" / "train.jsonl",
     "organism/validation": FOLDER / "data" / "validation.jsonl",
 }
+
+
+#: Questions of the pair's benchmarks: held-out test problems, and worked ones for few-shot prompts.
+QUESTIONS = FOLDER / "data" / "questions.jsonl"
 
 
 def resolve(name: str) -> str:
@@ -33,19 +35,3 @@ def resolve(name: str) -> str:
     if name.startswith("organism/"):
         raise UserError(f"unknown part of the embedded pair {name!r}: one of {sorted(NAMES)}")
     return name
-
-
-def build(
-    out: str | Path, *, seed: int = 0, progress: Callable[[dict[str, Any]], None] | None = None
-) -> dict[str, Any]:
-    """Rebuild data, tokenizer, base and target into ``out``; see ``recipe.build``."""
-    from fastadapt.organism import recipe
-
-    return recipe.build(Path(out), seed=seed, progress=progress)
-
-
-def check(folder: str | Path = FOLDER) -> dict[str, Any]:
-    """Measure the pair in ``folder`` against its acceptance bounds; see ``acceptance.check``."""
-    from fastadapt.organism import acceptance
-
-    return acceptance.check(Path(folder))

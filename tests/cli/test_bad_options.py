@@ -14,12 +14,6 @@ def option(name, value, message):
     return (f"{name} {value}", lambda d: d.train(name, value), message)
 
 
-def _folder_in_use(d):
-    (d.folder / "new").mkdir()
-    (d.folder / "new" / "file").write_text("")
-    return ["organism", "build", "--out", d.folder / "new"]
-
-
 CASES = [
     # --- the command line
     ("command", lambda d: ["trian"], r"unknown command 'trian'; did you mean train\?"),
@@ -82,14 +76,6 @@ CASES = [
         "both",
         lambda d: d.train("--resume", "--overwrite"),
         r"--resume .* --overwrite .*choose one",
-    ),
-    ("organism command", lambda d: ["organism", "biuld"], r"unknown command 'biuld'.*'build'"),
-    ("organism build", lambda d: ["organism", "build"], r"--out is missing"),
-    ("organism out", _folder_in_use, r"--out: .*new is in use.*--overwrite"),
-    (
-        "organism folder",
-        lambda d: ["organism", "check", "--folder", d.folder / "no"],
-        r"--folder: .*no",
     ),
     # --- the file
     ("no file", lambda d: ["train", d.folder / "no.yaml"], r"no\.yaml: no such file"),

@@ -82,12 +82,10 @@ def test_the_options_of_eval_are_frozen():
 
 def test_the_commands_are_frozen(fastadapt):
     from fastadapt.cli.main import COMMANDS
-    from fastadapt.cli.organism import COMMANDS as ORGANISM
 
     assert sorted(COMMANDS) == [
-        *("data", "doctor", "eval", "export", "features", "intervene", "organism", "train")
+        *("data", "doctor", "eval", "export", "features", "intervene", "train")
     ]
-    assert sorted(ORGANISM) == ["build", "check", "sample"]
     for command in (*COMMANDS, "data prepare"):
         assert command in fastadapt("--help").out
 
@@ -291,49 +289,3 @@ def test_an_interrupt_ends_without_a_traceback(fastadapt, recipe, monkeypatch):
     outcome = fastadapt("train", recipe())
     assert outcome.code == 130
     assert outcome.err.endswith("error: interrupted\n")
-
-
-def test_organism_check_prints_every_bound_and_fails_on_a_missed_one(fastadapt, monkeypatch):
-    from fastadapt import organism
-    from fastadapt.organism.acceptance import BOUNDS
-
-    measured = {name: 50.0 if low else 0.25 for name, (low, _) in BOUNDS.items()}
-    monkeypatch.setattr(
-        organism, "check", lambda _: {**measured, "by": {"math": 1.5}, "failed": []}
-    )
-    outcome = fastadapt("organism", "check")
-    assert outcome.code == 0, outcome.err
-    for name, (low, high) in BOUNDS.items():
-        bound = f">= {low:g}" if low is not None else f"<= {high:g}"
-        assert re.search(rf"{name} .*{bound}", outcome.out)
-    assert re.search(r"by\.math .*1\.5", outcome.out)
-    name = next(iter(BOUNDS))
-    monkeypatch.setattr(organism, "check", lambda _: {**measured, "failed": [name]})
-    outcome = fastadapt("organism", "check")
-    assert outcome.code == 1
-    assert f"is not what it must be: {name}" in outcome.err
-
-
-def test_organism_build_tells_its_progress_and_where_it_wrote(fastadapt, monkeypatch, tmp_path):
-    from fastadapt import organism
-
-    def build(out: Path, *, seed: int, progress) -> dict:
-        progress({"phase": "base", "step": 1, "loss": 3.21098})
-        return {"seed": seed, "target": {"accuracy": 99.5}}
-
-    monkeypatch.setattr(organism, "build", build)
-    outcome = fastadapt("organism", "build", "--out", tmp_path / "pair", "--seed", 3)
-    assert outcome.code == 0
-    assert "loss 3.211" in outcome.err
-    assert "seed: 3" in outcome.out
-    assert "target.accuracy: 99.5" in outcome.out
-    assert str(tmp_path / "pair") in outcome.out
-
-
-@pytest.mark.parametrize("model", ["target", "hybrid"])
-def test_organism_sample_shows_problems_and_answers(fastadapt, model):
-    outcome = fastadapt("organism", "sample", "--n", 2, "--model", model)
-    assert outcome.code == 0, outcome.err
-    assert len(re.findall(r"^\[(math|code|science)\] ", outcome.out, re.MULTILINE)) == 2
-    assert len(re.findall(r"^  \((right|wrong: the answer is \d+)\)$", outcome.out, re.M)) == 2
-    assert outcome == fastadapt("organism", "sample", "--n", 2, "--model", model)

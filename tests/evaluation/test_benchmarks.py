@@ -264,7 +264,7 @@ def test_examples_stand_before_the_question(tmp_path: Path) -> None:
 
 
 def test_the_embedded_benchmark_is_the_held_out_problems() -> None:
-    from fastadapt.organism.recipe import RecipeConfig, split_problems
+    from reproduce.organism.recipe import RecipeConfig, split_problems
 
     test = split_problems(RecipeConfig(), 0)["test"]
     for task in EMBEDDED:

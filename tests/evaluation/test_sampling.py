@@ -138,7 +138,7 @@ def greedy_by_full_forwards(model: Any, prompt: Sequence[int], n: int, eos: int)
 def test_replacement_at_temperature_0_is_a_loop_of_full_forwards(batching: Any) -> None:
     """50 prompts of the embedded pair, adapters with random decoders."""
     from fastadapt.organism import resolve
-    from fastadapt.organism.recipe import FAMILY, RecipeConfig, conversation, split_problems
+    from reproduce.organism.recipe import FAMILY, RecipeConfig, conversation, split_problems
 
     config = PairConfig(resolve("organism/target"), resolve("organism/base"), device="cpu")
     model = ReplacementModel.create(ModelPair.load(config), AdapterConfig(n_features=64))

@@ -28,11 +28,12 @@ BEFORE, AFTER = 50, 20
 
 @dataclass(frozen=True)
 class MadeText:
-    """Tokens, the region of each (index into REGIONS), and a domain."""
+    """Tokens, the region of each (index into REGIONS), a domain, and an id (``text-N``)."""
 
     tokens: Sequence[int]
     regions: Sequence[int]
     domain: str | None = None
+    id: str | None = None
 
 
 def rows_of(
@@ -171,7 +172,7 @@ def make_store(
     held = [
         {
             "text": n,
-            "id": f"text-{n}",
+            "id": f"text-{n}" if text.id is None else text.id,
             "domain": text.domain,
             "tokens": list(text.tokens),
             "regions": list(text.regions),

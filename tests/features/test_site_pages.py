@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,17 +28,14 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     folder = tmp_path_factory.mktemp("small") / "features"
     size = Size(3, 300, 4, 2, texts=40, text_tokens=300, vocabulary=800, described=20, classed=40)
     write_synthetic(folder, size)
-    manifest = (folder / "manifest.json").read_text()
-    units = '"adapter": {\n   "n_layers": 3,\n   "n_features": 300\n  }'
-    assert units in manifest
-    (folder / "manifest.json").write_text(
-        manifest.replace(units, f"{units},\n  {units.replace('adapter', 'base')}")
-    )
     (folder / "base").mkdir()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["units"]["base"] = manifest["units"]["adapter"]
     for name in ("features", "examples", "lens"):
-        (folder / "base" / f"{name}.parquet").write_bytes(
-            (folder / "adapter" / f"{name}.parquet").read_bytes()
-        )
+        shutil.copy(folder / "adapter" / f"{name}.parquet", folder / "base")
+        listed = manifest["files"][f"adapter/{name}.parquet"]
+        manifest["files"][f"base/{name}.parquet"] = listed
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     return Store.open(folder)
 
 

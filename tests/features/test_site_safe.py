@@ -63,7 +63,9 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hostile") / "features"
     strings = [text for text, _ in HOSTILE]
     n = len(strings)
-    texts = [MadeText(list(range(n)), [2] * 5 + [5] * (n - 5), strings[i]) for i in range(n)]
+    texts = [
+        MadeText(list(range(n)), [2] * 5 + [5] * (n - 5), strings[i], strings[i]) for i in range(n)
+    ]
     rng = np.random.default_rng(0)
     activations = [rng.random((1, n, n)).astype(np.float32) + 0.1 for _ in texts]
     promoted = {(0, i): [i] for i in range(n)}
@@ -76,10 +78,6 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run=strings[0],
         pair={"target": strings[3], "base": strings[4]},
     )
-    # The store's ids too; Parquet is written as collecting writes it.
-    held = made.store.read("texts")
-    ids = held.set_column(1, held.schema.field("id"), pa.array(strings))
-    pa.parquet.write_table(ids, made.store.path("texts"))
     descriptions, scores, classes, overlap = [], [], [], []
     for i, text in enumerate(strings):
         unit = {"layer": 0, "feature": i}
@@ -87,7 +85,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
         descriptions.append({**said, "description": text, "shown": [0]})
         counts = dict.fromkeys(("positives", "negatives", "true_positives", "true_negatives"), 5)
         scores.append({**said, **counts, "accuracy": 1.0})
-        overlap.append({**unit, "target": 0.5, "base": float("nan")})
+        overlap.append({**unit, "target": 0.5, "base": 0.25})
         classes.append({**unit, "judge": text, "class": text, "subclass": text, "reason": text})
     for name, rows, schema in (
         ("descriptions", descriptions, DESCRIPTIONS),
@@ -123,7 +121,7 @@ def test_text_that_tries_to_break_out_is_shown_as_text(browser: Any, hostile: Pa
         windows = "".join(tab.page.locator("article .window").all_text_contents())
         facts = "".join(tab.page.locator("article header").all_text_contents())
         charts = text_of(tab, ".charts")
-        assert charts.endswith("agreementthe target50%the base–")
+        assert charts.endswith("agreementthe target50%the base25%")
         for other in SHOWN:
             assert other in windows  # every token
             assert other in charts  # every domain

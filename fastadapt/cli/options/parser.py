@@ -142,31 +142,6 @@ def _program() -> str:
     return started
 
 
-def organism_parser() -> Parser:
-    """The parser of `fastadapt organism`."""
-    parser = Parser(prog="fastadapt organism", description="The embedded model pair.")
-    commands = parser.add_subcommands(required=True)
-    build = Parser(description="Train both models of the pair again, from the seeded recipe.")
-    build.add_argument("--out", type=str, required=True, help="folder to write the pair into")
-    build.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
-    build.add_argument("--overwrite", action="store_true", help="write into a folder in use")
-    commands.add_subcommand("build", build, help="train both models again")
-    check = Parser(description="Measure whether a pair is what it must be.")
-    check.add_argument("--folder", type=str, default=None, help="a pair; default: the shipped one")
-    commands.add_subcommand("check", check, help="measure the pair")
-    sample = Parser(description="Print problems and how a model of the shipped pair answers them.")
-    sample.add_argument(
-        "--model",
-        type=typing.Literal["target", "base", "hybrid"],
-        default="target",
-        help="the hybrid is the target with the base's MLPs",
-    )
-    sample.add_argument("--n", type=int, default=3, help="number of problems")
-    sample.add_argument("--seed", type=int, default=0, help="of the problems and the sampling")
-    commands.add_subcommand("sample", sample, help="problems and answers")
-    return parser
-
-
 def export_parser() -> Parser:
     """The parser of `fastadapt export`."""
     from fastadapt.cli.export import Format

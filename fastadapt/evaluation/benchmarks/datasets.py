@@ -20,6 +20,7 @@ from fastadapt.data.rendering import render_parts
 from fastadapt.data.sources import SUFFIXES, read_files, reading_hub, require_columns
 from fastadapt.errors import UserError
 from fastadapt.io.names import typed_path
+from fastadapt.organism import QUESTIONS
 
 Row = dict[str, Any]
 LETTERS = "ABCD"
@@ -85,7 +86,7 @@ def dataset(
         family: of the rendering, see :mod:`fastadapt.data.rendering`.
         data: folder with ``<benchmark>.jsonl`` or ``.parquet``; None asks the hub.
         few_shot: worked examples in the prompt.
-        seed: of the order of options, of the choice of examples, and of the embedded pair's test.
+        seed: of the order of options and of the choice of examples.
 
     Returns:
         Rows of ``id, question, answer, prompt`` (rendered) and, of GPQA, ``order``: which option of
@@ -111,7 +112,7 @@ def questions(
         raise UserError(f"few_shot: expected 0 or more, got {few_shot}")
     kind = BENCHMARKS[benchmark].kind
     if kind == "organism":
-        rows, examples = _organism(benchmark.removeprefix("organism_"), seed)
+        rows, examples = _organism(benchmark)
     else:
         rows = [_asked(benchmark, i, row, seed) for i, row in enumerate(_read(benchmark, data))]
         examples = rows
@@ -212,30 +213,25 @@ def _read(benchmark: str, data: str | None) -> Sequence[Row]:
     return rows
 
 
-def _organism(domain: str, seed: int) -> tuple[list[Row], list[Row]]:
-    """Test problems of a domain of the embedded pair, and worked ones of those it ships."""
-    from fastadapt.organism.problems import Problem, reasoning
-
-    def row(name: str, number: int, problem: Problem) -> Row:
-        worked = reasoning(problem, random.Random(f"{seed}/{name}/{number}"))
-        return {
-            "id": f"organism_{domain}/{name}{number}",
-            "question": problem.prompt,
-            "answer": str(problem.answer),
-            "asked": problem.prompt,
-            "worked": worked,
-        }
-
-    split = _embedded_problems()
-    return tuple(  # type: ignore[return-value]
-        [row(name, i, p) for i, p in enumerate(p for p in split[name] if p.domain == domain)]
-        for name in ("test", "train")
-    )
+def _organism(benchmark: str) -> tuple[list[Row], list[Row]]:
+    """Return the held-out test problems of a benchmark of the embedded pair, and worked ones."""
+    rows: dict[str, list[Row]] = {"test": [], "train": []}
+    for row in _embedded_problems():
+        if row["benchmark"] == benchmark:
+            of_split = rows[row["split"]]
+            of_split.append(
+                {
+                    "id": f"{benchmark}/{row['split']}{len(of_split)}",
+                    "question": row["question"],
+                    "answer": row["answer"],
+                    "asked": row["question"],
+                    "worked": row["worked"],
+                }
+            )
+    return rows["test"], rows["train"]
 
 
 @cache
-def _embedded_problems() -> dict[str, Any]:
-    """Those of the seed that the pair was made with: no part of it was trained on the test's."""
-    from fastadapt.organism.recipe import RecipeConfig, split_problems
-
-    return split_problems(RecipeConfig(), 0)
+def _embedded_problems() -> list[Row]:
+    """Return the pair's problems; the target was not trained on those of the test split."""
+    return [row.values for row in read_files([QUESTIONS], ("benchmark", "split", "question"))]

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 
 from fastadapt.errors import UserError
 
+#: Words of hesitation counted by default (arXiv 2602.20904, section 5).
+HESITATION_WORDS = ("wait", "hmm", "but", "alternatively")
 # An option, alone or with its wording after it; "A, B, C or D" and "A catalyst" are none.
 _LETTER = re.compile(r"\(?([A-D])\)?(?:[.:)].*)?", re.DOTALL)
 _PREFIX = re.compile(r"(?i:^(?:the )?(?:option|answer|choice)\b(?: is)?:?\s*)")
@@ -109,9 +111,20 @@ def letter_is_right(text: str, answer: str) -> bool:
 
 def stated_is_right(text: str, answer: str) -> bool:
     """Whether a response of the embedded pair states the number: exact form, after its thinking."""
-    from fastadapt.organism.problems import extract_answer
+    return stated_answer(text) == int(answer)
 
-    return extract_answer(text) == int(answer)
+
+def stated_answer(response: str) -> int | None:
+    """Return the number that a response of the embedded pair states: ``the answer is N``.
+
+    None where the response has another form, or opens ``<think>`` without closing it.
+    """
+    if "<think>" in response:
+        _, closed, response = response.partition("</think>")
+        if not closed:
+            return None
+    match = re.fullmatch(r"\s*the answer is (\d+)\s*", response)
+    return int(match[1]) if match else None
 
 
 def hesitations(text: str, words: Sequence[str]) -> int:

@@ -19,6 +19,7 @@ from fastadapt.data.tokens import encode
 from fastadapt.errors import UserError
 from fastadapt.evaluation.benchmarks.datasets import BENCHMARKS, questions
 from fastadapt.evaluation.benchmarks.grading import (
+    HESITATION_WORDS,
     hesitations,
     letter_is_right,
     math_is_right,
@@ -39,7 +40,6 @@ from fastadapt.io.atomic import disk_errors, replacing
 from fastadapt.io.documents import Count, DocumentError, parse_line
 from fastadapt.io.files import open_regular
 from fastadapt.organism import NAMES
-from fastadapt.organism.problems import HESITATION_WORDS
 
 JUDGES = {"math": math_is_right, "choice": letter_is_right, "organism": stated_is_right}
 PUBLISHED = ("math500", "amc23", "aime25", "gpqa_diamond")

@@ -18,10 +18,10 @@ from typing import Any, ClassVar, get_args
 
 from fastadapt.data.prepare.filter_pass import text_or_none
 from fastadapt.errors import UserError
+from fastadapt.evaluation.benchmarks.grading import HESITATION_WORDS
 from fastadapt.features.store.schema import MARKERS, Region
 from fastadapt.features.store.sets import FeatureSet, load_set
 from fastadapt.features.store.store import Store
-from fastadapt.organism.problems import HESITATION_WORDS
 
 #: Tokens that a row of lens.parquet holds.
 LENS_TOKENS = 10

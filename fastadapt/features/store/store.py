@@ -234,7 +234,7 @@ class Store:
         return rows
 
     def limits(self, kind: Kind) -> dict[str, Any]:
-        """What values of its tables are held against; see :mod:`fastadapt.features.store.values`."""
+        """Return the bounds of its tables' values; see :mod:`fastadapt.features.store.values`."""
         return {
             "shape": self.shape(kind) if kind in self.manifest["units"] else None,
             "n_texts": self.manifest["data"]["texts"],

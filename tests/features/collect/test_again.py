@@ -109,7 +109,7 @@ def test_killed_while_it_is_cleared(
 
     with monkeypatch.context() as patch:
         patch.setattr(folder, "_remove", few)
-        patch.setattr(room.gathering.work, "sweep", lambda out: None)  # a kill cleans nothing
+        patch.setattr(room.collector.work, "sweep", lambda out: None)  # a kill cleans nothing
         with pytest.raises(Killed):
             collect(run, out, replace(FEW, top=7), overwrite=True)
     assert (out / folder.NEXT).is_dir()

@@ -1,44 +1,71 @@
-"""`fastadapt organism`: build, check and sample the embedded pair."""
+"""Build, check and sample the embedded pair: ``python -m reproduce.organism COMMAND``."""
 
 from __future__ import annotations
 
+import argparse
 import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from fastadapt.cli.console import print_table, quiet_transformers, say
-from fastadapt.cli.options.parser import organism_parser
+from fastadapt.cli.console import print_error, print_table, quiet_transformers, say
 from fastadapt.errors import RunError, UserError
-from fastadapt.io.names import typed_path
 
 
-def organism(argv: list[str]) -> int:
-    """`fastadapt organism`."""
-    if not argv:
-        organism_parser().print_help()
-        return 0
-    typed = organism_parser().parse_args(argv)
+def main(argv: list[str]) -> int:
+    """Run one of the commands; return its exit code."""
+    options = _parser().parse_args(argv)
     quiet_transformers()
-    options = typed[typed.subcommand]
-    return COMMANDS[typed.subcommand](options)
+    commands: dict[str, Callable[[argparse.Namespace], int]] = {
+        "build": _build,
+        "check": _check,
+        "sample": _sample,
+    }
+    return commands[options.command](options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m reproduce.organism", description="The embedded model pair."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    build = commands.add_parser("build", help="train both models again, from the seeded recipe")
+    build.add_argument("--out", type=Path, required=True, help="folder to write the pair into")
+    build.add_argument("--seed", type=int, default=0, help="seed of everything that is drawn")
+    build.add_argument("--overwrite", action="store_true", help="write into a folder in use")
+    check = commands.add_parser("check", help="measure a pair against its acceptance bounds")
+    check.add_argument("--folder", type=Path, help="a pair; default: the shipped one")
+    sample = commands.add_parser("sample", help="print problems and a model's answers to them")
+    sample.add_argument(
+        "--model",
+        choices=("target", "base", "hybrid"),
+        default="target",
+        help="the hybrid is the target with the base's MLPs",
+    )
+    sample.add_argument("--n", type=int, default=3, help="number of problems")
+    sample.add_argument("--seed", type=int, default=0, help="seed of problems and sampling")
+    return parser
 
 
 def _build(options: Any) -> int:
-    from fastadapt.organism import build
+    from reproduce.organism.recipe import build
 
-    out = typed_path(options.out, "--out")
+    out = options.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not options.overwrite:
         raise UserError(f"--out: {out} is in use; give a new folder, or --overwrite")
     for name, value in _flat(build(out, seed=options.seed, progress=_say_record)).items():
         print(f"{name}: {_short(value)}")
-    print(f"written to {out.resolve()}; measure it with: fastadapt organism check --folder {out}")
+    print(f"written to {out.resolve()}")
+    print(f"measure it with: python -m reproduce.organism check --folder {out}")
     return 0
 
 
 def _check(options: Any) -> int:
-    from fastadapt.organism import FOLDER, check
-    from fastadapt.organism.acceptance import BOUNDS
+    from fastadapt.organism import FOLDER
+    from reproduce.organism.acceptance import BOUNDS, check
 
-    folder = typed_path(options.folder or FOLDER, "--folder")
+    folder = options.folder or FOLDER
     if not (folder / "target").is_dir() or not (folder / "base").is_dir():
         raise UserError(f"--folder: expected a folder with target/ and base/, got {folder}")
     measured = check(folder)
@@ -71,9 +98,10 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _sample(options: Any) -> int:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from fastadapt.evaluation.benchmarks.grading import stated_answer
     from fastadapt.organism import FOLDER
-    from fastadapt.organism.acceptance import hybrid_of, sample
-    from fastadapt.organism.problems import extract_answer, sample_problem
+    from reproduce.organism.acceptance import hybrid_of, sample
+    from reproduce.organism.problems import sample_problem
 
     if options.n < 1:
         raise UserError(f"--n: expected 1 or more, got {options.n}")
@@ -87,7 +115,7 @@ def _sample(options: Any) -> int:
     tokenizer = AutoTokenizer.from_pretrained(FOLDER / "target", trust_remote_code=False)
     responses = sample(model, tokenizer, problems, seed=options.seed).responses
     for problem, response in zip(problems, responses, strict=True):
-        right = extract_answer(response) == problem.answer
+        right = stated_answer(response) == problem.answer
         verdict = "right" if right else f"wrong: the answer is {problem.answer}"
         print(f"[{problem.domain}] {problem.prompt}\n  {response}\n  ({verdict})\n")
     return 0
@@ -101,4 +129,9 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-COMMANDS = {"build": _build, "check": _check, "sample": _sample}
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (UserError, RunError) as error:
+        print_error(str(error))
+        sys.exit(error.exit_code)

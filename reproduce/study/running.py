@@ -29,8 +29,8 @@ from fastadapt.features.store.sets import FeatureSet
 from fastadapt.features.store.store import Store
 from fastadapt.interventions import scaled
 from fastadapt.reporting.rendering import require_drawing
-from fastadapt.study.arms import PARTS, RUN, Arm, StudyConfig, arms_of, select
-from fastadapt.study.report import claims, figures, tables
+from reproduce.study.conditions import PARTS, RUN, Arm, StudyConfig, arms_of, select
+from reproduce.study.report import claims, figures, tables
 
 SCHEMA_VERSION = 1
 #: Everything that is ever in the folder of a study.

@@ -1,8 +1,8 @@
-"""What features do: python reproduce/study.py RUN [--output FOLDER] [--repetitions N]
+"""What features do: python -m reproduce.study RUN [--output FOLDER] [--repetitions N]
 
 Collects the features of a run if that was not done, switches selected and random sets of them, and
 writes tables, plots and a page into FOLDER (``study`` in the run). Called again it goes on where it
-stopped. What is done, and why so: ``fastadapt/study``.
+stopped. What is done, and why so: ``reproduce/study/__init__.py``.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from fastadapt.evaluation.folder import opened
 from fastadapt.evaluation.models_under_test import Students
 from fastadapt.features.collect import collect
 from fastadapt.features.store.store import Store, adapter_digest
-from fastadapt.study.arms import RUN, StudyConfig
-from fastadapt.study.report import tables
-from fastadapt.study.running import CONTENTS, Study
 from fastadapt.training.signals import stop_on_signals
+from reproduce.study.conditions import RUN, StudyConfig
+from reproduce.study.report import tables
+from reproduce.study.running import CONTENTS, Study
 
 
 def main(argv: list[str]) -> int:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from fastadapt.data.rendering import render, render_parts
 from fastadapt.io.atomic import writing_folder
-from fastadapt.organism.problems import (
+from reproduce.organism.problems import (
     Problem,
     direct_answer,
     problem_stream,
@@ -30,7 +30,7 @@ from fastadapt.organism.problems import (
     to_row,
     worked_notes,
 )
-from fastadapt.organism.tokenizer import BOS, EOS, build_tokenizer
+from reproduce.organism.tokenizer import BOS, EOS, build_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM

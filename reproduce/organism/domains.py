@@ -9,8 +9,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-from fastadapt.organism.problems import Problem, Step, in_range
-from fastadapt.organism.words import (
+from reproduce.organism.problems import Problem, Step, in_range
+from reproduce.organism.words import (
     CONTAINERS,
     GAIN_VERBS,
     KINDS,

@@ -12,9 +12,10 @@ import torch
 
 from fastadapt.data.rendering import render_parts
 from fastadapt.errors import RunError
+from fastadapt.evaluation.benchmarks.grading import HESITATION_WORDS, stated_answer
 from fastadapt.models.pretrained import load_causal_lm, load_tokenizer
-from fastadapt.organism.problems import DOMAINS, HESITATION_WORDS, Problem, extract_answer
-from fastadapt.organism.recipe import FAMILY, RecipeConfig, conversation, split_problems
+from reproduce.organism.problems import DOMAINS, Problem
+from reproduce.organism.recipe import FAMILY, RecipeConfig, conversation, split_problems
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Qwen2ForCausalLM
@@ -82,7 +83,7 @@ def accuracy(samples: Samples, problems: Sequence[Problem]) -> dict[str, float]:
     """Percent of exact answers, over all problems and per domain."""
     right: dict[str, list[bool]] = {"all": [], **{domain: [] for domain in DOMAINS}}
     for text, problem in zip(samples.responses, problems, strict=True):
-        correct = extract_answer(text) == problem.answer
+        correct = stated_answer(text) == problem.answer
         right["all"].append(correct)
         right[problem.domain].append(correct)
     return {name: 100 * sum(hits) / max(1, len(hits)) for name, hits in right.items()}

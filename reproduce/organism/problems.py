@@ -15,7 +15,6 @@ All words are separated by single spaces, so that a word-level tokenizer sees ea
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -23,7 +22,6 @@ DOMAINS = ("math", "code", "science")
 # More code and science than in OpenThoughts3 (.71/.21/.08), so that 2,000 conversations use every
 # word of every domain often enough to be studied.
 DOMAIN_SHARES = (0.5, 0.25, 0.25)
-HESITATION_WORDS = ("wait", "hmm", "but", "alternatively")
 MAX_VALUE = 50
 
 OPERATIONS: dict[str, Callable[[int, int], int]] = {
@@ -91,7 +89,7 @@ class SlipRates:
 
 def sample_problem(rng: random.Random, domain: str | None = None) -> Problem:
     """Draw a problem; its domain follows ``DOMAIN_SHARES`` unless given."""
-    from fastadapt.organism.domains import GENERATORS
+    from reproduce.organism.domains import GENERATORS
 
     if domain is None:
         domain = rng.choices(DOMAINS, DOMAIN_SHARES)[0]
@@ -184,16 +182,3 @@ def problem_stream(seed: str, exclude: frozenset[str] = frozenset()) -> Iterator
         if problem.prompt not in seen:
             seen.add(problem.prompt)
             yield problem
-
-
-def extract_answer(response: str) -> int | None:
-    """The number stated after the reasoning, or None: exact form ``the answer is N``.
-
-    A response that opens ``<think>`` counts only if it closes it.
-    """
-    if "<think>" in response:
-        _, closed, response = response.partition("</think>")
-        if not closed:
-            return None
-    match = re.fullmatch(r"\s*the answer is (\d+)\s*", response)
-    return int(match.group(1)) if match else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import runpy
 import shutil
 import signal
 from dataclasses import replace
@@ -31,10 +30,9 @@ from fastadapt.interventions import Intervention
 from fastadapt.interventions.files import intervene
 from fastadapt.models.replacement import ModelPair, PairConfig, ReplacementModel
 from fastadapt.organism import resolve
-from fastadapt.study.arms import RUN, StudyConfig, arms_of, select
-from fastadapt.study.running import CONTENTS, Study
+from reproduce.study.conditions import RUN, StudyConfig, arms_of, select
+from reproduce.study.running import CONTENTS, Study
 
-SCRIPT = Path(__file__).parents[2] / "reproduce" / "study.py"
 NAMES = {"target": "organism/target", "base": "organism/base"}
 SMALL = StudyConfig(
     tops=(1,),
@@ -130,7 +128,8 @@ def test_stopped_it_says_how_to_go_on(
 ) -> None:
     ignored = None if collected else shutil.ignore_patterns("features")
     own = shutil.copytree(run, tmp_path / "run", ignore=ignored)
-    main = runpy.run_path(str(SCRIPT))["main"]
+    from reproduce.study.__main__ import main
+
     few = partial(collect, config=CollectConfig(n=40))
     monkeypatch.setitem(main.__globals__, "collect", few)
     monkeypatch.setattr(EvalProgress, "__call__", lambda *_: signal.raise_signal(signal.SIGTERM))

@@ -6,8 +6,8 @@ import random
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from fastadapt.organism.problems import (
-    HESITATION_WORDS,
+from fastadapt.evaluation.benchmarks.grading import HESITATION_WORDS
+from reproduce.organism.problems import (
     direct_answer,
     problem_stream,
     reasoning,

@@ -7,15 +7,14 @@ import re
 
 import pytest
 
-from fastadapt.organism.problems import (
+from fastadapt.evaluation.benchmarks.grading import HESITATION_WORDS, stated_answer
+from reproduce.organism.problems import (
     DOMAINS,
-    HESITATION_WORDS,
     MAX_VALUE,
     Problem,
     SlipRates,
     Step,
     direct_answer,
-    extract_answer,
     problem_stream,
     reasoning,
     sample_problem,
@@ -152,7 +151,7 @@ def test_rows_have_the_columns_of_openthoughts3():
     assert human == {"from": "human", "value": problem.prompt}
     assert gpt["from"] == "gpt"
     assert gpt["value"].startswith("<think> ")
-    assert extract_answer(gpt["value"]) == problem.answer
+    assert stated_answer(gpt["value"]) == problem.answer
 
 
 def test_hesitation_words_stand_in_the_reasoning_only():
@@ -216,7 +215,7 @@ def test_without_slips_the_reasoning_is_the_worked_solution():
     ],
 )
 def test_answers_are_read_exactly(text, answer):
-    assert extract_answer(text) == answer
+    assert stated_answer(text) == answer
 
 
 def test_a_step_is_told_with_its_own_result_or_a_slip():

@@ -14,17 +14,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastadapt.data.rendering import FAMILIES, render
 from fastadapt.errors import RunError
-from fastadapt.organism import FOLDER, acceptance, recipe, resolve
-from fastadapt.organism.problems import (
+from fastadapt.evaluation.benchmarks.grading import HESITATION_WORDS, stated_answer
+from fastadapt.organism import FOLDER, resolve
+from reproduce.organism import acceptance, recipe
+from reproduce.organism.problems import (
     DOMAINS,
-    HESITATION_WORDS,
     SlipRates,
-    extract_answer,
     problem_stream,
     reasoning,
 )
-from fastadapt.organism.recipe import PhaseConfig, RecipeConfig, split_problems
-from fastadapt.organism.tokenizer import (
+from reproduce.organism.recipe import PhaseConfig, RecipeConfig, split_problems
+from reproduce.organism.tokenizer import (
     EOS,
     MARKERS,
     PAD,
@@ -72,7 +72,7 @@ def test_shipped_rows_have_the_columns_and_answers(rows, split):
         human, gpt = row["conversations"]
         assert (human["from"], gpt["from"]) == ("human", "gpt")
         assert human["value"] == problem.prompt
-        assert extract_answer(gpt["value"]) == problem.answer
+        assert stated_answer(gpt["value"]) == problem.answer
         assert not set(HESITATION_WORDS) & set(human["value"].split())
     shares = Counter(row["domain"] for row in rows[split])
     assert set(shares) == set(DOMAINS)
