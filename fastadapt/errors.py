@@ -1,22 +1,23 @@
-"""The two ways a command of this library fails.
+"""The two errors that a command of this library ends with.
 
-A :class:`UserError` is a mistake in what was asked (exit code 2), a :class:`RunError` a failure
-while doing it (exit code 1). Both carry a message that stands alone, without a traceback: what was
-expected, what was got, and what to do.
+Both carry a message that is printed without a traceback: what was expected, what was found, what to
+do next.
 """
 
 from __future__ import annotations
 
 
 class UserError(ValueError):
-    """What was asked cannot be done: an impossible value, a missing column, a wrong folder."""
+    """An invalid request: an impossible value, a missing column, a wrong folder. Exit code 2."""
 
     exit_code = 2
-    told: bool | None = None  #: of a run of several processes: whether another one has told it
+    #: Whether another rank reported this error; None: the run has one process.
+    is_reported: bool | None = None
 
 
 class RunError(RuntimeError):
-    """What was asked failed on the way: no space, no memory, losses that are not finite."""
+    """A failure while working: no space, no memory, losses that are not finite. Exit code 1."""
 
     exit_code = 1
-    told: bool | None = None  #: of a run of several processes: whether another one has told it
+    #: Whether another rank reported this error; None: the run has one process.
+    is_reported: bool | None = None

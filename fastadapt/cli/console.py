@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fastadapt.distributed.ranks import leads
+from fastadapt.distributed.ranks import is_main
 
 #: How characters of the library's own texts are written where an encoding lacks them.
 _STAND_INS = str.maketrans(
@@ -90,5 +90,5 @@ def quiet_transformers() -> None:
 
 def say(message: str) -> None:
     """A line on standard error, of rank 0 alone."""
-    if leads():
+    if is_main():
         print(message, file=sys.stderr, flush=True)

@@ -31,7 +31,7 @@ from fastadapt.cli.options.parser import (
     resume_command,
 )
 from fastadapt.cli.options.train import parse_train, train_parser
-from fastadapt.distributed.ranks import leads, leave, tells
+from fastadapt.distributed.ranks import exit_process, is_main, should_report
 from fastadapt.errors import RunError, UserError
 from fastadapt.io.names import unusable_path
 
@@ -41,9 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     write_any_text()
     try:
-        return leave(_dispatch(arguments))
+        return exit_process(_dispatch(arguments))
     except (UserError, RunError) as error:
-        if tells(error):
+        if should_report(error):
             print_error(str(error))
         return error.exit_code
     except SystemExit as end:  # --help
@@ -106,7 +106,7 @@ def train(argv: list[str]) -> int:
     with Progress(sys.stderr) as progress:
         how = {"resume": flags.resume, "overwrite": flags.overwrite}
         summary = run_training(config, **how, sinks=[progress])
-    if not leads():
+    if not is_main():
         return 0
     if summary["interrupted"]:
         return _stopped(summary, argv)

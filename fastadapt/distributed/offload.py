@@ -1,13 +1,11 @@
-"""Frozen blocks in host memory, each on the GPU only while it is walked, with PyTorch's FSDP2.
+"""Frozen weights of the blocks in pinned host memory, with PyTorch's FSDP2 (``pair.offload``).
 
-The setting ``pair.offload``. Of every decoder block all that is frozen (attention, norms, the
-target's MLP, the base's) lies in pinned host memory; it is copied to the GPU while the block before
-it runs, in the forward pass and again in the backward pass, and let go of when the layer is left
+The frozen weights of a decoder block (attention, norms, target MLP, base MLP) are copied to the GPU
+while the block before it runs, in the forward and in the backward pass, and freed after the layer
 (:meth:`fastadapt.models.replacement.ReplacementModel.leave`). Adapters, their gradients and
-moments, the embeddings, the last norm and the head stay on the GPU. The numbers do not change by a
-bit.
+moments, embeddings, last norm and head stay on the GPU. Results are bitwise those without offload.
 
-FSDP2 shards over a group of processes; here it has one.
+FSDP2 needs a process group; here it has one process.
 """
 
 from __future__ import annotations
@@ -28,14 +26,14 @@ from fastadapt.models.replacement import ReplacementModel
 
 @contextmanager
 def group_of_one(device: torch.device, ranks: Ranks) -> Iterator[None]:
-    """A process group of this process alone, for as long as the context lasts.
+    """Create a process group of this process alone, inside the context.
 
     Raises:
-        UserError: there are several ranks, which share the weights out already.
+        UserError: there are several ranks, which shard the weights already.
     """
     if ranks.world > 1:
         raise UserError(
-            "pair.offload is for one process; several share the frozen weights out already"
+            "pair.offload is for one process; several ranks shard the frozen weights already"
         )
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -46,13 +44,13 @@ def group_of_one(device: torch.device, ranks: Ranks) -> Iterator[None]:
 
 
 def offload(model: ReplacementModel, device: torch.device) -> None:
-    """Leave the frozen part of the blocks in host memory, and put the rest on ``device``.
+    """Keep the frozen weights of the blocks in host memory and put all else on ``device``.
 
     Call inside :func:`group_of_one`, before anything refers to the parameters.
 
     Args:
         model: in host memory; changed in place.
-        device: where it runs.
+        device: the device that computes.
     """
     mesh = init_device_mesh(device.type, (1,))
     policy = CPUOffloadPolicy(pin_memory=device.type == "cuda")

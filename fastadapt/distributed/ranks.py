@@ -1,8 +1,8 @@
-"""The processes that train one run together: ranks, as ``torchrun`` starts them, one per GPU.
+"""Processes that train one run together, as ``torchrun`` starts them: one rank per GPU.
 
-A process that was started alone is one rank of one: everything here is then the identity, and no
-process group exists. Host values travel over gloo, so that telling each other something never waits
-for a GPU.
+A process that was started alone is rank 0 of a world of 1: every operation here is then the
+identity, and no process group exists. Host values travel over gloo, so that exchanging them never
+waits for a GPU.
 """
 
 from __future__ import annotations
@@ -28,26 +28,34 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place among those of its run.
+    """This process's rank and the collective operations of its run.
 
     Attributes:
-        rank: from 0; rank 0 leads: it alone writes and prints.
-        world: how many there are.
+        rank: counted from 0. Rank 0 alone writes files and prints.
+        world: number of processes.
+
+    Example:
+        >>> Ranks().on_main(lambda: "config.yaml")
+        'config.yaml'
     """
 
     rank: int = 0
     world: int = 1
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is rank 0."""
         return self.rank == 0
 
-    def share(self, items: Iterable[T]) -> Iterator[tuple[T, bool]]:
-        """Deal out ``items``, one to each rank in turn: this rank's, and whether each counts.
+    def shard(self, items: Iterable[T]) -> Iterator[tuple[T, bool]]:
+        """Yield this rank's items, dealt in turn to the ranks, each with whether it counts.
 
-        Every rank gets as many, since all must take part in what gathers weights: where items run
-        short in the last round, some get one of it again that does not count.
+        Every rank gets the same number of items, since all must take part in gathering weights.
+        Where items run short in the last round, a rank repeats one that does not count.
+
+        Example:
+            >>> list(Ranks(rank=1, world=2).shard("abc"))
+            [('b', True), ('c', False)]
         """
         hand: list[T] = []
         for item in items:
@@ -60,54 +68,58 @@ class Ranks:
             yield hand[self.rank if counts else 0], counts
 
     def any(self, flag: bool) -> bool:
-        """Whether ``flag`` is true on some rank."""
+        """Return whether ``flag`` is true on some rank."""
         if self.world == 1:
             return flag
-        told = torch.tensor([flag], dtype=torch.int32)
-        dist.all_reduce(told, dist.ReduceOp.MAX)
-        return bool(told)
+        reduced = torch.tensor([flag], dtype=torch.int32)
+        dist.all_reduce(reduced, dist.ReduceOp.MAX)
+        return bool(reduced)
 
-    def lead(self, work: Callable[[], T]) -> T:
-        """What ``work`` gives on rank 0, on all; a user's or run's error of it is raised on all."""
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Call ``work`` on rank 0 and return its result on all ranks.
+
+        Raises:
+            UserError, RunError: ``work`` raised it on rank 0; raised on all ranks.
+        """
         if self.world == 1:
             return work()
-        told: list[T | UserError | RunError | None] = [None]
-        if self.leads:
+        result: list[T | UserError | RunError | None] = [None]
+        if self.is_main:
             try:
-                told = [work()]
+                result = [work()]
             except (UserError, RunError) as error:
-                told = [error]
-        dist.broadcast_object_list(told, src=0, device=torch.device("cpu"))
-        if isinstance(told[0], (UserError, RunError)):
-            raise told[0]
-        return told[0]  # type: ignore[return-value]
+                result = [error]
+        dist.broadcast_object_list(result, src=0, device=torch.device("cpu"))
+        if isinstance(result[0], (UserError, RunError)):
+            raise result[0]
+        return result[0]  # type: ignore[return-value]
 
     def interleave(self, rows: Tensor) -> Tensor:
-        """Gather ``[n, ...]`` of every rank to ``[n * world, ...]``, in the order of :meth:`share`.
+        """Gather ``[n, ...]`` of every rank to ``[n * world, ...]``, in the order of :meth:`shard`.
 
-        All ranks have the same ``n``; repeats that do not count come last.
+        ``n`` is the same on all ranks; repeats that do not count come last.
         """
         if self.world == 1:
             return rows
-        of_rank = [torch.empty_like(rows) for _ in range(self.world)]
-        dist.all_gather(of_rank, rows)
-        return torch.stack(of_rank, dim=1).flatten(0, 1)
+        by_rank = [torch.empty_like(rows) for _ in range(self.world)]
+        dist.all_gather(by_rank, rows)
+        return torch.stack(by_rank, dim=1).flatten(0, 1)
 
-    def union(self, flags: Tensor) -> Tensor:
-        """Elementwise: whether a bool tensor is true on some rank."""
+    def all_reduce_or(self, flags: Tensor) -> Tensor:
+        """Return the elementwise *or* of a bool tensor over ranks."""
         if self.world == 1:
             return flags
-        told = flags.to(torch.uint8)
-        dist.all_reduce(told, dist.ReduceOp.MAX)
-        return told.bool()
+        reduced = flags.to(torch.uint8)
+        dist.all_reduce(reduced, dist.ReduceOp.MAX)
+        return reduced.bool()
 
-    def send(self, tensor: Tensor) -> None:
-        """Overwrite a tensor with rank 0's."""
+    def broadcast(self, tensor: Tensor) -> None:
+        """Overwrite a tensor with rank 0's, in place."""
         if self.world > 1:
             dist.broadcast(tensor, src=0)
 
-    def add_up(self, tensor: Tensor) -> None:
-        """Replace a tensor by its sum over ranks."""
+    def all_reduce_sum(self, tensor: Tensor) -> None:
+        """Replace a tensor by its sum over ranks, in place."""
         if self.world > 1:
             dist.all_reduce(tensor)
 
@@ -116,16 +128,16 @@ ALONE = Ranks()
 _JOINED = itertools.count()  # runs of this process
 
 
-def leads() -> bool:
-    """Whether this process should speak: it is rank 0, or was started alone."""
+def is_main() -> bool:
+    """Return whether this process prints: it is rank 0, or was started alone."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def leave(code: int) -> int:
-    """End this process with ``code`` if it is one of several; alone, return ``code``.
+def exit_process(code: int) -> int:
+    """End this process with ``code`` if it is one of several; return ``code`` if it is alone.
 
-    Threads of the process group may still be letting go of tensors. Where Python shuts down under
-    them, the process aborts (seen in 2 of some 100 exits, after all work was done).
+    ``os._exit`` skips Python's shutdown: threads of the process group may still free tensors, and
+    the process then aborts (seen in 2 of some 100 exits, after all work was done).
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stdout.flush()
@@ -134,23 +146,23 @@ def leave(code: int) -> int:
     return code
 
 
-def tells(error: UserError | RunError) -> bool:
-    """Whether this process should print an error of its run: one does, the first to meet one."""
-    return leads() if error.told is None else not error.told
+def should_report(error: UserError | RunError) -> bool:
+    """Return whether this process prints an error: the first rank to raise does."""
+    return is_main() if error.is_reported is None else not error.is_reported
 
 
 @contextmanager
 def joined(device: torch.device, timeout_s: float) -> Iterator[Ranks]:
-    """Join the processes that ``torchrun`` started with this one, for as long as the context lasts.
+    """Join the processes that ``torchrun`` started with this one, inside the context.
 
-    On GPUs, each rank's current device becomes the one of its number on its machine.
+    On GPUs, each rank's current device becomes the one of its local rank.
 
     Args:
         device: the kind of device that the run is on.
-        timeout_s: how long a rank waits for another before the run ends.
+        timeout_s: how long a rank waits for another before the run ends, in seconds.
 
     Raises:
-        UserError: the device is one GPU by its number, or there are fewer than ranks.
+        UserError: the device is one GPU by its number, or the machine has fewer GPUs than ranks.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
@@ -159,7 +171,7 @@ def joined(device: torch.device, timeout_s: float) -> Iterator[Ranks]:
     _take_device(device)
     timeout = timedelta(seconds=timeout_s)
     whole_store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
-    # torchrun's store outlives this run and this attempt at it: neither may find another's keys.
+    # torchrun's store outlives this run and this attempt at it: neither may read another's keys.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"fastadapt/{attempt}/{next(_JOINED)}", whole_store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -167,11 +179,11 @@ def joined(device: torch.device, timeout_s: float) -> Iterator[Ranks]:
     try:
         yield Ranks(rank, world)
     except (UserError, RunError) as error:
-        # One mistake is told once, by whoever met it first: the others fail in its wake.
+        # An error on one rank makes the others fail: only the first to raise reports.
         try:
-            error.told = store.add("told", 1) > 1
+            error.is_reported = store.add("reported", 1) > 1
         except dist.DistError:
-            error.told = False  # the store went with the process that held it
+            error.is_reported = False  # the store's process has ended
         raise
     else:
         dist.destroy_process_group()
@@ -180,24 +192,22 @@ def joined(device: torch.device, timeout_s: float) -> Iterator[Ranks]:
 def _take_device(device: torch.device) -> None:
     if device.type != "cuda":
         return
-    local, here = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    local, n_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if ":" in str(device):
+        raise UserError(f"pair.device: {device} is one GPU, and every rank needs its own; use cuda")
+    if local >= n_gpus:
         raise UserError(
-            f"pair.device: {device} is one GPU, and every rank takes one of its own; use cuda"
-        )
-    if local >= here:
-        raise UserError(
-            f"this machine has {here} GPUs, and torchrun started a rank number {local} on it: "
-            f"start at most {here} (--nproc-per-node)"
+            f"this machine has {n_gpus} GPUs, and torchrun started local rank {local} on it: "
+            f"start at most {n_gpus} (--nproc-per-node)"
         )
     torch.cuda.set_device(local)
 
 
 def is_lost(error: Exception) -> bool:
-    """Whether an error says that another rank cannot be reached any more, or in time."""
+    """Return whether an error says that another rank cannot be reached, or not in time."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def lost_reason(error: Exception) -> str:
-    """The first sentence of such an error, without the place in gloo's source."""
+    """Return the first sentence of such an error, without the line in gloo's source."""
     return re.sub(r"^\[[^\]]*\] ", "", str(error).strip()).split(". ")[0].splitlines()[0]

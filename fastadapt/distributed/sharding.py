@@ -1,14 +1,13 @@
 """A replacement model spread over ranks, with PyTorch's FSDP2.
 
-Every decoder block, with its target MLP, base MLP and adapter, is one unit: each rank holds its
-share of the rows of each weight, and the whole block exists while a layer is walked and again while
-its gradient is made. Gradients come back as shares, so the optimiser's moments are shares too. What
-lies outside the blocks (embeddings, last norm, head) is frozen, used in every step, and held whole
-by every rank.
+Every decoder block, with its target MLP, base MLP and adapter, is one FSDP unit: each rank holds a
+shard of the rows of each weight, and the whole block exists during its forward and its backward
+pass only. Gradients are reduced to shards, so the optimizer's moments are sharded too. Embeddings,
+last norm and head are frozen, used in every step, and replicated on every rank.
 
-Where the adapters have masters (:class:`fastadapt.training.optimizer.OptimizerConfig`), the shares
-*are* the fp32 masters: they are rounded to working copies as they are gathered, and gradients are
-added up over ranks in fp32, as they are over micro-batches.
+With master weights (:class:`fastadapt.training.optimizer.OptimizerConfig`), the shards *are* the
+fp32 masters: all-gather rounds them to the working dtype, and gradients are summed over ranks in
+fp32, as they are over micro-batches.
 """
 
 from __future__ import annotations
@@ -32,17 +31,16 @@ _LOW = (torch.bfloat16, torch.float16)
 
 
 def shard(model: ReplacementModel, ranks: Ranks, device: torch.device, *, masters: bool) -> None:
-    """Spread the blocks over ``ranks``, one after the other, and put the rest on ``device``.
+    """Shard the blocks over ``ranks``, one after the other, and put all else on ``device``.
 
-    Rank 0 comes with the weights, in host memory, and sends them block by block: no other host
-    reads them, and no GPU ever holds more than one whole block. Call before anything refers to the
-    parameters.
+    Rank 0 has the weights in host memory and broadcasts them block by block: no other host reads
+    them, and no GPU holds more than one whole block. Call before anything refers to the parameters.
 
     Args:
         model: changed in place; that of ranks other than 0 is on the meta device.
         ranks: more than one.
-        device: where the shares go.
-        masters: hold the adapters' shares in fp32 where they are of lower precision.
+        device: device of the shards.
+        masters: hold the adapters' shards in fp32 where their dtype is lower.
 
     Raises:
         RunError: the models of two ranks differ in a tensor's name, shape or dtype.
@@ -59,9 +57,9 @@ def shard(model: ReplacementModel, ranks: Ranks, device: torch.device, *, master
     blocks: list[FSDPModule] = []
     unit: FSDPModule
     for block in model.blocks:
-        _send(block, ranks, device)
+        _broadcast(block, ranks, device)
         # Not resharded after a call, since a layer is called up to three times in a row:
-        # ReplacementModel.leave does it.
+        # ReplacementModel.leave reshards.
         unit = fully_shard(block, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
         # Weights of micro-batches add up to 1 over all ranks: gradients are summed as they are.
         unit.set_gradient_divide_factor(1.0)
@@ -76,11 +74,11 @@ def shard(model: ReplacementModel, ranks: Ranks, device: torch.device, *, master
     tied = embeddings.weight is head.weight
     for name, module in decoder.named_children():
         if name != model.paths.layers:
-            _send(module, ranks, device)
+            _broadcast(module, ranks, device)
     if tied:
         head.weight = embeddings.weight
     else:
-        _send(head, ranks, device)
+        _broadcast(head, ranks, device)
     # The decoder runs first in every traversal, which makes it the root: one set of streams for
     # all blocks.
     whole = {p for p in decoder.parameters() if not isinstance(p, DTensor)}
@@ -92,7 +90,7 @@ def _check_same(model: ReplacementModel, ranks: Ranks) -> None:
         name: (tuple(t.shape), str(t.dtype))
         for name, t in chain(model.named_parameters(), model.named_buffers())
     }
-    theirs = ranks.lead(lambda: ours)
+    theirs = ranks.on_main(lambda: ours)
     if odd := sorted(name for name, _ in ours.items() ^ theirs.items()):
         raise RunError(
             f"rank {ranks.rank}: the model is not that of rank 0 ({odd[0]}: "
@@ -101,29 +99,29 @@ def _check_same(model: ReplacementModel, ranks: Ranks) -> None:
         )
 
 
-def _send(module: nn.Module, ranks: Ranks, device: torch.device) -> None:
-    """Bring rank 0's weights of a module to ``device``, on every rank."""
-    if ranks.leads:
+def _broadcast(module: nn.Module, ranks: Ranks, device: torch.device) -> None:
+    """Broadcast rank 0's weights of a module to ``device`` of every rank."""
+    if ranks.is_main:
         module.to(device)
     else:
         module.to_empty(device=device)
     for tensor in chain(module.parameters(), module.buffers()):
-        ranks.send(tensor.detach())
+        ranks.broadcast(tensor.detach())
 
 
 def whole_adapters(model: ReplacementModel) -> nn.ModuleList:
-    """The adapters as one process has them, in host memory on rank 0 (empty on others).
+    """Return unsharded adapters, in host memory on rank 0 (an empty list on other ranks).
 
-    All ranks must take part. Unsharded ones are returned as they are.
+    All ranks must call. Adapters that are not sharded are returned as they are.
     """
     if not isinstance(model.blocks[0], FSDPModule):
         return model.adapters
-    leads = torch.distributed.get_rank() == 0
+    is_main = torch.distributed.get_rank() == 0
     whole = nn.ModuleList()
     for block, sharded in zip(model.blocks, model.adapters, strict=True):
         unit = cast(FSDPModule, block)
         unit.unshard()
-        if leads:
+        if is_main:
             tensors = dict(sharded.named_parameters()) | dict(sharded.named_buffers())
             held = {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
             whole.append(_like(sharded, held))
@@ -132,10 +130,10 @@ def whole_adapters(model: ReplacementModel) -> nn.ModuleList:
 
 
 def _like(adapter: nn.Module, tensors: dict[str, torch.Tensor]) -> nn.Module:
-    """An adapter of the same kind and shape that holds ``tensors``."""
+    """Return an adapter of the same kind and shape with the given tensors."""
     if isinstance(adapter, TunedWeights):
         return type(adapter)(adapter.d_in, tensors)
     assert isinstance(adapter, TranscoderAdapter)
-    made = TranscoderAdapter(adapter.d_in, adapter.config, d_out=adapter.d_out, device="meta")
-    made.load_state_dict(tensors, assign=True)
-    return made
+    unsharded = TranscoderAdapter(adapter.d_in, adapter.config, d_out=adapter.d_out, device="meta")
+    unsharded.load_state_dict(tensors, assign=True)
+    return unsharded

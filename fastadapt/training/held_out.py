@@ -41,7 +41,7 @@ class _Sums:
         """Add those of all ranks."""
         counts = self.counts_LF.new_tensor([self.sequences, self.predicted, self.tokens])
         for tensor in (self.kl, self.agree, self.nmse, self.counts_LF, counts):
-            ranks.add_up(tensor)
+            ranks.all_reduce_sum(tensor)
         self.sequences, self.predicted, self.tokens = counts.tolist()
 
 
@@ -110,7 +110,7 @@ def evaluate(
     training = model.adapters.training
     model.adapters.eval()
     try:
-        for batch, counts in ranks.share(batches):
+        for batch, counts in ranks.shard(batches):
             unused = None if counts else _Sums(model.n_layers, model.n_features, model.device)
             _add(unused or sums, model, batch.to(model.device), chunk_tokens)
     finally:

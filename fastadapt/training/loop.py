@@ -91,12 +91,12 @@ class Run:
         path = self.folder / rundir.METRICS
         swept: list[Path] = []
         if resume:
-            self.ranks.lead(lambda: rundir.sweep(self.folder))
-            swept = self.ranks.lead(lambda: sweep(self.folder / rundir.CHECKPOINTS))
+            self.ranks.on_main(lambda: rundir.sweep(self.folder))
+            swept = self.ranks.on_main(lambda: sweep(self.folder / rundir.CHECKPOINTS))
             if checkpoint is not None:
                 state.restore(self, checkpoint)
             kept = self.step if checkpoint else -1
-            self.ranks.lead(lambda: rundir.drop_records_after(path, kept))
+            self.ranks.on_main(lambda: rundir.drop_records_after(path, kept))
         self.log = rundir.open_log(path, sinks, self.ranks)
         self._swept = len(swept)
         return self.log
@@ -124,7 +124,7 @@ class Run:
 
     def interrupted(self, signals: list[str]) -> Record:
         """Save where the run stands, and say so."""
-        saved = self.ranks.lead(lambda: list_checkpoints(self.folder / rundir.CHECKPOINTS))
+        saved = self.ranks.on_main(lambda: list_checkpoints(self.folder / rundir.CHECKPOINTS))
         path = saved[-1][1] if saved and saved[-1][0] == self.step else self._save()
         return {
             "interrupted": True,
@@ -148,7 +148,7 @@ class Run:
             "wall_s": self.wall_s,
         }
         about = self.folder, self.config, self.model.pair
-        return self.ranks.lead(lambda: finish.write(*about, adapters, counts))
+        return self.ranks.on_main(lambda: finish.write(*about, adapters, counts))
 
     # --- one step ---------------------------------------------------------------------------------
 
@@ -190,7 +190,7 @@ class Run:
         """Sum the gradient, as planned or without plans; its norm, and what was told."""
         gathered = StepGatherer(self.ranks)
         n_sequences = sum(map(len, micro_batches))
-        mine = [(ids, n * len(ids) / n_sequences) for ids, n in self.ranks.share(micro_batches)]
+        mine = [(ids, n * len(ids) / n_sequences) for ids, n in self.ranks.shard(micro_batches)]
         # All batches first: a copy to the device waits for what the device is doing.
         batches = [self.feed.batch(self.feed.train, ids) for ids, _ in mine]
         for (_, weight), (batch, tokens) in zip(mine, batches, strict=True):

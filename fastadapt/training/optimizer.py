@@ -8,7 +8,7 @@ that take the update; the working copies are rounded from them after every step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fastadapt.errors import UserError
-from fastadapt.training import low_memory
 
 _WIDE = (torch.float32, torch.float64)
+#: Bytes per element of an 8-bit moment: a code, and its share of a scale per 256 elements.
+MOMENT_BYTES = 1 + 4 / 256
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ class AdapterOptimizer:
         for moment in ("exp_avg", "exp_avg_sq"):
             groups[moment] = {}
             for name, m in self.masters.items():
-                groups[moment] |= low_memory.stored(name, state[m][moment])
+                groups[moment] |= _plain_tensors(name, state[m][moment])
         return groups
 
     def scalars(self) -> dict[str, Any]:
@@ -223,11 +224,11 @@ class AdapterOptimizer:
             state = {"step": step}
             for moment in ("exp_avg", "exp_avg_sq"):
                 value = (
-                    low_memory.zero_moment(self._adam, master, moment)
+                    _low_memory_moment(self._adam, master, moment)
                     if low
                     else torch.zeros_like(master, requires_grad=False)
                 )
-                for key, part in low_memory.stored(name, value).items() if tensors else ():
+                for key, part in _plain_tensors(name, value).items() if tensors else ():
                     part.copy_(tensors[moment][key])
                 state[moment] = value
             self._adam.state[master] = state
@@ -246,9 +247,43 @@ def _adam(masters: list[Tensor], config: OptimizerConfig) -> Any:
     if not config.low_memory:
         return torch.optim.AdamW(masters, **adam, fused=True)
     rounding = config.stochastic_rounding
-    return low_memory.make(
+    return _low_memory_adam(
         masters, eight_bit=config.moments == "8bit", stochastic_rounding=rounding, **adam
     )
+
+
+def _low_memory_adam(
+    parameters: Sequence[Tensor], *, eight_bit: bool, stochastic_rounding: bool, **adam: Any
+) -> Any:
+    """Return torchao's AdamW, with 8-bit moments or moments of the parameters' dtype.
+
+    torchao compiles its update: the first one takes seconds, on a CPU with a C++ compiler.
+
+    Raises:
+        UserError: torchao is not installed.
+    """
+    try:
+        from torchao import optim
+    except ModuleNotFoundError as error:
+        raise UserError(
+            "optimizer.moments 8bit and optimizer.stochastic_rounding need torchao; install the "
+            "extra: pip install 'fastadapt[lowmem]'"
+        ) from error
+    kind = optim.AdamW8bit if eight_bit else optim._AdamW
+    return kind(list(parameters), bf16_stochastic_round=stochastic_rounding, **adam)
+
+
+def _low_memory_moment(adam: Any, master: Tensor, moment: str) -> Tensor:
+    """Return torchao's zero moment: 8-bit from 4,096 elements on, else of the master's dtype."""
+    value: Tensor = adam._new_buffer(master, moment == "exp_avg")
+    return value
+
+
+def _plain_tensors(name: str, value: Tensor) -> dict[str, Tensor]:
+    """Return the plain tensors of a moment by name: itself, or 8-bit codes and their scales."""
+    parts = {part: getattr(value, part, None) for part in ("codes", "scale")}
+    named = {f"{name}.{part}": t for part, t in parts.items() if t is not None}
+    return named or {name: value}
 
 
 def _move_gradient_to(master: Tensor) -> Callable[[Tensor], None]:

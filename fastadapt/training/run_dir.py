@@ -205,8 +205,8 @@ class MetricsLog:
 
 def open_log(path: Path, sinks: Sequence[Sink], ranks: Ranks) -> MetricsLog:
     """The log of each rank: rank 0 writes, the others keep count with it."""
-    held = [MetricsLog(path, sinks)] if ranks.leads else []
-    seen = ranks.lead(lambda: held[0].seen)
+    held = [MetricsLog(path, sinks)] if ranks.is_main else []
+    seen = ranks.on_main(lambda: held[0].seen)
     return held[0] if held else MetricsLog(path, seen=seen)
 
 

@@ -81,14 +81,16 @@ def train(
         out_of_memory_explained(config),
     ):
         _check_shares(config, ranks)
-        checkpoint, passed = ranks.lead(lambda: _find_checkpoint(folder)) if resume else (None, [])
+        checkpoint, passed = (
+            ranks.on_main(lambda: _find_checkpoint(folder)) if resume else (None, [])
+        )
         torch.manual_seed(config.run.seed)
         model, feed = _load(config, ranks, device)
         _check_same_data(feed, ranks)
         check_traversal(model, feed.first_batch())
         run = Run(_with_policy(config, model, feed, ranks), folder, started, model, feed, ranks)
         if not resume:
-            ranks.lead(lambda: rundir.start_afresh(folder, config))
+            ranks.on_main(lambda: rundir.start_afresh(folder, config))
         with closing(feed), run.begin(checkpoint, [*sinks, *more_sinks], resume=resume):
             run.record_start(checkpoint, passed, resume=resume)
             run.evaluate_if_due(stopping)
@@ -104,7 +106,7 @@ def _opened(config: TrainConfig, ranks: Ranks, *, resume: bool, overwrite: bool)
     """The run's folder, held by rank 0."""
     opening = rundir.open_run(config, resume=resume, overwrite=overwrite)
     with ExitStack() as held:
-        yield ranks.lead(lambda: held.enter_context(opening))
+        yield ranks.on_main(lambda: held.enter_context(opening))
 
 
 def _check_shares(config: TrainConfig, ranks: Ranks) -> None:
@@ -136,7 +138,7 @@ def _check_shares(config: TrainConfig, ranks: Ranks) -> None:
 
 def _check_same_data(feed: Feed, ranks: Ranks) -> None:
     """Refuse machines that hold different data: their steps would not be one step."""
-    if ranks.world > 1 and feed.sha256 != ranks.lead(lambda: feed.sha256):
+    if ranks.world > 1 and feed.sha256 != ranks.on_main(lambda: feed.sha256):
         raise UserError(
             f"data.train or data.validation holds other tokens on rank {ranks.rank} than on rank "
             "0: give every machine the same files"
@@ -163,7 +165,7 @@ def _load(
 
     # Weights are read once, and what is wrong with them is everyone's error.
     held: list[ReplacementModel] = []
-    ranks.lead(lambda: held.append(load("cpu")))
+    ranks.on_main(lambda: held.append(load("cpu")))
     model = held[0] if held else load("meta")
     shard(model, ranks, device, masters=config.optimizer.masters)
     return model, _feed(config, model)

@@ -1,4 +1,4 @@
-"""What is dealt out, what is told, and by whom."""
+"""What is dealt out, what is reported, and by which rank."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from fastadapt.cli.options.parser import resume_command
-from fastadapt.distributed.ranks import ALONE, Ranks, is_lost, lost_reason, tells
+from fastadapt.distributed.ranks import ALONE, Ranks, is_lost, lost_reason, should_report
 from fastadapt.errors import UserError
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 @pytest.mark.parametrize("n", range(10))
 def test_every_item_counts_once_and_every_rank_gets_as_many(n: int, world: int) -> None:
-    hands = [list(Ranks(rank, world).share(range(n))) for rank in range(world)]
+    hands = [list(Ranks(rank, world).shard(range(n))) for rank in range(world)]
     assert len({len(hand) for hand in hands}) == 1
     counted = [item for hand in hands for item, counts in hand if counts]
     assert sorted(counted) == list(range(n))
@@ -28,18 +28,18 @@ def test_alone_everything_is_as_it_was() -> None:
     assert ALONE.interleave(rows) is rows
     assert ALONE.any(True)
     assert not ALONE.any(False)
-    assert ALONE.lead(lambda: 7) == 7
-    ALONE.add_up(rows)
-    assert torch.equal(ALONE.union(rows > 0), rows > 0)
+    assert ALONE.on_main(lambda: 7) == 7
+    ALONE.all_reduce_sum(rows)
+    assert torch.equal(ALONE.all_reduce_or(rows > 0), rows > 0)
 
 
-def test_an_error_of_the_run_is_told_by_one(monkeypatch) -> None:
+def test_an_error_of_the_run_is_reported_by_one(monkeypatch) -> None:
     error = UserError("x")
-    assert tells(error)
+    assert should_report(error)
     monkeypatch.setenv("RANK", "1")
-    assert not tells(error)
-    error.told = False  # the first of the run's processes to meet one
-    assert tells(error)
+    assert not should_report(error)
+    error.is_reported = False  # the first of the run's processes to meet one
+    assert should_report(error)
 
 
 def test_what_gloo_says_of_a_lost_rank() -> None:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from fastadapt import objective as module
-from fastadapt.distributed.ranks import leave, tells
+from fastadapt.distributed.ranks import exit_process, should_report
 from fastadapt.errors import RunError, UserError
 from fastadapt.training import loop
 from fastadapt.training.config import TrainConfig, load_config
@@ -75,7 +75,7 @@ if __name__ == "__main__":
         try:
             run(each)
         except (UserError, RunError) as error:
-            if tells(error):
+            if should_report(error):
                 print(f"error: {error}", file=sys.stderr)
             sys.exit(error.exit_code)
-    leave(0)
+    exit_process(0)

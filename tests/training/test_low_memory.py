@@ -95,7 +95,7 @@ def test_a_checkpoint_brings_back_every_bit(changes, eager) -> None:
 
 
 def test_moments_take_a_byte(eager) -> None:
-    from fastadapt.training.low_memory import MOMENT_BYTES
+    from fastadapt.training.optimizer import MOMENT_BYTES
 
     optimizer = AdapterOptimizer(parameters(torch.bfloat16), OptimizerConfig(**EIGHT))
     group = optimizer.tensors()["exp_avg"]

@@ -136,11 +136,11 @@ def save_checkpoint(
         _prune(folder, step, keep)
         return final
 
-    staged, files = ranks.lead(stage), 0
+    staged, files = ranks.on_main(stage), 0
     if shared:
         with _told(folder, step, staged):
             files = tensor_files.write_shares(staged, shared, ranks)
-    return ranks.lead(complete)
+    return ranks.on_main(complete)
 
 
 @contextmanager

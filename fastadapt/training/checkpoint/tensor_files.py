@@ -82,7 +82,7 @@ def write_shares(folder: Path, groups: Groups, ranks: Ranks) -> int:
         raise OSError(f"rank {rank}: {error}") from failed
     shares = (t.to_local() for t in named(groups).values() if isinstance(t, DTensor))
     files = torch.tensor(int(any(share.numel() for share in shares)))
-    ranks.add_up(files)
+    ranks.all_reduce_sum(files)
     return int(files)
 
 

@@ -76,7 +76,7 @@ class StepGatherer:
         """Take a micro-batch of ``tokens`` tokens, the share ``weight`` of the step's sequences.
 
         One of weight 0 is a repeat that does not count
-        (:meth:`fastadapt.distributed.ranks.Ranks.share`).
+        (:meth:`fastadapt.distributed.ranks.Ranks.shard`).
         """
         self._names = list(out.metrics)
         self._n_streams = [call.n_streams for call in out.calls]
@@ -113,7 +113,7 @@ class StepGatherer:
 
     def fired(self) -> Tensor:
         """Bool [L, F]: features that fired on some token of the step; [0] where there are none."""
-        return self._ranks.union(torch.stack(self._fired).any(0))
+        return self._ranks.all_reduce_or(torch.stack(self._fired).any(0))
 
     def valid(self, grad_norm: Tensor) -> Tensor:
         """0-d bool on the device: :attr:`StepReport.finite`, and no call overflows its plan."""

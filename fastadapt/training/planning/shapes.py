@@ -15,7 +15,7 @@ from fastadapt.models.baselines import norms_of
 from fastadapt.models.pair import DTYPES
 from fastadapt.models.pretrained import ARCHITECTURES
 from fastadapt.training.config import TrainConfig
-from fastadapt.training.low_memory import MOMENT_BYTES
+from fastadapt.training.optimizer import MOMENT_BYTES
 
 FP32 = 4  #: bytes
 
