@@ -1,4 +1,4 @@
-"""The end of a run: adapters, summary, report."""
+"""The end of a run: write adapters, summary and report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 from fastadapt.adapter.files import CARD, write_adapters
 from fastadapt.io.atomic import disk_errors, replacing
 from fastadapt.models.replacement import ModelPair
-from fastadapt.training import run_dir as rundir
+from fastadapt.training import run_dir
 from fastadapt.training.config import TrainConfig
 
 _MEASURED = (
@@ -38,16 +38,16 @@ def write(
 ) -> dict[str, Any]:
     """Write ``adapter/``, ``summary.json`` and ``report.html``; return the summary.
 
-    It is the last evaluation in the log, with ``counts`` of the training.
+    The summary is the last evaluation in the log with ``counts`` of the training.
 
     Raises:
-        RunError: the folder cannot be written; a resume of the run writes what is missing.
+        RunError: the folder cannot be written; resuming the run writes the missing files.
     """
     from fastadapt.training.report import write_report
 
     record = next(
         r
-        for r in reversed(rundir.read_records(folder / rundir.METRICS))
+        for r in reversed(run_dir.read_records(folder / run_dir.METRICS))
         if r["kind"] == "eval" and r["step"] == counts["steps"]
     )
     summary = {
@@ -68,21 +68,21 @@ def write(
         "measured": {name: summary[name] for name in _MEASURED if name in summary},
         "versions": versions()["versions"],
     }
-    adapter = folder / rundir.ADAPTER
+    adapter = folder / run_dir.ADAPTER
     with (
-        disk_errors(adapter, rundir.GO_ON),
+        disk_errors(adapter, run_dir.GO_ON),
         replacing(adapter, last=CARD, follow_link=True) as staged,
     ):
         staged.mkdir()
         write_adapters(adapters, staged, metadata)
     summary = {**summary, "adapter": str(adapter)}
-    path = folder / rundir.SUMMARY
-    with disk_errors(path, rundir.GO_ON), replacing(path) as staged:
+    path = folder / run_dir.SUMMARY
+    with disk_errors(path, run_dir.GO_ON), replacing(path) as staged:
         staged.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return {**summary, "report": str(write_report(folder))}
 
 
 def versions() -> dict[str, dict[str, str]]:
-    """``{"versions": {package: version}}`` of what the numbers depend on."""
+    """Return ``{"versions": {package: version}}`` of the packages that results depend on."""
     packages = ("fastadapt", "torch", "transformers", "safetensors")
     return {"versions": {package: version(package) for package in packages}}

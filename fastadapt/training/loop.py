@@ -1,8 +1,8 @@
-"""A run between steps: what it holds, one step of it, its records and its state.
+"""The state of a training run, its step, its records and checkpoints.
 
-A step is a pure function of weights, moments and the step's number: the order of the data, the
-cutoff and the learning rate all follow from (seed, step). A run that is killed and resumed
-therefore writes the same bits as one that was not.
+A step is a pure function of weights, moments and step number: the order of the data, the cutoff and
+the learning rate follow from (seed, step). A killed and resumed run therefore writes the same bits
+as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -22,9 +22,7 @@ from fastadapt.distributed.sharding import whole_adapters
 from fastadapt.errors import RunError
 from fastadapt.models.replacement import ReplacementModel
 from fastadapt.objective import draw_cutoff, objective
-from fastadapt.training import finalize as finish
-from fastadapt.training import run_dir as rundir
-from fastadapt.training import state
+from fastadapt.training import finalize, run_dir, state
 from fastadapt.training.checkpoint import (
     Checkpoint,
     PassedOver,
@@ -43,11 +41,11 @@ from fastadapt.training.logs.metrics import (
 )
 from fastadapt.training.optimizer import AdapterOptimizer, learning_rate
 from fastadapt.training.run_dir import MetricsLog, Record, Sink
-from fastadapt.training.step_data import Feed
+from fastadapt.training.step_data import StepData
 
 
-class Run:
-    """A run between steps: models, data, optimiser, counters, log."""
+class TrainingRun:
+    """A training run: models, data, optimizer, counters, log."""
 
     log: MetricsLog
 
@@ -57,7 +55,7 @@ class Run:
         folder: Path,
         started: float,
         model: ReplacementModel,
-        feed: Feed,
+        feed: StepData,
         ranks: Ranks = ALONE,
     ) -> None:
         self.config, self.folder, self.started = config, folder, started
@@ -87,24 +85,24 @@ class Run:
         *,
         resume: bool,
     ) -> MetricsLog:
-        """Restore the state of ``checkpoint``; return the log, opened, which the caller closes."""
-        path = self.folder / rundir.METRICS
+        """Restore the state of ``checkpoint``; return the open log, which the caller closes."""
+        path = self.folder / run_dir.METRICS
         swept: list[Path] = []
         if resume:
-            self.ranks.on_main(lambda: rundir.sweep(self.folder))
-            swept = self.ranks.on_main(lambda: sweep(self.folder / rundir.CHECKPOINTS))
+            self.ranks.on_main(lambda: run_dir.sweep(self.folder))
+            swept = self.ranks.on_main(lambda: sweep(self.folder / run_dir.CHECKPOINTS))
             if checkpoint is not None:
                 state.restore(self, checkpoint)
-            kept = self.step if checkpoint else -1
-            self.ranks.on_main(lambda: rundir.drop_records_after(path, kept))
-        self.log = rundir.open_log(path, sinks, self.ranks)
+            last = self.step if checkpoint else -1
+            self.ranks.on_main(lambda: run_dir.drop_records_after(path, last))
+        self.log = run_dir.open_log(path, sinks, self.ranks)
         self._swept = len(swept)
         return self.log
 
     def record_start(
         self, checkpoint: Checkpoint | None, passed: list[PassedOver], *, resume: bool
     ) -> None:
-        """Write the records that begin a run, or its resumption from ``checkpoint``."""
+        """Write the first records of a run, or of its resumption from ``checkpoint``."""
         if not self.log.has("start", 0):
             self.log.write("start", 0, **state.facts(self))
         if resume:
@@ -123,8 +121,8 @@ class Run:
                 self._record_checkpoint(checkpoint.path)
 
     def interrupted(self, signals: list[str]) -> Record:
-        """Save where the run stands, and say so."""
-        saved = self.ranks.on_main(lambda: list_checkpoints(self.folder / rundir.CHECKPOINTS))
+        """Save a checkpoint and return the record of an interrupted run."""
+        saved = self.ranks.on_main(lambda: list_checkpoints(self.folder / run_dir.CHECKPOINTS))
         path = saved[-1][1] if saved and saved[-1][0] == self.step else self._save()
         return {
             "interrupted": True,
@@ -148,14 +146,14 @@ class Run:
             "wall_s": self.wall_s,
         }
         about = self.folder, self.config, self.model.pair
-        return self.ranks.on_main(lambda: finish.write(*about, adapters, counts))
+        return self.ranks.on_main(lambda: finalize.write(*about, adapters, counts))
 
     # --- one step ---------------------------------------------------------------------------------
 
     def advance(self) -> None:
-        """One optimiser step: forward and backward of its micro-batches, then the update.
+        """Run one optimizer step: forward and backward of its micro-batches, then the update.
 
-        Where a layer had more codes than planned nothing is kept, and the step is made again.
+        If a layer had more codes than its buffers hold, discard the gradient and repeat the step.
         """
         began = time.monotonic()
         micro_batches = self.feed.micro_batches(self.step)
@@ -163,9 +161,9 @@ class Run:
             self.model.n_layers, self.config.objective, self.config.run.seed, self.step
         )
         gathered, norm, report = self._gradient(micro_batches, cutoff, self.planner.expected)
-        if found := overflow(report.calls):
+        if overflowed := overflow(report.calls):
             self.optimizer.discard()
-            self.log.write("replan", self.step + 1, **found, wall_s=self.wall_s)
+            self.log.write("replan", self.step + 1, **overflowed, wall_s=self.wall_s)
             gathered, norm, report = self._gradient(micro_batches, cutoff, None)
         rate = learning_rate(self.step, self.steps, self.config.optimizer)
         self.step += 1
@@ -187,13 +185,16 @@ class Run:
     def _gradient(
         self, micro_batches: list[list[int]], cutoff: int, expected: list[float] | None
     ) -> tuple[StepGatherer, torch.Tensor, StepReport]:
-        """Sum the gradient, as planned or without plans; its norm, and what was told."""
+        """Sum the gradient over micro-batches; return its metrics, its norm and the step's report.
+
+        ``expected``: codes per token by layer, from which buffers are sized; None: unbounded.
+        """
         gathered = StepGatherer(self.ranks)
         n_sequences = sum(map(len, micro_batches))
-        mine = [(ids, n * len(ids) / n_sequences) for ids, n in self.ranks.shard(micro_batches)]
-        # All batches first: a copy to the device waits for what the device is doing.
-        batches = [self.feed.batch(self.feed.train, ids) for ids, _ in mine]
-        for (_, weight), (batch, tokens) in zip(mine, batches, strict=True):
+        shares = [(ids, n * len(ids) / n_sequences) for ids, n in self.ranks.shard(micro_batches)]
+        # All batches first: a copy to the device waits for the device's queued work.
+        batches = [self.feed.batch(self.feed.train, ids) for ids, _ in shares]
+        for (_, weight), (batch, tokens) in zip(shares, batches, strict=True):
             out = objective(self.model, batch, cutoff, self.config.objective, expected)
             (out.loss * weight).backward()
             gathered.add(out, weight, tokens)
@@ -203,7 +204,7 @@ class Run:
         return gathered, norm, gathered.report(norm, self.dead.per_layer())
 
     def _skip(self, report: StepReport, micro_batches: list[list[int]]) -> None:
-        """Leave weights and moments as they are, and say which data did it."""
+        """Discard a gradient that is not finite and record the rows of its batches."""
         self.optimizer.discard()
         self.bad_in_row += 1
         self.bad_total += 1
@@ -223,7 +224,7 @@ class Run:
                 f"step {self.step}: {self.bad_in_row} batches in a row gave a {reason} that is not "
                 f"finite (run.max_bad_batches={self.config.run.max_bad_batches}); the last one "
                 f"holds rows {rows} of {self.config.data.train}. No update was made with them. "
-                "Look at these rows, or lower optimizer.lr; --resume goes on from the last "
+                "Look at these rows, or lower optimizer.lr; --resume continues from the last "
                 "checkpoint."
             )
 
@@ -231,7 +232,7 @@ class Run:
 
     @property
     def wall_s(self) -> float:
-        """Seconds that this run has taken, those before a resume included."""
+        """Wall-clock seconds of this run, including those before a resume."""
         return self.wall_before + time.monotonic() - self.started
 
     def _record_step(self, report: StepReport, rate: float, cutoff: int) -> None:
@@ -253,13 +254,13 @@ class Run:
 
     @property
     def done(self) -> bool:
-        """Whether nothing is left to compute."""
+        """Whether all steps and the last evaluation are finished."""
         return self.step == self.steps and self.log.has("eval", self.steps)
 
     def evaluate_if_due(self, stopping: Event) -> None:
         """Evaluate before the first step, after the last, and every ``eval_every`` in between.
 
-        An evaluation that is told to stop leaves no record; it is made up for on resume.
+        A stopped evaluation leaves no record; resuming repeats it.
         """
         every = self.config.run.eval_every
         due = self.step in (0, self.steps) or (every and self.step % every == 0)
@@ -294,7 +295,7 @@ class Run:
         self.log.sync()
         tensors, scalars = state.capture(self)
         path = save_checkpoint(
-            self.folder / rundir.CHECKPOINTS,
+            self.folder / run_dir.CHECKPOINTS,
             self.step,
             tensors,
             scalars,
@@ -312,4 +313,4 @@ class Run:
 
 
 class _StoppedError(Exception):
-    """The evaluation in progress was told to stop."""
+    """Raised inside an evaluation when the run is asked to stop."""

@@ -1,4 +1,4 @@
-"""Batches made before they are asked for, by worker processes."""
+"""Prefetching of batches by worker processes."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from fastadapt.errors import RunError
 _LOST = "DataLoader worker (pid"  # in torch's message; that of an exception in a worker has none
 _EACH = 4  # batches that each worker is ahead
 
-Made = tuple[Batch, int]
-"""A batch on the host, and its tokens that are not padding."""
+#: A batch on the host, and the number of its tokens that are not padding.
+CountedBatch = tuple[Batch, int]
 
 
-def make_batch(data: Sequences, indices: Sequence[int], pad: int) -> Made:
-    """The batch of these sequences."""
+def make_batch(data: Sequences, indices: Sequence[int], pad: int) -> CountedBatch:
+    """Collate the sequences of the given indices into a batch on the host."""
     samples = [data[i] for i in indices]
     return collate(samples, pad), sum(sample.input_ids.numel() for sample in samples)
 
 
 class _Batches:
-    """What workers are given: ``data[[3, 1]]`` is the batch of sequences 3 and 1."""
+    """The data set of the workers: ``data[[3, 1]]`` is the batch of sequences 3 and 1."""
 
     def __init__(self, data: Sequences, pad: int) -> None:
         self._data, self._pad = data, pad
 
-    def __getitem__(self, indices: list[int]) -> Made:
+    def __getitem__(self, indices: list[int]) -> CountedBatch:
         return make_batch(self._data, indices, self._pad)
 
 
@@ -43,20 +43,19 @@ class _Entry(NamedTuple):
     indices: list[int]
 
 
-class Ahead:
-    """The batches of the steps to come.
+class BatchPrefetcher:
+    """Prefetches the batches of the coming steps.
 
-    What is asked for decides what is given: where it is not what was made ahead (a step made a
-    second time, another step), ``take`` returns None and the caller makes it himself. A worker that
-    was killed is a ``RunError`` of ``take``.
+    The request decides: where it is not the next prefetched batch (a repeated step, another step),
+    :meth:`get` returns None and the caller collates the batch.
 
     Args:
         data: the sequences.
         pad: token id at padding.
-        micro_batches: indices of each micro-batch of a step.
-        steps: of the run.
-        workers: processes, at least 1.
-        pin: whether batches are copied to pinned memory, from which a GPU reads by itself.
+        micro_batches: returns the indices of each micro-batch of a step.
+        steps: number of steps of the run.
+        workers: number of processes, at least 1.
+        pin: copy batches to pinned memory, from which a GPU copies asynchronously.
     """
 
     def __init__(
@@ -72,20 +71,24 @@ class Ahead:
         self._batches = _Batches(data, pad)
         self._micro_batches, self._steps = micro_batches, steps
         self._workers, self._pin = workers, pin
-        self._loader: Iterator[Made] | None = None
+        self._loader: Iterator[CountedBatch] | None = None
         self._plan: Iterator[_Entry] = iter(())
         self._next: _Entry | None = None
 
-    def take(self, step: int, indices: list[int]) -> Made | None:
-        """The batch of these sequences, if it was made ahead for this step."""
+    def get(self, step: int, indices: list[int]) -> CountedBatch | None:
+        """Return the batch of these sequences if it was prefetched for this step, else None.
+
+        Raises:
+            RunError: a worker was killed.
+        """
         if self._loader is None or (self._next is not None and self._next.step < step - 1):
             self._start(step)
         while self._next is not None and self._next.step < step:
-            self._give()
-        return self._give() if self._next == (step, indices) else None
+            self._pop()
+        return self._pop() if self._next == (step, indices) else None
 
     def close(self) -> None:
-        """End the workers."""
+        """Stop the workers."""
         shut_down = getattr(self._loader, "_shutdown_workers", None)
         self._loader, self._next = None, None
         if shut_down is not None:
@@ -115,32 +118,33 @@ class Ahead:
             for indices in self._micro_batches(n):
                 yield _Entry(n, indices)
 
-    def _give(self) -> Made:
+    def _pop(self) -> CountedBatch:
         assert self._loader is not None
         try:
-            made = next(self._loader)
+            batch = next(self._loader)
         except RuntimeError as error:
             if _LOST not in str(error):
                 raise
             self.close()
             raise RunError(
-                "a process that makes batches (data.workers) was killed, by the system perhaps, "
-                "which is short of memory. Checkpoints are intact: go on with --resume; "
-                "--data.workers 0 does without such processes, and gives the same bits."
+                "a worker process of data.workers was killed, probably because memory ran out. "
+                "Checkpoints are intact: re-run the same command with --resume; "
+                "--data.workers 0 needs no workers and gives the same bits."
             ) from error
         self._next = next(self._plan, None)
-        return made
+        return batch
 
 
-def _unchanged(made: Any) -> Any:
-    return made
+def _unchanged(batch: Any) -> Any:
+    return batch
 
 
 @contextmanager
 def _without_child_handler() -> Iterator[None]:
-    """Keep torch's handler of SIGCHLD out: it raises wherever a step is, also in a backward pass.
+    """Restore the handler of SIGCHLD that torch replaces.
 
-    That a worker was killed is seen all the same, at the place where its batch is waited for.
+    Torch's handler raises at any point of a step, also in a backward pass. A killed worker is
+    detected without it, where its batch is awaited.
     """
     before = signal.getsignal(signal.SIGCHLD)
     try:
@@ -152,10 +156,10 @@ def _without_child_handler() -> Iterator[None]:
 
 @contextmanager
 def _without_signals() -> Iterator[None]:
-    """What is started here never sees SIGINT and SIGTERM; this process sees them afterwards.
+    """Block SIGINT and SIGTERM in processes started inside the context.
 
-    A terminal or a scheduler sends them to every process of a run, and they mean: finish the step
-    and save, for which the workers are needed. They end with the run.
+    A terminal or a scheduler sends them to every process of a run. They ask to finish the step and
+    save, for which the workers are needed; workers end with the run.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:

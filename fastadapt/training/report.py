@@ -26,7 +26,7 @@ from fastadapt.reporting.charts import (
 )
 from fastadapt.reporting.formatting import duration, number, percent
 from fastadapt.reporting.html import STYLE, card, grid, legend_key, section, table
-from fastadapt.training.logs.run_log import Run, at, comparison, read_run
+from fastadapt.training.logs.run_log import RunLog, comparison, read_run, value_at
 from fastadapt.training.run_dir import GO_ON
 
 # key of a training record: title, unit, key of an evaluation for the adapter, and for the hybrid
@@ -73,7 +73,7 @@ def write_report(run_dir: str | Path) -> Path:
         section("Layers", _layers(run), "held-out data"),
         section("Optimisation", _optimisation(run)),
         section("Events", _events(run)),
-        section("Run", _run_facts(run)),
+        section("RunLog", _run_facts(run)),
     ]
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -88,7 +88,7 @@ def write_report(run_dir: str | Path) -> Path:
     return path
 
 
-def _head(run: Run, title: str) -> str:
+def _head(run: RunLog, title: str) -> str:
     step = run.train[-1].get("step") if run.train else None
     if run.summary:
         state = '<span class="state done">finished</span>'
@@ -101,7 +101,7 @@ def _head(run: Run, title: str) -> str:
     )
 
 
-def _tiles(run: Run) -> str:
+def _tiles(run: RunLog) -> str:
     r = run.result
     tokens = r.get("tokens")
     tiles = [
@@ -123,7 +123,7 @@ def _tiles(run: Run) -> str:
     return f'<div class="tiles">{cells}</div>'
 
 
-def _comparison(run: Run) -> str:
+def _comparison(run: RunLog) -> str:
     if run.result.get("kl_adapter") is None:
         return '<p class="none">No evaluation was recorded yet.</p>'
     return table(*comparison(run.result), kind="compare")
@@ -135,7 +135,7 @@ def _column(records: list[dict[str, Any]], key: str) -> tuple[list[float], list[
 
 
 def _curve(
-    run: Run,
+    run: RunLog,
     key: str,
     title: str,
     unit: str,
@@ -165,12 +165,12 @@ def _curve(
     return card(title, unit, line_chart(f"{title} over steps", series, log=log), "".join(legend))
 
 
-def _curves(run: Run) -> str:
+def _curves(run: RunLog) -> str:
     cards = grid([_curve(run, key, *spec) for key, spec in CURVES.items()])
     return cards or '<p class="none">No training step was recorded yet.</p>'
 
 
-def _optimisation(run: Run) -> str:
+def _optimisation(run: RunLog) -> str:
     return grid([_curve(run, key, *spec, log=False) for key, spec in OPTIMISATION.items()])
 
 
@@ -185,7 +185,7 @@ def _layer_key(n: int) -> str:
     return f'<span>layer 0<i class="ramp" style="{style}"></i>layer {n - 1}</span>'
 
 
-def _l0_over_time(run: Run) -> str:
+def _l0_over_time(run: RunLog) -> str:
     records = [r for r in run.train if r.get("l0_per_layer")]
     if not records:
         return ""
@@ -196,7 +196,7 @@ def _l0_over_time(run: Run) -> str:
         Series(
             f"layer {i}",
             xs,
-            smooth([float(at(r["l0_per_layer"], i) or 0) for r in records], window),
+            smooth([float(value_at(r["l0_per_layer"], i) or 0) for r in records], window),
             ramp(i / max(n - 1, 1)),
         )
         for i in range(n)
@@ -207,7 +207,7 @@ def _l0_over_time(run: Run) -> str:
     )
 
 
-def _density(run: Run) -> tuple[list[float], list[list[int]]]:
+def _density(run: RunLog) -> tuple[list[float], list[list[int]]]:
     """Edges and counts per layer, without the decades below 1e-4 that are empty in every layer."""
     histograms = run.result.get("feature_density_histogram") or {}
     edges, layers = histograms.get("log10_edges") or [], histograms.get("counts") or []
@@ -219,7 +219,7 @@ def _density(run: Run) -> tuple[list[float], list[list[int]]]:
     return edges[first:], [counts[first:] for counts in layers]
 
 
-def _sparsity(run: Run) -> str:
+def _sparsity(run: RunLog) -> str:
     over_time = _l0_over_time(run)
     edges, layers = _density(run)
     # Many layers are small multiples; a few are charts like the others.
@@ -228,7 +228,7 @@ def _sparsity(run: Run) -> str:
     dead = run.result.get("n_dead_per_layer")
     cards = []
     for i, counts in enumerate(layers):
-        silent = at(dead, i)
+        silent = value_at(dead, i)
         note = f"<span>dead <b>{number(silent)}</b></span>" if silent is not None else ""
         chart = histogram(f"Density of layer {i}", edges, counts, x_label=LOG_SHARE, size=size)
         title = f"layer {i}" if small else f"Feature density, layer {i}"
@@ -242,7 +242,7 @@ def _sparsity(run: Run) -> str:
     return grid([over_time, *cards])
 
 
-def _layers(run: Run) -> str:
+def _layers(run: RunLog) -> str:
     r = run.result
     l0, dead = r.get("l0_per_layer") or [], r.get("n_dead_per_layer") or []
     recent = run.dead_in_training
@@ -252,10 +252,10 @@ def _layers(run: Run) -> str:
     rows = [
         [
             f"layer {i}",
-            number(at(l0, i)),
-            number(at(dead, i)),
-            number(at(recent, i)),
-            number(at(r.get("nmse_per_layer") or [], i + 1)),
+            number(value_at(l0, i)),
+            number(value_at(dead, i)),
+            number(value_at(recent, i)),
+            number(value_at(r.get("nmse_per_layer") or [], i + 1)),
         ]
         for i in range(n)
     ]
@@ -265,7 +265,7 @@ def _layers(run: Run) -> str:
     return table(head, rows)
 
 
-def _events(run: Run) -> str:
+def _events(run: RunLog) -> str:
     rows = []
     for e in run.events:
         if e["kind"] in ("start", "checkpoint"):
@@ -275,7 +275,7 @@ def _events(run: Run) -> str:
     return table(["what", "step", "more"], rows, "events") if rows else ""
 
 
-def _run_facts(run: Run) -> str:
+def _run_facts(run: RunLog) -> str:
     facts = [["folder", run.folder.resolve().name]]
     if run.train:
         facts.append(["steps recorded", number(len(run.train))])

@@ -1,4 +1,4 @@
-"""What of a run is in a checkpoint, and how a run takes it back."""
+"""The state of a run in a checkpoint: capture and restore."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastadapt.training.checkpoint import SCALARS, Checkpoint
 from fastadapt.training.finalize import versions
 
 if TYPE_CHECKING:
-    from fastadapt.training.loop import Run
+    from fastadapt.training.loop import TrainingRun
 
 
 class Scalars(TypedDict):
@@ -39,16 +39,16 @@ class Scalars(TypedDict):
 
 _MOVED = {
     "data_sha256": "--resume: data.train or data.validation holds other tokens than when the run "
-    "began. Give the data the run began with, or begin again with --overwrite.",
+    "began. Pass the data of the original run, or start over with --overwrite.",
     "device_type": "--resume: the run began on {then}, now pair.device is {now}; the bits would "
-    "differ. Use --pair.device {then}, or begin again with --overwrite.",
+    "differ. Use --pair.device {then}, or start over with --overwrite.",
     "revisions": "--resume: the run began with model revisions {then}, now they are {now}. Name "
-    "pair.target_revision and pair.base_revision, or begin again with --overwrite.",
+    "pair.target_revision and pair.base_revision, or start over with --overwrite.",
 }
 
 
-def capture(run: Run) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Everything that the steps to come depend on, or count on: tensors and JSON scalars.
+def capture(run: TrainingRun) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Return the state that later steps depend on: tensors by group, and JSON scalars.
 
     Groups: ``weights, exp_avg, exp_avg_sq`` (see ``AdapterOptimizer.tensors``), ``counters``
     (tokens since each feature fired, running thresholds), ``rng`` (torch's generators).
@@ -76,8 +76,8 @@ def capture(run: Run) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     return {**run.optimizer.tensors(), "counters": counters, "rng": rng}, scalars
 
 
-def _origin(run: Run) -> dict[str, Any]:
-    """What the run's bits follow from and the configuration does not pin down."""
+def _origin(run: TrainingRun) -> dict[str, Any]:
+    """Return inputs that determine the run's bits and are not in its configuration."""
     return {
         "data_sha256": run.feed.sha256,
         "device_type": run.model.device.type,
@@ -85,14 +85,13 @@ def _origin(run: Run) -> dict[str, Any]:
     }
 
 
-def restore(run: Run, checkpoint: Checkpoint) -> None:
-    """Put a run where it stood when ``checkpoint`` was saved.
+def restore(run: TrainingRun, checkpoint: Checkpoint) -> None:
+    """Restore a run to the state of ``checkpoint``.
 
-    The number of threads, on which a CPU's sums depend, is the saved run's, unless the
-    configuration names one.
+    The number of threads, on which sums on a CPU depend, is the saved run's unless configured.
 
     Raises:
-        UserError: data, models, adapters or kind of device are not those the run began with.
+        UserError: data, models, adapters or device type differ from the saved run's.
     """
     scalars = checkpoint.scalars
     file = checkpoint.path / SCALARS
@@ -109,7 +108,7 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
         raise UserError(
             f"--resume: data.train held {then} sequences when the run began "
             f"({scalars['steps']} steps), now it holds {now} ({run.steps} steps). "
-            "Give the data the run began with."
+            "Pass the data of the original run."
         )
     for key, now in _origin(run).items():
         if scalars[key] != now:
@@ -122,29 +121,29 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     for i, adapter in enumerate(run.model.adapters):
         counters |= {f"{i}.{name}": buffer for name, buffer in adapter.named_buffers()}
     for name, counter in counters.items():
-        counter.copy_(_of(checkpoint, tensors, "counters", name, counter))
+        counter.copy_(_saved(checkpoint, tensors, "counters", name, counter))
     try:
-        torch.set_rng_state(_of(checkpoint, tensors, "rng", "cpu", torch.get_rng_state()))
+        torch.set_rng_state(_saved(checkpoint, tensors, "rng", "cpu", torch.get_rng_state()))
         if "cuda" in tensors["rng"] and run.model.device.type == "cuda":
             now_cuda = torch.cuda.get_rng_state(run.model.device)
-            state = _of(checkpoint, tensors, "rng", "cuda", now_cuda)
+            state = _saved(checkpoint, tensors, "rng", "cuda", now_cuda)
             torch.cuda.set_rng_state(state, run.model.device)
     except RuntimeError as error:
-        raise UserError(f"{checkpoint.path}: rng is no state of torch: {error}") from error
+        raise UserError(f"{checkpoint.path}: rng is not a generator's state: {error}") from error
     run.step, run.tokens = checkpoint.step, scalars["tokens"]
     run.bad_in_row, run.bad_total = scalars["bad_in_row"], scalars["bad_total"]
     run.wall_before = scalars["wall_s"]
     run.planner.load(scalars)
 
 
-def _of(
+def _saved(
     checkpoint: Checkpoint,
     tensors: Mapping[str, Mapping[str, Tensor]],
     group: str,
     name: str,
     like: Tensor,
 ) -> Tensor:
-    """The tensor of a checkpoint that is to become ``like``; refuses another shape or dtype."""
+    """Return a checkpoint's tensor; raise if its shape or dtype is not that of ``like``."""
     saved = tensors.get(group, {}).get(name)
     expected = f"{like.dtype} of shape {list(like.shape)}"
     if saved is None or (saved.shape, saved.dtype) != (like.shape, like.dtype):
@@ -153,8 +152,8 @@ def _of(
     return saved
 
 
-def facts(run: Run) -> dict[str, Any]:
-    """What is fixed from the start, for the first record of the log."""
+def facts(run: TrainingRun) -> dict[str, Any]:
+    """Return the constants of a run, for the first record of the log."""
     return {
         "steps": run.steps,
         "sequences": len(run.feed.train),

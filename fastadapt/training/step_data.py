@@ -1,4 +1,4 @@
-"""Which sequences a step sees, and the batches made of them."""
+"""The training and held-out data of a run, by step."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from fastadapt.data.sequences import Sequences, load_sequences
 from fastadapt.organism import resolve
 from fastadapt.training.config import TrainConfig
 from fastadapt.training.planning.estimate import count_steps
-from fastadapt.training.prefetch import Ahead, make_batch
+from fastadapt.training.prefetch import BatchPrefetcher, make_batch
 
 
-class Feed:
-    """Training and held-out data of a run: what a step sees follows from its number alone.
+class StepData:
+    """Training and held-out batches of a run; a step's batches depend on its number only.
 
     Args:
         config: data, batch size, accumulation, epochs, seed.
-        tokenizer: the pair's.
-        device: where batches go.
-        n_rows: of the model's embedding.
-        share: which of a step's micro-batches this process will ask for; all, if not given.
+        tokenizer: the pair's tokenizer.
+        device: device of the batches.
+        n_rows: rows of the model's embedding.
+        share: selects the micro-batches of a step that this process reads; default: all.
     """
 
     def __init__(
@@ -53,27 +53,27 @@ class Feed:
             window=data.bucket,
         )
         self.steps = count_steps(self._order.n_batches, config)
-        self._now = 0  # the step that was asked for last
-        self._ahead: Ahead | None = None
+        self._step = 0  # the step that was requested last
+        self.prefetcher: BatchPrefetcher | None = None
         if data.workers:
-            mine = share or (lambda micro_batches: micro_batches)
-            self._ahead = Ahead(
+            own_share = share or (lambda micro_batches: micro_batches)
+            self.prefetcher = BatchPrefetcher(
                 self.train,
                 self._pad,
-                lambda step: mine(self._indices(step)),
+                lambda step: own_share(self._indices(step)),
                 self.steps,
                 workers=data.workers,
                 pin=device.type == "cuda",
             )
 
     def close(self) -> None:
-        """End the processes that make batches ahead."""
-        if self._ahead is not None:
-            self._ahead.close()
+        """Stop the workers."""
+        if self.prefetcher is not None:
+            self.prefetcher.close()
 
     @cached_property
     def sha256(self) -> str:
-        """Of the tokens and labels of both sets: what a resumed run must find again."""
+        """SHA-256 of the tokens and labels of both sets, which a resumed run must reproduce."""
         digest = hashlib.sha256()
         for data in (self.train, self.held_out):
             for i in range(len(data)):
@@ -84,8 +84,8 @@ class Feed:
         return digest.hexdigest()
 
     def micro_batches(self, step: int) -> list[list[int]]:
-        """Indices into ``train`` of each micro-batch of a 0-based optimiser step."""
-        self._now = step
+        """Return the indices into ``train`` of each micro-batch of a 0-based optimizer step."""
+        self._step = step
         return self._indices(step)
 
     def _indices(self, step: int) -> list[list[int]]:
@@ -95,26 +95,26 @@ class Feed:
         return [self._order[i] for i in range(first, last)]
 
     def batch(self, data: Sequences, indices: Sequence[int]) -> tuple[Batch, int]:
-        """The batch of these sequences on the device, and its tokens, counted on the host."""
-        made = None
-        if self._ahead is not None and data is self.train:
-            made = self._ahead.take(self._now, list(indices))
-        batch, n_tokens = made or make_batch(data, indices, self._pad)
+        """Return the batch of these sequences on the device, and its number of tokens."""
+        prefetched = None
+        if self.prefetcher is not None and data is self.train:
+            prefetched = self.prefetcher.get(self._step, list(indices))
+        batch, n_tokens = prefetched or make_batch(data, indices, self._pad)
         if self._device.type == "cuda":
             batch = batch.pinned()
         return batch.to(self._device), n_tokens
 
     def first_batch(self) -> Batch:
-        """The first training batch on the device; the same on every rank."""
+        """Return the first training batch on the device; the same on every rank."""
         return make_batch(self.train, self._order[0], self._pad)[0].to(self._device)
 
     def held_out_batches(self) -> Iterator[Batch]:
-        """All held-out sequences in their order."""
+        """Yield batches of all held-out sequences in order."""
         size = self._config.optimizer.batch_size
         for first in range(0, len(self.held_out), size):
             indices = range(first, min(first + size, len(self.held_out)))
             yield self.batch(self.held_out, indices)[0]
 
     def rows(self, indices: Sequence[int]) -> list[int]:
-        """Places of training sequences in their source, counted from 0."""
+        """Return the 0-based rows of training sequences in their source."""
         return [self.train.rows[i] for i in indices]

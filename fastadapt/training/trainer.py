@@ -1,4 +1,4 @@
-"""From a configuration to a run directory with trained adapters."""
+"""Training: from a configuration to a run directory with trained adapters."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from fastadapt.models.pair import DTYPES, choose_device
 from fastadapt.models.replacement import ModelPair, ReplacementModel
 from fastadapt.models.self_check import check_traversal
 from fastadapt.organism import resolve
-from fastadapt.training import run_dir as rundir
+from fastadapt.training import run_dir
 from fastadapt.training.checkpoint import Checkpoint, PassedOver, load_latest
 from fastadapt.training.config import TrainConfig
 from fastadapt.training.logs.sinks import open_sinks
-from fastadapt.training.loop import Run
+from fastadapt.training.loop import TrainingRun
 from fastadapt.training.planning.devices import this_device
 from fastadapt.training.planning.estimate import with_policy
 from fastadapt.training.run_dir import Record, Sink
@@ -32,7 +32,7 @@ from fastadapt.training.signals import (
     out_of_memory_explained,
     stop_on_signals,
 )
-from fastadapt.training.step_data import Feed
+from fastadapt.training.step_data import StepData
 
 
 def train(
@@ -45,26 +45,26 @@ def train(
 ) -> Record:
     """Train adapters as configured, into the folder ``config.run.output``.
 
-    In processes that torchrun started, all of them call this, and it is one run: sharded over them
-    (:mod:`fastadapt.distributed.sharding`), each step's micro-batches dealt out to them. What it
-    computes is what one process would, up to the order of sums. Rank 0 alone writes.
+    Under torchrun every rank calls this function: the model is sharded
+    (:mod:`fastadapt.distributed.sharding`) and each step's micro-batches are dealt to the ranks.
+    The result is that of one process, up to the order of sums. Rank 0 alone writes.
 
     Args:
-        config: everything the run depends on.
-        resume: go on from the newest checkpoint of the run in that folder.
-        overwrite: remove the run in that folder first.
-        sinks: called with every record of ``metrics.jsonl``, as it is written (on rank 0).
-        stop: set it, on any rank, to end after the step in progress. SIGTERM and the first SIGINT
-            do the same where this is called in the main thread; a second SIGINT interrupts.
+        config: configuration of the run.
+        resume: continue from the newest checkpoint in the folder.
+        overwrite: remove the run in the folder first.
+        sinks: called with every record of ``metrics.jsonl`` as it is written (on rank 0).
+        stop: set it on any rank to end after the current step. SIGTERM and the first SIGINT do the
+            same when called in the main thread; a second SIGINT interrupts.
 
     Returns:
-        The summary, with ``interrupted: False``. If the run was told to stop: ``interrupted:
-        True``, ``signal``, ``step``, ``steps``, ``checkpoint``, ``output``; resume goes on there.
+        The summary, with ``interrupted: False``. For a stopped run: ``interrupted: True``,
+        ``signal``, ``step``, ``steps``, ``checkpoint``, ``output``; ``resume`` continues there.
 
     Raises:
-        UserError: a value, a model, a data set or the folder is not as it must be.
-        RunError: no space, no memory, too many batches in a row that are not finite, or another
-            process of the run is gone.
+        UserError: an invalid value, model, data set or folder.
+        RunError: no space, no memory, too many consecutive batches that are not finite, or the
+            loss of another rank.
     """
     started = time.monotonic()
     device = choose_device(config.pair.device)
@@ -85,12 +85,14 @@ def train(
             ranks.on_main(lambda: _find_checkpoint(folder)) if resume else (None, [])
         )
         torch.manual_seed(config.run.seed)
-        model, feed = _load(config, ranks, device)
+        model, feed = load_model_and_data(config, ranks, device)
         _check_same_data(feed, ranks)
         check_traversal(model, feed.first_batch())
-        run = Run(_with_policy(config, model, feed, ranks), folder, started, model, feed, ranks)
+        run = TrainingRun(
+            _with_policy(config, model, feed, ranks), folder, started, model, feed, ranks
+        )
         if not resume:
-            ranks.on_main(lambda: rundir.start_afresh(folder, config))
+            ranks.on_main(lambda: run_dir.start_afresh(folder, config))
         with closing(feed), run.begin(checkpoint, [*sinks, *more_sinks], resume=resume):
             run.record_start(checkpoint, passed, resume=resume)
             run.evaluate_if_due(stopping)
@@ -103,24 +105,24 @@ def train(
 
 @contextmanager
 def _opened(config: TrainConfig, ranks: Ranks, *, resume: bool, overwrite: bool) -> Iterator[Path]:
-    """The run's folder, held by rank 0."""
-    opening = rundir.open_run(config, resume=resume, overwrite=overwrite)
-    with ExitStack() as held:
-        yield ranks.on_main(lambda: held.enter_context(opening))
+    """Open the run's folder, which rank 0 locks."""
+    opening = run_dir.open_run(config, resume=resume, overwrite=overwrite)
+    with ExitStack() as stack:
+        yield ranks.on_main(lambda: stack.enter_context(opening))
 
 
 def _check_shares(config: TrainConfig, ranks: Ranks) -> None:
-    """Refuse steps that cannot be dealt out evenly, and say how the same step can be."""
+    """Refuse steps that the ranks cannot share evenly; the message suggests equal settings."""
     optimizer, n = config.optimizer, ranks.world
     if n > 1 and config.adapter.kind == "norms":
         raise UserError(
             "adapter.kind norms is for one process: the last norm lies outside the blocks that "
-            "several share out"
+            "ranks shard"
         )
     if n > 1 and optimizer.low_memory:
         raise UserError(
             "optimizer.moments 8bit and optimizer.stochastic_rounding are for one process; several "
-            "share masters and moments out already"
+            "ranks shard masters and moments already"
         )
     if optimizer.accumulation % n == 0:
         return
@@ -131,13 +133,13 @@ def _check_shares(config: TrainConfig, ranks: Ranks) -> None:
         else f"a step has {size} sequences, which {n} ranks cannot share evenly"
     )
     raise UserError(
-        f"optimizer.accumulation: a step's batches are dealt out to {n} ranks, so expected a "
+        f"optimizer.accumulation: a step's batches are dealt to {n} ranks, so expected a "
         f"multiple of {n}, got {optimizer.accumulation}; {same}"
     )
 
 
-def _check_same_data(feed: Feed, ranks: Ranks) -> None:
-    """Refuse machines that hold different data: their steps would not be one step."""
+def _check_same_data(feed: StepData, ranks: Ranks) -> None:
+    """Refuse ranks that read different data."""
     if ranks.world > 1 and feed.sha256 != ranks.on_main(lambda: feed.sha256):
         raise UserError(
             f"data.train or data.validation holds other tokens on rank {ranks.rank} than on rank "
@@ -145,10 +147,16 @@ def _check_same_data(feed: Feed, ranks: Ranks) -> None:
         )
 
 
-def _load(
+def load_model_and_data(
     config: TrainConfig, ranks: Ranks = ALONE, device: torch.device | None = None
-) -> tuple[ReplacementModel, Feed]:
-    """Models with fresh adapters, and the data in the pair's tokens."""
+) -> tuple[ReplacementModel, StepData]:
+    """Load the pair with new adapters, and the tokenized data.
+
+    Args:
+        config: configuration of the run.
+        ranks: ranks that shard the model; rank 0 reads the weights.
+        device: device of the run; needed with several ranks.
+    """
     source = config.pair
     source = dataclasses.replace(source, target=resolve(source.target), base=resolve(source.base))
 
@@ -163,34 +171,34 @@ def _load(
         return model, _feed(config, model)
     assert device is not None
 
-    # Weights are read once, and what is wrong with them is everyone's error.
-    held: list[ReplacementModel] = []
-    ranks.on_main(lambda: held.append(load("cpu")))
-    model = held[0] if held else load("meta")
+    # Rank 0 alone reads the weights; an error in them is raised on all ranks.
+    loaded: list[ReplacementModel] = []
+    ranks.on_main(lambda: loaded.append(load("cpu")))
+    model = loaded[0] if loaded else load("meta")
     shard(model, ranks, device, masters=config.optimizer.masters)
     return model, _feed(config, model)
 
 
-def _feed(config: TrainConfig, model: ReplacementModel) -> Feed:
+def _feed(config: TrainConfig, model: ReplacementModel) -> StepData:
     n_rows = model.model.get_input_embeddings().weight.shape[0]
-    return Feed(config, model.pair.tokenizer, model.device, n_rows)
+    return StepData(config, model.pair.tokenizer, model.device, n_rows)
 
 
 def _with_policy(
-    config: TrainConfig, model: ReplacementModel, feed: Feed, ranks: Ranks
+    config: TrainConfig, model: ReplacementModel, feed: StepData, ranks: Ranks
 ) -> TrainConfig:
-    """``config`` with the checkpointing policy that fits this machine; every policy, same bits."""
+    """Return ``config`` with the checkpointing policy that fits this machine's memory."""
     longest = max(feed.train.counts.longest, feed.held_out.counts.longest)
     device = this_device(model.device.type)
     return with_policy(config, model.model.config, longest, device, ranks.world)
 
 
 def _find_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[PassedOver]]:
-    checkpoint, passed = load_latest(folder / rundir.CHECKPOINTS)
+    checkpoint, passed = load_latest(folder / run_dir.CHECKPOINTS)
     if checkpoint is None and passed:
-        told = "; ".join(f"{each.path.name}: {each.reason}" for each in passed)
+        reasons = "; ".join(f"{each.path.name}: {each.reason}" for each in passed)
         raise RunError(
-            f"no checkpoint in {folder / rundir.CHECKPOINTS} is whole ({told}). "
+            f"no checkpoint in {folder / run_dir.CHECKPOINTS} is whole ({reasons}). "
             "Start again with --overwrite."
         )
     return checkpoint, passed

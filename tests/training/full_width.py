@@ -131,7 +131,7 @@ def one_step(config: TrainConfig, model_config: Any) -> dict[str, Any]:
     folder = Path(config.run.output)
     model = build(config, model_config)
     began = time.monotonic()
-    run = loop.Run(config, folder, began, model, feed(model_config.vocab_size))
+    run = loop.TrainingRun(config, folder, began, model, feed(model_config.vocab_size))
     # A sum is enough to notice a change of one element; a copy would count as the step's memory.
     weights = {name: p.double().sum().item() for name, p in run.optimizer.parameters.items()}
     records: list[dict[str, Any]] = []

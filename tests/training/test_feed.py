@@ -18,20 +18,20 @@ from transformers import AutoTokenizer
 
 from fastadapt.errors import RunError, UserError
 from fastadapt.training.config import FREE_ON_RESUME
-from fastadapt.training.prefetch import Ahead
-from fastadapt.training.step_data import Feed
+from fastadapt.training.prefetch import BatchPrefetcher
+from fastadapt.training.step_data import StepData
 from fastadapt.training.trainer import train
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def make_feed(tiny_config: Callable, tiny_pair: Path) -> Iterator[Callable[..., Feed]]:
+def make_feed(tiny_config: Callable, tiny_pair: Path) -> Iterator[Callable[..., StepData]]:
     tokenizer = AutoTokenizer.from_pretrained(tiny_pair / "target")
-    feeds: list[Feed] = []
+    feeds: list[StepData] = []
 
-    def make(**changes: object) -> Feed:
-        feeds.append(Feed(tiny_config(**changes), tokenizer, CPU, len(tokenizer)))
+    def make(**changes: object) -> StepData:
+        feeds.append(StepData(tiny_config(**changes), tokenizer, CPU, len(tokenizer)))
         return feeds[-1]
 
     yield make
@@ -44,7 +44,7 @@ def children() -> set[int]:
     return set(map(int, path.read_text().split()))
 
 
-def batches_of(feed: Feed, step: int) -> list:
+def batches_of(feed: StepData, step: int) -> list:
     return [feed.batch(feed.train, ids) for ids in feed.micro_batches(step)]
 
 
@@ -99,10 +99,12 @@ def test_other_batches_than_the_plan_s_are_made_when_asked_for(make_feed) -> Non
 def test_a_process_may_take_its_share_alone(tiny_config, tiny_pair) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_pair / "target")
     config = tiny_config(**{"optimizer.accumulation": 4, "data.workers": 1})
-    feed = Feed(config, tokenizer, CPU, len(tokenizer), share=lambda all_of_them: all_of_them[1::2])
+    feed = StepData(
+        config, tokenizer, CPU, len(tokenizer), share=lambda all_of_them: all_of_them[1::2]
+    )
     made = []
-    real = feed._ahead.take
-    feed._ahead.take = lambda *asked: made.append(real(*asked)) or made[-1]
+    real = feed.prefetcher.get
+    feed.prefetcher.get = lambda *asked: made.append(real(*asked)) or made[-1]
     for step in range(feed.steps):
         for ids in feed.micro_batches(step)[1::2]:
             feed.batch(feed.train, ids)
@@ -119,7 +121,7 @@ def test_a_killed_worker_is_told_where_its_batch_is_waited_for(make_feed) -> Non
     batches_of(feed, 0)
     os.kill(min(children() - before), signal.SIGKILL)
     time.sleep(0.5)  # the signal would be here by now
-    with pytest.raises(RunError, match=r"\(data\.workers\) was killed.*--resume"):
+    with pytest.raises(RunError, match=r"data\.workers was killed.*--resume"):
         [batches_of(feed, step) for step in range(1, feed.steps)]
     assert children() == before
     assert signal.getsignal(signal.SIGCHLD) == handler
@@ -227,15 +229,15 @@ def test_a_signal_to_all_processes_saves_and_ends_without_a_word(
         os.killpg(run.pid, 0)
 
 
-def test_ahead_gives_nothing_it_was_not_asked_for(make_feed) -> None:
+def test_the_prefetcher_gives_requested_batches_only(make_feed) -> None:
     feed = make_feed(**{"data.workers": 1})
-    ahead = feed._ahead
-    assert isinstance(ahead, Ahead)
+    prefetcher = feed.prefetcher
+    assert isinstance(prefetcher, BatchPrefetcher)
     first = feed.micro_batches(0)[0]
-    assert ahead.take(0, first[::-1]) is None
-    assert ahead.take(0, first) is not None
-    assert ahead.take(0, first) is None
-    assert ahead.take(1, feed.micro_batches(1)[0]) is not None
+    assert prefetcher.get(0, first[::-1]) is None
+    assert prefetcher.get(0, first) is not None
+    assert prefetcher.get(0, first) is None
+    assert prefetcher.get(1, feed.micro_batches(1)[0]) is not None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -243,8 +245,8 @@ def test_ahead_gives_nothing_it_was_not_asked_for(make_feed) -> None:
 def test_a_gpu_is_not_waited_for(workers, tiny_config, tiny_pair) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_pair / "target")
     gpu = torch.device("cuda")
-    feed = Feed(tiny_config(**{"data.workers": workers}), tokenizer, gpu, len(tokenizer))
-    alone = Feed(tiny_config(), tokenizer, CPU, len(tokenizer))
+    feed = StepData(tiny_config(**{"data.workers": workers}), tokenizer, gpu, len(tokenizer))
+    alone = StepData(tiny_config(), tokenizer, CPU, len(tokenizer))
     batches_of(feed, 0)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -261,10 +263,10 @@ def test_a_padding_token_without_an_embedding(workers, tiny_config, tiny_pair) -
     """Batches hold ids of the embedding alone, and the same texts as with a token that has one."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_pair / "target")
     n_rows, config = len(tokenizer), tiny_config(**{"data.workers": workers})
-    plain = Feed(config, tokenizer, CPU, n_rows)
+    plain = StepData(config, tokenizer, CPU, n_rows)
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     assert tokenizer.pad_token_id == n_rows
-    feed = Feed(config, tokenizer, CPU, n_rows)
+    feed = StepData(config, tokenizer, CPU, n_rows)
     padded = 0
     try:
         for step in range(4):
@@ -285,10 +287,10 @@ def test_a_padding_token_without_an_embedding(workers, tiny_config, tiny_pair) -
 def test_tokens_without_an_embedding_are_refused(tiny_config, tiny_pair) -> None:
     """With the row that has the first of them, before a step."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_pair / "target")
-    feed = Feed(tiny_config(), tokenizer, CPU, len(tokenizer))
+    feed = StepData(tiny_config(), tokenizer, CPU, len(tokenizer))
     most = [int(feed.train[i].input_ids.max()) for i in range(len(feed.train))]
     n_rows = max(most)
     row = feed.train.rows[most.index(n_rows)] + 1
     message = rf"row {row}: token {n_rows} has no embedding, of which the model has {n_rows}"
     with pytest.raises(UserError, match=message):
-        Feed(tiny_config(), tokenizer, CPU, n_rows)
+        StepData(tiny_config(), tokenizer, CPU, n_rows)

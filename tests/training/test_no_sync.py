@@ -15,7 +15,7 @@ from fastadapt.kernels.linear_kl import linear_kl
 from fastadapt.objective import objective
 from fastadapt.training import trainer
 from fastadapt.training.logs.metrics import StepGatherer
-from fastadapt.training.loop import Run
+from fastadapt.training.loop import TrainingRun
 from fastadapt.training.run_dir import MetricsLog
 
 # Of masked lanes, in interpreted kernels.
@@ -75,7 +75,7 @@ class NoReads(TorchDispatchMode):
 
 
 @pytest.fixture
-def run(tiny_config: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(tiny_config: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainingRun:
     """One sequence a batch, kernels and plans as on a GPU."""
     on_gpu = functools.partial(linear_kl, implementation="triton")
     monkeypatch.setattr("fastadapt.objective.linear_kl", on_gpu)
@@ -88,15 +88,15 @@ def run(tiny_config: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             "pair.device": "auto",
         }
     )
-    model, feed = trainer._load(config)
+    model, feed = trainer.load_model_and_data(config)
     assert config.pair.device == "auto"
     assert model.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
-    return Run(config, tmp_path, 0.0, model, feed)
+    return TrainingRun(config, tmp_path, 0.0, model, feed)
 
 
 @pytest.mark.parametrize(("policy", "codes"), [("attention", 2.0), ("full", 32.0)])
 def test_a_step_reads_its_report_and_nothing_else(
-    run: Run, policy: str, codes: float, monkeypatch: pytest.MonkeyPatch
+    run: TrainingRun, policy: str, codes: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The loop's own step. Its report is one copy, read before the update that depends on it."""
     changed = dataclasses.replace(run.config.objective, checkpoint=policy)
@@ -139,7 +139,7 @@ def test_a_read_is_seen() -> None:
             read()
 
 
-def test_without_a_plan_the_op_looks_for_itself(run: Run) -> None:
+def test_without_a_plan_the_op_looks_for_itself(run: TrainingRun) -> None:
     batch, _ = run.feed.batch(run.feed.train, run.feed.micro_batches(0)[0])
     with NoReads(), pytest.raises((AssertionError, RuntimeError), match=r"reads|synchroniz"):
         objective(run.model, batch, 1, run.config.objective, None)

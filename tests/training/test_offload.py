@@ -80,7 +80,7 @@ def test_a_block_is_there_only_while_it_is_walked(policy: str) -> None:
         ["organism", "--pair.offload", "true", "--objective.checkpoint", policy]
     )
     with group_of_one(CPU, ALONE):
-        model, feed = trainer._load(config, ALONE, CPU)
+        model, feed = trainer.load_model_and_data(config, ALONE, CPU)
         at_once: list[list[int]] = []
         for mlp in model.mlps:
             mlp.register_forward_pre_hook(lambda *_: at_once.append(gathered(model)))

@@ -31,7 +31,7 @@ def n_bytes(tensors) -> int:
 def test_what_stays_is_counted_to_the_byte(tiny_config, dtype: str, masters: bool) -> None:
     config = tiny_config(**{"pair.dtype": dtype, "optimizer.masters": masters})
     planned = plan(config)
-    model, feed = trainer._load(config)
+    model, feed = trainer.load_model_and_data(config)
     optimizer = AdapterOptimizer(dict(model.adapters.named_parameters()), config.optimizer)
     owned = {id(p) for p in model.adapters.parameters()}
     mlps = {id(p) for mlp in model.mlps for p in mlp.base.parameters()}
@@ -56,7 +56,7 @@ def test_kept_for_the_backward_pass(tiny_config) -> None:
     from fastadapt.objective import objective
 
     config = tiny_config(**{"optimizer.batch_size": 1, "adapter.n_features": 512})
-    model, feed = trainer._load(config)
+    model, feed = trainer.load_model_and_data(config)
     longest = max(range(len(feed.train)), key=lambda i: len(feed.train[i].input_ids))
     batch, tokens = feed.batch(feed.train, [longest])
     saved: dict[int, torch.Tensor] = {}

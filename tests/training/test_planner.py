@@ -114,15 +114,15 @@ def planned(monkeypatch, tmp_path: Path, tiny_config):
     monkeypatch.setattr(codes, "CAPACITY_STEP", 4)
     monkeypatch.setattr(codes, "HEADROOM", 3)  # so short sequences differ more
 
-    def make(name: str, **changes: object) -> loop.Run:
+    def make(name: str, **changes: object) -> loop.TrainingRun:
         changes = {"optimizer.accumulation": 2, "optimizer.batch_size": 3, **changes}
         config = tiny_config(**{"adapter.implementation": "sparse", **changes})
-        model, feed = trainer._load(config)
+        model, feed = trainer.load_model_and_data(config)
         with torch.no_grad():
             for adapter in model.adapters:
                 adapter.b_enc.fill_(-0.25)
         (tmp_path / name).mkdir()
-        run = loop.Run(config, tmp_path / name, 0.0, model, feed)
+        run = loop.TrainingRun(config, tmp_path / name, 0.0, model, feed)
         run.log = logs.enter_context(MetricsLog(tmp_path / name / "metrics.jsonl"))
         return run
 
@@ -130,18 +130,18 @@ def planned(monkeypatch, tmp_path: Path, tiny_config):
         yield make
 
 
-def told(run: loop.Run) -> list[dict]:
+def told(run: loop.TrainingRun) -> list[dict]:
     run.log._file.flush()
     records = read_records(run.folder / "metrics.jsonl")
     return [{k: v for k, v in record.items() if k not in TIMING} for record in records]
 
 
-def state_of(run: loop.Run) -> dict[str, torch.Tensor]:
+def state_of(run: loop.TrainingRun) -> dict[str, torch.Tensor]:
     groups = {**run.optimizer.tensors(), "counters": {"since": run.dead.since_LF}}
     return {f"{g}/{n}": t.clone() for g, ts in groups.items() for n, t in ts.items()}
 
 
-def assert_same(run: loop.Run, other: loop.Run) -> None:
+def assert_same(run: loop.TrainingRun, other: loop.TrainingRun) -> None:
     ours, theirs = state_of(run), state_of(other)
     assert all(torch.equal(t, theirs[name]) for name, t in ours.items())
     assert (run.step, run.tokens, run.bad_total) == (other.step, other.tokens, other.bad_total)
@@ -251,7 +251,7 @@ def few(planned, monkeypatch):
     """``few(name, implementation)``: the op itself, in steps of one sequence."""
     monkeypatch.setattr(adapter_module, "transcoder", real_transcoder)
 
-    def make(name: str, implementation: str) -> loop.Run:
+    def make(name: str, implementation: str) -> loop.TrainingRun:
         sizes = {"optimizer.accumulation": 1, "optimizer.batch_size": 1, "adapter.n_features": 24}
         return planned(name, **sizes, **{"adapter.implementation": implementation})
 

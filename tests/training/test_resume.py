@@ -17,7 +17,7 @@ from fastadapt.training import trainer
 from fastadapt.training.checkpoint import list_checkpoints, load_latest
 from fastadapt.training.config import TrainConfig, save_config
 from fastadapt.training.run_dir import read_records
-from fastadapt.training.step_data import Feed
+from fastadapt.training.step_data import StepData
 from fastadapt.training.trainer import train
 
 TIMING = {"wall_s", "tokens_per_s"}
@@ -119,14 +119,14 @@ def test_stopped_and_resumed(tiny_config, tmp_path: Path, variant: str) -> None:
 
 def test_every_sample_is_seen_once(tiny_config, monkeypatch) -> None:
     seen: list[int] = []
-    real = Feed.batch
+    real = StepData.batch
 
     def batch(self, data, indices):
         if data is self.train:
             seen.extend(indices)
         return real(self, data, indices)
 
-    monkeypatch.setattr(Feed, "batch", batch)
+    monkeypatch.setattr(StepData, "batch", batch)
     config = tiny_config(**{"optimizer.batch_size": 5, "optimizer.accumulation": 2})
     for last in (1, 2, None):
         stop = Event()

@@ -32,18 +32,18 @@ def make_run(tiny_config, tmp_path: Path):
 
     with ExitStack() as logs:
 
-        def make(**changes: object) -> loop.Run:
+        def make(**changes: object) -> loop.TrainingRun:
             config = tiny_config(**changes)
-            model, feed = trainer._load(config)
+            model, feed = trainer.load_model_and_data(config)
             (tmp_path / "run").mkdir()
-            run = loop.Run(config, tmp_path / "run", 0.0, model, feed)
+            run = loop.TrainingRun(config, tmp_path / "run", 0.0, model, feed)
             run.log = logs.enter_context(MetricsLog(tmp_path / "run" / "metrics.jsonl"))
             return run
 
         yield make
 
 
-def state_of(run: loop.Run) -> dict[str, torch.Tensor]:
+def state_of(run: loop.TrainingRun) -> dict[str, torch.Tensor]:
     groups = {**run.optimizer.tensors(), "counters": {"since": run.dead.since_LF}}
     return {f"{g}/{n}": t.clone() for g, ts in groups.items() for n, t in ts.items()}
 
@@ -220,7 +220,7 @@ def test_dead_features_are_counted_in_tokens(make_run) -> None:
     assert not fired[0, 5]
 
 
-def _batches(run: loop.Run) -> list[list[int]]:
+def _batches(run: loop.TrainingRun) -> list[list[int]]:
     return run.feed.micro_batches(run.step)
 
 

@@ -1,4 +1,4 @@
-"""A run directory read back: its records by kind, its final numbers, and the table of them."""
+"""Reading of run directories: records by kind, final numbers, comparison table."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fastadapt.io.names import has_file, inside
 from fastadapt.reporting.formatting import number, percent
 from fastadapt.training.run_dir import CONFIG, METRICS, SUMMARY, Record, read_records
 
-#: What the numbers of `..._adapter` are of, by `adapter.kind`.
+#: Name of the trained part in tables, by ``adapter.kind``.
 TRAINED = {"transcoder": "adapter", "mlp": "tuned MLPs", "norms": "refit norms"}
 
 
@@ -37,7 +37,7 @@ class Histograms(TypedDict, total=False):
 
 
 class Measures(TypedDict, total=False):
-    """What of a record or a summary is shown, by type; other values are not looked at."""
+    """Types of the shown values of a record or a summary; other keys are ignored."""
 
     adapter_kind: Literal["transcoder", "mlp", "norms"]
     loss: _Value
@@ -75,8 +75,8 @@ class Measures(TypedDict, total=False):
 
 
 @dataclass
-class Run:
-    """What a run directory holds, each part as far as it got.
+class RunLog:
+    """The contents of a run directory; parts of an unfinished run may be empty.
 
     Attributes:
         folder: the run directory.
@@ -95,14 +95,14 @@ class Run:
 
     @property
     def result(self) -> Record:
-        """The final numbers: of the summary, or of the last evaluation of a run without one."""
+        """The final numbers: the summary, or the last evaluation of a run without one."""
         start = next((event for event in self.events if event["kind"] == "start"), {})
         kind = {key: start[key] for key in ("adapter_kind",) if key in start}
         return {**kind, **(self.evals[-1] if self.evals else {}), **self.summary}
 
     @property
     def dead_window(self) -> int | None:
-        """``run.dead_window`` in training tokens, None where the directory does not tell it."""
+        """``run.dead_window`` in training tokens; None where neither file records it."""
         window = self.summary.get("dead_window")
         if window is None:
             try:
@@ -126,8 +126,8 @@ class Run:
         return dead
 
 
-def read_run(run_dir: str | Path) -> Run:
-    """Reads a run directory; a step that was recorded twice counts as recorded last.
+def read_run(run_dir: str | Path) -> RunLog:
+    """Read a run directory; of a step that was recorded twice the last record counts.
 
     Raises:
         FileNotFoundError: `run_dir` is not a directory.
@@ -137,7 +137,7 @@ def read_run(run_dir: str | Path) -> Run:
     folder = Path(run_dir)
     if not folder.is_dir():
         raise FileNotFoundError(f"run_dir: expected a run directory, got {str(run_dir)!r}")
-    run = Run(folder)
+    run = RunLog(folder)
     steps: dict[str, dict[int, Record]] = {"train": {}, "eval": {}}
     for record in read_records(folder / METRICS):
         check(record, Measures, f"{folder / METRICS}: {record['kind']} {record['step']}")
@@ -156,9 +156,9 @@ def read_run(run_dir: str | Path) -> Run:
 
 
 def comparison(result: Record) -> tuple[list[str], list[list[str]]]:
-    """The table hybrid / what was trained / target, head and rows, of a summary or evaluation.
+    """Return head and rows of the table hybrid, trained part, target.
 
-    The target is what the others are measured against, so its errors are 0 by definition.
+    ``result`` is a summary or an evaluation record. The target's errors are 0 by definition.
     """
 
     def row(name: str, hybrid: str, adapter: str, show: Any = number) -> list[str]:
@@ -173,13 +173,13 @@ def comparison(result: Record) -> tuple[list[str], list[list[str]]]:
     adapter = result.get("nmse_per_layer") or []
     for i in range(max(len(hybrid), len(adapter))):
         name = "NMSE of the embedding" if i == 0 else f"NMSE after layer {i - 1}"
-        rows.append([name, number(at(hybrid, i)), number(at(adapter, i)), "0"])
-    kind = result.get("adapter_kind", "transcoder")  # runs of old do not tell
+        rows.append([name, number(value_at(hybrid, i)), number(value_at(adapter, i)), "0"])
+    kind = result.get("adapter_kind", "transcoder")  # absent in runs of older versions
     if kind == "transcoder":
         rows.append(["L0 per layer", "–", number(result.get("l0_mean")), "–"])
     return ["", "hybrid", TRAINED[kind], "target"], rows
 
 
-def at(values: list[Any] | None, index: int) -> Any:
-    """`values[index]`, None where there is none."""
+def value_at(values: list[Any] | None, index: int) -> Any:
+    """Return ``values[index]``, or None where it does not exist."""
     return values[index] if values and index < len(values) else None
