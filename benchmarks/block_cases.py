@@ -7,7 +7,8 @@ PyTorch's compiler makes and what another project has. Weights are frozen: no gr
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as nnf
@@ -17,16 +18,11 @@ from benchmarks import peers
 from benchmarks.case import Case, Cost, Inputs, Results, Step, cast, compiled, copies
 from fastadapt.kernels.nmse import nmse
 
-__all__ = ["nmse_case", "rms_norm_case", "swiglu_case"]
+__all__ = ["masked_nmse_case", "nmse_case", "rms_norm_case", "swiglu_case"]
 
 EPS = 1e-6
-
-
-def _normal(
-    shape: Sequence[int], generator: torch.Generator, dtype: torch.dtype, *, leaf: bool = False
-) -> Tensor:
-    drawn = torch.randn(tuple(shape), generator=generator, device=generator.device).to(dtype)
-    return drawn.requires_grad_(leaf)
+Normal = Callable[..., Tensor]  # of a shape, in float32
+NMSE = ("reference", "chunked")
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -42,19 +38,21 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return nnf.silu(gate) * up
 
 
-def nmse_value(x: Tensor, target: Tensor) -> Tensor:
-    """The op's value, by its specification: for a compiler."""
-    return nmse(x, target, implementation="reference").nmse
+def nmse_value(x: Tensor, target: Tensor, implementation: str = "reference") -> Tensor:
+    """The op's value alone."""
+    return nmse(x, target, implementation=implementation).nmse
 
 
-def _step(
-    inputs: Inputs, function: Callable[..., Tensor], names: Sequence[str], leaves: Sequence[str]
-) -> Results:
-    out = function(*(inputs[name] for name in names))
-    cotangent = inputs["g"].to(out.dtype)
-    made = torch.autograd.grad(out, [inputs[name] for name in leaves], cotangent)
-    named = {f"gradient of {name}": g for name, g in zip(leaves, made, strict=True)}
-    return {"out": out.detach()} | named
+def _step(inputs: Inputs, function: Callable[..., Any]) -> Results:
+    """``function`` of all inputs but the cotangent ``g``; gradients of those that are leaves."""
+    arguments = {name: value for name, value in inputs.items() if name != "g"}
+    leaves = [name for name, value in arguments.items() if value.requires_grad]
+    results = function(**arguments)
+    named = dict(results._asdict()) if isinstance(results, tuple) else {"out": results}
+    out = next(iter(named.values()))
+    gradients = torch.autograd.grad(out, [inputs[n] for n in leaves], inputs["g"].to(out.dtype))
+    named |= {f"gradient of {name}": g for name, g in zip(leaves, gradients, strict=True)}
+    return {name: value.detach() for name, value in named.items()}
 
 
 def _case(
@@ -62,26 +60,33 @@ def _case(
     shape: dict[str, int],
     dtype: torch.dtype,
     device: str,
-    make: Callable[[torch.Generator], Inputs],
-    functions: dict[str, tuple[Callable[..., Tensor], str]],
-    names: Sequence[str],
-    leaves: Sequence[str],
+    make: Callable[[Normal], Inputs],
+    functions: dict[str, Callable[..., Any]],
     elements: int,
+    backend: str | None,
 ) -> Case:
     """``elements``: read and written once each, forward and backward."""
     n_sets = copies(elements * dtype.itemsize, device)
 
     def make_sets() -> list[Inputs]:
-        return [make(torch.Generator(device).manual_seed(seed)) for seed in range(n_sets)]
+        sets = []
+        for seed in range(n_sets):
+            generator = torch.Generator(device).manual_seed(seed)
+            normal = functools.partial(torch.randn, generator=generator, device=device)
+            sets.append(cast(make(normal), dtype))
+        return sets
 
+    plain = functions["reference"]
+    if backend:
+        functions = functions | {"reference compiled": compiled(plain, backend, False)}
+    kinds = {"chunked": "ours", "liger-kernel": "peer"}
     steps = {
-        name: Step(functools.partial(_step, function=function, names=names, leaves=leaves), kind)
-        for name, (function, kind) in functions.items()
+        name: Step(functools.partial(_step, function=f), kinds.get(name, "reference"))
+        for name, f in functions.items()
     }
-    plain = functions["reference"][0]
 
     def truth(inputs: Inputs, wanted: torch.dtype) -> Results:
-        return _step(cast(inputs, wanted), plain, names, leaves)
+        return _step(cast(inputs, wanted), plain)
 
     cost = Cost(0, elements * dtype.itemsize)
     return Case(op, shape, dtype, device, make_sets, steps, truth, lambda _: cost)
@@ -90,27 +95,31 @@ def _case(
 def nmse_case(
     T: int, d: int, dtype: torch.dtype, device: str, *, backend: str | None = "inductor"
 ) -> Case:
-    """One sequence; without its values per token where it is compiled by hand."""
+    """One sequence; without its values per token."""
 
-    def make(generator: torch.Generator) -> Inputs:
-        target = _normal((T, d), generator, torch.float32)
-        x = target + 0.3 * _normal((T, d), generator, torch.float32)
-        return {
-            "x": x.to(dtype).requires_grad_(),
-            "target": target.to(dtype),
-            "g": torch.ones((), dtype=torch.float64, device=device),
-        }
+    def make(normal: Normal) -> Inputs:
+        target = normal(T, d)
+        x = (target + 0.3 * normal(T, d)).requires_grad_()
+        g = torch.ones((), dtype=torch.float64, device=device)
+        return {"x": x, "target": target, "g": g}
 
-    functions: dict[str, tuple[Callable[..., Tensor], str]] = {
-        "reference": (nmse_value, "reference"),
-        "chunked": (lambda x, target: nmse(x, target, implementation="chunked").nmse, "ours"),
-    }
-    if backend:
-        fast = compiled(nmse_value, backend, False)
-        functions["reference compiled"] = (fast, "reference")
-    shape = {"T": T, "d": d}
-    leaves, elements = ("x",), T * d * 4  # x, target; the difference kept or x and target again; dx
-    return _case("nmse", shape, dtype, device, make, functions, ("x", "target"), leaves, elements)
+    chunked = functools.partial(nmse_value, implementation="chunked")
+    functions = {"reference": nmse_value, "chunked": chunked}
+    elements = T * d * 4  # x, target; the difference kept or x and target again; dx
+    return _case("nmse", {"T": T, "d": d}, dtype, device, make, functions, elements, backend)
+
+
+def masked_nmse_case(B: int, T: int, d: int, dtype: torch.dtype, device: str) -> Case:
+    """B sequences with masked tokens; with the values per token."""
+
+    def make(normal: Normal) -> Inputs:
+        target = normal(B, T, d)
+        x = (target + 0.3 * normal(B, T, d)).requires_grad_()
+        return {"x": x, "target": target, "mask": normal(B, T) > -1.28, "g": normal(B)}
+
+    functions = {name: functools.partial(nmse, implementation=name) for name in NMSE}
+    shape, elements = {"B": B, "T": T, "d": d}, B * T * d * 4
+    return _case("nmse", shape, dtype, device, make, functions, elements, None)
 
 
 def rms_norm_case(
@@ -118,25 +127,15 @@ def rms_norm_case(
 ) -> Case:
     """RMSNorm with a frozen weight."""
 
-    def make(generator: torch.Generator) -> Inputs:
-        weight = 1 + 0.1 * _normal((d,), generator, torch.float32)
-        return {
-            "x": _normal((T, d), generator, dtype, leaf=True),
-            "weight": weight.to(dtype),
-            "g": _normal((T, d), generator, dtype),
-        }
+    def make(normal: Normal) -> Inputs:
+        weight = 1 + 0.1 * normal(d)
+        return {"x": normal(T, d).requires_grad_(), "weight": weight, "g": normal(T, d)}
 
-    functions: dict[str, tuple[Callable[..., Tensor], str]] = {"reference": (rms_norm, "reference")}
-    if backend:
-        fast = compiled(rms_norm, backend, False)
-        functions["reference compiled"] = (fast, "reference")
-    liger = peers.liger_rms_norm() if device == "cuda" else None
-    if liger is not None:
-        functions["liger-kernel"] = (lambda x, weight: liger(x, weight, EPS), "peer")
-    names, elements = ("x", "weight"), T * d * 5  # x, out; x, g, dx
-    return _case(
-        "rms_norm", {"T": T, "d": d}, dtype, device, make, functions, names, ("x",), elements
-    )
+    functions: dict[str, Callable[..., Any]] = {"reference": rms_norm}
+    if device == "cuda" and (liger := peers.liger_rms_norm()) is not None:
+        functions["liger-kernel"] = functools.partial(liger, eps=EPS)
+    elements = T * d * 5  # x, out; x, g, dx
+    return _case("rms_norm", {"T": T, "d": d}, dtype, device, make, functions, elements, backend)
 
 
 def swiglu_case(
@@ -144,20 +143,13 @@ def swiglu_case(
 ) -> Case:
     """silu(gate) * up of the given inner width."""
 
-    def make(generator: torch.Generator) -> Inputs:
-        return {
-            "gate": _normal((T, d), generator, dtype, leaf=True),
-            "up": _normal((T, d), generator, dtype, leaf=True),
-            "g": _normal((T, d), generator, dtype),
-        }
+    def make(normal: Normal) -> Inputs:
+        gate, up, g = (normal(T, d) for _ in range(3))
+        return {"gate": gate.requires_grad_(), "up": up.requires_grad_(), "g": g}
 
-    functions: dict[str, tuple[Callable[..., Tensor], str]] = {"reference": (swiglu, "reference")}
-    if backend:
-        fast = compiled(swiglu, backend, False)
-        functions["reference compiled"] = (fast, "reference")
-    liger = peers.liger_swiglu() if device == "cuda" else None
-    if liger is not None:
-        functions["liger-kernel"] = (liger, "peer")
-    names = ("gate", "up")
+    functions: dict[str, Callable[..., Any]] = {"reference": swiglu}
+    if device == "cuda" and (liger := peers.liger_swiglu()) is not None:
+        # Its function takes no keywords.
+        functions["liger-kernel"] = lambda gate, up: liger(gate, up)
     elements = T * d * 8  # gate, up, out; gate, up, g, and both gradients
-    return _case("swiglu", {"T": T, "d": d}, dtype, device, make, functions, names, names, elements)
+    return _case("swiglu", {"T": T, "d": d}, dtype, device, make, functions, elements, backend)

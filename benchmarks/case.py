@@ -59,6 +59,7 @@ class Step:
     truth: Truth | None = None  #: what is right, where that is not the case's
     cost: Cost | None = None  #: where that is not the case's
     graph: bool = False  #: also time it replayed as a CUDA graph
+    beside: Callable[[Inputs], Any] | None = None  #: on a CPU, timed in turn with this, in pairs
 
 
 @dataclass(frozen=True)
@@ -110,13 +111,12 @@ class Case:
 
     def only(self, *names: str) -> Case:
         """With some of its steps (those that it has)."""
-        kept = {name: step for name, step in self.steps.items() if name in names}
-        return replace(self, steps=kept)
+        return replace(self, steps={n: step for n, step in self.steps.items() if n in names})
 
     def release(self) -> None:
         """Frees inputs and what was compared with."""
-        for made in ("sets", "_expected"):
-            self.__dict__.pop(made, None)
+        for name in ("sets", "_expected"):
+            self.__dict__.pop(name, None)
         if self.device == "cuda":  # to those who come in processes of their own, too
             torch.cuda.empty_cache()
 

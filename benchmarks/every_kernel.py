@@ -6,12 +6,11 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import torch
 
 from benchmarks import head_cases, transcoder_steps
-from benchmarks.exactness import ACTIVATIONS
+from benchmarks.exactness import ACTIVATIONS, activation_options
 from benchmarks.transcoder_cases import implementations
 from fastadapt.kernels.transcoder import Plan
 
@@ -25,10 +24,8 @@ def main(device: str) -> None:
         for T, d, F in SHAPES:
             inputs = transcoder_steps.make_inputs(T, d, F, 12.0, dtype, device, 0)
             for implementation in implementations(device):
-                for name, options in ACTIVATIONS.items():
-                    call: dict[str, Any] = dict(options)
-                    if name == "jumprelu":
-                        call["threshold"] = torch.full((F,), 0.1, device=device, dtype=dtype)
+                for name in ACTIVATIONS:
+                    call = activation_options(name, F, dtype, device)
                     for plan in (None, Plan(dense=True), Plan(dense=False, capacity=T * F)):
                         if implementation != "sparse":
                             transcoder_steps.step(inputs, implementation, plan, **call)

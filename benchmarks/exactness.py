@@ -17,7 +17,7 @@ from benchmarks.transcoder_cases import implementations, plan_of
 from fastadapt.kernels.testing import assert_close
 from fastadapt.kernels.transcoder import Plan, transcoder
 
-__all__ = ["large_indices", "repeats"]
+__all__ = ["ACTIVATIONS", "activation_options", "check_claim", "large_indices", "repeats"]
 
 ACTIVATIONS: dict[str, dict[str, Any]] = {
     "relu": {},
@@ -33,59 +33,52 @@ def repeats(s: Scale, times: int) -> Iterator[Row]:
     """Forward and backward, ``times`` times, on inputs that fill the device: bitwise equal."""
     T = min(s.T, MOST_TOKENS)
     inputs = transcoder_steps.make_inputs(T, s.d, s.F, L0, s.dtype, s.device, 0)
+    names = ["relu"] if s.T < 100 else list(ACTIVATIONS)
     for implementation in implementations(s.device):
-        if implementation == "sparse":
-            continue
-        for name in ("relu",) if s.T < 100 else ACTIVATIONS:
-            options = ACTIVATIONS[name]
-            if name == "jumprelu":
-                threshold = torch.full((s.F,), 0.1, device=s.device, dtype=s.dtype)
-                options = options | {"threshold": threshold}
+        for name in names if implementation != "sparse" else ():
+            options = activation_options(name, s.F, s.dtype, s.device)
             for dense in (False, True):
                 plan = Plan(dense, None if dense else int(3 * L0 * T) + 4096)
-                call = {"implementation": implementation, "plan": plan, **options}
-                yield _repeated(
-                    f"transcoder {name}, {'dense' if dense else 'sparse'}",
-                    implementation,
-                    functools.partial(transcoder_steps.step, inputs, **call),
-                    times,
+                run = functools.partial(
+                    transcoder_steps.step, inputs, implementation, plan, **options
                 )
-    hidden = head_cases.make_inputs(
-        2, min(s.head_tokens, MOST_TOKENS), s.head_width, s.V, s.dtype, s.device, 0
-    )
+                op = f"transcoder {name}, {'dense' if dense else 'sparse'}"
+                yield _repeated(op, implementation, run, times)
+    T = min(s.head_tokens, MOST_TOKENS)
+    hidden = head_cases.make_inputs(2, T, s.head_width, s.V, s.dtype, s.device, 0)
     for implementation in head_implementations(s.device):
-        yield _repeated(
-            "linear_kl",
-            implementation,
-            functools.partial(head_cases.step, hidden, implementation),
-            max(2, times // 5),
-        )
+        run = functools.partial(head_cases.step, hidden, implementation)
+        yield _repeated("linear_kl", implementation, run, max(2, times // 5))
+
+
+def activation_options(name: str, F: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """The op's arguments for an activation."""
+    if name != "jumprelu":
+        return ACTIVATIONS[name]
+    threshold = torch.full((F,), 0.1, device=device, dtype=dtype)
+    return ACTIVATIONS[name] | {"threshold": threshold}
 
 
 def _repeated(op: str, implementation: str, step: Any, times: int) -> Row:
     def unlike() -> str:
         first = {key: _bits(value) for key, value in step().items()}
-        found = {
-            key
-            for _ in range(times - 1)
-            for key, value in step().items()
-            if not torch.equal(first[key], _bits(value))
-        }
-        return ", ".join(sorted(found))
+        others = (item for _ in range(times - 1) for item in step().items())
+        different = {key for key, value in others if not torch.equal(first[key], _bits(value))}
+        return ", ".join(sorted(different))
 
-    return _row(op, implementation, f"{times} repeats give the same bits", unlike)
+    return check_claim(op, implementation, f"{times} repeats give the same bits", unlike)
 
 
-def _row(op: str, implementation: str, claim: str, wrong: Callable[[], str]) -> Row:
+def check_claim(op: str, implementation: str, claim: str, wrong: Callable[[], str]) -> Row:
     """What is wrong, if anything. An error is a row as well: the next one is still looked at."""
     row: Row = {"op": op, "implementation": implementation, "claim": claim}
     try:
-        found = wrong()
+        message = wrong()
     except torch.AcceleratorError:
         raise  # nothing runs on the device any more
     except Exception as error:
         return row | {"right": False, "error": f"{type(error).__name__}: {error}"}
-    return row | {"right": not found, "wrong": found}
+    return row | {"right": not message, "wrong": message}
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -107,13 +100,13 @@ def large_indices(s: Scale) -> Iterator[Row]:
         for each in (plan, Plan(dense=True)):
             wrong = functools.partial(_unlike_the_last, implementation, inputs, T, each)
             op = f"transcoder, {'dense' if each.dense else 'sparse'}"
-            yield _row(op, implementation, claim, wrong)
+            yield check_claim(op, implementation, claim, wrong)
     S, V, n = 1, s.V, 2**31 // s.V + 512
     hidden = head_cases.make_inputs(S, n, d, V, s.dtype, s.device, 0)
     for implementation in head_implementations(s.device):
         claim = f"logits of {n * V:,} entries as in chunks"
         unlike = functools.partial(_unlike_chunks, hidden, implementation, n)
-        yield _row("linear_kl", implementation, claim, unlike)
+        yield check_claim("linear_kl", implementation, claim, unlike)
 
 
 def _unlike_chunks(hidden: Inputs, implementation: str, n_tokens: int) -> str:
@@ -139,22 +132,14 @@ def _unlike_the_last(implementation: str, inputs: Inputs, T: int, plan: Plan) ->
         low = transcoder(**part, implementation="reference").out
         wide = {name: tensor.double() for name, tensor in part.items()}
         oracle = transcoder(**wide, implementation="reference").out
-    wrong = ""
     try:
         assert_close(out[last], oracle, low, name="out")
     except AssertionError as error:
-        wrong = str(error)
-    made = transcoder_steps.step(inputs, implementation, plan)
-    row = made["gradient of x"][last]
-    chunked = transcoder_steps.step(
-        {
-            name: value[last].detach().requires_grad_(value.requires_grad)
-            if name in ("x", "residual", "g")
-            else value
-            for name, value in inputs.items()
-        },
-        "reference",
-    )
-    if not wrong and not _near(row, chunked["gradient of x"]):
-        wrong = "gradient of x"
-    return wrong
+        return str(error)
+    gradient = transcoder_steps.step(inputs, implementation, plan)["gradient of x"][last]
+    cut = {
+        name: inputs[name][last].detach().requires_grad_(inputs[name].requires_grad)
+        for name in ("x", "residual", "g")
+    }
+    alone = transcoder_steps.step(inputs | cut, "reference")["gradient of x"]
+    return "" if _near(gradient, alone) else "gradient of x"

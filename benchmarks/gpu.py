@@ -25,7 +25,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,20 +37,27 @@ MORE = ("lengths", "step")  # parts of more than kernels
 
 def main(arguments: list[str] | None = None) -> int:
     options = _options().parse_args(arguments)
-    started = time.monotonic()
+    deadline = time.monotonic() + options.seconds
     sys.path[:1] = [str(ROOT)]  # not the folder of this file, which is a package of its own
     from benchmarks.checkout import importable
 
     if options.device == "cpu" and options.quick:
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
     env = importable()
-    _check_parts(options.only or ())
-    run = _Run(options, env, started)
-    if run.wants("sanitizer"):
-        run.sanitize()
+    from benchmarks.parts import PARTS
+
+    names = (*PARTS, *MORE, *CHECKS)
+    unknown = sorted(set(options.only or ()) - set(names))
+    if unknown:
+        sys.exit(f"--only: no part {', '.join(unknown)}; there are {', '.join(names)}")
+    run = Run(options, env, deadline)
     run.check()
     run.measure()
-    run.finish()
+    run.write(finished=True)
+    for bound in run.result["bounds"]:
+        verdict = "met" if bound["met"] else "MISSED"
+        _say(f"{verdict}: {bound['claim']}: {bound['measured']:.3g} (bound {bound['bound']})")
+    _say(f"{'right' if run.is_right else 'WRONG'}; written to {run.output}")
     return 0 if run.is_right else 1
 
 
@@ -69,20 +75,10 @@ def _options() -> argparse.ArgumentParser:
     return parser
 
 
-def _check_parts(only: Iterable[str]) -> None:
-    """Before anything runs."""
-    from benchmarks.parts import PARTS
-
-    there = (*PARTS, *MORE, *CHECKS)
-    unknown = sorted(set(only) - set(there))
-    if unknown:
-        sys.exit(f"--only: no part {', '.join(unknown)}; there are {', '.join(there)}")
-
-
-class _Run:
+class Run:
     """One run: its clock, and everything that goes into the JSON."""
 
-    def __init__(self, options: argparse.Namespace, env: dict[str, str], started: float) -> None:
+    def __init__(self, options: argparse.Namespace, env: dict[str, str], deadline: float) -> None:
         import torch
 
         from benchmarks import machine, parts, peers
@@ -93,7 +89,7 @@ class _Run:
             sys.exit("No GPU here; --device cpu --quick tries the script out without one.")
         torch._dynamo.config.recompile_limit = 64  # one compilation per shape, of many
         self.lost = False  # after an illegal access nothing runs on the device any more
-        self.options, self.env, self.deadline = options, env, started + options.seconds
+        self.options, self.env, self.deadline = options, env, deadline
         self.scale = parts.scale(options.device, quick=options.quick)
         self.roofs = measure_roofs(options.device, self.scale.dtype, quick=options.quick)
         self.result: dict[str, Any] = {
@@ -116,45 +112,53 @@ class _Run:
 
     @property
     def is_right(self) -> bool:
-        """Nothing that ran was wrong, and nothing that was asked for failed to run."""
+        """Nothing that ran was wrong, and nothing that was requested failed to run."""
         checks = self.result["checks"].values()
         rows = [r for part in self.result["parts"].values() for r in part]
-        wrong = self.result["failed"] or any(_is_wrong(row) for row in rows)
-        return all(check["right"] for check in checks) and not wrong
+        wrong = any(r.get("right") is False and r.get("kind", "ours") == "ours" for r in rows)
+        return all(check["right"] for check in checks) and not (self.result["failed"] or wrong)
 
     def wants(self, part: str) -> bool:
-        """Whether this part was asked for; parts asked for by name come without the tests."""
+        """Whether this part was requested; parts requested by name come without the tests."""
         if part == "tests" and self.options.no_tests:
             return False
+        by_name = part in (self.options.only or ())
         if part == "sanitizer":
-            return self.options.sanitizer or part in (self.options.only or ())
-        return part in self.options.only if self.options.only else True
+            return self.options.sanitizer or by_name
+        return by_name if self.options.only or part == "step" else True
 
     def left(self) -> float:
         """Seconds until the end."""
         return self.deadline - time.monotonic()
 
     def check(self) -> None:
-        """Tests, repeats and large indices."""
-        from benchmarks import exactness
-        from benchmarks.kernel_tests import run_tests
+        """The sanitizer, tests, repeats and large indices."""
+        from benchmarks import exactness, kernel_tests, sanitizer
 
+        checks = self.result["checks"]
+        if self.wants("sanitizer"):
+            start = time.monotonic()
+            for name, check in sanitizer.sanitize(self.options.device, self.env, self.left):
+                checks[name] = check
+                _say(f"{name}: {check.get('why') or 'exit code ' + str(check['rc'])}")
+                self.write()
+            self.took("sanitizer", start)
         if self.wants("tests"):
-            with self.timed("tests"):
-                check = run_tests(self.env, quick=self.options.quick)
-            self.result["checks"]["tests"] = check
+            start = time.monotonic()
+            checks["tests"] = kernel_tests.run_tests(self.env, quick=self.options.quick)
+            self.took("tests", start)
             self.write()
-            _say(f"tests: {check}")
+            _say(f"tests: {checks['tests']}")
         times = 2 if self.options.quick else REPEATS
         for name, rows in (
             ("repeats", lambda: exactness.repeats(self.scale, times)),
             ("indices", lambda: exactness.large_indices(self.scale)),
         ):
             if self.wants(name):
-                found: list[dict[str, Any]] = []
-                check = self.result["checks"][name] = {"right": False, "rows": found}
-                ended = self.attempt(name, rows, found, 60)
-                check["right"] = ended and all(row["right"] for row in found)
+                results: list[dict[str, Any]] = []
+                checks[name] = {"right": False, "rows": results}
+                ended = self.attempt(name, rows, results, 60)
+                checks[name]["right"] = ended and all(row["right"] for row in results)
                 self.write()
 
     def measure(self) -> None:
@@ -162,19 +166,19 @@ class _Run:
         from benchmarks import lengths
         from benchmarks.parts import PARTS
 
-        parts = {name: (self.rows(p.cases(self.scale)), p.seconds) for name, p in PARTS.items()}
         quick = self.options.quick
+        parts = {name: (self.rows(p.cases(self.scale)), p.seconds) for name, p in PARTS.items()}
         rows = lengths.rows(self.scale, quick=quick, env=self.env, left=self.left)
         parts["lengths"] = rows, 100
-        if self.options.only and "step" in self.options.only:  # minutes of its own
+        if self.wants("step"):  # minutes of its own
             from benchmarks import whole_step
 
             sizes = whole_step.SMALL if quick else whole_step.PAPER
             parts["step"] = (whole_step.rows(sizes, self.options.device, self.roofs), 400)
         for name, (rows, seconds) in parts.items():
             if self.wants(name) and self.left() > 0:
-                made = self.result["parts"][name] = []
-                self.attempt(name, lambda rows=rows: rows, made, seconds)
+                into = self.result["parts"][name] = []
+                self.attempt(name, lambda rows=rows: rows, into, seconds)
             elif self.wants(name):
                 _say(f"{name}: no time left")
                 self.result["cut_short"].append(name)
@@ -185,20 +189,18 @@ class _Run:
 
         seconds, least = (0.0, 1) if self.options.quick else (0.3, 5)
         for case in cases:
-            made: list[dict[str, Any]] = []
+            results: list[dict[str, Any]] = []
             try:
-                for step in case.steps:
+                for name, step in case.steps.items():
                     try:
-                        made.append(row(case, step, self.roofs, seconds=seconds, least=least))
+                        results.append(row(case, name, self.roofs, seconds=seconds, least=least))
                     except Exception as error:
-                        message = f"{type(error).__name__}: {error}"
-                        kind = case.steps[step].kind
-                        failed = {"op": case.op, "implementation": step, "kind": kind}
-                        failed |= {"shape": case.shape, "right": False, "error": message}
-                        made.append(failed)
-                    yield made[-1]
+                        failed = {"op": case.op, "implementation": name, "kind": step.kind}
+                        failed |= {"shape": case.shape, "right": False}
+                        results.append(failed | {"error": f"{type(error).__name__}: {error}"})
+                    yield results[-1]
             finally:  # also where the time was up in its midst
-                add_ratios(made)
+                add_ratios(results)
                 case.release()
 
     def attempt(
@@ -214,23 +216,23 @@ class _Run:
         if self.lost:
             self.result["failed"][name] = "not tried: the device no longer answers"
             return False
+        start = time.monotonic()
         try:
-            with self.timed(name):
-                self.collect(name, rows(), into, seconds)
+            self.collect(name, rows(), into, seconds)
         except Exception as error:
             self.lost = isinstance(error, torch.AcceleratorError)
             self.result["failed"][name] = f"{type(error).__name__}: {error}"
             _say(f"{name}: {self.result['failed'][name]}")
-            self.write()
-            return False
-        return True
+        self.took(name, start)
+        self.write()
+        return name not in self.result["failed"]
 
     def collect(
         self, name: str, rows: Iterator[Any], into: list[dict[str, Any]], seconds: float
     ) -> None:
         """As many rows as fit; a line of each, and each is on the disk.
 
-        A part that was asked for by name may take what is left of the whole.
+        A part that was requested by name may take what is left of the whole.
         """
         from benchmarks.record import line_of
         from benchmarks.timing import synchronize
@@ -249,24 +251,9 @@ class _Run:
                 self.result["cut_short"].append(name)
                 return
 
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Records how long a part took, however it ends."""
-        start = time.monotonic()
-        try:
-            yield
-        finally:
-            self.result["seconds"][name] = round(time.monotonic() - start, 2)
-
-    def sanitize(self) -> None:
-        """compute-sanitizer over a small run of every kernel."""
-        from benchmarks.sanitizer import sanitize
-
-        with self.timed("sanitizer"):
-            for name, check in sanitize(self.options.device, self.env, self.left):
-                self.result["checks"][name] = check
-                _say(f"{name}: {check.get('why') or 'exit code ' + str(check['rc'])}")
-                self.write()
+    def took(self, name: str, start: float) -> None:
+        """Records how long a part took."""
+        self.result["seconds"][name] = round(time.monotonic() - start, 2)
 
     def write(self, *, finished: bool = False) -> None:
         """All that is known, as valid JSON in place of what was there: a kill loses nothing."""
@@ -276,18 +263,6 @@ class _Run:
         self.result["bounds"] = bounds(self.result["parts"], self.name)
         self.result |= {"right": self.is_right, "finished": finished}
         write(self.result, self.output)
-
-    def finish(self) -> None:
-        """The last word."""
-        self.write(finished=True)
-        for bound in self.result["bounds"]:
-            verdict = "met" if bound["met"] else "MISSED"
-            _say(f"{verdict}: {bound['claim']}: {bound['measured']:.3g} (bound {bound['bound']})")
-        _say(f"{'right' if self.is_right else 'WRONG'}; written to {self.output}")
-
-
-def _is_wrong(row: dict[str, Any]) -> bool:
-    return row.get("right") is False and row.get("kind", "ours") == "ours"
 
 
 def _say(line: str) -> None:

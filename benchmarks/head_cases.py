@@ -6,7 +6,7 @@ Shape suffixes as in ``kernels/linear_kl``: S students, T tokens, d width, V voc
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,13 +47,8 @@ def make_inputs(
 
 def step(inputs: Inputs, implementation: str, **options: Any) -> Results:
     """Forward and backward of one call; KL, its values per token and the students' gradient."""
-    output = linear_kl(
-        inputs["teacher"],
-        inputs["students"],
-        inputs["head"],
-        implementation=implementation,
-        **options,
-    )
+    streams = (inputs[name] for name in ("teacher", "students", "head"))
+    output = linear_kl(*streams, implementation=implementation, **options)
     cotangent = inputs["c"].to(output.kl.dtype)
     (gradient,) = torch.autograd.grad(output.kl, inputs["students"], cotangent)
     return {
@@ -69,18 +64,12 @@ def truth(inputs: Inputs, dtype: torch.dtype) -> Results:
     head = inputs["head"].to(dtype)
     kl: Tensor | float = 0.0
     token_kl, gradient = [], []
-    for tokens in _pieces(T, V, inputs["head"].device.type):
-        part = cast(
-            {
-                "teacher": inputs["teacher"][tokens],
-                "students": inputs["students"].detach()[:, tokens].requires_grad_(),
-                "c": inputs["c"],
-            },
-            dtype,
-        )
-        part["c"] = inputs["c"]  # in the results' dtype, whatever the inputs'
+    size = max(1, ENTRIES_AT_ONCE[head.device.type] // V)
+    for tokens in (slice(start, start + size) for start in range(0, T, size)):
+        students = inputs["students"].detach()[:, tokens].requires_grad_()
+        part = cast({"teacher": inputs["teacher"][tokens], "students": students}, dtype)
         share = len(part["teacher"]) / T
-        results = step(part | {"head": head}, "reference")
+        results = step(part | {"head": head, "c": inputs["c"]}, "reference")
         kl = kl + results["kl"] * share
         token_kl.append(results["token_kl"])
         gradient.append(results["gradient of students"] * share)
@@ -92,21 +81,16 @@ def truth(inputs: Inputs, dtype: torch.dtype) -> Results:
     }
 
 
-def _pieces(T: int, V: int, device: str) -> Iterator[slice]:
-    size = max(1, ENTRIES_AT_ONCE[device] // V)
-    return (slice(start, start + size) for start in range(0, T, size))
-
-
 def products(inputs: Inputs) -> Tensor:
     """The floor: logits of every stream and each student's gradient, products alone."""
     head = inputs["head"]
+    gradients = []
     with torch.no_grad():
-        gradients = []
-        for start in range(0, len(inputs["teacher"]), CHUNK):
-            tokens = slice(start, start + CHUNK)
-            torch.mm(inputs["teacher"][tokens], head.T)
-            for student in inputs["students"]:
-                gradients.append(torch.mm(torch.mm(student[tokens], head.T), head))
+        for teacher, students in zip(
+            inputs["teacher"].split(CHUNK), inputs["students"].split(CHUNK, 1), strict=True
+        ):
+            torch.mm(teacher, head.T)
+            gradients += [torch.mm(torch.mm(student, head.T), head) for student in students]
         return torch.cat(gradients)
 
 
@@ -124,12 +108,11 @@ def compiled_chunks(inputs: Inputs, *, backend: str) -> Results:
     kl, gradient = [], []
     for s, student in enumerate(inputs["students"].detach()):
         total: Tensor | float = 0.0
-        for start in range(0, len(student), CHUNK):
-            tokens = slice(start, start + CHUNK)
-            leaf = student[tokens].requires_grad_()
-            value = loss(inputs["teacher"][tokens], leaf, inputs["head"]) / len(student)
-            (made,) = torch.autograd.grad(value, leaf, inputs["c"][s])
-            gradient.append(made)
+        pairs = zip(inputs["teacher"].split(CHUNK), student.split(CHUNK), strict=True)
+        for teacher, part in pairs:
+            leaf = part.detach().requires_grad_()
+            value = loss(teacher, leaf, inputs["head"]) / len(student)
+            gradient += torch.autograd.grad(value, leaf, inputs["c"][s])
             total = total + value.detach()
         assert isinstance(total, Tensor)
         kl.append(total)
@@ -155,9 +138,8 @@ def peer_step(inputs: Inputs, loss: Callable[[Tensor, Tensor, Tensor], Tensor]) 
     for s, student in enumerate(inputs["students"].detach()):
         leaf = student.requires_grad_()
         value = loss(leaf, inputs["teacher"], inputs["head"])
-        (made,) = torch.autograd.grad(value, leaf, inputs["c"][s].to(value.dtype))
+        gradient += torch.autograd.grad(value, leaf, inputs["c"][s].to(value.dtype))
         kl.append(value.detach().float())
-        gradient.append(made)
     return {"kl": torch.stack(kl), "gradient of students": torch.stack(gradient)}
 
 
@@ -186,17 +168,19 @@ def case(
     device: str,
     *,
     backend: str | None = "inductor",
+    **options: Any,
 ) -> Case:
-    """``backend`` None compiles nothing."""
+    """``backend`` None compiles nothing. ``options`` of the op hold for ours and the reference."""
     n_sets = copies((V + (2 * S + 1) * T) * d * dtype.itemsize, device)
     # Most important first, since the part's time may end: the floor, ours, then who is slow.
     steps = {"GEMMs": Step(products, "floor")}
     for name in implementations(device):
-        steps[name] = Step(functools.partial(step, implementation=name))
+        steps[name] = Step(functools.partial(step, implementation=name, **options))
         if S > 1:
             run = functools.partial(single_calls, implementation=name)
             steps[f"{name}, {S} single calls"] = Step(run)
-    steps["reference"] = Step(functools.partial(step, implementation="reference"), "reference")
+    run = functools.partial(step, implementation="reference", **options)
+    steps["reference"] = Step(run, "reference")
     if backend:
         run = functools.partial(compiled_chunks, backend=backend)
         steps["compiled chunks"] = Step(run, "peer", "no values per token")

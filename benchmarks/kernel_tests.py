@@ -14,15 +14,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.processes import ended
+from benchmarks.processes import run_for
 
-__all__ = ["needing", "processes", "run_files", "run_tests"]
+__all__ = ["gpu_tests_of_training", "needing", "run_files", "run_tests"]
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS_S = 170.0
 MOST_PROCESSES = 6
 TRAINING = ("test_no_sync.py", "test_feed.py::test_a_gpu_is_not_waited_for")
-TRAINING_NEEDS = ("datasets", "tokenizers", "transformers")  # some of them only when they run
+TRAINING_NEEDS = ("datasets", "tokenizers", "transformers")  # not all of them at import
 
 
 def run_tests(env: dict[str, str], *, quick: bool, seconds: float = TESTS_S) -> dict[str, Any]:
@@ -31,29 +31,34 @@ def run_tests(env: dict[str, str], *, quick: bool, seconds: float = TESTS_S) -> 
     Tests that do not end in time are not right; the counts say how many had ended.
     """
     folder = ROOT / "tests" / "kernels"
-    left_out = []
-    if importlib.util.find_spec("hypothesis") is None:
-        left_out = needing("hypothesis", folder)
+    left_out = [] if _is_installed("hypothesis") else needing("hypothesis", folder)
     if quick:
         selected = [folder / "test_testing.py"]
-        left_out = [f for f in left_out if f in selected]
+        left_out = [file for file in left_out if file in selected]
     else:
         training, without = gpu_tests_of_training()
         selected = [folder, *training]
-        left_out += without
         # What is shown by compiling ahead of time needs no GPU.
-        left_out.append(folder / "compiled")
+        left_out += [*without, folder / "compiled"]
     report = Path(env["PYTHONPATH"].split(os.pathsep)[0]) / "junit.xml"
-    done = run_files(selected, left_out, report, env, seconds, 1 if quick else processes())
+    n_processes = 1
+    if not quick and _is_installed("xdist"):
+        # Most of the time goes into compilers, which run on the host. Tests share only the GPU's
+        # memory, of which they need little (one of them 9 GB), and the cache of compiled kernels,
+        # where Triton puts each in place as a whole.
+        n_processes = max(1, min(MOST_PROCESSES, (os.cpu_count() or 1) // 2))
+    done = run_files(selected, left_out, report, env, seconds, n_processes)
     return {**done, "left_out": [path.name for path in left_out]}
 
 
 def gpu_tests_of_training() -> tuple[list[Path], list[Path]]:
     """Those that run here, and those whose imports are not installed."""
     tests = [ROOT / "tests" / "training" / name for name in TRAINING]
-    if all(importlib.util.find_spec(package) for package in TRAINING_NEEDS):
-        return tests, []
-    return [], tests
+    return (tests, []) if all(map(_is_installed, TRAINING_NEEDS)) else ([], tests)
+
+
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def run_files(
@@ -64,7 +69,7 @@ def run_files(
     seconds: float,
     n_processes: int,
 ) -> dict[str, Any]:
-    """Whether these tests were ``right``, how many there were, and the end of what they said."""
+    """Whether these tests were ``right``, how many there were, and the end of their output."""
     report.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", *map(str, selected), "-q", "-m", "not slow"]
     # Other versions warn of other things.
@@ -72,24 +77,11 @@ def run_files(
     command += [f"--ignore={path}" for path in left_out if path.exists()]
     if n_processes > 1:
         command += ["-n", str(n_processes), "--dist", "worksteal"]
-    done = ended(command, env, seconds, interrupt=True)
-    counts = {}
-    if report.exists():
-        suite = ElementTree.parse(report).getroot().find("testsuite")
-        if suite is not None:
-            keys = ("tests", "failures", "errors", "skipped")
-            counts = {key: int(suite.get(key, 0)) for key in keys}
+    done = run_for(command, env, seconds, interrupt=True)
+    suite = ElementTree.parse(report).find("testsuite") if report.exists() else None
+    keys = ("tests", "failures", "errors", "skipped") if suite is not None else ()
+    counts = {key: int(suite.get(key, 0)) for key in keys}
     return {"right": done["rc"] == 0, **counts, "processes": n_processes, **done}
-
-
-def processes() -> int:
-    """Side by side on one GPU: most of the time goes into compilers, which run on the host.
-
-    Tests share nothing but the GPU's memory, of which they want little (one of them 9 GB), and the
-    cache of compiled kernels, where Triton puts each in place as a whole.
-    """
-    there = importlib.util.find_spec("xdist") is not None
-    return max(1, min(MOST_PROCESSES, (os.cpu_count() or 1) // 2)) if there else 1
 
 
 def needing(package: str, folder: Path) -> list[Path]:
@@ -98,7 +90,7 @@ def needing(package: str, folder: Path) -> list[Path]:
     wanted = {package}
     while True:
         imports = re.compile(rf"^(?:from|import) (?:{'|'.join(sorted(wanted))})\b", re.MULTILINE)
-        found = {path for path, text in sources.items() if imports.search(text)}
-        if wanted >= {path.stem for path in found}:
-            return sorted(path for path in found if path.name.startswith("test_"))
-        wanted |= {path.stem for path in found}
+        importing = {path for path, text in sources.items() if imports.search(text)}
+        if wanted >= {path.stem for path in importing}:
+            return sorted(path for path in importing if path.name.startswith("test_"))
+        wanted |= {path.stem for path in importing}

@@ -8,7 +8,6 @@ pass over the same lengths, and the number of compilations.
 from __future__ import annotations
 
 import json
-import os
 import random
 import subprocess
 import sys
@@ -18,10 +17,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+
 from benchmarks import peers
-from benchmarks.case import Inputs, Row, Step, compiled
+from benchmarks.case import Inputs, Row, compiled
 from benchmarks.parts import Scale, scale
 from benchmarks.timing import synchronize
+from fastadapt.kernels.device import runs_triton
 
 __all__ = ["rows"]
 
@@ -39,16 +41,12 @@ def lengths(s: Scale) -> list[int]:
 
 def names(s: Scale) -> list[str]:
     """The implementations, ours first, and the peers that can be used."""
-    ours = ["sparse"] if s.device == "cpu" else []
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if s.device == "cuda" or interpreted:
-        ours += ["triton", "triton_fused", "linear_kl triton"]
-    there = set(PEERS) - set(peers.missing()) if s.device == "cuda" else set()
-    return [
-        *ours,
-        *([COMPILED] if s.backend else []),
-        *(name for name in PEERS if name in there),
-    ]
+    result = ["sparse"] if s.device == "cpu" else []
+    if runs_triton(s.device):
+        result += ["triton", "triton_fused", "linear_kl triton"]
+    result += [COMPILED] if s.backend else []
+    missing = peers.missing() if s.device == "cuda" else PEERS
+    return result + [name for name in PEERS if name not in missing]
 
 
 def rows(s: Scale, *, quick: bool, env: dict[str, str], left: Callable[[], float]) -> Iterator[Row]:
@@ -60,25 +58,18 @@ def rows(s: Scale, *, quick: bool, env: dict[str, str], left: Callable[[], float
         with tempfile.TemporaryDirectory() as cache:
             caches = {"TRITON_CACHE_DIR": f"{cache}/t", "TORCHINDUCTOR_CACHE_DIR": f"{cache}/i"}
             command = [sys.executable, "-m", "benchmarks.lengths", name, s.device]
+            command += ["quick"] if quick else []
+            options: dict[str, Any] = {"env": env | caches, "capture_output": True, "text": True}
             try:
-                done = subprocess.run(
-                    [*command, *(["quick"] if quick else [])],
-                    env=env | caches,
-                    capture_output=True,
-                    text=True,
-                    timeout=seconds,
-                    check=False,
-                )
+                done = subprocess.run(command, timeout=seconds, check=False, **options)
             except subprocess.TimeoutExpired:
                 yield row | {"error": f"not finished in {seconds:.0f} s"}
                 continue
         if done.returncode:
-            yield row | {
-                "right": False,
-                "error": (done.stderr.strip().splitlines() or ["no message"])[-1],
-            }
-            continue
-        yield row | json.loads(done.stdout.strip().splitlines()[-1])
+            error = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            yield row | {"right": False, "error": error}
+        else:
+            yield row | json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def _transcoder(s: Scale, name: str) -> Callable[[int], None] | None:
@@ -90,12 +81,10 @@ def _transcoder(s: Scale, name: str) -> Callable[[int], None] | None:
         function = compiled(transcoder_steps.reference, s.backend, None)
         run: Callable[[Inputs], Any] = transcoder_steps.differentiated(function)
     elif name == "eai-sparsify":
-        step: Step | None = transcoder_cases.topk_case(
-            s.T, s.d, s.F, s.ks[-1], s.dtype, s.device
-        ).steps.get(name)
-        if step is None:
+        case = transcoder_cases.topk_case(s.T, s.d, s.F, s.ks[-1], s.dtype, s.device)
+        if name not in case.steps:
             return None
-        run = step.run
+        run = case.steps[name].run
     else:
 
         def run(part: Inputs) -> Any:
@@ -129,24 +118,21 @@ def _head(s: Scale, name: str) -> Callable[[int], None] | None:
 
 def main(name: str, device: str, quick: bool) -> Row:
     """Runs in its own process."""
-    import torch
-
     s = scale(device, quick=quick)
     kernels = count_kernels()
     of_head = name.startswith("linear_kl") or name in ("fla-core", "liger-kernel")
     call = (_head if of_head else _transcoder)(s, name)
     if call is None:
         return {"error": "not installed"}
-    passes = []
-    for _ in range(2):
-        seconds = []
-        for T in lengths(s):
-            synchronize(device)
-            start = time.perf_counter()
-            call(T)
-            synchronize(device)
-            seconds.append(time.perf_counter() - start)
-        passes.append(seconds)
+
+    def seconds(T: int) -> float:
+        synchronize(device)
+        start = time.perf_counter()
+        call(T)
+        synchronize(device)
+        return time.perf_counter() - start
+
+    passes = [[seconds(T) for T in lengths(s)] for _ in range(2)]
     graphs = torch._dynamo.utils.counters["stats"].get("unique_graphs", 0) if s.backend else 0
     return {
         "lengths": lengths(s),

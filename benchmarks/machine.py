@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import os
@@ -16,16 +17,8 @@ import torch
 __all__ = ["describe"]
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = (
-    "torch",
-    "triton",
-    "numpy",
-    "transformers",
-    "eai-sparsify",
-    "fla-core",
-    "liger-kernel",
-    "fastadapt",
-)
+PACKAGES = ("torch", "triton", "numpy", "transformers", "fastadapt")
+PEERS = ("eai-sparsify", "fla-core", "liger-kernel")
 
 
 def describe(device: str, commit: str | None = None) -> dict[str, Any]:
@@ -41,31 +34,29 @@ def describe(device: str, commit: str | None = None) -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str | None:
+    command = ["git", "-C", str(ROOT), *arguments]
     try:
-        command = ["git", "-C", str(ROOT), *arguments]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (FileNotFoundError, subprocess.CalledProcessError):
         return None
-    return result.stdout.strip() if result.returncode == 0 else None
 
 
 def _digest() -> str:
     """SHA-256 over the sources of the kernels and benchmarks, names included."""
     digest = hashlib.sha256()
     for folder in ("kernels", "fastadapt/kernels", "benchmarks"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
+        paths = [p for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".toml")]
+        for path in sorted(paths):
             digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 
 def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    versions = {}
+    for name in (*PACKAGES, *PEERS):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
 def _hardware(device: str) -> dict[str, Any]:
@@ -89,9 +80,8 @@ def _hardware(device: str) -> dict[str, Any]:
 
 
 def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()

@@ -5,17 +5,19 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
-from benchmarks.block_cases import nmse_case, rms_norm_case, swiglu_case
+from benchmarks.block_cases import masked_nmse_case, nmse_case, rms_norm_case, swiglu_case
+from benchmarks.bounds import read_toml
 from benchmarks.case import Case
 from benchmarks.head_cases import case as head_case
 from benchmarks.transcoder_cases import case as transcoder_case
 from benchmarks.transcoder_cases import serving_case, topk_case
 
-__all__ = ["PARTS", "Part", "Scale", "scale"]
+__all__ = ["CPU_PARTS", "PARTS", "Part", "Scale", "scale"]
 
 
 @dataclass(frozen=True)
@@ -30,93 +32,39 @@ class Scale:
     F: int
     V: int
     inner: int  #: width of SwiGLU
-    lengths: tuple[int, ...]
-    features: tuple[int, ...]
-    l0s: tuple[float, ...]
-    sweep: tuple[float, ...]
-    l0s_of_shapes: tuple[float, ...]
-    ks: tuple[int, ...]
-    few: tuple[int, ...]  #: tokens of a serving step
+    lengths: list[int]
+    features: list[int]
+    l0s: list[float]
+    sweep: list[float]
+    l0s_of_shapes: list[float]
+    ks: list[int]
+    few: list[int]  #: tokens of a serving step
     head_tokens: int
     head_width: int
+    densities: dict[str, Any] = field(default_factory=dict)
+    vocabularies: list[Any] = field(default_factory=list)
+    masked_nmse: list[Any] = field(default_factory=list)
 
 
 def scale(device: str, *, quick: bool = False) -> Scale:
     """The paper's shapes on a GPU, small ones on a CPU; ``quick`` for tests of the benchmarks."""
-    if quick:
-        return Scale(
-            device=device,
-            dtype=torch.bfloat16 if device == "cuda" else torch.float32,
-            backend="aot_eager",
-            T=5,
-            d=16,
-            F=32,
-            V=35,
-            inner=24,
-            lengths=(3,),
-            features=(32,),
-            l0s=(1,),
-            sweep=(1,),
-            l0s_of_shapes=(1,),
-            ks=(2,),
-            few=(1,),
-            head_tokens=4,
-            head_width=16,
-        )
-    if device == "cuda":
-        return Scale(
-            device=device,
-            dtype=torch.bfloat16,
-            backend="inductor",
-            T=7500,
-            d=3584,
-            F=8192,
-            V=152_064,
-            inner=18_944,
-            lengths=(512, 2048, 10_000),
-            features=(8192, 16_384),
-            l0s=(0.1, 1, 10, 100, 1000, 4096),
-            sweep=(0, 3, 20, 30, 45, 70, 200, 500, 2000, 8192),
-            l0s_of_shapes=(10, 1, 100, 0.1, 1000, 4096),
-            ks=(8, 16, 32),
-            few=(1, 2, 4, 8, 16, 32, 64, 128, 256),
-            head_tokens=7500,
-            head_width=3584,
-        )
-    return Scale(
-        device=device,
-        dtype=torch.float32,
-        backend="inductor" if shutil.which("g++") or shutil.which("clang++") else None,
-        T=512,
-        d=256,
-        F=2048,
-        V=8192,
-        inner=1024,
-        lengths=(256,),
-        features=(4096,),
-        l0s=(0.1, 1, 10, 100),
-        sweep=(0, 300, 2048),
-        l0s_of_shapes=(10,),
-        ks=(16,),
-        few=(1, 16),
-        head_tokens=256,
-        head_width=128,
-    )
+    shapes = read_toml("shapes")["quick" if quick else device]
+    dtype = "bfloat16" if device == "cuda" else shapes.pop("dtype")
+    compiles = device == "cuda" or shutil.which("g++") or shutil.which("clang++")
+    backend = "aot_eager" if quick else "inductor" if compiles else None
+    return Scale(device, **shapes | {"dtype": getattr(torch, dtype), "backend": backend})
 
 
 def transcoder(s: Scale) -> Iterator[Case]:
     """Every implementation at the main shape, by density."""
     for l0 in s.l0s:
         full = transcoder_case(s.T, s.d, s.F, l0, s.dtype, s.device, backend=s.backend)
-        yield full.only(
-            *(name for name in full.steps if not name.endswith((", dense", ", sparse")))
-        )
+        yield full.only(*(n for n in full.steps if not n.endswith((", dense", ", sparse"))))
 
 
 def topk(s: Scale) -> Iterator[Case]:
     """A fixed number of features per token."""
-    for k in s.ks:
-        yield topk_case(s.T, s.d, s.F, k, s.dtype, s.device)
+    return (topk_case(s.T, s.d, s.F, k, s.dtype, s.device) for k in s.ks)
 
 
 def linear_kl(s: Scale) -> Iterator[Case]:
@@ -127,8 +75,7 @@ def linear_kl(s: Scale) -> Iterator[Case]:
 
 def serving(s: Scale) -> Iterator[Case]:
     """Few tokens, forward alone."""
-    for T in s.few:
-        yield serving_case(T, s.d, s.F, 10, s.dtype, s.device)
+    return (serving_case(T, s.d, s.F, 10, s.dtype, s.device) for T in s.few)
 
 
 def sweep(s: Scale) -> Iterator[Case]:
@@ -137,8 +84,8 @@ def sweep(s: Scale) -> Iterator[Case]:
     for l0 in s.sweep:
         full = transcoder_case(s.T, s.d, s.F, l0, s.dtype, s.device, backend=s.backend)
         # Codes at such a density take seconds and gigabytes; the plan never chooses them.
-        kept = [name for name in ours if l0 <= 200 or not name.endswith(", sparse")]
-        yield full.only("reference", "reference compiled", "encoder GEMM", *kept)
+        names = [name for name in ours if l0 <= 200 or not name.endswith(", sparse")]
+        yield full.only("reference", "reference compiled", "encoder GEMM", *names)
 
 
 def shapes(s: Scale) -> Iterator[Case]:
@@ -153,6 +100,31 @@ def block(s: Scale) -> Iterator[Case]:
     yield nmse_case(s.T, s.d, s.dtype, s.device, backend=s.backend)
     yield rms_norm_case(s.T, s.d, s.dtype, s.device, backend=s.backend)
     yield swiglu_case(s.T, s.inner, s.dtype, s.device, backend=s.backend)
+
+
+def densities(s: Scale) -> Iterator[Case]:
+    """`sparse` in pairs with the reference, whose ratio a busy machine disturbs least."""
+    shape = s.densities
+    for l0 in shape["l0s"]:
+        T, d, F = shape["T"], shape["d"], shape["F"]
+        full = transcoder_case(T, d, F, l0, s.dtype, s.device, backend=None)
+        paired = replace(full.steps["sparse"], beside=full.steps["reference"].run)
+        others = ("reference", "plain") if l0 in (1, 10, 4096) else ()
+        yield replace(full, steps=full.only(*others).steps | {"sparse": paired})
+
+
+def vocabularies(s: Scale) -> Iterator[Case]:
+    """Three students at several vocabularies, in small chunks."""
+    for T, d, V, name in s.vocabularies:
+        dtype = getattr(torch, name)
+        full = head_case(3, T, d, V, dtype, s.device, backend=None, chunk_tokens=64)
+        yield full.only("reference", "chunked")
+
+
+def masked_nmse(s: Scale) -> Iterator[Case]:
+    """Batches with a mask, with the values per token."""
+    for B, T, d, name in s.masked_nmse:
+        yield masked_nmse_case(B, T, d, getattr(torch, name), s.device)
 
 
 @dataclass(frozen=True)
@@ -173,3 +145,4 @@ PARTS = {
     "block": Part(block, 20),
     "shapes": Part(shapes, 30),
 }
+CPU_PARTS = {f.__name__: Part(f, 0) for f in (densities, vocabularies, masked_nmse)}

@@ -18,6 +18,7 @@ __all__ = ["main", "page", "plots"]
 Row = dict[str, Any]
 FOLDER = Path(__file__).resolve().parent / "results"
 WIDTH, HEIGHT = 7.0, 4.5  # inches
+MET = {True: "yes", False: "**no**"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,10 +93,7 @@ def _checks(result: Row) -> list[str]:
 def _bounds(bounds: Sequence[Row]) -> list[str]:
     if not bounds:
         return []
-    table = [
-        [b["claim"], b["bound"], f"{b['measured']:.3g}", "yes" if b["met"] else "**no**"]
-        for b in bounds
-    ]
+    table = [[b["claim"], b["bound"], f"{b['measured']:.3g}", MET[b["met"]]] for b in bounds]
     return [*_table(["claim", "bound", "measured", "met"], table), ""]
 
 
@@ -114,18 +112,12 @@ def _rows(rows: Sequence[Row]) -> list[str]:
             table.append([shape, name, _why(r)])
             continue
         ratios = r.get("times_as_fast_as", {})
-        table.append(
-            [
-                shape,
-                name,
-                f"{r['median_s'] * 1e3:.4g}",
-                f"{r['spread_s'] * 1e3:.2g}",
-                f"{r['peak_bytes'] / 1e9:.3g}",
-                f"{r['share_of_roof']:.0%}",
-                *([f"{r['graph_s'] * 1e3:.4g}" if "graph_s" in r else ""] if graphs else []),
-                *(f"{ratios[other]:.2f}" if other in ratios else "" for other in columns),
-            ]
-        )
+        line = [shape, name, f"{r['median_s'] * 1e3:.4g}", f"{r['spread_s'] * 1e3:.2g}"]
+        line += [f"{r['peak_bytes'] / 1e9:.3g}", f"{r['share_of_roof']:.0%}"]
+        if graphs:
+            line.append(f"{r['graph_s'] * 1e3:.4g}" if "graph_s" in r else "")
+        line += [f"{ratios[other]:.2f}" if other in ratios else "" for other in columns]
+        table.append(line)
     return _table(header, table)
 
 
@@ -150,8 +142,8 @@ def _steps(rows: Sequence[Row]) -> list[str]:
 
 def _why(row: Row) -> str:
     """Why there is no time."""
-    said = next((row[key] for key in ("error", "wrong", "skipped") if row.get(key)), "")
-    return (said.splitlines() or [""])[0][:80]
+    messages = [row[key] for key in ("error", "wrong", "skipped") if row.get(key)]
+    return messages[0].splitlines()[0][:80] if messages else ""
 
 
 def _lengths(rows: Sequence[Row]) -> list[str]:
@@ -184,18 +176,17 @@ def plots(result: Row, path: Path) -> list[Path]:
     mpl.use("svg")
     mpl.rcParams["svg.hashsalt"] = "fastadapt"  # equal results, equal files
     parts = result["parts"]
-    made = []
-    for name, rows in (("transcoder", parts.get("transcoder")), ("sweep", parts.get("sweep"))):
-        series = dict(_series(rows or []))
-        if series:
-            made.append(_time_over_l0(series, rows, result["roofs"], path, name))
-    series = dict(_series(parts.get("transcoder") or []))
+    files = []
+    for name in ("transcoder", "sweep"):
+        rows = parts.get(name, [])
+        if series := dict(_series(rows)):
+            files.append(_time_over_l0(series, rows, result["roofs"], path, name))
+    series = dict(_series(parts.get("transcoder", [])))
     if "reference" in series:
-        made.append(_ratio_over_l0(series, path))
-    rows = [r for r in parts.get("lengths", []) if "first_s" in r]
-    if rows:
-        made.append(_first_calls(rows, path))
-    return made
+        files.append(_ratio_over_l0(series, path))
+    if rows := [r for r in parts.get("lengths", []) if "first_s" in r]:
+        files.append(_first_calls(rows, path))
+    return files
 
 
 def _series(rows: Sequence[Row]) -> Iterator[tuple[str, list[tuple[float, float]]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -27,24 +28,14 @@ def measure_roofs(device: str, dtype: torch.dtype, *, quick: bool = False) -> Ro
     """Takes about a second on a GPU."""
     large = device == "cuda" and not quick
     n = 2**30 if large else 2**25  # bytes
-    buffers = [
-        (
-            torch.ones(n, dtype=torch.uint8, device=device),
-            torch.empty(n, dtype=torch.uint8, device=device),
-        )
-        for _ in range(2)
-    ]
+    make = functools.partial(torch.ones, dtype=torch.uint8, device=device)
+    buffers = [(make(n), make(n)) for _ in range(2)]
     copy_s = measure(lambda pair: pair[1].copy_(pair[0]), buffers, device).median_s
     shapes = [(7500, 3584, 8192), (8192, 8192, 8192)] if large else [(512, 512, 512)]
     rate = 0.0
     for M, K, N in shapes:
-        operands = [
-            (
-                torch.randn(M, K, device=device).to(dtype),
-                torch.randn(N, K, device=device).to(dtype),
-            )
-            for _ in range(2)
-        ]
+        sizes = ((M, K), (N, K))
+        operands = [[torch.randn(s, device=device).to(dtype) for s in sizes] for _ in range(2)]
         seconds = measure(lambda ab: ab[0] @ ab[1].T, operands, device).median_s
         rate = max(rate, 2 * M * K * N / seconds)
     return Roofs(2 * n / copy_s, rate, str(dtype)[6:])

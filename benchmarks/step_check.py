@@ -38,15 +38,14 @@ SPARSE = replace(SMALL, layers=2, features=288, dtype=torch.float32)
 def check(device: str) -> Row:
     """``right``, and by how much: ``difference`` in float64; where Triton runs, ``kernels``."""
     wide = in_float64(device)
-    found: Row = {"right": wide < LIMIT, "difference": wide}
+    row: Row = {"right": wide < LIMIT, "difference": wide}
     if runs_triton(device):
         budgets = of_kernels(device)
-        found["right"] &= all(budget.within for budget in budgets)
-        found["kernels"] = [
-            {key: value for key, value in budget._asdict().items() if key != "worst"}
-            for budget in budgets
-        ]
-    return found
+        row["right"] &= all(budget.within for budget in budgets)
+        row["kernels"] = [budget._asdict() for budget in budgets]
+        for kernel in row["kernels"]:
+            del kernel["worst"]
+    return row
 
 
 def in_float64(device: str) -> float:
@@ -86,16 +85,10 @@ def of_kernels(device: str) -> list[ErrorBudget]:
     oracle = NaiveStep(wide, list(copy.deepcopy(adapters).double()))
     model = ReplacementModel(pair, adapters)
     ids = _ids(device)
-    budgets = []
-    for cutoff, codes in ((1, L0), (1, SPARSE.features)):
-        budgets.append(
-            budget_of(
-                _ours(model, ids, cutoff, codes),
-                _plain(oracle, ids, cutoff),
-                _plain(peer, ids, cutoff),
-            )
-        )
-    return budgets
+    return [
+        budget_of(_ours(model, ids, 1, codes), _plain(oracle, ids, 1), _plain(peer, ids, 1))
+        for codes in (L0, SPARSE.features)
+    ]
 
 
 def budget_of(
@@ -113,7 +106,7 @@ def budget_of(
 
 
 def _ours(model: ReplacementModel, ids: Tensor, cutoff: int, codes: float | None) -> list[Tensor]:
-    """The loss and every adapter's gradients; planned for so many codes, if told."""
+    """The loss and every adapter's gradients; planned for so many codes, unless None."""
     model.zero_grad()
     expected = None if codes is None else [codes] * model.n_layers
     out = objective(model, Batch(ids, None, ids), cutoff, ObjectiveConfig(), expected)

@@ -22,8 +22,8 @@ __all__ = ["necessary_flops", "on_the_line", "planned_bytes"]
 @cache
 def necessary_flops(sizes: Sizes, T: int, cutoffs: tuple[int, ...]) -> float:
     """Of our step with nothing recomputed, mean over the cutoffs; counting takes seconds."""
-    kept, adapter = ObjectiveConfig(checkpoint="none"), AdapterConfig(sizes.features)
-    setup = Setup(model_config(sizes), pair_config(sizes), adapter, kept, 1, T)
+    objective, adapter = ObjectiveConfig(checkpoint="none"), AdapterConfig(sizes.features)
+    setup = Setup(model_config(sizes), pair_config(sizes), adapter, objective, 1, T)
     return sum(count(setup, sizes.layers, k, L0) for k in cutoffs) / len(cutoffs)
 
 

@@ -130,10 +130,9 @@ def peak_bytes(function: Callable[[], Any], device: str) -> tuple[int, int]:
 
 def _bytes(results: Any) -> int:
     if isinstance(results, Tensor):
-        return results.numel() * results.element_size()
-    if isinstance(results, dict):
-        return sum(_bytes(value) for value in results.values())
-    return sum(_bytes(value) for value in results) if isinstance(results, (list, tuple)) else 0
+        return results.nbytes
+    items = results.values() if isinstance(results, dict) else results
+    return sum(map(_bytes, items)) if isinstance(results, (dict, list, tuple)) else 0
 
 
 def _events(step: Step, sets: Sequence[Any], repeats: int, enqueued_s: float) -> list[float]:

@@ -25,9 +25,12 @@ from benchmarks.transcoder_steps import (
     truth_of_topk,
 )
 from fastadapt.kernels.device import runs_triton
-from fastadapt.kernels.transcoder import Plan, transcoder
+from fastadapt.kernels.transcoder import Plan, plan_for, transcoder
 
 __all__ = ["case", "implementations", "plan_of", "serving_case", "topk_case"]
+
+NARROW = 16  # width of the decoder where the encoder is to be timed alone
+NO_STATISTICS = "no statistics"
 
 
 def implementations(device: str) -> list[str]:
@@ -45,8 +48,6 @@ def count_codes(inputs: Inputs) -> int:
 
 def plan_of(n_codes: int, T: int, F: int, dtype: torch.dtype, device: str) -> Plan:
     """The plan that training would make after a step with so many codes."""
-    from fastadapt.kernels.transcoder import plan_for
-
     return plan_for(n_codes / T, T, F, dtype, device)
 
 
@@ -54,19 +55,12 @@ def cost(T: int, d: int, F: int, n_codes: int, dtype: torch.dtype) -> Cost:
     """Of forward and backward on codes, by the op's FLOP formulas and the least bytes."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    shapes = {"x": (T, d), "W_enc": (F, d), "b_enc": (F,), "W_dec": (F, d), "b_dec": (d,)}
+    shapes |= {"residual": (T, d), "g": (T, d), "c": ()}
     meta = {
-        name: torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
-        for name, shape in {
-            "x": (T, d),
-            "W_enc": (F, d),
-            "b_enc": (F,),
-            "W_dec": (F, d),
-            "b_dec": (d,),
-            "residual": (T, d),
-        }.items()
+        name: torch.empty(shape, dtype=dtype, device="meta", requires_grad=name in LEAVES)
+        for name, shape in shapes.items()
     }
-    meta |= {"g": torch.empty(T, d, dtype=dtype, device="meta")}
-    meta |= {"c": torch.empty((), device="meta")}
     with FlopCounterMode(display=False) as counter:
         step(meta, "auto", Plan(dense=False, capacity=max(n_codes, 1)))
     live = min(F, n_codes)  # rows of W_dec
@@ -106,8 +100,8 @@ def facts(sets: Sequence[Inputs]) -> dict[str, Any]:
 
 def planned(implementation: str, plan: str = "plan", **options: Any) -> Callable[[Inputs], Results]:
     """The step of an implementation under one of the inputs' plans; `sparse` looks for itself."""
-    own = implementation in ("reference", "sparse")
-    return lambda i: step(i, implementation, None if own else i[plan], **options)
+    plans = implementation not in ("reference", "sparse")
+    return lambda i: step(i, implementation, i[plan] if plans else None, **options)
 
 
 def case(
@@ -122,14 +116,16 @@ def case(
 ) -> Case:
     """ReLU at a density. ``backend`` None compiles nothing."""
     n_sets = copies(6 * F * d * dtype.itemsize, device)
-    steps = {"reference": Step(planned("reference"), "reference")}
-    if backend:
-        fast = compiled(reference, backend, False)
-        steps["reference compiled"] = Step(differentiated(fast), "reference", backend)
-    steps["plain"] = Step(differentiated(plain), "reference", "no statistics")
-    if backend:
-        fast = compiled(plain, backend, False)
-        steps["plain compiled"] = Step(differentiated(fast), "reference", "no statistics")
+
+    def fast(function: Callable[..., Any], note: str) -> dict[str, Step]:
+        if backend is None:
+            return {}
+        run = differentiated(compiled(function, backend, False))
+        return {f"{function.__name__} compiled": Step(run, "reference", note)}
+
+    steps = {"reference": Step(planned("reference"), "reference"), **fast(reference, backend or "")}
+    steps["plain"] = Step(differentiated(plain), "reference", NO_STATISTICS)
+    steps |= fast(plain, NO_STATISTICS)
     steps["encoder GEMM"] = Step(encoder_gemm, "floor", cost=Cost(2.0 * T * d * F, 0))
     for name in implementations(device):
         steps[name] = Step(planned(name))
@@ -166,8 +162,8 @@ def topk_case(T: int, d: int, F: int, k: int, dtype: torch.dtype, device: str) -
             out = inputs["residual"] + (decoded + inputs["b_dec"])
             return {"out": out.detach()} | gradients(inputs, [out], [inputs["g"]])
 
-        own = functools.partial(truth_of_topk, k=k, penalised=False)
-        steps["eai-sparsify"] = Step(run, "peer", peer.note, own)
+        unpenalised = functools.partial(truth_of_topk, k=k, penalised=False)
+        steps["eai-sparsify"] = Step(run, "peer", peer.note, unpenalised)
     steps |= {name: Step(planned(name, **topk)) for name in implementations(device)}
     l0 = BEFORE_TOPK * k
     return Case(
@@ -181,9 +177,6 @@ def topk_case(T: int, d: int, F: int, k: int, dtype: torch.dtype, device: str) -
         lambda _: cost(T, d, F, k * T, dtype),
         lambda _: {"positives": l0},
     )
-
-
-NARROW = 16  # width of the decoder where the encoder is to be timed alone
 
 
 def serving_case(T: int, d: int, F: int, l0: float, dtype: torch.dtype, device: str) -> Case:

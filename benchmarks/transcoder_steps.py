@@ -86,16 +86,21 @@ def make_inputs(
 
 def gradients(inputs: Inputs, outputs: list[Tensor], cotangents: list[Tensor]) -> Results:
     """Of all leaves, by name."""
-    made = torch.autograd.grad(outputs, [inputs[name] for name in LEAVES], cotangents)
-    return dict(zip((f"gradient of {name}" for name in LEAVES), made, strict=True))
+    values = torch.autograd.grad(outputs, [inputs[name] for name in LEAVES], cotangents)
+    return dict(zip((f"gradient of {name}" for name in LEAVES), values, strict=True))
+
+
+def _results(inputs: Inputs, out: Tensor, penalty: Tensor) -> Results:
+    cotangents = [inputs["g"], inputs["c"].to(penalty.dtype)]
+    values = gradients(inputs, [out, penalty], cotangents)
+    return {"out": out.detach(), "penalty": penalty.detach()} | values
 
 
 def step(inputs: Inputs, implementation: str, plan: Plan | None = None, **options: Any) -> Results:
     """One forward and backward of the op; outputs and gradients."""
     leaves = {name: inputs[name] for name in LEAVES}
     out, penalty, _ = transcoder(**leaves, plan=plan, implementation=implementation, **options)
-    made = gradients(inputs, [out, penalty], [inputs["g"], inputs["c"].to(penalty.dtype)])
-    return {"out": out.detach(), "penalty": penalty.detach()} | made
+    return _results(inputs, out, penalty)
 
 
 def plain(
@@ -117,8 +122,7 @@ def differentiated(function: Callable[..., Any]) -> Callable[[Inputs], Results]:
 
     def run(inputs: Inputs) -> Results:
         out, penalty, *_ = function(**{name: inputs[name] for name in LEAVES})
-        made = gradients(inputs, [out, penalty], [inputs["g"], inputs["c"].to(penalty.dtype)])
-        return {"out": out.detach(), "penalty": penalty.detach()} | made
+        return _results(inputs, out, penalty)
 
     return run
 
@@ -136,18 +140,16 @@ def truth_of_topk(inputs: Inputs, dtype: torch.dtype, *, k: int, penalised: bool
             chosen = a_NF.argsort(dim=-1, descending=True, stable=True)[:, :k]
         else:
             chosen = a_NF.topk(k, dim=-1, sorted=False).indices
-        kept_NF = torch.zeros_like(a_NF, dtype=torch.bool).scatter_(1, chosen, True)
+        mask_NF = torch.zeros_like(a_NF, dtype=torch.bool).scatter_(1, chosen, True)
     wide = cast(inputs, dtype)
     z_NF = nnf.linear(wide["x"], wide["W_enc"], wide["b_enc"])
-    a_NF = torch.where(kept_NF, z_NF, 0).relu()
+    a_NF = torch.where(mask_NF, z_NF, 0).relu()
     out = wide["residual"] + (a_NF @ wide["W_dec"] + wide["b_dec"])
     if not penalised:
         return {"out": out.detach()} | gradients(wide, [out], [wide["g"]])
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     norms = torch.linalg.vector_norm(wide["W_dec"], dim=-1, dtype=acc)
-    penalty = (a_NF.to(acc) @ norms).sum()
-    made = gradients(wide, [out, penalty], [wide["g"], wide["c"].to(acc)])
-    return {"out": out.detach(), "penalty": penalty.detach()} | made
+    return _results(wide, out, (a_NF.to(acc) @ norms).sum())
 
 
 def encoder_gemm(inputs: Inputs) -> Tensor:

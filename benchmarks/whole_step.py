@@ -26,14 +26,7 @@ from benchmarks.case import Row
 from benchmarks.naive_step import NaiveStep
 from benchmarks.roofs import Roofs
 from benchmarks.step_check import check
-from benchmarks.step_models import (
-    L0,
-    PAPER,
-    SMALL,
-    Sizes,
-    make_adapters,
-    make_pair,
-)
+from benchmarks.step_models import L0, PAPER, SMALL, Sizes, make_adapters, make_pair
 from benchmarks.step_plans import necessary_flops, on_the_line, planned_bytes
 from benchmarks.timing import synchronize
 from fastadapt.batch import Batch
@@ -45,12 +38,13 @@ from fastadapt.training.logs.metrics import DeadFeatures, StepGatherer, StepRepo
 from fastadapt.training.optimizer import AdapterOptimizer, OptimizerConfig
 from fastadapt.training.planning.devices import this_device
 
-__all__ = ["PAPER", "SMALL", "Sizes", "rows", "told"]
+__all__ = ["PAPER", "SMALL", "Sizes", "our_step", "rows", "verdict"]
 
 STEPS = 3
 PROBES = (750, 1500)  # tokens: activations, not the update, are then the most that is held
 RATE = 1e-5
-Told = TypeVar("Told")  # a report, or a loss
+OPTIMIZER = OptimizerConfig(masters=False)
+Outcome = TypeVar("Outcome")  # a report, or a loss
 
 
 def rows(
@@ -68,7 +62,7 @@ def rows(
         yield plain
     fitting = [plain["shape"]["T"]] if plain and "median_s" in plain else []
     model = ReplacementModel(make_pair(sizes, device), make_adapters(sizes, device))
-    optimizer = AdapterOptimizer(dict(model.adapters.named_parameters()), _optimizer())
+    optimizer = AdapterOptimizer(dict(model.adapters.named_parameters()), OPTIMIZER)
     for T in dict.fromkeys([*fitting, *sizes.lengths]):
         for policy in POLICIES:
             row = _row(sizes, T, f"ours, {policy}", base)
@@ -76,10 +70,10 @@ def rows(
             if row["planned_bytes"] > usable:
                 yield row | _skipped(row["planned_bytes"], usable)
                 continue
-            step = _our_step(model, optimizer, sizes, T, policy, device)
+            step = our_step(model, optimizer, sizes, T, policy, device)
             try:
                 measured, reports = _timed(step, sizes, T, device, roofs)
-                row |= measured | told(reports)
+                row |= measured | verdict(reports)
                 row["right"] &= base["right"]
             except torch.OutOfMemoryError as error:
                 row |= {"kind": "floor", "error": str(error).splitlines()[0]}
@@ -103,7 +97,7 @@ def _plain(
         for name, p in mlp.named_parameters()
         if p.requires_grad
     }
-    optimizer = AdapterOptimizer(parameters, _optimizer())
+    optimizer = AdapterOptimizer(parameters, OPTIMIZER)
     step = _plain_step(plain, optimizer, device)
     peaks: dict[int, int] = {}
     for T in sizes.shorter:
@@ -147,18 +141,18 @@ def _skipped(planned: float, usable: float) -> Row:
 def _plain_step(
     plain: NaiveStep, optimizer: AdapterOptimizer, device: str
 ) -> Callable[[Tensor, int], Tensor]:
-    config = ObjectiveConfig(logits_dtype=None if device == "cpu" else "bfloat16")
+    config = ObjectiveConfig(logits_dtype=_logits_dtype(device))
 
     def step(ids: Tensor, cutoff: int) -> Tensor:
         loss = plain(ids, cutoff, config)["loss"]
         loss.backward()
-        _update(optimizer)
+        optimizer.step(RATE, optimizer.gradient_norm())
         return loss.detach()
 
     return step
 
 
-def _our_step(
+def our_step(
     model: ReplacementModel,
     optimizer: AdapterOptimizer,
     sizes: Sizes,
@@ -167,8 +161,7 @@ def _our_step(
     device: str,
 ) -> Callable[[Tensor, int], StepReport]:
     """What a run's ``advance`` does: the report is read before the update that depends on it."""
-    logits = None if device == "cpu" else "bfloat16"
-    config = ObjectiveConfig(checkpoint=policy, logits_dtype=logits)
+    config = ObjectiveConfig(checkpoint=policy, logits_dtype=_logits_dtype(device))
     expected = [2 * L0] * sizes.layers
     dead = DeadFeatures((sizes.layers, sizes.features), 10**6, torch.device(device))
 
@@ -187,22 +180,22 @@ def _our_step(
     return step
 
 
-def told(reports: Sequence[StepReport]) -> Row:
-    """What the steps' reports say: losses, L0, and whether the steps were right."""
+def verdict(reports: Sequence[StepReport]) -> Row:
+    """Losses, L0, and whether the steps were right, by their reports."""
     l0s = [l0 for report in reports for l0 in report.l0_per_layer]
     wrong = ["a loss or gradient is not finite" for report in reports if not report.finite]
     wrong += [f"more codes than planned: {f}" for r in reports if (f := overflow(r.calls))]
-    found: Row = {
+    row: Row = {
         "right": not wrong,
         "losses": [loss for report in reports for loss in report.losses],
         "measured_L0": sum(l0s) / len(l0s),
     }
-    return found | ({"wrong": "; ".join(dict.fromkeys(wrong))} if wrong else {})
+    return row | ({"wrong": "; ".join(dict.fromkeys(wrong))} if wrong else {})
 
 
 def _timed(
-    step: Callable[[Tensor, int], Told], sizes: Sizes, T: int, device: str, roofs: Roofs
-) -> tuple[Row, list[Told]]:
+    step: Callable[[Tensor, int], Outcome], sizes: Sizes, T: int, device: str, roofs: Roofs
+) -> tuple[Row, list[Outcome]]:
     """Steps one after the other at cutoffs over the range, the host's share included.
 
     ``median_s`` is the device's time from a step's end to the next one's, ``wall_s`` the host's for
@@ -237,6 +230,10 @@ def _timed(
     return row, results
 
 
+def _logits_dtype(device: str) -> str | None:
+    return None if device == "cpu" else "bfloat16"
+
+
 def _clock(device: str) -> Any:
     """A point in the stream of a GPU, or in time."""
     if device != "cuda":
@@ -253,14 +250,6 @@ def _between(start: Any, end: Any) -> float:
 def _row(sizes: Sizes, T: int, implementation: str, base: Row) -> Row:
     shape = {"T": T, "d": sizes.d, "F": sizes.features, "L": sizes.layers}
     return {**base, "implementation": implementation, "kind": "ours", "shape": shape}
-
-
-def _optimizer() -> OptimizerConfig:
-    return OptimizerConfig(masters=False)
-
-
-def _update(optimizer: AdapterOptimizer) -> None:
-    optimizer.step(RATE, optimizer.gradient_norm())
 
 
 def _empty(device: str) -> None:

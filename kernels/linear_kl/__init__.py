@@ -67,7 +67,7 @@ def linear_kl(
             dtype, since near-equal distributions cancel in 16 bits: at V = 152,064, bfloat16 inputs
             and a KL of 7e-3 the gradient's relative error was 28% with bfloat16 logits, 3.2% with
             float16, and 0.16% with float32, the rounding of the bfloat16 result itself
-            (benchmarks/bench_linear_kl.py, on a CPU). On a GPU, 16-bit inputs with float32 logits
+            (benchmarks/bench_cases.py, on a CPU). On a GPU, 16-bit inputs with float32 logits
             use 16-bit products with float32 accumulation, for logits and for the gradient of the
             hidden states, whose factor, the gradient of the logits, is rounded to those 16 bits.
         implementation: "reference" (dense, the specification); "chunked" (PyTorch: any device and

@@ -119,7 +119,7 @@ def test_a_kill_leaves_what_was_measured(tmp_path):
     [(None, 100, -1, 1), (["x"], 100, -1, 5), (["x"], -1, 100, 1), (None, 100, 100, 5)],
 )
 def test_a_part_ends_with_its_time_and_one_alone_with_the_whole(only, left, part_s, made):
-    from benchmarks.gpu import _Run
+    from benchmarks.gpu import Run
 
     state = SimpleNamespace(
         options=SimpleNamespace(only=only),
@@ -129,7 +129,7 @@ def test_a_part_ends_with_its_time_and_one_alone_with_the_whole(only, left, part
     )
     into = []
     rows = ({"op": "x", "implementation": str(i)} for i in range(5))
-    _Run.collect(state, "x", rows, into, part_s)
+    Run.collect(state, "x", rows, into, part_s)
     assert len(into) == made
     assert state.result["cut_short"] == ([] if made == 5 else ["x"])
 
@@ -178,9 +178,9 @@ def rows_until(error: Exception | None):
     [(None, 1), (ValueError("no such shape"), 1), (torch.AcceleratorError("illegal access"), 0)],
 )
 def test_a_part_that_fails_is_written_and_a_dead_device_is_left_alone(error, tried):
-    from benchmarks.gpu import _Run
+    from benchmarks.gpu import Run
 
-    run = object.__new__(_Run)
+    run = object.__new__(Run)
     run.lost, run.deadline = False, time.monotonic() + 100
     run.options = SimpleNamespace(only=None, device="cpu")
     run.result = {"cut_short": [], "failed": {}, "seconds": {}, "checks": {}, "parts": {}}
@@ -197,7 +197,7 @@ def test_a_part_that_fails_is_written_and_a_dead_device_is_left_alone(error, tri
 def test_an_error_that_killed_the_device_ends_the_part(monkeypatch):
     """The row that met it says so first; a later wait for the device raises it again."""
     from benchmarks import timing
-    from benchmarks.gpu import _Run
+    from benchmarks.gpu import Run
 
     def dead(device):
         raise torch.AcceleratorError("illegal access")
@@ -211,7 +211,7 @@ def test_an_error_that_killed_the_device_ends_the_part(monkeypatch):
     into = []
     rows = ({"op": "x", "implementation": str(i), "error": "Triton"} for i in range(3))
     with pytest.raises(torch.AcceleratorError):
-        _Run.collect(state, "x", rows, into, 100)
+        Run.collect(state, "x", rows, into, 100)
     assert len(into) == 1
 
 

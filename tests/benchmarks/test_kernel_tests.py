@@ -60,6 +60,9 @@ def test_a_claim_that_fails_is_a_row_and_the_next_is_looked_at() -> None:
     def broken() -> str:
         raise ValueError("no such shape")
 
-    rows = [exactness._row("op", "ours", "a claim", wrong) for wrong in (broken, str, lambda: "x")]
+    rows = [
+        exactness.check_claim("op", "ours", "a claim", wrong)
+        for wrong in (broken, str, lambda: "x")
+    ]
     assert [row["right"] for row in rows] == [False, True, False]
     assert rows[0]["error"] == "ValueError: no such shape"

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from benchmarks import sanitizer
-from benchmarks.processes import ended
+from benchmarks.processes import run_for
 
 
 def python(code: str) -> list[str]:
@@ -19,8 +21,8 @@ def python(code: str) -> list[str]:
 
 def test_the_exit_code_and_the_end_of_the_output_if_it_failed() -> None:
     env = dict(os.environ)
-    assert ended(python("print('fine')"), env, 20) == {"rc": 0}
-    failed = ended(python("print('so'); raise SystemExit(3)"), env, 20)
+    assert run_for(python("print('fine')"), env, 20) == {"rc": 0}
+    failed = run_for(python("print('so'); raise SystemExit(3)"), env, 20)
     assert failed == {"rc": 3, "end": "so\n"}
 
 
@@ -34,7 +36,7 @@ def test_a_command_out_of_time_ends_with_what_it_started(tmp_path: Path) -> None
         "print('started'); time.sleep(60)"
     )
     began = time.monotonic()
-    done = ended(python(code), dict(os.environ), 3)
+    done = run_for(python(code), dict(os.environ), 3)
     assert time.monotonic() - began < 15
     assert done == {"rc": None, "why": "not finished in 3 s", "end": "started\n"}
     assert gone(int(child.read_text()))
@@ -53,13 +55,22 @@ def gone(pid: int) -> bool:
     return False
 
 
+@pytest.fixture(params=[signal.default_int_handler, signal.SIG_IGN])
+def _sigint(request: pytest.FixtureRequest) -> Iterator[None]:
+    """As in a terminal, and as in a script started with ``nohup ... &``."""
+    before = signal.signal(signal.SIGINT, request.param)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_sigint")
 def test_it_may_be_asked_to_stop_before_it_is_killed() -> None:
     code = (
         "import time\n"
         "try:\n    print('started')\n    time.sleep(60)\n"
         "except KeyboardInterrupt:\n    print('half is done')"
     )
-    done = ended(python(code), dict(os.environ), 4, interrupt=True)
+    done = run_for(python(code), dict(os.environ), 4, interrupt=True)
     assert done["rc"] is None
     assert done["end"] == "started\nhalf is done\n"
 
@@ -88,7 +99,7 @@ class Commands:
             self.seen.append((command, seconds))
             return {"rc": left.pop(0)}
 
-        monkeypatch.setattr(sanitizer, "ended", run)
+        monkeypatch.setattr(sanitizer, "run_for", run)
 
 
 def test_each_kind_is_run_after_the_kernels_alone_and_in_time(tool, monkeypatch) -> None:

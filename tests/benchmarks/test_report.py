@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import report
-from benchmarks.bounds import bounds
+from benchmarks.bounds import BOUNDS, LIMITS, bounds
 
 MAIN = {"T": 7500, "d": 3584, "F": 8192}
 
@@ -94,6 +94,32 @@ def test_a_row_without_a_time_and_another_shape_claim_nothing():
     del untimed["median_s"]
     narrow = row("triton", 1, L0=1, d=64)
     assert bounds({"transcoder": [untimed, narrow, row("reference", 2, L0=1)]}, "H200") == []
+
+
+def test_every_bound_applies_to_rows_and_has_a_reason():
+    """One row of each implementation and shape that a part may measure uses every bound."""
+    names = {name for bound in BOUNDS for name in (*bound.ours, *bound.others)}
+    shapes = {"transcoder": {"L0": [0.1, 1, 10]}, "sweep": {"L0": [1]}, "topk": {"k": [8]}}
+    shapes |= {"linear_kl": {"S": [1, 3]}, "serving": {"T": [1, 64]}}
+    parts = {
+        part: [
+            row(name.format(S=3), 1.0, **{key: value}) for value in values for name in sorted(names)
+        ]
+        for part, by in shapes.items()
+        for key, values in by.items()
+    }
+    for bound in BOUNDS:
+        assert list(bound.verdicts(parts, "H200")), bound.claim
+        assert len(bound.reason) > 40, bound.claim
+        assert (bound.at_most is None) != (bound.at_least is None)
+
+
+def test_every_limit_is_asserted_by_a_benchmark_and_has_a_reason():
+    files = Path(report.__file__).parent.glob("bench_*.py")
+    source = "".join(path.read_text() for path in files)
+    for name, limit in LIMITS.items():
+        assert f'"{name}"' in source, name
+        assert len(limit.reason) > 40, name
 
 
 @pytest.fixture

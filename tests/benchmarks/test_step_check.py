@@ -11,7 +11,7 @@ from benchmarks import step_check, whole_step
 from benchmarks.roofs import Roofs
 from benchmarks.step_models import SMALL
 from benchmarks.step_plans import necessary_flops, on_the_line, planned_bytes
-from benchmarks.whole_step import rows, told
+from benchmarks.whole_step import rows, verdict
 from fastadapt.kernels.transcoder import Plan
 from fastadapt.models.recompute import POLICIES
 from fastadapt.training.code_capacity import Call
@@ -77,7 +77,7 @@ def report(loss: float = 1.0, norm: float = 1.0, codes: int = 5) -> StepReport:
     ],
 )
 def test_a_timed_step_is_right_only_if_its_reports_are(reports, wrong) -> None:
-    row = told(reports)
+    row = verdict(reports)
     assert row["right"] is (wrong is None)
     assert row["measured_L0"] == 10.0
     assert len(row["losses"]) == 2
@@ -103,7 +103,7 @@ def test_what_is_planned_above_memory_is_not_tried_and_says_so(monkeypatch) -> N
 
 
 def test_a_policy_that_fails_is_a_row_and_the_next_is_timed(monkeypatch) -> None:
-    real = whole_step._our_step
+    real = whole_step.our_step
 
     def broken(model, optimizer, sizes, T, policy, device):
         def step(ids, cutoff):
@@ -113,7 +113,7 @@ def test_a_policy_that_fails_is_a_row_and_the_next_is_timed(monkeypatch) -> None
         return step if policy == "attention" else whole
 
     monkeypatch.setattr(whole_step, "check", lambda _: {"right": True})
-    monkeypatch.setattr(whole_step, "_our_step", broken)
+    monkeypatch.setattr(whole_step, "our_step", broken)
     made = list(rows(SMALL, "cpu", Roofs(1e9, 1e9, "float32")))
     assert {row["implementation"]: row["right"] for row in made} == {
         "plain": True,

@@ -1,0 +1,186 @@
+"""Every case of parts.py under pytest-benchmark: ``pytest benchmarks/bench_cases.py``
+
+Small shapes on a CPU, the paper's on a GPU. A row first asserts outputs and gradients against the
+float64 oracle on its own inputs; a peer that is not within their budget is labelled, not failed.
+On a GPU the figures are those of CUDA events, in each row's extra_info; pytest-benchmark's own
+column holds a few calls with the host's share.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.bounds import limit
+from benchmarks.case import Case, Row, Step, describe, shares
+from benchmarks.parts import CPU_PARTS, PARTS, scale
+from benchmarks.roofs import Roofs, measure_roofs
+from benchmarks.timing import measure, measure_graph, peak_bytes, synchronize
+from benchmarks.whole_step import PAPER, SMALL, rows
+from fastadapt.kernels.linear_kl import linear_kl
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SCALE = scale(DEVICE)
+PAIRS = 9  # fixed beforehand: repeating a failed measurement would select a result
+torch._dynamo.config.recompile_limit = 64  # one compilation per shape, of many
+
+
+def _rows() -> Iterator[Any]:
+    for part, entry in (PARTS | (CPU_PARTS if DEVICE == "cpu" else {})).items():
+        for case in entry.cases(SCALE):
+            words = [part, case.op, *(f"{key}{value}" for key, value in case.shape.items())]
+            if case.dtype != SCALE.dtype:
+                words.append(str(case.dtype)[6:])
+            for name in case.steps:
+                label = "-".join([*words, name]).replace(" ", "_")
+                yield pytest.param(part, case, name, id=label)
+
+
+@functools.cache
+def _roofs(dtype: torch.dtype) -> Roofs:
+    return measure_roofs(DEVICE, dtype)
+
+
+_held: list[Case] = []  # the one whose inputs are in memory
+_medians: dict[str, dict[str, float]] = {}
+
+
+@pytest.mark.parametrize(("part", "case", "name"), list(_rows()))
+@pytest.mark.filterwarnings("ignore")  # of compilers and peers
+def test_row(benchmark: Any, part: str, case: Case, name: str) -> None:
+    if _held and _held[-1] is not case:
+        _held.pop().release()
+    if not _held:
+        _held.append(case)
+    step = case.steps[name]
+    benchmark.group = f"{part} {case.op} {case.label} {str(case.dtype)[6:]}"
+    row = describe(case, name)
+    try:
+        if step.kind != "floor":
+            _check(case, name, row)
+        row |= _time(benchmark, case, step)
+    except torch.OutOfMemoryError:
+        pytest.skip("out of memory")
+    before = _medians.setdefault(benchmark.group, {})
+    row["times_as_fast_as"] = {other: s / row["median_s"] for other, s in before.items()}
+    before[name] = row["median_s"]
+    benchmark.extra_info |= row
+    if step.beside is not None:
+        L0 = case.shape["L0"]
+        bound = limit({1: "sparse at L0 1", 10: "sparse at L0 10"}.get(L0, "sparse at any L0"))
+        ratio = row["ratio"]
+        assert ratio >= bound, f"{ratio:.2f} times as fast as the reference, expected {bound}"
+
+
+def _check(case: Case, name: str, row: Row) -> None:
+    try:
+        case.check(name)
+        row["right"] = True
+    except AssertionError as error:
+        if case.steps[name].kind == "ours":
+            raise
+        row |= {"right": False, "wrong": str(error)}
+
+
+def _time(benchmark: Any, case: Case, step: Step) -> Row:
+    row: Row = {}
+    if DEVICE == "cuda":
+        row |= measure(step.run, case.sets, DEVICE)._asdict()
+        if step.graph:
+            row["graph_s"] = measure_graph(step.run, case.sets)
+
+        def run() -> None:
+            step.run(case.sets[0])
+            synchronize(DEVICE)
+
+        benchmark.pedantic(run, rounds=3)
+    else:
+        seconds: dict[str, list[float]] = {"reference": [], "own": []}
+
+        def timed(key: str, run: Any, inputs: Any) -> None:
+            start = time.perf_counter()
+            run(inputs)
+            seconds[key].append(time.perf_counter() - start)
+
+        def setup() -> tuple[tuple[Any, ...], dict[str, Any]]:
+            inputs = case.sets[len(seconds["own"]) % len(case.sets)]
+            if step.beside is not None:
+                timed("reference", step.beside, inputs)
+            return (inputs,), {}
+
+        rounds = 5 if step.beside is None else PAIRS
+        own = functools.partial(timed, "own", step.run)
+        benchmark.pedantic(own, setup=setup, rounds=rounds, warmup_rounds=1)
+        if step.beside is not None:
+            pairs = list(zip(seconds["reference"], seconds["own"], strict=True))[-PAIRS:]
+            row |= {"ratio": statistics.median(r / s for r, s in pairs), "pairs": len(pairs)}
+        stats = benchmark.stats.stats
+        row |= {"median_s": stats.median, "spread_s": stats.iqr, "wall_s": stats.median}
+        row["peak_bytes"], row["result_bytes"] = peak_bytes(lambda: step.run(case.sets[0]), DEVICE)
+    counted = row.get("graph_s", row["median_s"])
+    return row | shares(step.cost or case.cost, counted, _roofs(case.dtype))
+
+
+# Of the student's hidden states from the teacher's: the median KL is about 0.07, 7e-3 and 8e-4.
+@pytest.mark.parametrize("distance", [0.1, 0.03, 0.01])
+def test_rounding_of_logits(benchmark: Any, distance: float) -> None:
+    """The gradient's relative error by the logits' dtype, bfloat16 inputs: float32 is the least."""
+    T, D, V = 32, 128, 152_064
+    generator = torch.Generator().manual_seed(0)
+    teacher, change = (torch.randn(T, D, generator=generator) for _ in range(2))
+    head = torch.randn(V, D, generator=generator) * 4 / D**0.5
+    streams = [t.bfloat16() for t in (teacher, teacher + distance * change, head)]
+
+    def gradient(*streams: Tensor, logits_dtype: torch.dtype | None = None) -> Tensor:
+        student = streams[1][None].requires_grad_()
+        options: dict[str, Any] = {"logits_dtype": logits_dtype, "chunk_tokens": 16}
+        kl = linear_kl(streams[0], student, streams[2], **options).kl
+        return torch.autograd.grad(kl.sum(), student)[0][0].double()
+
+    exact = gradient(*(t.double() for t in streams))
+
+    def error_of(result: Tensor) -> float:
+        return float(((result - exact).norm(dim=-1) / exact.norm(dim=-1)).median())
+
+    errors = {
+        str(dtype)[6:]: error_of(gradient(*streams, logits_dtype=dtype))
+        for dtype in (torch.bfloat16, torch.float16, torch.float32)
+    }
+    least = error_of(exact.bfloat16().double())  # no result in bfloat16 is closer
+    bound = limit("gradient error with float32 logits") * least
+    assert errors["float32"] <= bound < errors["float16"] < errors["bfloat16"]
+    benchmark.group = "linear_kl, gradient error by logits_dtype"
+    benchmark.extra_info |= {
+        "op": "linear_kl",
+        "shape": f"T={T} D={D} V={V} bfloat16, students {distance} away",
+        "relative_gradient_error": errors,
+        "rounding_of_the_result_alone": least,
+    }
+    benchmark.pedantic(gradient, streams, rounds=1)
+
+
+def test_step(benchmark: Any) -> None:
+    """A whole training step against the plain one: the 7B pair on a GPU, a small one on a CPU."""
+    sizes = PAPER if DEVICE == "cuda" else SMALL
+    roofs = _roofs(sizes.dtype)
+    results: list[Row] = []
+    benchmark.pedantic(lambda: results.extend(rows(sizes, DEVICE, roofs)), rounds=1)
+    benchmark.group = "whole step"
+    benchmark.extra_info["rows"] = results
+    assert results
+    assert all(row["right"] for row in results)
+    timed = {(r["implementation"], r["shape"]["T"]): r for r in results if "median_s" in r}
+    (name, T), plain = next(iter(timed.items()))
+    if name != "plain":
+        pytest.skip("the plain step fits at no length")
+    ours = max(r["tokens_per_s"] for (n, t), r in timed.items() if n != "plain" and t == T)
+    benchmark.extra_info["times_as_fast_as_plain"] = ours / plain["tokens_per_s"]
+    if DEVICE == "cuda":
+        assert ours >= limit("step over the plain step") * plain["tokens_per_s"]
