@@ -25,6 +25,7 @@ from benchmarks.transcoder_steps import (
     truth_of_topk,
 )
 from fastadapt.kernels.device import runs_triton
+from fastadapt.kernels.flops import register_flop_formulas
 from fastadapt.kernels.transcoder import Plan, transcoder
 
 __all__ = ["case", "implementations", "plan_of", "serving_case", "topk_case"]
@@ -54,6 +55,7 @@ def cost(T: int, d: int, F: int, n_codes: int, dtype: torch.dtype) -> Cost:
     """Of forward and backward on codes, by the op's FLOP formulas and the least bytes."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    register_flop_formulas()
     meta = {
         name: torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
         for name, shape in {

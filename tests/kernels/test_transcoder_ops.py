@@ -18,8 +18,11 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from torch.utils.flop_counter import FlopCounterMode
 from transcoder_cases import SLOW_INTERPRETED, TRITON_DEVICE
 
+from fastadapt.kernels.flops import register_flop_formulas
 from fastadapt.kernels.transcoder import SAVED_OPS, Plan, TranscoderOutput, transcoder
 from fastadapt.kernels.transcoder.codes import Codes
+
+register_flop_formulas()
 
 PROOF = os.environ.get("FASTADAPT_PROOF") == "1"
 SETTINGS: dict[str, dict[str, Any]] = {
