@@ -1,7 +1,7 @@
 """Transcoder: encoder, ReLU-like activation, sparse decoder and decoder-norm penalty, in one op.
 
-:func:`transcoder` is the op; :data:`SAVED_OPS` lists what selective checkpointing should keep, so
-that a recompute skips the encoder's matrix product::
+:func:`transcoder` is the op; :data:`SAVED_OPS` lists what selective checkpointing should save, so
+that a recompute skips the encoder's matrix product (:func:`should_save`: only of sparse codes)::
 
     context_fn = partial(create_selective_checkpoint_contexts, SAVED_OPS)
     checkpoint(block, h, use_reentrant=False, context_fn=context_fn)
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastadapt.kernels import device as devices
 
-from .autograd import SAVED_OPS, transcode
+from .autograd import SAVED_OPS, should_save, transcode
 from .codes import SMALL_ENTRIES, Plan, plan_for
 from .reference import SparseCodes, TranscoderOutput, TranscoderStats, accumulator, reference
 
@@ -31,6 +31,7 @@ __all__ = [
     "TranscoderOutput",
     "TranscoderStats",
     "plan_for",
+    "should_save",
     "transcoder",
 ]
 

@@ -8,6 +8,7 @@ compilers and counters see it. An op's last argument, the implementation, says w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -49,8 +50,27 @@ define(
 
 #: What selective checkpointing should keep of a block that contains the op.
 SAVED_OPS = [ops.encode.default]
-#: Which of the encoder's arguments is the plan's ``dense``.
-PLANNED_DENSE = [a.name for a in ops.encode.default._schema.arguments].index("dense")
+_DENSE = [a.name for a in ops.encode.default._schema.arguments].index("dense")
+
+
+def should_save(op: Any, args: Sequence[Any], output: Sequence[Tensor] | None = None) -> bool:
+    """Return whether selective checkpointing should save the result of ``op(*args)``.
+
+    True for the encoder's sparse codes: they are few, and save its product a second run. Dense
+    codes are as large as any activation. Any other op: False.
+
+    Args:
+        op: an overload, as a policy of ``torch.utils.checkpoint`` gets it.
+        args: its positional arguments.
+        output: its result, where it has run. Torch 2.11 asks before, and again in the recompute:
+            without a plan, codes count as dense then.
+    """
+    if op not in SAVED_OPS:
+        return False
+    dense = args[_DENSE]
+    if dense is None:
+        dense = output is None or Codes(*output[:N_CODES]).dense
+    return not dense
 
 
 def transcode(
