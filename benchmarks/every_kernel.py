@@ -13,7 +13,7 @@ import torch
 from benchmarks import head_cases, transcoder_steps
 from benchmarks.exactness import ACTIVATIONS
 from benchmarks.transcoder_cases import implementations
-from fastadapt.kernels.transcoder import Plan
+from fastadapt.kernels.transcoder import CodeLayout
 
 SHAPES = [(67, 40, 200), (3, 64, 131), (300, 72, 520)]  # T, d, F
 
@@ -29,7 +29,11 @@ def main(device: str) -> None:
                     call: dict[str, Any] = dict(options)
                     if name == "jumprelu":
                         call["threshold"] = torch.full((F,), 0.1, device=device, dtype=dtype)
-                    for plan in (None, Plan(dense=True), Plan(dense=False, capacity=T * F)):
+                    for plan in (
+                        None,
+                        CodeLayout(dense=True),
+                        CodeLayout(dense=False, capacity=T * F),
+                    ):
                         if implementation != "sparse":
                             transcoder_steps.step(inputs, implementation, plan, **call)
         hidden = head_cases.make_inputs(2, 37, 24, 1003, dtype, device, 0)

@@ -15,7 +15,7 @@ from benchmarks.head_cases import implementations as head_implementations
 from benchmarks.parts import Scale
 from benchmarks.transcoder_cases import implementations, plan_of
 from fastadapt.kernels.testing import assert_close
-from fastadapt.kernels.transcoder import Plan, transcoder
+from fastadapt.kernels.transcoder import CodeLayout, transcoder
 
 __all__ = ["large_indices", "repeats"]
 
@@ -42,7 +42,7 @@ def repeats(s: Scale, times: int) -> Iterator[Row]:
                 threshold = torch.full((s.F,), 0.1, device=s.device, dtype=s.dtype)
                 options = options | {"threshold": threshold}
             for dense in (False, True):
-                plan = Plan(dense, None if dense else int(3 * L0 * T) + 4096)
+                plan = CodeLayout(dense, None if dense else int(3 * L0 * T) + 4096)
                 call = {"implementation": implementation, "plan": plan, **options}
                 yield _repeated(
                     f"transcoder {name}, {'dense' if dense else 'sparse'}",
@@ -104,7 +104,7 @@ def large_indices(s: Scale) -> Iterator[Row]:
         inputs = transcoder_steps.make_inputs(T, d, F, 4.0, s.dtype, s.device, 0)
         plan = plan_of(6 * T, T, F, s.dtype, s.device)
         claim = f"pre-activations of {T * F:,} entries, forward and backward"
-        for each in (plan, Plan(dense=True)):
+        for each in (plan, CodeLayout(dense=True)):
             wrong = functools.partial(_unlike_the_last, implementation, inputs, T, each)
             op = f"transcoder, {'dense' if each.dense else 'sparse'}"
             yield _row(op, implementation, claim, wrong)
@@ -129,7 +129,7 @@ def _near(a: Tensor, b: Tensor) -> bool:
     return bool(torch.isfinite(a).all()) and float((a - b).abs().max()) <= 0.02 * scale
 
 
-def _unlike_the_last(implementation: str, inputs: Inputs, T: int, plan: Plan) -> str:
+def _unlike_the_last(implementation: str, inputs: Inputs, T: int, plan: CodeLayout) -> str:
     """The last tokens, whose indices are the largest, against a float64 reference on them alone."""
     leaves = {name: inputs[name].detach() for name in transcoder_steps.LEAVES}
     with torch.no_grad():

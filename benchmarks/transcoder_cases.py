@@ -26,7 +26,7 @@ from benchmarks.transcoder_steps import (
 )
 from fastadapt.kernels.device import runs_triton
 from fastadapt.kernels.flops import register_flop_formulas
-from fastadapt.kernels.transcoder import Plan, transcoder
+from fastadapt.kernels.transcoder import CodeLayout, transcoder
 
 __all__ = ["case", "implementations", "plan_of", "serving_case", "topk_case"]
 
@@ -44,7 +44,7 @@ def count_codes(inputs: Inputs) -> int:
         return int((z > 0).sum())
 
 
-def plan_of(n_codes: int, T: int, F: int, dtype: torch.dtype, device: str) -> Plan:
+def plan_of(n_codes: int, T: int, F: int, dtype: torch.dtype, device: str) -> CodeLayout:
     """The plan that training would make after a step with so many codes."""
     from fastadapt.kernels.transcoder import plan_for
 
@@ -70,7 +70,7 @@ def cost(T: int, d: int, F: int, n_codes: int, dtype: torch.dtype) -> Cost:
     meta |= {"g": torch.empty(T, d, dtype=dtype, device="meta")}
     meta |= {"c": torch.empty((), device="meta")}
     with FlopCounterMode(display=False) as counter:
-        step(meta, "auto", Plan(dense=False, capacity=max(n_codes, 1)))
+        step(meta, "auto", CodeLayout(dense=False, capacity=max(n_codes, 1)))
     live = min(F, n_codes)  # rows of W_dec
     elements = T * d * 6 + F * d + live * d + 2 * F * d  # x, residual, out, g, dx, x again; weights
     return Cost(counter.get_total_flops(), elements * dtype.itemsize)
@@ -91,15 +91,15 @@ def make_planned(
     sets = [make_inputs(T, d, F, l0, dtype, device, seed) for seed in range(n_sets)]
     n_codes = k * T if k else max(count_codes(inputs) for inputs in sets)
     plan = plan_of(n_codes, T, F, dtype, device)
-    forced = Plan(dense=False, capacity=round(1.25 * n_codes) + 1024)
-    plans = {"plan": plan, "dense plan": Plan(dense=True), "sparse plan": forced}
+    forced = CodeLayout(dense=False, capacity=round(1.25 * n_codes) + 1024)
+    plans = {"plan": plan, "dense plan": CodeLayout(dense=True), "sparse plan": forced}
     return [inputs | plans | {"n_codes": n_codes} for inputs in sets]
 
 
 def facts(sets: Sequence[Inputs]) -> dict[str, Any]:
     """What the inputs turned out to be."""
     inputs = sets[0]
-    plan: Plan = inputs["plan"]
+    plan: CodeLayout = inputs["plan"]
     return {
         "measured_L0": inputs["n_codes"] / len(inputs["x"]),
         "plan": "dense" if plan.dense else f"sparse, {plan.capacity} codes",

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastadapt.errors import UserError
 from fastadapt.kernels.device import runs_triton
-from fastadapt.kernels.transcoder import IMPLEMENTATIONS, Plan, TranscoderStats, transcoder
+from fastadapt.kernels.transcoder import IMPLEMENTATIONS, CodeLayout, TranscoderStats, transcoder
 from fastadapt.kernels.transcoder.reference import SparseCodes, activate
 
 ACTIVATIONS = ("relu", "topk", "batch_topk", "jumprelu")
@@ -242,7 +242,7 @@ class TranscoderAdapter(nn.Module):
         residual: Tensor | None = None,
         mask: Tensor | None = None,
         padding: Tensor | None = None,
-        plan: Plan | None = None,
+        plan: CodeLayout | None = None,
         codes: list[SparseCodes] | None = None,
     ) -> tuple[Tensor, Aux]:
         """``residual + A(x)`` for every token, with the penalty and the counts.
@@ -254,7 +254,8 @@ class TranscoderAdapter(nn.Module):
             mask: bool or float weights of x's leading shape: how much each token counts in the
                 penalty; statistics count tokens of non-zero weight. All 1 if not given.
             padding: bool of x's leading shape, true at tokens that do not exist.
-            plan: how the kernel goes about it; see :class:`fastadapt.kernels.transcoder.Plan`.
+            plan: layout of the codes, see :class:`fastadapt.kernels.transcoder.CodeLayout`; the
+                kernel looks at their number if not given.
             codes: where this call's sparse activations are appended, if they are asked for.
 
         Returns:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fastadapt.adapter.module import AdapterConfig, Aux, TranscoderAdapter
 from fastadapt.errors import UserError
-from fastadapt.kernels.transcoder import Plan, SparseCodes
+from fastadapt.kernels.transcoder import CodeLayout, SparseCodes
 from fastadapt.models.adapted_mlp import AdaptedMLP, Call, Mode, in_mode
 from fastadapt.models.baselines import (
     TunedNorms,
@@ -208,7 +208,7 @@ class ReplacementModel(nn.Module):
         *,
         mask: Tensor | None = None,
         padding: Tensor | None = None,
-        plan: Plan | None = None,
+        plan: CodeLayout | None = None,
         codes: list[SparseCodes] | None = None,
     ) -> tuple[Tensor, Aux | None]:
         """Block ``layer`` (0-based) of the given mode: ``[B, T, D]`` to ``[B, T, D]``, and the aux.

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastadapt.kernels import device as devices
 
 from .autograd import SAVED_OPS, should_save, transcode
-from .codes import SMALL_ENTRIES, Plan, plan_for
+from .codes import SMALL_ENTRIES, CodeLayout, plan_for
 from .reference import SparseCodes, TranscoderOutput, TranscoderStats, accumulator, reference
 
 __all__ = [
@@ -26,7 +26,7 @@ __all__ = [
     "IMPLEMENTATIONS",
     "SAVED_OPS",
     "SMALL_ENTRIES",
-    "Plan",
+    "CodeLayout",
     "SparseCodes",
     "TranscoderOutput",
     "TranscoderStats",
@@ -54,7 +54,7 @@ def transcoder(
     mask: Tensor | None = None,
     padding: Tensor | None = None,
     codes: list[SparseCodes] | None = None,
-    plan: Plan | None = None,
+    plan: CodeLayout | None = None,
     implementation: str = "auto",
 ) -> TranscoderOutput:
     """``out = residual + W_decᵀ a + b_dec`` with ``a = activation(W_enc x + b_enc)``.
@@ -243,12 +243,14 @@ def _validate_activation(
         _expect(threshold.device == device, "threshold", f"on {device}", threshold.device)
 
 
-def _choose(implementation: str, x: Tensor, threshold: Tensor | None, plan: Plan | None) -> str:
+def _choose(
+    implementation: str, x: Tensor, threshold: Tensor | None, plan: CodeLayout | None
+) -> str:
     """The implementation that `implementation` means for x."""
     known = f"one of {IMPLEMENTATIONS}"
     _expect(implementation in IMPLEMENTATIONS, "implementation", known, repr(implementation))
-    if plan is not None and not isinstance(plan, Plan):
-        raise TypeError(f"transcoder: plan must be a Plan or None; got {type(plan).__name__}")
+    if plan is not None and not isinstance(plan, CodeLayout):
+        raise TypeError(f"transcoder: plan must be a CodeLayout or None; got {type(plan).__name__}")
     device = x.device.type
     wide = x.dtype == torch.float64 or (threshold is not None and threshold.dtype == torch.float64)
     if implementation == "auto":

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.library import define, impl, register_autograd, register_fake
 
 from . import sparse
-from .codes import Codes, Plan, active_codes
+from .codes import CodeLayout, Codes, active_codes
 from .reference import SparseCodes, TranscoderOutput, TranscoderStats, accumulator
 
 ops = torch.ops.fastadapt
@@ -88,7 +88,7 @@ def transcode(
     weight_ST: Tensor | None,
     padding_ST: Tensor | None,
     codes: list[SparseCodes] | None,
-    plan: Plan | None,
+    plan: CodeLayout | None,
     implementation: str,
 ) -> TranscoderOutput:
     """The op on validated arguments, through the registered ops."""
@@ -129,7 +129,7 @@ def transcode(
 
 def _encode(*args: Any) -> tuple[Tensor, ...]:
     *inputs, dense, capacity, ordered, implementation = args
-    plan = None if dense is None else Plan(dense, capacity)
+    plan = None if dense is None else CodeLayout(dense, capacity)
     call: tuple[Any, ...] = (*inputs, plan, ordered)
     if implementation == "sparse":
         codes, *stats = sparse.encode(*call)

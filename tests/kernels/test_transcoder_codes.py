@@ -12,9 +12,14 @@ from torch import Tensor
 from transcoder_cases import DTYPES, SLOW_INTERPRETED, TRITON_DEVICE, Case, cases, draw_inputs
 
 from fastadapt.kernels.testing import assert_close
-from fastadapt.kernels.transcoder import Plan, SparseCodes, transcoder
+from fastadapt.kernels.transcoder import CodeLayout, SparseCodes, transcoder
 
-PLANS = [None, Plan(dense=True), Plan(dense=False), Plan(dense=False, capacity=4000)]
+PLANS = [
+    None,
+    CodeLayout(dense=True),
+    CodeLayout(dense=False),
+    CodeLayout(dense=False, capacity=4000),
+]
 S, T, D, E, F = 2, 9, 12, 10, 64
 SETTINGS: dict[str, dict[str, Any]] = {
     "relu": {},
@@ -70,19 +75,21 @@ def check(given: dict[str, Any], codes: SparseCodes, a: Tensor) -> None:
 
 
 #: All of the CPU's; of Triton's, interpreted where there is no GPU and then slow, one of each kind.
-WAYS: list[tuple[str, str, Plan | None]] = [
+WAYS: list[tuple[str, str, CodeLayout | None]] = [
     *(("reference", activation, None) for activation in SETTINGS),
     *(("sparse", activation, plan) for activation in SETTINGS for plan in PLANS),
-    ("triton", "relu", Plan(dense=False, capacity=4000)),
-    ("triton", "jumprelu", Plan(dense=True)),
-    ("triton", "jumprelu", Plan(dense=False)),
+    ("triton", "relu", CodeLayout(dense=False, capacity=4000)),
+    ("triton", "jumprelu", CodeLayout(dense=True)),
+    ("triton", "jumprelu", CodeLayout(dense=False)),
     ("triton", "topk", None),
     ("triton_fused", "batch_topk", None),
 ]
 
 
 @pytest.mark.parametrize(("implementation", "activation", "plan"), WAYS)
-def test_codes_are_what_is_active(implementation: str, activation: str, plan: Plan | None) -> None:
+def test_codes_are_what_is_active(
+    implementation: str, activation: str, plan: CodeLayout | None
+) -> None:
     given = inputs(activation, TRITON_DEVICE if implementation.startswith("triton") else "cpu")
     how = {"implementation": implementation, "plan": plan}
     codes: list[SparseCodes] = []
@@ -128,7 +135,7 @@ def test_a_compiled_call_hands_them_out() -> None:
     @torch.compile(backend="aot_eager", dynamic=True)
     def compiled(x: Tensor) -> tuple[Tensor, SparseCodes]:
         codes: list[SparseCodes] = []
-        out = transcoder(**{**given, "x": x}, codes=codes, plan=Plan(dense=False)).out
+        out = transcoder(**{**given, "x": x}, codes=codes, plan=CodeLayout(dense=False)).out
         return out, codes[0]
 
     with torch.no_grad():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastadapt.kernels.transcoder import SAVED_OPS, Plan, should_save, transcoder
+from fastadapt.kernels.transcoder import SAVED_OPS, CodeLayout, should_save, transcoder
 
 
 class SaveQuery(TorchDispatchMode):
@@ -28,13 +28,15 @@ class SaveQuery(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("plan", "active", "saved"),
     [
-        (Plan(dense=False), 1, (True, True)),
-        (Plan(dense=True), 1, (False, False)),
+        (CodeLayout(dense=False), 1, (True, True)),
+        (CodeLayout(dense=True), 1, (False, False)),
         (None, 1, (False, True)),  # before it ran nobody knows: dense ones are not to be kept
         (None, 64, (False, False)),
     ],
 )
-def test_sparse_codes_are_saved(plan: Plan | None, active: int, saved: tuple[bool, bool]) -> None:
+def test_sparse_codes_are_saved(
+    plan: CodeLayout | None, active: int, saved: tuple[bool, bool]
+) -> None:
     torch.manual_seed(0)
     x, W_enc, W_dec = torch.randn(1, 8, 16), torch.randn(64, 16), torch.randn(64, 16)
     b_enc = torch.full((64,), -1e3)
