@@ -78,7 +78,7 @@ def step(leaves: dict[str, Tensor], g: Tensor, implementation: str) -> dict[str,
     if implementation == "plain":
         out, penalty, n_active = plain(**leaves)
     else:
-        out, penalty, stats = transcoder(**leaves, implementation=implementation)
+        out, penalty, stats, _ = transcoder(**leaves, implementation=implementation)
         n_active = int(stats.n_active)
     cotangents = [g, PENALTY_GRADIENT.to(penalty.dtype)]
     gradients = torch.autograd.grad([out, penalty], list(leaves.values()), cotangents)

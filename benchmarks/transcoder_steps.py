@@ -95,7 +95,7 @@ def step(
 ) -> Results:
     """One forward and backward of the op; outputs and gradients."""
     leaves = {name: inputs[name] for name in LEAVES}
-    out, penalty, _ = transcoder(**leaves, plan=plan, implementation=implementation, **options)
+    out, penalty, *_ = transcoder(**leaves, plan=plan, implementation=implementation, **options)
     made = gradients(inputs, [out, penalty], [inputs["g"], inputs["c"].to(penalty.dtype)])
     return {"out": out.detach(), "penalty": penalty.detach()} | made
 
@@ -110,7 +110,7 @@ def plain(
 
 def reference(**leaves: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The op's specification with all its statistics, for a compiler."""
-    out, penalty, stats = transcoder(**leaves, implementation="reference")
+    out, penalty, stats, _ = transcoder(**leaves, implementation="reference")
     return out, penalty, stats.feature_counts
 
 

@@ -158,7 +158,7 @@ def _transcoder(
     weight[:, -3], weight[:, -2] = 0.5, 0
     tensors = x, W_enc, b_enc, W_dec, b_dec
     options |= {"padding": padding, "mask": weight, "implementation": implementation}
-    out, penalty, _ = transcoder(*tensors, **options)
+    out, penalty, *_ = transcoder(*tensors, **options)
     return {"out": out, "penalty": penalty}
 
 

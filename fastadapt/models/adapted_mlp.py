@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastadapt.adapter.module import Aux, TranscoderAdapter
 from fastadapt.errors import UserError
-from fastadapt.kernels.transcoder import SMALL_ENTRIES, CodeLayout, SparseCodes
+from fastadapt.kernels.transcoder import SMALL_ENTRIES, CodeLayout
 
 Mode = Literal["target", "hybrid", "replacement"]
 MODES: tuple[Mode, ...] = ("target", "hybrid", "replacement")
@@ -29,7 +29,7 @@ class Call:
     mask: Tensor | None
     padding: Tensor | None
     plan: CodeLayout | None
-    codes: list[SparseCodes] | None = None
+    return_codes: bool = False
     aux: Aux | None = None
 
 
@@ -77,7 +77,11 @@ class AdaptedMLP(nn.Module):
             return self.adapter(x, residual=self.base(x), plan=self._plan_of_capture(x))[0]
         # The base comes last: see fastadapt.models.recompute.
         out, call.aux = self.adapter(
-            x, mask=call.mask, padding=call.padding, plan=call.plan, codes=call.codes
+            x,
+            mask=call.mask,
+            padding=call.padding,
+            plan=call.plan,
+            return_codes=call.return_codes,
         )
         return out + self.base(x)
 

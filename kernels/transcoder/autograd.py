@@ -17,7 +17,7 @@ from torch.library import define, impl, register_autograd, register_fake
 
 from . import sparse
 from .codes import CodeLayout, Codes, active_codes
-from .reference import SparseCodes, TranscoderOutput, TranscoderStats, accumulator
+from .reference import TranscoderOutput, TranscoderStats, accumulator
 
 ops = torch.ops.fastadapt
 N_CODES = len(Codes._fields)
@@ -87,7 +87,7 @@ def transcode(
     residual_STE: Tensor | None,
     weight_ST: Tensor | None,
     padding_ST: Tensor | None,
-    codes: list[SparseCodes] | None,
+    return_codes: bool,
     plan: CodeLayout | None,
     implementation: str,
 ) -> TranscoderOutput:
@@ -110,18 +110,15 @@ def transcode(
         ordered,
         implementation,
     )
-    found, (n_active, counts_F, n_tokens, min_active, n_codes) = (
-        results[:N_CODES],
-        results[N_CODES:],
-    )
-    if codes is not None:
-        codes.append(active_codes(Codes(*found), W_enc_FD.shape[0]))
+    codes = Codes(*results[:N_CODES])
+    n_active, counts_F, n_tokens, min_active, n_codes = results[N_CODES:]
+    active = active_codes(codes, W_enc_FD.shape[0]) if return_codes else None
     residual_NE = None if residual_STE is None else residual_STE.flatten(0, 1)
-    out_NE, penalty = ops.decode(*found, W_dec_FE, b_dec_E, residual_NE, weight_N, implementation)
+    out_NE, penalty = ops.decode(*codes, W_dec_FE, b_dec_E, residual_NE, weight_N, implementation)
     out_STE = out_NE.view(*x_STD.shape[:-1], W_dec_FE.shape[1])
     min_active = min_active.masked_fill(min_active == -1, torch.nan)  # -1: there is none
     stats = TranscoderStats(n_active, counts_F, n_tokens, min_active, n_codes)
-    return TranscoderOutput(out_STE, penalty, stats)
+    return TranscoderOutput(out_STE, penalty, stats, active)
 
 
 # --- implementations ------------------------------------------------------------------------------

@@ -355,6 +355,33 @@ def test_features_that_fire_on_most_tokens(dtype: torch.dtype) -> None:
         assert_close(gradient, oracle[1][name], peer[1][name], name=name)
 
 
+@pytest.mark.parametrize("lead", [(), (5,), (0,), (2, 5), (2, 3, 5), (2, 0, 5), (1, 2, 3, 5)])
+@pytest.mark.parametrize("implementation", ["reference", "sparse"])
+def test_any_leading_shape_is_rows_of_tokens(implementation: str, lead: tuple[int, ...]) -> None:
+    leaves, _ = small("batch_topk")
+    d_in, d_out = leaves["x"].shape[-1], leaves["W_dec"].shape[1]
+    by_token = {
+        "x": torch.randn(*lead, d_in, dtype=torch.float64),
+        "residual": torch.randn(*lead, d_out, dtype=torch.float64),
+        "mask": torch.rand(lead),
+        "padding": torch.rand(lead) < 0.3,
+    }
+    how: dict[str, Any] = {"activation": "batch_topk", "k": 1.5, "implementation": implementation}
+    result = transcoder(**leaves | by_token, **how, return_codes=True)
+    S, T = math.prod(lead[:-1]), lead[-1] if lead else 1
+    rows = {name: t.reshape(S, T, *t.shape[len(lead) :]) for name, t in by_token.items()}
+    expected = transcoder(**leaves | rows, **how, return_codes=True)
+    assert result.out.shape == (*lead, d_out)
+    assert torch.equal(result.out.reshape(S, T, d_out), expected.out)
+    assert torch.equal(result.penalty, expected.penalty)
+    assert result.codes is not None
+    assert expected.codes is not None
+    for a, b in zip(
+        (*result.stats, *result.codes), (*expected.stats, *expected.codes), strict=True
+    ):
+        assert torch.equal(a.nan_to_num(-1), b.nan_to_num(-1))
+
+
 def wrong(**changes: Any) -> dict[str, Any]:
     return {
         "x": torch.zeros(5, 3),
@@ -368,7 +395,7 @@ def wrong(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"x": torch.zeros(3)}, r"x must be of shape \[T, d_in\].*got \[3\]"),
+        ({"x": torch.zeros(())}, r"x must be of shape \[\.\.\., d_in\]; got \[\]"),
         ({"x": torch.zeros(5, 3).long()}, "x must be of a floating dtype; got torch.int64"),
         ({"x": torch.zeros(5, 2)}, r"W_enc must be of shape \[6, 2\].*got \[6, 3\]"),
         ({"W_enc": torch.zeros(6)}, r"W_enc must be of shape \[F, d_in\]; got \[6\]"),

@@ -276,7 +276,7 @@ def test_exceeding_the_capacity_shows_and_harms_nothing(
         activation, {"bandwidth": 0.3, "threshold": torch.full((64,), 0.1, device=TRITON_DEVICE)}
     )
     plan = CodeLayout(dense=False, capacity=100)
-    out, penalty, stats = transcoder(
+    out, penalty, stats, _ = transcoder(
         **leaves, activation=activation, **arguments, implementation=implementation, plan=plan
     )
     enough = transcoder(
@@ -418,7 +418,7 @@ def test_nothing_waits_for_the_device_in_a_planned_step(monkeypatch: pytest.Monk
     for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "nonzero"):
         monkeypatch.setattr(Tensor, name, refuse)
     for plan in (DENSE, CodeLayout(dense=False, capacity=6_000)):
-        out, penalty, _ = transcoder(**leaves, implementation="triton", plan=plan)
+        out, penalty, *_ = transcoder(**leaves, implementation="triton", plan=plan)
         torch.autograd.backward([out, penalty], [g, torch.ones_like(penalty)])
     with torch.no_grad():  # nor does generation, which has no plan
         transcoder(**leaves, implementation="triton")
