@@ -12,7 +12,7 @@ import torch
 from benchmarks import head_cases, transcoder_steps
 from benchmarks.exactness import ACTIVATIONS, activation_options
 from benchmarks.transcoder_cases import implementations
-from fastadapt.kernels.transcoder import Plan
+from fastadapt.kernels.transcoder import CodeLayout
 
 SHAPES = [(67, 40, 200), (3, 64, 131), (300, 72, 520)]  # T, d, F
 
@@ -26,7 +26,11 @@ def main(device: str) -> None:
             for implementation in implementations(device):
                 for name in ACTIVATIONS:
                     call = activation_options(name, F, dtype, device)
-                    for plan in (None, Plan(dense=True), Plan(dense=False, capacity=T * F)):
+                    for plan in (
+                        None,
+                        CodeLayout(dense=True),
+                        CodeLayout(dense=False, capacity=T * F),
+                    ):
                         if implementation != "sparse":
                             transcoder_steps.step(inputs, implementation, plan, **call)
         hidden = head_cases.make_inputs(2, 37, 24, 1003, dtype, device, 0)

@@ -15,7 +15,7 @@ from benchmarks.head_cases import implementations as head_implementations
 from benchmarks.parts import Scale
 from benchmarks.transcoder_cases import implementations, plan_of
 from fastadapt.kernels.testing import assert_close
-from fastadapt.kernels.transcoder import Plan, transcoder
+from fastadapt.kernels.transcoder import CodeLayout, transcoder
 
 __all__ = ["ACTIVATIONS", "activation_options", "check_claim", "large_indices", "repeats"]
 
@@ -38,7 +38,7 @@ def repeats(s: Scale, times: int) -> Iterator[Row]:
         for name in names if implementation != "sparse" else ():
             options = activation_options(name, s.F, s.dtype, s.device)
             for dense in (False, True):
-                plan = Plan(dense, None if dense else int(3 * L0 * T) + 4096)
+                plan = CodeLayout(dense, None if dense else int(3 * L0 * T) + 4096)
                 run = functools.partial(
                     transcoder_steps.step, inputs, implementation, plan, **options
                 )
@@ -97,7 +97,7 @@ def large_indices(s: Scale) -> Iterator[Row]:
         inputs = transcoder_steps.make_inputs(T, d, F, 4.0, s.dtype, s.device, 0)
         plan = plan_of(6 * T, T, F, s.dtype, s.device)
         claim = f"pre-activations of {T * F:,} entries, forward and backward"
-        for each in (plan, Plan(dense=True)):
+        for each in (plan, CodeLayout(dense=True)):
             wrong = functools.partial(_unlike_the_last, implementation, inputs, T, each)
             op = f"transcoder, {'dense' if each.dense else 'sparse'}"
             yield check_claim(op, implementation, claim, wrong)
@@ -122,7 +122,7 @@ def _near(a: Tensor, b: Tensor) -> bool:
     return bool(torch.isfinite(a).all()) and float((a - b).abs().max()) <= 0.02 * scale
 
 
-def _unlike_the_last(implementation: str, inputs: Inputs, T: int, plan: Plan) -> str:
+def _unlike_the_last(implementation: str, inputs: Inputs, T: int, plan: CodeLayout) -> str:
     """The last tokens, whose indices are the largest, against a float64 reference on them alone."""
     leaves = {name: inputs[name].detach() for name in transcoder_steps.LEAVES}
     with torch.no_grad():

@@ -16,6 +16,7 @@ from torch import Tensor
 from benchmarks import peers
 from benchmarks.case import Case, Cost, Inputs, Results, Step, cast, compiled, copies
 from fastadapt.kernels.device import runs_triton
+from fastadapt.kernels.flops import register_flop_formulas
 from fastadapt.kernels.linear_kl import linear_kl
 
 __all__ = ["case", "make_inputs", "step"]
@@ -152,6 +153,7 @@ def cost(S: int, T: int, d: int, V: int, dtype: torch.dtype) -> Cost:
     """By the op's FLOP formula and the least bytes: hidden states, head and gradients once."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    register_flop_formulas()
     with FlopCounterMode(display=False) as counter:
         students = torch.empty(S, T, d, dtype=dtype, device="meta", requires_grad=True)
         teacher = torch.empty(T, d, dtype=dtype, device="meta")

@@ -25,7 +25,8 @@ from benchmarks.transcoder_steps import (
     truth_of_topk,
 )
 from fastadapt.kernels.device import runs_triton
-from fastadapt.kernels.transcoder import Plan, plan_for, transcoder
+from fastadapt.kernels.flops import register_flop_formulas
+from fastadapt.kernels.transcoder import CodeLayout, plan_for, transcoder
 
 __all__ = ["case", "implementations", "plan_of", "serving_case", "topk_case"]
 
@@ -46,7 +47,7 @@ def count_codes(inputs: Inputs) -> int:
         return int((z > 0).sum())
 
 
-def plan_of(n_codes: int, T: int, F: int, dtype: torch.dtype, device: str) -> Plan:
+def plan_of(n_codes: int, T: int, F: int, dtype: torch.dtype, device: str) -> CodeLayout:
     """The plan that training would make after a step with so many codes."""
     return plan_for(n_codes / T, T, F, dtype, device)
 
@@ -55,6 +56,7 @@ def cost(T: int, d: int, F: int, n_codes: int, dtype: torch.dtype) -> Cost:
     """Of forward and backward on codes, by the op's FLOP formulas and the least bytes."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    register_flop_formulas()
     shapes = {"x": (T, d), "W_enc": (F, d), "b_enc": (F,), "W_dec": (F, d), "b_dec": (d,)}
     shapes |= {"residual": (T, d), "g": (T, d), "c": ()}
     meta = {
@@ -62,7 +64,7 @@ def cost(T: int, d: int, F: int, n_codes: int, dtype: torch.dtype) -> Cost:
         for name, shape in shapes.items()
     }
     with FlopCounterMode(display=False) as counter:
-        step(meta, "auto", Plan(dense=False, capacity=max(n_codes, 1)))
+        step(meta, "auto", CodeLayout(dense=False, capacity=max(n_codes, 1)))
     live = min(F, n_codes)  # rows of W_dec
     elements = T * d * 6 + F * d + live * d + 2 * F * d  # x, residual, out, g, dx, x again; weights
     return Cost(counter.get_total_flops(), elements * dtype.itemsize)
@@ -83,15 +85,15 @@ def make_planned(
     sets = [make_inputs(T, d, F, l0, dtype, device, seed) for seed in range(n_sets)]
     n_codes = k * T if k else max(count_codes(inputs) for inputs in sets)
     plan = plan_of(n_codes, T, F, dtype, device)
-    forced = Plan(dense=False, capacity=round(1.25 * n_codes) + 1024)
-    plans = {"plan": plan, "dense plan": Plan(dense=True), "sparse plan": forced}
+    forced = CodeLayout(dense=False, capacity=round(1.25 * n_codes) + 1024)
+    plans = {"plan": plan, "dense plan": CodeLayout(dense=True), "sparse plan": forced}
     return [inputs | plans | {"n_codes": n_codes} for inputs in sets]
 
 
 def facts(sets: Sequence[Inputs]) -> dict[str, Any]:
     """What the inputs turned out to be."""
     inputs = sets[0]
-    plan: Plan = inputs["plan"]
+    plan: CodeLayout = inputs["plan"]
     return {
         "measured_L0": inputs["n_codes"] / len(inputs["x"]),
         "plan": "dense" if plan.dense else f"sparse, {plan.capacity} codes",

@@ -16,7 +16,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from benchmarks.case import Inputs, Results, cast
-from fastadapt.kernels.transcoder import Plan, transcoder
+from fastadapt.kernels.transcoder import CodeLayout, transcoder
 
 __all__ = [
     "BEFORE_TOPK",
@@ -96,10 +96,12 @@ def _results(inputs: Inputs, out: Tensor, penalty: Tensor) -> Results:
     return {"out": out.detach(), "penalty": penalty.detach()} | values
 
 
-def step(inputs: Inputs, implementation: str, plan: Plan | None = None, **options: Any) -> Results:
+def step(
+    inputs: Inputs, implementation: str, plan: CodeLayout | None = None, **options: Any
+) -> Results:
     """One forward and backward of the op; outputs and gradients."""
     leaves = {name: inputs[name] for name in LEAVES}
-    out, penalty, _ = transcoder(**leaves, plan=plan, implementation=implementation, **options)
+    out, penalty, *_ = transcoder(**leaves, plan=plan, implementation=implementation, **options)
     return _results(inputs, out, penalty)
 
 

@@ -36,7 +36,7 @@ from fastadapt.batch import Batch, token_weights
 from fastadapt.errors import UserError
 from fastadapt.kernels.linear_kl import linear_kl
 from fastadapt.kernels.nmse import nmse
-from fastadapt.kernels.transcoder import Plan, TranscoderStats, plan_for
+from fastadapt.kernels.transcoder import CodeLayout, TranscoderStats, plan_for
 from fastadapt.models.pair import DTYPES
 from fastadapt.models.recompute import POLICIES, recomputed
 from fastadapt.models.replacement import Mode, ReplacementModel
@@ -96,7 +96,7 @@ class AdapterCall(NamedTuple):
 
     penalty: Tensor
     stats: TranscoderStats
-    plan: Plan | None
+    plan: CodeLayout | None
     n_streams: int
 
 
@@ -128,7 +128,7 @@ def _run_block(
     hidden: Tensor,
     mask: Tensor | None = None,
     padding: Tensor | None = None,
-    plan: Plan | None = None,
+    plan: CodeLayout | None = None,
 ) -> tuple[Tensor, Tensor | None, TranscoderStats | None]:
     out, aux = model.block(layer, hidden, arguments, mode, mask=mask, padding=padding, plan=plan)
     return (out, None, None) if aux is None else (out, aux.penalty, aux.stats)
@@ -146,7 +146,7 @@ class _Streams(NamedTuple):
     calls: list[AdapterCall]
 
 
-def _plan(model: ReplacementModel, hidden: Tensor, codes_per_token: float) -> Plan:
+def _plan(model: ReplacementModel, hidden: Tensor, codes_per_token: float) -> CodeLayout:
     """The plan of a layer's call on ``hidden [S, T, D]``, padding counted as tokens."""
     n_tokens, kind = hidden.shape[0] * hidden.shape[1], hidden.device.type
     return plan_for(codes_per_token, n_tokens, model.n_features, hidden.dtype, kind)

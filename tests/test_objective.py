@@ -29,7 +29,7 @@ from fastadapt.adapter import module as adapter_module
 from fastadapt.adapter.module import AdapterConfig
 from fastadapt.batch import Batch
 from fastadapt.errors import UserError
-from fastadapt.kernels.transcoder import Plan, plan_for
+from fastadapt.kernels.transcoder import CodeLayout, plan_for
 from fastadapt.models.pretrained import ARCHITECTURES
 from fastadapt.models.recompute import POLICIES
 from fastadapt.models.replacement import ReplacementModel
@@ -399,7 +399,7 @@ def test_every_call_has_the_plan_of_its_layer(policy, make_pair, monkeypatch) ->
     """Of as many tokens as go through it, padding counted; the recompute has the same."""
     config = AdapterConfig(FEATURES, implementation="sparse")
     replacement = make_replacement(make_pair("qwen2"), config)
-    seen: list[Plan | None] = []
+    seen: list[CodeLayout | None] = []
     transcoder = adapter_module.transcoder
 
     def watched(*args, plan, **kwargs):

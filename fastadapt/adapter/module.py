@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from fastadapt.errors import UserError
 from fastadapt.kernels.device import runs_triton
-from fastadapt.kernels.transcoder import IMPLEMENTATIONS, Plan, TranscoderStats, transcoder
-from fastadapt.kernels.transcoder.reference import SparseCodes, activate
+from fastadapt.kernels.transcoder import IMPLEMENTATIONS, CodeLayout, TranscoderStats, transcoder
+from fastadapt.kernels.transcoder.reference import SparseCodes, activate, row_shape
 
 ACTIVATIONS = ("relu", "topk", "batch_topk", "jumprelu")
 #: What a run trains: transcoders beside the base's MLPs, or weights of the model itself
@@ -150,10 +150,14 @@ class Aux(NamedTuple):
 
     penalty: Tensor
     stats: TranscoderStats
+    codes: SparseCodes | None = None
 
 
 class TranscoderAdapter(nn.Module):
     """A wide sparse two-layer network beside one MLP.
+
+    Any leading shape is taken, also none: ``[..., T, d]`` is rows (sequences and streams) of T
+    tokens, which ``batch_topk`` ranks row by row; ``[d]`` is one token.
 
     Parameters: ``W_enc [F, d_in]``, ``b_enc [F]``, ``W_dec [F, d_out]``, ``b_dec [d_out]``, and
     ``threshold [F]`` for ``jumprelu``. With ``batch_topk``, ``threshold`` is a 0-d buffer: a
@@ -242,25 +246,26 @@ class TranscoderAdapter(nn.Module):
         residual: Tensor | None = None,
         mask: Tensor | None = None,
         padding: Tensor | None = None,
-        plan: Plan | None = None,
-        codes: list[SparseCodes] | None = None,
+        plan: CodeLayout | None = None,
+        return_codes: bool = False,
     ) -> tuple[Tensor, Aux]:
         """``residual + A(x)`` for every token, with the penalty and the counts.
 
         Args:
-            x: ``[T, d_in]`` or ``[S, T, d_in]``, one row per sequence and stream.
+            x: ``[..., d_in]``.
             residual: ``[..., d_out]``, what the output is added to (the base MLP's output); 0 if
                 not given. It is not modified.
             mask: bool or float weights of x's leading shape: how much each token counts in the
                 penalty; statistics count tokens of non-zero weight. All 1 if not given.
             padding: bool of x's leading shape, true at tokens that do not exist.
-            plan: how the kernel goes about it; see :class:`fastadapt.kernels.transcoder.Plan`.
-            codes: where this call's sparse activations are appended, if they are asked for.
+            plan: layout of the codes, see :class:`fastadapt.kernels.transcoder.CodeLayout`; the
+                kernel looks at their number if not given.
+            return_codes: also return the sparse activations, as ``Aux.codes``.
 
         Returns:
             ``out [..., d_out]`` in x's dtype, and :class:`Aux`.
         """
-        out, penalty, stats = transcoder(
+        out, penalty, stats, codes = transcoder(
             x,
             self.W_enc,
             self.b_enc,
@@ -270,21 +275,21 @@ class TranscoderAdapter(nn.Module):
             mask=mask,
             padding=padding,
             plan=plan,
-            codes=codes,
+            return_codes=return_codes,
             **self._kernel(),
         )
-        return out, Aux(penalty, stats)
+        return out, Aux(penalty, stats, codes)
 
     def encode(self, x: Tensor) -> Tensor:
-        """Dense activations ``a [..., F]`` of ``x [T, d_in]`` or ``[S, T, d_in]``, as in training
-        or as in ``eval()``: what SAE codebases call ``encode``.
+        """Return the dense activations ``a [..., F]`` of ``x [..., d_in]``, those of the module's
+        mode (training or ``eval()``): what SAE codebases call ``encode``.
 
-        Meant for inspection: it makes every one of the ``[..., F]`` activations.
+        Meant for inspection: all ``[..., F]`` activations are allocated.
         """
         z = nn.functional.linear(x, self.W_enc, self.b_enc)
         kernel = self._kernel()
         a = activate(
-            z if z.dim() == 3 else z[None],
+            z.reshape(*row_shape(z.shape[:-1]), self.n_features),
             kernel["activation"],
             kernel.get("k"),
             kernel.get("threshold"),
@@ -294,7 +299,7 @@ class TranscoderAdapter(nn.Module):
         return a.view(z.shape)
 
     def decode(self, a: Tensor) -> Tensor:
-        """``W_decᵀ a + b_dec`` as ``[..., d_out]`` for dense activations ``a [..., F]``."""
+        """Return ``W_decᵀ a + b_dec [..., d_out]`` of dense activations ``a [..., F]``."""
         return a @ self.W_dec + self.b_dec
 
     @torch.no_grad()

@@ -19,7 +19,7 @@ from fastadapt.kernels.device import runs_triton
 from fastadapt.kernels.linear_kl import linear_kl
 from fastadapt.kernels.nmse import nmse
 from fastadapt.kernels.testing import error_budget
-from fastadapt.kernels.transcoder import Plan, transcoder
+from fastadapt.kernels.transcoder import CodeLayout, transcoder
 
 Tensors = dict[str, Tensor]
 Run = Callable[..., Tensors]
@@ -37,7 +37,7 @@ ACTIVATIONS: dict[str, dict[str, Any]] = {
     "batch_topk": {"k": 2.5},
     "jumprelu": {"bandwidth": 0.5},
 }
-PLANS = {"codes": Plan(dense=False), "dense": Plan(dense=True)}
+PLANS = {"codes": CodeLayout(dense=False), "dense": CodeLayout(dense=True)}
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def _transcoder(
     weight[:, -3], weight[:, -2] = 0.5, 0
     tensors = x, W_enc, b_enc, W_dec, b_dec
     options |= {"padding": padding, "mask": weight, "implementation": implementation}
-    out, penalty, _ = transcoder(*tensors, **options)
+    out, penalty, *_ = transcoder(*tensors, **options)
     return {"out": out, "penalty": penalty}
 
 

@@ -40,7 +40,6 @@ from fastadapt.features.store.source_run import students_of
 from fastadapt.features.store.store import Store, writing
 from fastadapt.io.atomic import disk_errors, replacing
 from fastadapt.io.parquet import open_parquet
-from fastadapt.kernels.transcoder import SparseCodes
 from fastadapt.models.block_inputs import record_inputs
 from fastadapt.models.replacement import ReplacementModel
 from fastadapt.models.self_check import check_traversal
@@ -174,19 +173,23 @@ def _layers(
                 own = theirs if stream == "base" else ours
                 state, arguments = states.get(stream, own.hidden), own.arguments[layer]
                 blocks = base_blocks if stream == "base" else model.blocks
-                codes: list[SparseCodes] = []
                 with _reading(getattr(blocks[layer], paths.mlp)) as seen:
                     if stream == "base":
                         states[stream] = blocks[layer](state, **arguments)
                     elif stream == "target":
                         states[stream], _ = model.block(layer, state, arguments, "target")
                     else:
-                        states[stream], _ = model.block(
-                            layer, state, arguments, "replacement", padding=padding, codes=codes
+                        states[stream], aux = model.block(
+                            layer,
+                            state,
+                            arguments,
+                            "replacement",
+                            padding=padding,
+                            return_codes=True,
                         )
+                        if aux is not None and aux.codes is not None:
+                            counts += torch.bincount(aux.codes.features, minlength=n_features)
                 inputs[stream].append(seen[0][real])
-                for found in codes:
-                    counts += torch.bincount(found.features, minlength=n_features)
         yield layer, {stream: torch.cat(parts) for stream, parts in inputs.items()}, counts
 
 

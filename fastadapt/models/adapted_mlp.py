@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastadapt.adapter.module import Aux, TranscoderAdapter
 from fastadapt.errors import UserError
-from fastadapt.kernels.transcoder import SMALL_ENTRIES, Plan, SparseCodes
+from fastadapt.kernels.transcoder import SMALL_ENTRIES, CodeLayout
 
 Mode = Literal["target", "hybrid", "replacement"]
 MODES: tuple[Mode, ...] = ("target", "hybrid", "replacement")
@@ -28,8 +28,8 @@ class Call:
 
     mask: Tensor | None
     padding: Tensor | None
-    plan: Plan | None
-    codes: list[SparseCodes] | None = None
+    plan: CodeLayout | None
+    return_codes: bool = False
     aux: Aux | None = None
 
 
@@ -77,11 +77,15 @@ class AdaptedMLP(nn.Module):
             return self.adapter(x, residual=self.base(x), plan=self._plan_of_capture(x))[0]
         # The base comes last: see fastadapt.models.recompute.
         out, call.aux = self.adapter(
-            x, mask=call.mask, padding=call.padding, plan=call.plan, codes=call.codes
+            x,
+            mask=call.mask,
+            padding=call.padding,
+            plan=call.plan,
+            return_codes=call.return_codes,
         )
         return out + self.base(x)
 
-    def _plan_of_capture(self, x: Tensor) -> Plan | None:
+    def _plan_of_capture(self, x: Tensor) -> CodeLayout | None:
         """A plan that asks the GPU nothing, while its work is captured as a graph.
 
         Small calls do without one, see the op; for others dense products hold any number of codes.
@@ -91,7 +95,7 @@ class AdaptedMLP(nn.Module):
         assert isinstance(self.adapter, TranscoderAdapter)
         small = x.shape[:-1].numel() * self.adapter.n_features <= SMALL_ENTRIES
         capturing = torch.cuda.is_current_stream_capturing()
-        return Plan(dense=True) if capturing and not small else None
+        return CodeLayout(dense=True) if capturing and not small else None
 
 
 @contextmanager

@@ -21,9 +21,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from fastadapt.kernels.transcoder import SAVED_OPS
-from fastadapt.kernels.transcoder.autograd import PLANNED_DENSE
-from fastadapt.kernels.transcoder.codes import Codes
+from fastadapt.kernels.transcoder import should_save
 
 POLICIES = ("none", "attention", "full")
 
@@ -53,30 +51,18 @@ def recomputed(policy: str, run: Callable[..., Any], *args: Tensor) -> Any:
         raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
     if policy == "none":
         return run(*args)
-    keeps = partial(_keeps, policy == "attention")
+    saves = partial(_should_save, policy == "attention")
     return checkpoint(
         run,
         *args,
         use_reentrant=False,
         preserve_rng_state=False,
-        context_fn=partial(create_selective_checkpoint_contexts, keeps),
+        context_fn=partial(create_selective_checkpoint_contexts, saves),
     )
 
 
-def _keeps(attention: bool, context: Any, op: Any, *args: Any, **_: Any) -> bool:
-    """Whether what ``op`` returned is kept."""
-    if op in SAVED_OPS:
-        return not _dense(args, getattr(context, "op_output", None))
+def _should_save(attention: bool, context: Any, op: Any, *args: Any, **_: Any) -> bool:
+    """Return whether the result of ``op`` is saved for the backward pass."""
+    if should_save(op, args, getattr(context, "op_output", None)):
+        return True
     return attention and op.name() in ATTENTION_OPS
-
-
-def _dense(args: tuple[Any, ...], output: tuple[Tensor, ...] | None) -> bool:
-    """Whether the encoder's codes are dense: as planned, or else as they came out.
-
-    Torch 2.11 asks before there is an output, and again in the recompute: what nobody planned is
-    taken for dense there.
-    """
-    planned = args[PLANNED_DENSE]
-    if planned is not None:
-        return bool(planned)
-    return output is None or Codes(*output[: len(Codes._fields)]).dense

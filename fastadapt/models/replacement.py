@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fastadapt.adapter.module import AdapterConfig, Aux, TranscoderAdapter
 from fastadapt.errors import UserError
-from fastadapt.kernels.transcoder import Plan, SparseCodes
+from fastadapt.kernels.transcoder import CodeLayout
 from fastadapt.models.adapted_mlp import AdaptedMLP, Call, Mode, in_mode
 from fastadapt.models.baselines import (
     TunedNorms,
@@ -208,8 +208,8 @@ class ReplacementModel(nn.Module):
         *,
         mask: Tensor | None = None,
         padding: Tensor | None = None,
-        plan: Plan | None = None,
-        codes: list[SparseCodes] | None = None,
+        plan: CodeLayout | None = None,
+        return_codes: bool = False,
     ) -> tuple[Tensor, Aux | None]:
         """Block ``layer`` (0-based) of the given mode: ``[B, T, D]`` to ``[B, T, D]``, and the aux.
 
@@ -217,11 +217,11 @@ class ReplacementModel(nn.Module):
 
         The mode is set and restored in here, so that a recompute under checkpointing, which runs
         after the caller's contexts have closed and on a GPU in another thread, is the same call.
-        ``mask``, ``padding``, ``plan`` and ``codes`` go to the adapter
+        ``mask``, ``padding``, ``plan`` and ``return_codes`` go to the adapter
         (:meth:`TranscoderAdapter.forward`).
         """
         block = self.blocks[layer]
-        call = Call(mask, padding, plan, codes)
+        call = Call(mask, padding, plan, return_codes)
         mlp: AdaptedMLP = getattr(block, self.paths.mlp)
         with mlp.running(mode, call):
             out: Tensor = block(hidden, **arguments)

@@ -1,14 +1,14 @@
-"""How many codes a step may expect of each layer, and what happens where there are more.
+"""Estimates of how many codes each layer of a step will have, and detection of overflows.
 
-On a GPU the adapter's call is told beforehand, by a plan, whether codes or dense products are
-cheaper and how long the code buffers are: to look at the number itself it would have to wait for
-the device. Plans follow the counts of the step before, which the loop reads anyway with the loss,
-in the one copy at a step's end; there it also sees whether a plan was too small, before anything is
-applied, so that no flag has to reach the optimiser on the device. Such a step is made once more,
-without plans: each call then looks for itself, and nothing can overflow.
+On a GPU the adapter's call gets a code layout beforehand: whether codes or dense products are
+cheaper, and how long the code buffers are. To look at the number itself, the call would have to
+wait for the device. Layouts follow the counts of the step before, which the loop reads anyway with
+the loss, in the one copy at a step's end. That copy also shows whether a layout was too small,
+before anything is applied, so that no flag has to reach the optimiser on the device. Such a step is
+repeated without layouts: each call then looks for itself, and nothing can overflow.
 
-Counts are a function of weights and data, and are saved with them: a resumed run makes the plans
-that the run would have made, and so the same bits.
+Counts are a function of weights and data, and are saved with them: a resumed run uses the layouts
+that the uninterrupted run would have used, and so has the same bits.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from fastadapt.kernels.transcoder import Plan
+from fastadapt.kernels.transcoder import CodeLayout
 
 
 class Call(NamedTuple):
-    """A layer's call in one micro-batch: what it was told and what it found.
+    """One layer's adapter call in one micro-batch: its layout and its counts.
 
     Attributes:
-        plan: what it was given; None where the op looked for itself, or nothing could be too short.
+        plan: layout of the codes; None where the op looked at their number itself.
         tokens: of all streams in the call, without padding.
-        codes: how many there were, also where the buffers were too short.
+        codes: number of codes, also where the buffers were too short.
     """
 
-    plan: Plan | None
+    plan: CodeLayout | None
     tokens: int
     codes: int
 
@@ -47,32 +47,32 @@ def takes_plans(implementation: str, device_type: str) -> bool:
 
 
 def overflow(calls: Sequence[Sequence[Call]]) -> dict[str, list[int]]:
-    """What did not fit, of ``calls[micro-batch][layer]``; empty if the step is valid.
+    """Return what did not fit, of ``calls[micro-batch][layer]``; empty if the step is valid.
 
     Returns:
         ``layers, capacities, codes``, an entry for the first layer of each micro-batch whose codes
-        did not fit. Layers behind it saw wrong hidden states: their counts tell nothing.
+        did not fit. Layers behind it saw wrong hidden states: their counts mean nothing.
     """
-    found: list[tuple[int, Call, Plan]] = []
+    first: list[tuple[int, Call, CodeLayout]] = []
     for layers in calls:
         short = ((i, c, c.plan) for i, c in enumerate(layers) if c.plan and c.overflows)
-        found += list(short)[:1]
-    if not found:
+        first += list(short)[:1]
+    if not first:
         return {}
     return {
-        "layers": [layer for layer, _, _ in found],
-        "capacities": [plan.capacity or 0 for _, _, plan in found],
-        "codes": [call.codes for _, call, _ in found],
+        "layers": [layer for layer, _, _ in first],
+        "capacities": [plan.capacity or 0 for _, _, plan in first],
+        "codes": [call.codes for _, call, _ in first],
     }
 
 
-class Planner:
-    """What to expect of a step: the counts of the last step that was applied.
+class CapacityEstimator:
+    """Codes to expect of a step: the counts of the last step that was applied.
 
-    A step that was not applied leaves no trace: broken data tell nothing of the next.
+    A step that was not applied changes nothing: broken data say nothing about the next step.
 
     Args:
-        enabled: whether the adapters' kernel takes plans; if not, no step is given any.
+        enabled: whether the adapters' kernel takes layouts; if not, no step is given any.
     """
 
     def __init__(self, enabled: bool) -> None:

@@ -30,7 +30,7 @@ from fastadapt.training.checkpoint import (
     save_checkpoint,
     sweep,
 )
-from fastadapt.training.code_capacity import Planner, overflow, takes_plans
+from fastadapt.training.code_capacity import CapacityEstimator, overflow, takes_plans
 from fastadapt.training.config import TrainConfig
 from fastadapt.training.held_out import evaluate
 from fastadapt.training.logs.metrics import (
@@ -67,7 +67,7 @@ class TrainingRun:
         sparse, kernel = config.adapter.sparse, config.adapter.implementation
         shape = (self.model.n_layers, self.model.n_features) if sparse else (0,)
         self.dead = DeadFeatures(shape, config.run.dead_window, self.model.device)
-        self.planner = Planner(sparse and takes_plans(kernel, self.model.device.type))
+        self.planner = CapacityEstimator(sparse and takes_plans(kernel, self.model.device.type))
         self.step = 0
         self.tokens = 0
         self.bad_in_row = 0

@@ -1,7 +1,7 @@
 """Transcoder: encoder, ReLU-like activation, sparse decoder and decoder-norm penalty, in one op.
 
-:func:`transcoder` is the op; :data:`SAVED_OPS` lists what selective checkpointing should keep, so
-that a recompute skips the encoder's matrix product::
+:func:`transcoder` is the op; :data:`SAVED_OPS` lists what selective checkpointing should save, so
+that a recompute skips the encoder's matrix product (:func:`should_save`: only of sparse codes)::
 
     context_fn = partial(create_selective_checkpoint_contexts, SAVED_OPS)
     checkpoint(block, h, use_reentrant=False, context_fn=context_fn)
@@ -17,20 +17,28 @@ from torch import Tensor
 
 from fastadapt.kernels import device as devices
 
-from .autograd import SAVED_OPS, transcode
-from .codes import SMALL_ENTRIES, Plan, plan_for
-from .reference import SparseCodes, TranscoderOutput, TranscoderStats, accumulator, reference
+from .autograd import SAVED_OPS, should_save, transcode
+from .codes import SMALL_ENTRIES, CodeLayout, plan_for
+from .reference import (
+    SparseCodes,
+    TranscoderOutput,
+    TranscoderStats,
+    accumulator,
+    reference,
+    row_shape,
+)
 
 __all__ = [
     "ACTIVATIONS",
     "IMPLEMENTATIONS",
     "SAVED_OPS",
     "SMALL_ENTRIES",
-    "Plan",
+    "CodeLayout",
     "SparseCodes",
     "TranscoderOutput",
     "TranscoderStats",
     "plan_for",
+    "should_save",
     "transcoder",
 ]
 
@@ -52,9 +60,9 @@ def transcoder(
     residual: Tensor | None = None,
     mask: Tensor | None = None,
     padding: Tensor | None = None,
-    codes: list[SparseCodes] | None = None,
-    plan: Plan | None = None,
+    plan: CodeLayout | None = None,
     implementation: str = "auto",
+    return_codes: bool = False,
 ) -> TranscoderOutput:
     """``out = residual + W_decᵀ a + b_dec`` with ``a = activation(W_enc x + b_enc)``.
 
@@ -64,7 +72,8 @@ def transcoder(
     float64 x).
 
     Args:
-        x: ``[T, d_in]`` or ``[S, T, d_in]``: S rows (sequences and streams stacked) of T tokens.
+        x: ``[..., T, d_in]``: rows (sequences and streams stacked, in any number of dimensions) of
+            T tokens; ``[d_in]`` is one token.
         W_enc: ``[F, d_in]``, a row per feature.
         b_enc: ``[F]``.
         W_dec: ``[F, d_out]``, a row per feature.
@@ -73,7 +82,7 @@ def transcoder(
 
             - ``"relu"``: ``a = max(z, 0)``.
             - ``"topk"``: the `k` largest positives of each token; equal ones by lowest feature.
-            - ``"batch_topk"``: in each row of x (``[T, d]`` is one row) the ``floor(k·n)`` largest
+            - ``"batch_topk"``: in each row of x (``[T, d_in]`` is one) the ``floor(k·n)`` largest
               positives, n its tokens that are not padding; equal ones by lowest (token, feature).
               With `threshold` in place of `k` (inference): ``a = z·1[z > max(threshold, 0)]``.
             - ``"jumprelu"``: ``a = z·1[z > θ]``, θ = `threshold` > 0 (one at or below 0 acts as 0).
@@ -95,10 +104,12 @@ def transcoder(
             product in Triton too), both for 16 bits and float32; ``"auto"``: sparse on a CPU (and,
             with a plan, on the meta device), triton on a GPU, the reference elsewhere and for
             float64 on a GPU.
+        return_codes: also return the codes; on a GPU this waits for their number.
 
     Returns:
-        ``out`` like `residual`; ``penalty`` 0-d, fp32 or float64: ``Σ_t w_t Σ_i a_ti ‖W_dec,i‖₂``,
-        a sum, whose norm is differentiated, with gradient 0 at a zero row; ``stats``.
+        ``out``, like `residual`; ``penalty`` 0-d, fp32 or float64: ``Σ_t w_t Σ_i a_ti ‖W_dec,i‖₂``,
+        a sum, whose norm is differentiated, with gradient 0 at a zero row; ``stats``; ``codes``:
+        the active entries, by :class:`SparseCodes` without gradient, or None.
 
     Non-finite values: a NaN pre-activation counts as active and ranks with ``+inf`` as the
     largest, so that it reaches `out`; ``-0`` and ``-inf`` are inactive, denormals are active.
@@ -122,12 +133,11 @@ def transcoder(
     if activation == "batch_topk" and threshold is not None:
         threshold = threshold.detach().to(acc).expand(W_enc.shape[0])
     lead = x.shape[:-1]
-    x_STD = x if x.dim() == 3 else x[None]
-    rows = x_STD.shape[:-1]
+    rows = row_shape(lead)
     extra: dict[str, Any] = {"plan": plan, "implementation": chosen}
     with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
         result = (reference if chosen == "reference" else transcode)(
-            x_STD,
+            x.reshape(*rows, x.shape[-1]),
             W_enc,
             b_enc,
             W_dec,
@@ -139,11 +149,12 @@ def transcoder(
             residual_STE=None if residual is None else residual.reshape(*rows, W_dec.shape[1]),
             weight_ST=None if mask is None else mask.detach().reshape(rows).to(acc),
             padding_ST=None if padding is None else padding.reshape(rows),
-            codes=codes,
+            return_codes=return_codes,
             **({} if chosen == "reference" else extra),
         )
     # Not _replace: torch 2.11 cannot compile it.
-    return TranscoderOutput(result.out.view(*lead, W_dec.shape[1]), result.penalty, result.stats)
+    out = result.out.view(*lead, W_dec.shape[1])
+    return TranscoderOutput(out, result.penalty, result.stats, result.codes)
 
 
 def _autocasts(x: Tensor) -> bool:
@@ -181,7 +192,7 @@ def _validate(
     if not _autocasts(x):
         for name, tensor in named.items():
             _expect(tensor.dtype == x.dtype, name, f"of x's dtype, {x.dtype}", tensor.dtype)
-    _expect(x.dim() in (2, 3), "x", "of shape [T, d_in] or [S, T, d_in]", list(x.shape))
+    _expect(x.dim() > 0, "x", "of shape [..., d_in]", list(x.shape))
     _expect(W_enc.dim() == 2, "W_enc", "of shape [F, d_in]", list(W_enc.shape))
     _expect(W_dec.dim() == 2, "W_dec", "of shape [F, d_out]", list(W_dec.shape))
     F, d_in, d_out = W_enc.shape[0], x.shape[-1], W_dec.shape[1]
@@ -242,12 +253,14 @@ def _validate_activation(
         _expect(threshold.device == device, "threshold", f"on {device}", threshold.device)
 
 
-def _choose(implementation: str, x: Tensor, threshold: Tensor | None, plan: Plan | None) -> str:
+def _choose(
+    implementation: str, x: Tensor, threshold: Tensor | None, plan: CodeLayout | None
+) -> str:
     """The implementation that `implementation` means for x."""
     known = f"one of {IMPLEMENTATIONS}"
     _expect(implementation in IMPLEMENTATIONS, "implementation", known, repr(implementation))
-    if plan is not None and not isinstance(plan, Plan):
-        raise TypeError(f"transcoder: plan must be a Plan or None; got {type(plan).__name__}")
+    if plan is not None and not isinstance(plan, CodeLayout):
+        raise TypeError(f"transcoder: plan must be a CodeLayout or None; got {type(plan).__name__}")
     device = x.device.type
     wide = x.dtype == torch.float64 or (threshold is not None and threshold.dtype == torch.float64)
     if implementation == "auto":

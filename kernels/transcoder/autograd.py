@@ -8,17 +8,16 @@ compilers and counters see it. An op's last argument, the implementation, says w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import define, impl, register_autograd, register_fake
 
-from fastadapt.kernels import flops
-
 from . import sparse
-from .codes import Codes, Plan, active_codes
-from .reference import SparseCodes, TranscoderOutput, TranscoderStats, accumulator
+from .codes import CodeLayout, Codes, active_codes
+from .reference import TranscoderOutput, TranscoderStats, accumulator
 
 ops = torch.ops.fastadapt
 N_CODES = len(Codes._fields)
@@ -51,8 +50,27 @@ define(
 
 #: What selective checkpointing should keep of a block that contains the op.
 SAVED_OPS = [ops.encode.default]
-#: Which of the encoder's arguments is the plan's ``dense``.
-PLANNED_DENSE = [a.name for a in ops.encode.default._schema.arguments].index("dense")
+_DENSE = [a.name for a in ops.encode.default._schema.arguments].index("dense")
+
+
+def should_save(op: Any, args: Sequence[Any], output: Sequence[Tensor] | None = None) -> bool:
+    """Return whether selective checkpointing should save the result of ``op(*args)``.
+
+    True for the encoder's sparse codes: they are few, and save its product a second run. Dense
+    codes are as large as any activation. Any other op: False.
+
+    Args:
+        op: an overload, as a policy of ``torch.utils.checkpoint`` gets it.
+        args: its positional arguments.
+        output: its result, where it has run. Torch 2.11 asks before, and again in the recompute:
+            without a plan, codes count as dense then.
+    """
+    if op not in SAVED_OPS:
+        return False
+    dense = args[_DENSE]
+    if dense is None:
+        dense = output is None or Codes(*output[:N_CODES]).dense
+    return not dense
 
 
 def transcode(
@@ -69,8 +87,8 @@ def transcode(
     residual_STE: Tensor | None,
     weight_ST: Tensor | None,
     padding_ST: Tensor | None,
-    codes: list[SparseCodes] | None,
-    plan: Plan | None,
+    return_codes: bool,
+    plan: CodeLayout | None,
     implementation: str,
 ) -> TranscoderOutput:
     """The op on validated arguments, through the registered ops."""
@@ -92,18 +110,15 @@ def transcode(
         ordered,
         implementation,
     )
-    found, (n_active, counts_F, n_tokens, min_active, n_codes) = (
-        results[:N_CODES],
-        results[N_CODES:],
-    )
-    if codes is not None:
-        codes.append(active_codes(Codes(*found), W_enc_FD.shape[0]))
+    codes = Codes(*results[:N_CODES])
+    n_active, counts_F, n_tokens, min_active, n_codes = results[N_CODES:]
+    active = active_codes(codes, W_enc_FD.shape[0]) if return_codes else None
     residual_NE = None if residual_STE is None else residual_STE.flatten(0, 1)
-    out_NE, penalty = ops.decode(*found, W_dec_FE, b_dec_E, residual_NE, weight_N, implementation)
+    out_NE, penalty = ops.decode(*codes, W_dec_FE, b_dec_E, residual_NE, weight_N, implementation)
     out_STE = out_NE.view(*x_STD.shape[:-1], W_dec_FE.shape[1])
     min_active = min_active.masked_fill(min_active == -1, torch.nan)  # -1: there is none
     stats = TranscoderStats(n_active, counts_F, n_tokens, min_active, n_codes)
-    return TranscoderOutput(out_STE, penalty, stats)
+    return TranscoderOutput(out_STE, penalty, stats, active)
 
 
 # --- implementations ------------------------------------------------------------------------------
@@ -111,7 +126,7 @@ def transcode(
 
 def _encode(*args: Any) -> tuple[Tensor, ...]:
     *inputs, dense, capacity, ordered, implementation = args
-    plan = None if dense is None else Plan(dense, capacity)
+    plan = None if dense is None else CodeLayout(dense, capacity)
     call: tuple[Any, ...] = (*inputs, plan, ordered)
     if implementation == "sparse":
         codes, *stats = sparse.encode(*call)
@@ -318,7 +333,9 @@ def _count_decode_backward(*args: Any, **_: Any) -> int:
     return int(2 * values_shape[0] * W_dec_shape[1] * (need_values + need_W))
 
 
-flops.register(ops.encode, _count_encode)
-flops.register(ops.encode_backward, _count_encode_backward)
-flops.register(ops.decode, _count_decode)
-flops.register(ops.decode_backward, _count_decode_backward)
+FLOP_FORMULAS = {
+    ops.encode: _count_encode,
+    ops.encode_backward: _count_encode_backward,
+    ops.decode: _count_decode,
+    ops.decode_backward: _count_decode_backward,
+}

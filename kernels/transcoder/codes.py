@@ -43,7 +43,7 @@ SAMPLE = 256
 BLOCK = 64
 
 
-class Plan(NamedTuple):
+class CodeLayout(NamedTuple):
     """How to lay the codes out: a host value, so that path and shapes are known beforehand."""
 
     dense: bool  #: dense products, or codes.
@@ -59,7 +59,7 @@ def dense_share(dtype: torch.dtype, device_type: str) -> float:
 
 def plan_for(
     codes_per_token: float, n_tokens: int, n_features: int, dtype: torch.dtype, device_type: str
-) -> Plan:
+) -> CodeLayout:
     """The plan of a call that should find about `codes_per_token` codes on each of its tokens.
 
     Args:
@@ -72,10 +72,10 @@ def plan_for(
         Dense, or codes with room for half as many again, and never more than there are entries.
     """
     if codes_per_token > dense_share(dtype, device_type) * n_features:
-        return Plan(dense=True)
+        return CodeLayout(dense=True)
     entries = n_tokens * n_features
     wanted = int(HEADROOM * codes_per_token * n_tokens) + CAPACITY_STEP
-    return Plan(False, min(entries, -(-wanted // CAPACITY_STEP) * CAPACITY_STEP))
+    return CodeLayout(False, min(entries, -(-wanted // CAPACITY_STEP) * CAPACITY_STEP))
 
 
 class Codes(NamedTuple):
@@ -201,7 +201,7 @@ def dense_codes(a_NF: Tensor, window_NF: Tensor | None, *, ordered: bool) -> Cod
 
 
 def sparse_codes(
-    a_NF: Tensor, window_NF: Tensor | None, plan: Plan | None, *, ordered: bool
+    a_NF: Tensor, window_NF: Tensor | None, plan: CodeLayout | None, *, ordered: bool
 ) -> Codes:
     """The active entries of a [N, F] (and those in the window), in buffers of the plan's size."""
     N, F = a_NF.shape
@@ -231,7 +231,7 @@ def sparse_codes(
     if len(place_C) > plan.capacity:
         raise ValueError(
             f"transcoder: plan.capacity must hold every code; got {plan.capacity} for "
-            f"{len(place_C)} codes; raise it, or give Plan(dense=True) or no plan"
+            f"{len(place_C)} codes; raise it, or give CodeLayout(dense=True) or no plan"
         )
     buffer = place_C.new_empty(plan.capacity)
     return codes._replace(

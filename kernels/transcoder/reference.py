@@ -60,9 +60,15 @@ class SparseCodes(NamedTuple):
 class TranscoderOutput(NamedTuple):
     """What :func:`fastadapt.kernels.transcoder.transcoder` returns."""
 
-    out: Tensor  #: x's dtype, [T, d_out] or [S, T, d_out].
+    out: Tensor  #: x's dtype, [..., d_out].
     penalty: Tensor  #: 0-d, fp32 (float64 for float64 x): a sum over tokens, not a mean.
     stats: TranscoderStats
+    codes: SparseCodes | None = None  #: if asked for by ``return_codes``.
+
+
+def row_shape(lead: torch.Size) -> tuple[int, int]:
+    """Return the rows and the tokens of a row of ``[..., T]``; (1, 1) of an empty shape."""
+    return lead[:-1].numel(), lead[-1] if lead else 1
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -179,7 +185,7 @@ def reference(
     residual_STE: Tensor | None,
     weight_ST: Tensor | None,
     padding_ST: Tensor | None,
-    codes: list[SparseCodes] | None,
+    return_codes: bool,
 ) -> TranscoderOutput:
     """The whole op on validated arguments; see the package's public function for their meaning."""
     acc = accumulator(x_STD.dtype)
@@ -207,6 +213,5 @@ def reference(
         window_STF = (z_STF.detach().to(acc) - threshold.to(acc).clamp(min=0)).abs() < bandwidth / 2
         code_STF |= window_STF if padding_ST is None else window_STF & ~padding_ST[..., None]
     stats = statistics(a_STF.detach(), code_STF, counted_ST, activation)
-    if codes is not None:
-        codes.append(SparseCodes.of(a_STF.flatten(0, 1)))
-    return TranscoderOutput(out_STE, penalty_ST.sum(), stats)
+    codes = SparseCodes.of(a_STF.flatten(0, 1)) if return_codes else None
+    return TranscoderOutput(out_STE, penalty_ST.sum(), stats, codes)

@@ -15,8 +15,8 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from .codes import (
+    CodeLayout,
     Codes,
-    Plan,
     activate_,
     dense_codes,
     in_window,
@@ -41,7 +41,7 @@ def encode(
     activation: str,
     k: float,
     bandwidth: float,
-    plan: Plan | None,
+    plan: CodeLayout | None,
     ordered: bool,
 ) -> tuple[Codes, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Codes and the statistics of ``TranscoderStats``, by one dense product.

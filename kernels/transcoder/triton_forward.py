@@ -13,7 +13,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from . import triton_codes, triton_dense, triton_select, triton_sums
-from .codes import SMALL_ENTRIES, Codes, Plan, dense_codes, dense_share
+from .codes import SMALL_ENTRIES, CodeLayout, Codes, dense_codes, dense_share
 from .reference import WHOLE, accumulator, codes_of
 from .triton_encode import (
     FEW,
@@ -37,7 +37,7 @@ def encode(
     activation: str,
     k: float,
     bandwidth: float,
-    plan: Plan | None,
+    plan: CodeLayout | None,
     ordered: bool,
     fused: bool,
 ) -> tuple[Codes, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -79,10 +79,10 @@ def encode(
     min_active = _min_active(values, words, rows_N, smallest_N, counted_N, S, activation)
 
     if plan is None and not ordered and N * F <= SMALL_ENTRIES:
-        plan = Plan(dense=False, capacity=N * F)
+        plan = CodeLayout(dense=False, capacity=N * F)
     if plan is None:
         total = int(n_codes)
-        plan = Plan(total > dense_share(x_STD.dtype, "cuda") * N * F, total)
+        plan = CodeLayout(total > dense_share(x_STD.dtype, "cuda") * N * F, total)
     if plan.dense:
         if not zeros_at_once:
             window = triton_codes.spread_(words, values, kind)

@@ -36,7 +36,7 @@ def test_a_fresh_adapter_adds_nothing_and_half_of_it_fires() -> None:
     adapter = TranscoderAdapter(64, AdapterConfig(2048), generator=torch.Generator().manual_seed(1))
     x, residual = torch.randn(50, 64), torch.randn(50, 64)
     before = residual.clone()
-    out, (penalty, stats) = adapter(x, residual)
+    out, (penalty, stats, _) = adapter(x, residual)
     assert torch.equal(out, residual)
     assert torch.equal(residual, before)
     assert penalty == 0
@@ -51,11 +51,13 @@ def test_encode_then_decode_is_forward(name, training) -> None:
     adapter = random_adapter(CONFIGS[name]).train(training)
     if name == "batch_topk":
         adapter.update_threshold(torch.tensor(0.08))
-    for x in (torch.randn(9, 12), torch.randn(2, 9, 12)):
+    for lead in ((), (9,), (2, 9), (2, 1, 9), (2, 2, 3, 3)):
+        x = torch.randn(*lead, 12)
         a = adapter.encode(x)
         assert a.shape == (*x.shape[:-1], 40)
-        out, aux = adapter(x)
+        out, aux = adapter(x, return_codes=True)
         torch.testing.assert_close(adapter.decode(a), out)
+        torch.testing.assert_close(aux.codes.values, a[a != 0])
         assert aux.stats.n_active == (a > 0).sum()
         expected = (a * adapter.W_dec.norm(dim=1)).sum()
         torch.testing.assert_close(aux.penalty, expected)

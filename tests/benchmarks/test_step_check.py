@@ -12,7 +12,7 @@ from benchmarks.roofs import Roofs
 from benchmarks.step_models import SMALL
 from benchmarks.step_plans import necessary_flops, on_the_line, planned_bytes
 from benchmarks.whole_step import rows, verdict
-from fastadapt.kernels.transcoder import Plan
+from fastadapt.kernels.transcoder import CodeLayout
 from fastadapt.models.recompute import POLICIES
 from fastadapt.training.code_capacity import Call
 from fastadapt.training.logs.metrics import StepReport
@@ -64,7 +64,9 @@ def test_the_budget_is_that_of_the_plain_step() -> None:
 
 
 def report(loss: float = 1.0, norm: float = 1.0, codes: int = 5) -> StepReport:
-    return StepReport({}, [loss], norm, [9.0, 11.0], [0, 0], [[Call(Plan(False, 5), 3, codes)]])
+    return StepReport(
+        {}, [loss], norm, [9.0, 11.0], [0, 0], [[Call(CodeLayout(False, 5), 3, codes)]]
+    )
 
 
 @pytest.mark.parametrize(

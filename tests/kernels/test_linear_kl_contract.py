@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
+from fastadapt.kernels.flops import register_flop_formulas
 from fastadapt.kernels.linear_kl import chunks, linear_kl
 from fastadapt.kernels.linear_kl.autograd import linear_kl_op
 from fastadapt.kernels.linear_kl.chunked import CHUNKED
@@ -114,6 +115,7 @@ def test_flops_are_those_of_the_gradients_asked_for(students_grad, head_grad, gr
     """At the shapes of a 7B model, on meta tensors: 2 T D V per product."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    register_flop_formulas()
     T, D, V = 7500, 3584, 152_064
     teacher = torch.empty(T, D, dtype=torch.bfloat16, device="meta")
     students = torch.empty(3, T, D, dtype=torch.bfloat16, device="meta")

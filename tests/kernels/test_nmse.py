@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
+from fastadapt.kernels.flops import register_flop_formulas
 from fastadapt.kernels.nmse import nmse
 from fastadapt.kernels.nmse.autograd import nmse_op
 from fastadapt.kernels.nmse.chunked import nmse_chunked
@@ -263,6 +264,7 @@ def test_compiles_into_one_graph_and_gives_the_same_bits():
 def test_fakes_autocast_and_flops():
     from torch.utils.flop_counter import FlopCounterMode
 
+    register_flop_formulas()
     x, target, mask = example(torch.bfloat16)
     real = nmse(x, target, mask=mask)
     with FakeTensorMode() as mode:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transcoder_cases import ACTIVATIONS, DTYPES, PLANS, Case, cases, draw_inputs, run
 
 from fastadapt.kernels.testing import assert_close
-from fastadapt.kernels.transcoder import Plan, transcoder
+from fastadapt.kernels.transcoder import CodeLayout, transcoder
 
 WAYS = [("reference", None), *(("sparse", plan) for plan in PLANS)]
 STATS = ("n_active", "feature_counts", "n_tokens", "min_active", "n_codes")
@@ -104,7 +104,7 @@ def small(activation: str, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(("implementation", "plan"), WAYS)
-def test_forward_by_formula(activation: str, implementation: str, plan: Plan | None) -> None:
+def test_forward_by_formula(activation: str, implementation: str, plan: CodeLayout | None) -> None:
     leaves, arguments = small(activation)
     weight = torch.rand(2, 5) + 0.1
     result = transcoder(
@@ -150,7 +150,7 @@ def away_from_kinks(activation: str) -> tuple[dict[str, Tensor], dict[str, Any]]
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(("implementation", "plan"), WAYS)
-def test_gradcheck(activation: str, implementation: str, plan: Plan | None) -> None:
+def test_gradcheck(activation: str, implementation: str, plan: CodeLayout | None) -> None:
     leaves, arguments = away_from_kinks(activation)
     padding = torch.zeros(2, 5, dtype=torch.bool)
     padding[1, 3:] = True
@@ -173,7 +173,9 @@ def test_gradcheck(activation: str, implementation: str, plan: Plan | None) -> N
 
 
 @pytest.mark.parametrize(("implementation", "plan"), WAYS)
-def test_theta_gets_the_straight_through_gradient(implementation: str, plan: Plan | None) -> None:
+def test_theta_gets_the_straight_through_gradient(
+    implementation: str, plan: CodeLayout | None
+) -> None:
     leaves, arguments = small("jumprelu")
     leaves["threshold"].requires_grad_()
     arguments["bandwidth"] = 1.0
@@ -199,7 +201,7 @@ def test_theta_gets_the_straight_through_gradient(implementation: str, plan: Pla
 
 
 @pytest.mark.parametrize(("implementation", "plan"), WAYS)
-def test_non_finite_and_tiny_values(implementation: str, plan: Plan | None) -> None:
+def test_non_finite_and_tiny_values(implementation: str, plan: CodeLayout | None) -> None:
     values = [math.nan, math.inf, -math.inf, -0.0, 0.0, 1e-40, 1.0, 1.0, 2.0, -1.0]
     active = {
         "relu": [0, 1, 5, 6, 7, 8],
@@ -227,7 +229,7 @@ def test_non_finite_and_tiny_values(implementation: str, plan: Plan | None) -> N
 
 
 @pytest.mark.parametrize(("implementation", "plan"), WAYS)
-def test_infinity_reaches_the_output(implementation: str, plan: Plan | None) -> None:
+def test_infinity_reaches_the_output(implementation: str, plan: CodeLayout | None) -> None:
     result = transcoder(
         torch.zeros(1, 1),
         torch.ones(2, 1),
@@ -242,7 +244,7 @@ def test_infinity_reaches_the_output(implementation: str, plan: Plan | None) -> 
 
 
 @pytest.mark.parametrize(("implementation", "plan"), WAYS)
-def test_batch_topk_ranks_each_row_alone(implementation: str, plan: Plan | None) -> None:
+def test_batch_topk_ranks_each_row_alone(implementation: str, plan: CodeLayout | None) -> None:
     leaves, _ = small("batch_topk")
     leaves["x"][1] *= 10  # this row would take every place
     padding = torch.zeros(2, 5, dtype=torch.bool)
@@ -260,7 +262,7 @@ def test_batch_topk_ranks_each_row_alone(implementation: str, plan: Plan | None)
 @pytest.mark.parametrize(("implementation", "plan"), WAYS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_padding_has_no_code_whatever_it_holds(
-    activation: str, implementation: str, plan: Plan | None
+    activation: str, implementation: str, plan: CodeLayout | None
 ) -> None:
     leaves, arguments = small(activation)
     padding = torch.zeros(2, 5, dtype=torch.bool)
@@ -346,11 +348,38 @@ def test_features_that_fire_on_most_tokens(dtype: torch.dtype) -> None:
     args = (leaves, {}, torch.randn(T, D).to(dtype) + 1, torch.tensor(0.1))
     oracle = run(*args, dtype=torch.float64, implementation="reference")
     peer = run(*args, dtype=dtype, implementation="reference")
-    actual = run(*args, dtype=dtype, implementation="sparse", plan=Plan(dense=False))
+    actual = run(*args, dtype=dtype, implementation="sparse", plan=CodeLayout(dense=False))
     assert (actual[0].stats.feature_counts > 1800).any()
     assert_close(actual[0].out, oracle[0].out, peer[0].out)
     for name, gradient in actual[1].items():
         assert_close(gradient, oracle[1][name], peer[1][name], name=name)
+
+
+@pytest.mark.parametrize("lead", [(), (5,), (0,), (2, 5), (2, 3, 5), (2, 0, 5), (1, 2, 3, 5)])
+@pytest.mark.parametrize("implementation", ["reference", "sparse"])
+def test_any_leading_shape_is_rows_of_tokens(implementation: str, lead: tuple[int, ...]) -> None:
+    leaves, _ = small("batch_topk")
+    d_in, d_out = leaves["x"].shape[-1], leaves["W_dec"].shape[1]
+    by_token = {
+        "x": torch.randn(*lead, d_in, dtype=torch.float64),
+        "residual": torch.randn(*lead, d_out, dtype=torch.float64),
+        "mask": torch.rand(lead),
+        "padding": torch.rand(lead) < 0.3,
+    }
+    how: dict[str, Any] = {"activation": "batch_topk", "k": 1.5, "implementation": implementation}
+    result = transcoder(**leaves | by_token, **how, return_codes=True)
+    S, T = math.prod(lead[:-1]), lead[-1] if lead else 1
+    rows = {name: t.reshape(S, T, *t.shape[len(lead) :]) for name, t in by_token.items()}
+    expected = transcoder(**leaves | rows, **how, return_codes=True)
+    assert result.out.shape == (*lead, d_out)
+    assert torch.equal(result.out.reshape(S, T, d_out), expected.out)
+    assert torch.equal(result.penalty, expected.penalty)
+    assert result.codes is not None
+    assert expected.codes is not None
+    for a, b in zip(
+        (*result.stats, *result.codes), (*expected.stats, *expected.codes), strict=True
+    ):
+        assert torch.equal(a.nan_to_num(-1), b.nan_to_num(-1))
 
 
 def wrong(**changes: Any) -> dict[str, Any]:
@@ -366,7 +395,7 @@ def wrong(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"x": torch.zeros(3)}, r"x must be of shape \[T, d_in\].*got \[3\]"),
+        ({"x": torch.zeros(())}, r"x must be of shape \[\.\.\., d_in\]; got \[\]"),
         ({"x": torch.zeros(5, 3).long()}, "x must be of a floating dtype; got torch.int64"),
         ({"x": torch.zeros(5, 2)}, r"W_enc must be of shape \[6, 2\].*got \[6, 3\]"),
         ({"W_enc": torch.zeros(6)}, r"W_enc must be of shape \[F, d_in\]; got \[6\]"),
@@ -402,7 +431,7 @@ def wrong(**changes: Any) -> dict[str, Any]:
         ),
         ({"implementation": "cuda"}, "implementation must be one of .*got 'cuda'"),
         (
-            {"b_enc": torch.ones(6), "plan": Plan(False, 29)},
+            {"b_enc": torch.ones(6), "plan": CodeLayout(False, 29)},
             "plan.capacity must hold every code; got 29 for 30 codes; raise it",
         ),
     ],
@@ -415,7 +444,7 @@ def test_misuse_gets_one_clear_error(changes: dict[str, Any], message: str) -> N
 def test_wrong_types() -> None:
     with pytest.raises(TypeError, match="W_dec must be a tensor; got list"):
         transcoder(**wrong(W_dec=[1.0]))
-    with pytest.raises(TypeError, match="plan must be a Plan or None; got dict"):
+    with pytest.raises(TypeError, match="plan must be a CodeLayout or None; got dict"):
         transcoder(**wrong(plan={}))
     with pytest.raises(TypeError, match="threshold must be a tensor; got float"):
         transcoder(**wrong(activation="jumprelu", threshold=0.1, bandwidth=0.1))

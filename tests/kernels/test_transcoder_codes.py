@@ -12,9 +12,14 @@ from torch import Tensor
 from transcoder_cases import DTYPES, SLOW_INTERPRETED, TRITON_DEVICE, Case, cases, draw_inputs
 
 from fastadapt.kernels.testing import assert_close
-from fastadapt.kernels.transcoder import Plan, SparseCodes, transcoder
+from fastadapt.kernels.transcoder import CodeLayout, SparseCodes, TranscoderOutput, transcoder
 
-PLANS = [None, Plan(dense=True), Plan(dense=False), Plan(dense=False, capacity=4000)]
+PLANS = [
+    None,
+    CodeLayout(dense=True),
+    CodeLayout(dense=False),
+    CodeLayout(dense=False, capacity=4000),
+]
 S, T, D, E, F = 2, 9, 12, 10, 64
 SETTINGS: dict[str, dict[str, Any]] = {
     "relu": {},
@@ -70,27 +75,30 @@ def check(given: dict[str, Any], codes: SparseCodes, a: Tensor) -> None:
 
 
 #: All of the CPU's; of Triton's, interpreted where there is no GPU and then slow, one of each kind.
-WAYS: list[tuple[str, str, Plan | None]] = [
+WAYS: list[tuple[str, str, CodeLayout | None]] = [
     *(("reference", activation, None) for activation in SETTINGS),
     *(("sparse", activation, plan) for activation in SETTINGS for plan in PLANS),
-    ("triton", "relu", Plan(dense=False, capacity=4000)),
-    ("triton", "jumprelu", Plan(dense=True)),
-    ("triton", "jumprelu", Plan(dense=False)),
+    ("triton", "relu", CodeLayout(dense=False, capacity=4000)),
+    ("triton", "jumprelu", CodeLayout(dense=True)),
+    ("triton", "jumprelu", CodeLayout(dense=False)),
     ("triton", "topk", None),
     ("triton_fused", "batch_topk", None),
 ]
 
 
 @pytest.mark.parametrize(("implementation", "activation", "plan"), WAYS)
-def test_codes_are_what_is_active(implementation: str, activation: str, plan: Plan | None) -> None:
+def test_codes_are_what_is_active(
+    implementation: str, activation: str, plan: CodeLayout | None
+) -> None:
     given = inputs(activation, TRITON_DEVICE if implementation.startswith("triton") else "cpu")
     how = {"implementation": implementation, "plan": plan}
-    codes: list[SparseCodes] = []
-    result = transcoder(**given, codes=codes, **how)
-    assert torch.equal(result.out, transcoder(**given, **how).out)  # asked for, nothing changes
-    check(given, codes[0], identity(given, **how))
-    assert len(codes) == 1
-    assert len(codes[0].values) == result.stats.n_active > 0
+    result = transcoder(**given, return_codes=True, **how)
+    without = transcoder(**given, **how)
+    assert torch.equal(result.out, without.out)
+    assert without.codes is None
+    assert result.codes is not None
+    check(given, result.codes, identity(given, **how))
+    assert len(result.codes.values) == result.stats.n_active > 0
 
 
 @given(case=cases(DTYPES))
@@ -98,24 +106,26 @@ def test_codes_of_any_call(case: Case) -> None:
     leaves, arguments, _, _ = draw_inputs(case)
     given_ = {**leaves, **arguments}
     for implementation, plan in (("reference", None), ("sparse", case.plan)):
-        codes: list[SparseCodes] = []
-        result = transcoder(**given_, codes=codes, implementation=implementation, plan=plan)
+        how: dict[str, Any] = {"implementation": implementation, "plan": plan}
+        result = transcoder(**given_, return_codes=True, **how)
+        assert result.codes is not None
         alike = {key: value for key, value in given_.items() if key != "residual"}
-        a = identity(alike, implementation=implementation, plan=plan) if case.F else None
+        a = identity(alike, **how) if case.F else None
         if a is not None:
-            check(given_, codes[0], a)
+            check(given_, result.codes, a)
         if not case.masked:
-            assert len(codes[0].values) == result.stats.n_active
+            assert len(result.codes.values) == result.stats.n_active
 
 
 def test_codes_come_without_gradient_beside_one_that_has() -> None:
     given = inputs("relu", "cpu")
     given["W_dec"].requires_grad_()
     given["W_enc"].requires_grad_()
-    codes: list[SparseCodes] = []
-    transcoder(**given, codes=codes).out.sum().backward()
+    result = transcoder(**given, return_codes=True)
+    result.out.sum().backward()
     assert given["W_enc"].grad is not None
-    assert not any(tensor.requires_grad for tensor in codes[0])
+    assert result.codes is not None
+    assert not any(tensor.requires_grad for tensor in result.codes)
 
 
 @pytest.mark.skipif(
@@ -126,25 +136,24 @@ def test_a_compiled_call_hands_them_out() -> None:
     given = inputs("relu", "cpu")
 
     @torch.compile(backend="aot_eager", dynamic=True)
-    def compiled(x: Tensor) -> tuple[Tensor, SparseCodes]:
-        codes: list[SparseCodes] = []
-        out = transcoder(**{**given, "x": x}, codes=codes, plan=Plan(dense=False)).out
-        return out, codes[0]
+    def compiled(x: Tensor) -> TranscoderOutput:
+        return transcoder(**{**given, "x": x}, return_codes=True, plan=CodeLayout(dense=False))
 
     with torch.no_grad():
-        out, found = compiled(given["x"])
+        actual = compiled(given["x"])
     wide = {
         key: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
         for key, value in given.items()
     }
-    codes: list[SparseCodes] = []
-    peer: list[SparseCodes] = []
-    oracle = transcoder(**wide, codes=codes, implementation="reference").out
-    eager = transcoder(**given, codes=peer, implementation="reference").out
-    assert_close(out, oracle, eager)
-    assert torch.equal(found.tokens, codes[0].tokens)
-    assert torch.equal(found.features, codes[0].features)
-    assert_close(found.values, codes[0].values, peer[0].values)
+    oracle = transcoder(**wide, return_codes=True, implementation="reference")
+    peer = transcoder(**given, return_codes=True, implementation="reference")
+    assert_close(actual.out, oracle.out, peer.out)
+    assert actual.codes is not None
+    assert oracle.codes is not None
+    assert peer.codes is not None
+    assert torch.equal(actual.codes.tokens, oracle.codes.tokens)
+    assert torch.equal(actual.codes.features, oracle.codes.features)
+    assert_close(actual.codes.values, oracle.codes.values, peer.codes.values)
     torch._dynamo.reset()
 
 
@@ -170,8 +179,7 @@ def test_a_fraction_of_the_tokens_is_that_of_the_number_typed(
     total = n_tokens + 3 if padded else n_tokens
     padding = torch.arange(total, device=device) >= n_tokens if padded else None
     weights = torch.rand(64, 4, device=device)
-    codes: list[SparseCodes] = []
-    transcoder(
+    codes = transcoder(
         torch.rand(total, 4, device=device) + 0.1,
         weights,
         weights.new_zeros(64),
@@ -180,10 +188,11 @@ def test_a_fraction_of_the_tokens_is_that_of_the_number_typed(
         activation="batch_topk",
         k=k,
         padding=padding,
-        codes=codes,
+        return_codes=True,
         implementation=implementation,
-    )
-    assert len(codes[0].values) == int(Fraction(str(k)) * n_tokens)
+    ).codes
+    assert codes is not None
+    assert len(codes.values) == int(Fraction(str(k)) * n_tokens)
 
 
 @pytest.mark.parametrize(

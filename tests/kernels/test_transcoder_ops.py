@@ -18,8 +18,11 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from torch.utils.flop_counter import FlopCounterMode
 from transcoder_cases import SLOW_INTERPRETED, TRITON_DEVICE
 
-from fastadapt.kernels.transcoder import SAVED_OPS, Plan, TranscoderOutput, transcoder
+from fastadapt.kernels.flops import register_flop_formulas
+from fastadapt.kernels.transcoder import SAVED_OPS, CodeLayout, TranscoderOutput, transcoder
 from fastadapt.kernels.transcoder.codes import Codes
+
+register_flop_formulas()
 
 PROOF = os.environ.get("FASTADAPT_PROOF") == "1"
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -28,10 +31,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "batch_topk": {"k": 2.5},
     "jumprelu": {"bandwidth": 0.5},
 }
-PLANS = [None, Plan(dense=True), Plan(dense=False), Plan(dense=False, capacity=4000)]
+PLANS = [
+    None,
+    CodeLayout(dense=True),
+    CodeLayout(dense=False),
+    CodeLayout(dense=False, capacity=4000),
+]
 S, T, D, E, F = 2, 17, 12, 10, 64
 NAMES = ["x", "W_enc", "b_enc", "W_dec", "b_dec", "residual", "threshold"]
-SPARSE = Plan(dense=False, capacity=2000)
+SPARSE = CodeLayout(dense=False, capacity=2000)
 #: (implementation, activation, plan): all of the CPU's, and of Triton's those that differ most.
 WAYS: list[Any] = [("sparse", activation, plan) for activation in SETTINGS for plan in PLANS]
 WAYS += [
@@ -40,10 +48,10 @@ WAYS += [
         pytest.param(*way, marks=SLOW_INTERPRETED)
         for way in [
             ("triton", "jumprelu", SPARSE),
-            ("triton", "jumprelu", Plan(dense=True)),
+            ("triton", "jumprelu", CodeLayout(dense=True)),
             ("triton", "topk", None),
-            ("triton_fused", "batch_topk", Plan(dense=False)),
-            ("triton_fused", "relu", Plan(dense=True)),
+            ("triton_fused", "batch_topk", CodeLayout(dense=False)),
+            ("triton_fused", "relu", CodeLayout(dense=True)),
         ]
     ),
 ]
@@ -92,7 +100,7 @@ class CallCounter(TorchDispatchMode):
 
 @pytest.mark.parametrize(("implementation", "activation", "plan"), WAYS)
 def test_checkpointing_keeps_the_codes(
-    implementation: str, activation: str, plan: Plan | None
+    implementation: str, activation: str, plan: CodeLayout | None
 ) -> None:
     tensors = leaves(activation, device=place(implementation))
     context_fn = functools.partial(create_selective_checkpoint_contexts, SAVED_OPS)
@@ -151,7 +159,7 @@ def test_decode_saves_neither_output_nor_residual() -> None:
 
 @pytest.mark.parametrize(("implementation", "activation", "plan"), WAYS)
 def test_repeated_backward_and_each_output_alone(
-    implementation: str, activation: str, plan: Plan | None
+    implementation: str, activation: str, plan: CodeLayout | None
 ) -> None:
     tensors = leaves(activation, device=place(implementation))
     result = call(tensors, activation, plan=plan, implementation=implementation)
@@ -197,7 +205,7 @@ def test_same_inputs_same_bits(activation: str, dense: bool) -> None:
     tensors = [tensor.requires_grad_() for tensor in tensors]
     first: list[Tensor] = []
     for _ in range(250 if PROOF else 4):
-        result = call(tensors, activation, plan=Plan(dense))
+        result = call(tensors, activation, plan=CodeLayout(dense))
         bits = [result.out, result.penalty, *result.stats[:3], *backward(result, tensors)]
         first = first or bits
         for name, a, b in zip(["out", "penalty", *"123", *NAMES], first, bits, strict=False):
@@ -205,7 +213,7 @@ def test_same_inputs_same_bits(activation: str, dense: bool) -> None:
 
 
 @pytest.mark.parametrize(("implementation", "activation", "plan"), WAYS)
-def test_opcheck(implementation: str, activation: str, plan: Plan | None) -> None:
+def test_opcheck(implementation: str, activation: str, plan: CodeLayout | None) -> None:
     device = place(implementation)
     tensors = leaves(activation, tokens=5, device=device)
     threshold = tensors[6] if activation == "jumprelu" else None
@@ -252,8 +260,8 @@ def test_fake_tensors_have_the_shapes_of_real_ones() -> None:
                 assert one.dtype == two.dtype
 
 
-@pytest.mark.parametrize("plan", [Plan(dense=True), Plan(dense=False, capacity=500)])
-def test_flops_on_the_meta_device(plan: Plan) -> None:
+@pytest.mark.parametrize("plan", [CodeLayout(dense=True), CodeLayout(dense=False, capacity=500)])
+def test_flops_on_the_meta_device(plan: CodeLayout) -> None:
     tokens, width, features = 7_500, 3_584, 8_192  # the 7B pair's shapes: no memory is touched
     with torch.device("meta"):
         x = torch.empty(1, tokens, width, requires_grad=True)
@@ -271,7 +279,7 @@ def test_backward_on_codes_is_cheap() -> None:
     """At L0 10 of the 7B pair: products of the backward pass, by the ops' own formulas."""
     tokens, width, features, l0 = 7_500, 3_584, 8_192, 10
     flops = {}
-    for plan in (Plan(dense=True), Plan(dense=False, capacity=l0 * tokens)):
+    for plan in (CodeLayout(dense=True), CodeLayout(dense=False, capacity=l0 * tokens)):
         with torch.device("meta"):
             tensors = [torch.empty(1, tokens, width), torch.empty(features, width)]
             tensors += [torch.empty(features), torch.empty(features, width), torch.empty(width)]
@@ -300,7 +308,7 @@ def test_frozen_weights_get_no_gradient_work() -> None:
         for name, tensor in zip(NAMES, tensors, strict=False):
             tensor.requires_grad_(name in trained)
         with FlopCounterMode(display=False) as counter:
-            result = call(tensors, plan=Plan(dense=False))
+            result = call(tensors, plan=CodeLayout(dense=False))
             (result.out.sum() + result.out.new_ones(()) * result.penalty).backward()
         result_flops["+".join(trained)] = counter.get_total_flops()
         for name, tensor in zip(NAMES, tensors, strict=False):
@@ -326,7 +334,7 @@ def test_frozen_weights_get_no_gradient_work() -> None:
         pytest.param("triton", "relu", SPARSE, marks=SLOW_INTERPRETED),
     ],
 )
-def test_compiles_whole(implementation: str, activation: str, plan: Plan | None) -> None:
+def test_compiles_whole(implementation: str, activation: str, plan: CodeLayout | None) -> None:
     torch._dynamo.reset()
     how: dict[str, Any] = {"implementation": implementation, "plan": plan}
 

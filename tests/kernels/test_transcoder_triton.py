@@ -27,7 +27,7 @@ from transcoder_cases import (
 
 from fastadapt.kernels.testing import assert_close
 from fastadapt.kernels.transcoder import (
-    Plan,
+    CodeLayout,
     TranscoderOutput,
     transcoder,
     triton_codes,
@@ -42,7 +42,7 @@ IMPLEMENTATIONS = ["triton", "triton_fused"]
 #: (implementation, whether to take the paths of few tokens where there are few)
 WAYS = [("triton", False), ("triton", True), ("triton_fused", False)]
 EXAMPLES = 70 if PROOF else 6  # of each way
-SPARSE, DENSE = Plan(dense=False), Plan(dense=True)
+SPARSE, DENSE = CodeLayout(dense=False), CodeLayout(dense=True)
 EXACT = {"rtol": 0, "atol": 0}
 
 
@@ -151,7 +151,9 @@ def inputs(
     return {name: leaf.to(TRITON_DEVICE).requires_grad_() for name, leaf in leaves.items()}
 
 
-def compare(leaves: dict[str, Tensor], implementation: str, plan: Plan | None, **more: Any) -> Any:
+def compare(
+    leaves: dict[str, Tensor], implementation: str, plan: CodeLayout | None, **more: Any
+) -> Any:
     """Asserts outputs and gradients against float64; returns the statistics."""
     g = torch.randn_like(leaves["residual"])
     args = (leaves, more, g, torch.tensor(0.7, device=g.device))
@@ -170,7 +172,7 @@ def compare(leaves: dict[str, Tensor], implementation: str, plan: Plan | None, *
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("plan", [SPARSE, DENSE, None])
-def test_nothing_is_truncated(implementation: str, plan: Plan | None) -> None:
+def test_nothing_is_truncated(implementation: str, plan: CodeLayout | None) -> None:
     T, F = 20, 80
     b_enc = torch.full((F,), -100.0)
     b_enc[32:64] = 100.0  # a whole word of a tile, on every token
@@ -210,7 +212,7 @@ COMBINATIONS = [
 )
 def test_every_activation_every_way(
     activation: str,
-    plan: Plan,
+    plan: CodeLayout,
     implementation: str,
     few: bool,
     monkeypatch: pytest.MonkeyPatch,
@@ -232,7 +234,9 @@ def test_every_activation_every_way(
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("plan", [SPARSE, DENSE])
 @pytest.mark.parametrize("padded", [False, True])
-def test_ties_across_tokens_go_to_the_first(implementation: str, plan: Plan, padded: bool) -> None:
+def test_ties_across_tokens_go_to_the_first(
+    implementation: str, plan: CodeLayout, padded: bool
+) -> None:
     S, T, F, k = 2, 3, 33, 15.5
     arguments = [
         torch.zeros(S, T, 2),
@@ -271,8 +275,8 @@ def test_exceeding_the_capacity_shows_and_harms_nothing(
     arguments: dict[str, Any] = {"relu": {}, "topk": {"k": 20}, "batch_topk": {"k": 20.5}}.get(
         activation, {"bandwidth": 0.3, "threshold": torch.full((64,), 0.1, device=TRITON_DEVICE)}
     )
-    plan = Plan(dense=False, capacity=100)
-    out, penalty, stats = transcoder(
+    plan = CodeLayout(dense=False, capacity=100)
+    out, penalty, stats, _ = transcoder(
         **leaves, activation=activation, **arguments, implementation=implementation, plan=plan
     )
     enough = transcoder(
@@ -281,7 +285,7 @@ def test_exceeding_the_capacity_shows_and_harms_nothing(
     assert stats.n_codes > 100
     assert torch.equal(stats.n_codes, enough.stats.n_codes)
     (out.sum() + penalty).backward()  # invalid, but within its buffers
-    exact = Plan(dense=False, capacity=int(stats.n_codes))
+    exact = CodeLayout(dense=False, capacity=int(stats.n_codes))
     fits = transcoder(
         **leaves, activation=activation, **arguments, implementation=implementation, plan=exact
     )
@@ -298,7 +302,7 @@ def test_exceeding_the_capacity_shows_and_harms_nothing(
     ],
 )
 def test_same_inputs_same_bits(
-    implementation: str, plan: Plan, activation: str, dtype: torch.dtype
+    implementation: str, plan: CodeLayout, activation: str, dtype: torch.dtype
 ) -> None:
     assert not torch.are_deterministic_algorithms_enabled()
     leaves = {name: leaf.detach().to(dtype) for name, leaf in inputs().items()}
@@ -336,7 +340,7 @@ def test_every_number_of_tokens(implementation: str, T: int) -> None:
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("plan", [SPARSE, DENSE])
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, when interpreted
-def test_non_finite_and_tiny_values(implementation: str, plan: Plan) -> None:
+def test_non_finite_and_tiny_values(implementation: str, plan: CodeLayout) -> None:
     values = [math.nan, math.inf, -math.inf, -0.0, 0.0, 1e-40, 1.0, 1.0, 2.0, -1.0]
     active: dict[Any, list[int]] = {
         "relu": [0, 1, 5, 6, 7, 8],
@@ -413,8 +417,8 @@ def test_nothing_waits_for_the_device_in_a_planned_step(monkeypatch: pytest.Monk
 
     for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "nonzero"):
         monkeypatch.setattr(Tensor, name, refuse)
-    for plan in (DENSE, Plan(dense=False, capacity=6_000)):
-        out, penalty, _ = transcoder(**leaves, implementation="triton", plan=plan)
+    for plan in (DENSE, CodeLayout(dense=False, capacity=6_000)):
+        out, penalty, *_ = transcoder(**leaves, implementation="triton", plan=plan)
         torch.autograd.backward([out, penalty], [g, torch.ones_like(penalty)])
     with torch.no_grad():  # nor does generation, which has no plan
         transcoder(**leaves, implementation="triton")

@@ -13,11 +13,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastadapt.kernels.testing import LAYOUTS, with_layout
-from fastadapt.kernels.transcoder import Plan, TranscoderOutput, transcoder
+from fastadapt.kernels.transcoder import CodeLayout, TranscoderOutput, transcoder
 
 ACTIVATIONS = ["relu", "topk", "batch_topk", "jumprelu"]
 SIZES = [0, 1, 2, 3, 7, 8, 9, 13, 31, 33, 64, 65]
-PLANS = [None, Plan(dense=True), Plan(dense=False), Plan(dense=False, capacity=20_000)]
+PLANS = [
+    None,
+    CodeLayout(dense=True),
+    CodeLayout(dense=False),
+    CodeLayout(dense=False, capacity=20_000),
+]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 #: Where Triton kernels run, and in which dtypes: the interpreter multiplies bfloat16 wrongly.
 TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,7 +53,7 @@ class Case:
     masked: str | None
     padded: bool
     residual: bool
-    plan: Plan | None
+    plan: CodeLayout | None
     seed: int
 
 
@@ -136,7 +141,7 @@ def run(
     *,
     dtype: torch.dtype,
     implementation: str,
-    plan: Plan | None = None,
+    plan: CodeLayout | None = None,
 ) -> tuple[TranscoderOutput, dict[str, Tensor]]:
     """The op's outputs and the gradients of all leaves."""
     leaves = {n: t.detach().to(dtype).requires_grad_() for n, t in leaves.items()}

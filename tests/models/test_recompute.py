@@ -1,4 +1,4 @@
-"""Which of the encoder's codes are kept for the backward pass, whenever torch asks."""
+"""Which of the encoder's codes are saved for the backward pass, whenever torch asks."""
 
 from __future__ import annotations
 
@@ -8,40 +8,40 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastadapt.kernels.transcoder import SAVED_OPS, Plan, transcoder
-from fastadapt.models.recompute import _keeps
+from fastadapt.kernels.transcoder import SAVED_OPS, CodeLayout, should_save, transcoder
 
 
-class Asked(TorchDispatchMode):
-    """What is kept of the encoder, asked before it ran and after."""
+class SaveQuery(TorchDispatchMode):
+    """Record whether the encoder's codes should be saved, before the op has run and after."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.kept: tuple[bool, bool] | None = None
+        self.saved: tuple[bool, bool] | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         if func in SAVED_OPS:
-            before, after = object(), type("After", (), {"op_output": output})()
-            self.kept = _keeps(False, before, func, *args), _keeps(False, after, func, *args)
+            self.saved = should_save(func, args), should_save(func, args, output)
         return output
 
 
 @pytest.mark.parametrize(
-    ("plan", "active", "kept"),
+    ("plan", "active", "saved"),
     [
-        (Plan(dense=False), 1, (True, True)),
-        (Plan(dense=True), 1, (False, False)),
+        (CodeLayout(dense=False), 1, (True, True)),
+        (CodeLayout(dense=True), 1, (False, False)),
         (None, 1, (False, True)),  # before it ran nobody knows: dense ones are not to be kept
         (None, 64, (False, False)),
     ],
 )
-def test_sparse_codes_are_kept(plan: Plan | None, active: int, kept: tuple[bool, bool]) -> None:
+def test_sparse_codes_are_saved(
+    plan: CodeLayout | None, active: int, saved: tuple[bool, bool]
+) -> None:
     torch.manual_seed(0)
     x, W_enc, W_dec = torch.randn(1, 8, 16), torch.randn(64, 16), torch.randn(64, 16)
     b_enc = torch.full((64,), -1e3)
     b_enc[:active] = 1e3
-    with Asked() as asked:
+    with SaveQuery() as query:
         transcoder(
             x,
             W_enc.requires_grad_(),
@@ -51,4 +51,8 @@ def test_sparse_codes_are_kept(plan: Plan | None, active: int, kept: tuple[bool,
             plan=plan,
             implementation="sparse",
         )
-    assert asked.kept == kept
+    assert query.saved == saved
+
+
+def test_other_ops_are_not_saved() -> None:
+    assert not should_save(torch.ops.aten.mm.default, (torch.ones(1, 1), torch.ones(1, 1)))

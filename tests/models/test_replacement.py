@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from fastadapt.adapter.module import AdapterConfig
 from fastadapt.errors import UserError
-from fastadapt.kernels.transcoder import SMALL_ENTRIES, Plan
+from fastadapt.kernels.transcoder import SMALL_ENTRIES, CodeLayout
 from fastadapt.models.hf_checkpoint import lazy_tensors
 from fastadapt.models.pair import check_tokenizers, choose_attention, choose_device
 from fastadapt.models.pretrained import ARCHITECTURES, reading
@@ -148,7 +148,7 @@ def test_what_is_captured_as_a_graph_asks_the_gpu_nothing(make_pair, monkeypatch
     mlp = randomised(make_pair("qwen2")).mlps[0]
     with FakeTensorMode():
         few, many = (torch.empty(1, n, 16, device="cuda") for n in (1, SMALL_ENTRIES // 24 + 1))
-    for capturing, expected in ((True, Plan(dense=True)), (False, None)):
+    for capturing, expected in ((True, CodeLayout(dense=True)), (False, None)):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda c=capturing: c)
         assert mlp._plan_of_capture(few) is None
         assert mlp._plan_of_capture(many) == expected

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from fastadapt.adapter import module as adapter_module
-from fastadapt.kernels.transcoder import Plan, codes
+from fastadapt.kernels.transcoder import CodeLayout, codes
 from fastadapt.objective import objective
 from fastadapt.training import loop, trainer
-from fastadapt.training.code_capacity import Call, Planner, overflow, takes_plans
+from fastadapt.training.code_capacity import Call, CapacityEstimator, overflow, takes_plans
 from fastadapt.training.run_dir import MetricsLog, read_records
 from fastadapt.training.trainer import train
 
@@ -24,7 +24,7 @@ TIMING = {"wall_s", "tokens_per_s"}
 
 
 def call(codes: int, capacity: int | None = None, *, dense: bool = False, tokens: int = 10) -> Call:
-    plan = Plan(dense, capacity) if dense or capacity is not None else None
+    plan = CodeLayout(dense, capacity) if dense or capacity is not None else None
     return Call(plan, tokens, codes)
 
 
@@ -36,7 +36,7 @@ def test_a_call_overflows_only_a_capacity() -> None:
     assert not call(10, 10).overflows
     assert not call(11).overflows
     assert not call(11, dense=True).overflows
-    assert not Call(Plan(False, None), 10, 11).overflows
+    assert not Call(CodeLayout(False, None), 10, 11).overflows
 
 
 def test_the_first_overflow_of_each_micro_batch_is_told() -> None:
@@ -50,7 +50,7 @@ def test_the_first_overflow_of_each_micro_batch_is_told() -> None:
 
 
 def test_the_largest_count_of_the_micro_batches_is_expected() -> None:
-    planner = Planner(True)
+    planner = CapacityEstimator(True)
     assert planner.expected is None
     planner.applied([[call(30), call(2)], [call(20, tokens=5), call(0)], [call(0, tokens=0)] * 2])
     assert planner.expected == [4.0, 0.2]
@@ -59,14 +59,14 @@ def test_the_largest_count_of_the_micro_batches_is_expected() -> None:
 
 
 def test_where_no_plans_are_taken_nothing_is_expected() -> None:
-    planner = Planner(False)
+    planner = CapacityEstimator(False)
     planner.applied([[call(30)]])
     assert planner.expected is None
     assert planner.state() == {"codes_per_token": None}
 
 
 def test_the_state_is_taken_back() -> None:
-    one, other = Planner(True), Planner(True)
+    one, other = CapacityEstimator(True), CapacityEstimator(True)
     one.applied([[call(1, tokens=3)]])
     other.load(one.state())
     assert other.expected == [1 / 3]
@@ -92,7 +92,7 @@ def test_who_takes_plans(implementation: str, device: str, takes: bool) -> None:
 # --- in a run -------------------------------------------------------------------------------------
 
 
-def as_on_a_device(*args: object, plan: Plan | None = None, **kwargs: object):
+def as_on_a_device(*args: object, plan: CodeLayout | None = None, **kwargs: object):
     """The op as a device runs it: codes beyond the capacity raise nothing and spoil the results."""
     out = real_transcoder(*args, plan=None, **kwargs)
     found = int(out.stats.n_codes)
@@ -165,7 +165,9 @@ def test_plans_follow_the_step_before(planned, monkeypatch) -> None:
     seen.clear()
     run.advance()
     assert [rates for rates, _ in seen] == [first] * 2
-    assert all(isinstance(plan, Plan) and not plan.dense for _, plans in seen for plan in plans)
+    assert all(
+        isinstance(plan, CodeLayout) and not plan.dense for _, plans in seen for plan in plans
+    )
     assert run.planner.expected != first
     assert {r["kind"] for r in told(run)} == {"train"}
 
@@ -179,7 +181,7 @@ def test_codes_are_counted_per_token_of_every_stream(planned) -> None:
         config = type(run.config.objective)(bridge=bridge)
         out = objective(run.model, batch, 1, config)
         assert [c.n_streams for c in out.calls] == ([1, 2] if bridge else [1, 1])
-        planner = Planner(True)
+        planner = CapacityEstimator(True)
         planner.applied(
             [[Call(c.plan, c.n_streams * tokens, int(c.stats.n_codes)) for c in out.calls]]
         )

@@ -52,17 +52,16 @@ def walk(
         found: dict[Kind, SparseCodes] = {}
         for stream, hidden in streams.items():
             kind: Kind = "target" if stream == "target" else "base"
-            codes: list[SparseCodes] = []
             seen: list[Tensor] = []
             here = (layer, hidden, inputs.arguments[layer])
             if kind in neurons:
                 with _reading(output_matrix(model.mlps[layer], kind), seen):
-                    streams[stream] = _pass(model, here, stream, padding, codes)
+                    streams[stream], codes = _pass(model, here, stream, padding)
                 found[kind] = neurons[kind][layer].codes(seen[0], real)
             else:
-                streams[stream] = _pass(model, here, stream, padding, codes)
-            if codes:
-                found["adapter"] = codes[0]
+                streams[stream], codes = _pass(model, here, stream, padding)
+            if codes is not None:
+                found["adapter"] = codes
         yield layer, {kind: found[kind] for kind in KINDS if kind in found}
 
 
@@ -71,8 +70,8 @@ def _pass(
     here: tuple[int, Tensor, dict[str, Any]],
     stream: Kind,
     padding: Tensor | None,
-    codes: list[SparseCodes],
-) -> Tensor:
+) -> tuple[Tensor, SparseCodes | None]:
     if stream == "target":
-        return model.block(*here, "target")[0]
-    return model.block(*here, "replacement", padding=padding, codes=codes)[0]
+        return model.block(*here, "target")[0], None
+    out, aux = model.block(*here, "replacement", padding=padding, return_codes=True)
+    return out, None if aux is None else aux.codes

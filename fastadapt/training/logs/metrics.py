@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastadapt.distributed.ranks import ALONE, Ranks
-from fastadapt.kernels.transcoder import Plan
+from fastadapt.kernels.transcoder import CodeLayout
 from fastadapt.objective import ObjectiveOutput
 from fastadapt.training.code_capacity import Call
 
@@ -204,11 +204,11 @@ def _stacked(tensors: list[Tensor], like: Tensor) -> Tensor:
     return torch.stack(tensors) if tensors else like.new_zeros(0)
 
 
-def _capacity(plan: Plan | None) -> int:
+def _capacity(plan: CodeLayout | None) -> int:
     """Of the buffers of a call; -1 where they are as long as they have to be."""
     return -1 if plan is None or plan.dense or plan.capacity is None else plan.capacity
 
 
-def _plan(capacity: int) -> Plan | None:
+def _plan(capacity: int) -> CodeLayout | None:
     """What of a call's plan is still of interest: whether it was too small."""
-    return None if capacity < 0 else Plan(False, capacity)
+    return None if capacity < 0 else CodeLayout(False, capacity)

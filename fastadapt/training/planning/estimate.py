@@ -31,7 +31,7 @@ L0 = 10.0  # features per token and layer that the prediction is made for
 
 
 @dataclass(frozen=True)
-class Plan:
+class ResourceEstimate:
     """What a run needs.
 
     Attributes:
@@ -102,7 +102,7 @@ class Prediction:
     hours: float
 
 
-def plan(config: TrainConfig, gpu: str | None = None, gpus: int = 1) -> Plan:
+def plan(config: TrainConfig, gpu: str | None = None, gpus: int = 1) -> ResourceEstimate:
     """Plan a run without reading weights; data and tokenizer are looked at where they are small.
 
     Args:
@@ -132,7 +132,7 @@ def plan(config: TrainConfig, gpu: str | None = None, gpus: int = 1) -> Plan:
     shapes = Shapes.of(config, target, longest, device.kind, gpus)
     copies = config.run.keep_checkpoints + 1
     parameters = shapes.trained_parameters
-    return Plan(
+    return ResourceEstimate(
         device=device,
         gpus=gpus,
         checkpoint=config.objective.checkpoint,
@@ -154,7 +154,7 @@ def plan(config: TrainConfig, gpu: str | None = None, gpus: int = 1) -> Plan:
     )
 
 
-def predict(config: TrainConfig, planned: Plan) -> Prediction:
+def predict(config: TrainConfig, planned: ResourceEstimate) -> Prediction:
     """Work and time of a planned run; takes seconds."""
     target, adapter = _target(config), config.adapter
     objective = dataclasses.replace(config.objective, checkpoint=planned.checkpoint)
@@ -167,7 +167,7 @@ def predict(config: TrainConfig, planned: Plan) -> Prediction:
     return Prediction(l0, per_step, step_s, planned.steps * step_s / 3600)
 
 
-def as_json(config: TrainConfig, planned: Plan) -> dict[str, Any]:
+def as_json(config: TrainConfig, planned: ResourceEstimate) -> dict[str, Any]:
     """The plan, its prediction, and what would lower the peak where it does not fit."""
     predicted = predict(config, planned)
     first = {"peak_bytes": planned.peak_bytes, "fits": planned.fits}
@@ -206,7 +206,7 @@ def with_policy(
     return chosen
 
 
-def remedies(config: TrainConfig, planned: Plan) -> Iterator[tuple[str, int]]:
+def remedies(config: TrainConfig, planned: ResourceEstimate) -> Iterator[tuple[str, int]]:
     """Settings that lower the peak, each alone, and the peak with it; the lowest first."""
     target, kind, n = _target(config), planned.device.kind, planned.gpus
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from fastadapt.adapter.module import AdapterConfig
 from fastadapt.batch import Batch
+from fastadapt.kernels.flops import register_flop_formulas
 from fastadapt.models.pair import DTYPES, ModelPair, PairConfig
 from fastadapt.models.pretrained import ARCHITECTURES
 from fastadapt.models.recompute import ATTENTION_OPS
@@ -95,6 +96,7 @@ def count_of(setup: Setup, n_layers: int, step: Callable[[ModelPair, Batch], Non
     """Operations of ``step(pair, batch)``, of another step than ours too."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    register_flop_formulas()
     aten = torch.ops.aten
     # The counter knows attention by the kernels of GPUs; on a CPU it has another name.
     ours = {

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastadapt.kernels.linear_kl import linear_kl
-from fastadapt.kernels.transcoder import Plan, transcoder
+from fastadapt.kernels.transcoder import CodeLayout, transcoder
 
 #: Of a sequence, or of few tokens while generating; divisible by 16 or not.
 LENGTHS = (1, 16, 37, 48, 61, 64, 65, 80, 97, 128, 131, 160, 199, 240, 251, 256, 257, 272, 293, 320)
@@ -102,7 +102,7 @@ def call_transcoder(
         arguments["padding"] = torch.zeros(N, dtype=torch.bool)
     if style in ("all arguments", "only penalty"):
         arguments["mask"] = torch.ones(N)
-    plan = Plan(dense, None if dense else N * min(F, 64))
+    plan = CodeLayout(dense, None if dense else N * min(F, 64))
     with torch.set_grad_enabled(style != "inference"):
         result = transcoder(x, *weights, **arguments, plan=plan, implementation=implementation)
     if style == "inference":
