@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastadapt.cli.console import print_table
 from fastadapt.cli.options.features import judged_parser
-from fastadapt.cli.stoppable import go_on, under_way
+from fastadapt.cli.progress import resume_hint, stoppable
 from fastadapt.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def describe(argv: list[str]) -> int:
         neurons_per_token=store.manifest["settings"].get("neurons_per_token"),
     )
     made = _open(judge, store, students.tokenizer)
-    with under_way() as (stop, progress):
+    with stoppable() as (stop, progress):
         result = ask(
             store,
             made,
@@ -60,7 +60,7 @@ def classify(argv: list[str]) -> int:
     judge, config = _judged(typed, "classify")
     store = Store.open(typed.source)
     made = _open(judge, store, None)
-    with under_way() as (stop, progress):
+    with stoppable() as (stop, progress):
         approve = partial(_approve, agreed=typed.yes)
         result = ask(store, made, config, tell=progress, approve=approve, stop=stop)
         return _judgements(store, result, stopped=stop.is_set())
@@ -104,7 +104,7 @@ def _judgements(store: Store, result: dict[str, Any] | None, *, stopped: bool) -
     from fastadapt.features.autointerp.judgements import read_judgements, tables
 
     if result is None:
-        told = f"Stopped; what was done is kept. {go_on()}"
+        told = f"Stopped; what was done is kept. {resume_hint()}"
         print(told if stopped else "Nothing was called.")
         return 0
     for table in tables(read_judgements(store)):

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastadapt.cli.console import print_table, quiet_transformers
 from fastadapt.cli.options.eval import default_output, eval_parser, parse_eval
-from fastadapt.cli.stoppable import go_on, under_way
+from fastadapt.cli.progress import resume_hint, stoppable
 from fastadapt.io.names import typed_path
 
 
@@ -34,12 +34,12 @@ def evaluate(argv: list[str]) -> int:
     )
     with (
         opened(output, overwrite=flags.overwrite) as folder,
-        under_way() as (stop, progress),
+        stoppable() as (stop, progress),
     ):
         result = Comparison(students, folder, config, progress, stop).run(flags.parts)
     if result is None:
         print(f"Stopped; what was measured is kept in {output}.")
-        print(go_on(overwrite=flags.overwrite))
+        print(resume_hint(overwrite=flags.overwrite))
         return 0
     _print(result, output)
     return 0

@@ -22,7 +22,7 @@ from fastadapt.cli.options.features import (
     sets_parser,
 )
 from fastadapt.cli.options.parser import nearest
-from fastadapt.cli.stoppable import go_on, under_way
+from fastadapt.cli.progress import resume_hint, stoppable
 from fastadapt.errors import RunError, UserError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def _collect(argv: list[str]) -> int:
 
     typed = collect_parser().parse_args(argv)
     shard = Shard() if typed.shard is None else Shard.parse(typed.shard)
-    with under_way() as (stop, progress):
+    with stoppable() as (stop, progress):
         store = collect(
             typed.run,
             typed.output,
@@ -63,7 +63,7 @@ def _collect(argv: list[str]) -> int:
             stop=stop,
         )
         if stop.is_set():
-            print(f"Stopped; what was done is kept. {go_on(overwrite=typed.overwrite)}")
+            print(f"Stopped; what was done is kept. {resume_hint(overwrite=typed.overwrite)}")
             return 0
     if store is None:
         print(f"Shard {shard.i} of {shard.n} is done. When all are: fastadapt features merge ...")
@@ -111,7 +111,7 @@ def _export(argv: list[str]) -> int:
     from fastadapt.features.store.store import Store
 
     typed = pages_parser("export").parse_args(argv)
-    with under_way() as (stop, progress):
+    with stoppable() as (stop, progress):
         folder = export(
             Store.open(typed.source),
             typed.output,
@@ -126,7 +126,7 @@ def _serve(argv: list[str]) -> int:
     from fastadapt.features.site import serve
 
     typed = pages_parser("serve").parse_args(argv)
-    with under_way() as (stop, progress):
+    with stoppable() as (stop, progress):
         serve(
             typed.source,
             port=typed.port,
@@ -143,7 +143,7 @@ def _overlap(argv: list[str]) -> int:
     from fastadapt.reporting.formatting import percent
 
     typed = overlap_parser().parse_args(argv)
-    with under_way() as (stop, progress):
+    with stoppable() as (stop, progress):
         found = overlap(
             typed.run,
             typed.store,

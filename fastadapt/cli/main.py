@@ -106,7 +106,7 @@ def train(argv: list[str]) -> int:
     say("Loading models and data ...")
     with Progress(sys.stderr) as progress:
         how = {"resume": flags.resume, "overwrite": flags.overwrite}
-        summary = run_training(config, **how, sinks=[progress])
+        summary = run_training(config, **how, sinks=[progress.record])
     if not leads():
         return 0
     if summary["interrupted"]:
@@ -199,21 +199,20 @@ def data(argv: list[str]) -> int:
         return 0
     config, flags = parse_prepare(argv)
 
-    from fastadapt.cli.progress import PrepareProgress
+    from fastadapt.cli.progress import stoppable
     from fastadapt.data.prepare import prepare
     from fastadapt.data.prepare.report import summary
     from fastadapt.organism import resolve
-    from fastadapt.training.signals import stop_on_signals
 
     quiet_transformers()
     config = dataclasses.replace(config, tokenizer=resolve(config.tokenizer))
-    with stop_on_signals(None) as (stop, _), PrepareProgress(sys.stderr) as progress:
+    with stoppable() as (stop, progress):
         made = prepare(
             config,
             resume=flags.resume,
             overwrite=flags.overwrite,
             trust_remote_code=flags.trust_remote_code,
-            sink=progress,
+            sink=progress.record,
             stop=stop,
         )
     if made["interrupted"]:

@@ -226,15 +226,15 @@ def test_a_stopped_run_says_how_to_go_on_and_does(fastadapt, recipe, tmp_path, m
     from fastadapt.cli.progress import Progress
 
     path = recipe()
-    step = Progress._step
+    show = Progress.record
 
-    def kill_at_two(self: Progress, at: int, record: dict) -> None:
-        step(self, at, record)
-        if at == 2:
+    def kill_at_two(self: Progress, record: dict) -> None:
+        show(self, record)
+        if (record["kind"], record["step"]) == ("train", 2):
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Progress, "_step", kill_at_two)
+        patch.setattr(Progress, "record", kill_at_two)
         outcome = fastadapt("train", path, "--optimizer.lr", "5e-3")
     assert outcome.code == 0, outcome.err
     assert "Stopped at step 2 of 6" in outcome.out

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from organism_runs import make_run
 
-from fastadapt.cli.progress import EvalProgress
+from fastadapt.cli.progress import Progress
 
 COLLECT = ("--n", 60, "--device", "cpu")
 
@@ -91,11 +91,11 @@ def test_texts_that_were_left_out_are_told(run: Path, fastadapt: Callable) -> No
 def test_what_was_stopped_says_how_to_go_on(
     run: Path, fastadapt: Callable, monkeypatch: pytest.MonkeyPatch, command, flags
 ) -> None:
-    monkeypatch.setattr(EvalProgress, "__call__", lambda *_: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(Progress, "__call__", lambda *_: signal.raise_signal(signal.SIGTERM))
     outcome = fastadapt(*command, run, "--device", "cpu", *flags)
     assert outcome.code == 0, outcome.err
-    how = ", without --overwrite." if flags else "."
-    assert f"Go on with the same command{how}" in outcome.out
+    how = " without --overwrite" if flags else ""
+    assert f"Re-run the same command{how} to resume." in outcome.out
 
 
 def test_shards_are_merged(run: Path, fastadapt: Callable, tmp_path: Path) -> None:
