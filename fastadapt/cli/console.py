@@ -8,12 +8,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
-from fastadapt.distributed.ranks import leads
-
 #: How characters of the library's own texts are written where an encoding lacks them.
 _STAND_INS = str.maketrans(
     {
@@ -65,12 +59,19 @@ def is_unicode(stream: Any) -> bool:
 
 def print_error(message: str) -> None:
     """`error: ` and the message, on standard error."""
+    from rich.console import Console
+    from rich.text import Text
+
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     console.print(Text("error: ", style="bold red"), Text(message), sep="", end="\n")
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: bool = False) -> None:
     """A table on standard output; all columns but the first to the right, unless ``left``."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     # A pipe has no width: lines there are as long as they need to be.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
     table = Table(show_edge=False, pad_edge=False, header_style="bold")
@@ -90,5 +91,7 @@ def quiet_transformers() -> None:
 
 def say(message: str) -> None:
     """A line on standard error, of rank 0 alone."""
+    from fastadapt.distributed.ranks import leads
+
     if leads():
         print(message, file=sys.stderr, flush=True)

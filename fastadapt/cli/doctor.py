@@ -1,6 +1,6 @@
-"""What this machine is, what will be used on it and why, and whether the kernels are right here.
+"""`fastadapt doctor`: the machine, what `auto` means on it and why, and a check of the kernels.
 
-Nothing is printed and nothing is downloaded. `fastadapt.cli.kernel_checks` holds the checks.
+Nothing is downloaded. `fastadapt.cli.kernel_checks` holds the checks.
 """
 
 from __future__ import annotations
@@ -9,12 +9,15 @@ import os
 import platform
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from json import dumps
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastadapt.cli.console import print_table
 from fastadapt.cli.kernel_checks import notes, run_checks
+from fastadapt.errors import RunError
 from fastadapt.models.pair import choose_attention, choose_device
 
 PACKAGES = (
@@ -29,9 +32,38 @@ PACKAGES = (
 )
 
 
+def doctor(*, json: bool = False) -> int:
+    """Show the hardware, what will be used on it and why, and check the kernels.
+
+    Args:
+        json: print JSON
+    """
+    diagnosis = diagnose()
+    if json:
+        print(dumps(diagnosis, indent=2))
+    else:
+        _print_diagnosis(diagnosis)
+    return 0 if diagnosis["ok"] else RunError.exit_code
+
+
+def _print_diagnosis(diagnosis: dict[str, Any]) -> None:
+    print_table(["hardware", ""], list(map(list, diagnosis["hardware"].items())), left=True)
+    print()
+    versions = [[name, text or "not installed"] for name, text in diagnosis["versions"].items()]
+    print_table(["package", "version"], versions, left=True)
+    print()
+    chosen = [[c["what"], c["choice"], c["why"]] for c in diagnosis["choices"]]
+    print_table(["setting", "auto means", "because"], chosen, left=True)
+    print()
+    head = ["kernel", "implementation", "dtype", "device", "cases", "check", "of allowed error"]
+    print_table(head, summary(diagnosis["checks"]), left=True)
+    for note in diagnosis["notes"]:
+        print(f"\n{note}")
+
+
 @dataclass(frozen=True)
 class Choice:
-    """Something that will be used on this machine, and the reason."""
+    """A setting's value on this machine, and the reason."""
 
     what: str
     choice: str

@@ -3,45 +3,47 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import Any, Literal
 
-from fastadapt.cli.console import print_table, quiet_transformers, say
-from fastadapt.cli.options.parser import organism_parser
+from fastadapt.cli.console import print_table, say
 from fastadapt.errors import RunError, UserError
 from fastadapt.io.names import typed_path
 
 
-def organism(argv: list[str]) -> int:
-    """`fastadapt organism`."""
-    if not argv:
-        organism_parser().print_help()
-        return 0
-    typed = organism_parser().parse_args(argv)
-    quiet_transformers()
-    options = typed[typed.subcommand]
-    return COMMANDS[typed.subcommand](options)
+def build(*, out: str, seed: int = 0, overwrite: bool = False) -> int:
+    """Train both models of the pair again, from the seeded recipe.
 
+    Args:
+        out: folder to write the pair into
+        seed: seed of every draw
+        overwrite: write into a folder in use
+    """
+    from fastadapt.organism import build as build_pair
 
-def _build(options: Any) -> int:
-    from fastadapt.organism import build
-
-    out = typed_path(options.out, "--out")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not options.overwrite:
-        raise UserError(f"--out: {out} is in use; give a new folder, or --overwrite")
-    for name, value in _flat(build(out, seed=options.seed, progress=_say_record)).items():
+    folder = typed_path(out, "--out")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
+        raise UserError(f"--out: {folder} is in use; give a new folder, or --overwrite")
+    for name, value in _flat(build_pair(folder, seed=seed, progress=_say_record)).items():
         print(f"{name}: {_short(value)}")
-    print(f"written to {out.resolve()}; measure it with: fastadapt organism check --folder {out}")
+    command = f"fastadapt organism check --folder {folder}"
+    print(f"written to {folder.resolve()}; measure it with: {command}")
     return 0
 
 
-def _check(options: Any) -> int:
-    from fastadapt.organism import FOLDER, check
+def check(*, folder: str | None = None) -> int:
+    """Measure whether a pair is within its bounds.
+
+    Args:
+        folder: folder of a pair; by default the shipped one
+    """
+    from fastadapt.organism import FOLDER
+    from fastadapt.organism import check as measure
     from fastadapt.organism.acceptance import BOUNDS
 
-    folder = typed_path(options.folder or FOLDER, "--folder")
-    if not (folder / "target").is_dir() or not (folder / "base").is_dir():
-        raise UserError(f"--folder: expected a folder with target/ and base/, got {folder}")
-    measured = check(folder)
+    pair = typed_path(folder or FOLDER, "--folder")
+    if not (pair / "target").is_dir() or not (pair / "base").is_dir():
+        raise UserError(f"--folder: expected a folder with target/ and base/, got {pair}")
+    measured = measure(pair)
     failed = measured.pop("failed")
     rows = [
         [name, _short(value), _bounds(*BOUNDS.get(name, (None, None))), "*" * (name in failed)]
@@ -49,7 +51,7 @@ def _check(options: Any) -> int:
     ]
     print_table(["", "measured", "must be", ""], rows)
     if failed:
-        raise RunError(f"the pair in {folder} is not what it must be: {', '.join(failed)}")
+        raise RunError(f"the pair in {pair} is not what it must be: {', '.join(failed)}")
     return 0
 
 
@@ -68,24 +70,35 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _sample(options: Any) -> int:
+def sample(
+    *, model: Literal["target", "base", "hybrid"] = "target", n: int = 3, seed: int = 0
+) -> int:
+    """Print problems and the answers of a model of the shipped pair.
+
+    Args:
+        model: the hybrid is the target with the base's MLPs
+        n: number of problems
+        seed: seed of the problems and the sampling
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from fastadapt.organism import FOLDER
-    from fastadapt.organism.acceptance import hybrid_of, sample
+    from fastadapt.organism.acceptance import hybrid_of
+    from fastadapt.organism.acceptance import sample as sample_responses
     from fastadapt.organism.problems import extract_answer, sample_problem
 
-    if options.n < 1:
-        raise UserError(f"--n: expected 1 or more, got {options.n}")
-    of = {
+    if n < 1:
+        raise UserError(f"--n: expected 1 or more, got {n}")
+    models = {
         name: AutoModelForCausalLM.from_pretrained(FOLDER / name, trust_remote_code=False).eval()
         for name in ("target", "base")
     }
-    model = hybrid_of(of["target"], of["base"]) if options.model == "hybrid" else of[options.model]
-    draw = random.Random(options.seed)
-    problems = [sample_problem(draw) for _ in range(options.n)]
+    if model == "hybrid":
+        models["hybrid"] = hybrid_of(models["target"], models["base"])
+    draw = random.Random(seed)
+    problems = [sample_problem(draw) for _ in range(n)]
     tokenizer = AutoTokenizer.from_pretrained(FOLDER / "target", trust_remote_code=False)
-    responses = sample(model, tokenizer, problems, seed=options.seed).responses
+    responses = sample_responses(models[model], tokenizer, problems, seed=seed).responses
     for problem, response in zip(problems, responses, strict=True):
         right = extract_answer(response) == problem.answer
         verdict = "right" if right else f"wrong: the answer is {problem.answer}"
@@ -99,6 +112,3 @@ def _say_record(record: dict[str, Any]) -> None:
 
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-COMMANDS = {"build": _build, "check": _check, "sample": _sample}

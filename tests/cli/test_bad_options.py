@@ -83,7 +83,11 @@ CASES = [
         lambda d: d.train("--resume", "--overwrite"),
         r"--resume .* --overwrite .*choose one",
     ),
-    ("organism command", lambda d: ["organism", "biuld"], r"unknown command 'biuld'.*'build'"),
+    (
+        "organism command",
+        lambda d: ["organism", "biuld"],
+        r"unknown command 'organism biuld'; did you mean build\?",
+    ),
     ("organism build", lambda d: ["organism", "build"], r"--out is missing"),
     ("organism out", _folder_in_use, r"--out: .*new is in use.*--overwrite"),
     (

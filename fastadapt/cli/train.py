@@ -1,16 +1,16 @@
-"""What can be typed after `fastadapt train`, and the presets that it goes over.
+"""`fastadapt train`: presets, files and options to a configuration, and a run of it.
 
-A run's configuration is a preset's or a YAML file's, with further ones written over it in their
-order, and over these the options that were typed; `fastadapt.training.config.from_dict` then has
-the one word on what is allowed.
-
-Some presets are overlays: they hold only what they change, and go over any preset or file.
+Later presets and files are written over earlier ones, and typed options over all of them;
+`fastadapt.training.config.from_dict` then decides which values are allowed. An overlay is a preset
+that holds only its changes and needs a preset or file below it.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
+import sys
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +18,8 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from fastadapt.cli.options.parser import Parser, nearest
+from fastadapt.cli.console import is_unicode, print_table, quiet_transformers, say
+from fastadapt.cli.parser import HELP_FLAGS, Parser, add_components, nearest, resume_command
 from fastadapt.errors import UserError
 from fastadapt.io.documents import parse_yaml, read_yaml
 from fastadapt.io.names import typed_path
@@ -26,19 +27,16 @@ from fastadapt.io.names import typed_path
 if typing.TYPE_CHECKING:
     from fastadapt.training.config import TrainConfig
 
-PRESETS = Path(__file__).parents[2] / "presets"
+PRESETS = Path(__file__).parents[1] / "presets"
 #: ``overlays/NAME.yaml``, and where it goes over a preset that needs other numbers than most,
 #: ``overlays/PRESET/NAME.yaml`` over that.
 OVERLAYS = PRESETS / "overlays"
 
-PLAN_GPUS = "with --dry-run: plan for so many GPUs that share the run"
-PLAN_GPU = "with --dry-run: plan for this GPU (a100, h100, h200) instead of this machine"
-
 TRAIN_FLAGS = {
-    "--resume": "go on with the run in run.output, from its newest checkpoint",
+    "--resume": "resume the run in run.output from its newest checkpoint",
     "--overwrite": "remove the run in run.output first",
-    "--dry-run": "print what the run would need (memory, work, hours, disk) and stop; no weights "
-    "are read, nothing is fetched for a preset",
+    "--dry-run": "print the memory, compute, hours and disk of the run and stop; reads no weights, "
+    "and downloads nothing for a preset",
     "--json": "with --dry-run: print one JSON object",
     "--print_config": "print the whole configuration as YAML and stop",
 }
@@ -87,24 +85,25 @@ def train_parser() -> Parser:
         usage="fastadapt train PRESET_OR_YAML [PRESET_OR_YAML ...] [--COMPONENT.KEY VALUE ...] "
         + " ".join(f"[{flag}]" for flag in TRAIN_FLAGS),
         description="Train transcoder adapters, or a baseline, on a model pair, into a run "
-        "directory. What is typed wins over presets and files, a later one of these over an "
-        "earlier one, and all over the defaults below. Where no later one names run.output, its "
-        "name is appended to it: `fastadapt train organism no-bridge` writes runs/organism-"
-        "no-bridge.",
+        "directory. Typed options win over presets and files, a later one of these over an "
+        "earlier one, and all of them over the defaults below. If no later one names run.output, "
+        "its name is appended to the folder: `fastadapt train organism no-bridge` writes "
+        "runs/organism-no-bridge.",
     )
     parser.add_argument(
         "config",
         metavar="PRESET_OR_YAML",
         nargs="+",
-        help=f"a preset ({', '.join(preset_names())}) or a YAML file; after it any that go over "
-        f"it: presets made for that ({', '.join(overlay_names())}) or YAML files",
+        help=f"a preset ({', '.join(preset_names())}) or a YAML file; then overlays: presets "
+        f"({', '.join(overlay_names())}) or YAML files",
     )
-    for flag, told in TRAIN_FLAGS.items():
-        parser.add_argument(flag, action="store_true", default=False, help=told)
-    parser.add_argument("--gpu", type=str, default=None, help=PLAN_GPU)
-    parser.add_argument("--gpus", type=int, default=None, help=PLAN_GPUS)
-    for name, kind in typing.get_type_hints(TrainConfig).items():
-        parser.add_class_arguments(kind, name)
+    for flag, text in TRAIN_FLAGS.items():
+        parser.add_argument(flag, action="store_true", default=False, help=text)
+    with_gpu = "with --dry-run: plan for this GPU (a100, h100, h200) instead of this machine"
+    parser.add_argument("--gpu", type=str, default=None, help=with_gpu)
+    with_gpus = "with --dry-run: plan for this number of GPUs that share the run"
+    parser.add_argument("--gpus", type=int, default=None, help=with_gpus)
+    add_components(parser, TrainConfig)
     return parser
 
 
@@ -175,8 +174,8 @@ def read_configs(names: Sequence[str]) -> dict[str, Any]:
         )
     for name in names[1:]:
         paths = [find_config(name)]
-        if first in preset_names() and (own := OVERLAYS / first / f"{name}.yaml").is_file():
-            paths.append(own)
+        if first in preset_names() and (variant := OVERLAYS / first / f"{name}.yaml").is_file():
+            paths.append(variant)
         before = _output(values)
         for path in paths:
             _write_over(values, read_yaml(path, dict[str, Any]), path)
@@ -203,3 +202,115 @@ def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
     return value
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def train(argv: list[str]) -> int:
+    """`fastadapt train`."""
+    if HELP_FLAGS & set(argv):
+        train_parser().print_help()
+        return 0
+    config, flags = parse_train(argv)
+    if flags.print_config:
+        import yaml
+
+        from fastadapt.training.config import to_dict
+
+        # A stand-in for a character would be another configuration; an escape is the same.
+        unicode = is_unicode(sys.stdout)
+        print(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=unicode), end="")
+        return 0
+    if flags.dry_run:
+        gpus = 1 if flags.gpus is None else flags.gpus
+        return _print_plan(config, flags.gpu, gpus, as_json=flags.json)
+
+    from fastadapt.cli.progress import Progress
+    from fastadapt.distributed.ranks import leads
+    from fastadapt.training.trainer import train as run_training
+
+    quiet_transformers()
+    say("Loading models and data ...")
+    with Progress(sys.stderr) as progress:
+        summary = run_training(
+            config, resume=flags.resume, overwrite=flags.overwrite, sinks=[progress.record]
+        )
+    if not leads():
+        return 0
+    if summary["interrupted"]:
+        return _stopped(summary, argv)
+    _print_summary(summary)
+    return 0
+
+
+def _stopped(summary: dict[str, Any], argv: list[str]) -> int:
+    """Print where a run was stopped, and the command that resumes it."""
+    from fastadapt.training.report import write_report
+
+    print(f"Stopped at step {summary['step']} of {summary['steps']}; finished steps are saved.")
+    print(f"Resume with: {resume_command(argv)}")
+    print(f"Report:      {write_report(summary['output'])}")
+    return 0
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    from fastadapt.reporting.formatting import duration, number, percent
+    from fastadapt.training.logs.run_log import TRAINED, comparison
+
+    print()
+    print_table(*comparison(summary))
+    print()
+    recovered = percent(summary.get("kl_recovered_vs_hybrid"))
+    trained = TRAINED[summary["adapter_kind"]]
+    verb = "recovers" if trained == "adapter" else "recover"
+    print(f"The {trained} {verb} {recovered} of the hybrid's KL to the target.")
+    if per_layer := summary.get("l0_per_layer"):
+        print("L0 per layer:", ", ".join(map(number, per_layer)))
+    print(f"{number(summary['tokens'])} training tokens in {duration(summary['wall_s'])}")
+    print(f"adapter: {summary['adapter']}")
+    print(f"report:  {Path(summary['report']).resolve()}")
+
+
+def _print_plan(config: Any, gpu: str | None, gpus: int, *, as_json: bool) -> int:
+    from fastadapt.training.planning.estimate import as_json as to_json
+    from fastadapt.training.planning.estimate import gb, plan, predict, remedies
+
+    planned = plan(config, gpu, gpus)
+    if as_json:
+        print(json.dumps(to_json(config, planned), indent=2))
+        return 0
+    device = planned.device
+    for title, sizes in (("memory, by part", planned.parts), ("by phase", planned.phases)):
+        print_table([title, "at most"], [[name, gb(size)] for name, size in sizes.items()])
+        print()
+    print(
+        f"Peak: {gb(planned.peak_bytes)}, in {planned.peak_phase}, for sequences of up to "
+        f"{planned.tokens_per_sequence:,} tokens, with objective.checkpoint {planned.checkpoint}."
+    )
+    name = device.name if gpus == 1 else f"each of {gpus} {device.name}"
+    usable = f"{gb(device.usable_bytes)} of the {gb(device.memory_bytes)} of {name}"
+    print(f"It {'fits' if planned.fits else 'DOES NOT FIT'} into {usable}.")
+    if not planned.fits:
+        smaller = [[name, gb(size)] for name, size in remedies(config, planned)]
+        print_table(["with", "peak"], smaller)
+    assumed = "" if planned.tokens else ", both assumed: the data are not here"
+    print(
+        f"{planned.steps:,} steps of {planned.mean_tokens:,} tokens a sequence{assumed}; "
+        f"{planned.parameters:,} trained parameters; checkpoints and adapters: "
+        f"{gb(planned.disk_bytes)} of disk."
+    )
+    if planned.host_bytes:
+        copied = gb(2 * planned.host_bytes * config.optimizer.accumulation)
+        print(f"Host memory: {gb(planned.host_bytes)}, of which a step copies {copied} to the GPU.")
+    predicted = predict(config, planned)
+    at_l0 = ""
+    if predicted.l0 is not None:
+        at_l0 = f" at L0 {predicted.l0:g} (more at the first steps, whose products are dense)"
+    print(
+        f"Prediction: {predicted.flops_per_step / 1e12:,.4g} TFLOP a step{at_l0}, "
+        f"{predicted.step_s:.3g} s, "
+        f"{predicted.hours:.3g} h for the run, at {device.flops_per_s / 1e12:.4g} TFLOP/s of "
+        f"{device.name} ({device.source})."
+    )
+    return 0
