@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from fastadapt import __version__
 from fastadapt.cli.console import print_error, write_any_text
@@ -19,48 +19,27 @@ if TYPE_CHECKING:
     from fastadapt.cli.parser import Command
 
 
-class Entry(NamedTuple):
-    """A command of the table.
-
-    Attributes:
-        function: module below `fastadapt.cli`, and name.
-        usage: required arguments.
-        summary: what the command does.
-    """
-
-    function: str
-    usage: str
-    summary: str
-
-
+#: Commands by name: module below `fastadapt.cli` and function, and what the command does.
 COMMANDS = {
-    "train": Entry(
-        "train:train", "PRESET_OR_YAML", "train transcoder adapters, or a baseline, on a model pair"
-    ),
-    "eval": Entry("eval:evaluate", "RUN [RUN ...]", "measure faithfulness: tables, plots, report"),
-    "features collect": Entry("features:collect", "RUN", "collect activations and examples"),
-    "features merge": Entry("features:merge", "SHARD [SHARD ...]", "merge shards into one store"),
-    "features export": Entry("features:export", "RUN", "write pages to browse the features"),
-    "features serve": Entry("features:serve", "RUN", "serve these pages on this machine"),
-    "features describe": Entry("autointerp:describe", "RUN", "describe features, and score that"),
-    "features classify": Entry(
-        "autointerp:classify", "RUN", "classify features: language, domain, reasoning"
-    ),
-    "features overlap": Entry(
-        "features:overlap", "RUN", "compare the tokens that fire in target and base"
-    ),
-    "features select": Entry("features:select", "RUN NAME", "save a named set of features"),
-    "features sets": Entry("features:sets", "RUN", "list the sets"),
-    "features check": Entry("features:check", "RUN", "verify every file and row of a store"),
-    "intervene": Entry("features:intervene", "RUN", "ablate, isolate or add features, as a run"),
-    "data prepare": Entry(
-        "data:prepare", "[SOURCE]", "select training and validation conversations"
-    ),
-    "export": Entry("export:export", "RUN", "write a run as one checkpoint, or in another format"),
-    "organism build": Entry("organism:build", "", "train both models of the embedded pair again"),
-    "organism check": Entry("organism:check", "", "measure the embedded pair"),
-    "organism sample": Entry("organism:sample", "", "print problems and answers"),
-    "doctor": Entry("doctor:doctor", "", "show what runs on this machine; check the kernels"),
+    "train": ("train:train", "train transcoder adapters, or a baseline, on a model pair"),
+    "eval": ("eval:evaluate", "measure how faithful runs are: tables, plots, benchmarks, report"),
+    "features collect": ("features:collect", "collect where each feature of a run fires"),
+    "features merge": ("features:merge", "merge shards into one store"),
+    "features export": ("features:export", "write pages to browse the features"),
+    "features serve": ("features:serve", "serve these pages to this machine"),
+    "features describe": ("autointerp:describe", "describe features, and score descriptions"),
+    "features classify": ("autointerp:classify", "classify features: language, domain, reasoning"),
+    "features overlap": ("features:overlap", "compare the tokens that fire in target and base"),
+    "features select": ("features:select", "save a named set of features"),
+    "features sets": ("features:sets", "list the sets"),
+    "features check": ("features:check", "verify every file and row of a store"),
+    "intervene": ("features:intervene", "ablate features, isolate them or add them to the target"),
+    "data prepare": ("data:prepare", "select training and validation conversations"),
+    "export": ("export:export", "write a run as one checkpoint, or in another format"),
+    "organism build": ("organism:build", "train both models of the embedded pair again"),
+    "organism check": ("organism:check", "measure the embedded pair"),
+    "organism sample": ("organism:sample", "print problems and answers"),
+    "doctor": ("doctor:doctor", "show what will be used on this machine, and check the kernels"),
 }
 #: Commands that print their help if nothing is typed after them.
 _HELPFUL = ("eval", "intervene")
@@ -98,9 +77,8 @@ def open_command(name: str) -> Command:
     """Import a command of the table and build its parser."""
     from fastadapt.cli.parser import Command
 
-    module, function = COMMANDS[name].function.split(":")
-    loaded = import_module(f"fastadapt.cli.{module}")
-    return Command(f"fastadapt {name}", getattr(loaded, function), COMMANDS[name].usage)
+    module, function = COMMANDS[name][0].split(":")
+    return Command(f"fastadapt {name}", getattr(import_module(f"fastadapt.cli.{module}"), function))
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -113,7 +91,7 @@ def _dispatch(argv: list[str]) -> int:
     if first in ("-h", "--help") or (group and argv[1:2] in ([], ["-h"], ["--help"])):
         _print_commands(group or list(COMMANDS), first if group else "")
         return 0
-    name, rest = " ".join(argv[:n_words]), argv[n_words:]
+    name, arguments = " ".join(argv[:n_words]), argv[n_words:]
     if name not in COMMANDS:
         from fastadapt.cli.parser import nearest
 
@@ -124,14 +102,12 @@ def _dispatch(argv: list[str]) -> int:
 
     from fastadapt.distributed.ranks import leave
 
-    return leave(open_command(name).run(rest or ["--help"] * (name in _HELPFUL)))
+    return leave(open_command(name).run(arguments or ["--help"] * (name in _HELPFUL)))
 
 
 def _print_commands(names: Sequence[str], group: str) -> None:
-    print(f"usage: fastadapt {group or ''} COMMAND ...\n".replace("  ", " "))
+    prog = f"fastadapt {group}".rstrip()
+    print(f"usage: {prog} COMMAND ...\n")
     for name in names:
-        head = f"{name} {COMMANDS[name].usage}".removeprefix(f"{group} ")
-        print(f"  {head:<36} {COMMANDS[name].summary}")
-    print(f"\nfastadapt {group} COMMAND --help shows its options.".replace("  ", " "))
-    if not group:
-        print("fastadapt --version shows the version.")
+        print(f"  {name.removeprefix(f'{group} '):<18} {COMMANDS[name][1]}")
+    print(f"\n{prog} COMMAND --help shows its options; fastadapt --version shows the version.")

@@ -129,25 +129,23 @@ class Command:
     Args:
         prog: words of the command, such as "fastadapt features collect".
         function: returns the exit code.
-        usage: positional arguments and what else is required.
     """
 
-    def __init__(self, prog: str, function: Callable[..., int], usage: str = "") -> None:
+    def __init__(self, prog: str, function: Callable[..., int]) -> None:
         self.function = function
         self._parameters = _parameters(function)
         about = docstring_parser.parse(inspect.getdoc(function) or "")
         self.parser = Parser(
             prog=prog,
-            usage=f"{prog} {usage} [--OPTION VALUE ...]".replace("  ", " "),
             description=" ".join(filter(None, (about.short_description, about.long_description))),
         )
-        for name, (parameter, hint, typed, text) in self._parameters.items():
-            if dataclasses.is_dataclass(hint):
-                self._add_config(name, hint, typed)
+        usage = [prog]
+        for name, one in self._parameters.items():
+            if dataclasses.is_dataclass(one.hint):
+                self._add_config(name, one.hint, one.typed)
             elif name != "argv":
-                positional = parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-                default = parameter.default
-                _add_argument(self.parser, name, hint, default, typed, text, positional=positional)
+                usage += _add_argument(self.parser, one)
+        self.parser.usage = " ".join([*usage, "[--OPTION VALUE ...]"])
 
     def parse(self, argv: Sequence[str]) -> dict[str, Any]:
         """Return the arguments of the function.
@@ -159,7 +157,7 @@ class Command:
 
         values = self.parser.parse_args([self._spell(word) for word in argv]).as_dict()
         arguments: dict[str, Any] = {"argv": list(argv)}
-        for name, (_, hint, _, _) in self._parameters.items():
+        for name, (_, hint, *_) in self._parameters.items():
             if not dataclasses.is_dataclass(hint):
                 arguments.setdefault(name, values.get(name))
             elif name == "config":
@@ -185,8 +183,8 @@ class Command:
 
     def _add_config(self, name: str, kind: Any, typed: Typed) -> None:
         if typed.flags:
-            for field, (parameter, hint, option, text) in _parameters(kind).items():
-                _add_argument(self.parser, field, hint, parameter.default, option, text)
+            for field in _parameters(kind).values():
+                _add_argument(self.parser, field)
         elif all(map(dataclasses.is_dataclass, typing.get_type_hints(kind).values())):
             add_components(self.parser, kind, typed.skip)
         else:
@@ -209,8 +207,17 @@ def add_components(parser: Parser, kind: type, skip: Mapping[str, set[str]] | No
         parser.add_class_arguments(component, name, skip=(skip or {}).get(name, set()))
 
 
-def _parameters(function: Callable[..., Any]) -> dict[str, tuple[Any, Any, Typed, str]]:
-    """Parameters by name: each with its type, how it is typed, and its help."""
+class _Parameter(typing.NamedTuple):
+    name: str
+    hint: Any
+    typed: Typed
+    default: Any
+    help: str
+    is_positional: bool
+
+
+def _parameters(function: Callable[..., Any]) -> dict[str, _Parameter]:
+    """Return the parameters of a function or dataclass by name."""
     about = docstring_parser.parse(inspect.getdoc(function) or "")
     texts = {n: p.description or "" for p in about.params for n in p.arg_name.split(", ")}
     annotated = function.__init__ if inspect.isclass(function) else function
@@ -220,37 +227,38 @@ def _parameters(function: Callable[..., Any]) -> dict[str, tuple[Any, Any, Typed
         hint, typed = hints[name], Typed()
         if typing.get_origin(hint) is typing.Annotated:
             hint, typed = typing.get_args(hint)
-        parameters[name] = (parameter, hint, typed, texts.get(name, _HELP.get(name, "")))
+        text = texts.get(name, _HELP.get(name, ""))
+        is_positional = parameter.kind is parameter.POSITIONAL_OR_KEYWORD and not inspect.isclass(
+            function
+        )
+        parameters[name] = _Parameter(name, hint, typed, parameter.default, text, is_positional)
     return parameters
 
 
-def _add_argument(
-    parser: Parser,
-    name: str,
-    hint: Any,
-    default: Any,
-    typed: Typed,
-    text: str,
-    *,
-    positional: bool = False,
-) -> None:
-    is_required = default is inspect.Parameter.empty
-    options: dict[str, Any] = {"type": hint, "help": text}
-    if hint is bool:
-        options = {"action": "store_true", "default": False, "help": text}
+def _add_argument(parser: Parser, one: _Parameter) -> list[str]:
+    """Add an argument, and return what usage says about it."""
+    is_required = one.default is inspect.Parameter.empty
+    upper = one.name.upper()
+    options: dict[str, Any] = {"type": one.hint, "help": one.help}
+    if one.hint is bool:
+        options = {"action": "store_true", "default": False, "help": one.help}
     elif not is_required:
-        options["default"] = default
-    if typing.get_origin(hint) is tuple:
+        options["default"] = one.default
+    if typing.get_origin(one.hint) is tuple:
         options |= {"type": str, "nargs": "+", "default": []}
-    if positional:
-        options["metavar"] = name.upper().removesuffix("S")
-        if typing.get_origin(hint) is list:
-            options |= {"type": str, "nargs": "+"}
-        elif not is_required:
-            options["nargs"] = "?"
-        parser.add_argument(name, **options)
-    else:
-        parser.add_argument(typed.option or f"--{name}", required=is_required, **options)
+    if not one.is_positional:
+        option = one.typed.option or f"--{one.name}"
+        parser.add_argument(option, required=is_required, **options)
+        return [option, upper] if is_required else []
+    usage = upper = upper.removesuffix("S")
+    if typing.get_origin(one.hint) is list:
+        options |= {"type": str, "nargs": "+"}
+        usage = f"{upper} [{upper} ...]"
+    elif not is_required:
+        options["nargs"] = "?"
+        usage = f"[{upper}]"
+    parser.add_argument(one.name, metavar=upper, **options)
+    return [usage]
 
 
 # --- texts ----------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ that holds only its changes and needs a preset or file below it.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 import typing
@@ -28,8 +27,7 @@ if typing.TYPE_CHECKING:
     from fastadapt.training.config import TrainConfig
 
 PRESETS = Path(__file__).parents[1] / "presets"
-#: ``overlays/NAME.yaml``, and where it goes over a preset that needs other numbers than most,
-#: ``overlays/PRESET/NAME.yaml`` over that.
+#: ``overlays/NAME.yaml``; ``overlays/PRESET/NAME.yaml`` is written over it for one preset.
 OVERLAYS = PRESETS / "overlays"
 
 TRAIN_FLAGS = {
@@ -43,17 +41,17 @@ TRAIN_FLAGS = {
 
 
 def preset_names() -> list[str]:
-    """Names of the presets that the package ships and that are whole."""
+    """Return the names of the shipped presets that are complete."""
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
 def overlay_names() -> list[str]:
-    """Names of the presets that go over others."""
+    """Return the names of the shipped overlays."""
     return sorted(path.stem for path in OVERLAYS.glob("*.yaml"))
 
 
 def find_config(name: str) -> Path:
-    """The file of a preset, by its name, or of a YAML file, by its path.
+    """Return the file of a preset, by its name, or of a YAML file, by its path.
 
     Raises:
         UserError: neither a preset nor a file, such as a folder.
@@ -77,7 +75,7 @@ def _known() -> str:
 
 
 def train_parser() -> Parser:
-    """The parser of `fastadapt train`: one option per field of the configuration."""
+    """Build the parser of `fastadapt train`: one option per field of the configuration."""
     from fastadapt.training.config import TrainConfig
 
     parser = Parser(
@@ -108,7 +106,7 @@ def train_parser() -> Parser:
 
 
 def parse_train(argv: Sequence[str]) -> tuple[TrainConfig, Namespace]:
-    """The configuration of a run and the flags beside it, from the arguments of `fastadapt train`.
+    """Return the configuration of a run and its flags from the arguments of `fastadapt train`.
 
     Raises:
         UserError: an unknown option, preset or key, or an impossible value.
@@ -116,28 +114,22 @@ def parse_train(argv: Sequence[str]) -> tuple[TrainConfig, Namespace]:
     from fastadapt.training.config import TRUST, from_dict, take_trust
 
     parser = train_parser()
-    # Only what was typed: defaults come from the files, and below them from the dataclasses.
+    # Without defaults: unset options take the files' values, or else those of the dataclasses.
     typed = parser.parse_args(argv, defaults=False, _skip_validation=True)
     if not typed.get("config"):
         parser.error(f"PRESET_OR_YAML is missing; presets: {_known()}")
     values = read_configs(typed.config)
     from_file = take_trust(values)
-    flags = Namespace(config=typed.config)
-    for flag in TRAIN_FLAGS:
-        name = flag.lstrip("-").replace("-", "_")
-        flags[name] = bool(typed.get(name))
+    names = [flag.lstrip("-").replace("-", "_") for flag in TRAIN_FLAGS]
+    flags = Namespace({name: bool(typed.get(name)) for name in names})
     flags.gpu, flags.gpus = typed.get("gpu"), typed.get("gpus")
     for name in ("json", "gpu", "gpus"):
-        if flags[name] is not None and flags[name] is not False and not flags.dry_run:
+        if flags[name] not in (None, False) and not flags.dry_run:
             parser.error(f"--{name} goes with --dry-run")
-    for component, fields in typed.as_dict().items():
-        if isinstance(fields, dict):
-            below = values.setdefault(component, {})
-            if not isinstance(below, dict):
-                raise UserError(f"{component}: expected keys, got {below!r}")
-            below.update({key: _plain(value) for key, value in fields.items()})
+    components = {name: keys for name, keys in typed.as_dict().items() if isinstance(keys, dict)}
+    _write_over(values, components)
     trust = _typed_trust(argv)
-    # `--pair FILE` reads a file, too.
+    # A second look, since `--pair FILE` reads a file, too.
     if trust is None and (take_trust(values) or from_file):
         raise UserError(
             f"pair.{TRUST} is true in a file ({', '.join(typed.config)}). Trust in the code of a "
@@ -149,7 +141,7 @@ def parse_train(argv: Sequence[str]) -> tuple[TrainConfig, Namespace]:
 
 
 def _typed_trust(argv: Sequence[str]) -> bool | None:
-    """What was typed of trust in the code of models, after the parser accepted all of it."""
+    """Return the typed value of --pair.trust_remote_code, which the parser has accepted."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--pair.trust_remote_code", dest="trust", default="null")
     typed, _ = parser.parse_known_args(argv)
@@ -157,13 +149,13 @@ def _typed_trust(argv: Sequence[str]) -> bool | None:
 
 
 def read_configs(names: Sequence[str]) -> dict[str, Any]:
-    """The values of presets and files, each written over those before it.
+    """Return the values of presets and files, each written over those before it.
 
-    Where a later one does not name ``run.output``, it gets that one's name at its end, so that no
-    two runs of one preset are in one folder.
+    If a later one does not name ``run.output``, its name is appended to that folder, so that no two
+    runs of one preset share a folder.
 
     Raises:
-        UserError: no such preset or file, no YAML, or an overlay that goes over nothing.
+        UserError: no such preset or file, no YAML, or an overlay without a preset below it.
     """
     first = names[0]
     values: dict[str, Any] = read_yaml(find_config(first), dict[str, Any])
@@ -178,7 +170,7 @@ def read_configs(names: Sequence[str]) -> dict[str, Any]:
             paths.append(variant)
         before = _output(values)
         for path in paths:
-            _write_over(values, read_yaml(path, dict[str, Any]), path)
+            _write_over(values, read_yaml(path, dict[str, Any]), f"{path}: ")
         if before is not None and _output(values) == before:
             values["run"]["output"] = f"{before.rstrip('/')}-{Path(name).stem}"
     return values
@@ -190,18 +182,13 @@ def _output(values: Mapping[str, Any]) -> str | None:
     return output if isinstance(output, str) else None
 
 
-def _write_over(values: dict[str, Any], changes: Mapping[str, Any], path: Path) -> None:
+def _write_over(values: dict[str, Any], changes: Mapping[str, Any], source: str = "") -> None:
     for component, fields in changes.items():
         below = values.setdefault(component, {})
-        if not isinstance(fields, dict) or not isinstance(below, dict):
-            raise UserError(f"{path}: {component}: expected keys, got {fields!r}")
+        for keys in (fields, below):
+            if not isinstance(keys, dict):
+                raise UserError(f"{source}{component}: expected keys, got {keys!r}")
         below.update(fields)
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    return value
 
 
 # --- the command ----------------------------------------------------------------------------------
