@@ -3,12 +3,23 @@
 Beside each frozen *base* MLP, inside the *fine-tuned* model, a wide sparse two-layer network learns
 the difference between the two MLPs (arXiv 2602.20904). :class:`TranscoderAdapter` is one such
 network and knows no model; :class:`ReplacementModel` wires a set of them into a Hugging Face model.
+
+Importing the package does not import torch: public names are loaded at their first use.
 """
 
-from fastadapt.adapter.files import load_adapters, save_adapters
-from fastadapt.adapter.module import AdapterConfig, TranscoderAdapter
-from fastadapt.errors import RunError, UserError
-from fastadapt.models.replacement import ModelPair, PairConfig, PairMismatchError, ReplacementModel
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastadapt.adapter.files import load_adapters, save_adapters
+    from fastadapt.adapter.module import AdapterConfig, TranscoderAdapter
+    from fastadapt.errors import RunError, UserError
+    from fastadapt.models.replacement import (
+        ModelPair,
+        PairConfig,
+        PairMismatchError,
+        ReplacementModel,
+    )
 
 __version__ = "0.1.0"
 
@@ -25,3 +36,27 @@ __all__ = [
     "load_adapters",
     "save_adapters",
 ]
+
+_MODULES = {
+    "fastadapt.adapter.files": ("load_adapters", "save_adapters"),
+    "fastadapt.adapter.module": ("AdapterConfig", "TranscoderAdapter"),
+    "fastadapt.errors": ("RunError", "UserError"),
+    "fastadapt.models.replacement": (
+        "ModelPair",
+        "PairConfig",
+        "PairMismatchError",
+        "ReplacementModel",
+    ),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _MODULES.items():
+        if name in names:
+            value = globals()[name] = getattr(import_module(module), name)
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

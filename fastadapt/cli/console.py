@@ -1,4 +1,4 @@
-"""What every command prints with: tables and lines on standard output, errors beside it."""
+"""Printing for every command: tables on standard output, errors and notices on standard error."""
 
 from __future__ import annotations
 
@@ -8,13 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
-from fastadapt.distributed.ranks import is_main
-
-#: How characters of the library's own texts are written where an encoding lacks them.
+#: Replacements for characters of the library's texts that an encoding lacks.
 _STAND_INS = str.maketrans(
     {
         "\N{EN DASH}": "-",
@@ -37,7 +31,7 @@ _STAND_INS = str.maketrans(
 
 
 def _stand_in(error: UnicodeError) -> tuple[str, int]:
-    """Handle an error of encoding: a stand-in, or Python's escape of the character."""
+    """Replace characters that cannot be encoded, or write Python's escape of them."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     text = error.object[error.start : error.end].translate(_STAND_INS)
@@ -50,8 +44,8 @@ codecs.register_error("fastadapt", _stand_in)
 def write_any_text() -> None:
     """Let standard output and error take any text, whatever their encoding is.
 
-    Characters that the encoding lacks are written as others. Not a reason to fail: what a command
-    did is done when its tables are printed.
+    Characters that the encoding lacks are replaced: the work of a command is complete before its
+    tables are printed, so that a character must not make the command fail.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -59,18 +53,25 @@ def write_any_text() -> None:
 
 
 def is_unicode(stream: Any) -> bool:
-    """Whether a stream's encoding has every character."""
+    """Return whether a stream's encoding has every character."""
     return (getattr(stream, "encoding", None) or "").lower().replace("-", "").startswith("utf")
 
 
 def print_error(message: str) -> None:
-    """`error: ` and the message, on standard error."""
+    """Print `error: ` and the message on standard error."""
+    from rich.console import Console
+    from rich.text import Text
+
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     console.print(Text("error: ", style="bold red"), Text(message), sep="", end="\n")
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: bool = False) -> None:
-    """A table on standard output; all columns but the first to the right, unless ``left``."""
+    """Print a table; columns after the first are aligned right, or left with ``left``."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     # A pipe has no width: lines there are as long as they need to be.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
     table = Table(show_edge=False, pad_edge=False, header_style="bold")
@@ -82,13 +83,15 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: boo
 
 
 def quiet_transformers() -> None:
-    """No bars of transformers' own, which would cross ours."""
+    """Turn off the progress bars of transformers, which would cross those of the commands."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
 
 
 def say(message: str) -> None:
-    """A line on standard error, of rank 0 alone."""
+    """Print a line on standard error, on rank 0 only."""
+    from fastadapt.distributed.ranks import is_main
+
     if is_main():
         print(message, file=sys.stderr, flush=True)

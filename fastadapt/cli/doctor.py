@@ -1,6 +1,6 @@
-"""What this machine is, what will be used on it and why, and whether the kernels are right here.
+"""`fastadapt doctor`: the machine, what `auto` means on it and why, and a check of the kernels.
 
-Nothing is printed and nothing is downloaded. `fastadapt.cli.kernel_checks` holds the checks.
+Nothing is downloaded. `fastadapt.cli.kernel_checks` holds the checks.
 """
 
 from __future__ import annotations
@@ -9,12 +9,15 @@ import os
 import platform
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from json import dumps
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastadapt.cli.console import print_table
 from fastadapt.cli.kernel_checks import notes, run_checks
+from fastadapt.errors import RunError
 from fastadapt.models.pair import choose_attention, choose_device
 
 PACKAGES = (
@@ -29,9 +32,38 @@ PACKAGES = (
 )
 
 
+def doctor(*, json: bool = False) -> int:
+    """Show the hardware, what will be used on it and why, and check the kernels.
+
+    Args:
+        json: print JSON
+    """
+    diagnosis = diagnose()
+    if json:
+        print(dumps(diagnosis, indent=2))
+    else:
+        _print_diagnosis(diagnosis)
+    return 0 if diagnosis["ok"] else RunError.exit_code
+
+
+def _print_diagnosis(diagnosis: dict[str, Any]) -> None:
+    print_table(["hardware", ""], list(map(list, diagnosis["hardware"].items())), left=True)
+    print()
+    versions = [[name, text or "not installed"] for name, text in diagnosis["versions"].items()]
+    print_table(["package", "version"], versions, left=True)
+    print()
+    chosen = [[c["what"], c["choice"], c["why"]] for c in diagnosis["choices"]]
+    print_table(["setting", "auto means", "because"], chosen, left=True)
+    print()
+    head = ["kernel", "implementation", "dtype", "device", "cases", "check", "of allowed error"]
+    print_table(head, summary(diagnosis["checks"]), left=True)
+    for note in diagnosis["notes"]:
+        print(f"\n{note}")
+
+
 @dataclass(frozen=True)
 class Choice:
-    """Something that will be used on this machine, and the reason."""
+    """A setting's value on this machine, and the reason."""
 
     what: str
     choice: str
@@ -39,44 +71,44 @@ class Choice:
 
 
 def diagnose(device: str = "auto") -> dict[str, Any]:
-    """Everything that `fastadapt doctor` tells, as plain values.
+    """Return everything that `fastadapt doctor` shows, as plain values.
 
     Returns:
         ``{"ok": bool, "hardware": {name: text}, "versions": {package: version or None},
         "choices": [Choice as dict], "checks": [Check as dict], "notes": [text]}``; `ok` if all
-        checks are; the notes say what could not be checked.
+        checks are; the notes name what could not be checked.
     """
-    there = choose_device(device)
-    checks = run_checks(there)
+    chosen = choose_device(device)
+    checks = run_checks(chosen)
     return {
         "ok": all(check.ok for check in checks),
         "hardware": hardware(),
         "versions": versions(),
-        "choices": [asdict(choice) for choice in choices(there)],
+        "choices": [asdict(choice) for choice in choices(chosen)],
         "checks": [asdict(check) for check in checks],
-        "notes": notes(there),
+        "notes": notes(chosen),
     }
 
 
 def hardware() -> dict[str, str]:
-    """The processor, its cores, the memory, and the GPUs."""
+    """Return the processor, its cores, the memory, and the GPUs."""
     page = os.sysconf("SC_PAGE_SIZE")
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found = {
+    facts = {
         "system": f"{platform.system()} {platform.machine()}",
         "processor": f"{_processor()} ({torch.backends.cpu.get_cpu_capability()})",
         "cores": f"{usable} usable, torch uses {torch.get_num_threads()} threads",
         "memory": f"{os.sysconf('SC_PHYS_PAGES') * page / 2**30:.1f} GiB",
     }
     if not torch.cuda.is_available():
-        found["GPU"] = "none that torch can use"
+        facts["GPU"] = "none that torch can use"
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
-        found[f"GPU {i}"] = (
+        facts[f"GPU {i}"] = (
             f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB, "
             f"compute capability {properties.major}.{properties.minor}"
         )
-    return found
+    return facts
 
 
 def _processor() -> str:
@@ -87,39 +119,39 @@ def _processor() -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of Python, of the packages that matter, and of CUDA; None for what is not there."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    """Return versions of Python, of required packages and of CUDA; None if not installed."""
+    installed: dict[str, str | None] = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
-            found[package] = None
-    found["cuda (of torch)"] = torch.version.cuda
-    return found
+            installed[package] = None
+    installed["cuda (of torch)"] = torch.version.cuda
+    return installed
 
 
 def choices(device: torch.device) -> list[Choice]:
-    """What `auto` means on `device`, for every setting that has it."""
+    """Return the meaning of `auto` on `device` for every setting that has it."""
     on = device.type
-    why = "a GPU is there" if on == "cuda" else "torch finds no GPU"
-    found = [Choice("pair.device", on, why if on in ("cpu", "cuda") else "asked for")]
+    why = "a GPU is available" if on == "cuda" else "torch finds no GPU"
+    chosen = [Choice("pair.device", on, why if on in ("cpu", "cuda") else "requested")]
     for dtype in (torch.float32, torch.bfloat16):
         choice, why = choose_attention("auto", device, dtype)
-        found.append(Choice(f"pair.attention, {_name(dtype)}", choice, why))
+        chosen.append(Choice(f"pair.attention, {_name(dtype)}", choice, why))
     chunks = "never more than a chunk of intermediate values"
     if on == "cuda":
         codes = "codes, behind the library's matrix product, faster than dense where they are few"
-        found.append(Choice("transcoder", "triton", codes))
-        found.append(Choice("transcoder, float64", "reference", "the Triton kernels sum in fp32"))
-        found.append(Choice("linear_kl", "triton", f"{chunks}, read twice and written once"))
-        found.append(Choice("linear_kl, float64", "chunked", "the Triton kernels sum in fp32"))
+        chosen.append(Choice("transcoder", "triton", codes))
+        chosen.append(Choice("transcoder, float64", "reference", "the Triton kernels sum in fp32"))
+        chosen.append(Choice("linear_kl", "triton", f"{chunks}, read twice and written once"))
+        chosen.append(Choice("linear_kl, float64", "chunked", "the Triton kernels sum in fp32"))
     else:
         cpu = Choice("transcoder", "sparse", "on a CPU, work on active features alone is faster")
         other = Choice("transcoder", "reference", f"no other implementation runs on {on}")
-        found.append(cpu if on == "cpu" else other)
-        found.append(Choice("linear_kl", "chunked", f"{chunks}; Triton kernels need a GPU"))
-    found.append(Choice("nmse", "chunked", chunks))
-    return found
+        chosen.append(cpu if on == "cpu" else other)
+        chosen.append(Choice("linear_kl", "chunked", f"{chunks}; Triton kernels need a GPU"))
+    chosen.append(Choice("nmse", "chunked", chunks))
+    return chosen
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -127,8 +159,8 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def summary(checks: list[dict[str, Any]]) -> list[list[str]]:
-    """The checks of :func:`diagnose` as rows: op, implementation, dtype, device, cases, what came
-    out, and the error; one for all cases of a kernel in a dtype, or one for each that failed.
+    """Return the checks of :func:`diagnose` as rows: op, implementation, dtype, device, cases,
+    result and error; one row for all cases of a kernel in a dtype, or one for each failed case.
     """
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for c in checks:
@@ -140,6 +172,6 @@ def summary(checks: list[dict[str, Any]]) -> list[list[str]]:
         for c in failed or [max(cases, key=lambda c: c["share"])]:
             worst = ", ".join(filter(None, (c["worst"], c["case"])))
             share = f"{100 * c['share']:.0f}% ({worst})" if c["worst"] else c["case"]
-            said = "ok" if c["ok"] else f"FAILED: {c['message']}"
-            rows.append([*about, str(len(cases)), said, share])
+            result = "ok" if c["ok"] else f"FAILED: {c['message']}"
+            rows.append([*about, str(len(cases)), result, share])
     return rows

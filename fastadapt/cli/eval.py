@@ -2,55 +2,70 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
-from fastadapt.cli.console import print_table, quiet_transformers
-from fastadapt.cli.options.eval import default_output, eval_parser, parse_eval
-from fastadapt.cli.stoppable import go_on, under_way
+from fastadapt.cli.console import print_table
+from fastadapt.cli.parser import Typed
+from fastadapt.cli.progress import resume_hint, stoppable
+from fastadapt.evaluation.comparison import Comparison, EvalConfig
+from fastadapt.evaluation.folder import PARTS, opened
 from fastadapt.io.names import typed_path
 
+#: Settings of a component that the evaluation sets itself.
+SKIPPED = {"benchmarks": {"sampling", "family"}}
 
-def evaluate(argv: list[str]) -> int:
-    """`fastadapt eval`."""
-    if not argv or {"-h", "--help"} & set(argv):
-        eval_parser().print_help()
-        return 0
-    config, flags = parse_eval(argv)
 
-    from fastadapt.evaluation.comparison import Comparison
-    from fastadapt.evaluation.folder import opened
+def evaluate(
+    runs: list[str],
+    *,
+    output: str | None = None,
+    names: list[str] | None = None,
+    parts: list[Literal[PARTS]] = list(PARTS),  # type: ignore[valid-type] # noqa: B006
+    dtype: str | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    config: Annotated[EvalConfig, Typed(skip=SKIPPED)],
+) -> int:
+    """Measure how faithful trained runs of one pair are to its target, beside the base and the
+    hybrid: tables, plots and a report. The same command resumes an unfinished evaluation.
+
+    Args:
+        runs: folders of runs
+        output: folder to write; of one run: eval in it, of several: eval beside them
+        names: names of the runs, as [a, b]; by default those of their folders
+        parts: parts to measure: any of outputs, partial, speed, benchmarks; parts measured before
+            with the same runs and settings stay in eval.json
+        overwrite: remove the contents of --output first
+    """
     from fastadapt.evaluation.models_under_test import Students
-
-    quiet_transformers()
-    given = flags.output
-    output = typed_path(given, "--output") if given else default_output(flags.runs)
-    students = Students.open(
-        flags.runs,
-        flags.names,
-        dtype=flags.dtype,
-        device=flags.device,
-        trust_remote_code=flags.trust_remote_code,
-    )
-    with (
-        opened(output, overwrite=flags.overwrite) as folder,
-        under_way() as (stop, progress),
-    ):
-        result = Comparison(students, folder, config, progress, stop).run(flags.parts)
-    if result is None:
-        print(f"Stopped; what was measured is kept in {output}.")
-        print(go_on(overwrite=flags.overwrite))
-        return 0
-    _print(result, output)
-    return 0
-
-
-def _print(result: dict[str, Any], output: Path) -> None:
     from fastadapt.reporting.tables import tables
 
+    folder = typed_path(output, "--output") if output else default_output(runs)
+    students = Students.open(
+        runs, names, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+    )
+    with opened(folder, overwrite=overwrite) as out, stoppable() as (stop, progress):
+        result = Comparison(students, out, config, progress, stop).run(parts)
+    if result is None:
+        print(f"Stopped; finished measurements are saved in {folder}.")
+        print(resume_hint(overwrite=overwrite))
+        return 0
     for table in tables(result):
         print(table.title)
         print_table(table.head, table.rows)
         print()
     for name in ("eval.json", "tables.md", "tables.tex", "plots", "report.html"):
-        print(f"{name}: {(output / name).resolve()}")
+        print(f"{name}: {(folder / name).resolve()}")
+    return 0
+
+
+def default_output(runs: Sequence[str]) -> Path:
+    """Return ``eval`` in the run's folder, or in the folder that holds all of several."""
+    folders = [Path(os.path.realpath(typed_path(run, "run"))) for run in runs]
+    if len(folders) == 1:
+        return folders[0] / "eval"
+    return Path(os.path.commonpath([folder.parent for folder in folders])) / "eval"

@@ -1,4 +1,4 @@
-"""What `fastadapt export` does: a run, adapters or a published checkpoint in another format."""
+"""`fastadapt export`: a run, adapters or a published checkpoint in another format."""
 
 from __future__ import annotations
 
@@ -16,6 +16,32 @@ from fastadapt.organism import resolve
 Format = Literal["huggingface", "hu2026", "adapters"]
 
 
+def export(
+    run: str,
+    *,
+    output: str,
+    format: Format = "huggingface",
+    target: str | None = None,
+    base: str | None = None,
+    overwrite: bool = False,
+) -> int:
+    """Write a run (or a folder of adapters) as one checkpoint, tensor by tensor; or read the
+    adapters of a checkpoint published with arXiv 2602.20904 (--format adapters).
+
+    Args:
+        run: a run, adapters, or a checkpoint: a folder, or a hub id with --format adapters
+        output: a new folder
+        format: huggingface: for AutoModelForCausalLM, after `import fastadapt.serving`;
+            hu2026: as published with arXiv 2602.20904; adapters: this library's own
+        target: the target model, if it is not the one that the adapters name
+        base: the base model, if it is not the one that the adapters name
+        overwrite: replace an export in the folder, once the new one is complete
+    """
+    loading = convert(run, output, format, target=target, base=base, overwrite=overwrite)
+    print(f"Load it with:  {loading}")
+    return 0
+
+
 def convert(
     source: str,
     output: str,
@@ -25,23 +51,11 @@ def convert(
     base: str | None = None,
     overwrite: bool = False,
 ) -> str:
-    """Write ``source`` in another format, tensor by tensor.
-
-    Args:
-        source: a run, or a folder of adapters; for ``adapters`` a checkpoint published with
-            arXiv 2602.20904, a folder or hub id.
-        output: a new folder, or with ``overwrite`` one that holds an export and nothing else.
-        format: ``huggingface``, a checkpoint for ``AutoModelForCausalLM``; ``hu2026``, one in the
-            published format; ``adapters``, this library's own.
-        target, base: the pair, where it is not the one that the adapters name, or they name none.
-        overwrite: replace an export that is there, once the new one is on the disk.
-
-    Returns:
-        How to load what was written.
+    """Write ``source`` in another format and return code that loads it; arguments as of `export`.
 
     Raises:
         UserError: no such source, no pair, or a folder in use.
-        RunError: the folder cannot be written; it is as it was.
+        RunError: the folder cannot be written; its contents are unchanged.
     """
     from fastadapt import serving
     from fastadapt.interop import hu2026

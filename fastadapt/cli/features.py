@@ -1,87 +1,82 @@
-"""`fastadapt features ...` and `fastadapt intervene`."""
+"""`fastadapt features ...` without a judge, and `fastadapt intervene`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Annotated, Any
 
-from fastadapt.cli.autointerp import classify, describe
-from fastadapt.cli.console import print_table, quiet_transformers
-from fastadapt.cli.options.features import (
-    FEATURES_USAGE,
-    check_parser,
-    chosen_intervention,
-    collect_parser,
-    config_of,
-    intervene_parser,
-    merge_parser,
-    overlap_parser,
-    pages_parser,
-    select_parser,
-    sets_parser,
-)
-from fastadapt.cli.options.parser import nearest
-from fastadapt.cli.stoppable import go_on, under_way
+from fastadapt.cli.console import print_table
+from fastadapt.cli.parser import Typed
+from fastadapt.cli.progress import resume_hint, stoppable
 from fastadapt.errors import RunError, UserError
-
-if TYPE_CHECKING:
-    from fastadapt.features.store.store import Store
-
-
-def features(argv: list[str]) -> int:
-    """`fastadapt features`."""
-    name, rest = (argv[0], argv[1:]) if argv else ("--help", [])
-    if name in ("-h", "--help"):
-        print(FEATURES_USAGE)
-        return 0
-    if name not in COMMANDS:
-        raise UserError(
-            f"unknown command 'features {name}'{nearest(name, COMMANDS)} "
-            "(see fastadapt features --help)"
-        )
-    quiet_transformers()
-    return COMMANDS[name](rest)
+from fastadapt.features.collect import CollectConfig
+from fastadapt.features.overlap import OverlapConfig
+from fastadapt.features.site.server import PORT
+from fastadapt.features.store.selection import SelectConfig
+from fastadapt.features.store.store import Store
 
 
-def _collect(argv: list[str]) -> int:
-    from fastadapt.features.collect import CollectConfig, Shard, collect
+def collect(
+    run: str,
+    *,
+    output: str | None = None,
+    shard: str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    config: CollectConfig,
+) -> int:
+    """Read held-out conversations through a run's replacement model, and store where each feature
+    fires. The same command resumes an unfinished collection.
 
-    typed = collect_parser().parse_args(argv)
-    shard = Shard() if typed.shard is None else Shard.parse(typed.shard)
-    with under_way() as (stop, progress):
-        store = collect(
-            typed.run,
-            typed.output,
-            config_of(typed, CollectConfig),
-            shard=shard,
-            dtype=typed.dtype,
-            device=typed.device,
-            trust_remote_code=typed.trust_remote_code,
-            overwrite=typed.overwrite,
+    Args:
+        run: folder of a finished run
+        output: folder of the store; by default features in the run
+        shard: i/n, from 0/n on: collect this part of the texts only; merge the parts afterwards
+        overwrite: replace another collection in the folder
+    """
+    from fastadapt.features.collect import Shard
+    from fastadapt.features.collect import collect as collect_features
+
+    part = Shard() if shard is None else Shard.parse(shard)
+    with stoppable() as (stop, progress):
+        store = collect_features(
+            run,
+            output,
+            config,
+            shard=part,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            overwrite=overwrite,
             progress=partial(progress, "collecting"),
             stop=stop,
         )
-        if stop.is_set():
-            print(f"Stopped; what was done is kept. {go_on(overwrite=typed.overwrite)}")
-            return 0
-    if store is None:
-        print(f"Shard {shard.i} of {shard.n} is done. When all are: fastadapt features merge ...")
-        return 0
-    _print_store(store)
+    if stop.is_set():
+        print(f"Stopped; finished texts are saved. {resume_hint(overwrite=overwrite)}")
+    elif store is None:
+        print(f"Shard {part.i} of {part.n} is done. After the last: fastadapt features merge ...")
+    else:
+        _print_store(store)
     return 0
 
 
-def _merge(argv: list[str]) -> int:
-    from fastadapt.features.collect import merge
+def merge(shards: list[str], *, output: str, overwrite: bool = False) -> int:
+    """Merge all shards into one store, the same as of a single pass.
 
-    typed = merge_parser().parse_args(argv)
-    _print_store(merge(typed.shards, typed.output, overwrite=typed.overwrite))
+    Args:
+        shards: folders of the shards
+        output: folder of the store
+        overwrite: remove the contents of the folder first
+    """
+    from fastadapt.features.collect import merge as merge_shards
+
+    _print_store(merge_shards(shards, output, overwrite=overwrite))
     return 0
 
 
 def _print_store(store: Store) -> None:
-    """What was collected, by kind and layer."""
     import numpy as np
 
     from fastadapt.reporting.formatting import markers_note, number, percent
@@ -89,47 +84,55 @@ def _print_store(store: Store) -> None:
     rows = []
     for kind in store.kinds:
         for layer in range(store.shape(kind)[0]):
-            density = store.read("features", kind, columns=["density"], layer=layer)["density"]
-            all_F = density.to_numpy()
-            fire = all_F[all_F > 0]
-            of = [kind, str(layer), number(len(all_F)), number(len(fire)), number(all_F.sum())]
-            rows.append([*of, percent(np.median(fire)) if len(fire) else "–"])
-    print_table(["units", "layer", "there are", "fire", "L0", "median density"], rows)
+            table = store.read("features", kind, columns=["density"], layer=layer)
+            density = table["density"].to_numpy()
+            active = density[density > 0]
+            counts = map(number, (len(density), len(active), density.sum()))
+            median = percent(np.median(active)) if len(active) else "–"
+            rows.append([kind, str(layer), *counts, median])
+    print_table(["kind", "layer", "features", "active", "L0", "median density"], rows)
     data = store.manifest["data"]
     print(f"\n{data['tokens']:,} tokens of {data['texts']:,} texts")
-    if left_out := data.get("too_long"):
-        told = f"{left_out:,} of {data['read']:,} conversations were left out: they are longer than"
-        print(f"{told} --max_tokens, or than the model's context")
-    if marked := data.get("with_markers"):
-        print(markers_note(marked, data["texts"]))
+    if n_long := data.get("too_long"):
+        print(
+            f"{n_long:,} of {data['read']:,} conversations were left out: they are longer than "
+            "--max_tokens or the model's context"
+        )
+    if n_marked := data.get("with_markers"):
+        print(markers_note(n_marked, data["texts"]))
     print(f"features: {store.folder.resolve()}")
     print(f"browse:   fastadapt features serve {store.folder}")
 
 
-def _export(argv: list[str]) -> int:
-    from fastadapt.features.site import export
-    from fastadapt.features.store.store import Store
+def export(run: str, *, output: str | None = None) -> int:
+    """Write pages to browse the features of a store; open index.html in a browser.
 
-    typed = pages_parser("export").parse_args(argv)
-    with under_way() as (stop, progress):
-        folder = export(
-            Store.open(typed.source),
-            typed.output,
-            progress=partial(progress, "layers"),
-            stop=stop,
-        )
+    Args:
+        run: a run with collected features, or a store
+        output: folder to write; by default site in the store
+    """
+    from fastadapt.features.site import export as write_pages
+
+    with stoppable() as (stop, progress):
+        store = Store.open(run)
+        folder = write_pages(store, output, progress=partial(progress, "layers"), stop=stop)
     print("Stopped; nothing was written." if folder is None else f"pages: {folder / 'index.html'}")
     return 0
 
 
-def _serve(argv: list[str]) -> int:
-    from fastadapt.features.site import serve
+def serve(run: str, *, port: int = PORT) -> int:
+    """Serve the pages of a store to this machine only, until Ctrl-C.
 
-    typed = pages_parser("serve").parse_args(argv)
-    with under_way() as (stop, progress):
-        serve(
-            typed.source,
-            port=typed.port,
+    Args:
+        run: a run with collected features, a store, or exported pages
+        port: port to listen at; 0: any free one
+    """
+    from fastadapt.features.site import serve as serve_pages
+
+    with stoppable() as (stop, progress):
+        serve_pages(
+            run,
+            port=port,
             ready=lambda address: print(f"{address}  (Ctrl-C ends it)", flush=True),
             progress=partial(progress, "layers"),
             stop=stop,
@@ -137,123 +140,166 @@ def _serve(argv: list[str]) -> int:
     return 0
 
 
-def _overlap(argv: list[str]) -> int:
-    from fastadapt.features.overlap import OverlapConfig, medians, overlap, plot_of
-    from fastadapt.features.store.store import Store
+def overlap(
+    run: str,
+    *,
+    store: str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    config: OverlapConfig,
+) -> int:
+    """Compare the tokens on which a feature fires most if its encoder reads the target and if it
+    reads the base (arXiv 2602.20904, appendix G).
+
+    Args:
+        run: a run with collected features
+        store: store of the features; by default features in the run
+        dtype: dtype of weights and streams; by default as collected
+    """
+    from fastadapt.features.overlap import medians, plot_of
+    from fastadapt.features.overlap import overlap as measure_overlap
     from fastadapt.reporting.formatting import percent
 
-    typed = overlap_parser().parse_args(argv)
-    with under_way() as (stop, progress):
-        found = overlap(
-            typed.run,
-            typed.store,
-            config_of(typed, OverlapConfig),
-            dtype=typed.dtype,
-            device=typed.device,
-            trust_remote_code=typed.trust_remote_code,
+    with stoppable() as (stop, progress):
+        table = measure_overlap(
+            run,
+            store,
+            config,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
             progress=partial(progress, "layers"),
             stop=stop,
         )
-    if found is None:
+    if table is None:
         print("Stopped; nothing was written.")
         return 0
-    of = medians(found)
+    median = medians(table)
     print(
-        f"Of the tokens on which a feature fires most, {percent(of['target'])} are the same when "
-        f"it reads the target, and {percent(of['base'])} when it reads the base (medians over "
-        f"{found.num_rows:,} features)."
+        f"Of the tokens on which a feature fires most, {percent(median['target'])} are the same "
+        f"when the feature reads the target, and {percent(median['base'])} when it reads the base "
+        f"(medians over {table.num_rows:,} features)."
     )
-    print(f"plot: {plot_of(Store.open(typed.store or typed.run)).resolve()}")
+    print(f"plot: {plot_of(Store.open(store or run)).resolve()}")
     return 0
 
 
-# --- sets -----------------------------------------------------------------------------------------
+def select(
+    run: str,
+    name: str,
+    *,
+    overwrite: bool = False,
+    config: Annotated[SelectConfig, Typed(flags=True)],
+) -> int:
+    """Select features by one criterion and save them as a named set; sets can be combined.
 
-
-def _select(argv: list[str]) -> int:
-    from fastadapt.features.store.selection import SelectConfig, select
+    Args:
+        run: a run with collected features, or a store
+        name: name of the set
+        overwrite: replace a set of this name
+    """
+    from fastadapt.features.store.selection import select as select_features
     from fastadapt.features.store.sets import save_set
-    from fastadapt.features.store.store import Store
 
-    typed = select_parser().parse_args(argv)
-    store = Store.open(typed.source)
-    found = select(store, config_of(typed, SelectConfig))
-    path = save_set(store, found, typed.name, overwrite=typed.overwrite)
-    layers = ", ".join(map(str, found.per_layer()))
-    print(f"{typed.name}: {len(found):,} features, by layer {layers}")
-    print(f"{found.made}")
+    store = Store.open(run)
+    features = select_features(store, config)
+    path = save_set(store, features, name, overwrite=overwrite)
+    print(f"{name}: {len(features):,} features, by layer {_join(features.per_layer())}")
+    print(f"{features.made}")
     print(f"set: {path.resolve()}")
     return 0
 
 
-def _sets(argv: list[str]) -> int:
-    from fastadapt.features.store.sets import list_sets
-    from fastadapt.features.store.store import Store
+def sets(run: str) -> int:
+    """List the sets of a store.
 
-    store = Store.open(sets_parser().parse_args(argv).source)
+    Args:
+        run: a run with collected features, or a store
+    """
+    from fastadapt.features.store.sets import list_sets
+
     rows = []
-    for s in list_sets(store):
+    for s in list_sets(Store.open(run)):
         if "broken" in s:
             print(f"{s['name']}: broken: {s['broken']}")
             continue
-        made = f"(of another adapter: select it again) {s['made']}" if s["stale"] else s["made"]
-        rows.append([s["name"], f"{s['size']:,}", ", ".join(map(str, s["per_layer"])), made])
-    print_table(["set", "features", "by layer", "made of"], rows, left=True)
+        stale = "(of another adapter: select it again) " if s["stale"] else ""
+        rows.append([s["name"], f"{s['size']:,}", _join(s["per_layer"]), f"{stale}{s['made']}"])
+    print_table(["set", "features", "by layer", "selected by"], rows, left=True)
     return 0
 
 
-def _check(argv: list[str]) -> int:
-    from fastadapt.features.checking import check_store
-    from fastadapt.features.store.store import Store
+def _join(values: Any) -> str:
+    return ", ".join(map(str, values))
 
-    store = Store.open(check_parser().parse_args(argv).source, complete=False)
-    found = check_store(store)
+
+def check(run: str) -> int:
+    """Compare every file of a store with its size and SHA-256 in the manifest, and its rows with
+    each other. Exit code 1 if anything is wrong.
+
+    Args:
+        run: a run with collected features, or a store
+    """
+    from fastadapt.features.checking import check_store
+
+    store = Store.open(run, complete=False)
+    files = check_store(store)
     rows = []
-    for one in found:
-        size = "" if one.rows is None else f"{one.rows:,}"
-        state = "wrong" if one.wrong else one.note or "sound"
-        rows.append([one.name, size, "yes" if one.hashed else "has none", state])
-    print_table(["file", "rows", "SHA-256", ""], rows, left=True)
-    lines = [f"{one.name}: {line}" for one in found for line in one.wrong]
+    for file in files:
+        n_rows = "" if file.rows is None else f"{file.rows:,}"
+        state = "wrong" if file.wrong else file.note or "ok"
+        rows.append([file.name, n_rows, "yes" if file.hashed else "none", state])
+    print_table(["file", "rows", "SHA-256", "state"], rows, left=True)
+    lines = [f"{file.name}: {line}" for file in files for line in file.wrong]
     if lines:
         raise RunError(f"{store.folder}: {len(lines)} wrong:\n  " + "\n  ".join(lines))
     return 0
 
 
-def intervene(argv: list[str]) -> int:
-    """`fastadapt intervene`."""
-    if not argv or {"-h", "--help"} & set(argv):
-        intervene_parser().print_help()
-        return 0
+def intervene(
+    run: str,
+    *,
+    ablate: str | None = None,
+    only: str | None = None,
+    onto_target: Annotated[str | None, Typed("--onto-target")] = None,
+    scale: float | None = None,
+    output: str,
+    store: str | None = None,
+    overwrite: bool = False,
+) -> int:
+    """Change a run's adapter by one of --ablate, --only and --onto-target, and save it as a run of
+    its own, which evaluation, generation and serving read like any other.
+
+    Args:
+        run: a run with collected features
+        ablate: remove these features: a set of the run, or its file
+        only: remove all other features
+        onto_target: add these features, scaled, to the target itself
+        scale: factor of --onto-target, such as -0.5
+        output: a new folder
+        store: store of the features; by default features in the run
+        overwrite: replace an earlier intervention in the folder
+    """
     from fastadapt.features.store.sets import find_set
     from fastadapt.interventions import Intervention
-    from fastadapt.interventions.files import intervene as save
+    from fastadapt.interventions.files import intervene as save_intervention
 
-    typed = intervene_parser().parse_args(argv)
-    kind, name = chosen_intervention(typed)
-    out = save(
-        typed.run,
-        typed.output,
-        find_set(typed.store or typed.run, name),
-        Intervention(kind, scale=typed.scale),  # type: ignore[arg-type]
-        overwrite=typed.overwrite,
+    typed = {"ablate": ablate, "only": only, "onto-target": onto_target}
+    chosen = {kind: name for kind, name in typed.items() if name is not None}
+    if len(chosen) != 1:
+        got = ", ".join(f"--{kind}" for kind in chosen) or "none"
+        raise UserError(f"expected one of --ablate, --only, --onto-target, got {got}")
+    ((kind, name),) = chosen.items()
+    folder = save_intervention(
+        run,
+        output,
+        find_set(store or run, name),
+        Intervention(kind, scale=scale),  # type: ignore[arg-type]
+        overwrite=overwrite,
     )
-    print(f"adapter: {out.resolve()}")
-    # On the target it is of another pair, the target with itself.
-    beside = "" if kind == "onto-target" else f"{typed.run} "
-    print(f"Compare it:  fastadapt eval {beside}{out}")
+    print(f"adapter: {folder.resolve()}")
+    # --onto-target makes another pair, the target with itself, which shares no evaluation.
+    source = "" if kind == "onto-target" else f"{run} "
+    print(f"Compare with:  fastadapt eval {source}{folder}")
     return 0
-
-
-COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "collect": _collect,
-    "merge": _merge,
-    "export": _export,
-    "serve": _serve,
-    "describe": describe,
-    "classify": classify,
-    "overlap": _overlap,
-    "select": _select,
-    "sets": _sets,
-    "check": _check,
-}

@@ -73,7 +73,7 @@ class Case(NamedTuple):
 
 
 def run_checks(device: torch.device) -> list[Check]:
-    """Every op, implementation and case that runs on `device`, in every dtype that it handles."""
+    """Check every op, implementation, case and dtype that runs on `device`."""
     return [
         _check(case, implementation, dtype, device)
         for case in _cases(device.type)
@@ -83,7 +83,7 @@ def run_checks(device: torch.device) -> list[Check]:
 
 
 def dtypes(implementation: str, device_type: str) -> tuple[torch.dtype, ...]:
-    """Those in which an implementation is checked."""
+    """Return the dtypes in which an implementation is checked."""
     if device_type == "cuda":
         wanted = (torch.float32, torch.float16)
         return (*wanted, torch.bfloat16) if torch.cuda.is_bf16_supported() else wanted
@@ -93,7 +93,7 @@ def dtypes(implementation: str, device_type: str) -> tuple[torch.dtype, ...]:
 
 
 def notes(device: torch.device) -> list[str]:
-    """What is not checked on `device`, and why."""
+    """Return notes on checks that `device` cannot run, with the reason."""
     if not runs_triton(device.type):
         return [
             "The Triton kernels (transcoder: triton, triton_fused; linear_kl: triton) cannot run "
@@ -183,7 +183,7 @@ def _check(case: Case, implementation: str, dtype: torch.dtype, device: torch.de
         shares = {name: _share(actual[name], oracle[name], peer[name]) for name in oracle}
     except Exception as error:
         # A kernel that does not run here is a finding, whatever it raises.
-        return Check(*about, ok=False, share=float("inf"), worst="", message=_told(error))
+        return Check(*about, ok=False, share=float("inf"), worst="", message=_first_line(error))
     worst = max(shares, key=lambda name: shares[name])
     share = shares[worst]
     message = "" if share <= 1 else f"{worst} is {share:.3g} times as far off as it may be"
@@ -213,5 +213,5 @@ def _share(actual: Tensor, oracle: Tensor, peer: Tensor) -> float:
     return max(budget.max_error / budget.max_budget, budget.rms_error / budget.rms_budget)
 
 
-def _told(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

@@ -1,22 +1,30 @@
-"""Progress of a run, drawn from its records: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of a long command, and the signals that end it: a bar on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
+import sys
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from threading import Event
+
     from typing_extensions import Self
 
 SECONDS_BETWEEN_LINES = 10.0
-#: Training metric: how it is named in the bar.
+#: Training metric: its name in the bar.
 SHOWN = {"loss": "loss", "kl": "KL", "nmse": "NMSE", "sparsity": "L1", "l0": "L0"}
 
 
-class _Drawn:
-    """What both kinds of progress have: a stream, its bar, and a clock.
+class Progress:
+    """Draws how far a command is.
+
+    Call it with a task and two counts, or pass :meth:`record` as a sink to
+    `fastadapt.training.trainer.train` or `fastadapt.data.prepare.prepare`.
 
     Args:
         stream: written to; a bar is drawn if it is a terminal.
@@ -27,7 +35,10 @@ class _Drawn:
         self._stream, self._clock = stream, clock
         self._is_terminal = stream.isatty()
         self._bar: tqdm[Any] | None = None
-        self._spoke = clock()
+        self._task: str | None = None
+        self._last_line = clock()
+        self._steps = 0
+        self._first = (0.0, 0)  # when and at which step this process began
 
     def __enter__(self) -> Self:
         return self
@@ -36,25 +47,63 @@ class _Drawn:
         if self._bar is not None:
             self._bar.close()
 
+    def __call__(
+        self, task: str, done: int, total: int | None, *, unit: str = "", note: str = ""
+    ) -> None:
+        """Show that ``done`` of ``total`` items of a task are done; None: total unknown."""
+        if self._is_terminal:
+            self._draw(task, done, total, unit=unit or "it", note=note).refresh()
+        elif task != self._task or self._is_due():
+            count = f"{done:,}" if total is None else f"{done:,} of {total:,}"
+            self.write(f"{task}: {count}{unit}  {note}".rstrip())
+        self._task = task
 
-class Progress(_Drawn):
-    """A sink of `fastadapt.training.train`; arguments as of its base."""
+    def write(self, line: str) -> None:
+        """Write a line at once, above the bar where one is drawn."""
+        self._last_line = self._clock()
+        if self._bar is not None:
+            self._bar.write(line, file=self._stream)
+        else:
+            self._stream.write(line + "\n")
+            self._stream.flush()
 
-    def __init__(self, stream: TextIO, clock: Any = time.monotonic) -> None:
-        super().__init__(stream, clock)
-        self._steps = 0
-        self._first: tuple[float, int] | None = None  # when and at which step this process began
-
-    def __call__(self, record: dict[str, Any]) -> None:
-        kind, step = record["kind"], record["step"]
+    def record(self, record: dict[str, Any]) -> None:
+        """Show a record of a training run or of a selection of conversations."""
+        kind, step = record["kind"], record.get("step", 0)
         if kind in ("start", "resume"):
             self._begin(step, record)
         elif kind == "train":
             self._step(step, record)
         elif kind == "eval":
-            self._say(f"step {step}: held-out {evaluation_line(record)}")
+            self.write(f"step {step}: held-out {evaluation_line(record)}")
         elif kind == "bad_batch":
-            self._say(f"step {step}: skipped, {record['reason']} (rows {record['ids']})")
+            self.write(f"step {step}: skipped, {record['reason']} (rows {record['ids']})")
+        elif kind == "read":
+            rows, fraction = record["rows"], record["fraction"]
+            total = round(rows / fraction) if fraction else None
+            self("reading", rows, total, unit=" rows", note=f"{record['kept']:,} kept")
+        elif kind == "write":
+            self("writing", record["done"], record["of"], unit=" rows")
+
+    def _draw(self, task: str, done: int, total: int | None, *, unit: str, note: str) -> tqdm[Any]:
+        if self._bar is None or task != self._task:
+            self.__exit__()
+            self._bar = tqdm(
+                desc=task or None,
+                file=self._stream,
+                total=total,
+                unit=unit,
+                initial=done,
+                dynamic_ncols=True,
+            )
+        self._bar.total = total
+        self._bar.set_postfix_str(note, refresh=False)
+        self._bar.update(done - self._bar.n)
+        self._task = task
+        return self._bar
+
+    def _is_due(self) -> bool:
+        return bool(self._clock() - self._last_line >= SECONDS_BETWEEN_LINES)
 
     def _begin(self, step: int, record: dict[str, Any]) -> None:
         self._steps = record["steps"]
@@ -62,100 +111,50 @@ class Progress(_Drawn):
         if marked := record.get("with_markers"):
             from fastadapt.reporting.formatting import markers_note
 
-            self._say(f"training data: {markers_note(marked, record['sequences'])}")
+            self.write(f"training data: {markers_note(marked, record['sequences'])}")
         if record["kind"] == "resume":
-            self._say(f"resuming after step {step} of {self._steps}")
+            self.write(f"resuming after step {step} of {self._steps}")
             for passed in record.get("passed_over", ()):
-                self._say(f"passed over {passed['path']}: {passed['reason']}")
-        if self._bar is None and self._is_terminal:
-            self._bar = tqdm(total=self._steps, file=self._stream, unit=" step", dynamic_ncols=True)
-        if self._bar is not None:
-            self._bar.n = self._bar.initial = step
-            self._bar.refresh()
+                self.write(f"passed over {passed['path']}: {passed['reason']}")
+        if self._is_terminal:
+            bar = self._draw("", step, self._steps, unit=" step", note="")
+            bar.initial = step
+            bar.refresh()
 
     def _step(self, step: int, record: dict[str, Any]) -> None:
         terms = [f"{name} {_short(record[key])}" for key, name in SHOWN.items() if key in record]
         terms.append(f"{record['tokens_per_s']:,.0f} tok/s")
-        if self._bar is not None:
-            self._bar.set_postfix_str(", ".join(terms), refresh=False)
-            self._bar.update(step - self._bar.n)
-            return
-        now = self._clock()
-        if now - self._spoke >= SECONDS_BETWEEN_LINES or step in (1, self._steps):
-            self._say(f"step {step}/{self._steps}  {'  '.join(terms)}  {self._left(step, now)}")
+        if self._is_terminal:
+            self._draw("", step, self._steps, unit=" step", note=", ".join(terms))
+        elif self._is_due() or step in (1, self._steps):
+            left = self._time_left(step)
+            self.write(f"step {step}/{self._steps}  {'  '.join(terms)}  {left} left")
 
-    def _left(self, step: int, now: float) -> str:
+    def _time_left(self, step: int) -> str:
         from fastadapt.reporting.formatting import duration
 
-        start, first = self._first or (now, step)
+        start, first = self._first
         if step <= first:
-            return "? left"
-        return f"{duration((now - start) / (step - first) * (self._steps - step))} left"
-
-    def _say(self, line: str) -> None:
-        self._spoke = self._clock()
-        if self._bar is not None:
-            self._bar.write(line, file=self._stream)
-        else:
-            self._stream.write(line + "\n")
-            self._stream.flush()
+            return "?"
+        return duration((self._clock() - start) / (step - first) * (self._steps - step))
 
 
-class PrepareProgress(_Drawn):
-    """A sink of `fastadapt.data.prepare.prepare`; arguments as of its base."""
+@contextmanager
+def stoppable() -> Iterator[tuple[Event, Progress]]:
+    """Give a long command an event that Ctrl-C and SIGTERM set, and its progress."""
+    from fastadapt.training.signals import stop_on_signals
 
-    _kind = ""
-
-    def __call__(self, record: dict[str, Any]) -> None:
-        if record["kind"] == "read":
-            done, fraction = record["rows"], record["fraction"]
-            total = round(done / fraction) if fraction else None
-            self._show("reading", done, total, f"{record['kept']:,} kept")
-        else:
-            self._show("writing", record["done"], record["of"], "")
-
-    def _show(self, kind: str, done: int, total: int | None, more: str) -> None:
-        if self._is_terminal:
-            if self._bar is None or kind != self._kind:
-                self.__exit__()
-                self._bar = tqdm(
-                    desc=kind, file=self._stream, unit=" rows", initial=done, dynamic_ncols=True
-                )
-            self._bar.total = total
-            self._bar.set_postfix_str(more, refresh=False)
-            self._bar.update(done - self._bar.n)
-            self._bar.refresh()
-        elif kind != self._kind or self._clock() - self._spoke >= SECONDS_BETWEEN_LINES:
-            self._spoke = self._clock()
-            of = f" of {total:,}" if total is not None else ""
-            self._stream.write(f"{kind}: {done:,}{of} rows  {more}".rstrip() + "\n")
-            self._stream.flush()
-        self._kind = kind
+    with stop_on_signals(None) as (stop, _), Progress(sys.stderr) as progress:
+        yield stop, progress
 
 
-class EvalProgress(_Drawn):
-    """Told by `fastadapt.evaluation.comparison` what is being done; arguments as of its base."""
-
-    _kind = ""
-
-    def __call__(self, kind: str, done: int, total: int) -> None:
-        if self._is_terminal:
-            if self._bar is None or kind != self._kind:
-                self.__exit__()
-                self._bar = tqdm(
-                    desc=kind, file=self._stream, total=total, initial=done, dynamic_ncols=True
-                )
-            self._bar.total = total
-            self._bar.update(done - self._bar.n)
-        elif kind != self._kind or self._clock() - self._spoke >= SECONDS_BETWEEN_LINES:
-            self._spoke = self._clock()
-            self._stream.write(f"{kind}: {done:,} of {total:,}\n")
-            self._stream.flush()
-        self._kind = kind
+def resume_hint(*, overwrite: bool = False) -> str:
+    """Say how a stopped command is resumed; with ``--overwrite`` it would start again."""
+    return f"Re-run the same command{' without --overwrite' if overwrite else ''} to resume."
 
 
 def evaluation_line(record: dict[str, Any]) -> str:
-    """The numbers of an evaluation in one line."""
+    """Format the numbers of an evaluation in one line."""
     return (
         f"KL {_short(record.get('kl_adapter'))} (hybrid {_short(record.get('kl_hybrid'))}, "
         f"recovered {_short(record.get('kl_recovered_vs_hybrid'))}), "

@@ -14,8 +14,7 @@ from pathlib import Path
 
 from fastadapt.adapter.files import adapters_of
 from fastadapt.cli.console import print_error, print_table, quiet_transformers
-from fastadapt.cli.progress import EvalProgress
-from fastadapt.cli.stoppable import go_on
+from fastadapt.cli.progress import Progress, resume_hint
 from fastadapt.errors import RunError, UserError
 from fastadapt.evaluation.benchmarks.runner import BenchmarkConfig
 from fastadapt.evaluation.folder import opened
@@ -41,7 +40,7 @@ def main(argv: list[str]) -> int:
     quiet_transformers()
     config = StudyConfig(benchmarks=BenchmarkConfig(repetitions=options.repetitions))
     result, anew = None, False
-    with stop_on_signals(None) as (stop, _), EvalProgress(sys.stderr) as progress:
+    with stop_on_signals(None) as (stop, _), Progress(sys.stderr) as progress:
         collect(options.run, progress=partial(progress, "texts collected"), stop=stop)
         if not stop.is_set():
             store = Store.open(options.run, adapter=adapter_digest(adapters_of(options.run)))
@@ -51,7 +50,7 @@ def main(argv: list[str]) -> int:
                 result = Study(students, store, folder, config, progress, stop).run()
     if result is None:
         print(f"Stopped; what was measured is kept in {output}.")
-        print(go_on(overwrite=anew))
+        print(resume_hint(overwrite=anew))
         return 0
     for table in tables(result):
         print(table.title)

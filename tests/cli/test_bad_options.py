@@ -77,6 +77,11 @@ CASES = [
         lambda d: d.train("--resume", "--overwrite"),
         r"--resume .* --overwrite .*choose one",
     ),
+    (
+        "command of a group",
+        lambda d: ["features", "colect"],
+        r"unknown command 'features colect'; did you mean collect\?",
+    ),
     # --- the file
     ("no file", lambda d: ["train", d.folder / "no.yaml"], r"no\.yaml: no such file"),
     (

@@ -38,10 +38,9 @@ OPTIONS = re.findall(
 
 def test_the_options_of_train_are_frozen():
     """Runs are started by scripts: an option that goes or changes its name breaks them."""
-    from fastadapt.cli.options.train import train_parser
+    from fastadapt.cli.train import train_parser
 
-    options = [o for o in train_parser()._option_string_actions if o.startswith("--")]
-    assert sorted(options) == sorted(OPTIONS)
+    assert sorted(train_parser().option_names()) == sorted(OPTIONS)
 
 
 PREPARE_OPTIONS = """
@@ -74,20 +73,31 @@ EVAL_OPTIONS = """
 
 
 def test_the_options_of_eval_are_frozen():
-    from fastadapt.cli.options.eval import eval_parser
+    from fastadapt.cli.main import open_command
 
-    options = [o for o in eval_parser()._option_string_actions if o.startswith("--")]
-    assert sorted(options) == EVAL_OPTIONS.split()
+    assert sorted(open_command("eval").parser.option_names()) == EVAL_OPTIONS.split()
+
+
+FEATURES = "check classify collect describe export merge overlap select serve sets"
 
 
 def test_the_commands_are_frozen(fastadapt):
     from fastadapt.cli.main import COMMANDS
 
-    assert sorted(COMMANDS) == [
-        *("data", "doctor", "eval", "export", "features", "intervene", "train")
-    ]
-    for command in (*COMMANDS, "data prepare"):
+    features = [f"features {name}" for name in FEATURES.split()]
+    frozen = ["data prepare", "doctor", "eval", "export", *features, "intervene"]
+    assert sorted(COMMANDS) == [*frozen, "train"]
+    for command in COMMANDS:
         assert command in fastadapt("--help").out
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_and_version_import_no_torch(option):
+    code = (
+        "import sys; from fastadapt.cli.main import main; "
+        f"main(['{option}']); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
 def test_version_and_help(fastadapt):
@@ -118,7 +128,7 @@ def test_presets_parse_and_print_whole(fastadapt, preset):
 
 
 def test_every_preset_is_tested_and_shipped():
-    from fastadapt.cli.options.train import preset_names
+    from fastadapt.cli.train import preset_names
 
     known = ["r1-distill-qwen-1.5b", "r1-distill-qwen-7b", "r1-distill-qwen-7b-text"]
     assert preset_names() == ["organism", "qwq-32b", *known]
@@ -224,20 +234,20 @@ def test_a_stopped_run_says_how_to_go_on_and_does(fastadapt, recipe, tmp_path, m
     from fastadapt.cli.progress import Progress
 
     path = recipe()
-    step = Progress._step
+    show = Progress.record
 
-    def kill_at_two(self: Progress, at: int, record: dict) -> None:
-        step(self, at, record)
-        if at == 2:
+    def kill_at_two(self: Progress, record: dict) -> None:
+        show(self, record)
+        if (record["kind"], record["step"]) == ("train", 2):
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Progress, "_step", kill_at_two)
+        patch.setattr(Progress, "record", kill_at_two)
         outcome = fastadapt("train", path, "--optimizer.lr", "5e-3")
     assert outcome.code == 0, outcome.err
     assert "Stopped at step 2 of 6" in outcome.out
     assert "not finished" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    command = re.search(r"^Go on with:\s+fastadapt (.*)$", outcome.out, re.MULTILINE).group(1)
+    command = re.search(r"^Resume with:\s+fastadapt (.*)$", outcome.out, re.MULTILINE).group(1)
     assert command == f"train {path} --optimizer.lr 5e-3 --resume"
     again = fastadapt(*shlex.split(command))
     assert again.code == 0, again.err

@@ -104,8 +104,8 @@ def test_ctrl_c_says_how_to_go_on(command, tmp_path, fastadapt):
     out, err = run.communicate(timeout=60)
     assert run.returncode == 0, err
     assert "Traceback" not in err
-    assert "rows; what they gave is kept" in out
-    typed = out.split("Go on with:  ")[1].splitlines()[0].split()
+    assert "rows, which are saved" in out
+    typed = out.split("Resume with: ")[1].splitlines()[0].split()
     assert typed[-1] == "--resume"
     outcome = fastadapt(*typed[1:])
     assert outcome.code == 0, outcome.err

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from organism_runs import make_run
 
-from fastadapt.cli.progress import EvalProgress
+from fastadapt.cli.progress import Progress
 
 COLLECT = ("--n", 60, "--device", "cpu")
 
@@ -91,11 +91,11 @@ def test_texts_that_were_left_out_are_told(run: Path, fastadapt: Callable) -> No
 def test_what_was_stopped_says_how_to_go_on(
     run: Path, fastadapt: Callable, monkeypatch: pytest.MonkeyPatch, command, flags
 ) -> None:
-    monkeypatch.setattr(EvalProgress, "__call__", lambda *_: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(Progress, "__call__", lambda *_: signal.raise_signal(signal.SIGTERM))
     outcome = fastadapt(*command, run, "--device", "cpu", *flags)
     assert outcome.code == 0, outcome.err
-    how = ", without --overwrite." if flags else "."
-    assert f"Go on with the same command{how}" in outcome.out
+    how = " without --overwrite" if flags else ""
+    assert f"Re-run the same command{how} to resume." in outcome.out
 
 
 def test_shards_are_merged(run: Path, fastadapt: Callable, tmp_path: Path) -> None:
@@ -204,11 +204,12 @@ def test_costs_are_told_and_need_consent(collected, fastadapt, monkeypatch) -> N
 
 
 def test_help_tells_every_command_and_option(fastadapt: Callable) -> None:
-    from fastadapt.cli.features import COMMANDS
+    from fastadapt.cli.main import COMMANDS
 
-    told = fastadapt("features").out
-    assert [name for name in COMMANDS if f"  {name} " not in told] == []
-    for name in COMMANDS:
+    names = [name.split()[1] for name in COMMANDS if name.startswith("features ")]
+    shown = fastadapt("features").out
+    assert [name for name in names if f"  {name} " not in shown] == []
+    for name in names:
         outcome = fastadapt("features", name, "--help")
         assert outcome.code == 0, outcome.err
         assert f"fastadapt features {name}" in outcome.out
@@ -261,15 +262,9 @@ OPTIONS = {
 
 
 def test_the_options_are_frozen() -> None:
-    from fastadapt.cli.options import features as options
+    from fastadapt.cli.main import open_command
 
-    named = {
-        "export": lambda: options.pages_parser("export"),
-        "serve": lambda: options.pages_parser("serve"),
-        "describe": lambda: options.judged_parser("describe"),
-        "classify": lambda: options.judged_parser("classify"),
-    }
     for name, frozen in OPTIONS.items():
-        parser = named.get(name) or getattr(options, f"{name}_parser")
-        found = {o for o in parser()._option_string_actions if o.startswith("--")} - {"--help"}
-        assert sorted(found) == frozen.split(), name
+        command = open_command(name if name == "intervene" else f"features {name}")
+        options = {*command.parser.option_names()} - {"--help"}
+        assert sorted(options) == frozen.split(), name

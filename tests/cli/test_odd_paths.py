@@ -13,7 +13,6 @@ import pytest
 import yaml
 from organism_runs import make_run
 
-from fastadapt.cli import main as cli
 from fastadapt.cli.main import main
 from fastadapt.organism import FOLDER
 
@@ -109,7 +108,7 @@ SOURCE = {
     "describe": lambda run, odd: ("features", "describe", odd),
     "classify": lambda run, odd: ("features", "classify", odd),
     "overlap": lambda run, odd: ("features", "overlap", odd),
-    "select": lambda run, odd: ("features", "select", odd, "other"),
+    "select": lambda run, odd: ("features", "select", odd, "other", "--template"),
     "sets": lambda run, odd: ("features", "sets", odd),
     "check": lambda run, odd: ("features", "check", odd),
     "prepare": lambda run, odd: ("data", "prepare", odd, "--output", "o"),
@@ -125,6 +124,15 @@ SOURCE = {
 def test_an_odd_source(command: str, odd: str, run: Path, refused: Callable) -> None:
     said = refused(*SOURCE[command](run, ODD[odd]))
     assert any(told in said for told in TOLD), said
+
+
+ABSOLUTE = ("train", "train data", "target", "eval", "export", "intervene", "serve", "check")
+
+
+@pytest.mark.parametrize("odd", ["long", "many", "nul", "surrogate"])
+@pytest.mark.parametrize("command", ABSOLUTE)
+def test_an_odd_absolute_source(command: str, odd: str, run: Path, refused: Callable) -> None:
+    refused(*SOURCE[command](run, f"/{ODD[odd]}"))
 
 
 # --- in files -------------------------------------------------------------------------------------
@@ -164,10 +172,10 @@ def test_an_odd_pair_in_a_run(role: str, odd: str, copy: Path, refused: Callable
 def test_what_no_check_has_seen_is_told_all_the_same(
     error: Exception, refused: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(_: object) -> int:
+    def fails() -> int:
         raise error
 
-    monkeypatch.setitem(cli.COMMANDS, "doctor", fails)
+    monkeypatch.setattr("fastadapt.cli.doctor.diagnose", fails)
     refused("doctor")
 
 
@@ -175,10 +183,10 @@ def test_what_no_check_has_seen_is_told_all_the_same(
 def test_what_is_no_ones_mistake_keeps_its_traceback(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(_: object) -> int:
+    def fails() -> int:
         raise error
 
-    monkeypatch.setitem(cli.COMMANDS, "doctor", fails)
+    monkeypatch.setattr("fastadapt.cli.doctor.diagnose", fails)
     with pytest.raises(type(error)):
         main(["doctor"])
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fastadapt.cli.options.train import (
+from fastadapt.cli.train import (
     OVERLAYS,
     overlay_names,
     parse_train,
@@ -135,7 +135,7 @@ def test_a_baseline_from_one_command(fastadapt, recipe, tmp_path, overlay):
 
 
 def test_the_command_to_go_on_with_names_them_all(recipe, monkeypatch):
-    from fastadapt.cli.options.parser import resume_command
+    from fastadapt.cli.parser import resume_command
 
     argv = [str(recipe()), "skyline", "--optimizer.lr", "1e-3"]
     config, _ = parse_train(argv)

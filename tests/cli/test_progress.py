@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from fastadapt.cli.progress import PrepareProgress, Progress
+from fastadapt.cli.progress import Progress
 
 
 class Terminal(io.StringIO):
@@ -31,9 +31,9 @@ def test_a_bar_on_a_terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")  # of what does not fit, tqdm leaves the end out
     stream = Terminal()
     with Progress(stream) as progress:
-        progress({"kind": "start", "step": 0, "steps": 4})
+        progress.record({"kind": "start", "step": 0, "steps": 4})
         for at in range(1, 5):
-            progress(step(at))
+            progress.record(step(at))
     last = stream.getvalue().split("\r")[-1]
     for part in ("4/4", "loss 2.5", "KL 1.25", "NMSE 0.5", "L1 0.125", "L0 12", "4,321 tok/s"):
         assert part in last
@@ -42,9 +42,9 @@ def test_a_bar_on_a_terminal(monkeypatch):
 def test_a_bar_goes_on_where_the_run_does():
     stream = Terminal()
     with Progress(stream) as progress:
-        progress({"kind": "start", "step": 0, "steps": 10})
-        progress({"kind": "resume", "step": 7, "steps": 10, "passed_over": []})
-        progress(step(8))
+        progress.record({"kind": "start", "step": 0, "steps": 10})
+        progress.record({"kind": "resume", "step": 7, "steps": 10, "passed_over": []})
+        progress.record(step(8))
     assert "resuming after step 7 of 10" in stream.getvalue()
     assert "8/10" in stream.getvalue().split("\r")[-1]
 
@@ -52,10 +52,10 @@ def test_a_bar_goes_on_where_the_run_does():
 def test_a_line_every_so_often_elsewhere():
     stream, clock = io.StringIO(), Clock()
     with Progress(stream, clock) as progress:
-        progress({"kind": "start", "step": 0, "steps": 100})
+        progress.record({"kind": "start", "step": 0, "steps": 100})
         for at in range(1, 101):
             clock.now += 1.0
-            progress(step(at))
+            progress.record(step(at))
     lines = stream.getvalue().splitlines()
     assert [line.split()[1] for line in lines] == [
         *(f"{at}/100" for at in (1, 11, 21, 31, 41, 51, 61, 71, 81, 91, 100))
@@ -68,8 +68,10 @@ def test_a_line_every_so_often_elsewhere():
 def test_what_goes_wrong_is_said_at_once(stream):
     with Progress(stream) as progress:
         damaged = {"path": "checkpoints/step-6", "reason": "flipped bit"}
-        progress({"kind": "resume", "step": 3, "steps": 9, "passed_over": [damaged]})
-        progress({"kind": "bad_batch", "step": 4, "ids": [7], "reason": "loss is not finite"})
+        progress.record({"kind": "resume", "step": 3, "steps": 9, "passed_over": [damaged]})
+        progress.record(
+            {"kind": "bad_batch", "step": 4, "ids": [7], "reason": "loss is not finite"}
+        )
     assert "passed over checkpoints/step-6: flipped bit" in stream.getvalue()
     assert "step 4: skipped, loss is not finite (rows [7])" in stream.getvalue()
 
@@ -77,17 +79,17 @@ def test_what_goes_wrong_is_said_at_once(stream):
 def test_markers_in_the_data_are_said():
     stream = io.StringIO()
     start = {"kind": "start", "step": 0, "steps": 4, "sequences": 1200}
-    Progress(stream)({**start, "with_markers": 0})
+    Progress(stream).record({**start, "with_markers": 0})
     assert stream.getvalue() == ""
-    Progress(stream)({**start, "with_markers": 3})
+    Progress(stream).record({**start, "with_markers": 3})
     assert stream.getvalue().startswith("training data: 3 of 1,200 conversations have markers")
 
 
 def test_numbers_that_are_not_there_are_dashes():
     stream = io.StringIO()
     with Progress(stream) as progress:
-        progress({"kind": "start", "step": 0, "steps": 1})
-        progress(step(1, kl=None))
+        progress.record({"kind": "start", "step": 0, "steps": 1})
+        progress.record(step(1, kl=None))
     assert "KL –" in stream.getvalue()
 
 
@@ -97,11 +99,11 @@ def reading(rows: int, fraction: float | None) -> dict:
 
 def test_reading_a_source_is_a_bar_whose_end_is_estimated():
     stream = Terminal()
-    with PrepareProgress(stream) as progress:
-        progress(reading(1000, 0.25))
-        progress(reading(3000, 0.5))
+    with Progress(stream) as progress:
+        progress.record(reading(1000, 0.25))
+        progress.record(reading(3000, 0.5))
         last = stream.getvalue().split("\r")[-1]
-        progress({"kind": "write", "done": 30, "of": 30})
+        progress.record({"kind": "write", "done": 30, "of": 30})
     for part in ("reading", "3000/6000", "1,500 kept"):
         assert part in last
     assert "30/30" in stream.getvalue().split("\r")[-1]
@@ -109,19 +111,19 @@ def test_reading_a_source_is_a_bar_whose_end_is_estimated():
 
 def test_a_source_of_unknown_length_has_a_bar_without_an_end():
     stream = Terminal()
-    with PrepareProgress(stream) as progress:
-        progress(reading(1000, None))
-        progress(reading(2000, None))
+    with Progress(stream) as progress:
+        progress.record(reading(1000, None))
+        progress.record(reading(2000, None))
     assert "2000 rows" in stream.getvalue().split("\r")[-1]
 
 
 def test_reading_elsewhere_is_a_line_now_and_then():
     stream, clock = io.StringIO(), Clock()
-    with PrepareProgress(stream, clock) as progress:
+    with Progress(stream, clock) as progress:
         for rows in range(1000, 6000, 1000):
-            progress(reading(rows, rows / 10_000))
+            progress.record(reading(rows, rows / 10_000))
             clock.now += 4.0
-        progress({"kind": "write", "done": 7, "of": 9})
+        progress.record({"kind": "write", "done": 7, "of": 9})
     assert stream.getvalue().splitlines() == [
         "reading: 1,000 of 10,000 rows  500 kept",
         "reading: 4,000 of 10,000 rows  2,000 kept",

@@ -45,35 +45,15 @@ def test_features_are_scaled_for_one_prompt(tmp_path):
 
 
 def test_the_commands_are_understood(tmp_path):
-    from fastadapt.cli.options.data import parse_prepare
-    from fastadapt.cli.options.eval import parse_eval
-    from fastadapt.cli.options.features import (
-        check_parser,
-        collect_parser,
-        intervene_parser,
-        judged_parser,
-        pages_parser,
-        select_parser,
-    )
-    from fastadapt.cli.options.parser import doctor_parser, export_parser
-    from fastadapt.cli.options.train import parse_train
+    from fastadapt.cli.main import COMMANDS, open_command
+    from fastadapt.cli.train import parse_train
 
     values = yaml.safe_load(blocks("yaml")[0])
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values))
-    parsers = {
-        "check": check_parser(),
-        "collect": collect_parser(),
-        "serve": pages_parser("serve"),
-        "describe": judged_parser("describe"),
-        "select": select_parser(),
-    }
     seen = 0
     for line in "".join(blocks("bash")).splitlines():
         words = shlex.split(line, comments=True)
-        if words[:2] == ["fastadapt", "export"]:
-            export_parser().parse_args(words[2:])
-            seen += 1
-        elif words[:2] == ["fastadapt", "train"] and "--help" not in words:
+        if words[:2] == ["fastadapt", "train"] and "--help" not in words:
             words = [w.replace("$sparsity", "3e-4") for w in words]
             argv = [str(tmp_path / w) if w == "mine.yaml" else w for w in words[2:]]
             config, flags = parse_train(argv)
@@ -81,22 +61,12 @@ def test_the_commands_are_understood(tmp_path):
                 assert config.optimizer.lr == (4e-4 if "--optimizer.lr" in argv else 8e-4)
             assert flags.resume == ("--resume" in argv)
             seen += 1
-        elif words[:3] == ["fastadapt", "data", "prepare"]:
-            parse_prepare(words[2:])
-            seen += 1
-        elif words[:2] == ["fastadapt", "features"]:
-            parsers[words[2]].parse_args(words[3:])
-            seen += 1
-        elif words[:2] == ["fastadapt", "intervene"]:
-            intervene_parser().parse_args(words[2:])
-            seen += 1
-        elif words[:2] == ["fastadapt", "eval"]:
-            config, flags = parse_eval(words[2:])
-            few_shot = 4 if "--benchmarks.few_shot" in words else 0
-            assert (len(flags.runs), config.benchmarks.few_shot) == (2, few_shot)
-            seen += 1
-        elif words[:2] == ["fastadapt", "doctor"]:
-            doctor_parser().parse_args(words[2:])
+        elif words[:1] == ["fastadapt"] and "--help" not in words:
+            n_words = 2 if words[1] in COMMANDS else 3
+            typed = open_command(" ".join(words[1:n_words])).parse(words[n_words:])
+            if words[1] == "eval":
+                few_shot = 4 if "--benchmarks.few_shot" in words else 0
+                assert (len(typed["runs"]), typed["config"].benchmarks.few_shot) == (2, few_shot)
             seen += 1
         elif words[:1] == ["python"]:
             program = words[1] if words[1] != "-m" else words[2].replace(".", "/") + ".py"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastadapt.cli.options.parser import resume_command
+from fastadapt.cli.parser import resume_command
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from fastadapt.cli.console import print_table, write_any_text
-from fastadapt.cli.options.parser import Parser
+from fastadapt.cli.parser import Parser
 
 
 @pytest.mark.parametrize(
@@ -67,8 +67,8 @@ def test_a_negative_number_is_a_value(number: str) -> None:
         assert typed.flag
 
 
-def test_a_negative_number_is_a_value_of_a_command_of_a_command() -> None:
-    parser, command = Parser(prog="test"), Parser()
-    command.add_argument("--scale", type=float)
-    parser.add_subcommands(required=True).add_subcommand("go", command)
-    assert parser.parse_args(["go", "--scale", "-5e-1"]).go.scale == -0.5
+def test_a_negative_number_is_a_value_of_a_command() -> None:
+    from fastadapt.cli.main import open_command
+
+    argv = ["run", "--onto-target", "s", "--scale", "-5e-1", "--output", "o"]
+    assert open_command("intervene").parse(argv)["scale"] == -0.5

@@ -299,7 +299,7 @@ def test_trust_is_typed_again_to_resume(recipe: Callable, fastadapt: Callable) -
 
 
 def test_what_is_typed_last_wins_over_a_file(recipe: Callable, tmp_path: Path) -> None:
-    from fastadapt.cli.options.train import parse_train
+    from fastadapt.cli.train import parse_train
 
     path = recipe(**{"pair.trust_remote_code": True})
     option = "--pair.trust_remote_code"
@@ -318,8 +318,8 @@ def test_trust_is_true_or_false(value: object) -> None:
 NAMED = {
     "models/pair.py": "PairConfig",
     "training/config.py": "take_trust removes it from what a file holds",
-    "cli/options/parser.py": "trust_flag",
-    "cli/options/train.py": "typed",
+    "cli/parser.py": "help of the option",
+    "cli/train.py": "typed",
 }
 
 
@@ -338,7 +338,7 @@ def test_no_reader_takes_the_flag_from_a_file() -> None:
             and id(node) not in texts
         ]
         name = path.relative_to(root).as_posix()
-        known = {*NAMED, "cli/options/data.py", "evaluation/runs.py", "training/run_dir.py"}
+        known = {*NAMED, "evaluation/runs.py", "training/run_dir.py"}
         assert not held or name in known, (name, held)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastadapt.cli.options.parser import resume_command
+from fastadapt.cli.parser import resume_command
 from fastadapt.distributed.ranks import ALONE, Ranks, is_lost, lost_reason, should_report
 from fastadapt.errors import UserError
 

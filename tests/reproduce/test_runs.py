@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastadapt.cli.options.train import OVERLAYS, parse_train, read_yaml
+from fastadapt.cli.train import OVERLAYS, parse_train, read_yaml
 
 SCRIPTS = Path(__file__).parents[2] / "reproduce"
 

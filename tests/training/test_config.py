@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastadapt.cli.options.train import PRESETS
+from fastadapt.cli.train import PRESETS
 from fastadapt.errors import UserError
 from fastadapt.training.config import (
     TrainConfig,

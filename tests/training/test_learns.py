@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastadapt.cli.options.train import parse_train
+from fastadapt.cli.train import parse_train
 from fastadapt.training.trainer import train
 
 pytestmark = pytest.mark.slow

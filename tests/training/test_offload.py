@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from fastadapt.cli.options.train import parse_train
+from fastadapt.cli.train import parse_train
 from fastadapt.distributed.offload import group_of_one
 from fastadapt.distributed.ranks import ALONE, Ranks
 from fastadapt.errors import UserError

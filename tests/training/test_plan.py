@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastadapt.cli.options.train import find_config, preset_names, read_yaml
+from fastadapt.cli.train import find_config, preset_names, read_yaml
 from fastadapt.errors import UserError
 from fastadapt.training import trainer
 from fastadapt.training.config import from_dict

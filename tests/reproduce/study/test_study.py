@@ -17,7 +17,7 @@ import yaml
 
 from fastadapt.adapter.files import adapters_of, save_adapters
 from fastadapt.adapter.module import AdapterConfig
-from fastadapt.cli.progress import EvalProgress
+from fastadapt.cli.progress import Progress
 from fastadapt.data.sequences import DataConfig
 from fastadapt.errors import UserError
 from fastadapt.evaluation.benchmarks.runner import BenchmarkConfig
@@ -132,11 +132,11 @@ def test_stopped_it_says_how_to_go_on(
 
     few = partial(collect, config=CollectConfig(n=40))
     monkeypatch.setitem(main.__globals__, "collect", few)
-    monkeypatch.setattr(EvalProgress, "__call__", lambda *_: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(Progress, "__call__", lambda *_: signal.raise_signal(signal.SIGTERM))
     assert main([str(own), "--overwrite"]) == 0
     # A study of before is in place until the features are there.
-    how = ", without --overwrite." if collected else "."
-    assert f"Go on with the same command{how}" in capsys.readouterr().out
+    how = " without --overwrite" if collected else ""
+    assert f"Re-run the same command{how} to resume." in capsys.readouterr().out
 
 
 def test_an_arm_is_what_its_saved_run_is(run: Path, tmp_path: Path) -> None:

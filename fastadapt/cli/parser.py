@@ -1,0 +1,296 @@
+"""The parser of every command: options from the signature and docstring of the command's function.
+
+Positional parameters are typed without a name, keyword-only ones as options; a dataclass adds an
+option per field, below the parameter's name unless that is ``config``. Help is the docstring's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import os
+import re
+import shlex
+import shutil
+import sys
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import docstring_parser
+import yaml
+from jsonargparse import ArgumentParser, get_loader, set_loader
+
+from fastadapt.errors import UserError
+from fastadapt.io.documents import DocumentError, RepeatedKeyError, parse_yaml
+
+#: Messages of jsonargparse, and their wording here.
+_MESSAGES = [
+    (re.compile(pattern), wording)
+    for pattern, wording in (
+        (
+            r"Does not validate against any of the Union subtypes Subtypes: "
+            r"\[<class '(\w+)'>, <class 'NoneType'>\].*Given value: (.*)$",
+            r"expected \1 or null, got '\2'",
+        ),
+        (r"Expected an? <class '(\w+)'>\. Got value: (.*)$", r"expected \1, got '\2'"),
+        (r"Expected a typing\.Literal\[(.*)\]\. Got value: (.*)$", r"expected one of \1, got '\2'"),
+        (r"Expected (.*)\. Got value: (.*)$", r"expected \1, got '\2'"),
+        (r'^(?:Parser key "|argument --)([^\s":]+)"?:', r"--\1:"),
+    )
+]
+_MISSING = "the following arguments are required: "
+_UNKNOWN = "unrecognized arguments: "
+_MAX_CHARACTERS = 600  # of a message
+
+#: Values that begin with a dash; argparse itself takes -5e-1 for an option before Python 3.14.
+_NEGATIVE = re.compile(r"-(?:\.?\d\S*|\.?inf|infinity|\.?nan)$", re.IGNORECASE)
+
+#: Help of parameters with the same meaning in every command, where its docstring has no other.
+_HELP = {
+    "device": "device to run on; by default as in training",
+    "dtype": "dtype of weights and streams; by default as in training",
+    "trust_remote_code": "run Python code that comes with the models; never read from a file",
+}
+HELP_FLAGS = frozenset({"-h", "--help"})
+
+
+def _load_yaml(text: str) -> Any:
+    """Return a typed value, or the contents of a file of them; text that is no YAML stays text."""
+    try:
+        parse_yaml(text, f"value {text!r:.40}")  # before jsonargparse's, which recurses in C
+    except DocumentError as error:
+        if error.__cause__ is None or isinstance(error.__cause__, RepeatedKeyError):
+            raise
+        raise yaml.YAMLError(str(error)) from None
+    return get_loader("yaml")(text)
+
+
+set_loader("fastadapt", _load_yaml, (yaml.YAMLError,))
+
+
+class Parser(ArgumentParser):
+    """Raises :class:`UserError` where argparse prints and exits; takes no abbreviated options."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        defaults = {"allow_abbrev": False, "print_config": None, "parser_mode": "fastadapt"}
+        super().__init__(*args, **{**defaults, **kwargs})
+        self._negative_number_matcher = _NEGATIVE
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise UserError(f"{self._explain(message)} (see {self.prog} --help)") from ex
+
+    def option_names(self) -> list[str]:
+        """Return every option, with its dashes."""
+        return [name for name in self._option_string_actions if name.startswith("--")]
+
+    def _explain(self, message: str) -> str:
+        if message.startswith(_UNKNOWN):
+            name = message.removeprefix(_UNKNOWN).split()[0].split("=")[0]
+            if not name.startswith("-"):
+                return f"unexpected argument {name!r}"
+            return f"unknown option {name}{nearest(name, self.option_names())}"
+        if message.startswith(_MISSING):
+            spelled = {a.dest: [*a.option_strings, a.metavar][0] for a in self._actions}
+            names = [str(spelled[dest]) for dest in message.removeprefix(_MISSING).split(", ")]
+            return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} missing"
+        flat = " ".join(message.split())
+        for pattern, wording in _MESSAGES:
+            flat = pattern.sub(wording, flat)
+        cut = _MAX_CHARACTERS
+        return flat if len(flat) <= cut else f"{flat[: cut - 100]} ... {flat[-100:]}"
+
+
+# --- commands -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Typed:
+    """Metadata of an annotated parameter: how it is typed where its type does not say.
+
+    Attributes:
+        option: another spelling than the parameter's name.
+        flags: of a dataclass: booleans are flags without a value, tuples several words.
+        skip: of a dataclass of components: fields of a component without an option.
+    """
+
+    option: str | None = None
+    flags: bool = False
+    skip: Mapping[str, set[str]] = dataclasses.field(default_factory=dict)
+
+
+class Command:
+    """A function as a command.
+
+    A parameter ``argv`` gets the arguments unparsed; a function with no other parses them itself.
+
+    Args:
+        prog: words of the command, such as "fastadapt features collect".
+        function: returns the exit code.
+    """
+
+    def __init__(self, prog: str, function: Callable[..., int]) -> None:
+        self.function = function
+        self._parameters = _parameters(function)
+        about = docstring_parser.parse(inspect.getdoc(function) or "")
+        self.parser = Parser(
+            prog=prog,
+            description=" ".join(filter(None, (about.short_description, about.long_description))),
+        )
+        usage = [prog]
+        for name, one in self._parameters.items():
+            if dataclasses.is_dataclass(one.hint):
+                self._add_config(name, one.hint, one.typed)
+            elif name != "argv":
+                usage += _add_argument(self.parser, one)
+        self.parser.usage = " ".join([*usage, "[--OPTION VALUE ...]"])
+
+    def parse(self, argv: Sequence[str]) -> dict[str, Any]:
+        """Return the arguments of the function.
+
+        Raises:
+            UserError: an unknown option, a missing argument or an impossible value.
+        """
+        from fastadapt.training.config import from_dict
+
+        values = self.parser.parse_args([self._spell(word) for word in argv]).as_dict()
+        arguments: dict[str, Any] = {"argv": list(argv)}
+        for name, (_, hint, *_) in self._parameters.items():
+            if not dataclasses.is_dataclass(hint):
+                arguments.setdefault(name, values.get(name))
+            elif name == "config":
+                names = {field.name for field in dataclasses.fields(hint)}
+                flat = {key: value for key, value in values.items() if key in names}
+                arguments[name] = from_dict(flat, typing.cast(type, hint))
+            else:
+                arguments[name] = from_dict(values[name], typing.cast(type, hint), f"{name}.")
+        return {name: arguments[name] for name in self._parameters}
+
+    def run(self, argv: Sequence[str]) -> int:
+        """Parse the arguments and call the function; print its help if that was requested."""
+        if set(self._parameters) == {"argv"}:
+            return self.function(argv)
+        if HELP_FLAGS & set(argv):
+            self.parser.print_help()
+            return 0
+        from fastadapt.cli.console import quiet_transformers
+
+        arguments = self.parse(argv)
+        quiet_transformers()
+        return self.function(**arguments)
+
+    def _add_config(self, name: str, kind: Any, typed: Typed) -> None:
+        if typed.flags:
+            for field in _parameters(kind).values():
+                _add_argument(self.parser, field)
+        elif all(map(dataclasses.is_dataclass, typing.get_type_hints(kind).values())):
+            add_components(self.parser, kind, typed.skip)
+        else:
+            skip = {field.name for field in dataclasses.fields(kind)} & set(self._parameters)
+            prefix = None if name == "config" else name
+            self.parser.add_class_arguments(kind, prefix, skip=skip)
+
+    def _spell(self, word: str) -> str:
+        """Accept --max-tokens for --max_tokens."""
+        name, equals, value = word.partition("=")
+        spelled = "--" + name[2:].replace("-", "_")
+        known = self.parser.option_names()
+        take = name.startswith("--") and name not in known and spelled in known
+        return spelled + equals + value if take else word
+
+
+def add_components(parser: Parser, kind: type, skip: Mapping[str, set[str]] | None = None) -> None:
+    """Add options ``--component.field`` for a dataclass whose fields are dataclasses."""
+    for name, component in typing.get_type_hints(kind).items():
+        parser.add_class_arguments(component, name, skip=(skip or {}).get(name, set()))
+
+
+class _Parameter(typing.NamedTuple):
+    name: str
+    hint: Any
+    typed: Typed
+    default: Any
+    help: str
+    is_positional: bool
+
+
+def _parameters(function: Callable[..., Any]) -> dict[str, _Parameter]:
+    """Return the parameters of a function or dataclass by name."""
+    about = docstring_parser.parse(inspect.getdoc(function) or "")
+    texts = {n: p.description or "" for p in about.params for n in p.arg_name.split(", ")}
+    annotated = function.__init__ if inspect.isclass(function) else function
+    hints = typing.get_type_hints(annotated, include_extras=True)
+    parameters = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        hint, typed = hints[name], Typed()
+        if typing.get_origin(hint) is typing.Annotated:
+            hint, typed = typing.get_args(hint)
+        text = texts.get(name, _HELP.get(name, ""))
+        is_positional = parameter.kind is parameter.POSITIONAL_OR_KEYWORD and not inspect.isclass(
+            function
+        )
+        parameters[name] = _Parameter(name, hint, typed, parameter.default, text, is_positional)
+    return parameters
+
+
+def _add_argument(parser: Parser, one: _Parameter) -> list[str]:
+    """Add an argument, and return what usage says about it."""
+    is_required = one.default is inspect.Parameter.empty
+    upper = one.name.upper()
+    options: dict[str, Any] = {"type": one.hint, "help": one.help}
+    if one.hint is bool:
+        options = {"action": "store_true", "default": False, "help": one.help}
+    elif not is_required:
+        options["default"] = one.default
+    if typing.get_origin(one.hint) is tuple:
+        options |= {"type": str, "nargs": "+", "default": []}
+    if not one.is_positional:
+        option = one.typed.option or f"--{one.name}"
+        parser.add_argument(option, required=is_required, **options)
+        return [option, upper] if is_required else []
+    usage = upper = upper.removesuffix("S")
+    if typing.get_origin(one.hint) is list:
+        options |= {"type": str, "nargs": "+"}
+        usage = f"{upper} [{upper} ...]"
+    elif not is_required:
+        options["nargs"] = "?"
+        usage = f"[{upper}]"
+    parser.add_argument(one.name, metavar=upper, **options)
+    return [usage]
+
+
+# --- texts ----------------------------------------------------------------------------------------
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return `; did you mean ...?` for the nearest known name, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def resume_command(argv: Sequence[str], command: Sequence[str] = ("train",)) -> str:
+    """Return the command line that resumes `fastadapt COMMAND ARGV...` in the same shell."""
+    again = [a for a in argv if a not in ("--resume", "--overwrite")]
+    return shlex.join([*_launcher(), _program(), *command, *again, "--resume"])
+
+
+def _launcher() -> list[str]:
+    """Return the words before the program if torchrun started this process among others."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return []
+    local, machines = os.environ["LOCAL_WORLD_SIZE"], os.environ["GROUP_WORLD_SIZE"]
+    several = ["--nnodes", machines] if machines != "1" else []
+    return ["torchrun", *several, "--nproc-per-node", local, "-m"]
+
+
+def _program() -> str:
+    # sys.argv[0] is a path even if the shell looked `fastadapt` up: it is needed only where the
+    # bare name leads to another program. Embedded in another program, there is no path of ours.
+    started, on_path = sys.argv[0], shutil.which("fastadapt")
+    if _launcher() or Path(started).stem != "fastadapt":
+        return "fastadapt"
+    if on_path is not None and os.path.realpath(on_path) == os.path.realpath(started):
+        return "fastadapt"
+    return started

@@ -1,0 +1,303 @@
+"""`fastadapt train`: presets, files and options to a configuration, and a run of it.
+
+Later presets and files are written over earlier ones, and typed options over all of them;
+`fastadapt.training.config.from_dict` then decides which values are allowed. An overlay is a preset
+that holds only its changes and needs a preset or file below it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+
+from fastadapt.cli.console import is_unicode, print_table, quiet_transformers, say
+from fastadapt.cli.parser import HELP_FLAGS, Parser, add_components, nearest, resume_command
+from fastadapt.errors import UserError
+from fastadapt.io.documents import parse_yaml, read_yaml
+from fastadapt.io.names import typed_path
+
+if typing.TYPE_CHECKING:
+    from fastadapt.training.config import TrainConfig
+
+PRESETS = Path(__file__).parents[1] / "presets"
+#: ``overlays/NAME.yaml``; ``overlays/PRESET/NAME.yaml`` is written over it for one preset.
+OVERLAYS = PRESETS / "overlays"
+
+TRAIN_FLAGS = {
+    "--resume": "resume the run in run.output from its newest checkpoint",
+    "--overwrite": "remove the run in run.output first",
+    "--dry-run": "print the memory, compute, hours and disk of the run and stop; reads no weights, "
+    "and downloads nothing for a preset",
+    "--json": "with --dry-run: print one JSON object",
+    "--print_config": "print the whole configuration as YAML and stop",
+}
+
+
+def preset_names() -> list[str]:
+    """Return the names of the shipped presets that are complete."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def overlay_names() -> list[str]:
+    """Return the names of the shipped overlays."""
+    return sorted(path.stem for path in OVERLAYS.glob("*.yaml"))
+
+
+def find_config(name: str) -> Path:
+    """Return the file of a preset, by its name, or of a YAML file, by its path.
+
+    Raises:
+        UserError: neither a preset nor a file, such as a folder.
+    """
+    for folder, names in ((PRESETS, preset_names()), (OVERLAYS, overlay_names())):
+        if name in names:
+            return folder / f"{name}.yaml"
+    path = typed_path(name, "PRESET_OR_YAML")
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; expected a YAML file or a preset ({_known()})")
+    if path.suffix in (".yaml", ".yml") or "/" in name:
+        raise UserError(f"{name}: no such file; give a YAML file or a preset ({_known()})")
+    hint = nearest(name, preset_names() + overlay_names()) or "."
+    raise UserError(f"{name}: no such preset{hint} Known: {_known()}")
+
+
+def _known() -> str:
+    return f"{', '.join(preset_names())}; to go over one: {', '.join(overlay_names())}"
+
+
+def train_parser() -> Parser:
+    """Build the parser of `fastadapt train`: one option per field of the configuration."""
+    from fastadapt.training.config import TrainConfig
+
+    parser = Parser(
+        prog="fastadapt train",
+        usage="fastadapt train PRESET_OR_YAML [PRESET_OR_YAML ...] [--COMPONENT.KEY VALUE ...] "
+        + " ".join(f"[{flag}]" for flag in TRAIN_FLAGS),
+        description="Train transcoder adapters, or a baseline, on a model pair, into a run "
+        "directory. Typed options win over presets and files, a later one of these over an "
+        "earlier one, and all of them over the defaults below. If no later one names run.output, "
+        "its name is appended to the folder: `fastadapt train organism no-bridge` writes "
+        "runs/organism-no-bridge.",
+    )
+    parser.add_argument(
+        "config",
+        metavar="PRESET_OR_YAML",
+        nargs="+",
+        help=f"a preset ({', '.join(preset_names())}) or a YAML file; then overlays: presets "
+        f"({', '.join(overlay_names())}) or YAML files",
+    )
+    for flag, text in TRAIN_FLAGS.items():
+        parser.add_argument(flag, action="store_true", default=False, help=text)
+    with_gpu = "with --dry-run: plan for this GPU (a100, h100, h200) instead of this machine"
+    parser.add_argument("--gpu", type=str, default=None, help=with_gpu)
+    with_gpus = "with --dry-run: plan for this number of GPUs that share the run"
+    parser.add_argument("--gpus", type=int, default=None, help=with_gpus)
+    add_components(parser, TrainConfig)
+    return parser
+
+
+def parse_train(argv: Sequence[str]) -> tuple[TrainConfig, Namespace]:
+    """Return the configuration of a run and its flags from the arguments of `fastadapt train`.
+
+    Raises:
+        UserError: an unknown option, preset or key, or an impossible value.
+    """
+    from fastadapt.training.config import TRUST, from_dict, take_trust
+
+    parser = train_parser()
+    # Without defaults: unset options take the files' values, or else those of the dataclasses.
+    typed = parser.parse_args(argv, defaults=False, _skip_validation=True)
+    if not typed.get("config"):
+        parser.error(f"PRESET_OR_YAML is missing; presets: {_known()}")
+    values = read_configs(typed.config)
+    from_file = take_trust(values)
+    names = [flag.lstrip("-").replace("-", "_") for flag in TRAIN_FLAGS]
+    flags = Namespace({name: bool(typed.get(name)) for name in names})
+    flags.gpu, flags.gpus = typed.get("gpu"), typed.get("gpus")
+    for name in ("json", "gpu", "gpus"):
+        if flags[name] not in (None, False) and not flags.dry_run:
+            parser.error(f"--{name} goes with --dry-run")
+    components = {name: keys for name, keys in typed.as_dict().items() if isinstance(keys, dict)}
+    _write_over(values, components)
+    trust = _typed_trust(argv)
+    # A second look, since `--pair FILE` reads a file, too.
+    if trust is None and (take_trust(values) or from_file):
+        raise UserError(
+            f"pair.{TRUST} is true in a file ({', '.join(typed.config)}). Trust in the code of a "
+            f"model is typed, never read from a file: to run that code, type --pair.{TRUST} true"
+        )
+    if trust is not None and isinstance(values.get("pair"), dict):
+        values["pair"][TRUST] = trust
+    return from_dict(values), flags
+
+
+def _typed_trust(argv: Sequence[str]) -> bool | None:
+    """Return the typed value of --pair.trust_remote_code, which the parser has accepted."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--pair.trust_remote_code", dest="trust", default="null")
+    typed, _ = parser.parse_known_args(argv)
+    return typing.cast("bool | None", parse_yaml(typed.trust, "--pair.trust_remote_code"))
+
+
+def read_configs(names: Sequence[str]) -> dict[str, Any]:
+    """Return the values of presets and files, each written over those before it.
+
+    If a later one does not name ``run.output``, its name is appended to that folder, so that no two
+    runs of one preset share a folder.
+
+    Raises:
+        UserError: no such preset or file, no YAML, or an overlay without a preset below it.
+    """
+    first = names[0]
+    values: dict[str, Any] = read_yaml(find_config(first), dict[str, Any])
+    if first in overlay_names():
+        raise UserError(
+            f"{first} goes over a preset or file that names the pair: fastadapt train "
+            f"{preset_names()[0]} {first}"
+        )
+    for name in names[1:]:
+        paths = [find_config(name)]
+        if first in preset_names() and (variant := OVERLAYS / first / f"{name}.yaml").is_file():
+            paths.append(variant)
+        before = _output(values)
+        for path in paths:
+            _write_over(values, read_yaml(path, dict[str, Any]), f"{path}: ")
+        if before is not None and _output(values) == before:
+            values["run"]["output"] = f"{before.rstrip('/')}-{Path(name).stem}"
+    return values
+
+
+def _output(values: Mapping[str, Any]) -> str | None:
+    run = values.get("run")
+    output = run.get("output") if isinstance(run, dict) else None
+    return output if isinstance(output, str) else None
+
+
+def _write_over(values: dict[str, Any], changes: Mapping[str, Any], source: str = "") -> None:
+    for component, fields in changes.items():
+        below = values.setdefault(component, {})
+        for keys in (fields, below):
+            if not isinstance(keys, dict):
+                raise UserError(f"{source}{component}: expected keys, got {keys!r}")
+        below.update(fields)
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def train(argv: list[str]) -> int:
+    """`fastadapt train`."""
+    if HELP_FLAGS & set(argv):
+        train_parser().print_help()
+        return 0
+    config, flags = parse_train(argv)
+    if flags.print_config:
+        import yaml
+
+        from fastadapt.training.config import to_dict
+
+        # A stand-in for a character would be another configuration; an escape is the same.
+        unicode = is_unicode(sys.stdout)
+        print(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=unicode), end="")
+        return 0
+    if flags.dry_run:
+        gpus = 1 if flags.gpus is None else flags.gpus
+        return _print_plan(config, flags.gpu, gpus, as_json=flags.json)
+
+    from fastadapt.cli.progress import Progress
+    from fastadapt.distributed.ranks import is_main
+    from fastadapt.training.trainer import train as run_training
+
+    quiet_transformers()
+    say("Loading models and data ...")
+    with Progress(sys.stderr) as progress:
+        summary = run_training(
+            config, resume=flags.resume, overwrite=flags.overwrite, sinks=[progress.record]
+        )
+    if not is_main():
+        return 0
+    if summary["interrupted"]:
+        return _stopped(summary, argv)
+    _print_summary(summary)
+    return 0
+
+
+def _stopped(summary: dict[str, Any], argv: list[str]) -> int:
+    """Print where a run was stopped, and the command that resumes it."""
+    from fastadapt.training.report import write_report
+
+    print(f"Stopped at step {summary['step']} of {summary['steps']}; finished steps are saved.")
+    print(f"Resume with: {resume_command(argv)}")
+    print(f"Report:      {write_report(summary['output'])}")
+    return 0
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    from fastadapt.reporting.formatting import duration, number, percent
+    from fastadapt.training.logs.run_log import TRAINED, comparison
+
+    print()
+    print_table(*comparison(summary))
+    print()
+    recovered = percent(summary.get("kl_recovered_vs_hybrid"))
+    trained = TRAINED[summary["adapter_kind"]]
+    verb = "recovers" if trained == "adapter" else "recover"
+    print(f"The {trained} {verb} {recovered} of the hybrid's KL to the target.")
+    if per_layer := summary.get("l0_per_layer"):
+        print("L0 per layer:", ", ".join(map(number, per_layer)))
+    print(f"{number(summary['tokens'])} training tokens in {duration(summary['wall_s'])}")
+    print(f"adapter: {summary['adapter']}")
+    print(f"report:  {Path(summary['report']).resolve()}")
+
+
+def _print_plan(config: Any, gpu: str | None, gpus: int, *, as_json: bool) -> int:
+    from fastadapt.training.planning.estimate import as_json as to_json
+    from fastadapt.training.planning.estimate import gb, plan, predict, remedies
+
+    planned = plan(config, gpu, gpus)
+    if as_json:
+        print(json.dumps(to_json(config, planned), indent=2))
+        return 0
+    device = planned.device
+    for title, sizes in (("memory, by part", planned.parts), ("by phase", planned.phases)):
+        print_table([title, "at most"], [[name, gb(size)] for name, size in sizes.items()])
+        print()
+    print(
+        f"Peak: {gb(planned.peak_bytes)}, in {planned.peak_phase}, for sequences of up to "
+        f"{planned.tokens_per_sequence:,} tokens, with objective.checkpoint {planned.checkpoint}."
+    )
+    name = device.name if gpus == 1 else f"each of {gpus} {device.name}"
+    usable = f"{gb(device.usable_bytes)} of the {gb(device.memory_bytes)} of {name}"
+    print(f"It {'fits' if planned.fits else 'DOES NOT FIT'} into {usable}.")
+    if not planned.fits:
+        smaller = [[name, gb(size)] for name, size in remedies(config, planned)]
+        print_table(["with", "peak"], smaller)
+    assumed = "" if planned.tokens else ", both assumed: the data are not here"
+    print(
+        f"{planned.steps:,} steps of {planned.mean_tokens:,} tokens a sequence{assumed}; "
+        f"{planned.parameters:,} trained parameters; checkpoints and adapters: "
+        f"{gb(planned.disk_bytes)} of disk."
+    )
+    if planned.host_bytes:
+        copied = gb(2 * planned.host_bytes * config.optimizer.accumulation)
+        print(f"Host memory: {gb(planned.host_bytes)}, of which a step copies {copied} to the GPU.")
+    predicted = predict(config, planned)
+    at_l0 = ""
+    if predicted.l0 is not None:
+        at_l0 = f" at L0 {predicted.l0:g} (more at the first steps, whose products are dense)"
+    print(
+        f"Prediction: {predicted.flops_per_step / 1e12:,.4g} TFLOP a step{at_l0}, "
+        f"{predicted.step_s:.3g} s, "
+        f"{predicted.hours:.3g} h for the run, at {device.flops_per_s / 1e12:.4g} TFLOP/s of "
+        f"{device.name} ({device.source})."
+    )
+    return 0
