@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from typing_extensions import NotRequired, TypedDict
 
-from fastadapt.data.prepare.candidate_store import GO_ON, JOURNAL, ROWS
+from fastadapt.data.prepare.candidate_store import GO_ON, LEDGER, OLD
 from fastadapt.data.prepare.selection import SPLITS
 from fastadapt.errors import RunError, UserError
 from fastadapt.io.atomic import digest, disk_errors, remove, replacing
@@ -38,8 +38,8 @@ _WRITTEN = (
     MANIFEST,
     *FILES.values(),
     f"{WORK}/{_SETTINGS}",
-    f"{WORK}/{ROWS}",
-    f"{WORK}/{JOURNAL}",
+    f"{WORK}/{LEDGER}*",
+    *(f"{WORK}/{name}" for name in OLD),
 )
 
 
@@ -234,5 +234,5 @@ def finish(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 def clean(folder: Path) -> None:
     """Remove what the reading of a finished selection needed, and what a kill left of it."""
-    for name in (_SETTINGS, JOURNAL, ROWS):
+    for name in (_SETTINGS, LEDGER, f"{LEDGER}-journal", *OLD):
         remove(folder / WORK / name)
