@@ -14,7 +14,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,17 +27,10 @@ from fastadapt.evaluation.result_schema import (
     SpeedPart,
     check_sections,
 )
-from fastadapt.io.atomic import (
-    cannot_write,
-    disk_errors,
-    locked,
-    make_folder,
-    replacing,
-    sweep_tree,
-    unstaged,
-)
+from fastadapt.io.atomic import disk_errors, remove, replacing, sweep_tree
 from fastadapt.io.documents import DocumentError, read_json, same
 from fastadapt.io.names import has_file
+from fastadapt.io.workspace import Workspace
 from fastadapt.reporting.figures import Figure, figures
 from fastadapt.reporting.page import write_page
 from fastadapt.reporting.rendering import write_png
@@ -156,23 +148,14 @@ def opened(
     Raises:
         UserError: it is in use, cannot be written, or holds something else.
     """
-    try:
-        if output.exists() and not output.is_dir():
-            raise UserError(f"--output: {output} is a file; expected a folder or a new name")
-        held = {path.name for path in output.iterdir()} if output.exists() else set()
-        if foreign := sorted(name for name in held if (unstaged(name) or name) not in contents):
-            raise UserError(
-                f"--output: {output} holds something that is no evaluation ({foreign[0]}); nothing "
-                "in it was touched. Give a new folder."
-            )
-        make_folder(output)
-        with locked(output / LOCK):
-            sweep_tree(output)
-            for path in list(output.iterdir()) if overwrite else ():
-                if path.name != LOCK:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-            yield output
-    except BlockingIOError:
-        raise UserError(f"--output: another process is evaluating into {output}") from None
-    except OSError as error:
-        raise RunError(f"--output: {cannot_write(output, error, GO_ON)}") from error
+    workspace = Workspace(
+        output, "--output", "evaluating into", contents, advice=GO_ON, unusable=RunError
+    )
+    if foreign := sorted(set(workspace.names()) - set(contents)):
+        raise workspace.foreign("holds something that is no evaluation", foreign)
+    with workspace.claimed(), workspace.disk_errors():
+        sweep_tree(output)
+        for path in list(output.iterdir()) if overwrite else ():
+            if path.name != LOCK:
+                remove(path)
+        yield output

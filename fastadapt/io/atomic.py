@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import os
 import re
@@ -15,6 +14,7 @@ from fnmatch import fnmatch
 from io import FileIO
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from fastadapt.errors import RunError, UserError
@@ -93,11 +93,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
-
-def _remove_strictly(path: Path) -> None:
-    """As :func:`_remove`, and an error is raised; of a link, what it leads to stays."""
-    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 @contextmanager
@@ -199,6 +194,25 @@ def _remove_abandoned(path: Path) -> None:
             left.unlink(missing_ok=True)
 
 
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with its contents; of a link, the target stays.
+
+    Raises:
+        OSError: the path cannot be removed. A path that does not exist is no error.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Remove an empty folder that is neither a link nor a mount point."""
+    stays = folder.is_symlink() or os.path.ismount(folder)
+    if not stays and folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
 def staged_for(*paths: Path) -> list[Path]:
     """What calls of :func:`replacing` that were killed, or are at work, have beside ``paths``.
 
@@ -223,7 +237,7 @@ def sweep(*paths: Path) -> list[Path]:
     """
     left = staged_for(*paths)
     for staged in left:
-        _remove_strictly(staged)
+        remove(staged)
     return left
 
 
@@ -243,7 +257,7 @@ def sweep_tree(folder: Path, *, but: Collection[str] = ()) -> list[Path]:
         folders[:] = [name for name in folders if unstaged(name) is None]
         left += [Path(parent, name) for name in sorted(staged)]
     for path in left:
-        _remove_strictly(path)
+        remove(path)
     return left
 
 
@@ -382,14 +396,21 @@ def save_tensors(
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a lock file for this process; the kernel lets go of it when the process ends.
+    """Hold a lock file for this process; the system releases the lock when the process ends.
 
     Raises:
-        BlockingIOError: another process holds it.
-        UserError: there is something else in its place, such as a pipe.
-        OSError: it cannot be made.
+        BlockingIOError: another process holds the lock.
+        UserError: the path is no file, such as a pipe.
+        OSError: the lock file cannot be created, or its file system has no locks.
     """
-    has_file(path)  # or there is something else, which would be waited for
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    has_file(path)
+    # A soft lock would outlive a killed process. A hold belongs to the process, not to a thread.
+    lock = FileLock(path, blocking=False, thread_local=False, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise BlockingIOError(errno.EAGAIN, "Locked by another process", str(path)) from None
+    try:
         yield
+    finally:
+        lock.release()

@@ -28,10 +28,5 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     return file
 
 
-def check_regular(path: str | os.PathLike[str]) -> None:
-    """Raise what :func:`open_regular` would, for files that another library opens."""
-    open_regular(path).close()
-
-
 def _without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)

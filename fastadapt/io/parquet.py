@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fastadapt.errors import UserError
-from fastadapt.io.files import check_regular
+from fastadapt.io.files import open_regular
 
 #: Rows for each byte of a file beyond which its footer is not believed but held against its pages.
 #: Columns of one value reach 250 to 450 with pyarrow and 600 with DuckDB; the format itself has no
@@ -38,7 +38,7 @@ def open_parquet(
     """
     path = Path(path)
     with parquet_errors(path):
-        check_regular(path)
+        open_regular(path).close()  # or a pipe would be waited for
     with parquet_errors(path), pq.ParquetFile(path) as file:
         _check_rows(path, file)
         if schema is not None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastadapt.errors import UserError
-from fastadapt.io.files import check_regular
+from fastadapt.io.files import open_regular
 
 #: Dtypes of weights that are read as they are. Of any other the numbers are codes.
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -38,7 +38,7 @@ def open_tensors(path: str | os.PathLike[str], device: torch.device | str = "cpu
     from safetensors import SafetensorError, safe_open
 
     try:
-        check_regular(path)
+        open_regular(path).close()  # or a pipe would be waited for
         with safe_open(os.fspath(path), framework="pt", device=str(device)) as file:
             yield file
     except FileNotFoundError:

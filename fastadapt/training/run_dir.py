@@ -16,9 +16,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from io import FileIO
 from pathlib import Path
@@ -31,16 +30,12 @@ from fastadapt.errors import RunError, UserError
 from fastadapt.io.atomic import (
     cannot_write,
     disk_errors,
-    locked,
-    make_folder,
     open_appended,
     replacing,
-    sync_folder,
-    unstaged,
 )
-from fastadapt.io.atomic import sweep as sweep_beside
 from fastadapt.io.documents import Count, DocumentError, parse_line
 from fastadapt.io.names import has_file, typed_path
+from fastadapt.io.workspace import Workspace
 from fastadapt.training.checkpoint import list_checkpoints
 from fastadapt.training.config import (
     TrainConfig,
@@ -73,10 +68,8 @@ RUN_ID = "run-id.txt"
 _LOCK = ".lock"
 #: What the message of a full disk ends with.
 GO_ON = "Checkpoints are intact: go on with --resume."
-#: What is written beside its place first; see :func:`fastadapt.io.atomic.replacing`.
-_REPLACED = (CONFIG, METRICS, SUMMARY, ADAPTER, REPORT, RUN_ID)
 _FOLDERS = (CHECKPOINTS, ADAPTER, TENSORBOARD, WANDB)
-#: Everything that a run writes, as patterns; an overwrite removes this and nothing else.
+#: Everything that a run writes but its configuration; an overwrite removes this and nothing else.
 _WRITTEN = (
     f"{CHECKPOINTS}/step-*",
     f"{CHECKPOINTS}/.tmp-*",
@@ -88,8 +81,18 @@ _WRITTEN = (
     METRICS,
     SUMMARY,
     REPORT,
-    CONFIG,
 )
+
+
+def _workspace(folder: Path) -> Workspace:
+    return Workspace(
+        folder,
+        "run.output",
+        "training in",
+        replaced=(CONFIG, METRICS, SUMMARY, ADAPTER, REPORT, RUN_ID),
+        written=_WRITTEN,
+        marker=CONFIG,
+    )
 
 
 @contextmanager
@@ -104,38 +107,18 @@ def open_run(config: TrainConfig, *, resume: bool, overwrite: bool) -> Iterator[
     if resume and overwrite:
         raise UserError("--resume goes on with a run, --overwrite removes it: choose one")
     folder = typed_path(config.run.output, "run.output")
-    _check_contents(folder, config, resume=resume, overwrite=overwrite)
-    made = _make(folder)
-    try:
-        with _lock(folder):
-            yield folder
-    finally:
-        if made and not (folder / CONFIG).exists():
-            (folder / _LOCK).unlink(missing_ok=True)
-            _remove_if_empty(folder)
+    workspace = _workspace(folder)
+    _check_contents(workspace, config, resume=resume, overwrite=overwrite)
+    with workspace.claimed():
+        yield folder
 
 
 def start_afresh(folder: Path, config: TrainConfig) -> None:
     """Remove what an earlier run wrote into the folder, and write the configuration of this one.
 
-    Folders that are links or mount points are emptied and stay. The old configuration goes last, so
-    that what an error leaves is still a run.
+    See :meth:`fastadapt.io.workspace.Workspace.start`.
     """
-    try:
-        sweep(folder)
-        for pattern in _WRITTEN:
-            for path in folder.glob(pattern) if pattern != CONFIG else ():
-                is_folder = path.is_dir() and not path.is_symlink()
-                shutil.rmtree(path) if is_folder else path.unlink()
-        for name in _FOLDERS:
-            _remove_if_empty(folder / name)
-            if (folder / name).is_dir():
-                sync_folder(folder / name)  # no checkpoint of it may come back beside the new one
-        sync_folder(folder)
-        with replacing(folder / CONFIG) as staged:
-            save_config(config, staged)
-    except OSError as error:
-        raise RunError(f"run.output: {cannot_write(folder, error)}") from error
+    _workspace(folder).start(lambda staged: save_config(config, staged))
 
 
 def sweep(folder: Path) -> list[Path]:
@@ -144,8 +127,7 @@ def sweep(folder: Path) -> list[Path]:
     Raises:
         RunError: it cannot be removed.
     """
-    with disk_errors(folder):
-        return sweep_beside(*(folder / name for name in _REPLACED))
+    return _workspace(folder).sweep()
 
 
 class MetricsLog:
@@ -239,17 +221,10 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _check_contents(folder: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"run.output: {folder} is a file; expected a folder or a new name")
-    try:
-        entries = folder.iterdir() if folder.exists() else ()
-        found = [
-            path for path in entries if path.name != _LOCK and unstaged(path.name) not in _REPLACED
-        ]
-        unfinished = {path for pattern in _WRITTEN for path in folder.glob(pattern)}
-    except OSError as error:
-        raise UserError(f"run.output: {folder} cannot be read: {error.strerror}") from error
+def _check_contents(
+    workspace: Workspace, config: TrainConfig, *, resume: bool, overwrite: bool
+) -> None:
+    folder, names = workspace.folder, workspace.names()
     for path in (folder / name for name in _FOLDERS):
         if path.is_symlink() and not path.is_dir():
             raise UserError(
@@ -260,14 +235,10 @@ def _check_contents(folder: Path, config: TrainConfig, *, resume: bool, overwrit
         if not has_file(folder / CONFIG):
             raise UserError(f"--resume: {folder} holds no run; leave --resume out to start one")
         _check_same_config(folder, config)
-    elif set(found) <= unfinished and not (folder / CONFIG).exists():
+    elif all(name in _WRITTEN for name in names):
         return  # empty, or a run that was killed before it began
     elif not _looks_like_a_run(folder):
-        raise UserError(
-            f"run.output: {folder} is not empty and does not look like a run "
-            f"(it holds {', '.join(sorted(path.name for path in found)[:3])}); "
-            "nothing in it was touched. Give a new folder."
-        )
+        raise workspace.foreign("is not empty and does not look like a run", names)
     elif not overwrite:
         steps = list_checkpoints(folder / CHECKPOINTS)
         reached = f"at step {steps[-1][0]}" if steps else "without a checkpoint"
@@ -306,31 +277,3 @@ def _check_same_config(folder: Path, config: TrainConfig) -> None:
             f"--resume: the run in {folder} has another configuration ({told}). Give the old "
             "values, or start another run with another --run.output."
         )
-
-
-def _make(folder: Path) -> bool:
-    made = not folder.exists()
-    try:
-        make_folder(folder)
-    except OSError as error:
-        raise UserError(f"run.output: {folder} cannot be made: {error.strerror}") from error
-    return made
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process."""
-    with ExitStack() as held:
-        try:
-            held.enter_context(locked(folder / _LOCK))
-        except BlockingIOError:
-            raise UserError(f"run.output: another process is training in {folder}") from None
-        except OSError as error:
-            raise UserError(f"run.output: {folder} cannot be written: {error.strerror}") from error
-        yield
-
-
-def _remove_if_empty(folder: Path) -> None:
-    stays = folder.is_symlink() or os.path.ismount(folder)
-    if not stays and folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()

@@ -94,9 +94,9 @@ def test_ctrl_c_says_how_to_go_on(command, tmp_path, fastadapt):
         text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
-    journal = tmp_path / "out" / ".prepare" / "journal"
+    ledger = tmp_path / "out" / ".prepare" / "candidates.sqlite"
     deadline = time.monotonic() + 60
-    while not (journal.exists() and journal.stat().st_size):
+    while not (ledger.exists() and ledger.stat().st_size):
         assert run.poll() is None, run.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -1,11 +1,13 @@
-"""Data of the user and unfinished selections, damaged: rows, Parquet, manifests, journals."""
+"""Data of the user and unfinished selections, damaged: rows, Parquet, manifests, ledgers."""
 
 from __future__ import annotations
 
 import gzip
 import importlib.util
 import shutil
+import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -279,7 +281,7 @@ def begun(config: PrepareConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[Path,
 
 
 @pytest.mark.usefixtures("loaded_once")
-@pytest.mark.parametrize("name", ["settings.json", "journal", "rows"])
+@pytest.mark.parametrize("name", ["settings.json", "candidates.sqlite"])
 def test_resuming_over_damaged_files(
     name: str, begun: tuple[Path, dict[str, bytes]], config: PrepareConfig
 ) -> None:
@@ -301,21 +303,17 @@ def test_resuming_over_damaged_files(
     def valid(damage: Damage, found: dict[str, bytes]) -> bool:
         return found == expected or damage.name.startswith("bit flip")
 
-    if name == "journal":
-        lines = content[name].splitlines(keepends=True)
-        candidate = next(
-            i for i, line in enumerate(lines) if line.startswith(b"[") and len(line) > 60
-        )
-        commit = next(i for i, line in enumerate(lines) if line.startswith(b"{"))
+    if name == "candidates.sqlite":
         cases = list(raw(content[name], 10))
-        for number in (candidate, commit):
-            before, after = b"".join(lines[:number]), b"".join(lines[number + 1 :])
-            cases += [
-                Damage(d.name, before + (d.content or b"") + b"\n" + after, d.key, d.value, d.keys)
-                for d in document(lines[number])
-            ]
+        for fingerprint in ("candidate", "progress", "text"):
+            with closing(sqlite3.connect(path)) as connection, connection:
+                connection.execute(
+                    "UPDATE parts SET value = '[1' WHERE fingerprint = ?", (fingerprint,)
+                )
+            cases.append(Damage(f"{fingerprint} of other contents", path.read_bytes()))
+            path.write_bytes(content[name])
     else:
-        cases = variants(path) if name.endswith("json") else list(raw(content[name], 10))
+        cases = variants(path)
     wrong = []
     for damage in cases:
         damage.apply(path)

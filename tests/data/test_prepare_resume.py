@@ -1,6 +1,5 @@
 """A selection that is stopped, killed, refused room, or streamed from the hub, and goes on."""
 
-import errno
 import os
 import shutil
 import signal
@@ -18,6 +17,7 @@ from fastadapt.data import prepare as module
 from fastadapt.data.prepare import prepare
 from fastadapt.data.prepare.selection import PrepareConfig
 from fastadapt.errors import RunError, UserError
+from fastadapt.io.ledger import Ledger
 
 rows_of, bytes_of, FILES = openthoughts.rows_of, openthoughts.bytes_of, openthoughts.FILES
 
@@ -72,11 +72,8 @@ def test_killed_and_resumed_gives_the_same_bytes(kind, config, source, tmp_path,
     whole = bytes_of(prepare(config(source=str(source), output=str(tmp_path / "whole")))["output"])
     settings = config(source=str(source))
     assert run_killed(settings, "read", 7) == -signal.SIGKILL
-    journal = Path(settings.output) / ".prepare" / "journal"
-    with journal.open("ab") as file:  # as a kill in the middle of a write leaves it
-        file.write(b'[1750, "math", "3')
-    with (journal.parent / "rows").open("ab") as file:
-        file.write(b"half a row")
+    work = Path(settings.output) / ".prepare"
+    assert (work / "candidates.sqlite").stat().st_size
     assert run_killed(settings, "read", 6, "resume") == -signal.SIGKILL
     assert run_killed(settings, "write", 3, "resume") == -signal.SIGKILL
     assert not (Path(settings.output) / "manifest.json").exists()
@@ -118,7 +115,7 @@ def test_a_kill_after_the_manifest_leaves_nothing_behind(config, monkeypatch):
         patched.setattr(module.outdir, "clean", lambda folder: None)
         made = prepare(config())
     folder = Path(made["output"])
-    assert (folder / ".prepare" / "rows").exists()
+    assert (folder / ".prepare" / "candidates.sqlite").exists()
     assert prepare(config(), resume=True) == made
     assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
 
@@ -139,23 +136,34 @@ def test_resume_needs_the_same_settings_and_source(config, source, tmp_path):
 
 def test_no_room_leaves_what_there_is(config, tmp_path, monkeypatch):
     """A disk that is full in the middle: one clear error, and resume gives the same bytes."""
-    from fastadapt.data.prepare import candidate_store as spool
-
     whole = bytes_of(prepare(config(output=str(tmp_path / "whole")))["output"])
-    real, written = spool._append, []
+    add, written = Ledger.add, []
 
-    def full(file, data):
-        written.append(len(data))
-        if len(written) == 5:
-            real(file, data[: len(data) // 2])
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(file, data)
+    def full(ledger, entries):
+        written.append(len(entries))
+        if (
+            len(written) == 3
+        ):  # SQLite's own bound on a file, at which it says that the disk is full
+            ledger._connection.execute("PRAGMA max_page_count = 1")
+        add(ledger, entries)
 
-    monkeypatch.setattr(spool, "_append", full)
-    with pytest.raises(RunError, match=r"cannot be written: No space left on device.*--resume"):
-        prepare(config())
-    monkeypatch.setattr(spool, "_append", real)
+    with monkeypatch.context() as patched:
+        patched.setattr(Ledger, "add", full)
+        with pytest.raises(RunError, match=r"cannot be written: No space left on device.*--resume"):
+            prepare(config())
+    assert len(written) == 3
     assert bytes_of(prepare(config(), resume=True)["output"]) == whole
+
+
+def test_files_of_an_earlier_version_are_refused_and_swept(config):
+    stop = threading.Event()
+    stop.set()
+    folder = Path(prepare(config(), stop=stop)["output"])
+    (folder / ".prepare" / "candidates.sqlite").rename(folder / ".prepare" / "journal")
+    with pytest.raises(RunError, match=r"journal is of an earlier version.*--overwrite"):
+        prepare(config(), resume=True)
+    assert prepare(config(), overwrite=True)["interrupted"] is False
+    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
 
 
 # --- the hub --------------------------------------------------------------------------------------

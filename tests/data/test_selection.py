@@ -32,7 +32,7 @@ from fastadapt.errors import UserError
 
 def candidate(key, domain="math", prompt=None, conversation=None):
     prompt, conversation = prompt or f"p{domain}{key}", conversation or f"c{domain}{key}"
-    return Candidate(key, key, domain, prompt, conversation, 10, 0, 1, 1)
+    return Candidate(key, key, domain, prompt, conversation, 10, 1)
 
 
 def test_the_quotas_of_the_paper():
@@ -146,7 +146,7 @@ def test_prompts_are_equal_up_to_white_space():
 def test_a_shortlist_keeps_the_lowest(keys, limit):
     """With equal keys too, and whatever was let go before."""
     shortlist = Shortlist({"math": limit})
-    rows = [Candidate(key, i, "math", "", str(i), 10, 0, 1, 1) for i, key in enumerate(keys)]
+    rows = [Candidate(key, i, "math", "", str(i), 10, 1) for i, key in enumerate(keys)]
     for each in rows:
         if shortlist.admits("math", each.key):
             shortlist.add(each)

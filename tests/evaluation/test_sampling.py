@@ -18,6 +18,7 @@ from fastadapt.data.tokens import encode
 from fastadapt.errors import RunError, UserError
 from fastadapt.evaluation.generation.degeneration import DegenerationConfig, find_cut
 from fastadapt.evaluation.generation.gumbel import gumbel, position_key, request_seed
+from fastadapt.evaluation.generation.responses import lock_file
 from fastadapt.evaluation.generation.rollout import Draw, LogitsError
 from fastadapt.evaluation.generation.sampling import (
     Request,
@@ -273,7 +274,7 @@ def test_a_file_of_other_settings_is_refused(tiny: tuple[Any, Any], tmp_path: Pa
     assert out.read_bytes() == before
     # Batches are not among them.
     sample(*tiny, wanted, replace(CONFIG, batch_size=2), out=out, source={"model": "a"})
-    with locked(out), pytest.raises(RunError, match="another process"):
+    with locked(lock_file(out)), pytest.raises(RunError, match="another process"):
         sample(*tiny, wanted, CONFIG, out=out, source={"model": "a"})
     out.write_text("{}\n")
     with pytest.raises(UserError, match="responses"):

@@ -237,13 +237,15 @@ class Trial:
                 resize(max(PAGE, room))  # none would be no limit
                 ended = attempt(self.command, self.room)
                 resize(1 << 28)
-            reason = "No space left on device" if how == "tmpfs" else "File too large"
+            reasons = ["No space left on device"]
+            if how != "tmpfs":  # SQLite does not say which error of the system it was
+                reasons = ["File too large", "disk I/O error"]
             for good, told in (
                 (ended.code == 1, f"exit {ended.code}"),
                 ("Traceback" not in ended.said, "a traceback"),
                 (ended.said.count("error: ") == 1, "not one error"),
                 ("cannot be written" in flat(ended.said), "no word that it cannot be written"),
-                (reason in flat(ended.said), "no reason"),
+                (any(reason in flat(ended.said) for reason in reasons), "no reason"),
                 ("again" in flat(ended.said) or "--resume" in ended.said, "no advice"),
             ):
                 if not good:

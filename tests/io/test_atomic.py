@@ -90,7 +90,7 @@ def begin_data(folder: Path) -> None:
 def old_data(folder: Path) -> None:
     work = folder / "runs" / "data" / outdir.WORK
     work.mkdir(parents=True)
-    for name in ("settings.json", "rows", "journal"):
+    for name in ("settings.json", "rows", "journal", "candidates.sqlite"):
         (work / name).write_text("{}")
 
 

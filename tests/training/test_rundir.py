@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 from io import FileIO
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastadapt.errors import RunError, UserError
+from fastadapt.io.atomic import locked
 from fastadapt.training.config import save_config
 from fastadapt.training.run_dir import (
     MetricsLog,
@@ -183,13 +183,12 @@ def test_a_file_in_the_folders_place(tiny_config, tmp_path: Path) -> None:
 def test_two_processes_cannot_share_a_folder(tiny_config, tmp_path: Path) -> None:
     config = tiny_config()
     folder = begin(config)
-    with (folder / ".lock").open() as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        with (
-            pytest.raises(UserError, match="another process is training in"),
-            open_run(config, resume=True, overwrite=False),
-        ):
-            raise AssertionError("never reached")
+    with (
+        locked(folder / ".lock"),
+        pytest.raises(UserError, match="another process is training in"),
+        open_run(config, resume=True, overwrite=False),
+    ):
+        raise AssertionError("never reached")
 
 
 def test_a_run_that_cannot_begin_leaves_no_folder(tiny_config, tmp_path: Path) -> None:

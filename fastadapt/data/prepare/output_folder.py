@@ -11,31 +11,21 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 from typing_extensions import NotRequired, TypedDict
 
-from fastadapt.data.prepare.candidate_store import GO_ON, JOURNAL, ROWS
+from fastadapt.data.prepare.candidate_store import GO_ON, LEDGER, OLD
 from fastadapt.data.prepare.selection import SPLITS
 from fastadapt.errors import RunError, UserError
-from fastadapt.io.atomic import (
-    cannot_write,
-    digest,
-    disk_errors,
-    locked,
-    make_folder,
-    replacing,
-    sweep,
-    sync_folder,
-    unstaged,
-)
+from fastadapt.io.atomic import digest, disk_errors, remove, replacing
 from fastadapt.io.documents import Count, DocumentError, Positive, Sha256, check, read_json, same
 from fastadapt.io.names import has_file, inside, typed_path
+from fastadapt.io.workspace import Workspace
 
 MANIFEST = "manifest.json"
 FORMAT = "fastadapt data"
@@ -43,16 +33,27 @@ SCHEMA_VERSION = 1
 FILES = {split: f"{split}.parquet" for split in SPLITS}
 WORK = ".prepare"
 _SETTINGS, _LOCK = "settings.json", "lock"
-#: What is written beside its place first; see :func:`fastadapt.io.atomic.replacing`.
-_REPLACED = (*FILES.values(), MANIFEST)
 #: Everything that is ever written; an overwrite removes this and nothing else.
 _WRITTEN = (
     MANIFEST,
     *FILES.values(),
     f"{WORK}/{_SETTINGS}",
-    f"{WORK}/{ROWS}",
-    f"{WORK}/{JOURNAL}",
+    f"{WORK}/{LEDGER}*",
+    *(f"{WORK}/{name}" for name in OLD),
 )
+
+
+def _workspace(folder: Path) -> Workspace:
+    return Workspace(
+        folder,
+        "--output",
+        "writing to",
+        replaced=(*FILES.values(), MANIFEST, f"{WORK}/{_SETTINGS}"),
+        written=_WRITTEN,
+        marker=f"{WORK}/{_SETTINGS}",
+        lock=f"{WORK}/{_LOCK}",
+    )
+
 
 Settings = Mapping[str, Any]
 
@@ -110,39 +111,15 @@ def open_output(output: str, *, resume: bool, overwrite: bool) -> Iterator[Path]
     if resume and overwrite:
         raise UserError("--resume goes on with a selection, --overwrite removes it: choose one")
     folder = typed_path(output, "--output")
-    _check(folder, resume=resume, overwrite=overwrite)
-    made = not folder.exists()
-    try:
-        make_folder(folder / WORK)
-    except OSError as error:
-        raise UserError(f"--output: {folder} cannot be made: {error.strerror}") from error
-    with ExitStack() as held:
-        try:
-            held.enter_context(locked(folder / WORK / _LOCK))
-        except BlockingIOError:
-            raise UserError(f"--output: another process is writing to {folder}") from None
-        except OSError as error:
-            raise UserError(f"--output: {folder} cannot be written: {error.strerror}") from error
-        try:
-            _sweep(folder)
-            yield folder
-        finally:
-            if not (folder / WORK / _SETTINGS).exists():
-                shutil.rmtree(folder / WORK)
-                if made and not any(folder.iterdir()):
-                    folder.rmdir()
+    workspace = _workspace(folder)
+    _check(workspace, resume=resume, overwrite=overwrite)
+    with workspace.claimed():
+        workspace.sweep()
+        yield folder
 
 
-def _check(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output: {folder} is a file; expected a folder or a new name")
-    try:
-        entries = (
-            [path for path in folder.iterdir() if path.name != WORK] if folder.exists() else []
-        )
-        found = [path for path in entries if unstaged(path.name) not in _REPLACED]
-    except OSError as error:
-        raise UserError(f"--output: {folder} cannot be read: {error.strerror}") from error
+def _check(workspace: Workspace, *, resume: bool, overwrite: bool) -> None:
+    folder, names = workspace.folder, workspace.names()
     begun = (folder / WORK / _SETTINGS).exists()
     # Where a selection is begun, the manifest is an older one's or the last thing still to write.
     finished = not begun and read_manifest(folder) is not None
@@ -163,12 +140,8 @@ def _check(folder: Path, *, resume: bool, overwrite: bool) -> None:
                 f"--output: {folder} holds a selection already. Replace it (--overwrite), or give "
                 "another folder."
             )
-    elif found:
-        names = ", ".join(sorted(path.name for path in found)[:3])
-        raise UserError(
-            f"--output: {folder} is not empty and holds no selection (it holds {names}); nothing "
-            "in it was touched. Give a new folder."
-        )
+    elif names:
+        raise workspace.foreign("is not empty and holds no selection", names)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -224,15 +197,8 @@ def verify(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 def begin(folder: Path, settings: Settings) -> None:
     """Remove what an earlier selection left in the folder, and note the settings of this one."""
-    try:
-        _remove(folder, _WRITTEN)
-        for held in (folder, folder / WORK):  # no old journal may come back beside the settings
-            sync_folder(held)
-        with replacing(folder / WORK / _SETTINGS) as staged:
-            staged.write_text(json.dumps(settings, ensure_ascii=False), encoding="utf-8")
-    except OSError as error:
-        told = cannot_write(folder, error, "Run the same command again.")
-        raise RunError(f"--output: {told}") from error
+    text = json.dumps(settings, ensure_ascii=False)
+    _workspace(folder).start(lambda staged: staged.write_text(text, encoding="utf-8"))
 
 
 def check_same(folder: Path, settings: Settings) -> None:
@@ -254,18 +220,6 @@ def check_same(folder: Path, settings: Settings) -> None:
         )
 
 
-def _remove(folder: Path, patterns: Sequence[str]) -> None:
-    for pattern in patterns:
-        for path in folder.glob(pattern):
-            path.unlink()
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what kills left half-written; the caller holds the folder."""
-    with disk_errors(folder):
-        sweep(*(folder / name for name in _REPLACED), folder / WORK / _SETTINGS)
-
-
 def finish(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write the manifest, after which nothing else is needed.
 
@@ -280,4 +234,5 @@ def finish(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 def clean(folder: Path) -> None:
     """Remove what the reading of a finished selection needed, and what a kill left of it."""
-    _remove(folder, [f"{WORK}/{name}" for name in (_SETTINGS, JOURNAL, ROWS)])
+    for name in (_SETTINGS, LEDGER, f"{LEDGER}-journal", *OLD):
+        remove(folder / WORK / name)

@@ -158,9 +158,7 @@ def look_at(values: Mapping[str, Any], domains: Iterable[str]) -> tuple[str, str
 
 
 class Candidate(NamedTuple):
-    """A row that may be taken, and where its text is kept (see
-    ``fastadapt.data.prepare.candidate_store``).
-    """
+    """A row that may be taken; ``unpacked`` is the size of its text in bytes."""
 
     key: int
     row: int
@@ -168,8 +166,6 @@ class Candidate(NamedTuple):
     prompt: str
     conversation: str
     tokens: int
-    offset: int
-    size: int
     unpacked: int
 
 

@@ -116,7 +116,7 @@ class ResponseFile:
     def _take_up(self, settings: Mapping[str, Any]) -> int:
         """Read what there is; the bytes of its whole lines."""
         whole = 0
-        for number, record, end in _records(self.path):
+        for number, record, end in _records(self.path) if has_file(self.path) else ():
             whole = end
             where, kind = f"{self.path}, line {number}", record.pop("kind", None)
             if (kind == "settings") != (number == 1) or kind not in KINDS:
@@ -154,6 +154,14 @@ class ResponseFile:
                 left = left[self._file.write(left) :]
 
 
+def lock_file(path: Path) -> Path:
+    """Return the lock file of a file of responses, which lies beside it while a process samples.
+
+    The responses themselves are no lock: on Windows, no one could read a locked file.
+    """
+    return path.with_name(f"{path.name}.lock")
+
+
 @contextmanager
 def open_responses(path: Path, settings: Mapping[str, Any]) -> Iterator[ResponseFile]:
     """The file of responses at ``path``, for this process alone.
@@ -162,14 +170,18 @@ def open_responses(path: Path, settings: Mapping[str, Any]) -> Iterator[Response
         UserError: it holds responses of other settings, or is no such file.
         RunError: it cannot be written, or another process samples into it.
     """
+    lock = lock_file(path)
     try:
         make_folder(path.parent)
-        with locked(path):
-            file = ResponseFile(path, settings)
+        with locked(lock):
             try:
-                yield file
+                file = ResponseFile(path, settings)
+                try:
+                    yield file
+                finally:
+                    file.close()
             finally:
-                file.close()
+                lock.unlink(missing_ok=True)
     except BlockingIOError:
         raise RunError(f"{path}: another process samples into this file") from None
     except OSError as error:

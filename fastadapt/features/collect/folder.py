@@ -26,9 +26,18 @@ from fastadapt.errors import UserError
 from fastadapt.features.collect.config import CollectConfig
 from fastadapt.features.store.schema import KINDS, MANIFEST, SHARED, TABLES, Kind
 from fastadapt.features.store.store import LOCK, Layers, PerLayer
-from fastadapt.io.atomic import disk_errors, make_folder, replacing, sync_folder, unstaged
+from fastadapt.io.atomic import (
+    disk_errors,
+    make_folder,
+    remove,
+    remove_if_empty,
+    replacing,
+    sync_folder,
+    unstaged,
+)
 from fastadapt.io.documents import Count, DocumentError, Positive, read_json
 from fastadapt.io.names import has_file
+from fastadapt.io.workspace import Workspace
 from fastadapt.training.config import from_dict
 
 WORK, NEXT = "collecting", "collecting.next"
@@ -80,14 +89,10 @@ def check_folder(folder: Path) -> None:
     Raises:
         UserError: it does, or is no folder.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; expected a folder or a new name")
-    found = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if found - _BESIDE and not (WORK in found or _is_store(folder) or _is_rest(folder)):
-        raise UserError(
-            f"{folder} is not empty and holds no features (it holds "
-            f"{', '.join(sorted(found)[:3])}); nothing in it was touched: give a new folder"
-        )
+    workspace = Workspace(folder, "--output", "writing to", ())
+    names = workspace.names()
+    if set(names) - _BESIDE and not (WORK in names or _is_store(folder) or _is_rest(folder)):
+        raise workspace.foreign("is not empty and holds no features", names)
 
 
 def _is_store(folder: Path) -> bool:
@@ -210,23 +215,15 @@ def clear(folder: Path) -> None:
             sync_folder(folder)
         clear_work(folder)
         for path in list(_of_units(folder)):
-            _remove(path)
+            remove(path)
         for kind in KINDS:
-            if (folder / kind).is_dir() and not any((folder / kind).iterdir()):
-                (folder / kind).rmdir()
+            remove_if_empty(folder / kind)
 
 
 def _of_units(folder: Path) -> Iterator[Path]:
     for within, names in ((folder, _SHARED), *((folder / kind, _OF_KIND) for kind in KINDS)):
         if within.is_dir():
             yield from (path for path in within.iterdir() if _unstaged(path) in names)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def sweep(folder: Path) -> None:

@@ -98,7 +98,7 @@ def test_begun_anew_nothing_of_the_old_stays_but_sets_and_calls(run: Path, tmp_p
 def test_killed_while_it_is_cleared(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, overwrite: bool
 ) -> None:
-    out, removed, remove = tmp_path / "store", [], folder._remove
+    out, removed, remove = tmp_path / "store", [], folder.remove
     described(made(run, out))
 
     def few(path: Path) -> None:
@@ -108,8 +108,8 @@ def test_killed_while_it_is_cleared(
         remove(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(folder, "_remove", few)
-        patch.setattr(room.collector.work, "sweep", lambda out: None)  # a kill cleans nothing
+        patch.setattr(folder, "remove", few)
+        patch.setattr(folder, "sweep", lambda out: None)  # a kill cleans nothing
         with pytest.raises(Killed):
             collect(run, out, replace(FEW, top=7), overwrite=True)
     assert (out / folder.NEXT).is_dir()
