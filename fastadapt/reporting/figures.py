@@ -1,4 +1,4 @@
-"""What an evaluation's plots show, from ``eval.json``; how they are drawn is the next room's."""
+"""The one model of a figure, and the figures of an evaluation, from ``eval.json``."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 from fastadapt.reporting.tables import Interval
 
 
 @dataclass(frozen=True)
 class Series:
-    """One student's line, points, or level (a height without an x).
+    """A line, points, bars, or a level (a height without an x).
 
     Attributes:
-        name: of the student.
-        kind: its kind, see :mod:`fastadapt.evaluation.models_under_test`; it decides colour and
-            dashes.
-        x, y, low, high: as many numbers each; of a level, ``x`` is empty and the others have one.
+        name: shown in the legend; empty: no entry there.
+        kind: decides colour and dashes, see :mod:`fastadapt.reporting.rendering`.
+        x, y: as many numbers each; bars have one more ``x`` (their edges), a level has none.
+        low, high: ends of the intervals of ``y``; empty without intervals.
     """
 
     name: str
     kind: str
     x: list[float]
     y: list[float]
-    low: list[float]
-    high: list[float]
+    low: list[float] = field(default_factory=list)
+    high: list[float] = field(default_factory=list)
 
     @property
     def level(self) -> bool:
@@ -37,7 +37,20 @@ class Series:
 
 @dataclass(frozen=True)
 class Figure:
-    """A plot: ``key`` names its file; points are joined where ``joined``."""
+    """Series on common axes.
+
+    Attributes:
+        key: names its file.
+        title, x_label, y_label: texts, not markup.
+        series: drawn in order.
+        x_log: whether the horizontal axis is logarithmic.
+        y_log: whether the vertical axis is; None: where all values are positive and the largest is
+            more than 32 times the smallest.
+        mark: lines with points, points alone, or bars.
+        note: text beside the legend on a page.
+        values_in_legend: whether a page's legend shows the last value of each series.
+        empty: shown where no series has a value that can be drawn.
+    """
 
     key: str
     title: str
@@ -45,8 +58,11 @@ class Figure:
     y_label: str
     series: list[Series] = field(default_factory=list)
     x_log: bool = False
-    y_log: bool = False
-    joined: bool = True
+    y_log: bool | None = False
+    mark: Literal["line", "points", "bars"] = "line"
+    note: str = ""
+    values_in_legend: bool = False
+    empty: str = "no values recorded"
 
 
 def figures(result: Mapping[str, Any]) -> list[Figure]:
