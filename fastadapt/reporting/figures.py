@@ -66,15 +66,15 @@ class Figure:
 
 
 def figures(result: Mapping[str, Any]) -> list[Figure]:
-    """All plots that ``result`` (the contents of ``eval.json``) has the numbers for."""
-    found = [
+    """Return all plots that ``result`` (the contents of ``eval.json``) has the numbers for."""
+    candidates = [
         *_against_l0(result),
         *_nmse(result),
         *_partial(result),
         *_positions(result),
         *_benchmarks(result),
     ]
-    return [figure for figure in found if figure.series]
+    return [figure for figure in candidates if figure.series]
 
 
 #: key, title, unit, of what is drawn over L0
@@ -93,7 +93,7 @@ def _against_l0(result: Mapping[str, Any]) -> list[Figure]:
             f"{title} against L0",
             L0,
             unit,
-            over_l0(result, {name: found[key] for name, found in measured.items()}),
+            over_l0(result, {name: values[key] for name, values in measured.items()}),
             x_log=True,
             y_log=key == "kl",
         )
@@ -102,7 +102,7 @@ def _against_l0(result: Mapping[str, Any]) -> list[Figure]:
 
 
 def over_l0(result: Mapping[str, Any], values: Mapping[str, Interval]) -> list[Series]:
-    """Students of an L0 as points, the sweep's joined; others as levels.
+    """Return students with an L0 as points, the sweep's joined; others as levels.
 
     The sweep is the transcoders that were trained with the bridge and with a sparsity.
     """
@@ -128,13 +128,13 @@ def over_l0(result: Mapping[str, Any], values: Mapping[str, Interval]) -> list[S
 
 
 def series_of(name: str, kind: str, x: Sequence[float], values: Sequence[Interval]) -> Series:
-    """Of the values that there are; an interval that is not there has no width."""
-    kept = [i for i, value in enumerate(values) if value["mean"] is not None]
+    """Return a series of the values that were measured; a missing interval has no width."""
+    measured = [i for i, value in enumerate(values) if value["mean"] is not None]
     ends = []
     for end in ("mean", "low", "high"):
-        told = ((values[i][end], values[i]["mean"]) for i in kept)
-        ends.append([float(mean if v is None else v) for v, mean in told])  # type: ignore[arg-type]
-    return Series(name, kind, [float(x[i]) for i in kept] if x else [], *ends)
+        pairs = ((values[i][end], values[i]["mean"]) for i in measured)
+        ends.append([float(mean if v is None else v) for v, mean in pairs])  # type: ignore[arg-type]
+    return Series(name, kind, [float(x[i]) for i in measured] if x else [], *ends)
 
 
 def _per_student(
@@ -153,35 +153,36 @@ def _in_sweep(student: Mapping[str, Any]) -> bool:
 
 def _nmse(result: Mapping[str, Any]) -> list[Figure]:
     measured = result.get("faithfulness") or {}
-    found = []
+    drawn = []
     for key, title in (
         ("nmse_per_layer", "NMSE by layer"),
         ("nmse_token_per_layer", "NMSE by layer, mean over tokens"),
     ):
         curves = {name: (range(len(m[key])), m[key]) for name, m in measured.items() if m.get(key)}
         label = "layer (0: embeddings)"
-        found.append(
+        drawn.append(
             Figure(key.replace("_", "-"), title, label, "NMSE", _per_student(result, curves))
         )
-    return found
+    return drawn
 
 
 def _partial(result: Mapping[str, Any]) -> list[Figure]:
     measured = result.get("partial") or {}
-    found = []
-    for way, title, label in (
+    drawn = []
+    for mode, title, label in (
         ("first", "First n layers replaced", "n"),
         ("last", "Last n layers replaced", "n"),
         ("single", "One layer replaced", "layer"),
     ):
-        start = 0 if way == "single" else 1  # none replaced is the target itself
+        start = 0 if mode == "single" else 1  # none replaced is the target itself
         curves = {
-            name: (list(range(start, len(m[way]))), m[way][start:]) for name, m in measured.items()
+            name: (list(range(start, len(m[mode]))), m[mode][start:])
+            for name, m in measured.items()
         }
         unit = "KL to the target, nats per predicted token"
         series = _per_student(result, curves)
-        found.append(Figure(f"partial-{way}", title, label, unit, series, y_log=True))
-    return found
+        drawn.append(Figure(f"partial-{mode}", title, label, unit, series, y_log=True))
+    return drawn
 
 
 def _positions(result: Mapping[str, Any]) -> list[Figure]:
@@ -207,10 +208,10 @@ BENCHMARK = (
 
 
 def _benchmarks(result: Mapping[str, Any]) -> list[Figure]:
-    found = []
+    drawn = []
     for name, measured in (result.get("benchmarks") or {}).items():
         for key, title, unit in BENCHMARK:
             values = {s: v["sampled"][key] for s, v in measured.items() if "sampled" in v}
             series = over_l0(result, values)
-            found.append(Figure(f"{name}-{key}", f"{name}: {title}", L0, unit, series, x_log=True))
-    return found
+            drawn.append(Figure(f"{name}-{key}", f"{name}: {title}", L0, unit, series, x_log=True))
+    return drawn

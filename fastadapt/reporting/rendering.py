@@ -73,6 +73,7 @@ _SETTINGS = {
     **dict.fromkeys(("axes.labelcolor", "xtick.color", "ytick.color"), THEME["soft"]),
     # Ticks of a size are drawn as references, which inline SVG does without.
     **dict.fromkeys(("xtick.major.size", "ytick.major.size"), 0),
+    "xtick.major.pad": 6,
 }
 #: Points of a series that are drawn at most, and up to how many each has a dot.
 MAX_POINTS, MAX_DOTS = 400, 40
@@ -155,7 +156,7 @@ def inline_svg(figure: Figure, size: tuple[float, float] = (400, 230)) -> str:
         for i, handle in enumerate(handles):
             handle.set_gid(f"title-{i}")
         if handles:
-            axes.set_xlabel(figure.x_label, loc="right", labelpad=3)
+            axes.set_xlabel(figure.x_label, loc="right", labelpad=1)
         else:
             axes.set_axis_off()
             axes.text(0.5, 0.5, figure.empty, ha="center", transform=axes.transAxes)
@@ -243,9 +244,9 @@ def _copy_children(
 def _page_style(style: str) -> str:
     """Return a style with the page's colours, and without the font family."""
     parts = (part.strip() for part in style.split(";"))
-    kept = (part for part in parts if part and not part.startswith("font-family"))
+    parts = (part for part in parts if part and not part.startswith("font-family"))
     return ";".join(
-        f"{name}:{_themed(value.strip())}" for name, _, value in (p.partition(":") for p in kept)
+        f"{name}:{_themed(value.strip())}" for name, _, value in (p.partition(":") for p in parts)
     )
 
 
