@@ -39,7 +39,6 @@ from fastadapt.evaluation.generation.throughput import SpeedConfig, measure_spee
 from fastadapt.evaluation.models_under_test import Students
 from fastadapt.evaluation.statistics import BootstrapConfig
 from fastadapt.models.self_check import check_traversal
-from fastadapt.reporting.rendering import require_drawing
 
 SCHEMA_VERSION = 1
 #: Told what is being done, how much of it is done, and how much there is.
@@ -95,7 +94,6 @@ class Comparison:
         Returns:
             The contents of ``eval.json``; None if told to stop before everything was measured.
         """
-        require_drawing()
         if not parts:
             raise UserError(f"--parts: expected some of {', '.join(PARTS)}, got none")
         if "benchmarks" in parts:  # what is missing there is told before hours are spent here

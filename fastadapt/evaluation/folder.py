@@ -107,8 +107,8 @@ def write(result: Mapping[str, Any], folder: Path) -> None:
 
 def present(
     result: Mapping[str, Any],
-    made: Sequence[Table],
-    drawn: Sequence[Figure],
+    tables: Sequence[Table],
+    figures: Sequence[Figure],
     folder: Path,
     what: str,
     name: str,
@@ -117,9 +117,9 @@ def present(
 
     Args:
         result: with ``pair``, ``settings`` and ``versions``.
-        made, drawn: of it.
-        folder: that is written into.
-        what: it is, in a word.
+        tables, figures: of the result.
+        folder: to write into.
+        what: the result is, in a word.
         name: of the JSON file.
 
     Raises:
@@ -129,14 +129,14 @@ def present(
         with replacing(folder / name) as staged:
             text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
             staged.write_text(text + "\n", encoding="utf-8")
-        for name, text in (("tables.md", as_markdown(made)), ("tables.tex", as_latex(made))):
+        for name, text in (("tables.md", as_markdown(tables)), ("tables.tex", as_latex(tables))):
             with replacing(folder / name) as staged:
                 staged.write_text(text, encoding="utf-8")
         with replacing(folder / "plots") as staged:
             staged.mkdir()
-            for figure in drawn:
+            for figure in figures:
                 write_png(figure, staged / f"{figure.key}.png")
-        write_page(result, made, drawn, folder / "report.html", what)
+        write_page(result, tables, figures, folder / "report.html", what)
 
 
 @contextmanager

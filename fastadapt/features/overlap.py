@@ -44,7 +44,7 @@ from fastadapt.models.block_inputs import record_inputs
 from fastadapt.models.replacement import ReplacementModel
 from fastadapt.models.self_check import check_traversal
 from fastadapt.reporting.figures import Figure, Series
-from fastadapt.reporting.rendering import require_drawing, write_png
+from fastadapt.reporting.rendering import write_png
 
 BINS = 20  # of the distribution
 _WIDENED = 8192  # tokens whose inputs are in float32 at a time
@@ -104,7 +104,6 @@ def overlap(
             plots cannot be drawn.
         RunError: the store cannot be written.
     """
-    require_drawing()
     config = config or OverlapConfig()
     store = Store.open(source or run)
     with writing(store.folder):
@@ -274,7 +273,7 @@ def figure(table: pa.Table) -> Figure:
         "share of the tokens that both sets hold",
         "share of features",
         [
-            Series(names[other], other, middles, shares, shares, shares)
+            Series(names[other], other, middles, shares)
             for other, shares in distribution(table).items()
         ],
     )

@@ -1,4 +1,4 @@
-"""What an evaluation's plots show, from ``eval.json``; how they are drawn is the next room's."""
+"""The one model of a figure, and the figures of an evaluation, from ``eval.json``."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 from fastadapt.reporting.tables import Interval
 
 
 @dataclass(frozen=True)
 class Series:
-    """One student's line, points, or level (a height without an x).
+    """A line, points, bars, or a level (a height without an x).
 
     Attributes:
-        name: of the student.
-        kind: its kind, see :mod:`fastadapt.evaluation.models_under_test`; it decides colour and
-            dashes.
-        x, y, low, high: as many numbers each; of a level, ``x`` is empty and the others have one.
+        name: shown in the legend; empty: no entry there.
+        kind: decides colour and dashes, see :mod:`fastadapt.reporting.rendering`.
+        x, y: as many numbers each; bars have one more ``x`` (their edges), a level has none.
+        low, high: ends of the intervals of ``y``; empty without intervals.
     """
 
     name: str
     kind: str
     x: list[float]
     y: list[float]
-    low: list[float]
-    high: list[float]
+    low: list[float] = field(default_factory=list)
+    high: list[float] = field(default_factory=list)
 
     @property
     def level(self) -> bool:
@@ -37,7 +37,20 @@ class Series:
 
 @dataclass(frozen=True)
 class Figure:
-    """A plot: ``key`` names its file; points are joined where ``joined``."""
+    """Series on common axes.
+
+    Attributes:
+        key: names its file.
+        title, x_label, y_label: texts, not markup.
+        series: drawn in order.
+        x_log: whether the horizontal axis is logarithmic.
+        y_log: whether the vertical axis is; None: where all values are positive and the largest is
+            more than 32 times the smallest.
+        mark: lines with points, points alone, or bars.
+        note: text beside the legend on a page.
+        values_in_legend: whether a page's legend shows the last value of each series.
+        empty: shown where no series has a value that can be drawn.
+    """
 
     key: str
     title: str
@@ -45,20 +58,23 @@ class Figure:
     y_label: str
     series: list[Series] = field(default_factory=list)
     x_log: bool = False
-    y_log: bool = False
-    joined: bool = True
+    y_log: bool | None = False
+    mark: Literal["line", "points", "bars"] = "line"
+    note: str = ""
+    values_in_legend: bool = False
+    empty: str = "no values recorded"
 
 
 def figures(result: Mapping[str, Any]) -> list[Figure]:
-    """All plots that ``result`` (the contents of ``eval.json``) has the numbers for."""
-    found = [
+    """Return all plots that ``result`` (the contents of ``eval.json``) has the numbers for."""
+    candidates = [
         *_against_l0(result),
         *_nmse(result),
         *_partial(result),
         *_positions(result),
         *_benchmarks(result),
     ]
-    return [figure for figure in found if figure.series]
+    return [figure for figure in candidates if figure.series]
 
 
 #: key, title, unit, of what is drawn over L0
@@ -77,7 +93,7 @@ def _against_l0(result: Mapping[str, Any]) -> list[Figure]:
             f"{title} against L0",
             L0,
             unit,
-            over_l0(result, {name: found[key] for name, found in measured.items()}),
+            over_l0(result, {name: values[key] for name, values in measured.items()}),
             x_log=True,
             y_log=key == "kl",
         )
@@ -86,7 +102,7 @@ def _against_l0(result: Mapping[str, Any]) -> list[Figure]:
 
 
 def over_l0(result: Mapping[str, Any], values: Mapping[str, Interval]) -> list[Series]:
-    """Students of an L0 as points, the sweep's joined; others as levels.
+    """Return students with an L0 as points, the sweep's joined; others as levels.
 
     The sweep is the transcoders that were trained with the bridge and with a sparsity.
     """
@@ -112,13 +128,13 @@ def over_l0(result: Mapping[str, Any], values: Mapping[str, Interval]) -> list[S
 
 
 def series_of(name: str, kind: str, x: Sequence[float], values: Sequence[Interval]) -> Series:
-    """Of the values that there are; an interval that is not there has no width."""
-    kept = [i for i, value in enumerate(values) if value["mean"] is not None]
+    """Return a series of the values that were measured; a missing interval has no width."""
+    measured = [i for i, value in enumerate(values) if value["mean"] is not None]
     ends = []
     for end in ("mean", "low", "high"):
-        told = ((values[i][end], values[i]["mean"]) for i in kept)
-        ends.append([float(mean if v is None else v) for v, mean in told])  # type: ignore[arg-type]
-    return Series(name, kind, [float(x[i]) for i in kept] if x else [], *ends)
+        pairs = ((values[i][end], values[i]["mean"]) for i in measured)
+        ends.append([float(mean if v is None else v) for v, mean in pairs])  # type: ignore[arg-type]
+    return Series(name, kind, [float(x[i]) for i in measured] if x else [], *ends)
 
 
 def _per_student(
@@ -137,35 +153,36 @@ def _in_sweep(student: Mapping[str, Any]) -> bool:
 
 def _nmse(result: Mapping[str, Any]) -> list[Figure]:
     measured = result.get("faithfulness") or {}
-    found = []
+    drawn = []
     for key, title in (
         ("nmse_per_layer", "NMSE by layer"),
         ("nmse_token_per_layer", "NMSE by layer, mean over tokens"),
     ):
         curves = {name: (range(len(m[key])), m[key]) for name, m in measured.items() if m.get(key)}
         label = "layer (0: embeddings)"
-        found.append(
+        drawn.append(
             Figure(key.replace("_", "-"), title, label, "NMSE", _per_student(result, curves))
         )
-    return found
+    return drawn
 
 
 def _partial(result: Mapping[str, Any]) -> list[Figure]:
     measured = result.get("partial") or {}
-    found = []
-    for way, title, label in (
+    drawn = []
+    for mode, title, label in (
         ("first", "First n layers replaced", "n"),
         ("last", "Last n layers replaced", "n"),
         ("single", "One layer replaced", "layer"),
     ):
-        start = 0 if way == "single" else 1  # none replaced is the target itself
+        start = 0 if mode == "single" else 1  # none replaced is the target itself
         curves = {
-            name: (list(range(start, len(m[way]))), m[way][start:]) for name, m in measured.items()
+            name: (list(range(start, len(m[mode]))), m[mode][start:])
+            for name, m in measured.items()
         }
         unit = "KL to the target, nats per predicted token"
         series = _per_student(result, curves)
-        found.append(Figure(f"partial-{way}", title, label, unit, series, y_log=True))
-    return found
+        drawn.append(Figure(f"partial-{mode}", title, label, unit, series, y_log=True))
+    return drawn
 
 
 def _positions(result: Mapping[str, Any]) -> list[Figure]:
@@ -191,10 +208,10 @@ BENCHMARK = (
 
 
 def _benchmarks(result: Mapping[str, Any]) -> list[Figure]:
-    found = []
+    drawn = []
     for name, measured in (result.get("benchmarks") or {}).items():
         for key, title, unit in BENCHMARK:
             values = {s: v["sampled"][key] for s, v in measured.items() if "sampled" in v}
             series = over_l0(result, values)
-            found.append(Figure(f"{name}-{key}", f"{name}: {title}", L0, unit, series, x_log=True))
-    return found
+            drawn.append(Figure(f"{name}-{key}", f"{name}: {title}", L0, unit, series, x_log=True))
+    return drawn

@@ -46,7 +46,7 @@ def markers_note(n: int, of: int) -> str:
 
     Example:
         >>> markers_note(2, 1000)[:60]
-        "2 of 1,000 conversations have markers of the family in their"
+        '2 of 1,000 conversations have markers of the family in their'
     """
     return (
         f"{n:,} of {of:,} conversations have markers of the family in their text, which the "

@@ -1,86 +1,91 @@
-"""An evaluation as one page, ``report.html``: its tables, and its plots to move about in.
+"""Writes HTML pages from the templates beside this file.
 
-The page needs no network: the library that draws the plots is in it (some 4 MB).
+Pages need no network and no script, and follow the reader's light or dark setting. jinja2 escapes
+every text; drawings come from :mod:`fastadapt.reporting.rendering`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from fastadapt.io.atomic import replacing
 from fastadapt.reporting.figures import Figure
-from fastadapt.reporting.html import STYLE, card, grid, section, table
-from fastadapt.reporting.rendering import interactive
+from fastadapt.reporting.rendering import inline_svg, legend_keys
 from fastadapt.reporting.tables import Table
 
-#: None of them sends anything anywhere.
-_BUTTONS = ["toImage", "zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]
-_MORE = """
-.plots{grid-template-columns:repeat(auto-fill,minmax(min(100%,520px),1fr))}
-.plots .card>.legend{display:none}
-"""
+_TEMPLATES = resources.files("fastadapt.reporting") / "templates"
+
+
+def style_sheet() -> str:
+    """Return the style sheet that all pages share."""
+    return (_TEMPLATES / "style.css").read_text(encoding="utf-8")
+
+
+def render_page(path: Path, template: str, **values: Any) -> None:
+    """Write a page, in place of an older one.
+
+    Args:
+        path: of the page.
+        template: its name in ``templates/``.
+        values: what the template shows.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=FunctionLoader(lambda name: (_TEMPLATES / name).read_text(encoding="utf-8")),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["svg"] = lambda figure, size: Markup(inline_svg(figure, size))
+    environment.filters["legend"] = legend_keys
+    text = environment.get_template(template).render(values)
+    with replacing(path) as staged:
+        staged.write_text(text + "\n", encoding="utf-8")
 
 
 def write_page(
     result: Mapping[str, Any],
-    found: Sequence[Table],
-    drawn: Sequence[Figure],
+    tables: Sequence[Table],
+    figures: Sequence[Figure],
     path: Path,
     what: str = "evaluation",
 ) -> None:
-    """Write the page.
+    """Write an evaluation as one page: its tables, plots and settings.
 
     Args:
         result: the contents of ``eval.json``.
-        found: its tables.
-        drawn: its figures.
+        tables: shown first.
+        figures: shown after them.
         path: of the page.
-        what: it is about, in a word.
+        what: the page is about, in a word.
     """
-    from plotly.offline import get_plotlyjs
-
     pair = result["pair"]
-    title = f"{Path(pair['target']).name} against {Path(pair['base']).name}"
-    body = [
-        '<div class="top"><p class="brand">fastadapt · '
-        f"{escape(what)}</p><h1>{escape(title)}</h1></div>",
-        *(section(t.title, table(t.head, t.rows), t.note) for t in found),
-        section("Plots", grid([_card(figure) for figure in drawn], "grid plots")),
-        section("Settings", table(["", ""], _facts(result), "facts")),
-    ]
-    text = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f"<title>{escape(title)} · fastadapt</title><style>{STYLE}{_MORE}</style>"
-        f"<script>{get_plotlyjs()}</script></head>"
-        f"<body><main>{''.join(body)}</main></body></html>\n"
+    facts = {"pair": pair, **result["settings"], "versions": result["versions"]}
+    render_page(
+        path,
+        "evaluation.html.j2",
+        title=f"{Path(pair['target']).name} against {Path(pair['base']).name}",
+        what=what,
+        tables=tables,
+        figures=figures,
+        facts=_flat(facts),
     )
-    with replacing(path) as staged:
-        staged.write_text(text, encoding="utf-8")
 
 
-def _card(figure: Figure) -> str:
-    chart = interactive(figure).to_html(
-        full_html=False,
-        include_plotlyjs=False,
-        div_id=f"plot-{figure.key}",
-        config={"displaylogo": False, "responsive": True, "modeBarButtons": [_BUTTONS]},
-    )
-    return card(figure.title, figure.y_label, chart)
-
-
-def _facts(result: Mapping[str, Any]) -> list[list[str]]:
-    def flat(values: Mapping[str, Any], prefix: str = "") -> list[list[str]]:
-        rows = []
-        for key, value in values.items():
-            if isinstance(value, Mapping):
-                rows += flat(value, f"{prefix}{key}.")
-            else:
-                rows.append([prefix + key, str(value)])
-        return rows
-
-    return flat({"pair": result["pair"], **result["settings"], "versions": result["versions"]})
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[list[str]]:
+    rows = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            rows += _flat(value, f"{prefix}{key}.")
+        else:
+            rows.append([prefix + key, str(value)])
+    return rows

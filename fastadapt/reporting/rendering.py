@@ -1,23 +1,35 @@
-"""Figures as PNG files (matplotlib) and as interactive pages (plotly), the same in both."""
+"""Renders figures with matplotlib: PNG files, and SVG inside an HTML page."""
 
 from __future__ import annotations
 
-import itertools
+import io
 import math
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
 
-from fastadapt.errors import UserError
 from fastadapt.reporting.figures import Figure, Series
+from fastadapt.reporting.formatting import number
 
-#: Colours that are told apart by colour-blind readers (Okabe and Ito), by kind of student.
+#: Colours of the light page, by their names in ``templates/style.css``. SVG refers to the names, so
+#: that it follows the reader's light or dark setting.
+THEME = {
+    "ink": "#16181d",
+    "soft": "#5a606c",
+    "line": "#e2e2de",
+    "grid": "#ecece8",
+    "main": "#2b6fd6",
+    "held": "#d2521c",
+    "base": "#858a94",
+}
+#: By kind of series. Those of models and sets can be distinguished by colour-blind readers (Okabe
+#: and Ito).
 COLOURS = {
     "transcoder": "#0072B2",
     "dense": "#56B4E9",
     "no-bridge": "#CC79A7",
-    "changed": "#000000",
+    "changed": THEME["ink"],
     "mlp": "#009E73",
     "norms": "#E69F00",
     "hybrid": "#D55E00",
@@ -29,145 +41,357 @@ COLOURS = {
     "hesitation": "#56B4E9",
     "template": "#CC79A7",
     "random": "#8a8a8a",
+    # Curves of a training run.
+    "every step": THEME["main"],
+    "train": THEME["main"],
+    "held-out": THEME["held"],
+    "reference": THEME["base"],
+    "density": THEME["main"],
 }
-DASHES = {"hybrid": "dash", "base": "dot", "target": "dashdot"}
-#: Of several adapters in one figure: from sparse to dense.
-SHADES = ("#9ecae1", "#6baed6", "#4292c6", "#2171b5", "#08519c", "#08306b")
-_MATPLOTLIB = {"dash": "--", "dot": ":", "dashdot": "-."}
+#: Kinds of which a figure may hold several, by depth or from sparse to dense: colours to mix. They
+#: are visible on a light and on a dark page.
+RAMPS = {
+    "transcoder": ("#9ecae1", "#6baed6", "#4292c6", "#2b74bd"),
+    "layer": ("#6c52d6", "#2f7ce0", "#149e92", "#78aa32", "#e09814"),
+}
+DASHES = {"hybrid": "--", "base": ":", "target": "-.", "reference": "--"}
+_CSS_LINES = {"--": "dashed", ":": "dotted", "-.": "dashed"}
+#: matplotlib's settings, over its defaults: a reader's own do not matter. ``$`` is no mathematics.
+_SETTINGS = {
+    "text.parse_math": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "fastadapt",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "axes.xmargin": 0.02,
+    "grid.color": THEME["grid"],
+    "axes.edgecolor": THEME["line"],
+    **dict.fromkeys(("text.color", "axes.titlecolor"), THEME["ink"]),
+    **dict.fromkeys(("axes.labelcolor", "xtick.color", "ytick.color"), THEME["soft"]),
+    # Ticks of a size are drawn as references, which inline SVG does without.
+    **dict.fromkeys(("xtick.major.size", "ytick.major.size"), 0),
+    "xtick.major.pad": 6,
+}
+#: Points of a series that are drawn at most, and up to how many each has a dot.
+MAX_POINTS, MAX_DOTS = 400, 40
 
 
-def require_drawing() -> None:
-    """Raise ``UserError`` where matplotlib or plotly is not installed, and say what to install."""
-    try:
-        import matplotlib  # noqa: F401
-        import plotly  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"plots need {error.name}; install an extra that has it: pip install 'fastadapt[eval]'"
-        ) from error
+def ramp(stops: Sequence[str], position: float) -> str:
+    """Return the colour at ``position`` in 0..1 between colours of equal distance.
+
+    Example:
+        >>> ramp(["#000000", "#204060", "#ffffff"], 0.25)
+        '#102030'
+    """
+    rgb = [[int(stop[i : i + 2], 16) for i in (1, 3, 5)] for stop in stops]
+    place = position * (len(stops) - 1)
+    low = min(int(place), len(stops) - 2)
+    mixed = (a + (b - a) * (place - low) for a, b in zip(rgb[low], rgb[low + 1], strict=True))
+    return "#" + "".join(f"{round(value):02x}" for value in mixed)
 
 
 def colours(series: Sequence[Series]) -> list[str]:
-    """One per series; several adapters get shades of one colour."""
-    adapters = [s for s in series if s.kind == "transcoder"]
-    if len(adapters) < 2:
-        return [COLOURS[s.kind] for s in series]
-    shades = itertools.cycle(SHADES)
-    return [next(shades) if s.kind == "transcoder" else COLOURS[s.kind] for s in series]
+    """Return a colour for each series; several adapters, and layers, get steps of a ramp."""
+    counts = {kind: sum(s.kind == kind for s in series) for kind in RAMPS}
+    seen = dict.fromkeys(RAMPS, 0)
+    chosen = []
+    for s in series:
+        if s.kind in RAMPS and (counts[s.kind] > 1 or s.kind not in COLOURS):
+            chosen.append(ramp(RAMPS[s.kind], seen[s.kind] / max(1, counts[s.kind] - 1)))
+            seen[s.kind] += 1
+        else:
+            chosen.append(COLOURS[s.kind])
+    return chosen
 
 
 def write_png(figure: Figure, path: Path) -> None:
     """Draw ``figure`` into a PNG file, 7.6 by 4.2 inches at 200 dots an inch."""
+    from matplotlib import style
     from matplotlib.figure import Figure as Canvas
-    from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-    canvas = Canvas(figsize=(7.6, 4.2), layout="constrained")
-    axes = canvas.add_subplot()
-    handles: list[Any] = []
-    for s, colour in zip(figure.series, colours(figure.series), strict=True):
-        dash = _MATPLOTLIB.get(DASHES.get(s.kind, ""), "-")
-        if s.level:
-            handles.append(axes.axhline(s.y[0], color=colour, linestyle=dash, linewidth=1.4))
-            axes.axhspan(s.low[0], s.high[0], color=colour, alpha=0.12, linewidth=0)
-            continue
-        line = dash if figure.joined and len(s.x) > 1 else "none"
-        handles += axes.plot(s.x, s.y, color=colour, linestyle=line, marker="o", markersize=3.5)
-        if len(s.x) > 1 and figure.joined:
-            axes.fill_between(s.x, s.low, s.high, color=colour, alpha=0.15, linewidth=0)
+    with style.context(["default", _SETTINGS]):
+        canvas = Canvas(figsize=(7.6, 4.2), layout="constrained")
+        axes = canvas.add_subplot()
+        handles = _plot(axes, figure)
+        axes.set_title(figure.title, fontsize=11, loc="left")
+        axes.set_xlabel(figure.x_label)
+        axes.set_ylabel(figure.y_label)
+        # matplotlib leaves out labels that begin with "_": the names are set afterwards.
+        named = [(h, s.name) for h, s in zip(handles, figure.series, strict=False) if s.name]
+        legend = canvas.legend(
+            [handle for handle, _ in named],
+            [str(i) for i in range(len(named))],
+            loc="outside right upper",
+            fontsize=8,
+            frameon=False,
+        )
+        for text, (_, name) in zip(legend.get_texts(), named, strict=True):
+            text.set_text(name)
+        canvas.savefig(path, dpi=200, format="png")
+
+
+def inline_svg(figure: Figure, size: tuple[float, float] = (400, 230)) -> str:
+    """Draw ``figure`` as an ``<svg>`` element, without title, vertical label and legend.
+
+    The element has no script, reference, identifier or namespace, the same figure gives the same
+    text, and names of series are titles that a browser shows on hover.
+
+    Args:
+        figure: any.
+        size: width and height of the view box.
+    """
+    from matplotlib import style
+    from matplotlib.figure import Figure as Canvas
+
+    width, height = size
+    settings = {**_SETTINGS, "font.size": 11, "figure.facecolor": "none", "axes.facecolor": "none"}
+    with style.context(["default", settings]):
+        canvas = Canvas(figsize=(width / 72, height / 72))
+        axes = canvas.add_axes((42 / width, 36 / height, 1 - 54 / width, 1 - 46 / height))
+        handles = _plot(axes, figure)
+        titles = _titles(figure)
+        for i, handle in enumerate(handles):
+            handle.set_gid(f"title-{i}")
+        if handles:
+            axes.set_xlabel(figure.x_label, loc="right", labelpad=1)
         else:
-            axes.vlines(s.x, s.low, s.high, color=colour)
-    xs = [x for s in figure.series for x in s.x]
-    if figure.x_log and xs:
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(FixedLocator(_round_numbers(min(xs), max(xs))))
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_locator(NullLocator())
-    elif _counted(xs):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if figure.y_log:
-        axes.set_yscale("log")
+            axes.set_axis_off()
+            axes.text(0.5, 0.5, figure.empty, ha="center", transform=axes.transAxes)
+        text = io.StringIO()
+        canvas.savefig(text, format="svg", metadata={"Date": None})
+    drawn = ElementTree.fromstring(text.getvalue())
+    defined = {e.get("id", ""): e for e in drawn.iter() if e.tag.endswith("}path")}
+    svg = ElementTree.Element("svg", viewBox=drawn.attrib["viewBox"], role="img")
+    label = f"{figure.y_label} over {figure.x_label}".strip()  # the page has the title beside it
+    svg.set("aria-label", label if handles else figure.empty)
+    _copy_children(drawn, svg, defined, titles)
+    return ElementTree.tostring(svg, encoding="unicode")
+
+
+class LegendKey(NamedTuple):
+    """An entry of a page's legend: CSS for its line and colour, and the last value as text."""
+
+    name: str
+    colour: str
+    line: str
+    value: str
+
+
+def legend_keys(figure: Figure) -> list[LegendKey]:
+    """Return the legend of a figure, for a page."""
+    return [
+        LegendKey(
+            s.name,
+            _themed(colour),
+            _CSS_LINES.get(DASHES.get(s.kind, ""), "solid"),
+            number(s.y[-1] if s.y else None),
+        )
+        for s, colour in zip(figure.series, colours(figure.series), strict=True)
+        if s.name
+    ]
+
+
+def _titles(figure: Figure) -> list[str]:
+    """Return the text of each handle of :func:`_plot`."""
+    if figure.mark != "bars":
+        return [s.name for s in figure.series]
+    return [
+        f"{left:.2f} to {right:.2f}: {number(count)}"
+        for s in figure.series
+        for left, right, count in zip(s.x, s.x[1:], s.y, strict=False)
+        if count
+    ]
+
+
+def _copy_children(
+    source: ElementTree.Element,
+    target: ElementTree.Element,
+    defined: dict[str, ElementTree.Element],
+    titles: Sequence[str],
+) -> None:
+    """Copy what is drawn, each reference replaced by the path that it names."""
+    for child in source:
+        tag, style = child.tag.rpartition("}")[2], child.get("style", "")
+        if tag == "g":
+            group = ElementTree.Element("g")
+            kind, _, index = child.get("id", "").partition("-")
+            _copy_children(child, group, defined, titles)
+            if kind == "title" and len(group) and (title := titles[int(index)]):
+                ElementTree.SubElement(group, "title").text = title
+            if len(group) > 1 or "title-" in child.get("id", ""):
+                target.append(group)
+            else:
+                target.extend(group)
+        elif tag in ("path", "text", "use"):
+            copy = ElementTree.SubElement(target, "text" if tag == "text" else "path")
+            attributes = dict(child.attrib)
+            if tag == "use":
+                path = defined[attributes["{http://www.w3.org/1999/xlink}href"][1:]]
+                style += "; " + path.get("style", "")
+                move = f"translate({attributes['x']} {attributes['y']})"
+                attributes = {"d": path.attrib["d"], "transform": move}
+            names = ("x", "y") if tag == "text" else ("d", "transform")
+            for name in names:
+                if name in attributes:
+                    copy.set(name, " ".join(attributes[name].split()))
+            copy.set("style", _page_style(style))
+            copy.text = child.text if tag == "text" else None
+
+
+def _page_style(style: str) -> str:
+    """Return a style with the page's colours, and without the font family."""
+    parts = (part.strip() for part in style.split(";"))
+    parts = (part for part in parts if part and not part.startswith("font-family"))
+    return ";".join(
+        f"{name}:{_themed(value.strip())}" for name, _, value in (p.partition(":") for p in parts)
+    )
+
+
+def _themed(colour: str) -> str:
+    name = next((name for name, value in THEME.items() if value == colour), None)
+    return f"var(--{name})" if name else colour
+
+
+# --- what both draw -------------------------------------------------------------------------------
+
+
+class _Point(NamedTuple):
+    x: float
+    y: float
+    low: float
+    high: float
+
+
+def _points(series: Series, log: bool) -> list[_Point]:
+    """Return the points that can be drawn, thinned from the end: the last is always drawn."""
+    xs = series.x or [0.0] * len(series.y)
+    lows, highs = series.low or series.y, series.high or series.y
+    points = [
+        _Point(*numbers)
+        for numbers in zip(xs, series.y, lows, highs, strict=True)
+        if math.isfinite(numbers[1]) and (numbers[1] > 0 or not log)
+    ]
+    stride = max(1, math.ceil(len(points) / MAX_POINTS))
+    return points[::-1][::stride][::-1]
+
+
+def _plot(axes: Any, figure: Figure) -> list[Any]:
+    """Draw the series; return a handle for each that can be drawn, of bars for each bar."""
+    if figure.mark == "bars":
+        return _plot_bars(axes, figure)
+    y_log = figure.y_log
+    if y_log is None:
+        ys = [point.y for s in figure.series for point in _points(s, log=False)]
+        y_log = bool(ys) and min(ys) > 0 and max(ys) > 32 * min(ys)
+    drawn = [_points(s, y_log) for s in figure.series]
+    # On a logarithmic axis an interval that reaches 0 ends at the smallest number drawn.
+    positive = (v for points in drawn for p in points for v in (p.low, p.y) if v > 0)
+    floor = min(positive, default=0.0) if y_log else -math.inf
+    handles: list[Any] = []
+    for s, colour, points in zip(figure.series, colours(figure.series), drawn, strict=True):
+        dash = DASHES.get(s.kind, "-")
+        lows = [max(p.low, floor) for p in points]
+        xs, ys, highs = ([getattr(p, name) for p in points] for name in ("x", "y", "high"))
+        if s.level and points:
+            handles.append(axes.axhline(ys[0], color=colour, linestyle=dash, linewidth=1.4))
+            if s.low:
+                axes.axhspan(lows[0], highs[0], color=colour, alpha=0.12, linewidth=0)
+            continue
+        faint = s.kind == "every step"
+        joined = figure.mark == "line" and len(xs) > 1
+        handles += axes.plot(
+            xs,
+            ys,
+            color=colour,
+            linestyle=dash if joined else "none",
+            linewidth=1 if faint else 1.6,
+            alpha=0.3 if faint else None,
+            marker="o" if len(xs) <= MAX_DOTS and not (faint and joined) else None,
+            markersize=3.5,
+        )
+        if s.low and joined:
+            axes.fill_between(xs, lows, highs, color=colour, alpha=0.15, linewidth=0)
+        elif s.low:
+            axes.vlines(xs, lows, highs, color=colour)
+    if not any(drawn):
+        return []
+    # After drawing: matplotlib gives a lone value on an empty logarithmic axis no range.
+    scales = {True: "log", False: "linear"}
+    axes.set(xscale=scales[figure.x_log and any(s.x for s in figure.series)], yscale=scales[y_log])
+    axes.get_xlim(), axes.get_ylim()  # computed once: other locators would give other limits
+    axes.autoscale(False)
+    xs = [p.x for s, points in zip(figure.series, drawn, strict=True) if s.x for p in points]
     if all(s.level for s in figure.series):
         axes.set_xticks([])
-    axes.set_ylim(bottom=None if figure.y_log else 0)
-    axes.set_title(figure.title, fontsize=11, loc="left", parse_math=False)
-    axes.set_xlabel(figure.x_label, parse_math=False)
-    axes.set_ylabel(figure.y_label, parse_math=False)
-    axes.grid(color="#e6e6e6", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    # matplotlib leaves out a label that begins with "_", and reads "$" as mathematics: the names
-    # are put in afterwards, as they are.
-    labels = [str(i) for i in range(len(handles))]
-    legend = canvas.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
-    for text, s in zip(legend.get_texts(), figure.series, strict=True):
-        text.set_parse_math(False)
-        text.set_text(s.name)
-    canvas.savefig(path, dpi=200, format="png")
+    else:
+        _set_ticks(axes.xaxis, whole=all(x == int(x) for x in xs))
+    _set_ticks(axes.yaxis, whole=False)
+    if not y_log and all(p.low >= 0 for points in drawn for p in points):
+        axes.set_ylim(bottom=0)
+    return handles
 
 
-def _counted(xs: Sequence[float]) -> bool:
-    """Whether they are few whole numbers, such as layers."""
-    return bool(xs) and all(x == int(x) for x in xs) and max(xs) <= 12
-
-
-def _round_numbers(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten from ``low`` to ``high``; beyond two decades, the powers."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    steps = (1.0,) if high > 100 * low else (1.0, 2.0, 5.0)
-    return [step * 10.0**power for power in powers for step in steps]
-
-
-def interactive(figure: Figure) -> Any:
-    """``figure`` as plotly's, without its title and unit."""
-    import plotly.graph_objects as go
-
-    drawn = go.Figure()
-    xs = [x for s in figure.series for x in s.x] or [0.0, 1.0]
-    ends = [min(xs), max(xs)] if min(xs) < max(xs) else [min(xs) / 2, max(xs) * 2 or 1.0]
+def _plot_bars(axes: Any, figure: Figure) -> list[Any]:
+    bars: list[Any] = []
     for s, colour in zip(figure.series, colours(figure.series), strict=True):
-        x = ends if s.level else s.x
-        y, low, high = ((v * 2 if s.level else v) for v in (s.y, s.low, s.high))
-        mode = "lines" if s.level else "lines+markers" if figure.joined else "markers"
-        drawn.add_scatter(
-            x=x,
-            y=y,
-            name=escape(s.name, quote=False),  # plotly reads tags
-            mode=mode,
-            line={"color": colour, "dash": DASHES.get(s.kind, "solid"), "width": 2},
-            error_y=None
-            if s.level
-            else {
-                "type": "data",
-                "array": [h - v for h, v in zip(high, y, strict=True)],
-                "arrayminus": [v - b for b, v in zip(low, y, strict=True)],
-                "thickness": 1,
-            },
-            hovertemplate="%{y:.4g}" + (f" [{low[0]:.4g}, {high[0]:.4g}]" if s.level else ""),
-        )
-    # No background, and greys that are read on a light page and on a dark one.
-    drawn.update_layout(
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        margin={"l": 44, "r": 12, "t": 8, "b": 46},
-        height=360,
-        legend={"font": {"size": 11}, "orientation": "h", "y": -0.2},
-        modebar={"bgcolor": "rgba(0,0,0,0)", "color": "#b5b9c0"},
-        hovermode="x unified" if len(xs) > 2 else "closest",
-        font={"family": "system-ui, sans-serif", "size": 12, "color": "#7d838f"},
-        hoverlabel={"font": {"color": "#222222"}},
-    )
-    any_x = any(not s.level for s in figure.series)
-    grid = {"showgrid": True, "gridcolor": "rgba(128,128,128,.22)", "zeroline": False}
-    drawn.update_xaxes(
-        dtick=1 if _counted(xs) and not figure.x_log else None,
-        title=figure.x_label,
-        type="log" if figure.x_log and any_x else "linear",
-        showticklabels=any_x,
-        **grid,
-    )
-    drawn.update_yaxes(
-        type="log" if figure.y_log else "linear",
-        rangemode="normal" if figure.y_log else "tozero",
-        **grid,
-    )
-    return drawn
+        for left, right, count in zip(s.x, s.x[1:], s.y, strict=False):
+            if count:
+                bars += axes.bar(left, count, 0.88 * (right - left), align="edge", color=colour)
+    if bars:
+        edges = [edge for s in figure.series for edge in s.x]
+        axes.set_xlim(min(edges), max(edges))
+        _set_ticks(axes.xaxis, whole=True)
+        _set_ticks(axes.yaxis, whole=True)
+    return bars
+
+
+def _set_ticks(axis: Any, whole: bool) -> None:
+    """Set the ticks of an axis and their labels, after all is drawn on it."""
+    from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+
+    if axis.get_scale() == "log":
+        axis.set_major_locator(FixedLocator(log_ticks(*sorted(axis.get_view_interval()))))
+        axis.set_minor_locator(NullLocator())
+    else:
+        axis.set_major_locator(MaxNLocator(5, integer=whole, steps=[1, 2, 5, 10]))
+    axis.set_major_formatter(lambda value, _: tick_label(value))
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Return 2 to 6 ticks in [low, high]: powers of ten, with 2 and 5 over few decades.
+
+    Example:
+        >>> log_ticks(0.5, 300)
+        [1.0, 10.0, 100.0]
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    steps = (1, 2, 5) if high < 160 * low else (1,)
+    ticks = [step * 10.0**decade for decade in decades for step in steps]
+    ticks = [tick for tick in ticks if low * 0.999 <= tick <= high * 1.001]
+    if len(ticks) < 2:
+        linear = MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high)
+        return [float(tick) for tick in linear if low <= tick <= high]
+    return ticks[:: max(1, math.ceil(len(ticks) / 6))]
+
+
+def tick_label(value: float) -> str:
+    """Return a short text for a tick.
+
+    Example:
+        >>> tick_label(-25_000), tick_label(2e-05), tick_label(0.1 + 0.2)
+        ('−25k', '2e−5', '0.3')
+    """
+    size = abs(value)
+    if 0 < size < 1e-3:
+        exponent = math.floor(math.log10(size) + 1e-9)
+        text = f"{value / 10.0**exponent:.2g}e{exponent}"
+    elif size >= 10_000:
+        text = f"{value / 1e3:g}k" if size < 1e6 else f"{value / 1e6:g}M"
+    else:
+        text = f"{value:.6g}"
+    return text.replace("-", "−")

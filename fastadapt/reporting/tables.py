@@ -232,20 +232,21 @@ def _speed(result: Mapping[str, Any]) -> Table | None:
 # --- as text --------------------------------------------------------------------------------------
 
 
-def as_markdown(found: Sequence[Table]) -> str:
-    """Tables of GitHub's Markdown, with titles and notes."""
-    return "\n".join(_markdown(table) for table in found)
+def as_markdown(tables: Sequence[Table]) -> str:
+    """Return tables of GitHub's Markdown, with titles and notes."""
 
-
-def _markdown(table: Table) -> str:
     def line(cells: Sequence[str]) -> str:
         # Of underscores those at the ends of words alone make emphasis.
         escaped = (re.sub(r"\||(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", cell) for cell in cells)
-        return "| " + " | ".join(escaped) + " |"
+        return "| " + " | ".join(escaped) + " |\n"
 
-    rule = line(["---", *["---:"] * (len(table.head) - 1)])
-    lines = [f"## {table.title}", "", line(table.head), rule, *map(line, table.rows)]
-    return "\n".join([*lines, *(["", table.note] if table.note else []), ""])
+    return "\n".join(
+        f"## {table.title}\n\n{line(table.head)}"
+        + line(["---", *["---:"] * (len(table.head) - 1)])
+        + "".join(map(line, table.rows))
+        + (f"\n{table.note}\n" if table.note else "")
+        for table in tables
+    )
 
 
 _LATEX = {
@@ -261,32 +262,23 @@ _LATEX = {
 }
 
 
-def as_latex(found: Sequence[Table]) -> str:
-    r"""Each as a ``table`` environment; ``\usepackage{booktabs}`` is all that they need."""
-    return "\n".join(_latex(table) for table in found)
+def as_latex(tables: Sequence[Table]) -> str:
+    r"""Return each as a ``table`` environment; ``\usepackage{booktabs}`` is all that they need."""
 
-
-def _latex(table: Table) -> str:
     def escaped(text: str) -> str:
         return "".join(_LATEX.get(c, c) for c in text)
 
     def line(cells: Sequence[str]) -> str:
-        return " & ".join(map(escaped, cells)) + r" \\"
+        return " & ".join(map(escaped, cells)) + " \\\\\n"
 
-    note = f"{table.title}. {table.note}" if table.note else table.title
+    def caption(table: Table) -> str:
+        return escaped(f"{table.title}. {table.note}" if table.note else table.title)
+
     return "\n".join(
-        [
-            r"\begin{table}",
-            r"\centering",
-            rf"\caption{{{escaped(note)}}}",
-            rf"\begin{{tabular}}{{l{'r' * (len(table.head) - 1)}}}",
-            r"\toprule",
-            line(table.head),
-            r"\midrule",
-            *map(line, table.rows),
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{table}",
-            "",
-        ]
+        f"\\begin{{table}}\n\\centering\n\\caption{{{caption(table)}}}\n"
+        f"\\begin{{tabular}}{{l{'r' * (len(table.head) - 1)}}}\n"
+        f"\\toprule\n{line(table.head)}\\midrule\n"
+        + "".join(map(line, table.rows))
+        + "\\bottomrule\n\\end{tabular}\n\\end{table}\n"
+        for table in tables
     )

@@ -220,7 +220,7 @@ def figures(result: Mapping[str, Any]) -> list[Figure]:
             _UNIT,
             [*_by_size(result, "ablate"), levels["adapter"], levels["target"]],
             x_log=True,
-            joined=False,
+            mark="points",
         ),
         Figure(
             "addition",
@@ -229,7 +229,7 @@ def figures(result: Mapping[str, Any]) -> list[Figure]:
             _UNIT,
             [*_by_size(result, "only"), levels["hybrid"], levels["adapter"]],
             x_log=True,
-            joined=False,
+            mark="points",
         ),
         Figure(
             "transfer",

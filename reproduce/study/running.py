@@ -28,7 +28,6 @@ from fastadapt.features.store.selection import alive
 from fastadapt.features.store.sets import FeatureSet
 from fastadapt.features.store.store import Store
 from fastadapt.interventions import scaled
-from fastadapt.reporting.rendering import require_drawing
 from reproduce.study.conditions import PARTS, RUN, Arm, StudyConfig, arms_of, select
 from reproduce.study.report import claims, figures, tables
 
@@ -74,7 +73,6 @@ class Study:
         Raises:
             UserError: something needed is not installed, or a selection is empty.
         """
-        require_drawing()
         asked = asked_of(self.students, self.config.benchmarks, self.config.sampling)
         require_questions(asked)
         sets = select(self.store, self.config)

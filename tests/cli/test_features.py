@@ -65,7 +65,7 @@ def test_from_a_run_to_its_pages_and_judgements(run: Path, fastadapt: Callable) 
 def test_collecting_needs_no_extra(
     run: Path, fastadapt: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("duckdb", "openai", "matplotlib", "plotly"):
+    for name in ("duckdb", "openai", "matplotlib"):
         monkeypatch.setitem(sys.modules, name, None)
     outcome = fastadapt("features", "collect", run, *COLLECT)
     assert outcome.code == 0, outcome.err

@@ -18,7 +18,6 @@ from fastadapt.features.autointerp.questions import Class, Classify, Estimate, J
 from fastadapt.features.autointerp.units import Unit, Vocabulary, Window, eligible, examples_of
 from fastadapt.features.store.schema import Kind
 from fastadapt.features.store.store import Store, writing
-from fastadapt.reporting.rendering import require_drawing
 
 
 def classify(
@@ -43,7 +42,6 @@ def classify(
         UserError: the judge tells no classes, the store has no unit to judge, or no logit lens.
         RunError: the judge cannot be reached, or too many of its answers are not valid.
     """
-    require_drawing()
     if not judge.tells_classes:
         raise UserError(
             f"the judge {judge.name!r} tells no classes: name a language model (judge.model) and "

@@ -17,7 +17,6 @@ from fastadapt.features.autointerp.questions import Answer, Describe, Detect, Es
 from fastadapt.features.autointerp.units import Vocabulary
 from fastadapt.features.store.schema import Kind
 from fastadapt.features.store.store import Store, writing
-from fastadapt.reporting.rendering import require_drawing
 
 Tell = Callable[[str, int, int], None]
 
@@ -55,7 +54,6 @@ def describe(
         UserError: the store has no unit to judge, or lacks what is needed.
         RunError: the judge cannot be reached, or too many of its answers are not valid.
     """
-    require_drawing()
     with writing(store.folder):
         check_addable(store, judge.name)  # before calls are paid for
         drawn = draw(store, config, activations, progress=_part(tell, "reading texts"), stop=stop)

@@ -30,7 +30,7 @@ from fastadapt.features.store.store import Store
 from fastadapt.io.atomic import digest_of_input, half_filled, writing_folder
 from fastadapt.io.documents import DocumentError, read_json
 from fastadapt.io.names import has_file, typed_path
-from fastadapt.reporting.html import STYLE
+from fastadapt.reporting.page import style_sheet
 
 SITE = "site"
 #: What the site is of, for :func:`is_current`; it also marks a folder as ours to replace.
@@ -116,7 +116,7 @@ def stamp(store: Store, kinds: Sequence[Kind]) -> str:
     here = resources.files("fastadapt.features.site")
     sources = [here / "static" / name for name in (*STATIC, "site.css")]
     sources += [here / f"{name}.py" for name in ("columns", "pages", "shards")]
-    sha256 = hashlib.sha256(STYLE.encode())
+    sha256 = hashlib.sha256(style_sheet().encode())
     for source in sources:
         sha256.update(source.read_bytes())
     sha256.update((store.folder / MANIFEST).read_bytes())
@@ -207,7 +207,7 @@ def _write_static(folder: Path) -> None:
     for name in STATIC:
         (folder / name).write_bytes((here / name).read_bytes())
     own = (here / "site.css").read_text(encoding="utf-8")
-    (folder / "style.css").write_text(STYLE + own, encoding="utf-8")
+    (folder / "style.css").write_text(style_sheet() + own, encoding="utf-8")
 
 
 def _u32(column: Any) -> np.ndarray:

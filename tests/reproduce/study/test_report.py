@@ -11,7 +11,7 @@ import torch
 
 from fastadapt.evaluation.statistics import Intervals, quotient
 from fastadapt.reporting.page import write_page
-from fastadapt.reporting.rendering import interactive, write_png
+from fastadapt.reporting.rendering import inline_svg, write_png
 from fastadapt.reporting.tables import as_latex, as_markdown
 from reproduce.study.report import claims, figures, tables, verdict
 
@@ -170,7 +170,7 @@ def test_tables_figures_and_page(tmp_path: Path) -> None:
     assert [figure.key for figure in drawn] == ["removal", "addition", "transfer"]
     for figure in drawn:
         write_png(figure, tmp_path / f"{figure.key}.png")
-        interactive(figure)
+        assert inline_svg(figure).count("<title>") == len(figure.series)
     assert drawn[2].series[0].x == [-0.5, -0.25]
     write_page(told, made, drawn, tmp_path / "report.html", "study")
     assert "fastadapt · study" in (tmp_path / "report.html").read_text()
