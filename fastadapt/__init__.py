@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from fastadapt.adapter.files import load_adapters, save_adapters
     from fastadapt.adapter.module import AdapterConfig, TranscoderAdapter
     from fastadapt.errors import RunError, UserError
+    from fastadapt.features.loading import LoadedRun, load_run
+    from fastadapt.interventions import scale_features
     from fastadapt.models.replacement import (
         ModelPair,
         PairConfig,
@@ -25,6 +27,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdapterConfig",
+    "LoadedRun",
     "ModelPair",
     "PairConfig",
     "PairMismatchError",
@@ -34,13 +37,17 @@ __all__ = [
     "UserError",
     "__version__",
     "load_adapters",
+    "load_run",
     "save_adapters",
+    "scale_features",
 ]
 
 _MODULES = {
     "fastadapt.adapter.files": ("load_adapters", "save_adapters"),
     "fastadapt.adapter.module": ("AdapterConfig", "TranscoderAdapter"),
     "fastadapt.errors": ("RunError", "UserError"),
+    "fastadapt.features.loading": ("LoadedRun", "load_run"),
+    "fastadapt.interventions": ("scale_features",),
     "fastadapt.models.replacement": (
         "ModelPair",
         "PairConfig",

@@ -18,8 +18,8 @@ factor scales its row of ``W_dec``.
 rest, together and with ``b_dec`` counted once, is the whole adapter (exactly so where features do
 not compete: all but ``topk``). Onto the target it would add what no feature says.
 
-Saved (:func:`fastadapt.interventions.files.intervene`) it is a run as any other; :func:`scaled`
-does the same live.
+Saved (:func:`fastadapt.interventions.files.intervene`) it is a run as any other;
+:func:`scale_features` does the same live.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def check_fit(features: FeatureSet, n_layers: int, n_features: int) -> None:
 
 
 @contextmanager
-def scaled(
+def scale_features(
     model: ReplacementModel | AdaptedModel,
     features: FeatureSet | Mapping[tuple[int, int], float],
     factor: float | None = None,

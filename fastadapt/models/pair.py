@@ -7,7 +7,7 @@ fill it with noise.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from fastadapt.models.pretrained import (
     load_tokenizer,
     model_config,
 )
+from fastadapt.organism import resolve
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,7 @@ class ModelPair:
             PairMismatchError: architecture, a size, the vocabulary or the tokenizer differs.
             UserError: a source cannot be read, or lacks a weight.
         """
+        config = replace(config, target=resolve(config.target), base=resolve(config.base))
         device, dtype = choose_device(config.device), DTYPES[config.dtype]
         trust = config.trust_remote_code
         target_config = model_config(config.target, config.target_revision, trust)

@@ -13,7 +13,7 @@ Masks and rotary embeddings come from one call of the model's own forward
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fastadapt.adapter.module import AdapterConfig, Aux, TranscoderAdapter
 from fastadapt.errors import UserError
-from fastadapt.kernels.transcoder import CodeLayout
+from fastadapt.kernels.transcoder import CodeLayout, SparseCodes
 from fastadapt.models.adapted_mlp import AdaptedMLP, Call, Mode, in_mode
 from fastadapt.models.baselines import (
     TunedNorms,
@@ -226,6 +226,47 @@ class ReplacementModel(nn.Module):
         with mlp.running(mode, call):
             out: Tensor = block(hidden, **arguments)
         return out, call.aux
+
+    @torch.no_grad()
+    def features(self, text: str | Sequence[int] | Tensor) -> list[SparseCodes]:
+        """Return the active features of every layer on a text, layer 0 first.
+
+        The hidden states are those of the mode ``replacement``; the model's mode stays as it is.
+
+        Args:
+            text: a text, tokenized as the pair's tokenizer does by default; or token ids, int64
+                ``[T]`` or ``[B, T]`` without padding.
+
+        Returns:
+            For each layer the codes of its adapter: ``tokens`` (index into the flattened ids),
+            ``features`` and ``values``, one entry per active feature.
+
+        Raises:
+            UserError: the trained weights are no transcoders, or the ids have another shape.
+
+        Example:
+            >>> from fastadapt import AdapterConfig, ModelPair, PairConfig, ReplacementModel
+            >>> pair = ModelPair.load(PairConfig("organism/target", "organism/base", device="cpu"))
+            >>> model = ReplacementModel.create(pair, AdapterConfig(n_features=64))
+            >>> [len(codes.values) > 0 for codes in model.features("the answer is 4")]
+            [True, True, True, True]
+        """
+        if self.n_features == 0:
+            raise UserError("features: this run trained weights of the model, not transcoders")
+        if isinstance(text, str):
+            text = self.pair.tokenizer(text)["input_ids"]
+        ids = torch.as_tensor(text, dtype=torch.int64, device=self.device)
+        if ids.ndim not in (1, 2) or ids.numel() == 0:
+            raise UserError(f"features: expected token ids [T] or [B, T], got {list(ids.shape)}")
+        inputs = self.block_inputs(ids if ids.ndim == 2 else ids[None], None)
+        hidden, layers = inputs.hidden, []
+        for layer, arguments in enumerate(inputs.arguments):
+            hidden, aux = self.block(layer, hidden, arguments, "replacement", return_codes=True)
+            assert aux is not None
+            assert aux.codes is not None
+            layers.append(aux.codes)
+            self.leave(layer)
+        return layers
 
     def leave(self, layer: int) -> None:
         """Let go of what calls of a block gathered from other ranks; alone, there is nothing."""

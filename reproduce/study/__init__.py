@@ -13,6 +13,6 @@ ten of the embedded pair's 424 are every second feature's. Its first selection i
 one most promoted token; the paper's ten are the second. Where ten times as many features are
 more than half of the others, the larger control is as many times the set as that half holds.
 
-Interventions are live here (:func:`fastadapt.interventions.scaled`): one pair in memory, no file
-per arm, and in float32 the same bits as saved ones.
+Interventions are live here (:func:`fastadapt.interventions.scale_features`): one pair in memory, no
+file per arm, and in float32 the same bits as saved ones.
 """

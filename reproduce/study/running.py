@@ -27,7 +27,7 @@ from fastadapt.evaluation.models_under_test import Students
 from fastadapt.features.store.selection import alive
 from fastadapt.features.store.sets import FeatureSet
 from fastadapt.features.store.store import Store
-from fastadapt.interventions import scaled
+from fastadapt.interventions import scale_features
 from reproduce.study.conditions import PARTS, RUN, Arm, StudyConfig, arms_of, select
 from reproduce.study.report import claims, figures, tables
 
@@ -100,7 +100,9 @@ class Study:
         factor = 0.0 if arm.scale is None else arm.scale
         with (
             self.students.generating(RUN) as model,
-            scaled(self.students.model, features, factor, onto="target" if onto else "base"),
+            scale_features(
+                self.students.model, features, factor, onto="target" if onto else "base"
+            ),
         ):
             yield model
 

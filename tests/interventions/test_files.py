@@ -21,7 +21,7 @@ from fastadapt.errors import RunError, UserError
 from fastadapt.evaluation.models_under_test import Students
 from fastadapt.features.store.sets import FeatureSet, read_set
 from fastadapt.features.store.store import adapter_digest
-from fastadapt.interventions import Intervention, ablate, only, onto_target, scaled
+from fastadapt.interventions import Intervention, ablate, only, onto_target, scale_features
 from fastadapt.interventions.files import intervene
 from fastadapt.models.replacement import ModelPair, PairConfig, ReplacementModel
 
@@ -145,7 +145,7 @@ def test_a_run_onto_the_target_is_the_target(
     out = intervene(run, tmp_path / "half", features, ONTO)
     assert torch.equal(logits(out, "hybrid"), target)
     students = Students.open([run], names=["run"])
-    with students.generating("run"), scaled(students.model, features, -0.5, onto="target"):
+    with students.generating("run"), scale_features(students.model, features, -0.5, onto="target"):
         live = students.model(IDS).logits.detach()
     assert torch.equal(logits(out), live)
     assert not torch.equal(live, target)
@@ -181,12 +181,12 @@ def test_it_is_exported_and_served(kind: Intervention, make_run: Callable, tmp_p
         assert torch.equal(served.generate(IDS, **GREEDY), written)
         # A served model's features are scaled live, too.
         features = set_of(out, (0, 1), (2, 4))
-        with scaled(served, features, -3.0), scaled(students.model, features, -3.0):
+        with scale_features(served, features, -3.0), scale_features(students.model, features, -3.0):
             assert torch.equal(served(IDS).logits, students.model(IDS).logits)
         assert torch.equal(served.generate(IDS, **GREEDY), written)
         with (
             pytest.raises(UserError, match="read without its target"),
-            scaled(served, features, 1.0, onto="target"),
+            scale_features(served, features, 1.0, onto="target"),
         ):
             pass
 

@@ -13,7 +13,7 @@ from torch import nn
 from fastadapt.adapter.module import AdapterConfig, TranscoderAdapter
 from fastadapt.errors import UserError
 from fastadapt.features.store.sets import FeatureSet
-from fastadapt.interventions import Intervention, ablate, only, onto_target, scaled
+from fastadapt.interventions import Intervention, ablate, only, onto_target, scale_features
 from fastadapt.models.replacement import ReplacementModel
 
 L, F = 3, 24
@@ -177,12 +177,12 @@ def test_onto_the_target_with_scale_0_is_the_target(
     with model.mode("target"):
         target = logits(model)
         written = model.generate(IDS, **GREEDY)
-    with scaled(model, feature_set(), 0.0, onto="target"):
+    with scale_features(model, feature_set(), 0.0, onto="target"):
         assert torch.equal(logits(model), target)
         assert torch.equal(model.generate(IDS, **GREEDY), written)
         with model.mode("hybrid"):  # of the target with itself
             assert torch.equal(logits(model), target)
-    with scaled(model, feature_set(), -0.5, onto="target"):
+    with scale_features(model, feature_set(), -0.5, onto="target"):
         assert not torch.equal(logits(model), target)
 
 
@@ -191,7 +191,7 @@ def test_onto_the_target_is_the_target_with_the_set_added(make_model: Callable) 
     """By hooks on the target's own MLPs, in the words of the formula."""
     model = make_model("relu", "float64")
     features, whole = feature_set(), model.adapters
-    with scaled(model, features, -0.5, onto="target"):
+    with scale_features(model, features, -0.5, onto="target"):
         live = logits(model)
     hooks = []
     for layer, mlp in enumerate(model.mlps):
@@ -217,9 +217,9 @@ def test_live_is_what_is_saved(activation: str, make_model: Callable) -> None:
     features, whole = feature_set(), model.adapters
     gone = logits(model, ablate(whole, features))
     model.carry(whole)
-    with scaled(model, features, 0.0):
+    with scale_features(model, features, 0.0):
         assert torch.equal(logits(model), gone)
-    with scaled(model, ~features, 0.0):
+    with scale_features(model, ~features, 0.0):
         alone = logits(model)
     assert torch.equal(logits(model, only(whole, features)), alone)
 
@@ -229,13 +229,13 @@ def test_factors_scale_rows_of_the_decoder(activation: str, make_model: Callable
     model = make_model(activation)
     before, weights = logits(model), snapshot(model)
     factors = {**{(0, i): -2.0 for i in range(8)}, (2, 1): 0.0, (2, 7): 0.5}
-    with scaled(model, factors):
+    with scale_features(model, factors):
         inside = logits(model)
         assert torch.equal(model.mlps[0].adapter.W_dec[3], -2 * weights_of(model, weights, 0)[3])
         assert model.mlps[1].adapter is model.adapters[1]
     assert not torch.equal(inside, before)
     assert torch.equal(logits(model), before)
-    with scaled(model, dict.fromkeys(factors, 1.0)):
+    with scale_features(model, dict.fromkeys(factors, 1.0)):
         assert torch.equal(logits(model), before)
 
 
@@ -249,19 +249,22 @@ def test_contexts_nest_and_everything_is_as_before(make_model: Callable) -> None
     features, held = feature_set(), model.adapters
     modules = [(mlp.base, mlp.adapter) for mlp in model.mlps]
     before, weights = logits(model), snapshot(model)
-    with scaled(model, features, 0.5):
+    with scale_features(model, features, 0.5):
         once = logits(model)
-        with scaled(model, features, 0.5):
+        with scale_features(model, features, 0.5):
             twice = logits(model)
-            with scaled(model, feature_set([(1, 1)]), 3.0, onto="target"):
+            with scale_features(model, feature_set([(1, 1)]), 3.0, onto="target"):
                 onto = logits(model)
             assert torch.equal(logits(model), twice)
         assert torch.equal(logits(model), once)
-    with scaled(model, features, 0.25):
+    with scale_features(model, features, 0.25):
         assert torch.equal(logits(model), twice)
-    with scaled(model, feature_set([(1, 1)]), 3.0, onto="target"):
+    with scale_features(model, feature_set([(1, 1)]), 3.0, onto="target"):
         assert torch.equal(logits(model), onto)
-    with pytest.raises(RuntimeError, match="inside"), scaled(model, features, 0.0, onto="target"):
+    with (
+        pytest.raises(RuntimeError, match="inside"),
+        scale_features(model, features, 0.0, onto="target"),
+    ):
         raise RuntimeError("inside")
     assert torch.equal(logits(model), before)
     assert all(map(torch.equal, weights, snapshot(model)))
@@ -303,17 +306,20 @@ def test_what_cannot_be_done_is_told(make_model: Callable, make_pair: Callable) 
         with pytest.raises(UserError, match=message):
             call()
     for message, arguments in live.items():
-        with pytest.raises(UserError, match=message), scaled(model, *arguments):
+        with pytest.raises(UserError, match=message), scale_features(model, *arguments):
             pass
     with (
         pytest.raises(UserError, match="onto: expected"),
-        scaled(model, feature_set(), 0.0, onto="hybrid"),
+        scale_features(model, feature_set(), 0.0, onto="hybrid"),
     ):
         pass
     assert model.adapters is held
     assert all(map(torch.equal, before, snapshot(model)))
     norms = ReplacementModel.create(make_pair("qwen2"), AdapterConfig(kind="norms"))
-    with pytest.raises(UserError, match="they have no features"), scaled(norms, feature_set(), 0.0):
+    with (
+        pytest.raises(UserError, match="they have no features"),
+        scale_features(norms, feature_set(), 0.0),
+    ):
         pass
     with pytest.raises(UserError, match="they have no features"):
         ablate(norms.adapters, feature_set())
@@ -329,7 +335,7 @@ def test_random_sets_of_any_size(make_model: Callable) -> None:
     for size in (1, F, len(every) - 1, len(every)):
         features = feature_set(draw.sample(every, size))
         model.carry(whole)
-        with scaled(model, features, 0.0):
+        with scale_features(model, features, 0.0):
             live = logits(model)
         assert torch.equal(logits(model, ablate(whole, features)), live)
     for adapter in whole:
