@@ -21,10 +21,9 @@ import pyarrow.parquet as pq
 import torch
 
 from fastadapt.batch import Batch
-from fastadapt.data.batches import collate
+from fastadapt.data.batches import batch_by_length, collate_whole
 from fastadapt.data.prepare.filter_pass import text_or_none
 from fastadapt.data.rendering import holds_markers, render_parts
-from fastadapt.data.sequences import Sample
 from fastadapt.data.sources import COLUMN, find_files, read_values
 from fastadapt.data.tokens import check_markers, encode
 from fastadapt.errors import UserError
@@ -212,21 +211,14 @@ def read_group(path: Path, file: pq.ParquetFile, group: int) -> list[Text]:
 
 
 def batches_of(texts: list[Text], batch_tokens: int) -> Iterator[list[Text]]:
-    """A group's batches: like lengths together, longest first; in a batch, in their order."""
-    some: list[Text] = []
-    for text in sorted(texts, key=lambda text: (-len(text.tokens), text.number)):
-        if some and len(some[0].tokens) * (len(some) + 1) > batch_tokens:
-            yield sorted(some, key=lambda text: text.number)
-            some = []
-        some.append(text)
-    if some:
-        yield sorted(some, key=lambda text: text.number)
+    """Yield the batches of a group's texts, those of a batch in the order of their numbers."""
+    for indices in batch_by_length([len(text.tokens) for text in texts], batch_tokens):
+        yield [texts[i] for i in sorted(indices)]
 
 
 def batch_of(texts: list[Text]) -> Batch:
-    """Texts as a batch, every token of which counts."""
-    rows = [torch.from_numpy(text.tokens) for text in texts]
-    return collate([Sample(i, row, row) for i, row in enumerate(rows)], 0)
+    """Stack texts into a batch whose labels are all tokens."""
+    return collate_whole(text.tokens for text in texts)
 
 
 def places_of(

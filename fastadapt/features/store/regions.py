@@ -7,10 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastadapt.data.rendering import THINK, get_family
+from fastadapt.data.rendering import END_THINK, THINK, get_family
 from fastadapt.features.store.schema import REGIONS, TENTHS, Region
 
-END_THINK = "</think>"
 THINKING = REGIONS.index("thinking")
 
 
