@@ -23,10 +23,10 @@ from organism_runs import make_run
 from benchmarks.collect_loop import Loop
 from benchmarks.timing import peak_bytes
 from fastadapt.features.collect import CollectConfig, Shard
-from fastadapt.features.collect.collector import begin, open_run, take, tallies_of
-from fastadapt.features.collect.feature_stats import Tally
+from fastadapt.features.collect.collector import begin, empty_stats, open_run, take
+from fastadapt.features.collect.feature_stats import FeatureStats
 from fastadapt.features.collect.layer_codes import walk
-from fastadapt.features.collect.texts import Text, batch_of, batches_of, places_of, read_group
+from fastadapt.features.collect.texts import Text, batch_of, batches_of, locate_tokens, read_group
 from fastadapt.models.replacement import ReplacementModel
 
 L0 = 10.0
@@ -48,7 +48,7 @@ class Bench:
         self.opened, self.prepared = opened, prepared
         self.config, self.tokens = config, prepared.tokens
         self.model: ReplacementModel = opened.students.model
-        self.tallies = tallies_of(opened, prepared)
+        self.tallies = empty_stats(opened, prepared)
         path = folder / "store" / "collecting" / "texts.parquet"
         with pq.ParquetFile(path) as file:
             self.batches = [
@@ -58,7 +58,7 @@ class Bench:
             ]
 
     @property
-    def tally(self) -> Tally:
+    def tally(self) -> FeatureStats:
         """Of the adapter."""
         return self.tallies["adapter"]
 
@@ -121,14 +121,14 @@ def test_collecting_over_the_forward_pass(benchmark: Any, bench: Bench) -> None:
 
 
 def test_collecting_over_a_plain_loop(benchmark: Any, bench: Bench) -> None:
-    tally = tallies_of(bench.opened, bench.prepared)["adapter"]
+    tally = empty_stats(bench.opened, bench.prepared)["adapter"]
     loop, n_features = Loop(bench.config), bench.model.n_features
     seconds, codes_met = {"ours": 0.0, "loop": 0.0}, {"ours": 0, "loop": 0}
 
     def run() -> None:
         for i, some in enumerate(bench.batches):
             batch = batch_of(some)
-            at = places_of(some, bench.prepared.domains, bench.config, torch.device("cpu"))
+            at = locate_tokens(some, bench.prepared.domains, bench.config, torch.device("cpu"))
             for layer, found in walk(bench.model, batch, {}):
                 codes = found["adapter"]
                 seconds["ours"] += timed(tally.add, layer, codes, at)

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -41,7 +40,7 @@ from fastadapt.features.store.store import Store, writing
 from fastadapt.io.atomic import disk_errors, replacing
 from fastadapt.io.parquet import open_parquet
 from fastadapt.kernels.transcoder import SparseCodes
-from fastadapt.models.block_inputs import record_inputs
+from fastadapt.models.block_inputs import record_inputs, record_module_inputs
 from fastadapt.models.replacement import ReplacementModel
 from fastadapt.models.self_check import check_traversal
 from fastadapt.reporting.figures import Figure, Series
@@ -175,7 +174,7 @@ def _layers(
                 state, arguments = states.get(stream, own.hidden), own.arguments[layer]
                 blocks = base_blocks if stream == "base" else model.blocks
                 codes: list[SparseCodes] = []
-                with _reading(getattr(blocks[layer], paths.mlp)) as seen:
+                with record_module_inputs(getattr(blocks[layer], paths.mlp)) as seen:
                     if stream == "base":
                         states[stream] = blocks[layer](state, **arguments)
                     elif stream == "target":
@@ -188,17 +187,6 @@ def _layers(
                 for found in codes:
                     counts += torch.bincount(found.features, minlength=n_features)
         yield layer, {stream: torch.cat(parts) for stream, parts in inputs.items()}, counts
-
-
-@contextmanager
-def _reading(mlp: nn.Module) -> Iterator[list[Tensor]]:
-    """What the module is given, inside the context."""
-    seen: list[Tensor] = []
-    handle = mlp.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-    try:
-        yield seen
-    finally:
-        handle.remove()
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from fastadapt.data.sources import COLUMN, find_files, read_values
 from fastadapt.data.tokens import check_markers, encode
 from fastadapt.errors import UserError
 from fastadapt.features.collect.config import DOMAINS, CollectConfig, Shard
-from fastadapt.features.collect.feature_stats import SLOTS, Places
+from fastadapt.features.collect.feature_stats import SLOTS, BatchTokens
 from fastadapt.features.collect.priority_hash import tokens_hash
 from fastadapt.features.collect.topk_buffer import place_of
 from fastadapt.features.store.regions import regions_of, spans_of, tenths_of
@@ -221,9 +221,9 @@ def batch_of(texts: list[Text]) -> Batch:
     return collate_whole(text.tokens for text in texts)
 
 
-def places_of(
+def locate_tokens(
     texts: list[Text], domains: list[str], config: CollectConfig, device: torch.device
-) -> Places:
+) -> BatchTokens:
     """Of every token of their batch; what padding has is never looked at."""
     longest = max(len(text.tokens) for text in texts)
     slot = np.zeros((len(texts), longest), dtype=np.int64)
@@ -238,7 +238,7 @@ def places_of(
     row_start = torch.arange(len(texts), device=device)[:, None] * longest
     first = row_start + (position - config.before).clamp(min=0)
     last = row_start + torch.minimum(position + config.after, length - 1)
-    return Places(
+    return BatchTokens(
         torch.from_numpy(slot).to(device).flatten(),
         place_of(number, position).flatten(),
         tokens_hash(number, position).flatten(),
