@@ -181,7 +181,7 @@ def _select(argv: list[str]) -> int:
     path = save_set(store, found, typed.name, overwrite=typed.overwrite)
     layers = ", ".join(map(str, found.per_layer()))
     print(f"{typed.name}: {len(found):,} features, by layer {layers}")
-    print(f"{found.made}")
+    print(f"{found.expression}")
     print(f"set: {path.resolve()}")
     return 0
 

@@ -1,4 +1,4 @@
-"""From stats_by_kind to the tables of a store, a layer in memory at a time."""
+"""Write the tables of a store from statistics, with one layer in memory at a time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Texts(NamedTuple):
     """The finished table of texts: ``[n]`` each."""
 
     path: Path
-    numbers: np.ndarray  #: int64, of each row's conversation in the source; ascending.
+    numbers: np.ndarray  #: int64, number of each row's conversation in the source; ascending.
     domains: np.ndarray  #: strings or None.
     lengths: np.ndarray  #: int64, tokens.
     groups: np.ndarray  #: int64, row group of each row.
@@ -34,19 +34,19 @@ class Texts(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Of all texts."""
+        """Tokens of all texts."""
         return int(self.lengths.sum())
 
 
 def write_texts(parts: Sequence[Path], path: Path) -> Texts:
-    """Join shards' texts into one table, whose rows are numbered from 0.
+    """Join the texts of shards into one table, its rows numbered from 0.
 
     Args:
-        parts: what :func:`~fastadapt.features.collect.texts.prepare` wrote.
-        path: of the table.
+        parts: files written by :func:`~fastadapt.features.collect.texts.prepare`.
+        path: file of the table.
 
     Raises:
-        RunError: it cannot be written.
+        RunError: the table cannot be written.
     """
     numbers: list[int] = []
     domains: list[str | None] = []
@@ -64,8 +64,8 @@ def write_texts(parts: Sequence[Path], path: Path) -> Texts:
             groups.extend([group] * len(table))
             sha256.update(lengths[-1].astype("<i8").tobytes())
             sha256.update(tokens.values.to_numpy().astype("<i4").tobytes())
-            own = pa.array(range(start, len(numbers)), pa.int32())
-            yield table.set_column(0, TEXTS.field("text"), own)
+            row = pa.array(range(start, len(numbers)), pa.int32())
+            yield table.set_column(0, TEXTS.field("text"), row)
 
     write_pieces(rows(), path, TEXTS)
     return Texts(
@@ -93,10 +93,10 @@ def _first(table: pa.Table) -> int:
 def write_units(
     stats: FeatureStats, texts: Texts, domains: Sequence[str], folder: Path
 ) -> list[Path]:
-    """``features.parquet`` and ``examples.parquet`` of one kind of unit.
+    """Write ``features.parquet`` and ``examples.parquet`` of one kind of unit; return the paths.
 
     Raises:
-        RunError: they cannot be written.
+        RunError: a table cannot be written.
     """
     paths = [folder / f"{name}.parquet" for name in ("features", "examples")]
     every = range(stats.n_layers)
@@ -135,7 +135,7 @@ def _unit_rows(stats: FeatureStats, layer: int, tokens: int, n_domains: int) -> 
 
 
 class _Examples(NamedTuple):
-    """The examples of a layer, sorted as the table is: ``[m]`` each, windows ``[m, W]``."""
+    """The examples of a layer in the order of the table: ``[m]`` each, windows ``[m, W]``."""
 
     feature: np.ndarray
     sample: np.ndarray
@@ -149,7 +149,7 @@ class _Examples(NamedTuple):
 
 def _examples(stats: FeatureStats, layer: int, texts: Texts) -> _Examples:
     F = stats.n_features
-    found: dict[str, list[np.ndarray]] = {name: [] for name in _Examples._fields}
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in _Examples._fields}
     units = torch.arange(layer * F, (layer + 1) * F)
     for sample, name in enumerate(SAMPLES):
         examples = stats.examples[name].candidates(units.to(stats.counts.device))
@@ -166,40 +166,38 @@ def _examples(stats: FeatureStats, layer: int, texts: Texts) -> _Examples:
             stats.priorities(layer, feature, number, position),
             examples.window,
         )
-        for column, into in zip(columns, found.values(), strict=True):
+        for column, into in zip(columns, parts.values(), strict=True):
             into.append(column.cpu().numpy())
-    joined = {name: np.concatenate(parts) for name, parts in found.items()}
+    joined = {name: np.concatenate(arrays) for name, arrays in parts.items()}
     order = np.lexsort((joined["rank"], joined["sample"], joined["feature"]))
     return _Examples(**{name: column[order] for name, column in joined.items()})
 
 
 def _rows_of(texts: Texts, number: np.ndarray, position: np.ndarray) -> np.ndarray:
-    """Rows of the texts of those numbers, which have those positions."""
+    """Return the row of each conversation's text; raise if text or position does not exist."""
     row = np.searchsorted(texts.numbers, number)
-    there = row < len(texts.numbers)
-    there[there] &= texts.numbers[row[there]] == number[there]
-    there[there] &= position[there] < texts.lengths[row[there]]
-    if not there.all():
-        at = int(np.flatnonzero(~there)[0])
+    exists = row < len(texts.numbers)
+    # Assigning through the mask narrows it: each check reads only rows that passed the last.
+    exists[exists] &= texts.numbers[row[exists]] == number[exists]
+    exists[exists] &= position[exists] < texts.lengths[row[exists]]
+    if not exists.all():
+        first = int(np.flatnonzero(~exists)[0])
         raise UserError(
-            f"what was collected so far (state.safetensors) has an activation at token "
-            f"{position[at]} of conversation {number[at]}, which {texts.path} does not have; "
-            "collect again (--overwrite)"
+            f"the snapshot (state.safetensors) has an activation at token {position[first]} of "
+            f"conversation {number[first]}, which {texts.path} does not have; collect again "
+            "(--overwrite)"
         )
     return row
 
 
 def _example_rows(stats: FeatureStats, layer: int, texts: Texts) -> pa.Table:
-    examples, before, after = (
-        _examples(stats, layer, texts),
-        stats.config.before,
-        stats.config.after,
-    )
+    examples, before = _examples(stats, layer, texts), stats.config.before
     start = np.maximum(examples.position - before, 0)
-    end = np.minimum(examples.position + after + 1, texts.lengths[examples.row])
+    end = np.minimum(examples.position + stats.config.after + 1, texts.lengths[examples.row])
     lengths = end - start
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     tokens, regions = _windows(texts, examples.row, start, lengths, examples.position)
+    # A window's column 0 is token position - before, which may lie outside the text.
     width = examples.window.shape[1]
     first = np.arange(len(start)) * width + start - (examples.position - before)
     values = examples.window.reshape(-1)[_ranges(first, lengths)]
@@ -224,36 +222,37 @@ def _example_rows(stats: FeatureStats, layer: int, texts: Texts) -> pa.Table:
 
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """``starts[i], starts[i] + 1, ...``, ``lengths[i]`` of them, one after the other."""
-    before = np.cumsum(lengths) - lengths
-    return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))
+    """Return ``starts[i], ..., starts[i] + lengths[i] - 1`` of every i, end to end."""
+    offsets = np.cumsum(lengths) - lengths
+    return np.repeat(starts - offsets, lengths) + np.arange(int(lengths.sum()))
 
 
 def _windows(
     texts: Texts, row: np.ndarray, start: np.ndarray, lengths: np.ndarray, position: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens of windows, end to end, and the region at each window's activation."""
+    """Return the tokens of windows, end to end, and the region of each window's activation."""
     tokens = np.empty(int(lengths.sum()), dtype=np.int32)
     regions = np.empty(len(row), dtype=np.int8)
     place = np.cumsum(lengths) - lengths
     group = texts.groups[row]
     columns = pa.schema([TEXTS.field(name) for name in ("tokens", "regions")])
     with open_parquet(texts.path, columns) as file:
-        for some in np.unique(group):
-            here = np.flatnonzero(group == some)
-            table = read_group(texts.path, file, int(some), columns)
-            of = table["tokens"].combine_chunks()
-            own = row[here] - np.searchsorted(texts.groups, some)
-            at = of.offsets.to_numpy()[own]
-            source = _ranges(at + start[here], lengths[here])
-            tokens[_ranges(place[here], lengths[here])] = of.values.to_numpy()[source]
-            inside = table["regions"].combine_chunks().values.to_numpy()
-            regions[here] = inside[at + position[here]]
+        for number in np.unique(group):
+            members = np.flatnonzero(group == number)  # windows into this row group
+            table = read_group(texts.path, file, int(number), columns)
+            texts_of_group = table["tokens"].combine_chunks()
+            text = row[members] - np.searchsorted(texts.groups, number)
+            offset = texts_of_group.offsets.to_numpy()[text]
+            source = _ranges(offset + start[members], lengths[members])
+            target = _ranges(place[members], lengths[members])
+            tokens[target] = texts_of_group.values.to_numpy()[source]
+            regions_of_group = table["regions"].combine_chunks().values.to_numpy()
+            regions[members] = regions_of_group[offset + position[members]]
     return tokens, regions
 
 
 def check_fires(stats: FeatureStats, texts: Texts, source: str) -> None:
-    """Raise ``RunError`` where no unit was active on any token."""
+    """Raise ``RunError`` if no unit is active on any token."""
     if not bool(stats.counts.any()):
         raise RunError(
             f"nothing fires: none of the {stats.n_layers} x {stats.n_features} {stats.kind} units "
@@ -262,7 +261,7 @@ def check_fires(stats: FeatureStats, texts: Texts, source: str) -> None:
 
 
 def unit_shapes(stats_by_kind: Mapping[Any, FeatureStats]) -> dict[str, dict[str, int]]:
-    """Of each kind, for the manifest."""
+    """Return the layers, and units per layer, of each kind: ``units`` of the manifest."""
     return {
         kind: {"n_layers": stats.n_layers, "n_features": stats.n_features}
         for kind, stats in stats_by_kind.items()
