@@ -147,8 +147,8 @@ def test_more_domains_than_can_be_counted(
         return rows(tmp_path / "own.jsonl", *(conversation(domain=f"d{i % n}") for i in range(90)))
 
     monkeypatch.setattr(gathering, "take", pytest.fail)  # no forward pass
-    told = r"at most 64 different values in the column 'domain', got 65 in 90 conversations"
-    with pytest.raises(UserError, match=told):
+    expected = r"at most 64 different values in the column 'domain', got 65 in 90 conversations"
+    with pytest.raises(UserError, match=expected):
         collect(run, tmp_path / "store", CollectConfig(data=data(65)), shard=shard)
     assert nothing_left(tmp_path / "store")
     monkeypatch.undo()

@@ -21,10 +21,10 @@ def test_priorities_are_those_of_whole_numbers() -> None:
     text, position = (torch.randint(0, n, (200,), generator=draw) for n in (5000, 10_000))
     for seed, layer in ((0, 0), (5, 27), (2**63 - 1, 3)):
         of_unit = units_hash(seed, "target", layer, 300, CPU)[features]
-        found = priority(of_unit, tokens_hash(text, position)).tolist()
+        actual = priority(of_unit, tokens_hash(text, position)).tolist()
         places = zip(features.tolist(), text.tolist(), position.tolist(), strict=True)
-        assert found == [hashed(seed, 2, layer, *place) for place in places]
-        assert min(found) >= 0
+        assert actual == [hashed(seed, 2, layer, *place) for place in places]
+        assert min(actual) >= 0
 
 
 def test_topk_per_group_is_a_sort_of_each_unit() -> None:
@@ -53,14 +53,14 @@ def test_each_activation_is_drawn_with_equal_chance(n: int) -> None:
     place, token = place_of(text, position), tokens_hash(text, position)
     buffer = TopKBuffer.empty(SEEDS, K, 1, CPU)  # a unit per seed
     hashes = torch.stack([units_hash(seed, "adapter", 2, 6, CPU)[5] for seed in range(SEEDS)])
-    for some in torch.randperm(n, generator=torch.Generator().manual_seed(n)).split(13):
-        unit = torch.arange(SEEDS).repeat_interleave(len(some))
-        which = some.repeat(SEEDS)
+    for chunk in torch.randperm(n, generator=torch.Generator().manual_seed(n)).split(13):
+        unit = torch.arange(SEEDS).repeat_interleave(len(chunk))
+        which = chunk.repeat(SEEDS)
         key = priority(hashes[unit], token[which])
-        found = buffer.may_enter(unit, key)
-        value = which[found].float()
+        actual = buffer.may_enter(unit, key)
+        value = which[actual].float()
         buffer.merge(
-            Candidates(unit[found], key[found], place[which[found]], value, value[:, None])
+            Candidates(unit[actual], key[actual], place[which[actual]], value, value[:, None])
         )
     assert (buffer.key >= 0).all()
     drawn = torch.bincount(buffer.value.long().flatten(), minlength=n).double()
@@ -86,15 +86,15 @@ def test_a_merge_of_parts_is_that_of_all() -> None:
     for part in range(3):
         mine = (torch.arange(2000) % 3 == part).nonzero().flatten()
         buffer = TopKBuffer.empty(30, 20, 4, CPU)
-        for some in mine.split(100):
+        for chunk in mine.split(100):
             buffer.merge(
-                Candidates(unit[some], key[some], place[some], value[some], every.window[some])
+                Candidates(unit[chunk], key[chunk], place[chunk], value[chunk], every.window[chunk])
             )
         parts.append(buffer)
     merged = TopKBuffer.empty(30, 20, 4, CPU)
     for buffer in reversed(parts):
         merged.merge(buffer.candidates(torch.arange(30)))
-    found, expected = (k.candidates(torch.arange(30)) for k in (merged, whole))
+    actual, expected = (k.candidates(torch.arange(30)) for k in (merged, whole))
     for name in ("unit", "key", "place", "value", "window"):
-        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+        assert torch.equal(getattr(actual, name), getattr(expected, name)), name
     assert torch.equal(expected.window, expected.value[:, None].expand(-1, 4))
