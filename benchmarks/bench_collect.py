@@ -25,9 +25,9 @@ from benchmarks.bounds import limit
 from benchmarks.collect_loop import Loop
 from benchmarks.timing import peak_bytes
 from fastadapt.features.collect import CollectConfig, Shard
-from fastadapt.features.collect.collector import begin, open_run, take, tallies_of
+from fastadapt.features.collect.collector import begin, empty_stats, open_run, take
 from fastadapt.features.collect.layer_codes import walk
-from fastadapt.features.collect.texts import Text, batch_of, batches_of, places_of, read_group
+from fastadapt.features.collect.texts import Text, batch_of, batches_of, locate_tokens, read_group
 
 LOOPED = 4  # of so many batches one goes through the loop too, in its turn
 TEXTS = 1000
@@ -46,7 +46,7 @@ class Bench:
         facts = self.opened.facts(Shard())
         self.prepared = begin(self.opened, facts, Shard(), folder / "store")
         self.tokens, self.model = self.prepared.tokens, self.opened.students.model
-        self.tallies = tallies_of(self.opened, self.prepared)
+        self.tallies = empty_stats(self.opened, self.prepared)
         path = folder / "store" / "collecting" / "texts.parquet"
         with pq.ParquetFile(path) as file:
             self.batches = [
@@ -127,14 +127,14 @@ def test_collecting_over_the_forward_pass(benchmark: Any, bench: Bench, report: 
 
 
 def test_collecting_over_a_plain_loop(benchmark: Any, bench: Bench, report: Any) -> None:
-    tally = tallies_of(bench.opened, bench.prepared)["adapter"]
+    tally = empty_stats(bench.opened, bench.prepared)["adapter"]
     loop, n_features = Loop(bench.config), bench.model.n_features
     seconds, n_codes = {"ours": 0.0, "loop": 0.0}, {"ours": 0, "loop": 0}
 
     def run() -> None:
         for i, texts in enumerate(bench.batches):
             batch = batch_of(texts)
-            places = places_of(texts, bench.prepared.domains, bench.config, torch.device("cpu"))
+            places = locate_tokens(texts, bench.prepared.domains, bench.config, torch.device("cpu"))
             for layer, by_kind in walk(bench.model, batch, {}):
                 codes = by_kind["adapter"]
                 seconds["ours"] += timed(tally.add, layer, codes, places)

@@ -206,7 +206,7 @@ def select(
     features = select_features(store, config)
     path = save_set(store, features, name, overwrite=overwrite)
     print(f"{name}: {len(features):,} features, by layer {_join(features.per_layer())}")
-    print(f"{features.made}")
+    print(f"{features.expression}")
     print(f"set: {path.resolve()}")
     return 0
 

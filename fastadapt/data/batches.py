@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +61,35 @@ def collate(samples: Sequence[Sample], pad_token_id: int) -> Batch:
         attention_mask[row, :n] = True
     padded = min(lengths) < length
     return Batch(input_ids, attention_mask if padded else None, labels)
+
+
+def collate_whole(rows: Iterable[Any]) -> Batch:
+    """Stack token ids into a batch, padded with 0, whose labels are all tokens.
+
+    Args:
+        rows: lists, arrays or tensors of at least two ids each.
+    """
+    tensors = [torch.as_tensor(row, dtype=torch.int64) for row in rows]
+    return collate([Sample(i, row, row) for i, row in enumerate(tensors)], 0)
+
+
+def batch_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Return the indices of each batch: similar lengths together, the longest first.
+
+    A batch has at most ``max_tokens`` tokens, padding included, or one sequence. A batch that does
+    not fit in memory therefore fails at once.
+
+    Example:
+        >>> batch_by_length([2, 5, 3, 5], max_tokens=10)
+        [[1, 3], [2, 0]]
+    """
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= max_tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
 
 
 class BatchPlan:

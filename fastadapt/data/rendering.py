@@ -15,7 +15,7 @@ from typing import Any
 
 from fastadapt.errors import UserError
 
-THINK = "<think>"
+THINK, END_THINK = "<think>", "</think>"
 
 _USER_NAMES = frozenset({"user", "human"})
 _ASSISTANT_NAMES = frozenset({"assistant", "gpt", "model"})

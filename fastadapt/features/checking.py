@@ -1,6 +1,7 @@
-"""Whether a store is whole: every file against the manifest, every row against the others.
+"""Check a whole store: every file against the manifest, every row against other tables.
 
-Readers look at what they read; here all of it is read, a row group in memory at a time.
+Other readers check only the rows that they read. This one reads every table, with one row group in
+memory at a time.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,19 +23,19 @@ from fastadapt.features.store.values import unsorted, wrong_values
 from fastadapt.io.names import has_file
 from fastadapt.io.parquet import open_parquet, read_group
 
-_MOST_LINES = 8  # of one file
+_MOST_LINES = 8  # reported per file
 
 
 @dataclass
 class Checked:
-    """A file of a store.
+    """The result for one file of a store.
 
     Attributes:
-        name: in the store's folder.
-        rows: or features of a set; None of what has no rows.
-        hashed: whether the manifest has its size and SHA-256.
-        wrong: what is, a line each; none where the file is sound.
-        note: what is not wrong and should be known.
+        name: path within the store's folder.
+        rows: rows of a table, or features of a set; None for other files.
+        hashed: whether the manifest has the file's size and SHA-256.
+        wrong: a line for each defect; empty if the file is sound.
+        note: a remark that is no defect.
     """
 
     name: str
@@ -46,13 +46,13 @@ class Checked:
 
 
 def check_store(store: Store) -> list[Checked]:
-    """Read everything in a store; what is wrong is returned, not raised.
+    """Read every file of a store and return its defects; none is raised.
 
     Args:
-        store: opened with ``complete=False``, or files that are missing are raised there.
+        store: opened with ``complete=False``; otherwise opening raises for missing files.
     """
-    found = {name: Checked(name, hashed=True) for name in sorted(store.manifest["files"])}
-    for name, checked in found.items():
+    files = {name: Checked(name, hashed=True) for name in sorted(store.manifest["files"])}
+    for name, checked in files.items():
         path = store.folder / name
         try:
             if not has_file(path):
@@ -62,9 +62,9 @@ def check_store(store: Store) -> list[Checked]:
         except UserError as error:
             checked.wrong.append(str(error).removeprefix(f"{path} "))
     if tuple(store.manifest["edges"]) != EDGES:
-        line = f"edges: expected the {len(EDGES)} that histograms are made with, got others"
-        found[MANIFEST] = Checked(MANIFEST, wrong=[line])
-    # Texts and tokens first: the others are held against their rows.
+        line = f"edges: expected the {len(EDGES)} edges of this version's histograms, got others"
+        files[MANIFEST] = Checked(MANIFEST, wrong=[line])
+    # Tokens and texts first: their rows bound the indices of the other tables.
     known: dict[str, int] = {}
     lengths = np.zeros(0, np.int64)
     tables: list[tuple[str, Kind]] = [("tokens", "adapter"), ("texts", "adapter")]
@@ -73,10 +73,10 @@ def check_store(store: Store) -> list[Checked]:
         name = store.path(table, kind).relative_to(store.folder).as_posix()
         if not store.has(table, kind):
             required = table in (*SHARED, "features")
-            if required and name not in found:
-                found[name] = Checked(name, wrong=["it is missing"])
+            if required and name not in files:
+                files[name] = Checked(name, wrong=["it is missing"])
             continue
-        checked = found.setdefault(name, Checked(name))
+        checked = files.setdefault(name, Checked(name))
         reader = _Reader(store, table, kind, known, lengths)
         try:
             for line in reader.lines():
@@ -88,11 +88,11 @@ def check_store(store: Store) -> list[Checked]:
         checked.rows = known[table] = reader.rows
         if table == "texts":
             lengths = reader.lengths
-    return [*found.values(), *_others(store)]
+    return [*files.values(), *_others(store)]
 
 
 class _Reader:
-    """Reads one table, group by group."""
+    """Check one table, one row group at a time."""
 
     def __init__(
         self, store: Store, table: str, kind: Kind, known: dict[str, int], lengths: np.ndarray
@@ -103,14 +103,14 @@ class _Reader:
         self.lengths = np.zeros(0, np.int64)
 
     def lines(self) -> Iterator[str]:
-        """What is wrong, in the order of the file."""
+        """Yield a line for each defect, in the order of the file."""
         table, store = self._table, self._store
         schema = SHARED[table] if table in SHARED else TABLES[table]
         path = store.path(table, self._kind)
         before: pa.Table | None = None
         keys = [name for name in ("layer", "feature", "sample", "rank") if name in schema.names]
         if table not in ("features", "examples", "lens", "overlap"):
-            keys = []  # of several judges, units occur more than once
+            keys = []  # with several judges, units occur more than once
         limits = {**store.limits(self._kind), "n_tokens": self._n_tokens}
         lengths = []
         with open_parquet(path, schema) as file:
@@ -121,9 +121,9 @@ class _Reader:
                     last = rows if before is None else pa.concat_tables([before, rows])
                     yield from unsorted(last.select(keys), *keys)
                     before = rows.slice(len(rows) - 1) if len(rows) else before
-                own = _OWN.get(table)
-                if own is not None:
-                    yield from own(self, rows)
+                check = _CHECKS.get(table)
+                if check is not None:
+                    yield from check(self, rows)
                 if table == "texts":
                     lengths.append(pc.list_value_length(rows["tokens"]).to_numpy())
                 self.rows += len(rows)
@@ -141,14 +141,14 @@ class _Reader:
         if self._table == "texts" and (total := int(self.lengths.sum())) != data["tokens"]:
             yield f"the column 'tokens': the manifest says {data['tokens']:,} tokens, got {total:,}"
 
-    # --- of single tables -------------------------------------------------------------------------
+    # --- checks of single tables ------------------------------------------------------------------
 
-    def _of_numbered(self, rows: pa.Table) -> Iterator[str]:
+    def _check_numbers(self, rows: pa.Table) -> Iterator[str]:
         name = "text" if self._table == "texts" else "token"
         if not np.array_equal(rows[name].to_numpy(), np.arange(len(rows)) + self.rows):
             yield f"the column {name!r}: expected the number of its row"
 
-    def _of_features(self, rows: pa.Table) -> Iterator[str]:
+    def _check_features(self, rows: pa.Table) -> Iterator[str]:
         count = rows["count"].to_numpy()
         tokens = self._store.manifest["data"]["tokens"]
         if not np.allclose(rows["density"].to_numpy() * tokens, count, rtol=1e-6, atol=0):
@@ -159,44 +159,41 @@ class _Reader:
             if not np.array_equal(sums, count):
                 yield f"the column {name!r}: expected lists that sum to 'count'"
 
-    def _of_examples(self, rows: pa.Table) -> Iterator[str]:
+    def _check_examples(self, rows: pa.Table) -> Iterator[str]:
         text, position = rows["text"].to_numpy(), rows["position"].to_numpy()
         n = len(self._text_lengths)
         if not n or not len(rows) or text.min() < 0 or text.max() >= n:
-            return  # said already, or the texts cannot be read
+            return  # wrong_values reports it, or the texts cannot be read
         if np.any(position >= self._text_lengths[text]):
             yield "the column 'position': expected a place in its text"
-        at = position - rows["start"].to_numpy()
+        offset = position - rows["start"].to_numpy()
         lengths = pc.list_value_length(rows["tokens"]).to_numpy()
         same = np.array_equal(lengths, pc.list_value_length(rows["values"]).to_numpy())
-        if not same or np.any((at < 0) | (at >= lengths)):
-            return  # said already
-        here = np.cumsum(lengths) - lengths + at
+        if not same or np.any((offset < 0) | (offset >= lengths)):
+            return  # wrong_values reports it
+        index = np.cumsum(lengths) - lengths + offset  # into the flattened lists
         for one, many in (("token", "tokens"), ("value", "values")):
-            found = pc.list_flatten(rows[many]).to_numpy()[here]
-            if not np.array_equal(found, rows[one].to_numpy()):
+            expected = pc.list_flatten(rows[many]).to_numpy()[index]
+            if not np.array_equal(expected, rows[one].to_numpy()):
                 yield f"the column {one!r}: expected what {many!r} has at 'position'"
 
 
-_OWN: dict[str, Callable[[_Reader, pa.Table], Iterator[str]]] = {
-    "tokens": _Reader._of_numbered,
-    "texts": _Reader._of_numbered,
-    "features": _Reader._of_features,
-    "examples": _Reader._of_examples,
+_CHECKS: dict[str, Callable[[_Reader, pa.Table], Iterator[str]]] = {
+    "tokens": _Reader._check_numbers,
+    "texts": _Reader._check_numbers,
+    "features": _Reader._check_features,
+    "examples": _Reader._check_examples,
 }
 
 
 def _others(store: Store) -> Iterator[Checked]:
-    listed: list[dict[str, Any]] = []
-    if "adapter" in store.manifest["units"]:
-        listed = list_sets(store)
-    for one in listed:
-        name = f"{FOLDER}/{one['name']}.json"
-        if "broken" in one:
-            yield Checked(name, wrong=[str(one["broken"])])
+    for entry in list_sets(store) if "adapter" in store.manifest["units"] else []:
+        name = f"{FOLDER}/{entry['name']}.json"
+        if "broken" in entry:
+            yield Checked(name, wrong=[str(entry["broken"])])
         else:
-            note = "of another adapter: select it again" if one["stale"] else ""
-            yield Checked(name, one["size"], note=note)
+            note = "of another adapter: select it again" if entry["stale"] else ""
+            yield Checked(name, entry["size"], note=note)
     if os.path.lexists(store.folder / JSON):
         checked = Checked(JSON)
         try:

@@ -1,18 +1,18 @@
-"""Does a feature mean the same in the model that it reads? (arXiv 2602.20904, appendix G)
+"""Agreement of a feature's top tokens between models (arXiv 2602.20904, appendix G).
 
-An adapter is trained on the hidden states of the replacement model. For each feature, the tokens on
-which its encoder answers most strongly there are held against those of the same encoder when it
-reads the target's states, or the base's (the whole base model), at the same place: the MLP's input.
-A feature that is active on n of N tokens in the replacement model has top sets of n tokens in each;
-agreement is the share of the n that both hold. Tokens are ranked by pre-activation ``W_enc x +
-b_enc``, so that a shift that stops a feature from firing does not hide that it ranks tokens alike.
-It is computed in float32 at least: rounded to 16 bits, many tokens are equal at the cut. Of those
-that still are (the first tokens of texts, for one), the first come first. What the first layer's
-MLP reads is the same in the target as in the replacement model, and its agreement is 1.
+An adapter is trained on the hidden states of the replacement model. For each feature, the tokens
+that its encoder ranks highest in the replacement model are compared with those that the same
+encoder ranks highest on the MLP inputs of the target, or of the whole base model. A feature that is
+active on n of N tokens in the replacement model has a top set of n tokens in each model; agreement
+is the share of the n tokens that are in both sets. Tokens rank by pre-activation ``W_enc x +
+b_enc``, so a shift that stops a feature from firing does not hide that it ranks tokens alike.
+Pre-activations are float32 or wider: in 16 bits many tokens tie at the cut. Remaining ties (such as
+the first tokens of texts) go to the earlier token. The first layer's MLP has the same input in the
+target and the replacement model, and its agreement with the target is 1.
 
-All streams go through the layers together, a layer for all texts before the next one, so that what
-is ranked is a layer's: memory is ``N x D`` for the hidden states and for the inputs of each of
-three streams, and ``features_at_once x N`` thrice, whatever the number of layers and features.
+All texts pass a layer before the next one, in all streams. Memory is ``N x D`` for the hidden
+states and for the inputs of each of three streams, and three times ``features_at_once x N``,
+whatever the number of layers and features.
 
 N tokens, D width, F features.
 """
@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -40,26 +39,25 @@ from fastadapt.features.store.source_run import students_of
 from fastadapt.features.store.store import Store, writing
 from fastadapt.io.atomic import disk_errors, replacing
 from fastadapt.io.parquet import open_parquet
-from fastadapt.models.block_inputs import record_inputs
+from fastadapt.models.block_inputs import record_inputs, record_module_inputs
 from fastadapt.models.replacement import ReplacementModel
 from fastadapt.models.self_check import check_traversal
 from fastadapt.reporting.figures import Figure, Series
 from fastadapt.reporting.rendering import write_png
 
 BINS = 20  # of the distribution
-_WIDENED = 8192  # tokens whose inputs are in float32 at a time
+_WIDENED = 8192  # tokens whose inputs are float32 at once
 OTHERS = ("target", "base")
 
 
 @dataclass(frozen=True)
 class OverlapConfig:
-    """How much is compared at once.
+    """Number of tokens to compare, and limits of memory.
 
     Args:
-        tokens: the store's texts are taken in order, as many as have so many tokens together; at
-            least one.
+        tokens: the store's first texts are compared, up to this number of tokens; at least one.
         batch_tokens: tokens of a batch, padding included; a longer text is a batch of its own.
-        features_at_once: features whose pre-activations on all tokens exist at a time.
+        features_at_once: features whose pre-activations on all tokens are in memory at once.
     """
 
     tokens: int = 100_000
@@ -84,24 +82,24 @@ def overlap(
     progress: Callable[[int, int], None] | None = None,
     stop: Event | None = None,
 ) -> pa.Table | None:
-    """Measure every feature's agreement; adds ``overlap.parquet`` and ``overlap.png`` to the store.
+    """Measure every feature's agreement; add ``overlap.parquet`` and ``overlap.png`` to the store.
 
     Args:
         run: folder of the run.
-        source: of its store; the run's own if not given.
-        config: how much.
-        dtype: of the pair; the one that the features were collected in if not given.
-        device, attention: of the pair, in place of the run's settings.
+        source: folder of the store; the run's own if not given.
+        config: number of tokens, and limits of memory.
+        dtype: of the pair; by default the dtype that the features were collected in.
+        device, attention: override the run's settings of the pair.
         trust_remote_code: run Python code that comes with the models.
-        progress: told (layers done, layers).
-        stop: ends after the layer at hand, with nothing written.
+        progress: called with (layers done, layers).
+        stop: when set, returns after the current layer and writes nothing.
 
     Returns:
-        The table, a row per feature that is active on some of the tokens; None if stopped.
+        The table, a row per feature that is active on any of the tokens; None if stopped.
 
     Raises:
-        UserError: there is no store, it is of another adapter, another process writes there, or
-            plots cannot be drawn.
+        UserError: the store does not exist or is of another adapter, another process writes to it,
+            or plots cannot be drawn.
         RunError: the store cannot be written.
     """
     config = config or OverlapConfig()
@@ -116,7 +114,7 @@ def overlap(
             trust_remote_code=trust_remote_code,
         )
         model = students.model
-        batches = [batch_of(some) for some in _batches(store, config)]
+        batches = [batch_of(texts) for texts in _batches(store, config)]
         for batch in batches[:1]:
             check_traversal(model, batch.to(model.device))
         pieces: list[pa.Table] = []
@@ -135,7 +133,7 @@ def overlap(
 
 
 def _batches(store: Store, config: OverlapConfig) -> Iterator[list[Text]]:
-    """The first texts of a store, as they were batched when they were collected."""
+    """Yield the first texts of a store, batched as they were collected."""
     tokens = 0
     with open_parquet(store.path("texts"), TEXTS) as file:
         for group in range(file.num_row_groups):
@@ -154,7 +152,7 @@ def _batches(store: Store, config: OverlapConfig) -> Iterator[list[Text]]:
 def _layers(
     model: ReplacementModel, base: Any, batches: Sequence[Batch]
 ) -> Iterator[tuple[int, dict[str, Tensor], Tensor]]:
-    """Of each layer: the inputs of its MLP in each stream, ``[N, D]``; and features' counts."""
+    """Yield each layer, its MLP inputs ``[N, D]`` by stream, and active tokens by feature."""
     paths, n_features = model.paths, model.n_features
     base_blocks = getattr(getattr(base, paths.decoder), paths.layers)
     streams = ("replacement", *OTHERS)
@@ -163,16 +161,17 @@ def _layers(
         inputs: dict[str, list[Tensor]] = {stream: [] for stream in streams}
         counts = torch.zeros(n_features, dtype=torch.int64, device=model.device)
         for batch, states in zip(batches, hidden, strict=True):
-            here = batch.to(model.device)
-            real, padding = here.real, None if here.attention_mask is None else ~here.real
-            # Asked for anew in each layer: to keep every batch's masks could take more than all.
-            ours = model.block_inputs(here.input_ids, here.attention_mask)
-            theirs = record_inputs(base, paths, here.input_ids, here.attention_mask)
+            batch = batch.to(model.device)
+            real, padding = batch.real, None if batch.attention_mask is None else ~batch.real
+            # Recorded again in each layer: the masks of all batches could need more memory than
+            # everything else.
+            of_target = model.block_inputs(batch.input_ids, batch.attention_mask)
+            of_base = record_inputs(base, paths, batch.input_ids, batch.attention_mask)
             for stream in streams:
-                own = theirs if stream == "base" else ours
-                state, arguments = states.get(stream, own.hidden), own.arguments[layer]
+                recorded = of_base if stream == "base" else of_target
+                state, arguments = states.get(stream, recorded.hidden), recorded.arguments[layer]
                 blocks = base_blocks if stream == "base" else model.blocks
-                with _reading(getattr(blocks[layer], paths.mlp)) as seen:
+                with record_module_inputs(getattr(blocks[layer], paths.mlp)) as seen:
                     if stream == "base":
                         states[stream] = blocks[layer](state, **arguments)
                     elif stream == "target":
@@ -192,37 +191,26 @@ def _layers(
         yield layer, {stream: torch.cat(parts) for stream, parts in inputs.items()}, counts
 
 
-@contextmanager
-def _reading(mlp: nn.Module) -> Iterator[list[Tensor]]:
-    """What the module is given, inside the context."""
-    seen: list[Tensor] = []
-    handle = mlp.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-    try:
-        yield seen
-    finally:
-        handle.remove()
-
-
 @torch.no_grad()
 def _agreements(
     adapter: Any, layer: int, inputs: dict[str, Tensor], n_F: Tensor, config: OverlapConfig
 ) -> pa.Table:
-    """Rows of :data:`~fastadapt.features.store.schema.OVERLAP` of one layer."""
-    # Features of like counts together: what is looked at goes up to the largest of them.
+    """Return a layer's rows of :data:`~fastadapt.features.store.schema.OVERLAP`."""
+    # Sorted by count, since a chunk of features costs a top-k of its largest count.
     features = n_F.argsort(stable=True)
     features = features[n_F[features] > 0]
-    found: dict[str, list[Tensor]] = {other: [] for other in OTHERS}
-    for some in features.split(config.features_at_once):
+    agreements: dict[str, list[Tensor]] = {other: [] for other in OTHERS}
+    for chunk in features.split(config.features_at_once):
         tops = {
-            stream: strongest(pre_activations(adapter, some, x), n_F[some])
+            stream: strongest(pre_activations(adapter, chunk, x), n_F[chunk])
             for stream, x in inputs.items()
         }
         for other in OTHERS:
             both = (tops["replacement"] & tops[other]).sum(1)
-            found[other].append(both.double() / n_F[some])
+            agreements[other].append(both.double() / n_F[chunk])
     order = features.argsort()
     none = torch.zeros(0, dtype=torch.float64, device=n_F.device)
-    columns = {other: torch.cat([none, *parts])[order] for other, parts in found.items()}
+    columns = {other: torch.cat([none, *parts])[order] for other, parts in agreements.items()}
     return pa.table(
         {
             "layer": np.full(len(features), layer, np.int32),
@@ -233,7 +221,7 @@ def _agreements(
 
 
 def pre_activations(adapter: Any, features: Tensor, x_ND: Tensor) -> Tensor:
-    """Of some features, ``W_enc x + b_enc`` in float32 at least: ``[F, N]``."""
+    """Return ``W_enc x + b_enc`` of the given features, in float32 or wider: ``[F, N]``."""
     wide = torch.promote_types(x_ND.dtype, torch.float32)
     W_FD, b_F = adapter.W_enc[features].to(wide), adapter.b_enc[features].to(wide)
     parts = [x_ND] if x_ND.dtype == wide else x_ND.split(_WIDENED)
@@ -241,10 +229,10 @@ def pre_activations(adapter: Any, features: Tensor, x_ND: Tensor) -> Tensor:
 
 
 def strongest(z_FN: Tensor, n_F: Tensor) -> Tensor:
-    """True at the ``n_F`` largest of each row, of equal ones the first: bool ``[F, N]``.
+    """Return a mask of the ``n_F`` largest of each row, of equal values the first: ``[F, N]``.
 
     Args:
-        z_FN: floating.
+        z_FN: floating point.
         n_F: int64, 1 to N.
     """
     z_FN = z_FN.contiguous()
@@ -255,7 +243,7 @@ def strongest(z_FN: Tensor, n_F: Tensor) -> Tensor:
 
 
 def distribution(table: pa.Table) -> dict[str, list[float]]:
-    """Share of features by agreement, in 20 bins from 0 to 1: of ``target`` and ``base``."""
+    """Return the share of features in 20 bins of agreement from 0 to 1, by ``target``, ``base``."""
     shares = {}
     for other in OTHERS:
         counts, _ = np.histogram(table[other].to_numpy(), bins=BINS, range=(0, 1))
@@ -264,7 +252,7 @@ def distribution(table: pa.Table) -> dict[str, list[float]]:
 
 
 def figure(table: pa.Table) -> Figure:
-    """Both distributions."""
+    """Return the figure of both distributions."""
     middles = [(i + 0.5) / BINS for i in range(BINS)]
     names = {"target": "reads the target", "base": "reads the base"}
     return Figure(
@@ -280,10 +268,10 @@ def figure(table: pa.Table) -> Figure:
 
 
 def medians(table: pa.Table) -> dict[str, float]:
-    """Of both agreements."""
+    """Return the median agreement by ``target``, ``base``."""
     return {other: float(np.median(table[other].to_numpy())) for other in OTHERS}
 
 
 def plot_of(store: Store) -> Path:
-    """Where the plot lies."""
+    """Return the file of the plot."""
     return store.path("overlap").with_suffix(".png")

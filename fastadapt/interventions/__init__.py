@@ -146,7 +146,7 @@ def check_fit(features: FeatureSet, n_layers: int, n_features: int) -> None:
     """Raise ``UserError`` where a set is of adapters of another shape."""
     if features.shape != (n_layers, n_features):
         raise UserError(
-            f"{features.told} is of {features.shape[0]} layers of {features.shape[1]} features; "
+            f"{features.label} is of {features.shape[0]} layers of {features.shape[1]} features; "
             f"the adapter has {n_layers} of {n_features}"
         )
 
@@ -224,7 +224,7 @@ def _factors(
     if isinstance(features, FeatureSet):
         check_fit(features.not_empty(), n_layers, n_features)
         if factor is None:
-            raise UserError(f"{features.told}: expected a factor for it")
+            raise UserError(f"{features.label}: expected a factor for it")
         features = dict.fromkeys(features, factor)
     elif factor is not None:
         raise UserError("factor: expected none beside factors of each feature")

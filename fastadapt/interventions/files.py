@@ -64,7 +64,7 @@ def intervene(
     digest, history = adapter_digest(source), list(metadata.get("interventions") or [])
     if features.not_empty().adapter not in {digest, *(step["adapter"] for step in history)}:
         raise UserError(
-            f"{features.told} is of another adapter than {source}; select it from the features of "
+            f"{features.label} is of another adapter than {source}; select it from the features of "
             "this run"
         )
     check_fit(features, len(layers), card["adapter"].features)
@@ -72,7 +72,7 @@ def intervene(
     told = {key: value for key, value in metadata.items() if key != "measured"}  # no longer so
     step: dict[str, Any] = {
         "kind": intervention.kind,
-        "set": {"name": features.name, "made": features.made, "size": len(features)},
+        "set": {"name": features.name, "made": features.expression, "size": len(features)},
         "sha256": features.digest(),
         "run": str(run),
         "adapter": digest,

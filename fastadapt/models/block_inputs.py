@@ -8,7 +8,8 @@ is replaced by None, and anything else is refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from inspect import signature
 from typing import Any, NamedTuple
@@ -21,6 +22,21 @@ from fastadapt.models.pretrained import Paths
 
 #: Types that hold no state. A tensor could be changed in place: fastadapt.models.self_check looks.
 _CONSTANT = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, Tensor)
+
+
+@contextmanager
+def record_module_inputs(*modules: nn.Module) -> Iterator[list[Tensor]]:
+    """Yield a list to which every call of the modules, inside the context, adds its first input."""
+    seen: list[Tensor] = []
+    handles = [
+        module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+        for module in modules
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class BlockInputs(NamedTuple):

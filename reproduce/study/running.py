@@ -179,7 +179,7 @@ class Study:
                     "part": key in PARTS,
                     "size": len(features),
                     "per_layer": features.per_layer(),
-                    "made": features.made,
+                    "made": features.expression,
                     "sha256": features.digest(),
                 }
                 for key, features in sets.items()

@@ -49,7 +49,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, row in JUDGED.items():
         rows = pa.Table.from_pylist([{**UNIT, **row}], schema=schema.TABLES[name])
         store.add(name, rows)
-    features = FeatureSet.of([(0, 1), (1, 3)], adapter="0" * 64, shape=(2, 6), made="by hand")
+    features = FeatureSet.from_pairs(
+        [(0, 1), (1, 3)], adapter="0" * 64, shape=(2, 6), expression="by hand"
+    )
     save_set(store, features, "some")
     return folder
 

@@ -39,8 +39,8 @@ def make_run(
     pair = ModelPair.load(PairConfig(**named, device="cpu"))
     model = ReplacementModel.create(pair, AdapterConfig(n_features, **config), seed=seed).eval()
     draw = torch.Generator().manual_seed(seed)
-    told = DataConfig("", resolve("organism/validation"), max_validation=24)
-    texts = load_sequences(told.validation, pair.tokenizer, told, split="validation")
+    data = DataConfig("", resolve("organism/validation"), max_validation=24)
+    texts = load_sequences(data.validation, pair.tokenizer, data, split="validation")
     batch = collate(list(texts), 0)
     inputs = model.block_inputs(batch.input_ids, batch.attention_mask)
     hidden = inputs.hidden
@@ -82,10 +82,12 @@ def dense_activations(
         module.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     file = pq.ParquetFile(store / "texts.parquet")
     for group in range(file.num_row_groups):
-        made = {}
-        for some in batches_of(read_group(store / "texts.parquet", file, group), batch_tokens):
+        by_number = {}
+        for batch_texts in batches_of(
+            read_group(store / "texts.parquet", file, group), batch_tokens
+        ):
             seen.clear()
-            batch = batch_of(some)
+            batch = batch_of(batch_texts)
             mode: Mode = "target" if kind == "target" else "replacement"
             padding = None if batch.attention_mask is None else ~batch.real
             with torch.no_grad():
@@ -98,11 +100,11 @@ def dense_activations(
                     for module, x in zip(modules, seen, strict=True)
                 ]
             a = torch.stack(found).numpy()
-            for i, text in enumerate(some):
+            for i, text in enumerate(batch_texts):
                 length = len(text.tokens)
-                told = MadeText(text.tokens.tolist(), text.regions.tolist(), text.domain)
-                made[text.number] = told, a[:, i, :length]
-        yield from (made[number] for number in sorted(made))
+                entry = MadeText(text.tokens.tolist(), text.regions.tolist(), text.domain)
+                by_number[text.number] = entry, a[:, i, :length]
+        yield from (by_number[number] for number in sorted(by_number))
 
 
 def _strongest(h: torch.Tensor, weight: torch.Tensor, k: int) -> torch.Tensor:

@@ -44,7 +44,7 @@ def states(run: Path, ids: list[list[int]]) -> dict[str, list[np.ndarray]]:
     """Pre-activations of every layer's encoder in each model, texts one by one: ``[N, F]`` each."""
     students = Students.open([run], device="cpu")
     model = students.replacement(students.runs[0])
-    found: dict[str, list[np.ndarray]] = {}
+    actual: dict[str, list[np.ndarray]] = {}
     with students.base() as base:
         for name, whole in (("replacement", model.model), ("target", model.model), ("base", base)):
             seen: list[torch.Tensor] = []
@@ -60,13 +60,13 @@ def states(run: Path, ids: list[list[int]]) -> dict[str, list[np.ndarray]]:
                     whole(torch.tensor([text]))
             for handle in handles:
                 handle.remove()
-            found[name] = [
+            actual[name] = [
                 torch.cat([x[0] @ a.W_enc.T + a.b_enc for x in seen[layer :: model.n_layers]])
                 .detach()
                 .numpy()
                 for layer, a in enumerate(model.adapters)
             ]
-    return found
+    return actual
 
 
 def test_agreements_equal_sets_made_by_sorting(run: Path) -> None:
@@ -172,11 +172,11 @@ def one_by_one(z_FN: torch.Tensor, n_F: torch.Tensor) -> torch.Tensor:
 def test_the_rule_is_that_of_a_loop_over_features(
     run: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
-    found = overlap(run, dtype=dtype)
-    assert found is not None
+    actual = overlap(run, dtype=dtype)
+    assert actual is not None
     monkeypatch.setattr("fastadapt.features.overlap.strongest", one_by_one)
-    assert found.equals(overlap(run, dtype=dtype))
-    first = found.filter(pc.equal(found["layer"], 0))
+    assert actual.equals(overlap(run, dtype=dtype))
+    first = actual.filter(pc.equal(actual["layer"], 0))
     assert set(first["target"].to_pylist()) == {1.0}
 
 

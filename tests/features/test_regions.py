@@ -42,8 +42,8 @@ def test_spans_of_each_family(family: str) -> None:
         ("think end", "</think>"),
         ("answer", " it is 4" + form.after_response),
     ]
-    found = told("<think> hmm , 4 . </think> it is 4", family)
-    assert found == [(region, text) for region, text in expected if text]
+    actual = told("<think> hmm , 4 . </think> it is 4", family)
+    assert actual == [(region, text) for region, text in expected if text]
 
 
 @pytest.mark.parametrize(
@@ -82,8 +82,8 @@ def test_tokens_that_share_a_marker_are_of_it() -> None:
     #          <thi         nk>a          b            .</            think>c        d, nothing
     offsets = [(at, at + 4), (at + 4, at + 8), (at + 8, at + 9), (at + 9, at + 11)]
     offsets += [(at + 11, at + 18), (at + 18, at + 19), (at + 19, at + 19)]
-    found = regions_of(spans_of(prompt, response, "r1-distill"), offsets)
-    names = [REGIONS[i] for i in found]
+    actual = regions_of(spans_of(prompt, response, "r1-distill"), offsets)
+    names = [REGIONS[i] for i in actual]
     assert names == [
         *["think start"] * 2,
         "thinking",
@@ -114,8 +114,8 @@ def test_the_embedded_pairs_tokens() -> None:
 
 def test_tenths_are_of_the_thinking() -> None:
     regions = np.array([2, 2, *[5] * 25, 6, 7])
-    found = tenths_of(regions)
-    assert (found[:2] == -1).all()
-    assert (found[27:] == -1).all()
-    assert found[2:27].tolist() == [i * 10 // 25 for i in range(25)]
+    actual = tenths_of(regions)
+    assert (actual[:2] == -1).all()
+    assert (actual[27:] == -1).all()
+    assert actual[2:27].tolist() == [i * 10 // 25 for i in range(25)]
     assert (tenths_of(np.array([7, 7])) == -1).all()

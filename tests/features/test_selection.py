@@ -54,7 +54,7 @@ def test_promoted_tokens_are_compared_stripped_and_in_lower_case(made: Made) -> 
         assert (2, 0) in wanted
         assert ((1, 3) in wanted) == bool({0, 3} & set(_row(rows, 1, 3)["promoted"][:top]))
     found = select(made.store, SelectConfig(hesitation=True))
-    assert found.made == "promotes wait, hmm, but, alternatively (top 10)"
+    assert found.expression == "promotes wait, hmm, but, alternatively (top 10)"
     assert {(1, 2), (2, 0), (2, 1)} <= set(found)
     assert set(found) == set(selection.promoting(made.store))
 
@@ -126,7 +126,7 @@ def test_sql_is_one_select_of_features(made: Made) -> None:
         made.store, SelectConfig(sql="SELECT feature, layer FROM features WHERE\n layer=1")
     )
     assert set(found) == {(1, i) for i in range(F)}
-    assert found.made == "sql SELECT feature, layer FROM features WHERE layer=1"
+    assert found.expression == "sql SELECT feature, layer FROM features WHERE layer=1"
     joined = (
         "WITH f AS (FROM features JOIN lens USING (layer, feature)) SELECT * FROM f WHERE max>1"
     )
@@ -145,9 +145,9 @@ def test_sql_is_one_select_of_features(made: Made) -> None:
         ("SELECT layer FROM features", "expected the columns layer and feature, got layer"),
         ("SELECT layer, feature FROM nothing", "nothing does not exist"),
         ("SELECT layer, feature FROM read_parquet('/etc/*')", "disabled|Permission"),
-        ("SELECT layer, max AS feature FROM features", "expected whole numbers"),
-        ("SELECT NULL AS layer, feature FROM features", "expected whole numbers"),
-        ("SELECT true AS layer, feature FROM features", "expected whole numbers"),
+        ("SELECT layer, max AS feature FROM features", "expected integers"),
+        ("SELECT NULL AS layer, feature FROM features", "expected integers"),
+        ("SELECT true AS layer, feature FROM features", "expected integers"),
         ("SELECT 7 AS layer, 0 AS feature", "got feature 0 of layer 7"),
         ("SELECT layer, feature FROM features WHERE feature = ?", "arameter"),
     ],
@@ -169,7 +169,7 @@ def test_what_never_fired_can_be_left_out(made: Made) -> None:
     assert len(select(made.store, SelectConfig(**config))) == L * F
     living = select(made.store, SelectConfig(**config, alive=True))
     assert set(living) == set(select(made.store, SelectConfig(**config))) - dead
-    assert living.made == "(sql SELECT layer, feature FROM features) & (alive)"
+    assert living.expression == "(sql SELECT layer, feature FROM features) & (alive)"
 
 
 def test_random_features_match_in_density(made: Made) -> None:
@@ -189,7 +189,7 @@ def test_random_features_match_in_density(made: Made) -> None:
     found = np.mean([np.log(sorted(density[pair] for pair in draw)) for draw in draws], axis=0)
     assert np.abs(found - wanted).max() < np.log(2)
     assert abs(found.mean() - wanted.mean()) < 0.1
-    with pytest.raises(UserError, match="and there are"):
+    with pytest.raises(UserError, match="other features to draw, got"):
         selection.matched(made.store, ~like, 1, 0)
 
 
@@ -200,7 +200,7 @@ def test_one_that_never_fired_is_matched_with_its_like(made: Made) -> None:
     }
     dead = [pair for pair, of in density.items() if of == 0]
     assert len(dead) > 1
-    like = FeatureSet.of(dead[:1], adapter="0" * 64, shape=(L, F), made="dead")
+    like = FeatureSet.from_pairs(dead[:1], adapter="0" * 64, shape=(L, F), expression="dead")
     (drawn,) = selection.matched(made.store, like)
     assert drawn in dead[1:]
 
@@ -216,8 +216,8 @@ def test_named_sets_are_combined_and_drawn_like(made: Made) -> None:
     assert set(select(made.store, SelectConfig(difference=names))) == set(a) - set(b)
     drawn = select(made.store, SelectConfig(random="template", times=2, seed=4))
     assert drawn == selection.matched(made.store, b, 2, 4)
-    assert drawn.made == f"random like ({b.made}), 2 times, seed 4"
-    with pytest.raises(UserError, match="no set 'none'; there are: hesitation, template"):
+    assert drawn.expression == f"random like ({b.expression}), 2 times, seed 4"
+    with pytest.raises(UserError, match="no set 'none'; saved sets: hesitation, template"):
         select(made.store, SelectConfig(union=("none",)))
 
 
@@ -226,7 +226,7 @@ def test_named_sets_are_combined_and_drawn_like(made: Made) -> None:
     [
         ({}, "expected one of hesitation.*got none"),
         ({"hesitation": True, "template": True}, "got hesitation, template"),
-        ({"at": ("nowhere",)}, "at: expected some of bos"),
+        ({"at": ("nowhere",)}, "at: expected regions among bos"),
         ({"hesitation": True, "top": 11}, "top: expected 1 to 10"),
         ({"template": True, "share": 0.0}, "share: expected"),
         ({"random": "a", "times": 0}, "times: expected 1"),

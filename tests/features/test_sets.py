@@ -33,7 +33,7 @@ def store(tmp_path: Path) -> Store:
 
 
 def made(*pairs: tuple[int, int], by: str = "hand") -> FeatureSet:
-    return FeatureSet.of(pairs, **OF, made=by)
+    return FeatureSet.from_pairs(pairs, **OF, expression=by)
 
 
 def test_sets_combine_as_sets_do() -> None:
@@ -45,8 +45,8 @@ def test_sets_combine_as_sets_do() -> None:
     assert len(~a) == 10
     assert not (a & ~a).features
     assert (a | ~a).features == (~(a & ~a)).features
-    assert (a | b).made == "(a) | (b)"
-    assert ((a | b) - a).made == "((a) | (b)) - (a)"
+    assert (a | b).expression == "(a) | (b)"
+    assert ((a | b) - a).expression == "((a) | (b)) - (a)"
     assert (1, 5) in a
     assert (1, 4) not in a
     assert a.rows(1) == [5]
@@ -54,7 +54,7 @@ def test_sets_combine_as_sets_do() -> None:
 
 
 def test_sets_of_two_adapters_do_not_combine() -> None:
-    other = FeatureSet.of([(0, 1)], adapter="1" * 64, shape=(2, 6), made="other")
+    other = FeatureSet.from_pairs([(0, 1)], adapter="1" * 64, shape=(2, 6), expression="other")
     with pytest.raises(UserError, match="the set hand and the set other are of two adapters"):
         made((0, 1)) | other
 
@@ -64,7 +64,7 @@ def test_a_set_is_kept_and_listed(store: Store) -> None:
     path = save_set(store, a, "mine")
     assert path == store.folder / "sets" / "mine.json"
     again = load_set(store, "mine")
-    assert (again.features, again.made, again.name) == (a.features, "hand", "mine")
+    assert (again.features, again.expression, again.name) == (a.features, "hand", "mine")
     for source, named in ((store.folder, "mine"), (store.folder.parent, "mine"), ("", str(path))):
         assert find_set(source, named) == again
     assert again.digest() == a.digest() != made((0, 2)).digest()
@@ -119,11 +119,11 @@ def test_a_spoilt_set_is_told(store: Store, change: dict, message: str) -> None:
 
 
 def test_what_is_no_set_is_told(store: Store, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no set 'mine'; there are: none yet"):
+    with pytest.raises(UserError, match="no set 'mine'; saved sets: none yet"):
         load_set(store, "mine")
     with pytest.raises(UserError, match="the set hand is empty"):
         save_set(store, made(), "mine")
-    other = FeatureSet.of([(0, 1)], adapter="1" * 64, shape=(2, 6), made="other")
+    other = FeatureSet.from_pairs([(0, 1)], adapter="1" * 64, shape=(2, 6), expression="other")
     with pytest.raises(UserError, match="of another adapter than the features in"):
         save_set(store, other, "mine")
     for name in ("", ".x", "a/b", "..", "a b"):

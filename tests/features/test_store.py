@@ -39,8 +39,8 @@ def test_sql_reads_the_store_and_nothing_else(folder: Path) -> None:
     import duckdb
 
     connection = Store.open(folder).connect()
-    found = connection.execute("SELECT count(*) FROM features JOIN lens USING (layer, feature)")
-    assert found.fetchone() == (12,)
+    actual = connection.execute("SELECT count(*) FROM features JOIN lens USING (layer, feature)")
+    assert actual.fetchone() == (12,)
     with pytest.raises(duckdb.PermissionException):
         connection.execute("SELECT * FROM read_text('/etc/hostname')")
     with pytest.raises(duckdb.InvalidInputException):

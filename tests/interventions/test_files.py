@@ -72,7 +72,7 @@ def make_run(tmp_path: Path, save_model: Callable[..., str]) -> Callable[..., Pa
 def set_of(run: Path, *pairs: tuple[int, int]) -> FeatureSet:
     pairs = pairs or ((0, 0), (0, 5), *((2, i) for i in range(0, F, 2)))
     adapter = adapter_digest(run / "adapter")
-    features = FeatureSet.of(pairs, adapter=adapter, shape=(3, F), made="by hand")
+    features = FeatureSet.from_pairs(pairs, adapter=adapter, shape=(3, F), expression="by hand")
     return replace(features, name="mine")
 
 
@@ -219,7 +219,9 @@ def test_what_cannot_be_done_leaves_nothing(make_run: Callable, tmp_path: Path) 
     run, out = make_run(), tmp_path / "out"
     features = set_of(run)
     other = replace(features, adapter="1" * 64)
-    narrow = FeatureSet.of([(0, 1)], adapter=features.adapter, shape=(3, 9), made="narrow")
+    narrow = FeatureSet.from_pairs(
+        [(0, 1)], adapter=features.adapter, shape=(3, 9), expression="narrow"
+    )
     for wrong, message in (
         (other, "set 'mine' is of another adapter than"),
         (replace(features, features=()), "set 'mine' is empty"),

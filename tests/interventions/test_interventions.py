@@ -30,7 +30,7 @@ PAIRS = [(0, 0), (0, 5), (0, 23), *((2, i) for i in range(0, 24, 2))]
 
 
 def feature_set(pairs: list[tuple[int, int]] = PAIRS) -> FeatureSet:
-    return FeatureSet.of(pairs, adapter="0" * 64, shape=(L, F), made="hand")
+    return FeatureSet.from_pairs(pairs, adapter="0" * 64, shape=(L, F), expression="hand")
 
 
 @pytest.fixture
@@ -279,7 +279,7 @@ def test_contexts_nest_and_everything_is_as_before(make_model: Callable) -> None
 def test_what_cannot_be_done_is_told(make_model: Callable, make_pair: Callable) -> None:
     model = make_model()
     held, before = model.adapters, snapshot(model)
-    small = FeatureSet.of([(0, 1)], adapter="0" * 64, shape=(L, F + 1), made="other")
+    small = FeatureSet.from_pairs([(0, 1)], adapter="0" * 64, shape=(L, F + 1), expression="other")
     bad = {
         "the set hand is empty": lambda: ablate(model.adapters, feature_set([])),
         "is of 3 layers of 25 features; the adapter has 3 of 24": lambda: only(

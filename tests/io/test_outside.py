@@ -157,7 +157,7 @@ def test_shards_may_be_links(folder: Path) -> None:
 @pytest.mark.parametrize("name", ["a/b", *ODD[:-1], "é" * 130], ids=lambda name: ascii(name)[:14])
 def test_sets_and_runs_have_plain_names(name: str, folder: Path, untouched) -> None:
     store = make(folder / "store")
-    features = FeatureSet.of([(0, 1)], adapter="0" * 64, shape=(2, 6), made="hand")
+    features = FeatureSet.from_pairs([(0, 1)], adapter="0" * 64, shape=(2, 6), expression="hand")
     untouched()
     with pytest.raises(UserError, match="name"):
         save_set(store, features, name)
@@ -170,7 +170,9 @@ def test_sets_and_runs_have_plain_names(name: str, folder: Path, untouched) -> N
 
 def test_a_set_is_not_written_through_a_link(folder: Path, untouched) -> None:
     store = make(folder / "store")
-    features = FeatureSet.of([(0, 1)], adapter=store.manifest["adapter"], shape=(2, 6), made="hand")
+    features = FeatureSet.from_pairs(
+        [(0, 1)], adapter=store.manifest["adapter"], shape=(2, 6), expression="hand"
+    )
     (store.folder / "sets").mkdir()
     (store.folder / "sets" / "a.json").symlink_to("../../../secret")
     untouched()

@@ -22,10 +22,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from fastadapt.data.rendering import THINK, get_family, turns
+from fastadapt.data.rendering import END_THINK, THINK, get_family, turns
 from fastadapt.errors import UserError
 
-END_THINK = "</think>"
 SPLITS = ("validation", "train")  # in the order in which they draw
 
 #: Why a row is left out, in the order of the tests. The first four are counted over the whole

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from fastadapt.batch import Batch
-from fastadapt.data.batches import collate
-from fastadapt.data.sequences import Sample
+from fastadapt.data.batches import batch_by_length, collate_whole
+from fastadapt.data.rendering import END_THINK
 from fastadapt.errors import UserError
 
 Region = Literal["prompt", "thinking", "answer"]
 REGIONS: tuple[Region, ...] = ("prompt", "thinking", "answer")
-CLOSES_THINKING = "</think>"
 
 
 class Text(NamedTuple):
@@ -68,30 +67,18 @@ def digest_of(texts: Sequence[Text]) -> str:
 
 
 def batches_of(texts: Sequence[Text], tokens: int) -> list[list[int]]:
-    """Indices of the texts of each batch: like lengths together, padding counted.
-
-    Longest first, so that what does not fit in memory is known at once. A batch has at most
-    ``tokens`` tokens with its padding, or one text.
+    """Return the indices of the texts of each batch, see :func:`batch_by_length`.
 
     Raises:
         UserError: texts that cannot be measured, see :func:`check_texts`.
     """
     check_texts(texts)
-    order = sorted(range(len(texts)), key=lambda i: -len(texts[i].ids))
-    batches: list[list[int]] = []
-    for i in order:
-        longest = len(texts[batches[-1][0]].ids) if batches else 0
-        if batches and longest * (len(batches[-1]) + 1) <= tokens:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches
+    return batch_by_length([len(text.ids) for text in texts], tokens)
 
 
 def batch_of(texts: Sequence[Text], indices: Sequence[int]) -> Batch:
     """Some texts as one batch, every token of which counts."""
-    rows = [torch.tensor(texts[i].ids, dtype=torch.int64) for i in indices]
-    return collate([Sample(i, row, row) for i, row in zip(indices, rows, strict=True)], 0)
+    return collate_whole(texts[i].ids for i in indices)
 
 
 def answer_starts(texts: Sequence[Text], tokenizer: Any) -> list[int]:
@@ -113,10 +100,10 @@ def answer_starts(texts: Sequence[Text], tokenizer: Any) -> list[int]:
         tail, start = "", len(text.ids)
         for i in range(text.prompt_length, len(text.ids)):
             tail += piece(text.ids[i])
-            if CLOSES_THINKING in tail:
+            if END_THINK in tail:
                 start = i + 1
                 break
-            tail = tail[-len(CLOSES_THINKING) :]
+            tail = tail[-len(END_THINK) :]
         starts.append(start)
     return starts
 

@@ -13,7 +13,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-_MASK = (1 << 64) - 1
+from fastadapt.data.splitmix import STEP, mix
 
 
 def request_seed(seed: int, request: str, repetition: int) -> int:
@@ -24,11 +24,8 @@ def request_seed(seed: int, request: str, repetition: int) -> int:
 
 def position_key(request: int, position: int) -> tuple[int, int]:
     """Two int32 of a request's seed and the position of the token to be drawn: SplitMix64."""
-    z = (request + (position + 1) * 0x9E3779B97F4A7C15) & _MASK
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-    z ^= z >> 31
-    return _signed(z >> 32), _signed(z & 0xFFFFFFFF)
+    z = mix(request + (position + 1) * STEP)
+    return _signed(z >> 32 & 0xFFFFFFFF), _signed(z & 0xFFFFFFFF)
 
 
 def gumbel(high_N: Tensor, low_N: Tensor, vocabulary: int) -> Tensor:

@@ -1,14 +1,14 @@
-"""Collect, for every unit of a run's layers, where it fires: counts, and examples with windows.
+"""Collect where every unit of a run fires: activation counts, and examples with windows.
 
-Held-out texts go once through the replacement model, whose adapters hand back their codes. On the
-device, without a loop over activations, these become counts (by domain, region and tenth of the
-thinking), a histogram, and two k-bests of each unit: by activation, and by a seeded priority, which
-makes a draw with equal chance for each. Windows are looked up for those alone that enter. All of it
-merges: shards on several devices or machines give the store of one pass, bit for bit, and so does
-what was interrupted and resumed.
+Held-out texts pass once through the replacement model, whose adapters return their codes. The
+device reduces the codes, without a loop over activations, to counts (by domain, region and tenth
+of the thinking), a histogram, and two top-k's per unit: by activation, and by a seeded priority,
+which is a uniform draw. Windows are computed only for codes that enter a top-k. The state merges:
+shards on several devices or machines, and interrupted and resumed runs, give the store of a single
+pass, bit for bit.
 
-Memory beside the model depends on units, not on tokens: 30 examples of 71 tokens take some 9 kB a
-unit.
+Memory beside the model depends on units, not on tokens: 30 examples of 71 tokens take about 9 kB
+per unit.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from fastadapt.errors import RunError, UserError
 from fastadapt.features.collect import folder as work
 from fastadapt.features.collect.collector import Progress, begin, gather, open_run
 from fastadapt.features.collect.config import CollectConfig, Shard
-from fastadapt.features.collect.feature_stats import Tally
-from fastadapt.features.collect.merging import merged_tallies, merged_texts, shards_of
+from fastadapt.features.collect.feature_stats import FeatureStats
+from fastadapt.features.collect.merging import merged_stats, merged_texts, shards_of
 from fastadapt.features.collect.tables import check_fires, unit_shapes, write_texts, write_units
 from fastadapt.features.collect.texts import Prepared
 from fastadapt.features.store.schema import EDGES, MANIFEST, Kind
@@ -51,26 +51,27 @@ def collect(
     progress: Progress | None = None,
     stop: Event | None = None,
 ) -> Store | None:
-    """Collect a run's features. Called again, it goes on where it was; finished, it does nothing.
+    """Collect a run's features, or resume: the same call continues an interrupted collection.
 
     Args:
-        run: folder of a finished run, or of adapters (then ``config.data`` is needed).
-        folder: of the store; ``features`` in the run if not given, of a shard ``features-i-of-n``.
-        config: which texts, and what is kept.
-        shard: the part of the texts to read; then :func:`merge` makes the store.
-        dtype, device, attention: of the pair, in place of the run's settings.
+        run: folder of a finished run, or of adapters (``config.data`` is then required).
+        folder: folder of the store; by default ``features`` in the run, or ``features-i-of-n``
+            for a shard.
+        config: the texts to read and the examples to store.
+        shard: the part of the texts to read; :func:`merge` then writes the store.
+        dtype, device, attention: override the run's settings of the pair.
         trust_remote_code: run Python code that comes with the models.
-        overwrite: collect anew, in place of what the folder holds, once the texts are prepared.
-        progress: told (texts done, texts).
-        stop: ends after the batch at hand; what was collected is kept.
+        overwrite: replace what the folder holds, once the texts are prepared.
+        progress: called with (texts done, texts).
+        stop: when set, saves the state and returns after the current batch.
 
     Returns:
-        The store; None of a shard, or where it was stopped.
+        The store; None for a shard, or if stopped.
 
     Raises:
         UserError: the run has no features or is not finished, the texts cannot be read, or the
             folder holds something else.
-        RunError: nothing fires, an activation is not finite, or the folder cannot be written.
+        RunError: no unit fires, an activation is not finite, or the folder cannot be written.
     """
     part = Shard(*(shard or Shard())).checked()
     name = "features" if part.n == 1 else f"features-{part.i}-of-{part.n}"
@@ -90,10 +91,10 @@ def collect(
         if not overwrite and (done := _finished(out, facts)):
             return done
         prepared = begin(opened, facts, part, out, anew=overwrite)
-        tallies = gather(opened, prepared, out, progress=progress, stop=stop)
-        if tallies is None or part.n > 1:
+        stats = gather(opened, prepared, out, progress=progress, stop=stop)
+        if stats is None or part.n > 1:
             return None
-        return _finish(out, [out], facts, tallies, prepared)
+        return _finish(out, [out], facts, stats, prepared)
 
 
 def merge(
@@ -102,16 +103,16 @@ def merge(
     *,
     overwrite: bool = False,
 ) -> Store:
-    """Make one store of all shards: the one that a single pass makes. Needs no model.
+    """Merge all shards into the store that a single pass gives. Loads no model.
 
     Args:
-        shards: their folders, in any order.
-        folder: of the store.
-        overwrite: remove what is in it.
+        shards: folders of the shards, in any order.
+        folder: folder of the store.
+        overwrite: replace what the folder holds.
 
     Raises:
         UserError: shards are missing, given twice, unfinished, or of several collections.
-        RunError: nothing fires, or the folder cannot be written.
+        RunError: no unit fires, or the folder cannot be written.
     """
     out = typed_path(folder, "--output")
     parts = shards_of([typed_path(shard, "shard") for shard in shards])
@@ -125,55 +126,54 @@ def merge(
         if not overwrite and (done := _finished(out, facts)):
             return done
         prepared = merged_texts(parts)
-        tallies = merged_tallies(parts, prepared.domains)
+        stats = merged_stats(parts, prepared.domains)
         first = parts[0].folder
         copied = {
             name: inside(first, *name.split("/"), source=str(first))
-            for name in ["tokens.parquet", *(f"{kind}/lens.parquet" for kind in tallies)]
+            for name in ["tokens.parquet", *(f"{kind}/lens.parquet" for kind in stats)]
         }
         work.clear(out)
         with disk_errors(out):
-            for name, own in copied.items():
+            for name, source in copied.items():
                 make_folder((out / name).parent)
                 with replacing(out / name) as staged:
-                    shutil.copyfile(own, staged)
-        return _finish(out, [part.folder for part in parts], facts, tallies, prepared)
+                    shutil.copyfile(source, staged)
+        return _finish(out, [part.folder for part in parts], facts, stats, prepared)
 
 
 def _finished(out: Path, facts: Mapping[str, Any]) -> Store | None:
-    """The store, if it is there and of the same; what is there may not be of anything else."""
-    begun = work.read_facts(out)
-    then: Mapping[str, Any] | None
-    there = begun is None and has_file(out / MANIFEST)
-    then = Store.open(out).manifest.get("collected", {}) if there else begun
-    if then is None:
-        return None
-    if told := work.differing(then, facts):
+    """Return the finished store if its settings match; raise if the folder holds another one."""
+    recorded: Mapping[str, Any] | None = work.read_facts(out)
+    store = None
+    if recorded is None and has_file(out / MANIFEST):
+        store = Store.open(out)
+        recorded = store.manifest.get("collected", {})
+    if recorded is not None and (changes := work.differing(recorded, facts)):
         raise UserError(
-            f"{out}: what was collected there differs from what is asked for ({told:.300}): "
-            "collect again (--overwrite), or give another folder"
+            f"{out} holds a collection with other settings ({changes:.300}); pass --overwrite to "
+            "replace it, or give another folder"
         )
-    return Store.open(out) if there else None
+    return store
 
 
 def _finish(
     out: Path,
     parts: Sequence[Path],
     facts: Mapping[str, Any],
-    tallies: Mapping[Kind, Tally],
+    stats: Mapping[Kind, FeatureStats],
     prepared: Prepared,
 ) -> Store:
-    """Write the tables, the manifest last, and remove what only collecting needed."""
+    """Write the tables, then the manifest, and remove the files that only collecting needs."""
     texts = write_texts([part / work.WORK / work.TEXTS for part in parts], out / "texts.parquet")
     try:
-        for tally in tallies.values():
-            check_fires(tally, texts, facts["data"]["name"])
+        for of_kind in stats.values():
+            check_fires(of_kind, texts, facts["data"]["name"])
     except RunError:
         work.clear(out)
         raise
     files = [out / "texts.parquet", out / "tokens.parquet"]
-    for kind, tally in tallies.items():
-        files += write_units(tally, texts, prepared.domains, out / kind)
+    for kind, of_kind in stats.items():
+        files += write_units(of_kind, texts, prepared.domains, out / kind)
         files.append(out / kind / "lens.parquet")
     source = facts["data"]
     manifest = {
@@ -192,7 +192,7 @@ def _finish(
         },
         "domains": prepared.domains,
         "settings": facts["settings"],
-        "units": unit_shapes(tallies),
+        "units": unit_shapes(stats),
         "lens": {"demeaned": facts["settings"]["demeaned"], "final_norm": False},
         "edges": list(EDGES),
         "versions": {name: version(name) for name in ("fastadapt", "torch", "transformers")},

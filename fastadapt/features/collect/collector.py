@@ -1,4 +1,4 @@
-"""One process's part of collecting: a run opened, its texts read batch by batch, state kept."""
+"""Collect in one process: open a run, prepare its texts, pass them through the model in batches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastadapt.evaluation.models_under_test import Students
 from fastadapt.features.collect import folder as work
 from fastadapt.features.collect import snapshots
 from fastadapt.features.collect.config import CollectConfig, Shard
-from fastadapt.features.collect.feature_stats import Tally
+from fastadapt.features.collect.feature_stats import FeatureStats
 from fastadapt.features.collect.layer_codes import walk
 from fastadapt.features.collect.snapshots import Cursor
 from fastadapt.features.collect.texts import (
@@ -28,7 +28,7 @@ from fastadapt.features.collect.texts import (
     Text,
     batch_of,
     batches_of,
-    places_of,
+    locate_tokens,
     prepare,
     read_group,
 )
@@ -42,19 +42,19 @@ from fastadapt.io.parquet import open_parquet
 from fastadapt.models.self_check import check_traversal
 
 Progress = Callable[[int, int], None]
-#: Settings that the source of the texts has, and one without part in what is collected.
+#: Settings that are facts of the data source, and one that does not change the result.
 _ELSEWHERE = ("data", "split", "n", "max_tokens", "snapshot_tokens")
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A run that features can be collected from, and what is told of it.
+    """A run to collect features from, with its texts and settings.
 
     Attributes:
-        students: of the run alone.
-        run: its folder, as given.
-        source: of the texts.
-        config: as given, ``neurons_per_token`` known where it is needed.
+        students: the models under test, of this run alone.
+        run: folder of the run, as given.
+        source: source of the texts.
+        config: the settings, ``neurons_per_token`` filled in where neurons are collected.
     """
 
     students: Students
@@ -64,11 +64,11 @@ class Opened:
 
     @property
     def name(self) -> str:
-        """Of the run."""
+        """Name of the run among ``students``."""
         return self.students.runs[0]
 
     def facts(self, shard: Shard) -> work.Facts:
-        """What is collected, from what: equal where the result is."""
+        """Return what determines the result: equal facts give equal stores."""
         pair = self.students.config
         settings = asdict(self.config)
         for name in _ELSEWHERE:
@@ -93,10 +93,10 @@ def open_run(
     attention: str | None,
     trust_remote_code: bool,
 ) -> Opened:
-    """Read what a run says of itself and of its held-out texts; no weight is read yet.
+    """Open a run and find its held-out data, without reading weights.
 
     Raises:
-        UserError: it is not finished, has no features, or does not say what is needed.
+        UserError: the run is not finished, has no features, or lacks its data, family or L0.
     """
     students = Students.open(
         [run],
@@ -108,44 +108,46 @@ def open_run(
     student = students.students[students.runs[0]]
     if student.kind != "transcoder":
         raise UserError(
-            f"{run}: what was trained here is of kind {student.kind!r}, which has no features; "
-            "expected a run of transcoder adapters"
+            f"{run}: expected a run of transcoder adapters, got one of kind {student.kind!r}, "
+            "which has no features"
         )
-    told = held_out(typed_path(run, "run"))
-    source = config.data or (told and told.source)
-    family = students.family or (told and told.family)
+    recorded = held_out(typed_path(run, "run"))
+    source = config.data or (recorded and recorded.source)
+    family = students.family or (recorded and recorded.family)
     if source is None or family is None:
         raise UserError(
-            f"{run} does not say what it was validated on and how that was rendered: give the "
-            "folder of a run, or conversations (--data)"
+            f"no validation data or chat template recorded in {run}; pass conversations (--data), "
+            "or give the folder of a run"
         )
-    own = told if config.data is None else None
     if config.neurons_per_token is None and set(config.kinds) - {"adapter"}:
         if student.l0 is None:
             raise UserError(
-                f"{run} does not say its L0: say how many neurons of a token count as active "
-                "(--neurons_per_token)"
+                f"no L0 recorded in {run}; pass the number of neurons of a token that count as "
+                "active (--neurons_per_token)"
             )
         n = max(1, math.ceil(student.l0))
         config = CollectConfig(**{**asdict(config), "neurons_per_token": n})
-    split, revision = (own.split, own.revision) if own else (config.split or "validation", None)
-    found = Source(source, split, revision, family, config.n, config.max_tokens)
-    return Opened(students, run, found, config)
+    split, revision = config.split or "validation", None
+    if recorded and config.data is None:
+        split, revision = recorded.split, recorded.revision
+    texts = Source(source, split, revision, family, config.n, config.max_tokens)
+    return Opened(students, run, texts, config)
 
 
 def begin(
     opened: Opened, facts: work.Facts, shard: Shard, folder: Path, *, anew: bool = False
 ) -> Prepared:
-    """Prepare the texts, the vocabulary and the logit lens, if that was not done before.
+    """Prepare texts, vocabulary and logit lens, unless an earlier call has.
 
-    What the folder held is removed once all of it is prepared: a mistake costs nothing.
+    The folder's former contents are removed only after everything is prepared, so a mistake in
+    the settings loses nothing.
 
     Args:
         opened: the run.
-        facts: what is collected.
+        facts: returned by :meth:`Opened.facts`.
         shard: the part of the texts to prepare.
-        folder: of the store.
-        anew: prepare it in any case.
+        folder: folder of the store.
+        anew: prepare even if an earlier call has.
 
     Raises:
         UserError: the source cannot be read, or none of its conversations is short enough.
@@ -157,13 +159,13 @@ def begin(
     try:
         staged.mkdir(parents=True)
         model = opened.students.replacement(opened.name)
-        # Asked for first, since a kind that cannot be collected should be known at once.
+        # First of all: raises if the units of a kind cannot be collected.
         for kind in opened.config.kinds:
             output_rows(model, kind, 0)
         tokenizer = model.pair.tokenizer
         longest = min(opened.source.max_tokens, context_of(model.model))
-        to = staged / work.TEXTS
-        prepared = prepare(opened.source, tokenizer, shard, to, max_tokens=longest)
+        texts = staged / work.TEXTS
+        prepared = prepare(opened.source, tokenizer, shard, texts, max_tokens=longest)
         if prepared.texts == 0 and shard.n == 1:
             raise UserError(
                 f"data source {opened.source.name!r}: all {prepared.read} conversations are longer "
@@ -191,24 +193,24 @@ def gather(
     *,
     progress: Progress | None = None,
     stop: Event | None = None,
-) -> dict[Kind, Tally] | None:
-    """Collect from the texts, going on where it was left; None where it was stopped before the end.
+) -> dict[Kind, FeatureStats] | None:
+    """Pass the texts through the model, from the last snapshot on; return None if stopped.
 
     Raises:
         RunError: an activation is not finite, or the folder cannot be written.
     """
     config, model = opened.config, opened.students.replacement(opened.name)
-    tallies = tallies_of(opened, prepared)
+    stats = empty_stats(opened, prepared)
     neurons: dict[Kind, list[Neurons]] = {
         kind: [
             Neurons(norms, config.neurons_per_token or 1)
-            for norms in tallies[kind].norms.view(model.n_layers, -1)
+            for norms in stats[kind].norms.view(model.n_layers, -1)
         ]
         for kind in config.kinds
         if kind != "adapter"
     }
     state = folder / work.WORK / work.STATE
-    cursor = snapshots.load(tallies, state)
+    cursor = snapshots.load(stats, state)
     unsaved, done, checked = 0, 0, False
     texts = folder / work.WORK / work.TEXTS
     vocabulary = vocabulary_of(model.model)
@@ -220,58 +222,58 @@ def gather(
             members = read_group(texts, file, group)
             for text in members:
                 check_ids(torch.from_numpy(text.tokens), vocabulary, f"text {text.number}")
-            for i, some in enumerate(batches_of(members, config.batch_tokens)):
-                done += len(some)
+            for i, batch in enumerate(batches_of(members, config.batch_tokens)):
+                done += len(batch)
                 if i < cursor.batch:
                     continue
                 if not checked:
-                    check_traversal(model, batch_of(some).to(model.device))
+                    check_traversal(model, batch_of(batch).to(model.device))
                     checked = True
-                take(model, tallies, neurons, some, prepared.domains)
-                tokens = sum(len(text.tokens) for text in some)
+                take(model, stats, neurons, batch, prepared.domains)
+                tokens = sum(len(text.tokens) for text in batch)
                 unsaved += tokens
                 cursor = Cursor(group, i + 1, cursor.tokens + tokens)
                 if progress is not None:
                     progress(done, prepared.texts)
                 stopped = stop is not None and stop.is_set()
                 if unsaved >= config.snapshot_tokens or stopped:
-                    snapshots.save(tallies, cursor, state)
+                    snapshots.save(stats, cursor, state)
                     unsaved = 0
                 if stopped:
                     return None
             cursor = Cursor(group + 1, 0, cursor.tokens)
-    snapshots.save(tallies, cursor, state)
-    return tallies
+    snapshots.save(stats, cursor, state)
+    return stats
 
 
-def tallies_of(opened: Opened, prepared: Prepared) -> dict[Kind, Tally]:
-    """Empty ones, of every kind that is collected."""
+def empty_stats(opened: Opened, prepared: Prepared) -> dict[Kind, FeatureStats]:
+    """Return statistics without activations, for each kind that is collected."""
     model, config = opened.students.replacement(opened.name), opened.config
-    tallies = {}
+    stats = {}
     for kind in config.kinds:
         rows = [output_rows(model, kind, layer) for layer in range(model.n_layers)]
         shape = model.n_layers, len(rows[0])
-        tally = Tally(kind, shape, len(prepared.domains), config, model.device)
+        of_kind = FeatureStats(kind, shape, len(prepared.domains), config, model.device)
         norms = [torch.linalg.vector_norm(r, dim=1, dtype=torch.float32) for r in rows]
-        tally.norms.copy_(torch.cat(norms))
-        tallies[kind] = tally
-    return tallies
+        of_kind.norms.copy_(torch.cat(norms))
+        stats[kind] = of_kind
+    return stats
 
 
 def take(
     model: Any,
-    tallies: Mapping[Kind, Tally],
+    stats: Mapping[Kind, FeatureStats],
     neurons: Mapping[Kind, Any],
     texts: list[Text],
     domains: list[str],
 ) -> None:
-    """Run one batch through the model, and every kind's codes into its tally."""
+    """Run one batch through the model and add its codes to the statistics of each kind."""
     batch = batch_of(texts).to(model.device)
-    any_tally = next(iter(tallies.values()))
-    at = places_of(texts, domains, any_tally.config, model.device)
+    config = next(iter(stats.values())).config
+    tokens = locate_tokens(texts, domains, config, model.device)
     try:
-        for layer, found in walk(model, batch, neurons):
-            for kind, tally in tallies.items():
-                tally.add(layer, found[kind], at)
+        for layer, codes in walk(model, batch, neurons):
+            for kind, of_kind in stats.items():
+                of_kind.add(layer, codes[kind], tokens)
     except RunError as error:
         raise RunError(f"texts {texts[0].number} to {texts[-1].number}: {error}") from None

@@ -1,4 +1,4 @@
-"""What is collected, and which part of the texts one of several processes takes."""
+"""Settings of collecting, and the part of the texts that one of several processes reads."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import NamedTuple
 from fastadapt.errors import UserError
 from fastadapt.features.store.schema import KINDS, Kind
 
-DOMAINS = 64  #: at most; of 28 layers of 8,192 units, their counts take 2 GB
+DOMAINS = 64  #: at most; the counts of 28 layers of 8,192 units then take 2 GB
 
 
 @dataclass(frozen=True)
 class CollectConfig:
-    """Which texts are read, and what is kept of each unit's activations.
+    """The texts to read, and the examples to store of each unit.
 
     Args:
         data: conversations, named as ``data.train`` is; the run's held-out data if not given. A
@@ -23,19 +23,18 @@ class CollectConfig:
         n: the first so many conversations; all if not given.
         max_tokens: longer conversations are left out, and so are those longer than the model's
             context.
-        top: the strongest activations that are kept of each unit.
-        uniform: activations drawn from all of a unit's, each with equal chance.
-        before: tokens of a window before the one of the activation.
-        after: tokens of a window after it.
-        kinds: ``adapter``, its features; ``base`` and ``target``, neurons of the MLPs of the base
-            (as they run in the replacement model) and of the target (in the target), as baselines.
-        neurons_per_token: a neuron counts as active on a token where its activation (what the
-            MLP's output matrix multiplies), times the norm of its column there, is positive and
-            among the token's so many largest of its layer. Without such a bound, about half of
-            them fire on any token. If not given, the run's measured L0, rounded up.
+        top: strongest activations stored of each unit.
+        uniform: activations drawn uniformly from all of a unit's.
+        before: tokens of a window before the token of the activation.
+        after: tokens of a window after the token of the activation.
+        kinds: ``adapter``, its features; ``base`` and ``target``, MLP neurons of the base (run in
+            the replacement model) and of the target (run in the target), as baselines.
+        neurons_per_token: neurons of a layer that count as active on a token: the largest products
+            of activation and norm of the neuron's output, if positive. Without this bound about
+            half of the neurons fire on any token. If not given, the run's measured L0, rounded up.
         seed: of the uniform draw.
         batch_tokens: tokens of a batch, padding included; a longer text is a batch of its own.
-        snapshot_tokens: tokens after which all that was collected is written, for a resumption.
+        snapshot_tokens: tokens between two snapshots, from which an interrupted run resumes.
         demeaned: subtract the mean over the vocabulary from the logit lens.
     """
 
@@ -90,22 +89,18 @@ class Shard(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Shard:
-        """``i/n``.
+        """Parse ``i/n``.
 
         Raises:
-            UserError: it is not.
+            UserError: the text has another form, or i is not below n.
         """
-        found = re.fullmatch(r"(\d+)/(\d+)", text)
-        if found is None:
+        match = re.fullmatch(r"(\d+)/(\d+)", text)
+        if match is None:
             raise UserError(f"--shard: expected i/n, such as 0/3, got {text!r}")
-        return cls(int(found[1]), int(found[2])).checked()
+        return cls(int(match[1]), int(match[2])).checked()
 
     def checked(self) -> Shard:
-        """Itself.
-
-        Raises:
-            UserError: there is no such part.
-        """
+        """Return the shard itself; raise ``UserError`` unless 0 <= i < n."""
         if not 0 <= self.i < self.n:
             raise UserError(
                 f"--shard: expected i/n with i from 0 to n - 1 (0/3, 1/3, 2/3), got "

@@ -1,6 +1,6 @@
-"""What is known of every unit of a kind so far: how often, how strongly, where; and its examples.
+"""Running statistics of every unit of a kind: activation counts, histogram, sum, and examples.
 
-All of it is sums of integers and k-bests, so it is the same bits in whatever order batches come.
+The state is sums of integers and top-k's, so the order of batches does not change a bit of it.
 N tokens of a batch (padding counted), F units of a layer, U units of all layers, C codes.
 """
 
@@ -16,51 +16,59 @@ from torch import Tensor
 from fastadapt.errors import RunError
 from fastadapt.features.collect.config import CollectConfig
 from fastadapt.features.collect.priority_hash import priority, tokens_hash, units_hash
-from fastadapt.features.collect.topk_buffer import FIELDS, Candidates, Kept, best, rows
+from fastadapt.features.collect.topk_buffer import (
+    FIELDS,
+    Candidates,
+    TopKBuffer,
+    rows,
+    topk_per_group,
+)
 from fastadapt.features.store.schema import EDGES, REGIONS, SAMPLES, TENTHS, Kind, SampleKind
 from fastadapt.kernels.transcoder import SparseCodes
 
-#: Where a token stands: its region, or (behind those) its tenth of the thinking.
+#: Slots that a token is counted in: its region or, after the regions, its tenth of the thinking.
 SLOTS = len(REGIONS) + TENTHS
-#: Sums of activations are kept as integers in two parts: of 2**-16, and of 2**-48 for the rest.
+#: An activation is summed as two integers: multiples of 2**-16, and the remainder in 2**-48.
 HIGH, LOW = 2.0**16, 2.0**32
-_UNITS = 8192  # whose examples are merged at a time
-#: Of float32: the exponent of the first edge, and the mantissa of the square root of 2.
+_UNITS = 8192  # units whose examples are merged at once
+#: In float32's bits: the exponent of the first edge, and the mantissa of the square root of 2.
 _FIRST_OCTAVE = round(math.log2(EDGES[0])) + 127
 _HALF_OCTAVE = math.floor((math.sqrt(2) - 1) * 2**23)
 
 
-class Places(NamedTuple):
-    """The tokens of a batch: int64 ``[N]`` each."""
+class BatchTokens(NamedTuple):
+    """The place of each token of a batch: int64 ``[N]`` each."""
 
     slot: Tensor  #: ``domain * SLOTS + slot``.
     place: Tensor  #: see :func:`fastadapt.features.collect.topk_buffer.place_of`.
     hash: Tensor  #: see :func:`fastadapt.features.collect.priority_hash.tokens_hash`.
-    first: Tensor  #: of the token's window, in the batch.
-    last: Tensor  #: likewise, included.
+    first: Tensor  #: first token of the token's window, an index into the batch.
+    last: Tensor  #: last token of the window, included.
 
 
 def bins_of(values: Tensor) -> Tensor:
-    """How many of ``EDGES`` each value is above, by its bits: ``EDGES`` are half octaves.
+    """Return the histogram bin of each value: the number of ``EDGES`` below the value.
+
+    ``EDGES`` are half octaves, so exponent and mantissa give the bin without a search.
 
     Args:
         values: float32, positive and finite.
     """
     bits = values.view(torch.int32)
-    octave, rest = (bits >> 23) - _FIRST_OCTAVE, bits & (2**23 - 1)
-    above = 2 * octave + (rest > 0).int() + (rest > _HALF_OCTAVE).int()
+    octave, mantissa = (bits >> 23) - _FIRST_OCTAVE, bits & (2**23 - 1)
+    above = 2 * octave + (mantissa > 0).int() + (mantissa > _HALF_OCTAVE).int()
     return above.clamp(0, len(EDGES))
 
 
-class Tally:
-    """Counts and examples of one kind of unit.
+class FeatureStats:
+    """Statistics and examples of one kind of unit.
 
     Attributes:
-        counts: int64 ``[U, domains + 1, SLOTS]``: active tokens; the last domain is none.
-        histogram: int64 ``[U, len(EDGES) + 1]``.
-        sums: int64 ``[U, 2]``, of activations: multiples of 2**-16, and of 2**-48.
-        norms: float32 ``[U]``, of what each unit writes.
-        kept: the examples, by kind of sample.
+        counts: int64 ``[U, domains + 1, SLOTS]``, active tokens; the last domain stands for none.
+        histogram: int64 ``[U, len(EDGES) + 1]``, active tokens by activation.
+        sums: int64 ``[U, 2]``, sum of activations: multiples of 2**-16, and of 2**-48.
+        norms: float32 ``[U]``, norm of each unit's output row.
+        examples: the top activations by value and by priority, a buffer for each sample.
     """
 
     def __init__(
@@ -79,8 +87,8 @@ class Tally:
         self.histogram = zeros.new_zeros(n_units, len(EDGES) + 1)
         self.sums = zeros.new_zeros(n_units, 2)
         self.norms = torch.zeros(n_units, device=device)
-        self.kept: dict[SampleKind, Kept] = {
-            name: Kept.empty(n_units, k, config.width, device)
+        self.examples: dict[SampleKind, TopKBuffer] = {
+            name: TopKBuffer.empty(n_units, k, config.width, device)
             for name, k in zip(SAMPLES, (config.top, config.uniform), strict=True)
         }
         self._hashes = [
@@ -88,46 +96,46 @@ class Tally:
             for layer in range(self.n_layers)
         ]
 
-    def add(self, layer: int, codes: SparseCodes, at: Places) -> None:
-        """Take in a layer's codes of one batch.
+    def add(self, layer: int, codes: SparseCodes, batch: BatchTokens) -> None:
+        """Add a layer's codes of one batch.
 
         Raises:
-            RunError: an activation is not finite, or not positive.
+            RunError: an activation is not finite or not positive.
         """
         values = codes.values.float()
         if len(values) == 0:
             return
-        least, most = values.aminmax()  # NaN, if any value is
+        least, most = values.aminmax()  # NaN if any value is
         if not (least > 0 and most < torch.inf):
             raise RunError(
                 f"layer {layer}: an activation of the {self.kind} is not a finite, positive number"
             )
         tokens, features = codes.tokens, codes.features
-        self._count(layer, features, rows(at.slot, tokens), values)
+        self._count(layer, features, rows(batch.slot, tokens), values)
         unit = features + layer * self.n_features
-        of_unit = rows(self._hashes[layer], features)
-        drawn = priority(of_unit, rows(at.hash, tokens))
-        # Of positive floats, the bits sort as the numbers do.
+        unit_hash = rows(self._hashes[layer], features)
+        drawn = priority(unit_hash, rows(batch.hash, tokens))
+        # The bits of positive floats sort as the numbers do.
         keys: dict[SampleKind, Tensor] = {"top": values.view(torch.int32).long(), "uniform": drawn}
         chosen: dict[SampleKind, Tensor] = {}
-        for name, kept in self.kept.items():
+        for name, buffer in self.examples.items():
             key = keys[name]
-            found = kept.admits(unit, key)
-            if len(found) > kept.k * self.n_features:  # more than could be kept
-                place = rows(at.place, rows(tokens, found))
-                chances = rows(unit, found), rows(key, found), place
-                found = rows(found, best(*chances, kept.k)[0])
-            chosen[name] = found
+            codes_in = buffer.may_enter(unit, key)
+            if len(codes_in) > buffer.k * self.n_features:  # cut to k a unit before windows
+                place = rows(batch.place, rows(tokens, codes_in))
+                candidates = rows(unit, codes_in), rows(key, codes_in), place
+                codes_in = rows(codes_in, topk_per_group(*candidates, buffer.k)[0])
+            chosen[name] = codes_in
         windows = windows_of(
-            codes._replace(values=values), torch.cat(list(chosen.values())), at, self.config
-        ).split([len(found) for found in chosen.values()])
-        for (name, found), window in zip(chosen.items(), windows, strict=True):
-            key, place = rows(keys[name], found), rows(at.place, rows(tokens, found))
-            new = Candidates(rows(unit, found), key, place, rows(values, found), window)
-            self.kept[name].merge(new)
+            codes._replace(values=values), torch.cat(list(chosen.values())), batch, self.config
+        ).split([len(codes_in) for codes_in in chosen.values()])
+        for (name, codes_in), window in zip(chosen.items(), windows, strict=True):
+            key, place = rows(keys[name], codes_in), rows(batch.place, rows(tokens, codes_in))
+            new = Candidates(rows(unit, codes_in), key, place, rows(values, codes_in), window)
+            self.examples[name].merge(new)
 
     def priorities(self, layer: int, features: Tensor, text: Tensor, position: Tensor) -> Tensor:
-        """int64, of activations of a layer's units: ``[m]``, on the CPU."""
+        """Return the priorities of activations of a layer's units: int64 ``[m]``, on the CPU."""
         return priority(self._hashes[layer].cpu()[features], tokens_hash(text, position))
 
     def _count(self, layer: int, features: Tensor, slot: Tensor, values: Tensor) -> None:
@@ -135,36 +143,37 @@ class Tally:
         units = slice(layer * F, (layer + 1) * F)
         for total, index in ((self.counts, slot), (self.histogram, bins_of(values))):
             width = total[0].numel()
-            found = torch.bincount(features * width + index, minlength=F * width)
-            total[units] += found.view(F, *total.shape[1:])
+            added = torch.bincount(features * width + index, minlength=F * width)
+            total[units] += added.view(F, *total.shape[1:])
         scaled = values.double() * HIGH
         high = scaled.floor()
-        # Integers in float64: exact, in whatever order they are added.
+        # float64 adds these integers exactly, whatever the order.
         for part, whole in enumerate((high, ((scaled - high) * LOW).floor())):
             self.sums[units, part] += torch.bincount(features, whole, minlength=F).long()
 
-    def absorb(self, other: Mapping[str, Tensor], domains: Sequence[int]) -> None:
-        """Add what another tally's :meth:`tensors` hold, of other texts.
+    def merge(self, other: Mapping[str, Tensor], domains: Sequence[int]) -> None:
+        """Add the statistics of other texts.
 
         Args:
-            domains: place here of each of its domains.
+            other: returned by :meth:`tensors` of the other statistics.
+            domains: for each domain of ``other``, its index in these statistics.
         """
-        for here, counts in zip(domains, other["counts"].unbind(1), strict=True):
-            self.counts[:, here] += counts
+        for domain, counts in zip(domains, other["counts"].unbind(1), strict=True):
+            self.counts[:, domain] += counts
         self.histogram += other["histogram"]
         self.sums += other["sums"]
         self.norms.copy_(other["norms"])
-        for name, kept in self.kept.items():
-            theirs = Kept(*(other[f"{name}.{field}"] for field in FIELDS))
+        for name, buffer in self.examples.items():
+            theirs = TopKBuffer(*(other[f"{name}.{field}"] for field in FIELDS))
             for units in torch.arange(len(self.counts)).split(_UNITS):
-                kept.merge(theirs.candidates(units))
+                buffer.merge(theirs.candidates(units))
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it, by name."""
+        """Return the state as tensors by name."""
         examples = {
             f"{name}.{field}": tensor
-            for name, kept in self.kept.items()
-            for field, tensor in kept.tensors().items()
+            for name, buffer in self.examples.items()
+            for field, tensor in buffer.tensors().items()
         }
         return {
             "counts": self.counts,
@@ -175,51 +184,56 @@ class Tally:
         }
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Be what :meth:`tensors` gave."""
+        """Load the state returned by :meth:`tensors`, in place."""
         for name, mine in self.tensors().items():
             mine.copy_(tensors[name])
 
 
-def wrong_values(tensors: Mapping[str, Tensor], like: Tally) -> Iterator[str]:
-    """Names among :meth:`Tally.tensors` of a tally with values that collecting never makes."""
+def wrong_values(tensors: Mapping[str, Tensor], like: FeatureStats) -> Iterator[str]:
+    """Yield the names of :meth:`FeatureStats.tensors` with values that collecting cannot give."""
     for name, tensor in tensors.items():
         if tensor.numel() == 0:
             continue
         sample, _, field = name.rpartition(".")
         low, high = tensor.aminmax()
         least = -1 if field in ("key", "place", "slot") else 0
-        beyond = field == "slot" and high >= like.kept[sample].k  # type: ignore[index]
-        if beyond or not (low >= least and high < torch.inf):  # NaN, if any value is
+        beyond = field == "slot" and high >= like.examples[sample].k  # type: ignore[index]
+        if beyond or not (low >= least and high < torch.inf):  # NaN if any value is
             yield name
 
 
-def windows_of(codes: SparseCodes, chosen: Tensor, at: Places, config: CollectConfig) -> Tensor:
-    """The activations of a code's unit at the tokens around it: float32 ``[m, W]``.
+def windows_of(
+    codes: SparseCodes, chosen: Tensor, batch: BatchTokens, config: CollectConfig
+) -> Tensor:
+    """Return the activations of each chosen code's unit around its token: float32 ``[m, W]``.
 
     Args:
-        codes: of a layer and batch.
-        chosen: int64 ``[m]``, indices into them.
-        at: the tokens of the batch.
+        codes: the codes of one layer and batch.
+        chosen: int64 ``[m]``, indices into ``codes``.
+        batch: the tokens of the batch.
+        config: gives the size of windows.
     """
-    device, N = chosen.device, len(at.place)
+    device, N = chosen.device, len(batch.place)
     windows = torch.zeros(len(chosen), config.width, device=device)
     if len(chosen) == 0:
         return windows
     feature, token = rows(codes.features, chosen), rows(codes.tokens, chosen)
-    # Those of the chosen units alone, by unit and then token: a window is a run among them.
+    # Codes of the chosen units alone, sorted by unit, then token: a window is one run of them,
+    # from ``start`` to ``end``, since ``key`` is unit * N + token.
     wanted = torch.zeros(int(codes.features.max()) + 1, dtype=torch.bool, device=device)
     wanted[feature] = True
     near = rows(wanted, codes.features).nonzero().flatten()
     by_unit = rows(codes.features, near)
-    small = torch.int16 if len(wanted) < 2**15 else torch.int32  # sorted by digits, and faster
+    small = torch.int16 if len(wanted) < 2**15 else torch.int32  # a faster radix sort
     near = rows(near, by_unit.to(small).argsort(stable=True))
     key = rows(codes.features, near) * N + rows(codes.tokens, near)
-    start = torch.searchsorted(key, feature * N + rows(at.first, token))
-    end = torch.searchsorted(key, feature * N + rows(at.last, token), right=True)
+    start = torch.searchsorted(key, feature * N + rows(batch.first, token))
+    end = torch.searchsorted(key, feature * N + rows(batch.last, token), right=True)
     lengths = end - start
+    # Each code of each window, end to end: its window, then its index among the sorted codes.
     row = torch.arange(len(chosen), device=device).repeat_interleave(lengths)
-    ahead = rows(lengths.cumsum(0) - lengths - start, row)
-    source = torch.arange(len(row), device=device) - ahead
+    offset = rows(lengths.cumsum(0) - lengths - start, row)
+    source = torch.arange(len(row), device=device) - offset
     slot = rows(key, source) - rows(feature * N + token - config.before, row)
     windows[row, slot] = rows(codes.values, rows(near, source))
     return windows

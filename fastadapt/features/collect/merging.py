@@ -1,4 +1,4 @@
-"""Several shards' tallies as one: the same that a single pass makes."""
+"""Merge shards into the statistics that a single pass gives."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from fastadapt.errors import UserError
 from fastadapt.features.collect import folder as work
 from fastadapt.features.collect import snapshots
-from fastadapt.features.collect.feature_stats import Tally, wrong_values
+from fastadapt.features.collect.feature_stats import FeatureStats, wrong_values
 from fastadapt.features.collect.texts import Prepared
 from fastadapt.features.store.schema import TEXTS, Kind
 from fastadapt.io.parquet import open_parquet
@@ -19,51 +19,53 @@ from fastadapt.io.tensors import open_tensors
 
 
 class Part(NamedTuple):
-    """A finished shard: its folder, and what it says of itself."""
+    """A finished shard: its folder and its facts."""
 
     folder: Path
     facts: work.Facts
 
 
 def shards_of(folders: Sequence[Path]) -> list[Part]:
-    """All shards of one collection, in order.
+    """Return all shards of one collection, in order.
 
     Raises:
-        UserError: some are missing, given twice, not finished, or of another collection.
+        UserError: a shard is missing, given twice, not finished, or of another collection.
     """
     if not folders:
         raise UserError("expected the folders of shards to merge, got none")
-    found: dict[int, Part] = {}
+    parts: dict[int, Part] = {}
     for folder in folders:
         facts = work.read_facts(folder)
         if facts is None:
             raise UserError(
-                f"{folder} holds no shard: expected {work.WORK}/{work.FACTS} in it "
+                f"{folder} holds no shard: expected {work.WORK}/{work.FACTS} in it; collect it "
                 "(fastadapt features collect --shard i/n)"
             )
         i, n = facts["shard"]
-        first = next(iter(found.values()), Part(folder, facts))
-        if told := work.differing(_same(first.facts), _same(facts)):
-            raise UserError(f"{folder} and {first.folder} are not shards of one: {told:.300}")
-        if n != first.facts["shard"][1] or i in found:
+        first = next(iter(parts.values()), Part(folder, facts))
+        if changes := work.differing(_shared(first.facts), _shared(facts)):
+            raise UserError(
+                f"{folder} and {first.folder} are not shards of one collection: {changes:.300}"
+            )
+        if n != first.facts["shard"][1] or i in parts:
             raise UserError(
                 f"{folder}: expected another part of {first.facts['shard'][1]}, got {i}/{n}"
             )
-        found[i] = Part(folder, facts)
+        parts[i] = Part(folder, facts)
         _check_finished(folder, f"{i}/{n}")
     wanted = first.facts["shard"][1]
-    if missing := sorted(set(range(wanted)) - set(found)):
+    if missing := sorted(set(range(wanted)) - set(parts)):
         raise UserError(
             f"expected all {wanted} shards to merge; "
             f"{', '.join(f'{i}/{wanted}' for i in missing)} missing"
         )
-    return [found[i] for i in range(wanted)]
+    return [parts[i] for i in range(wanted)]
 
 
-def _same(facts: work.Facts) -> work.Facts:
-    """What all shards agree in; where models and data lie may differ by machine."""
-    alike = {key: facts[key] for key in ("adapter", "models", "settings")}
-    return {**alike, "data": {"fingerprint": facts["data"]["fingerprint"]}}
+def _shared(facts: work.Facts) -> work.Facts:
+    """Return the facts that shards have in common; paths may differ by machine."""
+    shared = {key: facts[key] for key in ("adapter", "models", "settings")}
+    return {**shared, "data": {"fingerprint": facts["data"]["fingerprint"]}}
 
 
 def _check_finished(folder: Path, shard: str) -> None:
@@ -71,44 +73,48 @@ def _check_finished(folder: Path, shard: str) -> None:
     with open_parquet(folder / work.WORK / work.TEXTS, TEXTS) as file:
         groups = file.num_row_groups
     if not state.is_file() or snapshots.cursor_of(state).group < groups:
-        raise UserError(f"{folder}: shard {shard} is not finished; collect it again, it goes on")
+        raise UserError(f"{folder}: shard {shard} is not finished; re-run its command to resume")
 
 
 def merged_texts(parts: Sequence[Part]) -> Prepared:
-    """What is known of the texts of all shards."""
+    """Return the counts of the texts of all shards."""
     each = [Prepared(**part.facts["prepared"]) for part in parts]
     return Prepared(
-        each[0].read,  # the whole source, by each of them
-        sum(own.too_long for own in each),
-        sum(own.texts for own in each),
-        sum(own.tokens for own in each),
-        sorted({domain for own in each for domain in own.domains}),
-        sum(own.with_markers for own in each),
+        each[0].read,  # every shard counts the whole source
+        sum(texts.too_long for texts in each),
+        sum(texts.texts for texts in each),
+        sum(texts.tokens for texts in each),
+        sorted({domain for texts in each for domain in texts.domains}),
+        sum(texts.with_markers for texts in each),
     )
 
 
-def merged_tallies(parts: Sequence[Part], domains: Sequence[str]) -> dict[Kind, Tally]:
-    """The sum of all shards, by the domains of all their texts."""
+def merged_stats(parts: Sequence[Part], domains: Sequence[str]) -> dict[Kind, FeatureStats]:
+    """Return the statistics of all shards, counted by the domains of all their texts."""
     config = work.config_of(parts[0].folder, parts[0].facts)
-    tallies: dict[Kind, Tally] = {}
+    merged: dict[Kind, FeatureStats] = {}
     for part in parts:
         path = part.folder / work.WORK / work.STATE
-        own = [domains.index(d) for d in part.facts["prepared"]["domains"]] + [len(domains)]
+        indices = [domains.index(d) for d in part.facts["prepared"]["domains"]] + [len(domains)]
         with open_tensors(path) as file:
             for kind in config.kinds:
                 shape = _shape(part, kind)
-                # Without memory: what the facts say may be more than there is.
-                like = Tally(kind, shape, len(own) - 1, config, torch.device("meta"))
+                # On "meta", without memory: damaged facts may claim more than fits.
+                like = FeatureStats(kind, shape, len(indices) - 1, config, torch.device("meta"))
                 snapshots.require_like(file, kind, like, path)
                 tensors = dict(snapshots.Prefixed(file, kind))
                 for name in wrong_values(tensors, like):
                     raise UserError(f"{path}: tensor {kind}.{name}: it has values that cannot be")
-                if kind not in tallies:
-                    tallies[kind] = Tally(kind, shape, len(domains), config, torch.device("cpu"))
-                if shape != (tallies[kind].n_layers, tallies[kind].n_features):
-                    raise UserError(f"{part.folder}: units.{kind}: another shape than the others'")
-                tallies[kind].absorb(tensors, own)
-    return tallies
+                if kind not in merged:
+                    cpu = torch.device("cpu")
+                    merged[kind] = FeatureStats(kind, shape, len(domains), config, cpu)
+                if shape != (merged[kind].n_layers, merged[kind].n_features):
+                    raise UserError(
+                        f"{part.folder}: units.{kind}: expected the shape of the other shards, "
+                        f"got {shape}"
+                    )
+                merged[kind].merge(tensors, indices)
+    return merged
 
 
 def _shape(part: Part, kind: Kind) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastadapt.features.collect.feature_stats import Tally, wrong_values
+from fastadapt.features.collect.feature_stats import FeatureStats, wrong_values
 from fastadapt.features.store.schema import Kind
 from fastadapt.io.atomic import disk_errors, replacing, save_tensors
 from fastadapt.io.documents import Count, parse_json
@@ -27,7 +27,7 @@ class Cursor(NamedTuple):
     tokens: int = 0
 
 
-def save(tallies: Mapping[Kind, Tally], cursor: Cursor, path: Path) -> None:
+def save(tallies: Mapping[Kind, FeatureStats], cursor: Cursor, path: Path) -> None:
     """Write all of them, in place of what was there.
 
     Raises:
@@ -43,7 +43,7 @@ def save(tallies: Mapping[Kind, Tally], cursor: Cursor, path: Path) -> None:
         save_tensors(tensors, staged, {"cursor": json.dumps(cursor)})
 
 
-def load(tallies: Mapping[Kind, Tally], path: Path) -> Cursor:
+def load(tallies: Mapping[Kind, FeatureStats], path: Path) -> Cursor:
     """Take what was saved; nothing, where nothing was.
 
     Raises:
@@ -78,7 +78,7 @@ def _cursor(file: Any, path: Path) -> Cursor:
     return Cursor(*parse_json(text, f"{path}: cursor", tuple[Count, Count, Count]))
 
 
-def require_like(file: Any, kind: Kind, tally: Tally, path: Path) -> None:
+def require_like(file: Any, kind: Kind, tally: FeatureStats, path: Path) -> None:
     """Raise :class:`~fastadapt.io.tensors.TensorError` where a file's tensors of a kind are not of
     the tally's names, shapes and dtypes. Only its header is read; the tally may be on ``meta``.
     """

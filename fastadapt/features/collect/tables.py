@@ -1,4 +1,4 @@
-"""From tallies to the tables of a store, a layer in memory at a time."""
+"""Write the tables of a store from statistics, with one layer in memory at a time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 
 from fastadapt.errors import RunError, UserError
-from fastadapt.features.collect.feature_stats import HIGH, LOW, Tally
+from fastadapt.features.collect.feature_stats import HIGH, LOW, FeatureStats
 from fastadapt.features.collect.topk_buffer import POSITION_BITS
 from fastadapt.features.store.regions import THINKING
 from fastadapt.features.store.schema import EXAMPLES, FEATURES, REGIONS, SAMPLES, TEXTS
@@ -26,7 +26,7 @@ class Texts(NamedTuple):
     """The finished table of texts: ``[n]`` each."""
 
     path: Path
-    numbers: np.ndarray  #: int64, of each row's conversation in the source; ascending.
+    numbers: np.ndarray  #: int64, number of each row's conversation in the source; ascending.
     domains: np.ndarray  #: strings or None.
     lengths: np.ndarray  #: int64, tokens.
     groups: np.ndarray  #: int64, row group of each row.
@@ -34,19 +34,19 @@ class Texts(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Of all texts."""
+        """Tokens of all texts."""
         return int(self.lengths.sum())
 
 
 def write_texts(parts: Sequence[Path], path: Path) -> Texts:
-    """Join shards' texts into one table, whose rows are numbered from 0.
+    """Join the texts of shards into one table, its rows numbered from 0.
 
     Args:
-        parts: what :func:`~fastadapt.features.collect.texts.prepare` wrote.
-        path: of the table.
+        parts: files written by :func:`~fastadapt.features.collect.texts.prepare`.
+        path: file of the table.
 
     Raises:
-        RunError: it cannot be written.
+        RunError: the table cannot be written.
     """
     numbers: list[int] = []
     domains: list[str | None] = []
@@ -64,8 +64,8 @@ def write_texts(parts: Sequence[Path], path: Path) -> Texts:
             groups.extend([group] * len(table))
             sha256.update(lengths[-1].astype("<i8").tobytes())
             sha256.update(tokens.values.to_numpy().astype("<i4").tobytes())
-            own = pa.array(range(start, len(numbers)), pa.int32())
-            yield table.set_column(0, TEXTS.field("text"), own)
+            row = pa.array(range(start, len(numbers)), pa.int32())
+            yield table.set_column(0, TEXTS.field("text"), row)
 
     write_pieces(rows(), path, TEXTS)
     return Texts(
@@ -90,31 +90,33 @@ def _first(table: pa.Table) -> int:
     return int(table["text"][0].as_py())
 
 
-def write_units(tally: Tally, texts: Texts, domains: Sequence[str], folder: Path) -> list[Path]:
-    """``features.parquet`` and ``examples.parquet`` of one kind of unit.
+def write_units(
+    stats: FeatureStats, texts: Texts, domains: Sequence[str], folder: Path
+) -> list[Path]:
+    """Write ``features.parquet`` and ``examples.parquet`` of one kind of unit; return the paths.
 
     Raises:
-        RunError: they cannot be written.
+        RunError: a table cannot be written.
     """
     paths = [folder / f"{name}.parquet" for name in ("features", "examples")]
-    every = range(tally.n_layers)
+    every = range(stats.n_layers)
     total, n_domains = texts.tokens, len(domains)
-    write_pieces((_unit_rows(tally, i, total, n_domains) for i in every), paths[0], FEATURES)
-    write_pieces((_example_rows(tally, i, texts) for i in every), paths[1], EXAMPLES)
+    write_pieces((_unit_rows(stats, i, total, n_domains) for i in every), paths[0], FEATURES)
+    write_pieces((_example_rows(stats, i, texts) for i in every), paths[1], EXAMPLES)
     return paths
 
 
-def _unit_rows(tally: Tally, layer: int, tokens: int, n_domains: int) -> pa.Table:
-    F = tally.n_features
+def _unit_rows(stats: FeatureStats, layer: int, tokens: int, n_domains: int) -> pa.Table:
+    F = stats.n_features
     rows = slice(layer * F, (layer + 1) * F)
-    counts = tally.counts[rows].cpu().numpy()
+    counts = stats.counts[rows].cpu().numpy()
     by_slot = counts.sum(1)
     by_region, by_tenth = by_slot[:, : len(REGIONS)].copy(), by_slot[:, len(REGIONS) :]
     by_region[:, THINKING] += by_tenth.sum(1)
     count = by_slot.sum(1)
-    high, low = tally.sums[rows].cpu().numpy().T
+    high, low = stats.sums[rows].cpu().numpy().T
     total = (high + low / LOW) / HIGH
-    strongest = tally.kept["top"].value[rows, 0].cpu().numpy()
+    strongest = stats.examples["top"].value[rows, 0].cpu().numpy()
     return pa.table(
         {
             "layer": np.full(F, layer, np.int32),
@@ -123,8 +125,8 @@ def _unit_rows(tally: Tally, layer: int, tokens: int, n_domains: int) -> pa.Tabl
             "density": count / tokens,
             "max": strongest,
             "mean": (total / np.maximum(count, 1)).astype(np.float32),
-            "norm": tally.norms[rows].cpu().numpy(),
-            "histogram": list_column(tally.histogram[rows].cpu().numpy()),
+            "norm": stats.norms[rows].cpu().numpy(),
+            "histogram": list_column(stats.histogram[rows].cpu().numpy()),
             "by_domain": list_column(counts.sum(2)[:, :n_domains]),
             "by_region": list_column(by_region),
             "by_tenth": list_column(by_tenth),
@@ -132,8 +134,8 @@ def _unit_rows(tally: Tally, layer: int, tokens: int, n_domains: int) -> pa.Tabl
     )
 
 
-class _Kept(NamedTuple):
-    """The examples of a layer, sorted as the table is: ``[m]`` each, windows ``[m, W]``."""
+class _Examples(NamedTuple):
+    """The examples of a layer in the order of the table: ``[m]`` each, windows ``[m, W]``."""
 
     feature: np.ndarray
     sample: np.ndarray
@@ -145,14 +147,14 @@ class _Kept(NamedTuple):
     window: np.ndarray
 
 
-def _examples(tally: Tally, layer: int, texts: Texts) -> _Kept:
-    F = tally.n_features
-    found: dict[str, list[np.ndarray]] = {name: [] for name in _Kept._fields}
+def _examples(stats: FeatureStats, layer: int, texts: Texts) -> _Examples:
+    F = stats.n_features
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in _Examples._fields}
     units = torch.arange(layer * F, (layer + 1) * F)
     for sample, name in enumerate(SAMPLES):
-        kept = tally.kept[name].candidates(units.to(tally.counts.device))
-        feature = kept.unit.cpu() - layer * F
-        place = kept.place.cpu()
+        examples = stats.examples[name].candidates(units.to(stats.counts.device))
+        feature = examples.unit.cpu() - layer * F
+        place = examples.place.cpu()
         number, position = place >> POSITION_BITS, place & (2**POSITION_BITS - 1)
         columns = (
             feature,
@@ -160,104 +162,107 @@ def _examples(tally: Tally, layer: int, texts: Texts) -> _Kept:
             torch.arange(len(feature)) - torch.searchsorted(feature, feature),
             torch.from_numpy(_rows_of(texts, number.numpy(), position.numpy())),
             position,
-            kept.value,
-            tally.priorities(layer, feature, number, position),
-            kept.window,
+            examples.value,
+            stats.priorities(layer, feature, number, position),
+            examples.window,
         )
-        for column, into in zip(columns, found.values(), strict=True):
+        for column, into in zip(columns, parts.values(), strict=True):
             into.append(column.cpu().numpy())
-    joined = {name: np.concatenate(parts) for name, parts in found.items()}
+    joined = {name: np.concatenate(arrays) for name, arrays in parts.items()}
     order = np.lexsort((joined["rank"], joined["sample"], joined["feature"]))
-    return _Kept(**{name: column[order] for name, column in joined.items()})
+    return _Examples(**{name: column[order] for name, column in joined.items()})
 
 
 def _rows_of(texts: Texts, number: np.ndarray, position: np.ndarray) -> np.ndarray:
-    """Rows of the texts of those numbers, which have those positions."""
+    """Return the row of each conversation's text; raise if text or position does not exist."""
     row = np.searchsorted(texts.numbers, number)
-    there = row < len(texts.numbers)
-    there[there] &= texts.numbers[row[there]] == number[there]
-    there[there] &= position[there] < texts.lengths[row[there]]
-    if not there.all():
-        at = int(np.flatnonzero(~there)[0])
+    exists = row < len(texts.numbers)
+    # Assigning through the mask narrows it: each check reads only rows that passed the last.
+    exists[exists] &= texts.numbers[row[exists]] == number[exists]
+    exists[exists] &= position[exists] < texts.lengths[row[exists]]
+    if not exists.all():
+        first = int(np.flatnonzero(~exists)[0])
         raise UserError(
-            f"what was collected so far (state.safetensors) has an activation at token "
-            f"{position[at]} of conversation {number[at]}, which {texts.path} does not have; "
-            "collect again (--overwrite)"
+            f"the snapshot (state.safetensors) has an activation at token {position[first]} of "
+            f"conversation {number[first]}, which {texts.path} does not have; collect again "
+            "(--overwrite)"
         )
     return row
 
 
-def _example_rows(tally: Tally, layer: int, texts: Texts) -> pa.Table:
-    kept, before, after = _examples(tally, layer, texts), tally.config.before, tally.config.after
-    start = np.maximum(kept.position - before, 0)
-    end = np.minimum(kept.position + after + 1, texts.lengths[kept.row])
+def _example_rows(stats: FeatureStats, layer: int, texts: Texts) -> pa.Table:
+    examples, before = _examples(stats, layer, texts), stats.config.before
+    start = np.maximum(examples.position - before, 0)
+    end = np.minimum(examples.position + stats.config.after + 1, texts.lengths[examples.row])
     lengths = end - start
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    tokens, regions = _windows(texts, kept.row, start, lengths, kept.position)
-    width = kept.window.shape[1]
-    first = np.arange(len(start)) * width + start - (kept.position - before)
-    values = kept.window.reshape(-1)[_ranges(first, lengths)]
+    tokens, regions = _windows(texts, examples.row, start, lengths, examples.position)
+    # A window's column 0 is token position - before, which may lie outside the text.
+    width = examples.window.shape[1]
+    first = np.arange(len(start)) * width + start - (examples.position - before)
+    values = examples.window.reshape(-1)[_ranges(first, lengths)]
     return pa.table(
         {
             "layer": np.full(len(start), layer, np.int32),
-            "feature": kept.feature.astype(np.int32),
-            "sample": np.array(SAMPLES, dtype=object)[kept.sample],
-            "rank": kept.rank.astype(np.int32),
-            "text": kept.row.astype(np.int32),
-            "position": kept.position.astype(np.int32),
-            "value": kept.value,
-            "token": tokens[offsets[:-1] + kept.position - start],
+            "feature": examples.feature.astype(np.int32),
+            "sample": np.array(SAMPLES, dtype=object)[examples.sample],
+            "rank": examples.rank.astype(np.int32),
+            "text": examples.row.astype(np.int32),
+            "position": examples.position.astype(np.int32),
+            "value": examples.value,
+            "token": tokens[offsets[:-1] + examples.position - start],
             "region": np.array(REGIONS, dtype=object)[regions],
-            "domain": pa.array(texts.domains[kept.row], pa.string()),
+            "domain": pa.array(texts.domains[examples.row], pa.string()),
             "start": start.astype(np.int32),
             "tokens": pa.ListArray.from_arrays(offsets, tokens),
             "values": pa.ListArray.from_arrays(offsets, values),
-            "priority": kept.priority,
+            "priority": examples.priority,
         }
     )
 
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """``starts[i], starts[i] + 1, ...``, ``lengths[i]`` of them, one after the other."""
-    before = np.cumsum(lengths) - lengths
-    return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))
+    """Return ``starts[i], ..., starts[i] + lengths[i] - 1`` of every i, end to end."""
+    offsets = np.cumsum(lengths) - lengths
+    return np.repeat(starts - offsets, lengths) + np.arange(int(lengths.sum()))
 
 
 def _windows(
     texts: Texts, row: np.ndarray, start: np.ndarray, lengths: np.ndarray, position: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens of windows, end to end, and the region at each window's activation."""
+    """Return the tokens of windows, end to end, and the region of each window's activation."""
     tokens = np.empty(int(lengths.sum()), dtype=np.int32)
     regions = np.empty(len(row), dtype=np.int8)
     place = np.cumsum(lengths) - lengths
     group = texts.groups[row]
     columns = pa.schema([TEXTS.field(name) for name in ("tokens", "regions")])
     with open_parquet(texts.path, columns) as file:
-        for some in np.unique(group):
-            here = np.flatnonzero(group == some)
-            table = read_group(texts.path, file, int(some), columns)
-            of = table["tokens"].combine_chunks()
-            own = row[here] - np.searchsorted(texts.groups, some)
-            at = of.offsets.to_numpy()[own]
-            source = _ranges(at + start[here], lengths[here])
-            tokens[_ranges(place[here], lengths[here])] = of.values.to_numpy()[source]
-            inside = table["regions"].combine_chunks().values.to_numpy()
-            regions[here] = inside[at + position[here]]
+        for number in np.unique(group):
+            members = np.flatnonzero(group == number)  # windows into this row group
+            table = read_group(texts.path, file, int(number), columns)
+            texts_of_group = table["tokens"].combine_chunks()
+            text = row[members] - np.searchsorted(texts.groups, number)
+            offset = texts_of_group.offsets.to_numpy()[text]
+            source = _ranges(offset + start[members], lengths[members])
+            target = _ranges(place[members], lengths[members])
+            tokens[target] = texts_of_group.values.to_numpy()[source]
+            regions_of_group = table["regions"].combine_chunks().values.to_numpy()
+            regions[members] = regions_of_group[offset + position[members]]
     return tokens, regions
 
 
-def check_fires(tally: Tally, texts: Texts, source: str) -> None:
-    """Raise ``RunError`` where no unit was active on any token."""
-    if not bool(tally.counts.any()):
+def check_fires(stats: FeatureStats, texts: Texts, source: str) -> None:
+    """Raise ``RunError`` if no unit is active on any token."""
+    if not bool(stats.counts.any()):
         raise RunError(
-            f"nothing fires: none of the {tally.n_layers} x {tally.n_features} {tally.kind} units "
+            f"nothing fires: none of the {stats.n_layers} x {stats.n_features} {stats.kind} units "
             f"is active on any of the {texts.tokens} tokens of {source}"
         )
 
 
-def unit_shapes(tallies: Mapping[Any, Tally]) -> dict[str, dict[str, int]]:
-    """Of each kind, for the manifest."""
+def unit_shapes(stats_by_kind: Mapping[Any, FeatureStats]) -> dict[str, dict[str, int]]:
+    """Return the layers, and units per layer, of each kind: ``units`` of the manifest."""
     return {
-        kind: {"n_layers": tally.n_layers, "n_features": tally.n_features}
-        for kind, tally in tallies.items()
+        kind: {"n_layers": stats.n_layers, "n_features": stats.n_features}
+        for kind, stats in stats_by_kind.items()
     }

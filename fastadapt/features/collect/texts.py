@@ -1,8 +1,8 @@
-"""The texts that are read: rendered, tokenised, each token's region known, in groups of a file.
+"""Texts to collect from: conversations rendered, tokenised, and labelled with regions, in a file.
 
-Conversations are taken in groups of consecutive ones. A group is what one shard reads alone, and
-batches never cross it, so a text meets the same others in its batch, and gives the same bits,
-however many shards there are.
+Conversations are read in groups of consecutive ones. A group belongs to one shard, and no batch
+crosses groups. A text therefore shares its batch with the same texts, and gives the same bits,
+whatever the number of shards.
 """
 
 from __future__ import annotations
@@ -21,15 +21,14 @@ import pyarrow.parquet as pq
 import torch
 
 from fastadapt.batch import Batch
-from fastadapt.data.batches import collate
+from fastadapt.data.batches import batch_by_length, collate_whole
 from fastadapt.data.prepare.filter_pass import text_or_none
 from fastadapt.data.rendering import holds_markers, render_parts
-from fastadapt.data.sequences import Sample
 from fastadapt.data.sources import COLUMN, find_files, read_values
 from fastadapt.data.tokens import check_markers, encode
 from fastadapt.errors import UserError
 from fastadapt.features.collect.config import DOMAINS, CollectConfig, Shard
-from fastadapt.features.collect.feature_stats import SLOTS, Places
+from fastadapt.features.collect.feature_stats import SLOTS, BatchTokens
 from fastadapt.features.collect.priority_hash import tokens_hash
 from fastadapt.features.collect.topk_buffer import place_of
 from fastadapt.features.store.regions import regions_of, spans_of, tenths_of
@@ -44,14 +43,14 @@ GROUP = 64  # conversations
 
 @dataclass(frozen=True)
 class Source:
-    """Where the conversations are, and how they are read.
+    """A data source of conversations, and how to read it.
 
     Attributes:
-        name: file, folder, hub id, or one of the embedded pair's.
+        name: file, folder, hub id, or a name of the embedded pair's data.
         split, revision: of a folder or of the hub.
-        family: how they are rendered.
-        n: the first so many; None for all.
-        max_tokens: longer ones are left out.
+        family: model family, which gives the template.
+        n: number of conversations to read; None for all.
+        max_tokens: longer conversations are left out.
     """
 
     name: str
@@ -62,10 +61,10 @@ class Source:
     max_tokens: int
 
     def fingerprint(self) -> str:
-        """SHA-256 of all of it, of local files by their contents."""
+        """Return the SHA-256 of all settings, and of the contents of local files."""
         files = find_files(resolve(self.name), self.split)
-        told = {**asdict(self), **({} if files is None else {"name": None, "split": None})}
-        sha256 = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+        settings = {**asdict(self), **({} if files is None else {"name": None, "split": None})}
+        sha256 = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for file in files or ():
             sha256.update(f"{file.name} {digest_of_input(file)}\n".encode())
         return sha256.hexdigest()
@@ -73,15 +72,15 @@ class Source:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is known of the texts once they are prepared.
+    """Counts of prepared texts.
 
     Attributes:
         read: conversations of the source, those of other shards included.
-        too_long: left out, of this shard's.
+        too_long: conversations of this shard that were left out.
         texts, tokens: of this shard.
         domains: of these texts, sorted.
-        with_markers: of these texts, those with a marker of the family in prompt or response, which
-            the tokenizer reads as the marker.
+        with_markers: texts with a marker of the family in prompt or response, which the tokenizer
+            reads as the marker.
     """
 
     read: int
@@ -97,18 +96,18 @@ def prepare(
 ) -> Prepared:
     """Write this shard's texts into a file of :data:`~fastadapt.features.store.schema.TEXTS`.
 
-    Its row groups are the groups. ``text`` is the number of the conversation in its source.
+    Each row group of the file is one group. ``text`` is the conversation's number in the source.
 
     Args:
-        source: of the texts.
-        tokenizer: the pair's.
-        shard: the part of the texts to take.
-        path: of the file.
+        source: source of the conversations.
+        tokenizer: tokenizer of the pair.
+        shard: the part of the texts to write.
+        path: file to write.
         max_tokens: longer conversations are left out, and counted.
 
     Raises:
-        UserError: the source cannot be read, a conversation is malformed, or there are too many
-            domains, those of other shards' conversations included.
+        UserError: the source cannot be read, a conversation is malformed, or the conversations of
+            all shards have too many domains.
     """
     check_markers(tokenizer, source.family)
     rows = read_values(
@@ -116,54 +115,55 @@ def prepare(
     )
     read = too_long = texts = tokens = with_markers = 0
     domains: set[str] = set()
-    found: set[str] = set()  # with those of all other conversations
+    all_domains: set[str] = set()  # of other shards' conversations too
     numbered = enumerate(islice(rows, source.n))
     with replacing(path) as staged, pq.ParquetWriter(staged, TEXTS, compression="zstd") as writer:
         for group, members in groupby(numbered, lambda row: row[0] // GROUP):
-            some = list(members)
-            read += len(some)
-            found.update(d for _, (_, values) in some if (d := _domain(values)) is not None)
-            if len(found) > DOMAINS:
+            conversations = list(members)
+            read += len(conversations)
+            named = (_domain(values) for _, (_, values) in conversations)
+            all_domains.update(domain for domain in named if domain is not None)
+            if len(all_domains) > DOMAINS:
                 raise UserError(
                     f"data source {source.name!r}: expected at most {DOMAINS} different values in "
-                    f"the column 'domain', got {len(found)} in {read:,} conversations; rename the "
-                    "column, or put them into fewer"
+                    f"the column 'domain', got {len(all_domains)} in {read:,} conversations; "
+                    "rename the column, or merge domains"
                 )
             if group % shard.n != shard.i:
                 continue
-            made = _tokenised(some, tokenizer, source.family)
-            kept = [text for text in made if len(text["tokens"]) <= max_tokens]
-            too_long += len(some) - len(kept)
-            texts += len(kept)
-            tokens += sum(len(text["tokens"]) for text in kept)
-            with_markers += sum(text.pop("marked") for text in kept)
-            domains.update(text["domain"] for text in kept if text["domain"] is not None)
-            if kept:
-                writer.write_table(pa.Table.from_pylist(kept, schema=TEXTS))
+            tokenised = _tokenise(conversations, tokenizer, source.family)
+            short = [text for text in tokenised if len(text["tokens"]) <= max_tokens]
+            too_long += len(tokenised) - len(short)
+            texts += len(short)
+            tokens += sum(len(text["tokens"]) for text in short)
+            with_markers += sum(text.pop("marked") for text in short)
+            domains.update(text["domain"] for text in short if text["domain"] is not None)
+            if short:
+                writer.write_table(pa.Table.from_pylist(short, schema=TEXTS))
     if not read:
-        raise UserError(f"data source {source.name!r}: it holds no conversation")
+        raise UserError(f"data source {source.name!r} holds no conversation")
     return Prepared(read, too_long, texts, tokens, sorted(domains), with_markers)
 
 
-def _tokenised(
-    some: list[tuple[int, tuple[str, dict[str, Any]]]], tokenizer: Any, family: str
+def _tokenise(
+    conversations: list[tuple[int, tuple[str, dict[str, Any]]]], tokenizer: Any, family: str
 ) -> list[dict[str, Any]]:
     parts = []
-    for _, (where, values) in some:
+    for _, (where, values) in conversations:
         try:
             parts.append(render_parts(values[COLUMN], family))
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
     encoded = encode(tokenizer, [prompt + response for prompt, response in parts], offsets=True)
-    made = []
-    for i, (number, (where, values)) in enumerate(some):
+    texts = []
+    for i, (number, (where, values)) in enumerate(conversations):
         ids = encoded["input_ids"][i]
         if len(ids) < 2:
             raise UserError(
-                f"{where}: the conversation has {len(ids)} token(s); at least 2 are needed"
+                f"{where}: expected a conversation of at least 2 tokens, got {len(ids)}"
             )
         spans = spans_of(*parts[i], family)
-        made.append(
+        texts.append(
             {
                 "text": number,
                 "id": str(number),
@@ -173,7 +173,7 @@ def _tokenised(
                 "marked": holds_markers("".join(parts[i]), family),
             }
         )
-    return made
+    return texts
 
 
 def _domain(values: dict[str, Any]) -> str | None:
@@ -181,7 +181,7 @@ def _domain(values: dict[str, Any]) -> str | None:
 
 
 class Text(NamedTuple):
-    """A row of the file: ``tokens`` int64 ``[T]``, ``regions`` int8 ``[T]``."""
+    """A prepared text: ``tokens`` int64 ``[T]``, ``regions`` int8 ``[T]``."""
 
     number: int
     domain: str | None
@@ -190,10 +190,10 @@ class Text(NamedTuple):
 
 
 def read_group(path: Path, file: pq.ParquetFile, group: int) -> list[Text]:
-    """The texts of a row group of the file at ``path``.
+    """Return the texts of a row group of the file at ``path``.
 
     Raises:
-        UserError: the file is damaged, or holds what is no text.
+        UserError: the file is damaged, or a column has values that no text has.
     """
     table = parquet.read_group(path, file, group, TEXTS)
     require_valid(path, "texts", table)
@@ -212,41 +212,34 @@ def read_group(path: Path, file: pq.ParquetFile, group: int) -> list[Text]:
 
 
 def batches_of(texts: list[Text], batch_tokens: int) -> Iterator[list[Text]]:
-    """A group's batches: like lengths together, longest first; in a batch, in their order."""
-    some: list[Text] = []
-    for text in sorted(texts, key=lambda text: (-len(text.tokens), text.number)):
-        if some and len(some[0].tokens) * (len(some) + 1) > batch_tokens:
-            yield sorted(some, key=lambda text: text.number)
-            some = []
-        some.append(text)
-    if some:
-        yield sorted(some, key=lambda text: text.number)
+    """Yield the batches of a group's texts, those of a batch in the order of their numbers."""
+    for indices in batch_by_length([len(text.tokens) for text in texts], batch_tokens):
+        yield [texts[i] for i in sorted(indices)]
 
 
 def batch_of(texts: list[Text]) -> Batch:
-    """Texts as a batch, every token of which counts."""
-    rows = [torch.from_numpy(text.tokens) for text in texts]
-    return collate([Sample(i, row, row) for i, row in enumerate(rows)], 0)
+    """Stack texts into a batch whose labels are all tokens."""
+    return collate_whole(text.tokens for text in texts)
 
 
-def places_of(
+def locate_tokens(
     texts: list[Text], domains: list[str], config: CollectConfig, device: torch.device
-) -> Places:
-    """Of every token of their batch; what padding has is never looked at."""
+) -> BatchTokens:
+    """Return the place of every token of the texts' batch. Places of padding are never read."""
     longest = max(len(text.tokens) for text in texts)
     slot = np.zeros((len(texts), longest), dtype=np.int64)
     for row, text in zip(slot, texts, strict=True):
         tenth = tenths_of(text.regions)
-        of_text = np.where(tenth >= 0, len(REGIONS) + tenth, text.regions)
+        slots = np.where(tenth >= 0, len(REGIONS) + tenth, text.regions)
         domain = len(domains) if text.domain is None else domains.index(text.domain)
-        row[: len(of_text)] = domain * SLOTS + of_text
+        row[: len(slots)] = domain * SLOTS + slots
     number = torch.tensor([text.number for text in texts], device=device)[:, None]
     length = torch.tensor([len(text.tokens) for text in texts], device=device)[:, None]
     position = torch.arange(longest, device=device)
     row_start = torch.arange(len(texts), device=device)[:, None] * longest
     first = row_start + (position - config.before).clamp(min=0)
     last = row_start + torch.minimum(position + config.after, length - 1)
-    return Places(
+    return BatchTokens(
         torch.from_numpy(slot).to(device).flatten(),
         place_of(number, position).flatten(),
         tokens_hash(number, position).flatten(),

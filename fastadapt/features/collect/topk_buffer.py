@@ -1,6 +1,6 @@
-"""The k best activations of every unit, met in any order: one routine for all that is kept.
+"""The top k activations of every unit, whatever the order in which activations come.
 
-U units, k kept of each, W tokens of a window, m candidates.
+U units, k entries per unit, W tokens per window, m candidates.
 """
 
 from __future__ import annotations
@@ -17,48 +17,47 @@ FIELDS = (*RANKED, "window")
 
 
 def place_of(text: Tensor, position: Tensor) -> Tensor:
-    """int64: text and position as one number, which sorts as they do."""
+    """Pack text and position into one int64 that sorts by text, then position."""
     return (text << POSITION_BITS) | position
 
 
 def rows(tensor: Tensor, index: Tensor) -> Tensor:
-    """``tensor[index]``, along its first dimension; on a CPU several times as fast."""
+    """Return ``tensor[index]`` along the first dimension; several times faster on a CPU."""
     return tensor.index_select(0, index)
 
 
-def best(unit: Tensor, key: Tensor, place: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Which candidates are among the k best of their unit, and the rank of each there.
-
-    The best have the largest keys; of equal ones, the lowest places.
+def topk_per_group(group: Tensor, key: Tensor, place: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the k items of the largest keys of each group; equal keys go by the lowest place.
 
     Args:
-        unit, key, place: int64 ``[m]``, in any order.
+        group, key, place: int64 ``[m]``, in any order.
 
     Returns:
-        Indices into them, sorted by unit and rank, and the ranks: int64, up to k of each unit.
+        Indices of the items, sorted by group and rank, and their ranks from 0: int64 each.
     """
-    if bool((place.diff() > 0).all()):  # as the codes of a batch come
+    if bool((place.diff() > 0).all()):  # the codes of a batch come sorted by place
         order = key.argsort(descending=True, stable=True)
     else:
         order = place.argsort(stable=True)
         order = rows(order, rows(key, order).argsort(descending=True, stable=True))
-    order = rows(order, rows(unit, order).int().argsort(stable=True))
-    units = rows(unit, order)
-    rank = torch.arange(len(units), device=unit.device) - torch.searchsorted(units, units)
-    kept = rank < k
-    return order[kept], rank[kept]
+    order = rows(order, rows(group, order).int().argsort(stable=True))
+    groups = rows(group, order)
+    # searchsorted(groups, groups) is where each item's group starts.
+    rank = torch.arange(len(groups), device=group.device) - torch.searchsorted(groups, groups)
+    is_top = rank < k
+    return order[is_top], rank[is_top]
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """Activations that may be kept, in any order.
+    """Activations offered to a buffer, in any order.
 
     Attributes:
         unit: int64 ``[m]``.
-        key: int64 ``[m]``, 0 or more: the best are those of the largest.
+        key: int64 ``[m]``, 0 or more; larger keys rank first.
         place: int64 ``[m]``, see :func:`place_of`.
         value: float32 ``[m]``.
-        window: float32 ``[m, W]``: this unit's activation at each token around; 0 outside the text.
+        window: float32 ``[m, W]``, the unit's activation at each token around; 0 outside the text.
     """
 
     unit: Tensor
@@ -69,11 +68,11 @@ class Candidates:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """The k best so far, best first: ``[U, k]`` each, and their windows, ``[U, k, W]``.
+class TopKBuffer:
+    """The top k of each unit so far, by rank: ``[U, k]`` each, and windows ``[U, k, W]``.
 
-    The key is -1 where there is none yet. Windows stay where they were first put, at the ``slot``
-    of their activation: ranks change often, and windows are most of what is kept.
+    Empty entries have key -1. An entry's window stays at its ``slot`` when the entry changes rank:
+    ranks change often, and windows are most of the memory.
     """
 
     key: Tensor
@@ -83,72 +82,79 @@ class Kept:
     window: Tensor
 
     @classmethod
-    def empty(cls, n_units: int, k: int, width: int, device: torch.device) -> Kept:
-        """Nothing yet."""
+    def empty(cls, n_units: int, k: int, width: int, device: torch.device) -> TopKBuffer:
+        """Return a buffer without entries."""
         key = torch.full((n_units, k), -1, dtype=torch.int64, device=device)
         value = torch.zeros(n_units, k, device=device)
         return cls(key, key.clone(), value, key.clone(), value.new_zeros(n_units, k, width))
 
     @property
     def k(self) -> int:
-        """Kept of each unit."""
+        """Entries per unit."""
         return self.key.shape[1]
 
-    def admits(self, unit: Tensor, key: Tensor) -> Tensor:
-        """Indices of those that may be among the k best; after some batches these are few."""
+    def may_enter(self, unit: Tensor, key: Tensor) -> Tensor:
+        """Return the indices of candidates whose key reaches their unit's lowest entry."""
         if self.k == 0:
             return unit.new_zeros(0)
         return (key >= rows(self.key[:, -1], unit)).nonzero().flatten()
 
     def merge(self, new: Candidates) -> None:
-        """Take in candidates, each of which is met once."""
+        """Insert candidates. No activation may be offered twice."""
         if len(new.unit) == 0 or self.k == 0:
             return
-        met = torch.zeros(len(self.key), dtype=torch.bool, device=new.unit.device)
-        met[new.unit] = True
-        touched, of = met.nonzero().flatten(), rows(met.cumsum(0) - 1, new.unit)
-        order, among_new = best(of, new.key, new.place, self.k)
-        of = rows(of, order)
+        # Only units with a candidate are read and written; ``row`` numbers these from 0.
+        is_touched = torch.zeros(len(self.key), dtype=torch.bool, device=new.unit.device)
+        is_touched[new.unit] = True
+        touched = is_touched.nonzero().flatten()
+        row = rows(is_touched.cumsum(0) - 1, new.unit)
+        order, rank_in_new = topk_per_group(row, new.key, new.place, self.k)
+        row = rows(row, order)
         old = {name: rows(getattr(self, name), touched) for name in RANKED}
+        # The rank of a candidate: its rank among the candidates plus the old entries ahead of it.
         key, place = rows(new.key, order)[:, None], rows(new.place, order)[:, None]
-        keys, places = rows(old["key"], of), rows(old["place"], of)
-        better = (keys > key) | ((keys == key) & (places < place))
-        above = better.sum(1)
-        rank = above + among_new
-        # Each new one moves those behind it by one.
-        moves = torch.zeros(len(touched), self.k + 1, dtype=torch.int64, device=of.device)
-        moves.view(-1).index_add_(0, of * (self.k + 1) + above, torch.ones_like(of))
-        moved = torch.arange(self.k, device=of.device) + moves.cumsum(1)[:, :-1]
-        row, column = ((moved < self.k) & (old["key"] >= 0)).nonzero(as_tuple=True)
-        at = row * self.k + column
-        behind = rows(moved.flatten(), at)
+        old_key, old_place = rows(old["key"], row), rows(old["place"], row)
+        n_ahead = ((old_key > key) | ((old_key == key) & (old_place < place))).sum(1)
+        rank = n_ahead + rank_in_new
+        # A candidate with n old entries ahead moves the old entries of rank n and more back by 1,
+        # so the cumulative count over n is how far the entry of rank n moves. Column k counts the
+        # candidates that move none.
+        inserted = torch.zeros(len(touched), self.k + 1, dtype=torch.int64, device=row.device)
+        inserted.view(-1).index_add_(0, row * (self.k + 1) + n_ahead, torch.ones_like(row))
+        new_rank = torch.arange(self.k, device=row.device) + inserted.cumsum(1)[:, :-1]
+        stays = (new_rank < self.k) & (old["key"] >= 0)
+        old_row, old_rank = stays.nonzero(as_tuple=True)
+        old_index = old_row * self.k + old_rank  # into [touched, k], flattened
+        moved_rank = rows(new_rank.flatten(), old_index)
         enters = (rank < self.k).nonzero().flatten()
-        of, rank, source = (rows(t, enters) for t in (of, rank, order))
-        used = torch.zeros_like(old["key"], dtype=torch.bool)
-        used[row, rows(old["slot"].flatten(), at)] = True
-        free_of, free = (~used).nonzero(as_tuple=True)
-        nth = torch.arange(len(of), device=of.device) - torch.searchsorted(of, of)
-        slot = rows(free, torch.searchsorted(free_of, of) + nth)
+        row, rank, source = (rows(t, enters) for t in (row, rank, order))
+        # The nth candidate that enters a row takes the row's nth free slot. ``row`` and
+        # ``free_row`` are sorted, so searchsorted gives where a row's run starts in each.
+        is_used = torch.zeros_like(old["key"], dtype=torch.bool)
+        is_used[old_row, rows(old["slot"].flatten(), old_index)] = True
+        free_row, free_slot = (~is_used).nonzero(as_tuple=True)
+        nth = torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)
+        slot = rows(free_slot, torch.searchsorted(free_row, row) + nth)
         entering = {"key": new.key, "place": new.place, "value": new.value}
         for name, before in old.items():
             ranked = torch.zeros_like(before) if name == "value" else torch.full_like(before, -1)
-            ranked[row, behind] = rows(before.flatten(), at)
-            ranked[of, rank] = slot if name == "slot" else rows(entering[name], source)
+            ranked[old_row, moved_rank] = rows(before.flatten(), old_index)
+            ranked[row, rank] = slot if name == "slot" else rows(entering[name], source)
             getattr(self, name)[touched] = ranked
-        self.window[rows(touched, of), slot] = rows(new.window, source)
+        self.window[rows(touched, row), slot] = rows(new.window, source)
 
     def candidates(self, units: Tensor) -> Candidates:
-        """What is kept of some units, by unit and rank; may be taken in by another one."""
-        there = self.key[units] >= 0
-        unit = units[:, None].expand_as(there)[there]
-        key, place, value, slot = (getattr(self, name)[units][there] for name in RANKED)
+        """Return the entries of ``units``, by unit and rank, as candidates for another buffer."""
+        is_entry = self.key[units] >= 0
+        unit = units[:, None].expand_as(is_entry)[is_entry]
+        key, place, value, slot = (getattr(self, name)[units][is_entry] for name in RANKED)
         return Candidates(unit, key, place, value, self.window[unit, slot])
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it, by name."""
+        """Return the state as tensors by name."""
         return {name: getattr(self, name) for name in FIELDS}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Be what :meth:`tensors` gave."""
+        """Load the state returned by :meth:`tensors`, in place."""
         for name in FIELDS:
             getattr(self, name).copy_(tensors[name])

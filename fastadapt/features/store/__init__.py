@@ -1,1 +1,1 @@
-"""The store of features and what reads it."""
+"""The store of features, and its readers."""

@@ -1,7 +1,7 @@
-"""Tokens that are no whole characters: their bytes as text, and whole characters out of several.
+"""Text of tokens that hold part of a character.
 
-A byte-level vocabulary splits characters of several bytes over tokens. The text of such a token has
-the bytes that are no character in hexadecimal, as in ``⟨E4 BD⟩``.
+A byte-level vocabulary splits characters of several bytes over tokens. The text of such a token
+shows the bytes that are no whole character in hexadecimal, as in ``⟨E4 BD⟩``.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from functools import cache
 from typing import Any
 
 _SHOWN = re.compile("⟨((?:[0-9A-F]{2} )*[0-9A-F]{2})⟩")
-_FALLBACK = re.compile("<0x([0-9A-F]{2})>")  # the name of a byte in a vocabulary of SentencePiece
-_MOST = 16  # tokens that share characters
+_FALLBACK = re.compile("<0x([0-9A-F]{2})>")  # SentencePiece's name of a byte
+_MOST = 16  # tokens that may share characters
 
 
 def show_bytes(raw: bytes) -> str:
-    """Return bytes as text, with those that are no character in hexadecimal.
+    """Return bytes as text, with bytes that are no character in hexadecimal.
 
     Example:
         >>> show_bytes(b" a\\xe4\\xbd")
@@ -32,11 +32,11 @@ def show_bytes(raw: bytes) -> str:
 
 
 def token_bytes(name: str, decoded: str) -> bytes | None:
-    """Return the bytes of a token of a byte-level vocabulary; None where they are not known.
+    """Return the bytes of a token of a byte-level vocabulary; None if they are not known.
 
     Args:
-        name: of the token in the vocabulary.
-        decoded: its text, with U+FFFD where it is no character; it must agree.
+        name: the token's name in the vocabulary.
+        decoded: the token's text, with U+FFFD for broken characters; the bytes must agree with it.
     """
     if match := _FALLBACK.fullmatch(name):
         return bytes.fromhex(match[1])
@@ -55,10 +55,10 @@ def _byte_of_letter() -> dict[str, int]:
 
 
 def join_characters(strings: Sequence[str]) -> list[tuple[str, int]]:
-    """Return pieces of text and how many tokens each is: 1, or those that share characters.
+    """Return pieces of text with their number of tokens: 1, or more that share characters.
 
     Args:
-        strings: of consecutive tokens.
+        strings: texts of consecutive tokens.
 
     Example:
         >>> join_characters([" so", "⟨E4⟩", "⟨BD A0⟩", "⟨E5⟩", "."])

@@ -1,4 +1,4 @@
-"""Where in a rendered conversation each token stands: markers, question, thinking, answer."""
+"""Regions of a rendered conversation: markers, question, thinking, answer."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastadapt.data.rendering import THINK, get_family
+from fastadapt.data.rendering import END_THINK, THINK, get_family
 from fastadapt.features.store.schema import REGIONS, TENTHS, Region
 
-END_THINK = "</think>"
 THINKING = REGIONS.index("thinking")
 
 
 class Span(NamedTuple):
-    """Characters ``start`` to ``end`` (not included) of a rendered text, and what they are."""
+    """The region of characters ``start`` to ``end`` (not included) of a rendered text."""
 
     region: Region
     start: int
@@ -23,16 +22,16 @@ class Span(NamedTuple):
 
 
 def spans_of(prompt: str, response: str, family: str) -> list[Span]:
-    """A text as consecutive spans; those that are empty are left out.
+    """Divide a text into consecutive spans; empty spans are left out.
 
-    Thinking begins after ``<think>`` (and the line break that follows it) where the response begins
-    with that, else with the response if ``</think>`` ends it; it ends before the first
-    ``</think>``, else with the response. All that is neither, and what follows the response, is
-    ``answer``.
+    If the response begins with ``<think>``, thinking begins after it and a line break. Otherwise
+    thinking begins with the response if a ``</think>`` follows. Thinking ends before the first
+    ``</think>``, or with the response. The remaining text is ``answer``, and so is the template's
+    text after the response.
 
     Args:
-        prompt, response: as :func:`fastadapt.data.rendering.render_parts` makes them.
-        family: that they were rendered with.
+        prompt, response: returned by :func:`fastadapt.data.rendering.render_parts`.
+        family: the family that rendered them.
     """
     form = get_family(family)
     question = len(form.before_prompt)
@@ -61,14 +60,14 @@ def spans_of(prompt: str, response: str, family: str) -> list[Span]:
 
 
 def regions_of(spans: Sequence[Span], offsets: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Region of each token, as an index into ``REGIONS``: int8 ``[T]``.
+    """Return the region of each token as an index into ``REGIONS``: int8 ``[T]``.
 
-    A token that shares a character with a marker of thinking is part of that marker, since
-    tokenizers without a token of its own may join its ends with what stands beside it. Any other
-    belongs where its first character does.
+    A token that shares a character with ``<think>`` or ``</think>`` belongs to that marker:
+    tokenizers without a token for it may join its ends with neighbouring text. Any other token
+    belongs to the region of its first character.
 
     Args:
-        spans: of the whole text, at least one.
+        spans: spans of the whole text, at least one.
         offsets: start and end of each token, in characters.
     """
     starts, ends = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
@@ -82,8 +81,7 @@ def regions_of(spans: Sequence[Span], offsets: Sequence[tuple[int, int]]) -> np.
 
 
 def tenths_of(regions: np.ndarray) -> np.ndarray:
-    """Tenth of the thinking of each token, by position; -1 elsewhere: int64 ``[T]``."""
+    """Return each token's tenth of the thinking, 0 to 9; -1 outside of it: int64 ``[T]``."""
     thinking = regions == THINKING
-    n = int(thinking.sum())
-    place = np.cumsum(thinking) - 1
-    return np.where(thinking, place * TENTHS // max(n, 1), -1)
+    position = np.cumsum(thinking) - 1
+    return np.where(thinking, position * TENTHS // max(int(thinking.sum()), 1), -1)

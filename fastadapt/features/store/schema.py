@@ -1,7 +1,7 @@
-"""What a store of features holds: its files, and the columns of each.
+"""Schema of a store of features: its files, and the columns of each table.
 
-A *unit* is one number that a layer makes of a token: a feature of the adapter, or a neuron of the
-base's or the target's MLP, collected in the same way as its baseline. A store is a folder::
+A *unit* is a feature of the adapter, or a neuron of the base's or the target's MLP, collected in
+the same way as a baseline. A store is a folder::
 
     manifest.json                  models, data, settings, counts, and SHA-256 of the files below
     texts.parquet                  the texts, a row each: their tokens, and the region of each
@@ -10,19 +10,19 @@ base's or the target's MLP, collected in the same way as its baseline. A store i
         features.parquet             a row per unit: how often, how strongly, where
         examples.parquet             where each fires: strongest, and drawn uniformly
         lens.parquet                 the tokens that its output row promotes and suppresses
-        descriptions.parquet, scores.parquet, classes.parquet, overlap.parquet   if there are any
+        descriptions.parquet, scores.parquet, classes.parquet, overlap.parquet   once computed
     sets/NAME.json                 named sets of features
-    calls/                         answers of judges, by the content of the question
-    judgements.json, judgements.md, judgements/   what judges said in sum, as tables and plots
+    calls/                         answers of judges, by a hash of the question
+    judgements.json, judgements.md, judgements/   summary of the judges' answers: tables, plots
     site/                          the pages
 
-Tables are sorted by (layer, feature) and read by any Parquet reader. A feature's layer and number
-count from 0.
+Tables are sorted by (layer, feature) and readable by any Parquet reader. Layers and features count
+from 0.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import pyarrow as pa
 
@@ -31,9 +31,9 @@ MANIFEST = "manifest.json"
 
 #: Features of the adapter; neurons of the base's and of the target's MLPs.
 Kind = Literal["adapter", "base", "target"]
-KINDS: tuple[Kind, ...] = ("adapter", "base", "target")
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
-#: Where in a rendered conversation a token stands.
+#: Where a token stands in a rendered conversation.
 Region = Literal[
     "bos",
     "user marker",
@@ -44,31 +44,16 @@ Region = Literal[
     "think end",
     "answer",
 ]
-REGIONS: tuple[Region, ...] = (
-    "bos",
-    "user marker",
-    "question",
-    "assistant marker",
-    "think start",
-    "thinking",
-    "think end",
-    "answer",
-)
-#: Regions that a template makes, whatever the conversation.
-MARKERS: tuple[Region, ...] = (
-    "bos",
-    "user marker",
-    "assistant marker",
-    "think start",
-    "think end",
-)
+REGIONS: tuple[Region, ...] = get_args(Region)
+#: Regions that a template writes, whatever the conversation.
+MARKERS: tuple[Region, ...] = ("bos", "user marker", "assistant marker", "think start", "think end")
 TENTHS = 10  # of the thinking, by position
 
-#: Samples of a unit's activations: the strongest, and drawn from all of them with equal chance.
+#: Samples of a unit's activations: the strongest, and a uniform draw.
 SampleKind = Literal["top", "uniform"]
-SAMPLES: tuple[SampleKind, ...] = ("top", "uniform")
+SAMPLES: tuple[SampleKind, ...] = get_args(SampleKind)
 
-#: Upper edges of the histogram's bins but for the last, which has none: half octaves.
+#: Upper edges of the histogram's bins, in half octaves; the last bin has none.
 EDGES: tuple[float, ...] = tuple(2.0 ** (i / 2) for i in range(-20, 21))
 
 _UNIT = [pa.field("layer", pa.int32(), False), pa.field("feature", pa.int32(), False)]
@@ -90,7 +75,7 @@ FEATURES = pa.schema(
     ]
 )
 
-#: A row per kept activation, sorted by (layer, feature, sample, rank).
+#: A row per stored activation, sorted by (layer, feature, sample, rank).
 EXAMPLES = pa.schema(
     [
         *_UNIT,
@@ -134,18 +119,18 @@ TEXTS = pa.schema(
 
 TOKENS = pa.schema([pa.field("token", pa.int32(), False), pa.field("string", pa.string(), False)])
 
-#: What a judge made of a unit; one row per variant of examples shown.
+#: A judge's description of a unit; a row per sample of examples shown.
 DESCRIPTIONS = pa.schema(
     [
         *_UNIT,
-        pa.field("variant", pa.string(), False),  # SAMPLES: what the describer was shown
+        pa.field("variant", pa.string(), False),  # SAMPLES: the sample that the judge was shown
         pa.field("description", pa.string(), False),
         pa.field("judge", pa.string(), False),
         pa.field("shown", pa.list_(pa.int32()), False),  # ranks of the examples shown
     ]
 )
 
-#: Detection: told the description, which of these texts fire the unit?
+#: Detection scores: given the description, a judge says on which texts the unit fires.
 SCORES = pa.schema(
     [
         *_UNIT,
@@ -178,7 +163,7 @@ OVERLAP = pa.schema(
     ]
 )
 
-#: By name of file, without its ending; of each kind of unit.
+#: Tables of each kind of unit, by file name without its ending.
 TABLES = {
     "features": FEATURES,
     "examples": EXAMPLES,
@@ -189,5 +174,5 @@ TABLES = {
     "overlap": OVERLAP,
 }
 SHARED = {"texts": TEXTS, "tokens": TOKENS}
-#: Of ``TABLES``, those that collecting writes and the manifest lists.
+#: The ``TABLES`` that collecting writes and the manifest lists.
 COLLECTED = ("features", "examples", "lens")

@@ -1,10 +1,9 @@
-"""Selecting features: by what they promote, where they fire, what they are, at random.
+"""Select features: by promoted tokens, place of firing, class, SQL, or at random.
 
-Every way is one SELECT over the store, asked through DuckDB on a connection that reads the store
-and nothing else (:meth:`fastadapt.features.store.store.Store.connect`), so whatever a user writes
-as SQL of his own is no more and no less able. The criteria are those of arXiv 2602.20904: a token
-among the ten that a feature's output row promotes most (hesitation), and a place of its strongest
-examples that 80% of them share (template).
+Each criterion is one SELECT over the store, on a DuckDB connection that reads only the store
+(:meth:`fastadapt.features.store.store.Store.connect`). The criteria follow arXiv 2602.20904:
+hesitation features have such a word among their ten most promoted tokens, and template features
+have at least 80% of their strongest examples at markers of the template.
 """
 
 from __future__ import annotations
@@ -13,7 +12,9 @@ import random
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from math import inf, log
+from operator import and_, or_, sub
 from typing import Any, ClassVar, get_args
 
 from fastadapt.data.prepare.filter_pass import text_or_none
@@ -23,29 +24,30 @@ from fastadapt.features.store.schema import MARKERS, Region
 from fastadapt.features.store.sets import FeatureSet, load_set
 from fastadapt.features.store.store import Store
 
-#: Tokens that a row of lens.parquet holds.
+#: Promoted tokens in a row of lens.parquet.
 LENS_TOKENS = 10
-#: Two densities match that are at most this factor apart.
+#: Largest factor between two densities that match.
 SAME_DENSITY = 2**0.5
 
 
 @dataclass(frozen=True)
 class SelectConfig:
-    """How a set is selected: by exactly one of the ways down to ``difference``.
+    """Criterion of a set: exactly one of ``hesitation`` to ``difference``.
 
     Args:
         hesitation: features that promote one of the words that evaluation counts as hesitation.
         promotes: features that promote one of these tokens, compared stripped and in lower case.
-        template: features whose strongest examples stand at the template's markers.
-        at: features whose strongest examples stand in one of these regions.
-        before: features whose strongest examples stand directly before one of these tokens.
+        template: features whose strongest examples are at markers of the template.
+        at: features whose strongest examples are in one of these regions.
+        before: features whose strongest examples are directly before one of these tokens.
         classes: features of one of these classes or subclasses.
         sql: a SELECT of ``layer`` and ``feature`` over the tables of the store.
-        random: the name of a set, like which features are drawn that are not in it.
-        union, intersection, difference: names of sets; of these the first without others.
-        top: promoted tokens that count, of 10.
-        share: of the strongest examples that must be so, for ``template``, ``at`` and ``before``.
-        times: how many times as many as the set has are drawn.
+        random: name of a set; draws features of the same densities that are not in the set.
+        union, intersection, difference: names of sets; ``difference`` is the first set without the
+            others.
+        top: number of promoted tokens that count, up to 10.
+        share: share of the strongest examples that ``template``, ``at`` and ``before`` require.
+        times: number of features drawn per feature of the set, for ``random``.
         seed: of the draw.
         alive: only features that fired on the texts of the store.
     """
@@ -82,17 +84,18 @@ class SelectConfig:
     )
 
     def __post_init__(self) -> None:
-        chosen = [way for way in self.WAYS if getattr(self, way)]
+        chosen = [name for name in self.WAYS if getattr(self, name)]
         if len(chosen) != 1:
             got = ", ".join(chosen) or "none"
             raise UserError(
                 f"a set is selected in one way: expected one of {', '.join(self.WAYS)}; got {got}. "
-                "Name the sets, and combine them (union, intersection, difference)."
+                "To combine criteria, save a set of each, then select by union, intersection or "
+                "difference."
             )
         for region in self.at:
             if region not in get_args(Region):
                 known = ", ".join(get_args(Region))
-                raise UserError(f"at: expected some of {known}; got {region!r}")
+                raise UserError(f"at: expected regions among {known}; got {region!r}")
         if not 1 <= self.top <= LENS_TOKENS:
             raise UserError(f"top: expected 1 to {LENS_TOKENS} tokens, got {self.top}")
         if not 0 < self.share <= 1:
@@ -102,14 +105,14 @@ class SelectConfig:
 
 
 def select(store: Store, config: SelectConfig) -> FeatureSet:
-    """The features of the store's adapter that ``config`` selects; it is not kept yet.
+    """Return the features of the store's adapter that ``config`` selects, without saving the set.
 
     Raises:
-        UserError: DuckDB is not installed, a table or a set is not there, the SQL is no SELECT of
-            features, or there are too few others to draw from.
+        UserError: DuckDB is not installed, a table or a set is missing, the SQL is no SELECT of
+            features, or too few features are left to draw from.
     """
-    found = _select(store, config)
-    return found & alive(store) if config.alive else found
+    selected = _select(store, config)
+    return selected & alive(store) if config.alive else selected
 
 
 def _select(store: Store, config: SelectConfig) -> FeatureSet:
@@ -127,22 +130,16 @@ def _select(store: Store, config: SelectConfig) -> FeatureSet:
         return matched(store, load_set(store, config.random), config.times, config.seed)
     sets = [load_set(store, name) for name in config.union or config.intersection]
     if sets:
-        found = sets[0]
-        for other in sets[1:]:
-            found = found | other if config.union else found & other
-        return found
-    first, *others = (load_set(store, name) for name in config.difference)
-    for other in others:
-        first = first - other
-    return first
+        return reduce(or_ if config.union else and_, sets)
+    return reduce(sub, (load_set(store, name) for name in config.difference))
 
 
 def promoting(
     store: Store, words: Sequence[str] = HESITATION_WORDS, top: int = LENS_TOKENS
 ) -> FeatureSet:
-    """Features with one of ``words`` among their ``top`` promoted tokens.
+    """Return the features with one of ``words`` among their ``top`` promoted tokens.
 
-    Tokens and words are compared without spaces around them and in lower case.
+    Tokens and words are compared stripped and in lower case.
     """
     rows = _ask(
         store,
@@ -156,7 +153,7 @@ def promoting(
 def standing_at(
     store: Store, regions: Sequence[Region] = MARKERS, share: float = 0.8
 ) -> FeatureSet:
-    """Features of whose strongest examples at least ``share`` stand in one of ``regions``."""
+    """Return the features with at least ``share`` of their strongest examples in ``regions``."""
     rows = _ask(
         store,
         "SELECT layer, feature FROM examples WHERE sample = 'top' GROUP BY layer, feature "
@@ -167,9 +164,9 @@ def standing_at(
 
 
 def preceding(store: Store, words: Sequence[str], share: float = 0.8) -> FeatureSet:
-    """Features of whose strongest examples at least ``share`` stand right before one of ``words``.
+    """Return the features with at least ``share`` of their strongest examples before ``words``.
 
-    Compared as in :func:`promoting`. A text's last token stands before none.
+    An example counts if the token after it equals a word, compared as in :func:`promoting`.
     """
     rows = _ask(
         store,
@@ -183,9 +180,9 @@ def preceding(store: Store, words: Sequence[str], share: float = 0.8) -> Feature
 
 
 def of_class(store: Store, classes: Sequence[str]) -> FeatureSet:
-    """Features that a judge put into one of the classes or subclasses."""
+    """Return the features to which a judge gave one of the classes or subclasses."""
     if not store.has("classes"):
-        raise UserError(f"{store.folder} has no classes yet (fastadapt features classify)")
+        raise UserError(f"{store.folder} has no classes yet; run fastadapt features classify")
     rows = _ask(
         store,
         "SELECT layer, feature FROM classes WHERE list_contains(?, class) "
@@ -196,63 +193,64 @@ def of_class(store: Store, classes: Sequence[str]) -> FeatureSet:
 
 
 def by_sql(store: Store, query: str) -> FeatureSet:
-    """Features that a SELECT gives, in its columns ``layer`` and ``feature``.
+    """Return the features in the columns ``layer`` and ``feature`` of a SELECT.
 
     Raises:
-        UserError: it is not one SELECT, does not run, or gives something else.
+        UserError: the query is not a single SELECT, fails, or lacks these columns.
     """
     return _set(store, _ask(store, query), f"sql {' '.join(query.split())}")
 
 
 def alive(store: Store) -> FeatureSet:
-    """Features that fired on the texts of the store."""
+    """Return the features that fired on the texts of the store."""
     rows = _ask(store, "SELECT layer, feature FROM features WHERE count > 0")
     return _set(store, rows, "alive")
 
 
 def matched(store: Store, like: FeatureSet, times: int = 1, seed: int = 0) -> FeatureSet:
-    """At random, ``times`` as many features as ``like`` has, of the same densities, none of them
-    in it.
+    """Draw ``times`` features for each feature of ``like``, of matching density and not in it.
 
-    For each of its features, in random order and ``times`` over, one is drawn without replacement
-    from those whose density is within a factor of √2 of its own, with equal chance; where none is
-    left, the nearest in log density is taken. Features of any layer are drawn. One that never
-    fired matches its like.
+    The features of ``like``, each repeated ``times``, are matched in random order. Each match is
+    drawn uniformly, without replacement and from all layers, among the features whose density is
+    within a factor of √2; if none is left, the nearest in log density is taken. Features that
+    never fired match each other.
 
     Raises:
-        UserError: there are too few others.
+        UserError: ``like`` is empty, or too few other features exist.
     """
     like.not_empty()
     wanted = times * len(like)
     rows = _ask(store, "SELECT layer, feature, density FROM features ORDER BY layer, feature")
     _require_all(store, like, rows)
     least = min((density for *_, density in rows if density > 0), default=1.0)
-    # A feature that never fired is put two octaves below the rarest that did.
-    size = {(layer, i): log(density or least / 4) for layer, i, density in rows}
-    free = sorted((size[pair], pair) for pair in size if pair not in like._pairs())
+    # Features that never fired are put two octaves below the rarest feature that did.
+    log_density = {(layer, i): log(density or least / 4) for layer, i, density in rows}
+    free = sorted((log_density[pair], pair) for pair in log_density if pair not in like)
     if wanted > len(free):
         raise UserError(
-            f"{times} times {like.told} are {wanted} features, and there are {len(free)} others"
+            f"{times} times {like.label}: expected {wanted} other features to draw, got "
+            f"{len(free)}; lower times"
         )
     draw = random.Random(f"{seed}/{like.digest()}/{times}")
     order = list(like.features) * times
     draw.shuffle(order)
     drawn = []
     for pair in order:
-        at = size[pair]
-        low = bisect_left(free, (at - log(SAME_DENSITY),))
-        high = bisect_left(free, (at + log(SAME_DENSITY), (1 << 62, 0)))
+        target = log_density[pair]
+        # Tuples sort by log density, then pair: () and (1 << 62, 0) sort before and after any pair.
+        low = bisect_left(free, (target - log(SAME_DENSITY),))
+        high = bisect_left(free, (target + log(SAME_DENSITY), (1 << 62, 0)))
         if low < high:
-            place = draw.randrange(low, high)
+            index = draw.randrange(low, high)
         else:
-            near = (i for i in (low - 1, low) if 0 <= i < len(free))
-            place = min(near, key=lambda i: abs(free[i][0] - at))
-        drawn.append(free.pop(place)[1])
-    return _set(store, drawn, f"random like ({like.made}), {times} times, seed {seed}")
+            nearest = (i for i in (low - 1, low) if 0 <= i < len(free))
+            index = min(nearest, key=lambda i: abs(free[i][0] - target))
+        drawn.append(free.pop(index)[1])
+    return _set(store, drawn, f"random like ({like.expression}), {times} times, seed {seed}")
 
 
 def _require_all(store: Store, like: FeatureSet, rows: Sequence[tuple[Any, ...]]) -> None:
-    """Refuse densities that are none, and a table without one of the set's features."""
+    """Raise ``UserError`` for an impossible density, or a feature of the set without a row."""
     path = store.path("features")
     for layer, feature, density in rows:
         if not 0 <= density < inf:
@@ -260,17 +258,17 @@ def _require_all(store: Store, like: FeatureSet, rows: Sequence[tuple[Any, ...]]
                 f"{path}: the column 'density': expected finite numbers from 0 on, got {density} "
                 f"of feature {feature} of layer {layer}; collect the features again"
             )
-    if lost := sorted(like._pairs() - {(layer, i) for layer, i, _ in rows}):
-        layer, feature = lost[0]
+    if missing := sorted(set(like) - {(layer, i) for layer, i, _ in rows}):
+        layer, feature = missing[0]
         raise UserError(
             f"{path}: the columns 'layer', 'feature': expected feature {feature} of layer {layer}, "
             "got none; collect the features again"
         )
 
 
-# --- asking ---------------------------------------------------------------------------------------
+# --- queries --------------------------------------------------------------------------------------
 
-#: What is stripped from tokens; the library's own trim knows spaces alone.
+#: Stripped from tokens; DuckDB's trim strips only spaces by default.
 _SPACES = " \t\r\n\v\f\u00a0"
 
 
@@ -281,7 +279,7 @@ def _plain(words: Sequence[str]) -> list[str]:
 
 
 def _ask(store: Store, query: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-    """The rows of a SELECT; its first two columns are ``layer`` and ``feature``."""
+    """Run a SELECT and return its rows, with ``layer`` and ``feature`` as first columns."""
     words = [word for value in values if isinstance(value, list) for word in value]
     for text in (query, *values, *words):
         if isinstance(text, str) and text_or_none(text) is None:
@@ -300,32 +298,32 @@ def _ask(store: Store, query: str, values: Sequence[Any] = ()) -> list[tuple[Any
                 f"sql: expected the columns layer and feature, got {', '.join(columns)}"
             )
         rows = result.fetchall()
-    # RuntimeError: what DuckDB raises where a file breaks its own expectations.
+    # DuckDB raises RuntimeError when a damaged file breaks its internal assumptions.
     except (duckdb.Error, RuntimeError, UnicodeDecodeError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)[:300]
         raise UserError(
             f"sql: {reason} (in {store.folder}; fastadapt features check {store.folder} names "
-            "files that are damaged)"
+            "damaged files)"
         ) from error
     finally:
         connection.close()
     first = columns.index("layer"), columns.index("feature")
-    rest = [i for i in range(len(columns)) if i not in first]
-    return [tuple(row[i] for i in (*first, *rest)) for row in rows]
+    others = [i for i in range(len(columns)) if i not in first]
+    return [tuple(row[i] for i in (*first, *others)) for row in rows]
 
 
-def _set(store: Store, rows: Sequence[tuple[Any, ...]], made: str) -> FeatureSet:
+def _set(store: Store, rows: Sequence[tuple[Any, ...]], expression: str) -> FeatureSet:
     for layer, feature, *_ in rows:
         if type(layer) is not int or type(feature) is not int:
             raise UserError(
-                f"{made}: expected whole numbers as layer and feature, got {layer!r}, {feature!r}"
+                f"{expression}: expected integers as layer and feature, got {layer!r}, {feature!r}"
             )
     try:
-        return FeatureSet.of(
+        return FeatureSet.from_pairs(
             (row[:2] for row in rows),
             adapter=str(store.manifest["adapter"]),
             shape=store.shape("adapter"),
-            made=made,
+            expression=expression,
         )
-    except UserError as error:  # a row of a table, or of the SQL, that is of no feature
+    except UserError as error:  # a row of a table or of the SQL names no feature of the adapter
         raise UserError(f"columns layer and feature in {store.folder}: {error}") from None

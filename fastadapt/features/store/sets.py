@@ -1,8 +1,8 @@
-"""Named sets of an adapter's features: made by selection, combined, kept in the store.
+"""Named sets of an adapter's features: selected, combined, and saved in the store.
 
-A set is one JSON file, ``sets/NAME.json`` in the store: the adapter that it is of (SHA-256, see
-:func:`fastadapt.features.store.store.adapter_digest`), its shape, how the set was made, and the
-pairs (layer, feature), sorted, both counted from 0.
+A set is one JSON file, ``sets/NAME.json`` in the store: the SHA-256 of the adapter (see
+:func:`fastadapt.features.store.store.adapter_digest`), its shape, the expression that gives the
+set, and the sorted pairs (layer, feature), both counted from 0.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from typing_extensions import NotRequired, TypedDict
 
 from fastadapt.errors import UserError
-from fastadapt.features.store.store import Layers, PerLayer, Store, writing
+from fastadapt.features.store.store import Layers, PerLayer, Store, require_version, writing
 from fastadapt.io.atomic import disk_errors, make_folder, replacing
 from fastadapt.io.documents import Count, check, read_json
 from fastadapt.io.names import has_file, inside, typed_path
@@ -32,20 +32,26 @@ Pair = tuple[int, int]
 class FeatureSet:
     """Features of one adapter.
 
-    ``a | b``, ``a & b``, ``a - b`` and ``~a`` are sets of the same adapter; :meth:`of` sorts.
+    ``a | b``, ``a & b``, ``a - b`` and ``~a`` are sets of the same adapter.
 
     Attributes:
         adapter: SHA-256 of the adapter.
-        shape: its layers, and features per layer.
-        features: distinct pairs (layer, feature), sorted.
-        made: how, as an expression.
-        name: under which it is kept; empty where it is not.
+        shape: layers of the adapter, and features per layer.
+        features: distinct pairs (layer, feature), sorted; :meth:`from_pairs` sorts.
+        expression: the selection that gives the set, in words.
+        name: name in the store; empty if the set is not saved.
+
+    Example:
+        >>> a = FeatureSet.from_pairs([(1, 5), (0, 2)], adapter="", shape=(2, 6), expression="a")
+        >>> b = FeatureSet.from_pairs([(1, 5)], adapter="", shape=(2, 6), expression="b")
+        >>> (a - b).features, (a - b).expression
+        (((0, 2),), '(a) - (b)')
     """
 
     adapter: str
     shape: tuple[int, int]
     features: tuple[Pair, ...]
-    made: str
+    expression: str
     name: str = ""
 
     def __post_init__(self) -> None:
@@ -53,23 +59,23 @@ class FeatureSet:
         for layer, feature in self.features:
             if not (0 <= layer < n_layers and 0 <= feature < n_features):
                 raise UserError(
-                    f"{self.told}: expected features of layers 0 to {n_layers - 1} and numbers 0 "
+                    f"{self.label}: expected features of layers 0 to {n_layers - 1} and numbers 0 "
                     f"to {n_features - 1}, got feature {feature} of layer {layer}"
                 )
         if any(a >= b for a, b in zip(self.features, self.features[1:], strict=False)):
-            raise UserError(f"{self.told}: expected distinct features, sorted by layer and number")
+            raise UserError(f"{self.label}: expected distinct features, sorted by layer and number")
 
     @classmethod
-    def of(
-        cls, pairs: Iterable[Pair], *, adapter: str, shape: tuple[int, int], made: str
+    def from_pairs(
+        cls, pairs: Iterable[Pair], *, adapter: str, shape: tuple[int, int], expression: str
     ) -> FeatureSet:
-        """A set of pairs in any order, some of which may occur twice."""
-        return cls(adapter, shape, tuple(sorted(set(pairs))), made)
+        """Return the set of pairs in any order, with or without repeats."""
+        return cls(adapter, shape, tuple(sorted(set(pairs))), expression)
 
     @property
-    def told(self) -> str:
+    def label(self) -> str:
         """The set in words, for messages."""
-        return f"set {self.name!r}" if self.name else f"the set {self.made}"
+        return f"set {self.name!r}" if self.name else f"the set {self.expression}"
 
     def __len__(self) -> int:
         return len(self.features)
@@ -92,45 +98,44 @@ class FeatureSet:
     def __invert__(self) -> FeatureSet:
         n_layers, n_features = self.shape
         every = {(layer, i) for layer in range(n_layers) for i in range(n_features)}
-        return FeatureSet.of(
-            every - self._pairs(), adapter=self.adapter, shape=self.shape, made=f"~({self.made})"
+        return replace(
+            self,
+            features=tuple(sorted(every - self._pairs())),
+            expression=f"~({self.expression})",
+            name="",
         )
 
     def rows(self, layer: int) -> list[int]:
-        """Its features in a layer."""
-        return [feature for at, feature in self.features if at == layer]
+        """Return the set's features in a layer."""
+        return [feature for other, feature in self.features if other == layer]
 
     def per_layer(self) -> list[int]:
-        """How many it has in each layer."""
+        """Return the number of features in each layer."""
         counts = [0] * self.shape[0]
         for layer, _ in self.features:
             counts[layer] += 1
         return counts
 
     def not_empty(self) -> FeatureSet:
-        """The set itself.
-
-        Raises:
-            UserError: there is no feature in it.
-        """
+        """Return the set itself; raise ``UserError`` if it is empty."""
         if not self.features:
-            raise UserError(f"{self.told} is empty: no feature of the adapter is in it")
+            raise UserError(f"{self.label} is empty: no feature of the adapter is in it")
         return self
 
     def digest(self) -> str:
-        """SHA-256 of the features and the adapter that they are of."""
-        told = [self.adapter, list(self.shape), list(self.features)]
-        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+        """Return the SHA-256 of the adapter and the features."""
+        content = [self.adapter, list(self.shape), list(self.features)]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def write(self, path: Path) -> None:
-        """Write the set as JSON; the folder of ``path`` is there."""
+        """Write the set as JSON into an existing folder."""
         plain = {
             "schema_version": SCHEMA_VERSION,
             "name": self.name,
             "adapter": self.adapter,
             "n_layers": self.shape[0],
             "n_features": self.shape[1],
-            "made": self.made,
+            "made": self.expression,
             "size": len(self),
             "features": self.features,
         }
@@ -142,9 +147,9 @@ class FeatureSet:
 
     def _combined(self, other: FeatureSet, pairs: Iterable[Pair], sign: str) -> FeatureSet:
         if (self.adapter, self.shape) != (other.adapter, other.shape):
-            raise UserError(f"{self.told} and {other.told} are of two adapters")
-        made = f"({self.made}) {sign} ({other.made})"
-        return FeatureSet.of(pairs, adapter=self.adapter, shape=self.shape, made=made)
+            raise UserError(f"{self.label} and {other.label} are of two adapters")
+        expression = f"({self.expression}) {sign} ({other.expression})"
+        return replace(self, features=tuple(sorted(pairs)), expression=expression, name="")
 
 
 class _Set(TypedDict):
@@ -158,17 +163,13 @@ class _Set(TypedDict):
 
 
 def read_set(path: Path) -> FeatureSet:
-    """The set in a JSON file.
+    """Read a set from a JSON file.
 
     Raises:
-        UserError: it cannot be read, is no set, or is an empty one.
+        UserError: the file cannot be read, holds no set, or an empty one.
     """
     plain = read_json(path)
-    found = plain.get("schema_version") if isinstance(plain, dict) else None
-    if type(found) is not int or found != SCHEMA_VERSION:
-        raise UserError(
-            f"{path}: schema_version is {found!r}, this fastadapt reads {SCHEMA_VERSION}"
-        )
+    require_version(plain, SCHEMA_VERSION, path)
     check(plain, _Set, str(path))
     shape = plain["n_layers"], plain["n_features"]
     pairs = tuple((layer, feature) for layer, feature in plain["features"])
@@ -183,11 +184,12 @@ def read_set(path: Path) -> FeatureSet:
 
 
 def save_set(store: Store, features: FeatureSet, name: str, *, overwrite: bool = False) -> Path:
-    """Keep a set in the store as ``name``; returns its file.
+    """Save a set in the store as ``name``, and return its file.
 
     Raises:
-        UserError: the set is empty or of another adapter than the store, the name cannot be a
-            file's, another set has it (without ``overwrite``), or another process writes there.
+        UserError: the set is empty or of another adapter than the store, the name cannot be a file
+            name, a set of that name exists (without ``overwrite``), or another process writes to
+            the store.
         RunError: the store cannot be written.
     """
     path = _path(store, name)
@@ -205,25 +207,25 @@ def save_set(store: Store, features: FeatureSet, name: str, *, overwrite: bool =
 
 
 def load_set(store: Store, name: str) -> FeatureSet:
-    """A set of the store.
+    """Load a set of the store.
 
     Raises:
-        UserError: there is none of that name, or it is of another adapter than the store.
+        UserError: no set has that name, or the set is of another adapter than the store.
     """
     path = _path(store, name)
     if not has_file(path):
-        there = ", ".join(names_of_sets(store)) or "none yet"
-        raise UserError(f"{store.folder}: no set {name!r}; there are: {there}")
+        known = ", ".join(names_of_sets(store)) or "none yet"
+        raise UserError(f"{store.folder}: no set {name!r}; saved sets: {known}")
     features = read_set(path)
     _check_of(store, features)
     return features
 
 
 def find_set(source: str | os.PathLike[str], name: str) -> FeatureSet:
-    """A set as it is typed: ``name`` in the store of ``source`` (or of that run), or a JSON file.
+    """Load the set ``name`` of the store (or run) in ``source``, or the JSON file of that name.
 
     Raises:
-        UserError: as of :func:`read_set` and :func:`load_set`; or there is no store.
+        UserError: as :func:`read_set` and :func:`load_set`; or ``source`` has no store.
     """
     if name.endswith(".json"):
         return read_set(typed_path(name, "set"))
@@ -231,17 +233,16 @@ def find_set(source: str | os.PathLike[str], name: str) -> FeatureSet:
 
 
 def names_of_sets(store: Store) -> list[str]:
-    """The store's sets, in the order of the alphabet."""
-    found = (store.folder / FOLDER).glob("*.json")
-    return sorted(path.stem for path in found if not path.name.startswith("."))
+    """Return the names of the store's sets, sorted."""
+    files = (store.folder / FOLDER).glob("*.json")
+    return sorted(path.stem for path in files if not path.name.startswith("."))
 
 
 def list_sets(store: Store) -> list[dict[str, Any]]:
-    """Of each set of the store: ``name``, ``size``, ``per_layer``, ``made``, ``stale``.
+    """Return ``name``, ``size``, ``per_layer``, ``made`` and ``stale`` of each set of the store.
 
-    One whose file cannot be read has ``name`` and ``broken``, the reason.
-
-    A stale one is of another adapter than the store: it stays when features are collected anew.
+    A set whose file cannot be read has ``name`` and ``broken``, the reason. A stale set is of
+    another adapter than the store: sets stay when features are collected again.
     """
     listed: list[dict[str, Any]] = []
     for name in names_of_sets(store):
@@ -255,7 +256,7 @@ def list_sets(store: Store) -> list[dict[str, Any]]:
                 "name": s.name,
                 "size": len(s),
                 "per_layer": s.per_layer(),
-                "made": s.made,
+                "made": s.expression,
                 "stale": not _is_of(store, s),
             }
         )
@@ -276,6 +277,6 @@ def _is_of(store: Store, features: FeatureSet) -> bool:
 def _check_of(store: Store, features: FeatureSet) -> None:
     if not _is_of(store, features):
         raise UserError(
-            f"{features.told} is of another adapter than the features in {store.folder}; select "
+            f"{features.label} is of another adapter than the features in {store.folder}; select "
             "it again"
         )

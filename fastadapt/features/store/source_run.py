@@ -20,23 +20,24 @@ def students_of(
     attention: str | None = None,
     trust_remote_code: bool = False,
 ) -> Students:
-    """A store's run, opened.
+    """Open the run that a store was collected from.
 
     Args:
-        store: of features.
-        run: its folder; if not given, the one around the store, or else where the manifest says.
-        dtype: of the pair; the one that the features were collected in if not given.
-        device, attention: of the pair, in place of the run's settings.
+        store: the store of features.
+        run: folder of the run; by default the one that contains the store, or else the one that
+            the manifest names.
+        dtype: of the pair; by default the dtype that the features were collected in.
+        device, attention: override the run's settings of the pair.
         trust_remote_code: run Python code that comes with the models.
 
     Raises:
-        UserError: the run is not there, or its adapter is not the one that was collected.
+        UserError: the run does not exist, or its adapter is not the one that was collected.
     """
     if run is None:
         around = store.folder.resolve().parent
         inside = has_file(around / "adapter" / "fastadapt.json")
-        told = f"{store.folder / MANIFEST}: run"
-        run = around if inside else typed_path(store.manifest["run"], told)
+        key = f"{store.folder / MANIFEST}: run"
+        run = around if inside else typed_path(store.manifest["run"], key)
     dtype = dtype or store.manifest["pair"].get("dtype")
     students = Students.open(
         [run],

@@ -1,4 +1,4 @@
-"""A store of features: opened, checked, asked, added to."""
+"""Open, check, read and extend a store of features."""
 
 from __future__ import annotations
 
@@ -48,23 +48,22 @@ if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
 LOCK = ".lock"
-_ROW_GROUP = 8192  # rows; a reader of one feature reads one group of each column
+_ROW_GROUP = 8192  # rows; reading one feature reads one group of each column
 
-
-#: Layers of a model, and units of one: more than any has, and few enough to count through.
+#: Layers of a model, and units per layer: bounds above any model, small enough to loop over.
 Layers = Annotated[int, msgspec.Meta(ge=1, le=10_000)]
 PerLayer = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 
 
 class Units(TypedDict):
-    """Of a kind: layers, and units per layer."""
+    """Layers, and units per layer, of one kind of unit."""
 
     n_layers: Layers
     n_features: PerLayer
 
 
 class Listed(TypedDict):
-    """A file of a store."""
+    """A file that the manifest lists."""
 
     bytes: Count
     sha256: Sha256
@@ -86,7 +85,7 @@ class _Settings(TypedDict):
 
 
 class Manifest(TypedDict):
-    """What every reader takes from ``manifest.json``."""
+    """The fields of ``manifest.json`` that readers use."""
 
     run: str
     adapter: str
@@ -101,7 +100,7 @@ class Manifest(TypedDict):
     files: dict[str, Listed]
 
 
-#: Files whose bytes were held against a manifest: path, size, time of change, and SHA-256.
+#: Files whose bytes match a manifest: path, size, modification time, and SHA-256.
 _checked: set[tuple[str, int, int, str]] = set()
 
 
@@ -109,8 +108,8 @@ class Store:
     """A finished store.
 
     Attributes:
-        folder: of the store.
-        manifest: the contents of ``manifest.json``.
+        folder: folder of the store.
+        manifest: contents of ``manifest.json``.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
@@ -121,15 +120,15 @@ class Store:
     def open(
         cls, source: str | os.PathLike[str], *, adapter: str | None = None, complete: bool = True
     ) -> Store:
-        """The store in ``source``, or in ``source/features`` of a run.
+        """Open the store in ``source``, or in ``source/features`` of a run.
 
         Args:
             source: folder of a store, or of a run.
-            adapter: SHA-256 of the adapter that it must be of, if it matters.
-            complete: whether every file must be there, with a row of each unit in ``features``.
+            adapter: SHA-256 that the store's adapter must have; any if not given.
+            complete: whether to require every file, and a row of each unit in ``features``.
 
         Raises:
-            UserError: there is none, it is of another version or another adapter, or a file is
+            UserError: no store exists, it has another version or another adapter, or a file is
                 missing.
         """
         folder = typed_path(source, "store")
@@ -142,11 +141,7 @@ class Store:
                 "(fastadapt features collect)"
             )
         manifest = read_json(path)
-        found = manifest.get("schema_version") if isinstance(manifest, dict) else None
-        if type(found) is not int or found != SCHEMA_VERSION:
-            raise UserError(
-                f"{path}: schema_version is {found!r}, this fastadapt reads {SCHEMA_VERSION}"
-            )
+        require_version(manifest, SCHEMA_VERSION, path)
         check(manifest, Manifest, str(path))
         if adapter is not None and manifest["adapter"] != adapter:
             raise UserError(
@@ -160,7 +155,7 @@ class Store:
                 raise UserError(f"{folder}: {name} is missing; collect the features again")
         collected = [store.path(table) for table in SHARED]
         collected += [store.path(table, kind) for kind in store.kinds for table in COLLECTED]
-        for file in collected:  # one that is not listed would be held against nothing
+        for file in collected:  # a file that is not listed has no SHA-256 to check
             if (name := file.relative_to(folder).as_posix()) not in manifest["files"]:
                 raise UserError(f"{path}: files: expected {name}, got none")
         for kind in store.kinds if complete else ():
@@ -182,22 +177,22 @@ class Store:
 
     @property
     def kinds(self) -> list[Kind]:
-        """The kinds of unit that were collected."""
+        """Kinds of unit that were collected."""
         return [kind for kind in KINDS if kind in self.manifest["units"]]
 
     def shape(self, kind: Kind) -> tuple[int, int]:
-        """Layers, and units per layer, of a kind."""
+        """Return the layers, and units per layer, of a kind."""
         if kind not in self.manifest["units"]:
             raise UserError(f"{self.folder}: no {kind} units in it; it has {', '.join(self.kinds)}")
         units = self.manifest["units"][kind]
         return int(units["n_layers"]), int(units["n_features"])
 
     def path(self, table: str, kind: Kind = "adapter") -> Path:
-        """Where a table of :data:`~fastadapt.features.store.schema.TABLES` or ``SHARED`` lies."""
+        """Return the file of a table of ``TABLES`` or ``SHARED``."""
         return self.folder / (f"{table}.parquet" if table in SHARED else f"{kind}/{table}.parquet")
 
     def has(self, table: str, kind: Kind = "adapter") -> bool:
-        """Whether the table is there, or what else is in its place: reading it tells."""
+        """Return whether a file of the table exists; only :meth:`read` checks it."""
         return os.path.lexists(self.path(table, kind))
 
     def read(
@@ -209,14 +204,14 @@ class Store:
         layer: int | None = None,
         features: Iterable[int] | None = None,
     ) -> pa.Table:
-        """A table, or the rows of one layer, or of some units of it.
+        """Read a table, or the rows of one layer, or of given units.
 
-        A whole table is held against the SHA-256 in the manifest, once for each file and process
-        (:meth:`check_file`); of parts of one, values alone are looked at.
+        A whole table is checked against the SHA-256 in the manifest, once per file and process
+        (:meth:`check_file`). Of part of a table only the values are checked.
 
         Raises:
-            UserError: it is not there, cannot be read, is not what was collected, or has a value
-                that cannot be, such as a layer that the store does not have.
+            UserError: the table is missing, cannot be read, differs from the manifest, or has an
+                impossible value, such as a layer that the store does not have.
         """
         path = self.path(table, kind)
         if not self.has(table, kind):
@@ -234,7 +229,7 @@ class Store:
         return rows
 
     def limits(self, kind: Kind) -> dict[str, Any]:
-        """Return the bounds of its tables' values; see :mod:`fastadapt.features.store.values`."""
+        """Return the bounds of a kind's values; see :mod:`fastadapt.features.store.values`."""
         return {
             "shape": self.shape(kind) if kind in self.manifest["units"] else None,
             "n_texts": self.manifest["data"]["texts"],
@@ -243,13 +238,13 @@ class Store:
         }
 
     def check_file(self, path: Path) -> None:
-        """Hold a file that the manifest lists against its SHA-256 there.
+        """Check a file against its SHA-256 in the manifest.
 
-        It is read once for each process, and again where its size or its time of change is another.
-        Tables that judges add later are not in the manifest, and have none.
+        A file is read once per process, and again if its size or modification time changes. Tables
+        that judges add are not in the manifest and are not checked.
 
         Raises:
-            UserError: its bytes are others.
+            UserError: the file differs, or cannot be read.
         """
         listed = self.manifest["files"].get(path.relative_to(self.folder).as_posix())
         if listed is None:
@@ -262,17 +257,17 @@ class Store:
         known = real, stat.st_size, stat.st_mtime_ns, listed["sha256"]
         if known in _checked and stat.st_size == listed["bytes"]:
             return
-        found = digest_of_input(path)
-        if found != (listed["bytes"], listed["sha256"]):
+        size, sha256 = digest_of_input(path)
+        if (size, sha256) != (listed["bytes"], listed["sha256"]):
             raise UserError(
                 f"{path} is not the file that was collected: {MANIFEST} says {listed['bytes']:,} "
-                f"bytes and SHA-256 {listed['sha256'][:12]}..., it has {found[0]:,} and "
-                f"{found[1][:12]}...; collect the features again"
+                f"bytes and SHA-256 {listed['sha256'][:12]}..., it has {size:,} and "
+                f"{sha256[:12]}...; collect the features again"
             )
         _checked.add(known)
 
     def check_files(self, kinds: Iterable[Kind]) -> None:
-        """:meth:`check_file` of everything that was collected of some kinds, for whole readings."""
+        """Call :meth:`check_file` for every file that was collected of the kinds."""
         for table in SHARED:
             self.check_file(self.path(table))
         for kind in kinds:
@@ -280,7 +275,7 @@ class Store:
                 self.check_file(self.path(table, kind))
 
     def check_unit(self, kind: Kind, layer: int, feature: int) -> None:
-        """Raise ``UserError`` where there is no such unit."""
+        """Raise ``UserError`` unless the unit exists."""
         n_layers, n_features = self.shape(kind)
         if not 0 <= layer < n_layers:
             raise UserError(f"layer: expected 0 to {n_layers - 1}, got {layer}")
@@ -288,9 +283,9 @@ class Store:
             raise UserError(f"feature: expected 0 to {n_features - 1}, got {feature}")
 
     def connect(self, kind: Kind = "adapter") -> DuckDBPyConnection:
-        """A DuckDB connection with a view of every table that is there, by its name.
+        """Open a DuckDB connection with a view of every table, named as the table.
 
-        The connection reads the store's files and nothing else on the machine, and no network.
+        The connection reads the store's files, no other file of the machine, and no network.
 
         Raises:
             UserError: DuckDB is not installed, or a table cannot be read.
@@ -305,17 +300,17 @@ class Store:
             if self.has(table, kind):
                 with open_parquet(self.path(table, kind)):
                     pass
-                # DuckDB takes every path as a pattern, and names of folders as columns.
+                # DuckDB reads a path as a glob pattern, and folder names as partition columns.
                 patterns.append(_quoted(glob.escape(str(self.path(table, kind).resolve()))))
                 rows = f"read_parquet({patterns[-1]}, hive_partitioning = false)"
                 try:
                     connection.execute(f"CREATE VIEW {table} AS SELECT * FROM {rows}")
-                except (duckdb.Error, RuntimeError) as error:  # it reads the footer in its own way
+                except (duckdb.Error, RuntimeError) as error:  # DuckDB's own Parquet reader
                     connection.close()
                     reason = next(iter(str(error).splitlines()), "")[:200]
                     path = self.path(table, kind)
                     raise UserError(f"{path} cannot be read as Parquet: {reason}") from error
-        # A pattern is checked as it is written, and so are the files that it stands for.
+        # DuckDB checks the pattern itself (allowed_paths) and each file that it matches.
         allowed = _quoted(f"{self.folder.resolve()}/")
         connection.execute(f"SET allowed_directories = [{allowed}]")
         connection.execute(f"SET allowed_paths = [{', '.join(patterns)}]")
@@ -324,7 +319,7 @@ class Store:
         return connection
 
     def add(self, table: str, rows: pa.Table, kind: Kind = "adapter") -> None:
-        """Write one of the tables that come after collecting, in place of what it was.
+        """Write or replace a table that is computed after collecting.
 
         Raises:
             RunError: the folder cannot be written.
@@ -332,13 +327,20 @@ class Store:
         write_table(rows, self.path(table, kind), TABLES[table])
 
 
+def require_version(document: Any, expected: int, path: Path) -> None:
+    """Raise ``UserError`` unless a JSON document has the ``schema_version`` that is expected."""
+    version = document.get("schema_version") if isinstance(document, dict) else None
+    if type(version) is not int or version != expected:
+        raise UserError(f"{path}: schema_version is {version!r}, this fastadapt reads {expected}")
+
+
 def _quoted(text: str) -> str:
-    """A literal of SQL."""
+    """Return a string literal of SQL."""
     return "'" + text.replace("'", "''") + "'"
 
 
 def adapter_digest(folder: Path) -> str:
-    """SHA-256 of a folder of adapters: of the bytes of each layer's file, in order."""
+    """Return the SHA-256 of a folder of adapters, over the layers' files in order."""
     sha256 = hashlib.sha256()
     for path in sorted(folder.glob("layer_*.safetensors")):
         sha256.update(f"{path.name} {digest_of_input(path)}\n".encode())
@@ -346,7 +348,7 @@ def adapter_digest(folder: Path) -> str:
 
 
 def write_table(rows: pa.Table, path: Path, schema: pa.Schema) -> None:
-    """Write a table of the given columns, sorted by its leading (layer, feature) if it has them.
+    """Write a table with the columns of ``schema``, sorted by its unit and rank if it has them.
 
     Raises:
         RunError: the folder cannot be written.
@@ -359,7 +361,7 @@ def write_table(rows: pa.Table, path: Path, schema: pa.Schema) -> None:
 
 
 def write_pieces(pieces: Iterable[pa.Table], path: Path, schema: pa.Schema) -> None:
-    """Write a table of which a piece is in memory at a time; the pieces come in its order.
+    """Write a table from consecutive pieces, with one piece in memory at a time.
 
     Raises:
         RunError: the folder cannot be written.
@@ -376,22 +378,21 @@ def write_pieces(pieces: Iterable[pa.Table], path: Path, schema: pa.Schema) -> N
 
 
 def list_column(values: np.ndarray) -> pa.ListArray:
-    """A column of lists of equal length: the rows of ``values [n, m]``."""
+    """Return a column of n lists of equal length: the rows of ``values [n, m]``."""
     offsets = np.arange(len(values) + 1, dtype=np.int32) * values.shape[1]
     return pa.ListArray.from_arrays(offsets, pa.array(values.reshape(-1)))
 
 
 def write_manifest(folder: Path, facts: Mapping[str, Any], files: Sequence[Path]) -> None:
-    """Write ``manifest.json``: it comes last, and makes the folder a store.
+    """Write ``manifest.json`` last: the manifest makes the folder a store.
 
     Args:
-        folder: of the store.
-        facts: all but ``schema_version`` and ``files``: ``run`` (its folder), ``adapter`` (SHA-256,
-            see :func:`fastadapt.features.store.store.Store.open`), ``pair``, ``data`` (source,
-            digest, texts, tokens; conversations read, too_long, with_markers), ``domains``,
-            ``settings``, ``units`` (by kind: n_layers, n_features), ``lens`` (how it was taken),
-            ``edges``, ``versions``.
-        files: those that collecting has written, in the folder.
+        folder: folder of the store.
+        facts: all fields but ``schema_version`` and ``files``: ``run`` (a folder), ``adapter``
+            (see :func:`adapter_digest`), ``pair``, ``data`` (source, digest, texts, tokens;
+            conversations read, too_long, with_markers), ``domains``, ``settings``, ``units`` (by
+            kind: n_layers, n_features), ``lens`` (its settings), ``edges``, ``versions``.
+        files: files in the folder that collecting has written.
     """
     listed = {}
     for path in sorted(files):
@@ -405,16 +406,16 @@ def write_manifest(folder: Path, facts: Mapping[str, Any], files: Sequence[Path]
 
 @contextmanager
 def writing(store: Path) -> Iterator[None]:
-    """Hold the store's folder for this process, which adds to it; remove what kills left in it.
+    """Lock the store's folder for writing, and remove files that a killed process left in it.
 
     Raises:
-        UserError: another process does.
-        RunError: it cannot be written.
+        UserError: another process holds the lock.
+        RunError: the folder cannot be written.
     """
     try:
         make_folder(store)
         with locked(store / LOCK):
-            sweep_tree(store, but=["site"])  # whose writer has a lock of its own
+            sweep_tree(store, but=["site"])  # its writer has another lock
             yield
     except BlockingIOError:
         raise UserError(f"{store}: another process is writing there") from None

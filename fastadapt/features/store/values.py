@@ -1,7 +1,7 @@
-"""What the columns of a store's tables may hold: names, places that exist, lists that match.
+"""Check the values of a store's tables: names, indices in range, lists of equal length.
 
-A reader takes a unit, a token or a text by its number, and a number that is not there would be
-another's row, or an ``IndexError``. Whoever reads rows of a table asks here first.
+Readers index units, tokens and texts by number. An index out of range would give another's row or
+an ``IndexError``, so readers of a table check its rows here first.
 """
 
 from __future__ import annotations
@@ -17,24 +17,15 @@ import pyarrow.compute as pc
 from fastadapt.errors import UserError
 from fastadapt.features.store.schema import REGIONS, SAMPLES, TENTHS
 
-#: Columns of numbers that count from 0, and those that must be finite, in whatever table they are.
+#: Columns of integers from 0, and of finite numbers, in any table.
 _FROM_0: tuple[str, ...] = ("count", "rank", "text", "position", "token", "start", "tokens")
 _FROM_0 += ("priority",)
 _FROM_0 += ("histogram", "by_domain", "by_region", "by_tenth", "promoted", "suppressed", "shown")
 _FROM_0 += ("positives", "negatives", "true_positives", "true_negatives")
 _FINITE: tuple[str, ...] = ("density", "max", "mean", "norm", "value", "values")
 _FINITE += ("promoted_logits", "suppressed_logits", "target", "base")
-_NOT_NEGATIVE: tuple[str, ...] = (
-    "density",
-    "max",
-    "mean",
-    "norm",
-    "value",
-    "values",
-    "target",
-    "base",
-)
-#: Lists of a row that have the same length.
+_NOT_NEGATIVE = tuple(name for name in _FINITE if not name.endswith("_logits"))
+#: Columns of each table whose lists have equal lengths in a row.
 _ALIKE: Mapping[str, Sequence[Sequence[str]]] = {
     "examples": [("tokens", "values")],
     "lens": [
@@ -61,16 +52,16 @@ def wrong_values(
     domains: Sequence[str] | None = None,
     n_bins: int | None = None,
 ) -> Iterator[str]:
-    """What is wrong with values of a table's rows, a line for each column.
+    """Yield a line for each column with impossible values. Limits not given are not checked.
 
     Args:
-        table: its name.
-        rows: some or all of its columns, without null where its schema has none.
-        shape: layers and units of a layer; not looked at if not given, and so are the next ones.
-        n_tokens: of the vocabulary.
-        n_texts: of the store.
-        domains: of the store's manifest.
-        n_bins: of histograms.
+        table: name of the table.
+        rows: any columns of the table, without null where its schema has none.
+        shape: layers, and units per layer.
+        n_tokens: size of the vocabulary.
+        n_texts: texts of the store.
+        domains: domains of the store's manifest.
+        n_bins: bins of histograms.
     """
     tops: dict[str, int | None] = {}
     if "layer" in rows.column_names and shape is not None:
@@ -91,37 +82,38 @@ def wrong_values(
         if name in rows.column_names and names is not None:
             yield from _unknown(name, rows[name], names)
     for names in _ALIKE.get(table, ()):
-        there = [name for name in names if name in rows.column_names]
-        for name in there[1:]:
-            if not np.array_equal(_lengths(rows[name]), _lengths(rows[there[0]])):
-                yield f"the column {name!r}: expected lists as long as {there[0]!r} has"
+        present = [name for name in names if name in rows.column_names]
+        for name in present[1:]:
+            if not np.array_equal(_lengths(rows[name]), _lengths(rows[present[0]])):
+                yield f"the column {name!r}: expected lists as long as those of {present[0]!r}"
     fixed = {"by_region": len(REGIONS), "by_tenth": TENTHS, "histogram": n_bins}
     fixed["by_domain"] = None if domains is None else len(domains)
     for name, length in fixed.items():
         if name in rows.column_names and length is not None and len(rows):
             odd = np.flatnonzero(_lengths(rows[name]) != length)
             if len(odd):
-                found = _lengths(rows[name])[odd[0]]
-                yield f"the column {name!r}: expected lists of {length}, got one of {found}"
+                wrong = _lengths(rows[name])[odd[0]]
+                yield f"the column {name!r}: expected lists of {length}, got one of {wrong}"
     if {"position", "start", "tokens"} <= set(rows.column_names):
-        at = _ints(rows["position"]) - _ints(rows["start"])
-        if np.any((at < 0) | (at >= _lengths(rows["tokens"]))):
+        offset = _ints(rows["position"]) - _ints(rows["start"])
+        if np.any((offset < 0) | (offset >= _lengths(rows["tokens"]))):
             yield "the column 'position': expected a place in the window of 'tokens' from 'start'"
 
 
 def unsorted(rows: pa.Table, *keys: str) -> Iterator[str]:
-    """A line where rows are not sorted by the keys, or two have the same."""
+    """Yield a line if rows are not sorted by the keys, or two rows have equal keys."""
     if len(rows) < 2:
         return
     columns = [_ints(rows[key]) for key in keys]
+    # Lexicographic: row i is before row i + 1 if, at the first key that differs, it is smaller.
     before = np.zeros(len(rows) - 1, bool)
     equal = np.ones(len(rows) - 1, bool)
     for column in columns:
         before |= equal & (column[:-1] < column[1:])
         equal &= column[:-1] == column[1:]
     if not before.all():
-        at = int(np.flatnonzero(~before)[0]) + 1
-        yield f"the columns {', '.join(keys)}: expected distinct rows, sorted; row {at} is not"
+        row = int(np.flatnonzero(~before)[0]) + 1
+        yield f"the columns {', '.join(keys)}: expected distinct rows, sorted; row {row} is not"
 
 
 # --- parts ----------------------------------------------------------------------------------------
@@ -138,12 +130,12 @@ def _outside(name: str, values: pa.ChunkedArray, top: int | None) -> Iterator[st
 
 
 def _not_numbers(name: str, values: pa.ChunkedArray, from_0: bool) -> Iterator[str]:
-    found = values.to_numpy()
-    odd = found[~np.isfinite(found)]
+    numbers = values.to_numpy()
+    odd = numbers[~np.isfinite(numbers)]
     if len(odd):
         yield f"the column {name!r}: expected finite numbers, got {odd[0]}"
-    elif from_0 and len(found) and found.min() < 0:
-        yield f"the column {name!r}: expected 0 or more, got {found.min()}"
+    elif from_0 and len(numbers) and numbers.min() < 0:
+        yield f"the column {name!r}: expected 0 or more, got {numbers.min()}"
 
 
 def _unknown(name: str, column: pa.ChunkedArray, names: Collection[str]) -> Iterator[str]:
@@ -160,6 +152,6 @@ def _lengths(column: pa.ChunkedArray) -> np.ndarray:
 
 def _ints(column: pa.ChunkedArray) -> np.ndarray:
     if pa.types.is_string(column.type):
-        found = {value: i for i, value in enumerate(SAMPLES)}
-        return np.array([found.get(value, -1) for value in column.to_pylist()], dtype=np.int64)
+        order = {value: i for i, value in enumerate(SAMPLES)}
+        return np.array([order.get(value, -1) for value in column.to_pylist()], dtype=np.int64)
     return np.asarray(column.to_numpy()).astype(np.int64)

@@ -33,7 +33,7 @@ def killed(*_: Any, **__: Any) -> Any:
     raise Killed
 
 
-def made(run: Path, out: Path, config: CollectConfig = FEW) -> Store:
+def collected(run: Path, out: Path, config: CollectConfig = FEW) -> Store:
     store = collect(run, out, config)
     assert store is not None
     return store
@@ -64,7 +64,7 @@ def mistaken(folder: Path) -> dict[str, CollectConfig]:
 @pytest.mark.parametrize("mistake", ["malformed", "too long", "not there"])
 def test_a_mistake_costs_no_store(run: Path, tmp_path: Path, mistake: str) -> None:
     out = tmp_path / "store"
-    described(made(run, out))
+    described(collected(run, out))
     before = files_of(out)
     with pytest.raises(UserError):
         collect(run, out, mistaken(tmp_path)[mistake], overwrite=True)
@@ -86,11 +86,11 @@ def test_a_mistake_costs_no_shard_and_nothing_begun(run: Path, tmp_path: Path) -
 
 def test_begun_anew_nothing_of_the_old_stays_but_sets_and_calls(run: Path, tmp_path: Path) -> None:
     out, anew = tmp_path / "store", replace(FEW, top=7)
-    described(made(run, out))
+    described(collected(run, out))
     assert collect(run, out, anew, overwrite=True) is not None
-    found = files_of(out)
-    assert {found.pop("sets/one"), found.pop("calls/one")} == {b"1"}
-    assert found == files_of(made(run, tmp_path / "fresh", anew).folder)
+    files = files_of(out)
+    assert {files.pop("sets/one"), files.pop("calls/one")} == {b"1"}
+    assert files == files_of(collected(run, tmp_path / "fresh", anew).folder)
 
 
 @pytest.mark.parametrize("overwrite", [True, False])
@@ -99,7 +99,7 @@ def test_killed_while_it_is_cleared(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, overwrite: bool
 ) -> None:
     out, removed, remove = tmp_path / "store", [], folder.remove
-    described(made(run, out))
+    described(collected(run, out))
 
     def few(path: Path) -> None:
         if len(removed) == at:
@@ -114,21 +114,21 @@ def test_killed_while_it_is_cleared(
             collect(run, out, replace(FEW, top=7), overwrite=True)
     assert (out / folder.NEXT).is_dir()
     assert collect(run, out, replace(FEW, top=7), overwrite=overwrite) is not None
-    found = files_of(out)
-    assert {found.pop("sets/one"), found.pop("calls/one")} == {b"1"}
-    assert found == files_of(made(run, tmp_path / "fresh", replace(FEW, top=7)).folder)
+    files = files_of(out)
+    assert {files.pop("sets/one"), files.pop("calls/one")} == {b"1"}
+    assert files == files_of(collected(run, tmp_path / "fresh", replace(FEW, top=7)).folder)
 
 
 def test_what_a_store_is_made_of_is_no_sign_of_one(run: Path, tmp_path: Path) -> None:
     """Names as common as these are somebody's, where no collection has held the folder."""
     for name in ("texts.parquet", "manifest.json", "adapter/layer_0.safetensors"):
-        own = tmp_path / name.replace("/", "-") / name
-        own.parent.mkdir(parents=True)
-        own.write_text("{}")
+        copy = tmp_path / name.replace("/", "-") / name
+        copy.parent.mkdir(parents=True)
+        copy.write_text("{}")
         out = tmp_path / name.replace("/", "-")
         with pytest.raises(UserError, match="is not empty and holds no features"):
             collect(run, out, FEW, overwrite=True)
-        assert own.read_text() == "{}"
+        assert copy.read_text() == "{}"
     with writing(out), pytest.raises(UserError, match="is not empty and holds no features"):
         collect(run, out, FEW, overwrite=True)
 
@@ -190,15 +190,15 @@ def test_a_run_is_the_same_however_its_path_is_spelt(
     monkeypatch: pytest.MonkeyPatch,
     spelling: Callable[[Path, pytest.MonkeyPatch], str],
 ) -> None:
-    own = Path(shutil.copytree(run, tmp_path / "runs" / "a"))
+    copy = Path(shutil.copytree(run, tmp_path / "runs" / "a"))
     data = tmp_path / "runs" / "own.jsonl"
     turns = [{"from": "human", "value": "2 + 2 ?"}, {"from": "gpt", "value": "<think> </think> 4"}]
     data.write_text(json.dumps({"conversations": turns}) + "\n")
     config = CollectConfig(data=str(data))
     stop = Event()
     stop.set()
-    assert collect(own, None, config, stop=stop) is None
-    spelt = spelling(own, monkeypatch)
+    assert collect(copy, None, config, stop=stop) is None
+    spelt = spelling(copy, monkeypatch)
     config = CollectConfig(data=os.path.relpath(data))
     store = collect(spelt, None, config)
     assert store is not None

@@ -96,7 +96,7 @@ def test_runs_that_are_none(tmp_path: Path) -> None:
 
 def test_adapters_alone_need_data(run: Path, tmp_path: Path) -> None:
     adapters = Path(shutil.copytree(run / "adapter", tmp_path / "alone"))
-    with pytest.raises(UserError, match="does not say what it was validated on"):
+    with pytest.raises(UserError, match="no validation data or chat template recorded in"):
         collect(adapters)
     data = rows(tmp_path / "own.jsonl", conversation(), conversation("4"))
     store = collect(adapters, tmp_path / "store", CollectConfig(data=data))
@@ -147,8 +147,8 @@ def test_more_domains_than_can_be_counted(
         return rows(tmp_path / "own.jsonl", *(conversation(domain=f"d{i % n}") for i in range(90)))
 
     monkeypatch.setattr(gathering, "take", pytest.fail)  # no forward pass
-    told = r"at most 64 different values in the column 'domain', got 65 in 90 conversations"
-    with pytest.raises(UserError, match=told):
+    expected = r"at most 64 different values in the column 'domain', got 65 in 90 conversations"
+    with pytest.raises(UserError, match=expected):
         collect(run, tmp_path / "store", CollectConfig(data=data(65)), shard=shard)
     assert nothing_left(tmp_path / "store")
     monkeypatch.undo()
@@ -220,7 +220,7 @@ def test_features_of_another_adapter_or_other_settings(tmp_path: Path, run: Path
     collect(run, folder, FEW)
     before = (folder / "manifest.json").read_bytes()
     other = broken(run, tmp_path / "other", lambda tensors: tensors["b_enc"].add_(0.01))
-    with pytest.raises(UserError, match=r"differs from what is asked for \(.*adapter"):
+    with pytest.raises(UserError, match=r"holds a collection with other settings \(.*adapter"):
         collect(other, folder, FEW)
     with pytest.raises(UserError, match=r"top: 7, was 20.*--overwrite"):
         collect(run, folder, CollectConfig(n=3, top=7))
@@ -250,7 +250,7 @@ def test_shards_that_do_not_make_a_whole(tmp_path: Path, run: Path) -> None:
         merge([tmp_path], out)
     other = tmp_path / "other"
     collect(run, other, CollectConfig(n=3, seed=1), shard=Shard(1, 2))
-    with pytest.raises(UserError, match=r"not shards of one: seed: 1, was 0"):
+    with pytest.raises(UserError, match=r"not shards of one collection: seed: 1, was 0"):
         merge([folders[0], other], out)
     table = folders[0] / "tokens.parquet"
     table.rename(tmp_path / "secret.parquet")

@@ -9,7 +9,7 @@ import torch
 from organism_runs import hashed
 
 from fastadapt.features.collect.priority_hash import priority, tokens_hash, units_hash
-from fastadapt.features.collect.topk_buffer import Candidates, Kept, best, place_of
+from fastadapt.features.collect.topk_buffer import Candidates, TopKBuffer, place_of, topk_per_group
 
 SEEDS, K = 1000, 10
 CPU = torch.device("cpu")
@@ -21,19 +21,19 @@ def test_priorities_are_those_of_whole_numbers() -> None:
     text, position = (torch.randint(0, n, (200,), generator=draw) for n in (5000, 10_000))
     for seed, layer in ((0, 0), (5, 27), (2**63 - 1, 3)):
         of_unit = units_hash(seed, "target", layer, 300, CPU)[features]
-        found = priority(of_unit, tokens_hash(text, position)).tolist()
+        actual = priority(of_unit, tokens_hash(text, position)).tolist()
         places = zip(features.tolist(), text.tolist(), position.tolist(), strict=True)
-        assert found == [hashed(seed, 2, layer, *place) for place in places]
-        assert min(found) >= 0
+        assert actual == [hashed(seed, 2, layer, *place) for place in places]
+        assert min(actual) >= 0
 
 
-def test_best_is_a_sort_of_each_unit() -> None:
+def test_topk_per_group_is_a_sort_of_each_unit() -> None:
     """With ties of keys, and units of fewer than k."""
     draw = torch.Generator().manual_seed(1)
     unit = torch.randint(0, 40, (900,), generator=draw)
     key = torch.randint(0, 12, (900,), generator=draw)
     place = torch.randperm(900, generator=draw)
-    order, rank = best(unit, key, place, 7)
+    order, rank = topk_per_group(unit, key, place, 7)
     rows = list(zip(unit.tolist(), (-key).tolist(), place.tolist(), range(900), strict=True))
     expected = []
     for u in range(40):
@@ -51,17 +51,19 @@ def test_each_activation_is_drawn_with_equal_chance(n: int) -> None:
     """
     text, position = torch.arange(n) // 7, torch.arange(n) % 7 * 3
     place, token = place_of(text, position), tokens_hash(text, position)
-    kept = Kept.empty(SEEDS, K, 1, CPU)  # a unit per seed
+    buffer = TopKBuffer.empty(SEEDS, K, 1, CPU)  # a unit per seed
     hashes = torch.stack([units_hash(seed, "adapter", 2, 6, CPU)[5] for seed in range(SEEDS)])
-    for some in torch.randperm(n, generator=torch.Generator().manual_seed(n)).split(13):
-        unit = torch.arange(SEEDS).repeat_interleave(len(some))
-        which = some.repeat(SEEDS)
+    for chunk in torch.randperm(n, generator=torch.Generator().manual_seed(n)).split(13):
+        unit = torch.arange(SEEDS).repeat_interleave(len(chunk))
+        which = chunk.repeat(SEEDS)
         key = priority(hashes[unit], token[which])
-        found = kept.admits(unit, key)
-        value = which[found].float()
-        kept.merge(Candidates(unit[found], key[found], place[which[found]], value, value[:, None]))
-    assert (kept.key >= 0).all()
-    drawn = torch.bincount(kept.value.long().flatten(), minlength=n).double()
+        actual = buffer.may_enter(unit, key)
+        value = which[actual].float()
+        buffer.merge(
+            Candidates(unit[actual], key[actual], place[which[actual]], value, value[:, None])
+        )
+    assert (buffer.key >= 0).all()
+    drawn = torch.bincount(buffer.value.long().flatten(), minlength=n).double()
     assert drawn.sum() == SEEDS * K
     expected = SEEDS * K / n
     chi2 = ((drawn - expected).square() / (expected * (1 - K / n))).sum() * (n - 1) / n
@@ -78,21 +80,21 @@ def test_a_merge_of_parts_is_that_of_all() -> None:
     place = torch.randperm(2000, generator=draw)
     value = torch.rand(2000, generator=draw)
     every = Candidates(unit, key, place, value, value[:, None].expand(-1, 4))
-    whole = Kept.empty(30, 20, 4, CPU)
+    whole = TopKBuffer.empty(30, 20, 4, CPU)
     whole.merge(every)
     parts = []
     for part in range(3):
         mine = (torch.arange(2000) % 3 == part).nonzero().flatten()
-        kept = Kept.empty(30, 20, 4, CPU)
-        for some in mine.split(100):
-            kept.merge(
-                Candidates(unit[some], key[some], place[some], value[some], every.window[some])
+        buffer = TopKBuffer.empty(30, 20, 4, CPU)
+        for chunk in mine.split(100):
+            buffer.merge(
+                Candidates(unit[chunk], key[chunk], place[chunk], value[chunk], every.window[chunk])
             )
-        parts.append(kept)
-    merged = Kept.empty(30, 20, 4, CPU)
-    for kept in reversed(parts):
-        merged.merge(kept.candidates(torch.arange(30)))
-    found, expected = (k.candidates(torch.arange(30)) for k in (merged, whole))
+        parts.append(buffer)
+    merged = TopKBuffer.empty(30, 20, 4, CPU)
+    for buffer in reversed(parts):
+        merged.merge(buffer.candidates(torch.arange(30)))
+    actual, expected = (k.candidates(torch.arange(30)) for k in (merged, whole))
     for name in ("unit", "key", "place", "value", "window"):
-        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+        assert torch.equal(getattr(actual, name), getattr(expected, name)), name
     assert torch.equal(expected.window, expected.value[:, None].expand(-1, 4))

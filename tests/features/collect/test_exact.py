@@ -127,11 +127,11 @@ def test_texts_beyond_the_context_are_left_out_and_counted(run: Path, tmp_path: 
     config = CollectConfig(data=str(data))  # the embedded pair reads 512 tokens
     store = collect(run, tmp_path / "whole", config)
     assert store is not None
-    told = store.manifest["data"]
-    assert (told["read"], told["too_long"], told["texts"]) == (130, 4, 126)
-    assert told["with_markers"] == 3  # of those that are read
-    kept = [str(i) for i in range(130) if i not in long]
-    assert store.read("texts")["id"].to_pylist() == kept
+    counts = store.manifest["data"]
+    assert (counts["read"], counts["too_long"], counts["texts"]) == (130, 4, 126)
+    assert counts["with_markers"] == 3  # of those that are read
+    short = [str(i) for i in range(130) if i not in long]
+    assert store.read("texts")["id"].to_pylist() == short
     folders = [tmp_path / f"part-{i}" for i in range(3)]
     for i, folder in enumerate(folders):
         assert collect(run, folder, config, shard=(i, 3)) is None

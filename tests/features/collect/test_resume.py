@@ -75,7 +75,7 @@ def test_stopped_and_resumed(run: Path, whole: dict[str, bytes], tmp_path: Path)
 
         assert collect(run, folder, CONFIG, progress=progress, stop=stop) is None
         assert not (folder / "manifest.json").exists()
-    assert collect(run, folder, CONFIG, progress=lambda *told: done.append(told)) is not None
+    assert collect(run, folder, CONFIG, progress=lambda *counts: done.append(counts)) is not None
     assert done[-1] == (80, 80)
     assert [texts for texts, _ in done] == sorted({texts for texts, _ in done})  # no batch twice
     assert files_of(folder) == whole

@@ -59,22 +59,22 @@ def test_codes_are_those_of_what_the_modules_were_given(
     layers = list(walk(model, batch, neurons_of(model)))
     assert [layer for layer, _ in layers] == list(range(model.n_layers))
     real = batch.real.flatten()
-    for layer, found in layers:
-        assert list(found) == ["adapter", "base", "target"]
+    for layer, codes_by_kind in layers:
+        assert list(codes_by_kind) == ["adapter", "base", "target"]
         a = model.adapters[layer].encode(given["adapter"][layer]).flatten(0, 1).detach()
-        check(found["adapter"], torch.where(real[:, None], a, 0).float())
+        check(codes_by_kind["adapter"], torch.where(real[:, None], a, 0).float())
         for kind in ("base", "target"):
             h = given[kind][layer].flatten(0, 1).float()
             norm = output_rows(model, kind, layer).float().norm(dim=1)
             assert norm.shape == h.shape[1:]
             rank = (h * norm).argsort(dim=1, descending=True).argsort(dim=1)
-            check(found[kind], torch.where((rank < K) & (h > 0) & real[:, None], h, 0))
+            check(codes_by_kind[kind], torch.where((rank < K) & (h > 0) & real[:, None], h, 0))
 
 
 def check(codes: Any, dense: torch.Tensor) -> None:
-    made = torch.zeros_like(dense)
-    made[codes.tokens, codes.features] = codes.values.float()
-    assert torch.equal(made, dense)
+    scattered = torch.zeros_like(dense)
+    scattered[codes.tokens, codes.features] = codes.values.float()
+    assert torch.equal(scattered, dense)
     assert len(codes.values) == (dense != 0).sum() > 0
     place = codes.tokens * dense.shape[1] + codes.features
     assert (place.diff() > 0).all()
@@ -85,7 +85,9 @@ def test_what_is_not_asked_for_is_not_walked(make_pair: Callable[..., Any]) -> N
     ran: list[int] = []
     for mlp in model.mlps:
         mlp.target.register_forward_pre_hook(lambda *_: ran.append(1))  # type: ignore[union-attr]
-    assert [list(found) for _, found in walk(model, padded(), {})] == [["adapter"]] * 3
+    assert [list(codes_by_kind) for _, codes_by_kind in walk(model, padded(), {})] == [
+        ["adapter"]
+    ] * 3
     assert not ran
 
 
