@@ -81,7 +81,7 @@ def _judged(typed: Any, command: str) -> tuple[Any, Any]:
 
 
 def _open(config: Any, store: Store, tokenizer: Any) -> Any:
-    from fastadapt.features.autointerp.judges.factory import open_judge
+    from fastadapt.features.autointerp.judges.endpoint import open_judge
 
     count: Callable[[str], int] | None = None
     if tokenizer is not None:

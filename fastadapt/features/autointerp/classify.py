@@ -14,7 +14,13 @@ from fastadapt.evaluation.statistics import BootstrapConfig, ratio
 from fastadapt.features.autointerp.describe import Tell
 from fastadapt.features.autointerp.judgements import add_rows, check_addable, write_judgements
 from fastadapt.features.autointerp.judges.settings import ClassifyConfig
-from fastadapt.features.autointerp.questions import Class, Classify, Estimate, Judge, class_names
+from fastadapt.features.autointerp.questions import (
+    ClassifyQuestion,
+    Estimate,
+    Judge,
+    UnitClass,
+    class_names,
+)
 from fastadapt.features.autointerp.units import Unit, Vocabulary, Window, eligible, examples_of
 from fastadapt.features.store.schema import Kind
 from fastadapt.features.store.store import Store, writing
@@ -44,9 +50,9 @@ def classify(
         RunError: the judge cannot be reached, or too many of its answers are not valid.
     """
     require_drawing()
-    if not judge.tells_classes:
+    if not judge.can_classify:
         raise UserError(
-            f"the judge {judge.name!r} tells no classes: name a language model (judge.model) and "
+            f"the judge {judge.name!r} cannot classify: name a language model (judge.model) and "
             "its endpoint (judge.base_url)"
         )
     with writing(store.folder):
@@ -65,7 +71,7 @@ def classify(
             return None
         rows: dict[Kind, list[dict[str, Any]]] = {kind: [] for kind in counts}
         for unit, answer in zip(units, told, strict=True):
-            if isinstance(answer, Class):
+            if isinstance(answer, UnitClass):
                 rows[unit.kind].append(
                     {
                         "layer": unit.layer,
@@ -95,11 +101,11 @@ def classify(
 
 def _questions(
     store: Store, config: ClassifyConfig
-) -> tuple[list[Unit], list[Classify], dict[Kind, list[dict[str, int]]]]:
+) -> tuple[list[Unit], list[ClassifyQuestion], dict[Kind, list[dict[str, int]]]]:
     """Units, what is asked of each, and by kind and layer how many are judged, or why not."""
     vocabulary = Vocabulary(store)
     units: list[Unit] = []
-    asked: list[Classify] = []
+    asked: list[ClassifyQuestion] = []
     counts: dict[Kind, list[dict[str, int]]] = {}
     for kind in config.kinds or tuple(store.kinds):
         counts[kind] = []
@@ -123,7 +129,7 @@ def _questions(
                     continue
                 units.append(Unit(kind, layer, feature))
                 asked.append(
-                    Classify(
+                    ClassifyQuestion(
                         tuple(vocabulary.example(window) for window in windows),
                         tuple(lens[feature]["promoted_tokens"]),
                         tuple(lens[feature]["suppressed_tokens"]),

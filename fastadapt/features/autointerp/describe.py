@@ -13,7 +13,13 @@ from fastadapt.features.autointerp.examples import Case, Drawn, draw
 from fastadapt.features.autointerp.judgements import add_rows, check_addable, write_judgements
 from fastadapt.features.autointerp.judges.prompts import DESCRIPTION_LETTERS
 from fastadapt.features.autointerp.judges.settings import DescribeConfig
-from fastadapt.features.autointerp.questions import Answer, Describe, Detect, Estimate, Judge
+from fastadapt.features.autointerp.questions import (
+    Answer,
+    DescribeQuestion,
+    DetectQuestion,
+    Estimate,
+    Judge,
+)
 from fastadapt.features.autointerp.units import Vocabulary
 from fastadapt.features.store.schema import Kind
 from fastadapt.features.store.store import Store, writing
@@ -63,7 +69,7 @@ def describe(
             return None
         vocabulary = Vocabulary(store)
         asked = [
-            Describe(tuple(vocabulary.example(window) for window in case.shown))
+            DescribeQuestion(tuple(vocabulary.example(window) for window in case.shown))
             for case in drawn.cases
         ]
         if approve is not None:
@@ -98,17 +104,17 @@ def _stopped(stop: Event | None) -> bool:
     return stop is not None and stop.is_set()
 
 
-def _detect(case: Case, description: str, vocabulary: Vocabulary) -> Detect:
-    return Detect(description, tuple(vocabulary.pieces(text.tokens) for text in case.texts))
+def _detect(case: Case, description: str, vocabulary: Vocabulary) -> DetectQuestion:
+    return DetectQuestion(description, tuple(vocabulary.pieces(text.tokens) for text in case.texts))
 
 
 def _ahead(
-    judge: Judge, drawn: Drawn, asked: Sequence[Describe], vocabulary: Vocabulary
-) -> list[Describe | Detect]:
+    judge: Judge, drawn: Drawn, asked: Sequence[DescribeQuestion], vocabulary: Vocabulary
+) -> list[DescribeQuestion | DetectQuestion]:
     """All questions, with a description of the most letters where it is still to be written."""
-    questions: list[Describe | Detect] = list(asked)
+    questions: list[DescribeQuestion | DetectQuestion] = list(asked)
     for case, question in zip(drawn.cases, asked, strict=True):
-        known = judge.kept(question)
+        known = judge.cached_answer(question)
         text = known if isinstance(known, str) else "x" * DESCRIPTION_LETTERS
         questions.append(_detect(case, text, vocabulary))
     return questions

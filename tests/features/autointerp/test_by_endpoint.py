@@ -15,7 +15,7 @@ from planted import MadeActivations, planted
 
 from fastadapt.errors import RunError, UserError
 from fastadapt.features.autointerp.describe import describe
-from fastadapt.features.autointerp.judges.factory import open_judge
+from fastadapt.features.autointerp.judges.endpoint import open_judge
 from fastadapt.features.autointerp.judges.settings import DescribeConfig, JudgeConfig
 from fastadapt.features.autointerp.questions import Estimate
 from fastadapt.features.store.store import Store
@@ -97,7 +97,7 @@ import sys
 from pathlib import Path
 from planted import MadeActivations, planted
 from fastadapt.features.autointerp.describe import describe
-from fastadapt.features.autointerp.judges.factory import open_judge
+from fastadapt.features.autointerp.judges.endpoint import open_judge
 from fastadapt.features.autointerp.judges.settings import DescribeConfig, JudgeConfig
 
 made = planted(Path(sys.argv[1]), features=6)

@@ -15,7 +15,7 @@ from stores import MadeText, make_store
 from fastadapt.errors import UserError
 from fastadapt.features.autointerp.classify import classify, shares
 from fastadapt.features.autointerp.judgements import read_judgements
-from fastadapt.features.autointerp.judges.factory import open_judge
+from fastadapt.features.autointerp.judges.endpoint import open_judge
 from fastadapt.features.autointerp.judges.settings import ClassifyConfig, JudgeConfig
 from fastadapt.features.autointerp.judges.without_llm import TokenJudge
 
@@ -77,7 +77,7 @@ def test_shares_are_counts_over_units() -> None:
 
 def test_a_judge_without_a_model_is_refused(tmp_path: Path) -> None:
     made = planted(tmp_path / "f", features=2, texts=20)
-    with pytest.raises(UserError, match=r"'tokens' tells no classes.*judge\.model"):
+    with pytest.raises(UserError, match=r"'tokens' cannot classify.*judge\.model"):
         classify(made.store, TokenJudge(), ClassifyConfig())
 
 

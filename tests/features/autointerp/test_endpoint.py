@@ -13,11 +13,15 @@ import pytest
 from chat_server import KEY, ChatServer, Fault, answers_well, serving
 
 from fastadapt.errors import RunError, UserError
-from fastadapt.features.autointerp.judges.endpoint import EndpointJudge
-from fastadapt.features.autointerp.judges.factory import open_judge
+from fastadapt.features.autointerp.judges.endpoint import EndpointJudge, open_judge
 from fastadapt.features.autointerp.judges.settings import JudgeConfig, secrets
 from fastadapt.features.autointerp.judges.without_llm import TokenJudge
-from fastadapt.features.autointerp.questions import Describe, Detect, Estimate, Example
+from fastadapt.features.autointerp.questions import (
+    DescribeQuestion,
+    DetectQuestion,
+    Estimate,
+    Example,
+)
 from fastadapt.features.store.store import Store
 from fastadapt.reporting.formatting import number
 
@@ -27,8 +31,8 @@ def judge_at(url: str, folder: Path, **settings: Any) -> EndpointJudge:
     return EndpointJudge(config, folder / "calls")
 
 
-def questions(n: int) -> list[Detect]:
-    return [Detect(f"w{i}", ((f"w{i}",), ("none",))) for i in range(n)]
+def questions(n: int) -> list[DetectQuestion]:
+    return [DetectQuestion(f"w{i}", ((f"w{i}",), ("none",))) for i in range(n)]
 
 
 RIGHT = (True, False)
@@ -97,7 +101,7 @@ def test_a_stall_is_a_timeout_and_tried_again(tmp_path: Path) -> None:
     with serving(lambda *_: Fault(200, stall=1.0)) as server:
         judge = judge_at(server.url, tmp_path, timeout=0.2, retries=1)
         with pytest.raises(RunError, match=r"127\.0\.0\.1.* no answer in 0\.2 s, after 2 attempts"):
-            judge.ask([Detect("other", (("a",),))])
+            judge.ask([DetectQuestion("other", (("a",),))])
     assert len(server.requests) == 2
 
 
@@ -157,12 +161,12 @@ def test_another_endpoints_answers_are_not_this_ones(good: ChatServer, tmp_path:
     judge_at(good.url, tmp_path).ask(questions(3))
     with serving(lambda body, _: answers_well(body)) as other:
         judge = judge_at(other.url, tmp_path)
-        assert judge.kept(questions(1)[0]) is None
+        assert judge.cached_answer(questions(1)[0]) is None
         assert judge.ask(questions(3)) == [RIGHT] * 3
     assert len(good.requests) == len(other.requests) == 3
     # What is secret in an address is no part of it.
     named = judge_at(good.url.replace("//", "//me:hidden@"), tmp_path)
-    assert named.kept(questions(1)[0]) == RIGHT
+    assert named.cached_answer(questions(1)[0]) == RIGHT
     assert not [p for p in tmp_path.rglob("*.json") if "hidden" in p.read_text()]
 
 
@@ -215,7 +219,7 @@ def test_an_answer_in_the_second_place_is_an_answer(tmp_path: Path) -> None:
 
     with serving(second) as server:
         assert judge_at(server.url, tmp_path).ask(questions(3)) == [RIGHT] * 3
-        assert judge_at(server.url, tmp_path).kept(questions(1)[0]) == RIGHT
+        assert judge_at(server.url, tmp_path).cached_answer(questions(1)[0]) == RIGHT
     assert len(server.requests) == 6
 
 
@@ -232,7 +236,7 @@ def test_half_an_emoji_ends_nothing(tmp_path: Path, half: Any, answer: str | Non
     def mostly(body: dict[str, Any], _: int) -> Any:
         return half if " wait" in body["messages"][1]["content"] else answers_well(body)
 
-    asked = [Describe((Example(("so", " wait"), (False, True)),)), *questions(20)]
+    asked = [DescribeQuestion((Example(("so", " wait"), (False, True)),)), *questions(20)]
     with serving(mostly) as server:
         assert judge_at(server.url, tmp_path).ask(asked) == [answer, *[RIGHT] * 20]
         calls = len(server.requests)
@@ -271,7 +275,7 @@ def test_the_estimate_counts_calls_tokens_and_money(good: ChatServer, tmp_path: 
     judge = judge_at(good.url, tmp_path, price_in=2.0, price_out=10.0, max_tokens=100)
     told = judge.estimate(questions(20))
     assert isinstance(told, Estimate)
-    assert (told.calls, told.kept, told.tokens_out) == (20, 0, 2000)
+    assert (told.calls, told.cached, told.tokens_out) == (20, 0, 2000)
     assert told.cost == pytest.approx((told.tokens_in * 2 + 2000 * 10) / 1e6)
     judge.ask(questions(20))
     letters = sum(len(m["content"]) for r in good.requests for m in r["messages"])
@@ -280,7 +284,7 @@ def test_the_estimate_counts_calls_tokens_and_money(good: ChatServer, tmp_path: 
     assert judge_at(good.url, tmp_path).estimate(questions(1)).cost is None
     by_words = EndpointJudge(judge.config, tmp_path / "none", count=lambda t: len(t.split()))
     assert by_words.estimate(questions(1)).counted == "by the given tokenizer"
-    assert f"some {number(told.cost)} in all; up to twice that where answers are not" in told.words
+    assert f"about {number(told.cost)} in all; up to twice that if answers are not" in told.words
     assert "twice" not in judge.estimate(questions(20)).words  # nothing is asked
     limitless = judge_at(good.url, tmp_path / "none", price_in=2.0, price_out=1.0, max_tokens=None)
     assert limitless.estimate(questions(1))[3:5] == (None, None)
@@ -309,7 +313,7 @@ def test_settings_that_cannot_be_are_refused(
     with pytest.raises(UserError, match=r"judge\.model: .* at judge\.base_url"):
         JudgeConfig(base_url="http://127.0.0.1:9/v1")
     monkeypatch.setenv("OPENAI_MODEL", "made-1")
-    assert JudgeConfig(base_url="http://127.0.0.1:9/v1").asked_for == "made-1"
+    assert JudgeConfig(base_url="http://127.0.0.1:9/v1").model_name == "made-1"
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(UserError, match="OPENAI_API_KEY"):
         EndpointJudge(JudgeConfig(model="made-1"), tmp_path)

@@ -12,7 +12,12 @@ from fastadapt.features.autointerp.judges.without_llm import (
     describe,
     detect,
 )
-from fastadapt.features.autointerp.questions import Classify, Describe, Detect, Example
+from fastadapt.features.autointerp.questions import (
+    ClassifyQuestion,
+    DescribeQuestion,
+    DetectQuestion,
+    Example,
+)
 
 
 def example(text: str) -> Example:
@@ -89,9 +94,9 @@ def test_a_long_rule_is_cut_to_its_commonest_keys() -> None:
 
 def test_the_judge_answers_in_order_and_tells_no_classes() -> None:
     judge = TokenJudge()
-    shown = Describe((example("a WAIT"), example("WAIT b")))
-    asked = Detect('fires on " wait"', ((" wait",), (" no",)))
+    shown = DescribeQuestion((example("a WAIT"), example("WAIT b")))
+    asked = DetectQuestion('fires on " wait"', ((" wait",), (" no",)))
     assert judge.ask([shown, asked]) == ['fires on " wait"', (True, False)]
     assert judge.estimate([shown]).calls == 0
     with pytest.raises(UserError, match=r"judge\.model"):
-        judge.ask([Classify((), (), ())])
+        judge.ask([ClassifyQuestion((), (), ())])
