@@ -18,7 +18,7 @@ from fastadapt.evaluation.statistics import wilson
 from fastadapt.features.autointerp.activations import Places
 from fastadapt.features.autointerp.describe import describe
 from fastadapt.features.autointerp.detection import score, summarise
-from fastadapt.features.autointerp.examples import Case, draw
+from fastadapt.features.autointerp.examples import DetectionCase, draw
 from fastadapt.features.autointerp.judgements import read_judgements
 from fastadapt.features.autointerp.judges.settings import DescribeConfig
 from fastadapt.features.autointerp.judges.without_llm import TokenJudge
@@ -74,7 +74,7 @@ def test_no_scored_text_was_shown_and_no_silent_one_fires(made: Made) -> None:
         check_honest(case, made, config)
 
 
-def check_honest(case: Case, made: Made, config: DescribeConfig) -> None:
+def check_honest(case: DetectionCase, made: Made, config: DescribeConfig) -> None:
     """By a loop over every token: nothing of the library's own account is believed."""
 
     def tokens(windows: tuple[Window, ...]) -> set[tuple[int, int]]:
@@ -153,7 +153,7 @@ def test_scores_are_what_counting_gives() -> None:
     unit = Unit("adapter", 0, 3)
     fires = [True, False, True, False]
     texts = tuple(Window(i, 0, (i,), (f,)) for i, f in enumerate(fires))
-    row = score(Case(unit, "top", (), texts), "j", (True, True, False, False))
+    row = score(DetectionCase(unit, "top", (), texts), "j", (True, True, False, False))
     assert (row["positives"], row["negatives"]) == (2, 2)
     assert (row["true_positives"], row["true_negatives"], row["accuracy"]) == (1, 1, 0.5)
     better = {**row, "true_positives": 2, "true_negatives": 2}
@@ -170,7 +170,9 @@ def test_scores_are_what_counting_gives() -> None:
 def test_units_that_score_alike_are_not_certain(n: int, right: int) -> None:
     texts = tuple(Window(i, 0, (i,), (i % 2 == 0,)) for i in range(10))
     told = tuple((i < 2 * right) == (i % 2 == 0) for i in range(10))
-    rows = [score(Case(Unit("adapter", 0, i), "top", (), texts), "j", told) for i in range(n)]
+    rows = [
+        score(DetectionCase(Unit("adapter", 0, i), "top", (), texts), "j", told) for i in range(n)
+    ]
     config = DescribeConfig().statistics
     found = summarise(rows, 1, config)["accuracy"]
     assert found == pytest.approx(wilson(n * right / 5, n, config.level).plain())
@@ -346,15 +348,15 @@ def test_silent_windows_are_all_that_a_loop_finds_with_equal_chance(tmp_path: Pa
             and (at == 0) == (start == 0)
             and (at + length == len(t.tokens)) == (start + length == size)
         }
-        taken = corpus.along(np.array(held, dtype=np.int64).reshape(-1, 2))
-        windows = list(corpus.silent(taken, like, rng))
+        taken = corpus.to_positions(np.array(held, dtype=np.int64).reshape(-1, 2))
+        windows = list(corpus.sample_negatives(taken, like, rng))
         assert all(len(w.tokens) == length and not any(w.fires) for w in windows)
         got = [(w.text, w.start) for w in windows]
         assert len(got) == len(set(got))
         assert set(got) == wanted
     like = Window(2, 1, (3, 3), (True, True))
     for _ in range(4000):
-        window = next(corpus.silent(np.array([], dtype=np.int64), like, rng))
+        window = next(corpus.sample_negatives(np.array([], dtype=np.int64), like, rng))
         found[window.text, window.start] += 1
     assert len(found) == 1 + 6 + 2 + 2 + 9  # of the texts longer than 3
     assert max(found.values()) <= 2 * min(found.values())
