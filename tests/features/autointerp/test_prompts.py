@@ -47,9 +47,9 @@ def test_no_text_can_forge_a_mark(parts: list[tuple[str, bool]]) -> None:
     example = Example(tuple(p for p, _ in parts), tuple(f for _, f in parts))
     left, right = marks([example.pieces])
     text = marked(example, left, right)
-    found = re.split(f"({re.escape(left)}|{re.escape(right)})", text)
+    split = re.split(f"({re.escape(left)}|{re.escape(right)})", text)
     pieces, inside = [], False
-    for part in found:
+    for part in split:
         if part in (left, right):
             assert inside is (part == right)
             inside = not inside
@@ -68,7 +68,9 @@ def test_texts_cannot_leave_their_quotation(
     if isinstance(question, DetectQuestion):
         asked = messages(DetectQuestion(bad, ((bad,), ("c",))))
     else:
-        asked = messages(type(question)((Example((bad, "b"), (True, False)),), *_rest(question)))
+        asked = messages(
+            type(question)((Example((bad, "b"), (True, False)),), *_lens_tokens(question))
+        )
     system, user = asked
     assert system["role"] == "system"
     assert "{" not in system["content"].split("JSON object")[0]  # every field was filled in
@@ -78,7 +80,7 @@ def test_texts_cannot_leave_their_quotation(
     assert len(numbered) == (2 if isinstance(question, DetectQuestion) else 1)
 
 
-def _rest(question: DescribeQuestion | ClassifyQuestion) -> tuple[tuple[str, ...], ...]:
+def _lens_tokens(question: DescribeQuestion | ClassifyQuestion) -> tuple[tuple[str, ...], ...]:
     return (
         (question.promoted, question.suppressed) if isinstance(question, ClassifyQuestion) else ()
     )
@@ -114,9 +116,9 @@ def test_answers_are_found_where_models_put_them(text: str) -> None:
 def test_what_is_no_answer_says_why(text: str, why: str) -> None:
     with pytest.raises(InvalidAnswerError, match=why):
         read(DETECT, text)
-    told = again(messages(DETECT), text, why)
-    assert [m["role"] for m in told] == ["system", "user", "assistant", "user"]
-    assert why in told[-1]["content"]
+    retry = again(messages(DETECT), text, why)
+    assert [m["role"] for m in retry] == ["system", "user", "assistant", "user"]
+    assert why in retry[-1]["content"]
 
 
 @pytest.mark.parametrize(
@@ -131,8 +133,8 @@ def test_an_answer_may_name_the_end_of_thinking(answer: dict[str, str], before: 
     text = json.dumps(answer)
     assert read(DESCRIBE, f"{before}{text}") == answer["description"]
     assert read(DESCRIBE, f"{before}```json\n{text}\n```") == answer["description"]
-    told = json.dumps({"class": "language", "reason": answer["description"]})
-    assert read(CLASSIFY, before + told) == UnitClass("language", None, answer["description"])
+    reply = json.dumps({"class": "language", "reason": answer["description"]})
+    assert read(CLASSIFY, before + reply) == UnitClass("language", None, answer["description"])
 
 
 def test_what_was_thought_is_no_answer() -> None:
@@ -162,14 +164,14 @@ def test_half_an_emoji_is_no_text() -> None:
 
 
 def test_classes_are_of_the_list() -> None:
-    def of(class_: str, subclass: str | None) -> str:
+    def reply_of(class_: str, subclass: str | None) -> str:
         return json.dumps({"reason": "because", "class": class_, "subclass": subclass})
 
-    assert read(CLASSIFY, of("domain", "code")) == UnitClass("domain", "code", "because")
-    assert read(CLASSIFY, of("language", None)) == UnitClass("language", None, "because")
-    assert read(CLASSIFY, of("language", "grammar")) == UnitClass("language", None, "because")
+    assert read(CLASSIFY, reply_of("domain", "code")) == UnitClass("domain", "code", "because")
+    assert read(CLASSIFY, reply_of("language", None)) == UnitClass("language", None, "because")
+    assert read(CLASSIFY, reply_of("language", "grammar")) == UnitClass("language", None, "because")
     for wrong in (("physics", None), ("domain", None), ("domain", "output"), ("reasoning", "math")):
         with pytest.raises(InvalidAnswerError, match="class"):
-            read(CLASSIFY, of(*wrong))
+            read(CLASSIFY, reply_of(*wrong))
     with pytest.raises(InvalidAnswerError, match="reason"):
         read(CLASSIFY, '{"class": "language"}')
