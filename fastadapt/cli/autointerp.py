@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fastadapt.cli.console import print_table
 from fastadapt.cli.progress import resume_hint, stoppable
 from fastadapt.errors import UserError
-from fastadapt.features.autointerp.judges.factory import open_judge
+from fastadapt.features.autointerp.judges.endpoint import open_judge
 from fastadapt.features.autointerp.judges.settings import (
     ClassifyConfig,
     DescribeConfig,

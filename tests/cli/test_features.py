@@ -149,7 +149,7 @@ def test_a_set_is_taken_out_and_put_onto_the_target(collected, fastadapt, tmp_pa
         (("features", "select", "{run}", "none", "--promotes", "qqqq"), "is empty"),
         (("features", "select", "{run}", "none"), "a set is selected in one way"),
         (("features", "select", "{run}", "none", "--sql", "DROP TABLE features"), "SELECT"),
-        (("features", "classify", "{run}"), "tells no classes"),
+        (("features", "classify", "{run}"), "cannot classify"),
         (("features", "describe", "{run}", "--judge.base_url", "http://localhost"), "judge.model"),
         (("features", "serve", "{run}", "--port", "70000"), "expected 0 to 65535"),
         (("intervene", "{run}", "--output", "{run}/x"), "expected one of --ablate"),

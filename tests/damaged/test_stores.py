@@ -340,10 +340,10 @@ def test_the_site_s_record(whole: Path, folder: Path) -> None:
 
 
 def test_a_judge_s_kept_answers(tmp_path: Path) -> None:
-    from fastadapt.features.autointerp.judges.reply_cache import Calls
+    from fastadapt.features.autointerp.judges.reply_cache import ReplyCache
 
-    calls, request = Calls(tmp_path), {"model": "m", "messages": [{"role": "user"}]}
-    calls.keep(request, "yes", {"tokens": 3})
+    calls, request = ReplyCache(tmp_path), {"model": "m", "messages": [{"role": "user"}]}
+    calls.put(request, "yes", {"tokens": 3})
     path = next(tmp_path.rglob("*.json"))
     assert calls.get(request) == "yes"
     wrong = []

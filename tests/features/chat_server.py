@@ -1,4 +1,4 @@
-"""A server that speaks the chat-completions interface, on loopback, and misbehaves on request."""
+"""Chat-completions server on loopback, with faults on request."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-#: What a server does with a request: the text of its answer, or a fault.
+#: Reply of the server to (body, number of the request): text of the answer, or a fault.
 Behaviour = Callable[[dict[str, Any], int], Any]
 
 KEY = "sk-this-key-is-secret-0123456789"
 
 
 class Fault:
-    """An answer that is none.
+    """Reply without an answer.
 
     Args:
-        status: of HTTP, with this body; 0 closes the connection without a word.
-        stall: seconds before anything is sent.
+        status: HTTP status; 0 closes the connection without a response.
+        body: body of the response.
+        stall: seconds before the response.
     """
 
     def __init__(self, status: int, body: str = "{}", *, stall: float = 0.0) -> None:
@@ -30,7 +31,7 @@ class Fault:
 
 
 class ChatServer(ThreadingHTTPServer):
-    """Counts what it is asked, and how much of it at a time."""
+    """Records requests, and the maximum number of concurrent ones."""
 
     daemon_threads = True
     block_on_close = False
@@ -46,11 +47,11 @@ class ChatServer(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """What a client is given."""
+        """Base URL for clients."""
         return f"http://127.0.0.1:{self.server_address[1]}/v1"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is not worth a traceback."""
+        """Print no traceback for clients that disconnect."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -67,15 +68,15 @@ class _Handler(BaseHTTPRequestHandler):
             server.at_once += 1
             server.most_at_once = max(server.most_at_once, server.at_once)
         try:
-            found = server.behaviour(body, number)
-            if isinstance(found, Fault):
-                time.sleep(found.stall)
-                if found.status == 0:
+            reply = server.behaviour(body, number)
+            if isinstance(reply, Fault):
+                time.sleep(reply.stall)
+                if reply.status == 0:
                     self.close_connection = True
                     return
-                self._send(found.status, found.body)
+                self._send(reply.status, reply.body)
             else:
-                self._send(200, json.dumps(completion(found, body["model"])))
+                self._send(200, json.dumps(completion(reply, body["model"])))
         finally:
             with server.lock:
                 server.at_once -= 1
@@ -90,11 +91,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def log_message(self, *_: Any) -> None:
-        """Nothing is printed."""
+        """Print nothing."""
 
 
 def completion(text: str, model: str) -> dict[str, Any]:
-    """A chat completion with this text."""
+    """Return a chat completion with a text."""
     return {
         "id": "chatcmpl-0",
         "object": "chat.completion",
@@ -112,7 +113,7 @@ def completion(text: str, model: str) -> dict[str, Any]:
 
 
 def answers_well(body: dict[str, Any], _: int = 0) -> str:
-    """Describes by the marked words, detects by whether one of them is in the text."""
+    """Describe by the marked words; detect by whether a text contains one of them."""
     system, user = (message["content"] for message in body["messages"][:2])
     if "Description:" in user:
         words = set(json.loads(user.split("\n")[0].removeprefix("Description: ")).split())
@@ -121,8 +122,8 @@ def answers_well(body: dict[str, Any], _: int = 0) -> str:
             for line in user.split("Excerpts:\n")[1:]
             for line in line.split("\n")
         ]
-        found = {str(i): bool(words & set(text.split())) for i, text in enumerate(texts, 1)}
-        return json.dumps(found)
+        answers = {str(i): bool(words & set(text.split())) for i, text in enumerate(texts, 1)}
+        return json.dumps(answers)
     if '"class"' in system:
         return json.dumps({"reason": "it is about sums", "class": "domain", "subclass": "math"})
     marked = re.findall("⟦(.*?)⟧", user)
@@ -131,7 +132,7 @@ def answers_well(body: dict[str, Any], _: int = 0) -> str:
 
 @contextmanager
 def serving(behaviour: Behaviour) -> Iterator[ChatServer]:
-    """A server that is up inside the context."""
+    """Run a server inside the context."""
     server = ChatServer(behaviour)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()

@@ -1,4 +1,4 @@
-"""A store of features whose firing is known: on a token, on a pair of tokens, at random."""
+"""Store of planted features, which fire on a token, on a pair of tokens, or at random."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ FAMILIES = ("token", "pair", "random")  # layers of the store, in this order
 
 
 class MadeActivations:
-    """What the store was made from, in place of a model."""
+    """Planted activations, in place of a model."""
 
-    def __init__(self, made: Made) -> None:
-        self._of = {tuple(t.tokens): a for t, a in zip(made.texts, made.activations, strict=True)}
-        self.asked = 0
+    def __init__(self, data: Made) -> None:
+        self._activations = {
+            tuple(t.tokens): a for t, a in zip(data.texts, data.activations, strict=True)
+        }
+        self.n_calls = 0
 
     def places(
         self,
@@ -34,40 +36,40 @@ class MadeActivations:
         progress: Callable[[int, int], None] | None = None,
         stop: Event | None = None,
     ) -> Places:
-        self.asked += 1
-        found: Places = {}
-        for layer, some in units.items():
-            for unit in some:
+        self.n_calls += 1
+        places: Places = {}
+        for layer, in_layer in units.items():
+            for unit in in_layer:
                 rows = [
-                    (i, int(at))
+                    (i, int(position))
                     for i, ids in enumerate(texts)
-                    for at in self._of[tuple(ids)][layer, :, unit].nonzero()[0]
+                    for position in self._activations[tuple(ids)][layer, :, unit].nonzero()[0]
                 ]
-                found[layer, unit] = np.array(rows, dtype=np.int64).reshape(-1, 2)
+                places[layer, unit] = np.array(rows, dtype=np.int64).reshape(-1, 2)
         if progress is not None:
             progress(len(texts), len(texts))
-        return found
+        return places
 
 
 def planted(
     folder: Path, *, features: int = 40, seed: int = 0, texts: int = TEXTS, density: float = 0.002
 ) -> Made:
-    """Texts of words as frequent as in language (Zipf), and ``features`` of each family.
+    """Create texts of words with Zipf frequencies, and ``features`` of each family.
 
-    The i-th feature of the first layer fires on the word of rank 30 + i. That of the second fires
-    on one word where it follows another, both frequent, so that each alone says little. That of the
-    third fires anywhere, with chance ``density``.
+    The i-th feature of the first layer fires on one rare word. That of the second fires on a
+    frequent word after another frequent word, so that neither word alone predicts it. That of the
+    third fires at random with probability ``density``.
     """
     rng = np.random.default_rng(seed)
     chances = 1 / (np.arange(WORDS) + 10.0)
     ids = [rng.choice(WORDS, LENGTH, p=chances / chances.sum()) for _ in range(texts)]
     pairs = [(int(a), int(b)) for a, b in rng.permutation(30)[:, None] + np.array([[0, 30]])]
     pairs = [pairs[i % 30] if i < 30 else (i % 30, (i * 7 + 3) % 30) for i in range(features)]
-    for text in ids:  # each pair often enough to be found
+    for text in ids:  # enough occurrences of each pair
         for first, second in pairs:
             if rng.random() < 0.5:
-                at = int(rng.integers(LENGTH - 1))
-                text[at : at + 2] = first, second
+                position = int(rng.integers(LENGTH - 1))
+                text[position : position + 2] = first, second
     activations = []
     for text in ids:
         fires = np.zeros((len(FAMILIES), LENGTH, features), dtype=bool)
@@ -78,5 +80,5 @@ def planted(
         values = rng.uniform(0.5, 2, fires.shape)
         activations.append(np.where(fires, values, 0).astype(np.float32))
     region = [REGIONS.index("answer")] * LENGTH
-    made = [MadeText(text.tolist(), region, "math") for text in ids]
-    return make_store(folder, made, activations, [f" w{i}" for i in range(WORDS)])
+    made_texts = [MadeText(text.tolist(), region, "math") for text in ids]
+    return make_store(folder, made_texts, activations, [f" w{i}" for i in range(WORDS)])

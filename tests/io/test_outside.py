@@ -20,7 +20,7 @@ from fastadapt.data.prepare import output_folder as outdir
 from fastadapt.errors import RunError, UserError
 from fastadapt.evaluation.benchmarks.runner import read_rows
 from fastadapt.evaluation.runs import names_of
-from fastadapt.features.autointerp.judges.reply_cache import Calls
+from fastadapt.features.autointerp.judges.reply_cache import ReplyCache
 from fastadapt.features.store.sets import FeatureSet, load_set, save_set
 from fastadapt.features.store.store import Store
 from fastadapt.interop import hu2026_format
@@ -187,12 +187,12 @@ def test_a_set_is_not_written_through_a_link(folder: Path, untouched) -> None:
 
 
 def test_answers_are_not_kept_behind_a_link(folder: Path) -> None:
-    calls = Calls(folder)
+    calls = ReplyCache(folder)
     request = {"a": 1}
     name = calls._path(request).parent.name
     (folder / name).symlink_to("..")
     with pytest.raises((UserError, RunError), match="is a link that leads out"):
-        calls.keep(request, "answer")
+        calls.put(request, "answer")
 
 
 def test_what_is_written_takes_the_place_of_a_link(folder: Path) -> None:

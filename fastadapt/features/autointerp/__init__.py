@@ -1,1 +1,1 @@
-"""Judges: what a unit fires on, put into words; whether the words hold; what kind of unit it is."""
+"""Autointerp: a judge describes and classifies units; detection scores the descriptions."""

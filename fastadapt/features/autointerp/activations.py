@@ -1,7 +1,7 @@
-"""Where units are active in whole texts, read off the model itself.
+"""Activations of units in whole texts, computed by the model.
 
-A store knows the places that it kept, not those that it did not: that a unit is silent in a stretch
-of text, only the model can say.
+A store holds some of the active positions of a unit only; whether the unit is silent in a window
+needs the model.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from fastadapt.features.store.units import Neurons, output_rows
 from fastadapt.kernels.transcoder import SparseCodes
 from fastadapt.models.replacement import ReplacementModel
 
-#: By (layer, unit): int64 ``[n, 2]``, rows of (index of the text, position in it), in order.
+#: By (layer, unit): int64 ``[n, 2]``, sorted rows of (index of the text, position in it).
 Places = dict[tuple[int, int], np.ndarray]
 
 
 class Activations(Protocol):
-    """Whoever can say where units are active."""
+    """Source of the positions at which units are active."""
 
     def places(
         self,
@@ -37,20 +37,23 @@ class Activations(Protocol):
         progress: Callable[[int, int], None] | None = None,
         stop: Event | None = None,
     ) -> Places:
-        """Every place in ``texts`` at which one of ``units`` (by layer) is active.
+        """Return every position in ``texts`` at which a unit of ``units`` (by layer) is active.
 
         Raises:
-            UserError: it knows nothing of this kind.
+            UserError: the kind is not available.
         """
 
 
 class ModelActivations:
-    """Those of a pair's units, read as collecting reads them.
+    """Activations of a pair's units, computed as in collecting.
 
     Args:
-        model: with transcoders; they are put in ``eval()`` for each call and restored.
-        neurons_per_token: as the store was collected with; None where it has no neurons.
-        batch_tokens: of a batch, padding included; a longer text is a batch of its own.
+        model: model with transcoders; each call sets them to ``eval()`` and restores their mode.
+        neurons_per_token: setting of the store; None if the store has no neurons.
+        batch_tokens: maximum number of tokens of a batch, with padding; a longer text is a batch.
+
+    Raises:
+        UserError: the model has no features.
     """
 
     def __init__(
@@ -61,7 +64,7 @@ class ModelActivations:
         batch_tokens: int = 4096,
     ) -> None:
         if not model.n_features:
-            raise UserError("what this run has trained has no features to judge")
+            raise UserError("expected a run that trained transcoders, got one that has no features")
         self._model, self._k, self._batch_tokens = model, neurons_per_token, batch_tokens
 
     @torch.no_grad()
@@ -74,10 +77,10 @@ class ModelActivations:
         progress: Callable[[int, int], None] | None = None,
         stop: Event | None = None,
     ) -> Places:
-        """See :class:`Activations`. What was found until ``stop`` is set is returned."""
+        """See :class:`Activations`. Return the positions computed before ``stop`` is set."""
         model, neurons = self._model, self._neurons(kind)
-        found: dict[tuple[int, int], list[np.ndarray]] = {
-            (layer, unit): [] for layer, some in units.items() for unit in some
+        parts: dict[tuple[int, int], list[np.ndarray]] = {
+            (layer, unit): [] for layer, in_layer in units.items() for unit in in_layer
         }
         whole = [Text(str(i), list(ids), 0) for i, ids in enumerate(texts)]
         training = model.adapters.training
@@ -91,28 +94,28 @@ class ModelActivations:
                 width = batch.input_ids.shape[1]
                 for layer, codes in walk(model, batch, neurons):
                     for unit, tokens in _by_unit(codes[kind], units.get(layer, ())):
-                        row, at = np.divmod(tokens, width)
-                        found[layer, unit].append(np.stack([np.asarray(indices)[row], at], 1))
+                        row, position = np.divmod(tokens, width)
+                        parts[layer, unit].append(np.stack([np.asarray(indices)[row], position], 1))
                 done += len(indices)
                 if progress is not None:
                     progress(done, len(texts))
         finally:
             model.adapters.train(training)
-        return {unit: _in_order(rows) for unit, rows in found.items()}
+        return {unit: _sorted(rows) for unit, rows in parts.items()}
 
     def _neurons(self, kind: Kind) -> dict[Kind, list[Neurons]]:
-        """How the kind's neurons are read; nothing for the adapter's features, which tell."""
+        """Return the neurons to read, by kind; empty for the adapter's features."""
         if kind == "adapter":
             return {}
         if self._k is None:
-            raise UserError(f"{kind} neurons: expected how many of a token count as active")
+            raise UserError(f"{kind} neurons: expected neurons_per_token, got None")
         layers = range(self._model.n_layers)
         rows = [output_rows(self._model, kind, layer) for layer in layers]
-        return {kind: [Neurons(of_layer.float().norm(dim=1), self._k) for of_layer in rows]}
+        return {kind: [Neurons(row.float().norm(dim=1), self._k) for row in rows]}
 
 
 def _by_unit(codes: SparseCodes, units: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
-    """Of each of some units, the tokens at which it is active."""
+    """Yield each unit with the tokens at which it is active."""
     tokens, features = codes.tokens.cpu().numpy(), codes.features.cpu().numpy()
     order = np.argsort(features, kind="stable")
     tokens, features = tokens[order], features[order]
@@ -121,6 +124,6 @@ def _by_unit(codes: SparseCodes, units: Sequence[int]) -> Iterator[tuple[int, np
         yield unit, tokens[first:end]
 
 
-def _in_order(rows: Sequence[np.ndarray]) -> np.ndarray:
+def _sorted(rows: Sequence[np.ndarray]) -> np.ndarray:
     places = np.concatenate(rows) if rows else np.empty((0, 2), dtype=np.int64)
     return places[np.lexsort((places[:, 1], places[:, 0]))]

@@ -1,4 +1,4 @@
-"""Classes of units by a judge: ``classes.parquet``, and the share of each class by layer."""
+"""Classify units by a judge, into ``classes.parquet``, with the share of each class by layer."""
 
 from __future__ import annotations
 
@@ -11,10 +11,16 @@ import torch
 
 from fastadapt.errors import UserError
 from fastadapt.evaluation.statistics import BootstrapConfig, ratio
-from fastadapt.features.autointerp.describe import Tell
+from fastadapt.features.autointerp.describe import PartProgress
 from fastadapt.features.autointerp.judgements import add_rows, check_addable, write_judgements
 from fastadapt.features.autointerp.judges.settings import ClassifyConfig
-from fastadapt.features.autointerp.questions import Class, Classify, Estimate, Judge, class_names
+from fastadapt.features.autointerp.questions import (
+    ClassifyQuestion,
+    Estimate,
+    Judge,
+    UnitClass,
+    class_names,
+)
 from fastadapt.features.autointerp.units import Unit, Vocabulary, Window, eligible, examples_of
 from fastadapt.features.store.schema import Kind
 from fastadapt.features.store.store import Store, writing
@@ -25,45 +31,44 @@ def classify(
     judge: Judge,
     config: ClassifyConfig,
     *,
-    tell: Tell | None = None,
+    tell: PartProgress | None = None,
     approve: Callable[[Estimate], bool] | None = None,
     stop: Event | None = None,
 ) -> dict[str, Any] | None:
-    """Let a judge say of units what they are about, from examples and logit lens.
+    """Let a judge classify units from examples and logit lens.
 
-    What other judges said stays in the table, and what this one said before is replaced. Nothing is
-    written before everything is answered; answers are kept as in
-    :func:`fastadapt.features.autointerp.describe.describe`, whose other arguments these are.
+    Arguments, cached answers and replaced rows are as in
+    :func:`fastadapt.features.autointerp.describe.describe`.
 
     Returns:
-        What is written into ``judgements.json``; None if stopped or not approved.
+        The result as written to ``judgements.json``; None if stopped or not approved.
 
     Raises:
-        UserError: the judge tells no classes, the store has no unit to judge, or no logit lens.
-        RunError: the judge cannot be reached, or too many of its answers are not valid.
+        UserError: the judge cannot classify, or the store has no unit to judge or no logit lens.
+        RunError: the judge cannot be reached, or too many of its answers are invalid.
     """
-    if not judge.tells_classes:
+    if not judge.can_classify:
         raise UserError(
-            f"the judge {judge.name!r} tells no classes: name a language model (judge.model) and "
+            f"the judge {judge.name!r} cannot classify: name a language model (judge.model) and "
             "its endpoint (judge.base_url)"
         )
     with writing(store.folder):
         check_addable(store, judge.name)  # before calls are paid for
-        units, asked, counts = _questions(store, config)
+        units, questions, counts = _questions(store, config)
         if approve is not None:
-            estimate = judge.estimate(asked)
+            estimate = judge.estimate(questions)
             if estimate.calls and not approve(estimate):
                 return None
-        told = judge.ask(
-            asked,
-            progress=None if tell is None else lambda done, of: tell("classifying", done, of),
+        answers = judge.ask(
+            questions,
+            progress=None if tell is None else lambda done, total: tell("classifying", done, total),
             stop=stop,
         )
         if stop is not None and stop.is_set():
             return None
         rows: dict[Kind, list[dict[str, Any]]] = {kind: [] for kind in counts}
-        for unit, answer in zip(units, told, strict=True):
-            if isinstance(answer, Class):
+        for unit, answer in zip(units, answers, strict=True):
+            if isinstance(answer, UnitClass):
                 rows[unit.kind].append(
                     {
                         "layer": unit.layer,
@@ -74,8 +79,8 @@ def classify(
                         "reason": answer.reason,
                     }
                 )
-        for kind, some in rows.items():
-            add_rows(store, "classes", kind, judge.name, some)
+        for kind, of_kind in rows.items():
+            add_rows(store, "classes", kind, judge.name, of_kind)
         result = {
             "judge": judge.about,
             "settings": dataclasses.asdict(config),
@@ -83,8 +88,8 @@ def classify(
             "units": counts,
             "invalid": len(units) - sum(map(len, rows.values())),
             "shares": {
-                kind: shares(some, store.shape(kind)[0], config.statistics)
-                for kind, some in rows.items()
+                kind: shares(of_kind, store.shape(kind)[0], config.statistics)
+                for kind, of_kind in rows.items()
             },
         }
         write_judgements(store, judge.name, "classified", result)
@@ -93,35 +98,35 @@ def classify(
 
 def _questions(
     store: Store, config: ClassifyConfig
-) -> tuple[list[Unit], list[Classify], dict[Kind, list[dict[str, int]]]]:
-    """Units, what is asked of each, and by kind and layer how many are judged, or why not."""
+) -> tuple[list[Unit], list[ClassifyQuestion], dict[Kind, list[dict[str, int]]]]:
+    """Return units, their questions, and numbers of units judged or not, by kind and layer."""
     vocabulary = Vocabulary(store)
     units: list[Unit] = []
-    asked: list[Classify] = []
+    questions: list[ClassifyQuestion] = []
     counts: dict[Kind, list[dict[str, int]]] = {}
     for kind in config.kinds or tuple(store.kinds):
         counts[kind] = []
         for layer in range(store.shape(kind)[0]):
             order, rare = eligible(store, kind, layer, config.min_density, config.seed)
             drawn = order[: config.units]
-            held = examples_of(store, kind, layer, drawn, config.before, config.after)
+            examples = examples_of(store, kind, layer, drawn, config.before, config.after)
             lens = {
                 row["feature"]: row
                 for row in store.read("lens", kind, layer=layer, features=drawn).to_pylist()
             }
             before = len(units)
             for feature in drawn:
-                samples = held.get(feature, {})
+                samples = examples.get(feature, {})
                 windows: list[Window] = []
                 for window in [*samples.get("top", [])[: config.top], *samples.get("uniform", [])]:
                     full = len(windows) == config.top + config.uniform
-                    if not full and not any(window.meets(other) for other in windows):
+                    if not full and not any(window.overlaps(other) for other in windows):
                         windows.append(window)
                 if len(windows) < config.min_shown:
                     continue
                 units.append(Unit(kind, layer, feature))
-                asked.append(
-                    Classify(
+                questions.append(
+                    ClassifyQuestion(
                         tuple(vocabulary.example(window) for window in windows),
                         tuple(lens[feature]["promoted_tokens"]),
                         tuple(lens[feature]["suppressed_tokens"]),
@@ -137,35 +142,35 @@ def _questions(
             f"{config.min_density:g} of the tokens (classify.min_density) with "
             f"{config.min_shown} examples or more"
         )
-    return units, asked, counts
+    return units, questions, counts
 
 
 def shares(
     rows: Sequence[dict[str, Any]], n_layers: int, config: BootstrapConfig
 ) -> dict[str, Any]:
-    """Share of each class and subclass among units, all together and by layer.
+    """Return the share of each class and subclass over all units and by layer.
 
     Args:
-        rows: of ``CLASSES``, of one kind and judge.
-        n_layers: of the model.
+        rows: rows of ``CLASSES`` of one kind and judge.
+        n_layers: number of layers of the model.
 
     Returns:
-        ``shares``, by class, and ``class: subclass``, an interval; ``units``; ``layers``, a list of
-        the same.
+        ``shares``, an interval for each of :func:`class_names`; ``units``; ``layers`` with the same
+        keys.
     """
-    of_layer = [[row for row in rows if row["layer"] == layer] for layer in range(n_layers)]
-    return {**_shares(rows, config), "layers": [_shares(some, config) for some in of_layer]}
+    by_layer = [[row for row in rows if row["layer"] == layer] for layer in range(n_layers)]
+    return {**_shares(rows, config), "layers": [_shares(in_layer, config) for in_layer in by_layer]}
 
 
 def _shares(rows: Sequence[dict[str, Any]], config: BootstrapConfig) -> dict[str, Any]:
-    found = {}
+    intervals = {}
     for key in class_names():
         if not rows:
-            found[key] = {"mean": None, "low": None, "high": None}
+            intervals[key] = {"mean": None, "low": None, "high": None}
             continue
         name, _, subclass = key.partition(": ")
         hits = [float(row["class"] == name and subclass in ("", row["subclass"])) for row in rows]
         sums = torch.tensor(hits, dtype=torch.float64)
-        of = torch.ones_like(sums)
-        found[key] = ratio(sums, of, bounds=(0.0, 1.0), config=config).plain()
-    return {"shares": found, "units": len(rows)}
+        counts = torch.ones_like(sums)
+        intervals[key] = ratio(sums, counts, bounds=(0.0, 1.0), config=config).plain()
+    return {"shares": intervals, "units": len(rows)}

@@ -1,4 +1,4 @@
-"""Descriptions of units, scored by detection: ``descriptions.parquet`` and ``scores.parquet``."""
+"""Describe units and score the descriptions by detection, into ``descriptions`` and ``scores``."""
 
 from __future__ import annotations
 
@@ -9,16 +9,23 @@ from typing import Any
 
 from fastadapt.features.autointerp.activations import Activations
 from fastadapt.features.autointerp.detection import score, summarise
-from fastadapt.features.autointerp.examples import Case, Drawn, draw
+from fastadapt.features.autointerp.examples import DetectionCase, Selection, draw
 from fastadapt.features.autointerp.judgements import add_rows, check_addable, write_judgements
 from fastadapt.features.autointerp.judges.prompts import DESCRIPTION_LETTERS
 from fastadapt.features.autointerp.judges.settings import DescribeConfig
-from fastadapt.features.autointerp.questions import Answer, Describe, Detect, Estimate, Judge
+from fastadapt.features.autointerp.questions import (
+    Answer,
+    DescribeQuestion,
+    DetectQuestion,
+    Estimate,
+    Judge,
+)
 from fastadapt.features.autointerp.units import Vocabulary
 from fastadapt.features.store.schema import Kind
 from fastadapt.features.store.store import Store, writing
 
-Tell = Callable[[str, int, int], None]
+#: Progress callback (label, completed, total).
+PartProgress = Callable[[str, int, int], None]
 
 
 def describe(
@@ -27,86 +34,91 @@ def describe(
     config: DescribeConfig,
     activations: Activations,
     *,
-    tell: Tell | None = None,
+    tell: PartProgress | None = None,
     approve: Callable[[Estimate], bool] | None = None,
     stop: Event | None = None,
 ) -> dict[str, Any] | None:
-    """Let a judge describe units, and score what it wrote on texts that it was not shown.
+    """Let a judge describe units, and score the descriptions on texts not shown to it.
 
-    What other judges wrote stays in the tables, and what this one wrote before is replaced.
-    Nothing is written before everything is answered, but each answer that cost a call is kept at
-    once: another call with the same settings goes on from there.
+    Rows of other judges stay in the tables; earlier rows of this judge are replaced. The tables are
+    written after the last answer. Paid answers are cached at once, so that a second call with the
+    same settings resumes.
 
     Args:
-        store: of features; held for the length of the call.
-        judge: who describes and detects.
-        config: which units, and how they are scored.
-        activations: of the model that the store was collected from.
-        tell: called with what is being done, how much of it is done, and how much there is.
-        approve: asked before the first call that costs, with what all of them will; if it says no,
-            nothing is called.
-        stop: ends the call early; what was answered is kept.
+        store: store of features, locked during the call.
+        judge: describer and detector.
+        config: settings of the selection and the scores.
+        activations: activations of the model that the store was collected from.
+        tell: progress callback (label, completed, total).
+        approve: called with the estimated cost before the first paid call; if it returns False, no
+            call is made.
+        stop: ends the call early; cached answers stay.
 
     Returns:
-        What :func:`write_judgements` writes of it; None if stopped or not approved.
+        The result as written to ``judgements.json``; None if stopped or not approved.
 
     Raises:
-        UserError: the store has no unit to judge, or lacks what is needed.
-        RunError: the judge cannot be reached, or too many of its answers are not valid.
+        UserError: the store has no unit to judge, or lacks a table.
+        RunError: the judge cannot be reached, or too many of its answers are invalid.
     """
     with writing(store.folder):
         check_addable(store, judge.name)  # before calls are paid for
-        drawn = draw(store, config, activations, progress=_part(tell, "reading texts"), stop=stop)
-        if drawn is None:
+        selection = draw(
+            store, config, activations, progress=_part(tell, "reading texts"), stop=stop
+        )
+        if selection is None:
             return None
         vocabulary = Vocabulary(store)
-        asked = [
-            Describe(tuple(vocabulary.example(window) for window in case.shown))
-            for case in drawn.cases
+        questions = [
+            DescribeQuestion(tuple(vocabulary.example(window) for window in case.shown))
+            for case in selection.cases
         ]
         if approve is not None:
-            estimate = judge.estimate(_ahead(judge, drawn, asked, vocabulary))
+            estimate = judge.estimate(_all_questions(judge, selection, questions, vocabulary))
             if estimate.calls and not approve(estimate):
                 return None
-        descriptions = judge.ask(asked, progress=_part(tell, "describing"), stop=stop)
+        descriptions = judge.ask(questions, progress=_part(tell, "describing"), stop=stop)
         if _stopped(stop):
             return None
         described = [
             (case, text)
-            for case, text in zip(drawn.cases, descriptions, strict=True)
+            for case, text in zip(selection.cases, descriptions, strict=True)
             if isinstance(text, str)
         ]
-        told = judge.ask(
+        detections = judge.ask(
             [_detect(case, text, vocabulary) for case, text in described],
             progress=_part(tell, "detecting"),
             stop=stop,
         )
         if _stopped(stop):
             return None
-        return _write(store, judge, config, drawn, described, told)
+        return _write(store, judge, config, selection, described, detections)
 
 
-def _part(tell: Tell | None, what: str) -> Callable[[int, int], None] | None:
+def _part(tell: PartProgress | None, label: str) -> Callable[[int, int], None] | None:
     if tell is None:
         return None
-    return lambda done, total: tell(what, done, total)
+    return lambda done, total: tell(label, done, total)
 
 
 def _stopped(stop: Event | None) -> bool:
     return stop is not None and stop.is_set()
 
 
-def _detect(case: Case, description: str, vocabulary: Vocabulary) -> Detect:
-    return Detect(description, tuple(vocabulary.pieces(text.tokens) for text in case.texts))
+def _detect(case: DetectionCase, description: str, vocabulary: Vocabulary) -> DetectQuestion:
+    return DetectQuestion(description, tuple(vocabulary.pieces(text.tokens) for text in case.texts))
 
 
-def _ahead(
-    judge: Judge, drawn: Drawn, asked: Sequence[Describe], vocabulary: Vocabulary
-) -> list[Describe | Detect]:
-    """All questions, with a description of the most letters where it is still to be written."""
-    questions: list[Describe | Detect] = list(asked)
-    for case, question in zip(drawn.cases, asked, strict=True):
-        known = judge.kept(question)
+def _all_questions(
+    judge: Judge,
+    selection: Selection,
+    descriptions: Sequence[DescribeQuestion],
+    vocabulary: Vocabulary,
+) -> list[DescribeQuestion | DetectQuestion]:
+    """Return all questions; unknown descriptions have the maximum length."""
+    questions: list[DescribeQuestion | DetectQuestion] = list(descriptions)
+    for case, question in zip(selection.cases, descriptions, strict=True):
+        known = judge.cached_answer(question)
         text = known if isinstance(known, str) else "x" * DESCRIPTION_LETTERS
         questions.append(_detect(case, text, vocabulary))
     return questions
@@ -116,13 +128,13 @@ def _write(
     store: Store,
     judge: Judge,
     config: DescribeConfig,
-    drawn: Drawn,
-    described: Sequence[tuple[Case, str]],
-    told: Sequence[Answer | None],
+    selection: Selection,
+    described: Sequence[tuple[DetectionCase, str]],
+    detections: Sequence[Answer | None],
 ) -> dict[str, Any]:
-    descriptions: dict[Kind, list[dict[str, Any]]] = {kind: [] for kind in drawn.counts}
-    scores: dict[Kind, list[dict[str, Any]]] = {kind: [] for kind in drawn.counts}
-    for (case, text), answer in zip(described, told, strict=True):
+    descriptions: dict[Kind, list[dict[str, Any]]] = {kind: [] for kind in selection.counts}
+    scores: dict[Kind, list[dict[str, Any]]] = {kind: [] for kind in selection.counts}
+    for (case, text), answer in zip(described, detections, strict=True):
         unit = case.unit
         descriptions[unit.kind].append(
             {
@@ -145,18 +157,18 @@ def _write(
             )
             for sample in config.samples
         }
-        for kind in drawn.counts
+        for kind in selection.counts
     }
-    for kind in drawn.counts:
+    for kind in selection.counts:
         add_rows(store, "descriptions", kind, judge.name, descriptions[kind])
         add_rows(store, "scores", kind, judge.name, scores[kind])
     result = {
         "judge": judge.about,
         "settings": dataclasses.asdict(config),
         "level": config.statistics.level,
-        "units": drawn.counts,
+        "units": selection.counts,
         "invalid": {
-            "descriptions": len(drawn.cases) - len(described),
+            "descriptions": len(selection.cases) - len(described),
             "detections": len(described) - sum(map(len, scores.values())),
         },
         "detection": detection,

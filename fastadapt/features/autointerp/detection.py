@@ -1,11 +1,10 @@
-"""Whether descriptions tell texts on which a unit fires from others: scores, and their means.
+"""Detection scores of descriptions, and their means.
 
-Of a unit, accuracy is the share of scored texts that were told right; half of them fire the unit,
-so 0.5 is what knowing nothing gives. Precision is the share of texts that were said to fire it and
-do, recall that of those which fire it and were said to. Of several units all three are ratios of
-sums, with intervals over units. Where all units score alike, short of 0 and 1, a bootstrap has
-nothing to resample; the interval is then Wilson's with each unit a trial: as wide as that of scores
-which are all 0 or 1, the ones that vary most about their mean.
+The accuracy of a unit is the share of scored texts that the judge labels correctly. Half of the
+texts are negatives, so chance is 0.5. Precision and recall refer to the texts on which the unit
+fires. Means over units are ratios of sums, with bootstrap intervals over units. If all units have
+the same score between 0 and 1, the bootstrap has no variance; the interval is then Wilson's with
+one trial a unit, as wide as for scores that are all 0 or 1, which vary most about their mean.
 """
 
 from __future__ import annotations
@@ -17,24 +16,24 @@ import torch
 from torch import Tensor
 
 from fastadapt.evaluation.statistics import BootstrapConfig, ratio, wilson
-from fastadapt.features.autointerp.examples import Case
+from fastadapt.features.autointerp.examples import DetectionCase
 from fastadapt.reporting.tables import Interval
 
 _SHARE = (0.0, 1.0)
 MEASURES = ("accuracy", "precision", "recall")
 
 
-def score(case: Case, judge: str, told: Sequence[bool]) -> dict[str, Any]:
-    """A row of ``SCORES``.
+def score(case: DetectionCase, judge: str, predictions: Sequence[bool]) -> dict[str, Any]:
+    """Return a row of ``SCORES``.
 
     Args:
-        case: what was asked of.
-        judge: who answered.
-        told: for each scored text, whether it was said to fire the unit.
+        case: unit with its scored texts.
+        judge: name of the judge.
+        predictions: for each scored text, whether the judge expects the unit to fire.
     """
     truth = case.truth
-    right = [said == is_so for said, is_so in zip(told, truth, strict=True)]
-    true_positives = sum(r for r, is_so in zip(right, truth, strict=True) if is_so)
+    right = [predicted == fires for predicted, fires in zip(predictions, truth, strict=True)]
+    true_positives = sum(r for r, fires in zip(right, truth, strict=True) if fires)
     return {
         "layer": case.unit.layer,
         "feature": case.unit.feature,
@@ -51,17 +50,17 @@ def score(case: Case, judge: str, told: Sequence[bool]) -> dict[str, Any]:
 def summarise(
     rows: Sequence[Mapping[str, Any]], n_layers: int, config: BootstrapConfig
 ) -> dict[str, Any]:
-    """Means over units, all together and by layer.
+    """Return means over all units and by layer.
 
     Args:
-        rows: of ``SCORES``, of one kind, judge and variant.
-        n_layers: of the model.
+        rows: rows of ``SCORES`` of one kind, judge and variant.
+        n_layers: number of layers of the model.
 
     Returns:
-        ``accuracy, precision, recall`` as intervals, ``units``, and ``layers``, a list of the same.
+        ``accuracy, precision, recall`` as intervals, ``units``, and ``layers`` with the same keys.
     """
-    of_layer = [[row for row in rows if row["layer"] == layer] for layer in range(n_layers)]
-    return {**_means(rows, config), "layers": [_means(some, config) for some in of_layer]}
+    by_layer = [[row for row in rows if row["layer"] == layer] for layer in range(n_layers)]
+    return {**_means(rows, config), "layers": [_means(in_layer, config) for in_layer in by_layer]}
 
 
 def _means(rows: Sequence[Mapping[str, Any]], config: BootstrapConfig) -> dict[str, Any]:
@@ -69,27 +68,27 @@ def _means(rows: Sequence[Mapping[str, Any]], config: BootstrapConfig) -> dict[s
         nothing: Interval = {"mean": None, "low": None, "high": None}
         return {**dict.fromkeys(MEASURES, nothing), "units": 0}
     columns = {key: [float(row[key]) for row in rows] for key in _COUNTS}
-    positives, negatives, found, rejected = (
+    positives, negatives, true_positives, true_negatives = (
         torch.tensor(columns[key], dtype=torch.float64) for key in _COUNTS
     )
-    claimed = found + negatives - rejected
+    predicted = true_positives + negatives - true_negatives
     parts = {
-        "accuracy": (found + rejected, positives + negatives),
-        "precision": (found, claimed),
-        "recall": (found, positives),
+        "accuracy": (true_positives + true_negatives, positives + negatives),
+        "precision": (true_positives, predicted),
+        "recall": (true_positives, positives),
     }
     means = {name: _share(sums, counts, config) for name, (sums, counts) in parts.items()}
     return {**means, "units": len(rows)}
 
 
 def _share(sums: Tensor, counts: Tensor, config: BootstrapConfig) -> Interval:
-    found = ratio(sums, counts, bounds=_SHARE, config=config)
-    if found.low == found.high:  # NaN of fewer than two units is not
-        units = counts.sum() ** 2 / (counts**2).sum()  # weighed by their counts
-        alone = wilson(found.mean * units, units, config.level)
-        found = found._replace(low=alone.low, high=alone.high)
-    told: Interval = found.plain()
-    return told
+    share = ratio(sums, counts, bounds=_SHARE, config=config)
+    if share.low == share.high:  # false for fewer than two units, whose ends are NaN
+        units = counts.sum() ** 2 / (counts**2).sum()  # effective number, weighted by counts
+        interval = wilson(share.mean * units, units, config.level)
+        share = share._replace(low=interval.low, high=interval.high)
+    plain: Interval = share.plain()
+    return plain
 
 
 _COUNTS = ("positives", "negatives", "true_positives", "true_negatives")

@@ -1,20 +1,19 @@
-"""Which units are judged, what the describer sees of each, and which texts are scored.
+"""Selection of units, of the examples shown to the describer, and of the scored texts.
 
-A unit that a judge describes is shown some of the examples that the store has of it. The
-description is then scored on other texts: *held out* ones, on which the unit fires, and *silent*
-ones, on which it does not. What makes the score honest:
+The describer sees examples of a unit from the store. The description is scored on *held-out*
+windows, on which the unit fires, and on *negatives*, on which it is silent. Rules of the selection:
 
-- no held-out window shares a token of a text with one that was shown, or repeats its tokens, nor
-  do two held-out ones of a unit;
-- held-out and shown examples are drawn from the same sample, so one is as strong as the other;
-- a silent window is drawn with equal chance from all stretches of the corpus' sampled texts in
-  which the unit is active at no token, as the model itself says (:class:`Activations`), and which
-  neither share a token with a window that was shown or held out nor repeat its tokens;
-- each silent window is as long as a held-out one, so that length tells nothing;
-- and it touches the start of its text, or the end, exactly where that one does, so that what texts
-  begin and end with tells nothing: held-out windows are cut off there, and have a token that begins
-  every text far more often than stretches drawn without regard to it. A unit without such a silent
-  window for each held-out one is not judged, and is counted.
+- Held-out windows of a unit share no position of a text, and no equal tokens, with shown windows or
+  with each other.
+- Held-out and shown windows come from the same sample, so that they are equally strong.
+- Negatives are drawn uniformly from all windows of the sampled texts in which the model itself
+  (:class:`Activations`) has no active position of the unit, and which overlap or repeat no shown or
+  held-out window.
+- Each negative has the length of one held-out window, so that length carries no information.
+- Each negative contains the start of its text, or the end, exactly if that held-out window does:
+  held-out windows are cut off at the ends of texts, and contain a token that begins every text more
+  often than random windows. A unit without such a negative for each held-out window is counted and
+  not judged.
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ from fastadapt.features.autointerp.units import Unit, Window, eligible, examples
 from fastadapt.features.store.schema import KINDS, SAMPLES, Kind, SampleKind
 from fastadapt.features.store.store import Store
 
-_AGREE = 0.9  # of examples; other batches round otherwise, which moves those near 0 in bfloat16
-#: Why a unit is not judged.
+_MIN_AGREEMENT = 0.9  # share of examples; rounding differs by batch near 0 in bfloat16
+#: Reasons why a unit is not judged; keys of ``judgements.json``.
 REASONS = ("too rare", "too few examples", "no silent text")
 
 
 @dataclass(frozen=True)
-class Case:
-    """A unit as one sample of its examples shows it; ``texts`` are the scored ones, shuffled."""
+class DetectionCase:
+    """Unit with the shown windows of one sample, and its scored ``texts``, shuffled."""
 
     unit: Unit
     sample: SampleKind
@@ -50,15 +49,15 @@ class Case:
 
     @property
     def truth(self) -> tuple[bool, ...]:
-        """For each scored text, whether the unit fires there."""
+        """For each scored text, whether the unit fires in it."""
         return tuple(any(window.fires) for window in self.texts)
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """The cases of all kinds; by kind and layer, how many units are judged, or why they are not."""
+class Selection:
+    """Cases of all kinds, and the numbers of units judged or not, by kind, layer and reason."""
 
-    cases: list[Case]
+    cases: list[DetectionCase]
     counts: dict[Kind, list[dict[str, int]]]
 
 
@@ -69,25 +68,25 @@ def draw(
     *,
     progress: Progress | None = None,
     stop: Event | None = None,
-) -> Drawn | None:
-    """The units that are judged, what is shown of each, and what is scored.
+) -> Selection | None:
+    """Select units, shown examples and scored texts.
 
     Args:
-        store: of features.
-        config: of the draw.
-        activations: of the model that the store was collected from.
-        progress: told of the texts that the model has read, of those that it will.
+        store: store of features.
+        config: settings of the selection.
+        activations: activations of the model that the store was collected from.
+        progress: called with the numbers of texts read and to read.
         stop: ends the call early.
 
     Returns:
-        None if stopped.
+        The selection; None if stopped.
 
     Raises:
-        UserError: the store has no unit that can be judged.
+        UserError: the store has no unit that can be judged, or belongs to another model.
     """
     kinds = config.kinds or tuple(store.kinds)
     corpus = Corpus(store, config)
-    cases: list[Case] = []
+    cases: list[DetectionCase] = []
     counts: dict[Kind, list[dict[str, int]]] = {}
     for done, kind in enumerate(kinds):
         splits, counts[kind] = _splits(store, kind, config)
@@ -95,45 +94,45 @@ def draw(
         for unit in splits:
             by_layer.setdefault(unit.layer, []).append(unit.feature)
 
-        def told(read: int, of: int, done: int = done) -> None:
+        def report(n_read: int, total: int, done: int = done) -> None:
             if progress is not None:
-                progress(done * of + read, len(kinds) * of)
+                progress(done * total + n_read, len(kinds) * total)
 
         places: Places = {}
         if by_layer:
-            places = activations.places(kind, corpus.tokens, by_layer, progress=told, stop=stop)
+            places = activations.places(kind, corpus.tokens, by_layer, progress=report, stop=stop)
         if stop is not None and stop.is_set():
             return None
-        fires = {unit: corpus.along(places[unit.layer, unit.feature]) for unit in splits}
+        fires = {unit: corpus.to_positions(places[unit.layer, unit.feature]) for unit in splits}
         _check_model(store, kind, splits, fires, corpus)
         for unit, split in splits.items():
-            some = _cases(unit, split, fires[unit], corpus, config)
-            if len(some) < len(split):
+            unit_cases = _cases(unit, split, fires[unit], corpus, config)
+            if len(unit_cases) < len(split):
                 counts[kind][unit.layer]["no silent text"] += 1
             else:
-                cases += some
+                cases += unit_cases
         for layer, count in enumerate(counts[kind]):
             count["judged"] = len({c.unit for c in cases if (c.unit[:2] == (kind, layer))})
     if not cases:
         raise UserError(
             f"{store.folder}: no unit to judge: none of {', '.join(kinds)} is active on at least "
             f"{config.min_density:g} of the tokens (describe.min_density) with "
-            f"{config.min_shown + config.scored} examples or more that do not overlap, and silent "
-            f"elsewhere; it has {_words(counts)}"
+            f"{config.min_shown + config.scored} examples or more that do not overlap, and has as "
+            f"many negatives; not judged: {_describe(counts)}"
         )
-    return Drawn(cases, counts)
+    return Selection(cases, counts)
 
 
-def _words(counts: Mapping[Kind, Sequence[Mapping[str, int]]]) -> str:
+def _describe(counts: Mapping[Kind, Sequence[Mapping[str, int]]]) -> str:
     return "; ".join(
-        f"{sum(count[why] for count in of_kind):,} {kind} units: {why}"
-        for kind, of_kind in counts.items()
+        f"{sum(count[why] for count in by_layer):,} {kind} units: {why}"
+        for kind, by_layer in counts.items()
         for why in REASONS
-        if any(count[why] for count in of_kind)
+        if any(count[why] for count in by_layer)
     )
 
 
-# --- what is shown, and what is held out ----------------------------------------------------------
+# --- shown and held-out windows -------------------------------------------------------------------
 
 _Split = dict[SampleKind, tuple[list[Window], list[Window]]]  # shown, held out
 
@@ -141,7 +140,7 @@ _Split = dict[SampleKind, tuple[list[Window], list[Window]]]  # shown, held out
 def _splits(
     store: Store, kind: Kind, config: DescribeConfig
 ) -> tuple[dict[Unit, _Split], list[dict[str, int]]]:
-    """Units with enough examples of every sample, and by layer how many were not taken and why."""
+    """Return units with enough examples of every sample, and by layer the numbers of others."""
     n_layers, _ = store.shape(kind)
     splits: dict[Unit, _Split] = {}
     counts = []
@@ -150,13 +149,13 @@ def _splits(
         count = {**dict.fromkeys(REASONS, 0), "too rare": rare}
         taken = 0
         for first in range(0, len(order), config.units):
-            some = order[first : first + config.units]
-            held = examples_of(store, kind, layer, some, config.before, config.after)
-            for feature in some:
+            chunk = order[first : first + config.units]
+            examples = examples_of(store, kind, layer, chunk, config.before, config.after)
+            for feature in chunk:
                 if taken == config.units:
                     break
                 unit = Unit(kind, layer, feature)
-                split = _split(unit, held.get(feature, {}), config)
+                split = _split(unit, examples.get(feature, {}), config)
                 if split is None:
                     count["too few examples"] += 1
                 else:
@@ -169,22 +168,22 @@ def _splits(
 
 
 def _split(
-    unit: Unit, held: Mapping[SampleKind, Sequence[Window]], config: DescribeConfig
+    unit: Unit, examples: Mapping[SampleKind, Sequence[Window]], config: DescribeConfig
 ) -> _Split | None:
-    """Shown and held-out examples of each sample; None where there are too few."""
+    """Split the examples of each sample into shown and held-out; None if too few."""
     split: _Split = {}
     for sample in config.samples:
-        windows = held.get(sample, [])
+        windows = examples.get(sample, [])
         rng = _rng(config.seed, unit, sample, 0)
         scored: list[Window] = []
         order = rng.permutation(len(windows))
         for i in order:
-            if len(scored) < config.scored and not any(windows[i].meets(s) for s in scored):
+            if len(scored) < config.scored and not any(windows[i].overlaps(s) for s in scored):
                 scored.append(windows[i])
-        rest = [windows[i] for i in order if not any(windows[i].meets(s) for s in scored)]
-        if len(scored) < config.scored or len(rest) < config.min_shown:
+        unscored = [windows[i] for i in order if not any(windows[i].overlaps(s) for s in scored)]
+        if len(scored) < config.scored or len(unscored) < config.min_shown:
             return None
-        shown = sorted(rest[: config.shown], key=lambda window: window.rank)
+        shown = sorted(unscored[: config.shown], key=lambda window: window.rank)
         split[sample] = shown, scored
     return split
 
@@ -201,36 +200,38 @@ def _check_model(
     fires: Mapping[Unit, np.ndarray],
     corpus: Corpus,
 ) -> None:
-    """Refuse a model that is silent where the store has kept that its units fire."""
-    told = [
-        bool(np.isin(taken, fires[unit]).any())
+    """Raise ``UserError`` if the model is silent at the examples of the store."""
+    agrees = [
+        bool(np.isin(positions, fires[unit]).any())
         for unit, split in splits.items()
         for shown, scored in split.values()
-        for taken in corpus.taken([*shown, *scored])
+        for positions in corpus.positions_of([*shown, *scored])
     ]
-    if sum(told) < _AGREE * len(told):
+    if sum(agrees) < _MIN_AGREEMENT * len(agrees):
         raise UserError(
             f"{store.folder}: this is not the model that its features were collected from: of "
-            f"{len(told):,} examples of {kind} units, it fires on {sum(told):,}"
+            f"{len(agrees):,} examples of {kind} units, it fires on {sum(agrees):,}"
         )
 
 
 def _cases(
     unit: Unit, split: _Split, fires: np.ndarray, corpus: Corpus, config: DescribeConfig
-) -> list[Case]:
-    """A case for each sample; fewer where the unit has no silent window for each held-out one."""
-    cases: list[Case] = []
+) -> list[DetectionCase]:
+    """Return a case for each sample; fewer if a held-out window has no negative."""
+    cases: list[DetectionCase] = []
     for sample, (shown, scored) in split.items():
         rng = _rng(config.seed, unit, sample, 1)
-        active = np.concatenate([fires, *corpus.taken([*shown, *scored])])
+        active = np.concatenate([fires, *corpus.positions_of([*shown, *scored])])
         texts = list(scored)
         for window in scored:
-            taken = np.concatenate([active, *corpus.taken(texts[len(scored) :])])
-            free = corpus.silent(taken, window, rng)
-            found = next((w for w in free if not any(w.meets(o) for o in (*shown, *texts))), None)
-            if found is None:
+            excluded = np.concatenate([active, *corpus.positions_of(texts[len(scored) :])])
+            free = corpus.sample_negatives(excluded, window, rng)
+            negative = next(
+                (w for w in free if not any(w.overlaps(o) for o in (*shown, *texts))), None
+            )
+            if negative is None:
                 return cases
-            texts.append(found)
+            texts.append(negative)
         shuffled = tuple(texts[i] for i in rng.permutation(len(texts)))
-        cases.append(Case(unit, sample, tuple(shown), shuffled))
+        cases.append(DetectionCase(unit, sample, tuple(shown), shuffled))
     return cases

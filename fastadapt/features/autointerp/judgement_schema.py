@@ -1,4 +1,4 @@
-"""What ``judgements.json`` holds, as a schema, and what a schema cannot say of it."""
+"""Schema of ``judgements.json``, and checks of it against its store."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ SCHEMA_VERSION = 1
 Part = Literal["described", "classified"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
-#: What a judge may be called: text of one line, as UTF-8 can write it.
+#: Name of a judge: one line of valid Unicode.
 Name = Annotated[
     str, msgspec.Meta(min_length=1, max_length=1000, pattern="^[^\x00-\x1f\x7f\ud800-\udfff]*$")
 ]
-#: Shares that were computed: their last digit may be off.
+#: Computed share, with tolerance for rounding.
 _Share = Annotated[float, msgspec.Meta(ge=-1e-9, le=1 + 1e-9)]
 _Level = Annotated[float, msgspec.Meta(ge=0.5, lt=1)]
 _Density = Annotated[float, msgspec.Meta(ge=0, le=1)]
@@ -57,7 +57,7 @@ class _Classes(_Shares):
 
 
 class _Drawing(TypedDict):
-    """The settings that both parts have."""
+    """Settings of both parts."""
 
     units: Positive
     min_density: _Density
@@ -81,8 +81,8 @@ class _ClassifySettings(_Drawing):
     uniform: NotRequired[Count]
 
 
-class _Said(TypedDict):
-    """What both parts say beside what was found; of it tables show the level."""
+class _Result(TypedDict):
+    """Fields of both parts; tables show the level."""
 
     collected: NotRequired[Sha256]
     judge: NotRequired[dict[str, str | int | None]]
@@ -90,16 +90,16 @@ class _Said(TypedDict):
     units: NotRequired[dict[Kind, list[dict[str, Count]]]]
 
 
-class Described(_Said):
-    """How well a judge's descriptions tell on which texts units fire."""
+class Described(_Result):
+    """Detection scores of a judge's descriptions."""
 
     settings: _DescribeSettings
     invalid: NotRequired[dict[str, Count]]
     detection: dict[Kind, dict[SampleKind, _Detected]]
 
 
-class Classified(_Said):
-    """Of which classes a judge says that units are."""
+class Classified(_Result):
+    """Shares of the classes that a judge chose."""
 
     settings: NotRequired[_ClassifySettings]
     invalid: NotRequired[Count]
@@ -107,63 +107,63 @@ class Classified(_Said):
 
 
 class Parts(TypedDict, total=False):
-    """Of one judge."""
+    """Results of one judge."""
 
     described: Described
     classified: Classified
 
 
-class Held(TypedDict):
-    """The whole file."""
+class JudgementsFile(TypedDict):
+    """Content of ``judgements.json``."""
 
     schema_version: int
-    judges: dict[Name, dict[str, Any]]  # each is Parts: checked one by one, to be named
+    judges: dict[Name, dict[str, Any]]  # each is Parts, checked apart for messages with its name
 
 
 def check_name_of(judge: str) -> None:
-    """Raise ``UserError`` for a judge's name that the file cannot hold."""
+    """Raise ``UserError`` for an invalid name of a judge."""
     check(judge, Name, "the name of the judge")
 
 
 def check_fit(parts: Mapping[Part, Any], store: Store, source: str) -> None:
-    """Hold a judge's parts against themselves, and against the store that they speak of.
+    """Check samples, classes, kinds and layers of a judge's results.
 
     Args:
-        parts: of one judge, each as the schema says and of the store's features.
-        store: that it spoke of.
-        source: of the parts, for messages.
+        parts: results of one judge that match the schema and the store's manifest.
+        store: judged store.
+        source: path and key of the results, for messages.
 
     Raises:
-        UserError: a sample, a class, a kind of unit or a layer is missing, or there is one more.
+        UserError: a sample, a class, a kind of unit or a layer is missing or unknown.
     """
-    for where, kind, layers in _by_layer(parts, source):
+    for key, kind, layers in _by_layer(parts, source):
         if kind not in store.kinds:
-            there = ", ".join(store.kinds)
-            raise UserError(f"{where}: expected kinds of the store ({there}), got {kind}")
+            known = ", ".join(store.kinds)
+            raise UserError(f"{key}: expected kinds of the store ({known}), got {kind}")
         if len(layers) != (n_layers := store.shape(kind)[0]):
-            raise UserError(f"{where}.layers: expected {n_layers}, got {len(layers)}")
+            raise UserError(f"{key}.layers: expected {n_layers}, got {len(layers)}")
 
 
 def _by_layer(
     parts: Mapping[Part, Any], source: str
 ) -> Iterator[tuple[str, Kind, Sequence[Mapping[str, Any]]]]:
-    """Of every kind of unit the place and the layers, once samples and classes are as they must."""
+    """Yield key, kind and layers of each result, after checking its samples and classes."""
     if (described := parts.get("described")) is not None:
         for kind, by_sample in described["detection"].items():
-            where = f"{source}.described.detection.{kind}"
-            _expect(where, described["settings"]["samples"], by_sample)
-            for sample, told in by_sample.items():
-                yield f"{where}.{sample}", kind, told["layers"]
+            key = f"{source}.described.detection.{kind}"
+            _expect(key, described["settings"]["samples"], by_sample)
+            for sample, total in by_sample.items():
+                yield f"{key}.{sample}", kind, total["layers"]
     if (classified := parts.get("classified")) is not None:
-        for kind, told in classified["shares"].items():
-            where = f"{source}.classified.shares.{kind}"
-            for some in (told, *told["layers"]):
-                _expect(f"{where}.shares", class_names(), some["shares"])
-            yield where, kind, told["layers"]
+        for kind, total in classified["shares"].items():
+            key = f"{source}.classified.shares.{kind}"
+            for means in (total, *total["layers"]):
+                _expect(f"{key}.shares", class_names(), means["shares"])
+            yield key, kind, total["layers"]
 
 
-def _expect(where: str, names: Sequence[str], found: Mapping[str, Any]) -> None:
-    if missing := set(names) - found.keys():
-        raise UserError(f"{where}: no {', '.join(sorted(missing))}")
-    if more := found.keys() - set(names):
-        raise UserError(f"{where}: expected {', '.join(names)}, got {min(more)!r:.80} too")
+def _expect(key: str, names: Sequence[str], fields: Mapping[str, Any]) -> None:
+    if missing := set(names) - fields.keys():
+        raise UserError(f"{key}: no {', '.join(sorted(missing))}")
+    if unknown := fields.keys() - set(names):
+        raise UserError(f"{key}: expected {', '.join(names)}, got {min(unknown)!r:.80} too")

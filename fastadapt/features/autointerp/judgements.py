@@ -1,4 +1,4 @@
-"""What judges said, put into the store: rows, ``judgements.json``, ``judgements.md`` and plots."""
+"""Results of judges in a store: table rows, ``judgements.json``, ``judgements.md`` and plots."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastadapt.errors import UserError
 from fastadapt.features.autointerp.judgement_schema import (
     PARTS,
     SCHEMA_VERSION,
-    Held,
+    JudgementsFile,
     Part,
     Parts,
     check_fit,
@@ -34,57 +34,59 @@ from fastadapt.reporting.rendering import write_png
 from fastadapt.reporting.tables import Interval, Table, as_markdown, shown
 
 JSON, TEXT, PLOTS = "judgements.json", "judgements.md", "judgements"
-#: What units of a kind are called, and the colour of their line, as a kind of student.
+#: Label of each kind of unit, and the key of its line colour.
 NAMES: Mapping[str, tuple[str, str]] = {
     "adapter": ("adapter's features", "transcoder"),
     "base": ("base's neurons", "base"),
     "target": ("target's neurons", "target"),
 }
-_ADVICE = "remove the file, and judge again"
-_NAME_BYTES = 200  # of a judge's name in the name of a file
+_ADVICE = "remove the file and judge again"
+_NAME_BYTES = 200  # maximum length of a judge's name in a file name
 
 
 def add_rows(
     store: Store, table: str, kind: Kind, judge: str, rows: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Put a judge's rows into a table of the store; those of other judges stay.
+    """Replace a judge's rows in a table of the store; rows of other judges stay.
 
     Raises:
         RunError: the folder cannot be written.
     """
     added = pa.Table.from_pylist(list(rows), schema=TABLES[table])
     if store.has(table, kind):
-        held = store.read(table, kind)
-        added = pa.concat_tables([held.filter(pc.not_equal(held["judge"], judge)), added])
+        old = store.read(table, kind)
+        added = pa.concat_tables([old.filter(pc.not_equal(old["judge"], judge)), added])
     store.add(table, added, kind)
 
 
 def read_judgements(store: Store) -> dict[str, Any]:
-    """The contents of ``judgements.json``, of judges that spoke of these features.
+    """Read ``judgements.json``; without the file, return no judges.
 
-    Nothing where there is none yet; what was said of features that were collected here before, of
-    another adapter or other texts, is left out.
+    Results about an earlier collection in this folder, of another adapter or other texts, are left
+    out.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the file cannot be read or is invalid.
     """
     path = store.folder / JSON
     if not has_file(path):
         return {"schema_version": SCHEMA_VERSION, "judges": {}}
     plain = _read(path)
     try:
-        check(plain, Held, str(path))
-        judges, mine = plain["judges"], _collected(store)
-        kept = {}
+        check(plain, JudgementsFile, str(path))
+        judges, collected = plain["judges"], _collected(store)
+        current = {}
         for judge, parts in judges.items():
             source = f"{path}: judges[{judge!r:.80}]"
             check(parts, Parts, source)
-            told = {part: parts[part] for part in PARTS if part in parts}
-            same = {part: one for part, one in told.items() if one.get("collected") == mine}
+            results = {part: parts[part] for part in PARTS if part in parts}
+            same = {
+                p: result for p, result in results.items() if result.get("collected") == collected
+            }
             check_fit(same, store, source)
             if same:
-                kept[judge] = same
-        held = {"schema_version": SCHEMA_VERSION, "judges": kept}
+                current[judge] = same
+        held = {"schema_version": SCHEMA_VERSION, "judges": current}
         _as_json(held, path)
     except UserError as error:
         raise UserError(f"{error}; {_ADVICE}") from None
@@ -92,7 +94,7 @@ def read_judgements(store: Store) -> dict[str, Any]:
 
 
 def check_addable(store: Store, judge: str) -> None:
-    """Raise ``UserError`` where nothing can be added: before calls are paid for."""
+    """Raise ``UserError`` if results of this judge could not be written."""
     check_name_of(judge)
     read_judgements(store)
 
@@ -114,26 +116,26 @@ def _as_json(held: Mapping[str, Any], path: Path) -> bytes:
     try:
         text = json.dumps(held, indent=1, ensure_ascii=False, allow_nan=False)
         return f"{text}\n".encode()
-    except ValueError as error:  # half of a pair of surrogates, or a number that is infinite
-        raise UserError(f"{path}: a value that cannot be written: {error}") from None
+    except ValueError as error:  # a lone surrogate or an infinite number
+        raise UserError(f"{path}: value that JSON cannot hold: {error}") from None
 
 
 def _collected(store: Store) -> str:
-    """Tells what a store was collected from: SHA-256 of its manifest."""
+    """Return the SHA-256 of the store's manifest, which identifies the collection."""
     return digest(store.folder / MANIFEST)[1]
 
 
 def write_judgements(store: Store, judge: str, part: Part, result: Mapping[str, Any]) -> None:
-    """Write what a judge said, beside what it and others said before, as JSON, tables and plots.
+    """Add a judge's result to ``judgements.json``, ``judgements.md`` and the plots.
 
     Raises:
-        UserError: what is there cannot be read.
+        UserError: ``judgements.json`` cannot be read.
         RunError: the folder cannot be written.
     """
     held = read_judgements(store)
     held["judges"].setdefault(judge, {})[part] = {"collected": _collected(store), **result}
     held["judges"] = dict(sorted(held["judges"].items()))
-    # All of it is made before any of it is replaced.
+    # All content is computed before the first file is replaced.
     content, text = _as_json(held, store.folder / JSON), as_markdown(tables(held))
     drawn = figures(held)
     with disk_errors(store.folder):
@@ -147,97 +149,94 @@ def write_judgements(store: Store, judge: str, part: Part, result: Mapping[str, 
                 write_png(figure, inside(staged, f"{figure.key}.png", source=JSON))
 
 
-# --- as tables ------------------------------------------------------------------------------------
+# --- tables ---------------------------------------------------------------------------------------
 
 
 def tables(held: Mapping[str, Any]) -> list[Table]:
-    """Tables of everything in ``judgements.json``."""
-    found = []
+    """Return tables of the contents of ``judgements.json``."""
+    tables_ = []
     for judge, parts in held["judges"].items():
         if "described" in parts:
-            found += _detection(judge, parts["described"])
+            tables_ += _detection(judge, parts["described"])
         if "classified" in parts:
-            found += _classes(judge, parts["classified"])
-    return found
+            tables_ += _classes(judge, parts["classified"])
+    return tables_
 
 
 def _detection(judge: str, result: Mapping[str, Any]) -> list[Table]:
     settings = result["settings"]
     note = (
-        f"Told a description, which of {2 * settings['scored']} texts fire the unit? Half of them "
-        "do, so 50% is what knowing nothing gives; none was shown to the describer. Units active "
-        f"on at least {settings['min_density']:g} of the tokens, at most {settings['units']} of a "
-        f"layer; intervals of {percent(result['level'])} over units."
+        f"Given a description, the judge decides on which of {2 * settings['scored']} texts the "
+        "unit fires. It fires on half of them, so chance is 50%; none was shown to the describer. "
+        f"Units active on at least {settings['min_density']:g} of the tokens, at most "
+        f"{settings['units']} of a layer; intervals of {percent(result['level'])} over units."
     )
-    found = []
+    result_tables = []
     for sample in settings["samples"]:
         rows = []
         for kind, by_sample in result["detection"].items():
-            told = by_sample[sample]
-            for where, means in [("all", told), *enumerate(told["layers"])]:
+            total = by_sample[sample]
+            for layer, means in [("all", total), *enumerate(total["layers"])]:
                 measures = [shown(means[m], percent) for m in ("accuracy", "precision", "recall")]
-                rows.append([NAMES[kind][0], str(where), f"{means['units']:,}", *measures])
+                rows.append([NAMES[kind][0], str(layer), f"{means['units']:,}", *measures])
         head = ["units", "layer", "n", "accuracy", "precision", "recall"]
-        found.append(Table(f"Detection by {judge}: {sample} examples", head, rows, note))
-    return found
+        result_tables.append(Table(f"Detection by {judge}: {sample} examples", head, rows, note))
+    return result_tables
 
 
 def _classes(judge: str, result: Mapping[str, Any]) -> list[Table]:
-    found = []
-    for kind, told in result["shares"].items():
+    result_tables = []
+    for kind, total in result["shares"].items():
         rows = [
             [
-                str(where),
-                f"{some['units']:,}",
-                *(shown(some["shares"][name], percent) for name in class_names()),
+                str(layer),
+                f"{means['units']:,}",
+                *(shown(means["shares"][name], percent) for name in class_names()),
             ]
-            for where, some in [("all", told), *enumerate(told["layers"])]
+            for layer, means in [("all", total), *enumerate(total["layers"])]
         ]
         head = ["layer", "n", *class_names()]
         note = f"Shares of units; intervals of {percent(result['level'])} over them."
-        found.append(Table(f"Classes by {judge}: {NAMES[kind][0]}", head, rows, note))
-    return found
+        result_tables.append(Table(f"Classes by {judge}: {NAMES[kind][0]}", head, rows, note))
+    return result_tables
 
 
-# --- as plots -------------------------------------------------------------------------------------
+# --- plots ----------------------------------------------------------------------------------------
 
 
 def figures(held: Mapping[str, Any]) -> list[Figure]:
-    """Plots of everything in ``judgements.json``: by layer, adapter beside neurons.
-
-    What has a value of no layer has no line, and a plot without lines is none.
-    """
-    found = [replace(one, series=[s for s in one.series if s.x]) for one in _figures(held)]
-    return [figure for figure in found if figure.series]
+    """Return plots by layer of the contents of ``judgements.json``, without empty ones."""
+    plots = [replace(plot, series=[s for s in plot.series if s.x]) for plot in _figures(held)]
+    return [plot for plot in plots if plot.series]
 
 
 def _figures(held: Mapping[str, Any]) -> list[Figure]:
-    found = []
+    plots = []
     names = file_names(held["judges"])
     for judge, parts in held["judges"].items():
         name = names[judge]
         for sample in parts.get("described", {}).get("settings", {}).get("samples", ()):
-            told = {k: by[sample] for k, by in parts["described"]["detection"].items()}
+            by_kind = {k: by[sample] for k, by in parts["described"]["detection"].items()}
             series = [
                 _series(kind, [layer["accuracy"] for layer in means["layers"]])
-                for kind, means in told.items()
+                for kind, means in by_kind.items()
             ]
             title = f"Detection by {judge:.60}, {sample} examples (0.5: chance)"
             key = f"detection-{sample}-{name}"
-            found.append(Figure(key, title, "layer", "accuracy", series))
+            plots.append(Figure(key, title, "layer", "accuracy", series))
         shares = parts.get("classified", {}).get("shares", {})
         for class_ in CLASSES if shares else ():
             series = [
-                _series(kind, [layer["shares"][class_] for layer in told["layers"]])
-                for kind, told in shares.items()
+                _series(kind, [layer["shares"][class_] for layer in total["layers"]])
+                for kind, total in shares.items()
             ]
             title = f"Classes by {judge:.60}: {class_}"
-            found.append(Figure(f"class-{class_}-{name}", title, "layer", "share of units", series))
-    return found
+            plots.append(Figure(f"class-{class_}-{name}", title, "layer", "share of units", series))
+    return plots
 
 
 def file_names(judges: Iterable[str]) -> dict[str, str]:
-    """What each judge is called in the names of files: short, plain, and no two alike.
+    """Return a short and unique name for file names, by judge.
 
     Example:
         >>> file_names(["m-1", "m/1"])
@@ -254,9 +253,9 @@ def file_names(judges: Iterable[str]) -> dict[str, str]:
 
 
 def _series(kind: str, values: Sequence[Interval]) -> Series:
-    """Of the layers that have a value; an interval that is not there has no width."""
-    kept = [(x, v) for x, v in enumerate(values) if v["mean"] is not None]
+    """Return the line of a kind over layers with a mean; missing interval ends equal the mean."""
+    points = [(x, v) for x, v in enumerate(values) if v["mean"] is not None]
     ends: list[list[float]] = []
     for end in ("mean", "low", "high"):
-        ends.append([float(v["mean"] if v[end] is None else v[end]) for _, v in kept])  # type: ignore[arg-type]
-    return Series(*NAMES[kind], [float(x) for x, _ in kept], *ends)
+        ends.append([float(v["mean"] if v[end] is None else v[end]) for _, v in points])  # type: ignore[arg-type]
+    return Series(*NAMES[kind], [float(x) for x, _ in points], *ends)

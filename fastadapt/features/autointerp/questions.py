@@ -1,4 +1,4 @@
-"""What a judge is asked, and what it answers: in strings, so that it needs no model of the pair."""
+"""Questions to a judge and its answers, as strings: a judge needs no model of the pair."""
 
 from __future__ import annotations
 
@@ -9,49 +9,46 @@ from typing import NamedTuple, Protocol
 
 from fastadapt.reporting.formatting import number
 
-#: Pieces of text, one per token; tokens that share a character are one piece.
+#: Pieces of a text, one per token; tokens that share a character form one piece.
 Pieces = tuple[str, ...]
-Progress = Callable[[int, int], None]  # questions answered, questions
+Progress = Callable[[int, int], None]  # (completed, total)
 
 
 @dataclass(frozen=True)
 class Example:
-    """A stretch of text and at which of its pieces the unit is active."""
+    """Excerpt of a text, and for each of its pieces whether the unit is active."""
 
     pieces: Pieces
     fires: tuple[bool, ...]
 
 
 @dataclass(frozen=True)
-class Describe:
-    """What do these examples have in common? The answer is a ``str``."""
+class DescribeQuestion:
+    """Ask what examples have in common. The answer is a ``str``."""
 
     examples: tuple[Example, ...]
 
 
 @dataclass(frozen=True)
-class Detect:
-    """On which of these texts is the unit of this description active?
-
-    The answer is a tuple of bools, one per text.
-    """
+class DetectQuestion:
+    """Ask in which texts a described unit is active. The answer is a bool for each text."""
 
     description: str
     texts: tuple[Pieces, ...]
 
 
 @dataclass(frozen=True)
-class Classify:
-    """Of which class is the unit? The answer is a :class:`Class`."""
+class ClassifyQuestion:
+    """Ask for the class of a unit. The answer is a :class:`UnitClass`."""
 
     examples: tuple[Example, ...]
     promoted: Pieces
     suppressed: Pieces
 
 
-Question = Describe | Detect | Classify
+Question = DescribeQuestion | DetectQuestion | ClassifyQuestion
 
-#: Classes, and the subclasses of those that have some.
+#: Subclasses by class.
 CLASSES: dict[str, tuple[str, ...]] = {
     "language": (),
     "domain": ("math", "code", "science"),
@@ -61,7 +58,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
 
 
 def class_names() -> list[str]:
-    """``class`` and ``class: subclass``, as shares of units are listed.
+    """Return ``class`` and ``class: subclass`` names in the order of :data:`CLASSES`.
 
     Example:
         >>> class_names()[:3]
@@ -75,33 +72,31 @@ def class_names() -> list[str]:
 
 
 @dataclass(frozen=True)
-class Class:
-    """A class, its subclass where it has some, and why, in the judge's words."""
+class UnitClass:
+    """Class, subclass (None if the class has none), and the judge's reason."""
 
     name: str
     subclass: str | None
     reason: str
 
 
-Answer = str | tuple[bool, ...] | Class
+Answer = str | tuple[bool, ...] | UnitClass
 
 
 class Estimate(NamedTuple):
-    """What questions will cost.
+    """Cost of asking questions, without second requests after invalid answers.
 
     Attributes:
-        calls: to be made; answers that are kept from before are not among them. An answer that is
-            not valid is asked for once more, with it and what is wrong with it in the question,
-            which is not counted in any of these.
-        kept: answers kept from before.
-        tokens_in: of the questions.
-        tokens_out: at most, of the answers; None where nothing limits them.
-        cost: in the currency of the prices; None where no price was given, or no limit.
-        counted: how tokens were counted, in words.
+        calls: number of requests, without questions that the cache answers.
+        cached: number of questions that the cache answers.
+        tokens_in: number of tokens of the requests.
+        tokens_out: maximum number of tokens of the answers; None without a limit.
+        cost: maximum cost in the currency of the prices; None without prices or without a limit.
+        counted: method of counting tokens, in words.
     """
 
     calls: int
-    kept: int
+    cached: int
     tokens_in: int
     tokens_out: int | None
     cost: float | None
@@ -109,37 +104,37 @@ class Estimate(NamedTuple):
 
     @property
     def words(self) -> str:
-        """All of it in a line."""
+        """Summary in one line."""
         if self.tokens_out is None:
             answers, cost = "any number of answers", "no limit (judge.max_tokens)"
         else:
             answers = f"at most {self.tokens_out:,} of answers"
-            cost = "no prices given" if self.cost is None else f"some {number(self.cost)} in all"
+            cost = "no prices given" if self.cost is None else f"about {number(self.cost)} in all"
         line = (
-            f"{self.calls:,} calls ({self.kept:,} answers kept from before), {self.tokens_in:,} "
-            f"tokens of questions ({self.counted}), {answers}: {cost}"
+            f"{self.calls:,} calls ({self.cached:,} answers cached), {self.tokens_in:,} tokens of "
+            f"questions ({self.counted}), {answers}: {cost}"
         )
-        again = (
-            "; up to twice that where answers are not valid (each such is asked for once more), "
-            "and the tokens of those answers besides"
+        second = (
+            "; up to twice that if answers are not valid (each is requested once more), plus the "
+            "tokens of those answers"
         )
-        return line + again if self.calls else line
+        return line + second if self.calls else line
 
 
 class Judge(Protocol):
-    """Whoever answers."""
+    """Answers questions."""
 
     @property
     def name(self) -> str:
-        """What its answers are signed with."""
+        """Name of the judge in tables and files."""
 
     @property
     def about(self) -> dict[str, str | int | None]:
-        """What else is to be written down of it: nothing secret."""
+        """Further facts for ``judgements.json``, without secrets."""
 
     @property
-    def tells_classes(self) -> bool:
-        """Whether it answers :class:`Classify`."""
+    def can_classify(self) -> bool:
+        """Whether the judge answers :class:`ClassifyQuestion`."""
 
     def ask(
         self,
@@ -148,14 +143,14 @@ class Judge(Protocol):
         progress: Progress | None = None,
         stop: Event | None = None,
     ) -> list[Answer | None]:
-        """An answer to each question; None where it was not valid, or where ``stop`` came first.
+        """Answer each question; None where the answer is invalid or ``stop`` was set before.
 
         Raises:
-            RunError: the judge cannot be reached, or too many of its answers are not valid.
+            RunError: the judge cannot be reached, or too many of its answers are invalid.
         """
 
-    def kept(self, question: Question) -> Answer | None:
-        """The answer that asking would give without any work that costs; None if there is none."""
+    def cached_answer(self, question: Question) -> Answer | None:
+        """Return the answer if it needs no paid call, else None."""
 
     def estimate(self, questions: Sequence[Question]) -> Estimate:
-        """What asking would cost."""
+        """Estimate the cost of asking."""

@@ -1,4 +1,4 @@
-"""Units, and the stretches of text that show them."""
+"""Units, and the windows of text in which they are active."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastadapt.features.store.store import Store
 
 
 class Unit(NamedTuple):
-    """A feature of the adapter, or a neuron."""
+    """Feature of the adapter, or neuron."""
 
     kind: Kind
     layer: int
@@ -26,84 +26,85 @@ class Unit(NamedTuple):
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of a text: where it lies, its tokens, and where the unit is active in it."""
+    """Window of a text: its start, its tokens, and for each whether the unit is active."""
 
     text: int
     start: int
     tokens: tuple[int, ...]
     fires: tuple[bool, ...]
-    rank: int = -1  # of the example in the store; -1 of a silent one
+    rank: int = -1  # rank of the example in the store; -1 for a negative
 
     @property
     def end(self) -> int:
         """Position after the last token."""
         return self.start + len(self.tokens)
 
-    def meets(self, other: Window) -> bool:
-        """Whether the two share a token of a text, or are the same words elsewhere."""
-        overlap = self.text == other.text and self.start < other.end and other.start < self.end
-        return overlap or self.tokens == other.tokens
+    def overlaps(self, other: Window) -> bool:
+        """Return whether two windows share a position of a text, or have equal tokens."""
+        shared = self.text == other.text and self.start < other.end and other.start < self.end
+        return shared or self.tokens == other.tokens
 
 
 class Vocabulary:
-    """Token ids as text."""
+    """Strings of token ids."""
 
     def __init__(self, store: Store) -> None:
         self._path = store.path("tokens")
         table = store.read("tokens")
-        held = zip(table["token"].to_pylist(), table["string"].to_pylist(), strict=True)
-        self._strings = dict(held)
+        self._strings = dict(
+            zip(table["token"].to_pylist(), table["string"].to_pylist(), strict=True)
+        )
 
     def pieces(self, tokens: Iterable[int]) -> Pieces:
-        """The text of each token, or of tokens that share a character.
+        """Return the text of each token; tokens that share a character form one piece.
 
         Raises:
-            UserError: the store's vocabulary does not have one of them.
+            UserError: a token is missing in the store's vocabulary.
         """
         return tuple(piece for piece, _ in self._pieces(tokens))
 
     def example(self, window: Window) -> Example:
-        """A window as a judge sees it; tokens that share a character are active together."""
-        pieces, fires, place = [], [], 0
+        """Convert a window to an example; tokens that share a character are active together."""
+        pieces, fires, start = [], [], 0
         for piece, n in self._pieces(window.tokens):
             pieces.append(piece)
-            fires.append(any(window.fires[place : place + n]))
-            place += n
+            fires.append(any(window.fires[start : start + n]))
+            start += n
         return Example(tuple(pieces), tuple(fires))
 
     def _pieces(self, tokens: Iterable[int]) -> list[tuple[str, int]]:
         try:
             return join_characters([self._strings[token] for token in tokens])
         except KeyError as error:
-            raise UserError(
-                f"{self._path} has no token {error}; collect the features again"
-            ) from None
+            raise UserError(f"{self._path}: no token {error}; collect the features again") from None
 
 
 def eligible(
     store: Store, kind: Kind, layer: int, min_density: float, seed: int
 ) -> tuple[list[int], int]:
-    """The units of a layer that are active often enough, in a seeded order, and how many are not.
+    """Return the units of a layer with ``min_density`` or more, shuffled, and the number of others.
 
-    A unit that never fired is too rare whatever ``min_density`` is.
+    Units that never fired count as others for every ``min_density``.
     """
     table = store.read("features", kind, columns=["feature", "density", "count"], layer=layer)
-    often = pc.and_(pc.greater_equal(table["density"], min_density), pc.greater(table["count"], 0))
-    found = table.filter(often)["feature"].to_numpy()
+    is_frequent = pc.and_(
+        pc.greater_equal(table["density"], min_density), pc.greater(table["count"], 0)
+    )
+    features = table.filter(is_frequent)["feature"].to_numpy()
     rng = np.random.default_rng([seed, KINDS.index(kind), layer])
-    return [int(i) for i in rng.permutation(np.sort(found))], len(table) - len(found)
+    return [int(i) for i in rng.permutation(np.sort(features))], len(table) - len(features)
 
 
 def examples_of(
     store: Store, kind: Kind, layer: int, features: Sequence[int], before: int, after: int
 ) -> dict[int, dict[SampleKind, list[Window]]]:
-    """Examples of some units by unit and sample, in the order of their rank, cut to a window."""
+    """Return windows of the examples of units, by unit and sample, in the order of their rank."""
     columns = ["feature", "sample", "rank", "text", "position", "start", "tokens", "values"]
     rows = store.read("examples", kind, columns=columns, layer=layer, features=features).to_pylist()
-    found: dict[int, dict[SampleKind, list[Window]]] = {}
+    windows: dict[int, dict[SampleKind, list[Window]]] = {}
     for row in sorted(rows, key=lambda row: row["rank"]):
-        at = row["position"] - row["start"]
-        first, last = max(0, at - before), at + after + 1
+        position = row["position"] - row["start"]
+        first, last = max(0, position - before), position + after + 1
         window = Window(
             row["text"],
             row["start"] + first,
@@ -111,5 +112,5 @@ def examples_of(
             tuple(value > 0 for value in row["values"][first:last]),
             row["rank"],
         )
-        found.setdefault(row["feature"], {}).setdefault(row["sample"], []).append(window)
-    return found
+        windows.setdefault(row["feature"], {}).setdefault(row["sample"], []).append(window)
+    return windows

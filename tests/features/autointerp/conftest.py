@@ -1,4 +1,4 @@
-"""A key in the environment that no file may hold, and a server that answers well."""
+"""Key in the environment, which no file may contain, and a server with valid answers."""
 
 from __future__ import annotations
 

@@ -22,11 +22,11 @@ NEURONS = 4
 @pytest.fixture(params=["relu", "topk"])
 def model(request: pytest.FixtureRequest, make_pair: Callable[..., Any]) -> ReplacementModel:
     config = AdapterConfig(24, request.param, k=3 if request.param == "topk" else None)
-    made = ReplacementModel.create(make_pair("qwen2"), config)
+    replacement = ReplacementModel.create(make_pair("qwen2"), config)
     with torch.no_grad():
-        for p in made.adapters.parameters():
+        for p in replacement.adapters.parameters():
             p.add_(0.1 * torch.randn(p.shape))
-    return made
+    return replacement
 
 
 @pytest.fixture
@@ -67,19 +67,19 @@ def plainly(model: ReplacementModel, kind: Kind, ids: list[int]) -> list[torch.T
 def test_places_are_those_of_a_loop(
     model: ReplacementModel, texts: list[list[int]], kind: Kind, batch_tokens: int
 ) -> None:
-    told: list[tuple[int, int]] = []
+    reported: list[tuple[int, int]] = []
     reads = ModelActivations(model, neurons_per_token=NEURONS, batch_tokens=batch_tokens)
-    found = reads.places(kind, texts, UNITS, progress=lambda *p: told.append(p))
-    assert told[-1] == (len(texts), len(texts))
+    computed = reads.places(kind, texts, UNITS, progress=lambda *p: reported.append(p))
+    assert reported[-1] == (len(texts), len(texts))
     wanted: dict[tuple[int, int], list[list[int]]] = {
-        (layer, unit): [] for layer, some in UNITS.items() for unit in some
+        (layer, unit): [] for layer, in_layer in UNITS.items() for unit in in_layer
     }
     for i, ids in enumerate(texts):
         active = plainly(model, kind, ids)
         for layer, unit in wanted:
             places = active[layer][:, unit].nonzero().flatten().tolist()
-            wanted[layer, unit] += [[i, at] for at in places]
-    assert {unit: places.tolist() for unit, places in found.items()} == wanted
+            wanted[layer, unit] += [[i, position] for position in places]
+    assert {unit: places.tolist() for unit, places in computed.items()} == wanted
     assert any(wanted.values())
 
 
@@ -93,8 +93,8 @@ def test_the_model_is_as_it_was(model: ReplacementModel, texts: list[list[int]])
 def test_stopped_it_ends(model: ReplacementModel, texts: list[list[int]]) -> None:
     stop = Event()
     stop.set()
-    found = ModelActivations(model).places("adapter", texts, UNITS, stop=stop)
-    assert all(len(places) == 0 for places in found.values())
+    computed = ModelActivations(model).places("adapter", texts, UNITS, stop=stop)
+    assert all(len(places) == 0 for places in computed.values())
 
 
 def test_neurons_need_to_be_told_how_many_count(

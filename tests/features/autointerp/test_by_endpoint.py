@@ -15,7 +15,7 @@ from planted import MadeActivations, planted
 
 from fastadapt.errors import RunError, UserError
 from fastadapt.features.autointerp.describe import describe
-from fastadapt.features.autointerp.judges.factory import open_judge
+from fastadapt.features.autointerp.judges.endpoint import open_judge
 from fastadapt.features.autointerp.judges.settings import DescribeConfig, JudgeConfig
 from fastadapt.features.autointerp.questions import Estimate
 from fastadapt.features.store.store import Store
@@ -31,64 +31,64 @@ CONFIG = DescribeConfig(units=6, samples=("top",))
 def test_planted_features_by_an_endpoint_and_no_key_on_disk(
     good: ChatServer, tmp_path: Path
 ) -> None:
-    made = planted(tmp_path / "f", features=6)
-    told: list[Estimate] = []
+    data = planted(tmp_path / "f", features=6)
+    estimates: list[Estimate] = []
 
     def approve(estimate: Estimate) -> bool:
-        told.append(estimate)
+        estimates.append(estimate)
         assert not good.requests
         return True
 
     def run() -> Any:
-        judge = open_judge(JudgeConfig(model="made-1", base_url=good.url), made.store)
-        return describe(made.store, judge, CONFIG, MadeActivations(made), approve=approve)
+        judge = open_judge(JudgeConfig(model="made-1", base_url=good.url), data.store)
+        return describe(data.store, judge, CONFIG, MadeActivations(data), approve=approve)
 
-    found = run()
+    result = run()
     accuracy = [
-        layer["accuracy"]["mean"] for layer in found["detection"]["adapter"]["top"]["layers"]
+        layer["accuracy"]["mean"] for layer in result["detection"]["adapter"]["top"]["layers"]
     ]
     assert accuracy[0] >= 0.95  # it looks for the marked words
     assert abs(accuracy[2] - 0.5) <= 0.2
-    assert told[0].calls == len(good.requests) == 2 * 18
-    before = files(made.store.folder)
-    assert run() == found  # without asking for approval, since nothing is called
-    assert len(told) == 1
+    assert estimates[0].calls == len(good.requests) == 2 * 18
+    before = files(data.store.folder)
+    assert run() == result  # without asking for approval, since nothing is called
+    assert len(estimates) == 1
     assert len(good.requests) == 36
-    assert files(made.store.folder) == before
+    assert files(data.store.folder) == before
     assert not [name for name, data in before.items() if KEY.encode() in data]
-    assert found["judge"] == {"model": "made-1", "endpoint": good.url, "prompts": 1}
+    assert result["judge"] == {"model": "made-1", "endpoint": good.url, "prompts": 1}
 
 
 def test_refused_it_calls_nothing(good: ChatServer, tmp_path: Path) -> None:
-    made = planted(tmp_path / "f", features=3, texts=60)
-    judge = open_judge(JudgeConfig(model="made-1", base_url=good.url), made.store)
-    activations = MadeActivations(made)
-    assert describe(made.store, judge, CONFIG, activations, approve=lambda _: False) is None
+    data = planted(tmp_path / "f", features=3, texts=60)
+    judge = open_judge(JudgeConfig(model="made-1", base_url=good.url), data.store)
+    activations = MadeActivations(data)
+    assert describe(data.store, judge, CONFIG, activations, approve=lambda _: False) is None
     assert not good.requests
-    assert not made.store.has("descriptions")
+    assert not data.store.has("descriptions")
 
 
 def test_after_nonsense_nothing_is_half_written(tmp_path: Path) -> None:
-    made = planted(tmp_path / "f", features=3, texts=60)
-    before = set(files(made.store.folder))
+    data = planted(tmp_path / "f", features=3, texts=60)
+    before = set(files(data.store.folder))
 
     def no_detection(body: dict[str, Any], _: int) -> str:
         return "?" if "Description:" in body["messages"][1]["content"] else answers_well(body)
 
     with serving(no_detection) as server:
-        judge = open_judge(JudgeConfig(model="made-1", base_url=server.url), made.store)
+        judge = open_judge(JudgeConfig(model="made-1", base_url=server.url), data.store)
         with pytest.raises(RunError, match="not valid"):
-            describe(made.store, judge, CONFIG, MadeActivations(made))
-    new = set(files(made.store.folder)) - before
+            describe(data.store, judge, CONFIG, MadeActivations(data))
+    new = set(files(data.store.folder)) - before
     assert {name.split("/")[0] for name in new} == {"calls", ".lock"}
 
 
 def test_what_cannot_be_added_to_is_told_before_any_call(good: ChatServer, tmp_path: Path) -> None:
-    made = planted(tmp_path / "f", features=3, texts=60)
-    (made.store.folder / "judgements.json").write_text("{")
-    judge = open_judge(JudgeConfig(model="made-1", base_url=good.url), made.store)
+    data = planted(tmp_path / "f", features=3, texts=60)
+    (data.store.folder / "judgements.json").write_text("{")
+    judge = open_judge(JudgeConfig(model="made-1", base_url=good.url), data.store)
     with pytest.raises(UserError, match=r"judgements\.json is not valid JSON"):
-        describe(made.store, judge, CONFIG, MadeActivations(made))
+        describe(data.store, judge, CONFIG, MadeActivations(data))
     assert not good.requests
 
 
@@ -97,12 +97,12 @@ import sys
 from pathlib import Path
 from planted import MadeActivations, planted
 from fastadapt.features.autointerp.describe import describe
-from fastadapt.features.autointerp.judges.factory import open_judge
+from fastadapt.features.autointerp.judges.endpoint import open_judge
 from fastadapt.features.autointerp.judges.settings import DescribeConfig, JudgeConfig
 
-made = planted(Path(sys.argv[1]), features=6)
-judge = open_judge(JudgeConfig(model="made-1", base_url=sys.argv[2], concurrency=2), made.store)
-describe(made.store, judge, DescribeConfig(units=6, samples=("top",)), MadeActivations(made))
+data = planted(Path(sys.argv[1]), features=6)
+judge = open_judge(JudgeConfig(model="made-1", base_url=sys.argv[2], concurrency=2), data.store)
+describe(data.store, judge, DescribeConfig(units=6, samples=("top",)), MadeActivations(data))
 """
 
 
@@ -131,15 +131,15 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
         assert enough.wait(120)
         child.kill()
         child.wait()
-        asked = len(server.requests)
+        n_asked = len(server.requests)
         killed = Store.open(tmp_path / "killed")
         assert not killed.has("descriptions")
-        kept = len(list((killed.folder / "calls").rglob("*.json")))
-        assert 0 < kept <= asked < 36
+        n_cached = len(list((killed.folder / "calls").rglob("*.json")))
+        assert 0 < n_cached <= n_asked < 36
         resumed = True
-        made = planted(tmp_path / "whole", features=6)
-        for store in (killed, made.store):
+        data = planted(tmp_path / "whole", features=6)
+        for store in (killed, data.store):
             judge = open_judge(JudgeConfig(model="made-1", base_url=server.url), store)
-            describe(store, judge, CONFIG, MadeActivations(made))
-        assert len(server.requests) == asked + (36 - kept) + 36
-    assert files(killed.folder) == files(made.store.folder)
+            describe(store, judge, CONFIG, MadeActivations(data))
+        assert len(server.requests) == n_asked + (36 - n_cached) + 36
+    assert files(killed.folder) == files(data.store.folder)

@@ -15,7 +15,7 @@ from stores import MadeText, make_store
 from fastadapt.errors import UserError
 from fastadapt.features.autointerp.classify import classify, shares
 from fastadapt.features.autointerp.judgements import read_judgements
-from fastadapt.features.autointerp.judges.factory import open_judge
+from fastadapt.features.autointerp.judges.endpoint import open_judge
 from fastadapt.features.autointerp.judges.settings import ClassifyConfig, JudgeConfig
 from fastadapt.features.autointerp.judges.without_llm import TokenJudge
 
@@ -29,32 +29,32 @@ def by_layer(body: dict[str, Any], _: int) -> str:
 
 
 def test_classes_are_asked_with_examples_and_lens_and_written(tmp_path: Path) -> None:
-    made = planted(tmp_path / "f", features=10)
+    data = planted(tmp_path / "f", features=10)
     config = ClassifyConfig(units=8)
     with serving(by_layer) as server:
-        judge = open_judge(JudgeConfig(model="m/1", base_url=server.url), made.store)
-        found = classify(made.store, judge, config)
-        assert found is not None
+        judge = open_judge(JudgeConfig(model="m/1", base_url=server.url), data.store)
+        result = classify(data.store, judge, config)
+        assert result is not None
         assert len(server.requests) == 24
         user = server.requests[0]["messages"][1]["content"]
         assert "Tokens made more likely: [" in user
         assert user.count("\n1. ") == 1
         assert "\n10. " in user
-        assert classify(made.store, judge, config) == found
+        assert classify(data.store, judge, config) == result
         assert len(server.requests) == 24
-    rows = made.store.read("classes").to_pylist()
+    rows = data.store.read("classes").to_pylist()
     assert len(rows) == 24
     assert {(r["class"], r["subclass"]) for r in rows} == {("language", None), ("domain", "code")}
-    told = found["shares"]["adapter"]
-    assert told["units"] == 24
-    of_first = told["layers"][0]["shares"]
+    totals = result["shares"]["adapter"]
+    assert totals["units"] == 24
+    of_first = totals["layers"][0]["shares"]
     assert of_first["language"]["mean"] == 1.0
     assert of_first["language"]["low"] < 1.0
-    assert told["shares"]["domain"]["mean"] == told["shares"]["domain: code"]["mean"]
-    held = read_judgements(made.store)["judges"]["m/1"]["classified"]
-    assert held["shares"] == found["shares"]
-    assert "Classes by m/1" in (made.store.folder / "judgements.md").read_text()
-    assert (made.store.folder / "judgements" / "class-domain-m-1.png").is_file()
+    assert totals["shares"]["domain"]["mean"] == totals["shares"]["domain: code"]["mean"]
+    held = read_judgements(data.store)["judges"]["m/1"]["classified"]
+    assert held["shares"] == result["shares"]
+    assert "Classes by m/1" in (data.store.folder / "judgements.md").read_text()
+    assert (data.store.folder / "judgements" / "class-domain-m-1.png").is_file()
 
 
 def test_shares_are_counts_over_units() -> None:
@@ -64,30 +64,30 @@ def test_shares_are_counts_over_units() -> None:
         {"layer": 1, "class": "uninterpretable", "subclass": None},
         {"layer": 1, "class": "reasoning", "subclass": "output"},
     ]
-    told = shares(rows, 3, ClassifyConfig().statistics)
-    means = {name: share["mean"] for name, share in told["shares"].items()}
+    totals = shares(rows, 3, ClassifyConfig().statistics)
+    means = {name: share["mean"] for name, share in totals["shares"].items()}
     assert means["reasoning"] == 0.75
     assert means["reasoning: output"] == 0.5
     assert means["uninterpretable"] == 0.25
     assert means["language"] == 0
     assert sum(means[c] for c in ("language", "domain", "reasoning", "uninterpretable")) == 1
-    assert told["layers"][2] == {"units": 0, "shares": told["layers"][2]["shares"]}
-    assert told["layers"][2]["shares"]["domain"]["mean"] is None
+    assert totals["layers"][2] == {"units": 0, "shares": totals["layers"][2]["shares"]}
+    assert totals["layers"][2]["shares"]["domain"]["mean"] is None
 
 
 def test_a_judge_without_a_model_is_refused(tmp_path: Path) -> None:
-    made = planted(tmp_path / "f", features=2, texts=20)
-    with pytest.raises(UserError, match=r"'tokens' tells no classes.*judge\.model"):
-        classify(made.store, TokenJudge(), ClassifyConfig())
+    data = planted(tmp_path / "f", features=2, texts=20)
+    with pytest.raises(UserError, match=r"'tokens' cannot classify.*judge\.model"):
+        classify(data.store, TokenJudge(), ClassifyConfig())
 
 
 def test_a_store_without_activations_is_refused(tmp_path: Path) -> None:
     texts = [MadeText([1, 2, 3, 4], [7] * 4)]
-    made = make_store(tmp_path / "f", texts, [np.zeros((1, 4, 2), np.float32)], ["a"] * 25)
-    judge = open_judge(JudgeConfig(model="m", base_url="http://127.0.0.1:9/v1"), made.store)
+    data = make_store(tmp_path / "f", texts, [np.zeros((1, 4, 2), np.float32)], ["a"] * 25)
+    judge = open_judge(JudgeConfig(model="m", base_url="http://127.0.0.1:9/v1"), data.store)
     with pytest.raises(UserError, match="no unit to classify"):
-        classify(made.store, judge, ClassifyConfig())
-    assert not made.store.has("classes")
+        classify(data.store, judge, ClassifyConfig())
+    assert not data.store.has("classes")
 
 
 def test_settings_that_cannot_be_are_refused() -> None:

@@ -39,10 +39,10 @@ def test_places_are_those_that_were_collected(
     places = activations.places(kind, texts, units)  # type: ignore[arg-type]
     rows = store.read("features", kind).to_pylist()  # type: ignore[arg-type]
     counts = {(row["layer"], row["feature"]): row["count"] for row in rows}
-    assert {unit: len(some) for unit, some in places.items()} == counts
-    kept = store.read("examples", kind).to_pylist()  # type: ignore[arg-type]
-    found = {unit: set(map(tuple, some.tolist())) for unit, some in places.items()}
-    assert all((r["text"], r["position"]) in found[r["layer"], r["feature"]] for r in kept)
+    assert {unit: len(of_unit) for unit, of_unit in places.items()} == counts
+    examples = store.read("examples", kind).to_pylist()  # type: ignore[arg-type]
+    result = {unit: set(map(tuple, of_unit.tolist())) for unit, of_unit in places.items()}
+    assert all((r["text"], r["position"]) in result[r["layer"], r["feature"]] for r in examples)
 
 
 def test_features_and_neurons_are_described_side_by_side(
@@ -50,11 +50,11 @@ def test_features_and_neurons_are_described_side_by_side(
 ) -> None:
     store, activations = collected
     config = DescribeConfig(units=6, before=8, after=4)
-    found = describe(store, TokenJudge(), config, activations)
-    assert found is not None
-    assert set(found["detection"]) == set(KINDS)
+    result = describe(store, TokenJudge(), config, activations)
+    assert result is not None
+    assert set(result["detection"]) == set(KINDS)
     for kind in KINDS:
         rows = store.read("scores", kind).to_pylist()
         assert rows
         assert all(row["positives"] == row["negatives"] == 5 for row in rows)
-    assert found["detection"]["adapter"]["top"]["accuracy"]["mean"] > 0.5
+    assert result["detection"]["adapter"]["top"]["accuracy"]["mean"] > 0.5

@@ -18,7 +18,7 @@ from fastadapt.evaluation.statistics import wilson
 from fastadapt.features.autointerp.activations import Places
 from fastadapt.features.autointerp.describe import describe
 from fastadapt.features.autointerp.detection import score, summarise
-from fastadapt.features.autointerp.examples import Case, draw
+from fastadapt.features.autointerp.examples import DetectionCase, draw
 from fastadapt.features.autointerp.judgements import read_judgements
 from fastadapt.features.autointerp.judges.settings import DescribeConfig
 from fastadapt.features.autointerp.judges.without_llm import TokenJudge
@@ -30,17 +30,17 @@ from fastadapt.features.store.store import Store
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+def data(tmp_path_factory: pytest.TempPathFactory) -> Made:
     return planted(tmp_path_factory.mktemp("planted") / "features")
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("sample", SAMPLES)
-def test_planted_features_score_what_they_should(made: Made, sample: str, seed: int) -> None:
+def test_planted_features_score_what_they_should(data: Made, sample: str, seed: int) -> None:
     config = DescribeConfig(samples=(sample,), seed=seed)  # type: ignore[arg-type]
-    found = describe(made.store, TokenJudge(), config, MadeActivations(made))
-    assert found is not None
-    layers = found["detection"]["adapter"][sample]["layers"]
+    result = describe(data.store, TokenJudge(), config, MadeActivations(data))
+    assert result is not None
+    layers = result["detection"]["adapter"][sample]["layers"]
     means = {
         family: layer["accuracy"]["mean"] for family, layer in zip(FAMILIES, layers, strict=True)
     }
@@ -50,9 +50,9 @@ def test_planted_features_score_what_they_should(made: Made, sample: str, seed: 
     assert all(layer["units"] == 40 for layer in layers)
 
 
-def test_a_rule_that_is_no_rule_is_right_half_of_the_time(made: Made) -> None:
+def test_a_rule_that_is_no_rule_is_right_half_of_the_time(data: Made) -> None:
     """Texts of units that fire at random: whatever words are looked for tell nothing."""
-    drawn = draw(made.store, DescribeConfig(), MadeActivations(made))
+    drawn = draw(data.store, DescribeConfig(), MadeActivations(data))
     assert drawn is not None
     rng = np.random.default_rng(0)
     right = []
@@ -60,25 +60,29 @@ def test_a_rule_that_is_no_rule_is_right_half_of_the_time(made: Made) -> None:
         if FAMILIES[case.unit.layer] == "random":
             for _ in range(20):
                 words = set(rng.integers(0, 400, 3).tolist())
-                told = [bool(words & set(window.tokens)) for window in case.texts]
-                right += [a == b for a, b in zip(told, case.truth, strict=True)]
+                predictions = [bool(words & set(window.tokens)) for window in case.texts]
+                right += [a == b for a, b in zip(predictions, case.truth, strict=True)]
     assert abs(np.mean(right) - 0.5) <= 0.02
 
 
-def test_no_scored_text_was_shown_and_no_silent_one_fires(made: Made) -> None:
+def test_no_scored_text_was_shown_and_no_silent_one_fires(data: Made) -> None:
     config = DescribeConfig()
-    drawn = draw(made.store, config, MadeActivations(made))
+    drawn = draw(data.store, config, MadeActivations(data))
     assert drawn is not None
     assert len(drawn.cases) == 2 * 120
     for case in drawn.cases:
-        check_honest(case, made, config)
+        check_honest(case, data, config)
 
 
-def check_honest(case: Case, made: Made, config: DescribeConfig) -> None:
+def check_honest(case: DetectionCase, data: Made, config: DescribeConfig) -> None:
     """By a loop over every token: nothing of the library's own account is believed."""
 
     def tokens(windows: tuple[Window, ...]) -> set[tuple[int, int]]:
-        return {(w.text, at) for w in windows for at in range(w.start, w.start + len(w.tokens))}
+        return {
+            (w.text, position)
+            for w in windows
+            for position in range(w.start, w.start + len(w.tokens))
+        }
 
     assert not tokens(case.shown) & tokens(case.texts)
     assert not {w.tokens for w in case.shown} & {w.tokens for w in case.texts}
@@ -86,7 +90,7 @@ def check_honest(case: Case, made: Made, config: DescribeConfig) -> None:
     assert len({w.tokens for w in case.texts}) == len(case.texts)  # nor are two of them one
     truth = []
     for window in case.texts:
-        whole, active = made.texts[window.text], made.activations[window.text]
+        whole, active = data.texts[window.text], data.activations[window.text]
         here = slice(window.start, window.start + len(window.tokens))
         assert list(window.tokens) == list(whole.tokens[here])
         truth.append(bool((active[case.unit.layer, here, case.unit.feature] > 0).any()))
@@ -95,7 +99,7 @@ def check_honest(case: Case, made: Made, config: DescribeConfig) -> None:
     assert len(truth) == 2 * config.scored
     shapes = {
         so: sorted(
-            (len(w.tokens), w.start == 0, w.end == len(made.texts[w.text].tokens))
+            (len(w.tokens), w.start == 0, w.end == len(data.texts[w.text].tokens))
             for w, f in zip(case.texts, truth, strict=True)
             if f is so
         )
@@ -105,7 +109,7 @@ def check_honest(case: Case, made: Made, config: DescribeConfig) -> None:
     assert config.min_shown <= len(case.shown) <= config.shown
     for window in case.shown:
         here = slice(window.start, window.start + len(window.tokens))
-        fires = made.activations[window.text][case.unit.layer, here, case.unit.feature] > 0
+        fires = data.activations[window.text][case.unit.layer, here, case.unit.feature] > 0
         assert window.fires == tuple(fires.tolist())
 
 
@@ -123,23 +127,23 @@ def test_short_texts_and_dense_units_are_honest_too(tmp_path: Path) -> None:
         # Equal texts have equal activations: a model is a function.
         same = activations[n - 1] if n % 3 == 0 and n else fires.astype(np.float32)
         activations.append(same)
-    made = make_store(tmp_path / "f", texts, activations, [f"w{i}" for i in range(50)])
+    data = make_store(tmp_path / "f", texts, activations, [f"w{i}" for i in range(50)])
     config = DescribeConfig(before=4, after=2, min_shown=1, shown=4)
-    drawn = draw(made.store, config, MadeActivations(made))
+    drawn = draw(data.store, config, MadeActivations(data))
     assert drawn is not None
     for case in drawn.cases:
-        check_honest(case, made, config)
+        check_honest(case, data, config)
     counts = drawn.counts["adapter"][0]
     assert counts["judged"] >= 3
     assert counts["no silent text"] >= 1  # the one that fires everywhere
     assert sum(counts.values()) == 8
 
 
-def test_equal_settings_draw_equal_cases_whatever_else_is_drawn(made: Made) -> None:
-    one = draw(made.store, DescribeConfig(seed=4), MadeActivations(made))
-    two = draw(made.store, DescribeConfig(seed=4), MadeActivations(made))
-    alone = draw(made.store, DescribeConfig(seed=4, samples=("uniform",)), MadeActivations(made))
-    other = draw(made.store, DescribeConfig(seed=5), MadeActivations(made))
+def test_equal_settings_draw_equal_cases_whatever_else_is_drawn(data: Made) -> None:
+    one = draw(data.store, DescribeConfig(seed=4), MadeActivations(data))
+    two = draw(data.store, DescribeConfig(seed=4), MadeActivations(data))
+    alone = draw(data.store, DescribeConfig(seed=4, samples=("uniform",)), MadeActivations(data))
+    other = draw(data.store, DescribeConfig(seed=5), MadeActivations(data))
     assert one is not None
     assert two is not None
     assert alone is not None
@@ -153,64 +157,67 @@ def test_scores_are_what_counting_gives() -> None:
     unit = Unit("adapter", 0, 3)
     fires = [True, False, True, False]
     texts = tuple(Window(i, 0, (i,), (f,)) for i, f in enumerate(fires))
-    row = score(Case(unit, "top", (), texts), "j", (True, True, False, False))
+    row = score(DetectionCase(unit, "top", (), texts), "j", (True, True, False, False))
     assert (row["positives"], row["negatives"]) == (2, 2)
     assert (row["true_positives"], row["true_negatives"], row["accuracy"]) == (1, 1, 0.5)
     better = {**row, "true_positives": 2, "true_negatives": 2}
-    told = summarise([row, better], 2, DescribeConfig().statistics)
-    assert told["accuracy"]["mean"] == 6 / 8
-    assert told["precision"]["mean"] == 3 / 4
-    assert told["recall"]["mean"] == 3 / 4
-    assert told["layers"][1]["units"] == 0
-    assert told["layers"][1]["accuracy"] == {"mean": None, "low": None, "high": None}
+    means = summarise([row, better], 2, DescribeConfig().statistics)
+    assert means["accuracy"]["mean"] == 6 / 8
+    assert means["precision"]["mean"] == 3 / 4
+    assert means["recall"]["mean"] == 3 / 4
+    assert means["layers"][1]["units"] == 0
+    assert means["layers"][1]["accuracy"] == {"mean": None, "low": None, "high": None}
 
 
 @pytest.mark.parametrize("n", [2, 3, 30])
 @pytest.mark.parametrize("right", [0, 1, 3, 5])
 def test_units_that_score_alike_are_not_certain(n: int, right: int) -> None:
     texts = tuple(Window(i, 0, (i,), (i % 2 == 0,)) for i in range(10))
-    told = tuple((i < 2 * right) == (i % 2 == 0) for i in range(10))
-    rows = [score(Case(Unit("adapter", 0, i), "top", (), texts), "j", told) for i in range(n)]
+    predictions = tuple((i < 2 * right) == (i % 2 == 0) for i in range(10))
+    rows = [
+        score(DetectionCase(Unit("adapter", 0, i), "top", (), texts), "j", predictions)
+        for i in range(n)
+    ]
     config = DescribeConfig().statistics
-    found = summarise(rows, 1, config)["accuracy"]
-    assert found == pytest.approx(wilson(n * right / 5, n, config.level).plain())
+    result = summarise(rows, 1, config)["accuracy"]
+    assert result == pytest.approx(wilson(n * right / 5, n, config.level).plain())
     lone = summarise(rows[:1], 1, config)["accuracy"]
     assert lone == {"mean": pytest.approx(right / 5), "low": None, "high": None}
 
 
-def test_what_is_written_is_what_was_said(made: Made) -> None:
+def test_what_is_written_is_what_was_said(data: Made) -> None:
     config = DescribeConfig(units=5)
-    found = describe(made.store, TokenJudge(), config, MadeActivations(made))
-    store = Store.open(made.store.folder)
+    result = describe(data.store, TokenJudge(), config, MadeActivations(data))
+    store = Store.open(data.store.folder)
     descriptions = store.read("descriptions").to_pylist()
     scores = store.read("scores").to_pylist()
     assert len(descriptions) == len(scores) == 2 * 15
     assert {row["variant"] for row in scores} == {"top", "uniform"}
     mean = np.mean([row["accuracy"] for row in scores if row["variant"] == "top"])
-    assert found is not None
-    assert found["detection"]["adapter"]["top"]["accuracy"]["mean"] == pytest.approx(mean)
+    assert result is not None
+    assert result["detection"]["adapter"]["top"]["accuracy"]["mean"] == pytest.approx(mean)
     held = read_judgements(store)["judges"]["tokens"]["described"]
-    assert held["detection"] == found["detection"]
+    assert held["detection"] == result["detection"]
     folder = store.folder
     assert "Detection by tokens" in (folder / "judgements.md").read_text()
     assert (folder / "judgements" / "detection-top-tokens.png").is_file()
 
 
-def test_another_judges_rows_stay(made: Made) -> None:
+def test_another_judges_rows_stay(data: Made) -> None:
     class Other(TokenJudge):
         name = "other"
 
     config = DescribeConfig(units=3, samples=("top",))
     for judge in (TokenJudge(), Other(), TokenJudge()):
-        describe(made.store, judge, config, MadeActivations(made))
-    rows = made.store.read("scores").to_pylist()
+        describe(data.store, judge, config, MadeActivations(data))
+    rows = data.store.read("scores").to_pylist()
     assert sorted(row["judge"] for row in rows) == ["other"] * 9 + ["tokens"] * 9
 
 
 def test_what_was_said_of_features_collected_before_is_dropped(tmp_path: Path) -> None:
-    made = planted(tmp_path / "f", features=3, texts=60)
-    describe(made.store, TokenJudge(), DescribeConfig(), MadeActivations(made))
-    assert read_judgements(made.store)["judges"]
+    data = planted(tmp_path / "f", features=3, texts=60)
+    describe(data.store, TokenJudge(), DescribeConfig(), MadeActivations(data))
+    assert read_judgements(data.store)["judges"]
     again = planted(tmp_path / "f", features=3, texts=60, seed=1)
     path = again.store.folder / "manifest.json"
     path.write_text(path.read_text().replace("made/target", "made/other"))
@@ -219,9 +226,9 @@ def test_what_was_said_of_features_collected_before_is_dropped(tmp_path: Path) -
 
 def test_what_another_judge_is_said_to_have_said_is_checked(tmp_path: Path) -> None:
     """By ``features check`` and before any question; a file anyone may have written."""
-    made = planted(tmp_path / "f", features=3, texts=60)
-    describe(made.store, TokenJudge(), DescribeConfig(), MadeActivations(made))
-    path = made.store.folder / "judgements.json"
+    data = planted(tmp_path / "f", features=3, texts=60)
+    describe(data.store, TokenJudge(), DescribeConfig(), MadeActivations(data))
+    path = data.store.folder / "judgements.json"
     held = json.loads(path.read_text())
     part = held["judges"].pop("tokens")["described"]
     detection = part["detection"]["adapter"]
@@ -243,17 +250,17 @@ def test_what_another_judge_is_said_to_have_said_is_checked(tmp_path: Path) -> N
         held["judges"] = {"x" * 300: {kind: wrong}}
         path.write_text(json.dumps(held))
         with pytest.raises(UserError, match=rf"judgements\.json: judges.*{named}"):
-            read_judgements(made.store)
+            read_judgements(data.store)
         assert any(
-            checked.wrong for checked in check_store(made.store) if checked.name == path.name
+            checked.wrong for checked in check_store(data.store) if checked.name == path.name
         )
     held["judges"] = {"x" * 300: {"described": part}}
     path.write_text(json.dumps(held))
-    describe(made.store, TokenJudge(), DescribeConfig(), MadeActivations(made))  # it has plots, too
-    assert len(list((made.store.folder / "judgements").glob("*x-????????.png"))) == 2
+    describe(data.store, TokenJudge(), DescribeConfig(), MadeActivations(data))  # it has plots, too
+    assert len(list((data.store.folder / "judgements").glob("*x-????????.png"))) == 2
 
 
-def test_stopped_before_it_is_done_it_writes_nothing(made: Made, tmp_path: Path) -> None:
+def test_stopped_before_it_is_done_it_writes_nothing(data: Made, tmp_path: Path) -> None:
     fresh = planted(tmp_path / "f", features=3, texts=40)
     stop = Event()
     stop.set()
@@ -265,10 +272,10 @@ def test_stopped_before_it_is_done_it_writes_nothing(made: Made, tmp_path: Path)
 
 def test_a_store_without_activations_is_refused(tmp_path: Path) -> None:
     texts = [MadeText([1, 2, 3, 4], [7] * 4)]
-    made = make_store(tmp_path / "f", texts, [np.zeros((1, 4, 2), np.float32)], ["a"] * 5)
+    data = make_store(tmp_path / "f", texts, [np.zeros((1, 4, 2), np.float32)], ["a"] * 5)
     with pytest.raises(UserError, match="2 adapter units: too rare"):
-        describe(made.store, TokenJudge(), DescribeConfig(), MadeActivations(made))
-    assert not made.store.has("descriptions")
+        describe(data.store, TokenJudge(), DescribeConfig(), MadeActivations(data))
+    assert not data.store.has("descriptions")
 
 
 def test_settings_that_cannot_be_are_refused() -> None:
@@ -284,19 +291,19 @@ def test_settings_that_cannot_be_are_refused() -> None:
             DescribeConfig(**wrong)  # type: ignore[arg-type]
 
 
-def test_a_token_that_the_vocabulary_lacks_is_named(made: Made) -> None:
+def test_a_token_that_the_vocabulary_lacks_is_named(data: Made) -> None:
     with pytest.raises(UserError, match="no token 4000"):
-        Vocabulary(made.store).pieces([1, 4000])
+        Vocabulary(data.store).pieces([1, 4000])
 
 
-def test_a_model_that_is_not_the_stores_is_refused(made: Made) -> None:
+def test_a_model_that_is_not_the_stores_is_refused(data: Made) -> None:
     class Shifted(MadeActivations):
         def places(self, *given: Any, **named: Any) -> Places:
-            found = super().places(*given, **named)
-            return {unit: places[:0] for unit, places in found.items()}
+            result = super().places(*given, **named)
+            return {unit: places[:0] for unit, places in result.items()}
 
     with pytest.raises(UserError, match="not the model that its features were collected from"):
-        draw(made.store, DescribeConfig(), Shifted(made))
+        draw(data.store, DescribeConfig(), Shifted(data))
 
 
 def test_what_texts_begin_and_end_with_tells_nothing(tmp_path: Path) -> None:
@@ -309,52 +316,56 @@ def test_what_texts_begin_and_end_with_tells_nothing(tmp_path: Path) -> None:
         texts.append(MadeText([begin, *rng.integers(3, 400, n - 2).tolist(), end], [7] * n))
         fires = rng.random((1, n, features)) < 0.005
         activations.append(np.where(fires, rng.uniform(0.5, 2, fires.shape), 0).astype(np.float32))
-    made = make_store(tmp_path / "f", texts, activations, [f"w{i}" for i in range(400)])
+    data = make_store(tmp_path / "f", texts, activations, [f"w{i}" for i in range(400)])
     config = DescribeConfig(before=20, after=10)
-    drawn = draw(made.store, config, MadeActivations(made))
+    drawn = draw(data.store, config, MadeActivations(data))
     assert drawn is not None
     assert drawn.counts["adapter"][0]["judged"] == features
     for case in drawn.cases:
-        check_honest(case, made, config)
+        check_honest(case, data, config)
     truth = np.array([so for case in drawn.cases for so in case.truth])
     for token in (begin, end):
-        told = np.array([token in window.tokens for case in drawn.cases for window in case.texts])
-        assert told[truth].mean() >= 0.15  # else there is nothing to match
-        assert abs(np.mean(told == truth) - 0.5) <= 0.05
+        predictions = np.array(
+            [token in window.tokens for case in drawn.cases for window in case.texts]
+        )
+        assert predictions[truth].mean() >= 0.15  # else there is nothing to match
+        assert abs(np.mean(predictions == truth) - 0.5) <= 0.05
 
 
 def test_silent_windows_are_all_that_a_loop_finds_with_equal_chance(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     texts = [MadeText([3] * n, [7] * n) for n in (1, 4, 9, 5, 5, 12)]
     nothing = [np.zeros((1, len(text.tokens), 1), np.float32) for text in texts]
-    made = make_store(tmp_path / "f", texts, nothing, ["w"] * 4)
-    corpus = Corpus(made.store, DescribeConfig())
-    found: Counter[tuple[int, int]] = Counter()
+    data = make_store(tmp_path / "f", texts, nothing, ["w"] * 4)
+    corpus = Corpus(data.store, DescribeConfig())
+    result: Counter[tuple[int, int]] = Counter()
     for trial in range(400):
-        some = [(i, at) for i, t in enumerate(texts) for at in range(len(t.tokens))]
-        held = [place for place in some if rng.random() < 0.15 * (trial % 3)]
+        positions = [
+            (i, position) for i, t in enumerate(texts) for position in range(len(t.tokens))
+        ]
+        held = [place for place in positions if rng.random() < 0.15 * (trial % 3)]
         n = int(rng.integers(len(texts)))
         size = len(texts[n].tokens)
         start = int(rng.integers(size))
         length = int(rng.integers(1, size - start + 1))
         like = Window(n, start, (3,) * length, (True,) * length)
         wanted = {
-            (i, at)
+            (i, position)
             for i, t in enumerate(texts)
-            for at in range(len(t.tokens) - length + 1)
-            if not any((i, p) in held for p in range(at, at + length))
-            and (at == 0) == (start == 0)
-            and (at + length == len(t.tokens)) == (start + length == size)
+            for position in range(len(t.tokens) - length + 1)
+            if not any((i, p) in held for p in range(position, position + length))
+            and (position == 0) == (start == 0)
+            and (position + length == len(t.tokens)) == (start + length == size)
         }
-        taken = corpus.along(np.array(held, dtype=np.int64).reshape(-1, 2))
-        windows = list(corpus.silent(taken, like, rng))
+        taken = corpus.to_positions(np.array(held, dtype=np.int64).reshape(-1, 2))
+        windows = list(corpus.sample_negatives(taken, like, rng))
         assert all(len(w.tokens) == length and not any(w.fires) for w in windows)
         got = [(w.text, w.start) for w in windows]
         assert len(got) == len(set(got))
         assert set(got) == wanted
     like = Window(2, 1, (3, 3), (True, True))
     for _ in range(4000):
-        window = next(corpus.silent(np.array([], dtype=np.int64), like, rng))
-        found[window.text, window.start] += 1
-    assert len(found) == 1 + 6 + 2 + 2 + 9  # of the texts longer than 3
-    assert max(found.values()) <= 2 * min(found.values())
+        window = next(corpus.sample_negatives(np.array([], dtype=np.int64), like, rng))
+        result[window.text, window.start] += 1
+    assert len(result) == 1 + 6 + 2 + 2 + 9  # of the texts longer than 3
+    assert max(result.values()) <= 2 * min(result.values())

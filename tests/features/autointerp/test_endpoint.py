@@ -13,11 +13,15 @@ import pytest
 from chat_server import KEY, ChatServer, Fault, answers_well, serving
 
 from fastadapt.errors import RunError, UserError
-from fastadapt.features.autointerp.judges.endpoint import EndpointJudge
-from fastadapt.features.autointerp.judges.factory import open_judge
+from fastadapt.features.autointerp.judges.endpoint import EndpointJudge, open_judge
 from fastadapt.features.autointerp.judges.settings import JudgeConfig, secrets
 from fastadapt.features.autointerp.judges.without_llm import TokenJudge
-from fastadapt.features.autointerp.questions import Describe, Detect, Estimate, Example
+from fastadapt.features.autointerp.questions import (
+    DescribeQuestion,
+    DetectQuestion,
+    Estimate,
+    Example,
+)
 from fastadapt.features.store.store import Store
 from fastadapt.reporting.formatting import number
 
@@ -27,8 +31,8 @@ def judge_at(url: str, folder: Path, **settings: Any) -> EndpointJudge:
     return EndpointJudge(config, folder / "calls")
 
 
-def questions(n: int) -> list[Detect]:
-    return [Detect(f"w{i}", ((f"w{i}",), ("none",))) for i in range(n)]
+def questions(n: int) -> list[DetectQuestion]:
+    return [DetectQuestion(f"w{i}", ((f"w{i}",), ("none",))) for i in range(n)]
 
 
 RIGHT = (True, False)
@@ -70,7 +74,7 @@ def test_another_model_or_parameter_is_another_question(good: ChatServer, tmp_pa
 @pytest.mark.parametrize("concurrency", [1, 3, 8])
 def test_no_more_at_once_than_set(tmp_path: Path, concurrency: int) -> None:
     def slowly(body: dict[str, Any], number: int) -> str:
-        time.sleep(0.05)
+        time.sleep(0.025 * concurrency)  # all requests arrive meanwhile
         return answers_well(body, number)
 
     with serving(slowly) as server:
@@ -97,7 +101,7 @@ def test_a_stall_is_a_timeout_and_tried_again(tmp_path: Path) -> None:
     with serving(lambda *_: Fault(200, stall=1.0)) as server:
         judge = judge_at(server.url, tmp_path, timeout=0.2, retries=1)
         with pytest.raises(RunError, match=r"127\.0\.0\.1.* no answer in 0\.2 s, after 2 attempts"):
-            judge.ask([Detect("other", (("a",),))])
+            judge.ask([DetectQuestion("other", (("a",),))])
     assert len(server.requests) == 2
 
 
@@ -114,8 +118,8 @@ def test_a_judge_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 def test_a_refusal_is_told_at_once_and_without_the_key(tmp_path: Path) -> None:
     body = json.dumps({"error": {"message": f"Incorrect API key provided: {KEY}"}})
-    told = pytest.raises(RunError, match="HTTP 401, 'Incorrect API key provided: ")
-    with serving(lambda *_: Fault(401, body)) as server, told as caught:
+    expected_error = pytest.raises(RunError, match="HTTP 401, 'Incorrect API key provided: ")
+    with serving(lambda *_: Fault(401, body)) as server, expected_error as caught:
         judge_at(server.url, tmp_path, concurrency=1).ask(questions(5))
     assert KEY not in str(caught.value)
     assert caught.value.__cause__ is None
@@ -157,12 +161,12 @@ def test_another_endpoints_answers_are_not_this_ones(good: ChatServer, tmp_path:
     judge_at(good.url, tmp_path).ask(questions(3))
     with serving(lambda body, _: answers_well(body)) as other:
         judge = judge_at(other.url, tmp_path)
-        assert judge.kept(questions(1)[0]) is None
+        assert judge.cached_answer(questions(1)[0]) is None
         assert judge.ask(questions(3)) == [RIGHT] * 3
     assert len(good.requests) == len(other.requests) == 3
     # What is secret in an address is no part of it.
     named = judge_at(good.url.replace("//", "//me:hidden@"), tmp_path)
-    assert named.kept(questions(1)[0]) == RIGHT
+    assert named.cached_answer(questions(1)[0]) == RIGHT
     assert not [p for p in tmp_path.rglob("*.json") if "hidden" in p.read_text()]
 
 
@@ -181,9 +185,9 @@ NONSENSE = [
 def test_nonsense_is_asked_again_once_then_an_error_that_shows_it(
     tmp_path: Path, nonsense: Any
 ) -> None:
-    told = pytest.raises(RunError, match=r"made-1 at http://127.*One of them: ")
+    expected_error = pytest.raises(RunError, match=r"made-1 at http://127.*One of them: ")
     with serving(lambda *_: nonsense) as server:
-        with told as caught:
+        with expected_error as caught:
             judge_at(server.url, tmp_path, concurrency=1, retries=0).ask(questions(30))
         if isinstance(nonsense, str) and nonsense:
             assert repr(nonsense) in str(caught.value)
@@ -215,7 +219,7 @@ def test_an_answer_in_the_second_place_is_an_answer(tmp_path: Path) -> None:
 
     with serving(second) as server:
         assert judge_at(server.url, tmp_path).ask(questions(3)) == [RIGHT] * 3
-        assert judge_at(server.url, tmp_path).kept(questions(1)[0]) == RIGHT
+        assert judge_at(server.url, tmp_path).cached_answer(questions(1)[0]) == RIGHT
     assert len(server.requests) == 6
 
 
@@ -232,11 +236,11 @@ def test_half_an_emoji_ends_nothing(tmp_path: Path, half: Any, answer: str | Non
     def mostly(body: dict[str, Any], _: int) -> Any:
         return half if " wait" in body["messages"][1]["content"] else answers_well(body)
 
-    asked = [Describe((Example(("so", " wait"), (False, True)),)), *questions(20)]
+    asked_questions = [DescribeQuestion((Example(("so", " wait"), (False, True)),)), *questions(20)]
     with serving(mostly) as server:
-        assert judge_at(server.url, tmp_path).ask(asked) == [answer, *[RIGHT] * 20]
+        assert judge_at(server.url, tmp_path).ask(asked_questions) == [answer, *[RIGHT] * 20]
         calls = len(server.requests)
-        assert judge_at(server.url, tmp_path).ask(asked) == [answer, *[RIGHT] * 20]
+        assert judge_at(server.url, tmp_path).ask(asked_questions) == [answer, *[RIGHT] * 20]
         assert len(server.requests) == calls == 21 + (answer is None)  # all of it was kept
 
 
@@ -269,18 +273,21 @@ def test_a_file_that_was_cut_is_asked_again(good: ChatServer, tmp_path: Path) ->
 
 def test_the_estimate_counts_calls_tokens_and_money(good: ChatServer, tmp_path: Path) -> None:
     judge = judge_at(good.url, tmp_path, price_in=2.0, price_out=10.0, max_tokens=100)
-    told = judge.estimate(questions(20))
-    assert isinstance(told, Estimate)
-    assert (told.calls, told.kept, told.tokens_out) == (20, 0, 2000)
-    assert told.cost == pytest.approx((told.tokens_in * 2 + 2000 * 10) / 1e6)
+    estimate = judge.estimate(questions(20))
+    assert isinstance(estimate, Estimate)
+    assert (estimate.calls, estimate.cached, estimate.tokens_out) == (20, 0, 2000)
+    assert estimate.cost == pytest.approx((estimate.tokens_in * 2 + 2000 * 10) / 1e6)
     judge.ask(questions(20))
     letters = sum(len(m["content"]) for r in good.requests for m in r["messages"])
-    assert letters / 4 <= told.tokens_in <= letters / 4 + 20 * 2 * 5
+    assert letters / 4 <= estimate.tokens_in <= letters / 4 + 20 * 2 * 5
     assert judge.estimate(questions(21))[:2] == (1, 20)
     assert judge_at(good.url, tmp_path).estimate(questions(1)).cost is None
     by_words = EndpointJudge(judge.config, tmp_path / "none", count=lambda t: len(t.split()))
     assert by_words.estimate(questions(1)).counted == "by the given tokenizer"
-    assert f"some {number(told.cost)} in all; up to twice that where answers are not" in told.words
+    assert (
+        f"about {number(estimate.cost)} in all; up to twice that if answers are not"
+        in estimate.words
+    )
     assert "twice" not in judge.estimate(questions(20)).words  # nothing is asked
     limitless = judge_at(good.url, tmp_path / "none", price_in=2.0, price_out=1.0, max_tokens=None)
     assert limitless.estimate(questions(1))[3:5] == (None, None)
@@ -309,7 +316,7 @@ def test_settings_that_cannot_be_are_refused(
     with pytest.raises(UserError, match=r"judge\.model: .* at judge\.base_url"):
         JudgeConfig(base_url="http://127.0.0.1:9/v1")
     monkeypatch.setenv("OPENAI_MODEL", "made-1")
-    assert JudgeConfig(base_url="http://127.0.0.1:9/v1").asked_for == "made-1"
+    assert JudgeConfig(base_url="http://127.0.0.1:9/v1").model_name == "made-1"
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(UserError, match="OPENAI_API_KEY"):
         EndpointJudge(JudgeConfig(model="made-1"), tmp_path)

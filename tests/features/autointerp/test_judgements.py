@@ -34,11 +34,11 @@ CONFIG = DescribeConfig(units=2, samples=("top",))
 @pytest.fixture(scope="module")
 def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Made, str]:
     """A store with what two judges said, the second of classes too, and the file's text."""
-    made = planted(tmp_path_factory.mktemp("judged") / "f", features=3, texts=60)
-    found = describe(made.store, TokenJudge(), CONFIG, MadeActivations(made))
-    assert found is not None
+    data = planted(tmp_path_factory.mktemp("judged") / "f", features=3, texts=60)
+    described = describe(data.store, TokenJudge(), CONFIG, MadeActivations(data))
+    assert described is not None
     config = ClassifyConfig()
-    told = {
+    result = {
         "judge": {"model": "other"},
         "settings": {"units": config.units, "min_density": config.min_density, "top": 5},
         "level": 0.95,
@@ -46,9 +46,9 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Made, str]:
         "invalid": 0,
         "shares": {"adapter": shares([], 3, config.statistics)},
     }
-    write_judgements(made.store, "other", "classified", told)
-    write_judgements(made.store, "other", "described", found)
-    return made, (made.store.folder / JSON).read_text()
+    write_judgements(data.store, "other", "classified", result)
+    write_judgements(data.store, "other", "described", described)
+    return data, (data.store.folder / JSON).read_text()
 
 
 def _detected(other: dict[str, Any]) -> dict[str, Any]:
@@ -94,75 +94,75 @@ DAMAGED: dict[str, tuple[Change, str]] = {
 @pytest.mark.parametrize("case", DAMAGED)
 def test_a_damaged_part_is_told_with_its_key(case: str, judged: tuple[Made, str]) -> None:
     change, key = DAMAGED[case]
-    made, text = judged
+    data, text = judged
     held = json.loads(text)
     change(held["judges"]["other"])
-    _refused(made, json.dumps(held).replace("Infinity", "1e999"), key)
+    _refused(data, json.dumps(held).replace("Infinity", "1e999"), key)
 
 
 @pytest.mark.parametrize("name", ["", "x" * 1001, "a\x00b", "a\nb", "\ud800"], ids=ascii)
 def test_a_judge_of_an_odd_name_is_told(name: str, judged: tuple[Made, str]) -> None:
-    made, text = judged
+    data, text = judged
     held = json.loads(text)
     held["judges"][name] = held["judges"].pop("other")
-    _refused(made, json.dumps(held), "judges")
+    _refused(data, json.dumps(held), "judges")
 
     class Odd(TokenJudge):
         pass
 
     Odd.name = name  # type: ignore[method-assign, assignment]
-    (made.store.folder / JSON).write_text(text)
+    (data.store.folder / JSON).write_text(text)
     with pytest.raises(UserError, match="the name of the judge"):
-        describe(made.store, Odd(), CONFIG, MadeActivations(made))
+        describe(data.store, Odd(), CONFIG, MadeActivations(data))
 
 
-def _refused(made: Made, text: str, key: str) -> None:
+def _refused(data: Made, text: str, key: str) -> None:
     """Reading, adding and checking say what is wrong, and nothing is changed."""
-    path = made.store.folder / JSON
+    path = data.store.folder / JSON
     path.write_text(text)
     with pytest.raises(UserError, match=f"{JSON}.*{key}.*judge again"):
-        read_judgements(made.store)
+        read_judgements(data.store)
     with pytest.raises(UserError, match=key):
-        describe(made.store, TokenJudge(), CONFIG, MadeActivations(made))
+        describe(data.store, TokenJudge(), CONFIG, MadeActivations(data))
     assert path.read_text() == text
-    assert [one.name for one in check_store(made.store) if one.wrong] == [JSON]
+    assert [one.name for one in check_store(data.store) if one.wrong] == [JSON]
 
 
 def test_what_the_project_wrote_is_read(judged: tuple[Made, str]) -> None:
-    made, text = judged
-    (made.store.folder / JSON).write_text(text)
-    held = read_judgements(made.store)
+    data, text = judged
+    (data.store.folder / JSON).write_text(text)
+    held = read_judgements(data.store)
     assert held == json.loads(text)
     assert len(tables(held)) == 3
-    assert [one for one in check_store(made.store) if one.wrong] == []
+    assert [one for one in check_store(data.store) if one.wrong] == []
 
 
 def test_what_was_said_of_other_features_needs_not_fit_the_store(judged: tuple[Made, str]) -> None:
-    made, text = judged
+    data, text = judged
     held = json.loads(text)
     parts = held["judges"]["other"]
     parts["classified"] |= {"collected": "0" * 64}
     parts["classified"]["shares"]["adapter"]["layers"] = []
     del parts["described"]["collected"]
-    (made.store.folder / JSON).write_text(json.dumps(held))
-    assert list(read_judgements(made.store)["judges"]) == ["tokens"]
+    (data.store.folder / JSON).write_text(json.dumps(held))
+    assert list(read_judgements(data.store)["judges"]) == ["tokens"]
 
 
 def test_long_names_of_judges_and_alike_ones_have_plots_of_their_own(
     judged: tuple[Made, str],
 ) -> None:
-    made, text = judged
+    data, text = judged
     held = json.loads(text)
     part = held["judges"]["other"]["described"]
-    (made.store.folder / JSON).write_text(text)
+    (data.store.folder / JSON).write_text(text)
     judges = ["m/1", "m-1", "x" * 300, "x" * 299 + "y", "é" * 300, "a/../b"]
     for judge in judges:
-        write_judgements(made.store, judge, "described", part)
-    drawn = figures(read_judgements(made.store))
-    found = {path.name for path in (made.store.folder / PLOTS).iterdir()}
-    assert found == {f"{figure.key}.png" for figure in drawn}
-    assert len(found) == len(drawn)
-    assert all(len(name.encode()) <= 255 for name in found)
+        write_judgements(data.store, judge, "described", part)
+    drawn = figures(read_judgements(data.store))
+    names = {path.name for path in (data.store.folder / PLOTS).iterdir()}
+    assert names == {f"{figure.key}.png" for figure in drawn}
+    assert len(names) == len(drawn)
+    assert all(len(name.encode()) <= 255 for name in names)
 
 
 def test_a_plain_name_stays_as_it_is() -> None:
@@ -170,14 +170,14 @@ def test_a_plain_name_stays_as_it_is() -> None:
 
 
 def test_what_is_no_file_is_no_absence(judged: tuple[Made, str], tmp_path: Path) -> None:
-    made, text = judged
-    path = made.store.folder / JSON
+    data, text = judged
+    path = data.store.folder / JSON
     path.unlink()
     path.mkdir()
     try:
         with pytest.raises(UserError, match=JSON):
-            read_judgements(made.store)
-        assert [one.name for one in check_store(made.store) if one.wrong] == [JSON]
+            read_judgements(data.store)
+        assert [one.name for one in check_store(data.store) if one.wrong] == [JSON]
     finally:
         path.rmdir()
         path.write_text(text)

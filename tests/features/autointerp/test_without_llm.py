@@ -12,7 +12,12 @@ from fastadapt.features.autointerp.judges.without_llm import (
     describe,
     detect,
 )
-from fastadapt.features.autointerp.questions import Classify, Describe, Detect, Example
+from fastadapt.features.autointerp.questions import (
+    ClassifyQuestion,
+    DescribeQuestion,
+    DetectQuestion,
+    Example,
+)
 
 
 def example(text: str) -> Example:
@@ -22,56 +27,56 @@ def example(text: str) -> Example:
     return Example(pieces, tuple(word.isupper() for word in words))
 
 
-def told(*texts: str) -> str:
+def rule_of(*texts: str) -> str:
     return describe([example(text) for text in texts])
 
 
 def test_one_token() -> None:
-    assert told("a b WAIT c", "d WAIT e WAIT", "f g WAIT") == 'fires on " wait"'
+    assert rule_of("a b WAIT c", "d WAIT e WAIT", "f g WAIT") == 'fires on " wait"'
 
 
 def test_several_tokens_those_of_most_places_first() -> None:
-    found = told("a WAIT b HMM", "c WAIT HMM", "d WAIT e HMM f WAIT")
-    assert found == 'fires on " wait", " hmm"'
+    description = rule_of("a WAIT b HMM", "c WAIT HMM", "d WAIT e HMM f WAIT")
+    assert description == 'fires on " wait", " hmm"'
 
 
 def test_a_pair_where_neither_token_alone_tells() -> None:
-    found = told("so THE a the so b", "the so THE so c", "so d the so THE", "the so THE")
-    assert found == 'fires on the pair " the" after " so"'
+    description = rule_of("so THE a the so b", "the so THE so c", "so d the so THE", "the so THE")
+    assert description == 'fires on the pair " the" after " so"'
 
 
 def test_what_follows_a_token() -> None:
-    found = told("so A b c", "a d so E b", "c so F e", "b so D f", "f so C")
-    assert found == 'fires on whatever follows " so"'
+    description = rule_of("so A b c", "a d so E b", "c so F e", "b so D f", "f so C")
+    assert description == 'fires on whatever follows " so"'
 
 
 def test_nothing_that_repeats_is_nothing() -> None:
-    assert told("a B c", "b c D e", "E f a") == NOTHING
-    assert told("a B c") == NOTHING  # one example says nothing of another
+    assert rule_of("a B c", "b c D e", "E f a") == NOTHING
+    assert rule_of("a B c") == NOTHING  # one example says nothing of another
     assert describe([]) == NOTHING
 
 
 def test_only_what_fires_more_often_than_not() -> None:
-    assert told("THE the the", "the THE the", "the the THE the") == NOTHING
+    assert rule_of("THE the the", "the THE the", "the the THE the") == NOTHING
 
 
 def test_a_key_that_fires_now_and_then_is_left_out_of_a_rule_that_holds() -> None:
-    assert told("WAIT the a THE", "the WAIT the b", "c WAIT the the") == 'fires on " wait"'
+    assert rule_of("WAIT the a THE", "the WAIT the b", "c WAIT the the") == 'fires on " wait"'
 
 
 def test_the_words_carry_the_rule_whatever_the_tokens_are() -> None:
     odd = ('"', "\\", ", ", ' after "', "\n", "fires on ", "é", "]")
     for piece in odd:
         examples = [Example(("x", piece, "y"), (False, True, False))] * 2
-        found = describe(examples)
-        assert detect(found, [("x", piece), ("y",), ("x", "y")]) == (True, False, False)
+        description = describe(examples)
+        assert detect(description, [("x", piece), ("y",), ("x", "y")]) == (True, False, False)
         examples = [
             Example((piece, "x", "y", "x", piece), (False, True, False, False, False)),
             Example(("y", "x", piece, "x", "y", "x", piece), (False,) * 3 + (True,) + (False,) * 3),
         ]
-        found = describe(examples)
-        assert found.startswith("fires on the pair")
-        assert detect(found, [(piece, "x"), ("x", piece), ("y", "x")]) == (True, False, False)
+        description = describe(examples)
+        assert description.startswith("fires on the pair")
+        assert detect(description, [(piece, "x"), ("x", piece), ("y", "x")]) == (True, False, False)
 
 
 def test_descriptions_of_others_and_of_nothing_fire_nowhere() -> None:
@@ -81,17 +86,17 @@ def test_descriptions_of_others_and_of_nothing_fire_nowhere() -> None:
 
 def test_a_long_rule_is_cut_to_its_commonest_keys() -> None:
     words = [f"W{i}" for i in range(40)]
-    found = told(" ".join(words), " ".join(words), " ".join([*words, *words[:5]]))
-    assert found.count('"') == 2 * MOST_KEYS
+    description = rule_of(" ".join(words), " ".join(words), " ".join([*words, *words[:5]]))
+    assert description.count('"') == 2 * MOST_KEYS
     for i in range(5):
-        assert f'" w{i}"' in found
+        assert f'" w{i}"' in description
 
 
 def test_the_judge_answers_in_order_and_tells_no_classes() -> None:
     judge = TokenJudge()
-    shown = Describe((example("a WAIT"), example("WAIT b")))
-    asked = Detect('fires on " wait"', ((" wait",), (" no",)))
-    assert judge.ask([shown, asked]) == ['fires on " wait"', (True, False)]
+    shown = DescribeQuestion((example("a WAIT"), example("WAIT b")))
+    detect_question = DetectQuestion('fires on " wait"', ((" wait",), (" no",)))
+    assert judge.ask([shown, detect_question]) == ['fires on " wait"', (True, False)]
     assert judge.estimate([shown]).calls == 0
     with pytest.raises(UserError, match=r"judge\.model"):
-        judge.ask([Classify((), (), ())])
+        judge.ask([ClassifyQuestion((), (), ())])

@@ -1,1 +1,1 @@
-"""Judges: an OpenAI-compatible endpoint, and rules without a language model."""
+"""Judges: an OpenAI-compatible endpoint, and token rules without a language model."""

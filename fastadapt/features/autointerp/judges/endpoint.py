@@ -1,4 +1,4 @@
-"""A judge behind an endpoint of OpenAI's kind: a hosted one, vLLM, llama.cpp, Ollama, ..."""
+"""Judge behind an OpenAI-compatible endpoint: a hosted one, vLLM, llama.cpp, Ollama, ..."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ import json
 import math
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastadapt.errors import RunError, UserError
 from fastadapt.features.autointerp.judges import prompts
-from fastadapt.features.autointerp.judges.error_budget import Tally, Told
-from fastadapt.features.autointerp.judges.reply_cache import Calls
+from fastadapt.features.autointerp.judges.reply_cache import ReplyCache
 from fastadapt.features.autointerp.judges.settings import (
     BASE_URL,
     HOSTED,
@@ -24,34 +23,97 @@ from fastadapt.features.autointerp.judges.settings import (
     public,
     secrets,
 )
-from fastadapt.features.autointerp.questions import Answer, Estimate, Progress, Question
+from fastadapt.features.autointerp.judges.without_llm import TokenJudge
+from fastadapt.features.autointerp.questions import Answer, Estimate, Judge, Progress, Question
+from fastadapt.features.store.store import Store
 
 if TYPE_CHECKING:
     from openai import OpenAI
 
-_LETTERS_PER_TOKEN = 4  # of English, where no tokenizer counts
-_PER_MESSAGE = 4  # tokens of a chat's own marks
-_SHOWN = 300  # letters of an answer in a message
+CALLS = "calls"  # folder of a store that holds the cached replies
+_LETTERS_PER_TOKEN = 4  # of English text, without a tokenizer
+_TOKENS_PER_MESSAGE = 4  # role and delimiters of a chat message
+_MAX_QUOTED = 300  # letters of a reply in an error message
+_MIN_REPLIES = 20  # number of replies, all invalid, after which the budget is exceeded
+
+
+def open_judge(
+    config: JudgeConfig, store: Store, *, count: Callable[[str], int] | None = None
+) -> Judge:
+    """Return the :class:`EndpointJudge` that ``config`` names, or :class:`TokenJudge` if none.
+
+    Args:
+        config: the judge's settings.
+        store: the store whose folder ``calls`` caches the replies.
+        count: number of tokens of a text, for estimates; a quarter of its letters if not given.
+
+    Raises:
+        UserError: the endpoint's key is missing, or ``openai`` is not installed.
+    """
+    if config.model_name is None:
+        return TokenJudge()
+    return EndpointJudge(config, store.folder / CALLS, count=count)
+
+
+@dataclass(frozen=True)
+class JudgeReply:
+    """The reply to a question: its answer (None if invalid), its last text, and the requests."""
+
+    answer: Answer | None
+    text: str
+    requests: list[Mapping[str, Any]]
+
+
+class ErrorBudget:
+    """Count of replies and of invalid ones, against the share that may be invalid.
+
+    Args:
+        total: number of questions.
+        max_share: share of ``total`` that may be invalid.
+    """
+
+    def __init__(self, total: int, max_share: float) -> None:
+        self.total, self.max_share = total, max_share
+        self.replies = self.invalid = 0
+        self.sample = ""  # text of the latest invalid reply
+        self.invalid_requests: list[Mapping[str, Any]] = []
+        self._lock = threading.Lock()
+
+    def add(self, reply: JudgeReply) -> None:
+        """Count one reply; safe to call from several threads."""
+        with self._lock:
+            self.replies += 1
+            if reply.answer is None:
+                self.invalid += 1
+                self.sample = reply.text
+                self.invalid_requests += reply.requests
+
+    @property
+    def exceeded(self) -> bool:
+        """Whether too many replies are invalid for the whole, or all of the first ones are."""
+        with self._lock:
+            all_invalid = self.replies >= _MIN_REPLIES and self.invalid == self.replies
+            return all_invalid or self.invalid > self.max_share * self.total
 
 
 class EndpointJudge:
-    """A judge behind an endpoint; see :class:`fastadapt.features.autointerp.questions.Judge`.
+    """Judge behind an endpoint; see :class:`fastadapt.features.autointerp.questions.Judge`.
 
     Args:
-        config: of :class:`JudgeConfig`, with a model there or in the environment.
-        calls: folder for the answers that are kept.
-        count: how many tokens a text has, for estimates; a quarter of its letters if not given.
+        config: settings, with a model named in them or in the environment.
+        calls: folder that caches the replies.
+        count: number of tokens of a text, for estimates; a quarter of its letters if not given.
 
     Raises:
-        UserError: no model is named, the key is missing, or the package ``openai`` is.
+        UserError: no model is named, the key is missing, or ``openai`` is not installed.
     """
 
-    tells_classes = True
+    can_classify = True
 
     def __init__(
         self, config: JudgeConfig, calls: Path, *, count: Callable[[str], int] | None = None
     ) -> None:
-        model = config.asked_for
+        model = config.model_name
         if model is None:
             raise UserError(f"judge.model: expected a name, here or in {MODEL}, got none")
         self.config, self.name = config, model
@@ -60,61 +122,126 @@ class EndpointJudge:
         if self._key is None and self._url == HOSTED:
             raise UserError(
                 f"the judge {model} needs a key: set {config.key_variable} in the environment, or "
-                f"give the address of an endpoint without one (judge.base_url, or {BASE_URL})"
+                f"give the address of an endpoint without a key (judge.base_url, or {BASE_URL})"
             )
         self._secrets = sorted({*secrets(self._url), self._key or ""} - {""}, key=len, reverse=True)
-        self._calls, self._count = Calls(calls), count
+        self._cache, self._count = ReplyCache(calls), count
         try:
             import openai  # noqa: F401
         except ImportError:
             raise UserError(
-                "a judge behind an endpoint needs: pip install 'fastadapt[features]'"
+                "the package openai is not installed: pip install 'fastadapt[features]'"
             ) from None
 
     @property
     def about(self) -> dict[str, str | int | None]:
-        """The endpoint without what may be secret in its address, and the prompts' version."""
+        """Model, endpoint without the secret parts of its address, and version of the prompts."""
         return {"model": self.name, "endpoint": public(self._url), "prompts": prompts.VERSION}
 
-    # --- what is kept, and what it would cost -----------------------------------------------------
-
-    def kept(self, question: Question) -> Answer | None:
-        """The answer that is kept from before; None if there is none that is valid."""
-        return self._settled(question)[1]
+    def cached_answer(self, question: Question) -> Answer | None:
+        """Return the cached valid answer to a question; None if the cache has none."""
+        reply = self._reply(question, self._cache.get)
+        return None if reply is None else reply.answer
 
     def estimate(self, questions: Sequence[Question]) -> Estimate:
-        """What asking would cost; see :class:`fastadapt.features.autointerp.questions.Estimate`."""
+        """Estimate the cost of the questions that the cache does not answer."""
         count = self._count or (lambda text: math.ceil(len(text) / _LETTERS_PER_TOKEN))
-        calls = tokens = 0
-        for question in questions:
-            if not self._settled(question)[0]:
-                calls += 1
-                tokens += sum(
-                    count(m["content"]) + _PER_MESSAGE for m in prompts.messages(question)
-                )
+        new = [q for q in questions if self._reply(q, self._cache.get) is None]
+        tokens = sum(
+            count(message["content"]) + _TOKENS_PER_MESSAGE
+            for question in new
+            for message in prompts.messages(question)
+        )
         c = self.config
-        out = None if c.max_tokens is None else calls * c.max_tokens
+        out = None if c.max_tokens is None else len(new) * c.max_tokens
         cost = None
         if out is not None and c.price_in is not None and c.price_out is not None:
             cost = (tokens * c.price_in + out * c.price_out) / 1_000_000
         how = "by the given tokenizer" if self._count else f"{_LETTERS_PER_TOKEN} letters to one"
-        return Estimate(calls, len(questions) - calls, tokens, out, cost, how)
+        return Estimate(len(new), len(questions) - len(new), tokens, out, cost, how)
 
-    def _settled(self, question: Question) -> tuple[bool, Answer | None]:
-        """Whether answers that are kept settle a question, and the answer, if it is valid."""
-        messages = prompts.messages(question)
-        for _ in range(2):
-            text = self._calls.get(self._request(messages))
-            if text is None:
-                return False, None
+    def ask(
+        self,
+        questions: Sequence[Question],
+        *,
+        progress: Progress | None = None,
+        stop: threading.Event | None = None,
+    ) -> list[Answer | None]:
+        """Answer each question; None where the answer is invalid or ``stop`` was set before.
+
+        Replies are cached one by one, so a killed call resumes without repeating requests. Once
+        ``stop`` is set no request begins, and requests under way are completed.
+
+        Raises:
+            RunError: the endpoint cannot be reached or refuses, or too many replies are invalid.
+                Invalid replies are then removed from the cache, to be requested again.
+        """
+        stop = stop or threading.Event()
+        ended = threading.Event()  # by an error or an interrupt of this call alone
+        budget = ErrorBudget(len(questions), self.config.invalid_share)
+        answers: list[Answer | None] = [None] * len(questions)
+
+        def send(request: dict[str, Any]) -> str | None:
+            if stop.is_set() or ended.is_set():
+                return None
+            text = self._cache.get(request)
+            return self._call(client, request) if text is None else text
+
+        def reply_to(question: Question) -> JudgeReply | None:
+            # Ends the call here, before this thread takes its next question.
             try:
-                return True, prompts.read(question, text)
+                reply = self._reply(question, send)
+            except BaseException:
+                ended.set()
+                raise
+            if reply is not None:
+                budget.add(reply)
+            if budget.exceeded:
+                ended.set()
+            return reply
+
+        with self._client() as client, ThreadPoolExecutor(self.config.concurrency) as pool:
+            futures = {pool.submit(reply_to, q): i for i, q in enumerate(questions)}
+            n_answered = 0
+            try:
+                for future in as_completed(futures):
+                    if (reply := future.result()) is None:
+                        continue
+                    if budget.exceeded:
+                        pool.shutdown(cancel_futures=True)  # waits for requests under way
+                        self._cache.remove(budget.invalid_requests)
+                        raise self._too_many_invalid(budget)
+                    answers[futures[future]] = reply.answer
+                    n_answered += 1
+                    if progress is not None:
+                        progress(n_answered, len(questions))
+            finally:
+                ended.set()
+                pool.shutdown(cancel_futures=True)
+        return answers
+
+    def _reply(
+        self, question: Question, send: Callable[[dict[str, Any]], str | None]
+    ) -> JudgeReply | None:
+        """Return the reply to a question, sent a second time if invalid; None if not sent."""
+        messages = prompts.messages(question)
+        requests: list[Mapping[str, Any]] = []
+        text = ""
+        for _ in range(2):
+            request = self._request(messages)
+            reply = send(request)
+            if reply is None:
+                return None
+            requests.append(request)
+            text = reply
+            try:
+                return JudgeReply(prompts.read(question, text), text, requests)
             except prompts.InvalidAnswerError as error:
                 messages = prompts.again(messages, text, str(error))
-        return True, None
+        return JudgeReply(None, text, requests)
 
     def _request(self, messages: Sequence[prompts.Message]) -> dict[str, Any]:
-        """All that an answer depends on: what its file is named after."""
+        """Return everything that a reply depends on: the key of the cache."""
         c = self.config
         parameters = c.fields
         if c.temperature is not None:
@@ -131,175 +258,86 @@ class EndpointJudge:
             "parameters": parameters,
         }
 
-    # --- asking -----------------------------------------------------------------------------------
-
-    def ask(
-        self,
-        questions: Sequence[Question],
-        *,
-        progress: Progress | None = None,
-        stop: threading.Event | None = None,
-    ) -> list[Answer | None]:
-        """An answer to each question; None where it was not valid, or where ``stop`` came first.
-
-        Answers are kept one by one, so what was asked before a kill is not asked again. With
-        ``stop`` set no further request begins, and those under way are waited for.
-
-        Raises:
-            RunError: the endpoint cannot be reached or refuses, or too many answers are not valid;
-                these are not kept then, so that they are asked for again.
-        """
-        stop = stop or threading.Event()
-        ended = threading.Event()  # by an error or an interrupt of this call alone
-        tally = Tally(len(questions), self.config.invalid_share)
-        answers: list[Answer | None] = [None] * len(questions)
-        with self._client() as client, ThreadPoolExecutor(self.config.concurrency) as pool:
-            waiting: dict[Future[Told | None], int] = {}
-            left = iter(enumerate(questions))
-            try:
-                while True:
-                    while len(waiting) < 2 * self.config.concurrency and not stop.is_set():
-                        if (following := next(left, None)) is None:
-                            break
-                        i, question = following
-                        waiting[pool.submit(self._answer, client, question, stop, ended)] = i
-                    if not waiting:
-                        return answers
-                    for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                        i, told = waiting.pop(future), future.result()
-                        if told is None:
-                            continue
-                        answers[i] = told.answer
-                        tally.add(told)
-                        if tally.hopeless:
-                            ended.set()
-                            error = self._nonsense(tally)
-                            self._forget(tally, waiting)
-                            raise error
-                        if progress is not None:
-                            progress(tally.done, len(questions))
-            finally:
-                ended.set()
-
-    def _forget(self, tally: Tally, waiting: Iterable[Future[Told | None]]) -> None:
-        """Drop what was not valid, with what is still on its way."""
-        for future in wait(waiting).done:
-            if future.exception() is None and (told := future.result()) is not None:
-                tally.add(told)
-        self._calls.forget(tally.requests)
-
-    def _answer(
-        self, client: OpenAI, question: Question, stop: threading.Event, ended: threading.Event
-    ) -> Told | None:
-        """Ask, and once more where the answer is not valid; None where it was to end before."""
-        messages = prompts.messages(question)
-        requests: list[Mapping[str, Any]] = []
-        text = ""
-        for _ in range(2):
-            request = self._request(messages)
-            known = self._calls.get(request)
-            if known is None:
-                if stop.is_set() or ended.is_set():
-                    return None
-                known = self._call(client, request)
-            requests.append(request)
-            text = known
-            try:
-                return Told(prompts.read(question, text), text, requests)
-            except prompts.InvalidAnswerError as error:
-                messages = prompts.again(messages, text, str(error))
-        return Told(None, text, requests)
-
     def _call(self, client: OpenAI, request: Mapping[str, Any]) -> str:
         import openai
 
-        made: Any
+        completion: Any
         fields = {"model": request["model"], "messages": request["messages"]}
         try:
-            # As fields of the body, since what this package calls a parameter differs by version.
-            made = client.chat.completions.create(**fields, extra_body=request["parameters"])
+            # Parameters go into the body: their names as arguments differ by openai's version.
+            completion = client.chat.completions.create(**fields, extra_body=request["parameters"])
         except openai.APITimeoutError:
             raise self._failed(f"gave no answer in {self.config.timeout:g} s") from None
         except openai.APIConnectionError as error:
-            why = str(error.__cause__ or error)
-            raise self._failed(f"cannot be reached ({why})") from None
+            raise self._failed(f"cannot be reached ({error.__cause__ or error})") from None
         except openai.APIStatusError as error:
             raise self._refused(error) from None
-        except openai.APIError as error:
-            raise self._failed(f"sent what cannot be read ({error})") from None
         except json.JSONDecodeError as error:
-            made = error.doc
-        except (ValueError, RecursionError) as error:  # numbers and nesting that Python refuses
-            raise self._failed(f"sent what cannot be read ({error})") from None
-        text, usage = _text_of(made), getattr(made, "usage", None)
-        told = None if usage is None else usage.model_dump(exclude_none=True)
-        self._calls.keep(request, text, told)
+            completion = error.doc
+        # Python refuses long numbers (ValueError) and deep nesting (RecursionError).
+        except (openai.APIError, ValueError, RecursionError) as error:
+            raise self._failed(f"sent a reply that cannot be read ({error})") from None
+        text, usage = _text_of(completion), getattr(completion, "usage", None)
+        self._cache.put(
+            request, text, None if usage is None else usage.model_dump(exclude_none=True)
+        )
         return text
 
-    @contextmanager
-    def _client(self) -> Iterator[OpenAI]:
+    def _client(self) -> OpenAI:
         from openai import OpenAI
 
-        c = self.config
-        client = OpenAI(
-            api_key=self._key or "none",  # the package wants one; such an endpoint does not read it
+        return OpenAI(
+            api_key=self._key or "none",  # required by openai, ignored by endpoints without a key
             base_url=self._url,
-            timeout=c.timeout,
-            max_retries=c.retries,
+            timeout=self.config.timeout,
+            max_retries=self.config.retries,
         )
-        with client:
-            yield client
 
-    # --- errors, which show no key or password ----------------------------------------------------
+    # --- errors, without secrets ------------------------------------------------------------------
 
     def _failed(self, what: str) -> RunError:
         after = f", after {self.config.retries + 1} attempts" if self.config.retries else ""
-        return RunError(self._safe(f"the judge {self.name} at {public(self._url)} {what}{after}"))
+        return self._error(f"{what}{after}")
 
     def _refused(self, error: Any) -> RunError:
         body = error.body.get("message", error.body) if isinstance(error.body, dict) else error.body
-        passing = error.status_code in (408, 409, 429) or error.status_code >= 500
-        after = f" after {self.config.retries + 1} attempts" if passing else ""
-        return RunError(
-            self._safe(
-                f"the judge {self.name} at {public(self._url)} refused{after}: HTTP "
-                f"{error.status_code}, {_short(self._safe(str(body)))}"
-            )
+        retried = error.status_code in (408, 409, 429) or error.status_code >= 500
+        after = f" after {self.config.retries + 1} attempts" if retried else ""
+        return self._error(f"refused{after}: HTTP {error.status_code}, {self._quote(str(body))}")
+
+    def _too_many_invalid(self, budget: ErrorBudget) -> RunError:
+        return self._error(
+            f"gave {budget.invalid} answers of {budget.replies} that are not valid, each asked for "
+            f"twice; expected at most {budget.max_share:.0%} of {budget.total} "
+            f"(judge.invalid_share). One of them: {self._quote(budget.sample)}"
         )
 
-    def _nonsense(self, tally: Tally) -> RunError:
-        return RunError(
-            self._safe(
-                f"the judge {self.name} at {public(self._url)} gave {tally.invalid} answers of "
-                f"{tally.done} that are not valid, each asked for twice; at most "
-                f"{self.config.invalid_share:.0%} of {tally.total} may be (judge.invalid_share). "
-                f"One of them: {_short(self._safe(tally.sample))}"
-            )
-        )
+    def _error(self, what: str) -> RunError:
+        return RunError(self._scrub(f"the judge {self.name} at {public(self._url)} {what}"))
 
-    def _safe(self, text: str) -> str:
-        """A text without what is secret; before it is shortened, which may leave a part of that."""
+    def _quote(self, text: str) -> str:
+        # Scrubbed before it is shortened: a part of a secret would not be recognised.
+        text = " ".join(self._scrub(text).split())
+        return repr(text if len(text) <= _MAX_QUOTED else text[:_MAX_QUOTED] + "…")
+
+    def _scrub(self, text: str) -> str:
         for secret in self._secrets:
             text = text.replace(secret, "***")
         return text
 
 
-def _text_of(made: Any) -> str:
-    """What a completion says; the whole of it where it says nothing, which is no valid answer.
+def _text_of(completion: Any) -> str:
+    """Return the text of a completion; all of the completion, which is invalid, if it has none.
 
-    Half an emoji, which can be written nowhere, becomes the mark of what cannot be read.
+    Lone surrogates, which UTF-8 cannot write, become U+FFFD.
     """
-    from pydantic import BaseModel  # what the package openai makes its answers of
+    from pydantic import BaseModel  # the base of openai's completions
 
     try:
-        text = made.choices[0].message.content
+        text = completion.choices[0].message.content
     except (AttributeError, IndexError, TypeError):
         text = None
     if not isinstance(text, str) or not text:
-        text = str(made.model_dump(exclude_none=True) if isinstance(made, BaseModel) else made)
+        is_model = isinstance(completion, BaseModel)
+        text = str(completion.model_dump(exclude_none=True) if is_model else completion)
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _short(text: str) -> str:
-    text = " ".join(text.split())
-    return repr(text if len(text) <= _SHOWN else text[:_SHOWN] + "…")

@@ -1,8 +1,8 @@
-"""What judges with a language model are asked, word by word, and how their answers are read.
+"""Prompts for judges with a language model, and parsing of their replies.
 
-A change of any word here is a new :data:`VERSION`: answers are kept under it, and scores name it.
-Texts of the corpus stand in JSON strings, so that no text can end its own quotation, and marks are
-chosen so that no text contains them.
+Any change to a prompt, or to a message of :class:`InvalidAnswerError`, needs a new :data:`VERSION`,
+which is part of the cache's key and of the scores. Texts of the corpus are quoted as JSON strings,
+so that no text can end its quotation, and the marks of active tokens occur in none of the texts.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from typing import Any
 from fastadapt.features.autointerp.questions import (
     CLASSES,
     Answer,
-    Class,
-    Describe,
-    Detect,
+    DescribeQuestion,
+    DetectQuestion,
     Example,
     Pieces,
     Question,
+    UnitClass,
 )
 
 VERSION = 1
 Message = dict[str, str]
-#: Longer descriptions are no descriptions, but a list of what was seen.
+#: Maximum length: longer descriptions only list the examples.
 DESCRIPTION_LETTERS = 600
 
 _UNIT = """\
@@ -90,12 +90,12 @@ alone."""
 
 
 class InvalidAnswerError(ValueError):
-    """An answer that is not of the form that was asked for; the message says what is wrong."""
+    """Reply of another form than requested; the message is sent to the judge."""
 
 
 def messages(question: Question) -> list[Message]:
-    """The conversation that puts a question."""
-    if isinstance(question, Detect):
+    """Return the chat messages of a question."""
+    if isinstance(question, DetectQuestion):
         system = _DETECT.format(n=len(question.texts))
         excerpts = {str(i): "".join(text) for i, text in enumerate(question.texts, 1)}
         content = f"Description: {_json(question.description)}\n\nExcerpts:\n{_lines(excerpts)}"
@@ -103,7 +103,7 @@ def messages(question: Question) -> list[Message]:
         left, right = marks([example.pieces for example in question.examples])
         shown = [marked(example, left, right) for example in question.examples]
         content = "Excerpts:\n" + _lines({str(i): text for i, text in enumerate(shown, 1)})
-        if isinstance(question, Describe):
+        if isinstance(question, DescribeQuestion):
             system = _DESCRIBE.format(left=left, right=right)
         else:
             system = _CLASSIFY.format(left=left, right=right)
@@ -114,46 +114,45 @@ def messages(question: Question) -> list[Message]:
     return [{"role": "system", "content": system}, {"role": "user", "content": content}]
 
 
-def again(asked: Sequence[Message], answer: str, what: str) -> list[Message]:
-    """The same conversation, gone on with after an answer that was not valid."""
-    told = {"role": "user", "content": _AGAIN.format(what=what)}
-    return [*asked, {"role": "assistant", "content": answer}, told]
+def again(question: Sequence[Message], reply: str, what: str) -> list[Message]:
+    """Return the messages of a question, its invalid reply, and a request for a valid one."""
+    correction = {"role": "user", "content": _AGAIN.format(what=what)}
+    return [*question, {"role": "assistant", "content": reply}, correction]
 
 
 def read(question: Question, text: str) -> Answer:
-    """The answer in a judge's text.
+    """Parse a judge's reply.
 
     Raises:
-        InvalidAnswerError: it is not of the form that was asked for.
+        InvalidAnswerError: the reply is not of the form requested.
     """
-    found = _object(text)
-    if isinstance(question, Detect):
+    fields = _object(text)
+    if isinstance(question, DetectQuestion):
         wanted = [str(i) for i in range(1, len(question.texts) + 1)]
-        if set(found) != set(wanted):
+        if set(fields) != set(wanted):
             raise InvalidAnswerError(f"expected the keys 1 to {len(wanted)}")
-        if not all(isinstance(value, bool) for value in found.values()):
+        if not all(isinstance(value, bool) for value in fields.values()):
             raise InvalidAnswerError("expected true or false as every value")
-        return tuple(found[key] for key in wanted)
-    if isinstance(question, Describe):
-        description = _text(found, "description")
+        return tuple(fields[key] for key in wanted)
+    if isinstance(question, DescribeQuestion):
+        description = _text(fields, "description")
         if len(description) > DESCRIPTION_LETTERS:
             raise InvalidAnswerError(
                 f"expected a description of at most {DESCRIPTION_LETTERS} letters"
             )
         return description
-    name, subclass = found.get("class"), found.get("subclass")
+    name, subclass = fields.get("class"), fields.get("subclass")
     if not isinstance(name, str) or name not in CLASSES:
         raise InvalidAnswerError(f'expected "class" to be one of {", ".join(CLASSES)}')
     if CLASSES[name] and subclass not in CLASSES[name]:
         raise InvalidAnswerError(f'expected "subclass" to be one of {", ".join(CLASSES[name])}')
-    return Class(name, subclass if CLASSES[name] else None, _text(found, "reason"))
+    return UnitClass(name, subclass if CLASSES[name] else None, _text(fields, "reason"))
 
 
 def marks(texts: Sequence[Pieces]) -> tuple[str, str]:
-    """What stands around active tokens: a pair that none of the texts contains.
+    """Return the left and right mark of active tokens, which occur in none of the texts.
 
-    Nor can text and mark together make another mark: the first letter of each is nowhere else in
-    it.
+    The first letter of a mark occurs once in it, so that text and mark cannot join to another mark.
     """
     joined = ["".join(text) for text in texts]
     left, right, n = "⟦", "⟧", 0
@@ -164,7 +163,7 @@ def marks(texts: Sequence[Pieces]) -> tuple[str, str]:
 
 
 def marked(example: Example, left: str, right: str) -> str:
-    """The text of an example with marks around every stretch of active tokens."""
+    """Return the text of an example with marks around each run of active tokens."""
     out, before = [], False
     for piece, fires in zip(example.pieces, example.fires, strict=True):
         if fires != before:
@@ -175,9 +174,9 @@ def marked(example: Example, left: str, right: str) -> str:
 
 
 def _object(text: str) -> dict[str, Any]:
-    """The JSON object in an answer, which may stand after its thinking, in a fence or in words.
+    """Return the JSON object of a reply, which thinking, a code fence or words may surround.
 
-    It ends behind all thinking, and may itself name the mark at which that ends.
+    The object ends after the last ``</think>`` outside it, and may contain ``</think>`` itself.
     """
     begins = [0, *(mark.end() for mark in re.finditer("</think>", text))]
     end = text.rfind("}", begins[-1]) + 1
@@ -186,20 +185,20 @@ def _object(text: str) -> dict[str, Any]:
         if (start := text.find("{", begin, end)) < 0:
             continue
         try:
-            found: dict[str, Any] = json.loads(text[start:end])
+            fields: dict[str, Any] = json.loads(text[start:end])
         except (ValueError, RecursionError) as error:
             why = f"the JSON object cannot be read ({error})"
         else:
-            return found
+            return fields
     raise InvalidAnswerError(why)
 
 
-def _text(found: dict[str, Any], key: str) -> str:
-    value = found.get(key)
+def _text(fields: dict[str, Any], key: str) -> str:
+    value = fields.get(key)
     if not isinstance(value, str) or not value.strip():
         raise InvalidAnswerError(f'expected text under "{key}"')
     try:
-        value.encode()  # half an emoji, as \\ud83d in JSON, can be written nowhere
+        value.encode()  # UTF-8 has no lone surrogates, such as \\ud83d in JSON
     except UnicodeEncodeError:
         raise InvalidAnswerError(f'expected text under "{key}" that is valid Unicode') from None
     return value.strip()

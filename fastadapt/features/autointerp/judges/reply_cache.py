@@ -1,4 +1,4 @@
-"""Answers of an endpoint, kept on disk by the content of the question."""
+"""Cache of an endpoint's replies on disk, keyed by the content of the request."""
 
 from __future__ import annotations
 
@@ -15,63 +15,62 @@ from fastadapt.io.documents import DocumentError, read_json
 from fastadapt.io.names import inside
 
 
-class _Held(TypedDict):
+class _Record(TypedDict):
     request: dict[str, Any]
     answer: str
 
 
-class Calls:
-    """A folder of answers, each in a file that is named after what was asked.
+class ReplyCache:
+    """Folder of replies, one file each, named after the hash of its request.
 
-    A file holds what was asked and of whom beside the answer, and neither the endpoint's key nor
-    what may be secret in its address. It is written as a whole or not at all; one that cannot be
-    read counts as not there.
+    A file holds the request and the reply, without the endpoint's key and the secret parts of its
+    address. Writes are atomic; an unreadable file counts as missing.
 
     Args:
-        folder: made when the first answer is kept.
+        folder: created with the first reply.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def get(self, request: Mapping[str, Any]) -> str | None:
-        """The answer to a request, if it is kept."""
+        """Return the cached reply to a request; None if the cache has none."""
         try:
-            held = read_json(self._path(request), _Held)
+            record = read_json(self._path(request), _Record)
         except DocumentError:
             return None
-        answer: str = held["answer"]
-        return answer if held["request"] == request and _is_text(answer) else None
+        answer: str = record["answer"]
+        return answer if record["request"] == request and _is_text(answer) else None
 
-    def keep(
+    def put(
         self, request: Mapping[str, Any], answer: str, usage: Mapping[str, Any] | None = None
     ) -> None:
-        """Keep an answer, and the tokens that the endpoint says it took.
+        """Write a reply, and the token counts that the endpoint reports.
 
         Raises:
             RunError: the folder cannot be written.
         """
         path = self._path(request)
-        held = {"request": request, "answer": answer, "usage": usage}
+        record = {"request": request, "answer": answer, "usage": usage}
         with disk_errors(path):
             make_folder(path.parent)
             with replacing(path) as staged:
-                staged.write_text(json.dumps(held, ensure_ascii=False) + "\n", encoding="utf-8")
+                staged.write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
 
-    def forget(self, requests: Sequence[Mapping[str, Any]]) -> None:
-        """Drop the answers to some requests."""
+    def remove(self, requests: Sequence[Mapping[str, Any]]) -> None:
+        """Delete the replies to the requests given."""
         for request in requests:
             self._path(request).unlink(missing_ok=True)
 
     def _path(self, request: Mapping[str, Any]) -> Path:
         text = json.dumps(request, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
         name = hashlib.sha256(text.encode()).hexdigest()
-        return inside(self.folder, name[:2], f"{name}.json", source="kept answers")
+        return inside(self.folder, name[:2], f"{name}.json", source="cached replies")
 
 
 def _is_text(answer: str) -> bool:
     try:
         answer.encode()
-    except UnicodeEncodeError:  # half of a pair of surrogates, as no endpoint's answer has it
+    except UnicodeEncodeError:  # a lone surrogate, which put() never receives
         return False
     return True

@@ -1,4 +1,4 @@
-"""Settings: which endpoint judges and how it is asked, what is described, what is classified."""
+"""Settings of the judge's endpoint, of describing, and of classifying."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from fastadapt.evaluation.statistics import BootstrapConfig
 from fastadapt.features.store.schema import KINDS, SAMPLES, Kind, SampleKind
 from fastadapt.io.documents import parse_json
 
-#: Variables of the environment, as other clients of such endpoints read them.
+#: Environment variables that the openai client reads too.
 BASE_URL, MODEL = "OPENAI_BASE_URL", "OPENAI_MODEL"
 HOSTED = "https://api.openai.com/v1"
 
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """The endpoint that judges, and how it is asked.
+    """Endpoint of the judge, and parameters of its requests.
 
     Args:
-        model: as the endpoint calls it; the environment's ``OPENAI_MODEL`` if not given. Where
-            neither is, the judge is the one that needs no model
+        model: name of the model at the endpoint; the environment's ``OPENAI_MODEL`` if not given.
+            Without either, the judge is the one that needs no model
             (:mod:`fastadapt.features.autointerp.judges.without_llm`).
-        base_url: up to and including ``/v1``; the environment's ``OPENAI_BASE_URL`` if not given,
-            and OpenAI's own if that is not there either.
-        key_variable: environment variable that holds the key. The key is written nowhere. An
-            endpoint of ``base_url`` may do without.
-        concurrency: requests under way at a time.
+        base_url: address up to and including ``/v1``; the environment's ``OPENAI_BASE_URL`` if not
+            given, and OpenAI's own address without either.
+        key_variable: environment variable that holds the key. The key is written to no file. An
+            endpoint at ``base_url`` may need none.
+        concurrency: number of requests under way at a time.
         timeout: seconds for one request.
-        retries: of a request that failed in a way that may pass (429, 5xx, no connection, timeout),
-            after waits that double from half a second to 8, or as long as the endpoint asks.
-        temperature: null sends none, for endpoints that refuse it.
-        max_tokens: of an answer; null sends none.
-        json_mode: ask for ``response_format: {"type": "json_object"}``.
-        extra: further fields of the request as a JSON object, ``{"reasoning_effort": "low"}`` for
-            example; they are written down with the answers.
-        invalid_share: of answers that are still not valid after asking again; beyond it, the run
-            ends with an error.
-        price_in: of a million tokens of questions, in any currency.
-        price_out: of a million tokens of answers, in the same.
+        retries: number of retries after errors that may pass (429, 5xx, no connection, timeout).
+            Waits double from 0.5 s to 8 s, unless the endpoint names one.
+        temperature: sampling temperature; null sends none, for endpoints that refuse it.
+        max_tokens: maximum number of tokens of an answer; null sends none.
+        json_mode: send ``response_format: {"type": "json_object"}``.
+        extra: further fields of the request as a JSON object, for example
+            ``{"reasoning_effort": "low"}``; they are written to disk with the replies.
+        invalid_share: maximum share of answers that are still invalid after a second request; a
+            larger share ends the run with an error.
+        price_in: price of a million input tokens, in any currency.
+        price_out: price of a million output tokens, in the same currency.
     """
 
     model: str | None = None
@@ -61,10 +61,10 @@ class JudgeConfig:
     price_out: float | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("concurrency", 1), ("retries", 0)):
-            if getattr(self, name) < least:
+        for name, minimum in (("concurrency", 1), ("retries", 0)):
+            if getattr(self, name) < minimum:
                 got = getattr(self, name)
-                raise UserError(f"judge.{name}: expected {least} or more, got {got}")
+                raise UserError(f"judge.{name}: expected {minimum} or more, got {got}")
         if not 0 < self.timeout < math.inf:
             raise UserError(f"judge.timeout: expected seconds above 0, got {self.timeout}")
         if not 0 <= self.invalid_share < 1:
@@ -82,50 +82,58 @@ class JudgeConfig:
             raise UserError(
                 f"judge.base_url: expected http:// or https://, got {public(self.base_url)!r}"
             )
-        if self.base_url is not None and self.asked_for is None:
+        if self.base_url is not None and self.model_name is None:
             raise UserError(
                 f"judge.model: expected the name of a model at judge.base_url, here or in {MODEL}, "
                 "got none"
             )
-        own = {"model", "messages", "temperature", "max_tokens", "response_format", "stream", "n"}
-        if taken := sorted(own & set(self.fields)):
-            raise UserError(f"judge.extra: {taken[0]} is a setting of its own, or fixed")
+        reserved = {
+            "model",
+            "messages",
+            "temperature",
+            "max_tokens",
+            "response_format",
+            "stream",
+            "n",
+        }
+        if taken := sorted(reserved & set(self.fields)):
+            raise UserError(
+                f"judge.extra: expected no field that is fixed or has a setting, got {taken[0]}"
+            )
 
     @property
     def fields(self) -> dict[str, Any]:
-        """``extra``, read.
+        """Fields of ``extra``.
 
         Raises:
-            UserError: it is no JSON object.
+            UserError: ``extra`` is not a JSON object.
         """
         fields: dict[str, Any] = parse_json(self.extra, "judge.extra", dict[str, Any])
         return fields
 
     @property
-    def asked_for(self) -> str | None:
-        """The model, from here or from the environment; None for no endpoint."""
+    def model_name(self) -> str | None:
+        """Model of the settings, else of the environment; None without an endpoint."""
         return self.model or os.environ.get(MODEL) or None
 
 
 @dataclass(frozen=True)
 class DescribeConfig:
-    """Which units are described, and how descriptions are scored.
+    """Selection of the units to describe, and of the texts that score the descriptions.
 
     Args:
-        units: of each layer and kind.
-        min_density: share of tokens at which a unit is active, at least, to be drawn.
-        samples: ``top``, ``uniform``, or both: of which examples units are described and scored.
-        shown: examples that the describer sees, at most.
-        min_shown: ... and at least, or the unit is left out.
-        scored: texts on which the unit fires that a description is scored on, and as many on which
-            it does not.
-        before: tokens of a window before the one at which the unit is active; at most what the
-            store has.
-        after: likewise after it.
-        texts: of the corpus, drawn by the seed, in which silent windows are looked for.
-        kinds: of unit; all that were collected and can be read if empty.
-        seed: of every draw.
-        statistics: intervals.
+        units: maximum number of units of each layer and kind.
+        min_density: minimum share of tokens at which a unit is active.
+        samples: samples of examples to describe and score: ``top``, ``uniform``, or both.
+        shown: maximum number of examples shown to the describer.
+        min_shown: minimum number of examples shown; units with fewer are left out.
+        scored: number of scored texts on which the unit fires, and of negatives.
+        before: number of tokens of a window before the active one; at most those of the store.
+        after: number of tokens of a window after the active one; at most those of the store.
+        texts: number of texts, drawn by the seed, that negatives are sampled from.
+        kinds: kinds of unit; all kinds of the store if empty.
+        seed: seed of every draw.
+        statistics: settings of the intervals.
     """
 
     units: int = 100
@@ -142,8 +150,8 @@ class DescribeConfig:
     statistics: BootstrapConfig = field(default_factory=BootstrapConfig)
 
     def __post_init__(self) -> None:
-        least = {"units": 1, "shown": 1, "min_shown": 1, "scored": 1, "texts": 1}
-        for name, smallest in {**least, "before": 0, "after": 0, "seed": 0}.items():
+        minimum = {"units": 1, "shown": 1, "min_shown": 1, "scored": 1, "texts": 1}
+        for name, smallest in {**minimum, "before": 0, "after": 0, "seed": 0}.items():
             if getattr(self, name) < smallest:
                 got = getattr(self, name)
                 raise UserError(f"describe.{name}: expected {smallest} or more, got {got}")
@@ -156,31 +164,30 @@ class DescribeConfig:
         for name in self.samples:
             if name not in SAMPLES:
                 raise UserError(
-                    f"describe.samples: expected some of {', '.join(SAMPLES)}, got {name!r}"
+                    f"describe.samples: expected one or more of {', '.join(SAMPLES)}, got {name!r}"
                 )
         if not self.samples or len(set(self.samples)) < len(self.samples):
             raise UserError(
-                f"describe.samples: expected some of {', '.join(SAMPLES)}, each once, "
+                f"describe.samples: expected one or more of {', '.join(SAMPLES)}, each once, "
                 f"got {list(self.samples)}"
             )
 
 
 @dataclass(frozen=True)
 class ClassifyConfig:
-    """Which units are classified.
+    """Selection of the units to classify, and of the examples shown to the judge.
 
     Args:
-        units: of each layer and kind.
-        min_density: share of tokens at which a unit is active, at least, to be drawn.
-        top: of the strongest examples, how many the judge sees, at most.
-        uniform: of those drawn uniformly, likewise.
-        min_shown: ... and at least in all, or the unit is left out.
-        before: tokens of a window before the one at which the unit is active; at most what the
-            store has.
-        after: likewise after it.
-        kinds: of unit; all that were collected if empty.
-        seed: of the draw.
-        statistics: intervals.
+        units: maximum number of units of each layer and kind.
+        min_density: minimum share of tokens at which a unit is active.
+        top: maximum number of the strongest examples shown.
+        uniform: maximum number of uniformly drawn examples shown.
+        min_shown: minimum number of examples shown in all; units with fewer are left out.
+        before: number of tokens of a window before the active one; at most those of the store.
+        after: number of tokens of a window after the active one; at most those of the store.
+        kinds: kinds of unit; all kinds of the store if empty.
+        seed: seed of the draw.
+        statistics: settings of the intervals.
     """
 
     units: int = 250
@@ -195,8 +202,8 @@ class ClassifyConfig:
     statistics: BootstrapConfig = field(default_factory=BootstrapConfig)
 
     def __post_init__(self) -> None:
-        least = {"units": 1, "min_shown": 1, "top": 0, "uniform": 0, "before": 0, "after": 0}
-        for name, smallest in {**least, "seed": 0}.items():
+        minimum = {"units": 1, "min_shown": 1, "top": 0, "uniform": 0, "before": 0, "after": 0}
+        for name, smallest in {**minimum, "seed": 0}.items():
             if getattr(self, name) < smallest:
                 got = getattr(self, name)
                 raise UserError(f"classify.{name}: expected {smallest} or more, got {got}")
@@ -209,35 +216,36 @@ class ClassifyConfig:
 
 
 def check_drawing(config: Any, section: str) -> None:
-    """Refuse settings of a draw of units that cannot be."""
+    """Raise ``UserError`` for an invalid ``min_density`` or ``kinds``."""
     if not 0 <= config.min_density <= 1:
         raise UserError(
             f"{section}.min_density: expected a share of tokens in [0, 1], got {config.min_density}"
         )
     for kind in config.kinds:
         if kind not in KINDS:
-            raise UserError(f"{section}.kinds: expected some of {', '.join(KINDS)}, got {kind!r}")
+            raise UserError(
+                f"{section}.kinds: expected one or more of {', '.join(KINDS)}, got {kind!r}"
+            )
 
 
 def public(url: str) -> str:
-    """An address without a name, a password or a query, which may be secret."""
+    """Return an address without user name, password and query, which may be secret."""
     parts = urlsplit(url)
     host = parts.netloc.rpartition("@")[2]
     return urlunsplit((parts.scheme, host, parts.path, "", ""))
 
 
 def secrets(url: str) -> set[str]:
-    """What may be secret in an address, in the forms in which an endpoint may quote it.
+    """Return the secrets of an address in all forms in which an endpoint may quote them.
 
-    Name and password as they stand, as they are meant (``%40`` is ``@``), and in base64, as they
-    are sent (RFC 7617); the password alone, or the name where there is none; the query.
+    The forms are user name and password as written, percent-decoded, and in base64 (RFC 7617); the
+    password alone, or the user name without a password; the query and its values.
     """
     parts = urlsplit(url)
-    found = {parts.query, *(value for _, value in parse_qsl(parts.query))}
-    given = parts.netloc.rpartition("@")[0]
-    name, _, password = given.partition(":")
+    values = {parts.query, *(value for _, value in parse_qsl(parts.query))}
+    name, _, password = parts.netloc.rpartition("@")[0].partition(":")
     for user, word in ((name, password), (unquote(name), unquote(password))):
         if user or word:
             pair = f"{user}:{word}"
-            found |= {pair, base64.b64encode(pair.encode()).decode(), word or user}
-    return found - {""}
+            values |= {pair, base64.b64encode(pair.encode()).decode(), word or user}
+    return values - {""}

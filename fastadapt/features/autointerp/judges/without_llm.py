@@ -1,15 +1,13 @@
-"""A judge that needs no language model: which tokens, or pairs of tokens, make a unit active.
+"""Judge without a language model: a rule over tokens, or pairs of tokens, that predicts activity.
 
-From the examples that it is shown it learns a rule of one of three forms, each a set of keys: the
-token itself; the token and the one before it; the one before it. A key belongs to the rule where
-the unit is active at more than half of the places that have it. Which form is taken is decided by
-leaving out one example at a time: the rule is learned from the others, and held against where the
-unit is active in this one; the form whose places agree best (F1 over all examples) wins, the
-simpler one among equals. Where no form finds any place that it had not seen, there is no rule: a
-description is worth only what it says of examples that did not make it.
+A rule is a set of keys of one of three forms: the token; the token and its predecessor; the
+predecessor. A key belongs to the rule if the unit is active at more than half of the positions with
+this key. Leave-one-out over the examples chooses the form: the rule of the other examples predicts
+the active positions of the one left out, and the form with the highest F1 over all examples wins
+(the simpler form on ties). If no form predicts an active position, the unit has no rule.
 
-The rule is written as a sentence, and detection reads nothing but that sentence: a text makes the
-unit active where the rule holds at any of its tokens.
+The description states the rule as a sentence. Detection reads only that sentence: the unit is
+active in a text if the rule holds at any of its tokens.
 """
 
 from __future__ import annotations
@@ -24,9 +22,9 @@ from typing import NamedTuple
 from fastadapt.errors import UserError
 from fastadapt.features.autointerp.questions import (
     Answer,
-    Classify,
-    Describe,
-    Detect,
+    ClassifyQuestion,
+    DescribeQuestion,
+    DetectQuestion,
     Estimate,
     Example,
     Pieces,
@@ -34,7 +32,7 @@ from fastadapt.features.autointerp.questions import (
     Question,
 )
 
-#: Keys that a description names, those of most places first.
+#: Maximum number of keys in a description; keys of most active positions come first.
 MOST_KEYS = 24
 NOTHING = "no token and no pair of tokens tells where it fires"
 
@@ -42,34 +40,40 @@ Key = tuple[str, ...]
 
 
 class Form(NamedTuple):
-    """A form of rule: of a place, its key, if it has one; of a key, its words."""
+    """Form of a rule.
+
+    Attributes:
+        key: returns the key at a position of a text; None without one.
+        words: format of a key, filled with its pieces as JSON strings in the order of the key.
+        opening: first words of the description.
+    """
 
     key: Callable[[Pieces, int], Key | None]
-    words: str  # its pieces as JSON strings in the order of the key
+    words: str
     opening: str
 
 
 FORMS = (
-    Form(lambda pieces, at: (pieces[at],), "{}", "fires on "),
+    Form(lambda pieces, i: (pieces[i],), "{}", "fires on "),
     Form(
-        lambda pieces, at: (pieces[at], pieces[at - 1]) if at else None,
+        lambda pieces, i: (pieces[i], pieces[i - 1]) if i else None,
         "{} after {}",
         "fires on the pair ",
     ),
-    Form(lambda pieces, at: (pieces[at - 1],) if at else None, "{}", "fires on whatever follows "),
+    Form(lambda pieces, i: (pieces[i - 1],) if i else None, "{}", "fires on whatever follows "),
 )
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 
 
 class TokenJudge:
-    """See the module, and :class:`fastadapt.features.autointerp.questions.Judge`."""
+    """Judge by token rules; see :class:`fastadapt.features.autointerp.questions.Judge`."""
 
     name = "tokens"
-    tells_classes = False
+    can_classify = False
 
     @property
     def about(self) -> dict[str, str | int | None]:
-        """There is nothing behind it."""
+        """Null for model, endpoint and prompts."""
         return {"model": None, "endpoint": None, "prompts": None}
 
     def ask(
@@ -79,70 +83,70 @@ class TokenJudge:
         progress: Progress | None = None,
         stop: Event | None = None,
     ) -> list[Answer | None]:
-        """An answer to each question; None where ``stop`` came first."""
+        """Answer each question; None where ``stop`` was set before."""
         answers: list[Answer | None] = [None] * len(questions)
         for i, question in enumerate(questions):
             if stop is not None and stop.is_set():
                 break
-            answers[i] = self.kept(question)
+            answers[i] = self.cached_answer(question)
             if progress is not None:
                 progress(i + 1, len(questions))
         return answers
 
-    def kept(self, question: Question) -> Answer:
-        """The answer: it costs nothing.
+    def cached_answer(self, question: Question) -> Answer:
+        """Return the answer, computed at no cost.
 
         Raises:
-            UserError: a class was asked for.
+            UserError: the question asks for a class.
         """
-        if isinstance(question, Describe):
+        if isinstance(question, DescribeQuestion):
             return describe(question.examples)
-        if isinstance(question, Detect):
+        if isinstance(question, DetectQuestion):
             return detect(question.description, question.texts)
-        assert isinstance(question, Classify)
+        assert isinstance(question, ClassifyQuestion)
         raise UserError(
-            "classes need a judge that is a language model: name one (judge.model) and its "
+            "the judge 'tokens' cannot classify: name a language model (judge.model) and its "
             "endpoint (judge.base_url)"
         )
 
     def estimate(self, questions: Sequence[Question]) -> Estimate:
-        """Nothing."""
-        return Estimate(0, len(questions), 0, 0, 0.0, "nothing is asked of anybody")
+        """Return an estimate of no calls."""
+        return Estimate(0, len(questions), 0, 0, 0.0, "no language model")
 
 
 def describe(examples: Sequence[Example]) -> str:
-    """The rule that separates active places best, in words."""
-    best, chosen = 0.0, None
+    """Describe the rule that predicts active positions best."""
+    best_f1, chosen = 0.0, None
     for form in FORMS:
-        if (agreement := _left_out(form, examples)) > best:
-            best, chosen = agreement, form
+        if (f1 := _leave_one_out_f1(form, examples)) > best_f1:
+            best_f1, chosen = f1, form
     if chosen is None:
         return NOTHING
     active = _counts(chosen, examples)[0]
     keys = sorted(_rule(chosen, examples), key=lambda key: (-active[key], key))[:MOST_KEYS]
-    named = (
+    listed = (
         chosen.words.format(*(json.dumps(piece, ensure_ascii=False) for piece in key))
         for key in keys
     )
-    return chosen.opening + ", ".join(named)
+    return chosen.opening + ", ".join(listed)
 
 
 def detect(description: str, texts: Iterable[Pieces]) -> tuple[bool, ...]:
-    """For each text, whether the rule of the description holds at any of its tokens."""
-    form, keys = _read(description)
+    """Return for each text whether the rule of the description holds at any of its tokens."""
+    form, keys = _parse(description)
     if form is None:
         return tuple(False for _ in texts)
-    return tuple(any(form.key(text, at) in keys for at in range(len(text))) for text in texts)
+    return tuple(any(form.key(text, i) in keys for i in range(len(text))) for text in texts)
 
 
-def _read(description: str) -> tuple[Form | None, set[Key]]:
-    """The rule of a description that this judge has written; none of another."""
-    # The longest opening first: one is the beginning of another.
+def _parse(description: str) -> tuple[Form | None, set[Key]]:
+    """Return the rule of a description by this judge; None and no keys for any other text."""
+    # Longest opening first: "fires on " begins the other openings too.
     for form in sorted(FORMS, key=lambda form: -len(form.opening)):
         if description.startswith(form.opening):
             try:
                 pieces = [json.loads(piece) for piece in _STRING.findall(description)]
-            except ValueError:  # an escape that JSON does not have: no rule of this judge
+            except ValueError:  # an invalid JSON escape: not written by this judge
                 return None, set()
             size = form.words.count("{}")
             return form, {tuple(pieces[i : i + size]) for i in range(0, len(pieces), size)}
@@ -150,36 +154,36 @@ def _read(description: str) -> tuple[Form | None, set[Key]]:
 
 
 def _counts(form: Form, examples: Iterable[Example]) -> tuple[Counter[Key], Counter[Key]]:
-    """Of each key, the places at which the unit is active, and all places."""
+    """Count the active positions of each key, and all of its positions."""
     active: Counter[Key] = Counter()
-    places: Counter[Key] = Counter()
+    positions: Counter[Key] = Counter()
     for example in examples:
-        for at, fires in enumerate(example.fires):
-            key = form.key(example.pieces, at)
+        for i, fires in enumerate(example.fires):
+            key = form.key(example.pieces, i)
             if key is not None:
-                places[key] += 1
+                positions[key] += 1
                 active[key] += fires
-    return active, places
+    return active, positions
 
 
 def _rule(form: Form, examples: Iterable[Example]) -> set[Key]:
-    active, places = _counts(form, examples)
-    return {key for key, n in places.items() if 2 * active[key] > n}
+    active, positions = _counts(form, examples)
+    return {key for key, n in positions.items() if 2 * active[key] > n}
 
 
-def _left_out(form: Form, examples: Sequence[Example]) -> float:
-    """F1 of rules on the examples that they were not learned from."""
-    active, places = _counts(form, examples)
-    right = claimed = wanted = 0
+def _leave_one_out_f1(form: Form, examples: Sequence[Example]) -> float:
+    """Return F1 over all examples, each predicted by the rule of the others."""
+    active, positions = _counts(form, examples)
+    n_right = n_predicted = n_active = 0
     for example in examples:
-        own_active, own_places = _counts(form, [example])
-        for at, fires in enumerate(example.fires):
-            key = form.key(example.pieces, at)
-            wanted += fires
+        active_here, positions_here = _counts(form, [example])
+        for i, fires in enumerate(example.fires):
+            key = form.key(example.pieces, i)
+            n_active += fires
             if key is None:
                 continue
-            others = places[key] - own_places[key]
-            claims = 2 * (active[key] - own_active[key]) > others
-            claimed += claims
-            right += claims and fires
-    return 2 * right / (claimed + wanted) if right else 0.0
+            others = positions[key] - positions_here[key]
+            predicted = 2 * (active[key] - active_here[key]) > others
+            n_predicted += predicted
+            n_right += predicted and fires
+    return 2 * n_right / (n_predicted + n_active) if n_right else 0.0
