@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def blocks(language: str, *pages: str) -> list[str]:
 
 
 def test_the_adapter_in_ten_lines_runs(capsys):
-    (code,) = blocks("python", "README.md")
+    _, code = blocks("python", "README.md")
     lines = [line for line in code.splitlines() if line.strip()]
     assert len(lines) <= 10
     names: dict[str, object] = {}
@@ -36,6 +37,16 @@ def test_the_adapter_in_ten_lines_runs(capsys):
     assert all(g is not None for g in gradients.values())
     assert gradients["W_dec"].abs().sum() > 0
     assert 200 < float(capsys.readouterr().out.split("(")[-1].rstrip(")\n")) < 312  # half of 512
+
+
+def test_a_run_gives_the_features_of_a_text(tmp_path, monkeypatch, capsys):
+    code, _ = blocks("python", "README.md")
+    shutil.copytree(
+        Path(__file__).parent / "old_files" / "finished", tmp_path / "runs" / "organism"
+    )
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    assert re.findall(r"^(\d) tensor", capsys.readouterr().out, re.MULTILINE) == list("0123")
 
 
 def test_the_op_runs():
