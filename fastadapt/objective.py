@@ -199,7 +199,7 @@ def _walk(
         if bridge is not None:
             run = partial(_run_block, model, layer, "target", single.arguments[layer])
             bridge, _, _ = recomputed(config.checkpoint, run, bridge)
-        model.leave(layer)
+        model.reshard_layer(layer)
         # Without a weight it is measured and no more.
         free = h_rep[:n_rows] if config.nmse else h_rep[:n_rows].detach()
         error = nmse(free, h, mask=real)

@@ -2,7 +2,7 @@
 
 The frozen weights of a decoder block (attention, norms, target MLP, base MLP) are copied to the GPU
 while the block before it runs, in the forward and in the backward pass, and freed after the layer
-(:meth:`fastadapt.models.replacement.ReplacementModel.leave`). Adapters, their gradients and
+(:meth:`fastadapt.models.replacement.ReplacementModel.reshard_layer`). Adapters, their gradients and
 moments, embeddings, last norm and head stay on the GPU. Results are bitwise those without offload.
 
 FSDP2 needs a process group; here it has one process.

@@ -59,7 +59,7 @@ def shard(model: ReplacementModel, ranks: Ranks, device: torch.device, *, master
     for block in model.blocks:
         _broadcast(block, ranks, device)
         # Not resharded after a call, since a layer is called up to three times in a row:
-        # ReplacementModel.leave reshards.
+        # ReplacementModel.reshard_layer reshards.
         unit = fully_shard(block, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
         # Weights of micro-batches add up to 1 over all ranks: gradients are summed as they are.
         unit.set_gradient_divide_factor(1.0)

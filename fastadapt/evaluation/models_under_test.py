@@ -137,7 +137,7 @@ class Students:
 
     def replacement(self, name: str) -> ReplacementModel:
         """The pair with this run's adapters in it; it keeps them until it is asked for others."""
-        self.model.carry(self.adapters(name))
+        self.model.set_adapters(self.adapters(name))
         return self.model
 
     def stream(self, name: str) -> Stream:

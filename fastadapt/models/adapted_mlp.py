@@ -1,7 +1,6 @@
-"""The MLP of a block in its three modes: the target's, the base's, the base's with an adapter.
+"""The MLP of a block in three modes: target, hybrid (the base's), replacement (with the adapter).
 
-Where weights of the model are trained in place of adapters (:mod:`fastadapt.models.baselines`), the
-third is what these make of it.
+For baselines (:mod:`fastadapt.models.baselines`) the third mode computes with the trained weights.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ MODES: tuple[Mode, ...] = ("target", "hybrid", "replacement")
 
 @dataclass
 class Call:
-    """What an open call hands to the MLP inside a block, and what the MLP hands back."""
+    """Arguments that a call of a block passes to its MLP, and the aux that the MLP returns."""
 
     mask: Tensor | None
     padding: Tensor | None
@@ -34,11 +33,11 @@ class Call:
 
 
 class AdaptedMLP(nn.Module):
-    """Stands where the target's MLP stood and knows three modes.
+    """Replaces the target's MLP in its block; its mode selects what it computes.
 
-    Returns one tensor, as the block expects. The adapter's penalty and statistics go to the call
-    that :meth:`running` opened; where none is open (``generate``) they are dropped. Where the
-    target's MLP is not at hand, ``target`` is None, and its mode an error.
+    Returns one tensor, as the block expects. The adapter's penalty and statistics go to the call of
+    :meth:`call_context`; without one (``generate``) they are dropped. ``target`` is None where the
+    target's MLP was not loaded; the mode ``target`` then raises.
     """
 
     def __init__(self, target: nn.Module | None, base: nn.Module, adapter: nn.Module) -> None:
@@ -50,8 +49,8 @@ class AdaptedMLP(nn.Module):
         self.call: Call | None = None
 
     @contextmanager
-    def running(self, mode: Mode, call: Call | None) -> Iterator[None]:
-        """Take ``mode`` and ``call`` inside the context; restore what was there before."""
+    def call_context(self, mode: Mode, call: Call | None) -> Iterator[None]:
+        """Set ``mode`` and ``call`` inside the context."""
         before = self.mode, self.call
         self.mode, self.call = mode, call
         try:
@@ -63,8 +62,8 @@ class AdaptedMLP(nn.Module):
         if self.mode == "target":
             if self.target is None:
                 raise UserError(
-                    "this model was read without its target, whose MLPs its checkpoint does not "
-                    "hold; only the modes hybrid and replacement are there"
+                    "this checkpoint does not hold the target's MLPs; expected mode hybrid or "
+                    "replacement, got target"
                 )
             return self.target(x)
         if self.mode == "hybrid":

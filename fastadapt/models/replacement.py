@@ -87,11 +87,11 @@ class ReplacementModel(nn.Module):
         dtype: torch.dtype | None = None,
         runs_on: torch.device | None = None,
     ) -> ReplacementModel:
-        """A replacement model with fresh adapters on the pair's device.
+        """Create a replacement model with new adapters on the pair's device.
 
-        ``dtype`` of transcoders is the pair's unless given; ``seed`` fixes ``W_enc``. ``runs_on``
-        is where the model will be moved before it runs, if it is not there yet. Of another
-        ``config.kind`` the fresh weights are the hybrid's.
+        ``dtype``: of transcoders, the pair's by default. ``seed`` determines ``W_enc``.
+        ``runs_on``: device that the model is moved to before it runs, if another. For a
+        ``config.kind`` other than ``transcoder`` the new weights are copies of the hybrid's.
         """
         if not config.sparse:
             return cls(pair, tuned_weights(pair, config.kind))
@@ -110,8 +110,8 @@ class ReplacementModel(nn.Module):
         )
         return cls(pair, adapters)
 
-    def carry(self, adapters: nn.ModuleList) -> None:
-        """Put other adapters where these are, so that several runs share one pair in memory.
+    def set_adapters(self, adapters: nn.ModuleList) -> None:
+        """Replace the adapters, so that several runs share one pair in memory.
 
         Args:
             adapters: as the constructor takes them, on the pair's device.
@@ -137,13 +137,13 @@ class ReplacementModel(nn.Module):
 
     @property
     def n_features(self) -> int:
-        """Features per layer, F; 0 where what is trained has none."""
+        """Features per layer, F; 0 for baselines."""
         first = self.adapters[0]
         return first.n_features if isinstance(first, TranscoderAdapter) else 0
 
     @property
     def device(self) -> torch.device:
-        """Where the models live."""
+        """Device of the models."""
         return next(self.model.parameters()).device
 
     @property
@@ -160,7 +160,7 @@ class ReplacementModel(nn.Module):
 
     @property
     def mlps(self) -> list[AdaptedMLP]:
-        """The three-mode MLPs, layer 1 of the model first."""
+        """The :class:`AdaptedMLP` of each layer."""
         return [getattr(block, self.paths.mlp) for block in self.blocks]
 
     @property
@@ -178,16 +178,13 @@ class ReplacementModel(nn.Module):
 
     @contextmanager
     def mode(self, mode: Mode) -> Iterator[ReplacementModel]:
-        """Be the target, the hybrid or the replacement inside the context.
-
-        Without one, the model is the replacement.
-        """
+        """Set the mode inside the context; outside, it is ``replacement``."""
         with in_mode(self.mlps, mode):
             yield self
 
     @torch.no_grad()
     def block_inputs(self, input_ids: Tensor, attention_mask: Tensor | None) -> BlockInputs:
-        """Run the model's own forward with blocks that only record.
+        """Record the arguments of each block in one call of the model's own forward.
 
         Args:
             input_ids: int64 ``[B, T]``.
@@ -223,7 +220,7 @@ class ReplacementModel(nn.Module):
         block = self.blocks[layer]
         call = Call(mask, padding, plan, return_codes)
         mlp: AdaptedMLP = getattr(block, self.paths.mlp)
-        with mlp.running(mode, call):
+        with mlp.call_context(mode, call):
             out: Tensor = block(hidden, **arguments)
         return out, call.aux
 
@@ -265,11 +262,11 @@ class ReplacementModel(nn.Module):
             assert aux is not None
             assert aux.codes is not None
             layers.append(aux.codes)
-            self.leave(layer)
+            self.reshard_layer(layer)
         return layers
 
-    def leave(self, layer: int) -> None:
-        """Let go of what calls of a block gathered from other ranks; alone, there is nothing."""
+    def reshard_layer(self, layer: int) -> None:
+        """Reshard a block's FSDP parameters after its last call in a layer; no-op without FSDP."""
         from torch.distributed.fsdp import FSDPModule
 
         block = self.blocks[layer]
@@ -277,9 +274,9 @@ class ReplacementModel(nn.Module):
             block.reshard()
 
     def final_norm(self, hidden: Tensor, mode: Mode) -> Tensor:
-        """The norm before the head, of the given mode; they differ where norms were refit."""
+        """Apply the norm before the head in the given mode; modes differ for refit norms."""
         norm = getattr(getattr(self.model, self.paths.decoder), self.paths.norm)
-        with self.mlps[-1].running(mode, None):
+        with self.mlps[-1].call_context(mode, None):
             out: Tensor = norm(hidden)
         return out
 
@@ -287,7 +284,7 @@ class ReplacementModel(nn.Module):
 def _check_fit(pair: ModelPair, adapters: nn.ModuleList) -> None:
     n_layers, width = len(pair.base_mlps), pair.target.config.hidden_size
     if len(adapters) != n_layers:
-        raise UserError(f"{n_layers} layers want as many adapters, got {len(adapters)}")
+        raise UserError(f"expected {n_layers} adapters, one per layer, got {len(adapters)}")
     if len({type(adapter) for adapter in adapters}) > 1:
         raise UserError("adapters of several kinds: one kind for all layers is expected")
     for i, adapter in enumerate(adapters):

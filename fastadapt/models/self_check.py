@@ -124,7 +124,7 @@ def _walked(model: ReplacementModel, inputs: BlockInputs, mode: Mode, positions:
     hidden = inputs.hidden
     for layer in range(model.n_layers):
         hidden, _ = model.block(layer, hidden, inputs.arguments[layer], mode)
-        model.leave(layer)
+        model.reshard_layer(layer)
     logits: Tensor = model.model.get_output_embeddings()(
         model.final_norm(hidden, mode)[:, positions]
     )
@@ -136,7 +136,7 @@ def _walked(model: ReplacementModel, inputs: BlockInputs, mode: Mode, positions:
 def _own(model: ReplacementModel, part: Batch, mode: Mode, positions: Tensor) -> Tensor:
     with ExitStack() as held:
         for mlp in model.mlps:  # the MLP's sums in the order of a walk
-            held.enter_context(mlp.running(mode, Call(None, None, None)))
+            held.enter_context(mlp.call_context(mode, Call(None, None, None)))
         output = model.model(
             input_ids=part.input_ids,
             attention_mask=part.attention_mask,
@@ -144,7 +144,7 @@ def _own(model: ReplacementModel, part: Batch, mode: Mode, positions: Tensor) ->
             logits_to_keep=positions,
         )
     for layer in range(model.n_layers):
-        model.leave(layer)
+        model.reshard_layer(layer)
     return _wide(output.logits)
 
 

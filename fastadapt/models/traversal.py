@@ -1,4 +1,4 @@
-"""Target and students side by side through the layers of one pair, with no gradient."""
+"""A gradient-free traversal of the layers by the target and several students."""
 
 from __future__ import annotations
 
@@ -15,10 +15,7 @@ from fastadapt.models.replacement import Mode, ReplacementModel
 
 
 class Stream(NamedTuple):
-    """How a student's blocks are called: in which mode, and with which adapters.
-
-    ``adapters`` are those that the model carries where None is given.
-    """
+    """Mode and adapters of a student's blocks; None: the model's current adapters."""
 
     mode: Mode
     adapters: nn.ModuleList | None = None
@@ -26,24 +23,24 @@ class Stream(NamedTuple):
 
 @contextmanager
 def carrying(model: ReplacementModel, adapters: nn.ModuleList | None) -> Iterator[None]:
-    """Let the model carry other adapters inside the context (None: those it has)."""
+    """Set other adapters inside the context; None keeps the current ones."""
     before = model.adapters
     if adapters is not None:
-        model.carry(adapters)
+        model.set_adapters(adapters)
     try:
         yield
     finally:
-        model.carry(before)
+        model.set_adapters(before)
 
 
 def final_norm(model: ReplacementModel, hidden: Tensor, stream: Stream) -> Tensor:
-    """The norm before the head that goes with a stream's last block."""
+    """Apply the norm before the head, with the stream's mode and adapters."""
     with carrying(model, stream.adapters):
         return model.final_norm(hidden, stream.mode)
 
 
 class Passed(NamedTuple):
-    """Where a block left the streams: ``[B, T, D]`` each, and the aux of those that have one."""
+    """Hidden states ``[B, T, D]`` of all streams after a block, and each student's aux."""
 
     layer: int
     target: Tensor
@@ -55,9 +52,10 @@ class Passed(NamedTuple):
 def side_by_side(
     model: ReplacementModel, batch: Batch, streams: Sequence[Stream]
 ) -> Iterator[Passed]:
-    """Walk the layers once, the target and every student free-running beside it.
+    """Yield the hidden states of the target and of every student after each layer.
 
-    The model carries at the end what it carried before. The batch is on the model's device.
+    Each stream reads its own previous states. The model's adapters are restored at the end. The
+    batch is on the model's device.
     """
     real, attention = batch.real, batch.attention_mask
     inputs = model.block_inputs(batch.input_ids, attention)
@@ -70,10 +68,10 @@ def side_by_side(
             aux: list[Aux | None] = []
             for s, (mode, adapters) in enumerate(streams):
                 if adapters is not None:
-                    model.carry(adapters)
+                    model.set_adapters(adapters)
                 students[s], of_block = model.block(
                     layer, students[s], arguments, mode, mask=real, padding=padding
                 )
                 aux.append(of_block)
-            model.leave(layer)
+            model.reshard_layer(layer)
             yield Passed(layer, h, list(students), aux)

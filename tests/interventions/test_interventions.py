@@ -60,7 +60,7 @@ def make_model(make_pair: Callable) -> Callable[..., ReplacementModel]:
 @torch.no_grad()
 def logits(model: ReplacementModel, adapters: nn.ModuleList | None = None) -> torch.Tensor:
     if adapters is not None:
-        model.carry(adapters)
+        model.set_adapters(adapters)
     return model(IDS).logits
 
 
@@ -216,7 +216,7 @@ def test_live_is_what_is_saved(activation: str, make_model: Callable) -> None:
     model = make_model(activation)
     features, whole = feature_set(), model.adapters
     gone = logits(model, ablate(whole, features))
-    model.carry(whole)
+    model.set_adapters(whole)
     with scale_features(model, features, 0.0):
         assert torch.equal(logits(model), gone)
     with scale_features(model, ~features, 0.0):
@@ -334,7 +334,7 @@ def test_random_sets_of_any_size(make_model: Callable) -> None:
         hybrid = logits(model)
     for size in (1, F, len(every) - 1, len(every)):
         features = feature_set(draw.sample(every, size))
-        model.carry(whole)
+        model.set_adapters(whole)
         with scale_features(model, features, 0.0):
             live = logits(model)
         assert torch.equal(logits(model, ablate(whole, features)), live)

@@ -387,11 +387,11 @@ def test_a_pair_carries_one_kind_after_another(architecture, make_pair) -> None:
         for first in range(len(kinds)):
             model = perturbed(first)
             for other in (*alone, alone[first]):
-                model.carry(other.adapters)
+                model.set_adapters(other.adapters)
                 assert model.adapters is other.adapters
                 assert torch.equal(model(ids).logits, other(ids).logits)
                 with model.mode("target"), alone[0].mode("target"):
                     assert torch.equal(model(ids).logits, alone[0](ids).logits)
-    with pytest.raises(UserError, match="3 layers want as many adapters, got 2"):
-        model.carry(alone[0].adapters[:2])
+    with pytest.raises(UserError, match="expected 3 adapters, one per layer, got 2"):
+        model.set_adapters(alone[0].adapters[:2])
     assert model.adapters is alone[-1].adapters

@@ -159,7 +159,7 @@ def test_one_pair_carries_one_set_of_adapters(make_pair) -> None:
     model = randomised(pair)
     with pytest.raises(UserError, match="already carries adapters"):
         ReplacementModel(pair, model.adapters)
-    with pytest.raises(UserError, match="3 layers want as many adapters, got 1"):
+    with pytest.raises(UserError, match="expected 3 adapters, one per layer, got 1"):
         ReplacementModel(make_pair("qwen2"), model.adapters[:1])
 
 

@@ -221,7 +221,7 @@ def _ends(
                 targets[layer + 1] = students[0]
                 if layer > 0:
                     targets[-layer] = students[layer]
-            model.leave(layer)
+            model.reshard_layer(layer)
     first = [_End(targets[n], _TARGET) for n in range(1, n_layers)] + [_End(students[0], stream)]
     last = [_End(students[n_layers - n], stream) for n in range(1, n_layers)]
     single = [_End(targets[-layer], _TARGET) for layer in range(1, n_layers - 1)]
