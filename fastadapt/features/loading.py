@@ -56,9 +56,10 @@ def load_run(
         UserError: no finished run in the folder, a damaged file, or features that were collected
             from other adapters.
 
-    Example:
-        >>> run = load_run("runs/organism")                                  # doctest: +SKIP
-        >>> layers = run.model.features("what is 3 + 4 ?")                   # doctest: +SKIP
+    Example::
+
+        run = load_run("runs/organism")
+        layers = run.model.features("tom has 3 apples")
     """
     folder = typed_path(path, "run")
     students = Students.open(
