@@ -160,7 +160,7 @@ def test_the_target_mode_is_the_target(published, tmp_path) -> None:
     whole = hu2026.load(source, target, device="cpu")
     for mode in ("hybrid", "replacement"):
         assert torch.equal(logits(alone, mode), logits(whole, mode))
-    with pytest.raises(UserError, match="read without its target"):
+    with pytest.raises(UserError, match="does not hold the target's MLPs"):
         logits(alone, "target")
 
 

@@ -185,7 +185,7 @@ def test_it_is_exported_and_served(kind: Intervention, make_run: Callable, tmp_p
             assert torch.equal(served(IDS).logits, students.model(IDS).logits)
         assert torch.equal(served.generate(IDS, **GREEDY), written)
         with (
-            pytest.raises(UserError, match="read without its target"),
+            pytest.raises(UserError, match="does not hold the target's MLPs"),
             scale_features(served, features, 1.0, onto="target"),
         ):
             pass
