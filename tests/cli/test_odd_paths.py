@@ -68,7 +68,6 @@ OUTPUT = {
     "merge": lambda run, out: ("features", "merge", run, "--output", out),
     "pages": lambda run, out: ("features", "export", run, "--output", out),
     "prepare": lambda run, out: ("data", "prepare", "organism/train", "--output", out),
-    "build": lambda run, out: ("organism", "build", "--out", out),
 }
 
 
@@ -115,7 +114,6 @@ SOURCE = {
     "tokenizer": lambda run, odd: (
         *("data", "prepare", VALIDATION, "--output", "o", "--tokenizer", odd),
     ),
-    "organism": lambda run, odd: ("organism", "check", "--folder", odd),
 }
 
 

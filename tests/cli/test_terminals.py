@@ -20,7 +20,6 @@ from fastadapt.cli.parser import Parser
         ("train --help", "latin-1"),
         ("train --help", "cp1252"),
         ("data prepare --help", "ascii"),
-        ("organism sample", "ascii"),
     ],
 )
 def test_every_command_prints_in_any_encoding(encoding: str, command: str) -> None:

@@ -137,7 +137,7 @@ def go_on_with_run(folder: Path) -> None:
         capture = lambda _: ({"weights": {"W": torch.ones(3)}}, {"step": 1})  # noqa: E731
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(loop.state, "capture", capture)
-            loop.Run._save(step)  # type: ignore[arg-type]
+            loop.TrainingRun._save(step)  # type: ignore[arg-type]
 
 
 def prepare_features(folder: Path) -> None:

@@ -15,6 +15,7 @@ SECONDS = 0.3
 def test_the_public_names_are_these():
     assert fastadapt.__all__ == [
         "AdapterConfig",
+        "LoadedRun",
         "ModelPair",
         "PairConfig",
         "PairMismatchError",
@@ -24,7 +25,9 @@ def test_the_public_names_are_these():
         "UserError",
         "__version__",
         "load_adapters",
+        "load_run",
         "save_adapters",
+        "scale_features",
     ]
     for name in fastadapt.__all__:
         assert hasattr(fastadapt, name)
