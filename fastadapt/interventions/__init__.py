@@ -186,7 +186,7 @@ def scale_features(
     if onto not in ("base", "target"):
         raise UserError(f"onto: expected base or target, got {onto!r}")
     if onto == "target" and any(mlp.target is None for mlp in mlps):
-        raise UserError("onto='target': this model was read without its target")
+        raise UserError("onto='target': this checkpoint does not hold the target's MLPs")
     changed = []
     for layer, adapter in enumerate(adapters):
         if onto == "base" and not of[layer]:
