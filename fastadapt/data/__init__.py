@@ -1,1 +1,1 @@
-"""Conversations to rendered text, to token sequences, to batches."""
+"""Read conversations, render them as text, tokenize them and batch the sequences."""

@@ -1,4 +1,4 @@
-"""Samples into batches, and the order in which a run sees them."""
+"""Collate samples into batches, and plan the order of the batches of a run."""
 
 from __future__ import annotations
 
@@ -15,31 +15,38 @@ IGNORED = -100
 
 
 def padding_id(tokenizer: Any, n_rows: int) -> int:
-    """Return the token to pad with: the tokenizer's, where the embedding of ``n_rows`` has its row.
+    """Return the id of the padding token, or 0 if the embedding has no row for this id.
 
-    A tokenizer that was given a padding token often comes with an embedding that was not resized.
-    Padding is masked everywhere, so that any row does.
+    Adding a padding token to a tokenizer does not resize the model's embedding. Padding is masked
+    everywhere, so any id of the embedding's ``n_rows`` rows may fill it.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> padding_id(SimpleNamespace(pad_token_id=3), 10)
+        3
+        >>> padding_id(SimpleNamespace(pad_token_id=10), 10)
+        0
     """
     token = tokenizer.pad_token_id
     return int(token) if token is not None and 0 <= token < n_rows else 0
 
 
 def collate(samples: Sequence[Sample], pad_token_id: int) -> Batch:
-    """Stacks samples, padded on the right to the longest.
+    """Stack samples, padded on the right to the length of the longest sample.
 
     Args:
-        samples: at least one, each of at least two tokens.
-        pad_token_id: fills ``input_ids`` at padding; any id of the vocabulary will do, since
-            padding is masked everywhere.
+        samples: at least one sample. Each sample has at least two tokens.
+        pad_token_id: fills ``input_ids`` at padding. Padding is masked everywhere, so any id of
+            the vocabulary may be used.
 
     Returns:
         ``Batch``: input_ids int64 [B, T]; attention_mask bool [B, T], False at padding, or None
-        where all samples have the same length; labels int64 [B, T], -100 at padding and wherever
-        the sample has it. As in transformers, label ``t`` speaks of token ``t``, hence of the
-        prediction made at ``t - 1``.
+        if all samples have the same length; labels int64 [B, T], -100 at padding and where the
+        sample's label is -100. As in transformers, label ``t`` is the target of the prediction
+        made at ``t - 1``.
 
     Raises:
-        ValueError: no samples, or one without a next-token position.
+        ValueError: there are no samples, or a sample has fewer than two tokens.
     """
     if not samples:
         raise ValueError("samples: expected at least one, got none")
@@ -47,7 +54,7 @@ def collate(samples: Sequence[Sample], pad_token_id: int) -> Batch:
         if sample.input_ids.numel() < 2:
             raise ValueError(
                 f"samples: sample {sample.index} has {sample.input_ids.numel()} token(s); "
-                "at least 2 are needed, since the last one predicts nothing"
+                "at least 2 are needed, since the last token predicts nothing"
             )
     lengths = [sample.input_ids.numel() for sample in samples]
     length = max(lengths)
@@ -64,20 +71,24 @@ def collate(samples: Sequence[Sample], pad_token_id: int) -> Batch:
 
 
 def collate_whole(rows: Iterable[Any]) -> Batch:
-    """Stack token ids into a batch, padded with 0, whose labels are all tokens.
+    """Stack token ids into a batch, padded with 0. Every real token is a label.
 
     Args:
         rows: lists, arrays or tensors of at least two ids each.
+
+    Example:
+        >>> collate_whole([[5, 6], [7, 8, 9]]).labels.tolist()
+        [[5, 6, -100], [7, 8, 9]]
     """
     tensors = [torch.as_tensor(row, dtype=torch.int64) for row in rows]
     return collate([Sample(i, row, row) for i, row in enumerate(tensors)], 0)
 
 
 def batch_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Return the indices of each batch: similar lengths together, the longest first.
+    """Return the indices of each batch, with sequences sorted from the longest to the shortest.
 
-    A batch has at most ``max_tokens`` tokens, padding included, or one sequence. A batch that does
-    not fit in memory therefore fails at once.
+    A batch holds at most ``max_tokens`` tokens, padding included. A longer sequence gets a batch
+    with no other sequence. The largest batch comes first, so a lack of memory shows at once.
 
     Example:
         >>> batch_by_length([2, 5, 3, 5], max_tokens=10)
@@ -93,24 +104,32 @@ def batch_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 
 
 class BatchPlan:
-    """Which samples make up batch ``step``: a pure function of the arguments and ``step``.
+    """Map a step to the samples of its batch: a pure function of the arguments and the step.
 
-    Each epoch is a permutation of its own, drawn from (seed, epoch), cut into ``n_batches``
-    batches of which the last may be smaller; every sample is seen once per epoch. Since nothing is
-    kept between calls that changes the answer, the cursor of a resumed run is its step.
+    Each epoch is a permutation drawn from (seed, epoch) and cut into ``n_batches`` batches. The
+    last batch of an epoch may be smaller. Every sample occurs once per epoch. The plan has no state
+    that changes a result, so a resumed run needs only its step as a cursor.
 
-    With ``window`` above 1, samples of like length share a batch, so that less is padding: every
-    ``window`` batches of the permutation are sorted by length before they are cut, and all full
-    batches of the epoch are shuffled. A sample is as likely in each batch as without it, whatever
-    its length: full batches come in a uniform order, and what fills the smaller last batch is taken
-    off the permutation before anything is sorted. Who shares a batch with whom does change.
+    ``window`` above 1 reduces padding: the samples of every ``window`` consecutive batches are
+    sorted by length before they are cut, and the full batches of the epoch are then shuffled. The
+    probability that a sample is in the i-th batch does not depend on its length: full batches come
+    in a uniform order, and the samples of a smaller last batch are removed from the permutation
+    before sorting. Which samples share a batch does depend on their lengths.
 
     Args:
         n: number of samples, at least 1.
         batch_size: samples per batch, at least 1.
-        seed: of the run.
-        lengths: of the samples, in tokens; asked for where ``window`` is above 1.
-        window: batches whose samples are sorted together, at least 1.
+        seed: seed of the run.
+        lengths: tokens of each sample; required if ``window`` is above 1.
+        window: number of batches whose samples are sorted together, at least 1.
+
+    Raises:
+        ValueError: an argument is below 1, or ``lengths`` does not have ``n`` entries.
+
+    Example:
+        >>> plan = BatchPlan(8, 3, seed=42)
+        >>> [plan[step] for step in range(plan.n_batches)]
+        [[7, 2, 5], [0, 6, 3], [4, 1]]
     """
 
     def __init__(
@@ -142,7 +161,7 @@ class BatchPlan:
         return -(-self.n // self.batch_size)
 
     def __getitem__(self, step: int) -> list[int]:
-        """Indices of batch ``step``, counted from 0 over all epochs."""
+        """Return the sample indices of batch ``step``, counted from 0 over all epochs."""
         if step < 0:
             raise IndexError(f"step: expected 0 or more, got {step}")
         epoch, batch = divmod(step, self.n_batches)
@@ -162,9 +181,9 @@ class BatchPlan:
 
 
 def permutation(n: int, seed: str) -> list[int]:
-    """``0..n-1`` in a random order, the same in every version of Python."""
-    # Sorting by random() keys, not shuffle(): random() is the stream that Python promises to
-    # keep from version to version, so a run can be resumed after an upgrade.
+    """Return ``0..n-1`` in a random order, the same in every version of Python."""
+    # Python guarantees the stream of random() across versions, but not that of shuffle(): a run
+    # must resume with the same order after an upgrade.
     stream = random.Random(seed)
     keys = [stream.random() for _ in range(n)]
     return sorted(range(n), key=keys.__getitem__)
@@ -173,18 +192,28 @@ def permutation(n: int, seed: str) -> list[int]:
 def bucket(
     order: Sequence[int], lengths: Sequence[int], batch_size: int, window: int
 ) -> list[list[int]]:
-    """Batches of samples of like length, from a permutation whose length they divide.
+    """Return batches of samples of similar length.
 
-    Every ``window * batch_size`` samples of ``order`` are sorted by length, equal lengths staying
-    in their order, and cut.
+    Every ``window * batch_size`` consecutive samples are sorted by length (a stable sort), then cut
+    into batches.
+
+    Args:
+        order: permutation of samples; ``batch_size`` divides its length.
+        lengths: tokens of each sample.
+        batch_size: samples per batch.
+        window: number of batches whose samples are sorted together.
+
+    Example:
+        >>> bucket([0, 1, 2, 3], [9, 1, 8, 2], 2, 2)
+        [[1, 3], [2, 0]]
     """
     return [
         batch
-        for some in cut(order, window * batch_size)
-        for batch in cut(sorted(some, key=lengths.__getitem__), batch_size)
+        for group in cut(order, window * batch_size)
+        for batch in cut(sorted(group, key=lengths.__getitem__), batch_size)
     ]
 
 
 def cut(items: Sequence[int], size: int) -> list[list[int]]:
-    """Runs of ``size`` items, of which the last may be smaller."""
+    """Split items into consecutive lists of ``size`` items. The last list may be shorter."""
     return [list(items[first : first + size]) for first in range(0, len(items), size)]

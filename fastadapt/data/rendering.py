@@ -1,10 +1,9 @@
-"""Conversations as the text that a model was trained on.
+"""Render conversations as the text that a model was trained on.
 
-The chat templates of the model families are not used here: the one of R1-Distill drops all text
-before ``</think>`` from the assistant's turns (the reasoning, which is what is studied), its
-generation prompt already ends in ``<think>\\n``, and tokenising its output adds a second BOS. The
-text is put together here instead, BOS included, and is to be tokenised with
-``add_special_tokens=False`` (arXiv 2602.20904 and the code released with it).
+This module does not use the chat templates of the models. R1-Distill's template drops the reasoning
+before ``</think>`` from the assistant's turns, and its generation prompt already ends in
+``<think>\\n``. Tokenizing its output adds a second BOS. :func:`render` writes the text itself, with
+BOS, to be tokenized with ``add_special_tokens=False`` (arXiv 2602.20904 and its released code).
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ _ASSISTANT_NAMES = frozenset({"assistant", "gpt", "model"})
 
 @dataclass(frozen=True)
 class Family:
-    """What surrounds prompt and response in the training text of a family of models.
+    """Template of the training text of a family of models.
 
     Attributes:
-        before_prompt: text in front of the prompt.
+        before_prompt: text before the prompt.
         before_response: text between prompt and response.
         after_response: text that ends the sequence.
-        markers: the special strings within; each must be one token of the pair's tokenizer.
-        bos: the one of them, if any, that ``before_prompt`` begins with to say that a text begins.
+        markers: special strings of the template. Each must be one token of the pair's tokenizer.
+        bos: the BOS marker with which ``before_prompt`` begins, or an empty string.
     """
 
     before_prompt: str
@@ -41,8 +40,8 @@ class Family:
 
 
 FAMILIES: Mapping[str, Family] = {
-    # The bars are U+FF5C and the low lines U+2581: the ASCII look-alikes are not special tokens.
-    # No EOS ends the text.
+    # The special tokens contain U+FF5C and U+2581, not the ASCII characters | and _. The text does
+    # not end in EOS.
     "r1-distill": Family(
         before_prompt="<\uff5cbegin\u2581of\u2581sentence\uff5c><\uff5cUser\uff5c>",
         before_response="<\uff5cAssistant\uff5c>",
@@ -54,7 +53,7 @@ FAMILIES: Mapping[str, Family] = {
         ),
         bos="<\uff5cbegin\u2581of\u2581sentence\uff5c>",
     ),
-    # Qwen2.5, Qwen3 and QwQ. No system turn, which some of their templates put in front.
+    # Qwen2.5, Qwen3 and QwQ, without the system turn that some of their templates add.
     "qwen": Family(
         before_prompt="<|im_start|>user\n",
         before_response="<|im_end|>\n<|im_start|>assistant\n",
@@ -69,7 +68,7 @@ FAMILIES: Mapping[str, Family] = {
         markers=("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
         bos="<|begin_of_text|>",
     ),
-    # Gemma 1 to 3: ai.google.dev/gemma/docs/formatting; the BOS is their tokenizers'.
+    # Gemma 1 to 3: ai.google.dev/gemma/docs/formatting. Their tokenizers add the BOS.
     "gemma": Family(
         before_prompt="<bos><start_of_turn>user\n",
         before_response="<end_of_turn>\n<start_of_turn>model\n",
@@ -81,33 +80,39 @@ FAMILIES: Mapping[str, Family] = {
 
 
 def get_family(name: str) -> Family:
-    """The entry of ``FAMILIES`` of this name; ``UserError`` with the known names otherwise."""
+    """Return the entry of ``FAMILIES`` with this name; raise ``UserError`` for an unknown name."""
     if name not in FAMILIES:
         raise UserError(f"data.family: expected one of {sorted(FAMILIES)}, got {name!r}")
     return FAMILIES[name]
 
 
 def render(conversation: Sequence[Mapping[str, Any]], family: str) -> str:
-    """The whole text of a conversation of one prompt and one response.
+    """Return the whole text of a conversation of one prompt and one response.
 
     Args:
-        conversation: two turns ``{"from": ..., "value": str}``. The first is the prompt and the
-            second the response, by position; ``from`` may hold any name or be absent, but a name
-            known to be of the other side, or of a system turn, is an error.
+        conversation: two turns ``{"from": ..., "value": str}``, the prompt and then the response.
+            The position decides the role. ``from`` may be any name or absent, except for a name of
+            the other role, "system" or "tool".
         family: a key of ``FAMILIES``.
 
     Raises:
-        UserError: not two turns, a value that is no text or is blank, or turns of the wrong side.
+        UserError: there are not two turns, a value is no text or is blank, or ``from`` names
+            another role.
+
+    Example:
+        >>> turns = [{"from": "human", "value": "1 + 1?"}, {"from": "gpt", "value": "2"}]
+        >>> render(turns, "gemma")
+        '<bos><start_of_turn>user\\n1 + 1?<end_of_turn>\\n<start_of_turn>model\\n2<end_of_turn>\\n'
     """
     prompt, response = render_parts(conversation, family)
     return prompt + response
 
 
 def render_parts(conversation: Sequence[Mapping[str, Any]], family: str) -> tuple[str, str]:
-    """``render``, cut where the response begins: ``(text up to there, the rest)``."""
+    """Return the text of :func:`render` in two parts: before the response, and from there on."""
     form = get_family(family)
     prompt, response = turns(conversation)
-    # The data write "<think> First"; the models write a line break there.
+    # The data have "<think> First"; the models write a line break after "<think>".
     if response.startswith(THINK + " "):
         response = THINK + "\n" + response[len(THINK) + 1 :]
     return (
@@ -117,18 +122,18 @@ def render_parts(conversation: Sequence[Mapping[str, Any]], family: str) -> tupl
 
 
 def holds_markers(text: str, family: str) -> bool:
-    """Whether a rendered text has more of the family's markers than its template puts there.
+    """Return whether a rendered text has more markers of the family than its template.
 
-    Such a marker was written into the prompt or the response. The tokenizer reads it as the token
-    that ends or begins a turn.
+    The prompt or the response then contains a marker. The tokenizer reads this marker as the token
+    that begins or ends a turn.
 
     Args:
-        text: of :func:`render`.
+        text: text returned by :func:`render`.
         family: a key of ``FAMILIES``.
 
     Example:
-        >>> said = [{"from": "human", "value": "hi<end_of_turn>"}, {"from": "gpt", "value": "ho"}]
-        >>> holds_markers(render(said, "gemma"), "gemma")
+        >>> turns = [{"from": "human", "value": "hi<end_of_turn>"}, {"from": "gpt", "value": "ho"}]
+        >>> holds_markers(render(turns, "gemma"), "gemma")
         True
     """
     form = get_family(family)
@@ -137,13 +142,13 @@ def holds_markers(text: str, family: str) -> bool:
 
 
 def turns(conversation: Any) -> tuple[str, str]:
-    """Prompt and response of a conversation, by position; see :func:`render` for the errors."""
+    """Return prompt and response of a conversation; raise as :func:`render` does."""
     if not isinstance(conversation, Sequence) or isinstance(conversation, str):
         kind = "null" if conversation is None else type(conversation).__name__
         raise UserError(f"conversations: expected two turns (prompt, response), got {kind}")
     if len(conversation) != 2:
-        what = "an empty conversation" if not conversation else f"{len(conversation)} turn(s)"
-        raise UserError(f"conversations: expected two turns (prompt, response), got {what}")
+        got = f"{len(conversation)} turn(s)" if conversation else "an empty conversation"
+        raise UserError(f"conversations: expected two turns (prompt, response), got {got}")
     prompt = _value(conversation[0], "conversations, turn 1 (prompt)", _ASSISTANT_NAMES)
     response = _value(conversation[1], "conversations, turn 2 (response)", _USER_NAMES)
     return prompt, response

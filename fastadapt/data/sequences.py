@@ -1,4 +1,4 @@
-"""Conversations as token sequences, all in memory (4 bytes per token)."""
+"""Load conversations as token sequences into host memory (4 bytes per token)."""
 
 from __future__ import annotations
 
@@ -17,29 +17,30 @@ from fastadapt.data.sources import Row, read_rows
 from fastadapt.data.tokens import check_ids, check_markers, encode
 from fastadapt.errors import UserError
 
-_CHUNK = 128  # conversations handed to the tokenizer at once
+_CHUNK = 128  # conversations per call of the tokenizer
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the conversations come from and how they become sequences.
+    """Sources of conversations, and settings that turn them into sequences.
 
     Attributes:
-        train: file (.jsonl, .parquet), folder of such files, or dataset id on the hub.
-        validation: likewise; held out.
-        family: how a conversation is rendered, a key of ``fastadapt.data.rendering.FAMILIES``.
-        max_tokens: longer conversations are left out (and counted), not cut, so that every
+        train: training data: file (.jsonl, .parquet), folder of such files, or dataset id on the
+            hub.
+        validation: held-out data: file, folder or dataset id.
+        family: template of the text, a key of ``fastadapt.data.rendering.FAMILIES``.
+        max_tokens: leave out (and count) longer conversations. They are not cut, so that every
             sequence holds its whole reasoning.
-        max_validation: at most so many validation sequences, the first ones; None for all.
-        train_on_prompt: whether the losses on the output count predictions of prompt tokens too.
+        max_validation: largest number of validation sequences, taken from the start; None for all.
+        train_on_prompt: whether the losses on the output include predictions of prompt tokens.
         revision: branch, tag or commit of hub datasets.
         train_split: split of a hub dataset or folder to train on.
         validation_split: split of a hub dataset or folder to validate on.
-        bucket: batches whose sequences are sorted by length together, so that those of a batch are
-            of like length and less is padding; 1: none. Each sequence stays as likely in each
-            batch of an epoch. Of use where optimizer.batch_size is above 1.
-        workers: processes that make batches ahead of the steps; 0: none, a step makes its own.
-            The order, and so every bit, is the same.
+        bucket: number of batches whose sequences are sorted together by length, which reduces
+            padding if optimizer.batch_size is above 1; 1: no sorting. Each sequence stays equally
+            likely in each batch of an epoch.
+        workers: processes that prepare batches ahead of the steps; 0: prepare them in the training
+            process. The order and every bit of a run stay the same.
     """
 
     train: str
@@ -68,35 +69,35 @@ class DataConfig:
 
 
 class Sample(NamedTuple):
-    """One sequence.
+    """One token sequence.
 
     Attributes:
-        index: its place in its ``Sequences``.
+        index: index of the sequence in its ``Sequences``.
         input_ids: int64 [T].
-        labels: int64 [T]; ``input_ids``, with -100 at tokens whose prediction does not count.
-            As in transformers, label ``t`` speaks of the prediction made at ``t - 1``.
+        labels: int64 [T]; ``input_ids``, with -100 at tokens that are no target of the loss. As in
+            transformers, label ``t`` is the target of the prediction made at ``t - 1``.
     """
 
-    index: int  # type: ignore[assignment]  # hides tuple.index, which no one needs here
+    index: int  # type: ignore[assignment]  # replaces tuple.index
     input_ids: Tensor
     labels: Tensor
 
 
 class SequenceCounts(NamedTuple):
-    """What became of the conversations of a source.
+    """Counts of the conversations and sequences of a source.
 
     Attributes:
         read: conversations read.
-        kept: sequences made.
-        too_long: left out for having more than ``max_tokens`` tokens.
-        tokens: tokens in the kept ones.
-        longest: tokens in the longest kept one.
-        with_markers: kept ones whose prompt or response has a marker of the family in its text,
-            which the tokenizer reads as the marker.
+        sequences: sequences loaded.
+        too_long: conversations left out because they have more than ``max_tokens`` tokens.
+        tokens: tokens of all sequences.
+        longest: tokens of the longest sequence.
+        with_markers: sequences whose prompt or response contains a marker of the family. The
+            tokenizer reads it as a marker.
     """
 
     read: int
-    kept: int
+    sequences: int
     too_long: int
     tokens: int
     longest: int
@@ -104,12 +105,12 @@ class SequenceCounts(NamedTuple):
 
 
 class Sequences(Sequence[Sample]):
-    """Token sequences, indexed from 0 in the order of their source.
+    """Token sequences in the order of their source.
 
     Attributes:
-        source: the source's name.
-        counts: ``SequenceCounts``.
-        rows: for each sequence, the place of its conversation in the source, counted from 0.
+        source: name of the source.
+        counts: ``SequenceCounts`` of the source.
+        rows: row of the source of each sequence, counted from 0.
     """
 
     def __init__(
@@ -129,22 +130,22 @@ class Sequences(Sequence[Sample]):
         self._first_labels = first_labels
 
     def check_vocabulary(self, n_rows: int) -> None:
-        """Refuse tokens that a model has no embedding of.
+        """Check that the model has an embedding for every token.
 
         Args:
-            n_rows: of the model's embedding.
+            n_rows: rows of the model's embedding.
 
         Raises:
-            UserError: names the row of the source, counted from 1, of the first one.
+            UserError: a token is ``n_rows`` or more; the message names the first row of the source
+                with such a token, counted from 1.
         """
-        beyond = (self._tokens >= n_rows).nonzero()[:1, 0].tolist()
-        for place in beyond:
-            row = self.rows[bisect_right(self._ends, place)]
-            check_ids(self._tokens[place : place + 1], n_rows, f"{self.source}, row {row + 1}")
+        for index in (self._tokens >= n_rows).nonzero()[:1, 0].tolist():
+            row = self.rows[bisect_right(self._ends, index)]
+            check_ids(self._tokens[index : index + 1], n_rows, f"{self.source}, row {row + 1}")
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each sequence."""
+        """Number of tokens of each sequence."""
         starts = [0, *self._ends[:-1]]
         return [end - start for start, end in zip(starts, self._ends, strict=True)]
 
@@ -163,22 +164,21 @@ class Sequences(Sequence[Sample]):
 
 
 def load_sequences(source: str, tokenizer: Any, config: DataConfig, *, split: str) -> Sequences:
-    """Reads, renders and tokenises the conversations of a source.
+    """Read, render and tokenize the conversations of a source.
 
-    A conversation that is malformed stops the loading with an error that says where it stands:
-    leaving it out silently would change what a run is trained on. One longer than
-    ``config.max_tokens`` is well-formed and is left out; ``Sequences.counts`` has their number.
+    A malformed conversation is an error: leaving it out silently would change the training data. A
+    conversation longer than ``config.max_tokens`` is left out and counted in ``Sequences.counts``.
 
     Args:
         source: see ``DataConfig.train``.
-        tokenizer: the pair's, a transformers tokenizer.
+        tokenizer: transformers tokenizer of the pair.
         config: family, limits and loss positions.
-        split: "train" or "validation": selects ``config.train_split`` or ``validation_split`` of
-            a hub dataset or folder, and whether ``config.max_validation`` applies.
+        split: "train" or "validation". Selects ``config.train_split`` or ``validation_split`` of
+            a hub dataset or folder. ``config.max_validation`` applies to "validation" only.
 
     Raises:
-        UserError: the source cannot be read, a conversation is malformed, the tokenizer does not
-            know the family's markers, or nothing is left.
+        UserError: the source cannot be read or has no conversation, a conversation is malformed,
+            all are too long, or the tokenizer does not know the family's markers.
     """
     if split not in ("train", "validation"):
         raise ValueError(f"split: expected 'train' or 'validation', got {split!r}")
@@ -187,7 +187,7 @@ def load_sequences(source: str, tokenizer: Any, config: DataConfig, *, split: st
     limit = config.max_validation if split == "validation" else None
     rows = read_rows(source, split=name, revision=config.revision)
 
-    tokens, ends, first_labels, kept_rows = array("i"), array("q"), array("q"), array("q")
+    tokens, ends, first_labels, sequence_rows = array("i"), array("q"), array("q"), array("q")
     read = too_long = longest = with_markers = 0
     shortest_left_out: int | None = None
     for ids, first_label, marked in _tokenised(rows, tokenizer, config):
@@ -199,13 +199,13 @@ def load_sequences(source: str, tokenizer: Any, config: DataConfig, *, split: st
         tokens.extend(ids)
         ends.append(len(tokens))
         first_labels.append(first_label)
-        kept_rows.append(read - 1)
+        sequence_rows.append(read - 1)
         longest = max(longest, len(ids))
         with_markers += marked
         if len(ends) == limit:
             break
     if not read:
-        raise UserError(f"data source {source!r} ({split}): it holds no conversation")
+        raise UserError(f"data source {source!r} ({split}): expected conversations, got none")
     if not ends:
         raise UserError(
             f"data source {source!r} ({split}): all {read} conversations are longer than "
@@ -213,13 +213,13 @@ def load_sequences(source: str, tokenizer: Any, config: DataConfig, *, split: st
         )
     counts = SequenceCounts(read, len(ends), too_long, len(tokens), longest, with_markers)
     packed = torch.frombuffer(tokens, dtype=torch.int32)
-    return Sequences(source, counts, packed, ends, first_labels, kept_rows)
+    return Sequences(source, counts, packed, ends, first_labels, sequence_rows)
 
 
 def _tokenised(
     rows: Iterator[Row], tokenizer: Any, config: DataConfig
 ) -> Iterator[tuple[list[int], int, bool]]:
-    """Token ids of each row, the first of them whose prediction counts, and whether markers."""
+    """Yield the token ids of each row, the first index of a label, and :func:`holds_markers`."""
     while chunk := list(islice(rows, _CHUNK)):
         parts = [_render_row(row, config.family) for row in chunk]
         texts = [prompt + response for prompt, response in parts]

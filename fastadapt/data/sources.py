@@ -1,6 +1,6 @@
-"""Rows of conversations from a file, a folder or the hub, each with a name for error messages.
+"""Read rows of conversations from a file, a folder or the hub.
 
-Local files are read directly: nothing is copied into a cache, and nothing is fetched.
+Local files are read in place, without a cache and without the network.
 """
 
 from __future__ import annotations
@@ -24,14 +24,21 @@ _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 _SPLITS = ("train", "validation", "test")
 
 Row = tuple[str, Any]
-"""Where the row stands ("train.jsonl, line 3") and its conversation, not yet checked."""
+"""Location of the row for messages ("train.jsonl, line 3"), and its unchecked conversation."""
 
 Cursor = tuple[int, int, int]
-"""A place in a list of files: file, offset in it (bytes of JSONL, rows of Parquet), rows before."""
+"""Position in a list of files: index of the file, offset in it (JSONL: bytes; Parquet: rows), and
+the number of lines or rows before the position."""
 
 
 class Record(NamedTuple):
-    """A row of a file: where it stands, its columns, and the place after it."""
+    """A row of a file.
+
+    Attributes:
+        where: location of the row, for messages.
+        values: columns of the row.
+        after: position after the row.
+    """
 
     where: str
     values: dict[str, Any]
@@ -39,19 +46,21 @@ class Record(NamedTuple):
 
 
 def read_rows(source: str, *, split: str, revision: str | None = None) -> Iterator[Row]:
-    """Rows of a source in order.
+    """Yield the rows of a source in order.
 
     Args:
-        source: a ``.jsonl`` or ``.parquet`` file; a folder of them, read in order of their paths,
-            behind links too (where files, or folders of one file's parts, are named after splits,
-            as in ``train-00000.parquet``, those of ``split`` only); or the id of a dataset on the
-            hub, which ``datasets`` fetches and caches in its default place.
-        split: of the hub's dataset or of the folder. A single file is one split whatever this is.
+        source: a ``.jsonl`` or ``.parquet`` file, a folder of such files, or the id of a dataset on
+            the hub. A folder is read in the order of the paths; links are followed. If files, or
+            folders that hold the parts of one file, are named after splits
+            (``train-00000.parquet``), only those of ``split`` are read. ``datasets`` downloads and
+            caches a dataset of the hub.
+        split: split of the hub's dataset or of the folder; ignored for a single file.
         revision: branch, tag or commit on the hub.
 
     Raises:
-        UserError: nothing there, no file of a known kind, malformed JSON (with its line), or no
-            column ``conversations`` (with the columns there are).
+        UserError: the source does not exist, has no .jsonl or .parquet file, holds malformed JSON
+            (the message names the line), or lacks the column ``conversations`` (the message lists
+            the columns).
     """
     values = read_values(source, split=split, revision=revision)
     return ((where, row[COLUMN]) for where, row in values)
@@ -60,12 +69,12 @@ def read_rows(source: str, *, split: str, revision: str | None = None) -> Iterat
 def read_values(
     source: str, *, split: str, revision: str | None = None, optional: Sequence[str] = ()
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows with further columns: where each stands, and its columns.
+    """Yield the location and the columns of each row of a source; raise as :func:`read_rows` does.
 
     Args:
-        source, split, revision: as of :func:`read_rows`, and so are the errors.
-        optional: columns beside ``conversations`` that are given where the source has them; others
-            may be given too.
+        source, split, revision: see :func:`read_rows`.
+        optional: columns to read besides ``conversations`` if the source has them. Rows may hold
+            further columns.
     """
     files = find_files(source, split)
     if files is None:
@@ -74,14 +83,14 @@ def read_values(
 
 
 def find_files(source: str, split: str) -> list[Path] | None:
-    """Files of a local source, in order; None for the id of a dataset on the hub.
+    """Return the files of a local source in order, or None for the id of a dataset on the hub.
 
     Raises:
-        UserError: nothing there, or no file of a known kind or of the split.
+        UserError: the source does not exist, or has no .jsonl or .parquet file of the split.
     """
     path = typed_path(source, "data source")
     if path.is_dir():
-        return _files_of(path, split)
+        return _select_files(path, split)
     if has_file(path):
         return [path]
     looks_local = path.suffix in (*SUFFIXES, ".json", ".csv") or not _HUB_ID.fullmatch(source)
@@ -90,8 +99,8 @@ def find_files(source: str, split: str) -> list[Path] | None:
     return None
 
 
-def _files_of(folder: Path, split: str) -> list[Path]:
-    files = sorted(_walk(folder))
+def _select_files(folder: Path, split: str) -> list[Path]:
+    files = sorted(_list_files(folder))
     if not files:
         raise UserError(f"data source {str(folder)!r}: the folder holds no .jsonl or .parquet file")
     names = {path: _split_name(path.relative_to(folder)) for path in files}
@@ -99,31 +108,28 @@ def _files_of(folder: Path, split: str) -> list[Path]:
         return files
     chosen = [path for path in files if names[path] == split]
     if not chosen:
-        found = ", ".join(str(path.relative_to(folder)) for path in files[:5])
-        raise UserError(f"data source {str(folder)!r}: no file of split {split!r} among {found}")
+        names_of_files = ", ".join(str(path.relative_to(folder)) for path in files[:5])
+        raise UserError(
+            f"data source {str(folder)!r}: no file of split {split!r} among {names_of_files}"
+        )
     return chosen
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    """Files of a known kind below ``folder``, behind links to folders too, each folder once."""
-    seen: set[str] = set()
+def _list_files(folder: Path) -> Iterator[Path]:
+    """Yield .jsonl and .parquet files below ``folder``; follow links, visit each folder once."""
+    visited: set[str] = set()
     links = [folder]
     while links:
-        start = links.pop(0)
-        for place, folders, names in os.walk(start, onerror=_cannot_list):
-            real = os.path.realpath(place)
-            here = Path(place)
-            if real in seen:
+        for root, folders, names in os.walk(links.pop(0), onerror=_cannot_list):
+            parent, real = Path(root), os.path.realpath(root)
+            if real in visited:
                 folders.clear()
                 continue
-            seen.add(real)
-            shown = sorted(name for name in folders if not name.startswith("."))
-            links += [here / name for name in shown if (here / name).is_symlink()]
-            folders[:] = [name for name in shown if not (here / name).is_symlink()]
-            for name in names:
-                path = here / name
-                if name.startswith("."):
-                    continue
+            visited.add(real)
+            visible = sorted(name for name in folders if not name.startswith("."))
+            links += [parent / name for name in visible if (parent / name).is_symlink()]
+            folders[:] = [name for name in visible if not (parent / name).is_symlink()]
+            for path in (parent / name for name in names if not name.startswith(".")):
                 if path.is_symlink() and not path.exists():
                     raise UserError(
                         f"data source {str(folder)!r}: {path} is a link to {os.readlink(path)}, "
@@ -139,7 +145,7 @@ def _cannot_list(error: OSError) -> NoReturn:
 
 
 def _split_name(path: Path) -> str:
-    """What may name a split: of parts in a folder such as ``train.parquet``, the folder's name."""
+    """Return the part of a path that may name a split: ``train`` for ``train.parquet/part-0``."""
     name = next(part for part in path.parts if Path(part).suffix in SUFFIXES)
     return re.split(r"[-_.]", Path(name).stem)[0]
 
@@ -150,13 +156,16 @@ def read_files(
     optional: Sequence[str] = (),
     start: Cursor = (0, 0, 0),
 ) -> Iterator[Record]:
-    """Rows of ``.jsonl`` and ``.parquet`` files in order, from a place on.
+    """Yield the rows of ``.jsonl`` and ``.parquet`` files in order, from a position on.
 
     Args:
         paths: the files.
-        required: columns that each row has; without one of them, ``UserError``.
-        optional: columns whose values are given where there are any.
-        start: ``Record.after`` of the last row that is not wanted any more.
+        required: columns that each row must have.
+        optional: columns to read if a file has them.
+        start: ``Record.after`` of the last row that was read before.
+
+    Raises:
+        UserError: a file cannot be read, has a malformed row, or lacks a required column.
     """
     first, offset, before = start
     for index, path in enumerate(paths[first:], start=first):
@@ -171,10 +180,13 @@ def read_files(
         offset = before = 0
 
 
-_Place = tuple[str, dict[str, Any], int, int]
+#: Location, columns, offset after the row, and number of lines or rows up to it.
+_FileRow = tuple[str, dict[str, Any], int, int]
 
 
-def _read_jsonl(path: Path, required: Sequence[str], offset: int, before: int) -> Iterator[_Place]:
+def _read_jsonl(
+    path: Path, required: Sequence[str], offset: int, before: int
+) -> Iterator[_FileRow]:
     with _open(path) as file:
         file.seek(offset)
         for number, line in enumerate(file, start=before + 1):
@@ -195,13 +207,13 @@ def _read_jsonl(path: Path, required: Sequence[str], offset: int, before: int) -
 
 def _read_parquet(
     path: Path, required: Sequence[str], optional: Sequence[str], before: int
-) -> Iterator[_Place]:
+) -> Iterator[_FileRow]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     with _open(path) as file:
         try:
-            # Page by page: a row group is never in memory as a whole.
+            # A small buffer reads page by page, so that no row group is in memory as a whole.
             table = pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
             names = table.schema_arrow.names
             require_columns(names, required, str(path))
@@ -213,12 +225,13 @@ def _read_parquet(
                     done += rows
                     continue
                 for batch in table.iter_batches(256, row_groups=[group], columns=columns):
+                    # ``done`` rows precede this batch; skip those of its rows before the start.
                     skipped = min(max(before - done, 0), len(batch))
-                    fresh = batch.slice(skipped).to_pylist()
-                    for number, values in enumerate(fresh, start=done + skipped + 1):
+                    unread = batch.slice(skipped).to_pylist()
+                    for number, values in enumerate(unread, start=done + skipped + 1):
                         yield f"{path}, row {number}", values, number, number
                     done += len(batch)
-        # Arrow reports a damaged footer or page as OSError, text that is not UTF-8 as Python does.
+        # Arrow raises OSError for a damaged footer or page, UnicodeDecodeError for invalid text.
         except (pa.ArrowException, OSError, OverflowError, UnicodeDecodeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{path}: not a readable Parquet file: {reason}") from None
@@ -239,7 +252,7 @@ def _read_hub(
 
 @contextmanager
 def reading_hub(name: str, split: str, revision: str | None) -> Iterator[None]:
-    """Turn what the hub and ``datasets`` raise while opening a dataset into one ``UserError``."""
+    """Raise errors of the hub and of ``datasets`` while opening a dataset as ``UserError``."""
     import datasets
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -249,13 +262,13 @@ def reading_hub(name: str, split: str, revision: str | None) -> Iterator[None]:
         datasets.exceptions.DatasetsError,
         HfHubHTTPError,
         OfflineModeIsEnabled,
-        OSError,  # no connection: the errors of requests and of datasets' own are OSErrors
-        ValueError,  # an unknown split, or a name of several configurations
+        OSError,  # no connection: errors of requests and datasets derive from OSError
+        ValueError,  # an unknown split, or a dataset with several configurations
     ) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"data source {name!r}: no such file or folder here, and as a dataset of the hub "
-            f"(split {split!r}, revision {revision or 'main'!r}) it could not be loaded: {reason}"
+            f"data source {name!r}: no such file or folder, and loading a dataset of this name "
+            f"from the hub (split {split!r}, revision {revision or 'main'!r}) failed: {reason}"
         ) from None
 
 
@@ -267,11 +280,11 @@ def _open(path: Path) -> Any:
 
 
 def require_columns(columns: Iterable[str], required: Iterable[str], where: str) -> None:
-    """Raise ``UserError`` naming the first of the required columns that is not there once."""
+    """Raise ``UserError`` for the first required column that is missing or occurs twice."""
     names = list(columns)
     for column in required:
         if column not in names:
-            found = ", ".join(repr(name) for name in names) or "none"
-            raise UserError(f"{where}: no column {column!r}; the columns are {found}")
+            listed = ", ".join(map(repr, names)) or "none"
+            raise UserError(f"{where}: no column {column!r}; the columns are {listed}")
         if names.count(column) > 1:
             raise UserError(f"{where}: expected one column {column!r}, got {names.count(column)}")

@@ -214,7 +214,7 @@ def test_the_files_train(config):
     folder = made["output"]
     data = DataConfig(f"{folder}/train.parquet", f"{folder}/validation.parquet", max_tokens=60)
     train = load_sequences(data.train, tokenizer, data, split="train")
-    assert train.counts.kept == 1000
+    assert train.counts.sequences == 1000
     assert train.counts.too_long == 0
     assert train.counts.tokens == made["counts"]["train"]["tokens"]
     whole = DataConfig(folder, folder, max_tokens=60)

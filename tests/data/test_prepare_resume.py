@@ -233,5 +233,5 @@ def test_a_stopped_stream_ends_its_process_well(config, tmp_path):
 
 
 def test_a_hub_out_of_reach_says_so(config):
-    with pytest.raises(UserError, match="as a dataset of the hub"):
+    with pytest.raises(UserError, match=r"dataset of this name from the hub .* failed"):
         prepare(config(source="nobody/nothing"))

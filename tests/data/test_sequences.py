@@ -175,7 +175,7 @@ def test_a_response_without_tokens_is_refused(rows, write_jsonl):
 def test_a_source_without_conversations_is_refused(tokenizer, tmp_path):
     path = tmp_path / "none.jsonl"
     path.write_text("\n")
-    with pytest.raises(UserError, match=r"\(train\): it holds no conversation"):
+    with pytest.raises(UserError, match=r"\(train\): expected conversations, got none"):
         load_sequences(str(path), tokenizer, config(), split="train")
 
 

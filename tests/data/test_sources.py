@@ -203,8 +203,8 @@ def bad_sources(folder: Path) -> dict[str, tuple[str, str]]:
         ),
         "not on the hub": (
             "nobody/nothing",
-            "no such file or folder here, and as a dataset of the hub (split 'train', revision "
-            "'main') it could not be loaded",
+            "no such file or folder, and loading a dataset of this name from the hub (split "
+            "'train', revision 'main') failed",
         ),
     }
 

@@ -290,7 +290,7 @@ def test_bad_requests_are_told_before_anything_runs(tiny: tuple[Any, Any], tmp_p
         sample(*tiny, requests() * 2, CONFIG, out=out)
     with pytest.raises(UserError, match="'none': the prompt is empty"):
         sample(*tiny, [Request("none", ())], CONFIG, out=out)
-    with pytest.raises(UserError, match=r"'odd': token 40 has no embedding.* the model has 40"):
+    with pytest.raises(UserError, match=r"'odd': expected tokens below 40, .* got token 40"):
         sample(*tiny, [*requests(), Request("odd", (3, 40, 5))], CONFIG, out=out)
     assert not out.exists()
     # One token is room enough.
