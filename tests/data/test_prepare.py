@@ -76,7 +76,7 @@ def test_it_is_the_draw_that_a_dense_reading_gives(config, source):
     """Against all rows in memory, sorted by key: quotas filled from the front."""
     from transformers import AutoTokenizer
 
-    from fastadapt.data.prepare.selection import SPLITS, look_at, row_key
+    from fastadapt.data.prepare.selection import SPLITS, parse_row, row_key
 
     tokenizer = AutoTokenizer.from_pretrained(NAMES["organism/target"])
     longest = 40  # of many rows, and one less than that of many others
@@ -91,7 +91,7 @@ def test_it_is_the_draw_that_a_dense_reading_gives(config, source):
             domain, turns = lines[row]["domain"], lines[row]["conversations"]
             if row in gone or quotas[split][domain] == 0:
                 continue
-            if isinstance(look_at(lines[row], quotas[split]), str):
+            if isinstance(parse_row(lines[row], quotas[split]), str):
                 continue
             gone.add(row)
             text = render(turns, "r1-distill")
@@ -168,7 +168,7 @@ def test_markers_in_the_text_are_counted(config, tmp_path):
     rows = rows_of(made["output"], "train")
     marked = sum(row["row"] % 2 for row in rows)
     assert made["counts"]["train"]["with_markers"] == marked > 0
-    assert ["markers in their text", "", str(marked), "0"] in summary(made)[0][1]
+    assert ["texts with markers", "", str(marked), "0"] in summary(made)[0][1]
     del made["counts"]["train"]["with_markers"]  # of an earlier version
     assert summary(made)
 
@@ -277,7 +277,7 @@ def test_what_there_is_can_be_taken_without_reading_again(config):
 def test_a_reserve_that_was_too_small_says_so(config, tmp_path):
     source = openthoughts.write_jsonl(tmp_path / "rows.jsonl", ROWS, copies=200)
     few = config(source=str(source), validation=12, train=1400, reserve=1.0)
-    with pytest.raises(UserError, match="raise --reserve and begin again"):
+    with pytest.raises(UserError, match="Raise --reserve and start again"):
         prepare(few)
     made = prepare(
         config(source=str(source), validation=12, train=1400, reserve=3.0), overwrite=True
@@ -320,7 +320,7 @@ def test_an_unfinished_one_is_not_replaced_unasked(config):
     stop = threading.Event()
     stop.set()
     prepare(config(), stop=stop)
-    with pytest.raises(UserError, match=r"was not finished\. Go on with it"):
+    with pytest.raises(UserError, match=r"an unfinished selection\. Resume it"):
         prepare(config())
     assert not prepare(config(), overwrite=True)["interrupted"]
 

@@ -39,7 +39,7 @@ import os, signal, sys
 from fastadapt.data import prepare as module
 from fastadapt.data.prepare import filter_pass as reading
 from fastadapt.data.prepare.selection import PrepareConfig
-from fastadapt.data.prepare.candidate_store import Spool
+from fastadapt.data.prepare.candidate_store import CandidateStore
 
 reading._COMMIT_ROWS = 250
 kind, at, *values = sys.argv[1:]
@@ -105,14 +105,16 @@ def test_a_finished_one_is_verified_on_resume(config):
     content = bytearray(path.read_bytes())
     content[100] ^= 1
     path.write_bytes(content)
-    with pytest.raises(RunError, match=r"train\.parquet is not what manifest\.json says"):
+    with pytest.raises(
+        RunError, match=r"train\.parquet has another size or SHA-256 than in manifest\.json"
+    ):
         prepare(config(), resume=True)
 
 
 def test_a_kill_after_the_manifest_leaves_nothing_behind(config, monkeypatch):
     """Between the last file written and the first one removed."""
     with monkeypatch.context() as patched:
-        patched.setattr(module.outdir, "clean", lambda folder: None)
+        patched.setattr(module.output_folder, "clean", lambda folder: None)
         made = prepare(config())
     folder = Path(made["output"])
     assert (folder / ".prepare" / "candidates.sqlite").exists()
@@ -160,7 +162,7 @@ def test_files_of_an_earlier_version_are_refused_and_swept(config):
     stop.set()
     folder = Path(prepare(config(), stop=stop)["output"])
     (folder / ".prepare" / "candidates.sqlite").rename(folder / ".prepare" / "journal")
-    with pytest.raises(RunError, match=r"journal is of an earlier version.*--overwrite"):
+    with pytest.raises(RunError, match=r"journal was written by an earlier version.*--overwrite"):
         prepare(config(), resume=True)
     assert prepare(config(), overwrite=True)["interrupted"] is False
     assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)

@@ -22,7 +22,7 @@ from fastadapt.data.prepare.selection import (
     conversation_hash,
     draw,
     length_histogram,
-    look_at,
+    parse_row,
     parse_shares,
     prompt_hash,
     row_key,
@@ -125,12 +125,12 @@ def row(response="<think> a </think> b", **changes):
     ],
 )
 def test_a_row_is_looked_at(values, found):
-    assert look_at(values, {"math", "code"}) == found
+    assert parse_row(values, {"math", "code"}) == found
 
 
 def test_turns_count_by_position_not_by_name():
     values = row(conversations=[{"value": "q"}, {"from": "alice", "value": "<think></think>"}])
-    assert look_at(values, {"math"}) == ("q", "<think></think>")
+    assert parse_row(values, {"math"}) == ("q", "<think></think>")
 
 
 def test_prompts_are_equal_up_to_white_space():

@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 
 from fastadapt.adapter.files import save_adapters
 from fastadapt.adapter.module import AdapterConfig, TranscoderAdapter
-from fastadapt.data.prepare import output_folder as outdir
-from fastadapt.data.prepare.candidate_store import Spool
+from fastadapt.data.prepare import output_folder
+from fastadapt.data.prepare.candidate_store import CandidateStore
 from fastadapt.data.prepare.selection import Shortlist
 from fastadapt.distributed.ranks import Ranks
 from fastadapt.errors import RunError
@@ -83,22 +83,24 @@ def adapters_among_others(folder: Path) -> None:
 
 def begin_data(folder: Path) -> None:
     output = str(folder / "runs" / "data")
-    with outdir.open_output(output, resume=False, overwrite=(folder / "runs").exists()) as opened:
-        outdir.begin(opened, {"seed": 0})
+    with output_folder.open_output(
+        output, resume=False, overwrite=(folder / "runs").exists()
+    ) as opened:
+        output_folder.begin(opened, {"seed": 0})
 
 
 def old_data(folder: Path) -> None:
-    work = folder / "runs" / "data" / outdir.WORK
+    work = folder / "runs" / "data" / output_folder.WORK
     work.mkdir(parents=True)
     for name in ("settings.json", "rows", "journal", "candidates.sqlite"):
         (work / name).write_text("{}")
 
 
 def read_data(folder: Path) -> None:
-    with Spool(folder, 0, Shortlist({"math": 9})) as spool:
+    with CandidateStore(folder, 0, Shortlist({"math": 9})) as store:
         for row in range(2):
-            spool.keep(row, "math", ("0" * 32, "0" * 32), 3, {"row": row})
-            spool.commit(row + 1, None)
+            store.add(row, "math", ("0" * 32, "0" * 32), 3, {"row": row})
+            store.commit(row + 1, None)
 
 
 def config_in(folder: Path) -> TrainConfig:
@@ -199,7 +201,9 @@ ARTEFACTS = {
         begin_data, "runs/data/.prepare/settings.json", old_data, old_counts=False
     ),
     "data read": Artefact(read_data),
-    "data manifest": Artefact(lambda folder: outdir.finish(folder, {"files": {}}), "manifest.json"),
+    "data manifest": Artefact(
+        lambda folder: output_folder.finish(folder, {"files": {}}), "manifest.json"
+    ),
     "run begun": Artefact(start_run, "runs/a/config.yaml"),
     "run begun again": Artefact(start_run, "runs/a/config.yaml", old_run, old_counts=False),
     "run going on": Artefact(go_on_with_run),

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from stores import MadeText, make_store
 
-from fastadapt.data.prepare import output_folder as outdir
+from fastadapt.data.prepare import output_folder
 from fastadapt.errors import RunError, UserError
 from fastadapt.evaluation.benchmarks.runner import read_rows
 from fastadapt.evaluation.runs import names_of
@@ -96,7 +96,7 @@ def stores(folder: Path, name: str) -> None:
 def data(folder: Path, name: str) -> None:
     """A selection that is whole but for one more file, which its manifest lists under ``name``."""
     files = {}
-    for own in outdir.FILES.values():
+    for own in output_folder.FILES.values():
         (folder / own).write_bytes(b"precious")
         files[own] = {"rows": 0, "bytes": 8, "sha256": hashlib.sha256(b"precious").hexdigest()}
     split = {"conversations": {}, "wanted": {}, "prompts": 0, "tokens": 0, "longest": 0}
@@ -105,11 +105,11 @@ def data(folder: Path, name: str) -> None:
         "domains": {},
         "left_out_of_source": {},
         "left_out_of_drawn": {},
-        **{each: {**split, "lengths": [0]} for each in outdir.FILES},
+        **{each: {**split, "lengths": [0]} for each in output_folder.FILES},
     }
     manifest = {
-        "format": outdir.FORMAT,
-        "schema_version": outdir.SCHEMA_VERSION,
+        "format": output_folder.FORMAT,
+        "schema_version": output_folder.SCHEMA_VERSION,
         "settings": {"max_tokens": 8},
         "source": {},
         "counts": counts,
@@ -128,7 +128,10 @@ READERS: dict[str, tuple[Callable[[Path, str], None], Callable[[Path], object]]]
     "shards": (shards, lambda folder: tensor_files(str(folder), None)),
     "checkpoint": (checkpoints, read_checkpoint),
     "store": (stores, lambda folder: Store.open(folder / "store")),
-    "data": (data, lambda folder: outdir.verify(folder, outdir.read_manifest(folder) or {})),
+    "data": (
+        data,
+        lambda folder: output_folder.verify(folder, output_folder.read_manifest(folder) or {}),
+    ),
 }
 
 

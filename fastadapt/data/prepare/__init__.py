@@ -1,10 +1,10 @@
-"""Training and validation sets out of a source of conversations, in one reading of it.
+"""Select training and validation conversations from a source in a single pass.
 
-The source streams by; of each domain only the candidates that can still be drawn are kept, on the
-disk (``fastadapt.data.prepare.candidate_store``), and only their tokens are counted. At its end the
-splits are drawn (``fastadapt.data.prepare.selection``) and written as Parquet in the order of the
-draw, with a manifest. Every byte written follows from source, settings and the versions of the
-libraries alone.
+The pass stores, for each domain, only the candidates that can still be drawn, and counts the tokens
+of these only (:mod:`fastadapt.data.prepare.candidate_store`). After the pass,
+:mod:`fastadapt.data.prepare.selection` draws the splits. They are written as Parquet in the order
+of the draw, with a manifest. Every byte is a function of the source, the settings and the versions
+of the libraries.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from fastadapt.data.prepare import output_folder as outdir
-from fastadapt.data.prepare.candidate_store import GO_ON, Spool
-from fastadapt.data.prepare.filter_pass import CARRIED, REQUIRED, Reading, Record, Sink
+from fastadapt.data.prepare import output_folder
+from fastadapt.data.prepare.candidate_store import RESUME_ADVICE, CandidateStore
+from fastadapt.data.prepare.filter_pass import OPTIONAL, REQUIRED, FilterPass, Record, Sink
 from fastadapt.data.prepare.selection import (
     MALFORMED,
     NO_END,
@@ -33,14 +33,14 @@ from fastadapt.data.prepare.selection import (
     draw,
     length_histogram,
 )
-from fastadapt.data.prepare.source_stream import Stream
+from fastadapt.data.prepare.source_stream import SourceStream
 from fastadapt.data.rendering import holds_markers, render
 from fastadapt.data.sources import COLUMN
 from fastadapt.data.tokens import check_markers
 from fastadapt.errors import UserError
 from fastadapt.io.atomic import digest, disk_errors, replacing
 
-_GROUP_BYTES = 1 << 24  # text in a row group of the files written
+_GROUP_BYTES = 1 << 24  # bytes of text in a row group of the output files
 
 
 def prepare(
@@ -52,98 +52,101 @@ def prepare(
     sink: Sink | None = None,
     stop: Event | None = None,
 ) -> Record:
-    """Select conversations as configured, into the folder ``config.output``.
+    """Select conversations and write them to the folder ``config.output``.
 
     Args:
-        config: what to select.
-        resume: go on with the unfinished selection in that folder; a finished one is verified.
-        overwrite: remove the selection in that folder first.
+        config: source, quotas and filters.
+        resume: resume the unfinished selection in the folder, or verify a finished one.
+        overwrite: remove the selection in the folder first.
         trust_remote_code: run Python code that comes with the tokenizer.
         sink: called with ``{"kind": "read", "rows", "kept", "fraction"}`` while reading and
             ``{"kind": "write", "done", "of"}`` while writing.
-        stop: set it to end within the next 1000 rows; resume goes on there.
+        stop: set this event to stop within the next 1000 rows. ``resume`` continues from there.
 
     Returns:
-        The manifest, with ``interrupted: False`` and ``output``; or ``interrupted: True``, ``rows``
-        and ``output``, if it was told to stop.
+        The manifest, with ``interrupted: False`` and ``output``. If ``stop`` was set:
+        ``interrupted: True``, the number of ``rows`` read, and ``output``.
 
     Raises:
-        UserError: the source, the tokenizer or the folder is not as it must be, or a domain cannot
-            fill its quota (the reading is kept: resume with ``allow_fewer``).
-        RunError: no space, or the hub stopped answering.
+        UserError: the source, the tokenizer or the folder cannot be used, or a domain cannot fill
+            its quota (rows read so far are saved: resume with ``allow_fewer``).
+        RunError: the disk is full, or the hub stopped answering.
     """
     from fastadapt.models.pretrained import load_tokenizer
 
-    tell = sink or (lambda _: None)
-    with outdir.open_output(config.output, resume=resume, overwrite=overwrite) as folder:
-        stream = Stream(
+    report = sink or (lambda _: None)
+    with output_folder.open_output(config.output, resume=resume, overwrite=overwrite) as folder:
+        stream = SourceStream(
             config.source,
             split=config.split,
             revision=config.revision,
             required=REQUIRED,
-            optional=CARRIED,
+            optional=OPTIONAL,
         )
         tokenizer = load_tokenizer(config.tokenizer, None, trust=trust_remote_code)
         check_markers(tokenizer, config.family)
         settings = _settings(config, stream, tokenizer)
         if resume:
-            outdir.check_same(folder, settings)
-            manifest = outdir.read_manifest(folder)
+            output_folder.check_same(folder, settings)
+            manifest = output_folder.read_manifest(folder)
             if manifest is not None:
-                outdir.verify(folder, manifest)
-                outdir.clean(folder)
+                output_folder.verify(folder, manifest)
+                output_folder.clean(folder)
                 return {**manifest, "interrupted": False, "output": str(folder)}
         else:
-            outdir.begin(folder, settings)
+            output_folder.begin(folder, settings)
         shortlist = Shortlist(_limits(config))
-        with Spool(folder / outdir.WORK, config.seed, shortlist) as spool:
-            reading = Reading(config, stream, spool, shortlist, tokenizer)
-            if not reading.run(tell, stop):
-                return {"interrupted": True, "rows": spool.read, "output": str(folder)}
+        with CandidateStore(folder / output_folder.WORK, config.seed, shortlist) as store:
+            if not FilterPass(config, stream, store, shortlist, tokenizer).run(report, stop):
+                return {"interrupted": True, "rows": store.read, "output": str(folder)}
             selection = draw(shortlist, config.quotas())
             if selection.missing and not config.allow_fewer:
-                raise UserError(_shortage(config, selection, spool, shortlist))
-            files, with_markers = _write(folder, selection, spool, config.family, tell)
+                raise UserError(_shortage(config, selection, store, shortlist))
+            files, with_markers = _write(folder, selection, store, config.family, report)
             manifest = {
-                "format": outdir.FORMAT,
-                "schema_version": outdir.SCHEMA_VERSION,
+                "format": output_folder.FORMAT,
+                "schema_version": output_folder.SCHEMA_VERSION,
                 "settings": settings,
                 "source": stream.hashed(),
-                "counts": _counts(config, selection, spool, with_markers),
+                "counts": _counts(config, selection, store, with_markers),
                 "files": files,
             }
-        outdir.finish(folder, manifest)
+        output_folder.finish(folder, manifest)
     return {**manifest, "interrupted": False, "output": str(folder)}
 
 
 def _limits(config: PrepareConfig) -> dict[str, int]:
-    """Candidates to keep of each domain."""
+    """Return the number of candidates to store of each domain."""
     quotas = config.quotas()
     wanted = {d: sum(quotas[split][d] for split in SPLITS) for d in quotas["train"]}
     return {domain: math.ceil(config.reserve * n) + 64 for domain, n in wanted.items()}
 
 
-def _settings(config: PrepareConfig, stream: Stream, tokenizer: Any) -> Record:
-    """What the selection follows from."""
+def _settings(config: PrepareConfig, stream: SourceStream, tokenizer: Any) -> Record:
+    """Return everything that determines the selection, as JSON."""
     from importlib.metadata import version
 
     values = dataclasses.asdict(config)
     for name in ("output", "source", "allow_fewer"):
         del values[name]
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    described = backend.to_str() if backend else repr(sorted(tokenizer.get_vocab().items()))
+    definition = backend.to_str() if backend else repr(sorted(tokenizer.get_vocab().items()))
     return {
         **values,
         "source": stream.identity,
-        "tokenizer_sha256": hashlib.sha256(described.encode()).hexdigest(),
+        "tokenizer_sha256": hashlib.sha256(definition.encode()).hexdigest(),
         "fastadapt": version("fastadapt"),
     }
 
 
 def _write(
-    folder: Path, selection: Selection, spool: Spool, family: str, tell: Sink
+    folder: Path, selection: Selection, store: CandidateStore, family: str, report: Sink
 ) -> tuple[Record, dict[str, int]]:
-    """Both files, each whole or not at all: sizes, hashes and rows; by split, rows with markers."""
+    """Write each split atomically.
+
+    Returns:
+        Size, SHA-256 and rows of each file, and the number of rows with markers of each split.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -158,31 +161,32 @@ def _write(
             ("row", pa.int64()),
         ]
     )
-    done, of = 0, sum(map(len, selection.splits.values()))
+    done, total = 0, sum(map(len, selection.splits.values()))
     files: Record = {}
-    with_markers = dict.fromkeys(outdir.FILES, 0)
-    for split, name in outdir.FILES.items():
+    with_markers = dict.fromkeys(output_folder.FILES, 0)
+    for split, name in output_folder.FILES.items():
         taken = selection.splits[split]
         with (
-            disk_errors(folder / name, GO_ON),
+            disk_errors(folder / name, RESUME_ADVICE),
             replacing(folder / name) as staged,
             pq.ParquetWriter(
                 staged, schema, compression="zstd", use_dictionary=["domain", "source"]
             ) as writer,
         ):
             for group in _groups(taken):
-                rows = [{**spool.text(c), "tokens": c.tokens, "row": c.row} for c in group]
+                rows = [{**store.text(c), "tokens": c.tokens, "row": c.row} for c in group]
                 texts = [render(row[COLUMN], family) for row in rows]
                 with_markers[split] += sum(holds_markers(text, family) for text in texts)
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))
                 done += len(group)
-                tell({"kind": "write", "done": done, "of": of})
+                report({"kind": "write", "done": done, "of": total})
         size, sha256 = digest(folder / name)
         files[name] = {"rows": len(taken), "bytes": size, "sha256": sha256}
     return files, with_markers
 
 
 def _groups(candidates: Sequence[Candidate]) -> Iterator[list[Candidate]]:
+    """Split candidates into row groups of about ``_GROUP_BYTES``."""
     group: list[Candidate] = []
     size = 0
     for candidate in candidates:
@@ -196,7 +200,7 @@ def _groups(candidates: Sequence[Candidate]) -> Iterator[list[Candidate]]:
 
 
 def _counts(
-    config: PrepareConfig, selection: Selection, spool: Spool, with_markers: dict[str, int]
+    config: PrepareConfig, selection: Selection, store: CandidateStore, with_markers: dict[str, int]
 ) -> Record:
     quotas = config.quotas()
     domains = list(quotas["train"])
@@ -215,16 +219,16 @@ def _counts(
         }
     reasons = (OTHER_DOMAIN, MALFORMED, NO_THINK, NO_END)
     return {
-        "rows": spool.read,
-        "domains": {d: spool.counts["domains"][d] for d in domains},
-        "left_out_of_source": {r: spool.counts["left_out"][r] for r in reasons},
+        "rows": store.read,
+        "domains": {d: store.counts["domains"][d] for d in domains},
+        "left_out_of_source": {r: store.counts["left_out"][r] for r in reasons},
         "left_out_of_drawn": {d: dict(sorted(selection.left_out[d].items())) for d in domains},
         **splits,
     }
 
 
 def _shortage(
-    config: PrepareConfig, selection: Selection, spool: Spool, shortlist: Shortlist
+    config: PrepareConfig, selection: Selection, store: CandidateStore, shortlist: Shortlist
 ) -> str:
     quotas = config.quotas()
     lacks = ", ".join(
@@ -233,15 +237,15 @@ def _shortage(
         for domain, n in lacking.items()
     )
     short = {domain for lacking in selection.missing.values() for domain in lacking}
-    drawn = sum((selection.left_out[d] for d in sorted(short)), start=spool.counts["left_out"])
-    why = "; ".join(f"{reason}: {n:,}" for reason, n in drawn.items() if n)
+    drawn = sum((selection.left_out[d] for d in sorted(short)), start=store.counts["left_out"])
+    reasons = "; ".join(f"{reason}: {n:,}" for reason, n in drawn.items() if n)
     advice = (
-        "raise --reserve and begin again with --overwrite"
+        "Raise --reserve and start again with --overwrite."
         if short & shortlist.full
-        else "lower --train, --validation or the share (with --overwrite), or take what there is "
-        "with --resume --allow_fewer"
+        else "Lower --train, --validation or the share (with --overwrite), or accept fewer "
+        "conversations with --resume --allow_fewer."
     )
     return (
         f"data source {config.source!r} does not fill the quotas: {lacks}. Left out of its "
-        f"{spool.read:,} rows: {why or 'none'}. Either {advice}."
+        f"{store.read:,} rows: {reasons or 'none'}. {advice}"
     )

@@ -1,13 +1,15 @@
-"""The candidates of a reading in progress, in a ledger from which a killed reading goes on.
+"""Store the candidates of an unfinished pass over the source, so that the pass can be resumed.
 
-The ledger (:mod:`fastadapt.io.ledger`) has three fingerprints; parts are rows of the source but for
-the one of ``progress``:
+The ledger (:mod:`fastadapt.io.ledger`) has three fingerprints:
 
-====================  ==========================================================================
-``candidate``         domain, hashes, tokens and bytes of a candidate; the domain of a long row
-``progress``          part 0: rows read, cursor, counts
-``text``              the row of a candidate as JSON, compressed
-====================  ==========================================================================
+====================  ====================  ====================================================
+fingerprint           part                  value
+====================  ====================  ====================================================
+``candidate``         row of the source     domain, hashes, tokens and bytes of a candidate; only
+                                            the domain of a row with too many tokens
+``progress``          0                     rows read, cursor, counts
+``text``              row of the source     the row as compressed JSON
+====================  ====================  ====================================================
 """
 
 from __future__ import annotations
@@ -23,30 +25,30 @@ from fastadapt.io.ledger import Ledger
 from fastadapt.io.names import has_file
 
 LEDGER = "candidates.sqlite"
-#: Files of a reading that an earlier version began.
+#: Files of an unfinished pass that an earlier version of this library wrote.
 OLD = ("journal", "rows")
 _CODEC = "zstd"
-#: What the message of a full disk ends with.
-GO_ON = "What was read is kept: go on with --resume."
-_AGAIN = "Begin again with --overwrite."
+#: Last sentence of the message of a failed write.
+RESUME_ADVICE = "Rows read so far are saved; resume with --resume."
+_RESTART = "Start again with --overwrite."
 
 
-class Spool:
-    """Candidates and counts of a reading in progress.
+class CandidateStore:
+    """Candidates and counts of an unfinished pass.
 
     Args:
-        folder: of the ledger, whose contents are taken up.
-        seed: of the order, from which keys follow.
-        shortlist: filled with the candidates.
+        folder: folder of the ledger. An existing ledger is loaded.
+        seed: seed of the keys, which order the rows.
+        shortlist: receives the candidates of the ledger.
 
     Attributes:
-        read: rows of the source that are done with.
-        cursor: ``Stream.cursor()`` after them.
+        read: number of rows of the source that were processed.
+        cursor: ``SourceStream.cursor()`` after these rows.
         counts: rows of each domain, and rows left out by reason.
-        done: whether the source has been read to its end.
+        done: whether the source was read to its end.
 
     Raises:
-        RunError: the ledger is damaged, cannot be written, or is of an earlier version.
+        RunError: the ledger is damaged, cannot be written, or was written by an earlier version.
     """
 
     def __init__(self, folder: Path, seed: int, shortlist: Shortlist) -> None:
@@ -56,75 +58,91 @@ class Spool:
         self._entries: list[tuple[str, int, bytes]] = []
         for name in OLD:
             if has_file(folder / name):
-                raise RunError(f"{folder / name} is of an earlier version. {_AGAIN}")
-        self._ledger = Ledger(folder / LEDGER, GO_ON, _AGAIN)
+                message = f"{folder / name} was written by an earlier version, which stored rows"
+                raise RunError(f"{message} in another format. {_RESTART}")
+        self._ledger = Ledger(folder / LEDGER, RESUME_ADVICE, _RESTART)
         try:
-            self._take_up()
+            self._load()
         except BaseException:
             self._ledger.close()
             raise
 
-    def _take_up(self) -> None:
-        """Read progress and candidates of the ledger."""
+    def _load(self) -> None:
+        """Load progress and candidates from the ledger."""
         if (text := self._ledger.get("progress", 0)) is not None:
             entry = json.loads(text)
             self.read, self.cursor, self.done = entry["read"], entry["cursor"], entry["done"]
             self.counts = {name: Counter(counts) for name, counts in entry["counts"].items()}
         for row, text in self._ledger.parts("candidate"):
-            self._enter(row, json.loads(text))
+            self._add_to_shortlist(row, json.loads(text))
 
-    def _enter(self, row: int, values: list[Any]) -> None:
+    def _add_to_shortlist(self, row: int, values: list[Any]) -> None:
         key = row_key(self._seed, row)
         if len(values) == 1:
             self._shortlist.add_too_long(values[0], key)
         else:
             self._shortlist.add(Candidate(key, row, *values))
 
-    def keep(
-        self, row: int, domain: str, hashes: tuple[str, str], tokens: int, values: Any
-    ) -> None:
-        """Take in a candidate with its row of the source."""
+    def add(self, row: int, domain: str, hashes: tuple[str, str], tokens: int, values: Any) -> None:
+        """Add a candidate.
+
+        Args:
+            row: row of the source, counted from 0.
+            domain: domain of the row.
+            hashes: hash of the prompt, and hash of the conversation.
+            tokens: tokens of the rendered conversation.
+            values: columns to write, as JSON.
+        """
         import pyarrow as pa
 
         text = json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode()
         packed = pa.compress(text, codec=_CODEC, asbytes=True)
         self._entries.append(("text", row, packed))
-        self._note(row, [domain, *hashes, tokens, len(text)])
+        self._append(row, [domain, *hashes, tokens, len(text)])
 
-    def too_long(self, row: int, domain: str) -> None:
-        """Note a row that has too many tokens."""
-        self._note(row, [domain])
+    def add_too_long(self, row: int, domain: str) -> None:
+        """Add a row that has too many tokens."""
+        self._append(row, [domain])
 
-    def _note(self, row: int, values: list[Any]) -> None:
-        self._entries.append(("candidate", row, _packed(values)))
-        self._enter(row, values)
+    def _append(self, row: int, values: list[Any]) -> None:
+        self._entries.append(("candidate", row, _to_json(values)))
+        self._add_to_shortlist(row, values)
 
     def commit(self, read: int, cursor: Any, *, done: bool = False) -> None:
-        """Return once all rows up to ``read`` are done with for good."""
+        """Write the added rows and the progress to the disk.
+
+        Args:
+            read: number of rows of the source that were processed.
+            cursor: ``SourceStream.cursor()`` after these rows.
+            done: whether the source was read to its end.
+
+        Raises:
+            RunError: the ledger cannot be written.
+        """
         self.read, self.cursor, self.done = read, cursor, done
         progress = {"read": read, "cursor": cursor, "done": done, "counts": self.counts}
-        self._ledger.add([*self._entries, ("progress", 0, _packed(progress))])
+        self._ledger.add([*self._entries, ("progress", 0, _to_json(progress))])
         self._entries = []
 
     def text(self, candidate: Candidate) -> dict[str, Any]:
-        """Return the row of a candidate."""
+        """Return the columns of a candidate's row."""
         import pyarrow as pa
 
         packed = self._ledger.get("text", candidate.row)
         if packed is None:
-            raise RunError(f"{self._ledger.path} has no text of row {candidate.row}. {_AGAIN}")
+            raise RunError(f"{self._ledger.path} lacks the text of row {candidate.row}. {_RESTART}")
         text = pa.decompress(
             packed, decompressed_size=candidate.unpacked, codec=_CODEC, asbytes=True
         )
         row: dict[str, Any] = json.loads(text)
         return row
 
-    def __enter__(self) -> Spool:
+    def __enter__(self) -> CandidateStore:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ledger.close()
 
 
-def _packed(value: Any) -> bytes:
+def _to_json(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False).encode()

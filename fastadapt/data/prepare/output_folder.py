@@ -1,11 +1,11 @@
-"""The folder that a selection is written into: who may write there, and what it says of itself.
+"""Claim, check and finish the output folder of a selection.
 
 ::
 
     train.parquet, validation.parquet   the conversations
-    manifest.json                       where they come from: written last, so it means "finished"
-    .prepare/                           a reading in progress (see
-    fastadapt.data.prepare.candidate_store)
+    manifest.json                       settings, source and counts; written last
+    .prepare/                           the unfinished pass, see
+                                        fastadapt.data.prepare.candidate_store
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from typing_extensions import NotRequired, TypedDict
 
-from fastadapt.data.prepare.candidate_store import GO_ON, LEDGER, OLD
+from fastadapt.data.prepare.candidate_store import LEDGER, OLD, RESUME_ADVICE
 from fastadapt.data.prepare.selection import SPLITS
 from fastadapt.errors import RunError, UserError
 from fastadapt.io.atomic import digest, disk_errors, remove, replacing
@@ -33,7 +33,7 @@ SCHEMA_VERSION = 1
 FILES = {split: f"{split}.parquet" for split in SPLITS}
 WORK = ".prepare"
 _SETTINGS, _LOCK = "settings.json", "lock"
-#: Everything that is ever written; an overwrite removes this and nothing else.
+#: Every file that a selection may write. An overwrite removes only these.
 _WRITTEN = (
     MANIFEST,
     *FILES.values(),
@@ -59,7 +59,7 @@ Settings = Mapping[str, Any]
 
 
 class WrittenFile(TypedDict):
-    """A file of a selection, as its manifest has it."""
+    """Entry of a file in the manifest."""
 
     rows: Count
     bytes: Count
@@ -67,7 +67,7 @@ class WrittenFile(TypedDict):
 
 
 class SplitCounts(TypedDict):
-    """What a split holds; ``lengths`` is a histogram."""
+    """Counts of a split; ``lengths`` is a histogram of tokens per conversation."""
 
     conversations: dict[str, Count]
     wanted: dict[str, Count]
@@ -79,7 +79,7 @@ class SplitCounts(TypedDict):
 
 
 class Counts(TypedDict):
-    """What was read, taken and left out."""
+    """Counts of the rows read, drawn and left out."""
 
     rows: Count
     domains: dict[str, Count]
@@ -102,14 +102,15 @@ class Manifest(TypedDict):
 
 @contextmanager
 def open_output(output: str, *, resume: bool, overwrite: bool) -> Iterator[Path]:
-    """Claim the folder for this process; nothing in it is changed yet.
+    """Claim the folder for this process, without changing its contents.
 
     Raises:
-        UserError: it is no folder or cannot be made, is in use by another process, holds something
-            else, holds a selection (without ``resume`` or ``overwrite``), or holds none to resume.
+        UserError: the path is no folder, cannot be created, is in use by another process, or holds
+            other files; the folder holds a selection, and neither ``resume`` nor ``overwrite`` is
+            set; or it holds no selection to resume.
     """
     if resume and overwrite:
-        raise UserError("--resume goes on with a selection, --overwrite removes it: choose one")
+        raise UserError("--resume continues a selection, --overwrite removes it: choose one")
     folder = typed_path(output, "--output")
     workspace = _workspace(folder)
     _check(workspace, resume=resume, overwrite=overwrite)
@@ -121,7 +122,8 @@ def open_output(output: str, *, resume: bool, overwrite: bool) -> Iterator[Path]
 def _check(workspace: Workspace, *, resume: bool, overwrite: bool) -> None:
     folder, names = workspace.folder, workspace.names()
     begun = (folder / WORK / _SETTINGS).exists()
-    # Where a selection is begun, the manifest is an older one's or the last thing still to write.
+    # The settings are written before an older manifest is replaced and removed after the new one
+    # is written: with settings in the folder, a manifest does not mean that a selection finished.
     finished = not begun and read_manifest(folder) is not None
     if resume:
         if not finished and not begun:
@@ -131,8 +133,8 @@ def _check(workspace: Workspace, *, resume: bool, overwrite: bool) -> None:
     elif begun:
         if not overwrite:
             raise UserError(
-                f"--output: {folder} holds a selection that was not finished. Go on with it "
-                "(--resume), begin again (--overwrite), or give another folder."
+                f"--output: {folder} holds an unfinished selection. Resume it (--resume), start "
+                "again (--overwrite), or give another folder."
             )
     elif finished:
         if not overwrite:
@@ -145,10 +147,10 @@ def _check(workspace: Workspace, *, resume: bool, overwrite: bool) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a finished selection; None where there is none, or one of something else.
+    """Return the manifest of a finished selection, or None if the folder has no such manifest.
 
     Raises:
-        UserError: it is damaged.
+        UserError: the manifest is damaged.
     """
     path = folder / MANIFEST
     if not has_file(path):
@@ -168,7 +170,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def _check_counts(manifest: Mapping[str, Any], source: str) -> None:
-    """Raise ``DocumentError`` where files, settings and counts of a manifest do not go together."""
+    """Raise ``DocumentError`` if files, settings and counts of a manifest are inconsistent."""
     counts = manifest["counts"]
     for name in FILES.values():
         if name not in manifest["files"]:
@@ -184,55 +186,58 @@ def _check_counts(manifest: Mapping[str, Any], source: str) -> None:
 
 
 def verify(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Raise ``RunError`` where a file of a finished selection is not what its manifest says."""
+    """Raise ``RunError`` if a file of a finished selection differs from its manifest."""
     for name, expected in manifest["files"].items():
         path = inside(folder, name, source=str(folder / MANIFEST))
         try:
-            found = digest(path)
+            actual = digest(path)
         except OSError as error:
             raise RunError(f"{path} cannot be read: {error.strerror}") from error
-        if found != (expected["bytes"], expected["sha256"]):
-            raise RunError(f"{path} is not what {MANIFEST} says; make it again with --overwrite")
+        if actual != (expected["bytes"], expected["sha256"]):
+            raise RunError(
+                f"{path} has another size or SHA-256 than in {MANIFEST}; replace the selection "
+                "with --overwrite"
+            )
 
 
 def begin(folder: Path, settings: Settings) -> None:
-    """Remove what an earlier selection left in the folder, and note the settings of this one."""
+    """Remove the files of an earlier selection, and write the settings of this one."""
     text = json.dumps(settings, ensure_ascii=False)
     _workspace(folder).start(lambda staged: staged.write_text(text, encoding="utf-8"))
 
 
 def check_same(folder: Path, settings: Settings) -> None:
-    """Raise ``UserError`` naming the settings in which this command differs from what was begun."""
+    """Raise ``UserError`` if the selection in the folder was started with other settings."""
     path = folder / WORK / _SETTINGS
     if has_file(path):
         try:
-            then = read_json(path, dict[str, Any])
+            old = read_json(path, dict[str, Any])
         except DocumentError as error:
-            raise UserError(f"{error}. Begin again with --overwrite.") from error
+            raise UserError(f"{error}. Start again with --overwrite.") from error
     else:
-        then = (read_manifest(folder) or {"settings": {}})["settings"]
-    differing = [key for key in settings if key not in then or not same(settings[key], then[key])]
+        old = (read_manifest(folder) or {"settings": {}})["settings"]
+    differing = [key for key in settings if key not in old or not same(settings[key], old[key])]
     if differing:
-        told = "; ".join(f"{key}: {settings[key]!r}, was {then.get(key)!r}" for key in differing)
+        changes = "; ".join(f"{key}: {settings[key]!r}, was {old.get(key)!r}" for key in differing)
         raise UserError(
-            f"--resume: the selection in {folder} was begun with other settings ({told:.400}). "
-            "Give the old ones, or begin again with --overwrite."
+            f"--resume: the selection in {folder} was started with other settings "
+            f"({changes:.400}). Give the old settings, or start again with --overwrite."
         )
 
 
 def finish(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write the manifest, after which nothing else is needed.
+    """Write the manifest, which completes the selection, and remove the unfinished pass.
 
     Raises:
-        RunError: it cannot be written.
+        RunError: the manifest cannot be written.
     """
-    with disk_errors(folder / MANIFEST, GO_ON), replacing(folder / MANIFEST) as staged:
+    with disk_errors(folder / MANIFEST, RESUME_ADVICE), replacing(folder / MANIFEST) as staged:
         text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
         staged.write_text(text, encoding="utf-8")
     clean(folder)
 
 
 def clean(folder: Path) -> None:
-    """Remove what the reading of a finished selection needed, and what a kill left of it."""
+    """Remove the files of the unfinished pass."""
     for name in (_SETTINGS, LEDGER, f"{LEDGER}-journal", *OLD):
         remove(folder / WORK / name)

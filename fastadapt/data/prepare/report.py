@@ -1,7 +1,8 @@
-"""The manifest of a selection as tables: how much of what, how long, and what was left out."""
+"""Format the manifest of a selection as tables: counts, lengths, and rows left out."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,11 +10,18 @@ from fastadapt.data.prepare.selection import SPLITS
 
 Table = tuple[list[str], list[list[str]]]
 
-_BAR = 30
+_BAR_CHARACTERS = 30
+#: Labels of counts of a split.
+_LABELS = {
+    "prompts": "distinct prompts",
+    "tokens": "tokens",
+    "longest": "tokens of the longest",
+    "with_markers": "texts with markers",
+}
 
 
 def summary(manifest: Mapping[str, Any]) -> list[Table]:
-    """Heads and rows of the tables, as text."""
+    """Return head and rows of each table, as text."""
     return [_domains(manifest), _lengths(manifest), _left_out(manifest)]
 
 
@@ -26,24 +34,15 @@ def _domains(manifest: Mapping[str, Any]) -> Table:
     ]
     totals = [f"{sum(counts[split]['conversations'].values()):,}" for split in splits]
     rows.append(["all", f"{counts['rows']:,}", *totals])
-    for name in _TOLD:
-        if not all(name in counts[split] for split in splits):
-            continue  # a manifest of an earlier version
-        rows.append([_TOLD[name], "", *(f"{counts[split][name]:,}" for split in splits)])
+    for name, label in _LABELS.items():
+        if all(name in counts[split] for split in splits):  # older manifests lack with_markers
+            rows.append([label, "", *(f"{counts[split][name]:,}" for split in splits)])
     return ["conversations", "source", *splits], rows
 
 
-_TOLD = {
-    "prompts": "different prompts",
-    "tokens": "tokens",
-    "longest": "tokens of the longest",
-    "with_markers": "markers in their text",
-}
-
-
 def _filled(split: Mapping[str, Any], domain: str) -> str:
-    taken, wanted = split["conversations"][domain], split["wanted"][domain]
-    return f"{taken:,}" if taken == wanted else f"{taken:,} of {wanted:,}"
+    n, quota = split["conversations"][domain], split["wanted"][domain]
+    return f"{n:,}" if n == quota else f"{n:,} of {quota:,}"
 
 
 def _lengths(manifest: Mapping[str, Any]) -> Table:
@@ -56,17 +55,19 @@ def _lengths(manifest: Mapping[str, Any]) -> Table:
         # The lengths n with (n - 1) * bins // longest == i.
         first, last = -(-i * longest // bins) + 1, -(-(i + 1) * longest // bins)
         if first <= last:
-            bar = "█" * round(_BAR * per_split[0][i] / highest)
-            rows.append([f"{first:,}–{last:,}", *(f"{n[i]:,}" for n in per_split), bar.ljust(_BAR)])
+            bar = ("█" * round(_BAR_CHARACTERS * per_split[0][i] / highest)).ljust(_BAR_CHARACTERS)
+            rows.append([f"{first:,}–{last:,}", *(f"{n[i]:,}" for n in per_split), bar])
     return ["tokens", *SPLITS[::-1], ""], rows
 
 
 def _left_out(manifest: Mapping[str, Any]) -> Table:
     counts = manifest["counts"]
-    rows = [[why, f"{n:,}", "of all rows"] for why, n in counts["left_out_of_source"].items()]
-    drawn: dict[str, int] = {}
+    drawn: Counter[str] = Counter()
     for reasons in counts["left_out_of_drawn"].values():
-        for why, n in reasons.items():
-            drawn[why] = drawn.get(why, 0) + n
-    rows += [[why, f"{n:,}", "of the rows drawn"] for why, n in drawn.items()]
-    return ["left out", "rows", ""], rows
+        drawn.update(reasons)  # unlike +, update() keeps counts of 0
+    rows = [
+        [reason, f"{n:,}", among]
+        for reasons, among in ((counts["left_out_of_source"], "all rows"), (drawn, "drawn rows"))
+        for reason, n in reasons.items()
+    ]
+    return ["left out", "rows", "among"], rows

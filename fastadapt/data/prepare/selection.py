@@ -1,15 +1,14 @@
-"""Which conversations of a source are taken: filters, quotas, a shuffled order, two splits.
+"""Filter the rows of a source, shuffle them, and draw the two splits by quotas per domain.
 
-The order is a shuffle of the whole source: row ``i`` gets the key ``blake2b(seed/i)``, and rows are
-drawn in the order of their keys. What is drawn thus depends on seed and source alone, is uniform
-over each domain wherever in the source it lies, and needs no row in memory: of each domain only the
-rows with the lowest keys matter (arXiv 2602.20904 says "shuffled with seed 42"; which rows that
-gives there depends on the reader's buffer, so its very rows are not reproduced).
+Row ``i`` has the key ``blake2b(seed/i)``, and rows are drawn in the order of their keys. The draw
+therefore depends on seed and source only, and is uniform over the rows of each domain. The source
+is never in memory, since only the rows of each domain with the lowest keys are needed. (arXiv
+2602.20904 shuffles with seed 42, but its shuffle depends on the buffer of the reader. Its rows
+are not reproduced.)
 
-A prompt is in one split only: validation draws first, and training passes over rows whose prompt
-validation has. OpenThoughts3 has up to 16 responses to a prompt, so splits by row would share half
-of their prompts. Within a split a prompt may come again with another response, as in the source;
-the same conversation is taken once.
+A prompt occurs in one split only: validation is drawn first, and training skips rows with a prompt
+of validation. OpenThoughts3 has up to 16 responses to a prompt, so that splits by row would share
+half of their prompts. A split may hold several responses to one prompt, but no conversation twice.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ from typing import Any, NamedTuple
 from fastadapt.data.rendering import END_THINK, THINK, get_family, turns
 from fastadapt.errors import UserError
 
-SPLITS = ("validation", "train")  # in the order in which they draw
+SPLITS = ("validation", "train")  # in the order of drawing
 
-#: Why a row is left out, in the order of the tests. The first four are counted over the whole
-#: source, the others among the rows that were drawn.
+#: Reasons for leaving out a row, in the order of the filters. They are keys of the manifest. The
+#: first four are counted over the whole source, the others over the rows that were drawn.
 OTHER_DOMAIN, MALFORMED = "another domain", "not a prompt and a response"
 NO_THINK, NO_END = f"no {THINK}", f"no {END_THINK} after it"
 TOO_LONG = "more than max_tokens tokens"
@@ -37,25 +36,26 @@ HELD_OUT, REPEATED = "its prompt is in validation", "the same conversation again
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """What to select from which source; the defaults are the selection of arXiv 2602.20904.
+    """Settings of a selection. The defaults are the selection of arXiv 2602.20904.
 
     Attributes:
-        source: hub id of a dataset, or a .jsonl or .parquet file, or a folder of such files, with
-            columns ``conversations`` and ``domain``. ``difficulty`` (an integer) and ``source``
-            (text) are kept where there are any.
+        source: hub id of a dataset, a .jsonl or .parquet file, or a folder of such files, with
+            columns ``conversations`` and ``domain``. The columns ``difficulty`` (integer) and
+            ``source`` (text) are copied if present.
         output: folder for train.parquet, validation.parquet and manifest.json.
-        tokenizer: folder or hub id; of the pair that will be trained.
-        family: how a conversation is rendered before its tokens are counted.
-        train: conversations to train on.
-        validation: conversations to hold out.
-        max_tokens: longer conversations are left out.
-        seed: of the order in which rows are drawn.
-        shares: of each domain, as domain=share,...; relative, each split is filled to its size.
-        split: of a hub dataset or folder.
+        tokenizer: folder or hub id of the tokenizer of the pair to be trained.
+        family: template that renders a conversation before its tokens are counted.
+        train: number of conversations to train on.
+        validation: number of conversations to hold out.
+        max_tokens: leave out longer conversations.
+        seed: seed of the order in which rows are drawn.
+        shares: share of each domain, as domain=share,...; the shares are relative and need not sum
+            to 1.
+        split: split of a hub dataset or folder.
         revision: branch, tag or commit of a hub dataset.
-        reserve: conversations kept at hand while reading, per one that is wanted; more are needed
-            where so many rows repeat a prompt that training has to pass over a large part.
-        allow_fewer: take what there is where a domain cannot fill its quota, instead of an error.
+        reserve: candidates to store per wanted conversation; raise it if training skips many rows
+            because their prompt is in validation.
+        allow_fewer: take fewer conversations instead of an error if a domain cannot fill its quota.
     """
 
     source: str = "open-thoughts/OpenThoughts3-1.2M"
@@ -82,13 +82,21 @@ class PrepareConfig:
         parse_shares(self.shares)
 
     def quotas(self) -> dict[str, dict[str, int]]:
-        """Conversations of each split (``SPLITS``) and domain."""
+        """Return the number of conversations of each split (``SPLITS``) and domain."""
         shares = parse_shares(self.shares)
         return {split: apportion(getattr(self, split), shares) for split in SPLITS}
 
 
 def parse_shares(text: str) -> dict[str, Fraction]:
-    """``math=.7,code=.3`` as exact numbers."""
+    """Parse shares of domains as exact numbers.
+
+    Raises:
+        UserError: the text is not domain=share,..., repeats a domain, or has a share of 0 or less.
+
+    Example:
+        >>> parse_shares("math=.7,code=.3")
+        {'math': Fraction(7, 10), 'code': Fraction(3, 10)}
+    """
     shares: dict[str, Fraction] = {}
     for part in text.split(","):
         domain, equals, number = part.partition("=")
@@ -106,11 +114,14 @@ def parse_shares(text: str) -> dict[str, Fraction]:
 
 
 def apportion(n: int, shares: Mapping[str, Fraction]) -> dict[str, int]:
-    """``n`` in these proportions: each rounded down, what is left goes to the largest remainders.
+    """Divide ``n`` by the largest remainder method: counts that sum to ``n``, each within 1.
 
-    The shares need not sum to 1 (those of the paper sum to .999); the counts sum to ``n``, each
-    within 1 of its exact part. (The published splits hold 49,952 and 4,996: parts of 55,000, each
-    rounded by itself.)
+    The shares need not sum to 1 (those of arXiv 2602.20904 sum to .999). The published splits hold
+    49,952 and 4,996 conversations, since each part of 55,000 was rounded separately.
+
+    Example:
+        >>> apportion(10, parse_shares("math=2,code=1"))
+        {'math': 7, 'code': 3}
     """
     total = sum(shares.values())
     exact = {domain: n * share / total for domain, share in shares.items()}
@@ -122,17 +133,17 @@ def apportion(n: int, shares: Mapping[str, Fraction]) -> dict[str, int]:
 
 
 def row_key(seed: int, row: int) -> int:
-    """Where row ``row`` of the source, counted from 0, stands in the shuffled order; 64 bits."""
+    """Return the 64-bit key by which a row of the source, counted from 0, is sorted."""
     return int.from_bytes(_hash(f"{seed}/{row}".encode(), 8), "big")
 
 
 def prompt_hash(prompt: str) -> str:
-    """Equal for prompts that differ in white space alone."""
+    """Hash a prompt; prompts that differ only in white space have equal hashes."""
     return _hash(" ".join(prompt.split()).encode(), 16).hex()
 
 
 def conversation_hash(prompt: str, response: str) -> str:
-    """Equal for equal conversations."""
+    """Hash a conversation; white space of the prompt is normalized, that of the response is not."""
     return _hash(prompt_hash(prompt).encode() + response.encode(), 16).hex()
 
 
@@ -140,8 +151,11 @@ def _hash(data: bytes, size: int) -> bytes:
     return hashlib.blake2b(data, digest_size=size).digest()
 
 
-def look_at(values: Mapping[str, Any], domains: Iterable[str]) -> tuple[str, str] | str:
-    """Prompt and response of a row, or why it is left out; its tokens are not counted here."""
+def parse_row(values: Mapping[str, Any], domains: Iterable[str]) -> tuple[str, str] | str:
+    """Return prompt and response of a row, or the reason for leaving it out.
+
+    Its tokens are not counted.
+    """
     if not isinstance(values["domain"], str) or values["domain"] not in domains:
         return OTHER_DOMAIN
     try:
@@ -157,7 +171,17 @@ def look_at(values: Mapping[str, Any], domains: Iterable[str]) -> tuple[str, str
 
 
 class Candidate(NamedTuple):
-    """A row that may be taken; ``unpacked`` is the size of its text in bytes."""
+    """A row that may be drawn.
+
+    Attributes:
+        key: :func:`row_key` of the row.
+        row: row of the source, counted from 0.
+        domain: domain of the row.
+        prompt: :func:`prompt_hash`.
+        conversation: :func:`conversation_hash`.
+        tokens: tokens of the rendered conversation.
+        unpacked: bytes of its columns as JSON.
+    """
 
     key: int
     row: int
@@ -169,24 +193,24 @@ class Candidate(NamedTuple):
 
 
 class Shortlist:
-    """Of each domain the candidates with the lowest keys, and the keys of rows that are too long.
+    """Candidates with the lowest keys of each domain, and keys of the rows that are too long.
 
     Args:
-        limits: candidates kept of each domain.
+        limits: largest number of candidates of each domain.
+
+    Attributes:
+        full: domains of which candidates were dropped.
     """
 
     def __init__(self, limits: Mapping[str, int]) -> None:
         self._limits = dict(limits)
+        # Max-heaps: heapq pops the smallest item, so keys are negated.
         self._heaps: dict[str, list[tuple[int, int, Candidate]]] = {d: [] for d in limits}
         self._too_long: dict[str, list[int]] = {domain: [] for domain in limits}
-        self.full: set[str] = set()  # domains of which candidates were let go
-
-    def knows(self, domain: str) -> bool:
-        """Whether rows of the domain can be drawn."""
-        return domain in self._limits
+        self.full: set[str] = set()
 
     def admits(self, domain: str, key: int) -> bool:
-        """Whether a row of this key can still be among the lowest."""
+        """Return whether a row with this key can still be among the lowest of its domain."""
         heap = self._heaps[domain]
         if len(heap) < self._limits[domain]:
             return True
@@ -194,7 +218,7 @@ class Shortlist:
         return key < -heap[0][0]
 
     def add(self, candidate: Candidate) -> None:
-        """Take a candidate in; the highest key goes where there are too many."""
+        """Add a candidate; drop the candidate with the highest key if the domain is full."""
         heap = self._heaps[candidate.domain]
         item = (-candidate.key, -candidate.row, candidate)
         if len(heap) < self._limits[candidate.domain]:
@@ -204,26 +228,26 @@ class Shortlist:
             heapq.heappushpop(heap, item)
 
     def add_too_long(self, domain: str, key: int) -> None:
-        """Note a row that would have been drawn but for its length."""
+        """Add the key of a row that has too many tokens."""
         self._too_long[domain].append(key)
 
     def ordered(self, domain: str) -> list[Candidate]:
-        """The candidates of a domain in the order in which they are drawn."""
+        """Return the candidates of a domain in the order of drawing."""
         return sorted((c for _, _, c in self._heaps[domain]), key=lambda c: (c.key, c.row))
 
     def too_long(self, domain: str, last: int) -> int:
-        """How many too long rows were drawn, up to key ``last``."""
+        """Return the number of too long rows whose key is at most ``last``."""
         return sum(key <= last for key in self._too_long[domain])
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What was drawn.
+    """Result of drawing the splits.
 
     Attributes:
-        splits: the candidates of each split, in the order of their keys over all domains.
-        left_out: rows drawn and left out, by domain and reason.
-        missing: conversations lacking, by split and domain; empty where every quota is met.
+        splits: candidates of each split, in the order of their keys over all domains.
+        left_out: number of drawn rows that were left out, by domain and reason.
+        missing: number of missing conversations by split and domain, without zeros.
     """
 
     splits: dict[str, list[Candidate]]
@@ -232,9 +256,9 @@ class Selection:
 
 
 def draw(shortlist: Shortlist, quotas: Mapping[str, Mapping[str, int]]) -> Selection:
-    """Fill the quotas of each domain in the order of the keys: validation, then training."""
+    """Fill the quotas of validation, then those of training, in the order of the keys."""
     domains = list(quotas["train"])
-    rest = {domain: iter(shortlist.ordered(domain)) for domain in domains}
+    candidates = {domain: iter(shortlist.ordered(domain)) for domain in domains}
     left_out: dict[str, Counter[str]] = {domain: Counter() for domain in domains}
     last = dict.fromkeys(domains, -1)
     seen: set[str] = set()
@@ -245,7 +269,7 @@ def draw(shortlist: Shortlist, quotas: Mapping[str, Mapping[str, int]]) -> Selec
         taken: list[Candidate] = []
         for domain in domains:
             wanted = quotas[split][domain]
-            while wanted and (candidate := next(rest[domain], None)) is not None:
+            while wanted and (candidate := next(candidates[domain], None)) is not None:
                 last[domain] = candidate.key
                 if candidate.conversation in seen:
                     left_out[domain][REPEATED] += 1
@@ -261,14 +285,19 @@ def draw(shortlist: Shortlist, quotas: Mapping[str, Mapping[str, int]]) -> Selec
             held_out = {candidate.prompt for candidate in taken}
         splits[split] = sorted(taken, key=lambda c: (c.key, c.row))
     for domain in domains:
-        # Where the source ran out, all of it was drawn.
+        # If a domain cannot fill its quota, all of its rows were drawn.
         ran_out = any(domain in lacking for lacking in missing.values())
         left_out[domain][TOO_LONG] = shortlist.too_long(domain, 2**64 if ran_out else last[domain])
     return Selection(splits, left_out, missing)
 
 
 def length_histogram(tokens: Sequence[int], max_tokens: int, bins: int = 10) -> list[int]:
-    """How many lengths lie in each of ``bins`` equal parts of ``1..max_tokens``."""
+    """Count the lengths in each of ``bins`` equal parts of ``1..max_tokens``.
+
+    Example:
+        >>> length_histogram([1, 5, 10, 10], max_tokens=10, bins=2)
+        [2, 2]
+    """
     counts = [0] * bins
     for n in tokens:
         counts[min((n - 1) * bins // max_tokens, bins - 1)] += 1

@@ -1,4 +1,4 @@
-"""A source read once from end to end, with all columns, from any place on; never held in memory."""
+"""Stream the rows of a source in a single pass that can be resumed at any row."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from fastadapt.io.documents import Count, DocumentError, check
 from fastadapt.io.names import typed_path
 
 
-class Stream:
-    """Rows of a source in its order.
+class SourceStream:
+    """Rows of a source in order.
 
     Args:
-        source: file, folder or hub id, as in ``fastadapt.data.sources.read_rows``; a dataset of
-            the hub is streamed, thus neither cached nor ever on this disk as a whole.
-        split: of the hub's dataset or of the folder.
-        revision: branch, tag or commit on the hub; what it stands for is looked up once.
-        required: columns that each row has.
-        optional: columns whose values are given where there are any.
+        source: file, folder or hub id, see ``fastadapt.data.sources.read_rows``. A dataset of the
+            hub is streamed, not downloaded.
+        split: split of the hub's dataset or of the folder.
+        revision: branch, tag or commit on the hub. The commit is resolved once.
+        required: columns that each row must have.
+        optional: columns to read if the source has them.
 
     Attributes:
-        identity: what the rows follow from, as JSON: names and sizes of the files, or the commit
-            of the hub's dataset.
+        identity: what identifies the rows, as JSON: names and sizes of the files, or the commit of
+            the hub's dataset.
     """
 
     def __init__(
@@ -73,39 +73,39 @@ class Stream:
                 self._source, split=self._split, revision=commit, streaming=True
             )
         columns = self._hub.column_names
-        if columns is not None:  # else known with the first row, which says the same
+        if columns is not None:  # None: unknown until the first row, which is checked too
             require_columns(columns, self._required, f"{self._source} ({self._split})")
         self.identity = {"dataset": self._source, "split": self._split, "revision": commit}
 
     def rows(self, start: Any = None) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Where each row stands and its columns, from ``start`` (a ``cursor()``) on.
+        """Yield location and columns of each row from ``start``, a value of :meth:`cursor`.
 
         Raises:
-            UserError: a file is not as it must be; it names the place.
+            UserError: a file has a malformed row or lacks a column.
             RunError: the hub stopped answering.
         """
         self._cursor = start
         if self._files is None:
             yield from self._hub_rows(start)
             return
-        place = (0, 0, 0) if start is None else self._place(start)
-        for record in read_files(self._files, self._required, self._optional, place):
+        cursor = (0, 0, 0) if start is None else self._check_cursor(start)
+        for record in read_files(self._files, self._required, self._optional, cursor):
             self._cursor = record.after
             yield record.where, record.values
 
-    def _place(self, start: Any) -> Cursor:
-        """``start`` as a cursor; it was read from a journal."""
+    def _check_cursor(self, start: Any) -> Cursor:
+        """Return ``start``, which comes from a file, as a cursor; raise if it fits no file."""
         try:
             check(start, tuple[Count, Count, Count], "cursor")
             first, offset, _ = start
             n, files = len(self._sizes), self._files or ()
             if first >= n:
-                raise DocumentError(f"cursor: expected one of {n} files, got {first}")
+                raise DocumentError(f"cursor: expected a file below {n}, got {first}")
             if files[first].suffix == ".jsonl" and offset > self._sizes[first]:
                 size = self._sizes[first]
                 raise DocumentError(f"cursor: expected at most {size} bytes, got {offset}")
         except DocumentError as error:
-            raise RunError(f"The journal's {error}; begin again with --overwrite") from None
+            raise RunError(f"Saved progress: {error}; start again with --overwrite") from None
         return start[0], start[1], start[2]
 
     def _hub_rows(self, start: Any) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -116,7 +116,8 @@ class Stream:
             self._hub.load_state_dict(start)
         where = f"{self._source} ({self._split})"
         try:
-            # Closed by hand: readers ahead in other threads outlive an iterator that is only left.
+            # An iterator that is not closed leaves the reader threads of Arrow running, which abort
+            # the process at its end.
             with closing(iter(self._hub)) as rows:
                 for row in rows:
                     require_columns(row, self._required, where)
@@ -125,16 +126,16 @@ class Stream:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise RunError(
                 f"data source {self._source!r}: the hub stopped answering: {reason}. "
-                "--resume goes on from the last row that was kept."
+                "Rows read so far are saved; resume with --resume."
             ) from error
 
     def cursor(self) -> Any:
-        """JSON: the place after the row that was given last."""
+        """Return the position after the last row that was yielded, as JSON."""
         return self._hub.state_dict() if self._files is None else self._cursor
 
     @property
     def fraction(self) -> float | None:
-        """How much of the source has been given, by bytes; None where no one knows."""
+        """Fraction of the source's bytes that were read; None if unknown."""
         if self._files is None or self._cursor is None:
             return None
         index, offset, _ = self._cursor
@@ -147,10 +148,8 @@ class Stream:
         return (sum(self._sizes[:index]) + offset) / max(sum(self._sizes), 1)
 
     def hashed(self) -> dict[str, Any]:
-        """``identity``, with the SHA-256 of each file; the hub's commit is such a hash itself."""
+        """Return ``identity`` with the SHA-256 of each file; a commit of the hub needs none."""
         if self._files is None:
             return self.identity
-        described = zip(self.identity["files"], self._files, strict=True)
-        return {
-            "files": [{**known, "sha256": digest_of_input(path)[1]} for known, path in described]
-        }
+        files = zip(self.identity["files"], self._files, strict=True)
+        return {"files": [{**file, "sha256": digest_of_input(path)[1]} for file, path in files]}
