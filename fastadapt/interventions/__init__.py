@@ -1,25 +1,27 @@
-"""Features switched: removed, kept alone, put onto the target; saved as adapters, or live.
+"""Ablate features, isolate them, or add them to the target, in saved adapters or in a live model.
 
-Of the features of an adapter a set S is chosen (:mod:`fastadapt.features.store.sets`), and each
-feature gets a factor. Factor 0 takes it out: its rows of ``W_enc`` and ``W_dec`` and its ``b_enc``
-become 0, so its pre-activation is 0 and no activation function keeps it (active is what is *above*
-0); the model is the one that never had it. With ``topk`` its place goes to the next one. Any other
-factor scales its row of ``W_dec``.
+An intervention multiplies the features of a set S (:mod:`fastadapt.features.store.sets`) and all
+other features by one factor each. Factor 0 removes a feature: its rows of ``W_enc`` and ``W_dec``
+and its ``b_enc`` become 0. Its pre-activation is then 0, which is not active, since active
+pre-activations are *above* 0. The model equals one that never had the feature; with ``topk``, the
+feature with the next largest pre-activation takes its place. Any other factor scales the row of
+``W_dec``.
 
-========================  =======  ======  =========  ==========  ================
-                          S        others  ``b_dec``  runs on     arXiv 2602.20904
-========================  =======  ======  =========  ==========  ================
-:func:`ablate`            0        1       kept       the base    removal
-:func:`only`              1        0       kept       the base    addition
-:func:`onto_target`       scale    0       0          the target  transfer
-========================  =======  ======  =========  ==========  ================
+========================  =========  =========  ==========  ==========  ================
+intervention              factor S   others     ``b_dec``   MLPs        arXiv 2602.20904
+========================  =========  =========  ==========  ==========  ================
+:func:`ablate`            0          1          unchanged   base        removal
+:func:`only`              1          0          unchanged   base        addition
+:func:`onto_target`       scale      0          0           target      transfer
+========================  =========  =========  ==========  ==========  ================
 
-``b_dec`` is no feature's: it stays where the base's MLP does, so that keeping S and keeping the
-rest, together and with ``b_dec`` counted once, is the whole adapter (exactly so where features do
-not compete: all but ``topk``). Onto the target it would add what no feature says.
+``b_dec`` belongs to no feature and stays with the base's MLPs. The outputs of ``only(S)`` and
+``only(~S)``, with ``b_dec`` counted once, therefore sum to the output of the adapter (for
+activations without competition between features: all except ``topk``). On the target, ``b_dec``
+would add a shift that no feature of S causes.
 
-Saved (:func:`fastadapt.interventions.files.intervene`) it is a run as any other;
-:func:`scale_features` does the same live.
+:func:`fastadapt.interventions.files.intervene` saves an intervention as a run;
+:func:`scale_features` applies one to a live model.
 """
 
 from __future__ import annotations
@@ -42,16 +44,23 @@ from fastadapt.models.replacement import ReplacementModel
 
 Kind = Literal["ablate", "only", "onto-target"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-SCALE = -0.5  # onto the target: at -1 its text falls apart (arXiv 2602.20904)
+SCALE = -0.5  # default for onto-target; at -1 the generated text degenerates (arXiv 2602.20904)
 
 
 @dataclass(frozen=True)
 class Intervention:
-    """What is done with a set.
+    """Kind and scale of an intervention.
 
     Args:
         kind: ``ablate``, ``only`` or ``onto-target``.
-        scale: of ``onto-target``, -0.5 if not given; the others have none.
+        scale: factor of ``onto-target``, by default -0.5; None for the other kinds.
+
+    Raises:
+        UserError: the kind is unknown, or the scale is not finite or belongs to another kind.
+
+    Example:
+        >>> Intervention("onto-target").scale
+        -0.5
     """
 
     kind: Kind
@@ -59,70 +68,85 @@ class Intervention:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise UserError(f"an intervention is one of {', '.join(KINDS)}, got {self.kind!r}")
+            raise UserError(f"intervention: expected one of {', '.join(KINDS)}, got {self.kind!r}")
         if self.kind == "onto-target" and self.scale is None:
             object.__setattr__(self, "scale", SCALE)
         elif self.kind != "onto-target" and self.scale is not None:
-            raise UserError(f"scale: of onto-target alone, not of {self.kind}; got {self.scale}")
+            raise UserError(f"scale: expected none with {self.kind}, got {self.scale}")
         if self.scale is not None and not math.isfinite(self.scale):
             raise UserError(f"scale: expected a finite number, got {self.scale}")
 
     def apply(self, adapter: TranscoderAdapter, rows: list[int]) -> TranscoderAdapter:
-        """A new adapter, of which the features ``rows`` are those of the set."""
-        of_set = {"ablate": 0.0, "only": 1.0}.get(self.kind, self.scale)
-        of_others = float(self.kind == "ablate")
-        factors = torch.full((adapter.n_features,), of_others, dtype=torch.float64)
-        factors[rows] = torch.tensor(of_set, dtype=torch.float64)
+        """Return a changed copy of an adapter; ``rows`` are the features of the set."""
+        selected = {"ablate": 0.0, "only": 1.0}.get(self.kind, self.scale)
+        others = float(self.kind == "ablate")
+        factors = torch.full((adapter.n_features,), others, dtype=torch.float64)
+        factors[rows] = torch.tensor(selected, dtype=torch.float64)
         return with_factors(adapter, factors, bias=self.kind != "onto-target")
 
 
 def with_factors(
     adapter: TranscoderAdapter, factors: Tensor, *, bias: bool = True
 ) -> TranscoderAdapter:
-    """A copy of an adapter whose feature i counts ``factors[i]`` times, or is gone where that is 0.
+    """Return a copy of an adapter with scaled features; factor 0 removes a feature.
 
     Args:
-        adapter: left as it is.
-        factors: ``[F]``.
-        bias: keep ``b_dec``, or make it 0.
+        adapter: the adapter, which is not changed.
+        factors: ``[F]``, a factor of each feature.
+        bias: keep ``b_dec``; False sets it to 0.
+
+    Example:
+        >>> from fastadapt.adapter.module import AdapterConfig
+        >>> adapter = TranscoderAdapter(4, AdapterConfig(2))
+        >>> with_factors(adapter, torch.tensor([0.0, 1.0])).W_enc[0].tolist()
+        [0.0, 0.0, 0.0, 0.0]
     """
     changed = copy.deepcopy(adapter)
     factors = factors.to(changed.W_dec.device)
-    gone = factors == 0
+    removed = factors == 0
     with torch.no_grad():
         scaled = changed.W_dec * factors[:, None].to(changed.W_dec.dtype)
-        changed.W_dec.copy_(scaled.masked_fill(gone[:, None], 0))
-        changed.W_enc.masked_fill_(gone[:, None], 0)
-        changed.b_enc.masked_fill_(gone, 0)
+        changed.W_dec.copy_(scaled.masked_fill(removed[:, None], 0))
+        changed.W_enc.masked_fill_(removed[:, None], 0)
+        changed.b_enc.masked_fill_(removed, 0)
         if changed.config.activation == "jumprelu":
-            # Outside of the window around the threshold, where a feature that is silent is a code.
+            # An inactive feature within the bandwidth of its threshold still is a code: move the
+            # threshold away from the pre-activation 0.
             assert changed.threshold is not None
             assert changed.config.bandwidth is not None
             far = changed.threshold.clamp(min=changed.config.bandwidth)
-            changed.threshold.copy_(torch.where(gone, far, changed.threshold))
+            changed.threshold.copy_(torch.where(removed, far, changed.threshold))
         if not bias:
             changed.b_dec.zero_()
     return changed
 
 
 def ablate(adapters: nn.ModuleList, features: FeatureSet) -> nn.ModuleList:
-    """New adapters that never had the features of the set.
+    """Return copies of adapters without the features of the set.
 
     Raises:
-        UserError: the set is empty, or of adapters of another shape.
+        UserError: the set is empty or of adapters of another shape, or the model has no features.
     """
     return _changed(adapters, features, Intervention("ablate"))
 
 
 def only(adapters: nn.ModuleList, features: FeatureSet) -> nn.ModuleList:
-    """New adapters that have the features of the set, and ``b_dec``; else as :func:`ablate`."""
+    """Return copies of adapters with only the features of the set, and ``b_dec``.
+
+    Raises:
+        UserError: see :func:`ablate`.
+    """
     return _changed(adapters, features, Intervention("only"))
 
 
 def onto_target(
     adapters: nn.ModuleList, features: FeatureSet, scale: float = SCALE
 ) -> nn.ModuleList:
-    """New adapters for the *target's* MLPs: the set, times ``scale``; else as :func:`ablate`."""
+    """Return copies of adapters for the *target's* MLPs: the features of the set times ``scale``.
+
+    Raises:
+        UserError: see :func:`ablate`; or the scale is not finite.
+    """
     return _changed(adapters, features, Intervention("onto-target", scale))
 
 
@@ -138,16 +162,16 @@ def _changed(
 
 def _transcoder(adapter: nn.Module) -> TranscoderAdapter:
     if not isinstance(adapter, TranscoderAdapter):
-        raise UserError("these are weights of the model, trained themselves: they have no features")
+        raise UserError("expected transcoder adapters, got trained weights: they have no features")
     return adapter
 
 
 def check_fit(features: FeatureSet, n_layers: int, n_features: int) -> None:
-    """Raise ``UserError`` where a set is of adapters of another shape."""
+    """Raise ``UserError`` if a set belongs to adapters of another shape."""
     if features.shape != (n_layers, n_features):
         raise UserError(
-            f"{features.label} is of {features.shape[0]} layers of {features.shape[1]} features; "
-            f"the adapter has {n_layers} of {n_features}"
+            f"{features.label}: expected {n_layers} layers of {n_features} features, those of the "
+            f"adapter, got {features.shape[0]} of {features.shape[1]}"
         )
 
 
@@ -162,42 +186,46 @@ def scale_features(
     *,
     onto: Literal["base", "target"] = "base",
 ) -> Iterator[None]:
-    """Inside the context features count otherwise; nothing is saved, and all is as before after it.
+    """Scale features of a live model inside the context, and restore the model afterwards.
 
-    It does what is saved otherwise: a factor of 0 is :func:`ablate`, and a factor onto the target
-    is :func:`onto_target`. The bits are the same where the model holds its adapters in float32, as
-    saved ones are; in 16 bits for 0 and powers of two of either sign, while by other factors a row
-    is rounded twice. Contexts nest: the inner one starts from what the outer one made. The changed
-    adapters are copies, held as long as the context.
+    Factor 0 has the effect of :func:`ablate`. Any factor with ``onto="target"`` has the effect of
+    :func:`onto_target`. Contexts nest: an inner context scales the adapters of the outer one. The
+    changed adapters are copies, which exist as long as the context.
+
+    The logits have the bits of a saved intervention if the model's adapters are in float32. In 16
+    bits this holds for 0 and for powers of two of either sign; a row scaled by another factor is
+    rounded twice.
 
     Args:
-        model: it answers as the replacement, in ``generate`` and everything else.
-        features: a set, all by ``factor``; or a factor for each pair (layer, feature).
-        factor: of a set.
-        onto: ``base``, other features stay; ``target``, the features alone, on the target's MLPs.
+        model: model to change, for ``generate`` and all other calls.
+        features: a set, scaled by ``factor``; or a factor per pair (layer, feature).
+        factor: factor of a set; None with factors per pair.
+        onto: ``base``: leave other features unchanged. ``target``: remove other features and run
+            on the target's MLPs.
 
     Raises:
-        UserError: an empty set, one of adapters of another shape, a feature that is not there, or
-            no factor; ``target`` with a model that was read without it.
+        UserError: the set is empty or of adapters of another shape, a feature does not exist, a
+            factor is missing or not finite, or ``onto`` is ``target`` and the checkpoint lacks the
+            target's MLPs.
     """
     mlps = model.mlps if isinstance(model, ReplacementModel) else model.adapted_mlps
     adapters = [_transcoder(mlp.adapter) for mlp in mlps]
-    of = _factors(features, factor, len(adapters), adapters[0].n_features)
+    per_layer = _factors(features, factor, len(adapters), adapters[0].n_features)
     if onto not in ("base", "target"):
         raise UserError(f"onto: expected base or target, got {onto!r}")
     if onto == "target" and any(mlp.target is None for mlp in mlps):
         raise UserError("onto='target': this checkpoint does not hold the target's MLPs")
     changed = []
     for layer, adapter in enumerate(adapters):
-        if onto == "base" and not of[layer]:
+        if onto == "base" and not per_layer[layer]:
             changed.append(adapter)
             continue
         factors = torch.full((adapter.n_features,), float(onto == "base"), dtype=torch.float64)
-        for feature, value in of[layer].items():
+        for feature, value in per_layer[layer].items():
             factors[feature] = value
         changed.append(with_factors(adapter, factors, bias=onto == "base"))
     before = [(mlp.base, mlp.adapter) for mlp in mlps]
-    held = model.adapters if isinstance(model, ReplacementModel) else None
+    replaced = model.adapters if isinstance(model, ReplacementModel) else None
     try:
         for mlp, adapter in zip(mlps, changed, strict=True):
             mlp.adapter = adapter
@@ -210,8 +238,8 @@ def scale_features(
     finally:
         for mlp, (base, old) in zip(mlps, before, strict=True):
             mlp.base, mlp.adapter = base, old
-        if held is not None:
-            model.adapters = held
+        if replaced is not None:
+            model.adapters = replaced
 
 
 def _factors(
@@ -220,24 +248,26 @@ def _factors(
     n_layers: int,
     n_features: int,
 ) -> list[dict[int, float]]:
-    """Of each layer, the factors of the features that have one."""
+    """Return the factors of each layer, by feature; raise ``UserError`` for impossible ones."""
     if isinstance(features, FeatureSet):
         check_fit(features.not_empty(), n_layers, n_features)
         if factor is None:
-            raise UserError(f"{features.label}: expected a factor for it")
+            raise UserError(f"{features.label}: expected a factor, got none")
         features = dict.fromkeys(features, factor)
     elif factor is not None:
-        raise UserError("factor: expected none beside factors of each feature")
-    of: list[dict[int, float]] = [{} for _ in range(n_layers)]
+        raise UserError(f"factor: expected none with factors per feature, got {factor}")
+    per_layer: list[dict[int, float]] = [{} for _ in range(n_layers)]
     for (layer, feature), value in features.items():
         if not (0 <= layer < n_layers and 0 <= feature < n_features):
             raise UserError(
-                f"expected features of layers 0 to {n_layers - 1} and numbers 0 to "
-                f"{n_features - 1}, got feature {feature} of layer {layer}"
+                f"expected layers 0 to {n_layers - 1} and features 0 to {n_features - 1}, got "
+                f"feature {feature} of layer {layer}"
             )
         if not math.isfinite(value):
-            raise UserError(f"feature {feature} of layer {layer}: expected a finite factor")
-        of[layer][feature] = float(value)
-    if not any(of):
+            raise UserError(
+                f"feature {feature} of layer {layer}: expected a finite factor, got {value}"
+            )
+        per_layer[layer][feature] = float(value)
+    if not any(per_layer):
         raise UserError("expected at least one feature to scale, got none")
-    return of
+    return per_layer

@@ -1,8 +1,8 @@
-"""Interventions saved: a run's adapter, changed, as a run of its own, with its history.
+"""Save an intervention: the changed adapter of a run, as a new run with its history.
 
-Generation, ``fastadapt eval``, ``fastadapt export`` and serving take it as any other. One put onto
-the target has a pair whose base *is* the target, so its replacement is the target with the scaled
-set, and its hybrid the target.
+Generation, ``fastadapt eval``, ``fastadapt export`` and serving read the new run like any other. In
+a run saved by ``onto-target``, the base of the pair *is* the target: the replacement is the target
+with the scaled set, and the hybrid is the target.
 """
 
 from __future__ import annotations
@@ -36,26 +36,27 @@ def intervene(
     *,
     overwrite: bool = False,
 ) -> Path:
-    """Save what an intervention makes of a run's adapter: a run of its own, whole or not at all.
+    """Apply an intervention to a run's adapter and save the result atomically as a new run.
 
-    ``output`` holds ``adapter/``, whose ``fastadapt.json`` has the history under
-    ``metadata.interventions`` (one entry per intervention, the oldest first); ``config.yaml``, the
-    source's pair and data, where it has them; and ``set.json``, the set. A run that was changed
-    before takes sets of the adapter that it came from: a feature keeps its number.
+    ``output`` holds ``adapter/``; ``config.yaml`` with the pair and data of the source, if it has
+    them; and ``set.json``, the set. ``metadata.interventions`` in ``adapter/fastadapt.json`` is the
+    history: one entry per intervention, the oldest first. Feature numbers do not change, so the set
+    may also be of an adapter earlier in the history of ``run``.
 
     Args:
         run: folder of a run, or of adapters.
         output: a new folder.
-        features: of the run's adapter.
-        intervention: what is done.
-        overwrite: replace what an earlier intervention wrote there; where anything else is in the
-            folder, nothing is.
+        features: features of the run's adapter.
+        intervention: kind and scale.
+        overwrite: replace an earlier intervention in the folder. A folder with other files is
+            refused nevertheless.
 
     Returns:
         ``output``.
 
     Raises:
-        UserError: no such run, an empty set, one of another adapter, or a folder in use.
+        UserError: the run does not exist, the set is empty or of another adapter, or the folder is
+            in use.
         RunError: the folder cannot be written.
     """
     source = adapters_of(run)
@@ -64,12 +65,13 @@ def intervene(
     digest, history = adapter_digest(source), list(metadata.get("interventions") or [])
     if features.not_empty().adapter not in {digest, *(step["adapter"] for step in history)}:
         raise UserError(
-            f"{features.label} is of another adapter than {source}; select it from the features of "
-            "this run"
+            f"{features.label} is of another adapter than {source}; select a set from the features "
+            "of this run"
         )
     check_fit(features, len(layers), card["adapter"].features)
     config = _config_of(source, metadata)
-    told = {key: value for key, value in metadata.items() if key != "measured"}  # no longer so
+    # Measurements of the unchanged adapter do not apply to the changed one.
+    metadata = {key: value for key, value in metadata.items() if key != "measured"}
     step: dict[str, Any] = {
         "kind": intervention.kind,
         "set": {"name": features.name, "made": features.expression, "size": len(features)},
@@ -83,17 +85,19 @@ def intervene(
         if config is not None:
             pair = config["pair"]
             pair |= {"base": pair["target"], "base_revision": pair.get("target_revision")}
-        told |= {
+        metadata |= {
             "base": metadata["target"],
             "revisions": {"target": revision, "base": revision},
         }
-    told["interventions"] = [*history, step]
+    metadata["interventions"] = [*history, step]
     out = typed_path(output, "--output")
     _check_output(out, source, overwrite=overwrite)
-    made = (intervention.apply(read(), features.rows(layer)) for layer, read in enumerate(layers))
+    changed = (
+        intervention.apply(read(), features.rows(layer)) for layer, read in enumerate(layers)
+    )
     with writing_folder(out, last=SET) as staged:
         (staged / _ADAPTER).mkdir()
-        write_adapters(made, staged / _ADAPTER, told)
+        write_adapters(changed, staged / _ADAPTER, metadata)
         if config is not None:
             text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
             (staged / _CONFIG).write_text(text, encoding="utf-8")
@@ -102,8 +106,8 @@ def intervene(
 
 
 def _config_of(source: Path, metadata: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Pair and data of a run's ``config.yaml``; None of bare adapters, which have none."""
-    pair_of(source, metadata)  # that it can be told, and is the one that the adapters name
+    """Return ``pair`` and ``data`` of a run's ``config.yaml``; None for adapters without a run."""
+    pair_of(source, metadata)  # raises if the pair is unknown or differs from that of the adapters
     path = source.parent / _CONFIG
     if source.name != _ADAPTER or not has_file(path):
         return None
@@ -112,20 +116,20 @@ def _config_of(source: Path, metadata: Mapping[str, Any]) -> dict[str, Any] | No
 
 
 def _check_output(out: Path, source: Path, *, overwrite: bool) -> None:
-    held = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    if not held and not (out.exists() and not out.is_dir()):
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if not names and not (out.exists() and not out.is_dir()):
         return
-    if half_filled(out):
-        held = {name for name in held if unstaged(name) is None} | {SET}
+    if half_filled(out):  # a killed intervention may be replaced without --overwrite
+        names = {name for name in names if unstaged(name) is None} | {SET}
         overwrite = True
-    if other := sorted(held - {SET, _CONFIG, _ADAPTER}) or [out.name] * (SET not in held):
+    if other := sorted(names - {SET, _CONFIG, _ADAPTER}) or [out.name] * (SET not in names):
         raise UserError(
-            f"{out} holds something that no intervention wrote ({other[0]}); nothing in it was "
+            f"{out} holds a file that no intervention wrote ({other[0]}); nothing in it was "
             "touched. Give a new folder."
         )
     if os.path.realpath(out) in map(os.path.realpath, (source, source.parent)):
-        raise UserError(f"{out} is the run that is changed; give a new folder")
+        raise UserError(f"{out} is the source of the intervention; give a new folder")
     if not overwrite:
         raise UserError(
-            f"{out} holds an intervention already. Replace it (--overwrite), or give a new folder."
+            f"{out} already holds an intervention. Replace it (--overwrite), or give a new folder."
         )

@@ -1,1 +1,1 @@
-"""Files: guarded reading, atomic writing, and names that may become paths."""
+"""Read untrusted files, write files atomically, and check names of paths."""

@@ -1,4 +1,4 @@
-"""Files that a kill cannot spoil: synced, hashed, replaced as a whole, locked."""
+"""Replace files and folders atomically; sync, hash and lock them."""
 
 from __future__ import annotations
 
@@ -28,21 +28,28 @@ _STAGED_NAME = re.compile(re.escape(_STAGED) + "(.+)-[0-9a-f]{32}")
 
 @contextmanager
 def replacing(path: Path, *, last: str | None = None, follow_link: bool = False) -> Iterator[Path]:
-    """Yield a sibling to write to; it takes the place of ``path`` when the context ends well.
+    """Yield a staged path beside ``path``, and replace ``path`` by it if the context succeeds.
 
-    The sibling is a file or a folder, as the caller makes it. Before it takes its place, every file
-    in it is on the disk, ``last`` after all others, and then every folder; after, the folder that
-    holds ``path``. A link is replaced, not what it leads to: that may lie anywhere.
+    The caller creates a file or a folder at the staged path. The order of syncs is: every file,
+    ``last`` after the others; every folder; the rename; the parent folder of ``path``.
 
     Args:
-        path: a file or a folder, or neither yet; its parent is a folder.
-        last: the name, in a folder, of the file that says that the folder is whole.
-        follow_link: where ``path`` is a link, replace what it leads to instead; the link stays.
+        path: a file, a folder, or a path that does not exist. Its parent is a folder.
+        last: name of the file whose existence marks a folder as complete.
+        follow_link: replace the target of a link. By default the link itself is replaced.
 
     Raises:
-        OSError: the disk is full, or the folder cannot be written. ``path`` is as it was.
+        OSError: the disk is full, or the folder cannot be written. ``path`` is unchanged.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     with replacing(Path(folder, "a.txt")) as staged:
+        ...         _ = staged.write_text("new")
+        ...     Path(folder, "a.txt").read_text()
+        'new'
     """
-    # The folder that holds ``path`` may lie behind links in any case.
+    # A rename needs both names in the same real folder, so links of the parent are resolved.
     whole = os.path.realpath(path)
     path = Path(whole) if follow_link else Path(os.path.realpath(path.parent)) / path.name
     staged = staged_beside(path)
@@ -52,18 +59,18 @@ def replacing(path: Path, *, last: str | None = None, follow_link: bool = False)
         old = staged_beside(path) if path.is_dir() else None
         _swap(staged, path, old)
         if old is not None:
-            _remove(old)  # a remainder is left to the next sweep
+            _remove(old)  # the next sweep removes what this leaves
     finally:
         _remove(staged)
 
 
 def staged_beside(path: Path) -> Path:
-    """Return a new name beside ``path`` for what is to take its place; see :func:`sweep`."""
+    """Return a new path beside ``path`` for a file or folder that will replace ``path``."""
     return path.parent / f"{_STAGED}{path.name}-{uuid.uuid4().hex}"
 
 
 def unstaged(name: str) -> str | None:
-    """Return the name that a staged file or folder is to take; None of any other name.
+    """Return the final name of a staged file or folder, or None if ``name`` is not staged.
 
     Example:
         >>> unstaged(staged_beside(Path("run/summary.json")).name)
@@ -76,7 +83,10 @@ def unstaged(name: str) -> str | None:
 
 
 def _swap(staged: Path, path: Path, old: Path | None) -> None:
-    """Rename; a folder that was there becomes ``old`` first, since no rename replaces a folder."""
+    """Rename ``staged`` to ``path``; rename an existing folder to ``old`` first.
+
+    A rename cannot replace a folder that is not empty.
+    """
     if old is not None:
         os.rename(path, old)
     try:
@@ -103,21 +113,22 @@ def writing_folder(
     ours: Sequence[str] = ("*",),
     advice: str = "Run the same command again.",
 ) -> Iterator[Path]:
-    """Yield an empty folder to write to, whose contents become those of ``path``.
+    """Yield an empty staged folder, and move its contents to ``path`` if the context succeeds.
 
-    As :func:`replacing`, and a lock is held until the folder is in place. What killed writers of
-    ``path`` left, whose locks are free, is removed first.
+    A lock is held until ``path`` is complete. Leftovers of killed writers, whose locks are free,
+    are removed first.
 
-    A folder that is there is swapped for the new one where all in it is to go. One that is empty,
-    is a mount point or the working directory, or holds files of others stays itself, and is filled:
-    ``last`` and what matches ``ours`` is removed, the new files are moved in, ``last`` after all
-    others. A kill meanwhile leaves a folder without ``last``, which :func:`half_filled` tells.
+    An existing folder is swapped for the staged folder if all of its entries match ``ours``. A
+    folder that is empty, is a mount point or the working directory, or holds other files is filled
+    in place: ``last`` and the entries that match ``ours`` are removed, then the new files are moved
+    in, ``last`` after the others. A kill in between leaves a folder without ``last``, for which
+    :func:`half_filled` returns True.
 
     Args:
-        path: a folder, or nothing yet.
-        last: the name of the file that says that the folder is whole.
-        ours: patterns of the names that are to go from a folder that is there.
-        advice: what the message of an error ends with.
+        path: a folder, or a path that does not exist.
+        last: name of the file whose existence marks the folder as complete.
+        ours: patterns of the names to remove from an existing folder.
+        advice: last sentence of the message of an error.
 
     Raises:
         RunError: the folder cannot be written, with the reason and the free space.
@@ -145,7 +156,7 @@ def writing_folder(
 
 @contextmanager
 def _stage(path: Path) -> Iterator[Path]:
-    """A locked folder beside ``path`` with an empty folder ``new`` in it; removed at the end."""
+    """Yield a locked folder beside ``path`` that holds an empty folder ``new``; remove it after."""
     with ExitStack() as held:
         while True:
             stage = staged_beside(path)
@@ -155,7 +166,7 @@ def _stage(path: Path) -> Iterator[Path]:
                 (stage / "new").mkdir()
                 break
             except (BlockingIOError, FileNotFoundError):
-                continue  # another process took it, not locked yet, for one that a kill left
+                continue  # another process removed the folder as abandoned before it was locked
         try:
             yield stage
         finally:
@@ -163,7 +174,7 @@ def _stage(path: Path) -> Iterator[Path]:
 
 
 def _fill(path: Path, new: Path, last: str | None, ours: Sequence[str]) -> None:
-    """Move what is in ``new`` into a folder that stays; without ``last`` in between."""
+    """Move the entries of ``new`` into an existing folder, which lacks ``last`` meanwhile."""
     if last is not None:
         (path / last).unlink(missing_ok=True)
         sync_folder(path)
@@ -179,13 +190,13 @@ def _fill(path: Path, new: Path, last: str | None, ours: Sequence[str]) -> None:
 
 
 def half_filled(path: Path) -> bool:
-    """Whether a writer of the folder is at work in it, or was killed in it."""
+    """Return whether a writer is filling the folder in place, or was killed while it did."""
     name = Path(os.path.realpath(path)).name
     return path.is_dir() and any(unstaged(entry) == name for entry in os.listdir(path))
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Remove what killed writers of ``path`` left; those that live hold their lock."""
+    """Remove leftovers of killed writers of ``path``; live writers hold their lock."""
     for left in (*staged_for(path), *staged_for(path / path.name)):
         if left.is_dir():
             with suppress(BlockingIOError), locked(left / _LOCK):
@@ -195,7 +206,7 @@ def _remove_abandoned(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with its contents; of a link, the target stays.
+    """Remove a file, or a folder with its contents; remove a link, but not its target.
 
     Raises:
         OSError: the path cannot be removed. A path that does not exist is no error.
@@ -214,9 +225,9 @@ def remove_if_empty(folder: Path) -> None:
 
 
 def staged_for(*paths: Path) -> list[Path]:
-    """What calls of :func:`replacing` that were killed, or are at work, have beside ``paths``.
+    """Return the staged files and folders beside ``paths``, of killed and live writers.
 
-    Of a link both are looked at: what lies beside it, and beside what it leads to.
+    The search includes siblings of a link and siblings of its target.
     """
     left: list[Path] = []
     beside = {Path(os.path.realpath(path.parent)) / path.name for path in paths}
@@ -228,12 +239,12 @@ def staged_for(*paths: Path) -> list[Path]:
 
 
 def sweep(*paths: Path) -> list[Path]:
-    """Remove what killed calls of :func:`replacing` left beside ``paths``; return what it was.
+    """Remove and return the leftovers of :func:`replacing` beside ``paths``.
 
-    Only for who holds the lock of the folder: what another process is writing would go, too.
+    The caller must hold the lock of the folder: staged files of live writers are removed too.
 
     Raises:
-        OSError: it cannot be removed.
+        OSError: a leftover cannot be removed.
     """
     left = staged_for(*paths)
     for staged in left:
@@ -242,14 +253,14 @@ def sweep(*paths: Path) -> list[Path]:
 
 
 def sweep_tree(folder: Path, *, but: Collection[str] = ()) -> list[Path]:
-    """Remove what killed calls of :func:`replacing` left in a folder or below; return what it was.
+    """Remove and return the leftovers of :func:`replacing` in a folder and below it.
 
     Args:
-        folder: whose lock the caller holds.
-        but: names whose writers have a lock of their own.
+        folder: folder whose lock the caller holds.
+        but: names to skip, because their writers hold another lock.
 
     Raises:
-        OSError: it cannot be removed.
+        OSError: a leftover cannot be removed.
     """
     left: list[Path] = []
     for parent, folders, files in os.walk(folder):
@@ -263,10 +274,7 @@ def sweep_tree(folder: Path, *, but: Collection[str] = ()) -> list[Path]:
 
 @contextmanager
 def disk_errors(path: Path, advice: str = "Run the same command again.") -> Iterator[None]:
-    """Raise what goes wrong on the disk as a ``RunError``: path, reason, free space, ``advice``.
-
-    Errors of safetensors are among it, which are no ``OSError``.
-    """
+    """Raise ``OSError`` and ``SafetensorError`` as a ``RunError`` with path, reason and advice."""
     from safetensors import SafetensorError
 
     try:
@@ -276,7 +284,7 @@ def disk_errors(path: Path, advice: str = "Run the same command again.") -> Iter
 
 
 def cannot_write(path: Path, error: Exception, advice: str = "") -> str:
-    """The message of a failed write: path, reason, free space where that is the reason, advice.
+    """Return the message of a failed write: path, reason, free space if the disk is full, advice.
 
     Example:
         >>> cannot_write(Path("out"), PermissionError(13, "Permission denied"), "Give another.")
@@ -290,12 +298,12 @@ def cannot_write(path: Path, error: Exception, advice: str = "") -> str:
 
 
 def is_full(error: Exception) -> bool:
-    """Whether an error of a write means that the disk is full, or the quota reached."""
+    """Return whether a write failed because the disk is full or the quota is reached."""
     return _number(error) in (errno.ENOSPC, errno.EDQUOT)
 
 
 def free_space(path: Path) -> str:
-    """What is free on the disk of a path, which may not be there yet, in MiB."""
+    """Return the free space on the disk of a path in MiB, as text. The path need not exist."""
     folder = next((p for p in (path, *path.parents) if p.is_dir()), Path())
     return f"{shutil.disk_usage(folder).free / 2**20:,.0f} MiB"
 
@@ -303,12 +311,12 @@ def free_space(path: Path) -> str:
 def _number(error: Exception) -> int | None:
     number = getattr(error, "errno", None)
     if number is None and (named := re.search(r"\(os error (\d+)\)", str(error))):
-        number = int(named[1])  # safetensors has it in the text alone
+        number = int(named[1])  # SafetensorError has the number in its message only
     return number
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those that it lies in; return once their names are on the disk."""
+    """Create a folder and its missing parents, and sync their names to the disk."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in reversed(missing):
@@ -316,7 +324,7 @@ def make_folder(path: Path) -> None:
 
 
 def sync_tree(path: Path, last: str | None = None) -> None:
-    """Return once a file, or all files of a folder and then its folders, are on the disk."""
+    """Sync a file; or sync all files below a folder, ``last`` at the end, then its folders."""
     if not path.is_dir():
         sync_file(path)
         return
@@ -331,7 +339,7 @@ def sync_tree(path: Path, last: str | None = None) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Return once the file's contents are on the disk."""
+    """Sync the contents of a file to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -340,7 +348,7 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Return once the names in the folder are on the disk."""
+    """Sync the names in a folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -349,9 +357,9 @@ def sync_folder(path: Path) -> None:
 
 
 def open_appended(path: Path) -> FileIO:
-    """Open a file to add to, which is made if it is not there; its name is on the disk.
+    """Open a file for appending, create it if it is missing, and sync its name to the disk.
 
-    Unbuffered, so that closing writes nothing and cannot fail.
+    The file is unbuffered: closing it writes nothing, so closing cannot fail.
     """
     with ExitStack() as opened:
         file = opened.enter_context(FileIO(path, "a+"))
@@ -361,7 +369,11 @@ def open_appended(path: Path) -> FileIO:
 
 
 def digest(path: Path) -> tuple[int, str]:
-    """Bytes and SHA-256 of a regular file, in hexadecimal."""
+    """Return the size in bytes and the SHA-256 in hexadecimal of a regular file.
+
+    Raises:
+        OSError: the file cannot be read, or is no regular file.
+    """
     sha256, size = hashlib.sha256(), 0
     with open_regular(path) as file:
         while block := file.read(_READ_BYTES):
@@ -371,10 +383,10 @@ def digest(path: Path) -> tuple[int, str]:
 
 
 def digest_of_input(path: Path) -> tuple[int, str]:
-    """:func:`digest` of a file that others gave.
+    """Return :func:`digest` of a file that the user named.
 
     Raises:
-        UserError: it cannot be read, or is no file.
+        UserError: the file cannot be read, or is no regular file.
     """
     try:
         return digest(path)
@@ -385,7 +397,7 @@ def digest_of_input(path: Path) -> tuple[int, str]:
 def save_tensors(
     tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None
 ) -> None:
-    """A safetensors file with the permissions of any new file; the library's own are 0600."""
+    """Write a safetensors file with the umask's permissions; safetensors itself writes 0600."""
     from safetensors.torch import save_file
 
     save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path, metadata)
@@ -400,11 +412,11 @@ def locked(path: Path) -> Iterator[None]:
 
     Raises:
         BlockingIOError: another process holds the lock.
-        UserError: the path is no file, such as a pipe.
+        UserError: the path is no regular file, such as a pipe.
         OSError: the lock file cannot be created, or its file system has no locks.
     """
     has_file(path)
-    # A soft lock would outlive a killed process. A hold belongs to the process, not to a thread.
+    # A soft lock would outlive a killed process. The process, not a thread, holds the lock.
     lock = FileLock(path, blocking=False, thread_local=False, fallback_to_soft=False)
     try:
         lock.acquire()

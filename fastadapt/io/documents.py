@@ -1,13 +1,13 @@
-"""Read JSON and YAML that anyone may have written: bounded in size and depth, checked by a schema.
+"""Read untrusted JSON and YAML with bounds on size and depth, and check it against a schema.
 
-Every reader of a document in this library goes through here. A document that is too large, nested
-too deeply, not UTF-8, not JSON or YAML, that gives a key twice or holds an integer of thousands of
-digits is a :class:`DocumentError` that names the file; a value of another type than its schema says
-is one that also names the key.
+All documents in this library are read by this module. It raises :class:`DocumentError`, which names
+the file, if a document is too large, nested too deeply, not UTF-8, not JSON or YAML, repeats a key,
+or holds an integer of thousands of digits. If a value does not match the schema, the error also
+names the key.
 
-A schema is a type as :mod:`msgspec` understands it: a ``TypedDict``, ``list[int]``,
+A schema is a type that :mod:`msgspec` supports: a ``TypedDict``, ``list[int]``,
 ``Annotated[int, msgspec.Meta(ge=1)]``, and so on. It is strict: ``true`` and ``1.0`` are no
-integers, and ``"1"`` is no number. A key that a ``TypedDict`` does not declare stays as it is.
+integers, and ``"1"`` is no number. Keys that a ``TypedDict`` does not declare are not checked.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from fastadapt.io.files import open_regular
 
 MAX_BYTES = 1 << 28
 MAX_DEPTH = 64
-#: Values in a YAML document, each alias counted as often as it is used: a bound on expansion.
+#: Values in a YAML document after the expansion of its aliases.
 MAX_VALUES = 1_000_000
-#: Of an integer: what prints within Python's limit of 4,300 digits.
+#: Bits of an integer, which prints within Python's limit of 4,300 digits.
 MAX_BITS = 14_000
 
-#: Sizes in a schema: whole numbers that every format and tensor library can hold.
+#: Sizes in a schema: integers that every format and tensor library can represent.
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**53)]
-#: Numbers that a float holds; JSON's ``1e400`` is read as infinity, which JSON cannot hold.
+#: Finite floats. Python reads JSON's ``1e400`` as infinity, which JSON cannot represent.
 Finite = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)]
 NonNegative = Annotated[float, msgspec.Meta(ge=0, le=1e300)]
-#: A text that may name a file, a folder or a model: no control character, no half of a surrogate
-#: pair, and no longer than Linux takes a path.
+#: Names of files, folders or models: no control characters, no half of a surrogate pair, and at
+#: most the length of a path on Linux.
 Name = Annotated[str, msgspec.Meta(max_length=4095, pattern=r"^[^\x00-\x1f\x7f\ud800-\udfff]*\Z")]
 _HALF = re.compile("[\ud800-\udfff]")
 #: SHA-256 in lower-case hexadecimal.
@@ -46,23 +46,23 @@ Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
 
 class DocumentError(UserError):
-    """A document cannot be read, or a value in it is not what its schema says."""
+    """A document cannot be read, or a value in it does not match its schema."""
 
 
 class RepeatedKeyError(yaml.constructor.ConstructorError):
-    """A key is given twice in a mapping of a YAML document."""
+    """A key occurs twice in a mapping of a YAML document."""
 
 
 def read_json(path: str | os.PathLike[str], schema: Any = Any, *, constants: bool = False) -> Any:
     """Return the contents of a JSON file, checked against a schema.
 
     Args:
-        path: of the file.
-        schema: a type; see the module's text.
-        constants: whether ``NaN`` and ``Infinity``, which are not JSON, are read as numbers.
+        path: path of the file.
+        schema: a type; see the module's docstring.
+        constants: read ``NaN`` and ``Infinity``, which are not JSON, as numbers.
 
     Raises:
-        DocumentError: the file is missing or cannot be read, or does not hold such a document.
+        DocumentError: the file is missing, cannot be read, or does not match the schema.
 
     Example:
         >>> import tempfile, pathlib
@@ -80,10 +80,10 @@ def read_yaml(path: str | os.PathLike[str], schema: Any = Any) -> Any:
 
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
-    """Return the bytes of a regular file of at most ``MAX_BYTES``, whatever they mean.
+    """Return the bytes of a regular file of at most ``MAX_BYTES``.
 
     Raises:
-        DocumentError: it is missing, cannot be read, is larger, or is a pipe or a device.
+        DocumentError: the file is missing, cannot be read, is larger, or is a pipe or a device.
     """
     try:
         with open_regular(path) as file:
@@ -99,10 +99,10 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """Return the text of a file as it is; see :func:`read_bytes`.
+    """Return the text of a file; see :func:`read_bytes`.
 
     Raises:
-        DocumentError: also where it is not UTF-8.
+        DocumentError: the file cannot be read, or is not UTF-8.
     """
     return _decode(read_bytes(path), str(path))
 
@@ -134,31 +134,35 @@ def parse_json(
 
 
 def parse_line(text: str | bytes, source: str, schema: Any = Any) -> Any:
-    """Return the value of one line of a file of JSON lines, ``NaN`` and ``Infinity`` included.
+    """Return the value of one line of a file of JSON lines; accept ``NaN`` and ``Infinity``.
 
-    As :func:`parse_json`, at a third less time. Without a schema, half of a surrogate pair is left
-    in its text: of somebody's data, not all columns are used.
+    This takes a third less time than :func:`parse_json`. Without a schema, half of a surrogate pair
+    is no error, since it may occur in a column that is not used.
 
     Args:
-        text: of the line.
-        source: names file and line in messages.
-        schema: a type; see the module's text.
+        text: text of the line.
+        source: name of file and line, for messages.
+        schema: a type; see the module's docstring.
 
     Raises:
-        DocumentError: the line is not UTF-8 or not JSON, or not what the schema says.
+        DocumentError: the line is not UTF-8, is not JSON, or does not match the schema.
+
+    Example:
+        >>> parse_line('{"loss": NaN}', "metrics.jsonl, line 1")
+        {'loss': nan}
     """
     decoded = _decode(text, source)
     try:
         value = _LINE.decode(decoded)
     except RecursionError:
-        raise DocumentError(f"{source}: malformed JSON: it is nested too deep") from None
+        raise DocumentError(f"{source}: malformed JSON: nested too deeply") from None
     except ValueError as error:
         if isinstance(error, DocumentError):
             raise
-        place, reason = "", str(error)
+        column, reason = "", str(error)
         if isinstance(error, json.JSONDecodeError):
-            place, reason = f" at column {error.colno}", error.msg
-        raise DocumentError(f"{source}: malformed JSON{place}: {reason}") from None
+            column, reason = f" at column {error.colno}", error.msg
+        raise DocumentError(f"{source}: malformed JSON{column}: {reason}") from None
     if schema is Any and decoded.count("[") + decoded.count("{") > MAX_DEPTH:
         _check_depth(value, source)
     elif schema is not Any:
@@ -171,15 +175,19 @@ def parse_yaml(text: str | bytes, source: str, schema: Any = Any) -> Any:
     """Return the value of a YAML text; ``source`` names the text in messages.
 
     Raises:
-        DocumentError: see :func:`read_json`. Also where tags ask for anything but plain values.
+        DocumentError: see :func:`read_json`; or a tag requests an object of Python.
+
+    Example:
+        >>> parse_yaml("pair: {dtype: float32}", "run.yaml")
+        {'pair': {'dtype': 'float32'}}
     """
     decoded = _decode(text, source)
     try:
         value = _load_yaml(decoded)
     except RecursionError:
         raise DocumentError(f"{source} is nested more than {MAX_DEPTH} levels deep") from None
-    # All but the first come from values that look like dates or numbers, or have a tag that says
-    # so, and are none.
+    # All but YAMLError come from malformed values that PyYAML takes for dates or numbers, because
+    # of their form or tag.
     except (
         yaml.YAMLError,
         ValueError,
@@ -198,7 +206,7 @@ def parse_yaml(text: str | bytes, source: str, schema: Any = Any) -> Any:
 
 
 def check(value: Any, schema: Any, source: str) -> None:
-    """Raise :class:`DocumentError` where ``value`` is not what ``schema`` says, naming the key.
+    """Raise :class:`DocumentError`, which names the key, if ``value`` does not match ``schema``.
 
     Example:
         >>> check({"layers": [1, "2"]}, dict[str, list[int]], "card.json")
@@ -219,7 +227,7 @@ def check(value: Any, schema: Any, source: str) -> None:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two values of JSON are equal; ``true`` is not 1, 1.0 is.
+    """Return whether two JSON values are equal. 1.0 equals 1, but ``true`` does not.
 
     Example:
         >>> same({"n": [1, 2.0]}, {"n": [1, 2]}), same([True], [1])
@@ -232,7 +240,7 @@ def same(a: Any, b: Any) -> bool:
     return isinstance(a, bool) == isinstance(b, bool) and bool(a == b)
 
 
-# --- parts ----------------------------------------------------------------------------------------
+# --- parsing and checking -------------------------------------------------------------------------
 
 
 def _decode(text: str | bytes, source: str) -> str:
@@ -257,7 +265,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-#: Of single lines: made once, since lines are many.
+#: Decoder of single lines, created once for speed.
 _LINE = json.JSONDecoder(object_pairs_hook=_object)
 
 
@@ -266,7 +274,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _reason(error: Exception) -> str:
-    """The first 200 characters of an error's message, in one line."""
+    """Return the first 200 characters of an error's message, in one line."""
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} at line {error.lineno}, column {error.colno}"
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
@@ -276,7 +284,7 @@ def _reason(error: Exception) -> str:
 
 
 def _check_json(text: str, value: Any, source: str) -> None:
-    """Check what ``text`` may hold, by a glance at it: documents are many, such values few."""
+    """Check depth and scalars of ``value``; skip a check that the text shows to be unnecessary."""
     if text.count("[") + text.count("{") > MAX_DEPTH:
         _check_depth(value, source)
     if "\\ud" in text or "\\uD" in text:
@@ -284,7 +292,7 @@ def _check_json(text: str, value: Any, source: str) -> None:
 
 
 def _check_depth(value: Any, source: str) -> None:
-    """Raise where values lie deeper than ``MAX_DEPTH``."""
+    """Raise :class:`DocumentError` if values are nested deeper than ``MAX_DEPTH``."""
     level = [value]
     for _ in range(MAX_DEPTH + 1):
         level = [child for parent in level for child in _children(parent)]
@@ -294,22 +302,25 @@ def _check_depth(value: Any, source: str) -> None:
 
 
 def _check_scalars(value: Any, source: str) -> None:
-    """Raise where a text holds half a surrogate pair, or an integer cannot be printed."""
+    """Raise :class:`DocumentError` for half a surrogate pair or an integer beyond ``MAX_BITS``."""
     pending = [(source, value)]
     while pending:
-        where, one = pending.pop()
-        if isinstance(one, dict):
-            for key, child in one.items():
+        where, node = pending.pop()
+        if isinstance(node, dict):
+            for key, child in node.items():
                 pending += [
                     (where, key),
                     (f"{where}{'.' if where != source else ': '}{key}", child),
                 ]
-        elif isinstance(one, (list, tuple)):
-            pending += [(f"{where}[{i}]", child) for i, child in enumerate(one)]
-        elif isinstance(one, str) and _HALF.search(one):
-            raise DocumentError(f"{where}: half of a surrogate pair in {one!r:.80}")
-        elif isinstance(one, int) and one.bit_length() > MAX_BITS:
-            raise DocumentError(f"{where}: an integer of {one.bit_length():,} bits")
+        elif isinstance(node, (list, tuple)):
+            pending += [(f"{where}[{i}]", child) for i, child in enumerate(node)]
+        elif isinstance(node, str) and _HALF.search(node):
+            raise DocumentError(f"{where}: half of a surrogate pair in {node!r:.80}")
+        elif isinstance(node, int) and node.bit_length() > MAX_BITS:
+            raise DocumentError(
+                f"{where}: expected an integer of at most {MAX_BITS:,} bits, got "
+                f"{node.bit_length():,} bits"
+            )
 
 
 def _children(value: Any) -> Iterator[Any]:
@@ -320,17 +331,18 @@ def _children(value: Any) -> Iterator[Any]:
 
 
 def _split(message: str) -> tuple[str, str]:
-    """Reason and key of a message of msgspec: "Expected `int`, got `str` - at `$.a[1]`"."""
-    found = re.fullmatch(r"(.*?)(?: - at `(?:key in )?\$(.*)`)?", message, re.DOTALL)
-    assert found is not None
-    reason = found[1].replace("`", "")
-    return reason[:1].lower() + reason[1:], (found[2] or "").removeprefix(".")
+    """Split a message of msgspec, "Expected `int`, got `str` - at `$.a[1]`", in reason and key."""
+    match = re.fullmatch(r"(.*?)(?: - at `(?:key in )?\$(.*)`)?", message, re.DOTALL)
+    assert match is not None
+    reason = match[1].replace("`", "")
+    return reason[:1].lower() + reason[1:], (match[2] or "").removeprefix(".")
 
 
 def _named(value: Any, schema: Any, key: str) -> str:
-    """``key`` with each ``[...]``, an entry of an object of any keys, named.
+    """Return ``key`` with each ``[...]`` replaced by the name of the entry.
 
-    msgspec does not say which entry is at fault; the one with which alone the error stays is.
+    msgspec writes ``[...]`` for any entry of an object without declared keys. The entry that causes
+    the error is the one for which an object with this entry alone gives the same error.
     """
     steps: list[Any] = []
     *before, last = key.split("[...]")
@@ -348,14 +360,14 @@ def _named(value: Any, schema: Any, key: str) -> str:
                 if _split(str(error))[1] == key:
                     break
         else:
-            return key  # the key itself is at fault
+            return key  # no value causes the error, so the key does
         value, text = alone, f"{text}{part}[{name!r:.80}]"
         steps.append(name)
     return text + last
 
 
 def _replaced(value: Any, steps: Sequence[Any], new: Any) -> Any:
-    """A copy of ``value`` with ``new`` at the end of ``steps``; what is beside them is shared."""
+    """Return a copy of ``value`` with ``new`` at the end of ``steps``; share all other values."""
     if not steps:
         return new
     copy = value.copy()
@@ -364,29 +376,29 @@ def _replaced(value: Any, steps: Sequence[Any], new: Any) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, whose aliases and keys are checked before anything is made of them."""
+    """YAML's safe loader, which checks aliases and keys before it constructs values."""
 
     def check(self, node: yaml.Node) -> None:
-        """Raise where aliases expand too far, or a key is given twice, as YAML 1.2 forbids."""
-        self._values_in(node, {}, 0)
+        """Raise if aliases expand too far, or a key occurs twice, which YAML 1.2 forbids."""
+        self._count_values(node, {}, 0)
 
-    def _values_in(self, node: yaml.Node, known: dict[int, int], depth: int) -> int:
-        """Values below a node, those behind an alias counted as often as it is used."""
+    def _count_values(self, node: yaml.Node, known: dict[int, int], depth: int) -> int:
+        """Count the values below a node after the expansion of aliases."""
         if id(node) in known:
             return known[id(node)]
         if depth > MAX_DEPTH:
             raise RecursionError
-        known[id(node)] = MAX_VALUES + 1  # an alias to what it lies in has no end
+        known[id(node)] = MAX_VALUES + 1  # an alias to one of its own ancestors expands forever
         children: list[yaml.Node] = []
         if isinstance(node, yaml.MappingNode):
             self._check_keys(node)
             children = [part for pair in node.value for part in pair]
         elif isinstance(node, yaml.SequenceNode):
             children = node.value
-        count = 1 + sum(self._values_in(child, known, depth + 1) for child in children)
+        count = 1 + sum(self._count_values(child, known, depth + 1) for child in children)
         if count > MAX_VALUES:
             raise yaml.constructor.ConstructorError(
-                None, None, f"this expands to more than {MAX_VALUES:,} values", node.start_mark
+                None, None, f"aliases expand to more than {MAX_VALUES:,} values", node.start_mark
             )
         known[id(node)] = count
         return count
@@ -395,7 +407,7 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key_node, _ in node.value:
             if not isinstance(key_node, yaml.ScalarNode) or key_node.tag.endswith(":merge"):
-                continue  # a key that is no scalar is refused where the mapping is made
+                continue  # the constructor of the mapping refuses keys that are no scalars
             key = self.construct_object(key_node)
             if key in seen:
                 raise RepeatedKeyError(
@@ -405,7 +417,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _load_yaml(text: str) -> Any:
-    """The value of a YAML text of one document."""
+    """Return the value of a YAML text of one document."""
     loader = _Loader(text)
     try:
         node = loader.get_single_node()

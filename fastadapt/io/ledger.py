@@ -1,4 +1,4 @@
-"""Finished parts of a work that a later run goes on with, in one SQLite file."""
+"""Store the finished parts of a resumable computation in one SQLite file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TABLE = """CREATE TABLE parts (
     PRIMARY KEY (fingerprint, part)
 ) WITHOUT ROWID"""
 _SELECT = "SELECT part, sha256, value FROM parts WHERE fingerprint = ?"
-#: Beginnings of SQLite's messages where the disk, not the file's contents, is the reason.
+#: Prefixes of SQLite's messages about the disk. Other messages are about damaged contents.
 _UNWRITABLE = (
     "attempt to write a readonly",
     "database is locked",
@@ -31,18 +31,19 @@ _UNWRITABLE = (
 
 
 class Ledger:
-    """Values in bytes, each of a fingerprint and the number of a part.
+    """Values in bytes, with a fingerprint and a part number as key.
 
-    The caller holds the folder's lock. A commit is on the disk as a whole or not at all: a kill, a
-    full disk or a power cut leaves what was committed before.
+    The caller holds the lock of the folder. A commit is atomic: a kill, a full disk or a power cut
+    leaves the previous commit.
 
     Args:
-        path: of the file; its folder exists. SQLite adds ``-journal`` to the name while it writes.
+        path: path of the file in an existing folder. SQLite writes ``path-journal`` beside it
+            during a commit.
         advice: last sentence of the message of a failed write.
         restart: last sentence of the message of a damaged file.
 
     Raises:
-        UserError: the path is no file.
+        UserError: the path is no regular file.
         RunError: the file is damaged, is no ledger, or cannot be written.
 
     Example:
@@ -65,15 +66,15 @@ class Ledger:
             self._connection = sqlite3.connect(path, isolation_level=None, cached_statements=8)
         try:
             with self._errors():
-                # A rollback journal keeps the ledger in one file between commits, which WAL does
-                # not. EXTRA also syncs the folder once the journal is removed: a commit lasts.
+                # With a rollback journal, unlike WAL, the ledger is one file between commits. EXTRA
+                # also syncs the folder after the journal is removed, which makes a commit durable.
                 self._connection.execute("PRAGMA journal_mode = DELETE")
                 self._connection.execute("PRAGMA synchronous = EXTRA")
                 if is_new:
                     self._create()
-                (found,) = self._connection.execute("PRAGMA application_id").fetchone()
-                if found != _APPLICATION:
-                    raise sqlite3.DatabaseError("it is no ledger of this library")
+                (application,) = self._connection.execute("PRAGMA application_id").fetchone()
+                if application != _APPLICATION:
+                    raise sqlite3.DatabaseError("expected a ledger of this library")
                 self._connection.execute(f"{_SELECT} LIMIT 0", ("",))
         except BaseException:
             self._connection.close()
@@ -86,20 +87,20 @@ class Ledger:
         sync_folder(self.path.parent)
 
     def add(self, entries: Iterable[tuple[str, int, bytes]]) -> None:
-        """Write values in place of any of the same keys, and return once all are on the disk.
+        """Write values to the disk in one commit, replacing values with the same keys.
 
         Args:
-            entries: fingerprint, part and value of each.
+            entries: fingerprint, part and value of each entry.
 
         Raises:
-            RunError: the file cannot be written; none of the values is in it.
+            RunError: the file cannot be written; its contents are unchanged.
         """
         rows = ((key, part, _digest(key, part, value), value) for key, part, value in entries)
         with self._errors(), self._transaction():
             self._connection.executemany("REPLACE INTO parts VALUES (?, ?, ?, ?)", rows)
 
     def get(self, fingerprint: str, part: int) -> bytes | None:
-        """Return a value; None where there is none.
+        """Return the value of a key, or None if the ledger lacks the key.
 
         Raises:
             RunError: the file is damaged.
@@ -111,7 +112,7 @@ class Ledger:
             return None if row is None else _checked(fingerprint, *row)
 
     def parts(self, fingerprint: str) -> Iterator[tuple[int, bytes]]:
-        """Yield number and value of each part of a fingerprint, in the order of the numbers.
+        """Yield part number and value of each entry of a fingerprint, in ascending order.
 
         Raises:
             RunError: the file is damaged.
@@ -127,7 +128,7 @@ class Ledger:
         self.close()
 
     def close(self) -> None:
-        """Release the file; what was added stays."""
+        """Close the file; added values are on the disk already."""
         self._connection.close()
 
     @contextmanager
@@ -159,7 +160,7 @@ def _digest(fingerprint: str, part: int, value: bytes) -> bytes:
 
 
 def _checked(fingerprint: str, part: int, sha256: bytes, value: bytes) -> bytes:
-    # SQLite returns a damaged cell in the type that the cell claims.
+    # SQLite does not enforce column types, so a damaged cell may come back as text or a number.
     if not isinstance(value, bytes) or _digest(fingerprint, part, value) != sha256:
-        raise sqlite3.DatabaseError(f"{fingerprint} {part} has another SHA-256 than was written")
+        raise sqlite3.DatabaseError(f"the SHA-256 of {fingerprint} {part} does not match its value")
     return value

@@ -1,7 +1,7 @@
-"""Paths from outside: what is typed, what files and requests name, and what lies there.
+"""Check names and paths from the command line, files and requests.
 
-A name becomes a path inside one folder and nowhere else; a path that is typed is one that a system
-can open; and what is read is a regular file, since a pipe would be waited for without end.
+A name may only become a path inside one folder. A typed path must be one that a system can open.
+Only regular files are read, since reading a pipe may block forever.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from pathlib import Path
 
 from fastadapt.errors import UserError
 
-#: Bytes of a name: what common file systems hold.
+#: Bytes of a name that common file systems support.
 MAX_NAME_BYTES = 255
-#: Bytes of a whole path, without the NUL that Linux counts in.
+#: Bytes of a whole path on Linux, without the NUL at its end.
 MAX_PATH_BYTES = 4095
 
 _LOOP = "a link that leads to itself"
-#: What may lie in place of a file, and how it is called.
+#: Kinds of files that are no regular file, with their names in messages.
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a pipe"),
@@ -30,14 +30,14 @@ _KINDS = (
 
 
 def check_name(name: object, source: str) -> str:
-    """Return a plain file name; raise ``UserError`` where ``name`` is anything else.
+    """Return ``name`` if it is a plain file name, else raise ``UserError``.
 
-    A plain name has one part: no separator of any system, no drive, not ``.`` or ``..``, no control
-    character, at most 255 bytes.
+    A plain name is one path component of at most 255 bytes: no separator or drive of any system, no
+    control character, and neither ``.`` nor ``..``.
 
     Args:
-        name: from a file, a request or a command.
-        source: of the name, for messages.
+        name: name from a file, a request or a command.
+        source: origin of the name, for messages.
 
     Example:
         >>> check_name("model-00001.safetensors", "index")
@@ -52,22 +52,22 @@ def check_name(name: object, source: str) -> str:
 
 
 def inside(folder: Path, *names: object, source: str, follow_links: bool = False) -> Path:
-    """Return ``folder/name/...`` for plain names, which is inside ``folder`` after links, too.
+    """Return ``folder/name/...``, a path that is inside ``folder`` after resolving links.
 
     Args:
-        folder: which may itself be a link.
-        names: each a plain name (:func:`check_name`).
-        source: of the names, for messages.
-        follow_links: whether a link may lead out of the folder. True only for reading models: the
-            hub's cache consists of links.
+        folder: a folder, or a link to a folder.
+        names: plain names, see :func:`check_name`.
+        source: origin of the names, for messages.
+        follow_links: allow links that lead out of the folder. True only for reading models, since
+            the hub's cache consists of links.
 
     Raises:
-        UserError: a name is not plain, or leads out of the folder.
+        UserError: a name is not plain, or a link leads out of the folder.
     """
     path = folder
     for name in names:
         path = path / check_name(name, source)
-    if _leads_nowhere(path):
+    if _is_loop(path):
         raise UserError(f"{source}: {path} is {_LOOP}")
     if not follow_links and not _real(path).is_relative_to(_real(folder)):
         raise UserError(f"{source}: {path} is a link that leads out of {folder}")
@@ -75,15 +75,15 @@ def inside(folder: Path, *names: object, source: str, follow_links: bool = False
 
 
 def typed_path(text: str | os.PathLike[str], source: str) -> Path:
-    """Return the path that was typed, or that a file holds; ``~`` is the home folder.
+    """Return a path from the command line or a file, with ``~`` expanded.
 
     Args:
         text: the path.
-        source: the option or the key, for messages.
+        source: option or key of the path, for messages.
 
     Raises:
-        UserError: no system could open it: it is longer than 4,095 bytes or a part of it than 255,
-            it has a NUL or what UTF-8 cannot write, or there is no such user.
+        UserError: no system can open the path: it is longer than 4,095 bytes, a part is longer than
+            255 bytes, it contains a NUL or text that UTF-8 cannot encode, or its user is unknown.
 
     Example:
         >>> typed_path("x" * 300, "--output")
@@ -93,7 +93,7 @@ got 'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx...
     """
     try:
         path = Path(text).expanduser()
-    except RuntimeError:  # of an unknown user
+    except RuntimeError:  # unknown user
         raise UserError(f"{source}: no home folder is known for {_short(text)}") from None
     if (expected := _cannot_open(str(path))) is not None:
         raise UserError(f"{source}: expected a path {expected}, got {_short(text)}")
@@ -101,29 +101,29 @@ got 'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx...
 
 
 def has_file(path: Path) -> bool:
-    """Return whether a file is there, which may be absent.
+    """Return whether the path is a regular file; False if the path does not exist.
 
     Raises:
-        UserError: what is there is no regular file: a folder, a pipe, a link to nothing.
+        UserError: the path is something else, such as a folder, a pipe or a broken link.
     """
     if not os.path.lexists(path):
         return False
-    if _leads_nowhere(path):
+    if _is_loop(path):
         raise UserError(f"{path} is {_LOOP}")
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
-        raise UserError(f"{path} is a link to what is not there") from None
+        raise UserError(f"{path} is a link to a path that does not exist") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    for is_kind, called in _KINDS:
+    for is_kind, name in _KINDS:
         if is_kind(mode):
-            raise UserError(f"{path} is {called}; expected a file")
+            raise UserError(f"{path} is {name}; expected a file")
     return True
 
 
 def unusable_path(error: Exception) -> str | None:
-    """Return what is wrong with a path that no file system holds; None for any other error.
+    """Return the message for a path that no file system supports, or None for other errors.
 
     Example:
         >>> unusable_path(OSError(errno.ENAMETOOLONG, "", "x" * 300))[:60]
@@ -132,7 +132,7 @@ def unusable_path(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
         return f"{os.strerror(error.errno)}: {error.filename!s:.200}"
     if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
-        return f"expected the name of a file, got {error.object!r:.200}: half a character"
+        return f"expected the name of a file, got {error.object!r:.200} (half a surrogate pair)"
     if isinstance(error, ValueError) and "embedded null" in str(error):
         return f"expected the name of a file, got one with a null character ({error})"
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):
@@ -141,24 +141,24 @@ def unusable_path(error: Exception) -> str | None:
 
 
 def in_model(file: Path, source: str) -> Path:
-    """Return a file of a model's folder, which is in it after links, too.
+    """Return ``file`` if it is inside its model's folder after resolving links.
 
     In the hub's cache, ``snapshots/<commit>/<name>`` is a link into the repository's ``blobs``.
 
     Raises:
-        UserError: a link leads anywhere else.
+        UserError: a link leads elsewhere.
     """
-    folder, end = os.path.realpath(file.parent), os.path.realpath(file)
-    held = [folder]
+    folder, target = os.path.realpath(file.parent), os.path.realpath(file)
+    allowed = [folder]
     if os.path.basename(os.path.dirname(folder)) == "snapshots":
-        held.append(os.path.join(folder, os.pardir, os.pardir, "blobs"))
-    if not any(Path(end).is_relative_to(os.path.abspath(own)) for own in held):
+        allowed.append(os.path.join(folder, os.pardir, os.pardir, "blobs"))
+    if not any(Path(target).is_relative_to(os.path.abspath(parent)) for parent in allowed):
         raise UserError(f"{source}: {file} is a link that leads out of {folder}")
     return file
 
 
-def _leads_nowhere(path: str | os.PathLike[str]) -> bool:
-    """Whether links go round in a circle."""
+def _is_loop(path: str | os.PathLike[str]) -> bool:
+    """Return whether links of the path lead back to themselves."""
     try:
         os.stat(path)
     except OSError as error:
@@ -169,15 +169,15 @@ def _leads_nowhere(path: str | os.PathLike[str]) -> bool:
 
 
 def _real(path: Path) -> Path:
-    return Path(os.path.realpath(path))  # Path.resolve raises on circles
+    return Path(os.path.realpath(path))  # Path.resolve raises on loops
 
 
 def _cannot_open(path: str) -> str | None:
-    """What is to be expected of a path in place of this one, if no system could open it."""
+    """Return the property that a path must have for a system to open it, or None if it has all."""
     try:
         encoded = path.encode("utf-8")
     except UnicodeEncodeError:
-        return "that UTF-8 can write"
+        return "that UTF-8 can encode"
     if b"\0" in encoded:
         return "without a NUL"
     if max(map(len, encoded.split(b"/"))) > MAX_NAME_BYTES:
@@ -188,15 +188,15 @@ def _cannot_open(path: str) -> str | None:
 
 
 def _short(text: object) -> str:
-    """Text of a message in its first letters, whatever it holds."""
-    told = ascii(os.fspath(text) if isinstance(text, os.PathLike) else text)
-    return told if len(told) <= 80 else f"{told[:60]}..."
+    """Return the first characters of an ASCII representation of ``text``."""
+    shown = ascii(os.fspath(text) if isinstance(text, os.PathLike) else text)
+    return shown if len(shown) <= 80 else f"{shown[:60]}..."
 
 
 def _is_plain(name: str) -> bool:
     try:
         size = len(name.encode("utf-8"))
-    except UnicodeEncodeError:  # half of a pair of surrogates
+    except UnicodeEncodeError:  # half of a surrogate pair
         return False
     special = any(c in "/\\:" or ord(c) < 32 or ord(c) == 127 for c in name)
     return 0 < size <= MAX_NAME_BYTES and name not in (".", "..") and not special

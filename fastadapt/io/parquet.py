@@ -1,4 +1,4 @@
-"""Read Parquet files that anyone may have written: one error, naming file and column."""
+"""Read untrusted Parquet files; every error is a ``UserError`` that names file and column."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ import pyarrow.parquet as pq
 from fastadapt.errors import UserError
 from fastadapt.io.files import open_regular
 
-#: Rows for each byte of a file beyond which its footer is not believed but held against its pages.
-#: Columns of one value reach 250 to 450 with pyarrow and 600 with DuckDB; the format itself has no
-#: bound, since a run of any length takes a few bytes.
+#: Rows per byte of a file above which the row counts of the footer are checked by reading. A column
+#: of one repeated value reaches 250 to 450 with pyarrow and 600 with DuckDB. The format itself has
+#: no bound, since a run of any length takes a few bytes.
 _ROWS_PER_BYTE = 1 << 10
-_COUNTED = 1 << 16  # rows at a time
+_COUNT_ROWS = 1 << 16  # rows per batch when counting
 
 
 @contextmanager
 def open_parquet(
     path: str | os.PathLike[str], schema: pa.Schema | None = None
 ) -> Iterator[pq.ParquetFile]:
-    """A Parquet file; what is wrong with it, then or while it is read, is a ``UserError``.
+    """Yield an open Parquet file. Errors inside the context are raised as ``UserError``.
 
     Args:
-        path: of the file.
-        schema: columns that it must have, of these types.
+        path: path of the file.
+        schema: columns that the file must have, with their types.
 
     Raises:
-        UserError: it is no Parquet file, is damaged, lacks a column, has one of another type, or
-            claims more rows than its bytes can hold.
+        UserError: the file is no Parquet file, is damaged, lacks a column, has a column of another
+            type, or declares more rows than it has.
     """
     path = Path(path)
     with parquet_errors(path):
-        open_regular(path).close()  # or a pipe would be waited for
+        open_regular(path).close()  # raise for a pipe, on which pyarrow would block
     with parquet_errors(path), pq.ParquetFile(path) as file:
         _check_rows(path, file)
         if schema is not None:
@@ -53,14 +53,14 @@ def read_table(
     columns: Sequence[str] | None = None,
     filters: Any = None,
 ) -> pa.Table:
-    """The rows of a Parquet file, or those that pass ``filters``; see :func:`open_parquet`."""
+    """Read the rows of a Parquet file that pass ``filters``; raise as :func:`open_parquet` does."""
     path = Path(path)
     with open_parquet(path, schema):
         rows = pq.read_table(
             path,
             columns=None if columns is None else list(columns),
             filters=filters,
-            partitioning=None,  # a folder called "layer=3" is no column
+            partitioning=None,  # a folder named "layer=3" adds no column
         )
     check_contents(path, rows, schema)
     return rows
@@ -72,7 +72,7 @@ def read_group(
     group: int,
     schema: pa.Schema,
 ) -> pa.Table:
-    """The columns of ``schema`` in one row group of an open file; see :func:`open_parquet`."""
+    """Read the columns of ``schema`` in one row group; raise as :func:`open_parquet` does."""
     path = Path(path)
     with parquet_errors(path):
         rows = file.read_row_group(group, columns=schema.names)
@@ -81,10 +81,10 @@ def read_group(
 
 
 def check_contents(path: Path, rows: pa.Table, schema: pa.Schema | None) -> None:
-    """Raise ``UserError`` for a column whose bytes are no values of its type.
+    """Raise ``UserError`` for a column with invalid values.
 
-    That is text that is not UTF-8, lists that begin behind their end, and, where ``schema`` has a
-    column without null, a null in it or in one of its lists.
+    Examples are text that is not UTF-8 and lists whose offsets decrease. A null is invalid in a
+    column, or in a list of a column, that ``schema`` declares as not nullable.
     """
     for name in rows.column_names:
         column = rows[name]
@@ -99,26 +99,23 @@ def check_contents(path: Path, rows: pa.Table, schema: pa.Schema | None) -> None
             raise UserError(f"{path}: the column {name!r}: expected values, got nulls")
 
 
-def check_columns(path: Path, found: pa.Schema, expected: pa.Schema) -> None:
-    """Raise ``UserError`` for a column that is missing or of another type."""
+def check_columns(path: Path, actual: pa.Schema, expected: pa.Schema) -> None:
+    """Raise ``UserError`` for a column that is missing, repeated or of another type."""
     for field in expected:
-        times = found.names.count(field.name)
-        if times != 1:
-            how = "is missing" if times == 0 else f"is there {times} times"
-            raise UserError(f"{path}: the column {field.name!r} {how}")
-        if not found.field(field.name).type.equals(field.type):
-            raise UserError(
-                f"{path}: the column {field.name!r}: expected {field.type}, got "
-                f"{found.field(field.name).type}"
-            )
+        n = actual.names.count(field.name)
+        if n != 1:
+            fault = "is missing" if n == 0 else f"occurs {n} times"
+            raise UserError(f"{path}: the column {field.name!r} {fault}")
+        if not (kind := actual.field(field.name).type).equals(field.type):
+            raise UserError(f"{path}: the column {field.name!r}: expected {field.type}, got {kind}")
 
 
 @contextmanager
 def parquet_errors(path: Path) -> Iterator[None]:
-    """Turn what pyarrow raises on a damaged file into a ``UserError`` that names it."""
+    """Raise errors of pyarrow on a damaged file as a ``UserError`` that names the file."""
     try:
         yield
-    # OverflowError, UnicodeDecodeError: a number or a name in the footer that Python cannot hold.
+    # OverflowError, UnicodeDecodeError: an invalid number or name in the footer.
     except (pa.ArrowException, OSError, OverflowError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as Parquet: {_line(error)}") from error
 
@@ -127,16 +124,16 @@ def _check_rows(path: Path, file: pq.ParquetFile) -> None:
     metadata = file.metadata
     groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
     if min(groups, default=0) < 0 or sum(groups) != metadata.num_rows:
-        raise UserError(f"{path}: its footer contradicts itself about the number of rows")
+        raise UserError(f"{path}: the row counts in its footer contradict each other")
     if metadata.num_rows <= path.stat().st_size * _ROWS_PER_BYTE or not metadata.num_columns:
         return
-    # To read it at once would reserve memory for what the footer claims.
+    # Reading a group at once would allocate memory for the row count in the footer: count batches.
     first = metadata.schema.column(0).path
-    for group, claimed in enumerate(groups):
-        held = sum(map(len, file.iter_batches(_COUNTED, row_groups=[group], columns=[first])))
-        if held != claimed:
+    for group, declared in enumerate(groups):
+        n = sum(map(len, file.iter_batches(_COUNT_ROWS, row_groups=[group], columns=[first])))
+        if n != declared:
             raise UserError(
-                f"{path}: its footer claims {claimed:,} rows in row group {group}, it has {held:,}"
+                f"{path}: row group {group}: expected {declared:,} rows by the footer, got {n:,}"
             )
 
 

@@ -1,8 +1,7 @@
-"""Read safetensors files that anyone may have written: errors name the file and the tensor.
+"""Read untrusted safetensors files, and check dtype, shape and finiteness of their tensors.
 
-The format has no checksum, and a reader that casts takes codes of a quantised weight for its
-values. What is read through here is of the dtype, the shape and, where asked for, of the finite
-values that the caller expects.
+The format has no checksum, and casting the integer codes of a quantized weight gives wrong values
+without an error. Errors name the file and the tensor.
 """
 
 from __future__ import annotations
@@ -18,34 +17,34 @@ from torch import Tensor
 from fastadapt.errors import UserError
 from fastadapt.io.files import open_regular
 
-#: Dtypes of weights that are read as they are. Of any other the numbers are codes.
+#: Dtypes of weights. Tensors of other dtypes hold quantized codes.
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-#: Elements that are looked at together, so that the check needs 4 MiB and not a second tensor.
+#: Elements checked at once: the check needs 4 MiB instead of a second tensor.
 _CHUNK = 1 << 22
 
 
 class TensorError(UserError):
-    """A safetensors file cannot be read, or a tensor in it is not what is expected."""
+    """A safetensors file cannot be read, or a tensor in it has another dtype, shape or value."""
 
 
 @contextmanager
 def open_tensors(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Iterator[Any]:
-    """Yield the ``safe_open`` of a file.
+    """Yield a file opened with ``safe_open``. Errors inside the context are ``TensorError``.
 
     Raises:
-        TensorError: the file is missing, truncated or damaged; also while it is read.
+        TensorError: the file is missing, truncated or damaged.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
-        open_regular(path).close()  # or a pipe would be waited for
+        open_regular(path).close()  # raise for a pipe, on which safetensors would block
         with safe_open(os.fspath(path), framework="pt", device=str(device)) as file:
             yield file
     except FileNotFoundError:
         raise TensorError(f"{path} is missing") from None
     except SafetensorError as error:
         raise TensorError(f"{path} is truncated or damaged: {_line(error)}") from error
-    # ValueError: a NUL in the path, or a header that is not UTF-8.
+    # ValueError: the path contains a NUL, or the header is not UTF-8.
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
@@ -61,12 +60,13 @@ def read_tensors(
     """Return every tensor of a file of weights, in host memory.
 
     Args:
-        path: of the file.
-        shapes: of all tensors that the file must hold, by name; None for any.
-        finite: whether NaN and infinity are refused, in one pass over each tensor.
+        path: path of the file.
+        shapes: shapes of all tensors that the file must hold, by name; None for any.
+        finite: raise for NaN and infinity, at the cost of one pass over each tensor.
 
     Raises:
-        TensorError: see :func:`open_tensors` and :func:`check_tensor`; a missing or extra tensor.
+        TensorError: a tensor is missing or unexpected; see also :func:`open_tensors` and
+            :func:`check_tensor`.
     """
     with open_tensors(path) as file:
         names = set(file.keys())
@@ -91,17 +91,17 @@ def check_tensor(
     shape: Collection[int] | None = None,
     finite: bool = False,
 ) -> None:
-    """Raise where a tensor is not of floating point, of ``shape`` and, if asked, ``finite``.
+    """Check that a tensor is of floating point and ``shape`` and, with ``finite``, is finite.
 
     Args:
-        tensor: as it was read, of any device.
-        source: the file or the checkpoint, for messages.
-        name: of the tensor in it.
-        shape: the expected one; None for any.
-        finite: whether NaN and infinity are refused. Costs one pass over the tensor; no copy.
+        tensor: a tensor from a file, on any device.
+        source: file or checkpoint, for messages.
+        name: name of the tensor in the file.
+        shape: expected shape; None for any.
+        finite: raise for NaN and infinity, at the cost of one pass over the tensor without a copy.
 
     Raises:
-        TensorError: names ``source`` and ``name``.
+        TensorError: a check fails; the message names ``source`` and ``name``.
 
     Example:
         >>> check_tensor(torch.ones(2, dtype=torch.int8), "layer_0.safetensors", "W_enc")
@@ -123,11 +123,11 @@ point (float32, bfloat16, float16, float64), got int8
 
 
 def check_finite(tensor: Tensor, where: str) -> None:
-    """Raise :class:`TensorError`, which begins with ``where``, if a value is NaN or infinite."""
+    """Raise :class:`TensorError`, prefixed by ``where``, if a value is NaN or infinite."""
     for chunk in tensor.detach().flatten().split(_CHUNK):
         if not bool(torch.isfinite(chunk).all()):
-            odd = int((~torch.isfinite(chunk)).sum())
-            raise TensorError(f"{where}: expected finite values, got {odd:,} NaN or infinite")
+            n = int((~torch.isfinite(chunk)).sum())
+            raise TensorError(f"{where}: expected finite values, got {n:,} NaN or infinite")
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

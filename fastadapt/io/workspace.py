@@ -1,4 +1,4 @@
-"""The folder that a command writes into: claimed by one process, cleared of its own files alone."""
+"""Claim the output folder of a command for one process, and remove only files of the command."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ from fastadapt.io.atomic import (
 
 @dataclass(frozen=True)
 class Workspace:
-    """An output folder and what a command writes into it.
+    """An output folder and the files that a command writes into it.
 
     Attributes:
-        folder: which exists or is to be created.
-        option: the option or key that names the folder, for messages.
-        activity: of the process that holds the folder, for messages: ``training in``.
+        folder: the folder, which need not exist.
+        option: option or key that names the folder, for messages.
+        activity: activity of the process that holds the lock, for messages: ``training in``.
         replaced: paths in the folder that are written by :func:`fastadapt.io.atomic.replacing`.
-        written: patterns of everything that :meth:`start` removes.
-        marker: path in the folder of the file whose existence says that work has begun.
-        lock: path in the folder of the lock file; a folder that holds it belongs to the command.
+        written: patterns of the files that :meth:`start` removes.
+        marker: path in the folder of the file whose existence means that the command has started.
+        lock: path in the folder of the lock file. A subfolder that holds the lock file belongs to
+            the command.
         advice: last sentence of the message of a failed write.
-        unusable: class of the error where the folder cannot be read, created or locked.
+        unusable: class of the error if the folder cannot be read, created or locked.
     """
 
     folder: Path
@@ -49,7 +50,7 @@ class Workspace:
     unusable: type[UserError] | type[RunError] = UserError
 
     def names(self) -> list[str]:
-        """Return the sorted names in the folder, without the lock and leftovers of killed writes.
+        """Return the sorted names in the folder, except the lock and leftovers of killed writes.
 
         Raises:
             UserError: the path is a file.
@@ -63,14 +64,14 @@ class Workspace:
             names = sorted(os.listdir(self.folder))
         except OSError as error:
             raise self._unusable("read", error) from error
-        return [n for n in names if n != self._own and unstaged(n) not in self.replaced]
+        return [n for n in names if n != self._lock_entry and unstaged(n) not in self.replaced]
 
     def refusal(self, reason: str) -> UserError:
         """Return the error whose message names the option and the folder before ``reason``."""
         return UserError(f"{self.option}: {self.folder} {reason}")
 
     def foreign(self, reason: str, names: Sequence[str]) -> UserError:
-        """Return the error for a folder of something else, which holds ``names``."""
+        """Return the error for a folder that holds the files ``names`` of another origin."""
         return self.refusal(
             f"{reason} (it holds {', '.join(names[:3])}); nothing in it was touched. "
             "Give a new folder."
@@ -78,9 +79,10 @@ class Workspace:
 
     @contextmanager
     def claimed(self) -> Iterator[Path]:
-        """Create the folder and hold its lock; nothing in it is changed.
+        """Create the folder and hold its lock, without changing its contents.
 
-        Where no marker exists at the end, the lock file is removed, and a folder that was new.
+        If no marker exists at the end, the lock file is removed. A folder that was created is then
+        removed too.
 
         Raises:
             UserError: another process holds the folder.
@@ -90,7 +92,7 @@ class Workspace:
         lock = self.folder / self.lock
         with ExitStack() as held:
             try:
-                failure = "made"
+                failure = "created"
                 make_folder(lock.parent)
                 failure = "written"
                 held.enter_context(locked(lock))
@@ -103,7 +105,7 @@ class Workspace:
                 yield self.folder
             finally:
                 if self.marker is not None and not (self.folder / self.marker).exists():
-                    remove(self.folder / self._own)
+                    remove(self.folder / self._lock_entry)
                     if is_new:
                         remove_if_empty(self.folder)
 
@@ -117,7 +119,7 @@ class Workspace:
             raise RunError(f"{self.option}: {message}") from error
 
     def sweep(self) -> list[Path]:
-        """Remove and return what killed writes left beside ``replaced``; the caller has the lock.
+        """Remove and return leftovers of killed writes of ``replaced``; the caller has the lock.
 
         Raises:
             RunError: a leftover cannot be removed.
@@ -126,13 +128,14 @@ class Workspace:
             return sweep(*(self.folder / name for name in self.replaced))
 
     def start(self, write_marker: Callable[[Path], object]) -> None:
-        """Remove what an earlier run wrote and write a new marker; the caller has the lock.
+        """Remove the files of an earlier run and write a new marker; the caller has the lock.
 
-        Folders that are links or mount points are emptied and stay. An old marker that no pattern
-        of ``written`` names is replaced last, so that what an error leaves still has one.
+        Folders that are links or mount points are emptied, not removed. An old marker that no
+        pattern of ``written`` matches is replaced last, so that the folder has a marker after an
+        error.
 
         Args:
-            write_marker: called with the path to write to.
+            write_marker: function that writes the marker to the given path.
 
         Raises:
             RunError: the folder cannot be written.
@@ -143,7 +146,8 @@ class Workspace:
             for pattern in self.written:
                 for path in self.folder.glob(pattern):
                     remove(path)
-            # No old file may come back beside the new marker after a power cut.
+            # Sync the removals first: old files must not reappear beside the new marker after a
+            # power cut.
             for name in sorted({Path(p).parent for p in self.written}, reverse=True):
                 remove_if_empty(self.folder / name)
                 if (self.folder / name).is_dir():
@@ -156,6 +160,6 @@ class Workspace:
         return self.unusable(message)
 
     @property
-    def _own(self) -> str:
-        """Name, in the folder, of the lock file or of the folder that holds the lock file."""
+    def _lock_entry(self) -> str:
+        """Name of the lock file, or of the subfolder that holds the lock file."""
         return Path(self.lock).parts[0]

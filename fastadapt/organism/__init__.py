@@ -1,8 +1,8 @@
 """The embedded pair: a small model organism of reasoning fine-tuning.
 
-Names that a configuration may use in place of a path: ``organism/target`` and ``organism/base``
-(models), ``organism/train`` and ``organism/validation`` (conversations). See ``README.md`` in this
-folder for what the pair is and how it was measured.
+A configuration may use these names in place of paths: ``organism/target`` and ``organism/base``
+(models), ``organism/train`` and ``organism/validation`` (conversations). ``README.md`` in this
+folder describes the pair and its measurements.
 """
 
 from __future__ import annotations
@@ -18,20 +18,26 @@ NAMES = {
     "organism/train": FOLDER / "data" / "train.jsonl",
     "organism/validation": FOLDER / "data" / "validation.jsonl",
 }
-
-
-#: Questions of the pair's benchmarks: held-out test problems, and worked ones for few-shot prompts.
+#: Questions of the pair's benchmarks: test problems, and solved problems for few-shot prompts.
 QUESTIONS = FOLDER / "data" / "questions.jsonl"
 
 
 def resolve(name: str) -> str:
-    """The path behind a name of the embedded pair; any other string is returned unchanged.
+    """Return the path of a name of the embedded pair; return any other string unchanged.
 
     Raises:
-        UserError: a name under ``organism/`` that does not exist.
+        UserError: the name begins with ``organism/``, but is not one of ``NAMES``.
+
+    Example:
+        >>> resolve("Qwen/QwQ-32B")
+        'Qwen/QwQ-32B'
+        >>> Path(resolve("organism/base")).name
+        'base'
     """
     if name in NAMES:
         return str(NAMES[name])
     if name.startswith("organism/"):
-        raise UserError(f"unknown part of the embedded pair {name!r}: one of {sorted(NAMES)}")
+        raise UserError(
+            f"unknown part of the embedded pair {name!r}; expected one of {', '.join(NAMES)}"
+        )
     return name

@@ -176,7 +176,7 @@ CASES = [
     ("kind of file", lambda d: d.train(**{"data.train": str(d.recipe())}), r"run\.yaml.*jsonl"),
     ("no column", _rows({"text": "w1"}), r"rows\.jsonl.*conversations.*text"),
     ("no JSON", _rows(CONVERSATION, "{broken"), r"rows\.jsonl, line 2: .*JSON"),
-    ("no rows", _rows(), r"rows\.jsonl.*(empty|no )"),
+    ("no rows", _rows(), r"rows\.jsonl.*(empty|got none)"),
     (
         "one turn",
         _rows({"conversations": TURNS[:1]}),
@@ -204,7 +204,7 @@ CASES = [
     (
         "read-only",
         lambda d: d.train("--run.output", "/proc/fastadapt"),
-        r"run\.output: /proc/fastadapt cannot be made",
+        r"run\.output: /proc/fastadapt cannot be created",
     ),
     ("nothing to resume", lambda d: d.train("--resume"), r"--resume: .*holds no run"),
     (

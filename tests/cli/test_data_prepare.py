@@ -65,7 +65,7 @@ def test_dashes_are_as_good_as_underscores(fastadapt, command):
         (["--shares", "law=1"], "validation lacks 40 of 40 law, train lacks 400 of 400 law"),
         (["--resume"], "holds no selection; leave --resume out"),
         (["--resume", "--overwrite"], "choose one"),
-        (["--output", "/proc/fastadapt"], "--output: /proc/fastadapt cannot be made"),
+        (["--output", "/proc/fastadapt"], "--output: /proc/fastadapt cannot be created"),
     ],
 )
 def test_a_mistake_gets_one_clear_line(more, message, fastadapt, command):

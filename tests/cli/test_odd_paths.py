@@ -205,7 +205,7 @@ NO_FILE = {
     "pipe": (os.mkfifo, "is a pipe; expected a file"),
     "folder": (Path.mkdir, "is a folder; expected a file"),
     "loop": (_loop, "is a link that leads to itself"),
-    "dangling": (_dangling, "is a link to what is not there"),
+    "dangling": (_dangling, "is a link to a path that does not exist"),
     "device": (lambda path: path.symlink_to("/dev/zero"), "is a device; expected a file"),
 }
 #: What readers say that do not ask first, and of links that may not lead elsewhere.

@@ -1,4 +1,4 @@
-"""A word-level tokenizer that knows the markers of all families, and files of conversations."""
+"""Fixtures: a word-level tokenizer with the markers of all families, and files of conversations."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -54,7 +54,7 @@ def write_jsonl(tmp_path: Path) -> Callable[..., str]:
 
 @pytest.fixture
 def selection(tmp_path: Path) -> Callable[..., Any]:
-    """``selection(source=..., train=...)``: 1,000 and 100 conversations of at most 60 tokens."""
+    """``selection(source=..., train=...)``: settings for splits of 1,000 and 100 conversations."""
     from fastadapt.data.prepare.selection import PrepareConfig
     from fastadapt.organism import NAMES
 

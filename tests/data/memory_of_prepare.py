@@ -1,6 +1,6 @@
-"""Prepare a selection and print the most memory that this process held, in bytes.
+"""Prepare a selection and print the peak memory of this process in bytes.
 
-Run as a program: ``memory_of_prepare.py SOURCE OUTPUT TOKENIZER TRAIN VALIDATION MAX_TOKENS``.
+Usage: ``memory_of_prepare.py SOURCE OUTPUT TOKENIZER TRAIN VALIDATION MAX_TOKENS``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from fastadapt.data.prepare.selection import PrepareConfig
 
 
 def peak() -> int:
-    """VmHWM of this process."""
+    """Return the peak resident memory (VmHWM) of this process in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024

@@ -1,6 +1,7 @@
-"""A file in the schema of OpenThoughts3, made small: what a row may be, in all its ways.
+"""Write a small file in the schema of OpenThoughts3.
 
-Sorted by domain, as the real one is (850 : 250 : 100), each prompt with several responses.
+Like the published file, it is sorted by domain (850 : 250 : 100) and has several responses to each
+prompt.
 """
 
 from __future__ import annotations
@@ -14,17 +15,17 @@ from typing import Any
 WORDS = ("what", "is", "1", "2", "3", "4", "+", "=", "?", ".", "wait", "so")
 DOMAINS = {"math": 850, "code": 250, "science": 100}
 
-#: What a selection leaves in its folder.
+#: Files of a finished selection.
 FILES = ("train.parquet", "validation.parquet", "manifest.json")
 
 
 def rows(n: int, *, copies: int = 4, words: int = 30, seed: int = 0) -> Iterator[dict[str, Any]]:
-    """``n`` rows; of ten, one has no <think> and one no </think>, and one is four times as long."""
+    """Yield ``n`` rows. A tenth lacks <think>, a tenth lacks </think>, a tenth is long."""
     draw = random.Random(seed)
     total = sum(DOMAINS.values())
-    made = 0
+    n_rows = 0
     for i, (domain, share) in enumerate(DOMAINS.items()):
-        count = n - made if i == len(DOMAINS) - 1 else n * share // total
+        count = n - n_rows if i == len(DOMAINS) - 1 else n * share // total
         prompt = ""
         for j in range(count):
             if j % copies == 0:
@@ -38,7 +39,7 @@ def rows(n: int, *, copies: int = 4, words: int = 30, seed: int = 0) -> Iterator
                     {"from": "gpt", "value": _response(draw, draw.randrange(10), words)},
                 ],
             }
-        made += count
+        n_rows += count
 
 
 def _response(draw: random.Random, kind: int, words: int) -> str:
@@ -83,12 +84,12 @@ def write_parquet(path: Path, n: int, *, group: int = 700, **how: Any) -> Path:
 
 
 def rows_of(folder: str | Path, split: str) -> list[dict[str, Any]]:
-    """The rows of a split that was selected."""
+    """Return the rows of a selected split."""
     import pyarrow.parquet as pq
 
     return pq.read_table(Path(folder) / f"{split}.parquet").to_pylist()
 
 
 def bytes_of(folder: str | Path) -> dict[str, bytes]:
-    """Every byte of a selection."""
+    """Return the bytes of every file of a selection."""
     return {name: (Path(folder) / name).read_bytes() for name in FILES}

@@ -1,4 +1,4 @@
-"""Padding, and an order of samples that depends on the step alone."""
+"""Batches are padded correctly, and their order depends on the step only."""
 
 import itertools
 import random
@@ -70,7 +70,7 @@ def test_an_epoch_sees_every_sample_once(n, size, seed):
 
 @given(n=st.integers(1, 60), size=st.integers(1, 9), steps=st.lists(st.integers(0, 300)))
 def test_a_batch_depends_on_its_step_alone(n, size, steps):
-    """Resumed at any step, in any order, a plan gives what an uninterrupted one gave."""
+    """A plan resumed at any step gives the batches of an uninterrupted plan."""
     plan = BatchPlan(n, size, seed=1)
     for step in steps:
         assert plan[step] == BatchPlan(n, size, seed=1)[step]
@@ -102,7 +102,7 @@ def test_a_negative_step_is_refused():
         BatchPlan(3, 1, seed=0)[-1]
 
 
-# --- batches of like length -----------------------------------------------------------------------
+# --- batches of similar length --------------------------------------------------------------------
 
 
 @given(
@@ -127,29 +127,28 @@ def test_an_epoch_of_buckets_sees_every_sample_once(n, size, window, seed):
 
 @pytest.mark.parametrize(("n", "size", "window"), [(5, 2, 2), (6, 2, 2), (6, 2, 3), (7, 3, 2)])
 def test_no_sample_is_likelier_in_any_batch_for_its_length(n, size, window):
-    """Exactly: over all permutations and all orders of batches, each sample is in each batch alike.
+    """Over all permutations and all orders of batches, each sample is in each batch equally often.
 
-    That is what a plan without buckets gives, and the uniform distribution over draws is what
-    ``permutation`` samples from.
+    A plan without buckets has this property, and ``permutation`` draws uniformly.
     """
     lengths = list(range(n))
     whole = n - n % size
-    found = Counter()
+    counts = Counter()
     draws = 0
     for order in itertools.permutations(range(n)):
         batches = bucket(order[:whole], lengths, size, window)
         for places in itertools.permutations(range(len(batches))):
             draws += 1
             for place, batch in enumerate([batches[i] for i in places] + cut(order[whole:], size)):
-                found.update((sample, place) for sample in batch)
+                counts.update((sample, place) for sample in batch)
     for sample in range(n):
         for place in range(-(-n // size)):
             width = size if place < whole // size else n % size
-            assert found[sample, place] * n == draws * width
+            assert counts[sample, place] * n == draws * width
 
 
 def test_the_longest_sample_is_anywhere_in_drawn_epochs():
-    """The same of the plan itself: 2,000 epochs, the place of the longest and the shortest."""
+    """The batch of the shortest, the middle and the longest sample is uniform over 2,000 epochs."""
     n, size = 21, 4
     plan = BatchPlan(n, size, 0, lengths=list(range(n)), window=3)
     epochs = 2000

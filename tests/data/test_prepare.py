@@ -1,4 +1,4 @@
-"""A whole selection, on a file of 5,000 rows in the schema of OpenThoughts3."""
+"""A selection from a file of 5,000 rows in the schema of OpenThoughts3."""
 
 import json
 import threading
@@ -34,14 +34,14 @@ def config(source, selection):
 
 
 def test_quotas_are_met_and_nothing_is_in_both(config):
-    """The claim: shares within 1, disjoint by row, by conversation and by prompt."""
-    made = prepare(config())
-    splits = {split: rows_of(made["output"], split) for split in ("train", "validation")}
+    """Counts are within 1 of their shares; the splits share no row and no prompt."""
+    result = prepare(config())
+    splits = {split: rows_of(result["output"], split) for split in ("train", "validation")}
     for split, n in (("train", 1000), ("validation", 100)):
         assert len(splits[split]) == n
-        found = Counter(row["domain"] for row in splits[split])
+        counts = Counter(row["domain"] for row in splits[split])
         for domain, share in (("math", 0.708), ("code", 0.208), ("science", 0.083)):
-            assert abs(found[domain] - n * share / 0.999) <= 1
+            assert abs(counts[domain] - n * share / 0.999) <= 1
     rows = {split: {row["row"] for row in splits[split]} for split in splits}
     prompts = {
         split: {prompt_hash(row["conversations"][0]["value"]) for row in splits[split]}
@@ -50,7 +50,7 @@ def test_quotas_are_met_and_nothing_is_in_both(config):
     assert not rows["train"] & rows["validation"]
     assert not prompts["train"] & prompts["validation"]
     assert sum(map(len, rows.values())) == 1100
-    assert made["counts"]["train"]["prompts"] == len(prompts["train"]) < 1000
+    assert result["counts"]["train"]["prompts"] == len(prompts["train"]) < 1000
 
 
 def test_rows_are_those_of_the_source_and_short_enough(config, source):
@@ -58,42 +58,42 @@ def test_rows_are_those_of_the_source_and_short_enough(config, source):
 
     tokenizer = AutoTokenizer.from_pretrained(NAMES["organism/target"])
     lines = [json.loads(line) for line in source.read_text().splitlines()]
-    made = prepare(config())
+    result = prepare(config())
     for split in ("train", "validation"):
-        for row in rows_of(made["output"], split):
+        for row in rows_of(result["output"], split):
             place, tokens = row.pop("row"), row.pop("tokens")
             assert row == lines[place]
             response = row["conversations"][1]["value"]
             assert "</think>" in response.partition("<think>")[2]
             text = render(row["conversations"], "r1-distill")
             assert tokens == len(tokenizer(text, add_special_tokens=False)["input_ids"]) <= 60
-    difficulties = {row["difficulty"] for row in rows_of(made["output"], "train")}
+    difficulties = {row["difficulty"] for row in rows_of(result["output"], "train")}
     assert None in difficulties
     assert len(difficulties) > 2
 
 
 def test_it_is_the_draw_that_a_dense_reading_gives(config, source):
-    """Against all rows in memory, sorted by key: quotas filled from the front."""
+    """The result equals a draw with all rows in memory, sorted by key."""
     from transformers import AutoTokenizer
 
     from fastadapt.data.prepare.selection import SPLITS, parse_row, row_key
 
     tokenizer = AutoTokenizer.from_pretrained(NAMES["organism/target"])
-    longest = 40  # of many rows, and one less than that of many others
+    longest = 40  # many rows have this length, and many others have 41 tokens
     settings = config(max_tokens=longest, train=600, validation=60)
     lines = [json.loads(line) for line in source.read_text().splitlines()]
     order = sorted(range(ROWS), key=lambda row: row_key(42, row))
     expected, long, passed = {split: [] for split in SPLITS}, Counter(), Counter()
-    gone, held_out = set(), set()
+    drawn, held_out = set(), set()
     quotas = settings.quotas()
     for split in SPLITS:
         for row in order:
             domain, turns = lines[row]["domain"], lines[row]["conversations"]
-            if row in gone or quotas[split][domain] == 0:
+            if row in drawn or quotas[split][domain] == 0:
                 continue
             if isinstance(parse_row(lines[row], quotas[split]), str):
                 continue
-            gone.add(row)
+            drawn.add(row)
             text = render(turns, "r1-distill")
             if len(tokenizer(text, add_special_tokens=False)["input_ids"]) > longest:
                 long[domain] += 1
@@ -103,11 +103,11 @@ def test_it_is_the_draw_that_a_dense_reading_gives(config, source):
                 quotas[split][domain] -= 1
                 expected[split].append(row)
         held_out = {lines[row]["conversations"][0]["value"] for row in expected["validation"]}
-    made = prepare(settings)
-    assert made["counts"]["train"]["longest"] == longest
+    result = prepare(settings)
+    assert result["counts"]["train"]["longest"] == longest
     for split in SPLITS:
-        assert [row["row"] for row in rows_of(made["output"], split)] == expected[split]
-    for domain, reasons in made["counts"]["left_out_of_drawn"].items():
+        assert [row["row"] for row in rows_of(result["output"], split)] == expected[split]
+    for domain, reasons in result["counts"]["left_out_of_drawn"].items():
         assert reasons["its prompt is in validation"] == passed[domain]
         assert reasons["more than max_tokens tokens"] == long[domain] > 0
 
@@ -121,11 +121,11 @@ def test_columns_of_another_kind_are_left_empty(config, tmp_path):
             turns = [{"from": i, "value": f"{i}"}, {"from": "gpt", "value": response}]
             row = {"difficulty": difficulty, "source": source, "domain": "math"}
             file.write(json.dumps({**row, "conversations": turns}) + "\n")
-    made = prepare(config(source=str(path), shares="math=1", train=4, validation=0))
-    found = {row["row"]: row for row in rows_of(made["output"], "train")}
+    result = prepare(config(source=str(path), shares="math=1", train=4, validation=0))
+    rows = {row["row"]: row for row in rows_of(result["output"], "train")}
     for i, (_, difficulty, _, source) in enumerate(kinds):
-        assert (found[i]["difficulty"], found[i]["source"]) == (difficulty, source)
-        assert found[i]["conversations"][0] == {"from": None, "value": f"{i}"}
+        assert (rows[i]["difficulty"], rows[i]["source"]) == (difficulty, source)
+        assert rows[i]["conversations"][0] == {"from": None, "value": f"{i}"}
 
 
 def whole_row(i: int) -> dict:
@@ -137,7 +137,7 @@ def whole_row(i: int) -> dict:
 
 
 def test_what_a_column_cannot_hold_is_left_empty(config, tmp_path):
-    """Whole numbers beyond 64 bits, and text with half a surrogate pair."""
+    """Integers beyond 64 bits and text with half a surrogate pair become null."""
     lines = [whole_row(i) for i in range(6)]
     values = [10**19, -(2**63), 1e30, 2**63 - 1, -(2**63) - 1, 5.0]
     for line, value in zip(lines, values, strict=True):
@@ -146,8 +146,8 @@ def test_what_a_column_cannot_hold_is_left_empty(config, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     how = {"train": 6, "validation": 0, "shares": "math=1", "allow_fewer": True}
-    made = prepare(config(source=str(path), max_tokens=10_000, **how))
-    rows = sorted(rows_of(made["output"], "train"), key=lambda row: row["row"])
+    result = prepare(config(source=str(path), max_tokens=10_000, **how))
+    rows = sorted(rows_of(result["output"], "train"), key=lambda row: row["row"])
     assert [row["row"] for row in rows] == [*range(6)]
     for row in rows:
         value = values[row["row"]]
@@ -164,27 +164,27 @@ def test_markers_in_the_text_are_counted(config, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     how = {"train": 4, "validation": 0, "shares": "math=1", "allow_fewer": True}
-    made = prepare(config(source=str(path), max_tokens=10_000, **how))
-    rows = rows_of(made["output"], "train")
+    result = prepare(config(source=str(path), max_tokens=10_000, **how))
+    rows = rows_of(result["output"], "train")
     marked = sum(row["row"] % 2 for row in rows)
-    assert made["counts"]["train"]["with_markers"] == marked > 0
-    assert ["texts with markers", "", str(marked), "0"] in summary(made)[0][1]
-    del made["counts"]["train"]["with_markers"]  # of an earlier version
-    assert summary(made)
+    assert result["counts"]["train"]["with_markers"] == marked > 0
+    assert ["texts with markers", "", str(marked), "0"] in summary(result)[0][1]
+    del result["counts"]["train"]["with_markers"]  # absent from older manifests
+    assert summary(result)
 
 
 def test_the_manifest_says_what_is_there(config, source):
     import hashlib
 
-    made = prepare(config())
-    folder = Path(made["output"])
+    result = prepare(config())
+    folder = Path(result["output"])
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest == {k: v for k, v in made.items() if k not in ("interrupted", "output")}
-    for name, told in manifest["files"].items():
+    assert manifest == {k: v for k, v in result.items() if k not in ("interrupted", "output")}
+    for name, entry in manifest["files"].items():
         content = (folder / name).read_bytes()
-        assert told["bytes"] == len(content)
-        assert told["sha256"] == hashlib.sha256(content).hexdigest()
-        assert told["rows"] == pq.read_metadata(folder / name).num_rows
+        assert entry["bytes"] == len(content)
+        assert entry["sha256"] == hashlib.sha256(content).hexdigest()
+        assert entry["rows"] == pq.read_metadata(folder / name).num_rows
     origin = manifest["source"]["files"][0]
     assert origin["sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
     counts = manifest["counts"]
@@ -207,16 +207,16 @@ def test_the_manifest_says_what_is_there(config, source):
 
 
 def test_the_files_train(config):
-    made = prepare(config())
+    result = prepare(config())
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(NAMES["organism/target"])
-    folder = made["output"]
+    folder = result["output"]
     data = DataConfig(f"{folder}/train.parquet", f"{folder}/validation.parquet", max_tokens=60)
     train = load_sequences(data.train, tokenizer, data, split="train")
     assert train.counts.sequences == 1000
     assert train.counts.too_long == 0
-    assert train.counts.tokens == made["counts"]["train"]["tokens"]
+    assert train.counts.tokens == result["counts"]["train"]["tokens"]
     whole = DataConfig(folder, folder, max_tokens=60)
     assert len(load_sequences(folder, tokenizer, whole, split="validation")) == 100
 
@@ -267,9 +267,9 @@ def test_what_there_is_can_be_taken_without_reading_again(config):
     with pytest.raises(UserError):
         prepare(config(train=4000))
     records = []
-    made = prepare(config(train=4000, allow_fewer=True), resume=True, sink=records.append)
+    result = prepare(config(train=4000, allow_fewer=True), resume=True, sink=records.append)
     assert {record["kind"] for record in records} == {"write"}
-    train, validation = made["counts"]["train"], made["counts"]["validation"]
+    train, validation = result["counts"]["train"], result["counts"]["validation"]
     assert all(0 < train["conversations"][d] < train["wanted"][d] for d in train["wanted"])
     assert validation["conversations"] == validation["wanted"]
 
@@ -279,13 +279,13 @@ def test_a_reserve_that_was_too_small_says_so(config, tmp_path):
     few = config(source=str(source), validation=12, train=1400, reserve=1.0)
     with pytest.raises(UserError, match="Raise --reserve and start again"):
         prepare(few)
-    made = prepare(
+    result = prepare(
         config(source=str(source), validation=12, train=1400, reserve=3.0), overwrite=True
     )
-    assert len(rows_of(made["output"], "train")) == 1400
+    assert len(rows_of(result["output"], "train")) == 1400
 
 
-# --- folders and sources that will not do ---------------------------------------------------------
+# --- invalid folders and sources ------------------------------------------------------------------
 
 
 def test_other_things_in_the_folder_are_not_touched(config, tmp_path):

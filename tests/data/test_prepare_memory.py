@@ -1,8 +1,7 @@
-"""Memory of a selection from a source of 1.2 million rows, 28 GB: shown on two smaller ones.
+"""Estimate the memory of a selection from 1.2 million rows (28 GB) by smaller sources.
 
-Two things could grow: what is held of a row's text, and what is held of a row at all. The first is
-looked at with rows of the real size (23 kB), the second with short rows, of which there can be
-many; quotas are in proportion, as 55,000 are to 1.2 million.
+Memory could grow with the text of the rows, or with their number. The first is measured with rows
+of the real size (23 kB), the second with many short rows. Quotas are 55,000 per 1.2 million rows.
 """
 
 from __future__ import annotations
@@ -37,10 +36,10 @@ def peak(folder: Path, rows: int, *, words: int, group: int) -> int:
 
 @pytest.mark.slow
 def test_the_real_source_needs_less_than_a_gigabyte(tmp_path):
-    # A word and its blank are 3 bytes here, a row holds 3/4 of `words` on average.
+    # A word with its space has 3 bytes, and a row has 3/4 of `words` on average.
     real_size = {"words": 9_000, "group": 1000}
     few, more = (peak(tmp_path, n, **real_size) for n in (3_000, 12_000))
-    assert more - few < 150e6  # the texts alone grew by 200 MB, read whole by 300 MB and more
+    assert more - few < 150e6  # the texts grew by 200 MB; reading them whole takes 300 MB more
     short = {"words": 12, "group": 10_000}
     sizes = (60_000, 240_000)
     held = [peak(tmp_path, n, **short) for n in sizes]

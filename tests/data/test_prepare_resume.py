@@ -1,4 +1,4 @@
-"""A selection that is stopped, killed, refused room, or streamed from the hub, and goes on."""
+"""A selection resumes after a stop, a kill or a full disk, also with a streamed hub dataset."""
 
 import os
 import shutil
@@ -37,19 +37,19 @@ def config(source, selection):
 KILLED = """
 import os, signal, sys
 from fastadapt.data import prepare as module
-from fastadapt.data.prepare import filter_pass as reading
+from fastadapt.data.prepare import filter_pass
 from fastadapt.data.prepare.selection import PrepareConfig
 from fastadapt.data.prepare.candidate_store import CandidateStore
 
-reading._COMMIT_ROWS = 250
-kind, at, *values = sys.argv[1:]
+filter_pass._COMMIT_ROWS = 250
+kind, count, *values = sys.argv[1:]
 config = PrepareConfig(*values[:3], train=1000, validation=100, max_tokens=60)
 seen = 0
 
 def sink(record):
     global seen
     seen += record["kind"] == kind
-    if seen == int(at):
+    if seen == int(count):
         os.kill(os.getpid(), signal.SIGKILL)
 
 module._GROUP_BYTES = 1 << 15
@@ -57,15 +57,15 @@ module.prepare(config, resume="resume" in values, sink=sink)
 """
 
 
-def run_killed(config: PrepareConfig, kind: str, at: int, *more: str) -> int:
-    command = [sys.executable, "-c", KILLED, kind, str(at)]
+def run_killed(config: PrepareConfig, kind: str, count: int, *more: str) -> int:
+    command = [sys.executable, "-c", KILLED, kind, str(count)]
     command += [config.source, config.output, config.tokenizer, *more]
     return subprocess.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}).returncode
 
 
 @pytest.mark.parametrize("kind", ["jsonl", pytest.param("parquet", marks=pytest.mark.slow)])
 def test_killed_and_resumed_gives_the_same_bytes(kind, config, source, tmp_path, monkeypatch):
-    """SIGKILL while reading, twice, then while writing; the files are those of one go."""
+    """SIGKILL twice while reading and once while writing gives the files of one run."""
     if kind == "parquet":
         source = openthoughts.write_parquet(tmp_path / "rows.parquet", ROWS, group=333)
     monkeypatch.setattr(module, "_GROUP_BYTES", 1 << 15)
@@ -78,10 +78,10 @@ def test_killed_and_resumed_gives_the_same_bytes(kind, config, source, tmp_path,
     assert run_killed(settings, "write", 3, "resume") == -signal.SIGKILL
     assert not (Path(settings.output) / "manifest.json").exists()
     read = []
-    made = prepare(settings, resume=True, sink=read.append)
-    assert bytes_of(made["output"]) == whole
+    result = prepare(settings, resume=True, sink=read.append)
+    assert bytes_of(result["output"]) == whole
     assert not any(record["kind"] == "read" for record in read)  # that was done
-    assert sorted(path.name for path in Path(made["output"]).iterdir()) == sorted(FILES)
+    assert sorted(path.name for path in Path(result["output"]).iterdir()) == sorted(FILES)
 
 
 def test_told_to_stop_it_goes_on_from_there(config, tmp_path):
@@ -90,18 +90,18 @@ def test_told_to_stop_it_goes_on_from_there(config, tmp_path):
     stop.set()
     reached = []
     for _ in range(10):
-        made = prepare(config(), resume=bool(reached), stop=stop)
-        if not made["interrupted"]:
+        result = prepare(config(), resume=bool(reached), stop=stop)
+        if not result["interrupted"]:
             break
-        reached.append(made["rows"])
+        reached.append(result["rows"])
     assert reached == [1000, 2000, 3000, 4000, 5000]
-    assert bytes_of(made["output"]) == whole
+    assert bytes_of(result["output"]) == whole
 
 
 def test_a_finished_one_is_verified_on_resume(config):
-    made = prepare(config())
-    assert prepare(config(), resume=True) == made
-    path = Path(made["output"]) / "train.parquet"
+    result = prepare(config())
+    assert prepare(config(), resume=True) == result
+    path = Path(result["output"]) / "train.parquet"
     content = bytearray(path.read_bytes())
     content[100] ^= 1
     path.write_bytes(content)
@@ -112,13 +112,13 @@ def test_a_finished_one_is_verified_on_resume(config):
 
 
 def test_a_kill_after_the_manifest_leaves_nothing_behind(config, monkeypatch):
-    """Between the last file written and the first one removed."""
+    """The kill is after the last write and before the first removal."""
     with monkeypatch.context() as patched:
         patched.setattr(module.output_folder, "clean", lambda folder: None)
-        made = prepare(config())
-    folder = Path(made["output"])
+        result = prepare(config())
+    folder = Path(result["output"])
     assert (folder / ".prepare" / "candidates.sqlite").exists()
-    assert prepare(config(), resume=True) == made
+    assert prepare(config(), resume=True) == result
     assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
 
 
@@ -137,15 +137,13 @@ def test_resume_needs_the_same_settings_and_source(config, source, tmp_path):
 
 
 def test_no_room_leaves_what_there_is(config, tmp_path, monkeypatch):
-    """A disk that is full in the middle: one clear error, and resume gives the same bytes."""
+    """A full disk raises one error, and a resumed selection gives the same bytes."""
     whole = bytes_of(prepare(config(output=str(tmp_path / "whole")))["output"])
     add, written = Ledger.add, []
 
     def full(ledger, entries):
         written.append(len(entries))
-        if (
-            len(written) == 3
-        ):  # SQLite's own bound on a file, at which it says that the disk is full
+        if len(written) == 3:  # at its bound on pages, SQLite reports a full disk
             ledger._connection.execute("PRAGMA max_page_count = 1")
         add(ledger, entries)
 
@@ -172,7 +170,7 @@ def test_files_of_an_earlier_version_are_refused_and_swept(config):
 
 
 def test_the_hub_is_streamed_at_one_commit(config, tmp_path, monkeypatch):
-    """`datasets` streams the same files here; only where they lie is stood in for."""
+    """`datasets` streams local files; only their location is replaced."""
     import datasets
     import huggingface_hub
 
@@ -182,10 +180,10 @@ def test_the_hub_is_streamed_at_one_commit(config, tmp_path, monkeypatch):
     table = pq.read_table(whole)
     pq.write_table(table.slice(0, 2600), folder / "train-0.parquet")
     pq.write_table(table.slice(2600), folder / "train-1.parquet")
-    real, asked = datasets.load_dataset, []
+    real, calls = datasets.load_dataset, []
 
     def load(name, **how):
-        asked.append((name, how))
+        calls.append((name, how))
         files = sorted(map(str, folder.glob("*.parquet")))
         return real("parquet", data_files=files, split="train", streaming=how["streaming"])
 
@@ -202,11 +200,11 @@ def test_the_hub_is_streamed_at_one_commit(config, tmp_path, monkeypatch):
     stop.set()
     for i in range(3):
         assert prepare(settings, resume=i > 0, stop=stop)["rows"] == 1000 * (i + 1)
-    made = prepare(settings, resume=True)
-    assert asked[0] == ("someone/rows", {"split": "train", "revision": "c0ffee", "streaming": True})
-    assert made["source"] == {"dataset": "someone/rows", "split": "train", "revision": "c0ffee"}
+    result = prepare(settings, resume=True)
+    assert calls[0] == ("someone/rows", {"split": "train", "revision": "c0ffee", "streaming": True})
+    assert result["source"] == {"dataset": "someone/rows", "split": "train", "revision": "c0ffee"}
     for split in ("train", "validation"):
-        assert rows_of(made["output"], split) == rows_of(expected["output"], split)
+        assert rows_of(result["output"], split) == rows_of(expected["output"], split)
 
 
 STOPPED_ON_THE_HUB = """
@@ -221,13 +219,13 @@ datasets.load_dataset = lambda name, **how: real(
 huggingface_hub.HfApi.dataset_info = lambda *_, **__: type("Info", (), {"sha": "c0ffee"})
 stop = threading.Event()
 stop.set()
-made = prepare(PrepareConfig("someone/rows", output, tokenizer, max_tokens=60), stop=stop)
-assert made["rows"] == 1000
+result = prepare(PrepareConfig("someone/rows", output, tokenizer, max_tokens=60), stop=stop)
+assert result["rows"] == 1000
 """
 
 
 def test_a_stopped_stream_ends_its_process_well(config, tmp_path):
-    """Arrow's threads abort a process in which a streamed file is left half read."""
+    """Arrow's threads would abort a process that leaves a streamed file half read."""
     file = openthoughts.write_parquet(tmp_path / "rows.parquet", ROWS)
     command = [sys.executable, "-c", STOPPED_ON_THE_HUB, file, config().output, config().tokenizer]
     ended = subprocess.run(command, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Each trap of rendering a reasoning conversation, one test."""
+"""Rendering of reasoning conversations; a test per known mistake."""
 
 import copy
 import re
@@ -48,16 +48,16 @@ def test_gemma_is_rendered_to_the_letter():
 
 
 def test_a_family_names_every_special_string_it_writes():
-    """What looks like a marker is one; the tokenizer is asked about each before a run."""
+    """Every marker-like string of a template is listed, since `check_markers` checks the list."""
     for family in FAMILIES.values():
         text = family.before_prompt + family.before_response + family.after_response
         written = set(re.findall(r"<[|｜]?[a-zA-Z▁_]+[|｜]?>", text))
         assert written == set(family.markers)
 
 
-# --- the traps of chat templates, which are not used here ----------------------------------------
+# --- mistakes of chat templates, which the library does not use -----------------------------------
 
-# What R1-Distill's template does to a conversation, by its behaviour.
+# A template with the behaviour of R1-Distill's.
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<｜User｜>{{ m.content }}"
     "{% else %}<｜Assistant｜>{{ m.content.split('</think>')[-1] }}<eos>{% endif %}{% endfor %}"
@@ -71,7 +71,7 @@ MESSAGES = [
 
 @pytest.fixture
 def adds_bos(tokenizer):
-    """The tokenizer with a template, and with a BOS in front of every text, as R1-Distill's has."""
+    """Return a tokenizer with a template that adds BOS to every text, like R1-Distill's."""
     from tokenizers.processors import TemplateProcessing
 
     again = copy.deepcopy(tokenizer)
@@ -106,7 +106,7 @@ def test_tokenising_the_template_again_would_double_the_bos(adds_bos):
 
 
 def test_ascii_look_alikes_are_not_the_markers(tokenizer):
-    """A family written with | and _ is refused by the pair's tokenizer."""
+    """The pair's tokenizer has no tokens for markers written with | and _."""
     for marker in FAMILIES["r1-distill"].markers:
         assert len(tokenizer(marker, add_special_tokens=False)["input_ids"]) == 1
         typed = marker.replace("｜", "|").replace("▁", "_")
@@ -119,7 +119,7 @@ def test_no_eos_follows_the_response_of_r1(adds_bos):
     assert adds_bos.eos_token_id not in ids
 
 
-# --- the rest ---------------------------------------------------------------------------------
+# --- rendered text --------------------------------------------------------------------------------
 
 
 def test_r1_markers_are_the_fullwidth_ones():
@@ -149,7 +149,7 @@ def test_the_reasoning_before_the_closing_marker_stays(family):
         ("<think> Hmm </think> 2", "<think>\nHmm </think> 2"),
         ("<think>\nHmm </think> 2", "<think>\nHmm </think> 2"),
         ("<think>Hmm </think> 2", "<think>Hmm </think> 2"),
-        # Only the first space, and only at the very beginning.
+        # Only the first space is replaced, and only after a <think> at the beginning.
         ("<think>  Hmm </think> 2", "<think>\n Hmm </think> 2"),
         (" <think> Hmm </think> 2", " <think> Hmm </think> 2"),
         ("So <think> Hmm </think> 2", "So <think> Hmm </think> 2"),

@@ -1,4 +1,4 @@
-"""Who is drawn: quotas, keys, filters, splits. Each on numbers that one can see through."""
+"""Quotas, keys, filters and splits of a selection, on small examples."""
 
 from collections import Counter
 from fractions import Fraction
@@ -90,12 +90,12 @@ def test_keys_are_the_same_in_every_version():
 
 
 def test_keys_are_uniform_wherever_the_row_stands():
-    """Of 20 stretches of the source, each has its part of the lowest tenth of the keys."""
+    """The rows with the lowest tenth of the keys are uniform over 20 sections of the source."""
     n, stretches = 40_000, 20
     lowest = sorted(range(n), key=lambda row: row_key(42, row))[: n // 10]
-    found = Counter(row * stretches // n for row in lowest)
+    counts = Counter(row * stretches // n for row in lowest)
     expected = n / 10 / stretches
-    chi_squared = sum((found[i] - expected) ** 2 / expected for i in range(stretches))
+    chi_squared = sum((counts[i] - expected) ** 2 / expected for i in range(stretches))
     assert chi_squared < 43.8  # 19 degrees of freedom, p = 0.001
 
 
@@ -105,7 +105,7 @@ def row(response="<think> a </think> b", **changes):
 
 
 @pytest.mark.parametrize(
-    ("values", "found"),
+    ("values", "expected"),
     [
         (row(), ("q", "<think> a </think> b")),
         (row(difficulty=None), ("q", "<think> a </think> b")),
@@ -124,8 +124,8 @@ def row(response="<think> a </think> b", **changes):
         (row("<think> a </ think>"), NO_END),
     ],
 )
-def test_a_row_is_looked_at(values, found):
-    assert parse_row(values, {"math", "code"}) == found
+def test_a_row_is_looked_at(values, expected):
+    assert parse_row(values, {"math", "code"}) == expected
 
 
 def test_turns_count_by_position_not_by_name():
@@ -144,7 +144,7 @@ def test_prompts_are_equal_up_to_white_space():
     limit=st.integers(1, 12),
 )
 def test_a_shortlist_keeps_the_lowest(keys, limit):
-    """With equal keys too, and whatever was let go before."""
+    """Rows may have equal keys, and rows may have been dropped before."""
     shortlist = Shortlist({"math": limit})
     rows = [Candidate(key, i, "math", "", str(i), 10, 1) for i, key in enumerate(keys)]
     for each in rows:

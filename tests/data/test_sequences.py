@@ -1,4 +1,4 @@
-"""Conversations to token sequences: what is kept, what counts, and what is refused."""
+"""Token sequences: selected conversations, labels and errors."""
 
 import json
 import warnings
@@ -17,7 +17,7 @@ def config(**changes) -> DataConfig:
 
 @pytest.fixture
 def rows(turns):
-    # 13 tokens as r1-distill; every fifth has two more.
+    # 13 tokens when rendered as r1-distill; every fifth row has two more.
     return [
         turns("1 + 1 = ?", "<think> so 2 </think> 2" + (" wait ." if i % 5 == 2 else ""))
         for i in range(300)
@@ -62,8 +62,8 @@ def test_padding_and_truncation_set_in_the_tokenizer_do_not_act(rows, tokenizer,
     backend.enable_padding(length=64)
     backend.enable_truncation(4)
     try:
-        found = load_sequences(write_jsonl(rows), tokenizer, config(), split="train")
-        assert all(torch.equal(a.input_ids, b) for a, b in zip(found, expected, strict=True))
+        loaded = load_sequences(write_jsonl(rows), tokenizer, config(), split="train")
+        assert all(torch.equal(a.input_ids, b) for a, b in zip(loaded, expected, strict=True))
     finally:
         backend.no_padding()
         backend.no_truncation()
@@ -91,11 +91,11 @@ def test_prompt_tokens_can_be_left_out_of_the_loss(family, rows, tokenizer, writ
 def test_longer_conversations_are_left_out_and_counted(rows, tokenizer, write_jsonl):
     everything = load_sequences(write_jsonl(rows), tokenizer, config(), split="train")
     assert everything.counts == (300, 300, 0, 240 * 13 + 60 * 15, 15, 0)
-    some = load_sequences(write_jsonl(rows), tokenizer, config(max_tokens=13), split="train")
-    assert some.counts == (300, 240, 60, 240 * 13, 13, 0)
-    assert list(some.rows) == [i for i in range(300) if i % 5 != 2]
-    for i, row in enumerate(some.rows):
-        assert torch.equal(some[i].input_ids, everything[row].input_ids)
+    short = load_sequences(write_jsonl(rows), tokenizer, config(max_tokens=13), split="train")
+    assert short.counts == (300, 240, 60, 240 * 13, 13, 0)
+    assert list(short.rows) == [i for i in range(300) if i % 5 != 2]
+    for i, row in enumerate(short.rows):
+        assert torch.equal(short[i].input_ids, everything[row].input_ids)
 
 
 def test_only_validation_is_cut_short(rows, tokenizer, write_jsonl):
@@ -135,18 +135,18 @@ def test_local_files_leave_no_trace(rows, tokenizer, write_jsonl, tmp_path, monk
 
 
 class NoWords:
-    """A tokenizer that knows its markers and drops all other words."""
+    """A tokenizer that has all markers and returns ``n_tokens`` ids for any text."""
 
     unk_token_id = None
 
-    def __init__(self, kept: int):
-        self.kept = kept
+    def __init__(self, n_tokens: int):
+        self.n_tokens = n_tokens
 
     def __call__(self, text, **_):
         if isinstance(text, str):
             return {"input_ids": [5]}
-        offsets = [[(0, 1)] * self.kept for _ in text]
-        return {"input_ids": [[5] * self.kept for _ in text], "offset_mapping": offsets}
+        offsets = [[(0, 1)] * self.n_tokens for _ in text]
+        return {"input_ids": [[5] * self.n_tokens for _ in text], "offset_mapping": offsets}
 
 
 def test_a_malformed_conversation_is_located(rows, turns, tokenizer, write_jsonl):
@@ -159,10 +159,10 @@ def test_a_malformed_conversation_is_located(rows, turns, tokenizer, write_jsonl
     )
 
 
-@pytest.mark.parametrize(("kept", "count"), [(0, "0 token(s)"), (1, "1 token(s)")])
-def test_a_one_token_sample_is_refused(kept, count, rows, write_jsonl):
+@pytest.mark.parametrize(("n_tokens", "count"), [(0, "0 token(s)"), (1, "1 token(s)")])
+def test_a_one_token_sample_is_refused(n_tokens, count, rows, write_jsonl):
     with pytest.raises(UserError, match=r"line 1: the conversation has") as caught:
-        load_sequences(write_jsonl(rows), NoWords(kept), config(), split="train")
+        load_sequences(write_jsonl(rows), NoWords(n_tokens), config(), split="train")
     assert count in str(caught.value)
 
 
@@ -230,7 +230,7 @@ def test_a_split_is_train_or_validation(tokenizer):
 
 
 def test_the_published_splits_load_as_they_are(tokenizer, turns, tmp_path):
-    """Their names, their columns: `needs_truncation` always, `difficulty` where there is one."""
+    """File names and columns are those of the published splits; some rows have `difficulty`."""
     for name, n in (("train", 6), ("val", 3)):
         with (tmp_path / f"stratified_n55000_t10000_s42_{name}.jsonl").open("w") as file:
             for i in range(n):
@@ -242,7 +242,7 @@ def test_the_published_splits_load_as_they_are(tokenizer, turns, tmp_path):
                 }
                 if i % 3 == 1:
                     row["difficulty"] = 7.0
-                file.write(json.dumps(row) + "\n")  # fullwidth and other characters escaped
+                file.write(json.dumps(row) + "\n")
     settings = config(
         train=str(tmp_path / "stratified_n55000_t10000_s42_train.jsonl"),
         validation=str(tmp_path / "stratified_n55000_t10000_s42_val.jsonl"),

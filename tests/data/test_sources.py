@@ -1,4 +1,4 @@
-"""Reading rows: every kind of source, and one clear line for each that cannot be read."""
+"""Rows of every kind of source, and one error message for each source that cannot be read."""
 
 import errno
 import json
@@ -75,7 +75,7 @@ def test_a_folder_named_after_splits_gives_the_split(rows, write_jsonl, tmp_path
 
 @pytest.mark.parametrize("group", [1, 3, 100])
 def test_files_are_read_on_from_any_row(group, turns, tmp_path):
-    """JSONL with blank lines, Parquet in row groups, several files: the rest, by the same names."""
+    """Reading from a cursor gives the remaining rows with the same locations."""
     rows = [turns(f"{i} + 1 ?", f"{i}") for i in range(11)]
     paths = [tmp_path / name for name in ("a.jsonl", "b.parquet", "c.parquet", "d.jsonl")]
     lines = [json.dumps({"n": i, "conversations": row}) for i, row in enumerate(rows)]
@@ -137,17 +137,17 @@ def test_rows_say_where_they_stand(rows, write_jsonl, tmp_path):
 def test_a_hub_dataset_is_loaded_with_its_split_and_revision(rows, monkeypatch):
     import datasets
 
-    asked = {}
+    arguments = {}
 
     def load_dataset(name, *, split, revision):
-        asked.update(name=name, split=split, revision=revision)
+        arguments.update(name=name, split=split, revision=revision)
         return datasets.Dataset.from_dict({"domain": ["math"] * 5, "conversations": rows})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    found = list(read_rows("someone/rows", split="train[:5]", revision="abc"))
-    assert asked == {"name": "someone/rows", "split": "train[:5]", "revision": "abc"}
-    assert [conversation for _, conversation in found] == rows
-    assert found[3][0] == "someone/rows (train[:5]), row 3"
+    loaded = list(read_rows("someone/rows", split="train[:5]", revision="abc"))
+    assert arguments == {"name": "someone/rows", "split": "train[:5]", "revision": "abc"}
+    assert [conversation for _, conversation in loaded] == rows
+    assert loaded[3][0] == "someone/rows (train[:5]), row 3"
 
 
 def test_a_hub_dataset_without_the_column_names_those_it_has(monkeypatch):
@@ -162,7 +162,7 @@ def test_a_hub_dataset_without_the_column_names_those_it_has(monkeypatch):
 BAD_LINES = {
     "cut off": (b'{"conversations": [', "line 2: malformed JSON at column 20: Expecting value"),
     "a long integer": (b'{"a": ' + b"7" * 5000 + b"}", "line 2: malformed JSON: Exceeds the limit"),
-    "deep": (b"[" * 100_000 + b"]" * 100_000, "line 2: malformed JSON: it is nested too deep"),
+    "deep": (b"[" * 100_000 + b"]" * 100_000, "line 2: malformed JSON: nested too deeply"),
     "a key twice": (b'{"a": 1, "a": 2}', "line 2: malformed JSON: the key 'a' occurs twice"),
     "not an object": (b"[1, 2]", "line 2: expected a JSON object, got list"),
     "other columns": (
@@ -235,8 +235,7 @@ def test_a_file_without_permission_says_so(rows, write_jsonl, monkeypatch):
     def refuse(*_):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
 
-    monkeypatch.setattr(
-        "fastadapt.data.sources.open_regular", refuse
-    )  # chmod does not hold back root
+    # chmod does not restrict root, so the error is raised by a patch.
+    monkeypatch.setattr("fastadapt.data.sources.open_regular", refuse)
     with pytest.raises(UserError, match="cannot be read: Permission denied"):
         read(path)

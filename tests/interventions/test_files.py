@@ -1,4 +1,4 @@
-"""Saved interventions are runs as any other: evaluated, exported, served, changed again."""
+"""Saved interventions can be evaluated, exported, served and changed again like any run."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ACTIVATIONS = {
 
 @pytest.fixture
 def make_run(tmp_path: Path, save_model: Callable[..., str]) -> Callable[..., Path]:
-    """``make_run(activation)``: a run's folder with random adapters of a tiny pair."""
+    """``make_run(activation)``: write a run of a tiny pair with random adapters."""
 
     def make(activation: str = "relu", config: AdapterConfig | None = None) -> Path:
         names = {role: save_model(role, i) for i, role in enumerate(("target", "base"))}
@@ -62,8 +62,8 @@ def make_run(tmp_path: Path, save_model: Callable[..., str]) -> Callable[..., Pa
             "optimizer": {"lr": 1e-3},
         }
         (folder / "config.yaml").write_text(yaml.safe_dump(settings))
-        told = {**names, "family": "r1-distill", "measured": {"l0_mean": 3.0}}
-        save_adapters(model.adapters, folder / "adapter", told)
+        metadata = {**names, "family": "r1-distill", "measured": {"l0_mean": 3.0}}
+        save_adapters(model.adapters, folder / "adapter", metadata)
         return folder
 
     return make
@@ -99,17 +99,17 @@ def test_it_says_what_was_done_to_what(make_run: Callable, tmp_path: Path) -> No
         "run": str(run),
         "adapter": features.adapter,
     }
-    assert "measured" not in card["metadata"]  # that was of another adapter
+    assert "measured" not in card["metadata"]  # measured with the unchanged adapter
     del before["metadata"]["measured"]
     assert card == before
     assert read_set(out / "set.json") == features
     config = yaml.safe_load((out / "config.yaml").read_text())
     assert sorted(config) == ["data", "pair"]
     assert config["pair"] == yaml.safe_load((run / "config.yaml").read_text())["pair"]
-    # An evaluation says so, and puts it in no sweep of adapters as they were trained.
+    # An evaluation names the change, and excludes the run from sweeps of trained adapters.
     student = Students.open([out]).students["out"]
     assert (student.what, student.variant) == ("adapter, ablate mine (14)", "changed")
-    # Onto the target, the scale is part of it.
+    # The entry of onto-target has a scale.
     card = load_adapters(intervene(run, tmp_path / "onto", features, ONTO) / "adapter")[1]
     assert card["interventions"][0]["scale"] == -0.5
     assert card["base"] == card["target"]
@@ -179,7 +179,7 @@ def test_it_is_exported_and_served(kind: Intervention, make_run: Callable, tmp_p
         with students.generating("run") as model:
             written = model.generate(IDS, **GREEDY)
         assert torch.equal(served.generate(IDS, **GREEDY), written)
-        # A served model's features are scaled live, too.
+        # scale_features also works with a served model.
         features = set_of(out, (0, 1), (2, 4))
         with scale_features(served, features, -3.0), scale_features(students.model, features, -3.0):
             assert torch.equal(served(IDS).logits, students.model(IDS).logits)
@@ -225,7 +225,7 @@ def test_what_cannot_be_done_leaves_nothing(make_run: Callable, tmp_path: Path) 
     for wrong, message in (
         (other, "set 'mine' is of another adapter than"),
         (replace(features, features=()), "set 'mine' is empty"),
-        (narrow, "is of 3 layers of 9 features; the adapter has 3 of 24"),
+        (narrow, "expected 3 layers of 24 features, those of the adapter, got 3 of 9"),
     ):
         with pytest.raises(UserError, match=message):
             intervene(run, out, wrong, ABLATE)
@@ -243,16 +243,16 @@ def test_only_an_intervention_is_replaced(make_run: Callable, tmp_path: Path) ->
     out.mkdir()
     intervene(run, out, features, ABLATE)
     digest = adapter_digest(out / "adapter")
-    with pytest.raises(UserError, match="holds an intervention already"):
+    with pytest.raises(UserError, match="already holds an intervention"):
         intervene(run, out, features, ONLY)
     assert adapter_digest(out / "adapter") == digest
     intervene(run, out, features, ONLY, overwrite=True)
     assert adapter_digest(out / "adapter") != digest
     mine = adapter_digest(run / "adapter")
-    with pytest.raises(UserError, match="holds something that no intervention wrote"):
+    with pytest.raises(UserError, match="holds a file that no intervention wrote"):
         intervene(run, run, features, ABLATE, overwrite=True)
     assert adapter_digest(run / "adapter") == mine
-    with pytest.raises(UserError, match="is the run that is changed"):
+    with pytest.raises(UserError, match="is the source of the intervention"):
         intervene(out, out, replace(features, adapter=adapter_digest(out / "adapter")), ABLATE,
                   overwrite=True)  # fmt: skip
     (out / "eval").mkdir()

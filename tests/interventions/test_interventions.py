@@ -1,4 +1,4 @@
-"""Features switched off, kept alone and put onto the target are exactly what these words say."""
+"""Ablation, isolation and addition to the target have exactly the documented effect."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ACTIVATIONS = {
     "batch_topk": AdapterConfig(F, "batch_topk", k=4.5),
     "jumprelu": AdapterConfig(F, "jumprelu", bandwidth=0.4, initial_threshold=0.15),
 }
-#: A different number in each layer, none in one.
+#: A different number of features in each layer, and none in one layer.
 PAIRS = [(0, 0), (0, 5), (0, 23), *((2, i) for i in range(0, 24, 2))]
 
 
@@ -35,7 +35,7 @@ def feature_set(pairs: list[tuple[int, int]] = PAIRS) -> FeatureSet:
 
 @pytest.fixture
 def make_model(make_pair: Callable) -> Callable[..., ReplacementModel]:
-    """``make_model(activation, dtype, ...)``: a pair with random adapters, in ``eval()``."""
+    """``make_model(activation, dtype, ...)``: a pair with random adapters in ``eval()`` mode."""
 
     def make(
         activation: str = "relu", dtype: str = "float32", implementation: str = "auto"
@@ -65,13 +65,13 @@ def logits(model: ReplacementModel, adapters: nn.ModuleList | None = None) -> to
 
 
 def without_rows(adapter: TranscoderAdapter, rows: list[int]) -> TranscoderAdapter:
-    """The adapter that never had these features: its tensors without them."""
-    kept = [i for i in range(F) if i not in rows]
+    """Return a smaller adapter without the rows of these features."""
+    retained = [i for i in range(F) if i not in rows]
     small = TranscoderAdapter(
-        adapter.d_in, replace(adapter.config, n_features=len(kept)), dtype=adapter.W_enc.dtype
+        adapter.d_in, replace(adapter.config, n_features=len(retained)), dtype=adapter.W_enc.dtype
     )
     tensors = {
-        name: tensor[kept] if name != "b_dec" and tensor.ndim else tensor
+        name: tensor[retained] if name != "b_dec" and tensor.ndim else tensor
         for name, tensor in adapter.state_dict().items()
     }
     small.load_state_dict(tensors)
@@ -122,7 +122,7 @@ def test_an_ablated_feature_never_fires(
         assert not aux.stats.feature_counts[rows].any()
         assert aux.stats.feature_counts.any()
         assert not adapter.encode(x)[..., rows].any()
-        if activation == "jumprelu":  # nor is it a code that is carried along
+        if activation == "jumprelu":  # an ablated feature is no inactive code either
             bare = without_rows(adapter, rows).train(training)
             assert aux.stats.n_codes == bare(x)[1].stats.n_codes
 
@@ -133,11 +133,11 @@ def test_a_set_and_the_rest_are_the_whole(activation: str, make_model: Callable)
     features = feature_set()
     x = torch.randn(2, 20, model.d_model, dtype=torch.float64)
     parts = only(model.adapters, features), only(model.adapters, ~features)
-    for adapter, one, rest in zip(model.adapters, *parts, strict=True):
-        whole, apart = adapter(x)[0], one(x)[0] + rest(x)[0] - adapter.b_dec
+    for adapter, one, others in zip(model.adapters, *parts, strict=True):
+        whole, apart = adapter(x)[0], one(x)[0] + others(x)[0] - adapter.b_dec
         if activation != "topk":
             torch.testing.assert_close(apart, whole, rtol=1e-13, atol=1e-13)
-    # Whatever the activation, keeping the rest is taking the set out.
+    # For every activation, only(~S) equals ablate(S).
     for mine, theirs in zip(parts[1], ablate(model.adapters, features), strict=True):
         for name, tensor in mine.state_dict().items():
             assert torch.equal(tensor, theirs.state_dict()[name]), name
@@ -155,10 +155,10 @@ def test_what_is_changed_is_the_rows_and_nothing_else(
         zip(model.adapters, ablate(model.adapters, features), strict=True)
     ):
         rows = features.rows(layer)
-        kept = [i for i in range(F) if i not in rows]
+        retained = [i for i in range(F) if i not in rows]
         for name in ("W_enc", "b_enc", "W_dec"):
             assert not getattr(new, name)[rows].any()
-            assert torch.equal(getattr(new, name)[kept], getattr(old, name)[kept])
+            assert torch.equal(getattr(new, name)[retained], getattr(old, name)[retained])
         assert torch.equal(new.b_dec, old.b_dec)
     for old, new in zip(model.adapters, onto_target(model.adapters, features, -0.5), strict=True):
         assert not new.b_dec.any()
@@ -180,7 +180,7 @@ def test_onto_the_target_with_scale_0_is_the_target(
     with scale_features(model, feature_set(), 0.0, onto="target"):
         assert torch.equal(logits(model), target)
         assert torch.equal(model.generate(IDS, **GREEDY), written)
-        with model.mode("hybrid"):  # of the target with itself
+        with model.mode("hybrid"):  # the hybrid is the target, since the base is the target
             assert torch.equal(logits(model), target)
     with scale_features(model, feature_set(), -0.5, onto="target"):
         assert not torch.equal(logits(model), target)
@@ -188,7 +188,7 @@ def test_onto_the_target_with_scale_0_is_the_target(
 
 @torch.no_grad()
 def test_onto_the_target_is_the_target_with_the_set_added(make_model: Callable) -> None:
-    """By hooks on the target's own MLPs, in the words of the formula."""
+    """Compare with forward hooks on the target's MLPs that add the formula."""
     model = make_model("relu", "float64")
     features, whole = feature_set(), model.adapters
     with scale_features(model, features, -0.5, onto="target"):
@@ -215,10 +215,10 @@ def test_onto_the_target_is_the_target_with_the_set_added(make_model: Callable) 
 def test_live_is_what_is_saved(activation: str, make_model: Callable) -> None:
     model = make_model(activation)
     features, whole = feature_set(), model.adapters
-    gone = logits(model, ablate(whole, features))
+    ablated = logits(model, ablate(whole, features))
     model.set_adapters(whole)
     with scale_features(model, features, 0.0):
-        assert torch.equal(logits(model), gone)
+        assert torch.equal(logits(model), ablated)
     with scale_features(model, ~features, 0.0):
         alone = logits(model)
     assert torch.equal(logits(model, only(whole, features)), alone)
@@ -282,20 +282,20 @@ def test_what_cannot_be_done_is_told(make_model: Callable, make_pair: Callable) 
     small = FeatureSet.from_pairs([(0, 1)], adapter="0" * 64, shape=(L, F + 1), expression="other")
     bad = {
         "the set hand is empty": lambda: ablate(model.adapters, feature_set([])),
-        "is of 3 layers of 25 features; the adapter has 3 of 24": lambda: only(
+        "expected 3 layers of 24 features, those of the adapter, got 3 of 25": lambda: only(
             model.adapters, small
         ),
         "expected a finite number, got nan": lambda: onto_target(
             model.adapters, feature_set(), float("nan")
         ),
-        "scale: of onto-target alone, not of only; got 0.5": lambda: Intervention("only", 0.5),
-        "an intervention is one of ablate, only, onto-target": lambda: Intervention("remove"),
+        "scale: expected none with only, got 0.5": lambda: Intervention("only", 0.5),
+        "expected one of ablate, only, onto-target": lambda: Intervention("remove"),
     }
     live = {
         "the set hand is empty": (feature_set([]), 0.0),
-        "is of 3 layers of 25 features": (small, 0.0),
-        "expected a factor for it": (feature_set(),),
-        "expected none beside factors of each feature": ({(0, 1): 2.0}, 0.0),
+        "those of the adapter, got 3 of 25": (small, 0.0),
+        "expected a factor, got none": (feature_set(),),
+        "expected none with factors per feature, got 0.0": ({(0, 1): 2.0}, 0.0),
         "got feature 24 of layer 0": ({(0, 24): 2.0},),
         "got feature -1 of layer 0": ({(0, -1): 2.0},),
         "got feature 0 of layer 3": ({(3, 0): 2.0},),
@@ -326,7 +326,7 @@ def test_what_cannot_be_done_is_told(make_model: Callable, make_pair: Callable) 
 
 
 def test_random_sets_of_any_size(make_model: Callable) -> None:
-    """None of a layer, all of a layer, all but one."""
+    """Sets may hold no feature of a layer, all features of a layer, or all features but one."""
     model = make_model("topk", "float64")
     whole, draw = model.adapters, random.Random(0)
     every = [(layer, i) for layer in range(L) for i in range(F)]

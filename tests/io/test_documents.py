@@ -77,7 +77,7 @@ def test_constants_are_read_where_they_are_allowed() -> None:
         ("run:\n  x: 1\n  x: 2", "doc is not valid YAML: the key 'x' occurs twice at line 3"),
         ("a: " + "[" * 100_000, "doc is nested more than 64 levels deep"),
         ("a: " + "[" * 70 + "]" * 70, "doc is nested more than 64 levels deep"),
-        ("a: &x [*x]", "doc is not valid YAML: this expands to more than 1,000,000 values"),
+        ("a: &x [*x]", "doc is not valid YAML: aliases expand to more than 1,000,000 values"),
         ("a: " + "1" * 5000, "doc is not valid YAML: Exceeds the limit"),
         ("a: 2024-13-45", "doc is not valid YAML: month must be in 1..12"),
         ("[a]: 1", "doc is not valid YAML: found unhashable key at line 1, column 1"),
@@ -95,7 +95,7 @@ def test_what_is_no_yaml_is_refused(text: str | bytes, message: str) -> None:
 def test_aliases_that_expand_without_end_are_refused() -> None:
     lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 30)]
-    with pytest.raises(DocumentError, match="expands to more than 1,000,000 values"):
+    with pytest.raises(DocumentError, match="aliases expand to more than 1,000,000 values"):
         parse_yaml("\n".join(lines), "doc")
 
 
@@ -109,9 +109,9 @@ def test_merged_keys_may_be_overridden() -> None:
 def test_merges_that_expand_without_end_are_refused() -> None:
     lines = ["a0: &a0 {x: 1}"]
     lines += [f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}" for i in range(1, 10)]
-    with pytest.raises(DocumentError, match="expands to more than 1,000,000 values"):
+    with pytest.raises(DocumentError, match="aliases expand to more than 1,000,000 values"):
         parse_yaml("\n".join(lines), "doc")
-    with pytest.raises(DocumentError, match="expands to more than"):
+    with pytest.raises(DocumentError, match="aliases expand to more than"):
         parse_yaml("a: &a [*a]", "doc")
 
 

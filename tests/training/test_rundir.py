@@ -170,7 +170,7 @@ def test_a_run_killed_before_it_began_is_no_obstacle(tiny_config, tmp_path: Path
 
 def test_a_file_in_the_folders_place(tiny_config, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    for name, message in (("file", "is a file"), ("file/run", "cannot be made")):
+    for name, message in (("file", "is a file"), ("file/run", "cannot be created")):
         config = tiny_config(**{"run.output": str(tmp_path / name)})
         with (
             pytest.raises(UserError, match=message),
@@ -208,7 +208,7 @@ def test_a_folder_that_may_not_be_written(tiny_config, tmp_path: Path, monkeypat
     config = tiny_config()
     monkeypatch.setattr(Path, "mkdir", refuse)
     with (
-        pytest.raises(UserError, match=r"run\.output: .* cannot be made: Permission denied"),
+        pytest.raises(UserError, match=r"run\.output: .* cannot be created: Permission denied"),
         open_run(config, resume=False, overwrite=False),
     ):
         raise AssertionError("never reached")
