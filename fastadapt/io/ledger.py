@@ -21,6 +21,7 @@ _TABLE = """CREATE TABLE parts (
     PRIMARY KEY (fingerprint, part)
 ) WITHOUT ROWID"""
 _SELECT = "SELECT part, sha256, value FROM parts WHERE fingerprint = ?"
+_DELETE = "DELETE FROM parts WHERE fingerprint = ? AND part = ?"
 #: Prefixes of SQLite's messages about the disk. Other messages are about damaged contents.
 _UNWRITABLE = (
     "attempt to write a readonly",
@@ -44,7 +45,7 @@ class Ledger:
 
     Raises:
         UserError: the path is no regular file.
-        RunError: the file is damaged, is no ledger, or cannot be written.
+        RunError: the file is damaged or lacks rows, is no ledger, or cannot be written.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -76,9 +77,22 @@ class Ledger:
                 if application != _APPLICATION:
                     raise sqlite3.DatabaseError("expected a ledger of this library")
                 self._connection.execute(f"{_SELECT} LIMIT 0", ("",))
+                self._n_rows = self._count_rows()
         except BaseException:
             self._connection.close()
             raise
+
+    def _count_rows(self) -> int:
+        """Return the number of rows, which the header has as ``user_version``.
+
+        A damaged page may lose rows without an error of SQLite. Ledgers of earlier versions have a
+        ``user_version`` of 0 until the next commit.
+        """
+        (n,) = self._connection.execute("SELECT COUNT(*) FROM parts").fetchone()
+        (expected,) = self._connection.execute("PRAGMA user_version").fetchone()
+        if expected not in (0, n):
+            raise sqlite3.DatabaseError(f"expected {expected:,} rows, got {n:,}")
+        return int(n)
 
     def _create(self) -> None:
         with self._transaction():
@@ -95,9 +109,15 @@ class Ledger:
         Raises:
             RunError: the file cannot be written; its contents are unchanged.
         """
-        rows = ((key, part, _digest(key, part, value), value) for key, part, value in entries)
+        n = self._n_rows
         with self._errors(), self._transaction():
-            self._connection.executemany("REPLACE INTO parts VALUES (?, ?, ?, ?)", rows)
+            for key, part, value in entries:
+                row = (key, part, _digest(key, part, value), value)
+                deleted = self._connection.execute(_DELETE, (key, part)).rowcount
+                self._connection.execute("INSERT INTO parts VALUES (?, ?, ?, ?)", row)
+                n += 1 - deleted
+            self._connection.execute(f"PRAGMA user_version = {n}")
+        self._n_rows = n
 
     def get(self, fingerprint: str, part: int) -> bytes | None:
         """Return the value of a key, or None if the ledger lacks the key.

@@ -1,4 +1,4 @@
-"""A ledger that is killed, damaged, or another program's."""
+"""A ledger survives a kill; damaged and foreign files are errors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def read(path: Path) -> list[tuple[str, int, bytes]]:
 
 def test_a_kill_in_a_commit_leaves_the_one_before(path: Path) -> None:
     def killed() -> Iterator[tuple[str, int, bytes]]:
-        for part in range(2000):  # more than SQLite's cache: pages are on the disk already
+        for part in range(2000):  # more than SQLite's cache, so that pages are written before
             yield "a", part, bytes(3000)
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -75,6 +75,41 @@ def test_a_damaged_or_foreign_file_is_one_error(path: Path, kind: str) -> None:
             connection.execute("UPDATE parts SET value = 'x' WHERE part = 3")
     with pytest.raises(RunError, match=r"parts\.sqlite is damaged \(.*\)\. Remove the file"):
         read(path)
+
+
+@pytest.mark.parametrize("lost", ["part = 3", "part > 2", "1"])
+def test_lost_rows_are_an_error(path: Path, lost: str) -> None:
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(f"DELETE FROM parts WHERE {lost}")
+    with pytest.raises(RunError, match=r"damaged \(expected 9 rows, got \d\)\. Remove the file"):
+        read(path)
+
+
+def test_a_damaged_cell_count_is_an_error(path: Path) -> None:
+    """SQLite reads a page with a smaller cell count without an error, but returns fewer rows."""
+    content = bytearray(path.read_bytes())
+    leaf = max(i for i in range(4096, len(content), 4096) if content[i] == 10)  # leaf of an index
+    assert content[leaf + 4] > 1
+    content[leaf + 4] -= 1
+    path.write_bytes(content)
+    with pytest.raises(RunError, match=r"is damaged \(expected 9 rows, got 8\)"):
+        read(path)
+
+
+def test_replaced_values_do_not_change_the_row_count(path: Path) -> None:
+    with Ledger(path) as ledger:
+        ledger.add([("a", 3, b"new"), ("a", 9, b"nine"), ("a", 9, b"ten")])
+    assert [(part, value) for _, part, value in read(path)[3::6]] == [(3, b"new"), (9, b"ten")]
+
+
+def test_a_ledger_of_an_earlier_version_has_no_row_count(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA user_version = 0")
+    assert read(path) == FIRST
+    with Ledger(path) as ledger:
+        ledger.add([("a", 9, b"nine")])
+    with closing(sqlite3.connect(path)) as connection, connection:
+        assert connection.execute("PRAGMA user_version").fetchone() == (10,)
 
 
 def test_a_folder_in_its_place(tmp_path: Path) -> None:
