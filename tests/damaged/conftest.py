@@ -1,4 +1,4 @@
-"""The training tests' tiny pair, and a command line in this process."""
+"""Fixtures of the training tests: a tiny pair and its configuration."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Damaged variants of a file, and what a reader must do with each.
+"""Damage a file in many ways, and check what readers do with each variant.
 
-``variants(path)`` yields named damages of one file; ``Damage.apply`` puts one in the file's place.
-``ends_well(call, ...)`` runs a reader or a command on it: within the time limit it returns because
-what it read is valid, or it refuses with one message that names the file; never a traceback.
+:func:`variants` returns named variants of a file. :func:`sweep` runs a reader or a command on each
+of them. A call ends well if, within the time limit, it accepts a valid variant or raises one error
+whose message names the file.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import random
 import re
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,13 +29,13 @@ from fastadapt.errors import RunError, UserError
 
 PROOF = os.environ.get("FASTADAPT_PROOF") == "1"
 DEPTH = 100_000
-#: What a value of a document is replaced by, in turn. REMOVED takes the key away.
+#: Replacements of a value of a document. REMOVED removes its key.
 REMOVED = object()
 WRONG: tuple[object, ...] = (
     None, True, -1, 0, 10**9, 1.5, "x", "12", [], {}, 2**63, 2**64, REMOVED,
 )  # fmt: skip
 SECONDS = 20
-#: Of a refusal that judges the file as a whole, or is transformers' and tokenizers' own.
+#: Messages about a whole file, and messages of transformers and tokenizers. They name no key.
 WHOLE = re.compile(
     r"SHA-256|has \d+ bytes|holds no selection|expected a run or a folder of adapters|the column |"
     r"mismatched keys|Padding_idx must|model type|KeyError|tokenizer of |tokenizers differ"
@@ -47,11 +47,11 @@ class Damage:
     """One variant of a file.
 
     Attributes:
-        name: of the case.
-        content: of the file; None for a folder in its place.
-        key: the last key of the value that was replaced, where it was one value of a document.
-        value: what it was replaced by.
-        keys: all keys that lead to the value.
+        name: name of the variant.
+        content: bytes of the file; None for a folder in its place.
+        key: last key of the replaced value of a document; empty for other damage.
+        value: the new value.
+        keys: all keys on the path to the value.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Damage:
     keys: tuple[str, ...] = ()
 
     def apply(self, path: Path) -> None:
-        """Put the variant in the place of ``path``."""
+        """Replace ``path`` by the variant."""
         if path.is_dir():
             shutil.rmtree(path)
         if self.content is None:
@@ -72,14 +72,14 @@ class Damage:
 
 
 def raw(content: bytes, count: int = 20, seed: int = 0) -> Iterator[Damage]:
-    """Truncations and single bit flips at ``count`` offsets, and what is no such file at all."""
+    """Yield truncations and bit flips at ``count`` offsets, and files of other formats."""
     draw = random.Random(seed)
     offsets = sorted({len(content) * i // count for i in range(count)})
-    yield from (Damage(f"cut at {at}", content[:at]) for at in offsets if at)
-    for at in sorted(draw.sample(range(len(content)), min(count, len(content)))):
+    yield from (Damage(f"cut at {offset}", content[:offset]) for offset in offsets if offset)
+    for offset in sorted(draw.sample(range(len(content)), min(count, len(content)))):
         flipped = bytearray(content)
-        flipped[at] ^= 1 << draw.randrange(8)
-        yield Damage(f"bit flip at {at}", bytes(flipped))
+        flipped[offset] ^= 1 << draw.randrange(8)
+        yield Damage(f"bit flip at {offset}", bytes(flipped))
     yield Damage("empty", b"")
     yield Damage("foreign", b"\x89PNG\r\n\x1a\n" + bytes(range(256)))
     yield Damage("not UTF-8", b"\xff\xfe" + content)
@@ -87,7 +87,7 @@ def raw(content: bytes, count: int = 20, seed: int = 0) -> Iterator[Damage]:
 
 
 def document(content: bytes, *, is_yaml: bool = False) -> Iterator[Damage]:
-    """Wrong types at every key of a JSON or YAML document, nesting, huge numbers, equal keys."""
+    """Yield wrong types at every key of a document, deep nesting, huge numbers and equal keys."""
     values = yaml.safe_load(content) if is_yaml else json.loads(content)
     for text in ("[", '{"a":'):
         yield Damage(f"nested {text}", (text * DEPTH).encode())
@@ -105,15 +105,15 @@ def document(content: bytes, *, is_yaml: bool = False) -> Iterator[Damage]:
             changed = _replaced(values, path, wrong)
             if changed == values and json.dumps(changed) == json.dumps(values):
                 continue
-            told = "removed" if wrong is REMOVED else repr(wrong)
-            name = f"{'.'.join(map(str, path))} {told}"
+            value = "removed" if wrong is REMOVED else repr(wrong)
+            name = f"{'.'.join(map(str, path))} {value}"
             keys = tuple(k for k in path if isinstance(k, str))
             key = keys[-1] if keys else ""
             yield Damage(name, json.dumps(changed).encode(), key, wrong, keys)
 
 
 def tensors(path: Path) -> Iterator[Damage]:
-    """Wrong dtypes, shapes and values of every tensor of a safetensors file."""
+    """Yield wrong dtypes, shapes and values of every tensor of a safetensors file."""
     original = load_file(path)
     for name, tensor in original.items():
         odd: dict[str, torch.Tensor | None] = {
@@ -130,38 +130,38 @@ def tensors(path: Path) -> Iterator[Damage]:
                 bad = tensor.clone()
                 bad.view(-1)[-1] = value
                 odd[str(value)] = bad
-        for what, other in odd.items():
-            held = {k: v for k, v in {**original, name: other}.items() if v is not None}
-            yield Damage(f"{name} {what}", _saved(held), name, what)
-    yield Damage("one tensor more", _saved({**original, "more": torch.zeros(1)}), "more")
+        for kind, other in odd.items():
+            changed = {k: v for k, v in {**original, name: other}.items() if v is not None}
+            yield Damage(f"{name} {kind}", save(changed), name, kind)
+    yield Damage("one tensor more", save({**original, "more": torch.zeros(1)}), "more")
     header = b"[" * DEPTH
     yield Damage("nested header", len(header).to_bytes(8, "little") + header)
     yield Damage("header of 2**63 bytes", (2**63).to_bytes(8, "little") + header)
 
 
 def thinned(cases: list[Damage], most: int = 60) -> list[Damage]:
-    """All cases in `make proof`; otherwise about ``most`` of them, evenly spread."""
+    """Return all cases in `make proof`, else about ``most`` evenly spaced cases."""
     return cases if PROOF else cases[:: -(-len(cases) // most)]
 
 
 def variants(path: Path) -> list[Damage]:
-    """Every damage that fits the kind of file, by its suffix."""
+    """Return all variants for the kind of file, which its suffix determines."""
     content = path.read_bytes()
-    found = list(raw(content))
+    cases = list(raw(content))
     if path.suffix == ".safetensors":
-        found += tensors(path)
+        cases += tensors(path)
     elif path.suffix in (".json", ".yaml"):
-        found += document(content, is_yaml=path.suffix == ".yaml")
-    return found
+        cases += document(content, is_yaml=path.suffix == ".yaml")
+    return cases
 
 
 class Overrun(BaseException):
-    """A reader took longer than it may; no reader can catch this by mistake."""
+    """A reader exceeded the time limit. Readers that catch ``Exception`` do not catch this."""
 
 
 @contextmanager
 def time_limit(seconds: int = SECONDS) -> Iterator[None]:
-    """Raise :class:`Overrun` in the main thread where the context takes longer."""
+    """Raise :class:`Overrun` in the main thread if the context takes longer."""
 
     def stop(*_: object) -> None:
         raise Overrun(f"not done after {seconds} s")
@@ -176,7 +176,7 @@ def time_limit(seconds: int = SECONDS) -> Iterator[None]:
 
 
 def command(*argv: object) -> Callable[[], Any]:
-    """A command line, run in this process; what it prints as an error is raised as one."""
+    """Return a function that runs a command in this process and raises its printed error."""
 
     def run() -> None:
         from fastadapt.cli.main import main
@@ -200,14 +200,14 @@ def ends_well(
     valid: Callable[[Damage, Any], bool],
     names: tuple[str, ...] = (),
 ) -> str | None:
-    """Run ``call`` on a damaged file; return what went wrong in one line, or None.
+    """Run ``call`` on a damaged file; return one line if the call does not end well, else None.
 
     Args:
         call: reads the file.
-        damage: the variant that is there.
-        path: of the file.
-        valid: whether the variant may be accepted, given what ``call`` returned.
-        names: texts of which one must be in a refusal; the file's name if not given.
+        damage: the variant in the file's place.
+        path: path of the file.
+        valid: return whether the variant may be accepted, given the result of ``call``.
+        names: texts of which an error message must contain one; by default the file's name.
     """
     try:
         with time_limit():
@@ -228,7 +228,27 @@ def ends_well(
     return None if valid(damage, result) else f"{damage.name}: accepted: {str(result)[:200]}"
 
 
-# --- parts ----------------------------------------------------------------------------------------
+def sweep(
+    path: Path,
+    cases: Sequence[Damage],
+    call: Callable[[], Any],
+    valid: Callable[[Damage, Any], bool],
+    names: tuple[str, ...] = (),
+) -> None:
+    """Check that ``call`` ends well with every case, see :func:`ends_well`; restore the file."""
+    sound, wrong = path.read_bytes(), []
+    for damage in cases:
+        path.parent.mkdir(exist_ok=True)
+        damage.apply(path)
+        wrong.append(ends_well(call, damage, path, valid=valid, names=names))
+    path.parent.mkdir(exist_ok=True)
+    Damage("sound", sound).apply(path)
+    print(f"{len(cases)} damaged variants of {path.name}")
+    failed = list(filter(None, wrong))
+    assert not failed, f"{len(failed)} of {len(cases)}:\n" + "\n".join(failed)
+
+
+# --- paths and values of documents ----------------------------------------------------------------
 
 
 def _paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -251,7 +271,3 @@ def _replaced(values: Any, path: tuple[Any, ...], new: object) -> Any:
     else:
         parent[path[-1]] = new
     return changed
-
-
-def _saved(held: dict[str, torch.Tensor]) -> bytes:
-    return save(held)

@@ -1,4 +1,4 @@
-"""Data of the user and unfinished selections, damaged: rows, Parquet, manifests, ledgers."""
+"""Damaged data of the user and of selections: rows, Parquet files, manifests, ledgers."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from damage import Damage, command, document, ends_well, raw, variants
+from damage import Damage, command, document, raw, sweep, variants
 
 from fastadapt.data import prepare as module
-from fastadapt.data.prepare import filter_pass as reading
-from fastadapt.data.prepare import prepare
+from fastadapt.data.prepare import filter_pass, prepare
 from fastadapt.data.prepare.report import summary
 from fastadapt.data.prepare.selection import PrepareConfig
 from fastadapt.data.sequences import DataConfig, load_sequences
@@ -38,26 +37,6 @@ _spec.loader.exec_module(openthoughts)
 ROWS = 60
 
 
-def sweep(
-    path: Path,
-    cases: list[Damage],
-    call: Callable[[], Any],
-    valid: Callable[[Damage, Any], bool],
-    names: tuple[str, ...] = (),
-) -> None:
-    """Every case through ``call``; what was there is put back."""
-    content, wrong = path.read_bytes(), []
-    for damage in cases:
-        damage.apply(path)
-        said = ends_well(call, damage, path, valid=valid, names=names)
-        wrong += [said] if said else []
-        if path.is_dir():
-            shutil.rmtree(path)
-    path.write_bytes(content)
-    print(f"{len(cases)} damaged variants of {path.name}")
-    assert not wrong, f"{len(wrong)} of {len(cases)}:\n" + "\n".join(wrong)
-
-
 # --- rows -----------------------------------------------------------------------------------------
 
 
@@ -74,13 +53,13 @@ def rows(tmp_path: Path) -> Path:
 
 
 def as_text(damage: Damage) -> bool:
-    """Whether a row is still one: texts are, by position, whoever is said to have written them."""
+    """Return whether a row is valid: the position of a turn decides its role, not its name."""
     free = damage.key in ("difficulty", "source", "domain", "from")
     return free or (damage.key == "value" and damage.value in ("x", "12"))
 
 
 def test_rows_to_train_on_and_to_answer(rows: Path, tokenizer: Any) -> None:
-    """Lines, through the readers of ``train``, ``features collect`` and ``eval``."""
+    """The readers of ``train``, ``features collect`` and ``eval`` refuse damaged lines."""
     lines = rows.read_bytes().splitlines(keepends=True)
     line = lines[1].rstrip(b"\n")
     cases = [
@@ -128,7 +107,7 @@ TURN = pa.struct([("from", pa.string()), ("value", pa.string())])
 
 
 def tables() -> Iterator[tuple[str, pa.Table]]:
-    """Parquet files of other columns and types."""
+    """Yield tables with missing columns, or columns of other types."""
     good = [[{"from": "human", "value": "what"}, {"from": "gpt", "value": "so"}]] * 3
     yield "no such column", pa.table({"text": ["x"]})
     yield "no column", pa.table({})
@@ -187,12 +166,13 @@ def test_what_is_no_file_of_rows(name: str, tokenizer: Any, tmp_path: Path) -> N
 def test_the_data_of_a_run_through_its_command(
     tiny_config: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """As they are typed: the first line of each is what is wrong."""
+    """The first line of each file is wrong."""
     from fastadapt.training.config import save_config
 
     options = tmp_path / "options.yaml"
     save_config(tiny_config(), options)
-    path, wrong = tmp_path / "rows.jsonl", []
+    path = tmp_path / "rows.jsonl"
+    path.touch()
     run = command("train", options, "--data.train", path, "--run.output", tmp_path / "run")
     deep, digits = (
         b'{"conversations": ' + b"[" * 100_000,
@@ -203,11 +183,7 @@ def test_the_data_of_a_run_through_its_command(
         Damage("a list", b"[1, 2]\n"), Damage("null", b'{"conversations": null}\n'),
         Damage("no column", b'{"text": "x"}\n'), Damage("empty", b""), Damage("folder", None),
     ]  # fmt: skip
-    for damage in cases:
-        damage.apply(path)
-        said = ends_well(run, damage, path, valid=lambda *_: False)
-        wrong += [said] if said else []
-    assert not wrong, "\n".join(wrong)
+    sweep(path, cases, run, lambda *_: False)
 
 
 # --- selections -----------------------------------------------------------------------------------
@@ -242,9 +218,9 @@ def test_the_manifest_of_a_selection(config: PrepareConfig) -> None:
     path = folder / "manifest.json"
 
     def read() -> Any:
-        found = prepare(config, resume=True)
-        summary(found)
-        return found
+        result = prepare(config, resume=True)
+        summary(result)
+        return result
 
     assert read() == manifest
     before = written(folder)
@@ -253,18 +229,18 @@ def test_the_manifest_of_a_selection(config: PrepareConfig) -> None:
         if damage.name.startswith("bit flip"):
             return True
         top = damage.name.split(".")[0].split()[0]
-        # What was counted, and what the source was, is only told.
+        # Counts and source are only reported.
         return top in ("counts", "source") or (top, damage.key) == ("files", "rows")
 
-    # A folder whose manifest is no selection's is taken for somebody else's.
+    # A folder whose manifest has another format is treated as a folder of other files.
     sweep(path, variants(path), read, valid, ("manifest.json", "holds no selection", "--resume"))
     assert written(folder) == before
 
 
 @pytest.fixture
 def begun(config: PrepareConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, dict[str, bytes]]:
-    """A selection that was read and not written yet, and what becomes of it."""
-    monkeypatch.setattr(reading, "_COMMIT_ROWS", 20)
+    """Return a selection that was killed before writing, and the files of the resumed one."""
+    monkeypatch.setattr(filter_pass, "_COMMIT_ROWS", 20)
     folder = Path(config.output)
 
     def killed(*_: Any) -> None:
@@ -285,7 +261,7 @@ def begun(config: PrepareConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[Path,
 def test_resuming_over_damaged_files(
     name: str, begun: tuple[Path, dict[str, bytes]], config: PrepareConfig
 ) -> None:
-    """Either the same files as without the damage, or a refusal; never others in silence."""
+    """Resuming gives the files of an undamaged selection, or an error."""
     folder, expected = begun
     path = folder / ".prepare" / name
     content = {p.name: p.read_bytes() for p in path.parent.iterdir()}
@@ -300,8 +276,8 @@ def test_resuming_over_damaged_files(
         prepare(config, resume=True)
         return written(folder)
 
-    def valid(damage: Damage, found: dict[str, bytes]) -> bool:
-        return found == expected or damage.name.startswith("bit flip")
+    def valid(damage: Damage, files: dict[str, bytes]) -> bool:
+        return files == expected or damage.name.startswith("bit flip")
 
     if name == "candidates.sqlite":
         cases = list(raw(content[name], 10))
@@ -314,15 +290,4 @@ def test_resuming_over_damaged_files(
             path.write_bytes(content[name])
     else:
         cases = variants(path)
-    wrong = []
-    for damage in cases:
-        damage.apply(path)
-        said = ends_well(
-            read, damage, path, valid=valid, names=(name, "begun with other settings", "--resume")
-        )
-        wrong += [said] if said else []
-        if path.is_dir():
-            shutil.rmtree(path)
-        path.parent.mkdir(exist_ok=True)
-    print(f"{len(cases)} damaged variants of {name}")
-    assert not wrong, f"{len(wrong)} of {len(cases)}:\n" + "\n".join(wrong)
+    sweep(path, cases, read, valid, (name, "started with other settings", "--resume"))

@@ -1,4 +1,4 @@
-"""What an evaluation keeps, damaged: eval.json, speed.json, arrays, responses, rows, questions."""
+"""Damaged files of an evaluation: eval.json, speed.json, arrays, responses, rows, questions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from damage import REMOVED, Damage, document, ends_well, raw, variants
+from damage import REMOVED, Damage, document, raw, sweep, variants
 
 from fastadapt.errors import UserError
 from fastadapt.evaluation.benchmarks.datasets import BENCHMARKS, questions
@@ -41,26 +41,6 @@ _spec.loader.exec_module(results)
 FINGERPRINT = "ab" * 32
 
 
-def sweep(
-    path: Path,
-    cases: list[Damage],
-    call: Callable[[], Any],
-    valid: Callable[[Damage, Any], bool],
-    names: tuple[str, ...] = (),
-) -> None:
-    """Every case through ``call``; what was there is put back."""
-    content, wrong = path.read_bytes(), []
-    for damage in cases:
-        damage.apply(path)
-        said = ends_well(call, damage, path, valid=valid, names=names)
-        wrong += [said] if said else []
-        if path.is_dir():
-            path.rmdir()
-    path.write_bytes(content)
-    print(f"{len(cases)} damaged variants of {path.name}")
-    assert not wrong, f"{len(wrong)} of {len(cases)}:\n" + "\n".join(wrong)
-
-
 # --- eval.json and speed.json ---------------------------------------------------------------------
 
 ABOUT = {"schema_version": 1, "fingerprints": {"target": "ab"}}
@@ -68,7 +48,7 @@ ABOUT = {"schema_version": 1, "fingerprints": {"target": "ab"}}
 
 @pytest.fixture
 def result() -> dict[str, Any]:
-    """One of each kind of student and a part of every kind."""
+    """Return a result with one model of each kind and all parts."""
     written = {**results.made_up(), **ABOUT}
     keep = {"l0_10%", "no-bridge"}
     written["students"] = [s for s in written["students"] if s["name"] in keep]
@@ -100,8 +80,8 @@ def test_every_part_of_eval_json(part: Any, result: dict[str, Any], tmp_path: Pa
         written = {**new, **sections_read}
         if sections_read:
             json.dumps(written, allow_nan=False)
-            found = tables(written)
-            as_markdown(found), as_latex(found), figures(written)
+            shown = tables(written)
+            as_markdown(shown), as_latex(shown), figures(written)
         return sections_read
 
     assert set(read()) == set(sections)
@@ -110,7 +90,7 @@ def test_every_part_of_eval_json(part: Any, result: dict[str, Any], tmp_path: Pa
         if not sections_read:  # of other models or settings, or of other parts
             absent = damage.name == f"{part} removed"
             return absent or not damage.name.startswith(sections)
-        # What is there must be what the document says, of the types that were written.
+        # Accepted values must equal those of the document, with the same types.
         said = json.loads(damage.content or b"")
         same = all(sections_read[name] == said[name] for name in sections_read)
         return same and (damage.name.startswith("bit flip") or _possible(damage))
@@ -118,7 +98,7 @@ def test_every_part_of_eval_json(part: Any, result: dict[str, Any], tmp_path: Pa
     sweep(path, variants(path), read, valid)
 
 
-#: Keys with the values that they may hold, among those that the generator puts there.
+#: Valid values of keys, among the values that the generator writes.
 _POSSIBLE: dict[str, tuple[object, ...]] = {
     **dict.fromkeys(("mean", "low", "high"), (None, -1, 0, 10**9, 1.5, 2**63, 2**64)),
     **dict.fromkeys(("n", "n_partial", "predicted", "positions"), (0, 10**9)),
@@ -142,7 +122,7 @@ def _possible(damage: Damage) -> bool:
 
 @pytest.fixture
 def measured_speed(tmp_path: Path) -> Callable[[], Any]:
-    """``measure_speed`` of a model of no layers whose times are at hand: what is kept is read."""
+    """Return a function that calls ``measure_speed`` and reads the saved measurements."""
     path = tmp_path / "speed.json"
     models = {name: {"tokens_per_s": 2.5, "overhead": 0.5} for name in ("target", "hybrid")}
     config = SpeedConfig(batch_size=2, prompt_tokens=3, new_tokens=4, rounds=3)
@@ -180,8 +160,8 @@ def measured_speed(tmp_path: Path) -> Callable[[], Any]:
 def test_speed_json(measured_speed: Callable[[], Any], tmp_path: Path) -> None:
     path = tmp_path / "speed.json"
 
-    def valid(damage: Damage, found: Any) -> bool:
-        if found == "anew":
+    def valid(damage: Damage, speed: Any) -> bool:
+        if speed == "anew":
             return "fact" in damage.name or damage.name.startswith("bit flip")
         return damage.name.startswith("bit flip") or _possible(damage)
 
@@ -211,46 +191,31 @@ def piece(i: int) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_arrays_of_a_student(whole: bool, tmp_path: Path) -> None:
-    """The file of all batches, and that of one, from which a run goes on."""
+    """Damage the file of all batches, or the file of one batch, from which a run resumes."""
     first = Parts(tmp_path, "a", FINGERPRINT, 2, ARRAYS)
     first.add(0, piece(0))
     path = next(first.whole.parent.rglob("*.safetensors"))
     if whole:
         first.add(1, piece(1))
         path = first.whole
-    content = path.read_bytes()
 
     def read() -> dict[str, torch.Tensor]:
-        parts = Parts(tmp_path, "a", FINGERPRINT, 2, ARRAYS)
         if not whole:
-            parts.whole.unlink(missing_ok=True)
-            path.parent.mkdir(exist_ok=True)
+            first.whole.unlink(missing_ok=True)
+        parts = Parts(tmp_path, "a", FINGERPRINT, 2, ARRAYS)
         for part in parts.missing():  # as a run does
             parts.add(part, piece(part))
         return parts.read()
 
     cases = variants(path)
-    for damage in cases:  # the generator's tensors have no fingerprint of their own
+    for damage in cases:  # the generator writes tensors without a fingerprint
         if damage.content is not None and damage.key:
             object.__setattr__(damage, "content", _marked(damage.content))
-    wrong = []
-    for damage in cases:
-        path.parent.mkdir(exist_ok=True)
-        if not whole:
-            first.whole.unlink(missing_ok=True)
-        damage.apply(path)
-        said = ends_well(read, damage, path, valid=_same_arrays, names=(path.name, "a-abababab"))
-        wrong += [said] if said else []
-        if path.is_dir():
-            path.rmdir()
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(content)
-    print(f"{len(cases)} damaged variants of {path.name}")
-    assert not wrong, "\n".join(wrong)
+    sweep(path, cases, read, _same_arrays, (path.name, "a-abababab"))
 
 
 def _marked(content: bytes) -> bytes:
-    """The same tensors with the fingerprint that a reader asks for first."""
+    """Return the bytes of a safetensors file with the fingerprint that a reader checks first."""
     size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])
     header["__metadata__"] = {"fingerprint": FINGERPRINT}
@@ -258,11 +223,11 @@ def _marked(content: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
-def _same_arrays(damage: Damage, found: dict[str, torch.Tensor]) -> bool:
-    # The format has no checksum; "int64" and "bool" are what some of the arrays are.
-    if damage.name == "folder":  # it is no file: its part is measured anew
+def _same_arrays(damage: Damage, arrays: dict[str, torch.Tensor]) -> bool:
+    # The format has no checksum. "int64" and "bool" are the dtypes of two arrays.
+    if damage.name == "folder":  # the part of the missing file is measured again
         expected = {name: torch.ones(shape, dtype=dtype) for name, (dtype, shape) in ARRAYS.items()}
-        return all(torch.equal(found[name], expected[name]) for name in expected)
+        return all(torch.equal(arrays[name], expected[name]) for name in expected)
     kinds = {"int64": "tokens", "bool": "agrees"}
     if kinds.get(damage.value) == damage.key and damage.key:
         return True
@@ -275,7 +240,7 @@ RESPONSE = Response("0", 0, 7, [1, 2], [3, 4, 5], "three four", "eos", None)
 
 
 def lines_of(path: Path, number: int) -> list[Damage]:
-    """The damages of a document and of bytes, put in the place of one line."""
+    """Return damages of one line, as a document and as bytes."""
     lines = path.read_bytes().splitlines(keepends=True)
     before, after = b"".join(lines[:number]), b"".join(lines[number + 1 :])
     line = lines[number].rstrip(b"\n")
@@ -298,9 +263,9 @@ def test_lines_of_responses(number: int, tmp_path: Path) -> None:
 
     def read() -> list[Any]:
         with open_responses(path, settings) as file:
-            found = [*file.finished.values(), *file.speeds]
+            entries = [*file.finished.values(), *file.speeds]
         read_responses(path)
-        return found
+        return entries
 
     possible = {
         "id": ("x", "12"), "repetition": (10**9,), "text": ("x", "12"), "batching": ("x", "12"),
@@ -308,13 +273,13 @@ def test_lines_of_responses(number: int, tmp_path: Path) -> None:
         "prompt_tokens": ([], 0, 10**9), "seconds": (0, 10**9, 1.5, 2**63, 2**64),
     }  # fmt: skip
 
-    def valid(damage: Damage, found: list[Any]) -> bool:
+    def valid(damage: Damage, entries: list[Any]) -> bool:
         if damage.name.startswith("bit flip"):
             return True
         if damage.content and not damage.content.split(b"\n")[number].strip():
             return False
-        # An entry of a list goes by the key of the list. Which tokens a prompt has is held against
-        # the request, see below.
+        # An entry of a list has the key of the list. The test below compares the tokens of a prompt
+        # with the request.
         if damage.key.endswith("tokens") and damage.value is REMOVED and ".0" in damage.name:
             return True
         return any(
@@ -389,19 +354,22 @@ def _cut_at_a_line(path: Path) -> Callable[[Damage, Any], bool]:
 
 @pytest.mark.parametrize("task", ["math500", "gpqa_diamond"])
 def test_questions_of_the_user(task: str, tmp_path: Path) -> None:
-    of, path = BENCHMARKS[task], tmp_path / f"{task}.jsonl"
-    row = {column: f"{i} is 1?" for i, column in enumerate((*of.columns, of.solution))}
+    benchmark, path = BENCHMARKS[task], tmp_path / f"{task}.jsonl"
+    columns = (*benchmark.columns, benchmark.solution)
+    row = {column: f"{i} is 1?" for i, column in enumerate(columns)}
     path.write_text("".join(json.dumps(row) + "\n" for _ in range(3)))
 
     def read() -> list[Any]:
         return questions(task, family="r1-distill", data=str(tmp_path), few_shot=0, seed=0)
 
     def valid(damage: Damage, _: Any) -> bool:
-        if damage.name == "empty" or damage.name.startswith("bit flip"):  # no row, another text
+        if damage.name == "empty" or damage.name.startswith(
+            "bit flip"
+        ):  # a missing row or other text
             return True
-        if damage.key == of.solution and (damage.value is None or damage.value is REMOVED):
+        if damage.key == benchmark.solution and (damage.value is None or damage.value is REMOVED):
             return True
-        # Text and numbers stand for themselves; a key that no column is of is left alone.
+        # Text and numbers are valid values; keys that are no columns are ignored.
         return damage.key != "" and type(damage.value) in (str, int, float)
 
     sweep(path, lines_of(path, 1), read, valid, (path.name, f"benchmark {task}, row 2"))

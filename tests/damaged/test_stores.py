@@ -1,10 +1,10 @@
-"""Stores of features, damaged in every way: through the commands that open one."""
+"""Damaged stores of features, read by the commands that open a store."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from damage import Damage, command, ends_well, raw, variants
+from damage import Damage, command, ends_well, raw, sweep, variants
 
 from fastadapt.errors import UserError
 from fastadapt.features.site import export
@@ -61,40 +61,12 @@ def folder(whole: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "features"))
 
 
-def restore(whole: Path, folder: Path, name: str) -> None:
-    """Put the sound file back."""
-    if (folder / name).is_dir():
-        shutil.rmtree(folder / name)
-    shutil.copyfile(whole / name, folder / name)
-
-
-def tried(
-    whole: Path,
-    folder: Path,
-    name: str,
-    cases: list[Damage],
-    call: Callable[[], Any],
-    *,
-    valid: Callable[[Damage, Any], bool],
-    names: tuple[str, ...] = (),
-) -> None:
-    """Every case must end well."""
-    wrong = []
-    for damage in cases:
-        damage.apply(folder / name)
-        said = ends_well(call, damage, folder / name, valid=valid, names=names)
-        wrong += [said] if said else []
-        restore(whole, folder, name)
-    print(f"{len(cases)} damaged variants of {name}")
-    assert not wrong, "\n".join(wrong)
-
-
 def never(_: Damage, __: Any) -> bool:
     return False
 
 
 def flips(damage: Damage, _: Any) -> bool:
-    """A bit of a value, in a part that is read without its SHA-256."""
+    """Accept bit flips in a part of a file, which is read without its SHA-256."""
     return damage.name.startswith("bit flip")
 
 
@@ -104,38 +76,37 @@ def pages(folder: Path) -> list[object]:
 
 
 @pytest.mark.parametrize("table", LISTED)
-def test_check_catches_every_flip_and_truncation(whole: Path, folder: Path, table: str) -> None:
-    name = f"{table}.parquet"
-    call = command("features", "check", folder)
-    tried(whole, folder, name, list(raw((folder / name).read_bytes())), call, valid=never)
+def test_check_catches_every_flip_and_truncation(folder: Path, table: str) -> None:
+    path = folder / f"{table}.parquet"
+    sweep(path, list(raw(path.read_bytes())), command("features", "check", folder), never)
 
 
 @pytest.mark.parametrize("table", LISTED)
 def test_whole_reads_and_pages_catch_every_one(
-    whole: Path, folder: Path, table: str, pages: list[object]
+    folder: Path, table: str, pages: list[object]
 ) -> None:
-    name = f"{table}.parquet"
-    cases = list(raw((folder / name).read_bytes(), seed=1))
+    path = folder / f"{table}.parquet"
+    cases = list(raw(path.read_bytes(), seed=1))
     kind, _, last = table.rpartition("/")
 
     def read() -> Any:
         return Store.open(folder).read(last, kind or "adapter")  # type: ignore[arg-type]
 
-    tried(whole, folder, name, cases, read, valid=never)
-    tried(whole, folder, name, cases[::4], command(*pages), valid=never)
+    sweep(path, cases, read, never)
+    sweep(path, cases[::4], command(*pages), never)
 
 
 @pytest.mark.parametrize("table", LISTED)
-def test_parts_that_are_read_end_well(whole: Path, folder: Path, table: str) -> None:
-    name = f"{table}.parquet"
+def test_parts_that_are_read_end_well(folder: Path, table: str) -> None:
+    path = folder / f"{table}.parquet"
     kind, _, last = table.rpartition("/")
-    cases = list(raw((folder / name).read_bytes(), count=30, seed=2))
+    cases = list(raw(path.read_bytes(), count=30, seed=2))
 
     def part() -> Any:
         store = Store.open(folder)
         return store.read(last, layer=1, features=[3]) if kind else store.read(last)
 
-    tried(whole, folder, name, cases, part, valid=flips)
+    sweep(path, cases, part, flips)
 
 
 @pytest.mark.parametrize(
@@ -150,32 +121,28 @@ def test_parts_that_are_read_end_well(whole: Path, folder: Path, table: str) -> 
         ("adapter/classes", ["--classes", "math"]),
     ],
 )
-def test_selections_end_well(whole: Path, folder: Path, table: str, how: list[str]) -> None:
-    name = f"{table}.parquet"
+def test_selections_end_well(folder: Path, table: str, how: list[str]) -> None:
+    path = folder / f"{table}.parquet"
     call = command("features", "select", folder, "new", *how, "--overwrite")
-    # Which columns it reads is the query's matter: what it does not read it cannot see.
-    valid = lambda damage, _: damage.name.startswith("bit flip")  # noqa: E731
     names = (str(folder), "the set")  # a flip may leave a selection empty
-    cases = list(raw((folder / name).read_bytes(), seed=3))
-    tried(whole, folder, name, cases, call, valid=valid, names=names)
+    # A query does not read all columns, so bit flips in other columns are accepted.
+    sweep(path, list(raw(path.read_bytes(), seed=3)), call, flips, names)
 
 
 @pytest.mark.parametrize("table", ADDED)
-def test_tables_of_judges_end_well(
-    whole: Path, folder: Path, table: str, pages: list[object]
-) -> None:
-    name = f"{table}.parquet"
-    cases = list(raw((folder / name).read_bytes(), seed=4))
-    tried(whole, folder, name, cases, command("features", "check", folder), valid=flips)
-    tried(whole, folder, name, cases[::3], command(*pages), valid=flips)
+def test_tables_of_judges_end_well(folder: Path, table: str, pages: list[object]) -> None:
+    path = folder / f"{table}.parquet"
+    cases = list(raw(path.read_bytes(), seed=4))
+    sweep(path, cases, command("features", "check", folder), flips)
+    sweep(path, cases[::3], command(*pages), flips)
 
 
 # --- contents -------------------------------------------------------------------------------------
 
 
 def contents(table: pa.Table) -> Iterator[tuple[str, str, pa.Table]]:
-    """Tables with one column of another type, or one value that cannot be: (column, how, table)."""
-    for at, name in enumerate(table.column_names):
+    """Yield tables with a column of another type or an impossible value: (column, how, table)."""
+    for index, name in enumerate(table.column_names):
         column = table[name]
         others = {
             "strings": pa.array(["x"] * len(table)),
@@ -197,21 +164,21 @@ def contents(table: pa.Table) -> Iterator[tuple[str, str, pa.Table]]:
             plain = column.to_pylist()
             plain[-1] = [value, *plain[-1][1:]] if isinstance(plain[-1], list) else value
             others[f"one {value}"] = pa.array(plain, column.type)
-        yield name, "removed", table.remove_column(at)
+        yield name, "removed", table.remove_column(index)
         for how, other in others.items():
             if not other.type.equals(column.type) or not other.equals(column.combine_chunks()):
-                yield name, how, table.set_column(at, pa.field(name, other.type), other)
+                yield name, how, table.set_column(index, pa.field(name, other.type), other)
 
 
 def sign(folder: Path) -> None:
-    """Write the manifest anew, as one of the files that are there."""
+    """Rewrite the manifest with the hashes of the current files."""
     manifest = json.loads((folder / "manifest.json").read_text())
     files = [folder / name for name in manifest.pop("files")]
     del manifest["schema_version"]
     write_manifest(folder, manifest, files)
 
 
-#: What the rows alone cannot show, and what nothing asks of them.
+#: Changes that no reader can detect from the rows, or that no reader checks.
 FREE = {
     *(("count", how) for how in ("one 100",)),
     *(("rank", how) for how in ("one 100",)),
@@ -241,7 +208,7 @@ def test_signed_contents_that_cannot_be(folder: Path, table: str, pages: list[ob
 
         for argv in (["features", "check", folder], pages if n % 5 == 0 else None):
             if argv is not None:
-                # The pages have some of the columns, and need no more than to end well.
+                # The pages read only part of the columns, so any result is accepted.
                 valid = text if argv is not pages else lambda *_: True
                 said = ends_well(command(*argv), damage, path, valid=valid)
                 wrong += [f"{argv[1]}: {said}"] if said else []
@@ -252,71 +219,65 @@ def test_signed_contents_that_cannot_be(folder: Path, table: str, pages: list[ob
 
 
 def _same_type(table: str, damage: Damage) -> bool:
-    """Whether a text became another text, a number of the same type another: no reader can see."""
+    """Return whether text was replaced by other text, which no reader can detect."""
     fields = {**schema.TABLES, **schema.SHARED}[table.rpartition("/")[2]]
-    own = fields.field(damage.key).type
+    column_type = fields.field(damage.key).type
     free = {"description", "judge", "reason", "class", "subclass", "id", "string"}
     if damage.value == "strings":
-        return damage.key in free and pa.types.is_string(own)
+        return damage.key in free and pa.types.is_string(column_type)
     return damage.key == "shown" and damage.value == "short lists"
 
 
 # --- documents ------------------------------------------------------------------------------------
 
-#: Keys of a manifest that are told and not used, or that may be any text or list of texts.
-TOLD = {
+#: Keys of a manifest that are only reported, or that may be any text or list of texts.
+REPORTED = {
     "run", "adapter", "target", "base", "source", "digest", "settings", "top", "uniform", "before",
     "after", "seed", "demeaned", "versions", "lens", "pair", "domains",
 }  # fmt: skip
 
 
-def test_manifest(whole: Path, folder: Path, pages: list[object]) -> None:
-    cases = variants(folder / "manifest.json")
+def test_manifest(folder: Path, pages: list[object]) -> None:
+    path = folder / "manifest.json"
     accepted: list[Damage] = []
 
     def valid(damage: Damage, _: Any) -> bool:
         accepted.append(damage)
-        known = damage.key in TOLD or damage.key in ("texts", "tokens", "edges")
+        known = damage.key in REPORTED or damage.key in ("texts", "tokens", "edges")
         listed = damage.key.endswith(".parquet") or damage.key in ("bytes", "sha256")
         return known or listed or damage.name.startswith("bit flip")
 
-    # The message is of a file that the manifest describes where it contradicts it.
+    # If a file contradicts the manifest, the message names that file.
     names = ("manifest.json", ".parquet", "no adapter units")
-    call = command("features", "sets", folder)
-    tried(whole, folder, "manifest.json", cases, call, valid=valid, names=names)
-    held = list(accepted)
-    free = {*TOLD, "texts.parquet"}
+    sweep(path, variants(path), command("features", "sets", folder), valid, names)
+    cases = list(accepted)
+    free = {*REPORTED, "texts.parquet"}
 
-    def told(damage: Damage, _: Any) -> bool:
+    def reported(damage: Damage, _: Any) -> bool:
         return damage.key in free or damage.name.startswith("bit flip")
 
     names = (str(folder), *names)
-    for argv in (["features", "check", folder], pages):
-        some = held if argv is not pages else held[::6]
-        valid_here = told if argv is not pages else (lambda *_: True)
-        tried(whole, folder, "manifest.json", some, command(*argv), valid=valid_here, names=names)
+    sweep(path, cases, command("features", "check", folder), reported, names)
+    sweep(path, cases[::6], command(*pages), lambda *_: True, names)
 
 
-def test_sets(whole: Path, folder: Path) -> None:
-    name = "sets/some.json"
-    cases = variants(folder / name)
-    told = {"name", "adapter", "made", "n_layers", "n_features"}
+def test_sets(folder: Path) -> None:
+    path = folder / "sets" / "some.json"
+    cases = variants(path)
+    reported = {"name", "adapter", "made", "n_layers", "n_features"}
 
     def valid(damage: Damage, _: Any) -> bool:
         sizes = damage.key in ("n_layers", "n_features") and damage.value == 10**9
-        size = damage.name == "size removed"  # the list itself says it
-        return damage.key in told or sizes or size or damage.name.startswith("bit flip")
+        size = damage.name == "size removed"  # the list has a length
+        return damage.key in reported or sizes or size or damage.name.startswith("bit flip")
 
-    def listing() -> Any:
-        command("features", "check", folder)()
-
-    # A set of another adapter is one that stays when features are collected anew.
-    tried(whole, folder, name, cases, listing, valid=valid)
-    ablate = command("intervene", folder, "--ablate", folder / name, "--output", folder / "o")
-    tried(whole, folder, name, cases, ablate, valid=never, names=("some.json", str(folder)))
+    # A set of another adapter is valid: sets are not removed when features are collected again.
+    sweep(path, cases, command("features", "check", folder), valid)
+    ablate = command("intervene", folder, "--ablate", path, "--output", folder / "o")
+    sweep(path, cases, ablate, never, ("some.json", str(folder)))
 
 
-def test_the_site_s_record(whole: Path, folder: Path) -> None:
+def test_the_site_s_record(folder: Path) -> None:
     from fastadapt.features.site.pages import is_current
 
     store = Store.open(folder)
@@ -324,19 +285,8 @@ def test_the_site_s_record(whole: Path, folder: Path) -> None:
     assert site is not None
     assert is_current(store, site)
     path = site / "site.json"
-    sound = path.read_bytes()
-    wrong = []
-    for damage in variants(path):
-        damage.apply(path)
-        said = ends_well(
-            lambda: is_current(store, site), damage, path, valid=lambda _, now: not now
-        )
-        wrong += [said] if said else []
-        if path.is_dir():
-            path.rmdir()
-    path.write_bytes(sound)
+    sweep(path, variants(path), lambda: is_current(store, site), lambda _, current: not current)
     assert is_current(store, site)
-    assert not wrong, "\n".join(wrong)
 
 
 def test_a_judge_s_kept_answers(tmp_path: Path) -> None:
@@ -346,19 +296,12 @@ def test_a_judge_s_kept_answers(tmp_path: Path) -> None:
     calls.put(request, "yes", {"tokens": 3})
     path = next(tmp_path.rglob("*.json"))
     assert calls.get(request) == "yes"
-    wrong = []
-    for damage in variants(path):
-        damage.apply(path)
-        # One that cannot be read counts as not there; a text is a text.
-        valid = lambda damage, got: got is None or isinstance(got, str)  # noqa: E731
-        said = ends_well(lambda: calls.get(request), damage, path, valid=valid)
-        wrong += [said] if said else []
-        if path.is_dir():
-            path.rmdir()
-    assert not wrong, "\n".join(wrong)
+    # An unreadable reply counts as missing.
+    valid = lambda _, reply: reply is None or isinstance(reply, str)  # noqa: E731
+    sweep(path, variants(path), lambda: calls.get(request), valid)
 
 
-# --- kinds of their own ---------------------------------------------------------------------------
+# --- other damage ---------------------------------------------------------------------------------
 
 
 def test_a_sound_store_passes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -412,7 +355,7 @@ def test_a_hash_is_taken_once_and_again_after_a_change(
 
 
 def test_a_footer_is_believed_where_its_pages_hold_it(tmp_path: Path) -> None:
-    """Long runs of one value are no damage, however few bytes they take."""
+    """A long run of one value is valid, even if it takes very few bytes."""
     from fastadapt.io import parquet
 
     path = tmp_path / "long.parquet"
@@ -433,7 +376,7 @@ def test_regions_and_texts_are_places(folder: Path) -> None:
     store = Store.open(folder)
     rows = store.read("examples")
     column = pc.add(rows["text"], pa.scalar(3, pa.int32()))
-    at = rows.schema.get_field_index("text")
-    write_table(rows.set_column(at, "text", column), store.path("examples"), schema.EXAMPLES)
+    index = rows.schema.get_field_index("text")
+    write_table(rows.set_column(index, "text", column), store.path("examples"), schema.EXAMPLES)
     with pytest.raises(UserError, match=r"examples\.parquet: the column 'text': expected 0 to 2"):
         store.read("examples", layer=0)

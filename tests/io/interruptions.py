@@ -1,18 +1,18 @@
-"""Kill a command at many moments, and let the disk fill up under it; report what was left.
+"""Interrupt a command by kills and full disks, resume it, and compare the files that it writes.
 
-Run as a program: ``interruptions.py PLAN.json``. The plan::
+Usage: ``interruptions.py PLAN.json``. The plan::
 
     command    arguments of `fastadapt`
-    room       folder that holds all that the command writes, and nothing else
-    before     folder whose contents the room has before each attempt, or null
-    kills      number of SIGKILLs, spread over the moments of an undisturbed run
-    full       shares of the space that the command needs, each of which a disk is limited to
-    varying    patterns of the names of files whose contents hold times
+    workdir    folder of all files that the command writes, without other files
+    before     folder whose contents are copied to the workdir before each attempt, or null
+    kills      number of SIGKILLs, spread over the moments of an uninterrupted run
+    full       sizes of the disk, as fractions of the space that the command needs
+    varying    patterns of the names of files that contain times
 
-The libraries are imported once; every attempt is a fork. A moment is a call that changes what is on
-the disk: open for writing, fsync, rename, remove, mkdir, a write to a log, and half a safetensors
-file. Prints a JSON object: ``moments``, ``kills``, ``full`` (how it was made, and how often), and
-``wrong``, a list of sentences.
+The libraries are imported once, and every attempt is a fork. A moment is a call that changes the
+disk: open for writing, fsync, rename, remove, mkdir, a write to a log, or half a safetensors file.
+The program prints a JSON object: ``moments``, ``kills``, ``full`` (number of attempts by the way of
+limiting the disk), and ``faults``, a list of messages.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ WRITES = os.O_WRONLY | os.O_RDWR
 
 
 class Outcome(NamedTuple):
-    """How an attempt ended: its wait status, what it said, and the moments that it had."""
+    """Wait status, output and number of moments of an attempt."""
 
     status: int
-    said: str
+    output: str
     moments: int
 
     @property
@@ -47,27 +47,27 @@ class Outcome(NamedTuple):
 
 
 def attempt(
-    command: list[str], room: Path, *, kill_at: int | None = None, limit: int | None = None
+    command: list[str], workdir: Path, *, kill_at: int | None = None, limit: int | None = None
 ) -> Outcome:
     """Run a command in a fork that kills itself at moment ``kill_at``.
 
     Args:
         command: arguments of `fastadapt`.
-        room: where moments count.
-        kill_at: from 1; none if not given.
-        limit: no file may grow beyond it.
+        workdir: folder whose changes count as moments.
+        kill_at: moment, counted from 1; None for no kill.
+        limit: largest size of a file in bytes.
     """
-    said, counted = room.parent / "said", room.parent / "counted"
+    output, counted = workdir.parent / "said", workdir.parent / "counted"
     child = os.fork()
     if child == 0:
         code = 70
         try:
-            with said.open("wb") as file:
+            with output.open("wb") as file:
                 os.dup2(file.fileno(), 1)
                 os.dup2(file.fileno(), 2)
             if limit is not None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-            moments = watch(room, kill_at)
+            moments = watch(workdir, kill_at)
             from fastadapt.cli.main import main
 
             code = main(command)
@@ -83,15 +83,15 @@ def attempt(
     _, status = os.waitpid(child, 0)
     moments = int(counted.read_text()) if counted.exists() else 0
     counted.unlink(missing_ok=True)
-    return Outcome(status, said.read_text(errors="replace"), moments)
+    return Outcome(status, output.read_text(errors="replace"), moments)
 
 
-def watch(room: Path, kill_at: int | None) -> Callable[[], int]:
-    """Count the moments in ``room`` from now on, and kill this process at one of them."""
+def watch(workdir: Path, kill_at: int | None) -> Callable[[], int]:
+    """Count the moments in ``workdir``, and kill this process at moment ``kill_at``."""
     import pyarrow.parquet as pq
     import safetensors.torch
 
-    start, seen = f"{os.path.realpath(room)}/", 0
+    start, seen = f"{os.path.realpath(workdir)}/", 0
 
     def inside(path: Any, folder: int = -1) -> bool:
         if isinstance(path, int):
@@ -109,30 +109,32 @@ def watch(room: Path, kill_at: int | None) -> Callable[[], int]:
             before()
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def audit(event: str, given: tuple[Any, ...]) -> None:
+    def audit(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
-            counts = isinstance(given[2], int) and given[2] & WRITES and inside(given[0])
+            counts = (
+                isinstance(arguments[2], int) and arguments[2] & WRITES and inside(arguments[0])
+            )
         elif event in ("os.remove", "os.rmdir"):
-            counts = inside(given[0], given[1])
+            counts = inside(arguments[0], arguments[1])
         elif event == "os.mkdir":
-            counts = inside(given[0], given[2])
+            counts = inside(arguments[0], arguments[2])
         elif event == "os.rename":
-            counts = inside(given[1], given[3])
+            counts = inside(arguments[1], arguments[3])
         else:
             return
         if counts:
             moment()
 
-    def of_descriptor(function: Any) -> Any:
-        def stand_in(descriptor: int, *more: Any) -> Any:
+    def counted_call(function: Any) -> Any:
+        def wrapper(descriptor: int, *more: Any) -> Any:
             if inside(descriptor):
                 moment()
             return function(descriptor, *more)
 
-        return stand_in
+        return wrapper
 
     sys.addaudithook(audit)
-    os.fsync, os.write = of_descriptor(os.fsync), of_descriptor(os.write)
+    os.fsync, os.write = counted_call(os.fsync), counted_call(os.write)
     save, write_table = safetensors.torch.save_file, pq.ParquetWriter.write_table
 
     def save_file(tensors: Any, path: Any, metadata: Any = None) -> None:
@@ -143,115 +145,117 @@ def watch(room: Path, kill_at: int | None) -> Callable[[], int]:
         moment(half)
         save(tensors, path, metadata)
 
-    def write_rows(self: Any, *given: Any, **more: Any) -> None:
+    def write_rows(self: Any, *arguments: Any, **more: Any) -> None:
         moment()
-        write_table(self, *given, **more)
+        write_table(self, *arguments, **more)
 
     safetensors.torch.save_file, pq.ParquetWriter.write_table = save_file, write_rows
     return lambda: seen
 
 
 class Trial:
-    """A command, and what it leaves when nothing comes between."""
+    """A command, and the files of an uninterrupted run of it."""
 
     def __init__(self, plan: dict[str, Any]) -> None:
         self.command: list[str] = plan["command"]
-        self.room = Path(plan["room"])
+        self.workdir = Path(plan["workdir"])
         self.before = Path(plan["before"]) if plan["before"] else None
         self.varying: list[str] = plan["varying"]
-        self.wrong: list[str] = []
+        self.faults: list[str] = []
         self.reset()
-        whole = attempt(self.command, self.room)
+        whole = attempt(self.command, self.workdir)
         if whole.code != 0:
-            raise SystemExit(f"{self.command} ended with {whole.code}: {whole.said}")
+            raise SystemExit(f"{self.command} ended with {whole.code}: {whole.output}")
         self.moments = whole.moments
         self.expected = self.files()
-        self.need = space(self.room) - (space(self.before) if self.before else 0)
-        self.largest = max(path.stat().st_size for path in self.room.rglob("*") if path.is_file())
+        self.need = space(self.workdir) - (space(self.before) if self.before else 0)
+        self.largest = max(
+            path.stat().st_size for path in self.workdir.rglob("*") if path.is_file()
+        )
 
     def reset(self) -> None:
-        """Empty the room, but for what it has at first."""
-        for path in list(self.room.iterdir()) if self.room.exists() else []:
+        """Restore the contents that the workdir has before each attempt."""
+        for path in list(self.workdir.iterdir()) if self.workdir.exists() else []:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         if self.before is not None:
-            shutil.copytree(self.before, self.room, dirs_exist_ok=True)
-        self.room.mkdir(exist_ok=True)
+            shutil.copytree(self.before, self.workdir, dirs_exist_ok=True)
+        self.workdir.mkdir(exist_ok=True)
 
     def files(self) -> dict[str, bytes | None]:
-        """Every file's contents by its name; None of those that hold times."""
-        found: dict[str, bytes | None] = {}
-        for path in sorted(self.room.rglob("*")):
+        """Return the contents of every file by name; None for files that contain times."""
+        contents: dict[str, bytes | None] = {}
+        for path in sorted(self.workdir.rglob("*")):
             if path.is_file():
-                name = str(path.relative_to(self.room))
+                name = str(path.relative_to(self.workdir))
                 varies = any(fnmatch.fnmatch(name, pattern) for pattern in self.varying)
-                found[name] = None if varies else path.read_bytes()
-        return found
+                contents[name] = None if varies else path.read_bytes()
+        return contents
 
     def kill(self, moment: int) -> None:
         self.reset()
-        ended = attempt(self.command, self.room, kill_at=moment)
+        ended = attempt(self.command, self.workdir, kill_at=moment)
         if ended.code != -signal.SIGKILL:
-            self.wrong.append(f"kill {moment}: ended with {ended.code}: {ended.said[-300:]}")
-        self.go_on(f"kill {moment}")
+            self.faults.append(f"kill {moment}: ended with {ended.code}: {ended.output[-300:]}")
+        self.resume(f"kill {moment}")
 
-    def go_on(self, when: str, said: str = "") -> None:
-        """Run the command again, as messages advise, and compare what is there in the end."""
-        more = ["--resume"] if "--resume" in said and "--resume" not in self.command else []
+    def resume(self, when: str, output: str = "") -> None:
+        """Run the command again as its messages advise, and compare its files."""
+        more = ["--resume"] if "--resume" in output and "--resume" not in self.command else []
         for _ in range(3):
-            ended = attempt([*self.command, *more], self.room)
-            if ended.code == 2 and "(--resume)" in ended.said:
+            ended = attempt([*self.command, *more], self.workdir)
+            if ended.code == 2 and "(--resume)" in ended.output:
                 more = ["--resume"]
-            elif ended.code == 2 and "(--overwrite)" in ended.said:  # the kill came after the end
+            elif ended.code == 2 and "(--overwrite)" in ended.output:  # the kill came after the end
                 self.compare(f"{when}, finished", swept=False)
                 more = ["--overwrite"]
             else:
                 break
         if ended.code != 0:
-            self.wrong.append(f"{when}: {more}: exit {ended.code}: {ended.said[-500:]}")
+            self.faults.append(f"{when}: {more}: exit {ended.code}: {ended.output[-500:]}")
         self.compare(when)
 
     def compare(self, when: str, *, swept: bool = True) -> None:
-        found = self.files()
+        contents = self.files()
         if not swept:
-            found = {name: found[name] for name in found if ".tmp-" not in name}
-        names = found.keys() | self.expected.keys()
+            contents = {name: contents[name] for name in contents if ".tmp-" not in name}
+        names = contents.keys() | self.expected.keys()
         none = b"none"
-        differing = [n for n in names if found.get(n, none) != self.expected.get(n, none)]
+        differing = [n for n in names if contents.get(n, none) != self.expected.get(n, none)]
         if differing:
-            self.wrong.append(f"{when}: other files than of one go: {sorted(differing)[:5]}")
-        staged = [str(path) for path in self.room.rglob(".tmp-*")]
+            self.faults.append(f"{when}: files differ: {sorted(differing)[:5]}")
+        staged = [str(path) for path in self.workdir.rglob(".tmp-*")]
         if swept and staged:
-            self.wrong.append(f"{when}: left over: {staged[:3]}")
+            self.faults.append(f"{when}: left over: {staged[:3]}")
 
     def fill(self, share: float) -> str:
-        """Let a disk be full once the share of what is needed is written; returns how."""
+        """Run the command on a disk of a fraction of the needed space; return the kind of limit."""
         self.reset()
-        with small_disk(self.room) as resize:
+        with small_disk(self.workdir) as resize:
             if resize is None:
-                how, when = "no file beyond a size", f"files of {share:.0%}"
-                ended = attempt(self.command, self.room, limit=int(share * self.largest))
+                limits, when = "no file beyond a size", f"files of {share:.0%}"
+                ended = attempt(self.command, self.workdir, limit=int(share * self.largest))
             else:
-                how, when = "tmpfs", f"full at {share:.0%}"
+                limits, when = "tmpfs", f"full at {share:.0%}"
                 self.reset()
-                room = space(self.room) + int(share * self.need) // PAGE * PAGE
-                resize(max(PAGE, room))  # none would be no limit
-                ended = attempt(self.command, self.room)
+                size = space(self.workdir) + int(share * self.need) // PAGE * PAGE
+                resize(max(PAGE, size))  # a size of 0 would be no limit
+                ended = attempt(self.command, self.workdir)
                 resize(1 << 28)
             reasons = ["No space left on device"]
-            if how != "tmpfs":  # SQLite does not say which error of the system it was
+            if limits != "tmpfs":  # SQLite does not name the system's error
                 reasons = ["File too large", "disk I/O error"]
-            for good, told in (
+            for is_right, fault in (
                 (ended.code == 1, f"exit {ended.code}"),
-                ("Traceback" not in ended.said, "a traceback"),
-                (ended.said.count("error: ") == 1, "not one error"),
-                ("cannot be written" in flat(ended.said), "no word that it cannot be written"),
-                (any(reason in flat(ended.said) for reason in reasons), "no reason"),
-                ("again" in flat(ended.said) or "--resume" in ended.said, "no advice"),
+                ("Traceback" not in ended.output, "a traceback"),
+                (ended.output.count("error: ") == 1, "not one error"),
+                ("cannot be written" in flat(ended.output), "no 'cannot be written'"),
+                (any(reason in flat(ended.output) for reason in reasons), "no reason"),
+                ("again" in flat(ended.output) or "--resume" in ended.output, "no advice"),
             ):
-                if not good:
-                    self.wrong.append(f"{when}: {told}: {ended.said[-700:]}")
-            self.go_on(when, ended.said)
-        return how
+                if not is_right:
+                    self.faults.append(f"{when}: {fault}: {ended.output[-700:]}")
+            self.resume(when, ended.output)
+        return limits
 
 
 def flat(text: str) -> str:
@@ -259,27 +263,27 @@ def flat(text: str) -> str:
 
 
 def space(folder: Path) -> int:
-    """Bytes of a folder's files in whole pages."""
+    """Return the bytes of a folder's files, rounded up to whole pages."""
     sizes = (path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return sum(-(-size // PAGE) * PAGE for size in sizes)
 
 
 @contextmanager
-def small_disk(room: Path) -> Iterator[Callable[[int], None] | None]:
-    """A file system of its own at ``room``, to be resized; None where none may be mounted."""
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", str(room)]
+def small_disk(workdir: Path) -> Iterator[Callable[[int], None] | None]:
+    """Mount a file system and yield a function that resizes it, or None if mounting failed."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", str(workdir)]
     if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
         yield None
         return
 
     def resize(size: int) -> None:
-        again = ["mount", "-o", f"remount,size={size}", str(room)]
+        again = ["mount", "-o", f"remount,size={size}", str(workdir)]
         subprocess.run(again, check=True, capture_output=True)
 
     try:
         yield resize
     finally:
-        subprocess.run(["umount", "--lazy", str(room)], check=True)
+        subprocess.run(["umount", "--lazy", str(workdir)], check=True)
 
 
 def main(plan: dict[str, Any]) -> dict[str, Any]:
@@ -297,12 +301,12 @@ def main(plan: dict[str, Any]) -> dict[str, Any]:
     moments = [1 + i * (trial.moments - 1) // max(1, kills - 1) for i in range(kills)]
     for moment in moments:
         trial.kill(moment)
-    how = [trial.fill(share) for share in plan["full"]]
+    limits = [trial.fill(share) for share in plan["full"]]
     return {
         "moments": trial.moments,
         "kills": len(moments),
-        "full": {name: how.count(name) for name in how},
-        "wrong": trial.wrong,
+        "full": {name: limits.count(name) for name in limits},
+        "faults": trial.faults,
     }
 
 

@@ -1,9 +1,9 @@
-"""What a power cut may leave: a model of a disk, where a name is safe once its folder is synced.
+"""Model a disk that loses unsynced changes at a power cut; a synced folder makes its names durable.
 
-:func:`record` keeps the calls of fsync and rename of a piece of code, each with the lines of this
-library that led to it and with what was in the folder then. :func:`faults` goes through them with a
-disk that has only what was synced, and tells what a cut could leave. A line that syncs can be taken
-away afterwards (``without``), so that a test can ask whether it is needed.
+:func:`record` runs code and records its calls of fsync and rename, each with the calling lines of
+the library and the contents of the folder. :func:`faults` replays these calls on a disk that holds
+only synced data, and lists inconsistent states that a power cut could leave. ``without`` removes
+the syncs of one call, so that a test can check that this call is necessary.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import fastadapt
 
 PACKAGE = Path(fastadapt.__file__).parent
 SYNCS = {"fsync", "sync", "sync_file", "sync_folder", "sync_tree"}
-#: How names begin of what is not there for anyone yet.
+#: Prefixes of the names of staged files, which no reader opens.
 _STAGED = (".tmp-", "collecting.next")
 _LOCKS = (".lock", "lock")
 
 
 class Site(NamedTuple):
-    """A call that syncs, in the source of the library."""
+    """A call in the library's source that syncs."""
 
     file: str
     first: int
@@ -40,16 +40,16 @@ class Site(NamedTuple):
 
 
 def sites() -> list[Site]:
-    """Every call in the library of a function that syncs."""
-    found = []
+    """Return every call in the library of a function that syncs."""
+    calls = []
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call):
                 name = getattr(node.func, "attr", getattr(node.func, "id", ""))
                 if name in SYNCS:
                     file = path.relative_to(PACKAGE).as_posix()
-                    found.append(Site(file, node.lineno, node.end_lineno or node.lineno))
-    return found
+                    calls.append(Site(file, node.lineno, node.end_lineno or node.lineno))
+    return calls
 
 
 Listing = dict[str, int]  # name -> inode
@@ -57,36 +57,36 @@ Listing = dict[str, int]  # name -> inode
 
 @dataclass
 class Tree:
-    """What is in a folder and below, by inode, at a moment."""
+    """Contents of a folder and its subfolders by inode, at one time."""
 
     top: int
     folders: dict[int, Listing] = field(default_factory=dict)
     files: dict[int, tuple[int, int]] = field(default_factory=dict)  # size, time of the last change
 
     def follow(self, names: Sequence[str]) -> int | None:
-        """The inode at the end of a path; None where there is none."""
+        """Return the inode of a path, or None if the path does not exist."""
         inode: int | None = self.top
         for name in names:
             inode = None if inode is None else self.folders.get(inode, {}).get(name)
         return inode
 
     def take(self, other: Tree, inode: int) -> None:
-        """Take over what another tree has of a folder or file."""
+        """Copy the state of a folder or file from another tree."""
         if inode in other.folders:
             self.folders[inode] = other.folders[inode]
         if inode in other.files:
             self.files[inode] = other.files[inode]
 
     def below(self, inode: int, path: str = "") -> Iterator[tuple[str, int]]:
-        """Path and inode of a folder or file and of what is in it, but for what is staged."""
+        """Yield path and inode of a folder or file and of its contents, except staged ones."""
         yield path, inode
-        for name, held in _lasting(self.folders.get(inode, {})).items():
-            yield from self.below(held, f"{path}/{name}")
+        for name, descriptors in _lasting(self.folders.get(inode, {})).items():
+            yield from self.below(descriptors, f"{path}/{name}")
 
 
 @dataclass
 class Event:
-    """A call: ``sync`` of an inode, ``rename`` to a path, or the ``end``."""
+    """A recorded call: ``sync`` of an inode or ``rename`` to a path; or the ``end``."""
 
     kind: str
     inode: int
@@ -101,13 +101,15 @@ class Event:
 
 @dataclass
 class Recording:
-    """The calls, in order, after a first event that has what was there before."""
+    """Recorded calls in order. The first event holds the contents before the recorded code."""
 
     root: Path
     events: list[Event] = field(default_factory=list)
-    held: dict[int, int] = field(default_factory=dict)  # open, so that no inode is used again
+    descriptors: dict[int, int] = field(
+        default_factory=dict
+    )  # open, so that no inode is used again
 
-    def note(self, kind: str, inode: int = -1, path: str = "") -> None:
+    def add_event(self, kind: str, inode: int = -1, path: str = "") -> None:
         self.events.append(Event(kind, inode, path, _lines(), self._look()))
 
     def _look(self) -> Tree:
@@ -120,47 +122,47 @@ class Recording:
                 path = os.path.join(parent, name)
                 listing[name] = inode = self._inode(path)
                 stat = os.stat(path)
-                # SQLite syncs its file itself, out of sight of os.fsync: its contents do not count.
+                # SQLite syncs its file without os.fsync, so its contents are not checked.
                 size = 0 if name.endswith(".sqlite") else stat.st_size
                 tree.files[inode] = size, stat.st_mtime_ns
         return tree
 
     def _inode(self, path: str) -> int:
         inode = os.stat(path).st_ino
-        if inode not in self.held:
-            self.held[inode] = os.open(path, os.O_RDONLY)
+        if inode not in self.descriptors:
+            self.descriptors[inode] = os.open(path, os.O_RDONLY)
         return inode
 
     def close(self) -> None:
-        for descriptor in self.held.values():
+        for descriptor in self.descriptors.values():
             os.close(descriptor)
 
 
 def record(write: Callable[[], object], root: Path, patch: Callable) -> Recording:
-    """What a piece of code does in a folder; ``patch`` is ``monkeypatch.setattr``."""
+    """Run ``write`` and record its calls in a folder; ``patch`` is ``monkeypatch.setattr``."""
     root = Path(os.path.realpath(root))
     recording = Recording(root)
     fsync = os.fsync
 
     def synced(descriptor: int) -> None:
         path = os.readlink(f"/proc/self/fd/{descriptor}")
-        recording.note("sync", os.fstat(descriptor).st_ino, path)
+        recording.add_event("sync", os.fstat(descriptor).st_ino, path)
         fsync(descriptor)
 
     def renamed(function: Callable) -> Callable:
-        def stand_in(old: os.PathLike, new: os.PathLike) -> None:
-            recording.note("before")
+        def wrapper(old: os.PathLike, new: os.PathLike) -> None:
+            recording.add_event("before")
             function(old, new)
-            recording.note("rename", os.stat(new).st_ino, os.fspath(new))
+            recording.add_event("rename", os.stat(new).st_ino, os.fspath(new))
 
-        return stand_in
+        return wrapper
 
-    recording.note("start")
+    recording.add_event("start")
     patch(os, "fsync", synced)
     patch(os, "rename", renamed(os.rename))
     patch(os, "replace", renamed(os.replace))
     write()
-    recording.note("end")
+    recording.add_event("end")
     recording.close()
     return recording
 
@@ -172,83 +174,85 @@ def faults(
     *,
     old_counts: bool = True,
 ) -> list[str]:
-    """What a cut could leave that must not be.
+    """Return messages about inconsistent states that a power cut could leave.
 
     Args:
-        recording: of a piece of code.
-        marker: path, in the folder, of the file that says that all is whole; None if there is none.
-        old_counts: whether a marker that was there before says so, too, of what was there before.
-        without: a call whose syncs are left out.
+        recording: recorded calls.
+        marker: path in the folder of the file that marks the contents as complete, or None.
+        old_counts: whether a marker that existed before marks the old contents as complete.
+        without: a call whose syncs are ignored.
     """
     start, *events = recording.events
     disk = Tree(start.tree.top, dict(start.tree.folders), dict(start.tree.files))
-    wrong: list[str] = []
+    problems: list[str] = []
     synced: list[int] = []
     names = marker.split("/") if marker else []
     old = start.tree.follow(names) if marker and not old_counts else None
     for event in events:
         if marker is not None:
-            wrong += _half_marked(event.tree, disk, names, old)
+            problems += _half_marked(event.tree, disk, names, old)
         if event.kind == "rename" and not event.staged:
-            wrong += _unsafe_rename(event, disk, recording.root)
-            wrong += _synced_in_another_order(event, synced, names)
+            problems += _unsafe_rename(event, disk, recording.root)
+            problems += _synced_in_another_order(event, synced, names)
         if event.kind == "sync":
-            wrong += _out_of_order(event, disk)
+            problems += _out_of_order(event, disk)
             synced.append(event.inode)
             if without is None or not any(map(without.holds, event.lines)):
                 disk.take(event.tree, event.inode)
     tree = events[-1].tree
-    return wrong + [f"at the end {told}" for told in _unsafe(tree, disk, tree.top, gone=False)]
+    return problems + [
+        f"at the end {fault}" for fault in _unsafe(tree, disk, tree.top, removed_counts=False)
+    ]
 
 
 def _half_marked(now: Tree, disk: Tree, marker: list[str], old: int | None) -> list[str]:
-    """Where the marker is there, or may be after a cut, all else must be safe; not for the old."""
+    """Check that all contents are durable once the new marker may exist after a cut."""
     if {now.follow(marker), disk.follow(marker)} <= {None, old}:
         return []
     chain, inode = set(), now.top
     for name in marker:
         chain.add((inode, name))
         inode = now.folders.get(inode, {}).get(name, -1)
-    told = _unsafe(now, disk, now.top, but=chain)
+    lost = _unsafe(now, disk, now.top, but=chain)
     if disk.follow(marker) is not None and disk.follow(marker[:-1]) not in now.folders:
-        told.append("what was beside it is gone")
-    return [f"{'/'.join(marker)} may be there, and {one}" for one in told]
+        lost.append("its folder is removed")
+    return [f"{'/'.join(marker)} may exist, and {fault}" for fault in lost]
 
 
 def _unsafe_rename(event: Event, disk: Tree, root: Path) -> list[str]:
-    """What takes its place is safe within, as is all that was written in place, and its folder."""
-    inode, wrong, names = event.tree.top, [], Path(event.path).relative_to(root).parts
+    """Check that the renamed contents, the files written in place and the folder are durable."""
+    inode, problems, names = event.tree.top, [], Path(event.path).relative_to(root).parts
     for name in names[:-1]:
         if disk.folders.get(inode, {}).get(name) != event.tree.folders[inode][name]:
-            wrong.append(f"the name of {name} is not safe when {event.path} is put into it")
+            problems.append(f"the name of {name} is not safe when {event.path} is put into it")
         inode = event.tree.folders[inode][name]
-    told = [*_unsafe(event.tree, disk, event.inode), *_changed(event.tree, disk)]
-    return wrong + [f"when {event.path} is put in place {one}" for one in told]
+    lost = [*_unsafe(event.tree, disk, event.inode), *_changed(event.tree, disk)]
+    return problems + [f"when {event.path} is put in place {fault}" for fault in lost]
 
 
 def _out_of_order(event: Event, disk: Tree) -> list[str]:
-    """Of files that are written in place, one is synced when those before it are safe."""
+    """Check that a file written in place is synced after the files written before are durable."""
     if event.staged or event.inode not in event.tree.files:
         return []
     return [
-        f"when {event.path} is synced {told}"
-        for told in _changed(event.tree, disk, but=event.inode)
+        f"when {event.path} is synced {fault}"
+        for fault in _changed(event.tree, disk, but=event.inode)
     ]
 
 
 def _synced_in_another_order(event: Event, synced: list[int], marker: list[str]) -> list[str]:
-    """Of a folder with the marker in it the files are synced, the marker last, and then folders."""
+    """Check the order of syncs in a renamed folder: files, then the marker, then folders."""
     last = event.tree.follow(marker)
     ranks = {
         inode: 2 if inode in event.tree.folders else int(inode == last)
         for _, inode in event.tree.below(event.inode)
     }
-    found = [ranks[inode] for inode in dict.fromkeys(synced) if inode in ranks]
-    return [] if found == sorted(found) else [f"{event.path}: synced in the order {found}"]
+    order = [ranks[inode] for inode in dict.fromkeys(synced) if inode in ranks]
+    return [] if order == sorted(order) else [f"{event.path}: synced in the order {order}"]
 
 
 def _changed(tree: Tree, disk: Tree, but: int = -1) -> list[str]:
-    """Files of other contents than those that are safe."""
+    """Return messages about files whose contents are not durable."""
     return [
         f"the contents of {path} are not safe"
         for path, inode in tree.below(tree.top)
@@ -263,29 +267,29 @@ def _unsafe(
     top: int,
     *,
     but: set[tuple[int, str]] = frozenset(),  # type: ignore[assignment]
-    gone: bool = True,
+    removed_counts: bool = True,
 ) -> list[str]:
-    """Names and contents, of a folder or file and below, that a cut may take back.
+    """Return messages about names and contents, at and below ``top``, that a cut may revert.
 
     Args:
-        now: what is there.
-        disk: what is safe.
+        now: current contents.
+        disk: durable contents.
         top: inode of the folder or file.
-        but: names in folders that do not count.
-        gone: whether names that were removed count, too.
+        but: folder and name of entries to ignore.
+        removed_counts: whether removed names must be durably removed.
     """
-    wrong = []
+    problems = []
     for path, inode in now.below(top):
         if inode in now.files:
             if now.files[inode][0] and disk.files.get(inode) != now.files[inode]:
-                wrong.append(f"the contents of {path} are not safe")
+                problems.append(f"the contents of {path} are not safe")
             continue
         ours, safe = _lasting(now.folders[inode]), _lasting(disk.folders.get(inode, {}))
         for name in sorted(ours.keys() | safe.keys()):
-            counts = (inode, name) not in but and (gone or name in ours)
+            counts = (inode, name) not in but and (removed_counts or name in ours)
             if counts and ours.get(name) != safe.get(name):
-                wrong.append(f"the name {path}/{name} is not safe")
-    return wrong
+                problems.append(f"the name {path}/{name} is not safe")
+    return problems
 
 
 def _lasting(listing: Listing) -> Listing:
@@ -297,11 +301,11 @@ def _lasting(listing: Listing) -> Listing:
 
 
 def _lines() -> list[tuple[str, int]]:
-    """The lines of the library that are at work, as file in the package and number."""
-    frame, found = sys._getframe(2), []
+    """Return the calling lines of the library, as file in the package and line number."""
+    frame, lines = sys._getframe(2), []
     while frame is not None:
         path = Path(frame.f_code.co_filename)
         if path.is_relative_to(PACKAGE):
-            found.append((path.relative_to(PACKAGE).as_posix(), frame.f_lineno))
+            lines.append((path.relative_to(PACKAGE).as_posix(), frame.f_lineno))
         frame = frame.f_back  # type: ignore[assignment]
-    return found
+    return lines

@@ -1,4 +1,4 @@
-"""What a power cut must find: the order of fsync and rename, recorded, and each call needed."""
+"""Recorded calls of fsync and rename survive a power cut, and each of these calls is necessary."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def old_run(folder: Path) -> None:
 
 
 def go_on_with_run(folder: Path) -> None:
-    """A save of the training loop, of which nothing else is needed."""
+    """Save a checkpoint by the training loop, without the other parts of a run."""
     with rundir.MetricsLog(folder / "metrics.jsonl") as log:
         log.write("train", 1)
         step = SimpleNamespace(
@@ -143,7 +143,7 @@ def go_on_with_run(folder: Path) -> None:
 
 
 def prepare_features(folder: Path) -> None:
-    """What an earlier collecting left, and what is prepared for the next one."""
+    """Write the files of an earlier collection and the staged files of the next one."""
     for within in (folder, folder / "adapter", folder / "collecting.next" / "adapter"):
         within.mkdir(parents=True, exist_ok=True)
         (within / "lens.parquet").write_bytes(b"lens")
@@ -168,7 +168,7 @@ def sample(folder: Path) -> None:
 
 
 class Artefact(NamedTuple):
-    """How it is written, its marker, and what is there before; see ``power_cut.faults``."""
+    """Function that writes an artefact, its marker, and files before; see ``power_cut.faults``."""
 
     write: Callable[[Path], object]
     marker: str | None = None
@@ -220,13 +220,13 @@ ARTEFACTS = {
 
 @pytest.fixture(scope="module")
 def recordings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Recording]:
-    made = {}
+    by_name = {}
     for name, artefact in ARTEFACTS.items():
         folder = tmp_path_factory.mktemp("artefact")
         artefact.before(folder)
         with pytest.MonkeyPatch.context() as patch:
-            made[name] = record(lambda: artefact.write(folder), folder, patch.setattr)  # noqa: B023
-    return made
+            by_name[name] = record(lambda: artefact.write(folder), folder, patch.setattr)  # noqa: B023
+    return by_name
 
 
 def faults_of(name: str, recording: Recording, without: Site | None = None) -> list[str]:

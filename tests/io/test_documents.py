@@ -1,4 +1,4 @@
-"""Reading JSON and YAML: what is refused, and with which words."""
+"""JSON and YAML documents that are refused, with their messages."""
 
 import os
 import re
@@ -102,7 +102,7 @@ def test_aliases_that_expand_without_end_are_refused() -> None:
 def test_merged_keys_may_be_overridden() -> None:
     text = "x: &x {a: 1, b: 1}\ny:\n  <<: *x\n  b: 2"
     assert parse_yaml(text, "doc")["y"] == {"a": 1, "b": 2}
-    twice = "o: {i: &b {<<: &a {x: 1}, x: 2}}\nc: {<<: *b}"  # the merged node is met again
+    twice = "o: {i: &b {<<: &a {x: 1}, x: 2}}\nc: {<<: *b}"  # the merged node is visited twice
     assert parse_yaml(twice, "doc") == {"o": {"i": {"x": 2}}, "c": {"x": 2}}
 
 
@@ -139,7 +139,7 @@ def test_many_keys_of_which_one_comes_twice_take_no_time() -> None:
     begun = time.process_time()
     with pytest.raises(DocumentError, match="the key '99999' occurs twice"):
         parse_json(text, "doc")
-    assert time.process_time() - begun < 5  # a comparison of each with each takes minutes
+    assert time.process_time() - begun < 5  # comparing all pairs of keys takes minutes
 
 
 def test_a_line_may_not_be_nested_deeper_than_a_document() -> None:

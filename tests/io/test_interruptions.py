@@ -1,6 +1,7 @@
-"""Every command that writes, killed at many moments and with a full disk: the same in the end.
+"""Every command that writes gives the same files after kills and full disks.
 
-Quick: one kill and one full disk of four commands; in `make proof` ten and three of all.
+By default, four commands are tested with one kill and one full disk. `make proof` tests all
+commands with ten kills and three full disks.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def recipe(folder: Path) -> Path:
-    """Two steps on the embedded pair, into ``folder/room/run``."""
+    """Return a configuration of two steps on the embedded pair, into ``folder/workdir/run``."""
     values = {
         "pair": {"target": "organism/target", "base": "organism/base", "device": "cpu"},
         "adapter": {"n_features": 16},
@@ -46,7 +47,7 @@ def recipe(folder: Path) -> Path:
             "family": "r1-distill",
         },
         "optimizer": {"batch_size": 1, "max_steps": 2},
-        "run": {"output": str(folder / "room" / "run"), "threads": 1, "eval_every": 0},
+        "run": {"output": str(folder / "workdir" / "run"), "threads": 1, "eval_every": 0},
     }
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(values))
@@ -55,26 +56,26 @@ def recipe(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(recipe: Path, folder: Path) -> Path:
-    """The finished run, with features and a set of them, moved out of the room."""
+    """Return a finished run outside of the workdir, with features and a set of features."""
     run("train", recipe)
-    made = folder / "made"
-    (folder / "room").rename(made)
-    run("features", "collect", made / "run", "--n", 12)
+    finished = folder / "finished"
+    (folder / "workdir").rename(finished)
+    run("features", "collect", finished / "run", "--n", 12)
     sql = "SELECT layer, feature FROM features WHERE layer = 0"
-    run("features", "select", made / "run", "some", "--sql", sql)
-    return made / "run"
+    run("features", "select", finished / "run", "some", "--sql", sql)
+    return finished / "run"
 
 
 @pytest.fixture(scope="module")
 def disturb(folder: Path) -> Callable[..., dict]:
-    """``disturb(before, *command)``: what came of all interruptions of a command."""
+    """``disturb(before, *command)``: interrupt a command and return the program's report."""
 
     def trial(before: Path | None, *command: object, varying: tuple[str, ...] = ()) -> dict:
-        room = folder / "room"
-        shutil.rmtree(room, ignore_errors=True)
+        workdir = folder / "workdir"
+        shutil.rmtree(workdir, ignore_errors=True)
         plan = {
             "command": [str(word) for word in command],
-            "room": str(room),
+            "workdir": str(workdir),
             "before": None if before is None else str(before),
             "kills": KILLS,
             "full": SHARES,
@@ -88,13 +89,13 @@ def disturb(folder: Path) -> Callable[..., dict]:
             check=False,
         )
         assert ended.returncode == 0, ended.stdout + ended.stderr
-        found = json.loads(ended.stdout)
-        print(command[:2], found)
-        assert found["wrong"] == []
-        assert found["kills"] == KILLS
-        assert sum(found["full"].values()) == len(SHARES)
-        assert found["moments"] >= KILLS
-        return found
+        report = json.loads(ended.stdout)
+        print(command[:2], report)
+        assert report["faults"] == []
+        assert report["kills"] == KILLS
+        assert sum(report["full"].values()) == len(SHARES)
+        assert report["moments"] >= KILLS
+        return report
 
     return trial
 
@@ -122,20 +123,20 @@ def test_export(trained: Path, folder: Path, disturb: Callable, format: str) -> 
         source = folder / "published"
         if not source.exists():
             run("export", trained, "--output", source, "--format", "hu2026")
-    disturb(None, "export", source, "--output", folder / "room" / "out", "--format", format)
+    disturb(None, "export", source, "--output", folder / "workdir" / "out", "--format", format)
 
 
 @pytest.mark.slow
 def test_intervene(trained: Path, folder: Path, disturb: Callable) -> None:
-    disturb(None, "intervene", trained, "--ablate", "some", "--output", folder / "room" / "out")
+    disturb(None, "intervene", trained, "--ablate", "some", "--output", folder / "workdir" / "out")
 
 
 def test_features_export(trained: Path, folder: Path, disturb: Callable) -> None:
-    disturb(None, "features", "export", trained, "--output", folder / "room" / "out")
+    disturb(None, "features", "export", trained, "--output", folder / "workdir" / "out")
 
 
 def test_features_collect(trained: Path, folder: Path, disturb: Callable) -> None:
-    out = folder / "room" / "out"
+    out = folder / "workdir" / "out"
     small = ("--n", 12, "--batch_tokens", 500, "--snapshot_tokens", 500)
     disturb(None, "features", "collect", trained, "--output", out, *small)
 
@@ -147,19 +148,19 @@ def test_features_merge(trained: Path, folder: Path, disturb: Callable) -> None:
         if not shard.exists():
             cut = ("--shard", f"{i}/2", "--output", shard)
             run("features", "collect", trained, "--n", 80, "--batch_tokens", 2000, *cut)
-    disturb(None, "features", "merge", *shards, "--output", folder / "room" / "out")
+    disturb(None, "features", "merge", *shards, "--output", folder / "workdir" / "out")
 
 
 @pytest.mark.slow
 def test_data_prepare(folder: Path, disturb: Callable) -> None:
     source = openthoughts.write_jsonl(folder / "rows.jsonl", 1200)
     sizes = ("--train", 100, "--validation", 10, "--max_tokens", 60)
-    where = ("--output", folder / "room" / "out", "--tokenizer", "organism/target")
+    where = ("--output", folder / "workdir" / "out", "--tokenizer", "organism/target")
     disturb(None, "data", "prepare", source, *where, *sizes)
 
 
 @pytest.mark.slow
 def test_eval(trained: Path, folder: Path, disturb: Callable) -> None:
     few = ("--texts.n", 3, "--texts.n_partial", 2, "--sampling.max_new_tokens", 8)
-    parts = ("--parts", "[outputs, partial]", *few, "--output", folder / "room" / "out")
+    parts = ("--parts", "[outputs, partial]", *few, "--output", folder / "workdir" / "out")
     disturb(None, "eval", trained, *parts, varying=("out/texts/*", "out/report.html"))

@@ -1,4 +1,4 @@
-"""Names that become paths."""
+"""Names that become paths must be plain and stay in their folder."""
 
 from pathlib import Path
 

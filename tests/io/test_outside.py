@@ -1,4 +1,4 @@
-"""A name that a file gives leads to a file of its folder, on reading and on writing, or nowhere."""
+"""Names in files may only refer to files of the same folder, for reading and for writing."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ ODD = ["../secret", "/etc/passwd", "..\\secret", "a\0b", "x" * 300, "\ud800", ".
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder beside a secret, with a link to it."""
-    made = tmp_path / "folder"
-    made.mkdir()
+    """Return a folder beside a secret file, with a link to this file."""
+    inner = tmp_path / "folder"
+    inner.mkdir()
     (tmp_path / "secret").write_text("precious")
-    (made / "link").symlink_to("../secret")
-    return made
+    (inner / "link").symlink_to("../secret")
+    return inner
 
 
 @pytest.fixture
 def untouched(folder: Path) -> Callable[[], bool]:
-    """Whether everything is as it was when this was asked for."""
+    """``untouched()``: return whether all files are as at the first call."""
 
     def all_of() -> dict[str, Any]:
         paths = sorted(folder.parent.rglob("*"))
@@ -94,11 +94,15 @@ def stores(folder: Path, name: str) -> None:
 
 
 def data(folder: Path, name: str) -> None:
-    """A selection that is whole but for one more file, which its manifest lists under ``name``."""
+    """Write a complete selection whose manifest lists one more file, called ``name``."""
     files = {}
-    for own in output_folder.FILES.values():
-        (folder / own).write_bytes(b"precious")
-        files[own] = {"rows": 0, "bytes": 8, "sha256": hashlib.sha256(b"precious").hexdigest()}
+    for split_file in output_folder.FILES.values():
+        (folder / split_file).write_bytes(b"precious")
+        files[split_file] = {
+            "rows": 0,
+            "bytes": 8,
+            "sha256": hashlib.sha256(b"precious").hexdigest(),
+        }
     split = {"conversations": {}, "wanted": {}, "prompts": 0, "tokens": 0, "longest": 0}
     counts: dict[str, Any] = {
         "rows": 0,
@@ -113,14 +117,14 @@ def data(folder: Path, name: str) -> None:
         "settings": {"max_tokens": 8},
         "source": {},
         "counts": counts,
-        "files": {**files, name: files[own]},
+        "files": {**files, name: files[split_file]},
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def read_checkpoint(folder: Path) -> None:
-    found, passed = checkpoint.load_latest(folder)
-    assert found is None
+    loaded, passed = checkpoint.load_latest(folder)
+    assert loaded is None
     raise UserError(passed[0].reason)
 
 
