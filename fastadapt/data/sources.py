@@ -208,33 +208,29 @@ def _read_jsonl(
 def _read_parquet(
     path: Path, required: Sequence[str], optional: Sequence[str], before: int
 ) -> Iterator[_FileRow]:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with _open(path) as file:
-        try:
-            # A small buffer reads page by page, so that no row group is in memory as a whole.
-            table = pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
-            names = table.schema_arrow.names
-            require_columns(names, required, str(path))
-            columns = [*required, *(name for name in optional if name in names)]
-            done = 0
-            for group in range(table.num_row_groups):
-                rows = table.metadata.row_group(group).num_rows
-                if done + rows <= before:
-                    done += rows
-                    continue
-                for batch in table.iter_batches(256, row_groups=[group], columns=columns):
-                    # ``done`` rows precede this batch; skip those of its rows before the start.
-                    skipped = min(max(before - done, 0), len(batch))
-                    unread = batch.slice(skipped).to_pylist()
-                    for number, values in enumerate(unread, start=done + skipped + 1):
-                        yield f"{path}, row {number}", values, number, number
-                    done += len(batch)
-        # Arrow raises OSError for a damaged footer or page, UnicodeDecodeError for invalid text.
-        except (pa.ArrowException, OSError, OverflowError, UnicodeDecodeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{path}: not a readable Parquet file: {reason}") from None
+    from fastadapt.io.parquet import parquet_errors
+
+    with _open(path) as file, parquet_errors(path):
+        # A small buffer reads page by page, so that no row group is in memory as a whole.
+        table = pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
+        names = table.schema_arrow.names
+        require_columns(names, required, str(path))
+        columns = [*required, *(name for name in optional if name in names)]
+        done = 0
+        for group in range(table.num_row_groups):
+            rows = table.metadata.row_group(group).num_rows
+            if done + rows <= before:
+                done += rows
+                continue
+            for batch in table.iter_batches(256, row_groups=[group], columns=columns):
+                # ``done`` rows precede this batch; skip those of its rows before the start.
+                skipped = min(max(before - done, 0), len(batch))
+                unread = batch.slice(skipped).to_pylist()
+                for number, values in enumerate(unread, start=done + skipped + 1):
+                    yield f"{path}, row {number}", values, number, number
+                done += len(batch)
 
 
 def _read_hub(

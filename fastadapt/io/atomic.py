@@ -59,9 +59,9 @@ def replacing(path: Path, *, last: str | None = None, follow_link: bool = False)
         old = staged_beside(path) if path.is_dir() else None
         _swap(staged, path, old)
         if old is not None:
-            _remove(old)  # the next sweep removes what this leaves
+            remove(old, ignore_errors=True)  # the next sweep removes what this leaves
     finally:
-        _remove(staged)
+        remove(staged, ignore_errors=True)
 
 
 def staged_beside(path: Path) -> Path:
@@ -96,13 +96,6 @@ def _swap(staged: Path, path: Path, old: Path | None) -> None:
             os.rename(old, path)
         raise
     sync_folder(path.parent)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -170,7 +163,7 @@ def _stage(path: Path) -> Iterator[Path]:
         try:
             yield stage
         finally:
-            _remove(stage)
+            remove(stage, ignore_errors=True)
 
 
 def _fill(path: Path, new: Path, last: str | None, ours: Sequence[str]) -> None:
@@ -181,7 +174,7 @@ def _fill(path: Path, new: Path, last: str | None, ours: Sequence[str]) -> None:
     for pattern in ours:
         for old in path.glob(pattern):
             if unstaged(old.name) is None:
-                _remove(old)
+                remove(old, ignore_errors=True)
     for entry in sorted(new.iterdir(), key=lambda entry: (entry.name == last, entry)):
         if entry.name == last:
             sync_folder(path)
@@ -205,14 +198,18 @@ def _remove_abandoned(path: Path) -> None:
             left.unlink(missing_ok=True)
 
 
-def remove(path: Path) -> None:
+def remove(path: Path, *, ignore_errors: bool = False) -> None:
     """Remove a file, or a folder with its contents; remove a link, but not its target.
 
+    Args:
+        path: the path, which need not exist.
+        ignore_errors: leave entries of a folder that cannot be removed.
+
     Raises:
-        OSError: the path cannot be removed. A path that does not exist is no error.
+        OSError: the path cannot be removed.
     """
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=ignore_errors)
     else:
         path.unlink(missing_ok=True)
 
@@ -338,9 +335,9 @@ def sync_tree(path: Path, last: str | None = None) -> None:
         sync_folder(folder)
 
 
-def sync_file(path: Path) -> None:
+def sync_file(path: Path, flags: int = 0) -> None:
     """Sync the contents of a file to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY | flags)
     try:
         os.fsync(descriptor)
     finally:
@@ -349,11 +346,7 @@ def sync_file(path: Path) -> None:
 
 def sync_folder(path: Path) -> None:
     """Sync the names in a folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_file(path, os.O_DIRECTORY)
 
 
 def open_appended(path: Path) -> FileIO:

@@ -22,7 +22,7 @@ import msgspec
 import yaml
 
 from fastadapt.errors import UserError
-from fastadapt.io.files import open_regular
+from fastadapt.io.files import one_line, open_regular
 
 MAX_BYTES = 1 << 28
 MAX_DEPTH = 64
@@ -280,7 +280,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
         return f"{error.problem} at line {mark.line + 1}, column {mark.column + 1}"
-    return " ".join((str(error) or type(error).__name__).split())[:200]
+    return one_line(error)
 
 
 def _check_json(text: str, value: Any, source: str) -> None:

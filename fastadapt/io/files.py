@@ -1,4 +1,4 @@
-"""Open regular files only. The files are untrusted."""
+"""Open regular files only, and format errors in one line. The files are untrusted."""
 
 from __future__ import annotations
 
@@ -26,6 +26,16 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
             raise OSError(errno.EINVAL, "Not a regular file", os.fspath(path))
         opened.pop_all()
     return file
+
+
+def one_line(error: Exception) -> str:
+    """Return the first 200 characters of an error's message, in one line.
+
+    Example:
+        >>> one_line(ValueError("a\\n  b"))
+        'a b'
+    """
+    return " ".join((str(error) or type(error).__name__).split())[:200]
 
 
 def _open_nonblocking(path: str, flags: int) -> int:

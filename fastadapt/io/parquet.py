@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fastadapt.errors import UserError
-from fastadapt.io.files import open_regular
+from fastadapt.io.files import one_line, open_regular
 
 #: Rows per byte of a file above which the row counts of the footer are checked by reading. A column
 #: of one repeated value reaches 250 to 450 with pyarrow and 600 with DuckDB. The format itself has
@@ -91,7 +91,7 @@ def check_contents(path: Path, rows: pa.Table, schema: pa.Schema | None) -> None
         try:
             column.validate(full=True)
         except pa.ArrowException as error:
-            raise UserError(f"{path}: the column {name!r} is damaged: {_line(error)}") from error
+            raise UserError(f"{path}: the column {name!r} is damaged: {one_line(error)}") from error
         if schema is None or schema.get_field_index(name) < 0 or schema.field(name).nullable:
             continue
         inner = pc.list_flatten(column) if pa.types.is_list(column.type) else column
@@ -117,7 +117,7 @@ def parquet_errors(path: Path) -> Iterator[None]:
         yield
     # OverflowError, UnicodeDecodeError: an invalid number or name in the footer.
     except (pa.ArrowException, OSError, OverflowError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as Parquet: {_line(error)}") from error
+        raise UserError(f"{path} cannot be read as Parquet: {one_line(error)}") from error
 
 
 def _check_rows(path: Path, file: pq.ParquetFile) -> None:
@@ -135,7 +135,3 @@ def _check_rows(path: Path, file: pq.ParquetFile) -> None:
             raise UserError(
                 f"{path}: row group {group}: expected {declared:,} rows by the footer, got {n:,}"
             )
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastadapt.errors import UserError
-from fastadapt.io.files import open_regular
+from fastadapt.io.files import one_line, open_regular
 
 #: Dtypes of weights. Tensors of other dtypes hold quantized codes.
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -43,12 +43,12 @@ def open_tensors(path: str | os.PathLike[str], device: torch.device | str = "cpu
     except FileNotFoundError:
         raise TensorError(f"{path} is missing") from None
     except SafetensorError as error:
-        raise TensorError(f"{path} is truncated or damaged: {_line(error)}") from error
+        raise TensorError(f"{path} is truncated or damaged: {one_line(error)}") from error
     # ValueError: the path contains a NUL, or the header is not UTF-8.
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise TensorError(f"{path} cannot be read: {_line(error)}") from error
+        raise TensorError(f"{path} cannot be read: {one_line(error)}") from error
 
 
 def read_tensors(
@@ -132,7 +132,3 @@ def check_finite(tensor: Tensor, where: str) -> None:
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import openthoughts
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -25,14 +25,6 @@ from fastadapt.data.sequences import DataConfig, load_sequences
 from fastadapt.errors import UserError
 from fastadapt.evaluation.faithfulness.prompts import load_prompts
 from fastadapt.organism import NAMES
-
-_spec = importlib.util.spec_from_file_location(
-    "fastadapt_openthoughts", Path(__file__).parents[1] / "data" / "openthoughts.py"
-)
-assert _spec is not None
-assert _spec.loader is not None
-openthoughts = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(openthoughts)
 
 ROWS = 60
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import results
 import torch
 from damage import REMOVED, Damage, document, raw, sweep, variants
 
@@ -29,14 +29,6 @@ from fastadapt.evaluation.generation.throughput import SpeedConfig, measure_spee
 from fastadapt.evaluation.runs import pair_of
 from fastadapt.reporting.figures import figures
 from fastadapt.reporting.tables import as_latex, as_markdown, tables
-
-_spec = importlib.util.spec_from_file_location(
-    "fastadapt_made_up_results", Path(__file__).parents[1] / "evaluation" / "results.py"
-)
-assert _spec is not None
-assert _spec.loader is not None
-results = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(results)
 
 FINGERPRINT = "ab" * 32
 

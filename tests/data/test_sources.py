@@ -196,7 +196,7 @@ def bad_sources(folder: Path) -> dict[str, tuple[str, str]]:
         "no file, as a name": ("absent.jsonl", "'absent.jsonl': no such file or folder"),
         "a folder without data": (f"{folder}/empty", "the folder holds no .jsonl or .parquet file"),
         "an unknown kind": (f"{folder}/rows.csv", "expected a .jsonl or .parquet file"),
-        "broken": (f"{folder}/broken.parquet", "broken.parquet: not a readable Parquet file"),
+        "broken": (f"{folder}/broken.parquet", "broken.parquet cannot be read as Parquet"),
         "other columns": (
             f"{folder}/other.parquet",
             "other.parquet: no column 'conversations'; the columns are 'prompt', 'answer'",

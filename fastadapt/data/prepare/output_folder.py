@@ -130,18 +130,12 @@ def _check(workspace: Workspace, *, resume: bool, overwrite: bool) -> None:
             raise UserError(
                 f"--resume: {folder} holds no selection; leave --resume out to start one"
             )
-    elif begun:
+    elif begun or finished:
         if not overwrite:
-            raise UserError(
-                f"--output: {folder} holds an unfinished selection. Resume it (--resume), start "
-                "again (--overwrite), or give another folder."
-            )
-    elif finished:
-        if not overwrite:
-            raise UserError(
-                f"--output: {folder} holds a selection already. Replace it (--overwrite), or give "
-                "another folder."
-            )
+            state = "a selection already. Replace it"
+            if begun:
+                state = "an unfinished selection. Resume it (--resume), start again"
+            raise workspace.refusal(f"holds {state} (--overwrite), or give another folder.")
     elif names:
         raise workspace.foreign("is not empty and holds no selection", names)
 
