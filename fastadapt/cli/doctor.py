@@ -1,6 +1,6 @@
-"""`fastadapt doctor`: the machine, what `auto` means on it and why, and a check of the kernels.
+"""`fastadapt doctor`: show the hardware and the meaning of `auto`, and check the kernels.
 
-Nothing is downloaded. `fastadapt.cli.kernel_checks` holds the checks.
+The command downloads no files. `fastadapt.cli.kernel_checks` defines the checks.
 """
 
 from __future__ import annotations

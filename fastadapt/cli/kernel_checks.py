@@ -1,8 +1,8 @@
-"""Every kernel once, forward and backward, on the device at hand, against its reference in float64.
+"""Compare every kernel, forward and backward, with its reference in float64 on one device.
 
-Inputs are drawn once and rounded to the tested dtype; errors are judged under the budget of
-`fastadapt.kernels.testing`. The transcoder's inputs lie on a grid on which its encoder is exact in
-every dtype, so that which features are active, and how ties are ranked, does not hang on rounding.
+Inputs are drawn once and rounded to the tested dtype. `fastadapt.kernels.testing` defines the
+allowed error. The transcoder's inputs lie on a grid on which its encoder is exact in every dtype,
+so that active features and the order of ties do not depend on rounding.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Run = Callable[..., Tensors]
 
 #: Rows of the transcoder's x, width, features.
 S, D, F = 2, 32, 64
-#: Tokens of a row. On a GPU so many that the kernels of training run, not those of few tokens, and
-#: that a feature which fires on all of them is summed in several pieces.
+#: Tokens of a row by device. On a GPU, the number selects the kernels of training instead of those
+#: for few tokens, and the sum over tokens of a feature that is always active has several parts.
 TOKENS = {"cuda": 300}
-FEW_TOKENS = 13  # elsewhere: an interpreter takes its time
-#: Activation: its arguments.
+FEW_TOKENS = 13  # on other devices, since Triton's interpreter is slow
+#: Arguments of the activations.
 ACTIVATIONS: dict[str, dict[str, Any]] = {
     "relu": {},
     "topk": {"k": 3},
@@ -45,10 +45,10 @@ class Check:
     """One implementation of one op in one case, compared with its reference in float64.
 
     Attributes:
-        share: the largest error as a share of what it may be, over all outputs and gradients; at
-            most 1 where `ok`.
-        worst: the output or gradient with that error.
-        message: why it failed, empty where `ok`.
+        share: largest error divided by the allowed error, over all outputs and gradients; at most
+            1 if `ok`.
+        worst: output or gradient with this error.
+        message: reason of a failure; empty if `ok`.
     """
 
     op: str
@@ -63,7 +63,7 @@ class Check:
 
 
 class Case(NamedTuple):
-    """``run(implementation, **inputs)`` gives outputs by name, of every implementation."""
+    """A case of an op; ``run(implementation, **inputs)`` returns the outputs by name."""
 
     op: str
     name: str
@@ -111,9 +111,9 @@ def _cases(device_type: str) -> Iterator[Case]:
     generator = torch.Generator().manual_seed(0)
     random = partial(torch.randn, generator=generator, dtype=torch.float64)
     triton = runs_triton(device_type)
-    # x and W_enc are small multiples of 1 and 1/4, b_enc of 1/4 plus 1/8: z is exact in bfloat16,
-    # is never 0, and never on the edge of JumpReLU's window. b_enc lets few features fire, and one
-    # on every token.
+    # x and W_enc are small multiples of 1 and 1/4, b_enc is a multiple of 1/4 plus 1/8. z is thus
+    # exact in bfloat16, never 0, and never at the edge of JumpReLU's window. With this b_enc, few
+    # features are active, except one that is active on every token.
     T = TOKENS.get(device_type, FEW_TOKENS)
     grid = partial(torch.randint, generator=generator, dtype=torch.float64)
     adapter = {
@@ -151,7 +151,7 @@ def _transcoder(
     b_dec: Tensor,
     **options: Any,
 ) -> Tensors:
-    """The last token of a row is padding; one before it counts half, one not at all."""
+    """Run the transcoder with a padding token and tokens of weight 0.5 and 0 in each row."""
     padding = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
     padding[:, -1] = True
     weight = torch.ones(x.shape[:2], device=x.device)
@@ -182,16 +182,16 @@ def _check(case: Case, implementation: str, dtype: torch.dtype, device: torch.de
         actual = _forward_backward(case.run, implementation, rounded)
         shares = {name: _share(actual[name], oracle[name], peer[name]) for name in oracle}
     except Exception as error:
-        # A kernel that does not run here is a finding, whatever it raises.
+        # Any exception of a kernel is a failed check.
         return Check(*about, ok=False, share=float("inf"), worst="", message=_first_line(error))
     worst = max(shares, key=lambda name: shares[name])
     share = shares[worst]
-    message = "" if share <= 1 else f"{worst} is {share:.3g} times as far off as it may be"
+    message = "" if share <= 1 else f"the error of {worst} is {share:.3g} times the allowed error"
     return Check(*about, ok=share <= 1, share=share, worst=worst, message=message)
 
 
 def _forward_backward(run: Run, implementation: str, inputs: Tensors) -> Tensors:
-    """Outputs, and gradients under a random cotangent of each, by name."""
+    """Return the outputs and, for random cotangents, the gradients of the inputs by name."""
     leaves = {name: value.clone().requires_grad_() for name, value in inputs.items()}
     outputs = run(implementation, **leaves)
     generator = torch.Generator().manual_seed(1)
@@ -208,7 +208,7 @@ def _forward_backward(run: Run, implementation: str, inputs: Tensors) -> Tensors
 
 
 def _share(actual: Tensor, oracle: Tensor, peer: Tensor) -> float:
-    """The error as a share of its budget, of the maximum or the RMS, whichever is larger."""
+    """Return the larger ratio of error to allowed error, of the maximum and of the RMS."""
     budget = error_budget(actual, oracle, peer)
     return max(budget.max_error / budget.max_budget, budget.rms_error / budget.rms_budget)
 

@@ -1,7 +1,7 @@
-"""The command line: a table of all commands, and the call of one.
+"""Table of the commands, and the entry point that runs one of them.
 
-Results go to standard output, progress and errors to standard error. Exit code 0: finished, or
-stopped by a signal with everything saved; 1: a failure; 2: a request that cannot be met.
+Results go to standard output, progress and errors to standard error. Exit codes: 0, finished, or
+stopped by a signal after saving; 1, a failure; 2, an invalid request.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fastadapt.cli.parser import Command
 
 
-#: Commands by name: module below `fastadapt.cli` and function, and what the command does.
+#: Commands by name: module below `fastadapt.cli` and function, and a description.
 COMMANDS = {
     "train": ("train:train", "train transcoder adapters, or a baseline, on a model pair"),
     "eval": ("eval:evaluate", "measure how faithful runs are: tables, plots, benchmarks, report"),
@@ -38,7 +38,7 @@ COMMANDS = {
     "export": ("export:export", "write a run as one checkpoint, or in another format"),
     "doctor": ("doctor:doctor", "show what will be used on this machine, and check the kernels"),
 }
-#: Commands that print their help if nothing is typed after them.
+#: Commands that print their help if they are called without arguments.
 _HELPFUL = ("eval", "intervene")
 
 

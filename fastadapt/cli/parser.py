@@ -140,11 +140,11 @@ class Command:
             description=" ".join(filter(None, (about.short_description, about.long_description))),
         )
         usage = [prog]
-        for name, one in self._parameters.items():
-            if dataclasses.is_dataclass(one.hint):
-                self._add_config(name, one.hint, one.typed)
+        for name, parameter in self._parameters.items():
+            if dataclasses.is_dataclass(parameter.hint):
+                self._add_config(name, parameter.hint, parameter.typed)
             elif name != "argv":
-                usage += _add_argument(self.parser, one)
+                usage += _add_argument(self.parser, parameter)
         self.parser.usage = " ".join([*usage, "[--OPTION VALUE ...]"])
 
     def parse(self, argv: Sequence[str]) -> dict[str, Any]:
@@ -235,29 +235,29 @@ def _parameters(function: Callable[..., Any]) -> dict[str, _Parameter]:
     return parameters
 
 
-def _add_argument(parser: Parser, one: _Parameter) -> list[str]:
+def _add_argument(parser: Parser, parameter: _Parameter) -> list[str]:
     """Add an argument, and return what usage says about it."""
-    is_required = one.default is inspect.Parameter.empty
-    upper = one.name.upper()
-    options: dict[str, Any] = {"type": one.hint, "help": one.help}
-    if one.hint is bool:
-        options = {"action": "store_true", "default": False, "help": one.help}
+    is_required = parameter.default is inspect.Parameter.empty
+    upper = parameter.name.upper()
+    options: dict[str, Any] = {"type": parameter.hint, "help": parameter.help}
+    if parameter.hint is bool:
+        options = {"action": "store_true", "default": False, "help": parameter.help}
     elif not is_required:
-        options["default"] = one.default
-    if typing.get_origin(one.hint) is tuple:
+        options["default"] = parameter.default
+    if typing.get_origin(parameter.hint) is tuple:
         options |= {"type": str, "nargs": "+", "default": []}
-    if not one.is_positional:
-        option = one.typed.option or f"--{one.name}"
+    if not parameter.is_positional:
+        option = parameter.typed.option or f"--{parameter.name}"
         parser.add_argument(option, required=is_required, **options)
         return [option, upper] if is_required else []
     usage = upper = upper.removesuffix("S")
-    if typing.get_origin(one.hint) is list:
+    if typing.get_origin(parameter.hint) is list:
         options |= {"type": str, "nargs": "+"}
         usage = f"{upper} [{upper} ...]"
     elif not is_required:
         options["nargs"] = "?"
         usage = f"[{upper}]"
-    parser.add_argument(one.name, metavar=upper, **options)
+    parser.add_argument(parameter.name, metavar=upper, **options)
     return [usage]
 
 

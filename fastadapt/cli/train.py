@@ -1,8 +1,8 @@
-"""`fastadapt train`: presets, files and options to a configuration, and a run of it.
+"""`fastadapt train`: read a configuration from presets, files and options, and train.
 
-Later presets and files are written over earlier ones, and typed options over all of them;
-`fastadapt.training.config.from_dict` then decides which values are allowed. An overlay is a preset
-that holds only its changes and needs a preset or file below it.
+Later presets and files override earlier ones, and typed options override both.
+`fastadapt.training.config.from_dict` checks the values. An overlay is a preset that holds only
+changes and needs a preset or file before it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if typing.TYPE_CHECKING:
     from fastadapt.training.config import TrainConfig
 
 PRESETS = Path(__file__).parents[1] / "presets"
-#: ``overlays/NAME.yaml``; ``overlays/PRESET/NAME.yaml`` is written over it for one preset.
+#: ``overlays/NAME.yaml``; ``overlays/PRESET/NAME.yaml`` overrides it for one preset.
 OVERLAYS = PRESETS / "overlays"
 
 TRAIN_FLAGS = {
@@ -71,7 +71,7 @@ def find_config(name: str) -> Path:
 
 
 def _known() -> str:
-    return f"{', '.join(preset_names())}; to go over one: {', '.join(overlay_names())}"
+    return f"{', '.join(preset_names())}; overlays: {', '.join(overlay_names())}"
 
 
 def train_parser() -> Parser:
@@ -129,7 +129,7 @@ def parse_train(argv: Sequence[str]) -> tuple[TrainConfig, Namespace]:
     components = {name: keys for name, keys in typed.as_dict().items() if isinstance(keys, dict)}
     _write_over(values, components)
     trust = _typed_trust(argv)
-    # A second look, since `--pair FILE` reads a file, too.
+    # Check again, since `--pair FILE` reads a file, too.
     if trust is None and (take_trust(values) or from_file):
         raise UserError(
             f"pair.{TRUST} is true in a file ({', '.join(typed.config)}). Trust in the code of a "
@@ -149,7 +149,7 @@ def _typed_trust(argv: Sequence[str]) -> bool | None:
 
 
 def read_configs(names: Sequence[str]) -> dict[str, Any]:
-    """Return the values of presets and files, each written over those before it.
+    """Return the values of presets and files; later ones override earlier ones.
 
     If a later one does not name ``run.output``, its name is appended to that folder, so that no two
     runs of one preset share a folder.
@@ -161,8 +161,8 @@ def read_configs(names: Sequence[str]) -> dict[str, Any]:
     values: dict[str, Any] = read_yaml(find_config(first), dict[str, Any])
     if first in overlay_names():
         raise UserError(
-            f"{first} goes over a preset or file that names the pair: fastadapt train "
-            f"{preset_names()[0]} {first}"
+            f"{first} is an overlay; give a preset or file that names the pair before it: "
+            f"fastadapt train {preset_names()[0]} {first}"
         )
     for name in names[1:]:
         paths = [find_config(name)]

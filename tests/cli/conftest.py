@@ -1,4 +1,4 @@
-"""A command line in this process, and a pair on which training takes a second."""
+"""Fixtures: run commands in this process, and train on a tiny pair in a second."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
-# The training tests own the tiny pair; a fixture belongs to every conftest that names it.
+# A conftest shares a fixture of another folder by naming it: the training tests define this one.
 _spec = importlib.util.spec_from_file_location(
     "fastadapt_tests_of_training", Path(__file__).parents[1] / "training" / "conftest.py"
 )
@@ -25,7 +25,7 @@ tiny_pair = _training.tiny_pair
 
 
 class Outcome(NamedTuple):
-    """What a command did: its exit code and what it wrote."""
+    """Exit code, standard output and standard error of a command."""
 
     code: int
     out: str
@@ -34,7 +34,7 @@ class Outcome(NamedTuple):
 
 @pytest.fixture
 def fastadapt(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """``fastadapt("train", "organism", ...)`` runs the command line in this process."""
+    """``fastadapt("train", "organism", ...)``: run a command in this process."""
     from fastadapt.cli.main import main
 
     def run(*argv: object) -> Outcome:
@@ -47,7 +47,7 @@ def fastadapt(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
 
 @pytest.fixture
 def recipe(tiny_pair: Path, tmp_path: Path) -> Callable[..., Path]:
-    """``recipe(**{"optimizer.lr": 1e-3})``: a YAML file of a run of 6 steps on the tiny pair."""
+    """``recipe(**{"optimizer.lr": 1e-3})``: write a YAML file of 6 steps on the tiny pair."""
 
     def make(**changes: object) -> Path:
         values: dict[str, dict[str, object]] = {
@@ -75,17 +75,17 @@ def recipe(tiny_pair: Path, tmp_path: Path) -> Callable[..., Path]:
 
 
 class Desk:
-    """What a case arranges its mistake with."""
+    """Functions with which a test case prepares files and a command line."""
 
     def __init__(self, pair: Path, folder: Path, recipe: Callable[..., Path], run: Callable):
         self.pair, self.folder, self.recipe, self.run = pair, folder, recipe, run
 
     def train(self, *options: object, **changes: object) -> list[object]:
-        """`fastadapt train` of the recipe with changes to its file and options after it."""
+        """Return `fastadapt train` with a changed recipe and options."""
         return ["train", self.recipe(**changes), *options]
 
     def yaml(self, change: Callable[[dict], Any]) -> list[object]:
-        """`fastadapt train` of the recipe's values after `change`, or of what that returns."""
+        """Return `fastadapt train`; `change` edits the recipe or returns its text."""
         path = self.recipe()
         values = yaml.safe_load(path.read_text())
         changed = change(values)
@@ -93,13 +93,13 @@ class Desk:
         return ["train", path]
 
     def over(self, text: str) -> Path:
-        """A YAML file to go over the recipe."""
+        """Write a YAML file that overrides the recipe."""
         path = self.folder / "over.yaml"
         path.write_text(text)
         return path
 
     def model(self, which: str, **config: object) -> Path:
-        """A copy of the pair's `which` with changes to its config.json."""
+        """Copy a model of the pair and change its config.json."""
         copy = self.folder / f"other-{which}"
         shutil.copytree(self.pair / which, copy)
         self.edit(copy / "config.json", **config)
@@ -109,14 +109,14 @@ class Desk:
         path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
     def data(self, *rows: object) -> str:
-        """A file of rows; strings are written as they are."""
+        """Write a file of rows; strings are written unchanged."""
         path = self.folder / "rows.jsonl"
         lines = [r if isinstance(r, str) else json.dumps(r) for r in rows]
         path.write_text("".join(line + "\n" for line in lines))
         return str(path)
 
     def finished_run(self, **changes: object) -> Path:
-        """The run directory of a run that ended well."""
+        """Train the recipe and return the run directory."""
         outcome = self.run("train", self.recipe(**changes))
         assert outcome.code == 0, outcome.err
         return self.folder / "run"
@@ -129,7 +129,7 @@ def desk(tiny_pair: Path, tmp_path: Path, recipe: Callable, fastadapt: Callable)
 
 @pytest.fixture(scope="session")
 def emitted() -> dict[str, str]:
-    """Test by test, the error that a mistake got, whatever folder it was made in."""
+    """Error messages by test, with paths removed."""
     return {}
 
 
@@ -137,10 +137,10 @@ def emitted() -> dict[str, str]:
 def expect_error(
     desk: Desk, fastadapt: Callable, emitted: dict[str, str], request: pytest.FixtureRequest
 ) -> Callable[..., None]:
-    """``expect_error(arrange, message, code)``: the command that `arrange(desk)` gives is refused.
+    """``expect_error(arrange, message, code)``: check that the command `arrange(desk)` is refused.
 
-    It must print one error that matches `message` and nothing else, exit with `code`, show no
-    traceback, and leave what was in the output folder as it was.
+    The command must print one error that matches `message` and no other output, exit with `code`,
+    show no traceback, and leave the output folder unchanged.
     """
 
     def check(arrange: Callable[[Desk], list[object]], message: str, code: int = 2) -> None:

@@ -1,7 +1,7 @@
-"""A model pair, data or a folder that will not do gets one clear error, before anything is written.
+"""An unusable model pair, data set or folder gives one clear error before any file is written.
 
-A case: its name, how to arrange it (at a desk, see conftest), what the error must say, and the exit
-code where it is not 2.
+A case has a name, a function that prepares the command (with a desk, see conftest), a pattern of
+the error message, and the exit code if it is not 2.
 """
 
 import shutil
@@ -85,12 +85,12 @@ def _all_checkpoints_damaged(d):
 
 def _checkpoint_of_another_shape(d):
     run = d.finished_run(**{"adapter.n_features": 16})
-    kept = d.folder / "kept"
-    shutil.move(run / "checkpoints", kept)
+    moved = d.folder / "kept"
+    shutil.move(run / "checkpoints", moved)
     shutil.rmtree(run)
     run = d.finished_run()
     shutil.rmtree(run / "checkpoints")
-    shutil.move(kept, run / "checkpoints")
+    shutil.move(moved, run / "checkpoints")
     return d.train("--resume")
 
 
@@ -229,7 +229,7 @@ def test_a_mistake_gets_one_clear_error(case, expect_error):
 
 
 def test_every_case_has_words_of_its_own(emitted):
-    """What was printed for every case that has run so far, of whatever file, is its own."""
+    """The messages of all cases that have run so far are different."""
     assert len({name for name, *_ in CASES}) == len(CASES) >= 30
     by_message: dict[str, list[str]] = {}
     for case, said in emitted.items():

@@ -1,6 +1,7 @@
-"""A mistake in what is typed or in the file gets one clear error: its own words, its own exit code.
+"""A mistake in the options or the file gives one clear error with its own message and exit code.
 
-A case: its name, the command line (from a desk, see conftest), and what the error must say.
+A case has a name, a function that prepares the command (with a desk, see conftest), and a pattern
+of the error message.
 """
 
 import re
@@ -32,7 +33,7 @@ CASES = [
     (
         "second preset",
         lambda d: d.train("more"),
-        r"more: no such preset\. Known: organism.*; to go over one: dense, no-bridge, norms",
+        r"more: no such preset\. Known: organism.*; overlays: dense, no-bridge, norms",
     ),
     (
         "nearest overlay",
@@ -42,7 +43,7 @@ CASES = [
     (
         "an overlay alone",
         lambda d: ["train", "no-bridge"],
-        r"no-bridge goes over a preset or file.*: fastadapt train organism no-bridge",
+        r"no-bridge is an overlay; give a preset or file.*: fastadapt train organism no-bridge",
     ),
     (
         "a preset after an option",
@@ -205,7 +206,7 @@ def test_triton_interpreted_in_bfloat16(expect_error):
 
 
 def test_every_case_has_words_of_its_own(emitted):
-    """What was printed for every case that has run so far, of whatever file, is its own."""
+    """The messages of all cases that have run so far are different."""
     assert len({name for name, *_ in CASES}) == len(CASES) >= 30
     by_message: dict[str, list[str]] = {}
     for case, said in emitted.items():

@@ -1,4 +1,4 @@
-"""The command line as its users meet it: what it takes, what it prints, how it ends."""
+"""Options, output and exit codes of the command line."""
 
 import json
 import re
@@ -37,7 +37,7 @@ OPTIONS = re.findall(
 
 
 def test_the_options_of_train_are_frozen():
-    """Runs are started by scripts: an option that goes or changes its name breaks them."""
+    """Scripts start runs, so removing or renaming an option breaks them."""
     from fastadapt.cli.train import train_parser
 
     assert sorted(train_parser().option_names()) == sorted(OPTIONS)
@@ -50,11 +50,11 @@ PREPARE_OPTIONS = """
 
 
 def test_the_options_of_data_prepare_are_frozen(fastadapt):
-    told = fastadapt("data", "prepare", "--help").out
-    assert sorted(set(re.findall(r"^  (?:-h, )?(--\w+)", told, re.MULTILINE))) == (
+    text = fastadapt("data", "prepare", "--help").out
+    assert sorted(set(re.findall(r"^  (?:-h, )?(--\w+)", text, re.MULTILINE))) == (
         PREPARE_OPTIONS.split()
     )
-    assert "SOURCE" in told
+    assert "SOURCE" in text
 
 
 EVAL_OPTIONS = """
@@ -142,8 +142,8 @@ def test_what_is_typed_wins_over_the_file_wherever_it_stands(fastadapt, recipe, 
     config = yaml.safe_load(fastadapt("train", *order, "--print_config").out)
     assert config["optimizer"]["lr"] == 3e-3
     assert config["optimizer"]["betas"] == [0.5, 0.75]
-    assert config["optimizer"]["batch_size"] == 2  # of the file
-    assert config["optimizer"]["epochs"] == 1  # of the dataclass
+    assert config["optimizer"]["batch_size"] == 2  # from the file
+    assert config["optimizer"]["epochs"] == 1  # from the dataclass
 
 
 def test_training_prints_the_table_and_the_report(fastadapt, recipe, tmp_path):
@@ -165,7 +165,7 @@ def test_training_prints_the_table_and_the_report(fastadapt, recipe, tmp_path):
     assert report == tmp_path / "run" / "report.html"
     assert report.is_file()
     assert "<h3>Output KL</h3>" in report.read_text(encoding="utf-8")
-    # Not a terminal: lines, no carriage returns, and the rate and what is left in them.
+    # Without a terminal, progress is lines with rate and remaining time, without carriage returns.
     assert "\r" not in outcome.err
     assert re.search(r"step 6/6 .*KL .*L0 .*tok/s .*left", outcome.err)
     assert "held-out KL" in outcome.err
@@ -187,7 +187,7 @@ def test_a_dry_run_reads_no_weights_and_makes_no_folder(fastadapt, recipe, tmp_p
 
 
 def test_the_papers_run_is_planned_offline(fastadapt, monkeypatch):
-    """For an 80 GB GPU and 10,000 tokens, with one JSON object on standard output."""
+    """Plan for an 80 GB GPU and 10,000 tokens; standard output is one JSON object."""
     import socket
 
     def refuse(*_: object, **__: object) -> None:
@@ -209,11 +209,11 @@ def test_the_papers_run_is_planned_offline(fastadapt, monkeypatch):
 
 def test_what_does_not_fit_comes_with_a_way_out(fastadapt):
     wide = ["--optimizer.masters", "true", "--adapter.n_features", "16384"]
-    told = fastadapt("train", "r1-distill-qwen-7b", "--dry-run", "--gpu", "h100", *wide).out
-    assert "DOES NOT FIT" in told
-    peak = float(re.search(r"Peak: ([\d.]+) GB", told).group(1))
+    text = fastadapt("train", "r1-distill-qwen-7b", "--dry-run", "--gpu", "h100", *wide).out
+    assert "DOES NOT FIT" in text
+    peak = float(re.search(r"Peak: ([\d.]+) GB", text).group(1))
     for name in ("optimizer.masters false", "adapter.n_features 8192", "data.max_tokens 5000"):
-        assert float(re.search(rf"{name} +│ +([\d.]+) GB", told).group(1)) < peak
+        assert float(re.search(rf"{name} +│ +([\d.]+) GB", text).group(1)) < peak
 
 
 def test_what_a_dry_run_refuses(fastadapt):
@@ -226,7 +226,7 @@ def test_what_a_dry_run_refuses(fastadapt):
 
 
 def test_a_stopped_run_says_how_to_go_on_and_does(fastadapt, recipe, tmp_path, monkeypatch):
-    """SIGTERM after the second step: exit 0, everything saved; the printed command finishes it."""
+    """SIGTERM after the second step exits with 0; the printed command finishes the run."""
     import os
     import shlex
     import signal

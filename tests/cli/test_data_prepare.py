@@ -1,4 +1,4 @@
-"""`fastadapt data prepare`, as it is typed and as it is read."""
+"""Options, output and errors of `fastadapt data prepare`."""
 
 import json
 import os
@@ -37,9 +37,9 @@ def test_it_selects_and_says_what(fastadapt, command, tmp_path):
     assert table["science"][1:] == ["33", "3"]
     assert table["all"] == ["2,400", "400", "40"]
     counts = json.loads((tmp_path / "out" / "manifest.json").read_text())["counts"]
-    told = [table[name] for name in table if "–" in name]
-    assert [int(cells[0]) for cells in told] == counts["train"]["lengths"]
-    assert [int(cells[1]) for cells in told] == counts["validation"]["lengths"]
+    rows = [table[name] for name in table if "–" in name]
+    assert [int(cells[0]) for cells in rows] == counts["train"]["lengths"]
+    assert [int(cells[1]) for cells in rows] == counts["validation"]["lengths"]
     assert table["no <think>"][0] == str(counts["left_out_of_source"]["no <think>"]) != "0"
     for split in ("train", "validation"):
         assert str(tmp_path / "out" / f"{split}.parquet") in outcome.out
@@ -82,7 +82,7 @@ def test_without_a_subcommand_it_helps(fastadapt):
 
 
 def test_ctrl_c_says_how_to_go_on(command, tmp_path, fastadapt):
-    """Stopped by a signal, it ends well; what it then says to type gives the selection."""
+    """A signal stops the command with exit code 0; the printed command finishes the selection."""
     big = openthoughts.write_jsonl(tmp_path / "big.jsonl", 60_000)
     argv = command()
     argv[2] = str(big)

@@ -1,4 +1,4 @@
-"""`fastadapt eval`, from runs to tables, plots and a page; and what it refuses."""
+"""Output, resuming and errors of `fastadapt eval`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OUTPUTS = ("--parts", "[outputs, partial]")
 
 @pytest.fixture
 def runs(recipe: Callable, fastadapt: Callable, tmp_path: Path) -> list[Path]:
-    """A run of adapters and one of the skyline, on the tiny pair."""
+    """Train adapters and the skyline on the tiny pair."""
     folders = [tmp_path / "runs" / name for name in ("sparse", "tuned")]
     for folder, overlay in zip(folders, ([], ["skyline"]), strict=True):
         outcome = fastadapt("train", recipe(), *overlay, "--run.output", folder)
@@ -57,9 +57,11 @@ def test_runs_are_compared_and_nothing_is_measured_twice(runs, fastadapt) -> Non
     before, texts = files(folder), sampled.read_bytes()
     again = fastadapt("eval", *runs, *OUTPUTS, *QUICK)
     assert again.out == outcome.out
-    kept = {name: at for name, at in files(folder).items() if name.endswith(".safetensors")}
-    assert kept
-    assert kept == {name: before[name] for name in kept}
+    arrays = {
+        name: modified for name, modified in files(folder).items() if name.endswith(".safetensors")
+    }
+    assert arrays
+    assert arrays == {name: before[name] for name in arrays}
     assert sampled.read_bytes() == texts
     assert json.loads((folder / "eval.json").read_text()) == result
 
@@ -70,22 +72,22 @@ def test_another_run_adds_only_itself(runs, fastadapt, tmp_path: Path) -> None:
     before = files(tmp_path / "out")
     assert fastadapt("eval", *runs, *output, *OUTPUTS, *QUICK).code == 0
     after = files(tmp_path / "out")
-    kept = [name for name in before if name.endswith(".safetensors")]
-    assert len(kept) == 3 + 2
-    assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
+    arrays = [name for name in before if name.endswith(".safetensors")]
+    assert len(arrays) == 3 + 2
+    assert {name: after[name] for name in arrays} == {name: before[name] for name in arrays}
     assert any("tuned" in name for name in after.keys() - before.keys())
 
 
 def test_parts_add_up_and_a_retrained_run_is_measured_anew(runs, fastadapt) -> None:
-    """Other parts stay in eval.json for as long as they are of the same runs and settings."""
+    """eval.json retains other parts while runs and settings are the same."""
     command = ("eval", runs[0], *QUICK, "--speed.new_tokens", 2, "--speed.rounds", 1)
     folder = runs[0] / "eval"
 
     def sections(*parts: str) -> set[str]:
         outcome = fastadapt(*command, "--parts", f"[{','.join(parts)}]")
         assert outcome.code == 0, outcome.err
-        told = json.loads((folder / "eval.json").read_text())
-        return {"faithfulness", "partial", "speed"} & told.keys()
+        result = json.loads((folder / "eval.json").read_text())
+        return {"faithfulness", "partial", "speed"} & result.keys()
 
     assert sections("outputs") == {"faithfulness"}
     assert sections("speed") == {"faithfulness", "speed"}
@@ -95,7 +97,7 @@ def test_parts_add_up_and_a_retrained_run_is_measured_anew(runs, fastadapt) -> N
     shutil.copytree(runs[1] / "adapter", runs[0] / "adapter")
     assert sections("outputs") == {"faithfulness"}
     assert json.loads((folder / "eval.json").read_text())["students"][-1]["kind"] == "mlp"
-    assert list((folder / "texts").iterdir()) == [first]  # the target is what it was
+    assert list((folder / "texts").iterdir()) == [first]  # the target has not changed
     command = (*command, "--sampling.seed", 1)
     assert sections("outputs") == {"faithfulness"}
     assert len(list((folder / "texts").iterdir())) == 2
@@ -104,7 +106,7 @@ def test_parts_add_up_and_a_retrained_run_is_measured_anew(runs, fastadapt) -> N
 
 @pytest.mark.slow
 def test_a_killed_evaluation_is_gone_on_with(runs, tmp_path: Path) -> None:
-    """SIGKILL at several moments, then to the end: the same numbers as in one go."""
+    """After SIGKILL at several moments, the numbers equal those of an uninterrupted evaluation."""
     command = [sys.executable, "-m", "fastadapt", "eval", *map(str, runs), *OUTPUTS]
     command += [*map(str, QUICK), "--outputs.batch_tokens", "16", "--partial.batch_tokens", "16"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -1,4 +1,4 @@
-"""`fastadapt export`: a run becomes checkpoints that load elsewhere, and those become adapters."""
+"""`fastadapt export` writes checkpoints that other libraries load, and reads them as adapters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ IDS = torch.tensor([[7, 8, 9, 10]])
 
 
 def of_the_run(folder: Path) -> torch.Tensor:
-    """Logits of the replacement model of a run, put together from its parts."""
+    """Return the logits of a run's replacement model, assembled from pair and adapters."""
     from fastadapt.models.replacement import ModelPair, PairConfig, ReplacementModel
 
     adapters, metadata = load_adapters(folder / "adapter")
@@ -22,8 +22,8 @@ def of_the_run(folder: Path) -> torch.Tensor:
         return ReplacementModel(pair, adapters)(IDS).logits
 
 
-def told(outcome) -> dict:
-    """What the line that says how to load it leaves behind."""
+def run_printed_code(outcome) -> dict:
+    """Run the printed line of code and return its variables."""
     assert (outcome.code, outcome.err) == (0, "")
     names: dict = {}
     exec(outcome.out.removeprefix("Load it with:").strip(), names)
@@ -38,16 +38,16 @@ def test_a_run_crosses_over_and_comes_back(desk, fastadapt, tmp_path) -> None:
     out = tmp_path / "checkpoint"
     outcome = fastadapt("export", run, "--output", out)
     with torch.no_grad():
-        assert torch.equal(told(outcome)["model"](IDS).logits, expected)
+        assert torch.equal(run_printed_code(outcome)["model"](IDS).logits, expected)
 
     published, adapters = tmp_path / "published", tmp_path / "adapters"
     outcome = fastadapt("export", run, "--output", published, "--format", "hu2026")
-    loaded = told(outcome)["model"]
+    loaded = run_printed_code(outcome)["model"]
     with torch.no_grad():
         assert torch.equal(loaded(IDS).logits, expected)
 
     outcome = fastadapt("export", published, "--output", adapters, "--format", "adapters")
-    ours, theirs = load_adapters(run / "adapter")[0], told(outcome)["adapters"]
+    ours, theirs = load_adapters(run / "adapter")[0], run_printed_code(outcome)["adapters"]
     for name, tensor in ours.state_dict().items():
         assert torch.equal(theirs.state_dict()[name], tensor)
     again = tmp_path / "again"

@@ -1,5 +1,4 @@
-"""`fastadapt features` and `fastadapt intervene`: a run, its store, pages, judgements and sets, and
-runs that were changed; and what they refuse."""
+"""Output and errors of `fastadapt features` and `fastadapt intervene`."""
 
 from __future__ import annotations
 
@@ -22,13 +21,13 @@ COLLECT = ("--n", 60, "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_run(tmp_path_factory.mktemp("features") / "run")
 
 
 @pytest.fixture
-def run(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "run"))
+def run(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
 @pytest.fixture
@@ -47,7 +46,7 @@ def test_from_a_run_to_its_pages_and_judgements(run: Path, fastadapt: Callable) 
     assert fastadapt("features", "collect", run, *COLLECT).code == 0
     assert (run / "features" / "manifest.json").read_bytes() == manifest
 
-    short = ("--describe.before", 4, "--describe.after", 1)  # these features are seldom silent
+    short = ("--describe.before", 4, "--describe.after", 1)  # these features are rarely inactive
     described = fastadapt(
         "features", "describe", run, "--describe.units", 3, *short, "--device", "cpu"
     )
@@ -72,18 +71,18 @@ def test_collecting_needs_no_extra(
     rows = pq.read_table(run / "features" / "adapter" / "features.parquet").to_pylist()
     lines = [re.split(r"\W*│\W*", line) for line in outcome.out.splitlines() if "│" in line]
     for layer, line in enumerate(lines):
-        of = [row["density"] for row in rows if row["layer"] == layer]
-        assert line[:5] == ["adapter", str(layer), "24", "24", f"{sum(of):.2f}"]
-        assert line[5] == f"{100 * statistics.median(of):.1f}%"
+        densities = [row["density"] for row in rows if row["layer"] == layer]
+        assert line[:5] == ["adapter", str(layer), "24", "24", f"{sum(densities):.2f}"]
+        assert line[5] == f"{100 * statistics.median(densities):.1f}%"
     assert len(lines) == 4
 
 
 def test_texts_that_were_left_out_are_told(run: Path, fastadapt: Callable) -> None:
     outcome = fastadapt("features", "collect", run, *COLLECT, "--max_tokens", 90)
     assert outcome.code == 0, outcome.err
-    told = json.loads((run / "features" / "manifest.json").read_text())["data"]
-    assert 0 < told["too_long"] == 60 - told["texts"]
-    assert f"{told['too_long']} of 60 conversations were left out" in outcome.out
+    data = json.loads((run / "features" / "manifest.json").read_text())["data"]
+    assert 0 < data["too_long"] == 60 - data["texts"]
+    assert f"{data['too_long']} of 60 conversations were left out" in outcome.out
 
 
 @pytest.mark.parametrize("command", [("features", "collect"), ("eval",)])
@@ -121,12 +120,12 @@ def test_a_set_is_taken_out_and_put_onto_the_target(collected, fastadapt, tmp_pa
     assert many.code == 0, many.err
     few = fastadapt(*select, "few", "--sql", sql.format("(SELECT median(count) FROM features)"))
     assert few.code == 0, few.err
-    rest = fastadapt(*select, "rest", "--difference", "many", "few")
-    assert rest.code == 0, rest.err
-    sizes = [int(re.search(r": (\d+) features", o.out)[1]) for o in (many, few, rest)]  # type: ignore[index]
+    others = fastadapt(*select, "rest", "--difference", "many", "few")
+    assert others.code == 0, others.err
+    sizes = [int(re.search(r": (\d+) features", o.out)[1]) for o in (many, few, others)]  # type: ignore[index]
     assert sizes[0] == sizes[1] + sizes[2]
-    told = fastadapt("features", "sets", collected)
-    assert [name in told.out for name in ("few", "many", "rest")] == [True] * 3
+    listed = fastadapt("features", "sets", collected)
+    assert [name in listed.out for name in ("few", "many", "rest")] == [True] * 3
 
     for kind in ("ablate", "only", "onto-target"):
         changed = fastadapt("intervene", collected, f"--{kind}", "few", "--output", tmp_path / kind)
@@ -182,16 +181,16 @@ def test_sets_of_another_adapter_are_listed_as_such(collected, fastadapt) -> Non
         assert fastadapt("features", "select", collected, name, "--sql", sql).code == 0
     path = collected / "features" / "sets" / "old.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "adapter": "0" * 64}))
-    told = fastadapt("features", "sets", collected)
-    assert told.code == 0, told.err
-    (mine,) = (line for line in told.out.splitlines() if "mine" in line)
-    (old,) = (line for line in told.out.splitlines() if "old" in line)
+    listed = fastadapt("features", "sets", collected)
+    assert listed.code == 0, listed.err
+    (mine,) = (line for line in listed.out.splitlines() if "mine" in line)
+    (old,) = (line for line in listed.out.splitlines() if "old" in line)
     assert "another adapter" not in mine
     assert "of another adapter: select it again" in old
 
 
 def test_costs_are_told_and_need_consent(collected, fastadapt, monkeypatch) -> None:
-    """Where nobody can be asked, nothing is called: the address would refuse any call."""
+    """Without a terminal, no calls are made. The address refuses any call."""
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     outcome = fastadapt(
         *("features", "classify", collected, "--judge.model", "some", "--classify.units", 2),

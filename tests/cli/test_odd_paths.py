@@ -1,4 +1,4 @@
-"""A path that no system can open, typed or in a file, gets one clear error from every command."""
+"""Every command gives one clear error for a path that no system can open, typed or in a file."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from fastadapt.organism import FOLDER
 LONG, LONGER, MANY = "x" * 300, "x" * 5000, "d/" * 2500 + "x"
 ODD = {"long": LONG, "longer": LONGER, "many": MANY, "nul": "a\0b", "surrogate": "a\ud800b"}
 ODD |= {"escaped": "a\udcffb", "user": "~no-such-user/x"}
-TOLD = ("expected a path ", "no home folder is known for")
+REASONS_FOR_PATHS = ("expected a path ", "no home folder is known for")
 VALIDATION = FOLDER / "data" / "validation.jsonl"
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with a store of features, and a set."""
-    made = make_run(tmp_path_factory.mktemp("odd") / "run")
-    collect = ["features", "collect", str(made), "--n", "60", "--device", "cpu"]
+    """Train a run, collect its features and save a set."""
+    run = make_run(tmp_path_factory.mktemp("odd") / "run")
+    collect = ["features", "collect", str(run), "--n", "60", "--device", "cpu"]
     sql = "SELECT layer, feature FROM features WHERE count > 0"
     assert main(collect) == 0
-    assert main(["features", "select", str(made), "some", "--sql", sql]) == 0
-    return made
+    assert main(["features", "select", str(run), "some", "--sql", sql]) == 0
+    return run
 
 
 @pytest.fixture
 def copy(run: Path, tmp_path: Path) -> Path:
-    """A copy of the run, to be damaged."""
+    """Copy the run, so that a test can damage the copy."""
     return Path(shutil.copytree(run, tmp_path / "run"))
 
 
 @pytest.fixture
 def refused(fastadapt: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
-    """``refused(*argv)``: one error, without a traceback, nothing written; returns what it says."""
+    """``refused(*argv)``: check that the command prints one error and writes no file; return it."""
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
@@ -76,7 +76,7 @@ OUTPUT = {
 def test_an_odd_output(command: str, odd: str, run: Path, refused: Callable) -> None:
     said = refused(*OUTPUT[command](run, ODD[odd]))
     assert any(name in said for name in ("--output: ", "run.output: ", "--out: "))
-    assert any(told in said for told in TOLD)
+    assert any(reason in said for reason in REASONS_FOR_PATHS)
 
 
 SOURCE = {
@@ -121,7 +121,7 @@ SOURCE = {
 @pytest.mark.parametrize("command", SOURCE)
 def test_an_odd_source(command: str, odd: str, run: Path, refused: Callable) -> None:
     said = refused(*SOURCE[command](run, ODD[odd]))
-    assert any(told in said for told in TOLD), said
+    assert any(reason in said for reason in REASONS_FOR_PATHS), said
 
 
 ABSOLUTE = ("train", "train data", "target", "eval", "export", "intervene", "serve", "check")
@@ -148,10 +148,10 @@ def test_an_odd_run_in_a_manifest(odd: str, run: Path, tmp_path: Path, refused: 
 @pytest.mark.parametrize("role", ["target", "base"])
 def test_an_odd_pair_in_a_run(role: str, odd: str, copy: Path, refused: Callable) -> None:
     path, card = copy / "config.yaml", copy / "adapter" / "fastadapt.json"
-    values, told = yaml.safe_load(path.read_text()), json.loads(card.read_text())
-    values["pair"][role] = told["metadata"][role] = odd
+    values, metadata = yaml.safe_load(path.read_text()), json.loads(card.read_text())
+    values["pair"][role] = metadata["metadata"][role] = odd
     path.write_text(yaml.safe_dump(values))
-    card.write_text(json.dumps(told))
+    card.write_text(json.dumps(metadata))
     said = refused("eval", copy, "--output", copy / "o")
     assert any(f"{where}.{role}: expected" in said for where in ("pair", "metadata"))
 
@@ -189,7 +189,7 @@ def test_what_is_no_ones_mistake_keeps_its_traceback(
         main(["doctor"])
 
 
-# --- what is no file ------------------------------------------------------------------------------
+# --- paths that are no regular files --------------------------------------------------------------
 
 
 def _loop(path: Path) -> None:
@@ -200,7 +200,7 @@ def _dangling(path: Path) -> None:
     path.symlink_to("nothing")
 
 
-#: What is put in place of a file, and what must be said of it.
+#: Replacements of a file, with the expected message.
 NO_FILE = {
     "pipe": (os.mkfifo, "is a pipe; expected a file"),
     "folder": (Path.mkdir, "is a folder; expected a file"),
@@ -208,7 +208,7 @@ NO_FILE = {
     "dangling": (_dangling, "is a link to a path that does not exist"),
     "device": (lambda path: path.symlink_to("/dev/zero"), "is a device; expected a file"),
 }
-#: What readers say that do not ask first, and of links that may not lead elsewhere.
+#: Messages of readers that open a path without a check, and messages about links.
 REASONS = ("Not a regular file", "Is a directory", "Too many levels", "No such file", "is missing")
 REASONS += ("leads out of", "is no regular file")
 ABLATE = ("intervene", "run", "--ablate", "some", "--output", "o")
@@ -239,9 +239,9 @@ def test_what_is_no_file_is_not_read_and_no_absence(
     path.unlink(missing_ok=True)
     make(path)
     for argv in READS[name]:
-        told = refused(*(copy if word == "run" else word for word in argv), codes=(1, 2))
-        assert path.name in told
-        assert any(words in told for words in (said, *REASONS)), told
+        output = refused(*(copy if word == "run" else word for word in argv), codes=(1, 2))
+        assert path.name in output
+        assert any(words in output for words in (said, *REASONS)), output
 
 
 @pytest.mark.parametrize("kind", ["pipe", "loop", "device"])
@@ -252,5 +252,5 @@ def test_data_that_is_no_file(kind: str, tmp_path: Path, refused: Callable) -> N
     train = ("train", "organism", "--run.output", tmp_path / "o", "--data.train", path)
     prepare = ("data", "prepare", path, "--output", tmp_path / "p")
     for argv in (train, (*prepare, "--tokenizer", FOLDER / "target")):
-        told = refused(*argv)
-        assert any(words in told for words in (said, *REASONS)), told
+        output = refused(*argv)
+        assert any(words in output for words in (said, *REASONS)), output

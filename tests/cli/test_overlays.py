@@ -1,4 +1,4 @@
-"""Presets and files that go over others: later ones win, and no two runs share a folder."""
+"""Overlays override presets and files, and every combination has its own output folder."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ def printed(fastadapt, *argv):
 
 
 def changed(before, after):
-    """Keys in which two printed configurations differ, with the value of the second."""
+    """Return the keys in which two configurations differ, with the values of the second."""
     return {
         f"{component}.{key}": value
         for component, fields in after.items()
@@ -36,8 +36,8 @@ def changed(before, after):
 def test_an_overlay_changes_what_it_says_and_the_folder(fastadapt, preset, overlay):
     before, after = printed(fastadapt, preset), printed(fastadapt, preset, overlay)
     written = read_yaml(OVERLAYS / f"{overlay}.yaml")
-    own = OVERLAYS / preset / f"{overlay}.yaml"
-    for component, fields in (read_yaml(own) if own.is_file() else {}).items():
+    variant = OVERLAYS / preset / f"{overlay}.yaml"
+    for component, fields in (read_yaml(variant) if variant.is_file() else {}).items():
         written[component] = {**written.get(component, {}), **fields}
     expected = {f"{c}.{k}": v for c, fields in written.items() for k, v in fields.items()}
     assert expected.items() >= changed(before, after).items() - {
@@ -76,7 +76,7 @@ def test_later_ones_win_and_what_is_typed_wins_over_all(fastadapt, recipe, tmp_p
     config = printed(fastadapt, recipe(), first, second, "--optimizer.warmup", 0.75)
     assert (config["optimizer"]["lr"], config["optimizer"]["warmup"]) == (0.125, 0.75)
     assert (config["objective"]["nmse"], config["run"]["log_every"]) == (0.5, 2)
-    assert config["optimizer"]["max_steps"] == 6  # the recipe's
+    assert config["optimizer"]["max_steps"] == 6  # from the recipe
     assert config["run"]["output"] == str(tmp_path / "run-fast-short")
     typed = printed(fastadapt, recipe(), first, "no-bridge", "--run.output", "here")
     assert typed["run"]["output"] == "here"
@@ -154,8 +154,8 @@ def test_what_it_needs(fastadapt, overlay):
     assert planned["parameters"] == trained.get(overlay, whole["parameters"])
     assert planned["flops_per_step"] < whole["flops_per_step"] or overlay == "dense"
     assert (planned["l0"] is None) == (overlay in KINDS)
-    told = fastadapt("train", "r1-distill-qwen-7b", overlay, "--dry-run", "--gpu", "h200").out
-    assert ("at L0" in told) == (overlay not in KINDS)
+    text = fastadapt("train", "r1-distill-qwen-7b", overlay, "--dry-run", "--gpu", "h200").out
+    assert ("at L0" in text) == (overlay not in KINDS)
 
 
 def test_exports_refuse_what_is_no_transcoder(fastadapt, recipe, tmp_path):

@@ -1,4 +1,4 @@
-"""Progress: a bar on a terminal, lines elsewhere, and what goes wrong said at once."""
+"""Progress is a bar on a terminal and lines elsewhere; problems are printed at once."""
 
 import io
 
@@ -8,7 +8,7 @@ from fastadapt.cli.progress import Progress
 
 
 class Terminal(io.StringIO):
-    """A stream that says it is a terminal."""
+    """A stream that reports to be a terminal."""
 
     def isatty(self) -> bool:
         return True
@@ -22,18 +22,18 @@ class Clock:
         return self.now
 
 
-def step(at: int, **more: object) -> dict:
+def step(index: int, **more: object) -> dict:
     terms = {"loss": 2.5, "kl": 1.25, "nmse": 0.5, "sparsity": 0.125, "l0": 12.0}
-    return {"kind": "train", "step": at, **terms, "tokens_per_s": 4321.0, **more}
+    return {"kind": "train", "step": index, **terms, "tokens_per_s": 4321.0, **more}
 
 
 def test_a_bar_on_a_terminal(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "160")  # of what does not fit, tqdm leaves the end out
+    monkeypatch.setenv("COLUMNS", "160")  # tqdm cuts the end of a bar that does not fit
     stream = Terminal()
     with Progress(stream) as progress:
         progress.record({"kind": "start", "step": 0, "steps": 4})
-        for at in range(1, 5):
-            progress.record(step(at))
+        for index in range(1, 5):
+            progress.record(step(index))
     last = stream.getvalue().split("\r")[-1]
     for part in ("4/4", "loss 2.5", "KL 1.25", "NMSE 0.5", "L1 0.125", "L0 12", "4,321 tok/s"):
         assert part in last
@@ -53,12 +53,12 @@ def test_a_line_every_so_often_elsewhere():
     stream, clock = io.StringIO(), Clock()
     with Progress(stream, clock) as progress:
         progress.record({"kind": "start", "step": 0, "steps": 100})
-        for at in range(1, 101):
+        for index in range(1, 101):
             clock.now += 1.0
-            progress.record(step(at))
+            progress.record(step(index))
     lines = stream.getvalue().splitlines()
     assert [line.split()[1] for line in lines] == [
-        *(f"{at}/100" for at in (1, 11, 21, 31, 41, 51, 61, 71, 81, 91, 100))
+        *(f"{index}/100" for index in (1, 11, 21, 31, 41, 51, 61, 71, 81, 91, 100))
     ]
     assert lines[5].endswith("49 s left")
     assert "\r" not in stream.getvalue()

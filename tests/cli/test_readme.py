@@ -79,7 +79,7 @@ def test_the_commands_are_understood(tmp_path):
             words = [w.replace("$sparsity", "3e-4") for w in words]
             argv = [str(tmp_path / w) if w == "mine.yaml" else w for w in words[2:]]
             config, flags = parse_train(argv)
-            if not {"skyline", "norms"} & set(argv):  # which have their own
+            if not {"skyline", "norms"} & set(argv):  # these have their own tests
                 assert config.optimizer.lr == (4e-4 if "--optimizer.lr" in argv else 8e-4)
             assert flags.resume == ("--resume" in argv)
             seen += 1

@@ -1,4 +1,4 @@
-"""The command that goes on with a run can be typed where the run was started."""
+"""The printed resume command works in the shell that started the run."""
 
 import os
 import shlex
@@ -13,7 +13,7 @@ from fastadapt.cli.parser import resume_command
 
 @pytest.fixture
 def installed(tmp_path, monkeypatch):
-    """A program `fastadapt` in an environment whose folder has a space in its name."""
+    """Create a program `fastadapt` in a folder with a space in its name."""
     folder = tmp_path / "my env" / "bin"
     folder.mkdir(parents=True)
     program = folder / "fastadapt"

@@ -1,4 +1,4 @@
-"""Any encoding of the terminal, and negative numbers as any Python and any person writes them."""
+"""Output in any encoding of the terminal, and options with negative numbers in any notation."""
 
 from __future__ import annotations
 

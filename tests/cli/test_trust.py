@@ -1,7 +1,7 @@
-"""Code that comes with somebody's files runs where the user typed so for this call, and else not.
+"""Python code that comes with models runs only if the user typed so for the call.
 
-Every file that could ask for it asks: beside each model lies Python code that writes a file when it
-is executed, and every configuration, card, manifest and set says that it is to be trusted.
+Each model has Python code that writes a file when it is executed. Every configuration, card,
+manifest and set of the tests sets `trust_remote_code` to true.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ ASKING = {"trust_remote_code": True, "auto_map": AUTO_MAP, "custom_generate": ".
 
 
 class Foreign:
-    """A run with its pair, its store, a set and data, from somebody else."""
+    """Paths of an untrusted run with its pair, store, set and data."""
 
     def __init__(self, folder: Path) -> None:
         self.mark, self.run, self.pair = folder / "executed", folder / "run", folder / "pair"
@@ -66,7 +66,7 @@ def _ask_in_json(path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run and a store of it, made before anything asks for trust."""
+    """Create a run and a store before any file sets `trust_remote_code`."""
     folder = tmp_path_factory.mktemp("foreign")
     for role in ("target", "base"):
         shutil.copytree(FOLDER / role, folder / "pair" / role)
@@ -84,39 +84,39 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def foreign(whole: Path, tmp_path: Path, fastadapt: Callable) -> Foreign:
-    made = Foreign(tmp_path / "foreign")
+    foreign = Foreign(tmp_path / "foreign")
     shutil.copytree(whole, tmp_path / "foreign")
-    named = {role: str(made.pair / role) for role in ("target", "base")}
-    config_file, card_file = made.run / "config.yaml", made.run / "adapter" / "fastadapt.json"
+    named = {role: str(foreign.pair / role) for role in ("target", "base")}
+    config_file, card_file = foreign.run / "config.yaml", foreign.run / "adapter" / "fastadapt.json"
     config = yaml.safe_load(config_file.read_text())
     config["pair"] |= {**named, "trust_remote_code": True}
     config_file.write_text(yaml.safe_dump(config))
     card = json.loads(card_file.read_text())
     card["metadata"] |= {**named, **ASKING}
     card_file.write_text(json.dumps(card))
-    assert fastadapt("features", "select", made.run, "some", "--promotes", "wait").code == 0
-    for path in (*(made.run / "features").rglob("*.json"), *made.pair.rglob("*config.json")):
+    assert fastadapt("features", "select", foreign.run, "some", "--promotes", "wait").code == 0
+    for path in (*(foreign.run / "features").rglob("*.json"), *foreign.pair.rglob("*config.json")):
         if path.name != "site.json":
             _ask_in_json(path)
     _ask_in_json(card_file)
-    shutil.copytree(made.run / "adapter", made.bare)
+    shutil.copytree(foreign.run / "adapter", foreign.bare)
     for role in ("target", "base"):
-        folder = made.pair / role
+        folder = foreign.pair / role
         for name in ("configuration_x", "modeling_x", "tokenization_x"):
-            (folder / f"{name}.py").write_text(PYTHON.format(mark=str(made.mark)))
+            (folder / f"{name}.py").write_text(PYTHON.format(mark=str(foreign.mark)))
         (folder / "custom_generate").mkdir()
-        generate = PYTHON.format(mark=str(made.mark)) + "\ndef generate(model, **kwargs): ...\n"
+        generate = PYTHON.format(mark=str(foreign.mark)) + "\ndef generate(model, **kwargs): ...\n"
         (folder / "custom_generate" / "generate.py").write_text(generate)
-    return made
+    return foreign
 
 
-def _commands(made: Foreign, out: Path) -> dict[str, list[object]]:
-    run, pair = made.run, made.pair
+def _commands(foreign: Foreign, out: Path) -> dict[str, list[object]]:
+    run, pair = foreign.run, foreign.pair
     models = ["--pair.target", pair / "target", "--pair.base", pair / "base"]
     return {
         "train": ["train", run / "config.yaml"],
-        "train over": ["train", "organism", made.run.parent / "over.yaml"],
-        "train --pair": ["train", "organism", "--pair", made.run.parent / "pair.yaml"],
+        "train over": ["train", "organism", foreign.run.parent / "over.yaml"],
+        "train --pair": ["train", "organism", "--pair", foreign.run.parent / "pair.yaml"],
         "train --dry-run": ["train", "organism", *models, "--dry-run", "--run.output", out],
         "train a pair": [
             *("train", "organism", *models, "--run.output", out),
@@ -124,7 +124,7 @@ def _commands(made: Foreign, out: Path) -> dict[str, list[object]]:
         ],
         "eval": ["eval", run, "--output", out, "--parts", "[partial]"],
         "eval adapters": ["eval", run / "adapter", "--output", out, "--parts", "[partial]"],
-        "eval bare": ["eval", made.bare, "--output", out, "--parts", "[speed]"],
+        "eval bare": ["eval", foreign.bare, "--output", out, "--parts", "[speed]"],
         "collect": ["features", "collect", run, "--output", out, "--n", "4"],
         "overlap": ["features", "overlap", run],
         "describe": ["features", "describe", run, "--yes"],
@@ -149,7 +149,7 @@ def _commands(made: Foreign, out: Path) -> dict[str, list[object]]:
     }
 
 
-#: What says at once that nothing of the kind is read from a file.
+#: Commands that refuse a file that sets the flag, with the expected message.
 REFUSED = {
     "train": "type --pair.trust_remote_code true",
     "train over": "type --pair.trust_remote_code true",
@@ -163,7 +163,7 @@ REFUSED = {
 
 
 NAMES = list(_commands(Foreign(Path("x")), Path("y")))
-#: These read a pair without a run that records trust.
+#: Commands that read a pair without a run, which would record the flag.
 UNRECORDED = ("train a pair", "train --dry-run", "eval bare", "export", "organism check")
 
 
@@ -171,7 +171,7 @@ UNRECORDED = ("train a pair", "train --dry-run", "eval bare", "export", "organis
 def test_no_command_runs_code_that_a_file_trusts(
     name: str, foreign: Foreign, fastadapt: Callable, tmp_path: Path, monkeypatch
 ) -> None:
-    monkeypatch.setattr("builtins.input", lambda _="": "y")  # a question is answered by a mistake
+    monkeypatch.setattr("builtins.input", lambda _="": "y")  # answers any question
     over = {"pair": {"trust_remote_code": True}}
     (foreign.run.parent / "over.yaml").write_text(yaml.safe_dump(over))
     (foreign.run.parent / "pair.yaml").write_text(yaml.safe_dump(over["pair"]))
@@ -188,7 +188,7 @@ def test_no_command_runs_code_that_a_file_trusts(
 def test_an_architecture_of_its_own_is_refused_without_a_question(
     name: str, foreign: Foreign, fastadapt: Callable, tmp_path: Path, monkeypatch
 ) -> None:
-    """Of such a model there is no code but its own, so transformers would ask whether to run it."""
+    """Only the model's own code implements the model, so transformers would ask to run it."""
     monkeypatch.setattr("builtins.input", lambda _="": "y")
     for path in foreign.pair.glob("*/config.json"):
         path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "somebody"}))
@@ -200,7 +200,7 @@ def test_an_architecture_of_its_own_is_refused_without_a_question(
 
 @pytest.mark.parametrize("name", ["eval", "collect", "overlap"])
 def test_typed_trust_runs_it(name: str, foreign: Foreign, tmp_path: Path) -> None:
-    """The control: the code beside the models is code that runs. It stays in a process."""
+    """The code beside the models runs with the flag. It is executed in a subprocess."""
     command = [*_commands(foreign, tmp_path / "out")[name], "--trust_remote_code"]
     subprocess.run(
         [sys.executable, "-m", "fastadapt", *map(str, command)],
@@ -244,7 +244,7 @@ KERNEL_KEYS = [
 
 @pytest.mark.parametrize("key", KERNEL_KEYS)
 def test_a_kernel_of_the_hub_is_refused(foreign: Foreign, key: str) -> None:
-    """transformers would fetch the repository that is named, and run what is in it."""
+    """transformers would download the named repository and run its code."""
     from fastadapt.errors import UserError
     from fastadapt.models.pretrained import model_config
 
@@ -314,7 +314,7 @@ def test_trust_is_true_or_false(value: object) -> None:
         package.PairConfig("a", "b", trust_remote_code=value)
 
 
-#: Where the flag is typed, passed on, or written down and thrown away.
+#: Modules that read the flag from an option, pass it on, or remove it from a file's values.
 NAMED = {
     "models/pair.py": "PairConfig",
     "training/config.py": "take_trust removes it from what a file holds",
@@ -324,7 +324,7 @@ NAMED = {
 
 
 def test_no_reader_takes_the_flag_from_a_file() -> None:
-    """The flag's name occurs as a string, thus as a key, in the few places that are read here."""
+    """The flag's name occurs as a string, and thus as a key, only in the modules above."""
     root = Path(package.__file__).parent
     for path in root.rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -356,7 +356,7 @@ def test_what_reads_a_configuration_leaves_trust_out(foreign: Foreign, recipe: C
 
 
 def test_trust_is_said_in_every_call_that_may_run_code() -> None:
-    """transformers asks at the terminal where it is not, and takes a "y" from a pipe."""
+    """Without the argument, transformers asks at the terminal and accepts a "y" from a pipe."""
     root = Path(package.__file__).parent
     callers = {"AutoConfig", "AutoTokenizer", "AutoModel", "AutoModelForCausalLM"}
     calls = 0
@@ -364,9 +364,9 @@ def test_trust_is_said_in_every_call_that_may_run_code() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
                 continue
-            of = node.func.value
+            value = node.func.value
             opens = node.func.attr in ("from_pretrained", "from_config")
-            if opens and isinstance(of, ast.Name) and of.id in callers:
+            if opens and isinstance(value, ast.Name) and value.id in callers:
                 assert "trust_remote_code" in {k.arg for k in node.keywords}, (path, node.lineno)
                 calls += 1
     assert calls >= 7
