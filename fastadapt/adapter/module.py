@@ -10,7 +10,7 @@ Shapes: T tokens, D width, F features; both weight matrices hold one row per fea
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -22,18 +22,15 @@ from fastadapt.kernels.transcoder import IMPLEMENTATIONS, CodeLayout, Transcoder
 from fastadapt.kernels.transcoder.reference import SparseCodes, activate, row_shape
 
 ACTIVATIONS = ("relu", "topk", "batch_topk", "jumprelu")
-#: What a run trains: transcoders beside the base's MLPs, or weights of the model itself
-#: (:mod:`fastadapt.models.baselines`).
-KINDS = ("transcoder", "mlp", "norms")
-N_FEATURES = 8192  # of the method, for 7B
+N_FEATURES = 8192  # arXiv 2602.20904, 7B models
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What is trained in every layer of a model; of transcoders, their shape and activation.
+    """Shape, activation and implementation of the transcoders of a model, the same in every layer.
 
     Args:
-        n_features: features per layer (F) of a ``transcoder``; 8192 if not given.
+        n_features: features per layer (F); 8192 if not given.
         activation: ``relu``, ``topk``, ``batch_topk`` or ``jumprelu``.
         k: active features per token: an integer for ``topk``; for ``batch_topk`` the mean over the
             tokens of a sequence, which may be fractional.
@@ -41,9 +38,9 @@ class AdapterConfig:
         initial_threshold: ``jumprelu`` only: θ at the start, > 0.
         implementation: of the kernel: ``auto``, ``reference``, ``sparse`` (on a CPU), ``triton`` or
             ``triton_fused`` (on a GPU); see :func:`fastadapt.kernels.transcoder.transcoder`.
-        kind: ``transcoder``, an adapter beside the base's MLP; ``mlp``, the base's MLP itself;
-            ``norms``, the weights of every RMSNorm, the base's MLPs in place. The latter two have
-            no features, and none of the settings above.
+
+    Raises:
+        UserError: an impossible value, or settings that exclude each other.
     """
 
     n_features: int | None = None
@@ -52,16 +49,8 @@ class AdapterConfig:
     bandwidth: float | None = None
     initial_threshold: float | None = None
     implementation: str = "auto"
-    kind: str = "transcoder"
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise UserError(f"adapter.kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
-        if not self.sparse:
-            self._check_unused()
-            return
-        if self.n_features is None:
-            object.__setattr__(self, "n_features", N_FEATURES)
         n_features = self.features
         if n_features < 1:
             raise UserError(f"adapter.n_features must be at least 1, got {n_features}")
@@ -95,24 +84,10 @@ class AdapterConfig:
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"adapter.{name} must be a positive number, got {value}")
 
-    def _check_unused(self) -> None:
-        for setting in fields(self):
-            value = getattr(self, setting.name)
-            if setting.name != "kind" and value != setting.default:
-                raise UserError(
-                    f"adapter.{setting.name} is of transcoders and not used with "
-                    f"kind={self.kind!r}: expected {setting.default}, got {value!r}"
-                )
-
-    @property
-    def sparse(self) -> bool:
-        """Whether what is trained has features: a penalty, an L0, rows of a decoder."""
-        return self.kind == "transcoder"
-
     @property
     def features(self) -> int:
-        """Features per layer; 0 of a kind that has none."""
-        return self.n_features or 0
+        """Features per layer, F: ``n_features`` or its default."""
+        return N_FEATURES if self.n_features is None else self.n_features
 
     @property
     def lowest_threshold(self) -> float | None:
@@ -176,7 +151,6 @@ class TranscoderAdapter(nn.Module):
             the draw is made there in float32, so that it is the same on every device.
     """
 
-    kind = "transcoder"
     W_enc: nn.Parameter
     b_enc: nn.Parameter
     W_dec: nn.Parameter
@@ -221,6 +195,19 @@ class TranscoderAdapter(nn.Module):
     def n_features(self) -> int:
         """Number of features, F."""
         return self.config.features
+
+    def card(self) -> dict[str, Any]:
+        """Return the entries of ``fastadapt.json`` that describe this adapter."""
+        return {
+            "kind": "transcoder_adapter",
+            "additive": True,
+            "hook_in": "mlp.input (after the norm, norm weight included)",
+            "hook_out": "mlp.output (added to the base MLP's, before any post-norm)",
+            "orientation": {"W_enc": "[n_features, d_in]", "W_dec": "[n_features, d_out]"},
+            "d_in": self.d_in,
+            "d_out": self.d_out,
+            "adapter": asdict(self.config) | {"n_features": self.n_features},
+        }
 
     def extra_repr(self) -> str:
         return (

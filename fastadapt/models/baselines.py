@@ -14,7 +14,7 @@ What is trained are copies, under the names that the weights have in the model; 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -25,6 +25,8 @@ from fastadapt.models.adapted_mlp import AdaptedMLP
 if TYPE_CHECKING:
     from fastadapt.models.pair import ModelPair
 
+#: Names of the baselines.
+Baseline = Literal["mlp", "norms"]
 #: What the last norm of the model is called among the weights of the last layer.
 FINAL_NORM = "final_norm"
 
@@ -38,7 +40,7 @@ class TunedWeights(nn.Module):
             parameters, of the same names.
     """
 
-    kind: ClassVar[str]
+    kind: ClassVar[Baseline]
 
     def __init__(self, width: int, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -51,6 +53,10 @@ class TunedWeights(nn.Module):
                     part.add_module(step, nn.Module())
                 part = part.get_submodule(step)
             part.register_parameter(last, nn.Parameter(tensor))
+
+    def card(self) -> dict[str, Any]:
+        """Return the entries of ``fastadapt.json`` that describe these weights."""
+        return {"kind": self.kind, "additive": False, "d_in": self.d_in, "d_out": self.d_out}
 
     def call(self, module: nn.Module, name: str, x: Tensor) -> Tensor:
         """``module(x)`` with the weights under ``name`` (all, where it is empty) for its own."""
@@ -122,7 +128,7 @@ class SwitchedNorm(nn.Module):
         return out
 
 
-TUNED: Mapping[str, type[TunedWeights]] = {kind.kind: kind for kind in (TunedMLP, TunedNorms)}
+TUNED: Mapping[Baseline, type[TunedWeights]] = {kind.kind: kind for kind in (TunedMLP, TunedNorms)}
 
 
 def norms_of(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -142,7 +148,7 @@ def _blocks(pair: ModelPair) -> tuple[Any, nn.ModuleList]:
     return decoder, getattr(decoder, pair.paths.layers)
 
 
-def weights_of(pair: ModelPair, kind: str) -> Sequence[Mapping[str, Tensor]]:
+def weights_of(pair: ModelPair, kind: Baseline) -> Sequence[Mapping[str, Tensor]]:
     """The hybrid's own weights that ``kind`` trains, of each layer, by name."""
     if kind == "mlp":
         return [dict(base.named_parameters()) for base in pair.base_mlps]
@@ -157,7 +163,7 @@ def weights_of(pair: ModelPair, kind: str) -> Sequence[Mapping[str, Tensor]]:
     return layers
 
 
-def tuned_weights(pair: ModelPair, kind: str) -> nn.ModuleList:
+def tuned_weights(pair: ModelPair, kind: Baseline) -> nn.ModuleList:
     """Copies to train, layer 0 first: the hybrid's weights, in its dtype and on its device."""
     width = pair.target.config.hidden_size
     return nn.ModuleList(

@@ -21,6 +21,7 @@ from fastadapt.adapter.module import AdapterConfig
 from fastadapt.data.sequences import DataConfig
 from fastadapt.errors import UserError
 from fastadapt.io.documents import read_yaml
+from fastadapt.models.baselines import Baseline
 from fastadapt.models.replacement import PairConfig
 from fastadapt.objective import ObjectiveConfig
 from fastadapt.training.optimizer import OptimizerConfig
@@ -44,15 +45,19 @@ FREE_ON_RESUME = frozenset(
 #: The key of a pair's configuration that is typed and never read from a file.
 TRUST = "trust_remote_code"
 
+Trained = Literal["transcoder", Baseline]
 SinkName = Literal["tensorboard", "wandb", "trackio"]
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where a run writes, how often, and what it puts up with.
+    """What a run trains, where it writes, how often, and how many bad batches it accepts.
 
     Args:
         output: the run directory.
+        trains: ``transcoder``, an adapter beside every MLP of the base; or a baseline: ``mlp``, the
+            base's MLPs themselves; ``norms``, the weights of every RMSNorm. A baseline has no
+            features and uses no setting of ``adapter``.
         seed: of the adapters' initialisation, the order of the data, and the cutoffs.
         log_every: optimiser steps between records of training metrics.
         eval_every: optimiser steps between held-out evaluations; one comes before the first step
@@ -70,6 +75,7 @@ class RunConfig:
     """
 
     output: str
+    trains: Trained = "transcoder"
     seed: int = 42
     log_every: int = 1
     eval_every: int = 500
@@ -83,6 +89,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _require(bool(str(self.output).strip()), "run.output", "a folder", self.output)
+        choices = _choices(Trained)
+        _require(self.trains in choices, "run.trains", f"one of {', '.join(choices)}", self.trains)
         _require(0 <= self.seed < 2**63, "run.seed", "an integer in [0, 2^63)", self.seed)
         for name, least in (
             ("log_every", 1),
@@ -112,11 +120,27 @@ class TrainConfig:
     run: RunConfig
 
     def __post_init__(self) -> None:
-        if self.objective.sparsity and not self.adapter.sparse:
+        trains, adapter = self.run.trains, self.adapter
+        _check_unused(trains, vars(adapter))
+        if trains == "transcoder":
+            # config.yaml records the number, which the default of another version may not be.
+            adapter = dataclasses.replace(adapter, n_features=adapter.features)
+            object.__setattr__(self, "adapter", adapter)
+        elif self.objective.sparsity:
             raise UserError(
-                f"objective.sparsity: expected 0, since adapter.kind {self.adapter.kind!r} has no "
-                f"features to keep few, got {self.objective.sparsity}"
+                f"objective.sparsity: expected 0, since run.trains {trains!r} has no features, "
+                f"got {self.objective.sparsity}"
             )
+
+    @property
+    def n_features(self) -> int:
+        """Features per layer, F; 0 for a baseline."""
+        return self.adapter.features if self.run.trains == "transcoder" else 0
+
+    @property
+    def trained(self) -> AdapterConfig | Baseline:
+        """The settings of the transcoders, or the name of the baseline."""
+        return self.adapter if self.run.trains == "transcoder" else self.run.trains
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -133,6 +157,12 @@ def from_dict(values: Mapping[str, Any], kind: type = TrainConfig, prefix: str =
     """
     if not isinstance(values, Mapping):
         raise UserError(f"{prefix.rstrip('.') or 'configuration'}: expected keys, got {values!r}")
+    if kind is TrainConfig:
+        values = move_old_keys(values)
+        run, adapter = values.get("run"), values.get("adapter")
+        if isinstance(run, Mapping) and isinstance(adapter, Mapping):
+            # Before the values of `adapter` are checked against each other: none may be given.
+            _check_unused(run.get("trains", "transcoder"), adapter)
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for key in values:
         if key not in fields:
@@ -147,6 +177,28 @@ def from_dict(values: Mapping[str, Any], kind: type = TrainConfig, prefix: str =
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise UserError(f"{prefix}{name} is missing: give it a value")
     return kind(**arguments)
+
+
+def move_old_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values with ``adapter.kind``, the name of ``run.trains`` in older files, moved.
+
+    Raises:
+        UserError: ``adapter.kind`` is impossible or contradicts ``run.trains``.
+
+    Example:
+        >>> move_old_keys({"adapter": {"kind": "mlp", "k": None}, "run": {"output": "a"}})
+        {'adapter': {'k': None}, 'run': {'trains': 'mlp', 'output': 'a'}}
+    """
+    adapter, run = values.get("adapter"), values.get("run") or {}
+    if not isinstance(adapter, Mapping) or "kind" not in adapter or not isinstance(run, Mapping):
+        return dict(values)
+    kind, expected = adapter["kind"], ", ".join(_choices(Trained))
+    _require(kind in _choices(Trained), "adapter.kind (now run.trains)", f"one of {expected}", kind)
+    _require(
+        run.get("trains", kind) == kind, "adapter.kind", f"run.trains, {run.get('trains')}", kind
+    )
+    remaining = {key: value for key, value in adapter.items() if key != "kind"}
+    return {**values, "adapter": remaining, "run": {"trains": kind, **run}}
 
 
 def save_config(config: TrainConfig, path: Path) -> None:
@@ -206,6 +258,22 @@ def differences(config: TrainConfig, other: TrainConfig) -> dict[str, tuple[Any,
         for key in sorted(ours.keys() | theirs.keys())
         if key not in FREE_ON_RESUME and ours.get(key) != theirs.get(key)
     }
+
+
+def _check_unused(trains: object, settings: Mapping[str, Any]) -> None:
+    """Refuse settings of transcoders in the configuration of a baseline."""
+    for field in dataclasses.fields(AdapterConfig) if trains != "transcoder" else ():
+        value = settings.get(field.name, field.default)
+        if value != field.default:
+            raise UserError(
+                f"adapter.{field.name} is of transcoders and not used with run.trains={trains!r}: "
+                f"expected {field.default}, got {value!r}"
+            )
+
+
+def _choices(hint: Any) -> tuple[str, ...]:
+    """Return the values of a ``Literal``."""
+    return typing.get_args(hint)
 
 
 def _require(fine: bool, key: str, expected: str, got: object) -> None:

@@ -53,7 +53,7 @@ def write(
     summary = {
         **{k: v for k, v in record.items() if k not in ("kind", "step", "wall_s")},
         "interrupted": False,
-        "adapter_kind": config.adapter.kind,
+        "adapter_kind": config.run.trains,
         **counts,
         "output": str(folder),
         **versions(),

@@ -64,7 +64,7 @@ class TrainingRun:
         self.model.adapters.train()
         named = dict(self.model.adapters.named_parameters())
         self.optimizer = AdapterOptimizer(named, config.optimizer, config.adapter.lowest_threshold)
-        sparse, kernel = config.adapter.sparse, config.adapter.implementation
+        sparse, kernel = config.n_features > 0, config.adapter.implementation
         shape = (self.model.n_layers, self.model.n_features) if sparse else (0,)
         self.dead = DeadFeatures(shape, config.run.dead_window, self.model.device)
         self.planner = CapacityEstimator(sparse and takes_plans(kernel, self.model.device.type))

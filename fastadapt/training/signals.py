@@ -97,7 +97,7 @@ def _told(config: TrainConfig, reason: str) -> str:
         f"({config.data.max_tokens}), optimizer.batch_size ({config.optimizer.batch_size}, with "
         "optimizer.accumulation in its stead) or objective.kl_chunk_tokens "
         f"({config.objective.kl_chunk_tokens})"
-        + (f", or adapter.n_features ({config.adapter.features})" if config.adapter.sparse else "")
+        + (f", or adapter.n_features ({config.n_features})" if config.n_features else "")
         + ("" if config.objective.checkpoint == "full" else ", set objective.checkpoint to full")
         + ("" if config.pair.dtype != "float32" else ", or set pair.dtype to bfloat16")
         + ". --resume goes on from the last checkpoint."

@@ -163,7 +163,7 @@ def facts(run: TrainingRun) -> dict[str, Any]:
         "with_markers": run.feed.train.counts.with_markers,
         "n_layers": run.model.n_layers,
         "d_model": run.model.d_model,
-        "adapter_kind": run.config.adapter.kind,
+        "adapter_kind": run.config.run.trains,
         **({"n_features": run.model.n_features} if run.model.n_features else {}),
         "parameters": sum(p.numel() for p in run.model.adapters.parameters()),
         "device": run.model.device.type if run.ranks.world > 1 else str(run.model.device),

@@ -114,9 +114,9 @@ def _opened(config: TrainConfig, ranks: Ranks, *, resume: bool, overwrite: bool)
 def _check_shares(config: TrainConfig, ranks: Ranks) -> None:
     """Refuse steps that the ranks cannot share evenly; the message suggests equal settings."""
     optimizer, n = config.optimizer, ranks.world
-    if n > 1 and config.adapter.kind == "norms":
+    if n > 1 and config.run.trains == "norms":
         raise UserError(
-            "adapter.kind norms is for one process: the last norm lies outside the blocks that "
+            "run.trains norms is for one process: the last norm lies outside the blocks that "
             "ranks shard"
         )
     if n > 1 and optimizer.low_memory:
@@ -162,7 +162,7 @@ def load_model_and_data(
 
     def load(into: str | None) -> ReplacementModel:
         pair = ModelPair.load(source, into=None if into is None else torch.device(into))
-        return ReplacementModel.create(pair, config.adapter, seed=config.run.seed, runs_on=device)
+        return ReplacementModel.create(pair, config.trained, seed=config.run.seed, runs_on=device)
 
     if ranks.world == 1:
         model = load("cpu" if source.offload else None)

@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastadapt.adapter.files import load_adapters, save_adapters
+from fastadapt.adapter.files import save_adapters
 from fastadapt.adapter.module import AdapterConfig, TranscoderAdapter
 from fastadapt.errors import UserError
+from fastadapt.models.trained_files import load_adapters
 
 CONFIGS = {
     "relu": AdapterConfig(40),

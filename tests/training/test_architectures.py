@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastadapt.adapter.files import load_adapters
 from fastadapt.models.pretrained import ARCHITECTURES
 from fastadapt.models.replacement import ModelPair, ReplacementModel
+from fastadapt.models.trained_files import load_adapters
 from fastadapt.training.planning.estimate import plan
 from fastadapt.training.trainer import train
 

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
+import yaml
 
 from fastadapt.cli.train import PRESETS
 from fastadapt.errors import UserError
@@ -142,3 +143,16 @@ def test_the_released_precision_is_three_settings() -> None:
     assert config.objective.logits_dtype == "bfloat16"
     assert (config.objective.bridge, config.objective.first_cutoff) == (2, 0)
     assert (config.optimizer.weight_decay, config.optimizer.clip) == (0, 1)
+
+
+@pytest.mark.parametrize("trains", ["transcoder", "mlp", "norms"])
+def test_the_older_key_adapter_kind_is_read(tiny_config, tmp_path, trains):
+    baseline = {"run.trains": trains, "adapter.n_features": None, "objective.sparsity": 0.0}
+    config = tiny_config(**baseline if trains != "transcoder" else {})
+    values = to_dict(config)
+    values["adapter"]["kind"] = values["run"].pop("trains")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    assert load_config(tmp_path / "config.yaml") == config
+    values["run"]["trains"] = "mlp" if trains == "norms" else "norms"
+    with pytest.raises(UserError, match=r"adapter\.kind: expected run\.trains, "):
+        from_dict(values)

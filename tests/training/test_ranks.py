@@ -175,7 +175,7 @@ def gemma_pair(tiny_pair: Path, tmp_path: Path) -> dict[str, str]:
     return {f"pair.{name}": str(tmp_path / "gemma" / name) for name in ("target", "base")}
 
 
-NORMS = {"adapter.kind": "norms", "adapter.n_features": None, "objective.sparsity": 0.0}
+NORMS = {"run.trains": "norms", "adapter.n_features": None, "objective.sparsity": 0.0}
 VARIANTS: dict[str, dict] = {
     "relu": {},
     "topk": {"adapter.activation": "topk", "adapter.k": 3},
@@ -188,7 +188,7 @@ VARIANTS: dict[str, dict] = {
     "short last step": {"optimizer.batch_size": 5, "optimizer.epochs": 3},  # 15 micro-batches
     "no checkpointing": {"objective.checkpoint": "none", "optimizer.accumulation": 8},
     "ranks without a share": {"adapter.n_features": 5},  # rows of 2, 2, 1 and 0 features
-    "mlp": {"adapter.kind": "mlp", "adapter.n_features": None, "objective.sparsity": 0.0},
+    "mlp": {"run.trains": "mlp", "adapter.n_features": None, "objective.sparsity": 0.0},
 }
 
 
@@ -296,5 +296,5 @@ def test_a_step_that_cannot_be_shared_says_which_can(tiny_config) -> None:
     with pytest.raises(UserError, match="a step has 9 sequences, which 2 ranks cannot share"):
         _check_shares(odd, two)
     norms = tiny_config(**NORMS, **{"optimizer.accumulation": 4})
-    with pytest.raises(UserError, match=r"adapter\.kind norms is for one process"):
+    with pytest.raises(UserError, match=r"run\.trains norms is for one process"):
         _check_shares(norms, two)

@@ -90,8 +90,8 @@ VARIANTS = {
         "optimizer.epochs": 2,
     },
     "no checkpointing of blocks": {"objective.checkpoint": "none"},
-    "mlp": {"adapter.kind": "mlp", "adapter.n_features": None, "objective.sparsity": 0.0},
-    "norms": {"adapter.kind": "norms", "adapter.n_features": None, "objective.sparsity": 0.0},
+    "mlp": {"run.trains": "mlp", "adapter.n_features": None, "objective.sparsity": 0.0},
+    "norms": {"run.trains": "norms", "adapter.n_features": None, "objective.sparsity": 0.0},
 }
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastadapt.adapter.files import load_adapters
 from fastadapt.errors import RunError, UserError
+from fastadapt.models.trained_files import load_adapters
 from fastadapt.objective import draw_cutoff
 from fastadapt.training import checkpoint as checkpoint_module
 from fastadapt.training import loop, trainer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from typing_extensions import TypedDict
 
@@ -19,9 +19,10 @@ from fastadapt.io.documents import (
 )
 from fastadapt.io.names import has_file, inside
 from fastadapt.reporting.formatting import number, percent
+from fastadapt.training.config import Trained
 from fastadapt.training.run_dir import CONFIG, METRICS, SUMMARY, Record, read_records
 
-#: Name of the trained part in tables, by ``adapter.kind``.
+#: Name of the trained part in tables, by ``run.trains``.
 TRAINED = {"transcoder": "adapter", "mlp": "tuned MLPs", "norms": "refit norms"}
 
 
@@ -39,7 +40,7 @@ class Histograms(TypedDict, total=False):
 class Measures(TypedDict, total=False):
     """Types of the shown values of a record or a summary; other keys are ignored."""
 
-    adapter_kind: Literal["transcoder", "mlp", "norms"]
+    adapter_kind: Trained
     loss: _Value
     kl: _Value
     kl_adapter: _Value
