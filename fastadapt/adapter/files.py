@@ -29,9 +29,10 @@ T = TypeVar("T", bound=nn.Module)
 SCHEMA_VERSION = 1
 TRANSCODER = "transcoder_adapter"
 CARD = "fastadapt.json"
-#: Names of the files of adapters.
+#: Names of the files in a folder of adapters.
 PATTERNS = (CARD, "layer_*.safetensors")
-#: More than any model has; a file that asks for more is damaged, and nothing is built from it.
+#: Larger than in any model. A file with a larger number is damaged, and is refused before
+#: anything of that size is allocated.
 MAX_LAYERS, MAX_WIDTH, MAX_FEATURES = 10_000, 1 << 20, 1 << 26
 
 
@@ -50,23 +51,32 @@ def save_adapters(
 ) -> None:
     """Write one adapter per layer as ``fastadapt.json`` and ``layer_{i}.safetensors``.
 
-    The JSON file states schema version, kind, shapes, and of transcoders the orientation (one row
-    per feature in both matrices), the hook (the MLP's input, after the norm and its weight) and
-    that they are *additive*; and ``metadata`` (model ids, revisions, losses, measured L0). It is
-    written last, so that a folder that has it is whole.
+    The JSON file holds the schema version, the kind, the widths and ``metadata``. For transcoders
+    it also holds the orientation of the matrices (one row per feature in both), the hook (the MLP's
+    input, after the norm and its weight) and the statement that their output is *added*. It is
+    written last: a folder with ``fastadapt.json`` is complete.
 
-    Adapters that are in the folder are replaced once all of the new ones are on the disk; files of
-    other names stay.
+    Adapters in the folder are replaced after all new ones are on the disk. Files with other names
+    stay.
 
     Args:
-        adapters: layer 0 first, one configuration and one pair of widths for all; of an iterator
-            one is held at a time.
-        folder: made if it is not there.
-        metadata: JSON-serialisable.
+        adapters: layer 0 first, all with one configuration and one pair of widths. An iterator is
+            consumed one adapter at a time.
+        folder: created if it does not exist.
+        metadata: JSON-serialisable, such as model ids, revisions, loss weights, measured L0.
 
     Raises:
         UserError: no adapter, or adapters that differ.
-        RunError: the folder cannot be written; what was in it is as it was.
+        RunError: the folder cannot be written. Its contents are unchanged.
+
+    Example:
+        >>> from tempfile import mkdtemp
+        >>> from fastadapt import AdapterConfig, TranscoderAdapter, load_adapters, save_adapters
+        >>> folder = mkdtemp()
+        >>> save_adapters([TranscoderAdapter(8, AdapterConfig(32))], folder, {"step": 3})
+        >>> adapters, metadata = load_adapters(folder)
+        >>> len(adapters), metadata
+        (1, {'step': 3})
     """
     with writing_folder(Path(folder), last=CARD, ours=PATTERNS) as staged:
         write_adapters(adapters, staged, metadata)
@@ -75,7 +85,7 @@ def save_adapters(
 def write_adapters(
     adapters: Iterable[nn.Module], path: Path, metadata: Mapping[str, Any] | None = None
 ) -> None:
-    """Write the files of :func:`save_adapters` into an empty folder, which is there.
+    """Write the files of :func:`save_adapters` into an existing, empty folder.
 
     Raises:
         UserError: no adapter, or adapters that differ.
@@ -92,7 +102,7 @@ def write_adapters(
         save_tensors(tensors, path / f"layer_{len(shapes)}.safetensors")
         shapes.append({name: list(tensor.shape) for name, tensor in tensors.items()})
     if first is None:
-        raise UserError("there is no adapter to save")
+        raise UserError("expected one adapter per layer to save, got none")
     card = {"schema_version": SCHEMA_VERSION, **first, "n_layers": len(shapes)}
     if not card["additive"]:
         card["tensors"] = shapes
@@ -101,10 +111,10 @@ def write_adapters(
 
 
 def adapters_of(source: str | os.PathLike[str]) -> Path:
-    """The folder of adapters of a finished run, or ``source`` itself where it is one.
+    """Return the folder of adapters: ``source`` itself, or ``adapter/`` in a finished run.
 
     Raises:
-        UserError: it is neither.
+        UserError: ``source`` is neither, or is a run that has not finished.
     """
     folder = typed_path(source, "run")
     if has_file(folder / CARD):
@@ -117,9 +127,9 @@ def adapters_of(source: str | os.PathLike[str]) -> Path:
 
 
 class AdapterSection(TypedDict):
-    """The settings of :class:`AdapterConfig`, as a card and an exported ``config.json`` hold them.
+    """Types of the settings of :class:`AdapterConfig` in ``fastadapt.json`` and ``config.json``.
 
-    Of values that are possible the class itself judges.
+    :class:`AdapterConfig` itself checks the values.
     """
 
     n_features: Annotated[int, msgspec.Meta(ge=1, le=MAX_FEATURES)]
@@ -134,14 +144,14 @@ _Width = Annotated[int, msgspec.Meta(ge=1, le=MAX_WIDTH)]
 
 
 class Revisions(TypedDict, total=False):
-    """The commits of the models that adapters were trained with; null of local folders."""
+    """Commits of the models that the adapters were trained with; null for local folders."""
 
     target: Name | None
     base: Name | None
 
 
 class Weights(TypedDict, total=False):
-    """The weights of the losses; the other settings of the objective are not read."""
+    """Weights of the losses. Other settings of the objective are not read."""
 
     sparsity: NonNegative | None
     nmse: NonNegative | None
@@ -149,21 +159,21 @@ class Weights(TypedDict, total=False):
 
 
 class Measured(TypedDict, total=False):
-    """What is read of a run's measurements; null where a number was not finite."""
+    """Measurements of a run that are read; null for a number that was not finite."""
 
     l0_mean: NonNegative | None
     tokens: Count | None
 
 
 class ChangedSet(TypedDict):
-    """The set of features of an intervention."""
+    """Set of features of an intervention."""
 
     name: Name | None
     size: Count
 
 
 class Change(TypedDict):
-    """An intervention, as the card of changed adapters records it."""
+    """Intervention recorded in ``fastadapt.json`` of changed adapters."""
 
     kind: Name
     set: ChangedSet
@@ -172,7 +182,7 @@ class Change(TypedDict):
 
 
 class Metadata(TypedDict, total=False):
-    """What of ``metadata`` of a card is read, where it is there; any other key may be, too."""
+    """Optional keys of ``metadata`` that are read. Other keys are allowed."""
 
     target: Name | None
     base: Name | None
@@ -184,7 +194,7 @@ class Metadata(TypedDict, total=False):
 
 
 class Card(TypedDict):
-    """What every ``fastadapt.json`` holds, whatever its kind."""
+    """Keys of every ``fastadapt.json``, for all kinds of weights."""
 
     schema_version: int
     kind: str
@@ -196,7 +206,7 @@ class Card(TypedDict):
 
 
 class TranscoderCard(Card):
-    """That of transcoders."""
+    """Keys of ``fastadapt.json`` for transcoders."""
 
     adapter: AdapterSection
 
@@ -221,10 +231,14 @@ def read_card(path: Path) -> dict[str, Any]:
 
 
 def read_settings(settings: Any, source: str) -> AdapterConfig:
-    """Return the configuration of transcoders, with every setting given and none unknown.
+    """Return the configuration of transcoders from settings that must be complete.
+
+    Args:
+        settings: the value of ``adapter`` in ``fastadapt.json`` or ``config.json``.
+        source: the file, for error messages.
 
     Raises:
-        UserError: names ``source``, where ``settings`` are read from, and the setting.
+        UserError: a setting is missing, unknown or impossible.
     """
     check(settings, AdapterSection, source)
     if unknown := sorted(settings.keys() - AdapterSection.__annotations__.keys()):
