@@ -1,4 +1,4 @@
-"""Every architecture of the table is planned for, trained, and generates with what was trained."""
+"""Every supported architecture is planned, trained, and generates with the trained adapters."""
 
 from __future__ import annotations
 
