@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastadapt.adapter.files import load_adapters, save_adapters
+    from fastadapt.adapter.files import save_adapters
     from fastadapt.adapter.module import AdapterConfig, TranscoderAdapter
     from fastadapt.errors import RunError, UserError
     from fastadapt.features.loading import LoadedRun, load_run
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         PairMismatchError,
         ReplacementModel,
     )
+    from fastadapt.models.trained_files import load_adapters
 
 __version__ = "0.1.0"
 
@@ -43,7 +44,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "fastadapt.adapter.files": ("load_adapters", "save_adapters"),
+    "fastadapt.adapter.files": ("save_adapters",),
     "fastadapt.adapter.module": ("AdapterConfig", "TranscoderAdapter"),
     "fastadapt.errors": ("RunError", "UserError"),
     "fastadapt.features.loading": ("LoadedRun", "load_run"),
@@ -54,6 +55,7 @@ _MODULES = {
         "PairMismatchError",
         "ReplacementModel",
     ),
+    "fastadapt.models.trained_files": ("load_adapters",),
 }
 
 

@@ -1,4 +1,4 @@
-"""A batch of token sequences, and how much each of its tokens counts. B sequences, T tokens."""
+"""Batch of token sequences, and the weights of its tokens. B sequences, T tokens."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ IGNORE = -100
 class Batch(NamedTuple):
     """Right-padded token sequences.
 
-    ``input_ids`` int64 ``[B, T]``; ``attention_mask`` bool ``[B, T]``, false at padding, or None
-    where there is none (known on the host, so that no step has to ask the device); ``labels`` int64
-    ``[B, T]``: the token itself where predicting it counts, -100 elsewhere.
+    Attributes:
+        input_ids: int64 ``[B, T]``.
+        attention_mask: bool ``[B, T]``, false at padding. None if the batch has no padding, so that
+            the host knows this without reading from the device.
+        labels: int64 ``[B, T]``, the token itself if its prediction counts, else -100.
     """
 
     input_ids: Tensor
@@ -24,13 +26,13 @@ class Batch(NamedTuple):
 
     @property
     def real(self) -> Tensor:
-        """Bool ``[B, T]``: the tokens that are not padding."""
+        """Bool ``[B, T]``, true at tokens that are not padding."""
         if self.attention_mask is None:
             return torch.ones_like(self.input_ids, dtype=torch.bool)
         return self.attention_mask.bool()
 
     def pinned(self) -> Batch:
-        """The same batch in pinned memory, from which a GPU copies without holding up the host."""
+        """Return the batch in pinned memory, from which a GPU copies asynchronously."""
         mask = self.attention_mask
         return Batch(
             self.input_ids.pin_memory(),
@@ -39,7 +41,7 @@ class Batch(NamedTuple):
         )
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on ``device``."""
+        """Return the batch on ``device``."""
         mask = self.attention_mask
         return Batch(
             self.input_ids.to(device, non_blocking=True),
@@ -49,16 +51,29 @@ class Batch(NamedTuple):
 
 
 class TokenWeights(NamedTuple):
-    """How much each token counts, summing to 1 over the batch; ``[B, T]``, floating."""
+    """Weights that sum to 1 over the batch; floating ``[B, T]``.
+
+    Attributes:
+        tokens: of every token that is not padding.
+        predictions: of every position whose next token is predicted.
+    """
 
     tokens: Tensor
     predictions: Tensor
 
 
 def token_weights(batch: Batch, dtype: torch.dtype = torch.float32) -> TokenWeights:
-    """Weights that average per sequence, then over the sequences that have something to count.
+    """Return weights that average over each sequence, then over the sequences.
 
-    ``predictions`` is over the next-token positions 0..T-2 whose label is valid.
+    Sequences without a counted token are left out. ``predictions`` covers the positions 0..T-2
+    whose next token has a valid label.
+
+    Example:
+        >>> ids = torch.tensor([[5, 6, 7], [8, 9, 0]])
+        >>> real = torch.tensor([[True, True, True], [True, True, False]])
+        >>> token_weights(Batch(ids, real, ids)).predictions
+        tensor([[0.2500, 0.2500, 0.0000],
+                [0.5000, 0.0000, 0.0000]])
     """
     real = batch.real
     valid = torch.zeros_like(real)

@@ -1,14 +1,13 @@
-"""The two errors that a command of this library ends with.
+"""The two errors that end a command with a message instead of a traceback.
 
-Both carry a message that is printed without a traceback: what was expected, what was found, what to
-do next.
+A message says what was expected, what was found, and what to type next.
 """
 
 from __future__ import annotations
 
 
 class UserError(ValueError):
-    """An invalid request: an impossible value, a missing column, a wrong folder. Exit code 2."""
+    """Invalid request: an impossible value, a missing column, a wrong folder. Exit code 2."""
 
     exit_code = 2
     #: Whether another rank reported this error; None: the run has one process.
@@ -16,8 +15,20 @@ class UserError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A failure while working: no space, no memory, losses that are not finite. Exit code 1."""
+    """Failure of the work: no space, no memory, losses that are not finite. Exit code 1."""
 
     exit_code = 1
     #: Whether another rank reported this error; None: the run has one process.
     is_reported: bool | None = None
+
+
+def require(fine: bool, key: str, expected: str, got: object) -> None:
+    """Raise :class:`UserError` for the value of a setting unless ``fine``.
+
+    Example:
+        >>> require(False, "optimizer.lr", "a positive number", -1)
+        Traceback (most recent call last):
+        fastadapt.errors.UserError: optimizer.lr: expected a positive number, got -1
+    """
+    if not fine:
+        raise UserError(f"{key}: expected {expected}, got {got!r}")

@@ -1,22 +1,23 @@
-"""One traversal of the layers: streams, cutoff, and every loss of the method.
+"""All losses of the method, computed in one traversal of the layers.
 
-A pure function of (model, batch, cutoff, weights). Symbols: ``h`` is the target's residual stream,
-``ĥ`` the replacement's; all KLs are KL(target ‖ model) in nats per predicted token. From
-arXiv 2602.20904:
+:func:`objective` is a pure function of (model, batch, cutoff, weights). ``h`` is the target's
+residual stream and ``ĥ`` the replacement's. Every KL is KL(target ‖ model) in nats per predicted
+token. The losses (arXiv 2602.20904) are:
 
 - ``L_out = mean_t KL(y_t ‖ ŷ_t)``;
 - ``L_nmse = 1/(L+1) Σ_l Σ(ĥ_l - h_l)² / Σ h_l²`` over the embeddings and every block's output;
-- bridges at a cutoff k: replacement blocks 1..k then target blocks (adapter→target), target blocks
-  1..k then replacement blocks (target→adapter), each a KL against the clean target, neither
-  detached;
+- two bridges at a cutoff k: replacement blocks 1..k then target blocks (adapter→target), and
+  target blocks 1..k then replacement blocks (target→adapter). Each is a KL to the target; neither
+  is detached;
 - ``L_1 = λ Σ_l mean_t Σ_i a_i ‖W_dec,i‖``.
 
-The objective is defined per sequence; a batch averages it over its sequences. KL counts the
-next-token positions whose label is valid; NMSE, L_1 and L0 count every token that is not padding.
+The objective is defined per sequence and averaged over the sequences of a batch. KL counts the
+positions whose next token has a valid label. NMSE, L_1 and L0 count every token that is not
+padding.
 
-The layers are walked once, target and replacement side by side. From the cutoff on, replacement and
-target→adapter are one batch (they go through the same blocks), whose second half counts in no
-penalty and no statistic. The head is applied once, to all streams, in chunks.
+Target and replacement pass through the layers side by side. From the cutoff on, the replacement
+stream and the target→adapter stream pass through the same blocks, as one batch. Its second half
+counts in no penalty and no statistic. The head is applied once, to all streams, in chunks.
 
 B sequences, T tokens, D width, S streams, L layers.
 """
@@ -44,22 +45,26 @@ from fastadapt.models.replacement import Mode, ReplacementModel
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """Weights of the losses, and how the traversal is run.
+    """Weights of the losses and settings of the traversal.
 
     Args:
         sparsity: λ of the decoder-norm-weighted L1.
         nmse: weight of the activation loss.
-        bridge: weight of each bridge's KL. 1 in the text, 2 in the released code; at 0 the bridges
-            are not run.
-        first_cutoff: the cutoff is uniform on ``first_cutoff..L``: 1 in the text, 0 in the released
-            code.
-        checkpoint: what a block keeps for the backward pass (:mod:`fastadapt.models.recompute`):
-            ``none`` recomputes nothing, ``attention`` all but attention, ``full`` all; a training
-            run with ``auto`` takes the first of them whose planned memory fits.
-        kl_chunk_tokens: tokens whose logits exist at a time.
-        logits_dtype: what logits are rounded to before the softmax, which is taken in float32:
-            null for float32 (near-equal distributions cancel in 16 bits), ``bfloat16`` as in the
+        bridge: weight of each bridge's KL; 1 in the paper, 2 in its released code. At 0 the bridges
+            are not computed.
+        first_cutoff: smallest cutoff, 0 or 1. The cutoff is uniform on ``first_cutoff..L``; 1 in
+            the paper, 0 in its released code.
+        checkpoint: which activations of a block the backward pass recomputes
+            (:mod:`fastadapt.models.recompute`): ``none``, ``attention`` (all except attention) or
+            ``full`` (all). ``auto`` takes the first of these whose planned memory fits; it is for
+            training runs only.
+        kl_chunk_tokens: number of tokens whose logits exist at the same time.
+        logits_dtype: dtype to which logits are rounded before the softmax in float32. Null:
+            float32, since near-equal distributions cancel in 16 bits. ``bfloat16``: as in the
             released code.
+
+    Raises:
+        UserError: an impossible value.
     """
 
     sparsity: float = 1e-3
@@ -92,7 +97,14 @@ class ObjectiveConfig:
 
 
 class AdapterCall(NamedTuple):
-    """A layer's call of its adapter: what it gave, its plan, and the streams in it (1 or 2)."""
+    """Call of one layer's adapter.
+
+    Attributes:
+        penalty: 0-d.
+        stats: counts over the tokens of the replacement stream.
+        plan: layout of the codes; None if the op read their number itself.
+        n_streams: streams in the call, 1 or 2.
+    """
 
     penalty: Tensor
     stats: TranscoderStats
@@ -101,9 +113,12 @@ class AdapterCall(NamedTuple):
 
 
 class ObjectiveOutput(NamedTuple):
-    """The loss (0-d, with its graph), its terms (0-d, detached), and each layer's call.
+    """Result of :func:`objective`.
 
-    Where no transcoders are trained there are no calls.
+    Attributes:
+        loss: 0-d, with its graph.
+        metrics: terms of the loss by name; 0-d, detached.
+        calls: the call of each layer's adapter; empty for a baseline.
     """
 
     loss: Tensor
@@ -112,11 +127,16 @@ class ObjectiveOutput(NamedTuple):
 
 
 def draw_cutoff(n_layers: int, config: ObjectiveConfig, seed: int, step: int) -> int:
-    """The bridge's cutoff of an optimiser step: uniform on ``first_cutoff..L``.
+    """Draw the bridge's cutoff of an optimiser step, uniform on ``first_cutoff..L``.
 
-    A function of (seed, step) alone, so every rank and micro-batch, and a resumed run, agree.
+    The cutoff depends on (seed, step) only, so that all ranks and micro-batches, and a resumed run,
+    draw the same.
+
+    Example:
+        >>> draw_cutoff(4, ObjectiveConfig(), seed=42, step=0) in (1, 2, 3, 4)
+        True
     """
-    # Seeding by text hashes all of it; torch's CPU generator would use 32 bits of an integer.
+    # Python hashes the whole text into the seed; torch's CPU generator uses 32 bits of an integer.
     return random.Random(f"cutoff {seed} {step}").randint(config.first_cutoff, n_layers)
 
 
@@ -135,7 +155,7 @@ def _run_block(
 
 
 class _Streams(NamedTuple):
-    """Where the walk ended: hidden states before the final norm, and what it gathered."""
+    """Hidden states before the final norm, NMSE, and the adapters' calls of a traversal."""
 
     target: Tensor
     replacement: Tensor
@@ -147,12 +167,12 @@ class _Streams(NamedTuple):
 
 
 def _plan(model: ReplacementModel, hidden: Tensor, codes_per_token: float) -> CodeLayout:
-    """The plan of a layer's call on ``hidden [S, T, D]``, padding counted as tokens."""
+    """Return the code layout for a call on ``hidden [S, T, D]``; padding counts as tokens."""
     n_tokens, kind = hidden.shape[0] * hidden.shape[1], hidden.device.type
     return plan_for(codes_per_token, n_tokens, model.n_features, hidden.dtype, kind)
 
 
-def _walk(
+def _traverse(
     model: ReplacementModel,
     batch: Batch,
     cutoff: int,
@@ -160,7 +180,7 @@ def _walk(
     tokens_BT: Tensor,
     codes_per_token: Sequence[float] | None,
 ) -> _Streams:
-    """Steps 1 to 3 of the traversal: every block once per stream, losses of the hidden states."""
+    """Run every block once per stream and compute the NMSE of the hidden states."""
     n_layers, (n_rows, _) = model.n_layers, batch.input_ids.shape
     real, attention = batch.real, batch.attention_mask
     padding = None if attention is None else ~real
@@ -178,7 +198,7 @@ def _walk(
     h, h_rep = single.hidden, single.hidden
     bridge: Tensor | None = None
     zero = tokens_BT.new_zeros(())
-    nmse_sum, token_sum = zero, zero  # layer 0 is the embedding, the same in both: its term is 0
+    nmse_sum, token_sum = zero, zero  # both models have the same embeddings: that term is 0
     calls: list[AdapterCall] = []
     for layer in range(n_layers):
         forked = forks and layer >= cutoff
@@ -200,7 +220,7 @@ def _walk(
             run = partial(_run_block, model, layer, "target", single.arguments[layer])
             bridge, _, _ = recomputed(config.checkpoint, run, bridge)
         model.reshard_layer(layer)
-        # Without a weight it is measured and no more.
+        # At weight 0 the NMSE is a metric only and needs no graph.
         free = h_rep[:n_rows] if config.nmse else h_rep[:n_rows].detach()
         error = nmse(free, h, mask=real)
         nmse_sum = nmse_sum + error.nmse.mean()
@@ -223,23 +243,24 @@ def objective(
     config: ObjectiveConfig,
     codes_per_token: Sequence[float] | None = None,
 ) -> ObjectiveOutput:
-    """Every loss of a batch in one traversal.
+    """Return the loss of a batch and all its terms, computed in one traversal.
 
     Args:
         model: target and replacement.
-        batch: on the model's device.
-        cutoff: k in 0..L. At 0 there is no adapter→target and target→adapter is the replacement
-            itself; at L the other way round. That bridge reuses the output's KL and gradient.
-        config: weights.
-        codes_per_token: of each layer, to plan its call with
-            (:func:`fastadapt.kernels.transcoder.plan_for`); None: no plan, the op looks for itself.
-            On a GPU nothing returned is valid where a call has more codes than its plan holds.
+        batch: batch on the model's device.
+        cutoff: k in 0..L. At 0 the bridge adapter→target does not exist, and target→adapter is the
+            replacement itself. At L it is the reverse. The remaining bridge reuses the KL and the
+            gradient of the output.
+        config: weights of the losses.
+        codes_per_token: expected codes per token of each layer, from which the layout of its call
+            follows (:func:`fastadapt.kernels.transcoder.plan_for`). None: the op reads the number
+            of codes itself. On a GPU the result is invalid if a call has more codes than its layout
+            holds.
 
     Returns:
-        The loss, its terms (``loss, kl, nmse, nmse_token, bridge_adapter_to_target,
-        bridge_target_to_adapter, sparsity, l0, top1_error``; a bridge that does not exist is
-        absent, and so are sparsity and L0 of what has no features), and every layer's call, with
-        statistics of the replacement stream.
+        The loss; its terms ``loss, kl, nmse, nmse_token, bridge_adapter_to_target,
+        bridge_target_to_adapter, sparsity, l0, top1_error``; and the call of every layer's adapter.
+        A bridge that does not exist is absent. A baseline has no sparsity, no L0 and no calls.
 
     Raises:
         ValueError: the cutoff lies outside 0..L.
@@ -248,10 +269,10 @@ def objective(
         raise ValueError(f"cutoff must lie in 0..{model.n_layers}, got {cutoff}")
     wide = torch.float64 if model.head.dtype == torch.float64 else torch.float32
     tokens_BT, predictions_BT = token_weights(batch, wide)
-    streams = _walk(model, batch, cutoff, config, tokens_BT, codes_per_token)
+    streams = _traverse(model, batch, cutoff, config, tokens_BT, codes_per_token)
 
     forked = streams.adapter_to_target is not None
-    # Each with the mode of the blocks that it left last.
+    # Each stream with the mode of its last block, which selects the final norm.
     students: list[tuple[Tensor, Mode]] = [(streams.replacement, "replacement")]
     if streams.adapter_to_target is not None and streams.target_to_adapter is not None:
         students.append((streams.adapter_to_target, "target"))

@@ -1,7 +1,7 @@
-"""The objective against a naive float64 rendering of its formulas, with a forward pass per loss.
+"""The objective equals a naive float64 implementation of its formulas.
 
-The naive side shares no code with the library: it copies the target, puts plain modules where its
-MLPs are, and runs Hugging Face's own forward for the output, for the hidden states and for each
+The naive implementation shares no code with the library. It copies the target, replaces its MLPs by
+plain modules, and runs Hugging Face's forward for the output, for the hidden states and for each
 bridge, one sequence at a time.
 """
 
@@ -45,7 +45,7 @@ ACTIVATIONS = {
 
 
 class NaiveMLP(nn.Module):
-    """``MLP_base(x) + A(x)``, dense, from the formulas; keeps the activations of its last call."""
+    """``MLP_base(x) + A(x)``, dense, by the formulas; stores penalty and L0 of its last call."""
 
     def __init__(self, base: nn.Module, adapter: nn.Module) -> None:
         super().__init__()
@@ -64,9 +64,9 @@ class NaiveMLP(nn.Module):
         if c.activation == "relu":
             return a
         rows, k = (a, int(c.k)) if c.activation == "topk" else (a.flatten()[None], c.k * len(a))
-        kept = torch.zeros_like(rows, dtype=torch.bool)
-        kept.scatter_(1, rows.topk(int(k), dim=1).indices, True)
-        return (rows * kept).view_as(a)
+        is_largest = torch.zeros_like(rows, dtype=torch.bool)
+        is_largest.scatter_(1, rows.topk(int(k), dim=1).indices, True)
+        return (rows * is_largest).view_as(a)
 
     def forward(self, x: Tensor) -> Tensor:
         a = self.activate(x[0] @ self.W_enc.T + self.b_enc)
@@ -82,7 +82,7 @@ def naive(
     cutoff: int,
     weights: ObjectiveConfig,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Loss terms and gradients, one sequence and one model forward at a time."""
+    """Return loss terms and gradients, computed one sequence and one model forward at a time."""
     originals = [layer.mlp for layer in target.model.layers]
     hidden: list[Tensor] = []
 
@@ -157,7 +157,7 @@ def naive(
 
 @pytest.fixture
 def float64_clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Norms and softmax without their detour through float32, which alone leaves 2e-8."""
+    """Compute norms and softmax in float64; transformers' float32 leaves an error of 2e-8."""
     softmax = nn.functional.softmax
 
     def wide_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -186,7 +186,7 @@ def float64_clean(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def ragged_batch(seed: int = 0) -> Batch:
-    """Three sequences of 9, 6 and 1 tokens; some labels masked; the last has none to predict."""
+    """Return sequences of 9, 6 and 1 tokens with masked labels; the last predicts nothing."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCABULARY, (3, 9), generator=generator)
     real = torch.arange(9) < torch.tensor([[9], [6], [1]])
@@ -236,7 +236,9 @@ def test_every_loss_and_gradient_equals_the_naive_ones(
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_without_patches_the_two_ways_agree_to_single_precision(activation, make_pair) -> None:
+def test_without_patches_both_implementations_agree_to_single_precision(
+    activation, make_pair
+) -> None:
     pair = make_pair("qwen2", dtype="float64")
     target = copy.deepcopy(pair.target)
     replacement = make_replacement(pair, ACTIVATIONS[activation])
@@ -264,7 +266,7 @@ def test_checkpointing_changes_no_bit(implementation, make_pair) -> None:
 @pytest.mark.parametrize("cutoff", range(LAYERS + 1))
 @pytest.mark.parametrize("policy", POLICIES)
 def test_one_traversal(cutoff, policy, make_pair) -> None:
-    """At most one target and one replacement forward per layer, plus the bridges' suffixes."""
+    """Each layer runs one target and one replacement forward, and the bridges after the cutoff."""
     replacement = make_replacement(make_pair("qwen2"), ACTIVATIONS["relu"])
     calls: list[tuple[int, str, int]] = []
     for i, block in enumerate(replacement.blocks):
@@ -286,7 +288,7 @@ def test_one_traversal(cutoff, policy, make_pair) -> None:
         )
     calls.clear()
     out.loss.backward()
-    # Recomputed in backward, with the same modes: every block that carries a gradient, once.
+    # The backward pass recomputes every block with a gradient once, in the same mode.
     again = sorted((i, mode) for i, mode, _ in calls)
     expected = [(layer, "replacement") for layer in range(LAYERS)]
     expected += [(layer, "target") for layer in range(cutoff, LAYERS) if forks]
@@ -320,11 +322,10 @@ def test_logits_can_be_rounded_as_in_the_released_code(make_pair) -> None:
 
 @pytest.mark.parametrize("cutoff", range(LAYERS + 1))
 def test_parity_with_the_released_precision(cutoff, make_pair) -> None:
-    """Parity: working copies and logits in bfloat16, as near to the truth as the released way is.
+    """bfloat16 weights and logits are as close to float64 as the released implementation.
 
-    The released way is separate passes with dense bfloat16 adapters and a softmax in bfloat16; its
-    weights are 2 on each bridge. What is not reproduced is the rounding of that softmax: ours is
-    taken in float32 of the same bfloat16 logits.
+    The released implementation runs separate passes with dense bfloat16 adapters, a softmax in
+    bfloat16, and bridge weights of 2. Our softmax is in float32, of the same bfloat16 logits.
     """
     pair = make_pair("qwen2", dtype="bfloat16")
     target = copy.deepcopy(pair.target)
@@ -352,7 +353,7 @@ def test_parity_with_the_released_precision(cutoff, make_pair) -> None:
 
 
 class Counted(TorchDispatchMode):
-    """How often each op ran, and its products ``[m, n]`` of matrices."""
+    """Count the calls of each op, and the matrix products by their shape ``[m, n]``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -367,11 +368,11 @@ class Counted(TorchDispatchMode):
         return out
 
 
-def test_what_the_backward_pass_makes_again(make_pair) -> None:
-    """Sparse codes are kept, dense ones are not; attention is, where asked; down is never made."""
+def test_what_the_backward_pass_recomputes(make_pair) -> None:
+    """Dense codes are recomputed, attention under ``full`` only, sparse codes and down never."""
     encode, decode = "fastadapt::encode", "fastadapt::decode"
     attention = "aten::_scaled_dot_product_flash_attention_for_cpu"
-    batch = ragged_batch()._replace(attention_mask=None)  # a mask goes another way
+    batch = ragged_batch()._replace(attention_mask=None)  # a mask selects another kernel
     tokens = batch.input_ids.numel()
     for policy, rate in itertools.product(POLICIES, (0.2, FEATURES)):
         pair = make_pair("qwen2")
@@ -389,14 +390,14 @@ def test_what_the_backward_pass_makes_again(make_pair) -> None:
         assert backward.ops[decode] == LAYERS * again
         assert backward.ops[encode] == LAYERS * (again and rate == FEATURES)
         assert backward.ops[attention] == LAYERS * (policy == "full")
-        # Of [tokens, inner]: the gradient through down, and gate and up made again, but in the
-        # lowest block, whose MLP has a gradient to nothing. (tests/training/test_work.py has down.)
+        # Products [tokens, inner] are the gradient through down and the recomputed gate and up. The
+        # first block has none: no gradient passes its MLP. (tests/training/test_work.py has down.)
         assert backward.products[tokens, inner] == (LAYERS - 1) * (3 if again else 1)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_call_has_the_plan_of_its_layer(policy, make_pair, monkeypatch) -> None:
-    """Of as many tokens as go through it, padding counted; the recompute has the same."""
+    """The layout is for all tokens of the call with padding; the recompute uses the same."""
     config = AdapterConfig(FEATURES, implementation="sparse")
     replacement = make_replacement(make_pair("qwen2"), config)
     seen: list[CodeLayout | None] = []
@@ -454,8 +455,8 @@ def test_a_batch_is_the_mean_of_its_sequences(make_pair) -> None:
         assert math.isclose(whole[name], mean, rel_tol=1e-7), name
 
 
-def test_a_fresh_adapter_leaves_the_hybrid(make_pair) -> None:
-    """At the start the replacement is the hybrid, and the bridges' gradients already flow."""
+def test_new_adapters_leave_the_hybrid_unchanged(make_pair) -> None:
+    """A new replacement equals the hybrid, and the bridges already have gradients."""
     pair = make_pair("qwen2")
     replacement = ReplacementModel.create(pair, AdapterConfig(FEATURES))
     batch = ragged_batch()
@@ -491,7 +492,7 @@ def test_a_cutoff_outside_the_model_is_refused(make_pair) -> None:
 
 
 def make_replacement(pair, config: AdapterConfig) -> ReplacementModel:
-    """A replacement model whose adapters are random all over, so that no gradient is zero."""
+    """Return a replacement model with random adapters, so that no gradient is zero."""
     replacement = ReplacementModel.create(pair, config, seed=7)
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():

@@ -1,1 +1,1 @@
-"""The transcoder adapter of one layer, and its files."""
+"""Transcoder adapters and their files."""

@@ -1,7 +1,7 @@
-"""A folder of adapters: ``fastadapt.json`` and ``layer_{i}.safetensors``, read strictly.
+"""Read and write folders of adapters: ``fastadapt.json`` and ``layer_{i}.safetensors``.
 
-Its ``kind`` is ``transcoder_adapter``, which is additive, or ``mlp`` or ``norms``: weights that
-take the place of the model's own (:mod:`fastadapt.models.baselines`).
+Transcoders have the kind ``transcoder_adapter`` and are added to the base's MLPs. Other kinds
+replace weights of the model and are read by :mod:`fastadapt.models.trained_files`.
 """
 
 from __future__ import annotations
@@ -9,13 +9,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Protocol, TypeVar, runtime_checkable
 
 import msgspec
-import torch
 from torch import nn
 from typing_extensions import NotRequired, TypedDict
 
@@ -25,16 +23,25 @@ from fastadapt.io.atomic import save_tensors, writing_folder
 from fastadapt.io.documents import Count, Finite, Name, NonNegative, check, read_json
 from fastadapt.io.names import has_file, typed_path
 from fastadapt.io.tensors import read_tensors
-from fastadapt.models.baselines import TUNED, TunedWeights
+
+T = TypeVar("T", bound=nn.Module)
 
 SCHEMA_VERSION = 1
 TRANSCODER = "transcoder_adapter"
-KINDS = (TRANSCODER, *TUNED)
 CARD = "fastadapt.json"
-#: Names of the files of adapters.
+#: Names of the files in a folder of adapters.
 PATTERNS = (CARD, "layer_*.safetensors")
-#: More than any model has; a file that asks for more is damaged, and nothing is built from it.
+#: Larger than in any model. A file with a larger number is damaged, and is refused before
+#: anything of that size is allocated.
 MAX_LAYERS, MAX_WIDTH, MAX_FEATURES = 10_000, 1 << 20, 1 << 26
+
+
+@runtime_checkable
+class HasCard(Protocol):
+    """A layer's weights that can be saved: a transcoder, or those of a baseline."""
+
+    def card(self) -> dict[str, Any]:
+        """Return the entries of ``fastadapt.json`` that describe the weights."""
 
 
 def save_adapters(
@@ -44,23 +51,32 @@ def save_adapters(
 ) -> None:
     """Write one adapter per layer as ``fastadapt.json`` and ``layer_{i}.safetensors``.
 
-    The JSON file states schema version, kind, shapes, and of transcoders the orientation (one row
-    per feature in both matrices), the hook (the MLP's input, after the norm and its weight) and
-    that they are *additive*; and ``metadata`` (model ids, revisions, losses, measured L0). It is
-    written last, so that a folder that has it is whole.
+    The JSON file holds the schema version, the kind, the widths and ``metadata``. For transcoders
+    it also holds the orientation of the matrices (one row per feature in both), the hook (the MLP's
+    input, after the norm and its weight) and the statement that their output is *added*. It is
+    written last: a folder with ``fastadapt.json`` is complete.
 
-    Adapters that are in the folder are replaced once all of the new ones are on the disk; files of
-    other names stay.
+    Adapters in the folder are replaced after all new ones are on the disk. Files with other names
+    stay.
 
     Args:
-        adapters: layer 0 first, one configuration and one pair of widths for all; of an iterator
-            one is held at a time.
-        folder: made if it is not there.
-        metadata: JSON-serialisable.
+        adapters: layer 0 first, all with one configuration and one pair of widths. An iterator is
+            consumed one adapter at a time.
+        folder: created if it does not exist.
+        metadata: JSON-serialisable, such as model ids, revisions, loss weights, measured L0.
 
     Raises:
         UserError: no adapter, or adapters that differ.
-        RunError: the folder cannot be written; what was in it is as it was.
+        RunError: the folder cannot be written. Its contents are unchanged.
+
+    Example:
+        >>> from tempfile import mkdtemp
+        >>> from fastadapt import AdapterConfig, TranscoderAdapter, load_adapters, save_adapters
+        >>> folder = mkdtemp()
+        >>> save_adapters([TranscoderAdapter(8, AdapterConfig(32))], folder, {"step": 3})
+        >>> adapters, metadata = load_adapters(folder)
+        >>> len(adapters), metadata
+        (1, {'step': 3})
     """
     with writing_folder(Path(folder), last=CARD, ours=PATTERNS) as staged:
         write_adapters(adapters, staged, metadata)
@@ -69,7 +85,7 @@ def save_adapters(
 def write_adapters(
     adapters: Iterable[nn.Module], path: Path, metadata: Mapping[str, Any] | None = None
 ) -> None:
-    """Write the files of :func:`save_adapters` into an empty folder, which is there.
+    """Write the files of :func:`save_adapters` into an existing, empty folder.
 
     Raises:
         UserError: no adapter, or adapters that differ.
@@ -78,47 +94,27 @@ def write_adapters(
     first: dict[str, Any] | None = None
     shapes: list[dict[str, list[int]]] = []
     for adapter in adapters:
-        if first is None:
-            first = _card(adapter)
-        if _card(adapter) != first:
+        assert isinstance(adapter, HasCard)
+        first = first or adapter.card()
+        if adapter.card() != first:
             raise UserError(f"layer {len(shapes)} differs from layer 0 in configuration or width")
         tensors = adapter.state_dict()
         save_tensors(tensors, path / f"layer_{len(shapes)}.safetensors")
         shapes.append({name: list(tensor.shape) for name, tensor in tensors.items()})
     if first is None:
-        raise UserError("there is no adapter to save")
+        raise UserError("expected one adapter per layer to save, got none")
     card = {"schema_version": SCHEMA_VERSION, **first, "n_layers": len(shapes)}
-    if card["kind"] != TRANSCODER:
+    if not card["additive"]:
         card["tensors"] = shapes
     card["metadata"] = dict(metadata or {})
     (path / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
 
 
-def _card(adapter: nn.Module) -> dict[str, Any]:
-    """What a layer's adapter is; the same for all layers of a model."""
-    if isinstance(adapter, TunedWeights):
-        width = {"d_in": adapter.d_in, "d_out": adapter.d_out}
-        return {"kind": adapter.kind, "additive": False, **width}
-    assert isinstance(adapter, TranscoderAdapter)
-    settings = asdict(adapter.config)
-    del settings["kind"]
-    return {
-        "kind": TRANSCODER,
-        "additive": True,
-        "hook_in": "mlp.input (after the norm, norm weight included)",
-        "hook_out": "mlp.output (added to the base MLP's, before any post-norm)",
-        "orientation": {"W_enc": "[n_features, d_in]", "W_dec": "[n_features, d_out]"},
-        "d_in": adapter.d_in,
-        "d_out": adapter.d_out,
-        "adapter": settings,
-    }
-
-
 def adapters_of(source: str | os.PathLike[str]) -> Path:
-    """The folder of adapters of a finished run, or ``source`` itself where it is one.
+    """Return the folder of adapters: ``source`` itself, or ``adapter/`` in a finished run.
 
     Raises:
-        UserError: it is neither.
+        UserError: ``source`` is neither, or is a run that has not finished.
     """
     folder = typed_path(source, "run")
     if has_file(folder / CARD):
@@ -131,9 +127,9 @@ def adapters_of(source: str | os.PathLike[str]) -> Path:
 
 
 class AdapterSection(TypedDict):
-    """The settings of :class:`AdapterConfig`, as a card and an exported ``config.json`` hold them.
+    """Types of the settings of :class:`AdapterConfig` in ``fastadapt.json`` and ``config.json``.
 
-    Of values that are possible the class itself judges.
+    :class:`AdapterConfig` itself checks the values.
     """
 
     n_features: Annotated[int, msgspec.Meta(ge=1, le=MAX_FEATURES)]
@@ -148,14 +144,14 @@ _Width = Annotated[int, msgspec.Meta(ge=1, le=MAX_WIDTH)]
 
 
 class Revisions(TypedDict, total=False):
-    """The commits of the models that adapters were trained with; null of local folders."""
+    """Commits of the models that the adapters were trained with; null for local folders."""
 
     target: Name | None
     base: Name | None
 
 
 class Weights(TypedDict, total=False):
-    """The weights of the losses; the other settings of the objective are not read."""
+    """Weights of the losses. Other settings of the objective are not read."""
 
     sparsity: NonNegative | None
     nmse: NonNegative | None
@@ -163,21 +159,21 @@ class Weights(TypedDict, total=False):
 
 
 class Measured(TypedDict, total=False):
-    """What is read of a run's measurements; null where a number was not finite."""
+    """Measurements of a run that are read; null for a number that was not finite."""
 
     l0_mean: NonNegative | None
     tokens: Count | None
 
 
 class ChangedSet(TypedDict):
-    """The set of features of an intervention."""
+    """Set of features of an intervention."""
 
     name: Name | None
     size: Count
 
 
 class Change(TypedDict):
-    """An intervention, as the card of changed adapters records it."""
+    """Intervention recorded in ``fastadapt.json`` of changed adapters."""
 
     kind: Name
     set: ChangedSet
@@ -186,7 +182,7 @@ class Change(TypedDict):
 
 
 class Metadata(TypedDict, total=False):
-    """What of ``metadata`` of a card is read, where it is there; any other key may be, too."""
+    """Optional keys of ``metadata`` that are read. Other keys are allowed."""
 
     target: Name | None
     base: Name | None
@@ -198,7 +194,7 @@ class Metadata(TypedDict, total=False):
 
 
 class Card(TypedDict):
-    """What every ``fastadapt.json`` holds, whatever its kind."""
+    """Keys of every ``fastadapt.json``, for all kinds of weights."""
 
     schema_version: int
     kind: str
@@ -210,19 +206,18 @@ class Card(TypedDict):
 
 
 class TranscoderCard(Card):
-    """That of transcoders."""
+    """Keys of ``fastadapt.json`` for transcoders."""
 
     adapter: AdapterSection
 
 
-class TunedCard(Card):
-    """That of tuned weights: of every layer the shapes of its tensors, by name."""
+def read_card(path: Path) -> dict[str, Any]:
+    """Read ``fastadapt.json`` of a folder and check the keys that all kinds have.
 
-    tensors: list[dict[str, list[Count]]]
-
-
-def _read_card(path: Path) -> dict[str, Any]:
-    card_file = path / "fastadapt.json"
+    Raises:
+        UserError: no such file, another schema version, or a value of another type.
+    """
+    card_file = path / CARD
     if not has_file(card_file):
         raise UserError(f"{path} holds no adapters: fastadapt.json is missing")
     card: dict[str, Any] = read_json(card_file, dict[str, Any], constants=True)
@@ -231,22 +226,19 @@ def _read_card(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{card_file}: schema_version is {version!r:.80}, this fastadapt reads {SCHEMA_VERSION}"
         )
-    kind = card.get("kind")
-    if kind not in KINDS:
-        raise UserError(f"{card_file}: kind must be one of {', '.join(KINDS)}, got {kind!r:.80}")
     check(card, Card, str(card_file))
-    if card["additive"] is not (kind == TRANSCODER):
-        told = "true: a replacement is no adapter" if kind == TRANSCODER else f"false for {kind}"
-        raise UserError(f"{card_file}: 'additive' must be {told}")
-    check(card, TranscoderCard if kind == TRANSCODER else TunedCard, str(card_file))
     return card
 
 
 def read_settings(settings: Any, source: str) -> AdapterConfig:
-    """Return the configuration of transcoders, with every setting given and none unknown.
+    """Return the configuration of transcoders from settings that must be complete.
+
+    Args:
+        settings: the value of ``adapter`` in ``fastadapt.json`` or ``config.json``.
+        source: the file, for error messages.
 
     Raises:
-        UserError: names ``source``, where ``settings`` are read from, and the setting.
+        UserError: a setting is missing, unknown or impossible.
     """
     check(settings, AdapterSection, source)
     if unknown := sorted(settings.keys() - AdapterSection.__annotations__.keys()):
@@ -257,91 +249,69 @@ def read_settings(settings: Any, source: str) -> AdapterConfig:
         raise UserError(f"{source}: {error}") from None
 
 
-def read_adapters(
-    folder: str | os.PathLike[str],
-) -> tuple[list[Callable[[], nn.Module]], dict[str, Any]]:
-    """What reads each layer's adapter, layer 0 first, and the card: ``fastadapt.json``.
+def layer_readers(
+    path: Path, card: Mapping[str, Any], read_layer: Callable[[Path, int, Mapping[str, Any]], T]
+) -> list[Callable[[], T]]:
+    """Return a function for every layer that reads its file, layer 0 first.
 
-    For those who want one layer at a time. ``card["adapter"]`` is an :class:`AdapterConfig`, and
-    ``card["metadata"]`` what was saved as such. Strict, as :func:`load_adapters` is.
+    Raises:
+        UserError: a layer of the card has no file, or a file has no layer in the card.
     """
-    path = Path(folder)
-    card, card_file = _read_card(path), path / "fastadapt.json"
-    if card["kind"] == TRANSCODER:
-        card["adapter"] = read_settings(card["adapter"], str(card_file))
-    else:
-        card["adapter"] = AdapterConfig(kind=card["kind"])
-        if len(card["tensors"]) != card["n_layers"]:
-            raise UserError(
-                f"{card_file}: tensors: expected {card['n_layers']} layers, each with the shapes "
-                f"of its tensors by name, got {len(card['tensors'])}"
-            )
-    names = {f"layer_{i}.safetensors" for i in range(card["n_layers"])}
-    found = {p.name for p in path.glob("layer_*.safetensors")}
-    if names != found:
+    expected = {f"layer_{i}.safetensors" for i in range(card["n_layers"])}
+    present = {p.name for p in path.glob("layer_*.safetensors")}
+    if expected != present:
         raise UserError(
             f"{path}: layers of the adapters do not match fastadapt.json: "
-            f"missing {sorted(names - found)}, unexpected {sorted(found - names)}"
+            f"missing {sorted(expected - present)}, unexpected {sorted(present - expected)}"
         )
     files = [path / f"layer_{i}.safetensors" for i in range(card["n_layers"])]
-    return [partial(_read_layer, file, i, card) for i, file in enumerate(files)], card
+    return [partial(read_layer, file, i, card) for i, file in enumerate(files)]
+
+
+def transcoder_readers(path: Path, card: dict[str, Any]) -> list[Callable[[], TranscoderAdapter]]:
+    """Return the :func:`layer_readers` of transcoders.
+
+    ``card["adapter"]`` becomes an :class:`AdapterConfig`.
+
+    Raises:
+        UserError: the card is not one of transcoders, or does not match the files.
+    """
+    card_file = str(path / CARD)
+    if card["additive"] is not True:
+        raise UserError(f"{card_file}: 'additive' must be true for transcoders")
+    check(card, TranscoderCard, card_file)
+    card["adapter"] = read_settings(card["adapter"], card_file)
+    return layer_readers(path, card, _read_transcoder)
 
 
 def read_transcoders(
     folder: str | os.PathLike[str], purpose: str
 ) -> tuple[list[Callable[[], TranscoderAdapter]], dict[str, Any]]:
-    """:func:`read_adapters`, for a ``purpose`` that has no place for anything but transcoders.
+    """Read a folder of transcoders, one layer at a time.
+
+    Args:
+        folder: as :func:`save_adapters` writes it.
+        purpose: subject of the error message for weights of another kind.
+
+    Returns:
+        A function for every layer that reads its adapter, layer 0 first; and the contents of
+        ``fastadapt.json``, of which ``adapter`` is an :class:`AdapterConfig`.
 
     Raises:
-        UserError: they are of another kind.
+        UserError: weights of another kind, or a damaged folder.
     """
-    layers, card = read_adapters(folder)
+    path = Path(folder)
+    card = read_card(path)
     if card["kind"] != TRANSCODER:
         raise UserError(
-            f"{folder}: {purpose} is for transcoder adapters; these are of kind {card['kind']!r}, "
-            "which takes the place of the model's own weights"
+            f"{folder}: {purpose} is for transcoder adapters; these are of kind "
+            f"{card['kind']!r:.80}"
         )
-    return cast("list[Callable[[], TranscoderAdapter]]", layers), card
+    return transcoder_readers(path, card), card
 
 
-def _read_layer(file: Path, layer: int, card: dict[str, Any]) -> nn.Module:
-    if card["kind"] != TRANSCODER:
-        shapes = card["tensors"][layer]
-        tensors = read_tensors(file, shapes, finite=True)
-        try:
-            return TUNED[card["kind"]](card["d_in"], tensors)
-        except (
-            KeyError,
-            AttributeError,
-        ) as error:  # of torch, on a name that no parameter can have
-            reason = str(error.args[0]) if error.args else type(error).__name__
-            raise UserError(f"{file}: a tensor is not called as a parameter is: {reason}") from None
+def _read_transcoder(file: Path, layer: int, card: Mapping[str, Any]) -> TranscoderAdapter:
     adapter = TranscoderAdapter(card["d_in"], card["adapter"], d_out=card["d_out"], device="meta")
     expected = {name: tuple(t.shape) for name, t in adapter.state_dict().items()}
     adapter.load_state_dict(read_tensors(file, expected, finite=True), assign=True)
     return adapter
-
-
-def load_adapters(
-    folder: str | os.PathLike[str],
-    *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> tuple[nn.ModuleList, dict[str, Any]]:
-    """Read what :func:`save_adapters` wrote: the adapters, layer 0 first, and the metadata.
-
-    Whatever their kind, which each module tells. Strict: a missing, extra or misshapen file or
-    tensor is a :class:`UserError` that names it, and so is one of integers, or that holds NaN or
-    infinity, which costs one pass over each tensor.
-    Parameters keep the dtype of the file unless ``dtype`` is given; the running threshold of
-    ``batch_topk`` keeps its own.
-    """
-    layers, card = read_adapters(folder)
-    adapters = nn.ModuleList()
-    for read in layers:
-        adapter = read()
-        if dtype is not None:
-            for parameter in adapter.parameters():
-                parameter.data = parameter.data.to(dtype)
-        adapters.append(adapter.to(device))
-    return adapters, card["metadata"]

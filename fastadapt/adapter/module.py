@@ -1,8 +1,8 @@
-"""One layer's transcoder adapter: its parameters and its call of the kernel.
+"""Transcoder adapter of one layer: its configuration, its parameters and its call of the kernel.
 
-An adapter knows no model. It maps the input of an MLP to what fine-tuning added to that MLP's
-output: ``a = activation(W_enc x + b_enc)``, ``A(x) = W_decᵀ a + b_dec`` (arXiv 2602.20904). It is a
-*delta*: it is added to the frozen base MLP's output and never replaces it.
+An adapter maps the input of an MLP to the change that fine-tuning made to that MLP's output:
+``a = activation(W_enc x + b_enc)``, ``A(x) = W_decᵀ a + b_dec`` (arXiv 2602.20904). The result is
+*added* to the output of the frozen base MLP. An adapter does not depend on a model.
 
 Shapes: T tokens, D width, F features; both weight matrices hold one row per feature.
 """
@@ -10,7 +10,7 @@ Shapes: T tokens, D width, F features; both weight matrices hold one row per fea
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -22,28 +22,26 @@ from fastadapt.kernels.transcoder import IMPLEMENTATIONS, CodeLayout, Transcoder
 from fastadapt.kernels.transcoder.reference import SparseCodes, activate, row_shape
 
 ACTIVATIONS = ("relu", "topk", "batch_topk", "jumprelu")
-#: What a run trains: transcoders beside the base's MLPs, or weights of the model itself
-#: (:mod:`fastadapt.models.baselines`).
-KINDS = ("transcoder", "mlp", "norms")
-N_FEATURES = 8192  # of the method, for 7B
+N_FEATURES = 8192  # arXiv 2602.20904, 7B models
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What is trained in every layer of a model; of transcoders, their shape and activation.
+    """Shape, activation and implementation of the transcoders of a model, the same in every layer.
 
     Args:
-        n_features: features per layer (F) of a ``transcoder``; 8192 if not given.
+        n_features: features per layer (F); 8192 if not given.
         activation: ``relu``, ``topk``, ``batch_topk`` or ``jumprelu``.
         k: active features per token: an integer for ``topk``; for ``batch_topk`` the mean over the
             tokens of a sequence, which may be fractional.
         bandwidth: ``jumprelu`` only: width ε of the straight-through window around the threshold.
         initial_threshold: ``jumprelu`` only: θ at the start, > 0.
-        implementation: of the kernel: ``auto``, ``reference``, ``sparse`` (on a CPU), ``triton`` or
-            ``triton_fused`` (on a GPU); see :func:`fastadapt.kernels.transcoder.transcoder`.
-        kind: ``transcoder``, an adapter beside the base's MLP; ``mlp``, the base's MLP itself;
-            ``norms``, the weights of every RMSNorm, the base's MLPs in place. The latter two have
-            no features, and none of the settings above.
+        implementation: implementation of the kernel: ``auto``, ``reference``, ``sparse`` (on a
+            CPU), ``triton`` or ``triton_fused`` (on a GPU); see
+            :func:`fastadapt.kernels.transcoder.transcoder`.
+
+    Raises:
+        UserError: an impossible value, or a setting that the activation needs or does not use.
     """
 
     n_features: int | None = None
@@ -52,16 +50,8 @@ class AdapterConfig:
     bandwidth: float | None = None
     initial_threshold: float | None = None
     implementation: str = "auto"
-    kind: str = "transcoder"
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise UserError(f"adapter.kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
-        if not self.sparse:
-            self._check_unused()
-            return
-        if self.n_features is None:
-            object.__setattr__(self, "n_features", N_FEATURES)
         n_features = self.features
         if n_features < 1:
             raise UserError(f"adapter.n_features must be at least 1, got {n_features}")
@@ -95,58 +85,51 @@ class AdapterConfig:
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"adapter.{name} must be a positive number, got {value}")
 
-    def _check_unused(self) -> None:
-        for setting in fields(self):
-            value = getattr(self, setting.name)
-            if setting.name != "kind" and value != setting.default:
-                raise UserError(
-                    f"adapter.{setting.name} is of transcoders and not used with "
-                    f"kind={self.kind!r}: expected {setting.default}, got {value!r}"
-                )
-
-    @property
-    def sparse(self) -> bool:
-        """Whether what is trained has features: a penalty, an L0, rows of a decoder."""
-        return self.kind == "transcoder"
-
     @property
     def features(self) -> int:
-        """Features per layer; 0 of a kind that has none."""
-        return self.n_features or 0
+        """Features per layer, F: ``n_features`` or its default."""
+        return N_FEATURES if self.n_features is None else self.n_features
 
     @property
     def lowest_threshold(self) -> float | None:
-        """The least that training leaves a JumpReLU threshold; None for other activations.
+        """Lower bound of JumpReLU thresholds in training; None for other activations.
 
-        A tenth of the initial threshold or of the bandwidth, whichever is smaller: above 0, so that
-        a threshold's gradient, which is proportional to it, does not vanish.
+        The bound is a tenth of the initial threshold or of the bandwidth, whichever is smaller. It
+        is above 0, so that the gradient of a threshold, which is proportional to it, does not
+        vanish.
         """
         if self.bandwidth is None or self.initial_threshold is None:
             return None
         return min(self.bandwidth, self.initial_threshold) / 10
 
     def check_runs(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Refuse an implementation that does not run on ``device`` with parameters of ``dtype``.
+        """Check that the implementation runs on ``device`` with parameters of ``dtype``.
 
         Raises:
-            UserError: it does not.
+            UserError: the implementation needs another device or dtype.
         """
-        name, on, why = self.implementation, device.type, ""
-        if name == "sparse" and on not in ("cpu", "meta"):
-            why = f"runs on a CPU, and the device is {on}"
-        elif name.startswith("triton") and on != "meta":
-            if not runs_triton(on):
-                why = f"needs a GPU, and the device is {on}"
+        name, kind, reason = self.implementation, device.type, ""
+        if name == "sparse" and kind not in ("cpu", "meta"):
+            reason = f"runs on a CPU, and the device is {kind}"
+        elif name.startswith("triton") and kind != "meta":
+            if not runs_triton(kind):
+                reason = f"needs a GPU, and the device is {kind}"
             elif dtype == torch.float64:
-                why = "computes in float32 at most, and the parameters are float64"
-            elif on == "cpu" and dtype == torch.bfloat16:
-                why = "is interpreted on a CPU, where Triton multiplies bfloat16 wrongly"
-        if why:
-            raise UserError(f"adapter.implementation: {name!r} {why}; use 'auto'")
+                reason = "computes in float32 at most, and the parameters are float64"
+            elif kind == "cpu" and dtype == torch.bfloat16:
+                reason = "is interpreted on a CPU, where Triton multiplies bfloat16 wrongly"
+        if reason:
+            raise UserError(f"adapter.implementation: {name!r} {reason}; use 'auto'")
 
 
 class Aux(NamedTuple):
-    """What an adapter's call gives beside its output; see :func:`fastadapt.kernels.transcoder`."""
+    """Second result of an adapter's call; see :func:`fastadapt.kernels.transcoder.transcoder`.
+
+    Attributes:
+        penalty: 0-d, the decoder-norm-weighted L1 of the activations.
+        stats: counts over the tokens.
+        codes: the sparse activations, if requested.
+    """
 
     penalty: Tensor
     stats: TranscoderStats
@@ -154,29 +137,36 @@ class Aux(NamedTuple):
 
 
 class TranscoderAdapter(nn.Module):
-    """A wide sparse two-layer network beside one MLP.
+    """Wide sparse two-layer network beside one MLP.
 
-    Any leading shape is taken, also none: ``[..., T, d]`` is rows (sequences and streams) of T
-    tokens, which ``batch_topk`` ranks row by row; ``[d]`` is one token.
+    Inputs may have any leading shape. ``[..., T, d]`` holds rows (sequences and streams) of T
+    tokens, and ``batch_topk`` ranks the activations of each row. ``[d]`` is one token.
 
     Parameters: ``W_enc [F, d_in]``, ``b_enc [F]``, ``W_dec [F, d_out]``, ``b_dec [d_out]``, and
-    ``threshold [F]`` for ``jumprelu``. With ``batch_topk``, ``threshold`` is a 0-d buffer: a
-    running mean of the smallest activation kept in training (:meth:`update_threshold`), which
-    decides in ``eval()``, since ranking over a sequence is not causal.
+    ``threshold [F]`` for ``jumprelu``. For ``batch_topk``, ``threshold`` is a 0-d buffer: a running
+    mean of the smallest active value in training (:meth:`update_threshold`). In ``eval()`` it
+    replaces the ranking, which is not causal over a sequence.
 
-    Initialisation (arXiv 2602.20904): ``W_enc ~ U(-1/√d_in, 1/√d_in)``, all else 0, so a fresh
-    adapter adds nothing, and about half of its features fire.
+    Initialisation (arXiv 2602.20904): ``W_enc ~ U(-1/√d_in, 1/√d_in)`` and 0 for all other
+    parameters. A new adapter therefore adds nothing, and about half of its features fire.
 
     Args:
-        d_in: width of the input, the MLP's (post-norm, norm weight included).
+        d_in: width of the MLP's input (after the norm, norm weight included).
         config: features and activation.
         d_out: width of the output; ``d_in`` if not given.
-        device, dtype: of the parameters.
-        generator: source of ``W_enc``; torch's default one if not given. It must live on the CPU:
-            the draw is made there in float32, so that it is the same on every device.
+        device, dtype: device and dtype of the parameters.
+        generator: CPU generator for ``W_enc``; torch's default generator if not given. ``W_enc`` is
+            drawn on the CPU in float32, so that it is the same on every device.
+
+    Example:
+        >>> import torch
+        >>> from fastadapt import AdapterConfig, TranscoderAdapter
+        >>> adapter = TranscoderAdapter(8, AdapterConfig(n_features=32))
+        >>> out, aux = adapter(torch.ones(5, 8))
+        >>> tuple(out.shape), bool((out == 0).all()), int(aux.stats.n_tokens)
+        ((5, 8), True, 5)
     """
 
-    kind = "transcoder"
     W_enc: nn.Parameter
     b_enc: nn.Parameter
     W_dec: nn.Parameter
@@ -222,6 +212,19 @@ class TranscoderAdapter(nn.Module):
         """Number of features, F."""
         return self.config.features
 
+    def card(self) -> dict[str, Any]:
+        """Return the entries of ``fastadapt.json`` that describe this adapter."""
+        return {
+            "kind": "transcoder_adapter",
+            "additive": True,
+            "hook_in": "mlp.input (after the norm, norm weight included)",
+            "hook_out": "mlp.output (added to the base MLP's, before any post-norm)",
+            "orientation": {"W_enc": "[n_features, d_in]", "W_dec": "[n_features, d_out]"},
+            "d_in": self.d_in,
+            "d_out": self.d_out,
+            "adapter": asdict(self.config) | {"n_features": self.n_features},
+        }
+
     def extra_repr(self) -> str:
         return (
             f"d_in={self.d_in}, n_features={self.n_features}, d_out={self.d_out}, "
@@ -229,7 +232,7 @@ class TranscoderAdapter(nn.Module):
         )
 
     def _kernel(self) -> dict[str, Any]:
-        """Activation arguments of the kernel, as this module's mode asks."""
+        """Return the kernel's activation arguments for the mode, training or ``eval()``."""
         c = self.config
         common: dict[str, Any] = {"activation": c.activation, "implementation": c.implementation}
         if c.activation == "topk":
@@ -249,17 +252,17 @@ class TranscoderAdapter(nn.Module):
         plan: CodeLayout | None = None,
         return_codes: bool = False,
     ) -> tuple[Tensor, Aux]:
-        """``residual + A(x)`` for every token, with the penalty and the counts.
+        """Return ``residual + A(x)`` for every token, with the penalty and the counts.
 
         Args:
             x: ``[..., d_in]``.
-            residual: ``[..., d_out]``, what the output is added to (the base MLP's output); 0 if
-                not given. It is not modified.
-            mask: bool or float weights of x's leading shape: how much each token counts in the
-                penalty; statistics count tokens of non-zero weight. All 1 if not given.
-            padding: bool of x's leading shape, true at tokens that do not exist.
-            plan: layout of the codes, see :class:`fastadapt.kernels.transcoder.CodeLayout`; the
-                kernel looks at their number if not given.
+            residual: ``[..., d_out]``, usually the base MLP's output; 0 if not given. It is not
+                modified.
+            mask: bool or float weight of each token in the penalty, of x's leading shape; 1 if not
+                given. Statistics count the tokens of non-zero weight.
+            padding: bool of x's leading shape, true at padding.
+            plan: layout of the codes (:class:`fastadapt.kernels.transcoder.CodeLayout`). If not
+                given, the kernel reads the number of codes, which waits for the device.
             return_codes: also return the sparse activations, as ``Aux.codes``.
 
         Returns:
@@ -281,10 +284,10 @@ class TranscoderAdapter(nn.Module):
         return out, Aux(penalty, stats, codes)
 
     def encode(self, x: Tensor) -> Tensor:
-        """Return the dense activations ``a [..., F]`` of ``x [..., d_in]``, those of the module's
-        mode (training or ``eval()``): what SAE codebases call ``encode``.
+        """Return the dense activations ``a [..., F]`` of ``x [..., d_in]``, for inspection.
 
-        Meant for inspection: all ``[..., F]`` activations are allocated.
+        The activations are those of the module's mode, training or ``eval()``. All ``[..., F]`` of
+        them are allocated.
         """
         z = nn.functional.linear(x, self.W_enc, self.b_enc)
         kernel = self._kernel()
@@ -299,18 +302,23 @@ class TranscoderAdapter(nn.Module):
         return a.view(z.shape)
 
     def decode(self, a: Tensor) -> Tensor:
-        """Return ``W_decᵀ a + b_dec [..., d_out]`` of dense activations ``a [..., F]``."""
+        """Return ``W_decᵀ a + b_dec [..., d_out]`` for dense activations ``a [..., F]``."""
         return a @ self.W_dec + self.b_dec
 
     @torch.no_grad()
     def update_threshold(self, min_active: Tensor, decay: float = 0.999) -> None:
-        """Move ``batch_topk``'s running threshold towards the smallest activation of a step.
+        """Move ``batch_topk``'s running threshold towards the smallest active value of a step.
 
-        The first value seen is taken as it is. A step in which nothing fired (NaN) changes nothing.
-        Called by the trainer after a step; nothing else changes the buffer.
+        Args:
+            min_active: 0-d; NaN if no feature fired, which leaves the threshold unchanged. The
+                first number becomes the threshold itself.
+            decay: weight of the old threshold.
+
+        Raises:
+            UserError: the activation is not ``batch_topk``.
         """
         if self.config.activation != "batch_topk" or self.threshold is None:
             raise UserError(f"{self.config.activation} has no running threshold to update")
-        seen = min_active.to(self.threshold)
-        moved = torch.where(self.threshold == 0, seen, torch.lerp(seen, self.threshold, decay))
-        self.threshold.copy_(torch.where(seen.isnan(), self.threshold, moved))
+        new = min_active.to(self.threshold)
+        mean = torch.where(self.threshold == 0, new, torch.lerp(new, self.threshold, decay))
+        self.threshold.copy_(torch.where(new.isnan(), self.threshold, mean))

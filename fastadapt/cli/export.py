@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from fastadapt.adapter.files import adapters_of, read_adapters
+from fastadapt.adapter.files import adapters_of
 from fastadapt.errors import UserError
 from fastadapt.io.names import typed_path
 from fastadapt.models.hf_checkpoint import check_output
+from fastadapt.models.trained_files import read_adapters
 from fastadapt.organism import resolve
 
 Format = Literal["huggingface", "hu2026", "adapters"]

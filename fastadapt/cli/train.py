@@ -102,6 +102,7 @@ def train_parser() -> Parser:
     with_gpus = "with --dry-run: plan for this number of GPUs that share the run"
     parser.add_argument("--gpus", type=int, default=None, help=with_gpus)
     add_components(parser, TrainConfig)
+    parser.add_argument("--adapter.kind", type=str, help="former name of --run.trains")
     return parser
 
 
@@ -111,7 +112,7 @@ def parse_train(argv: Sequence[str]) -> tuple[TrainConfig, Namespace]:
     Raises:
         UserError: an unknown option, preset or key, or an impossible value.
     """
-    from fastadapt.training.config import TRUST, from_dict, take_trust
+    from fastadapt.training.config import TRUST, from_dict, move_old_keys, take_trust
 
     parser = train_parser()
     # Without defaults: unset options take the files' values, or else those of the dataclasses.
@@ -127,7 +128,7 @@ def parse_train(argv: Sequence[str]) -> tuple[TrainConfig, Namespace]:
         if flags[name] not in (None, False) and not flags.dry_run:
             parser.error(f"--{name} goes with --dry-run")
     components = {name: keys for name, keys in typed.as_dict().items() if isinstance(keys, dict)}
-    _write_over(values, components)
+    _write_over(values, move_old_keys(components))
     trust = _typed_trust(argv)
     # Check again, since `--pair FILE` reads a file, too.
     if trust is None and (take_trust(values) or from_file):
@@ -158,7 +159,7 @@ def read_configs(names: Sequence[str]) -> dict[str, Any]:
         UserError: no such preset or file, no YAML, or an overlay without a preset below it.
     """
     first = names[0]
-    values: dict[str, Any] = read_yaml(find_config(first), dict[str, Any])
+    values = _read_values(find_config(first))
     if first in overlay_names():
         raise UserError(
             f"{first} is an overlay; give a preset or file that names the pair before it: "
@@ -170,10 +171,20 @@ def read_configs(names: Sequence[str]) -> dict[str, Any]:
             paths.append(variant)
         before = _output(values)
         for path in paths:
-            _write_over(values, read_yaml(path, dict[str, Any]), f"{path}: ")
+            _write_over(values, _read_values(path), f"{path}: ")
         if before is not None and _output(values) == before:
             values["run"]["output"] = f"{before.rstrip('/')}-{Path(name).stem}"
     return values
+
+
+def _read_values(path: Path) -> dict[str, Any]:
+    from fastadapt.training.config import move_old_keys
+
+    values = read_yaml(path, dict[str, Any])
+    try:
+        return move_old_keys(values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def _output(values: Mapping[str, Any]) -> str | None:

@@ -1,1 +1,1 @@
-"""Several ranks: collective operations, sharding, offload."""
+"""Collective operations of ranks, sharding, and offload to host memory."""

@@ -1,11 +1,11 @@
-"""Frozen weights of the blocks in pinned host memory, with PyTorch's FSDP2 (``pair.offload``).
+"""Offload of the blocks' frozen weights to pinned host memory, with FSDP2 (``pair.offload``).
 
 The frozen weights of a decoder block (attention, norms, target MLP, base MLP) are copied to the GPU
 while the block before it runs, in the forward and in the backward pass, and freed after the layer
 (:meth:`fastadapt.models.replacement.ReplacementModel.reshard_layer`). Adapters, their gradients and
 moments, embeddings, last norm and head stay on the GPU. Results are bitwise those without offload.
 
-FSDP2 needs a process group; here it has one process.
+FSDP2 needs a process group, which has one process here.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from fastadapt.models.replacement import ReplacementModel
 
 @contextmanager
 def group_of_one(device: torch.device, ranks: Ranks) -> Iterator[None]:
-    """Create a process group of this process alone, inside the context.
+    """Create a process group that holds only this process, inside the context.
 
     Raises:
-        UserError: there are several ranks, which shard the weights already.
+        UserError: the run has several ranks, which shard the weights already.
     """
     if ranks.world > 1:
         raise UserError(
@@ -44,13 +44,13 @@ def group_of_one(device: torch.device, ranks: Ranks) -> Iterator[None]:
 
 
 def offload(model: ReplacementModel, device: torch.device) -> None:
-    """Keep the frozen weights of the blocks in host memory and put all else on ``device``.
+    """Keep the frozen weights of the blocks in host memory and move all else to ``device``.
 
-    Call inside :func:`group_of_one`, before anything refers to the parameters.
+    Call this function inside :func:`group_of_one`, before anything refers to the parameters.
 
     Args:
-        model: in host memory; changed in place.
-        device: the device that computes.
+        model: model in host memory, changed in place.
+        device: device that computes.
     """
     mesh = init_device_mesh(device.type, (1,))
     policy = CPUOffloadPolicy(pin_memory=device.type == "cuda")
@@ -58,7 +58,7 @@ def offload(model: ReplacementModel, device: torch.device) -> None:
     trained = set(model.adapters.parameters())
     units: list[FSDPModule] = []
     for block in model.blocks:
-        # Not resharded after a call, since a layer is called up to three times in a row.
+        # A layer is called up to three times in a row, so a call must not reshard the block.
         units.append(
             fully_shard(
                 block,

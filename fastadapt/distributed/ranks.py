@@ -1,8 +1,7 @@
-"""Processes that train one run together, as ``torchrun`` starts them: one rank per GPU.
+"""Ranks of a run that ``torchrun`` starts, one per GPU, and their collective operations.
 
-A process that was started alone is rank 0 of a world of 1: every operation here is then the
-identity, and no process group exists. Host values travel over gloo, so that exchanging them never
-waits for a GPU.
+A process without torchrun is rank 0 of a world of 1. Every operation is then the identity, and no
+process group exists. Host values are exchanged over gloo, which does not wait for a GPU.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ class Ranks:
     """This process's rank and the collective operations of its run.
 
     Attributes:
-        rank: counted from 0. Rank 0 alone writes files and prints.
+        rank: number of the rank, from 0. Only rank 0 writes files and prints.
         world: number of processes.
 
     Example:
@@ -48,27 +47,27 @@ class Ranks:
         return self.rank == 0
 
     def shard(self, items: Iterable[T]) -> Iterator[tuple[T, bool]]:
-        """Yield this rank's items, dealt in turn to the ranks, each with whether it counts.
+        """Yield this rank's items, which the ranks take in turn, each with whether it counts.
 
-        Every rank gets the same number of items, since all must take part in gathering weights.
-        Where items run short in the last round, a rank repeats one that does not count.
+        Every rank gets the same number of items, since all must take part in gathering weights. If
+        the last round has too few items, a rank repeats one of them, which does not count.
 
         Example:
             >>> list(Ranks(rank=1, world=2).shard("abc"))
             [('b', True), ('c', False)]
         """
-        hand: list[T] = []
+        group: list[T] = []
         for item in items:
-            hand.append(item)
-            if len(hand) == self.world:
-                yield hand[self.rank], True
-                hand = []
-        if hand:
-            counts = self.rank < len(hand)
-            yield hand[self.rank if counts else 0], counts
+            group.append(item)
+            if len(group) == self.world:
+                yield group[self.rank], True
+                group = []
+        if group:
+            counts = self.rank < len(group)
+            yield group[self.rank if counts else 0], counts
 
     def any(self, flag: bool) -> bool:
-        """Return whether ``flag`` is true on some rank."""
+        """Return whether ``flag`` is true on at least one rank."""
         if self.world == 1:
             return flag
         reduced = torch.tensor([flag], dtype=torch.int32)
@@ -125,19 +124,19 @@ class Ranks:
 
 
 ALONE = Ranks()
-_JOINED = itertools.count()  # runs of this process
+_JOINED = itertools.count()  # numbers the runs of this process
 
 
 def is_main() -> bool:
-    """Return whether this process prints: it is rank 0, or was started alone."""
+    """Return whether this process prints: whether it is rank 0 or has no other ranks."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def exit_process(code: int) -> int:
-    """End this process with ``code`` if it is one of several; return ``code`` if it is alone.
+    """End this process with ``code`` if it has other ranks; else return ``code``.
 
-    ``os._exit`` skips Python's shutdown: threads of the process group may still free tensors, and
-    the process then aborts (seen in 2 of some 100 exits, after all work was done).
+    ``os._exit`` skips Python's shutdown, during which threads of the process group may still free
+    tensors and abort the process (seen in 2 of about 100 exits, after all work was done).
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stdout.flush()
@@ -147,22 +146,22 @@ def exit_process(code: int) -> int:
 
 
 def should_report(error: UserError | RunError) -> bool:
-    """Return whether this process prints an error: the first rank to raise does."""
+    """Return whether this process prints the error: whether it was the first rank to raise."""
     return is_main() if error.is_reported is None else not error.is_reported
 
 
 @contextmanager
 def joined(device: torch.device, timeout_s: float) -> Iterator[Ranks]:
-    """Join the processes that ``torchrun`` started with this one, inside the context.
+    """Create the process group of the ranks that ``torchrun`` started, inside the context.
 
-    On GPUs, each rank's current device becomes the one of its local rank.
+    On GPUs, the current device of a rank becomes the one with its local rank as number.
 
     Args:
-        device: the kind of device that the run is on.
-        timeout_s: how long a rank waits for another before the run ends, in seconds.
+        device: kind of device, ``cuda`` or ``cpu``.
+        timeout_s: seconds that a rank waits for another before the run ends.
 
     Raises:
-        UserError: the device is one GPU by its number, or the machine has fewer GPUs than ranks.
+        UserError: the device names one GPU by its number, or the machine has fewer GPUs than ranks.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
@@ -171,7 +170,7 @@ def joined(device: torch.device, timeout_s: float) -> Iterator[Ranks]:
     _take_device(device)
     timeout = timedelta(seconds=timeout_s)
     whole_store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
-    # torchrun's store outlives this run and this attempt at it: neither may read another's keys.
+    # torchrun's store outlives the run and its restarts, so each gets keys under its own prefix.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"fastadapt/{attempt}/{next(_JOINED)}", whole_store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -204,10 +203,10 @@ def _take_device(device: torch.device) -> None:
 
 
 def is_lost(error: Exception) -> bool:
-    """Return whether an error says that another rank cannot be reached, or not in time."""
+    """Return whether an error says that another rank is unreachable or did not answer in time."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def lost_reason(error: Exception) -> str:
-    """Return the first sentence of such an error, without the line in gloo's source."""
+    """Return the first sentence of an error of :func:`is_lost`, without gloo's source line."""
     return re.sub(r"^\[[^\]]*\] ", "", str(error).strip()).split(". ")[0].splitlines()[0]

@@ -1,9 +1,9 @@
-"""A replacement model spread over ranks, with PyTorch's FSDP2.
+"""Sharding of a replacement model over ranks, with PyTorch's FSDP2.
 
-Every decoder block, with its target MLP, base MLP and adapter, is one FSDP unit: each rank holds a
-shard of the rows of each weight, and the whole block exists during its forward and its backward
-pass only. Gradients are reduced to shards, so the optimizer's moments are sharded too. Embeddings,
-last norm and head are frozen, used in every step, and replicated on every rank.
+Every decoder block, with its target MLP, base MLP and adapter, is one FSDP unit. Each rank holds a
+shard of the rows of each weight. The whole block exists only during its forward and its backward
+pass. Gradients are reduced to shards, so the optimizer's moments are sharded too. Embeddings, last
+norm and head are frozen and replicated on every rank.
 
 With master weights (:class:`fastadapt.training.optimizer.OptimizerConfig`), the shards *are* the
 fp32 masters: all-gather rounds them to the working dtype, and gradients are summed over ranks in
@@ -31,14 +31,15 @@ _LOW = (torch.bfloat16, torch.float16)
 
 
 def shard(model: ReplacementModel, ranks: Ranks, device: torch.device, *, masters: bool) -> None:
-    """Shard the blocks over ``ranks``, one after the other, and put all else on ``device``.
+    """Shard the blocks over ``ranks``, one after the other, and move all else to ``device``.
 
-    Rank 0 has the weights in host memory and broadcasts them block by block: no other host reads
-    them, and no GPU holds more than one whole block. Call before anything refers to the parameters.
+    Rank 0 has the weights in host memory and broadcasts them block by block. No other host reads
+    them, and no GPU holds more than one whole block. Call this function before anything refers to
+    the parameters.
 
     Args:
-        model: changed in place; that of ranks other than 0 is on the meta device.
-        ranks: more than one.
+        model: model, changed in place; on ranks other than 0 it is on the meta device.
+        ranks: ranks of the run, more than one.
         device: device of the shards.
         masters: hold the adapters' shards in fp32 where their dtype is lower.
 
@@ -47,7 +48,7 @@ def shard(model: ReplacementModel, ranks: Ranks, device: torch.device, *, master
     """
     mesh = init_device_mesh(device.type, (ranks.world,))
     dtype = next(model.pair.base_mlps.parameters()).dtype
-    # The sum over ranks is made in fp32 also where the gradients are of lower precision.
+    # Gradients of lower precision are summed over ranks in fp32 too.
     wide = torch.float32 if dtype in _LOW else dtype
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=wide, cast_forward_inputs=False)
     if masters:
@@ -58,10 +59,10 @@ def shard(model: ReplacementModel, ranks: Ranks, device: torch.device, *, master
     unit: FSDPModule
     for block in model.blocks:
         _broadcast(block, ranks, device)
-        # Not resharded after a call, since a layer is called up to three times in a row:
-        # ReplacementModel.reshard_layer reshards.
+        # A layer is called up to three times in a row, so a call must not reshard the block:
+        # ReplacementModel.reshard_layer does.
         unit = fully_shard(block, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
-        # Weights of micro-batches add up to 1 over all ranks: gradients are summed as they are.
+        # The weights of micro-batches add up to 1 over all ranks: the sum needs no division.
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
         blocks.append(unit)
@@ -93,8 +94,8 @@ def _check_same(model: ReplacementModel, ranks: Ranks) -> None:
     theirs = ranks.on_main(lambda: ours)
     if odd := sorted(name for name, _ in ours.items() ^ theirs.items()):
         raise RunError(
-            f"rank {ranks.rank}: the model is not that of rank 0 ({odd[0]}: "
-            f"{ours.get(odd[0], 'none')}, there {theirs.get(odd[0], 'none')}). Use the same "
+            f"rank {ranks.rank}: expected the model of rank 0, got another ({odd[0]}: "
+            f"{ours.get(odd[0], 'none')}, on rank 0 {theirs.get(odd[0], 'none')}). Use the same "
             "versions and the same files on every machine."
         )
 
@@ -110,9 +111,9 @@ def _broadcast(module: nn.Module, ranks: Ranks, device: torch.device) -> None:
 
 
 def whole_adapters(model: ReplacementModel) -> nn.ModuleList:
-    """Return unsharded adapters, in host memory on rank 0 (an empty list on other ranks).
+    """Return unsharded adapters in host memory on rank 0, and an empty list on other ranks.
 
-    All ranks must call. Adapters that are not sharded are returned as they are.
+    All ranks must call this function. Adapters that are not sharded are returned unchanged.
     """
     if not isinstance(model.blocks[0], FSDPModule):
         return model.adapters

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from fastadapt.adapter.files import adapters_of, load_adapters, read_adapters
+from fastadapt.adapter.files import adapters_of
 from fastadapt.errors import UserError
 from fastadapt.evaluation.runs import (
     BUILT_IN,
@@ -34,6 +34,7 @@ from fastadapt.io.names import typed_path
 from fastadapt.models.pair import DTYPES
 from fastadapt.models.pretrained import load_causal_lm, tensor_files
 from fastadapt.models.replacement import ModelPair, PairConfig, ReplacementModel
+from fastadapt.models.trained_files import load_adapters, read_adapters
 from fastadapt.models.traversal import Stream, carrying
 
 _ENDS = 1 << 20  # bytes at either end of a weight file that tell it from another

@@ -10,6 +10,7 @@ from typing import Any
 
 from typing_extensions import NotRequired, TypedDict
 
+from fastadapt.adapter.files import TRANSCODER
 from fastadapt.errors import UserError
 from fastadapt.io.documents import DocumentError, Name, read_yaml
 from fastadapt.io.names import check_name, has_file, typed_path
@@ -121,7 +122,7 @@ def names_of(runs: Sequence[str | os.PathLike[str]], names: Sequence[str] | None
 def pair_of(folder: Path, metadata: Mapping[str, Any]) -> PairConfig:
     """The pair of adapters: as their run's ``config.yaml`` has it, at the commits they name.
 
-    ``metadata`` is of their card, as :func:`fastadapt.adapter.files.read_adapters` returns it.
+    ``metadata`` is of their card (:func:`fastadapt.models.trained_files.read_adapters`).
 
     Trust in the code of its models is not among what is read: see :func:`trusting`.
     """
@@ -209,7 +210,7 @@ def student_of(name: str, run: Path, card: Mapping[str, Any]) -> Student:
     objective, measured = metadata.get("objective") or {}, metadata.get("measured") or {}
     return Student(
         name,
-        card["adapter"].kind,
+        "transcoder" if card["kind"] == TRANSCODER else card["kind"],
         str(run),
         sparsity=objective.get("sparsity"),
         bridge=objective.get("bridge"),

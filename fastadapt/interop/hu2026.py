@@ -151,9 +151,9 @@ def save(
     """
     first = model.adapters[0]
     if not isinstance(first, TranscoderAdapter):
+        kind = getattr(first, "kind", type(first).__name__)
         raise UserError(
-            "the published format is for transcoder adapters; this model's are of kind "
-            f"{first.kind!r}"
+            f"the published format is for transcoder adapters; this model's are of kind {kind!r}"
         )
     untied = {name for name, _ in model.model.named_parameters()}
     write_published(

@@ -1,20 +1,20 @@
-"""Weights of the model itself that a run may train in place of adapters: its MLPs, or its norms.
+"""Baselines: runs that train weights of the model itself, its MLPs or its norms.
 
-Two baselines of arXiv 2602.20904, both of which start as the hybrid, bit for bit:
+Both baselines are from arXiv 2602.20904 and start as the hybrid, bit for bit:
 
-- ``mlp``, the fine-tuning skyline: the base's MLPs, all of their weights trained. No adapter that
-  is added to them can do what this cannot.
-- ``norms``: the weights of every RMSNorm refit (a block's, those of queries and keys where the
-  architecture has them, and the last one), the base's MLPs as they are.
+- ``mlp``, the fine-tuning skyline, trains all weights of the base's MLPs. It bounds what adapters
+  beside these MLPs can reach.
+- ``norms`` refits the weights of every RMSNorm: those of the blocks, those of queries and keys if
+  the architecture has them, and the last one. The base's MLPs stay unchanged.
 
-What is trained are copies, under the names that the weights have in the model; in the mode
-``replacement`` the model's own modules compute with them. No forward is written again.
+The trained weights are copies with the names of the weights in the model. In the mode
+``replacement`` the model's own modules compute with the copies.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -25,20 +25,22 @@ from fastadapt.models.adapted_mlp import AdaptedMLP
 if TYPE_CHECKING:
     from fastadapt.models.pair import ModelPair
 
-#: What the last norm of the model is called among the weights of the last layer.
+#: Names of the baselines.
+Baseline = Literal["mlp", "norms"]
+#: Name of the model's last norm among the weights of the last layer.
 FINAL_NORM = "final_norm"
 
 
 class TunedWeights(nn.Module):
-    """Trainable weights of one block, in place of the model's own, which stay as they are.
+    """Trainable copies of weights of one block.
 
     Args:
-        width: of the residual stream, D.
-        tensors: by the name that each has in the model, ``gate_proj.weight``; they become the
-            parameters, of the same names.
+        width: width of the residual stream, D.
+        tensors: tensors by their name in the model, such as ``gate_proj.weight``. They become
+            parameters with the same names.
     """
 
-    kind: ClassVar[str]
+    kind: ClassVar[Baseline]
 
     def __init__(self, width: int, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -52,88 +54,94 @@ class TunedWeights(nn.Module):
                 part = part.get_submodule(step)
             part.register_parameter(last, nn.Parameter(tensor))
 
+    def card(self) -> dict[str, Any]:
+        """Return the entries of ``fastadapt.json`` that describe these weights."""
+        return {"kind": self.kind, "additive": False, "d_in": self.d_in, "d_out": self.d_out}
+
     def call(self, module: nn.Module, name: str, x: Tensor) -> Tensor:
-        """``module(x)`` with the weights under ``name`` (all, where it is empty) for its own."""
-        own: dict[str, Tensor] = dict(self.get_submodule(name).named_parameters())
-        out: Tensor = functional_call(module, own, (x,))
+        """Return ``module(x)`` computed with the weights under ``name``; all weights if empty."""
+        weights: dict[str, Tensor] = dict(self.get_submodule(name).named_parameters())
+        out: Tensor = functional_call(module, weights, (x,))
         return out
 
-    def check_fits(self, wanted: Mapping[str, Tensor], layer: int) -> None:
-        """Refuse weights that are not those of the model's layer in name and shape.
+    def check_fits(self, model_weights: Mapping[str, Tensor], layer: int) -> None:
+        """Check that the weights have the names and shapes of the model's layer.
 
         Raises:
-            UserError: they are not; says which.
+            UserError: a weight is missing, extra or of another shape; names the weight.
         """
         ours = {name: tuple(p.shape) for name, p in self.named_parameters()}
-        theirs = {name: tuple(t.shape) for name, t in wanted.items()}
-        for name in sorted(ours.keys() | theirs.keys()):
-            if ours.get(name) != theirs.get(name):
+        expected = {name: tuple(t.shape) for name, t in model_weights.items()}
+        for name in sorted(ours.keys() | expected.keys()):
+            if ours.get(name) != expected.get(name):
                 raise UserError(
                     f"{self.kind} of layer {layer}: {name}: the model has "
-                    f"{theirs.get(name, 'none')}, got {ours.get(name, 'none')}"
+                    f"{expected.get(name, 'none')}, got {ours.get(name, 'none')}"
                 )
 
 
 class TunedMLP(TunedWeights):
-    """An MLP's weights, with which the base's MLP computes in the mode ``replacement``."""
+    """Weights of an MLP, with which the base's MLP computes in the mode ``replacement``."""
 
     kind = "mlp"
 
     def forward(self, x: Tensor, base: nn.Module) -> Tensor:
-        """What stands in the block: ``base`` with these weights, of ``x [..., D]``."""
+        """Return ``base(x)`` computed with these weights; ``x [..., D]``."""
         return self.call(base, "", x)
 
 
 class TunedNorms(TunedWeights):
-    """The weights of a block's norms, with which they compute in the mode ``replacement``.
+    """Weights of a block's norms, with which these compute in the mode ``replacement``.
 
-    Those of the last layer hold the model's last norm too, as ``final_norm``.
+    Those of the last layer include the model's last norm, as ``final_norm``.
     """
 
     kind = "norms"
 
     def forward(self, x: Tensor, base: nn.Module) -> Tensor:
-        """What stands in the block: ``base`` as it is, of ``x [..., D]``."""
+        """Return ``base(x)``, since the MLP is unchanged; ``x [..., D]``."""
         out: Tensor = base(x)
         return out
 
 
 class SwitchedNorm(nn.Module):
-    """Stands where a norm stood, and takes the refit weight where its block's MLP is replaced.
+    """Norm that uses its refit weight while its block's MLP is in the mode ``replacement``.
 
-    While the block carries refit weights: with a transcoder beside its MLP it is the target's norm.
+    If the block's adapter is not :class:`TunedNorms`, this module is the target's norm in every
+    mode.
 
     Args:
-        norm: the target's.
-        name: of the norm, among the weights of its block.
-        mlp: of its block, whose mode it follows, and whose ``adapter`` these weights are.
+        norm: the target's norm.
+        name: name of the norm among the weights of its block.
+        mlp: MLP of the block, which has the mode and, as its ``adapter``, the refit weights.
     """
 
     def __init__(self, norm: nn.Module, name: str, mlp: AdaptedMLP) -> None:
         super().__init__()
         self.norm = norm
-        self._of_block = name, mlp  # in a tuple, since it is a part of the block already
+        # A tuple, which does not register `mlp` as a submodule: it is a submodule of the block.
+        self._block_mlp = name, mlp
 
     def forward(self, x: Tensor) -> Tensor:
-        name, mlp = self._of_block
+        name, mlp = self._block_mlp
         if mlp.mode == "replacement" and isinstance(mlp.adapter, TunedNorms):
             return mlp.adapter.call(self.norm, name, x)
         out: Tensor = self.norm(x)
         return out
 
 
-TUNED: Mapping[str, type[TunedWeights]] = {kind.kind: kind for kind in (TunedMLP, TunedNorms)}
+TUNED: Mapping[Baseline, type[TunedWeights]] = {kind.kind: kind for kind in (TunedMLP, TunedNorms)}
 
 
 def norms_of(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The RMSNorms in a block, by name, switched or not."""
-    # transformers' classes are called so in every architecture: Qwen2RMSNorm, Olmo2RMSNorm.
-    within: set[nn.Module] = set()
+    """Yield the RMSNorms of a block with their names; of a switched norm, the target's norm."""
+    # The classes have this suffix in every architecture of transformers: Qwen2RMSNorm.
+    switched: set[nn.Module] = set()
     for name, part in module.named_modules():
         if isinstance(part, SwitchedNorm):
-            within.add(part.norm)
+            switched.add(part.norm)
             yield name, part.norm
-        elif type(part).__name__.endswith("RMSNorm") and part not in within:
+        elif type(part).__name__.endswith("RMSNorm") and part not in switched:
             yield name, part
 
 
@@ -142,13 +150,17 @@ def _blocks(pair: ModelPair) -> tuple[Any, nn.ModuleList]:
     return decoder, getattr(decoder, pair.paths.layers)
 
 
-def weights_of(pair: ModelPair, kind: str) -> Sequence[Mapping[str, Tensor]]:
-    """The hybrid's own weights that ``kind`` trains, of each layer, by name."""
+def weights_of(pair: ModelPair, kind: Baseline) -> Sequence[Mapping[str, Tensor]]:
+    """Return the hybrid's weights that a baseline trains, by name for each layer."""
     if kind == "mlp":
         return [dict(base.named_parameters()) for base in pair.base_mlps]
     decoder, blocks = _blocks(pair)
     layers = [
-        {f"{at}.{name}": p for at, norm in norms_of(block) for name, p in norm.named_parameters()}
+        {
+            f"{path}.{name}": parameter
+            for path, norm in norms_of(block)
+            for name, parameter in norm.named_parameters()
+        }
         for block in blocks
     ]
     norm = getattr(decoder, pair.paths.norm)
@@ -157,8 +169,8 @@ def weights_of(pair: ModelPair, kind: str) -> Sequence[Mapping[str, Tensor]]:
     return layers
 
 
-def tuned_weights(pair: ModelPair, kind: str) -> nn.ModuleList:
-    """Copies to train, layer 0 first: the hybrid's weights, in its dtype and on its device."""
+def tuned_weights(pair: ModelPair, kind: Baseline) -> nn.ModuleList:
+    """Return copies of the hybrid's weights to train, layer 0 first, in its dtype and device."""
     width = pair.target.config.hidden_size
     return nn.ModuleList(
         TUNED[kind](width, {name: tensor.detach().clone() for name, tensor in layer.items()})
@@ -167,9 +179,9 @@ def tuned_weights(pair: ModelPair, kind: str) -> nn.ModuleList:
 
 
 def switch_norms(pair: ModelPair) -> None:
-    """Put switched norms in the place of the target's, once its MLPs are adapted; once is enough.
+    """Replace the target's norms by switched norms, unless they are already; its MLPs are adapted.
 
-    A model that never carries refit norms keeps transformers' own modules.
+    A model that never gets refit norms keeps transformers' modules.
     """
     decoder, blocks = _blocks(pair)
     last = getattr(decoder, pair.paths.norm)
@@ -178,6 +190,6 @@ def switch_norms(pair: ModelPair) -> None:
     for block in blocks:
         mlp = getattr(block, pair.paths.mlp)
         for name, norm in list(norms_of(block)):
-            holder, _, own = name.rpartition(".")
-            setattr(block.get_submodule(holder), own, SwitchedNorm(norm, name, mlp))
+            parent, _, attribute = name.rpartition(".")
+            setattr(block.get_submodule(parent), attribute, SwitchedNorm(norm, name, mlp))
     setattr(decoder, pair.paths.norm, SwitchedNorm(last, FINAL_NORM, mlp))

@@ -25,6 +25,7 @@ from fastadapt.errors import UserError
 from fastadapt.kernels.transcoder import CodeLayout, SparseCodes
 from fastadapt.models.adapted_mlp import AdaptedMLP, Call, Mode, in_mode
 from fastadapt.models.baselines import (
+    Baseline,
     TunedNorms,
     TunedWeights,
     switch_norms,
@@ -81,7 +82,7 @@ class ReplacementModel(nn.Module):
     def create(
         cls,
         pair: ModelPair,
-        config: AdapterConfig,
+        config: AdapterConfig | Baseline,
         *,
         seed: int = 42,
         dtype: torch.dtype | None = None,
@@ -89,12 +90,13 @@ class ReplacementModel(nn.Module):
     ) -> ReplacementModel:
         """Create a replacement model with new adapters on the pair's device.
 
+        ``config``: the settings of transcoders, or a baseline (``mlp`` or ``norms``), whose new
+        weights are copies of the hybrid's.
         ``dtype``: of transcoders, the pair's by default. ``seed`` determines ``W_enc``.
-        ``runs_on``: device that the model is moved to before it runs, if another. For a
-        ``config.kind`` other than ``transcoder`` the new weights are copies of the hybrid's.
+        ``runs_on``: device that the model is moved to before it runs, if another.
         """
-        if not config.sparse:
-            return cls(pair, tuned_weights(pair, config.kind))
+        if not isinstance(config, AdapterConfig):
+            return cls(pair, tuned_weights(pair, config))
         generator = torch.Generator().manual_seed(seed)
         weight = next(pair.base_mlps.parameters())
         config.check_runs(runs_on or weight.device, dtype or weight.dtype)

@@ -1,1 +1,1 @@
-"""Configuration, optimiser, checkpoints, memory plan, and the loop that trains the adapters."""
+"""Training of adapters: configuration, loop, optimiser, checkpoints, memory plan, report."""

@@ -1,14 +1,14 @@
-"""Estimates of how many codes each layer of a step will have, and detection of overflows.
+"""Estimates of the number of codes in each layer of a step, and detection of overflows.
 
-On a GPU the adapter's call gets a code layout beforehand: whether codes or dense products are
-cheaper, and how long the code buffers are. To look at the number itself, the call would have to
-wait for the device. Layouts follow the counts of the step before, which the loop reads anyway with
-the loss, in the one copy at a step's end. That copy also shows whether a layout was too small,
-before anything is applied, so that no flag has to reach the optimiser on the device. Such a step is
-repeated without layouts: each call then looks for itself, and nothing can overflow.
+On a GPU the adapter's call gets a code layout in advance: the choice between codes and dense
+products, and the length of the code buffers. Reading the number of codes inside the call would
+wait for the device. Layouts follow the counts of the previous step, which the loop copies from the
+device with the loss at the end of the step. The same copy shows whether a layout was too small,
+before the update is applied. Such a step is repeated without layouts: each call then reads its
+number of codes, and no buffer can overflow.
 
-Counts are a function of weights and data, and are saved with them: a resumed run uses the layouts
-that the uninterrupted run would have used, and so has the same bits.
+Counts depend on weights and data only and are saved in checkpoints. A resumed run therefore uses
+the layouts of the uninterrupted run, and has the same bits.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from fastadapt.kernels.transcoder import CodeLayout
 
 
 class Call(NamedTuple):
-    """One layer's adapter call in one micro-batch: its layout and its counts.
+    """Adapter call of one layer in one micro-batch: its layout and its counts.
 
     Attributes:
-        plan: layout of the codes; None where the op looked at their number itself.
-        tokens: of all streams in the call, without padding.
-        codes: number of codes, also where the buffers were too short.
+        plan: layout of the codes; None if the op read their number itself.
+        tokens: tokens of all streams in the call, without padding.
+        codes: number of codes, which may exceed the buffers.
     """
 
     plan: CodeLayout | None
@@ -34,24 +34,25 @@ class Call(NamedTuple):
 
     @property
     def overflows(self) -> bool:
-        """Whether the buffers were too short: neither outputs nor gradients are valid then."""
+        """Whether the buffers were too short, which makes outputs and gradients invalid."""
         if self.plan is None or self.plan.dense or self.plan.capacity is None:
             return False
         return self.codes > self.plan.capacity
 
 
 def takes_plans(implementation: str, device_type: str) -> bool:
-    """Whether this implementation of the transcoder, on this device, should be given plans."""
+    """Return whether an implementation of the transcoder takes code layouts on this device."""
     on_device = device_type == "cuda" and implementation == "auto"
     return on_device or implementation.startswith("triton")
 
 
 def overflow(calls: Sequence[Sequence[Call]]) -> dict[str, list[int]]:
-    """Return what did not fit, of ``calls[micro-batch][layer]``; empty if the step is valid.
+    """Return the overflows of ``calls[micro-batch][layer]``; empty if the step is valid.
 
     Returns:
-        ``layers, capacities, codes``, an entry for the first layer of each micro-batch whose codes
-        did not fit. Layers behind it saw wrong hidden states: their counts mean nothing.
+        Lists ``layers, capacities, codes`` with an entry for each micro-batch that overflowed: its
+        first layer whose codes did not fit. Later layers got wrong hidden states, so their counts
+        are meaningless.
     """
     first: list[tuple[int, Call, CodeLayout]] = []
     for layers in calls:
@@ -67,29 +68,29 @@ def overflow(calls: Sequence[Sequence[Call]]) -> dict[str, list[int]]:
 
 
 class CapacityEstimator:
-    """Codes to expect of a step: the counts of the last step that was applied.
+    """Expected codes of the next step: the counts of the last applied step.
 
-    A step that was not applied changes nothing: broken data say nothing about the next step.
+    A skipped step does not count, since its losses or gradients were not finite.
 
     Args:
-        enabled: whether the adapters' kernel takes layouts; if not, no step is given any.
+        enabled: whether the adapters' kernel takes layouts.
     """
 
     def __init__(self, enabled: bool) -> None:
         self.enabled = enabled
-        #: Codes per token of each layer, to plan its calls with; None for no plans.
+        #: Expected codes per token of each layer; None: calls get no layouts.
         self.expected: list[float] | None = None
 
     def applied(self, calls: Sequence[Sequence[Call]]) -> None:
-        """Take the counts of a step, ``calls[micro-batch][layer]``: of each layer the largest."""
+        """Take each layer's largest count of an applied step, ``calls[micro-batch][layer]``."""
         if self.enabled:
             by_layer = zip(*calls, strict=True)
             self.expected = [max(c.codes / max(c.tokens, 1) for c in layer) for layer in by_layer]
 
     def state(self) -> dict[str, Any]:
-        """JSON values for a checkpoint."""
+        """Return JSON values for a checkpoint."""
         return {"codes_per_token": self.expected}
 
     def load(self, scalars: Mapping[str, Any]) -> None:
-        """Take back what :meth:`state` gave; a checkpoint from before there were plans has none."""
+        """Restore the values of :meth:`state`, which checkpoints of older versions lack."""
         self.expected = scalars.get("codes_per_token")

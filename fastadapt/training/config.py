@@ -1,7 +1,7 @@
-"""The configuration of a run: one frozen dataclass per component, and their YAML.
+"""Configuration of a run: one frozen dataclass per component, read from and written to YAML.
 
-Every impossible value is refused where the configuration is made, with the key as it is written on
-the command line (``optimizer.lr``), before any model is read.
+Constructing a configuration checks all values, before any model is read. Errors name the key as on
+the command line (``optimizer.lr``).
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ import yaml
 
 from fastadapt.adapter.module import AdapterConfig
 from fastadapt.data.sequences import DataConfig
-from fastadapt.errors import UserError
+from fastadapt.errors import UserError, require
 from fastadapt.io.documents import read_yaml
+from fastadapt.models.baselines import Baseline
 from fastadapt.models.replacement import PairConfig
 from fastadapt.objective import ObjectiveConfig
 from fastadapt.training.optimizer import OptimizerConfig
 
-#: Keys in which a resumed run may differ from the run it goes on with: none of them reaches the
-#: weights. (``run.threads`` is not among them: it changes the order of sums, thus bits.)
+#: Keys that may change when a run is resumed, since they do not affect the weights.
+#: (``run.threads`` does: it changes the order of sums, and so the bits.)
 FREE_ON_RESUME = frozenset(
     (
         "run.output",
@@ -41,35 +42,43 @@ FREE_ON_RESUME = frozenset(
     )
 ) | {"data.workers", "pair.offload"}
 
-#: The key of a pair's configuration that is typed and never read from a file.
+#: Key of a pair's configuration that is taken from the command line, never from a file.
 TRUST = "trust_remote_code"
 
+Trained = Literal["transcoder", Baseline]
 SinkName = Literal["tensorboard", "wandb", "trackio"]
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where a run writes, how often, and what it puts up with.
+    """What a run trains, where it writes, how often, and how many bad batches it accepts.
 
     Args:
-        output: the run directory.
-        seed: of the adapters' initialisation, the order of the data, and the cutoffs.
+        output: run directory.
+        trains: ``transcoder``, an adapter beside every MLP of the base; or a baseline: ``mlp``, the
+            base's MLPs themselves; ``norms``, the weights of every RMSNorm. A baseline has no
+            features and uses no setting of ``adapter``.
+        seed: seed of the adapters' initialisation, the order of the data, and the cutoffs.
         log_every: optimiser steps between records of training metrics.
-        eval_every: optimiser steps between held-out evaluations; one comes before the first step
-            and one after the last in any case. 0: only these two.
-        checkpoint_every: optimiser steps between checkpoints; the last step has one in any case.
-        keep_checkpoints: newest checkpoints that are kept.
-        max_bad_batches: the run ends when so many steps in a row had to be skipped, since their
-            loss or gradient was not finite.
-        dead_window: tokens; a feature that has not fired on so many training tokens counts as dead.
-        threads: CPU threads of torch (None: torch's own choice). Equal bits need equal threads.
-        sinks: where metrics go beside ``metrics.jsonl``: any of ``tensorboard``, ``wandb``,
+        eval_every: optimiser steps between held-out evaluations, beside those before the first and
+            after the last step. 0: only these two.
+        checkpoint_every: optimiser steps between checkpoints, beside the one after the last step.
+        keep_checkpoints: number of newest checkpoints to keep.
+        max_bad_batches: number of consecutive skipped steps, whose loss or gradient was not finite,
+            after which the run ends.
+        dead_window: number of training tokens after which a feature that has not fired is dead.
+        threads: CPU threads of torch (None: torch's choice). Equal bits need equal threads.
+        sinks: destinations of metrics beside ``metrics.jsonl``: any of ``tensorboard``, ``wandb``,
             ``trackio``, each an extra of the same name.
-        rank_timeout: with several ranks, seconds that one waits for another before the run ends. A
-            checkpoint must be written in less.
+        rank_timeout: with several ranks, seconds that a rank waits for another before the run ends.
+            Writing a checkpoint must take less.
+
+    Raises:
+        UserError: an impossible value.
     """
 
     output: str
+    trains: Trained = "transcoder"
     seed: int = 42
     log_every: int = 1
     eval_every: int = 500
@@ -82,8 +91,10 @@ class RunConfig:
     rank_timeout: int = 1800
 
     def __post_init__(self) -> None:
-        _require(bool(str(self.output).strip()), "run.output", "a folder", self.output)
-        _require(0 <= self.seed < 2**63, "run.seed", "an integer in [0, 2^63)", self.seed)
+        require(bool(str(self.output).strip()), "run.output", "a folder", self.output)
+        choices = _choices(Trained)
+        require(self.trains in choices, "run.trains", f"one of {', '.join(choices)}", self.trains)
+        require(0 <= self.seed < 2**63, "run.seed", "an integer in [0, 2^63)", self.seed)
         for name, least in (
             ("log_every", 1),
             ("eval_every", 0),
@@ -94,15 +105,19 @@ class RunConfig:
             ("rank_timeout", 1),
         ):
             value = getattr(self, name)
-            _require(value >= least, f"run.{name}", f"{least} or more", value)
-        _require(len(set(self.sinks)) == len(self.sinks), "run.sinks", "each once", self.sinks)
+            require(value >= least, f"run.{name}", f"{least} or more", value)
+        require(len(set(self.sinks)) == len(self.sinks), "run.sinks", "each once", self.sinks)
         if self.threads is not None:
-            _require(self.threads >= 1, "run.threads", "1 or more, or null", self.threads)
+            require(self.threads >= 1, "run.threads", "1 or more, or null", self.threads)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that a training run depends on."""
+    """Complete configuration of a training run.
+
+    Raises:
+        UserError: values that exclude each other, such as features of a baseline.
+    """
 
     pair: PairConfig
     adapter: AdapterConfig
@@ -112,11 +127,27 @@ class TrainConfig:
     run: RunConfig
 
     def __post_init__(self) -> None:
-        if self.objective.sparsity and not self.adapter.sparse:
+        trains, adapter = self.run.trains, self.adapter
+        _check_unused(trains, vars(adapter))
+        if trains == "transcoder":
+            # config.yaml must record the number: the default may change between versions.
+            adapter = dataclasses.replace(adapter, n_features=adapter.features)
+            object.__setattr__(self, "adapter", adapter)
+        elif self.objective.sparsity:
             raise UserError(
-                f"objective.sparsity: expected 0, since adapter.kind {self.adapter.kind!r} has no "
-                f"features to keep few, got {self.objective.sparsity}"
+                f"objective.sparsity: expected 0, since run.trains {trains!r} has no features, "
+                f"got {self.objective.sparsity}"
             )
+
+    @property
+    def n_features(self) -> int:
+        """Features per layer, F; 0 for a baseline."""
+        return self.adapter.features if self.run.trains == "transcoder" else 0
+
+    @property
+    def trained(self) -> AdapterConfig | Baseline:
+        """The settings of the transcoders, or the name of the baseline."""
+        return self.adapter if self.run.trains == "transcoder" else self.run.trains
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -125,14 +156,29 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(values: Mapping[str, Any], kind: type = TrainConfig, prefix: str = "") -> Any:
-    """Build a configuration from nested plain values, as :func:`to_dict` gives them.
+    """Build a configuration from nested plain values, the inverse of :func:`to_dict`.
+
+    Args:
+        values: values by key; missing keys take their defaults.
+        kind: dataclass to build.
+        prefix: text before a key in error messages, such as ``pair.``.
 
     Raises:
-        UserError: an unknown key (with the nearest known one), a missing one, a value of another
-            type, or an impossible value.
+        UserError: an unknown key (the message names the nearest known one), a missing key, a value
+            of another type, or an impossible value.
+
+    Example:
+        >>> from_dict({"lr": 1, "betas": [0.9, 0.99]}, OptimizerConfig).betas
+        (0.9, 0.99)
     """
     if not isinstance(values, Mapping):
         raise UserError(f"{prefix.rstrip('.') or 'configuration'}: expected keys, got {values!r}")
+    if kind is TrainConfig:
+        values = move_old_keys(values)
+        run, adapter = values.get("run"), values.get("adapter")
+        if isinstance(run, Mapping) and isinstance(adapter, Mapping):
+            # Before AdapterConfig checks the values against each other: a baseline uses none.
+            _check_unused(run.get("trains", "transcoder"), adapter)
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for key in values:
         if key not in fields:
@@ -149,6 +195,28 @@ def from_dict(values: Mapping[str, Any], kind: type = TrainConfig, prefix: str =
     return kind(**arguments)
 
 
+def move_old_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values with ``adapter.kind``, the name of ``run.trains`` in older files, moved.
+
+    Raises:
+        UserError: ``adapter.kind`` is impossible or contradicts ``run.trains``.
+
+    Example:
+        >>> move_old_keys({"adapter": {"kind": "mlp", "k": None}, "run": {"output": "a"}})
+        {'adapter': {'k': None}, 'run': {'trains': 'mlp', 'output': 'a'}}
+    """
+    adapter, run = values.get("adapter"), values.get("run") or {}
+    if not isinstance(adapter, Mapping) or "kind" not in adapter or not isinstance(run, Mapping):
+        return dict(values)
+    kind, expected = adapter["kind"], ", ".join(_choices(Trained))
+    require(kind in _choices(Trained), "adapter.kind (now run.trains)", f"one of {expected}", kind)
+    require(
+        run.get("trains", kind) == kind, "adapter.kind", f"run.trains, {run.get('trains')}", kind
+    )
+    remaining = {key: value for key, value in adapter.items() if key != "kind"}
+    return {**values, "adapter": remaining, "run": {"trains": kind, **run}}
+
+
 def save_config(config: TrainConfig, path: Path) -> None:
     """Write the whole configuration, defaults included, as YAML."""
     text = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
@@ -156,12 +224,11 @@ def save_config(config: TrainConfig, path: Path) -> None:
 
 
 def load_config(path: Path) -> TrainConfig:
-    """Read a configuration from YAML.
-
-    ``pair.trust_remote_code`` is false whatever the file says: see :func:`take_trust`.
+    """Read a configuration from YAML, with ``pair.trust_remote_code`` false (:func:`take_trust`).
 
     Raises:
-        UserError: no such file, no YAML, or what :func:`from_dict` refuses.
+        UserError: the file does not exist, is not YAML, or holds values that :func:`from_dict`
+            refuses.
     """
     values = read_yaml(path)
     try:
@@ -174,10 +241,8 @@ def load_config(path: Path) -> TrainConfig:
 def take_trust(values: Any) -> bool:
     """Remove ``pair.trust_remote_code`` from the values of a file; return whether it was set.
 
-    A file records what was trusted. It cannot ask for trust, since it travels with a result.
-
-    Raises:
-        UserError: the value is neither true nor false.
+    The file records what its user trusted. Another user may have copied the file, so it must not
+    grant trust.
 
     Example:
         >>> values = {"pair": {"target": "a", "trust_remote_code": True}}
@@ -189,17 +254,17 @@ def take_trust(values: Any) -> bool:
     """
     pair = values.get("pair") if isinstance(values, dict) else None
     recorded = pair.pop(TRUST, False) if isinstance(pair, dict) else False
-    _require(type(recorded) is bool, f"pair.{TRUST}", "true or false", recorded)
+    require(type(recorded) is bool, f"pair.{TRUST}", "true or false", recorded)
     return bool(recorded)
 
 
 def recorded_trust(path: Path) -> bool:
-    """Whether a run's ``config.yaml`` records that it was trained with code of its models."""
+    """Return whether ``config.yaml`` records a run with code that comes with its models."""
     return take_trust(read_yaml(path))
 
 
 def differences(config: TrainConfig, other: TrainConfig) -> dict[str, tuple[Any, Any]]:
-    """Return the keys in which two configurations differ and a resume may not, with both values."""
+    """Return both values of each key that differs and may not change on a resumption."""
     ours, theirs = _flat(to_dict(config)), _flat(to_dict(other))
     return {
         key: (ours.get(key), theirs.get(key))
@@ -208,9 +273,20 @@ def differences(config: TrainConfig, other: TrainConfig) -> dict[str, tuple[Any,
     }
 
 
-def _require(fine: bool, key: str, expected: str, got: object) -> None:
-    if not fine:
-        raise UserError(f"{key}: expected {expected}, got {got!r}")
+def _check_unused(trains: object, settings: Mapping[str, Any]) -> None:
+    """Refuse settings of transcoders in the configuration of a baseline."""
+    for field in dataclasses.fields(AdapterConfig) if trains != "transcoder" else ():
+        value = settings.get(field.name, field.default)
+        if value != field.default:
+            raise UserError(
+                f"adapter.{field.name} is of transcoders and not used with run.trains={trains!r}: "
+                f"expected {field.default}, got {value!r}"
+            )
+
+
+def _choices(hint: Any) -> tuple[str, ...]:
+    """Return the values of a ``Literal``."""
+    return typing.get_args(hint)
 
 
 def _nearest(name: str, known: typing.Iterable[str], prefix: str = "") -> str:
@@ -237,7 +313,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _typed(value: Any, hint: Any, key: str) -> Any:
-    """Return ``value`` as ``hint`` asks; YAML gives ints for floats and lists for tuples."""
+    """Return ``value`` as the type ``hint``; YAML has ints for floats and lists for tuples."""
     if dataclasses.is_dataclass(hint):
         return from_dict(value, typing.cast(type, hint), f"{key}.")
     origin, choices = typing.get_origin(hint), typing.get_args(hint)
@@ -248,7 +324,7 @@ def _typed(value: Any, hint: Any, key: str) -> Any:
         for choice in sorted(inner, key=lambda kind: not isinstance(value, kind)):
             return _typed(value, choice, key)
     if origin is typing.Literal:
-        _require(value in choices, key, f"one of {', '.join(map(str, choices))}", value)
+        require(value in choices, key, f"one of {', '.join(map(str, choices))}", value)
         return value
     if origin is tuple and choices[-1] is Ellipsis and isinstance(value, (list, tuple)):
         return tuple(_typed(item, choices[0], key) for item in value)
@@ -263,7 +339,7 @@ def _typed(value: Any, hint: Any, key: str) -> Any:
             raise UserError(f"{key}: expected a number that a float can hold") from None
     if hint is float and isinstance(value, str) and "e" in value.lower():
         try:
-            return float(value)  # YAML 1.1 takes 8e-4, written without a point, for a string
+            return float(value)  # YAML 1.1 parses 8e-4, which has no point, as a string
         except ValueError:
             pass
     elif isinstance(hint, type) and type(value) is hint:

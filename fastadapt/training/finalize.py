@@ -1,4 +1,4 @@
-"""The end of a run: write adapters, summary and report."""
+"""Final files of a run: adapters, summary and report."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def write(
     summary = {
         **{k: v for k, v in record.items() if k not in ("kind", "step", "wall_s")},
         "interrupted": False,
-        "adapter_kind": config.adapter.kind,
+        "adapter_kind": config.run.trains,
         **counts,
         "output": str(folder),
         **versions(),
@@ -70,14 +70,14 @@ def write(
     }
     adapter = folder / run_dir.ADAPTER
     with (
-        disk_errors(adapter, run_dir.GO_ON),
+        disk_errors(adapter, run_dir.RESUME_HINT),
         replacing(adapter, last=CARD, follow_link=True) as staged,
     ):
         staged.mkdir()
         write_adapters(adapters, staged, metadata)
     summary = {**summary, "adapter": str(adapter)}
     path = folder / run_dir.SUMMARY
-    with disk_errors(path, run_dir.GO_ON), replacing(path) as staged:
+    with disk_errors(path, run_dir.RESUME_HINT), replacing(path) as staged:
         staged.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return {**summary, "report": str(write_report(folder))}
 

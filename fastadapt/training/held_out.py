@@ -1,9 +1,13 @@
-"""How far hybrid and replacement are from the target on given text.
+"""Faithfulness of hybrid and replacement to the target on held-out text.
 
-Per sequence, then averaged over sequences, as in the objective: KL(target ‖ model) in nats per
-predicted token, top-1 error (share of predicted tokens at which the model's most likely token is
-not the target's), and NMSE of the residual stream after every block. L0 and feature density are
-averages over all tokens. B sequences, T tokens, D width, F features, L layers.
+Measures, averaged over each sequence and then over sequences, as in the objective:
+
+- KL(target ‖ model) in nats per predicted token;
+- top-1 error: share of predicted tokens at which the model's most likely token is not the target's;
+- NMSE of the residual stream after every block.
+
+L0 and feature density are averages over all tokens. B sequences, T tokens, D width, F features,
+L layers.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ STUDENTS: tuple[Mode, Mode] = ("hybrid", "replacement")
 
 
 class _Sums:
-    """Running sums over batches; every term is a sum over sequences or over tokens."""
+    """Sums over the sequences or tokens of all batches so far."""
 
     def __init__(self, n_layers: int, n_features: int, device: torch.device) -> None:
         wide = {"device": device, "dtype": torch.float64}
@@ -37,8 +41,8 @@ class _Sums:
         self.predicted = 0
         self.tokens = 0
 
-    def add_up(self, ranks: Ranks) -> None:
-        """Add those of all ranks."""
+    def all_reduce(self, ranks: Ranks) -> None:
+        """Replace the sums by their sums over ranks."""
         counts = self.counts_LF.new_tensor([self.sequences, self.predicted, self.tokens])
         for tensor in (self.kl, self.agree, self.nmse, self.counts_LF, counts):
             ranks.all_reduce_sum(tensor)
@@ -68,7 +72,7 @@ def _add(sums: _Sums, model: ReplacementModel, batch: Batch, chunk_tokens: int) 
         chunk_tokens=chunk_tokens,
     )
     sums.kl += kl.kl.double() * rows
-    # Of logits that are NaN the largest is token 0, in both models.
+    # argmax of NaN logits is token 0 in both models, which must not count as agreement.
     agrees = torch.where(kl.token_kl.isfinite(), kl.token_top1.double(), torch.nan)
     agrees = torch.where(predictions.flatten() > 0, agrees, 0)
     sums.agree += (agrees @ predictions.flatten()) * rows
@@ -84,24 +88,24 @@ def evaluate(
     chunk_tokens: int = 1024,
     ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
-    """Faithfulness of hybrid and replacement to the target on held-out batches.
+    """Measure the faithfulness of hybrid and replacement to the target on held-out batches.
 
     Args:
-        model: its adapters are put in ``eval()`` for the call and restored.
-        batches: moved to the model's device one at a time.
-        chunk_tokens: tokens whose logits exist at a time.
-        ranks: share the batches, of which each has all; the result is the same on all.
+        model: model; its adapters are in ``eval()`` during the call.
+        batches: batches, moved to the model's device one at a time.
+        chunk_tokens: number of tokens whose logits exist at the same time.
+        ranks: ranks that share the batches. Every rank passes all batches and gets the same result.
 
     Returns:
         ``kl_hybrid, kl_adapter`` (nats per predicted token), ``kl_recovered_vs_hybrid`` =
         1 - kl_adapter/kl_hybrid (None where the hybrid's KL is 0), ``top1_error_hybrid,
         top1_error_adapter``, ``nmse_mean, nmse_mean_hybrid`` (over layers 0..L),
         ``nmse_per_layer, nmse_per_layer_hybrid`` (L+1 numbers), ``l0_mean, l0_per_layer`` (active
-        features per token per layer), ``feature_density`` (per layer, per feature: share of tokens
-        on which it fired), ``n_dead_per_layer`` (features that fired on none of these tokens),
-        ``tokens`` and ``sequences``. What has no features (tuned MLPs or norms, which ``adapter``
-        stands for then) has no ``l0...``, no density and no dead ones. Where a prediction is not
-        finite, KL and top-1 error are NaN.
+        features per token per layer), ``feature_density`` (per layer and feature: share of tokens
+        on which the feature fired), ``n_dead_per_layer`` (features that fired on no token),
+        ``tokens`` and ``sequences``. For a baseline, ``adapter`` in a key stands for the tuned
+        weights, and L0, density and dead features are absent. If a prediction is not finite, KL and
+        top-1 error are NaN.
 
     Raises:
         UserError: no sequence has a token to predict.
@@ -115,7 +119,7 @@ def evaluate(
             _add(unused or sums, model, batch.to(model.device), chunk_tokens)
     finally:
         model.adapters.train(training)
-    sums.add_up(ranks)
+    sums.all_reduce(ranks)
     if not sums.predicted:
         raise UserError("nothing to evaluate: no sequence has a token to predict")
     kl_hybrid, kl_adapter = (sums.kl / sums.predicted).tolist()

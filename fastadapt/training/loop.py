@@ -1,8 +1,8 @@
-"""The state of a training run, its step, its records and checkpoints.
+"""Training run: its state, its step, its records and checkpoints.
 
-A step is a pure function of weights, moments and step number: the order of the data, the cutoff and
-the learning rate follow from (seed, step). A killed and resumed run therefore writes the same bits
-as an uninterrupted one.
+A step is a pure function of weights, moments and step number, since the order of the data, the
+cutoff and the learning rate follow from (seed, step). A killed and resumed run therefore writes the
+same bits as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class TrainingRun:
         self.model.adapters.train()
         named = dict(self.model.adapters.named_parameters())
         self.optimizer = AdapterOptimizer(named, config.optimizer, config.adapter.lowest_threshold)
-        sparse, kernel = config.adapter.sparse, config.adapter.implementation
+        sparse, kernel = config.n_features > 0, config.adapter.implementation
         shape = (self.model.n_layers, self.model.n_features) if sparse else (0,)
         self.dead = DeadFeatures(shape, config.run.dead_window, self.model.device)
         self.planner = CapacityEstimator(sparse and takes_plans(kernel, self.model.device.type))
@@ -153,7 +153,8 @@ class TrainingRun:
     def advance(self) -> None:
         """Run one optimizer step: forward and backward of its micro-batches, then the update.
 
-        If a layer had more codes than its buffers hold, discard the gradient and repeat the step.
+        If a layer has more codes than its buffers hold, the gradient is discarded and the step is
+        repeated.
         """
         began = time.monotonic()
         micro_batches = self.feed.micro_batches(self.step)
@@ -224,8 +225,8 @@ class TrainingRun:
                 f"step {self.step}: {self.bad_in_row} batches in a row gave a {reason} that is not "
                 f"finite (run.max_bad_batches={self.config.run.max_bad_batches}); the last one "
                 f"holds rows {rows} of {self.config.data.train}. No update was made with them. "
-                "Look at these rows, or lower optimizer.lr; --resume continues from the last "
-                "checkpoint."
+                "Check these rows, or lower optimizer.lr. Re-run with --resume to continue from "
+                "the last checkpoint."
             )
 
     # --- records, evaluations, checkpoints --------------------------------------------------------

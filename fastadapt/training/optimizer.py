@@ -1,8 +1,8 @@
-"""AdamW on fp32 masters, a schedule that is a pure function of the step, and clipping.
+"""AdamW on fp32 masters, with clipping and a schedule that is a pure function of the step.
 
-With bfloat16 parameters of magnitude 0.01 to 0.017 half the spacing of neighbouring numbers is
-3e-5, so the small updates of a cosine's tail round to nothing. The masters here are fp32 copies
-that take the update; the working copies are rounded from them after every step.
+For bfloat16 parameters of magnitude 0.01 to 0.017, half the spacing of neighbouring numbers is
+3e-5. The small updates at the end of a cosine schedule would round to 0. Updates are therefore
+applied to masters, which are fp32 copies. After every step the parameters are rounded from them.
 """
 
 from __future__ import annotations
@@ -16,32 +16,36 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fastadapt.errors import UserError
+from fastadapt.errors import UserError, require
 
 _WIDE = (torch.float32, torch.float64)
-#: Bytes per element of an 8-bit moment: a code, and its share of a scale per 256 elements.
+#: Bytes per element of an 8-bit moment: a code, and 1/256 of a 4-byte scale.
 MOMENT_BYTES = 1 + 4 / 256
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (arXiv 1711.05101), its schedule, and how many sequences make a step.
+    """Settings of AdamW (arXiv 1711.05101), of its schedule, and of the sequences of a step.
 
     Args:
         lr: learning rate at the end of the warm-up.
         betas: decay of the first and second moment, each in [0, 1).
         eps: added to the root of the second moment.
         weight_decay: decoupled weight decay, per unit of learning rate.
-        clip: largest norm of the gradient over all adapters; larger ones are scaled down to it.
-        warmup: share of the steps in which the rate rises linearly, in [0, 1].
+        clip: largest norm of the gradient over all adapters; larger gradients are scaled down.
+        warmup: share of the steps during which the rate rises linearly, in [0, 1].
         batch_size: sequences per forward and backward pass.
         accumulation: passes per optimiser step; the gradient averages over their sequences.
         epochs: passes over the training data.
-        max_steps: stop, and end the schedule, after so many optimiser steps.
+        max_steps: number of optimiser steps after which training and schedule end, if epochs do not
+            end earlier.
         masters: keep fp32 copies of parameters of lower precision.
         moments: ``full``, in the masters' precision, or ``8bit`` (torchao, extra ``lowmem``).
         stochastic_rounding: round updated bfloat16 parameters up or down at random, so that small
-            updates count on average; in place of masters (torchao, extra ``lowmem``).
+            updates count on average. It excludes ``masters`` (torchao, extra ``lowmem``).
+
+    Raises:
+        UserError: an impossible value.
     """
 
     lr: float = 8e-4
@@ -59,39 +63,52 @@ class OptimizerConfig:
     stochastic_rounding: bool = False
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0 and math.isfinite(self.lr), "lr", "a positive number", self.lr)
+        require(
+            self.lr > 0 and math.isfinite(self.lr), "optimizer.lr", "a positive number", self.lr
+        )
         fine = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
-        _require(fine, "betas", "two numbers in [0, 1)", self.betas)
-        _require(self.eps > 0 and math.isfinite(self.eps), "eps", "a positive number", self.eps)
-        _require(self.weight_decay >= 0, "weight_decay", "0 or more", self.weight_decay)
-        _require(self.clip > 0, "clip", "a positive number (.inf for none)", self.clip)
-        _require(0 <= self.warmup <= 1, "warmup", "a share of the steps in [0, 1]", self.warmup)
+        require(fine, "optimizer.betas", "two numbers in [0, 1)", self.betas)
+        require(
+            self.eps > 0 and math.isfinite(self.eps), "optimizer.eps", "a positive number", self.eps
+        )
+        require(self.weight_decay >= 0, "optimizer.weight_decay", "0 or more", self.weight_decay)
+        require(self.clip > 0, "optimizer.clip", "a positive number (.inf for none)", self.clip)
+        require(
+            0 <= self.warmup <= 1, "optimizer.warmup", "a share of the steps in [0, 1]", self.warmup
+        )
         for name in ("batch_size", "accumulation", "epochs"):
             value = getattr(self, name)
-            _require(value >= 1, name, "1 or more", value)
-        _require(self.moments in ("full", "8bit"), "moments", "full or 8bit", self.moments)
+            require(value >= 1, f"optimizer.{name}", "1 or more", value)
+        require(self.moments in ("full", "8bit"), "optimizer.moments", "full or 8bit", self.moments)
         fine = not (self.stochastic_rounding and self.masters)
-        _require(fine, "stochastic_rounding", "masters false beside it", self.stochastic_rounding)
+        require(
+            fine,
+            "optimizer.stochastic_rounding",
+            "false, or masters false",
+            self.stochastic_rounding,
+        )
         if self.max_steps is not None:
-            _require(self.max_steps >= 1, "max_steps", "1 or more, or null", self.max_steps)
+            require(
+                self.max_steps >= 1, "optimizer.max_steps", "1 or more, or null", self.max_steps
+            )
 
     @property
     def low_memory(self) -> bool:
-        """Whether torchao's AdamW is wanted."""
+        """Whether the settings need torchao's AdamW."""
         return self.moments == "8bit" or self.stochastic_rounding
 
 
-def _require(fine: bool, name: str, expected: str, got: object) -> None:
-    if not fine:
-        raise UserError(f"optimizer.{name}: expected {expected}, got {got!r}")
-
-
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
-    """Rate of update ``step`` (0-based) out of ``steps``.
+    """Return the learning rate of update ``step`` (0-based) of ``steps``.
 
-    With ``w = round(warmup * steps)``: ``lr (step + 1) / (w + 1)`` for the first ``w`` updates (so
-    the very first is not wasted on a rate of 0), then ``lr (1 + cos(pi p)) / 2`` with
+    With ``w = round(warmup * steps)`` the rate is ``lr (step + 1) / (w + 1)`` for the first ``w``
+    updates, of which none has rate 0. Then it is ``lr (1 + cos(pi p)) / 2`` with
     ``p = (step - w) / (steps - w)``, which would reach 0 at ``step = steps``.
+
+    Example:
+        >>> config = OptimizerConfig(lr=1.0, warmup=0.5)
+        >>> [round(learning_rate(step, 4, config), 2) for step in range(4)]
+        [0.33, 0.67, 1.0, 0.5]
     """
     warm = round(config.warmup * steps)
     if step < warm:
@@ -100,18 +117,18 @@ def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
 
 
 class AdapterOptimizer:
-    """AdamW over named parameters, with fp32 masters where the parameters are of lower precision.
+    """AdamW over named parameters, with fp32 masters of parameters of lower precision.
 
-    Gradients are summed over backward passes: in the parameter itself where it is its own master,
-    else in fp32 in the master, moved there as soon as each is made, so that neither precision nor
-    memory is spent on a second set. Call :meth:`gradient_norm` and then either :meth:`step` or
-    :meth:`discard`.
+    Gradients are summed over backward passes. A parameter of fp32 or fp64 is its own master and
+    holds the sum itself. Otherwise a hook adds each gradient to the fp32 sum in the master and
+    frees it, so that no second set of gradients exists. After the backward passes, call
+    :meth:`gradient_norm` and then either :meth:`step` or :meth:`discard`.
 
     Args:
-        parameters: by name.
-        config: rates, moments, clipping.
-        lowest_threshold: what parameters called ``threshold`` are raised to after an update, so
-            that no JumpReLU threshold stays at or below 0, where its feature is a plain ReLU.
+        parameters: parameters by name.
+        config: settings of AdamW.
+        lowest_threshold: lower bound of parameters named ``threshold`` after an update. A JumpReLU
+            threshold at or below 0 would make its feature a ReLU.
     """
 
     def __init__(
@@ -140,19 +157,26 @@ class AdapterOptimizer:
 
     @torch.no_grad()
     def gradient_norm(self) -> Tensor:
-        """L2 norm of the summed gradient over all parameters: 0-d, fp32, on their device.
+        """Return the L2 norm of the summed gradient over all parameters: 0-d, on their device.
 
-        Of sharded parameters, over all shares: every rank must call this.
+        The norm of sharded parameters is over all shards, and every rank must call this method.
+
+        Raises:
+            RuntimeError: a parameter has no gradient.
         """
         norm = torch.nn.utils.get_total_norm(self._gradients())
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     @torch.no_grad()
     def step(self, rate: float, norm: Tensor) -> None:
-        """Clip by ``norm`` (of :meth:`gradient_norm`), update with learning rate ``rate``, clear.
+        """Clip the summed gradient, update the parameters and drop the gradient.
+
+        Args:
+            rate: learning rate.
+            norm: result of :meth:`gradient_norm`.
 
         Raises:
-            RuntimeError: no backward pass came before.
+            RuntimeError: a parameter has no gradient.
         """
         self._gradients()
         nn.utils.clip_grads_with_norm_(self.masters.values(), self.config.clip, norm)
@@ -173,15 +197,15 @@ class AdapterOptimizer:
             parameter.grad = None
 
     def detach(self) -> None:
-        """Leave the parameters: gradients stay in them from now on."""
+        """Remove the hooks from the parameters, which then keep their gradients."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Weights and moments for a checkpoint, by group (weights, exp_avg, exp_avg_sq) and name.
+        """Return the tensors of a checkpoint by group (weights, exp_avg, exp_avg_sq) and name.
 
-        The weights are the masters; working copies follow from them by rounding.
+        The weights are the masters, from which the parameters follow by rounding.
         """
         state = self._adam.state
         groups: dict[str, dict[str, Tensor]] = {"weights": dict(self.masters)}
@@ -192,15 +216,15 @@ class AdapterOptimizer:
         return groups
 
     def scalars(self) -> dict[str, Any]:
-        """JSON values for a checkpoint, beside :meth:`tensors`."""
+        """Return the JSON values of a checkpoint."""
         return {"updates": self.updates}
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]], scalars: Mapping[str, Any]) -> None:
-        """Take back what :meth:`tensors` and :meth:`scalars` gave.
+        """Restore the values of :meth:`tensors` and :meth:`scalars`.
 
         Raises:
-            UserError: a tensor is missing, extra, or of another shape or dtype (nothing changed).
+            UserError: a tensor is missing, extra, or of another shape or dtype. Nothing changes.
         """
         for group, expected in self.tensors().items():
             _check_same(group, expected, tensors.get(group, {}))
@@ -217,7 +241,7 @@ class AdapterOptimizer:
         return [master.grad for master in self.masters.values() if master.grad is not None]
 
     def _set_moments(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Put AdamW's state in place at once, so that a checkpoint always has every tensor."""
+        """Set AdamW's whole state, zeros before the first update, so that all can be saved."""
         for name, master in self.masters.items():
             low = self.config.low_memory
             step = torch.tensor(float(self.updates), device=None if low else master.device)
@@ -310,6 +334,6 @@ def _check_same(group: str, expected: Mapping[str, Tensor], got: Mapping[str, Te
             )
     if problems:
         raise UserError(
-            f"the checkpoint is of another shape ({group}): {'; '.join(sorted(problems)[:5])}. "
-            "Resume with the configuration that the run was started with."
+            f"the checkpoint's tensors do not match ({group}): {'; '.join(sorted(problems)[:5])}. "
+            "Resume with the configuration with which the run was started."
         )

@@ -15,8 +15,8 @@ from fastadapt.data.batches import collate
 from fastadapt.data.sequences import Sequences
 from fastadapt.errors import RunError
 
-_LOST = "DataLoader worker (pid"  # in torch's message; that of an exception in a worker has none
-_EACH = 4  # batches that each worker is ahead
+_LOST = "DataLoader worker (pid"  # in torch's message for a killed worker only
+_EACH = 4  # batches that each worker prefetches
 
 #: A batch on the host, and the number of its tokens that are not padding.
 CountedBatch = tuple[Batch, int]
@@ -29,7 +29,7 @@ def make_batch(data: Sequences, indices: Sequence[int], pad: int) -> CountedBatc
 
 
 class _Batches:
-    """The data set of the workers: ``data[[3, 1]]`` is the batch of sequences 3 and 1."""
+    """Data set of the workers: ``data[[3, 1]]`` is the batch of sequences 3 and 1."""
 
     def __init__(self, data: Sequences, pad: int) -> None:
         self._data, self._pad = data, pad
@@ -44,10 +44,10 @@ class _Entry(NamedTuple):
 
 
 class BatchPrefetcher:
-    """Prefetches the batches of the coming steps.
+    """Prefetch the batches of the next steps.
 
-    The request decides: where it is not the next prefetched batch (a repeated step, another step),
-    :meth:`get` returns None and the caller collates the batch.
+    If a request is not for the next prefetched batch (a repeated step, another step), :meth:`get`
+    returns None and the caller collates the batch.
 
     Args:
         data: the sequences.
@@ -106,8 +106,8 @@ class BatchPrefetcher:
             collate_fn=_unchanged,
             pin_memory=self._pin,
             prefetch_factor=_EACH,
-            # A fork shares the sequences without a copy, and without room in /dev/shm, of which
-            # containers have little. Workers touch neither the GPU nor a tokenizer.
+            # A fork shares the sequences without a copy and without /dev/shm, which is small in
+            # containers. Workers use neither the GPU nor a tokenizer.
             multiprocessing_context="fork",
         )
         with _without_signals(), _without_child_handler():
@@ -128,8 +128,8 @@ class BatchPrefetcher:
             self.close()
             raise RunError(
                 "a worker process of data.workers was killed, probably because memory ran out. "
-                "Checkpoints are intact: re-run the same command with --resume; "
-                "--data.workers 0 needs no workers and gives the same bits."
+                "Checkpoints are intact. Re-run the same command with --resume, if memory is short "
+                "with --data.workers 0, which gives the same bits."
             ) from error
         self._next = next(self._plan, None)
         return batch
@@ -143,8 +143,8 @@ def _unchanged(batch: Any) -> Any:
 def _without_child_handler() -> Iterator[None]:
     """Restore the handler of SIGCHLD that torch replaces.
 
-    Torch's handler raises at any point of a step, also in a backward pass. A killed worker is
-    detected without it, where its batch is awaited.
+    Torch's handler raises at any point of a step, also in a backward pass. Without the handler, a
+    killed worker is detected when its batch is requested.
     """
     before = signal.getsignal(signal.SIGCHLD)
     try:
@@ -158,8 +158,8 @@ def _without_child_handler() -> Iterator[None]:
 def _without_signals() -> Iterator[None]:
     """Block SIGINT and SIGTERM in processes started inside the context.
 
-    A terminal or a scheduler sends them to every process of a run. They ask to finish the step and
-    save, for which the workers are needed; workers end with the run.
+    A terminal or a scheduler sends these signals to every process of a run. They request that the
+    step is finished and saved, which needs the workers. The workers end with the run.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:

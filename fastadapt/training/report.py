@@ -1,7 +1,7 @@
-"""A run as one page: ``report.html``, made from the run directory alone.
+"""Report of a run as one page, ``report.html``, created from the run directory only.
 
-Measures are those of `fastadapt.evaluation`: KL is KL(target ‖ model) in nats per predicted token,
-NMSE is ‖ĥ - h‖²/‖h‖², L0 is active features per token per layer (arXiv 2602.20904).
+The measures are those of `fastadapt.evaluation` (arXiv 2602.20904): KL is KL(target ‖ model) in
+nats per predicted token, NMSE is ‖ĥ - h‖²/‖h‖², L0 is active features per token per layer.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from fastadapt.reporting.figures import Figure, Series
 from fastadapt.reporting.formatting import duration, number, percent
 from fastadapt.reporting.page import render_page
 from fastadapt.training.logs.run_log import RunLog, comparison, read_run, value_at
-from fastadapt.training.run_dir import GO_ON
+from fastadapt.training.run_dir import RESUME_HINT
 
-# key of a training record: title, unit, key of an evaluation for the adapter, and for the hybrid
+#: By key of a training record: title, unit, and the keys of evaluation records that hold the
+#: adapter's and the hybrid's values.
 CURVES: dict[str, tuple[str, str, str | None, str | None]] = {
     "loss": ("Total loss", "weighted sum of all terms", None, None),
     "kl": ("Output KL", "nats per token", "kl_adapter", "kl_hybrid"),
@@ -42,13 +43,13 @@ OPTIMISATION: dict[str, tuple[str, str, str | None, str | None]] = {
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Write ``report.html`` into a run directory, finished or not, from that directory alone.
+    """Write ``report.html`` into a run directory, which may be unfinished.
 
     Args:
-        run_dir: a run directory; every file in it may be missing.
+        run_dir: run directory; every file in it may be missing.
 
     Returns:
-        Path of the page.
+        The path of the page.
 
     Raises:
         RunError: the page cannot be written.
@@ -56,11 +57,11 @@ def write_report(run_dir: str | Path) -> Path:
     run = read_run(run_dir)
     path = run.folder / "report.html"
     over_time, densities = _l0_over_time(run), _densities(run)
-    # Many layers are small multiples; a few are charts like the others.
+    # Charts of many layers are small multiples; those of a few layers have full size.
     small = len(densities) > SMALL_FROM
     if small:
         densities = [replace(f, title=f"layer {i}", y_label="") for i, f in enumerate(densities)]
-    with disk_errors(path, GO_ON):
+    with disk_errors(path, RESUME_HINT):
         render_page(
             path,
             "run.html.j2",
@@ -107,7 +108,7 @@ def _tiles(run: RunLog) -> list[tuple[str, str, str]]:
 
 
 def smooth(ys: Sequence[float], window: int) -> list[float]:
-    """Return the trailing mean over the finite ones of the last ``window`` values, NaN over none.
+    """Return trailing means over the finite values among the last ``window``; NaN if none is.
 
     Example:
         >>> smooth([1.0, 3.0, math.nan], 2)
@@ -128,7 +129,7 @@ def _column(records: list[dict[str, Any]], key: str) -> tuple[list[float], list[
 def _curves(
     run: RunLog, specs: dict[str, tuple[str, str, str | None, str | None]], log: bool | None
 ) -> list[Figure]:
-    """Return a figure for each measure that was recorded."""
+    """Return a figure for each recorded measure."""
     figures = []
     for key, (title, unit, held_out, reference) in specs.items():
         xs, ys = _column(run.train, key)
@@ -171,7 +172,10 @@ def _l0_over_time(run: RunLog) -> list[Figure]:
 
 
 def _density(run: RunLog) -> tuple[list[float], list[list[int]]]:
-    """Edges and counts per layer, without the decades below 1e-4 that are empty in every layer."""
+    """Return edges and counts per layer, without lower decades that are empty in every layer.
+
+    Decades above 1e-4 are never removed.
+    """
     histograms = run.result.get("feature_density_histogram") or {}
     edges, layers = histograms.get("log10_edges") or [], histograms.get("counts") or []
     used = [i for counts in layers for i, count in enumerate(counts) if count]
@@ -201,7 +205,7 @@ def _densities(run: RunLog) -> list[Figure]:
 
 
 def _no_density(over_time: list[Figure]) -> list[Figure]:
-    """Return the frame that stands for the densities before the first evaluation."""
+    """Return an empty figure in place of the densities before the first evaluation."""
     empty = "measured at the first evaluation"
     title, unit = "Feature density", "number of features"
     return [Figure("density", title, LOG_SHARE, unit, empty=empty)] if over_time else []

@@ -1,4 +1,4 @@
-"""The run directory: who may write into it, and the files in it that are no checkpoint.
+"""Run directory: locking, start and resumption, configuration and metrics.
 
 ::
 
@@ -7,8 +7,8 @@
     checkpoints/    see fastadapt.training.checkpoint
     adapter/        the trained adapters
     summary.json    the final numbers
-    report.html     the same, to look at
-    tensorboard/    and wandb/, run-id.txt: what sinks keep here (fastadapt.training.logs.sinks)
+    report.html     the numbers as a page
+    tensorboard/    and wandb/, run-id.txt: files of sinks (fastadapt.training.logs.sinks)
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ Sink = Callable[[Record], None]
 
 
 class RecordKey(TypedDict):
-    """What every record of ``metrics.jsonl`` holds."""
+    """Keys of every record of ``metrics.jsonl``."""
 
     kind: str
     step: Count
@@ -66,10 +66,10 @@ TENSORBOARD = "tensorboard"
 WANDB = "wandb"
 RUN_ID = "run-id.txt"
 _LOCK = ".lock"
-#: What the message of a full disk ends with.
-GO_ON = "Checkpoints are intact: go on with --resume."
+#: Last sentences of an error of the disk.
+RESUME_HINT = "Checkpoints are intact. Re-run the same command with --resume."
 _FOLDERS = (CHECKPOINTS, ADAPTER, TENSORBOARD, WANDB)
-#: Everything that a run writes but its configuration; an overwrite removes this and nothing else.
+#: Files of a run except its configuration. An overwrite removes these and no others.
 _WRITTEN = (
     f"{CHECKPOINTS}/step-*",
     f"{CHECKPOINTS}/.tmp-*",
@@ -97,15 +97,17 @@ def _workspace(folder: Path) -> Workspace:
 
 @contextmanager
 def open_run(config: TrainConfig, *, resume: bool, overwrite: bool) -> Iterator[Path]:
-    """Claim ``run.output`` for this process; nothing in it is changed yet.
+    """Lock ``run.output`` for this process and yield the folder, whose files are unchanged.
 
     Raises:
-        UserError: it is no folder or cannot be made, is in use by another process, holds another
-            run (without ``resume`` or ``overwrite``), holds none to resume or overwrite, or holds
-            one of another configuration.
+        UserError: the path is not a folder, cannot be created, is in use by another process, holds
+            a run (without ``resume`` or ``overwrite``), holds no run to resume or to overwrite, or
+            holds a run with another configuration.
     """
     if resume and overwrite:
-        raise UserError("--resume goes on with a run, --overwrite removes it: choose one")
+        raise UserError(
+            "--resume continues a run, --overwrite removes it: choose one"
+        )
     folder = typed_path(config.run.output, "run.output")
     workspace = _workspace(folder)
     _check_contents(workspace, config, resume=resume, overwrite=overwrite)
@@ -114,7 +116,7 @@ def open_run(config: TrainConfig, *, resume: bool, overwrite: bool) -> Iterator[
 
 
 def start_afresh(folder: Path, config: TrainConfig) -> None:
-    """Remove what an earlier run wrote into the folder, and write the configuration of this one.
+    """Remove the files of an earlier run from the folder, then write the configuration.
 
     See :meth:`fastadapt.io.workspace.Workspace.start`.
     """
@@ -122,45 +124,48 @@ def start_afresh(folder: Path, config: TrainConfig) -> None:
 
 
 def sweep(folder: Path) -> list[Path]:
-    """Remove what kills left half-written beside the run's files; the caller holds the run.
+    """Remove incomplete files that killed processes left; the caller holds the lock.
+
+    Returns:
+        The removed paths.
 
     Raises:
-        RunError: it cannot be removed.
+        RunError: a file cannot be removed.
     """
     return _workspace(folder).sweep()
 
 
 class MetricsLog:
-    """``metrics.jsonl``, and whoever else wants the records.
+    """Writer of ``metrics.jsonl``, which passes every record to sinks.
 
     Args:
-        path: the file; records are appended, each flushed.
-        sinks: called with every record, in order.
-        seen: of a rank that does not lead: the ``seen`` of the one that does. It keeps count with
-            the leader, and writes and tells nothing.
+        path: the file, to which records are appended and flushed one at a time.
+        sinks: functions that are called with every record, in order.
+        recorded: on ranks other than 0, the ``recorded`` of rank 0. Such a log only counts records
+            and writes nothing.
     """
 
     def __init__(
-        self, path: Path, sinks: Sequence[Sink] = (), seen: set[tuple[str, int]] | None = None
+        self, path: Path, sinks: Sequence[Sink] = (), recorded: set[tuple[str, int]] | None = None
     ) -> None:
         self._sinks = tuple(sinks)
         self._path = path
-        self._silent = seen is not None
-        #: Kind and step of every record.
-        self.seen = seen or {(r["kind"], r["step"]) for r in read_records(path)}
+        self._silent = recorded is not None
+        #: (kind, step) of every record.
+        self.recorded = recorded or {(r["kind"], r["step"]) for r in read_records(path)}
         try:
             self._file = FileIO(os.devnull, "a") if self._silent else open_appended(path)
         except OSError as error:
-            raise RunError(cannot_write(path, error, GO_ON)) from error
+            raise RunError(cannot_write(path, error, RESUME_HINT)) from error
 
     def write(self, kind: str, step: int, **values: Any) -> Record:
-        """Append a record. Numbers that are not finite become null, which JSON can say."""
+        """Append a record and return it. Numbers that are not finite become null, as in JSON."""
         record = {"kind": kind, "step": step, **_finite(values)}
-        self.seen.add((kind, step))
+        self.recorded.add((kind, step))
         if self._silent:
             return record
         left = memoryview((json.dumps(record, allow_nan=False) + "\n").encode())
-        with disk_errors(self._path, GO_ON):
+        with disk_errors(self._path, RESUME_HINT):
             while left:
                 left = left[self._file.write(left) :]
         for sink in self._sinks:
@@ -168,14 +173,14 @@ class MetricsLog:
         return record
 
     def has(self, kind: str, step: int) -> bool:
-        """Whether there is a record of this kind and step."""
-        return (kind, step) in self.seen
+        """Return whether the log has a record of this kind and step."""
+        return (kind, step) in self.recorded
 
     def sync(self) -> None:
-        """Return once all records are on the disk."""
+        """Write all records to the disk (fsync)."""
         if self._silent:
             return
-        with disk_errors(self._path, GO_ON):
+        with disk_errors(self._path, RESUME_HINT):
             os.fsync(self._file.fileno())
 
     def __enter__(self) -> MetricsLog:
@@ -186,16 +191,16 @@ class MetricsLog:
 
 
 def open_log(path: Path, sinks: Sequence[Sink], ranks: Ranks) -> MetricsLog:
-    """The log of each rank: rank 0 writes, the others keep count with it."""
-    held = [MetricsLog(path, sinks)] if ranks.is_main else []
-    seen = ranks.on_main(lambda: held[0].seen)
-    return held[0] if held else MetricsLog(path, seen=seen)
+    """Return this rank's log; only that of rank 0 writes."""
+    on_main = [MetricsLog(path, sinks)] if ranks.is_main else []
+    recorded = ranks.on_main(lambda: on_main[0].recorded)
+    return on_main[0] if on_main else MetricsLog(path, recorded=recorded)
 
 
 def read_records(path: Path) -> list[Record]:
-    """Return the whole records of a metrics file; a line that a kill cut short is left out.
+    """Return the records of a metrics file, without a last line that a kill cut short.
 
-    Numbers that are not finite are null, as this library writes them.
+    Numbers that are not finite become null.
     """
     records = []
     for line in path.read_bytes().splitlines() if has_file(path) else ():
@@ -205,10 +210,12 @@ def read_records(path: Path) -> list[Record]:
 
 
 def drop_records_after(path: Path, step: int) -> None:
-    """Take back what was recorded after ``step``, so that the steps to come are recorded once."""
-    kept = [record for record in read_records(path) if record["step"] <= step]
-    with disk_errors(path, GO_ON), replacing(path) as staged:
-        staged.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    """Remove the records after ``step``, which the resumed run writes again."""
+    retained = [record for record in read_records(path) if record["step"] <= step]
+    with disk_errors(path, RESUME_HINT), replacing(path) as staged:
+        staged.write_text(
+            "".join(json.dumps(record) + "\n" for record in retained), encoding="utf-8"
+        )
 
 
 def _finite(value: Any) -> Any:
@@ -228,30 +235,30 @@ def _check_contents(
     for path in (folder / name for name in _FOLDERS):
         if path.is_symlink() and not path.is_dir():
             raise UserError(
-                f"run.output: {path} is a link to {os.readlink(path)}, which is no folder; nothing "
-                "was touched. Make that folder, or remove the link."
+                f"run.output: {path} is a link to {os.readlink(path)}, which is not a folder. "
+                "Nothing was changed. Create that folder, or remove the link."
             )
     if resume:
         if not has_file(folder / CONFIG):
-            raise UserError(f"--resume: {folder} holds no run; leave --resume out to start one")
+            raise UserError(f"--resume: {folder} holds no run; omit --resume to start one")
         _check_same_config(folder, config)
     elif all(name in _WRITTEN for name in names):
-        return  # empty, or a run that was killed before it began
+        return  # empty, or the run was killed before its first write
     elif not _looks_like_a_run(folder):
         raise workspace.foreign("is not empty and does not look like a run", names)
     elif not overwrite:
         steps = list_checkpoints(folder / CHECKPOINTS)
         reached = f"at step {steps[-1][0]}" if steps else "without a checkpoint"
         raise UserError(
-            f"run.output: {folder} holds another run, {reached}. Go on with it (--resume), remove "
-            "it (--overwrite), or give another folder (--run.output)."
+            f"run.output: {folder} holds another run, {reached}. Resume that run (--resume), "
+            "remove it (--overwrite), or choose another folder (--run.output)."
         )
 
 
 def _looks_like_a_run(folder: Path) -> bool:
-    """Whether the traces of a run are there; files that someone added to it do not matter."""
-    traces = (_LOCK, METRICS, CHECKPOINTS)
-    if not (folder / CONFIG).is_file() or not any((folder / name).exists() for name in traces):
+    """Return whether a folder holds files of a run; added files do not matter."""
+    marks = (_LOCK, METRICS, CHECKPOINTS)
+    if not (folder / CONFIG).is_file() or not any((folder / name).exists() for name in marks):
         return False
     try:
         load_config(folder / CONFIG)
@@ -272,8 +279,8 @@ def _check_same_config(folder: Path, config: TrainConfig) -> None:
     before = replace(before, pair=replace(before.pair, trust_remote_code=trusted))
     differing = differences(config, before)
     if differing:
-        told = "; ".join(f"{key}: {new!r}, was {old!r}" for key, (new, old) in differing.items())
+        changes = "; ".join(f"{key}: {new!r}, was {old!r}" for key, (new, old) in differing.items())
         raise UserError(
-            f"--resume: the run in {folder} has another configuration ({told}). Give the old "
-            "values, or start another run with another --run.output."
+            f"--resume: the run in {folder} has another configuration ({changes}). Pass the old "
+            "values, or start a new run with another --run.output."
         )

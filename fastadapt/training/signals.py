@@ -1,4 +1,4 @@
-"""What cuts a run short: signals, and memory that does not suffice."""
+"""Early ends of a run: signals, unreachable ranks, and insufficient memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastadapt.training.checkpoint import list_checkpoints
 from fastadapt.training.config import TrainConfig
 from fastadapt.training.run_dir import CHECKPOINTS
 
-#: How torch's allocator for the CPU, which has no exception of its own, says that it got nothing.
+#: Messages of torch's CPU allocator, which raises a plain RuntimeError.
 _CPU_REFUSED = ("not enough memory", "can't allocate memory", "Cannot allocate memory")
 
 
@@ -27,8 +27,8 @@ def stop_on_signals(stop: threading.Event | None) -> Iterator[tuple[threading.Ev
     """Turn SIGTERM and the first SIGINT into an event; a second SIGINT interrupts as usual.
 
     Yields:
-        The event (``stop``, if given) and a list to which names of caught signals are added. In
-        another thread than the main one, which alone may catch signals, only the event.
+        The event (``stop``, if given) and a list to which names of caught signals are added. Only
+        the main thread can catch signals; in another thread the list stays empty.
     """
     event, caught = stop or threading.Event(), list[str]()
     if threading.current_thread() is not threading.main_thread():
@@ -51,66 +51,67 @@ def stop_on_signals(stop: threading.Event | None) -> Iterator[tuple[threading.Ev
 
 @contextmanager
 def lost_ranks_explained(config: TrainConfig, ranks: Ranks) -> Iterator[None]:
-    """Turn the failure to reach another rank into a :class:`RunError` that says how to go on."""
+    """Turn the failure to reach another rank into a :class:`RunError` that says how to resume."""
     try:
         yield
     except RuntimeError as error:
         if ranks.world == 1 or isinstance(error, RunError) or not is_lost(error):
             raise
         saved = list_checkpoints(Path(config.run.output).expanduser() / CHECKPOINTS)
-        kept = f"The checkpoint of step {saved[-1][0]} is kept" if saved else "There is none yet"
+        newest = f"step {saved[-1][0]}" if saved else "the start, since no checkpoint was saved"
         raise RunError(
-            f"rank {ranks.rank} of {ranks.world} lost another one: a process of the run has ended, "
-            f"or was out of reach for run.rank_timeout={config.run.rank_timeout} s "
-            f"({lost_reason(error)}). torchrun's report says which ended, and how. "
-            f"{kept}; the same command with --resume goes on from there, on any number of ranks."
+            f"rank {ranks.rank} of {ranks.world} lost another rank: a process of the run has "
+            f"ended, or was unreachable for run.rank_timeout={config.run.rank_timeout} s "
+            f"({lost_reason(error)}). torchrun's report names the process and its exit code. "
+            f"Re-run the same command with --resume to continue from {newest}, on any number of "
+            "ranks."
         ) from error
 
 
 @contextmanager
 def out_of_memory_explained(config: TrainConfig) -> Iterator[None]:
-    """Turn an allocation that failed into a :class:`RunError` with the plan and a way out."""
+    """Turn a failed allocation into a :class:`RunError` with the memory plan and remedies."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
         if isinstance(error, RunError) or not (known or _is_refusal(error)):
             raise
-        raise RunError(_told(config, str(error))) from error
+        raise RunError(_memory_message(config, str(error))) from error
 
 
 def _is_refusal(error: Exception) -> bool:
     return any(phrase in str(error) for phrase in _CPU_REFUSED)
 
 
-def _told(config: TrainConfig, reason: str) -> str:
+def _memory_message(config: TrainConfig, reason: str) -> str:
     from fastadapt.training.planning.estimate import gb, plan
 
     try:
         planned = plan(config)
-        need = f"The plan is {gb(planned.peak_bytes)} at the peak: {planned.largest(4)}."
+        need = f"The planned peak is {gb(planned.peak_bytes)}: {planned.largest(4)}."
     except UserError as error:
-        need = f"No plan could be made: {error}."
+        need = f"The memory could not be planned: {error}."
     first = reason.strip().splitlines()[0] if reason.strip() else "no reason given"
     return (
         f"out of memory ({first}). {need} {free_memory()}. Lower data.max_tokens "
-        f"({config.data.max_tokens}), optimizer.batch_size ({config.optimizer.batch_size}, with "
-        "optimizer.accumulation in its stead) or objective.kl_chunk_tokens "
+        f"({config.data.max_tokens}), optimizer.batch_size ({config.optimizer.batch_size}; raise "
+        "optimizer.accumulation to keep the steps) or objective.kl_chunk_tokens "
         f"({config.objective.kl_chunk_tokens})"
-        + (f", or adapter.n_features ({config.adapter.features})" if config.adapter.sparse else "")
+        + (f", or adapter.n_features ({config.n_features})" if config.n_features else "")
         + ("" if config.objective.checkpoint == "full" else ", set objective.checkpoint to full")
         + ("" if config.pair.dtype != "float32" else ", or set pair.dtype to bfloat16")
-        + ". --resume goes on from the last checkpoint."
+        + ". Re-run with --resume to continue from the last checkpoint."
     )
 
 
 def free_memory() -> str:
-    """Say how much memory is free, of the GPU where there is one and of the host."""
+    """Return a sentence on the free memory of the host and, if present, of the GPU."""
     from fastadapt.training.planning.estimate import gb
 
     host = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    said = f"{gb(host)} of host memory are free"
+    text = f"{gb(host)} of host memory are free"
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
-        return f"{gb(free)} of {gb(total)} GPU memory and {said}"
-    return said
+        return f"{gb(free)} of {gb(total)} GPU memory and {text}"
+    return text

@@ -1,4 +1,4 @@
-"""The state of a run in a checkpoint: capture and restore."""
+"""Capture and restoration of a run's state in a checkpoint."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Scalars(TypedDict):
-    """``state.json`` of a checkpoint: the scalars that :func:`capture` gives."""
+    """Contents of ``state.json`` in a checkpoint: the scalars of :func:`capture`."""
 
     updates: Count
     step: Count
@@ -32,12 +32,12 @@ class Scalars(TypedDict):
     threads: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
     wall_s: Annotated[float, msgspec.Meta(ge=0, le=1e12)]
     codes_per_token: NotRequired[list[Annotated[float, msgspec.Meta(ge=0, le=2**31)]] | None]
-    data_sha256: Any  # compared with the run's own, as the two below
+    data_sha256: Any  # these three are compared with the run's values
     device_type: Any
     revisions: Any
 
 
-_MOVED = {
+_MISMATCH = {
     "data_sha256": "--resume: data.train or data.validation holds other tokens than when the run "
     "began. Pass the data of the original run, or start over with --overwrite.",
     "device_type": "--resume: the run began on {then}, now pair.device is {now}; the bits would "
@@ -112,7 +112,7 @@ def restore(run: TrainingRun, checkpoint: Checkpoint) -> None:
         )
     for key, now in _origin(run).items():
         if scalars[key] != now:
-            raise UserError(_MOVED[key].format(then=scalars[key], now=now))
+            raise UserError(_MISMATCH[key].format(then=scalars[key], now=now))
     if run.config.run.threads is None:
         torch.set_num_threads(scalars["threads"])
     tensors = checkpoint.read(like=run.optimizer.tensors())
@@ -153,7 +153,7 @@ def _saved(
 
 
 def facts(run: TrainingRun) -> dict[str, Any]:
-    """Return the constants of a run, for the first record of the log."""
+    """Return the constants of a run for the first record of the log."""
     return {
         "steps": run.steps,
         "sequences": len(run.feed.train),
@@ -163,7 +163,7 @@ def facts(run: TrainingRun) -> dict[str, Any]:
         "with_markers": run.feed.train.counts.with_markers,
         "n_layers": run.model.n_layers,
         "d_model": run.model.d_model,
-        "adapter_kind": run.config.adapter.kind,
+        "adapter_kind": run.config.run.trains,
         **({"n_features": run.model.n_features} if run.model.n_features else {}),
         "parameters": sum(p.numel() for p in run.model.adapters.parameters()),
         "device": run.model.device.type if run.ranks.world > 1 else str(run.model.device),

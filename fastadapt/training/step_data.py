@@ -53,14 +53,14 @@ class StepData:
             window=data.bucket,
         )
         self.steps = count_steps(self._order.n_batches, config)
-        self._step = 0  # the step that was requested last
+        self._step = 0  # the last requested step
         self.prefetcher: BatchPrefetcher | None = None
         if data.workers:
-            own_share = share or (lambda micro_batches: micro_batches)
+            select = share or (lambda micro_batches: micro_batches)
             self.prefetcher = BatchPrefetcher(
                 self.train,
                 self._pad,
-                lambda step: own_share(self._indices(step)),
+                lambda step: select(self._indices(step)),
                 self.steps,
                 workers=data.workers,
                 pin=device.type == "cuda",

@@ -1,4 +1,4 @@
-"""Training: from a configuration to a run directory with trained adapters."""
+"""Entry point of training: a configuration in, a run directory with trained adapters out."""
 
 from __future__ import annotations
 
@@ -45,21 +45,21 @@ def train(
 ) -> Record:
     """Train adapters as configured, into the folder ``config.run.output``.
 
-    Under torchrun every rank calls this function: the model is sharded
-    (:mod:`fastadapt.distributed.sharding`) and each step's micro-batches are dealt to the ranks.
-    The result is that of one process, up to the order of sums. Rank 0 alone writes.
+    Under torchrun every rank calls this function. The model is sharded
+    (:mod:`fastadapt.distributed.sharding`), and the ranks share each step's micro-batches. The
+    result is that of one process, up to the order of sums. Only rank 0 writes files.
 
     Args:
         config: configuration of the run.
         resume: continue from the newest checkpoint in the folder.
         overwrite: remove the run in the folder first.
         sinks: called with every record of ``metrics.jsonl`` as it is written (on rank 0).
-        stop: set it on any rank to end after the current step. SIGTERM and the first SIGINT do the
-            same when called in the main thread; a second SIGINT interrupts.
+        stop: event that ends the run after the current step, set on any rank. In the main thread
+            SIGTERM and the first SIGINT do the same; a second SIGINT interrupts.
 
     Returns:
         The summary, with ``interrupted: False``. For a stopped run: ``interrupted: True``,
-        ``signal``, ``step``, ``steps``, ``checkpoint``, ``output``; ``resume`` continues there.
+        ``signal``, ``step``, ``steps``, ``checkpoint``, ``output``.
 
     Raises:
         UserError: an invalid value, model, data set or folder.
@@ -80,20 +80,20 @@ def train(
         lost_ranks_explained(config, ranks),
         out_of_memory_explained(config),
     ):
-        _check_shares(config, ranks)
+        check_shares(config, ranks)
         checkpoint, passed = (
             ranks.on_main(lambda: _find_checkpoint(folder)) if resume else (None, [])
         )
         torch.manual_seed(config.run.seed)
-        model, feed = load_model_and_data(config, ranks, device)
-        _check_same_data(feed, ranks)
-        check_traversal(model, feed.first_batch())
+        model, data = load_model_and_data(config, ranks, device)
+        _check_same_data(data, ranks)
+        check_traversal(model, data.first_batch())
         run = TrainingRun(
-            _with_policy(config, model, feed, ranks), folder, started, model, feed, ranks
+            _with_policy(config, model, data, ranks), folder, started, model, data, ranks
         )
         if not resume:
             ranks.on_main(lambda: run_dir.start_afresh(folder, config))
-        with closing(feed), run.begin(checkpoint, [*sinks, *more_sinks], resume=resume):
+        with closing(data), run.begin(checkpoint, [*sinks, *more_sinks], resume=resume):
             run.record_start(checkpoint, passed, resume=resume)
             run.evaluate_if_due(stopping)
             while run.step < run.steps and not ranks.any(stopping.is_set()):
@@ -105,18 +105,18 @@ def train(
 
 @contextmanager
 def _opened(config: TrainConfig, ranks: Ranks, *, resume: bool, overwrite: bool) -> Iterator[Path]:
-    """Open the run's folder, which rank 0 locks."""
+    """Lock the run's folder on rank 0; yield the folder on all ranks."""
     opening = run_dir.open_run(config, resume=resume, overwrite=overwrite)
     with ExitStack() as stack:
         yield ranks.on_main(lambda: stack.enter_context(opening))
 
 
-def _check_shares(config: TrainConfig, ranks: Ranks) -> None:
-    """Refuse steps that the ranks cannot share evenly; the message suggests equal settings."""
+def check_shares(config: TrainConfig, ranks: Ranks) -> None:
+    """Check that the ranks can share a step evenly; an error names settings with equal steps."""
     optimizer, n = config.optimizer, ranks.world
-    if n > 1 and config.adapter.kind == "norms":
+    if n > 1 and config.run.trains == "norms":
         raise UserError(
-            "adapter.kind norms is for one process: the last norm lies outside the blocks that "
+            "run.trains norms is for one process: the last norm lies outside the blocks that "
             "ranks shard"
         )
     if n > 1 and optimizer.low_memory:
@@ -127,20 +127,20 @@ def _check_shares(config: TrainConfig, ranks: Ranks) -> None:
     if optimizer.accumulation % n == 0:
         return
     size = optimizer.batch_size * optimizer.accumulation
-    same = (
+    advice = (
         f"--optimizer.batch_size {size // n} --optimizer.accumulation {n} makes the same steps"
         if size % n == 0
         else f"a step has {size} sequences, which {n} ranks cannot share evenly"
     )
     raise UserError(
-        f"optimizer.accumulation: a step's batches are dealt to {n} ranks, so expected a "
-        f"multiple of {n}, got {optimizer.accumulation}; {same}"
+        f"optimizer.accumulation: {n} ranks share the batches of a step, so expected a "
+        f"multiple of {n}, got {optimizer.accumulation}; {advice}"
     )
 
 
-def _check_same_data(feed: StepData, ranks: Ranks) -> None:
-    """Refuse ranks that read different data."""
-    if ranks.world > 1 and feed.sha256 != ranks.on_main(lambda: feed.sha256):
+def _check_same_data(data: StepData, ranks: Ranks) -> None:
+    """Check that all ranks read the same data."""
+    if ranks.world > 1 and data.sha256 != ranks.on_main(lambda: data.sha256):
         raise UserError(
             f"data.train or data.validation holds other tokens on rank {ranks.rank} than on rank "
             "0: give every machine the same files"
@@ -162,33 +162,33 @@ def load_model_and_data(
 
     def load(into: str | None) -> ReplacementModel:
         pair = ModelPair.load(source, into=None if into is None else torch.device(into))
-        return ReplacementModel.create(pair, config.adapter, seed=config.run.seed, runs_on=device)
+        return ReplacementModel.create(pair, config.trained, seed=config.run.seed, runs_on=device)
 
     if ranks.world == 1:
         model = load("cpu" if source.offload else None)
         if source.offload:
             offload(model, device or choose_device(source.device))
-        return model, _feed(config, model)
+        return model, _step_data(config, model)
     assert device is not None
 
-    # Rank 0 alone reads the weights; an error in them is raised on all ranks.
+    # Only rank 0 reads the weights. An error on rank 0 is raised on all ranks.
     loaded: list[ReplacementModel] = []
     ranks.on_main(lambda: loaded.append(load("cpu")))
     model = loaded[0] if loaded else load("meta")
     shard(model, ranks, device, masters=config.optimizer.masters)
-    return model, _feed(config, model)
+    return model, _step_data(config, model)
 
 
-def _feed(config: TrainConfig, model: ReplacementModel) -> StepData:
+def _step_data(config: TrainConfig, model: ReplacementModel) -> StepData:
     n_rows = model.model.get_input_embeddings().weight.shape[0]
     return StepData(config, model.pair.tokenizer, model.device, n_rows)
 
 
 def _with_policy(
-    config: TrainConfig, model: ReplacementModel, feed: StepData, ranks: Ranks
+    config: TrainConfig, model: ReplacementModel, data: StepData, ranks: Ranks
 ) -> TrainConfig:
     """Return ``config`` with the checkpointing policy that fits this machine's memory."""
-    longest = max(feed.train.counts.longest, feed.held_out.counts.longest)
+    longest = max(data.train.counts.longest, data.held_out.counts.longest)
     device = this_device(model.device.type)
     return with_policy(config, model.model.config, longest, device, ranks.world)
 

@@ -1,4 +1,4 @@
-"""One layer's adapter: what it computes, how it starts, and that its folder is read strictly."""
+"""Adapters: computation, initialisation, and strict reading of their folder."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastadapt.adapter.files import load_adapters, save_adapters
+from fastadapt.adapter.files import save_adapters
 from fastadapt.adapter.module import AdapterConfig, TranscoderAdapter
 from fastadapt.errors import UserError
+from fastadapt.models.trained_files import load_adapters
 
 CONFIGS = {
     "relu": AdapterConfig(40),
@@ -32,7 +33,7 @@ def random_adapter(config: AdapterConfig, d_in: int = 12, d_out: int = 10) -> Tr
     return adapter
 
 
-def test_a_fresh_adapter_adds_nothing_and_half_of_it_fires() -> None:
+def test_a_new_adapter_adds_nothing_and_half_of_its_features_fire() -> None:
     adapter = TranscoderAdapter(64, AdapterConfig(2048), generator=torch.Generator().manual_seed(1))
     x, residual = torch.randn(50, 64), torch.randn(50, 64)
     before = residual.clone()
@@ -94,7 +95,7 @@ def test_dtypes(dtype) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_folder_gives_back_what_was_saved(name, tmp_path) -> None:
+def test_saved_adapters_are_loaded_unchanged(name, tmp_path) -> None:
     adapters = [random_adapter(CONFIGS[name]) for _ in range(3)]
     if name == "batch_topk":
         adapters[1].update_threshold(torch.tensor(0.3))
@@ -197,7 +198,7 @@ def test_a_faulty_folder_is_refused(fault, tmp_path) -> None:
         load_adapters(tmp_path)
 
 
-def test_adapters_of_one_set_are_alike(tmp_path) -> None:
+def test_adapters_of_one_folder_must_be_alike(tmp_path) -> None:
     mixed = [random_adapter(CONFIGS["relu"]), random_adapter(CONFIGS["topk"])]
     with pytest.raises(UserError, match="layer 1 differs from layer 0"):
         save_adapters(mixed, tmp_path)

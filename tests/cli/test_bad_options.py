@@ -155,6 +155,7 @@ CASES = [
         r"adapter\.k .*24.*got 25",
     ),
     option("--adapter.kind", "lora", r"adapter\.kind .*transcoder, mlp, norms, got 'lora'"),
+    option("--run.trains", "lora", r"run\.trains: expected one of .*'norms', got 'lora'"),
     option("--adapter.kind", "mlp", r"n_features is of transcoders .*'mlp': expected None, got 24"),
     (
         "activation of norms",
@@ -164,7 +165,7 @@ CASES = [
     (
         "sparsity of an MLP",
         lambda d: d.train("skyline", "--objective.sparsity", "1e-3"),
-        r"objective\.sparsity: expected 0, since adapter\.kind 'mlp' has no features.*got 0\.001",
+        r"objective\.sparsity: expected 0, since run\.trains 'mlp' has no features.*got 0\.001",
     ),
     option("--adapter.implementation", "cuda", r"implementation .*'cuda'"),
     option("--objective.sparsity", "-0.001", r"objective\.sparsity .*got -0\.001"),

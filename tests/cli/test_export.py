@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastadapt.adapter.files import load_adapters
+from fastadapt.models.trained_files import load_adapters
 
 IDS = torch.tensor([[7, 8, 9, 10]])
 

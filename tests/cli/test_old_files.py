@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastadapt.adapter.files import load_adapters
 from fastadapt.features.store.store import Store
+from fastadapt.models.trained_files import load_adapters
 
 OLD = Path(__file__).parent / "old_files"
 #: Fields of a record that depend on the machine's speed.

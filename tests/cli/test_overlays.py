@@ -57,9 +57,18 @@ def test_the_baselines_of_the_method(fastadapt):
     assert changed(whole, dense) == {"objective.sparsity": 0, "run.output": f"{folder}-dense"}
     assert changed(whole, bare) == {"objective.bridge": 0, "run.output": f"{folder}-no-bridge"}
     for tuned, kind in ((skyline, "mlp"), (norms, "norms")):
-        assert tuned["adapter"]["kind"] == kind
+        assert tuned["run"]["trains"] == kind
         assert tuned["adapter"]["n_features"] is None
         assert {tuned["objective"][name] for name in ("sparsity", "nmse", "bridge")} == {0}
+
+
+def test_the_older_option_adapter_kind_is_accepted(fastadapt, recipe, tmp_path):
+    file = tmp_path / "old.yaml"
+    file.write_text("adapter: {kind: mlp, n_features: null}\nobjective: {sparsity: 0}\n")
+    typed = ("--adapter.kind", "mlp", "--adapter.n_features", "null", "--objective.sparsity", 0)
+    by_file, by_option = (printed(fastadapt, recipe(), *more) for more in ([file], typed))
+    assert by_file["run"]["trains"] == by_option["run"]["trains"] == "mlp"
+    assert printed(fastadapt, recipe(), "norms", "--adapter.kind", "mlp")["run"]["trains"] == "mlp"
 
 
 def test_every_overlay_of_a_preset_has_both():

@@ -343,8 +343,8 @@ def test_no_reader_takes_the_flag_from_a_file() -> None:
 
 
 def test_what_reads_a_configuration_leaves_trust_out(foreign: Foreign, recipe: Callable) -> None:
-    from fastadapt.adapter.files import read_adapters
     from fastadapt.evaluation.runs import pair_of
+    from fastadapt.models.trained_files import read_adapters
     from fastadapt.training.config import load_config, recorded_trust
 
     path = recipe(**{"pair.trust_remote_code": True})

@@ -11,11 +11,12 @@ import torch
 from damage import Damage, sweep, variants
 from safetensors.torch import load_file, save_file
 
-from fastadapt.adapter.files import load_adapters, save_adapters
+from fastadapt.adapter.files import save_adapters
 from fastadapt.adapter.module import AdapterConfig, TranscoderAdapter
 from fastadapt.cli.export import convert
 from fastadapt.errors import UserError
 from fastadapt.models.baselines import TunedMLP
+from fastadapt.models.trained_files import load_adapters
 
 #: Keys of a card that may have any value, or that no reader uses.
 FREE = {"hook_in", "hook_out", "orientation", "W_enc", "W_dec", "note", "a"}

@@ -27,7 +27,7 @@ def sign(folder: Path, **changes: Any) -> None:
         manifest["files"][name] = {"bytes": size, "sha256": sha256}
     manifest |= changes
     manifest = {key: value for key, value in manifest.items() if value is not None}
-    manifest["sha256"] = module._manifest_digest(manifest)
+    manifest["sha256"] = module.manifest_digest(manifest)
     (folder / MANIFEST).write_text(json.dumps(manifest))
 
 

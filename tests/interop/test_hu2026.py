@@ -12,11 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastadapt.adapter.files import load_adapters, save_adapters
+from fastadapt.adapter.files import save_adapters
 from fastadapt.adapter.module import AdapterConfig, TranscoderAdapter
 from fastadapt.errors import UserError
 from fastadapt.interop import hu2026
 from fastadapt.models.replacement import PairMismatchError, ReplacementModel
+from fastadapt.models.trained_files import load_adapters
 from fastadapt.serving.export import export
 
 FEATURES, WIDTH, LAYERS = 24, 16, 3

@@ -14,7 +14,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from fastadapt import serving
-from fastadapt.adapter.files import load_adapters, save_adapters
+from fastadapt.adapter.files import save_adapters
 from fastadapt.adapter.module import AdapterConfig
 from fastadapt.cli.export import convert
 from fastadapt.errors import RunError, UserError
@@ -24,6 +24,7 @@ from fastadapt.features.store.store import adapter_digest
 from fastadapt.interventions import Intervention, ablate, only, onto_target, scale_features
 from fastadapt.interventions.files import intervene
 from fastadapt.models.replacement import ModelPair, PairConfig, ReplacementModel
+from fastadapt.models.trained_files import load_adapters
 
 F = 24
 IDS = torch.tensor([[5, 9, 23, 7, 31, 8]])
@@ -264,6 +265,6 @@ def test_only_an_intervention_is_replaced(make_run: Callable, tmp_path: Path) ->
 
 
 def test_what_has_no_features_is_told(make_run: Callable, tmp_path: Path) -> None:
-    run = make_run("norms", AdapterConfig(kind="norms"))
+    run = make_run("norms", "norms")
     with pytest.raises(UserError, match="an intervention is for transcoder adapters"):
         intervene(run, tmp_path / "out", set_of(run), ABLATE)

@@ -315,7 +315,7 @@ def test_what_cannot_be_done_is_told(make_model: Callable, make_pair: Callable) 
         pass
     assert model.adapters is held
     assert all(map(torch.equal, before, snapshot(model)))
-    norms = ReplacementModel.create(make_pair("qwen2"), AdapterConfig(kind="norms"))
+    norms = ReplacementModel.create(make_pair("qwen2"), "norms")
     with (
         pytest.raises(UserError, match="they have no features"),
         scale_features(norms, feature_set(), 0.0),

@@ -80,7 +80,7 @@ def checkpoints(folder: Path, name: str) -> None:
     path = checkpoint.save_checkpoint(folder, 1, {"weights": {"a": torch.zeros(2)}}, {"step": 1})
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["files"][name] = {"bytes": 8, "sha256": hashlib.sha256(b"precious").hexdigest()}
-    manifest["sha256"] = checkpoint._manifest_digest(manifest)
+    manifest["sha256"] = checkpoint.manifest_digest(manifest)
     (path / "manifest.json").write_text(json.dumps(manifest))
     (path / "link").symlink_to("../../secret")
 

@@ -10,13 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastadapt.adapter.files import load_adapters, read_transcoders, save_adapters
+from fastadapt.adapter.files import read_transcoders, save_adapters
 from fastadapt.adapter.module import AdapterConfig
 from fastadapt.batch import Batch
 from fastadapt.errors import UserError
 from fastadapt.interop import hu2026
 from fastadapt.models.pretrained import ARCHITECTURES
 from fastadapt.models.replacement import ReplacementModel
+from fastadapt.models.trained_files import load_adapters
 from fastadapt.objective import ObjectiveConfig, objective
 from fastadapt.training.held_out import evaluate
 from fastadapt.training.optimizer import AdapterOptimizer, OptimizerConfig
@@ -27,7 +28,7 @@ OUTPUT_ALONE = ObjectiveConfig(sparsity=0, nmse=0, bridge=0)
 
 
 def fresh(pair, kind: str) -> ReplacementModel:
-    return ReplacementModel.create(pair, AdapterConfig(kind=kind))
+    return ReplacementModel.create(pair, kind)
 
 
 def tuned(pair, kind: str) -> ReplacementModel:
@@ -350,7 +351,7 @@ def test_weights_of_another_model_are_refused(make_pair) -> None:
         pair = make_pair(other)
         with pytest.raises(UserError, match=message):
             ReplacementModel(pair, given)
-        ReplacementModel.create(pair, AdapterConfig(kind=kind))  # the pair is as it was
+        ReplacementModel.create(pair, kind)  # the pair is as it was
     mixed = fresh(make_pair("qwen2"), "mlp").adapters
     mixed[1] = fresh(make_pair("qwen2"), "norms").adapters[1]
     with pytest.raises(UserError, match="one kind for all layers"):
@@ -371,7 +372,7 @@ def test_what_wants_transcoders_refuses_others_by_name(make_pair, tmp_path: Path
 def test_a_pair_carries_one_kind_after_another(architecture, make_pair) -> None:
     """With the same bits as a pair that never carried anything else."""
     kinds = ("transcoder", "norms", "mlp", "norms")
-    configs = [AdapterConfig(24) if k == "transcoder" else AdapterConfig(kind=k) for k in kinds]
+    configs = [AdapterConfig(24) if k == "transcoder" else k for k in kinds]
 
     def perturbed(seed: int) -> ReplacementModel:
         model = ReplacementModel.create(make_pair(architecture), configs[seed], seed=seed)

@@ -31,7 +31,7 @@ def model_of(pair, kind: str = "transcoder", activation: str = "relu") -> Replac
         "jumprelu": {"bandwidth": 0.01, "initial_threshold": 0.01},
     }
     transcoder = AdapterConfig(24, activation=activation, **more.get(activation, {}))
-    config = transcoder if kind == "transcoder" else AdapterConfig(kind=kind)
+    config = transcoder if kind == "transcoder" else kind
     model = ReplacementModel.create(pair, config)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():

@@ -32,7 +32,7 @@ def test_the_nine_runs_are_understood_and_differ_as_they_should():
     assert configs["dense"].objective.sparsity == 0
     bridged, bare = configs[sweep[0]], configs["no-bridge"]
     assert (bare.objective.sparsity, bare.objective.bridge) == (bridged.objective.sparsity, 0)
-    assert (configs["skyline"].adapter.kind, configs["norms"].adapter.kind) == ("mlp", "norms")
+    assert (configs["skyline"].run.trains, configs["norms"].run.trains) == ("mlp", "norms")
     steps = {configs[name].optimizer.max_steps for name in configs if name != "norms"}
     assert steps == {read_yaml(SCRIPTS / "longer.yaml")["optimizer"]["max_steps"]}
     assert all(config.run.threads == 1 for config in configs.values())

@@ -1,4 +1,4 @@
-"""A pair so small that a training step takes milliseconds, and its data."""
+"""Fixtures: a pair whose training steps take milliseconds, its data, and its configuration."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WORDS = [f"w{i}" for i in range(56)]
 
 @pytest.fixture(scope="session")
 def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of ``target/``, ``base/`` (random Qwen2, 2 layers of width 32, 64 words) and data."""
+    """Folder with ``target/``, ``base/`` (random Qwen2, 2 layers, width 32, 64 words) and data."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
@@ -26,7 +26,7 @@ def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.add_special_tokens(special)
-    # As added tokens the words survive whichever tokenizer class transformers picks for Qwen2.
+    # Added tokens remain in any tokenizer class that transformers selects for Qwen2.
     words.add_tokens(list(vocabulary)[len(special) :])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>"
@@ -61,10 +61,7 @@ def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny_config(tiny_pair: Path, tmp_path: Path) -> Callable:
-    """``tiny_config(**{"optimizer.lr": 1e-3})``: a run of 12 steps on the tiny pair.
-
-    On a CPU, unless ``pair.device`` is given.
-    """
+    """``tiny_config(**{"optimizer.lr": 1e-3})``: a run of 12 steps on the tiny pair, on a CPU."""
     from fastadapt.training.config import from_dict
 
     def make(**changes: object):

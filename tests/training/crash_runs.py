@@ -1,9 +1,9 @@
-"""Train, kill at a given step, resume, kill again, resume to the end; for many steps.
+"""Train, kill at a given step, resume, kill again, resume to the end; for many pairs of steps.
 
-Run as a program: ``crash_runs.py CONFIG.yaml FOLDER FIRST,SECOND ...``. Each pair of steps gives a
-run of its own, ``FOLDER/FIRST-SECOND``, killed (SIGKILL) when those steps have been recorded, thus
-after their update and before a checkpoint that may be due. ``FOLDER/whole`` is not interrupted.
-The libraries are imported once; every training is a fork.
+Run as a program: ``crash_runs.py CONFIG.yaml FOLDER FIRST,SECOND ...``. Each pair of steps gives
+one run ``FOLDER/FIRST-SECOND``. The run is killed (SIGKILL) when a step of the pair has been
+recorded, which is after its update and before its checkpoint. ``FOLDER/whole`` is not interrupted.
+Every training is a fork, so that the libraries are imported only once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastadapt.training.config import TrainConfig, load_config
 
 
 def training(config: TrainConfig, *, resume: bool, kill_at: int | None) -> None:
-    """Train in a fork that kills itself after step ``kill_at``; check that it ended so."""
+    """Train in a fork that kills itself after step ``kill_at``; check how the fork ended."""
     child = os.fork()
     if child == 0:
         from fastadapt.training.trainer import train

@@ -1,8 +1,9 @@
-"""Kill a process that saves checkpoints without a pause, again and again; tell what was found.
+"""Repeatedly kill a process that saves checkpoints without a pause; print counts of outcomes.
 
-Run as a program: ``crash_saves.py FOLDER KILLS SEED``: until KILLS of them left an unfinished save
-behind (others fell between two saves, or within the pruning, and count as well). Every tensor of a
-set holds its step, so a set that mixes two steps shows. Prints one JSON object.
+Run as a program: ``crash_saves.py FOLDER KILLS SEED``. The program ends when KILLS kills have left
+an unfinished save. Kills between two saves or during the removal of older checkpoints count too.
+Every tensor of a checkpoint holds its step, which shows whether a checkpoint mixes two steps. The
+counts are printed as one JSON object.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ def tensors_of(step: int) -> dict[str, dict[str, torch.Tensor]]:
     }
 
 
-def save_without_a_pause(folder: Path, first: int, told: int) -> None:
+def save_without_a_pause(folder: Path, first: int, pipe: int) -> None:
     step = first
     while True:
         save_checkpoint(folder, step, tensors_of(step), {"step": step}, keep=2)
-        os.write(told, b"%d\n" % step)
+        os.write(pipe, b"%d\n" % step)
         step += 1
 
 
@@ -60,31 +61,31 @@ def main(folder: Path, kills: int, seed: int) -> dict[str, int]:
     draw = random.Random(seed)
     began = time.perf_counter()
     save_checkpoint(folder, 1, tensors_of(1), {"step": 1}, keep=2)
-    typical = min(time.perf_counter() - began, 0.05)  # a slow first save says little of the others
-    found = {"kills": 0, "mid_save": 0, "lost": 0, "mixed": 0, "unresumable": 0, "damaged": 0}
+    typical = min(time.perf_counter() - began, 0.05)  # the first save may be slower than the others
+    counts = {"kills": 0, "mid_save": 0, "lost": 0, "mixed": 0, "unresumable": 0, "damaged": 0}
     committed = 1
-    while found["mid_save"] < kills and found["kills"] < 20 * kills:
+    while counts["mid_save"] < kills and counts["kills"] < 20 * kills:
         steps = kill_once(folder, committed + 1, draw.uniform(0, 4 * typical))
         committed = max([committed, *steps])
-        found["kills"] += 1
-        found["mid_save"] += any(path.name.startswith(".tmp-") for path in folder.iterdir())
+        counts["kills"] += 1
+        counts["mid_save"] += any(path.name.startswith(".tmp-") for path in folder.iterdir())
         checkpoint, passed = load_latest(folder)
-        found["damaged"] += len(passed)
+        counts["damaged"] += len(passed)
         if checkpoint is None:
-            found["unresumable"] += 1
+            counts["unresumable"] += 1
             break
-        found["lost"] += checkpoint.step < committed
+        counts["lost"] += checkpoint.step < committed
         values = [t.flatten() for group in checkpoint.tensors.values() for t in group.values()]
         whole = {stem: len(group) for stem, group in checkpoint.tensors.items()}
         same = bool((torch.cat(values) == checkpoint.step).all())
         if not same or checkpoint.scalars["step"] != checkpoint.step:
-            found["mixed"] += 1
+            counts["mixed"] += 1
         assert whole == {stem: len(shapes) for stem, shapes in SHAPES.items()}
         sweep(folder)
         committed = checkpoint.step
-    # Kills between the commit and the pruning leave older sets behind; a save removes them.
+    # A kill after the commit leaves older checkpoints, which the next save removes.
     save_checkpoint(folder, committed + 1, tensors_of(committed + 1), {}, keep=2)
-    return found | {"steps": committed, "kept": len(list_checkpoints(folder))}
+    return counts | {"steps": committed, "kept": len(list_checkpoints(folder))}
 
 
 if __name__ == "__main__":

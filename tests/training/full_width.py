@@ -1,7 +1,7 @@
-"""One optimiser step of two layers at the true width of a 7B model; tell what it took.
+"""Run one optimiser step of two layers at the width of a 7B model; print memory and time.
 
-Run as a program: ``full_width.py FOLDER``, a folder for the configurations. Weights are noise, made
-on the fly. Prints one JSON object.
+Run as a program: ``full_width.py FOLDER``, a folder for the configurations. Weights are random.
+The result is printed as one JSON object.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SMALL = {
 
 
 def memory(field: str) -> int:
-    """``VmRSS`` or ``VmHWM`` (its peak) of this process, in bytes."""
+    """Return ``VmRSS`` or ``VmHWM`` (its peak) of this process, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
@@ -65,7 +65,7 @@ def configure(folder: Path, sizes: dict[str, int], n_features: int) -> tuple[Tra
 
 @torch.no_grad()
 def fill(module: torch.nn.Module, scale: float) -> None:
-    """Noise in every matrix: one block of it, repeated, since to draw 2e9 numbers takes minutes."""
+    """Fill every matrix with one repeated block of noise; drawing 2e9 numbers takes minutes."""
     noise = torch.randn(2**20, generator=torch.Generator().manual_seed(0)) * scale
     for name, parameter in module.named_parameters():
         if name.endswith("bias"):
@@ -77,7 +77,7 @@ def fill(module: torch.nn.Module, scale: float) -> None:
 
 
 def build(config: TrainConfig, model_config: Any) -> Any:
-    """The replacement model, of uninitialised memory filled with noise."""
+    """Return a replacement model whose uninitialised weights are filled with noise."""
     from transformers import Qwen2ForCausalLM
     from transformers.initialization import no_init_weights
     from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
@@ -98,7 +98,7 @@ def build(config: TrainConfig, model_config: Any) -> Any:
         paths=ARCHITECTURES["qwen2"],
     )
     model = ReplacementModel.create(pair, config.adapter)
-    with torch.no_grad():  # else the zero decoder gives W_enc no gradient at the first step
+    with torch.no_grad():  # with a zero decoder, W_enc has no gradient at the first step
         for adapter in model.adapters:
             adapter.W_dec.normal_(0, 0.001)
     return model
@@ -118,13 +118,13 @@ def feed(vocabulary: int) -> Any:
 
 
 def multiply(width: int, vocabulary: int) -> None:
-    """The largest products of a step: the head's, forward and backward."""
+    """Compute the largest matrix products of a step: the head's, forward and backward."""
     x, weight = torch.ones(TOKENS, width), torch.ones(vocabulary, width)
     torch.mm(x @ weight.T, weight, out=x)
 
 
 def one_step(config: TrainConfig, model_config: Any) -> dict[str, Any]:
-    """Build the models, take one optimiser step; say what moved and what it was recorded as."""
+    """Build the models and take one optimiser step; return its record and the moved weights."""
     from fastadapt.training import loop
     from fastadapt.training.run_dir import MetricsLog
 
@@ -132,7 +132,7 @@ def one_step(config: TrainConfig, model_config: Any) -> dict[str, Any]:
     model = build(config, model_config)
     began = time.monotonic()
     run = loop.TrainingRun(config, folder, began, model, feed(model_config.vocab_size))
-    # A sum is enough to notice a change of one element; a copy would count as the step's memory.
+    # The sum shows a change of any element. A copy would add to the step's memory.
     weights = {name: p.double().sum().item() for name, p in run.optimizer.parameters.items()}
     records: list[dict[str, Any]] = []
     with MetricsLog(folder / "metrics.jsonl", [records.append]) as run.log:
@@ -152,16 +152,16 @@ def main(folder: Path, sizes: dict[str, int], n_features: int) -> dict[str, Any]
     from fastadapt.training.planning.estimate import plan
 
     torch.set_num_threads(2)
-    # What is the libraries' own, and not the plan's, first: their code, by a small step, and the
-    # scratch that products of matrices of this size get and keep.
+    # The plan does not count memory of the libraries. Load their code by a small step, and their
+    # persistent scratch memory by products of this size, before the measurement.
     one_step(*configure(folder / "small", SMALL, 64))
     multiply(sizes["hidden_size"], sizes["vocab_size"])
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     config, model_config = configure(folder / "wide", sizes, n_features)
     planned = plan(config)
     before = memory("VmRSS")
-    found = one_step(config, model_config)
-    return found | {
+    result = one_step(config, model_config)
+    return result | {
         "planned": planned.peak_bytes,
         "phases": planned.phases,
         "parts": planned.parts,

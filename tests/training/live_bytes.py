@@ -1,6 +1,6 @@
-"""How many bytes of tensors are alive, and were at most: a tracker for fake tensors and real ones.
+"""Tracker of the bytes of live tensors and of their peak, for fake tensors and real ones.
 
-What an op allocates and frees within itself is not seen.
+Memory that an op allocates and frees internally is not counted.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from torch.utils._pytree import tree_iter
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages of all tensors that ops give while it is on.
+    """Count the storages of all tensors that ops return inside the context.
 
     Attributes:
-        alive: bytes of those that still exist.
-        peak: the most that ever was.
+        alive: bytes of the storages that still exist.
+        peak: maximum of ``alive``.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.alive = self.peak = 0
-        self._known: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+        self._storages: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -34,15 +34,15 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def see(self, tensor: torch.Tensor) -> None:
-        """Count a tensor that exists already."""
+        """Count a tensor that existed before the context."""
         storage = tensor.untyped_storage()
-        if storage in self._known:
+        if storage in self._storages:
             return
-        self._known[storage] = True
+        self._storages[storage] = True
         n = storage.nbytes()
-        weakref.finalize(storage, self._gone, n)
+        weakref.finalize(storage, self._release, n)
         self.alive += n
         self.peak = max(self.peak, self.alive)
 
-    def _gone(self, n: int) -> None:
+    def _release(self, n: int) -> None:
         self.alive -= n

@@ -1,12 +1,12 @@
 """Train several configurations, one after the other, on the ranks that torchrun started.
 
-Run as a program, alone or under torchrun: ``rank_runs.py CONFIG.yaml[@WHAT:STEP] ...``. A
-configuration whose folder holds a run already is resumed. WHAT happens after 1-based STEP:
+Run as a program, with or without torchrun: ``rank_runs.py CONFIG.yaml[@FAULT:STEP] ...``. If the
+folder of a configuration holds a run, the run is resumed. FAULT happens after 1-based STEP:
 
-- ``stop``: rank 0 alone is told to stop;
-- ``kill``: rank 1 is killed (SIGKILL) in the middle of the step that follows;
-- ``full``: rank 1 can write no file any more, as on a full disk;
-- ``nan``: the second micro-batch of the step that follows has a loss that is not a number.
+- ``stop``: rank 0 gets a request to stop;
+- ``kill``: rank 1 is killed (SIGKILL) during the next step;
+- ``full``: rank 1 can no longer write files, as on a full disk;
+- ``nan``: the second micro-batch of the next step has a loss of NaN.
 """
 
 from __future__ import annotations
@@ -29,38 +29,38 @@ from fastadapt.training import loop
 from fastadapt.training.config import TrainConfig, load_config
 from fastadapt.training.trainer import train
 
-RANK, WORLD = (int(os.environ.get(name, alone)) for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def run(argument: str) -> None:
-    """One training, as asked."""
+    """Run the training of one argument of the program."""
     path, _, event = argument.partition("@")
-    what, _, step = event.partition(":")
+    fault, _, step = event.partition(":")
     config, stop = load_config(Path(path)), Event()
 
     def sink(record: dict[str, Any]) -> None:
-        if what == "stop" and (record["kind"], record["step"]) == ("train", int(step)):
+        if fault == "stop" and (record["kind"], record["step"]) == ("train", int(step)):
             stop.set()
 
     loop.objective = module.objective
-    if what in ("kill", "nan", "full") and RANK == 1 % WORLD:
-        plant(what, int(step), config)
+    if fault in ("kill", "nan", "full") and RANK == 1 % WORLD:
+        plant(fault, int(step), config)
     resume = (Path(config.run.output) / "config.yaml").exists()
     train(config, resume=resume, sinks=[sink], stop=stop)
 
 
-def plant(what: str, step: int, config: TrainConfig) -> None:
-    """Let the second micro-batch of 0-based ``step``, which is rank 1's, go wrong."""
-    calls = config.optimizer.accumulation // WORLD  # of this rank, in a step
+def plant(fault: str, step: int, config: TrainConfig) -> None:
+    """Plant a fault in the second micro-batch of 0-based ``step``, which rank 1 computes."""
+    calls = config.optimizer.accumulation // WORLD  # calls of this rank in a step
     fatal, count = calls * step + 1 // WORLD, iter(range(10_000))
 
     def objective(*args: Any) -> Any:
         out = module.objective(*args)
         if next(count) != fatal:
             return out
-        if what == "kill":
+        if fault == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        if what == "full":
+        if fault == "full":
             resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))
             return out
         loss = out.loss * math.nan

@@ -1,4 +1,4 @@
-"""Every architecture of the table is planned for, trained, and generates with what was trained."""
+"""Every supported architecture is planned, trained, and generates with the trained adapters."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastadapt.adapter.files import load_adapters
 from fastadapt.models.pretrained import ARCHITECTURES
 from fastadapt.models.replacement import ModelPair, ReplacementModel
+from fastadapt.models.trained_files import load_adapters
 from fastadapt.training.planning.estimate import plan
 from fastadapt.training.trainer import train
 

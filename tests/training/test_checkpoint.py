@@ -1,4 +1,4 @@
-"""No kill, full disk or damaged file costs a committed checkpoint or yields a mixed one."""
+"""Checkpoints survive kills, full disks and damaged files, and never mix two steps."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def save(folder: Path, step: int, keep: int = 2) -> Path:
 
 
 def assert_is_step(folder: Path, step: int) -> None:
-    found, _ = load_latest(folder)
-    assert found is not None
-    assert found.step == step
-    assert found.scalars == {"step": step, "tokens": 3}
+    loaded, _ = load_latest(folder)
+    assert loaded is not None
+    assert loaded.step == step
+    assert loaded.scalars == {"step": step, "tokens": 3}
     for stem, group in tensors_of(step).items():
         for name, tensor in group.items():
-            assert torch.equal(found.tensors[stem][name], tensor)
-            assert found.tensors[stem][name].dtype == tensor.dtype
+            assert torch.equal(loaded.tensors[stem][name], tensor)
+            assert loaded.tensors[stem][name].dtype == tensor.dtype
 
 
 def test_what_was_saved_comes_back(tmp_path: Path) -> None:
@@ -82,10 +82,10 @@ def test_every_dtype_and_layout(tmp_path: Path) -> None:
         "bytes": torch.get_rng_state(),
     }
     save_checkpoint(tmp_path, 1, {"all": group}, {})
-    found, _ = load_latest(tmp_path)
-    assert found is not None
+    loaded, _ = load_latest(tmp_path)
+    assert loaded is not None
     for name, tensor in group.items():
-        assert torch.equal(found.tensors["all"][name].nan_to_num(7), tensor.nan_to_num(7))
+        assert torch.equal(loaded.tensors["all"][name].nan_to_num(7), tensor.nan_to_num(7))
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
@@ -145,10 +145,10 @@ def truncate(path: Path) -> None:
 
 
 def edit_manifest(path: Path, change: Callable[[dict], None]) -> None:
-    """Change the manifest and make its own checksum fit again."""
+    """Change the manifest and recompute its checksum."""
     manifest = json.loads((path / "manifest.json").read_text())
     change(manifest)
-    manifest["sha256"] = module._manifest_digest(manifest)
+    manifest["sha256"] = module.manifest_digest(manifest)
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -212,7 +212,7 @@ def test_a_damaged_set_is_passed_over_with_the_reason(tmp_path: Path, damage: st
 
 
 def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
-    """Positions all over every file; safetensors itself would read nearly all of them."""
+    """Flip bits all over every file; safetensors reads most of these files without an error."""
     path = save(tmp_path, 1)
     generator = torch.Generator().manual_seed(0)
     for file in sorted(path.iterdir()):
@@ -229,8 +229,8 @@ def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
 def test_all_damaged(tmp_path: Path) -> None:
     for step in (1, 2):
         truncate(save(tmp_path, step) / "state.json")
-    found, passed = load_latest(tmp_path)
-    assert found is None
+    loaded, passed = load_latest(tmp_path)
+    assert loaded is None
     assert [each.path.name for each in passed] == ["step-00000002", "step-00000001"]
 
 
@@ -239,7 +239,7 @@ def test_a_damaged_set_is_replaced_and_a_whole_one_is_not(tmp_path: Path) -> Non
     truncate(save(tmp_path, 2) / "state.json")
     save(tmp_path, 2)
     assert_is_step(tmp_path, 2)
-    with pytest.raises(RunError, match="a verified checkpoint of this step is there"):
+    with pytest.raises(RunError, match="a verified checkpoint of this step exists"):
         save(tmp_path, 2)
     assert_is_step(tmp_path, 2)
     assert sweep(tmp_path) == []
@@ -259,7 +259,7 @@ def test_sweep_removes_unfinished_saves_alone(tmp_path: Path) -> None:
 # --- faults while saving --------------------------------------------------------------------------
 
 CALLS = {
-    "mkdir": (Path, "mkdir"),  # Python 3.10 holds os.mkdir in a class of its own
+    "mkdir": (Path, "mkdir"),  # Python 3.10 binds os.mkdir when pathlib is imported
     "fsync": (os, "fsync"),
     "rename": (os, "rename"),
     "open": (os, "open"),
@@ -270,7 +270,7 @@ CALLS = {
 
 
 def fail_nth(monkeypatch, where: object, name: str, nth: int, error: Exception) -> list[object]:
-    """Let the ``nth`` call raise; the list returned holds its arguments once it has."""
+    """Let the ``nth`` call raise; return a list that then holds the call's arguments."""
     real, count, fired = getattr(where, name), iter(range(1, 1000)), []
 
     def call(*args: object, **kwargs: object) -> object:
@@ -286,7 +286,7 @@ def fail_nth(monkeypatch, where: object, name: str, nth: int, error: Exception) 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EIO])
 @pytest.mark.parametrize("call", CALLS)
 def test_a_failing_system_call_leaves_the_last_set_intact(tmp_path, call: str, code: int) -> None:
-    """Each call of a save fails in turn, until a save needs fewer calls than that."""
+    """Fail the first, second, ... call of a save, until a save has fewer calls."""
     save(tmp_path, 1, keep=1)
     where, name = CALLS[call]
     failed = 0
@@ -299,21 +299,21 @@ def test_a_failing_system_call_leaves_the_last_set_intact(tmp_path, call: str, c
             fired = fail_nth(patch, where, name, nth, error)
             try:
                 save(tmp_path, step, keep=1)
-            except RunError as told:
+            except RunError as error_of_save:
                 failed += 1
-                message = str(told)
+                message = str(error_of_save)
             else:
                 if not fired:
                     break
-                continue  # making a folder that is there may fail
+                continue  # a failure to create an existing folder is harmless
         assert os.strerror(code) in message
-        found, _ = load_latest(tmp_path)
-        assert found is not None
-        if found.step == step:  # the rename was done, what failed came after it
+        loaded, _ = load_latest(tmp_path)
+        assert loaded is not None
+        if loaded.step == step:  # the call after the rename failed
             assert "was saved" in message or "could not be written" in message or "read" in message
         else:
             assert list_checkpoints(tmp_path) == before
-            assert f"The one of step {found.step} is intact" in message
+            assert f"Newest checkpoint: step {loaded.step}, intact" in message
             assert ("MiB are free" in message) == (code == errno.ENOSPC)
         assert "--resume" in message
         sweep(tmp_path)
@@ -323,12 +323,14 @@ def test_a_failing_system_call_leaves_the_last_set_intact(tmp_path, call: str, c
 
 @pytest.mark.parametrize("limit", [0, 64, 300])
 def test_a_write_that_the_kernel_cuts_short(tmp_path: Path, limit: int) -> None:
-    """Files may not grow beyond ``limit`` bytes: real writes fail, in safetensors and in JSON."""
+    """Limit the size of files to ``limit`` bytes, so that writes of safetensors and JSON fail."""
     save(tmp_path, 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
-        with pytest.raises(RunError, match=r"step 2 could not be written.*step 1 is intact"):
+        with pytest.raises(
+            RunError, match=r"step 2 could not be .*Newest checkpoint: step 1, intact"
+        ):
             save(tmp_path, 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -338,25 +340,25 @@ def test_a_write_that_the_kernel_cuts_short(tmp_path: Path, limit: int) -> None:
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match=r"could not be written.*There is none yet"):
+    with pytest.raises(RunError, match=r"could not be written.*Newest checkpoint: none"):
         save(tmp_path / "file" / "checkpoints", 1)
 
 
 def test_kills_while_saving(tmp_path: Path, capsys) -> None:
-    """SIGKILL at random moments of saves: each resumes, none mixes steps, none is lost."""
+    """Kill saves at random moments: each can resume, none mixes steps, none is lost."""
     kills = 100 if PROOF else 5
     program = Path(__file__).with_name("crash_saves.py")
     arguments = [sys.executable, str(program), str(tmp_path / "checkpoints"), str(kills), "0"]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["kills"] >= found["mid_save"] == kills
-    assert {k: found[k] for k in ("lost", "mixed", "unresumable", "damaged")} == {
+    counts = json.loads(done.stdout)
+    assert counts["kills"] >= counts["mid_save"] == kills
+    assert {k: counts[k] for k in ("lost", "mixed", "unresumable", "damaged")} == {
         "lost": 0,
         "mixed": 0,
         "unresumable": 0,
         "damaged": 0,
     }
-    assert found["kept"] == 2
+    assert counts["kept"] == 2
     with capsys.disabled():
-        print(f" {found} ", end="")
+        print(f" {counts} ", end="")

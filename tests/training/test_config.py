@@ -1,4 +1,4 @@
-"""Impossible values are refused with their key; YAML returns what was written."""
+"""Impossible values are refused with their key; YAML round-trips a configuration."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
+import yaml
 
 from fastadapt.cli.train import PRESETS
 from fastadapt.errors import UserError
@@ -94,7 +95,7 @@ def test_missing_and_mistyped_sections(tiny_config) -> None:
         from_dict({**to_dict(tiny_config()), "optimizer": 3})
 
 
-def test_yaml_returns_what_was_written(tiny_config, tmp_path: Path) -> None:
+def test_yaml_round_trip(tiny_config, tmp_path: Path) -> None:
     config = tiny_config(**{"optimizer.max_steps": 7, "run.threads": 1, "optimizer.lr": 3e-4})
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
@@ -122,7 +123,7 @@ def test_unreadable_yaml(tmp_path: Path) -> None:
         load_config(tmp_path / "list.yaml")
 
 
-def test_what_may_differ_on_resume(tiny_config) -> None:
+def test_keys_that_may_differ_on_resumption(tiny_config) -> None:
     config = tiny_config()
     harmless = tiny_config(
         **{"run.output": "elsewhere", "run.eval_every": 1, "run.checkpoint_every": 9}
@@ -135,10 +136,23 @@ def test_what_may_differ_on_resume(tiny_config) -> None:
 
 
 def test_the_released_precision_is_three_settings() -> None:
-    """Parameters and moments in bfloat16 without masters, KL on bfloat16 logits."""
+    """They are bfloat16 parameters and moments, no masters, and KL of bfloat16 logits."""
     config = load_config(PRESETS / "r1-distill-qwen-7b.yaml")
     assert config.pair.dtype == "bfloat16"
     assert config.optimizer.masters is False
     assert config.objective.logits_dtype == "bfloat16"
     assert (config.objective.bridge, config.objective.first_cutoff) == (2, 0)
     assert (config.optimizer.weight_decay, config.optimizer.clip) == (0, 1)
+
+
+@pytest.mark.parametrize("trains", ["transcoder", "mlp", "norms"])
+def test_the_older_key_adapter_kind_is_read(tiny_config, tmp_path, trains):
+    baseline = {"run.trains": trains, "adapter.n_features": None, "objective.sparsity": 0.0}
+    config = tiny_config(**baseline if trains != "transcoder" else {})
+    values = to_dict(config)
+    values["adapter"]["kind"] = values["run"].pop("trains")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    assert load_config(tmp_path / "config.yaml") == config
+    values["run"]["trains"] = "mlp" if trains == "norms" else "norms"
+    with pytest.raises(UserError, match=r"adapter\.kind: expected run\.trains, "):
+        from_dict(values)

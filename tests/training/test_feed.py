@@ -1,4 +1,4 @@
-"""Batches made ahead by worker processes: the same ones, in the same steps; workers that end."""
+"""Prefetching by worker processes returns the same batches in the same steps, and ends."""
 
 from __future__ import annotations
 
@@ -59,7 +59,9 @@ def same(one: list, other: list) -> bool:
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("workers", [1, 2])
-def test_workers_give_what_a_step_makes_itself(make_feed, accumulation, workers) -> None:
+def test_workers_return_the_batches_of_a_step_without_workers(
+    make_feed, accumulation, workers
+) -> None:
     how = {"optimizer.accumulation": accumulation, "optimizer.epochs": 3}
     alone, ahead = make_feed(**how), make_feed(**how, **{"data.workers": workers})
     assert alone.steps == ahead.steps
@@ -67,8 +69,8 @@ def test_workers_give_what_a_step_makes_itself(make_feed, accumulation, workers)
         assert same(batches_of(alone, step), batches_of(ahead, step))
 
 
-def test_batches_are_made_by_the_workers(make_feed, monkeypatch) -> None:
-    """Not here: what makes them here is out of order, and no step notices."""
+def test_batches_are_collated_by_the_workers(make_feed, monkeypatch) -> None:
+    """Remove the function that collates in this process; no step needs it."""
     from fastadapt.training import step_data as module
 
     feed = make_feed(**{"data.workers": 1})
@@ -79,15 +81,15 @@ def test_batches_are_made_by_the_workers(make_feed, monkeypatch) -> None:
     assert len(children() - before) <= 1
 
 
-def test_a_step_made_again_or_jumped_to_is_right(make_feed) -> None:
-    """A step is made twice where its plan overflowed; a resumed run begins anywhere."""
+def test_repeated_and_skipped_steps_get_their_batches(make_feed) -> None:
+    """A step whose layout overflowed is repeated; a resumed run begins at any step."""
     how = {"optimizer.epochs": 4, "optimizer.batch_size": 1}
     alone, ahead = make_feed(**how), make_feed(**how, **{"data.workers": 2})
     for step in (5, 5, 6, 6, 7, 50, 51, 3, 3, 4, 95, 0):
         assert same(batches_of(alone, step), batches_of(ahead, step)), step
 
 
-def test_other_batches_than_the_plan_s_are_made_when_asked_for(make_feed) -> None:
+def test_batches_that_were_not_prefetched_are_collated_on_request(make_feed) -> None:
     alone, ahead = make_feed(), make_feed(**{"data.workers": 1})
     ahead.micro_batches(0)
     alone.micro_batches(0)
@@ -96,31 +98,31 @@ def test_other_batches_than_the_plan_s_are_made_when_asked_for(make_feed) -> Non
     assert same(batches_of(alone, 1), batches_of(ahead, 1))
 
 
-def test_a_process_may_take_its_share_alone(tiny_config, tiny_pair) -> None:
+def test_a_rank_prefetches_only_its_share(tiny_config, tiny_pair) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_pair / "target")
     config = tiny_config(**{"optimizer.accumulation": 4, "data.workers": 1})
     feed = StepData(
-        config, tokenizer, CPU, len(tokenizer), share=lambda all_of_them: all_of_them[1::2]
+        config, tokenizer, CPU, len(tokenizer), share=lambda micro_batches: micro_batches[1::2]
     )
-    made = []
+    returned = []
     real = feed.prefetcher.get
-    feed.prefetcher.get = lambda *asked: made.append(real(*asked)) or made[-1]
+    feed.prefetcher.get = lambda *request: returned.append(real(*request)) or returned[-1]
     for step in range(feed.steps):
         for ids in feed.micro_batches(step)[1::2]:
             feed.batch(feed.train, ids)
     feed.close()
-    assert made
-    assert None not in made
+    assert returned
+    assert None not in returned
 
 
-def test_a_killed_worker_is_told_where_its_batch_is_waited_for(make_feed) -> None:
-    """Not by torch's handler of SIGCHLD, in the midst of whatever a step does."""
+def test_a_killed_worker_is_reported_when_its_batch_is_requested(make_feed) -> None:
+    """Torch's handler of SIGCHLD, which may raise anywhere in a step, does not report it."""
     handler = signal.getsignal(signal.SIGCHLD)
     before = children()
     feed = make_feed(**{"data.workers": 2, "optimizer.epochs": 50})
     batches_of(feed, 0)
     os.kill(min(children() - before), signal.SIGKILL)
-    time.sleep(0.5)  # the signal would be here by now
+    time.sleep(0.5)  # longer than the signal needs
     with pytest.raises(RunError, match=r"data\.workers was killed.*--resume"):
         [batches_of(feed, step) for step in range(1, feed.steps)]
     assert children() == before
@@ -138,7 +140,7 @@ def test_workers_end_with_the_feed(make_feed) -> None:
 
 
 def test_a_run_with_workers_writes_the_same_bits(tiny_config, tmp_path) -> None:
-    """And may be resumed with another number of them."""
+    """A run may be resumed with another number of workers."""
     assert "data.workers" in FREE_ON_RESUME
     before = children()
     for name, first, then in (("none", 0, 0), ("two", 2, 2), ("mixed", 2, 0)):
@@ -186,10 +188,10 @@ def test_impossible_values_are_refused(tiny_config, key, value, message) -> None
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_all_processes_saves_and_ends_without_a_word(
+def test_a_signal_to_all_processes_saves_and_ends_without_warnings(
     number, tiny_config, tmp_path
 ) -> None:
-    """As Ctrl-C does, which the terminal sends to workers too; after it no process is left."""
+    """Ctrl-C reaches the workers too. After the run no process remains."""
     from fastadapt.training.config import save_config
 
     rows = tmp_path / "train.jsonl"
@@ -250,17 +252,17 @@ def test_a_gpu_is_not_waited_for(workers, tiny_config, tiny_pair) -> None:
     batches_of(feed, 0)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        made = [batches_of(feed, step) for step in range(feed.steps)]
+        by_step = [batches_of(feed, step) for step in range(feed.steps)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
         feed.close()
-    for step, batches in enumerate(made):
+    for step, batches in enumerate(by_step):
         assert same([(batch.to("cpu"), n) for batch, n in batches], batches_of(alone, step))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_padding_token_without_an_embedding(workers, tiny_config, tiny_pair) -> None:
-    """Batches hold ids of the embedding alone, and the same texts as with a token that has one."""
+    """All ids of a batch have an embedding, and the texts are those of another padding token."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_pair / "target")
     n_rows, config = len(tokenizer), tiny_config(**{"data.workers": workers})
     plain = StepData(config, tokenizer, CPU, n_rows)
@@ -285,7 +287,7 @@ def test_a_padding_token_without_an_embedding(workers, tiny_config, tiny_pair) -
 
 
 def test_tokens_without_an_embedding_are_refused(tiny_config, tiny_pair) -> None:
-    """With the row that has the first of them, before a step."""
+    """The error names the first row with such a token and is raised before the first step."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_pair / "target")
     feed = StepData(tiny_config(), tokenizer, CPU, len(tokenizer))
     most = [int(feed.train[i].input_ids.max()) for i in range(len(feed.train))]

@@ -1,4 +1,4 @@
-"""The main job on the embedded pair, at the size that the preset ships with."""
+"""Training of the preset ``organism`` at its full size reaches the expected faithfulness."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastadapt.training.trainer import train
 
 pytestmark = pytest.mark.slow
 
-TOLD = (
+PRINTED = (
     "kl_hybrid",
     "kl_adapter",
     "kl_recovered_vs_hybrid",
@@ -22,7 +22,7 @@ TOLD = (
 
 
 def run(folder, *options: str) -> dict:
-    """The preset on all held-out conversations, most of which nothing was chosen on."""
+    """Train the preset and evaluate on all held-out conversations, most unused in its tuning."""
     held_out = ["--data.max_validation", "500", "--run.eval_every", "600"]
     argv = ["organism", "--run.output", str(folder / "run"), *held_out, *options]
     config, _ = parse_train(argv)
@@ -38,11 +38,11 @@ def run(folder, *options: str) -> dict:
     ids=["preset", "sparser"],
 )
 def test_the_adapter_closes_the_gap_to_the_target(options, l0, recovered, tmp_path, capsys) -> None:
-    """Share of the hybrid's KL that is closed on held-out data, and active features per layer."""
+    """Check the recovered share of the hybrid's KL on held-out data, and L0 per layer."""
     summary = run(tmp_path, *options)
     with capsys.disabled():
-        told = [f"{k}={summary[k]:.4f}" for k in TOLD]
-        print("\n", *told, "l0_per_layer", [round(x, 2) for x in summary["l0_per_layer"]])
+        numbers = [f"{k}={summary[k]:.4f}" for k in PRINTED]
+        print("\n", *numbers, "l0_per_layer", [round(x, 2) for x in summary["l0_per_layer"]])
     assert max(summary["l0_per_layer"]) <= l0
     assert summary["kl_recovered_vs_hybrid"] >= recovered
     assert summary["top1_error_adapter"] < summary["top1_error_hybrid"]

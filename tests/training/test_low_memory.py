@@ -1,4 +1,4 @@
-"""torchao's AdamW: it learns what ours learns, in fewer bytes, and comes back from a checkpoint."""
+"""torchao's AdamW follows ours with less memory and is restored from checkpoints."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROUNDED = {"masters": False, "stochastic_rounding": True}
 
 @pytest.fixture
 def eager() -> Iterator[None]:
-    """torchao's update without a compiler, which changes no value here."""
+    """Run torchao's update without a compiler, which changes no value here."""
     pytest.importorskip("torchao")
     with torch.compiler.set_stance("force_eager"):
         yield
@@ -33,7 +33,7 @@ def parameters(dtype: torch.dtype) -> dict[str, nn.Parameter]:
 
 
 def run(optimizer: AdapterOptimizer, seeds: range, rate: float = 1e-3) -> None:
-    """A gradient whose mean is a matrix to be learned, and noise."""
+    """Step on gradients of the squared norm with multiplicative noise."""
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
         for parameter in optimizer.parameters.values():
@@ -50,7 +50,7 @@ def weights(optimizer: AdapterOptimizer) -> torch.Tensor:
     ("changes", "dtype"),
     [(EIGHT, torch.float32), (EIGHT, torch.bfloat16), (ROUNDED, torch.bfloat16)],
 )
-def test_it_goes_where_adamw_goes(changes, dtype, eager) -> None:
+def test_weights_follow_adamw(changes, dtype, eager) -> None:
     exact = AdapterOptimizer(parameters(torch.float32), OptimizerConfig())
     start = weights(exact)
     other = AdapterOptimizer(parameters(dtype), OptimizerConfig(**changes))
@@ -60,8 +60,8 @@ def test_it_goes_where_adamw_goes(changes, dtype, eager) -> None:
     assert (weights(other) - start - moved).norm() < 0.1 * moved.norm()
 
 
-def test_rounding_at_random_moves_what_rounding_to_nearest_does_not(eager) -> None:
-    """Updates of 1e-6, a thirtieth of half the spacing of bfloat16 at 0.015."""
+def test_stochastic_rounding_applies_updates_that_rounding_to_nearest_drops(eager) -> None:
+    """Updates are 1e-6, a thirtieth of half the spacing of bfloat16 at 0.015."""
     moved = {}
     for random in (False, True):
         changes = {"masters": False, "stochastic_rounding": random}
@@ -74,7 +74,7 @@ def test_rounding_at_random_moves_what_rounding_to_nearest_does_not(eager) -> No
 
 
 @pytest.mark.parametrize("changes", [EIGHT, ROUNDED])
-def test_a_checkpoint_brings_back_every_bit(changes, eager) -> None:
+def test_a_checkpoint_restores_every_bit(changes, eager) -> None:
     config = OptimizerConfig(**changes)
     whole = AdapterOptimizer(parameters(torch.bfloat16), config)
     torch.manual_seed(1)
@@ -109,8 +109,8 @@ def test_without_torchao_the_extra_is_named(monkeypatch) -> None:
         AdapterOptimizer(parameters(torch.float32), OptimizerConfig(**EIGHT))
 
 
-def test_settings_that_make_no_sense() -> None:
+def test_impossible_settings() -> None:
     with pytest.raises(UserError, match=r"optimizer\.moments: expected full or 8bit, got '4bit'"):
         OptimizerConfig(moments="4bit")
-    with pytest.raises(UserError, match=r"stochastic_rounding: expected masters false beside it"):
+    with pytest.raises(UserError, match=r"stochastic_rounding: expected false, or masters false"):
         OptimizerConfig(stochastic_rounding=True)

@@ -119,7 +119,8 @@ def test_the_plan_of_a_baseline_is_what_lives(kind: str, bridge: float, policy: 
     """Never less than what lives, and at most a tenth above, beside logits."""
     config = run_config(policy)
     weights = dataclasses.replace(config.objective, sparsity=0.0, nmse=bridge, bridge=bridge)
-    config = dataclasses.replace(config, adapter=AdapterConfig(kind=kind), objective=weights)
+    run = dataclasses.replace(config.run, trains=kind)
+    config = dataclasses.replace(config, adapter=AdapterConfig(), objective=weights, run=run)
     shapes = Shapes.of(config, QWEN, TOKENS, "cuda")
     phases, moments = memory.phases(shapes), memory._weights(shapes)["moments"]
     for live, names in zip(
@@ -135,12 +136,12 @@ def lives(
     config: TrainConfig, model_config: Any, shapes: Shapes, tokens: int, dense: bool
 ) -> tuple[int, int]:
     """The most bytes alive in a step's forward and in its backward pass, without moments."""
-    setup = Setup(model_config, config.pair, config.adapter, config.objective, 1, tokens)
+    setup = Setup(model_config, config.pair, config.trained, config.objective, 1, tokens)
     codes = None
-    if sparse := config.adapter.sparse:
+    if sparse := config.n_features > 0:
         codes = [8192.0 if dense else shapes.codes_per_token * 0.999] * LAYERS
     with fake_pair(setup, LAYERS) as pair:
-        model = ReplacementModel.create(pair, config.adapter)
+        model = ReplacementModel.create(pair, config.trained)
         ids = torch.zeros(1, tokens, dtype=torch.int64)
         with LiveBytes() as live:
             for parameter in model.parameters():
@@ -155,7 +156,7 @@ def lives(
     counts = LAYERS * 8192 * 8 * sparse  # of features, in the step's statistics
     gradients = shapes.trained_parameters * shapes.gradient_bytes + counts
     # Of the few weights of norms what remains is mostly the step's numbers.
-    if config.adapter.kind == "norms":
+    if config.run.trains == "norms":
         assert gradients < after - weights < gradients + 8 * 2 * tokens
         return forward, backward
     assert after - weights == pytest.approx(gradients, rel=1e-4)

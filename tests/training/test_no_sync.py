@@ -1,4 +1,4 @@
-"""Beside its one report a step reads nothing from the device."""
+"""A step reads from the device only once, for its report."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from fastadapt.training.logs.metrics import StepGatherer
 from fastadapt.training.loop import TrainingRun
 from fastadapt.training.run_dir import MetricsLog
 
-# Of masked lanes, in interpreted kernels.
+# Interpreted kernels warn about masked lanes.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning:triton")
 
-#: Ops whose result, or whose result's shape, the host has to wait for.
+#: Ops whose result or shape the host must wait for.
 READS = {
     "aten::_local_scalar_dense",
     "aten::nonzero",
@@ -36,12 +36,12 @@ READS = {
 }
 
 
-#: And methods, by which code within an op, which a dispatch mode does not see, would read.
+#: Methods that read inside an op, where a dispatch mode does not see the read.
 METHODS = ("item", "tolist", "nonzero", "__bool__", "__int__", "__float__", "__index__")
 
 
 class NoReads(TorchDispatchMode):
-    """Raises where the host would wait for the device; on a GPU torch watches all copies too."""
+    """Raise where the host would wait for the device; on a GPU torch also watches copies."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if self.watching and func.name() in READS:
@@ -56,9 +56,9 @@ class NoReads(TorchDispatchMode):
         self.watch()
         return super().__enter__()
 
-    def __exit__(self, *told):
+    def __exit__(self, *exception):
         self.lift()
-        return super().__exit__(*told)
+        return super().__exit__(*exception)
 
     def watch(self) -> None:
         self.watching, self.patch = True, pytest.MonkeyPatch()
@@ -76,7 +76,7 @@ class NoReads(TorchDispatchMode):
 
 @pytest.fixture
 def run(tiny_config: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainingRun:
-    """One sequence a batch, kernels and plans as on a GPU."""
+    """A run with one sequence per batch, and with the kernels and layouts of a GPU."""
     on_gpu = functools.partial(linear_kl, implementation="triton")
     monkeypatch.setattr("fastadapt.objective.linear_kl", on_gpu)
     config = tiny_config(
@@ -98,7 +98,7 @@ def run(tiny_config: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_a_step_reads_its_report_and_nothing_else(
     run: TrainingRun, policy: str, codes: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The loop's own step. Its report is one copy, read before the update that depends on it."""
+    """The report is one copy from the device, read before the update that depends on it."""
     changed = dataclasses.replace(run.config.objective, checkpoint=policy)
     run.config = dataclasses.replace(run.config, objective=changed)
     run.log = MetricsLog(run.folder / "metrics.jsonl")
@@ -120,7 +120,7 @@ def test_a_step_reads_its_report_and_nothing_else(
         monkeypatch.setattr(StepGatherer, name, call)
 
     unguarded("report")  # the one copy
-    unguarded("combine")  # of what the host knows: tokens, lengths of buffers
+    unguarded("combine")  # copies host values only: tokens, lengths of buffers
     before = [p.detach().clone() for p in run.model.adapters.parameters()]
     with guard, run.log:
         run.advance()
@@ -139,7 +139,7 @@ def test_a_read_is_seen() -> None:
             read()
 
 
-def test_without_a_plan_the_op_looks_for_itself(run: TrainingRun) -> None:
+def test_without_a_layout_the_op_reads_from_the_device(run: TrainingRun) -> None:
     batch, _ = run.feed.batch(run.feed.train, run.feed.micro_batches(0)[0])
     with NoReads(), pytest.raises((AssertionError, RuntimeError), match=r"reads|synchroniz"):
         objective(run.model, batch, 1, run.config.objective, None)

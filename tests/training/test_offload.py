@@ -1,4 +1,4 @@
-"""Frozen blocks in host memory: the same bits, with only the blocks in use gathered."""
+"""Offload of frozen blocks gives the same bits, and gathers only the blocks in use."""
 
 from __future__ import annotations
 
@@ -25,14 +25,16 @@ CPU = torch.device("cpu")
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    found, passed = load_latest(folder / "checkpoints")
-    assert found is not None
+    checkpoint, passed = load_latest(folder / "checkpoints")
+    assert checkpoint is not None
     assert passed == []
-    return {f"{g}.{n}": t for g, tensors in found.tensors.items() for n, t in tensors.items()}
+    return {f"{g}.{n}": t for g, tensors in checkpoint.tensors.items() for n, t in tensors.items()}
 
 
 @pytest.mark.parametrize("policy", ["none", "attention", "full"])
-def test_the_same_bits_and_a_resume_either_way(tiny_config, tmp_path: Path, policy: str) -> None:
+def test_the_same_bits_and_resumption_with_and_without_offload(
+    tiny_config, tmp_path: Path, policy: str
+) -> None:
     def run(name: str, offload: bool, steps: int, resume: bool = False) -> None:
         config = tiny_config(
             **{
@@ -44,29 +46,30 @@ def test_the_same_bits_and_a_resume_either_way(tiny_config, tmp_path: Path, poli
             }
         )
 
-        def stop_there(record: dict) -> None:
+        def stop_after_steps(record: dict) -> None:
             if record["kind"] == "train" and record["step"] == steps < 6:
                 stop.set()
 
         stop = Event()
-        train(config, resume=resume, sinks=[stop_there], stop=stop)
+        train(config, resume=resume, sinks=[stop_after_steps], stop=stop)
 
-    run("here", False, 6)
-    run("there", True, 6)
+    run("on device", False, 6)
+    run("offloaded", True, 6)
     run("moved", True, 2)
     run("moved", False, 4, resume=True)
     run("moved", True, 6, resume=True)
-    here, there, moved = (weights(tmp_path / name) for name in ("here", "there", "moved"))
-    assert here.keys() == there.keys() == moved.keys()
-    for name, tensor in here.items():
-        assert torch.equal(there[name], tensor), name
+    names = ("on device", "offloaded", "moved")
+    on_device, offloaded, moved = (weights(tmp_path / name) for name in names)
+    assert on_device.keys() == offloaded.keys() == moved.keys()
+    for name, tensor in on_device.items():
+        assert torch.equal(offloaded[name], tensor), name
         assert torch.equal(moved[name], tensor), name
-    ours = (tmp_path / "there" / "adapter" / "layer_1.safetensors").read_bytes()
-    assert ours == (tmp_path / "here" / "adapter" / "layer_1.safetensors").read_bytes()
+    ours = (tmp_path / "offloaded" / "adapter" / "layer_1.safetensors").read_bytes()
+    assert ours == (tmp_path / "on device" / "adapter" / "layer_1.safetensors").read_bytes()
 
 
 def gathered(model: ReplacementModel) -> list[int]:
-    """Blocks whose frozen weights are whole."""
+    """Return the blocks whose frozen weights are gathered."""
     return [
         i
         for i, block in enumerate(model.blocks)
@@ -75,7 +78,7 @@ def gathered(model: ReplacementModel) -> list[int]:
 
 
 @pytest.mark.parametrize("policy", ["none", "full"])
-def test_a_block_is_there_only_while_it_is_walked(policy: str) -> None:
+def test_a_block_is_gathered_only_while_it_runs(policy: str) -> None:
     config, _ = parse_train(
         ["organism", "--pair.offload", "true", "--objective.checkpoint", policy]
     )
@@ -90,7 +93,7 @@ def test_a_block_is_there_only_while_it_is_walked(policy: str) -> None:
         assert gathered(model) == []
         out.loss.backward()
         assert gathered(model) == []
-    # A layer and the one that is fetched ahead of it.
+    # The running block and the prefetched next one.
     assert max(map(len, at_once)) <= 2
     assert {i for blocks in at_once for i in blocks} == {0, 1, 2, 3}
     assert (len(at_once) > forward) == (policy == "full")
@@ -106,10 +109,10 @@ def test_one_process_only(tiny_config) -> None:
         plan(config, gpus=2)
 
 
-def test_the_plan_says_what_is_where() -> None:
+def test_the_plan_moves_offloaded_weights_to_host_memory() -> None:
     config, _ = parse_train(["r1-distill-qwen-7b"])
-    there = dataclasses.replace(config, pair=dataclasses.replace(config.pair, offload=True))
-    full, less = plan(config, "h100"), plan(there, "h100")
+    offloaded = dataclasses.replace(config, pair=dataclasses.replace(config.pair, offload=True))
+    full, less = plan(config, "h100"), plan(offloaded, "h100")
     moved = full.parts["frozen target"] + full.parts["frozen base MLPs"]
     moved -= less.parts["frozen target"]
     assert less.host_bytes == moved

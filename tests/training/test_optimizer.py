@@ -1,4 +1,4 @@
-"""Masters move where bfloat16 would not, the schedule is a function of the step, state returns."""
+"""AdamW on masters: small updates, gradient sums, schedule, and restored state."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def run(optimizer: AdapterOptimizer, seeds: range, rate: float = 1e-3) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_equals_adamw_with_clipping(dtype) -> None:
-    """In bfloat16 without masters: the released code's state, parameters and moments alike."""
+    """bfloat16 without masters has the released code's parameters and moments."""
     ours, theirs = parameters(dtype), parameters(dtype)
     config = OptimizerConfig(clip=0.5, weight_decay=0.1, masters=False)
     optimizer = AdapterOptimizer(ours, config)
@@ -55,7 +55,7 @@ def test_equals_adamw_with_clipping(dtype) -> None:
 
 
 def test_masters_move_where_bfloat16_would_not() -> None:
-    """At rate 1e-6 an update is far below half the spacing (3e-5) of bfloat16 at 0.015."""
+    """At rate 1e-6 an update is far below half the spacing of bfloat16 at 0.015, 3e-5."""
     moved = {}
     for masters in (True, False):
         named = parameters(torch.bfloat16)
@@ -73,7 +73,7 @@ def test_masters_move_where_bfloat16_would_not() -> None:
 
 
 def test_gradients_of_micro_batches_add_up_in_fp32() -> None:
-    """In bfloat16, 256 + 1 is 256; in the master it is 257."""
+    """256 + 1 is 256 in bfloat16 and 257 in the fp32 master."""
     named = {"W": nn.Parameter(torch.ones(3, dtype=torch.bfloat16))}
     optimizer = AdapterOptimizer(named, OptimizerConfig())
     for value in (256.0, 1.0):
@@ -95,7 +95,7 @@ def test_working_copies_are_the_masters_rounded() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("masters", [True, False])
-def test_state_returns_bitwise(dtype: torch.dtype, masters: bool) -> None:
+def test_state_is_restored_bitwise(dtype: torch.dtype, masters: bool) -> None:
     config = OptimizerConfig(masters=masters)
     whole = AdapterOptimizer(parameters(dtype), config)
     run(whole, range(6))
@@ -112,7 +112,7 @@ def test_state_returns_bitwise(dtype: torch.dtype, masters: bool) -> None:
         assert torch.equal(parameter, second.parameters[name])
 
 
-def test_discard_leaves_everything_as_it_was() -> None:
+def test_discard_changes_nothing() -> None:
     named = parameters(torch.bfloat16)
     optimizer = AdapterOptimizer(named, OptimizerConfig())
     run(optimizer, range(2))
@@ -147,7 +147,7 @@ def test_step_without_backward_is_an_error() -> None:
         optimizer.gradient_norm()
 
 
-def test_detach_gives_the_parameters_back() -> None:
+def test_detach_leaves_gradients_in_the_parameters() -> None:
     named = parameters(torch.bfloat16)
     optimizer = AdapterOptimizer(named, OptimizerConfig())
     optimizer.detach()

@@ -1,7 +1,7 @@
-"""A run on several processes is the run on one: same losses, same weights, same checkpoints.
+"""A run on several ranks has the losses, weights and checkpoints of a run on one rank.
 
-Processes are real, started by torchrun, and talk over gloo. Starting them costs seconds, so one
-launch trains many configurations (``rank_runs.py``).
+torchrun starts real processes, which communicate over gloo. A start takes seconds, so one launch
+trains many configurations (``rank_runs.py``).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fastadapt.training.checkpoint import list_checkpoints, load_latest
 from fastadapt.training.checkpoint.tensor_files import Checkpoint
 from fastadapt.training.config import save_config
 from fastadapt.training.run_dir import read_records
-from fastadapt.training.trainer import _check_shares
+from fastadapt.training.trainer import check_shares
 
 PROGRAM = str(Path(__file__).with_name("rank_runs.py"))
 TIMING = {"wall_s", "tokens_per_s"}
@@ -51,7 +51,7 @@ def launch_well(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]
 
 @pytest.fixture
 def written(tiny_config, tmp_path: Path) -> Callable[..., str]:
-    """``written(name, **changes)``: the file of a configuration of a run into folder ``name``."""
+    """``written(name, **changes)`` writes a run's configuration and returns the file's path."""
 
     def write(name: str, **changes: object) -> str:
         config = tiny_config(**{**RUN, **changes, "run.output": str(tmp_path / name)})
@@ -62,15 +62,15 @@ def written(tiny_config, tmp_path: Path) -> Callable[..., str]:
 
 
 def newest(folder: Path) -> Checkpoint:
-    found, passed = load_latest(folder / "checkpoints")
-    assert found is not None
+    checkpoint, passed = load_latest(folder / "checkpoints")
+    assert checkpoint is not None
     assert passed == []
-    return found
+    return checkpoint
 
 
 def steps(folder: Path, kind: str = "train") -> list[dict]:
-    kept = (r for r in read_records(folder / "metrics.jsonl") if r["kind"] == kind)
-    return [{k: v for k, v in record.items() if k not in TIMING} for record in kept]
+    records = (r for r in read_records(folder / "metrics.jsonl") if r["kind"] == kind)
+    return [{k: v for k, v in record.items() if k not in TIMING} for record in records]
 
 
 def flat(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -78,7 +78,7 @@ def flat(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def assert_close(folder: Path, whole: Path, tolerance: float) -> None:
-    """Losses, weights, moments and numbers of the log; counters and the rest are the same."""
+    """Compare weights, moments, running thresholds and log to a tolerance, all else exactly."""
     ours, theirs = newest(folder), newest(whole)
     assert ours.tensors.keys() == theirs.tensors.keys()
     for group in ("weights", "exp_avg", "exp_avg_sq"):
@@ -122,14 +122,14 @@ def assert_same_bits(folder: Path, whole: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["relu", pytest.param("mlp", marks=pytest.mark.slow)])
 def test_two_ranks_from_the_command_line(written, tmp_path: Path, kind: str) -> None:
-    """Two bf16 gradients have one sum in fp32, whichever comes first: the bits are the same."""
+    """The fp32 sum of two bf16 gradients has the same bits in either order."""
     bits = {"pair.dtype": "bfloat16", "optimizer.accumulation": 2, "optimizer.clip": float("inf")}
     short = {"optimizer.max_steps": 3, "run.checkpoint_every": 3}
     bits |= VARIANTS[kind]
     configs = [written(name, **bits, **short) for name in ("two", "one")]
     done = launch_well(2, "-m", "fastadapt", "train", configs[0])
-    told = {"relu": "The adapter recovers", "mlp": "The tuned MLPs recover"}
-    assert done.stdout.count(told[kind]) == 1
+    sentences = {"relu": "The adapter recovers", "mlp": "The tuned MLPs recover"}
+    assert done.stdout.count(sentences[kind]) == 1
     assert done.stderr.count("Loading models and data") == 1
     launch_well(1, PROGRAM, configs[1])
     assert_same_bits(tmp_path / "two", tmp_path / "one")
@@ -147,7 +147,7 @@ def test_two_ranks_from_the_command_line(written, tmp_path: Path, kind: str) -> 
 
 @pytest.fixture
 def gemma_pair(tiny_pair: Path, tmp_path: Path) -> dict[str, str]:
-    """Tied embeddings, scaled; capped logits; a window in every second layer; eager attention."""
+    """A pair with tied and scaled embeddings, capped logits, sliding windows, eager attention."""
     from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
     config = Gemma2Config(
@@ -175,7 +175,7 @@ def gemma_pair(tiny_pair: Path, tmp_path: Path) -> dict[str, str]:
     return {f"pair.{name}": str(tmp_path / "gemma" / name) for name in ("target", "base")}
 
 
-NORMS = {"adapter.kind": "norms", "adapter.n_features": None, "objective.sparsity": 0.0}
+NORMS = {"run.trains": "norms", "adapter.n_features": None, "objective.sparsity": 0.0}
 VARIANTS: dict[str, dict] = {
     "relu": {},
     "topk": {"adapter.activation": "topk", "adapter.k": 3},
@@ -188,7 +188,7 @@ VARIANTS: dict[str, dict] = {
     "short last step": {"optimizer.batch_size": 5, "optimizer.epochs": 3},  # 15 micro-batches
     "no checkpointing": {"objective.checkpoint": "none", "optimizer.accumulation": 8},
     "ranks without a share": {"adapter.n_features": 5},  # rows of 2, 2, 1 and 0 features
-    "mlp": {"adapter.kind": "mlp", "adapter.n_features": None, "objective.sparsity": 0.0},
+    "mlp": {"run.trains": "mlp", "adapter.n_features": None, "objective.sparsity": 0.0},
 }
 
 
@@ -196,8 +196,10 @@ VARIANTS: dict[str, dict] = {
 def test_the_same_steps_on_one_two_and_four_ranks(
     written, gemma_pair, tmp_path: Path, capsys
 ) -> None:
-    """In float64 to 1e-10. In float32, against float64, the error is that of one process: the
-    budget of every implementation, on the maximum and on the RMS."""
+    """Float64 runs agree to 1e-10. Float32 errors against float64 are at most twice one rank's.
+
+    The bound holds for the maximum and for the RMS of the error.
+    """
     variants = {**VARIANTS, "gemma2": gemma_pair}
     names = [name.replace(" ", "-") for name in variants]
     for ranks in (1, 2, 4):
@@ -220,14 +222,17 @@ def test_the_same_steps_on_one_two_and_four_ranks(
         for name in ("relu-1", "single-1", "single-2", "single-4")
     }
     losses = {n: loss[f"single-{n}"] - loss["relu-1"] for n in (1, 2, 4)}
-    eps, told = torch.finfo(torch.float32).eps, []
+    eps, lines = torch.finfo(torch.float32).eps, []
     for n in (2, 4):
-        for of, largest in ((errors, flat(exact).abs().max()), (losses, loss["relu-1"].max())):
+        for by_ranks, largest in (
+            (errors, flat(exact).abs().max()),
+            (losses, loss["relu-1"].max()),
+        ):
             for size in (lambda e: e.abs().max(), lambda e: e.square().mean().sqrt()):
-                told.append(f"{n} ranks {size(of[n]):.1e}, one {size(of[1]):.1e}")
-                assert size(of[n]) <= 2 * (size(of[1]) + eps * largest)
+                lines.append(f"{n} ranks {size(by_ranks[n]):.1e}, one {size(by_ranks[1]):.1e}")
+                assert size(by_ranks[n]) <= 2 * (size(by_ranks[1]) + eps * largest)
     with capsys.disabled():
-        print(f" errors of weights and losses: {'; '.join(told)} ", end="")
+        print(f" errors of weights and losses: {'; '.join(lines)} ", end="")
 
 
 @pytest.mark.slow
@@ -239,7 +244,7 @@ def test_resumed_on_two_four_and_one_ranks(written, tmp_path: Path) -> None:
     launch_well(1, PROGRAM, again)
     resumed = steps(tmp_path / "again", "resume")
     assert [(r["step"], r["ranks"]) for r in resumed] == [(5, 4), (11, 1)]
-    for record in (5, 11):  # the checkpoints of the two stops are this run's alone
+    for record in (5, 11):  # the two stops saved checkpoints
         assert record in [r["step"] for r in steps(tmp_path / "again", "checkpoint")]
     ours, theirs = newest(tmp_path / "again"), newest(tmp_path / "whole")
     for group in ("weights", "exp_avg", "exp_avg_sq", "counters"):
@@ -263,10 +268,10 @@ def test_a_rank_killed_within_a_step_ends_the_run_and_costs_no_checkpoint(
     whole, killed = written("whole", **DOUBLE), written("killed", **DOUBLE)
     done = launch(ranks, PROGRAM, f"{killed}@kill:8")
     assert done.returncode != 0
-    told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(told) == 1, done.stderr[-4000:]
-    assert f"of {ranks} lost another one: a process of the run has ended" in told[0]
-    assert "The checkpoint of step 6 is kept; the same command with --resume" in told[0]
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr[-4000:]
+    assert f"of {ranks} lost another rank: a process of the run has ended" in errors[0]
+    assert "Re-run the same command with --resume to continue from step 6, on any" in errors[0]
     assert "Signal 9 (SIGKILL)" in done.stderr  # torchrun's report
     launch_well(1, PROGRAM, whole, killed)
     assert_close(tmp_path / "killed", tmp_path / "whole", 1e-10)
@@ -277,11 +282,11 @@ def test_a_disk_that_is_full_for_one_rank(written, tmp_path: Path) -> None:
     config = written("run", **DOUBLE)
     done = launch(2, PROGRAM, f"{config}@full:8")
     assert done.returncode != 0
-    told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(told) == 1, done.stderr[-4000:]
-    assert "checkpoint of step 12 could not be written" in told[0]
-    assert "rank 1: File too large" in told[0]
-    assert "The one of step 6 is intact." in told[0]
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr[-4000:]
+    assert "checkpoint of step 12 could not be written" in errors[0]
+    assert "rank 1: File too large" in errors[0]
+    assert "Newest checkpoint: step 6, intact." in errors[0]
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000006"]
     launch_well(2, PROGRAM, config)
     assert newest(tmp_path / "run").step == 20
@@ -289,12 +294,12 @@ def test_a_disk_that_is_full_for_one_rank(written, tmp_path: Path) -> None:
 
 def test_a_step_that_cannot_be_shared_says_which_can(tiny_config) -> None:
     two = Ranks(0, 2)
-    _check_shares(tiny_config(**{"optimizer.accumulation": 4}), two)
+    check_shares(tiny_config(**{"optimizer.accumulation": 4}), two)
     with pytest.raises(UserError, match=r"expected a multiple of 2, got 1; .*batch_size 1 --opt"):
-        _check_shares(tiny_config(), two)
+        check_shares(tiny_config(), two)
     odd = tiny_config(**{"optimizer.batch_size": 3, "optimizer.accumulation": 3})
     with pytest.raises(UserError, match="a step has 9 sequences, which 2 ranks cannot share"):
-        _check_shares(odd, two)
+        check_shares(odd, two)
     norms = tiny_config(**NORMS, **{"optimizer.accumulation": 4})
-    with pytest.raises(UserError, match=r"adapter\.kind norms is for one process"):
-        _check_shares(norms, two)
+    with pytest.raises(UserError, match=r"run\.trains norms is for one process"):
+        check_shares(norms, two)

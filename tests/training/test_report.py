@@ -1,4 +1,4 @@
-"""The report: made from a run directory alone, whole or cut short, and safe to open."""
+"""The report is created from a run directory only, finished or not, and is safe to open."""
 
 import json
 import math
@@ -15,7 +15,7 @@ WINDOW = 100_000
 
 
 def write_run(folder: Path, *, layers: int = 4, steps: int = 600, summary: bool = True) -> Path:
-    """A run directory with the records of `steps` steps of an even, decaying training."""
+    """Write a run directory with the records of `steps` steps of a smoothly decaying training."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(
         f"pair:\n  target: <organism>/target\nrun:\n  seed: 42\n  dead_window: {WINDOW}\n"
@@ -93,7 +93,7 @@ def write_run(folder: Path, *, layers: int = 4, steps: int = 600, summary: bool 
 
 
 class _Page(HTMLParser):
-    """Collects tags and links and checks that every tag that opens closes in order."""
+    """Collect tags and links, and check that all tags are closed in order."""
 
     VOID = frozenset({"meta", "br"})
 
@@ -123,7 +123,7 @@ class _Page(HTMLParser):
         self.text.append(data)
 
 
-def test_a_finished_run_is_told_whole(tmp_path):
+def test_the_report_of_a_finished_run_is_complete(tmp_path):
     path = write_report(write_run(tmp_path / "run"))
     assert path == tmp_path / "run" / "report.html"
     html = path.read_text(encoding="utf-8")
@@ -145,11 +145,11 @@ def test_a_finished_run_is_told_whole(tmp_path):
 
 
 def _dead_in_training(folder: Path) -> tuple[str, list[str]]:
-    """Head and cells of the column of features that are dead in training."""
+    """Return head and cells of the column of features that are dead in training."""
     rows = re.findall(r"<tr>(.*?)</tr>", write_report(folder).read_text(encoding="utf-8"))
-    told = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in rows]
-    first = next(i for i, cells in enumerate(told) if "dead (held-out)" in cells)
-    column = [cells[3] for cells in told[first : first + 5]]
+    table = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in rows]
+    first = next(i for i, cells in enumerate(table) if "dead (held-out)" in cells)
+    column = [cells[3] for cells in table[first : first + 5]]
     return column[0], column[1:]
 
 

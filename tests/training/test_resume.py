@@ -1,4 +1,4 @@
-"""A run that was killed and resumed equals one that was not, to the bit."""
+"""A killed and resumed run has the same bits as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ TIMING = {"wall_s", "tokens_per_s"}
 
 
 def records(folder: Path) -> list[dict]:
-    """What two runs must have in common: all records but those of resuming, without the clock."""
-    kept = [r for r in read_records(folder / "metrics.jsonl") if r["kind"] != "resume"]
-    return [{k: v for k, v in record.items() if k not in TIMING} for record in kept]
+    """Return the records that equal runs share: all but those of resumptions, without times."""
+    shared = [r for r in read_records(folder / "metrics.jsonl") if r["kind"] != "resume"]
+    return [{k: v for k, v in record.items() if k not in TIMING} for record in shared]
 
 
 def assert_same_run(folder: Path, whole: Path) -> None:
@@ -59,7 +59,7 @@ def into(config: TrainConfig, folder: Path) -> TrainConfig:
 
 @pytest.mark.parametrize("kind", ["transcoder", pytest.param("mlp", marks=pytest.mark.slow)])
 def test_killed_at_five_steps_and_resumed_twice(tiny_config, tmp_path: Path, kind: str) -> None:
-    """Steps before the first checkpoint (3), on one, between two, and the last."""
+    """Kill before the first checkpoint (step 3), at one, between two, and at the last step."""
     kills = ["1,2", "3,5", "4,9", "7,8", "10,12"]
     config = tiny_config(**VARIANTS[kind] if kind == "mlp" else {})
     save_config(config, tmp_path / "config.yaml")
@@ -71,7 +71,7 @@ def test_killed_at_five_steps_and_resumed_twice(tiny_config, tmp_path: Path, kin
         folder = tmp_path / name.replace(",", "-")
         assert_same_run(folder, tmp_path / "whole")
         resumed = [r for r in read_records(folder / "metrics.jsonl") if r["kind"] == "resume"]
-        assert resumed  # those of the first resume may lie behind the second one's checkpoint
+        assert resumed  # the second resumption may have dropped the record of the first
 
 
 VARIANTS = {
@@ -90,8 +90,8 @@ VARIANTS = {
         "optimizer.epochs": 2,
     },
     "no checkpointing of blocks": {"objective.checkpoint": "none"},
-    "mlp": {"adapter.kind": "mlp", "adapter.n_features": None, "objective.sparsity": 0.0},
-    "norms": {"adapter.kind": "norms", "adapter.n_features": None, "objective.sparsity": 0.0},
+    "mlp": {"run.trains": "mlp", "adapter.n_features": None, "objective.sparsity": 0.0},
+    "norms": {"run.trains": "norms", "adapter.n_features": None, "objective.sparsity": 0.0},
 }
 
 
@@ -137,7 +137,9 @@ def test_every_sample_is_seen_once(tiny_config, monkeypatch) -> None:
     assert seen != list(range(24))
 
 
-def test_the_newest_whole_checkpoint_is_taken_and_the_others_told(tiny_config, tmp_path) -> None:
+def test_the_newest_intact_checkpoint_is_used_and_damaged_ones_are_recorded(
+    tiny_config, tmp_path
+) -> None:
     config = tiny_config()
     train(config)
     newest = list_checkpoints(tmp_path / "run" / "checkpoints")[-1][1]
@@ -145,15 +147,15 @@ def test_the_newest_whole_checkpoint_is_taken_and_the_others_told(tiny_config, t
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1])
     (tmp_path / "run" / "checkpoints" / ".tmp-12-dead").mkdir()
-    told: list[dict] = []
-    train(config, resume=True, sinks=[told.append])
-    resume = next(record for record in told if record["kind"] == "resume")
+    written: list[dict] = []
+    train(config, resume=True, sinks=[written.append])
+    resume = next(record for record in written if record["kind"] == "resume")
     assert resume["step"] == 9
     assert resume["checkpoint"] == "checkpoints/step-00000009"
     assert [each["path"] for each in resume["passed_over"]] == ["checkpoints/step-00000012"]
     assert "weights.safetensors has" in resume["passed_over"][0]["reason"]
     assert resume["unfinished_saves_removed"] == 1
-    assert weights.read_bytes() == whole  # made anew, to the bit
+    assert weights.read_bytes() == whole  # written again with the same bits
 
 
 def test_no_whole_checkpoint_is_an_error_and_not_a_fresh_start(tiny_config, tmp_path) -> None:
@@ -165,7 +167,7 @@ def test_no_whole_checkpoint_is_an_error_and_not_a_fresh_start(tiny_config, tmp_
         train(config, resume=True)
 
 
-def test_a_run_that_ended_can_be_resumed_to_nothing(tiny_config, tmp_path: Path) -> None:
+def test_resuming_a_finished_run_changes_nothing(tiny_config, tmp_path: Path) -> None:
     config = tiny_config()
     first = train(config)
     before = records(tmp_path / "run")
@@ -176,8 +178,8 @@ def test_a_run_that_ended_can_be_resumed_to_nothing(tiny_config, tmp_path: Path)
     assert {**second, "wall_s": 0} == {**first, "wall_s": 0}
 
 
-def test_an_evaluation_that_was_cut_short_is_made_up_for(tiny_config, tmp_path: Path) -> None:
-    """Stopped within the evaluation of step 5: none is recorded; the resumed run has it."""
+def test_an_interrupted_evaluation_is_repeated(tiny_config, tmp_path: Path) -> None:
+    """Stop during the evaluation of step 5: only the resumed run records the evaluation."""
     config = tiny_config()
     train(into(config, tmp_path / "whole"))
     stop = Event()
@@ -201,7 +203,9 @@ def test_other_data_is_refused(tiny_config, tiny_pair: Path, tmp_path: Path) -> 
         train(config, resume=True)
 
 
-def test_as_much_other_data_is_refused(tiny_config, tiny_pair: Path, tmp_path: Path) -> None:
+def test_other_data_of_the_same_size_is_refused(
+    tiny_config, tiny_pair: Path, tmp_path: Path
+) -> None:
     rows = (tiny_pair / "train.jsonl").read_text().splitlines()
     data = tmp_path / "train.jsonl"
     data.write_text("\n".join(rows))
@@ -212,7 +216,7 @@ def test_as_much_other_data_is_refused(tiny_config, tiny_pair: Path, tmp_path: P
         train(config, resume=True)
 
 
-def test_the_saved_number_of_threads_is_taken_up(tiny_config) -> None:
+def test_the_saved_number_of_threads_is_restored(tiny_config) -> None:
     before, stop = torch.get_num_threads(), Event()
     try:
         torch.set_num_threads(2)
@@ -232,14 +236,15 @@ def test_the_saved_number_of_threads_is_taken_up(tiny_config) -> None:
     ],
 )
 def test_another_origin_is_refused(key, value, message, tiny_config, monkeypatch) -> None:
-    """As if the checkpoint had been saved on another kind of device, or of other revisions."""
+    """Present the checkpoint as saved on another kind of device, or with other revisions."""
     stop = Event()
     train(tiny_config(), stop=stop, sinks=[stop_after(stop, 3)])
     find = trainer.load_latest
 
     def moved(folder):
-        found, passed = find(folder)
-        return dataclasses.replace(found, scalars={**found.scalars, key: value}), passed
+        checkpoint, passed = find(folder)
+        scalars = {**checkpoint.scalars, key: value}
+        return dataclasses.replace(checkpoint, scalars=scalars), passed
 
     monkeypatch.setattr(trainer, "load_latest", moved)
     with pytest.raises(UserError, match=message):
@@ -247,16 +252,18 @@ def test_another_origin_is_refused(key, value, message, tiny_config, monkeypatch
 
 
 def test_weights_of_another_shape_are_refused(tiny_config, tmp_path: Path) -> None:
-    """The configuration was edited along with the command line: the tensors still tell."""
+    """Edit config.yaml to match the command line: the shapes of the tensors still differ."""
     stop = Event()
     train(tiny_config(), stop=stop, sinks=[stop_after(stop, 3)])
     other = tiny_config(**{"adapter.n_features": 40})
     save_config(other, tmp_path / "run" / "config.yaml")
-    with pytest.raises(UserError, match=r"another shape.*expected \(40, 32\).*got \(48, 32\)"):
+    with pytest.raises(
+        UserError, match=r"tensors do not match.*expected \(40, 32\).*got \(48, 32\)"
+    ):
         train(other, resume=True)
 
 
-def test_threads_are_set_as_asked(tiny_config) -> None:
+def test_the_configured_number_of_threads_is_set(tiny_config) -> None:
     before = torch.get_num_threads()
     try:
         train(tiny_config(**{"run.threads": 2, "optimizer.max_steps": 1}))

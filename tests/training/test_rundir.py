@@ -1,4 +1,4 @@
-"""Whose folder a run may write into, and what it may remove there."""
+"""A run writes only into its folder, and removes only files that a run has written."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_folder_of_another_run_is_not_overwritten(tiny_config, tmp_path: Path)
     folder = begin(config)
     (folder / "checkpoints" / "step-00000009").mkdir(parents=True)
     with (
-        pytest.raises(UserError, match=r"holds another run, at step 9\. Go on with it \(--resume"),
+        pytest.raises(UserError, match=r"another run, at step 9\. Resume that run \(--resume"),
         open_run(config, resume=False, overwrite=False),
     ):
         raise AssertionError("never reached")
@@ -77,10 +77,10 @@ def test_overwriting_removes_what_a_run_wrote_and_nothing_else(tiny_config, tmp_
     (folder / "notes.md").write_text("mine")
     (folder / "adapter" / "notes.md").write_text("mine")
     with open_run(config, resume=False, overwrite=True):
-        assert (folder / "summary.json").exists()  # nothing goes before the new run can begin
+        assert (folder / "summary.json").exists()  # until the new run begins
         start_afresh(folder, config)
-    kept = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.name != ".lock")
-    assert kept == ["adapter", "adapter/notes.md", "config.yaml", "notes.md"]
+    names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.name != ".lock")
+    assert names == ["adapter", "adapter/notes.md", "config.yaml", "notes.md"]
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "adapter"])
@@ -114,7 +114,7 @@ def test_an_overwrite_that_fails_leaves_a_run(tiny_config, monkeypatch) -> None:
         start_afresh(folder, config)
 
 
-def test_a_link_that_leads_nowhere_is_told_before_anything_goes(tiny_config, tmp_path) -> None:
+def test_a_dangling_link_is_reported_before_anything_is_removed(tiny_config, tmp_path) -> None:
     config = tiny_config()
     folder = begin(config)
     (folder / "checkpoints").symlink_to(tmp_path / "unmounted")
@@ -127,7 +127,7 @@ def test_a_link_that_leads_nowhere_is_told_before_anything_goes(tiny_config, tmp
     assert (folder / "config.yaml").is_file()
 
 
-def test_records_that_are_none_are_passed_over(tmp_path: Path) -> None:
+def test_lines_that_are_not_records_are_skipped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     deep, long = "[" * 100_000 + "]" * 100_000, "7" * 5000
     lines = ['{"kind": "train", "step": 1}', deep, f'{{"kind": "a", "step": {long}}}']
@@ -139,7 +139,7 @@ def test_records_that_are_none_are_passed_over(tmp_path: Path) -> None:
 def test_resume_needs_a_run_of_the_same_configuration(tiny_config, tmp_path: Path) -> None:
     config = tiny_config()
     for resume, overwrite, message in (
-        (True, False, r"holds no run; leave --resume out"),
+        (True, False, r"holds no run; omit --resume"),
         (True, True, "choose one"),
     ):
         with (
@@ -159,7 +159,9 @@ def test_resume_needs_a_run_of_the_same_configuration(tiny_config, tmp_path: Pat
         assert folder == tmp_path / "run"
 
 
-def test_a_run_killed_before_it_began_is_no_obstacle(tiny_config, tmp_path: Path) -> None:
+def test_the_folder_of_a_run_killed_before_its_first_write_can_be_used(
+    tiny_config, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / ".lock").touch()
@@ -218,12 +220,12 @@ def test_a_folder_that_may_not_be_written(tiny_config, tmp_path: Path, monkeypat
 
 
 def test_records_reach_the_file_and_the_sinks_in_order(tmp_path: Path) -> None:
-    told: list[dict] = []
-    with MetricsLog(tmp_path / "metrics.jsonl", [told.append]) as log:
+    passed: list[dict] = []
+    with MetricsLog(tmp_path / "metrics.jsonl", [passed.append]) as log:
         log.write("train", 1, loss=float("nan"), l0_per_layer=[1.0, float("inf")])
-        assert read_records(tmp_path / "metrics.jsonl") == told  # flushed at once
+        assert read_records(tmp_path / "metrics.jsonl") == passed  # flushed at once
         log.write("eval", 1, kl_adapter=0.5, histogram={"counts": [[1]]})
-    assert told == [
+    assert passed == [
         {"kind": "train", "step": 1, "loss": None, "l0_per_layer": [1.0, None]},
         {"kind": "eval", "step": 1, "kl_adapter": 0.5, "histogram": {"counts": [[1]]}},
     ]
@@ -232,7 +234,7 @@ def test_records_reach_the_file_and_the_sinks_in_order(tmp_path: Path) -> None:
         assert not log.has("eval", 2)
 
 
-def test_what_came_after_a_checkpoint_is_taken_back(tmp_path: Path) -> None:
+def test_records_after_a_checkpoint_are_removed(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     records = [{"kind": "train", "step": step, "loss": 0.1 * step} for step in range(1, 7)]
     text = "".join(json.dumps(record) + "\n" for record in records)
@@ -243,12 +245,12 @@ def test_what_came_after_a_checkpoint_is_taken_back(tmp_path: Path) -> None:
     assert read_records(tmp_path / "none.jsonl") == []
 
 
-def test_a_full_disk_is_told(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl")
     log._file.close()
     log._file = FileIO("/dev/full", "a")
     with pytest.raises(RunError, match=r"No space left.*Make room\. Checkpoints are intact"), log:
-        log.write("train", 1, loss=1.0)  # and closing the log, which comes next, raises nothing
+        log.write("train", 1, loss=1.0)  # closing the log then raises nothing
 
 
 def test_replacing_is_all_or_nothing(tmp_path: Path) -> None:
@@ -266,7 +268,7 @@ def test_replacing_is_all_or_nothing(tmp_path: Path) -> None:
     assert path.read_text() == "new"
 
 
-def test_an_edited_configuration_is_read_with_care(tiny_config, tmp_path: Path) -> None:
+def test_an_unknown_key_in_an_edited_configuration_is_refused(tiny_config, tmp_path: Path) -> None:
     config = tiny_config()
     folder = begin(config)
     save_config(config, folder / "config.yaml")

@@ -1,4 +1,4 @@
-"""Each sink holds exactly the series of ``metrics.jsonl``, also after a crash and a resume."""
+"""Each sink holds exactly the series of ``metrics.jsonl``, also after a crash and resumption."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def of_tensorboard(folder: Path) -> Series:
 
 
 def of_wandb(folder: Path) -> Series:
-    """What the newest offline run holds: that is what is synchronised."""
+    """Return the series of the newest offline run, the one that wandb would synchronise."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     newest = max(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda f: f.stat().st_mtime_ns)
@@ -55,18 +55,18 @@ def of_wandb(folder: Path) -> Series:
 
 
 def leveldb_log(data: bytes) -> Iterator[bytes]:
-    """The records of a file in the format of LevelDB's logs, behind wandb's own seven bytes."""
-    block, header, at, held = 32768, 7, 7, b""
-    while at + header <= len(data):
-        if block - at % block < header:  # too little is left in a block
-            at += block - at % block
+    """Yield the records of a file in LevelDB's log format, after wandb's header of 7 bytes."""
+    block, header, position, record = 32768, 7, 7, b""
+    while position + header <= len(data):
+        if block - position % block < header:  # no header fits into the remainder of a block
+            position += block - position % block
             continue
-        length, kind = struct.unpack_from("<HB", data, at + 4)
-        held += data[at + header : at + header + length]
-        at += header + length
-        if kind in (1, 4):  # whole, or the last part
-            yield held
-            held = b""
+        length, kind = struct.unpack_from("<HB", data, position + 4)
+        record += data[position + header : position + header + length]
+        position += header + length
+        if kind in (1, 4):  # a whole record, or the last fragment of one
+            yield record
+            record = b""
 
 
 def of_trackio(folder: Path) -> Series:
@@ -111,7 +111,7 @@ def crash_at(step: int) -> Callable[[dict], None]:
     return watch
 
 
-def test_a_crash_and_a_resume_leave_one_whole_series(sink, tiny_config) -> None:
+def test_a_crash_and_a_resumption_leave_one_complete_series(sink, tiny_config) -> None:
     config = tiny_config(**{"run.sinks": [sink]})
     folder = Path(config.run.output)
     with pytest.raises(CrashError):
@@ -128,7 +128,7 @@ def test_a_crash_and_a_resume_leave_one_whole_series(sink, tiny_config) -> None:
         assert [v for _, v in got[name]] == pytest.approx([v for _, v in points], rel=1e-6), name
 
 
-def test_a_sink_asked_for_at_the_resume_has_the_whole_history(sink, tiny_config) -> None:
+def test_a_sink_added_at_the_resumption_has_the_whole_history(sink, tiny_config) -> None:
     config = tiny_config()
     folder = Path(config.run.output)
     with pytest.raises(CrashError):
@@ -146,7 +146,7 @@ def test_an_overwrite_starts_the_series_again(sink, tiny_config) -> None:
     train(tiny_config(**{"run.sinks": [sink], "optimizer.max_steps": 2}), overwrite=True)
     if sink != "tensorboard":
         assert (folder / "run-id.txt").read_text() != named
-    if sink != "trackio":  # which keeps runs elsewhere, and the old one there
+    if sink != "trackio":  # which also keeps the old run, in another folder
         assert [step for step, _ in READERS[sink](folder)["train/loss"]] == [1, 2]
         train(tiny_config(**{"optimizer.max_steps": 2}), overwrite=True)
         assert not (folder / sink).exists()

@@ -1,4 +1,4 @@
-"""What a run writes, and what it does with signals, broken batches and too little memory."""
+"""Files of a run, and its behaviour on signals, broken batches, full disks, and low memory."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastadapt.adapter.files import load_adapters
 from fastadapt.errors import RunError, UserError
+from fastadapt.models.trained_files import load_adapters
 from fastadapt.objective import draw_cutoff
 from fastadapt.training import checkpoint as checkpoint_module
 from fastadapt.training import loop, trainer
@@ -28,7 +28,7 @@ from fastadapt.training.trainer import train
 
 @pytest.fixture
 def make_run(tiny_config, tmp_path: Path):
-    """``make_run(**changes)``: a run between steps, with its log open."""
+    """``make_run(**changes)`` returns a run before its first step, with its log open."""
 
     with ExitStack() as logs:
 
@@ -65,9 +65,9 @@ def planted(monkeypatch, steps: set[int], factor: float = math.nan) -> None:
 # --- a whole run ----------------------------------------------------------------------------------
 
 
-def test_what_a_run_leaves(tiny_config, tmp_path: Path) -> None:
-    config, told = tiny_config(), []
-    summary = train(config, sinks=[told.append])
+def test_files_of_a_run(tiny_config, tmp_path: Path) -> None:
+    config, records = tiny_config(), []
+    summary = train(config, sinks=[records.append])
     folder = tmp_path / "run"
     assert sorted(p.name for p in folder.iterdir()) == [
         ".lock",
@@ -80,7 +80,7 @@ def test_what_a_run_leaves(tiny_config, tmp_path: Path) -> None:
     ]
     assert load_config(folder / "config.yaml") == config
     assert [step for step, _ in list_checkpoints(folder / "checkpoints")] == [9, 12]
-    assert read_records(folder / "metrics.jsonl") == told
+    assert read_records(folder / "metrics.jsonl") == records
     written = json.loads((folder / "summary.json").read_text())
     assert {k: v for k, v in summary.items() if k != "report"} == written
     assert Path(summary["report"]).is_file()
@@ -176,24 +176,24 @@ def test_a_pair_that_cannot_be_read_leaves_an_old_run_alone(tiny_config, tmp_pat
 
 
 def test_accumulation_is_the_average_over_sequences(make_run, tiny_config) -> None:
-    """7 sequences as one batch, and as micro-batches of 3, 3 and 1: the same gradient."""
+    """7 sequences have the same gradient as one batch and as micro-batches of 3, 3 and 1."""
     run = make_run(**{"pair.dtype": "float64"})
     gradients = []
     for groups in ([list(range(7))], [[0, 1, 2], [3, 4, 5], [6]]):
         run.feed.micro_batches = lambda step, groups=groups: groups  # type: ignore[method-assign]
         with pytest.MonkeyPatch.context() as patch:
-            kept: dict[str, torch.Tensor] = {}
+            gradient: dict[str, torch.Tensor] = {}
 
-            def keep(rate: float, norm: torch.Tensor, kept=kept) -> None:
-                kept.update({n: p.grad.clone() for n, p in run.optimizer.parameters.items()})
+            def copy_gradient(rate: float, norm: torch.Tensor, gradient=gradient) -> None:
+                gradient.update({n: p.grad.clone() for n, p in run.optimizer.parameters.items()})
                 run.optimizer.discard()
 
-            patch.setattr(run.optimizer, "step", keep)
+            patch.setattr(run.optimizer, "step", copy_gradient)
             run.step = 0
             run.advance()
-        gradients.append(kept)
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-6, atol=1e-12)
+        gradients.append(gradient)
+    for name, whole in gradients[0].items():
+        torch.testing.assert_close(whole, gradients[1][name], rtol=1e-6, atol=1e-12)
     first, second = read_records(run.folder / "metrics.jsonl")
     for name in ("loss", "kl", "nmse", "sparsity", "top1_error"):
         assert first[name] == pytest.approx(second[name], rel=1e-6)
@@ -202,7 +202,7 @@ def test_accumulation_is_the_average_over_sequences(make_run, tiny_config) -> No
 
 
 def test_dead_features_are_counted_in_tokens(make_run) -> None:
-    """A feature that cannot fire is dead once the window has passed, the others never are."""
+    """A feature that cannot fire is dead after the window; features that fire are not."""
     run = make_run(**{"run.dead_window": 60})
     with torch.no_grad():
         run.model.adapters[0].b_enc[5] = -1e6
@@ -282,12 +282,12 @@ def test_too_many_bad_batches_end_the_run(tiny_config, tmp_path: Path, monkeypat
     planted(monkeypatch, {2, 3, 6, 7, 8})
     with pytest.raises(RunError, match=r"step 8: 3 batches in a row.*max_bad_batches=3.*rows \["):
         train(config)
-    found, _ = load_latest(tmp_path / "run" / "checkpoints")
-    assert found is not None
-    assert found.step == 6
-    assert (found.scalars["bad_in_row"], found.scalars["bad_total"]) == (1, 3)
-    assert found.scalars["updates"] == 3
-    summary = train(config, resume=True)  # the planted steps are past
+    checkpoint, _ = load_latest(tmp_path / "run" / "checkpoints")
+    assert checkpoint is not None
+    assert checkpoint.step == 6
+    assert (checkpoint.scalars["bad_in_row"], checkpoint.scalars["bad_total"]) == (1, 3)
+    assert checkpoint.scalars["updates"] == 3
+    summary = train(config, resume=True)  # later calls have no planted loss
     assert (summary["bad_batches"], summary["interrupted"]) == (3, False)
 
 
@@ -295,7 +295,9 @@ def test_too_many_bad_batches_end_the_run(tiny_config, tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_step_saves_and_tells(tiny_config, tmp_path: Path, number) -> None:
+def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(
+    tiny_config, tmp_path: Path, number
+) -> None:
     def sink(record: dict) -> None:
         if (record["kind"], record["step"]) == ("train", 4):
             os.kill(os.getpid(), number)
@@ -308,9 +310,9 @@ def test_a_signal_ends_the_step_saves_and_tells(tiny_config, tmp_path: Path, num
     assert (summary["step"], summary["steps"]) == (4, 12)
     assert Path(summary["checkpoint"]) == tmp_path / "run" / "checkpoints" / "step-00000004"
     assert not (tmp_path / "run" / "adapter").exists()
-    found, _ = load_latest(tmp_path / "run" / "checkpoints")
-    assert found is not None
-    assert found.step == 4
+    checkpoint, _ = load_latest(tmp_path / "run" / "checkpoints")
+    assert checkpoint is not None
+    assert checkpoint.step == 4
 
 
 def test_a_signal_at_a_step_that_is_saved_anyway(tiny_config, tmp_path: Path) -> None:
@@ -325,7 +327,7 @@ def test_a_signal_at_a_step_that_is_saved_anyway(tiny_config, tmp_path: Path) ->
 
 
 def test_the_second_interrupt_interrupts() -> None:
-    # A shell starts what it puts in the background with SIGINT ignored: not the case tested here.
+    # SIGINT is ignored in background processes of a shell; restore the default for this test.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with stop_on_signals(None) as (stopping, caught):
@@ -338,7 +340,7 @@ def test_the_second_interrupt_interrupts() -> None:
         signal.signal(signal.SIGINT, before)
 
 
-def test_another_thread_has_the_event_alone(tiny_config, tmp_path: Path) -> None:
+def test_in_another_thread_only_the_event_stops_a_run(tiny_config, tmp_path: Path) -> None:
     stop, result = threading.Event(), []
     stop.set()
     thread = threading.Thread(target=lambda: result.append(train(tiny_config(), stop=stop)))
@@ -359,13 +361,13 @@ def test_a_full_disk_ends_the_run_with_the_last_checkpoint_intact(
     real, calls = checkpoint_module.save_tensors, iter(range(1000))
 
     def save_tensors(*args: object) -> None:
-        if next(calls) >= 7:  # five files make a set
+        if next(calls) >= 7:  # a checkpoint has five files
             raise OSError(28, "No space left on device")
         real(*args)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint_module, "save_tensors", save_tensors)
-        with pytest.raises(RunError, match=r"step 6.*No space left.*step 3 is intact.*MiB are fr"):
+        with pytest.raises(RunError, match=r"step 6.*No space left.*step 3, intact.*MiB are fr"):
             train(tiny_config())
     assert train(tiny_config(), resume=True)["steps"] == 12
 
@@ -383,16 +385,16 @@ def test_out_of_memory_says_what_would_help(tiny_config, monkeypatch, error: Exc
         raise error
 
     monkeypatch.setattr(loop, "objective", objective)
-    with pytest.raises(RunError) as told:
+    with pytest.raises(RunError) as caught:
         train(tiny_config())
-    message = str(told.value)
+    message = str(caught.value)
     assert "out of memory" in message
-    assert "The plan is" in message
+    assert "The planned peak is" in message
     assert "of host memory are free" in message
     for key in ("data.max_tokens (10000)", "optimizer.batch_size (2", "adapter.n_features (48)"):
         assert key in message
     assert "set pair.dtype to bfloat16" in message
-    assert "objective.checkpoint" not in message  # it is on already
+    assert "objective.checkpoint" not in message  # it is already full
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(tiny_config) -> None:

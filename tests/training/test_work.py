@@ -1,4 +1,4 @@
-"""Operations of a step: by the formulas, linear in depth, fewer than the plain algorithm's."""
+"""FLOPs of a step follow the formulas, are linear in depth, and are below the naive step's."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ D, INNER, F, V, T, L = 3584, 18_944, 8192, 152_064, 7500, 28
 
 
 def paper(**changes: object) -> Setup:
-    """The 7B pair's shapes."""
+    """Return a setup with the shapes of the 7B pair."""
     config = Qwen2Config(
         hidden_size=D,
         intermediate_size=INNER,
@@ -41,7 +41,7 @@ def paper(**changes: object) -> Setup:
 def naive_count(setup: Setup, n_layers: int, cutoff: int) -> float:
     def step(pair, batch) -> None:
         adapters = [
-            TranscoderAdapter(D, setup.adapter, dtype=DTYPES[setup.pair.dtype])
+            TranscoderAdapter(D, setup.trained, dtype=DTYPES[setup.pair.dtype])
             for _ in pair.base_mlps
         ]
         NaiveStep(pair, adapters)(batch.input_ids, cutoff, setup.objective)["loss"].backward()
@@ -50,7 +50,7 @@ def naive_count(setup: Setup, n_layers: int, cutoff: int) -> float:
 
 
 def test_a_layer_by_hand() -> None:
-    """Nothing recomputed, no bridge, dense adapters: products by their shapes."""
+    """Count the products of a layer by their shapes, without recompute and bridges."""
     setup = paper(checkpoint="none", bridge=0)
     layer = count(setup, 3, 0, F) - count(setup, 2, 0, F)
     attention = 2 * T * D * (D + 2 * 512 + D)
@@ -81,7 +81,7 @@ def test_the_plain_step_is_linear_too() -> None:
 
 
 def test_what_is_recomputed() -> None:
-    """Gate and up, never down; attention unless its output is kept; the adapter where dense."""
+    """Gate and up are recomputed, down never, attention under ``full``, dense adapters always."""
     counts = {
         (policy, l0): count(paper(checkpoint=policy, bridge=0), 3, 0, l0)
         - count(paper(checkpoint=policy, bridge=0), 2, 0, l0)
@@ -100,15 +100,15 @@ def test_what_is_recomputed() -> None:
 
 
 def test_the_papers_step_takes_fewer_operations(capsys: pytest.CaptureFixture[str]) -> None:
-    """At L0 10, with checkpointing; beside the plain algorithm's, without it, at every cutoff."""
+    """Compare our step at L0 10 with the naive step, which recomputes nothing."""
     ours = {p: flops_per_step(paper(checkpoint=p), L, 10.0) for p in ("none", "attention", "full")}
     first = flops_per_step(paper(checkpoint="full"), L, F)
     plain = mean_over_cutoffs(lambda depth, k: naive_count(paper(), depth, k), L, 0)
     with capsys.disabled():
-        told = ", ".join(f"{policy} {n / 1e12:.0f}" for policy, n in ours.items())
+        policies = ", ".join(f"{policy} {n / 1e12:.0f}" for policy, n in ours.items())
         print(
             f" TFLOP a step, 7B pair, T=7,500, mean over cutoffs: ours at L0 10, by checkpoint: "
-            f"{told}; dense adapters, full: {first / 1e12:.0f}; plain: {plain / 1e12:.0f} "
+            f"{policies}; dense adapters, full: {first / 1e12:.0f}; plain: {plain / 1e12:.0f} "
         )
     assert ours["full"] <= 900e12
     assert ours["none"] < ours["attention"] < ours["full"] < first < plain

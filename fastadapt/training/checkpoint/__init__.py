@@ -1,10 +1,11 @@
-"""Checkpoints that a kill at any moment cannot spoil.
+"""Checkpoints that are written atomically and verified by checksums.
 
-A set is one folder ``step-00000120/`` of safetensors and JSON files and a ``manifest.json`` with
-the size and SHA-256 of each. It is written as a sibling ``.tmp-step-00000120-<uuid>/``, every file
-is synced, the manifest comes last, and one rename commits it: a set is whole or it is absent. Older
-sets go only after the new one was read back and verified. A checksum is needed because safetensors
-reads a file with a flipped bit without complaint. No file is a pickle.
+A checkpoint is a folder ``step-00000120/`` of safetensors and JSON files, with the size and SHA-256
+of each in ``manifest.json``. It is first written to a sibling folder
+``.tmp-step-00000120-<uuid>/``: every file is synced, the manifest last. One rename then commits it,
+so a checkpoint is either complete or absent, also after a kill. Older checkpoints are removed after
+the new one was read back and verified. Checksums are needed because safetensors reads a file with a
+flipped bit without an error. No file is a pickle.
 """
 
 from __future__ import annotations
@@ -45,18 +46,18 @@ SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 SCALARS = "state.json"
 _STAGED = ".tmp-"
-_SET = re.compile(r"step-(\d{8,})")
+_NAME = re.compile(r"step-(\d{8,})")
 
 
 class FileEntry(TypedDict):
-    """A file of a set, in its manifest."""
+    """Entry of a file in the manifest."""
 
     bytes: Count
     sha256: Sha256
 
 
 class Manifest(TypedDict):
-    """``manifest.json``; ``sha256`` is of all the rest."""
+    """Contents of ``manifest.json``; ``sha256`` is the digest of the other keys."""
 
     schema_version: int
     step: Count
@@ -65,12 +66,12 @@ class Manifest(TypedDict):
 
 
 class CheckpointDamagedError(Exception):
-    """A set does not hold what its manifest says; the message is the reason."""
+    """Raised when a checkpoint differs from its manifest; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class PassedOver:
-    """A set that was not used, and why."""
+    """Checkpoint that does not verify, and the reason."""
 
     path: Path
     reason: str
@@ -85,41 +86,41 @@ def save_checkpoint(
     keep: int = 2,
     ranks: Ranks = ALONE,
 ) -> Path:
-    """Write the set of ``step`` and remove all but the newest ``keep`` sets up to it.
+    """Write the checkpoint of ``step``, then remove all but the newest ``keep`` up to that step.
 
     Args:
-        folder: the run's ``checkpoints/`` folder, made if absent.
-        step: optimiser steps done, >= 0.
-        tensors: group -> name -> tensor (any device and dtype, no two sharing memory).
-        scalars: JSON values, written to ``state.json``; no NaN or infinity.
-        keep: how many sets stay, >= 1, the new one counted.
-        ranks: all of them must call this. Each writes its shares of what is shared out; the rest
-            is rank 0's.
+        folder: the run's ``checkpoints/`` folder, created if absent.
+        step: number of optimiser steps, >= 0.
+        tensors: tensors by group and name (any device and dtype, no two sharing memory).
+        scalars: JSON values without NaN or infinity, written to ``state.json``.
+        keep: number of checkpoints that stay, >= 1, including the new one.
+        ranks: ranks of the run, which must all call this function. Each writes its shards of
+            sharded tensors; rank 0 writes everything else.
 
     Returns:
-        The folder of the committed set.
+        The folder of the committed checkpoint.
 
     Raises:
-        RunError: the set could not be written (no space, no permission, read-only); earlier sets
-            are as they were. Also where a verified set of this step is already there.
+        RunError: the checkpoint could not be written (no space, no permission, read-only), or a
+            verified checkpoint of this step exists. Earlier checkpoints are unchanged.
     """
     if keep < 1:
         raise ValueError(f"keep: expected at least 1 checkpoint, got {keep}")
-    shared, whole = tensor_files.split(tensors)
+    sharded, whole = tensor_files.split(tensors)
     final = folder / f"step-{step:08d}"
 
     def stage() -> Path:
         staged = staged_beside(final)
-        with _told(folder, step, staged):
+        with _disk_errors(folder, step, staged):
             make_folder(folder)
             staged.mkdir()
         return staged
 
     def complete() -> Path:
-        with _told(folder, step, staged):
+        with _disk_errors(folder, step, staged):
             if len(list(staged.iterdir())) < files:
                 raise OSError(
-                    f"{files} ranks wrote their shares, and rank 0 sees fewer files: run.output "
+                    f"{files} ranks wrote their shards, and rank 0 sees fewer files: run.output "
                     "must be on a file system that all machines share"
                 )
             _write_set(staged, step, whole, scalars)
@@ -131,21 +132,21 @@ def save_checkpoint(
         except CheckpointDamagedError as error:
             raise RunError(
                 f"checkpoint {final} does not read back as it was written: {error}. Older "
-                "checkpoints were kept. Check the disk, then go on with --resume."
+                "checkpoints were kept. Check the disk, then re-run the command with --resume."
             ) from error
         _prune(folder, step, keep)
         return final
 
     staged, files = ranks.on_main(stage), 0
-    if shared:
-        with _told(folder, step, staged):
-            files = tensor_files.write_shares(staged, shared, ranks)
+    if sharded:
+        with _disk_errors(folder, step, staged):
+            files = tensor_files.write_shards(staged, sharded, ranks)
     return ranks.on_main(complete)
 
 
 @contextmanager
-def _told(folder: Path, step: int, staged: Path) -> Iterator[None]:
-    """Turn what goes wrong on the disk into a :class:`RunError`; nothing staged is left."""
+def _disk_errors(folder: Path, step: int, staged: Path) -> Iterator[None]:
+    """Turn errors of the disk into a :class:`RunError`, and remove the staged folder."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -154,17 +155,17 @@ def _told(folder: Path, step: int, staged: Path) -> Iterator[None]:
 
 
 def verify_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a set's manifest and check every file against it.
+    """Read a checkpoint's manifest and check every file against it.
 
     Returns:
         The manifest.
 
     Raises:
-        CheckpointDamagedError: with the reason: anything missing, or of another size, SHA-256, step
-            or schema.
+        CheckpointDamagedError: a file is missing or has another size or SHA-256, or the manifest
+            has another step or schema version.
     """
     manifest = _read_json(path, MANIFEST)
-    if manifest.get("sha256") != _manifest_digest(manifest):
+    if manifest.get("sha256") != manifest_digest(manifest):
         raise CheckpointDamagedError(f"{MANIFEST} does not match its own SHA-256")
     if manifest.get("schema_version") != SCHEMA_VERSION:
         raise CheckpointDamagedError(
@@ -179,11 +180,11 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointDamagedError(
             f"{MANIFEST} is of step {manifest['step']}, not of {path.name}"
         )
-    held = {file.name for file in path.glob("*.safetensors")}
-    if SCALARS not in manifest["files"] or not any(name in held for name in manifest["files"]):
+    present = {file.name for file in path.glob("*.safetensors")}
+    if SCALARS not in manifest["files"] or not any(name in present for name in manifest["files"]):
         raise CheckpointDamagedError(f"{MANIFEST}: files: expected {SCALARS} and tensors")
-    if more := sorted(held - manifest["files"].keys()):
-        raise CheckpointDamagedError(f"{more[0]} is not one of the files in {MANIFEST}")
+    if extra := sorted(present - manifest["files"].keys()):
+        raise CheckpointDamagedError(f"{extra[0]} is not one of the files in {MANIFEST}")
     for name, expected in manifest["files"].items():
         try:
             size, digest = file_digest(inside(path, name, source=MANIFEST))
@@ -201,10 +202,10 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def load_latest(folder: Path) -> tuple[Checkpoint | None, list[PassedOver]]:
-    """Find the newest set that verifies.
+    """Return the newest checkpoint that verifies.
 
     Returns:
-        The checkpoint (None where no set verifies) and the newer sets that were passed over.
+        The checkpoint, or None if none verifies; and the newer checkpoints that do not verify.
     """
     passed: list[PassedOver] = []
     for step, path in reversed(list_checkpoints(folder)):
@@ -220,15 +221,15 @@ def load_latest(folder: Path) -> tuple[Checkpoint | None, list[PassedOver]]:
 
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """Return ``(step, path)`` of every set in the folder, oldest first, verified or not."""
+    """Return ``(step, path)`` of every checkpoint, oldest first, without verifying any."""
     if not folder.is_dir():
         return []
-    found = ((_SET.fullmatch(path.name), path) for path in folder.iterdir())
-    return sorted((int(match[1]), path) for match, path in found if match)
+    matches = ((_NAME.fullmatch(path.name), path) for path in folder.iterdir())
+    return sorted((int(match[1]), path) for match, path in matches if match)
 
 
 def sweep(folder: Path) -> list[Path]:
-    """Remove what an interrupted save left behind; return what was removed."""
+    """Remove incomplete folders that interrupted saves left; return their paths."""
     if not folder.is_dir():
         return []
     stale = sorted(path for path in folder.iterdir() if path.name.startswith(_STAGED))
@@ -244,29 +245,30 @@ def _write_set(
     scalars: Mapping[str, Any],
 ) -> None:
     for group, members in tensors.items():
-        called = tensor_files.named({group: members})
-        save_tensors(called, staged / f"{group}.safetensors")
+        save_tensors(tensor_files.named({group: members}), staged / f"{group}.safetensors")
     (staged / SCALARS).write_text(json.dumps(dict(scalars), allow_nan=False, sort_keys=True))
     files = {}
     for path in sorted(staged.iterdir()):
         size, digest = file_digest(path)
         files[path.name] = {"bytes": size, "sha256": digest}
     manifest: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "step": step, "files": files}
-    manifest["sha256"] = _manifest_digest(manifest)
+    manifest["sha256"] = manifest_digest(manifest)
     (staged / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
 
 def _commit(staged: Path, final: Path) -> None:
-    """Rename the staged set into place. A damaged set in its place goes first, a good one stays."""
+    """Rename the staged checkpoint to its final name, after removing a damaged one of that name.
+
+    Raises:
+        FileExistsError: a verified checkpoint of that name exists.
+    """
     if final.exists():
         try:
             verify_checkpoint(final)
         except CheckpointDamagedError:
             _discard(final)
         else:
-            raise FileExistsError(
-                errno.EEXIST, "a verified checkpoint of this step is there", final
-            )
+            raise FileExistsError(errno.EEXIST, "a verified checkpoint of this step exists", final)
     os.rename(staged, final)
 
 
@@ -278,31 +280,31 @@ def _prune(folder: Path, step: int, keep: int) -> None:
     except OSError as error:
         raise RunError(
             f"checkpoint of step {step} was saved, but an older one could not be removed: {error}. "
-            f"Remove it from {folder} by hand, then go on with --resume."
+            f"Remove the older one from {folder}, then re-run the command with --resume."
         ) from error
 
 
 def _discard(path: Path) -> None:
-    """Remove a set; the rename comes first, so that no half-removed set bears a set's name."""
+    """Remove a checkpoint, renamed first so that no incomplete one has a checkpoint's name."""
     doomed = staged_beside(path)
     os.rename(path, doomed)
     _delete(doomed)
 
 
 def _delete(path: Path) -> None:
-    """Remove a folder; of a link to one, which lies elsewhere by someone's choice, the link."""
+    """Remove a folder, or a link to a folder without the folder itself."""
     path.unlink() if path.is_symlink() else shutil.rmtree(path)
 
 
 def _why_not_saved(folder: Path, step: int, error: Exception) -> str:
     committed = list_checkpoints(folder)
-    kept = f"The one of step {committed[-1][0]} is intact." if committed else "There is none yet."
-    advice = "See to the folder and its disk"
+    newest = f"step {committed[-1][0]}, intact" if committed else "none"
+    advice = "Check the folder and its disk"
     if is_full(error):
         advice = f"{free_space(folder)} are free: make room, or lower run.keep_checkpoints"
     return (
-        f"checkpoint of step {step} could not be written to {folder}: {error}. {kept} {advice}, "
-        "then go on with --resume."
+        f"checkpoint of step {step} could not be written to {folder}: {error}. Newest checkpoint: "
+        f"{newest}. {advice}, then re-run the command with --resume."
     )
 
 
@@ -316,6 +318,7 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
     return values
 
 
-def _manifest_digest(manifest: Mapping[str, Any]) -> str:
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a manifest without its own ``sha256``."""
     body = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

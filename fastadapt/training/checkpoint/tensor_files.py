@@ -1,9 +1,10 @@
-"""The tensors of a checkpoint: written by one process or by every rank, read by any number of them.
+"""Tensor files of a checkpoint, written by one rank or by all, and read by any number of ranks.
 
-In the files a tensor is called ``group.name``. One process writes a file per group. Where tensors
-are shared out over ranks, PyTorch's distributed checkpoint writes a safetensors file per rank that
-holds its shares, and in the file's metadata where in the whole each belongs. Its reader takes both,
-and of each file only what it needs. Its default format, which is a pickle, is not used anywhere.
+A tensor has the name ``group.name`` in the files. One process writes a file per group. For tensors
+that are sharded over ranks, PyTorch's distributed checkpoint writes a safetensors file per rank.
+The file holds the rank's shards, and its metadata their offsets in the whole tensor. PyTorch's
+reader accepts both kinds of files and reads only the parts that it needs. Its default format, a
+pickle, is not used.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ Groups = Mapping[str, Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified set: its JSON scalars, and where its tensors are."""
+    """Verified checkpoint: its step, its folder and its JSON scalars."""
 
     step: int
     path: Path
@@ -36,39 +37,39 @@ class Checkpoint:
 
     @cached_property
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """All tensors by group and name, whole, in host memory."""
+        """All tensors by group and name, unsharded, in host memory."""
         return read(self.path)
 
     def read(self, like: Groups) -> dict[str, dict[str, Tensor]]:
-        """The same, but of what is shared out over ranks in ``like`` only this rank's shares."""
+        """Return the tensors; of those that are sharded in ``like``, only this rank's shards."""
         return read(self.path, like)
 
 
 def named(groups: Groups) -> dict[str, Tensor]:
-    """The tensors of ``groups`` as they are called in the files."""
+    """Return the tensors of ``groups`` by their names in the files."""
     return {
         f"{group}.{name}": t for group, tensors in groups.items() for name, t in tensors.items()
     }
 
 
 def split(groups: Groups) -> tuple[Groups, Groups]:
-    """Groups whose tensors are shared out over ranks, and groups of which every rank has all."""
-    shared = {
+    """Return the groups with sharded tensors, and the other groups."""
+    sharded = {
         group: tensors
         for group, tensors in groups.items()
         if any(isinstance(tensor, DTensor) for tensor in tensors.values())
     }
-    return shared, {group: t for group, t in groups.items() if group not in shared}
+    return sharded, {group: t for group, t in groups.items() if group not in sharded}
 
 
-def write_shares(folder: Path, groups: Groups, ranks: Ranks) -> int:
-    """Write this rank's shares into ``folder``, which is there; all ranks must take part.
+def write_shards(folder: Path, groups: Groups, ranks: Ranks) -> int:
+    """Write this rank's shards into an existing folder; all ranks must call this function.
 
     Returns:
-        How many files the ranks wrote together.
+        The number of files that all ranks wrote.
 
     Raises:
-        OSError: a rank, not always this one, could not write.
+        OSError: this or another rank could not write.
     """
     import torch.distributed.checkpoint as dcp
 
@@ -80,19 +81,19 @@ def write_shares(folder: Path, groups: Groups, ranks: Ranks) -> int:
         if isinstance(error, OSError):
             raise OSError(error.errno, f"rank {rank}: {error.strerror}") from failed
         raise OSError(f"rank {rank}: {error}") from failed
-    shares = (t.to_local() for t in named(groups).values() if isinstance(t, DTensor))
-    files = torch.tensor(int(any(share.numel() for share in shares)))
+    shards = (t.to_local() for t in named(groups).values() if isinstance(t, DTensor))
+    files = torch.tensor(int(any(shard.numel() for shard in shards)))
     ranks.all_reduce_sum(files)
     return int(files)
 
 
 def read(folder: Path, like: Groups | None = None) -> dict[str, dict[str, Tensor]]:
-    """Every tensor in the files of ``folder``, by group and name.
+    """Read the tensors in the files of ``folder``, by group and name.
 
     Args:
-        folder: files of one process or of any number of ranks.
-        like: what is shared out here over ranks: of a tensor of the same name, shape and dtype, the
-            same share is read, to its device. All others are read whole, to host memory.
+        folder: folder with the files of one process or of any number of ranks.
+        like: tensors of this rank. For a sharded tensor of the same name, shape and dtype, the same
+            shard is read to its device. All other tensors are read unsharded to host memory.
 
     Raises:
         TensorError, SafetensorError, OSError: a file is damaged.
@@ -101,46 +102,46 @@ def read(folder: Path, like: Groups | None = None) -> dict[str, dict[str, Tensor
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     reader = dcp.HuggingFaceStorageReader(str(folder))
-    mine = named(like or {})
-    found = {}
-    with _refusing_odd_shares(folder):
-        described = reader.read_metadata().state_dict_metadata
-    for key, held in described.items():
-        assert isinstance(held, TensorStorageMetadata)
-        shape, dtype, own = held.size, held.properties.dtype, mine.get(key)
-        if isinstance(own, DTensor) and (own.shape, own.dtype) == (shape, dtype):
-            found[key] = torch.empty_like(own)
+    local = named(like or {})
+    tensors = {}
+    with _damage_explained(folder):
+        metadata = reader.read_metadata().state_dict_metadata
+    for key, entry in metadata.items():
+        assert isinstance(entry, TensorStorageMetadata)
+        shape, dtype, shard = entry.size, entry.properties.dtype, local.get(key)
+        if isinstance(shard, DTensor) and (shard.shape, shard.dtype) == (shape, dtype):
+            tensors[key] = torch.empty_like(shard)
         else:
-            found[key] = torch.empty(shape, dtype=dtype)
-    with warnings.catch_warnings(), _refusing_odd_shares(folder):
-        # Every rank reads for itself: where shares lie is in the files.
+            tensors[key] = torch.empty(shape, dtype=dtype)
+    with warnings.catch_warnings(), _damage_explained(folder):
+        # Ranks read without communication: the files hold the offsets of all shards.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(found, storage_reader=reader, no_dist=True)
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
     groups: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in found.items():
+    for key, tensor in tensors.items():
         group, _, name = key.partition(".")
         groups.setdefault(group, {})[name] = tensor
     return groups
 
 
 def check_headers(folder: Path) -> None:
-    """Read what the files say of their tensors.
+    """Read the headers of the files, without their tensors.
 
     Raises:
-        TensorError: a file is no safetensors file, or does not say where its shares belong.
+        TensorError: a file is not a safetensors file, or lacks the offsets of its shards.
     """
     import torch.distributed.checkpoint as dcp
 
     for file in sorted(folder.glob("*.safetensors")):
         with open_tensors(file):
             pass
-    with _refusing_odd_shares(folder):
+    with _damage_explained(folder):
         dcp.HuggingFaceStorageReader(str(folder)).read_metadata()
 
 
 @contextmanager
-def _refusing_odd_shares(folder: Path) -> Iterator[None]:
-    """Turn what PyTorch's reader raises on misshapen metadata of shares into a TensorError."""
+def _damage_explained(folder: Path) -> Iterator[None]:
+    """Turn errors of PyTorch's reader on malformed metadata of shards into a TensorError."""
     from torch.distributed.checkpoint import CheckpointException
 
     try:
@@ -152,4 +153,4 @@ def _refusing_odd_shares(folder: Path) -> Iterator[None]:
         if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error):
             raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise TensorError(f"the tensors of {folder} cannot be put together: {reason}") from error
+        raise TensorError(f"{folder}: the tensors' metadata is malformed: {reason}") from error

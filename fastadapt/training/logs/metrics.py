@@ -1,6 +1,6 @@
-"""What a step tells: terms of the loss, L0, dead features; gathered on the device, read at once.
+"""Metrics of a training step: loss terms, L0, dead features, codes of each call.
 
-L layers, F features.
+The metrics are gathered on the device and read in one copy. L layers, F features.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from fastadapt.kernels.transcoder import CodeLayout
 from fastadapt.objective import ObjectiveOutput
 from fastadapt.training.code_capacity import Call
 
-#: Edges of the histogram of feature density: log10 of the share of tokens on which a feature fires.
+#: Edges of the density histogram: log10 of the share of tokens on which a feature fires.
 DENSITY_EDGES = [-7 + i / 4 for i in range(29)]
 
 
-_STATISTICS = ("n_active", "n_tokens", "n_codes", "min_active")  # of a call; 0-d each
+_STATISTICS = ("n_active", "n_tokens", "n_codes", "min_active")  # 0-d statistics of a call
 
 
 class StepReport(NamedTuple):
-    """A step's numbers, on the host.
+    """Metrics of a step on the host.
 
     Attributes:
         terms: the objective's metrics, averaged over the step's sequences.
         losses: the loss of each micro-batch.
-        grad_norm: of the summed gradient, before clipping.
-        l0_per_layer: active features per token; empty where what is trained has none.
-        dead_per_layer: features that have not fired within the dead window; likewise.
-        calls: every call of a transcoder: ``[micro-batch][layer]``.
+        grad_norm: norm of the summed gradient before clipping.
+        l0_per_layer: active features per token; empty for a baseline.
+        dead_per_layer: features that did not fire within the dead window; empty for a baseline.
+        calls: the transcoders' calls, ``[micro-batch][layer]``.
     """
 
     terms: dict[str, float]
@@ -45,38 +45,41 @@ class StepReport(NamedTuple):
 
     @property
     def finite(self) -> bool:
-        """Whether the losses and the gradient are numbers that a step may be made of."""
+        """Whether all losses and the gradient are finite, so that the step may be applied."""
         return all(map(math.isfinite, (self.grad_norm, *self.losses)))
 
     @property
     def broken(self) -> list[int]:
-        """The micro-batches whose loss is not finite."""
+        """Indices of the micro-batches whose loss is not finite."""
         return [i for i, loss in enumerate(self.losses) if not math.isfinite(loss)]
 
 
 class StepGatherer:
-    """Collects the micro-batches of one optimiser step without waiting for the device.
+    """Gather the metrics of one optimiser step's micro-batches without waiting for the device.
 
-    Every rank adds its share of them, then all call :meth:`combine`; from there on each has the
-    whole step, in the order in which one process would have gone through it.
+    Every rank adds its micro-batches. Then all ranks call :meth:`combine`, after which each has the
+    metrics of the whole step, in the order of a run on one rank.
 
     Args:
-        ranks: those that share the step.
+        ranks: ranks that share the step.
     """
 
     def __init__(self, ranks: Ranks = ALONE) -> None:
         self._ranks = ranks
         self._names: list[str] = []
         self._n_streams: list[int] = []  # [L]
-        self._rows: list[Tensor] = []  # per micro-batch: terms, loss, whether it fits, statistics
-        self._known: list[list[int]] = []  # tokens, capacities [L], of those added here
+        self._rows: list[Tensor] = []  # per micro-batch: terms, whether valid, loss, statistics
+        self._host_rows: list[list[int]] = []  # per micro-batch: tokens, capacities [L]
         self._fired: list[Tensor] = []  # bool [L, F]
 
     def add(self, out: ObjectiveOutput, weight: float, tokens: int) -> None:
-        """Take a micro-batch of ``tokens`` tokens, the share ``weight`` of the step's sequences.
+        """Add a micro-batch.
 
-        One of weight 0 is a repeat that does not count
-        (:meth:`fastadapt.distributed.ranks.Ranks.shard`).
+        Args:
+            out: result of the objective.
+            weight: share of the step's sequences; 0 for a repeated micro-batch that does not count
+                (:meth:`fastadapt.distributed.ranks.Ranks.shard`).
+            tokens: number of tokens without padding.
         """
         self._names = list(out.metrics)
         self._n_streams = [call.n_streams for call in out.calls]
@@ -94,45 +97,46 @@ class StepGatherer:
             *(_stacked([getattr(s, name) for s in stats], loss) for name in _STATISTICS),
         ]
         self._rows.append(torch.cat([column.double() for column in columns]))
-        self._known.append([tokens, *capacities])
+        self._host_rows.append([tokens, *capacities])
         self._fired.append(_stacked([s.fired for s in stats], loss).bool())
 
     def combine(self, n_micro_batches: int) -> None:
-        """Put the shares of all ranks together: ``n_micro_batches`` in all."""
+        """Gather the ``n_micro_batches`` micro-batches of all ranks."""
         n_layers = len(self._n_streams)
         sizes = [len(self._names), 1, 1, *(n_layers for _ in _STATISTICS)]
         rows = self._ranks.interleave(torch.stack(self._rows))[:n_micro_batches]
         self._terms, self._fits, self._loss, *statistics = rows.split(sizes, dim=1)
         self._statistics = dict(zip(_STATISTICS, statistics, strict=True))
-        self._known = self._ranks.interleave(torch.tensor(self._known))[:n_micro_batches].tolist()
+        host_rows = self._ranks.interleave(torch.tensor(self._host_rows))
+        self._host_rows = host_rows[:n_micro_batches].tolist()
 
     @property
     def tokens(self) -> int:
-        """Tokens of the step."""
-        return sum(tokens for tokens, *_ in self._known)
+        """Number of tokens of the step."""
+        return sum(tokens for tokens, *_ in self._host_rows)
 
     def fired(self) -> Tensor:
-        """Bool [L, F]: features that fired on some token of the step; [0] where there are none."""
+        """Return bool [L, F], true for features that fired in the step; [0] for a baseline."""
         return self._ranks.all_reduce_or(torch.stack(self._fired).any(0))
 
     def valid(self, grad_norm: Tensor) -> Tensor:
-        """0-d bool on the device: :attr:`StepReport.finite`, and no call overflows its plan."""
+        """Return a 0-d bool on the device: all is finite and no call overflows its layout."""
         return self._fits.bool().all() & grad_norm.isfinite()
 
     def min_active(self) -> Tensor:
-        """[L]: smallest active value, averaged over micro-batches; NaN where nothing fired."""
+        """Return [L], the smallest active value, averaged over micro-batches; NaN if none fired."""
         return self._statistics["min_active"].nanmean(0)
 
     def report(self, grad_norm: Tensor, dead_L: Tensor) -> StepReport:
-        """Read everything in one copy from the device."""
-        of = self._statistics
+        """Read all metrics in one copy from the device."""
+        statistics = self._statistics
         parts = [
             self._terms.sum(0),
             self._loss,
             grad_norm,
-            of["n_active"].sum(0) / of["n_tokens"].sum(0).clamp(min=1),
+            statistics["n_active"].sum(0) / statistics["n_tokens"].sum(0).clamp(min=1),
             dead_L,
-            of["n_codes"],
+            statistics["n_codes"],
         ]
         sizes = [part.numel() for part in parts]
         flat = torch.cat([part.double().flatten() for part in parts]).cpu().split(sizes)
@@ -140,22 +144,24 @@ class StepGatherer:
         counts = map(int, codes)
         calls = [
             [
-                Call(_plan(capacity), n_streams * tokens, next(counts))
+                Call(_layout(capacity), n_streams * tokens, next(counts))
                 for capacity, n_streams in zip(capacities, self._n_streams, strict=True)
             ]
-            for tokens, *capacities in self._known
+            for tokens, *capacities in self._host_rows
         ]
         named = dict(zip(self._names, terms, strict=True))
         return StepReport(named, losses, norm[0], l0, [int(n) for n in dead], calls)
 
 
 class DeadFeatures:
-    """Training tokens since each feature last fired; dead are those beyond the window.
+    """Counters of the training tokens since each feature last fired.
+
+    A feature is dead if its counter has reached the window.
 
     Args:
-        shape: (L, F); (0,) where what is trained has no features.
-        window: in tokens.
-        device: of the counters.
+        shape: (L, F); (0,) for a baseline.
+        window: number of tokens.
+        device: device of the counters.
     """
 
     def __init__(self, shape: tuple[int, ...], window: int, device: torch.device) -> None:
@@ -163,20 +169,21 @@ class DeadFeatures:
         self.since_LF = torch.zeros(shape, dtype=torch.int64, device=device)
 
     def update(self, fired_LF: Tensor, tokens: int, counted: Tensor) -> None:
-        """Count a step of ``tokens`` tokens, unless ``counted`` (0-d bool) is false."""
+        """Count a step of ``tokens`` tokens if ``counted`` (0-d bool on the device) is true."""
         after = (self.since_LF + tokens).masked_fill(fired_LF, 0)
         self.since_LF = torch.where(counted, after, self.since_LF)
 
     def per_layer(self) -> Tensor:
-        """int64 [L]: dead features per layer."""
+        """Return int64 [L], the dead features of each layer; [0] for a baseline."""
         return (self.since_LF >= self.window).sum(-1) if len(self.since_LF) else self.since_LF
 
 
 def evaluation_record(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What of an evaluation goes into ``metrics.jsonl``.
+    """Return the record of an evaluation in ``metrics.jsonl``.
 
-    The density of single features becomes a histogram per layer, and the counts of held-out data
-    get names of their own, since ``tokens`` means training tokens in every record.
+    The densities of the features become a histogram per layer. The counts of held-out data are
+    renamed to ``eval_tokens`` and ``eval_sequences``, since ``tokens`` are training tokens in every
+    record.
     """
     record = {key: value for key, value in values.items() if key != "feature_density"}
     for name in ("tokens", "sequences"):
@@ -188,7 +195,17 @@ def evaluation_record(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def density_histogram(density: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """``{"log10_edges": [n + 1], "counts": [L][n]}``; features that never fired are not in it."""
+    """Return ``{"log10_edges": [n + 1], "counts": [L][n]}``, without features that never fired.
+
+    Args:
+        density: per layer and feature, the share of tokens on which the feature fired.
+
+    Example:
+        >>> histogram = density_histogram([[0.0, 0.01, 0.01]])
+        >>> edges, counts = histogram["log10_edges"], histogram["counts"]
+        >>> len(edges) - len(counts[0]), edges[counts[0].index(2)]
+        (1, -2.0)
+    """
     edges = torch.tensor(DENSITY_EDGES, dtype=torch.float64)
     counts = []
     for shares in density:
@@ -200,15 +217,15 @@ def density_histogram(density: Sequence[Sequence[float]]) -> dict[str, Any]:
 
 
 def _stacked(tensors: list[Tensor], like: Tensor) -> Tensor:
-    """``[L, ...]``; of no layers, where nothing that is trained has features, ``[0]``."""
+    """Return the tensors as ``[L, ...]``; ``[0]`` for a baseline, which has none."""
     return torch.stack(tensors) if tensors else like.new_zeros(0)
 
 
 def _capacity(plan: CodeLayout | None) -> int:
-    """Of the buffers of a call; -1 where they are as long as they have to be."""
+    """Return the capacity of a call's code buffers; -1 if it is unbounded."""
     return -1 if plan is None or plan.dense or plan.capacity is None else plan.capacity
 
 
-def _plan(capacity: int) -> CodeLayout | None:
-    """What of a call's plan is still of interest: whether it was too small."""
+def _layout(capacity: int) -> CodeLayout | None:
+    """Return a layout with the capacity that :func:`_capacity` returned."""
     return None if capacity < 0 else CodeLayout(False, capacity)

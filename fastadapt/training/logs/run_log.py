@@ -1,10 +1,10 @@
-"""Reading of run directories: records by kind, final numbers, comparison table."""
+"""Reader of run directories: records by kind, final numbers, comparison table."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from typing_extensions import TypedDict
 
@@ -19,9 +19,10 @@ from fastadapt.io.documents import (
 )
 from fastadapt.io.names import has_file, inside
 from fastadapt.reporting.formatting import number, percent
+from fastadapt.training.config import Trained
 from fastadapt.training.run_dir import CONFIG, METRICS, SUMMARY, Record, read_records
 
-#: Name of the trained part in tables, by ``adapter.kind``.
+#: Name of the trained part in tables, by ``run.trains``.
 TRAINED = {"transcoder": "adapter", "mlp": "tuned MLPs", "norms": "refit norms"}
 
 
@@ -30,16 +31,16 @@ _PerLayer = list[_Value] | None
 
 
 class Histograms(TypedDict, total=False):
-    """Counts of features by density, per layer."""
+    """Number of features by density, per layer."""
 
     log10_edges: list[Finite]
     counts: list[list[Count]]
 
 
 class Measures(TypedDict, total=False):
-    """Types of the shown values of a record or a summary; other keys are ignored."""
+    """Types of the displayed values of a record or a summary; other keys are ignored."""
 
-    adapter_kind: Literal["transcoder", "mlp", "norms"]
+    adapter_kind: Trained
     loss: _Value
     kl: _Value
     kl_adapter: _Value
@@ -76,13 +77,13 @@ class Measures(TypedDict, total=False):
 
 @dataclass
 class RunLog:
-    """The contents of a run directory; parts of an unfinished run may be empty.
+    """Contents of a run directory; parts of an unfinished run may be empty.
 
     Attributes:
         folder: the run directory.
         train, evals: one record per step, in order of steps.
-        events: every other record, in order of writing.
-        summary: ``summary.json``, empty before the end of the run.
+        events: all other records, in order of writing.
+        summary: contents of ``summary.json``; empty before the end of the run.
         config: ``config.yaml`` as text.
     """
 
@@ -95,14 +96,14 @@ class RunLog:
 
     @property
     def result(self) -> Record:
-        """The final numbers: the summary, or the last evaluation of a run without one."""
+        """Final numbers: the summary or, before it exists, the last evaluation."""
         start = next((event for event in self.events if event["kind"] == "start"), {})
         kind = {key: start[key] for key in ("adapter_kind",) if key in start}
         return {**kind, **(self.evals[-1] if self.evals else {}), **self.summary}
 
     @property
     def dead_window(self) -> int | None:
-        """``run.dead_window`` in training tokens; None where neither file records it."""
+        """``run.dead_window`` in training tokens; None if neither file records it."""
         window = self.summary.get("dead_window")
         if window is None:
             try:
@@ -115,7 +116,7 @@ class RunLog:
     def dead_in_training(self) -> list[int]:
         """Per layer, features that fired on none of the last `dead_window` training tokens.
 
-        Empty while fewer tokens than the window were seen, when none can have been silent for it.
+        Empty before the run has trained on that number of tokens.
         """
         counted = (r for r in (self.summary, *reversed(self.train)) if r.get("dead_per_layer"))
         last = next(counted, {})
@@ -127,12 +128,12 @@ class RunLog:
 
 
 def read_run(run_dir: str | Path) -> RunLog:
-    """Read a run directory; of a step that was recorded twice the last record counts.
+    """Read a run directory. If a step was recorded twice, its last record counts.
 
     Raises:
         FileNotFoundError: `run_dir` is not a directory.
         DocumentError: the summary or a record holds a value of another type.
-        UserError: the configuration is a link that leads out of the run.
+        UserError: the configuration is a link to a file outside the run.
     """
     folder = Path(run_dir)
     if not folder.is_dir():
@@ -150,13 +151,13 @@ def read_run(run_dir: str | Path) -> RunLog:
     if has_file(folder / SUMMARY):
         run.summary = read_json(folder / SUMMARY, Measures)
     if has_file(folder / CONFIG):
-        config = read_bytes(inside(folder, CONFIG, source=str(folder)))  # it is shown as it is
+        config = read_bytes(inside(folder, CONFIG, source=str(folder)))
         run.config = config.decode("utf-8", errors="replace")
     return run
 
 
 def comparison(result: Record) -> tuple[list[str], list[list[str]]]:
-    """Return head and rows of the table hybrid, trained part, target.
+    """Return head and rows of the table that compares hybrid, trained part and target.
 
     ``result`` is a summary or an evaluation record. The target's errors are 0 by definition.
     """

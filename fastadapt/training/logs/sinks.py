@@ -1,9 +1,9 @@
 """Metric sinks beside ``metrics.jsonl``: TensorBoard, Weights & Biases, trackio.
 
-A sink is a view of ``metrics.jsonl``. When it is opened it is given every record that stands there,
-then those to come, and what it held before is dropped or, where it cannot be taken back (a server's
-series only grow), met again under the same numbers. So a resumed run continues its series without a
-gap or a second value, and a sink asked for only at the resume has the whole history.
+A sink is a copy of ``metrics.jsonl``. A new sink first gets all records in the file, then each new
+record. Its earlier contents are deleted, or, on a server whose series only grow, skipped by their
+row numbers. A resumed run therefore continues its series without gaps or repeated values, and a
+sink that is added at the resumption has the whole history.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from fastadapt.io.atomic import disk_errors, replacing
 from fastadapt.io.names import has_file
 from fastadapt.training.config import TrainConfig, to_dict
 from fastadapt.training.run_dir import (
-    GO_ON,
     METRICS,
+    RESUME_HINT,
     RUN_ID,
     TENSORBOARD,
     Record,
@@ -33,16 +33,16 @@ from fastadapt.training.run_dir import (
 )
 
 PROJECT = "fastadapt"
-#: Kinds of records that are series, in their order within a step.
+#: Kinds of records that sinks get, in their order within a step.
 SERIES = ("train", "eval")
 _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
 
 
 def check_sinks(names: tuple[str, ...]) -> None:
-    """Refuse sinks whose package is not installed.
+    """Check that the packages of the sinks are installed.
 
     Raises:
-        UserError: naming the extra to install.
+        UserError: a package is not installed; names the extra to install.
     """
     for name in names:
         if importlib.util.find_spec(_PACKAGES[name]) is None:
@@ -54,26 +54,30 @@ def check_sinks(names: tuple[str, ...]) -> None:
 
 @contextmanager
 def open_sinks(config: TrainConfig, folder: Path) -> Iterator[list[Sink]]:
-    """The sinks of ``run.sinks``; each opens with the first record, and is closed at the end."""
+    """Yield the sinks of ``run.sinks``. Each opens at its first record and closes at the end."""
     check_sinks(config.run.sinks)
     with ExitStack() as stack:
         yield [_Lazy(OPENERS[name], config, folder, stack) for name in config.run.sinks]
 
 
 def scalars(record: Record) -> dict[str, float]:
-    """The numbers of a record as ``kind/name``; those of a list as ``kind/name/index``.
+    """Return the numbers of a record as ``kind/name``, those of a list as ``kind/name/index``.
 
-    What is null (not finite) or no number is left out.
+    Values that are null (not finite) or not a number are omitted.
+
+    Example:
+        >>> scalars({"kind": "train", "step": 3, "loss": 0.5, "l0_per_layer": [2.0, None]})
+        {'train/loss': 0.5, 'train/l0_per_layer/0': 2.0}
     """
-    found: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     for name, value in record.items():
         if name in ("kind", "step"):
             continue
         parts = enumerate(value) if isinstance(value, list) else [("", value)]
         for i, part in parts:
             if isinstance(part, (int, float)) and not isinstance(part, bool):
-                found[f"{record['kind']}/{name}" + (f"/{i}" if i != "" else "")] = part
-    return found
+                numbers[f"{record['kind']}/{name}" + (f"/{i}" if i != "" else "")] = part
+    return numbers
 
 
 #: Writes the numbers of a record of a series.
@@ -81,7 +85,7 @@ _Write = Callable[[Record], None]
 
 
 class _Lazy:
-    """Opens its sink at the first record, so that processes without records open none."""
+    """Sink that opens at its first record, so that ranks without records open none."""
 
     def __init__(
         self,
@@ -94,11 +98,11 @@ class _Lazy:
         self._write: _Write | None = None
 
     def __call__(self, record: Record) -> None:
-        new = [record]
+        records = [record]
         if self._write is None:
             self._write = self._opener(*self._arguments)
-            new = read_records(self._folder / METRICS)  # ends with this record
-        for each in new:
+            records = read_records(self._folder / METRICS)  # ends with this record
+        for each in records:
             if each["kind"] in SERIES:
                 self._write(each)
 
@@ -106,10 +110,10 @@ class _Lazy:
 def _tensorboard(config: TrainConfig, folder: Path, stack: ExitStack) -> _Write:
     from torch.utils.tensorboard import SummaryWriter
 
-    place = folder / TENSORBOARD
-    for old in place.glob("events.out.tfevents.*"):
+    logs = folder / TENSORBOARD
+    for old in logs.glob("events.out.tfevents.*"):
         old.unlink()
-    writer = SummaryWriter(str(place))
+    writer = SummaryWriter(str(logs))
     stack.callback(writer.close)
 
     def write(record: Record) -> None:
@@ -137,8 +141,8 @@ def _wandb(config: TrainConfig, folder: Path, stack: ExitStack) -> _Write:
     stack.callback(run.finish)
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
-    # A row has a number of its own by step and kind: rows of a run that is gone on with are met
-    # again under the numbers they have, and skipped, since a series there only grows.
+    # The row number follows from step and kind. On a resumption, rows that the server already has
+    # are skipped by their number, since its series only grow.
     first = run.step if run.resumed else 0
 
     def write(record: Record) -> None:
@@ -154,8 +158,8 @@ def _trackio(config: TrainConfig, folder: Path, stack: ExitStack) -> _Write:
 
     name = f"{folder.resolve().name}-{_run_id(folder)}"
     project = os.environ.get("TRACKIO_PROJECT", PROJECT)
-    with contextlib.redirect_stdout(sys.stderr):  # results alone go to standard output
-        with contextlib.suppress(ValueError):  # what it says of a project without a run
+    with contextlib.redirect_stdout(sys.stderr):  # standard output is for results only
+        with contextlib.suppress(ValueError):  # raised for a project without runs
             for old in trackio.Api().runs(project):
                 if old.name == name:
                     old.delete()
@@ -169,14 +173,14 @@ def _trackio(config: TrainConfig, folder: Path, stack: ExitStack) -> _Write:
 
 
 def _run_id(folder: Path) -> str:
-    """Return the name of a run among runs of many folders: 8 hexadecimal digits, drawn once.
+    """Return the run's identifier on servers: 8 hexadecimal digits, drawn once and saved.
 
     Raises:
-        UserError: the file holds something else.
+        UserError: the file holds another text.
     """
     file = folder / RUN_ID
     if not has_file(file):
-        with disk_errors(file, GO_ON), replacing(file) as staged:
+        with disk_errors(file, RESUME_HINT), replacing(file) as staged:
             staged.write_text(uuid.uuid4().hex[:8] + "\n")
     with file.open("rb") as opened:
         name = opened.read(10).decode("utf-8", errors="replace")

@@ -159,8 +159,8 @@ def predict(config: TrainConfig, planned: ResourceEstimate) -> Prediction:
     target, adapter = _target(config), config.adapter
     objective = dataclasses.replace(config.objective, checkpoint=planned.checkpoint)
     size = config.optimizer.batch_size
-    setup = Setup(target, config.pair, adapter, objective, size, planned.mean_tokens)
-    l0 = None if not adapter.sparse else L0 if adapter.k is None else float(adapter.k)
+    setup = Setup(target, config.pair, config.trained, objective, size, planned.mean_tokens)
+    l0 = None if not config.n_features else L0 if adapter.k is None else float(adapter.k)
     micro_batch = flops_per_step(setup, target.num_hidden_layers, l0)
     per_step = micro_batch * config.optimizer.accumulation
     step_s = per_step / planned.device.flops_per_s / planned.gpus
@@ -229,7 +229,7 @@ def remedies(config: TrainConfig, planned: ResourceEstimate) -> Iterator[tuple[s
     }
     if n == 1:
         tried["pair.offload true"] = _with(config, "pair", offload=True)
-    if fewer := config.adapter.features // 2:
+    if fewer := config.n_features // 2:
         tried[f"adapter.n_features {fewer}"] = _with(config, "adapter", n_features=fewer)
     found = {name: peak(changed) for name, changed in tried.items()}
     found[f"data.max_tokens {tokens // 2}"] = peak(config, tokens // 2)

@@ -21,6 +21,7 @@ from torch import nn
 from fastadapt.adapter.module import AdapterConfig
 from fastadapt.batch import Batch
 from fastadapt.kernels.flops import register_flop_formulas
+from fastadapt.models.baselines import Baseline
 from fastadapt.models.pair import DTYPES, ModelPair, PairConfig
 from fastadapt.models.pretrained import ARCHITECTURES
 from fastadapt.models.recompute import ATTENTION_OPS
@@ -34,13 +35,13 @@ class Setup:
 
     Attributes:
         target: transformers' configuration of the target; the base's MLPs have its sizes.
-        pair, adapter, objective: as in a run's configuration.
+        pair, trained, objective: as in a run's configuration.
         sequences, tokens: B and T of the batch, without padding.
     """
 
     target: Any
     pair: PairConfig
-    adapter: AdapterConfig
+    trained: AdapterConfig | Baseline
     objective: ObjectiveConfig
     sequences: int
     tokens: int
@@ -85,7 +86,7 @@ def count(setup: Setup, n_layers: int, cutoff: int, codes_per_token: float | Non
     """
 
     def step(pair: ModelPair, batch: Batch) -> None:
-        model = ReplacementModel.create(pair, setup.adapter)
+        model = ReplacementModel.create(pair, setup.trained)
         expected = None if codes_per_token is None else [codes_per_token] * n_layers
         objective(model, batch, cutoff, setup.objective, expected).loss.backward()
 

@@ -81,7 +81,7 @@ class Shapes:
         layers = getattr(getattr(model, paths.decoder), paths.layers)
         mlp = getattr(layers[0], paths.mlp)
         dtype = DTYPES[config.pair.dtype]
-        d, f, kind = target.hidden_size, config.adapter.features, config.adapter.kind
+        d, f, kind = target.hidden_size, config.n_features, config.run.trains
         head = getattr(target, "head_dim", None) or d // target.num_attention_heads
         wide, low = dtype.itemsize, dtype.itemsize < FP32
         attention = paths.attention if config.pair.attention == "auto" else config.pair.attention

@@ -105,6 +105,6 @@ def test_neurons_need_to_be_told_how_many_count(
 
 
 def test_what_has_no_features_is_refused(make_pair: Callable[..., Any]) -> None:
-    tuned = ReplacementModel.create(make_pair("qwen2"), AdapterConfig(kind="mlp"))
+    tuned = ReplacementModel.create(make_pair("qwen2"), "mlp")
     with pytest.raises(UserError, match="no features"):
         ModelActivations(tuned)

@@ -1,0 +1,108 @@
+"""Read the weights that a run trained: transcoders, or those of a baseline.
+
+:func:`fastadapt.adapter.files.save_adapters` writes both. The weights of a baseline have the kind
+``mlp`` or ``norms`` (:mod:`fastadapt.models.baselines`). Their ``fastadapt.json`` also lists the
+shapes of every layer's tensors.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastadapt.adapter.files import (
+    CARD,
+    TRANSCODER,
+    Card,
+    layer_readers,
+    read_card,
+    transcoder_readers,
+)
+from fastadapt.errors import UserError
+from fastadapt.io.documents import Count, check
+from fastadapt.io.tensors import read_tensors
+from fastadapt.models.baselines import TUNED, TunedWeights
+
+KINDS = (TRANSCODER, *TUNED)
+
+
+class TunedCard(Card):
+    """``fastadapt.json`` of a baseline: also the shapes of each layer's tensors, by name."""
+
+    tensors: list[dict[str, list[Count]]]
+
+
+def read_adapters(
+    folder: str | os.PathLike[str],
+) -> tuple[list[Callable[[], nn.Module]], dict[str, Any]]:
+    """Read a folder of trained weights, one layer at a time.
+
+    Returns:
+        A function for every layer that reads its weights, layer 0 first; and the contents of
+        ``fastadapt.json``, of which ``adapter`` (of transcoders only) is an
+        :class:`~fastadapt.adapter.module.AdapterConfig`.
+
+    Raises:
+        UserError: no adapters in the folder, or a damaged file.
+    """
+    path = Path(folder)
+    card, card_file = read_card(path), str(path / CARD)
+    kind = card["kind"]
+    if kind not in KINDS:
+        raise UserError(f"{card_file}: kind must be one of {', '.join(KINDS)}, got {kind!r:.80}")
+    if kind == TRANSCODER:
+        return list(transcoder_readers(path, card)), card
+    if card["additive"] is not False:
+        raise UserError(f"{card_file}: 'additive' must be false for {kind}")
+    check(card, TunedCard, card_file)
+    if len(card["tensors"]) != card["n_layers"]:
+        raise UserError(
+            f"{card_file}: tensors: expected {card['n_layers']} layers, each with the shapes "
+            f"of its tensors by name, got {len(card['tensors'])}"
+        )
+    return list(layer_readers(path, card, _read_tuned)), card
+
+
+def load_adapters(
+    folder: str | os.PathLike[str],
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[nn.ModuleList, dict[str, Any]]:
+    """Load the adapters of a folder, layer 0 first, and their metadata.
+
+    Every tensor is checked for NaN and infinity, which costs one pass over the weights.
+
+    Args:
+        folder: as :func:`fastadapt.save_adapters` writes it.
+        device: device of the weights; the CPU by default.
+        dtype: dtype of the parameters; that of the files by default. The running threshold of
+            ``batch_topk`` keeps its dtype.
+
+    Raises:
+        UserError: a file or tensor is missing, unexpected, of another shape or an integer type, or
+            holds a number that is not finite. The message names it.
+    """
+    layers, card = read_adapters(folder)
+    adapters = nn.ModuleList()
+    for read in layers:
+        adapter = read()
+        if dtype is not None:
+            for parameter in adapter.parameters():
+                parameter.data = parameter.data.to(dtype)
+        adapters.append(adapter.to(device))
+    return adapters, card["metadata"]
+
+
+def _read_tuned(file: Path, layer: int, card: Mapping[str, Any]) -> TunedWeights:
+    tensors = read_tensors(file, card["tensors"][layer], finite=True)
+    try:
+        return TUNED[card["kind"]](card["d_in"], tensors)
+    except (KeyError, AttributeError) as error:  # torch's, for a name that no parameter can have
+        reason = str(error.args[0]) if error.args else type(error).__name__
+        raise UserError(f"{file}: a tensor is not called as a parameter is: {reason}") from None
