@@ -1,1 +1,1 @@
-"""One-off science: the recipe of the embedded pair, the study, the runs of the README."""
+"""One-off experiments: the embedded pair's recipe, the feature study, the README's runs."""

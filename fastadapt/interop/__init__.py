@@ -1,1 +1,1 @@
-"""Other projects' formats, one file each; read and written without those projects."""
+"""Read and write other projects' formats, one module per format, without those projects."""

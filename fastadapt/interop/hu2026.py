@@ -1,13 +1,12 @@
-"""The checkpoints published with arXiv 2602.20904: read, written, and turned into adapters alone.
+"""Read and write the checkpoints published with arXiv 2602.20904, and convert their adapters.
 
-They are full Qwen2 checkpoints (``Qwen2ForCausalLMWithTranscoder``): attention, norms, embeddings
-and head of the target, MLPs of the base, and beside each MLP ``transcoder_enc.{weight [F, D], bias
-[F]}`` and ``transcoder_dec.{weight [D, F], bias [D]}``, whose decoder lies the other way round than
-ours. That is the replacement: the target's own MLPs are not among it, so whoever wants the target
-mode names the target too.
+A published checkpoint is a full Qwen2 checkpoint (``Qwen2ForCausalLMWithTranscoder``). It holds
+attention, norms, embeddings and head of the target, the MLPs of the base, and for each MLP
+``transcoder_enc.{weight [F, D], bias [F]}`` and ``transcoder_dec.{weight [D, F], bias [D]}``. The
+decoder weight is the transpose of this library's ``W_dec``. The target's MLPs are not stored, so
+the mode ``target`` needs the target's checkpoint as well.
 
-Nothing is ever in memory twice: tensors are read one at a time, and written one shard at a time.
-F features, D width.
+Tensors are read one at a time and written one shard at a time. F features, D width.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from fastadapt.adapter.files import read_transcoders, save_adapters
 from fastadapt.adapter.module import TranscoderAdapter
 from fastadapt.errors import UserError
 from fastadapt.interop.hu2026_format import (
-    adapters_of,
+    iter_adapters,
     published_config,
     published_tensors,
     write_published,
@@ -60,23 +59,23 @@ def load(
     attention: str = "auto",
     device: str = "auto",
 ) -> ReplacementModel:
-    """A published checkpoint as a replacement model, its adapters frozen in no way.
+    """Load a published checkpoint as a replacement model with trainable adapters.
 
     Args:
         source: the checkpoint: a local folder or a hub id.
-        target: the fine-tuned model that it was made from, of which the MLPs are read, and whose
-            other weights are compared with the checkpoint's. Without it there is no target mode
-            (and no objective): calls in it are a :class:`UserError`.
+        target: the fine-tuned model that the checkpoint was built from. Its MLPs are loaded, and
+            its other weights are compared with the checkpoint's. If None, calls in the mode
+            ``target`` (and the objective) raise :class:`UserError`.
         revision, target_revision: branch, tag or commit on the hub.
-        dtype: of all weights (``bfloat16``, ``float32``, ...); the checkpoint's if not given.
+        dtype: dtype of all weights (``bfloat16``, ``float32``, ...); None is the checkpoint's.
         attention, device: as in :class:`PairConfig`.
 
     Raises:
-        UserError: no such checkpoint, or one that lacks a tensor or has one too many.
-        PairMismatchError: the target is another model than the checkpoint was made from.
+        UserError: the checkpoint cannot be read, or a tensor is missing or unexpected.
+        PairMismatchError: the checkpoint was built from another target.
     """
     config = published_config(source, revision)
-    held = published_tensors(source, revision)
+    tensors = published_tensors(source, revision)
     stored = str(config.dtype or torch.float32).removeprefix("torch.")
     pair = PairConfig(
         target or source,
@@ -85,39 +84,45 @@ def load(
         revision,
         dtype=dtype or stored,
     )
-    on, wide = choose_device(device), DTYPES[pair.dtype]
+    place, weight_dtype = choose_device(device), DTYPES[pair.dtype]
     paths = ARCHITECTURES["qwen2"]
     model = load_causal_lm(
         source,
         revision,
-        device=on,
-        dtype=wide,
-        attention=choose_attention(attention, on, wide, paths.attention)[0],
+        device=place,
+        dtype=weight_dtype,
+        attention=choose_attention(attention, place, weight_dtype, paths.attention)[0],
         trust=False,
         role="checkpoint",
-        besides=held,
+        besides=tensors,
     )
     blocks = model.model.layers
     base_mlps = nn.ModuleList(block.mlp for block in blocks)
-    own: Any = [None] * len(blocks)
+    target_mlps: Any = [None] * len(blocks)
     if target is not None:
-        theirs = model_config(target, target_revision, trust=False)
-        check_configs(theirs, config)
+        target_config = model_config(target, target_revision, trust=False)
+        check_configs(target_config, config)
         _check_shared(target, target_revision, lazy_tensors(source, revision, "checkpoint"))
-        own = load_mlps(
-            target, target_revision, theirs, device=on, dtype=wide, trust=False, role="target"
+        target_mlps = load_mlps(
+            target,
+            target_revision,
+            target_config,
+            device=place,
+            dtype=weight_dtype,
+            trust=False,
+            role="target",
         )
-    for block, mlp in zip(blocks, own, strict=True):
+    for block, mlp in zip(blocks, target_mlps, strict=True):
         block.mlp = mlp
     adapters = nn.ModuleList(
-        adapter.to(device=on, dtype=wide) for adapter in adapters_of(source, config, held)
+        adapter.to(device=place, dtype=weight_dtype)
+        for adapter in iter_adapters(source, config, tensors)
     )
-    tokens, at = (source, revision) if target is None else (target, target_revision)
     return ReplacementModel(
         ModelPair(
             target=model,
             base_mlps=base_mlps,
-            tokenizer=load_tokenizer(tokens, at, trust=False),
+            tokenizer=load_tokenizer(pair.target, pair.target_revision, trust=False),
             config=pair,
             paths=paths,
             revisions={"base": getattr(config, "_commit_hash", None)},
@@ -137,29 +142,32 @@ def save(
     """Write a replacement model of a Qwen2 pair as a published checkpoint.
 
     Args:
-        model: its adapters are ReLU ones.
-        folder: new or empty, or with ``overwrite`` an export and nothing else.
-        like: a published checkpoint of which ``config.json``, the division into shards, tokenizer
-            and generation settings are kept: what was read from it and not changed is written as
-            the same bytes. Else they follow from the model's own and ``shard_bytes``.
-        shard_bytes: of a shard at most.
-        overwrite: replace an export that is there, once the new one is on the disk.
+        model: a replacement model with ReLU adapters.
+        folder: a new or empty folder, or with ``overwrite`` an export.
+        like: a published checkpoint whose ``config.json``, division into shards, tokenizer and
+            generation settings are copied. A model loaded from this checkpoint and not changed is
+            written as the same bytes. If None, these files derive from the model.
+        shard_bytes: largest size of a shard in bytes, if ``like`` is None.
+        overwrite: replace an existing export after the new one is on disk.
 
     Raises:
-        UserError: an architecture or activation that the format cannot say, or a folder in use.
-        RunError: the folder cannot be written; it is as it was.
+        UserError: the format does not support the architecture or activation, or the folder is in
+            use.
+        RunError: the folder cannot be written; it is left as it was.
     """
     first = model.adapters[0]
     if not isinstance(first, TranscoderAdapter):
         kind = getattr(first, "kind", type(first).__name__)
         raise UserError(
-            f"the published format is for transcoder adapters; this model's are of kind {kind!r}"
+            "the published format is for transcoder adapters; this model's adapters are of kind "
+            f"{kind!r}"
         )
+    # named_parameters lists a tied weight once, state_dict under each of its names.
     untied = {name for name, _ in model.model.named_parameters()}
     write_published(
         folder,
         {
-            name.replace(".mlp.base.", ".mlp."): partial(_itself, tensor)
+            name.replace(".mlp.base.", ".mlp."): partial(_to_cpu, tensor)
             for name, tensor in model.model.state_dict().items()
             if name in untied and ".mlp.target." not in name
         },
@@ -181,14 +189,20 @@ def to_adapters(
     base: str | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write the adapters of a published checkpoint, by themselves, in this library's format.
+    """Convert the adapters of a published checkpoint to this library's format.
 
-    ``target`` and ``base`` are recorded as the pair that they belong to; without a base it is the
-    checkpoint itself, which holds the base's MLPs. ``folder`` and ``overwrite`` as in :func:`save`.
+    Args:
+        source, revision: the published checkpoint.
+        folder, overwrite: as in :func:`save`.
+        target, base: the pair to record with the adapters. Without a base, the checkpoint itself is
+            recorded, since it holds the base's MLPs.
+
+    Raises:
+        UserError: the checkpoint cannot be read, lacks a tensor, or the folder is in use.
     """
     check_output(Path(folder), overwrite=overwrite)
     config = published_config(source, revision)
-    held = published_tensors(source, revision)
+    tensors = published_tensors(source, revision)
     commit = getattr(config, "_commit_hash", None)
     metadata = {
         "target": target,
@@ -196,7 +210,7 @@ def to_adapters(
         "revisions": {"target": None, "base": None if base else commit},
         "published": {"checkpoint": source, "revision": commit},
     }
-    save_adapters(adapters_of(source, config, held), folder, metadata)
+    save_adapters(iter_adapters(source, config, tensors), folder, metadata)
 
 
 def from_adapters(
@@ -210,19 +224,23 @@ def from_adapters(
     shard_bytes: float = SHARD_BYTES,
     overwrite: bool = False,
 ) -> None:
-    """Write a folder of adapters and the pair that they belong to as a published checkpoint.
+    """Write a folder of adapters and their pair as a published checkpoint, from files only.
 
-    Works on files alone. ``folder``, ``like``, ``overwrite`` and errors as in :func:`save`.
+    Args:
+        adapters: a folder written by :func:`fastadapt.save_adapters`.
+        target, base: folders or hub ids of the pair.
+        revisions: revisions with the keys ``target`` and ``base``.
+        folder, like, shard_bytes, overwrite: as in :func:`save`, which also lists the errors.
     """
-    at = revisions or {}
+    revisions = revisions or {}
     layers, _ = read_transcoders(adapters, "the published format")
-    config = read_json(target, CONFIG, at.get("target"))
+    config = read_json(target, CONFIG, revisions.get("target"))
     if len(layers) != config.get("num_hidden_layers"):
         raise UserError(
-            f"{adapters}: {len(layers)} layers of adapters, but target {target} has "
-            f"{config.get('num_hidden_layers')}"
+            f"{adapters}: expected one adapter per layer of target {target} "
+            f"({config.get('num_hidden_layers')}), got {len(layers)}"
         )
-    tensors = replacement_tensors(target, base, at)
+    tensors = replacement_tensors(target, base, revisions)
     tensors |= adapter_tensors(layers, ARCHITECTURES["qwen2"])
     write_published(
         folder,
@@ -230,28 +248,28 @@ def from_adapters(
         config,
         layers[0](),
         companions=target,
-        revision=at.get("target"),
+        revision=revisions.get("target"),
         like=like,
         shard_bytes=shard_bytes,
         overwrite=overwrite,
     )
 
 
-def _check_shared(target: str, revision: str | None, held: Mapping[str, Lazy]) -> None:
-    """Compare all that a checkpoint should have of its target, the precision aside."""
+def _check_shared(target: str, revision: str | None, published: Mapping[str, Lazy]) -> None:
+    """Raise unless the weights outside the MLPs equal the target's, in the checkpoint's dtype."""
     differing = []
     for name, read in lazy_tensors(target, revision, "target").items():
         if ".mlp." in name:
             continue
-        theirs = held[name]() if name in held else None
-        if theirs is None or not torch.equal(read().to(theirs.dtype), theirs):
+        weight = published[name]() if name in published else None
+        if weight is None or not torch.equal(read().to(weight.dtype), weight):
             differing.append(name)
     if differing:
         raise PairMismatchError(
-            f"target {target} is not the model that the checkpoint was made from: "
+            f"target {target} is not the model that the checkpoint was built from: "
             f"{len(differing)} of the weights that they should share differ: {differing[:3]}"
         )
 
 
-def _itself(tensor: Tensor) -> Tensor:
+def _to_cpu(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu()

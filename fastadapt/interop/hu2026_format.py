@@ -1,6 +1,6 @@
-"""The format of the checkpoints published with arXiv 2602.20904: names, shapes, configuration.
+"""Define the format of the checkpoints published with arXiv 2602.20904: names, shapes, config.
 
-See :mod:`fastadapt.interop.hu2026`, which reads and writes them. F features, D width.
+:mod:`fastadapt.interop.hu2026` is the public interface. F features, D width.
 """
 
 from __future__ import annotations
@@ -43,20 +43,24 @@ _ADAPTER = re.compile(r"model\.layers\.\d+\.mlp\.transcoder_(enc|dec)\.(weight|b
 
 
 class PublishedKeys(TypedDict, total=False):
-    """Keys of ``config.json`` that the format adds."""
+    """Schema of the keys that the format adds to ``config.json``."""
 
     transcoder_n_features: Annotated[int, msgspec.Meta(ge=1, le=1 << 28)]
     transcoder_dec_bias: bool
 
 
 def published_tensors(source: str, revision: str | None) -> dict[str, Lazy]:
-    """The adapters' tensors of a checkpoint, by name."""
+    """Return readers of a checkpoint's adapter tensors, by name."""
     tensors = lazy_tensors(source, revision, "checkpoint")
     return {name: read for name, read in tensors.items() if _ADAPTER.fullmatch(name)}
 
 
 def published_config(source: str, revision: str | None) -> Any:
-    """transformers' configuration of a checkpoint, which must be a published one."""
+    """Return transformers' configuration of a published checkpoint.
+
+    Raises:
+        UserError: the checkpoint has another format.
+    """
     config = model_config(source, revision, trust=False)
     features = getattr(config, "transcoder_n_features", None)
     check(vars(config), PublishedKeys, f"{source}: {CONFIG}")
@@ -68,30 +72,36 @@ def published_config(source: str, revision: str | None) -> Any:
     return config
 
 
-def adapters_of(source: str, config: Any, held: Mapping[str, Lazy]) -> Iterator[TranscoderAdapter]:
-    """The adapters of a checkpoint, layer by layer; strict about names and shapes."""
-    kind = AdapterConfig(n_features=config.transcoder_n_features)
+def iter_adapters(
+    source: str, config: Any, tensors: Mapping[str, Lazy]
+) -> Iterator[TranscoderAdapter]:
+    """Yield the adapters of a checkpoint layer by layer.
+
+    Raises:
+        UserError: a tensor is missing, unexpected, misshapen or not finite.
+    """
+    settings = AdapterConfig(n_features=config.transcoder_n_features)
     biased = bool(getattr(config, "transcoder_dec_bias", True))
     layers = [f"model.layers.{i}.mlp." for i in range(config.num_hidden_layers)]
     names = [name for name in NAMES if biased or name != "b_dec"]
-    wanted = {layer + NAMES[name] for layer in layers for name in names}
-    if odd := sorted(wanted ^ held.keys()):
+    expected = {layer + NAMES[name] for layer in layers for name in names}
+    if odd := sorted(expected ^ tensors.keys()):
         raise UserError(
-            f"{source}: {len(odd)} tensors of the transcoders are missing, or not of the "
+            f"{source}: {len(odd)} transcoder tensors are missing, or belong to none of the "
             f"{len(layers)} layers of config.json: {odd[:3]}"
         )
     for layer in layers:
-        adapter = TranscoderAdapter(config.hidden_size, kind, device="meta")
-        own: dict[str, Tensor] = {}
+        adapter = TranscoderAdapter(config.hidden_size, settings, device="meta")
+        weights: dict[str, Tensor] = {}
         for name, empty in adapter.named_parameters():
-            if name not in names:
-                own[name] = torch.zeros_like(own["b_enc"][:1]).expand(empty.shape).contiguous()
+            if name not in names:  # no decoder biases: zeros in the dtype of the encoder's
+                weights[name] = weights["b_enc"].new_zeros(empty.shape)
                 continue
-            tensor = held[layer + NAMES[name]]()
+            tensor = tensors[layer + NAMES[name]]()
             shape = empty.T.shape if name == "W_dec" else empty.shape
             check_tensor(tensor, source, layer + NAMES[name], shape=shape, finite=True)
-            own[name] = tensor.T.contiguous() if name == "W_dec" else tensor
-        adapter.load_state_dict(own, assign=True)
+            weights[name] = tensor.T.contiguous() if name == "W_dec" else tensor
+        adapter.load_state_dict(weights, assign=True)
         yield adapter
 
 
@@ -111,41 +121,46 @@ def write_published(
     revision: str | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write a checkpoint of ``tensors``, where adapters are still ``...mlp.adapter.W_enc`` etc."""
+    """Write ``tensors`` as a published checkpoint.
+
+    Adapters have this library's names (``...mlp.adapter.W_enc``) in ``tensors``. ``first`` is the
+    adapter of layer 0. See :func:`fastadapt.interop.hu2026.save` for the other arguments and the
+    errors.
+    """
     if config.get("model_type") != "qwen2" or first.config.activation != "relu":
         raise UserError(
-            "the published format is of Qwen2 models with ReLU adapters; this is "
+            "the published format is for Qwen2 models with ReLU adapters; this is "
             f"{config.get('model_type')} with {first.config.activation}"
         )
     biased, index, text = True, None, None
     if like is not None:
         biased = bool(getattr(published_config(like, None), "transcoder_dec_bias", True))
         text = _text(like, CONFIG)
-        # An index beside a single file is left over from an earlier save.
+        # An index beside a single file remains from an earlier save and is ignored.
         single = fetch(like, "model.safetensors", None)
         index = _text(like, INDEX) if single is None else None
         if index is not None:
-            indexed_files(index, f"{like}: {INDEX}")  # before anything is written
+            indexed_files(index, f"{like}: {INDEX}")  # raises before files are written
         shard_bytes, companions, revision = float("inf"), like, None
     if text is None:
         dtype = str(first.W_enc.dtype).removeprefix("torch.")
-        own = {key: value for key, value in config.items() if key != "torch_dtype"}
-        own |= {"architectures": [ARCHITECTURE], "dtype": dtype}
-        own |= {"transcoder_n_features": first.n_features, "transcoder_dec_bias": True}
-        text = as_json(own)
-    named: dict[str, Lazy] = {}
-    for ours, read in tensors.items():
-        layer, found, name = ours.partition("adapter.")
-        if not found:
-            named[ours] = read
+        values = {key: value for key, value in config.items() if key != "torch_dtype"}
+        values |= {"architectures": [ARCHITECTURE], "dtype": dtype}
+        values |= {"transcoder_n_features": first.n_features, "transcoder_dec_bias": True}
+        text = as_json(values)
+    published: dict[str, Lazy] = {}
+    for full_name, read in tensors.items():
+        layer, separator, name = full_name.partition("adapter.")
+        if not separator:
+            published[full_name] = read
         elif name == "b_dec" and not biased:
             if torch.count_nonzero(read()):
-                raise UserError(f"{like} has no decoder biases, but {ours} is not zero")
+                raise UserError(f"{like} has no decoder biases, but {full_name} is not zero")
         else:
-            named[layer + NAMES[name]] = partial(_transposed, read) if name == "W_dec" else read
+            published[layer + NAMES[name]] = partial(_transposed, read) if name == "W_dec" else read
     write_checkpoint(
         Path(folder),
-        named,
+        published,
         text,
         companions=companions,
         revision=revision,

@@ -1,11 +1,11 @@
-"""Functions on tensors: they know no model, no file and no configuration.
+"""Operations on tensors, independent of models, files and configurations.
 
-Each op is a package of its own, with a public function of the same name:
+Each op is a package with a public function of the same name:
 
 - :mod:`fastadapt.kernels.transcoder`: encoder, activation, sparse decode, decoder-norm penalty;
 - :mod:`fastadapt.kernels.linear_kl`: language-model head and KL of one teacher and many students;
 - :mod:`fastadapt.kernels.nmse`: normalised squared error of two streams.
 
 :mod:`fastadapt.kernels.testing` compares an implementation with its float64 oracle.
-Their sources lie in ``kernels/`` at the top of the repository.
+The ops' sources are in ``kernels/`` at the root of the repository.
 """

@@ -1,4 +1,4 @@
-"""Where Triton kernels run: on a GPU, or anywhere under Triton's interpreter."""
+"""Detect whether Triton kernels can run: on a GPU, or on any device in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ __all__ = ["runs_triton"]
 
 
 def runs_triton(device_type: str) -> bool:
-    """Whether Triton kernels run on tensors of this device type, without importing Triton.
+    """Return whether Triton kernels run on tensors of a device type, without importing Triton.
 
-    ``TRITON_INTERPRET=1``, set before Triton is imported, interprets kernels on CPU tensors: slow,
-    for tests; 16-bit matrix products only in float16.
+    With ``TRITON_INTERPRET=1``, set before Triton is imported, kernels are interpreted on CPU
+    tensors. The interpreter is slow, meant for tests, and multiplies 16-bit matrices in float16
+    only.
+
+    Example:
+        >>> runs_triton("mps")
+        False
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
         return device_type in ("cpu", "cuda")

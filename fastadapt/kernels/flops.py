@@ -1,4 +1,4 @@
-"""FLOP formulas of the ops, for ``torch.utils.flop_counter.FlopCounterMode``."""
+"""Register the ops' FLOP formulas with ``torch.utils.flop_counter.FlopCounterMode``."""
 
 from functools import cache
 
@@ -9,11 +9,12 @@ __all__ = ["register_flop_formulas"]
 def register_flop_formulas() -> None:
     """Register the formula of every op of ``fastadapt.kernels`` with torch's counter.
 
-    Call this before counting; later calls do nothing. Importing the ops cannot register the
-    formulas: the counter imports triton, which importing fastadapt must not.
+    Call this function before counting; repeated calls do nothing. Importing the ops does not
+    register the formulas, because the counter imports triton and importing fastadapt must not.
 
-    A formula gets the op's arguments with every tensor replaced by its shape, and ``out_shape``; it
-    returns the floating-point operations of one call, a multiply-add counting as two.
+    A formula receives the op's arguments, with every tensor replaced by its shape, and
+    ``out_shape``. It returns the floating-point operations of one call; a multiply-add counts as
+    two.
     """
     from torch.utils.flop_counter import register_flop_formula
 

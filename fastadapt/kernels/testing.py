@@ -1,12 +1,12 @@
-"""Compare a result with its float64 oracle, under a budget that is computed, never chosen.
+"""Compare a result with its float64 oracle under a computed error budget.
 
-The oracle is the op's reference, run in float64 on the same inputs (already rounded to the tested
-dtype). The *peer* is the same reference run in the tested dtype: what plain PyTorch would have
-given. An implementation may be at most twice as far from the oracle as the peer, plus rounding:
+The *oracle* is the op's reference, run in float64 on the same inputs, which are already rounded to
+the tested dtype. The *peer* is the same reference run in the tested dtype, i.e. the result of plain
+PyTorch. The error of an implementation may be at most twice the peer's error, plus rounding:
 
     error <= 2 * (error(peer) + eps(dtype) * max|oracle|)
 
-for the largest error and for the root mean square. Usable wherever torch is; pytest is not needed.
+The bound applies to the largest error and to the root mean square. The module needs torch only.
 """
 
 import math
@@ -21,9 +21,9 @@ LAYOUTS = ("contiguous", "transposed", "sliced", "parent", "offset", "expanded")
 
 
 class ErrorBudget(NamedTuple):
-    """How far a result is from its oracle, and how far it may be. Errors are absolute."""
+    """Absolute errors of a result against its oracle, and their budgets."""
 
-    max_error: float  # infinite where NaN or an infinity is not at the oracle's place
+    max_error: float  # infinite if NaN or infinities are not where the oracle has them
     rms_error: float
     max_budget: float
     rms_budget: float
@@ -31,36 +31,41 @@ class ErrorBudget(NamedTuple):
 
     @property
     def within(self) -> bool:
-        """Whether both errors keep to their budget."""
+        """Whether both errors are within their budgets."""
         return self.max_error <= self.max_budget and self.rms_error <= self.rms_budget
 
 
 def error_budget(actual: Tensor, oracle: Tensor, peer: Tensor | None = None) -> ErrorBudget:
-    """Measures ``actual`` against ``oracle`` and gives the budget it must keep.
+    """Measure ``actual`` against ``oracle`` and compute the error budget.
+
+    For a float64 ``actual``, pass a **float32** peer: the float64 reference is the oracle itself.
+    The peer's error is scaled by eps(float64) / eps(float32). The budget is doubled, because the
+    oracle's rounding is as large as that of ``actual``.
+
+    Where the oracle, rounded to ``actual``'s dtype, is NaN or infinite, ``actual`` and the peer
+    must have the same value. Errors are computed over the other entries.
 
     Args:
         actual: floating tensor of any shape and device: the result under test.
         oracle: float64 tensor of the same shape: the reference's result.
         peer: the reference's result in ``actual``'s dtype; None counts as an exact peer.
 
-    A float64 ``actual`` has no peer of its own dtype, since that is the oracle, which rounds as
-    much as it does. Pass a **float32** peer: its error is scaled by eps(float64) / eps(float32),
-    and the budget is doubled, because the difference of two results holds the rounding of both.
-
-    Where the oracle, rounded to ``actual``'s dtype, is NaN or infinite, ``actual`` (and the peer)
-    must be the same; the errors are taken over the other entries.
-
     Raises:
         ValueError: the tensors cannot be compared (shape, dtype, a peer that overflowed).
+
+    Example:
+        >>> exact = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+        >>> error_budget(exact.float(), exact).within
+        True
     """
     actual, oracle = actual.detach(), oracle.detach()
     _check_comparable(actual, oracle, peer)
     info = torch.finfo(actual.dtype)
-    oracle_there = oracle.to(actual.dtype)
-    error = _error(actual, oracle, oracle_there)
-    finite_oracle = oracle[torch.isfinite(oracle_there)]
+    oracle_rounded = oracle.to(actual.dtype)
+    error = _error(actual, oracle, oracle_rounded)
+    finite_oracle = oracle[torch.isfinite(oracle_rounded)]
     scale = float(finite_oracle.abs().max()) if finite_oracle.numel() else 0.0
-    unit = info.eps * max(scale, info.tiny)  # the spacing of subnormals where all is subnormal
+    unit = info.eps * max(scale, info.tiny)  # eps * tiny is the spacing of subnormals
     peer_max = peer_rms = 0.0
     if peer is not None:
         peer = peer.detach()
@@ -68,7 +73,7 @@ def error_budget(actual: Tensor, oracle: Tensor, peer: Tensor | None = None) -> 
         peer_max, peer_rms = _max(peer_error), _rms(peer_error)
         if not math.isfinite(peer_max):
             raise ValueError("peer: expected NaN and infinities where the oracle has them")
-        ratio = info.eps / torch.finfo(peer.dtype).eps  # 1, but for a float64 actual
+        ratio = info.eps / torch.finfo(peer.dtype).eps  # 1, except for a float64 actual
         peer_max, peer_rms = peer_max * ratio, peer_rms * ratio
     factor = 4 if actual.dtype == torch.float64 else 2
     return ErrorBudget(
@@ -83,15 +88,17 @@ def error_budget(actual: Tensor, oracle: Tensor, peer: Tensor | None = None) -> 
 def assert_close(
     actual: Tensor, oracle: Tensor, peer: Tensor | None = None, *, name: str = ""
 ) -> None:
-    """Raises AssertionError unless ``actual`` is within the :func:`error_budget` of ``oracle``.
+    """Assert that ``actual`` is within the :func:`error_budget` of ``oracle``.
 
-    Shapes must agree, and so must the dtypes of ``actual`` and ``peer`` (a float64 ``actual`` takes
-    a float32 peer, see :func:`error_budget`). Integer and boolean tensors must be equal. The
-    message gives maximum and RMS error, their budgets, and the coordinates of the worst element.
+    Integer and boolean tensors must be equal. The error message contains the maximum and the RMS
+    error, their budgets, and the coordinates of the largest error.
 
     Args:
         actual, oracle, peer: see :func:`error_budget`.
-        name: what is compared; it opens the message.
+        name: name of the tensor, at the start of the error message.
+
+    Raises:
+        AssertionError: an error exceeds its budget, or shapes or dtypes do not agree.
     """
     title = name or "tensor"
     if actual.shape != oracle.shape:
@@ -119,15 +126,23 @@ def assert_close(
 
 
 def with_layout(tensor: Tensor, layout: str) -> Tensor:
-    """The values of ``tensor`` under other strides; ``"expanded"`` repeats its first row, stride 0.
+    """Return the values of ``tensor`` in another memory layout.
+
+    Memory between the entries is filled with NaN (integers: the dtype's maximum).
 
     Args:
-        tensor: any shape.
-        layout: of :data:`LAYOUTS`. "transposed": the last two dimensions swapped in memory;
+        tensor: a tensor of any shape.
+        layout: one of :data:`LAYOUTS`. "transposed": the last two dimensions are swapped in memory;
             "sliced": every second row of a taller tensor; "parent": columns of a wider tensor;
-            "offset": storage that starts later and is not aligned. What lies between is NaN (or
-            the dtype's maximum). A scalar knows "contiguous" and "offset" alone and takes the
-            latter for all others.
+            "offset": storage with an unaligned start; "expanded": the first row repeated with
+            stride 0. A scalar uses "offset" for every layout but "contiguous".
+
+    Raises:
+        ValueError: the layout does not exist.
+
+    Example:
+        >>> with_layout(torch.zeros(4, 3), "transposed").stride()
+        (1, 4)
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
@@ -143,7 +158,7 @@ def with_layout(tensor: Tensor, layout: str) -> Tensor:
     if layout == "parent":
         wide = _filled(tensor, (*shape[:-1], shape[-1] + 5))
         return wide[..., 2 : 2 + shape[-1]].copy_(tensor)
-    if tensor.ndim == 1:  # nothing to swap: a column of a matrix
+    if tensor.ndim == 1:  # one dimension cannot be transposed: take a column of a matrix
         return _filled(tensor, (shape[0], 2))[:, 1].copy_(tensor)
     return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
 
@@ -173,9 +188,10 @@ def _check_comparable(actual: Tensor, oracle: Tensor, peer: Tensor | None) -> No
 
 
 def _error(result: Tensor, oracle: Tensor, oracle_rounded: Tensor) -> Tensor:
-    """Absolute error, infinite where only one of the two is finite, 0 where both are the same.
+    """Return the absolute errors.
 
-    Computed where the oracle lies: a device that holds float64.
+    An error is infinite where only one of the two is finite, and 0 where both are the same
+    non-finite value. The oracle's device computes the errors, since it supports float64.
     """
     result, oracle_rounded = result.to(oracle.device).double(), oracle_rounded.double()
     error = (result - oracle).abs()
@@ -189,7 +205,7 @@ def _max(error: Tensor) -> float:
 
 
 def _rms(error: Tensor) -> float:
-    """Scaled by the maximum, so that no square under- or overflows."""
+    """Return the root mean square; scaling by the maximum avoids under- and overflow of squares."""
     top = _max(error)
     if top == 0.0 or math.isinf(top):
         return top

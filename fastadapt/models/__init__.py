@@ -1,1 +1,1 @@
-"""The pair, the replacement model, and the traversal of its blocks."""
+"""Load model pairs, wire adapters into them, and run their blocks layer by layer."""

@@ -1,6 +1,6 @@
-"""The MLP of a block in three modes: target, hybrid (the base's), replacement (with the adapter).
+"""A block's MLP in three modes: target, hybrid (the base's MLP), replacement (base plus adapter).
 
-For baselines (:mod:`fastadapt.models.baselines`) the third mode computes with the trained weights.
+For baselines (:mod:`fastadapt.models.baselines`), ``replacement`` uses the trained weights.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MODES: tuple[Mode, ...] = ("target", "hybrid", "replacement")
 
 @dataclass
 class Call:
-    """Arguments that a call of a block passes to its MLP, and the aux that the MLP returns."""
+    """Adapter arguments for one call of a block, and the aux that the adapter returned."""
 
     mask: Tensor | None
     padding: Tensor | None
@@ -33,11 +33,12 @@ class Call:
 
 
 class AdaptedMLP(nn.Module):
-    """Replaces the target's MLP in its block; its mode selects what it computes.
+    """Replace the target's MLP in a block; :attr:`mode` selects the MLP that computes the output.
 
-    Returns one tensor, as the block expects. The adapter's penalty and statistics go to the call of
-    :meth:`call_context`; without one (``generate``) they are dropped. ``target`` is None where the
-    target's MLP was not loaded; the mode ``target`` then raises.
+    ``forward`` maps ``[..., D]`` to ``[..., D]``. The adapter's penalty and statistics are written
+    to the :class:`Call` set by :meth:`call_context`. They are dropped where no call is set, as in
+    ``generate``. ``target`` is None if the target's MLP was not loaded; ``forward`` in the mode
+    ``target`` then raises :class:`UserError`.
     """
 
     def __init__(self, target: nn.Module | None, base: nn.Module, adapter: nn.Module) -> None:
@@ -73,8 +74,9 @@ class AdaptedMLP(nn.Module):
             return out
         call = self.call
         if call is None:
-            return self.adapter(x, residual=self.base(x), plan=self._plan_of_capture(x))[0]
-        # The base comes last: see fastadapt.models.recompute.
+            return self.adapter(x, residual=self.base(x), plan=self._capture_plan(x))[0]
+        # The base runs last, so that a recompute can stop before its down_proj: see
+        # fastadapt.models.recompute.
         out, call.aux = self.adapter(
             x,
             mask=call.mask,
@@ -84,10 +86,11 @@ class AdaptedMLP(nn.Module):
         )
         return out + self.base(x)
 
-    def _plan_of_capture(self, x: Tensor) -> CodeLayout | None:
-        """A plan that asks the GPU nothing, while its work is captured as a graph.
+    def _capture_plan(self, x: Tensor) -> CodeLayout | None:
+        """Return a plan that needs no synchronization while a CUDA graph is captured, else None.
 
-        Small calls do without one, see the op; for others dense products hold any number of codes.
+        The op never synchronizes for small calls. Larger calls get dense products, which hold any
+        number of codes.
         """
         if not x.is_cuda or torch.compiler.is_compiling():
             return None
@@ -99,10 +102,10 @@ class AdaptedMLP(nn.Module):
 
 @contextmanager
 def in_mode(mlps: Sequence[AdaptedMLP], mode: Mode) -> Iterator[None]:
-    """Set the mode of a model's MLPs inside the context; restore what was there before.
+    """Set the mode of a model's MLPs inside the context; restore their modes on exit.
 
     Raises:
-        UserError: no such mode.
+        UserError: ``mode`` is not in :data:`MODES`.
     """
     if mode not in MODES:
         raise UserError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")

@@ -1,9 +1,9 @@
-"""The arguments that a model passes to its blocks, recorded from one call of its own forward.
+"""Record the arguments that a model passes to its blocks, in one call of the model's own forward.
 
-They are passed to a block many times: once per stream, and again where a backward pass recomputes
-it. An argument that a call changes would therefore make a later call wrong without an error. So
-only arguments that no call can change are recorded; a cache of keys and values, under any keyword,
-is replaced by None, and anything else is refused by name.
+A block is called several times with the recorded arguments: once per stream, and again when a
+backward pass recomputes the block. If a call changed an argument, later calls would silently be
+wrong. Therefore only immutable values and tensors are recorded. A key-value cache is replaced by
+None under any keyword. An argument of any other type raises an error that names the argument.
 """
 
 from __future__ import annotations
@@ -20,52 +20,52 @@ from torch import Tensor, nn
 from fastadapt.errors import RunError
 from fastadapt.models.pretrained import Paths
 
-#: Types that hold no state. A tensor could be changed in place: fastadapt.models.self_check looks.
+#: Types that hold no state. fastadapt.models.self_check detects in-place changes of tensors.
 _CONSTANT = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, Tensor)
 
 
 @contextmanager
 def record_module_inputs(*modules: nn.Module) -> Iterator[list[Tensor]]:
-    """Yield a list to which every call of the modules, inside the context, adds its first input."""
-    seen: list[Tensor] = []
+    """Yield a list; each call of a module inside the context appends its first input, detached."""
+    inputs: list[Tensor] = []
     handles = [
-        module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+        module.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
         for module in modules
     ]
     try:
-        yield seen
+        yield inputs
     finally:
         for handle in handles:
             handle.remove()
 
 
 class BlockInputs(NamedTuple):
-    """What the model's own forward gives its first block, and the arguments of every block."""
+    """Embeddings ``[B, T, D]`` passed to the first block, and every block's keyword arguments."""
 
     hidden: Tensor
     arguments: list[dict[str, Any]]
 
 
 class _Recorder(nn.Module):
-    """Stands where a block stood for one call of the decoder, with the block's attributes."""
+    """Replace a block during one call of the decoder, with the block's attributes."""
 
     def __init__(self, block: nn.Module, record: Callable[..., Tensor]) -> None:
         super().__init__()
-        self.stands_for = block  # a part of the decoder still, where it is looked for
+        self.block = block  # registered, so that the block stays a submodule of the decoder
         self._record = record
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self.stands_for, name)
+            return getattr(self.block, name)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self._record(hidden_states, *args, **kwargs)
 
 
 def versions() -> str:
-    """The sentence that names both versions, for errors that a newer transformers can cause."""
+    """Return a sentence with both versions, for errors that a newer transformers can cause."""
     return (
         f"This is transformers {version('transformers')} with fastadapt {version('fastadapt')}; "
         "pyproject.toml names the versions of transformers that were tested."
@@ -73,10 +73,10 @@ def versions() -> str:
 
 
 def _stateless(name: str, value: Any, owner: str) -> Any:
-    """``value`` if no call can change it, None for a cache.
+    """Return ``value`` if it holds no state, None if it is a cache.
 
     Raises:
-        RunError: it is of another type.
+        RunError: ``value`` has any other type.
     """
     from transformers.cache_utils import Cache
 
@@ -89,13 +89,13 @@ def _stateless(name: str, value: Any, owner: str) -> Any:
     kind = type(value)
     raise RunError(
         f"{owner} passes its blocks an argument {name!r} of type {kind.__module__}."
-        f"{kind.__qualname__}, which may hold state: a block is called several times with the same "
-        f"arguments, and a later call would see what an earlier one left. {versions()}"
+        f"{kind.__qualname__}, which may hold state. A block is called several times with the same "
+        f"arguments, so changes by one call would reach later calls. {versions()}"
     )
 
 
 def _cache_keyword(decoder: nn.Module) -> str:
-    """The keyword of a decoder's cache: ``cache`` from transformers 5.24 on."""
+    """Return the name of a decoder's cache argument: ``cache`` since transformers 5.24."""
     accepted = signature(type(decoder).forward).parameters
     return "cache" if "cache" in accepted else "past_key_values"
 
@@ -112,7 +112,7 @@ def record_inputs(
         if args:
             raise RunError(
                 f"{type(model).__name__} passes {len(args) + 1} positional arguments to its "
-                f"blocks; only the hidden states are expected to be positional. {versions()}"
+                f"blocks; expected only the hidden states to be positional. {versions()}"
             )
         if not arguments:
             embeddings.append(hidden_states)
@@ -123,14 +123,14 @@ def record_inputs(
     embeddings: list[Tensor] = []
     decoder = getattr(model, paths.decoder)
     blocks = getattr(decoder, paths.layers)
-    # Others stand in for the blocks, not only for their forwards: no hook of a block, such as the
-    # one that gathers its weights from other ranks, has anything to do here.
+    # Replace the blocks, not only their forwards: hooks of a block, such as FSDP's all-gather of
+    # its weights, must not run.
     setattr(decoder, paths.layers, nn.ModuleList(_Recorder(block, record) for block in blocks))
     try:
         decoder(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            # Without a cache transformers asks the device whether sequences are packed.
+            # Without a cache, transformers synchronizes with the device to detect packed sequences.
             use_cache=False,
             **{_cache_keyword(decoder): DynamicCache()},
         )

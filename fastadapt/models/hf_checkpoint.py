@@ -1,6 +1,7 @@
-"""Hugging Face checkpoints as files: tensors read one at a time, shards written one at a time.
+"""Read the tensors of Hugging Face checkpoints one at a time, and write checkpoints shard by shard.
 
-No checkpoint is ever in memory whole: what is written is a mapping from names to calls that read.
+A checkpoint is passed as a mapping from tensor names to functions that read one tensor, so memory
+holds at most one shard.
 """
 
 from __future__ import annotations
@@ -30,16 +31,16 @@ from fastadapt.models.pretrained import (
     tensor_files,
 )
 
-#: Reads one tensor.
+#: A function that reads one tensor.
 Lazy = Callable[[], Tensor]
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
-#: Names of the files that an export writes, as patterns.
+#: Patterns of the names of the files that an export writes.
 _EXPORTED = (CONFIG, INDEX, "model.safetensors", "model-*-of-*.safetensors")
-#: Bytes of a shard at most, where it is not one tensor alone.
+#: Largest size of a shard in bytes. A larger tensor gets a shard for itself.
 SHARD_BYTES = 5_000_000_000
-#: What else belongs to a model and is copied as it is: settings of generation, tokenizer, template.
+#: Files copied unchanged with a model: generation settings, tokenizer, chat template.
 COMPANIONS = (
     "generation_config.json",
     "tokenizer.json",
@@ -55,7 +56,7 @@ COMPANIONS = (
 
 
 def lazy_tensors(source: str, revision: str | None, role: str) -> dict[str, Lazy]:
-    """Every tensor of a checkpoint by name, to be read when called; ``role`` is for messages."""
+    """Return a reader of every tensor of a checkpoint, by name; error messages use ``role``."""
     from safetensors import safe_open
 
     tensors: dict[str, Lazy] = {}
@@ -76,47 +77,54 @@ def _read(file: Path, name: str, role: str) -> Tensor:
 def replacement_tensors(
     target: str, base: str, revisions: Mapping[str, str | None] | None = None
 ) -> dict[str, Lazy]:
-    """The tensors that a replacement model has beside its adapters, under the target's names.
+    """Return readers of a replacement model's tensors, adapters excepted, under the target's names.
 
-    Those of the target, but for its MLPs, and in their place the base's.
+    The tensors are the target's, with the base's MLPs in place of the target's.
 
     Raises:
-        UserError: the two do not have the same MLPs.
+        UserError: the base lacks an MLP weight of the target, or a checkpoint is quantised.
     """
-    at = revisions or {}
-    config = model_config(target, at.get("target"), trust=False)
-    model_config(base, at.get("base"), trust=False)  # refused where it is quantised
+    revisions = revisions or {}
+    config = model_config(target, revisions.get("target"), trust=False)
+    model_config(base, revisions.get("base"), trust=False)  # raises if the base is quantised
     paths = ARCHITECTURES[config.model_type]
     mlp = re.compile(rf"{paths.decoder}\.{paths.layers}\.\d+\.{paths.mlp}\.")
-    ours = lazy_tensors(target, at.get("target"), "target")
-    theirs = lazy_tensors(base, at.get("base"), "base")
-    mlps = {name: tensor for name, tensor in theirs.items() if mlp.match(name)}
-    if odd := sorted({name for name in ours if mlp.match(name)} - mlps.keys()):
-        raise UserError(f"base {base}: {len(odd)} MLP weights are missing: {odd[:3]}")
-    return {name: mlps.get(name, tensor) for name, tensor in ours.items()}
+    tensors = lazy_tensors(target, revisions.get("target"), "target")
+    base_tensors = lazy_tensors(base, revisions.get("base"), "base")
+    mlps = {name: read for name, read in base_tensors.items() if mlp.match(name)}
+    if missing := sorted({name for name in tensors if mlp.match(name)} - mlps.keys()):
+        raise UserError(f"base {base}: {len(missing)} MLP weights are missing: {missing[:3]}")
+    return {name: mlps.get(name, read) for name, read in tensors.items()}
 
 
 def adapter_tensors(
     layers: Sequence[Callable[[], TranscoderAdapter]], paths: Paths
 ) -> dict[str, Lazy]:
-    """The tensors of adapters as ``...{layer}.mlp.adapter.{name}``; one layer is held at a time."""
+    """Return readers of adapters' tensors, named ``...{layer}.mlp.adapter.{name}``.
+
+    Memory holds the tensors of one layer at a time.
+    """
 
     @lru_cache(maxsize=1)
     def layer(i: int) -> dict[str, Tensor]:
         return layers[i]().state_dict()
 
-    def one(i: int, name: str) -> Tensor:
+    def read(i: int, name: str) -> Tensor:
         return layer(i)[name]
 
     block = f"{paths.decoder}.{paths.layers}.{{}}.{paths.mlp}.adapter.{{}}"
     names = list(layer(0))
     return {
-        block.format(i, name): partial(one, i, name) for i in range(len(layers)) for name in names
+        block.format(i, name): partial(read, i, name) for i in range(len(layers)) for name in names
     }
 
 
 def read_json(source: str, name: str, revision: str | None) -> dict[str, Any]:
-    """A JSON file of a folder or hub repository, as it is."""
+    """Read the object in a JSON file of a local folder or hub repository.
+
+    Raises:
+        UserError: the file is missing or holds no JSON object.
+    """
     file = fetch(source, name, revision)
     if file is None:
         raise UserError(f"{source}: {name} is missing")
@@ -135,24 +143,25 @@ def write_checkpoint(
     shard_bytes: float = SHARD_BYTES,
     overwrite: bool = False,
 ) -> None:
-    """Write a checkpoint, one shard in memory at a time, whole or not at all.
+    """Write a checkpoint shard by shard; a failure leaves ``folder`` as it was.
 
-    ``config.json`` comes last.
+    ``config.json`` is written last.
 
     Args:
-        folder: new or empty, or with ``overwrite`` an export; see :func:`check_output`.
-        tensors: by name, in the order in which they are read.
-        config: the text of ``config.json``.
-        companions: the folder or hub id whose tokenizer, chat template and generation settings are
-            copied, of ``revision``.
-        index: the text of an index of shards, to write these very shards.
-        shard_bytes: of a shard at most, where there is no index to follow.
-        overwrite: replace an export that is there.
+        folder: a new or empty folder, or with ``overwrite`` an export; see :func:`check_output`.
+        tensors: readers by tensor name, called in this order.
+        config: text of ``config.json``.
+        companions: folder or hub id whose tokenizer, chat template and generation settings are
+            copied.
+        revision: branch, tag or commit of ``companions``.
+        index: text of a shard index whose division into shards is reproduced.
+        shard_bytes: largest size of a shard in bytes, if ``index`` is None.
+        overwrite: replace an existing export.
 
     Raises:
-        UserError: the folder is in use, or a companion is a link that leads out of its model, is no
-            regular file, or is too large.
-        RunError: it cannot be written; it is as it was.
+        UserError: the folder is in use, or a file to copy is a link that leads out of its model, is
+            not a regular file, or is too large.
+        RunError: the folder cannot be written.
     """
     check_output(folder, overwrite=overwrite)
     with writing_folder(folder, last=CONFIG) as staged:
@@ -167,14 +176,14 @@ def write_checkpoint(
 
 
 def check_output(folder: Path, *, overwrite: bool) -> None:
-    """Refuse a folder that an export may not replace.
+    """Raise if an export may not be written to ``folder``.
 
-    A folder that is new or empty may be written to, and one that a killed export half filled. With
-    ``overwrite`` one may be replaced that holds an export and nothing else: a checkpoint that names
-    adapters in its ``config.json``, or adapters that were read from a published checkpoint.
+    A new folder, an empty one, and one left incomplete by a killed export are accepted. With
+    ``overwrite``, a folder that holds nothing but an export is accepted too. An export is a
+    checkpoint whose ``config.json`` names adapters, or adapters read from a published checkpoint.
 
     Raises:
-        UserError: it holds an export (without ``overwrite``), or something else.
+        UserError: the folder holds an export (without ``overwrite``), or other files.
     """
     from fastadapt.adapter.files import PATTERNS
 
@@ -182,7 +191,7 @@ def check_output(folder: Path, *, overwrite: bool) -> None:
     if not names and not (folder.exists() and not folder.is_dir()):
         return
     patterns = (*_EXPORTED, *COMPANIONS, *PATTERNS)
-    foreign = {name for name in names if not any(fnmatch(name, one) for one in patterns)}
+    foreign = {name for name in names if not any(fnmatch(name, p) for p in patterns)}
     if half_filled(folder) and all(unstaged(name) == folder.resolve().name for name in foreign):
         return
     if foreign or not names or not _is_export(folder):
@@ -194,7 +203,7 @@ def check_output(folder: Path, *, overwrite: bool) -> None:
 
 
 def _is_export(folder: Path) -> bool:
-    """Whether ``config.json`` or the card of adapters is as an export writes it."""
+    """Return whether ``config.json`` or the adapters' card has the keys that an export writes."""
     from fastadapt.adapter.files import CARD
     from fastadapt.models.hf_classes import PREFIX
 
@@ -206,7 +215,7 @@ def _is_export(folder: Path) -> bool:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; an empty one where there is none."""
+    """Read the object in a JSON file; return an empty one if the file is absent or invalid."""
     try:
         return dict(documents.read_json(path, dict[str, Any]))
     except UserError:
@@ -214,23 +223,24 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def as_json(values: Mapping[str, Any]) -> str:
-    """JSON in the form in which transformers writes it: sorted keys, two spaces, a last newline."""
+    """Format JSON as transformers does: sorted keys, indented by two spaces, a final newline."""
     return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
 
-def _save(held: Mapping[str, Tensor], file: Path) -> None:
-    save_tensors(held, file, {"format": "pt"})
+def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
+    save_tensors(tensors, file, {"format": "pt"})
 
 
 def indexed_files(index: str, source: str) -> dict[str, str]:
-    """Return the file of every tensor in an index of shards, each a safetensors file of its folder.
+    """Parse a shard index; return the name of each tensor's file.
 
     Args:
-        index: its text.
-        source: of the text, for messages.
+        index: text of the index.
+        source: origin of the text, for error messages.
 
     Raises:
-        UserError: it is no index, or names anything else.
+        UserError: the text is not a shard index, or names a file that is not a safetensors file of
+            the index's folder.
     """
     files: dict[str, str] = documents.parse_json(index, source, ShardIndex)["weight_map"]
     for file in files.values():
@@ -242,7 +252,10 @@ def indexed_files(index: str, source: str) -> dict[str, str]:
 def _write_as_indexed(folder: Path, tensors: Mapping[str, Lazy], index: str) -> None:
     files = indexed_files(index, INDEX)
     if odd := sorted(tensors.keys() ^ files.keys()):
-        raise UserError(f"{len(odd)} tensors are not both here and in the index: {odd[:3]}")
+        raise UserError(
+            f"{INDEX}: {len(odd)} tensors are in the model or in the index, but not in both: "
+            f"{odd[:3]}"
+        )
     for file in sorted(set(files.values())):
         path = inside(folder, file, source=f"{INDEX}: weight_map")
         _save({name: tensors[name]() for name in files if files[name] == file}, path)
@@ -250,22 +263,25 @@ def _write_as_indexed(folder: Path, tensors: Mapping[str, Lazy], index: str) -> 
 
 
 def _write_shards(folder: Path, tensors: Mapping[str, Lazy], limit: float) -> None:
-    """Shards of at most ``limit`` bytes; of several, an index, and names that say how many."""
+    """Write shards of at most ``limit`` bytes, and an index if the tensors need several.
+
+    The number of shards is part of their names, so files are renamed when it is known.
+    """
     shards: list[list[str]] = []
-    held: dict[str, Tensor] = {}
+    pending: dict[str, Tensor] = {}
     total = size = 0
 
     def write() -> None:
-        _save(held, folder / f"shard-{len(shards)}")
-        shards.append(list(held))
-        held.clear()
+        _save(pending, folder / f"shard-{len(shards)}")
+        shards.append(list(pending))
+        pending.clear()
 
     for name, read in tensors.items():
         tensor = read()
-        if held and size + tensor.nbytes > limit:
+        if pending and size + tensor.nbytes > limit:
             write()
             size = 0
-        held[name] = tensor
+        pending[name] = tensor
         size += tensor.nbytes
         total += tensor.nbytes
     write()

@@ -1,7 +1,7 @@
-"""Classes of transformers with adapters in them, one set per architecture of the table.
+"""Define transformers classes with adapters, for every architecture of ``ARCHITECTURES``.
 
-Each is transformers' own class whose MLPs are wrapped once it is made: no forward is written again.
-A checkpoint of them has the base's MLPs as ``mlp.base`` and the adapters as ``mlp.adapter``.
+Each class derives from transformers' own class and wraps the MLPs after construction; no forward is
+rewritten. A checkpoint stores the base's MLPs as ``mlp.base`` and the adapters as ``mlp.adapter``.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ PREFIX = "fastadapt_"
 
 
 class AdaptedModel(nn.Module):
-    """What the registered classes have beside those of transformers that they derive from.
+    """Mixin of the registered model classes: wraps the MLPs and switches their mode.
 
     ``config.adapter`` holds the fields of :class:`AdapterConfig`.
     """
 
     paths: ClassVar[Paths]
-    #: Attributes from the model down to the one that holds the blocks.
+    #: Attribute names that lead from the model to the module that holds the blocks.
     decoder: ClassVar[tuple[str, ...]]
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -52,36 +52,40 @@ class AdaptedModel(nn.Module):
 
     @property
     def adapted_mlps(self) -> list[AdaptedMLP]:
-        """The MLPs with their adapters, layer 0 first."""
+        """The wrapped MLPs, layer 0 first."""
         return [getattr(block, self.paths.mlp) for block in self._blocks()]
 
     @contextmanager
     def mode(self, mode: Mode) -> Iterator[AdaptedModel]:
-        """Be the hybrid (no adapters) or the replacement inside the context.
+        """Set the mode inside the context: ``hybrid`` (no adapters) or ``replacement``.
 
-        Without one, the model is the replacement. A call that runs in another thread, as
-        ``generate_batch`` does, is in the mode if it begins and ends inside the context.
+        The default mode is ``replacement``. A call that runs in another thread, as
+        ``generate_batch`` does, uses the mode if it begins and ends inside the context.
 
         Raises:
-            UserError: no such mode.
+            UserError: the mode does not exist.
         """
         with in_mode(self.adapted_mlps, mode):
             yield self
 
 
 def model_type_of(architecture: str) -> str:
-    """``model_type`` of the checkpoints of an architecture with adapters."""
+    """Return the ``model_type`` of an architecture's checkpoints with adapters."""
     return PREFIX + architecture
 
 
 @cache
 def classes_of(architecture: str) -> tuple[type, type, type]:
-    """Configuration, model without a head, and causal language model of an architecture."""
+    """Return an architecture's classes: configuration, headless model, causal language model."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
     paths = ARCHITECTURES[architecture]
     plain = type(AutoConfig.for_model(architecture))
-    plan = {_inside(name, paths): how for name, how in (plain.base_model_tp_plan or {}).items()}
+    # Tensor-parallel plans name the MLP's weights, which are now inside ``mlp.base``.
+    plan = {
+        name.replace(f".{paths.mlp}.", f".{paths.mlp}.base."): style
+        for name, style in (plain.base_model_tp_plan or {}).items()
+    }
     config = type(
         f"Fastadapt{plain.__name__}",
         (plain,),
@@ -91,29 +95,25 @@ def classes_of(architecture: str) -> tuple[type, type, type]:
             "base_model_tp_plan": plan,
         },
     )
-    made = [config]
-    for auto, decoder in ((AutoModel, ()), (AutoModelForCausalLM, (paths.decoder,))):
-        model: Any = auto._model_mapping[plain]
-        own = {
+
+    def adapted(auto: Any, decoder: tuple[str, ...]) -> type:
+        model = auto._model_mapping[plain]
+        attributes = {
             "__module__": __name__,
             "config_class": config,
             "paths": paths,
             "decoder": decoder,
-            # transformers 5.16 lets Gemma 2 use it, without its soft-capping.
+            # transformers 5.16 allows SDPA for Gemma 2, but SDPA ignores its soft-capping.
             "_supports_sdpa": paths.attention == "sdpa",
         }
-        made.append(type(f"Fastadapt{model.__name__}", (AdaptedModel, model), own))
-    return made[0], made[1], made[2]
+        return type(f"Fastadapt{model.__name__}", (AdaptedModel, model), attributes)
 
-
-def _inside(name: str, paths: Paths) -> str:
-    """A name of a tensor-parallel plan, where it is of an MLP: that MLP is now within."""
-    return name.replace(f".{paths.mlp}.", f".{paths.mlp}.base.")
+    return config, adapted(AutoModel, ()), adapted(AutoModelForCausalLM, (paths.decoder,))
 
 
 @cache
 def register() -> None:
-    """Make transformers' ``Auto`` classes load checkpoints with adapters, tokenizers included."""
+    """Register configuration, model and tokenizer classes with transformers' ``Auto`` classes."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
     for architecture in ARCHITECTURES:
@@ -125,9 +125,9 @@ def register() -> None:
 
 
 def _register_tokenizer(architecture: str, config: type) -> None:
-    """The same tokenizer class as without adapters.
+    """Register the architecture's tokenizer class for its ``model_type`` with adapters.
 
-    transformers chooses it by ``model_type`` even where a checkpoint names another.
+    transformers chooses the class by ``model_type``, even if the checkpoint names another class.
     """
     from transformers.models.auto import tokenization_auto as auto
 

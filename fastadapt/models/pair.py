@@ -1,7 +1,7 @@
-"""Load two checkpoints as a pair: the target whole, the base's MLPs, and a check that they fit.
+"""Load two checkpoints as a pair: the whole target and the base's MLPs; check that they match.
 
-Only safetensors are read. A weight that is absent from a checkpoint is an error: transformers would
-fill it with noise.
+Only safetensors files are read. A weight missing from a checkpoint raises an error, since
+transformers would initialise the weight at random.
 """
 
 from __future__ import annotations
@@ -28,21 +28,24 @@ from fastadapt.organism import resolve
 
 @dataclass(frozen=True)
 class PairConfig:
-    """Where the two models come from and how they are held.
+    """Sources of the two models, and dtype, device and attention implementation to load them with.
 
     Args:
         target: the fine-tuned model: a local folder or a hub id.
-        base: the model it was fine-tuned from: likewise.
+        base: the model that the target was fine-tuned from: a local folder or a hub id.
         target_revision, base_revision: branch, tag or commit on the hub.
-        dtype: of the frozen weights and the adapters' working copies: ``float32``, ``bfloat16``,
-            ``float16`` or ``float64``.
+        dtype: dtype of the frozen weights and the adapters' working copies: ``float32``,
+            ``bfloat16``, ``float16`` or ``float64``.
         attention: ``auto``, or transformers' name of an attention implementation: letters, digits
-            and ``_``. Repositories of kernels on the hub, which hold code, are not taken.
-        device: ``auto`` (a GPU where there is one), or torch's name of a device.
-        trust_remote_code: run Python code that comes with a model. Typed or passed by the user,
-            never read from a file.
+            and ``_``. Kernel repositories of the hub are refused, since they contain code.
+        device: ``auto`` (the GPU if available, else the CPU), or torch's name of a device.
+        trust_remote_code: run Python code that comes with a model. The user sets this option; a
+            file never does.
         offload: while training, keep the frozen weights of the blocks in host memory and copy each
-            block to the GPU when it is its turn: less memory, more time.
+            block to the GPU when needed. Saves GPU memory and costs time.
+
+    Raises:
+        UserError: a value is not one of those above.
     """
 
     target: str
@@ -57,7 +60,7 @@ class PairConfig:
 
     def __post_init__(self) -> None:
         for role in ("target", "base"):
-            typed_path(getattr(self, role), f"pair.{role}")  # the id of a hub is no longer
+            typed_path(getattr(self, role), f"pair.{role}")  # a hub id also fits a path's length
         if self.dtype not in DTYPES:
             raise UserError(f"pair.dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if type(self.trust_remote_code) is not bool:  # transformers would ask at the terminal
@@ -72,7 +75,7 @@ class PairConfig:
 
     @property
     def named(self) -> dict[str, str | None]:
-        """Both models and their revisions, as files of results have them."""
+        """Both models and their revisions, with the keys of result files."""
         keys = ("target", "target_revision", "base", "base_revision")
         return {key: getattr(self, key) for key in keys}
 
@@ -89,10 +92,10 @@ _ATTENTION = re.compile("[A-Za-z0-9_]+")
 
 
 class PairMismatchError(UserError):
-    """The two checkpoints are not a model and its fine-tuning; says what differs."""
+    """Two checkpoints are not a model and its fine-tuning; the message names the differences."""
 
 
-#: What must agree for the base's MLPs to work inside the target.
+#: Configuration keys that must agree for the base's MLPs to work inside the target.
 SAME = (
     "model_type",
     "hidden_size",
@@ -106,7 +109,11 @@ SAME = (
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` becomes the GPU where there is one, else the CPU."""
+    """Return the torch device of a name; ``auto`` is the GPU if available, else the CPU.
+
+    Raises:
+        UserError: torch does not know the device, or no GPU is available for ``cuda``.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -121,14 +128,20 @@ def choose_device(name: str) -> torch.device:
 def choose_attention(
     name: str, device: torch.device, dtype: torch.dtype, otherwise: str = "sdpa"
 ) -> tuple[str, str]:
-    """The attention implementation to use, and why; ``otherwise`` where flash-attn cannot be."""
+    """Return the attention implementation to use, and the reason for the choice.
+
+    ``otherwise`` is the implementation for ``auto`` where flash-attn cannot run.
+
+    Raises:
+        UserError: the named implementation is not installed.
+    """
     from transformers.utils import (
         is_flash_attn_2_available,
         is_flash_attn_3_available,
         is_flash_attn_4_available,
     )
 
-    # Where these are not installed, transformers would run kernels from the hub in their place.
+    # If these are not installed, transformers would run kernels from the hub instead.
     newer = {"3": is_flash_attn_3_available, "4": is_flash_attn_4_available}
     version = name.removeprefix("flash_attention_")
     if version != name and version != "2" and not (version in newer and newer[version]()):
@@ -137,18 +150,18 @@ def choose_attention(
         )
     if name == "flash_attention_2" and not is_flash_attn_2_available():
         raise UserError(
-            "pair.attention is flash_attention_2, but flash-attn does not work here; "
-            "install the extra: pip install 'fastadapt[flash]', or use --pair.attention sdpa"
+            "pair.attention is flash_attention_2, but flash-attn is not available; install it with "
+            "pip install 'fastadapt[flash]', or use --pair.attention sdpa"
         )
     if name != "auto":
-        return name, "asked for"
+        return name, "set by pair.attention"
     if device.type != "cuda":
-        return otherwise, f"flash-attn needs a GPU, the device is {device.type}"
+        return otherwise, f"flash-attn needs a GPU; the device is {device.type}"
     if dtype not in (torch.bfloat16, torch.float16):
-        return otherwise, f"flash-attn needs 16-bit weights, these are {dtype}"
+        return otherwise, f"flash-attn needs 16-bit weights; the dtype is {dtype}"
     if not is_flash_attn_2_available():
         return otherwise, "flash-attn is not installed (extra: flash)"
-    return "flash_attention_2", "GPU, 16-bit weights and flash-attn are there"
+    return "flash_attention_2", "GPU, 16-bit weights and flash-attn are available"
 
 
 @dataclass
@@ -158,10 +171,11 @@ class ModelPair:
     Attributes:
         target: transformers' causal language model, in eval mode.
         base_mlps: the base's MLP modules, one per layer, on the target's device.
-        tokenizer: the target's.
-        paths: where the architecture keeps its parts.
-        revisions: commit of each model, where the source is a hub repository.
-        notes: differences that do no harm, such as other names of added tokens.
+        tokenizer: the target's tokenizer.
+        config: the settings that the pair was loaded with.
+        paths: attribute names of the architecture's parts.
+        revisions: commit of each model, if its source is a hub repository.
+        notes: harmless differences, such as renamed added tokens.
     """
 
     target: Any
@@ -174,13 +188,16 @@ class ModelPair:
 
     @classmethod
     def load(cls, config: PairConfig, *, into: torch.device | None = None) -> ModelPair:
-        """Load and check both models, into the memory of ``into`` (``config.device`` if not given).
+        """Load and check both models.
 
-        On the meta device they are shapes: no weight is read.
+        Args:
+            config: the settings of the pair.
+            into: device that the weights are loaded on; None is ``config.device``. On the meta
+                device the models have shapes only, and no weight is read.
 
         Raises:
             PairMismatchError: architecture, a size, the vocabulary or the tokenizer differs.
-            UserError: a source cannot be read, or lacks a weight.
+            UserError: a source cannot be read or lacks a weight.
         """
         config = replace(config, target=resolve(config.target), base=resolve(config.base))
         device, dtype = choose_device(config.device), DTYPES[config.dtype]
@@ -197,7 +214,7 @@ class ModelPair:
         place = into or device
         target = _target(config, target_config, attention, place)
         if (config.base, config.base_revision) == (config.target, config.target_revision):
-            # Features put onto the target: the same weights once.
+            # The target is its own base, as for adapters applied to the target: share the weights.
             blocks = getattr(getattr(target, paths.decoder), paths.layers)
             base_mlps = nn.ModuleList(getattr(block, paths.mlp) for block in blocks)
         else:
@@ -224,7 +241,7 @@ class ModelPair:
 
 
 def _target(config: PairConfig, target_config: Any, attention: str, place: torch.device) -> Any:
-    """The target model on ``place``, with every weight that its checkpoint should have."""
+    """Load the target model on ``place``; raise if a weight is missing."""
     from transformers import AutoModelForCausalLM
 
     dtype, trust = DTYPES[config.dtype], config.trust_remote_code
@@ -248,10 +265,14 @@ def _target(config: PairConfig, target_config: Any, attention: str, place: torch
 
 
 def check_configs(target: Any, base: Any) -> None:
-    """Raise :class:`PairMismatchError` naming every size or kind in which the two differ."""
+    """Raise :class:`PairMismatchError` with every key of :data:`SAME` in which two configs differ.
+
+    Raises:
+        UserError: the target's architecture is not supported.
+    """
     if target.model_type not in ARCHITECTURES:
         inner = getattr(target.get_text_config(), "model_type", None)
-        text = f" (of its parts, the text model {inner!r} is)" if inner in ARCHITECTURES else ""
+        text = f" (its text model {inner!r} is)" if inner in ARCHITECTURES else ""
         raise UserError(
             f"architecture {target.model_type!r} is not supported{text}; "
             f"supported: {', '.join(sorted(ARCHITECTURES))}"
@@ -266,26 +287,29 @@ def check_configs(target: Any, base: Any) -> None:
 
 
 def check_tokenizers(target: Any, base: Any) -> list[str]:
-    """Compare two tokenizers; returns notes on harmless differences.
+    """Compare two tokenizers; return notes on harmless differences.
 
-    Ordinary tokens must have the same ids. Added tokens may be named otherwise (a fine-tuned model
-    renames its chat markers): that is a note, since text is always tokenised by the target's.
+    Ordinary tokens must have the same ids. Added tokens may differ, as where a fine-tuned model
+    renames its chat markers: text is always tokenized with the target's tokenizer.
+
+    Raises:
+        PairMismatchError: an ordinary token has different ids.
     """
 
     def ordinary(tokenizer: Any) -> dict[str, int]:
         added = set(tokenizer.get_added_vocab())
         return {t: i for t, i in tokenizer.get_vocab().items() if t not in added}
 
-    ours, theirs = ordinary(target), ordinary(base)
-    if ours != theirs:
-        odd = sorted(ours.items() ^ theirs.items())
+    target_ids, base_ids = ordinary(target), ordinary(base)
+    if target_ids != base_ids:
+        odd = sorted(target_ids.items() ^ base_ids.items())
         token = odd[0][0]
         raise PairMismatchError(
             f"these models are not a pair: their tokenizers differ in {len({t for t, _ in odd})} "
-            f"tokens; {token!r}: target {ours.get(token)}, base {theirs.get(token)}"
+            f"tokens; {token!r}: target {target_ids.get(token)}, base {base_ids.get(token)}"
         )
     a, b = target.get_added_vocab(), base.get_added_vocab()
     if a == b:
         return []
     renamed = sorted({t for t, _ in a.items() ^ b.items()})
-    return [f"added tokens differ ({len(renamed)}), the target's are used: {renamed[:4]}"]
+    return [f"{len(renamed)} added tokens differ; the target's are used: {renamed[:4]}"]

@@ -1,4 +1,4 @@
-"""Read checkpoints: configuration, tokenizer, shards, and the MLPs alone. Only safetensors."""
+"""Read configuration, tokenizer, shards and MLPs of safetensors checkpoints."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _Dtype = Annotated[
 
 
 class ShardIndex(TypedDict):
-    """``model.safetensors.index.json``: the shard of each tensor."""
+    """Schema of ``model.safetensors.index.json``: the shard of each tensor."""
 
     weight_map: Annotated[dict[str, str], msgspec.Meta(min_length=1)]
 
 
 class Rotary(TypedDict, total=False):
-    """``rope_parameters`` of ``config.json``, of all layers or of each kind of layer."""
+    """Schema of ``rope_parameters`` in ``config.json``, for all layers or per layer type."""
 
     rope_type: Annotated[str, msgspec.Meta(pattern="^[a-z0-9_]+$")]
     rope_theta: Annotated[float, msgspec.Meta(gt=0, le=2**53)]
@@ -40,15 +40,14 @@ class Rotary(TypedDict, total=False):
     sliding_attention: Rotary | None
 
 
-#: One of transformers' own; a name with a slash is that of a repository, whose code would run.
+#: Attention implementation of transformers. A name with a slash is a repository with code.
 _Implementation = Annotated[str, msgspec.Meta(pattern="^[a-z0-9_]+$")]
 
 
 class ModelFile(TypedDict, total=False):
-    """The keys of ``config.json`` that sizes and kinds follow from, bounded.
+    """Schema of the keys of ``config.json`` that determine sizes and types, with upper bounds.
 
-    A model of more layers or of a wider stream than these is a damaged file, and building it would
-    take for ever.
+    A value above its bound means a damaged file; building such a model would never finish.
     """
 
     model_type: str
@@ -86,10 +85,10 @@ class ModelFile(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Paths:
-    """Attribute paths of an architecture's parts, from the causal language model down.
+    """Attribute names of an architecture's parts, and its attention implementation.
 
-    ``attention`` is the implementation to use where flash-attn is not: ``eager`` for Gemma 2, whose
-    soft-capped attention scores torch's fused attention cannot make.
+    ``attention`` is used where flash-attn is not: ``eager`` for Gemma 2, since torch's fused
+    attention cannot soft-cap scores.
     """
 
     decoder: str = "model"
@@ -99,7 +98,7 @@ class Paths:
     attention: str = "sdpa"
 
 
-#: The architectures whose gradients and modes are tested.
+#: Supported architectures: those whose gradients and modes are tested.
 ARCHITECTURES: Mapping[str, Paths] = {
     "qwen2": Paths(),
     "llama": Paths(),
@@ -112,79 +111,85 @@ ARCHITECTURES: Mapping[str, Paths] = {
 }
 
 
-#: Dtypes, as safetensors calls them, of tensors that hold weights and no codes of weights.
+#: Safetensors' names of the dtypes of unquantised weights.
 _STORED = ("F64", "F32", "BF16", "F16")
 
-#: Files that hold a checkpoint's weights or name its shards; transformers takes the first of them.
+#: Files with a checkpoint's weights or its shard index; transformers prefers the first.
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
-#: Shapes of the presets' models.
+#: Configurations of the presets' models.
 SHAPES = Path(__file__).parents[1] / "presets" / "shapes.json"
 
 
 @contextmanager
-def reading(what: str, source: str) -> Iterator[None]:
-    """Turn what a missing, broken or misshapen source raises into one line that names it."""
+def reading(role: str, source: str) -> Iterator[None]:
+    """Turn errors raised while ``source`` is read into a one-line :class:`UserError`.
+
+    ``role`` describes the source in the message. Errors of memory pass unchanged.
+    """
     from safetensors import SafetensorError
 
     try:
         yield
     except SafetensorError as e:
         raise UserError(
-            f"{what} {source!r}: a safetensors file is truncated or damaged: {e}"
+            f"{role} {source!r}: a safetensors file is truncated or damaged: {e}"
         ) from e
-    # On files that they did not expect, transformers and tokenizers raise errors of any type.
+    # transformers and tokenizers raise errors of any type for malformed files.
     except Exception as e:
         no_memory = isinstance(e, (torch.OutOfMemoryError, MemoryError))
         if isinstance(e, (UserError, RunError)) or no_memory or "not enough memory" in str(e):
             raise
         reason = " ".join(str(e).split())
-        if len(reason.split()) < 2:  # a KeyError's is the key alone
+        if len(reason.split()) < 2:  # the text of a KeyError is only the key
             reason = f"{type(e).__name__} {reason}".strip()
-        raise UserError(f"{what} {source!r} cannot be loaded: {reason[:300]}") from e
+        raise UserError(f"{role} {source!r} cannot be loaded: {reason[:300]}") from e
 
 
 def model_config(source: str, revision: str | None, trust: bool) -> Any:
-    """transformers' configuration of a local folder or hub id.
+    """Return transformers' configuration of a local folder or hub id.
 
-    Its implementation of attention is the caller's to choose: a ``config.json`` may name code of
-    the hub there, with or without ``trust`` in the code of the model.
+    The attention implementation is cleared and left to the caller: in ``config.json`` it can name
+    code on the hub, which transformers would run even without ``trust``.
+
+    Raises:
+        UserError: the source cannot be read, is quantised, or names a file for its weights.
     """
     from transformers import AutoConfig
 
     looks_local = source.startswith(("/", ".", "~")) or source.count("/") > 1
-    typed_path(source, "model")  # a hub id has no more letters than a path may have
+    typed_path(source, "model")  # a hub id also fits a path's length
     if looks_local and not Path(source).is_dir():
         raise UserError(
-            f"model {source!r} cannot be loaded: no such folder; expected one, or a hub id"
+            f"model {source!r} cannot be loaded: no such folder; expected a folder or a hub id"
         )
     with reading("model", source):
         if (file := fetch(source, "config.json", revision)) is not None:
             keys = read_json(file, ModelFile, constants=True)
-            chosen = {key: value for key, value in keys.items() if "implementation" in key}
-            check(chosen, dict[str, _Implementation | None], str(file))
+            implementations = {key: v for key, v in keys.items() if "implementation" in key}
+            check(implementations, dict[str, _Implementation | None], str(file))
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust)
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(
-            f"model {source!r} is quantised (quantization_config in its config.json), and its "
-            "stored numbers are no weights. Give the model before it was quantised"
+            f"model {source!r} is quantised (quantization_config in its config.json); expected "
+            "unquantised weights. Give the model before quantisation"
         )
     named = getattr(config, "transformers_weights", None)
     if named not in (None, _WEIGHTS[0]):
         raise UserError(
             f"model {source!r} names its weights in its config.json (transformers_weights "
-            f"{named!r}), which is not supported. Rename the file to model.safetensors, and take "
-            "the key out"
+            f"{named!r}), which is not supported. Rename the file to model.safetensors and delete "
+            "the key"
         )
     config._attn_implementation = config._experts_implementation = None
     return config
 
 
 def shipped_config(source: str) -> Any | None:
-    """transformers' configuration of a hub model that a preset names: its shapes, offline.
+    """Return transformers' configuration of a preset's hub model without network access.
 
-    For plans alone: what has no influence on shapes (positions, rotary bases) is not in it. None
-    for other models.
+    The configuration lacks keys without influence on shapes (positions, rotary bases), so it only
+    serves to plan runs. Return None for models of no preset.
     """
     from transformers import AutoConfig
 
@@ -193,7 +198,7 @@ def shipped_config(source: str) -> Any | None:
 
 
 def load_tokenizer(source: str, revision: str | None, trust: bool) -> Any:
-    """The tokenizer of a local folder or hub id."""
+    """Load the tokenizer of a local folder or hub id."""
     from transformers import AutoTokenizer
 
     typed_path(source, "tokenizer")
@@ -202,36 +207,37 @@ def load_tokenizer(source: str, revision: str | None, trust: bool) -> Any:
 
 
 def fetch(source: str, name: str, revision: str | None) -> Path | None:
-    """Local path of one file of a folder or hub repository, or None where it has none.
+    """Return the local path of a file in a folder or hub repository, or None if it is missing.
 
     Raises:
-        UserError: there is no such folder or repository, nor can there be one of this name.
+        UserError: the folder or repository does not exist.
     """
     from transformers.utils import cached_file
 
     with reading("model", source):
-        found = cached_file(
+        path = cached_file(
             source, name, revision=revision, _raise_exceptions_for_missing_entries=False
         )
-    return None if found is None else Path(found)
+    return None if path is None else Path(path)
 
 
 def tensor_files(source: str, revision: str | None) -> dict[str, Path]:
-    """File of every shard, by name. Shards named by an index may not lie outside their folder.
+    """Return the file of every shard, by name.
 
-    As in transformers, a single file goes before an index: saving a model again leaves the index of
-    the shards that it had before.
+    A single file takes precedence over an index, as in transformers: saving a model in one file
+    leaves the index of its earlier shards behind.
 
     Raises:
-        UserError: there are no weights, a shard is missing, a tensor is quantised, or a PEFT
-            adapter stands beside the weights, which transformers would read in their place.
+        UserError: the weights or a shard are missing, an index names a file outside its folder, a
+            tensor is quantised, or the folder holds a PEFT adapter, which transformers would read
+            instead of the weights.
     """
     files = _tensor_files(source, revision)
     if (Path(source) / "adapter_config.json").is_file():
         raise UserError(
-            f"{source}: adapter_config.json stands beside the weights; transformers would read a "
-            "PEFT adapter and the model that it names in their place. Merge the adapter, and "
-            "delete this file"
+            f"{source}: adapter_config.json stands beside the weights, so transformers would load "
+            "the PEFT adapter and the model that it names instead. Merge the adapter and delete "
+            "this file"
         )
     for path in files.values():
         with reading("model", str(path)), open_tensors(path) as file:
@@ -239,9 +245,8 @@ def tensor_files(source: str, revision: str | None) -> dict[str, Path]:
                 dtype = file.get_slice(name).get_dtype()
                 if dtype not in _STORED:
                     raise UserError(
-                        f"{path}: tensor {name} is stored as {dtype}, which is no weight but a "
-                        "code of one (a quantised checkpoint). Give the model before it was "
-                        f"quantised; expected {', '.join(_STORED)}"
+                        f"{path}: tensor {name} is stored as {dtype} (a quantised checkpoint); "
+                        f"expected {', '.join(_STORED)}. Give the model before quantisation"
                     )
     return files
 
@@ -262,7 +267,7 @@ def _tensor_files(source: str, revision: str | None) -> dict[str, Path]:
         check_name(name, f"{index}: weight_map")
         file = fetch(source, name, revision)
         if file is None:
-            raise UserError(f"{source}: shard {name!r} named by the index is missing")
+            raise UserError(f"{source}: shard {name!r}, which the index names, is missing")
         files[name] = file
     return files
 
@@ -278,16 +283,24 @@ def load_causal_lm(
     role: str = "target",
     besides: Collection[str] = (),
 ) -> Any:
-    """transformers' causal language model of a checkpoint, in eval mode, no weight left over.
+    """Load transformers' causal language model of a checkpoint, in eval mode.
 
-    ``besides`` are the tensors that the checkpoint may hold and the model does not; ``role`` is the
-    checkpoint's name in messages.
+    Args:
+        source, revision: the checkpoint.
+        device, dtype: of the weights.
+        attention: transformers' name of the attention implementation.
+        trust: run Python code that comes with the model.
+        role: the checkpoint's name in error messages.
+        besides: names of tensors that the checkpoint may hold beside the model's.
+
+    Raises:
+        UserError: a weight is missing, misshapen or unexpected, or the head has a bias.
     """
     from transformers import AutoModelForCausalLM
 
     tensor_files(source, revision)
     config = model_config(source, revision, trust)
-    with reading(role, source), _no_report() if besides else nullcontext():
+    with reading(role, source), _errors_only() if besides else nullcontext():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
@@ -296,14 +309,14 @@ def load_causal_lm(
             attn_implementation=attention,
             trust_remote_code=trust,
             use_safetensors=True,
-            ignore_mismatched_sizes=True,  # so that the check below names the weight
+            ignore_mismatched_sizes=True,  # the check below names the weight
             output_loading_info=True,
             **({"device_map": {"": device}} if device.type != "cpu" else {}),
         )
     model, info = loaded
     for key in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        if odd := sorted(map(str, set(info.get(key, ())) - set(besides))):
-            raise UserError(f"{role} {source}: {len(odd)} {key.replace('_', ' ')}: {odd[:3]}")
+        if keys := sorted(map(str, set(info.get(key, ())) - set(besides))):
+            raise UserError(f"{role} {source}: {len(keys)} {key.replace('_', ' ')}: {keys[:3]}")
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise UserError(f"{role} {source}: a head with a bias is not supported")
     if dtype == torch.float64 and attention == "eager":
@@ -312,11 +325,11 @@ def load_causal_lm(
 
 
 def _bound_masks(model: nn.Module) -> None:
-    """Bound the masks of eager attention in float64 by float32's lowest number.
+    """Clamp the masks of eager attention in float64 to the smallest float32 number.
 
-    transformers adds the lowest float64 to masked scores and takes the softmax in float32, where
-    that is minus infinity: a row that sees padding alone would be NaN, and so, a block later, would
-    be every row.
+    transformers adds the smallest float64 number to masked scores and computes the softmax in
+    float32, where that number is minus infinity. A row that attends to padding only would become
+    NaN, and one block later every row would.
     """
 
     def bound(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -332,10 +345,10 @@ def _bound_masks(model: nn.Module) -> None:
 
 
 @contextmanager
-def _no_report() -> Iterator[None]:
-    """Without transformers' table of tensors that it does not know, which are known to the caller.
+def _errors_only() -> Iterator[None]:
+    """Silence transformers' table of unexpected tensors, which the caller expects.
 
-    What is wrong with a checkpoint is raised from the same facts.
+    Faults of the checkpoint are still raised, from the loading info.
     """
     from transformers.utils import logging
 
@@ -357,10 +370,17 @@ def load_mlps(
     trust: bool,
     role: str = "base",
 ) -> nn.ModuleList:
-    """The MLP modules of a checkpoint, one per layer, with their weights; nothing else is read.
+    """Load the MLP modules of a checkpoint, one per layer; read no other weights.
 
-    On the meta device they are shapes, and nothing is read.
-    ``config`` is the checkpoint's :func:`model_config`; ``role`` is its name in messages.
+    Args:
+        source, revision: the checkpoint.
+        config: the checkpoint's :func:`model_config`.
+        device, dtype: of the weights. On the meta device no weight is read.
+        trust: run Python code that comes with the model.
+        role: the checkpoint's name in error messages.
+
+    Raises:
+        UserError: an MLP weight is missing or misshapen, or a file is damaged.
     """
     from safetensors import safe_open
     from transformers import AutoModelForCausalLM
@@ -391,12 +411,12 @@ def load_mlps(
     if missing := sorted(wanted - set(tensors)):
         raise UserError(f"{role} {source}: {len(missing)} MLP weights are missing: {missing[:3]}")
     for prefix, mlp in zip(prefixes, mlps, strict=True):
-        own = {name: tensors[prefix + name] for name in mlp.state_dict()}
+        weights = {name: tensors[prefix + name] for name in mlp.state_dict()}
         for name, parameter in mlp.state_dict().items():
-            if own[name].shape != parameter.shape:
+            if weights[name].shape != parameter.shape:
                 raise UserError(
                     f"{role} {source}: {prefix}{name}: expected {tuple(parameter.shape)}, "
-                    f"got {tuple(own[name].shape)}"
+                    f"got {tuple(weights[name].shape)}"
                 )
-        mlp.load_state_dict(own, assign=True)
+        mlp.load_state_dict(weights, assign=True)
     return mlps.eval()

@@ -1,15 +1,15 @@
-"""What of a block's forward pass is kept for its backward pass, and what is made again.
+"""Choose which results of a block's forward pass are saved for its backward pass.
 
-Three policies, from the least work to the least memory, with the same bits in every gradient:
+Three policies, from the least work to the least memory. Gradients are bitwise equal under all:
 
-- ``none``: everything is kept.
-- ``attention``: a block is recomputed, but for what its attention returned and its sparse codes.
-- ``full``: a block is recomputed, but for its sparse codes.
+- ``none``: every result is saved.
+- ``attention``: the block is recomputed, except for attention outputs and sparse codes.
+- ``full``: the block is recomputed, except for sparse codes.
 
-Sparse codes are few, and with them the encoder's product is not made again. Dense ones, as at the
-first steps, are as large as any activation: they are recomputed. A recompute ends with the last
-tensor that the backward pass needs; the frozen ``down_proj`` needs no input of its own, so where it
-comes last (:class:`fastadapt.models.adapted_mlp.AdaptedMLP`) its product is not made again either.
+Sparse codes are small, and saving them avoids a second encoder product. Dense codes, as in the
+first steps, are as large as any activation and are recomputed. A recompute stops at the last tensor
+that the backward pass needs. The frozen ``down_proj`` does not need its input, so its product is
+not recomputed if it comes last (:class:`fastadapt.models.adapted_mlp.AdaptedMLP`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fastadapt.kernels.transcoder import should_save
 
 POLICIES = ("none", "attention", "full")
 
-#: What fused attention is called: torch's backends, and flash-attn's.
+#: Names of the fused attention ops of torch and of flash-attn.
 ATTENTION_OPS = frozenset(
     (
         "aten::_scaled_dot_product_flash_attention",
@@ -40,12 +40,15 @@ ATTENTION_OPS = frozenset(
 
 
 def recomputed(policy: str, run: Callable[..., Any], *args: Tensor) -> Any:
-    """``run(*args)``, of which the backward pass finds what ``policy`` keeps.
+    """Return ``run(*args)``, saving for the backward pass only what ``policy`` selects.
 
     Args:
-        policy: of :data:`POLICIES`.
-        run: a function of tensors, the same when it is called again.
-        args: its arguments; they are kept.
+        policy: one of :data:`POLICIES`.
+        run: a deterministic function of tensors; the backward pass calls it again.
+        args: arguments of ``run``; they are saved.
+
+    Raises:
+        ValueError: the policy does not exist.
     """
     if policy not in POLICIES:
         raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")

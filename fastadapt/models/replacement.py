@@ -1,14 +1,13 @@
-"""A pair of models as one: target, hybrid and replacement behind a single Hugging Face model.
+"""Combine a pair of models into one Hugging Face model with three modes.
 
 The *target* is the fine-tuned model. The *hybrid* is the target with the base model's MLPs. The
-*replacement* is the hybrid with an adapter beside every base MLP. They share attention, norms,
-embeddings and head, so a pair costs the target and the base's MLP weights, nothing more. Two
-baselines of the method take the place of adapters and are the replacement then: MLPs, or norm
-weights, that were trained themselves (:mod:`fastadapt.models.baselines`).
+*replacement* is the hybrid with an adapter beside every base MLP. The modes share attention, norms,
+embeddings and head, so a pair needs memory for the target and the base's MLPs only. Two baselines
+replace the adapters by trained MLPs or trained norm weights (:mod:`fastadapt.models.baselines`).
 
-Blocks are called through transformers' own modules: no copy of a model's forward lives here.
-Masks and rotary embeddings come from one call of the model's own forward
-(:meth:`ReplacementModel.block_inputs`); they are never rebuilt.
+Blocks are called through transformers' own modules, so no forward of a model is copied here. Masks
+and rotary embeddings come from one call of the model's own forward
+(:meth:`ReplacementModel.block_inputs`).
 """
 
 from __future__ import annotations
@@ -49,14 +48,17 @@ __all__ = [
 class ReplacementModel(nn.Module):
     """Target, hybrid and replacement in one Hugging Face model, :attr:`model`.
 
-    ``model`` is the target whose MLPs are :class:`AdaptedMLP`; ``generate``, hooks and third-party
-    tools work on it in each mode. Everything but the adapters is frozen.
+    ``model`` is the target with :class:`AdaptedMLP` as MLPs. ``generate``, hooks and third-party
+    tools work on ``model`` in every mode. Only the adapters are trainable.
 
     Args:
-        pair: the two models. Its target is changed in place: its MLPs are wrapped.
-        adapters: one per layer, of the MLP's widths, all of one kind: transcoders, or weights of
-            the model (:class:`fastadapt.models.baselines.TunedWeights`) of the names and shapes
-            that it has.
+        pair: the two models. The MLPs of the pair's target are wrapped in place.
+        adapters: one module per layer, all of one kind: transcoders of the model's width, or
+            weights of the model (:class:`fastadapt.models.baselines.TunedWeights`) with its names
+            and shapes.
+
+    Raises:
+        UserError: the adapters do not fit the model, or the pair already has adapters.
     """
 
     def __init__(self, pair: ModelPair, adapters: nn.ModuleList) -> None:
@@ -90,10 +92,13 @@ class ReplacementModel(nn.Module):
     ) -> ReplacementModel:
         """Create a replacement model with new adapters on the pair's device.
 
-        ``config``: the settings of transcoders, or a baseline (``mlp`` or ``norms``), whose new
-        weights are copies of the hybrid's.
-        ``dtype``: of transcoders, the pair's by default. ``seed`` determines ``W_enc``.
-        ``runs_on``: device that the model is moved to before it runs, if another.
+        Args:
+            pair: the two models.
+            config: settings of transcoders, or a baseline (``mlp`` or ``norms``), whose new weights
+                are copies of the hybrid's.
+            seed: determines ``W_enc``.
+            dtype: dtype of transcoders; None is the pair's.
+            runs_on: device that the model will run on; None is the pair's.
         """
         if not isinstance(config, AdapterConfig):
             return cls(pair, tuned_weights(pair, config))
@@ -116,7 +121,10 @@ class ReplacementModel(nn.Module):
         """Replace the adapters, so that several runs share one pair in memory.
 
         Args:
-            adapters: as the constructor takes them, on the pair's device.
+            adapters: as in the constructor, on the pair's device.
+
+        Raises:
+            UserError: the adapters do not fit the model.
         """
         if adapters is self.adapters:
             return
@@ -150,13 +158,13 @@ class ReplacementModel(nn.Module):
 
     @property
     def head(self) -> Tensor:
-        """``[V, D]``, the weight of the language-model head."""
+        """The weight ``[V, D]`` of the language-model head."""
         weight: Tensor = self.model.get_output_embeddings().weight
         return weight
 
     @property
     def softcap(self) -> float | None:
-        """Gemma 2's cap on the final logits, where the model has one."""
+        """Soft cap of the final logits (Gemma 2), or None."""
         cap: float | None = getattr(self.model.config, "final_logit_softcapping", None)
         return cap
 
@@ -167,20 +175,24 @@ class ReplacementModel(nn.Module):
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """transformers' own decoder layers."""
+        """transformers' decoder layers, layer 0 first."""
         return getattr(getattr(self.model, self.paths.decoder), self.paths.layers)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The Hugging Face model's forward, in the current mode."""
+        """Run the Hugging Face model's forward in the current mode."""
         return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' ``generate``, in the current mode."""
+        """Run transformers' ``generate`` in the current mode."""
         return self.model.generate(*args, **kwargs)
 
     @contextmanager
     def mode(self, mode: Mode) -> Iterator[ReplacementModel]:
-        """Set the mode inside the context; outside, it is ``replacement``."""
+        """Set the mode inside the context and restore it on exit; the default is ``replacement``.
+
+        Raises:
+            UserError: the mode does not exist.
+        """
         with in_mode(self.mlps, mode):
             yield self
 
@@ -190,11 +202,14 @@ class ReplacementModel(nn.Module):
 
         Args:
             input_ids: int64 ``[B, T]``.
-            attention_mask: bool ``[B, T]``, or None where no token is padding.
+            attention_mask: bool ``[B, T]``, True on real tokens; None if no token is padding.
 
         Returns:
-            The embeddings ``[B, T, D]`` (scaled as the architecture does) and each block's keyword
-            arguments: attention mask, rotary embeddings, positions.
+            The embeddings ``[B, T, D]``, scaled where the architecture scales them, and each
+            block's keyword arguments: attention mask, rotary embeddings, positions.
+
+        Raises:
+            RunError: the model passes its blocks an argument that may hold state.
         """
         return record_inputs(self.model, self.paths, input_ids, attention_mask)
 
@@ -210,14 +225,21 @@ class ReplacementModel(nn.Module):
         plan: CodeLayout | None = None,
         return_codes: bool = False,
     ) -> tuple[Tensor, Aux | None]:
-        """Block ``layer`` (0-based) of the given mode: ``[B, T, D]`` to ``[B, T, D]``, and the aux.
+        """Run block ``layer`` (0-based) in the given mode on hidden states ``[B, T, D]``.
 
-        The aux is that of a transcoder, in the mode ``replacement``; else None.
+        The mode is set and restored in this method. A recompute under checkpointing runs after the
+        caller's contexts have closed, and on a GPU in another thread; it must make the same call.
 
-        The mode is set and restored in here, so that a recompute under checkpointing, which runs
-        after the caller's contexts have closed and on a GPU in another thread, is the same call.
-        ``mask``, ``padding``, ``plan`` and ``return_codes`` go to the adapter
-        (:meth:`TranscoderAdapter.forward`).
+        Args:
+            layer: index of the block.
+            hidden: hidden states ``[B, T, D]``.
+            arguments: the block's keyword arguments, from :meth:`block_inputs`.
+            mode: the mode of the block's MLP.
+            mask, padding, plan, return_codes: arguments of :meth:`TranscoderAdapter.forward`.
+
+        Returns:
+            The new hidden states ``[B, T, D]`` and the adapter's aux, which is None for baselines
+            and for modes other than ``replacement``.
         """
         block = self.blocks[layer]
         call = Call(mask, padding, plan, return_codes)
@@ -230,18 +252,18 @@ class ReplacementModel(nn.Module):
     def features(self, text: str | Sequence[int] | Tensor) -> list[SparseCodes]:
         """Return the active features of every layer on a text, layer 0 first.
 
-        The hidden states are those of the mode ``replacement``; the model's mode stays as it is.
+        Hidden states are computed in the mode ``replacement``; the model's mode does not change.
 
         Args:
-            text: a text, tokenized as the pair's tokenizer does by default; or token ids, int64
-                ``[T]`` or ``[B, T]`` without padding.
+            text: a text, tokenized with the tokenizer's defaults; or token ids, int64 ``[T]`` or
+                ``[B, T]`` without padding.
 
         Returns:
             For each layer the codes of its adapter: ``tokens`` (index into the flattened ids),
             ``features`` and ``values``, one entry per active feature.
 
         Raises:
-            UserError: the trained weights are no transcoders, or the ids have another shape.
+            UserError: the run has no transcoders, or the ids have another shape.
 
         Example:
             >>> from fastadapt import AdapterConfig, ModelPair, PairConfig, ReplacementModel
@@ -251,7 +273,7 @@ class ReplacementModel(nn.Module):
             [True, True, True, True]
         """
         if self.n_features == 0:
-            raise UserError("features: this run trained weights of the model, not transcoders")
+            raise UserError("features: expected transcoders, got a baseline's trained weights")
         if isinstance(text, str):
             text = self.pair.tokenizer(text)["input_ids"]
         ids = torch.as_tensor(text, dtype=torch.int64, device=self.device)
@@ -276,7 +298,7 @@ class ReplacementModel(nn.Module):
             block.reshard()
 
     def final_norm(self, hidden: Tensor, mode: Mode) -> Tensor:
-        """Apply the norm before the head in the given mode; modes differ for refit norms."""
+        """Apply the norm before the head to ``[B, T, D]``; modes differ only for trained norms."""
         norm = getattr(getattr(self.model, self.paths.decoder), self.paths.norm)
         with self.mlps[-1].call_context(mode, None):
             out: Tensor = norm(hidden)
@@ -288,13 +310,13 @@ def _check_fit(pair: ModelPair, adapters: nn.ModuleList) -> None:
     if len(adapters) != n_layers:
         raise UserError(f"expected {n_layers} adapters, one per layer, got {len(adapters)}")
     if len({type(adapter) for adapter in adapters}) > 1:
-        raise UserError("adapters of several kinds: one kind for all layers is expected")
+        raise UserError("adapters: expected one kind for all layers, got several")
     for i, adapter in enumerate(adapters):
         if (adapter.d_in, adapter.d_out) != (width, width):
             raise UserError(
-                f"adapter of layer {i}: the model's width is {width}, "
+                f"adapter of layer {i}: expected the model's width {width}, "
                 f"got d_in={adapter.d_in}, d_out={adapter.d_out}"
             )
     tuned = [adapter for adapter in adapters if isinstance(adapter, TunedWeights)]
-    for i, wanted in enumerate(weights_of(pair, tuned[0].kind) if tuned else ()):
-        tuned[i].check_fits(wanted, i)
+    for i, weights in enumerate(weights_of(pair, tuned[0].kind) if tuned else ()):
+        tuned[i].check_fits(weights, i)

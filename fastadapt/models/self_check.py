@@ -1,9 +1,9 @@
-"""Check that walking over a model's blocks gives the logits of the model's own forward.
+"""Check that calling a model's blocks one by one gives the logits of the model's own forward.
 
 The objective, evaluations and collections call transformers' blocks one by one, with arguments
-recorded from the model's forward (:mod:`fastadapt.models.block_inputs`). Whether that is the same
-function depends on how transformers passes masks, positions and caches, which a release may change.
-So each of them runs this check on its first batch.
+recorded from the model's forward (:mod:`fastadapt.models.block_inputs`). Equality depends on how
+transformers passes masks, positions and caches, which a release may change. Therefore each of them
+runs this check on its first batch.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from fastadapt.models.adapted_mlp import MODES, Call, Mode
 from fastadapt.models.block_inputs import BlockInputs, versions
 from fastadapt.models.replacement import ReplacementModel
 
-#: Bounds of the part of a batch that is used: rows, tokens of each, positions whose logits exist.
+#: Largest part of a batch to use: rows, tokens per row, positions with logits.
 ROWS, TOKENS, POSITIONS = 2, 1024, 64
 
 
 @torch.no_grad()
 def check_traversal(model: ReplacementModel, batch: Batch) -> None:
-    """Raise where the walk over the blocks and the model's own forward differ, in any mode.
+    """Raise if the block-by-block traversal and the model's own forward differ in any mode.
 
-    The arguments of the blocks are recorded once and used for all modes, as a training step does.
-    Both sides run the same operations on the same inputs and differ by the order of sums alone:
-    the root mean square of the logits' difference may be up to ``4 eps sqrt(2 L)`` of the logits'
-    own, where ``eps`` is the dtype's spacing at 1: the random walk of one rounding for each of the
-    2 L additions to the residual stream, times 4. Weights, gradients and random states stay as
-    they are. On several ranks all call this with the same batch.
+    The arguments of the blocks are recorded once and used for all modes, as in a training step.
+    Both sides run the same operations on the same inputs and may differ only in the order of sums.
+    The RMS of the logits' difference may be at most ``4 eps sqrt(2 L)`` times the RMS of the
+    logits, where ``eps`` is the dtype's spacing at 1: the random walk of one rounding for each of
+    the 2 L additions to the residual stream, times 4. Weights, gradients and random states do not
+    change. With several ranks, every rank calls this function with the same batch.
 
     Args:
-        model: on its device; modes whose weights are absent are left out.
-        batch: on the same device. Its longest and its shortest row are used, 1,024 tokens of each
-            at most.
+        model: the model, on its device. Modes whose weights are absent are skipped.
+        batch: a batch on the same device. The longest and the shortest row are used, each cut to
+            1,024 tokens.
 
     Raises:
         RunError: the logits differ in a mode, or a block changed one of its arguments; the message
@@ -63,18 +63,18 @@ def check_traversal(model: ReplacementModel, batch: Batch) -> None:
     for mode in MODES:
         if mode == "target" and model.mlps[0].target is None:
             continue
-        walked = _walked(model, inputs, mode, positions)[counted]
-        expected = _own(model, part, mode, positions)[counted]
-        error = (walked - expected).square().mean().sqrt().item()
+        logits = _traversed(model, inputs, mode, positions)[counted]
+        expected = _forward(model, part, mode, positions)[counted]
+        error = (logits - expected).square().mean().sqrt().item()
         scale = expected.square().mean().sqrt().item()
-        # Neither side finite is a model or a batch that training reports as such.
-        same = torch.equal(walked.isfinite(), expected.isfinite())
+        # Training reports non-finite logits; here they must only agree.
+        same = torch.equal(logits.isfinite(), expected.isfinite())
         if not same or (math.isfinite(error) and error > tolerance * scale):
             raise RunError(
-                f"The walk over the blocks of {type(model.model).__name__} does not give the "
+                f"Calling the blocks of {type(model.model).__name__} one by one does not give the "
                 f"logits of the model's own forward in mode {mode}: they differ by "
-                f"{error / max(scale, 1e-30):.2g} of their size, at most {tolerance:.2g} is "
-                f"rounding. {versions()}"
+                f"{error / max(scale, 1e-30):.2g} of their RMS; rounding explains at most "
+                f"{tolerance:.2g}. {versions()}"
             )
     for (name, tensor), version in zip(tensors, before, strict=True):
         if tensor._version != version:
@@ -85,7 +85,7 @@ def check_traversal(model: ReplacementModel, batch: Batch) -> None:
 
 
 def _part(batch: Batch) -> Batch:
-    """The longest and the shortest row, cut to ``TOKENS``."""
+    """Return the longest and the shortest row, cut to ``TOKENS``."""
     order = batch.real.sum(1).argsort(descending=True, stable=True)
     rows = order[[0, -1]] if len(order) > 1 else order
     mask = batch.attention_mask
@@ -97,19 +97,19 @@ def _part(batch: Batch) -> Batch:
 
 
 def _positions(part: Batch) -> Tensor:
-    """Up to ``POSITIONS`` positions, evenly spread over the longest row, its ends included."""
+    """Return up to ``POSITIONS`` evenly spaced positions of the longest row, including its ends."""
     last = int(part.real.sum(1).max()) - 1
     spread = torch.linspace(0, last, min(POSITIONS, last + 1), device=part.input_ids.device)
     return spread.round().long().unique()
 
 
 def _tensors(inputs: BlockInputs) -> list[tuple[str, Tensor]]:
-    """Every tensor that a block is called with, beside the name of its argument."""
-    found: list[tuple[str, Tensor]] = [("hidden_states", inputs.hidden)]
+    """Return every tensor passed to a block, with the name of its argument."""
+    tensors: list[tuple[str, Tensor]] = [("hidden_states", inputs.hidden)]
 
     def add(name: str, value: Any) -> None:
         if isinstance(value, Tensor):
-            found.append((name, value))
+            tensors.append((name, value))
         elif isinstance(value, tuple):
             for item in value:
                 add(name, item)
@@ -117,10 +117,13 @@ def _tensors(inputs: BlockInputs) -> list[tuple[str, Tensor]]:
     for arguments in inputs.arguments:
         for name, value in arguments.items():
             add(name, value)
-    return found
+    return tensors
 
 
-def _walked(model: ReplacementModel, inputs: BlockInputs, mode: Mode, positions: Tensor) -> Tensor:
+def _traversed(
+    model: ReplacementModel, inputs: BlockInputs, mode: Mode, positions: Tensor
+) -> Tensor:
+    """Return the logits of calling the blocks one by one."""
     hidden = inputs.hidden
     for layer in range(model.n_layers):
         hidden, _ = model.block(layer, hidden, inputs.arguments[layer], mode)
@@ -130,13 +133,14 @@ def _walked(model: ReplacementModel, inputs: BlockInputs, mode: Mode, positions:
     )
     if (cap := model.softcap) is not None:
         logits = cap * torch.tanh(logits / cap)
-    return _wide(logits)
+    return _at_least_float32(logits)
 
 
-def _own(model: ReplacementModel, part: Batch, mode: Mode, positions: Tensor) -> Tensor:
-    with ExitStack() as held:
-        for mlp in model.mlps:  # the MLP's sums in the order of a walk
-            held.enter_context(mlp.call_context(mode, Call(None, None, None)))
+def _forward(model: ReplacementModel, part: Batch, mode: Mode, positions: Tensor) -> Tensor:
+    """Return the logits of the model's own forward."""
+    with ExitStack() as contexts:
+        for mlp in model.mlps:  # with a call set, the MLP sums in the order of the traversal
+            contexts.enter_context(mlp.call_context(mode, Call(None, None, None)))
         output = model.model(
             input_ids=part.input_ids,
             attention_mask=part.attention_mask,
@@ -145,8 +149,8 @@ def _own(model: ReplacementModel, part: Batch, mode: Mode, positions: Tensor) ->
         )
     for layer in range(model.n_layers):
         model.reshard_layer(layer)
-    return _wide(output.logits)
+    return _at_least_float32(output.logits)
 
 
-def _wide(logits: Tensor) -> Tensor:
+def _at_least_float32(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""A gradient-free traversal of the layers by the target and several students."""
+"""Run the target and several students through the layers side by side, without gradients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastadapt.models.replacement import Mode, ReplacementModel
 
 
 class Stream(NamedTuple):
-    """Mode and adapters of a student's blocks; None: the model's current adapters."""
+    """Mode and adapters of a student's blocks; None stands for the model's current adapters."""
 
     mode: Mode
     adapters: nn.ModuleList | None = None
@@ -23,7 +23,7 @@ class Stream(NamedTuple):
 
 @contextmanager
 def carrying(model: ReplacementModel, adapters: nn.ModuleList | None) -> Iterator[None]:
-    """Set other adapters inside the context; None keeps the current ones."""
+    """Set the model's adapters inside the context; None keeps the current adapters."""
     before = model.adapters
     if adapters is not None:
         model.set_adapters(adapters)
@@ -40,7 +40,7 @@ def final_norm(model: ReplacementModel, hidden: Tensor, stream: Stream) -> Tenso
 
 
 class Passed(NamedTuple):
-    """Hidden states ``[B, T, D]`` of all streams after a block, and each student's aux."""
+    """Hidden states ``[B, T, D]`` of all streams after one block, and each student's aux."""
 
     layer: int
     target: Tensor
@@ -54,8 +54,8 @@ def side_by_side(
 ) -> Iterator[Passed]:
     """Yield the hidden states of the target and of every student after each layer.
 
-    Each stream reads its own previous states. The model's adapters are restored at the end. The
-    batch is on the model's device.
+    Each stream's block gets the states of the same stream. The model's adapters are restored at the
+    end. The batch must be on the model's device.
     """
     real, attention = batch.real, batch.attention_mask
     inputs = model.block_inputs(batch.input_ids, attention)
@@ -69,9 +69,9 @@ def side_by_side(
             for s, (mode, adapters) in enumerate(streams):
                 if adapters is not None:
                     model.set_adapters(adapters)
-                students[s], of_block = model.block(
+                students[s], block_aux = model.block(
                     layer, students[s], arguments, mode, mask=real, padding=padding
                 )
-                aux.append(of_block)
+                aux.append(block_aux)
             model.reshard_layer(layer)
             yield Passed(layer, h, list(students), aux)

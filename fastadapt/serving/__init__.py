@@ -1,15 +1,15 @@
-"""A trained run as one Hugging Face checkpoint, and the classes that load it.
+"""Export a trained run as one Hugging Face checkpoint, and register the classes that load it.
 
 ``fastadapt export RUN --output FOLDER`` writes the checkpoint. Importing this package registers its
-classes with transformers, after which ``AutoModelForCausalLM.from_pretrained`` loads it like any
-other, without remote code::
+classes with transformers. ``AutoModelForCausalLM.from_pretrained`` then loads the checkpoint
+without remote code::
 
     import fastadapt.serving
     model = AutoModelForCausalLM.from_pretrained(folder)
     with model.mode("hybrid"):      # adapters off
         model.generate_batch(...)
 
-In vLLM the same happens by itself (:mod:`fastadapt.serving.vllm_plugin`).
+vLLM registers the classes itself, through :mod:`fastadapt.serving.vllm_plugin`.
 """
 
 from fastadapt.models.hf_classes import AdaptedModel, register

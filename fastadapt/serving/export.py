@@ -31,59 +31,61 @@ def export(
     shard_bytes: float = SHARD_BYTES,
     overwrite: bool = False,
 ) -> None:
-    """Write adapters and the pair that they belong to as one checkpoint.
+    """Write adapters and their pair as one checkpoint.
 
-    Configuration (EOS, longest sequence), generation settings, chat template and tokenizer are the
-    target's, the latter three as the same files. Weights keep the dtypes that they are stored in;
-    ``dtype`` of the configuration, in which they are loaded, is that of the adapters, in which the
-    run computed.
+    The target's configuration, generation settings, chat template and tokenizer are used; the last
+    three are copied unchanged. Weights keep their stored dtypes. The configuration's ``dtype``, in
+    which transformers loads the weights, is the adapters' dtype, in which the run computed.
 
     Args:
-        adapters: what :func:`fastadapt.save_adapters` wrote.
-        folder: new or empty, or with ``overwrite`` an export and nothing else.
-        target, base: folders or hub ids, of ``revisions`` of these names.
-        shard_bytes: of a shard at most.
-        overwrite: replace an export that is there, once the new one is on the disk.
+        adapters: a folder written by :func:`fastadapt.save_adapters`.
+        folder: a new or empty folder, or with ``overwrite`` an export.
+        target, base: folders or hub ids of the pair.
+        revisions: revisions with the keys ``target`` and ``base``.
+        shard_bytes: largest size of a shard in bytes.
+        overwrite: replace an existing export after the new one is on disk.
 
     Raises:
-        UserError: adapters and models do not fit, or the folder is in use.
-        RunError: the folder cannot be written; it is as it was.
+        UserError: the adapters do not fit the models, or the folder is in use.
+        RunError: the folder cannot be written; it is left as it was.
     """
-    at = revisions or {}
+    revisions = revisions or {}
     layers, card = read_transcoders(adapters, "this export")
-    config = read_json(target, CONFIG, at.get("target"))
+    config = read_json(target, CONFIG, revisions.get("target"))
     architecture = str(config.get("model_type"))
     if architecture not in ARCHITECTURES:
         raise UserError(
             f"target {target}: architecture {architecture!r} is not supported; "
             f"supported: {', '.join(sorted(ARCHITECTURES))}"
         )
-    fits = {"layers": (len(layers), config.get("num_hidden_layers"))}
-    fits["width"] = (card["d_in"], config.get("hidden_size"))
-    for what, (ours, theirs) in fits.items():
-        if ours != theirs:
-            raise UserError(f"{what}: adapters {adapters} have {ours}, target {target} {theirs}")
+    sizes = {"layers": (len(layers), config.get("num_hidden_layers"))}
+    sizes["width"] = (card["d_in"], config.get("hidden_size"))
+    for name, (size, expected) in sizes.items():
+        if size != expected:
+            raise UserError(
+                f"{name}: adapters {adapters} have {size}, but target {target} has {expected}"
+            )
     paths = ARCHITECTURES[architecture]
-    kind = dataclasses.replace(card["adapter"], implementation="auto")
+    settings = dataclasses.replace(card["adapter"], implementation="auto")
     mlp = f".{paths.mlp}."
     tensors = {
         name.replace(mlp, f"{mlp}base.") if name.startswith(f"{paths.decoder}.") else name: read
-        for name, read in replacement_tensors(target, base, at).items()
+        for name, read in replacement_tensors(target, base, revisions).items()
     }
     tensors |= adapter_tensors(layers, paths)
-    own: dict[str, Any] = {key: value for key, value in config.items() if key != "torch_dtype"}
-    own |= {
+    values: dict[str, Any] = {k: value for k, value in config.items() if k != "torch_dtype"}
+    values |= {
         "architectures": [classes_of(architecture)[2].__name__],
         "model_type": model_type_of(architecture),
-        "adapter": dataclasses.asdict(kind),
+        "adapter": dataclasses.asdict(settings),
         "dtype": str(layers[0]().W_enc.dtype).removeprefix("torch."),
     }
     write_checkpoint(
         Path(folder),
         tensors,
-        as_json(own),
+        as_json(values),
         companions=target,
-        revision=at.get("target"),
+        revision=revisions.get("target"),
         shard_bytes=shard_bytes,
         overwrite=overwrite,
     )

@@ -1,9 +1,9 @@
-"""vLLM loads exported checkpoints: the entry point ``vllm.general_plugins``.
+"""Let vLLM load exported checkpoints, through the entry point ``vllm.general_plugins``.
 
-vLLM can run any model of transformers in its own engine; an exported checkpoint is one once its
-classes are registered. So the plugin registers them in every process of vLLM's, and names vLLM's
-class for such models as theirs. Adapters cannot be switched off there, and ``batch_topk`` needs a
-vLLM whose loader fills buffers too, since its threshold is one. Not run on a GPU yet.
+vLLM can run any transformers model whose classes are registered. The plugin registers the classes
+with transformers in every vLLM process, and maps their names to vLLM's class for transformers
+models. vLLM cannot switch adapters off. ``batch_topk`` needs a vLLM version whose loader also fills
+buffers, since its threshold is a buffer. The plugin has not been run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ BACKEND = "vllm.model_executor.models.transformers:TransformersForCausalLM"
 
 
 def register() -> None:
-    """Called by vLLM when it starts."""
+    """Register the exported classes; vLLM calls this function when it starts."""
     from vllm import ModelRegistry
 
     register_with_transformers()

@@ -1,4 +1,4 @@
-"""A language-model head and the KL divergence of one teacher from several students, as one op."""
+"""Language-model head and KL divergence of a teacher from several students, fused in one op."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,9 +17,12 @@ _IMPLEMENTATIONS = ("auto", "reference", "chunked", "triton")
 
 
 class LinearKLOutput(NamedTuple):
-    """Values in the softmax dtype: float32, or float64 where an input is float64. In nats."""
+    """Results of :func:`linear_kl`, in nats and in the softmax dtype.
 
-    kl: Tensor  # [S], the only one that carries a gradient
+    The softmax dtype is float64 if an input or ``logits_dtype`` is float64, else float32.
+    """
+
+    kl: Tensor  # [S], the only differentiable output
     token_kl: Tensor  # [S,T]
     token_cross_entropy: Tensor | None  # [S,T]; None without labels
     token_top1: Tensor  # [S,T] bool: the student's most probable token is the teacher's
@@ -37,59 +40,64 @@ def linear_kl(
     logits_dtype: torch.dtype | None = None,
     implementation: str = "auto",
 ) -> LinearKLOutput:
-    """KL(teacher || student) of next-token distributions, from hidden states, without T x V logits.
+    """Compute KL(teacher || student) of next-token distributions from hidden states.
 
-    With z = head h (then softcap * tanh(z / softcap) if set), p = softmax(z of the teacher) and
-    q_s = softmax(z of student s), for each token t and student s::
+    The [T,V] logits never exist at once. Let z = head h (then softcap * tanh(z / softcap) if set),
+    p = softmax(z of the teacher) and q_s = softmax(z of student s). For token t and student s::
 
         token_kl[s,t] = sum_v p_tv (log p_tv - log q_stv)
         kl[s]         = sum_t w_t token_kl[s,t] / sum_t w_t        (0 where sum_t w_t = 0)
 
-    Terms with p = 0 count 0. ``kl`` is differentiable in ``hidden_students`` and ``head`` (its
-    students' side); the teacher's distribution is a constant. First derivatives only. The gradient
-    is made together with the values, only where something requires it and grad mode is on.
+    Terms with p = 0 count as 0. ``kl`` is once differentiable in ``hidden_students`` and ``head``;
+    the teacher's distribution is a constant. The gradient is computed together with the values, if
+    an input requires it and grad mode is on.
 
     Args:
-        hidden_teacher: [T,D], floating: final hidden states (after the last norm).
-        hidden_students: [S,T,D], or S tensors [T,D], of the teacher's dtype.
-        head: [V,D], any floating dtype. No bias.
+        hidden_teacher: final hidden states (after the last norm), floating [T,D].
+        hidden_students: [S,T,D], or S tensors [T,D], in the teacher's dtype.
+        head: [V,D], any floating dtype, without bias.
         mask: [T], bool or floating weights w >= 0; None is all 1. Tokens of weight 0 give no
-            gradient to ``hidden_students``, whatever they hold; their token outputs are computed.
-        labels: [T], int64 in 0..V-1, or -100 to ignore: asks for ``token_cross_entropy``,
-            -log q at the label (0 where ignored). Others are refused on a CPU; on a GPU, where
-            looking would synchronise, they give NaN ("chunked", "triton").
+            gradient to ``hidden_students``, even if not finite; their token outputs are computed.
+        labels: [T], int64 in 0..V-1, or -100 to ignore a token. If given, ``token_cross_entropy``
+            is -log q at the label, and 0 for ignored tokens. Other labels raise on a CPU. On a GPU
+            the check would synchronise, so they give NaN ("chunked", "triton").
         softcap: bound on the logits (Gemma 2), > 0.
-        chunk_tokens: tokens whose logits exist at a time. Peak memory is two chunks of logits for
-            any S, one of them in the softmax dtype with "chunked" (the reference takes all tokens
-            at once).
-        logits_dtype: inputs are cast to it, multiplied in it, and logits rounded to it; the softmax
-            is taken in float32 (float64 if any input or ``logits_dtype`` is). None: the softmax
-            dtype, since near-equal distributions cancel in 16 bits: at V = 152,064, bfloat16 inputs
-            and a KL of 7e-3 the gradient's relative error was 28% with bfloat16 logits, 3.2% with
-            float16, and 0.16% with float32, the rounding of the bfloat16 result itself
-            (benchmarks/bench_cases.py, on a CPU). On a GPU, 16-bit inputs with float32 logits
-            use 16-bit products with float32 accumulation, for logits and for the gradient of the
-            hidden states, whose factor, the gradient of the logits, is rounded to those 16 bits.
-        implementation: "reference" (dense, the specification); "chunked" (PyTorch: any device and
-            dtype); "triton" (the same products, and between them two Triton kernels: a GPU, float32
-            softmax); or "auto": "triton" where it runs on a GPU, else "chunked".
+        chunk_tokens: number of tokens whose logits exist at a time. Peak memory is two chunks of
+            logits for any S; with "chunked", one of them is in the softmax dtype. The reference
+            computes all tokens at once.
+        logits_dtype: dtype that inputs are cast to for the product and that logits are rounded to.
+            None is the softmax dtype, since near-equal distributions cancel in 16 bits. At
+            V = 152,064, bfloat16 inputs and a KL of 7e-3, the gradient's relative error was 28%
+            with bfloat16 logits, 3.2% with float16, and 0.16% with float32, which is the rounding
+            of the bfloat16 result (benchmarks/bench_cases.py, on a CPU). On a GPU, 16-bit inputs
+            with float32 logits use 16-bit products with float32 accumulation, for the logits and
+            for the gradient of the hidden states. The gradient of the logits is then rounded to
+            the 16-bit dtype.
+        implementation: "reference" (dense, the specification), "chunked" (PyTorch, any device and
+            dtype), "triton" (two Triton kernels between the library's products; a GPU, float32
+            softmax), or "auto": "triton" if it runs on the GPU, else "chunked".
 
-    Ties for the most probable token go to the lowest index, and a token whose KL is NaN never
-    agrees. NaN and infinite hidden states give NaN in their own tokens and, if counted, in ``kl``.
+    If several tokens are most probable, the lowest index counts. A token whose KL is NaN never
+    agrees. NaN and infinite hidden states give NaN in their tokens and, if counted, in ``kl``.
 
     Returns:
-        :class:`LinearKLOutput`. Equal inputs give equal bits.
+        :class:`LinearKLOutput`. Equal inputs give bitwise equal results.
 
     Raises:
         TypeError, ValueError: an argument is not as above, or "triton" cannot run on it.
+
+    Example:
+        >>> hidden = torch.eye(4)
+        >>> linear_kl(hidden, [hidden, 0 * hidden], torch.eye(4)).kl
+        tensor([0.0000, 0.1180])
     """
-    students = _stacked(hidden_students)
+    students = _stack(hidden_students)
     _validate(hidden_teacher, students, head, mask, labels)
     _validate_settings(softcap, chunk_tokens, logits_dtype, implementation)
     dtypes = (hidden_teacher.dtype, head.dtype, logits_dtype)
     softmax_dtype = torch.float64 if torch.float64 in dtypes else torch.float32
     logits_dtype = logits_dtype or softmax_dtype
-    implementation = _chosen(implementation, head.device.type, softmax_dtype)
+    implementation = resolve_implementation(implementation, head.device.type, softmax_dtype)
     if mask is None:
         weights = hidden_teacher.new_ones(len(hidden_teacher), dtype=softmax_dtype)
     else:
@@ -124,7 +132,7 @@ def linear_kl(
     )
 
 
-def _stacked(hidden_students: Tensor | Sequence[Tensor]) -> Tensor:
+def _stack(hidden_students: Tensor | Sequence[Tensor]) -> Tensor:
     if isinstance(hidden_students, Tensor):
         return hidden_students
     if not hidden_students:
@@ -198,8 +206,10 @@ def _validate_settings(
         )
 
 
-def _chosen(implementation: str, device_type: str, softmax_dtype: torch.dtype) -> str:
-    """What "auto" means here; refuses "triton" where it cannot run."""
+def resolve_implementation(
+    implementation: str, device_type: str, softmax_dtype: torch.dtype
+) -> str:
+    """Replace "auto" by the implementation to run; raise if "triton" cannot run."""
     wide = softmax_dtype == torch.float64
     if implementation == "auto":
         on_gpu = device_type == "cuda" and runs_triton(device_type)

@@ -1,4 +1,4 @@
-"""``torch.ops.fastadapt.linear_kl``: registration, fake, autograd, FLOP formula."""
+"""Register ``torch.ops.fastadapt.linear_kl``: fake implementation, autograd, FLOP formula."""
 
 from typing import Any
 
@@ -24,10 +24,10 @@ def linear_kl_op(
     students_grad: bool,
     head_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`linear_kl_chunks`. Only the first result, kl, carries a gradient.
+    """Run :func:`linear_kl_chunks`. Only the first result, kl, is differentiable.
 
-    ``implementation`` is "chunked" or "triton". The flags say which gradients to make: they come
-    with the forward, before autograd can ask.
+    ``implementation`` is "chunked" or "triton". The flags select the gradients to compute in the
+    forward pass.
     """
     with torch.autocast(head.device.type, enabled=False), torch.cuda.device_of(head):
         return linear_kl_chunks(
@@ -47,7 +47,7 @@ def linear_kl_op(
 
 def _elementwise(implementation: str) -> Elementwise:
     if implementation == "triton":
-        from .triton_kl import TRITON  # imports triton, which importing fastadapt must not
+        from .triton_kl import TRITON  # importing fastadapt must not import triton
 
         return TRITON
     return CHUNKED
@@ -85,13 +85,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(scale, grad_students, grad_head)
     ctx.head_dtype = inputs[2].dtype
-    ctx.made = inputs[-2:]
+    ctx.computed = inputs[-2:]
 
 
 @once_differentiable
 def _backward(ctx: Any, grad_kl: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     scale_T, grad_students_STD, grad_head_SVD = ctx.saved_tensors
-    students_grad, head_grad = ctx.made
+    students_grad, head_grad = ctx.computed
     grad_students = grad_head = None
     if grad_kl is not None and students_grad and ctx.needs_input_grad[1]:
         factor_ST1 = (grad_kl[:, None] * scale_T)[..., None]
@@ -113,7 +113,7 @@ def _flops(
     *arguments: Any,
     out_shape: Any = None,
 ) -> int:
-    """The matrix products: logits of every stream, then one each for the gradients made."""
+    """Count the matrix products: logits of every stream, and one product per gradient."""
     students_grad, head_grad = arguments[-2:]
     S, T, D = students
     products = 1 + S + S * bool(students_grad) + S * bool(head_grad)

@@ -1,9 +1,9 @@
-"""What happens to logits between the matrix products, in PyTorch: any device, any dtype.
+"""Process logits between the matrix products in PyTorch, on any device and in any dtype.
 
-The teacher's log-probabilities are kept, in the softmax dtype, for all students. Everything runs
-over small blocks of rows, so that temporaries stay small, and on a CPU in cache.
+The teacher's log-probabilities are stored in the softmax dtype for all students. Rows are processed
+in small blocks, so that temporaries stay small and, on a CPU, in cache.
 
-V vocabulary, C tokens of a chunk.
+V vocabulary size, C tokens of a chunk.
 """
 
 import torch
@@ -15,7 +15,7 @@ from .chunks import Elementwise, Gradient, row_blocks
 def _teacher_pass(
     logits_CV: Tensor, softcap: float | None, log_p_CV: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Fills the log-probabilities; with them, the most probable token [C], the first of ties."""
+    """Fill the log-probabilities; return them and the most probable token [C] (first of ties)."""
     top1 = []
     for block in row_blocks(logits_CV):
         z = _capped(logits_CV[block], softcap, log_p_CV.dtype)
@@ -34,7 +34,7 @@ def _student_pass(
     cross_entropy_C: Tensor | None,
     top1_C: Tensor,
 ) -> None:
-    """Fills kl, cross-entropy and agreement; replaces the logits by d kl / d logits if asked."""
+    """Fill kl, cross-entropy and top-1 agreement; write d kl / d logits over the logits."""
     log_p_CV, teacher_top1_C = teacher
     for block in row_blocks(logits_CV):
         log_p = log_p_CV[block]
@@ -44,8 +44,8 @@ def _student_pass(
         terms = (log_p - log_q).mul_(p)
         kl = terms.sum(-1)
         if kl.device.type != "cpu" or bool(kl.isnan().any()):
-            # Terms with p = 0 count 0 also where a logarithm is infinite: NaN so far. Elsewhere
-            # they are 0 already, and a CPU can look before it spends the two passes.
+            # Terms with p = 0 and an infinite logarithm are NaN so far and must count as 0. A CPU
+            # can check for NaN first, which saves two passes.
             kl = terms.masked_fill_(p == 0, 0).sum(-1)
         kl_C[block] = kl
         top1_C[block] = (_first_argmax(z) == teacher_top1_C[block]) & ~kl.isnan()
@@ -64,19 +64,19 @@ CHUNKED = Elementwise(keeps_logits=False, teacher=_teacher_pass, student=_studen
 
 
 def _capped(logits: Tensor, softcap: float | None, dtype: torch.dtype) -> Tensor:
-    """softcap * tanh(logits / softcap) in ``dtype``; ``logits`` itself where there is no work."""
+    """Return softcap * tanh(logits / softcap) in ``dtype``; without softcap, the cast logits."""
     if softcap is None:
         return logits.to(dtype)
     return (logits.to(dtype) / softcap).tanh_().mul_(softcap)
 
 
 def _first_argmax(z: Tensor) -> Tensor:
-    """max promises the first of ties like argmax, which takes three times as long on a CPU."""
+    """Return the first argmax of each row; max takes a third of argmax's time on a CPU."""
     return z.max(-1).indices
 
 
 def _cross_entropy(log_q_CV: Tensor, labels_C: Tensor) -> Tensor:
-    """-log q at the label; 0 at -100, NaN at other labels outside the vocabulary."""
+    """Return -log q at the label: 0 for label -100, NaN for labels outside the vocabulary."""
     V = log_q_CV.shape[-1]
     picked = log_q_CV.gather(-1, labels_C.clamp(0, V - 1)[:, None])[:, 0].neg()
     picked.masked_fill_((labels_C < 0) | (labels_C >= V), torch.nan)

@@ -1,10 +1,10 @@
-"""Linear + KL a chunk of tokens at a time, with the gradient made in the same pass.
+"""Compute linear + KL chunk by chunk of tokens, with the gradient in the same pass.
 
-Two buffers of [chunk, V] serve every stream: one keeps what the students need of the teacher, which
-all of them share; the other holds one student's logits, then, in place, their gradient. The matrix
-products are the library's; what happens to logits between them is an :class:`Elementwise`.
+Two buffers of [chunk, V] serve all streams. One holds the teacher's results, which all students
+read. The other holds one student's logits, which their gradient then overwrites. Matrix products
+are the library's; an :class:`Elementwise` processes the logits between them.
 
-S students, T tokens, D width, V vocabulary, C tokens of a chunk.
+S students, T tokens, D width, V vocabulary size, C tokens of a chunk.
 """
 
 from collections.abc import Callable
@@ -13,28 +13,29 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_BLOCK_ELEMENTS = {"cpu": 2**19}  # of temporaries, fp32: 2 MiB, which stays in cache
+_BLOCK_ELEMENTS = {"cpu": 2**19}  # of fp32 temporaries: 2 MiB, which fits in cache
 _BLOCK_ELEMENTS_ELSEWHERE = 2**24
 
 
 class Elementwise(NamedTuple):
-    """The work on logits between the matrix products, row by row."""
+    """Row-wise processing of logits between the matrix products."""
 
-    keeps_logits: bool  # the teacher's, in the logits' dtype; else a buffer in the softmax dtype
-    # (logits [C,V], softcap, kept [C,V]) -> what the student's pass needs of the teacher.
-    # Where logits are kept, ``kept`` is ``logits``.
+    keeps_logits: bool  # the teacher's buffer holds logits; else values in the softmax dtype
+    # (logits [C,V], softcap, buffer [C,V]) -> the teacher's tensors for the student's pass.
+    # With ``keeps_logits``, ``buffer`` is ``logits``.
     teacher: Callable[[Tensor, float | None, Tensor], tuple[Tensor, ...]]
     student: "StudentPass"
 
 
 class Gradient(NamedTuple):
-    """Where d kl / d logits goes: over the student's logits."""
+    """Destination of d kl / d logits: the memory of the student's logits."""
 
-    rows: Tensor  # [C,V]: a view of their memory, in the same dtype or in one of half the size
-    unit: float  # what 1 is stored as
+    rows: Tensor  # [C,V]: a view of that memory, in the logits' dtype or in one of half its size
+    unit: float  # scale of the stored values: 1 is stored as ``unit``
 
 
-# (teacher's, logits [C,V], labels [C], softcap, gradient, kl [C], cross-entropy [C], top1 [C])
+# (the teacher's tensors, logits [C,V], labels [C], softcap, gradient, kl [C], cross-entropy [C],
+#  top1 [C])
 StudentPass = Callable[
     [
         tuple[Tensor, ...],
@@ -63,13 +64,13 @@ def linear_kl_chunks(
     students_grad: bool,
     head_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Values and gradients in one pass over the tokens.
+    """Compute values and gradients in one pass over the tokens.
 
     Returns:
         kl [S], token_kl [S,T], token_cross_entropy [S,T] ([0] without labels), token_top1 [S,T];
-        scale [T]: each token's share of kl;
+        scale [T]: weight of each token's KL in kl;
         grad_students [S,T,D]: d token_kl / d hidden_students, 0 for tokens of weight 0 ([0] unless
-        ``students_grad``). Unscaled, so that a float16 result does not underflow;
+        ``students_grad``), without ``scale``, so that a float16 result does not underflow;
         grad_head [S,V,D]: d kl / d head in the softmax dtype ([0] unless ``head_grad``).
     """
     S, T, D = students_STD.shape
@@ -87,18 +88,18 @@ def linear_kl_chunks(
     grad_head = weights_T.new_zeros((S, V, D) if head_grad else (0,))
 
     chunk = max(1, min(chunk_tokens, T))
-    # Every stream's rows go through one buffer: equal hidden states give equal bits, and KL 0.
+    # All streams use one buffer for the product, so equal hidden states give equal bits and KL 0.
     hidden_CD = teacher_TD.new_empty(chunk, D)
     logits_CV = new((chunk, V), dtype=logits_dtype)
-    kept_CV = torch.empty_like(logits_CV) if elementwise.keeps_logits else new(chunk, V)
+    teacher_CV = torch.empty_like(logits_CV) if elementwise.keeps_logits else new(chunk, V)
     for start in range(0, T, chunk):
         rows = slice(start, min(start + chunk, T))
         n = rows.stop - start
-        kept, logits = kept_CV[:n], logits_CV[:n]
+        teacher_buffer, logits = teacher_CV[:n], logits_CV[:n]
         labels = None if labels_T is None else labels_T[rows]
-        raw = kept if elementwise.keeps_logits else logits
-        _project(hidden_CD[:n].copy_(teacher_TD[rows]), head_VD, raw)
-        teacher = elementwise.teacher(raw, softcap, kept)
+        teacher_logits = teacher_buffer if elementwise.keeps_logits else logits
+        _project(hidden_CD[:n].copy_(teacher_TD[rows]), head_VD, teacher_logits)
+        teacher = elementwise.teacher(teacher_logits, softcap, teacher_buffer)
         gradient = None
         if students_grad or head_grad:
             gradient = _gradient_rows(logits, hidden_CD.dtype, head_VD)
@@ -127,7 +128,7 @@ def linear_kl_chunks(
 
 
 def row_blocks(tensor_CV: Tensor) -> list[slice]:
-    """Blocks of rows small enough for elementwise temporaries."""
+    """Divide rows into blocks small enough for elementwise temporaries."""
     C, V = tensor_CV.shape
     elements = _BLOCK_ELEMENTS.get(tensor_CV.device.type, _BLOCK_ELEMENTS_ELSEWHERE)
     rows = max(1, elements // max(1, V))
@@ -135,7 +136,7 @@ def row_blocks(tensor_CV: Tensor) -> list[slice]:
 
 
 def _check_labels(labels_T: Tensor | None, V: int) -> None:
-    """Only where looking costs nothing: on a GPU it would synchronise."""
+    """Raise for labels outside the vocabulary on a CPU; a GPU would synchronise."""
     if labels_T is None or labels_T.device.type != "cpu":
         return
     wrong = ((labels_T < 0) | (labels_T >= V)) & (labels_T != -100)
@@ -145,9 +146,9 @@ def _check_labels(labels_T: Tensor | None, V: int) -> None:
 
 
 def _gradient_rows(logits_CV: Tensor, hidden_dtype: torch.dtype, head_VD: Tensor) -> Gradient:
-    """In the dtype of the products that consume it.
+    """Return the destination of the gradient, in the dtype of the products that read it.
 
-    Its entries lie within -1..1: float16 keeps small ones when 1 is stored as 2**15.
+    Entries lie within -1..1; storing 1 as 2**15 keeps small entries from underflowing in float16.
     """
     if not _accumulates_wider(head_VD, hidden_dtype, logits_CV.dtype):
         return Gradient(logits_CV, 1.0)
@@ -156,7 +157,7 @@ def _gradient_rows(logits_CV: Tensor, hidden_dtype: torch.dtype, head_VD: Tensor
 
 
 def _project(hidden_CD: Tensor, head_VD: Tensor, out_CV: Tensor) -> None:
-    """hidden @ head.T in ``out``'s dtype, without a copy of the head in that dtype."""
+    """Write hidden @ head.T in ``out``'s dtype, without a copy of the whole head in that dtype."""
     dtype = out_CV.dtype
     if hidden_CD.dtype == head_VD.dtype == dtype:
         torch.mm(hidden_CD, head_VD.T, out=out_CV)
@@ -169,7 +170,7 @@ def _project(hidden_CD: Tensor, head_VD: Tensor, out_CV: Tensor) -> None:
 
 
 def _project_back(gradient: Gradient, head_VD: Tensor, dtype: torch.dtype, out_CD: Tensor) -> None:
-    """grad @ head, accumulated in ``dtype`` and rounded once to ``out``'s."""
+    """Write grad @ head, accumulated in ``dtype`` and rounded once to ``out``'s dtype."""
     grad_CV = gradient.rows
     if head_VD.dtype == dtype == out_CD.dtype:
         torch.mm(grad_CV, head_VD, out=out_CD)
@@ -185,7 +186,7 @@ def _project_back(gradient: Gradient, head_VD: Tensor, dtype: torch.dtype, out_C
 def _add_head_gradient(
     gradient: Gradient, hidden_CD: Tensor, scale_C: Tensor, out_VD: Tensor
 ) -> None:
-    """out += grad.T @ (scale * hidden), multiplied in ``out``'s dtype."""
+    """Add grad.T @ (scale * hidden) to ``out``, multiplied in ``out``'s dtype."""
     hidden_CD = hidden_CD.to(out_VD.dtype) * (scale_C / gradient.unit)[:, None]
     for block in row_blocks(out_VD):
         out_VD[block].addmm_(gradient.rows[:, block].to(out_VD.dtype).T, hidden_CD)
@@ -194,7 +195,7 @@ def _add_head_gradient(
 def _accumulates_wider(
     head_VD: Tensor, hidden_dtype: torch.dtype, logits_dtype: torch.dtype
 ) -> bool:
-    """Whether the device multiplies 16-bit matrices straight into float32 logits."""
+    """Return whether the device multiplies 16-bit matrices into float32 logits directly."""
     return (
         head_VD.device.type == "cuda"
         and head_VD.dtype == hidden_dtype

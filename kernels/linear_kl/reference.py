@@ -1,6 +1,6 @@
-"""Linear + KL as the formula says it: every logit at once, plain autograd. The specification.
+"""The specification of linear + KL: dense PyTorch with plain autograd, all logits at once.
 
-S students, T tokens, D width, V vocabulary.
+S students, T tokens, D width, V vocabulary size.
 """
 
 import torch
@@ -16,7 +16,7 @@ def linear_kl_reference(
     softcap: float | None,
     logits_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Returns kl [S], token_kl [S,T], token_cross_entropy [S,T] or None, token_top1 [S,T]."""
+    """Return kl [S], token_kl [S,T], token_cross_entropy [S,T] or None, and token_top1 [S,T]."""
     softmax_dtype = weights_T.dtype
 
     def logits(hidden: Tensor) -> Tensor:

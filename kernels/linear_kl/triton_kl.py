@@ -1,20 +1,20 @@
-"""What happens to logits between the matrix products, as two Triton kernels: one per pass.
+"""Process logits between the matrix products with two Triton kernels, one per pass.
 
-Pass 1 gives a row's largest logit, the logarithm of its sum of exponentials over that one, and its
-first argmax. It is the same kernel for the teacher, once per chunk, and for every student, so that
-equal logits have equal statistics, bit for bit, whatever a compiler makes of it. Pass 2 reads both
-rows of logits again, gives the token's results, and writes the gradient over the student's row. The
-teacher's logits stay as they are: no log-probabilities are ever stored.
+Pass 1 computes a row's largest logit m, log sum exp(z - m), and its first argmax. The same kernel
+runs for the teacher, once per chunk, and for every student, so that equal logits have bitwise equal
+statistics under any compiler. Pass 2 reads the teacher's and the student's logits again, computes
+the token's results, and overwrites the student's logits with the gradient. No log-probabilities are
+stored.
 
-One program works on one token, over the vocabulary in blocks. Each lane of a block keeps running
-values of its own, and lanes meet once per row, in a fixed order: no atomics, no reduction inside a
-loop, the same bits every time. Arithmetic is float32, without fused multiply-adds, which a compiler
-could place differently for teacher and student.
+One program processes one token, over the vocabulary in blocks. Each lane of a block accumulates
+separately, and lanes are reduced once per row in a fixed order. Without atomics and reductions
+inside the loop, results are bitwise reproducible. Arithmetic is float32 without fused
+multiply-adds, which a compiler could place differently for teacher and student.
 
-V vocabulary, C tokens of a chunk.
+V vocabulary size, C tokens of a chunk.
 """
 
-# The arguments of kernels have no types to write, and neither has triton.
+# Kernel arguments and triton have no type annotations.
 # mypy: disable-error-code="no-untyped-def, import-untyped"
 
 from typing import NamedTuple
@@ -28,13 +28,13 @@ from .chunks import Elementwise, Gradient
 
 
 class Configuration(NamedTuple):
-    """How a row is worked on."""
+    """Launch settings of a row's program."""
 
-    block: int  # columns at a time, a power of 2
+    block: int  # columns per block, a power of 2
     warps: int
 
 
-# By the logits' dtype: 8 columns per thread, and no spills on sm_80 and sm_90.
+# By the logits' dtype: 8 columns per thread; no spills on sm_80 and sm_90.
 CONFIGURATIONS = {
     torch.float32: Configuration(2048, 8),
     torch.bfloat16: Configuration(2048, 8),
@@ -44,13 +44,14 @@ CONFIGURATIONS = {
 
 @triton.jit
 def _tanh(x):
-    """tanh, off by one unit of float32 at most where the arithmetic rounds correctly.
+    """tanh with an error of at most one float32 unit, if the arithmetic rounds correctly.
 
-    Near 0, y less a continued fraction, so that y hardly rounds. Around 1, the same of y = x - 1:
-    tanh(1 + y) = tanh 1 + tanh y (1 - tanh^2 1) / (1 + tanh 1 tanh y). Exponentials beyond.
+    |x| < 0.75: y minus a continued fraction, so that y is hardly rounded. |x| < 1.5: the same for
+    y = |x| - 1, with tanh(1 + y) = tanh 1 + tanh y (1 - tanh^2 1) / (1 + tanh 1 tanh y). Larger
+    |x|: exponentials.
     """
-    tanh_1: tl.constexpr = 0.7615941762924194  # in float32, and what that leaves:
-    rest: tl.constexpr = -2.0336655e-8
+    tanh_1: tl.constexpr = 0.7615941762924194  # tanh 1 rounded to float32, and the remainder:
+    tanh_1_low: tl.constexpr = -2.0336655e-8
     slope: tl.constexpr = 0.41997434161402614  # 1 - tanh^2 1
     size = tl.abs(x)
     shifted = size >= 0.75
@@ -58,7 +59,7 @@ def _tanh(x):
     square = y * y
     part = square * (315.0 + 14.0 * square) / (945.0 + square * (420.0 + 15.0 * square))
     small = y - y * part
-    middle = tanh_1 + (small * slope / (1.0 + tanh_1 * small) + rest)
+    middle = tanh_1 + (small * slope / (1.0 + tanh_1 * small) + tanh_1_low)
     large = 1.0 - 2.0 / (tl.exp(2.0 * size) + 1.0)
     result = tl.where(size < 1.5, tl.where(shifted, middle, small), large)
     return tl.where(x < 0, -result, result)
@@ -66,7 +67,7 @@ def _tanh(x):
 
 @triton.jit
 def _near_expm1(x):
-    """e^x - 1 for |x| <= 1/4, by the series of x / (e^x - 1)."""
+    """e^x - 1 for |x| <= 1/4, from the series of x / (e^x - 1)."""
     square = x * x
     return x / (1.0 - 0.5 * x + square * (1.0 / 12.0 - square * (1.0 / 720.0)))
 
@@ -82,9 +83,10 @@ def row_statistics_kernel(
     CAPPED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Of a row [V]: m = max z, log sum exp(z - m), first argmax. Pass 1.
+    """Pass 1: m = max z, log sum exp(z - m) and the first argmax of a row [V].
 
-    Apart, since the rounding of their sum, relative to m, would be in every log-probability.
+    The first two are stored separately: their sum would be rounded relative to m, and that error
+    would enter every log-probability.
     """
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * V
@@ -99,8 +101,8 @@ def row_statistics_kernel(
         if CAPPED:
             z = tl.where(inside, softcap * _tanh(z / softcap), float("-inf"))
         larger = z > top
-        # Of two infinities of one sign the ratio is 1 here; the last lines turn what is not a
-        # distribution into NaN.
+        # The ratio of two infinities of equal sign is set to 1 here; the sum after the loop turns
+        # rows without a distribution into NaN.
         ratio = tl.where(z == top, 1.0, tl.exp(-tl.abs(z - top)))
         total = tl.where(larger, total * ratio + 1.0, total + ratio)
         first = tl.where(larger, columns, first)
@@ -149,11 +151,11 @@ def student_kernel(
     NARROW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """KL, cross-entropy, agreement; unit * d kl / d logits into the memory of the logits: pass 2.
+    """Pass 2: KL, cross-entropy and agreement; unit * d kl / d logits overwrites the logits.
 
-    ``NARROW``: the gradient's dtype has half the size of the logits', its rows the same distance
-    in bytes. A block then covers logits of its own block and of those before, so all of the
-    program's threads must have read theirs first.
+    ``NARROW``: the gradient's dtype has half the logits' size; its rows have the same distance in
+    bytes. A block of the gradient then overlaps logits of the same and of earlier blocks, so all
+    threads must have read their logits before any thread writes.
     """
     row = tl.program_id(0).to(tl.int64)
     teacher_ptr += row * V
@@ -175,7 +177,7 @@ def student_kernel(
         cross_entropy = tl.where(known, cross_entropy, float("nan"))
         tl.store(cross_entropy_ptr + row, tl.where(label == -100, 0.0, cross_entropy))
         if GRADIENT:
-            tl.debug_barrier()  # every thread has read the label's logit: it may be overwritten
+            tl.debug_barrier()  # all threads have read the label's logit before it is overwritten
     for start in range(0, V, BLOCK):
         columns = start + lanes
         inside = columns < V
@@ -188,8 +190,8 @@ def student_kernel(
         log_p = z_p - top_p - log_total_p
         log_q = z_q - top_q - log_total_q
         p = tl.exp(log_p)
-        # Where the two are close their difference is taken logit from logit, which hardly rounds,
-        # and q - p = p (e^d - 1) from it: two separate exponentials would cancel.
+        # If log p and log q are close, their difference d is computed from differences of logits,
+        # which hardly round, and q - p = p (e^d - 1): two separate exponentials would cancel.
         gap = log_q - log_p
         near = tl.abs(gap) < 0.25
         between = (z_q - z_p) - (top_q - top_p) - (log_total_q - log_total_p)
@@ -210,7 +212,7 @@ def student_kernel(
 
 
 def row_statistics(logits_CV: Tensor, softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`row_statistics_kernel`: float32 [C], float32 [C], int32 [C]. Rows contiguous."""
+    """Run :func:`row_statistics_kernel` on contiguous rows; float32 [C], float32 [C], int32 [C]."""
     C, V = logits_CV.shape
     top_C, log_total_C = (logits_CV.new_empty(C, dtype=torch.float32) for _ in range(2))
     top1_C = logits_CV.new_empty(C, dtype=torch.int32)
@@ -232,10 +234,10 @@ def row_statistics(logits_CV: Tensor, softcap: float | None) -> tuple[Tensor, Te
 
 
 def _teacher_pass(
-    logits_CV: Tensor, softcap: float | None, kept_CV: Tensor
+    logits_CV: Tensor, softcap: float | None, buffer_CV: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The logits themselves and their statistics, for all students."""
-    return kept_CV, *row_statistics(kept_CV, softcap)
+    """Return the teacher's logits and their statistics."""
+    return buffer_CV, *row_statistics(buffer_CV, softcap)
 
 
 def _student_pass(
@@ -248,7 +250,7 @@ def _student_pass(
     cross_entropy_C: Tensor | None,
     top1_C: Tensor,
 ) -> None:
-    """Fills kl, cross-entropy and agreement; replaces the logits by d kl / d logits if asked."""
+    """Fill kl, cross-entropy and top-1 agreement; write d kl / d logits over the logits."""
     C, V = logits_CV.shape
     if not C:
         return

@@ -14,10 +14,10 @@ _IMPLEMENTATIONS = ("auto", "reference", "chunked")
 
 
 class NMSEOutput(NamedTuple):
-    """In float32, or float64 where an input is float64."""
+    """Results of :func:`nmse`, in float64 if an input is float64, else in float32."""
 
-    nmse: Tensor  # [B], or 0-d for inputs [T,D]; carries the gradient
-    token_nmse: Tensor  # [B,T], or [T]; carries none
+    nmse: Tensor  # [B], or 0-d for inputs [T,D]; differentiable
+    token_nmse: Tensor  # [B,T], or [T]; not differentiable
 
 
 def nmse(
@@ -28,31 +28,37 @@ def nmse(
     eps: float = 1e-8,
     implementation: str = "auto",
 ) -> NMSEOutput:
-    """Squared error of ``x`` over the power of ``target``: one ratio per sequence, uncentred.
+    """Compute the squared error of ``x`` relative to the uncentred power of ``target``.
 
-    Over the tokens t of sequence b that ``mask`` counts, and the width i::
+    Means run over the tokens t of sequence b that ``mask`` selects, and over the width i::
 
         nmse[b]         = mean_ti (x_bti - target_bti)^2 / (mean_ti target_bti^2 + eps)
         token_nmse[b,t] = mean_i  (x_bti - target_bti)^2 / (mean_i  target_bti^2 + eps)
 
-    (arXiv 2602.20904, the activation loss of one layer.) ``nmse`` is 0 for a sequence without
-    counted tokens. ``nmse`` is differentiable in ``x`` alone, once; ``target`` is a constant.
+    Formula: arXiv 2602.20904, the activation loss of one layer. ``nmse`` is 0 for a sequence
+    without selected tokens. ``nmse`` is once differentiable in ``x``; ``target`` is a constant.
 
     Args:
-        x, target: [B,T,D] or [T,D], floating, of one shape; squares are summed in float32 (float64
-            if either is float64). The backward keeps neither, only their difference in x's dtype.
-        mask: [B,T] or [T], bool: the tokens that count; None is all. Others give no gradient,
-            whatever they hold; ``token_nmse`` is computed for every token.
+        x, target: [B,T,D] or [T,D], floating, of equal shape. Squares are summed in float32
+            (float64 if either is float64). The backward pass saves only their difference, in x's
+            dtype.
+        mask: [B,T] or [T], bool: tokens that count; None is all tokens. Other tokens give no
+            gradient, even if not finite; ``token_nmse`` is computed for every token.
         eps: added to the mean square of ``target``, >= 0.
         implementation: "chunked" (PyTorch over small blocks of tokens, on every device),
             "reference" (the specification), or "auto": "chunked".
 
     Returns:
-        :class:`NMSEOutput`. NaN and infinities give NaN or infinity in the tokens that hold them
-        and, if counted, in their sequence. Equal inputs give equal bits.
+        :class:`NMSEOutput`. NaN and infinities give NaN or infinity in their tokens and, if
+        selected, in their sequence. Equal inputs give bitwise equal results.
 
     Raises:
         TypeError, ValueError: an argument is not as above (nmse has no Triton kernel).
+
+    Example:
+        >>> target = torch.ones(1, 4, 8)
+        >>> nmse(0.5 * target, target).nmse
+        tensor([0.2500])
     """
     _validate(x, target, mask, eps, implementation)
     dtype = torch.float64 if torch.float64 in (x.dtype, target.dtype) else torch.float32

@@ -1,4 +1,4 @@
-"""``torch.ops.fastadapt.nmse``: registration, fake, autograd, FLOP formula."""
+"""Register ``torch.ops.fastadapt.nmse``: fake implementation, autograd, FLOP formula."""
 
 from typing import Any
 
@@ -13,9 +13,9 @@ from .chunked import nmse_chunked
 def nmse_op(
     x: Tensor, target: Tensor, mask: Tensor, eps: float, dtype: torch.dtype, x_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`nmse_chunked`. Only the first result carries a gradient, to x.
+    """Run :func:`nmse_chunked`. Only the first result is differentiable, in x.
 
-    The flag asks for it: what the gradient needs is kept by the forward.
+    With ``x_grad``, the forward pass saves the tensors that the gradient needs.
     """
     return nmse_chunked(x, target, mask, eps, dtype, x_grad)
 
@@ -36,14 +36,14 @@ def _fake(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[2:])
-    ctx.made = inputs[-1]
+    ctx.x_grad = inputs[-1]
 
 
 @once_differentiable
 def _backward(ctx: Any, grad_nmse: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     difference_BTD, factor_B = ctx.saved_tensors
     grad_x = None
-    if grad_nmse is not None and ctx.made and ctx.needs_input_grad[0]:
+    if grad_nmse is not None and ctx.x_grad and ctx.needs_input_grad[0]:
         grad_x = (difference_BTD * (grad_nmse * factor_B)[:, None, None]).to(difference_BTD.dtype)
     return grad_x, None, None, None, None, None
 
@@ -52,7 +52,7 @@ nmse_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _flops(x: tuple[int, int, int], *arguments: Any, out_shape: Any = None) -> int:
-    """Elementwise: difference, two squares, two sums. No matrix product."""
+    """Count elementwise operations: a difference, two squares, two sums."""
     B, T, D = x
     return 5 * B * T * D
 

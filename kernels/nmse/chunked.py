@@ -1,8 +1,9 @@
-"""Normalised squared error over small blocks of tokens, keeping what the gradient needs.
+"""Compute the normalised squared error over small blocks of tokens.
 
-Two numbers per token, its error and its power, give every result. The difference x - target is
-kept in x's dtype: with it the backward needs neither stream. Of float16, whose largest number two
-values can differ by more than, half of it is kept. Nothing here waits for the device.
+Every result derives from two numbers per token, its error and its power. The difference x - target
+is saved in x's dtype, so that the backward pass needs neither stream. In float16 half the
+difference is saved, since two values can differ by more than the largest float16. No operation
+synchronises with the device.
 
 B sequences, T tokens, D width, R = B*T rows.
 """
@@ -10,7 +11,7 @@ B sequences, T tokens, D width, R = B*T rows.
 import torch
 from torch import Tensor
 
-_BLOCK_ELEMENTS = {"cpu": 2**18}  # of temporaries, fp32: 1 MiB
+_BLOCK_ELEMENTS = {"cpu": 2**18}  # of fp32 temporaries: 1 MiB
 _BLOCK_ELEMENTS_ELSEWHERE = 2**24
 
 
@@ -22,12 +23,12 @@ def nmse_chunked(
     dtype: torch.dtype,
     x_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Values, and the gradient up to one factor per sequence.
+    """Compute the values, and the gradient up to one factor per sequence.
 
     Returns:
         nmse [B], token_nmse [B,T] in ``dtype``;
-        difference [B,T,D] in x's dtype, 0 at masked-out tokens ([0] unless ``x_grad``);
-            Half of it in float16.
+        difference [B,T,D] in x's dtype (half the difference in float16), 0 at masked-out tokens
+        ([0] unless ``x_grad``);
         factor [B]: d nmse_b / dx_bti = factor_b * difference_bti.
     """
     B, T, D = x_BTD.shape

@@ -1,4 +1,4 @@
-"""Normalised squared error as the formula says it, in plain autograd. The specification.
+"""The specification of the normalised squared error: dense PyTorch with plain autograd.
 
 B sequences, T tokens, D width.
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 def nmse_reference(
     x_BTD: Tensor, target_BTD: Tensor, mask_BT: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Returns nmse [B] and token_nmse [B,T] in ``dtype``, which everything is computed in."""
+    """Return nmse [B] and token_nmse [B,T]; all arithmetic is in ``dtype``."""
     D = x_BTD.shape[-1]
     counted = mask_BT[..., None]
     target = target_BTD.detach().to(dtype)

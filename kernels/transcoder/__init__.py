@@ -1,7 +1,8 @@
-"""Transcoder: encoder, ReLU-like activation, sparse decoder and decoder-norm penalty, in one op.
+"""Transcoder op: encoder, ReLU-like activation, sparse decoder and decoder-norm penalty.
 
-:func:`transcoder` is the op; :data:`SAVED_OPS` lists what selective checkpointing should save, so
-that a recompute skips the encoder's matrix product (:func:`should_save`: only of sparse codes)::
+:func:`transcoder` is the op. :data:`SAVED_OPS` lists the ops whose results selective checkpointing
+should save, so that a recompute skips the encoder's matrix product. :func:`should_save` restricts
+this to sparse codes::
 
     context_fn = partial(create_selective_checkpoint_contexts, SAVED_OPS)
     checkpoint(block, h, use_reentrant=False, context_fn=context_fn)
@@ -64,61 +65,71 @@ def transcoder(
     implementation: str = "auto",
     return_codes: bool = False,
 ) -> TranscoderOutput:
-    """``out = residual + W_decᵀ a + b_dec`` with ``a = activation(W_enc x + b_enc)``.
+    """Compute ``out = residual + W_decᵀ a + b_dec`` with ``a = activation(W_enc x + b_enc)``.
 
-    Formulas: arXiv 2602.20904 (adapter and penalty), arXiv 2407.14435 (jumprelu). An entry is a
-    code where ``a > 0``. All floating arguments but `mask` and `threshold` share x's dtype; under
-    autocast they are cast to its dtype, float64 excepted. Sums accumulate in fp32 (float64 for
+    Formulas: arXiv 2602.20904 (adapter and penalty), arXiv 2407.14435 (jumprelu). An entry of a is
+    a code where ``a > 0``. All floating arguments except `mask` and `threshold` have x's dtype.
+    Autocast casts them to its dtype, except for float64. Sums accumulate in fp32 (float64 for
     float64 x).
 
     Args:
-        x: ``[..., T, d_in]``: rows (sequences and streams stacked, in any number of dimensions) of
-            T tokens; ``[d_in]`` is one token.
-        W_enc: ``[F, d_in]``, a row per feature.
+        x: ``[..., T, d_in]``: rows of T tokens, in any number of leading dimensions; ``[d_in]`` is
+            one token.
+        W_enc: ``[F, d_in]``, one row per feature.
         b_enc: ``[F]``.
-        W_dec: ``[F, d_out]``, a row per feature.
+        W_dec: ``[F, d_out]``, one row per feature.
         b_dec: ``[d_out]``.
         activation: one of
 
             - ``"relu"``: ``a = max(z, 0)``.
-            - ``"topk"``: the `k` largest positives of each token; equal ones by lowest feature.
-            - ``"batch_topk"``: in each row of x (``[T, d_in]`` is one) the ``floor(k·n)`` largest
-              positives, n its tokens that are not padding; equal ones by lowest (token, feature).
-              With `threshold` in place of `k` (inference): ``a = z·1[z > max(threshold, 0)]``.
-            - ``"jumprelu"``: ``a = z·1[z > θ]``, θ = `threshold` > 0 (one at or below 0 acts as 0).
-              ``∂a/∂θ = -(θ/ε)·1[|z-θ| < ε/2]``, also where ``a = 0``; ε = `bandwidth`.
+            - ``"topk"``: the `k` largest positive entries of each token. Of equal entries, the
+              lowest feature ranks first.
+            - ``"batch_topk"``: the ``floor(k·n)`` largest positive entries of each row of x
+              (``[T, d_in]``), where n is the row's number of tokens without padding. Of equal
+              entries, the lowest (token, feature) ranks first. With `threshold` instead of `k`
+              (inference): ``a = z·1[z > max(threshold, 0)]``.
+            - ``"jumprelu"``: ``a = z·1[z > θ⁺]`` with θ = `threshold`, θ⁺ = max(θ, 0).
+              ``∂a/∂θ = -(|θ|/ε)·1[|z-θ⁺| < ε/2]``, also where ``a = 0``; ε = `bandwidth`.
         k: integer in 0..F (topk), number in 0..F (batch_topk), else None.
-        threshold: ``[F]`` (jumprelu, differentiable) or 0-d or ``[F]`` (batch_topk at inference).
+        threshold: ``[F]`` (jumprelu, differentiable); 0-d or ``[F]`` (batch_topk at inference).
         bandwidth: > 0 (jumprelu), else None.
         residual: x's leading shape and d_out; None is 0.
-        mask: bool or floating weights of x's leading shape: how much each token counts in
-            `penalty`; statistics count tokens of non-zero weight. None is 1. Not differentiated.
-        padding: bool of x's leading shape, True on padding: no code there (``out = residual +
-            b_dec``), no part in a ranking, no weight, whatever x holds. None is no padding.
-        plan: how to lay the codes out (:func:`plan_for`); None lets the op look at their number,
-            for which it waits for a GPU once. Results are exact either way, but for codes beyond
-            ``plan.capacity``: a CPU raises; a GPU, which cannot without a wait, leaves results
-            invalid and says so by ``stats.n_codes > plan.capacity``. Ignored by the reference.
-        implementation: ``"reference"`` (dense, plain autograd); ``"sparse"`` (CPU; codes);
-            ``"triton"`` (GPU; codes behind the library's product) or ``"triton_fused"`` (the
-            product in Triton too), both for 16 bits and float32; ``"auto"``: sparse on a CPU (and,
-            with a plan, on the meta device), triton on a GPU, the reference elsewhere and for
-            float64 on a GPU.
-        return_codes: also return the codes; on a GPU this waits for their number.
+        mask: bool or floating, x's leading shape: weight of each token in `penalty`. Statistics
+            count tokens of non-zero weight. None is weight 1. Not differentiable.
+        padding: bool, x's leading shape, True on padding. Padding tokens have no codes (``out =
+            residual + b_dec``), no rank and no weight, for any value of x. None is no padding.
+        plan: layout of the codes (:func:`plan_for`). Without a plan, the op reads the number of
+            codes, which synchronises with a GPU once. Results are exact in both cases, unless
+            there are more codes than ``plan.capacity``. A CPU then raises. A GPU cannot raise
+            without synchronising; its results are invalid and ``stats.n_codes > plan.capacity``.
+            The reference ignores the plan.
+        implementation: ``"reference"`` (dense, plain autograd), ``"sparse"`` (CPU, on codes),
+            ``"triton"`` (GPU, on codes after the library's product) or ``"triton_fused"`` (GPU,
+            product in Triton). The Triton implementations support 16-bit dtypes and float32.
+            ``"auto"``: sparse on a CPU and, with a plan, on the meta device; triton on a GPU; the
+            reference elsewhere and for float64 on a GPU.
+        return_codes: also return the codes; on a GPU this synchronises.
 
     Returns:
-        ``out``, like `residual`; ``penalty`` 0-d, fp32 or float64: ``Σ_t w_t Σ_i a_ti ‖W_dec,i‖₂``,
-        a sum, whose norm is differentiated, with gradient 0 at a zero row; ``stats``; ``codes``:
-        the active entries, by :class:`SparseCodes` without gradient, or None.
+        ``out`` with the shape of `residual`; ``penalty``, 0-d in fp32 or float64:
+        ``Σ_t w_t Σ_i a_ti ‖W_dec,i‖₂``, a sum whose gradient includes the norm's and is 0 at a
+        zero row; ``stats``; ``codes``: the active entries as :class:`SparseCodes` without gradient,
+        or None.
 
-    Non-finite values: a NaN pre-activation counts as active and ranks with ``+inf`` as the
-    largest, so that it reaches `out`; ``-0`` and ``-inf`` are inactive, denormals are active.
-    Whether a non-finite weight or gradient spreads to entries that it meets with factor 0 is
-    left open.
+    Non-finite values: a NaN pre-activation counts as active and ranks as largest together with
+    ``+inf``, so that NaN reaches `out`. ``-0`` and ``-inf`` are inactive, denormals are active.
+    It is unspecified whether a non-finite weight or gradient spreads to entries that it multiplies
+    with 0.
 
     Raises:
-        TypeError, ValueError: an argument's type, dtype, device, shape or value, with what was
-            expected and what was got; in the sparse path also codes beyond ``plan.capacity``.
+        TypeError, ValueError: an argument has a wrong type, dtype, device, shape or value. The
+            sparse implementation also raises for codes beyond ``plan.capacity``.
+
+    Example:
+        >>> x, W = torch.tensor([[1.0, -2.0]]), torch.eye(2)
+        >>> result = transcoder(x, W, torch.zeros(2), W, torch.zeros(2), return_codes=True)
+        >>> result.out, result.penalty, result.codes.features
+        (tensor([[1., 0.]]), tensor(1.), tensor([0]))
     """
     _validate(x, W_enc, b_enc, W_dec, b_dec, residual, mask, padding)
     _validate_activation(activation, k, threshold, bandwidth, W_enc)
@@ -128,7 +139,7 @@ def transcoder(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, W_enc, b_enc, W_dec, b_dec = (t.to(dtype) for t in (x, W_enc, b_enc, W_dec, b_dec))
         residual = None if residual is None else residual.to(dtype)
-    chosen = _choose(implementation, x, threshold, plan)
+    chosen = resolve_implementation(implementation, x, threshold, plan)
     acc = accumulator(x.dtype)
     if activation == "batch_topk" and threshold is not None:
         threshold = threshold.detach().to(acc).expand(W_enc.shape[0])
@@ -152,13 +163,13 @@ def transcoder(
             return_codes=return_codes,
             **({} if chosen == "reference" else extra),
         )
-    # Not _replace: torch 2.11 cannot compile it.
+    # torch 2.11 cannot compile _replace of a named tuple.
     out = result.out.view(*lead, W_dec.shape[1])
     return TranscoderOutput(out, result.penalty, result.stats, result.codes)
 
 
 def _autocasts(x: Tensor) -> bool:
-    """Whether autocast is on for x: it leaves float64 alone."""
+    """Return whether autocast applies to x; it excludes float64."""
     device = x.device.type
     if x.dtype == torch.float64 or x.is_meta:
         return False
@@ -180,7 +191,7 @@ def _validate(
     mask: Tensor | None,
     padding: Tensor | None,
 ) -> None:
-    """Types, devices, dtypes and shapes of the tensors."""
+    """Check types, devices, dtypes and shapes of the tensors."""
     named = {"x": x, "W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
     named |= {n: t for n, t in [("residual", residual)] if t is not None}
     flags = {n: t for n, t in [("mask", mask), ("padding", padding)] if t is not None}
@@ -218,7 +229,7 @@ def _validate_activation(
     bandwidth: float | None,
     W_enc: Tensor,
 ) -> None:
-    """Which of k, threshold and bandwidth the activation takes, and their values."""
+    """Check that exactly the activation's arguments are given, and their values."""
     F = W_enc.shape[0]
     _expect(activation in ACTIVATIONS, "activation", f"one of {ACTIVATIONS}", repr(activation))
     ranked = activation == "topk" or (activation == "batch_topk" and threshold is None)
@@ -253,10 +264,14 @@ def _validate_activation(
         _expect(threshold.device == device, "threshold", f"on {device}", threshold.device)
 
 
-def _choose(
+def resolve_implementation(
     implementation: str, x: Tensor, threshold: Tensor | None, plan: CodeLayout | None
 ) -> str:
-    """The implementation that `implementation` means for x."""
+    """Replace "auto" by the implementation to run for x; raise for one that cannot run.
+
+    Raises:
+        TypeError, ValueError: the plan or the implementation is not as in :func:`transcoder`.
+    """
     known = f"one of {IMPLEMENTATIONS}"
     _expect(implementation in IMPLEMENTATIONS, "implementation", known, repr(implementation))
     if plan is not None and not isinstance(plan, CodeLayout):
@@ -268,12 +283,12 @@ def _choose(
             return "triton"
         return "sparse" if device == "cpu" or (device == "meta" and plan) else "reference"
     if implementation == "sparse":
-        there = f"'triton' or 'reference' on {device}"
-        _expect(device in ("cpu", "meta"), "implementation", there, "'sparse'")
+        expected = f"'triton' or 'reference' on {device}"
+        _expect(device in ("cpu", "meta"), "implementation", expected, "'sparse'")
     elif implementation != "reference":
-        there = f"'sparse' or 'reference' on {device}, where Triton kernels do not run"
+        expected = f"'sparse' or 'reference' on {device}, where Triton kernels do not run"
         runs = device == "meta" or devices.runs_triton(device)
-        _expect(runs, "implementation", there, repr(implementation))
+        _expect(runs, "implementation", expected, repr(implementation))
         _expect(
             not wide,
             "implementation",

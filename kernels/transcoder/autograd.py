@@ -1,9 +1,10 @@
-"""The registered ops ``fastadapt::encode`` and ``fastadapt::decode``: fakes, autograd, FLOPs.
+"""Register the ops ``fastadapt::encode`` and ``fastadapt::decode``: fakes, autograd, FLOPs.
 
-`encode` returns codes and statistics, which selective checkpointing saves; `decode` returns output
-and penalty, is recomputed, and saves neither its output nor the residual. The number of codes is
-data: without a plan the fakes give it as an unbacked size. Each op's backward is an op too, so that
-compilers and counters see it. An op's last argument, the implementation, says whose code runs.
+`encode` returns codes and statistics, which selective checkpointing saves. `decode` returns output
+and penalty; it is recomputed and saves neither its output nor the residual. The number of codes
+depends on the data: without a plan, the fakes return it as an unbacked size. Each op's backward is
+an op too, so that compilers and FLOP counters see it. The last argument of an op is the
+implementation to run.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ define(
     "str implementation) -> (Tensor, Tensor)",
 )
 
-#: What selective checkpointing should keep of a block that contains the op.
+#: Ops whose results selective checkpointing should save.
 SAVED_OPS = [ops.encode.default]
 _DENSE = [a.name for a in ops.encode.default._schema.arguments].index("dense")
 
@@ -56,14 +57,14 @@ _DENSE = [a.name for a in ops.encode.default._schema.arguments].index("dense")
 def should_save(op: Any, args: Sequence[Any], output: Sequence[Tensor] | None = None) -> bool:
     """Return whether selective checkpointing should save the result of ``op(*args)``.
 
-    True for the encoder's sparse codes: they are few, and save its product a second run. Dense
-    codes are as large as any activation. Any other op: False.
+    Sparse codes of the encoder are saved: they are small, and a recompute then skips the encoder's
+    product. Dense codes are as large as any activation and are not saved. Other ops are not saved.
 
     Args:
-        op: an overload, as a policy of ``torch.utils.checkpoint`` gets it.
-        args: its positional arguments.
-        output: its result, where it has run. Torch 2.11 asks before, and again in the recompute:
-            without a plan, codes count as dense then.
+        op: an op overload, as passed to a policy of ``torch.utils.checkpoint``.
+        args: the op's positional arguments.
+        output: the op's result, or None if it has not run. Torch 2.11 calls the policy before the
+            op runs, and again in the recompute; codes without a plan count as dense then.
     """
     if op not in SAVED_OPS:
         return False
@@ -91,7 +92,7 @@ def transcode(
     plan: CodeLayout | None,
     implementation: str,
 ) -> TranscoderOutput:
-    """The op on validated arguments, through the registered ops."""
+    """Compute the transcoder on validated arguments with the registered ops."""
     weights = x_STD, W_enc_FD, b_enc_F, W_dec_FE, threshold
     ordered = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in weights)
     weight_N = None if weight_ST is None else weight_ST.flatten()
@@ -116,7 +117,7 @@ def transcode(
     residual_NE = None if residual_STE is None else residual_STE.flatten(0, 1)
     out_NE, penalty = ops.decode(*codes, W_dec_FE, b_dec_E, residual_NE, weight_N, implementation)
     out_STE = out_NE.view(*x_STD.shape[:-1], W_dec_FE.shape[1])
-    min_active = min_active.masked_fill(min_active == -1, torch.nan)  # -1: there is none
+    min_active = min_active.masked_fill(min_active == -1, torch.nan)  # -1: no active value
     stats = TranscoderStats(n_active, counts_F, n_tokens, min_active, n_codes)
     return TranscoderOutput(out_STE, penalty, stats, active)
 
@@ -134,7 +135,7 @@ def _encode(*args: Any) -> tuple[Tensor, ...]:
         from . import triton_forward
 
         call = (*call, implementation == "triton_fused")
-        with torch.cuda.device_of(inputs[0]):  # kernels are launched on the current device
+        with torch.cuda.device_of(inputs[0]):  # Triton launches kernels on the current device
             codes, *stats = triton_forward.encode(*call)
     return (*codes, *stats)
 
@@ -144,13 +145,13 @@ def _encode_backward(da: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     codes = Codes(*inputs[-N_CODES:])
     call: tuple[Any, ...] = (da, x.flatten(0, 1), *inputs[:-N_CODES], codes, bandwidth, need)
     if implementation == "sparse":
-        dx, *rest = sparse.encode_backward(*call)
+        dx, *others = sparse.encode_backward(*call)
     else:
         from . import triton_backward
 
         with torch.cuda.device_of(da):
-            dx, *rest = triton_backward.encode_backward(*call)
-    return (dx.view(x.shape) if need[0] else dx, *rest)
+            dx, *others = triton_backward.encode_backward(*call)
+    return (dx.view(x.shape) if need[0] else dx, *others)
 
 
 def _decode(*args: Any) -> tuple[Tensor, Tensor]:
@@ -175,7 +176,7 @@ def _decode_backward(g: Tensor | None, c: Tensor | None, *args: Any) -> tuple[Te
         return triton_backward.decode_backward(*call)
 
 
-# Triton's kernels run on a CPU too, in its interpreter.
+# Triton's interpreter also runs kernels on CPU tensors.
 DEVICES = ("cpu", "cuda")
 impl("fastadapt::encode", DEVICES, _encode)
 impl("fastadapt::encode_backward", DEVICES, _encode_backward)
@@ -262,14 +263,14 @@ def _setup_encode(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 
 def _differentiate_encode(ctx: Any, da: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    rest = [None] * 9
     if da is None:
-        return (*[None] * 4, *rest)
+        return (None,) * 13
     if not ctx.ordered:
-        raise RuntimeError("fastadapt::encode makes gradients only of codes that are ordered")
+        raise RuntimeError("fastadapt::encode: gradients need codes encoded with ordered=True")
     need = list(ctx.needs_input_grad[:4])  # x, W_enc, b_enc, threshold
     results = ops.encode_backward(da, *ctx.saved_tensors, ctx.bandwidth, need, ctx.implementation)
-    return (*(g if needed else None for g, needed in zip(results, need, strict=True)), *rest)
+    gradients = (g if needed else None for g, needed in zip(results, need, strict=True))
+    return (*gradients, *[None] * 9)
 
 
 def _setup_decode(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -1,11 +1,10 @@
-"""Codes, the sparse activations: which entries of a dense z are active, and their two orders.
+"""Extract codes, the active entries of a dense z, in token order and in feature order.
 
-Codes are CSR by token: `values`, `features` (ascending in a row) and `row_offsets`, with `order`,
-the permutation to by-feature order (tokens ascending), each code's token in that order, `tokens`,
-and `feature_offsets`; these three only where the weights get a gradient. An entry of value 0
-is an inactive one in JumpReLU's window: it carries gradient to θ alone. Where dense products are
-faster, `values` is all of a [N, F], flattened, `features` is empty and `window` marks JumpReLU's
-window.
+Codes are stored as CSR by token: `values`, `features` (ascending within a token) and
+`row_offsets`. Gradients of the weights also need `order`, the permutation to feature order (tokens
+ascending), `tokens`, each code's token in that order, and `feature_offsets`. A code of value 0 is
+an inactive entry in JumpReLU's window, which only contributes to the gradient of θ. In the dense
+layout, `values` is a [N, F] flattened, `features` is empty and `window` marks JumpReLU's window.
 
 Shape suffixes: N tokens (of all rows of x), T tokens of a row, F features, C codes, K blocks of B
 features; in ranking, R rows of M entries.
@@ -21,37 +20,37 @@ from torch import Tensor
 
 from .reference import SparseCodes, accumulator, codes_of
 
-# Share of entries that are codes above which dense products win. Measured on one AVX-512 core with
-# AMX: at T=2048, d=1024, F=8192 in fp32 a step takes 0.3 + 27 * share seconds on codes and passes
-# the dense 1.7 at 0.051 (0.065 to 0.075 for d of 128 and 512); a little less leaves room for
-# features of uneven counts on more threads. In bf16, whose codes are multiplied in fp32, at 0.018.
+# Fraction of active entries above which dense products are faster. Measured on one AVX-512 core
+# with AMX at T=2048, d=1024, F=8192 in fp32: a step takes 0.3 + 27 * fraction seconds on codes, and
+# 1.7 seconds dense, equal at 0.051 (0.065 to 0.075 for d of 128 and 512). A lower value allows for
+# uneven features on several threads. In bf16, whose codes are multiplied in fp32, equal at 0.018.
 DENSE_SHARE = {torch.float32: 0.045, torch.float64: 0.045}
 DENSE_SHARE_16_BITS = 0.017
-# On a GPU not yet measured: where gathering a row of 16 bits at 4.3 TB/s takes as long as its share
-# of a product at 788 TFLOP/s; in fp32, of 4 bytes at some 60 TFLOP/s.
+# Estimates for a GPU, not measured: gathering a 16-bit row at 4.3 TB/s takes as long as its part of
+# a product at 788 TFLOP/s; in fp32, a row of 4-byte entries and a product at about 60 TFLOP/s.
 DENSE_SHARE_GPU = {torch.float32: 0.036}
 DENSE_SHARE_GPU_16_BITS = 0.0055
-# Buffers hold this many times the expected codes, and a few more, in steps that repeat.
+# Capacity is this multiple of the expected codes, rounded up to steps so that sizes recur.
 HEADROOM = 1.5
 CAPACITY_STEP = 16_384
-# Entries up to which, without a plan or gradients, buffers for all of them cost less than to wait
-# for a count; so generation never waits, and can be captured as a graph.
+# Largest number of entries for which, without a plan or gradients, buffers for all entries cost
+# less than a synchronisation. Generation then never synchronises and can be captured as a graph.
 SMALL_ENTRIES = 2**22
-# Tokens that the choice between codes and dense products looks at: it need not be exact.
+# Tokens sampled for the choice between codes and dense products, which need not be exact.
 SAMPLE = 256
-# Features searched for codes together: most blocks hold none, and a maximum is a cheap test.
+# Features tested for codes at once: most blocks have none, and a maximum is a cheap test.
 BLOCK = 64
 
 
 class CodeLayout(NamedTuple):
-    """How to lay the codes out: a host value, so that path and shapes are known beforehand."""
+    """Layout of the codes: a host value, so that path and shapes are known before the call."""
 
-    dense: bool  #: dense products, or codes.
+    dense: bool  #: use dense products instead of codes.
     capacity: int | None = None  #: length of the code buffers (sparse only); None: as needed.
 
 
 def dense_share(dtype: torch.dtype, device_type: str) -> float:
-    """Share of entries that are codes above which dense products win."""
+    """Return the fraction of active entries above which dense products are faster."""
     if device_type == "cuda":
         return DENSE_SHARE_GPU.get(dtype, DENSE_SHARE_GPU_16_BITS)
     return DENSE_SHARE.get(dtype, DENSE_SHARE_16_BITS)
@@ -60,16 +59,22 @@ def dense_share(dtype: torch.dtype, device_type: str) -> float:
 def plan_for(
     codes_per_token: float, n_tokens: int, n_features: int, dtype: torch.dtype, device_type: str
 ) -> CodeLayout:
-    """The plan of a call that should find about `codes_per_token` codes on each of its tokens.
+    """Return the layout for a call with about `codes_per_token` codes per token.
 
     Args:
-        codes_per_token: as a call before it found: ``stats.n_codes`` over its tokens.
-        n_tokens: of the call, all rows of x together.
+        codes_per_token: expected codes per token, e.g. ``stats.n_codes`` of an earlier call divided
+            by its tokens.
+        n_tokens: tokens of the call, summed over all rows of x.
         n_features: F.
-        dtype, device_type: of x: they decide where dense products win.
+        dtype, device_type: of x; they determine when dense products are faster.
 
     Returns:
-        Dense, or codes with room for half as many again, and never more than there are entries.
+        The dense layout, or codes with a capacity of at least 1.5 times the expected codes and at
+        most the number of entries.
+
+    Example:
+        >>> plan_for(10, n_tokens=1024, n_features=8192, dtype=torch.float32, device_type="cpu")
+        CodeLayout(dense=False, capacity=32768)
     """
     if codes_per_token > dense_share(dtype, device_type) * n_features:
         return CodeLayout(dense=True)
@@ -79,23 +84,23 @@ def plan_for(
 
 
 class Codes(NamedTuple):
-    """What the encoder leaves for the decoder and for both backward passes."""
+    """Result of the encoder, for the decoder and both backward passes."""
 
     values: Tensor  #: x's dtype, [C]; dense: [N * F].
     features: Tensor  #: int32 [C]; dense: [0].
     row_offsets: Tensor  #: int64 [N + 1].
-    order: Tensor  #: int64 [C]: code indices by feature, tokens ascending; dense: [0].
-    tokens: Tensor  #: int32 [C]: each code's token, in the order by feature; dense: [0].
-    feature_offsets: Tensor  #: int64 [F + 1]; [0] where codes are not ordered by feature.
+    order: Tensor  #: int64 [C]: code indices in feature order; dense: [0].
+    tokens: Tensor  #: int32 [C]: each code's token, in feature order; dense: [0].
+    feature_offsets: Tensor  #: int64 [F + 1]; [0] without feature order.
     window: Tensor  #: bool [N * F] for dense jumprelu, else [0].
 
     @property
     def dense(self) -> bool:
-        """Whether `values` holds every entry."""
+        """Whether `values` holds all entries of a."""
         return self.features.numel() == 0 and self.values.numel() > 0
 
     def live(self) -> Codes:
-        """Without the unused tail of buffers longer than the codes."""
+        """Return the codes without the unused tail of their buffers."""
         n = int(self.row_offsets[-1])
         return self._replace(
             values=self.values[:n],
@@ -106,23 +111,23 @@ class Codes(NamedTuple):
 
 
 def active_codes(codes: Codes, n_features: int) -> SparseCodes:
-    """What is active among `codes`, without buffers' tails and what only JumpReLU's window holds.
+    """Return the active entries, without unused buffers and inactive entries of JumpReLU's window.
 
-    On a GPU this waits for their number.
+    On a GPU this synchronises.
     """
     n_tokens = len(codes.row_offsets) - 1
     values = codes.values.detach()
     if codes.dense:
         a_NF = values.view(n_tokens, n_features)
-        place_C = _places(a_NF, None)
-        tokens_C = place_C // max(n_features, 1)
-        return SparseCodes(tokens_C, place_C - tokens_C * n_features, values[place_C])
+        index_C = _code_indices(a_NF, None)
+        tokens_C = index_C // max(n_features, 1)
+        return SparseCodes(tokens_C, index_C - tokens_C * n_features, values[index_C])
     n = int(codes.row_offsets[-1])
     every = torch.arange(n_tokens, device=values.device)
     tokens_C = every.repeat_interleave(codes.row_offsets.diff(), output_size=n)
-    found = SparseCodes(tokens_C, codes.features[:n].long(), values[:n])
-    active_C = found.values != 0
-    return found if bool(active_C.all()) else SparseCodes(*(t[active_C] for t in found))
+    entries = SparseCodes(tokens_C, codes.features[:n].long(), values[:n])
+    active_C = entries.values != 0
+    return entries if bool(active_C.all()) else SparseCodes(*(t[active_C] for t in entries))
 
 
 def activate_(
@@ -133,7 +138,7 @@ def activate_(
     activation: str,
     k: float,
 ) -> Tensor:
-    """Turns z into a, in place. NaN is active: `z <= cut` is false for it."""
+    """Replace z by a, in place. NaN counts as active, since `NaN <= cut` is false."""
     inactive_NF = None
     if activation == "topk":
         inactive_NF = ~_largest(z_NF, int(k))
@@ -159,9 +164,10 @@ def activate_(
 
 
 def _largest(z_RM: Tensor, k: int) -> Tensor:
-    """True at each row's k largest; equal ones by lowest index; NaN above all.
+    """Return a mask of each row's k largest entries.
 
-    Entries at or below 0 may come out either way: they are inactive whatever their rank.
+    Of equal entries, the lowest index ranks first; NaN ranks above all numbers. The mask is
+    arbitrary at entries of at most 0, which are inactive at any rank.
     """
     if k >= z_RM.shape[1]:
         return torch.ones_like(z_RM, dtype=torch.bool)
@@ -177,13 +183,13 @@ def _largest(z_RM: Tensor, k: int) -> Tensor:
 
 
 def in_window(z: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-    """``|z - max(θ, 0)| < ε/2``, in the accumulator's dtype."""
+    """Return ``|z - max(θ, 0)| < ε/2``, computed in the accumulator's dtype."""
     acc = accumulator(z.dtype)
     return (z.to(acc) - threshold.to(acc).clamp(min=0)).abs() < bandwidth / 2
 
 
 def prefers_dense(a_NF: Tensor, window_NF: Tensor | None) -> bool:
-    """Whether dense products are likely faster, by a sample of the tokens."""
+    """Return whether dense products are likely faster, estimated from a sample of tokens."""
     step = max(1, len(a_NF) // SAMPLE)
     present = a_NF[::step] != 0
     if window_NF is not None:
@@ -192,7 +198,7 @@ def prefers_dense(a_NF: Tensor, window_NF: Tensor | None) -> bool:
 
 
 def dense_codes(a_NF: Tensor, window_NF: Tensor | None, *, ordered: bool) -> Codes:
-    """All of a [N, F] as codes, for dense products."""
+    """Return all entries of a [N, F] in the dense layout."""
     N, F = a_NF.shape
     index = torch.zeros(0, dtype=torch.int64, device=a_NF.device)
     rows, columns = index.new_zeros(N + 1), index.new_zeros(F + 1 if ordered else 0)
@@ -203,15 +209,19 @@ def dense_codes(a_NF: Tensor, window_NF: Tensor | None, *, ordered: bool) -> Cod
 def sparse_codes(
     a_NF: Tensor, window_NF: Tensor | None, plan: CodeLayout | None, *, ordered: bool
 ) -> Codes:
-    """The active entries of a [N, F] (and those in the window), in buffers of the plan's size."""
+    """Return the active entries of a [N, F] and those in the window, in buffers of the plan's size.
+
+    Raises:
+        ValueError: the codes exceed ``plan.capacity``.
+    """
     N, F = a_NF.shape
-    place_C = _places(a_NF, window_NF)
-    rows_C = place_C // max(F, 1)
-    features_C = place_C - rows_C * F
+    index_C = _code_indices(a_NF, window_NF)
+    rows_C = index_C // max(F, 1)
+    features_C = index_C - rows_C * F
     count = torch.arange(max(N, F) + 1, device=a_NF.device)
     none = count.new_zeros(0)
     codes = Codes(
-        a_NF.flatten()[place_C],
+        a_NF.flatten()[index_C],
         features_C.int(),
         torch.searchsorted(rows_C, count[: N + 1]),
         none,
@@ -228,12 +238,12 @@ def sparse_codes(
         )
     if plan is None or plan.capacity is None:
         return codes
-    if len(place_C) > plan.capacity:
+    if len(index_C) > plan.capacity:
         raise ValueError(
-            f"transcoder: plan.capacity must hold every code; got {plan.capacity} for "
-            f"{len(place_C)} codes; raise it, or give CodeLayout(dense=True) or no plan"
+            f"transcoder: plan.capacity must be at least the number of codes, {len(index_C)}; got "
+            f"{plan.capacity}; raise it, or pass CodeLayout(dense=True) or no plan"
         )
-    buffer = place_C.new_empty(plan.capacity)
+    buffer = index_C.new_empty(plan.capacity)
     return codes._replace(
         values=pad(codes.values, buffer),
         features=pad(codes.features, buffer),
@@ -242,8 +252,8 @@ def sparse_codes(
     )
 
 
-def _places(a_NF: Tensor, window_NF: Tensor | None) -> Tensor:
-    """int64 [C]: where in the flattened a there is a code, ascending."""
+def _code_indices(a_NF: Tensor, window_NF: Tensor | None) -> Tensor:
+    """Return the indices of the codes in the flattened a, int64 [C], ascending."""
     if window_NF is not None or a_NF.shape[1] % BLOCK:
         present_NF = a_NF != 0
         if window_NF is not None:
@@ -258,5 +268,5 @@ def _places(a_NF: Tensor, window_NF: Tensor | None) -> Tensor:
 
 
 def pad(t_C: Tensor, like: Tensor) -> Tensor:
-    """`t_C` with zeros up to the length of `like`."""
+    """Pad `t_C` with zeros to the length of `like`."""
     return nnf.pad(t_C, (0, len(like) - len(t_C))) if len(like) > len(t_C) else t_C

@@ -1,4 +1,4 @@
-"""Products with codes. Each sum runs in a fixed order, without atomics or scatter.
+"""Multiply codes with tables. Sums run in a fixed order, without atomics or scatter.
 
 Shape suffixes: N tokens, E width, F features, C codes; a table of M rows of D.
 """
@@ -12,26 +12,26 @@ from torch import Tensor
 from .codes import Codes
 from .reference import accumulator
 
-# The longest run of codes that is summed one by one.
+# Longest run of codes that is summed sequentially.
 PIECE = 256
 
 
 def segments(offsets: Tensor) -> Tensor:
-    """int64 [C]: the segment of each entry."""
+    """Return the segment of each entry, int64 [C]."""
     every = torch.arange(len(offsets) - 1, device=offsets.device)
     return every.repeat_interleave(offsets.diff())
 
 
 def segment_sum(values_C: Tensor, offsets: Tensor) -> Tensor:
-    """Sums of consecutive entries; in float64, since a hot feature's are summed one by one."""
+    """Sum each segment in float64, since frequent features have long sequential sums."""
     return torch.segment_reduce(values_C.double(), "sum", offsets=offsets)
 
 
 def gather_sum(table_MD: Tensor, index_C: Tensor, offsets: Tensor, scale_C: Tensor) -> Tensor:
-    """``out_r = Σ_{c in segment r} scale_c · table[index_c]``, in the accumulator's dtype.
+    """Return ``out_r = Σ_{c in segment r} scale_c · table[index_c]``, in the accumulator's dtype.
 
-    Segments longer than PIECE (features that fire on most tokens) are summed in pieces and the
-    pieces in order, as rounding grows with the length of a sum.
+    Segments longer than PIECE (features that fire on most tokens) are summed in pieces, then the
+    pieces in order, since rounding errors grow with the length of a sum.
     """
     acc = accumulator(table_MD.dtype)
     if index_C.numel() == 0 or table_MD.numel() == 0:
@@ -46,7 +46,7 @@ def gather_sum(table_MD: Tensor, index_C: Tensor, offsets: Tensor, scale_C: Tens
     out = _bags(table_MD, index_C[~in_hot_C], _offsets(short), scale_C[~in_hot_C])
     pieces_H = (counts[hot] + PIECE - 1) // PIECE
     lengths = torch.full((int(pieces_H.sum()),), PIECE, device=offsets.device)
-    lengths[pieces_H.cumsum(0) - 1] -= pieces_H * PIECE - counts[hot]  # each one's last piece
+    lengths[pieces_H.cumsum(0) - 1] -= pieces_H * PIECE - counts[hot]  # each segment's last piece
     pieces = _bags(table_MD, index_C[in_hot_C], _offsets(lengths), scale_C[in_hot_C])
     every = torch.arange(len(lengths), device=offsets.device)
     out[hot] = _bags(pieces, every, _offsets(pieces_H), pieces.new_ones(len(lengths)))
@@ -64,7 +64,7 @@ def _bags(table_MD: Tensor, index_C: Tensor, offsets: Tensor, scale_C: Tensor) -
 
 
 def sampled_product(g_NE: Tensor, W_FE: Tensor, rows_C: Tensor, codes: Codes) -> Tensor:
-    """``g[row_c] · W[feature_c]`` for every code, in the accumulator's dtype."""
+    """Return ``g[row_c] · W[feature_c]`` for every code, in the accumulator's dtype."""
     acc = accumulator(W_FE.dtype)
     if rows_C.numel() == 0 or W_FE.numel() == 0:
         return W_FE.new_zeros(len(rows_C), dtype=acc)

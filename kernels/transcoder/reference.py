@@ -1,9 +1,9 @@
-"""The transcoder in dense PyTorch, in the words of its formulas: the specification of the op.
+"""The specification of the transcoder op: dense PyTorch that follows the formulas.
 
     z = W_enc x + b_enc        a = activation(z)        out = residual + W_decᵀ a + b_dec
     penalty = Σ_t w_t Σ_i a_ti ‖W_dec,i‖₂
 
-Any device, any floating dtype; float64 for oracles. Autograd makes the gradients, except θ's.
+Any device and any floating dtype; float64 for oracles. Autograd computes the gradients, except θ's.
 Shape suffixes: S groups (rows ranked together by batch_topk), T tokens, D and E widths in and out,
 F features.
 """
@@ -19,19 +19,17 @@ from torch import Tensor
 
 
 class TranscoderStats(NamedTuple):
-    """Counts over tokens of non-zero weight that are not padding; `n_codes` over all but padding.
-
-    Not differentiable.
-    """
+    """Statistics over tokens of non-zero weight without padding. Not differentiable."""
 
     n_active: Tensor  #: int64, 0-d: active entries.
     feature_counts: Tensor  #: int64 [F]: tokens on which each feature fired.
     n_tokens: Tensor  #: int64, 0-d: tokens counted.
-    #: fp32, 0-d: the smallest active value of each row of x, averaged over the rows that have one.
-    #: For batch_topk, whose threshold at inference follows it; NaN if none, and otherwise.
+    #: fp32, 0-d: smallest active value of a row of x, averaged over rows with active values. For
+    #: batch_topk, whose inference threshold follows this value. NaN without active values and for
+    #: other activations.
     min_active: Tensor
-    #: int64, 0-d: codes of all tokens that are not padding: active entries, and for jumprelu those
-    #: in its window. A plan whose capacity is less does not hold them.
+    #: int64, 0-d: codes of all tokens without padding, weight 0 included: active entries and, for
+    #: jumprelu, entries in its window. A plan needs at least this capacity.
     n_codes: Tensor
 
     @property
@@ -41,47 +39,47 @@ class TranscoderStats(NamedTuple):
 
 
 class SparseCodes(NamedTuple):
-    """The active entries of a call, by token and then by feature; none on padding.
+    """Active entries of a call, sorted by token, then feature; none on padding.
 
     Not differentiable.
     """
 
-    tokens: Tensor  #: int64 [C]: place in x's leading dimensions, flattened.
+    tokens: Tensor  #: int64 [C]: index into x's flattened leading dimensions.
     features: Tensor  #: int64 [C].
-    values: Tensor  #: x's dtype [C]: ``a`` there, not 0.
+    values: Tensor  #: x's dtype [C]: non-zero entries of ``a``.
 
     @classmethod
-    def of(cls, a_NF: Tensor) -> SparseCodes:
-        """Those of a dense a."""
+    def from_dense(cls, a_NF: Tensor) -> SparseCodes:
+        """Return the active entries of a dense a [N, F]."""
         tokens, features = a_NF.detach().nonzero(as_tuple=True)
         return cls(tokens, features, a_NF.detach()[tokens, features])
 
 
 class TranscoderOutput(NamedTuple):
-    """What :func:`fastadapt.kernels.transcoder.transcoder` returns."""
+    """Result of :func:`fastadapt.kernels.transcoder.transcoder`."""
 
     out: Tensor  #: x's dtype, [..., d_out].
-    penalty: Tensor  #: 0-d, fp32 (float64 for float64 x): a sum over tokens, not a mean.
+    penalty: Tensor  #: 0-d, fp32 (float64 for float64 x): a sum over tokens.
     stats: TranscoderStats
-    codes: SparseCodes | None = None  #: if asked for by ``return_codes``.
+    codes: SparseCodes | None = None  #: with ``return_codes``.
 
 
 def row_shape(lead: torch.Size) -> tuple[int, int]:
-    """Return the rows and the tokens of a row of ``[..., T]``; (1, 1) of an empty shape."""
+    """Return the number of rows of ``[..., T]``, and T; (1, 1) for an empty shape."""
     return lead[:-1].numel(), lead[-1] if lead else 1
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums and of the penalty: fp32, or float64 for float64 inputs."""
+    """Return the dtype of sums and of the penalty: fp32, or float64 for float64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class JumpReLU(torch.autograd.Function):
     """``z·1[z > θ⁺]`` with ``∂a/∂θ = -(|θ|/ε)·1[|z-θ⁺| < ε/2]``, a straight-through estimate.
 
-    ``θ⁺ = max(θ, 0)``. Formula for θ > 0: arXiv 2407.14435, with a rectangle of width ε as the
-    kernel. A threshold below 0 acts as 0; with |θ| in its gradient a sparsity penalty raises it
-    again, where -θ would drive it further down.
+    ``θ⁺ = max(θ, 0)``. Formula for θ > 0: arXiv 2407.14435 with a rectangular kernel of width ε. A
+    threshold below 0 acts as 0. With |θ| in the gradient, a sparsity penalty raises such a
+    threshold; with θ, the penalty would lower it further.
     """
 
     @staticmethod
@@ -101,21 +99,21 @@ class JumpReLU(torch.autograd.Function):
 
 
 def above(z: Tensor, cut: Tensor) -> Tensor:
-    """``z·1[z > max(cut, 0)]``; NaN stays NaN, so a broken pre-activation cannot hide as a zero."""
+    """Return ``z·1[z > max(cut, 0)]``; NaN stays NaN, so that it reaches the output."""
     return torch.where(z <= cut.clamp(min=0), 0, z)
 
 
-#: Lifts a product of two floats that misses a whole number by rounding alone: by 2 of 2^53 parts.
+#: Relative increase that lifts a product just below an integer, by rounding only, to the integer.
 WHOLE = 1 + 2**-50
 
 
 def codes_of(k: float, n_tokens: int) -> int:
-    """``k * n_tokens`` rounded down, of ``k`` as it was typed: 0.29 of 100 tokens is 29."""
+    """Return ``k * n_tokens`` rounded down, for k as a decimal number: 0.29 of 100 tokens is 29."""
     return math.floor(k * n_tokens * WHOLE)
 
 
 def keep_largest(a: Tensor, count: Tensor | int) -> Tensor:
-    """Zeroes all but the `count` largest of the last axis; equal ones by lowest index."""
+    """Zero all but the `count` largest of the last axis; of equal entries, the first rank first."""
     order = a.argsort(dim=-1, descending=True, stable=True)
     ranks = torch.arange(a.shape[-1], device=a.device).expand_as(order)
     rank = torch.empty_like(order).scatter_(-1, order, ranks)
@@ -130,7 +128,7 @@ def activate(
     bandwidth: float | None,
     padding_ST: Tensor | None,
 ) -> Tensor:
-    """a = activation(z), with no code on padding."""
+    """Return a = activation(z), without codes on padding."""
     if padding_ST is not None:
         z_STF = z_STF.masked_fill(padding_ST[..., None], 0)
     if activation == "jumprelu":
@@ -158,7 +156,7 @@ def activate(
 def statistics(
     a_STF: Tensor, code_STF: Tensor, counted_ST: Tensor, activation: str
 ) -> TranscoderStats:
-    """Counts of the active entries of counted tokens, and of all codes."""
+    """Return the statistics of counted tokens, and the number of all codes."""
     active_STF = (a_STF != 0) & counted_ST[..., None]
     feature_counts_F = active_STF.sum((0, 1))
     min_active = torch.full((), torch.nan, device=a_STF.device)
@@ -187,7 +185,7 @@ def reference(
     padding_ST: Tensor | None,
     return_codes: bool,
 ) -> TranscoderOutput:
-    """The whole op on validated arguments; see the package's public function for their meaning."""
+    """Compute the transcoder on validated arguments, documented at the public function."""
     acc = accumulator(x_STD.dtype)
     if padding_ST is not None:
         x_STD = x_STD.masked_fill(padding_ST[..., None], 0)
@@ -213,5 +211,5 @@ def reference(
         window_STF = (z_STF.detach().to(acc) - threshold.to(acc).clamp(min=0)).abs() < bandwidth / 2
         code_STF |= window_STF if padding_ST is None else window_STF & ~padding_ST[..., None]
     stats = statistics(a_STF.detach(), code_STF, counted_ST, activation)
-    codes = SparseCodes.of(a_STF.flatten(0, 1)) if return_codes else None
+    codes = SparseCodes.from_dense(a_STF.flatten(0, 1)) if return_codes else None
     return TranscoderOutput(out_STE, penalty_ST.sum(), stats, codes)

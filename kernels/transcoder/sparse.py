@@ -1,8 +1,8 @@
-"""The transcoder on codes: after the encoder's dense product, active entries only.
+"""Compute the transcoder on codes: only active entries after the encoder's dense product.
 
-This is the CPU's default and the readable account of the device code: each function is the body of
-one op of ``autograd.py``, and holds no autograd. ``codes.py`` describes codes. Every sum runs in a
-fixed order, so the same inputs give the same bits on any number of runs.
+This module is the CPU's default and the readable version of the device code. Each function is the
+body of one op of ``autograd.py`` and contains no autograd. ``codes.py`` describes codes. Sums run
+in a fixed order, so equal inputs give bitwise equal results.
 
 Shape suffixes: S rows of x, T tokens of a row, N = S * T, D and E widths in and out, F features,
 C codes.
@@ -27,7 +27,7 @@ from .codes import (
 from .products import gather_sum, sampled_product, segment_sum, segments
 from .reference import accumulator
 
-# Rows counted together: a small product of ones and zeros beats a sum of booleans eightfold.
+# Rows counted at once: a product of ones and zeros is eight times faster than a sum of booleans.
 COUNTED_ROWS = 128
 
 
@@ -44,10 +44,10 @@ def encode(
     plan: CodeLayout | None,
     ordered: bool,
 ) -> tuple[Codes, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Codes and the statistics of ``TranscoderStats``, by one dense product.
+    """Return codes and the fields of ``TranscoderStats``, after one dense product.
 
-    `ordered`: also the order by feature, which gradients need. `min_active` is -1 where there is
-    none: NaN, which equals nothing, is put in by the caller.
+    With `ordered`, codes include the feature order, which gradients need. `min_active` is -1
+    without active values; the caller replaces -1 by NaN, so that results of the op compare equal.
     """
     S, T, _ = x_STD.shape
     N, F = S * T, W_enc_FD.shape[0]
@@ -101,9 +101,9 @@ def encode_backward(
     bandwidth: float,
     need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, W_enc, b_enc and θ from the codes' `da`; those not needed are empty.
+    """Return gradients of x, W_enc, b_enc and θ from the codes' `da`; unneeded ones are empty.
 
-    ``dz_ti = da_ti·1[a_ti > 0]``; only JumpReLU has entries where the two differ.
+    ``dz_ti = da_ti·1[a_ti > 0]``, which differs from `da` only in JumpReLU's window.
     """
     (N, _), F, acc = x_ND.shape, W_enc_FD.shape[0], accumulator(x_ND.dtype)
     dx, dW, db, dtheta = (x_ND.new_empty(0) for _ in range(4))
@@ -149,7 +149,7 @@ def decode(
     residual_NE: Tensor | None,
     weight_N: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """``out = residual + W_decᵀ a + b_dec``, rounded once, and the penalty."""
+    """Return ``out = residual + W_decᵀ a + b_dec``, rounded once, and the penalty."""
     norm_F = _norm(W_dec_FE)
     if codes.dense:
         a_NF = codes.values.view(-1, W_dec_FE.shape[0])
@@ -178,11 +178,11 @@ def decode_backward(
     need_values: bool,
     need_W: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the codes and of W_dec, given those of out (`g`) and penalty (`c`).
+    """Return gradients of the codes and of W_dec from those of out (`g`) and penalty (`c`).
 
     ``da_ti = g_t·W_dec,i + c w_t ‖W_dec,i‖`` and
     ``dW_dec,i = Σ_t a_ti g_t + c Σ_t w_t a_ti W_dec,i/‖W_dec,i‖`` (0 at a zero row).
-    Dense: `da` is 0 where there is no code. What is not needed is empty.
+    In the dense layout, `da` is 0 at inactive entries. Unneeded gradients are empty.
     """
     F, E = W_dec_FE.shape
     da = dW = W_dec_FE.new_empty(0)
@@ -229,7 +229,7 @@ def _dense_da(
     norm_F: Tensor,
     weight_N: Tensor | None,
 ) -> Tensor:
-    """``g_t·W_dec,i + c w_t ‖W_dec,i‖`` at every entry."""
+    """Return ``g_t·W_dec,i + c w_t ‖W_dec,i‖`` at every entry."""
     if c is None:
         assert g_NE is not None
         return g_NE @ W_dec_FE.T
@@ -241,12 +241,12 @@ def _dense_da(
 
 
 def _norm(W_dec_FE: Tensor) -> Tensor:
-    """``‖W_dec,i‖₂`` in the accumulator's dtype."""
+    """Return ``‖W_dec,i‖₂`` in the accumulator's dtype."""
     return torch.linalg.vector_norm(W_dec_FE, dim=-1, dtype=accumulator(W_dec_FE.dtype))
 
 
 def _column_counts(a_NF: Tensor, counted_N: Tensor) -> Tensor:
-    """int64 [F]: active entries of counted rows."""
+    """Return each feature's number of active entries in counted rows, int64 [F]."""
     counts_F = torch.zeros(a_NF.shape[1], dtype=torch.int64, device=a_NF.device)
     for a_nF, counted_n in zip(
         a_NF.split(COUNTED_ROWS), counted_N.split(COUNTED_ROWS), strict=True
@@ -256,7 +256,7 @@ def _column_counts(a_NF: Tensor, counted_N: Tensor) -> Tensor:
 
 
 def _mean_smallest(values: Tensor, is_active: Tensor, offsets_S: Tensor) -> Tensor:
-    """Each segment's smallest active value, averaged over the segments that have one; else -1."""
+    """Return the smallest active value of a segment, averaged over segments with one; else -1."""
     smallest_S = torch.segment_reduce(
         torch.where(is_active, values, torch.inf).float(), "min", offsets=offsets_S
     )

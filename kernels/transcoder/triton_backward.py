@@ -1,6 +1,6 @@
-"""The bodies of ``fastadapt::encode_backward`` and ``fastadapt::decode_backward`` on a GPU.
+"""Implement ``fastadapt::encode_backward`` and ``fastadapt::decode_backward`` on a GPU.
 
-They do what those of ``sparse.py`` do, with kernels in place of library calls.
+The functions compute the results of those in ``sparse.py``, with kernels instead of library calls.
 
 Shape suffixes: N tokens, D and E widths in and out, F features, C codes.
 """
@@ -25,9 +25,9 @@ def encode_backward(
     bandwidth: float,
     need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, W_enc, b_enc and θ from the codes' `da`; those not needed are empty."""
+    """Return gradients of x, W_enc, b_enc and θ from the codes' `da`; unneeded ones are empty."""
     (N, _), F = x_ND.shape, W_enc_FD.shape[0]
-    da = da.contiguous()  # the gradient of a sum is expanded
+    da = da.contiguous()  # autograd passes expanded tensors, e.g. for a sum
     dx, dW, db, window_sums = (x_ND.new_empty(0) for _ in range(4))
     jumps = threshold_F is not None and bandwidth > 0
     if codes.dense:
@@ -73,7 +73,7 @@ def decode_backward(
     need_values: bool,
     need_W: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the codes and of W_dec, given those of out (`g`) and penalty (`c`)."""
+    """Return gradients of the codes and of W_dec from those of out (`g`) and penalty (`c`)."""
     N, F = len(codes.row_offsets) - 1, W_dec_FE.shape[0]
     da = dW = W_dec_FE.new_empty(0)
     weight_N = None if weight_N is None else weight_N.contiguous()
@@ -109,7 +109,7 @@ def _dense_gradient(
     norm_F: Tensor,
     weight_N: Tensor | None,
 ) -> Tensor:
-    """``g_t · W_dec,i + c w_t ‖W_dec,i‖`` at the codes, 0 elsewhere."""
+    """Return ``g_t · W_dec,i + c w_t ‖W_dec,i‖`` at the codes, 0 elsewhere."""
     a_NF = codes.values.view(-1, W_dec_FE.shape[0])
     da_NF = torch.empty_like(a_NF) if g_NE is None else g_NE @ W_dec_FE.T
     window = codes.window.view_as(a_NF) if codes.window.numel() else None

@@ -1,9 +1,9 @@
-"""Device functions on words of 32 flags, and on floats as ordered keys. Imported by the kernels.
+"""Device functions on words of 32 flags and on floats as ordered keys, for the kernels.
 
-A tile of flags is ``[..., W, 32]``: bit j of word w stands for feature ``32 w + j``.
+A tile of flags has the shape ``[..., W, 32]``: bit j of word w is the flag of feature ``32 w + j``.
 
-A device function returns at its end alone: Triton compiles also what follows a return that stands
-under a constant condition.
+Device functions return only at their end: Triton also compiles the code after a return under a
+constant condition.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -16,7 +16,11 @@ import triton.language as tl
 
 @triton.jit
 def popcount(words):
-    """Set bits of each 32-bit word, int32. Adds only: no product may reach an address."""
+    """Number of set bits of each 32-bit word, int32.
+
+    The function only shifts and adds: the count enters addresses, which may contain no 32-bit
+    product.
+    """
     v = words.to(tl.uint32, bitcast=True)
     v = v - ((v >> 1) & 0x55555555)
     v = (v & 0x33333333) + ((v >> 2) & 0x33333333)
@@ -28,25 +32,25 @@ def popcount(words):
 
 @triton.jit
 def pack(flags):
-    """int32 [W] words of [W, 32] flags, which are 0 or 1."""
+    """Pack [W, 32] flags, 0 or 1, into int32 [W] words."""
     return tl.sum(flags << tl.arange(0, 32)[None, :], axis=1)
 
 
 @triton.jit
 def pack_rows(flags):
-    """int32 [N, W] words of [N, W, 32] flags."""
+    """Pack [N, W, 32] flags into int32 [N, W] words."""
     return tl.sum(flags << tl.arange(0, 32)[None, None, :], axis=2)
 
 
 @triton.jit
 def unpack(words):
-    """int32 [W, 32] flags of [W] words."""
+    """Unpack [W] words into int32 [W, 32] flags."""
     return (words[:, None] >> tl.arange(0, 32)[None, :]) & 1
 
 
 @triton.jit
 def rank(words):
-    """int32 [W, 32]: how many set bits of the [W] words come before each place."""
+    """Number of set bits of the [W] words before each bit, int32 [W, 32]."""
     counts = popcount(words)
     before = tl.cumsum(counts, 0) - counts
     below = words[:, None] & ((1 << tl.arange(0, 32)) - 1)[None, :]
@@ -55,7 +59,7 @@ def rank(words):
 
 @triton.jit
 def order_key(values, KEY_BITS: tl.constexpr):
-    """int32 keys in the order of positive `values` (16 or 32 bits); every NaN is the largest."""
+    """int32 keys that order positive `values` of 16 or 32 bits; NaN gets the largest key."""
     if KEY_BITS == 16:
         bits = values.to(tl.int16, bitcast=True).to(tl.int32)
         largest = 0x7FFF

@@ -1,8 +1,8 @@
-"""From flags and values to codes: counts, compaction, statistics; on a GPU.
+"""Turn flags and values into codes on a GPU: counts, compaction, statistics.
 
-Rows are written feature-ascending at places that a prefix sum of the rows' counts gives, so that
-the result is the same whatever the order of programs. What exceeds the capacity is not written and
-the offsets end at the capacity; the true number is returned beside them.
+A row's codes are written in ascending feature order at an offset from the prefix sum of the rows'
+counts, so the result does not depend on the order of programs. Codes beyond the capacity are not
+written, and offsets are clamped to the capacity. The caller has the exact number of codes.
 
 Shape suffixes: N tokens, F features, W words of 32 features, C codes.
 """
@@ -25,13 +25,13 @@ from .triton_encode import JUMPRELU, Activation
 COUNT: dict[str, Any] = {"BLOCK_W": 256, "num_warps": 2}
 COMPACT: dict[str, Any] = {"BLOCK_W": 64, "num_warps": 4}
 COLUMNS: dict[str, Any] = {"BLOCK_N": 32, "BLOCK_W": 4, "num_warps": 4}
-#: Tokens whose flags one program counts by feature.
+#: Tokens per program that counts flags by feature.
 COLUMN_TOKENS = 256
 
 
 @triton.jit
 def count_rows(words_ptr, counts_ptr, W, BLOCK_W: tl.constexpr):
-    """Flags set in each row of words."""
+    """Count the set flags of each row of words."""
     row = tl.program_id(0).to(tl.int64)
     total = tl.zeros((BLOCK_W,), dtype=tl.int32)
     for w0 in tl.range(0, W, BLOCK_W):
@@ -45,7 +45,7 @@ def count_columns(
     words_ptr, values_ptr, counted_ptr, counts_ptr, N, F, TOKENS, HAS_COUNTED: tl.constexpr,
     SKIP_ZEROS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Flags set in each column of TOKENS counted rows; SKIP_ZEROS looks at the values too."""
+    """Count each column's flags over TOKENS counted rows; SKIP_ZEROS excludes values of 0."""
     first_word = tl.program_id(0).to(tl.int64) * BLOCK_W
     split = tl.program_id(1).to(tl.int64)
     word = first_word + tl.arange(0, BLOCK_W)
@@ -77,7 +77,7 @@ def compact_rows(
     words_ptr, dense_ptr, row_offsets_ptr, values_ptr, features_ptr, tokens_ptr, F,
     WITH_TOKENS: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Writes each row's codes at its offset, feature-ascending."""
+    """Write each row's codes at the row's offset, in ascending feature order."""
     row = tl.program_id(0).to(tl.int64)
     start = tl.load(row_offsets_ptr + row)
     end = tl.load(row_offsets_ptr + row + 1)
@@ -106,7 +106,7 @@ def spread_rows(
     words_ptr, values_ptr, cut_ptr, window_ptr, F, half_bandwidth, ACTIVATION: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Zeroes what is not flagged; for jumprelu says what lies in the window."""
+    """Zero values without a flag; for jumprelu, also write the window's mask."""
     row = tl.program_id(0).to(tl.int64)
     first_word = tl.program_id(1).to(tl.int64) * BLOCK_W
     W = (F + 31) // 32
@@ -124,7 +124,7 @@ def spread_rows(
 
 
 def row_counts(words: Tensor) -> Tensor:
-    """int32 [N]: flags of each row."""
+    """Return each row's number of flags, int32 [N]."""
     N, W = words.shape
     counts = words.new_zeros(N) if W == 0 else words.new_empty(N)
     if words.numel():
@@ -135,7 +135,7 @@ def row_counts(words: Tensor) -> Tensor:
 def feature_counts(
     words: Tensor, values_NF: Tensor, counted_N: Tensor | None, *, skip_zeros: bool
 ) -> Tensor:
-    """int64 [F]: flags of each feature over the counted tokens (None: all)."""
+    """Return each feature's number of flags over the counted tokens (None: all), int64 [F]."""
     N, F = values_NF.shape
     splits = triton.cdiv(N, COLUMN_TOKENS)
     counts = words.new_empty(splits, F)
@@ -157,7 +157,7 @@ def feature_counts(
 
 
 def spread_(words: Tensor, values_NF: Tensor, activation: Activation) -> Tensor:
-    """Zeroes the values that are not flagged, in place; jumprelu's window [N, F], else [0]."""
+    """Zero values without a flag in place; return jumprelu's window [N, F], else [0]."""
     N, F = values_NF.shape
     window = values_NF.new_empty((N, F) if activation.jumps else 0, dtype=torch.bool)
     if values_NF.numel():
@@ -177,16 +177,19 @@ def spread_(words: Tensor, values_NF: Tensor, activation: Activation) -> Tensor:
 def codes_from_flags(
     words: Tensor, values_NF: Tensor, offsets: Tensor, capacity: int, *, ordered: bool
 ) -> Codes:
-    """The flagged entries, in buffers of `capacity`, whose tail is 0.
+    """Return the flagged entries in buffers of length `capacity`, with zeros at the end.
 
     Args:
-        words: flags; `offsets`: int64 [N + 1], prefix sums of their counts, not clamped.
-        ordered: also the order by feature, which gradients of the weights need.
+        words: flags, int32 [N, W].
+        values_NF: values at the flags.
+        offsets: prefix sums of the rows' counts, int64 [N + 1], not clamped.
+        capacity: length of the buffers.
+        ordered: include the feature order, which gradients of the weights need.
     """
     N, F = values_NF.shape
     offsets = offsets.clamp(max=capacity)
     values = values_NF.new_zeros(capacity)
-    # F sorts behind every feature: the tail stays at the end of the order by feature.
+    # F sorts after every feature, so the unused tail stays at the end of the feature order.
     features = words.new_full((capacity,), F)
     tokens = words.new_zeros(capacity if ordered else 0)
     if values_NF.numel() and capacity:
@@ -197,7 +200,7 @@ def codes_from_flags(
     window = empty.bool()
     if not ordered:
         return Codes(values, features, offsets, empty, words.new_empty(0), empty.clone(), window)
-    # A radix sort takes half the passes over 16 bits. It is stable: tokens ascend.
+    # A radix sort of 16-bit keys takes half the passes. The sort is stable, so tokens ascend.
     keys = features.short() if torch.iinfo(torch.int16).max > F else features
     sorted_keys, order = keys.sort(stable=True)
     every = torch.arange(F + 1, dtype=keys.dtype, device=keys.device)

@@ -1,7 +1,7 @@
-"""Passes over a dense ``[N, F]`` on a GPU, for layers where too much is active for codes.
+"""Passes over a dense ``[N, F]`` on a GPU, for layers with too many active entries for codes.
 
-The products themselves are the library's. Sums by column are made in pieces of tokens, whose sums
-are added in order.
+Products are the library's. Column sums are computed over pieces of tokens, whose sums are added in
+order.
 
 Shape suffixes: N tokens, F features.
 """
@@ -19,14 +19,14 @@ from torch import Tensor
 
 ROWS: dict[str, Any] = {"BLOCK_F": 2048, "num_warps": 4}
 COLUMNS: dict[str, Any] = {"BLOCK_N": 16, "BLOCK_F": 128, "num_warps": 4}
-#: Tokens that one program sums.
+#: Tokens per program that sums columns.
 COLUMN_TOKENS = 256
 
 
 @triton.jit
 def cost_of_rows(a_ptr, norms_ptr, weights_ptr, costs_ptr, F, HAS_WEIGHTS: tl.constexpr,
                  BLOCK_F: tl.constexpr):  # fmt: skip
-    """``w_t Σ_i a_ti norm_i``."""
+    """Write ``w_t Σ_i a_ti norm_i``."""
     row = tl.program_id(0).to(tl.int64)
     cost = tl.zeros((BLOCK_F,), dtype=tl.float32)
     for f0 in tl.range(0, F, BLOCK_F):
@@ -46,7 +46,7 @@ def finish_gradient(
     HAS_C: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_WINDOW: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """In place: ``da + c w_t norm_i`` where there is a code, else 0."""
+    """Replace da by ``da + c w_t norm_i`` at codes and by 0 elsewhere."""
     row = tl.program_id(0).to(tl.int64)
     features = tl.program_id(1).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
     inside = features < F
@@ -70,7 +70,7 @@ def sum_columns(
     values_ptr, weights_ptr, window_ptr, sums_ptr, N, F, TOKENS, HAS_WEIGHTS: tl.constexpr,
     HAS_WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """``Σ_t w_t value_ti`` over TOKENS tokens; with a window, of what lies in it."""
+    """Write ``Σ_t w_t value_ti`` over TOKENS tokens; a window restricts the sum to its entries."""
     features = tl.program_id(0).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
     split = tl.program_id(1).to(tl.int64)
     inside = (features < F)[None, :]
@@ -89,7 +89,7 @@ def sum_columns(
 
 
 def row_costs(a_NF: Tensor, norm_F: Tensor, weight_N: Tensor | None) -> Tensor:
-    """fp32 [N]: each token's penalty."""
+    """Return each token's penalty, fp32 [N]."""
     N, F = a_NF.shape
     costs = norm_F.new_empty(N)
     if N:
@@ -109,7 +109,10 @@ def finish_gradient_(
     *,
     has_g: bool,
 ) -> None:
-    """Adds the penalty's part to `da` (0 so far unless `has_g`) and clears what is no code."""
+    """Add the penalty's gradient to `da` and zero inactive entries, in place.
+
+    Without `has_g`, `da` is uninitialised and counts as 0.
+    """
     N, F = a_NF.shape
     if a_NF.numel():
         finish_gradient[(N, triton.cdiv(F, ROWS["BLOCK_F"]))](
@@ -131,7 +134,7 @@ def finish_gradient_(
 def column_sums(
     values_NF: Tensor, *, weight_N: Tensor | None = None, window: Tensor | None = None
 ) -> Tensor:
-    """fp32 [F]: ``Σ_t w_t value_ti``, of what lies in `window` if given."""
+    """Return ``Σ_t w_t value_ti``, fp32 [F], over the entries in `window` (None: all)."""
     N, F = values_NF.shape
     splits = triton.cdiv(N, COLUMN_TOKENS)
     sums = values_NF.new_empty((splits, F), dtype=torch.float32)

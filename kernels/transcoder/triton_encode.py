@@ -1,16 +1,15 @@
-"""The encoder on a GPU: products, activation, and which entries are codes.
+"""Compute the encoder on a GPU: products, activations, and flags of the codes.
 
-Each launcher leaves the same two things: `words`, int32 ``[N, ceil(F / 32)]``, whose bit says that
-an entry is a code, and `values`, x's dtype ``[N, F]``, which holds the activation *at the codes
-alone* (the rest is whatever was there). Nothing can overflow, and the order of programs does not
-matter. Three ways, for three shapes:
+Every launcher returns `words`, int32 ``[N, ceil(F / 32)]``, with one flag per entry that is set for
+codes, and `values`, x's dtype ``[N, F]``, with activations at the codes and arbitrary values
+elsewhere. No buffer can overflow, and the order of programs does not matter. Three launchers:
 
-- :func:`mark_product`: the library's product, then one pass over its result.
-- :func:`multiply_and_mark`: a persistent Triton product whose pre-activations never reach memory.
-- :func:`multiply_few_and_mark`: few tokens, where reading W_enc once is all there is to do.
+- :func:`mark_product`: one pass over the result of the library's product.
+- :func:`multiply_and_mark`: a persistent Triton product; pre-activations stay in registers.
+- :func:`multiply_few_and_mark`: few tokens, bound by reading W_enc once.
 
-Product and bias are summed in fp32 and rounded once to x's dtype (the first way leaves that to the
-library's ``linear``): what is compared with 0 or a threshold is what is stored.
+Product and bias are summed in fp32 and rounded once to x's dtype (by the library's ``linear`` for
+the first launcher). The rounded value is compared with 0 or the threshold, and is stored.
 
 Shape suffixes: N tokens, D width, F features, W words of 32 features.
 """
@@ -29,11 +28,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .triton_bits import pack, pack_rows
 
-# Kinds of activation, as the kernels know them. Rankings mark every positive; the cut comes later.
+# Activations of the kernels. Ranked activations flag all positive entries; the cut follows later.
 RELU, THRESHOLD, JUMPRELU = (tl.constexpr(kind) for kind in range(3))
 
 MARK: dict[str, Any] = {"BLOCK_W": 64, "num_warps": 4}
-# 128 x 128 x 64 with 8 warps compiles without spills around the packing of the flags.
+# 128 x 128 x 64 with 8 warps packs the flags without register spills.
 MULTIPLY_16_BITS: dict[str, Any] = {
     "BLOCK_N": 128,
     "BLOCK_F": 128,
@@ -43,21 +42,21 @@ MULTIPLY_16_BITS: dict[str, Any] = {
     "num_stages": 3,
 }
 MULTIPLY_32_BITS = MULTIPLY_16_BITS | {"BLOCK_N": 64, "BLOCK_F": 64, "BLOCK_D": 32}
-# One word of features a program, so that some 256 of them keep all of the memory busy.
+# One word of features per program, so that about 256 programs saturate the memory bandwidth.
 MULTIPLY_FEW_16_BITS: dict[str, Any] = {"BLOCK_D": 128, "num_warps": 4, "num_stages": 3}
 MULTIPLY_FEW_32_BITS = MULTIPLY_FEW_16_BITS | {"BLOCK_D": 64}
-#: Tokens up to which one block of rows holds them all and W_enc is read once.
+#: Largest number of tokens in one block of rows, so that W_enc is read once.
 FEW = 64
 
 
 def words_for(n_tokens: int, n_features: int, like: Tensor) -> Tensor:
-    """Uninitialised words for the flags of every entry."""
+    """Return uninitialised words for the flags of all entries, int32 [N, W]."""
     return like.new_empty((n_tokens, -(-n_features // 32)), dtype=torch.int32)
 
 
 @triton.jit
 def activate(z, cut, half_bandwidth, ACTIVATION: tl.constexpr):
-    """(a, flags) of pre-activations in x's dtype; NaN is active. Flags are int32."""
+    """(a, flags) of pre-activations in x's dtype; flags are int32, and set for NaN."""
     wide = z.to(tl.float32)
     flags = ~((wide <= 0) | (wide <= cut))
     a = z
@@ -82,7 +81,7 @@ def mark(
     DENSE: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """Pre-activations in `values` -> activations, flags; DENSE also writes zeros, the window."""
+    """Replace pre-activations in `values` by activations, write flags; DENSE: zeros, window too."""
     row = tl.program_id(0).to(tl.int64)
     first_word = tl.program_id(1).to(tl.int64) * BLOCK_W
     feature = first_word * 32 + (tl.arange(0, BLOCK_W) * 32)[:, None] + tl.arange(0, 32)[None, :]
@@ -104,7 +103,7 @@ def mark(
         if ACTIVATION == JUMPRELU:
             window = (flags != 0) & (tl.abs(z.to(tl.float32) - cut) < half_bandwidth)
             tl.store(window_ptr + place, window.to(tl.int8), mask=inside)
-    elif ACTIVATION == JUMPRELU:  # elsewhere a code's activation is its pre-activation
+    elif ACTIVATION == JUMPRELU:  # other codes' activations equal their pre-activations
         tl.store(values_ptr + place, a, mask=flags != 0)
 
 
@@ -114,9 +113,10 @@ def _finish_tile(
     half_bandwidth, ACTIVATION: tl.constexpr, HAS_PADDING: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """From a tile of products to its flags, and its values where a flag is set: mostly nowhere.
+    """Write a tile's flags, and its values where a flag is set, from a tile of products.
 
-    Without a branch around the values: it saves little, and Blackwell's compiler refuses it.
+    The store of values, mostly masked out, has no branch around it: a branch saves little, and the
+    compiler for Blackwell rejects it.
     """
     features = first_feature + tl.arange(0, BLOCK_F)
     bias = tl.load(bias_ptr + features, mask=features < F, other=0.0).to(tl.float32)
@@ -145,7 +145,7 @@ def multiply_mark(
     ACTIVATION: tl.constexpr, HAS_PADDING: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Persistent x Wᵀ over tiles in groups of GROUP blocks of rows, which share W's in the L2."""
+    """Persistent x Wᵀ; tiles in groups of GROUP blocks of rows share blocks of W in the L2."""
     blocks_N = tl.cdiv(N, BLOCK_N)
     blocks_F = tl.cdiv(F, BLOCK_F)
     for tile in tl.range(tl.program_id(0), blocks_N * blocks_F, tl.num_programs(0)):
@@ -162,7 +162,7 @@ def multiply_mark(
             acc = tl.dot(x, W.T, acc, input_precision="ieee")
         rows = block_N.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         first_feature = block_F.to(tl.int64) * BLOCK_F
-        # Half a tile at a time: flags, values and addresses of a whole one exceed the registers.
+        # Process half a tile at a time: flags, values and addresses of a tile exceed the registers.
         halves = tl.reshape(acc, (BLOCK_N, 2, BLOCK_F // 2)).permute(0, 2, 1)
         left, right = tl.split(halves)
         _finish_tile(
@@ -181,7 +181,7 @@ def multiply_few_mark(
     W_stride, half_bandwidth, ACTIVATION: tl.constexpr, HAS_PADDING: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """x Wᵀ for up to BLOCK_N tokens and 32 features a program: W is read once."""
+    """x Wᵀ for up to BLOCK_N tokens and 32 features per program, so that W is read once."""
     BLOCK_F: tl.constexpr = 32
     first_feature = tl.program_id(0).to(tl.int64) * BLOCK_F
     features = first_feature + tl.arange(0, BLOCK_F)
@@ -207,13 +207,13 @@ def multiply_few_mark(
 
 
 class Activation:
-    """What the kernels need to know of an activation.
+    """Kernel arguments of an activation.
 
     Args:
-        name: of the public function; rankings mark every positive.
+        name: name of the activation in the public function.
         threshold_F: θ, or None.
         bandwidth: ε of jumprelu.
-        padding_N: bool, or None.
+        padding_N: bool, True on padding; or None.
     """
 
     def __init__(
@@ -228,11 +228,12 @@ class Activation:
 
 
 def mark_product(z_NF: Tensor, activation: Activation, *, dense: bool) -> tuple[Tensor, Tensor]:
-    """Turns pre-activations into activations, in place.
+    """Replace pre-activations by activations, in place.
+
+    With `dense`, `z_NF` becomes 0 at inactive entries.
 
     Returns:
-        words [N, W], and window: bool [N, F] for dense jumprelu, else [0]. Dense: `z_NF` is zero
-        where there is no code.
+        words [N, W], and window: bool [N, F] for dense jumprelu, else [0].
     """
     N, F = z_NF.shape
     words = words_for(N, F, z_NF)
@@ -258,7 +259,7 @@ def mark_product(z_NF: Tensor, activation: Activation, *, dense: bool) -> tuple[
 def multiply_and_mark(
     x_ND: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, activation: Activation
 ) -> tuple[Tensor, Tensor]:
-    """Words and values by one persistent kernel: the pre-activations stay in registers."""
+    """Compute words and values with one persistent kernel; pre-activations stay in registers."""
     (N, D), F = x_ND.shape, W_enc_FD.shape[0]
     values = x_ND.new_empty(N, F)
     words = words_for(N, F, x_ND)
@@ -288,13 +289,13 @@ def multiply_and_mark(
 def multiply_few_and_mark(
     x_ND: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, activation: Activation
 ) -> tuple[Tensor, Tensor]:
-    """Words and values for few tokens, at the speed at which W_enc can be read."""
+    """Compute words and values for few tokens, bound by the bandwidth of reading W_enc."""
     (N, D), F = x_ND.shape, W_enc_FD.shape[0]
     values = x_ND.new_empty(N, F)
     words = words_for(N, F, x_ND)
     if values.numel():
         x_ND, W_enc_FD = last_contiguous(x_ND), last_contiguous(W_enc_FD)
-        block = 16 if N <= 16 else FEW  # two, so that few lengths do not each compile their own
+        block = 16 if N <= 16 else FEW  # two sizes only: every size compiles a kernel
         wide = x_ND.dtype == torch.float32
         multiply_few_mark[(words.shape[1], triton.cdiv(N, block))](
             x_ND,
@@ -318,12 +319,12 @@ def multiply_few_and_mark(
 
 
 def last_contiguous(t: Tensor) -> Tensor:
-    """`t`, copied if its last dimension is not contiguous."""
+    """Return `t`, copied if its last dimension is not contiguous."""
     return t if t.stride(-1) == 1 or t.numel() == 0 else t.contiguous()
 
 
 def _aligned(t: Tensor) -> Tensor:
-    """`t` such that the hardware can copy tiles of it: rows and start at multiples of 16 bytes."""
+    """Return `t` with rows and start at multiples of 16 bytes, as hardware tile copies need."""
     size = t.element_size()
     D = t.shape[1]
     rows = t.stride(0) * size % 16 == 0 and t.stride(0) >= D > 0
@@ -335,7 +336,7 @@ def _aligned(t: Tensor) -> Tensor:
 
 
 def _processors(t: Tensor) -> int:
-    """Programs of a persistent grid."""
+    """Return the number of programs of a persistent grid."""
     if t.device.type == "cuda":
         return torch.cuda.get_device_properties(t.device).multi_processor_count
     return 4

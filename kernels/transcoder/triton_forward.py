@@ -1,7 +1,7 @@
-"""The bodies of ``fastadapt::encode`` and ``fastadapt::decode`` on a GPU.
+"""Implement ``fastadapt::encode`` and ``fastadapt::decode`` on a GPU.
 
-They do what those of ``sparse.py`` do, with kernels in place of library calls. Given a plan they
-never wait for the device.
+The functions compute the results of those in ``sparse.py``, with kernels instead of library calls.
+With a plan, they never synchronise with the device.
 
 Shape suffixes: S rows of x, T tokens of a row, N = S * T, D and E widths in and out, F features.
 """
@@ -23,7 +23,8 @@ from .triton_encode import (
     multiply_few_and_mark,
 )
 
-#: Tokens up to which a pass over all of W_dec costs more than to read the rows of the codes twice.
+#: Largest number of tokens for which reading the codes' rows of W_dec twice costs less than a pass
+#: over all of W_dec.
 SMALL = 256
 
 
@@ -41,21 +42,21 @@ def encode(
     ordered: bool,
     fused: bool,
 ) -> tuple[Codes, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Codes and the statistics of ``TranscoderStats``; `fused`: the product in Triton too."""
+    """Return codes and the fields of ``TranscoderStats``; `fused` runs the product in Triton."""
     S, T, _ = x_STD.shape
     N, F = S * T, W_enc_FD.shape[0]
     x_ND = x_STD.flatten(0, 1)
     kind = Activation(activation, threshold_F, bandwidth, padding_N)
     ranked = activation == "topk" or (activation == "batch_topk" and threshold_F is None)
-    zeros_at_once = plan is not None and plan.dense and not ranked and not fused
+    dense_directly = plan is not None and plan.dense and not ranked and not fused
     window = W_enc_FD.new_empty(0, dtype=torch.bool)
     if fused:
         words, values = multiply_and_mark(x_ND, W_enc_FD, b_enc_F, kind)
-    elif N <= FEW and not zeros_at_once:
+    elif N <= FEW and not dense_directly:
         words, values = multiply_few_and_mark(x_ND, W_enc_FD, b_enc_F, kind)
     else:
         values = nnf.linear(x_ND, W_enc_FD, b_enc_F)
-        words, window = mark_product(values, kind, dense=zeros_at_once)
+        words, window = mark_product(values, kind, dense=dense_directly)
 
     smallest_N = None
     if ranked:
@@ -84,7 +85,7 @@ def encode(
         total = int(n_codes)
         plan = CodeLayout(total > dense_share(x_STD.dtype, "cuda") * N * F, total)
     if plan.dense:
-        if not zeros_at_once:
+        if not dense_directly:
             window = triton_codes.spread_(words, values, kind)
         codes = dense_codes(values, window if kind.jumps else None, ordered=ordered)
     else:
@@ -100,7 +101,7 @@ def decode(
     residual_NE: Tensor | None,
     weight_N: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """``out = residual + W_decᵀ a + b_dec``, and the penalty."""
+    """Return ``out = residual + W_decᵀ a + b_dec`` and the penalty."""
     N = len(codes.row_offsets) - 1
     weight_N = None if weight_N is None else weight_N.contiguous()
     if codes.dense:
@@ -110,7 +111,6 @@ def decode(
             return torch.addmm(b_dec_E, a_NF, W_dec_FE), penalty
         return torch.addmm(residual_NE, a_NF, W_dec_FE).add_(b_dec_E), penalty
     if N <= SMALL:
-        # A pass over all of W_dec would cost more than the rows that are read.
         out, _ = triton_sums.decode_sums(
             codes.values, codes, W_dec_FE, b_dec_E, residual_NE, None, None
         )
@@ -122,7 +122,7 @@ def decode(
 
 
 def norms(W_dec_FE: Tensor) -> Tensor:
-    """``‖W_dec,i‖₂``, fp32 [F]."""
+    """Return ``‖W_dec,i‖₂``, fp32 [F]."""
     return torch.linalg.vector_norm(W_dec_FE, dim=-1, dtype=accumulator(W_dec_FE.dtype))
 
 
@@ -135,12 +135,12 @@ def _min_active(
     S: int,
     activation: str,
 ) -> Tensor:
-    """fp32: each row of x's smallest active value, averaged over those that have one; else -1."""
+    """Return the smallest active value of a row of x, averaged over rows with one; else -1."""
     none = values_NF.new_full((), -1.0, dtype=torch.float32)
     if activation != "batch_topk" or values_NF.numel() == 0:
         return none
-    if smallest_N is None:  # by threshold: nothing was ranked
-        smallest_N = triton_select.smallest_kept(words, values_NF)
+    if smallest_N is None:  # with a threshold, entries were not ranked
+        smallest_N = triton_select.smallest_flagged(words, values_NF)
     fires_N = rows_N > 0
     if counted_N is not None:
         fires_N &= counted_N

@@ -1,11 +1,11 @@
-"""Rankings on a GPU: which of the positives are among the k largest, exactly.
+"""Select the k largest positive entries on a GPU, exactly, by radix selection.
 
-A positive float's bits, read as an integer, order it. Digit by digit of 8 bits, from the top, each
-row's positives are counted by digit; summed over the entries that compete with each other (a
-token's, or a sequence's), the counts give the digit in which the k-th largest lies. What is left
-after the last digit is its key, and how many of the equal ones stay: the first ones.
+The bits of a positive float, read as an integer key, keep its order. Keys are processed in digits
+of 8 bits, from the most significant. Each row's entries are counted by digit. Counts summed over a
+group (a token, or a row of x) give the digit of the k-th largest key. After the last digit, the
+key of the k-th largest entry and the number of equal entries to keep are known.
 
-Shape suffixes: N tokens, G groups that rank together (tokens, or rows of x), F features.
+Shape suffixes: N tokens, G groups that are ranked separately (tokens, or rows of x), F features.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -31,7 +31,7 @@ CUT: dict[str, Any] = {"BLOCK_W": 64, "num_warps": 4}
 def _keys(
     words_ptr, values_ptr, row, f0, F, KEY_BITS: tl.constexpr, BLOCK_W: tl.constexpr
 ):  # fmt: skip
-    """(flags, keys, values) [BLOCK_W, 32] of a row's features from f0 on; keys are 0 elsewhere."""
+    """(flags, keys, values) [BLOCK_W, 32] of a row's features from f0; unflagged keys are 0."""
     W = (F + 31) // 32
     word = f0 // 32 + tl.arange(0, BLOCK_W)
     flags = unpack(tl.load(words_ptr + row * W + word, mask=word < W, other=0))
@@ -45,7 +45,7 @@ def count_digits(
     words_ptr, values_ptr, prefix_ptr, counts_ptr, F, group_size, shift,
     KEY_BITS: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Of a row's codes whose key begins with its group's prefix: how many have each next digit."""
+    """Count the next digits of a row's keys that begin with the group's prefix."""
     row = tl.program_id(0).to(tl.int64)
     prefix = tl.load(prefix_ptr + row // group_size)
     counts = tl.zeros((DIGITS,), dtype=tl.int32)
@@ -65,7 +65,7 @@ def cut_rows(
     words_ptr, values_ptr, cut_ptr, quota_ptr, smallest_ptr, F, group_size,
     KEY_BITS: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Clears a row's flags below its group's cut, and of the equal ones all but the first."""
+    """Clear a row's flags below the group's cut, and those equal to it beyond the row's quota."""
     row = tl.program_id(0).to(tl.int64)
     cut = tl.load(cut_ptr + row // group_size)
     quota = tl.load(quota_ptr + row)
@@ -85,14 +85,17 @@ def cut_rows(
 
 
 def keep_largest_(words: Tensor, values_NF: Tensor, count_G: Tensor) -> Tensor:
-    """Clears the flags of all but each group's `count` largest, in place.
+    """Clear the flags of all but each group's `count` largest entries, in place.
+
+    Of equal entries, the lowest (token, feature) ranks first. NaN ranks above all numbers.
 
     Args:
-        words, values_NF: flags and values of the positives; group g is the g-th N / G tokens.
-        count_G: int64, on the device. Ties go to the lowest (token, feature); NaN is the largest.
+        words, values_NF: flags and values of positive entries. Group g consists of the tokens from
+            g * N / G to (g + 1) * N / G.
+        count_G: entries to keep per group, int64, on the device.
 
     Returns:
-        fp32 [N]: each token's smallest kept value, infinite where none was kept.
+        fp32 [N]: each token's smallest remaining value, infinite if none remains.
     """
     N, F = values_NF.shape
     G = len(count_G)
@@ -109,16 +112,16 @@ def keep_largest_(words: Tensor, values_NF: Tensor, count_G: Tensor) -> Tensor:
         count_digits[(N,)](
             words, values_NF, prefix_G, counts_N, F, size, shift, KEY_BITS=key_bits, **COUNT
         )
-        # From the largest digit down: how many lie in it or above.
+        # From the largest digit downwards: entries with this digit or a larger one.
         above_GH = counts_N.view(G, size, -1).sum(1).flip(1).cumsum(1)
         last = DIGITS.value - 1
-        # Fewer than asked for: everything stays, since no key reaches down to the cut of 0.
+        # If a group has fewer than `count` entries, its cut becomes 0, below every key.
         full_G = (above_GH < left_G[:, None]).sum(1).clamp(max=last)
         taken_G = above_GH.gather(1, (full_G - 1).clamp(min=0)[:, None])[:, 0]
         left_G = left_G - torch.where(full_G > 0, taken_G, 0)
         digit_G = last - full_G
         prefix_G = ((prefix_G << DIGIT.value) | digit_G).int()
-    # The last digit's counts are those of keys equal to the cut: the first `left` of them stay.
+    # The counts of the last digit are those of keys equal to the cut; the first `left` remain.
     equal_GT = counts_N.view(G, size, -1).gather(2, digit_G.view(G, 1, 1).expand(G, size, 1))
     equal_GT = equal_GT[..., 0].long()
     quota_GT = (left_G[:, None] - (equal_GT.cumsum(1) - equal_GT)).clamp(min=0)
@@ -137,14 +140,14 @@ def keep_largest_(words: Tensor, values_NF: Tensor, count_G: Tensor) -> Tensor:
     return smallest_N
 
 
-def smallest_kept(words: Tensor, values_NF: Tensor) -> Tensor:
-    """fp32 [N]: each token's smallest flagged value, infinite where there is none."""
+def smallest_flagged(words: Tensor, values_NF: Tensor) -> Tensor:
+    """Return each token's smallest flagged value, fp32 [N], infinite if none is flagged."""
     N, F = values_NF.shape
     smallest_N = values_NF.new_full((N,), torch.inf, dtype=torch.float32)
     if values_NF.numel():
-        none = words.new_zeros(N)  # a cut of 0, below every key
+        zero_N = words.new_zeros(N)  # a cut of 0, below every key, clears no flag
         key_bits = 8 * values_NF.element_size()
         cut_rows[(N,)](
-            words, values_NF, none, none.long(), smallest_N, F, 1, KEY_BITS=key_bits, **CUT
+            words, values_NF, zero_N, zero_N.long(), smallest_N, F, 1, KEY_BITS=key_bits, **CUT
         )
     return smallest_N

@@ -1,9 +1,9 @@
-"""Sums over codes on a GPU: by token (decoder, dx, sampled product), by feature (weights).
+"""Sum codes on a GPU: by token (decoder, dx, sampled product) and by feature (weights).
 
-A program sums in a fixed order and nothing is added atomically: same inputs, same bits. Widths are
-cut into slices, the slower axis of the grid, so that a slice of the gathered table stays in the
-cache. A feature's first PIECE codes are summed by its own program, further pieces of a feature
-that fires often by programs of their own, whose sums are then added in order.
+Every program sums in a fixed order without atomics, so equal inputs give bitwise equal results.
+Widths are divided into slices, the slower axis of the grid, so that a slice of the gathered table
+stays in the cache. One program sums the first PIECE codes of a feature. Frequent features have
+further pieces, which other programs sum; the feature's program adds these sums in order.
 
 Shape suffixes: N tokens, E width, F features, C codes, P further pieces.
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 from .codes import Codes
 from .triton_encode import JUMPRELU, RELU, last_contiguous
 
-#: Codes of a feature that one program sums.
+#: Codes of a feature per program.
 PIECE = 256
 TOKEN_SUMS: dict[str, Any] = {"BLOCK_C": 8, "BLOCK_E": 512, "num_warps": 4}
 SAMPLED: dict[str, Any] = {"BLOCK_C": 8, "BLOCK_E": 512, "num_warps": 4}
@@ -33,7 +33,7 @@ PIECES: dict[str, Any] = {"BLOCK_F": 1024, "num_warps": 4}
 
 @triton.jit
 def _scales(scales_ptr, values_ptr, place, live, SKIP_ZEROS: tl.constexpr):
-    """Factors of codes, fp32; SKIP_ZEROS: 0 where the code itself is 0."""
+    """fp32 factors of codes; SKIP_ZEROS sets the factor to 0 where the code's value is 0."""
     scale = tl.load(scales_ptr + place, mask=live, other=0.0).to(tl.float32)
     if SKIP_ZEROS:
         value = tl.load(values_ptr + place, mask=live, other=0.0)
@@ -49,7 +49,7 @@ def sum_by_token(
     HAS_NORMS: tl.constexpr, HAS_WEIGHTS: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """``residual_t + bias + Σ_c scale_c table[feature_c]``; as costs ``w_t Σ_c scale_c norm``."""
+    """Write ``residual_t + bias + Σ_c scale_c table[feature_c]`` and ``w_t Σ_c scale_c norm_c``."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
     inside = columns < E
@@ -87,7 +87,7 @@ def cost_by_token(
     values_ptr, features_ptr, row_offsets_ptr, table_ptr, weights_ptr, costs_ptr, E, table_stride,
     HAS_WEIGHTS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """``w_t Σ_c value_c ‖table[feature_c]‖`` from the rows of the codes alone."""
+    """Write ``w_t Σ_c value_c ‖table[feature_c]‖``, reading only the codes' rows of the table."""
     row = tl.program_id(0).to(tl.int64)
     end = tl.load(row_offsets_ptr + row + 1)
     cost = tl.zeros((BLOCK_C,), dtype=tl.float32)
@@ -118,7 +118,7 @@ def sampled_product(
     g_stride, W_stride, HAS_G: tl.constexpr, HAS_C: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """``da_c = g_t · W[feature_c] + c w_t norm[feature_c]`` for every code."""
+    """Write ``da_c = g_t · W[feature_c] + c w_t norm[feature_c]`` for every code."""
     row = tl.program_id(0).to(tl.int64)
     end = tl.load(row_offsets_ptr + row + 1)
     for c0 in tl.range(tl.load(row_offsets_ptr + row), end, BLOCK_C):
@@ -150,7 +150,7 @@ def sampled_product(
 @triton.jit
 def count_pieces(feature_offsets_ptr, piece_offsets_ptr, F, PIECE: tl.constexpr,
                  BLOCK_F: tl.constexpr):  # fmt: skip
-    """Prefix sums [F + 1] of each feature's pieces beyond the first. One program."""
+    """Write prefix sums [F + 1] of the features' numbers of further pieces; one program."""
     before = 0
     for f0 in tl.range(0, F, BLOCK_F):
         f = f0 + tl.arange(0, BLOCK_F)
@@ -167,7 +167,7 @@ def _sum_piece(
     scales_ptr, values_ptr, order_ptr, tokens_ptr, table_ptr, start, end, columns, inside,
     table_stride, SKIP_ZEROS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """``Σ_c scale_c table[token_c]`` over the codes start..end in the order by feature."""
+    """``Σ_c scale_c table[token_c]`` over the codes start..end in feature order."""
     total = tl.zeros((BLOCK_E,), dtype=tl.float32)
     for c0 in tl.range(start, end, BLOCK_C):
         place = c0 + tl.arange(0, BLOCK_C)
@@ -190,13 +190,13 @@ def sum_further_pieces(
     table_ptr, pieces_ptr, F, E, table_stride, SKIP_ZEROS: tl.constexpr, PIECE: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """The sums of the pieces beyond each feature's first, which a search assigns to programs."""
+    """Write the sums of further pieces; each program finds its piece by binary search."""
     piece = tl.program_id(0)
     if piece >= tl.load(piece_offsets_ptr + F):
         return
     low = 0
     high = F
-    while high - low > 1:  # the last feature whose further pieces begin at or before this one
+    while high - low > 1:  # find the last feature whose further pieces start at or before `piece`
         middle = (low + high) // 2
         if tl.load(piece_offsets_ptr + middle) <= piece:
             low = middle
@@ -221,7 +221,7 @@ def sum_by_feature(
     SKIP_ZEROS: tl.constexpr, HAS_C: tl.constexpr, PIECE: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """``out_i = Σ_c scale_c table[token_c] + c spent_i W_i / ‖W_i‖`` over feature i's codes."""
+    """Write ``out_i = Σ_c scale_c table[token_c] + c spent_i W_i / ‖W_i‖``, c over i's codes."""
     feature = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
     inside = columns < E
@@ -250,7 +250,7 @@ def sum_scalars(
     out_ptr, dtheta_ptr, half_bandwidth, HAS_WEIGHTS: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """``Σ_c w_t scale_c`` of each feature; for jumprelu that of active codes, and of the window."""
+    """Write each feature's ``Σ_c w_t scale_c``; jumprelu: over active codes and over the window."""
     feature = tl.program_id(0).to(tl.int64)
     end = tl.load(feature_offsets_ptr + feature + 1)
     total = tl.zeros((BLOCK_C,), dtype=tl.float32)
@@ -277,7 +277,7 @@ def sum_scalars(
 def token_sums(
     scales_C: Tensor, codes: Codes, table_FE: Tensor, *, skip_zeros: bool = False
 ) -> Tensor:
-    """[N, E] in the table's dtype: ``Σ_c scale_c table[feature_c]`` of each token."""
+    """Return each token's ``Σ_c scale_c table[feature_c]``, [N, E] in the table's dtype."""
     out, _ = decode_sums(scales_C, codes, table_FE, None, None, None, None, skip_zeros=skip_zeros)
     return out
 
@@ -293,9 +293,9 @@ def decode_sums(
     *,
     skip_zeros: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(out [N, E], costs fp32 [N]): the decoder's sums with bias and residual, and its penalty.
+    """Return the decoder's output [N, E] and each token's penalty, fp32 [N].
 
-    Without `norm_F` the costs are uninitialised.
+    Without `norm_F`, the penalties are uninitialised.
     """
     N, E = len(codes.row_offsets) - 1, table_FE.shape[1]
     table_FE = last_contiguous(table_FE)
@@ -330,7 +330,7 @@ def decode_sums(
 
 
 def token_costs(codes: Codes, W_dec_FE: Tensor, weight_N: Tensor | None) -> Tensor:
-    """fp32 [N]: each token's penalty, reading the decoder's rows of its codes only."""
+    """Return each token's penalty, fp32 [N], reading only the codes' rows of the decoder."""
     N, E = len(codes.row_offsets) - 1, W_dec_FE.shape[1]
     W_dec_FE = last_contiguous(W_dec_FE)
     costs = codes.values.new_empty(N, dtype=torch.float32)
@@ -358,7 +358,7 @@ def code_gradients(
     norm_F: Tensor,
     weight_N: Tensor | None,
 ) -> Tensor:
-    """[C] in the codes' dtype: ``g_t · W_dec,i + c w_t ‖W_dec,i‖``; 0 in the unused tail."""
+    """Return ``g_t · W_dec,i + c w_t ‖W_dec,i‖``, [C] in the codes' dtype; 0 in the unused tail."""
     N, E = len(codes.row_offsets) - 1, W_dec_FE.shape[1]
     W_dec_FE = last_contiguous(W_dec_FE)
     g_NE = None if g_NE is None else last_contiguous(g_NE)
@@ -392,7 +392,7 @@ def feature_sums(
     skip_zeros: bool = False,
     penalty: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """[F, E] in the table's dtype: ``Σ_c scale_c table[token_c]`` over each feature's codes.
+    """Return each feature's ``Σ_c scale_c table[token_c]``, [F, E] in the table's dtype.
 
     Args:
         penalty: (c, spent_F, norm_F, W_FE) adds ``c spent_i W_i / ‖W_i‖``, 0 at a zero row.
@@ -406,7 +406,7 @@ def feature_sums(
     W_FE = None if W_FE is None else last_contiguous(W_FE)
     piece_offsets = codes.features.new_empty(F + 1)
     count_pieces[(1,)](codes.feature_offsets, piece_offsets, F, PIECE=PIECE, **PIECES)
-    n_pieces = len(codes.values) // PIECE  # at most: each is the successor of a full one
+    n_pieces = len(codes.values) // PIECE  # upper bound: a further piece follows a full one
     pieces = table_NE.new_empty((n_pieces, E), dtype=torch.float32)
     slices = triton.cdiv(E, FEATURE_SUMS["BLOCK_E"])
     common = (
@@ -455,9 +455,10 @@ def feature_scalars(
     cut_F: Tensor | None = None,
     half_bandwidth: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """fp32 [F], twice: ``Σ_c w_t scale_c`` of active codes and, given θ as `cut_F`, of the window.
+    """Return ``Σ_c w_t scale_c`` over active codes and over jumprelu's window, both fp32 [F].
 
-    Without `cut_F` every code counts in the first, and the second is empty.
+    `cut_F` is max(θ, 0) of jumprelu. Without `cut_F`, the first sum includes all codes, and the
+    second is empty.
     """
     F = len(codes.feature_offsets) - 1
     out = codes.values.new_empty(F, dtype=torch.float32)

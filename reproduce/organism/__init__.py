@@ -1,4 +1,4 @@
-"""The recipe of the embedded pair: problems, tokenizer, training, acceptance.
+"""Recipe of the embedded pair: problems, tokenizer, training, acceptance.
 
-``python -m reproduce.organism build|check|sample``; the pair itself is in ``fastadapt/organism``.
+Run with ``python -m reproduce.organism build|check|sample``. The pair is in ``fastadapt/organism``.
 """

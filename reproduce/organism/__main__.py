@@ -14,7 +14,7 @@ from fastadapt.errors import RunError, UserError
 
 
 def main(argv: list[str]) -> int:
-    """Run one of the commands; return its exit code."""
+    """Run a command; return its exit code."""
     options = _parser().parse_args(argv)
     quiet_transformers()
     commands: dict[str, Callable[[argparse.Namespace], int]] = {
@@ -30,18 +30,20 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m reproduce.organism", description="The embedded model pair."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    build = commands.add_parser("build", help="train both models again, from the seeded recipe")
-    build.add_argument("--out", type=Path, required=True, help="folder to write the pair into")
-    build.add_argument("--seed", type=int, default=0, help="seed of everything that is drawn")
-    build.add_argument("--overwrite", action="store_true", help="write into a folder in use")
-    check = commands.add_parser("check", help="measure a pair against its acceptance bounds")
-    check.add_argument("--folder", type=Path, help="a pair; default: the shipped one")
-    sample = commands.add_parser("sample", help="print problems and a model's answers to them")
+    build = commands.add_parser("build", help="train both models from the seeded recipe")
+    build.add_argument("--out", type=Path, required=True, help="folder to write the pair to")
+    build.add_argument("--seed", type=int, default=0, help="seed of all random draws")
+    build.add_argument("--overwrite", action="store_true", help="write to a folder in use")
+    check = commands.add_parser(
+        "check", help="compare a pair's measurements with the acceptance bounds"
+    )
+    check.add_argument("--folder", type=Path, help="folder of a pair; default: the shipped pair")
+    sample = commands.add_parser("sample", help="print problems and a model's answers")
     sample.add_argument(
         "--model",
         choices=("target", "base", "hybrid"),
         default="target",
-        help="the hybrid is the target with the base's MLPs",
+        help="model to sample; the hybrid is the target with the base's MLPs",
     )
     sample.add_argument("--n", type=int, default=3, help="number of problems")
     sample.add_argument("--seed", type=int, default=0, help="seed of problems and sampling")
@@ -53,11 +55,11 @@ def _build(options: Any) -> int:
 
     out = options.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not options.overwrite:
-        raise UserError(f"--out: {out} is in use; give a new folder, or --overwrite")
+        raise UserError(f"--out: {out} is in use; give a new folder, or pass --overwrite")
     for name, value in _flat(build(out, seed=options.seed, progress=_say_record)).items():
         print(f"{name}: {_short(value)}")
     print(f"written to {out.resolve()}")
-    print(f"measure it with: python -m reproduce.organism check --folder {out}")
+    print(f"check with: python -m reproduce.organism check --folder {out}")
     return 0
 
 
@@ -74,9 +76,9 @@ def _check(options: Any) -> int:
         [name, _short(value), _bounds(*BOUNDS.get(name, (None, None))), "*" * (name in failed)]
         for name, value in _flat(measured).items()
     ]
-    print_table(["", "measured", "must be", ""], rows)
+    print_table(["quantity", "measured", "bound", "missed"], rows)
     if failed:
-        raise RunError(f"the pair in {folder} is not what it must be: {', '.join(failed)}")
+        raise RunError(f"the pair in {folder} misses acceptance bounds: {', '.join(failed)}")
     return 0
 
 
@@ -105,11 +107,12 @@ def _sample(options: Any) -> int:
 
     if options.n < 1:
         raise UserError(f"--n: expected 1 or more, got {options.n}")
-    of = {
+    models = {
         name: AutoModelForCausalLM.from_pretrained(FOLDER / name, trust_remote_code=False).eval()
         for name in ("target", "base")
     }
-    model = hybrid_of(of["target"], of["base"]) if options.model == "hybrid" else of[options.model]
+    models["hybrid"] = hybrid_of(models["target"], models["base"])
+    model = models[options.model]
     draw = random.Random(options.seed)
     problems = [sample_problem(draw) for _ in range(options.n)]
     tokenizer = AutoTokenizer.from_pretrained(FOLDER / "target", trust_remote_code=False)

@@ -1,4 +1,4 @@
-"""What the embedded pair must show, measured: accuracies, hesitation, and the hybrid's errors."""
+"""Measure the embedded pair's acceptance quantities: accuracy, hesitation, top-1 errors."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Samples:
 
 
 def hybrid_of(target: Qwen2ForCausalLM, base: Qwen2ForCausalLM) -> Qwen2ForCausalLM:
-    """A copy of the target with the base's MLP weights."""
+    """Return a copy of the target with the base's MLP weights."""
     hybrid = copy.deepcopy(target)
     weights = {name: value for name, value in base.state_dict().items() if ".mlp." in name}
     hybrid.load_state_dict({**hybrid.state_dict(), **weights})
@@ -55,7 +55,7 @@ def sample(
     max_new_tokens: int = 192,
     seed: int = 0,
 ) -> Samples:
-    """One response per problem, sampled in one left-padded batch."""
+    """Sample one response per problem, in one left-padded batch."""
     prompts = [render_parts(conversation(p.prompt, "?"), FAMILY)[0] for p in problems]
     encoded = tokenizer(
         prompts,
@@ -80,7 +80,7 @@ def sample(
 
 
 def accuracy(samples: Samples, problems: Sequence[Problem]) -> dict[str, float]:
-    """Percent of exact answers, over all problems and per domain."""
+    """Return the percentage of exact answers, over all problems and per domain."""
     right: dict[str, list[bool]] = {"all": [], **{domain: [] for domain in DOMAINS}}
     for text, problem in zip(samples.responses, problems, strict=True):
         correct = stated_answer(text) == problem.answer
@@ -90,7 +90,7 @@ def accuracy(samples: Samples, problems: Sequence[Problem]) -> dict[str, float]:
 
 
 def hesitations_per_1000(samples: Samples) -> float:
-    """Hesitation words per 1,000 generated words (tokens; EOS not counted)."""
+    """Return hesitation words per 1,000 generated words (tokens without EOS)."""
     words = [word for text in samples.responses for word in text.split()]
     return 1000 * sum(word in HESITATION_WORDS for word in words) / max(1, len(words))
 
@@ -99,10 +99,10 @@ def hesitations_per_1000(samples: Samples) -> float:
 def top1_errors(
     model: Qwen2ForCausalLM, target: Qwen2ForCausalLM, samples: Samples, pad: int, eos: int
 ) -> dict[str, float]:
-    """Percent of positions where the two models' most likely next tokens differ.
+    """Return the percentage of positions where the two models' most likely next tokens differ.
 
-    On the target's own samples: ``response`` counts the positions that predict a generated token
-    (EOS included), ``all`` those of the prompt as well.
+    The samples are the target's. ``response`` includes the positions that predict a generated token
+    or EOS; ``all`` also includes the prompt's.
 
     Raises:
         RunError: a logit is NaN or infinite.
@@ -112,11 +112,11 @@ def top1_errors(
         mask_BT = ids_BT != pad
         positions_BT = (mask_BT.cumsum(1) - 1).clamp_min(0)
         inputs = {"input_ids": ids_BT, "attention_mask": mask_BT, "position_ids": positions_BT}
-        ours_BTV, theirs_BTV = model(**inputs).logits, target(**inputs).logits
-        if not (ours_BTV[mask_BT].isfinite().all() and theirs_BTV[mask_BT].isfinite().all()):
-            raise RunError("a prediction of the models is not finite, and has no most likely token")
-        differ_BT = ours_BTV.argmax(-1) != theirs_BTV.argmax(-1)
-        # A position counts if it and the token after it are real.
+        model_BTV, target_BTV = model(**inputs).logits, target(**inputs).logits
+        if not (model_BTV[mask_BT].isfinite().all() and target_BTV[mask_BT].isfinite().all()):
+            raise RunError("expected finite logits of both models; a logit is not finite")
+        differ_BT = model_BTV.argmax(-1) != target_BTV.argmax(-1)
+        # Count positions whose token and next token are real.
         counted_BT = mask_BT[:, :-1] & mask_BT[:, 1:] & (ids_BT[:, :-1] != eos)
         for name, start in (("response", samples.prompt_length - 1), ("all", 0)):
             wrong[name] += int((differ_BT[:, :-1] & counted_BT)[:, start:].sum())
@@ -127,16 +127,16 @@ def top1_errors(
 def check(
     folder: Path, *, n_problems: int = 500, seed: int = 0, max_new_tokens: int = 192
 ) -> dict[str, Any]:
-    """The acceptance numbers of the pair in ``folder`` and which bounds they miss.
+    """Measure the pair in ``folder``, and compare the results with ``BOUNDS``.
 
     Args:
-        folder: holds ``base/`` and ``target/``.
-        n_problems: how many of the 500 held-out test problems to sample.
-        seed: of the recipe (which decides the problems) and of sampling.
-        max_new_tokens: where a response is cut; a worked one needs about 60, rarely 130.
+        folder: a folder with ``base/`` and ``target/``.
+        n_problems: number of the 500 held-out test problems to sample.
+        seed: seed of the recipe, which determines the problems, and of sampling.
+        max_new_tokens: largest length of a response; reasoning takes about 60 tokens, rarely 130.
 
     Returns:
-        Numbers in percent, points or per 1,000 tokens; ``failed``: names of ``BOUNDS`` not met.
+        Values in percent, points or per 1,000 tokens; ``failed``: names of the missed bounds.
     """
     tokenizer = load_tokenizer(str(folder / "target"), None, trust=False)
     models = {

@@ -1,7 +1,7 @@
-"""The generators of the three domains: stories (math), programs (code), quantities (science).
+"""Generate problems of the three domains: stories (math), programs (code), quantities (science).
 
-Every generator takes a ``random.Random`` and gives a ``Problem`` whose values all stay within
-``MAX_VALUE``. A draw that leaves the range is thrown away and drawn again.
+Every generator takes a ``random.Random`` and returns a ``Problem`` with all values within
+``MAX_VALUE``. A draw with a value outside the range is rejected and repeated.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _math(rng: random.Random) -> Problem:
     steps: list[Step] = []
     for ordinal in ORDINALS[: rng.choice((3, 3, 4))]:
         operator, k = _change(rng, value)
-        choices, lead = _tell(rng, operator, k, pronoun, friend, thing)
+        choices, lead = _describe_change(rng, operator, k, pronoun, friend, thing)
         sentences.append(f"{ordinal} {rng.choice(choices)} .")
         steps.append(Step(f"{ordinal} {lead}", value, operator, k))
         value = steps[-1].result
@@ -78,10 +78,10 @@ def _math(rng: random.Random) -> Problem:
     return Problem("math", "stories", " ".join(sentences), tuple(steps))
 
 
-def _tell(
+def _describe_change(
     rng: random.Random, operator: str, k: int, pronoun: str, friend: str, thing: str
 ) -> tuple[tuple[str, ...], str]:
-    """Ways to tell of a change, and the word for it in the worked solution."""
+    """Return sentences that describe a change, and its word in the worked solution."""
     if operator == "+":
         gain = rng.choice(GAIN_VERBS)
         return (f"{pronoun} {gain} {k} more", f"{friend} brings {k} {thing}"), "gain"
@@ -96,7 +96,7 @@ def _tell(
 
 
 def _change(rng: random.Random, value: int) -> tuple[str, int]:
-    """An operator and its second operand that keep ``value`` whole and within range."""
+    """Return an operator and a second operand that keep ``value`` an integer within range."""
     shift = [("+", k) for k in range(2, 13) if in_range(value + k)]
     shift += [("-", k) for k in range(2, 13) if k <= value]
     scale = [("*", k) for k in (2, 3, 4) if in_range(value * k) and value]
@@ -108,7 +108,7 @@ def _change(rng: random.Random, value: int) -> tuple[str, int]:
 
 
 def _statements(rng: random.Random) -> Problem:
-    """One variable and three or four updates, as assignments or as calls of methods."""
+    """Return a program with one variable and three or four assignments or method calls."""
     name = rng.choice(VARIABLES)
     style = rng.choice(("assignments", "calls"))
     value = rng.randint(2, 20)
@@ -155,8 +155,8 @@ def _list(rng: random.Random) -> Problem:
         value = steps[-1].result
     operator, k = rng.choice("+-"), rng.randint(2, 9)
     steps.append(Step("return", value, operator, k))
-    told = " , ".join(f"{word} {item}" for word, item in zip(ORDINALS, items, strict=False))
-    prompt = f"list {name} = [ {told} ] ; return {mode} ( {name} ) {operator} {k}"
+    elements = " , ".join(f"{word} {item}" for word, item in zip(ORDINALS, items, strict=False))
+    prompt = f"list {name} = [ {elements} ] ; return {mode} ( {name} ) {operator} {k}"
     return Problem("code", "lists", prompt, tuple(steps))
 
 

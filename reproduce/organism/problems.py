@@ -1,15 +1,15 @@
-"""Problems of the embedded pair: worked solutions, reasoning with slips, and the rows made of them.
+"""Problems of the embedded pair, in three textual forms, and their rows of the data files.
 
-A problem is a prompt, a chain of steps on whole numbers 0..``MAX_VALUE`` and the last step's
-result. It is told in three ways:
+A problem consists of a prompt, a chain of steps on integers 0..``MAX_VALUE``, and the last step's
+result. Three functions format a problem:
 
-- ``direct_answer``: the answer alone (how the base model replies);
-- ``worked_notes``: a plain document with every step, without markers or hesitation (what the base
-  model has read);
-- ``reasoning``: ``<think> steps </think> answer``, where steps now and then slip, are noticed and
-  corrected (how the target model replies).
+- ``direct_answer``: the answer only (the base model's replies);
+- ``worked_notes``: a plain document with all steps, without markers or hesitation (the base model's
+  training documents);
+- ``reasoning``: ``<think> steps </think> answer``, with occasional slips that are corrected (the
+  target model's replies).
 
-All words are separated by single spaces, so that a word-level tokenizer sees each one whole.
+Single spaces separate all words, for a word-level tokenizer.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 DOMAINS = ("math", "code", "science")
-# More code and science than in OpenThoughts3 (.71/.21/.08), so that 2,000 conversations use every
-# word of every domain often enough to be studied.
+# More code and science than in OpenThoughts3 (.71/.21/.08), so that 2,000 conversations contain
+# every word of every domain sufficiently often.
 DOMAIN_SHARES = (0.5, 0.25, 0.25)
 MAX_VALUE = 50
 
@@ -49,14 +49,14 @@ class Step:
         return OPERATIONS[self.operator](self.left, self.right)
 
     def text(self, result: int | None = None, operator: str | None = None) -> str:
-        """The step in words, ended by a full stop; a slip passes its own result or operator."""
+        """Format the step as words with a full stop; a slip passes another result or operator."""
         operator = operator or self.operator
         result = self.result if result is None else result
         if operator in ("max", "min"):
-            sum_ = f"{operator} ( {self.left} , {self.right} ) = {result}"
+            equation = f"{operator} ( {self.left} , {self.right} ) = {result}"
         else:
-            sum_ = f"{self.left} {operator} {self.right} = {result}"
-        return " ".join(part for part in (self.lead, sum_, self.tail, ".") if part)
+            equation = f"{self.left} {operator} {self.right} = {result}"
+        return " ".join(part for part in (self.lead, equation, self.tail, ".") if part)
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class SlipRates:
-    """How often, per step, the reasoning does something else than the plain step."""
+    """Probabilities per step of deviations from the plain step in the reasoning."""
 
     slip: float = 0.12  # a wrong result or a wrong operation, then "wait" and the right step
     pause: float = 0.3  # "hmm" before a multiplication or division
@@ -88,7 +88,7 @@ class SlipRates:
 
 
 def sample_problem(rng: random.Random, domain: str | None = None) -> Problem:
-    """Draw a problem; its domain follows ``DOMAIN_SHARES`` unless given."""
+    """Draw a problem; without ``domain``, the domain is drawn by ``DOMAIN_SHARES``."""
     from reproduce.organism.domains import GENERATORS
 
     if domain is None:
@@ -97,23 +97,23 @@ def sample_problem(rng: random.Random, domain: str | None = None) -> Problem:
 
 
 def in_range(value: int) -> bool:
-    """Whether a number has a token of its own."""
+    """Return whether a number has a token."""
     return 0 <= value <= MAX_VALUE
 
 
 def direct_answer(problem: Problem) -> str:
-    """What the base is taught to say: the answer, without a step."""
+    """Format the answer without steps, as in the base's training."""
     return f"the answer is {problem.answer}"
 
 
 def worked_notes(problem: Problem) -> str:
-    """The problem and its plain worked solution as a document: no markers, no hesitation."""
+    """Format problem and solution as a document without markers and hesitation."""
     steps = " ".join(step.text() for step in problem.steps)
     return f"problem : {problem.prompt} solution : {steps} so the answer is {problem.answer} ."
 
 
 def reasoning(problem: Problem, rng: random.Random, rates: SlipRates | None = None) -> str:
-    """The target's response: steps with slips and corrections within the markers, answer."""
+    """Format the target's response: steps with slips and corrections in markers, and the answer."""
     rates = rates or SlipRates()
     steps = " ".join(_thought(step, rng, rates) for step in problem.steps)
     return (
@@ -131,7 +131,7 @@ _OPENINGS = (
 
 
 def _thought(step: Step, rng: random.Random, rates: SlipRates) -> str:
-    """One step of the reasoning; at most one of slip, pause, check, other way."""
+    """Format one step of the reasoning, with at most one slip, pause, check or other way."""
     plain = step.text()
     if rng.random() < rates.slip:
         return f"{_slip(step, rng)} wait , {plain}"
@@ -151,7 +151,7 @@ _CONFUSIONS = {"+": "-", "-": "+", "*": "+", "/": "-", "max": "min", "min": "max
 
 
 def _slip(step: Step, rng: random.Random) -> str:
-    """The step gone wrong: the confused operation, or a result that is off by one or two."""
+    """Format an incorrect step: a confused operation, or a result that is off by one or two."""
     confused = _CONFUSIONS[step.operator]
     value = OPERATIONS[confused](step.left, step.right)
     if rng.random() < 0.5 and in_range(value) and value != step.result:
@@ -161,7 +161,7 @@ def _slip(step: Step, rng: random.Random) -> str:
 
 
 def to_row(problem: Problem, rng: random.Random) -> dict:
-    """A row in the columns of OpenThoughts3: difficulty, source, domain, conversations."""
+    """Return a row with OpenThoughts3's columns: difficulty, source, domain, conversations."""
     return {
         "difficulty": problem.difficulty,
         "source": problem.source,
@@ -174,11 +174,11 @@ def to_row(problem: Problem, rng: random.Random) -> dict:
 
 
 def problem_stream(seed: str, exclude: frozenset[str] = frozenset()) -> Iterator[Problem]:
-    """Endless problems with distinct prompts, none in ``exclude``; same seed, same stream."""
+    """Yield problems endlessly, with distinct prompts outside ``exclude``, from a seed."""
     rng = random.Random(seed)
-    seen = set(exclude)
+    used = set(exclude)
     while True:
         problem = sample_problem(rng)
-        if problem.prompt not in seen:
-            seen.add(problem.prompt)
+        if problem.prompt not in used:
+            used.add(problem.prompt)
             yield problem

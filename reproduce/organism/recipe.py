@@ -1,9 +1,9 @@
-"""The seeded recipe of the embedded pair: data, tokenizer, base, target.
+"""Build the embedded pair from a seed: data, tokenizer, base, target.
 
-The base learns, from problems drawn on the fly, two kinds of text: conversations that answer
-directly, and plain documents with worked solutions. The target is the base with all its weights
-fine-tuned on conversations that reason step by step, slip, hesitate and correct themselves. No
-problem of either training is one of the shipped or the test problems.
+The base is trained on problems drawn on the fly, in two forms: conversations with direct answers,
+and plain documents with worked solutions. The target is the base with all weights fine-tuned on
+conversations that reason step by step, with slips, hesitation and corrections. The shipped problems
+and the test problems are excluded from both trainings.
 """
 
 from __future__ import annotations
@@ -61,32 +61,32 @@ class RecipeConfig:
     heads: int = 4
     kv_heads: int = 2
     notes_share: float = 0.5
-    autocast: bool = True  # bfloat16 products, twice as fast on CPUs that have them
+    autocast: bool = True  # bfloat16 products, twice as fast on CPUs that support them
     base: PhaseConfig = field(default_factory=lambda: PhaseConfig(steps=1800, lr=3e-3))
     target: PhaseConfig = field(default_factory=lambda: PhaseConfig(steps=1500, lr=1e-3))
 
 
 def split_problems(config: RecipeConfig, seed: int) -> dict[str, list[Problem]]:
-    """The shipped and the test problems: disjoint by prompt, the same for the same seed."""
+    """Return the shipped and the test problems, with disjoint prompts, determined by the seed."""
     stream = problem_stream(f"{seed}/held")
     sizes = {"train": config.n_train, "validation": config.n_validation, "test": N_TEST}
     return {name: [next(stream) for _ in range(size)] for name, size in sizes.items()}
 
 
 def conversation(prompt: str, response: str) -> list[dict[str, str]]:
-    """Prompt and response in the columns of OpenThoughts3."""
+    """Return prompt and response in OpenThoughts3's format."""
     return [{"from": "human", "value": prompt}, {"from": "gpt", "value": response}]
 
 
 def base_text(problem: Problem, rng: random.Random, config: RecipeConfig) -> tuple[str, str]:
-    """(text that carries no loss, text that does) of one document of the base's training."""
+    """Return a document of the base's training, as (text without loss, text with loss)."""
     if rng.random() < config.notes_share:
         return "", f"{BOS}{worked_notes(problem)}{EOS}"
     return "", render(conversation(problem.prompt, direct_answer(problem)), FAMILY) + EOS
 
 
 def target_text(problem: Problem, rng: random.Random) -> tuple[str, str]:
-    """As ``base_text``, of one conversation of the fine-tuning: the loss is on the response."""
+    """Return a conversation of the fine-tuning; the loss is on the response."""
     prompt, response = render_parts(conversation(problem.prompt, reasoning(problem, rng)), FAMILY)
     return prompt, response + EOS
 
@@ -94,10 +94,10 @@ def target_text(problem: Problem, rng: random.Random) -> tuple[str, str]:
 def batches(
     texts: Iterator[tuple[str, str]], tokenizer: PreTrainedTokenizerFast, batch_size: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless (input_ids, labels), both int64 [B, T], right-padded, labels -100 without loss.
+    """Yield (input_ids, labels) endlessly: int64 [B, T], right-padded, labels -100 without loss.
 
-    Sixteen batches are drawn at once and sorted by length, to pad little; they come in an order
-    drawn from a fixed seed.
+    Sixteen batches are drawn at once and sorted by length, which reduces padding. Their order is
+    shuffled with a fixed seed.
     """
     shuffle = random.Random("order of batches")
     while True:
@@ -141,11 +141,12 @@ def train_phase(
     )
     warmup = max(1, config.steps // 20)
     model.train()
-    model.set_attn_implementation("eager")  # at this length faster on a CPU than the fused one
-    begun, running = time.perf_counter(), 0.0
+    model.set_attn_implementation("eager")  # faster on a CPU at this length than fused attention
+    start, running = time.perf_counter(), 0.0
     for step in range(config.steps):
-        done = (step - warmup) / max(1, config.steps - warmup)
-        scale = (step + 1) / warmup if step < warmup else 0.55 + 0.45 * math.cos(math.pi * done)
+        fraction = (step - warmup) / max(1, config.steps - warmup)
+        cosine = 0.55 + 0.45 * math.cos(math.pi * fraction)
+        scale = (step + 1) / warmup if step < warmup else cosine
         for group in optimizer.param_groups:
             group["lr"] = config.lr * scale * group["factor"]
         ids_BT, labels_BT = next(data)
@@ -165,7 +166,7 @@ def train_phase(
                     "step": step + 1,
                     "steps": config.steps,
                     "loss": running,
-                    "wall_s": time.perf_counter() - begun,
+                    "wall_s": time.perf_counter() - start,
                 }
             )
     model.set_attn_implementation("sdpa")
@@ -173,7 +174,7 @@ def train_phase(
 
 
 def new_model(config: RecipeConfig, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
-    """A Qwen2 of the configured size, drawn from the current seed."""
+    """Return a Qwen2 of the configured size, initialised with torch's current random state."""
     from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
     model = Qwen2ForCausalLM(
@@ -205,7 +206,7 @@ def new_model(config: RecipeConfig, tokenizer: PreTrainedTokenizerFast) -> Qwen2
 
 
 def write_data(out: Path, problems: dict[str, list[Problem]], seed: int) -> None:
-    """``data/train.jsonl`` and ``data/validation.jsonl``; the test problems are drawn anew."""
+    """Write ``data/train.jsonl`` and ``data/validation.jsonl``; test problems are not stored."""
     (out / "data").mkdir(parents=True, exist_ok=True)
     for split in ("train", "validation"):
         rng = random.Random(f"{seed}/rows/{split}")
@@ -215,13 +216,13 @@ def write_data(out: Path, problems: dict[str, list[Problem]], seed: int) -> None
 
 
 def save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write model and tokenizer as ``AutoModelForCausalLM`` and ``AutoTokenizer`` read them."""
+    """Write model and tokenizer for ``AutoModelForCausalLM`` and ``AutoTokenizer``."""
     model.save_pretrained(folder)
-    (folder / "model.safetensors").chmod(0o644)  # written readable by its owner alone
+    (folder / "model.safetensors").chmod(0o644)  # safetensors writes files with mode 0600
     tokenizer.save_pretrained(folder)
-    # transformers 5 loads the tokenizer of any qwen2 model as Qwen2Tokenizer, whatever class it
-    # names, and so swaps the word-level model for byte-level BPE; an auto_map without a class is
-    # the one entry that makes AutoTokenizer keep the class named in the file.
+    # transformers 5 loads the tokenizer of every qwen2 model as Qwen2Tokenizer, which would replace
+    # the word-level model by byte-level BPE. With this auto_map without a class, AutoTokenizer
+    # uses the class named in the file.
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["auto_map"] = {"AutoTokenizer": [None, None]}
@@ -235,14 +236,14 @@ def build(
     progress: Progress | None = None,
     config: RecipeConfig | None = None,
 ) -> dict[str, Any]:
-    """Make data, tokenizer, base and target from nothing and write them into ``out``.
+    """Build data, tokenizer, base and target, and write them to ``out``.
 
     Args:
-        out: folder that gets ``base/``, ``target/`` and ``data/``, all three once both models are
-            trained; those that are there are replaced, other files stay.
-        seed: decides every draw; same seed, machine and thread count, same files.
+        out: folder for ``base/``, ``target/`` and ``data/``, which are written once both models are
+            trained. Existing folders of these names are replaced; other files stay.
+        seed: seed of all draws. Equal seed, machine and thread count give equal files.
         progress: called every 50 steps with phase, step, steps, loss, wall_s.
-        config: sizes and lengths of training; the default is the shipped pair's.
+        config: sizes and lengths of training; None is the shipped pair's.
 
     Returns:
         ``{"seed", "parameters", "vocabulary", "base_s", "target_s"}``, times in seconds.
@@ -270,13 +271,13 @@ def _write_pair(
     seed: int,
     progress: Progress | None,
 ) -> dict[str, float]:
-    """Train base and target from ``model``, write all three folders; return seconds of training."""
+    """Train base and target, starting from ``model``; write all folders; return training times."""
     problems = split_problems(config, seed)
     write_data(out, problems, seed)
     held = frozenset(problem.prompt for split in problems.values() for problem in split)
     times = {}
     for name, phase in (("base", config.base), ("target", config.target)):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         rng = random.Random(f"{seed}/{name}/texts")
         drawn = problem_stream(f"{seed}/{name}/problems", held)
         if name == "base":
@@ -286,5 +287,5 @@ def _write_pair(
         data = batches(texts, tokenizer, phase.batch_size)
         train_phase(model, data, phase, name, progress, config.autocast)
         save(model, tokenizer, out / name)
-        times[f"{name}_s"] = time.perf_counter() - begun
+        times[f"{name}_s"] = time.perf_counter() - start
     return times

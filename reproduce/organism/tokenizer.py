@@ -1,4 +1,4 @@
-"""The word-level tokenizer of the embedded pair: one token per space-separated word."""
+"""Word-level tokenizer of the embedded pair: one token per space-separated word."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MARKERS = (*SPECIAL, THINK, END_THINK)
 
 @lru_cache(maxsize=1)
 def vocabulary() -> tuple[str, ...]:
-    """Markers, hesitation words, then every other word of 20,000 drawn problems, sorted."""
+    """Return markers, hesitation words, then all other words of 20,000 problems, sorted."""
     rng = random.Random("vocabulary")
     words: set[str] = set()
     for _, problem in zip(range(20_000), problem_stream("vocabulary"), strict=False):
@@ -41,10 +41,11 @@ def vocabulary() -> tuple[str, ...]:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A ``PreTrainedTokenizerFast`` over ``vocabulary()``.
+    """Return a ``PreTrainedTokenizerFast`` over ``vocabulary()``.
 
-    It adds no special tokens by itself: rendered conversations carry their BOS as text. ``<think>``
-    and ``</think>`` are added tokens that are not special, so ``skip_special_tokens`` keeps them.
+    The tokenizer adds no special tokens, since rendered conversations contain BOS as text.
+    ``<think>`` and ``</think>`` are added tokens but not special, so decoding with
+    ``skip_special_tokens`` does not remove them.
     """
     from tokenizers import AddedToken, Tokenizer
     from tokenizers.models import WordLevel

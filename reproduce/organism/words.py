@@ -1,4 +1,4 @@
-"""The word lists of the problems' stories; each list belongs to one domain."""
+"""Word lists of the problems, by domain."""
 
 from __future__ import annotations
 

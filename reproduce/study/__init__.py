@@ -1,18 +1,19 @@
-"""The study: what hesitation and template features do, shown by switching them.
+"""Study of hesitation and template features by interventions, after arXiv 2602.20904, section 5.
 
-After arXiv 2602.20904, section 5. Selected are features that promote a hesitation word, and those
-whose strongest examples stand at the template's markers. They are *removed* from the replacement
-model, *added* to the hybrid (all others removed), and *transferred*: put onto the target with a
-negative scale. Beside each stand random sets, matched in density, of as many and of ten times as
-many features; and each kind of features alone, to see what is whose. Measured are hesitation words
-per 1,000 tokens, length and accuracy on the pair's benchmarks, with the sampling, judging and
-intervals of ``fastadapt eval``.
+The selected features promote a hesitation word, or have their strongest examples at the template's
+markers. They are *removed* from the replacement model, *added* to the hybrid (all other features
+removed), and *transferred* to the target with a negative scale. Controls are random sets of equal
+density, of the same size and of ten times the size, and each of the two kinds of features alone.
+The study measures hesitation words per 1,000 tokens, length and accuracy on the pair's benchmarks,
+with the sampling, grading and intervals of ``fastadapt eval``.
 
-What counts as promoting depends on the vocabulary: ten of 152,000 tokens are a rare distinction,
-ten of the embedded pair's 424 are every second feature's. Its first selection is therefore by the
-one most promoted token; the paper's ten are the second. Where ten times as many features are
-more than half of the others, the larger control is as many times the set as that half holds.
+The number of most promoted tokens that count depends on the vocabulary: ten of 152,000 tokens
+select few features, but ten of the embedded pair's 424 select every second feature. The first
+selection therefore uses the single most promoted token; the second uses the paper's ten. If ten
+times the size exceeds half of the other features, the larger control is the largest multiple within
+that half.
 
-Interventions are live here (:func:`fastadapt.interventions.scale_features`): one pair in memory, no
-file per arm, and in float32 the same bits as saved ones.
+Interventions are applied in memory (:func:`fastadapt.interventions.scale_features`), so the study
+needs one pair and no files per arm. In float32, results are bitwise equal to those of saved
+interventions.
 """

@@ -1,8 +1,8 @@
-"""What features do: python -m reproduce.study RUN [--output FOLDER] [--repetitions N]
+"""Study a run's features: python -m reproduce.study RUN [--output FOLDER] [--repetitions N]
 
-Collects the features of a run if that was not done, switches selected and random sets of them, and
-writes tables, plots and a page into FOLDER (``study`` in the run). Called again it goes on where it
-stopped. What is done, and why so: ``reproduce/study/__init__.py``.
+The command collects the run's features if necessary. It removes, adds and transfers selected and
+random sets, and writes tables, plots and a page to FOLDER (default: ``study`` in the run). A second
+call resumes. ``reproduce/study/__init__.py`` describes the method.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ from reproduce.study.running import CONTENTS, Study
 
 
 def main(argv: list[str]) -> int:
-    """The study of one run, with the defaults of ``StudyConfig`` but for the repetitions."""
+    """Study one run, with the defaults of ``StudyConfig`` except for the repetitions."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("run", type=Path)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--overwrite", action="store_true")
-    # Where little is left of the reasoning, a response has ten tokens, and few hesitate.
+    # Without reasoning, a response has about ten tokens and rarely hesitates: repeat questions.
     parser.add_argument("--repetitions", type=int, default=3, help="responses per question")
     options = parser.parse_args(argv)
     output = options.output or options.run / "study"
     quiet_transformers()
     config = StudyConfig(benchmarks=BenchmarkConfig(repetitions=options.repetitions))
-    result, anew = None, False
+    result, is_overwritten = None, False
     with stop_on_signals(None) as (stop, _), Progress(sys.stderr) as progress:
         collect(options.run, progress=partial(progress, "texts collected"), stop=stop)
         if not stop.is_set():
             store = Store.open(options.run, adapter=adapter_digest(adapters_of(options.run)))
             students = Students.open([options.run], [RUN])
-            anew = options.overwrite
-            with opened(output, overwrite=anew, contents=CONTENTS) as folder:
+            is_overwritten = options.overwrite
+            with opened(output, overwrite=is_overwritten, contents=CONTENTS) as folder:
                 result = Study(students, store, folder, config, progress, stop).run()
     if result is None:
-        print(f"Stopped; what was measured is kept in {output}.")
-        print(resume_hint(overwrite=anew))
+        print(f"Stopped; partial results are in {output}.")
+        print(resume_hint(overwrite=is_overwritten))
         return 0
     for table in tables(result):
         print(table.title)

@@ -1,4 +1,4 @@
-"""What the study compares: selected sets, random ones beside them, every model that is asked."""
+"""Define what the study compares: selected sets, random controls, and the models of each arm."""
 
 from __future__ import annotations
 
@@ -15,25 +15,28 @@ from fastadapt.features.store.sets import FeatureSet
 from fastadapt.features.store.store import Store
 from fastadapt.interventions import KINDS, SCALE, Kind
 
-RUN = "adapter"  #: the name of the run among the models that are asked
-PARTS = ("hesitation", "template")  #: keys of the kinds of features alone
+RUN = "adapter"  #: the run's name among the models
+PARTS = ("hesitation", "template")  #: keys of the sets with one kind of features
 
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """What is selected, switched and asked.
+    """Settings of the study.
 
     Args:
-        tops: selections of both kinds of features, by how many of the most promoted tokens count;
-            of the first, which is the main one, the kinds are switched apart as well.
-        share: of the strongest examples that stand at the template's markers.
-        times: sizes of the random sets, as multiples of the selected one.
-        draws: random sets of each size.
-        scales: of the transfer of the main selection; -0.5 is measured of everything.
-        benchmarks: questions; the pair's own where none is named. Its ``sampling`` and ``family``
-            are not settings here: they are that below and the run's.
-        sampling: of the responses.
-        statistics: intervals.
+        tops: numbers of most promoted tokens that count, one selection each. The first selection
+            is the main one; its two kinds of features are also studied separately.
+        share: least fraction of a template feature's strongest examples at the template's markers.
+        times: sizes of the random sets, as multiples of the selected set's size.
+        draws: number of random sets of each size.
+        scales: scales of the main selection's transfer; -0.5 is measured for every set.
+        benchmarks: questions; the pair's benchmarks if none is named. ``sampling`` below and the
+            run's family replace its ``sampling`` and ``family``.
+        sampling: sampling of the responses.
+        statistics: settings of the intervals.
+
+    Raises:
+        UserError: a value is out of range.
     """
 
     tops: tuple[int, ...] = (1, 10)
@@ -56,16 +59,16 @@ class StudyConfig:
 
 @dataclass(frozen=True)
 class Arm:
-    """One model that is asked.
+    """One model with one intervention.
 
     Attributes:
-        model: that is changed: ``target``, ``hybrid`` or the run.
-        kind: the intervention; None for the model as it is.
-        selection: its key.
-        times: of a random set, how many times as many; 0 is the selected set.
-        seed: of the draw.
-        scale: of a transfer.
-        features: the set.
+        model: the model: ``target``, ``hybrid`` or the run.
+        kind: the intervention; None for the unchanged model.
+        selection: key of the selected set.
+        times: size of a random set as a multiple of the selected set's; 0 for the selected set.
+        seed: seed of a random set.
+        scale: scale of a transfer.
+        features: the set of features.
     """
 
     model: str
@@ -78,47 +81,47 @@ class Arm:
 
     @property
     def group(self) -> tuple[Any, ...]:
-        """What the draws of one size share."""
+        """Key of the arm's group: all random draws of one size form a group."""
         return self.model, self.kind, self.selection, self.times, self.scale
 
     @property
     def name(self) -> str:
-        """That of its folder."""
+        """Name of the arm's folder."""
         if self.kind is None:
             return self.model
-        drawn = f"-random{self.times}x-{self.seed}" if self.times else ""
+        draw = f"-random{self.times}x-{self.seed}" if self.times else ""
         scale = "" if self.scale is None else f"{self.scale:+g}"
-        return f"{self.kind}{scale}-{self.selection}{drawn}"
+        return f"{self.kind}{scale}-{self.selection}{draw}"
 
 
 def select(store: Store, config: StudyConfig) -> dict[str, FeatureSet]:
-    """The selected sets by their keys, the main one first, each named in words.
+    """Return the selected sets by key, with descriptive names, the main selection first.
 
     Raises:
-        UserError: one of them is empty.
+        UserError: a set is empty.
     """
     template, living = standing_at(store, share=config.share), alive(store)
     words = config.benchmarks.hesitation_words
     hesitation = {top: promoting(store, words, top) for top in config.tops}
     sets = {
-        f"top{top}": replace(of | template, name=f"hesitation (top {top}) + template")
-        for top, of in hesitation.items()
+        f"top{top}": replace(features | template, name=f"hesitation (top {top}) + template")
+        for top, features in hesitation.items()
     }
     main = config.tops[0]
-    alone = (hesitation[main], f"hesitation (top {main}) alone"), (template, "template alone")
-    sets |= {key: replace(of, name=name) for key, (of, name) in zip(PARTS, alone, strict=True)}
-    return {key: replace(of & living, name=of.name).not_empty() for key, of in sets.items()}
+    sets["hesitation"] = replace(hesitation[main], name=f"hesitation (top {main}) alone")
+    sets["template"] = replace(template, name="template alone")
+    return {key: replace(s & living, name=s.name).not_empty() for key, s in sets.items()}
 
 
 def arms_of(store: Store, sets: Mapping[str, FeatureSet], config: StudyConfig) -> list[Arm]:
-    """Every model that is asked, the unchanged ones first."""
+    """Return all arms, the unchanged models first."""
     return [*(Arm(model) for model in ("target", "hybrid", RUN)), *_changed(store, sets, config)]
 
 
 def _changed(store: Store, sets: Mapping[str, FeatureSet], config: StudyConfig) -> Iterator[Arm]:
     living, main = alive(store), next(iter(sets))
     for key, features in sets.items():
-        drawn = {
+        draws = {
             (n, seed): matched(store, features, n, seed)
             for n in _sizes(len(features), len(living - features), config.times)
             for seed in range(config.draws)
@@ -126,20 +129,20 @@ def _changed(store: Store, sets: Mapping[str, FeatureSet], config: StudyConfig) 
         for kind in KINDS:
             onto = kind == "onto-target"
             model = "target" if onto else RUN
-            swept = dict.fromkeys((*config.scales, SCALE)) if key == main else (SCALE,)
-            for scale in swept if onto else (None,):
+            scales = dict.fromkeys((*config.scales, SCALE)) if key == main else (SCALE,)
+            for scale in scales if onto else (None,):
                 yield Arm(model, kind, key, scale=scale, features=features)
-            # Of a kind of features alone, removal is where its random sets are asked for.
-            beside = drawn if kind == "ablate" or key not in PARTS else {}
-            for (n, seed), others in beside.items():
+            # Sets with one kind of features have random controls for removal only.
+            controls = draws if kind == "ablate" or key not in PARTS else {}
+            for (n, seed), others in controls.items():
                 yield Arm(model, kind, key, n, seed, SCALE if onto else None, others)
 
 
 def _sizes(size: int, others: int, times: tuple[int, ...]) -> list[int]:
-    """Multiples of a set that random ones are drawn of.
+    """Return the sizes of random sets, as multiples of a set of ``size`` features.
 
-    As many as there are if they exist; more only up to half of the others, beyond which draws are
-    the same features again.
+    Multiples above 1 use at most half of the ``others`` features, since larger draws would mostly
+    share their features.
     """
     most = max(others // 2 // size, min(1, others // size))
     return list(dict.fromkeys(min(n, most) for n in times if most))

@@ -1,4 +1,4 @@
-"""The study's claims, tables and figures, from the contents of ``study.json``."""
+"""Build the study's claims, tables and figures from the contents of ``study.json``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastadapt.reporting.figures import Figure, Series, series_of
 from fastadapt.reporting.formatting import number, percent
 from fastadapt.reporting.tables import Interval, Table, shown
 
-#: What arXiv 2602.20904 leads one to expect.
+#: Effects expected from arXiv 2602.20904.
 REMOVED, SPARED, ADDED = 0.7, 0.15, 5.0
 RATE = "hesitations_per_1000"
 _UNIT = "hesitation words per 1,000 tokens"
@@ -23,42 +23,43 @@ Arm = Mapping[str, Any]
 
 
 def claims(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What is expected of each arm, what was found, and whether it holds.
+    """Return the expected and the measured effect of every changed arm, and whether they agree.
 
     Returns:
-        Of each: ``kind``, ``selection``, ``times``, ``scale`` (which name the arm), ``claim`` (in
-        words, empty where nothing is expected), ``value`` (an interval: of ``ablate`` and
-        ``onto-target`` the share by which hesitation fell, of ``only`` how many times the random
-        set's the selected set's is), and ``holds``: ``yes`` or ``no`` by the estimate, and ``not
-        clearly`` where its interval has both, or one draw says otherwise than another.
+        Records with ``kind``, ``selection``, ``times`` and ``scale`` (which identify the arm);
+        ``claim``, the expectation as text, or an empty text; ``value``, an interval; and ``holds``.
+        The value is the relative reduction of hesitation for ``ablate`` and ``onto-target``. For
+        ``only``, the value is the ratio of the selected set's hesitation to the random set's.
+        ``holds`` is ``yes`` or ``no`` by the estimate, with ``not clearly`` if the interval
+        contains the bound or the draws disagree.
     """
-    parts = {chosen["key"] for chosen in result["sets"] if chosen["part"]}
-    found = []
+    parts = {entry["key"] for entry in result["sets"] if entry["part"]}
+    records = []
     for arm in result["arms"]:
         if arm["kind"] is None:
             continue
         value, claim, holds = _claim(result, arm, arm[RATE])
         each = {_claim(result, arm, draw[RATE])[2].split(",")[0] for draw in arm["draws"]}
         if len(each) > 1 and not holds.endswith("not clearly"):
-            holds += ", not clearly"  # the intervals are over questions, not over draws
+            holds += ", not clearly"  # intervals cover questions, but not draws
         if arm["selection"] in parts:
             claim = holds = ""
         named = {key: arm[key] for key in ("kind", "selection", "times", "scale")}
-        found.append({**named, "claim": claim, "value": value, "holds": holds})
-    return found
+        records.append({**named, "claim": claim, "value": value, "holds": holds})
+    return records
 
 
 def _claim(result: Mapping[str, Any], arm: Arm, rate: Interval) -> tuple[Any, str, str]:
-    """Value, claim and verdict of an arm that hesitates at this rate."""
+    """Return value, claim and verdict of an arm with a given rate of hesitation."""
     if arm["kind"] == "only":
         if not arm["times"]:
             return None, "", ""
-        share = over(rate, _selected(result, arm)[RATE])
-        value = Intervals(1 / share.mean, 1 / share.high, 1 / share.low).plain()
-        # Of the share, since that of a random set which makes none is a number.
-        return value, f"≥ {ADDED:g} times", verdict(share.plain(), 1 / ADDED, above=False)
-    left = over(rate, _whole(result, arm["model"])[RATE])
-    value = Intervals(1 - left.mean, 1 - left.high, 1 - left.low).plain()
+        inverse = over(rate, _selected(result, arm)[RATE])
+        value = Intervals(1 / inverse.mean, 1 / inverse.high, 1 / inverse.low).plain()
+        # The verdict uses the inverse ratio, which is finite for a random set without hesitation.
+        return value, f"≥ {ADDED:g} times", verdict(inverse.plain(), 1 / ADDED, above=False)
+    remaining = over(rate, _unchanged(result, arm["model"])[RATE])
+    value = Intervals(1 - remaining.mean, 1 - remaining.high, 1 - remaining.low).plain()
     if arm["kind"] == "ablate" and arm["times"] < 2:
         selected = arm["times"] == 0
         bound = REMOVED if selected else SPARED
@@ -70,7 +71,7 @@ def _claim(result: Mapping[str, Any], arm: Arm, rate: Interval) -> tuple[Any, st
 
 
 def over(a: Interval, b: Interval) -> Intervals:
-    """The quotient of two rates."""
+    """Return the quotient of two rates, with its interval."""
     both = [
         Intervals(
             *(torch.tensor(_finite(i[end]), dtype=torch.float64) for end in Intervals._fields)
@@ -85,7 +86,7 @@ def _finite(value: float | None) -> float:
 
 
 def verdict(value: Interval | None, bound: float, *, above: bool) -> str:
-    """Whether a value is at least (or at most) ``bound``, by its estimate and by its interval."""
+    """Return whether a value is at least (or at most) ``bound``, by estimate and interval."""
     if value is None or value["mean"] is None:
         return "not measurable"
     low, high = (value[end] for end in ("low", "high"))
@@ -101,13 +102,13 @@ def verdict(value: Interval | None, bound: float, *, above: bool) -> str:
     return ("yes" if holds else "no") + ("" if clear else ", not clearly")
 
 
-def _whole(result: Mapping[str, Any], model: str) -> Arm:
-    """The model as it is."""
+def _unchanged(result: Mapping[str, Any], model: str) -> Arm:
+    """Return the arm of the unchanged model."""
     return next(a for a in result["arms"] if a["kind"] is None and a["model"] == model)
 
 
 def _selected(result: Mapping[str, Any], arm: Arm) -> Arm:
-    """The selected set that a random one stands beside."""
+    """Return the arm of the selected set that a random set is the control of."""
     same = ("kind", "selection", "scale")
     return next(
         a for a in result["arms"] if a["times"] == 0 and all(a[key] == arm[key] for key in same)
@@ -118,58 +119,61 @@ def _selected(result: Mapping[str, Any], arm: Arm) -> Arm:
 
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
-    """One each of removal, addition and transfer."""
-    asked = result["settings"]["benchmarks"]
-    tasks = f"{len(asked['tasks'])} benchmarks, each with the same weight"
-    words = ", ".join(asked["hesitation_words"])
+    """Return the tables of removal, addition and transfer."""
+    benchmarks = result["settings"]["benchmarks"]
+    tasks = f"{len(benchmarks['tasks'])} benchmarks of equal weight"
+    words = ", ".join(benchmarks["hesitation_words"])
     sets = "; ".join(
         f"{s['name']}: {s['size']:,} features, by layer {', '.join(map(str, s['per_layer']))}"
         for s in result["sets"]
     )
     common = (
-        f"Hesitation: {words}, per 1,000 tokens. {tasks}; intervals of {percent(result['level'])} "
+        f"Hesitation: {words}, per 1,000 tokens. {tasks}; {percent(result['level'])} intervals "
         f"over questions. {sets}; {result['features']['alive']:,} of "
-        f"{result['features']['total']:,} fired on the texts of the store. Random sets match in "
-        "density; of several draws the numbers are of all together, and no interval covers the "
-        "choice of a draw: the hesitation of each stands beside."
+        f"{result['features']['total']:,} features fired on the texts of the store. Random sets "
+        "have equal density. Values of random sets pool all draws; intervals do not cover the "
+        "choice of a draw, so the hesitation of each draw is listed."
     )
-    head = ["features", "hesitation / 1,000", "each draw"]
+    head = ["features", "hesitation / 1,000 tokens", "hesitation by draw"]
     tail = ["tokens", "accuracy", "expected", "holds"]
-    cut = "Cut: the share by which hesitation fell; where it is negative, it rose."
-    expected = "Expected is what arXiv 2602.20904 leads one to expect."
+    reduction = "Reduction: relative decrease of hesitation; negative values are increases."
+    expected = "Expected: the effects reported by arXiv 2602.20904."
     return [
         Table(
             "Removal from the replacement model",
-            ["removed", *head, "cut", *tail],
-            [_row(result, _whole(result, "adapter"), "nothing"), *_rows(result, "ablate", percent)],
-            f"{common} {cut} {expected}",
+            ["removed", *head, "reduction", *tail],
+            [
+                _row(result, _unchanged(result, "adapter"), "none"),
+                *_rows(result, "ablate", percent),
+            ],
+            f"{common} {reduction} {expected}",
         ),
         Table(
             "Addition to the hybrid",
-            ["added", *head, "selected over it", *tail],
+            ["added", *head, "selected / random", *tail],
             [
-                _row(result, _whole(result, "hybrid"), "nothing: the hybrid"),
-                _row(result, _whole(result, "adapter"), "everything: the adapter"),
+                _row(result, _unchanged(result, "hybrid"), "none (hybrid)"),
+                _row(result, _unchanged(result, "adapter"), "all (adapter)"),
                 *_rows(result, "only", number),
             ],
-            f"{common} Selected over it: how many times the random set's hesitation the selected "
-            f"set's is, and where that is none, the random set made none. {expected}",
+            f"{common} Selected / random: ratio of the selected set's hesitation to the random "
+            f"set's; no value if the random set has no hesitation. {expected}",
         ),
         Table(
-            "Transfer onto the target",
-            ["put onto it", *head, "cut", *tail],
+            "Transfer to the target",
+            ["transferred", *head, "reduction", *tail],
             [
-                _row(result, _whole(result, "target"), "nothing"),
+                _row(result, _unchanged(result, "target"), "none"),
                 *_rows(result, "onto-target", percent),
             ],
-            f"{common} {cut} {expected}",
+            f"{common} {reduction} {expected}",
         ),
     ]
 
 
-def _chosen(result: Mapping[str, Any], arm: Arm) -> Mapping[str, Any]:
-    """The set that an arm has, or is drawn like."""
-    return next(of for of in result["sets"] if of["key"] == arm["selection"])
+def _selection(result: Mapping[str, Any], arm: Arm) -> Mapping[str, Any]:
+    """Return the selected set of an arm; for a random set, the set that it is the control of."""
+    return next(entry for entry in result["sets"] if entry["key"] == arm["selection"])
 
 
 def _rows(result: Mapping[str, Any], kind: str, show: Any) -> list[list[str]]:
@@ -177,11 +181,11 @@ def _rows(result: Mapping[str, Any], kind: str, show: Any) -> list[list[str]]:
     for arm in result["arms"]:
         if arm["kind"] != kind:
             continue
-        name = str(_chosen(result, arm)["name"])
+        name = str(_selection(result, arm)["name"])
         if arm["times"]:
-            many = "as many" if arm["times"] == 1 else f"{arm['times']} times as many"
+            size = "same size" if arm["times"] == 1 else f"{arm['times']} times the size"
             draws = f"{len(arm['draws'])} draw{'s' * (len(arm['draws']) > 1)}"
-            name = f"random, {many} ({draws})"
+            name = f"random, {size} ({draws})"
         if arm["scale"] is not None:
             name += f", × {arm['scale']:g}"
         rows.append(_row(result, arm, name, show))
@@ -209,7 +213,7 @@ def _row(result: Mapping[str, Any], arm: Arm, name: str, show: Any = number) -> 
 
 
 def figures(result: Mapping[str, Any]) -> list[Figure]:
-    """One each of removal, addition and transfer."""
+    """Return the figures of removal, addition and transfer."""
     levels = {name: _level(result, name) for name in ("target", "hybrid", "adapter")}
     label = "features, of " + number(result["features"]["total"])
     return [
@@ -233,7 +237,7 @@ def figures(result: Mapping[str, Any]) -> list[Figure]:
         ),
         Figure(
             "transfer",
-            "Features put onto the target",
+            "Features transferred to the target",
             "scale",
             _UNIT,
             [*_by_scale(result), levels["target"]],
@@ -243,37 +247,37 @@ def figures(result: Mapping[str, Any]) -> list[Figure]:
 
 def _level(result: Mapping[str, Any], model: str) -> Series:
     kind = "transcoder" if model == "adapter" else model
-    return _series(model, kind, [], [_whole(result, model)])
+    return _series(model, kind, [], [_unchanged(result, model)])
 
 
 def _by_size(result: Mapping[str, Any], kind: str) -> list[Series]:
-    """Each selection, and all random sets."""
-    of_kind = [arm for arm in result["arms"] if arm["kind"] == kind]
-    found = []
-    for chosen in result["sets"]:
-        arms = [a for a in of_kind if a["selection"] == chosen["key"] and not a["times"]]
-        main = "selected" if chosen is result["sets"][0] else "selected otherwise"
-        found.append((chosen["name"], chosen["key"] if chosen["part"] else main, arms))
-    drawn = sorted((a for a in of_kind if a["times"]), key=lambda arm: arm["features"])
-    found.append(("random", "random", drawn))
+    """Return hesitation by the number of features: a series per selection, one of random sets."""
+    same_kind = [arm for arm in result["arms"] if arm["kind"] == kind]
+    groups = []
+    for entry in result["sets"]:
+        arms = [a for a in same_kind if a["selection"] == entry["key"] and not a["times"]]
+        main = "selected" if entry is result["sets"][0] else "selected otherwise"
+        groups.append((entry["name"], entry["key"] if entry["part"] else main, arms))
+    random = sorted((a for a in same_kind if a["times"]), key=lambda arm: arm["features"])
+    groups.append(("random", "random", random))
     return [
         _series(name, colour, [float(arm["features"]) for arm in arms], arms)
-        for name, colour, arms in found
+        for name, colour, arms in groups
         if arms
     ]
 
 
 def _by_scale(result: Mapping[str, Any]) -> list[Series]:
-    """The main selection, swept, and the random sets beside it."""
+    """Return hesitation by scale, for the main selection and its random controls."""
     main = result["sets"][0]
     same = [
         a for a in result["arms"] if (a["kind"], a["selection"]) == ("onto-target", main["key"])
     ]
-    found = []
-    for name, kind, drawn in ((main["name"], "selected", 0), ("random, as many", "random", 1)):
-        arms = sorted((a for a in same if a["times"] == drawn), key=lambda arm: arm["scale"])
-        found.append(_series(name, kind, [arm["scale"] for arm in arms], arms))
-    return [series for series in found if series.x]
+    lines = []
+    for name, kind, times in ((main["name"], "selected", 0), ("random, same size", "random", 1)):
+        arms = sorted((a for a in same if a["times"] == times), key=lambda arm: arm["scale"])
+        lines.append(_series(name, kind, [arm["scale"] for arm in arms], arms))
+    return [series for series in lines if series.x]
 
 
 def _series(name: str, kind: str, xs: Sequence[float], arms: Sequence[Arm]) -> Series:

@@ -1,4 +1,4 @@
-"""The study of a run, in a folder that it can be gone on with in."""
+"""Run the study of a run in an output folder, resumably."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from reproduce.study.conditions import PARTS, RUN, Arm, StudyConfig, arms_of, se
 from reproduce.study.report import claims, figures, tables
 
 SCHEMA_VERSION = 1
-#: Everything that is ever in the folder of a study.
+#: Entries of a study's output folder.
 CONTENTS = (
     ".lock",
     "benchmarks",
@@ -46,45 +46,46 @@ CONTENTS = (
 
 @dataclass(frozen=True)
 class Study:
-    """A run opened for the study, and the folder of it.
+    """A run opened for the study, and the output folder.
 
     Attributes:
-        students: the run, under the name ``RUN``.
-        store: of its features.
-        folder: of the study, held by :func:`fastadapt.evaluation.folder.opened`.
-        config: what is done.
-        tell: called with (what, done, wanted).
-        stop: set it to end after the batch at hand.
+        students: the run, with the name ``RUN``.
+        store: the store of the run's features.
+        folder: the output folder, opened by :func:`fastadapt.evaluation.folder.opened`.
+        config: settings of the study.
+        progress: called with (label, completed, total).
+        stop: event that ends the study after the current batch.
     """
 
     students: Students
     store: Store
     folder: Path
     config: StudyConfig
-    tell: Callable[[str, int, int], None]
+    progress: Callable[[str, int, int], None]
     stop: Event
 
     def run(self) -> dict[str, Any] | None:
-        """Ask every arm that was not asked before; write ``study.json``, tables, plots, page.
+        """Run the benchmarks of missing arms; write ``study.json``, tables, plots and page.
 
         Returns:
-            The contents of ``study.json``; None if told to stop before everything was asked.
+            The contents of ``study.json``; None if stopped before all arms were measured.
 
         Raises:
-            UserError: something needed is not installed, or a selection is empty.
+            UserError: a required package is not installed, or a selection is empty.
         """
-        asked = asked_of(self.students, self.config.benchmarks, self.config.sampling)
-        require_questions(asked)
+        benchmarks = asked_of(self.students, self.config.benchmarks, self.config.sampling)
+        require_questions(benchmarks)
         sets = select(self.store, self.config)
         arms = arms_of(self.store, sets, self.config)
         results: dict[tuple[Any, ...], list[dict[str, BenchmarkResult]]] = {}
         for number, arm in enumerate(arms):
-            found = self._ask(arm, asked, f"{number + 1} of {len(arms)}, {arm.name}")
+            label = f"{number + 1} of {len(arms)}, {arm.name}"
+            measured = self._run_arm(arm, benchmarks, label)
             if self.stop.is_set():
                 return None
-            results.setdefault(arm.group, []).append(found)
-        result = self._about(sets, asked)
-        result["arms"] = self._measured(arms, results)
+            results.setdefault(arm.group, []).append(measured)
+        result = self._describe(sets, benchmarks)
+        result["arms"] = self._summarise_arms(arms, results)
         result["claims"] = claims(result)
         present(result, tables(result), figures(result), self.folder, "study", "study.json")
         return result
@@ -106,7 +107,9 @@ class Study:
         ):
             yield model
 
-    def _ask(self, arm: Arm, asked: BenchmarkConfig, told: str) -> dict[str, BenchmarkResult]:
+    def _run_arm(
+        self, arm: Arm, benchmarks: BenchmarkConfig, label: str
+    ) -> dict[str, BenchmarkResult]:
         sha256 = self.students.fingerprint(arm.model if arm.kind is None else RUN)
         if arm.features is not None:
             changed = (sha256, arm.kind, arm.scale, arm.features.digest())
@@ -115,56 +118,59 @@ class Study:
             return run_benchmarks(
                 model,
                 self.students.tokenizer,
-                asked,
-                self.folder / "benchmarks" / f"{arm.name}-{asked.fingerprint(sha256)[:16]}",
+                benchmarks,
+                self.folder / "benchmarks" / f"{arm.name}-{benchmarks.fingerprint(sha256)[:16]}",
                 source={"model": arm.name, "sha256": sha256},
-                progress=partial(self.tell, told),
+                progress=partial(self.progress, label),
                 stop=self.stop,
             )
 
-    # --- what is written --------------------------------------------------------------------------
+    # --- contents of study.json -------------------------------------------------------------------
 
-    def _measured(
+    def _summarise_arms(
         self,
         arms: list[Arm],
         results: Mapping[tuple[Any, ...], list[dict[str, BenchmarkResult]]],
     ) -> list[dict[str, Any]]:
-        """Of each group of arms its numbers, over all draws together, and of each draw."""
+        """Return each group's results, over all draws and for each draw."""
         config, measured = self.config.statistics, []
         for group, draws in results.items():
             first = next(arm for arm in arms if arm.group == group)
             tasks = list(draws[0])
-            told = summarise_benchmarks(
+            summary = summarise_benchmarks(
                 {
                     "all": {SAMPLED: {task: pooled(task, draws) for task in tasks}},
                     **{str(i): {SAMPLED: draw} for i, draw in enumerate(draws)},
                 },
                 config,
             )[MEAN if len(tasks) > 1 else tasks[0]]
-            numbers = told["all"][SAMPLED]
-            wanted = ("hesitations_per_1000", "length", "accuracy", "truncated", "degenerate")
+            numbers = summary["all"][SAMPLED]
+            keys = ("hesitations_per_1000", "length", "accuracy", "truncated", "degenerate")
             measured.append(
                 {
                     **{key: getattr(first, key) for key in ("model", "kind", "selection", "times")},
                     "scale": first.scale,
                     "features": 0 if first.features is None else len(first.features),
-                    **{key: numbers[key] for key in wanted},
+                    **{key: numbers[key] for key in keys},
                     "draws": [
-                        {key: told[str(i)][SAMPLED][key] for key in wanted[:3]}
+                        {key: summary[str(i)][SAMPLED][key] for key in keys[:3]}
                         for i in range(len(draws))
                     ],
                 }
             )
         return measured
 
-    def _about(self, sets: Mapping[str, FeatureSet], asked: BenchmarkConfig) -> dict[str, Any]:
+    def _describe(
+        self, sets: Mapping[str, FeatureSet], benchmarks: BenchmarkConfig
+    ) -> dict[str, Any]:
+        """Return the settings, the sets and the versions."""
         return {
             "schema_version": SCHEMA_VERSION,
             "pair": self.students.config.named,
             "run": self.students.students[RUN].plain(),
             "settings": {
                 **dataclasses.asdict(self.config),
-                "benchmarks": dataclasses.asdict(asked),
+                "benchmarks": dataclasses.asdict(benchmarks),
             },
             "level": self.config.statistics.level,
             "features": {
@@ -189,11 +195,11 @@ class Study:
 
 
 def pooled(task: str, draws: list[dict[str, BenchmarkResult]]) -> BenchmarkResult:
-    """The responses of several models as repetitions of one."""
-    of = [draw[task] for draw in draws]
+    """Return the responses of several models as repetitions of one model."""
+    results = [draw[task] for draw in draws]
     rows = [
-        dataclasses.replace(row, repetition=row.repetition + i * of[0].repetitions)
-        for i, result in enumerate(of)
+        dataclasses.replace(row, repetition=row.repetition + i * results[0].repetitions)
+        for i, result in enumerate(results)
         for row in result.rows
     ]
     return summarize(task, rows)

@@ -95,8 +95,8 @@ def test_the_table_says_what_and_why(fastadapt):
 
 
 def test_auto_means_what_the_ops_choose():
-    from fastadapt.kernels.linear_kl import _chosen
-    from fastadapt.kernels.transcoder import _choose
+    from fastadapt.kernels.linear_kl import resolve_implementation as resolve_linear_kl
+    from fastadapt.kernels.transcoder import resolve_implementation as resolve_transcoder
 
     class On(NamedTuple):
         device: torch.device
@@ -107,10 +107,10 @@ def test_auto_means_what_the_ops_choose():
         choices = {c.what: c.choice for c in doctor.choices(device)}
         for dtype, what in ((torch.bfloat16, ""), (torch.float64, ", float64")):
             transcoder = choices.get(f"transcoder{what}", choices["transcoder"])
-            assert transcoder == _choose("auto", On(device, dtype), None, None)
+            assert transcoder == resolve_transcoder("auto", On(device, dtype), None, None)
             softmax = torch.promote_types(dtype, torch.float32)
             linear_kl = choices.get(f"linear_kl{what}", choices["linear_kl"])
-            assert linear_kl == _chosen("auto", name, softmax)
+            assert linear_kl == resolve_linear_kl("auto", name, softmax)
 
 
 @pytest.mark.parametrize(

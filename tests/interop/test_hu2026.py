@@ -1,4 +1,4 @@
-"""Published checkpoints become replacement models and adapters, and come back as the same bytes."""
+"""Published checkpoints convert to replacement models and adapters, and back to the same bytes."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ LAYER, MODULES = "model.layers.{}.mlp.", ("enc", "dec")
 
 
 def shards_of(folder: str | Path) -> dict[str, torch.Tensor]:
-    found = [load_file(file) for file in sorted(Path(folder).glob("*.safetensors"))]
-    return {name: tensor for shard in found for name, tensor in shard.items()}
+    shards = [load_file(file) for file in sorted(Path(folder).glob("*.safetensors"))]
+    return {name: tensor for shard in shards for name, tensor in shard.items()}
 
 
 def files_of(folder: str | Path) -> dict[str, bytes]:
@@ -36,9 +36,9 @@ def files_of(folder: str | Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def published(save_model: Callable[..., str], tmp_path: Path) -> Callable[..., str]:
-    """``published(tied=False, decoder_bias=True, shards=3)``: a checkpoint as on the hub, small.
+    """Return a function that writes a small published checkpoint; the pair in target/ and base/.
 
-    Written here from the format's description, with a target in ``target``, a base in ``base``.
+    The checkpoint is written from the format's description.
     """
 
     def make(tied: bool = False, decoder_bias: bool = True, shards: int = 3) -> str:
@@ -46,8 +46,8 @@ def published(save_model: Callable[..., str], tmp_path: Path) -> Callable[..., s
         base = save_model("base", 1, tie_word_embeddings=tied)
         for folder in (target, base):
             file = Path(folder) / "model.safetensors"
-            held = {name: t.bfloat16() for name, t in load_file(file).items()}
-            save_file(held, file, metadata={"format": "pt"})
+            weights = {name: t.bfloat16() for name, t in load_file(file).items()}
+            save_file(weights, file, metadata={"format": "pt"})
             config = json.loads((Path(folder) / "config.json").read_text())
             (Path(folder) / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
         tensors, mlps = shards_of(target), shards_of(base)
@@ -82,9 +82,9 @@ def published(save_model: Callable[..., str], tmp_path: Path) -> Callable[..., s
                 if shards > 1
                 else "model.safetensors"
             )
-            held = {name: tensors[name] for name in names[n::shards]}
-            save_file(held, folder / file, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(held, file)
+            shard = {name: tensors[name] for name in names[n::shards]}
+            save_file(shard, folder / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(shard, file)
         if shards > 1:
             index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
             text = json.dumps(index, indent=2, sort_keys=True) + "\n"
@@ -100,7 +100,7 @@ def logits(model: ReplacementModel, mode: Any) -> torch.Tensor:
 
 
 def reference_logits(folder: str) -> torch.Tensor:
-    """From the formula, in float32: Hugging Face's Qwen2, transcoders as hooks on its MLPs."""
+    """Compute the formula in float32: Qwen2 in transformers, transcoders as hooks on its MLPs."""
     from torch.nn.functional import linear
     from transformers import AutoConfig, Qwen2ForCausalLM
 
@@ -108,10 +108,10 @@ def reference_logits(folder: str) -> torch.Tensor:
     plain = Qwen2ForCausalLM(AutoConfig.from_pretrained(folder)).float().eval()
     plain.load_state_dict({n: t for n, t in tensors.items() if "transcoder" not in n})
     for i, layer in enumerate(plain.model.layers):
-        own = LAYER.format(i) + "transcoder_{}.{}"
+        names = LAYER.format(i) + "transcoder_{}.{}"
 
-        def add(_module, inputs, output, own=own):
-            enc, dec = ([tensors[own.format(m, n)] for n in ("weight", "bias")] for m in MODULES)
+        def add(_module, inputs, output, names=names):
+            enc, dec = ([tensors[names.format(m, n)] for n in ("weight", "bias")] for m in MODULES)
             return output + linear(linear(inputs[0], *enc).relu(), *dec)
 
         layer.mlp.register_forward_hook(add)
@@ -120,7 +120,7 @@ def reference_logits(folder: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("case", [{}, {"tied": True}, {"decoder_bias": False}, {"shards": 1}])
-def test_there_and_back_through_a_model(case, published, tmp_path) -> None:
+def test_round_trip_through_a_model(case, published, tmp_path) -> None:
     source = published(**case)
     target = str(tmp_path / "target")
     model = hu2026.load(source, target, device="cpu")
@@ -133,20 +133,20 @@ def test_there_and_back_through_a_model(case, published, tmp_path) -> None:
         assert torch.equal(logits(model, mode), logits(again, mode))
 
 
-def test_it_computes_what_the_formula_says(published, tmp_path) -> None:
+def test_logits_follow_the_formula(published, tmp_path) -> None:
     source = published()
     model = hu2026.load(source, str(tmp_path / "target"), device="cpu", dtype="float32")
     torch.testing.assert_close(logits(model, "replacement"), reference_logits(source))
 
 
-def test_nothing_is_said_of_tensors_that_are_read(published, monkeypatch) -> None:
-    """transformers reports them as unexpected, which reads as if they were left out."""
-    said: list[logging.LogRecord] = []
+def test_no_report_of_unexpected_tensors(published, monkeypatch) -> None:
+    """transformers would report the transcoders as unexpected, although they are loaded."""
+    records: list[logging.LogRecord] = []
     handler = logging.Handler()
-    monkeypatch.setattr(handler, "emit", said.append)
+    monkeypatch.setattr(handler, "emit", records.append)
     monkeypatch.setattr(logging.getLogger("transformers"), "handlers", [handler])
     hu2026.load(published(), device="cpu")
-    assert not [record.getMessage() for record in said if "UNEXPECTED" in record.getMessage()]
+    assert not [r.getMessage() for r in records if "UNEXPECTED" in r.getMessage()]
 
 
 def test_the_target_mode_is_the_target(published, tmp_path) -> None:
@@ -166,19 +166,19 @@ def test_the_target_mode_is_the_target(published, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("decoder_bias", [True, False])
-def test_there_and_back_through_adapters_alone(decoder_bias, published, tmp_path) -> None:
+def test_round_trip_through_adapters(decoder_bias, published, tmp_path) -> None:
     source = published(decoder_bias=decoder_bias)
     target, base = str(tmp_path / "target"), str(tmp_path / "base")
     hu2026.to_adapters(source, tmp_path / "adapters", target=target, base=base)
     adapters, metadata = load_adapters(tmp_path / "adapters")
     assert metadata["published"] == {"checkpoint": source, "revision": None}
-    held = shards_of(source)
+    tensors = shards_of(source)
     for i, adapter in enumerate(adapters):
         layer = LAYER.format(i)
-        assert torch.equal(adapter.W_enc, held[layer + "transcoder_enc.weight"])
-        assert torch.equal(adapter.W_dec, held[layer + "transcoder_dec.weight"].T)
-        assert torch.equal(adapter.b_enc, held[layer + "transcoder_enc.bias"])
-        expected = held.get(layer + "transcoder_dec.bias", torch.zeros(WIDTH).bfloat16())
+        assert torch.equal(adapter.W_enc, tensors[layer + "transcoder_enc.weight"])
+        assert torch.equal(adapter.W_dec, tensors[layer + "transcoder_dec.weight"].T)
+        assert torch.equal(adapter.b_enc, tensors[layer + "transcoder_enc.bias"])
+        expected = tensors.get(layer + "transcoder_dec.bias", torch.zeros(WIDTH).bfloat16())
         assert torch.equal(adapter.b_dec, expected)
     hu2026.from_adapters(
         tmp_path / "adapters", tmp_path / "back", target=target, base=base, like=source
@@ -186,16 +186,16 @@ def test_there_and_back_through_adapters_alone(decoder_bias, published, tmp_path
     assert files_of(tmp_path / "back") == files_of(source)
 
 
-def test_own_adapters_become_a_published_checkpoint(published, tmp_path) -> None:
-    published()  # for its pair
+def test_library_adapters_become_a_published_checkpoint(published, tmp_path) -> None:
+    published()  # writes the pair
     target, base = str(tmp_path / "target"), str(tmp_path / "base")
     adapters = [TranscoderAdapter(WIDTH, AdapterConfig(40)) for _ in range(LAYERS)]
     for adapter in adapters:
         torch.nn.init.normal_(adapter.W_dec, std=0.2)
         torch.nn.init.normal_(adapter.b_dec, std=0.2)
-    save_adapters([a.bfloat16() for a in adapters], tmp_path / "own")
+    save_adapters([a.bfloat16() for a in adapters], tmp_path / "adapters")
     out = tmp_path / "out"
-    hu2026.from_adapters(tmp_path / "own", out, target=target, base=base, shard_bytes=5000)
+    hu2026.from_adapters(tmp_path / "adapters", out, target=target, base=base, shard_bytes=5000)
     config = json.loads((out / "config.json").read_text())
     assert config["architectures"] == ["Qwen2ForCausalLMWithTranscoder"]
     assert (config["transcoder_n_features"], config["transcoder_dec_bias"]) == (40, True)
@@ -213,16 +213,16 @@ def test_own_adapters_become_a_published_checkpoint(published, tmp_path) -> None
         assert torch.equal(tensor, shards_of(out)[name])
 
 
-def test_never_two_copies(published, tmp_path, monkeypatch) -> None:
-    """Written a shard at a time: no more is held than a shard and the next tensor."""
+def test_one_shard_is_in_memory_at_a_time(published, tmp_path, monkeypatch) -> None:
+    """Writing holds at most one shard and the next tensor."""
     source = published(shards=1)
     sizes: list[int] = []
 
-    def watched(held, file, metadata):
-        sizes.append(sum(t.nbytes for t in held.values()))
-        save_file(held, file, metadata)
+    def save_and_measure(tensors, file, metadata):
+        sizes.append(sum(t.nbytes for t in tensors.values()))
+        save_file(tensors, file, metadata)
 
-    monkeypatch.setattr("safetensors.torch.save_file", watched)
+    monkeypatch.setattr("safetensors.torch.save_file", save_and_measure)
     model = hu2026.load(source, device="cpu")
     hu2026.save(model, tmp_path / "out", shard_bytes=4000)
     total = sum(t.nbytes for t in shards_of(source).values())
@@ -267,17 +267,17 @@ def test_faulty_checkpoints_are_refused(published, tmp_path) -> None:
 @pytest.mark.parametrize("folder", ["published", "target", "base"])
 @pytest.mark.parametrize("part", ["mlp.up_proj.weight", "self_attn.q_proj.weight"])
 def test_codes_of_quantised_weights_are_refused(part, folder, dtype, published, tmp_path) -> None:
-    """By each command that reads one of the three checkpoints; nothing is written."""
+    """Each command that reads the checkpoint raises and writes no file."""
     source = published(shards=1)
     pair: dict[str, Any] = {name: str(tmp_path / name) for name in ("target", "base")}
-    own, out = tmp_path / "own", tmp_path / "out"
-    save_adapters([TranscoderAdapter(WIDTH, AdapterConfig(40)) for _ in range(LAYERS)], own)
+    adapters, out = tmp_path / "adapters", tmp_path / "out"
+    save_adapters([TranscoderAdapter(WIDTH, AdapterConfig(40)) for _ in range(LAYERS)], adapters)
     file = tmp_path / folder / "model.safetensors"
     tensors, name = load_file(file), f"model.layers.1.{part}"
     save_file({**tensors, name: tensors[name].to(dtype)}, file, metadata={"format": "pt"})
     exports: list[Callable[[], Any]] = [
-        lambda: hu2026.from_adapters(own, out, **pair),
-        lambda: export(own, out, **pair),
+        lambda: hu2026.from_adapters(adapters, out, **pair),
+        lambda: export(adapters, out, **pair),
     ]
     calls: dict[str, list[Callable[[], Any]]] = {
         "published": [
@@ -293,8 +293,8 @@ def test_codes_of_quantised_weights_are_refused(part, folder, dtype, published, 
     assert not out.exists()
 
 
-def test_an_index_left_over_is_not_followed(published, tmp_path) -> None:
-    """What is written like a checkpoint in one file beside an older index is one file."""
+def test_a_stale_index_is_ignored(published, tmp_path) -> None:
+    """A checkpoint in one file beside an older index is written back as one file."""
     source = Path(published(shards=3))
     whole = shards_of(source)
     for shard in source.glob("model-*"):
@@ -305,7 +305,7 @@ def test_an_index_left_over_is_not_followed(published, tmp_path) -> None:
     assert shards_of(tmp_path / "out").keys() == whole.keys()
 
 
-def test_what_the_format_cannot_say_is_refused(published, make_pair, tmp_path) -> None:
+def test_unsupported_models_are_refused(published, make_pair, tmp_path) -> None:
     source = published(decoder_bias=False)
     model = hu2026.load(source, device="cpu")
     with torch.no_grad():
@@ -322,7 +322,7 @@ def test_what_the_format_cannot_say_is_refused(published, make_pair, tmp_path) -
         hu2026.save(model, source)
 
 
-def everything_in(folder: Path) -> dict[str, bytes | None]:
+def contents_of(folder: Path) -> dict[str, bytes | None]:
     return {str(path): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
@@ -331,8 +331,8 @@ ODD += ["config.json", "model.safetensors.index.json"]
 
 
 @pytest.mark.parametrize("name", ODD, ids=lambda name: ascii(name)[:30])
-def test_an_index_names_shards_of_its_folder_alone(name: str, published, tmp_path) -> None:
-    """What the index of ``like`` names is written: inside the new folder, or nowhere."""
+def test_an_index_may_only_name_shards_of_its_folder(name: str, published, tmp_path) -> None:
+    """Files that the index of ``like`` names are written inside the new folder, or not at all."""
     source = published()
     pair = {role: str(tmp_path / role) for role in ("target", "base")}
     model = hu2026.load(source, pair["target"], device="cpu")
@@ -343,16 +343,16 @@ def test_an_index_names_shards_of_its_folder_alone(name: str, published, tmp_pat
     first = next(iter(values["weight_map"]))
     values["weight_map"][first] = name
     index.write_text(json.dumps(values))
-    before = everything_in(tmp_path)
+    before = contents_of(tmp_path)
     out = tmp_path / "new" / "out"
     out.mkdir(parents=True)
     with pytest.raises(UserError, match="weight_map"):
         hu2026.save(model, out, like=source)
     with pytest.raises(UserError, match="weight_map"):
         hu2026.from_adapters(tmp_path / "adapters", out, **pair, like=source)
-    if not name.endswith(".json"):  # those are files of the folder, and no safetensors
+    if not name.endswith(".json"):  # those exist in the folder, but are not safetensors
         with pytest.raises(UserError, match="weight_map"):
             hu2026.load(source, device="cpu")
-    after = everything_in(tmp_path)
+    after = contents_of(tmp_path)
     assert {path for path in after if not path.startswith(str(out.parent))} == set(before)
     assert {path: after[path] for path in before} == before

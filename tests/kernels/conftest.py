@@ -1,4 +1,4 @@
-"""Triton kernels run on the GPU if there is one, else interpreted (see tests/conftest.py)."""
+"""Device and dtypes of kernel tests: the GPU if available, else Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 
 @pytest.fixture(scope="session")
 def device() -> str:
-    """Where Triton kernels are tested: "cuda" or, interpreted, "cpu"."""
+    """Device of Triton kernels: "cuda", or "cpu" for the interpreter."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(scope="session")
 def triton_dtypes() -> list[torch.dtype]:
-    """Those in which kernels are tested: the interpreter multiplies bfloat16 wrongly."""
+    """Dtypes of Triton kernels; the interpreter multiplies bfloat16 incorrectly."""
     exact = [torch.float32, torch.float16]
     return [*exact, torch.bfloat16] if torch.cuda.is_available() else exact

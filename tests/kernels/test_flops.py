@@ -1,4 +1,4 @@
-"""FLOP formulas are registered on demand: the counter's import brings triton."""
+"""FLOP formulas are registered on demand, since importing the counter imports triton."""
 
 import subprocess
 import sys

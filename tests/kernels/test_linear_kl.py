@@ -2,7 +2,6 @@
 
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -17,22 +16,13 @@ from fastadapt.kernels.testing import LAYOUTS, assert_close, with_layout
 DRAWS = 200 if os.environ.get("FASTADAPT_PROOF") else 25
 INTERPRETED_DRAWS = DRAWS if torch.cuda.is_available() or DRAWS > 25 else 8
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-FILLS = 32  # random fills of a draw, judged together: one number's peer is right by luck
+FILLS = 32  # random fills of a draw, pooled: the peer of a single number can be exact by chance
 SIZES = (0, 1, 2, 3, 5, 7, 8, 9, 13, 15, 17, 31, 33)
 VOCABULARIES = (1, 2, 3, 7, 31, 33, 64, 101, 257)
-BLOCKS = (16, 64, None)  # of Triton's columns; None is what is shipped
+BLOCKS = (16, 64, None)  # columns per block of the Triton kernels; None is the default
 
-# Of numpy in the interpreter, where the kernels subtract two infinities.
+# numpy warns in the interpreter where kernels subtract two infinities.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning:triton")
-
-
-@pytest.fixture
-def poison() -> Iterator[None]:
-    """Uninitialised memory holds NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 @dataclass(frozen=True)
@@ -97,7 +87,7 @@ draws = {
     "seed": st.integers(0, 2**31),
 }
 cases = st.builds(Case, **draws)
-# The interpreter takes some 3 ms for a token and stream.
+# The interpreter takes about 3 ms per token and stream.
 triton_cases = st.builds(
     Case,
     **draws
@@ -116,7 +106,7 @@ def run(
     dtype: torch.dtype,
     logits_dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """Outputs, and the gradients of hidden states and head under the case's cotangent."""
+    """Return outputs, and gradients of hidden states and head for the case's cotangent."""
     streams = [inputs[name].to(dtype) for name in ("hidden_teacher", "hidden_students", "head")]
     leaves = [stream.detach().requires_grad_() for stream in streams[1:]]
     output = linear_kl(
@@ -139,7 +129,7 @@ def pooled(results: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def clear_top1(inputs: dict[str, Tensor | None], softcap: float | None) -> Tensor:
-    """[S,T]: where no rounding of float32 logits can change the most probable tokens."""
+    """Return where rounding of float32 logits cannot change the most probable tokens, [S,T]."""
     clear = []
     for hidden in (inputs["hidden_teacher"], inputs["hidden_students"]):
         exact = hidden.double() @ inputs["head"].double().T
@@ -172,7 +162,7 @@ def test_within_the_budget_of_the_oracle(case, device):
     deadline=None,
     derandomize=True,
     database=None,
-    phases=(Phase.explicit, Phase.generate),  # a smaller failing case would take an hour to find
+    phases=(Phase.explicit, Phase.generate),  # shrinking a failing case would take an hour
 )
 def test_triton_is_within_the_budget_of_the_oracle(case, logits_dtype, block, device):
     with pytest.MonkeyPatch.context() as patch:
@@ -180,13 +170,13 @@ def test_triton_is_within_the_budget_of_the_oracle(case, logits_dtype, block, de
         try:
             check(case, "triton", device, logits_dtype, fills=FILLS if device == "cuda" else 12)
         except AssertionError:
-            # Gradients of nearby distributions are what is left of a cancellation, so their largest
-            # errors vary several-fold from fill to fill: of ten times as many, luck is no excuse.
+            # Gradients of similar distributions result from cancellation, so their largest errors
+            # vary several-fold between fills. Ten times as many fills exclude chance.
             check(case, "triton", device, logits_dtype, fills=10 * FILLS)
 
 
 def set_block(patch: pytest.MonkeyPatch, columns: int | None) -> None:
-    """Of this size are Triton's blocks from now on."""
+    """Set the number of columns per block of the Triton kernels; None is the default."""
     from fastadapt.kernels.linear_kl.triton_kl import CONFIGURATIONS
 
     for dtype, shipped in CONFIGURATIONS.items():
@@ -201,7 +191,7 @@ def check(
     logits_dtype: torch.dtype | None = None,
     fills: int = FILLS,
 ) -> None:
-    """Outputs and gradients of all fills, against the oracle, with the reference as peer."""
+    """Compare outputs and gradients of all fills with the oracle; the reference is the peer."""
     peer_dtype = torch.float32 if case.dtype == torch.float64 else case.dtype
     inputs = [case.inputs(device, fill) for fill in range(fills)]
     oracle = pooled([run(i, case, "reference", torch.float64) for i in inputs])
@@ -282,7 +272,7 @@ def test_gradcheck(implementation, softcap):
 
 @pytest.mark.parametrize("implementation", ["reference", "chunked"])
 def test_gradcheck_of_the_head(implementation):
-    """With the teacher at 0 its distribution is uniform for every head: no part of the gradient."""
+    """A teacher at 0 has a uniform distribution for every head, without gradient."""
     teacher, students, head = example(T=4)
     assert torch.autograd.gradcheck(
         lambda w: (

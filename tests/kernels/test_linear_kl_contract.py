@@ -17,7 +17,7 @@ PROOF = bool(os.environ.get("FASTADAPT_PROOF"))
 IMPLEMENTATIONS = ("reference", "chunked", "triton")
 OP_IMPLEMENTATIONS = ("chunked", "triton")
 
-# Of numpy in the interpreter, where the kernels subtract two infinities.
+# numpy warns in the interpreter where kernels subtract two infinities.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning:triton")
 
 
@@ -111,8 +111,8 @@ def test_autocast_changes_nothing(implementation, device):
         (True, True, False, 1 + 3),
     ],
 )
-def test_flops_are_those_of_the_gradients_asked_for(students_grad, head_grad, grad_mode, products):
-    """At the shapes of a 7B model, on meta tensors: 2 T D V per product."""
+def test_flops_are_those_of_the_required_gradients(students_grad, head_grad, grad_mode, products):
+    """Shapes of a 7B model on meta tensors: 2 T D V per product."""
     from torch.utils.flop_counter import FlopCounterMode
 
     register_flop_formulas()
@@ -126,15 +126,14 @@ def test_flops_are_those_of_the_gradients_asked_for(students_grad, head_grad, gr
         ).kl
         if kl.requires_grad:
             kl.sum().backward()
-    weighted_sum = (
-        2 * 3 * V * D if head_grad and grad_mode else 0
-    )  # of the students' head gradients
+    # The students' head gradients are summed with weights.
+    weighted_sum = 2 * 3 * V * D if head_grad and grad_mode else 0
     assert counter.get_total_flops() == 2 * T * D * V * products + weighted_sum
 
 
 @pytest.mark.parametrize("wider", [False, True])
-def test_off_the_cpu_nothing_waits_for_the_device(monkeypatch, wider):
-    """Meta tensors refuse to be looked at. ``wider``: with the products that a GPU makes."""
+def test_no_synchronisation_off_the_cpu(monkeypatch, wider):
+    """Meta tensors raise when their values are read. ``wider`` uses a GPU's products."""
     if wider:
         monkeypatch.setattr(chunks, "_accumulates_wider", lambda head, *_: True)
 
@@ -163,22 +162,22 @@ def test_only_kl_carries_a_gradient():
 
 
 def peak_bytes(function: Any) -> int:
-    """Most bytes that the CPU allocator held at once on behalf of ``function``."""
+    """Return the peak of bytes that ``function`` allocated on the CPU."""
     with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         function()
     events = profile.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    held = peak = 0
+    allocated = peak = 0
     for _, change in changes:
-        held += change
-        peak = max(peak, held)
+        allocated += change
+        peak = max(peak, allocated)
     return peak
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("S", [1, 3])
 def test_peak_memory_is_two_chunks_of_logits(S, dtype):
-    """At V = 152,064 and six chunks: all logits of one stream would be three times the bound."""
+    """V = 152,064 and six chunks: all logits of one stream would take three times the bound."""
     T, D, V, chunk = 96, 8, 152_064, 16
     teacher, students, head = example(S, T, D, V, dtype)
     students.requires_grad_()
@@ -188,8 +187,8 @@ def test_peak_memory_is_two_chunks_of_logits(S, dtype):
 
     chunk_bytes = 4 * chunk * V
     peak = peak_bytes(step)
-    assert peak > 2 * chunk_bytes  # the measurement sees the chunks
-    # Above the two chunks: temporaries of a block of rows (2 MiB each), gradients, the hidden rows.
+    assert peak > 2 * chunk_bytes  # the measurement includes the chunks
+    # Beside the two chunks: temporaries of a block of rows (2 MiB each), gradients, hidden rows.
     small = 6 * 2**21 + 4 * students.numel() * students.element_size()
     assert peak <= 2 * chunk_bytes + small
     assert peak < 4 * T * V / 2

@@ -1,4 +1,4 @@
-"""linear_kl at the edges: what is not finite, weightless, empty or tied, and misuse."""
+"""linear_kl for non-finite values, zero weights, empty inputs and ties; errors for misuse."""
 
 import math
 
@@ -10,13 +10,13 @@ from fastadapt.kernels.linear_kl import linear_kl
 
 IMPLEMENTATIONS = ("reference", "chunked", "triton")
 
-# Of numpy in the interpreter, where the kernels subtract two infinities.
+# numpy warns in the interpreter where kernels subtract two infinities.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning:triton")
 
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The vocabularies here take Triton's kernels several blocks."""
+    """Make the small vocabularies of these tests span several blocks of the Triton kernels."""
     from fastadapt.kernels.linear_kl.triton_kl import CONFIGURATIONS
 
     for dtype, shipped in CONFIGURATIONS.items():
@@ -40,7 +40,7 @@ def example(
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("place", ["teacher", "student"])
-def test_a_token_that_is_not_finite_shows_and_stays_alone(implementation, value, place, device):
+def test_a_non_finite_token_affects_only_its_results(implementation, value, place, device):
     teacher, students, head = example(device)
     labels = torch.arange(11, device=device)
     clean = linear_kl(teacher, students, head, labels=labels, implementation=implementation)
@@ -61,7 +61,7 @@ def test_a_token_that_is_not_finite_shows_and_stays_alone(implementation, value,
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_tokens_of_weight_zero_take_no_part_but_are_computed(implementation, device):
+def test_tokens_of_weight_zero_give_no_gradient_but_token_results(implementation, device):
     teacher, students, head = example(device)
     mask = torch.arange(11, device=device) % 3 != 0
     everything = linear_kl(teacher, students, head, implementation=implementation)
@@ -79,7 +79,7 @@ def test_tokens_of_weight_zero_take_no_part_but_are_computed(implementation, dev
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_nothing_counted_is_zero_with_zero_gradient(implementation, device):
+def test_no_counted_token_gives_zero_and_zero_gradient(implementation, device):
     teacher, students, head = example(device)
     students.requires_grad_()
     head.requires_grad_()
@@ -92,8 +92,8 @@ def test_nothing_counted_is_zero_with_zero_gradient(implementation, device):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_impossible_tokens_of_the_teacher_count_nothing(implementation, device):
-    """An infinite row of the head: logit -inf where the hidden state is positive."""
+def test_tokens_of_probability_zero_count_as_zero(implementation, device):
+    """An infinite row of the head gives logit -inf where the hidden state is positive."""
     shapes = ((2, 1), (1, 2, 1), (3, 1))
     teacher, students, head = (torch.ones(shape, device=device) for shape in shapes)
     head[0] = 0
@@ -107,7 +107,7 @@ def test_impossible_tokens_of_the_teacher_count_nothing(implementation, device):
     torch.testing.assert_close(output.token_kl, torch.stack([expected * 0, expected])[None])
     reverse = linear_kl(-teacher, students, head, implementation=implementation)
     assert reverse.token_kl.isnan().all()  # +inf - inf in the teacher's softmax
-    head[1] = -200.0  # p = exp(-200) is 0 in float32, its logarithm is not
+    head[1] = -200.0  # p = exp(-200) is 0 in float32, but its logarithm is finite
     output = linear_kl(teacher, students, head, implementation=implementation)
     torch.testing.assert_close(output.token_kl, torch.stack([expected * 0, expected])[None])
 
@@ -126,7 +126,7 @@ def test_a_student_that_excludes_a_possible_token_is_infinitely_far(implementati
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_ties_go_to_the_lowest_index(implementation, device):
-    # 30 times the last row: ties also lie in different blocks of Triton's.
+    # The last row 30 times: ties also cross blocks of the Triton kernels.
     head = torch.tensor([[1.0], [2.0], [2.0], *[[0.0]] * 30, [2.0]], device=device)
     teacher = torch.tensor([[1.0], [1.0], [0.0]], device=device)
     students = torch.tensor([[[1.0], [-1.0], [0.0]]], device=device)
@@ -168,7 +168,7 @@ def test_no_token_gives_empty_results(implementation, device):
 
 
 @pytest.mark.parametrize("implementation", ["chunked", "triton"])
-def test_labels_outside_the_vocabulary_read_nothing_and_give_nan_where_looking_costs(
+def test_labels_outside_the_vocabulary_raise_on_a_cpu_and_give_nan_elsewhere(
     implementation, device, monkeypatch
 ):
     monkeypatch.setattr("fastadapt.kernels.linear_kl.chunks._check_labels", lambda *_: None)
@@ -248,7 +248,7 @@ def test_errors_name_argument_expected_and_got(change, error, message):
         )
 
 
-def test_triton_says_where_it_cannot_run(monkeypatch):
+def test_triton_raises_where_it_cannot_run(monkeypatch):
     teacher, students, head = example("cpu")
     with pytest.raises(ValueError, match="computes in float32, got float64"):
         linear_kl(teacher.double(), students.double(), head, implementation="triton")

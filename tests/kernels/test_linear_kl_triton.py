@@ -1,4 +1,4 @@
-"""linear_kl's Triton kernels by themselves: what the tests of the op, which run them too, miss."""
+"""linear_kl's Triton kernels alone, beyond the tests of the op that also run them."""
 
 import math
 import os
@@ -16,7 +16,7 @@ CUDA = torch.cuda.is_available()
 REPEATS = 250 if CUDA else 25 if os.environ.get("FASTADAPT_PROOF") else 4
 BLOCK = 16
 
-# Of numpy in the interpreter, where the kernels subtract two infinities.
+# numpy warns in the interpreter where kernels subtract two infinities.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning:triton")
 
 
@@ -34,15 +34,15 @@ def statistics(logits: Tensor, softcap: float | None = None) -> tuple[Tensor, ..
     return row_statistics(logits, softcap)
 
 
-def test_what_auto_means(monkeypatch):
+def test_auto_selects_an_implementation(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert package._chosen("auto", "cuda", torch.float32) == "triton"
-    assert package._chosen("auto", "cuda", torch.float64) == "chunked"
-    assert package._chosen("auto", "cpu", torch.float32) == "chunked"
-    assert package._chosen("auto", "meta", torch.float32) == "chunked"
+    assert package.resolve_implementation("auto", "cuda", torch.float32) == "triton"
+    assert package.resolve_implementation("auto", "cuda", torch.float64) == "chunked"
+    assert package.resolve_implementation("auto", "cpu", torch.float32) == "chunked"
+    assert package.resolve_implementation("auto", "meta", torch.float32) == "chunked"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert package._chosen("auto", "cpu", torch.float32) == "chunked"
-    assert package._chosen("triton", "cpu", torch.float32) == "triton"
+    assert package.resolve_implementation("auto", "cpu", torch.float32) == "chunked"
+    assert package.resolve_implementation("triton", "cpu", torch.float32) == "triton"
 
 
 @pytest.mark.parametrize("V", [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 61])
@@ -60,7 +60,7 @@ def test_statistics_of_rows(V, device):
 @pytest.mark.parametrize("fill", [0.0, -3e38, 3e38, -math.inf])
 @pytest.mark.usefixtures("_small_blocks")
 def test_the_first_of_equal_logits(fill, device):
-    """Wherever in its block, or in which block, a tie begins; whatever surrounds it."""
+    """Ties that start in any block, at any lane, among any other values."""
     rows = 3 * BLOCK + 5
     logits = torch.full((rows, rows), fill, device=device)
     columns = torch.arange(rows, device=device)
@@ -81,8 +81,8 @@ def test_rows_without_a_distribution_are_nan(device):
     assert log_total[3] == 0
 
 
-def test_the_softcap_is_accurate_near_zero_and_far_from_it(device):
-    """Relative to each value: two divisions of two units each, and what lies between them."""
+def test_the_softcap_is_accurate_for_small_and_large_logits(device):
+    """Relative error: two divisions of two units each, and the tanh between them."""
     size = torch.cat([torch.logspace(-30, -2, 200), torch.linspace(0.01, 12, 1500)])
     x = torch.cat([size, -size, torch.tensor([0.0, 0.625, 1e30, -1e30, math.inf, -math.inf])])
     x = x[:: 1 if device == "cuda" else 8].to(device)
@@ -98,7 +98,7 @@ def test_the_softcap_is_accurate_near_zero_and_far_from_it(device):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("distance", [1.0, 0.03])
 def test_gradient_of_logits_in_half_the_size(implementation, dtype, distance, device, monkeypatch):
-    """float32 logits of 16-bit inputs, as on a GPU; elsewhere with that product written out."""
+    """float32 logits of 16-bit inputs, as on a GPU; a CPU emulates the product."""
     if device != "cuda":
         monkeypatch.setattr(chunks, "_accumulates_wider", accumulates_wider)
         monkeypatch.setattr(torch, "mm", mm)
@@ -114,8 +114,8 @@ def test_gradient_of_logits_in_half_the_size(implementation, dtype, distance, de
         ("peer", dtype, "reference"),
         ("actual", dtype, implementation),
     ):
-        first, *rest = (t.to(dtype_) for t in streams)
-        leaves = [t.detach().requires_grad_() for t in rest]
+        first, *others = (t.to(dtype_) for t in streams)
+        leaves = [t.detach().requires_grad_() for t in others]
         output = linear_kl(
             first, *leaves, chunk_tokens=5, softcap=20.0, implementation=implementation_
         )

@@ -1,4 +1,4 @@
-"""The transcoder's values and gradients: against float64, by formula, at the edges."""
+"""The transcoder's values and gradients against float64 and the formula; special inputs; errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transcoder_cases import ACTIVATIONS, DTYPES, PLANS, Case, cases, draw_input
 from fastadapt.kernels.testing import assert_close
 from fastadapt.kernels.transcoder import CodeLayout, transcoder
 
-WAYS = [("reference", None), *(("sparse", plan) for plan in PLANS)]
+VARIANTS = [("reference", None), *(("sparse", plan) for plan in PLANS)]
 STATS = ("n_active", "feature_counts", "n_tokens", "min_active", "n_codes")
 
 
@@ -52,12 +52,12 @@ def test_sparse_keeps_the_budget(case: Case) -> None:
 def by_formula(
     x_STD: Tensor, W_enc: Tensor, b_enc: Tensor, activation: str, **arguments: Any
 ) -> list[list[list[float]]]:
-    """a, by loops over rows, tokens and features."""
+    """Compute a with loops over rows, tokens and features."""
     z = [
         [[float(w @ t) + float(b) for w, b in zip(W_enc, b_enc, strict=True)] for t in row]
         for row in x_STD
     ]
-    kept: list[list[list[float]]] = []
+    a_STF: list[list[list[float]]] = []
     for row in z:
         a = [[max(v, 0.0) for v in token] for token in row]
         if activation == "jumprelu":
@@ -74,8 +74,8 @@ def by_formula(
                 [v if (t, i) in best_places else 0.0 for i, v in enumerate(token)]
                 for t, token in enumerate(a)
             ]
-        kept.append(a)
-    return kept
+        a_STF.append(a)
+    return a_STF
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -87,7 +87,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def small(activation: str, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Float64 leaves of S=2, T=5, d_in=3, d_out=4, F=6, and the activation's arguments."""
+    """Return float64 leaves (S=2, T=5, d_in=3, d_out=4, F=6) and the activation's arguments."""
     torch.manual_seed(seed)
     leaves = {
         "x": torch.randn(2, 5, 3, dtype=torch.float64),
@@ -103,7 +103,7 @@ def small(activation: str, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, 
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize(("implementation", "plan"), WAYS)
+@pytest.mark.parametrize(("implementation", "plan"), VARIANTS)
 def test_forward_by_formula(activation: str, implementation: str, plan: CodeLayout | None) -> None:
     leaves, arguments = small(activation)
     weight = torch.rand(2, 5) + 0.1
@@ -134,7 +134,7 @@ def test_forward_by_formula(activation: str, implementation: str, plan: CodeLayo
 
 
 def away_from_kinks(activation: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Inputs whose code pattern no step of the difference quotient changes."""
+    """Return inputs whose active entries do not change within the difference quotient."""
     for seed in range(100):
         leaves, arguments = small(activation, seed)
         z = leaves["x"] @ leaves["W_enc"].T + leaves["b_enc"]
@@ -149,7 +149,7 @@ def away_from_kinks(activation: str) -> tuple[dict[str, Tensor], dict[str, Any]]
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize(("implementation", "plan"), WAYS)
+@pytest.mark.parametrize(("implementation", "plan"), VARIANTS)
 def test_gradcheck(activation: str, implementation: str, plan: CodeLayout | None) -> None:
     leaves, arguments = away_from_kinks(activation)
     padding = torch.zeros(2, 5, dtype=torch.bool)
@@ -172,10 +172,8 @@ def test_gradcheck(activation: str, implementation: str, plan: CodeLayout | None
     assert torch.autograd.gradcheck(function, inputs, eps=1e-6, atol=1e-7, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("implementation", "plan"), WAYS)
-def test_theta_gets_the_straight_through_gradient(
-    implementation: str, plan: CodeLayout | None
-) -> None:
+@pytest.mark.parametrize(("implementation", "plan"), VARIANTS)
+def test_straight_through_gradient_of_theta(implementation: str, plan: CodeLayout | None) -> None:
     leaves, arguments = small("jumprelu")
     leaves["threshold"].requires_grad_()
     arguments["bandwidth"] = 1.0
@@ -200,7 +198,7 @@ def test_theta_gets_the_straight_through_gradient(
     torch.testing.assert_close(leaves["threshold"].grad, expected)
 
 
-@pytest.mark.parametrize(("implementation", "plan"), WAYS)
+@pytest.mark.parametrize(("implementation", "plan"), VARIANTS)
 def test_non_finite_and_tiny_values(implementation: str, plan: CodeLayout | None) -> None:
     values = [math.nan, math.inf, -math.inf, -0.0, 0.0, 1e-40, 1.0, 1.0, 2.0, -1.0]
     active = {
@@ -208,7 +206,7 @@ def test_non_finite_and_tiny_values(implementation: str, plan: CodeLayout | None
         1: [0],
         2: [0, 1],
         3: [0, 1, 8],
-        4: [0, 1, 6, 8],  # of two equal ones, the lower index
+        4: [0, 1, 6, 8],  # of two equal values, the lower index
         10: [0, 1, 5, 6, 7, 8],
     }
     for k, expected in active.items():
@@ -228,7 +226,7 @@ def test_non_finite_and_tiny_values(implementation: str, plan: CodeLayout | None
         assert result.penalty.isnan()
 
 
-@pytest.mark.parametrize(("implementation", "plan"), WAYS)
+@pytest.mark.parametrize(("implementation", "plan"), VARIANTS)
 def test_infinity_reaches_the_output(implementation: str, plan: CodeLayout | None) -> None:
     result = transcoder(
         torch.zeros(1, 1),
@@ -243,10 +241,10 @@ def test_infinity_reaches_the_output(implementation: str, plan: CodeLayout | Non
     assert result.stats.fired.tolist() == [True, False]
 
 
-@pytest.mark.parametrize(("implementation", "plan"), WAYS)
+@pytest.mark.parametrize(("implementation", "plan"), VARIANTS)
 def test_batch_topk_ranks_each_row_alone(implementation: str, plan: CodeLayout | None) -> None:
     leaves, _ = small("batch_topk")
-    leaves["x"][1] *= 10  # this row would take every place
+    leaves["x"][1] *= 10  # in a joint ranking, this row would have all codes
     padding = torch.zeros(2, 5, dtype=torch.bool)
     padding[0, 1:3] = True
     both = {"activation": "batch_topk", "k": 0.7, "implementation": implementation, "plan": plan}
@@ -259,9 +257,9 @@ def test_batch_topk_ranks_each_row_alone(implementation: str, plan: CodeLayout |
         assert alone.stats.n_tokens == n_tokens
 
 
-@pytest.mark.parametrize(("implementation", "plan"), WAYS)
+@pytest.mark.parametrize(("implementation", "plan"), VARIANTS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_padding_has_no_code_whatever_it_holds(
+def test_padding_has_no_code_for_any_value(
     activation: str, implementation: str, plan: CodeLayout | None
 ) -> None:
     leaves, arguments = small(activation)
@@ -286,7 +284,7 @@ def test_padding_has_no_code_whatever_it_holds(
     assert result.stats.n_tokens == 6
 
 
-def test_more_features_than_16_bits_count() -> None:
+def test_more_features_than_16_bits_can_index() -> None:
     torch.manual_seed(0)
     F = 65_537
     b_enc = torch.full((F,), -10.0)
@@ -308,7 +306,7 @@ def test_more_features_than_16_bits_count() -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.01, 0.03, 0.06, 0.5, 1.0])
-def test_exact_on_both_sides_of_the_switch(share: float) -> None:
+def test_exact_with_codes_and_with_dense_products(share: float) -> None:
     torch.manual_seed(0)
     T, D, F = 96, 16, 256
     x, W_enc = torch.randn(T, D), torch.randn(F, D)
@@ -335,7 +333,7 @@ def test_features_that_fire_on_most_tokens(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     T, D, F = 2000, 8, 40
     b_enc = torch.full((F,), -6.0)
-    b_enc[::9] = 6.0  # long sums, which must not lose digits
+    b_enc[::9] = 6.0  # long sums, which must stay accurate
     b_enc[3] = -0.0
     leaves = {
         "x": torch.randn(T, D) + 1,
@@ -357,7 +355,7 @@ def test_features_that_fire_on_most_tokens(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("lead", [(), (5,), (0,), (2, 5), (2, 3, 5), (2, 0, 5), (1, 2, 3, 5)])
 @pytest.mark.parametrize("implementation", ["reference", "sparse"])
-def test_any_leading_shape_is_rows_of_tokens(implementation: str, lead: tuple[int, ...]) -> None:
+def test_any_leading_shape(implementation: str, lead: tuple[int, ...]) -> None:
     leaves, _ = small("batch_topk")
     d_in, d_out = leaves["x"].shape[-1], leaves["W_dec"].shape[1]
     by_token = {
@@ -366,11 +364,15 @@ def test_any_leading_shape_is_rows_of_tokens(implementation: str, lead: tuple[in
         "mask": torch.rand(lead),
         "padding": torch.rand(lead) < 0.3,
     }
-    how: dict[str, Any] = {"activation": "batch_topk", "k": 1.5, "implementation": implementation}
-    result = transcoder(**leaves | by_token, **how, return_codes=True)
+    options: dict[str, Any] = {
+        "activation": "batch_topk",
+        "k": 1.5,
+        "implementation": implementation,
+    }
+    result = transcoder(**leaves | by_token, **options, return_codes=True)
     S, T = math.prod(lead[:-1]), lead[-1] if lead else 1
     rows = {name: t.reshape(S, T, *t.shape[len(lead) :]) for name, t in by_token.items()}
-    expected = transcoder(**leaves | rows, **how, return_codes=True)
+    expected = transcoder(**leaves | rows, **options, return_codes=True)
     assert result.out.shape == (*lead, d_out)
     assert torch.equal(result.out.reshape(S, T, d_out), expected.out)
     assert torch.equal(result.penalty, expected.penalty)
@@ -432,11 +434,11 @@ def wrong(**changes: Any) -> dict[str, Any]:
         ({"implementation": "cuda"}, "implementation must be one of .*got 'cuda'"),
         (
             {"b_enc": torch.ones(6), "plan": CodeLayout(False, 29)},
-            "plan.capacity must hold every code; got 29 for 30 codes; raise it",
+            "plan.capacity must be at least the number of codes, 30; got 29; raise it",
         ),
     ],
 )
-def test_misuse_gets_one_clear_error(changes: dict[str, Any], message: str) -> None:
+def test_misuse_raises_one_clear_error(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"transcoder: {message}"):
         transcoder(**wrong(**changes))
 

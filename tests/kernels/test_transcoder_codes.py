@@ -1,4 +1,4 @@
-"""The sparse codes that the op hands out: what is active, from every implementation."""
+"""The codes that the op returns are the active entries, in every implementation."""
 
 from __future__ import annotations
 
@@ -53,29 +53,31 @@ def dense(codes: SparseCodes, n_tokens: int, n_features: int) -> Tensor:
     return a
 
 
-def identity(given: dict[str, Any], **how: Any) -> Tensor:
-    """The dense a: what the decoder makes of it when it is the identity."""
-    eye = torch.eye(len(given["b_enc"]), dtype=given["x"].dtype, device=given["x"].device)
+def identity(tensors: dict[str, Any], **options: Any) -> Tensor:
+    """Return the dense a: the output of an identity decoder."""
+    eye = torch.eye(len(tensors["b_enc"]), dtype=tensors["x"].dtype, device=tensors["x"].device)
     with torch.no_grad():
-        return transcoder(**{**given, "W_dec": eye, "b_dec": eye[0] * 0}, **how).out.flatten(0, -2)
+        return transcoder(**{**tensors, "W_dec": eye, "b_dec": eye[0] * 0}, **options).out.flatten(
+            0, -2
+        )
 
 
-def check(given: dict[str, Any], codes: SparseCodes, a: Tensor) -> None:
-    """In order, each once, none inactive or on padding, and the very values."""
+def check(tensors: dict[str, Any], codes: SparseCodes, a: Tensor) -> None:
+    """Check order, uniqueness and values of codes; none is inactive or on padding."""
     n_tokens, n_features = a.shape
     assert codes.tokens.dtype == codes.features.dtype == torch.int64
-    assert codes.values.dtype == given["x"].dtype
+    assert codes.values.dtype == tensors["x"].dtype
     assert not codes.values.requires_grad
-    place = codes.tokens * n_features + codes.features
-    assert (place.diff() > 0).all()
+    index = codes.tokens * n_features + codes.features
+    assert (index.diff() > 0).all()
     assert (codes.values != 0).all()
     torch.testing.assert_close(dense(codes, n_tokens, n_features), a, rtol=0, atol=0)
-    if "padding" in given:
-        assert not given["padding"].flatten()[codes.tokens].any()
+    if "padding" in tensors:
+        assert not tensors["padding"].flatten()[codes.tokens].any()
 
 
-#: All of the CPU's; of Triton's, interpreted where there is no GPU and then slow, one of each kind.
-WAYS: list[tuple[str, str, CodeLayout | None]] = [
+#: All variants of the CPU, and one per activation of Triton, whose interpreter is slow.
+VARIANTS: list[tuple[str, str, CodeLayout | None]] = [
     *(("reference", activation, None) for activation in SETTINGS),
     *(("sparse", activation, plan) for activation in SETTINGS for plan in PLANS),
     ("triton", "relu", CodeLayout(dense=False, capacity=4000)),
@@ -86,44 +88,44 @@ WAYS: list[tuple[str, str, CodeLayout | None]] = [
 ]
 
 
-@pytest.mark.parametrize(("implementation", "activation", "plan"), WAYS)
-def test_codes_are_what_is_active(
+@pytest.mark.parametrize(("implementation", "activation", "plan"), VARIANTS)
+def test_codes_are_the_active_entries(
     implementation: str, activation: str, plan: CodeLayout | None
 ) -> None:
-    given = inputs(activation, TRITON_DEVICE if implementation.startswith("triton") else "cpu")
-    how = {"implementation": implementation, "plan": plan}
-    result = transcoder(**given, return_codes=True, **how)
-    without = transcoder(**given, **how)
+    tensors = inputs(activation, TRITON_DEVICE if implementation.startswith("triton") else "cpu")
+    options = {"implementation": implementation, "plan": plan}
+    result = transcoder(**tensors, return_codes=True, **options)
+    without = transcoder(**tensors, **options)
     assert torch.equal(result.out, without.out)
     assert without.codes is None
     assert result.codes is not None
-    check(given, result.codes, identity(given, **how))
+    check(tensors, result.codes, identity(tensors, **options))
     assert len(result.codes.values) == result.stats.n_active > 0
 
 
 @given(case=cases(DTYPES))
 def test_codes_of_any_call(case: Case) -> None:
     leaves, arguments, _, _ = draw_inputs(case)
-    given_ = {**leaves, **arguments}
+    named = {**leaves, **arguments}
     for implementation, plan in (("reference", None), ("sparse", case.plan)):
-        how: dict[str, Any] = {"implementation": implementation, "plan": plan}
-        result = transcoder(**given_, return_codes=True, **how)
+        options: dict[str, Any] = {"implementation": implementation, "plan": plan}
+        result = transcoder(**named, return_codes=True, **options)
         assert result.codes is not None
-        alike = {key: value for key, value in given_.items() if key != "residual"}
-        a = identity(alike, **how) if case.F else None
+        alike = {key: value for key, value in named.items() if key != "residual"}
+        a = identity(alike, **options) if case.F else None
         if a is not None:
-            check(given_, result.codes, a)
+            check(named, result.codes, a)
         if not case.masked:
             assert len(result.codes.values) == result.stats.n_active
 
 
-def test_codes_come_without_gradient_beside_one_that_has() -> None:
-    given = inputs("relu", "cpu")
-    given["W_dec"].requires_grad_()
-    given["W_enc"].requires_grad_()
-    result = transcoder(**given, return_codes=True)
+def test_codes_have_no_gradient_but_the_output_has() -> None:
+    tensors = inputs("relu", "cpu")
+    tensors["W_dec"].requires_grad_()
+    tensors["W_enc"].requires_grad_()
+    result = transcoder(**tensors, return_codes=True)
     result.out.sum().backward()
-    assert given["W_enc"].grad is not None
+    assert tensors["W_enc"].grad is not None
     assert result.codes is not None
     assert not any(tensor.requires_grad for tensor in result.codes)
 
@@ -131,22 +133,22 @@ def test_codes_come_without_gradient_beside_one_that_has() -> None:
 @pytest.mark.skipif(
     torch.__version__ < (2, 12), reason="torch 2.11 breaks off in the call, and cannot go on"
 )
-def test_a_compiled_call_hands_them_out() -> None:
+def test_a_compiled_call_returns_codes() -> None:
     torch._dynamo.reset()
-    given = inputs("relu", "cpu")
+    tensors = inputs("relu", "cpu")
 
     @torch.compile(backend="aot_eager", dynamic=True)
     def compiled(x: Tensor) -> TranscoderOutput:
-        return transcoder(**{**given, "x": x}, return_codes=True, plan=CodeLayout(dense=False))
+        return transcoder(**{**tensors, "x": x}, return_codes=True, plan=CodeLayout(dense=False))
 
     with torch.no_grad():
-        actual = compiled(given["x"])
+        actual = compiled(tensors["x"])
     wide = {
         key: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-        for key, value in given.items()
+        for key, value in tensors.items()
     }
     oracle = transcoder(**wide, return_codes=True, implementation="reference")
-    peer = transcoder(**given, return_codes=True, implementation="reference")
+    peer = transcoder(**tensors, return_codes=True, implementation="reference")
     assert_close(actual.out, oracle.out, peer.out)
     assert actual.codes is not None
     assert oracle.codes is not None
@@ -159,8 +161,8 @@ def test_a_compiled_call_hands_them_out() -> None:
 
 SHARES: list[Any] = [
     *(
-        (how, k, n)
-        for how in ("reference", "sparse")
+        (implementation, k, n)
+        for implementation in ("reference", "sparse")
         for k in (0.1, 0.29, 0.57, 0.58, 1.1, 1.15, 2.3)
         for n in (10, 100, 700)
     ),
@@ -171,10 +173,8 @@ SHARES: list[Any] = [
 
 @pytest.mark.parametrize(("implementation", "k", "n_tokens"), SHARES)
 @pytest.mark.parametrize("padded", [False, True])
-def test_a_fraction_of_the_tokens_is_that_of_the_number_typed(
-    implementation: str, padded: bool, n_tokens: int, k: float
-) -> None:
-    """0.29 * 100 is 28.999999999999996 in floats; 29 codes were asked for."""
+def test_a_decimal_k_is_exact(implementation: str, padded: bool, n_tokens: int, k: float) -> None:
+    """In floats 0.29 * 100 is 28.999999999999996; 29 codes are expected."""
     device = TRITON_DEVICE if implementation == "triton" else "cpu"
     total = n_tokens + 3 if padded else n_tokens
     padding = torch.arange(total, device=device) >= n_tokens if padded else None
@@ -207,7 +207,7 @@ def test_a_fraction_of_the_tokens_is_that_of_the_number_typed(
 def test_a_penalty_raises_a_threshold_on_either_side_of_zero(
     implementation: str, theta: float
 ) -> None:
-    """Below 0 the threshold acts as 0, and its gradient brings it back."""
+    """A threshold below 0 acts as 0, and its gradient raises the threshold."""
     device = TRITON_DEVICE if implementation == "triton" else "cpu"
     x = torch.randn(400, 1, generator=torch.Generator().manual_seed(0)).to(device)
     one, zero = torch.ones(1, 1, device=device), torch.zeros(1, device=device)

@@ -1,4 +1,4 @@
-"""The transcoder as registered ops: compilers, counters, checkpointing, determinism, memory."""
+"""The transcoder's registered ops: compilation, FLOPs, checkpointing, determinism, memory."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ PLANS = [
 S, T, D, E, F = 2, 17, 12, 10, 64
 NAMES = ["x", "W_enc", "b_enc", "W_dec", "b_dec", "residual", "threshold"]
 SPARSE = CodeLayout(dense=False, capacity=2000)
-#: (implementation, activation, plan): all of the CPU's, and of Triton's those that differ most.
-WAYS: list[Any] = [("sparse", activation, plan) for activation in SETTINGS for plan in PLANS]
-WAYS += [
+#: (implementation, activation, plan): all variants of the CPU, and the most different of Triton.
+VARIANTS: list[Any] = [("sparse", activation, plan) for activation in SETTINGS for plan in PLANS]
+VARIANTS += [
     ("triton", "relu", SPARSE),
     *(
-        pytest.param(*way, marks=SLOW_INTERPRETED)
-        for way in [
+        pytest.param(*variant, marks=SLOW_INTERPRETED)
+        for variant in [
             ("triton", "jumprelu", SPARSE),
             ("triton", "jumprelu", CodeLayout(dense=True)),
             ("triton", "topk", None),
@@ -58,14 +58,14 @@ WAYS += [
 
 
 def place(implementation: str) -> str:
-    """The device on which an implementation is tested."""
+    """Return the device on which an implementation is tested."""
     return TRITON_DEVICE if implementation.startswith("triton") else "cpu"
 
 
 def leaves(
     activation: str = "relu", *, seed: int = 0, tokens: int = T, device: str = "cpu"
 ) -> list[Tensor]:
-    """x, W_enc, b_enc, W_dec, b_dec, residual and, for jumprelu, the threshold."""
+    """Return x, W_enc, b_enc, W_dec, b_dec, residual and, for jumprelu, the threshold."""
     torch.manual_seed(seed)
     shapes = [(S, tokens, D), (F, D), (F,), (F, E), (E,), (S, tokens, E)]
     tensors = [torch.randn(shape) for shape in shapes]
@@ -87,7 +87,7 @@ def backward(result: TranscoderOutput, tensors: list[Tensor], **kwargs: Any) -> 
 
 
 class CallCounter(TorchDispatchMode):
-    """How often each op runs."""
+    """Count the calls of each op."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,16 +98,17 @@ class CallCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("implementation", "activation", "plan"), WAYS)
-def test_checkpointing_keeps_the_codes(
+@pytest.mark.parametrize(("implementation", "activation", "plan"), VARIANTS)
+def test_checkpointing_saves_the_codes(
     implementation: str, activation: str, plan: CodeLayout | None
 ) -> None:
     tensors = leaves(activation, device=place(implementation))
     context_fn = functools.partial(create_selective_checkpoint_contexts, SAVED_OPS)
 
     def block(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        given = [inputs[0].sin(), *inputs[1:]]
-        result = call(given, activation, plan=plan, implementation=implementation)
+        result = call(
+            [inputs[0].sin(), *inputs[1:]], activation, plan=plan, implementation=implementation
+        )
         return result.out.tanh(), result.penalty, result.stats.n_active
 
     gradients, counts = [], []
@@ -157,7 +158,7 @@ def test_decode_saves_neither_output_nor_residual() -> None:
     assert tensors[5].untyped_storage().data_ptr() not in saved
 
 
-@pytest.mark.parametrize(("implementation", "activation", "plan"), WAYS)
+@pytest.mark.parametrize(("implementation", "activation", "plan"), VARIANTS)
 def test_repeated_backward_and_each_output_alone(
     implementation: str, activation: str, plan: CodeLayout | None
 ) -> None:
@@ -198,7 +199,7 @@ def test_same_inputs_same_bits(activation: str, dense: bool) -> None:
     tokens, features, width = 130, 256, 40
     shapes = [(2, tokens, width), (features, width), (features,), (features, width), (width,)]
     tensors = [torch.randn(shape) for shape in shapes] + [torch.randn(2, tokens, width)]
-    tensors[2] -= 10  # a few hundred codes a feature, and some features that fire on most tokens
+    tensors[2] -= 10  # a few hundred codes per feature; several features fire on most tokens
     tensors[2][:8] += 12
     if activation == "jumprelu":
         tensors.append(torch.rand(features) + 0.2)
@@ -212,7 +213,7 @@ def test_same_inputs_same_bits(activation: str, dense: bool) -> None:
             assert torch.equal(a, b), name
 
 
-@pytest.mark.parametrize(("implementation", "activation", "plan"), WAYS)
+@pytest.mark.parametrize(("implementation", "activation", "plan"), VARIANTS)
 def test_opcheck(implementation: str, activation: str, plan: CodeLayout | None) -> None:
     device = place(implementation)
     tensors = leaves(activation, tokens=5, device=device)
@@ -255,14 +256,14 @@ def test_fake_tensors_have_the_shapes_of_real_ones() -> None:
     with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True):
         for plan in PLANS:
             fake = call([torch.empty(t.shape, requires_grad=True) for t in leaves()], plan=plan)
-            for one, two in zip((*fake[:2], *fake.stats), (*real[:2], *real.stats), strict=True):
-                assert one.shape == two.shape
-                assert one.dtype == two.dtype
+            for a, b in zip((*fake[:2], *fake.stats), (*real[:2], *real.stats), strict=True):
+                assert a.shape == b.shape
+                assert a.dtype == b.dtype
 
 
 @pytest.mark.parametrize("plan", [CodeLayout(dense=True), CodeLayout(dense=False, capacity=500)])
 def test_flops_on_the_meta_device(plan: CodeLayout) -> None:
-    tokens, width, features = 7_500, 3_584, 8_192  # the 7B pair's shapes: no memory is touched
+    tokens, width, features = 7_500, 3_584, 8_192  # shapes of the 7B pair, without memory
     with torch.device("meta"):
         x = torch.empty(1, tokens, width, requires_grad=True)
         W_enc, W_dec = (torch.empty(features, width, requires_grad=True) for _ in range(2))
@@ -276,7 +277,7 @@ def test_flops_on_the_meta_device(plan: CodeLayout) -> None:
 
 
 def test_backward_on_codes_is_cheap() -> None:
-    """At L0 10 of the 7B pair: products of the backward pass, by the ops' own formulas."""
+    """FLOPs of the backward pass at an L0 of 10 in the 7B pair, by the ops' formulas."""
     tokens, width, features, l0 = 7_500, 3_584, 8_192, 10
     flops = {}
     for plan in (CodeLayout(dense=True), CodeLayout(dense=False, capacity=l0 * tokens)):
@@ -292,15 +293,15 @@ def test_backward_on_codes_is_cheap() -> None:
     assert flops[False] < 0.03 * flops[True]
 
 
-def test_nothing_of_every_token_and_feature_is_kept() -> None:
+def test_no_dense_tensor_is_saved() -> None:
     tensors = leaves(device=place("triton"))
-    kept: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, id):
+    sizes: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, id):
         call(tensors, implementation="triton", plan=SPARSE)
-    assert max(kept) <= 2000 < S * T * F
+    assert max(sizes) <= 2000 < S * T * F
 
 
-def test_frozen_weights_get_no_gradient_work() -> None:
+def test_frozen_weights_cost_no_gradient_products() -> None:
     tensors = leaves()
     result_flops = {}
     n_codes = int(call(tensors).stats.n_active)
@@ -334,17 +335,19 @@ def test_frozen_weights_get_no_gradient_work() -> None:
         pytest.param("triton", "relu", SPARSE, marks=SLOW_INTERPRETED),
     ],
 )
-def test_compiles_whole(implementation: str, activation: str, plan: CodeLayout | None) -> None:
+def test_compiles_into_one_graph(
+    implementation: str, activation: str, plan: CodeLayout | None
+) -> None:
     torch._dynamo.reset()
-    how: dict[str, Any] = {"implementation": implementation, "plan": plan}
+    options: dict[str, Any] = {"implementation": implementation, "plan": plan}
 
     @torch.compile(backend="aot_eager", fullgraph=True, dynamic=True)
     def compiled(*inputs: Tensor) -> TranscoderOutput:
-        return call(list(inputs), activation, **how)
+        return call(list(inputs), activation, **options)
 
     for tokens in (T, T + 3, T + 16):
         tensors = leaves(activation, tokens=tokens, device=place(implementation))
-        eager, result = call(tensors, activation, **how), compiled(*tensors)
+        eager, result = call(tensors, activation, **options), compiled(*tensors)
         for a, b in zip((*eager[:2], *eager.stats), (*result[:2], *result.stats), strict=True):
             assert torch.equal(a, b) or (a.isnan() & b.isnan()).all()
         for name, a, b in zip(
@@ -355,7 +358,7 @@ def test_compiles_whole(implementation: str, activation: str, plan: CodeLayout |
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch's own
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # raised inside torch
 def test_compiles_with_inductor() -> None:
     torch._dynamo.reset()
     tensors = leaves()

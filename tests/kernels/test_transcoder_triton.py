@@ -1,6 +1,6 @@
-"""The transcoder's Triton kernels: against float64, at the edges, bit for bit.
+"""The transcoder's Triton kernels: accuracy against float64, special inputs, determinism.
 
-On a GPU where there is one, else in Triton's interpreter (``tests/conftest.py``).
+Kernels run on a GPU if available, else in Triton's interpreter (``tests/conftest.py``).
 """
 
 from __future__ import annotations
@@ -39,27 +39,26 @@ from fastadapt.kernels.transcoder.codes import sparse_codes
 
 PROOF = os.environ.get("FASTADAPT_PROOF") == "1"
 IMPLEMENTATIONS = ["triton", "triton_fused"]
-#: (implementation, whether to take the paths of few tokens where there are few)
-WAYS = [("triton", False), ("triton", True), ("triton_fused", False)]
-EXAMPLES = 70 if PROOF else 6  # of each way
+#: (implementation, whether to use the paths for few tokens)
+VARIANTS = [("triton", False), ("triton", True), ("triton_fused", False)]
+EXAMPLES = 70 if PROOF else 6  # per variant
 SPARSE, DENSE = CodeLayout(dense=False), CodeLayout(dense=True)
 EXACT = {"rtol": 0, "atol": 0}
 
 
-def codes_of(leaves: dict[str, Tensor], arguments: dict[str, Any], **how: Any) -> Tensor:
-    """The codes as a dense a: what the decoder makes of them when it is the identity."""
+def codes_of(leaves: dict[str, Tensor], arguments: dict[str, Any], **options: Any) -> Tensor:
+    """Return the codes as a dense a: the output of an identity decoder."""
     F = len(leaves["b_enc"])
     encoder = {name: leaves[name] for name in ("x", "W_enc", "b_enc")}
     eye = torch.eye(F, dtype=encoder["x"].dtype, device=encoder["x"].device)
     threshold = {"threshold": leaves["threshold"]} if "threshold" in leaves else {}
     with torch.no_grad():
-        return transcoder(**encoder, W_dec=eye, b_dec=eye[0] * 0, **threshold, **arguments, **how)[
-            0
-        ]
+        decoder = {"W_dec": eye, "b_dec": eye[0] * 0}
+        return transcoder(**encoder, **decoder, **threshold, **arguments, **options).out
 
 
 def assert_penalty(result: TranscoderOutput, a: Tensor, W_dec: Tensor, mask: Tensor | None) -> None:
-    """Against float64, of the very codes: in 16 bits their rounding would hide everything else."""
+    """Compare with float64 on the same codes, whose 16-bit rounding would hide other errors."""
 
     def penalty(dtype: torch.dtype) -> Tensor:
         costs = a.to(dtype) @ torch.linalg.vector_norm(W_dec.to(dtype), dim=-1)
@@ -69,11 +68,11 @@ def assert_penalty(result: TranscoderOutput, a: Tensor, W_dec: Tensor, mask: Ten
     assert_close(result.penalty, penalty(torch.float64), penalty(torch.float32), name="penalty")
 
 
-@pytest.mark.parametrize(("implementation", "few"), WAYS)
+@pytest.mark.parametrize(("implementation", "few"), VARIANTS)
 @settings(
     max_examples=EXAMPLES,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-    phases=[Phase.explicit, Phase.generate],  # to shrink a failure takes the interpreter minutes
+    phases=[Phase.explicit, Phase.generate],  # shrinking takes minutes in the interpreter
 )
 @given(case=cases(TRITON_DTYPES, TRITON_SIZES))
 def test_kernels_keep_the_budget(implementation: str, few: bool, case: Case) -> None:
@@ -88,14 +87,14 @@ def test_kernels_keep_the_budget(implementation: str, few: bool, case: Case) -> 
 def keep_the_budget(implementation: str, case: Case) -> None:
     leaves, arguments, cotangent, c = draw_inputs(case, TRITON_DEVICE)
     before = {name: leaf.clone() for name, leaf in leaves.items()}
-    how = {"implementation": implementation, "plan": case.plan}
+    options = {"implementation": implementation, "plan": case.plan}
     torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN
     try:
         args = (leaves, arguments, cotangent, c)
-        actual = run(*args, dtype=case.dtype, **how)
+        actual = run(*args, dtype=case.dtype, **options)
         oracle = run(*args, dtype=torch.float64, implementation="reference")
         peer = run(*args, dtype=case.dtype, implementation="reference")
-        a = codes_of(leaves, arguments, **how) if case.F else leaves["x"].new_zeros(0)
+        a = codes_of(leaves, arguments, **options) if case.F else leaves["x"].new_zeros(0)
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -120,8 +119,8 @@ def keep_the_budget(implementation: str, case: Case) -> None:
             torch.testing.assert_close(result.stats.min_active, mean, equal_nan=True)
     assert torch.equal(result.stats.n_tokens, oracle[0].stats.n_tokens)
 
-    # Rounding may move an entry across the cut. Where it has, the oracle's gradient is that of
-    # other codes, and so is the peer's; elsewhere all of them are compared.
+    # Rounding can move an entry across the cut. The oracle's or the peer's gradients then belong to
+    # other codes; they are compared only if the codes are equal.
     same = all(
         torch.equal(result.stats.feature_counts, other[0].stats.feature_counts)
         and torch.equal(result.stats.n_codes, other[0].stats.n_codes)
@@ -138,7 +137,7 @@ def keep_the_budget(implementation: str, case: Case) -> None:
 def inputs(
     T: int = 17, D: int = 24, E: int = 20, F: int = 64, shift: float = -1.0, **changes: Tensor
 ) -> dict[str, Tensor]:
-    """Leaves in fp32 on the device, by name."""
+    """Return fp32 leaves on the device, by name."""
     leaves = {
         "x": torch.randn(T, D),
         "W_enc": torch.randn(F, D) / D**0.5,
@@ -154,7 +153,7 @@ def inputs(
 def compare(
     leaves: dict[str, Tensor], implementation: str, plan: CodeLayout | None, **more: Any
 ) -> Any:
-    """Asserts outputs and gradients against float64; returns the statistics."""
+    """Compare outputs and gradients with float64; return the statistics."""
     g = torch.randn_like(leaves["residual"])
     args = (leaves, more, g, torch.tensor(0.7, device=g.device))
     actual = run(*args, dtype=torch.float32, implementation=implementation, plan=plan)
@@ -175,7 +174,7 @@ def compare(
 def test_nothing_is_truncated(implementation: str, plan: CodeLayout | None) -> None:
     T, F = 20, 80
     b_enc = torch.full((F,), -100.0)
-    b_enc[32:64] = 100.0  # a whole word of a tile, on every token
+    b_enc[32:64] = 100.0  # one word of a tile, active on every token
     x = torch.randn(T, 24)
     x[7] = 1000 * torch.ones(24)  # a token on which every feature is active
     W_enc = torch.rand(F, 24)
@@ -189,17 +188,17 @@ def test_features_of_many_pieces(implementation: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(triton_sums, "PIECE", 16)
     b_enc = torch.full((40,), -100.0)
     b_enc[[0, 13, 39]] = 100.0
-    b_enc[20:25] = torch.tensor([-0.2, 0.0, 0.2, 0.4, 0.6])  # about as many as fill a few pieces
+    b_enc[20:25] = torch.tensor([-0.2, 0.0, 0.2, 0.4, 0.6])  # codes for a few pieces
     leaves = inputs(T=65, D=8, E=8, F=40, b_enc=b_enc)
     stats = compare(leaves, implementation, SPARSE)
     assert stats.feature_counts[[0, 13, 39]].tolist() == [65] * 3
 
 
 COMBINATIONS = [
-    (activation, plan, *way)
+    (activation, plan, *variant)
     for activation in ("relu", "topk", "batch_topk", "jumprelu", "threshold")
     for plan in (SPARSE, DENSE)
-    for way in WAYS
+    for variant in VARIANTS
 ]
 
 
@@ -210,7 +209,7 @@ COMBINATIONS = [
         for i, case in enumerate(COMBINATIONS)
     ],
 )
-def test_every_activation_every_way(
+def test_every_activation_and_variant(
     activation: str,
     plan: CodeLayout,
     implementation: str,
@@ -268,7 +267,7 @@ def test_ties_across_tokens_go_to_the_first(
     "activation",
     ["relu", *(pytest.param(name, marks=SLOW_INTERPRETED) for name in ACTIVATIONS[1:])],
 )
-def test_exceeding_the_capacity_shows_and_harms_nothing(
+def test_exceeding_the_capacity_is_reported_and_stays_in_bounds(
     implementation: str, activation: str
 ) -> None:
     leaves = inputs(shift=0.5)
@@ -284,7 +283,7 @@ def test_exceeding_the_capacity_shows_and_harms_nothing(
     )
     assert stats.n_codes > 100
     assert torch.equal(stats.n_codes, enough.stats.n_codes)
-    (out.sum() + penalty).backward()  # invalid, but within its buffers
+    (out.sum() + penalty).backward()  # invalid, but within the buffers
     exact = CodeLayout(dense=False, capacity=int(stats.n_codes))
     fits = transcoder(
         **leaves, activation=activation, **arguments, implementation=implementation, plan=exact
@@ -297,7 +296,7 @@ def test_exceeding_the_capacity_shows_and_harms_nothing(
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(
     "dtype",
-    [  # The interpreter runs a kernel's programs one after another: there, little can differ.
+    [  # The interpreter runs programs sequentially, so few differences are possible.
         pytest.param(dtype, marks=SLOW_INTERPRETED) for dtype in (torch.float32, torch.float16)
     ],
 )
@@ -333,13 +332,13 @@ def test_same_inputs_same_bits(
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("T", [1, 2, 16, 17, 64, 65])
 def test_every_number_of_tokens(implementation: str, T: int) -> None:
-    """One token to generate with, the blocks of few tokens, and just past them; without a plan."""
+    """One token as in generation, blocks of few tokens, and just above; without a plan."""
     compare(inputs(T=T, F=33), implementation, None)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("plan", [SPARSE, DENSE])
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, when interpreted
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of numpy, in the interpreter
 def test_non_finite_and_tiny_values(implementation: str, plan: CodeLayout) -> None:
     values = [math.nan, math.inf, -math.inf, -0.0, 0.0, 1e-40, 1.0, 1.0, 2.0, -1.0]
     active: dict[Any, list[int]] = {
@@ -348,7 +347,7 @@ def test_non_finite_and_tiny_values(implementation: str, plan: CodeLayout) -> No
         1: [0],
         2: [0, 1],
         3: [0, 1, 8],
-        4: [0, 1, 6, 8],  # of two equal ones, the lower index
+        4: [0, 1, 6, 8],  # of two equal values, the lower index
         10: [0, 1, 5, 6, 7, 8],
     }
     for k, expected in active.items():
@@ -372,7 +371,7 @@ def test_non_finite_and_tiny_values(implementation: str, plan: CodeLayout) -> No
 
 
 @pytest.mark.parametrize("F", [32_766, 32_767, 32_768, 65_535, 65_536, 65_537])
-def test_order_by_feature_where_16_bits_end(F: int) -> None:
+def test_feature_order_around_16_bits(F: int) -> None:
     a = torch.zeros(3, F)
     a[:, [0, 1, F // 2, F - 2, F - 1]] = torch.rand(3, 5) + 0.1
     a[1, F - 1] = 0
@@ -389,14 +388,14 @@ def test_order_by_feature_where_16_bits_end(F: int) -> None:
         assert one.dtype == two.dtype
 
 
-def test_two_ways_for_the_product_agree() -> None:
+def test_both_products_agree() -> None:
     leaves = inputs()
     results = [transcoder(**leaves, implementation=i, plan=SPARSE) for i in IMPLEMENTATIONS]
     assert torch.equal(*(r.stats.feature_counts for r in results))
     torch.testing.assert_close(results[0].out, results[1].out)
 
 
-def test_where_kernels_do_not_run() -> None:
+def test_errors_where_kernels_do_not_run() -> None:
     wide = {name: leaf.double() for name, leaf in inputs().items()}
     with pytest.raises(ValueError, match="implementation must be 'reference' for float64"):
         transcoder(**wide, implementation="triton")
@@ -407,7 +406,7 @@ def test_where_kernels_do_not_run() -> None:
         transcoder(**leaves, **jumprelu, implementation="triton")
 
 
-def test_nothing_waits_for_the_device_in_a_planned_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_with_a_plan_never_synchronises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_forward, "FEW", 8)
     leaves = inputs()
     g = torch.randn_like(leaves["residual"])
@@ -420,5 +419,5 @@ def test_nothing_waits_for_the_device_in_a_planned_step(monkeypatch: pytest.Monk
     for plan in (DENSE, CodeLayout(dense=False, capacity=6_000)):
         out, penalty, *_ = transcoder(**leaves, implementation="triton", plan=plan)
         torch.autograd.backward([out, penalty], [g, torch.ones_like(penalty)])
-    with torch.no_grad():  # nor does generation, which has no plan
+    with torch.no_grad():  # generation without a plan does not synchronise either
         transcoder(**leaves, implementation="triton")

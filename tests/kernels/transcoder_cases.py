@@ -1,4 +1,4 @@
-"""Draws of everything that the transcoder can be given, and a run of it with its gradients."""
+"""Random cases of the transcoder's arguments, and a run with gradients."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ PLANS = [
     CodeLayout(dense=False, capacity=20_000),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-#: Where Triton kernels run, and in which dtypes: the interpreter multiplies bfloat16 wrongly.
+#: Device and dtypes of Triton kernels; the interpreter multiplies bfloat16 incorrectly.
 TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON_DTYPES = [torch.float32, torch.float16]
 TRITON_DTYPES += [torch.bfloat16] if torch.cuda.is_available() else []
-#: Marks of tests that are quick on a GPU, and slow where kernels are interpreted.
+#: Marks of tests that are slow only in the interpreter.
 SLOW_INTERPRETED = [] if torch.cuda.is_available() else [pytest.mark.slow]
-#: The interpreter takes milliseconds for each token and each feature.
+#: The interpreter takes milliseconds per token and feature.
 TRITON_SIZES = SIZES if torch.cuda.is_available() else [0, 1, 2, 3, 7, 8, 13, 31, 33]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One draw of everything that an op can be given."""
+    """One random choice of all arguments."""
 
     activation: str
     dtype: torch.dtype
@@ -46,9 +46,9 @@ class Case:
     d_out: int
     F: int
     k: float
-    shift: float  # of b_enc: how many features fire
+    shift: float  # added to b_enc; controls how many features fire
     coarse: bool  # values on a grid: ties, exact zeros
-    inference: bool  # batch_topk by threshold
+    inference: bool  # batch_topk with a threshold
     layouts: tuple[str, ...]
     masked: str | None
     padded: bool
@@ -84,7 +84,7 @@ def cases(draw: Any, dtypes: list[torch.dtype], sizes: Sequence[int] = SIZES) ->
 def draw_inputs(
     case: Case, device: str = "cpu"
 ) -> tuple[dict[str, Tensor], dict[str, Any], Tensor, Tensor]:
-    """Leaves by name, the other arguments, and cotangents of out and penalty."""
+    """Return leaves by name, the other arguments, and cotangents of out and penalty."""
     draw = torch.Generator().manual_seed(case.seed)
 
     def normal(*shape: int) -> Tensor:
@@ -99,7 +99,7 @@ def draw_inputs(
         "W_dec": normal(case.F, case.d_out),
         "b_dec": normal(case.d_out),
     }
-    leaves["W_dec"][::3] = 0  # rows whose norm has no direction
+    leaves["W_dec"][::3] = 0  # rows of norm 0
     if case.residual:
         leaves["residual"] = normal(*lead, case.d_out)
     arguments: dict[str, Any] = {"activation": case.activation}
@@ -122,8 +122,8 @@ def draw_inputs(
         arguments["padding"] = with_layout(padding, case.layouts[-3])
     layouts = case.layouts
     if device == "cpu" and case.dtype == torch.bfloat16:
-        # torch's bf16 products on a CPU read past the end of such rows, into NaN: the reference's
-        # too (seen in 2.13 with AMX, 31 columns of a parent of 36).
+        # torch's bf16 products on a CPU read beyond the end of such rows, into NaN, also in the
+        # reference (torch 2.13 with AMX, 31 of a parent's 36 columns).
         layouts = tuple("sliced" if layout == "parent" else layout for layout in layouts)
     leaves = {
         name: with_layout(leaf.to(device, case.dtype), layout)
@@ -143,7 +143,7 @@ def run(
     implementation: str,
     plan: CodeLayout | None = None,
 ) -> tuple[TranscoderOutput, dict[str, Tensor]]:
-    """The op's outputs and the gradients of all leaves."""
+    """Return the op's outputs and the gradients of all leaves."""
     leaves = {n: t.detach().to(dtype).requires_grad_() for n, t in leaves.items()}
     result = transcoder(**leaves, **arguments, implementation=implementation, plan=plan)
     cotangents = [cotangent.to(dtype), c.to(result.penalty.dtype)]

@@ -1,4 +1,4 @@
-"""Which of the encoder's codes are saved for the backward pass, whenever torch asks."""
+"""Which of the encoder's codes are saved for the backward pass."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastadapt.kernels.transcoder import SAVED_OPS, CodeLayout, should_save, tra
 
 
 class SaveQuery(TorchDispatchMode):
-    """Record whether the encoder's codes should be saved, before the op has run and after."""
+    """Record whether the encoder's codes should be saved, before and after the op has run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class SaveQuery(TorchDispatchMode):
     [
         (CodeLayout(dense=False), 1, (True, True)),
         (CodeLayout(dense=True), 1, (False, False)),
-        (None, 1, (False, True)),  # before it ran nobody knows: dense ones are not to be kept
+        (None, 1, (False, True)),  # before the op runs, codes count as dense
         (None, 64, (False, False)),
     ],
 )

@@ -1,4 +1,4 @@
-"""Pairs load strictly, and the three modes are what they say, in everything transformers does."""
+"""Pairs load strictly, and the three modes compute what their names say in transformers' calls."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_three_modes(architecture, save_model) -> None:
     target = save_model("target", 0, architecture)
     base = save_model("base", 1, architecture)
     model = randomised(load(target, base))
-    attention = model.model.config._attn_implementation  # of Gemma 2 not every version's default
+    attention = model.model.config._attn_implementation  # Gemma 2's default differs by version
     plain = AutoModelForCausalLM.from_pretrained(target, attn_implementation=attention).eval()
     with torch.no_grad():
         with model.mode("target"):
@@ -103,7 +103,7 @@ def test_mode_is_restored_after_an_error(make_pair) -> None:
         raise AssertionError("never reached")
 
 
-def test_only_adapters_train_and_nothing_is_loaded_twice(save_model) -> None:
+def test_only_adapters_train_and_no_weight_is_loaded_twice(save_model) -> None:
     pair = load(save_model("target", 0), save_model("base", 1))
     model = randomised(pair)
     trained = {id(p) for p in model.parameters() if p.requires_grad}
@@ -141,8 +141,8 @@ def test_block_by_block_equals_the_models_own_forward(make_pair) -> None:
     assert all("forward" not in vars(block) for block in model.blocks)
 
 
-def test_what_is_captured_as_a_graph_asks_the_gpu_nothing(make_pair, monkeypatch) -> None:
-    """Calls too large for a buffer of every entry take dense products, but only when captured."""
+def test_graph_capture_needs_no_synchronization(make_pair, monkeypatch) -> None:
+    """Calls too large for a buffer of all entries use dense products, but only during a capture."""
     from torch._subclasses import FakeTensorMode
 
     mlp = randomised(make_pair("qwen2")).mlps[0]
@@ -150,8 +150,8 @@ def test_what_is_captured_as_a_graph_asks_the_gpu_nothing(make_pair, monkeypatch
         few, many = (torch.empty(1, n, 16, device="cuda") for n in (1, SMALL_ENTRIES // 24 + 1))
     for capturing, expected in ((True, CodeLayout(dense=True)), (False, None)):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda c=capturing: c)
-        assert mlp._plan_of_capture(few) is None
-        assert mlp._plan_of_capture(many) == expected
+        assert mlp._capture_plan(few) is None
+        assert mlp._capture_plan(many) == expected
 
 
 def test_one_pair_carries_one_set_of_adapters(make_pair) -> None:
@@ -181,7 +181,7 @@ def test_a_mismatched_pair_says_what_differs(case, save_model) -> None:
     assert message in str(error.value)
 
 
-def test_of_a_multimodal_model_the_text_model_is_wanted(tmp_path, save_model) -> None:
+def test_the_error_for_a_multimodal_model_names_its_text_model(tmp_path, save_model) -> None:
     from transformers import AutoConfig
 
     AutoConfig.for_model("gemma3").save_pretrained(tmp_path / "gemma3")
@@ -244,7 +244,7 @@ def test_truncated_weights(role, save_model) -> None:
         RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
     ],
 )
-def test_running_out_of_memory_is_not_a_wrong_source(error) -> None:
+def test_out_of_memory_errors_pass_unchanged(error) -> None:
     with pytest.raises(RuntimeError) as raised, reading("target", "somewhere"):
         raise error
     assert raised.value is error
@@ -284,7 +284,7 @@ def test_choices_of_device_and_attention(monkeypatch) -> None:
     with pytest.raises(UserError, match="torch finds no GPU"):
         choose_device("cuda")
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    assert choose_attention("eager", cpu, torch.float32) == ("eager", "asked for")
+    assert choose_attention("eager", cpu, torch.float32) == ("eager", "set by pair.attention")
     assert choose_attention("auto", cpu, torch.bfloat16)[0] == "sdpa"
     assert "16-bit" in choose_attention("auto", cuda, torch.float32)[1]
     with pytest.raises(UserError, match=r"fastadapt\[flash\]"):
@@ -297,19 +297,19 @@ def test_choices_of_device_and_attention(monkeypatch) -> None:
 @pytest.mark.parametrize("attention", ["eager", "auto"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing_in_any_dtype(architecture, attention, side, save_model) -> None:
-    """A window of padding alone is a row of minus infinities in a float32 softmax."""
+    """A window that holds only padding is a row of minus infinities in a float32 softmax."""
     target = save_model("target", 0, architecture)
     base = save_model("base", 1, architecture)
     short, n = IDS[:, :3], 9
     ids, mask = torch.zeros(1, n, dtype=torch.long), torch.zeros(1, n, dtype=torch.bool)
-    kept = slice(n - 3, n) if side == "left" else slice(0, 3)
-    ids[:, kept], mask[:, kept] = short, True
+    real = slice(n - 3, n) if side == "left" else slice(0, 3)
+    ids[:, real], mask[:, real] = short, True
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     for dtype in ("float32", "float64"):
         model = randomised(load(target, base, dtype=dtype, attention=attention))
         with torch.no_grad():
             alone = model(short).logits
-            padded = model(ids, attention_mask=mask, position_ids=positions).logits[:, kept]
+            padded = model(ids, attention_mask=mask, position_ids=positions).logits[:, real]
         torch.testing.assert_close(padded, alone, rtol=1e-4, atol=1e-5)
 
 
@@ -335,16 +335,16 @@ def test_codes_of_quantised_weights_are_refused(role, dtype, save_model) -> None
 @pytest.mark.parametrize("role", ["target", "base"])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_a_quantised_configuration_is_refused(role, device, save_model) -> None:
-    """Also where no weight is read, as for the plan of a run."""
+    """The error is raised on the meta device too, where no weight is read."""
     folders = {"target": save_model("target"), "base": save_model("base", 1)}
     change_config(folders[role], quantization_config={"quant_method": "fp8"})
     with pytest.raises(UserError, match=f"{role}' is quantised"):
         ModelPair.load(PairConfig(**folders, device="cpu"), into=torch.device(device))
 
 
-@pytest.mark.parametrize("same", [True, False], ids=["index left over", "files that differ"])
-def test_a_single_file_goes_before_an_index(same, save_model) -> None:
-    """As in transformers, whose saving in one file leaves the index of earlier shards behind."""
+@pytest.mark.parametrize("same", [True, False], ids=["stale index", "different files"])
+def test_a_single_file_takes_precedence_over_an_index(same, save_model) -> None:
+    """Saving in one file leaves the index of earlier shards behind; transformers ignores it."""
     from transformers import AutoModelForCausalLM
 
     target, base = save_model("target"), save_model("base", 1)
@@ -365,8 +365,8 @@ def test_a_single_file_goes_before_an_index(same, save_model) -> None:
 
 
 @pytest.mark.parametrize("role", ["target", "base"])
-def test_weights_that_are_elsewhere_are_refused(role, save_model) -> None:
-    """Where transformers would read other weights than those of the folder's usual files."""
+def test_weights_in_other_files_are_refused(role, save_model) -> None:
+    """transformers would read other weights than those of the folder's usual files."""
     folders = {"target": save_model("target"), "base": save_model("base", 1)}
     for name in ("other.safetensors", "model.safetensors.index.json"):
         change_config(folders[role], transformers_weights=name)

@@ -1,4 +1,4 @@
-"""The walk over the blocks is the model's own forward, or an error says so."""
+"""The block-by-block traversal equals the model's own forward, or raises an error."""
 
 from __future__ import annotations
 
@@ -41,24 +41,25 @@ def model_of(pair, kind: str = "transcoder", activation: str = "relu") -> Replac
 
 
 def replace_forward(model: ReplacementModel, forward: Any) -> None:
-    """``forward(own, hidden_states, **arguments)`` in place of every block's forward."""
+    """Replace every block's forward by ``forward(original, hidden_states, **arguments)``."""
     for block in model.blocks:
-        own = block.forward
         block.forward = MethodType(
-            lambda _, *args, _own=own, **kw: forward(_own, *args, **kw), block
+            lambda _, *args, _original=block.forward, **kw: forward(_original, *args, **kw), block
         )
 
 
 def pass_to_blocks(model: ReplacementModel, **more: Any) -> None:
-    """Let the decoder pass its blocks more keyword arguments, as a release of transformers may."""
+    """Make the decoder pass more keyword arguments, as a release of transformers may."""
     decoder = getattr(model.model, model.paths.decoder)
-    own = decoder.forward
-    decoder.forward = MethodType(lambda _, *args, **kwargs: own(*args, **kwargs, **more), decoder)
+    original = decoder.forward
+    decoder.forward = MethodType(
+        lambda _, *args, **kwargs: original(*args, **kwargs, **more), decoder
+    )
 
 
 @pytest.mark.parametrize("batch", [WHOLE, PADDED], ids=["whole", "padded"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_walk_is_the_models_own_forward(architecture, batch, make_pair) -> None:
+def test_traversal_equals_the_models_own_forward(architecture, batch, make_pair) -> None:
     model = model_of(make_pair(architecture))
     state = torch.get_rng_state()
     check_traversal(model, batch)
@@ -67,21 +68,21 @@ def test_the_walk_is_the_models_own_forward(architecture, batch, make_pair) -> N
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
-def test_in_every_dtype(dtype, make_pair) -> None:
+def test_every_dtype(dtype, make_pair) -> None:
     check_traversal(model_of(make_pair("qwen2", dtype=dtype)), WHOLE)
 
 
 @pytest.mark.parametrize("activation", ["topk", "batch_topk", "jumprelu"])
-def test_of_every_activation(activation, make_pair) -> None:
+def test_every_activation(activation, make_pair) -> None:
     check_traversal(model_of(make_pair("qwen2"), activation=activation), PADDED)
 
 
 @pytest.mark.parametrize("kind", ["mlp", "norms"])
-def test_of_tuned_weights(kind, make_pair) -> None:
+def test_tuned_weights(kind, make_pair) -> None:
     check_traversal(model_of(make_pair("qwen2"), kind), PADDED)
 
 
-def test_a_cache_is_cleared_whatever_its_keyword(make_pair) -> None:
+def test_a_cache_is_replaced_by_none_under_any_keyword(make_pair) -> None:
     from transformers import DynamicCache
 
     model = model_of(make_pair("qwen2"))
@@ -95,10 +96,10 @@ class Log:
     """An object that blocks append to."""
 
     def __init__(self) -> None:
-        self.seen: list[Tensor] = []
+        self.states: list[Tensor] = []
 
     def append(self, hidden: Tensor) -> None:
-        self.seen.append(hidden)
+        self.states.append(hidden)
 
 
 STATEFUL = {"list": list, "object": Log, "dict": dict, "tuple": lambda: ([],), "set": set}
@@ -117,12 +118,12 @@ def test_an_argument_that_may_hold_state_is_refused_by_name(mode, make, make_pai
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_block_that_appends_to_an_argument_never_trains(policy, make_pair) -> None:
+def test_a_block_that_appends_to_an_argument_raises_before_training(policy, make_pair) -> None:
     model = model_of(make_pair("qwen2"))
 
-    def append(own: Any, hidden_states: Tensor, *, seen: Log, **kwargs: Any) -> Tensor:
+    def append(original: Any, hidden_states: Tensor, *, seen: Log, **kwargs: Any) -> Tensor:
         seen.append(hidden_states)
-        return own(hidden_states + sum(h.mean() for h in seen.seen), **kwargs)
+        return original(hidden_states + sum(h.mean() for h in seen.states), **kwargs)
 
     replace_forward(model, append)
     pass_to_blocks(model, seen=Log())
@@ -134,9 +135,11 @@ def test_a_block_that_appends_to_an_argument_never_trains(policy, make_pair) -> 
 def test_a_tensor_that_a_block_changes_in_place_is_named(make_pair) -> None:
     model = model_of(make_pair("qwen2"))
 
-    def change(own: Any, hidden_states: Tensor, *, position_ids: Tensor, **kwargs: Any) -> Tensor:
+    def change(
+        original: Any, hidden_states: Tensor, *, position_ids: Tensor, **kwargs: Any
+    ) -> Tensor:
         position_ids += 0
-        return own(hidden_states, position_ids=position_ids, **kwargs)
+        return original(hidden_states, position_ids=position_ids, **kwargs)
 
     replace_forward(model, change)
     with pytest.raises(RunError, match="changed its argument 'position_ids' in place"):
@@ -145,27 +148,27 @@ def test_a_tensor_that_a_block_changes_in_place_is_named(make_pair) -> None:
 
 @pytest.mark.parametrize("keyword", ["attention_mask", "position_embeddings"])
 def test_a_renamed_keyword_is_caught(keyword, make_pair) -> None:
-    """The decoder still uses the old name; blocks that are called alone never see the argument."""
+    """The decoder passes the old name; blocks called one by one get the argument's default."""
     model = model_of(make_pair("qwen2"))
     inside = [False]
     decoder = getattr(model.model, model.paths.decoder)
-    own_decoder = decoder.forward
+    decoder_forward = decoder.forward
 
     def decode(_: Any, *args: Any, **kwargs: Any) -> Any:
         inside[0] = True
         try:
-            return own_decoder(*args, **kwargs)
+            return decoder_forward(*args, **kwargs)
         finally:
             inside[0] = False
 
-    def block(own: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        if not inside[0]:  # what a new name would leave the block with: its default
+    def block(original: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        if not inside[0]:  # the argument's default, as after a rename
             value = kwargs[keyword]
             if keyword == "attention_mask":
                 kwargs[keyword] = None if value is None else torch.ones_like(value)
             else:
                 kwargs[keyword] = (torch.ones_like(value[0]), torch.zeros_like(value[1]))
-        return own(hidden_states, **kwargs)
+        return original(hidden_states, **kwargs)
 
     check_traversal(model, PADDED)
     decoder.forward = MethodType(decode, decoder)
@@ -174,8 +177,8 @@ def test_a_renamed_keyword_is_caught(keyword, make_pair) -> None:
         check_traversal(model, PADDED)
 
 
-def test_a_cache_that_is_replayed_is_caught(make_pair, monkeypatch) -> None:
-    """What a renamed keyword did: one cache for every call, to which each call appends."""
+def test_a_replayed_cache_is_caught(make_pair, monkeypatch) -> None:
+    """A renamed keyword once left one cache for all calls, to which every call appended."""
     from transformers import DynamicCache
 
     from fastadapt.models import block_inputs
@@ -189,8 +192,8 @@ def test_a_cache_that_is_replayed_is_caught(make_pair, monkeypatch) -> None:
         inputs = record(ids, mask)
         cache = DynamicCache()
         name = "cache" if "cache" in inputs.arguments[0] else "past_key_values"
-        kept = [{**arguments, name: cache} for arguments in inputs.arguments]
-        return block_inputs.BlockInputs(inputs.hidden, kept)
+        replayed = [{**arguments, name: cache} for arguments in inputs.arguments]
+        return block_inputs.BlockInputs(inputs.hidden, replayed)
 
     monkeypatch.setattr(model, "block_inputs", recorded)
     with pytest.raises((RunError, RuntimeError)):

@@ -1,4 +1,4 @@
-"""The wheel, built from a copy of the sources and installed apart from them."""
+"""Build the wheel from a copy of the sources, and install it in a separate folder."""
 
 import os
 import shutil
@@ -19,10 +19,11 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def run() -> Callable[..., str]:
-    """Runs Python code in a process of its own; returns what it printed, fails if it failed."""
+    """Return a function that runs Python code in a subprocess and returns the output."""
 
     def run(code: str, *options: str, cwd: Path, path: Path | None = None) -> str:
-        # Coverage starts itself in subprocesses: here it would add imports, time and its own path.
+        # Without these variables, coverage does not start in the subprocess, where it would add
+        # imports, time and a path.
         env = {k: v for k, v in os.environ.items() if not k.startswith(("COVERAGE_", "PYTHON"))}
         if path is not None:
             env["PYTHONPATH"] = str(path)
@@ -42,7 +43,7 @@ def run() -> Callable[..., str]:
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of the sources as they are on disk, built without a network."""
+    """Build the wheel of the sources on disk, without network access."""
     source = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -57,7 +58,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder into which the wheel is installed, with Hugging Face's ``kernels`` beside it."""
+    """Install the wheel in a folder that also holds Hugging Face's ``kernels``."""
     import importlib.metadata
 
     target = tmp_path_factory.mktemp("installed")

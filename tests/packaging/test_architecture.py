@@ -1,4 +1,4 @@
-"""The import graph holds to the order of packages in docs/architecture.md.
+"""The import graph follows the order of packages in docs/architecture.md.
 
 Imports inside functions count; those under ``if TYPE_CHECKING`` do not.
 """
@@ -17,7 +17,7 @@ PAGE = ROOT / "docs/architecture.md"
 
 @cache
 def modules() -> dict[str, Path]:
-    """Every module's dotted name as it is imported, with its file."""
+    """Return the file of every module, by its dotted import name."""
     names = {}
     for top, prefix in (("fastadapt", ""), ("kernels", "fastadapt.")):
         for path in (ROOT / top).rglob("*.py"):
@@ -53,7 +53,7 @@ def imported_names(name: str, node: ast.AST) -> list[str]:
 
 @cache
 def graph() -> dict[str, set[str]]:
-    """For each module the modules of the library that it imports."""
+    """Return the library's modules that each module imports."""
     edges: dict[str, set[str]] = {}
     for name, path in modules().items():
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -63,7 +63,7 @@ def graph() -> dict[str, set[str]]:
 
 
 def levels() -> dict[str, int]:
-    """Rank of each package in the page's list, 0 at the top."""
+    """Return the rank of each package in the page's list, 0 at the top."""
     block = re.search(r"```order\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     assert block is not None, f"no block ```order in {PAGE}"
     lines = [line.split("#")[0].split() for line in block[1].splitlines()]
@@ -71,7 +71,7 @@ def levels() -> dict[str, int]:
 
 
 def package_of(name: str) -> str | None:
-    """The package below fastadapt/, None for fastadapt itself and its entry point."""
+    """Return the package below fastadapt/; None for fastadapt itself and its entry point."""
     parts = name.split(".")
     return None if len(parts) == 1 or parts[1] == "__main__" else parts[1]
 
@@ -81,7 +81,7 @@ def test_the_graph_is_read():
     assert "fastadapt.models.replacement" in graph()["fastadapt.objective"]
 
 
-def test_every_package_has_a_place_in_the_order():
+def test_every_package_has_a_rank():
     assert {package_of(name) for name in modules()} - {None} <= levels().keys()
 
 
@@ -104,7 +104,7 @@ def test_no_modules_import_each_other_in_a_cycle():
 
 
 def test_folders_are_small():
-    # An __init__.py counts at the top, where it holds code, and in no other folder.
+    # An __init__.py counts only at the top, where it contains code.
     assert len(list((ROOT / "fastadapt").glob("*.py"))) <= 5
     counts = Counter(path.parent for path in modules().values() if path.name != "__init__.py")
     assert {str(folder): n for folder, n in counts.items() if n > 14} == {}

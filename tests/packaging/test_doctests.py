@@ -1,4 +1,4 @@
-"""Examples in docstrings run and print what they show."""
+"""Examples in docstrings run and give the shown results."""
 
 from __future__ import annotations
 

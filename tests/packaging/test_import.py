@@ -1,4 +1,4 @@
-"""Importing is quick and quiet, and ``kernels/`` at the root is in nobody's way."""
+"""Importing is fast and without side effects; ``kernels/`` at the root shadows no package."""
 
 import importlib.metadata
 import json
@@ -36,9 +36,9 @@ def test_the_public_names_are_these():
 
 TIMED = """
 import json, sys, time, torch
-started = time.perf_counter()
+start = time.perf_counter()
 import fastadapt
-seconds = time.perf_counter() - started
+seconds = time.perf_counter() - start
 heavy = [name for name in ("transformers", "triton", "datasets") if name in sys.modules]
 print(json.dumps([seconds, heavy]))
 """
@@ -47,7 +47,7 @@ print(json.dumps([seconds, heavy]))
 def test_import_is_quick_and_light(run, tmp_path):
     results = [json.loads(run(TIMED, cwd=tmp_path)) for _ in range(5)]
     assert results[0][1] == []
-    # The quickest of five: a first run writes byte code, and what else the machine does only adds.
+    # Take the fastest of five: the first run writes byte code, and other load only adds time.
     assert min(seconds for seconds, _ in results) < SECONDS
 
 
@@ -72,7 +72,7 @@ print(*names)
 """
 
 
-def test_no_module_reaches_for_the_network_when_imported(run, installed, tmp_path):
+def test_no_module_uses_the_network_when_imported(run, installed, tmp_path):
     names = run(IMPORT_ALL, cwd=tmp_path, path=installed).split()
     assert {"fastadapt.cli.main", "fastadapt.kernels.linear_kl", "fastadapt.data.sources"} <= set(
         names
@@ -94,10 +94,11 @@ print(json.dumps([Qwen2ForCausalLM.__name__, version, spec.origin, folders]))
 
 @pytest.mark.parametrize("present", [True, False], ids=["present", "absent"])
 def test_transformers_models_import_from_the_root(present, run, root, tmp_path):
-    """With Hugging Face's ``kernels`` and, in a copy of site-packages without it, with none.
+    """transformers imports with and without Hugging Face's ``kernels``.
 
-    The copy is a folder of links, used without ``site`` so that nothing else is on the path. There
-    ``kernels`` is found all the same: it is the folder at the root, a namespace without code.
+    The copy of site-packages is a folder of links, used without ``site``, so that no other folder
+    is on the path. Without the package, ``kernels`` is the folder at the root, a namespace without
+    code.
     """
     for entry in Path(sysconfig.get_paths()["purelib"]).iterdir():
         hidden = entry.name == "kernels" or entry.name.startswith("kernels-")

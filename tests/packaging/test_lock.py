@@ -1,4 +1,4 @@
-"""The locks pin all that make installs, once and exactly."""
+"""The lock files pin every installed distribution exactly once."""
 
 import importlib.metadata
 import re
@@ -13,10 +13,10 @@ tomllib = pytest.importorskip("tomllib", reason="the lock is for Python 3.11")
 
 def pins(path: Path) -> dict[str, str]:
     lines = [line.split("#")[0].strip() for line in path.read_text().splitlines()]
-    found = [line.split("==") for line in lines if line and not line.startswith("-r ")]
-    names = [name for name, _ in found]
+    entries = [line.split("==") for line in lines if line and not line.startswith("-r ")]
+    names = [name for name, _ in entries]
     assert len(set(names)) == len(names)
-    return dict(found)
+    return dict(entries)
 
 
 @pytest.fixture(scope="module")
@@ -25,20 +25,20 @@ def project(root) -> dict:
 
 
 def closure(requirements: list[str]) -> set[str]:
-    """All distributions that these draw in, by the metadata of those installed."""
-    seen: set[str] = set()
+    """Return all distributions that the requirements need, by installed metadata."""
+    names: set[str] = set()
     todo = [Requirement(text) for text in requirements]
     while todo:
         requirement = todo.pop()
         name = canonicalize_name(requirement.name)
-        if name in seen or re.match(r"nvidia-|cuda-", name):  # what torch's build for CUDA brings
+        if name in names or re.match(r"nvidia-|cuda-", name):  # needed by torch's CUDA build only
             continue
-        seen.add(name)
+        names.add(name)
         for text in importlib.metadata.distribution(name).requires or []:
             needed = Requirement(text)
             if needed.marker is None or needed.marker.evaluate({"extra": ""}):
                 todo.append(needed)
-    return seen
+    return names
 
 
 def test_the_lock_of_the_main_job_is_complete(project, root):
@@ -49,7 +49,7 @@ def test_the_lock_of_the_main_job_is_complete(project, root):
 
 @pytest.fixture(scope="module")
 def locked(root) -> dict[str, str]:
-    """All that the tests have: three locks, none of which says what another does."""
+    """Return the pins of the three disjoint lock files of the tests."""
     files = [pins(root / f"requirements{name}.lock") for name in ("", "-eval", "-dev")]
     assert len({name for pinned in files for name in pinned}) == sum(map(len, files))
     return files[0] | files[1] | files[2]
@@ -72,7 +72,7 @@ def test_the_lock_of_the_tests_is_complete(project, locked):
     assert closure([*project["dependencies"], *extras]) <= set(locked)
 
 
-def test_what_is_locked_is_within_the_ranges(project, locked):
+def test_locked_versions_are_within_the_ranges(project, locked):
     extras = [
         text
         for name in ("eval", "features", "dev")

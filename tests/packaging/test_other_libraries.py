@@ -1,4 +1,4 @@
-"""docs/other-libraries.md names what a release of another library may break, and what was run."""
+"""docs/other-libraries.md lists uses of other libraries' private names, and tested versions."""
 
 import ast
 import re
@@ -10,7 +10,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-#: Libraries whose submodules are not all public: an import from one is listed.
+#: Libraries with non-public submodules; every import from a submodule must be listed.
 LISTED = {"huggingface_hub", "lm_eval", "torchao", "transformers", "vllm"}
 NAMED_TUPLES = {"_asdict", "_fields", "_replace"}
 
@@ -19,8 +19,8 @@ def is_private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__")
 
 
-def own_names(root: Path) -> set[str]:
-    """Private attributes and methods that this project defines itself."""
+def defined_names(root: Path) -> set[str]:
+    """Return the names of attributes, functions and classes that this project defines."""
     names = set()
     for path in sources(root):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -37,8 +37,8 @@ def sources(root: Path) -> list[Path]:
 
 
 def uses(root: Path) -> Iterator[tuple[str, str]]:
-    """Place and name of every import of, and every access to, what is not clearly public."""
-    own = own_names(root)
+    """Yield file and name of every import of and access to possibly non-public names."""
+    known = defined_names(root) | NAMED_TUPLES
     for path in sources(root):
         place = path.relative_to(root).as_posix()
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -49,51 +49,50 @@ def uses(root: Path) -> Iterator[tuple[str, str]]:
                 private = any(map(is_private, [*parts, *(alias.name for alias in node.names)]))
                 if private or (parts[0] in LISTED and len(parts) > 1):
                     yield from ((place, alias.name) for alias in node.names)
-            known = own | NAMED_TUPLES
             if isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in known:
                 yield place, node.attr
 
 
 def test_the_page_names_every_use(root):
     page = (root / "docs" / "other-libraries.md").read_text(encoding="utf-8")
-    seen = set(uses(root))
-    assert len(seen) >= 20
-    missing = {(place, name) for place, name in seen if not re.search(rf"\b{name}\b", page)}
+    used = set(uses(root))
+    assert len(used) >= 20
+    missing = {(place, name) for place, name in used if not re.search(rf"\b{name}\b", page)}
     assert not missing
 
 
-def test_the_page_names_files_that_are_there(root):
+def test_the_page_names_existing_files(root):
     page = (root / "docs" / "other-libraries.md").read_text(encoding="utf-8")
     for place in re.findall(r"`((?:fastadapt|kernels|tests|benchmarks)/[\w/.]*)`", page):
         assert (root / place).exists(), place
 
 
-def newest_run(root: Path) -> dict[str, Version]:
+def newest_tested(root: Path) -> dict[str, Version]:
     page = (root / "docs" / "other-libraries.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| ([\w-]+) \| ([\d.]+) \| (\S+) \| (\S+) \|$", page, re.MULTILINE)
     return {row[0]: Version([v for v in row[1:] if v[0].isdigit()][-1]) for row in rows}
 
 
-def test_upper_bounds_are_next_to_versions_that_were_run(root):
+def test_upper_bounds_follow_tested_versions(root):
     tomllib = pytest.importorskip("tomllib", reason="Python 3.11 reads pyproject.toml")
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     extras = [text for texts in project["optional-dependencies"].values() for text in texts]
-    run, bounded = newest_run(root), 0
+    tested, bounded = newest_tested(root), 0
     for text in [*project["dependencies"], *extras]:
         requirement = Requirement(text)
         for bound in (s for s in requirement.specifier if s.operator == "<"):
             bounded += 1
-            last = run[requirement.name]
+            last = tested[requirement.name]
             release = [*last.release, 0, 0][:3]
             following = {
                 ".".join(map(str, [*release[:i], release[i] + 1])) for i in range(len(release))
             }
-            assert bound.version in following, f"{text}: {last} is the newest that was run"
+            assert bound.version in following, f"{text}: the newest tested version is {last}"
     assert bounded >= 10
 
 
 def test_this_environment_is_within_the_bounds(root):
     import transformers
 
-    assert Version(transformers.__version__) <= newest_run(root)["transformers"]
+    assert Version(transformers.__version__) <= newest_tested(root)["transformers"]
     assert sys.version_info >= (3, 10)

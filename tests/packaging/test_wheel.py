@@ -1,4 +1,4 @@
-"""The wheel holds everything, under one name, and works away from the repository."""
+"""The wheel contains all files under one top-level name, and works outside the repository."""
 
 import json
 import zipfile
@@ -18,14 +18,14 @@ def test_fastadapt_is_the_only_top_level_name(names):
     assert {name for name in top if not name.endswith(".dist-info")} == {"fastadapt"}
 
 
-def test_every_source_file_is_in_it(names, root):
-    """Code, presets, the embedded pair and the marker of inline types."""
+def test_the_wheel_contains_every_source_file(names, root):
+    """The wheel contains code, presets, the embedded pair and py.typed."""
     expected = set()
     for folder, prefix in (("fastadapt", "fastadapt"), ("kernels", "fastadapt/kernels")):
         for path in (root / folder).rglob("*"):
             file = path.relative_to(root / folder)
-            left_by_a_cache = any(part.startswith((".", "__pycache__")) for part in file.parts)
-            if path.is_file() and not left_by_a_cache:
+            is_cache = any(part.startswith((".", "__pycache__")) for part in file.parts)
+            if path.is_file() and not is_cache:
                 expected.add(f"{prefix}/{file.as_posix()}")
     assert {name for name in names if name.startswith("fastadapt/")} == expected
     assert "fastadapt/py.typed" in names
@@ -67,7 +67,7 @@ print(json.dumps({
 """
 
 
-def test_it_works_outside_the_repository_beside_hugging_faces_kernels(run, installed, tmp_path):
+def test_the_wheel_works_beside_hugging_faces_kernels(run, installed, tmp_path):
     result = json.loads(run(CALL, cwd=tmp_path, path=installed))
     assert result["out"] == [[3.0, 1.0], [7.0, 9.0]]
     assert [Path(file).relative_to(installed).as_posix() for file in result["files"]] == [
@@ -85,10 +85,12 @@ print(packages_distributions().get("kernels"))
 
 
 @pytest.mark.parametrize("where", ["installed", "repository"])
-def test_no_one_takes_us_for_the_package_named_kernels(where, run, installed, root, tmp_path):
+def test_the_distribution_does_not_provide_the_package_kernels(
+    where, run, installed, root, tmp_path
+):
     if where == "installed":
-        found = run(DISTRIBUTIONS, cwd=tmp_path, path=installed)
+        distributions = run(DISTRIBUTIONS, cwd=tmp_path, path=installed)
     else:
-        found = run(DISTRIBUTIONS, cwd=root)
-    assert "fastadapt" not in found
-    assert "kernels" in found
+        distributions = run(DISTRIBUTIONS, cwd=root)
+    assert "fastadapt" not in distributions
+    assert "kernels" in distributions

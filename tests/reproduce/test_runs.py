@@ -1,4 +1,4 @@
-"""The scripts that train what the evaluation of the embedded pair compares."""
+"""The scripts that train the runs of the embedded pair's evaluation."""
 
 import os
 import re
@@ -14,13 +14,13 @@ SCRIPTS = Path(__file__).parents[2] / "reproduce"
 
 
 def runs() -> dict[str, list[str]]:
-    """Arguments of each run, by its name."""
+    """Return the arguments of each run, by name."""
     text = (SCRIPTS / "runs").read_text(encoding="utf-8")
     lines = text.split("<<'RUNS'\n")[1].removesuffix("RUNS\n").splitlines()
     return {name: arguments for name, *arguments in map(str.split, lines)}
 
 
-def test_the_nine_runs_are_understood_and_differ_as_they_should():
+def test_the_nine_runs_parse_and_differ_as_intended():
     longer = str(SCRIPTS / "longer.yaml")
     configs = {name: parse_train(["organism", longer, *argv])[0] for name, argv in runs().items()}
     assert len(configs) == 9
@@ -38,7 +38,7 @@ def test_the_nine_runs_are_understood_and_differ_as_they_should():
     assert all(config.run.threads == 1 for config in configs.values())
 
 
-def test_the_swept_rate_is_the_one_in_use():
+def test_the_preset_uses_the_best_rate_of_the_sweep():
     rates = re.search(
         r"for lr in (.*); do", (SCRIPTS / "skyline_sweep").read_text(encoding="utf-8")
     )
@@ -50,7 +50,7 @@ def test_the_swept_rate_is_the_one_in_use():
     assert read_yaml(path)["optimizer"]["lr"] == float(best)
 
 
-def test_those_that_are_named_are_trained(tmp_path):
+def test_only_named_runs_are_trained(tmp_path):
     program = tmp_path / "fastadapt"
     program.write_text(
         "#!/bin/bash\necho 'The adapter recovers 1%'\n"
@@ -60,18 +60,18 @@ def test_those_that_are_named_are_trained(tmp_path):
     program.chmod(0o755)
     command = [SCRIPTS / "runs", tmp_path / "runs", "1", "sparsity-4.3e-3", "norms"]
     environment = {**os.environ, "FASTADAPT": str(program)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
-    assert done.returncode == 0, done.stderr
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert result.returncode == 0, result.stderr
     trained = {path.name for path in (tmp_path / "runs").iterdir() if path.is_dir()}
     assert trained == {"sparsity-4.3e-3", "norms"}
-    # `make study` trains one of them, of the same configuration.
+    # `make study` trains one of these runs.
     studied = re.search(r"^STUDIED := (\S+)$", (SCRIPTS.parent / "Makefile").read_text(), re.M)
     assert studied is not None
     assert studied[1] in runs()
 
 
 @pytest.mark.slow
-def test_they_run_go_on_and_do_not_repeat(tmp_path):
+def test_runs_train_resume_and_are_not_repeated(tmp_path):
     program = tmp_path / "fastadapt"
     options = "--optimizer.max_steps 2 --run.eval_every 0 --data.max_validation 2"
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -m fastadapt "$@" {options}\n')
@@ -79,11 +79,13 @@ def test_they_run_go_on_and_do_not_repeat(tmp_path):
     environment = {**os.environ, "FASTADAPT": str(program), "OMP_NUM_THREADS": "1"}
     command = [SCRIPTS / "runs", tmp_path / "runs", "2"]
     for again in (False, True):
-        if again:  # one is not finished
+        if again:  # mark one run as unfinished
             (tmp_path / "runs" / "norms" / "summary.json").unlink()
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
-        assert done.returncode == 0, done.stderr
-        assert len(re.findall(r"^[\w.-]+: The .* recovers? -?\d", done.stdout, re.M)) == 9
+        result = subprocess.run(
+            command, capture_output=True, text=True, env=environment, timeout=900
+        )
+        assert result.returncode == 0, result.stderr
+        assert len(re.findall(r"^[\w.-]+: The .* recovers? -?\d", result.stdout, re.M)) == 9
         logs = [(tmp_path / "runs" / f"{name}.log").read_text() for name in runs()]
         assert ["step 1/2" in log for log in logs] == [not again] * 9
     program.write_text("#!/bin/sh\necho 'error: no' >&2\nexit 2\n")

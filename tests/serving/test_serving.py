@@ -1,4 +1,4 @@
-"""An exported checkpoint is the run's replacement model, in all that transformers does with it."""
+"""An exported checkpoint equals the run's replacement model in transformers' calls."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from fastadapt.models.replacement import ModelPair, PairConfig, ReplacementModel
 
 IDS = torch.tensor([[5, 9, 23, 7, 31, 8]])
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+BACKEND = "vllm.model_executor.models.transformers:TransformersForCausalLM"
 ACTIVATIONS = {
     "relu": AdapterConfig(24),
     "topk": AdapterConfig(24, "topk", k=3),
@@ -40,7 +41,7 @@ ACTIVATIONS = {
 
 @pytest.fixture
 def exported(save_model, tmp_path) -> Callable[..., tuple[Path, ReplacementModel]]:
-    """``exported(architecture, ...)``: a checkpoint in five shards or so, and what it came from."""
+    """Return a function that exports a model; it returns the folder and the model."""
 
     def make(
         architecture: str = "qwen2",
@@ -71,7 +72,7 @@ def exported(save_model, tmp_path) -> Callable[..., tuple[Path, ReplacementModel
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_it_loads_as_what_was_trained(architecture, exported) -> None:
+def test_the_export_equals_the_trained_model(architecture, exported) -> None:
     folder, model = exported(architecture)
     assert (folder / "model.safetensors.index.json").is_file()
     loaded, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
@@ -104,7 +105,7 @@ def test_every_activation_and_precision(activation, dtype, exported) -> None:
             assert torch.equal(ours.adapter.state_dict()[name], tensor), name
 
 
-def test_saved_again_it_is_the_same(exported, tmp_path) -> None:
+def test_saving_again_changes_no_logits(exported, tmp_path) -> None:
     folder, _ = exported()
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     loaded.save_pretrained(tmp_path / "again")
@@ -114,13 +115,13 @@ def test_saved_again_it_is_the_same(exported, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_batches_give_the_tokens_of_generate(architecture, exported) -> None:
+def test_generate_batch_gives_the_tokens_of_generate(architecture, exported) -> None:
     folder, _ = exported(architecture)
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     prompts = [[5, 9, 23], [7, 31, 8, 12, 3], [4]]
     config = loaded.generation_config
     config.update(**GREEDY, pad_token_id=2)
-    seen = {}
+    outputs = {}
     for mode in ("replacement", "hybrid"):
         with loaded.mode(mode):
             together = loaded.generate_batch(
@@ -131,15 +132,15 @@ def test_batches_give_the_tokens_of_generate(architecture, exported) -> None:
                 ),
             )
             alone = [loaded.generate(torch.tensor([p]), **GREEDY)[0, len(p) :] for p in prompts]
-        seen[mode] = [out.generated_tokens for out in together.values()]
-        assert seen[mode] == [out.tolist() for out in alone]
-    assert seen["replacement"] != seen["hybrid"]
+        outputs[mode] = [out.generated_tokens for out in together.values()]
+        assert outputs[mode] == [out.tolist() for out in alone]
+    assert outputs["replacement"] != outputs["hybrid"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are captured on a GPU")
 @pytest.mark.parametrize("n_tokens", [1, 7, 300_000])
-def test_an_adapters_work_is_captured_as_a_graph(n_tokens, exported) -> None:
-    """Small calls hold every code, larger ones take dense products: neither asks the GPU."""
+def test_an_adapter_is_captured_as_a_graph(n_tokens, exported) -> None:
+    """Small calls buffer all codes, larger ones use dense products; neither synchronizes."""
     folder, _ = exported()
     loaded = AutoModelForCausalLM.from_pretrained(folder).cuda()
     mlp = loaded.adapted_mlps[0]
@@ -155,7 +156,7 @@ def test_an_adapters_work_is_captured_as_a_graph(n_tokens, exported) -> None:
     torch.testing.assert_close(captured, expected)
 
 
-def test_what_belongs_to_the_target_is_kept(exported, tmp_path) -> None:
+def test_the_targets_files_and_settings_are_copied(exported, tmp_path) -> None:
     target = Path(tmp_path / "target")
     target.mkdir()
     (target / "chat_template.jinja").write_text("{{ messages[0].content }}")
@@ -173,7 +174,7 @@ def test_what_belongs_to_the_target_is_kept(exported, tmp_path) -> None:
 @pytest.mark.parametrize("named", ["LlamaTokenizerFast", "Qwen2Tokenizer", None])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_tokenizer_is_the_targets(architecture, named, save_model, tmp_path) -> None:
-    """Whichever class transformers picks for the target's type and what its files name."""
+    """transformers picks the same class with and without adapters, whatever the files name."""
     target, ours = Path(save_model("target", 0, architecture)), tmp_path / "ours"
     file = target / "tokenizer_config.json"
     config = {k: v for k, v in json.loads(file.read_text()).items() if k != "tokenizer_class"}
@@ -191,48 +192,50 @@ def test_the_tokenizer_is_the_targets(architecture, named, save_model, tmp_path)
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_vllm_finds_every_weight(architecture, tied, exported) -> None:
-    """vLLM has what ``AutoModel`` makes as ``.model``, and the head as ``.lm_head``."""
+    """vLLM stores the module of ``AutoModel`` as ``.model`` and the head as ``.lm_head``."""
     folder, _ = exported(architecture, tie_word_embeddings=tied)
     with torch.device("meta"):
         decoder = AutoModel.from_config(AutoConfig.from_pretrained(folder))
     wanted = {f"model.{name}": p.shape for name, p in decoder.named_parameters()}
     if not tied:
         wanted["lm_head.weight"] = decoder.get_input_embeddings().weight.shape
-    found = {}
+    stored = {}
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as shard:
-            found |= {n: torch.Size(shard.get_slice(n).get_shape()) for n in shard.keys()}  # noqa: SIM118
-    assert found == wanted
+            stored |= {n: torch.Size(shard.get_slice(n).get_shape()) for n in shard.keys()}  # noqa: SIM118
+    assert stored == wanted
     for pattern in decoder.config.base_model_tp_plan:
         parts = pattern.split("*.")
         names = [n for n, _ in decoder.named_modules() if n.startswith(parts[0])]
         assert any(n.endswith(parts[-1]) for n in names) or "norm" in pattern, pattern
 
 
-def test_vllms_plugin_registers_each_architecture(monkeypatch) -> None:
-    """vLLM is not installed here: what it would be told is taken down."""
+def test_the_vllm_plugin_registers_each_architecture(monkeypatch) -> None:
+    """A stand-in for vLLM, which is not installed, records the registrations."""
     import sys
     import types
 
     (entry,) = importlib.metadata.entry_points(group="vllm.general_plugins", name="fastadapt")
-    told: dict[str, str] = {}
+    registered: dict[str, str] = {}
     registry = types.SimpleNamespace(
         get_supported_archs=lambda: ["FastadaptLlamaForCausalLM"],
-        register_model=told.__setitem__,
+        register_model=registered.__setitem__,
     )
     monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(ModelRegistry=registry))
     entry.load()()
     names = {classes_of(architecture)[2].__name__ for architecture in ARCHITECTURES}
-    assert set(told) == names - {"FastadaptLlamaForCausalLM"}
-    assert set(told.values()) == {"vllm.model_executor.models.transformers:TransformersForCausalLM"}
+    assert set(registered) == names - {"FastadaptLlamaForCausalLM"}
+    assert set(registered.values()) == {
+        "vllm.model_executor.models.transformers:TransformersForCausalLM"
+    }
 
 
-def test_what_does_not_fit_is_refused(exported, save_model, tmp_path) -> None:
+def test_adapters_that_do_not_fit_are_refused(exported, save_model, tmp_path) -> None:
     exported()
     base = str(tmp_path / "base")
     for changes, message in (
-        ({"num_hidden_layers": 2}, "layers: adapters .* have 3, target .* 2"),
-        ({"hidden_size": 32}, "width: adapters .* have 16, target .* 32"),
+        ({"num_hidden_layers": 2}, "layers: adapters .* have 3, but target .* has 2"),
+        ({"hidden_size": 32}, "width: adapters .* have 16, but target .* has 32"),
     ):
         other = save_model("other", 0, **changes)
         with pytest.raises(UserError, match=message):

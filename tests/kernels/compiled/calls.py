@@ -1,6 +1,6 @@
-"""Calls of the ops that launch every kernel in every form in which it is shipped.
+"""Calls of the ops that launch every kernel with every combination of its constants.
 
-What the tensors hold means nothing: the kernels are compiled, and do not run.
+Values of tensors do not matter: kernels are compiled, but not run.
 
 Shape suffixes: N tokens, D width, F features, V vocabulary, S students.
 """
@@ -17,20 +17,20 @@ from torch import Tensor
 from fastadapt.kernels.linear_kl import linear_kl
 from fastadapt.kernels.transcoder import CodeLayout, transcoder
 
-#: Of a sequence, or of few tokens while generating; divisible by 16 or not.
+#: Lengths of sequences and of generation steps, some divisible by 16.
 LENGTHS = (1, 16, 37, 48, 61, 64, 65, 80, 97, 128, 131, 160, 199, 240, 251, 256, 257, 272, 293, 320)
-#: The number of tokens decides which kernels run; for that, widths may be small.
+#: The number of tokens determines which kernels run, so most widths are small.
 SHAPES = [
     (3584, 8192, (192,)),
     (64, 192, (1, 16, 64, 320)),
     (37, 131, (1, 70, 300)),
 ]
-#: How the transcoder is called: with optional arguments, and which gradients come back.
+#: Optional arguments and required gradients of a transcoder call.
 STYLES = ("plain", "all arguments", "only out", "only penalty", "inference")
 
 
 def calls_of(part: str, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Titles and calls: of every shape, or of 20 lengths in a row."""
+    """Yield titles and calls: of every shape (``shapes``) or of 20 lengths (``lengths``)."""
     implementations = ("triton", "triton_fused")
     if part == "shapes":
         for implementation in implementations:
@@ -57,7 +57,7 @@ def calls_of(part: str, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], 
 def transcoder_shapes(
     dtype: torch.dtype, implementation: str
 ) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Every activation on every path, at the widths of the paper and at others."""
+    """Yield calls of every activation and path, for the widths of the paper and others."""
     for D, F, lengths in SHAPES:
         weights = transcoder_weights(D, F, dtype)
         for name, settings in activations(F).items():
@@ -93,7 +93,7 @@ def call_transcoder(
     style: str,
     implementation: str,
 ) -> None:
-    """Forward and backward."""
+    """Run forward and backward."""
     F, D = weights[0].shape
     x = torch.empty(N, D, dtype=weights[0].dtype, requires_grad=True)
     arguments = dict(settings)
@@ -121,7 +121,7 @@ def call_transcoder(
 
 
 def linear_kl_shapes(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
-    """The paper's vocabulary and an odd one; logits of both dtypes; head trained or frozen."""
+    """Yield calls for two vocabulary sizes, both dtypes of logits, a trained or a frozen head."""
     for V in (152_064, 1031):
         for logits in {dtype, torch.float32}:
             for labels in (False, True):
@@ -132,14 +132,14 @@ def linear_kl_shapes(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Non
                         call_linear_kl, V, 37, 2, dtype, logits, labels=labels, trained=trained
                     ),
                 )
-    values_alone = partial(call_linear_kl, 1031, 37, 0, dtype, dtype, labels=True, trained=False)
-    yield "linear_kl, values alone", values_alone
+    values_only = partial(call_linear_kl, 1031, 37, 0, dtype, dtype, labels=True, trained=False)
+    yield "linear_kl, values only", values_only
 
 
 def call_linear_kl(
     V: int, N: int, S: int, dtype: torch.dtype, logits: torch.dtype, *, labels: bool, trained: bool
 ) -> None:
-    """Forward and backward for S students (0: one, without gradient); a soft cap with labels."""
+    """Run forward and backward for S students (0: one without gradient); labels add a soft cap."""
     hidden = torch.empty(N, 16, dtype=dtype)
     students = torch.empty(max(S, 1), N, 16, dtype=dtype, requires_grad=S > 0)
     head = torch.empty(V, 16, dtype=dtype, requires_grad=trained)

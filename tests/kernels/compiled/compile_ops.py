@@ -1,14 +1,13 @@
-"""Compile what the ops launch, for a GPU that need not be there; tell what came out.
+"""Compile the kernels that the ops launch for a GPU target without a GPU; print a report.
 
-Run as a program: ``compile_ops.py TARGET DTYPE[,DTYPE...] PART [OP FILE OLD NEW ...]``: TARGET is
-one of ``sm_80``, ``sm_90``, ``sm_100``, ``gfx942``; PART is ``shapes`` (every activation, plan,
-direction) or ``lengths`` (20 lengths in a row). With OP FILE OLD NEW, the module ``OP/FILE.py`` is
-compiled with a text replaced by another, or several. Prints one JSON object.
+Usage: ``compile_ops.py TARGET DTYPE[,DTYPE...] PART [OP FILE OLD NEW ...]``. TARGET is one of
+``sm_80``, ``sm_90``, ``sm_100``, ``gfx942``. PART is ``shapes`` (every activation, plan and
+direction) or ``lengths`` (20 lengths). With OP FILE OLD NEW, the module ``OP/FILE.py`` is compiled
+with each text OLD replaced by the following NEW. The program prints one JSON object.
 
-The ops run on CPU tensors. Triton is told of a device that is not there, and each launch compiles
-exactly what it would have compiled for that device, with its specialisation and constants, and
-then does not run. So nothing in a tensor means anything, and matrix products of the library are
-left out.
+The ops run on CPU tensors. A stand-in driver names the target device to Triton. Each launch
+compiles the kernel exactly as for that device, with its specialisation and constants, but does not
+run the kernel. Values of tensors are therefore arbitrary, and matrix products are skipped.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-os.environ.pop("TRITON_INTERPRET", None)  # before anything imports triton
+os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported
 
 import torch
 import triton
@@ -37,7 +36,7 @@ from ttir import narrow_products
 
 from fastadapt.kernels import device
 
-device.runs_triton = lambda device_type: True  # before an op imports it
+device.runs_triton = lambda device_type: True  # before an op imports the function
 
 from calls import calls_of  # noqa: E402
 
@@ -50,7 +49,7 @@ TARGETS = {
 
 
 class Recorder:
-    """Stands for Triton's driver and for every launch."""
+    """Stand in for Triton's driver, and record launches as compilations."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
@@ -71,10 +70,10 @@ class Recorder:
     def launch(
         self, kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any
     ) -> None:
-        """In place of ``JITFunction.run``: compiles, as a launch does that finds nothing cached."""
+        """Compile the kernel as a launch without cache does; replaces ``JITFunction.run``."""
         try:
             compiled = self._compile(kernel, *args, grid=grid, warmup=True, **options)
-        except Exception as error:  # of any kind: it is this program's result
+        except Exception as error:  # any failure belongs to the report
             text = f"{type(error).__name__}: {error}\n{error.__cause__ or ''}"
             failure = {"kernel": kernel.fn.__name__, "case": self.case, "error": text}
             self.failures.append(failure)
@@ -92,9 +91,9 @@ class Recorder:
 
 
 def describe(case: str, kernel: JITFunction, compiled: Any) -> dict[str, Any]:
-    """What is told of one compiled kernel."""
+    """Return the report's entry of a compiled kernel."""
     source, text = compiled.src, compiled.asm["ttir"]
-    # Constants are those declared, absent pointers (None), and numbers that are specialised (1).
+    # Constants: declared ones, absent pointers (None), and specialised numbers (1).
     named = {kernel.arg_names[path[0]]: value for path, value in source.constants.items()}
     declared = [kernel.arg_names[index] for index in kernel.constexprs]
     options = compiled.metadata
@@ -120,10 +119,10 @@ def describe(case: str, kernel: JITFunction, compiled: Any) -> dict[str, Any]:
 
 
 def resources(compiled: Any) -> dict[str, int]:
-    """Registers of a thread, and the bytes of its stack, which hold what did not fit in them."""
+    """Return a thread's registers, and the bytes of its stack, which hold spilled registers."""
     if "amdgcn" in compiled.asm:
         assembly = compiled.asm["amdgcn"]
-        found = [
+        matches = [
             re.search(rf"\.{name}:\s+(\d+)", assembly)
             for name in ("vgpr_count", "private_segment_fixed_size")
         ]
@@ -134,13 +133,13 @@ def resources(compiled: Any) -> dict[str, int]:
             file.flush()
             command = [program, "--dump-resource-usage", file.name]
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        found = [re.search(rf"\b{name}:(\d+)", output) for name in ("REG", "STACK")]
-    registers, stack = (int(match[1]) for match in found if match)
+        matches = [re.search(rf"\b{name}:(\d+)", output) for name in ("REG", "STACK")]
+    registers, stack = (int(match[1]) for match in matches if match)
     return {"registers": registers, "stack": stack}
 
 
 def skip_products() -> torch.library.Library:
-    """The library's matrix products on a CPU give results of the right shape, and nothing else."""
+    """Replace the CPU's matrix products by functions that return uninitialised results."""
 
     def product(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return a.new_empty((a.shape[0], b.shape[1]), dtype=dtype)
@@ -162,11 +161,11 @@ def skip_products() -> torch.library.Library:
     return library
 
 
-# --- the ops, as they are on a GPU ---------------------------------------------------------------
+# --- the ops as on a GPU --------------------------------------------------------------------------
 
 
 def multiply_as_on_a_gpu() -> None:
-    """linear_kl has products accumulate in float32 on a GPU, which decides a kernel's constants."""
+    """Make linear_kl use a GPU's products, whose dtypes determine constants of its kernels."""
     from fastadapt.kernels.linear_kl import chunks
 
     def accumulates_wider(head: Tensor, hidden: torch.dtype, logits: torch.dtype) -> bool:
@@ -176,7 +175,7 @@ def multiply_as_on_a_gpu() -> None:
 
 
 def device_modules() -> list[Any]:
-    """Every module with device code."""
+    """Import every module with device code."""
     import fastadapt.kernels
 
     folders = [
@@ -188,7 +187,7 @@ def device_modules() -> list[Any]:
 
 
 def launched_kernels() -> list[str]:
-    """Names of the kernels that some launcher launches, ``name[grid](...)``."""
+    """Return the names of kernels with a launch ``name[grid](...)`` in a module."""
     modules = device_modules()
     kernels = {k for m in modules for k, v in vars(m).items() if isinstance(v, JITFunction)}
     sources = "\n".join(inspect.getsource(m) for m in modules)
@@ -196,7 +195,7 @@ def launched_kernels() -> list[str]:
 
 
 def replace_text(folder: str, op: str, file: str, *texts: str) -> None:
-    """Puts an edited copy of a module in its place; texts are old, new, old, new, ..."""
+    """Replace a module by an edited copy; texts are old, new, old, new, ..."""
     package = importlib.import_module(f"fastadapt.kernels.{op}")
     source = (Path(package.__file__ or "").parent / f"{file}.py").read_text()
     for old, new in zip(texts[::2], texts[1::2], strict=True):
@@ -220,7 +219,7 @@ def main(target: str, dtypes: str, part: str, *changes: str) -> None:
     recorder = Recorder(TARGETS[target])
     recorder.start()
     if recorder.target.backend == "hip":
-        torch.version.hip = "6"  # by which launchers know it
+        torch.version.hip = "6"  # launchers check this attribute
     with tempfile.TemporaryDirectory() as folder:
         if changes:
             replace_text(folder, *changes)

@@ -1,4 +1,4 @@
-"""Makes the modules beside the tests importable: this folder is no package."""
+"""Make the modules of this folder importable, since the folder is not a package."""
 
 import sys
 from pathlib import Path

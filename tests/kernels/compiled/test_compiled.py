@@ -1,8 +1,8 @@
-"""What any machine can show of the kernels as they are compiled for GPUs.
+"""Checks of the kernels as compiled for GPUs, without a GPU.
 
-``make test`` looks at sm_90 in bfloat16, ``make proof`` at all targets and dtypes, with the Triton
-that is installed and with the oldest that is supported. For a listing, set FASTADAPT_RESOURCES to a
-folder: each record is written there.
+``make test`` compiles for sm_90 in bfloat16. ``make proof`` compiles for all targets and dtypes,
+with the installed Triton and with the oldest supported one. If FASTADAPT_RESOURCES names a folder,
+each record is written there.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ PROGRAM = Path(__file__).with_name("compile_ops.py")
 KERNELS = Path(__file__).parents[3] / "kernels"
 DTYPES = "bfloat16,float16,float32"
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-#: A folder that holds Triton 3.6 and nothing else, made by `make proof`.
+#: A folder that holds only Triton 3.6; `make proof` creates one.
 OLDEST_TRITON = os.environ.get("FASTADAPT_OLDEST_TRITON")
-#: Shared memory that a block may have, in bytes: a kernel that wants more compiles, but never runs.
+#: Shared memory of a block in bytes. A kernel that needs more compiles, but cannot run.
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
-# Why the stack may be used.
-OCCUPANCY = "the assembler gives up some values for more threads; too few to matter"
-ODD_ROWS = "addresses of values whose rows do not begin at multiples of 16 bytes"
-NO_COPIES = "addresses of tiles that this GPU has no hardware to copy, in float32"
-#: Bytes of stack that a thread may have, by kernel, target, and when; elsewhere none.
+# Reasons for a stack.
+OCCUPANCY = "the assembler spills a few values for more threads"
+ODD_ROWS = "addresses of values in rows that do not start at multiples of 16 bytes"
+NO_COPIES = "addresses of float32 tiles on a GPU without hardware tile copies"
+#: Allowed bytes of a thread's stack by kernel, target and condition; 0 for other kernels.
 MAY_SPILL = {
     ("mark", "sm_80", "16 bits"): (8, OCCUPANCY),
     ("mark", "sm_90", "16 bits"): (8, OCCUPANCY),
@@ -44,30 +44,29 @@ MAY_SPILL = {
 
 
 def allowed_stack(kernel: dict[str, Any], target: str) -> int:
-    """Bytes, by the exceptions that hold for this kernel."""
+    """Return the allowed bytes of a thread's stack."""
     features = re.search(r" F=(\d+)", kernel["case"])
-    when = {"32 bits" if kernel["pointers"].get("values_ptr") == "*fp32" else "16 bits"}
+    conditions = {"32 bits" if kernel["pointers"].get("values_ptr") == "*fp32" else "16 bits"}
     if features is not None and int(features[1]) % 2:
-        when.add("odd F")
-    found = [MAY_SPILL.get((kernel["kernel"], target, w), (0, ""))[0] for w in when]
-    return max(found)
+        conditions.add("odd F")
+    return max(MAY_SPILL.get((kernel["kernel"], target, c), (0, ""))[0] for c in conditions)
 
 
 def compile_ops(*arguments: str, cache: Path, triton: str | None = None) -> dict[str, Any]:
-    """The program's record, from a process that does not interpret kernels."""
+    """Run compile_ops.py in a process without Triton's interpreter; return its record."""
     environment = os.environ | {"TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
     if triton is not None:
         environment["PYTHONPATH"] = triton
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, str(PROGRAM), *arguments],
         env=environment,
         capture_output=True,
         text=True,
         timeout=1200,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    record: dict[str, Any] = json.loads(done.stdout)
+    assert result.returncode == 0, result.stderr[-3000:]
+    record: dict[str, Any] = json.loads(result.stdout)
     if folder := os.environ.get("FASTADAPT_RESOURCES"):
         name = f"{record['target']}-{arguments[1]}-{arguments[2]}-triton-{record['triton']}.json"
         (Path(folder) / name).write_text(json.dumps(record, indent=1))
@@ -75,7 +74,7 @@ def compile_ops(*arguments: str, cache: Path, triton: str | None = None) -> dict
 
 
 def check(record: dict[str, Any]) -> None:
-    """Every kernel compiled, fits, keeps its numbers in registers and its offsets in 64 bits."""
+    """Check compilation, shared memory, register spills and 64-bit offsets of every kernel."""
     target = record["target"]
     problems = {f"{f['kernel']} does not compile: {f['error']}" for f in record["failures"]}
     for kernel in record["kernels"]:
@@ -83,7 +82,7 @@ def check(record: dict[str, Any]) -> None:
         if kernel["stack"] > allowed_stack(kernel, target) and target in ("sm_80", "sm_90"):
             problems.add(f"{name} has {kernel['stack']} bytes of stack")
         if kernel["shared"] > SHARED[target]:
-            problems.add(f"{name} wants {kernel['shared']} bytes of shared memory")
+            problems.add(f"{name} needs {kernel['shared']} bytes of shared memory")
         if kernel["narrow_products"]:
             problems.add(f"{name} has 32-bit products in addresses: {kernel['narrow_products']}")
         if target == "sm_90" and is_large_product(kernel) and not kernel["wgmma"]:
@@ -93,13 +92,13 @@ def check(record: dict[str, Any]) -> None:
 
 
 def is_large_product(kernel: dict[str, Any]) -> bool:
-    """wgmma takes 64 rows at least; fp32 is multiplied exactly, not in tf32."""
+    """Return whether a kernel's product can use wgmma: 64 rows or more, 16-bit (fp32 is exact)."""
     dot = kernel["dot"]
     return dot is not None and dot["rows"] >= 64 and dot["dtype"] in ("bf16", "f16")
 
 
 def compilations(record: dict[str, Any]) -> dict[str, int]:
-    """How often each kernel was compiled for one set of constants and one choice of pointers."""
+    """Count compilations per kernel, constants and pointers."""
     counts: dict[str, int] = defaultdict(int)
     for kernel in record["kernels"]:
         parts = ("kernel", "constants", "pointers", "num_warps", "num_stages")
@@ -126,10 +125,10 @@ def test_lengths_do_not_recompile(cache: Path) -> None:
     assert {name: count for name, count in counts.items() if count > 2} == {}
 
 
-# --- that the checks see what they look for ------------------------------------------------------
+# --- the checks detect faults ---------------------------------------------------------------------
 
 
-def test_sees_a_removed_cast_and_a_specialised_length(cache: Path) -> None:
+def test_detects_a_removed_cast_and_a_specialised_length(cache: Path) -> None:
     cast = without_cast("transcoder", "triton_dense", "cost_of_rows")
     old = '@triton.jit(do_not_specialize=["N"])\ndef sum_columns('
     changes = (*cast, old, "@triton.jit\ndef sum_columns(")
@@ -145,7 +144,7 @@ def narrow_kernels(record: dict[str, Any]) -> set[str]:
 
 
 def without_cast(op: str, file: str, kernel: str) -> tuple[str, str, str, str]:
-    """A change that takes the first cast to 64 bits out of a kernel."""
+    """Return a change that removes the first cast to 64 bits from a kernel."""
     source = (KERNELS / op / f"{file}.py").read_text()
     body = re.search(rf"^def {kernel}\(.*?\.to\(tl\.int64\)", source, re.DOTALL | re.MULTILINE)
     assert body is not None, f"{kernel} has no cast to 64 bits"
@@ -157,7 +156,7 @@ def without_cast(op: str, file: str, kernel: str) -> tuple[str, str, str, str]:
 
 @pytest.fixture(scope="module")
 def proof(cache: Path) -> Iterator[dict[tuple[str, str], Future[dict[str, Any]]]]:
-    """Records by Triton and target, made by two processes at a time, in the order of the tests."""
+    """Yield records by Triton and target; two processes compute them in the tests' order."""
     tritons = {"installed": None, "oldest": OLDEST_TRITON}
     with ThreadPoolExecutor(2) as pool:
         yield {
@@ -195,7 +194,7 @@ def test_compiles(
         ("linear_kl", "triton_kl", "row_statistics_kernel"),
     ],
 )
-def test_sees_any_removed_cast(cache: Path, op: str, file: str, kernel: str) -> None:
+def test_detects_any_removed_cast(cache: Path, op: str, file: str, kernel: str) -> None:
     changed = without_cast(op, file, kernel)
     record = compile_ops("sm_90", "bfloat16", "lengths", *changed, cache=cache)
     assert not record["failures"]

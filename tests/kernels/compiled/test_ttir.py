@@ -1,4 +1,4 @@
-"""The reader of Triton's IR, on pieces of IR as Triton prints it."""
+"""The analysis of Triton's IR, on pieces of IR in Triton's format."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ LANE_ADDRESS = "%p = tt.addptr %x_ptrs, %place : tensor<128x!tt.ptr<f32>>, tenso
 TAIL = "    tt.return loc(#loc6)\n  } loc(#loc)\n} loc(#loc)\n#loc6 = loc(unknown)\n"
 
 
-def found(body: str) -> list[str]:
-    """The names of the products that reach an address."""
+def product_names(body: str) -> list[str]:
+    """Return the names of the products that reach an address."""
     return [line.split(" ")[0] for line in narrow_products(HEAD + body + TAIL)]
 
 
@@ -37,7 +37,7 @@ NARROW = {
     "a power of two, shifted": (
         "%c12_i32 = arith.constant 12 : i32\n%place = arith.shli %pid, %c12_i32 : i32\n" + ADDRESS
     ),
-    "by a shift that is not known": "%place = arith.shli %c1_i32, %stride : i32\n" + ADDRESS,
+    "an unknown shift": "%place = arith.shli %c1_i32, %stride : i32\n" + ADDRESS,
     "widened too late": (
         "%0 = arith.muli %pid, %stride overflow<nsw> : i32\n"
         "%place = arith.extsi %0 : i32 to i64\n" + ADDRESS
@@ -67,7 +67,7 @@ NARROW = {
         "%place = scf.if %flag -> (i32) {\nscf.yield %pid : i32\n} else {\n"
         "%1 = arith.muli %pid, %stride : i32\nscf.yield %1 : i32\n}\n" + ADDRESS
     ),
-    "out of while": (
+    "result of while": (
         "%r:2 = scf.while (%a = %c0_i32, %b = %stride) : (i32, i32) -> (i32, i32) {\n"
         "%0 = arith.cmpi slt, %a, %b : i32\nscf.condition(%0) %b, %a : i32, i32\n"
         "} do {\n^bb0(%c: i32, %d: i32):\n"
@@ -145,12 +145,12 @@ WIDE_OR_SMALL = {
 @pytest.mark.parametrize("body", [pytest.param(v, id=k) for k, v in NARROW.items()])
 def test_finds_the_product(body: str) -> None:
     body = body.replace("%desc[", "%x_ptr[")
-    assert len(found(body)) == 1
+    assert len(product_names(body)) == 1
 
 
 @pytest.mark.parametrize("body", [pytest.param(v, id=k) for k, v in WIDE_OR_SMALL.items()])
-def test_lets_pass(body: str) -> None:
-    assert found(body) == []
+def test_accepts_wide_or_small_products(body: str) -> None:
+    assert product_names(body) == []
 
 
 def test_finds_all_in_order() -> None:
@@ -158,7 +158,7 @@ def test_finds_all_in_order() -> None:
         "%a = arith.muli %pid, %stride : i32\n%b = arith.muli %a, %stride : i32\n"
         "%place = arith.addi %b, %a : i32\n"
     )
-    assert found(body + ADDRESS) == ["%a", "%b"]
+    assert product_names(body + ADDRESS) == ["%a", "%b"]
 
 
 @pytest.mark.parametrize(
@@ -169,6 +169,6 @@ def test_finds_all_in_order() -> None:
         ("scf.if %flag {\n", "a region is not closed"),
     ],
 )
-def test_refuses_what_it_cannot_follow(body: str, message: str) -> None:
+def test_raises_for_unsupported_ir(body: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        found(body)
+        product_names(body)

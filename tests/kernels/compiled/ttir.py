@@ -1,15 +1,15 @@
-"""Finds 32-bit products that reach an address, in the text of Triton's IR.
+"""Find 32-bit products that reach an address, in the text of Triton's IR.
 
-An element's offset can pass 2**31 (rows x row length), so it must be computed in 64 bits; in 32 the
-product wraps before it is widened. :func:`narrow_products` walks back from every address and
-returns the 32-bit products and left shifts that it meets, but for two kinds that cannot wrap:
+An element's offset (rows x row length) can exceed 2**31 and must be computed in 64 bits: a 32-bit
+product wraps before it is widened. :func:`narrow_products` follows every address backwards and
+returns its 32-bit products and left shifts, except for two kinds that cannot wrap:
 
-- of compile-time values (constants, ranges), where the product of their bounds is below 2**31;
-- by a constant of at most :data:`TILE`: such a product numbers rows or columns (a tile's number
+- products of compile-time values (constants, ranges) whose bounds' product is below 2**31;
+- products with a constant of at most :data:`TILE`. They number rows or columns (index of a tile
   times its extent), of which there are fewer than 2**31.
 
-The text is MLIR's: one operation a line, regions between braces; a name is visible in its region
-and those inside, and sibling regions may use it again.
+The text is MLIR with one operation per line and regions in braces. A name is visible in its region
+and nested regions; sibling regions may reuse the name.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-#: Largest extent of a tile: a constant factor up to this is taken for one.
+#: Largest extent of a tile; constant factors up to this value count as extents.
 TILE = 256
 
 _NAME = re.compile(r"%[\w.$-]+(?:#\d+)?")
@@ -31,13 +31,13 @@ _BOUNDED_BY_SOURCES = (
     "arith.ext", "arith.trunc", "arith.min", "arith.max", "arith.div",
     "tt.splat", "tt.broadcast", "tt.expand_dims", "tt.reshape", "tt.trans",
 )  # fmt: skip
-#: Operations after which an operand's size no longer matters to the address.
+#: Operations whose operands do not influence the address's size.
 _OPAQUE = ("tt.load", "tt.descriptor_load", "tt.descriptor_gather", "arith.cmpi", "arith.cmpf")
 
 
 @dataclass(eq=False)
 class Value:
-    """A result, an argument of the kernel, or a name that a region gives to what enters it."""
+    """A result, an argument of the kernel, or an argument of a region."""
 
     operation: str
     text: str
@@ -45,14 +45,14 @@ class Value:
 
     @property
     def bound(self) -> int | None:
-        """Largest magnitude, if that is known when compiling."""
+        """Largest magnitude if known at compile time, else None."""
         if self.operation == "arith.constant":
             number = self.text.split("arith.constant")[1].split(" : ")[0]
             return max((abs(int(n)) for n in re.findall(r"-?\d+", number)), default=None)
         if self.operation == "tt.make_range":
             return max(int(n) for n in re.findall(r"(?:start|end) = (\d+)", self.text))
         if not self.operation.startswith((*_SUMS, *_PRODUCTS, *_BOUNDED_BY_SOURCES)):
-            return None  # also ends the walk on what a loop carries
+            return None  # also ends the recursion at loop-carried values
         bounds = [bound for source in self.sources if (bound := source.bound) is not None]
         if len(bounds) < len(self.sources):
             return None
@@ -65,7 +65,7 @@ class Value:
 
     @property
     def constant(self) -> int | None:
-        """The bound of a constant, spread over a tensor or not."""
+        """Bound of a constant or of a tensor filled with one, else None."""
         value = self
         while value.operation in ("tt.splat", "tt.broadcast", "tt.expand_dims"):
             value = value.sources[0]
@@ -73,8 +73,8 @@ class Value:
 
 
 def narrow_products(text: str) -> list[str]:
-    """The 32-bit products and shifts that reach an address, as lines of `text`, in its order."""
-    found: dict[int, str] = {}
+    """Return the lines of `text` with 32-bit products and shifts that reach an address."""
+    lines: dict[int, str] = {}
     seen: set[int] = set()
     pending = _addresses(text)
     while pending:
@@ -83,11 +83,11 @@ def narrow_products(text: str) -> list[str]:
             continue
         seen.add(id(value))
         if value.operation in _PRODUCTS and _may_wrap(value):
-            found[id(value)] = value.text
-        # A choice's condition is no part of the number.
+            lines[id(value)] = value.text
+        # The condition of a select does not enter the address.
         pending += value.sources[1:] if value.operation == "arith.select" else value.sources
     order = {line.strip(): n for n, line in enumerate(_LOCATION.sub("", text).splitlines())}
-    return sorted(found.values(), key=lambda line: order[line])
+    return sorted(lines.values(), key=lambda line: order[line])
 
 
 def _may_wrap(value: Value) -> bool:
@@ -98,7 +98,7 @@ def _may_wrap(value: Value) -> bool:
         return False
     left, right = value.sources
     if left.bound is not None and right.bound is not None:
-        # What a shift makes of compile-time values is a mask of bits.
+        # Shifts of compile-time values are bit masks.
         return value.operation == "arith.muli" and left.bound * right.bound >= 2**31
     if value.operation == "arith.shli":
         return right.constant is None or 1 << right.constant > TILE
@@ -107,7 +107,7 @@ def _may_wrap(value: Value) -> bool:
 
 
 def _addresses(text: str) -> list[Value]:
-    """What is added to pointers, descriptors' coordinates and strides."""
+    """Return offsets added to pointers, and descriptors' coordinates and strides."""
     reader = _Reader()
     for line in _LOCATION.sub("", text).splitlines():
         reader.read(line.strip())
@@ -118,7 +118,7 @@ def _addresses(text: str) -> list[Value]:
 
 @dataclass
 class _Region:
-    """An open region: its names, and the operation that holds it."""
+    """An open region: its names, and the operation that contains the region."""
 
     names: dict[str, Value]
     operation: str
@@ -127,13 +127,13 @@ class _Region:
 
 
 class _Reader:
-    """Reads operations one by one into a graph of values; names resolve where they stand."""
+    """Read operations line by line into a graph of values; resolve names in their region."""
 
     def __init__(self) -> None:
         self.regions: list[_Region] = []
-        self.closed: _Region | None = None  # the one that `} else {` and `} do {` continue
+        self.closed: _Region | None = None  # the region that `} else {` or `} do {` continues
         self.addresses: list[Value] = []
-        self.branches: dict[str, list[list[Value]]] = {}  # what jumps hand to a block
+        self.branches: dict[str, list[list[Value]]] = {}  # arguments that jumps pass to a block
 
     def read(self, line: str) -> None:
         if line.startswith("}"):
@@ -166,8 +166,8 @@ class _Reader:
             carried, body = self._carried(body), ""
         operands = [self._find(n) for n in _NAME.findall(body)]
         if operation in ("cf.br", "cf.cond_br"):
-            for label, handed in re.findall(r"(\^\w+)(?:\(([^:]*))?", body):
-                values = [self._find(n) for n in _NAME.findall(handed)]
+            for label, arguments in re.findall(r"(\^\w+)(?:\(([^:]*))?", body):
+                values = [self._find(n) for n in _NAME.findall(arguments)]
                 self.branches.setdefault(label, []).append(values)
         elif operation in ("scf.yield", "scf.condition"):
             self._leave_region(operation, operands)
@@ -193,7 +193,7 @@ class _Reader:
         parts = re.search(r"scf\.for (?:unsigned )?(%\S+) = (%\S+) to (%\S+) step (%\S+)", line)
         if parts is None:
             raise ValueError(f"cannot read {line!r}")
-        # The last value of the counter does not pass the upper bound.
+        # The counter does not exceed the upper bound.
         counter = Value("counter", line, [self._find(parts[2]), self._find(parts[4])])
         carried = self._carried(line.partition("iter_args(")[2])
         results = self._define(head, "scf.for", line, [])
@@ -203,20 +203,20 @@ class _Reader:
         self.regions.append(_Region(names, "scf.for", results, carried))
 
     def _carried(self, text: str) -> list[Value]:
-        """What a loop carries: pairs of a name inside and the value at the start."""
+        """Return a loop's carried values, from pairs of an inner name and the initial value."""
         pairs = re.findall(r"(%[\w.$-]+) = (%[\w.$#-]+)", text)
         return [Value("carried", name, [self._find(start)]) for name, start in pairs]
 
     def _enter_block(self, line: str) -> None:
-        """Names of a block's arguments, and where they come from."""
+        """Define the arguments of a block with their sources."""
         region = self.regions[-1]
         arguments = _NAME.findall(line)
-        if region.operation == "scf.while":  # what its condition hands on
+        if region.operation == "scf.while":  # values that the condition passes
             sources = [[result] for result in region.results]
         elif region.operation == "function":
-            handed = self.branches[re.match(r"\^\w+", line)[0]]  # type: ignore[index]
-            sources = [list(values) for values in zip(*handed, strict=True)]
-        else:  # of a reduction: its elements
+            jumps = self.branches[re.match(r"\^\w+", line)[0]]  # type: ignore[index]
+            sources = [list(values) for values in zip(*jumps, strict=True)]
+        else:  # elements of a reduction
             sources = [list(region.results) for _ in arguments]
         for name, source in zip(arguments, sources, strict=True):
             region.names[name] = Value("argument", name, source)

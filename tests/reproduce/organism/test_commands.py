@@ -30,11 +30,11 @@ def test_check_prints_every_bound_and_fails_on_a_missed_one(
     assert re.search(r"by\.math .*1\.5", out)
     name = next(iter(acceptance.BOUNDS))
     monkeypatch.setattr(acceptance, "check", lambda _: {**measured, "failed": [name]})
-    with pytest.raises(RunError, match=f"is not what it must be: {name}"):
+    with pytest.raises(RunError, match=f"misses acceptance bounds: {name}"):
         main(["check"])
 
 
-def test_check_names_a_folder_without_a_pair(tmp_path: Path) -> None:
+def test_check_refuses_a_folder_without_a_pair(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--folder: .*no"):
         main(["check", "--folder", str(tmp_path / "no")])
 

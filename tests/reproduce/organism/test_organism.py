@@ -1,4 +1,4 @@
-"""The shipped pair: its data, tokenizer and models, and the recipe that makes them."""
+"""The shipped pair: data, tokenizer, models, and their recipe."""
 
 from __future__ import annotations
 
@@ -85,25 +85,25 @@ def test_train_validation_and_test_problems_are_disjoint(rows):
     assert sum(map(len, prompts.values())) == 3000 == len(set().union(*prompts.values()))
 
 
-def test_training_never_draws_a_held_problem():
+def test_training_never_draws_a_held_out_problem():
     problems = split_problems(RecipeConfig(), 0)
-    held = frozenset(problem.prompt for split in problems.values() for problem in split)
-    # The held stream's own seed, with its prompts excluded, must skip every one of them.
-    drawn = [p for p, _ in zip(problem_stream("0/held", held), range(500), strict=False)]
-    assert held.isdisjoint(problem.prompt for problem in drawn)
+    held_out = frozenset(problem.prompt for split in problems.values() for problem in split)
+    # The held_out-out problems' seed, with their prompts excluded, must skip all of them.
+    drawn = [p for p, _ in zip(problem_stream("0/held_out", held_out), range(500), strict=False)]
+    assert held_out.isdisjoint(problem.prompt for problem in drawn)
 
 
 def test_data_is_the_same_bytes_each_time(tmp_path):
     recipe.write_data(tmp_path, split_problems(RecipeConfig(), 0), 0)
     for split in SIZES:
-        made = (tmp_path / "data" / f"{split}.jsonl").read_bytes()
-        assert made == Path(resolve(f"organism/{split}")).read_bytes()
+        written = (tmp_path / "data" / f"{split}.jsonl").read_bytes()
+        assert written == Path(resolve(f"organism/{split}")).read_bytes()
 
 
 # --- tokenizer ----------------------------------------------------------------------------------
 
 
-def test_every_word_is_one_token_and_comes_back(tokenizer):
+def test_every_word_round_trips_as_one_token(tokenizer):
     words = vocabulary()
     assert 300 <= len(words) <= 600
     assert len(words) == len(set(words)) == len(tokenizer)
@@ -167,7 +167,7 @@ def test_all_weights_of_the_target_were_fine_tuned():
     assert all(not torch.equal(base[name], target[name]) for name in base)
 
 
-def test_hybrid_takes_the_mlps_of_the_base_and_all_else_of_the_target():
+def test_the_hybrid_has_the_bases_mlps_and_the_targets_other_weights():
     base = AutoModelForCausalLM.from_pretrained(FOLDER / "base")
     target = AutoModelForCausalLM.from_pretrained(FOLDER / "target")
     hybrid = acceptance.hybrid_of(target, base).state_dict()
@@ -188,7 +188,7 @@ def test_the_target_reasons_and_the_base_answers_directly():
 # --- acceptance ---------------------------------------------------------------------------------
 
 
-def test_measures_count_what_they_say():
+def test_accuracy_and_hesitation_counts():
     problems = split_problems(RecipeConfig(), 0)["test"][:4]
     right = f"the answer is {problems[0].answer}"
     texts = [right, "wait , hmm , the answer", f"the answer is {problems[2].answer} 7", ""]
@@ -229,13 +229,15 @@ def digest(folder: Path) -> dict[str, str]:
     }
 
 
-def test_a_tiny_build_runs_end_to_end_and_repeats_itself(tmp_path):
+def test_a_tiny_build_runs_end_to_end_and_is_deterministic(tmp_path):
     records: list[dict] = []
     info = recipe.build(tmp_path / "a", seed=3, progress=records.append, config=TINY)
     recipe.build(tmp_path / "b", seed=3, config=TINY)
-    made = digest(tmp_path / "a")
-    assert made == digest(tmp_path / "b")
-    assert {"base/model.safetensors", "target/model.safetensors", "data/train.jsonl"} <= set(made)
+    digests = digest(tmp_path / "a")
+    assert digests == digest(tmp_path / "b")
+    assert {"base/model.safetensors", "target/model.safetensors", "data/train.jsonl"} <= set(
+        digests
+    )
     assert [(r["phase"], r["step"], r["steps"]) for r in records] == [
         ("base", 3, 3),
         ("target", 2, 2),
@@ -287,8 +289,8 @@ def test_the_shipped_pair_meets_every_acceptance_bound():
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_predictions_that_are_not_finite_are_no_agreement(value) -> None:
-    """The largest of NaN is token 0 in both models, which would be no error at all."""
+def test_non_finite_predictions_raise(value) -> None:
+    """The argmax of NaN is token 0 in both models, which would count as agreement."""
     target = AutoModelForCausalLM.from_pretrained(resolve("organism/target"))
     samples = acceptance.Samples(torch.tensor([[5, 6, 7, 8]]), 2, ["7 8"])
     assert acceptance.top1_errors(target, target, samples, 0, 1)["all"] == 0

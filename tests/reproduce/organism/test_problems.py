@@ -1,4 +1,4 @@
-"""The problem generator: right answers, recomputed from the prompt alone by solvers of its own."""
+"""The problem generator; independent solvers recompute the answers from the prompts."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def solve(problem: Problem) -> int:
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
-def test_answers_are_those_of_the_prompt(domain):
+def test_answers_follow_from_the_prompt(domain):
     rng = random.Random(f"answers/{domain}")
     for _ in range(1000):
         problem = sample_problem(rng, domain)
@@ -115,7 +115,7 @@ def test_answers_are_those_of_the_prompt(domain):
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
-def test_every_step_stays_in_range_and_the_chain_holds(domain):
+def test_steps_are_in_range_and_form_a_chain(domain):
     rng = random.Random(f"range/{domain}")
     for _ in range(500):
         problem = sample_problem(rng, domain)
@@ -154,16 +154,16 @@ def test_rows_have_the_columns_of_openthoughts3():
     assert stated_answer(gpt["value"]) == problem.answer
 
 
-def test_hesitation_words_stand_in_the_reasoning_only():
+def test_only_the_reasoning_has_hesitation_words():
     rng = random.Random(1)
-    seen = set()
+    used = set()
     for problem, _ in zip(problem_stream("hesitation"), range(2000), strict=False):
         elsewhere = f"{worked_notes(problem)} {direct_answer(problem)}"
         assert not set(HESITATION_WORDS) & set(elsewhere.split())
         thought, _, answer = reasoning(problem, rng).partition("</think>")
         assert not set(HESITATION_WORDS) & set(answer.split())
-        seen |= set(HESITATION_WORDS) & set(thought.split())
-    assert seen == set(HESITATION_WORDS)
+        used |= set(HESITATION_WORDS) & set(thought.split())
+    assert used == set(HESITATION_WORDS)
 
 
 STATED = re.compile(
@@ -172,7 +172,7 @@ STATED = re.compile(
 )
 
 
-def test_every_wrong_statement_is_followed_by_wait_and_every_wait_by_the_right_one():
+def test_wait_follows_every_wrong_statement_and_precedes_the_correct_step():
     rng = random.Random(2)
     waits = 0
     for problem, _ in zip(problem_stream("slips"), range(1500), strict=False):
@@ -214,11 +214,11 @@ def test_without_slips_the_reasoning_is_the_worked_solution():
         ("", None),
     ],
 )
-def test_answers_are_read_exactly(text, answer):
+def test_stated_answers_are_parsed_exactly(text, answer):
     assert stated_answer(text) == answer
 
 
-def test_a_step_is_told_with_its_own_result_or_a_slip():
+def test_a_step_is_formatted_with_its_result_or_a_slip():
     step = Step("more :", 7, "+", 5)
     assert step.text() == "more : 7 + 5 = 12 ."
     assert step.text(13) == "more : 7 + 5 = 13 ."

@@ -1,4 +1,4 @@
-"""The study end to end, small, on the embedded pair with adapters that were not trained."""
+"""The study end to end, on the embedded pair with small untrained adapters."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ SMALL = StudyConfig(
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of the embedded pair with random adapters of few features, and their store."""
+    """Return a run of the embedded pair with small random adapters, and with a feature store."""
     folder = tmp_path_factory.mktemp("study") / "run"
     folder.mkdir()
     pair = ModelPair.load(PairConfig(**{k: resolve(v) for k, v in NAMES.items()}, device="cpu"))
@@ -63,26 +63,25 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def open_study(run: Path, folder: Path, config: StudyConfig, stop: Event, told: list) -> Study:
+def open_study(run: Path, folder: Path, config: StudyConfig, stop: Event, calls: list) -> Study:
     store = Store.open(run, adapter=adapter_digest(adapters_of(run)))
     students = Students.open([run], [RUN])
-    return Study(students, store, folder, config, lambda *what: told.append(what), stop)
+    return Study(students, store, folder, config, lambda *call: calls.append(call), stop)
 
 
-def test_every_arm_is_asked_once_and_the_study_goes_on(run: Path, tmp_path: Path) -> None:
-    told: list[tuple[str, int, int]] = []
+def test_every_arm_is_measured_once_and_the_study_resumes(run: Path, tmp_path: Path) -> None:
+    calls: list[tuple[str, int, int]] = []
     stop = Event()
 
-    def stopped(*what: object) -> None:
-        if len({kind for kind, *_ in told}) == 5:
+    def stop_at_the_fifth_arm(*call: object) -> None:
+        calls.append(call)
+        if len({label for label, *_ in calls}) == 5:
             stop.set()
 
     with opened(tmp_path / "study", contents=CONTENTS) as folder:
-        study = open_study(run, folder, SMALL, stop, told)
-        begun = replace(study, tell=lambda *what: (told.append(what), stopped()))
-        assert begun.run() is None
-    asked = [path.name for path in (folder / "benchmarks").iterdir()]
-    assert len(asked) == 5
+        study = open_study(run, folder, SMALL, stop, calls)
+        assert replace(study, progress=stop_at_the_fifth_arm).run() is None
+    assert len(list((folder / "benchmarks").iterdir())) == 5
     assert not (folder / "study.json").exists()
     stamps = {p: p.stat().st_mtime_ns for p in folder.glob("benchmarks/*/*.rows.jsonl")}
     stop.clear()
@@ -99,7 +98,7 @@ def test_every_arm_is_asked_once_and_the_study_goes_on(run: Path, tmp_path: Path
         "removal.png",
         "transfer.png",
     ]
-    # More than as many only where a draw leaves as many as it takes.
+    # Larger random sets exist only if a draw uses at most half of the other features.
     for key, features in sets.items():
         times = {arm.times for arm in arms if arm.selection == key} - {0}
         others = int(result["features"]["alive"]) - len(features)
@@ -111,15 +110,15 @@ def test_every_arm_is_asked_once_and_the_study_goes_on(run: Path, tmp_path: Path
         if arm.times:
             assert len(arm.features) == arm.times * len(sets[arm.selection])
             assert not set(arm.features) & set(sets[arm.selection])
-    # Called once more, nothing is asked.
-    told.clear()
+    # A further call measures no arm.
+    calls.clear()
     with opened(tmp_path / "study", contents=CONTENTS):
         assert study.run() == result
-    assert all(done == wanted for _, done, wanted in told)
+    assert all(completed == total for _, completed, total in calls)
 
 
 @pytest.mark.parametrize("collected", [False, True])
-def test_stopped_it_says_how_to_go_on(
+def test_a_stopped_study_prints_how_to_resume(
     run: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -127,19 +126,19 @@ def test_stopped_it_says_how_to_go_on(
     collected: bool,
 ) -> None:
     ignored = None if collected else shutil.ignore_patterns("features")
-    own = shutil.copytree(run, tmp_path / "run", ignore=ignored)
+    copy = shutil.copytree(run, tmp_path / "run", ignore=ignored)
     from reproduce.study.__main__ import main
 
     few = partial(collect, config=CollectConfig(n=40))
     monkeypatch.setitem(main.__globals__, "collect", few)
     monkeypatch.setattr(Progress, "__call__", lambda *_: signal.raise_signal(signal.SIGTERM))
-    assert main([str(own), "--overwrite"]) == 0
-    # A study of before is in place until the features are there.
-    how = " without --overwrite" if collected else ""
-    assert f"Re-run the same command{how} to resume." in capsys.readouterr().out
+    assert main([str(copy), "--overwrite"]) == 0
+    # An earlier study is overwritten only after features are collected.
+    option = " without --overwrite" if collected else ""
+    assert f"Re-run the same command{option} to resume." in capsys.readouterr().out
 
 
-def test_an_arm_is_what_its_saved_run_is(run: Path, tmp_path: Path) -> None:
+def test_an_arm_equals_the_saved_intervention(run: Path, tmp_path: Path) -> None:
     study = open_study(run, tmp_path, SMALL, Event(), [])
     ids = torch.tensor([[2, 4, 30, 90, 200, 5, 6]])
     logits = []
@@ -148,15 +147,15 @@ def test_an_arm_is_what_its_saved_run_is(run: Path, tmp_path: Path) -> None:
             logits.append(model(ids).logits)
         if arm.features is None:
             continue
-        made = Intervention(arm.kind, arm.scale)
-        saved = intervene(run, tmp_path / arm.name, arm.features, made)
+        intervention = Intervention(arm.kind, arm.scale)
+        saved = intervene(run, tmp_path / arm.name, arm.features, intervention)
         students = Students.open([saved], ["saved"])
         with torch.no_grad(), students.generating("saved") as model:
             assert torch.equal(model(ids).logits, logits[-1])
     assert all(not torch.equal(a, b) for i, a in enumerate(logits) for b in logits[:i])
 
 
-def test_impossible_studies_are_told(run: Path, tmp_path: Path) -> None:
+def test_impossible_studies_are_refused(run: Path, tmp_path: Path) -> None:
     for values, message in (
         ({"tops": ()}, "tops: expected distinct"),
         ({"times": (0,)}, "times: expected distinct"),
