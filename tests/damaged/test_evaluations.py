@@ -16,9 +16,9 @@ from damage import REMOVED, Damage, document, ends_well, raw, variants
 from fastadapt.errors import UserError
 from fastadapt.evaluation.benchmarks.datasets import BENCHMARKS, questions
 from fastadapt.evaluation.benchmarks.runner import Row, _write, read_rows
-from fastadapt.evaluation.faithfulness.partial_results import Arrays, Parts
+from fastadapt.evaluation.faithfulness.partial_results import Arrays, PartialResults
 from fastadapt.evaluation.faithfulness.prompts import held_out
-from fastadapt.evaluation.folder import PARTS, kept_part
+from fastadapt.evaluation.folder import PARTS, read_part
 from fastadapt.evaluation.generation.responses import (
     Response,
     Speed,
@@ -26,7 +26,7 @@ from fastadapt.evaluation.generation.responses import (
     read_responses,
 )
 from fastadapt.evaluation.generation.throughput import SpeedConfig, measure_speed
-from fastadapt.evaluation.runs import pair_of
+from fastadapt.evaluation.runs import read_pair
 from fastadapt.reporting.figures import figures
 from fastadapt.reporting.tables import as_latex, as_markdown, tables
 
@@ -69,7 +69,7 @@ ABOUT = {"schema_version": 1, "fingerprints": {"target": "ab"}}
 @pytest.fixture
 def result() -> dict[str, Any]:
     """One of each kind of student and a part of every kind."""
-    written = {**results.made_up(), **ABOUT}
+    written = {**results.synthetic_result(), **ABOUT}
     keep = {"l0_10%", "no-bridge"}
     written["students"] = [s for s in written["students"] if s["name"] in keep]
     for section in ("faithfulness", "partial"):
@@ -96,7 +96,7 @@ def test_every_part_of_eval_json(part: Any, result: dict[str, Any], tmp_path: Pa
     path.write_text(json.dumps({**about, **{name: result[name] for name in sections}}))
 
     def read() -> dict[str, Any]:
-        sections_read = kept_part(tmp_path, part, new)
+        sections_read = read_part(tmp_path, part, new)
         written = {**new, **sections_read}
         if sections_read:
             json.dumps(written, allow_nan=False)
@@ -212,7 +212,7 @@ def piece(i: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("whole", [True, False])
 def test_arrays_of_a_student(whole: bool, tmp_path: Path) -> None:
     """The file of all batches, and that of one, from which a run goes on."""
-    first = Parts(tmp_path, "a", FINGERPRINT, 2, ARRAYS)
+    first = PartialResults(tmp_path, "a", FINGERPRINT, 2, ARRAYS)
     first.add(0, piece(0))
     path = next(first.whole.parent.rglob("*.safetensors"))
     if whole:
@@ -221,7 +221,7 @@ def test_arrays_of_a_student(whole: bool, tmp_path: Path) -> None:
     content = path.read_bytes()
 
     def read() -> dict[str, torch.Tensor]:
-        parts = Parts(tmp_path, "a", FINGERPRINT, 2, ARRAYS)
+        parts = PartialResults(tmp_path, "a", FINGERPRINT, 2, ARRAYS)
         if not whole:
             parts.whole.unlink(missing_ok=True)
             path.parent.mkdir(exist_ok=True)
@@ -426,7 +426,7 @@ def test_the_configuration_that_an_evaluation_reads(tmp_path: Path) -> None:
     named = {"target": "t", "base": "b"}
 
     def read() -> None:
-        pair_of(tmp_path / "adapter", named)
+        read_pair(tmp_path / "adapter", named)
         held_out(tmp_path)
 
     possible = ("validation", "validation_split", "revision", "family", "dtype")

@@ -17,7 +17,7 @@ from fastadapt.adapter.files import save_adapters
 from fastadapt.adapter.module import AdapterConfig
 from fastadapt.data.batches import collate
 from fastadapt.data.sequences import DataConfig, load_sequences
-from fastadapt.evaluation.models_under_test import Students
+from fastadapt.evaluation.models_under_test import ModelSet
 from fastadapt.features.collect.texts import batch_of, batches_of, read_group
 from fastadapt.models.replacement import Mode, ModelPair, PairConfig, ReplacementModel
 from fastadapt.organism import resolve
@@ -72,7 +72,7 @@ def dense_activations(
     collected: the adapters' inputs, which are encoded densely, or the inputs of the MLPs' output
     matrices, of which the k strongest of each token are left.
     """
-    students = Students.open([run], device="cpu")
+    students = ModelSet.open([run], device="cpu")
     model = students.replacement(students.runs[0])
     modules = list(model.adapters)
     if kind != "adapter":

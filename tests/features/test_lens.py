@@ -9,7 +9,7 @@ import torch
 from organism_runs import make_run
 
 from fastadapt.errors import RunError
-from fastadapt.evaluation.models_under_test import Students
+from fastadapt.evaluation.models_under_test import ModelSet
 from fastadapt.features.collect import CollectConfig, collect
 from fastadapt.features.store import logit_lens as room
 from fastadapt.features.store.logit_lens import lens, token_strings
@@ -71,7 +71,7 @@ def test_a_store_says_how_it_was_taken(tmp_path: Path, demeaned: bool) -> None:
     store = collect(run, None, CollectConfig(n=3, demeaned=demeaned))
     assert store is not None
     assert store.manifest["lens"] == {"demeaned": demeaned, "final_norm": False}
-    model = Students.open([run], device="cpu").model
+    model = ModelSet.open([run], device="cpu").model
     ids, logits = lens(model.head, model.adapters[2].W_dec.detach(), demeaned=demeaned)
     rows = store.read("lens", layer=2).to_pylist()
     strings = store.read("tokens")["string"].to_pylist()

@@ -16,7 +16,7 @@ from organism_runs import make_run
 
 from fastadapt.adapter.module import AdapterConfig, TranscoderAdapter
 from fastadapt.errors import UserError
-from fastadapt.evaluation.models_under_test import Students
+from fastadapt.evaluation.models_under_test import ModelSet
 from fastadapt.features.collect import CollectConfig, collect
 from fastadapt.features.overlap import (
     OverlapConfig,
@@ -42,7 +42,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def states(run: Path, ids: list[list[int]]) -> dict[str, list[np.ndarray]]:
     """Pre-activations of every layer's encoder in each model, texts one by one: ``[N, F]`` each."""
-    students = Students.open([run], device="cpu")
+    students = ModelSet.open([run], device="cpu")
     model = students.replacement(students.runs[0])
     actual: dict[str, list[np.ndarray]] = {}
     with students.base() as base:

@@ -19,7 +19,7 @@ from stores import MadeText, make_store
 from fastadapt.data.prepare import output_folder as outdir
 from fastadapt.errors import RunError, UserError
 from fastadapt.evaluation.benchmarks.runner import read_rows
-from fastadapt.evaluation.runs import names_of
+from fastadapt.evaluation.runs import run_names
 from fastadapt.features.autointerp.judges.reply_cache import ReplyCache
 from fastadapt.features.store.sets import FeatureSet, load_set, save_set
 from fastadapt.features.store.store import Store
@@ -164,7 +164,7 @@ def test_sets_and_runs_have_plain_names(name: str, folder: Path, untouched) -> N
     with pytest.raises(UserError, match="name"):
         load_set(store, name)
     with pytest.raises(UserError, match="name"):
-        names_of([folder], [name])
+        run_names([folder], [name])
     assert untouched()
 
 

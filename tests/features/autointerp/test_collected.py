@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from organism_runs import make_run
 
-from fastadapt.evaluation.models_under_test import Students
+from fastadapt.evaluation.models_under_test import ModelSet
 from fastadapt.features.autointerp.activations import ModelActivations
 from fastadapt.features.autointerp.describe import describe
 from fastadapt.features.autointerp.judges.settings import DescribeConfig
@@ -23,7 +23,7 @@ def collected(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, ModelAct
     config = CollectConfig(n=60, kinds=KINDS, neurons_per_token=NEURONS)
     store = collect(run, config=config, device="cpu")
     assert store is not None
-    students = Students.open([run], device="cpu")
+    students = ModelSet.open([run], device="cpu")
     model = students.replacement(students.runs[0])
     return store, ModelActivations(model, neurons_per_token=NEURONS, batch_tokens=300)
 

@@ -15,7 +15,7 @@ from organism_runs import dense_activations, files_of, hashed, make_run
 from stores import rows_of
 
 from fastadapt.errors import UserError
-from fastadapt.evaluation.models_under_test import Students
+from fastadapt.evaluation.models_under_test import ModelSet
 from fastadapt.features.collect import CollectConfig, collect, merge
 from fastadapt.features.collect.feature_stats import bins_of
 from fastadapt.features.store.schema import EDGES, EXAMPLES, FEATURES, KINDS, Kind
@@ -89,7 +89,7 @@ def test_neurons_too(run: Path, tmp_path: Path, kind: Kind) -> None:
     assert store.manifest["settings"]["neurons_per_token"] == 3  # the run's L0
     assert store.kinds == ["adapter", kind]
     check_against_all(run, store, config, kind, 3)
-    model = Students.open([run], device="cpu").model
+    model = ModelSet.open([run], device="cpu").model
     for layer, mlp in enumerate(model.mlps):
         norms = store.read("features", kind, columns=["norm"], layer=layer)["norm"].to_numpy()
         columns = getattr(mlp, kind).down_proj.weight
