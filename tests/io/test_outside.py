@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from stores import MadeText, make_store
+from stores import StoreText, make_store
 
 from fastadapt.data.prepare import output_folder as outdir
 from fastadapt.errors import RunError, UserError
@@ -66,7 +66,7 @@ def untouched(folder: Path) -> Callable[[], bool]:
 
 def make(folder: Path) -> Store:
     rng = np.random.default_rng(1)
-    texts = [MadeText(list(rng.integers(0, 30, 8)), [5] * 8)]
+    texts = [StoreText(list(rng.integers(0, 30, 8)), [5] * 8)]
     activations = [np.maximum(rng.normal(size=(2, 8, 6)), 0).astype(np.float32)]
     return make_store(folder, texts, activations, [f"w{i}" for i in range(30)]).store
 
