@@ -41,11 +41,11 @@ def evaluate(
             with the same runs and settings stay in eval.json
         overwrite: remove the contents of --output first
     """
-    from fastadapt.evaluation.models_under_test import Students
+    from fastadapt.evaluation.models_under_test import ModelSet
     from fastadapt.reporting.tables import tables
 
     folder = typed_path(output, "--output") if output else default_output(runs)
-    students = Students.open(
+    students = ModelSet.open(
         runs, names, dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )
     with opened(folder, overwrite=overwrite) as out, stoppable() as (stop, progress):

@@ -1,1 +1,1 @@
-"""Is the adapter faithful? Measures of a replacement model against its target."""
+"""Measures of how faithful replacement models are to their target."""

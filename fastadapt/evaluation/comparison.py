@@ -1,7 +1,7 @@
-"""Everything that `fastadapt eval` measures of runs, in a folder that it can be gone on with in.
+"""Runs all parts of an evaluation for a set of runs. An interrupted evaluation can be resumed.
 
-Each part is kept under a fingerprint of all that it depends on: what is there already is not
-measured again, and what belongs to other settings is never taken for it.
+Each part is stored under a fingerprint of the models, texts and settings that it depends on. Stored
+results with the same fingerprint are reused; results of other settings are ignored.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from threading import Event
 from typing import Any
 
 from fastadapt.errors import UserError
-from fastadapt.evaluation.benchmarks.run_all import ask, asked_of, counts_of
+from fastadapt.evaluation.benchmarks.run_all import complete_config, count_texts, run_models
 from fastadapt.evaluation.benchmarks.runner import BenchmarkConfig, require_questions
 from fastadapt.evaluation.benchmarks.scores import summarise_benchmarks
 from fastadapt.evaluation.faithfulness.outputs import OutputConfig, measure_output
@@ -33,31 +33,31 @@ from fastadapt.evaluation.faithfulness.summary import (
 )
 from fastadapt.evaluation.faithfulness.target_texts import TextsConfig, target_texts
 from fastadapt.evaluation.faithfulness.texts import Text, answer_starts, batch_of, batches_of
-from fastadapt.evaluation.folder import PARTS, Part, kept_part, write
+from fastadapt.evaluation.folder import PARTS, Part, read_part, write
 from fastadapt.evaluation.generation.sampling import SamplingConfig
 from fastadapt.evaluation.generation.throughput import SpeedConfig, measure_speed
-from fastadapt.evaluation.models_under_test import Students
+from fastadapt.evaluation.models_under_test import ModelSet
 from fastadapt.evaluation.statistics import BootstrapConfig
 from fastadapt.models.self_check import check_traversal
 
 SCHEMA_VERSION = 1
-#: Told what is being done, how much of it is done, and how much there is.
-Tell = Callable[[str, int, int], None]
+#: Progress callback: label, completed, total.
+Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """What is measured, and how.
+    """Settings of an evaluation.
 
     Args:
-        texts: what students are compared on.
-        sampling: of these texts, and of the benchmarks.
+        texts: the texts on which models are compared.
+        sampling: sampling of the texts and of the benchmarks' responses.
         outputs: output faithfulness.
         partial: partial replacement.
-        speed: of generation.
-        benchmarks: questions; with ``few_shot`` base and hybrid are asked with examples as well, at
-            temperature 0 and at that of ``sampling``. ``sampling`` and ``family`` of theirs are not
-            settings here: they are those above and the runs'.
+        speed: speed of generation.
+        benchmarks: benchmarks. With ``few_shot``, the base and the hybrid are also evaluated with
+            examples, at temperature 0 and at the temperature of ``sampling``. Its own ``sampling``
+            and ``family`` are ignored: the sampling is the one above, the family that of the runs.
         statistics: intervals.
     """
 
@@ -72,65 +72,73 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs opened for an evaluation, and the folder of it.
+    """An evaluation of runs in a folder.
 
     Attributes:
-        students: the runs, their base and hybrid.
-        folder: of the evaluation, held by :func:`opened`.
-        config: what is measured.
-        tell: called as work is done.
-        stop: set it to end after the batch at hand.
+        models: the runs, their base and their hybrid.
+        folder: of the evaluation, claimed by :func:`fastadapt.evaluation.folder.opened`.
+        config: settings.
+        progress: called with (label, completed, total).
+        stop: set it to stop after the current batch.
     """
 
-    students: Students
+    models: ModelSet
     folder: Path
     config: EvalConfig
-    tell: Tell
+    progress: Progress
     stop: Event
 
     def run(self, parts: Sequence[Part]) -> dict[str, Any] | None:
-        """Measure what was not measured before, and write ``eval.json``, tables and plots.
+        """Measure ``parts``, and write ``eval.json``, tables and plots.
+
+        Args:
+            parts: names of the parts. ``eval.json`` keeps other parts that were measured with the
+                same models and settings.
 
         Returns:
-            The contents of ``eval.json``; None if told to stop before everything was measured.
+            The contents of ``eval.json``; None if stopped before everything was measured.
+
+        Raises:
+            UserError: ``parts`` is empty, data or a package is missing, or a stored result is
+                damaged.
         """
         if not parts:
-            raise UserError(f"--parts: expected some of {', '.join(PARTS)}, got none")
-        if "benchmarks" in parts:  # what is missing there is told before hours are spent here
-            require_questions(asked_of(self.students, self.config.benchmarks, self.config.sampling))
-        found: dict[str, Any] = {}
+            raise UserError(f"--parts: expected one or more of {', '.join(PARTS)}, got none")
+        if "benchmarks" in parts:  # fail before the other parts take hours
+            require_questions(self._benchmark_config())
+        sections: dict[str, Any] = {}
         if {"outputs", "partial"} & set(parts):
             texts = target_texts(
-                self.students,
+                self.models,
                 self.config.texts,
                 self.config.sampling,
                 self.folder / "texts",
-                progress=partial(self.tell, "texts of the target"),
+                progress=partial(self.progress, "texts of the target"),
                 stop=self.stop,
             )
             if not self.stop.is_set():
                 first = batch_of(texts, batches_of(texts, self.config.outputs.batch_tokens)[0])
-                check_traversal(self.students.model, first.to(self.students.model.device))
+                check_traversal(self.models.model, first.to(self.models.model.device))
             if "outputs" in parts and not self.stop.is_set():
-                found |= self._outputs(texts)
+                sections |= self._outputs(texts)
             if "partial" in parts and not self.stop.is_set():
-                found |= self._partial(texts[: self.config.texts.n_partial])
-            found["texts"] = self._told_of(texts)
+                sections |= self._partial(texts[: self.config.texts.n_partial])
+            sections["texts"] = self._text_counts(texts)
         if "speed" in parts and not self.stop.is_set():
-            found["speed"] = measure_speed(
-                self.students,
+            sections["speed"] = measure_speed(
+                self.models,
                 self.folder / "speed.json",
                 self.config.speed,
-                progress=partial(self.tell, "speed of generation"),
+                progress=partial(self.progress, "speed of generation"),
                 stop=self.stop,
             )
         if "benchmarks" in parts and not self.stop.is_set():
-            found |= self._benchmarks()
+            sections |= self._benchmarks()
         if self.stop.is_set():
             return None
-        result = {**self._about(), **found}
+        result = {**self._about(), **sections}
         for part in set(PARTS) - set(parts):
-            result |= kept_part(self.folder, part, result)
+            result |= read_part(self.folder, part, result)
         result["students"] = self._cards(result.get("faithfulness", {}))
         write(result, self.folder)
         return result
@@ -138,46 +146,44 @@ class Comparison:
     # --- the parts --------------------------------------------------------------------------------
 
     def _outputs(self, texts: list[Text]) -> dict[str, Any]:
-        students = self.students
         measured = measure_output(
-            students,
+            self.models,
             texts,
             self.folder / "outputs",
             config=self.config.outputs,
-            progress=partial(self.tell, "outputs"),
+            progress=partial(self.progress, "outputs"),
             stop=self.stop,
         )
         if self.stop.is_set():
             return {}
-        answers = answer_starts(texts, students.tokenizer)
-        told = summarise_output(measured, texts, answers, self.config.statistics)
-        ranked = [name for name in self._ranking(told) if name in measured]
+        answers = answer_starts(texts, self.models.tokenizer)
+        summary = summarise_output(measured, texts, answers, self.config.statistics)
+        ranked = [name for name in self._ranking(summary) if name in measured]
         return {
-            "faithfulness": told,
+            "faithfulness": summary,
             "order": order(measured, ranked, self.config.statistics),
         }
 
-    def _ranking(self, told: Mapping[str, Any]) -> list[str]:
-        """From the furthest to the nearest, as arXiv 2602.20904 found them.
+    def _ranking(self, summary: Mapping[str, Any]) -> list[str]:
+        """Return names in the expected order, farthest from the target first (arXiv 2602.20904).
 
-        Base, hybrid, adapters from sparse to dense, skyline; the ablations have no place in it.
+        The order is base, hybrid, adapters from sparse to dense, best fine-tuned MLPs. Ablations
+        are left out.
         """
-        all_of_them = self.students.students
-        sweep = [n for n, s in all_of_them.items() if s.kind == "transcoder" and not s.variant]
-        sweep.sort(key=lambda name: told[name]["l0"])
-        skylines = [n for n, s in all_of_them.items() if s.kind == "mlp"]
-        skylines.sort(
-            key=lambda name: told[name]["top1_error"]["mean"]
-        )  # of several rates, the best
+        compared = self.models.compared.items()
+        sweep = [n for n, m in compared if m.kind == "transcoder" and not m.variant]
+        sweep.sort(key=lambda name: summary[name]["l0"])
+        skylines = [n for n, m in compared if m.kind == "mlp"]
+        skylines.sort(key=lambda name: summary[name]["top1_error"]["mean"])
         return ["base", "hybrid", *sweep, *skylines[:1]]
 
     def _partial(self, texts: list[Text]) -> dict[str, Any]:
         measured = measure_partial(
-            self.students,
+            self.models,
             texts,
             self.folder / "partial",
             config=self.config.partial,
-            progress=partial(self.tell, "partial replacement"),
+            progress=partial(self.progress, "partial replacement"),
             stop=self.stop,
         )
         if self.stop.is_set():
@@ -188,12 +194,12 @@ class Comparison:
         }
 
     def _bridge(self, measured: Mapping[str, Partial]) -> list[dict[str, Any]]:
-        """Adapters without the bridge against those of the same sparsity with it, paired by text.
+        """Compare adapters without the bridge with adapters of the same sparsity, paired by text.
 
-        Where only the last layers are replaced, these get inputs that no replaced layer has made:
-        what target→adapter trains for.
+        When only the last layers are replaced, their inputs come from layers of the target. The
+        bridge trains adapters for such inputs (target→adapter).
         """
-        students = [s for s in self.students.students.values() if s.kind == "transcoder"]
+        adapters = [m for m in self.models.compared.values() if m.kind == "transcoder"]
         return [
             {
                 "without": ablated.name,
@@ -202,25 +208,28 @@ class Comparison:
                     measured[ablated.name], measured[whole.name], "last", self.config.statistics
                 ),
             }
-            for ablated in students
-            for whole in students
+            for ablated in adapters
+            for whole in adapters
             if (ablated.variant, whole.variant) == ("no-bridge", "")
             and ablated.sparsity == whole.sparsity
         ]
 
     def _benchmarks(self) -> dict[str, Any]:
-        asked = asked_of(self.students, self.config.benchmarks, self.config.sampling)
-        results = ask(self.students, asked, self.folder / "benchmarks", self.tell, self.stop)
+        config, folder = self._benchmark_config(), self.folder / "benchmarks"
+        results = run_models(self.models, config, folder, self.progress, self.stop)
         if self.stop.is_set():
             return {}
         return {
             "benchmarks": summarise_benchmarks(results, self.config.statistics),
-            "benchmark_counts": counts_of(results),
+            "benchmark_counts": count_texts(results),
         }
 
-    # --- what is written --------------------------------------------------------------------------
+    def _benchmark_config(self) -> BenchmarkConfig:
+        return complete_config(self.models, self.config.benchmarks, self.config.sampling)
 
-    def _told_of(self, texts: Sequence[Text]) -> dict[str, int]:
+    # --- other sections of eval.json --------------------------------------------------------------
+
+    def _text_counts(self, texts: Sequence[Text]) -> dict[str, int]:
         return {
             "n": len(texts),
             "n_partial": min(len(texts), self.config.texts.n_partial),
@@ -230,24 +239,23 @@ class Comparison:
     def _about(self) -> dict[str, Any]:
         return {
             "schema_version": SCHEMA_VERSION,
-            "pair": self.students.config.named,
+            "pair": self.models.config.named,
             "settings": dataclasses.asdict(self.config),
             "level": self.config.statistics.level,
             "fingerprints": {
-                name: self.students.fingerprint(name)
-                for name in ("target", *self.students.students)
+                name: self.models.fingerprint(name) for name in ("target", *self.models.compared)
             },
             "versions": {name: version(name) for name in ("fastadapt", "torch", "transformers")},
         }
 
     def _cards(self, measured: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """What is said of each student; L0 as measured here, or else on its run's held-out data."""
+        """Describe each model. L0 is that of this evaluation, or else that of the training run."""
         return [
             {
-                **student.plain(),
-                "l0": measured.get(name, {}).get("l0") or student.l0,
-                "variant": student.variant,
-                "what": student.what,
+                **dataclasses.asdict(model),
+                "l0": measured.get(name, {}).get("l0") or model.l0,
+                "variant": model.variant,
+                "what": model.description,
             }
-            for name, student in self.students.students.items()
+            for name, model in self.models.compared.items()
         ]

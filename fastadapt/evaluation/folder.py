@@ -1,13 +1,13 @@
-"""The folder of an evaluation: who may write there, and what is written at the end.
+"""Claims the folder of an evaluation, and writes and reads its results.
 
 ::
 
     texts/             responses of the target to held-out prompts
-    outputs/           per position of these, every student's KL and top-1 agreement
-    partial/           the same where only some layers are replaced, summed per text
-    speed.json         how fast each model generates
-    benchmarks/        responses of every model to questions, and how they were judged
-    eval.json          what came out, with intervals
+    outputs/           KL and top-1 agreement of every model, per position of the texts
+    partial/           KL and top-1 errors with part of the layers replaced, summed per text
+    speed.json         speed of generation of each model
+    benchmarks/        responses of every model to questions, with their grades
+    eval.json          all results, with intervals
     tables.md, tables.tex, plots/*.png, report.html
 """
 
@@ -37,9 +37,9 @@ from fastadapt.reporting.rendering import write_png
 from fastadapt.reporting.tables import Table, as_latex, as_markdown, tables
 
 LOCK = ".lock"
-#: What the message of a full disk ends with.
-GO_ON = "What was measured before is intact: run the same command again."
-#: Everything that is ever in the folder.
+#: Advice of errors of the disk.
+RESUME_ADVICE = "Finished measurements are intact. Run the same command again to resume."
+#: All entries that the folder may have.
 CONTENTS = (
     LOCK,
     "texts",
@@ -54,30 +54,31 @@ CONTENTS = (
     "report.html",
 )
 
-
 Part = Literal["outputs", "partial", "speed", "benchmarks"]
 PARTS: tuple[Part, ...] = ("outputs", "partial", "speed", "benchmarks")
-#: What each part has in ``eval.json``.
+#: Sections of each part in ``eval.json``.
 _SECTIONS: Mapping[Part, Any] = {
     "outputs": OutputsPart,
     "partial": PartialPart,
     "speed": SpeedPart,
     "benchmarks": BenchmarksPart,
 }
-#: Sections that other parts have too.
+#: Sections that several parts have.
 _SHARED = {"texts"}
 
 
-def kept_part(folder: Path, part: Part, result: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``eval.json`` has of a part, if it is of the same models, runs and settings.
+def read_part(folder: Path, part: Part, result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sections of a part in ``eval.json`` that ``result`` lacks.
+
+    Returns an empty dict if the file has other models, runs or settings than ``result``.
 
     Args:
         folder: of the evaluation.
-        part: one that was not asked for this time.
-        result: the new contents, as far as they are there.
+        part: a part that was not measured this time.
+        result: the new contents of the file.
 
     Raises:
-        UserError: the file is damaged, or what it has of the part is.
+        UserError: the file or a section of the part is damaged.
     """
     path = folder / "eval.json"
     if not has_file(path):
@@ -94,14 +95,14 @@ def kept_part(folder: Path, part: Part, result: Mapping[str, Any]) -> dict[str, 
         check_sections(sections, schema, str(path))
     except DocumentError as error:
         raise UserError(
-            f"{error}. Remove {path} and evaluate all --parts again: what was measured beside it "
-            "is not measured anew."
+            f"{error}. Remove {path} and run the command again with all --parts: measurements in "
+            "other files are reused."
         ) from error
     return {name: section for name, section in sections.items() if name not in result}
 
 
 def write(result: Mapping[str, Any], folder: Path) -> None:
-    """Write ``eval.json`` and everything that is made of it."""
+    """Write ``eval.json``, and the tables, plots and page of it."""
     present(result, tables(result), figures(result), folder, "evaluation", "eval.json")
 
 
@@ -110,22 +111,22 @@ def present(
     tables: Sequence[Table],
     figures: Sequence[Figure],
     folder: Path,
-    what: str,
+    subject: str,
     name: str,
 ) -> None:
-    """Write a result as JSON, its tables as Markdown and LaTeX, its plots, and a page of all.
+    """Write a result as JSON, its tables as Markdown and LaTeX, its plots as PNG, and a page.
 
     Args:
-        result: with ``pair``, ``settings`` and ``versions``.
+        result: has the keys ``pair``, ``settings`` and ``versions``.
         tables, figures: of the result.
         folder: to write into.
-        what: the result is, in a word.
+        subject: of the page, in one word.
         name: of the JSON file.
 
     Raises:
         RunError: the folder cannot be written.
     """
-    with disk_errors(folder, GO_ON):
+    with disk_errors(folder, RESUME_ADVICE):
         with replacing(folder / name) as staged:
             text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
             staged.write_text(text + "\n", encoding="utf-8")
@@ -136,20 +137,26 @@ def present(
             staged.mkdir()
             for figure in figures:
                 write_png(figure, staged / f"{figure.key}.png")
-        write_page(result, tables, figures, folder / "report.html", what)
+        write_page(result, tables, figures, folder / "report.html", subject)
 
 
 @contextmanager
 def opened(
     output: Path, *, overwrite: bool = False, contents: Sequence[str] = CONTENTS
 ) -> Iterator[Path]:
-    """The folder of an evaluation, for this process alone; ``contents`` may be in it.
+    """Claim the folder of an evaluation for this process, and yield it.
+
+    Args:
+        output: the folder; created if absent.
+        overwrite: remove its contents first.
+        contents: names of the entries that it may have.
 
     Raises:
-        UserError: it is in use, cannot be written, or holds something else.
+        UserError: another process uses the folder, or it has other entries.
+        RunError: the folder cannot be written.
     """
     workspace = Workspace(
-        output, "--output", "evaluating into", contents, advice=GO_ON, unusable=RunError
+        output, "--output", "evaluating into", contents, advice=RESUME_ADVICE, unusable=RunError
     )
     if foreign := sorted(set(workspace.names()) - set(contents)):
         raise workspace.foreign("holds something that is no evaluation", foreign)

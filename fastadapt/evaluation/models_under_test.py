@@ -1,7 +1,7 @@
-"""The models that are compared with a target: its base, the hybrid, and what runs have trained.
+"""Loads the models that are compared with a target: its base, the hybrid and trained runs.
 
-All of them share one pair in memory; a run adds its adapters, which are read when they are first
-asked for, and the base as a whole model is there only while it is in use.
+All of them share one pair in memory. A run's adapters are read on first use. The base as a complete
+model is in memory only inside :meth:`ModelSet.base`.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ from fastadapt.adapter.files import adapters_of
 from fastadapt.errors import UserError
 from fastadapt.evaluation.runs import (
     BUILT_IN,
-    Student,
-    check_same,
-    names_of,
-    pair_of,
-    student_of,
-    trusting,
+    ComparedModel,
+    check_same_pair,
+    read_pair,
+    run_names,
+    with_trust,
 )
 from fastadapt.io.atomic import digest_of_input
 from fastadapt.io.names import typed_path
@@ -37,24 +36,28 @@ from fastadapt.models.replacement import ModelPair, PairConfig, ReplacementModel
 from fastadapt.models.trained_files import load_adapters, read_adapters
 from fastadapt.models.traversal import Stream, carrying
 
-_ENDS = 1 << 20  # bytes at either end of a weight file that tell it from another
+_HASHED_BYTES = 1 << 20  # at either end of a weight file
 
 
-class Students:
-    """Runs of one pair, opened to be measured.
+class ModelSet:
+    """Runs of one pair, with the pair's base and hybrid.
 
     Attributes:
-        config: of the pair, names resolved.
-        students: by name: ``base`` and ``hybrid``, then the runs in the order given.
-        family: how conversations were rendered in training, where the first run says so.
+        config: settings of the pair, with resolved names.
+        compared: the models by name: ``base`` and ``hybrid``, then the runs in the order given.
+        family: rendering family of the first run's training data; None if not recorded.
     """
 
     def __init__(
-        self, config: PairConfig, folders: Mapping[str, Path], students: Mapping[str, Student]
+        self,
+        config: PairConfig,
+        folders: Mapping[str, Path],
+        compared: Mapping[str, ComparedModel],
+        family: str | None = None,
     ) -> None:
         self.config = config
-        self.students = dict(students)
-        self.family: str | None = None
+        self.compared = dict(compared)
+        self.family = family
         self._folders = dict(folders)
         self._adapters: dict[str, nn.ModuleList] = {}
 
@@ -68,54 +71,52 @@ class Students:
         device: str | None = None,
         attention: str | None = None,
         trust_remote_code: bool = False,
-    ) -> Students:
-        """Read what the runs say of themselves; no weight is read yet.
+    ) -> ModelSet:
+        """Read the settings and metadata of runs. Weights are loaded on first use.
 
         Args:
             runs: folders of finished runs, or of adapters.
-            names: one per run; the folders' names if not given.
-            dtype, device, attention: of the pair, in place of the first run's settings.
+            names: one name per run; default: the folders' names.
+            dtype, device, attention: settings of the pair that replace those of the first run.
             trust_remote_code: run Python code that comes with the models.
 
         Raises:
-            UserError: no run, one that is not finished, one trained with code of its models where
-                that is not trusted now, runs of several pairs or dtypes, a name
-                given twice or one that cannot be a file's.
+            UserError: ``runs`` is empty; a run is not finished; a run was trained with remote code
+                that is not trusted now; runs have different pairs or dtypes; a name occurs twice
+                or is no valid file name.
         """
         if not runs:
             raise UserError("expected at least one run to evaluate, got none")
         folders = [adapters_of(run) for run in runs]
-        names = names_of(runs, names)
-        students = {name: Student(name, name) for name in BUILT_IN if name != "target"}
+        names = run_names(runs, names)
+        compared = {name: ComparedModel(name, name) for name in BUILT_IN if name != "target"}
         first: PairConfig | None = None
         family: str | None = None
         for run, folder, name in zip(runs, folders, names, strict=True):
             card = read_adapters(folder)[1]
-            pair = trusting(pair_of(folder, card["metadata"]), folder, trust_remote_code)
+            pair = with_trust(read_pair(folder, card["metadata"]), folder, trust_remote_code)
             pair = pair if dtype is None else replace(pair, dtype=dtype)
             if first is None:
                 first, family = pair, card["metadata"].get("family")
-            check_same(first, pair, str(runs[0]), str(run))
-            students[name] = student_of(name, typed_path(run, "run"), card)
+            check_same_pair(first, pair, str(runs[0]), str(run))
+            compared[name] = ComparedModel.from_card(name, typed_path(run, "run"), card)
         assert first is not None
         changed = {"device": device, "attention": attention}
         config = replace(first, **{k: v for k, v in changed.items() if v is not None})  # type: ignore[arg-type]
-        opened = cls(config, dict(zip(names, folders, strict=True)), students)
-        opened.family = family
-        return opened
+        return cls(config, dict(zip(names, folders, strict=True)), compared, family)
 
     @property
     def runs(self) -> list[str]:
-        """Names of the students that were trained, in the order given."""
+        """Names of the runs, in the order given."""
         return list(self._folders)
 
     def folder(self, name: str) -> Path:
-        """Where a run's adapters are read from."""
+        """Return the folder of a run's adapters."""
         return self._folders[name]
 
     @cached_property
     def model(self) -> ReplacementModel:
-        """The pair, loaded when it is first asked for; it carries some run's adapters."""
+        """The pair, loaded on first access. :meth:`replacement` sets its adapters."""
         pair = ModelPair.load(self.config)
         model = ReplacementModel(pair, self._load(self.runs[0], pair))
         model.eval()
@@ -123,35 +124,36 @@ class Students:
 
     @property
     def tokenizer(self) -> Any:
-        """The pair's."""
+        """Tokenizer of the pair."""
         return self.model.pair.tokenizer
 
     def adapters(self, name: str) -> nn.ModuleList:
-        """A run's adapters on the pair's device and in its dtype, in ``eval()``.
+        """Return a run's adapters on the pair's device, in the pair's dtype and in eval mode.
 
         Raises:
             UserError: no run has this name.
         """
         if name not in self._folders:
-            raise UserError(f"no run is called {name!r}; there are {', '.join(self.runs)}")
+            raise UserError(f"run {name!r}: expected one of {', '.join(self.runs)}")
         return self._load(name, self.model.pair)
 
     def replacement(self, name: str) -> ReplacementModel:
-        """The pair with this run's adapters in it; it keeps them until it is asked for others."""
+        """Return :attr:`model` with this run's adapters. The next call replaces them."""
         self.model.set_adapters(self.adapters(name))
         return self.model
 
     def stream(self, name: str) -> Stream:
-        """How a student's blocks are called: the hybrid, or a run. The base has its own blocks."""
+        """Return the stream of the hybrid or of a run. The base has no stream in the pair."""
         if name == "hybrid":
             return Stream("hybrid")
         return Stream("replacement", self.adapters(name))
 
     @contextmanager
     def generating(self, name: str) -> Iterator[Any]:
-        """transformers' model, which generates as ``target``, ``base``, ``hybrid`` or a run.
+        """Yield a transformers model that generates as ``target``, ``base``, ``hybrid`` or a run.
 
-        For as long as the context lasts; of two at a time only the inner one is what it says.
+        All but the base share one module, so do not use the model of an outer context inside an
+        inner one.
         """
         if name == "base":
             with self.base() as base:
@@ -165,7 +167,7 @@ class Students:
 
     @contextmanager
     def base(self) -> Iterator[Any]:
-        """The base as a whole model, which shares its MLPs with the pair; let go of at the end."""
+        """Yield the base as a complete model, with the MLPs of the pair; free it at exit."""
         pair, config = self.model.pair, self.config
         base = load_causal_lm(
             config.base,
@@ -186,9 +188,9 @@ class Students:
             gc.collect()
 
     def fingerprint(self, name: str) -> str:
-        """SHA-256 of what this student's outputs depend on beside the texts: models, adapters.
+        """Return the SHA-256 of the weights and settings that this model's outputs depend on.
 
-        Of the models' weight files, size and both ends are read; of adapters, everything.
+        Model weight files are hashed by size and by their first and last MiB, adapters completely.
         """
         config, sha256 = self.config, hashlib.sha256()
         sha256.update(repr((name in BUILT_IN, config.dtype, config.trust_remote_code)).encode())
@@ -196,19 +198,19 @@ class Students:
             (config.target, config.target_revision),
             (config.base, config.base_revision),
         ):
-            sha256.update(self._ends(source, revision))
+            sha256.update(self._weights_digest(source, revision))
         for file in sorted(self._folders[name].iterdir()) if name in self._folders else ():
             if file.suffix == ".safetensors":
                 sha256.update(f"{file.name} {digest_of_input(file)}".encode())
         return sha256.hexdigest()
 
-    def _ends(self, source: str, revision: str | None) -> bytes:
+    def _weights_digest(self, source: str, revision: str | None) -> bytes:
         sha256 = hashlib.sha256()
         for name, path in sorted(tensor_files(source, revision).items()):
             size = path.stat().st_size
             with path.open("rb") as file:
-                start = file.read(_ENDS)
-                file.seek(max(0, size - _ENDS))
+                start = file.read(_HASHED_BYTES)
+                file.seek(max(0, size - _HASHED_BYTES))
                 sha256.update(f"{name} {size}".encode() + start + file.read())
         return sha256.digest()
 

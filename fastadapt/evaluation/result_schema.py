@@ -1,9 +1,9 @@
-"""What ``eval.json`` and ``speed.json`` must hold for tables and plots to be made of them.
+"""Schemas of ``eval.json`` and ``speed.json``, as far as tables and plots read them.
 
-The sections of the parts of an evaluation, as TypedDicts for :mod:`fastadapt.io.documents`; what
-writes them is :mod:`fastadapt.evaluation.faithfulness.summary`,
+The sections of each part of an evaluation are TypedDicts for :mod:`fastadapt.io.documents`. Their
+writers are :mod:`fastadapt.evaluation.faithfulness.summary`,
 :mod:`fastadapt.evaluation.benchmarks.scores` and :mod:`fastadapt.evaluation.generation.throughput`.
-Keys that no table and no plot reads may be there.
+Other keys are allowed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _Difference = Annotated[float, msgspec.Meta(ge=-1, le=1)]
 
 
 class Interval(TypedDict):
-    """An estimate and the ends of its interval; null where there is none."""
+    """An estimate and the ends of its interval; null for a value that is not defined."""
 
     mean: Finite | None
     low: Finite | None
@@ -31,7 +31,7 @@ class Interval(TypedDict):
 
 
 class Known(TypedDict):
-    """The same where there is an estimate."""
+    """An interval whose estimate is defined."""
 
     mean: Finite
     low: Finite | None
@@ -39,7 +39,7 @@ class Known(TypedDict):
 
 
 class Shares(TypedDict):
-    """The same of a proportion."""
+    """An interval of a proportion."""
 
     mean: _Share | None
     low: Finite | None
@@ -47,7 +47,7 @@ class Shares(TypedDict):
 
 
 class Differences(TypedDict):
-    """The same of a difference of proportions."""
+    """An interval of a difference of proportions."""
 
     mean: _Difference | None
     low: Finite | None
@@ -55,7 +55,7 @@ class Differences(TypedDict):
 
 
 class Region(TypedDict):
-    """Output faithfulness on some positions."""
+    """Output faithfulness on the positions of a region or domain."""
 
     kl: Interval
     top1_error: Shares
@@ -63,7 +63,7 @@ class Region(TypedDict):
 
 
 class Regions(TypedDict):
-    """The same on the parts of a text."""
+    """Output faithfulness by region of a text."""
 
     prompt: Region
     thinking: Region
@@ -71,14 +71,14 @@ class Regions(TypedDict):
 
 
 class ByPosition(TypedDict):
-    """KL per bin of positions; one edge more than bins."""
+    """KL per bin of positions, with one edge more than bins."""
 
     edges: list[Count]
     kl: list[Interval]
 
 
 class Faithfulness(TypedDict):
-    """Output faithfulness of a student."""
+    """Output faithfulness of a model."""
 
     kl: Interval
     top1_error: Shares
@@ -91,7 +91,7 @@ class Faithfulness(TypedDict):
 
 
 class Neighbours(TypedDict):
-    """Two students next to each other in the order."""
+    """Two adjacent models of the expected order."""
 
     above: str
     below: str
@@ -101,7 +101,7 @@ class Neighbours(TypedDict):
 
 
 class Texts(TypedDict):
-    """What students were compared on."""
+    """Counts of the texts on which models were compared."""
 
     n: Count
     n_partial: Count
@@ -109,13 +109,13 @@ class Texts(TypedDict):
 
 
 class Excess(TypedDict):
-    """KL beyond that of the full replacement."""
+    """KL in excess of that of the full replacement."""
 
     worst: Interval
 
 
 class PartialCurves(TypedDict):
-    """Partial replacement by a student."""
+    """Partial replacement by one model."""
 
     first: Annotated[list[Interval], msgspec.Meta(min_length=2)]
     last: Annotated[list[Interval], msgspec.Meta(min_length=2)]
@@ -134,7 +134,7 @@ Bridge = TypedDict(
 
 
 class Answered(TypedDict):
-    """A benchmark of one model, asked in one way."""
+    """Results of one model on a benchmark, in one mode of prompting."""
 
     accuracy: Shares
     length: Interval
@@ -147,14 +147,14 @@ class Answered(TypedDict):
 
 
 class ModelSpeed(TypedDict):
-    """How fast a model generates."""
+    """Speed of one model."""
 
     tokens_per_s: NonNegative
     overhead: Finite
 
 
 class Speeds(TypedDict):
-    """The section ``speed``, which ``speed.json`` has too."""
+    """The section ``speed`` of ``eval.json`` and ``speed.json``."""
 
     batch_size: Positive
     prompt_tokens: Positive
@@ -165,7 +165,7 @@ class Speeds(TypedDict):
 
 
 class SpeedFile(TypedDict):
-    """``speed.json``: what the times depend on, and the times."""
+    """``speed.json``: settings and fingerprints, and the measured speeds."""
 
     facts: dict[str, Any]
     speed: Speeds
@@ -194,23 +194,26 @@ class SpeedPart(TypedDict):
 
 
 _Answers = Annotated[dict[str, Answered], msgspec.Meta(min_length=1)]
-_Ways = Annotated[dict[str, _Answers], msgspec.Meta(min_length=1)]
+_ByModel = Annotated[dict[str, _Answers], msgspec.Meta(min_length=1)]
 
 
 class BenchmarksPart(TypedDict):
-    """Sections of the part ``benchmarks``: by benchmark, model and way of asking."""
+    """Sections of the part ``benchmarks``: by benchmark, model and mode of prompting."""
 
-    benchmarks: dict[str, _Ways]
+    benchmarks: dict[str, _ByModel]
     benchmark_counts: dict[str, str]
 
 
 def check_sections(sections: Mapping[str, Any], schema: Any, source: str) -> None:
-    """Raise ``DocumentError`` where sections of a part are not what tables and plots are made of.
+    """Check the sections of a part.
 
     Args:
-        sections: of one part, by name.
+        sections: sections of the part by name.
         schema: one of the TypedDicts above.
-        source: names the file in messages.
+        source: name of the file in messages.
+
+    Raises:
+        DocumentError: a section does not have the schema, or its lists have unequal lengths.
     """
     check(sections, schema, source)
     for name, measured in sections.get("faithfulness", {}).items():
@@ -218,22 +221,24 @@ def check_sections(sections: Mapping[str, Any], schema: Any, source: str) -> Non
         if len(edges) != len(bins) + 1 or edges != sorted(set(edges)):
             raise DocumentError(
                 f"{source}: faithfulness[{name!r}].by_position.edges: expected {len(bins) + 1} "
-                "numbers in ascending order, one more than there are bins"
+                "numbers in ascending order, one more than the number of bins"
             )
     curves = sections.get("partial", {})
-    sizes = {len(found[way]) + (way == "single") for found in curves.values() for way in FAMILIES}
+    sizes = {len(c[family]) + (family == "single") for c in curves.values() for family in FAMILIES}
     sizes |= {len(pair["last"]) for pair in sections.get("bridge", ())}
     if len(sizes) > 1:
         raise DocumentError(
-            f"{source}: partial, bridge: expected as many values of 'first' and 'last' everywhere, "
-            f"and one less of 'single'; got {', '.join(map(str, sorted(sizes)))}"
+            f"{source}: partial, bridge: expected one number of values of 'first' and 'last' for "
+            f"all models, and one less of 'single'; got {', '.join(map(str, sorted(sizes)))}"
         )
     measured = sections.get("faithfulness", {}).values()
     for key in ("nmse_per_layer", "nmse_token_per_layer"):
-        if len({len(found[key]) for found in measured if found[key] is not None}) > 1:
-            raise DocumentError(f"{source}: faithfulness: expected as many of {key!r} everywhere")
-    named = {*sections.get("benchmarks", ()), "mean"}
-    if differing := sorted(named ^ {*sections.get("benchmark_counts", ()), "mean"}):
+        if len({len(values[key]) for values in measured if values[key] is not None}) > 1:
+            raise DocumentError(
+                f"{source}: faithfulness: expected lists {key!r} of one length for all models"
+            )
+    names = {*sections.get("benchmarks", ()), "mean"}
+    if differing := sorted(names ^ {*sections.get("benchmark_counts", ()), "mean"}):
         raise DocumentError(
             f"{source}: benchmarks, benchmark_counts: expected {differing[0]!r} in both"
         )

@@ -1,4 +1,4 @@
-"""What a run's folder says of itself: its name, its pair, what was trained and how."""
+"""Reads the names, pairs and training facts of runs from their folders."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from fastadapt.models.pair import PairConfig
 from fastadapt.organism import resolve
 from fastadapt.training.config import TRUST, recorded_trust
 
-#: Names that no run may have: every pair has these. The target is no student, but generates too.
+#: Names of models that every pair has. No run may have one of them.
 BUILT_IN = ("target", "base", "hybrid")
 
 
 @dataclass(frozen=True)
-class Student:
-    """A model that is compared with the target, and what its run says of it.
+class ComparedModel:
+    """A model that is compared with the target.
 
     Attributes:
-        name: ``base``, ``hybrid``, or the run's.
+        name: ``base``, ``hybrid``, or the name of the run.
         kind: ``base``, ``hybrid``, ``transcoder``, ``mlp`` or ``norms``.
-        run: folder of the run, of those that have one.
-        sparsity, bridge: weights of these losses in its training.
-        l0: active features per token and layer, as its run measured them on held-out data.
-        tokens: that it was trained on.
-        changed: what was done to its features since, the first first, in words.
+        run: folder of the run; None for the base and the hybrid.
+        sparsity, bridge: weights of these losses in the training.
+        l0: active features per token and layer, measured by the run on held-out data.
+        tokens: number of tokens of the training.
+        changed: interventions on the features after the training, oldest first, in words.
     """
 
     name: str
@@ -47,8 +47,8 @@ class Student:
 
     @property
     def variant(self) -> str:
-        """``dense`` or ``no-bridge`` for the ablations of the adapter, ``changed`` where features
-        of it were since; empty for all others."""
+        """``dense`` or ``no-bridge`` for an ablation of the training, ``changed`` for an adapter
+        with interventions, otherwise empty."""
         if self.kind != "transcoder":
             return ""
         if self.changed:
@@ -56,8 +56,8 @@ class Student:
         return "dense" if self.sparsity == 0 else "no-bridge" if self.bridge == 0 else ""
 
     @property
-    def what(self) -> str:
-        """The student in words."""
+    def description(self) -> str:
+        """The model in words."""
         if self.kind == "transcoder":
             weight = "" if self.sparsity is None else f", λ={self.sparsity:g}"
             bridge = ", no bridge" if self.bridge == 0 and self.sparsity != 0 else ""
@@ -69,13 +69,25 @@ class Student:
             "norms": "hybrid, norms refit",
         }[self.kind]
 
-    def plain(self) -> dict[str, Any]:
-        """The same as a dict, for JSON."""
-        return asdict(self)
+    @classmethod
+    def from_card(cls, name: str, run: Path, card: Mapping[str, Any]) -> ComparedModel:
+        """Return the model of a run. ``card`` is the contents of its ``fastadapt.json``."""
+        metadata = card["metadata"]
+        objective, measured = metadata.get("objective") or {}, metadata.get("measured") or {}
+        return cls(
+            name,
+            "transcoder" if card["kind"] == TRANSCODER else card["kind"],
+            str(run),
+            sparsity=objective.get("sparsity"),
+            bridge=objective.get("bridge"),
+            l0=measured.get("l0_mean"),
+            tokens=measured.get("tokens"),
+            changed=tuple(map(_describe_change, metadata.get("interventions") or ())),
+        )
 
 
 class PairSection(TypedDict):
-    """``pair`` of a run's ``config.yaml``: the fields of :class:`PairConfig`."""
+    """Section ``pair`` of a run's ``config.yaml``: the fields of :class:`PairConfig`."""
 
     target: Name
     base: Name
@@ -89,17 +101,17 @@ class PairSection(TypedDict):
 
 
 class RunFile(TypedDict):
-    """What of a run's ``config.yaml`` says which pair it is of."""
+    """The section of a run's ``config.yaml`` that names its pair."""
 
     pair: PairSection
 
 
-def names_of(runs: Sequence[str | os.PathLike[str]], names: Sequence[str] | None) -> list[str]:
-    """What the runs are called: as given, or as their folders.
+def run_names(runs: Sequence[str | os.PathLike[str]], names: Sequence[str] | None) -> list[str]:
+    """Return one name per run: ``names``, or the folders' names.
 
     Raises:
-        UserError: too few or too many names, one given twice, one that every pair has, or one that
-            cannot be a file's.
+        UserError: the number of names differs from the number of runs; a name occurs twice, is one
+            of ``BUILT_IN``, or is no valid file name.
     """
     if names is None:
         names = [Path(os.path.realpath(typed_path(run, "run"))).name for run in runs]
@@ -107,7 +119,10 @@ def names_of(runs: Sequence[str | os.PathLike[str]], names: Sequence[str] | None
         raise UserError(f"expected as many names as runs, got {len(names)} for {len(runs)}")
     for name in names:
         if name in BUILT_IN:
-            raise UserError(f"a run may not be called {name!r}, which every pair has: name it")
+            raise UserError(
+                f"a run's name: expected another than {name!r}, which is a model of every pair; "
+                "pass --names"
+            )
         if not name or not all(c.isalnum() or c in "._-+=" for c in name) or name[0] == ".":
             raise UserError(
                 f"a run's name: expected letters, digits and ._-+=, got {name!r} (--names)"
@@ -115,32 +130,39 @@ def names_of(runs: Sequence[str | os.PathLike[str]], names: Sequence[str] | None
         check_name(name, "a run's name (--names)")
         if names.count(name) > 1:
             which = ", ".join(str(run) for run, n in zip(runs, names, strict=True) if n == name)
-            raise UserError(f"several runs are called {name!r} ({which}): name them (--names)")
+            raise UserError(f"several runs have the name {name!r} ({which}); pass --names")
     return list(names)
 
 
-def pair_of(folder: Path, metadata: Mapping[str, Any]) -> PairConfig:
-    """The pair of adapters: as their run's ``config.yaml`` has it, at the commits they name.
+def read_pair(folder: Path, metadata: Mapping[str, Any]) -> PairConfig:
+    """Return the pair of adapters, at the commits that they name.
 
-    ``metadata`` is of their card (:func:`fastadapt.models.trained_files.read_adapters`).
+    The settings come from the run's ``config.yaml`` if ``folder`` is in a run. Trust in remote code
+    is not read: see :func:`with_trust`.
 
-    Trust in the code of its models is not among what is read: see :func:`trusting`.
+    Args:
+        folder: of the adapters.
+        metadata: of the adapters' card, see :func:`fastadapt.models.trained_files.read_adapters`.
+
+    Raises:
+        UserError: the run's configuration cannot be read, names another pair than the adapters, or
+            has unknown settings.
     """
     config = folder.parent / "config.yaml"
     named = {role: metadata.get(role) for role in ("target", "base")}
     values: dict[str, Any] = {role: name for role, name in named.items() if name is not None}
     if folder.name == "adapter" and has_file(config):
         try:
-            of_run = read_yaml(config, RunFile)["pair"]
+            run_pair = read_yaml(config, RunFile)["pair"]
         except DocumentError as error:
             raise UserError(f"{config} is no run's configuration: {error}") from error
-        ours = {role: of_run[role] for role in named}
-        if named != ours:
+        expected = {role: run_pair[role] for role in named}
+        if named != expected:
             raise UserError(
-                f"{folder}: these adapters are of another pair than their run: they name "
-                f"{_shown(named)}, {config} {_shown(ours)}"
+                f"{folder}: expected adapters of the pair in {config}, {_pair_text(expected)}; "
+                f"got adapters of {_pair_text(named)}"
             )
-        values = {key: value for key, value in of_run.items() if key != TRUST}
+        values = {key: value for key, value in run_pair.items() if key != TRUST}
     known = {field.name for field in fields(PairConfig)}
     if not {"target", "base"} <= set(values) <= known:
         raise UserError(f"{folder}: expected a target and a base, got {dict(values)}")
@@ -148,22 +170,22 @@ def pair_of(folder: Path, metadata: Mapping[str, Any]) -> PairConfig:
         pair = PairConfig(**values)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
-    at = metadata.get("revisions") or {}
+    revisions = metadata.get("revisions") or {}
     return replace(
         pair,
         target=resolve(pair.target),
         base=resolve(pair.base),
-        target_revision=at.get("target") or pair.target_revision,
-        base_revision=at.get("base") or pair.base_revision,
+        target_revision=revisions.get("target") or pair.target_revision,
+        base_revision=revisions.get("base") or pair.base_revision,
     )
 
 
-def trusting(pair: PairConfig, folder: Path, trust_remote_code: bool) -> PairConfig:
-    """Return the pair of the adapters in ``folder``, trusted as was typed for this call.
+def with_trust(pair: PairConfig, folder: Path, trust_remote_code: bool) -> PairConfig:
+    """Return ``pair`` with ``trust_remote_code`` set.
 
     Raises:
-        UserError: nothing was typed, and the run records that it was trained with code that comes
-            with its models. Without that code it may be another model.
+        UserError: ``trust_remote_code`` is false, and the run of the adapters in ``folder`` was
+            trained with remote code. Without that code the models may compute something else.
     """
     config = folder.parent / "config.yaml"
     in_run = folder.name == "adapter" and has_file(config)
@@ -176,12 +198,12 @@ def trusting(pair: PairConfig, folder: Path, trust_remote_code: bool) -> PairCon
     return replace(pair, trust_remote_code=trust_remote_code)
 
 
-def _shown(pair: Mapping[str, Any]) -> str:
+def _pair_text(pair: Mapping[str, Any]) -> str:
     return f"{pair['target']} and {pair['base']}"
 
 
-def check_same(first: PairConfig, other: PairConfig, run: str, other_run: str) -> None:
-    """Raise ``UserError``, naming both runs, where they are of two pairs or two dtypes."""
+def check_same_pair(first: PairConfig, other: PairConfig, run: str, other_run: str) -> None:
+    """Raise ``UserError`` if two runs have different pairs or dtypes."""
 
     def models(pair: PairConfig) -> dict[str, Any]:
         return {
@@ -194,33 +216,17 @@ def check_same(first: PairConfig, other: PairConfig, run: str, other_run: str) -
 
     if models(first) != models(other):
         raise UserError(
-            f"{other_run}: expected a run of the pair of {run}, {_shown(asdict(first))}; "
-            f"got one of {_shown(asdict(other))}"
+            f"{other_run}: expected a run of the pair of {run}, {_pair_text(asdict(first))}; "
+            f"got one of {_pair_text(asdict(other))}"
         )
     if first.dtype != other.dtype:
         raise UserError(
-            f"{other_run}: its pair was held in {other.dtype}, that of {run} in {first.dtype}; "
-            "give the dtype to evaluate both in (--dtype)"
+            f"{other_run}: expected a pair in {first.dtype}, as in {run}, got {other.dtype}; "
+            "pass --dtype to evaluate both in one dtype"
         )
 
 
-def student_of(name: str, run: Path, card: Mapping[str, Any]) -> Student:
-    """A run as a student: ``card`` is its ``fastadapt.json``."""
-    metadata = card["metadata"]
-    objective, measured = metadata.get("objective") or {}, metadata.get("measured") or {}
-    return Student(
-        name,
-        "transcoder" if card["kind"] == TRANSCODER else card["kind"],
-        str(run),
-        sparsity=objective.get("sparsity"),
-        bridge=objective.get("bridge"),
-        l0=measured.get("l0_mean"),
-        tokens=measured.get("tokens"),
-        changed=tuple(map(_changed, metadata.get("interventions") or ())),
-    )
-
-
-def _changed(step: Mapping[str, Any]) -> str:
-    """An entry of ``metadata.interventions`` (:mod:`fastadapt.interventions.files`) in words."""
+def _describe_change(step: Mapping[str, Any]) -> str:
+    """Describe an entry of ``metadata.interventions``, see :mod:`fastadapt.interventions.files`."""
     scale = "" if step.get("scale") is None else f" × {step['scale']:g}"
     return f"{step['kind']} {step['set']['name'] or 'set'} ({step['set']['size']:,}){scale}"

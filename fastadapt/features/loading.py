@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from fastadapt.evaluation.models_under_test import Students
+from fastadapt.evaluation.models_under_test import ModelSet
 from fastadapt.features.store.schema import MANIFEST
 from fastadapt.features.store.store import Store, adapter_digest
 from fastadapt.io.names import has_file, typed_path
@@ -62,7 +62,7 @@ def load_run(
         layers = run.model.features("tom has 3 apples")
     """
     folder = typed_path(path, "run")
-    students = Students.open(
+    students = ModelSet.open(
         [folder],
         ["run"],
         dtype=dtype,

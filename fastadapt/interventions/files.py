@@ -16,7 +16,7 @@ import yaml
 
 from fastadapt.adapter.files import adapters_of, read_transcoders, write_adapters
 from fastadapt.errors import UserError
-from fastadapt.evaluation.runs import pair_of
+from fastadapt.evaluation.runs import read_pair
 from fastadapt.features.store.sets import FeatureSet
 from fastadapt.features.store.store import adapter_digest
 from fastadapt.interventions import Intervention, check_fit
@@ -107,7 +107,7 @@ def intervene(
 
 def _config_of(source: Path, metadata: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return ``pair`` and ``data`` of a run's ``config.yaml``; None for adapters without a run."""
-    pair_of(source, metadata)  # raises if the pair is unknown or differs from that of the adapters
+    read_pair(source, metadata)  # raises if the pair is unknown or not that of the adapters
     path = source.parent / _CONFIG
     if source.name != _ADAPTER or not has_file(path):
         return None

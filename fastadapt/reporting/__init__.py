@@ -1,1 +1,1 @@
-"""Figures, tables, pages, and the formatting of numbers."""
+"""Figures, tables, pages and formatted numbers of reports."""

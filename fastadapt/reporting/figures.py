@@ -1,4 +1,4 @@
-"""The one model of a figure, and the figures of an evaluation, from ``eval.json``."""
+"""The data model of figures, and the figures of an evaluation."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from fastadapt.reporting.tables import Interval
 
 @dataclass(frozen=True)
 class Series:
-    """A line, points, bars, or a level (a height without an x).
+    """A line, points, bars, or a level (a horizontal line).
 
     Attributes:
-        name: shown in the legend; empty: no entry there.
-        kind: decides colour and dashes, see :mod:`fastadapt.reporting.rendering`.
-        x, y: as many numbers each; bars have one more ``x`` (their edges), a level has none.
+        name: entry in the legend; empty for none.
+        kind: selects colour and dashes, see :mod:`fastadapt.reporting.rendering`.
+        x, y: coordinates. Bars have one more ``x`` than ``y`` (their edges); a level has no ``x``.
         low, high: ends of the intervals of ``y``; empty without intervals.
     """
 
@@ -31,7 +31,7 @@ class Series:
 
     @property
     def level(self) -> bool:
-        """Whether it is a height alone."""
+        """Whether the series is a level."""
         return not self.x
 
 
@@ -40,16 +40,16 @@ class Figure:
     """Series on common axes.
 
     Attributes:
-        key: names its file.
-        title, x_label, y_label: texts, not markup.
-        series: drawn in order.
+        key: name of the figure's file, without suffix.
+        title, x_label, y_label: plain texts, without markup.
+        series: in drawing order.
         x_log: whether the horizontal axis is logarithmic.
-        y_log: whether the vertical axis is; None: where all values are positive and the largest is
-            more than 32 times the smallest.
-        mark: lines with points, points alone, or bars.
+        y_log: whether the vertical axis is logarithmic. None: it is if all values are positive and
+            the largest is more than 32 times the smallest.
+        mark: ``line`` (with points), ``points`` or ``bars``.
         note: text beside the legend on a page.
         values_in_legend: whether a page's legend shows the last value of each series.
-        empty: shown where no series has a value that can be drawn.
+        empty: text if no series has a value that can be drawn.
     """
 
     key: str
@@ -66,7 +66,7 @@ class Figure:
 
 
 def figures(result: Mapping[str, Any]) -> list[Figure]:
-    """Return all plots that ``result`` (the contents of ``eval.json``) has the numbers for."""
+    """Return the plots of all parts in ``result``, the contents of ``eval.json``."""
     candidates = [
         *_against_l0(result),
         *_nmse(result),
@@ -77,7 +77,7 @@ def figures(result: Mapping[str, Any]) -> list[Figure]:
     return [figure for figure in candidates if figure.series]
 
 
-#: key, title, unit, of what is drawn over L0
+#: Key, title and unit of the measures that are drawn over L0.
 OUTPUTS = (
     ("top1_error", "Top-1 error", "share of predicted tokens"),
     ("kl", "KL to the target", "nats per predicted token"),
@@ -102,33 +102,37 @@ def _against_l0(result: Mapping[str, Any]) -> list[Figure]:
 
 
 def over_l0(result: Mapping[str, Any], values: Mapping[str, Interval]) -> list[Series]:
-    """Return students with an L0 as points, the sweep's joined; others as levels.
+    """Return one value per model over its L0.
 
-    The sweep is the transcoders that were trained with the bridge and with a sparsity.
+    Models with an L0 are points, others levels. The points of the sweep (transcoders trained with
+    the bridge and a sparsity) are one series.
+
+    Args:
+        result: the contents of ``eval.json``.
+        values: by name of the model.
     """
     series: list[Series] = []
     sweep: list[tuple[float, Interval]] = []
-    for student in result["students"]:
-        value, l0 = values.get(student["name"]), student.get("l0")
+    for model in result["students"]:
+        value, l0 = values.get(model["name"]), model.get("l0")
         if value is None or value["mean"] is None:
             continue
-        if _in_sweep(student) and l0:
+        if _in_sweep(model) and l0:
             sweep.append((l0, value))
         else:
-            kind = student["variant"] or student["kind"]
-            series.append(series_of(student["name"], kind, [l0] if l0 else [], [value]))
+            kind = model["variant"] or model["kind"]
+            series.append(series_of(model["name"], kind, [l0] if l0 else [], [value]))
     if "target" in values:
         series.append(series_of("target", "target", [], [values["target"]]))
     sweep.sort(key=lambda point: point[0])
     if sweep:
-        series.insert(
-            0, series_of("adapters", "transcoder", [x for x, _ in sweep], [v for _, v in sweep])
-        )
+        x, y = zip(*sweep, strict=True)
+        series.insert(0, series_of("adapters", "transcoder", x, y))
     return series
 
 
 def series_of(name: str, kind: str, x: Sequence[float], values: Sequence[Interval]) -> Series:
-    """Return a series of the values that were measured; a missing interval has no width."""
+    """Return a series of values. Undefined values are left out; undefined ends equal the mean."""
     measured = [i for i, value in enumerate(values) if value["mean"] is not None]
     ends = []
     for end in ("mean", "low", "high"):
@@ -137,18 +141,18 @@ def series_of(name: str, kind: str, x: Sequence[float], values: Sequence[Interva
     return Series(name, kind, [float(x[i]) for i in measured] if x else [], *ends)
 
 
-def _per_student(
+def _per_model(
     result: Mapping[str, Any], curves: Mapping[str, tuple[Sequence[float], Sequence[Interval]]]
 ) -> list[Series]:
-    """In the order of the students, but adapters from sparse to dense."""
-    students = [s for s in result["students"] if s["name"] in curves]
-    sweep = iter(sorted(filter(_in_sweep, students), key=lambda s: s["l0"] or 0.0))
-    ordered = [next(sweep) if _in_sweep(s) else s for s in students]
-    return [series_of(s["name"], s["variant"] or s["kind"], *curves[s["name"]]) for s in ordered]
+    """Return one series per model, in the order of ``result``, with the sweep sorted by L0."""
+    models = [m for m in result["students"] if m["name"] in curves]
+    sweep = iter(sorted(filter(_in_sweep, models), key=lambda m: m["l0"] or 0.0))
+    ordered = [next(sweep) if _in_sweep(m) else m for m in models]
+    return [series_of(m["name"], m["variant"] or m["kind"], *curves[m["name"]]) for m in ordered]
 
 
-def _in_sweep(student: Mapping[str, Any]) -> bool:
-    return student["kind"] == "transcoder" and student["variant"] == ""
+def _in_sweep(model: Mapping[str, Any]) -> bool:
+    return model["kind"] == "transcoder" and model["variant"] == ""
 
 
 def _nmse(result: Mapping[str, Any]) -> list[Figure]:
@@ -161,7 +165,7 @@ def _nmse(result: Mapping[str, Any]) -> list[Figure]:
         curves = {name: (range(len(m[key])), m[key]) for name, m in measured.items() if m.get(key)}
         label = "layer (0: embeddings)"
         drawn.append(
-            Figure(key.replace("_", "-"), title, label, "NMSE", _per_student(result, curves))
+            Figure(key.replace("_", "-"), title, label, "NMSE", _per_model(result, curves))
         )
     return drawn
 
@@ -174,13 +178,13 @@ def _partial(result: Mapping[str, Any]) -> list[Figure]:
         ("last", "Last n layers replaced", "n"),
         ("single", "One layer replaced", "layer"),
     ):
-        start = 0 if mode == "single" else 1  # none replaced is the target itself
+        start = 0 if mode == "single" else 1  # without a replaced layer the model is the target
         curves = {
             name: (list(range(start, len(m[mode]))), m[mode][start:])
             for name, m in measured.items()
         }
         unit = "KL to the target, nats per predicted token"
-        series = _per_student(result, curves)
+        series = _per_model(result, curves)
         drawn.append(Figure(f"partial-{mode}", title, label, unit, series, y_log=True))
     return drawn
 
@@ -193,14 +197,14 @@ def _positions(result: Mapping[str, Any]) -> list[Figure]:
         middles = [math.sqrt((a + 1) * b) for a, b in pairwise(edges)]
         curves[name] = (middles, values)
     unit = "KL to the target, nats per predicted token"
-    series = _per_student(result, curves)
+    series = _per_model(result, curves)
     label = "position in the text, from 1"
     return [
         Figure("kl-position", "KL against position", label, unit, series, x_log=True, y_log=True)
     ]
 
 
-#: key, title, unit, of what is drawn over L0 for each benchmark
+#: Key, title and unit of the measures that are drawn over L0 for each benchmark.
 BENCHMARK = (
     ("accuracy", "accuracy", "share of answers that are right"),
     ("length", "length", "tokens per response"),

@@ -1,4 +1,4 @@
-"""Numbers as a reader wants them."""
+"""Formats numbers, percentages and durations for people."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ from typing import Any
 
 
 def number(value: Any, digits: int = 3) -> str:
-    """A number as a reader wants it: `digits` significant digits, thousands grouped, – for none."""
+    """Format a number with ``digits`` significant digits and grouped thousands; ``–`` for no value.
+
+    Example:
+        >>> number(1234.5678), number(0.00012), number(2e-7), number(12_345), number(None)
+        ('1,235', '0.000120', '2.0e-7', '12,345', '–')
+    """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "–"
     if isinstance(value, float) and math.isinf(value):
@@ -26,29 +31,39 @@ def number(value: Any, digits: int = 3) -> str:
 
 
 def percent(value: float | None) -> str:
-    """A share of 1 as a percentage with one digit, – for none."""
+    """Format a share of 1 as a percentage with one decimal digit; ``–`` for None.
+
+    Example:
+        >>> percent(0.1234)
+        '12.3%'
+    """
     return "–" if value is None else f"{100 * value:.1f}%"
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as hours, minutes and seconds, the two largest that apply."""
+    """Format seconds as hours and minutes, minutes and seconds, or seconds; ``–`` for None.
+
+    Example:
+        >>> duration(4000), duration(75.2)
+        ('1 h 6 min', '1 min 15 s')
+    """
     if seconds is None:
         return "–"
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, remainder = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
         return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    return f"{minutes} min {remainder} s" if minutes else f"{remainder} s"
 
 
-def markers_note(n: int, of: int) -> str:
-    """Say that conversations have chat markers in their text.
+def markers_note(n: int, total: int) -> str:
+    """Return a note on conversations with chat markers in their text.
 
     Example:
         >>> markers_note(2, 1000)[:60]
         '2 of 1,000 conversations have markers of the family in their'
     """
     return (
-        f"{n:,} of {of:,} conversations have markers of the family in their text, which the "
+        f"{n:,} of {total:,} conversations have markers of the family in their text, which the "
         "tokenizer reads as markers"
     )

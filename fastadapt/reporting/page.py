@@ -1,7 +1,7 @@
-"""Writes HTML pages from the templates beside this file.
+"""Writes HTML pages from the templates in ``templates/``.
 
-Pages need no network and no script, and follow the reader's light or dark setting. jinja2 escapes
-every text; drawings come from :mod:`fastadapt.reporting.rendering`.
+Pages need no network and no script, and follow the browser's light or dark setting. jinja2 escapes
+all texts. Plots come from :mod:`fastadapt.reporting.rendering`.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ _TEMPLATES = resources.files("fastadapt.reporting") / "templates"
 
 
 def style_sheet() -> str:
-    """Return the style sheet that all pages share."""
+    """Return the style sheet shared by all pages."""
     return (_TEMPLATES / "style.css").read_text(encoding="utf-8")
 
 
 def render_page(path: Path, template: str, **values: Any) -> None:
-    """Write a page, in place of an older one.
+    """Write a page. An existing file is replaced.
 
     Args:
         path: of the page.
-        template: its name in ``templates/``.
-        values: what the template shows.
+        template: name of a file in ``templates/``.
+        values: variables of the template.
 
     Raises:
         OSError: the file cannot be written.
@@ -57,16 +57,16 @@ def write_page(
     tables: Sequence[Table],
     figures: Sequence[Figure],
     path: Path,
-    what: str = "evaluation",
+    subject: str = "evaluation",
 ) -> None:
-    """Write an evaluation as one page: its tables, plots and settings.
+    """Write a page with the tables, plots and settings of an evaluation.
 
     Args:
         result: the contents of ``eval.json``.
-        tables: shown first.
-        figures: shown after them.
+        tables: the tables.
+        figures: the plots.
         path: of the page.
-        what: the page is about, in a word.
+        subject: of the page, in one word.
     """
     pair = result["pair"]
     facts = {"pair": pair, **result["settings"], "versions": result["versions"]}
@@ -74,18 +74,19 @@ def write_page(
         path,
         "evaluation.html.j2",
         title=f"{Path(pair['target']).name} against {Path(pair['base']).name}",
-        what=what,
+        subject=subject,
         tables=tables,
         figures=figures,
-        facts=_flat(facts),
+        facts=_flatten(facts),
     )
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[list[str]]:
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[list[str]]:
+    """Return rows (dotted key, value) of nested mappings."""
     rows = []
     for key, value in values.items():
         if isinstance(value, Mapping):
-            rows += _flat(value, f"{prefix}{key}.")
+            rows += _flatten(value, f"{prefix}{key}.")
         else:
             rows.append([prefix + key, str(value)])
     return rows

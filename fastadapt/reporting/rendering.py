@@ -1,4 +1,4 @@
-"""Renders figures with matplotlib: PNG files, and SVG inside an HTML page."""
+"""Renders figures with matplotlib, as PNG files and as SVG elements for HTML pages."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from xml.etree import ElementTree
 from fastadapt.reporting.figures import Figure, Series
 from fastadapt.reporting.formatting import number
 
-#: Colours of the light page, by their names in ``templates/style.css``. SVG refers to the names, so
-#: that it follows the reader's light or dark setting.
+#: Colours of the light theme by their names in ``templates/style.css``. SVG elements refer to the
+#: names, so that they follow the browser's light or dark setting.
 THEME = {
     "ink": "#16181d",
     "soft": "#5a606c",
@@ -23,8 +23,8 @@ THEME = {
     "held": "#d2521c",
     "base": "#858a94",
 }
-#: By kind of series. Those of models and sets can be distinguished by colour-blind readers (Okabe
-#: and Ito).
+#: Colours by kind of series. Those of models and sets are the colour-blind safe palette of Okabe
+#: and Ito.
 COLOURS = {
     "transcoder": "#0072B2",
     "dense": "#56B4E9",
@@ -35,7 +35,7 @@ COLOURS = {
     "hybrid": "#D55E00",
     "base": "#8a8a8a",
     "target": "#999933",
-    # Sets of features, in a study of them.
+    # Sets of features of the study.
     "selected": "#009E73",
     "selected otherwise": "#E69F00",
     "hesitation": "#56B4E9",
@@ -48,17 +48,16 @@ COLOURS = {
     "reference": THEME["base"],
     "density": THEME["main"],
 }
-#: Kinds of which a figure may hold several, by depth or from sparse to dense: colours to mix. They
-#: are visible on a light and on a dark page.
+#: Stops of colour ramps by kind, for several series of one kind. Visible on light and dark pages.
 RAMPS = {
     "transcoder": ("#9ecae1", "#6baed6", "#4292c6", "#2b74bd"),
     "layer": ("#6c52d6", "#2f7ce0", "#149e92", "#78aa32", "#e09814"),
 }
 DASHES = {"hybrid": "--", "base": ":", "target": "-.", "reference": "--"}
 _CSS_LINES = {"--": "dashed", ":": "dotted", "-.": "dashed"}
-#: matplotlib's settings, over its defaults: a reader's own do not matter. ``$`` is no mathematics.
+#: Changes to matplotlib's default settings. The user's settings are not applied.
 _SETTINGS = {
-    "text.parse_math": False,
+    "text.parse_math": False,  # names may contain $
     "svg.fonttype": "none",
     "svg.hashsalt": "fastadapt",
     "axes.spines.top": False,
@@ -71,30 +70,30 @@ _SETTINGS = {
     "axes.edgecolor": THEME["line"],
     **dict.fromkeys(("text.color", "axes.titlecolor"), THEME["ink"]),
     **dict.fromkeys(("axes.labelcolor", "xtick.color", "ytick.color"), THEME["soft"]),
-    # Ticks of a size are drawn as references, which inline SVG does without.
+    # Ticks of a non-zero size are drawn as SVG references, which inline_svg avoids.
     **dict.fromkeys(("xtick.major.size", "ytick.major.size"), 0),
     "xtick.major.pad": 6,
 }
-#: Points of a series that are drawn at most, and up to how many each has a dot.
+#: Largest number of points of a series, and largest number of points that are marked by dots.
 MAX_POINTS, MAX_DOTS = 400, 40
 
 
 def ramp(stops: Sequence[str], position: float) -> str:
-    """Return the colour at ``position`` in 0..1 between colours of equal distance.
+    """Return the colour at ``position`` in [0, 1] of a ramp with equidistant stops.
 
     Example:
         >>> ramp(["#000000", "#204060", "#ffffff"], 0.25)
         '#102030'
     """
     rgb = [[int(stop[i : i + 2], 16) for i in (1, 3, 5)] for stop in stops]
-    place = position * (len(stops) - 1)
-    low = min(int(place), len(stops) - 2)
-    mixed = (a + (b - a) * (place - low) for a, b in zip(rgb[low], rgb[low + 1], strict=True))
+    scaled = position * (len(stops) - 1)
+    low = min(int(scaled), len(stops) - 2)
+    mixed = (a + (b - a) * (scaled - low) for a, b in zip(rgb[low], rgb[low + 1], strict=True))
     return "#" + "".join(f"{round(value):02x}" for value in mixed)
 
 
 def colours(series: Sequence[Series]) -> list[str]:
-    """Return a colour for each series; several adapters, and layers, get steps of a ramp."""
+    """Return a colour for each series. Several adapters, and layers, get colours of a ramp."""
     counts = {kind: sum(s.kind == kind for s in series) for kind in RAMPS}
     seen = dict.fromkeys(RAMPS, 0)
     chosen = []
@@ -108,7 +107,7 @@ def colours(series: Sequence[Series]) -> list[str]:
 
 
 def write_png(figure: Figure, path: Path) -> None:
-    """Draw ``figure`` into a PNG file, 7.6 by 4.2 inches at 200 dots an inch."""
+    """Write ``figure`` as a PNG file of 7.6 by 4.2 inches at 200 dpi."""
     from matplotlib import style
     from matplotlib.figure import Figure as Canvas
 
@@ -119,7 +118,7 @@ def write_png(figure: Figure, path: Path) -> None:
         axes.set_title(figure.title, fontsize=11, loc="left")
         axes.set_xlabel(figure.x_label)
         axes.set_ylabel(figure.y_label)
-        # matplotlib leaves out labels that begin with "_": the names are set afterwards.
+        # matplotlib omits labels that begin with "_", so the names are set afterwards.
         named = [(h, s.name) for h, s in zip(handles, figure.series, strict=False) if s.name]
         legend = canvas.legend(
             [handle for handle, _ in named],
@@ -134,13 +133,13 @@ def write_png(figure: Figure, path: Path) -> None:
 
 
 def inline_svg(figure: Figure, size: tuple[float, float] = (400, 230)) -> str:
-    """Draw ``figure`` as an ``<svg>`` element, without title, vertical label and legend.
+    """Return ``figure`` as an ``<svg>`` element, without title, vertical label and legend.
 
-    The element has no script, reference, identifier or namespace, the same figure gives the same
-    text, and names of series are titles that a browser shows on hover.
+    The element has no script, reference, identifier or namespace. Equal figures give equal texts.
+    Names of series are ``<title>`` elements, which a browser shows on hover.
 
     Args:
-        figure: any.
+        figure: the figure.
         size: width and height of the view box.
     """
     from matplotlib import style
@@ -165,14 +164,21 @@ def inline_svg(figure: Figure, size: tuple[float, float] = (400, 230)) -> str:
     drawn = ElementTree.fromstring(text.getvalue())
     defined = {e.get("id", ""): e for e in drawn.iter() if e.tag.endswith("}path")}
     svg = ElementTree.Element("svg", viewBox=drawn.attrib["viewBox"], role="img")
-    label = f"{figure.y_label} over {figure.x_label}".strip()  # the page has the title beside it
+    label = f"{figure.y_label} over {figure.x_label}".strip()  # the title is in the page's text
     svg.set("aria-label", label if handles else figure.empty)
     _copy_children(drawn, svg, defined, titles)
     return ElementTree.tostring(svg, encoding="unicode")
 
 
 class LegendKey(NamedTuple):
-    """An entry of a page's legend: CSS for its line and colour, and the last value as text."""
+    """An entry of a page's legend.
+
+    Attributes:
+        name: of the series.
+        colour: CSS colour.
+        line: CSS line style.
+        value: last value of the series, as text.
+    """
 
     name: str
     colour: str
@@ -181,7 +187,7 @@ class LegendKey(NamedTuple):
 
 
 def legend_keys(figure: Figure) -> list[LegendKey]:
-    """Return the legend of a figure, for a page."""
+    """Return the legend of a figure on a page."""
     return [
         LegendKey(
             s.name,
@@ -195,7 +201,7 @@ def legend_keys(figure: Figure) -> list[LegendKey]:
 
 
 def _titles(figure: Figure) -> list[str]:
-    """Return the text of each handle of :func:`_plot`."""
+    """Return the title of each handle of :func:`_plot`."""
     if figure.mark != "bars":
         return [s.name for s in figure.series]
     return [
@@ -212,7 +218,7 @@ def _copy_children(
     defined: dict[str, ElementTree.Element],
     titles: Sequence[str],
 ) -> None:
-    """Copy what is drawn, each reference replaced by the path that it names."""
+    """Copy paths, texts and groups. A reference is replaced by the path that it refers to."""
     for child in source:
         tag, style = child.tag.rpartition("}")[2], child.get("style", "")
         if tag == "g":
@@ -242,7 +248,7 @@ def _copy_children(
 
 
 def _page_style(style: str) -> str:
-    """Return a style with the page's colours, and without the font family."""
+    """Return a style with the page's colour names, and without the font family."""
     parts = (part.strip() for part in style.split(";"))
     parts = (part for part in parts if part and not part.startswith("font-family"))
     return ";".join(
@@ -255,7 +261,7 @@ def _themed(colour: str) -> str:
     return f"var(--{name})" if name else colour
 
 
-# --- what both draw -------------------------------------------------------------------------------
+# --- drawing for PNG and SVG ----------------------------------------------------------------------
 
 
 class _Point(NamedTuple):
@@ -266,7 +272,7 @@ class _Point(NamedTuple):
 
 
 def _points(series: Series, log: bool) -> list[_Point]:
-    """Return the points that can be drawn, thinned from the end: the last is always drawn."""
+    """Return the points that can be drawn, at most ``MAX_POINTS``, always including the last."""
     xs = series.x or [0.0] * len(series.y)
     lows, highs = series.low or series.y, series.high or series.y
     points = [
@@ -279,7 +285,7 @@ def _points(series: Series, log: bool) -> list[_Point]:
 
 
 def _plot(axes: Any, figure: Figure) -> list[Any]:
-    """Draw the series; return a handle for each that can be drawn, of bars for each bar."""
+    """Draw the series. Return one handle per drawn series, or per bar."""
     if figure.mark == "bars":
         return _plot_bars(axes, figure)
     y_log = figure.y_log
@@ -287,7 +293,7 @@ def _plot(axes: Any, figure: Figure) -> list[Any]:
         ys = [point.y for s in figure.series for point in _points(s, log=False)]
         y_log = bool(ys) and min(ys) > 0 and max(ys) > 32 * min(ys)
     drawn = [_points(s, y_log) for s in figure.series]
-    # On a logarithmic axis an interval that reaches 0 ends at the smallest number drawn.
+    # On a logarithmic axis, an interval that reaches 0 ends at the smallest drawn value.
     positive = (v for points in drawn for p in points for v in (p.low, p.y) if v > 0)
     floor = min(positive, default=0.0) if y_log else -math.inf
     handles: list[Any] = []
@@ -318,10 +324,10 @@ def _plot(axes: Any, figure: Figure) -> list[Any]:
             axes.vlines(xs, lows, highs, color=colour)
     if not any(drawn):
         return []
-    # After drawing: matplotlib gives a lone value on an empty logarithmic axis no range.
+    # Set after drawing: matplotlib gives a single value on an empty logarithmic axis no range.
     scales = {True: "log", False: "linear"}
     axes.set(xscale=scales[figure.x_log and any(s.x for s in figure.series)], yscale=scales[y_log])
-    axes.get_xlim(), axes.get_ylim()  # computed once: other locators would give other limits
+    axes.get_xlim(), axes.get_ylim()  # compute limits now: the locators set below change them
     axes.autoscale(False)
     xs = [p.x for s, points in zip(figure.series, drawn, strict=True) if s.x for p in points]
     if all(s.level for s in figure.series):
@@ -349,7 +355,7 @@ def _plot_bars(axes: Any, figure: Figure) -> list[Any]:
 
 
 def _set_ticks(axis: Any, whole: bool) -> None:
-    """Set the ticks of an axis and their labels, after all is drawn on it."""
+    """Set the ticks of an axis and their labels. Call after all series are drawn."""
     from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
     if axis.get_scale() == "log":
@@ -361,7 +367,7 @@ def _set_ticks(axis: Any, whole: bool) -> None:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Return 2 to 6 ticks in [low, high]: powers of ten, with 2 and 5 over few decades.
+    """Return 2 to 6 ticks in [low, high]: powers of ten, over few decades also times 2 and 5.
 
     Example:
         >>> log_ticks(0.5, 300)
@@ -380,7 +386,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def tick_label(value: float) -> str:
-    """Return a short text for a tick.
+    """Format the value of a tick.
 
     Example:
         >>> tick_label(-25_000), tick_label(2e-05), tick_label(0.1 + 0.2)

@@ -1,7 +1,7 @@
-"""The tables of an evaluation, from ``eval.json``, in Markdown and LaTeX.
+"""The tables of an evaluation, as Markdown and LaTeX.
 
-Every number that was estimated comes with its interval. Students are the models that are compared
-with the target, see :mod:`fastadapt.evaluation.models_under_test`.
+Estimates are shown with their intervals. ``students`` in ``eval.json`` are the compared models of
+:mod:`fastadapt.evaluation.models_under_test`.
 """
 
 from __future__ import annotations
@@ -13,13 +13,20 @@ from typing import Any
 
 from fastadapt.reporting.formatting import number, percent
 
-#: ``{"mean": ..., "low": ..., "high": ...}``, each None where there is nothing to tell
+#: ``{"mean": ..., "low": ..., "high": ...}``; None for values that are not defined.
 Interval = Mapping[str, float | None]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text under a head; ``note`` says what is in them."""
+    """A table of texts.
+
+    Attributes:
+        title: of the table.
+        head: names of the columns.
+        rows: cells, as many per row as in ``head``.
+        note: explanation of the contents.
+    """
 
     title: str
     head: list[str]
@@ -28,8 +35,8 @@ class Table:
 
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
-    """All tables that ``result`` (the contents of ``eval.json``) has the numbers for."""
-    found = [
+    """Return the tables of all parts in ``result``, the contents of ``eval.json``."""
+    candidates = [
         _outputs(result),
         _order(result),
         _partial(result),
@@ -37,11 +44,20 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
         *_benchmarks(result),
         _speed(result),
     ]
-    return [table for table in found if table is not None]
+    return [table for table in candidates if table is not None]
 
 
 def shown(value: Interval | None, show: Callable[[float | None], str] = number) -> str:
-    """``0.105 [0.098, 0.112]``, – where there is none."""
+    """Format an interval; ``–`` without an estimate.
+
+    Args:
+        value: the interval.
+        show: formats a number.
+
+    Example:
+        >>> shown({"mean": 0.105, "low": 0.098, "high": 0.112}, percent)
+        '10.5% [9.8, 11.2]'
+    """
     if value is None or value["mean"] is None:
         return "–"
     low, high = (show(value[end]).rstrip("%") for end in ("low", "high"))
@@ -52,29 +68,30 @@ def _outputs(result: Mapping[str, Any]) -> Table | None:
     measured = result.get("faithfulness")
     if not measured:
         return None
-    regions = [r for r in ("prompt", "thinking", "answer") if _some(measured, r)]
+    regions = [
+        region
+        for region in ("prompt", "thinking", "answer")
+        if any(values["regions"][region]["positions"] for values in measured.values())
+    ]
     rows = []
-    for student in result["students"]:
-        found = measured.get(student["name"])
-        if found is None:
-            continue
-        per_layer = found["nmse_per_layer"]
+    for model, values in _in_order(result, measured):
+        per_layer = values["nmse_per_layer"]
         nmse = None if per_layer is None else sum(i["mean"] for i in per_layer) / len(per_layer)
         rows.append(
             [
-                student["name"],
-                student["what"],
-                number(found.get("l0")),
-                shown(found["kl"]),
-                shown(found["top1_error"], percent),
-                *(percent(found["regions"][r]["top1_error"]["mean"]) for r in regions),
+                model["name"],
+                model["what"],
+                number(values.get("l0")),
+                shown(values["kl"]),
+                shown(values["top1_error"], percent),
+                *(percent(values["regions"][r]["top1_error"]["mean"]) for r in regions),
                 number(nmse),
             ]
         )
     return Table(
         "Output faithfulness",
         [
-            "student",
+            "model",
             "",
             "L0",
             "KL, nats",
@@ -85,12 +102,13 @@ def _outputs(result: Mapping[str, Any]) -> Table | None:
         rows,
         f"{result['texts']['n']:,} responses of the target, {result['texts']['predicted']:,} "
         f"predicted tokens; intervals of {percent(result['level'])} over sequences. KL is "
-        "KL(target ‖ student) in nats per predicted token, NMSE the mean over layers 0..L.",
+        "KL(target ‖ model) in nats per predicted token, NMSE the mean over layers 0..L.",
     )
 
 
-def _some(measured: Mapping[str, Any], region: str) -> bool:
-    return any(found["regions"][region]["positions"] for found in measured.values())
+def _in_order(result: Mapping[str, Any], measured: Mapping[str, Any]) -> list[tuple[Any, Any]]:
+    """Return pairs (compared model, measured values) of the models that were measured."""
+    return [(m, measured[m["name"]]) for m in result["students"] if m["name"] in measured]
 
 
 def _order(result: Mapping[str, Any]) -> Table | None:
@@ -110,9 +128,9 @@ def _order(result: Mapping[str, Any]) -> Table | None:
         "Order",
         ["gap", "top-1 error, points", "KL, nats", "holds"],
         rows,
-        "From the furthest to the nearest, as arXiv 2602.20904 found them: differences of "
-        "neighbours on the same sequences. It holds where the gap in top-1 error lies above 0 with "
-        "its interval; a tie has 0 in it.",
+        "Differences of neighbours in the order of arXiv 2602.20904, farthest from the target "
+        "first, on the same sequences. Holds: yes if the interval of the gap in top-1 error is "
+        "above 0, tie if it has 0 in it.",
     )
 
 
@@ -121,24 +139,21 @@ def _partial(result: Mapping[str, Any]) -> Table | None:
     if not measured:
         return None
     rows = []
-    for student in result["students"]:
-        found = measured.get(student["name"])
-        if found is None:
-            continue
-        full = found["first"][-1]
-        cells = []
-        for way in ("first", "last", "single"):
-            curve = found[way] if way == "single" else found[way][1:-1]
-            cells.append(_worst(curve, way))
-        excess = shown(found["excess"]["worst"])
-        rows.append([student["name"], shown(full), *cells, excess])
+    for model, curves in _in_order(result, measured):
+        cells = [
+            _worst(curves["first"][1:-1], "n={}", 1),
+            _worst(curves["last"][1:-1], "n={}", 1),
+            _worst(curves["single"], "layer {}", 0),
+        ]
+        full, excess = shown(curves["first"][-1]), shown(curves["excess"]["worst"])
+        rows.append([model["name"], full, *cells, excess])
     return Table(
         "Partial replacement",
-        ["student", "all layers", "first n, worst", "last n, worst", "one layer, worst", "excess"],
+        ["model", "all layers", "first n, worst", "last n, worst", "one layer, worst", "excess"],
         rows,
-        "KL to the target, in nats per predicted token, where only some layers are replaced; the "
-        "worst choice of each kind, all layers aside, and what the worst of all has more than all "
-        f"layers together. {result['texts']['n_partial']:,} of the texts.",
+        "KL to the target in nats per predicted token, with part of the layers replaced: the worst "
+        "choice of each kind, and its excess over the KL with all layers replaced. "
+        f"{result['texts']['n_partial']:,} of the texts.",
     )
 
 
@@ -152,19 +167,19 @@ def _bridge(result: Mapping[str, Any]) -> Table | None:
         for pair in pairs
     ]
     return Table(
-        "What the bridge does where only the last layers are replaced",
+        "Effect of the bridge with only the last layers replaced",
         ["KL without − with", *(f"last {n}" for n in range(1, n_layers)), "all"],
         rows,
         "Adapters of the same sparsity, on the same texts; nats per predicted token.",
     )
 
 
-def _worst(curve: Sequence[Interval], way: str) -> str:
+def _worst(curve: Sequence[Interval], label: str, first: int) -> str:
+    """Format the largest value of a curve, with its index, counted from ``first``."""
     if not curve:
         return "–"
-    at = max(range(len(curve)), key=lambda i: curve[i]["mean"] or 0.0)
-    where = f"layer {at}" if way == "single" else f"n={at + 1}"
-    return f"{shown(curve[at])} ({where})"
+    worst = max(range(len(curve)), key=lambda i: curve[i]["mean"] or 0.0)
+    return f"{shown(curve[worst])} ({label.format(worst + first)})"
 
 
 def _benchmarks(result: Mapping[str, Any]) -> list[Table]:
@@ -176,19 +191,19 @@ def _benchmarks(result: Mapping[str, Any]) -> list[Table]:
 
 def _benchmark(result: Mapping[str, Any], name: str, measured: Mapping[str, Any]) -> Table:
     rows = []
-    for student in ({"name": "target", "what": "target"}, *result["students"]):
-        for variant, found in measured.get(student["name"], {}).items():
-            speed = found.get("tokens_per_s")
+    for model in ("target", *(compared["name"] for compared in result["students"])):
+        for mode, scores in measured.get(model, {}).items():
+            speed = scores.get("tokens_per_s")
             rows.append(
                 [
-                    student["name"] + ("" if variant == "sampled" else f", {variant}"),
-                    shown(found["accuracy"], percent),
-                    shown(found["recovered"], percent),
-                    shown(found["recovered_from_base"], percent),
-                    shown(found["length"]),
-                    shown(found["hesitations_per_1000"]),
-                    percent(found["truncated"]),
-                    percent(found["degenerate"]),
+                    model + ("" if mode == "sampled" else f", {mode}"),
+                    shown(scores["accuracy"], percent),
+                    shown(scores["recovered"], percent),
+                    shown(scores["recovered_from_base"], percent),
+                    shown(scores["length"]),
+                    shown(scores["hesitations_per_1000"]),
+                    percent(scores["truncated"]),
+                    percent(scores["degenerate"]),
                     "–" if speed is None else f"{speed:,.0f}",
                 ]
             )
@@ -197,17 +212,17 @@ def _benchmark(result: Mapping[str, Any], name: str, measured: Mapping[str, Any]
         [
             "model",
             "accuracy",
-            "of the gain over the hybrid",
-            "over the base",
+            "recovered from hybrid",
+            "recovered from base",
             "tokens",
-            "hesitations / 1,000",
-            "at the limit",
+            "hesitations / 1,000 tokens",
+            "truncated",
             "degenerate",
             "tokens/s",
         ],
         rows,
-        f"{result['benchmark_counts'][name]}; intervals over questions. Of the gain: the share of "
-        "what the target is right more often than the hybrid, or the base.",
+        f"{result['benchmark_counts'][name]}; intervals over questions. Recovered: share of the "
+        "target's gain in accuracy over the hybrid or the base.",
     )
 
 
@@ -216,27 +231,27 @@ def _speed(result: Mapping[str, Any]) -> Table | None:
     if not speed:
         return None
     rows = [
-        [name, f"{found['tokens_per_s']:,.0f}", f"{100 * found['overhead']:+.1f}%"]
-        for name, found in speed["models"].items()
+        [name, f"{values['tokens_per_s']:,.0f}", f"{100 * values['overhead']:+.1f}%"]
+        for name, values in speed["models"].items()
     ]
     return Table(
         "Speed of generation",
-        ["model", "tokens/s", "time over the target's"],
+        ["model", "tokens/s", "overhead"],
         rows,
-        f"{speed['batch_size']} sequences of {speed['prompt_tokens']} tokens, "
-        f"{speed['new_tokens']} new ones each, greedily, in turn; median of {speed['rounds']} "
-        f"rounds on {speed['device']}.",
+        f"Greedy generation of {speed['new_tokens']} tokens after each of {speed['batch_size']} "
+        f"prompts of {speed['prompt_tokens']} tokens; medians of {speed['rounds']} rounds on "
+        f"{speed['device']}. Overhead: time relative to the target's, minus 1.",
     )
 
 
-# --- as text --------------------------------------------------------------------------------------
+# --- Markdown and LaTeX ---------------------------------------------------------------------------
 
 
 def as_markdown(tables: Sequence[Table]) -> str:
-    """Return tables of GitHub's Markdown, with titles and notes."""
+    """Return tables in GitHub's Markdown, with titles and notes."""
 
     def line(cells: Sequence[str]) -> str:
-        # Of underscores those at the ends of words alone make emphasis.
+        # Underscores inside words need no escape: only those at the ends of words mark emphasis.
         escaped = (re.sub(r"\||(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", cell) for cell in cells)
         return "| " + " | ".join(escaped) + " |\n"
 
@@ -263,7 +278,7 @@ _LATEX = {
 
 
 def as_latex(tables: Sequence[Table]) -> str:
-    r"""Return each as a ``table`` environment; ``\usepackage{booktabs}`` is all that they need."""
+    r"""Return tables as ``table`` environments, which need ``\usepackage{booktabs}``."""
 
     def escaped(text: str) -> str:
         return "".join(_LATEX.get(c, c) for c in text)

@@ -66,7 +66,7 @@ def write_report(run_dir: str | Path) -> Path:
             path,
             "run.html.j2",
             title=run.folder.resolve().name,
-            what="transcoder adapters",
+            subject="transcoder adapters",
             finished=bool(run.summary),
             state=_state(run),
             tiles=_tiles(run),

@@ -18,7 +18,7 @@ from fastadapt.cli.progress import Progress, resume_hint
 from fastadapt.errors import RunError, UserError
 from fastadapt.evaluation.benchmarks.runner import BenchmarkConfig
 from fastadapt.evaluation.folder import opened
-from fastadapt.evaluation.models_under_test import Students
+from fastadapt.evaluation.models_under_test import ModelSet
 from fastadapt.features.collect import collect
 from fastadapt.features.store.store import Store, adapter_digest
 from fastadapt.training.signals import stop_on_signals
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
         collect(options.run, progress=partial(progress, "texts collected"), stop=stop)
         if not stop.is_set():
             store = Store.open(options.run, adapter=adapter_digest(adapters_of(options.run)))
-            students = Students.open([options.run], [RUN])
+            students = ModelSet.open([options.run], [RUN])
             is_overwritten = options.overwrite
             with opened(output, overwrite=is_overwritten, contents=CONTENTS) as folder:
                 result = Study(students, store, folder, config, progress, stop).run()

@@ -13,7 +13,7 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from fastadapt.evaluation.benchmarks.run_all import asked_of
+from fastadapt.evaluation.benchmarks.run_all import complete_config
 from fastadapt.evaluation.benchmarks.runner import (
     BenchmarkConfig,
     BenchmarkResult,
@@ -23,7 +23,7 @@ from fastadapt.evaluation.benchmarks.runner import (
 )
 from fastadapt.evaluation.benchmarks.scores import MEAN, SAMPLED, summarise_benchmarks
 from fastadapt.evaluation.folder import present
-from fastadapt.evaluation.models_under_test import Students
+from fastadapt.evaluation.models_under_test import ModelSet
 from fastadapt.features.store.selection import alive
 from fastadapt.features.store.sets import FeatureSet
 from fastadapt.features.store.store import Store
@@ -57,7 +57,7 @@ class Study:
         stop: event that ends the study after the current batch.
     """
 
-    students: Students
+    students: ModelSet
     store: Store
     folder: Path
     config: StudyConfig
@@ -73,7 +73,7 @@ class Study:
         Raises:
             UserError: a required package is not installed, or a selection is empty.
         """
-        benchmarks = asked_of(self.students, self.config.benchmarks, self.config.sampling)
+        benchmarks = complete_config(self.students, self.config.benchmarks, self.config.sampling)
         require_questions(benchmarks)
         sets = select(self.store, self.config)
         arms = arms_of(self.store, sets, self.config)
@@ -167,7 +167,7 @@ class Study:
         return {
             "schema_version": SCHEMA_VERSION,
             "pair": self.students.config.named,
-            "run": self.students.students[RUN].plain(),
+            "run": dataclasses.asdict(self.students.compared[RUN]),
             "settings": {
                 **dataclasses.asdict(self.config),
                 "benchmarks": dataclasses.asdict(benchmarks),

@@ -11,7 +11,7 @@ import torch
 import yaml
 from organism_runs import make_run
 
-from fastadapt.evaluation.models_under_test import Students
+from fastadapt.evaluation.models_under_test import ModelSet
 
 ROOT = Path(__file__).parents[2]
 PAGES = {
@@ -59,7 +59,7 @@ def test_the_op_runs():
 
 def test_features_are_scaled_for_one_prompt(tmp_path):
     run = make_run(tmp_path / "run", n_features=512)
-    model = Students.open([run], device="cpu").model
+    model = ModelSet.open([run], device="cpu").model
     names = {"model": model, "input_ids": torch.tensor([[5, 6, 7]])}
     before = model(input_ids=names["input_ids"]).logits
     exec(compile(blocks("python", "docs/features.md")[0], "docs/features.md", "exec"), names)

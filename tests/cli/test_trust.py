@@ -343,7 +343,7 @@ def test_no_reader_takes_the_flag_from_a_file() -> None:
 
 
 def test_what_reads_a_configuration_leaves_trust_out(foreign: Foreign, recipe: Callable) -> None:
-    from fastadapt.evaluation.runs import pair_of
+    from fastadapt.evaluation.runs import read_pair
     from fastadapt.models.trained_files import read_adapters
     from fastadapt.training.config import load_config, recorded_trust
 
@@ -351,7 +351,7 @@ def test_what_reads_a_configuration_leaves_trust_out(foreign: Foreign, recipe: C
     assert load_config(path).pair.trust_remote_code is False
     assert recorded_trust(path)
     for folder in (foreign.run / "adapter", foreign.bare):
-        pair = pair_of(folder, read_adapters(folder)[1]["metadata"])
+        pair = read_pair(folder, read_adapters(folder)[1]["metadata"])
         assert pair.trust_remote_code is False
 
 

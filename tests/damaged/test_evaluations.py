@@ -16,9 +16,9 @@ from damage import REMOVED, Damage, document, raw, sweep, variants
 from fastadapt.errors import UserError
 from fastadapt.evaluation.benchmarks.datasets import BENCHMARKS, questions
 from fastadapt.evaluation.benchmarks.runner import Row, _write, read_rows
-from fastadapt.evaluation.faithfulness.partial_results import Arrays, Parts
+from fastadapt.evaluation.faithfulness.partial_results import Arrays, PartialResults
 from fastadapt.evaluation.faithfulness.prompts import held_out
-from fastadapt.evaluation.folder import PARTS, kept_part
+from fastadapt.evaluation.folder import PARTS, read_part
 from fastadapt.evaluation.generation.responses import (
     Response,
     Speed,
@@ -26,7 +26,7 @@ from fastadapt.evaluation.generation.responses import (
     read_responses,
 )
 from fastadapt.evaluation.generation.throughput import SpeedConfig, measure_speed
-from fastadapt.evaluation.runs import pair_of
+from fastadapt.evaluation.runs import read_pair
 from fastadapt.reporting.figures import figures
 from fastadapt.reporting.tables import as_latex, as_markdown, tables
 
@@ -41,7 +41,7 @@ ABOUT = {"schema_version": 1, "fingerprints": {"target": "ab"}}
 @pytest.fixture
 def result() -> dict[str, Any]:
     """Return a result with one model of each kind and all parts."""
-    written = {**results.made_up(), **ABOUT}
+    written = {**results.synthetic_result(), **ABOUT}
     keep = {"l0_10%", "no-bridge"}
     written["students"] = [s for s in written["students"] if s["name"] in keep]
     for section in ("faithfulness", "partial"):
@@ -68,7 +68,7 @@ def test_every_part_of_eval_json(part: Any, result: dict[str, Any], tmp_path: Pa
     path.write_text(json.dumps({**about, **{name: result[name] for name in sections}}))
 
     def read() -> dict[str, Any]:
-        sections_read = kept_part(tmp_path, part, new)
+        sections_read = read_part(tmp_path, part, new)
         written = {**new, **sections_read}
         if sections_read:
             json.dumps(written, allow_nan=False)
@@ -184,7 +184,7 @@ def piece(i: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("whole", [True, False])
 def test_arrays_of_a_student(whole: bool, tmp_path: Path) -> None:
     """Damage the file of all batches, or the file of one batch, from which a run resumes."""
-    first = Parts(tmp_path, "a", FINGERPRINT, 2, ARRAYS)
+    first = PartialResults(tmp_path, "a", FINGERPRINT, 2, ARRAYS)
     first.add(0, piece(0))
     path = next(first.whole.parent.rglob("*.safetensors"))
     if whole:
@@ -194,7 +194,7 @@ def test_arrays_of_a_student(whole: bool, tmp_path: Path) -> None:
     def read() -> dict[str, torch.Tensor]:
         if not whole:
             first.whole.unlink(missing_ok=True)
-        parts = Parts(tmp_path, "a", FINGERPRINT, 2, ARRAYS)
+        parts = PartialResults(tmp_path, "a", FINGERPRINT, 2, ARRAYS)
         for part in parts.missing():  # as a run does
             parts.add(part, piece(part))
         return parts.read()
@@ -386,7 +386,7 @@ def test_the_configuration_that_an_evaluation_reads(tmp_path: Path) -> None:
     named = {"target": "t", "base": "b"}
 
     def read() -> None:
-        pair_of(tmp_path / "adapter", named)
+        read_pair(tmp_path / "adapter", named)
         held_out(tmp_path)
 
     possible = ("validation", "validation_split", "revision", "family", "dtype")

@@ -21,7 +21,7 @@ from fastadapt.features.store import schema
 from fastadapt.features.store.sets import FeatureSet, save_set
 from fastadapt.features.store.store import Store, write_manifest, write_table
 
-from stores import MadeText, make_store  # isort: skip
+from stores import StoreText, make_store  # isort: skip
 
 LISTED = ("texts", "tokens", "adapter/features", "adapter/examples", "adapter/lens")
 ADDED = ("adapter/descriptions", "adapter/scores", "adapter/classes", "adapter/overlap")
@@ -43,7 +43,9 @@ JUDGED: dict[str, dict[str, Any]] = {
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "features"
     rng = np.random.default_rng(1)
-    texts = [MadeText(list(rng.integers(0, 30, 40)), [2] * 10 + [5] * 30, "math") for _ in range(3)]
+    texts = [
+        StoreText(list(rng.integers(0, 30, 40)), [2] * 10 + [5] * 30, "math") for _ in range(3)
+    ]
     activations = [np.maximum(rng.normal(size=(2, 40, 6)) - 1, 0).astype(np.float32) for _ in texts]
     store = make_store(folder, texts, activations, [f"w{i}" for i in range(30)]).store
     for name, row in JUDGED.items():

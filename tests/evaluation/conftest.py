@@ -18,7 +18,7 @@ from fastadapt.models.replacement import ModelPair, PairConfig, ReplacementModel
 
 @pytest.fixture
 def make_run(tmp_path: Path, save_model: Callable[..., str]) -> Callable[..., Path]:
-    """``make_run(name, seed, architecture, kind)``: a run's folder with random adapters."""
+    """``make_run(name, seed, architecture, kind)``: returns a run's folder with random adapters."""
     pairs: dict[str, dict[str, str]] = {}
 
     def make(
@@ -27,11 +27,14 @@ def make_run(tmp_path: Path, save_model: Callable[..., str]) -> Callable[..., Pa
         architecture: str = "qwen2",
         kind: str = "transcoder",
         dtype: str = "float32",
+        n_layers: int = 3,
         **metadata: Any,
     ) -> Path:
         if architecture not in pairs:
             pairs[architecture] = {
-                role: save_model(f"{architecture}-{role}", i, architecture)
+                role: save_model(
+                    f"{architecture}-{role}", i, architecture, num_hidden_layers=n_layers
+                )
                 for i, role in enumerate(("target", "base"))
             }
         settings = {**pairs[architecture], "device": "cpu", "dtype": dtype}
@@ -45,8 +48,8 @@ def make_run(tmp_path: Path, save_model: Callable[..., str]) -> Callable[..., Pa
         folder = tmp_path / name
         folder.mkdir()
         (folder / "config.yaml").write_text(yaml.safe_dump({"pair": settings}))
-        told = {**pairs[architecture], "family": "r1-distill", **metadata}
-        save_adapters(model.adapters, folder / "adapter", told)
+        metadata = {**pairs[architecture], "family": "r1-distill", **metadata}
+        save_adapters(model.adapters, folder / "adapter", metadata)
         return folder
 
     return make
@@ -54,7 +57,7 @@ def make_run(tmp_path: Path, save_model: Callable[..., str]) -> Callable[..., Pa
 
 @pytest.fixture
 def texts() -> list[Text]:
-    """Of 4 to 11 tokens, two of one length, in no order."""
+    """Texts of 4 to 11 tokens, two of them of one length, not sorted."""
     generator = torch.Generator().manual_seed(5)
     return [
         Text(

@@ -1,8 +1,8 @@
-"""Seeded texts for the degeneration rule: planted loops, and sound texts full of repetition.
+"""Seeded texts for the degeneration rule: planted loops, and sound texts with many repetitions.
 
-Tokens are pieces as Qwen's and DeepSeek's tokenizers cut them before merging: words with the space
-before them, single digits, runs of punctuation, line breaks with what surrounds them. Merges inside
-a word would only make n-grams rarer.
+Tokens are the pieces into which Qwen's and DeepSeek's tokenizers split texts before merging: words
+with the preceding space, single digits, runs of punctuation, line breaks with surrounding spaces.
+Merges within a word would only make n-grams less frequent.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ PIECES = re.compile(
 
 
 def tokenize(text: str, known: dict[str, int] | None = None) -> list[int]:
-    """Ids of the pieces of a text, numbered as they come."""
+    """Return ids of the pieces of a text, numbered by first occurrence."""
     known = {} if known is None else known
     pieces = PIECES.findall(text)
     assert "".join(pieces) == text
@@ -24,9 +24,9 @@ def tokenize(text: str, known: dict[str, int] | None = None) -> list[int]:
 
 
 def planted_loop(rng: random.Random, period: int, noise: float) -> tuple[list[int], int]:
-    """A varied beginning, then a loop whose tokens are each replaced with probability ``noise``.
+    """Return random tokens followed by a noisy loop, and the index at which the loop begins.
 
-    Returns the tokens and where the loop begins.
+    Each token of the loop is replaced with probability ``noise``.
     """
     head = [rng.randrange(5000) for _ in range(rng.randint(50, 400))]
     unit = [rng.randrange(5000) for _ in range(period)]
@@ -75,7 +75,7 @@ def _sentence(rng: random.Random, equation: str | None) -> str:
 
 
 def equations(rng: random.Random) -> str:
-    """Reasoning that carries one equation along: one step in three stated twice."""
+    """Return reasoning about one equation, with one step in three stated twice."""
     a, b, c = (rng.randint(2, 99) for _ in range(3))
     x = rng.choice("xyzntk")
 
@@ -102,7 +102,7 @@ def equations(rng: random.Random) -> str:
 
 
 def table(rng: random.Random) -> str:
-    """A table of numbers, as Markdown, as columns or as lists, with a sentence before it."""
+    """Return a sentence and a table of numbers, as Markdown, columns or lists."""
     rows, columns = rng.randint(8, 40), rng.randint(3, 7)
     style = rng.choice(("markdown", "columns", "list", "matrix"))
     digits = rng.choice((0, 0, 1, 2))
@@ -124,7 +124,7 @@ def table(rng: random.Random) -> str:
 
 
 def code(rng: random.Random) -> str:
-    """A module of short functions: indented blocks, loops, conditions and returns."""
+    """Return a module of short functions with loops, conditions and returns."""
     lines: list[str] = []
     for _ in range(rng.randint(5, 12)):
         f, g = rng.sample(_WORDS["names"], 2)

@@ -1,11 +1,11 @@
-"""A result of an evaluation as ``eval.json`` has it, made up, with every kind of student."""
+"""A synthetic result of an evaluation: the sections of ``eval.json``, every kind of model."""
 
 from __future__ import annotations
 
 from typing import Any
 
-#: name, kind, variant, L0, top-1 error
-STUDENTS = (
+#: Name, kind, variant, L0 and top-1 error.
+MODELS = (
     ("base", "base", "", None, 0.42),
     ("hybrid", "hybrid", "", None, 0.24),
     ("sparse <b>&</b>", "transcoder", "", 0.3, 0.18),
@@ -35,8 +35,8 @@ def measured(error: float) -> dict[str, Any]:
     }
 
 
-def made_up() -> dict[str, Any]:
-    """Every part of ``eval.json``."""
+def synthetic_result() -> dict[str, Any]:
+    """Return the contents of an ``eval.json`` with all parts except speed."""
     result: dict[str, Any] = {
         "pair": {"target": "some/target", "base": "some/base"},
         "level": 0.95,
@@ -72,7 +72,7 @@ def made_up() -> dict[str, Any]:
         "benchmarks": {"sums": {"target": {"sampled": measured(0.29) | {"recovered": None}}}},
         "benchmark_counts": {"sums": "500 questions × 1"},
     }
-    for name, kind, variant, l0, error in STUDENTS:
+    for name, kind, variant, l0, error in MODELS:
         result["students"].append(
             {"name": name, "kind": kind, "variant": variant, "l0": l0, "what": variant or kind}
         )
@@ -80,20 +80,23 @@ def made_up() -> dict[str, Any]:
         if kind != "base":
             per_layer = [interval(error * i) for i in range(LAYERS + 1)]
             result["partial"][name] = {
-                way: [interval(error * i) for i in range(LAYERS + (way != "single"))]
-                for way in ("first", "last", "single")
+                family: [interval(error * i) for i in range(LAYERS + (family != "single"))]
+                for family in ("first", "last", "single")
             }
             result["partial"][name]["excess"] = {"worst": interval(-error)}
         region = {"kl": interval(error), "top1_error": interval(error), "positions": 99}
-        none = {"mean": None, "low": None, "high": None}
-        nothing = {"kl": none, "top1_error": none, "positions": 0}
+        undefined = {"mean": None, "low": None, "high": None}
+        empty = {"kl": undefined, "top1_error": undefined, "positions": 0}
         result["faithfulness"][name] = {
             "kl": interval(5 * error),
             "top1_error": interval(error),
             "l0": l0,
-            "regions": {"prompt": region, "thinking": region, "answer": nothing},
+            "regions": {"prompt": region, "thinking": region, "answer": empty},
             "domains": {"math": region},
-            "by_position": {"edges": [0, 1, 2, 4], "kl": [interval(error), none, interval(error)]},
+            "by_position": {
+                "edges": [0, 1, 2, 4],
+                "kl": [interval(error), undefined, interval(error)],
+            },
             "nmse_per_layer": per_layer,
             "nmse_token_per_layer": per_layer,
         }

@@ -1,4 +1,4 @@
-"""Benchmarks: questions, judges, lm-eval's own run against ours, resumption, and bad input."""
+"""Benchmarks: questions, grading, lm-eval's own model against ours, resumption, and bad input."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ BOS = "<｜begin▁of▁sentence｜>"
 
 @pytest.fixture(scope="module")
 def replacement() -> ReplacementModel:
-    """The embedded pair with random adapters, small enough that the hybrid is still there."""
+    """Return the embedded pair with random adapters, close to the hybrid."""
     from fastadapt.organism import resolve
 
     config = PairConfig(resolve("organism/target"), resolve("organism/base"), device="cpu")
@@ -82,7 +82,7 @@ def choice_rows(n: int) -> list[dict]:
     ]
 
 
-# --- judges ------------------------------------------------------------------------------------
+# --- grading -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_the_last_complete_box_counts(text: str, boxed: str | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "answer", "right"),
+    ("boxed", "answer", "right"),
     [
         (r"\frac{1}{2}", "0.5", True),
         (r"\dfrac12", r"\frac{1}{2}", True),
@@ -116,11 +116,11 @@ def test_the_last_complete_box_counts(text: str, boxed: str | None) -> None:
         (r"\frac{", "5", False),
     ],
 )
-def test_mathematics_is_compared_as_such(said: str, answer: str, right: bool) -> None:
-    assert math_is_right(f"Hence \\boxed{{{said}}}.", answer) is right
+def test_mathematics_is_compared_by_value(boxed: str, answer: str, right: bool) -> None:
+    assert math_is_right(f"Hence \\boxed{{{boxed}}}.", answer) is right
 
 
-def test_an_answer_outside_the_box_is_none() -> None:
+def test_an_answer_without_a_box_is_wrong() -> None:
     assert not math_is_right("the answer is 5", "5")
 
 
@@ -129,12 +129,12 @@ def test_a_box_needs_no_braces() -> None:
     assert not math_is_right(r"\boxed{12} and then \boxed 13.", "12")
 
 
-def test_mathematics_is_judged_outside_the_main_thread_too() -> None:
-    found: list[bool] = []
-    thread = threading.Thread(target=lambda: found.append(math_is_right(r"\boxed{0.5}", "1/2")))
+def test_mathematics_is_graded_outside_the_main_thread_too() -> None:
+    grades: list[bool] = []
+    thread = threading.Thread(target=lambda: grades.append(math_is_right(r"\boxed{0.5}", "1/2")))
     thread.start()
     thread.join()
-    assert found == [True]
+    assert grades == [True]
 
 
 @pytest.mark.parametrize(
@@ -160,14 +160,14 @@ def test_mathematics_is_judged_outside_the_main_thread_too() -> None:
         ("Answer: C.\n", "C"),
         ("the answer is **(B)**", "B"),
         ("a b c d", None),
-        # A box of mathematics names no option and hides none.
+        # Boxes of mathematics are ignored.
         ("\\boxed{\\langle H\\rangle \\ll E}, so D.\n</think>\n\n**Answer: D**", "D"),
         (r"So \boxed{C}. Check: \boxed{1.5\times10^{3}} J.", "C"),
         ("So \\boxed{A}? No.\n</think>\n\n**Answer: D**", "D"),
         ("Answer: D\nBut no: \\boxed{B}", "B"),
         (r"\boxed{A \text{ or } B}", None),
         (r"\boxed{\Delta A}", None),
-        # The ways in which models write a letter.
+        # Forms in which models write a letter.
         (r"\boxed{{C}}", "C"),
         (r"\boxed{\rm C}", "C"),
         (r"\boxed{{\bf C}}", "C"),
@@ -183,11 +183,11 @@ def test_a_letter_is_an_option_and_not_an_article(text: str, letter: str | None)
     assert letter_is_right(text, "C") is (letter == "C")
 
 
-def test_boxes_that_never_close_are_passed_over_in_one_reading() -> None:
+def test_many_unclosed_boxes_take_linear_time() -> None:
     assert last_boxed(r"\boxed{7} " + "\\boxed{" * 100_000) == "7"
 
 
-def test_rows_come_back_whatever_their_text_holds(tmp_path: Path) -> None:
+def test_rows_with_any_text_are_read_back(tmp_path: Path) -> None:
     texts = ["a\u2028b\u2029c\u0085d\x0be\x0cf\x1cg\rh", "two"]
     rows = [Row("q", i, True, "1", 3, "eos", None, 0, text) for i, text in enumerate(texts)]
     _write(rows, tmp_path / "rows.jsonl")
@@ -215,23 +215,23 @@ def test_hesitations_are_whole_words() -> None:
 def test_options_are_shuffled_by_question_and_seed(tmp_path: Path) -> None:
     write_rows(tmp_path, "gpqa_diamond", choice_rows(400))
 
-    def ask(seed: int) -> list[dict]:
+    def load(seed: int) -> list[dict]:
         return questions("gpqa_diamond", family="qwen", data=str(tmp_path), few_shot=0, seed=seed)
 
-    rows = ask(0)
+    rows = load(0)
     counts = Counter(row["answer"] for row in rows)
     assert set(counts) == set(LETTERS)
     assert max(counts.values()) - min(counts.values()) < 50  # 100 each; 3 standard deviations
     assert len({tuple(row["order"]) for row in rows}) == 24
-    assert ask(0) == rows
-    assert [row["order"] for row in ask(1)] != [row["order"] for row in rows]
+    assert load(0) == rows
+    assert [row["order"] for row in load(1)] != [row["order"] for row in rows]
     for i, row in enumerate(rows):
-        # What stands under the key is the right answer, and `order` says so.
+        # The option under the letter is the right answer, and has index 0 in `order`.
         assert f"{row['answer']}: right {i}\n" in row["prompt"]
         assert row["order"][LETTERS.index(row["answer"])] == 0
 
 
-def test_prompts_are_worded_and_rendered_as_the_model_was_trained(tmp_path: Path) -> None:
+def test_prompts_have_the_published_wording_and_the_familys_rendering(tmp_path: Path) -> None:
     write_rows(tmp_path, "amc23", [{"question": "What is 1+1?", "answer": "2"}])
     (row,) = questions("amc23", family="r1-distill", data=str(tmp_path), few_shot=0, seed=0)
     assert row["prompt"] == (
@@ -241,19 +241,19 @@ def test_prompts_are_worded_and_rendered_as_the_model_was_trained(tmp_path: Path
     assert row["answer"] == "2"
 
 
-def test_examples_stand_before_the_question(tmp_path: Path) -> None:
+def test_examples_precede_the_question(tmp_path: Path) -> None:
     rows = [
         {"problem": f"Q{i}?", "answer": str(i), "solution": f"It is \\boxed{{{i}}}."}
         for i in range(6)
     ]
     write_rows(tmp_path, "math500", rows)
-    asked = questions("math500", family="qwen", data=str(tmp_path), few_shot=3, seed=0)
-    for i, row in enumerate(asked):
+    prompts = questions("math500", family="qwen", data=str(tmp_path), few_shot=3, seed=0)
+    for i, row in enumerate(prompts):
         assert row["prompt"].count("Problem: ") == 4
         assert row["prompt"].count(f"Problem: Q{i}?") == 1  # never an example of itself
         assert row["prompt"].count("It is \\boxed") == 3
         assert row["prompt"].endswith("Answer:<|im_end|>\n<|im_start|>assistant\n")
-    with pytest.raises(UserError, match="few_shot: math500 has 6 examples, 6 wanted"):
+    with pytest.raises(UserError, match="few_shot: expected at most 5 for math500, got 6"):
         questions("math500", family="qwen", data=str(tmp_path), few_shot=6, seed=0)
     embedded = questions("organism_math", family="r1-distill", data=None, few_shot=2, seed=0)
     assert embedded[0]["prompt"].count("<think>") == 2
@@ -275,9 +275,9 @@ def test_the_embedded_benchmark_is_the_held_out_problems() -> None:
         ]
 
 
-def test_missing_data_is_told_with_what_to_fetch(tmp_path: Path) -> None:
-    for task, of in BENCHMARKS.items():
-        if of.hub is None:
+def test_errors_of_missing_data_name_the_dataset(tmp_path: Path) -> None:
+    for task, benchmark in BENCHMARKS.items():
+        if benchmark.hub is None:
             continue
         for data in (None, str(tmp_path)):
             config = BenchmarkConfig(tasks=(task,), data=data)
@@ -285,9 +285,9 @@ def test_missing_data_is_told_with_what_to_fetch(tmp_path: Path) -> None:
                 run_benchmarks(None, None, config, tmp_path / "out")
             message = str(caught.value)
             assert message.startswith(f"benchmark {task}: ")
-            assert f"fetch the dataset {of.hub[0]}" in message
+            assert f"download the dataset {benchmark.hub[0]}" in message
             assert f"{task}.jsonl" in message
-            assert all(repr(column) in message for column in of.columns)
+            assert all(repr(column) in message for column in benchmark.columns)
     assert not (tmp_path / "out").exists()
     write_rows(tmp_path, "aime25", [{"question": "?", "answer": "1"}])
     with pytest.raises(UserError, match=r"aime25.jsonl, line 1: no column 'problem'"):
@@ -311,10 +311,10 @@ def test_impossible_settings_are_refused(settings: dict, named: str) -> None:
 
 @pytest.mark.parametrize("task", BENCHMARKS)
 def test_task_files_sample_as_published(task: str) -> None:
-    """No greedy decoding under several repetitions, whose filter keeps them all."""
-    own = yaml.load((TASKS / f"{task}.yaml").read_text(), Loader=_Loose)
-    common = yaml.load((TASKS / own["include"]).read_text(), Loader=_Loose)
-    whole = {**common, **own}
+    """Tasks sample, and their filter selects all repetitions."""
+    specific = yaml.load((TASKS / f"{task}.yaml").read_text(), Loader=_Loose)
+    common = yaml.load((TASKS / specific["include"]).read_text(), Loader=_Loose)
+    whole = {**common, **specific}
     assert whole["dataset_kwargs"] == {"benchmark": task}
     assert whole["repeats"] == BENCHMARKS[task].repetitions
     assert whole["filter_list"][0]["filter"][0]["k"] == whole["repeats"]
@@ -340,7 +340,7 @@ GREEDY = SamplingConfig(temperature=0, max_new_tokens=60)
 def test_lm_evals_own_model_gives_the_same_results(
     replacement: ReplacementModel, mode: Any
 ) -> None:
-    """``simple_evaluate`` with ``HFLM`` on a replacement model, greedily, against our sampling."""
+    """Compare lm-eval's ``HFLM`` on a replacement model, decoding greedily, with our sampling."""
     from lm_eval.models.huggingface import HFLM
 
     tokenizer = replacement.pair.tokenizer
@@ -359,7 +359,7 @@ def test_lm_evals_own_model_gives_the_same_results(
     assert [s["resps"] for s in samples] == [s["resps"] for s in their_samples]
     assert accuracy == their_accuracy
     assert (accuracy > 0.7) == (mode == "target")
-    # One BOS, in theirs as in ours.
+    # Prompts have one BOS in both.
     prompt = samples[0]["doc"]["prompt"]
     ids, _ = theirs.tok_batch_encode([prompt])
     assert ids[0].tolist().count(tokenizer.bos_token_id) == 1
@@ -389,7 +389,7 @@ def test_rows_are_those_that_lm_eval_scores(replacement: ReplacementModel, tmp_p
     assert result.accuracy == pytest.approx(accuracy)
     assert 0.2 < result.accuracy < 1
     assert (result.n_questions, result.repetitions) == (8, 3)
-    assert len({row.text for row in rows[:3]}) > 1  # repetitions are drawn apart
+    assert len({row.text for row in rows[:3]}) > 1  # repetitions differ
     n = sum(row.length_tokens for row in rows)
     assert result.length_tokens == n / 24
     assert result.hesitations_per_1000 == 1000 * sum(row.hesitations for row in rows) / n
@@ -400,7 +400,7 @@ def test_rows_are_those_that_lm_eval_scores(replacement: ReplacementModel, tmp_p
 def test_a_degenerate_response_is_scored_up_to_the_cut(
     replacement: ReplacementModel, tmp_path: Path
 ) -> None:
-    """A rule so strict that every response breaks it: the text ends where the window begins."""
+    """Under a rule that makes every response degenerate, texts end where the window begins."""
     rule = DegenerationConfig(window=8, ngrams=(1,), share=0.2, min_count=2)
     sampling = SamplingConfig(temperature=0, max_new_tokens=60, degeneration=rule)
     config = BenchmarkConfig(tasks=EMBEDDED[:1], limit=6, sampling=sampling)
@@ -413,29 +413,26 @@ def test_a_degenerate_response_is_scored_up_to_the_cut(
         assert row.length_tokens == row.cut == len(row.text.split())
 
 
-def test_an_interrupted_run_goes_on(replacement: ReplacementModel, tmp_path: Path) -> None:
-    def config() -> BenchmarkConfig:
-        return BenchmarkConfig(
-            tasks=EMBEDDED[:2], limit=6, sampling=SamplingConfig(max_new_tokens=30, batch_size=2)
-        )
-
+def test_an_interrupted_run_is_resumed(replacement: ReplacementModel, tmp_path: Path) -> None:
+    sampling = SamplingConfig(max_new_tokens=30, batch_size=2)
+    config = BenchmarkConfig(tasks=EMBEDDED[:2], limit=6, sampling=sampling)
     stop = threading.Event()
 
-    def tell(done: int, total: int) -> None:
+    def progress(done: int, total: int) -> None:
         if done >= 3:
             stop.set()
 
-    arguments = (replacement.model, replacement.pair.tokenizer, config())
+    arguments = (replacement.model, replacement.pair.tokenizer, config)
     with replacement.mode("target"):
         whole = run_benchmarks(*arguments, tmp_path / "whole")
-        assert not run_benchmarks(*arguments, tmp_path / "parts", progress=tell, stop=stop)
-        kept = (tmp_path / "parts" / f"{EMBEDDED[0]}.responses.jsonl").read_bytes()
+        assert not run_benchmarks(*arguments, tmp_path / "parts", progress=progress, stop=stop)
+        before = (tmp_path / "parts" / f"{EMBEDDED[0]}.responses.jsonl").read_bytes()
         parts = run_benchmarks(*arguments, tmp_path / "parts")
         seen: list[tuple[int, int]] = []
         again = run_benchmarks(
             *arguments, tmp_path / "parts", progress=lambda *now: seen.append(now)
         )
-    assert (tmp_path / "parts" / f"{EMBEDDED[0]}.responses.jsonl").read_bytes().startswith(kept)
+    assert (tmp_path / "parts" / f"{EMBEDDED[0]}.responses.jsonl").read_bytes().startswith(before)
     for task in EMBEDDED[:2]:
         assert whole[task].rows == parts[task].rows == again[task].rows
     assert seen == [(6, 6), (6, 6)]
@@ -445,7 +442,7 @@ def test_an_interrupted_run_goes_on(replacement: ReplacementModel, tmp_path: Pat
 def test_published_benchmarks_run_from_a_local_folder(
     replacement: ReplacementModel, tmp_path: Path
 ) -> None:
-    """With their repetitions; of a model that cannot answer, so only the way there is tried."""
+    """With their repetitions. The model cannot answer, so accuracies are 0."""
     math = [{"problem": f"Q{i}?", "question": f"Q{i}?", "answer": str(i)} for i in range(3)]
     for name in ("math500", "amc23", "aime25"):
         write_rows(tmp_path, name, math)
@@ -463,12 +460,14 @@ def test_published_benchmarks_run_from_a_local_folder(
     assert all(result.accuracy == 0 for result in results.values())
 
 
-def test_a_prompt_that_does_not_fit_is_told_before_anything_runs(
+def test_a_prompt_that_does_not_fit_is_refused_before_sampling(
     replacement: ReplacementModel, tmp_path: Path
 ) -> None:
     math = [{"problem": "of " * 600 if i else "Q?", "answer": "1"} for i in range(2)]
     write_rows(tmp_path, "math500", math)
     config = BenchmarkConfig(tasks=("organism_math", "math500"), data=str(tmp_path))
-    with pytest.raises(UserError, match=r"'math500/1': the prompt has 6\d\d tokens.* is 512"):
+    with pytest.raises(
+        UserError, match=r"'math500/1': expected .* context of 512 tokens, got 6\d\d"
+    ):
         run_benchmarks(replacement.model, replacement.pair.tokenizer, config, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""The degeneration rule against its definition, on planted loops and on sound texts."""
+"""The degeneration rule, compared with its definition, on planted loops and on sound texts."""
 
 from __future__ import annotations
 
@@ -21,17 +21,15 @@ N_SOUND, N_LOOPS = 2000, 200
 
 
 def cut_by_definition(tokens: Sequence[int], config: DegenerationConfig) -> int | None:
-    """Every window, every n-gram, occurrences taken from the left where they do not overlap."""
+    """Search every window for every n-gram, with occurrences counted from the left."""
     for left in range(len(tokens) - config.window + 1):
         window = tokens[left : left + config.window]
         for n in config.ngrams:
             grams = [tuple(window[i : i + n]) for i in range(len(window) - n + 1)]
             for gram in set(grams):
-                count = place = 0
-                while place < len(grams):
-                    count, place = (
-                        (count + 1, place + n) if grams[place] == gram else (count, place + 1)
-                    )
+                count = i = 0
+                while i < len(grams):
+                    count, i = (count + 1, i + n) if grams[i] == gram else (count, i + 1)
                 if count >= config.min_count and n * count / config.window > config.share:
                     return left
     return None
@@ -51,15 +49,15 @@ def test_streaming_is_the_definition(tokens, window, share, ngrams, min_count): 
     config = DegenerationConfig(window, share, tuple(ngrams), min_count)
     cut = cut_by_definition(tokens, config)
     assert find_cut(tokens, config) == cut
-    # As soon as the window is complete, and not before.
+    # feed() returns True from the token that completes the window.
     detector = DegenerationDetector(config)
-    said = [detector.feed(token) for token in tokens]
+    returned = [detector.feed(token) for token in tokens]
     complete = len(tokens) if cut is None else cut + window - 1
-    assert said == [i >= complete for i in range(len(tokens))]
+    assert returned == [i >= complete for i in range(len(tokens))]
 
 
 @pytest.mark.parametrize("ngrams", [(10, 24), (2, 3, 4, 5, 6, 7, 8, 9, 10, 15, 20)])
-def test_streaming_is_the_definition_at_the_size_in_use(ngrams: tuple[int, ...]) -> None:
+def test_streaming_is_the_definition_at_the_default_window(ngrams: tuple[int, ...]) -> None:
     config = DegenerationConfig(ngrams=ngrams)
     for seed in range(3):
         rng = random.Random(seed)
@@ -68,18 +66,18 @@ def test_streaming_is_the_definition_at_the_size_in_use(ngrams: tuple[int, ...])
         assert find_cut(tokens, config) == cut_by_definition(tokens, config)
 
 
-def test_planted_loops_are_found() -> None:
-    """Periods 1 to 60, each token replaced with a probability of up to 3%."""
-    found = 0
+def test_planted_loops_are_detected() -> None:
+    """Loops of periods 1 to 60, each token replaced with a probability of up to 3%."""
+    detected = 0
     for seed in range(N_LOOPS):
         rng = random.Random(f"loop {seed}")
         tokens, start = planted_loop(rng, seed % 60 + 1, rng.uniform(0, 0.03))
         cut = find_cut(tokens)
-        found += cut is not None and cut >= start - DegenerationConfig().window
-    assert found >= 0.99 * N_LOOPS
+        detected += cut is not None and cut >= start - DegenerationConfig().window
+    assert detected >= 0.99 * N_LOOPS
 
 
-def test_sound_texts_are_left_alone() -> None:
+def test_sound_texts_are_rarely_cut() -> None:
     flagged = 0
     for seed in range(N_SOUND):
         text = SOUND[seed % len(SOUND)](random.Random(f"sound {seed}"))
@@ -88,7 +86,7 @@ def test_sound_texts_are_left_alone() -> None:
 
 
 def test_small_ngrams_take_tables_for_loops() -> None:
-    """Why they are not in the default set."""
+    """The reason why the default set has no small n."""
     tables = [tokenize(SOUND[0](random.Random(seed))) for seed in range(60)]
     assert sum(find_cut(t, DegenerationConfig(ngrams=(2,))) is not None for t in tables) > 20
 
@@ -99,7 +97,7 @@ def test_work_is_linear_in_the_length() -> None:
         unit = [rng.randrange(3) for _ in range(40)]
         detector = DegenerationDetector()
         for i in range(length):
-            # Busy but never degenerate: pieces of one unit, too short to repeat often enough.
+            # Repetitive but never degenerate: pieces of one unit that are too short.
             assert not detector.feed(unit[i % 40] if i % 13 else rng.randrange(100, 9999))
         return detector.steps
 
@@ -108,7 +106,7 @@ def test_work_is_linear_in_the_length() -> None:
 
 
 @pytest.mark.parametrize(("n", "period"), [(24, 88), (20, 90), (15, 61), (10, 38), (5, 19), (2, 7)])
-def test_the_longest_period_that_each_ngram_sees(n: int, period: int) -> None:
+def test_the_longest_period_that_each_ngram_detects(n: int, period: int) -> None:
     config = DegenerationConfig(ngrams=(n,))
     for p in (period, period + 1):
         cut = find_cut([i % p for i in range(800)], config)

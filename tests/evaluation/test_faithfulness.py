@@ -1,4 +1,4 @@
-"""Held-out measures against plain forwards of the same three models."""
+"""Held-out measures, compared with plain forwards of the same three models."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_nothing_to_evaluate(make_pair) -> None:
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_predictions_that_are_not_finite_have_no_top1(value, make_pair) -> None:
-    """The largest of NaN is token 0 in both models: no agreement."""
+    """``argmax`` of NaN is token 0 in both models, which is no agreement."""
     model = adapted(make_pair("qwen2"), AdapterConfig(24))
     with torch.no_grad():
         model.adapters[-1].b_dec[0] = value

@@ -1,4 +1,4 @@
-"""Every partial replacement at once against one model after another, and what it costs."""
+"""Partial replacement, compared with one model after another, and its number of block passes."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from fastadapt.evaluation.faithfulness.partial_replacement import (
     block_passes,
     measure_partial,
 )
-from fastadapt.evaluation.models_under_test import Students
+from fastadapt.evaluation.models_under_test import ModelSet
 from fastadapt.models.replacement import Mode
 
 
 @torch.no_grad()
-def logits(students: Students, mode: Mode, replaced: list[bool], ids: list[int]) -> torch.Tensor:
-    """Of one model, by its own forward, with each layer set by hand."""
-    model = students.model
-    for mlp, student in zip(model.mlps, replaced, strict=True):
-        mlp.mode = mode if student else "target"
+def logits(models: ModelSet, mode: Mode, replaced: list[bool], ids: list[int]) -> torch.Tensor:
+    """Return the logits of the model's own forward, with the mode set for each layer."""
+    model = models.model
+    for mlp, is_replaced in zip(model.mlps, replaced, strict=True):
+        mlp.mode = mode if is_replaced else "target"
     got: torch.Tensor = model(torch.tensor([ids])).logits[0, :-1]
     for mlp in model.mlps:
         mlp.mode = "replacement"
@@ -44,24 +44,24 @@ def test_equals_one_model_after_another(architecture, make_run, texts, tmp_path)
         make_run(name, seed, architecture, kind, "float64")
         for seed, (name, kind) in enumerate(kinds.items(), 1)
     ]
-    students = Students.open(runs)
+    models = ModelSet.open(runs)
     config = PartialConfig(batch_tokens=18, chunk_tokens=5, streams_at_once=2)
-    measured = measure_partial(students, texts, tmp_path / "out", config=config)
+    measured = measure_partial(models, texts, tmp_path / "out", config=config)
     assert list(measured) == ["hybrid", "a", "m", "n"]
     for name, got in measured.items():
         mode: Mode = "hybrid" if name == "hybrid" else "replacement"
         if mode == "replacement":
-            students.replacement(name)
-        for family, models in configurations(3).items():
+            models.replacement(name)
+        for family, choices in configurations(3).items():
             kl, wrong = [], []
             for text in texts:
-                p = logits(students, mode, [False] * 3, text.ids).log_softmax(-1)
-                for replaced in models:
-                    q = logits(students, mode, replaced, text.ids).log_softmax(-1)
+                p = logits(models, mode, [False] * 3, text.ids).log_softmax(-1)
+                for replaced in choices:
+                    q = logits(models, mode, replaced, text.ids).log_softmax(-1)
                     kl.append((p.exp() * (p - q)).sum())
                     wrong.append((p.argmax(-1) != q.argmax(-1)).sum())
-            shape = (len(texts), len(models))
-            # transformers computes its norms in float32 on float64 too.
+            shape = (len(texts), len(choices))
+            # transformers computes norms in float32, even in a float64 model.
             want = torch.stack(kl).view(shape)
             torch.testing.assert_close(got.kl[family], want, rtol=1e-6, atol=1e-6)
             assert torch.equal(got.wrong[family], torch.stack(wrong).view(shape))
@@ -71,8 +71,8 @@ def test_equals_one_model_after_another(architecture, make_run, texts, tmp_path)
 
 @pytest.mark.parametrize("at_once", [1, 3, 100])
 def test_block_passes_are_as_stated(at_once, make_run, texts, tmp_path, monkeypatch) -> None:
-    students = Students.open([make_run("a", 1)])
-    model, rows, largest = students.model, {"target": 0, "replacement": 0}, 0
+    models = ModelSet.open([make_run("a", 1)])
+    model, rows, largest = models.model, {"target": 0, "replacement": 0}, 0
     block = model.block
 
     def counted(layer, hidden, arguments, mode, **settings):
@@ -84,38 +84,26 @@ def test_block_passes_are_as_stated(at_once, make_run, texts, tmp_path, monkeypa
 
     monkeypatch.setattr(model, "block", counted)
     config = PartialConfig(batch_tokens=1000, streams_at_once=at_once)
-    got = measure_partial(students, texts, tmp_path / str(at_once), names=["a"], config=config)
+    got = measure_partial(models, texts, tmp_path / str(at_once), names=["a"], config=config)
     n_layers, n = model.n_layers, len(texts)
     assert rows["replacement"] == n * n_layers * (n_layers + 1) // 2
     assert sum(rows.values()) == n * (n_layers + block_passes(n_layers))
     assert got["a"].block_passes == block_passes(n_layers) == n_layers**2 + 1
-    # On the last layer: the target, first 1..L-1, single 1..L-2.
+    # At the last layer, these streams use target blocks: the target, first 1..L-1, single 1..L-2.
     assert largest == n * min(at_once, 2 * n_layers - 2)
 
 
 def test_about_half_of_one_by_one() -> None:
-    """Of L layers 3L - 3 models that differ, at L blocks each."""
+    """L layers have 3L - 3 distinct models, which one by one take L block passes each."""
     assert [block_passes(n) for n in (1, 2, 3, 4, 28)] == [1, 4, 10, 19, 1135]
     assert block_passes(28) / (28 * (3 * 28 - 3)) == pytest.approx(0.5, abs=0.001)
 
 
 @pytest.mark.parametrize("n_layers", [1, 2])
-def test_few_layers(n_layers, make_pair, texts, monkeypatch) -> None:
-    """The families share streams where there are hardly any."""
-    from torch import nn
-
-    from fastadapt.adapter.module import AdapterConfig
-    from fastadapt.evaluation.faithfulness import partial_replacement as partial
-    from fastadapt.evaluation.faithfulness.texts import batch_of
-    from fastadapt.models.replacement import ReplacementModel
-    from fastadapt.models.traversal import Stream
-
-    pair = make_pair("qwen2", "float64")
-    pair.target.model.layers = pair.target.model.layers[:n_layers]
-    pair.base_mlps = nn.ModuleList(pair.base_mlps[:n_layers])
-    model = ReplacementModel.create(pair, AdapterConfig(24))
-    batch = batch_of(texts, range(len(texts)))
-    got = partial._families(partial._measure(model, batch, Stream("hybrid"), PartialConfig()))
+def test_few_layers(n_layers, make_run, texts, tmp_path) -> None:
+    """With one or two layers, families share most of their streams."""
+    models = ModelSet.open([make_run("a", dtype="float64", n_layers=n_layers)])
+    got = measure_partial(models, texts, tmp_path / "out", names=["hybrid"])["hybrid"]
     full = got.kl["first"][:, n_layers]
     assert torch.equal(full, got.kl["last"][:, n_layers])
     assert got.kl["first"].shape == got.kl["last"].shape == (5, n_layers + 1)
@@ -128,10 +116,10 @@ def test_few_layers(n_layers, make_pair, texts, monkeypatch) -> None:
         assert not torch.equal(got.kl["single"][:, 0], full)
 
 
-def test_the_base_has_no_parts(make_run, texts, tmp_path) -> None:
-    students = Students.open([make_run("a", 1)])
-    with pytest.raises(UserError, match="shares the target's attention"):
-        measure_partial(students, texts, tmp_path, names=["base"])
+def test_the_base_and_bad_settings_are_refused(make_run, texts, tmp_path) -> None:
+    models = ModelSet.open([make_run("a", 1)])
+    with pytest.raises(UserError, match="models that share the target's attention, got 'base'"):
+        measure_partial(models, texts, tmp_path, names=["base"])
     with pytest.raises(UserError, match=r"partial\.streams_at_once: expected at least 1, got 0"):
         PartialConfig(streams_at_once=0)
     assert FAMILIES == ("first", "last", "single")

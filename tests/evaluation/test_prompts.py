@@ -1,4 +1,4 @@
-"""Prompts as the target saw them in training."""
+"""Prompts of held-out conversations, rendered as in training."""
 
 from __future__ import annotations
 

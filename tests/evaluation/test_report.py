@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from results import LAYERS, STUDENTS, made_up
+from results import LAYERS, MODELS, synthetic_result
 
 from fastadapt.reporting.figures import Figure, Series, figures
 from fastadapt.reporting.page import write_page
@@ -14,32 +14,32 @@ from fastadapt.reporting.rendering import COLOURS, colours, inline_svg, legend_k
 from fastadapt.reporting.tables import Table, as_latex, as_markdown, shown, tables
 
 
-def test_a_number_stands_with_its_interval() -> None:
+def test_numbers_are_shown_with_their_intervals() -> None:
     assert shown({"mean": 0.105, "low": 0.098, "high": 0.112}) == "0.105 [0.0980, 0.112]"
     assert shown(None) == "–"
     assert shown({"mean": None, "low": None, "high": None}) == "–"
     assert shown({"mean": 0.5, "low": None, "high": None}) == "0.500 [–, –]"
 
 
-def test_every_student_is_in_every_table_that_is_about_it() -> None:
-    outputs, order, partial, bridge, benchmark = tables(made_up())
-    names = [name for name, *_ in STUDENTS]
+def test_tables_have_a_row_for_every_measured_model() -> None:
+    outputs, order, partial, bridge, benchmark = tables(synthetic_result())
+    names = [name for name, *_ in MODELS]
     assert [row[0] for row in outputs.rows] == names
     assert [row[0] for row in partial.rows] == names[1:]
     assert [row[0] for row in benchmark.rows] == ["target", *names]
     assert [row[-1] for row in order.rows] == ["yes", "tie"]
     assert bridge.head[1:] == ["last 1", "last 2", "last 3", "all"]
     assert bridge.rows[0][0] == "no-bridge − l0_10%"
-    assert all(len(row) == len(t.head) for t in tables(made_up()) for row in t.rows)
-    # No answer region was measured, so there is no column of it.
+    assert all(len(row) == len(t.head) for t in tables(synthetic_result()) for row in t.rows)
+    # The answer region has no position, so it has no column.
     assert outputs.head[5:] == ["… prompt", "… thinking", "NMSE"]
-    # The worst choice leaves the full replacement out.
+    # The worst choice excludes the full replacement.
     assert f"(n={LAYERS - 1})" in partial.rows[0][2]
     assert f"(layer {LAYERS - 1})" in partial.rows[0][4]
 
 
 def test_parts_that_were_not_measured_have_no_table() -> None:
-    result = made_up()
+    result = synthetic_result()
     for part in ("faithfulness", "order", "partial", "bridge", "benchmarks"):
         del result[part]
     assert tables(result) == []
@@ -47,23 +47,23 @@ def test_parts_that_were_not_measured_have_no_table() -> None:
 
 
 def test_markdown_is_a_grid_and_latex_is_escaped() -> None:
-    found = tables(made_up())
-    for block in as_markdown(found).split("## ")[1:]:
+    all_tables = tables(synthetic_result())
+    for block in as_markdown(all_tables).split("## ")[1:]:
         lines = [line for line in block.splitlines() if line.startswith("|")]
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
-    latex = as_latex(found)
+    latex = as_latex(all_tables)
     assert r"l0\_10\%" in latex
     assert r"sparse <b>\&</b>" in latex
     assert not re.search(r"(?<!\\)[%#]", latex)
-    assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == len(found)
+    assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == len(all_tables)
     for line in latex.splitlines():
         assert line.replace(r"\{", "").replace(r"\}", "").count("{") == (
             line.replace(r"\{", "").replace(r"\}", "").count("}")
         )
 
 
-def test_the_sweep_is_one_line_over_l0_and_others_are_beside_it() -> None:
-    by_key = {figure.key: figure for figure in figures(made_up())}
+def test_the_sweep_is_one_line_over_l0_and_others_are_points_or_levels() -> None:
+    by_key = {figure.key: figure for figure in figures(synthetic_result())}
     series = {s.name: s for s in by_key["top1_error-l0"].series}
     assert series["adapters"].x == [0.3, 10.0]
     assert series["adapters"].y == [0.18, 0.1]
@@ -71,19 +71,19 @@ def test_the_sweep_is_one_line_over_l0_and_others_are_beside_it() -> None:
     assert series["skyline"].level
     assert series["hybrid"].level
     assert {s.kind for s in series.values()} <= set(COLOURS)
-    assert [s.name for s in by_key["nmse-per-layer"].series] == [n for n, *_ in STUDENTS[1:]]
+    assert [s.name for s in by_key["nmse-per-layer"].series] == [n for n, *_ in MODELS[1:]]
     assert by_key["kl-position"].series[0].x == [1.0, pytest.approx(12**0.5)]
     assert "target" in {s.name for s in by_key["sums-accuracy"].series}
 
 
-def test_adapters_are_told_apart() -> None:
-    by_key = {figure.key: figure for figure in figures(made_up())}
+def test_series_of_a_figure_have_distinct_colours() -> None:
+    by_key = {figure.key: figure for figure in figures(synthetic_result())}
     for figure in by_key.values():
         assert len(set(colours(figure.series))) == len(figure.series)
 
 
 def test_files_are_drawn(tmp_path: Path) -> None:
-    result = made_up()
+    result = synthetic_result()
     drawn = figures(result)
     for figure in drawn[:2]:
         write_png(figure, tmp_path / "a.png")
@@ -92,17 +92,17 @@ def test_files_are_drawn(tmp_path: Path) -> None:
     write_page(result, tables(result), drawn, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "sparse &lt;b&gt;&amp;&lt;/b&gt;" in page
-    # The plots have names, too: no tag may come of them.
+    # Names in plots are escaped too.
     assert "sparse <b>" not in page
     assert not re.search(r"<(script|link|img|iframe)[^>]*(src|href)=", page)
     assert not re.search(r"https?://|url\(|<script", page)
     assert page.count("<svg ") == len(drawn)
 
 
-@pytest.mark.parametrize("students", [["skyline"], ["l0_10%"]])
-def test_one_student_alone_can_be_drawn(students: list[str], tmp_path: Path) -> None:
-    result = made_up()
-    result["students"] = [s for s in result["students"] if s["name"] in students]
+@pytest.mark.parametrize("name", ["skyline", "l0_10%"])
+def test_one_model_alone_can_be_drawn(name: str, tmp_path: Path) -> None:
+    result = synthetic_result()
+    result["students"] = [model for model in result["students"] if model["name"] == name]
     drawn = figures(result)
     assert drawn
     for figure in drawn:
@@ -111,8 +111,8 @@ def test_one_student_alone_can_be_drawn(students: list[str], tmp_path: Path) -> 
         assert inline_svg(figure).count("<title>") == len(figure.series) > 0
 
 
-def test_any_name_has_an_entry_in_the_legend_as_it_is(tmp_path, monkeypatch) -> None:
-    """matplotlib leaves out names that begin with "_", and reads "$" as mathematics."""
+def test_legends_show_any_name_unchanged(tmp_path, monkeypatch) -> None:
+    """matplotlib omits names that begin with "_", and parses "$" as mathematics."""
     from matplotlib.figure import Figure as Canvas
 
     legends = []
@@ -133,7 +133,7 @@ def test_any_name_has_an_entry_in_the_legend_as_it_is(tmp_path, monkeypatch) -> 
     assert shown == ["_old", "new", "a$b$c", "&lt;b&gt;x&lt;/b&gt;", "__base"]
 
 
-def test_underscores_of_names_are_no_emphasis_in_markdown() -> None:
+def test_underscores_at_the_ends_of_words_are_escaped_in_markdown() -> None:
     table = Table("t", ["", "a_b|c"], [["_old_", "__x__"], ["top_1", "-"]], "")
     text = as_markdown([table])
     assert r"| \_old\_ | \_\_x\_\_ |" in text

@@ -1,4 +1,4 @@
-"""Sampling: exact draws, tokens that belong to their request, resumption, and bad input."""
+"""Sampling: exact draws, independence of batching, resumption, and bad input."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ BATCHINGS = ("static", "continuous")
 
 @pytest.fixture
 def tiny(save_model: Callable[..., str]) -> tuple[Any, Any]:
-    """A random float64 model of 40 words and 64 positions, and its tokenizer."""
+    """Return a random float64 model of 40 words and 64 positions, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = save_model("tiny")
@@ -59,7 +59,7 @@ def tokens(responses: Sequence[Response]) -> dict[Any, list[int]]:
 
 
 def test_draws_follow_the_softmax() -> None:
-    """Chi-square over 40,000 draws of requests and positions, at a chance of 1e-4 to fail."""
+    """Chi-square test of 40,000 draws over requests and positions, with p < 1e-4 to fail."""
     torch.manual_seed(3)
     logits_V = torch.randn(12) * 1.5
     expected_V = torch.softmax(logits_V.double() / 0.7, 0)
@@ -75,7 +75,7 @@ def test_draws_follow_the_softmax() -> None:
     counts_V = torch.bincount(drawn_N, minlength=12)
     chi2 = ((counts_V - len(pairs) * expected_V) ** 2 / (len(pairs) * expected_V)).sum()
     assert chi2 < 37.4  # the 1 - 1e-4 quantile at 11 degrees of freedom
-    # Positions one after the other: pairs of draws are independent as well.
+    # Draws at adjacent positions are independent.
     joint = torch.bincount(drawn_N[:-1:2] * 12 + drawn_N[1::2], minlength=144)
     wanted = (expected_V[:, None] * expected_V).flatten() * (len(pairs) / 2)
     enough = wanted > 5
@@ -91,16 +91,16 @@ def test_noise_is_gumbel_and_finite_over_a_large_vocabulary() -> None:
     assert noise.isfinite().all()
     assert noise.mean().item() == pytest.approx(0.5772, abs=0.01)
     assert noise.var().item() == pytest.approx(1.6449, abs=0.02)
-    # No row repeats another, and the largest are as large as 150,000 draws make them.
+    # Rows differ, and their maxima are as expected of 150,000 draws.
     assert (noise[0] - noise[1]).abs().median() > 0.5
     assert noise.amax(1).min() > 9
-    # Either half of a key makes another row.
+    # Rows depend on both halves of the key.
     half = gumbel(torch.tensor([7, 7, 8]).int(), torch.tensor([3, 4, 3]).int(), 1000).double()
     for a, b in ((0, 1), (0, 2), (1, 2)):
         assert abs(torch.corrcoef(half[[a, b]])[0, 1]) < 0.15
 
 
-def test_top_p_leaves_out_the_tail() -> None:
+def test_top_p_excludes_the_tail() -> None:
     logits = torch.log(torch.tensor([[0.6, 0.3, 0.08, 0.02]])).expand(500, -1)
     keys = [position_key(5, t) for t in range(500)]
     high, low = (torch.tensor(half, dtype=torch.int32) for half in zip(*keys, strict=True))
@@ -108,7 +108,7 @@ def test_top_p_leaves_out_the_tail() -> None:
     assert set(draw(logits, high, low).argmax(-1).tolist()) == {0, 1}
 
 
-def test_tokens_belong_to_the_request_and_not_to_the_batch(tiny: tuple[Any, Any]) -> None:
+def test_tokens_do_not_depend_on_the_batch(tiny: tuple[Any, Any]) -> None:
     wanted = requests(9, 2)
     together = tokens(sample(*tiny, wanted, CONFIG).responses)
     assert len({tuple(t) for t in together.values()}) > 12
@@ -118,14 +118,14 @@ def test_tokens_belong_to_the_request_and_not_to_the_batch(tiny: tuple[Any, Any]
         sample(*tiny, wanted, replace(CONFIG, batching="continuous")),
         sample(*tiny, wanted[5:], replace(CONFIG, batching="continuous", batch_size=3)),
     ):
-        for key, found in tokens(others.responses).items():
-            assert found == together[key]
+        for key, ids in tokens(others.responses).items():
+            assert ids == together[key]
     other_seed = tokens(sample(*tiny, wanted, replace(CONFIG, seed=1)).responses)
     assert other_seed != together
 
 
 def greedy_by_full_forwards(model: Any, prompt: Sequence[int], n: int, eos: int) -> list[int]:
-    """No cache, no batch, no padding: the whole sequence anew for each token."""
+    """Generate without cache, batch and padding: one forward of the full sequence per token."""
     ids = list(prompt)
     with torch.no_grad():
         for _ in range(n):
@@ -137,7 +137,7 @@ def greedy_by_full_forwards(model: Any, prompt: Sequence[int], n: int, eos: int)
 
 @pytest.mark.parametrize("batching", BATCHINGS)
 def test_replacement_at_temperature_0_is_a_loop_of_full_forwards(batching: Any) -> None:
-    """50 prompts of the embedded pair, adapters with random decoders."""
+    """For 50 prompts of the embedded pair, with adapters of random decoders."""
     from fastadapt.organism import resolve
     from reproduce.organism.recipe import FAMILY, RecipeConfig, conversation, split_problems
 
@@ -165,7 +165,7 @@ def test_replacement_at_temperature_0_is_a_loop_of_full_forwards(batching: Any) 
 
 
 @pytest.mark.parametrize("batching", BATCHINGS)
-def test_what_ends_a_response(tiny: tuple[Any, Any], batching: Any) -> None:
+def test_reasons_that_end_a_response(tiny: tuple[Any, Any], batching: Any) -> None:
     model, tokenizer = tiny
     wanted = requests(8)
     config = replace(CONFIG, max_new_tokens=100, batching=batching, stop_degenerate=False)
@@ -173,11 +173,11 @@ def test_what_ends_a_response(tiny: tuple[Any, Any], batching: Any) -> None:
     for response, request in zip(plain, wanted, strict=True):
         ended = response.tokens[-1] == tokenizer.eos_token_id
         assert response.finish == ("eos" if ended else "length")
-        assert ended or len(response.tokens) == 64 - len(request.prompt)  # the context, filled
+        assert ended or len(response.tokens) == 64 - len(request.prompt)  # the context is full
         assert response.cut is None
         assert response.scored_tokens == len(response.tokens) - ended
         assert response.text == tokenizer.decode(response.tokens, skip_special_tokens=True)
-    # The same tokens up to the loop, and no more than the window that shows it.
+    # With detection, the response ends with the first degenerate window.
     rule = DegenerationConfig(window=12, ngrams=(1, 2), share=0.4, min_count=2)
     greedy = replace(config, temperature=0.0)  # which loops
     plain = sample(model, tokenizer, wanted, greedy).responses
@@ -204,19 +204,19 @@ def test_what_ends_a_response(tiny: tuple[Any, Any], batching: Any) -> None:
     assert stopped.text == plain[0].text[: plain[0].text.index(word)]
 
 
-def test_the_models_own_generation_settings_neither_count_nor_change(
+def test_generation_settings_of_the_model_have_no_effect_and_are_restored(
     tiny: tuple[Any, Any],
 ) -> None:
     from transformers import GenerationConfig
 
     model, tokenizer = tiny
     before = tokens(sample(model, tokenizer, requests(), CONFIG).responses)
-    own = GenerationConfig(
+    defaults = GenerationConfig(
         eos_token_id=1, repetition_penalty=5.0, top_k=1, do_sample=True, temperature=0.1
     )
-    model.generation_config = own
+    model.generation_config = defaults
     assert tokens(sample(model, tokenizer, requests(), CONFIG).responses) == before
-    assert model.generation_config is own
+    assert model.generation_config is defaults
 
 
 @pytest.mark.parametrize("batching", BATCHINGS)
@@ -227,33 +227,33 @@ def test_resumes_without_repeating_or_losing_any(
     whole = tokens(sample(*tiny, wanted, CONFIG).responses)
     config = replace(CONFIG, batch_size=4, batching=batching)
     stop = threading.Event()
-    told: list[tuple[int, int]] = []
+    calls: list[tuple[int, int]] = []
 
-    def tell(done: int, total: int) -> None:
-        told.append((done, total))
+    def progress(done: int, total: int) -> None:
+        calls.append((done, total))
         if done >= 5:
             stop.set()
 
-    first = sample(*tiny, wanted, config, out=out, progress=tell, stop=stop)
+    first = sample(*tiny, wanted, config, out=out, progress=progress, stop=stop)
     assert not first.complete
     assert 5 <= len(first.responses) < len(wanted)
-    assert told[0] == (0, 18)
-    assert told[-1] == (len(first.responses), 18)
-    kept = out.read_bytes()
-    with out.open("ab") as file:  # a kill in the middle of a line
+    assert calls[0] == (0, 18)
+    assert calls[-1] == (len(first.responses), 18)
+    before = out.read_bytes()
+    with out.open("ab") as file:  # a line that was interrupted
         file.write(b'{"kind": "response", "id": "q8", "tok')
-    told.clear()
-    second = sample(*tiny, wanted, config, out=out, progress=lambda *now: told.append(now))
+    calls.clear()
+    second = sample(*tiny, wanted, config, out=out, progress=lambda *now: calls.append(now))
     assert second.complete
-    assert told == [(done, 18) for done in range(len(first.responses), 19)]
-    assert out.read_bytes().startswith(kept)
+    assert calls == [(done, 18) for done in range(len(first.responses), 19)]
+    assert out.read_bytes().startswith(before)
     lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     rows = [(line["id"], line["repetition"]) for line in lines if line["kind"] == "response"]
     assert sorted(rows) == sorted(request.key for request in wanted)
     assert tokens(read_responses(out)) == tokens(second.responses) == whole
     assert second.speed is not None
     assert second.speed.tokens == sum(map(len, whole.values()))
-    # Done: nothing is generated, and the speed is still known.
+    # A further call generates nothing, and returns the recorded speed.
     size = out.stat().st_size
     assert sample(*tiny, wanted, config, out=out).speed == second.speed
     assert out.stat().st_size == size
@@ -269,10 +269,10 @@ def test_a_file_of_other_settings_is_refused(tiny: tuple[Any, Any], tmp_path: Pa
     with pytest.raises(UserError, match="source was"):
         sample(*tiny, wanted, CONFIG, out=out, source={"model": "b"})
     other = [replace(wanted[1], prompt=(9, 9))]
-    with pytest.raises(UserError, match="another prompt of the name 'q1'"):
+    with pytest.raises(UserError, match="another prompt with the id 'q1'"):
         sample(*tiny, other, CONFIG, out=out, source={"model": "a"})
     assert out.read_bytes() == before
-    # Batches are not among them.
+    # The size of batches is no such setting.
     sample(*tiny, wanted, replace(CONFIG, batch_size=2), out=out, source={"model": "a"})
     with locked(lock_file(out)), pytest.raises(RunError, match="another process"):
         sample(*tiny, wanted, CONFIG, out=out, source={"model": "a"})
@@ -281,19 +281,19 @@ def test_a_file_of_other_settings_is_refused(tiny: tuple[Any, Any], tmp_path: Pa
         sample(*tiny, wanted, CONFIG, out=out, source={"model": "a"})
 
 
-def test_bad_requests_are_told_before_anything_runs(tiny: tuple[Any, Any], tmp_path: Path) -> None:
+def test_bad_requests_are_refused_before_sampling(tiny: tuple[Any, Any], tmp_path: Path) -> None:
     out = tmp_path / "responses.jsonl"
     long = Request("long", (5,) * 64)
-    with pytest.raises(UserError, match=r"'long': the prompt has 64 tokens.* context is 64"):
+    with pytest.raises(UserError, match=r"'long': expected .* context of 64 tokens, got 64 tokens"):
         sample(*tiny, [*requests(), long], CONFIG, out=out)
-    with pytest.raises(UserError, match="'q0', repetition 0: is there twice"):
+    with pytest.raises(UserError, match="'q0', repetition 0: expected unique requests"):
         sample(*tiny, requests() * 2, CONFIG, out=out)
     with pytest.raises(UserError, match="'none': the prompt is empty"):
         sample(*tiny, [Request("none", ())], CONFIG, out=out)
     with pytest.raises(UserError, match=r"'odd': expected tokens below 40, .* got token 40"):
         sample(*tiny, [*requests(), Request("odd", (3, 40, 5))], CONFIG, out=out)
     assert not out.exists()
-    # One token is room enough.
+    # One free token of the context is enough.
     (only,) = sample(*tiny, [Request("just", (5,) * 63)], CONFIG).responses
     assert len(only.tokens) == 1
 
@@ -316,20 +316,20 @@ def test_impossible_settings_are_refused(settings: dict) -> None:
         SamplingConfig(**settings)
 
 
-def test_a_request_put_back_for_want_of_room_keeps_its_tokens(
+def test_a_preempted_request_keeps_its_tokens(
     tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a cache that holds a part of the requests, some begin anew with what they had."""
+    """A cache that is too small for all requests makes the scheduler preempt requests."""
     from fastadapt.evaluation.generation import continuous
 
     wanted = requests(8, 2)
     config = replace(CONFIG, max_new_tokens=50)
     whole = tokens(sample(*tiny, wanted, config).responses)
-    put_back = []
+    preempted = []
     real = continuous._Watch._tokens
 
     def watched(self: Any, state: Any) -> list[int]:
-        put_back.append(
+        preempted.append(
             len(state.initial_tokens) > len(self.rollouts[state.request_id].request.prompt)
         )
         return real(self, state)
@@ -337,13 +337,13 @@ def test_a_request_put_back_for_want_of_room_keeps_its_tokens(
     monkeypatch.setattr(continuous._Watch, "_tokens", watched)
     small = continuous.settings_of(4, num_blocks=24, max_batch_tokens=64, max_requests_per_batch=16)
     monkeypatch.setattr(continuous, "_settings", lambda *_: small)
-    found = sample(*tiny, wanted, replace(config, batching="continuous")).responses
-    assert any(put_back)
-    assert tokens(found) == whole
+    responses = sample(*tiny, wanted, replace(config, batching="continuous")).responses
+    assert any(preempted)
+    assert tokens(responses) == whole
 
 
-def test_requests_of_warming_up_are_let_through() -> None:
-    """On a GPU the scheduler runs some of its own first, to capture graphs."""
+def test_requests_of_the_warm_up_have_key_0() -> None:
+    """On a GPU, the scheduler first runs requests with other ids, to capture graphs."""
     from types import SimpleNamespace
 
     from fastadapt.evaluation.generation.continuous import _Watch
@@ -357,7 +357,7 @@ def test_requests_of_warming_up_are_let_through() -> None:
 def test_logits_that_are_not_finite_end_the_sampling(
     value: float, temperature: float, batching: Any, tiny: tuple[Any, Any], tmp_path: Path
 ) -> None:
-    """The largest of NaN is token 0. What was finished before is kept, and gone on from."""
+    """``argmax`` of NaN is token 0. Finished responses are stored, and sampling can be resumed."""
     model, tokenizer = tiny
     config = replace(CONFIG, batching=batching, temperature=temperature)
     out, source = tmp_path / "responses.jsonl", {"model": "hybrid"}
@@ -365,14 +365,14 @@ def test_logits_that_are_not_finite_end_the_sampling(
     before = out.read_bytes()
     weight = model.get_output_embeddings().weight
     with torch.no_grad():
-        kept = weight[7].clone()
+        original = weight[7].clone()
         weight[7] = value
     both = " or another of its batch:" if batching == "continuous" else ""
     with pytest.raises(LogitsError, match=f"^model 'hybrid', request 'q[3-8]'.*{both} .* NaN or"):
         sample(model, tokenizer, requests(9), config, out=out, source=source)
     assert out.read_bytes() == before
     with torch.no_grad():
-        weight[7] = kept
+        weight[7] = original
     resumed = sample(model, tokenizer, requests(9), config, out=out, source=source)
     assert tokens(resumed.responses) == tokens(sample(*tiny, requests(9), config).responses)
 
@@ -391,29 +391,29 @@ def test_a_prompt_with_nan_is_named_and_changes_no_other(
     with pytest.raises(LogitsError, match=f"^request {name}: "):
         sample(model, tokenizer, [*good, bad], config, out=out)
     assert not read_responses(out)
-    alone = replace(config, batch_size=1)  # those before it are kept
+    alone = replace(config, batch_size=1)  # earlier responses are stored
     with pytest.raises(LogitsError):
         sample(model, tokenizer, [*good[:2], bad], alone, out=out)
     assert "bad" not in {response.id for response in read_responses(out)}
 
 
-def test_what_may_be_drawn_from(tiny: tuple[Any, Any]) -> None:
-    """Minus infinity is a token that is never drawn; rows that fill a batch up do not count."""
+def test_logits_that_can_be_drawn_from() -> None:
+    """A token of minus infinity is never drawn. Padding rows (of key 0) are not checked."""
     high, low = torch.tensor([0, 0, 3]).int(), torch.tensor([0, 5, 0]).int()
     fine = torch.randn(3, 12)
-    never = fine.clone()
-    never[1:, 4] = -torch.inf
-    filling = fine.clone()
-    filling[0] = torch.nan
-    for top_p, logits in ((1.0, never), (0.9, never), (1.0, filling)):
+    excluded = fine.clone()
+    excluded[1:, 4] = -torch.inf
+    padding = fine.clone()
+    padding[0] = torch.nan
+    for top_p, logits in ((1.0, excluded), (0.9, excluded), (1.0, padding)):
         draw = Draw(SamplingConfig(top_p=top_p))
-        assert 4 not in draw(logits, high, low)[1:].argmax(-1) or logits is not never
+        assert 4 not in draw(logits, high, low)[1:].argmax(-1) or logits is not excluded
         draw(torch.empty(0, 12), high[:0], low[:0])
         draw.check([])
-    nothing = fine.clone()
-    nothing[1] = -torch.inf
-    # Finite, and infinite over the temperature.
-    for temperature, logits in ((0.0, nothing), (0.7, nothing), (1e-30, fine * 1e30)):
+    empty = fine.clone()
+    empty[1] = -torch.inf
+    # The last logits are finite, and become infinite when divided by the temperature.
+    for temperature, logits in ((0.0, empty), (0.7, empty), (1e-30, fine * 1e30)):
         draw = Draw(SamplingConfig(temperature=temperature))
         draw(fine, high, low) if temperature > 1e-9 else None
         draw.check([])
@@ -427,7 +427,7 @@ def test_what_may_be_drawn_from(tiny: tuple[Any, Any]) -> None:
 
 @pytest.mark.parametrize("has_pad", [True, False])
 def test_a_padding_token_without_an_embedding(has_pad: bool, tiny: tuple[Any, Any]) -> None:
-    """As of a tokenizer that was given one, with a model that was not resized."""
+    """A tokenizer whose padding token was added without resizing the model's embeddings."""
     model, tokenizer = tiny
     wanted = tokens(sample(model, tokenizer, requests(), CONFIG).responses)
     tokenizer.pad_token = None

@@ -1,4 +1,4 @@
-"""Benchmarks' numbers with intervals, by hand."""
+"""Benchmark scores with intervals, compared with sums by hand."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def answered(
     task: str = "a",
     hesitations: int = 1,
 ):
-    """A result: by question, whether each repetition was right."""
+    """Return a result. ``rights``: by question, whether each repetition is right."""
     rows = [
         Row(f"{task}/{q}", r, right, "1", tokens + q, finish, None, hesitations, "text")
         for q, repetitions in enumerate(rights)
         for r, right in enumerate(repetitions)
     ]
-    random.Random(0).shuffle(rows)  # in the order in which they finished
+    random.Random(0).shuffle(rows)  # responses finish in any order
     return summarize(task, rows, SPEED)
 
 
@@ -38,41 +38,40 @@ def drawn(p: float, n: int, seed: int, repetitions: int = 3) -> list[list[bool]]
 
 def test_means_are_over_questions_and_benchmarks_weigh_the_same() -> None:
     few, many = drawn(0.9, 20, 0), drawn(0.3, 200, 1, repetitions=1)
-    found = summarise_benchmarks(
+    summary = summarise_benchmarks(
         {"target": {"sampled": {"few": answered(few), "many": answered(many, tokens=100)}}}
     )
     shares = [sum(map(sum, rights)) / sum(map(len, rights)) for rights in (few, many)]
     for name, share in zip(("few", "many"), shares, strict=True):
-        assert found[name]["target"]["sampled"]["accuracy"]["mean"] == pytest.approx(share)
-    mean = found[MEAN]["target"]["sampled"]
+        assert summary[name]["target"]["sampled"]["accuracy"]["mean"] == pytest.approx(share)
+    mean = summary[MEAN]["target"]["sampled"]
     assert mean["accuracy"]["mean"] == pytest.approx(sum(shares) / 2)
     lengths = (10 + 19 / 2, 100 + 199 / 2)
     assert mean["length"]["mean"] == pytest.approx(sum(lengths) / 2)
     assert mean["tokens_per_s"] == pytest.approx(500)
-    # The one with fewer questions is what makes the mean uncertain.
-    width = {n: f["target"]["sampled"]["accuracy"] for n, f in found.items()}
+    width = {n: models["target"]["sampled"]["accuracy"] for n, models in summary.items()}
     assert width["few"]["high"] - width["few"]["low"] > width["many"]["high"] - width["many"]["low"]
 
 
-def test_what_is_recovered_is_paired_with_target_and_hybrid() -> None:
+def test_the_recovered_share_is_paired_with_target_and_hybrid() -> None:
     target, hybrid = drawn(0.8, 400, 2), drawn(0.05, 400, 3)
     middle = [t if q % 2 else h for q, (t, h) in enumerate(zip(target, hybrid, strict=True))]
-    found = summarise_benchmarks(
+    summary = summarise_benchmarks(
         {
             name: {"sampled": {"a": answered(rights)}}
             for name, rights in (("target", target), ("hybrid", hybrid), ("run", middle))
         }
     )["a"]
-    assert found["target"]["sampled"]["recovered"] is None
-    assert found["hybrid"]["sampled"]["recovered"] is None
-    assert found["run"]["sampled"]["recovered_from_base"] is None  # it was not asked
-    got = found["run"]["sampled"]["recovered"]
+    assert summary["target"]["sampled"]["recovered"] is None
+    assert summary["hybrid"]["sampled"]["recovered"] is None
+    assert summary["run"]["sampled"]["recovered_from_base"] is None  # without results of the base
+    got = summary["run"]["sampled"]["recovered"]
     assert got["low"] < 0.5 < got["high"]
     assert got["high"] - got["low"] < 0.2
 
 
-def test_a_clear_gain_on_few_questions_is_one() -> None:
-    """17 of 20 against none: resamples without spread must not hide it."""
+def test_a_clear_gain_on_few_questions_is_detected() -> None:
+    """17 of 20 against none. Resamples without spread must not make the gain undefined."""
     rights = {"target": 17, "hybrid": 0, "run": 11}
     results = {
         name: {"sampled": {"a": answered([[q < n] for q in range(20)])}}
@@ -84,7 +83,7 @@ def test_a_clear_gain_on_few_questions_is_one() -> None:
 
 
 def test_without_a_hybrid_nothing_is_recovered_and_shares_are_counted() -> None:
-    found = summarise_benchmarks(
+    summary = summarise_benchmarks(
         {
             "target": {"sampled": {"a": answered(drawn(0.5, 9, 4), finish="length")}},
             "run": {
@@ -93,35 +92,35 @@ def test_without_a_hybrid_nothing_is_recovered_and_shares_are_counted() -> None:
             },
         }
     )
-    assert MEAN not in found
-    run = found["a"]["run"]
+    assert MEAN not in summary
+    run = summary["a"]["run"]
     assert run["sampled"]["recovered"] is None
     assert (run["sampled"]["degenerate"], run["sampled"]["truncated"]) == (1.0, 0.0)
-    assert found["a"]["target"]["sampled"]["truncated"] == 1.0
+    assert summary["a"]["target"]["sampled"]["truncated"] == 1.0
     assert run["greedy"]["hesitations_per_1000"]["mean"] == pytest.approx(1000 / 14)
 
 
-def test_what_never_hesitates_in_few_tokens_may_still_hesitate() -> None:
+def test_no_hesitation_in_few_tokens_has_a_wide_interval() -> None:
     silent = {
         n: answered(drawn(0.5, n, n), tokens=t, hesitations=0) for n, t in ((10, 5), (20, 50))
     }
-    found = summarise_benchmarks({"run": {"sampled": {str(n): r for n, r in silent.items()}}})
+    summary = summarise_benchmarks({"run": {"sampled": {str(n): r for n, r in silent.items()}}})
     exposure = {n: sum(row.length_tokens for row in silent[n].rows) for n in silent}
     for n, tokens in exposure.items():
-        rate = found[str(n)]["run"]["sampled"]["hesitations_per_1000"]
+        rate = summary[str(n)]["run"]["sampled"]["hesitations_per_1000"]
         assert rate == {
             "mean": 0,
             "low": 0,
             "high": pytest.approx(1000 * 3.6889 / tokens, rel=1e-4),
         }
-    # Both weigh the same, so a token of the shorter ones weighs twice: of the longer, half count.
-    rate = found[MEAN]["run"]["sampled"]["hesitations_per_1000"]
+    # Both tasks have the same weight, so a token of the one with 20 questions counts half.
+    rate = summary[MEAN]["run"]["sampled"]["hesitations_per_1000"]
     both = exposure[10] + exposure[20] / 2
     assert rate == {"mean": 0, "low": 0, "high": pytest.approx(1000 * 3.6889 / both, rel=1e-4)}
 
 
-def test_models_asked_differently_are_not_compared() -> None:
-    with pytest.raises(UserError, match="different numbers of questions"):
+def test_models_with_different_questions_are_refused() -> None:
+    with pytest.raises(UserError, match=r"expected one number of questions for all models, got"):
         summarise_benchmarks(
             {
                 "target": {"sampled": {"a": answered(drawn(0.5, 9, 4))}},

@@ -1,4 +1,4 @@
-"""Intervals cover the truth as often as they say, on populations whose truth is known."""
+"""Coverage of the intervals, on populations with a known ratio."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from fastadapt.evaluation.statistics import (
 PROOF = os.environ.get("FASTADAPT_PROOF") == "1"
 EXPERIMENTS = 4000 if PROOF else 1000
 FAST = BootstrapConfig(resamples=999)
-#: What the docstring of the module promises of 50 to 500 units: this near to the stated level.
+#: Largest difference of coverage and level that the module's docstring allows for 50 to 500 units.
 WITHIN = 0.02
 
 
 def draw(kind: str, n: int, seed: int = 0) -> tuple[Tensor, Tensor, float]:
-    """Sums and counts ``[EXPERIMENTS, n]`` of a population, and its true ratio.
+    """Return sums and counts ``[EXPERIMENTS, n]`` of a population, and its true ratio.
 
-    Counts are sequences' lengths, log-normal; rates differ by sequence and are independent of
-    them, so that the true ratio is the mean rate.
+    Counts are log-normal lengths of sequences. Rates differ by sequence and are independent of the
+    lengths, so the true ratio is the mean rate.
     """
     shape = (EXPERIMENTS, n)
     with torch.random.fork_rng():
@@ -39,7 +39,7 @@ def draw(kind: str, n: int, seed: int = 0) -> tuple[Tensor, Tensor, float]:
         name, _, setting = kind.partition(" ")
         spread = 0.7 if name == "errors" else 0.5
         counts = (100 * torch.exp(spread * torch.randn(shape))).round().clamp(min=5)
-        if name == "errors":  # wrong positions, which cluster in sequences
+        if name == "errors":  # wrong positions, clustered in sequences
             p, size = map(float, setting.split("/"))
             rate = torch.distributions.Beta(p * size, (1 - p) * size).sample(shape)
             return torch.binomial(counts, rate), counts, p
@@ -55,7 +55,7 @@ def coverage(intervals: Intervals, truth: float) -> float:
 
 
 def noise(level: float) -> float:
-    """Three standard errors of a coverage measured by so many experiments."""
+    """Return three standard errors of a coverage measured in ``EXPERIMENTS`` experiments."""
     return 3 * math.sqrt(level * (1 - level) / EXPERIMENTS)
 
 
@@ -71,7 +71,7 @@ def test_coverage_is_as_stated(kind, n) -> None:
 
 
 @pytest.mark.parametrize("p", [0.002, 0.998])
-def test_coverage_near_the_bounds_is_never_short(p) -> None:
+def test_coverage_near_the_bounds_is_at_least_the_level(p) -> None:
     sums, counts, _ = draw("errors 0.002/50", 50)
     if p > 0.5:
         sums = counts - sums
@@ -88,18 +88,18 @@ def test_other_levels() -> None:
     assert abs(coverage(intervals, truth) - level) < WITHIN + noise(level)
 
 
-def test_what_is_measured_is_the_method_not_the_populations() -> None:
-    """The plain percentile interval, which users expect here, does not pass the same test."""
+def test_simpler_methods_fail_the_same_test() -> None:
+    """The populations distinguish methods: the percentile interval does not cover enough."""
     sums, counts, truth = draw("exponential", 50)
     generator = torch.Generator().manual_seed(0)
-    taken = torch.randint(50, (FAST.resamples, 50), generator=generator)
-    times = torch.zeros(FAST.resamples, 50).scatter_add_(
-        1, taken, torch.ones(1).expand(*taken.shape)
+    units = torch.randint(50, (FAST.resamples, 50), generator=generator)
+    draws = torch.zeros(FAST.resamples, 50).scatter_add_(
+        1, units, torch.ones(1).expand(*units.shape)
     )
-    means = (sums @ times.T) / (counts @ times.T)
+    means = (sums @ draws.T) / (counts @ draws.T)
     low, high = torch.quantile(means, torch.tensor([0.025, 0.975]), dim=1)
     assert FAST.level - coverage(Intervals(means[:, 0], low, high), truth) > WITHIN
-    # And independent positions, as if no sequence held them together.
+    # Neither does Wilson's interval that takes positions as independent.
     errors, counts, truth = draw("errors 0.1/10", 50)
     plain = wilson(errors.sum(1), counts.sum(1))
     assert FAST.level - coverage(plain, truth) > 0.2
@@ -107,22 +107,22 @@ def test_what_is_measured_is_the_method_not_the_populations() -> None:
 
 @pytest.mark.parametrize(("questions", "repetitions"), [(30, 10), (40, 10), (198, 3), (500, 1)])
 def test_accuracy_over_questions_and_repetitions(questions, repetitions) -> None:
-    """The published benchmarks: questions of very different difficulty, each asked again."""
+    """Sizes of the published benchmarks, with questions of very different difficulty."""
     shape = (EXPERIMENTS, questions)
     rate = torch.distributions.Beta(0.6, 0.4).sample(shape)
-    asked = torch.full(shape, float(repetitions))
-    right = torch.binomial(asked, rate)
-    covered = coverage(ratio(right, asked, bounds=(0, 1), config=FAST), 0.6)
+    answers = torch.full(shape, float(repetitions))
+    right = torch.binomial(answers, rate)
+    covered = coverage(ratio(right, answers, bounds=(0, 1), config=FAST), 0.6)
     assert abs(covered - FAST.level) < WITHIN + noise(FAST.level)
-    if repetitions > 1:  # as if every answer were to a question of its own
-        plain = coverage(wilson(right.sum(1), asked.sum(1)), 0.6)
+    if repetitions > 1:  # Wilson's interval takes repetitions as independent
+        plain = coverage(wilson(right.sum(1), answers.sum(1)), 0.6)
         assert FAST.level - plain > WITHIN + noise(FAST.level)
 
 
 def test_paired_differences_cover_and_are_narrower_than_unpaired() -> None:
     sums, counts, _ = draw("log-normal 0.5", 60)
     extra, *_ = draw("log-normal 0.5", 60, seed=1)
-    other = sums + 0.1 * extra  # another student, wrong at the same places
+    other = sums + 0.1 * extra  # another model, wrong at the same positions
     difference = ratio(other - sums, counts, config=FAST)
     wanted = 0.1 * (extra.sum() / counts.sum()).item()
     assert abs(coverage(difference, wanted) - FAST.level) < WITHIN + noise(FAST.level)
@@ -136,17 +136,17 @@ def test_share_of_a_gain() -> None:
     shape = (min(EXPERIMENTS, 400), n)
     floor = torch.empty(shape).uniform_(0.1, 0.4)
     gain = torch.empty(shape).uniform_(0.2, 0.5)
-    rates = {"floor": floor, "student": floor + wanted * gain, "ceiling": floor + gain}
+    rates = {"floor": floor, "model": floor + wanted * gain, "ceiling": floor + gain}
     seen = {
         name: torch.binomial(torch.full(shape, float(repetitions)), rate) / repetitions
         for name, rate in rates.items()
     }
-    held = 0
-    for student, low, high in zip(seen["student"], seen["floor"], seen["ceiling"], strict=True):
-        share = recovered(student, low, high, FAST)
-        held += bool(share.low <= wanted <= share.high)
-    error = 3 * math.sqrt(0.95 * 0.05 / len(seen["student"]))
-    assert abs(held / len(seen["student"]) - 0.95) < WITHIN + error
+    covered = 0
+    for scores, low, high in zip(seen["model"], seen["floor"], seen["ceiling"], strict=True):
+        share = recovered(scores, low, high, FAST)
+        covered += bool(share.low <= wanted <= share.high)
+    error = 3 * math.sqrt(0.95 * 0.05 / len(seen["model"]))
+    assert abs(covered / len(seen["model"]) - 0.95) < WITHIN + error
 
 
 def test_no_gain_has_no_share() -> None:
@@ -203,15 +203,15 @@ def test_units_without_a_count_and_too_few_units() -> None:
     json.dumps(none, allow_nan=False)
 
 
-def test_units_that_agree_have_no_interval_to_show() -> None:
+def test_equal_ratios_have_an_interval_of_width_0() -> None:
     counts = torch.tensor([3.0, 7.0, 11.0, 5.0])
     same = ratio(0.3 * counts, counts, bounds=(0, 1))
     assert same.low == same.mean == same.high == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize("level", [0.9, 0.95])
-def test_none_seen_leaves_the_rates_that_rarely_show_none(level) -> None:
-    """The largest rate at which a sample of none has the chance of a tail."""
+def test_the_upper_end_of_a_rate_without_events(level) -> None:
+    """At the upper end, a sample without events has the probability of one tail."""
     high = most_of_none(50.0, level)
     assert math.exp(-50 * high) == pytest.approx((1 - level) / 2)
     assert math.isnan(most_of_none(0.0))

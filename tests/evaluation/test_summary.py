@@ -1,4 +1,4 @@
-"""What is told of the arrays, against sums by hand."""
+"""Summaries of arrays, compared with sums by hand."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def measured(error: float, seed: int = 0, inside: bool = True) -> Measured:
     )
 
 
-def test_means_are_of_the_positions_they_name() -> None:
+def test_means_are_over_the_stated_positions() -> None:
     arrays = measured(0.4)
-    told = summarise_output({"a": arrays, "base": measured(0.6, 1, False)}, TEXTS, ANSWERS, FAST)
-    json.dumps(told, allow_nan=False)
-    a = told["a"]
+    summary = summarise_output({"a": arrays, "base": measured(0.6, 1, False)}, TEXTS, ANSWERS, FAST)
+    json.dumps(summary, allow_nan=False)
+    a = summary["a"]
     assert a["kl"]["mean"] == pytest.approx(arrays.kl.mean().item())
     assert a["top1_error"]["mean"] == pytest.approx(1 - arrays.agrees.float().mean().item())
     assert a["kl"]["low"] < a["kl"]["mean"] < a["kl"]["high"]
@@ -59,9 +59,9 @@ def test_means_are_of_the_positions_they_name() -> None:
         "thinking": (predicted >= 2) & (predicted < starts),
         "answer": predicted >= starts,
     }
-    for name, here in region.items():
-        assert a["regions"][name]["positions"] == here.sum() > 0
-        assert a["regions"][name]["kl"]["mean"] == pytest.approx(arrays.kl[here].mean().item())
+    for name, mask in region.items():
+        assert a["regions"][name]["positions"] == mask.sum() > 0
+        assert a["regions"][name]["kl"]["mean"] == pytest.approx(arrays.kl[mask].mean().item())
     assert list(a["domains"]) == ["code", "math"]
     math = arrays.text % 3 == 0
     assert a["domains"]["math"]["positions"] == math.sum()
@@ -78,8 +78,8 @@ def test_means_are_of_the_positions_they_name() -> None:
     curve = a["by_position"]
     assert curve["edges"] == [0, 1, 2, 4, 8, 9]
     for i, interval in enumerate(curve["kl"]):
-        here = (arrays.position >= curve["edges"][i]) & (arrays.position < curve["edges"][i + 1])
-        assert interval["mean"] == pytest.approx(arrays.kl[here].mean().item())
+        mask = (arrays.position >= curve["edges"][i]) & (arrays.position < curve["edges"][i + 1])
+        assert interval["mean"] == pytest.approx(arrays.kl[mask].mean().item())
     assert a["l0"] == 1.5
     assert [i["mean"] for i in a["nmse_per_layer"]] == pytest.approx(
         arrays.nmse[:, 0].mean(0).tolist()
@@ -87,24 +87,24 @@ def test_means_are_of_the_positions_they_name() -> None:
     assert [i["mean"] for i in a["nmse_token_per_layer_without_first"]] == pytest.approx(
         arrays.token_nmse[:, 1].mean(0).tolist()
     )
-    assert told["base"]["nmse_per_layer"] is told["base"]["l0"] is None
+    assert summary["base"]["nmse_per_layer"] is summary["base"]["l0"] is None
 
 
-def test_a_region_that_no_text_has() -> None:
+def test_a_region_without_positions() -> None:
     never = [len(text.ids) for text in TEXTS]
-    told = summarise_output({"a": measured(0.4)}, TEXTS, never, FAST)["a"]["regions"]["answer"]
-    nothing = {"mean": None, "low": None, "high": None}
-    assert told == {"kl": nothing, "top1_error": nothing, "positions": 0}
+    summary = summarise_output({"a": measured(0.4)}, TEXTS, never, FAST)["a"]["regions"]["answer"]
+    undefined = {"mean": None, "low": None, "high": None}
+    assert summary == {"kl": undefined, "top1_error": undefined, "positions": 0}
 
 
-def test_the_order_of_students_is_paired() -> None:
+def test_the_order_of_models_is_paired() -> None:
     arrays = {"base": measured(0.6), "hybrid": measured(0.4), "a": measured(0.39)}
-    told = order(arrays, ["base", "hybrid", "a"], FAST)
-    assert [(pair["above"], pair["below"]) for pair in told] == [
+    summary = order(arrays, ["base", "hybrid", "a"], FAST)
+    assert [(pair["above"], pair["below"]) for pair in summary] == [
         ("base", "hybrid"),
         ("hybrid", "a"),
     ]
-    assert told[0]["holds"] == "yes"
+    assert summary[0]["holds"] == "yes"
     gap = gaps(arrays["base"], arrays["hybrid"], FAST)
     assert gap["kl"]["mean"] == pytest.approx((0.6 - 0.4) / 0.6 * arrays["base"].kl.mean().item())
     backwards = order(arrays, ["a", "base"], FAST)[0]
@@ -113,7 +113,7 @@ def test_the_order_of_students_is_paired() -> None:
     same = order({"a": arrays["a"], "b": arrays["a"]}, ["a", "b"], FAST)[0]
     assert same["kl"] == {"mean": 0, "low": 0, "high": 0}
     assert same["holds"] == "tie"
-    # The same draws: apart from each other the two are far less certain.
+    # Both share their draws, so their difference is far more certain than each alone.
     alone = summarise_output(arrays, TEXTS, ANSWERS, FAST)
     width = alone["a"]["kl"]["high"] - alone["a"]["kl"]["low"]
     paired = gaps(arrays["hybrid"], arrays["a"], FAST)["kl"]
@@ -133,9 +133,9 @@ def partial(single: float) -> Partial:
 
 
 def test_partial_replacement_against_the_full_one() -> None:
-    told = summarise_partial({"fine": partial(2.5), "worse": partial(4.0)}, FAST)
-    json.dumps(told, allow_nan=False)
-    fine, worse = told["fine"], told["worse"]
+    summary = summarise_partial({"fine": partial(2.5), "worse": partial(4.0)}, FAST)
+    json.dumps(summary, allow_nan=False)
+    fine, worse = summary["fine"], summary["worse"]
     assert fine["within_full"]
     assert not worse["within_full"]
     assert [len(fine[family]) for family in ("first", "last", "single")] == [4, 4, 3]

@@ -1,4 +1,4 @@
-"""Batches of texts, and the regions that their positions belong to."""
+"""Batches of texts, and the regions of their positions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastadapt.evaluation.faithfulness.texts import (
 
 
 class Words:
-    """A tokenizer whose tokens are given strings."""
+    """A tokenizer with the given strings as tokens."""
 
     def __init__(self, *words: str) -> None:
         self.words = words
@@ -40,14 +40,14 @@ def test_regions_are_of_the_token_that_is_predicted() -> None:
     ("words", "ids", "start"),
     [
         (("a", "</", "think", ">", "b"), [0, 1, 2, 3, 4], 4),  # several tokens
-        (("a", "</thi", "nk>\n\n", "b"), [0, 1, 2, 3], 3),  # whose last one goes on
-        (("a", "</think>", "b"), [1, 0, 2, 1, 2], 4),  # the prompt's does not count
-        (("a", "</think>", "b"), [0, 1, 2, 1, 2], 2),  # the first counts
+        (("a", "</thi", "nk>\n\n", "b"), [0, 1, 2, 3], 3),  # the last token has more characters
+        (("a", "</think>", "b"), [1, 0, 2, 1, 2], 4),  # a marker in the prompt does not count
+        (("a", "</think>", "b"), [0, 1, 2, 1, 2], 2),  # the first marker counts
         (("a", "</think", "b"), [0, 1, 2, 2], 4),  # never closed
-        (("a", "</think>"), [0, 0, 1], 3),  # nothing after it
+        (("a", "</think>"), [0, 0, 1], 3),  # an empty answer
     ],
 )
-def test_where_the_answer_starts(words, ids, start) -> None:
+def test_starts_of_answers(words, ids, start) -> None:
     assert answer_starts([Text("a", ids, prompt_length=1)], Words(*words)) == [start]
 
 
@@ -68,8 +68,8 @@ def test_batches_hold_each_text_once_within_the_budget(texts) -> None:
 
 def test_bad_texts(texts) -> None:
     for wrong, message in (
-        ([], "there is no text"),
-        ([*texts, texts[0]], "text t0: expected ids that differ"),
+        ([], "expected at least one text, got none"),
+        ([*texts, texts[0]], "text t0: expected unique ids"),
         ([Text("short", [3], 0)], "text short: expected at least 2 tokens, got 1"),
         ([Text("long", [3, 4], 3)], "text long: expected a prompt of 0 to 2 tokens, got 3"),
     ):
@@ -77,8 +77,8 @@ def test_bad_texts(texts) -> None:
             batches_of(wrong, 10)
 
 
-def test_digest_knows_tokens_and_order(texts) -> None:
-    told = digest_of(texts)
-    assert digest_of([text._replace(id="x", domain=None) for text in texts]) == told
-    assert digest_of(texts[::-1]) != told
-    assert digest_of([texts[0]._replace(ids=[*texts[0].ids, 3]), *texts[1:]]) != told
+def test_the_digest_depends_on_tokens_and_order(texts) -> None:
+    digest = digest_of(texts)
+    assert digest_of([text._replace(id="x", domain=None) for text in texts]) == digest
+    assert digest_of(texts[::-1]) != digest
+    assert digest_of([texts[0]._replace(ids=[*texts[0].ids, 3]), *texts[1:]]) != digest

@@ -1,4 +1,4 @@
-"""A real browser for tests of pages, and what it had to complain about."""
+"""A browser for tests of pages, with its errors and requests."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Tab:
     """A page of the browser.
 
     Attributes:
-        page: of Playwright.
+        page: Playwright's page.
         complaints: errors and warnings of the console, uncaught errors, dialogs, failed requests.
-        requests: every address that was asked for.
+        requests: addresses of all requests.
     """
 
     page: Any
@@ -33,7 +33,7 @@ class Tab:
     requests: list[str] = field(default_factory=list)
 
     def marked(self, name: str) -> float:
-        """Seconds from the start of the navigation until the page made a mark, which it awaits."""
+        """Wait for a performance mark; return its seconds from the start of the navigation."""
         self.page.wait_for_function(
             "name => performance.getEntriesByName(name).length > 0", arg=name, timeout=30_000
         )
@@ -43,15 +43,15 @@ class Tab:
 
 @contextmanager
 def chromium() -> Iterator[Any]:
-    """A browser of Playwright; the test is skipped where there is none."""
+    """Yield a browser of Playwright; skip the test if none is installed."""
     api = pytest.importorskip("playwright.sync_api", reason="needs playwright (the extra dev)")
-    found = next(filter(None, map(shutil.which, _NAMES)), None)
-    if found is None:
+    executable = next(filter(None, map(shutil.which, _NAMES)), None)
+    if executable is None:
         pytest.skip(f"needs a browser: one of {', '.join(_NAMES)} on the PATH")
-    # Its sandbox does not run for root; what it opens is what the test wrote.
+    # Chromium's sandbox does not run as root. Tests open only their own pages.
     options = ["--no-sandbox"] if os.geteuid() == 0 else []
     with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=options)
+        browser = playwright.chromium.launch(executable_path=executable, args=options)
         try:
             yield browser
         finally:
@@ -59,20 +59,20 @@ def chromium() -> Iterator[Any]:
 
 
 def open_tab(browser: Any, *, width: int = 1300, height: int = 900, **context: Any) -> Tab:
-    """A new tab that nothing is in yet."""
+    """Return a new empty tab."""
     page = browser.new_context(viewport={"width": width, "height": height}, **context).new_page()
     tab = Tab(page)
 
-    def heard(message: Any) -> None:
+    def on_console(message: Any) -> None:
         if message.type in ("error", "warning"):
             tab.complaints.append(f"{message.type}: {message.text}")
 
-    def asked(dialog: Any) -> None:
+    def on_dialog(dialog: Any) -> None:
         tab.complaints.append(f"dialog: {dialog.message}")
         dialog.dismiss()
 
-    page.on("console", heard)
-    page.on("dialog", asked)
+    page.on("console", on_console)
+    page.on("dialog", on_dialog)
     page.on("pageerror", lambda error: tab.complaints.append(f"error: {error}"))
     page.on("requestfailed", lambda request: tab.complaints.append(f"failed: {request.url}"))
     page.on("request", lambda request: tab.requests.append(request.url))
@@ -91,7 +91,7 @@ def open_site(browser: Any, address: str, fragment: str = "", **options: Any) ->
 
 
 def go(tab: Tab, fragment: str) -> None:
-    """Another address of the same page, until it is drawn."""
+    """Change the fragment of the address, and wait until the page is drawn."""
     tab.page.evaluate(
         """fragment => new Promise((done) => {
           const drawn = () => setTimeout(() => requestAnimationFrame(done));
@@ -104,18 +104,19 @@ def go(tab: Tab, fragment: str) -> None:
 
 @contextmanager
 def serving(source: Store) -> Iterator[str]:
-    """Serves a store's pages in a thread; yields their address."""
-    stop, ready, told = Event(), Event(), []
+    """Serve a store's pages in a thread, and yield their address."""
+    stop, ready, addresses = Event(), Event(), []
 
-    def tell(address: str) -> None:
-        told.append(address)
+    def on_ready(address: str) -> None:
+        addresses.append(address)
         ready.set()
 
-    thread = Thread(target=serve, args=(source,), kwargs={"port": 0, "ready": tell, "stop": stop})
+    options = {"port": 0, "ready": on_ready, "stop": stop}
+    thread = Thread(target=serve, args=(source,), kwargs=options)
     thread.start()
     try:
         assert ready.wait(60)
-        yield told[0]
+        yield addresses[0]
     finally:
         stop.set()
         thread.join(10)

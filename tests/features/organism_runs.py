@@ -1,5 +1,5 @@
-"""Runs of the embedded pair with random adapters of a chosen L0, made in a second, and the dense
-activations of a run on the texts of its store."""
+"""Runs of the embedded pair with random adapters of a chosen L0, and the dense activations of a run
+on the texts of its store."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 import yaml
-from stores import MadeText
+from stores import StoreText
 
 from fastadapt.adapter.files import save_adapters
 from fastadapt.adapter.module import AdapterConfig
 from fastadapt.data.batches import collate
 from fastadapt.data.sequences import DataConfig, load_sequences
-from fastadapt.evaluation.models_under_test import Students
+from fastadapt.evaluation.models_under_test import ModelSet
 from fastadapt.features.collect.texts import batch_of, batches_of, read_group
 from fastadapt.models.replacement import Mode, ModelPair, PairConfig, ReplacementModel
 from fastadapt.organism import resolve
@@ -34,7 +34,7 @@ DATA = {
 def make_run(
     folder: Path, *, n_features: int = 24, l0: float = 3.0, seed: int = 0, **config: Any
 ) -> Path:
-    """A finished run's folder: ``config.yaml`` and ``adapter/``."""
+    """Write a finished run's folder: ``config.yaml`` and ``adapter/``."""
     named = {role: resolve(name) for role, name in PAIR.items()}
     pair = ModelPair.load(PairConfig(**named, device="cpu"))
     model = ReplacementModel.create(pair, AdapterConfig(n_features, **config), seed=seed).eval()
@@ -65,15 +65,15 @@ def make_run(
 
 def dense_activations(
     run: Path, store: Path, batch_tokens: int, kind: str = "adapter", k: int = 0
-) -> Iterator[tuple[MadeText, np.ndarray]]:
-    """Each text of a store and its activations, float32 ``[L, T, F]``, all of them made.
+) -> Iterator[tuple[StoreText, np.ndarray]]:
+    """Yield each text of a store with its dense activations, float32 ``[L, T, F]``.
 
-    What the modules are given is taken as they run in the blocks, in the batches in which it was
-    collected: the adapters' inputs, which are encoded densely, or the inputs of the MLPs' output
-    matrices, of which the k strongest of each token are left.
+    Hooks record the inputs of modules in the blocks, in the batches of the collection. Inputs of
+    adapters are encoded densely. Of the inputs of the MLPs' output matrices, the k strongest of
+    each token are selected.
     """
-    students = Students.open([run], device="cpu")
-    model = students.replacement(students.runs[0])
+    models = ModelSet.open([run], device="cpu")
+    model = models.replacement(models.runs[0])
     modules = list(model.adapters)
     if kind != "adapter":
         modules = [getattr(mlp, kind).down_proj for mlp in model.mlps]
@@ -95,27 +95,27 @@ def dense_activations(
                 hidden = inputs.hidden
                 for layer, arguments in enumerate(inputs.arguments):
                     hidden, _ = model.block(layer, hidden, arguments, mode, padding=padding)
-                found = [
+                activations = [
                     module.encode(x) if kind == "adapter" else _strongest(x, module.weight, k)
                     for module, x in zip(modules, seen, strict=True)
                 ]
-            a = torch.stack(found).numpy()
+            a = torch.stack(activations).numpy()
             for i, text in enumerate(batch_texts):
                 length = len(text.tokens)
-                entry = MadeText(text.tokens.tolist(), text.regions.tolist(), text.domain)
+                entry = StoreText(text.tokens.tolist(), text.regions.tolist(), text.domain)
                 by_number[text.number] = entry, a[:, i, :length]
         yield from (by_number[number] for number in sorted(by_number))
 
 
 def _strongest(h: torch.Tensor, weight: torch.Tensor, k: int) -> torch.Tensor:
-    """Zero but at each token's k largest contributions."""
+    """Return ``h`` with zeros except at each token's k largest contributions."""
     score = h * weight.norm(dim=0)
     rank = score.argsort(dim=-1, descending=True).argsort(dim=-1)
     return torch.where((rank < k) & (h > 0), h, 0)
 
 
 def hashed(seed: int, kind: int, layer: int, feature: int, text: int, position: int) -> int:
-    """The priority of an activation, in whole numbers: what the tensors of ``chance`` compute."""
+    """Return the priority of an activation by Python integers, as an oracle for the tensor code."""
     mask, step = 2**64 - 1, 0x9E3779B97F4A7C15
 
     def mix(x: int) -> int:
@@ -131,6 +131,6 @@ def hashed(seed: int, kind: int, layer: int, feature: int, text: int, position: 
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """Every file of a store, by name."""
+    """Return the contents of every file of a store, by name."""
     paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {str(p.relative_to(folder)): p.read_bytes() for p in paths if p.name != ".lock"}

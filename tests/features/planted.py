@@ -1,4 +1,4 @@
-"""Store of planted features, which fire on a token, on a pair of tokens, or at random."""
+"""Stores of planted features, which fire on a token, on a pair of tokens, or at random."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from threading import Event
 
 import numpy as np
-from stores import Made, MadeText, make_store
+from stores import StoreData, StoreText, make_store
 
 from fastadapt.features.autointerp.activations import Places
 from fastadapt.features.store.schema import REGIONS, Kind
@@ -18,10 +18,10 @@ TEXTS = 120
 FAMILIES = ("token", "pair", "random")  # layers of the store, in this order
 
 
-class MadeActivations:
-    """Planted activations, in place of a model."""
+class PlantedActivations:
+    """Planted activations in place of a model: an ``autointerp.activations.Activations``."""
 
-    def __init__(self, data: Made) -> None:
+    def __init__(self, data: StoreData) -> None:
         self._activations = {
             tuple(t.tokens): a for t, a in zip(data.texts, data.activations, strict=True)
         }
@@ -36,6 +36,7 @@ class MadeActivations:
         progress: Callable[[int, int], None] | None = None,
         stop: Event | None = None,
     ) -> Places:
+        """Return the positions at which the planted activations are not 0."""
         self.n_calls += 1
         places: Places = {}
         for layer, in_layer in units.items():
@@ -53,7 +54,7 @@ class MadeActivations:
 
 def planted(
     folder: Path, *, features: int = 40, seed: int = 0, texts: int = TEXTS, density: float = 0.002
-) -> Made:
+) -> StoreData:
     """Create texts of words with Zipf frequencies, and ``features`` of each family.
 
     The i-th feature of the first layer fires on one rare word. That of the second fires on a
@@ -80,5 +81,5 @@ def planted(
         values = rng.uniform(0.5, 2, fires.shape)
         activations.append(np.where(fires, values, 0).astype(np.float32))
     region = [REGIONS.index("answer")] * LENGTH
-    made_texts = [MadeText(text.tolist(), region, "math") for text in ids]
+    made_texts = [StoreText(text.tolist(), region, "math") for text in ids]
     return make_store(folder, made_texts, activations, [f" w{i}" for i in range(WORDS)])

@@ -1,4 +1,4 @@
-"""Small stores made by plain loops over dense activations: what collecting is held against."""
+"""Small stores from plain loops over dense activations, as an oracle for the collection."""
 
 from __future__ import annotations
 
@@ -27,8 +27,15 @@ BEFORE, AFTER = 50, 20
 
 
 @dataclass(frozen=True)
-class MadeText:
-    """Tokens, the region of each (index into REGIONS), a domain, and an id (``text-N``)."""
+class StoreText:
+    """A text of a synthetic store.
+
+    Attributes:
+        tokens: ids.
+        regions: index into ``REGIONS`` of each token.
+        domain: of the text.
+        id: default: ``text-N``.
+    """
 
     tokens: Sequence[int]
     regions: Sequence[int]
@@ -37,7 +44,7 @@ class MadeText:
 
 
 def rows_of(
-    texts: Sequence[MadeText],
+    texts: Sequence[StoreText],
     activations: Sequence[np.ndarray],
     *,
     domains: Sequence[str],
@@ -46,13 +53,14 @@ def rows_of(
     uniform: int = 10,
     norms: np.ndarray | None = None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows of FEATURES and EXAMPLES, by a loop over every activation.
+    """Return the rows of ``FEATURES`` and ``EXAMPLES``, by a loop over every activation.
 
     Args:
-        texts: n of them.
-        activations: of each, float32 ``[L, T, F]``; active above 0.
+        texts: the texts.
+        activations: float32 ``[L, T, F]`` of each text; active above 0.
         domains: in the order of ``by_domain``.
-        priority: (layer, feature, text, position) to a non-negative integer.
+        priority: maps (layer, feature, text, position) to a non-negative integer.
+        top, uniform: largest number of examples of each kind.
         norms: ``[L, F]``.
     """
     n_layers, _, n_features = activations[0].shape
@@ -94,8 +102,8 @@ def rows_of(
             )
             strongest = sorted(fires, key=lambda f: (-f[0], f[1], f[2]))[:top]
             drawn = sorted(fires, key=lambda f: (-priority(layer, feature, f[1], f[2]), *f[1:]))
-            for sample, kept in (("top", strongest), ("uniform", drawn[:uniform])):
-                for rank, (value, n, t) in enumerate(kept):
+            for sample, selected in (("top", strongest), ("uniform", drawn[:uniform])):
+                for rank, (value, n, t) in enumerate(selected):
                     text = texts[n]
                     start, end = max(0, t - BEFORE), min(len(text.tokens), t + AFTER + 1)
                     examples.append(
@@ -120,11 +128,11 @@ def rows_of(
 
 
 @dataclass
-class Made:
-    """What :func:`make_store` made the store from."""
+class StoreData:
+    """A store of :func:`make_store`, and its sources."""
 
     store: Store
-    texts: list[MadeText]
+    texts: list[StoreText]
     activations: list[np.ndarray]
     strings: list[str]
     promoted: dict[tuple[int, int], list[int]] = field(default_factory=dict)
@@ -132,7 +140,7 @@ class Made:
 
 def make_store(
     folder: Path,
-    texts: Sequence[MadeText],
+    texts: Sequence[StoreText],
     activations: Sequence[np.ndarray],
     strings: Sequence[str],
     *,
@@ -140,13 +148,14 @@ def make_store(
     adapter: str = "0" * 64,
     run: str = "runs/made",
     pair: dict[str, Any] | None = None,
-) -> Made:
-    """A store of adapter features over given texts and activations.
+) -> StoreData:
+    """Write a store of adapter features over given texts and activations.
 
     Args:
-        texts, activations: as in :func:`rows_of`.
+        texts, activations: see :func:`rows_of`.
         strings: the vocabulary.
-        promoted: token ids that a feature promotes, strongest first; others promote at random.
+        promoted: token ids that a feature promotes, strongest first; other features promote random
+            tokens.
     """
     domains = sorted({text.domain for text in texts if text.domain is not None})
     n_layers, _, n_features = activations[0].shape
@@ -169,7 +178,7 @@ def make_store(
                 row[f"{name}_logits"] = [sign * (len(chosen) - i) for i in range(len(chosen))]
                 row[f"{name}_tokens"] = [strings[i] for i in chosen]
             lens.append(row)
-    held = [
+    text_rows = [
         {
             "text": n,
             "id": f"text-{n}" if text.id is None else text.id,
@@ -182,7 +191,7 @@ def make_store(
     vocabulary = [{"token": i, "string": string} for i, string in enumerate(strings)]
     written = []
     for path, rows, schema in (
-        (folder / "texts.parquet", held, TEXTS),
+        (folder / "texts.parquet", text_rows, TEXTS),
         (folder / "tokens.parquet", vocabulary, TOKENS),
         (folder / "adapter" / "features.parquet", features, FEATURES),
         (folder / "adapter" / "examples.parquet", examples, EXAMPLES),
@@ -207,4 +216,4 @@ def make_store(
         },
         written,
     )
-    return Made(Store.open(folder), list(texts), list(activations), list(strings), given)
+    return StoreData(Store.open(folder), list(texts), list(activations), list(strings), given)

@@ -1,4 +1,4 @@
-"""Stores of any size without a model: drawn at random, whole columns at a time."""
+"""Random stores of any size, written column by column without a model."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ _WORDS = (  # noqa: SIM905
 
 @dataclass(frozen=True)
 class Size:
-    """Of a synthetic store.
+    """Size of a synthetic store.
 
     Attributes:
         top, uniform: examples of each unit that fires.
-        full: layers that have 20 and 10 instead.
-        described, classed: units per layer that a judge spoke of.
+        full: layers with 20 and 10 examples instead.
+        described, classed: units per layer with a description or a class.
     """
 
     n_layers: int = 28
@@ -57,14 +57,14 @@ class Size:
 
 
 def write_synthetic(folder: Path, size: Size) -> Store:
-    """A store of adapter features, random but of the shapes and sizes of a real one."""
+    """Write a random store of adapter features, with the shapes and sizes of a real one."""
     rng = np.random.default_rng(0)
     strings = [
         f"{' ' if i % 3 else ''}{_WORDS[i % len(_WORDS)]}{'' if i < 150 else i // 150}"
         for i in range(size.vocabulary)
     ]
     strings[7], strings[9] = "\n", "\n\n"
-    # Few tokens make most of a text, as in any language.
+    # Token frequencies follow Zipf's law.
     zipf = (size.vocabulary ** rng.random((size.texts, size.text_tokens)) - 1).astype(np.int32)
     bounds = np.array([1, 2, 160, 161, 162, int(size.text_tokens * 0.85)])
     bounds = np.append(bounds, [bounds[-1] + 1, size.text_tokens])
@@ -133,7 +133,7 @@ def _lists(flat: np.ndarray, lengths: np.ndarray) -> pa.ListArray:
 
 
 def _spread(counts: np.ndarray, weights: np.ndarray) -> pa.ListArray:
-    """Whole shares of the counts by weights ``[F, n]``; what rounding leaves goes to the first."""
+    """Split counts into integers by weights ``[F, n]``. The largest share gets the remainder."""
     shares = np.floor(counts[:, None] * weights / weights.sum(1, keepdims=True)).astype(np.int64)
     largest = weights.argmax(1)
     shares[np.arange(len(counts)), largest] += counts - shares.sum(1)
@@ -173,18 +173,18 @@ def _layer(
     )
     top, uniform = (20, 10) if layer in size.full else (size.top, size.uniform)
     rank = np.r_[np.arange(top), np.arange(uniform)]
-    units, column = np.nonzero(rank < counts[:, None])  # a unit has no more than its activations
+    units, column = np.nonzero(rank < counts[:, None])  # at most as many examples as activations
     is_top, rank = column < top, rank[column]
     text = rng.integers(0, len(texts), units.size)
     position = rng.integers(0, texts.shape[1], units.size)
     value = scale[units] * np.where(is_top, 1 - rank / 60, rng.random(units.size) * 0.9 + 0.05)
     start = np.maximum(0, position - BEFORE)
     lengths = np.minimum(texts.shape[1], position + AFTER + 1) - start
-    of = np.repeat(np.arange(units.size), lengths)
-    within = np.arange(of.size) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    at = start[of] + within
-    values = np.where(rng.random(of.size) < 0.06, rng.random(of.size) * value[of], 0)
-    values = np.where(at == position[of], value[of], values).astype(np.float32)
+    row = np.repeat(np.arange(units.size), lengths)  # example of each token of the windows
+    within = np.arange(row.size) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    token = start[row] + within
+    values = np.where(rng.random(row.size) < 0.06, rng.random(row.size) * value[row], 0)
+    values = np.where(token == position[row], value[row], values).astype(np.float32)
     examples = pa.table(
         {
             "layer": np.full(units.size, layer, np.int32),
@@ -198,7 +198,7 @@ def _layer(
             "region": np.array(REGIONS)[regions[position]],
             "domain": np.array(DOMAINS)[text % 3],
             "start": start.astype(np.int32),
-            "tokens": _lists(texts[text[of], at], lengths),
+            "tokens": _lists(texts[text[row], token], lengths),
             "values": _lists(values, lengths),
             "priority": rng.integers(0, 2**56, units.size),
         }
@@ -232,12 +232,12 @@ def _judged(rng: np.random.Generator, adapter: Path, size: Size) -> None:
         for feature in drawn[: size.described].tolist():
             unit = {"layer": layer, "feature": feature, "variant": "top", "judge": "made"}
             words = " ".join(_WORDS[i] for i in rng.integers(0, len(_WORDS), 6))
-            said = f"fires on {words}, feature {layer} of {feature}"
-            descriptions.append({**unit, "description": said, "shown": [0, 1, 2]})
+            text = f"fires on {words}, feature {layer} of {feature}"
+            descriptions.append({**unit, "description": text, "shown": [0, 1, 2]})
             right = rng.integers(2, 6, 2).tolist()
-            found = {"true_positives": right[0], "true_negatives": right[1]}
-            counts = {"positives": 5, "negatives": 5, "accuracy": sum(right) / 10}
-            scores.append({**unit, **counts, **found})
+            counts = {"true_positives": right[0], "true_negatives": right[1]}
+            counts |= {"positives": 5, "negatives": 5, "accuracy": sum(right) / 10}
+            scores.append({**unit, **counts})
         for feature in drawn[: size.classed].tolist():
             name, sub = kinds[int(rng.integers(len(kinds)))]
             row = {"layer": layer, "feature": feature, "judge": "made"}

@@ -1,4 +1,4 @@
-"""Characters that a vocabulary of bytes splits over tokens read as the text they stand in."""
+"""Characters that a byte-level vocabulary splits over several tokens."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from stores import MadeText, make_store
+from stores import StoreText, make_store
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -28,7 +28,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
-def test_a_token_that_is_no_character_shows_its_bytes(tokenizer) -> None:
+def test_a_token_of_incomplete_characters_shows_its_bytes(tokenizer) -> None:
     strings = token_strings(tokenizer, len(tokenizer))
     ids = tokenizer("\u662f")["input_ids"]
     assert len(ids) > 1
@@ -46,13 +46,13 @@ def test_a_token_of_byte_fallback_shows_its_byte() -> None:
     assert strings[1 + 0x41] == "A"
 
 
-def test_the_pieces_of_a_stretch_are_its_text(tokenizer) -> None:
+def test_pieces_of_consecutive_tokens_join_to_their_text(tokenizer) -> None:
     strings = token_strings(tokenizer, len(tokenizer))
     ids = tokenizer(TEXT)["input_ids"]
     pieces = join_characters([strings[i] for i in ids])
     assert "".join(piece for piece, _ in pieces) == TEXT
     assert sum(n for _, n in pieces) == len(ids)
-    for first in range(len(ids)):  # cut within a character: the rest is as it was
+    for first in range(len(ids)):  # from within a character, its bytes are shown
         cut = "".join(piece for piece, _ in join_characters([strings[i] for i in ids[first:]]))
         whole = show_bytes(b"".join(_bytes(tokenizer, i) for i in ids[first:]))
         assert cut.replace("\u27e9\u27e8", " ") == whole
@@ -71,12 +71,12 @@ def test_a_judge_sees_text_and_a_character_that_is_active_at_any_of_its_tokens(
     strings = token_strings(tokenizer, len(tokenizer))
     ids = tokenizer(TEXT)["input_ids"]
     quiet = np.zeros((1, len(ids), 2), dtype=np.float32)
-    made = make_store(tmp_path, [MadeText(ids, [2] * len(ids))], [quiet], strings)
-    words = Vocabulary(made.store)
+    store = make_store(tmp_path, [StoreText(ids, [2] * len(ids))], [quiet], strings).store
+    words = Vocabulary(store)
     assert "".join(words.pieces(ids)) == TEXT
     bytes_of = [_bytes(tokenizer, i) for i in ids]
-    at = next(i for i, raw in enumerate(bytes_of) if raw.startswith(b"\xf0")) + 1
-    fires = tuple(i == at for i in range(len(ids)))
+    second = next(i for i, raw in enumerate(bytes_of) if raw.startswith(b"\xf0")) + 1
+    fires = tuple(i == second for i in range(len(ids)))
     example = words.example(Window(0, 0, tuple(ids), fires))
     active = [p for p, f in zip(example.pieces, example.fires, strict=True) if f]
     assert [piece.strip() for piece in active] == ["\U0001f600"]

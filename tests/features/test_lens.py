@@ -1,4 +1,4 @@
-"""The logit lens against float64, and the strings that tokens are shown as."""
+"""The logit lens, compared with float64, and the texts of tokens."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from organism_runs import make_run
 
 from fastadapt.errors import RunError
-from fastadapt.evaluation.models_under_test import Students
+from fastadapt.evaluation.models_under_test import ModelSet
 from fastadapt.features.collect import CollectConfig, collect
-from fastadapt.features.store import logit_lens as room
+from fastadapt.features.store import logit_lens as logit_lens
 from fastadapt.features.store.logit_lens import lens, token_strings
 from fastadapt.models.pretrained import load_tokenizer
 from fastadapt.organism import resolve
@@ -22,7 +22,7 @@ from fastadapt.organism import resolve
 def test_both_ends_against_float64(
     demeaned: bool, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "_CHUNK_ENTRIES", chunk)
+    monkeypatch.setattr(logit_lens, "_CHUNK_ENTRIES", chunk)
     head, rows = torch.randn(50, 8), torch.randn(7, 8)
     ids, logits = lens(head, rows, demeaned=demeaned)
     exact = rows.double() @ head.double().T
@@ -36,8 +36,8 @@ def test_both_ends_against_float64(
     torch.testing.assert_close(logits.flatten(1), exact.gather(1, ids.flatten(1)).float())
 
 
-def test_equal_logits_come_in_order_of_tokens() -> None:
-    """A zero decoder row promotes nothing: the first tokens stand at both ends."""
+def test_equal_logits_are_ordered_by_token() -> None:
+    """A decoder row of zeros has equal logits, so both lists begin with the first tokens."""
     ids, logits = lens(torch.randn(30, 4), torch.zeros(2, 4))
     assert not logits.any()
     assert ids.tolist() == [[list(range(10))] * 2] * 2
@@ -48,7 +48,7 @@ def test_equal_logits_come_in_order_of_tokens() -> None:
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e38])
 @pytest.mark.parametrize("of_head", [True, False])
 def test_logits_that_are_not_finite_are_refused(value: float, of_head: bool) -> None:
-    """They have no order; the last is finite, and its products are not."""
+    """Such logits have no order. The last value is finite but overflows in the products."""
     head, rows = torch.randn(30, 4), torch.randn(2, 4)
     head[3, 1] = rows[1, 2] = 1e3
     (head if of_head else rows)[0] = value
@@ -66,12 +66,12 @@ def test_strings_are_as_in_a_text() -> None:
 
 
 @pytest.mark.parametrize("demeaned", [True, False])
-def test_a_store_says_how_it_was_taken(tmp_path: Path, demeaned: bool) -> None:
+def test_a_store_records_the_settings_of_the_lens(tmp_path: Path, demeaned: bool) -> None:
     run = make_run(tmp_path / "run", n_features=5, l0=2.0)
     store = collect(run, None, CollectConfig(n=3, demeaned=demeaned))
     assert store is not None
     assert store.manifest["lens"] == {"demeaned": demeaned, "final_norm": False}
-    model = Students.open([run], device="cpu").model
+    model = ModelSet.open([run], device="cpu").model
     ids, logits = lens(model.head, model.adapters[2].W_dec.detach(), demeaned=demeaned)
     rows = store.read("lens", layer=2).to_pylist()
     strings = store.read("tokens")["string"].to_pylist()

@@ -1,4 +1,4 @@
-"""A run opened in Python: its models, its features on a text, its store."""
+"""``load_run``: the model of a run, its features on a text, and its store."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_run_is_a_model_a_store_and_a_configuration(run: Path, tmp_path: Path)
 
 
 def test_features_are_the_encoders_active_entries(run: Path) -> None:
-    """Against a dense encode of what each MLP reads in the model's own forward."""
+    """Compared with dense encodes of the MLP inputs in the model's own forward."""
     model = load_run(run, device="cpu").model
     ids = torch.tensor(model.pair.tokenizer(TEXT)["input_ids"])
     read: list[Tensor] = []

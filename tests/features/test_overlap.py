@@ -1,4 +1,4 @@
-"""Overlap against sets made by sorting, from states taken in whole forwards of each model."""
+"""Overlap, compared with sorted pre-activations from complete forwards of each model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from organism_runs import make_run
 
 from fastadapt.adapter.module import AdapterConfig, TranscoderAdapter
 from fastadapt.errors import UserError
-from fastadapt.evaluation.models_under_test import Students
+from fastadapt.evaluation.models_under_test import ModelSet
 from fastadapt.features.collect import CollectConfig, collect
 from fastadapt.features.overlap import (
     OverlapConfig,
@@ -35,17 +35,17 @@ from fastadapt.reporting.rendering import write_png
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = make_run(tmp_path_factory.mktemp("runs") / "run", n_features=12, l0=1.0)
-    collect(made, None, CollectConfig(n=30))
-    return made
+    folder = make_run(tmp_path_factory.mktemp("runs") / "run", n_features=12, l0=1.0)
+    collect(folder, None, CollectConfig(n=30))
+    return folder
 
 
 def states(run: Path, ids: list[list[int]]) -> dict[str, list[np.ndarray]]:
-    """Pre-activations of every layer's encoder in each model, texts one by one: ``[N, F]`` each."""
-    students = Students.open([run], device="cpu")
-    model = students.replacement(students.runs[0])
+    """Return pre-activations ``[N, F]`` of every layer's encoder in each model, text by text."""
+    models = ModelSet.open([run], device="cpu")
+    model = models.replacement(models.runs[0])
     actual: dict[str, list[np.ndarray]] = {}
-    with students.base() as base:
+    with models.base() as base:
         for name, whole in (("replacement", model.model), ("target", model.model), ("base", base)):
             seen: list[torch.Tensor] = []
             handles = [
@@ -69,12 +69,12 @@ def states(run: Path, ids: list[list[int]]) -> dict[str, list[np.ndarray]]:
     return actual
 
 
-def test_agreements_equal_sets_made_by_sorting(run: Path) -> None:
-    told: list[tuple[int, int]] = []
+def test_agreements_equal_those_of_sorting(run: Path) -> None:
+    calls: list[tuple[int, int]] = []
     config = OverlapConfig(batch_tokens=500, features_at_once=5)
-    table = overlap(run, config=config, progress=lambda *t: told.append(t))
+    table = overlap(run, config=config, progress=lambda *counts: calls.append(counts))
     assert table is not None
-    assert told == [(i + 1, 4) for i in range(4)]
+    assert calls == [(i + 1, 4) for i in range(4)]
     store = Store.open(run)
     assert store.read("overlap").equals(table)
     assert plot_of(store).read_bytes()[1:4] == b"PNG"
@@ -88,60 +88,60 @@ def test_agreements_equal_sets_made_by_sorting(run: Path) -> None:
             assert ((layer, feature) in rows) == (n > 0)
             if n == 0:
                 continue
-            of = {name: values[layer][:, feature] for name, values in z.items()}
-            tops = {name: set(np.argsort(-values)[:n].tolist()) for name, values in of.items()}
+            columns = {name: values[layer][:, feature] for name, values in z.items()}
+            tops = {name: set(np.argsort(-c)[:n].tolist()) for name, c in columns.items()}
             for other in ("target", "base"):
                 expected = len(tops["replacement"] & tops[other]) / n
-                # Texts run here one by one: rounding may swap two tokens at the cut.
+                # Other batches: rounding may swap two tokens at the cut.
                 assert abs(rows[layer, feature][other] - expected) <= 1 / n
                 checked += 1
     assert checked > 40
     first = [row["target"] for (layer, _), row in rows.items() if layer == 0]
-    assert set(first) == {1.0}  # the first block's input is the same in both
+    assert set(first) == {1.0}  # both models have the same input of the first block
     assert medians(table)["base"] < medians(table)["target"] <= 1
 
 
-def test_the_store_is_held_from_its_opening_to_the_plot(
+def test_the_store_is_locked_until_the_plot_is_written(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, held = Store.open(run).folder, []
+    folder, checks = Store.open(run).folder, []
 
-    def refused(*_: object) -> None:
+    def check_locked(*_: object) -> None:
         with pytest.raises(UserError, match="another process is writing"), writing(folder):
             pass
-        held.append(True)
+        checks.append(True)
 
-    def drawn(*given: Any) -> None:
-        refused()
-        write_png(*given)
+    def draw(*arguments: Any) -> None:
+        check_locked()
+        write_png(*arguments)
 
-    monkeypatch.setattr("fastadapt.features.overlap.write_png", drawn)
-    assert overlap(run, config=OverlapConfig(tokens=1), progress=refused) is not None
-    assert len(held) == 4 + 1  # in each layer, and at the plot
+    monkeypatch.setattr("fastadapt.features.overlap.write_png", draw)
+    assert overlap(run, config=OverlapConfig(tokens=1), progress=check_locked) is not None
+    assert len(checks) == 4 + 1  # in each layer, and at the plot
     with writing(folder), pytest.raises(UserError, match="another process is writing"):
         overlap(run, config=OverlapConfig(tokens=1), progress=pytest.fail)
 
 
-def test_models_run_as_they_did_when_features_were_collected(run: Path, tmp_path: Path) -> None:
-    own = Path(shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("features")))
-    store = collect(own, None, CollectConfig(n=30), dtype="bfloat16")
+def test_models_have_the_dtype_of_the_collection(run: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("features")))
+    store = collect(copy, None, CollectConfig(n=30), dtype="bfloat16")
     assert store is not None
     assert students_of(store).config.dtype == "bfloat16"
     assert students_of(store, run).config.dtype == "bfloat16"
     assert students_of(store, dtype="float32").config.dtype == "float32"
     fires = store.read("features").filter(pc.field("count") > 0)
-    table = overlap(own)
+    table = overlap(copy)
     assert table is not None
     assert table.select(["layer", "feature"]).equals(fires.select(["layer", "feature"]))
-    of_run = overlap(own, dtype="float32")
-    assert of_run is not None
-    assert not of_run["base"].equals(table["base"])
-    del store.manifest["pair"]["dtype"]  # of a store that does not say
+    wider = overlap(copy, dtype="float32")
+    assert wider is not None
+    assert not wider["base"].equals(table["base"])
+    del store.manifest["pair"]["dtype"]  # a store without a recorded dtype
     assert students_of(store).config.dtype == "float32"
 
 
-def test_some_tokens_are_enough(run: Path) -> None:
-    assert overlap(run, config=OverlapConfig(tokens=1)) is not None  # one text, whatever its length
+def test_a_part_of_the_tokens_and_a_stop(run: Path) -> None:
+    assert overlap(run, config=OverlapConfig(tokens=1)) is not None  # one complete text
     stop = Event()
     stop.set()
     before = Store.open(run).path("overlap").read_bytes()
@@ -161,7 +161,7 @@ def test_strongest_is_a_stable_sort(ties: bool) -> None:
 
 
 def one_by_one(z_FN: torch.Tensor, n_F: torch.Tensor) -> torch.Tensor:
-    """The rule, a feature at a time."""
+    """Return the top tokens, one feature at a time."""
     top = torch.zeros_like(z_FN, dtype=torch.bool)
     for row, (values, n) in enumerate(zip(z_FN, n_F.tolist(), strict=True)):
         top[row, values.argsort(descending=True, stable=True)[:n]] = True
@@ -169,7 +169,7 @@ def one_by_one(z_FN: torch.Tensor, n_F: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_rule_is_that_of_a_loop_over_features(
+def test_the_result_equals_a_loop_over_features(
     run: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
     actual = overlap(run, dtype=dtype)
@@ -180,20 +180,20 @@ def test_the_rule_is_that_of_a_loop_over_features(
     assert set(first["target"].to_pylist()) == {1.0}
 
 
-def test_pre_activations_of_16_bits_are_not_rounded_to_them() -> None:
+def test_pre_activations_of_16_bit_adapters_are_not_rounded_to_16_bits() -> None:
     draw = torch.Generator().manual_seed(0)
     adapter = TranscoderAdapter(32, AdapterConfig(50), generator=draw)
-    x, some = torch.randn(20_000, 32, generator=draw), torch.arange(10, 30)
-    own = torch.nn.functional.linear(x, adapter.W_enc[some], adapter.b_enc[some]).T
-    assert pre_activations(adapter, some, x).equal(own)
+    x, rows = torch.randn(20_000, 32, generator=draw), torch.arange(10, 30)
+    expected = torch.nn.functional.linear(x, adapter.W_enc[rows], adapter.b_enc[rows]).T
+    assert pre_activations(adapter, rows, x).equal(expected)
 
     def equal_at_the_cut(z_FN: torch.Tensor) -> int:
         ordered = z_FN.sort(dim=1, descending=True).values
         return int((ordered[:, 499] == ordered[:, 500]).sum())
 
     adapter, x = adapter.bfloat16(), x.bfloat16()
-    z = pre_activations(adapter, some, x)
-    exact = x.double() @ adapter.W_enc[some].double().T + adapter.b_enc[some].double()
+    z = pre_activations(adapter, rows, x)
+    exact = x.double() @ adapter.W_enc[rows].double().T + adapter.b_enc[rows].double()
     torch.testing.assert_close(z.double(), exact.T, rtol=0, atol=1e-6)
     assert equal_at_the_cut(z.bfloat16()) > 10
     assert equal_at_the_cut(z) == 0
@@ -216,7 +216,7 @@ def test_distribution_is_of_all_features() -> None:
     ]
 
 
-def test_what_cannot_be_compared(run: Path, tmp_path: Path) -> None:
+def test_bad_settings_and_foreign_stores_are_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"tokens: expected 1 or more, got 0"):
         OverlapConfig(tokens=0)
     other = make_run(tmp_path / "other", n_features=12, seed=1)

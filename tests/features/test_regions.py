@@ -1,4 +1,4 @@
-"""Every token of a rendered conversation has the region that its characters stand in."""
+"""Regions of the characters and tokens of rendered conversations."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def parts_of(response: str, family: str = "r1-distill") -> tuple[str, str]:
     return render_parts(turns, family)
 
 
-def told(response: str, family: str = "r1-distill") -> list[tuple[str, str]]:
-    prompt, rest = parts_of(response, family)
-    text = prompt + rest
-    spans = spans_of(prompt, rest, family)
+def region_texts(response: str, family: str = "r1-distill") -> list[tuple[str, str]]:
+    prompt, rendered = parts_of(response, family)
+    text = prompt + rendered
+    spans = spans_of(prompt, rendered, family)
     assert [s.start for s in spans] == [0, *(s.end for s in spans[:-1])]
     assert spans[-1].end == len(text)
     return [(s.region, text[s.start : s.end]) for s in spans]
@@ -42,7 +42,7 @@ def test_spans_of_each_family(family: str) -> None:
         ("think end", "</think>"),
         ("answer", " it is 4" + form.after_response),
     ]
-    actual = told("<think> hmm , 4 . </think> it is 4", family)
+    actual = region_texts("<think> hmm , 4 . </think> it is 4", family)
     assert actual == [(region, text) for region, text in expected if text]
 
 
@@ -69,19 +69,19 @@ def test_spans_of_each_family(family: str) -> None:
     ],
 )
 def test_markers_may_be_absent(response: str, expected: list[tuple[str, str]]) -> None:
-    assert told(response)[4:] == expected
+    assert region_texts(response)[4:] == expected
 
 
-def test_what_follows_the_response_is_answer() -> None:
-    assert told("<think>never closed", "qwen")[-1] == ("answer", "<|im_end|>\n")
+def test_text_after_the_response_is_answer() -> None:
+    assert region_texts("<think>never closed", "qwen")[-1] == ("answer", "<|im_end|>\n")
 
 
-def test_tokens_that_share_a_marker_are_of_it() -> None:
+def test_tokens_that_overlap_a_marker_have_its_region() -> None:
     prompt, response = parts_of("<think>ab</think>cd")
-    at = len(prompt)
-    #          <thi         nk>a          b            .</            think>c        d, nothing
-    offsets = [(at, at + 4), (at + 4, at + 8), (at + 8, at + 9), (at + 9, at + 11)]
-    offsets += [(at + 11, at + 18), (at + 18, at + 19), (at + 19, at + 19)]
+    n = len(prompt)
+    #          <thi        nk>a        b           .</          think>c        d, nothing
+    offsets = [(n, n + 4), (n + 4, n + 8), (n + 8, n + 9), (n + 9, n + 11)]
+    offsets += [(n + 11, n + 18), (n + 18, n + 19), (n + 19, n + 19)]
     actual = regions_of(spans_of(prompt, response, "r1-distill"), offsets)
     names = [REGIONS[i] for i in actual]
     assert names == [
@@ -90,7 +90,7 @@ def test_tokens_that_share_a_marker_are_of_it() -> None:
         *["think end"] * 2,
         *["answer"] * 2,
     ]
-    joined = regions_of(spans_of(prompt, response, "r1-distill"), [(at + 8, at + 12)])
+    joined = regions_of(spans_of(prompt, response, "r1-distill"), [(n + 8, n + 12)])
     assert REGIONS[joined[0]] == "think end"
 
 
@@ -112,7 +112,7 @@ def test_the_embedded_pairs_tokens() -> None:
     assert "how" not in by_region["user marker"]
 
 
-def test_tenths_are_of_the_thinking() -> None:
+def test_tenths_of_the_thinking() -> None:
     regions = np.array([2, 2, *[5] * 25, 6, 7])
     actual = tenths_of(regions)
     assert (actual[:2] == -1).all()

@@ -1,4 +1,4 @@
-"""Sets of features: what they are, how they combine, how they are kept and refused."""
+"""Sets of features: operations, files and errors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from stores import MadeText, make_store
+from stores import StoreText, make_store
 
 from fastadapt.errors import UserError
 from fastadapt.features.store.sets import (
@@ -27,17 +27,17 @@ OF = {"adapter": "0" * 64, "shape": (2, 6)}
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     rng = np.random.default_rng(1)
-    texts = [MadeText(list(rng.integers(0, 30, 8)), [5] * 8)]
+    texts = [StoreText(list(rng.integers(0, 30, 8)), [5] * 8)]
     activations = [np.maximum(rng.normal(size=(2, 8, 6)), 0).astype(np.float32)]
     return make_store(tmp_path / "features", texts, activations, [f"w{i}" for i in range(30)]).store
 
 
-def made(*pairs: tuple[int, int], by: str = "hand") -> FeatureSet:
+def feature_set(*pairs: tuple[int, int], by: str = "hand") -> FeatureSet:
     return FeatureSet.from_pairs(pairs, **OF, expression=by)
 
 
-def test_sets_combine_as_sets_do() -> None:
-    a, b = made((1, 5), (0, 2), (0, 2), by="a"), made((1, 5), (1, 0), by="b")
+def test_set_operations() -> None:
+    a, b = feature_set((1, 5), (0, 2), (0, 2), by="a"), feature_set((1, 5), (1, 0), by="b")
     assert a.features == ((0, 2), (1, 5))
     assert (a | b).features == ((0, 2), (1, 0), (1, 5))
     assert (a & b).features == ((1, 5),)
@@ -56,21 +56,21 @@ def test_sets_combine_as_sets_do() -> None:
 def test_sets_of_two_adapters_do_not_combine() -> None:
     other = FeatureSet.from_pairs([(0, 1)], adapter="1" * 64, shape=(2, 6), expression="other")
     with pytest.raises(UserError, match="the set hand and the set other are of two adapters"):
-        made((0, 1)) | other
+        feature_set((0, 1)) | other
 
 
-def test_a_set_is_kept_and_listed(store: Store) -> None:
-    a = made((0, 2), (1, 5))
+def test_a_set_is_saved_and_listed(store: Store) -> None:
+    a = feature_set((0, 2), (1, 5))
     path = save_set(store, a, "mine")
     assert path == store.folder / "sets" / "mine.json"
     again = load_set(store, "mine")
     assert (again.features, again.expression, again.name) == (a.features, "hand", "mine")
     for source, named in ((store.folder, "mine"), (store.folder.parent, "mine"), ("", str(path))):
         assert find_set(source, named) == again
-    assert again.digest() == a.digest() != made((0, 2)).digest()
+    assert again.digest() == a.digest() != feature_set((0, 2)).digest()
     with pytest.raises(UserError, match="has a set 'mine' already"):
-        save_set(store, made((0, 0)), "mine")
-    save_set(store, made((0, 0)), "mine", overwrite=True)
+        save_set(store, feature_set((0, 0)), "mine")
+    save_set(store, feature_set((0, 0)), "mine", overwrite=True)
     save_set(store, a, "another")
     assert names_of_sets(store) == ["another", "mine"]
     assert list_sets(store)[0] == {
@@ -83,10 +83,10 @@ def test_a_set_is_kept_and_listed(store: Store) -> None:
     assert not [p for p in path.parent.iterdir() if p.suffix != ".json"]
 
 
-def test_a_set_of_another_adapter_is_listed_as_such(store: Store) -> None:
-    save_set(store, made((0, 2)), "mine")
+def test_a_set_of_another_adapter_is_listed_as_stale(store: Store) -> None:
+    save_set(store, feature_set((0, 2)), "mine")
     for name, change in (("other", {"adapter": "1" * 64}), ("wider", {"n_features": 7})):
-        path = save_set(store, made((1, 5)), name)
+        path = save_set(store, feature_set((1, 5)), name)
         path.write_text(json.dumps({**json.loads(path.read_text()), **change, "name": name}))
     assert [(s["name"], s["size"], s["stale"]) for s in list_sets(store)] == [
         ("mine", 1, False),
@@ -111,24 +111,24 @@ def test_a_set_of_another_adapter_is_listed_as_such(store: Store) -> None:
         ({"schema_version": 7}, "schema_version is 7"),
     ],
 )
-def test_a_spoilt_set_is_told(store: Store, change: dict, message: str) -> None:
-    path = save_set(store, made((0, 2)), "mine")
+def test_a_damaged_set_is_refused(store: Store, change: dict, message: str) -> None:
+    path = save_set(store, feature_set((0, 2)), "mine")
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(UserError, match=message):
         load_set(store, "mine")
 
 
-def test_what_is_no_set_is_told(store: Store, tmp_path: Path) -> None:
+def test_missing_empty_and_foreign_sets_are_refused(store: Store, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no set 'mine'; saved sets: none yet"):
         load_set(store, "mine")
     with pytest.raises(UserError, match="the set hand is empty"):
-        save_set(store, made(), "mine")
+        save_set(store, feature_set(), "mine")
     other = FeatureSet.from_pairs([(0, 1)], adapter="1" * 64, shape=(2, 6), expression="other")
     with pytest.raises(UserError, match="of another adapter than the features in"):
         save_set(store, other, "mine")
     for name in ("", ".x", "a/b", "..", "a b"):
         with pytest.raises(UserError, match="a set's name"):
-            save_set(store, made((0, 1)), name)
+            save_set(store, feature_set((0, 1)), name)
     assert not (store.folder / "sets").exists()
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(UserError, match="is not valid JSON"):
@@ -139,8 +139,8 @@ def test_what_is_no_set_is_told(store: Store, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("pair", [[0, 0.5], [0, "1"], [0, True], [0, 1.0], [0, 10**30]])
 def test_a_set_takes_integers_only_and_a_broken_one_is_listed(store: Store, pair: list) -> None:
-    save_set(store, made((0, 2)), "whole")
-    path = save_set(store, made((0, 2)), "broken")
+    save_set(store, feature_set((0, 2)), "whole")
+    path = save_set(store, feature_set((0, 2)), "broken")
     path.write_text(json.dumps({**json.loads(path.read_text()), "features": [pair]}))
     with pytest.raises(UserError, match=r"broken\.json.*features"):
         load_set(store, "broken")

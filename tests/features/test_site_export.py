@@ -1,4 +1,4 @@
-"""Pages hold what the store says, are put in place as a whole, and know when they are old."""
+"""Exports: contents of the shards, atomic replacement, and detection of outdated pages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from stores import MadeText, make_store
+from stores import StoreText, make_store
 
 import fastadapt.features.site.pages as exporting
 from fastadapt.errors import RunError, UserError
@@ -29,7 +29,7 @@ _CALL = re.compile(r'fastadapt\.shard\("([a-z0-9-]+)","([0-9a-f]+)","([A-Za-z0-9
 
 
 def unpack(path: Path) -> tuple[Any, dict[str, np.ndarray]]:
-    """What a shard holds, read as its docstring says."""
+    """Unpack a shard, by the format in the docstring of shards.py."""
     call = _CALL.fullmatch(path.read_text("ascii"))
     assert call is not None
     assert call[1] == path.stem
@@ -50,7 +50,7 @@ def store(tmp_path: Path) -> Store:
     rng = np.random.default_rng(3)
     regions = [0, 1, 2, 2, 3, 4, *[5] * 25, 6, 7, 7]
     texts = [
-        MadeText(list(rng.integers(0, 30, 34)), regions, domain)
+        StoreText(list(rng.integers(0, 30, 34)), regions, domain)
         for domain in ("math", "code", None, "math")
     ]
     activations = [
@@ -62,13 +62,13 @@ def store(tmp_path: Path) -> Store:
 
 
 def judge(store: Store) -> None:
-    """Adds what judges say of feature 3 of layer 1."""
+    """Add descriptions, a score and a class of feature 3 of layer 1."""
     unit = {"layer": 1, "feature": 3, "judge": "made"}
-    said = [
+    rows = [
         {**unit, "variant": variant, "description": f"of {variant}", "shown": [0]}
         for variant in ("uniform", "top")
     ]
-    store.add("descriptions", pa.Table.from_pylist(said, schema=DESCRIPTIONS))
+    store.add("descriptions", pa.Table.from_pylist(rows, schema=DESCRIPTIONS))
     counts = dict.fromkeys(("positives", "negatives", "true_positives", "true_negatives"), 0)
     score = {**unit, "variant": "top", **counts, "accuracy": float("nan")}
     store.add("scores", pa.Table.from_pylist([score], schema=SCORES))
@@ -76,7 +76,7 @@ def judge(store: Store) -> None:
     store.add("classes", pa.Table.from_pylist([classed], schema=CLASSES))
 
 
-def test_every_unit_is_in_the_pages_as_it_is_in_the_store(store: Store) -> None:
+def test_shards_have_the_units_of_the_store(store: Store) -> None:
     site = export(store)
     assert site == store.folder.resolve() / "site"
     facts, _ = unpack(site / "data" / "site.js")
@@ -109,25 +109,25 @@ def test_every_unit_is_in_the_pages_as_it_is_in_the_store(store: Store) -> None:
                 assert promoted.tolist() == of_lens["promoted"]
                 for name in ("promoted_logits", "suppressed", "suppressed_logits"):
                     assert detail[name].reshape(n, -1)[i].tolist() == of_lens[name]
-                found = examples.get((layer, feature), [])
-                assert detail["examples"][i] == len(found)
-                for held in found:
+                unit_examples = examples.get((layer, feature), [])
+                assert detail["examples"][i] == len(unit_examples)
+                for held in unit_examples:
                     assert detail["example_sample"][example] == (held["sample"] == "uniform")
                     assert REGIONS[detail["example_region"][example]] == held["region"]
                     code = detail["example_domain"][example]
                     assert (None if code == 255 else facts["domains"][code]) == held["domain"]
                     for name in ("text", "position", "start", "value"):
                         assert detail[f"example_{name}"][example] == np.float32(held[name])
-                    length, some = (
+                    length, n_fires = (
                         int(detail[f"example_{c}"][example]) for c in ("tokens", "fires")
                     )
                     tokens = detail["window_token"][window : window + length]
                     assert tokens.tolist() == held["tokens"]
                     values = np.zeros(length, np.float32)
-                    at = detail["fires_at"][fired : fired + some]
-                    values[at] = detail["fires_value"][fired : fired + some]
+                    positions = detail["fires_at"][fired : fired + n_fires]
+                    values[positions] = detail["fires_value"][fired : fired + n_fires]
                     assert values.tolist() == held["values"]
-                    example, window, fired = example + 1, window + length, fired + some
+                    example, window, fired = example + 1, window + length, fired + n_fires
                     seen += 1
             assert example == detail["example_text"].size
             assert window == detail["window_token"].size
@@ -156,7 +156,7 @@ def test_totals_are_those_of_the_texts(store: Store) -> None:
     assert facts["domains"] == ["code", "math"]
 
 
-def test_what_judges_said_is_there_and_makes_pages_old(store: Store) -> None:
+def test_results_of_judges_are_exported_and_outdate_the_pages(store: Store) -> None:
     site = export(store)
     assert site is not None
     assert is_current(store, site)
@@ -177,7 +177,7 @@ def test_what_judges_said_is_there_and_makes_pages_old(store: Store) -> None:
     assert notes["3"]["scores"][0]["accuracy"] is None  # NaN is no JSON
 
 
-def test_pages_are_old_when_the_store_is_collected_anew_or_they_are_cut(store: Store) -> None:
+def test_pages_are_outdated_after_a_new_collection_or_damage(store: Store) -> None:
     site = export(store)
     assert site is not None
     manifest = store.folder / "manifest.json"
@@ -190,21 +190,19 @@ def test_pages_are_old_when_the_store_is_collected_anew_or_they_are_cut(store: S
     assert not is_current(store, site)
 
 
-def test_pages_are_replaced_as_a_whole_or_not_at_all(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pages_are_replaced_atomically(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     site = export(store)
     assert site is not None
     (site / "data" / "old.js").write_text("of another export")
     stop = Event()
-    told: list[tuple[int, int]] = []
+    calls: list[tuple[int, int]] = []
 
-    def one(done: int, total: int) -> None:
-        told.append((done, total))
+    def progress(done: int, total: int) -> None:
+        calls.append((done, total))
         stop.set()
 
-    assert export(store, progress=one, stop=stop) is None
-    assert told == [(1, 2)]
+    assert export(store, progress=progress, stop=stop) is None
+    assert calls == [(1, 2)]
     assert (site / "data" / "old.js").is_file()
 
     def full(*_: object) -> None:
@@ -220,7 +218,7 @@ def test_pages_are_replaced_as_a_whole_or_not_at_all(
     assert [p.name for p in store.folder.iterdir() if p.name.startswith(".tmp")] == []
 
 
-def test_what_a_killed_export_left_is_cleared(store: Store) -> None:
+def test_leftovers_of_a_killed_export_are_removed(store: Store) -> None:
     killed, living = (store.folder / f".tmp-site-{digit * 32}" for digit in "01")
     for left in (killed, living):
         (left / "data").mkdir(parents=True)
@@ -232,7 +230,7 @@ def test_what_a_killed_export_left_is_cleared(store: Store) -> None:
     assert not (site / ".lock").exists()
 
 
-def test_a_folder_of_something_else_is_left_alone(store: Store, tmp_path: Path) -> None:
+def test_a_folder_with_other_contents_is_refused(store: Store, tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.tex").write_text("years of work")
@@ -244,14 +242,14 @@ def test_a_folder_of_something_else_is_left_alone(store: Store, tmp_path: Path) 
     assert export(store, tmp_path / "new" / "pages") == (tmp_path / "new" / "pages").resolve()
 
 
-def test_kinds_that_are_not_there_are_told(store: Store) -> None:
+def test_kinds_that_the_store_lacks_are_refused(store: Store) -> None:
     with pytest.raises(UserError, match="no base units"):
         export(store, kinds=["base"])
     with pytest.raises(UserError, match="kinds: expected some of adapter"):
         export(store, kinds=[])
 
 
-def test_a_store_that_contradicts_itself_is_told(store: Store) -> None:
+def test_an_inconsistent_store_is_refused(store: Store) -> None:
     store.manifest["units"]["adapter"]["n_features"] = 60
     with pytest.raises(UserError, match="'feature': expected 0 to 59, got 69"):
         export(store)
@@ -259,7 +257,7 @@ def test_a_store_that_contradicts_itself_is_told(store: Store) -> None:
 
 
 @pytest.mark.parametrize("table", ["texts", "tokens", "adapter/examples"])
-def test_a_table_that_was_cut_off_is_told(store: Store, table: str) -> None:
+def test_a_truncated_table_is_refused(store: Store, table: str) -> None:
     path = store.folder / f"{table}.parquet"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match=f"{path.name} is not the file that was collected"):
@@ -267,14 +265,14 @@ def test_a_table_that_was_cut_off_is_told(store: Store, table: str) -> None:
     assert [p.name for p in store.folder.iterdir() if "site" in p.name] == []
 
 
-def test_the_files_are_these(store: Store) -> None:
+def test_files_of_an_export(store: Store) -> None:
     site = export(store)
     assert site is not None
-    found = {path.relative_to(site).as_posix() for path in site.rglob("*") if path.is_file()}
+    files = {path.relative_to(site).as_posix() for path in site.rglob("*") if path.is_file()}
     data = (
         "site",
         "tokens",
         "texts",
         *(f"adapter-{n}{p}" for n in (0, 1) for p in ("", "-0", "-1")),
     )
-    assert found == {*STATIC, "style.css", "site.json", *(f"data/{name}.js" for name in data)}
+    assert files == {*STATIC, "style.css", "site.json", *(f"data/{name}.js" for name in data)}

@@ -1,4 +1,4 @@
-"""The pages in a real browser, opened as files and served: what is shown and found."""
+"""The pages in a browser, opened as files and served: contents, search, keys and layout."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from fastadapt.features.store.store import Store
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with chromium() as found:
-        yield found
+    with chromium() as instance:
+        yield instance
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """Two kinds of unit, three layers."""
+    """Return a store of two kinds of units with three layers each."""
     folder = tmp_path_factory.mktemp("small") / "features"
     size = Size(3, 300, 4, 2, texts=40, text_tokens=300, vocabulary=800, described=20, classed=40)
     write_synthetic(folder, size)
@@ -41,7 +41,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 @pytest.fixture(scope="module")
 def file(store: Store) -> str:
-    """The address of its pages as files."""
+    """Return the address of the store's pages as files."""
     site = export(store)
     assert site is not None
     return (site / "index.html").as_uri()
@@ -49,7 +49,7 @@ def file(store: Store) -> str:
 
 @pytest.fixture(scope="module")
 def server(store: Store, file: str) -> Iterator[str]:
-    """The address of its pages as a server has them."""
+    """Return the address of the store's pages on a server."""
     with serving(store) as address:
         yield address
 
@@ -98,21 +98,21 @@ MATCHES: list[tuple[str, Any]] = [
     ),
     (
         'class=["domain"]',
-        lambda row, up, found, _: row["count"] > 0 and found and found["class"] == "domain",
+        lambda row, up, named, _: row["count"] > 0 and named and named["class"] == "domain",
     ),
     (
         'class=["domain","math"]&layer=2',
-        lambda row, up, found, _: (
-            row["count"] > 0 and found and (found["layer"], found["subclass"]) == (2, "math")
+        lambda row, up, named, _: (
+            row["count"] > 0 and named and (named["layer"], named["subclass"]) == (2, "math")
         ),
     ),
 ]
 
 
-def test_the_list_has_what_matches(browser: Any, store: Store, file: str) -> None:
+def test_the_list_shows_the_matching_units(browser: Any, store: Store, file: str) -> None:
     tab = open_site(browser, file, "#/?q=nobodysaysthis")
     tab.marked("whole")
-    assert text_of(tab, "#nothing p") == "Nothing matches."
+    assert text_of(tab, "#nothing p") == "No unit matches."
     for query, test in MATCHES:
         go(tab, f"#/?{query}")
         count = expected(store, test)
@@ -120,10 +120,10 @@ def test_the_list_has_what_matches(browser: Any, store: Store, file: str) -> Non
         assert tab.page.get_attribute("#grid", "aria-rowcount") == str(count + 1)
         assert tab.page.locator("#nothing").is_hidden()
         assert count > 0
-    # Bounds belong to the range, whichever way a float32 of them is rounded.
+    # Bounds are inclusive for densities that float32 rounds up or down.
     densities = {r["density"] for r in store.read("features").to_pylist() if r["count"]}
-    for way in (1, -1):
-        density = next(d for d in densities if way * (float(np.float32(d)) - d) > 0)
+    for sign in (1, -1):
+        density = next(d for d in densities if sign * (float(np.float32(d)) - d) > 0)
         go(tab, f"#/?from={density}&to={density}")
         count = sum(r["density"] == density for r in store.read("features").to_pylist())
         assert text_of(tab, "#count") == f"{count:,} of 900 features"
@@ -200,7 +200,7 @@ def test_keys_lead_from_the_list_to_a_page_and_back(browser: Any, address: str) 
     assert tab.complaints == []
 
 
-def test_a_page_shows_what_the_store_says(browser: Any, store: Store, address: str) -> None:
+def test_a_page_shows_the_unit_of_the_store(browser: Any, store: Store, address: str) -> None:
     rows = store.read("features", layer=2).to_pylist()
     unit = next(row for row in rows if row["count"])
     tab = open_site(browser, address, f"#/2/{unit['feature']}")
@@ -236,16 +236,16 @@ def test_a_page_shows_what_the_store_says(browser: Any, store: Store, address: s
     assert tab.complaints == []
 
 
-def test_a_unit_that_never_fired_has_a_page(browser: Any, store: Store, file: str) -> None:
+def test_a_dead_unit_has_a_page(browser: Any, store: Store, file: str) -> None:
     dead = next(row for row in store.read("features").to_pylist() if not row["count"])
     tab = open_site(browser, file, f"#/{dead['layer']}/{dead['feature']}")
-    assert "It never fired." in text_of(tab, ".charts")
-    assert tab.page.locator(".examples .none").all_text_contents() == ["None kept."] * 2
+    assert "No activation on these texts." in text_of(tab, ".charts")
+    assert tab.page.locator(".examples .none").all_text_contents() == ["No examples."] * 2
     assert tab.page.locator(".tile b").all_text_contents()[:4] == ["0%", "0", "0", "0"]
     assert tab.complaints == []
 
 
-def test_kinds_are_switched_and_counts_hold(browser: Any, file: str) -> None:
+def test_another_kind_of_unit_is_shown(browser: Any, file: str) -> None:
     tab = open_site(browser, file)
     links = tab.page.locator("#kinds a")
     assert links.all_text_contents() == ["Adapter", "Base MLP"]
@@ -261,7 +261,7 @@ def test_kinds_are_switched_and_counts_hold(browser: Any, file: str) -> None:
     assert tab.complaints == []
 
 
-def test_filters_are_reset_where_nothing_matches(browser: Any, file: str) -> None:
+def test_filters_without_a_match_are_reset(browser: Any, file: str) -> None:
     tab = open_site(browser, file, "#/?q=nobodysaysthis&dead=1&layer=2&sort=max")
     tab.marked("whole")
     tab.page.click("#nothing button")

@@ -1,4 +1,4 @@
-"""Text in the pages is text, whatever it says; in a real browser."""
+"""Hostile texts are shown as text; tested in a browser."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from browser import chromium, go, open_site, serving, text_of
-from stores import MadeText, make_store
+from stores import StoreText, make_store
 
 from fastadapt.features.site import export
 from fastadapt.features.store.schema import CLASSES, DESCRIPTIONS, OVERLAP, SCORES
 from fastadapt.features.store.store import Store
 
-#: Texts that try to be more than text, and how they are shown where that is not as they are.
+#: Texts that try to inject markup or scripts, and the text that is shown if it differs.
 HOSTILE: list[tuple[str, str | None]] = [
     ("<script>alert(1)</script>", None),
     ("</script><script>alert(2)</script>", None),
@@ -53,23 +53,23 @@ SHOWN = [shown or text for text, shown in HOSTILE]
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with chromium() as found:
-        yield found
+    with chromium() as instance:
+        yield instance
 
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pages of a store whose every text is hostile."""
+    """Return the pages of a store whose texts are all hostile."""
     folder = tmp_path_factory.mktemp("hostile") / "features"
     strings = [text for text, _ in HOSTILE]
     n = len(strings)
     texts = [
-        MadeText(list(range(n)), [2] * 5 + [5] * (n - 5), strings[i], strings[i]) for i in range(n)
+        StoreText(list(range(n)), [2] * 5 + [5] * (n - 5), strings[i], strings[i]) for i in range(n)
     ]
     rng = np.random.default_rng(0)
     activations = [rng.random((1, n, n)).astype(np.float32) + 0.1 for _ in texts]
     promoted = {(0, i): [i] for i in range(n)}
-    made = make_store(
+    store = make_store(
         folder,
         texts,
         activations,
@@ -77,14 +77,14 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
         promoted=promoted,
         run=strings[0],
         pair={"target": strings[3], "base": strings[4]},
-    )
+    ).store
     descriptions, scores, classes, overlap = [], [], [], []
     for i, text in enumerate(strings):
         unit = {"layer": 0, "feature": i}
-        said = {**unit, "variant": "top", "judge": text}
-        descriptions.append({**said, "description": text, "shown": [0]})
+        judged = {**unit, "variant": "top", "judge": text}
+        descriptions.append({**judged, "description": text, "shown": [0]})
         counts = dict.fromkeys(("positives", "negatives", "true_positives", "true_negatives"), 5)
-        scores.append({**said, **counts, "accuracy": 1.0})
+        scores.append({**judged, **counts, "accuracy": 1.0})
         overlap.append({**unit, "target": 0.5, "base": 0.25})
         classes.append({**unit, "judge": text, "class": text, "subclass": text, "reason": text})
     for name, rows, schema in (
@@ -93,13 +93,13 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("classes", classes, CLASSES),
         ("overlap", overlap, OVERLAP),
     ):
-        made.store.add(name, pa.Table.from_pylist(rows, schema=schema))
-    site = export(made.store)
+        store.add(name, pa.Table.from_pylist(rows, schema=schema))
+    site = export(store)
     assert site is not None
     return site
 
 
-def test_text_that_tries_to_break_out_is_shown_as_text(browser: Any, hostile: Path) -> None:
+def test_hostile_text_is_shown_as_text(browser: Any, hostile: Path) -> None:
     assert len(HOSTILE) >= 20
     address = (hostile / "index.html").as_uri()
     tab = open_site(browser, address)
@@ -121,14 +121,14 @@ def test_text_that_tries_to_break_out_is_shown_as_text(browser: Any, hostile: Pa
         windows = "".join(tab.page.locator("article .window").all_text_contents())
         facts = "".join(tab.page.locator("article header").all_text_contents())
         charts = text_of(tab, ".charts")
-        assert charts.endswith("agreementthe target50%the base25%")
+        assert charts.endswith("agreementwith the target50%with the base25%")
         for other in SHOWN:
             assert other in windows  # every token
             assert other in charts  # every domain
         ids.update(other for other in SHOWN if f"{other} · token" in facts)
         peak = tab.page.locator("article .peak").first
         peak.scroll_into_view_if_needed()
-        tab.page.wait_for_timeout(50)  # scrolling takes the tip away
+        tab.page.wait_for_timeout(50)  # scrolling hides the tooltip
         peak.hover()
         tab.page.wait_for_selector("#tip:not([hidden])")
         assert any(shown in text_of(tab, "#tip") for shown in SHOWN)
@@ -136,12 +136,12 @@ def test_text_that_tries_to_break_out_is_shown_as_text(browser: Any, hostile: Pa
         assert tab.page.evaluate("document.querySelectorAll('script').length") == 7
         assert tab.complaints == []
     assert ids == set(SHOWN)
-    own = {path.resolve().as_uri() for path in hostile.rglob("*")}
-    asked = {request.split("#")[0] for request in tab.requests if request != "data:,"}
-    assert asked <= own
+    files = {path.resolve().as_uri() for path in hostile.rglob("*")}
+    requested = {request.split("#")[0] for request in tab.requests if request != "data:,"}
+    assert requested <= files
 
 
-def test_hostile_addresses_are_told_or_are_queries(browser: Any, hostile: Path) -> None:
+def test_hostile_addresses_show_an_error_or_a_list(browser: Any, hostile: Path) -> None:
     tab = open_site(browser, (hostile / "index.html").as_uri())
     for fragment in (
         "#/9/9",
@@ -152,7 +152,7 @@ def test_hostile_addresses_are_told_or_are_queries(browser: Any, hostile: Path) 
         "#/<img src=x onerror=alert(1)>/1",
     ):
         go(tab, fragment)
-        assert "here: layers 0 to 0, features 0 to 25." in text_of(tab, "#trouble"), fragment
+        assert "expected layers 0 to 0, features 0 to 25." in text_of(tab, "#trouble"), fragment
     for query in ("q=%3Cscript%3E", "token=__proto__", "sort=__proto__", "class=%7B", "layer=9e9"):
         go(tab, f"#/?{query}")
         assert "of 26 features" in text_of(tab, "#count"), query

@@ -1,4 +1,4 @@
-"""The server answers with the site's files to this machine, and with nothing else."""
+"""The server sends the site's files, and nothing else, to this machine only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from threading import Event
 import numpy as np
 import pytest
 from browser import serving
-from stores import MadeText, make_store
+from stores import StoreText, make_store
 
 from fastadapt.errors import UserError
 from fastadapt.features.site import export, serve
@@ -27,7 +27,7 @@ SECRET = "nothing that anyone should read"
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     rng = np.random.default_rng(0)
-    texts = [MadeText(list(rng.integers(0, 9, 20)), [2] * 5 + [5] * 15, "math")]
+    texts = [StoreText(list(rng.integers(0, 9, 20)), [2] * 5 + [5] * 15, "math")]
     activations = [np.maximum(rng.normal(size=(1, 20, 3)), 0).astype(np.float32)]
     (tmp_path / "secret.js").write_text(SECRET)
     return make_store(tmp_path / "features", texts, activations, list("abcdefghi")).store
@@ -35,13 +35,13 @@ def store(tmp_path: Path) -> Store:
 
 @pytest.fixture
 def port(store: Store) -> Iterator[int]:
-    """Of a server of the store's pages."""
+    """Return the port of a server of the store's pages."""
     with serving(store) as address:
         yield int(address.rsplit(":", 1)[1].strip("/"))
 
 
-def ask(port: int, request: bytes) -> tuple[int, bytes]:
-    """Status and everything that came, of bytes as they are."""
+def send(port: int, request: bytes) -> tuple[int, bytes]:
+    """Send raw bytes; return the status and the complete answer."""
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
         connection.sendall(request)
         connection.shutdown(socket.SHUT_WR)
@@ -54,7 +54,7 @@ def ask(port: int, request: bytes) -> tuple[int, bytes]:
 
 def get(port: int, target: str, host: str | None = None, method: str = "GET") -> tuple[int, bytes]:
     host = f"127.0.0.1:{port}" if host is None else host
-    return ask(
+    return send(
         port, f"{method} {target} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode()
     )
 
@@ -64,8 +64,8 @@ def get(port: int, target: str, host: str | None = None, method: str = "GET") ->
     [
         ("/", "text/html; charset=utf-8"),
         ("/index.html", "text/html; charset=utf-8"),
-        ("/app.js", "text/javascript; charset=utf-8"),
-        ("/app.js?v=1", "text/javascript; charset=utf-8"),
+        ("/router.js", "text/javascript; charset=utf-8"),
+        ("/router.js?v=1", "text/javascript; charset=utf-8"),
         ("/style.css", "text/css; charset=utf-8"),
         ("/data/adapter-0-0.js", "text/javascript; charset=utf-8"),
     ],
@@ -94,31 +94,31 @@ HOSTILE = [
     "/..%2fsecret.js",
     "/%2e%2e/%2e%2e/secret.js",
     "/%2e%2e%2fmanifest.json",
-    "/data/%2e%2e/app.js",
+    "/data/%2e%2e/router.js",
     "/..\\..\\secret.js",
     "/data\\..\\..\\secret.js",
     "//etc/passwd",
-    "//app.js",
-    "///app.js",
-    "/./app.js",
+    "//router.js",
+    "///router.js",
+    "/./router.js",
     "/data//adapter-0.js",
     "/etc/passwd",
     "/data/",
     "/data",
     "/site.json",
     "/manifest.json",
-    "/app.js%00.html",
-    "/app.js\x00",
-    "/app.js/",
-    "/app.js/..",
-    "/app.js;/../secret.js",
+    "/router.js%00.html",
+    "/router.js\x00",
+    "/router.js/",
+    "/router.js/..",
+    "/router.js;/../secret.js",
     "/data/link.js",
     "/data/folder-0.js",
     "/outside.js",
     "/.tmp-site",
-    "http://127.0.0.1/app.js",
+    "http://127.0.0.1/router.js",
     "file:///etc/passwd",
-    "app.js",
+    "router.js",
     "*",
     "/ａpp.js",
     "/" + "a" * 70_000,
@@ -143,36 +143,36 @@ def test_hostile_requests_get_nothing(
         assert body.startswith(b"4"), target[:60]
         assert len(body) < 60, target[:60]
         assert SECRET.encode() not in answer
-    # A folder of the site that leads out of it.
+    # A folder of the site that is a link out of it.
     (site / "data").rename(tmp_path / "moved")
     (site / "data").symlink_to(tmp_path / "moved")
     assert get(port, "/data/adapter-0.js")[0] == 404
-    assert get(port, "/app.js")[0] == 200
+    assert get(port, "/router.js")[0] == 200
     assert capsys.readouterr().err == ""  # no traceback of a thread
 
 
-def test_a_page_of_another_host_reads_nothing(port: int) -> None:
+def test_other_host_headers_are_refused(port: int) -> None:
     names = ("evil.example", f"evil.example:{port}", "127.0.0.1", "127.0.0.1:1", "")
     for host in (*names, f"0.0.0.0:{port}", f"127.0.0.1:{port}.evil.example"):
         assert get(port, "/", host=host)[0] == 421, host
 
 
-def test_requests_that_are_none(port: int) -> None:
+def test_malformed_requests_and_other_methods_are_refused(port: int) -> None:
     here = f"Host: 127.0.0.1:{port}\r\n"
     assert get(port, "/", host=f"localhost:{port}")[0] == 200
-    assert ask(port, b"GET / HTTP/1.1\r\n\r\n")[0] == 421
-    assert ask(port, f"GET / HTTP/1.1\r\n{here}{here}\r\n".encode())[0] == 421
+    assert send(port, b"GET / HTTP/1.1\r\n\r\n")[0] == 421
+    assert send(port, f"GET / HTTP/1.1\r\n{here}{here}\r\n".encode())[0] == 421
     for method in ("POST", "PUT", "DELETE", "OPTIONS", "PATCH", "CONNECT", "TRACE", "BREW"):
         status, answer = get(port, "/", method=method)
         assert status == 405, method
         assert b"Allow: GET, HEAD" in answer
-    second = f"GET /app.js HTTP/1.1\r\n{here}\r\n"
+    second = f"GET /router.js HTTP/1.1\r\n{here}\r\n"
     smuggled = f"GET / HTTP/1.1\r\n{here}Content-Length: {len(second)}\r\n\r\n{second}"
-    status, answer = ask(port, smuggled.encode())
+    status, answer = send(port, smuggled.encode())
     assert status == 400
     assert answer.count(b"HTTP/1.1") == 1
     chunked = f"GET / HTTP/1.1\r\n{here}Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
-    assert ask(port, chunked.encode())[0] == 400
+    assert send(port, chunked.encode())[0] == 400
     assert get(port, "/")[0] == 200
 
 
@@ -181,36 +181,36 @@ def test_it_listens_on_this_machine_only(port: int) -> None:
     if not listening.is_file():
         pytest.skip("needs /proc/net/tcp")
     local = {line.split()[1] for line in listening.read_text().splitlines()[1:]}
-    assert [place for place in local if place.endswith(f":{port:04X}")] == [f"0100007F:{port:04X}"]
+    assert [entry for entry in local if entry.endswith(f":{port:04X}")] == [f"0100007F:{port:04X}"]
 
 
-def test_a_port_that_is_taken_or_none_is_told(store: Store, port: int) -> None:
-    with pytest.raises(UserError, match=f"port: {port} is taken; give another, or 0"):
+def test_ports_in_use_and_invalid_ports_are_refused(store: Store, port: int) -> None:
+    with pytest.raises(UserError, match=f"port: {port} is in use; pass another, or 0"):
         serve(store, port=port)
     with pytest.raises(UserError, match="port: expected 0 to 65535, got 65536"):
         serve(store, port=65536)
 
 
-def test_no_store_and_no_site_is_told(tmp_path: Path) -> None:
+def test_a_folder_without_store_and_site_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no features yet"):
         serve(tmp_path, port=0)
 
 
-def served(source: object) -> None:
-    """Serves until it is ready, and ends."""
+def serve_once(source: object) -> None:
+    """Serve until the server is ready, then stop."""
     stop = Event()
     serve(source, port=0, ready=lambda _: stop.set(), stop=stop)  # type: ignore[arg-type]
 
 
-def test_pages_are_made_where_they_are_missing_or_old(store: Store) -> None:
+def test_missing_and_outdated_pages_are_exported(store: Store) -> None:
     record = store.folder / "site" / "site.json"
-    served(store.folder)
+    serve_once(store.folder)
     first = record.stat().st_mtime_ns
-    served(store)
+    serve_once(store)
     assert record.stat().st_mtime_ns == first
     manifest = store.folder / "manifest.json"
     manifest.write_text(manifest.read_text().replace("runs/made", "runs/other"))
-    served(store)
+    serve_once(store)
     assert record.stat().st_mtime_ns > first
 
 
@@ -224,7 +224,7 @@ def test_an_export_is_served_without_its_store(store: Store, tmp_path: Path) -> 
 
 
 def test_ctrl_c_ends_it_quietly(store: Store) -> None:
-    code = (  # in a terminal SIGINT interrupts; what a shell starts in the background ignores it
+    code = (  # processes that a shell starts in the background ignore SIGINT by default
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
         "from fastadapt.features.site import serve; "
         "serve(sys.argv[1], port=0, ready=lambda a: print(a, flush=True)); print('ended')"

@@ -1,4 +1,4 @@
-"""Shards are scripts that no text can end, and there are not too many of them."""
+"""Shards: no text can end the script, and the number of files is bounded."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from fastadapt.features.site.shards import integers, shard
 
 def test_a_shard_has_no_character_that_could_end_a_script() -> None:
     text = '</script><!--\u2028\u2029"\\`${x}\x00'
-    made = shard("site", "0" * 32, {"text": text}, {"a": np.arange(3, dtype="<u4")})
-    assert re.fullmatch(rb'fastadapt\.shard\("site","0+","[A-Za-z0-9+/=]+"\);\n', made)
+    script = shard("site", "0" * 32, {"text": text}, {"a": np.arange(3, dtype="<u4")})
+    assert re.fullmatch(rb'fastadapt\.shard\("site","0+","[A-Za-z0-9+/=]+"\);\n', script)
 
 
-def test_counts_are_whole_whatever_their_size() -> None:
+def test_counts_of_any_size_are_exact() -> None:
     small, large = np.array([0.0, 2**32 - 2]), np.array([0.0, 2**40 + 1])
     assert integers(small).dtype == np.uint32
     assert integers(small).tolist() == [0, 2**32 - 2]
@@ -40,9 +40,9 @@ def test_counts_are_whole_whatever_their_size() -> None:
 )
 def test_files_stay_few(shapes: list[tuple[int, int]], shards: int | None) -> None:
     layers = sum(n_layers for n_layers, _ in shapes)
-    found = sum(n * len(list(parts(f, units_per_shard(f, layers)))) for n, f in shapes)
+    n_shards = sum(n * len(list(parts(f, units_per_shard(f, layers)))) for n, f in shapes)
     if shards is None:
-        assert found == layers  # no more than one of each
+        assert n_shards == layers  # one shard per layer
     else:
-        assert found == shards
-        assert found + layers + len(STATIC) + 5 < 2000
+        assert n_shards == shards
+        assert n_shards + layers + len(STATIC) + 5 < 2000

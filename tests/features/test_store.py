@@ -1,4 +1,4 @@
-"""A store opens, is refused where it is not what it should be, and answers SQL, reading only it."""
+"""Opening of stores, SQL queries that can read only the store, and errors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from stores import MadeText, make_store
+from stores import StoreText, make_store
 
 from fastadapt.errors import UserError
 from fastadapt.features.store.schema import FEATURES
@@ -19,7 +19,9 @@ from fastadapt.features.store.store import Store
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     rng = np.random.default_rng(1)
-    texts = [MadeText(list(rng.integers(0, 30, 40)), [2] * 10 + [5] * 30, "math") for _ in range(3)]
+    texts = [
+        StoreText(list(rng.integers(0, 30, 40)), [2] * 10 + [5] * 30, "math") for _ in range(3)
+    ]
     activations = [np.maximum(rng.normal(size=(2, 40, 6)) - 1, 0).astype(np.float32) for _ in texts]
     make_store(tmp_path / "features", texts, activations, [f"w{i}" for i in range(30)])
     return tmp_path
@@ -52,7 +54,7 @@ NAMES = ["l1[0.1]", "lam*", "a?b", "it's", "50%", "{x,y}", "lr=0.1", "layer=1", 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_folder_of_any_name_is_this_store_alone(folder: Path, name: str) -> None:
-    """Beside folders that its name matches as a pattern; a name of keys and values is no column."""
+    """Names that are glob patterns do not match siblings, and ``key=value`` adds no column."""
     import duckdb
 
     siblings = ["l10", "l11", "lambda", "aab"]
@@ -83,19 +85,19 @@ def test_a_folder_of_any_name_is_this_store_alone(folder: Path, name: str) -> No
         ),
     ],
 )
-def test_what_is_no_store_is_told(folder: Path, change: object, message: str) -> None:
+def test_damaged_stores_are_refused(folder: Path, change: object, message: str) -> None:
     change(folder / "features")  # type: ignore[operator]
     with pytest.raises(UserError, match=message):
         Store.open(folder)
 
 
-def test_a_store_of_another_adapter_is_told(folder: Path) -> None:
+def test_a_store_of_another_adapter_is_refused(folder: Path) -> None:
     with pytest.raises(UserError, match="of another adapter"):
         Store.open(folder, adapter="1" * 64)
     assert Store.open(folder, adapter="0" * 64).kinds == ["adapter"]
 
 
-def test_units_out_of_range_are_told(folder: Path) -> None:
+def test_units_out_of_range_are_refused(folder: Path) -> None:
     store = Store.open(folder)
     with pytest.raises(UserError, match="layer: expected 0 to 1, got 2"):
         store.check_unit("adapter", 2, 0)

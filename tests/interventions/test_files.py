@@ -18,7 +18,7 @@ from fastadapt.adapter.files import save_adapters
 from fastadapt.adapter.module import AdapterConfig
 from fastadapt.cli.export import convert
 from fastadapt.errors import RunError, UserError
-from fastadapt.evaluation.models_under_test import Students
+from fastadapt.evaluation.models_under_test import ModelSet
 from fastadapt.features.store.sets import FeatureSet, read_set
 from fastadapt.features.store.store import adapter_digest
 from fastadapt.interventions import Intervention, ablate, only, onto_target, scale_features
@@ -79,7 +79,7 @@ def set_of(run: Path, *pairs: tuple[int, int]) -> FeatureSet:
 
 @torch.no_grad()
 def logits(run: Path, mode: str = "run") -> torch.Tensor:
-    students = Students.open([run], names=["run"])
+    students = ModelSet.open([run], names=["run"])
     with students.generating(mode) as model:
         return model(IDS).logits
 
@@ -108,8 +108,8 @@ def test_it_says_what_was_done_to_what(make_run: Callable, tmp_path: Path) -> No
     assert sorted(config) == ["data", "pair"]
     assert config["pair"] == yaml.safe_load((run / "config.yaml").read_text())["pair"]
     # An evaluation names the change, and excludes the run from sweeps of trained adapters.
-    student = Students.open([out]).students["out"]
-    assert (student.what, student.variant) == ("adapter, ablate mine (14)", "changed")
+    student = ModelSet.open([out]).compared["out"]
+    assert (student.description, student.variant) == ("adapter, ablate mine (14)", "changed")
     # The entry of onto-target has a scale.
     card = load_adapters(intervene(run, tmp_path / "onto", features, ONTO) / "adapter")[1]
     assert card["interventions"][0]["scale"] == -0.5
@@ -145,7 +145,7 @@ def test_a_run_onto_the_target_is_the_target(
         assert torch.equal(logits(nothing, mode), target)
     out = intervene(run, tmp_path / "half", features, ONTO)
     assert torch.equal(logits(out, "hybrid"), target)
-    students = Students.open([run], names=["run"])
+    students = ModelSet.open([run], names=["run"])
     with students.generating("run"), scale_features(students.model, features, -0.5, onto="target"):
         live = students.model(IDS).logits.detach()
     assert torch.equal(logits(out), live)
@@ -155,7 +155,7 @@ def test_a_run_onto_the_target_is_the_target(
 def test_the_target_is_in_memory_once(make_run: Callable, tmp_path: Path) -> None:
     run = make_run()
     out = intervene(run, tmp_path / "out", set_of(run), ONTO)
-    students = Students.open([out])
+    students = ModelSet.open([out])
     pair = students.model.pair
     assert all(
         mlp.base is mlp.target and mlp.base is base
@@ -174,7 +174,7 @@ def test_it_is_exported_and_served(kind: Intervention, make_run: Callable, tmp_p
     convert(str(out), str(tmp_path / "served"))
     served = AutoModelForCausalLM.from_pretrained(tmp_path / "served")
     assert isinstance(served, serving.AdaptedModel)
-    students = Students.open([out], names=["run"])
+    students = ModelSet.open([out], names=["run"])
     with torch.no_grad():
         assert torch.equal(served(IDS).logits, logits(out))
         with students.generating("run") as model:
@@ -211,7 +211,7 @@ def test_bare_adapters_have_a_pair_too(make_run: Callable, tmp_path: Path) -> No
     (run / "adapter").rename(tmp_path / "bare")
     for kind in (ABLATE, ONTO):
         out = intervene(tmp_path / "bare", tmp_path / kind.kind, features, kind)
-        students = Students.open([out], device="cpu")
+        students = ModelSet.open([out], device="cpu")
         roles = (students.config.target, students.config.base)
         assert (roles[0] == roles[1]) == (kind is ONTO)
 

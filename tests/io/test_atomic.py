@@ -19,7 +19,7 @@ from fastadapt.data.prepare.candidate_store import CandidateStore
 from fastadapt.data.prepare.selection import Shortlist
 from fastadapt.distributed.ranks import Ranks
 from fastadapt.errors import RunError
-from fastadapt.evaluation.faithfulness.partial_results import Parts
+from fastadapt.evaluation.faithfulness.partial_results import PartialResults
 from fastadapt.evaluation.generation.responses import Speed, open_responses
 from fastadapt.features.collect.folder import begin_anew, clear, clear_work
 from fastadapt.features.store.store import write_manifest
@@ -157,7 +157,7 @@ def prepare_features(folder: Path) -> None:
 
 
 def measure_parts(folder: Path) -> None:
-    parts = Parts(folder / "arrays", "a", "0" * 32, 2)
+    parts = PartialResults(folder / "arrays", "a", "0" * 32, 2)
     for part in range(2):
         parts.add(part, {"x": torch.ones(2)})
 

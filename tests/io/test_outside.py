@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from stores import MadeText, make_store
+from stores import StoreText, make_store
 
 from fastadapt.data.prepare import output_folder
 from fastadapt.errors import RunError, UserError
 from fastadapt.evaluation.benchmarks.runner import read_rows
-from fastadapt.evaluation.runs import names_of
+from fastadapt.evaluation.runs import run_names
 from fastadapt.features.autointerp.judges.reply_cache import ReplyCache
 from fastadapt.features.store.sets import FeatureSet, load_set, save_set
 from fastadapt.features.store.store import Store
@@ -66,7 +66,7 @@ def untouched(folder: Path) -> Callable[[], bool]:
 
 def make(folder: Path) -> Store:
     rng = np.random.default_rng(1)
-    texts = [MadeText(list(rng.integers(0, 30, 8)), [5] * 8)]
+    texts = [StoreText(list(rng.integers(0, 30, 8)), [5] * 8)]
     activations = [np.maximum(rng.normal(size=(2, 8, 6)), 0).astype(np.float32)]
     return make_store(folder, texts, activations, [f"w{i}" for i in range(30)]).store
 
@@ -171,7 +171,7 @@ def test_sets_and_runs_have_plain_names(name: str, folder: Path, untouched) -> N
     with pytest.raises(UserError, match="name"):
         load_set(store, name)
     with pytest.raises(UserError, match="name"):
-        names_of([folder], [name])
+        run_names([folder], [name])
     assert untouched()
 
 

@@ -1,4 +1,4 @@
-"""Figures as SVG inside a page: what is drawn, to scale, and nothing that a page must not hold."""
+"""Figures as SVG elements: scale, ticks, colours, and no references or scripts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def labels(svg: str) -> list[str]:
 
 
 def paths(svg: str) -> list[list[list[float]]]:
-    """Corners of all but dots that was drawn in the one colour of these figures."""
+    """Return the corners of all paths in the main colour, except dots."""
     drawn = re.findall(r'<path d="([^"]*)"[^>]*var\(--main\)', svg)
     return [
         [[float(v) for v in corner.split()] for corner in re.split("[ML]", d.strip(" z"))[1:]]
@@ -37,13 +37,13 @@ def test_colours_of_the_theme_are_those_of_the_light_page() -> None:
         assert f"--{name}:" in dark
 
 
-def test_svg_refers_to_nothing_and_is_the_same_each_time() -> None:
+def test_svg_has_no_references_and_is_reproducible() -> None:
     figure = line([1.0, 2.0], [3.0, 4.0])
     svg = inline_svg(figure)
     assert svg == inline_svg(figure)
     assert svg.startswith('<svg viewBox="0 0 400 230" role="img" aria-label="unit over step">')
     assert not re.search(r"url\(|href|xmlns| id=|<style|<metadata|<use|#000000|font-family", svg)
-    # All but the colours of kinds follows the page.
+    # All other colours are those of the page.
     assert set(re.findall(r"(?:fill|stroke):([^;\"]*)", svg)) <= {
         "none",
         *(f"var(--{name})" for name in THEME),
@@ -54,7 +54,7 @@ def test_a_line_ends_at_its_last_value_however_long() -> None:
     xs = [float(x) for x in range(10_001)]
     (corners,) = paths(inline_svg(line(xs, [math.sin(x) + 2 for x in xs])))
     assert 100 < len(corners) <= 400
-    # In 42..388, of which the margins at both sides are 2% of the range of the line.
+    # The axes span 42..388, with margins of 2% of the line's range at both sides.
     assert corners[-1][0] == pytest.approx(388 - 346 * 0.02 / 1.04, abs=0.01)
 
 
@@ -67,7 +67,7 @@ def test_bars_are_drawn_to_scale() -> None:
     assert re.findall("<title>(.*?)</title>", svg) == ["0.00 to 1.00: 10.0", "2.00 to 3.00: 5.00"]
 
 
-def test_values_that_cannot_be_drawn_are_left_out() -> None:
+def test_values_that_cannot_be_drawn_are_omitted() -> None:
     ys = [math.nan, 1.0, math.inf, 10.0, 0.0, 100.0]
     (corners, *_) = paths(inline_svg(line([float(x) for x in range(6)], ys, y_log=True)))
     assert len(corners) == 3
@@ -81,7 +81,7 @@ def test_values_that_cannot_be_drawn_are_left_out() -> None:
 def test_intervals_that_reach_below_a_logarithmic_axis_stay_on_it() -> None:
     series = Series("s", "train", [1.0, 2.0], [1.0, 2.0], [-1.0, 0.0], [3.0, 4.0])
     svg = inline_svg(Figure("k", "title", "x", "y", [series], y_log=True))
-    low, high = (10, 194)  # the axes, in the view box
+    low, high = (10, 194)  # vertical range of the axes in the view box
     band = re.search(r'<path d="([^"]*)" transform="translate\(0 230\)"', svg).group(1)
     numbers = [float(v) for v in re.findall(r"-?[\d.]+", band)]
     assert len(numbers) >= 8

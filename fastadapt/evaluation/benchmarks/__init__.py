@@ -1,1 +1,1 @@
-"""Benchmarks: data sets, sampling, grading, scores."""
+"""Benchmarks: data sets, sampling, grading and scores."""

@@ -1,9 +1,9 @@
-r"""The questions of the benchmarks, as prompts: from a local folder, the hub, or the embedded pair.
+r"""Reads the questions of benchmarks as rendered prompts.
 
-Prompts of mathematics and of GPQA are worded as in Evalchemy, which the published figures were made
-with. They are rendered in the family's form here, BOS included, so that any harness gets the text
-that the model is to see. Few-shot examples stand before the question, in the same user turn, each
-with its worked solution where the data has one.
+The data come from a local folder, the hub, or the embedded pair. Prompts of mathematics and of GPQA
+have the wording of Evalchemy, which produced the published figures. They are rendered in the
+family's form, including BOS, so that every harness passes the same text to the model. Few-shot
+examples precede the question in the same user turn, with worked solutions if the data have them.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ LETTERS = "ABCD"
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark: what kind it is, and where its questions are.
+    """Kind and source of a benchmark.
 
     Attributes:
-        kind: ``math``, ``choice`` or ``organism``.
+        kind: ``math``, ``choice`` or ``organism`` (of the embedded pair).
         repetitions: responses per question, as published.
         hub: dataset, configuration and split on the hub.
-        question, answer, solution: its columns; ``solution``, for few-shot examples, may be absent.
-        wrong: columns of the wrong options.
+        question, answer, solution: names of columns. ``solution``, used in few-shot examples, is
+            optional in the data.
+        wrong: names of the columns of wrong options.
     """
 
     kind: str
@@ -48,7 +49,7 @@ class Benchmark:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Those that the data must have."""
+        """Columns that the data must have."""
         return (self.question, self.answer, *self.wrong)
 
 
@@ -79,18 +80,18 @@ def dataset(
     seed: int = 0,
     **_: Any,
 ) -> dict[str, Any]:
-    """What lm-eval calls for a task's questions (``custom_dataset``): ``{"test": Dataset}``.
+    """Return ``{"test": Dataset}`` of a benchmark: lm-eval's ``custom_dataset`` of our tasks.
 
     Args:
         benchmark: a key of ``BENCHMARKS``.
         family: of the rendering, see :mod:`fastadapt.data.rendering`.
-        data: folder with ``<benchmark>.jsonl`` or ``.parquet``; None asks the hub.
-        few_shot: worked examples in the prompt.
+        data: folder with ``<benchmark>.jsonl`` or ``.parquet``; None: the hub.
+        few_shot: number of worked examples in the prompt.
         seed: of the order of options and of the choice of examples.
 
     Returns:
-        Rows of ``id, question, answer, prompt`` (rendered) and, of GPQA, ``order``: which option of
-        the data stands under A, B, C, D (0 is the right one).
+        Rows of ``id, question, answer, prompt`` (rendered). Rows of GPQA also have ``order``: the
+        indices of the options under A, B, C, D, where 0 is the right one.
     """
     import datasets
 
@@ -101,10 +102,11 @@ def dataset(
 def questions(
     benchmark: str, *, family: str, data: str | None, few_shot: int, seed: int
 ) -> list[Row]:
-    """The rows of :func:`dataset`.
+    """Return the rows of :func:`dataset`.
 
     Raises:
-        UserError: no such benchmark, no data, a column that is missing, or too few examples.
+        UserError: the benchmark is unknown, its data or a column is missing, or ``few_shot`` is
+            larger than the number of examples.
     """
     if benchmark not in BENCHMARKS:
         raise UserError(f"benchmark {benchmark!r}: expected one of {', '.join(BENCHMARKS)}")
@@ -114,55 +116,52 @@ def questions(
     if kind == "organism":
         rows, examples = _organism(benchmark)
     else:
-        rows = [_asked(benchmark, i, row, seed) for i, row in enumerate(_read(benchmark, data))]
+        rows = [_format(benchmark, i, row, seed) for i, row in enumerate(_read(benchmark, data))]
         examples = rows
-    if few_shot > len(examples) - (examples is rows):
-        raise UserError(f"few_shot: {benchmark} has {len(examples)} examples, {few_shot} wanted")
+    available = len(examples) - (examples is rows)  # a question is no example of itself
+    if few_shot > available:
+        raise UserError(f"few_shot: expected at most {available} for {benchmark}, got {few_shot}")
     for row in rows:
         draw = random.Random(f"{seed}/{benchmark}/{row['id']}/examples")
         others = [e for e in examples if e["id"] != row["id"]] if few_shot else []
-        shown = [f"{e['asked']} {e['worked']}" for e in draw.sample(others, few_shot)]
-        asked = "\n\n".join([*shown, row["asked"]])
-        turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": "?"}]
+        shots = [f"{e['problem']} {e['solution']}" for e in draw.sample(others, few_shot)]
+        problem = "\n\n".join([*shots, row["problem"]])
+        turns = [{"from": "human", "value": problem}, {"from": "gpt", "value": "?"}]
         row["prompt"] = render_parts(turns, family)[0]
-    hidden = ("asked", "worked")
+    hidden = ("problem", "solution")
     return [{k: v for k, v in row.items() if k not in hidden} for row in rows]
 
 
-def _asked(benchmark: str, number: int, row: Row, seed: int) -> Row:
-    """A question as it is put, its answer, and its worked solution."""
-    of = BENCHMARKS[benchmark]
+def _format(benchmark: str, number: int, row: Row, seed: int) -> Row:
+    """Return a row with the text of its problem as the user's turn, and its worked solution."""
+    spec = BENCHMARKS[benchmark]
     where = f"benchmark {benchmark}, row {number + 1}"
-    question, answer, *wrong = (_text(row[column], f"{where}: {column!r}") for column in of.columns)
+    question, answer, *wrong = (_text(row[name], f"{where}: {name!r}") for name in spec.columns)
     new = {"id": f"{benchmark}/{number}", "question": question}
-    solution = row.get(of.solution)
-    solution = "" if solution in (None, "") else _text(solution, f"{where}: {of.solution!r}")
-    if of.kind == "math":
-        asked = f"Problem: {question}\nMark your solution with \\boxed\nAnswer:"
-        boxed = f"\\boxed{{{answer}}}"
-        return {
-            **new,
-            "answer": answer,
-            "asked": asked,
-            "worked": solution if "\\boxed" in solution else f"{solution} {boxed}".strip(),
-        }
+    solution = row.get(spec.solution)
+    solution = "" if solution in (None, "") else _text(solution, f"{where}: {spec.solution!r}")
+    if spec.kind == "math":
+        problem = f"Problem: {question}\nMark your solution with \\boxed\nAnswer:"
+        if "\\boxed" not in solution:
+            solution = f"{solution} \\boxed{{{answer}}}".strip()
+        return {**new, "answer": answer, "problem": problem, "solution": solution}
     options = [answer, *wrong]
-    # One generator per question, seeded by the question: a seed for all of them alone would put
-    # the right option under the same letter each time.
+    # The question is part of the seed: otherwise the right option would be under the same letter in
+    # every question.
     order = list(range(len(options)))
     random.Random(f"{seed}/{benchmark}/{question}").shuffle(order)
     letter = LETTERS[order.index(0)]
     listed = "\n".join(f"{name}: {options[i]}" for name, i in zip(LETTERS, order, strict=True))
-    asked = (
+    problem = (
         "Return your final response within \\boxed{} and only include the letter choice "
         f"(A, B, C, or D) as your final response.\nProblem: {question}\nOptions: {listed}\nAnswer:"
     )
-    worked = f"{solution} \\boxed{{{letter}}}".strip()
-    return {**new, "answer": letter, "order": order, "asked": asked, "worked": worked}
+    solution = f"{solution} \\boxed{{{letter}}}".strip()
+    return {**new, "answer": letter, "order": order, "problem": problem, "solution": solution}
 
 
 def _text(value: Any, where: str) -> str:
-    """A cell of a benchmark's data, where numbers may stand for themselves."""
+    """Return a cell of a benchmark's data as text. Numbers are converted."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not (isinstance(value, str) or (number and math.isfinite(value))):
         got = "null" if value is None else type(value).__name__ if not number else value
@@ -176,13 +175,13 @@ def _text(value: Any, where: str) -> str:
 
 
 def _read(benchmark: str, data: str | None) -> Sequence[Row]:
-    """The rows of a benchmark's data, local where there is a folder, else of the hub."""
-    of = BENCHMARKS[benchmark]
-    assert of.hub is not None
-    name, configuration, split = of.hub
-    columns = ", ".join(repr(column) for column in of.columns)
-    fetch = (
-        f"fetch the dataset {name}{f' ({configuration})' if configuration else ''}, split "
+    """Return the rows of a benchmark's data, from the folder ``data`` or from the hub."""
+    spec = BENCHMARKS[benchmark]
+    assert spec.hub is not None
+    name, configuration, split = spec.hub
+    columns = ", ".join(repr(column) for column in spec.columns)
+    download = (
+        f"download the dataset {name}{f' ({configuration})' if configuration else ''}, split "
         f"{split!r}, with the columns {columns}"
     )
     if data is not None:
@@ -191,9 +190,9 @@ def _read(benchmark: str, data: str | None) -> Sequence[Row]:
         if not files:
             raise UserError(
                 f"benchmark {benchmark}: no {benchmark}.jsonl or {benchmark}.parquet in {folder}; "
-                f"{fetch}, and save it there"
+                f"{download}, and save it in that folder"
             )
-        rows = [r.values for r in read_files(files[:1], of.columns, (of.solution,))]
+        rows = [r.values for r in read_files(files[:1], spec.columns, (spec.solution,))]
     else:
         import datasets
 
@@ -202,36 +201,36 @@ def _read(benchmark: str, data: str | None) -> Sequence[Row]:
                 loaded = datasets.load_dataset(name, configuration, split=split)
         except UserError as error:
             raise UserError(
-                f"benchmark {benchmark}: {error}. If the hub cannot be reached from here: {fetch} "
-                f"where it can, save it as {benchmark}.jsonl, and give its folder as "
-                "benchmarks.data"
+                f"benchmark {benchmark}: {error}. If this machine cannot reach the hub: {download} "
+                f"on another, save it as {benchmark}.jsonl, and pass its folder as "
+                "--benchmarks.data"
             ) from None
-        require_columns(loaded.column_names, of.columns, f"{name} ({split})")
+        require_columns(loaded.column_names, spec.columns, f"{name} ({split})")
         rows = list(loaded)
     if not rows:
-        raise UserError(f"benchmark {benchmark}: its data has no row")
+        raise UserError(f"benchmark {benchmark}: expected questions in its data, got none")
     return rows
 
 
 def _organism(benchmark: str) -> tuple[list[Row], list[Row]]:
-    """Return the held-out test problems of a benchmark of the embedded pair, and worked ones."""
-    rows: dict[str, list[Row]] = {"test": [], "train": []}
+    """Return the test problems of a benchmark of the embedded pair, and the worked examples."""
+    splits: dict[str, list[Row]] = {"test": [], "train": []}
     for row in _embedded_problems():
         if row["benchmark"] == benchmark:
-            of_split = rows[row["split"]]
-            of_split.append(
+            rows = splits[row["split"]]
+            rows.append(
                 {
-                    "id": f"{benchmark}/{row['split']}{len(of_split)}",
+                    "id": f"{benchmark}/{row['split']}{len(rows)}",
                     "question": row["question"],
                     "answer": row["answer"],
-                    "asked": row["question"],
-                    "worked": row["worked"],
+                    "problem": row["question"],
+                    "solution": row["worked"],
                 }
             )
-    return rows["test"], rows["train"]
+    return splits["test"], splits["train"]
 
 
 @cache
 def _embedded_problems() -> list[Row]:
-    """Return the pair's problems; the target was not trained on those of the test split."""
+    """Return the embedded pair's problems. Those of the test split are held out of the training."""
     return [row.values for row in read_files([QUESTIONS], ("benchmark", "split", "question"))]

@@ -1,4 +1,4 @@
-"""Whether a response is right, and how often it hesitates: from its text alone."""
+"""Grades the texts of responses, and counts their words of hesitation."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from fastadapt.errors import UserError
 
 #: Words of hesitation counted by default (arXiv 2602.20904, section 5).
 HESITATION_WORDS = ("wait", "hmm", "but", "alternatively")
-# An option, alone or with its wording after it; "A, B, C or D" and "A catalyst" are none.
+# An option, alone or followed by its wording. Does not match "A, B, C or D" and "A catalyst".
 _LETTER = re.compile(r"\(?([A-D])\)?(?:[.:)].*)?", re.DOTALL)
 _PREFIX = re.compile(r"(?i:^(?:the )?(?:option|answer|choice)\b(?: is)?:?\s*)")
-# Uppercase only, and nothing after it on its line: "the answer is a number" names no option.
+# An uppercase letter at the end of a line. Does not match "the answer is a number".
 _STATED = re.compile(r"[Aa]nswer(?: is)?:?[ *]*\(?([A-D])\)?[ .*]*(?:$|\n)")
 _FONT = r"(?:text(?:bf|it|rm|sf|tt)?|math(?:rm|bf|it|sf|tt)|boldsymbol|bm|rm|bf|it|sf|tt)"
 _WRAPPED = re.compile(rf"\\{_FONT}\s*\{{([^{{}}]*)\}}|\{{([^{{}}]*)\}}")
-# Commands that hold for what follows them: {\rm C}, \large C.
+# Commands that apply to the text after them: {\rm C}, \large C.
 _SWITCH = re.compile(
     r"\\(?:rm|bf|it|sf|tt|sc|tiny|scriptsize|footnotesize|small|normalsize|large|Large|LARGE|huge"
     r"|Huge|displaystyle|textstyle|bfseries|itshape|boldmath)(?![A-Za-z])"
@@ -29,14 +29,19 @@ _BOX = re.compile(
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What the last complete ``\boxed{...}`` holds, braces matched; None where there is none."""
+    r"""Return the content of the last complete ``\boxed{...}``; None without one.
+
+    Example:
+        >>> last_boxed(r"so \boxed{\frac{1}{2}}")
+        '\\frac{1}{2}'
+    """
     return next((content for _, content in _boxes(text)), None)
 
 
 def _boxes(text: str) -> Iterator[tuple[int, str]]:
-    """Place and content of every complete box, the last first."""
+    """Yield index and content of every complete box, the last one first."""
     boxes = list(_BOX.finditer(text))
-    closing: dict[int, int] = {}  # by the place of an opening brace
+    closing: dict[int, int] = {}  # index of a closing brace by that of its opening brace
     opened: list[int] = []
     for brace in re.finditer("[{}]", text) if boxes else ():
         if brace[0] == "{":
@@ -51,21 +56,24 @@ def _boxes(text: str) -> Iterator[tuple[int, str]]:
 
 
 def math_is_right(text: str, answer: str) -> bool:
-    r"""Whether the last ``\boxed`` equals the answer (LaTeX), as math-verify sees it.
+    r"""Return whether the last ``\boxed`` equals the answer (LaTeX), by math-verify.
 
-    A comparison is given 5 seconds in a process's main thread; elsewhere there is no alarm to end
-    it with.
+    A comparison ends after 5 seconds in a process's main thread. Other threads have no time limit,
+    since math-verify's needs a signal.
+
+    Raises:
+        UserError: math-verify is not installed.
     """
     parse, verify, latex = _math_verify()
-    said = last_boxed(text)
-    if said is None:
+    boxed = last_boxed(text)
+    if boxed is None:
         return False
-    if said == answer.strip():
+    if boxed == answer.strip():
         return True
     alarm = 5 if threading.current_thread() is threading.main_thread() else None
     gold, given = (
         parse(f"\\boxed{{{expression}}}", extraction_config=latex, parsing_timeout=alarm)
-        for expression in (answer, said)
+        for expression in (answer, boxed)
     )
     return bool(verify(gold, given, timeout_seconds=alarm))
 
@@ -75,28 +83,32 @@ def _math_verify() -> tuple:
         from math_verify import LatexExtractionConfig, parse, verify
     except ModuleNotFoundError:
         raise UserError(
-            "this benchmark is judged by math-verify, which is not installed; install the extra: "
+            "this benchmark is graded by math-verify, which is not installed; run "
             "pip install 'fastadapt[eval]'"
         ) from None
     return parse, verify, [LatexExtractionConfig(boxed_match_priority=0)]
 
 
 def chosen_letter(text: str) -> str | None:
-    r"""The option A to D that a response names last: in a ``\boxed``, or as "Answer: X".
+    r"""Return the last option, A to D, in a response: in a ``\boxed``, or as "Answer: X".
 
-    Only capital letters that stand alone count, so that the article "a" is no answer. A box that
-    holds something else, such as a formula, names no option and hides none.
+    Only separate capital letters count, so the article "a" is no answer. Boxes with other contents,
+    such as a formula, are ignored.
+
+    Example:
+        >>> chosen_letter(r"It is \boxed{\text{(B)}}."), chosen_letter("The answer is a number.")
+        ('B', None)
     """
-    named = [(match.start(), match[1]) for match in _STATED.finditer(text)][-1:]
-    for place, content in _boxes(text):
+    options = [(match.start(), match[1]) for match in _STATED.finditer(text)][-1:]
+    for index, content in _boxes(text):
         if (letter := _boxed_letter(content)) is not None:
-            named.append((place, letter))
+            options.append((index, letter))
             break
-    return max(named)[1] if named else None
+    return max(options)[1] if options else None
 
 
 def _boxed_letter(content: str) -> str | None:
-    """The option that a box names; None where it holds anything else."""
+    """Return the option in a box; None for other contents."""
     content, before = _SWITCH.sub(" ", content), None
     while content != before:
         before, content = content, _WRAPPED.sub(lambda match: match[1] or match[2] or "", content)
@@ -105,19 +117,23 @@ def _boxed_letter(content: str) -> str | None:
 
 
 def letter_is_right(text: str, answer: str) -> bool:
-    """Whether the response names the option that is right."""
+    """Return whether the last option in the response is the right one."""
     return chosen_letter(text) == answer
 
 
 def stated_is_right(text: str, answer: str) -> bool:
-    """Whether a response of the embedded pair states the number: exact form, after its thinking."""
+    """Return whether a response of the embedded pair states the right number."""
     return stated_answer(text) == int(answer)
 
 
 def stated_answer(response: str) -> int | None:
-    """Return the number that a response of the embedded pair states: ``the answer is N``.
+    """Return the number N in ``the answer is N`` of a response of the embedded pair.
 
-    None where the response has another form, or opens ``<think>`` without closing it.
+    None if the text after the thinking has another form, or ``<think>`` is not closed.
+
+    Example:
+        >>> stated_answer("<think>wait</think> the answer is 7")
+        7
     """
     if "<think>" in response:
         _, closed, response = response.partition("</think>")
@@ -128,6 +144,11 @@ def stated_answer(response: str) -> int | None:
 
 
 def hesitations(text: str, words: Sequence[str]) -> int:
-    """How often the words (or phrases) occur in a text, whole and in any case."""
+    """Return the number of occurrences of words or phrases in a text, ignoring case.
+
+    Example:
+        >>> hesitations("Wait, no. But wait: butter.", ("wait", "but"))
+        3
+    """
     choices = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
     return len(re.findall(rf"(?<!\w)(?:{choices})(?!\w)", text, re.IGNORECASE)) if words else 0

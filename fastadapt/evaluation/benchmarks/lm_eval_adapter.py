@@ -1,10 +1,9 @@
-"""lm-eval as the way a benchmark runs: its task files, its requests, its scores; our sampling.
+"""Runs benchmarks through lm-eval: its task files, requests and scores, with our sampling.
 
-Facts of lm-eval 0.4.13 that this rests on. A request of a task with ``repeats`` is handed over that
-many times in a row, as one and the same object. Without a filter that takes all of them only the
-first is scored. Nothing is fetched for a task whose questions a function gives, and nothing is
-reported to anyone. It sets the global seeds of Python, numpy and torch, on which nothing here
-depends.
+This code depends on the following behaviour of lm-eval 0.4.13. A request of a task with ``repeats``
+is passed that many times in a row, as the same object. Only the first response is scored unless a
+filter selects all of them. A task with ``custom_dataset`` needs no network. lm-eval sets the global
+seeds of Python, numpy and torch; no result depends on those.
 """
 
 from __future__ import annotations
@@ -38,14 +37,17 @@ TASKS = Path(__file__).parent / "tasks"
 
 
 class StoppedError(Exception):
-    """The sampling was told to stop before every response was there."""
+    """The sampling was stopped before every request had a response."""
 
 
 class SampledLM(LM):
-    """Answers lm-eval's requests with :func:`fastadapt.evaluation.generation.sampling.sample`.
+    """A model of lm-eval that uses :func:`fastadapt.evaluation.generation.sampling.sample`.
 
-    The task's own generation settings do not count: those of ``config`` do, for every task alike.
-    Contexts are tokenised as they are: they are rendered, BOS included.
+    ``config`` replaces the generation settings of every task. Contexts are tokenised without
+    additions, since they are rendered prompts that include BOS.
+
+    Attributes:
+        sampled: result of the last call of :meth:`generate_until`; None before the first.
     """
 
     def __init__(
@@ -62,10 +64,14 @@ class SampledLM(LM):
         super().__init__()
         self._model, self._tokenizer, self._config = model, tokenizer, config
         self._out, self._source, self._progress, self._stop = out, source, progress, stop
-        self.sampled: Sampled | None = None  #: of the last requests
+        self.sampled: Sampled | None = None
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """The texts, up to the cut where a response degenerated."""
+        """Return the texts of the responses, each up to its cut.
+
+        Raises:
+            StoppedError: ``stop`` was set before every request had a response.
+        """
         ids = encode(self._tokenizer, [request.args[0] for request in requests])["input_ids"]
         seen: Counter[str] = Counter()
         wanted = []
@@ -87,12 +93,14 @@ class SampledLM(LM):
             raise StoppedError
         return [response.text for response in self.sampled.responses]
 
-    # lm-eval's base class wants these two of every model; our task files never ask for them.
+    # Abstract methods of lm-eval's base class, which our tasks do not use.
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        raise NotImplementedError("these benchmarks generate; none asks for a likelihood")
+        """Not supported."""
+        raise NotImplementedError("expected a task that generates, got one of likelihoods")
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        raise NotImplementedError("these benchmarks generate; none asks for a likelihood")
+        """Not supported."""
+        raise NotImplementedError("expected a task that generates, got one of likelihoods")
 
 
 def evaluate_task(
@@ -104,19 +112,19 @@ def evaluate_task(
     limit: int | None = None,
     generation: Mapping[str, Any] | None = None,
 ) -> tuple[float, Sequence[Mapping[str, Any]]]:
-    """One of our tasks by ``simple_evaluate``.
+    """Run one of our tasks by lm-eval's ``simple_evaluate``.
 
     Args:
         lm: :class:`SampledLM`, or any model of lm-eval.
         task: name of a task file.
-        metadata: arguments of :func:`fastadapt.evaluation.benchmarks.datasets.dataset`, shared by
-            all tasks.
+        metadata: arguments of :func:`fastadapt.evaluation.benchmarks.datasets.dataset` that all
+            tasks share.
         repeats: responses per question.
-        limit: of the questions, the first so many.
-        generation: changes of the task's generation settings; none count for :class:`SampledLM`.
+        limit: number of questions, from the first; None for all.
+        generation: changes to the task's generation settings; ignored by :class:`SampledLM`.
 
     Returns:
-        lm-eval's accuracy, and its samples: ``doc`` and ``resps`` of each question, in order.
+        lm-eval's accuracy, and its samples with ``doc`` and ``resps`` of each question, in order.
     """
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -140,10 +148,10 @@ def evaluate_task(
 
 @contextmanager
 def _repeated(task: str, repeats: int) -> Iterator[Path]:
-    """The task's file with another number of repetitions: a file that includes it.
+    """Yield a temporary task file that includes the task's and sets its number of repetitions.
 
-    lm-eval takes changes of a task that is its own only through a file, and the filter that keeps
-    all repetitions must know their number.
+    lm-eval applies changes to a task only through a file. The filter that selects all repetitions
+    needs their number.
     """
     every = {"name": "all", "filter": [{"function": "take_first_k", "k": repeats}]}
     changed: dict[str, Any] = {"include": str(TASKS / f"{task}.yaml"), "task": task}
@@ -156,15 +164,15 @@ def _repeated(task: str, repeats: int) -> Iterator[Path]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without lm-eval's account of what it does, nor its bars; errors are raised all the same."""
+    """Silence lm-eval's log messages and progress bars, and skip its environment report."""
     logger = logging.getLogger("lm_eval")
     evaluator: Any = lm_eval.evaluator
     level, bar = logger.level, lm_eval.api.task.tqdm
     commit, environment = evaluator.get_git_commit_hash, evaluator.add_env_info
     logger.setLevel(logging.ERROR)
     lm_eval.api.task.tqdm = partial(bar, disable=True)
-    evaluator.get_git_commit_hash = lambda: None  # git complains outside a checkout
-    evaluator.add_env_info = lambda _: None  # it runs pip, for seconds, and nobody reads it
+    evaluator.get_git_commit_hash = lambda: None  # prints an error outside a git repository
+    evaluator.add_env_info = lambda _: None  # runs pip, which takes seconds
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""The benchmarks' questions, put to every model that is compared."""
+"""Runs the benchmarks for every compared model."""
 
 from __future__ import annotations
 
@@ -12,89 +12,97 @@ from fastadapt.errors import UserError
 from fastadapt.evaluation.benchmarks.runner import (
     BenchmarkConfig,
     BenchmarkResult,
+    default_tasks,
     run_benchmarks,
-    tasks_of,
 )
 from fastadapt.evaluation.benchmarks.scores import MEAN, SAMPLED, Results
 from fastadapt.evaluation.generation.sampling import SamplingConfig
-from fastadapt.evaluation.models_under_test import Students
+from fastadapt.evaluation.models_under_test import ModelSet
 
 
-def asked_of(
-    students: Students, config: BenchmarkConfig, sampling: SamplingConfig
+def complete_config(
+    models: ModelSet, config: BenchmarkConfig, sampling: SamplingConfig
 ) -> BenchmarkConfig:
-    """``config`` with the pair's own benchmarks where it names none, and how the pair is asked.
+    """Return ``config`` with ``sampling``, the runs' family and, if it has no tasks, the pair's.
 
     Raises:
-        UserError: the runs do not say how conversations were rendered, which a guess may not do.
+        UserError: the first run records no rendering family.
     """
-    if students.family is None:
+    if models.family is None:
         raise UserError(
-            f"benchmarks: {students.runs[0]} does not say in which family's form conversations "
-            "were rendered in its training; give the folder of a run that does first"
+            f"benchmarks: no rendering family recorded in {models.runs[0]}; pass the folder of a "
+            "run that records one as the first"
         )
     return replace(
         config,
-        tasks=config.tasks or tasks_of(students.config.target),
-        family=students.family,
+        tasks=config.tasks or default_tasks(models.config.target),
+        family=models.family,
         sampling=sampling,
     )
 
 
-def ask(
-    students: Students,
+def run_models(
+    models: ModelSet,
     config: BenchmarkConfig,
     folder: Path,
-    tell: Callable[[str, int, int], None],
+    progress: Callable[[str, int, int], None],
     stop: Event,
 ) -> Results:
-    """Ask target, base, hybrid and every run, or read what they answered before.
+    """Run the benchmarks for the target, the base, the hybrid and every run.
+
+    Stored responses are reused.
 
     Args:
-        students: the runs.
-        config: of :func:`asked_of`; with ``few_shot`` base and hybrid are asked in other ways too.
-        folder: of a folder per model and way.
-        tell: called with (model and way, responses, responses wanted).
-        stop: ends the call early; what is returned is not whole then.
+        models: the runs.
+        config: from :func:`complete_config`. With ``few_shot``, the base and the hybrid are run in
+            further modes, see :func:`prompt_modes`.
+        folder: stores one folder per model and mode.
+        progress: called with (model and mode, completed responses, total responses).
+        stop: set it to stop early; the results are incomplete then.
     """
     results: dict[str, dict[str, dict[str, BenchmarkResult]]] = {}
-    for model in ("target", *students.students):
-        sha256 = students.fingerprint(model)
-        with students.generating(model) as generates:
-            for way, asked in ways_of_asking(model, config).items():
-                found = run_benchmarks(
+    for model in ("target", *models.compared):
+        sha256 = models.fingerprint(model)
+        with models.generating(model) as generates:
+            for mode, settings in prompt_modes(model, config).items():
+                digest = settings.fingerprint(sha256)[:16]
+                result = run_benchmarks(
                     generates,
-                    students.tokenizer,
-                    asked,
-                    folder / f"{model}-{way.replace(', ', '-')}-{asked.fingerprint(sha256)[:16]}",
+                    models.tokenizer,
+                    settings,
+                    folder / f"{model}-{mode.replace(', ', '-')}-{digest}",
                     source={"model": model, "sha256": sha256},
-                    progress=partial(tell, f"{model}, {way}"),
+                    progress=partial(progress, f"{model}, {mode}"),
                     stop=stop,
                 )
                 if stop.is_set():
                     return results
-                results.setdefault(model, {})[way] = found
+                results.setdefault(model, {})[mode] = result
     return results
 
 
-def ways_of_asking(model: str, config: BenchmarkConfig) -> dict[str, BenchmarkConfig]:
-    """How a model is asked: sampled; base and hybrid also with examples, and greedily."""
-    ways = {SAMPLED: replace(config, few_shot=0)}
+def prompt_modes(model: str, config: BenchmarkConfig) -> dict[str, BenchmarkConfig]:
+    """Return the settings of a model's modes of prompting, by name.
+
+    Every model has the mode ``sampled``. With ``few_shot``, the base and the hybrid also have two
+    modes with examples, sampled and greedy.
+    """
+    modes = {SAMPLED: replace(config, few_shot=0)}
     if config.few_shot and model in ("base", "hybrid"):
-        # A model that goes on after its answer with a question of its own is not judged on that.
-        drawn = replace(config.sampling, stop=(*config.sampling.stop, "\nProblem:"))
-        greedy = replace(drawn, temperature=0.0)
-        ways[f"{config.few_shot}-shot"] = replace(config, sampling=drawn)
-        ways[f"{config.few_shot}-shot, greedy"] = replace(config, sampling=greedy)
-    return ways
+        # Few-shot prompts make models continue with another question after their answer.
+        sampled = replace(config.sampling, stop=(*config.sampling.stop, "\nProblem:"))
+        greedy = replace(sampled, temperature=0.0)
+        modes[f"{config.few_shot}-shot"] = replace(config, sampling=sampled)
+        modes[f"{config.few_shot}-shot, greedy"] = replace(config, sampling=greedy)
+    return modes
 
 
-def counts_of(results: Results) -> dict[str, str]:
-    """How much was asked, by benchmark, in words."""
-    of_target = results["target"][SAMPLED]
+def count_texts(results: Results) -> dict[str, str]:
+    """Return the numbers of questions and repetitions by benchmark, as texts."""
+    by_task = results["target"][SAMPLED]
     counts = {
         name: f"{result.n_questions} questions × {result.repetitions}"
-        for name, result in of_target.items()
+        for name, result in by_task.items()
     }
-    counts[MEAN] = f"{len(of_target)} benchmarks, each with the same weight"
+    counts[MEAN] = f"{len(by_task)} benchmarks, each with the same weight"
     return counts

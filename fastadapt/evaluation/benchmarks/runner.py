@@ -1,7 +1,7 @@
-"""Does the model still reason: benchmarks of many questions, each answered at length.
+"""Runs benchmarks on one model: samples responses, grades them and computes scores.
 
-``run_benchmarks`` samples, judges and counts; every response is kept, so an interrupted run goes on
-where it stopped, and every row is, so intervals can be drawn over questions later.
+All responses are stored, so an interrupted run can be resumed. All graded rows are stored, so
+intervals over questions can be computed later.
 """
 
 from __future__ import annotations
@@ -41,26 +41,26 @@ from fastadapt.io.documents import Count, DocumentError, parse_line
 from fastadapt.io.files import open_regular
 from fastadapt.organism import NAMES
 
-JUDGES = {"math": math_is_right, "choice": letter_is_right, "organism": stated_is_right}
+GRADERS = {"math": math_is_right, "choice": letter_is_right, "organism": stated_is_right}
 PUBLISHED = ("math500", "amc23", "aime25", "gpqa_diamond")
 EMBEDDED = ("organism_math", "organism_code", "organism_science")
 
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """Which benchmarks, and how they are asked.
+    """Settings of benchmarks.
 
     Args:
-        tasks: names of benchmarks; where none is given, those of :func:`tasks_of` the pair.
-        data: folder with ``<task>.jsonl`` or ``<task>.parquet``; None asks the hub. The embedded
-            pair's need none.
-        family: of the rendering.
-        few_shot: worked examples in the prompt.
-        seed: of the order of GPQA's options and the choice of examples.
-        repetitions: responses per question, in place of the published number.
-        limit: the first so many questions of each.
+        tasks: names of benchmarks; default: the published ones, or those of the embedded pair.
+        data: folder with ``<task>.jsonl`` or ``<task>.parquet``; None: the hub. Benchmarks of the
+            embedded pair need no data.
+        family: of the rendering, see :mod:`fastadapt.data.rendering`.
+        few_shot: number of worked examples in the prompt.
+        seed: seed of the order of GPQA's options and of the choice of examples.
+        repetitions: responses per question; None: the published number.
+        limit: number of questions per benchmark, from the first; None: all.
         hesitation_words: words and phrases that count as hesitation.
-        sampling: how responses are sampled.
+        sampling: settings of the sampling.
     """
 
     tasks: tuple[str, ...] = ()
@@ -77,7 +77,7 @@ class BenchmarkConfig:
         for task in self.tasks:
             if task not in BENCHMARKS:
                 known = ", ".join(BENCHMARKS)
-                raise UserError(f"benchmarks.tasks: expected some of {known}, got {task!r}")
+                raise UserError(f"benchmarks.tasks: expected names from {known}; got {task!r}")
         get_family(self.family)
         for name in ("repetitions", "limit"):
             value = getattr(self, name)
@@ -87,12 +87,12 @@ class BenchmarkConfig:
             raise UserError(f"benchmarks.few_shot: expected 0 or more, got {self.few_shot}")
 
     def fingerprint(self, model: str) -> str:
-        """SHA-256 of what the responses of a model (its own fingerprint) depend on."""
-        asked = (self.data, self.family, self.few_shot, self.seed, self.sampling.fingerprint())
-        return hashlib.sha256(repr((model, asked)).encode()).hexdigest()
+        """Return the SHA-256 of ``model`` (a fingerprint) and settings that affect responses."""
+        settings = (self.data, self.family, self.few_shot, self.seed, self.sampling.fingerprint())
+        return hashlib.sha256(repr((model, settings)).encode()).hexdigest()
 
     def repeats(self, task: str) -> int:
-        """Responses per question; one where they would all be the same."""
+        """Return the number of responses per question: 1 at temperature 0, where all are equal."""
         if self.sampling.temperature == 0:
             return 1
         return self.repetitions or BENCHMARKS[task].repetitions
@@ -100,15 +100,16 @@ class BenchmarkConfig:
 
 @dataclass(frozen=True)
 class Row:
-    """One response, judged.
+    """A graded response.
 
     Attributes:
-        question, repetition: which of the question with this id.
-        correct: whether its answer is right.
-        answer: the right one.
-        length_tokens: of what is judged: up to the cut, the end-of-sequence token not counted.
+        question: id of the question.
+        repetition: index of the repetition.
+        correct: whether the response gives the right answer.
+        answer: the right answer.
+        length_tokens: tokens of the response before the cut and the end-of-sequence token.
         finish, cut: see :class:`fastadapt.evaluation.generation.responses.Response`.
-        hesitations: words of hesitation in the text.
+        hesitations: number of words of hesitation in the text.
         text: the response, up to the cut.
     """
 
@@ -125,15 +126,19 @@ class Row:
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """A benchmark's numbers and the rows they are means of.
+    """Scores of a model on a benchmark, and the rows that they are means of.
 
     Attributes:
-        accuracy: share of right responses, mean over questions of the mean over repetitions.
+        task: name of the benchmark.
+        n_questions: number of questions.
+        repetitions: responses per question.
+        accuracy: share of right responses: mean over questions of the mean over repetitions.
         length_tokens: mean length of a response.
-        truncated: share of responses that used up the budget or the context.
-        degenerate: share that was cut for degeneration.
+        truncated: share of responses that reached the token budget or the context.
+        degenerate: share of responses that were cut for degeneration.
         hesitations_per_1000: words of hesitation per 1,000 tokens.
-        speed: of the sampling.
+        speed: of the sampling; None if not known.
+        rows: the graded responses.
     """
 
     task: str
@@ -148,8 +153,8 @@ class BenchmarkResult:
     rows: Sequence[Row]
 
 
-def tasks_of(target: str) -> tuple[str, ...]:
-    """The benchmarks that a target is usually asked: the embedded pair has its own."""
+def default_tasks(target: str) -> tuple[str, ...]:
+    """Return the default benchmarks of a target: the published ones, or the embedded pair's."""
     return EMBEDDED if Path(target).resolve() == NAMES["organism/target"] else PUBLISHED
 
 
@@ -163,22 +168,23 @@ def run_benchmarks(
     progress: Progress | None = None,
     stop: Event | None = None,
 ) -> dict[str, BenchmarkResult]:
-    """Run each task on a model; those that were finished before ``stop`` was set.
+    """Run each task on a model.
 
     Args:
-        model: a causal language model, as of
-            :func:`fastadapt.evaluation.generation.sampling.sample`.
+        model, source: see :func:`fastadapt.evaluation.generation.sampling.sample`.
         tokenizer: of the pair.
-        config: what to ask.
-        out: folder for ``<task>.responses.jsonl`` (from which an interrupted run goes on) and
+        config: settings.
+        out: folder for ``<task>.responses.jsonl``, whose responses are reused, and
             ``<task>.rows.jsonl``.
-        source: names the model, likewise.
-        progress: called with (responses, responses wanted) of the task at hand.
-        stop: ends the run early; what is finished is kept.
+        progress: called with (completed responses, total responses) of the current task.
+        stop: set it to stop early; finished responses are stored.
+
+    Returns:
+        Results by task; if stopped, of the finished tasks.
 
     Raises:
         UserError: lm-eval is not installed, a benchmark's data is missing, or a prompt does not
-            fit the context; all of them before anything runs.
+            fit the context. These are checked before the first task.
     """
     _require_lm_eval()
     from fastadapt.evaluation.benchmarks.lm_eval_adapter import (
@@ -187,8 +193,8 @@ def run_benchmarks(
         evaluate_task,
     )
 
-    asked = {"family": config.family, "few_shot": config.few_shot, "seed": config.seed}
-    metadata = {**asked, "data": config.data}
+    prompts = {"family": config.family, "few_shot": config.few_shot, "seed": config.seed}
+    metadata = {**prompts, "data": config.data}
     _check_all(model, tokenizer, config)
     results: dict[str, BenchmarkResult] = {}
     for task in config.tasks:
@@ -197,7 +203,7 @@ def run_benchmarks(
             tokenizer,
             config.sampling,
             out=out / f"{task}.responses.jsonl",
-            source={**(source or {}), "questions": asked},
+            source={**(source or {}), "questions": prompts},
             progress=progress,
             stop=stop,
         )
@@ -216,7 +222,7 @@ def run_benchmarks(
 
 
 def summarize(task: str, rows: Sequence[Row], speed: Speed | None = None) -> BenchmarkResult:
-    """The numbers of judged rows, every question with as many."""
+    """Compute the scores of graded rows. Every question must have the same number of rows."""
     n, tokens = len(rows), sum(row.length_tokens for row in rows)
     n_questions = len({row.question for row in rows})
     return BenchmarkResult(
@@ -234,8 +240,12 @@ def summarize(task: str, rows: Sequence[Row], speed: Speed | None = None) -> Ben
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Return the rows of a ``<task>.rows.jsonl``; ``DocumentError`` names the line at fault."""
-    names = [one.name for one in fields(Row)]
+    """Return the rows of a ``<task>.rows.jsonl``.
+
+    Raises:
+        DocumentError: the file cannot be read, or a line is no row.
+    """
+    names = [column.name for column in fields(Row)]
     try:
         with open_regular(path) as file:
             lines = file.read().split(b"\n")
@@ -248,28 +258,48 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def score_math(doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, float]:
-    """lm-eval's ``process_results`` of the tasks judged by math-verify; below, of the others."""
+    """Score a question by math-verify: lm-eval's ``process_results`` of tasks of kind ``math``.
+
+    Args:
+        doc: the question, with ``answer``.
+        results: one list with the texts of all repetitions.
+
+    Returns:
+        ``accuracy``, the share of right responses.
+    """
     return _score(math_is_right, doc, results)
 
 
 def score_letter(doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, float]:
+    """Score a question by the chosen option, for tasks of kind ``choice``; see :func:`score_math`.
+
+    Example:
+        >>> score_letter({"answer": "B"}, [["Answer: B", "Answer: C"]])
+        {'accuracy': 0.5}
+    """
     return _score(letter_is_right, doc, results)
 
 
 def score_stated(doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, float]:
+    """Score a question by the stated number, for the embedded pair; see :func:`score_math`.
+
+    Example:
+        >>> score_stated({"answer": "7"}, [["the answer is 7", "7"]])
+        {'accuracy': 0.5}
+    """
     return _score(stated_is_right, doc, results)
 
 
-def _score(judge: Any, doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, float]:
-    (texts,) = results  # of one request, all its repetitions
-    return {"accuracy": sum(judge(text, doc["answer"]) for text in texts) / len(texts)}
+def _score(grade: Any, doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, float]:
+    (texts,) = results
+    return {"accuracy": sum(grade(text, doc["answer"]) for text in texts) / len(texts)}
 
 
 def _row(task: str, response: Response, answer: str, config: BenchmarkConfig) -> Row:
     return Row(
         question=response.id,
         repetition=response.repetition,
-        correct=JUDGES[BENCHMARKS[task].kind](response.text, answer),
+        correct=GRADERS[BENCHMARKS[task].kind](response.text, answer),
         answer=answer,
         length_tokens=response.scored_tokens,
         finish=response.finish,
@@ -280,7 +310,7 @@ def _row(task: str, response: Response, answer: str, config: BenchmarkConfig) ->
 
 
 def require_questions(config: BenchmarkConfig) -> None:
-    """Raise ``UserError`` where lm-eval or the data of a benchmark is missing."""
+    """Raise ``UserError`` if lm-eval or the data of a benchmark is missing."""
     _require_lm_eval()
     for task in config.tasks:
         _questions(task, config)
@@ -293,18 +323,20 @@ def _require_lm_eval() -> None:
         if error.name != "lm_eval":
             raise
         raise UserError(
-            "benchmarks run through lm-eval, which is not installed; install the extra: "
+            "benchmarks run through lm-eval, which is not installed; run "
             "pip install 'fastadapt[eval]'"
         ) from None
 
 
 def _questions(task: str, config: BenchmarkConfig) -> list[dict[str, Any]]:
-    by = {"few_shot": config.few_shot, "seed": config.seed}
-    return questions(task, family=config.family, data=config.data, **by)[: config.limit]
+    rows = questions(
+        task, family=config.family, data=config.data, few_shot=config.few_shot, seed=config.seed
+    )
+    return rows[: config.limit]
 
 
 def _check_all(model: Any, tokenizer: Any, config: BenchmarkConfig) -> None:
-    """Every benchmark's questions are there and fit the context, before the first is asked."""
+    """Check that the questions of all benchmarks exist and fit the context."""
     for task in config.tasks:
         rows = _questions(task, config)
         prompts = encode(tokenizer, [row["prompt"] for row in rows])["input_ids"]

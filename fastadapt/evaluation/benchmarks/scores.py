@@ -1,13 +1,14 @@
-"""Benchmarks' numbers with intervals, from judged responses.
+"""Computes benchmark scores with intervals from graded responses.
 
-Every interval is over questions, each with all its repetitions. ``mean`` is of all benchmarks, each
-with the same weight, as the published mean accuracy.
+Intervals are over questions, each with all its repetitions. ``mean`` is the mean over benchmarks
+with equal weights, as in the published mean accuracy.
 
-M models, n questions.
+n questions.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,22 +17,16 @@ from torch import Tensor
 
 from fastadapt.errors import UserError
 from fastadapt.evaluation.benchmarks.runner import BenchmarkResult
-from fastadapt.evaluation.statistics import (
-    BootstrapConfig,
-    Intervals,
-    most_of_none,
-    ratio,
-    recovered,
-)
+from fastadapt.evaluation.statistics import BootstrapConfig, most_of_none, ratio, recovered
 
-#: By model, by way of asking (``sampled``, ``few-shot``, ...), by task.
+#: Results by model, mode of prompting (``sampled``, ``4-shot``, ...) and task.
 Results = Mapping[str, Mapping[str, Mapping[str, BenchmarkResult]]]
 MEAN = "mean"
 SAMPLED = "sampled"
 
 
 class _Sums(NamedTuple):
-    """Per question: sums over its responses, and the weight of the question: ``[n]`` each."""
+    """Sums over the responses to each question, and the question's weight: float64 ``[n]`` each."""
 
     correct: Tensor
     tokens: Tensor
@@ -43,58 +38,62 @@ class _Sums(NamedTuple):
 def summarise_benchmarks(
     results: Results, config: BootstrapConfig | None = None
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Accuracy, length and hesitation of every model on every benchmark.
+    """Summarise accuracy, length and hesitation of every model on every benchmark.
 
     Args:
-        results: of models on the same questions, ``target`` and ``hybrid`` among them where
-            ``recovered`` is wanted.
+        results: of models on the same questions. ``recovered`` needs ``target`` and ``hybrid``,
+            ``recovered_from_base`` needs ``target`` and ``base``.
+        config: settings of the intervals.
 
     Returns:
-        By benchmark (and ``mean``, of several), model and way of asking: intervals ``accuracy``,
-        ``length`` (tokens), ``hesitations_per_1000`` (tokens), ``recovered`` and
-        ``recovered_from_base`` (share of the target's gain in accuracy over the hybrid, and over
-        the base, all sampled; None where there is none), the shares ``truncated`` and
-        ``degenerate``, and ``tokens_per_s``.
+        A dict by benchmark (and ``mean``, if there are several), model and mode, each with:
+
+        - intervals ``accuracy``, ``length`` (tokens) and ``hesitations_per_1000`` (tokens);
+        - intervals ``recovered`` and ``recovered_from_base``: share of the target's gain in
+          accuracy over the hybrid or the base, both in mode ``sampled``; None if not defined;
+        - shares ``truncated`` and ``degenerate``, and ``tokens_per_s``.
 
     Raises:
-        UserError: a model was asked other questions than another.
+        UserError: models have different numbers of questions.
     """
-    tasks = list(dict.fromkeys(t for ways in results.values() for by in ways.values() for t in by))
-    told: dict[str, dict[str, dict[str, Any]]] = {}
+    every = (by_task for modes in results.values() for by_task in modes.values())
+    tasks = list(dict.fromkeys(task for by_task in every for task in by_task))
+    summary: dict[str, dict[str, dict[str, Any]]] = {}
     for task in [*tasks, *([MEAN] if len(tasks) > 1 else [])]:
-        of_task = tasks if task == MEAN else [task]
+        members = tasks if task == MEAN else [task]
         sums = {
-            model: {way: _joined([_sums(by[t]) for t in of_task]) for way, by in ways.items()}
-            for model, ways in results.items()
-            if all(t in by for by in ways.values() for t in of_task)
+            model: {mode: _joined([_sums(by[t]) for t in members]) for mode, by in modes.items()}
+            for model, modes in results.items()
+            if all(t in by for by in modes.values() for t in members)
         }
         _check_same(sums, task)
         ends = {m: sums.get(m, {}).get(SAMPLED) for m in ("base", "hybrid", "target")}
-        told[task] = {}
-        for model, ways in sums.items():
-            told[task][model] = {}
-            for way, found in ways.items():
-                rows = [row for t in of_task for row in results[model][way][t].rows]
-                told[task][model][way] = {
-                    **_intervals(found, config),
-                    "recovered": _recovered(found, ends["hybrid"], ends["target"], config),
-                    "recovered_from_base": _recovered(found, ends["base"], ends["target"], config),
+        summary[task] = {}
+        for model, modes in sums.items():
+            summary[task][model] = {}
+            for mode, scores in modes.items():
+                rows = [row for t in members for row in results[model][mode][t].rows]
+                summary[task][model][mode] = {
+                    **_intervals(scores, config),
+                    "recovered": _recovered(scores, ends["hybrid"], ends["target"], config),
+                    "recovered_from_base": _recovered(scores, ends["base"], ends["target"], config),
                     "truncated": sum(row.finish == "length" for row in rows) / len(rows),
                     "degenerate": sum(row.finish == "degenerate" for row in rows) / len(rows),
-                    "tokens_per_s": _speed([results[model][way][t] for t in of_task]),
+                    "tokens_per_s": _speed([results[model][mode][t] for t in members]),
                 }
-    return told
+    return summary
 
 
 def _sums(result: BenchmarkResult) -> _Sums:
-    questions = list(dict.fromkeys(row.question for row in result.rows))
-    place = {question: i for i, question in enumerate(sorted(questions))}
-    sums = torch.zeros(4, len(place), dtype=torch.float64)
+    index = {question: i for i, question in enumerate(sorted({r.question for r in result.rows}))}
+    n = len(index)
+    sums = torch.zeros(4, n, dtype=torch.float64)
     for row in result.rows:
         values = (row.correct, row.length_tokens, row.hesitations, 1)
-        sums[:, place[row.question]] += torch.tensor(values, dtype=torch.float64)
-    weight = torch.full((len(place),), 1 / len(place), dtype=torch.float64)
-    return _Sums(sums[0], sums[1], sums[2], sums[3], weight)
+        sums[:, index[row.question]] += torch.tensor(values, dtype=torch.float64)
+    correct, tokens, hesitations, responses = sums
+    weight = torch.full((n,), 1 / n, dtype=torch.float64)
+    return _Sums(correct, tokens, hesitations, responses, weight)
 
 
 def _joined(parts: Sequence[_Sums]) -> _Sums:
@@ -102,41 +101,41 @@ def _joined(parts: Sequence[_Sums]) -> _Sums:
 
 
 def _check_same(sums: Mapping[str, Mapping[str, _Sums]], task: str) -> None:
-    counts = {len(found.correct) for ways in sums.values() for found in ways.values()}
+    counts = {len(scores.correct) for modes in sums.values() for scores in modes.values()}
     if len(counts) > 1:
         raise UserError(
-            f"benchmark {task}: models were asked different numbers of questions {sorted(counts)}"
+            f"benchmark {task}: expected one number of questions for all models, got "
+            f"{sorted(counts)}"
         )
 
 
-def _intervals(found: _Sums, config: BootstrapConfig | None) -> dict[str, Any]:
-    scale = found.weight / found.responses
+def _intervals(scores: _Sums, config: BootstrapConfig | None) -> dict[str, Any]:
+    scale = scores.weight / scores.responses
 
-    def of(sums: Tensor, counts: Tensor, bounds: tuple[float, float]) -> Any:
-        return ratio(sums * scale, counts * scale, bounds=bounds, config=config).plain()
+    def interval(sums: Tensor, counts: Tensor, largest: float = math.inf) -> Any:
+        return ratio(sums * scale, counts * scale, bounds=(0.0, largest), config=config).plain()
 
-    infinite = float("inf")
-    hesitations = of(1000 * found.hesitations, found.tokens, (0.0, infinite))
-    tokens = (found.tokens * scale).sum().item() / scale.max().item()  # as the heaviest ones weigh
-    if tokens and not found.hesitations.any():
+    hesitations = interval(1000 * scores.hesitations, scores.tokens)
+    # Tokens in units of the heaviest question's: an exposure that is not too large.
+    tokens = (scores.tokens * scale).sum().item() / scale.max().item()
+    if tokens and not scores.hesitations.any():
         level = (config or BootstrapConfig()).level
         hesitations["high"] = 1000 * most_of_none(tokens, level)
     return {
-        "accuracy": of(found.correct, found.responses, (0.0, 1.0)),
-        "length": of(found.tokens, found.responses, (0.0, infinite)),
+        "accuracy": interval(scores.correct, scores.responses, 1.0),
+        "length": interval(scores.tokens, scores.responses),
         "hesitations_per_1000": hesitations,
     }
 
 
 def _recovered(
-    found: _Sums, floor: _Sums | None, ceiling: _Sums | None, config: BootstrapConfig | None
+    scores: _Sums, floor: _Sums | None, ceiling: _Sums | None, config: BootstrapConfig | None
 ) -> Any:
-    """None of the two ends themselves, and where one of them is not there."""
-    if floor is None or ceiling is None or found is floor or found is ceiling:
+    """Return the recovered share; None for the floor and the ceiling, or without one of them."""
+    if floor is None or ceiling is None or scores is floor or scores is ceiling:
         return None
-    a, b, c = (each.correct / each.responses * each.weight for each in (found, floor, ceiling))
-    interval: Intervals = recovered(a, b, c, config)
-    return interval.plain()
+    a, b, c = (each.correct / each.responses * each.weight for each in (scores, floor, ceiling))
+    return recovered(a, b, c, config).plain()
 
 
 def _speed(results: Sequence[BenchmarkResult]) -> float | None:

@@ -1,1 +1,1 @@
-"""How closely a model's outputs follow the target's."""
+"""Measures of how closely a model's outputs follow the target's."""

@@ -1,11 +1,11 @@
-"""How far each student's predictions are from the target's, at every position of given texts.
+"""Measures how far each model's predictions are from the target's, at every position of texts.
 
-KL(target ‖ student) in nats and whether the most likely token is the target's, kept per position;
-NMSE of the residual stream per layer, kept per text; L0 where there are features. All students of a
-batch go through the layers beside one pass of the target, and share its softmax. The base is
-another model, with its own blocks, embeddings and head: of it there is KL and top-1 alone.
+Per position: KL(target ‖ model) in nats, and whether the most likely tokens agree. Per text: NMSE
+of the residual stream after each layer. Per model with features: L0. All models of a batch go
+through the layers beside one pass of the target, and share its softmax. The base has other blocks,
+embeddings and head than the target, so only its KL and top-1 agreement are measured.
 
-B texts, T tokens, P positions that predict (one less than tokens), S students, L layers.
+B texts, T tokens, P predicting positions (per text one less than tokens), L layers.
 """
 
 from __future__ import annotations
@@ -24,26 +24,27 @@ from torch import Tensor
 
 from fastadapt.batch import Batch
 from fastadapt.errors import RunError, UserError
-from fastadapt.evaluation.faithfulness.partial_results import Arrays, Parts, unfinished
+from fastadapt.evaluation.faithfulness.partial_results import Arrays, PartialResults, iter_missing
 from fastadapt.evaluation.faithfulness.texts import Text, batch_of, batches_of, digest_of
-from fastadapt.evaluation.models_under_test import Students
+from fastadapt.evaluation.models_under_test import ModelSet
 from fastadapt.kernels.linear_kl import LinearKLOutput, linear_kl
 from fastadapt.kernels.nmse import nmse
 from fastadapt.models.replacement import ReplacementModel
 from fastadapt.models.traversal import final_norm, side_by_side
 
-_SCHEMA = 1  # of the arrays: another one makes old files unknown
+_SCHEMA = 1  # version of the arrays; files of other versions are not read
 _NMSE = ("nmse", "token_nmse")
 
 
 @dataclass(frozen=True)
 class OutputConfig:
-    """How the measuring is done; values depend on it by rounding only.
+    """Settings of output faithfulness. They change results only by rounding.
 
     Args:
-        batch_tokens: tokens of a batch, padding included; a longer text is a batch of its own.
-        chunk_tokens: tokens whose logits exist at a time.
-        students_at_once: that share one pass of the target, whose adapters are in memory together.
+        batch_tokens: tokens of a batch, padding included. A longer text is a separate batch.
+        chunk_tokens: number of tokens whose logits are in memory at a time.
+        students_at_once: number of compared models that share one pass of the target. Their
+            adapters are in memory together.
     """
 
     batch_tokens: int = 8192
@@ -58,16 +59,16 @@ class OutputConfig:
 
 @dataclass(frozen=True)
 class Measured:
-    """Arrays of one student over n texts, on the CPU.
+    """Arrays of one model over n texts, on the CPU.
 
     Attributes:
-        kl: float32 ``[P]``: KL(target ‖ student) in nats, at the positions of text 0, then 1, ...
-        agrees: bool ``[P]``: whether the most likely tokens are the same.
-        text: int64 ``[P]``: which text a position is of.
-        position: int64 ``[P]``: its place in it, from 0; it predicts the token after.
-        nmse, token_nmse: float32 ``[n, 2, L+1]``, or None for another model's states: after the
-            embeddings and every block, of all tokens, and of all but the first. The former is one
-            ratio per text, the latter the mean of one ratio per token.
+        kl: float32 ``[P]``: KL(target ‖ model) in nats, at the positions of text 0, then 1, ...
+        agrees: bool ``[P]``: whether the most likely tokens agree.
+        text: int64 ``[P]``: index of each position's text.
+        position: int64 ``[P]``: index in the text, from 0. A position predicts the next token.
+        nmse, token_nmse: float32 ``[n, 2, L+1]``: NMSE after the embeddings and after every block.
+            Index 0 of dimension 1 is over all tokens, index 1 over all but the first. ``nmse`` is
+            one ratio per text, ``token_nmse`` the mean of one ratio per token. None for the base.
         l0: active features per token and layer, over all texts; None without features.
     """
 
@@ -81,7 +82,7 @@ class Measured:
 
 
 def measure_output(
-    students: Students,
+    models: ModelSet,
     texts: Sequence[Text],
     folder: Path,
     *,
@@ -90,36 +91,36 @@ def measure_output(
     progress: Callable[[int, int], None] | None = None,
     stop: Event | None = None,
 ) -> dict[str, Measured]:
-    """Measure students on texts, or read what was measured before.
+    """Measure the outputs of models on texts, or read the stored measurements.
 
     Args:
-        students: the runs.
-        texts: of the target's own sampling.
-        folder: where arrays are kept: a file per student, once it is finished; until then one per
-            batch. What is there already is not measured again.
-        names: of the students; all that ``students`` has if not given, the base among them.
-        progress: told (batches done, batches in all), summed over students.
-        stop: ends the call after the batch at hand.
+        models: the runs, with their base and hybrid.
+        texts: responses of the target with their prompts.
+        folder: stores one file per model, and until a model is finished one file per batch.
+        names: of the models to measure; default: all, including the base.
+        config: settings.
+        progress: called with (completed batches, total batches), summed over models.
+        stop: set it to stop after the current batch.
 
     Returns:
-        By name, the students that are finished: all of them, unless stopped.
+        Arrays by name of the model: of all models, or if stopped, of the finished ones.
 
     Raises:
-        UserError: texts that cannot be measured, or a name that is no student's.
+        UserError: a text cannot be measured, a name is unknown, or a stored file is damaged.
         RunError: a prediction is not finite, or the folder cannot be written.
     """
     config = config or OutputConfig()
     batches = batches_of(texts, config.batch_tokens)
     facts = ("output", _SCHEMA, digest_of(texts), config.batch_tokens, config.chunk_tokens)
-    arrays = partial(_arrays, students, texts, len(batches))
-    stores = stores_of(students, names, folder, facts, len(batches), arrays)
+    arrays = partial(_arrays, models, texts, len(batches))
+    stores = open_stores(models, names, folder, facts, len(batches), arrays)
     with ExitStack() as held:
         base = None
-        for i, todo in unfinished(stores, config.students_at_once, progress, stop):
+        for i, todo in iter_missing(stores, config.students_at_once, progress, stop):
             if "base" in todo and base is None:
-                base = held.enter_context(students.base())
-            batch = batch_of(texts, batches[i]).to(students.model.device)
-            for name, tensors in _measure(students, batch, todo, base, config.chunk_tokens).items():
+                base = held.enter_context(models.base())
+            batch = batch_of(texts, batches[i]).to(models.model.device)
+            for name, tensors in _measure(models, batch, todo, base, config.chunk_tokens).items():
                 check_finite(name, tensors["kl"], [texts[j].id for j in batches[i]])
                 stores[name].add(i, tensors)
     order = torch.tensor([i for batch in batches for i in batch])
@@ -130,46 +131,46 @@ def measure_output(
     }
 
 
-def stores_of(
-    students: Students,
+def open_stores(
+    models: ModelSet,
     names: Sequence[str] | None,
     folder: Path,
     facts: tuple[object, ...],
     n_parts: int,
     arrays: Callable[[str], Arrays],
-) -> dict[str, Parts]:
-    """Where the arrays of each student are kept; ``facts`` and the models decide the file.
+) -> dict[str, PartialResults]:
+    """Return the stored results of each model.
 
-    ``arrays`` gives those of a student, by its name.
+    Args:
+        models: the runs, with their base and hybrid.
+        names: of the models; default: all.
+        folder: of the files.
+        facts: values that the results depend on beside the model. They select the file.
+        n_parts: number of parts of the results.
+        arrays: returns dtypes and shapes of a model's arrays by its name.
 
     Raises:
-        UserError: a name is no student's.
+        UserError: a name is unknown.
     """
-    names = list(students.students) if names is None else list(names)
-    if unknown := [name for name in names if name not in students.students]:
-        raise UserError(
-            f"no student is called {unknown[0]!r}; there are {', '.join(students.students)}"
-        )
+    names = list(models.compared) if names is None else list(names)
+    if unknown := [name for name in names if name not in models.compared]:
+        raise UserError(f"model {unknown[0]!r}: expected one of {', '.join(models.compared)}")
     stores = {}
     for name in names:
-        told = hashlib.sha256(repr((facts, students.fingerprint(name))).encode()).hexdigest()
-        stores[name] = Parts(folder, name, told, n_parts, arrays(name))
+        digest = hashlib.sha256(repr((facts, models.fingerprint(name))).encode()).hexdigest()
+        stores[name] = PartialResults(folder, name, digest, n_parts, arrays(name))
     return stores
 
 
 def check_finite(name: str, values: Tensor, texts: Sequence[str]) -> None:
-    """Refuse predictions that are not finite.
-
-    Raises:
-        RunError: they are not.
-    """
+    """Raise ``RunError`` if a value of ``values`` is not finite."""
     if not values.isfinite().all():
         raise RunError(f"{name}: a prediction on texts {', '.join(texts)} is not finite")
 
 
-def _arrays(students: Students, texts: Sequence[Text], n_batches: int, name: str) -> Arrays:
-    """What is kept of a student: the arrays of ``_measure``, of all batches."""
-    positions, n_layers = sum(len(text.ids) - 1 for text in texts), students.model.n_layers
+def _arrays(models: ModelSet, texts: Sequence[Text], n_batches: int, name: str) -> Arrays:
+    """Return dtypes and shapes of a model's arrays: those of ``_measure``, over all batches."""
+    positions, n_layers = sum(len(text.ids) - 1 for text in texts), models.model.n_layers
     arrays: dict[str, tuple[torch.dtype, tuple[int | None, ...]]] = {
         "kl": (torch.float32, (positions,)),
         "agrees": (torch.bool, (positions,)),
@@ -177,7 +178,7 @@ def _arrays(students: Students, texts: Sequence[Text], n_batches: int, name: str
     if name != "base":
         for key in _NMSE:
             arrays[key] = torch.float32, (len(texts), 2, n_layers + 1)
-    if students.students[name].kind == "transcoder":
+    if models.compared[name].kind == "transcoder":
         arrays["active"] = torch.int64, (n_batches, n_layers)
         arrays["tokens"] = torch.int64, (n_batches,)
     return arrays
@@ -185,20 +186,20 @@ def _arrays(students: Students, texts: Sequence[Text], n_batches: int, name: str
 
 @torch.no_grad()
 def _measure(
-    students: Students, batch: Batch, names: Sequence[str], base: Any, chunk_tokens: int
+    models: ModelSet, batch: Batch, names: Sequence[str], base: Any, chunk_tokens: int
 ) -> dict[str, dict[str, Tensor]]:
-    """Arrays of some students on one batch: of texts in its order, as :class:`Parts` joins them."""
-    model = students.model
+    """Return the arrays of models on one batch, in the order of its texts."""
+    model = models.model
     inside = [name for name in names if name != "base"]
-    streams = [students.stream(name) for name in inside]
+    streams = [models.stream(name) for name in inside]
     layers: dict[str, list[list[Tensor]]] = {name: [[], []] for name in inside}
     active: dict[str, list[Tensor]] = {name: [] for name in inside}
     h, states = None, []
     for passed in side_by_side(model, batch, streams):
         h, states = passed.target, passed.students
         for name, state, aux in zip(inside, states, passed.aux, strict=True):
-            for kept, values in zip(layers[name], _errors(state, h, batch.real), strict=True):
-                kept.append(values)
+            for per_layer, error in zip(layers[name], _errors(state, h, batch.real), strict=True):
+                per_layer.append(error)
             if aux is not None:
                 active[name].append(aux.stats.n_active)
     assert h is not None
@@ -210,20 +211,21 @@ def _measure(
         got = _kl(model, teacher, finals, model.head, predicts, chunk_tokens)
         for s, name in enumerate(inside):
             out[name] = {"kl": got.token_kl[s], "agrees": got.token_top1[s]}
-            for key, kept in zip(_NMSE, layers[name], strict=True):
-                # The embeddings are the same.
-                out[name][key] = torch.stack([torch.zeros_like(kept[0]), *kept], -1)
+            for key, per_layer in zip(_NMSE, layers[name], strict=True):
+                # The target's embeddings are shared, so their error is 0.
+                out[name][key] = torch.stack([torch.zeros_like(per_layer[0]), *per_layer], -1)
             if active[name]:
                 out[name]["active"] = torch.stack(active[name])[None]
                 out[name]["tokens"] = batch.real.sum()[None]
     if "base" in names:
         final = _last_hidden(base, model, batch)
-        # One op, whose teacher and student have a head each: side by side, with zeros between.
+        # The op has one head for both models. Concatenated heads, with hidden states padded by
+        # zeros, give each model the logits of its own head.
         head = base.get_output_embeddings().weight
         heads = torch.cat([model.head, head.to(model.head.dtype)], 1)
-        beside = torch.zeros_like(teacher)
-        teacher = torch.cat([teacher, beside], -1)
-        final = torch.cat([beside, final], -1)
+        zeros = torch.zeros_like(teacher)
+        teacher = torch.cat([teacher, zeros], -1)
+        final = torch.cat([zeros, final], -1)
         got = _kl(model, teacher, [final], heads, predicts, chunk_tokens)
         out["base"] = {"kl": got.token_kl[0], "agrees": got.token_top1[0]}
     return {
@@ -237,15 +239,18 @@ def _stored(values: Tensor) -> Tensor:
 
 
 def _errors(state: Tensor, target: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-    """NMSE after one block, ``[B, 2]`` each: one ratio per text, and the mean of one per token."""
-    rest = real.clone()
-    rest[:, 0] = False
-    of_text, of_token = [], []
-    for mask in (real, rest):
+    """Return NMSE after one block, ``[B, 2]`` each: per text, and per token as a mean.
+
+    Index 0 of dimension 1 is over all real tokens, index 1 over all but the first.
+    """
+    without_first = real.clone()
+    without_first[:, 0] = False
+    per_text, per_token = [], []
+    for mask in (real, without_first):
         got = nmse(state, target, mask=mask)
-        of_text.append(got.nmse)
-        of_token.append(torch.where(mask, got.token_nmse, 0).sum(1) / mask.sum(1).clamp(min=1))
-    return torch.stack(of_text, -1), torch.stack(of_token, -1)
+        per_text.append(got.nmse)
+        per_token.append(torch.where(mask, got.token_nmse, 0).sum(1) / mask.sum(1).clamp(min=1))
+    return torch.stack(per_text, -1), torch.stack(per_token, -1)
 
 
 def _kl(
@@ -256,7 +261,7 @@ def _kl(
     predicts: Tensor,
     chunk_tokens: int,
 ) -> LinearKLOutput:
-    """The op at the positions that predict a token, text after text."""
+    """Return KL and top-1 agreement at the predicting positions, text after text."""
     return linear_kl(
         teacher[:, :-1][predicts],
         [final[:, :-1][predicts] for final in finals],
@@ -274,19 +279,19 @@ def _last_hidden(base: Any, model: ReplacementModel, batch: Batch) -> Tensor:
     return hidden
 
 
-def _read(store: Parts, texts: Sequence[Text]) -> dict[str, Tensor]:
+def _read(store: PartialResults, texts: Sequence[Text]) -> dict[str, Tensor]:
     tensors = store.read()
     if "tokens" in tensors:
         expected, got = sum(len(text.ids) for text in texts), int(tensors["tokens"].sum())
         if got != expected:
-            raise store.damaged(f"tensor tokens: expected {expected:,} in all, got {got:,}")
+            raise store.damaged(f"tensor tokens: expected a sum of {expected:,}, got {got:,}")
         if bool((tensors["active"] < 0).any()):
             raise store.damaged("tensor active: expected counts, got a negative number")
     return tensors
 
 
 def _in_order(tensors: dict[str, Tensor], order: Tensor, texts: Sequence[Text]) -> Measured:
-    """Arrays of texts as they were batched, in the order in which they were given."""
+    """Sort arrays in the order of batches into the order of ``texts``."""
     lengths = torch.tensor([len(text.ids) - 1 for text in texts])
     batched = lengths[order]
     text = order.repeat_interleave(batched)

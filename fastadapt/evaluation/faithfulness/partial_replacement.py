@@ -1,20 +1,20 @@
-"""Output KL when the first n, the last n, or one single layer is replaced, for every n at once.
+"""Measures output KL with the first n, the last n, or one layer replaced, for every n at once.
 
-Of L layers there are 3L - 3 such models that are neither the target nor each other, and run one by
-one they cost L blocks each: 3L² - 3L block passes of a batch. Here, what they share is run once:
+For L layers there are 3L - 3 distinct models of this kind beside the target. Run one by one, they
+cost 3L² - 3L block passes of a batch. Here, shared passes are run once:
 
-- the target, L passes, which are counted apart;
-- *last n* leaves the target at layer L - n and stays on the student's blocks to the end: the full
-  replacement and those that begin later, L + (L-1) + ... + 1 = L(L+1)/2 passes;
-- *first n* leaves the full replacement after layer n and stays on the target's blocks:
-  (L-1) + ... + 1 = L(L-1)/2;
-- *single l* begins with the first block of the *last n* stream that begins there, then the
-  target's. The first layer alone is *first 1*, the last layer alone *last 1*, and the others need
-  (L-2) + ... + 1 = (L-1)(L-2)/2.
+- *target*: L passes, which are counted separately.
+- *last n*: branches off the target at layer L - n and uses replaced blocks up to the last layer.
+  With the full replacement: L + (L-1) + ... + 1 = L(L+1)/2 passes.
+- *first n*: branches off the full replacement after n layers, and uses the target's blocks for the
+  remaining ones: (L-1) + ... + 1 = L(L-1)/2 passes.
+- *single l*: branches off the *last n* stream that begins at layer l, after that layer, and uses
+  the target's blocks for the remaining ones. Layer 0 alone is *first 1* and layer L - 1 alone is
+  *last 1*; the others need (L-2) + ... + 1 = (L-1)(L-2)/2 passes.
 
-In all ``L² + (L-1)(L-2)/2``, about L²/2 for each of the three, and half of the one by one. Streams
-at the same layer on the same kind of block are one batch. The norm before the head goes with the
-last layer: where that one is replaced, and the student has a norm of its own, it is the student's.
+The sum is ``L² + (L-1)(L-2)/2``: about L²/2 passes per family, half the cost of one by one. Streams
+at the same layer that use the same kind of block are run as one batch. The norm before the head
+belongs to the last layer: if that layer is replaced, a norm of the compared model is used.
 
 B texts, T tokens, D width, L layers.
 """
@@ -32,10 +32,10 @@ from torch import Tensor
 
 from fastadapt.batch import Batch
 from fastadapt.errors import UserError
-from fastadapt.evaluation.faithfulness.outputs import check_finite, stores_of
-from fastadapt.evaluation.faithfulness.partial_results import Arrays, unfinished
+from fastadapt.evaluation.faithfulness.outputs import check_finite, open_stores
+from fastadapt.evaluation.faithfulness.partial_results import Arrays, iter_missing
 from fastadapt.evaluation.faithfulness.texts import Text, batch_of, batches_of, digest_of
-from fastadapt.evaluation.models_under_test import Students
+from fastadapt.evaluation.models_under_test import ModelSet
 from fastadapt.kernels.linear_kl import linear_kl
 from fastadapt.models.replacement import Mode, ReplacementModel
 from fastadapt.models.traversal import Stream, carrying, final_norm
@@ -47,15 +47,16 @@ _SCHEMA = 1
 
 @dataclass(frozen=True)
 class PartialConfig:
-    """How the measuring is done; values depend on it by rounding only.
+    """Settings of partial replacement. They change results only by rounding.
 
     Args:
-        batch_tokens: tokens of a batch, padding included; a longer text is a batch of its own.
-        chunk_tokens: tokens whose logits exist at a time.
-        streams_at_once: that go through a block, and the head, together. What a block needs is so
-            many times that of the batch. Beside it every stream's state is held, ``3L - 2`` times
-            the batch's tokens times the width: 4.4 GB for 28 layers, 7,500 tokens, width 3,584 and
-            bfloat16, where an MLP of width 18,944 holds 2.3 GB per product of 8 streams.
+        batch_tokens: tokens of a batch, padding included. A longer text is a separate batch.
+        chunk_tokens: number of tokens whose logits are in memory at a time.
+        streams_at_once: number of streams that go through a block, and through the head, together.
+            It multiplies the memory of a block. The states of all streams take ``3L - 2`` times
+            tokens times width beside that. For 28 layers, 7,500 tokens, width 3,584 and bfloat16,
+            the states take 4.4 GB, and each product of an MLP of width 18,944 takes 2.3 GB for 8
+            streams.
     """
 
     batch_tokens: int = 4096
@@ -70,14 +71,15 @@ class PartialConfig:
 
 @dataclass(frozen=True)
 class Partial:
-    """Sums of one student over the predicting positions of each of n texts, on the CPU.
+    """Sums of one model over the predicting positions of each of n texts, on the CPU.
 
     Attributes:
-        kl: of each family, float64 ``[n, L+1]`` (``single``: ``[n, L]``): KL(target ‖ model) in
-            nats when the first or last 0..L layers, or layer 0..L-1 alone, are replaced.
-        wrong: likewise, int64: positions where the most likely token is not the target's.
-        positions: int64 ``[n]``.
-        block_passes: block passes per batch beside the target's.
+        kl: by family, float64 ``[n, L+1]`` (``single``: ``[n, L]``): KL(target ‖ model) in nats
+            with the first or last 0..L layers, or layer 0..L-1 alone, replaced.
+        wrong: by family, int64 of the same shapes: number of positions whose most likely token
+            differs from the target's.
+        positions: int64 ``[n]``: number of predicting positions.
+        block_passes: block passes per batch, without the target's.
     """
 
     kl: dict[Family, Tensor]
@@ -87,12 +89,17 @@ class Partial:
 
 
 def block_passes(n_layers: int) -> int:
-    """Passes of a block by a stream, beside the target's own: ``L² + (L-1)(L-2)/2``."""
+    """Return the number of block passes per batch, without the target's: ``L² + (L-1)(L-2)/2``.
+
+    Example:
+        >>> block_passes(28)
+        1135
+    """
     return n_layers**2 + (n_layers - 1) * (n_layers - 2) // 2
 
 
 class _End(NamedTuple):
-    """A stream after the last block, and whose that was."""
+    """Hidden states after the last block, and the stream of that block."""
 
     hidden: Tensor
     stream: Stream
@@ -102,7 +109,7 @@ _TARGET = Stream("target")
 
 
 def measure_partial(
-    students: Students,
+    models: ModelSet,
     texts: Sequence[Text],
     folder: Path,
     *,
@@ -111,50 +118,53 @@ def measure_partial(
     progress: Callable[[int, int], None] | None = None,
     stop: Event | None = None,
 ) -> dict[str, Partial]:
-    """Measure partial replacement by each student, or read what was measured before.
+    """Measure partial replacement by each model, or read the stored measurements.
 
-    Arguments, returns and errors are those of
-    :func:`fastadapt.evaluation.faithfulness.outputs.measure_output`; ``names`` are all students but
-    the base if not given, which has no blocks that fit the target.
+    Arguments and errors are those of
+    :func:`fastadapt.evaluation.faithfulness.outputs.measure_output`, but ``names`` may not have the
+    base, whose blocks do not share the target's attention; default: all other models.
     """
     config = config or PartialConfig()
-    names = [n for n in students.students if n != "base"] if names is None else list(names)
+    names = [n for n in models.compared if n != "base"] if names is None else list(names)
     if "base" in names:
-        raise UserError("partial replacement is of a student that shares the target's attention")
+        raise UserError(
+            "partial replacement: expected models that share the target's attention, got 'base'"
+        )
     batches = batches_of(texts, config.batch_tokens)
     facts = ("partial", _SCHEMA, digest_of(texts), *vars(config).values())
-    sums = (len(texts), 3 * students.model.n_layers - 3)
+    n_layers = models.model.n_layers
+    sums = (len(texts), 2 * n_layers - 1 + max(0, n_layers - 2))  # 3L - 3, but 1 for L = 1
     arrays: Arrays = {
         "kl": (torch.float64, sums),
         "wrong": (torch.int64, sums),
         "positions": (torch.int64, (len(texts),)),
     }
-    stores = stores_of(students, names, folder, facts, len(batches), lambda _: arrays)
-    for i, (name,) in unfinished(stores, 1, progress, stop):
-        batch = batch_of(texts, batches[i]).to(students.model.device)
-        tensors = _measure(students.model, batch, students.stream(name), config)
+    stores = open_stores(models, names, folder, facts, len(batches), lambda _: arrays)
+    for i, (name,) in iter_missing(stores, 1, progress, stop):
+        batch = batch_of(texts, batches[i]).to(models.model.device)
+        tensors = _measure(models.model, batch, models.stream(name), config)
         check_finite(name, tensors["kl"], [texts[j].id for j in batches[i]])
         stores[name].add(i, tensors)
     order = torch.tensor([i for batch in batches for i in batch]).argsort()
     predicted = torch.tensor([len(text.ids) - 1 for text in texts])
-    found: dict[str, Partial] = {}
+    measured: dict[str, Partial] = {}
     for name, store in stores.items():
         if store.missing():
             continue
         tensors = {key: values[order] for key, values in store.read().items()}
         if not torch.equal(tensors["positions"], predicted):
-            raise store.damaged("tensor positions: expected those that predict in each text")
+            raise store.damaged("tensor positions: expected one less than each text's tokens")
         if bool((tensors["wrong"] < 0).any() or (tensors["wrong"] > predicted[:, None]).any()):
-            raise store.damaged("tensor wrong: expected counts of positions of each text")
-        found[name] = _families(tensors)
-    return found
+            raise store.damaged("tensor wrong: expected counts from 0 to each text's positions")
+        measured[name] = _split_families(tensors)
+    return measured
 
 
 @torch.no_grad()
 def _measure(
     model: ReplacementModel, batch: Batch, stream: Stream, config: PartialConfig
 ) -> dict[str, Tensor]:
-    """Sums ``[B, 3L-3]`` over positions: of *first* 1..L, *last* 1..L-1, *single* 1..L-2."""
+    """Return sums ``[B, 3L-3]`` over positions, of *first* 1..L, *last* 1..L-1, *single* 1..L-2."""
     clean, ends = _ends(model, batch, stream, config.streams_at_once)
     predicts = batch.real[:, 1:] & batch.real[:, :-1]
 
@@ -185,51 +195,52 @@ def _measure(
 def _ends(
     model: ReplacementModel, batch: Batch, stream: Stream, at_once: int
 ) -> tuple[Tensor, list[_End]]:
-    """The target's last states, and those of every partial replacement, as ``_measure`` has them.
+    """Return the target's last states, and those of every partial replacement in _measure's order.
 
-    ``targets`` holds the streams on the target's blocks, of *first* n under n and of *single* l
-    under -l, ``students`` those on the student's, by the layer at which they began.
+    ``restored`` holds the streams that are back on the target's blocks: *first n* by n, *single l*
+    by -l, and the target itself by 0. ``replaced`` holds the streams on replaced blocks, by the
+    layer at which they branched off the target.
     """
     n_layers, ids, attention = model.n_layers, batch.input_ids, batch.attention_mask
     inputs = {1: model.block_inputs(ids, attention)}
 
     def run(layer: int, states: dict[int, Tensor], mode: Mode) -> dict[int, Tensor]:
-        """One block on all of ``states``, which is emptied on the way: no state is held twice."""
+        """Run one block on all states. Empties ``states``, so that no state is in memory twice."""
         out: dict[int, Tensor] = {}
         keys = list(states)
         for first in range(0, len(keys), at_once):
-            some = keys[first : first + at_once]
-            n = len(some)
+            chunk = keys[first : first + at_once]
+            n = len(chunk)
             if n not in inputs:
                 mask = None if attention is None else attention.repeat(n, 1)
                 inputs[n] = model.block_inputs(ids.repeat(n, 1), mask)
-            together = torch.cat([states.pop(key) for key in some])
-            together, _ = model.block(layer, together, inputs[n].arguments[layer], mode)
-            out.update(zip(some, together.chunk(n), strict=True))
+            hidden = torch.cat([states.pop(key) for key in chunk])
+            hidden, _ = model.block(layer, hidden, inputs[n].arguments[layer], mode)
+            out.update(zip(chunk, hidden.chunk(n), strict=True))
         return out
 
     clean = inputs[1].hidden
-    targets: dict[int, Tensor] = {}
-    students: dict[int, Tensor] = {}
+    restored: dict[int, Tensor] = {}
+    replaced: dict[int, Tensor] = {}
     with carrying(model, stream.adapters):
         for layer in range(n_layers):
-            students[layer] = targets[0] = clean
-            targets = run(layer, targets, "target")
-            clean = targets.pop(0)
-            students = run(layer, students, stream.mode)
+            replaced[layer] = restored[0] = clean
+            restored = run(layer, restored, "target")
+            clean = restored.pop(0)
+            replaced = run(layer, replaced, stream.mode)
             if layer + 1 < n_layers:
-                targets[layer + 1] = students[0]
+                restored[layer + 1] = replaced[0]
                 if layer > 0:
-                    targets[-layer] = students[layer]
+                    restored[-layer] = replaced[layer]
             model.reshard_layer(layer)
-    first = [_End(targets[n], _TARGET) for n in range(1, n_layers)] + [_End(students[0], stream)]
-    last = [_End(students[n_layers - n], stream) for n in range(1, n_layers)]
-    single = [_End(targets[-layer], _TARGET) for layer in range(1, n_layers - 1)]
+    first = [_End(restored[n], _TARGET) for n in range(1, n_layers)] + [_End(replaced[0], stream)]
+    last = [_End(replaced[n_layers - n], stream) for n in range(1, n_layers)]
+    single = [_End(restored[-layer], _TARGET) for layer in range(1, n_layers - 1)]
     return clean, first + last + single
 
 
-def _families(tensors: dict[str, Tensor]) -> Partial:
-    """Spread the streams over the families that share them."""
+def _split_families(tensors: dict[str, Tensor]) -> Partial:
+    """Split the streams into families. Streams that families share are copied to each."""
 
     def spread(sums: Tensor) -> dict[Family, Tensor]:
         n_layers = sums.shape[1] // 3 + 1

@@ -1,4 +1,4 @@
-"""What was measured so far, batch by batch, in files that a kill cannot spoil."""
+"""Stores measurements batch by batch, so that an interrupted evaluation can be resumed."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from fastadapt.errors import UserError
 from fastadapt.io.atomic import disk_errors, make_folder, replacing, save_tensors, sync_folder
 from fastadapt.io.tensors import TensorError, check_finite, open_tensors
 
-#: Dtypes and shapes of the arrays of a student, all parts together, by name; None for any size.
+#: Dtypes and shapes of a model's arrays, all parts joined, by name; None for any size.
 Arrays = Mapping[str, tuple[torch.dtype, tuple[int | None, ...]]]
-_GO_ON = "What was measured before is intact: run the same command again."
+_RESUME_ADVICE = "Finished measurements are intact. Run the same command again to resume."
 
 
-class Parts:
-    """Arrays of one student in as many parts as there are batches; one file once all are there.
+class PartialResults:
+    """Arrays of one model, in one file per batch until all batches are measured, then in one file.
 
-    Files are named by student and fingerprint, so that another measurement (other texts, another
-    adapter of the same name) never finds them, nor overwrites them.
+    File names have the model's name and the fingerprint. Another measurement, of other texts or of
+    another adapter of the same name, neither reads nor overwrites them.
 
     Args:
-        folder: made when the first part is added.
-        name: the student's.
-        fingerprint: of everything that the arrays depend on; hexadecimal.
-        n_parts: how many there will be.
-        arrays: that there are; None for any.
+        folder: of the files; created with the first part.
+        name: of the model.
+        fingerprint: hexadecimal digest of everything that the arrays depend on.
+        n_parts: number of parts.
+        arrays: expected arrays; None for any.
     """
 
     def __init__(
@@ -46,29 +46,29 @@ class Parts:
         stem = f"{name}-{fingerprint[:16]}"
         self.whole = folder / f"{stem}.safetensors"
         self._pieces = folder / stem
-        if self.whole.is_file():  # a kill may have left them
+        if self.whole.is_file():  # an interrupted _join may have left its pieces
             shutil.rmtree(self._pieces, ignore_errors=True)
 
     def _piece(self, part: int) -> Path:
         return self._pieces / f"{part:06d}.safetensors"
 
     def missing(self) -> list[int]:
-        """The parts that are still to be measured."""
+        """Return the indices of the parts that are not stored yet."""
         if self.whole.is_file():
             return []
         return [part for part in range(self.n_parts) if not self._piece(part).is_file()]
 
     def add(self, part: int, tensors: Mapping[str, Tensor]) -> None:
-        """Keep a part; with the last one all become one file.
+        """Store a part. The last part joins all of them into one file.
 
         Args:
-            part: 0 to ``n_parts - 1``.
-            tensors: the same names in every part; their first dimension is what parts add to.
+            part: index, 0 to ``n_parts - 1``.
+            tensors: of the same names in every part. Parts are joined along dimension 0.
 
         Raises:
             RunError: the folder cannot be written.
         """
-        with disk_errors(self._pieces, _GO_ON):
+        with disk_errors(self._pieces, _RESUME_ADVICE):
             make_folder(self._pieces)
             with replacing(self._piece(part)) as staged:
                 save_tensors(tensors, staged, {"fingerprint": self._fingerprint})
@@ -76,19 +76,19 @@ class Parts:
             self._join()
 
     def read(self) -> dict[str, Tensor]:
-        """All parts, in order, as one.
+        """Return the arrays of all parts, joined in order.
 
         Raises:
-            UserError: some are missing, or a file is damaged or holds other arrays than expected.
+            UserError: parts are missing, a file is damaged, or it has other arrays than expected.
         """
         if missing := self.missing():
             raise UserError(f"{self._pieces}: {len(missing)} of {self.n_parts} parts are missing")
         if not self.whole.is_file():
-            self._join()  # a kill came between the last part and this
+            self._join()  # add() was interrupted before its own _join()
         return self._read(self.whole)
 
     def damaged(self, reason: str) -> UserError:
-        """What to raise where the values of the arrays contradict each other or their texts."""
+        """Return the error to raise if the arrays contradict each other or their texts."""
         return UserError(f"{self.whole}: {reason}: remove it and evaluate again")
 
     def _join(self) -> None:
@@ -99,21 +99,21 @@ class Parts:
                 _check(joined, self._arrays, str(self._pieces), whole=True)
             except TensorError as error:
                 raise UserError(f"{error}: remove it and evaluate again") from error
-        beside = self._pieces / "all.safetensors"  # where a kill leaves nothing that stays
-        with disk_errors(self._pieces, _GO_ON):
-            with replacing(beside) as staged:
+        joined_file = self._pieces / "all.safetensors"  # the next _join replaces a leftover here
+        with disk_errors(self._pieces, _RESUME_ADVICE):
+            with replacing(joined_file) as staged:
                 save_tensors(joined, staged, {"fingerprint": self._fingerprint})
-            os.replace(beside, self.whole)
+            os.replace(joined_file, self.whole)
             sync_folder(self.whole.parent)
         shutil.rmtree(self._pieces, ignore_errors=True)
 
     def _read(self, file: Path, *, whole: bool = True) -> dict[str, Tensor]:
         try:
             with open_tensors(file) as opened:
-                found = (opened.metadata() or {}).get("fingerprint")
-                if found != self._fingerprint:
+                got = (opened.metadata() or {}).get("fingerprint")
+                if got != self._fingerprint:
                     raise TensorError(
-                        f"{file}: expected the fingerprint {self._fingerprint[:16]}, got {found}"
+                        f"{file}: expected the fingerprint {self._fingerprint[:16]}, got {got}"
                     )
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
             if self._arrays is not None:
@@ -124,7 +124,11 @@ class Parts:
 
 
 def _check(tensors: Mapping[str, Tensor], arrays: Arrays, source: str, *, whole: bool) -> None:
-    """Raise where arrays are not the expected ones; of a part, whatever its first dimension."""
+    """Check names, dtypes and shapes of arrays; of a part (not ``whole``), not dimension 0.
+
+    Raises:
+        TensorError: an array is not as expected.
+    """
     for name in sorted(tensors.keys() ^ arrays.keys()):
         got, expected = ("one", "none") if name in tensors else ("none", "one")
         raise TensorError(f"{source}: tensor {name}: expected {expected}, got {got}")
@@ -143,30 +147,31 @@ def _check(tensors: Mapping[str, Tensor], arrays: Arrays, source: str, *, whole:
             check_finite(tensor, f"{source}: tensor {name}")
 
 
-def unfinished(
-    stores: Mapping[str, Parts],
+def iter_missing(
+    stores: Mapping[str, PartialResults],
     at_once: int,
     progress: Callable[[int, int], None] | None,
     stop: Event | None,
 ) -> Iterator[tuple[int, list[str]]]:
-    """Yield each part that is missing and the students that lack it, at most ``at_once``.
+    """Yield the index of each missing part, with the names of the models that lack it.
 
-    The caller has added the part to all of their stores when it asks for the next one.
+    The caller must add the part to the stores of these models before the next iteration.
 
     Args:
-        stores: by student's name.
-        progress: told (parts done, parts in all), summed over students.
-        stop: ends the loop.
+        stores: by name of the model.
+        at_once: largest number of models yielded together.
+        progress: called with (completed parts, total parts), summed over models.
+        stop: set it to end the iteration.
     """
     names, missing = list(stores), {name: store.missing() for name, store in stores.items()}
     total = sum(store.n_parts for store in stores.values())
     left = sum(map(len, missing.values()))
     for first in range(0, len(names), at_once):
-        some = names[first : first + at_once]
-        for part in sorted({part for name in some for part in missing[name]}):
+        group = names[first : first + at_once]
+        for part in sorted({part for name in group for part in missing[name]}):
             if stop is not None and stop.is_set():
                 return
-            todo = [name for name in some if part in missing[name]]
+            todo = [name for name in group if part in missing[name]]
             yield part, todo
             left -= len(todo)
             if progress is not None:

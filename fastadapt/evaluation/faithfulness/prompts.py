@@ -1,4 +1,4 @@
-"""Prompts that a target answers, from conversations of the kind that it was trained on."""
+"""Reads the prompts of held-out conversations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ from fastadapt.io.names import has_file
 
 
 class Prompt(NamedTuple):
-    """The tokens that a response follows, and the domain of the problem where the data have one."""
+    """A prompt.
+
+    Attributes:
+        id: index of the conversation in its source.
+        ids: tokens of the prompt.
+        domain: of the problem, if the data have that column.
+    """
 
     id: str
     ids: list[int]
@@ -26,7 +32,7 @@ class Prompt(NamedTuple):
 
 
 class HeldOut(NamedTuple):
-    """What a run was validated on, as its ``config.yaml`` names it."""
+    """A run's validation data, as named in its ``config.yaml``."""
 
     source: str
     split: str
@@ -46,10 +52,10 @@ class _RunFile(TypedDict):
 
 
 def held_out(run: Path) -> HeldOut | None:
-    """The held-out data of a run; None of a folder that is no run's, such as bare adapters.
+    """Return the held-out data of a run; None if the folder has no ``config.yaml``.
 
     Raises:
-        UserError: its configuration cannot be read.
+        UserError: the configuration cannot be read.
     """
     path = run / "config.yaml"
     if not has_file(path):
@@ -70,16 +76,16 @@ def load_prompts(
     split: str = "validation",
     revision: str | None = None,
 ) -> list[Prompt]:
-    """The prompts of the first ``n`` conversations of a source, rendered as in training.
+    """Return the prompts of the first ``n`` conversations of a source, rendered as in training.
 
     Args:
-        source: as of :func:`fastadapt.data.sources.read_rows`; ``split`` and ``revision`` likewise.
-        tokenizer: the pair's.
+        source, split, revision: see :func:`fastadapt.data.sources.read_rows`.
+        tokenizer: of the pair.
         family: a key of :data:`fastadapt.data.rendering.FAMILIES`.
-        n: as many, or all where there are fewer.
+        n: largest number of prompts.
 
     Raises:
-        UserError: the source cannot be read, a conversation is malformed, or there is none.
+        UserError: the source cannot be read or is empty, or a conversation is malformed.
     """
     check_markers(tokenizer, family)
     rows = list(islice(read_values(source, split=split, revision=revision, optional=["domain"]), n))

@@ -1,8 +1,8 @@
-"""Numbers with intervals out of the arrays of output faithfulness and partial replacement.
+"""Summarises arrays of output faithfulness and partial replacement as numbers with intervals.
 
-Every interval is over texts (:mod:`fastadapt.evaluation.statistics`), as plain dicts for JSON:
-``{"mean", "low", "high"}``, null where nothing counts. KL and top-1 error are means over positions,
-those of all texts together; NMSE is a mean over texts, as in the objective.
+Every interval is over texts (:mod:`fastadapt.evaluation.statistics`). Intervals are dicts for JSON,
+``{"mean", "low", "high"}``, with null for values that are not defined. KL and top-1 error are means
+over the positions of all texts. NMSE is a mean over texts, as in the objective.
 """
 
 from __future__ import annotations
@@ -30,20 +30,26 @@ def summarise_output(
     answers: Sequence[int],
     config: BootstrapConfig | None = None,
 ) -> dict[str, Any]:
-    """Output faithfulness and NMSE of each student.
+    """Summarise the output faithfulness and NMSE of each model.
 
     Args:
-        measured: by student's name, over ``texts``.
-        answers: where each text's answer starts
-            (:func:`fastadapt.evaluation.faithfulness.texts.answer_starts`).
+        measured: arrays by name of the model, over ``texts``.
+        texts: the texts.
+        answers: start of each text's answer, see
+            :func:`fastadapt.evaluation.faithfulness.texts.answer_starts`.
+        config: settings of the intervals.
 
     Returns:
-        By student: ``kl, top1_error``; ``regions`` (``prompt, thinking, answer``) and ``domains``,
-        each with ``kl, top1_error, positions``; ``by_position``: ``edges`` (bin i holds the
-        positions from ``edges[i]`` to before ``edges[i+1]``) and the ``kl`` and ``top1_error`` of
-        each bin; ``nmse_per_layer`` and ``nmse_token_per_layer``, after the embeddings and every
-        block, each also as ``..._without_first``, which leaves the first token out, or null for
-        another model; ``l0``, or null.
+        A dict by name of the model, each with:
+
+        - ``kl`` (nats) and ``top1_error``;
+        - ``regions`` (``prompt, thinking, answer``) and ``domains``, each with ``kl``,
+          ``top1_error`` and ``positions``;
+        - ``by_position``: ``edges``, and ``kl`` and ``top1_error`` per bin. Bin i holds the
+          positions from ``edges[i]`` up to, not including, ``edges[i+1]``;
+        - ``nmse_per_layer`` and ``nmse_token_per_layer``, after the embeddings and every block, and
+          both with the suffix ``_without_first``, without the first token; null for the base;
+        - ``l0``, or null without features.
     """
     regions = torch.cat(
         [
@@ -52,42 +58,47 @@ def summarise_output(
         ]
     )
     domains = sorted({text.domain for text in texts if text.domain is not None})
-    of_domain = {d: torch.tensor([text.domain == d for text in texts]) for d in domains}
+    in_domain = {d: torch.tensor([text.domain == d for text in texts]) for d in domains}
     edges = _edges(max(len(text.ids) - 1 for text in texts))
-    told: dict[str, Any] = {}
+    summary: dict[str, Any] = {}
     for name, arrays in measured.items():
         sums = _Sums(arrays, len(texts), config)
         bins = torch.bucketize(arrays.position, torch.tensor(edges[1:]), right=True)
-        told[name] = {
+        summary[name] = {
             **sums.intervals(),
-            "regions": {r: sums.counted(regions == i) for i, r in enumerate(REGIONS)},
-            "domains": {d: sums.counted(None, of_domain[d]) for d in domains},
-            "by_position": {"edges": edges, **sums.binned(bins, len(edges) - 1)},
+            "regions": {r: sums.with_count(regions == i) for i, r in enumerate(REGIONS)},
+            "domains": {d: sums.with_count(None, in_domain[d]) for d in domains},
+            "by_position": {"edges": edges, **sums.by_bin(bins, len(edges) - 1)},
             **_nmse(arrays, config),
             "l0": arrays.l0,
         }
-    return told
+    return summary
 
 
 def summarise_partial(
     measured: Mapping[str, Partial], config: BootstrapConfig | None = None
 ) -> dict[str, Any]:
-    """KL of every partial replacement, per student.
+    """Summarise the KL and top-1 error of every partial replacement, per model.
 
     Returns:
-        By student: ``first`` and ``last`` (L+1 intervals, of 0..L layers), ``single`` (L),
-        ``block_passes``; ``top1_error`` with the same three; ``excess``: the same three for the KL
-        beyond that of the full replacement, paired, and ``worst``, the largest mean of those that
-        are not it; ``within_full``, whether none of the means lies above 0.
+        A dict by name of the model, each with:
+
+        - ``first`` and ``last`` (L+1 intervals of the KL in nats, of 0..L layers) and ``single``
+          (L intervals);
+        - ``block_passes``;
+        - ``top1_error`` with the same three keys;
+        - ``excess`` with the same three keys: KL minus that of the full replacement, paired by
+          text; and ``worst``: the largest of them, without the full replacement itself;
+        - ``within_full``: whether no mean excess is above 0.
     """
-    told: dict[str, Any] = {}
+    summary: dict[str, Any] = {}
     for name, partial in measured.items():
         full = partial.kl["first"][:, -1:]
-        beyond = {family: _curve(partial, partial.kl[family] - full, config) for family in FAMILIES}
-        parts = [*beyond["first"][:-1], *beyond["last"][:-1]]
-        parts += beyond["single"] if len(beyond["single"]) > 1 else []
-        worst = max(parts, key=lambda interval: interval["mean"])
-        told[name] = {
+        excess = {family: _curve(partial, partial.kl[family] - full, config) for family in FAMILIES}
+        candidates = [*excess["first"][:-1], *excess["last"][:-1]]
+        candidates += excess["single"] if len(excess["single"]) > 1 else []
+        worst = max(candidates, key=lambda interval: interval["mean"])
+        summary[name] = {
             **{
                 family: _curve(partial, partial.kl[family], config, _POSITIVE)
                 for family in FAMILIES
@@ -97,17 +108,14 @@ def summarise_partial(
                 family: _curve(partial, partial.wrong[family], config, _SHARE)
                 for family in FAMILIES
             },
-            "excess": {**beyond, "worst": worst},
+            "excess": {**excess, "worst": worst},
             "within_full": worst["mean"] <= 0,
         }
-    return told
+    return summary
 
 
 def gaps(a: Measured, b: Measured, config: BootstrapConfig | None = None) -> dict[str, Any]:
-    """``a`` minus ``b``, paired by text: intervals of ``kl`` and ``top1_error``.
-
-    The gap is outside its interval where ``low`` is above 0, or ``high`` below.
-    """
+    """Return intervals of ``a`` minus ``b``, paired by text, of ``kl`` and ``top1_error``."""
     n = int(a.text.max()) + 1
     counts = _per_text(torch.ones_like(a.kl), a.text, n)
     values = {"kl": a.kl.double() - b.kl.double(), "top1_error": _wrong(a) - _wrong(b)}
@@ -122,12 +130,12 @@ def order(
     names: Sequence[str],
     config: BootstrapConfig | None = None,
 ) -> list[dict[str, Any]]:
-    """Each student against the next of ``names``, which is expected to be nearer to the target.
+    """Compare each model with the next of ``names``, which is expected to be nearer to the target.
 
     Returns:
-        Per pair of neighbours: ``above`` and ``below`` (names), their gaps ``kl`` and
-        ``top1_error``, and ``holds``: ``yes``, the gap in top-1 error lies wholly above 0; ``tie``,
-        0 is in its interval; ``no``, it lies below; or None, too few texts to tell.
+        A dict per pair of neighbours: the names ``above`` and ``below``, their gaps ``kl`` and
+        ``top1_error``, and ``holds``: ``yes`` if the interval of the gap in top-1 error is above 0,
+        ``tie`` if it has 0 in it, ``no`` if it is below 0, None if it is not defined.
     """
     pairs = []
     for above, below in pairwise(names):
@@ -143,13 +151,13 @@ def order(
 def partial_gaps(
     a: Partial, b: Partial, family: Family, config: BootstrapConfig | None = None
 ) -> list[dict[str, Any]]:
-    """KL of ``a`` minus that of ``b``, paired by text, at each point of a family's curve."""
-    told: list[dict[str, Any]] = _curve(a, a.kl[family] - b.kl[family], config)
-    return told
+    """Return intervals of the KL of ``a`` minus that of ``b``, paired by text, along a family."""
+    curve: list[dict[str, Any]] = _curve(a, a.kl[family] - b.kl[family], config)
+    return curve
 
 
 class _Sums:
-    """Per-text sums of one student, over chosen positions."""
+    """Intervals of one model over selected positions, from sums per text."""
 
     def __init__(self, arrays: Measured, n: int, config: BootstrapConfig | None) -> None:
         self.text, self.n, self.config = arrays.text, n, config
@@ -159,32 +167,32 @@ class _Sums:
     def intervals(
         self, positions: Tensor | None = None, texts: Tensor | None = None
     ) -> dict[str, Any]:
-        """Of some positions (bool ``[P]``) and texts (bool ``[n]``); of all where None is given."""
+        """Return intervals over positions (bool ``[P]``) of texts (bool ``[n]``); None: all."""
         weight = torch.ones_like(self.text) if positions is None else positions
-        chosen = slice(None) if texts is None else texts
-        counts = _per_text(weight, self.text, self.n)[chosen]
-        told: dict[str, Any] = {}
-        for key, value in self.values.items():
-            sums = _per_text(value * weight, self.text, self.n)[chosen]
-            told[key] = ratio(sums, counts, bounds=self.bounds[key], config=self.config).plain()
-        return told
+        selected = slice(None) if texts is None else texts
+        counts = _per_text(weight, self.text, self.n)[selected]
+        sums = {k: _per_text(v * weight, self.text, self.n) for k, v in self.values.items()}
+        return {key: self._interval(key, sums[key][selected], counts) for key in sums}
 
-    def counted(self, positions: Tensor | None, texts: Tensor | None = None) -> dict[str, Any]:
-        """The same, and how many positions these are."""
-        chosen = torch.ones_like(self.text, dtype=torch.bool) if positions is None else positions
+    def with_count(self, positions: Tensor | None, texts: Tensor | None = None) -> dict[str, Any]:
+        """Return the intervals, and the number of positions."""
+        selected = torch.ones_like(self.text, dtype=torch.bool) if positions is None else positions
         if texts is not None:
-            chosen = chosen & texts[self.text]
-        return {**self.intervals(positions, texts), "positions": int(chosen.sum())}
+            selected = selected & texts[self.text]
+        return {**self.intervals(positions, texts), "positions": int(selected.sum())}
 
-    def binned(self, bins: Tensor, n_bins: int) -> dict[str, Any]:
-        """Of every bin, given the bin of each position."""
-        cell = bins * self.n + self.text
-        counts = _per_text(torch.ones_like(cell), cell, n_bins * self.n).view(n_bins, self.n)
-        told: dict[str, Any] = {}
-        for key, value in self.values.items():
-            sums = _per_text(value, cell, n_bins * self.n).view(n_bins, self.n)
-            told[key] = ratio(sums, counts, bounds=self.bounds[key], config=self.config).plain()
-        return told
+    def by_bin(self, bins: Tensor, n_bins: int) -> dict[str, Any]:
+        """Return the intervals of every bin, given the bin of each position."""
+        cell = bins * self.n + self.text  # one cell per pair of bin and text
+        shape = (n_bins, self.n)
+        counts = _per_text(torch.ones_like(cell), cell, n_bins * self.n).view(shape)
+        return {
+            key: self._interval(key, _per_text(value, cell, n_bins * self.n).view(shape), counts)
+            for key, value in self.values.items()
+        }
+
+    def _interval(self, key: str, sums: Tensor, counts: Tensor) -> Any:
+        return ratio(sums, counts, bounds=self.bounds[key], config=self.config).plain()
 
 
 def _per_text(values: Tensor, text: Tensor, n: int) -> Tensor:
@@ -196,7 +204,7 @@ def _wrong(arrays: Measured) -> Tensor:
 
 
 def _edges(positions: int) -> list[int]:
-    """0, 1, 2, 4, 8, ...: bins that double, the last one cut at the number of positions."""
+    """Return 0, 1, 2, 4, 8, ...: edges of bins that double, the last one at ``positions``."""
     edges = [0]
     while edges[-1] < positions:
         edges.append(min(positions, max(1, 2 * edges[-1])))
@@ -204,7 +212,7 @@ def _edges(positions: int) -> list[int]:
 
 
 def _nmse(arrays: Measured, config: BootstrapConfig | None) -> dict[str, Any]:
-    told: dict[str, Any] = {}
+    curves: dict[str, Any] = {}
     for key, values in (("nmse", arrays.nmse), ("nmse_token", arrays.token_nmse)):
         for i, suffix in enumerate(("", "_without_first")):
             curve = None
@@ -212,8 +220,8 @@ def _nmse(arrays: Measured, config: BootstrapConfig | None) -> dict[str, Any]:
                 per_layer = values[:, i].T
                 ones = torch.ones(len(values))
                 curve = ratio(per_layer, ones, bounds=_POSITIVE, config=config).plain()
-            told[f"{key}_per_layer{suffix}"] = curve
-    return told
+            curves[f"{key}_per_layer{suffix}"] = curve
+    return curves
 
 
 def _curve(

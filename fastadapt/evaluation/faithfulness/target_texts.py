@@ -1,4 +1,4 @@
-"""What the target answers to held-out prompts, sampled once and read from then on."""
+"""Samples the target's responses to held-out prompts, and stores them for later evaluations."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from fastadapt.evaluation.faithfulness.prompts import held_out, load_prompts
 from fastadapt.evaluation.faithfulness.texts import Text
 from fastadapt.evaluation.generation.responses import Request
 from fastadapt.evaluation.generation.sampling import SamplingConfig, sample
-from fastadapt.evaluation.models_under_test import Students
+from fastadapt.evaluation.models_under_test import ModelSet
 from fastadapt.organism import resolve
 
 
 @dataclass(frozen=True)
 class TextsConfig:
-    """The texts on which students are compared: the target's own responses to held-out prompts.
+    """Settings of the texts on which models are compared.
 
     Args:
-        prompts: conversations whose prompts are answered, named as ``data.train`` is; the run's
-            held-out data if not given.
-        n: the first so many.
-        n_partial: partial replacement is measured on the first so many of them.
+        prompts: source of the conversations whose prompts the target answers, in the form of
+            ``data.train``; default: the held-out data of the first run.
+        n: number of prompts, from the start of the source.
+        n_partial: number of texts, from the start, on which partial replacement is measured.
     """
 
     prompts: str | None = None
@@ -39,7 +39,7 @@ class TextsConfig:
 
 
 def target_texts(
-    students: Students,
+    models: ModelSet,
     config: TextsConfig,
     sampling: SamplingConfig,
     folder: Path,
@@ -47,48 +47,49 @@ def target_texts(
     progress: Callable[[int, int], None] | None = None,
     stop: Event | None = None,
 ) -> list[Text]:
-    """The target's responses with their prompts; of those that are finished, if stopped.
+    """Return the target's responses with their prompts; if stopped, only the finished ones.
 
     Args:
-        students: the runs; the first one says what prompts are held out, and how they are rendered.
+        models: the runs. The first one determines the held-out data and the rendering.
         config: which prompts.
-        sampling: how they are answered.
-        folder: of a JSONL per target and settings.
-        progress: called with (responses, responses wanted).
-        stop: ends the sampling early; what is finished is kept.
+        sampling: settings of the sampling.
+        folder: stores one JSONL file per target and settings.
+        progress: called with (completed responses, total responses).
+        stop: set it to stop early; finished responses are stored.
 
     Raises:
-        UserError: there are no prompts, or one does not fit the context.
+        UserError: no held-out data or rendering family is recorded, the source has no prompts, or a
+            prompt does not fit the context.
     """
-    first = students.students[students.runs[0]].run
-    told = None if first is None else held_out(Path(first))
-    source = config.prompts or (told and told.source)
-    family = students.family or (told and told.family)
+    first = models.compared[models.runs[0]].run
+    recorded = None if first is None else held_out(Path(first))
+    source = config.prompts or (recorded and recorded.source)
+    family = models.family or (recorded and recorded.family)
     if source is None or family is None:
         raise UserError(
-            f"{first} does not say what it was validated on and how that was rendered: give "
-            "the folder of a run first"
+            f"{first}: no validation data or rendering family recorded; pass the folder of a run "
+            "as the first"
         )
-    own = told if config.prompts is None else None
+    default = recorded if config.prompts is None else None
     prompts = load_prompts(
         resolve(source),
-        students.tokenizer,
+        models.tokenizer,
         family,
         config.n,
-        split=own.split if own else "validation",
-        revision=own.revision if own else None,
+        split=default.split if default else "validation",
+        revision=default.revision if default else None,
     )
-    sha256 = students.fingerprint("target")
-    facts = (sha256, source, own, family, sampling.fingerprint())
-    told_by = hashlib.sha256(repr(facts).encode()).hexdigest()
+    sha256 = models.fingerprint("target")
+    facts = (sha256, source, default, family, sampling.fingerprint())
+    fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()
     requests = [Request(prompt.id, tuple(prompt.ids)) for prompt in prompts]
-    with students.generating("target") as model:
+    with models.generating("target") as model:
         sampled = sample(
             model,
-            students.tokenizer,
+            models.tokenizer,
             requests,
             sampling,
-            out=folder / f"{told_by[:16]}.jsonl",
+            out=folder / f"{fingerprint[:16]}.jsonl",
             source={"model": "target", "sha256": sha256},
             progress=progress,
             stop=stop,

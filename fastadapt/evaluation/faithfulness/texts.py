@@ -1,4 +1,4 @@
-"""Texts that a target has written, on which students are compared with it."""
+"""Texts of the target, on which models are compared with it: checks, batches and regions."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Text(NamedTuple):
     """A prompt and the target's response to it.
 
     Attributes:
-        id: tells it from the other texts.
-        ids: tokens of prompt and response.
-        prompt_length: how many of them are the prompt's.
-        domain: of the problem, where it has one.
+        id: unique among the texts.
+        ids: tokens of the prompt and the response.
+        prompt_length: number of tokens of the prompt.
+        domain: of the problem; None if not known.
     """
 
     id: str
@@ -36,18 +36,18 @@ class Text(NamedTuple):
 
 
 def check_texts(texts: Sequence[Text]) -> None:
-    """Refuse texts that cannot be measured.
+    """Check that texts can be measured.
 
     Raises:
-        UserError: there is none, two have one id, one is too short to predict a token of, or its
-            prompt is longer than itself.
+        UserError: ``texts`` is empty, two texts have one id, a text has fewer than 2 tokens, or a
+            prompt is longer than its text.
     """
     if not texts:
-        raise UserError("nothing to evaluate: there is no text")
+        raise UserError("nothing to evaluate: expected at least one text, got none")
     seen: set[str] = set()
     for text in texts:
         if text.id in seen:
-            raise UserError(f"text {text.id}: expected ids that differ, got this one twice")
+            raise UserError(f"text {text.id}: expected unique ids, got this one twice")
         seen.add(text.id)
         if len(text.ids) < 2:
             raise UserError(f"text {text.id}: expected at least 2 tokens, got {len(text.ids)}")
@@ -59,7 +59,7 @@ def check_texts(texts: Sequence[Text]) -> None:
 
 
 def digest_of(texts: Sequence[Text]) -> str:
-    """SHA-256 of the tokens of all texts, in order."""
+    """Return the SHA-256 of the tokens of all texts, in order."""
     sha256 = hashlib.sha256()
     for text in texts:
         sha256.update(json.dumps(text.ids).encode() + b"\n")
@@ -77,16 +77,16 @@ def batches_of(texts: Sequence[Text], tokens: int) -> list[list[int]]:
 
 
 def batch_of(texts: Sequence[Text], indices: Sequence[int]) -> Batch:
-    """Some texts as one batch, every token of which counts."""
+    """Return the texts of ``indices`` as one batch whose labels are all tokens."""
     return collate_whole(texts[i].ids for i in indices)
 
 
 def answer_starts(texts: Sequence[Text], tokenizer: Any) -> list[int]:
-    """Where each answer begins: the token after the one that completes the first ``</think>``.
+    """Return the index of the first token of each answer: the one after the first ``</think>``.
 
-    It is looked for in the text of the response, since tokenizers without a token of its own may
-    join its end with what follows. A response that never closes its thinking has no answer: its
-    start is the text's length.
+    The marker is searched for in the decoded text, because a tokenizer without a token for it may
+    merge its end with the following characters. For a response without the marker, the index is the
+    text's length.
     """
     pieces: dict[int, str] = {}
 
@@ -109,10 +109,14 @@ def answer_starts(texts: Sequence[Text], tokenizer: Any) -> list[int]:
 
 
 def region_of(text_length: int, prompt_length: int, answer_start: int) -> Tensor:
-    """Region of each position ``0..text_length - 2``, as an index into ``REGIONS``: int8.
+    """Return the region of each position ``0..text_length - 2``: int8 indices into ``REGIONS``.
 
-    A position belongs to the region of the token that it *predicts*. The markers of thinking are
-    part of thinking: what predicts the first token of the response, and ``</think>``.
+    A position belongs to the region of the token that it *predicts*. The markers ``<think>`` and
+    ``</think>`` belong to the thinking.
+
+    Example:
+        >>> region_of(text_length=6, prompt_length=2, answer_start=4).tolist()
+        [0, 1, 1, 2, 2]
     """
     predicted = torch.arange(1, text_length)
     return (predicted >= prompt_length).to(torch.int8) + (predicted >= answer_start).to(torch.int8)

@@ -1,1 +1,1 @@
-"""Sampling from the compared models."""
+"""Sampling of responses, detection of loops in them, and speed of generation."""

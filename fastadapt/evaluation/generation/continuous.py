@@ -1,9 +1,9 @@
-"""All that touches transformers' continuous batching, whose options move from version to version.
+"""Runs rollouts with transformers' continuous batching, whose API differs between versions.
 
-The scheduler runs in a thread of its own. Two logits processors go with it: on the host, once per
-step, they see every request's state, where the tokens that came are taken and the keys of the next
-noise are made; on the device they add that noise, after which the largest score is the token drawn.
-(They are two because a processor may hand over one int32 per request, and a key has two.)
+The scheduler runs in a separate thread. Two logits processors run with it. On the host, once per
+step, they read the new tokens from every request's state and compute the keys of the next noise. On
+the device, they add that noise, so that the largest score is the sampled token. Two processors are
+needed because each can pass one int32 per request to the device, and a key has two.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ from transformers.generation.continuous_batching.utils import WorkloadHints
 from fastadapt.errors import RunError
 from fastadapt.evaluation.generation.rollout import Draw, Rollout, SamplingConfig
 
-# On a CPU transformers would take 60% of the memory, and read all of it at every step.
+# Sizes for a CPU, where transformers' default cache takes 60% of the memory, and every step reads
+# all of it.
 CPU_PAGE, CPU_BATCH, CPU_TOKENS = 16, 64, 2048
 
 
 class _Key(ContinuousBatchingLogitsProcessor):
-    """Half of the key of each request's next token; the second half draws."""
+    """Passes half of the key of each request's next token to the device."""
 
     def __init__(self, half: int, keys_of: Callable[[Any], tuple[int, int]]) -> None:
         self.supported_kwargs, self.ignored_kwargs = {}, ()
@@ -53,6 +54,8 @@ class _Key(ContinuousBatchingLogitsProcessor):
 
 
 class _Drawing(_Key):
+    """Passes the second half of the keys, and applies ``draw`` with both halves."""
+
     def __init__(self, high: _Key, draw: Draw, keys_of: Callable[[Any], tuple[int, int]]) -> None:
         super().__init__(1, keys_of)
         self._high, self._draw = high, draw
@@ -65,7 +68,7 @@ class _Drawing(_Key):
 
 
 class _Watch:
-    """Follows the requests from within the scheduler's thread."""
+    """Feeds new tokens to the rollouts, from within the scheduler's thread."""
 
     def __init__(self, rollouts: list[Rollout]) -> None:
         self.rollouts = {str(i): rollout for i, rollout in enumerate(rollouts)}
@@ -73,18 +76,18 @@ class _Watch:
         self.cancel: Callable[[str], None] = lambda name: None
 
     def keys_of(self, state: Any) -> tuple[int, int]:
-        """Take the tokens that came since, end what has ended, and give the next token's key."""
+        """Feed a request's new tokens, cancel it if it has ended, and return the next key."""
         rollout = self.rollouts.get(state.request_id)
-        if rollout is None:  # of warming up, which makes requests of its own
+        if rollout is None:  # a request of the warm-up
             return 0, 0
         if rollout.finish is None and self.take(state.request_id, self._tokens(state)):
             self.cancel(state.request_id)
             self.ended.put(state.request_id)
-        # With two batches in flight the tokens lag behind; the place in the sequence does not.
+        # With two batches in flight, generated_tokens lags behind; position_offset does not.
         return rollout.key_at(state.position_offset)
 
     def take(self, name: str, tokens: list[int]) -> bool:
-        """Feed what is new of all the tokens of a request; whether it has ended."""
+        """Feed the new ones of a request's ``tokens``; return whether its response has ended."""
         rollout = self.rollouts[name]
         for token in tokens[len(rollout.tokens) :]:
             if rollout.feed(token):
@@ -92,10 +95,10 @@ class _Watch:
         return rollout.finish is not None
 
     def _tokens(self, state: Any) -> list[int]:
-        """All generated so far; a request put back for want of room carries them in its prompt."""
-        carried = len(self.rollouts[state.request_id].request.prompt)
-        if len(state.initial_tokens) > carried:
-            return [*state.initial_tokens[carried:], *state.generated_tokens]
+        """Return all generated tokens. A preempted request has the older ones in its prompt."""
+        prompt = len(self.rollouts[state.request_id].request.prompt)
+        if len(state.initial_tokens) > prompt:
+            return [*state.initial_tokens[prompt:], *state.generated_tokens]
         tokens: list[int] = state.generated_tokens
         return tokens
 
@@ -108,7 +111,22 @@ def run_continuous(
     done: Callable[[Rollout], None],
     stop: Event | None,
 ) -> float:
-    """Bring rollouts to their ends, ``done`` with each; the seconds of generation alone."""
+    """Generate until every rollout has ended, or until ``stop`` is set.
+
+    Args:
+        model: transformers' causal language model.
+        rollouts: the requests.
+        config: settings of the sampling.
+        eos: ids of the tokens that end a sequence.
+        done: called with each rollout that has ended.
+        stop: set it to stop early.
+
+    Returns:
+        Seconds of generation, without the warm-up.
+
+    Raises:
+        RunError: the scheduler failed.
+    """
     watch, draw = _Watch(rollouts), Draw(config, model.device)
     high = _Key(0, watch.keys_of)
     processors = ContinuousBatchingLogitsProcessorList(
@@ -128,7 +146,7 @@ def run_continuous(
     watch.cancel = manager.cancel_request
     try:
         manager.warmup()
-        draw.forget()  # what warming up drew is no one's
+        draw.forget()  # the warm-up's logits belong to no request
         manager.start()
         begun = time.perf_counter()
         for name, rollout in watch.rollouts.items():
@@ -160,7 +178,7 @@ def _collect(
                 ended.append(output.request_id)
         while not watch.ended.empty():
             ended.append(watch.ended.get())
-        # After tokens have come and before a response is kept: what broke them is noted by now.
+        # Check before a response is stored: logits that produced its tokens were noted by now.
         draw.check(watch.rollouts.values(), together=True)
         for name in ended:
             if name in left:
@@ -188,14 +206,19 @@ def _settings(
 
 
 def settings_of(page: int | None = None, **settings: Any) -> ContinuousBatchingConfig:
-    """In the words of the installed version, with ``page`` tokens of the cache together.
+    """Return transformers' settings, with the option names of the installed version.
 
-    The attention implementation was chosen with the model: a version that would change it, does
-    not.
+    Switches off the automatic change of the attention implementation, which is chosen when the
+    model is loaded.
+
+    Args:
+        page: tokens per page of the cache; None for transformers' default.
+        settings: other options.
     """
     known = {field.name for field in fields(ContinuousBatchingConfig)}
     if "auto_switch_to_flash" in known:
         settings["auto_switch_to_flash"] = False
     if page is not None:
-        settings["page_size" if "page_size" in known else "block_size"] = page  # the latter: 5.17
+        # transformers 5.17 has block_size.
+        settings["page_size" if "page_size" in known else "block_size"] = page
     return ContinuousBatchingConfig(**settings)

@@ -1,26 +1,26 @@
-"""Where a response falls into a loop, found token by token.
+"""Detects where a response falls into a loop, token by token.
 
-In every window of ``window`` tokens the coverage of an n-gram is ``n · count / window``, where
-``count`` is the largest number of its occurrences in the window that do not overlap. The window is
-degenerate where some n-gram of some ``n`` of the set occurs at least ``min_count`` times and covers
-more than ``share`` of it. A response is cut at the left edge of its earliest degenerate window, and
-is scored as the text before the cut (arXiv 2602.20904; the set of n is not in the public text).
+In a window of ``window`` tokens, the coverage of an n-gram is ``n · count / window``, where
+``count`` is the largest number of its non-overlapping occurrences. A window is degenerate if an
+n-gram, with n in ``ngrams``, occurs at least ``min_count`` times and covers more than ``share`` of
+it. A response is cut at the left edge of its earliest degenerate window, and the text before the
+cut is scored (arXiv 2602.20904, which does not publish its set of n).
 
-What the rule sees. An n-gram needs ``m_n = max(min_count, ⌊share·window/n⌋ + 1)`` occurrences. At
-200 tokens and a quarter that is 26 for n=2, 17 for 3, 11 for 5, 6 for 10, 4 for 15 and 3 for 20;
-from n=26 on two would do and above n=50 one, which is why there is a ``min_count``. A loop of
-period p repeats an n-gram every p tokens, and one longer than p without overlap at the next
-multiple of p, so n sees it if ``(m_n - 1) · p·⌈n/p⌉ + n ≤ window``: n=24 up to a period of 88, n=10
-up to 38, n=5 up to 19, n=2 up to 7. Short periods need no small n: what a small n adds is endurance
-of noise, since fewer tokens in a row must be the same.
+Sensitivity. An n-gram needs ``m_n = max(min_count, ⌊share·window/n⌋ + 1)`` occurrences. For the
+default window and share these are 26 for n=2, 17 for 3, 11 for 5, 6 for 10, 4 for 15 and 3 for 20.
+Without ``min_count``, two would suffice from n=26 and one above n=50. A loop of period p repeats an
+n-gram every p tokens. Occurrences of an n-gram longer than p do not overlap at multiples of p from
+n on. So n detects the loop if ``(m_n - 1) · p·⌈n/p⌉ + n ≤ window``: n=24 up to a period of 88, n=10
+up to 38, n=5 up to 19, n=2 up to 7. Loops of short periods do not need a small n. A small n
+tolerates more noise in a loop, since fewer consecutive tokens must be equal.
 
-What it costs. Where digits are single tokens, as in Qwen's tokenizer, the separators of a table or
-a list ("| 0.3 | 0.4", "3, 7, 12") are n-grams of two to four tokens that cover most of it, and two
-of them with one digit between are one of seven to nine: n=2 takes two sound tables in three for a
-loop, {2..10, 15, 20} likewise, {5..10, 15, 20} one table in 25. An equation of 11
-to 20 tokens that is stated three to six times covers a quarter as well; at n=24, which needs three
-occurrences, it must be longer and stated thrice within a window. The default {10, 24} keeps what
-sees the long loops and what sees the others in most noise.
+False positives. Where digits are single tokens, as in Qwen's tokenizer, the separators of a table
+or list ("| 0.3 | 0.4", "3, 7, 12") are n-grams of two to four tokens that cover most of it. Two
+separators with a digit between them are n-grams of seven to nine tokens. In our tests, n=2 and
+{2..10, 15, 20} took two sound tables in three for a loop, {5..10, 15, 20} one in 25. An equation of
+11 to 20 tokens that is stated three to six times also covers a quarter of a window. With n=24 an
+equation must be longer than that and stated three times within a window. The default {10, 24}
+detects long loops by n=24, and noisy loops by n=10.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from fastadapt.errors import UserError
 
 @dataclass(frozen=True)
 class DegenerationConfig:
-    """The rule; see the module for its arithmetic.
+    """Settings of the rule; the head of the module explains their effect.
 
     Args:
-        window: tokens of a window.
-        share: of a window; an n-gram that covers more of it makes it degenerate.
+        window: tokens per window.
+        share: coverage above which an n-gram makes a window degenerate, between 0 and 1.
         ngrams: lengths of the n-grams that are counted.
-        min_count: occurrences that an n-gram needs at least.
+        min_count: least number of occurrences of such an n-gram.
     """
 
     window: int = 200
@@ -62,7 +62,14 @@ class DegenerationConfig:
             )
 
     def needed(self, n: int) -> int:
-        """m_n: occurrences apart that make a window degenerate; integers only, no rounding."""
+        """Return m_n, the number of non-overlapping occurrences that make a window degenerate.
+
+        The loop avoids the rounding of a division by n.
+
+        Example:
+            >>> [DegenerationConfig().needed(n) for n in (10, 24)]
+            [6, 3]
+        """
         count = 1
         while n * count <= self.share * self.window:
             count += 1
@@ -70,19 +77,23 @@ class DegenerationConfig:
 
 
 class DegenerationDetector:
-    """Takes the tokens of one response and tells when the first degenerate window is complete.
+    """Detects the first degenerate window of one response while its tokens arrive.
 
-    Time per token does not grow with the response. N-grams are kept as they are, so that no hash
-    can take one for another, and only those of the last window; one that is not yet degenerate has
-    at most ``(m_n - 1) · n`` starts in a window, which is what a count walks over.
+    The time per token does not grow with the response: only n-grams of the last window are stored,
+    and a count visits at most ``(m_n - 1) · n`` starts, the most that a window has without being
+    degenerate. N-grams are compared by their tokens, not by a hash that could collide.
 
-    Only whole windows count: a response shorter than a window is never cut.
+    Only complete windows count, so a response shorter than a window is never cut.
+
+    Attributes:
+        cut: tokens before the first degenerate window; None if none was detected.
+        steps: number of n-grams removed, added and visited, for tests of the running time.
     """
 
     def __init__(self, config: DegenerationConfig | None = None) -> None:
         self.config = config or DegenerationConfig()
-        self.cut: int | None = None  #: tokens before the first degenerate window, once there is one
-        self.steps = 0  #: n-grams dropped, entered and walked over: the work done, for its test
+        self.cut: int | None = None
+        self.steps = 0
         self._needed = [(n, self.config.needed(n)) for n in self.config.ngrams]
         self._tokens: list[int] = []
         # Per n: the starts of each n-gram within the last window, oldest first.
@@ -90,7 +101,7 @@ class DegenerationDetector:
         self._enough = False
 
     def feed(self, token: int) -> bool:
-        """Take the next token; True as soon as a degenerate window is complete, and from then."""
+        """Take the next token; return whether a degenerate window is complete."""
         if self.cut is not None:
             return True
         tokens = self._tokens
@@ -106,19 +117,19 @@ class DegenerationDetector:
             first = len(tokens) - n
             if first < 0 or self._enough:
                 continue
-            of_this = starts.setdefault(tuple(tokens[first:]), deque())
-            of_this.append(first)
+            occurrences = starts.setdefault(tuple(tokens[first:]), deque())
+            occurrences.append(first)
             self.steps += 1
-            # A window can only turn degenerate by an n-gram that ends with it.
-            if len(of_this) >= needed and self._apart(of_this, n) >= needed:
+            # Only an n-gram that ends at the new token can make the window degenerate.
+            if len(occurrences) >= needed and self._count_disjoint(occurrences, n) >= needed:
                 self._enough = True
-        # What is enough before the first window is complete is enough in it.
+        # Occurrences before the first window is complete are all within that window.
         if self._enough and left >= 0:
             self.cut = left
         return self.cut is not None
 
-    def _apart(self, starts: deque[int], n: int) -> int:
-        """The largest number of these occurrences that do not overlap: greedy, from the right."""
+    def _count_disjoint(self, starts: deque[int], n: int) -> int:
+        """Return the largest number of non-overlapping occurrences: greedily, from the right."""
         count, last = 0, starts[-1] + n
         for start in reversed(starts):
             self.steps += 1
@@ -128,11 +139,15 @@ class DegenerationDetector:
 
 
 def find_cut(tokens: Iterable[int], config: DegenerationConfig | None = None) -> int | None:
-    """Tokens before the earliest degenerate window of a whole response, None where there is none.
+    """Return the number of tokens before the earliest degenerate window; None without one.
 
     Args:
-        tokens: ids of the response without its prompt.
-        config: the rule.
+        tokens: ids of a complete response, without its prompt.
+        config: settings of the rule.
+
+    Example:
+        >>> find_cut([*range(300), *list(range(60, 70)) * 30])
+        160
     """
     detector = DegenerationDetector(config)
     for token in tokens:

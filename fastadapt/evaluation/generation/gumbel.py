@@ -1,9 +1,10 @@
-"""Sampling whose random numbers belong to a request, not to the batch that it is in.
+"""Gumbel-max sampling with random numbers that do not depend on the batch.
 
-The Gumbel-max way: where ``g_v = -log(-log u_v)`` with u uniform, the v that maximises
-``log p_v + g_v`` is drawn from p exactly. The u are no stream of a generator but a function of
-(seed, request, repetition, position, v), so a request draws the same numbers whatever runs beside
-it, in whatever order, resumed or not. N rows, V vocabulary.
+For ``g_v = -log(-log u_v)`` with uniform u, the v that maximises ``log p_v + g_v`` is an exact
+sample of p. The u are a function of (seed, request, repetition, position, v), not a generator's
+stream. A request therefore has the same random numbers in every batch and order, resumed or not.
+
+N rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,42 +18,51 @@ from fastadapt.data.splitmix import STEP, mix
 
 
 def request_seed(seed: int, request: str, repetition: int) -> int:
-    """63 bits that are a request's own."""
+    """Return the 63-bit seed of a repetition of a request."""
     name = f"{seed}\0{request}\0{repetition}".encode()
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big") >> 1
 
 
 def position_key(request: int, position: int) -> tuple[int, int]:
-    """Two int32 of a request's seed and the position of the token to be drawn: SplitMix64."""
+    """Return the two int32 of a position's key, by SplitMix64.
+
+    Args:
+        request: seed of the request, see :func:`request_seed`.
+        position: index in the sequence of the token to be sampled.
+    """
     z = mix(request + (position + 1) * STEP)
     return _signed(z >> 32 & 0xFFFFFFFF), _signed(z & 0xFFFFFFFF)
 
 
 def gumbel(high_N: Tensor, low_N: Tensor, vocabulary: int) -> Tensor:
-    """Float32 ``[N, V]`` of Gumbel noise, from int32 keys ``[N]`` of :func:`position_key`.
+    """Return Gumbel noise, float32 ``[N, V]``.
 
-    ``u = (k + ½) / 2³²`` with k a mix of key and v: 32 bits, so that the rarest token that can be
-    drawn is as rare as float32 logits can say. The mixer is a bijection of 32 bits with two
-    multiplications (murmur3's), applied to v under each half of the key.
+    ``u = (k + ½) / 2³²``, where k mixes the key and v to 32 bits. That many bits give tokens as
+    improbable as float32 logits can express. The mixer is murmur3's finaliser, a bijection of 32
+    bits with two multiplications, applied to v once with each half of the key.
+
+    Args:
+        high_N, low_N: int32 ``[N]``, the halves of the keys of :func:`position_key`.
+        vocabulary: V.
     """
     index_V = torch.arange(vocabulary, device=high_N.device, dtype=torch.int32)
     bits_NV = _mix(_mix(index_V ^ low_N[:, None]) ^ high_N[:, None])
     k_NV = bits_NV.float()
     u_NV = (torch.where(bits_NV < 0, k_NV + 2.0**32, k_NV) + 0.5) * 2.0**-32
-    # -log(1 - u) is exact where it is small: where the noise is large, and the draw decided.
+    # -log(1 - u) is exact for small values: those give the large noise that decides the sample.
     exponential_NV = -torch.log1p(-u_NV.clamp_max(1 - 2.0**-24))
     return -torch.log(exponential_NV)
 
 
 def _mix(x: Tensor) -> Tensor:
-    """murmur3's finaliser on int32; multiplication wraps."""
+    """Apply murmur3's finaliser to int32. The multiplications wrap around."""
     x = (x ^ _shift(x, 16)) * _signed(0x85EBCA6B)
     x = (x ^ _shift(x, 13)) * _signed(0xC2B2AE35)
     return x ^ _shift(x, 16)
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """The logical shift to the right, which torch has not for signed integers."""
+    """Shift right without sign extension, which torch lacks for signed integers."""
     return (x >> bits) & ((1 << (32 - bits)) - 1)
 
 

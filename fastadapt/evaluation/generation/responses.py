@@ -1,9 +1,9 @@
-"""Responses as they finish, in a file from which an interrupted sampling goes on.
+"""Reads and writes files of sampled responses, from which an interrupted sampling is resumed.
 
-A JSONL file of three kinds of records: ``settings`` (first: what the tokens depend on),
-``response`` (one per finished request, in the order of finishing) and ``speed`` (one per sampling
-that ended or was told to stop). A line that a kill cut short is dropped; nothing else is ever
-changed.
+A file is JSONL with three kinds of records: ``settings`` (first line: settings that determine the
+tokens), ``response`` (one per finished request, in the order of finishing) and ``speed`` (one per
+call that ended or was stopped). Opening a file removes an incomplete last line; all other lines
+are only appended.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fastadapt.io.names import has_file
 
 SCHEMA = 1
 KINDS = ("settings", "response", "speed")
-_GO_ON = "What was sampled before is intact: run the same command again."
+_RESUME_ADVICE = "Finished responses are intact. Run the same command again to resume."
 Finish = Literal["eos", "length", "degenerate", "stop"]
 Key = tuple[str, int]
 _Record = TypeVar("_Record", "Response", "Speed")
@@ -32,12 +32,12 @@ _Record = TypeVar("_Record", "Response", "Speed")
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt to be answered, one repetition of it.
+    """One repetition of a prompt to be answered.
 
     Attributes:
-        id: names the prompt among those of a file.
-        prompt: its token ids, BOS included; nothing is added to them.
-        repetition: 0, 1, ... of the same prompt.
+        id: of the prompt, unique in a file.
+        prompt: token ids, including BOS; no token is added.
+        repetition: index of the repetition, from 0.
     """
 
     id: str
@@ -46,23 +46,25 @@ class Request:
 
     @property
     def key(self) -> Key:
+        """Id and repetition."""
         return self.id, self.repetition
 
 
 @dataclass(frozen=True)
 class Response:
-    """What was sampled for a request.
+    """The response to a request.
 
     Attributes:
-        id, repetition: the request's.
-        seed: the request's own, of which its random numbers are a function.
+        id, repetition: of the request.
+        seed: of the request's random numbers, see
+            :func:`fastadapt.evaluation.generation.gumbel.request_seed`.
         prompt_tokens: ids of the prompt.
-        tokens: ids of the response, the end-of-sequence token included where there is one, and all
-            up to the end of the degenerate window where there is one.
-        text: the response as text, up to ``cut`` or the stop string, without special tokens.
-        finish: ``eos``; ``length``, the budget or the context was used up; ``degenerate``; or
-            ``stop``, a stop string came.
-        cut: tokens before the first degenerate window, None where there is none.
+        tokens: ids of the response, including the end-of-sequence token, or all tokens up to the
+            end of the first degenerate window.
+        text: text before ``cut`` or the stop string, without special tokens.
+        finish: reason of the end: ``eos``; ``length`` for the token budget or the context;
+            ``degenerate``; or ``stop`` for a stop string.
+        cut: tokens before the first degenerate window; None without one.
     """
 
     id: str
@@ -76,11 +78,12 @@ class Response:
 
     @property
     def key(self) -> Key:
+        """Id and repetition."""
         return self.id, self.repetition
 
     @property
     def scored_tokens(self) -> int:
-        """Length of what is scored: up to the cut, the end-of-sequence token not counted."""
+        """Number of tokens before the cut and the end-of-sequence token."""
         if self.cut is not None:
             return self.cut
         return len(self.tokens) - (self.finish == "eos")
@@ -88,7 +91,7 @@ class Response:
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens generated and the seconds of generation alone, loading and warming up left out."""
+    """Number of generated tokens and seconds of generation, without loading and warm-up."""
 
     tokens: Count
     seconds: NonNegative
@@ -96,28 +99,35 @@ class Speed:
 
     @property
     def tokens_per_second(self) -> float:
+        """Tokens per second; 0 for no time."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
 class ResponseFile:
-    """The file, open for adding to; see :func:`open_responses`."""
+    """A file of responses, open for appending; see :func:`open_responses`.
+
+    Attributes:
+        path: of the file.
+        finished: responses by id and repetition.
+        speeds: records of earlier calls.
+    """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
         self.finished: dict[Key, Response] = {}
         self.speeds: list[Speed] = []
         settings = json.loads(json.dumps({"kind": "settings", "schema": SCHEMA, **settings}))
-        kept = self._take_up(settings)
+        size = self._load(settings)
         self._file = open_appended(path)
-        self._file.truncate(kept)
-        if not kept:
+        self._file.truncate(size)
+        if not size:
             self._write(settings)
 
-    def _take_up(self, settings: Mapping[str, Any]) -> int:
-        """Read what there is; the bytes of its whole lines."""
-        whole = 0
+    def _load(self, settings: Mapping[str, Any]) -> int:
+        """Read the existing records; return the number of bytes of complete lines."""
+        size = 0
         for number, record, end in _records(self.path) if has_file(self.path) else ():
-            whole = end
+            size = end
             where, kind = f"{self.path}, line {number}", record.pop("kind", None)
             if (kind == "settings") != (number == 1) or kind not in KINDS:
                 wanted = "a file of responses" if number == 1 else "a response or a speed"
@@ -125,50 +135,55 @@ class ResponseFile:
             if kind == "settings":
                 _compare(self.path, record, {k: v for k, v in settings.items() if k != "kind"})
             elif kind == "response":
-                response = _made(Response, record, where)
+                response = _parse(Response, record, where)
                 if response.key in self.finished:
-                    raise UserError(f"{where}: the response {response.key} is there twice")
+                    raise UserError(f"{where}: expected one response {response.key}, got two")
                 self.finished[response.key] = response
             else:
-                self.speeds.append(_made(Speed, record, where))
-        return whole
+                self.speeds.append(_parse(Speed, record, where))
+        return size
 
     def add(self, response: Response) -> None:
-        """Write a finished response."""
+        """Append a finished response."""
         self.finished[response.key] = response
         self._write({"kind": "response", **asdict(response)})
 
     def add_speed(self, speed: Speed) -> None:
-        """Write how fast the sampling was that ends here, and see to it that all is on the disk."""
+        """Append the speed of this call, and sync the file to the disk."""
         self.speeds.append(speed)
         self._write({"kind": "speed", **asdict(speed)})
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
     def _write(self, record: Mapping[str, Any]) -> None:
         left = memoryview((json.dumps(record, ensure_ascii=False) + "\n").encode())
-        with disk_errors(self.path, _GO_ON):
+        with disk_errors(self.path, _RESUME_ADVICE):
             while left:
                 left = left[self._file.write(left) :]
 
 
 def lock_file(path: Path) -> Path:
-    """Return the lock file of a file of responses, which lies beside it while a process samples.
+    """Return the path of the lock file that exists beside ``path`` while a process samples.
 
-    The responses themselves are no lock: on Windows, no one could read a locked file.
+    The file of responses itself is not locked, since a locked file cannot be read on Windows.
     """
     return path.with_name(f"{path.name}.lock")
 
 
 @contextmanager
 def open_responses(path: Path, settings: Mapping[str, Any]) -> Iterator[ResponseFile]:
-    """The file of responses at ``path``, for this process alone.
+    """Open or create the file of responses at ``path``, locked for this process.
+
+    Args:
+        path: of the file.
+        settings: settings that determine the tokens; JSON values.
 
     Raises:
-        UserError: it holds responses of other settings, or is no such file.
-        RunError: it cannot be written, or another process samples into it.
+        UserError: the file has responses of other settings, or is no file of responses.
+        RunError: the file cannot be written, or another process samples into it.
     """
     lock = lock_file(path)
     try:
@@ -185,23 +200,27 @@ def open_responses(path: Path, settings: Mapping[str, Any]) -> Iterator[Response
     except BlockingIOError:
         raise RunError(f"{path}: another process samples into this file") from None
     except OSError as error:
-        raise RunError(cannot_write(path, error, _GO_ON)) from error
+        raise RunError(cannot_write(path, error, _RESUME_ADVICE)) from error
 
 
 def read_responses(path: Path) -> list[Response]:
-    """The responses of a file, in the order in which they finished."""
+    """Return the responses of a file, in the order in which they finished.
+
+    Raises:
+        UserError: the file does not exist, or is no file of responses.
+    """
     if not has_file(path):
         raise UserError(f"{path}: no such file of responses")
     return [
-        _made(Response, record, f"{path}, line {number}")
+        _parse(Response, record, f"{path}, line {number}")
         for number, record, _ in _records(path)
         if record.get("kind") == "response"
     ]
 
 
 def _records(path: Path) -> Iterator[tuple[int, dict[str, Any], int]]:
-    """Line, record, and the bytes up to its end; a last line that was cut short is left out."""
-    place = 0
+    """Yield line number, record, and bytes up to its end, without an incomplete last line."""
+    size = 0
     with open_regular(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
@@ -209,20 +228,20 @@ def _records(path: Path) -> Iterator[tuple[int, dict[str, Any], int]]:
             record = parse_line(line, f"{path}, line {number}")
             if not isinstance(record, dict):
                 raise UserError(f"{path}, line {number}: expected a JSON object")
-            place += len(line)
-            yield number, record, place
+            size += len(line)
+            yield number, record, size
 
 
-def _made(kind: type[_Record], record: Mapping[str, Any], where: str) -> _Record:
-    """A record as its class, which is also its schema."""
+def _parse(kind: type[_Record], record: Mapping[str, Any], where: str) -> _Record:
+    """Check a record against its class, which is also its schema, and convert it."""
     check(record, kind, where)
     return kind(**{field.name: record[field.name] for field in fields(kind)})
 
 
-def _compare(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    for name in {**wanted, **found}:
-        if not same(found.get(name), wanted.get(name)):
+def _compare(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    for name in {**wanted, **stored}:
+        if not same(stored.get(name), wanted.get(name)):
             raise UserError(
-                f"{path} holds responses of other settings: {name} was {found.get(name)!r}, and is "
-                f"now {wanted.get(name)!r}; sample into another file, or delete this one"
+                f"{path} holds responses of other settings: {name} was {stored.get(name)!r}, and "
+                f"is now {wanted.get(name)!r}; sample into another file, or delete this one"
             )

@@ -1,4 +1,4 @@
-"""A response in the making: its settings, its next token, and when it ends."""
+"""Settings of the sampling, the state of an unfinished response, and the draw of its tokens."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from fastadapt.evaluation.generation.degeneration import DegenerationConfig, Deg
 from fastadapt.evaluation.generation.gumbel import gumbel, position_key, request_seed
 from fastadapt.evaluation.generation.responses import Finish, Request, Response
 
-#: Tokens of a response that may be drawn before the first of them is fed.
+#: Largest number of tokens of a response that are drawn but not yet fed.
 _IN_FLIGHT = 8
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How responses are sampled.
+    """Settings of the sampling.
 
     Args:
-        temperature: of the softmax; 0 takes the most likely token.
-        top_p: the smallest set of tokens that holds this much probability is drawn from.
-        max_new_tokens: of a response; less where the context ends before.
-        seed: of all requests together.
+        temperature: temperature of the softmax; 0 takes the most likely token.
+        top_p: sample from the smallest set of tokens with at least this probability.
+        max_new_tokens: largest number of tokens of a response; the context may end it earlier.
+        seed: seed of the random numbers.
         stop: strings that end a response; they are not part of its text.
         stop_degenerate: end a response with its first degenerate window.
-        degeneration: what a degenerate window is.
-        batching: ``auto``, ``continuous`` or ``static``.
-        batch_size: sequences at a time; None is 64, and for continuous batching on a GPU what fits.
+        degeneration: definition of a degenerate window.
+        batching: ``auto`` (``static`` on a CPU, else ``continuous``), ``continuous`` or ``static``.
+        batch_size: sequences per batch; None: 64, or with continuous batching on a GPU as many as
+            fit.
     """
 
     temperature: float = 0.7
@@ -60,7 +61,7 @@ class SamplingConfig:
             raise UserError("sampling.stop: an empty string would end every response")
 
     def fingerprint(self) -> dict[str, Any]:
-        """What the tokens depend on."""
+        """Return the settings that determine the tokens."""
         settings = asdict(self)
         for name in ("batching", "batch_size"):
             del settings[name]
@@ -68,14 +69,14 @@ class SamplingConfig:
 
 
 class Rollout:
-    """One request on its way to its response.
+    """A request and the tokens of its response so far.
 
     Args:
-        request: what is answered.
-        config: how.
-        limit: new tokens at most, of budget and context.
+        request: the request.
+        config: settings of the sampling.
+        limit: largest number of new tokens, by the token budget and the context.
         eos: ids of the tokens that end a sequence.
-        tokenizer: for the text.
+        tokenizer: decodes the response.
     """
 
     def __init__(
@@ -89,24 +90,24 @@ class Rollout:
         self._detector = (
             DegenerationDetector(config.degeneration) if config.stop_degenerate else None
         )
-        # A token is at least a byte of the text, and a character at most four.
+        # A token decodes to at least one byte, and a character has at most four.
         self._tail = 4 * max(map(len, config.stop), default=0) + 1
 
     def key(self) -> tuple[int, int]:
-        """Of the noise for the next token."""
+        """Return the key of the noise for the next token."""
         return self.key_at(len(self.request.prompt) + len(self.tokens))
 
     def key_at(self, position: int) -> tuple[int, int]:
-        """Of the noise for the token at a place in the sequence, the prompt's first being 0."""
+        """Return the key of the noise for the token at ``position`` of prompt and response."""
         return position_key(self.seed, position)
 
     def has_drawn(self, key: tuple[int, int]) -> bool:
-        """Whether ``key`` is of one of the tokens so far, or of the next few, still to be fed."""
+        """Return whether ``key`` belongs to a token of this response, fed or in flight."""
         first = len(self.request.prompt)
         return any(self.key_at(first + i) == key for i in range(len(self.tokens) + _IN_FLIGHT))
 
     def feed(self, token: int) -> bool:
-        """Take the next token; whether the response has ended, with it or before."""
+        """Take the next token; return whether the response has ended."""
         if self.finish is not None:
             return True
         self.tokens.append(token)
@@ -121,7 +122,7 @@ class Rollout:
         return self.finish is not None
 
     def response(self) -> Response:
-        """What is kept of a response that has ended."""
+        """Return the response. It must have ended."""
         assert self.finish is not None
         cut = None if self._detector is None else self._detector.cut
         text = self._text(self.tokens[:cut])
@@ -148,14 +149,14 @@ class Rollout:
 
 
 class LogitsError(RunError):
-    """No token can be drawn: the model's logits are NaN or infinite."""
+    """The model's logits are NaN or infinite, so no token can be drawn."""
 
 
 class Draw:
-    """From logits to scores whose largest is the token drawn. N rows, V vocabulary.
+    """Turns logits into scores whose ``argmax`` is the sampled token. N rows, V vocabulary.
 
-    No token can be drawn from logits that are NaN or infinite (``argmax`` would give token 0). The
-    key of the first such row is noted on the device, and :meth:`check` raises.
+    From logits that are NaN or infinite, ``argmax`` would give token 0. The key of the first such
+    row is stored on the device without a synchronisation, and :meth:`check` raises.
     """
 
     def __init__(self, config: SamplingConfig, device: torch.device | str = "cpu") -> None:
@@ -166,9 +167,11 @@ class Draw:
         self._top_p = TopPLogitsWarper(config.top_p) if config.top_p < 1 else None
 
     def __call__(self, logits_NV: Tensor, high_N: Tensor, low_N: Tensor) -> Tensor:
-        """``logits / temperature``, cut to the top p, plus the noise of the keys (int32).
+        """Return ``logits / temperature``, restricted to the top p, plus noise; ``[N, V]``.
 
-        A token whose logit is minus infinity is never drawn. Rows of the key 0 fill a batch up.
+        Args:
+            logits_NV: a token with a logit of minus infinity is never drawn.
+            high_N, low_N: int32 ``[N]``, halves of the keys; both 0 for padding rows.
         """
         scores_NV = logits_NV
         if self._temperature != 0:
@@ -181,10 +184,10 @@ class Draw:
         return scores_NV + gumbel(high_N, low_N, logits_NV.shape[-1])
 
     def _note(self, scores_NV: Tensor, high_N: Tensor, low_N: Tensor) -> None:
-        """Keep the key of the first row without a largest score; does not wait for the device."""
-        if not len(scores_NV):  # a step that reads prompts alone
+        """Store the key of the first row whose maximum is not finite. Does not synchronise."""
+        if not len(scores_NV):  # a step that only reads prompts
             return
-        # The maximum is NaN where one score is, and minus infinity where no token is left.
+        # The maximum is NaN if one score is, and minus infinity if all tokens are excluded.
         bad_N = ~scores_NV.amax(-1).isfinite() & ((high_N != 0) | (low_N != 0))
         first = bad_N.int().argmax(0, keepdim=True)
         key = torch.stack([high_N, low_N]).index_select(1, first)[:, 0]
@@ -192,15 +195,15 @@ class Draw:
         self._broken.copy_(torch.where(is_first, key, self._broken))
 
     def check(self, rollouts: Iterable[Rollout], *, together: bool = False) -> None:
-        """Raise if a call saw logits that are not finite; waits for the device.
+        """Raise if a call had logits that are not finite. Waits for the device.
 
         Args:
-            rollouts: those that were drawn for, of which the error names one.
-            together: whether logits of one may be NaN because another's are, as in a batch whose
-                sequences lie behind one another.
+            rollouts: the rollouts of the calls; the error names the affected one.
+            together: whether NaN may spread between rollouts, as in a batch of concatenated
+                sequences.
 
         Raises:
-            LogitsError: it did.
+            LogitsError: a call had such logits.
         """
         high, low = self._broken.tolist()
         if (high, low) == (0, 0):
@@ -209,19 +212,19 @@ class Draw:
         name = "a request" if drawn is None else f"request {drawn.request.id!r}"
         name += ", or another of its batch: " if together else ": "
         raise LogitsError(
-            f"{name}the model's logits are NaN or infinite, so that no token can be drawn. Where "
-            "its weights are 16 bits wide, they may overflow: give a wider dtype (--dtype float32)"
+            f"{name}the model's logits are NaN or infinite, so that no token can be drawn. Weights "
+            "of 16 bits may overflow; pass --dtype float32"
         )
 
     def forget(self) -> None:
-        """Let :meth:`check` raise for later calls alone."""
+        """Discard the stored key, so that :meth:`check` ignores earlier calls."""
         self._broken.zero_()
 
 
 def keys(rollouts: list[Rollout], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """The halves of the rollouts' keys: two int32 ``[N]``, 0 where a response has ended."""
-    every = [rollout.key() if rollout.finish is None else (0, 0) for rollout in rollouts]
-    high, low = zip(*every, strict=True)
+    """Return the halves of the rollouts' keys, two int32 ``[N]``; 0 for ended responses."""
+    pairs = [rollout.key() if rollout.finish is None else (0, 0) for rollout in rollouts]
+    high, low = zip(*pairs, strict=True)
     return (
         torch.tensor(high, dtype=torch.int32, device=device),
         torch.tensor(low, dtype=torch.int32, device=device),

@@ -1,17 +1,20 @@
-"""Sample responses of any Hugging Face causal language model, resumable and reproducible.
+"""Samples responses of Hugging Face causal language models, resumable and reproducible.
 
-A request's tokens are a function of the model, the settings, and (seed, request, repetition): its
-random numbers are its own (:mod:`fastadapt.evaluation.generation.gumbel`), so neither the batch
-that it is in nor an interruption changes them. What remains is the arithmetic: matrix products of
-another batch shape may differ in the last bits, and a token whose two best candidates are that
-close then falls the other way. In float64 none was seen to, nor in float32 on the embedded pair
-(100 responses, both ways to batch); in 16 bits it must be reckoned with.
+The tokens of a response are a function of the model, the settings and (seed, request, repetition).
+The random numbers do not depend on the batch (:mod:`fastadapt.evaluation.generation.gumbel`), so
+neither batching nor an interruption changes them. Matrix products of other batch shapes may differ
+in the last bits, which can change a token if its two best candidates are that close. This was not
+seen in float64, nor in float32 on the embedded pair (100 responses, both kinds of batching). In 16
+bits it is to be expected.
 
-Two ways to batch, of the same tokens. ``continuous``, transformers' continuous batching with its
-paged cache: a finished request makes room at once, so long rollouts of unlike lengths keep a GPU
-busy. ``static``: transformers' ``generate`` on left-padded batches, each until its last response
-ends. On a CPU static batches take two thirds of the time (the embedded pair, 192 prompts: 3,160
-tokens per CPU second against 2,100), so ``auto`` takes them there, and ``continuous`` on a GPU.
+Two kinds of batching give the same tokens:
+
+- ``continuous``: transformers' continuous batching with a paged cache. A finished request is
+  replaced at once, which keeps a GPU busy for long responses of different lengths.
+- ``static``: transformers' ``generate`` on left-padded batches, each until its last response ends.
+
+On a CPU, static batches take two thirds of the time (embedded pair, 192 prompts: 3,160 tokens per
+CPU second against 2,100). ``auto`` is ``static`` on a CPU and ``continuous`` on a GPU.
 """
 
 from __future__ import annotations
@@ -50,11 +53,11 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Sampled:
-    """Responses in the order of the requests, and how fast they came.
+    """Result of :func:`sample`.
 
     Attributes:
-        responses: of the requests that are finished.
-        speed: of this sampling and those before it that ``out`` tells of; None where nothing was
+        responses: to the finished requests, in the order of the requests.
+        speed: of this call and the earlier calls recorded in ``out``; None if no token was
             generated.
         complete: whether every request is finished.
     """
@@ -66,7 +69,7 @@ class Sampled:
 
 @dataclass
 class _Session:
-    """One call of :func:`sample` on its way."""
+    """State of one call of :func:`sample`."""
 
     model: Any
     config: SamplingConfig
@@ -81,18 +84,21 @@ class _Session:
     done_before: int = 0
 
     def done(self, rollout: Rollout) -> None:
+        """Store the response of a rollout that has ended."""
         response = rollout.response()
         self.finished[response.key] = response
         if self.file is not None:
             self.file.add(response)
         self.tokens += len(response.tokens)
-        self.tell()
+        self.report()
 
-    def tell(self) -> None:
+    def report(self) -> None:
+        """Call ``progress``."""
         if self.progress is not None:
             self.progress(self.done_before + len(self.finished), self.total)
 
     def stopped(self) -> bool:
+        """Return whether ``stop`` is set."""
         return self.stop is not None and self.stop.is_set()
 
 
@@ -110,24 +116,24 @@ def sample(
     """Sample a response to each request that has none yet.
 
     Args:
-        model: transformers' causal language model; of a :class:`ReplacementModel` its ``model``,
-            within its ``mode``.
-        tokenizer: decodes, and gives the padding token.
+        model: transformers' causal language model. For a :class:`ReplacementModel`, pass its
+            ``model`` within its ``mode``.
+        tokenizer: decodes responses, and provides the padding token.
         requests: distinct by id and repetition.
-        config: how to sample.
-        out: JSONL that responses are added to as they finish, and read from before; see
-            :mod:`fastadapt.evaluation.generation.responses`.
-        source: names the model (ids, revisions, digest of an adapter, mode); part of what ``out``
-            must agree on.
-        progress: called with (requests finished, requests), first at the start.
-        stop: ends the sampling early; what is finished is kept, what is not is begun anew later.
+        config: settings of the sampling.
+        out: JSONL file of responses, see :mod:`fastadapt.evaluation.generation.responses`. Its
+            responses are reused, and new ones are appended as they finish.
+        source: identifies the model (ids, revisions, digest of an adapter, mode). ``out`` must have
+            been written with the same ``source``.
+        progress: called with (finished requests, total requests), first at the start.
+        stop: set it to stop early. Finished responses are stored, unfinished ones are sampled again
+            later.
 
     Raises:
-        UserError: a prompt that leaves no room in the context, an empty one, one with a token that
-            the model has no embedding of, two requests of one name, or an ``out`` of other settings
-            or prompts.
-        RunError: the generation failed, logits are NaN or infinite (it names the model and a
-            request; what was finished before is kept), or ``out`` cannot be written.
+        UserError: a prompt is empty, does not fit the context or has a token without embedding; two
+            requests have one id and repetition; or ``out`` has other settings or prompts.
+        RunError: the generation failed or ``out`` cannot be written.
+        LogitsError: logits are NaN or infinite; responses that finished before are stored.
     """
     context = context_of(model)
     vocabulary = vocabulary_of(model)
@@ -155,7 +161,7 @@ def sample(
             stop=stop,
             done_before=len(requests) - len(todo),
         )
-        session.tell()
+        session.report()
         rollouts = [Rollout(r, config, limits[r.key], eos, tokenizer) for r in todo]
         speeds = [] if file is None else list(file.speeds)
         if rollouts and not session.stopped():
@@ -164,47 +170,54 @@ def sample(
             except LogitsError as error:
                 model_name = f"model {source['model']!r}, " if source and "model" in source else ""
                 raise LogitsError(f"{model_name}{error}") from error
-    found = {**old, **session.finished}
-    responses = [found[request.key] for request in requests if request.key in found]
-    return Sampled(responses, _together(speeds), len(responses) == len(requests))
+    finished = {**old, **session.finished}
+    responses = [finished[request.key] for request in requests if request.key in finished]
+    return Sampled(responses, _total_speed(speeds), len(responses) == len(requests))
 
 
 def end_tokens(model: Any, tokenizer: Any) -> set[int]:
-    """Ids that end a sequence: those of the model's generation settings and the tokenizer's."""
+    """Return the ids that end a sequence, by the model's generation settings and the tokenizer."""
     ids = getattr(model.generation_config, "eos_token_id", None)
     ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
     return {i for i in (*ids, tokenizer.eos_token_id) if i is not None}
 
 
 def context_of(model: Any) -> int:
-    """Tokens that a sequence of the model may have."""
+    """Return the largest number of tokens of a sequence of the model."""
     return int(model.config.get_text_config().max_position_embeddings)
 
 
 def vocabulary_of(model: Any) -> int:
-    """Tokens that the model has an embedding of."""
+    """Return the number of tokens with an embedding in the model."""
     return int(model.get_input_embeddings().weight.shape[0])
 
 
 def check_requests(requests: Sequence[Request], context: int, vocabulary: int) -> None:
-    """Refuse prompts that cannot be answered.
+    """Check that every prompt can be answered.
+
+    Args:
+        requests: the requests.
+        context: largest number of tokens of a sequence.
+        vocabulary: number of tokens with an embedding.
 
     Raises:
-        UserError: a prompt leaves no room for a token, is empty, is there twice, or has a token
-            that the model has no embedding of.
+        UserError: a prompt is empty, leaves no token of the context for a response, or has a token
+            without embedding; or two requests have one id and repetition.
     """
     seen: set[Key] = set()
     for request in requests:
         name = f"request {request.id!r}"
         if request.key in seen:
-            raise UserError(f"{name}, repetition {request.repetition}: is there twice")
+            raise UserError(
+                f"{name}, repetition {request.repetition}: expected unique requests, got two"
+            )
         seen.add(request.key)
         if not request.prompt:
             raise UserError(f"{name}: the prompt is empty; expected at least one token")
         if len(request.prompt) >= context:
             raise UserError(
-                f"{name}: the prompt has {len(request.prompt)} tokens, and the model's context is "
-                f"{context}: no room for a response. Shorten the prompt, or leave it out."
+                f"{name}: expected a prompt shorter than the model's context of {context} tokens, "
+                f"got {len(request.prompt)} tokens. Shorten the prompt, or remove it."
             )
         check_ids(request.prompt, vocabulary, name)
 
@@ -217,14 +230,14 @@ def _check_old(
     limits: Mapping[Key, int],
     vocabulary: int,
 ) -> None:
-    """``UserError`` where a response that is there is not one to its request."""
+    """Raise ``UserError`` if a stored response does not fit its request."""
     for request in requests:
         response = old.get(request.key)
         if response is None:
             continue
         if tuple(response.prompt_tokens) != request.prompt:
             raise UserError(
-                f"{out} holds a response to another prompt of the name {request.id!r}; sample into "
+                f"{out} holds a response to another prompt with the id {request.id!r}; sample into "
                 "another file, or delete this one"
             )
         n, limit = len(response.tokens), limits[request.key]
@@ -239,20 +252,21 @@ def _check_old(
             reason = f"cut: expected at most {n:,}, got {response.cut:,}"
         else:
             continue
-        raise UserError(f"{out}: response {request.key}: {reason}. Delete the file, or its line.")
+        raise UserError(
+            f"{out}: response {request.key}: {reason}. Delete the file or this response's line."
+        )
 
 
 def _generate(session: _Session, rollouts: list[Rollout]) -> Speed:
-    """Run the rollouts; their speed goes to the file whether they end or something stops them."""
-    on_gpu = session.model.device.type != "cpu"
-    how = session.config.batching
-    if how == "auto":
-        how = "continuous" if on_gpu else "static"
+    """Run the rollouts. Their speed is stored even if an error or ``stop`` ends them early."""
+    batching = session.config.batching
+    if batching == "auto":
+        batching = "static" if session.model.device.type == "cpu" else "continuous"
     seconds = 0.0
     begun = time.perf_counter()
     try:
         with torch.no_grad(), _generation_settings(session):
-            if how == "continuous":
+            if batching == "continuous":
                 from fastadapt.evaluation.generation.continuous import run_continuous
 
                 seconds = run_continuous(
@@ -266,25 +280,24 @@ def _generate(session: _Session, rollouts: list[Rollout]) -> Speed:
             else:
                 _run_static(session, rollouts)
     finally:
-        speed = Speed(session.tokens, seconds or time.perf_counter() - begun, how)
+        speed = Speed(session.tokens, seconds or time.perf_counter() - begun, batching)
         if session.file is not None and session.tokens:
             session.file.add_speed(speed)
     return speed
 
 
-def _together(speeds: Sequence[Speed]) -> Speed | None:
-    if not sum(speed.tokens for speed in speeds):
-        return None
-    return Speed(
-        sum(speed.tokens for speed in speeds),
-        sum(speed.seconds for speed in speeds),
-        "+".join(sorted({speed.batching for speed in speeds})),
-    )
+def _total_speed(speeds: Sequence[Speed]) -> Speed | None:
+    tokens, seconds = (sum(getattr(s, name) for s in speeds) for name in ("tokens", "seconds"))
+    batching = "+".join(sorted({speed.batching for speed in speeds}))
+    return Speed(tokens, seconds, batching) if tokens else None
 
 
 @contextmanager
 def _generation_settings(session: _Session) -> Iterator[None]:
-    """Ours alone: ``generate`` fills what it is not told from the model's, penalties included."""
+    """Replace the model's generation settings, from which ``generate`` takes its defaults.
+
+    Those may include penalties, which would change the samples.
+    """
     from transformers import GenerationConfig
 
     model, before = session.model, session.model.generation_config
@@ -298,7 +311,7 @@ def _generation_settings(session: _Session) -> Iterator[None]:
 
 
 def _run_static(session: _Session, rollouts: list[Rollout]) -> None:
-    # Prompts of like length beside each other, so that little is padding; the tokens do not mind.
+    # Sorted by length, to have little padding. The order does not change the tokens.
     ordered = sorted(rollouts, key=lambda rollout: len(rollout.request.prompt), reverse=True)
     size = session.config.batch_size or STATIC_BATCH
     for start in range(0, len(ordered), size):
@@ -308,7 +321,7 @@ def _run_static(session: _Session, rollouts: list[Rollout]) -> None:
 
 
 def _run_batch(session: _Session, batch: list[Rollout]) -> None:
-    """One ``generate`` on left-padded prompts; transformers derives positions from the mask."""
+    """Run one ``generate`` on left-padded prompts. transformers derives positions from the mask."""
     from transformers import LogitsProcessorList, StoppingCriteriaList
 
     model = session.model
@@ -329,8 +342,8 @@ def _run_batch(session: _Session, batch: list[Rollout]) -> None:
         for rollout, token in zip(batch, ids_BT[:, -1].tolist(), strict=True):
             if rollout.finish is None and rollout.feed(token):
                 session.done(rollout)
-        every = session.stopped()
-        flags = [every or rollout.finish is not None for rollout in batch]
+        stopped = session.stopped()
+        flags = [stopped or rollout.finish is not None for rollout in batch]
         return torch.tensor(flags, device=ids_BT.device)
 
     model.generate(

@@ -1,8 +1,8 @@
-"""How much slower a student generates than the target: both side by side, at one length.
+"""Measures the generation speed of models relative to the target.
 
-The tokens per second of a sampling depend on how long its responses are; here every model makes the
-same number of tokens after the same prompts, greedily and past every end, in turn, so that a
-machine that others use too slows all of them alike.
+Tokens per second of sampled responses depend on their lengths. Here every model generates the same
+number of tokens after the same prompts, greedily and past end-of-sequence tokens. Models take
+turns, so that other load on the machine slows all of them alike.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from fastadapt.errors import UserError
-from fastadapt.evaluation.models_under_test import Students
+from fastadapt.evaluation.models_under_test import ModelSet
 from fastadapt.evaluation.result_schema import SpeedFile
 from fastadapt.io.atomic import disk_errors, replacing
 from fastadapt.io.documents import DocumentError, read_json, same
@@ -28,13 +28,13 @@ from fastadapt.io.names import has_file
 
 @dataclass(frozen=True)
 class SpeedConfig:
-    """How speed is measured.
+    """Settings of the measurement of speed.
 
     Args:
-        batch_size: sequences at a time.
-        prompt_tokens: of each.
-        new_tokens: made of each.
-        rounds: in each of which every model is timed once; the medians count.
+        batch_size: sequences per batch.
+        prompt_tokens: tokens per prompt.
+        new_tokens: generated tokens per sequence.
+        rounds: number of timings of every model; medians are reported.
     """
 
     batch_size: int = 16
@@ -49,61 +49,62 @@ class SpeedConfig:
 
 
 def measure_speed(
-    students: Students,
+    models: ModelSet,
     path: Path,
     config: SpeedConfig | None = None,
     *,
     progress: Callable[[int, int], None] | None = None,
     stop: Event | None = None,
 ) -> dict[str, Any]:
-    """Time the target, the hybrid and every run, or read what was measured before.
+    """Time the target, the hybrid and every run, or read the stored measurement.
 
     Args:
-        students: the runs.
-        path: a JSON file that keeps it.
-        config: how.
-        progress: called with (rounds, rounds in all).
-        stop: ends the call after the round at hand; nothing is kept then.
+        models: the runs.
+        path: JSON file that stores the result.
+        config: settings.
+        progress: called with (completed rounds, total rounds).
+        stop: set it to stop after the current round; nothing is stored then.
 
     Returns:
-        The settings, ``device``, and ``models``: by name ``tokens_per_s`` and ``overhead``, the
-        median over rounds of its time over the target's, less 1. Empty if stopped.
+        The settings, ``device``, and ``models``: by name ``tokens_per_s``, and ``overhead``, the
+        median over rounds of the model's time over the target's, minus 1. Empty if stopped.
 
     Raises:
         UserError: the file is damaged.
+        RunError: the file cannot be written.
     """
     config = config or SpeedConfig()
-    names = ["target", "hybrid", *students.runs]
+    names = ["target", "hybrid", *models.runs]
     facts = {
         **asdict(config),
-        "device": _device(students),
-        "fingerprints": {name: students.fingerprint(name) for name in names},
+        "device": _device(models),
+        "fingerprints": {name: models.fingerprint(name) for name in names},
     }
-    if (before := _measured_before(path, facts, names)) is not None:
-        return before
-    model = students.model
+    if (stored := _read_stored(path, facts, names)) is not None:
+        return stored
+    model = models.model
     generator = torch.Generator().manual_seed(0)
     shape = (config.batch_size, config.prompt_tokens)
     ids = torch.randint(model.model.config.vocab_size, shape, generator=generator)
     ids = ids.to(model.device)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(config.rounds + 1):  # the first warms up
+    for turn in range(config.rounds + 1):  # turn 0 is a warm-up
         if stop is not None and stop.is_set():
             return {}
         for name in names:
-            with students.generating(name) as generates:
+            with models.generating(name) as generates:
                 took = _time(generates, ids, config.new_tokens)
             if turn:
                 seconds[name].append(took)
         if progress is not None and turn:
             progress(turn, config.rounds)
-    made = config.batch_size * config.new_tokens
+    n_tokens = config.batch_size * config.new_tokens
     speed = {
         **asdict(config),
         "device": facts["device"],
         "models": {
             name: {
-                "tokens_per_s": made / median(taken),
+                "tokens_per_s": n_tokens / median(taken),
                 "overhead": median(_ratios(taken, seconds["target"])) - 1,
             }
             for name, taken in seconds.items()
@@ -114,10 +115,8 @@ def measure_speed(
     return speed
 
 
-def _measured_before(
-    path: Path, facts: dict[str, Any], names: Sequence[str]
-) -> dict[str, Any] | None:
-    """What ``path`` has of the same models and settings; None where it has nothing of them."""
+def _read_stored(path: Path, facts: dict[str, Any], names: Sequence[str]) -> dict[str, Any] | None:
+    """Return the result in ``path`` if it has the same models and settings."""
     if not has_file(path):
         return None
     try:
@@ -127,22 +126,25 @@ def _measured_before(
             return None
         for key in speed.keys() & facts.keys():
             if not same(speed[key], facts[key]):
-                raise DocumentError(f"{path}: speed.{key}: expected that of facts, {facts[key]!r}")
+                raise DocumentError(
+                    f"{path}: speed.{key}: expected {facts[key]!r}, as in facts, got {speed[key]!r}"
+                )
         if absent := [name for name in names if name not in speed["models"]]:
             raise DocumentError(f"{path}: speed.models: expected the key {absent[0]!r}")
     except DocumentError as error:
         raise UserError(
-            f"{error}. Remove it and evaluate again: speed is measured anew."
+            f"{error}. Remove the file and evaluate again to measure the speed again."
         ) from error
     return speed
 
 
-def _ratios(taken: Sequence[float], of_target: Sequence[float]) -> list[float]:
-    return [a / b for a, b in zip(taken, of_target, strict=True)]
+def _ratios(taken: Sequence[float], target: Sequence[float]) -> list[float]:
+    return [a / b for a, b in zip(taken, target, strict=True)]
 
 
 @torch.no_grad()
 def _time(model: Any, ids: torch.Tensor, new_tokens: int) -> float:
+    """Return the seconds of one generation."""
     if ids.is_cuda:
         torch.cuda.synchronize(ids.device)
     began = time.perf_counter()
@@ -159,8 +161,8 @@ def _time(model: Any, ids: torch.Tensor, new_tokens: int) -> float:
     return time.perf_counter() - began
 
 
-def _device(students: Students) -> str:
-    device = students.model.device
+def _device(models: ModelSet) -> str:
+    device = models.model.device
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {torch.get_num_threads()} threads"

@@ -15,7 +15,7 @@ from fastadapt.data.tokens import check_ids
 from fastadapt.errors import RunError, UserError
 from fastadapt.evaluation.faithfulness.prompts import held_out
 from fastadapt.evaluation.generation.sampling import context_of, vocabulary_of
-from fastadapt.evaluation.models_under_test import Students
+from fastadapt.evaluation.models_under_test import ModelSet
 from fastadapt.features.collect import folder as work
 from fastadapt.features.collect import snapshots
 from fastadapt.features.collect.config import CollectConfig, Shard
@@ -57,7 +57,7 @@ class Opened:
         config: the settings, ``neurons_per_token`` filled in where neurons are collected.
     """
 
-    students: Students
+    students: ModelSet
     run: str
     source: Source
     config: CollectConfig
@@ -98,14 +98,14 @@ def open_run(
     Raises:
         UserError: the run is not finished, has no features, or lacks its data, family or L0.
     """
-    students = Students.open(
+    students = ModelSet.open(
         [run],
         dtype=dtype,
         device=device,
         attention=attention,
         trust_remote_code=trust_remote_code,
     )
-    student = students.students[students.runs[0]]
+    student = students.compared[students.runs[0]]
     if student.kind != "transcoder":
         raise UserError(
             f"{run}: expected a run of transcoder adapters, got one of kind {student.kind!r}, "

@@ -1,7 +1,7 @@
-"""A store of features as pages: exported to a folder, served on this machine.
+"""Pages of a feature store: export to a folder, and a local server.
 
-The pages need no network and no server. A browser reads no data from files but scripts, so the
-data are scripts (:mod:`fastadapt.features.site.shards`), each loaded when it is wanted.
+The pages need no network and no server. A page opened as a file may load scripts but no other
+files, so the data are scripts (:mod:`fastadapt.features.site.shards`) that are loaded on demand.
 """
 
 from fastadapt.features.site.pages import export

@@ -1,4 +1,4 @@
-"""What a store says of the units of one layer, as columns."""
+"""Reads the units of one layer of a store as flat columns for shards."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from fastadapt.features.site.shards import NONE, integers
 from fastadapt.features.store.schema import REGIONS, SAMPLES, TENTHS, Kind
 from fastadapt.features.store.store import Store
 
-#: Tables of what judges said, beside the collected ones; shown on the page of a unit.
+#: Tables that are added to a store after collection, shown on the page of a unit.
 JUDGED = ("descriptions", "scores", "classes", "overlap")
 _THINKING = REGIONS.index("thinking")
-#: Columns of an example that the pages show.
+#: Columns of an example on the page of a unit.
 _SHOWN = (
     *("feature", "sample", "text", "position", "value", "region", "domain"),
     *("start", "tokens", "values"),
 )
-_NO_BYTE = 255  # of a column of u8: no entry here
+_NO_BYTE = 255  # missing value of a u8 column
 
 
 @dataclass(frozen=True)
 class Layer:
-    """The units of a layer.
+    """Columns of the F units of a layer.
 
     Attributes:
-        index: columns of the list: an entry per unit, promoted tokens ``[F, K]``.
-        detail: columns of the units' pages that are matrices, an entry or row per unit.
-        examples: columns of the units' examples; the three kinds of entries are told apart by
-            their number: of ``example_*`` one per example, of ``window_*`` one per token, of
-            ``fires_*`` one per token at which the unit is not 0.
-        first: ``[F + 1]``, each unit's first example, and the number of all.
-        notes: of the units that judges spoke of, their rows by table.
+        index: columns of the list: ``[F]``, and ``promoted`` tokens ``[F, K]``.
+        detail: columns of the units' pages, ``[F]`` or ``[F, n]``.
+        examples: columns of the units' examples: ``example_*`` with one entry per example,
+            ``window_*`` with one per token, ``fires_*`` with one per token at which the unit is not
+            0.
+        first: ``[F + 1]``: index of each unit's first example, then the number of examples.
+        notes: rows of the tables ``JUDGED`` by unit and table.
     """
 
     index: dict[str, np.ndarray]
@@ -50,25 +50,29 @@ class Layer:
 def read_layer(
     store: Store, kind: Kind, layer: int, domains: Sequence[str], classes: Sequence[Sequence[Any]]
 ) -> Layer:
-    """The units of a layer.
+    """Read the units of a layer.
 
     Args:
+        store: the store.
+        kind: of the units.
+        layer: index of the layer.
         domains: of the store.
-        classes: (class, subclass) of the kind, as :func:`class_names` gives them.
+        classes: pairs (class, subclass) of the kind, see :func:`class_names`.
 
     Raises:
-        UserError: a table cannot be read, or has units that the layer has not.
+        UserError: a table cannot be read, is not sorted, or has a unit that the layer does not
+            have.
     """
     n = store.shape(kind)[1]
     rows = store.read("features", kind, layer=layer)
-    where = rows["feature"].to_numpy()
+    units = rows["feature"].to_numpy()
 
     def column(name: str, dtype: str) -> np.ndarray:
         out = np.zeros(n, dtype)
-        out[where] = rows[name].to_numpy()
+        out[units] = rows[name].to_numpy()
         return out
 
-    by_region = _matrix(rows["by_region"], where, n, "<f8", 0)
+    by_region = _matrix(rows["by_region"], units, n, "<f8", 0)
     index = {
         "count": column("count", "<f8"),
         "density": column("density", "<f4"),
@@ -77,59 +81,66 @@ def read_layer(
     }
     detail = {"mean": column("mean", "<f4"), "norm": column("norm", "<f4")}
     for name in ("histogram", "by_domain", "by_region", "by_tenth"):
-        detail[name] = integers(_matrix(rows[name], where, n, "<f8", 0))
+        detail[name] = integers(_matrix(rows[name], units, n, "<f8", 0))
     if store.has("lens", kind):
         lens = store.read("lens", kind, layer=layer)
-        where = lens["feature"].to_numpy()
-        index["promoted"] = _matrix(lens["promoted"], where, n, "<u4", NONE)
-        detail["suppressed"] = _matrix(lens["suppressed"], where, n, "<u4", NONE)
+        units = lens["feature"].to_numpy()
+        index["promoted"] = _matrix(lens["promoted"], units, n, "<u4", NONE)
+        detail["suppressed"] = _matrix(lens["suppressed"], units, n, "<u4", NONE)
         for name in ("promoted_logits", "suppressed_logits"):
-            detail[name] = _matrix(lens[name], where, n, "<f4", 0)
+            detail[name] = _matrix(lens[name], units, n, "<f4", 0)
     notes = _notes(store, kind, layer)
     index["class"] = np.full(n, _NO_BYTE, "<u1")
-    for unit, said in notes.items():
-        if "classes" in said:
-            chosen = said["classes"][0]
-            index["class"][unit] = classes.index([chosen["class"], chosen["subclass"]])
+    for unit, tables in notes.items():
+        if "classes" in tables:
+            row = tables["classes"][0]
+            index["class"][unit] = classes.index([row["class"], row["subclass"]])
     first, examples = _examples(store, kind, layer, domains)
     return Layer(index, detail, examples, first, notes)
 
 
-def described(notes: dict[int, dict[str, list[dict[str, Any]]]]) -> tuple[np.ndarray, list[str]]:
-    """Units with a description, and it: made of the strongest examples if there are several."""
-    units = sorted(unit for unit, said in notes.items() if "descriptions" in said)
-    chosen = [
+def select_descriptions(
+    notes: dict[int, dict[str, list[dict[str, Any]]]],
+) -> tuple[np.ndarray, list[str]]:
+    """Return the units with a description, and one description of each.
+
+    Of several descriptions, the one from the first variant in ``SAMPLES`` is selected.
+    """
+    units = sorted(unit for unit, tables in notes.items() if "descriptions" in tables)
+    rows = [
         min(notes[unit]["descriptions"], key=lambda row: SAMPLES.index(row["variant"]))
         for unit in units
     ]
-    return np.array(units, "<u4"), [row["description"] for row in chosen]
+    return np.array(units, "<u4"), [row["description"] for row in rows]
 
 
 def class_names(store: Store, kind: Kind) -> list[list[Any]]:
-    """Every (class, subclass) of a kind, sorted.
+    """Return the pairs (class, subclass) of a kind, sorted.
 
     Raises:
-        UserError: there are more than a byte can tell apart.
+        UserError: the kind has more than 255 pairs, the most that a byte can encode.
     """
     if not store.has("classes", kind):
         return []
     names = ["class", "subclass"]
     rows = store.read("classes", kind, columns=names).group_by(names).aggregate([])
-    found = sorted(
+    pairs = sorted(
         ([row["class"], row["subclass"]] for row in rows.to_pylist()),
         key=lambda pair: (pair[0], pair[1] or ""),
     )
-    if len(found) > _NO_BYTE:
-        raise UserError(f"{store.folder}: {len(found)} classes of {kind} units, at most 255 fit")
-    return found
+    if len(pairs) > _NO_BYTE:
+        raise UserError(
+            f"{store.folder}: expected at most {_NO_BYTE} classes of {kind} units, got {len(pairs)}"
+        )
+    return pairs
 
 
 def totals(store: Store, domains: Sequence[str]) -> dict[str, list[int]]:
-    """Tokens of the store's texts by region, by tenth of the thinking, by domain."""
+    """Count the tokens of the store's texts by region, by tenth of the thinking and by domain."""
     by_region, by_tenth = np.zeros(len(REGIONS), np.int64), np.zeros(TENTHS, np.int64)
     by_domain = dict.fromkeys(domains, 0)
     texts = store.read("texts", columns=["domain", "regions"])
-    flat, begins = _flat(texts["regions"])
+    flat, begins = _flatten(texts["regions"])
     for domain, begin, end in zip(texts["domain"].to_pylist(), begins, begins[1:], strict=False):
         regions = flat[begin:end]
         by_region += np.bincount(regions, minlength=len(REGIONS))
@@ -146,24 +157,24 @@ def totals(store: Store, domains: Sequence[str]) -> dict[str, list[int]]:
     }
 
 
-def _flat(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """Entries of all lists, and ``[rows + 1]`` where each begins."""
+def _flatten(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the entries of all lists, and the offsets of the lists, ``[rows + 1]``."""
     lists = column.combine_chunks()
     offsets = lists.offsets.to_numpy()
     return lists.values.to_numpy()[offsets[0] : offsets[-1]], offsets - offsets[0]
 
 
 def _matrix(
-    column: pa.ChunkedArray, where: np.ndarray, n: int, dtype: str, empty: float
+    column: pa.ChunkedArray, rows: np.ndarray, n: int, dtype: str, empty: float
 ) -> np.ndarray:
-    """Lists as the rows ``where`` of ``[n, longest]``, filled up with ``empty``."""
+    """Return ``[n, longest]`` with the lists of ``column`` as ``rows``, padded with ``empty``."""
     if len(column) == 0:
         return np.full((n, 0), empty, dtype)
-    flat, offsets = _flat(column)
+    flat, offsets = _flatten(column)
     lengths = np.diff(offsets)
     out = np.full((n, int(lengths.max())), empty, dtype)
-    within = np.arange(flat.size) - np.repeat(offsets[:-1], lengths)
-    out[np.repeat(where, lengths), within] = flat
+    within = np.arange(flat.size) - np.repeat(offsets[:-1], lengths)  # index in its list
+    out[np.repeat(rows, lengths), within] = flat
     return out
 
 
@@ -174,10 +185,10 @@ def _notes(store: Store, kind: Kind, layer: int) -> dict[int, dict[str, list[dic
             continue
         rows = store.read(table, kind, layer=layer)
         for row in rows.to_pylist():
-            said = notes.setdefault(row.pop("feature"), {}).setdefault(table, [])
+            entries = notes.setdefault(row.pop("feature"), {}).setdefault(table, [])
             del row["layer"]
-            # NaN is no JSON: a share of nothing is none.
-            said.append({key: None if value != value else value for key, value in row.items()})
+            # JSON has no NaN, which is the value of a share of zero tokens.
+            entries.append({key: None if value != value else value for key, value in row.items()})
     return notes
 
 
@@ -190,14 +201,16 @@ def _examples(
     rows = store.read("examples", kind, layer=layer, columns=_SHOWN)
     units = rows["feature"].to_numpy()
     if np.any(np.diff(units) < 0):
-        raise UserError(f"{store.path('examples', kind)} is not sorted by feature")
-    tokens, begins = _flat(rows["tokens"])
-    values, others = _flat(rows["values"])
-    if not np.array_equal(begins, others):
-        raise UserError(f"{store.path('examples', kind)}: tokens and values differ in length")
+        raise UserError(f"{store.path('examples', kind)}: expected rows sorted by feature")
+    tokens, begins = _flatten(rows["tokens"])
+    values, value_begins = _flatten(rows["values"])
+    if not np.array_equal(begins, value_begins):
+        raise UserError(
+            f"{store.path('examples', kind)}: expected as many values as tokens in every row"
+        )
     fires = np.flatnonzero(values)
-    before = np.searchsorted(fires, begins)  # of each example's first token
-    of_example = np.repeat(np.arange(len(rows)), np.diff(before))
+    first_fire = np.searchsorted(fires, begins)  # [rows + 1]: offsets of the examples in `fires`
+    example = np.repeat(np.arange(len(rows)), np.diff(first_fire))  # of each entry of `fires`
     return np.searchsorted(units, np.arange(n + 1)), {
         "example_sample": _codes(rows["sample"], SAMPLES),
         "example_region": _codes(rows["region"], REGIONS),
@@ -212,24 +225,25 @@ def _examples(
             )
         },
         "example_tokens": np.diff(begins).astype("<u4"),
-        "example_fires": np.diff(before).astype("<u4"),
+        "example_fires": np.diff(first_fire).astype("<u4"),
         "window_token": tokens.astype("<u4"),
-        "fires_at": (fires - begins[of_example]).astype("<u4"),
+        "fires_at": (fires - begins[example]).astype("<u4"),
         "fires_value": values[fires].astype("<f4"),
     }
 
 
 def _codes(column: pa.ChunkedArray, names: Sequence[str]) -> np.ndarray:
-    found = pc.index_in(column.combine_chunks(), pa.array(names, pa.string()))
-    return found.fill_null(_NO_BYTE).to_numpy(zero_copy_only=False).astype("<u1")
+    """Return the index in ``names`` of each entry, ``_NO_BYTE`` for other texts."""
+    indices = pc.index_in(column.combine_chunks(), pa.array(names, pa.string()))
+    return indices.fill_null(_NO_BYTE).to_numpy(zero_copy_only=False).astype("<u1")
 
 
 def cut(layer: Layer, low: int, high: int) -> dict[str, np.ndarray]:
-    """The columns of the pages of units ``low`` to ``high - 1``."""
+    """Return the flat columns of the pages of units ``low`` to ``high - 1``."""
     out = {name: column[low:high].reshape(-1) for name, column in layer.detail.items()}
     begin, end = int(layer.first[low]), int(layer.first[high])
     out["examples"] = np.diff(layer.first[low : high + 1]).astype("<u4")
-    edges = {"example": (begin, end)}
+    edges = {"example": (begin, end)}  # range of entries by the prefix of the columns' names
     for name, counted in (("window", "example_tokens"), ("fires", "example_fires")):
         if counted in layer.examples:
             lengths = layer.examples[counted]
@@ -242,6 +256,11 @@ def cut(layer: Layer, low: int, high: int) -> dict[str, np.ndarray]:
 
 
 def parts(n_features: int, span: int) -> Iterator[tuple[int, int, int]]:
-    """(number, first unit, end) of the shards of a layer."""
+    """Yield (index, first unit, end) of the shards of a layer.
+
+    Example:
+        >>> list(parts(100, 64))
+        [(0, 0, 64), (1, 64, 100)]
+    """
     for part, low in enumerate(range(0, n_features, span)):
         yield part, low, min(low + span, n_features)

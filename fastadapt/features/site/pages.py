@@ -1,4 +1,4 @@
-"""Writes the pages of a store to a folder, layer by layer, and puts it in place as a whole."""
+"""Exports the pages of a feature store to a folder, layer by layer. The folder appears at once."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from fastadapt.features.site.columns import (
     JUDGED,
     class_names,
     cut,
-    described,
     parts,
     read_layer,
+    select_descriptions,
     totals,
 )
 from fastadapt.features.site.shards import shard
@@ -33,14 +33,14 @@ from fastadapt.io.names import has_file, typed_path
 from fastadapt.reporting.page import style_sheet
 
 SITE = "site"
-#: What the site is of, for :func:`is_current`; it also marks a folder as ours to replace.
+#: File with the stamp of the export, for :func:`is_current`. It marks a folder as a site.
 RECORD = "site.json"
-#: Shards of examples, all kinds together; with what else there is a site has fewer than 2,000
-#: files up to 64 layers of three kinds.
+#: Largest number of shards of examples. With it, sites of up to 64 layers of three kinds have fewer
+#: than 2,000 files.
 _MOST_SHARDS = 1792
-_LEAST_UNITS = 64  # per shard of examples: smaller ones would only be more files
-_STATIC = ("index.html", "shards.js", "units.js", "words.js", "list.js", "charts.js")
-STATIC = (*_STATIC, "feature.js", "app.js")
+_LEAST_UNITS = 64  # per shard of examples
+_SCRIPTS = ("shards", "units", "dom", "list", "charts", "feature", "router")
+STATIC = ("index.html", *(f"{name}.js" for name in _SCRIPTS))
 
 
 def export(
@@ -51,21 +51,21 @@ def export(
     progress: Callable[[int, int], None] | None = None,
     stop: Event | None = None,
 ) -> Path | None:
-    """Write the pages of a store, in place of those that were there.
+    """Write the pages of a store. Pages of an earlier export are replaced.
 
     Args:
-        store: whose features are shown.
-        folder: to write, by default ``site`` in the store. It must be new, empty, or a site.
-        kinds: of unit, by default all that the store has.
-        progress: told (layers done, layers).
-        stop: set it to end after the layer at hand; what was there before stays.
+        store: the feature store.
+        folder: output folder: new, empty, or a site; default: ``site`` in the store.
+        kinds: kinds of units to show; default: all in the store.
+        progress: called with (completed layers, total layers).
+        stop: set it to stop after the current layer. An earlier export is left unchanged.
 
     Returns:
-        The folder, whose ``index.html`` opens in a browser; None if it was stopped.
+        The folder, whose ``index.html`` opens in a browser; None if stopped.
 
     Raises:
-        UserError: the folder holds something else, a kind is not in the store, or a table of it
-            cannot be read.
+        UserError: the folder has other contents, a kind is not in the store, or a table of the
+            store cannot be read.
         RunError: the folder cannot be written.
     """
     chosen = tuple(store.kinds if kinds is None else kinds)
@@ -74,8 +74,8 @@ def export(
         raise UserError(f"kinds: expected some of {', '.join(store.kinds)}, got none")
     chosen_folder = store.folder / SITE if folder is None else typed_path(folder, "--output")
     target = Path(os.path.realpath(chosen_folder))
-    ours = half_filled(target) or has_file(target / RECORD)
-    if target.is_dir() and not ours and any(target.iterdir()):
+    is_site = half_filled(target) or has_file(target / RECORD)
+    if target.is_dir() and not is_site and any(target.iterdir()):
         raise UserError(f"{target} is no site of features; give a folder that is new or empty")
     if target.exists() and not target.is_dir():
         raise UserError(f"{target} is no folder")
@@ -90,7 +90,7 @@ def export(
 
 
 class _StoppedError(Exception):
-    """Ends the export without putting anything in place."""
+    """Ends the export, so that the staged folder is discarded."""
 
 
 class _Record(TypedDict):
@@ -99,40 +99,44 @@ class _Record(TypedDict):
 
 
 def is_current(store: Store, folder: Path) -> bool:
-    """Whether a folder has the pages of the store as it is now, made by this version."""
+    """Return whether a folder has the pages of the store's present contents, by this version."""
     try:
         record = read_json(folder / RECORD, _Record)
     except DocumentError:
-        return False  # none yet, or not whole: it is made again
+        return False
     return bool(record["stamp"] == stamp(store, record["kinds"]))
 
 
 def stamp(store: Store, kinds: Sequence[Kind]) -> str:
-    """What pages are made from, as 32 hexadecimal digits.
+    """Return a digest of the inputs of the pages, 32 hexadecimal digits.
 
-    That is the manifest, which has the hashes of what was collected, the tables of judges, and the
-    files and the code that make the pages.
+    The inputs are the store's manifest, which has the hashes of the collected tables; the tables of
+    judges; and the files and the code of this package that determine the pages.
     """
-    here = resources.files("fastadapt.features.site")
-    sources = [here / "static" / name for name in (*STATIC, "site.css")]
-    sources += [here / f"{name}.py" for name in ("columns", "pages", "shards")]
+    package = resources.files("fastadapt.features.site")
+    sources = [package / "static" / name for name in (*STATIC, "site.css")]
+    sources += [package / f"{name}.py" for name in ("columns", "pages", "shards")]
     sha256 = hashlib.sha256(style_sheet().encode())
     for source in sources:
         sha256.update(source.read_bytes())
     sha256.update((store.folder / MANIFEST).read_bytes())
     for kind in kinds:
         for table in JUDGED:
-            found = digest_of_input(store.path(table, kind)) if store.has(table, kind) else None
-            sha256.update(f"{kind} {table} {found}\n".encode())
+            digest = digest_of_input(store.path(table, kind)) if store.has(table, kind) else None
+            sha256.update(f"{kind} {table} {digest}\n".encode())
     return sha256.hexdigest()[:32]
 
 
 def units_per_shard(n_features: int, layers: int) -> int:
-    """Units whose examples share a file.
+    """Return the number of units whose examples share a shard.
 
     Args:
-        n_features: units of the layer.
-        layers: of all kinds together.
+        n_features: number of units per layer.
+        layers: number of layers, summed over kinds.
+
+    Example:
+        >>> units_per_shard(8192, 28)
+        128
     """
     return max(_LEAST_UNITS, -(-n_features // max(1, _MOST_SHARDS // layers)))
 
@@ -144,7 +148,7 @@ def _write(
     progress: Callable[[int, int], None] | None,
     stop: Event | None,
 ) -> bool:
-    """Write everything; whether it came to its end."""
+    """Write all files of the site; return False if stopped."""
     data = folder / "data"
     data.mkdir()
     mark = stamp(store, list(shapes))
@@ -163,8 +167,8 @@ def _write(
             if stop is not None and stop.is_set():
                 return False
             units = read_layer(store, kind, layer, domains, classes)
-            which, texts = described(units.notes)
-            put(f"{kind}-{layer}", {"descriptions": texts}, {**units.index, "described": which})
+            described, texts = select_descriptions(units.notes)
+            put(f"{kind}-{layer}", {"descriptions": texts}, {**units.index, "described": described})
             for part, low, high in parts(n_features, span):
                 within = range(low, high)
                 notes = {unit: units.notes[unit] for unit in within if unit in units.notes}
@@ -203,11 +207,11 @@ def _write(
 
 
 def _write_static(folder: Path) -> None:
-    here = resources.files("fastadapt.features.site") / "static"
+    source = resources.files("fastadapt.features.site") / "static"
     for name in STATIC:
-        (folder / name).write_bytes((here / name).read_bytes())
-    own = (here / "site.css").read_text(encoding="utf-8")
-    (folder / "style.css").write_text(style_sheet() + own, encoding="utf-8")
+        (folder / name).write_bytes((source / name).read_bytes())
+    rules = (source / "site.css").read_text(encoding="utf-8")
+    (folder / "style.css").write_text(style_sheet() + rules, encoding="utf-8")
 
 
 def _u32(column: Any) -> np.ndarray:

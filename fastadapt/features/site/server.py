@@ -1,8 +1,8 @@
-"""Serves the pages to this machine, and nothing but the pages.
+"""Serves the pages of an export on this machine.
 
-A request names one of the site's files or gets 404: names are matched against the few shapes that
-an export writes, never decoded and never joined as paths. The host that a browser asks for must be
-this one, so that no other site's page can read the answers by pointing its name here.
+Requests for other files get 404: paths are matched against the names that an export writes, without
+decoding or normalisation. The ``Host`` header must name this server, so that pages of other sites
+cannot read the answers by DNS rebinding.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ _TYPES = {
 }
 _HEADERS = {
     "Cache-Control": "no-store",
-    "Content-Security-Policy": "frame-ancestors 'none'",  # the rest is in the page, for files too
+    # index.html has the other directives, so that they also apply to pages opened as files.
+    "Content-Security-Policy": "frame-ancestors 'none'",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
@@ -48,21 +49,21 @@ def serve(
     progress: Callable[[int, int], None] | None = None,
     stop: Event | None = None,
 ) -> None:
-    """Show a store's pages at ``http://127.0.0.1:port/`` until Ctrl-C.
+    """Serve a store's pages at ``http://127.0.0.1:port/`` until Ctrl-C.
 
     Args:
-        source: a store or a run, whose pages are exported first where they are missing or older
-            than it; or the folder of an export, served as it is.
-        port: to listen at; 0 takes any free one.
-        ready: told the address once it answers.
-        progress: of the export: told (layers done, layers).
+        source: a store or a run, whose pages are exported first unless they are up to date; or the
+            folder of an export, which is served without changes.
+        port: TCP port; 0 for any free one.
+        ready: called with the address when the server accepts requests.
+        progress: called with (completed layers, total layers) of the export.
         stop: set it to end.
 
     Raises:
-        UserError: the port is taken or impossible, or there is neither store nor site.
+        UserError: the port is invalid or in use, or ``source`` is neither a store nor a site.
         RunError: the pages cannot be written.
     """
-    server = listen(port)  # before an export of minutes, to fail early
+    server = listen(port)  # before the export, which may take minutes, to fail early
     try:
         site = None if isinstance(source, Store) else typed_path(source, "store")
         if site is None or not has_file(site / RECORD):
@@ -79,33 +80,33 @@ def serve(
             ready(f"http://{HOST}:{server.server_port}/")
         server.serve_forever()
     except KeyboardInterrupt:
-        pass  # the way to end it
+        pass
     finally:
         server.server_close()
 
 
 class SiteServer(ThreadingHTTPServer):
-    """Listens on loopback.
+    """A server on the loopback interface.
 
     Attributes:
-        folder: of the pages, with no link in its path.
+        folder: of the pages, as a path without links.
     """
 
     daemon_threads = True
     folder = Path()
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Nothing for a browser that went away; else as ever."""
+        """Ignore closed connections; report other errors."""
         if not isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):
             super().handle_error(request, client_address)  # type: ignore[arg-type]
 
 
 def listen(port: int) -> SiteServer:
-    """A server at a port of this machine, which answers once it is told its folder and to serve.
+    """Return a server that listens on a port. Set its ``folder``, then call ``serve_forever``.
 
     Raises:
-        UserError: the port is taken or impossible.
-        RunError: it cannot be had for another reason.
+        UserError: the port is invalid, in use, or not permitted for this user.
+        RunError: the port cannot be opened for another reason.
     """
     if not 0 <= port < 2**16:
         raise UserError(f"port: expected 0 to 65535, got {port}")
@@ -113,9 +114,9 @@ def listen(port: int) -> SiteServer:
         return SiteServer((HOST, port), _Handler)
     except OSError as error:
         if error.errno in (errno.EADDRINUSE, errno.EACCES):
-            why = "taken" if error.errno == errno.EADDRINUSE else "not for this user"
-            raise UserError(f"port: {port} is {why}; give another, or 0 for a free one") from error
-        raise RunError(f"cannot listen at {HOST}:{port}: {error.strerror}") from error
+            why = "in use" if error.errno == errno.EADDRINUSE else "not permitted for this user"
+            raise UserError(f"port: {port} is {why}; pass another, or 0 for a free one") from error
+        raise RunError(f"cannot listen on {HOST}:{port}: {error.strerror}") from error
 
 
 def _end_with(server: SiteServer, stop: Event) -> None:
@@ -137,17 +138,17 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, send: bool) -> None:
         hosts = self.headers.get_all("Host", [])
-        here = {f"{name}:{self.server.server_port}" for name in (HOST, "localhost")}
-        if len(hosts) != 1 or hosts[0].lower() not in here:
+        allowed = {f"{name}:{self.server.server_port}" for name in (HOST, "localhost")}
+        if len(hosts) != 1 or hosts[0].lower() not in allowed:
             self.send_error(HTTPStatus.MISDIRECTED_REQUEST)
             return
         if self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers:
-            self.send_error(HTTPStatus.BAD_REQUEST)  # what follows would be read as a request
+            self.send_error(HTTPStatus.BAD_REQUEST)  # a body would be parsed as the next request
             return
         try:
             path = self._file()
             file = path.open("rb") if path is not None else None
-        except OSError:  # replaced by another export at this moment, or a name that is too long
+        except OSError:  # an export is replacing the file, or the name is too long
             path = file = None
         if path is None or file is None:
             self.send_error(HTTPStatus.NOT_FOUND)
@@ -163,12 +164,12 @@ class _Handler(BaseHTTPRequestHandler):
                 left -= len(block)
 
     def _file(self) -> Path | None:
-        # As it was sent: parse_request makes one slash of several.
+        # The raw request line: in self.path, parse_request merges leading slashes.
         name = self.requestline.split()[1].partition("?")[0]
         if not _FILE.fullmatch(name):
             return None
         path = self.server.folder / (name[1:] or "index.html")
-        # A link may lead anywhere.
+        # Links are not followed: they may lead out of the folder.
         return path if path.is_file() and Path(os.path.realpath(path)) == path else None
 
     def end_headers(self) -> None:
@@ -177,7 +178,7 @@ class _Handler(BaseHTTPRequestHandler):
         super().end_headers()
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Say what is wrong in a line, with nothing of the request in it, and hang up."""
+        """Send one line with the status, without contents of the request, and close."""
         body = f"{int(code)} {HTTPStatus(code).phrase}\n".encode()
         self.send_response(code)
         self.send_header("Content-Type", "text/plain; charset=utf-8")
@@ -191,9 +192,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def __getattr__(self, name: str) -> Callable[[], None]:
-        if name.startswith("do_"):  # any other method
+        if name.startswith("do_"):  # other HTTP methods
             return lambda: self.send_error(HTTPStatus.METHOD_NOT_ALLOWED)
         raise AttributeError(name)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nothing is printed here."""
+        """Do not print requests."""

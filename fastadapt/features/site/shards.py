@@ -1,13 +1,15 @@
-"""Data as scripts: what ``static/shards.js`` unpacks.
+"""Writes data as scripts, which ``static/shards.js`` unpacks.
 
-A shard is a call, ``fastadapt.shard(name, stamp, data)``; the data are base64 of a zlib stream of::
+A shard is the call ``fastadapt.shard(name, stamp, data)``. The data are base64 of a zlib stream
+of::
 
     4 bytes     length of the head, little-endian
     head        JSON in UTF-8: {"facts": ..., "columns": [[name, type, entries], ...]}
-    columns     one after the other; an entry's bytes lie apart, in as many planes as it has bytes
+    columns     in order, each as one plane per byte of its type: first the lowest byte of every
+                entry, then the next, ...
 
-Base64 has no character that could end a string or a script, whatever the data say. The planes
-(first all lowest bytes, then the next) are what lets zlib find the zeros of small numbers.
+Base64 has no character that can end a string or a script. Planes let zlib compress the zero bytes
+of small numbers.
 """
 
 from __future__ import annotations
@@ -20,20 +22,20 @@ from typing import Any
 
 import numpy as np
 
-#: Types of columns, little-endian, by the name that the pages know them by.
+#: Little-endian types of columns by their names in ``shards.js``.
 TYPES = {"u8": "<u1", "u32": "<u4", "f32": "<f4", "f64": "<f8"}
-NONE = 2**32 - 1  # of a column of u32: no entry here
-_LEVEL = 4  # 6 takes twice the time, for files smaller by one in a hundred
+NONE = 2**32 - 1  # missing value of a u32 column
+_LEVEL = 4  # level 6 takes twice the time for files that are 1% smaller
 
 
 def shard(name: str, stamp: str, facts: Any, columns: Mapping[str, np.ndarray]) -> bytes:
-    """The text of a shard.
+    """Return the script of a shard.
 
     Args:
-        name: of the file, without its ending; letters, digits, hyphens.
-        stamp: of the export; the pages refuse shards of another one.
-        facts: what JSON can say.
-        columns: flat arrays of the types of :data:`TYPES`.
+        name: of the file without suffix: letters, digits and hyphens.
+        stamp: of the export. Pages reject shards with another stamp.
+        facts: a JSON value.
+        columns: arrays of the types in :data:`TYPES`; they are flattened.
     """
     listed, planes = [], []
     for key, column in columns.items():
@@ -52,5 +54,10 @@ def shard(name: str, stamp: str, facts: Any, columns: Mapping[str, np.ndarray]) 
 
 
 def integers(values: np.ndarray) -> np.ndarray:
-    """Counts as ``u32``, or as ``f64`` where one does not fit."""
+    """Convert counts to ``u32``, or to ``f64`` if one does not fit.
+
+    Example:
+        >>> integers(np.array([1.0, 2.0])).dtype, integers(np.array([2.0**40])).dtype
+        (dtype('uint32'), dtype('float64'))
+    """
     return values.astype("<u4" if values.size == 0 or values.max() < NONE else "<f8")

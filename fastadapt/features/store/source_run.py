@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from fastadapt.errors import UserError
-from fastadapt.evaluation.models_under_test import Students
+from fastadapt.evaluation.models_under_test import ModelSet
 from fastadapt.features.store.schema import MANIFEST
 from fastadapt.features.store.store import Store, adapter_digest
 from fastadapt.io.names import has_file, typed_path
@@ -19,7 +19,7 @@ def students_of(
     device: str | None = None,
     attention: str | None = None,
     trust_remote_code: bool = False,
-) -> Students:
+) -> ModelSet:
     """Open the run that a store was collected from.
 
     Args:
@@ -39,7 +39,7 @@ def students_of(
         key = f"{store.folder / MANIFEST}: run"
         run = around if inside else typed_path(store.manifest["run"], key)
     dtype = dtype or store.manifest["pair"].get("dtype")
-    students = Students.open(
+    students = ModelSet.open(
         [run],
         ["run"],
         dtype=dtype,

@@ -1,4 +1,4 @@
-"""Where units are active, as a loop over tokens of one text at a time finds it."""
+"""Positions of active units, compared with a loop over the tokens of one text at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastadapt.features.autointerp.activations import ModelActivations
 from fastadapt.features.store.schema import Kind
 from fastadapt.models.replacement import ReplacementModel
 
-UNITS = {0: [3, 0, 7], 2: [5]}  # not every layer, and in no order
+UNITS = {0: [3, 0, 7], 2: [5]}  # some layers, units not sorted
 NEURONS = 4
 
 
@@ -37,8 +37,8 @@ def texts() -> list[list[int]]:
 
 
 @torch.no_grad()
-def plainly(model: ReplacementModel, kind: Kind, ids: list[int]) -> list[torch.Tensor]:
-    """Of each layer, bool ``[T, F]``: by transformers' own forward, and a loop over tokens."""
+def active_units(model: ReplacementModel, kind: Kind, ids: list[int]) -> list[torch.Tensor]:
+    """Return bool ``[T, F]`` per layer, by transformers' own forward and a loop over tokens."""
     seen: list[torch.Tensor] = []
     hooks = []
     for mlp in model.mlps:
@@ -75,7 +75,7 @@ def test_places_are_those_of_a_loop(
         (layer, unit): [] for layer, in_layer in UNITS.items() for unit in in_layer
     }
     for i, ids in enumerate(texts):
-        active = plainly(model, kind, ids)
+        active = active_units(model, kind, ids)
         for layer, unit in wanted:
             places = active[layer][:, unit].nonzero().flatten().tolist()
             wanted[layer, unit] += [[i, position] for position in places]
@@ -83,28 +83,28 @@ def test_places_are_those_of_a_loop(
     assert any(wanted.values())
 
 
-def test_the_model_is_as_it_was(model: ReplacementModel, texts: list[list[int]]) -> None:
+def test_the_mode_is_restored_and_hooks_are_removed(
+    model: ReplacementModel, texts: list[list[int]]
+) -> None:
     model.adapters.train()
     ModelActivations(model).places("adapter", texts, UNITS)
     assert model.adapters.training
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
-def test_stopped_it_ends(model: ReplacementModel, texts: list[list[int]]) -> None:
+def test_a_stop_ends_the_computation(model: ReplacementModel, texts: list[list[int]]) -> None:
     stop = Event()
     stop.set()
     computed = ModelActivations(model).places("adapter", texts, UNITS, stop=stop)
     assert all(len(places) == 0 for places in computed.values())
 
 
-def test_neurons_need_to_be_told_how_many_count(
-    model: ReplacementModel, texts: list[list[int]]
-) -> None:
+def test_neurons_need_neurons_per_token(model: ReplacementModel, texts: list[list[int]]) -> None:
     with pytest.raises(UserError, match="base neurons"):
         ModelActivations(model).places("base", texts, UNITS)
 
 
-def test_what_has_no_features_is_refused(make_pair: Callable[..., Any]) -> None:
+def test_a_model_without_features_is_refused(make_pair: Callable[..., Any]) -> None:
     tuned = ReplacementModel.create(make_pair("qwen2"), "mlp")
     with pytest.raises(UserError, match="no features"):
         ModelActivations(tuned)

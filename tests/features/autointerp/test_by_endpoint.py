@@ -1,4 +1,4 @@
-"""Descriptions by an endpoint, from the store to the tables: resumed, refused, nonsense."""
+"""Descriptions by an endpoint, from the store to the tables: resumption and errors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from chat_server import KEY, ChatServer, answers_well, serving
-from planted import MadeActivations, planted
+from planted import PlantedActivations, planted
 
 from fastadapt.errors import RunError, UserError
 from fastadapt.features.autointerp.describe import describe
@@ -41,17 +41,17 @@ def test_planted_features_by_an_endpoint_and_no_key_on_disk(
 
     def run() -> Any:
         judge = open_judge(JudgeConfig(model="made-1", base_url=good.url), data.store)
-        return describe(data.store, judge, CONFIG, MadeActivations(data), approve=approve)
+        return describe(data.store, judge, CONFIG, PlantedActivations(data), approve=approve)
 
     result = run()
     accuracy = [
         layer["accuracy"]["mean"] for layer in result["detection"]["adapter"]["top"]["layers"]
     ]
-    assert accuracy[0] >= 0.95  # it looks for the marked words
+    assert accuracy[0] >= 0.95  # the server searches for the marked words
     assert abs(accuracy[2] - 0.5) <= 0.2
     assert estimates[0].calls == len(good.requests) == 2 * 18
     before = files(data.store.folder)
-    assert run() == result  # without asking for approval, since nothing is called
+    assert run() == result  # needs no approval, since no request is made
     assert len(estimates) == 1
     assert len(good.requests) == 36
     assert files(data.store.folder) == before
@@ -59,16 +59,16 @@ def test_planted_features_by_an_endpoint_and_no_key_on_disk(
     assert result["judge"] == {"model": "made-1", "endpoint": good.url, "prompts": 1}
 
 
-def test_refused_it_calls_nothing(good: ChatServer, tmp_path: Path) -> None:
+def test_without_approval_no_request_is_made(good: ChatServer, tmp_path: Path) -> None:
     data = planted(tmp_path / "f", features=3, texts=60)
     judge = open_judge(JudgeConfig(model="made-1", base_url=good.url), data.store)
-    activations = MadeActivations(data)
+    activations = PlantedActivations(data)
     assert describe(data.store, judge, CONFIG, activations, approve=lambda _: False) is None
     assert not good.requests
     assert not data.store.has("descriptions")
 
 
-def test_after_nonsense_nothing_is_half_written(tmp_path: Path) -> None:
+def test_invalid_answers_leave_no_partial_files(tmp_path: Path) -> None:
     data = planted(tmp_path / "f", features=3, texts=60)
     before = set(files(data.store.folder))
 
@@ -78,31 +78,31 @@ def test_after_nonsense_nothing_is_half_written(tmp_path: Path) -> None:
     with serving(no_detection) as server:
         judge = open_judge(JudgeConfig(model="made-1", base_url=server.url), data.store)
         with pytest.raises(RunError, match="not valid"):
-            describe(data.store, judge, CONFIG, MadeActivations(data))
+            describe(data.store, judge, CONFIG, PlantedActivations(data))
     new = set(files(data.store.folder)) - before
     assert {name.split("/")[0] for name in new} == {"calls", ".lock"}
 
 
-def test_what_cannot_be_added_to_is_told_before_any_call(good: ChatServer, tmp_path: Path) -> None:
+def test_an_unusable_file_is_refused_before_any_request(good: ChatServer, tmp_path: Path) -> None:
     data = planted(tmp_path / "f", features=3, texts=60)
     (data.store.folder / "judgements.json").write_text("{")
     judge = open_judge(JudgeConfig(model="made-1", base_url=good.url), data.store)
     with pytest.raises(UserError, match=r"judgements\.json is not valid JSON"):
-        describe(data.store, judge, CONFIG, MadeActivations(data))
+        describe(data.store, judge, CONFIG, PlantedActivations(data))
     assert not good.requests
 
 
 KILLED = """
 import sys
 from pathlib import Path
-from planted import MadeActivations, planted
+from planted import PlantedActivations, planted
 from fastadapt.features.autointerp.describe import describe
 from fastadapt.features.autointerp.judges.endpoint import open_judge
 from fastadapt.features.autointerp.judges.settings import DescribeConfig, JudgeConfig
 
 data = planted(Path(sys.argv[1]), features=6)
 judge = open_judge(JudgeConfig(model="made-1", base_url=sys.argv[2], concurrency=2), data.store)
-describe(data.store, judge, DescribeConfig(units=6, samples=("top",)), MadeActivations(data))
+describe(data.store, judge, DescribeConfig(units=6, samples=("top",)), PlantedActivations(data))
 """
 
 
@@ -140,6 +140,6 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
         data = planted(tmp_path / "whole", features=6)
         for store in (killed, data.store):
             judge = open_judge(JudgeConfig(model="made-1", base_url=server.url), store)
-            describe(store, judge, CONFIG, MadeActivations(data))
+            describe(store, judge, CONFIG, PlantedActivations(data))
         assert len(server.requests) == n_asked + (36 - n_cached) + 36
     assert files(killed.folder) == files(data.store.folder)

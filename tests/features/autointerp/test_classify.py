@@ -1,4 +1,4 @@
-"""Classes by an endpoint: what is asked, what is written, and shares of them."""
+"""Classes by an endpoint: questions, tables and shares."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from chat_server import serving
 from planted import planted
-from stores import MadeText, make_store
+from stores import StoreText, make_store
 
 from fastadapt.errors import UserError
 from fastadapt.features.autointerp.classify import classify, shares
@@ -21,14 +21,14 @@ from fastadapt.features.autointerp.judges.without_llm import TokenJudge
 
 
 def by_layer(body: dict[str, Any], _: int) -> str:
-    """Language where the marked words are few, code where they are many."""
+    """Answer "language" for few marked words, "code" for many."""
     user = body["messages"][1]["content"]
     few = len(set(user.split("⟦")[1:])) and user.count("⟦ w6") >= 5
     name, sub = ("language", None) if few else ("domain", "code")
     return json.dumps({"reason": "r", "class": name, "subclass": sub})
 
 
-def test_classes_are_asked_with_examples_and_lens_and_written(tmp_path: Path) -> None:
+def test_questions_have_examples_and_lens_and_classes_are_written(tmp_path: Path) -> None:
     data = planted(tmp_path / "f", features=10)
     config = ClassifyConfig(units=8)
     with serving(by_layer) as server:
@@ -82,7 +82,7 @@ def test_a_judge_without_a_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_store_without_activations_is_refused(tmp_path: Path) -> None:
-    texts = [MadeText([1, 2, 3, 4], [7] * 4)]
+    texts = [StoreText([1, 2, 3, 4], [7] * 4)]
     data = make_store(tmp_path / "f", texts, [np.zeros((1, 4, 2), np.float32)], ["a"] * 25)
     judge = open_judge(JudgeConfig(model="m", base_url="http://127.0.0.1:9/v1"), data.store)
     with pytest.raises(UserError, match="no unit to classify"):
@@ -90,7 +90,7 @@ def test_a_store_without_activations_is_refused(tmp_path: Path) -> None:
     assert not data.store.has("classes")
 
 
-def test_settings_that_cannot_be_are_refused() -> None:
+def test_impossible_settings_are_refused() -> None:
     for wrong in ({"units": 0}, {"min_density": -1.0}, {"min_shown": 11}, {"kinds": ("x",)}):
         with pytest.raises(UserError, match=f"classify.{next(iter(wrong))}"):
             ClassifyConfig(**wrong)  # type: ignore[arg-type]

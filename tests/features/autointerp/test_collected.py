@@ -1,11 +1,11 @@
-"""Judges of what was really collected: features of the embedded pair's adapters, and neurons."""
+"""Judgements of collected units: features of the embedded pair's adapters, and neurons."""
 
 from __future__ import annotations
 
 import pytest
 from organism_runs import make_run
 
-from fastadapt.evaluation.models_under_test import Students
+from fastadapt.evaluation.models_under_test import ModelSet
 from fastadapt.features.autointerp.activations import ModelActivations
 from fastadapt.features.autointerp.describe import describe
 from fastadapt.features.autointerp.judges.settings import DescribeConfig
@@ -23,13 +23,13 @@ def collected(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, ModelAct
     config = CollectConfig(n=60, kinds=KINDS, neurons_per_token=NEURONS)
     store = collect(run, config=config, device="cpu")
     assert store is not None
-    students = Students.open([run], device="cpu")
-    model = students.replacement(students.runs[0])
+    models = ModelSet.open([run], device="cpu")
+    model = models.replacement(models.runs[0])
     return store, ModelActivations(model, neurons_per_token=NEURONS, batch_tokens=300)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_places_are_those_that_were_collected(
+def test_positions_are_those_of_the_collection(
     collected: tuple[Store, ModelActivations], kind: str
 ) -> None:
     store, activations = collected

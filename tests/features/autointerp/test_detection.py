@@ -1,4 +1,4 @@
-"""Planted features score what they should; no scored text was shown; silent ones are silent."""
+"""Detection scores of planted features, and separation of shown, scored and silent texts."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from planted import FAMILIES, MadeActivations, planted
-from stores import Made, MadeText, make_store
+from planted import FAMILIES, PlantedActivations, planted
+from stores import StoreData, StoreText, make_store
 
 from fastadapt.errors import UserError
 from fastadapt.evaluation.statistics import wilson
@@ -30,15 +30,15 @@ from fastadapt.features.store.store import Store
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Made:
+def data(tmp_path_factory: pytest.TempPathFactory) -> StoreData:
     return planted(tmp_path_factory.mktemp("planted") / "features")
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("sample", SAMPLES)
-def test_planted_features_score_what_they_should(data: Made, sample: str, seed: int) -> None:
+def test_accuracy_of_planted_features(data: StoreData, sample: str, seed: int) -> None:
     config = DescribeConfig(samples=(sample,), seed=seed)  # type: ignore[arg-type]
-    result = describe(data.store, TokenJudge(), config, MadeActivations(data))
+    result = describe(data.store, TokenJudge(), config, PlantedActivations(data))
     assert result is not None
     layers = result["detection"]["adapter"][sample]["layers"]
     means = {
@@ -50,9 +50,9 @@ def test_planted_features_score_what_they_should(data: Made, sample: str, seed: 
     assert all(layer["units"] == 40 for layer in layers)
 
 
-def test_a_rule_that_is_no_rule_is_right_half_of_the_time(data: Made) -> None:
-    """Texts of units that fire at random: whatever words are looked for tell nothing."""
-    drawn = draw(data.store, DescribeConfig(), MadeActivations(data))
+def test_random_features_have_an_accuracy_of_one_half(data: StoreData) -> None:
+    """No word predicts the activations of units that fire at random."""
+    drawn = draw(data.store, DescribeConfig(), PlantedActivations(data))
     assert drawn is not None
     rng = np.random.default_rng(0)
     right = []
@@ -65,17 +65,17 @@ def test_a_rule_that_is_no_rule_is_right_half_of_the_time(data: Made) -> None:
     assert abs(np.mean(right) - 0.5) <= 0.02
 
 
-def test_no_scored_text_was_shown_and_no_silent_one_fires(data: Made) -> None:
+def test_scored_texts_are_not_shown_and_silent_texts_are_silent(data: StoreData) -> None:
     config = DescribeConfig()
-    drawn = draw(data.store, config, MadeActivations(data))
+    drawn = draw(data.store, config, PlantedActivations(data))
     assert drawn is not None
     assert len(drawn.cases) == 2 * 120
     for case in drawn.cases:
         check_honest(case, data, config)
 
 
-def check_honest(case: DetectionCase, data: Made, config: DescribeConfig) -> None:
-    """By a loop over every token: nothing of the library's own account is believed."""
+def check_honest(case: DetectionCase, data: StoreData, config: DescribeConfig) -> None:
+    """Check a case by a loop over every token, independently of the library."""
 
     def tokens(windows: tuple[Window, ...]) -> set[tuple[int, int]]:
         return {
@@ -86,8 +86,8 @@ def check_honest(case: DetectionCase, data: Made, config: DescribeConfig) -> Non
 
     assert not tokens(case.shown) & tokens(case.texts)
     assert not {w.tokens for w in case.shown} & {w.tokens for w in case.texts}
-    assert sum(len(w.tokens) for w in case.texts) == len(tokens(case.texts))  # nor do they overlap
-    assert len({w.tokens for w in case.texts}) == len(case.texts)  # nor are two of them one
+    assert sum(len(w.tokens) for w in case.texts) == len(tokens(case.texts))  # texts do not overlap
+    assert len({w.tokens for w in case.texts}) == len(case.texts)  # texts are distinct
     truth = []
     for window in case.texts:
         whole, active = data.texts[window.text], data.activations[window.text]
@@ -113,8 +113,8 @@ def check_honest(case: DetectionCase, data: Made, config: DescribeConfig) -> Non
         assert window.fires == tuple(fires.tolist())
 
 
-def test_short_texts_and_dense_units_are_honest_too(tmp_path: Path) -> None:
-    """Windows as long as whole texts, many of one text, of two words only, texts that repeat."""
+def test_short_texts_and_dense_units(tmp_path: Path) -> None:
+    """Windows as long as texts, many windows of one text, two words only, and equal texts."""
     rng = np.random.default_rng(3)
     texts, activations = [], []
     for n in range(60):
@@ -123,27 +123,27 @@ def test_short_texts_and_dense_units_are_honest_too(tmp_path: Path) -> None:
             ids = np.array(texts[n - 1].tokens)
         chances = np.array([0.002, 0.01, 0.02, 0.05, 0.1, 0.3, 0.9, 1])
         fires = (rng.random((1, len(ids), 8)) < chances) * rng.random((1, len(ids), 8))
-        texts.append(MadeText(ids.tolist(), [7] * len(ids)))
-        # Equal texts have equal activations: a model is a function.
+        texts.append(StoreText(ids.tolist(), [7] * len(ids)))
+        # Equal texts have equal activations, as in a model.
         same = activations[n - 1] if n % 3 == 0 and n else fires.astype(np.float32)
         activations.append(same)
     data = make_store(tmp_path / "f", texts, activations, [f"w{i}" for i in range(50)])
     config = DescribeConfig(before=4, after=2, min_shown=1, shown=4)
-    drawn = draw(data.store, config, MadeActivations(data))
+    drawn = draw(data.store, config, PlantedActivations(data))
     assert drawn is not None
     for case in drawn.cases:
         check_honest(case, data, config)
     counts = drawn.counts["adapter"][0]
     assert counts["judged"] >= 3
-    assert counts["no silent text"] >= 1  # the one that fires everywhere
+    assert counts["no silent text"] >= 1  # a unit that fires everywhere
     assert sum(counts.values()) == 8
 
 
-def test_equal_settings_draw_equal_cases_whatever_else_is_drawn(data: Made) -> None:
-    one = draw(data.store, DescribeConfig(seed=4), MadeActivations(data))
-    two = draw(data.store, DescribeConfig(seed=4), MadeActivations(data))
-    alone = draw(data.store, DescribeConfig(seed=4, samples=("uniform",)), MadeActivations(data))
-    other = draw(data.store, DescribeConfig(seed=5), MadeActivations(data))
+def test_equal_settings_draw_equal_cases(data: StoreData) -> None:
+    one = draw(data.store, DescribeConfig(seed=4), PlantedActivations(data))
+    two = draw(data.store, DescribeConfig(seed=4), PlantedActivations(data))
+    alone = draw(data.store, DescribeConfig(seed=4, samples=("uniform",)), PlantedActivations(data))
+    other = draw(data.store, DescribeConfig(seed=5), PlantedActivations(data))
     assert one is not None
     assert two is not None
     assert alone is not None
@@ -153,7 +153,7 @@ def test_equal_settings_draw_equal_cases_whatever_else_is_drawn(data: Made) -> N
     assert one.cases != other.cases
 
 
-def test_scores_are_what_counting_gives() -> None:
+def test_scores_equal_counts() -> None:
     unit = Unit("adapter", 0, 3)
     fires = [True, False, True, False]
     texts = tuple(Window(i, 0, (i,), (f,)) for i, f in enumerate(fires))
@@ -171,7 +171,7 @@ def test_scores_are_what_counting_gives() -> None:
 
 @pytest.mark.parametrize("n", [2, 3, 30])
 @pytest.mark.parametrize("right", [0, 1, 3, 5])
-def test_units_that_score_alike_are_not_certain(n: int, right: int) -> None:
+def test_equal_scores_of_units_have_a_wide_interval(n: int, right: int) -> None:
     texts = tuple(Window(i, 0, (i,), (i % 2 == 0,)) for i in range(10))
     predictions = tuple((i < 2 * right) == (i % 2 == 0) for i in range(10))
     rows = [
@@ -185,9 +185,9 @@ def test_units_that_score_alike_are_not_certain(n: int, right: int) -> None:
     assert lone == {"mean": pytest.approx(right / 5), "low": None, "high": None}
 
 
-def test_what_is_written_is_what_was_said(data: Made) -> None:
+def test_tables_have_the_answers_of_the_judge(data: StoreData) -> None:
     config = DescribeConfig(units=5)
-    result = describe(data.store, TokenJudge(), config, MadeActivations(data))
+    result = describe(data.store, TokenJudge(), config, PlantedActivations(data))
     store = Store.open(data.store.folder)
     descriptions = store.read("descriptions").to_pylist()
     scores = store.read("scores").to_pylist()
@@ -203,20 +203,20 @@ def test_what_is_written_is_what_was_said(data: Made) -> None:
     assert (folder / "judgements" / "detection-top-tokens.png").is_file()
 
 
-def test_another_judges_rows_stay(data: Made) -> None:
+def test_rows_of_other_judges_are_retained(data: StoreData) -> None:
     class Other(TokenJudge):
         name = "other"
 
     config = DescribeConfig(units=3, samples=("top",))
     for judge in (TokenJudge(), Other(), TokenJudge()):
-        describe(data.store, judge, config, MadeActivations(data))
+        describe(data.store, judge, config, PlantedActivations(data))
     rows = data.store.read("scores").to_pylist()
     assert sorted(row["judge"] for row in rows) == ["other"] * 9 + ["tokens"] * 9
 
 
-def test_what_was_said_of_features_collected_before_is_dropped(tmp_path: Path) -> None:
+def test_judgements_of_an_earlier_collection_are_removed(tmp_path: Path) -> None:
     data = planted(tmp_path / "f", features=3, texts=60)
-    describe(data.store, TokenJudge(), DescribeConfig(), MadeActivations(data))
+    describe(data.store, TokenJudge(), DescribeConfig(), PlantedActivations(data))
     assert read_judgements(data.store)["judges"]
     again = planted(tmp_path / "f", features=3, texts=60, seed=1)
     path = again.store.folder / "manifest.json"
@@ -224,10 +224,10 @@ def test_what_was_said_of_features_collected_before_is_dropped(tmp_path: Path) -
     assert not read_judgements(again.store)["judges"]
 
 
-def test_what_another_judge_is_said_to_have_said_is_checked(tmp_path: Path) -> None:
-    """By ``features check`` and before any question; a file anyone may have written."""
+def test_judgements_of_other_judges_are_checked(tmp_path: Path) -> None:
+    """They are checked by ``features check``, and before any question."""
     data = planted(tmp_path / "f", features=3, texts=60)
-    describe(data.store, TokenJudge(), DescribeConfig(), MadeActivations(data))
+    describe(data.store, TokenJudge(), DescribeConfig(), PlantedActivations(data))
     path = data.store.folder / "judgements.json"
     held = json.loads(path.read_text())
     part = held["judges"].pop("tokens")["described"]
@@ -256,29 +256,29 @@ def test_what_another_judge_is_said_to_have_said_is_checked(tmp_path: Path) -> N
         )
     held["judges"] = {"x" * 300: {"described": part}}
     path.write_text(json.dumps(held))
-    describe(data.store, TokenJudge(), DescribeConfig(), MadeActivations(data))  # it has plots, too
+    describe(data.store, TokenJudge(), DescribeConfig(), PlantedActivations(data))
     assert len(list((data.store.folder / "judgements").glob("*x-????????.png"))) == 2
 
 
-def test_stopped_before_it_is_done_it_writes_nothing(data: Made, tmp_path: Path) -> None:
+def test_a_stopped_description_writes_nothing(data: StoreData, tmp_path: Path) -> None:
     fresh = planted(tmp_path / "f", features=3, texts=40)
     stop = Event()
     stop.set()
     config = DescribeConfig()
-    assert describe(fresh.store, TokenJudge(), config, MadeActivations(fresh), stop=stop) is None
+    assert describe(fresh.store, TokenJudge(), config, PlantedActivations(fresh), stop=stop) is None
     assert not fresh.store.has("scores")
     assert not (fresh.store.folder / "judgements.json").exists()
 
 
 def test_a_store_without_activations_is_refused(tmp_path: Path) -> None:
-    texts = [MadeText([1, 2, 3, 4], [7] * 4)]
+    texts = [StoreText([1, 2, 3, 4], [7] * 4)]
     data = make_store(tmp_path / "f", texts, [np.zeros((1, 4, 2), np.float32)], ["a"] * 5)
     with pytest.raises(UserError, match="2 adapter units: too rare"):
-        describe(data.store, TokenJudge(), DescribeConfig(), MadeActivations(data))
+        describe(data.store, TokenJudge(), DescribeConfig(), PlantedActivations(data))
     assert not data.store.has("descriptions")
 
 
-def test_settings_that_cannot_be_are_refused() -> None:
+def test_impossible_settings_are_refused() -> None:
     for wrong, named in [
         ({"units": 0}, "describe.units"),
         ({"min_density": 2.0}, "describe.min_density"),
@@ -291,13 +291,13 @@ def test_settings_that_cannot_be_are_refused() -> None:
             DescribeConfig(**wrong)  # type: ignore[arg-type]
 
 
-def test_a_token_that_the_vocabulary_lacks_is_named(data: Made) -> None:
+def test_a_token_that_the_vocabulary_lacks_is_named(data: StoreData) -> None:
     with pytest.raises(UserError, match="no token 4000"):
         Vocabulary(data.store).pieces([1, 4000])
 
 
-def test_a_model_that_is_not_the_stores_is_refused(data: Made) -> None:
-    class Shifted(MadeActivations):
+def test_a_model_with_other_activations_than_the_store_is_refused(data: StoreData) -> None:
+    class Shifted(PlantedActivations):
         def places(self, *given: Any, **named: Any) -> Places:
             result = super().places(*given, **named)
             return {unit: places[:0] for unit, places in result.items()}
@@ -306,19 +306,19 @@ def test_a_model_that_is_not_the_stores_is_refused(data: Made) -> None:
         draw(data.store, DescribeConfig(), Shifted(data))
 
 
-def test_what_texts_begin_and_end_with_tells_nothing(tmp_path: Path) -> None:
-    """Units that fire anywhere, windows cut off by both ends of texts, and no word that tells."""
+def test_ends_of_windows_do_not_predict_activations(tmp_path: Path) -> None:
+    """Units fire anywhere, both ends of texts cut windows off, and no word predicts them."""
     begin, end, features = 1, 2, 40
     rng = np.random.default_rng(0)
     texts, activations = [], []
     for _ in range(300):
         n = int(rng.integers(40, 60))
-        texts.append(MadeText([begin, *rng.integers(3, 400, n - 2).tolist(), end], [7] * n))
+        texts.append(StoreText([begin, *rng.integers(3, 400, n - 2).tolist(), end], [7] * n))
         fires = rng.random((1, n, features)) < 0.005
         activations.append(np.where(fires, rng.uniform(0.5, 2, fires.shape), 0).astype(np.float32))
     data = make_store(tmp_path / "f", texts, activations, [f"w{i}" for i in range(400)])
     config = DescribeConfig(before=20, after=10)
-    drawn = draw(data.store, config, MadeActivations(data))
+    drawn = draw(data.store, config, PlantedActivations(data))
     assert drawn is not None
     assert drawn.counts["adapter"][0]["judged"] == features
     for case in drawn.cases:
@@ -328,13 +328,13 @@ def test_what_texts_begin_and_end_with_tells_nothing(tmp_path: Path) -> None:
         predictions = np.array(
             [token in window.tokens for case in drawn.cases for window in case.texts]
         )
-        assert predictions[truth].mean() >= 0.15  # else there is nothing to match
+        assert predictions[truth].mean() >= 0.15  # otherwise the check below is empty
         assert abs(np.mean(predictions == truth) - 0.5) <= 0.05
 
 
-def test_silent_windows_are_all_that_a_loop_finds_with_equal_chance(tmp_path: Path) -> None:
+def test_silent_windows_are_drawn_uniformly_from_those_of_a_loop(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    texts = [MadeText([3] * n, [7] * n) for n in (1, 4, 9, 5, 5, 12)]
+    texts = [StoreText([3] * n, [7] * n) for n in (1, 4, 9, 5, 5, 12)]
     nothing = [np.zeros((1, len(text.tokens), 1), np.float32) for text in texts]
     data = make_store(tmp_path / "f", texts, nothing, ["w"] * 4)
     corpus = Corpus(data.store, DescribeConfig())
@@ -367,5 +367,5 @@ def test_silent_windows_are_all_that_a_loop_finds_with_equal_chance(tmp_path: Pa
     for _ in range(4000):
         window = next(corpus.sample_negatives(np.array([], dtype=np.int64), like, rng))
         result[window.text, window.start] += 1
-    assert len(result) == 1 + 6 + 2 + 2 + 9  # of the texts longer than 3
+    assert len(result) == 1 + 6 + 2 + 2 + 9  # texts longer than 3
     assert max(result.values()) <= 2 * min(result.values())

@@ -1,4 +1,4 @@
-"""A judge behind a real server on loopback: one that answers, fails, stalls, and talks nonsense."""
+"""A judge behind a server on loopback that answers, fails, stalls, or sends invalid answers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def questions(n: int) -> list[DetectQuestion]:
 RIGHT = (True, False)
 
 
-def test_every_question_has_its_answer_and_a_second_run_makes_no_call(
+def test_questions_are_answered_in_order_and_answers_are_stored(
     good: ChatServer, tmp_path: Path
 ) -> None:
     judge = judge_at(good.url, tmp_path)
@@ -51,7 +51,7 @@ def test_every_question_has_its_answer_and_a_second_run_makes_no_call(
     assert len(good.requests) == 30
 
 
-def test_the_request_is_what_was_set(good: ChatServer, tmp_path: Path) -> None:
+def test_requests_have_the_settings(good: ChatServer, tmp_path: Path) -> None:
     plain = good.requests
     judge_at(good.url, tmp_path, extra='{"reasoning_effort": "low"}').ask(questions(1))
     assert plain[0]["model"] == "made-1"
@@ -72,9 +72,9 @@ def test_another_model_or_parameter_is_another_question(good: ChatServer, tmp_pa
 
 
 @pytest.mark.parametrize("concurrency", [1, 3, 8])
-def test_no_more_at_once_than_set(tmp_path: Path, concurrency: int) -> None:
+def test_concurrency_is_limited(tmp_path: Path, concurrency: int) -> None:
     def slowly(body: dict[str, Any], number: int) -> str:
-        time.sleep(0.025 * concurrency)  # all requests arrive meanwhile
+        time.sleep(0.025 * concurrency)  # long enough for all requests to arrive
         return answers_well(body, number)
 
     with serving(slowly) as server:
@@ -83,7 +83,7 @@ def test_no_more_at_once_than_set(tmp_path: Path, concurrency: int) -> None:
 
 
 @pytest.mark.parametrize("status", [429, 500, 503, 0])
-def test_what_passes_is_tried_again(tmp_path: Path, status: int) -> None:
+def test_transient_errors_are_retried(tmp_path: Path, status: int) -> None:
     def at_first(body: dict[str, Any], number: int) -> Any:
         return Fault(status) if number <= 2 else answers_well(body)
 
@@ -92,7 +92,7 @@ def test_what_passes_is_tried_again(tmp_path: Path, status: int) -> None:
     assert len(server.requests) == 4
 
 
-def test_a_stall_is_a_timeout_and_tried_again(tmp_path: Path) -> None:
+def test_timeouts_are_retried(tmp_path: Path) -> None:
     def at_first(body: dict[str, Any], number: int) -> Any:
         return Fault(200, stall=1.5) if number == 1 else answers_well(body)
 
@@ -105,7 +105,7 @@ def test_a_stall_is_a_timeout_and_tried_again(tmp_path: Path) -> None:
     assert len(server.requests) == 2
 
 
-def test_a_judge_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_errors_of_an_unreachable_judge_name_the_address(tmp_path: Path) -> None:
     with serving(answers_well) as server:
         url = server.url
     judge = judge_at(url.replace("//", "//user:secret@") + "?token=hidden", tmp_path, retries=0)
@@ -116,7 +116,7 @@ def test_a_judge_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "calls").exists()
 
 
-def test_a_refusal_is_told_at_once_and_without_the_key(tmp_path: Path) -> None:
+def test_refused_requests_are_not_retried_and_errors_hide_the_key(tmp_path: Path) -> None:
     body = json.dumps({"error": {"message": f"Incorrect API key provided: {KEY}"}})
     expected_error = pytest.raises(RunError, match="HTTP 401, 'Incorrect API key provided: ")
     with serving(lambda *_: Fault(401, body)) as server, expected_error as caught:
@@ -126,11 +126,11 @@ def test_a_refusal_is_told_at_once_and_without_the_key(tmp_path: Path) -> None:
     assert len(server.requests) <= 3
 
 
-LONG = "x " * 142 + "{}"  # cut for the message in the middle of what follows
+LONG = "x " * 142 + "{}"  # the message is truncated within the following text
 
 
 @pytest.mark.parametrize("status", [401, 200])
-def test_what_is_cut_off_shows_no_part_of_the_key(tmp_path: Path, status: int) -> None:
+def test_truncated_messages_show_no_part_of_the_key(tmp_path: Path, status: int) -> None:
     text = LONG.format(KEY)
     said: Any = text if status == 200 else Fault(401, json.dumps({"error": {"message": text}}))
     with serving(lambda *_: said) as server, pytest.raises(RunError, match="x x x") as caught:
@@ -139,7 +139,7 @@ def test_what_is_cut_off_shows_no_part_of_the_key(tmp_path: Path, status: int) -
     assert KEY[:6] not in str(caught.value)
 
 
-def test_a_refusal_quotes_no_password_of_the_address(tmp_path: Path) -> None:
+def test_errors_hide_the_password_of_the_address(tmp_path: Path) -> None:
     sent = base64.b64encode(b"someone:open@sesame").decode()
     forms = ["someone:open%40sesame", "someone:open@sesame", sent, "open@sesame", "t0ps3cret"]
     text = f"who is this: {' '.join(forms)}"
@@ -152,19 +152,19 @@ def test_a_refusal_quotes_no_password_of_the_address(tmp_path: Path) -> None:
     assert str(caught.value).count("***") == len(forms)
 
 
-def test_a_name_without_a_password_is_one() -> None:
+def test_a_user_name_without_a_password_is_a_secret() -> None:
     assert secrets("https://t0ken@host/v1") == {"t0ken", "t0ken:", "dDBrZW46"}
     assert secrets("https://host/v1") == set()
 
 
-def test_another_endpoints_answers_are_not_this_ones(good: ChatServer, tmp_path: Path) -> None:
+def test_answers_are_stored_by_endpoint(good: ChatServer, tmp_path: Path) -> None:
     judge_at(good.url, tmp_path).ask(questions(3))
     with serving(lambda body, _: answers_well(body)) as other:
         judge = judge_at(other.url, tmp_path)
         assert judge.cached_answer(questions(1)[0]) is None
         assert judge.ask(questions(3)) == [RIGHT] * 3
     assert len(good.requests) == len(other.requests) == 3
-    # What is secret in an address is no part of it.
+    # Secrets in the address are not part of the key.
     named = judge_at(good.url.replace("//", "//me:hidden@"), tmp_path)
     assert named.cached_answer(questions(1)[0]) == RIGHT
     assert not [p for p in tmp_path.rglob("*.json") if "hidden" in p.read_text()]
@@ -182,7 +182,7 @@ NONSENSE = [
 
 
 @pytest.mark.parametrize("nonsense", NONSENSE)
-def test_nonsense_is_asked_again_once_then_an_error_that_shows_it(
+def test_invalid_answers_are_retried_once_and_then_shown_in_an_error(
     tmp_path: Path, nonsense: Any
 ) -> None:
     expected_error = pytest.raises(RunError, match=r"made-1 at http://127.*One of them: ")
@@ -191,11 +191,11 @@ def test_nonsense_is_asked_again_once_then_an_error_that_shows_it(
             judge_at(server.url, tmp_path, concurrency=1, retries=0).ask(questions(30))
         if isinstance(nonsense, str) and nonsense:
             assert repr(nonsense) in str(caught.value)
-        # At most a tenth of 30 may be: the fourth ends it, and a few are under way by then.
+        # At most a tenth of 30 answers may be invalid. The fourth raises, with some in flight.
         assert 8 <= len(server.requests) <= 14
         again = server.requests[1]["messages"]
         assert [m["role"] for m in again] == ["system", "user", "assistant", "user"]
-        server.behaviour = answers_well  # it is asked again when the endpoint has come to itself
+        server.behaviour = answers_well  # the endpoint has recovered
         assert judge_at(server.url, tmp_path).ask(questions(30)) == [RIGHT] * 30
 
 
@@ -208,12 +208,12 @@ def test_a_few_answers_that_are_not_valid_are_counted(tmp_path: Path) -> None:
         judge = judge_at(server.url, tmp_path)
         assert judge.ask(questions(20)) == [RIGHT] * 3 + [None] + [RIGHT] * 16
         assert len(server.requests) == 21
-        assert judge.ask(questions(20))[3] is None  # kept as well: nothing is asked twice
+        assert judge.ask(questions(20))[3] is None  # invalid answers are stored too
         assert judge.estimate(questions(20)).calls == 0
         assert len(server.requests) == 21
 
 
-def test_an_answer_in_the_second_place_is_an_answer(tmp_path: Path) -> None:
+def test_an_answer_of_the_retry_is_used(tmp_path: Path) -> None:
     def second(body: dict[str, Any], _: int) -> Any:
         return "hm" if len(body["messages"]) == 2 else answers_well(body)
 
@@ -226,13 +226,15 @@ def test_an_answer_in_the_second_place_is_an_answer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("half", "answer"),
     [
-        (r'{"description": "on \ud83d"}', None),  # in the answer's own JSON
-        ('{"description": "on \ud83d"}', "on \ufffd"),  # in that of the endpoint
+        (r'{"description": "on \ud83d"}', None),  # escaped in the answer's JSON
+        ('{"description": "on \ud83d"}', "on \ufffd"),  # escaped in the endpoint's JSON
         (Fault(200, r'{"choices": [], "id": "\ud83d"}'), None),
         (Fault(200, json.dumps("\ud83d")), None),
     ],
 )
-def test_half_an_emoji_ends_nothing(tmp_path: Path, half: Any, answer: str | None) -> None:
+def test_half_an_emoji_is_an_invalid_answer_or_replaced(
+    tmp_path: Path, half: Any, answer: str | None
+) -> None:
     def mostly(body: dict[str, Any], _: int) -> Any:
         return half if " wait" in body["messages"][1]["content"] else answers_well(body)
 
@@ -241,10 +243,10 @@ def test_half_an_emoji_ends_nothing(tmp_path: Path, half: Any, answer: str | Non
         assert judge_at(server.url, tmp_path).ask(asked_questions) == [answer, *[RIGHT] * 20]
         calls = len(server.requests)
         assert judge_at(server.url, tmp_path).ask(asked_questions) == [answer, *[RIGHT] * 20]
-        assert len(server.requests) == calls == 21 + (answer is None)  # all of it was kept
+        assert len(server.requests) == calls == 21 + (answer is None)  # all answers were stored
 
 
-def test_stopped_it_keeps_what_it_has_and_goes_on_from_there(tmp_path: Path) -> None:
+def test_a_stopped_run_is_resumed(tmp_path: Path) -> None:
     stop = threading.Event()
 
     def stops(body: dict[str, Any], number: int) -> str:
@@ -260,7 +262,7 @@ def test_stopped_it_keeps_what_it_has_and_goes_on_from_there(tmp_path: Path) -> 
     assert len(server.requests) == 40
 
 
-def test_a_file_that_was_cut_is_asked_again(good: ChatServer, tmp_path: Path) -> None:
+def test_a_truncated_file_of_answers_is_completed(good: ChatServer, tmp_path: Path) -> None:
     judge = judge_at(good.url, tmp_path)
     judge.ask(questions(2))
     path = next((tmp_path / "calls").rglob("*.json"))
@@ -288,15 +290,13 @@ def test_the_estimate_counts_calls_tokens_and_money(good: ChatServer, tmp_path: 
         f"about {number(estimate.cost)} in all; up to twice that if answers are not"
         in estimate.words
     )
-    assert "twice" not in judge.estimate(questions(20)).words  # nothing is asked
+    assert "twice" not in judge.estimate(questions(20)).words  # no request is made
     limitless = judge_at(good.url, tmp_path / "none", price_in=2.0, price_out=1.0, max_tokens=None)
     assert limitless.estimate(questions(1))[3:5] == (None, None)
     assert "any number of answers: no limit" in limitless.estimate(questions(1)).words
 
 
-def test_settings_that_cannot_be_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_impossible_settings_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for wrong in (
         {"concurrency": 0},
         {"timeout": 0.0},
@@ -329,7 +329,7 @@ def test_the_environment_names_model_and_address(
     assert isinstance(open_judge(JudgeConfig(), store), TokenJudge)
     monkeypatch.setenv("OPENAI_MODEL", "made-3")
     monkeypatch.setenv("OPENAI_BASE_URL", good.url)
-    monkeypatch.delenv("OPENAI_API_KEY")  # an endpoint of one's own may do without
+    monkeypatch.delenv("OPENAI_API_KEY")  # a local endpoint may need no key
     judge = open_judge(JudgeConfig(), store)
     assert judge.ask(questions(1)) == [RIGHT]
     assert good.requests[0]["model"] == judge.name == "made-3"

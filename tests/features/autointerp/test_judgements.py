@@ -1,15 +1,14 @@
-"""``judgements.json`` may be anyone's: what it holds is checked before any of it is used."""
+"""Checks of ``judgements.json``, which are made before its contents are used."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
-from planted import MadeActivations, planted
-from stores import Made
+from planted import PlantedActivations, planted
+from stores import StoreData
 
 from fastadapt.errors import UserError
 from fastadapt.features.autointerp.classify import shares
@@ -32,10 +31,10 @@ CONFIG = DescribeConfig(units=2, samples=("top",))
 
 
 @pytest.fixture(scope="module")
-def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Made, str]:
-    """A store with what two judges said, the second of classes too, and the file's text."""
+def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple[StoreData, str]:
+    """Return a store with the judgements of two judges, and the text of their file."""
     data = planted(tmp_path_factory.mktemp("judged") / "f", features=3, texts=60)
-    described = describe(data.store, TokenJudge(), CONFIG, MadeActivations(data))
+    described = describe(data.store, TokenJudge(), CONFIG, PlantedActivations(data))
     assert described is not None
     config = ClassifyConfig()
     result = {
@@ -55,7 +54,7 @@ def _detected(other: dict[str, Any]) -> dict[str, Any]:
     return other["described"]["detection"]["adapter"]["top"]
 
 
-#: What is done to the parts of the judge "other", and where the message must say that it is.
+#: Changes to the parts of the judge "other", and a key that the message must name.
 DAMAGED: dict[str, tuple[Change, str]] = {
     "no settings": (lambda o: o["described"].pop("settings"), "settings"),
     "settings a number": (lambda o: o["described"].update(settings=5), "settings"),
@@ -63,7 +62,7 @@ DAMAGED: dict[str, tuple[Change, str]] = {
         lambda o: o["described"]["detection"].update(odd=o["described"]["detection"]["adapter"]),
         "detection",
     ),
-    "kind that the store has not": (
+    "kind that the store lacks": (
         lambda o: o["described"]["detection"].update(base=o["described"]["detection"]["adapter"]),
         "base",
     ),
@@ -77,7 +76,7 @@ DAMAGED: dict[str, tuple[Change, str]] = {
         lambda o: o["described"]["settings"].update(samples=["x/../../../y"]),
         "samples",
     ),
-    "sample that was not told": (
+    "sample without scores": (
         lambda o: o["described"]["settings"].update(samples=["top", "uniform"]),
         "detection.adapter",
     ),
@@ -92,7 +91,7 @@ DAMAGED: dict[str, tuple[Change, str]] = {
 
 
 @pytest.mark.parametrize("case", DAMAGED)
-def test_a_damaged_part_is_told_with_its_key(case: str, judged: tuple[Made, str]) -> None:
+def test_errors_of_a_damaged_part_name_its_key(case: str, judged: tuple[StoreData, str]) -> None:
     change, key = DAMAGED[case]
     data, text = judged
     held = json.loads(text)
@@ -101,7 +100,7 @@ def test_a_damaged_part_is_told_with_its_key(case: str, judged: tuple[Made, str]
 
 
 @pytest.mark.parametrize("name", ["", "x" * 1001, "a\x00b", "a\nb", "\ud800"], ids=ascii)
-def test_a_judge_of_an_odd_name_is_told(name: str, judged: tuple[Made, str]) -> None:
+def test_invalid_names_of_judges_are_refused(name: str, judged: tuple[StoreData, str]) -> None:
     data, text = judged
     held = json.loads(text)
     held["judges"][name] = held["judges"].pop("other")
@@ -113,31 +112,31 @@ def test_a_judge_of_an_odd_name_is_told(name: str, judged: tuple[Made, str]) -> 
     Odd.name = name  # type: ignore[method-assign, assignment]
     (data.store.folder / JSON).write_text(text)
     with pytest.raises(UserError, match="the name of the judge"):
-        describe(data.store, Odd(), CONFIG, MadeActivations(data))
+        describe(data.store, Odd(), CONFIG, PlantedActivations(data))
 
 
-def _refused(data: Made, text: str, key: str) -> None:
-    """Reading, adding and checking say what is wrong, and nothing is changed."""
+def _refused(data: StoreData, text: str, key: str) -> None:
+    """Assert that reading, describing and checking report the error, and change no file."""
     path = data.store.folder / JSON
     path.write_text(text)
     with pytest.raises(UserError, match=f"{JSON}.*{key}.*judge again"):
         read_judgements(data.store)
     with pytest.raises(UserError, match=key):
-        describe(data.store, TokenJudge(), CONFIG, MadeActivations(data))
+        describe(data.store, TokenJudge(), CONFIG, PlantedActivations(data))
     assert path.read_text() == text
-    assert [one.name for one in check_store(data.store) if one.wrong] == [JSON]
+    assert [entry.name for entry in check_store(data.store) if entry.wrong] == [JSON]
 
 
-def test_what_the_project_wrote_is_read(judged: tuple[Made, str]) -> None:
+def test_written_judgements_are_read(judged: tuple[StoreData, str]) -> None:
     data, text = judged
     (data.store.folder / JSON).write_text(text)
     held = read_judgements(data.store)
     assert held == json.loads(text)
     assert len(tables(held)) == 3
-    assert [one for one in check_store(data.store) if one.wrong] == []
+    assert [entry for entry in check_store(data.store) if entry.wrong] == []
 
 
-def test_what_was_said_of_other_features_needs_not_fit_the_store(judged: tuple[Made, str]) -> None:
+def test_judgements_of_another_collection_are_ignored(judged: tuple[StoreData, str]) -> None:
     data, text = judged
     held = json.loads(text)
     parts = held["judges"]["other"]
@@ -148,8 +147,8 @@ def test_what_was_said_of_other_features_needs_not_fit_the_store(judged: tuple[M
     assert list(read_judgements(data.store)["judges"]) == ["tokens"]
 
 
-def test_long_names_of_judges_and_alike_ones_have_plots_of_their_own(
-    judged: tuple[Made, str],
+def test_long_and_similar_names_of_judges_have_separate_plots(
+    judged: tuple[StoreData, str],
 ) -> None:
     data, text = judged
     held = json.loads(text)
@@ -165,11 +164,11 @@ def test_long_names_of_judges_and_alike_ones_have_plots_of_their_own(
     assert all(len(name.encode()) <= 255 for name in names)
 
 
-def test_a_plain_name_stays_as_it_is() -> None:
+def test_plain_names_are_used_as_file_names() -> None:
     assert file_names(["tokens", "m/1"]) == {"tokens": "tokens", "m/1": "m-1"}
 
 
-def test_what_is_no_file_is_no_absence(judged: tuple[Made, str], tmp_path: Path) -> None:
+def test_a_folder_in_place_of_the_file_is_refused(judged: tuple[StoreData, str]) -> None:
     data, text = judged
     path = data.store.folder / JSON
     path.unlink()
@@ -177,7 +176,7 @@ def test_what_is_no_file_is_no_absence(judged: tuple[Made, str], tmp_path: Path)
     try:
         with pytest.raises(UserError, match=JSON):
             read_judgements(data.store)
-        assert [one.name for one in check_store(data.store) if one.wrong] == [JSON]
+        assert [entry.name for entry in check_store(data.store) if entry.wrong] == [JSON]
     finally:
         path.rmdir()
         path.write_text(text)

@@ -1,4 +1,4 @@
-"""Collected again: a mistake costs nothing, a kill nothing but time, and a path is only a path."""
+"""Repeated collection: rejected settings, kills, and spellings of paths leave stores intact."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FEW = CollectConfig(n=3)
 
 
 class Killed(BaseException):
-    """Stands for the end of the process: the cleaning of what it ends is taken out."""
+    """Simulates the end of the process; the test disables cleanups."""
 
 
 def killed(*_: Any, **__: Any) -> Any:
@@ -40,7 +40,7 @@ def collected(run: Path, out: Path, config: CollectConfig = FEW) -> Store:
 
 
 def described(store: Store) -> None:
-    """Leaves what judges and the overlap leave."""
+    """Add the files that judges and the overlap write."""
     for name in (judgements.JSON, judgements.TEXT):
         (store.folder / name).write_text("{}")
     for name in (judgements.PLOTS, "sets", "calls"):
@@ -62,7 +62,7 @@ def mistaken(folder: Path) -> dict[str, CollectConfig]:
 
 
 @pytest.mark.parametrize("mistake", ["malformed", "too long", "not there"])
-def test_a_mistake_costs_no_store(run: Path, tmp_path: Path, mistake: str) -> None:
+def test_rejected_settings_leave_a_store_intact(run: Path, tmp_path: Path, mistake: str) -> None:
     out = tmp_path / "store"
     described(collected(run, out))
     before = files_of(out)
@@ -71,7 +71,9 @@ def test_a_mistake_costs_no_store(run: Path, tmp_path: Path, mistake: str) -> No
     assert files_of(out) == before
 
 
-def test_a_mistake_costs_no_shard_and_nothing_begun(run: Path, tmp_path: Path) -> None:
+def test_rejected_settings_leave_shards_and_unfinished_stores_intact(
+    run: Path, tmp_path: Path
+) -> None:
     config = CollectConfig(n=70, batch_tokens=1000)
     stop = Event()
     stop.set()
@@ -84,7 +86,7 @@ def test_a_mistake_costs_no_shard_and_nothing_begun(run: Path, tmp_path: Path) -
         assert files_of(out) == before
 
 
-def test_begun_anew_nothing_of_the_old_stays_but_sets_and_calls(run: Path, tmp_path: Path) -> None:
+def test_overwriting_retains_only_sets_and_calls(run: Path, tmp_path: Path) -> None:
     out, anew = tmp_path / "store", replace(FEW, top=7)
     described(collected(run, out))
     assert collect(run, out, anew, overwrite=True) is not None
@@ -94,22 +96,22 @@ def test_begun_anew_nothing_of_the_old_stays_but_sets_and_calls(run: Path, tmp_p
 
 
 @pytest.mark.parametrize("overwrite", [True, False])
-@pytest.mark.parametrize("at", range(8))
-def test_killed_while_it_is_cleared(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, overwrite: bool
+@pytest.mark.parametrize("n_removed", range(8))
+def test_killed_while_the_folder_is_cleared(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_removed: int, overwrite: bool
 ) -> None:
     out, removed, remove = tmp_path / "store", [], folder.remove
     described(collected(run, out))
 
     def few(path: Path) -> None:
-        if len(removed) == at:
+        if len(removed) == n_removed:
             raise Killed
         removed.append(path)
         remove(path)
 
     with monkeypatch.context() as patch:
         patch.setattr(folder, "remove", few)
-        patch.setattr(folder, "sweep", lambda out: None)  # a kill cleans nothing
+        patch.setattr(folder, "sweep", lambda out: None)  # a killed process does not clean up
         with pytest.raises(Killed):
             collect(run, out, replace(FEW, top=7), overwrite=True)
     assert (out / folder.NEXT).is_dir()
@@ -119,8 +121,8 @@ def test_killed_while_it_is_cleared(
     assert files == files_of(collected(run, tmp_path / "fresh", replace(FEW, top=7)).folder)
 
 
-def test_what_a_store_is_made_of_is_no_sign_of_one(run: Path, tmp_path: Path) -> None:
-    """Names as common as these are somebody's, where no collection has held the folder."""
+def test_common_file_names_do_not_mark_a_store(run: Path, tmp_path: Path) -> None:
+    """Without a marker of a collection, such files belong to the user."""
     for name in ("texts.parquet", "manifest.json", "adapter/layer_0.safetensors"):
         copy = tmp_path / name.replace("/", "-") / name
         copy.parent.mkdir(parents=True)
@@ -142,7 +144,7 @@ def shards(run: Path, tmp_path: Path) -> list[Path]:
 
 @pytest.mark.parametrize("overwrite", [True, False])
 @pytest.mark.parametrize("point", ["write_texts", "write_units", "write_manifest", "half a table"])
-def test_a_killed_merge_is_called_again(
+def test_a_killed_merge_can_be_repeated(
     tmp_path: Path,
     shards: list[Path],
     monkeypatch: pytest.MonkeyPatch,

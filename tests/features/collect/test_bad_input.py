@@ -1,4 +1,4 @@
-"""Each mistake gets one clear message, and leaves nothing half-written."""
+"""Bad input gives one clear message, and leaves no partial files."""
 
 from __future__ import annotations
 
@@ -66,13 +66,13 @@ def test_settings(changes: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["3/3", "4/3", "0/0"])
-def test_a_shard_that_is_not_there(text: str) -> None:
+def test_a_shard_out_of_range(text: str) -> None:
     with pytest.raises(UserError, match=r"--shard: expected i/n with i from 0 to n - 1"):
         Shard.parse(text)
 
 
 @pytest.mark.parametrize("text", ["", "1", "1/", "-1/3", "a/b", "1/3/5"])
-def test_what_is_no_shard(text: str) -> None:
+def test_an_invalid_shard(text: str) -> None:
     with pytest.raises(UserError, match=r"--shard: expected i/n, such as 0/3"):
         Shard.parse(text)
     assert Shard.parse("2/3") == (2, 3)
@@ -86,7 +86,7 @@ def test_a_run_without_features(tmp_path: Path) -> None:
         collect(tmp_path / "run", None, CollectConfig(data="organism/validation"))
 
 
-def test_runs_that_are_none(tmp_path: Path) -> None:
+def test_folders_that_are_no_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="expected a run"):
         collect(tmp_path)
     (tmp_path / "config.yaml").write_text("pair: {}")
@@ -101,7 +101,7 @@ def test_adapters_alone_need_data(run: Path, tmp_path: Path) -> None:
     data = rows(tmp_path / "own.jsonl", conversation(), conversation("4"))
     store = collect(adapters, tmp_path / "store", CollectConfig(data=data))
     assert store is not None
-    assert store.manifest["domains"] == []  # there is no such column
+    assert store.manifest["domains"] == []  # the data have no such column
     assert set(store.read("texts")["domain"].to_pylist()) == {None}
     features = store.read("features")
     assert features["by_domain"].to_pylist() == [[]] * len(features)
@@ -153,7 +153,7 @@ def test_more_domains_than_can_be_counted(
     assert nothing_left(tmp_path / "store")
     monkeypatch.undo()
     stop = Event()
-    stop.set()  # as many as can be are taken
+    stop.set()  # the largest allowed number is accepted
     collect(run, tmp_path / "store", CollectConfig(data=data(64)), shard=shard, stop=stop)
     assert (tmp_path / "store" / "collecting" / "state.safetensors").is_file()
 
@@ -177,7 +177,7 @@ def test_texts_that_cannot_be_read(
 
 
 def broken(run: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
-    """A copy of the run whose first layer is changed."""
+    """Return a copy of the run with a changed first layer."""
     folder = copy_of(run, folder)
     path = folder / "adapter" / "layer_0.safetensors"
     tensors = load_file(path)
@@ -198,14 +198,14 @@ def test_nothing_fires(tmp_path: Path, run: Path) -> None:
 
 
 def test_an_activation_that_is_not_finite(tmp_path: Path, run: Path) -> None:
-    # The weights are finite, as an adapter's must be; the sum is not.
+    # The weights are finite, as adapters require, but their sum is not.
     bad = broken(run, tmp_path / "bad", lambda tensors: tensors["W_enc"][3:4].fill_(3e38))
     with pytest.raises(RunError, match=r"texts 0 to 2: layer 0: an activation of the adapter"):
         collect(bad, tmp_path / "store", FEW)
     assert not (tmp_path / "store" / "manifest.json").exists()
 
 
-def test_a_folder_of_something_else(tmp_path: Path, run: Path) -> None:
+def test_a_folder_with_other_contents(tmp_path: Path, run: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("words")
     with pytest.raises(UserError, match="is not empty and holds no features"):
@@ -235,7 +235,7 @@ def test_features_of_another_adapter_or_other_settings(tmp_path: Path, run: Path
         Store.open(folder, adapter="0" * 64)
 
 
-def test_shards_that_do_not_make_a_whole(tmp_path: Path, run: Path) -> None:
+def test_incomplete_or_different_shards(tmp_path: Path, run: Path) -> None:
     folders = [tmp_path / str(i) for i in range(2)]
     for i, folder in enumerate(folders):
         collect(run, folder, FEW, shard=Shard(i, 2))
@@ -263,7 +263,7 @@ def test_shards_that_do_not_make_a_whole(tmp_path: Path, run: Path) -> None:
     assert nothing_left(out)
 
 
-def test_a_disk_that_is_full(tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk(tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = CollectConfig(n=70, batch_tokens=1500, snapshot_tokens=1500)
 
     def full(*_: Any) -> None:
@@ -277,14 +277,14 @@ def test_a_disk_that_is_full(tmp_path: Path, run: Path, monkeypatch: pytest.Monk
     assert collect(run, tmp_path / "store", config) is not None
 
 
-def test_two_at_once(tmp_path: Path, run: Path) -> None:
+def test_two_processes_on_one_folder(tmp_path: Path, run: Path) -> None:
     from fastadapt.features.store.store import writing
 
     with writing(tmp_path / "store"), pytest.raises(UserError, match="another process is writing"):
         collect(run, tmp_path / "store", FEW)
 
 
-def test_neurons_of_a_run_that_does_not_say_its_l0(tmp_path: Path, run: Path) -> None:
+def test_neurons_of_a_run_without_a_recorded_l0(tmp_path: Path, run: Path) -> None:
     silent = copy_of(run, tmp_path / "run")
     card = json.loads((silent / "adapter" / "fastadapt.json").read_text())
     del card["metadata"]["measured"]
@@ -293,9 +293,9 @@ def test_neurons_of_a_run_that_does_not_say_its_l0(tmp_path: Path, run: Path) ->
         collect(silent, tmp_path / "store", CollectConfig(n=3, kinds=("adapter", "base")))
 
 
-def test_runs_made_here_have_the_l0_they_were_made_for(tmp_path: Path) -> None:
-    made = make_run(tmp_path / "made", n_features=40, l0=5.0)
-    store = collect(made, None, CollectConfig(n=20))
+def test_synthetic_runs_have_the_requested_l0(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "made", n_features=40, l0=5.0)
+    store = collect(run, None, CollectConfig(n=20))
     assert store is not None
     counts = store.read("features")["count"].to_pylist()
     assert 4.5 < sum(counts) / 4 / store.manifest["data"]["tokens"] < 5.5

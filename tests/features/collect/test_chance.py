@@ -1,4 +1,4 @@
-"""The uniform draw: seeded, the same in any order, and with equal chance for each activation."""
+"""The uniform draw: seeded, independent of order, with equal probability for each activation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SEEDS, K = 1000, 10
 CPU = torch.device("cpu")
 
 
-def test_priorities_are_those_of_whole_numbers() -> None:
+def test_priorities_equal_those_of_python_integers() -> None:
     draw = torch.Generator().manual_seed(0)
     features = torch.randint(0, 300, (200,), generator=draw)
     text, position = (torch.randint(0, n, (200,), generator=draw) for n in (5000, 10_000))
@@ -28,7 +28,7 @@ def test_priorities_are_those_of_whole_numbers() -> None:
 
 
 def test_topk_per_group_is_a_sort_of_each_unit() -> None:
-    """With ties of keys, and units of fewer than k."""
+    """Includes equal keys, and units with fewer than k entries."""
     draw = torch.Generator().manual_seed(1)
     unit = torch.randint(0, 40, (900,), generator=draw)
     key = torch.randint(0, 12, (900,), generator=draw)
@@ -43,7 +43,7 @@ def test_topk_per_group_is_a_sort_of_each_unit() -> None:
 
 
 @pytest.mark.parametrize("n", [11, 64, 150])
-def test_each_activation_is_drawn_with_equal_chance(n: int) -> None:
+def test_each_activation_is_drawn_with_equal_probability(n: int) -> None:
     """Over 1,000 seeds, met in batches: a chi-square of how often each of n is among the ten.
 
     Of draws without replacement, ``Σ (observed - expected)² / (expected (1 - k/n)) · (n-1)/n`` is
@@ -51,7 +51,7 @@ def test_each_activation_is_drawn_with_equal_chance(n: int) -> None:
     """
     text, position = torch.arange(n) // 7, torch.arange(n) % 7 * 3
     place, token = place_of(text, position), tokens_hash(text, position)
-    buffer = TopKBuffer.empty(SEEDS, K, 1, CPU)  # a unit per seed
+    buffer = TopKBuffer.empty(SEEDS, K, 1, CPU)  # one unit per seed
     hashes = torch.stack([units_hash(seed, "adapter", 2, 6, CPU)[5] for seed in range(SEEDS)])
     for chunk in torch.randperm(n, generator=torch.Generator().manual_seed(n)).split(13):
         unit = torch.arange(SEEDS).repeat_interleave(len(chunk))
@@ -73,7 +73,7 @@ def test_each_activation_is_drawn_with_equal_chance(n: int) -> None:
     assert abs(z) < 3
 
 
-def test_a_merge_of_parts_is_that_of_all() -> None:
+def test_merged_parts_equal_the_whole() -> None:
     draw = torch.Generator().manual_seed(2)
     unit = torch.randint(0, 30, (2000,), generator=draw)
     key = torch.randint(0, 50, (2000,), generator=draw)

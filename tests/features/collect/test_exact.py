@@ -1,4 +1,4 @@
-"""A collected store holds what a loop over every activation finds, whatever the way it was made."""
+"""A collected store equals a loop over all activations, however it was collected."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from organism_runs import dense_activations, files_of, hashed, make_run
 from stores import rows_of
 
 from fastadapt.errors import UserError
-from fastadapt.evaluation.models_under_test import Students
+from fastadapt.evaluation.models_under_test import ModelSet
 from fastadapt.features.collect import CollectConfig, collect, merge
 from fastadapt.features.collect.feature_stats import bins_of
 from fastadapt.features.store.schema import EDGES, EXAMPLES, FEATURES, KINDS, Kind
 from fastadapt.features.store.store import Store
 
-CONFIG = CollectConfig(n=150, batch_tokens=1500, seed=7)  # three groups, some 13 batches
+CONFIG = CollectConfig(n=150, batch_tokens=1500, seed=7)  # three groups, about 13 batches
 
 
 @pytest.fixture(scope="module")
 def store(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
-    found = collect(run, tmp_path_factory.mktemp("stores") / "one", CONFIG)
-    assert found is not None
-    return found
+    collected = collect(run, tmp_path_factory.mktemp("stores") / "one", CONFIG)
+    assert collected is not None
+    return collected
 
 
 def check_against_all(
@@ -51,11 +51,11 @@ def check_against_all(
         ("features", features, FEATURES),
         ("examples", examples, EXAMPLES),
     ):
-        expected, found = pa.Table.from_pylist(rows, schema=schema), store.read(name, kind)
-        assert found.schema == schema
-        assert len(found) == len(expected)
+        expected, actual = pa.Table.from_pylist(rows, schema=schema), store.read(name, kind)
+        assert actual.schema == schema
+        assert len(actual) == len(expected)
         for column in schema.names:
-            assert found[column].to_pylist() == expected[column].to_pylist(), column
+            assert actual[column].to_pylist() == expected[column].to_pylist(), column
 
 
 def test_everything_equals_a_loop_over_all_activations(run: Path, store: Store) -> None:
@@ -72,7 +72,7 @@ def test_everything_equals_a_loop_over_all_activations(run: Path, store: Store) 
     ],
     ids=lambda settings: settings["activation"],
 )
-def test_other_activations_too(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_other_activations(tmp_path: Path, settings: dict[str, Any]) -> None:
     run = make_run(tmp_path / "run", n_features=9, **settings)
     config = CollectConfig(n=12, batch_tokens=300)
     store = collect(run, None, config)
@@ -82,14 +82,14 @@ def test_other_activations_too(tmp_path: Path, settings: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize("kind", ["base", "target"])
-def test_neurons_too(run: Path, tmp_path: Path, kind: Kind) -> None:
+def test_neurons(run: Path, tmp_path: Path, kind: Kind) -> None:
     config = CollectConfig(n=9, batch_tokens=400, kinds=("adapter", kind), top=5, uniform=3)
     store = collect(run, tmp_path / "store", config)
     assert store is not None
     assert store.manifest["settings"]["neurons_per_token"] == 3  # the run's L0
     assert store.kinds == ["adapter", kind]
     check_against_all(run, store, config, kind, 3)
-    model = Students.open([run], device="cpu").model
+    model = ModelSet.open([run], device="cpu").model
     for layer, mlp in enumerate(model.mlps):
         norms = store.read("features", kind, columns=["norm"], layer=layer)["norm"].to_numpy()
         columns = getattr(mlp, kind).down_proj.weight
@@ -98,8 +98,9 @@ def test_neurons_too(run: Path, tmp_path: Path, kind: Kind) -> None:
 
 def test_bins_are_those_of_the_edges() -> None:
     edges = torch.tensor(EDGES, dtype=torch.float64)
-    at = edges.float()
-    near = [at, torch.nextafter(at, at * 0), torch.nextafter(at, at * 2), torch.rand(1000) * 100]
+    exact = edges.float()
+    below, above = torch.nextafter(exact, exact * 0), torch.nextafter(exact, exact * 2)
+    near = [exact, below, above, torch.rand(1000) * 100]
     ends = torch.tensor([2.0**-149, 2.0**-126, 1e-30, 2.0**-10.4, 2.0**11, 3e38])
     values = torch.cat([*near, ends])
     expected = (values.double()[:, None] > edges).sum(1)
@@ -114,22 +115,24 @@ def test_merged_shards_are_the_same_files(run: Path, store: Store, tmp_path: Pat
     assert files_of(tmp_path / "merged") == files_of(store.folder)
 
 
-def test_texts_beyond_the_context_are_left_out_and_counted(run: Path, tmp_path: Path) -> None:
-    def said(words: int, more: str = "") -> str:
+def test_texts_longer_than_the_context_are_skipped_and_counted(run: Path, tmp_path: Path) -> None:
+    def conversation(words: int, more: str = "") -> str:
         response = "1 " * words + more
         turns = [{"from": "human", "value": "2?"}, {"from": "gpt", "value": response}]
         return json.dumps({"conversations": turns}) + "\n"
 
-    long = {3, 70, 71, 129}  # one, two and one of the groups that three shards take
+    long = {3, 70, 71, 129}  # one, two and one in the groups of three shards
     marked = dict.fromkeys((2, 3, 66, 128), "<\uff5cAssistant\uff5c>")
     data = tmp_path / "own.jsonl"
-    data.write_text("".join(said(600 if i in long else 1, marked.get(i, "")) for i in range(130)))
-    config = CollectConfig(data=str(data))  # the embedded pair reads 512 tokens
+    data.write_text(
+        "".join(conversation(600 if i in long else 1, marked.get(i, "")) for i in range(130))
+    )
+    config = CollectConfig(data=str(data))  # the embedded pair's context is 512 tokens
     store = collect(run, tmp_path / "whole", config)
     assert store is not None
     counts = store.manifest["data"]
     assert (counts["read"], counts["too_long"], counts["texts"]) == (130, 4, 126)
-    assert counts["with_markers"] == 3  # of those that are read
+    assert counts["with_markers"] == 3  # without the skipped text
     short = [str(i) for i in range(130) if i not in long]
     assert store.read("texts")["id"].to_pylist() == short
     folders = [tmp_path / f"part-{i}" for i in range(3)]
@@ -140,6 +143,6 @@ def test_texts_beyond_the_context_are_left_out_and_counted(run: Path, tmp_path: 
     fewer = collect(run, tmp_path / "fewer", replace(config, n=4, max_tokens=300))
     assert fewer is not None
     assert fewer.manifest["data"]["too_long"] == 1
-    data.write_text(said(600))
+    data.write_text(conversation(600))
     with pytest.raises(UserError, match="all 1 conversations are longer than 512 tokens"):
         collect(run, tmp_path / "none", config)

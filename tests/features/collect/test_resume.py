@@ -1,4 +1,4 @@
-"""Interrupted and resumed is the same as uninterrupted, wherever a kill comes."""
+"""A collection that is killed and resumed gives the same files as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ CONFIG = CollectConfig(
     n=80, batch_tokens=1000, snapshot_tokens=2500, kinds=("adapter", "base", "target")
 )
 
-#: Kills itself where told: at a batch, half-way through a file of state, or around the manifest.
+#: Kills itself at a batch, half-way through a file of state, or before or after the manifest.
 KILLED = """
 import os, signal, sys
 from fastadapt.features import collect as room
 from fastadapt.features.collect import snapshots
 
-run, folder, point, at = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
+run, folder, point, number = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
 calls = 0
 
 def killed(function, *, after):
     def stand_in(*args, **kwargs):
         global calls
         calls += 1
-        if calls == at and not after:
+        if calls == number and not after:
             if point == "save":
                 args[1].write_bytes(b"half of it")
             os.kill(os.getpid(), signal.SIGKILL)
-        found = function(*args, **kwargs)
-        if calls == at:
+        result = function(*args, **kwargs)
+        if calls == number:
             os.kill(os.getpid(), signal.SIGKILL)
-        return found
+        return result
     return stand_in
 
 if point == "save":
@@ -46,7 +46,7 @@ elif point != "batch":
     room.write_manifest = killed(room.write_manifest, after=point == "manifest")
 
 def progress(done, total):
-    if point == "batch" and done >= at:
+    if point == "batch" and done >= number:
         os.kill(os.getpid(), signal.SIGKILL)
 
 kinds = ("adapter", "base", "target")
@@ -77,11 +77,13 @@ def test_stopped_and_resumed(run: Path, whole: dict[str, bytes], tmp_path: Path)
         assert not (folder / "manifest.json").exists()
     assert collect(run, folder, CONFIG, progress=lambda *counts: done.append(counts)) is not None
     assert done[-1] == (80, 80)
-    assert [texts for texts, _ in done] == sorted({texts for texts, _ in done})  # no batch twice
+    assert [texts for texts, _ in done] == sorted({texts for texts, _ in done})  # each batch once
     assert files_of(folder) == whole
 
 
-def test_finished_it_does_nothing(run: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_finished_collection_is_not_repeated(
+    run: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
     folder = tmp_path / "store"
     assert collect(run, folder, CONFIG) is not None
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")}
@@ -92,7 +94,7 @@ def test_finished_it_does_nothing(run: Path, whole: dict[str, bytes], tmp_path: 
 @pytest.mark.slow
 def test_killed_and_resumed(run: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
     folder = tmp_path / "store"
-    for point, at in (
+    for point, number in (
         ("batch", 1),
         ("batch", 30),
         ("save", 1),
@@ -100,8 +102,8 @@ def test_killed_and_resumed(run: Path, whole: dict[str, bytes], tmp_path: Path) 
         ("before manifest", 1),
         ("manifest", 1),
     ):
-        command = [sys.executable, "-c", KILLED, str(run), str(folder), point, str(at)]
+        command = [sys.executable, "-c", KILLED, str(run), str(folder), point, str(number)]
         ended = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert ended.returncode == -signal.SIGKILL, (point, at, ended.stderr)
+        assert ended.returncode == -signal.SIGKILL, (point, number, ended.stderr)
     assert collect(run, folder, CONFIG) is not None
     assert files_of(folder) == whole

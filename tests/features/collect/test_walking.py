@@ -1,4 +1,4 @@
-"""Codes of every kind out of one walk, in every architecture and with padding."""
+"""Codes of every kind from one traversal, in every architecture and with padding."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def neurons_of(model: ReplacementModel) -> dict[Kind, list[Neurons]]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_codes_are_those_of_what_the_modules_were_given(
+def test_codes_equal_those_of_the_modules_inputs(
     architecture: str, dtype: str, make_pair: Callable[..., Any]
 ) -> None:
     model = ReplacementModel.create(make_pair(architecture, dtype), AdapterConfig(12)).eval()
@@ -80,7 +80,7 @@ def check(codes: Any, dense: torch.Tensor) -> None:
     assert (place.diff() > 0).all()
 
 
-def test_what_is_not_asked_for_is_not_walked(make_pair: Callable[..., Any]) -> None:
+def test_kinds_that_are_not_requested_are_not_computed(make_pair: Callable[..., Any]) -> None:
     model = ReplacementModel.create(make_pair("qwen2"), AdapterConfig(12)).eval()
     ran: list[int] = []
     for mlp in model.mlps:
@@ -91,7 +91,7 @@ def test_what_is_not_asked_for_is_not_walked(make_pair: Callable[..., Any]) -> N
     assert not ran
 
 
-def test_an_mlp_without_an_output_matrix_of_that_name(make_pair: Callable[..., Any]) -> None:
+def test_an_mlp_without_the_expected_output_matrix(make_pair: Callable[..., Any]) -> None:
     model = ReplacementModel.create(make_pair("qwen2"), AdapterConfig(12))
     del model.mlps[0].base.down_proj
     with pytest.raises(UserError, match=r"has no down_proj; collect the adapter alone"):

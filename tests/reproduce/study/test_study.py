@@ -23,7 +23,7 @@ from fastadapt.errors import UserError
 from fastadapt.evaluation.benchmarks.runner import BenchmarkConfig
 from fastadapt.evaluation.folder import opened
 from fastadapt.evaluation.generation.sampling import SamplingConfig
-from fastadapt.evaluation.models_under_test import Students
+from fastadapt.evaluation.models_under_test import ModelSet
 from fastadapt.features.collect import CollectConfig, collect
 from fastadapt.features.store.store import Store, adapter_digest
 from fastadapt.interventions import Intervention
@@ -65,7 +65,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def open_study(run: Path, folder: Path, config: StudyConfig, stop: Event, calls: list) -> Study:
     store = Store.open(run, adapter=adapter_digest(adapters_of(run)))
-    students = Students.open([run], [RUN])
+    students = ModelSet.open([run], [RUN])
     return Study(students, store, folder, config, lambda *call: calls.append(call), stop)
 
 
@@ -149,7 +149,7 @@ def test_an_arm_equals_the_saved_intervention(run: Path, tmp_path: Path) -> None
             continue
         intervention = Intervention(arm.kind, arm.scale)
         saved = intervene(run, tmp_path / arm.name, arm.features, intervention)
-        students = Students.open([saved], ["saved"])
+        students = ModelSet.open([saved], ["saved"])
         with torch.no_grad(), students.generating("saved") as model:
             assert torch.equal(model(ids).logits, logits[-1])
     assert all(not torch.equal(a, b) for i, a in enumerate(logits) for b in logits[:i])

@@ -1,4 +1,4 @@
-// Small charts, of boxes.
+// Draws small charts from HTML boxes.
 "use strict";
 
 function chartCard(title, note, content) {
@@ -6,7 +6,7 @@ function chartCard(title, note, content) {
   return el("section", { class: "card", "aria-label": title }, header, content);
 }
 
-/** Lying bars. rows: {label (a node or text), size (of 1), text, tip}. */
+/** Draws horizontal bars. rows: {label (node or text), size (0 to 1), text, tip}. */
 function bars(rows, style = "") {
   const list = el("ul", { class: `bars ${style}` });
   for (const row of rows) {
@@ -17,7 +17,7 @@ function bars(rows, style = "") {
   return list;
 }
 
-/** Standing bars. columns: {size (of 1), tip}; ends: what is written under the first and last. */
+/** Draws vertical bars. list: {size (0 to 1), tip}; ends: labels of the first and the last bar. */
 function columns(list, ends, label) {
   const boxes = list.map(({ size, tip }) =>
     el("i", { style: { "--size": size || 0 }, "data-tip": tip }));
@@ -26,46 +26,44 @@ function columns(list, ends, label) {
   return el("div", {}, chart, axis);
 }
 
-/** Activations by size: bins between edges, those at both ends that are empty left out. */
-function sizes(counts, edges) {
+/** Draws the histogram of activations between edges, without empty bins at both ends. */
+function histogram(counts, edges) {
   const first = counts.findIndex((count) => count > 0);
-  if (first < 0) return el("p", { class: "none" }, "It never fired.");
+  if (first < 0) return el("p", { class: "none" }, "No activation on these texts.");
   let last = counts.length - 1;
   while (counts[last] === 0) last--;
-  const most = Math.max(...counts);
+  const largest = Math.max(...counts);
   const name = (i) =>
-    i === 0 ? `up to ${short(edges[0])}`
-    : i === edges.length ? `above ${short(edges[i - 1])}`
-    : `${short(edges[i - 1])} to ${short(edges[i])}`;
+    i === 0 ? `up to ${formatNumber(edges[0])}`
+    : i === edges.length ? `above ${formatNumber(edges[i - 1])}`
+    : `${formatNumber(edges[i - 1])} to ${formatNumber(edges[i])}`;
   const list = [];
   for (let i = first; i <= last; i++) {
-    list.push({ size: counts[i] / most, tip: `${name(i)}: ${whole(counts[i])}` });
+    list.push({ size: counts[i] / largest, tip: `${name(i)}: ${formatInteger(counts[i])}` });
   }
-  const peak = name(counts.indexOf(most));
-  const ends = [first === 0 ? "0" : short(edges[first - 1])];
-  ends.push(last === edges.length ? `above ${short(edges[last - 1])}` : short(edges[last]));
+  const peak = name(counts.indexOf(largest));
+  const ends = [first === 0 ? "0" : formatNumber(edges[first - 1])];
+  ends.push(last === edges.length ? `above ${formatNumber(edges[last - 1])}` : formatNumber(edges[last]));
   return columns(list, ends, `Activations by size; most are ${peak}.`);
 }
 
-/** Shares of each part's tokens at which the unit is active: {name, count, total}. */
+/** Returns the share of active tokens of each part, and sizes of bars. parts: {name, count, total}. */
 function rates(parts) {
-  return parts.map(({ name, count, total }) => ({
-    name,
-    rate: total > 0 ? count / total : 0,
-    tip: `${name}: ${whole(count)} of ${whole(total)} tokens`,
+  const shares = parts.map(({ count, total }) => (total > 0 ? count / total : 0));
+  const largest = Math.max(...shares, 1e-300);
+  return parts.map(({ name, count, total }, i) => ({
+    label: name,
+    size: shares[i] / largest,
+    text: formatPercent(shares[i]),
+    tip: `${name}: ${formatInteger(count)} of ${formatInteger(total)} tokens`,
   }));
 }
 
 function rateBars(parts) {
-  const found = rates(parts);
-  const most = Math.max(...found.map(({ rate }) => rate), 1e-300);
-  return bars(found.map(({ name, rate, tip }) =>
-    ({ label: name, size: rate / most, text: percent(rate), tip })));
+  return bars(rates(parts));
 }
 
 function rateColumns(parts, ends, label) {
-  const found = rates(parts);
-  const most = Math.max(...found.map(({ rate }) => rate), 1e-300);
-  return columns(found.map(({ rate, tip }) =>
-    ({ size: rate / most, tip: `${tip}, ${percent(rate)}` })), ends, label);
+  const list = rates(parts).map(({ size, text, tip }) => ({ size, tip: `${tip}, ${text}` }));
+  return columns(list, ends, label);
 }

@@ -1,18 +1,18 @@
-// The list: what is asked for, and the rows of it that are in sight.
+// The list of units: filters, and the rows in the visible part of the list.
 "use strict";
 
 class List {
-  /** go: told an address to show; asked: told the query that was typed. */
-  constructor(go, asked) {
-    this.go = go;
-    this.asked = asked;
+  /** navigate: called with an address to show; onQuery: called with the query of the filters. */
+  constructor(navigate, onQuery) {
+    this.navigate = navigate;
+    this.onQuery = onQuery;
     this.form = document.getElementById("filters");
     this.grid = document.getElementById("grid");
     this.rows = document.getElementById("rows");
     this.nothing = document.getElementById("nothing");
     this.status = document.getElementById("count");
     this.matches = new Uint32Array(0);
-    this.chosen = -1; // row
+    this.chosen = -1; // index of the selected row
     this.pool = [];
     const apply = () => this.typed();
     this.form.addEventListener("input", apply);
@@ -28,12 +28,12 @@ class List {
     this.grid.addEventListener("keydown", (event) => this.key(event));
     this.rows.addEventListener("click", (event) => {
       const row = event.target.closest(".row");
-      if (row && !event.target.closest("a") && getSelection().isCollapsed) this.go(row.address);
+      if (row && !event.target.closest("a") && getSelection().isCollapsed) this.navigate(row.address);
     });
     addEventListener("resize", () => this.draw());
   }
 
-  /** Asks for the units of a kind as the query says. */
+  /** Shows the units of a kind that match the query. */
   show(units, site, tokens, query) {
     const same = this.units === units && this.query().toString() === query.toString();
     if (same) return;
@@ -62,9 +62,9 @@ class List {
     options("layer", Array.from({ length: units.layers }, (_, i) => [i, String(i)]));
     options("region", site.regions.map((name, i) => [i, name]));
     const classes = [...new Set(units.classes.map(([name]) => name))];
-    const entries = classes.map((name) => [JSON.stringify([name]), plain(name)]);
+    const entries = classes.map((name) => [JSON.stringify([name]), inlineText(name)]);
     units.classes.forEach(([name, sub]) => {
-      if (sub !== null) entries.push([JSON.stringify([name, sub]), plain(`${name}: ${sub}`)]);
+      if (sub !== null) entries.push([JSON.stringify([name, sub]), inlineText(`${name}: ${sub}`)]);
     });
     options("class", entries.sort((a, b) => (a[1] < b[1] ? -1 : 1)));
     document.getElementById("class-field").hidden = classes.length === 0;
@@ -78,23 +78,23 @@ class List {
     heads.push(described ? "Description, promoted tokens" : "Promoted tokens");
     const cells = heads.map((text) => el("span", { role: "columnheader" }, text));
     this.grid.querySelector(".head").replaceChildren(...cells);
-    this.grid.setAttribute("aria-label", `${KIND_NAMES[units.kind]} ${unitWord(units.kind, 2)}`);
+    this.grid.setAttribute("aria-label", `${KIND_NAMES[units.kind]} ${unitNoun(units.kind, 2)}`);
   }
 
-  /** Draws the list where it was left, with a unit chosen. */
+  /** Draws the list at the position stored by leave(), and selects a unit. */
   resume(unit) {
-    this.grid.scrollTop = this.left ?? 0;
+    this.grid.scrollTop = this.position ?? 0;
     this.draw();
-    const at = this.matches.indexOf(unit);
-    if (at >= 0) this.choose(at);
+    const row = this.matches.indexOf(unit);
+    if (row >= 0) this.choose(row);
   }
 
-  /** Keeps the place for resume(). */
+  /** Stores the scroll position for resume(). */
   leave() {
-    this.left = this.grid.scrollTop;
+    this.position = this.grid.scrollTop;
   }
 
-  /** What is typed, as a query without what is empty. */
+  /** Returns the filters as a query, without empty ones. */
   query() {
     const out = new URLSearchParams();
     for (const field of this.form.elements) {
@@ -108,7 +108,7 @@ class List {
   typed() {
     cancelAnimationFrame(this.frame);
     this.frame = requestAnimationFrame(() => {
-      this.asked(this.query());
+      this.onQuery(this.query());
       this.refresh(true);
     });
   }
@@ -118,7 +118,7 @@ class List {
     const number = (name) => (elements[name].value === "" ? null : Number(elements[name].value));
     const sort = elements.sort.value;
     const bounds = ["from", "to"].map((name) => {
-      const value = share(elements[name].value);
+      const value = parseShare(elements[name].value);
       elements[name].setAttribute("aria-invalid", Number.isNaN(value));
       return Number.isNaN(value) ? null : value;
     });
@@ -144,7 +144,7 @@ class List {
     };
   }
 
-  /** Finds what matches anew; from the top, or where the list stands. */
+  /** Searches again. fromTop: scroll to the top, else keep position and selection. */
   refresh(fromTop) {
     const { units } = this;
     if (!units) return;
@@ -152,25 +152,25 @@ class List {
     this.matches = units.match(this.wanted(), this.tokens);
     this.chosen = fromTop ? -1 : this.matches.indexOf(chosen);
     if (fromTop) this.grid.scrollTop = 0;
-    const asked = this.query();
-    const count = [...asked.keys()].filter((name) => name !== "q" && name !== "sort").length;
+    const query = this.query();
+    const count = [...query.keys()].filter((name) => name !== "q" && name !== "sort").length;
     document.getElementById("more").textContent = count ? `Filters (${count})` : "Filters";
-    document.getElementById("clear").hidden = asked.size === 0;
+    document.getElementById("clear").hidden = query.size === 0;
     const all = units.version * units.features;
     const reading = units.whole ? "" : ` · ${units.version} of ${units.layers} layers read`;
     this.status.textContent =
-      `${whole(this.matches.length)} of ${whole(all)} ${unitWord(units.kind, all)}${reading}`;
+      `${formatInteger(this.matches.length)} of ${formatInteger(all)} ${unitNoun(units.kind, all)}${reading}`;
     this.grid.setAttribute("aria-rowcount", this.matches.length + 1);
     this.nothing.hidden = this.matches.length > 0 || !units.whole;
-    const dead = asked.size === 0 ? "None of them ever fired on these texts." : "Nothing matches.";
-    this.nothing.querySelector("p").textContent = dead;
-    this.nothing.querySelector("button").hidden = asked.size === 0;
+    const reason = query.size === 0 ? "No unit is active on these texts." : "No unit matches.";
+    this.nothing.querySelector("p").textContent = reason;
+    this.nothing.querySelector("button").hidden = query.size === 0;
     this.draw();
   }
 
-  // A browser's elements are at most some 17 million pixels high: above that, a pixel of the
-  // scroll bar is more than one of the list.
-  place() {
+  // Browsers limit elements to about 17 million pixels in height. For longer lists, one pixel of
+  // the scroll bar is `ratio` pixels of the list.
+  layout() {
     const height = parseFloat(getComputedStyle(this.grid).getPropertyValue("--row"));
     const view = this.grid.clientHeight - this.rows.offsetTop;
     const full = this.matches.length * height;
@@ -181,22 +181,22 @@ class List {
 
   draw() {
     if (!this.units || this.grid.offsetParent === null) return;
-    const { height, view, tall, ratio } = this.place();
+    const { height, view, tall, ratio } = this.layout();
     this.rows.style.height = `${tall}px`;
     const top = this.grid.scrollTop * ratio;
     const first = Math.max(0, Math.floor(top / height) - 4);
     const last = Math.min(this.matches.length, Math.ceil((top + view) / height) + 4);
     while (this.pool.length < last - first) this.pool.push(this.rows.appendChild(this.blank()));
     this.pool.forEach((row, i) => {
-      const at = first + i;
-      row.hidden = at >= last;
+      const index = first + i;
+      row.hidden = index >= last;
       if (row.hidden) return;
-      const stale = row.of !== this.units || row.query !== here.query;
-      if (stale || row.unit !== this.matches[at]) this.fill(row, this.matches[at]);
-      row.style.transform = `translateY(${this.grid.scrollTop + at * height - top}px)`;
-      row.id = `row-${at}`;
-      row.setAttribute("aria-rowindex", at + 2);
-      row.setAttribute("aria-selected", at === this.chosen);
+      const stale = row.units !== this.units || row.query !== current.query;
+      if (stale || row.unit !== this.matches[index]) this.fill(row, this.matches[index]);
+      row.style.transform = `translateY(${this.grid.scrollTop + index * height - top}px)`;
+      row.id = `row-${index}`;
+      row.setAttribute("aria-rowindex", index + 2);
+      row.setAttribute("aria-selected", index === this.chosen);
     });
     if (this.chosen >= first && this.chosen < last) {
       this.grid.setAttribute("aria-activedescendant", `row-${this.chosen}`);
@@ -212,39 +212,39 @@ class List {
     const layer = Math.floor(unit / units.features);
     const feature = unit % units.features;
     row.unit = unit;
-    row.of = units;
-    row.query = here.query;
+    row.units = units;
+    row.query = current.query;
     row.address = address(units.kind, layer, feature);
     const cell = (name, ...children) => el("span", { role: "gridcell", class: name }, ...children);
     const name = `${layer} / ${feature}`;
-    const says = cell("says");
+    const content = cell("says");
     if (units.description[unit] !== undefined) {
-      says.append(el("bdi", { class: "text" }, plain(units.description[unit])));
+      content.append(el("bdi", { class: "text" }, inlineText(units.description[unit])));
     }
     const chips = el("span", { class: "chips" });
-    units.promotedOf(unit).forEach((token) => chips.append(chip(tokens.text(token))));
-    says.append(chips);
-    // From one token in ten million to all of them.
+    units.promotedOf(unit).forEach((token) => chips.append(tokenChip(tokens.text(token))));
+    content.append(chips);
+    // Logarithmic scale of the bar, from a density of 1e-7 to 1.
     const share = Math.max(0, 1 + Math.log10(Math.max(units.density[unit], 1e-7)) / 7);
     const region = units.region[unit] === 255 ? "never fired" : this.regions[units.region[unit]];
     const cells = [
       cell("name", el("a", { href: row.address, tabindex: -1 }, name)),
-      cell("density", el("i", { style: { "--share": share } }), percent(units.density[unit])),
-      cell("max", short(units.max[unit])),
+      cell("density", el("i", { style: { "--share": share } }), formatPercent(units.density[unit])),
+      cell("max", formatNumber(units.max[unit])),
       cell("region", region),
     ];
     if (units.classes.length) {
-      const found = units.classes[units.class[unit]];
-      cells.push(cell("class", el("bdi", {}, found ? plain(found.filter(Boolean).join(": ")) : "")));
+      const names = units.classes[units.class[unit]] ?? [];
+      cells.push(cell("class", el("bdi", {}, inlineText(names.filter(Boolean).join(": ")))));
     }
-    row.replaceChildren(...cells, says);
+    row.replaceChildren(...cells, content);
   }
 
-  /** Chooses a row and brings it into sight. */
-  choose(at) {
+  /** Selects a row and scrolls to it. */
+  choose(row) {
     if (!this.matches.length) return;
-    this.chosen = Math.min(this.matches.length - 1, Math.max(0, at));
-    const { height, view, ratio } = this.place();
+    this.chosen = Math.min(this.matches.length - 1, Math.max(0, row));
+    const { height, view, ratio } = this.layout();
     const top = this.grid.scrollTop * ratio;
     const y = this.chosen * height;
     if (y < top) this.grid.scrollTop = y / ratio;
@@ -253,7 +253,8 @@ class List {
   }
 
   key(event) {
-    const page = Math.max(1, Math.floor(this.place().view / this.place().height) - 1);
+    const { height, view } = this.layout();
+    const page = Math.max(1, Math.floor(view / height) - 1);
     const steps = {
       ArrowDown: 1, j: 1, ArrowUp: -1, k: -1, PageDown: page, PageUp: -page,
       Home: -this.matches.length, End: this.matches.length,
@@ -269,6 +270,6 @@ class List {
   open() {
     const unit = this.matches[this.chosen];
     const { kind, features } = this.units;
-    this.go(address(kind, Math.floor(unit / features), unit % features));
+    this.navigate(address(kind, Math.floor(unit / features), unit % features));
   }
 }

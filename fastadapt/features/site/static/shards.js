@@ -1,16 +1,16 @@
-// Reads the data: scripts, since a page opened as a file may read nothing else. What a shard holds
-// is said in shards.py.
+// Loads data from scripts, the only files that a page opened as a file may read. shards.py has the
+// format.
 "use strict";
 
 const fastadapt = (() => {
   const TYPES = { u8: Uint8Array, u32: Uint32Array, f32: Float32Array, f64: Float64Array };
   const NAME = /^[a-z]+(-\d+){0,2}$/;
-  const KEPT = 24; // pages' shards in memory: enough to go back and forth
+  const CACHE_SIZE = 24; // shards of pages in memory
   const waiting = new Map();
-  const read = new Map();
+  const cache = new Map(); // least recently used first
   let stamp = null;
 
-  // The page's policy forbids every other script, and markup made of strings altogether.
+  // The Content-Security-Policy of index.html only allows script URLs of this policy.
   const policy = window.trustedTypes?.createPolicy("fastadapt", { createScriptURL: (url) => url });
 
   function shard(name, mark, data) {
@@ -18,17 +18,17 @@ const fastadapt = (() => {
   }
 
   function fetchShard(name) {
-    if (!NAME.test(name)) throw new TypeError("no name of a shard");
+    if (!NAME.test(name)) throw new TypeError("expected the name of a shard");
     const path = `data/${name}.js`;
     return new Promise((resolve, reject) => {
       const script = document.createElement("script");
       const end = (error) => {
         waiting.delete(name);
         script.remove();
-        reject(error); // of no effect where the data came
+        reject(error); // no effect if shard() has resolved the promise
       };
       waiting.set(name, resolve);
-      script.onload = () => end(new Error(`${path} holds no data`));
+      script.onload = () => end(new Error(`${path} has no data`));
       script.onerror = () => end(new Error(`${path} cannot be read`));
       script.src = policy ? policy.createScriptURL(path) : path;
       document.head.append(script);
@@ -51,13 +51,13 @@ const fastadapt = (() => {
     const length = new DataView(raw.buffer).getUint32(0, true);
     const head = JSON.parse(new TextDecoder().decode(raw.subarray(4, 4 + length)));
     const columns = {};
-    let at = 4 + length;
+    let offset = 4 + length;
     for (const [name, type, entries] of head.columns) {
       const Type = TYPES[type];
       const size = Type.BYTES_PER_ELEMENT;
       const out = new Uint8Array(entries * size);
       for (let byte = 0; byte < size; byte++) {
-        for (let i = 0, to = byte; i < entries; i++, to += size) out[to] = raw[at++];
+        for (let i = 0, to = byte; i < entries; i++, to += size) out[to] = raw[offset++];
       }
       columns[name] = new Type(out.buffer);
     }
@@ -67,22 +67,22 @@ const fastadapt = (() => {
   async function get(name) {
     const { mark, data } = await fetchShard(name);
     stamp ??= mark;
-    if (mark !== stamp) throw new Error("These pages were exported anew: reload them.");
+    if (mark !== stamp) throw new Error("These pages were exported again. Reload them.");
     return unpack(data);
   }
 
-  /** The contents of a shard, `{facts, columns}`; `keep`: it may be asked for again. */
+  /** Returns a promise of the contents of a shard, `{facts, columns}`. keep: cache them. */
   function load(name, keep = false) {
     if (!keep) return get(name);
-    let found = read.get(name);
-    if (found) read.delete(name); // and back to the end: the first is the longest unused
+    let contents = cache.get(name);
+    if (contents) cache.delete(name); // is inserted again at the end
     else {
-      found = get(name);
-      found.catch(() => read.delete(name));
+      contents = get(name);
+      contents.catch(() => cache.delete(name));
     }
-    read.set(name, found);
-    if (read.size > KEPT) read.delete(read.keys().next().value);
-    return found;
+    cache.set(name, contents);
+    if (cache.size > CACHE_SIZE) cache.delete(cache.keys().next().value);
+    return contents;
   }
 
   return { load, shard };

@@ -1,5 +1,5 @@
-// The units of a kind as columns, an entry per unit: layer by layer as they are read, and which of
-// them match. A unit's number is layer * features + feature.
+// Columns of the units of a kind, read layer by layer, and the search in them. A unit's number is
+// layer * features + feature.
 "use strict";
 
 class Units {
@@ -11,27 +11,27 @@ class Units {
     this.max = new Float32Array(this.n);
     this.region = new Uint8Array(this.n).fill(255);
     this.class = new Uint8Array(this.n).fill(255);
-    this.width = 0; // promoted tokens of each
+    this.width = 0; // promoted tokens per unit
     this.promoted = null;
     this.description = new Array(this.n);
     this.lowered = new Array(this.n);
     this.ready = new Uint8Array(facts.layers);
-    this.version = 0; // layers read
+    this.version = 0; // number of layers read
     this.reading = new Map();
     this.orders = new Map();
   }
 
-  /** Reads a layer, once. */
+  /** Reads a layer on the first call. Returns a promise. */
   layer(layer) {
-    let found = this.reading.get(layer);
-    if (!found) {
-      found = fastadapt.load(`${this.kind}-${layer}`).then((read) => this.take(layer, read));
-      this.reading.set(layer, found);
+    let reading = this.reading.get(layer);
+    if (!reading) {
+      reading = fastadapt.load(`${this.kind}-${layer}`).then((shard) => this.insert(layer, shard));
+      this.reading.set(layer, reading);
     }
-    return found;
+    return reading;
   }
 
-  take(layer, { facts, columns }) {
+  insert(layer, { facts, columns }) {
     const first = layer * this.features;
     for (const name of ["count", "density", "max", "region", "class"]) {
       this[name].set(columns[name], first);
@@ -66,20 +66,21 @@ class Units {
     return Array.from(row).filter((token) => token !== 0xffffffff);
   }
 
-  /** Units read so far, the largest `key` first, equal ones by number. */
+  /** Returns the units read so far, the largest `key` first, equal ones by number. */
   order(key) {
     const known = this.orders.get(key);
     if (known && known.version === this.version) return known.order;
     const length = this.version * this.features;
     const order = new Uint32Array(length);
-    let at = 0;
+    let end = 0;
     for (let layer = 0; layer < this.layers; layer++) {
       if (!this.ready[layer]) continue;
-      for (let i = 0; i < this.features; i++) order[at++] = layer * this.features + i;
+      for (let i = 0; i < this.features; i++) order[end++] = layer * this.features + i;
     }
     if (key !== "index") {
-      // One number per unit that sorts as (value, number): the bits of a float that is not
-      // negative rise with it. Above 2 ** 21 units the value loses its lowest bits, to stay exact.
+      // Sorts numbers that combine value and unit. The bits of a non-negative float are ordered
+      // like the float. Above 2 ** 21 units the value loses its lowest bits, so that the number
+      // stays below 2 ** 53.
       const span = 2 ** Math.ceil(Math.log2(this.n + 1));
       const drop = Math.max(1, span / 2 ** 21);
       const bits = new Uint32Array(this[key].buffer);
@@ -95,7 +96,7 @@ class Units {
   }
 
   /**
-   * Units that match, in order.
+   * Returns the units that match, in order.
    * wanted: q, token (text); layer, region (numbers, or null); classes (a Set of codes, or null);
    * from, to (densities, or null); dead; key (density, max, index); rising.
    */
@@ -104,24 +105,24 @@ class Units {
     const out = new Uint32Array(order.length);
     const { count, density, region, promoted, width, lowered } = this;
     const words = wanted.q.split(/\s+/).filter(Boolean);
-    const some = wanted.q ? tokens.holding(wanted.q) : null;
-    const exact = wanted.token ? tokens.named(wanted.token) : null;
+    const partial = wanted.q ? tokens.including(wanted.q) : null;
+    const exact = wanted.token ? tokens.equal(wanted.token) : null;
     const promotes = (unit, flags) => {
       for (let i = unit * width, end = i + width; i < end; i++) {
         if (flags[promoted[i]] === 1) return true;
       }
       return false;
     };
-    const says = (unit) => {
+    const isDescribed = (unit) => {
       const text = lowered[unit];
       return text !== undefined && words.every((word) => text.includes(word));
     };
     const low = wanted.layer === null ? 0 : wanted.layer * this.features;
     const high = wanted.layer === null ? this.n : low + this.features;
-    // Bounds as the densities are kept, so that an equal one is within.
+    // Rounded like the stored densities, so that bounds are inclusive.
     const from = wanted.from === null ? -1 : Math.fround(wanted.from);
     const to = wanted.to === null ? Infinity : Math.fround(wanted.to);
-    let found = 0;
+    let n = 0;
     for (let i = 0; i < order.length; i++) {
       const unit = wanted.rising ? order[order.length - 1 - i] : order[i];
       if (unit < low || unit >= high) continue;
@@ -130,33 +131,36 @@ class Units {
       if (wanted.classes !== null && !wanted.classes.has(this.class[unit])) continue;
       if (density[unit] < from || density[unit] > to) continue;
       if (exact && !promotes(unit, exact)) continue;
-      if (some && !promotes(unit, some) && !says(unit)) continue;
-      out[found++] = unit;
+      if (partial && !promotes(unit, partial) && !isDescribed(unit)) continue;
+      out[n++] = unit;
     }
-    return out.subarray(0, found);
+    return out.subarray(0, n);
   }
 }
 
 const BYTES = /⟨((?:[0-9A-F]{2} )*[0-9A-F]{2})⟩/u;
-const SHARING = 16; // tokens that share characters, at most
+const MAX_SHARING = 16; // largest number of tokens that share characters
 
-/** The text that tokens from a place on share, and how many: see fastadapt.features.store.characters. */
-function shared(texts, place) {
+/**
+ * Returns the text of tokens from index `first` that share characters, and their number: see
+ * fastadapt.features.store.characters.
+ */
+function sharedText(texts, first) {
   const raw = [];
-  for (let length = 1; length <= SHARING && BYTES.test(texts[place + length - 1] ?? ""); length++) {
-    texts[place + length - 1].split(BYTES).forEach((part, i) =>
+  for (let length = 1; length <= MAX_SHARING && BYTES.test(texts[first + length - 1] ?? ""); length++) {
+    texts[first + length - 1].split(BYTES).forEach((part, i) =>
       raw.push(...(i % 2 ? part.split(" ").map((pair) => parseInt(pair, 16)) : new TextEncoder().encode(part))));
     try {
       const decoder = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
       return { text: decoder.decode(new Uint8Array(raw)), length };
     } catch {
-      // Not whole yet.
+      // The bytes end within a character: add the next token.
     }
   }
-  return { text: texts[place], length: 1 };
+  return { text: texts[first], length: 1 };
 }
 
-/** The vocabulary. */
+/** Texts of the vocabulary. */
 class Tokens {
   constructor({ facts, columns }) {
     this.strings = [];
@@ -168,21 +172,24 @@ class Tokens {
     return this.strings[token] ?? `⟨token ${token}⟩`;
   }
 
-  /** The text of each token of a stretch; one that several share is at the strongest of them. */
-  running(ids, values) {
+  /**
+   * Returns the texts of consecutive tokens. A text that several tokens share is returned for the
+   * one with the largest |value|, and empty texts for the others.
+   */
+  sequence(ids, values) {
     const texts = ids.map((id) => this.text(id));
     const out = [...texts];
-    for (let place = 0; place < texts.length; ) {
-      const { text, length } = shared(texts, place);
+    for (let first = 0; first < texts.length; ) {
+      const { text, length } = sharedText(texts, first);
       if (length > 1) {
-        let strongest = place;
-        for (let i = place; i < place + length; i++) {
+        let strongest = first;
+        for (let i = first; i < first + length; i++) {
           out[i] = "";
           if (Math.abs(values[i]) > Math.abs(values[strongest])) strongest = i;
         }
         out[strongest] = text;
       }
-      place += length;
+      first += length;
     }
     return out;
   }
@@ -192,13 +199,13 @@ class Tokens {
     return this.all;
   }
 
-  /** A flag per token: whether its text has this in it. */
-  holding(text) {
+  /** Returns a flag per token: whether its text includes `text`. */
+  including(text) {
     return this.flags(`in ${text}`, (string) => string.includes(text));
   }
 
-  /** A flag per token: whether this is its text, whatever the spaces around it. */
-  named(text) {
+  /** Returns a flag per token: whether its text, without surrounding spaces, is `text`. */
+  equal(text) {
     return this.flags(`is ${text}`, (string) => string.trim() === text);
   }
 

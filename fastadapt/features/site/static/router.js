@@ -1,22 +1,22 @@
-// What the address asks for is shown; keys; the tip.
+// Shows the list or the unit of the address. Handles keys and tooltips.
 "use strict";
 
-// Of the address: "#/kind/layer/feature?filters", without the kind where it is the first, and
-// without the unit where it is the list.
-const here = { kind: null, unit: null, query: "" };
+// The address, "#/kind/layer/feature?filters": without the kind if it is the first one, without
+// layer and feature for the list.
+const current = { kind: null, unit: null, query: "" };
 const kinds = new Map(); // Units by kind
 let site = null;
 let tokens = null;
 let list = null;
 let shortWindows = true;
-let asked = 0; // addresses so far: what comes late for an older one is not shown
+let visits = 0; // number of address changes; data that arrive after a later change are ignored
 let listSeen = false;
-let searching = false; // the list was asked for to search in it
+let searching = false; // whether to focus the search field when the list is shown
 
 function address(kind, layer = null, feature = null) {
   const parts = kind === site.kinds[0].kind ? [] : [kind];
   if (layer !== null) parts.push(layer, feature);
-  const query = kind === here.kind && here.query ? `?${here.query}` : "";
+  const query = kind === current.kind && current.query ? `?${current.query}` : "";
   return `#/${parts.join("/")}${query}`;
 }
 
@@ -29,52 +29,51 @@ function parse(hash) {
   if (parts.length) {
     const [layer, feature] = parts.map((part) => (/^\d{1,9}$/.test(part) ? Number(part) : NaN));
     if (parts.length !== 2 || !(layer < units.layers) || !(feature < units.features)) {
-      throw new Error(`There is no ${unitWord(kind)} ${plain(parts.join("/"))} here: layers 0 to ` +
-        `${units.layers - 1}, ${unitWord(kind, 2)} 0 to ${units.features - 1}.`);
+      throw new Error(`No ${unitNoun(kind)} ${inlineText(parts.join("/"))}: expected layers 0 to ` +
+        `${units.layers - 1}, ${unitNoun(kind, 2)} 0 to ${units.features - 1}.`);
     }
     unit = layer * units.features + feature;
   }
   return { kind, unit, query: new URLSearchParams(query).toString() };
 }
 
-function trouble(error) {
+function showError(error) {
   const line = document.getElementById("trouble");
   line.textContent = error ? error.message : "";
   line.hidden = !error;
 }
 
 async function route() {
-  const mine = ++asked;
-  const before = { ...here };
+  const visit = ++visits;
+  const before = { ...current };
   try {
-    Object.assign(here, parse(location.hash));
-    trouble(null);
+    Object.assign(current, parse(location.hash));
+    showError(null);
   } catch (error) {
-    Object.assign(here, { kind: site.kinds[0].kind, unit: null, query: "" });
-    trouble(error);
+    Object.assign(current, { kind: site.kinds[0].kind, unit: null, query: "" });
+    showError(error);
   }
-  const units = kinds.get(here.kind);
-  const query = new URLSearchParams(here.query);
-  const own = here.unit === null ? null : Math.floor(here.unit / units.features);
-  const wanted = own ?? Number(query.get("layer"));
+  const units = kinds.get(current.kind);
+  const query = new URLSearchParams(current.query);
+  const wanted = current.unit === null ? Number(query.get("layer")) : Math.floor(current.unit / units.features);
   const layer = wanted < units.layers ? wanted : 0;
-  const page = here.unit === null ? null : showFeature(units, here.unit, layer, mine);
-  page?.catch(() => {}); // told where it is awaited
+  const page = current.unit === null ? null : showFeature(units, current.unit, layer, visit);
+  page?.catch(() => {}); // errors are reported where the promise is awaited
   try {
-    const [read] = await Promise.all([readTokens(), units.layer(layer)]);
-    if (mine !== asked) return;
-    tokens = read;
+    const [vocabulary] = await Promise.all([readTokens(), units.layer(layer)]);
+    if (visit !== visits) return;
+    tokens = vocabulary;
     drawKinds();
     list.show(units, site, tokens, query);
-    if (here.unit === null) showList(before);
+    if (current.unit === null) showList(before);
     else {
       await page;
-      if (mine === asked) drawPlaces(units, here.unit);
+      if (visit === visits) drawNeighbours(units, current.unit);
     }
   } catch (error) {
-    if (mine === asked) trouble(error);
+    if (visit === visits) showError(error);
   }
-  readRest(units, layer);
+  readAll(units, layer);
 }
 
 function readTokens() {
@@ -88,24 +87,24 @@ function readTexts() {
   return readTexts.once;
 }
 
-/** Reads the layers that are not there yet, one behind the other. */
-async function readRest(units, first) {
-  if (units.readingRest) return;
-  units.readingRest = true;
+/** Reads all layers, one after the other, from the one after `first`. Runs once per kind. */
+async function readAll(units, first) {
+  if (units.readingAll) return;
+  units.readingAll = true;
   let shown = performance.now();
   try {
     for (let i = 1; i < units.layers; i++) {
       await units.layer((first + i) % units.layers);
       if (performance.now() - shown < 250 && !units.whole) continue;
-      if (here.kind === units.kind) {
+      if (current.kind === units.kind) {
         list.refresh(false);
-        if (here.unit !== null) drawPlaces(units, here.unit);
+        if (current.unit !== null) drawNeighbours(units, current.unit);
       }
       shown = performance.now();
     }
     performance.mark("whole");
   } catch (error) {
-    trouble(error);
+    showError(error);
   }
 }
 
@@ -122,46 +121,46 @@ function showList(before) {
   list.resume(before.unit);
   if (searching) document.getElementById("q").select();
   searching = false;
-  if (first) drawn("rows");
+  if (first) markDrawn("rows");
   else if (document.activeElement === document.body && before.unit !== null) list.grid.focus({ preventScroll: true });
 }
 
-async function showFeature(units, unit, layer, mine) {
+async function showFeature(units, unit, layer, visit) {
   const feature = unit % units.features;
   if (document.body.dataset.view === "list") list.leave();
   const name = `${units.kind}-${layer}-${Math.floor(feature / units.span)}`;
-  const [shard, texts, words] = await Promise.all(
+  const [shard, texts, vocabulary] = await Promise.all(
     [fastadapt.load(name, true), readTexts(), readTokens(), units.layer(layer)]);
-  if (mine !== asked) return;
-  tokens = words;
+  if (visit !== visits) return;
+  tokens = vocabulary;
   const main = document.getElementById("feature");
   drawFeature(main, { units, unit, site, tokens, texts, shard, short: shortWindows });
-  drawPlaces(units, unit);
+  drawNeighbours(units, unit);
   drawToggle();
   show("feature");
-  document.title = `Layer ${layer}, ${unitWord(units.kind)} ${feature} · fastadapt`;
+  document.title = `Layer ${layer}, ${unitNoun(units.kind)} ${feature} · fastadapt`;
   scrollTo(0, 0);
   main.focus({ preventScroll: true });
-  drawn("feature");
+  markDrawn("feature");
 }
 
-/** Notes the time once what was drawn is on the screen. */
-function drawn(name) {
+/** Marks the time at which the present changes are on the screen. */
+function markDrawn(name) {
   requestAnimationFrame(() => setTimeout(() => performance.mark(name)));
 }
 
-/** Units before and after one: in the list where there was one, else by number. */
+/** Returns the previous and the next unit: in the list if it was shown or filtered, else by number. */
 function neighbours(units, unit) {
-  const at = listSeen || here.query ? list.matches.indexOf(unit) : -1;
-  if (at >= 0 && list.units === units) {
+  const row = listSeen || current.query ? list.matches.indexOf(unit) : -1;
+  if (row >= 0 && list.units === units) {
     const { matches } = list;
-    const place = `${whole(at + 1)} of ${whole(matches.length)} in the list`;
-    return { before: matches[at - 1], after: matches[at + 1], place };
+    const order = `${formatInteger(row + 1)} of ${formatInteger(matches.length)} in the list`;
+    return { before: matches[row - 1], after: matches[row + 1], order };
   }
   return {
     before: unit > 0 ? unit - 1 : undefined,
     after: unit + 1 < units.n ? unit + 1 : undefined,
-    place: "by number",
+    order: "by number",
   };
 }
 
@@ -169,17 +168,17 @@ function unitAddress(units, unit) {
   return address(units.kind, Math.floor(unit / units.features), unit % units.features);
 }
 
-function drawPlaces(units, unit) {
+function drawNeighbours(units, unit) {
   const nav = document.querySelector("#feature .places");
   if (!nav) return;
-  const { before, after, place } = neighbours(units, unit);
+  const { before, after, order } = neighbours(units, unit);
   const link = (to, text, label) =>
     to === undefined
       ? el("span", { class: "quiet off", "aria-hidden": "true" }, text)
       : el("a", { class: "quiet", href: unitAddress(units, to), "aria-label": label }, text);
   nav.replaceChildren(
     el("a", { class: "quiet", href: address(units.kind), "aria-keyshortcuts": "Escape" }, "← list"),
-    el("span", { class: "note" }, place),
+    el("span", { class: "note" }, order),
     link(before, "‹ previous", "Previous"),
     link(after, "next ›", "Next"),
   );
@@ -204,23 +203,23 @@ function drawKinds() {
     el("a", {
       class: "quiet",
       href: address(kind),
-      "aria-current": kind === here.kind ? "page" : null,
+      "aria-current": kind === current.kind ? "page" : null,
     }, KIND_NAMES[kind] ?? kind)));
 }
 
 function drawTitle() {
-  const name = (path) => plain(String(path).split("/").filter(Boolean).pop() ?? "");
+  const name = (path) => inlineText(String(path).split("/").filter(Boolean).pop() ?? "");
   const { target, base } = site.pair;
   document.getElementById("title").textContent =
     target && base ? `${name(target)} against ${name(base)}` : name(site.run);
   const facts = [["Run", site.run], ["Target", target], ["Base", base]];
   const { texts, tokens: count, source } = site.data;
-  facts.push(["Texts", `${whole(texts)}, ${whole(count)} tokens, of ${source}`]);
-  facts.push(["Density", "the share of all tokens at which it is active"]);
-  facts.push(["Mostly in", "the region of most of its activations"]);
-  facts.push(["Highlight", "an activation over its largest one; the token that was kept is underlined"]);
+  facts.push(["Texts", `${formatInteger(texts)}, ${formatInteger(count)} tokens, from ${source}`]);
+  facts.push(["Density", "share of all tokens at which the unit is active"]);
+  facts.push(["Mostly in", "region with most of the unit's activations"]);
+  facts.push(["Highlight", "activation divided by the unit's maximum; the example's token is underlined"]);
   const about = document.getElementById("about");
-  facts.forEach(([key, value]) => about.append(el("dt", {}, key), el("dd", {}, plain(String(value)))));
+  facts.forEach(([key, value]) => about.append(el("dt", {}, key), el("dd", {}, inlineText(String(value)))));
 }
 
 function onKey(event) {
@@ -235,15 +234,15 @@ function onKey(event) {
     }
     return;
   }
-  const go = (unit) => unit !== undefined && (location.hash = unitAddress(kinds.get(here.kind), unit));
-  const onPage = here.unit !== null;
-  const { before, after } = onPage ? neighbours(kinds.get(here.kind), here.unit) : {};
+  const go = (unit) => unit !== undefined && (location.hash = unitAddress(kinds.get(current.kind), unit));
+  const onPage = current.unit !== null;
+  const { before, after } = onPage ? neighbours(kinds.get(current.kind), current.unit) : {};
   if (event.key === "?") dialog.showModal();
   else if (event.key === "/") {
     searching = onPage;
-    if (onPage) location.hash = address(here.kind);
+    if (onPage) location.hash = address(current.kind);
     else document.getElementById("q").select();
-  } else if (onPage && event.key === "Escape") location.hash = address(here.kind);
+  } else if (onPage && event.key === "Escape") location.hash = address(current.kind);
   else if (onPage && (event.key === "j" || event.key === "ArrowRight")) go(after);
   else if (onPage && (event.key === "k" || event.key === "ArrowLeft")) go(before);
   else if (onPage && event.key === "w") toggleWindows();
@@ -252,14 +251,14 @@ function onKey(event) {
   event.preventDefault();
 }
 
-function tips() {
+function enableTooltips() {
   const tip = document.getElementById("tip");
   document.addEventListener("pointerover", (event) => {
     const owner = event.target.closest?.("[data-tip]");
     tip.hidden = !owner;
     if (!owner) return;
     tip.textContent = owner.dataset.tip;
-    const boxes = Array.from(owner.getClientRects()); // one per line that it is on
+    const boxes = Array.from(owner.getClientRects()); // one per line of the text
     const box = boxes.find(({ bottom }) => event.clientY <= bottom) ?? owner.getBoundingClientRect();
     const left = Math.min(Math.max(8, box.left), innerWidth - tip.offsetWidth - 8);
     const above = box.top - tip.offsetHeight - 6;
@@ -271,18 +270,18 @@ function tips() {
 
 async function start() {
   list = new List((to) => (location.hash = to), (query) => {
-    here.query = query.toString();
-    history.replaceState(null, "", address(here.kind));
+    current.query = query.toString();
+    history.replaceState(null, "", address(current.kind));
   });
   document.addEventListener("keydown", onKey);
   const help = document.getElementById("help");
   document.getElementById("help-button").addEventListener("click", () => help.showModal());
-  tips();
+  enableTooltips();
   try {
     readTokens();
     site = (await fastadapt.load("site")).facts;
   } catch (error) {
-    return trouble(error);
+    return showError(error);
   }
   site.kinds.forEach((facts) => kinds.set(facts.kind, new Units(facts)));
   drawTitle();
