@@ -105,9 +105,7 @@ def open_run(config: TrainConfig, *, resume: bool, overwrite: bool) -> Iterator[
             holds a run with another configuration.
     """
     if resume and overwrite:
-        raise UserError(
-            "--resume continues a run, --overwrite removes it: choose one"
-        )
+        raise UserError("--resume continues a run, --overwrite removes it: choose one")
     folder = typed_path(config.run.output, "run.output")
     workspace = _workspace(folder)
     _check_contents(workspace, config, resume=resume, overwrite=overwrite)
