@@ -12,9 +12,8 @@ from benchmarks.step_models import L0, Sizes, model_config, pair_config
 from fastadapt.adapter.module import AdapterConfig
 from fastadapt.objective import ObjectiveConfig
 from fastadapt.training.config import from_dict
-from fastadapt.training.planning import memory
 from fastadapt.training.planning.flops import Setup, count
-from fastadapt.training.planning.shapes import Shapes
+from fastadapt.training.planning.memory import step_memory
 
 __all__ = ["necessary_flops", "on_the_line", "planned_bytes"]
 
@@ -42,7 +41,7 @@ def planned_bytes(sizes: Sizes, T: int, policy: str, device: str) -> int:
             "run": {"output": "none"},
         }
     )
-    return max(memory.phases(Shapes.of(config, model_config(sizes), T, device)).values())
+    return step_memory(config, model_config(sizes), T, device).peak_bytes
 
 
 def on_the_line(peaks: dict[int, int], T: int) -> int:

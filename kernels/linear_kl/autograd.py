@@ -1,4 +1,4 @@
-"""Register ``torch.ops.fastadapt.linear_kl``: fake implementation, autograd, FLOP formula."""
+"""Register ``torch.ops.fastadapt.linear_kl``: fake, autograd, FLOP and workspace formulas."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .chunked import CHUNKED
-from .chunks import Elementwise, linear_kl_chunks
+from .chunks import Elementwise, block_elements, linear_kl_chunks
 
 
 @torch.library.custom_op("fastadapt::linear_kl", mutates_args=())
@@ -121,3 +121,29 @@ def _flops(
 
 
 FLOP_FORMULAS = {torch.ops.fastadapt.linear_kl: _flops}
+
+
+def _workspace(
+    device_type: str,
+    teacher: Tensor,
+    students: Tensor,
+    head: Tensor,
+    weights: Tensor,
+    labels: Tensor | None,
+    softcap: float | None,
+    chunk_tokens: int,
+    logits_dtype: torch.dtype,
+    *_: Any,
+) -> int:
+    """Return the bytes of the two buffers [C, V], of a block's temporaries, of hidden states."""
+    T, D = teacher.shape
+    n_tokens = min(chunk_tokens, T)
+    entries, wide = n_tokens * head.shape[0], weights.element_size()
+    hidden = 2 * n_tokens * D * wide
+    if device_type == "cuda" and wide == 4:  # Triton: the teacher's logits stay in their dtype
+        return 2 * entries * logits_dtype.itemsize + hidden
+    block = min(entries, block_elements(device_type))
+    return entries * (logits_dtype.itemsize + wide) + 6 * block * wide + hidden
+
+
+WORKSPACE_FORMULAS = {torch.ops.fastadapt.linear_kl.default: _workspace}

@@ -127,11 +127,15 @@ def linear_kl_chunks(
     return kl, token_kl, token_ce, token_top1, scale_T, grad_students, grad_head
 
 
+def block_elements(device_type: str) -> int:
+    """Return how many elements a block of temporaries holds on a device type."""
+    return _BLOCK_ELEMENTS.get(device_type, _BLOCK_ELEMENTS_ELSEWHERE)
+
+
 def row_blocks(tensor_CV: Tensor) -> list[slice]:
     """Divide rows into blocks small enough for elementwise temporaries."""
     C, V = tensor_CV.shape
-    elements = _BLOCK_ELEMENTS.get(tensor_CV.device.type, _BLOCK_ELEMENTS_ELSEWHERE)
-    rows = max(1, elements // max(1, V))
+    rows = max(1, block_elements(tensor_CV.device.type) // max(1, V))
     return [slice(start, min(start + rows, C)) for start in range(0, C, rows)]
 
 

@@ -1,4 +1,4 @@
-"""Register ``torch.ops.fastadapt.nmse``: fake implementation, autograd, FLOP formula."""
+"""Register ``torch.ops.fastadapt.nmse``: fake, autograd, FLOP and workspace formulas."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .chunked import nmse_chunked
+from .chunked import block_elements, nmse_chunked
 
 
 @torch.library.custom_op("fastadapt::nmse", mutates_args=())
@@ -58,3 +58,19 @@ def _flops(x: tuple[int, int, int], *arguments: Any, out_shape: Any = None) -> i
 
 
 FLOP_FORMULAS = {torch.ops.fastadapt.nmse: _flops}
+
+
+def _workspace(
+    device_type: str,
+    x: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    *_: Any,
+) -> int:
+    """Return the bytes of a block's target, difference and square."""
+    return 3 * min(x.numel(), block_elements(device_type)) * dtype.itemsize
+
+
+WORKSPACE_FORMULAS = {torch.ops.fastadapt.nmse.default: _workspace}

@@ -15,6 +15,11 @@ _BLOCK_ELEMENTS = {"cpu": 2**18}  # of fp32 temporaries: 1 MiB
 _BLOCK_ELEMENTS_ELSEWHERE = 2**24
 
 
+def block_elements(device_type: str) -> int:
+    """Return how many elements a block of temporaries holds on a device type."""
+    return _BLOCK_ELEMENTS.get(device_type, _BLOCK_ELEMENTS_ELSEWHERE)
+
+
 def nmse_chunked(
     x_BTD: Tensor,
     target_BTD: Tensor,
@@ -37,8 +42,7 @@ def nmse_chunked(
     error_R = torch.empty(B * T, dtype=dtype, device=x_BTD.device)
     power_R = torch.empty_like(error_R)
     share = 0.5 if x_BTD.dtype == torch.float16 else 1.0
-    elements = _BLOCK_ELEMENTS.get(x_BTD.device.type, _BLOCK_ELEMENTS_ELSEWHERE)
-    step = max(1, elements // max(1, D))
+    step = max(1, block_elements(x_BTD.device.type) // max(1, D))
     for start in range(0, B * T, step):
         rows = slice(start, start + step)
         target = target_RD[rows].to(dtype)

@@ -1,4 +1,4 @@
-"""Register the ops ``fastadapt::encode`` and ``fastadapt::decode``: fakes, autograd, FLOPs.
+"""Register the ops ``fastadapt::encode`` and ``fastadapt::decode``: fakes, autograd, formulas.
 
 `encode` returns codes and statistics, which selective checkpointing saves. `decode` returns output
 and penalty; it is recomputed and saves neither its output nor the residual. The number of codes
@@ -18,6 +18,7 @@ from torch.library import define, impl, register_autograd, register_fake
 
 from . import sparse
 from .codes import CodeLayout, Codes, active_codes
+from .products import PIECE
 from .reference import TranscoderOutput, TranscoderStats, accumulator
 
 ops = torch.ops.fastadapt
@@ -339,4 +340,75 @@ FLOP_FORMULAS = {
     ops.encode_backward: _count_encode_backward,
     ops.decode: _count_decode,
     ops.decode_backward: _count_decode_backward,
+}
+
+
+# --- workspace: bytes that the code for a device type allocates inside one call ------------------
+
+
+def _encode_workspace(device_type: str, x: Tensor, W_enc: Tensor, *args: Any) -> int:
+    """Return the bytes of z where codes replace it, of flags, and of ranking and sorting."""
+    activation, threshold, (dense, capacity) = args[4], args[1], args[-4:-2]
+    n_entries, n_codes = x.shape[0] * x.shape[1] * W_enc.shape[0], capacity or 0
+    is_ranked = activation == "topk" or (activation == "batch_topk" and threshold is None)
+    z = 0 if dense else x.element_size()
+    if device_type == "cuda":
+        return n_entries * (z + 1 + 4 * is_ranked) + 24 * n_codes
+    window = 2 * accumulator(x.dtype).itemsize if activation == "jumprelu" else 0
+    return n_entries * (z + 2 + 16 * is_ranked + window) + 64 * n_codes
+
+
+def _decode_workspace(device_type: str, *args: Any) -> int:
+    """Return the bytes of copies in the accumulator's dtype, which only the CPU's code makes."""
+    codes, W_dec = Codes(*args[:N_CODES]), args[N_CODES]
+    if device_type == "cuda":
+        return 0
+    wide = _wide_bytes(W_dec)
+    if codes.dense:
+        return codes.values.numel() * wide
+    n_tokens = codes.row_offsets.shape[0] - 1
+    return (W_dec.numel() + n_tokens * W_dec.shape[1]) * wide + 24 * codes.values.numel()
+
+
+def _encode_backward_workspace(
+    device_type: str, da: Tensor, x: Tensor, W_enc: Tensor, threshold: Tensor | None, *args: Any
+) -> int:
+    """Return the bytes of dz where JumpReLU's window adds entries, and of unrounded sums."""
+    codes, wide = Codes(*args[1 : 1 + N_CODES]), _wide_bytes(W_enc)
+    if codes.dense:
+        return 0 if threshold is None else da.numel() * da.element_size()
+    if device_type == "cuda":
+        return _pieces(codes, W_enc)
+    return (x.numel() + 2 * W_enc.numel()) * wide + 32 * da.numel()
+
+
+def _decode_backward_workspace(
+    device_type: str, g: Tensor | None, c: Tensor | None, *args: Any
+) -> int:
+    """Return the bytes of the penalty's gradient at every entry, and of unrounded sums."""
+    codes, W_dec = Codes(*args[:N_CODES]), args[N_CODES]
+    wide = _wide_bytes(W_dec)
+    if device_type == "cuda":
+        return 0 if codes.dense else _pieces(codes, W_dec)
+    if codes.dense:
+        return codes.values.numel() * (accumulator(W_dec.dtype).itemsize + wide)
+    n_tokens = codes.row_offsets.shape[0] - 1
+    return (n_tokens * W_dec.shape[1] + 2 * W_dec.numel()) * wide + 40 * codes.values.numel()
+
+
+def _wide_bytes(t: Tensor) -> int:
+    """Return the bytes per element of a copy in the accumulator's dtype; 0 where none is made."""
+    return 0 if accumulator(t.dtype) == t.dtype else accumulator(t.dtype).itemsize
+
+
+def _pieces(codes: Codes, W: Tensor) -> int:
+    """Return the bytes of the fp32 sums of a feature's codes after the first ``PIECE`` of them."""
+    return codes.values.numel() // PIECE * W.shape[1] * 4
+
+
+WORKSPACE_FORMULAS: dict[Any, Any] = {
+    ops.encode.default: _encode_workspace,
+    ops.encode_backward.default: _encode_backward_workspace,
+    ops.decode.default: _decode_workspace,
+    ops.decode_backward.default: _decode_backward_workspace,
 }

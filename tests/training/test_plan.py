@@ -17,9 +17,8 @@ from fastadapt.errors import UserError
 from fastadapt.training import trainer
 from fastadapt.training.config import from_dict
 from fastadapt.training.optimizer import AdapterOptimizer
-from fastadapt.training.planning import memory
 from fastadapt.training.planning.estimate import count_steps, gb, plan
-from fastadapt.training.planning.shapes import Shapes
+from fastadapt.training.planning.memory import step_memory
 
 
 def n_bytes(tensors) -> int:
@@ -73,12 +72,11 @@ def test_kept_for_the_backward_pass(tiny_config) -> None:
         for pointer, tensor in saved.items()
         if pointer not in permanent
     )
-    shapes = Shapes.of(config, model.model.config, tokens, "cpu")
-    streams = sum(memory._kept_streams(shapes, layer) for layer in range(2))
-    at_head = memory._last_streams(shapes) + memory._student_gradients(shapes, True)
+    memory = step_memory(config, model.model.config, tokens, "cpu")
+    saved = memory.parts["saved for backward"]
     small = 64 * tokens + 8 * 2 * 512 * 4  # masks, weights and norms of features
     assert out.loss.isfinite()
-    assert 0.5 * streams < kept <= streams + at_head + memory._inputs(shapes) + small
+    assert 0.5 * saved < kept <= saved + small
 
 
 @pytest.mark.parametrize(
@@ -94,6 +92,8 @@ def test_kept_for_the_backward_pass(tiny_config) -> None:
 )
 def test_it_grows_with_what_costs(tiny_config, key: str, value: object) -> None:
     small = {"objective.kl_chunk_tokens": 8}
+    if key == "adapter.implementation":  # in so many entries that code buffers are not all of them
+        small["adapter.n_features"] = 4096
     before = plan(tiny_config(**small))
     after = plan(tiny_config(**{**small, key: value}))
     if key == "objective.kl_chunk_tokens":

@@ -17,10 +17,9 @@ from fastadapt.models.pretrained import load_tokenizer, model_config, shipped_co
 from fastadapt.models.recompute import POLICIES
 from fastadapt.organism import resolve
 from fastadapt.training.config import TrainConfig
-from fastadapt.training.planning import memory
 from fastadapt.training.planning.devices import Device, planned_device
 from fastadapt.training.planning.flops import Setup, flops_per_step
-from fastadapt.training.planning.shapes import Shapes
+from fastadapt.training.planning.memory import step_memory
 
 #: Training files up to this size are read for the number of sequences and the longest of them.
 _READ_BYTES = 64 * 2**20
@@ -129,28 +128,21 @@ def plan(config: TrainConfig, gpu: str | None = None, gpus: int = 1) -> Resource
     longest = longest or config.data.max_tokens
     mean = mean or round(MEAN_SHARE * longest)
     config = with_policy(config, target, longest, device, gpus)
-    shapes = Shapes.of(config, target, longest, device.kind, gpus)
-    copies = config.run.keep_checkpoints + 1
-    parameters = shapes.trained_parameters
+    memory = step_memory(config, target, longest, device.kind, gpus)
+    n_checkpoints = config.run.keep_checkpoints + 1
     return ResourceEstimate(
         device=device,
         gpus=gpus,
         checkpoint=config.objective.checkpoint,
-        parts=memory.parts(shapes),
-        phases=memory.phases(shapes),
+        parts=memory.parts,
+        phases=memory.phases,
         tokens_per_sequence=longest,
         mean_tokens=mean,
         steps=steps,
         tokens=tokens,
-        parameters=parameters,
-        host_bytes=memory.host_bytes(shapes),
-        disk_bytes=int(
-            parameters
-            * (
-                copies * (shapes.gradient_bytes + 2 * shapes.moment_bytes)  # masters and moments
-                + shapes.element_bytes
-            )
-        ),
+        parameters=memory.parameters,
+        host_bytes=memory.host_bytes,
+        disk_bytes=n_checkpoints * memory.state_bytes + memory.adapter_bytes,
     )
 
 
@@ -200,8 +192,8 @@ def with_policy(
         return config
     for policy in POLICIES:
         chosen = _with(config, "objective", checkpoint=policy)
-        phases = memory.phases(Shapes.of(chosen, target, tokens, device.kind, ranks))
-        if max(phases.values()) <= device.usable_bytes:
+        memory = step_memory(chosen, target, tokens, device.kind, ranks)
+        if memory.peak_bytes <= device.usable_bytes:
             break
     return chosen
 
@@ -211,7 +203,7 @@ def remedies(config: TrainConfig, planned: ResourceEstimate) -> Iterator[tuple[s
     target, kind, n = _target(config), planned.device.kind, planned.gpus
 
     def peak(changed: TrainConfig, tokens: int = planned.tokens_per_sequence) -> int:
-        return max(memory.phases(Shapes.of(changed, target, tokens, kind, n)).values())
+        return step_memory(changed, target, tokens, kind, n).peak_bytes
 
     config = _with(config, "objective", checkpoint=planned.checkpoint)
     tokens, chunk = planned.tokens_per_sequence, config.objective.kl_chunk_tokens

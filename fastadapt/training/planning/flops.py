@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -39,7 +39,7 @@ class Setup:
         sequences, tokens: B and T of the batch, without padding.
     """
 
-    target: Any
+    target: Any = field(hash=False)
     pair: PairConfig
     trained: AdapterConfig | Baseline
     objective: ObjectiveConfig
@@ -137,9 +137,9 @@ def mean_over_cutoffs(at: Callable[[int, int], float], n_layers: int, first: int
     ends = {0: two + (n_layers - 2) * (three - two)}
     two, three = at(2, 2), at(3, 3)
     ends[n_layers] = two + (n_layers - 2) * (three - two)
-    four = at(4, 2)
-    before, behind = four - at(3, 1), four - at(3, 2)
-    rest = four - 2 * (before + behind)
+    one_each = at(2, 1)
+    before, behind = at(3, 2) - one_each, at(3, 1) - one_each
+    rest = one_each - before - behind
     cutoffs = range(first, n_layers + 1)
     each = [ends.get(k, k * before + (n_layers - k) * behind + rest) for k in cutoffs]
     return sum(each) / len(each)
