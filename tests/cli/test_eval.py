@@ -179,7 +179,7 @@ BAD = {
             "--output",
             d.folder / "e",
         ],
-        r"benchmark math500: no math500\.jsonl or math500\.parquet in .*; fetch the dataset",
+        r"benchmark math500: no math500\.jsonl or math500\.parquet in .*; download the dataset",
     ),
     "a prompt longer than the context": (
         lambda d: [
