@@ -1,6 +1,6 @@
-"""Benchmarks of the kernels, on any machine; not part of the installed package.
+"""Benchmarks of the kernels and of feature collection; not part of the installed package.
 
-``pytest benchmarks/ --benchmark-only`` runs every row, at small shapes on a CPU and at the paper's
-on a GPU. ``python benchmarks/gpu.py`` checks the kernels on a GPU and then, if they are right,
-measures them into one JSON. ``python -m benchmarks.report`` makes tables and plots of such files.
+``pytest benchmarks/ --benchmark-only`` runs every row, with small shapes on a CPU and the paper's
+shapes on a GPU. ``python benchmarks/gpu.py`` checks and measures the kernels on a GPU and writes a
+JSON file. ``python -m benchmarks.report`` writes tables and plots of such files.
 """

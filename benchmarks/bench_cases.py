@@ -1,9 +1,9 @@
 """Every case of parts.py under pytest-benchmark: ``pytest benchmarks/bench_cases.py``
 
-Small shapes on a CPU, the paper's on a GPU. A row first asserts outputs and gradients against the
-float64 oracle on its own inputs; a peer that is not within their budget is labelled, not failed.
-On a GPU the figures are those of CUDA events, in each row's extra_info; pytest-benchmark's own
-column holds a few calls with the host's share.
+Shapes are small on a CPU and the paper's on a GPU. A row first compares outputs and gradients with
+the float64 oracle on the row's inputs. A peer outside the error budget is labelled, but does not
+fail. On a GPU, times come from CUDA events and are in each row's extra_info; pytest-benchmark's own
+column times a few calls including the host.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from fastadapt.kernels.linear_kl import linear_kl
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCALE = scale(DEVICE)
-PAIRS = 9  # fixed beforehand: repeating a failed measurement would select a result
-torch._dynamo.config.recompile_limit = 64  # one compilation per shape, of many
+PAIRS = 9  # fixed: repeating a failed measurement would select a result
+torch._dynamo.config.recompile_limit = 64  # one compilation per shape
 
 
 def _rows() -> Iterator[Any]:
@@ -48,17 +48,17 @@ def _roofs(dtype: torch.dtype) -> Roofs:
     return measure_roofs(DEVICE, dtype)
 
 
-_held: list[Case] = []  # the one whose inputs are in memory
+_loaded: list[Case] = []  # at most one case, whose inputs are in memory
 _medians: dict[str, dict[str, float]] = {}
 
 
 @pytest.mark.parametrize(("part", "case", "name"), list(_rows()))
-@pytest.mark.filterwarnings("ignore")  # of compilers and peers
+@pytest.mark.filterwarnings("ignore")  # compilers and peers warn
 def test_row(benchmark: Any, part: str, case: Case, name: str) -> None:
-    if _held and _held[-1] is not case:
-        _held.pop().release()
-    if not _held:
-        _held.append(case)
+    if _loaded and _loaded[-1] is not case:
+        _loaded.pop().release()
+    if not _loaded:
+        _loaded.append(case)
     step = case.steps[name]
     benchmark.group = f"{part} {case.op} {case.label} {str(case.dtype)[6:]}"
     row = describe(case, name)
@@ -76,7 +76,7 @@ def test_row(benchmark: Any, part: str, case: Case, name: str) -> None:
         L0 = case.shape["L0"]
         bound = limit({1: "sparse at L0 1", 10: "sparse at L0 10"}.get(L0, "sparse at any L0"))
         ratio = row["ratio"]
-        assert ratio >= bound, f"{ratio:.2f} times as fast as the reference, expected {bound}"
+        assert ratio >= bound, f"expected {bound} times the reference's speed, got {ratio:.2f}"
 
 
 def _check(case: Case, name: str, row: Row) -> None:
@@ -102,7 +102,7 @@ def _time(benchmark: Any, case: Case, step: Step) -> Row:
 
         benchmark.pedantic(run, rounds=3)
     else:
-        seconds: dict[str, list[float]] = {"reference": [], "own": []}
+        seconds: dict[str, list[float]] = {"reference": [], "step": []}
 
         def timed(key: str, run: Any, inputs: Any) -> None:
             start = time.perf_counter()
@@ -110,16 +110,16 @@ def _time(benchmark: Any, case: Case, step: Step) -> Row:
             seconds[key].append(time.perf_counter() - start)
 
         def setup() -> tuple[tuple[Any, ...], dict[str, Any]]:
-            inputs = case.sets[len(seconds["own"]) % len(case.sets)]
+            inputs = case.sets[len(seconds["step"]) % len(case.sets)]
             if step.beside is not None:
                 timed("reference", step.beside, inputs)
             return (inputs,), {}
 
         rounds = 5 if step.beside is None else PAIRS
-        own = functools.partial(timed, "own", step.run)
-        benchmark.pedantic(own, setup=setup, rounds=rounds, warmup_rounds=1)
+        timed_step = functools.partial(timed, "step", step.run)
+        benchmark.pedantic(timed_step, setup=setup, rounds=rounds, warmup_rounds=1)
         if step.beside is not None:
-            pairs = list(zip(seconds["reference"], seconds["own"], strict=True))[-PAIRS:]
+            pairs = list(zip(seconds["reference"], seconds["step"], strict=True))[-PAIRS:]
             row |= {"ratio": statistics.median(r / s for r, s in pairs), "pairs": len(pairs)}
         stats = benchmark.stats.stats
         row |= {"median_s": stats.median, "spread_s": stats.iqr, "wall_s": stats.median}
@@ -128,10 +128,10 @@ def _time(benchmark: Any, case: Case, step: Step) -> Row:
     return row | shares(step.cost or case.cost, counted, _roofs(case.dtype))
 
 
-# Of the student's hidden states from the teacher's: the median KL is about 0.07, 7e-3 and 8e-4.
+# Distance of the student's hidden states from the teacher's: median KL 0.07, 7e-3 and 8e-4.
 @pytest.mark.parametrize("distance", [0.1, 0.03, 0.01])
 def test_rounding_of_logits(benchmark: Any, distance: float) -> None:
-    """The gradient's relative error by the logits' dtype, bfloat16 inputs: float32 is the least."""
+    """Measure the gradient's relative error by the logits' dtype, for bfloat16 inputs."""
     T, D, V = 32, 128, 152_064
     generator = torch.Generator().manual_seed(0)
     teacher, change = (torch.randn(T, D, generator=generator) for _ in range(2))
@@ -153,7 +153,7 @@ def test_rounding_of_logits(benchmark: Any, distance: float) -> None:
         str(dtype)[6:]: error_of(gradient(*streams, logits_dtype=dtype))
         for dtype in (torch.bfloat16, torch.float16, torch.float32)
     }
-    least = error_of(exact.bfloat16().double())  # no result in bfloat16 is closer
+    least = error_of(exact.bfloat16().double())  # the rounding of any bfloat16 result
     bound = limit("gradient error with float32 logits") * least
     assert errors["float32"] <= bound < errors["float16"] < errors["bfloat16"]
     benchmark.group = "linear_kl, gradient error by logits_dtype"
@@ -167,7 +167,7 @@ def test_rounding_of_logits(benchmark: Any, distance: float) -> None:
 
 
 def test_step(benchmark: Any) -> None:
-    """A whole training step against the plain one: the 7B pair on a GPU, a small one on a CPU."""
+    """Time a whole training step and the plain step: the 7B pair on a GPU, a small one on a CPU."""
     sizes = PAPER if DEVICE == "cuda" else SMALL
     roofs = _roofs(sizes.dtype)
     results: list[Row] = []
@@ -179,7 +179,7 @@ def test_step(benchmark: Any) -> None:
     timed = {(r["implementation"], r["shape"]["T"]): r for r in results if "median_s" in r}
     (name, T), plain = next(iter(timed.items()))
     if name != "plain":
-        pytest.skip("the plain step fits at no length")
+        pytest.skip("the plain step fits in memory at no length")
     ours = max(r["tokens_per_s"] for (n, t), r in timed.items() if n != "plain" and t == T)
     benchmark.extra_info["times_as_fast_as_plain"] = ours / plain["tokens_per_s"]
     if DEVICE == "cuda":

@@ -1,9 +1,10 @@
-"""Collecting features, compared with the forward pass that it rides on and with a plain loop.
+"""Compare collecting features with the forward pass alone and with a plain Python loop.
 
-Run with ``pytest -s benchmarks/bench_collect.py``: the embedded pair, 512 features a layer, ten of
-them active on a token. What is asserted are ratios within one run, on one thread: batches are timed
-in turn by each, so that a busy machine disturbs all alike, which it does not where small ops wait
-for a second core. ``FASTADAPT_RUN`` names a trained run to take in place of random adapters.
+Run with ``pytest -s benchmarks/bench_collect.py``. The benchmark uses the embedded pair with 512
+features per layer and an L0 of ten. Assertions are about ratios within one run. Both sides time
+each batch in turn, so that other load disturbs both equally. One thread is used, since small ops
+would wait for a busy second core. ``FASTADAPT_RUN`` names a trained run to use instead of random
+adapters.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ from fastadapt.features.collect.collector import begin, empty_stats, open_run, t
 from fastadapt.features.collect.layer_codes import walk
 from fastadapt.features.collect.texts import Text, batch_of, batches_of, locate_tokens, read_group
 
-LOOPED = 4  # of so many batches one goes through the loop too, in its turn
+LOOPED = 4  # the loop processes one batch of this many
 TEXTS = 1000
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="bounds of a CPU")
 
 
 class Bench:
-    """A run, its batches, and the state that they are collected into."""
+    """A run, its batches, and the state of a collection."""
 
     def __init__(self, folder: Path, n: int) -> None:
         folder.mkdir(exist_ok=True)
@@ -67,7 +68,7 @@ class Bench:
             hidden, _ = self.model.block(layer, hidden, arguments, "replacement", padding=padding)
 
     def collect(self, texts: list[Text]) -> None:
-        """Run the blocks with everything that collecting does."""
+        """Run the blocks and collect features."""
         take(self.model, self.tallies, {}, texts, self.prepared.domains)
 
 
@@ -92,7 +93,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 @pytest.fixture
 def report(benchmark: Any) -> Callable[[dict[str, float]], None]:
-    """Records figures and prints them."""
+    """Return a function that records figures and prints them."""
 
     def record(figures: dict[str, float]) -> None:
         benchmark.extra_info |= {**figures, "threads": torch.get_num_threads()}
@@ -154,7 +155,7 @@ def test_collecting_over_a_plain_loop(benchmark: Any, bench: Bench, report: Any)
 
 
 def test_memory_is_flat_in_tokens(benchmark: Any, tmp_path: Path, report: Any) -> None:
-    """Compare 1 and 8 times the tokens: bytes of the state, and the peak of any batch."""
+    """Compare the state's bytes and the largest peak of a batch at 1 and 8 times the tokens."""
     sizes: list[dict[str, float]] = []
 
     def run() -> None:

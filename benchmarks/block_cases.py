@@ -1,7 +1,7 @@
-"""Elementwise work beside the products: nmse, and a frozen block's RMSNorm and SwiGLU.
+"""Cases of elementwise work: nmse, and a frozen block's RMSNorm and SwiGLU.
 
-The block's ops have no kernel here; the rows say whether one would be worth writing, beside what
-PyTorch's compiler makes and what another project has. Weights are frozen: no gradient of them.
+This library has no kernel for the block's ops. The rows show whether a kernel would be faster than
+PyTorch's compiler and another project's kernels. Weights are frozen and get no gradient.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from fastadapt.kernels.nmse import nmse
 __all__ = ["masked_nmse_case", "nmse_case", "rms_norm_case", "swiglu_case"]
 
 EPS = 1e-6
-Normal = Callable[..., Tensor]  # of a shape, in float32
+Normal = Callable[..., Tensor]  # shape -> float32 tensor of standard normal values
 NMSE = ("reference", "chunked")
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """As Qwen2 and Llama do it: in fp32, rounded before the weight."""
+    """RMSNorm of Qwen2 and Llama: computed in fp32, rounded before multiplying by the weight."""
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
     wide = x.to(acc)
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)
@@ -34,17 +34,17 @@ def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up."""
+    """Return silu(gate) * up."""
     return nnf.silu(gate) * up
 
 
 def nmse_value(x: Tensor, target: Tensor, implementation: str = "reference") -> Tensor:
-    """The op's value alone."""
+    """Return the op's value without the values per token."""
     return nmse(x, target, implementation=implementation).nmse
 
 
 def _step(inputs: Inputs, function: Callable[..., Any]) -> Results:
-    """``function`` of all inputs but the cotangent ``g``; gradients of those that are leaves."""
+    """Run ``function`` on all inputs but the cotangent ``g``; return outputs and gradients."""
     arguments = {name: value for name, value in inputs.items() if name != "g"}
     leaves = [name for name, value in arguments.items() if value.requires_grad]
     results = function(**arguments)
@@ -65,7 +65,7 @@ def _case(
     elements: int,
     backend: str | None,
 ) -> Case:
-    """``elements``: read and written once each, forward and backward."""
+    """Build a case; ``elements`` is the number of elements read and written in both passes."""
     n_sets = copies(elements * dtype.itemsize, device)
 
     def make_sets() -> list[Inputs]:
@@ -95,7 +95,7 @@ def _case(
 def nmse_case(
     T: int, d: int, dtype: torch.dtype, device: str, *, backend: str | None = "inductor"
 ) -> Case:
-    """One sequence; without its values per token."""
+    """One sequence, without values per token."""
 
     def make(normal: Normal) -> Inputs:
         target = normal(T, d)
@@ -105,12 +105,12 @@ def nmse_case(
 
     chunked = functools.partial(nmse_value, implementation="chunked")
     functions = {"reference": nmse_value, "chunked": chunked}
-    elements = T * d * 4  # x, target; the difference kept or x and target again; dx
+    elements = T * d * 4  # x, target; the saved difference or x and target; dx
     return _case("nmse", {"T": T, "d": d}, dtype, device, make, functions, elements, backend)
 
 
 def masked_nmse_case(B: int, T: int, d: int, dtype: torch.dtype, device: str) -> Case:
-    """B sequences with masked tokens; with the values per token."""
+    """B sequences with masked tokens, with values per token."""
 
     def make(normal: Normal) -> Inputs:
         target = normal(B, T, d)
@@ -141,7 +141,7 @@ def rms_norm_case(
 def swiglu_case(
     T: int, d: int, dtype: torch.dtype, device: str, *, backend: str | None = "inductor"
 ) -> Case:
-    """silu(gate) * up of the given inner width."""
+    """SwiGLU of inner width ``d``."""
 
     def make(normal: Normal) -> Inputs:
         gate, up, g = (normal(T, d) for _ in range(3))
@@ -149,7 +149,7 @@ def swiglu_case(
 
     functions: dict[str, Callable[..., Any]] = {"reference": swiglu}
     if device == "cuda" and (liger := peers.liger_swiglu()) is not None:
-        # Its function takes no keywords.
+        # liger-kernel's function takes positional arguments only.
         functions["liger-kernel"] = lambda gate, up: liger(gate, up)
     elements = T * d * 8  # gate, up, out; gate, up, g, and both gradients
     return _case("swiglu", {"T": T, "d": d}, dtype, device, make, functions, elements, backend)

@@ -1,4 +1,4 @@
-"""Compares measured rows with the bounds of bounds.toml. A missed bound is recorded as such."""
+"""Compare measured rows with the bounds of bounds.toml, and record whether each is met."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ else:  # a dependency of pytest
 __all__ = ["BOUNDS", "LIMITS", "bounds", "limit", "read_toml"]
 
 MEASURES = {
-    "time ratio": lambda own, other: own["median_s"] / other["median_s"],
-    "speed ratio": lambda own, other: other["median_s"] / own["median_s"],
-    "memory ratio": lambda own, other: own["peak_bytes"] / other["peak_bytes"],
-    "GB beyond results": lambda own, _: (own["peak_bytes"] - own["result_bytes"]) / 1e9,
-    "share of copy": lambda own, _: own["share_of_copy"],
+    "time ratio": lambda ours, other: ours["median_s"] / other["median_s"],
+    "speed ratio": lambda ours, other: other["median_s"] / ours["median_s"],
+    "memory ratio": lambda ours, other: ours["peak_bytes"] / other["peak_bytes"],
+    "GB beyond results": lambda ours, _: (ours["peak_bytes"] - ours["result_bytes"]) / 1e9,
+    "share of copy": lambda ours, _: ours["share_of_copy"],
 }
 
 
 @dataclass(frozen=True)
 class Bound:
-    """A bound on the fastest of ``ours``, for each value of the shape's ``by`` in ``where``.
+    """A bound on the fastest of ``ours``, for each value of the shape's key ``by``.
 
-    ``claim`` and ``others`` are formatted with that value, an ``s`` of the plural, and ``best``.
+    ``claim`` and ``others`` are format strings. Their fields are the value of ``by``, ``s`` (a
+    plural's ending), and ``best`` (the name of the fastest of ``ours``; only in ``claim``).
     """
 
     claim: str
@@ -39,15 +40,15 @@ class Bound:
     by: str
     measure: str
     ours: Sequence[str]
-    others: Sequence[str] = ()  #: the fastest is compared with; empty: none is needed
-    where: dict[str, Any] = field(default_factory=dict)  #: of the shape: value, or list of values
+    others: Sequence[str] = ()  #: the fastest is the comparison; empty if not needed
+    where: dict[str, Any] = field(default_factory=dict)  #: required shape: value or list of values
     at_most: float | None = None
     at_least: float | None = None
-    on: dict[str, float] = field(default_factory=dict)  #: by a word of the GPU's name
-    worst: bool = False  #: one verdict, of the largest measured value
+    on: dict[str, float] = field(default_factory=dict)  #: bounds by a word of the GPU's name
+    worst: bool = False  #: give one verdict only, of the largest measured value
 
     def verdicts(self, parts: dict[str, list[Row]], gpu: str) -> Iterator[Row]:
-        """``claim``, ``bound``, ``measured``, ``met``; nothing where a row is missing."""
+        """Yield ``claim``, ``bound``, ``measured``, ``met``; skip values without rows."""
         rows = [r for name in self.parts for r in parts.get(name, []) if self._applies(r)]
         values = sorted({r["shape"][self.by] for r in rows})
         measured = [m for value in values if (m := self._measure(rows, value)) is not None]
@@ -81,22 +82,22 @@ class Bound:
             rows = [timed[n] for name in names if (n := name.format(**{self.by: value})) in timed]
             return min(rows, key=lambda r: r.get("graph_s", r["median_s"]), default=None)
 
-        own, other = fastest(self.ours), fastest(self.others)
-        if own is None or (self.others and other is None):
+        ours, other = fastest(self.ours), fastest(self.others)
+        if ours is None or (self.others and other is None):
             return None
-        return MEASURES[self.measure](own, other), value, own["implementation"]
+        return MEASURES[self.measure](ours, other), value, ours["implementation"]
 
 
 @dataclass(frozen=True)
 class Limit:
-    """A number that a benchmark under pytest asserts."""
+    """A bound that a benchmark under pytest asserts, and the reason for its value."""
 
     value: float
     reason: str
 
 
 def read_toml(name: str) -> dict[str, Any]:
-    """One of the data files beside this one."""
+    """Read a TOML file of this folder."""
     return tomllib.loads(Path(__file__).with_name(f"{name}.toml").read_text(encoding="utf-8"))
 
 
@@ -107,10 +108,10 @@ assert not _DATA, f"bounds.toml: unknown tables {sorted(_DATA)}"
 
 
 def bounds(parts: dict[str, list[Row]], gpu: str) -> list[Row]:
-    """Every claim about these rows: ``claim``, ``bound``, ``measured``, ``met``."""
+    """Return the verdicts about these rows: ``claim``, ``bound``, ``measured``, ``met``."""
     return [verdict for bound in BOUNDS for verdict in bound.verdicts(parts, gpu)]
 
 
 def limit(name: str) -> float:
-    """The value of a limit of bounds.toml; KeyError if there is none of this name."""
+    """Return a limit of bounds.toml; KeyError if the name does not exist."""
     return LIMITS[name].value

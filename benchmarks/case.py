@@ -1,7 +1,7 @@
-"""One op on one set of shapes: who computes it, what is right, what it costs; and its rows.
+"""Cases: an op with shapes, its implementations, oracle and cost; and the rows measured of a case.
 
-A row is first shown to be right on its own inputs, then timed. Inputs come in several sets, used in
-turn. Names of steps are what tables and plots show.
+A row's results are compared with the oracle before the row is timed. Steps use several sets of
+inputs in turn. Tables and plots show the names of steps.
 """
 
 from __future__ import annotations
@@ -43,30 +43,31 @@ Truth = Callable[[Inputs, torch.dtype], Results]
 
 @dataclass(frozen=True)
 class Cost:
-    """What a step must do, whoever computes it."""
+    """Work of a step, independent of the implementation."""
 
-    flops: float  #: of the matrix products, by the op's own formulas
-    n_bytes: float  #: every input read once, every result written once
+    flops: float  #: operations of the matrix products, by the op's FLOP formulas
+    n_bytes: float  #: bytes if every input is read once and every result is written once
 
 
 @dataclass(frozen=True)
 class Step:
-    """Something to time. A ``floor`` is not checked: it is a part of the work, alone."""
+    """An implementation to time. A ``floor`` computes only part of the work and is not checked."""
 
     run: Callable[[Inputs], Any]
     kind: str = "ours"  #: "ours", "reference", "peer" or "floor"
-    note: str = ""  #: how its meaning differs, if it does
-    truth: Truth | None = None  #: what is right, where that is not the case's
-    cost: Cost | None = None  #: where that is not the case's
-    graph: bool = False  #: also time it replayed as a CUDA graph
-    beside: Callable[[Inputs], Any] | None = None  #: on a CPU, timed in turn with this, in pairs
+    note: str = ""  #: difference in meaning from the case
+    truth: Truth | None = None  #: oracle, if not the case's
+    cost: Cost | None = None  #: cost, if not the case's
+    graph: bool = False  #: also time the step replayed as a CUDA graph
+    beside: Callable[[Inputs], Any] | None = None  #: on a CPU, step timed alternately with this one
 
 
 @dataclass(frozen=True)
 class Case:
-    """``truth(inputs, dtype)``: float64 is the oracle, the case's own dtype the oracle's peer.
+    """An op with shapes and dtype, its implementations and its oracle.
 
-    Inputs, which may be large, are made when first needed, and held until :meth:`release`.
+    ``truth(inputs, dtype)`` is the oracle for float64, and the oracle's peer for the case's dtype.
+    Inputs can be large. They are generated at first use and stay in memory until :meth:`release`.
     """
 
     op: str
@@ -81,12 +82,12 @@ class Case:
 
     @cached_property
     def sets(self) -> Sequence[Inputs]:
-        """The inputs."""
+        """Sets of inputs."""
         return self.make()
 
     @cached_property
     def cost(self) -> Cost:
-        """Of a step that says nothing of its own."""
+        """Cost of steps without a cost."""
         return self.weigh(self.sets)
 
     @cached_property
@@ -94,40 +95,40 @@ class Case:
         return {}
 
     def check(self, name: str) -> None:
-        """Raises AssertionError unless the step's results are right on the first set."""
+        """Raise AssertionError unless the step's results on the first set are within the budget."""
         step = self.steps[name]
         truth = step.truth or self.truth
         if truth not in self._expected:
-            self._expected.clear()  # one at a time: they are large
+            self._expected.clear()  # results are large: store those of one oracle
             inputs = self.sets[0]
             self._expected[truth] = truth(inputs, torch.float64), truth(inputs, self.dtype)
         oracle, peer = self._expected[truth]
         actual = step.run(self.sets[0])
         missing = set(oracle) - set(actual)
         if step.kind != "peer" and missing:
-            raise AssertionError(f"{name}: results without {', '.join(sorted(missing))}")
+            raise AssertionError(f"{name}: missing results: {', '.join(sorted(missing))}")
         for key, result in actual.items():
             assert_close(result, oracle[key], peer[key], name=f"{name}: {key}")
 
     def only(self, *names: str) -> Case:
-        """With some of its steps (those that it has)."""
+        """Return the case with only the named steps; unknown names are ignored."""
         return replace(self, steps={n: step for n, step in self.steps.items() if n in names})
 
     def release(self) -> None:
-        """Frees inputs and what was compared with."""
+        """Free inputs and expected results."""
         for name in ("sets", "_expected"):
             self.__dict__.pop(name, None)
-        if self.device == "cuda":  # to those who come in processes of their own, too
+        if self.device == "cuda":  # make the memory available to other processes
             torch.cuda.empty_cache()
 
     @property
     def label(self) -> str:
-        """The shape in one line."""
+        """The shape as one line of text."""
         return " ".join(f"{key}={value}" for key, value in self.shape.items())
 
 
 def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
-    """The same inputs, all floating tensors but scalars in ``dtype``; leaves stay leaves."""
+    """Return the inputs with all floating tensors but scalars in ``dtype``; leaves stay leaves."""
     changed = {}
     for key, value in inputs.items():
         if isinstance(value, Tensor) and value.is_floating_point() and value.dim():
@@ -137,7 +138,7 @@ def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
 
 
 def compiled(function: Callable[..., Any], backend: str, dynamic: bool | None) -> Any:
-    """``function``, compiled at its first call, once for the whole process."""
+    """Return ``function``, compiled at its first call, once per process."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return _compile(function, backend, dynamic)(*args, **kwargs)
@@ -151,7 +152,7 @@ def _compile(function: Callable[..., Any], backend: str, dynamic: bool | None) -
 
 
 def copies(set_bytes: int, device: str) -> int:
-    """How many sets of inputs it takes to be larger than the cache, thrice."""
+    """Return the number of sets of inputs that together exceed three times the cache."""
     if device != "cuda":
         return 2
     cache = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 64 * 2**20)
@@ -159,9 +160,11 @@ def copies(set_bytes: int, device: str) -> int:
 
 
 def row(case: Case, name: str, roofs: Roofs, *, seconds: float = 0.4, least: int = LEAST) -> Row:
-    """Checks and times one step. Ours is not timed if it is wrong; others are, and labelled.
+    """Check and time one step.
 
-    A peer that fails says how in its row. Running out of memory is a result, whoever does.
+    An implementation of this library with wrong results is not timed; a peer or a reference is
+    timed and labelled. Errors of a peer and out-of-memory errors of any step are recorded in the
+    row.
     """
     step = case.steps[name]
     result = describe(case, name)
@@ -183,13 +186,13 @@ def row(case: Case, name: str, roofs: Roofs, *, seconds: float = 0.4, least: int
     if step.graph:
         try:
             result["graph_s"] = measure_graph(step.run, case.sets)
-        except RuntimeError as error:  # it cannot be captured
+        except RuntimeError as error:  # the step cannot be captured
             result["no_graph"] = str(error)
     return result | shares(step.cost or case.cost, result.get("graph_s", timed.median_s), roofs)
 
 
 def describe(case: Case, name: str) -> Row:
-    """What a row says before anything ran."""
+    """Return the fields of a row that do not depend on a measurement."""
     step = case.steps[name]
     result: Row = {
         "op": case.op,
@@ -212,7 +215,7 @@ def _is_right(case: Case, name: str, result: Row) -> bool:
 
 
 def shares(cost: Cost, seconds: float, roofs: Roofs) -> Row:
-    """How close to the roof of products, to that of copies, and to the one that counts."""
+    """Return the fractions of the product rate, of the copy bandwidth, and of the binding roof."""
     return {
         "flops": cost.flops,
         "bytes": cost.n_bytes,
@@ -223,7 +226,7 @@ def shares(cost: Cost, seconds: float, roofs: Roofs) -> Row:
 
 
 def add_ratios(rows: Sequence[Row]) -> None:
-    """To each row of a case: how many times as fast it is as every row that is no ours."""
+    """Add to each row of a case its speed relative to every reference, peer and floor."""
     others = {r["implementation"]: r for r in rows if r["kind"] != "ours" and "median_s" in r}
     for r in rows:
         if "median_s" in r:

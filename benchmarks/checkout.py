@@ -1,8 +1,7 @@
-"""Runs the package from this checkout, installed or not.
+"""Make the package importable from this checkout without installation.
 
-``kernels/<op>`` is imported as ``fastadapt.kernels.<op>``, a mapping that installation makes. A
-folder of links in the shape of the installed package makes it as well, for this process and, by
-their environment, for those it starts.
+An installation maps ``kernels/<op>`` to ``fastadapt.kernels.<op>``. A folder of links with the
+layout of the installed package does the same for this process and its subprocesses.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def importable() -> dict[str, str]:
-    """Puts the links first on the path; the environment in which subprocesses find them too."""
+    """Put the folder of links first on the path; return the environment for subprocesses."""
     folder = Path(tempfile.mkdtemp(prefix="fastadapt-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     package = folder / "fastadapt"
@@ -35,5 +34,5 @@ def importable() -> dict[str, str]:
     sys.path[:0] = [str(folder), str(ROOT)]
     inherited = os.environ.get("PYTHONPATH")
     path = [str(folder), str(ROOT), *([inherited] if inherited else [])]
-    # Without the safe path the working folder would come first, and in it a package without ops.
+    # Without PYTHONSAFEPATH, the working folder would come first; its package has no ops.
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONSAFEPATH": "1"}

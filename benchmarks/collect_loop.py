@@ -1,7 +1,7 @@
-"""What collecting does, as a plain loop over activations: the peer of ``bench_collect.py``.
+"""Collect features with a plain Python loop over activations, as the peer of ``bench_collect.py``.
 
-One step per active entry, in Python: counts, histogram, a heap of the strongest, a reservoir, and
-the window of each that enters.
+For every active entry, the loop updates counts, the histogram, a heap of the largest values and a
+reservoir; entries that enter the heap or the reservoir get a window.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from fastadapt.kernels.transcoder import SparseCodes
 
 
 class Loop:
-    """State of one kind of unit, and the loop that fills it.
+    """State of one kind of unit, and the loop that updates the state.
 
     Attributes:
-        count, total, histogram, by_domain, by_region, by_tenth: by (layer, feature).
+        count, total, histogram, by_domain, by_region, by_tenth: statistics by (layer, feature).
         top: heaps of (value, -text, -position, window).
         uniform: reservoirs of (value, text, position, window).
     """
@@ -45,7 +45,7 @@ class Loop:
         self.uniform: dict[tuple[int, int], list[Any]] = defaultdict(list)
 
     def add(self, layer: int, codes: SparseCodes, texts: list[Text], dense: torch.Tensor) -> None:
-        """One layer's codes of one batch; ``dense [B, T, F]`` holds the same, for windows."""
+        """Add one layer's codes of a batch; ``dense [B, T, F]`` holds the values for windows."""
         longest = dense.shape[1]
         tenths = [tenths_of(text.regions).tolist() for text in texts]
         for i in range(len(codes.values)):

@@ -1,4 +1,4 @@
-"""After pytest-benchmark's own table, prints how implementations compare with the reference."""
+"""Print a comparison with the reference after pytest-benchmark's table."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
-    """What the figures depend on, recorded with them."""
+    """Record torch's version and the number of threads with the results."""
     machine_info["torch"] = torch.__version__
     machine_info["threads"] = torch.get_num_threads()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """One line per group: medians, and the ratio to the reference (paired, where measured so)."""
+    """Print medians and ratios to the reference (of pairs, if measured), one line per group."""
     session = getattr(terminalreporter.config, "_benchmarksession", None)
     groups: dict[str, dict[str, Any]] = defaultdict(dict)
     for bench in session.benchmarks if session else []:

@@ -1,4 +1,4 @@
-"""Runs every Triton kernel once at small, odd shapes, for a sanitizer to watch.
+"""Run every Triton kernel once at small, odd shapes, under a sanitizer.
 
 ``python -m benchmarks.every_kernel DEVICE``
 """
@@ -18,7 +18,7 @@ SHAPES = [(67, 40, 200), (3, 64, 131), (300, 72, 520)]  # T, d, F
 
 
 def main(device: str) -> None:
-    """Both implementations of the transcoder, every activation, both plans; the head and KL."""
+    """Run both implementations of the transcoder with every activation and plan, and linear_kl."""
     dtypes = [torch.float32, torch.bfloat16 if device == "cuda" else torch.float16]
     for dtype in dtypes:
         for T, d, F in SHAPES:

@@ -1,4 +1,4 @@
-"""Claims that only the device at hand can show: the same bits each time, and indices past 2³¹."""
+"""Checks that depend on the device: bitwise repeatability, and indices beyond 2³¹."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MOST_TOKENS = 2048  # enough to fill any device
 
 
 def repeats(s: Scale, times: int) -> Iterator[Row]:
-    """Forward and backward, ``times`` times, on inputs that fill the device: bitwise equal."""
+    """Check that ``times`` runs of forward and backward are bitwise equal on a filled device."""
     T = min(s.T, MOST_TOKENS)
     inputs = transcoder_steps.make_inputs(T, s.d, s.F, L0, s.dtype, s.device, 0)
     names = ["relu"] if s.T < 100 else list(ACTIVATIONS)
@@ -52,7 +52,7 @@ def repeats(s: Scale, times: int) -> Iterator[Row]:
 
 
 def activation_options(name: str, F: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
-    """The op's arguments for an activation."""
+    """Return the op's arguments for an activation."""
     if name != "jumprelu":
         return ACTIVATIONS[name]
     threshold = torch.full((F,), 0.1, device=device, dtype=dtype)
@@ -60,35 +60,35 @@ def activation_options(name: str, F: int, dtype: torch.dtype, device: str) -> di
 
 
 def _repeated(op: str, implementation: str, step: Any, times: int) -> Row:
-    def unlike() -> str:
+    def differing() -> str:
         first = {key: _bits(value) for key, value in step().items()}
         others = (item for _ in range(times - 1) for item in step().items())
         different = {key for key, value in others if not torch.equal(first[key], _bits(value))}
         return ", ".join(sorted(different))
 
-    return check_claim(op, implementation, f"{times} repeats give the same bits", unlike)
+    return check_claim(op, implementation, f"{times} repeats give the same bits", differing)
 
 
 def check_claim(op: str, implementation: str, claim: str, wrong: Callable[[], str]) -> Row:
-    """What is wrong, if anything. An error is a row as well: the next one is still looked at."""
+    """Return a row with the result of a check; an error is recorded in the row."""
     row: Row = {"op": op, "implementation": implementation, "claim": claim}
     try:
         message = wrong()
     except torch.AcceleratorError:
-        raise  # nothing runs on the device any more
+        raise  # the device no longer works
     except Exception as error:
         return row | {"right": False, "error": f"{type(error).__name__}: {error}"}
     return row | {"right": not message, "wrong": message}
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """NaN equals nothing; its bits do."""
+    """Return the bits as integers, since NaN does not equal NaN."""
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.detach().contiguous().view(integers[tensor.element_size()])
 
 
 def large_indices(s: Scale) -> Iterator[Row]:
-    """Tensors of more than 2³¹ entries, held against calls on the parts they consist of."""
+    """Compare calls on tensors of more than 2³¹ entries with calls on their parts."""
     if s.device != "cuda" or s.T < 1024:
         return
     F, d = 16_384, 64
@@ -97,33 +97,33 @@ def large_indices(s: Scale) -> Iterator[Row]:
         inputs = transcoder_steps.make_inputs(T, d, F, 4.0, s.dtype, s.device, 0)
         plan = plan_of(6 * T, T, F, s.dtype, s.device)
         claim = f"pre-activations of {T * F:,} entries, forward and backward"
-        for each in (plan, CodeLayout(dense=True)):
-            wrong = functools.partial(_unlike_the_last, implementation, inputs, T, each)
-            op = f"transcoder, {'dense' if each.dense else 'sparse'}"
+        for layout in (plan, CodeLayout(dense=True)):
+            wrong = functools.partial(_differing_last, implementation, inputs, T, layout)
+            op = f"transcoder, {'dense' if layout.dense else 'sparse'}"
             yield check_claim(op, implementation, claim, wrong)
     S, V, n = 1, s.V, 2**31 // s.V + 512
     hidden = head_cases.make_inputs(S, n, d, V, s.dtype, s.device, 0)
     for implementation in head_implementations(s.device):
         claim = f"logits of {n * V:,} entries as in chunks"
-        unlike = functools.partial(_unlike_chunks, hidden, implementation, n)
-        yield check_claim("linear_kl", implementation, claim, unlike)
+        differing = functools.partial(_differing_chunks, hidden, implementation, n)
+        yield check_claim("linear_kl", implementation, claim, differing)
 
 
-def _unlike_chunks(hidden: Inputs, implementation: str, n_tokens: int) -> str:
+def _differing_chunks(hidden: Inputs, implementation: str, n_tokens: int) -> str:
     whole = head_cases.step(hidden, implementation, chunk_tokens=n_tokens)
     parts = head_cases.step(hidden, implementation, chunk_tokens=1024)
     return ", ".join(key for key, value in whole.items() if not _near(value, parts[key]))
 
 
 def _near(a: Tensor, b: Tensor) -> bool:
-    """Equal but for the order of sums: products of other shapes add up otherwise."""
+    """Return whether a and b agree up to the order of sums, which differs between shapes."""
     a, b = a.float(), b.float()
     scale = float(b.abs().max())
     return bool(torch.isfinite(a).all()) and float((a - b).abs().max()) <= 0.02 * scale
 
 
-def _unlike_the_last(implementation: str, inputs: Inputs, T: int, plan: CodeLayout) -> str:
-    """The last tokens, whose indices are the largest, against a float64 reference on them alone."""
+def _differing_last(implementation: str, inputs: Inputs, T: int, plan: CodeLayout) -> str:
+    """Compare the last tokens, which have the largest indices, with a float64 reference."""
     leaves = {name: inputs[name].detach() for name in transcoder_steps.LEAVES}
     with torch.no_grad():
         out = transcoder(**leaves, plan=plan, implementation=implementation).out

@@ -1,20 +1,20 @@
-"""Checks the kernels on a GPU and measures them.
+"""Check the kernels on a GPU and measure them.
 
-``python benchmarks/gpu.py``, in under 8 minutes: (a) the kernels' own tests on the GPU, and the
-same bits over many repeats; (b) the measurements, most important first, each part within its time;
-(c) one JSON with commit, versions, hardware, roofs, rows, and what was promised against what was
-measured. A bound that is missed is recorded, never an error. Exit code 0: all right; 1: something
-is wrong (see the JSON).
+``python benchmarks/gpu.py`` takes under 8 minutes. It (a) runs the kernels' tests on the GPU and
+checks bitwise repeatability, (b) measures the parts, most important first, each within its time
+limit, and (c) writes one JSON file with commit, versions, hardware, roofs, rows, and bounds with
+their measured values. A missed bound is recorded and is not an error. The exit code is 0 if all
+checks pass, else 1.
 
-A test that fails, or tests that do not end in time, leave the run wrong for good, and what is
-measured all the same is reported as a wrong run's: a row of ours is timed only if it is right on
-its own inputs. The JSON is written after every check and row.
+A failed test, or tests that exceed their time, mark the whole run as wrong; measurements continue
+and are reported as those of a wrong run. A row of this library is timed only if its results are
+within the error budget. The JSON file is rewritten after every check and row.
 
-Works from a checkout with torch, triton, numpy and pytest; nothing needs to be installed.
-``--only PART`` (of parts.py, or tests, repeats, indices, lengths) measures parts alone, without
-the tests; each row still checks its own inputs. ``step``, whole training steps of the 7B pair, and
-``sanitizer``, compute-sanitizer over every kernel, come only when they are named. ``--device cpu
---quick`` runs the whole path at tiny shapes, kernels interpreted.
+The script needs torch, triton, numpy and pytest, but no installed package. ``--only PART``
+(a part of parts.py, or tests, repeats, indices, lengths) runs single parts without the tests; every
+row is still checked. ``step`` (whole training steps of the 7B pair) and ``sanitizer``
+(compute-sanitizer over every kernel) run only if named. ``--device cpu --quick`` runs all parts at
+tiny shapes with interpreted kernels.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ ROOT = Path(__file__).resolve().parent.parent
 TOTAL_S = 460.0
 REPEATS = 250
 CHECKS = ("tests", "repeats", "indices", "sanitizer")
-MORE = ("lengths", "step")  # parts of more than kernels
+MORE = ("lengths", "step")  # parts beside those of parts.py
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = _options().parse_args(arguments)
     deadline = time.monotonic() + options.seconds
-    sys.path[:1] = [str(ROOT)]  # not the folder of this file, which is a package of its own
+    sys.path[:1] = [str(ROOT)]  # instead of this file's folder, which is a package
     from benchmarks.checkout import importable
 
     if options.device == "cpu" and options.quick:
-        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+        os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
     env = importable()
     from benchmarks.parts import PARTS
 
     names = (*PARTS, *MORE, *CHECKS)
     unknown = sorted(set(options.only or ()) - set(names))
     if unknown:
-        sys.exit(f"--only: no part {', '.join(unknown)}; there are {', '.join(names)}")
+        sys.exit(f"--only: no part {', '.join(unknown)}; expected one of {', '.join(names)}")
     run = Run(options, env, deadline)
     run.check()
     run.measure()
@@ -64,19 +64,21 @@ def main(arguments: list[str] | None = None) -> int:
 def _options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="benchmarks/gpu.py", description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes, to test this script")
-    parser.add_argument("--only", action="append", metavar="PART", help="this part (repeatable)")
+    parser.add_argument("--quick", action="store_true", help="use tiny shapes, to test this script")
+    parser.add_argument(
+        "--only", action="append", metavar="PART", help="run this part only (repeatable)"
+    )
     default = "benchmarks/results/<gpu>-<date>-<time>.json"
     parser.add_argument("--output", type=Path, help=f"default: {default}")
-    parser.add_argument("--commit", help="recorded where the checkout has no history")
-    parser.add_argument("--seconds", type=float, default=TOTAL_S, help="for everything")
-    parser.add_argument("--no-tests", action="store_true", help="leave the tests to another run")
-    parser.add_argument("--sanitizer", action="store_true", help="compute-sanitizer as well")
+    parser.add_argument("--commit", help="commit to record if the checkout has no history")
+    parser.add_argument("--seconds", type=float, default=TOTAL_S, help="time limit of the run")
+    parser.add_argument("--no-tests", action="store_true", help="skip the tests")
+    parser.add_argument("--sanitizer", action="store_true", help="also run compute-sanitizer")
     return parser
 
 
 class Run:
-    """One run: its clock, and everything that goes into the JSON."""
+    """One run: its deadline and the content of the JSON file."""
 
     def __init__(self, options: argparse.Namespace, env: dict[str, str], deadline: float) -> None:
         import torch
@@ -86,9 +88,9 @@ class Run:
         from benchmarks.roofs import measure_roofs
 
         if options.device == "cuda" and not torch.cuda.is_available():
-            sys.exit("No GPU here; --device cpu --quick tries the script out without one.")
-        torch._dynamo.config.recompile_limit = 64  # one compilation per shape, of many
-        self.lost = False  # after an illegal access nothing runs on the device any more
+            sys.exit("No GPU available; use --device cpu --quick to test the script without one.")
+        torch._dynamo.config.recompile_limit = 64  # one compilation per shape
+        self.lost = False  # True after an illegal access, when the device no longer works
         self.options, self.env, self.deadline = options, env, deadline
         self.scale = parts.scale(options.device, quick=options.quick)
         self.roofs = measure_roofs(options.device, self.scale.dtype, quick=options.quick)
@@ -112,14 +114,14 @@ class Run:
 
     @property
     def is_right(self) -> bool:
-        """Nothing that ran was wrong, and nothing that was requested failed to run."""
+        """Whether all checks and rows passed and no requested part failed."""
         checks = self.result["checks"].values()
         rows = [r for part in self.result["parts"].values() for r in part]
         wrong = any(r.get("right") is False and r.get("kind", "ours") == "ours" for r in rows)
         return all(check["right"] for check in checks) and not (self.result["failed"] or wrong)
 
     def wants(self, part: str) -> bool:
-        """Whether this part was requested; parts requested by name come without the tests."""
+        """Return whether a part is requested; parts requested by name run without the tests."""
         if part == "tests" and self.options.no_tests:
             return False
         by_name = part in (self.options.only or ())
@@ -128,11 +130,11 @@ class Run:
         return by_name if self.options.only or part == "step" else True
 
     def left(self) -> float:
-        """Seconds until the end."""
+        """Return the seconds until the deadline."""
         return self.deadline - time.monotonic()
 
     def check(self) -> None:
-        """The sanitizer, tests, repeats and large indices."""
+        """Run the sanitizer, the tests, the repeats and the large indices."""
         from benchmarks import exactness, kernel_tests, sanitizer
 
         checks = self.result["checks"]
@@ -157,12 +159,12 @@ class Run:
             if self.wants(name):
                 results: list[dict[str, Any]] = []
                 checks[name] = {"right": False, "rows": results}
-                ended = self.attempt(name, rows, results, 60)
-                checks[name]["right"] = ended and all(row["right"] for row in results)
+                completed = self.attempt(name, rows, results, 60)
+                checks[name]["right"] = completed and all(row["right"] for row in results)
                 self.write()
 
     def measure(self) -> None:
-        """Every part, until time is up."""
+        """Measure the parts until the deadline."""
         from benchmarks import lengths
         from benchmarks.parts import PARTS
 
@@ -170,21 +172,21 @@ class Run:
         parts = {name: (self.rows(p.cases(self.scale)), p.seconds) for name, p in PARTS.items()}
         rows = lengths.rows(self.scale, quick=quick, env=self.env, left=self.left)
         parts["lengths"] = rows, 100
-        if self.wants("step"):  # minutes of its own
+        if self.wants("step"):  # takes minutes
             from benchmarks import whole_step
 
             sizes = whole_step.SMALL if quick else whole_step.PAPER
             parts["step"] = (whole_step.rows(sizes, self.options.device, self.roofs), 400)
         for name, (rows, seconds) in parts.items():
             if self.wants(name) and self.left() > 0:
-                into = self.result["parts"][name] = []
-                self.attempt(name, lambda rows=rows: rows, into, seconds)
+                results = self.result["parts"][name] = []
+                self.attempt(name, lambda rows=rows: rows, results, seconds)
             elif self.wants(name):
                 _say(f"{name}: no time left")
                 self.result["cut_short"].append(name)
 
     def rows(self, cases: Iterable[Any]) -> Iterator[dict[str, Any]]:
-        """The rows of each case, with the ratios between them. One step's failure is a row."""
+        """Yield the rows of each case, and add their ratios. A failed step yields a row too."""
         from benchmarks.case import add_ratios, row
 
         seconds, least = (0.0, 1) if self.options.quick else (0.3, 5)
@@ -199,7 +201,7 @@ class Run:
                         failed |= {"shape": case.shape, "right": False}
                         results.append(failed | {"error": f"{type(error).__name__}: {error}"})
                     yield results[-1]
-            finally:  # also where the time was up in its midst
+            finally:  # also if the part's time ends within the case
                 add_ratios(results)
                 case.release()
 
@@ -207,18 +209,21 @@ class Run:
         self,
         name: str,
         rows: Callable[[], Iterator[Any]],
-        into: list[dict[str, Any]],
+        results: list[dict[str, Any]],
         seconds: float,
     ) -> bool:
-        """Whether no error came from outside a row. One from the device itself is the last."""
+        """Collect rows; return False after an error outside a row, which is recorded.
+
+        After an error of the device, later parts are not tried.
+        """
         import torch
 
         if self.lost:
-            self.result["failed"][name] = "not tried: the device no longer answers"
+            self.result["failed"][name] = "not tried: the device failed earlier"
             return False
         start = time.monotonic()
         try:
-            self.collect(name, rows(), into, seconds)
+            self.collect(name, rows(), results, seconds)
         except Exception as error:
             self.lost = isinstance(error, torch.AcceleratorError)
             self.result["failed"][name] = f"{type(error).__name__}: {error}"
@@ -228,11 +233,11 @@ class Run:
         return name not in self.result["failed"]
 
     def collect(
-        self, name: str, rows: Iterator[Any], into: list[dict[str, Any]], seconds: float
+        self, name: str, rows: Iterator[Any], results: list[dict[str, Any]], seconds: float
     ) -> None:
-        """As many rows as fit; a line of each, and each is on the disk.
+        """Append rows until the part's time ends; print each row and write the file.
 
-        A part that was requested by name may take what is left of the whole.
+        A part that was requested by name may use all the time until the deadline.
         """
         from benchmarks.record import line_of
         from benchmarks.timing import synchronize
@@ -242,21 +247,21 @@ class Run:
             end = min(time.monotonic() + seconds, end)
         for row in rows:
             _say(line_of(row))
-            into.append(row)
+            results.append(row)
             self.write()
-            if "error" in row:  # one that left the device dead comes out here
+            if "error" in row:  # raises if the error came from the device
                 synchronize(self.options.device)
             if time.monotonic() > end:
-                _say("  the time is up")
+                _say("  time limit reached")
                 self.result["cut_short"].append(name)
                 return
 
     def took(self, name: str, start: float) -> None:
-        """Records how long a part took."""
+        """Record the seconds that a part took."""
         self.result["seconds"][name] = round(time.monotonic() - start, 2)
 
     def write(self, *, finished: bool = False) -> None:
-        """All that is known, as valid JSON in place of what was there: a kill loses nothing."""
+        """Replace the JSON file atomically, so that a kill loses no results."""
         from benchmarks.bounds import bounds
         from benchmarks.record import write
 

@@ -1,6 +1,6 @@
-"""Cases of the head and KL: one teacher, one or three students, a frozen head.
+"""Cases of linear_kl: one teacher, one or three students, a frozen head.
 
-Shape suffixes as in ``kernels/linear_kl``: S students, T tokens, d width, V vocabulary.
+S students, T tokens, d width, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from fastadapt.kernels.linear_kl import linear_kl
 __all__ = ["case", "make_inputs", "step"]
 
 CHUNK = 1024
-# Entries of the logits of one stream that the specification is given at once.
+# Entries of one stream's logits that the reference computes at once.
 ENTRIES_AT_ONCE = {"cuda": 2**28, "cpu": 2**23}
-DISTANCE = 0.3  # of a student's hidden states from the teacher's, which have variance 1
+DISTANCE = 0.3  # std of the students' difference from the teacher, whose variance is 1
 
 
 def make_inputs(
     S: int, T: int, d: int, V: int, dtype: torch.dtype, device: str, seed: int
 ) -> Inputs:
-    """Leaves and cotangents. Logits have variance 1 but for what the students differ by."""
+    """Return leaves and cotangents. The teacher's logits have variance 1."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -47,7 +47,7 @@ def make_inputs(
 
 
 def step(inputs: Inputs, implementation: str, **options: Any) -> Results:
-    """Forward and backward of one call; KL, its values per token and the students' gradient."""
+    """Run forward and backward; return KL, its values per token and the students' gradient."""
     streams = (inputs[name] for name in ("teacher", "students", "head"))
     output = linear_kl(*streams, implementation=implementation, **options)
     cotangent = inputs["c"].to(output.kl.dtype)
@@ -60,7 +60,7 @@ def step(inputs: Inputs, implementation: str, **options: Any) -> Results:
 
 
 def truth(inputs: Inputs, dtype: torch.dtype) -> Results:
-    """The specification in any dtype, on as many tokens at once as memory allows."""
+    """Run the reference in a dtype, over parts of the tokens that fit in memory."""
     T, V = len(inputs["teacher"]), len(inputs["head"])
     head = inputs["head"].to(dtype)
     kl: Tensor | float = 0.0
@@ -83,7 +83,7 @@ def truth(inputs: Inputs, dtype: torch.dtype) -> Results:
 
 
 def products(inputs: Inputs) -> Tensor:
-    """The floor: logits of every stream and each student's gradient, products alone."""
+    """Compute the floor: the products of all logits and of the students' gradients."""
     head = inputs["head"]
     gradients = []
     with torch.no_grad():
@@ -96,15 +96,15 @@ def products(inputs: Inputs) -> Tensor:
 
 
 def chunk_loss(teacher: Tensor, student: Tensor, head: Tensor) -> Tensor:
-    """Σ_t KL of a chunk in plain PyTorch, for a compiler."""
+    """Return Σ_t KL of a chunk in plain PyTorch, to be compiled."""
     log_p = nnf.log_softmax((teacher @ head.T).float(), -1)
     log_q = nnf.log_softmax((student @ head.T).float(), -1)
     return (log_p.exp() * (log_p - log_q)).sum()
 
 
 def compiled_chunks(inputs: Inputs, *, backend: str) -> Results:
-    """What one writes by hand: compiled chunks, whose gradients are made one by one."""
-    # Lengths of the last chunk differ: compiled for any.
+    """Run a handwritten loop over compiled chunks, with one gradient per chunk."""
+    # The last chunk has another length: compile for dynamic lengths.
     loss = compiled(chunk_loss, backend, True)
     kl, gradient = [], []
     for s, student in enumerate(inputs["students"].detach()):
@@ -124,7 +124,7 @@ def compiled_chunks(inputs: Inputs, *, backend: str) -> Results:
 
 
 def single_calls(inputs: Inputs, implementation: str) -> Results:
-    """Each student with the teacher in a call of its own."""
+    """Run one call per student, each with the teacher."""
     parts = []
     for s in range(len(inputs["students"])):
         leaf = inputs["students"].detach()[s : s + 1].requires_grad_()
@@ -134,7 +134,7 @@ def single_calls(inputs: Inputs, implementation: str) -> Results:
 
 
 def peer_step(inputs: Inputs, loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Results:
-    """One call per student: the peers know no more than one."""
+    """Run one call per student, since the peers support only one."""
     kl, gradient = [], []
     for s, student in enumerate(inputs["students"].detach()):
         leaf = student.requires_grad_()
@@ -145,12 +145,12 @@ def peer_step(inputs: Inputs, loss: Callable[[Tensor, Tensor, Tensor], Tensor]) 
 
 
 def implementations(device: str) -> list[str]:
-    """Those of the op's own that run here, but for the reference."""
+    """Return the op's implementations on a device, except for the reference."""
     return ["chunked", *(["triton"] if runs_triton(device) else [])]
 
 
 def cost(S: int, T: int, d: int, V: int, dtype: torch.dtype) -> Cost:
-    """By the op's FLOP formula and the least bytes: hidden states, head and gradients once."""
+    """Return FLOPs by the op's formula, and bytes of hidden states, head and gradients."""
     from torch.utils.flop_counter import FlopCounterMode
 
     register_flop_formulas()
@@ -172,9 +172,9 @@ def case(
     backend: str | None = "inductor",
     **options: Any,
 ) -> Case:
-    """``backend`` None compiles nothing. ``options`` of the op hold for ours and the reference."""
+    """Build a case; ``options`` are the op's arguments. With ``backend`` None, skip compilation."""
     n_sets = copies((V + (2 * S + 1) * T) * d * dtype.itemsize, device)
-    # Most important first, since the part's time may end: the floor, ours, then who is slow.
+    # In order of importance, since the part's time is limited: floor, ours, slower steps.
     steps = {"GEMMs": Step(products, "floor")}
     for name in implementations(device):
         steps[name] = Step(functools.partial(step, implementation=name, **options))

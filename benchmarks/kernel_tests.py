@@ -1,6 +1,6 @@
-"""The kernels' own tests, in a process of their own, on the device at hand.
+"""Run the kernels' tests on the device, in a separate process.
 
-And those of training that only a GPU can fail: that no step waits for it.
+The tests of training that need a GPU (no step synchronises) run too.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ ROOT = Path(__file__).resolve().parent.parent
 TESTS_S = 170.0
 MOST_PROCESSES = 6
 TRAINING = ("test_no_sync.py", "test_feed.py::test_a_gpu_is_not_waited_for")
-TRAINING_NEEDS = ("datasets", "tokenizers", "transformers")  # not all of them at import
+TRAINING_NEEDS = ("datasets", "tokenizers", "transformers")  # several are imported lazily
 
 
 def run_tests(env: dict[str, str], *, quick: bool, seconds: float = TESTS_S) -> dict[str, Any]:
-    """The kernels' quick tests. Files whose imports are not installed are left out, and named.
+    """Run the kernels' quick tests; return counts, the exit code and the names of excluded files.
 
-    Tests that do not end in time are not right; the counts say how many had ended.
+    Test files with missing imports are excluded. Tests that exceed ``seconds`` count as failed;
+    the counts then include the completed tests only.
     """
     folder = ROOT / "tests" / "kernels"
     left_out = [] if _is_installed("hypothesis") else needing("hypothesis", folder)
@@ -38,21 +39,20 @@ def run_tests(env: dict[str, str], *, quick: bool, seconds: float = TESTS_S) -> 
     else:
         training, without = gpu_tests_of_training()
         selected = [folder, *training]
-        # What is shown by compiling ahead of time needs no GPU.
+        # Tests that compile ahead of time need no GPU.
         left_out += [*without, folder / "compiled"]
     report = Path(env["PYTHONPATH"].split(os.pathsep)[0]) / "junit.xml"
     n_processes = 1
     if not quick and _is_installed("xdist"):
-        # Most of the time goes into compilers, which run on the host. Tests share only the GPU's
-        # memory, of which they need little (one of them 9 GB), and the cache of compiled kernels,
-        # where Triton puts each in place as a whole.
+        # Compilation on the host takes most of the time. Processes share the GPU's memory, of which
+        # tests need little (one needs 9 GB), and Triton's cache, which is written atomically.
         n_processes = max(1, min(MOST_PROCESSES, (os.cpu_count() or 1) // 2))
-    done = run_files(selected, left_out, report, env, seconds, n_processes)
-    return {**done, "left_out": [path.name for path in left_out]}
+    result = run_files(selected, left_out, report, env, seconds, n_processes)
+    return {**result, "left_out": [path.name for path in left_out]}
 
 
 def gpu_tests_of_training() -> tuple[list[Path], list[Path]]:
-    """Those that run here, and those whose imports are not installed."""
+    """Return the tests of training to run, and those with missing imports."""
     tests = [ROOT / "tests" / "training" / name for name in TRAINING]
     return (tests, []) if all(map(_is_installed, TRAINING_NEEDS)) else ([], tests)
 
@@ -69,23 +69,23 @@ def run_files(
     seconds: float,
     n_processes: int,
 ) -> dict[str, Any]:
-    """Whether these tests were ``right``, how many there were, and the end of their output."""
+    """Run test files; return ``right``, counts, the exit code and the end of the output."""
     report.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", *map(str, selected), "-q", "-m", "not slow"]
-    # Other versions warn of other things.
+    # Warnings differ between versions and are no errors here.
     command += ["-Wdefault", "-pno:cacheprovider", "--maxfail=5", f"--junit-xml={report}"]
     command += [f"--ignore={path}" for path in left_out if path.exists()]
     if n_processes > 1:
         command += ["-n", str(n_processes), "--dist", "worksteal"]
-    done = run_for(command, env, seconds, interrupt=True)
+    outcome = run_for(command, env, seconds, interrupt=True)
     suite = ElementTree.parse(report).find("testsuite") if report.exists() else None
     keys = ("tests", "failures", "errors", "skipped") if suite is not None else ()
     counts = {key: int(suite.get(key, 0)) for key in keys}
-    return {"right": done["rc"] == 0, **counts, "processes": n_processes, **done}
+    return {"right": outcome["rc"] == 0, **counts, "processes": n_processes, **outcome}
 
 
 def needing(package: str, folder: Path) -> list[Path]:
-    """Test files that import the package, themselves or through a file beside them."""
+    """Return test files that import the package directly or through a file of their folder."""
     sources = {path: path.read_text() for path in sorted(folder.glob("*.py"))}
     wanted = {package}
     while True:

@@ -1,8 +1,8 @@
-"""Random lengths in a row: who compiles anew for a length it has not seen, and what that costs.
+"""Measure recompilation for changing lengths: calls with random numbers of tokens.
 
-``python -m benchmarks.lengths NAME DEVICE [quick]`` runs one implementation in a process of its
-own, with empty compiler caches, and prints one JSON line: seconds of each first call, of a second
-pass over the same lengths, and the number of compilations.
+``python -m benchmarks.lengths NAME DEVICE [quick]`` runs one implementation with empty compiler
+caches. It prints one JSON line with the seconds of the first call of each length, the seconds of a
+second pass over the lengths, and the number of compilations.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ L0 = 10
 
 
 def lengths(s: Scale) -> list[int]:
-    """The same for everyone."""
+    """Return the lengths, equal for all implementations."""
     return random.Random(0).sample(range(max(1, s.T // 8), s.T), min(N_LENGTHS, s.T // 2))
 
 
 def names(s: Scale) -> list[str]:
-    """The implementations, ours first, and the peers that can be used."""
+    """Return the implementations of this library, then available peers."""
     result = ["sparse"] if s.device == "cpu" else []
     if runs_triton(s.device):
         result += ["triton", "triton_fused", "linear_kl triton"]
@@ -50,7 +50,7 @@ def names(s: Scale) -> list[str]:
 
 
 def rows(s: Scale, *, quick: bool, env: dict[str, str], left: Callable[[], float]) -> Iterator[Row]:
-    """One row for each implementation, each in its own process."""
+    """Yield one row per implementation, each measured in a separate process."""
     for name in ["triton"] if quick else names(s):
         seconds = min(TIMEOUT_S, max(left(), 1.0))
         kind = "peer" if name in PEERS else "reference" if name == COMPILED else "ours"
@@ -61,15 +61,15 @@ def rows(s: Scale, *, quick: bool, env: dict[str, str], left: Callable[[], float
             command += ["quick"] if quick else []
             options: dict[str, Any] = {"env": env | caches, "capture_output": True, "text": True}
             try:
-                done = subprocess.run(command, timeout=seconds, check=False, **options)
+                result = subprocess.run(command, timeout=seconds, check=False, **options)
             except subprocess.TimeoutExpired:
                 yield row | {"error": f"not finished in {seconds:.0f} s"}
                 continue
-        if done.returncode:
-            error = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        if result.returncode:
+            error = (result.stderr.strip().splitlines() or ["no message"])[-1]
             yield row | {"right": False, "error": error}
         else:
-            yield row | json.loads(done.stdout.strip().splitlines()[-1])
+            yield row | json.loads(result.stdout.strip().splitlines()[-1])
 
 
 def _transcoder(s: Scale, name: str) -> Callable[[int], None] | None:
@@ -117,7 +117,7 @@ def _head(s: Scale, name: str) -> Callable[[int], None] | None:
 
 
 def main(name: str, device: str, quick: bool) -> Row:
-    """Runs in its own process."""
+    """Measure one implementation, in this process."""
     s = scale(device, quick=quick)
     kernels = count_kernels()
     of_head = name.startswith("linear_kl") or name in ("fla-core", "liger-kernel")

@@ -1,4 +1,4 @@
-"""What a result depends on, recorded with it: commit, versions, hardware."""
+"""Describe the environment of a result: commit, versions, hardware."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ PEERS = ("eai-sparsify", "fla-core", "liger-kernel")
 
 
 def describe(device: str, commit: str | None = None) -> dict[str, Any]:
-    """``commit`` is for a checkout without its history; the digest of the sources needs none."""
+    """Return date, commit, digest of the sources, versions and hardware.
+
+    ``commit`` overrides git, for a checkout without history.
+    """
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit or _git("rev-parse", "HEAD"),
@@ -42,7 +45,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def _digest() -> str:
-    """SHA-256 over the sources of the kernels and benchmarks, names included."""
+    """Return the SHA-256 of the names and contents of the kernels' and benchmarks' sources."""
     digest = hashlib.sha256()
     for folder in ("kernels", "fastadapt/kernels", "benchmarks"):
         paths = [p for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".toml")]

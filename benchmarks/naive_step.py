@@ -1,11 +1,11 @@
-"""The method's training step in plain torch, a model pass per quantity: what ours is compared with.
+"""The method's training step in plain torch, the baseline of the whole-step benchmark.
 
-A rendering of the released algorithm (arXiv 2602.20904) from its description: the target runs for
-its logits and again for its hidden states, so does the replacement, and both bridges start at the
-embedding. Adapters are dense, logits are whole, nothing is recomputed. Sequences are without
-padding.
+The step follows the description of the released algorithm (arXiv 2602.20904), with one pass of the
+model per quantity. Target and replacement each run twice, for logits and for hidden states, and
+both bridges start at the embedding. Adapters and logits are dense, and no activation is recomputed.
+Sequences have no padding.
 
-T tokens, D width, F features, V vocabulary, L layers.
+T tokens, D width, F features, V vocabulary size, L layers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["DenseAdapted", "NaiveStep"]
 
 
 class DenseAdapted(nn.Module):
-    """``MLP_base(x) + A(x)`` with all F activations; keeps the penalty of its last call."""
+    """Compute ``MLP_base(x) + A(x)`` with all F activations; store the last call's penalty."""
 
     penalty: Tensor
 
@@ -41,11 +41,11 @@ class DenseAdapted(nn.Module):
 
 
 class NaiveStep:
-    """Losses of a sequence. The pair's target is changed in place, and must not be wrapped yet.
+    """Compute the losses of a sequence.
 
     Args:
-        pair: target and base MLPs.
-        adapters: one per layer, ReLU; their parameters are copied.
+        pair: a pair whose target is not wrapped yet. The target's MLPs are replaced during calls.
+        adapters: one ReLU adapter per layer, whose parameters are copied.
     """
 
     def __init__(self, pair: ModelPair, adapters: Sequence[nn.Module]) -> None:
@@ -60,9 +60,9 @@ class NaiveStep:
         ]
 
     def __call__(self, ids: Tensor, cutoff: int, config: ObjectiveConfig) -> dict[str, Tensor]:
-        """``loss`` and its terms, of ``ids [1, T]``, named as the objective names them.
+        """Return ``loss`` and its terms for ``ids [1, T]``, with the objective's names.
 
-        The bridges run at every cutoff, also where one of them repeats the output's KL.
+        Both bridges run at every cutoff, also if one of them equals the output's KL.
         """
         n_layers, dtype = len(self.layers), config.logits_dtype
         wide = torch.float64 if self.target.dtype == torch.float64 else torch.float32
@@ -94,7 +94,7 @@ class NaiveStep:
     def _run(
         self, mlps: Sequence[nn.Module], ids: Tensor, *, head: bool = True
     ) -> tuple[Tensor, list[Tensor]]:
-        """Logits, or what the decoder returns, and every block's output, with these MLPs."""
+        """Run the target with these MLPs; return logits (or decoder outputs) and block outputs."""
         hidden: list[Tensor] = []
         handles = [
             layer.register_forward_hook(lambda _m, _i, out: hidden.append(out))

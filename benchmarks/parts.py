@@ -1,4 +1,4 @@
-"""What is measured, part by part, at three scales: the paper's, a CPU's, and one for tests."""
+"""Parts of the measurements, at three scales: the paper's, a CPU's, and one for tests."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Scale:
 
 
 def scale(device: str, *, quick: bool = False) -> Scale:
-    """The paper's shapes on a GPU, small ones on a CPU; ``quick`` for tests of the benchmarks."""
+    """Return the paper's shapes for a GPU, small ones for a CPU, or tiny ones with ``quick``."""
     shapes = read_toml("shapes")["quick" if quick else device]
     dtype = "bfloat16" if device == "cuda" else shapes.pop("dtype")
     compiles = device == "cuda" or shutil.which("g++") or shutil.which("clang++")
@@ -56,7 +56,7 @@ def scale(device: str, *, quick: bool = False) -> Scale:
 
 
 def transcoder(s: Scale) -> Iterator[Case]:
-    """Every implementation at the main shape, by density."""
+    """All implementations at the main shape, for several densities."""
     for l0 in s.l0s:
         full = transcoder_case(s.T, s.d, s.F, l0, s.dtype, s.device, backend=s.backend)
         yield full.only(*(n for n in full.steps if not n.endswith((", dense", ", sparse"))))
@@ -74,16 +74,16 @@ def linear_kl(s: Scale) -> Iterator[Case]:
 
 
 def serving(s: Scale) -> Iterator[Case]:
-    """Few tokens, forward alone."""
+    """Few tokens, forward only."""
     return (serving_case(T, s.d, s.F, 10, s.dtype, s.device) for T in s.few)
 
 
 def sweep(s: Scale) -> Iterator[Case]:
-    """Where codes and dense products cross: both forced, and the choice between them."""
+    """Densities around the crossing of codes and dense products: each forced, and the choice."""
     ours = ("sparse", "triton", "triton, dense", "triton, sparse")
     for l0 in s.sweep:
         full = transcoder_case(s.T, s.d, s.F, l0, s.dtype, s.device, backend=s.backend)
-        # Codes at such a density take seconds and gigabytes; the plan never chooses them.
+        # At high densities codes take seconds and gigabytes; the plan never chooses them.
         names = [name for name in ours if l0 <= 200 or not name.endswith(", sparse")]
         yield full.only("reference", "reference compiled", "encoder GEMM", *names)
 
@@ -96,14 +96,14 @@ def shapes(s: Scale) -> Iterator[Case]:
 
 
 def block(s: Scale) -> Iterator[Case]:
-    """Elementwise work: nmse, and what a frozen block does beside its products."""
+    """Elementwise work: nmse, and a frozen block's RMSNorm and SwiGLU."""
     yield nmse_case(s.T, s.d, s.dtype, s.device, backend=s.backend)
     yield rms_norm_case(s.T, s.d, s.dtype, s.device, backend=s.backend)
     yield swiglu_case(s.T, s.inner, s.dtype, s.device, backend=s.backend)
 
 
 def densities(s: Scale) -> Iterator[Case]:
-    """`sparse` in pairs with the reference, whose ratio a busy machine disturbs least."""
+    """`sparse` timed alternately with the reference, so that other load affects both equally."""
     shape = s.densities
     for l0 in shape["l0s"]:
         T, d, F = shape["T"], shape["d"], shape["F"]
@@ -122,14 +122,14 @@ def vocabularies(s: Scale) -> Iterator[Case]:
 
 
 def masked_nmse(s: Scale) -> Iterator[Case]:
-    """Batches with a mask, with the values per token."""
+    """Batches with a mask and with values per token."""
     for B, T, d, name in s.masked_nmse:
         yield masked_nmse_case(B, T, d, getattr(torch, name), s.device)
 
 
 @dataclass(frozen=True)
 class Part:
-    """``seconds``: what it may take on a GPU before it leaves rows out."""
+    """Cases of a part, and its time limit on a GPU in seconds; later rows are skipped."""
 
     cases: Callable[[Scale], Iterator[Case]]
     seconds: float

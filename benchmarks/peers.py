@@ -1,7 +1,7 @@
-"""Other projects' implementations, where they are installed (``pip install fastadapt[bench]``).
+"""Load other projects' implementations (``pip install fastadapt[bench]``).
 
-Each function returns None where its package is missing. What differs in meaning is said in a note,
-which every result of a peer carries.
+Every function returns None if its package is missing. A note describes how the peer's results
+differ from this library's; it is recorded with every result of the peer.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class KL(NamedTuple):
 
 
 def missing() -> dict[str, str]:
-    """Why each peer that cannot be used cannot."""
+    """Return the reason for every peer that is not available."""
     reasons = {}
     for name, package, find in (
         ("eai-sparsify", "sparsify", sparsify_topk),
@@ -58,7 +58,7 @@ def missing() -> dict[str, str]:
         if importlib.util.find_spec(package) is None:
             reasons[name] = "not installed"
         elif find() is None:
-            reasons[name] = "installed, but a package that it imports is not"
+            reasons[name] = "installed, but a package that it imports is missing"
     return reasons
 
 
@@ -87,7 +87,7 @@ def fla_kl() -> KL | None:
         return None
     return KL(
         lambda student, teacher, head: module.fused_kl_div_loss(student, teacher, head, head),
-        "the mean alone: no mask, no values per token; logits in the inputs' dtype",
+        "mean only: no mask, no values per token; logits in the inputs' dtype",
     )
 
 
@@ -99,7 +99,7 @@ def liger_kl() -> KL | None:
     loss = module.LigerFusedLinearJSD(jsd_beta=0.0)
     return KL(
         lambda student, teacher, head: loss(student, head, teacher, head, None),
-        "the mean alone: no values per token",
+        "mean only: no values per token",
     )
 
 
@@ -114,7 +114,7 @@ def liger_chunked_kl() -> KL | None:
         labels = torch.zeros(len(student), dtype=torch.int64, device=student.device)
         return loss(student, head, teacher, head, labels)
 
-    return KL(mean, "the mean alone; makes the head's gradient as well")
+    return KL(mean, "mean only; also computes the head's gradient")
 
 
 def liger_rms_norm() -> Callable[[Tensor, Tensor, float], Tensor] | None:
@@ -133,7 +133,7 @@ def liger_swiglu() -> Callable[[Tensor, Tensor], Tensor] | None:
 
 
 def _module(package: str, name: str) -> ModuleType | None:
-    """``package.name``, without running the package's ``__init__``, which may import a trainer."""
+    """Import ``package.name``; for sparsify, skip ``__init__``, which imports a trainer."""
     top = package.split(".")[0]
     if importlib.util.find_spec(top) is None:
         return None

@@ -1,4 +1,4 @@
-"""Runs a command for a limited time, with everything that it starts."""
+"""Run a command with a time limit, and end all processes that the command started."""
 
 from __future__ import annotations
 
@@ -14,23 +14,26 @@ from typing import Any
 __all__ = ["run_for"]
 
 ROOT = Path(__file__).resolve().parent.parent
-END = 4000  # characters of output in a result
+END = 4000  # characters at the end of the output to record
 GRACE_S = 10.0
-# Signals that are ignored stay ignored in a child, as SIGINT is under `nohup ... &`.
+# Children inherit ignored signals; SIGINT is ignored under `nohup ... &`.
 DEFAULTS = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
-# A group, not a session: what ends this process's session ends that of the command too.
+# A process group instead of a session, so that ending this process's session ends the command.
 START = DEFAULTS + "os.setpgid(0, 0); os.execvp(sys.argv[1], sys.argv[1:])"
 
 
 def run_for(
     command: list[str], env: dict[str, str], seconds: float, *, interrupt: bool = False
 ) -> dict[str, Any]:
-    """Exit code ``rc`` (None: not finished in time), and the end of the output unless it is 0.
+    """Run a command; return the exit code ``rc`` and, unless it is 0, the ``end`` of the output.
+
+    ``rc`` is None, with the reason ``why``, if the command did not finish in time.
 
     Args:
-        command: run from the checkout's root, in a process group of its own, which ends with it.
-        seconds: for everything.
-        interrupt: send SIGINT (as Ctrl-C does) 10 s before that, so that the command can report.
+        command: run in the checkout's root, in a new process group that is killed at the end.
+        env: environment of the command.
+        seconds: time limit.
+        interrupt: send SIGINT (Ctrl-C) 10 s before the limit, so that the command can report.
     """
     grace_s = min(GRACE_S, seconds / 2) if interrupt else 0.0
     is_late = False
@@ -52,7 +55,7 @@ def run_for(
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(grace_s)
         finally:
-            process.kill()  # it may not have its group yet
+            process.kill()  # the process may not have created its group yet
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
         code = process.wait()

@@ -1,4 +1,4 @@
-"""How a run is written down: a line of each row, and a file of everything."""
+"""Write the results of a run to a file, and format rows as lines of text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FOLDER = Path(__file__).resolve().parent / "results"
 
 
 def write(result: dict[str, Any], path: Path) -> None:
-    """Valid JSON in place of what was there, as a whole."""
+    """Replace the file by the result as valid JSON, atomically."""
     from fastadapt.io.atomic import replacing
 
     with replacing(path) as staged:
@@ -22,14 +22,14 @@ def write(result: dict[str, Any], path: Path) -> None:
 
 
 def default_path(name: str, date: str) -> Path:
-    """With the time, so that a second run of a day leaves the first one's results."""
+    """Return a path with date and time, so that runs do not overwrite each other."""
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     day, clock = date[:10], date[11:19].replace(":", "")
     return FOLDER / f"{slug}-{day}-{clock}.json"
 
 
 def without_nan(value: Any) -> Any:
-    """JSON has no word for what is not finite: it is written as text."""
+    """Replace non-finite numbers, which JSON does not support, by text."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
@@ -38,7 +38,7 @@ def without_nan(value: Any) -> Any:
 
 
 def line_of(row: dict[str, Any]) -> str:
-    """For who watches."""
+    """Format a row as one line for the terminal."""
     shape = " ".join(f"{key}={value}" for key, value in row.get("shape", {}).items())
     words = [row["op"], shape, row["implementation"] + ":"]
     if "median_s" in row:

@@ -1,7 +1,7 @@
-"""Tables and plots of the results: ``python -m benchmarks.report``
+"""Write tables and plots of the results: ``python -m benchmarks.report``
 
-Reads every ``*.json`` that gpu.py wrote in ``benchmarks/results/`` (or ``--results FOLDER``), and
-writes there ``README.md`` and, beside each file, plots in SVG (matplotlib, extra ``bench``).
+The command reads all ``*.json`` of gpu.py in ``benchmarks/results/`` (or ``--results FOLDER``). It
+writes ``README.md`` to the folder and SVG plots beside each file (matplotlib, extra ``bench``).
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ MET = {True: "yes", False: "**no**"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 1 where there is nothing to report."""
+    """Run the command; return 1 if the folder has no results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report")
     parser.add_argument("--results", type=Path, default=FOLDER)
     parser.add_argument("--no-plots", action="store_true")
     options = parser.parse_args(arguments)
     paths = sorted(options.results.glob("*.json"))
     if not paths:
-        print(f"No results in {options.results}: python benchmarks/gpu.py makes them.")
+        print(f"No results in {options.results}; run python benchmarks/gpu.py first.")
         return 1
     sections = []
     for path in paths:
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def page(result: Row, name: str, images: Iterable[Path] = ()) -> str:
-    """One result as Markdown."""
+    """Format one result as Markdown."""
     hardware, roofs = result["hardware"], result["roofs"]
     machine = hardware.get("gpu") or f"{hardware['cpu']}, {hardware['threads']} threads"
     versions = ", ".join(f"{key} {value}" for key, value in result["versions"].items())
@@ -60,11 +60,11 @@ def page(result: Row, name: str, images: Iterable[Path] = ()) -> str:
         "",
     ]
     if result["quick"]:
-        lines += ["Tiny shapes: a trial of the script, no measurement.", ""]
+        lines += ["Test of the script at tiny shapes; the figures are not measurements.", ""]
     if not result["right"]:
-        lines += ["**Something was wrong in this run: its figures show nothing.**", ""]
+        lines += ["**A check failed in this run; the figures are not valid.**", ""]
     if not result["finished"]:
-        lines += ["The run did not end: this is what it had done.", ""]
+        lines += ["The run did not finish; the results are partial.", ""]
     lines += [f"{name}: {why}.\n" for name, why in result["failed"].items()]
     lines += _checks(result)
     lines += _bounds(result["bounds"])
@@ -73,7 +73,7 @@ def page(result: Row, name: str, images: Iterable[Path] = ()) -> str:
         table = {"lengths": _lengths, "step": _steps}.get(part, _rows)
         lines += ["", f"### {part}", "", *table(rows)]
     if result["cut_short"]:
-        lines += ["", f"Cut short by their time: {', '.join(result['cut_short'])}."]
+        lines += ["", f"Parts that reached their time limit: {', '.join(result['cut_short'])}."]
     for peer, why in result["peers_missing"].items():
         lines += ["", f"{peer}: {why}."]
     return "\n".join(lines) + "\n"
@@ -87,7 +87,7 @@ def _checks(result: Row) -> list[str]:
         words.append(f"{name}: {verdict}" + (f" ({count})" if count else ""))
         if check.get("left_out"):
             words[-1] += f", without {', '.join(check['left_out'])}"
-    return [f"Checks: {'; '.join(words) or 'none in this run'}.", ""]
+    return [f"Checks: {'; '.join(words) or 'none'}.", ""]
 
 
 def _bounds(bounds: Sequence[Row]) -> list[str]:
@@ -100,9 +100,9 @@ def _bounds(bounds: Sequence[Row]) -> list[str]:
 def _rows(rows: Sequence[Row]) -> list[str]:
     others = dict.fromkeys(name for r in rows for name in r.get("times_as_fast_as", {}))
     columns = sorted(others, key=lambda name: name != "reference")
-    header = ["shape", "implementation", "ms", "spread", "GB", "of the roof"]
+    header = ["shape", "implementation", "ms", "spread, ms", "GB", "fraction of roof"]
     graphs = any("graph_s" in r for r in rows)
-    header += ["ms as a graph"] if graphs else []
+    header += ["ms, CUDA graph"] if graphs else []
     header += [f"× {name}" for name in columns]
     table = []
     for r in rows:
@@ -122,9 +122,12 @@ def _rows(rows: Sequence[Row]) -> list[str]:
 
 
 def _steps(rows: Sequence[Row]) -> list[str]:
-    """Whole training steps. Planned: by the trainer's memory plan; the plain step by short ones."""
-    header = ["T", "implementation", "s", "spread", "tokens/s", "GB", "GB planned"]
-    header += ["of the products' rate", "hours for 380M tokens", "L0"]
+    """Format whole training steps.
+
+    Planned memory is the trainer's estimate; for the plain step, an extrapolation of short steps.
+    """
+    header = ["T", "implementation", "s", "spread, s", "tokens/s", "GB", "GB planned"]
+    header += ["fraction of product rate", "hours for 380M tokens", "L0"]
     table = []
     for r in rows:
         name = r["implementation"] + ("" if r.get("right") is not False else " (wrong)")
@@ -141,13 +144,13 @@ def _steps(rows: Sequence[Row]) -> list[str]:
 
 
 def _why(row: Row) -> str:
-    """Why there is no time."""
+    """Return the reason why a row has no time."""
     messages = [row[key] for key in ("error", "wrong", "skipped") if row.get(key)]
     return messages[0].splitlines()[0][:80] if messages else ""
 
 
 def _lengths(rows: Sequence[Row]) -> list[str]:
-    header = ["implementation", "first calls, s", "again, s", "kernels compiled", "graphs"]
+    header = ["implementation", "first pass, s", "second pass, s", "kernels compiled", "graphs"]
     table = []
     for r in rows:
         if "first_s" not in r:
@@ -168,13 +171,13 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def plots(result: Row, path: Path) -> list[Path]:
-    """Time and ratio over L0, the crossing of both paths, and lengths in a row; where measured."""
+    """Plot time and ratio over L0, the density sweep and changing lengths, if measured."""
     try:
         import matplotlib as mpl
     except ModuleNotFoundError:
-        sys.exit("Plots need matplotlib: pip install fastadapt[bench], or --no-plots.")
+        sys.exit("Plots need matplotlib; pip install 'fastadapt[bench]', or pass --no-plots.")
     mpl.use("svg")
-    mpl.rcParams["svg.hashsalt"] = "fastadapt"  # equal results, equal files
+    mpl.rcParams["svg.hashsalt"] = "fastadapt"  # equal results give equal files
     parts = result["parts"]
     files = []
     for name in ("transcoder", "sweep"):
@@ -190,7 +193,7 @@ def plots(result: Row, path: Path) -> list[Path]:
 
 
 def _series(rows: Sequence[Row]) -> Iterator[tuple[str, list[tuple[float, float]]]]:
-    """Seconds by L0 of each implementation."""
+    """Yield each implementation's (L0, seconds)."""
     names = dict.fromkeys(r["implementation"] for r in rows)
     for name in names:
         points = [
@@ -243,7 +246,7 @@ def _ratio_over_l0(series: dict[str, list[tuple[float, float]]], path: Path) -> 
 
 
 def _first_calls(rows: Sequence[Row], path: Path) -> Path:
-    figure, axes = _axes("call, each of another length", "ms")
+    figure, axes = _axes("call (each with a new length)", "ms")
     axes.set_xscale("linear")
     for r in rows:
         calls = list(enumerate(r["first_s"], 1))
@@ -252,7 +255,7 @@ def _first_calls(rows: Sequence[Row], path: Path) -> Path:
 
 
 def _shown(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    """Milliseconds over L0; L0 0 stands at the axis's left end."""
+    """Return x and milliseconds; x below 0.05 is drawn at 0.05 on the logarithmic axis."""
     return [max(x, 0.05) for x, _ in points], [y * 1e3 for _, y in points]
 
 

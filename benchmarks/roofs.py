@@ -1,4 +1,4 @@
-"""What the machine at hand reaches: copy bandwidth and the rate of matrix products."""
+"""Measure the machine's copy bandwidth and rate of matrix products."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ __all__ = ["Roofs", "measure_roofs"]
 
 
 class Roofs(NamedTuple):
-    """Measured in the run whose rows they are compared with."""
+    """Peak rates, measured in the run whose rows are compared with them."""
 
-    copy_bytes_per_s: float  #: read and written bytes of a large copy
-    gemm_flops_per_s: float  #: of the faster of two large products
+    copy_bytes_per_s: float  #: bytes read and written by a large copy
+    gemm_flops_per_s: float  #: rate of the faster of two large products
     dtype: str
 
     def floor_s(self, flops: float, n_bytes: float) -> float:
-        """The time below which work of so many operations and bytes cannot come."""
+        """Return the least time in seconds for these operations and bytes."""
         return max(flops / self.gemm_flops_per_s, n_bytes / self.copy_bytes_per_s)
 
 
 def measure_roofs(device: str, dtype: torch.dtype, *, quick: bool = False) -> Roofs:
-    """Takes about a second on a GPU."""
+    """Measure both rates; takes about a second on a GPU."""
     large = device == "cuda" and not quick
     n = 2**30 if large else 2**25  # bytes
     make = functools.partial(torch.ones, dtype=torch.uint8, device=device)

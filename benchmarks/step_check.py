@@ -1,9 +1,9 @@
-"""Both steps have the same losses and gradients: shown small, on this device, before any is timed.
+"""Check before timing, at small shapes, that both steps have the same losses and gradients.
 
-In float64 ours runs without Triton, whose kernels compute in float32 at most. So where they run,
-ours is held in float32 as well, with every kernel that will be timed, under the error budget of
-:mod:`fastadapt.kernels.testing`: the oracle is the plain step in float64, its peer the plain step
-in float32. T tokens, L layers.
+In float64 this library's step runs without Triton, whose kernels compute in float32 at most. Where
+Triton runs, the step is therefore also compared in float32, with all kernels that are timed, under
+the error budget of :mod:`fastadapt.kernels.testing`. The oracle is the plain step in float64, and
+the peer is the plain step in float32. T tokens, L layers.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from fastadapt.objective import ObjectiveConfig, objective
 __all__ = ["budget_of", "check", "difference", "in_float64", "of_kernels"]
 
 T = 16
-# transformers' norms compute in float32, also of float64: the whole difference between both steps.
+# transformers' norms compute in float32 also for float64, which explains the steps' difference.
 LIMIT = 1e-6
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
-# So many features that L0 of them are planned as codes, in float32 too.
+# With this many features, L0 active ones are planned as codes, in float32 too.
 SPARSE = replace(SMALL, layers=2, features=288, dtype=torch.float32)
 
 
 def check(device: str) -> Row:
-    """``right``, and by how much: ``difference`` in float64; where Triton runs, ``kernels``."""
+    """Return ``right``, the ``difference`` in float64 and, with Triton, budgets of ``kernels``."""
     wide = in_float64(device)
     row: Row = {"right": wide < LIMIT, "difference": wide}
     if runs_triton(device):
@@ -49,31 +49,32 @@ def check(device: str) -> Row:
 
 
 def in_float64(device: str) -> float:
-    """The largest relative difference of a loss or gradient; NaN where either is not a number."""
+    """Return the largest relative difference of a loss or gradient; NaN if one is NaN."""
     sizes = replace(SMALL, dtype=torch.float64)
     torch.manual_seed(0)
     adapters = make_adapters(sizes, device)
     plain = NaiveStep(make_pair(sizes, device), list(adapters))
     model = ReplacementModel(make_pair(sizes, device), adapters)
     ids = _ids(device)
-    each = [
+    differences = [
         difference(_ours(model, ids, cutoff, None), _plain(plain, ids, cutoff))
         for cutoff in (0, 1, sizes.layers)
     ]
-    return float(torch.tensor(each).max())
+    return float(torch.tensor(differences).max())
 
 
 def difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
-    """The largest ``‖a - b‖ / ‖b‖``. NaN is kept: Python's ``max`` would pass it over."""
-    each = [(a - b).norm() / b.norm() for a, b in zip(ours, theirs, strict=True)]
-    return float(torch.stack(each).max())
+    """Return the largest ``‖a - b‖ / ‖b‖``; torch's max propagates NaN, Python's would not."""
+    differences = [(a - b).norm() / b.norm() for a, b in zip(ours, theirs, strict=True)]
+    return float(torch.stack(differences).max())
 
 
 def of_kernels(device: str) -> list[ErrorBudget]:
-    """Ours in float32 with Triton, as codes and dense, a layer of one stream and one of two.
+    """Compare this library's step in float32 with Triton, with codes and with dense products.
 
-    Each loss and gradient is measured by the root mean square of its oracle, all in one budget: of
-    a single number, such as the loss, the peer's error is small by chance as often as not.
+    One layer has one stream, the other has two. Losses and gradients are scaled by the RMS of their
+    oracles and share one budget, since the peer's error of a single number such as the loss can be
+    small by chance.
     """
     torch.manual_seed(0)
     adapters = make_adapters(SPARSE, device, "triton")
@@ -94,7 +95,7 @@ def of_kernels(device: str) -> list[ErrorBudget]:
 def budget_of(
     ours: Sequence[Tensor], true: Sequence[Tensor], plain: Sequence[Tensor]
 ) -> ErrorBudget:
-    """One budget of all; never kept where the oracle itself is no number."""
+    """Return one budget of all values; it is exceeded if the oracle or the peer is not finite."""
     scales = [value.square().mean().sqrt() for value in true]
     actual, oracle, peer = (
         torch.cat([(value / scale).flatten() for value, scale in zip(values, scales, strict=True)])
@@ -106,12 +107,12 @@ def budget_of(
 
 
 def _ours(model: ReplacementModel, ids: Tensor, cutoff: int, codes: float | None) -> list[Tensor]:
-    """The loss and every adapter's gradients; planned for so many codes, unless None."""
+    """Return the loss and all adapters' gradients; ``codes`` per token are planned, if given."""
     model.zero_grad()
     expected = None if codes is None else [codes] * model.n_layers
     out = objective(model, Batch(ids, None, ids), cutoff, ObjectiveConfig(), expected)
     out.loss.backward()
-    return _of(out.loss, model.adapters)
+    return _loss_and_gradients(out.loss, model.adapters)
 
 
 def _plain(plain: NaiveStep, ids: Tensor, cutoff: int) -> list[Tensor]:
@@ -119,10 +120,10 @@ def _plain(plain: NaiveStep, ids: Tensor, cutoff: int) -> list[Tensor]:
         dense.zero_grad()
     loss = plain(ids, cutoff, ObjectiveConfig())["loss"]
     loss.backward()
-    return _of(loss, plain.adapted)
+    return _loss_and_gradients(loss, plain.adapted)
 
 
-def _of(loss: Tensor, layers: Iterable[nn.Module]) -> list[Tensor]:
+def _loss_and_gradients(loss: Tensor, layers: Iterable[nn.Module]) -> list[Tensor]:
     gradients = [layer.get_parameter(name).grad for layer in layers for name in NAMES]
     assert all(gradient is not None for gradient in gradients)
     return [loss.detach(), *(g for g in gradients if g is not None)]

@@ -1,6 +1,6 @@
-"""The pair and the adapters of whole training steps: true shapes, random weights.
+"""Build the pair and the adapters of whole training steps, with real shapes and random weights.
 
-Adapters get a bias at which about L0 of their features fire. d width, F features, L layers.
+The adapters' bias makes about L0 features fire per token. d width, F features, L layers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ L0 = 10.0
 
 @dataclass(frozen=True)
 class Sizes:
-    """Shapes of a pair, and the lengths to time."""
+    """Shapes of a pair, and lengths in tokens to time."""
 
     d: int
     inner: int
@@ -41,8 +41,8 @@ class Sizes:
     kv_heads: int
     vocabulary: int
     features: int
-    lengths: tuple[int, ...]  #: of ours
-    shorter: tuple[int, ...]  #: of the plain step, longest first: the first that fits is timed
+    lengths: tuple[int, ...]  #: lengths of this library's step
+    shorter: tuple[int, ...]  #: lengths of the plain step, descending; the first that fits is timed
     dtype: torch.dtype
 
 
@@ -54,7 +54,7 @@ SMALL = Sizes(64, 160, 3, 4, 2, 500, 256, (128,), (128,), torch.float32)
 
 
 def make_pair(sizes: Sizes, device: str) -> ModelPair:
-    """Random weights, made where they stay."""
+    """Build a pair with random weights, directly on the device."""
     from transformers import AutoModelForCausalLM
 
     config = model_config(sizes)
@@ -63,7 +63,7 @@ def make_pair(sizes: Sizes, device: str) -> ModelPair:
         target = AutoModelForCausalLM.from_config(config, dtype=sizes.dtype).eval()
         layer = type(target.model.layers[0].mlp)
         mlps = nn.ModuleList(layer(config).to(sizes.dtype) for _ in range(sizes.layers))
-    # A fine-tuned model's MLPs are its base's, a little moved.
+    # Make the target's MLPs small perturbations of the base's, as after fine-tuning.
     with torch.no_grad():
         for mlp, block in zip(mlps, target.model.layers, strict=True):
             for ours, theirs in zip(mlp.parameters(), block.mlp.parameters(), strict=True):
@@ -73,7 +73,10 @@ def make_pair(sizes: Sizes, device: str) -> ModelPair:
 
 
 def make_adapters(sizes: Sizes, device: str, implementation: str = "auto") -> nn.ModuleList:
-    """About L0 features a token: their input has norm sqrt(d), so z is normal, std 1/sqrt(3)."""
+    """Build adapters with about L0 active features per token.
+
+    Inputs have norm sqrt(d), so z is normal with std 1/sqrt(3).
+    """
     config = AdapterConfig(sizes.features, implementation=implementation)
     adapters = nn.ModuleList(
         TranscoderAdapter(sizes.d, config, device=device, dtype=sizes.dtype)
@@ -89,7 +92,7 @@ def make_adapters(sizes: Sizes, device: str, implementation: str = "auto") -> nn
 
 
 def model_config(sizes: Sizes) -> Any:
-    """transformers' configuration of the target."""
+    """Return transformers' configuration of the target."""
     from transformers import Qwen2Config
 
     return Qwen2Config(
@@ -104,5 +107,5 @@ def model_config(sizes: Sizes) -> Any:
 
 
 def pair_config(sizes: Sizes) -> PairConfig:
-    """Of a pair that lies in no folder."""
+    """Return the settings of a pair without files."""
     return PairConfig("target", "base", dtype=str(sizes.dtype)[6:])

@@ -1,6 +1,6 @@
-"""What whole steps take on paper: operations, and bytes by the trainer's plan or by two short ones.
+"""Estimate operations and memory of whole steps.
 
-T tokens.
+Memory comes from the trainer's plan, or from an extrapolation of two short steps. T tokens.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from fastadapt.training.config import from_dict
 from fastadapt.training.planning.flops import Setup, count
 from fastadapt.training.planning.memory import step_memory
 
-__all__ = ["necessary_flops", "on_the_line", "planned_bytes"]
+__all__ = ["extrapolate", "necessary_flops", "planned_bytes"]
 
 
 @cache
 def necessary_flops(sizes: Sizes, T: int, cutoffs: tuple[int, ...]) -> float:
-    """Of our step with nothing recomputed, mean over the cutoffs; counting takes seconds."""
+    """Return the FLOPs of a step without recomputation, averaged over cutoffs (takes seconds)."""
     objective, adapter = ObjectiveConfig(checkpoint="none"), AdapterConfig(sizes.features)
     setup = Setup(model_config(sizes), pair_config(sizes), adapter, objective, 1, T)
     return sum(count(setup, sizes.layers, k, L0) for k in cutoffs) / len(cutoffs)
 
 
 def planned_bytes(sizes: Sizes, T: int, policy: str, device: str) -> int:
-    """What the memory plan says of our step."""
+    """Return the peak memory of a step in bytes, by the trainer's plan."""
     config = from_dict(
         {
             "pair": asdict(pair_config(sizes)),
@@ -44,7 +44,7 @@ def planned_bytes(sizes: Sizes, T: int, policy: str, device: str) -> int:
     return step_memory(config, model_config(sizes), T, device).peak_bytes
 
 
-def on_the_line(peaks: dict[int, int], T: int) -> int:
-    """Bytes at T tokens by those at two numbers of tokens: what a step keeps grows as they do."""
+def extrapolate(peaks: dict[int, int], T: int) -> int:
+    """Return the bytes at T tokens by linear extrapolation from two numbers of tokens."""
     (few, low), (many, high) = sorted(peaks.items())
     return round(low + (high - low) / (many - few) * (T - few))

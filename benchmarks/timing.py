@@ -1,10 +1,9 @@
-"""How long a step takes and how much memory it needs, on a GPU or a CPU.
+"""Measure time and memory of a step on a GPU or a CPU.
 
-On a GPU a step lies between two events. Before the first one the stream is made to wait until the
-host has enqueued the whole step, so that the events bracket the device's work alone; how long
-steps take one after the other with the host's share is measured beside it (`wall_s`). Inputs are
-given in several sets, used in turn, which together should be larger than the cache. Before short
-steps the GPU is kept busy for a moment, so that its clocks are up.
+On a GPU, two events bracket a step. Before the first event, the stream waits until the host has
+enqueued the whole step, so that the events measure the device's work only. `wall_s` is the time of
+consecutive steps including the host. Several sets of inputs are used in turn, which together should
+be larger than the cache. Before short steps the GPU is kept busy briefly to raise its clocks.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ __all__ = ["Measurement", "measure", "measure_graph", "peak_bytes", "synchronize
 
 Step = Callable[[Any], Any]
 LEAST, MOST = 5, 50
-SLOW_S, LEAST_OF_SLOW = 0.3, 3  # such a step's spread is small, and a part's time is short
+SLOW_S, LEAST_OF_SLOW = 0.3, 3  # slow steps have a small spread and take much of a part's time
 SHORT_S, MOST_OF_SHORT = 1e-3, 500
-# An idle GPU lowers its clocks, and takes milliseconds to raise them. Longer steps do that in the
-# first of their repeats; before short ones it is kept busy.
+# An idle GPU lowers its clocks and takes milliseconds to raise them. Longer steps raise them in the
+# first repeat; before short steps, the GPU is kept busy.
 SELF_WARMING_S, BUSY_S = 5e-3, 0.05
-# The waiting kernel counts clock cycles; no GPU's clock is faster, so it never waits too short.
+# The waiting kernel counts cycles of the clock; this bound on clock rates makes waits long enough.
 CYCLES_PER_S = 2.2e9
 LONGEST_WAIT_S = 0.02
 
@@ -36,23 +35,24 @@ class Measurement(NamedTuple):
 
     median_s: float
     spread_s: float  #: distance between the quartiles
-    wall_s: float  #: one after the other, host included
+    wall_s: float  #: per step of consecutive steps, including the host
     repeats: int
-    peak_bytes: int  #: most that was held at once, over what was held before
-    result_bytes: int  #: of that, what the step returned
+    peak_bytes: int  #: peak of allocated memory during the step, above that before the step
+    result_bytes: int  #: bytes of the returned tensors, included in the peak
 
 
 def measure(
     step: Step, sets: Sequence[Any], device: str, *, seconds: float = 0.4, least: int = LEAST
 ) -> Measurement:
-    """Runs ``step`` on each of ``sets`` in turn for about ``seconds``, after a warm-up.
+    """Run ``step`` on each of ``sets`` in turn for about ``seconds``, after a warm-up.
 
     Args:
-        step: takes one of ``sets`` and returns tensors (in dicts and lists), which are dropped.
-        sets: inputs; on a GPU together larger than its L2.
+        step: function of one of ``sets`` that returns tensors (in dicts and lists).
+        sets: inputs; on a GPU, together larger than its L2.
         device: "cuda" or "cpu".
-        seconds: measuring time, within 5 (or ``least``) to 50 repeats; 3 of what takes over 0.3 s,
-            up to 500 of what takes less than a millisecond.
+        seconds: measuring time, within ``least`` to 50 repeats. Steps above 0.3 s need only 3
+            repeats; steps below a millisecond get up to 500.
+        least: smallest number of repeats.
     """
     for inputs in [*sets, sets[0]] if device == "cuda" else sets[:1]:  # warm-up
         step(inputs)
@@ -75,12 +75,12 @@ def measure(
         step(sets[i % len(sets)])
     synchronize(device)
     wall_s = (time.perf_counter() - start) / n if n else statistics.median(times)
-    peak, held = peak_bytes(lambda: step(sets[0]), device)
-    return Measurement(statistics.median(times), spread(times), wall_s, repeats, peak, held)
+    peak, returned = peak_bytes(lambda: step(sets[0]), device)
+    return Measurement(statistics.median(times), spread(times), wall_s, repeats, peak, returned)
 
 
 def measure_graph(step: Step, sets: Sequence[Any], *, seconds: float = 0.2) -> float:
-    """Median seconds of ``step`` replayed as a CUDA graph, which has no launches to wait for."""
+    """Return the median seconds of ``step`` replayed as a CUDA graph, without launch overhead."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -97,28 +97,28 @@ def measure_graph(step: Step, sets: Sequence[Any], *, seconds: float = 0.2) -> f
 
 
 def spread(times: Sequence[float]) -> float:
-    """The distance between the quartiles."""
+    """Return the distance between the quartiles."""
     low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
     return float(high - low)
 
 
 def synchronize(device: str) -> None:
-    """Waits for the device."""
+    """Synchronise with the device."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def peak_bytes(function: Callable[[], Any], device: str) -> tuple[int, int]:
-    """Most bytes held at once on behalf of ``function``, and those of the tensors it returned."""
+    """Return the peak of bytes that ``function`` allocates, and the bytes of returned tensors."""
     if device != "cuda":
         with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
             results = function()
         events = profile.profiler.kineto_results.events()
         changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-        held = peak = 0
+        allocated = peak = 0
         for _, change in changes:
-            held += change
-            peak = max(peak, held)
+            allocated += change
+            peak = max(peak, allocated)
         return peak, _bytes(results)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()

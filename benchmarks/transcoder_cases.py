@@ -1,4 +1,4 @@
-"""Cases of the transcoder: who computes it, with which plan, and what it costs."""
+"""Cases of the transcoder: implementations, plans and costs."""
 
 from __future__ import annotations
 
@@ -30,30 +30,30 @@ from fastadapt.kernels.transcoder import CodeLayout, plan_for, transcoder
 
 __all__ = ["case", "implementations", "plan_of", "serving_case", "topk_case"]
 
-NARROW = 16  # width of the decoder where the encoder is to be timed alone
+NARROW = 16  # width of the decoder in steps that time the encoder only
 NO_STATISTICS = "no statistics"
 
 
 def implementations(device: str) -> list[str]:
-    """Those of the op's own that run here, but for the reference."""
+    """Return the op's implementations on a device, except for the reference."""
     names = ["sparse"] if device == "cpu" else []
     return [*names, "triton", "triton_fused"] if runs_triton(device) else names
 
 
 def count_codes(inputs: Inputs) -> int:
-    """Active entries of these inputs."""
+    """Return the number of active entries."""
     with torch.no_grad():
         z = nnf.linear(inputs["x"], inputs["W_enc"], inputs["b_enc"])
         return int((z > 0).sum())
 
 
 def plan_of(n_codes: int, T: int, F: int, dtype: torch.dtype, device: str) -> CodeLayout:
-    """The plan that training would make after a step with so many codes."""
+    """Return the plan that training uses after a step with ``n_codes`` codes."""
     return plan_for(n_codes / T, T, F, dtype, device)
 
 
 def cost(T: int, d: int, F: int, n_codes: int, dtype: torch.dtype) -> Cost:
-    """Of forward and backward on codes, by the op's FLOP formulas and the least bytes."""
+    """Return the cost of forward and backward on codes: FLOPs by the op's formulas, least bytes."""
     from torch.utils.flop_counter import FlopCounterMode
 
     register_flop_formulas()
@@ -81,7 +81,7 @@ def make_planned(
     n_sets: int,
     k: int | None = None,
 ) -> list[Inputs]:
-    """Sets with the plan that training would have: of the largest number of codes among them."""
+    """Return sets of inputs, with training's plan for the largest number of codes of a set."""
     sets = [make_inputs(T, d, F, l0, dtype, device, seed) for seed in range(n_sets)]
     n_codes = k * T if k else max(count_codes(inputs) for inputs in sets)
     plan = plan_of(n_codes, T, F, dtype, device)
@@ -91,7 +91,7 @@ def make_planned(
 
 
 def facts(sets: Sequence[Inputs]) -> dict[str, Any]:
-    """What the inputs turned out to be."""
+    """Return the measured L0 and the plan of the inputs."""
     inputs = sets[0]
     plan: CodeLayout = inputs["plan"]
     return {
@@ -101,7 +101,7 @@ def facts(sets: Sequence[Inputs]) -> dict[str, Any]:
 
 
 def planned(implementation: str, plan: str = "plan", **options: Any) -> Callable[[Inputs], Results]:
-    """The step of an implementation under one of the inputs' plans; `sparse` looks for itself."""
+    """Return an implementation's step with a plan of the inputs; `sparse` runs without a plan."""
     plans = implementation not in ("reference", "sparse")
     return lambda i: step(i, implementation, i[plan] if plans else None, **options)
 
@@ -116,7 +116,7 @@ def case(
     *,
     backend: str | None = "inductor",
 ) -> Case:
-    """ReLU at a density. ``backend`` None compiles nothing."""
+    """Build a case of ReLU at one density. With ``backend`` None, skip compilation."""
     n_sets = copies(6 * F * d * dtype.itemsize, device)
 
     def fast(function: Callable[..., Any], note: str) -> dict[str, Step]:
@@ -148,7 +148,7 @@ def case(
 
 
 def topk_case(T: int, d: int, F: int, k: int, dtype: torch.dtype, device: str) -> Case:
-    """TopK against implementations of a fixed k, which have neither penalty nor statistics."""
+    """Build a case of TopK; peers of fixed k compute neither penalty nor statistics."""
     n_sets = copies(6 * F * d * dtype.itemsize, device)
     topk: dict[str, Any] = {"activation": "topk", "k": k}
     steps = {
@@ -182,8 +182,8 @@ def topk_case(T: int, d: int, F: int, k: int, dtype: torch.dtype, device: str) -
 
 
 def serving_case(T: int, d: int, F: int, l0: float, dtype: torch.dtype, device: str) -> Case:
-    """Forward alone, of few tokens: the whole adapter, and one whose decoder is next to nothing."""
-    n_sets = copies(F * d * dtype.itemsize, device)  # some rows read W_enc and little else
+    """Build a case of the forward pass on few tokens, with the whole and with a narrow decoder."""
+    n_sets = copies(F * d * dtype.itemsize, device)  # encoder rows read little beside W_enc
     size, on_gpu = dtype.itemsize, device == "cuda"
     encoder = Cost(2.0 * T * d * F, (F * d + T * d) * size)
 
@@ -199,9 +199,9 @@ def serving_case(T: int, d: int, F: int, l0: float, dtype: torch.dtype, device: 
         elements = F * d + min(F, n_codes) * d + 3 * T * d
         return Cost(encoder.flops + 2.0 * n_codes * d, elements * size)
 
-    def forward(inputs: Inputs, implementation: str, alone: bool) -> Results:
+    def forward(inputs: Inputs, implementation: str, encoder_only: bool) -> Results:
         leaves = {name: inputs[name] for name in LEAVES}
-        if alone:
+        if encoder_only:
             leaves |= {name: inputs[f"narrow {name}"] for name in ("W_dec", "b_dec")}
             del leaves["residual"]
         plan = None if implementation in ("reference", "sparse") else inputs["plan"]
@@ -209,24 +209,26 @@ def serving_case(T: int, d: int, F: int, l0: float, dtype: torch.dtype, device: 
             output = transcoder(**leaves, plan=plan, implementation=implementation)
         return {"out": output.out, "penalty": output.penalty}
 
-    def right(inputs: Inputs, wanted: torch.dtype, alone: bool) -> Results:
-        return forward(cast(inputs, wanted), "reference", alone)
+    def expected(inputs: Inputs, wanted: torch.dtype, encoder_only: bool) -> Results:
+        return forward(cast(inputs, wanted), "reference", encoder_only)
 
     run = functools.partial
     steps = {
-        "reference": Step(run(forward, implementation="reference", alone=False), "reference"),
+        "reference": Step(
+            run(forward, implementation="reference", encoder_only=False), "reference"
+        ),
         "encoder GEMM": Step(encoder_gemm, "floor", cost=encoder, graph=on_gpu),
     }
-    right_alone = run(right, alone=True)
+    encoder_truth = run(expected, encoder_only=True)
     for name in implementations(device):
-        steps[name] = Step(run(forward, implementation=name, alone=False), graph=on_gpu)
+        steps[name] = Step(run(forward, implementation=name, encoder_only=False), graph=on_gpu)
         steps[f"{name}, encoder"] = Step(
-            run(forward, implementation=name, alone=True),
+            run(forward, implementation=name, encoder_only=True),
             note=f"decoder of width {NARROW}",
-            truth=right_alone,
+            truth=encoder_truth,
             cost=encoder,
             graph=on_gpu,
         )
     shape = {"T": T, "d": d, "F": F, "L0": l0}
-    right_whole = run(right, alone=False)
-    return Case("serving", shape, dtype, device, make, steps, right_whole, whole, facts)
+    whole_truth = run(expected, encoder_only=False)
+    return Case("serving", shape, dtype, device, make, steps, whole_truth, whole, facts)

@@ -1,8 +1,8 @@
-"""The transcoder's inputs, of a chosen density, and its steps: forward and backward.
+"""Generate the transcoder's inputs with a given density, and run forward and backward steps.
 
-Features fire by a Zipf law. Inputs lie on grids so coarse that every pre-activation is exact in
-fp32, in whatever order it is summed: no two implementations disagree on a sign, and each can be
-held against float64 entry by entry. Shape suffixes as in ``kernels/transcoder``.
+Firing rates follow a Zipf law. Inputs lie on coarse grids, so that every pre-activation is exact in
+fp32 for any order of summation. Implementations then agree on all signs and can be compared with
+float64 entry by entry. T tokens, d width, F features.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ __all__ = [
 ]
 
 LEAVES = ("x", "W_enc", "b_enc", "W_dec", "b_dec", "residual")
-ALWAYS = 0.97  # of the features: above it all of them fire on every token
+ALWAYS = 0.97  # fraction of active features above which all features fire on every token
 NEVER_BIAS, ALWAYS_BIAS = -9.0, 9.0
-BEFORE_TOPK = 4  # positives per token that the k largest are chosen from, as a multiple of k
+BEFORE_TOPK = 4  # positive entries per token before top-k, as a multiple of k
 
 
 def rates(F: int, l0: float, generator: torch.Generator) -> Tensor:
-    """How often each feature fires: a Zipf law in random order, at most 0.98, summing to ``l0``."""
+    """Return firing rates by a Zipf law in random order, at most 0.98, with sum ``l0``."""
     law = 1 / torch.arange(1, F + 1)[torch.randperm(F, generator=generator)].double()
     low, high = 0.0, 1e3 * F
     for _ in range(100):
@@ -51,7 +51,7 @@ def rates(F: int, l0: float, generator: torch.Generator) -> Tensor:
 def make_inputs(
     T: int, d: int, F: int, l0: float, dtype: torch.dtype, device: str, seed: int
 ) -> Inputs:
-    """Leaves and cotangents; pre-activations are standard normal but for the bias."""
+    """Return leaves and cotangents; pre-activations are standard normal plus the bias."""
     host = torch.Generator().manual_seed(seed)
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -59,7 +59,7 @@ def make_inputs(
         return torch.randn(shape, generator=generator, device=device)
 
     def grid(values: Tensor, step: float) -> Tensor:
-        """Multiples of ``step``, at most 256 of them: exact in every dtype."""
+        """Round to multiples of ``step`` within ±256 steps, which are exact in every dtype."""
         return (values / step).round().clamp(-256, 256) * step
 
     if l0 <= 0:
@@ -85,7 +85,7 @@ def make_inputs(
 
 
 def gradients(inputs: Inputs, outputs: list[Tensor], cotangents: list[Tensor]) -> Results:
-    """Of all leaves, by name."""
+    """Return the gradients of all leaves, by name."""
     values = torch.autograd.grad(outputs, [inputs[name] for name in LEAVES], cotangents)
     return dict(zip((f"gradient of {name}" for name in LEAVES), values, strict=True))
 
@@ -99,7 +99,7 @@ def _results(inputs: Inputs, out: Tensor, penalty: Tensor) -> Results:
 def step(
     inputs: Inputs, implementation: str, plan: CodeLayout | None = None, **options: Any
 ) -> Results:
-    """One forward and backward of the op; outputs and gradients."""
+    """Run forward and backward of the op; return outputs and gradients."""
     leaves = {name: inputs[name] for name in LEAVES}
     out, penalty, *_ = transcoder(**leaves, plan=plan, implementation=implementation, **options)
     return _results(inputs, out, penalty)
@@ -108,19 +108,19 @@ def step(
 def plain(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, residual: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What one writes by hand, without statistics."""
+    """Compute the transcoder in handwritten PyTorch, without statistics."""
     a = torch.relu(nnf.linear(x, W_enc, b_enc))
     return residual + (a @ W_dec + b_dec), (a.float() * W_dec.float().norm(dim=1)).sum()
 
 
 def reference(**leaves: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The op's specification with all its statistics, for a compiler."""
+    """Compute the op's reference with its statistics, to be compiled."""
     out, penalty, stats = transcoder(**leaves, implementation="reference")
     return out, penalty, stats.feature_counts
 
 
 def differentiated(function: Callable[..., Any]) -> Callable[[Inputs], Results]:
-    """The step of a function that returns output, penalty, and perhaps more."""
+    """Return the step of a function that returns output, penalty and optionally more."""
 
     def run(inputs: Inputs) -> Results:
         out, penalty, *_ = function(**{name: inputs[name] for name in LEAVES})
@@ -130,12 +130,12 @@ def differentiated(function: Callable[..., Any]) -> Callable[[Inputs], Results]:
 
 
 def truth(inputs: Inputs, dtype: torch.dtype) -> Results:
-    """The specification, in any dtype."""
+    """Run the reference in a dtype."""
     return step(cast(inputs, dtype), "reference")
 
 
 def truth_of_topk(inputs: Inputs, dtype: torch.dtype, *, k: int, penalised: bool) -> Results:
-    """The k largest positives as the inputs' own dtype ranks them; all else in ``dtype``."""
+    """Compute TopK in ``dtype``, with the ranking of the inputs' dtype."""
     with torch.no_grad():
         a_NF = nnf.linear(inputs["x"], inputs["W_enc"], inputs["b_enc"]).relu()
         if penalised:
@@ -155,6 +155,6 @@ def truth_of_topk(inputs: Inputs, dtype: torch.dtype, *, k: int, penalised: bool
 
 
 def encoder_gemm(inputs: Inputs) -> Tensor:
-    """The floor of the adapter: its one dense product, forward alone."""
+    """Compute the floor of the adapter: the encoder's dense product, forward only."""
     with torch.no_grad():
         return nnf.linear(inputs["x"], inputs["W_enc"], inputs["b_enc"])

@@ -1,10 +1,10 @@
-"""A whole training step, ours and the plain one, on one device with random weights of true shapes.
+"""Time whole training steps of this library and the plain step, with random weights of real shapes.
 
-Forward, backward, clipping, update; ours with the report that the trainer reads before the update.
-Both are first shown to be the same step (:mod:`benchmarks.step_check`). Afterwards the report says
-whether a row was right: losses and gradients are numbers, and no layer had more codes than planned.
-Where the plain step does not fit in memory at a length, the next shorter one is tried; lengths that
-two short ones show to be too long are left out.
+A step consists of forward, backward, clipping and update; this library's step also includes the
+report that the trainer reads before the update. Both steps are first compared
+(:mod:`benchmarks.step_check`). A row is right if its reports have finite losses and gradients, and
+no layer has more codes than planned. If the plain step does not fit in memory at a length, the next
+shorter length is tried; lengths whose extrapolated memory is too large are skipped.
 
 T tokens, d width, F features, L layers.
 """
@@ -27,7 +27,7 @@ from benchmarks.naive_step import NaiveStep
 from benchmarks.roofs import Roofs
 from benchmarks.step_check import check
 from benchmarks.step_models import L0, PAPER, SMALL, Sizes, make_adapters, make_pair
-from benchmarks.step_plans import necessary_flops, on_the_line, planned_bytes
+from benchmarks.step_plans import extrapolate, necessary_flops, planned_bytes
 from benchmarks.timing import synchronize
 from fastadapt.batch import Batch
 from fastadapt.models.recompute import POLICIES
@@ -41,7 +41,7 @@ from fastadapt.training.planning.devices import this_device
 __all__ = ["PAPER", "SMALL", "Sizes", "our_step", "rows", "verdict"]
 
 STEPS = 3
-PROBES = (750, 1500)  # tokens: activations, not the update, are then the most that is held
+PROBES = (750, 1500)  # tokens; activations, not the update, determine the peak at these lengths
 RATE = 1e-5
 OPTIMIZER = OptimizerConfig(masters=False)
 Outcome = TypeVar("Outcome")  # a report, or a loss
@@ -50,10 +50,10 @@ Outcome = TypeVar("Outcome")  # a report, or a loss
 def rows(
     sizes: Sizes, device: str, roofs: Roofs, usable_bytes: float | None = None
 ) -> Iterator[Row]:
-    """The plain step at the longest length that fits, then ours there and at its own lengths.
+    """Yield rows of the plain step up to the first length that fits, then of this library's step.
 
-    What is planned above ``usable_bytes`` (of this device, as the trainer sees it) is not tried: a
-    row says so.
+    This library's step is timed at that length and at ``sizes.lengths``. Steps planned above
+    ``usable_bytes`` (None: the device's, as in the trainer) are skipped with a row that says so.
     """
     base: Row = {"op": "step", **check(device)}
     usable = this_device(device).usable_bytes if usable_bytes is None else usable_bytes
@@ -77,7 +77,7 @@ def rows(
                 row["right"] &= base["right"]
             except torch.OutOfMemoryError as error:
                 row |= {"kind": "floor", "error": str(error).splitlines()[0]}
-            except Exception as error:  # of one policy: the others are still timed
+            except Exception as error:  # other policies are still timed
                 row |= {"right": False, "error": f"{type(error).__name__}: {error}"}
             optimizer.discard()
             _empty(device)
@@ -87,7 +87,7 @@ def rows(
 def _plain(
     sizes: Sizes, device: str, roofs: Roofs, base: Row, usable_bytes: float
 ) -> Iterator[Row]:
-    """Rows of the lengths up to the first that fits; everything of it is gone afterwards."""
+    """Yield rows of the lengths up to the first that fits; free all memory afterwards."""
     adapters = make_adapters(sizes, device)
     plain = NaiveStep(make_pair(sizes, device), list(adapters))
     del adapters
@@ -106,7 +106,7 @@ def _plain(
             if device == "cuda" and not peaks:
                 peaks = {n: _peak_bytes(step, sizes, n) for n in PROBES}
             if peaks:
-                row["planned_bytes"] = on_the_line(peaks, T)
+                row["planned_bytes"] = extrapolate(peaks, T)
             if row.get("planned_bytes", 0) > usable_bytes:
                 yield row | _skipped(row["planned_bytes"], usable_bytes)
                 continue
@@ -125,8 +125,8 @@ def _plain(
 
 
 def _peak_bytes(step: Callable[[Tensor, int], Tensor], sizes: Sizes, T: int) -> int:
-    """Of the plain step on a GPU, at the cutoff at which the most is kept of those timed."""
-    for _ in range(2):  # the first makes the optimiser's moments
+    """Return the plain step's peak on a GPU, at the timed cutoff with the largest memory."""
+    for _ in range(2):  # the first step creates the optimiser's moments
         torch.cuda.reset_peak_memory_stats()
         ids = torch.randint(sizes.vocabulary, (1, T), device="cuda")
         step(ids, sizes.layers // (STEPS + 1) or 1)
@@ -160,7 +160,7 @@ def our_step(
     policy: str,
     device: str,
 ) -> Callable[[Tensor, int], StepReport]:
-    """What a run's ``advance`` does: the report is read before the update that depends on it."""
+    """Return a training step; it reads the report before the update, as the trainer does."""
     config = ObjectiveConfig(checkpoint=policy, logits_dtype=_logits_dtype(device))
     expected = [2 * L0] * sizes.layers
     dead = DeadFeatures((sizes.layers, sizes.features), 10**6, torch.device(device))
@@ -181,7 +181,7 @@ def our_step(
 
 
 def verdict(reports: Sequence[StepReport]) -> Row:
-    """Losses, L0, and whether the steps were right, by their reports."""
+    """Return losses, L0 and whether the steps were right, from their reports."""
     l0s = [l0 for report in reports for l0 in report.l0_per_layer]
     wrong = ["a loss or gradient is not finite" for report in reports if not report.finite]
     wrong += [f"more codes than planned: {f}" for r in reports if (f := overflow(r.calls))]
@@ -196,10 +196,10 @@ def verdict(reports: Sequence[StepReport]) -> Row:
 def _timed(
     step: Callable[[Tensor, int], Outcome], sizes: Sizes, T: int, device: str, roofs: Roofs
 ) -> tuple[Row, list[Outcome]]:
-    """Steps one after the other at cutoffs over the range, the host's share included.
+    """Time consecutive steps at cutoffs spread over the layers, including the host.
 
-    ``median_s`` is the device's time from a step's end to the next one's, ``wall_s`` the host's for
-    all of them, by their number. Nothing is waited for but what the step itself reads.
+    ``median_s`` is the device's time between the ends of consecutive steps. ``wall_s`` is the time
+    per step on the host. Only the steps themselves synchronise.
     """
     on_gpu = device == "cuda"
     ids = torch.randint(sizes.vocabulary, (1, T), device=device)
@@ -208,12 +208,12 @@ def _timed(
     synchronize(device)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    began, clocks, results = time.perf_counter(), [_clock(device)], []
+    start, clocks, results = time.perf_counter(), [_clock(device)], []
     for cutoff in cutoffs:
         results.append(step(ids, cutoff))
         clocks.append(_clock(device))
     synchronize(device)
-    wall = time.perf_counter() - began
+    wall = time.perf_counter() - start
     seconds = [_between(a, b) for a, b in itertools.pairwise(clocks)]
     median = statistics.median(seconds)
     necessary = necessary_flops(sizes, T, cutoffs)
@@ -235,7 +235,7 @@ def _logits_dtype(device: str) -> str | None:
 
 
 def _clock(device: str) -> Any:
-    """A point in the stream of a GPU, or in time."""
+    """Return an event in the GPU's stream, or the host's time."""
     if device != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)

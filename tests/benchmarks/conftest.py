@@ -1,4 +1,4 @@
-"""The benchmarks lie beside the package, not in it."""
+"""Make the benchmarks importable, which are not part of the package."""
 
 import sys
 from pathlib import Path
@@ -11,5 +11,5 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 @pytest.fixture
 def device() -> str:
-    """Where Triton kernels run: "cuda" or, interpreted, "cpu"."""
+    """Device of Triton kernels: "cuda", or "cpu" for the interpreter."""
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py runs its whole path without a GPU, at tiny shapes, kernels interpreted."""
+"""benchmarks/gpu.py runs all parts without a GPU, at tiny shapes with interpreted kernels."""
 
 import json
 import math
@@ -18,12 +18,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """From elsewhere, and without what this process has on its path."""
-    kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    """Run the script from another folder and without this process's PYTHONPATH."""
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     return subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--device", "cpu", *arguments],
         cwd=cwd,
-        env=kept | {"OMP_NUM_THREADS": "1"},
+        env=env | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
@@ -31,20 +31,20 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory) -> tuple[subprocess.CompletedProcess[str], Path]:
+def completed(tmp_path_factory) -> tuple[subprocess.CompletedProcess[str], Path]:
     folder = tmp_path_factory.mktemp("results")
     output = folder / "tiny.json"
     return run("--quick", "--output", str(output), "--commit", "abc", cwd=folder), output
 
 
 @pytest.fixture(scope="module")
-def result(done) -> dict:
-    completed, output = done
-    assert completed.returncode == 0, completed.stdout + completed.stderr
+def result(completed) -> dict:
+    process, output = completed
+    assert process.returncode == 0, process.stdout + process.stderr
     return json.loads(output.read_text())
 
 
-def test_it_checks_then_measures_every_part(result):
+def test_every_part_is_checked_and_measured(result):
     assert result["right"] is True
     assert result["finished"] is True
     assert result["checks"]["tests"]["tests"] > 50
@@ -64,7 +64,7 @@ def test_every_row_of_ours_was_right_before_it_was_timed(result):
         assert row["times_as_fast_as"]
 
 
-def test_of_the_head_ours_comes_before_what_is_slow(result):
+def test_linear_kl_of_this_library_runs_before_slow_steps(result):
     names = [row["implementation"] for row in result["parts"]["linear_kl"]]
     order = {name: names.index(name) for name in ("GEMMs", "chunked", "triton", "reference")}
     assert sorted(order.values()) == list(order.values())
@@ -72,7 +72,7 @@ def test_of_the_head_ours_comes_before_what_is_slow(result):
     assert {"GEMMs", "reference"} <= set(ours["times_as_fast_as"])
 
 
-def test_it_records_what_a_figure_depends_on(result):
+def test_the_environment_is_recorded(result):
     assert result["commit"] == "abc"
     assert len(result["sources"]) == 64
     assert {"torch", "triton", "python"} <= set(result["versions"])
@@ -81,11 +81,11 @@ def test_it_records_what_a_figure_depends_on(result):
     assert result["quick"] is True
 
 
-def test_tiny_shapes_say_nothing_of_the_bounds(result):
+def test_tiny_shapes_have_no_bounds(result):
     assert result["bounds"] == []
 
 
-def test_a_part_alone_is_measured_without_the_tests(tmp_path):
+def test_a_single_part_runs_without_the_tests(tmp_path):
     output = tmp_path / "one.json"
     completed = run("--quick", "--only", "block", "--output", str(output), cwd=tmp_path)
     assert completed.returncode == 0, completed.stdout + completed.stderr
@@ -93,8 +93,8 @@ def test_a_part_alone_is_measured_without_the_tests(tmp_path):
     assert (list(result["checks"]), list(result["parts"])) == ([], ["block"])
 
 
-def test_a_kill_leaves_what_was_measured(tmp_path):
-    """Killed outright after the first row: the file is JSON, holds the row, and says so."""
+def test_a_kill_leaves_the_results(tmp_path):
+    """Killed after the first row, the file is valid JSON with this row, marked as not finished."""
     output = tmp_path / "killed.json"
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--device", "cpu", "--quick"]
     process = subprocess.Popen(
@@ -115,10 +115,10 @@ def test_a_kill_leaves_what_was_measured(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("only", "left", "part_s", "made"),
+    ("only", "left", "part_s", "n_rows"),
     [(None, 100, -1, 1), (["x"], 100, -1, 5), (["x"], -1, 100, 1), (None, 100, 100, 5)],
 )
-def test_a_part_ends_with_its_time_and_one_alone_with_the_whole(only, left, part_s, made):
+def test_time_limits_of_parts_and_of_the_run(only, left, part_s, n_rows):
     from benchmarks.gpu import Run
 
     state = SimpleNamespace(
@@ -127,11 +127,11 @@ def test_a_part_ends_with_its_time_and_one_alone_with_the_whole(only, left, part
         result={"cut_short": []},
         write=lambda: None,
     )
-    into = []
+    results = []
     rows = ({"op": "x", "implementation": str(i)} for i in range(5))
-    Run.collect(state, "x", rows, into, part_s)
-    assert len(into) == made
-    assert state.result["cut_short"] == ([] if made == 5 else ["x"])
+    Run.collect(state, "x", rows, results, part_s)
+    assert len(results) == n_rows
+    assert state.result["cut_short"] == ([] if n_rows == 5 else ["x"])
 
 
 def test_two_runs_of_a_day_have_two_files():
@@ -142,15 +142,15 @@ def test_two_runs_of_a_day_have_two_files():
     assert first != default_path("NVIDIA X", "2026-01-02T03:04:06+00:00")
 
 
-def test_what_is_no_number_is_valid_json():
+def test_non_finite_numbers_give_valid_json():
     from benchmarks.record import without_nan
 
     text = json.dumps(without_nan({"a": [math.nan, (1.5, -math.inf)], "b": "c"}), allow_nan=False)
     assert json.loads(text) == {"a": ["nan", [1.5, "-inf"]], "b": "c"}
 
 
-def test_a_failure_is_measured_past_and_remains(monkeypatch, tmp_path):
-    """Wrong for good, by the exit code and in the file; what was measured is there."""
+def test_a_failed_check_marks_the_run_and_measuring_continues(monkeypatch, tmp_path):
+    """Exit code and file mark the run as wrong; the measurements are recorded."""
     from benchmarks import exactness, gpu, kernel_tests, lengths, parts
 
     monkeypatch.setattr(sys, "path", list(sys.path))  # the script changes it
@@ -177,7 +177,7 @@ def rows_until(error: Exception | None):
     ("error", "tried"),
     [(None, 1), (ValueError("no such shape"), 1), (torch.AcceleratorError("illegal access"), 0)],
 )
-def test_a_part_that_fails_is_written_and_a_dead_device_is_left_alone(error, tried):
+def test_a_failed_part_is_recorded_and_a_failed_device_is_not_used_again(error, tried):
     from benchmarks.gpu import Run
 
     run = object.__new__(Run)
@@ -194,8 +194,8 @@ def test_a_part_that_fails_is_written_and_a_dead_device_is_left_alone(error, tri
     assert list(run.result["failed"]) == (["a"] if error else []) + (["b"] if not tried else [])
 
 
-def test_an_error_that_killed_the_device_ends_the_part(monkeypatch):
-    """The row that met it says so first; a later wait for the device raises it again."""
+def test_an_error_of_the_device_ends_the_part(monkeypatch):
+    """The row records the error first; the next synchronisation raises the error again."""
     from benchmarks import timing
     from benchmarks.gpu import Run
 
@@ -208,14 +208,14 @@ def test_an_error_that_killed_the_device_ends_the_part(monkeypatch):
         deadline=time.monotonic() + 100,
         write=lambda: None,
     )
-    into = []
+    results = []
     rows = ({"op": "x", "implementation": str(i), "error": "Triton"} for i in range(3))
     with pytest.raises(torch.AcceleratorError):
-        Run.collect(state, "x", rows, into, 100)
-    assert len(into) == 1
+        Run.collect(state, "x", rows, results, 100)
+    assert len(results) == 1
 
 
-def test_peers_that_are_not_there_start_no_process(monkeypatch):
+def test_missing_peers_start_no_process(monkeypatch):
     from benchmarks import lengths, peers
     from benchmarks.parts import scale
 
@@ -224,16 +224,16 @@ def test_peers_that_are_not_there_start_no_process(monkeypatch):
     assert set(names) & set(lengths.PEERS) == {"eai-sparsify"}
 
 
-def test_an_unknown_part_is_refused_before_anything_runs(tmp_path):
+def test_an_unknown_part_is_refused_at_the_start(tmp_path):
     completed = run("--quick", "--sanitizer", "--only", "nothing", cwd=tmp_path)
     assert completed.returncode == 1
-    assert "no part nothing; there are transcoder, " in completed.stderr
+    assert "no part nothing; expected one of transcoder, " in completed.stderr
     assert completed.stdout == ""
 
 
-def test_a_sanitizer_that_is_not_there_is_not_right(tmp_path):
+def test_a_missing_sanitizer_is_a_failed_check(tmp_path):
     if sanitizer.find():
-        pytest.skip("it is there")
+        pytest.skip("compute-sanitizer is installed")
     output = tmp_path / "sanitizer.json"
     completed = run("--quick", "--only", "sanitizer", "--output", str(output), cwd=tmp_path)
     assert completed.returncode == 1, completed.stdout + completed.stderr

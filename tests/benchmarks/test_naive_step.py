@@ -1,4 +1,4 @@
-"""The plain step that ours is timed against computes the same losses and gradients."""
+"""The plain step of the benchmark computes the objective's losses and gradients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastadapt.objective import ObjectiveConfig, objective
 
 
 @pytest.mark.parametrize("cutoff", [0, 1, 3])
-def test_it_is_the_objective(cutoff: int, make_pair) -> None:
+def test_the_plain_step_equals_the_objective(cutoff: int, make_pair) -> None:
     pair = make_pair("qwen2", dtype="float64")
     plain_pair = copy.deepcopy(pair)
     model = ReplacementModel.create(pair, AdapterConfig(24))

@@ -1,4 +1,4 @@
-"""Commands that end in time with all that they started; the sanitizer, by a stand-in."""
+"""Time limits of commands and of the processes they start; the sanitizer, with a stand-in."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def python(code: str) -> list[str]:
     return [sys.executable, "-c", code]
 
 
-def test_the_exit_code_and_the_end_of_the_output_if_it_failed() -> None:
+def test_exit_code_and_the_end_of_a_failed_commands_output() -> None:
     env = dict(os.environ)
     assert run_for(python("print('fine')"), env, 20) == {"rc": 0}
     failed = run_for(python("print('so'); raise SystemExit(3)"), env, 20)
     assert failed == {"rc": 3, "end": "so\n"}
 
 
-def test_a_command_out_of_time_ends_with_what_it_started(tmp_path: Path) -> None:
-    """The child holds the same pipe: killed alone, its parent would leave it waited for."""
+def test_a_timeout_ends_the_command_and_its_child(tmp_path: Path) -> None:
+    """The child shares the output, so killing only the parent would leave the output open."""
     child = tmp_path / "child"
     code = (
         "import subprocess, sys, time, pathlib\n"
@@ -35,15 +35,15 @@ def test_a_command_out_of_time_ends_with_what_it_started(tmp_path: Path) -> None
         f"pathlib.Path({str(child)!r}).write_text(str(child.pid))\n"
         "print('started'); time.sleep(60)"
     )
-    began = time.monotonic()
-    done = run_for(python(code), dict(os.environ), 3)
-    assert time.monotonic() - began < 15
-    assert done == {"rc": None, "why": "not finished in 3 s", "end": "started\n"}
-    assert gone(int(child.read_text()))
+    start = time.monotonic()
+    result = run_for(python(code), dict(os.environ), 3)
+    assert time.monotonic() - start < 15
+    assert result == {"rc": None, "why": "not finished in 3 s", "end": "started\n"}
+    assert has_ended(int(child.read_text()))
 
 
-def gone(pid: int) -> bool:
-    """Ended, or a zombie that nobody waits for."""
+def has_ended(pid: int) -> bool:
+    """Return whether the process ends within 2 s; a zombie has ended."""
     for _ in range(100):
         try:
             state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
@@ -57,27 +57,27 @@ def gone(pid: int) -> bool:
 
 @pytest.fixture(params=[signal.default_int_handler, signal.SIG_IGN])
 def _sigint(request: pytest.FixtureRequest) -> Iterator[None]:
-    """As in a terminal, and as in a script started with ``nohup ... &``."""
+    """Handle SIGINT as in a terminal, or ignore it as under ``nohup ... &``."""
     before = signal.signal(signal.SIGINT, request.param)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("_sigint")
-def test_it_may_be_asked_to_stop_before_it_is_killed() -> None:
+def test_an_interrupt_precedes_the_kill() -> None:
     code = (
         "import time\n"
         "try:\n    print('started')\n    time.sleep(60)\n"
         "except KeyboardInterrupt:\n    print('half is done')"
     )
-    done = run_for(python(code), dict(os.environ), 4, interrupt=True)
-    assert done["rc"] is None
-    assert done["end"] == "started\nhalf is done\n"
+    result = run_for(python(code), dict(os.environ), 4, interrupt=True)
+    assert result["rc"] is None
+    assert result["end"] == "started\nhalf is done\n"
 
 
 @pytest.fixture
 def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The tool in the folder of a CUDA that is on no PATH, a newer one beside an older."""
+    """Install a stand-in for the tool in two CUDA folders outside the PATH; return the newer."""
     for version in ("12.4", "13.0"):
         path = tmp_path / f"cuda-{version}" / "bin" / sanitizer.TOOL
         path.parent.mkdir(parents=True)
@@ -89,20 +89,20 @@ def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class Commands:
-    """Stands in for processes: what was started, and what each gave."""
+    """Stand in for processes: record commands and return given exit codes."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *codes: int) -> None:
-        self.seen: list[tuple[list[str], float]] = []
-        left = list(codes)
+        self.commands: list[tuple[list[str], float]] = []
+        remaining = list(codes)
 
         def run(command: list[str], env: dict[str, str], seconds: float) -> dict:
-            self.seen.append((command, seconds))
-            return {"rc": left.pop(0)}
+            self.commands.append((command, seconds))
+            return {"rc": remaining.pop(0)}
 
         monkeypatch.setattr(sanitizer, "run_for", run)
 
 
-def test_each_kind_is_run_after_the_kernels_alone_and_in_time(tool, monkeypatch) -> None:
+def test_each_tool_runs_after_the_kernels_within_its_time(tool, monkeypatch) -> None:
     commands = Commands(monkeypatch, 0, 0, 9)
     seconds = iter([450.0, 300.0, 110.0])
     checks = dict(sanitizer.sanitize("cuda", {}, lambda: next(seconds)))
@@ -110,17 +110,17 @@ def test_each_kind_is_run_after_the_kernels_alone_and_in_time(tool, monkeypatch)
         "memcheck": {"right": True, "ran": True, "rc": 0},
         "racecheck": {"right": False, "ran": True, "rc": 9},
     }
-    alone, memcheck, racecheck = (command for command, _ in commands.seen)
+    alone, memcheck, racecheck = (command for command, _ in commands.commands)
     assert alone[0] == sys.executable
     assert memcheck[:7] == [
         *(str(tool), "--tool", "memcheck", "--error-exitcode", "9"),
         *("--report-api-errors", "no"),
     ]
     assert racecheck[:6] == [str(tool), "--tool", "racecheck", "--error-exitcode", "9", alone[0]]
-    assert [seconds for _, seconds in commands.seen] == [240.0, 240.0, 90.0]
+    assert [seconds for _, seconds in commands.commands] == [240.0, 240.0, 90.0]
 
 
-def test_what_did_not_run_is_not_right(tool, monkeypatch) -> None:
+def test_a_check_that_did_not_run_is_a_failure(tool, monkeypatch) -> None:
     Commands(monkeypatch, 0, 0)
     seconds = iter([450.0, 200.0, 20.0])
     checks = dict(sanitizer.sanitize("cuda", {}, lambda: next(seconds)))

@@ -1,4 +1,4 @@
-"""Bounds, tables and plots of a result with made-up figures."""
+"""Bounds, tables and plots of a synthetic result."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ MAIN = {"T": 7500, "d": 3584, "F": 8192}
 
 def row(implementation: str, seconds: float, kind: str = "ours", **shape: float) -> dict:
     return {
-        "op": "made up",
+        "op": "synthetic",
         "implementation": implementation,
         "kind": kind,
         "shape": MAIN | shape,
@@ -48,7 +48,7 @@ def verdicts(parts: dict, gpu: str = "NVIDIA H200") -> dict[str, tuple[float, bo
     return {b["claim"]: (b["measured"], b["met"]) for b in bounds(parts, gpu)}
 
 
-def test_each_claim_is_held_against_its_bound():
+def test_each_claim_is_compared_with_its_bound():
     parts = {"transcoder": [*adapter(1, 2, 10, 8, 3), *adapter(10, 2, 10, 8, 4)]}
     assert verdicts(parts) == {
         "L0 1: time over the encoder GEMM's (triton)": (1.5, False),
@@ -63,13 +63,13 @@ def test_each_claim_is_held_against_its_bound():
     )
 
 
-def test_the_worst_density_decides_whether_it_is_ever_slower():
+def test_the_worst_density_decides():
     parts = {"transcoder": adapter(1, 2, 10, 8, 3), "sweep": adapter(50, 2, 10, 8, 9)}
     claim = "any L0: time over the compiled reference's, worst at L0 50"
     assert verdicts(parts)[claim] == (1.125, False)
 
 
-def test_the_head_is_held_against_products_peers_and_single_calls():
+def test_linear_kl_is_compared_with_products_peers_and_single_calls():
     rows = [
         row("GEMMs", 10, "floor", S=3),
         row("triton", 11, S=3),
@@ -89,7 +89,7 @@ def test_the_head_is_held_against_products_peers_and_single_calls():
     }
 
 
-def test_a_row_without_a_time_and_another_shape_claim_nothing():
+def test_rows_without_time_or_of_other_shapes_have_no_verdict():
     untimed = row("triton", 1, L0=1)
     del untimed["median_s"]
     narrow = row("triton", 1, L0=1, d=64)
@@ -97,7 +97,7 @@ def test_a_row_without_a_time_and_another_shape_claim_nothing():
 
 
 def test_every_bound_applies_to_rows_and_has_a_reason():
-    """One row of each implementation and shape that a part may measure uses every bound."""
+    """Every bound applies to a row of one of the parts' implementations and shapes."""
     names = {name for bound in BOUNDS for name in (*bound.ours, *bound.others)}
     shapes = {"transcoder": {"L0": [0.1, 1, 10]}, "sweep": {"L0": [1]}, "topk": {"k": [8]}}
     shapes |= {"linear_kl": {"S": [1, 3]}, "serving": {"T": [1, 64]}}
@@ -151,7 +151,7 @@ def results(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_page_holds_machine_bounds_and_every_row(results):
+def test_the_page_shows_machine_bounds_and_every_row(results):
     assert report.main(["--results", str(results), "--no-plots"]) == 0
     page = (results / "README.md").read_text()
     assert "## A GPU" in page
@@ -162,44 +162,44 @@ def test_the_page_holds_machine_bounds_and_every_row(results):
     assert "| T=7500 d=3584 F=8192 L0=1 | triton | 3000 | 30 | 3 | 50% | 3.33 |" in page
     assert "L0=100 | triton (not exact) | out: too far |" in page
     assert "| triton | 2.1 | 0.2 | 7 | 0 |" in page
-    assert "Cut short by their time: sweep." in page
+    assert "Parts that reached their time limit: sweep." in page
     assert "fla-core: not installed." in page
-    assert "**Something was wrong in this run: its figures show nothing.**" in page
-    assert "did not end" not in page
+    assert "**A check failed in this run; the figures are not valid.**" in page
+    assert "did not finish" not in page
     assert "block: ValueError: no such shape." in page
 
 
-def test_a_run_that_was_stopped_says_so(results):
+def test_an_unfinished_run_is_marked(results):
     path = results / "a-gpu.json"
     stopped = json.loads(path.read_text()) | {"right": True, "finished": False}
     path.write_text(json.dumps(stopped))
     assert report.main(["--results", str(results), "--no-plots"]) == 0
     page = (results / "README.md").read_text()
-    assert "The run did not end" in page
-    assert "Something was wrong" not in page
+    assert "The run did not finish" in page
+    assert "A check failed" not in page
 
 
 @pytest.mark.slow
-def test_whole_steps_have_a_table_of_their_own(results):
-    """Of a file as gpu.py writes it: its rows know nothing of roofs."""
+def test_whole_steps_have_a_separate_table(results):
+    """Rows of whole steps, as written by gpu.py, have no roofs."""
     output = results / "a-gpu.json"
     script = Path(report.__file__).with_name("gpu.py")
     arguments = ["--device", "cpu", "--quick", "--only", "step", "--output", str(output)]
     command = [sys.executable, str(script), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stdout + process.stderr
     rows = json.loads(output.read_text())["parts"]["step"]
     names = [row["implementation"] for row in rows]
     assert names == ["plain", "ours, none", "ours, attention", "ours, full"]
     assert all(row["right"] and row["kernels"] for row in rows)
     assert report.main(["--results", str(results), "--no-plots"]) == 0
     page = (results / "README.md").read_text()
-    assert "| T | implementation | s | spread | tokens/s | GB |" in page
+    assert "| T | implementation | s | spread, s | tokens/s | GB |" in page
     for row in rows:
         assert f"| 128 | {row['implementation']} | {row['median_s']:.4g} |" in page
 
 
-def test_a_step_that_was_not_timed_says_why(results):
+def test_a_step_without_time_shows_the_reason(results):
     path = results / "a-gpu.json"
     row = {"implementation": "ours, none", "kind": "ours", "shape": {"T": 7500}, "right": True}
     parts = {"step": [row | {"skipped": "planned at 147 GB"}, row | {"error": "out of memory"}]}
@@ -222,6 +222,6 @@ def test_plots_show_time_ratio_and_lengths(results):
     assert before == {name: (results / name).read_bytes() for name in names}
 
 
-def test_no_results_is_said(tmp_path, capsys):
+def test_an_empty_folder_gives_a_message(tmp_path, capsys):
     assert report.main(["--results", str(tmp_path)]) == 1
-    assert "python benchmarks/gpu.py makes them" in capsys.readouterr().out
+    assert "run python benchmarks/gpu.py first" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""What has to hold before and after whole steps are timed, and that each of it can fail."""
+"""Checks before and after whole steps are timed; every check can fail."""
 
 from __future__ import annotations
 
@@ -10,46 +10,46 @@ import torch
 from benchmarks import step_check, whole_step
 from benchmarks.roofs import Roofs
 from benchmarks.step_models import SMALL
-from benchmarks.step_plans import necessary_flops, on_the_line, planned_bytes
+from benchmarks.step_plans import extrapolate, necessary_flops, planned_bytes
 from benchmarks.whole_step import rows, verdict
 from fastadapt.kernels.transcoder import CodeLayout
 from fastadapt.models.recompute import POLICIES
 from fastadapt.training.code_capacity import Call
 from fastadapt.training.logs.metrics import StepReport
 
-# Of masked lanes, in interpreted kernels.
+# Masked lanes cause numpy's warnings in interpreted kernels.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning:triton")
 
 
-def test_both_steps_are_the_same_in_float64() -> None:
+def test_both_steps_agree_in_float64() -> None:
     assert step_check.in_float64("cpu") < step_check.LIMIT
 
 
-def test_the_kernels_that_are_timed_are_in_the_check(device: str, monkeypatch) -> None:
+def test_the_check_covers_the_timed_kernels(device: str, monkeypatch) -> None:
     from fastadapt.kernels.transcoder import triton_forward
 
     dense = []
     encode = triton_forward.encode
 
-    def seen(*args, **options):
+    def record(*args, **options):
         codes = encode(*args, **options)
         dense.append(codes[0].dense)
         return codes
 
-    monkeypatch.setattr(triton_forward, "encode", seen)
+    monkeypatch.setattr(triton_forward, "encode", record)
     budgets = step_check.of_kernels(device)
     assert [budget.within for budget in budgets] == [True] * 2
     assert set(dense) == {True, False}
 
 
-def test_a_gradient_that_is_no_number_is_a_difference() -> None:
+def test_a_nan_gradient_is_a_difference() -> None:
     right, wrong = torch.ones(3), torch.full((3,), math.nan)
     assert math.isnan(step_check.difference([right, wrong], [right, right]))
     assert not step_check.difference([right, wrong], [right, right]) < step_check.LIMIT
     assert step_check.difference([right, right], [right, right]) == 0.0
 
 
-def test_the_budget_is_that_of_the_plain_step() -> None:
+def test_the_plain_step_defines_the_budget() -> None:
     true = torch.randn(1000, dtype=torch.float64)
     plain = true.float() * (1 + 1e-6)
 
@@ -86,25 +86,25 @@ def test_a_timed_step_is_right_only_if_its_reports_are(reports, wrong) -> None:
     assert wrong is None or wrong in row["wrong"]
 
 
-def test_what_is_planned_above_memory_is_not_tried_and_says_so(monkeypatch) -> None:
+def test_steps_planned_above_memory_are_skipped_with_a_reason(monkeypatch) -> None:
     monkeypatch.setattr(whole_step, "check", lambda _: {"right": True})
     roofs = Roofs(1e9, 1e9, "float32")
     planned = [planned_bytes(SMALL, 128, policy, "cpu") for policy in POLICIES]
-    made = list(rows(SMALL, "cpu", roofs, usable_bytes=sorted(planned)[1]))
-    timed = {row["implementation"]: "median_s" in row for row in made}
+    results = list(rows(SMALL, "cpu", roofs, usable_bytes=sorted(planned)[1]))
+    timed = {row["implementation"]: "median_s" in row for row in results}
     assert timed == {
         "plain": True,
         "ours, none": False,
         "ours, attention": True,
         "ours, full": True,
     }
-    (skipped,) = [row["skipped"] for row in made if "median_s" not in row]
+    (skipped,) = [row["skipped"] for row in results if "median_s" not in row]
     assert skipped.startswith("planned at 0 GB, above")
-    assert all(row["right"] for row in made)
-    assert {row["wall_s"] > 0 for row in made if "median_s" in row} == {True}
+    assert all(row["right"] for row in results)
+    assert {row["wall_s"] > 0 for row in results if "median_s" in row} == {True}
 
 
-def test_a_policy_that_fails_is_a_row_and_the_next_is_timed(monkeypatch) -> None:
+def test_a_failed_policy_is_recorded_and_the_next_is_timed(monkeypatch) -> None:
     real = whole_step.our_step
 
     def broken(model, optimizer, sizes, T, policy, device):
@@ -116,18 +116,18 @@ def test_a_policy_that_fails_is_a_row_and_the_next_is_timed(monkeypatch) -> None
 
     monkeypatch.setattr(whole_step, "check", lambda _: {"right": True})
     monkeypatch.setattr(whole_step, "our_step", broken)
-    made = list(rows(SMALL, "cpu", Roofs(1e9, 1e9, "float32")))
-    assert {row["implementation"]: row["right"] for row in made} == {
+    results = list(rows(SMALL, "cpu", Roofs(1e9, 1e9, "float32")))
+    assert {row["implementation"]: row["right"] for row in results} == {
         "plain": True,
         "ours, none": True,
         "ours, attention": False,
         "ours, full": True,
     }
-    assert made[2]["error"] == "RuntimeError: a kernel does not compile"
+    assert results[2]["error"] == "RuntimeError: a kernel does not compile"
 
 
-def test_a_plain_step_is_planned_by_two_short_ones() -> None:
-    assert on_the_line({750: 65_500_000_000, 1500: 91_000_000_000}, 2500) == 125_000_000_000
+def test_memory_of_the_plain_step_is_extrapolated_from_two_short_steps() -> None:
+    assert extrapolate({750: 65_500_000_000, 1500: 91_000_000_000}, 2500) == 125_000_000_000
 
 
 def test_operations_are_counted_once() -> None:
