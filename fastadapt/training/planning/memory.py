@@ -221,7 +221,7 @@ def _measure(setup: Setup, device: str, codes_per_token: float | None) -> _Measu
     codes = None if codes_per_token is None else [codes_per_token] * layers
     shape = (setup.sequences, setup.tokens)
     with fake_pair(setup, layers) as pair:
-        model = ReplacementModel.create(pair, setup.adapter)
+        model = ReplacementModel.create(pair, setup.trained)
         ids = torch.zeros(shape, dtype=torch.int64)
         padding = torch.ones(shape, dtype=torch.bool) if setup.sequences > 1 else None
         for parameter in model.adapters.parameters():
