@@ -56,7 +56,7 @@ def describe(
     with stoppable() as (stop, progress):
         approve = partial(_approve, agreed=yes)
         result = describe_features(
-            store, opened, describe, activations, tell=progress, approve=approve, stop=stop
+            store, opened, describe, activations, progress=progress, approve=approve, stop=stop
         )
         return _print_judgements(store, result, stopped=stop.is_set())
 
@@ -75,7 +75,7 @@ def classify(run: str, *, yes: bool = False, judge: JudgeConfig, classify: Class
     with stoppable() as (stop, progress):
         approve = partial(_approve, agreed=yes)
         result = classify_features(
-            store, opened, classify, tell=progress, approve=approve, stop=stop
+            store, opened, classify, progress=progress, approve=approve, stop=stop
         )
         return _print_judgements(store, result, stopped=stop.is_set())
 

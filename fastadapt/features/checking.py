@@ -56,7 +56,7 @@ def check_store(store: Store) -> list[Checked]:
         path = store.folder / name
         try:
             if not has_file(path):
-                checked.wrong.append("it is missing")
+                checked.wrong.append("the file is missing")
                 continue
             store.check_file(path)
         except UserError as error:
@@ -74,7 +74,7 @@ def check_store(store: Store) -> list[Checked]:
         if not store.has(table, kind):
             required = table in (*SHARED, "features")
             if required and name not in files:
-                files[name] = Checked(name, wrong=["it is missing"])
+                files[name] = Checked(name, wrong=["the file is missing"])
             continue
         checked = files.setdefault(name, Checked(name))
         reader = _Reader(store, table, kind, known, lengths)

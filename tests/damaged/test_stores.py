@@ -322,7 +322,7 @@ def test_check_names_everything(folder: Path) -> None:
     (folder / "sets" / "some.json").write_text("{")
     with pytest.raises(Exception, match="wrong") as raised:
         command("features", "check", folder)()
-    for name in ("tokens.parquet: it is missing", "adapter/lens.parquet", "sets/some.json"):
+    for name in ("tokens.parquet: the file is missing", "adapter/lens.parquet", "sets/some.json"):
         assert name in str(raised.value)
 
 

@@ -56,7 +56,7 @@ def run_config(policy: str, attention: str = "auto") -> TrainConfig:
     )
 
 
-def test_the_tracker_counts_what_lives() -> None:
+def test_the_tracker_counts_living_tensors() -> None:
     with LiveBytes() as live:
         a = torch.ones(1000)
         b = a.view(10, 100) * 2
@@ -76,27 +76,20 @@ def test_the_tracker_adds_the_workspace_of_an_op() -> None:
 
 
 @pytest.mark.parametrize("policy", ["none", "attention", "full"])
-@pytest.mark.parametrize("dense", [False, True], ids=["codes", "dense"])
-def test_the_plan_is_what_lives(
-    policy: str, dense: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """At the 7B pair's width, 10,000 tokens: at most 5% above, beside what ops allocate inside.
-
-    The plan is for the larger of two densities, which differ by less than the bounds.
-    """
+def test_the_plan_matches_a_step(policy: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """At the 7B pair's width, 10,000 tokens: at most 2% above, beside what ops allocate inside."""
     config = run_config(policy)
     memory = step_memory(config, QWEN, TOKENS, "cuda")
-    forward, backward = measure(config, QWEN, memory, TOKENS, dense)
+    by_density = [measure(config, QWEN, memory, TOKENS, dense) for dense in (False, True)]
+    forward, backward = (max(each) for each in zip(*by_density, strict=True))
     planned_forward, planned_backward = peaks(memory)
     with capsys.disabled():
         print(
             f" {policy}: forward {forward / 1e9:.2f} of {planned_forward / 1e9:.2f} GB planned, "
             f"backward {backward / 1e9:.2f} of {planned_backward / 1e9:.2f} "
         )
-    densities = 1.05 if policy == "none" else 1.0
-    logits = memory.parts["logits of a chunk"]
-    assert forward <= planned_forward <= 1.05 * densities * forward + logits
-    assert backward <= planned_backward <= 1.05 * densities * backward
+    assert forward <= planned_forward <= 1.02 * forward + memory.parts["logits of a chunk"]
+    assert backward <= planned_backward <= 1.02 * backward
 
 
 @pytest.mark.parametrize("policy", ["none", "full"])
@@ -117,8 +110,8 @@ def test_attention_that_makes_all_scores_is_planned(model, tokens: int, policy: 
 @pytest.mark.parametrize("policy", ["none", "full"])
 @pytest.mark.parametrize("bridge", [0.0, 1.0], ids=["output", "bridged"])
 @pytest.mark.parametrize("kind", ["mlp", "norms"])
-def test_the_plan_of_a_baseline_is_what_lives(kind: str, bridge: float, policy: str) -> None:
-    """Never less than what lives, and at most a tenth above, beside logits."""
+def test_the_plan_of_a_baseline_matches_a_step(kind: str, bridge: float, policy: str) -> None:
+    """Never below the bytes alive, and at most a tenth above, beside logits."""
     config = run_config(policy)
     weights = dataclasses.replace(config.objective, sparsity=0.0, nmse=bridge, bridge=bridge)
     run = dataclasses.replace(config.run, trains=kind)
@@ -161,7 +154,7 @@ def measure(
     assert weights == sum(memory.parts[name] for name in fixed)
     counts = LAYERS * 8192 * 8 * sparse  # of features, in the step's statistics
     gradients = memory.parameters * 2 + counts
-    # Of the few weights of norms what remains is mostly the step's numbers.
+    # Norms have few weights, so the step's statistics are most of the bytes after it.
     if config.run.trains == "norms":
         assert gradients < after - weights < gradients + 8 * 2 * tokens
         return forward, backward
@@ -169,20 +162,18 @@ def measure(
     return forward, backward
 
 
-@pytest.mark.parametrize("n_layers", [1, 2, 3, 7])
-def test_depth_is_linear(n_layers: int) -> None:
-    """A model of any depth is planned from at most three of its layers, to the byte."""
+@pytest.mark.parametrize("n_layers", [1, 2, 7])
+def test_any_depth_is_planned(n_layers: int) -> None:
+    """Models of fewer layers than the measured ones, and of more."""
     config = run_config("attention")
-    model = type(QWEN).from_dict(
-        {**QWEN.to_dict(), "num_hidden_layers": n_layers, "layer_types": None}
-    )
-    memory = step_memory(config, model, 500, "cuda")
+    model = {**QWEN.to_dict(), "num_hidden_layers": n_layers, "layer_types": None}
+    memory = step_memory(config, Qwen2Config.from_dict(model), 500, "cuda")
     fixed = sum(memory.parts[n] for n in ("frozen target", "frozen base MLPs", "adapters"))
     assert memory.phases["update"] == fixed + memory.parts["moments"] + memory.parts["gradients"]
-    assert memory.parts["gradients"] == memory.adapter_bytes
+    assert memory.parts["gradients"] == memory.adapter_bytes == 2 * memory.parameters
 
 
-def test_codes_are_the_smaller_the_sparser() -> None:
+def test_codes_need_more_with_more_features() -> None:
     config = run_config("full")
     few, many = (
         step_memory(

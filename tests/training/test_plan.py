@@ -1,4 +1,4 @@
-"""The plan counts exactly what can be counted, grows with what costs, and holds at full width."""
+"""The resource estimate: exact for weights, an upper bound of a measured step."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ def n_bytes(tensors) -> int:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("masters", [True, False])
-def test_what_stays_is_counted_to_the_byte(tiny_config, dtype: str, masters: bool) -> None:
+def test_weights_and_moments_are_counted_to_the_byte(
+    tiny_config, dtype: str, masters: bool
+) -> None:
     config = tiny_config(**{"pair.dtype": dtype, "optimizer.masters": masters})
     planned = plan(config)
     model, feed = trainer.load_model_and_data(config)
@@ -50,8 +52,8 @@ def test_what_stays_is_counted_to_the_byte(tiny_config, dtype: str, masters: boo
     assert planned.tokens_per_sequence == longest
 
 
-def test_kept_for_the_backward_pass(tiny_config) -> None:
-    """What the forward pass keeps, measured by torch's own accounting of saved tensors."""
+def test_saved_for_the_backward_pass(tiny_config) -> None:
+    """The planned saved tensors bound those that torch's hooks see in a forward pass."""
     from fastadapt.objective import objective
 
     config = tiny_config(**{"optimizer.batch_size": 1, "adapter.n_features": 512})
@@ -67,16 +69,16 @@ def test_kept_for_the_backward_pass(tiny_config) -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         out = objective(model, batch, 1, config.objective)
     permanent = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = sum(
+    saved_bytes = sum(
         tensor.untyped_storage().nbytes()
         for pointer, tensor in saved.items()
         if pointer not in permanent
     )
     memory = step_memory(config, model.model.config, tokens, "cpu")
-    saved = memory.parts["saved for backward"]
+    planned = memory.parts["saved for backward"]
     small = 64 * tokens + 8 * 2 * 512 * 4  # masks, weights and norms of features
     assert out.loss.isfinite()
-    assert 0.5 * saved < kept <= saved + small
+    assert 0.5 * planned < saved_bytes <= planned + small
 
 
 @pytest.mark.parametrize(
@@ -90,9 +92,9 @@ def test_kept_for_the_backward_pass(tiny_config) -> None:
         ("pair.dtype", "float64"),
     ],
 )
-def test_it_grows_with_what_costs(tiny_config, key: str, value: object) -> None:
+def test_larger_settings_need_more(tiny_config, key: str, value: object) -> None:
     small = {"objective.kl_chunk_tokens": 8}
-    if key == "adapter.implementation":  # in so many entries that code buffers are not all of them
+    if key == "adapter.implementation":  # with fewer features, buffers for codes hold every entry
         small["adapter.n_features"] = 4096
     before = plan(tiny_config(**small))
     after = plan(tiny_config(**{**small, key: value}))
@@ -103,7 +105,7 @@ def test_it_grows_with_what_costs(tiny_config, key: str, value: object) -> None:
         assert after.peak_bytes > before.peak_bytes
 
 
-def test_without_the_data_the_limit_counts(tiny_config, tmp_path: Path) -> None:
+def test_without_the_data_the_limit_is_planned(tiny_config, tmp_path: Path) -> None:
     config = tiny_config(**{"data.train": "someone/dataset", "data.max_tokens": 500})
     planned = plan(config)
     assert (planned.steps, planned.tokens, planned.tokens_per_sequence) == (25_000, None, 500)
@@ -123,7 +125,7 @@ def test_steps(tiny_config) -> None:
         assert count_steps(batches, tiny_config(**changes)) == expected
 
 
-def test_in_words(tiny_config) -> None:
+def test_sizes_as_text(tiny_config) -> None:
     planned = plan(tiny_config())
     assert planned.peak_bytes == planned.phases[planned.peak_phase]
     assert planned.largest(2).count("MB") == 2
@@ -132,15 +134,15 @@ def test_in_words(tiny_config) -> None:
 
 
 @pytest.mark.parametrize("preset", [n for n in preset_names() if n != "organism"])
-def test_presets_are_planned_from_shapes_that_are_shipped(preset: str) -> None:
-    """For an 80 GB GPU, which holds the 7B pair, in fp32 masters too, and not the 32B one."""
+def test_presets_are_planned_from_shipped_configurations(preset: str) -> None:
+    """An 80 GB GPU holds the 7B pair, with fp32 masters too, but not the 32B pair."""
     planned = plan(from_dict(read_yaml(find_config(preset))), gpu="h100")
     assert planned.tokens_per_sequence == 10_000
     assert planned.steps == (6250 if preset == "qwq-32b" else 50_000)
     assert planned.fits == (preset != "qwq-32b") == (planned.peak_bytes <= 76e9)
 
 
-def test_what_one_gpu_does_not_hold_eight_do() -> None:
+def test_eight_gpus_share_a_run_that_one_cannot_hold() -> None:
     config = from_dict(read_yaml(find_config("qwq-32b")))
     one, two, eight = (plan(config, gpu="h200", gpus=n) for n in (1, 2, 8))
     assert eight.fits
@@ -149,7 +151,7 @@ def test_what_one_gpu_does_not_hold_eight_do() -> None:
     without_masters = dataclasses.replace(config, optimizer=without)
     assert plan(without_masters, gpu="h100", gpus=8).fits
     assert one.peak_bytes > two.peak_bytes > eight.peak_bytes
-    # Of what blocks, moments and masters take one rank has its share.
+    # Blocks, moments and masters are sharded.
     shared = ("frozen base MLPs", "fp32 masters", "moments")
     for name in shared:
         assert eight.parts[name] == pytest.approx(one.parts[name] / 8, rel=1e-6)
@@ -158,17 +160,17 @@ def test_what_one_gpu_does_not_hold_eight_do() -> None:
         plan(config, gpu="h100", gpus=3)
 
 
-def test_a_pair_that_is_none(tiny_config, tmp_path: Path) -> None:
+def test_a_missing_model_is_refused(tiny_config, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere"):
         plan(tiny_config(**{"pair.base": str(tmp_path / "nowhere")}))
 
 
 @pytest.mark.slow
-def test_one_step_at_the_true_width_of_a_7b_model(tmp_path: Path, capsys) -> None:
+def test_a_measured_step_of_a_7b_models_width(tmp_path: Path, capsys) -> None:
     """2 layers, d=3584, inner width 18,944, V=152,064, F=8192, T=1,024, on the CPU in fp32."""
     program = Path(__file__).with_name("full_width.py")
-    # Freed tensors of 1 MiB and more go back to the system at once, so that the resident memory is
-    # that of living ones: by default malloc keeps blocks of up to 32 MiB for later.
+    # Return freed tensors of 1 MiB and more to the system at once, so that resident memory counts
+    # living tensors only: by default malloc caches blocks of up to 32 MiB.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
     done = subprocess.run(
         [sys.executable, str(program), str(tmp_path)],
@@ -178,15 +180,17 @@ def test_one_step_at_the_true_width_of_a_7b_model(tmp_path: Path, capsys) -> Non
         env=environment,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
-    assert found["record"]["kind"] == "train"
+    outcome = json.loads(done.stdout)
+    assert outcome["record"]["kind"] == "train"
     for name in ("loss", "kl", "nmse", "sparsity", "grad_norm"):
-        assert isinstance(found["record"][name], float), name  # null where not finite
-    assert len(found["parameters"]) == 8
-    assert found["with_gradient"] == found["parameters"]
-    assert found["moved"] == found["parameters"]
-    used = found["peak"] - found["before"]  # what interpreter and libraries held is not the plan's
+        assert isinstance(outcome["record"][name], float), name  # null where not finite
+    assert len(outcome["parameters"]) == 8
+    assert outcome["with_gradient"] == outcome["parameters"]
+    assert outcome["moved"] == outcome["parameters"]
+    used = outcome["peak"] - outcome["before"]  # without the interpreter and libraries
     with capsys.disabled():
-        print(f" planned {gb(found['planned'])}, used {gb(used)}, {found['step_s']:.0f} s a step ")
-    assert used <= found["planned"]
-    assert used >= 0.8 * found["planned"]  # a plan that is no lower bound of sense is no plan
+        print(
+            f" planned {gb(outcome['planned'])}, used {gb(used)}, {outcome['step_s']:.0f} s a step "
+        )
+    assert used <= outcome["planned"]
+    assert used >= 0.8 * outcome["planned"]

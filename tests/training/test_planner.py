@@ -1,4 +1,4 @@
-"""Plans follow the counts of the step before; a step whose plan was too small leaves no trace."""
+"""Capacities follow the last step's counts; a step that overflows is repeated."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastadapt.training.code_capacity import Call, CapacityEstimator, overflow, 
 from fastadapt.training.run_dir import MetricsLog, read_records
 from fastadapt.training.trainer import train
 
-# Where Triton's kernels run on a CPU: in its interpreter, which tests/conftest.py switches on.
+# On a CPU, Triton's kernels run in its interpreter, which tests/conftest.py switches on.
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's test")
 TIMING = {"wall_s", "tokens_per_s"}
 
@@ -28,7 +28,7 @@ def call(codes: int, capacity: int | None = None, *, dense: bool = False, tokens
     return Call(plan, tokens, codes)
 
 
-# --- by itself ------------------------------------------------------------------------------------
+# --- the estimator --------------------------------------------------------------------------------
 
 
 def test_a_call_overflows_only_a_capacity() -> None:
@@ -58,19 +58,19 @@ def test_the_largest_count_of_the_micro_batches_is_expected() -> None:
     assert planner.expected == [1.0, 1.0]
 
 
-def test_where_no_plans_are_taken_nothing_is_expected() -> None:
+def test_without_plans_no_counts_are_expected() -> None:
     planner = CapacityEstimator(False)
     planner.applied([[call(30)]])
     assert planner.expected is None
     assert planner.state() == {"codes_per_token": None}
 
 
-def test_the_state_is_taken_back() -> None:
+def test_the_state_is_loaded() -> None:
     one, other = CapacityEstimator(True), CapacityEstimator(True)
     one.applied([[call(1, tokens=3)]])
     other.load(one.state())
     assert other.expected == [1 / 3]
-    other.load({})  # a checkpoint from before there were plans
+    other.load({})  # an older checkpoint, without plans
     assert other.expected is None
 
 
@@ -85,7 +85,7 @@ def test_the_state_is_taken_back() -> None:
         ("triton_fused", "cuda", True),
     ],
 )
-def test_who_takes_plans(implementation: str, device: str, takes: bool) -> None:
+def test_implementations_that_take_plans(implementation: str, device: str, takes: bool) -> None:
     assert takes_plans(implementation, device) is takes
 
 
@@ -93,10 +93,10 @@ def test_who_takes_plans(implementation: str, device: str, takes: bool) -> None:
 
 
 def as_on_a_device(*args: object, plan: CodeLayout | None = None, **kwargs: object):
-    """The op as a device runs it: codes beyond the capacity raise nothing and spoil the results."""
+    """Run the op as a GPU does: codes beyond the capacity raise nothing and give NaN."""
     out = real_transcoder(*args, plan=None, **kwargs)
-    found = int(out.stats.n_codes)
-    if plan is None or plan.dense or plan.capacity is None or found <= plan.capacity:
+    n_codes = int(out.stats.n_codes)
+    if plan is None or plan.dense or plan.capacity is None or n_codes <= plan.capacity:
         return real_transcoder(*args, plan=plan, **kwargs)
     return out._replace(out=out.out * torch.nan)
 
@@ -106,13 +106,13 @@ real_transcoder = adapter_module.transcoder
 
 @pytest.fixture
 def planned(monkeypatch, tmp_path: Path, tiny_config):
-    """``planned(name, **changes)``: a run between steps that plans, few of whose features fire."""
+    """Return ``planned(name, **changes)``: a run that plans, with few active features."""
     monkeypatch.setattr(adapter_module, "transcoder", as_on_a_device)
     monkeypatch.setattr(loop, "takes_plans", lambda *_: True)
-    # So that tiny numbers are planned like large ones: codes at any density, and room that counts.
+    # Plan tiny calls like large ones: codes at any density, and small steps of capacity.
     monkeypatch.setitem(codes.DENSE_SHARE, torch.float32, 1.0)
     monkeypatch.setattr(codes, "CAPACITY_STEP", 4)
-    monkeypatch.setattr(codes, "HEADROOM", 3)  # so short sequences differ more
+    monkeypatch.setattr(codes, "HEADROOM", 3)  # counts of short sequences differ more
 
     def make(name: str, **changes: object) -> loop.TrainingRun:
         changes = {"optimizer.accumulation": 2, "optimizer.batch_size": 3, **changes}
@@ -130,7 +130,7 @@ def planned(monkeypatch, tmp_path: Path, tiny_config):
         yield make
 
 
-def told(run: loop.TrainingRun) -> list[dict]:
+def metrics_of(run: loop.TrainingRun) -> list[dict]:
     run.log._file.flush()
     records = read_records(run.folder / "metrics.jsonl")
     return [{k: v for k, v in record.items() if k not in TIMING} for record in records]
@@ -148,7 +148,7 @@ def assert_same(run: loop.TrainingRun, other: loop.TrainingRun) -> None:
     assert run.planner.expected == other.planner.expected
 
 
-def test_plans_follow_the_step_before(planned, monkeypatch) -> None:
+def test_plans_follow_the_last_step(planned, monkeypatch) -> None:
     run, seen = planned("run"), []
     real = loop.objective
 
@@ -169,11 +169,11 @@ def test_plans_follow_the_step_before(planned, monkeypatch) -> None:
         isinstance(plan, CodeLayout) and not plan.dense for _, plans in seen for plan in plans
     )
     assert run.planner.expected != first
-    assert {r["kind"] for r in told(run)} == {"train"}
+    assert {r["kind"] for r in metrics_of(run)} == {"train"}
 
 
 def test_codes_are_counted_per_token_of_every_stream(planned) -> None:
-    """Behind a fork the call holds two streams: its codes are of twice the tokens."""
+    """Behind the cutoff a call holds two streams, and twice the tokens."""
     run = planned("run", **{"objective.bridge": 0.0})
     batch, tokens = run.feed.batch(run.feed.train, [0, 1, 2])
     rates = []
@@ -191,7 +191,7 @@ def test_codes_are_counted_per_token_of_every_stream(planned) -> None:
     assert 0.3 < forked[1] / alone[1] < 3
 
 
-def test_a_plan_that_was_too_small_changes_no_bit(planned) -> None:
+def test_a_plan_too_small_changes_no_bit(planned) -> None:
     run, other = planned("run"), planned("other")
     for each in (run, other):
         each.advance()
@@ -200,12 +200,12 @@ def test_a_plan_that_was_too_small_changes_no_bit(planned) -> None:
     for each in (run, other):
         each.advance()
     assert_same(run, other)
-    told_run, told_other = told(run), told(other)
-    replan = next(r for r in told_run if r["kind"] == "replan")
+    records, other_records = metrics_of(run), metrics_of(other)
+    replan = next(r for r in records if r["kind"] == "replan")
     assert replan["step"] == 3
-    assert replan["layers"] == [0, 0]  # of both micro-batches: behind it, counts tell nothing
+    assert replan["layers"] == [0, 0]  # of both micro-batches; counts of later layers are not valid
     assert all(c > m for c, m in zip(replan["codes"], replan["capacities"], strict=True))
-    assert [r for r in told_run if r is not replan] == told_other
+    assert [r for r in records if r is not replan] == other_records
 
 
 def test_a_broken_step_leaves_no_expectation(planned, monkeypatch) -> None:
@@ -222,7 +222,7 @@ def test_a_broken_step_leaves_no_expectation(planned, monkeypatch) -> None:
 
 
 def test_stopped_and_resumed_with_plans(planned, tiny_config, tmp_path: Path) -> None:
-    """The expectation is saved: were it not, the first step after a resume would have no plan."""
+    """The expected counts are saved, so the first step after a resume is planned."""
     changes = {"adapter.implementation": "sparse", "run.eval_every": 0, "optimizer.max_steps": 7}
     whole = tiny_config(**{**changes, "run.output": str(tmp_path / "whole")})
     again = tiny_config(**{**changes, "run.output": str(tmp_path / "again")})
@@ -250,7 +250,7 @@ def test_stopped_and_resumed_with_plans(planned, tiny_config, tmp_path: Path) ->
 
 @pytest.fixture
 def few(planned, monkeypatch):
-    """``few(name, implementation)``: the op itself, in steps of one sequence."""
+    """Return ``few(name, implementation)``: a run of the op itself, one sequence a step."""
     monkeypatch.setattr(adapter_module, "transcoder", real_transcoder)
 
     def make(name: str, implementation: str) -> loop.TrainingRun:
@@ -271,11 +271,11 @@ def test_training_on_the_kernels_equals_training_on_the_cpu(few, implementation:
     ours, theirs = state_of(run), state_of(other)
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=1e-6, msg=name)
-    assert all(r["kind"] == "train" for r in told(run))
+    assert all(r["kind"] == "train" for r in metrics_of(run))
 
 
 @interpreted
-def test_a_kernel_whose_buffers_were_too_short_changes_no_bit(few) -> None:
+def test_kernel_buffers_too_short_change_no_bit(few) -> None:
     run, other = few("run", "triton"), few("other", "triton")
     for each in (run, other):
         each.advance()
@@ -283,13 +283,13 @@ def test_a_kernel_whose_buffers_were_too_short_changes_no_bit(few) -> None:
     for each in (run, other):
         each.advance()
     assert_same(run, other)
-    assert [r["kind"] for r in told(run)] == ["train", "replan", "train"]
-    assert [r for r in told(run) if r["kind"] == "train"] == told(other)
+    assert [r["kind"] for r in metrics_of(run)] == ["train", "replan", "train"]
+    assert [r for r in metrics_of(run) if r["kind"] == "train"] == metrics_of(other)
 
 
-#: What makes the host wait for a device, were the tensor there.
+#: Methods of a tensor that would make the host wait for a device.
 READS = ("item", "tolist", "nonzero", "numpy", "__bool__", "__int__", "__float__", "__index__")
-#: Read elsewhere: by transformers once per batch, before the first block; and on a CPU alone.
+#: Files that may read: transformers, once per batch before the first block; CPU code.
 OTHERS = ("transformers/masking_utils.py", "linear_kl/chunked.py")
 
 

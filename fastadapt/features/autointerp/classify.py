@@ -31,7 +31,7 @@ def classify(
     judge: Judge,
     config: ClassifyConfig,
     *,
-    tell: PartProgress | None = None,
+    progress: PartProgress | None = None,
     approve: Callable[[Estimate], bool] | None = None,
     stop: Event | None = None,
 ) -> dict[str, Any] | None:
@@ -61,7 +61,9 @@ def classify(
                 return None
         answers = judge.ask(
             questions,
-            progress=None if tell is None else lambda done, total: tell("classifying", done, total),
+            progress=None
+            if progress is None
+            else lambda done, total: progress("classifying", done, total),
             stop=stop,
         )
         if stop is not None and stop.is_set():

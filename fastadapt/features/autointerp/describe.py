@@ -34,7 +34,7 @@ def describe(
     config: DescribeConfig,
     activations: Activations,
     *,
-    tell: PartProgress | None = None,
+    progress: PartProgress | None = None,
     approve: Callable[[Estimate], bool] | None = None,
     stop: Event | None = None,
 ) -> dict[str, Any] | None:
@@ -49,7 +49,7 @@ def describe(
         judge: describer and detector.
         config: settings of the selection and the scores.
         activations: activations of the model that the store was collected from.
-        tell: progress callback (label, completed, total).
+        progress: progress callback (label, completed, total).
         approve: called with the estimated cost before the first paid call; if it returns False, no
             call is made.
         stop: ends the call early; cached answers stay.
@@ -64,7 +64,7 @@ def describe(
     with writing(store.folder):
         check_addable(store, judge.name)  # before calls are paid for
         selection = draw(
-            store, config, activations, progress=_part(tell, "reading texts"), stop=stop
+            store, config, activations, progress=_part(progress, "reading texts"), stop=stop
         )
         if selection is None:
             return None
@@ -77,7 +77,7 @@ def describe(
             estimate = judge.estimate(_all_questions(judge, selection, questions, vocabulary))
             if estimate.calls and not approve(estimate):
                 return None
-        descriptions = judge.ask(questions, progress=_part(tell, "describing"), stop=stop)
+        descriptions = judge.ask(questions, progress=_part(progress, "describing"), stop=stop)
         if _stopped(stop):
             return None
         described = [
@@ -87,7 +87,7 @@ def describe(
         ]
         detections = judge.ask(
             [_detect(case, text, vocabulary) for case, text in described],
-            progress=_part(tell, "detecting"),
+            progress=_part(progress, "detecting"),
             stop=stop,
         )
         if _stopped(stop):
@@ -95,10 +95,10 @@ def describe(
         return _write(store, judge, config, selection, described, detections)
 
 
-def _part(tell: PartProgress | None, label: str) -> Callable[[int, int], None] | None:
-    if tell is None:
+def _part(progress: PartProgress | None, label: str) -> Callable[[int, int], None] | None:
+    if progress is None:
         return None
-    return lambda done, total: tell(label, done, total)
+    return lambda done, total: progress(label, done, total)
 
 
 def _stopped(stop: Event | None) -> bool:

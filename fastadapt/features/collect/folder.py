@@ -1,14 +1,14 @@
-"""The folder that features are collected into: whose it is, and what was begun there.
+"""The output folder of a collection: its contents, and how a new collection replaces an old one.
 
 ::
 
-    collecting/facts.json          what is collected, from what, with which settings
+    collecting/facts.json          adapter, models, data and settings of the collection
     collecting/texts.parquet       the texts, see fastadapt.features.collect.texts
-    collecting/state.safetensors   what was collected so far
+    collecting/state.safetensors   snapshot of the statistics
 
-and, at the end, a store (:mod:`fastadapt.features.store.schema`). Of one shard of several,
-``collecting`` stays, for :func:`fastadapt.features.collect.merge`. What is prepared lies in
-``collecting.next`` until all of it is there, and only then takes the place of what the folder held.
+A finished collection leaves a store (:mod:`fastadapt.features.store.schema`). A finished shard
+keeps ``collecting`` for :func:`fastadapt.features.collect.merge`. A new collection is prepared in
+``collecting.next`` and replaces the folder's contents only when its files are complete.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ from fastadapt.training.config import from_dict
 WORK, NEXT = "collecting", "collecting.next"
 FACTS, TEXTS, STATE = "facts.json", "texts.parquet", "state.safetensors"
 
-#: What may be there without features: that of others, and what :func:`clear` leaves.
+#: Entries allowed in a folder that has no store yet; :func:`clear` leaves them.
 _BESIDE = {LOCK, "sets", "calls", "site"}
-#: What is of the units that were collected, in the folder and in those of the kinds.
+#: Files that describe the collected units: in the folder, and in the folder of each kind.
 _SHARED = {MANIFEST, *(f"{name}.parquet" for name in SHARED)}
 _SHARED |= {"judgements.json", "judgements.md", "judgements"}
 _OF_KIND = {*(f"{name}.parquet" for name in TABLES), "overlap.png"}
 
-#: Facts that say where something lies, and those that tell what it is, wherever it lies.
+#: Facts that locate an input, and facts that identify an input wherever it lies.
 _WHERE = {"run", "target", "base", "name", "split"}
 _WHAT = {"adapter", "models", "fingerprint"}
 
@@ -84,14 +84,14 @@ class _Facts(TypedDict):
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder that holds something else.
+    """Raise unless the folder is missing, empty, or holds a collection.
 
     Raises:
-        UserError: it does, or is no folder.
+        UserError: the folder holds other files, or the path is no folder.
     """
     workspace = Workspace(folder, "--output", "writing to", ())
     names = workspace.names()
-    if set(names) - _BESIDE and not (WORK in names or _is_store(folder) or _is_rest(folder)):
+    if set(names) - _BESIDE and not (WORK in names or _is_store(folder) or _is_leftover(folder)):
         raise workspace.foreign("is not empty and holds no features", names)
 
 
@@ -103,8 +103,8 @@ def _is_store(folder: Path) -> bool:
     return isinstance(manifest, dict) and {"schema_version", "units"} <= manifest.keys()
 
 
-def _is_rest(folder: Path) -> bool:
-    """Whether a kill left it: locked once, and nothing there but what a store is made of."""
+def _is_leftover(folder: Path) -> bool:
+    """Return whether a killed process left the folder: a lock file, and only files of a store."""
     known = {*_BESIDE, *_SHARED, *KINDS, NEXT}
     return (folder / LOCK).is_file() and all(
         _unstaged(path) in known
@@ -114,15 +114,15 @@ def _is_rest(folder: Path) -> bool:
 
 
 def _unstaged(path: Path) -> str:
-    """The name of what a file is, or was to become."""
+    """Return the final name of a file, which may be staged."""
     return unstaged(path.name) or path.name
 
 
 def read_facts(folder: Path) -> Facts | None:
-    """What was begun there; None if nothing was.
+    """Return the facts of the collection in a folder; None if the folder has no collection.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the facts cannot be read.
     """
     path = folder / WORK / FACTS
     if not has_file(path):
@@ -136,10 +136,10 @@ def read_facts(folder: Path) -> Facts | None:
 
 
 def config_of(folder: Path, facts: Facts) -> CollectConfig:
-    """The settings that the facts of a folder hold.
+    """Return the settings in the facts of a folder.
 
     Raises:
-        UserError: one is missing, unknown or impossible.
+        UserError: a setting is missing, unknown or impossible.
     """
     try:
         config: CollectConfig = from_dict(facts["settings"], CollectConfig, "settings.")
@@ -149,23 +149,24 @@ def config_of(folder: Path, facts: Facts) -> CollectConfig:
 
 
 def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Note what is collected, beside what was prepared for it.
+    """Write the facts of a collection into its ``collecting.next``.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     with replacing(folder / NEXT / FACTS) as staged:
         staged.write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def begin_anew(folder: Path) -> None:
-    """Put what was prepared in place of all that was collected there before.
+    """Replace the folder's collection by the one prepared in ``collecting.next``.
 
-    A kill leaves what was there, or what :func:`check_folder` knows and :func:`clear` removes.
+    A kill leaves either the old collection or files that :func:`check_folder` accepts and
+    :func:`clear` removes.
 
     Raises:
         OSError: the folder cannot be written.
-        RunError: what was there cannot be removed.
+        RunError: the old collection cannot be removed.
     """
     clear(folder)
     prepared = folder / NEXT
@@ -182,9 +183,9 @@ def begin_anew(folder: Path) -> None:
 
 
 def differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """In what two accounts of what is collected differ, in words; empty where they do not.
+    """Return the differences of two collections' facts as text; empty if they are equal.
 
-    The same adapter, models and texts are the same wherever they lie.
+    Paths count only if adapter, models or texts differ.
     """
     old, new = _flat(then), _flat(json.loads(json.dumps(now)))
     changed = sorted((k for k in new if new[k] != old.get(k)), key=lambda k: k[-1] in _WHERE)
@@ -204,14 +205,14 @@ def _flat(facts: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
 
 
 def clear(folder: Path) -> None:
-    """Remove what was collected there and what was made of it; sets and judges' answers stay.
+    """Remove a folder's collection and every file derived from it, except sets and judges' answers.
 
     Raises:
-        RunError: it cannot be removed.
+        RunError: a file cannot be removed.
     """
     with disk_errors(folder):
         if (folder / MANIFEST).exists():
-            (folder / MANIFEST).unlink()  # first: without it there is no store
+            (folder / MANIFEST).unlink()  # first: a folder without a manifest has no store
             sync_folder(folder)
         clear_work(folder)
         for path in list(_of_units(folder)):
@@ -227,15 +228,18 @@ def _of_units(folder: Path) -> Iterator[Path]:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a kill left half-prepared; what it left half-written ``writing`` has removed."""
+    """Remove an incomplete preparation that a killed process left.
+
+    Staged files are removed by :func:`fastadapt.features.store.store.writing`.
+    """
     shutil.rmtree(folder / NEXT, ignore_errors=True)
     if not (folder / WORK / FACTS).is_file():
         clear_work(folder)
 
 
 def clear_work(folder: Path) -> None:
-    """Remove what only collecting needs."""
+    """Remove the files that only collecting needs."""
     if (folder / WORK / FACTS).exists():
-        (folder / WORK / FACTS).unlink()  # first: without it nothing was begun
+        (folder / WORK / FACTS).unlink()  # first: a folder without facts has no collection
         sync_folder(folder / WORK)
     shutil.rmtree(folder / WORK, ignore_errors=True)

@@ -104,7 +104,7 @@ def merged_stats(parts: Sequence[Part], domains: Sequence[str]) -> dict[Kind, Fe
                 snapshots.require_like(file, kind, like, path)
                 tensors = dict(snapshots.Prefixed(file, kind))
                 for name in wrong_values(tensors, like):
-                    raise UserError(f"{path}: tensor {kind}.{name}: it has values that cannot be")
+                    raise UserError(f"{path}: tensor {kind}.{name}: it has impossible values")
                 if kind not in merged:
                     cpu = torch.device("cpu")
                     merged[kind] = FeatureStats(kind, shape, len(domains), config, cpu)

@@ -1,4 +1,4 @@
-"""What was collected so far, in one file that a kill cannot spoil."""
+"""Save and load the statistics of an unfinished collection, in one file replaced atomically."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _DTYPES = {torch.int64: "I64", torch.float32: "F32"}
 
 
 class Cursor(NamedTuple):
-    """How far the texts were read: groups, batches of the next one, and tokens of all of them."""
+    """Position in the texts: groups read, batches read of the next group, tokens read in total."""
 
     group: int = 0
     batch: int = 0
@@ -28,26 +28,26 @@ class Cursor(NamedTuple):
 
 
 def save(tallies: Mapping[Kind, FeatureStats], cursor: Cursor, path: Path) -> None:
-    """Write all of them, in place of what was there.
+    """Write the statistics of every kind, and the cursor, over the last snapshot.
 
     Raises:
-        RunError: it cannot be written.
+        RunError: the file cannot be written.
     """
     tensors = {
         f"{kind}.{name}": tensor.cpu()
         for kind, tally in tallies.items()
         for name, tensor in tally.tensors().items()
     }
-    advice = "What was collected before is intact: run the same command again."
+    advice = "The last snapshot is intact: re-run the same command to resume."
     with disk_errors(path, advice), replacing(path) as staged:
         save_tensors(tensors, staged, {"cursor": json.dumps(cursor)})
 
 
 def load(tallies: Mapping[Kind, FeatureStats], path: Path) -> Cursor:
-    """Take what was saved; nothing, where nothing was.
+    """Load a snapshot into ``tallies``, in place; without a file, return a cursor at the start.
 
     Raises:
-        UserError: it cannot be read, or is of other tallies.
+        UserError: the file cannot be read, or its tensors do not match ``tallies``.
     """
     if not has_file(path):
         return Cursor()
@@ -57,15 +57,15 @@ def load(tallies: Mapping[Kind, FeatureStats], path: Path) -> Cursor:
             require_like(file, kind, tally, path)
             tally.load(Prefixed(file, kind))
             for name in wrong_values(tally.tensors(), tally):
-                raise TensorError(f"{path}: tensor {kind}.{name}: it has values that cannot be")
+                raise TensorError(f"{path}: tensor {kind}.{name}: it has impossible values")
     return cursor
 
 
 def cursor_of(path: Path) -> Cursor:
-    """How far a snapshot is.
+    """Return the cursor of a snapshot.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the file cannot be read.
     """
     with open_tensors(path) as file:
         return _cursor(file, path)
@@ -74,29 +74,33 @@ def cursor_of(path: Path) -> Cursor:
 def _cursor(file: Any, path: Path) -> Cursor:
     text = (file.metadata() or {}).get("cursor")
     if text is None:
-        raise TensorError(f"{path}: cursor: expected one in its metadata, got none")
+        raise TensorError(f"{path}: cursor: expected an entry of the metadata, got none")
     return Cursor(*parse_json(text, f"{path}: cursor", tuple[Count, Count, Count]))
 
 
 def require_like(file: Any, kind: Kind, tally: FeatureStats, path: Path) -> None:
-    """Raise :class:`~fastadapt.io.tensors.TensorError` where a file's tensors of a kind are not of
-    the tally's names, shapes and dtypes. Only its header is read; the tally may be on ``meta``.
+    """Check names, shapes and dtypes of a kind's tensors in an open file against ``tally``.
+
+    Only the file's header is read; ``tally`` may be on ``meta``.
+
+    Raises:
+        TensorError: a tensor is missing, or its shape or dtype differs.
     """
-    there = set(file.keys())
+    names = set(file.keys())
     for name, mine in tally.tensors().items():
         where = f"{path}: tensor {kind}.{name}"
-        if f"{kind}.{name}" not in there:
-            raise TensorError(f"{where}: expected one, got none")
+        if f"{kind}.{name}" not in names:
+            raise TensorError(f"{where}: expected a tensor, got none")
         held = file.get_slice(f"{kind}.{name}")
-        found, expected = tuple(held.get_shape()), tuple(mine.shape)
-        if found != expected:
-            raise TensorError(f"{where}: expected {expected}, got {found}")
+        shape, expected = tuple(held.get_shape()), tuple(mine.shape)
+        if shape != expected:
+            raise TensorError(f"{where}: expected {expected}, got {shape}")
         if held.get_dtype() != _DTYPES[mine.dtype]:
             raise TensorError(f"{where}: expected {_DTYPES[mine.dtype]}, got {held.get_dtype()}")
 
 
 class Prefixed(Mapping[str, Any]):
-    """The tensors of one kind, read one at a time."""
+    """Map names to the tensors of one kind in an open file; each is read when it is looked up."""
 
     def __init__(self, file: Any, kind: Kind) -> None:
         self._file, self._kind = file, kind

@@ -179,7 +179,9 @@ def read_set(path: Path) -> FeatureSet:
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     if (size := plain.get("size", len(features))) != len(features):
-        raise UserError(f"{path}: size: it says {size:,} features, and has {len(features):,}")
+        raise UserError(
+            f"{path}: size: expected {len(features):,}, the length of features; got {size:,}"
+        )
     return features
 
 

@@ -418,6 +418,6 @@ def writing(store: Path) -> Iterator[None]:
             sweep_tree(store, but=["site"])  # its writer has another lock
             yield
     except BlockingIOError:
-        raise UserError(f"{store}: another process is writing there") from None
+        raise UserError(f"{store}: another process is writing to this store") from None
     except OSError as error:
         raise RunError(cannot_write(store, error, "Run the same command again.")) from error

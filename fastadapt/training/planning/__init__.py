@@ -1,1 +1,1 @@
-"""What a run needs: memory, arithmetic, devices."""
+"""Estimates of a run: memory, operations, time, disk."""

@@ -1,7 +1,7 @@
-"""What a run is planned for: a device's memory, and the rate of matrix products there.
+"""The device that a run is planned for: its memory, and its rate of matrix products.
 
-Where the plan is for this machine the rate is measured here. For another one it is its data
-sheet's, which no product reaches: a time made from it is a lower bound.
+The rate of this machine's device is measured. The rate of another GPU comes from its data sheet and
+is never reached in practice, so a time computed from it is a lower bound.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ import torch
 
 from fastadapt.errors import UserError
 
-#: Bytes of a GPU that a plan leaves to the driver, to libraries' workspaces, to fragmentation.
+#: Bytes of a GPU reserved for the driver, libraries' workspaces and fragmentation.
 RESERVED = 4_000_000_000
 
 
 @dataclass(frozen=True)
 class Device:
-    """Where a run is to take place.
+    """A device that a run is planned for.
 
     Attributes:
-        name: in words.
+        name: name for messages.
         kind: ``cuda`` or ``cpu``.
-        memory_bytes: all of it.
-        flops_per_s: of large matrix products in the run's dtype.
-        source: where that rate comes from, in words.
+        memory_bytes: total memory.
+        flops_per_s: rate of large matrix products in the run's dtype, in FLOP/s.
+        source: source of the rate, for messages.
     """
 
     name: str
@@ -37,12 +37,12 @@ class Device:
 
     @property
     def usable_bytes(self) -> int:
-        """What a plan may fill."""
+        """Memory without the reserve, which a run's tensors may fill, in bytes."""
         reserved = RESERVED if self.kind == "cuda" else self.memory_bytes // 10
         return self.memory_bytes - reserved
 
 
-#: Memory, and the data sheets' dense rate of 16-bit products: SXM modules.
+#: Name, memory in bytes, and rate of dense 16-bit products in FLOP/s, by data sheet (SXM).
 DATA_SHEETS = {
     "a100": ("NVIDIA A100 80GB", 80_000_000_000, 312e12),
     "h100": ("NVIDIA H100 80GB", 80_000_000_000, 989.4e12),
@@ -51,15 +51,15 @@ DATA_SHEETS = {
 
 
 def planned_device(gpu: str | None, kind: str, dtype: torch.dtype) -> Device:
-    """The named GPU; or else this machine, if it has such a device; or else an H100.
+    """Return the named GPU; without a name, this machine's device of the kind, or an H100.
 
     Args:
         gpu: a key of :data:`DATA_SHEETS`, or None.
-        kind: ``cuda`` or ``cpu``: what the run asks for where ``gpu`` is None.
-        dtype: of the products.
+        kind: ``cuda`` or ``cpu``, the kind that the run uses; ignored if ``gpu`` is given.
+        dtype: dtype of the products.
 
     Raises:
-        UserError: no data sheet of this GPU.
+        UserError: ``gpu`` has no data sheet here, or ``dtype`` is wider than its rate applies to.
     """
     if gpu is None and (kind == "cpu" or torch.cuda.is_available()):
         return this_device(kind, measured_rate(kind, dtype))
@@ -69,15 +69,15 @@ def planned_device(gpu: str | None, kind: str, dtype: torch.dtype) -> Device:
     title, memory, rate = DATA_SHEETS[name]
     if dtype.itemsize > 2:
         raise UserError(
-            f"--gpu {name}: its data sheet's rate is of 16-bit products, pair.dtype is "
-            f"{str(dtype)[6:]}; plan with --pair.dtype bfloat16, or on the machine itself"
+            f"--gpu {name}: expected a 16-bit pair.dtype, which its data sheet's rate is for; got "
+            f"{str(dtype)[6:]}. Plan with --pair.dtype bfloat16, or on the machine itself"
         )
-    return Device(title, "cuda", memory, rate, "data sheet: no run reaches it")
+    return Device(title, "cuda", memory, rate, "data sheet, an upper bound")
 
 
 def this_device(kind: str, rate: float = float("nan")) -> Device:
-    """This machine's GPU or CPU; ``rate`` as measured."""
-    source = "measured here, large products"
+    """Return this machine's GPU or CPU, with a measured ``rate`` in FLOP/s."""
+    source = "measured here on large products"
     if kind == "cpu":
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return Device("this CPU", "cpu", memory, rate, source)
@@ -86,7 +86,7 @@ def this_device(kind: str, rate: float = float("nan")) -> Device:
 
 
 def measured_rate(kind: str, dtype: torch.dtype) -> float:
-    """FLOP/s of a large square product on this machine: the median of half a second of them."""
+    """Measure a large square product on this machine: median over half a second, in FLOP/s."""
     from torch.utils.benchmark import Timer
 
     n = 8192 if kind == "cuda" else 1024

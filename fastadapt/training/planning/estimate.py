@@ -1,4 +1,4 @@
-"""What a run needs: steps, memory, work, time, disk. No weight is read."""
+"""Estimate what a run needs: steps, memory, operations, time, disk. No weight is read."""
 
 from __future__ import annotations
 
@@ -21,32 +21,34 @@ from fastadapt.training.planning.devices import Device, planned_device
 from fastadapt.training.planning.flops import Setup, flops_per_step
 from fastadapt.training.planning.memory import step_memory
 
-#: Training files up to this size are read for the number of sequences and the longest of them.
+#: Training files up to this size are read, to count sequences and tokens.
 _READ_BYTES = 64 * 2**20
-#: Of the method's data, where those of the run are not at hand.
+#: Number of sequences of the paper's data, assumed if the run's data were not read.
 SEQUENCES = 50_000
-MEAN_SHARE = 0.76  # of the longest sequence: 380M tokens in 50,000 of up to 10,000
-L0 = 10.0  # features per token and layer that the prediction is made for
+MEAN_SHARE = 0.76  # mean over longest sequence: 380M tokens in 50,000 sequences of up to 10,000
+L0 = 10.0  # active features per token and layer, assumed for the prediction unless k is set
 
 
 @dataclass(frozen=True)
 class ResourceEstimate:
-    """What a run needs.
+    """Resources that a run needs.
+
+    Data are read only if they are a local file that is not too large.
 
     Attributes:
-        device: where it would take place; the bytes are those of one.
-        gpus: how many of them share the run.
+        device: the planned device; ``parts`` and ``phases`` are bytes of one device.
+        gpus: number of devices that share the run.
         checkpoint: the policy of :mod:`fastadapt.models.recompute`; ``auto`` is resolved.
         parts: bytes by part, each at its own largest.
         phases: bytes alive at the worst moment of each phase of a step.
-        tokens_per_sequence: T: the longest sequence, or ``data.max_tokens`` where the data are not
-            at hand or too large to look at.
-        mean_tokens: of a sequence; assumed where the data are not at hand.
-        steps: optimiser steps; those of the method's data where the data are not at hand.
-        tokens: training tokens over all epochs, or None where the data are not at hand.
-        parameters: trained ones.
-        host_bytes: of frozen weights in host memory (``pair.offload``).
-        disk_bytes: of the checkpoints that are kept, the one being written, and the adapters.
+        tokens_per_sequence: T of the longest sequence; ``data.max_tokens`` if the data were not
+            read.
+        mean_tokens: mean tokens of a sequence; assumed if the data were not read.
+        steps: optimiser steps; those of the paper's data if the data were not read.
+        tokens: training tokens over all epochs; None if the data were not read.
+        parameters: number of trained parameters.
+        host_bytes: frozen weights in host memory (``pair.offload``).
+        disk_bytes: retained checkpoints, one more while it is written, and the adapters.
     """
 
     device: Device
@@ -69,30 +71,30 @@ class ResourceEstimate:
 
     @property
     def peak_phase(self) -> str:
-        """The phase of that moment."""
+        """The phase with the most bytes alive."""
         return max(self.phases, key=lambda name: self.phases[name])
 
     @property
     def fits(self) -> bool:
-        """Whether the peak leaves the device what it needs beside tensors."""
+        """Whether the peak fits into the usable memory of the device."""
         return self.peak_bytes <= self.device.usable_bytes
 
     def largest(self, n: int) -> str:
-        """The ``n`` largest parts in words."""
+        """Return the ``n`` largest parts and their sizes as text."""
         ranked = sorted(self.parts.items(), key=lambda part: -part[1])
         return ", ".join(f"{name} {gb(size)}" for name, size in ranked[:n])
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Work and time of a run: no measurement of it.
+    """Predicted operations and time of a run.
 
     Attributes:
-        l0: active features per token and layer that it is made for: k, where k is set, else 10;
-            None of what has no features.
-        flops_per_step: at the mean length, over all micro-batches, on all GPUs together.
-        step_s: seconds of a step, if all of it went at the device's rate of large products.
-        hours: of all steps, likewise.
+        l0: assumed active features per token and layer: k if it is set, else 10; None without
+            transcoders.
+        flops_per_step: operations of a step at the mean length, on all devices together.
+        step_s: seconds of a step at the device's rate of large products.
+        hours: hours of all steps at the same rate.
     """
 
     l0: float | None
@@ -102,29 +104,31 @@ class Prediction:
 
 
 def plan(config: TrainConfig, gpu: str | None = None, gpus: int = 1) -> ResourceEstimate:
-    """Plan a run without reading weights; data and tokenizer are looked at where they are small.
+    """Estimate the resources of a run, without reading weights.
 
     Args:
-        config: the run's.
-        gpu: plan for this one (:data:`fastadapt.training.planning.devices.DATA_SHEETS`), not for
-            this machine.
-        gpus: so many share the run.
+        config: the run's configuration.
+        gpu: GPU to plan for, a key of :data:`fastadapt.training.planning.devices.DATA_SHEETS`; by
+            default this machine's device.
+        gpus: number of GPUs that share the run.
 
     Raises:
-        UserError: a model's configuration cannot be read, the two are not a pair, or a step's
-            batches cannot be dealt out to so many.
+        UserError: a model's configuration cannot be read, the two models are not a pair, or the
+            batches of a step cannot be divided among ``gpus``.
     """
     accumulation = config.optimizer.accumulation
     if gpus < 1 or (gpus > 1 and accumulation % gpus):
         raise UserError(
-            f"--gpus: a step's {accumulation} batches (optimizer.accumulation) are dealt out; "
+            f"--gpus: ranks divide a step's {accumulation} batches (optimizer.accumulation); "
             f"expected 1 or a divisor of {accumulation}, got {gpus}"
         )
     if gpus > 1 and config.pair.offload:
-        raise UserError("pair.offload is for one GPU; several share the frozen weights out already")
+        raise UserError(
+            "pair.offload is for one GPU; with --gpus above 1 the frozen weights are sharded"
+        )
     target = _target(config)
     device = planned_device(gpu, device_kind(config, gpu), DTYPES[config.pair.dtype])
-    steps, tokens, longest, mean = _look_at_data(config)
+    steps, tokens, longest, mean = _count_data(config)
     longest = longest or config.data.max_tokens
     mean = mean or round(MEAN_SHARE * longest)
     config = with_policy(config, target, longest, device, gpus)
@@ -147,7 +151,7 @@ def plan(config: TrainConfig, gpu: str | None = None, gpus: int = 1) -> Resource
 
 
 def predict(config: TrainConfig, planned: ResourceEstimate) -> Prediction:
-    """Work and time of a planned run; takes seconds."""
+    """Predict operations and time of a planned run; takes seconds."""
     target, adapter = _target(config), config.adapter
     objective = dataclasses.replace(config.objective, checkpoint=planned.checkpoint)
     size = config.optimizer.batch_size
@@ -160,7 +164,7 @@ def predict(config: TrainConfig, planned: ResourceEstimate) -> Prediction:
 
 
 def as_json(config: TrainConfig, planned: ResourceEstimate) -> dict[str, Any]:
-    """The plan, its prediction, and what would lower the peak where it does not fit."""
+    """Return plan and prediction as JSON values, with remedies for a run that does not fit."""
     predicted = predict(config, planned)
     first = {"peak_bytes": planned.peak_bytes, "fits": planned.fits}
     values = {**first, **dataclasses.asdict(planned), **dataclasses.asdict(predicted)}
@@ -170,7 +174,7 @@ def as_json(config: TrainConfig, planned: ResourceEstimate) -> dict[str, Any]:
 
 
 def device_kind(config: TrainConfig, gpu: str | None = None) -> str:
-    """``cuda`` or ``cpu``: what the run asks for, whether or not it is there."""
+    """Return ``cuda`` or ``cpu``, the kind that the run is configured for."""
     name = config.pair.device
     if gpu is None and name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -180,13 +184,17 @@ def device_kind(config: TrainConfig, gpu: str | None = None) -> str:
 def with_policy(
     config: TrainConfig, target: Any, tokens: int, device: Device, ranks: int = 1
 ) -> TrainConfig:
-    """``config``, its ``objective.checkpoint`` resolved: what is the least work and fits.
+    """Return ``config`` with ``objective.checkpoint: auto`` resolved to the first policy that fits.
+
+    Policies are tried from the least recomputation to the least memory; without a fit, the policy
+    of the least memory is chosen.
 
     Args:
-        target: transformers' configuration.
-        tokens: of the longest sequence.
-        ranks: that share the run.
-        device: where it must fit; where nothing does, the policy of the least memory is taken.
+        config: the run's configuration.
+        target: transformers' configuration of the target.
+        tokens: tokens of the longest sequence.
+        device: the device whose usable memory the step must fit into.
+        ranks: number of devices that share the run.
     """
     if config.objective.checkpoint != "auto":
         return config
@@ -199,7 +207,7 @@ def with_policy(
 
 
 def remedies(config: TrainConfig, planned: ResourceEstimate) -> Iterator[tuple[str, int]]:
-    """Settings that lower the peak, each alone, and the peak with it; the lowest first."""
+    """Yield settings that lower the peak, each with its peak in bytes; the lowest peak first."""
     target, kind, n = _target(config), planned.device.kind, planned.gpus
 
     def peak(changed: TrainConfig, tokens: int = planned.tokens_per_sequence) -> int:
@@ -209,9 +217,6 @@ def remedies(config: TrainConfig, planned: ResourceEstimate) -> Iterator[tuple[s
     tokens, chunk = planned.tokens_per_sequence, config.objective.kl_chunk_tokens
     tried = {
         "objective.checkpoint full": _with(config, "objective", checkpoint="full"),
-        f"objective.kl_chunk_tokens {chunk // 4}": _with(
-            config, "objective", kl_chunk_tokens=max(1, chunk // 4)
-        ),
         "optimizer.masters false": _with(config, "optimizer", masters=False),
         "optimizer.moments 8bit": _with(config, "optimizer", moments="8bit"),
         "optimizer.batch_size 1, with optimizer.accumulation in its stead": _with(
@@ -219,26 +224,34 @@ def remedies(config: TrainConfig, planned: ResourceEstimate) -> Iterator[tuple[s
         ),
         "pair.dtype bfloat16": _with(config, "pair", dtype="bfloat16"),
     }
+    if planned.peak_phase == "head":  # the only phase that chunks matter in
+        smaller = _with(config, "objective", kl_chunk_tokens=max(1, chunk // 4))
+        tried[f"objective.kl_chunk_tokens {chunk // 4}"] = smaller
     if n == 1:
         tried["pair.offload true"] = _with(config, "pair", offload=True)
     if fewer := config.n_features // 2:
         tried[f"adapter.n_features {fewer}"] = _with(config, "adapter", n_features=fewer)
-    found = {name: peak(changed) for name, changed in tried.items()}
-    found[f"data.max_tokens {tokens // 2}"] = peak(config, tokens // 2)
-    for name, size in sorted(found.items(), key=lambda item: item[1]):
+    peaks = {name: peak(changed) for name, changed in tried.items()}
+    peaks[f"data.max_tokens {tokens // 2}"] = peak(config, tokens // 2)
+    for name, size in sorted(peaks.items(), key=lambda item: item[1]):
         if size < planned.peak_bytes:
             yield name, size
 
 
 def count_steps(batches_per_epoch: int, config: TrainConfig) -> int:
-    """Optimiser steps of a run over data of ``batches_per_epoch`` micro-batches."""
+    """Return the optimiser steps of a run with ``batches_per_epoch`` micro-batches in its data."""
     micro_batches = batches_per_epoch * config.optimizer.epochs
     steps = -(-micro_batches // config.optimizer.accumulation)
     return steps if config.optimizer.max_steps is None else min(steps, config.optimizer.max_steps)
 
 
 def gb(n: int) -> str:
-    """Bytes as text, in powers of 1,000."""
+    """Return a number of bytes as text, in powers of 1,000.
+
+    Example:
+        >>> gb(3_000_000_000), gb(5_000_000)
+        ('3.00 GB', '5.0 MB')
+    """
     return f"{n / 1e9:.2f} GB" if n >= 1e8 else f"{n / 1e6:.1f} MB"
 
 
@@ -248,7 +261,7 @@ def _with(config: TrainConfig, component: str, **changes: Any) -> TrainConfig:
 
 
 def _target(config: TrainConfig) -> Any:
-    """The target's configuration: shipped with a preset, or read; checked against the base's."""
+    """Return the target's configuration; raise ``UserError`` if the base's does not match."""
     source = config.pair
     target, base = (
         shipped_config(name) or model_config(resolve(name), revision, source.trust_remote_code)
@@ -261,8 +274,8 @@ def _target(config: TrainConfig) -> Any:
     return target
 
 
-def _look_at_data(config: TrainConfig) -> tuple[int, int | None, int | None, int | None]:
-    """Steps, tokens, longest and mean sequence; the latter three where the data are here, small."""
+def _count_data(config: TrainConfig) -> tuple[int, int | None, int | None, int | None]:
+    """Return steps, tokens, longest and mean sequence; the last three None for data not read."""
     path = typed_path(resolve(config.data.train), "data.train")
     size = config.optimizer.batch_size
     if not path.is_file() or path.stat().st_size > _READ_BYTES:

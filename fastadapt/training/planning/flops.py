@@ -1,10 +1,12 @@
-"""Floating-point operations of a training step, counted on fake tensors: no weight, no device.
+"""Count the floating-point operations of a training step on fake tensors, without weights.
 
-The step itself runs, at the true shapes; torch's counter adds up what its products are told to do.
-A multiply-add counts as two. Fused causal attention is counted at half, which is what it does.
+The step runs at the true shapes, and torch's counter adds up its matrix products. A multiply-add
+counts as two operations. Fused causal attention computes half of the scores and counts half.
 
-A step's work is linear in the number of layers before the cutoff and behind it, so two and three
-layers tell that of any depth. T tokens, D width, F features, L layers.
+A step's operations are linear in the number of layers before the cutoff and in the number behind
+it, so models of two and three layers give the count at any depth.
+
+T tokens, D width, F features, L layers.
 """
 
 from __future__ import annotations
@@ -31,11 +33,11 @@ from fastadapt.objective import ObjectiveConfig, objective
 
 @dataclass(frozen=True)
 class Setup:
-    """What a step's work follows from.
+    """Shapes and settings that determine a step's operations and memory.
 
     Attributes:
-        target: transformers' configuration of the target; the base's MLPs have its sizes.
-        pair, trained, objective: as in a run's configuration.
+        target: transformers' configuration of the target; the base's MLPs have the same sizes.
+        pair, trained, objective: components of a run's configuration.
         sequences, tokens: B and T of the batch, without padding.
     """
 
@@ -49,7 +51,7 @@ class Setup:
 
 @contextmanager
 def fake_pair(setup: Setup, n_layers: int) -> Any:
-    """A pair of so many layers whose tensors have shapes and nothing else, while inside."""
+    """Create a pair of ``n_layers`` layers on fake tensors, and yield it in their mode."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import AutoModelForCausalLM
 
@@ -75,14 +77,14 @@ def fake_pair(setup: Setup, n_layers: int) -> Any:
 
 
 def count(setup: Setup, n_layers: int, cutoff: int, codes_per_token: float | None) -> float:
-    """Operations of one step, forward and backward, at one cutoff.
+    """Return the operations of one step, forward and backward, at one cutoff.
 
     Args:
         setup: shapes and settings.
         n_layers: L.
         cutoff: k in 0..L.
-        codes_per_token: as the step is told (:func:`fastadapt.objective.objective`): L0 of each
-            layer; F: dense products throughout.
+        codes_per_token: expected codes per token of every layer, an argument of
+            :func:`fastadapt.objective.objective`; F gives dense products in all layers.
     """
 
     def step(pair: ModelPair, batch: Batch) -> None:
@@ -94,19 +96,19 @@ def count(setup: Setup, n_layers: int, cutoff: int, codes_per_token: float | Non
 
 
 def count_of(setup: Setup, n_layers: int, step: Callable[[ModelPair, Batch], None]) -> float:
-    """Operations of ``step(pair, batch)``, of another step than ours too."""
+    """Return the operations of any function ``step(pair, batch)``."""
     from torch.utils.flop_counter import FlopCounterMode
 
     register_flop_formulas()
     aten = torch.ops.aten
-    # The counter knows attention by the kernels of GPUs; on a CPU it has another name.
-    ours = {
+    # The counter has formulas for the attention kernels of GPUs only; fake tensors use the CPU's.
+    formulas = {
         aten._scaled_dot_product_flash_attention_for_cpu: _attention,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
     }
     with fake_pair(setup, n_layers) as pair:
         ids = torch.zeros(setup.sequences, setup.tokens, dtype=torch.int64)
-        with FlopCounterMode(display=False, custom_mapping=ours) as counter:
+        with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
             step(pair, Batch(ids, None, ids))
     total = 0.0
     for op, flops in counter.get_flop_counts()["Global"].items():
@@ -116,42 +118,43 @@ def count_of(setup: Setup, n_layers: int, step: Callable[[ModelPair, Batch], Non
 
 
 def flops_per_step(setup: Setup, n_layers: int, codes_per_token: float | None) -> float:
-    """Operations of a step, averaged over all cutoffs that it may draw."""
+    """Return the operations of a step, averaged over the cutoffs that the objective may draw."""
 
     @cache
     def counted(depth: int, cutoff: int) -> float:
         return count(setup, depth, cutoff, codes_per_token)
 
-    def at(depth: int, cutoff: int) -> float:
+    def count_at(depth: int, cutoff: int) -> float:
         return counted(depth, cutoff % depth)  # at both ends one bridge repeats the output's KL
 
-    return mean_over_cutoffs(at, n_layers, setup.objective.first_cutoff)
+    return mean_over_cutoffs(count_at, n_layers, setup.objective.first_cutoff)
 
 
-def mean_over_cutoffs(at: Callable[[int, int], float], n_layers: int, first: int) -> float:
-    """The mean of ``at(n_layers, k)`` over k in ``first..n_layers``, from a few small depths.
+def mean_over_cutoffs(count_at: Callable[[int, int], float], n_layers: int, first: int) -> float:
+    """Return the mean of ``count_at(n_layers, k)`` over k in ``first..n_layers``.
 
-    Between its ends ``at`` is linear in the layers up to the cutoff and in those behind it.
+    ``count_at`` is called for depths 2 and 3 only. Between its ends it is linear in the number of
+    layers up to the cutoff and in the number behind it.
     """
-    two, three = at(2, 0), at(3, 0)
+    two, three = count_at(2, 0), count_at(3, 0)
     ends = {0: two + (n_layers - 2) * (three - two)}
-    two, three = at(2, 2), at(3, 3)
+    two, three = count_at(2, 2), count_at(3, 3)
     ends[n_layers] = two + (n_layers - 2) * (three - two)
-    one_each = at(2, 1)
-    before, behind = at(3, 2) - one_each, at(3, 1) - one_each
-    rest = one_each - before - behind
+    one_each = count_at(2, 1)
+    before, behind = count_at(3, 2) - one_each, count_at(3, 1) - one_each
+    constant = one_each - before - behind
     cutoffs = range(first, n_layers + 1)
-    each = [ends.get(k, k * before + (n_layers - k) * behind + rest) for k in cutoffs]
+    each = [ends.get(k, k * before + (n_layers - k) * behind + constant) for k in cutoffs]
     return sum(each) / len(each)
 
 
 def _attention(query: Any, key: Any, *_: Any, **__: Any) -> int:
-    """Two products: scores, and their sum of values."""
+    """Return the operations of two products: the scores, and the weighted sum of the values."""
     sequences, heads, tokens, width = query
     return int(2 * 2 * sequences * heads * tokens * key[2] * width)
 
 
 def _attention_backward(_: Any, query: Any, key: Any, *__: Any, **___: Any) -> int:
-    """Five: the scores again, and a gradient of each of the four factors."""
+    """Return the operations of five products: the scores again, and the gradients of 4 factors."""
     sequences, heads, tokens, width = query
     return int(5 * 2 * sequences * heads * tokens * key[2] * width)

@@ -75,10 +75,10 @@ class StepMemory:
 def step_memory(
     config: TrainConfig, target: Any, tokens: int, device: str, ranks: int = 1
 ) -> StepMemory:
-    """Measure a run's step; takes about a second.
+    """Measure a training step on fake tensors, in about a second.
 
     Args:
-        config: the run's; ``objective.checkpoint`` must not be ``auto``.
+        config: the run's configuration; ``objective.checkpoint`` must not be ``auto``.
         target: transformers' configuration of the target.
         tokens: number of tokens of the longest sequence.
         device: the kind that the run is planned for, ``cuda`` or ``cpu``.
@@ -114,7 +114,7 @@ def step_memory(
     earlier = gradients if optimizer.accumulation > ranks else 0  # of the micro-batches before
 
     def largest(name: str, layers: int = n_layers) -> int:
-        return max(measured.at(layers, name) for measured in by_density)
+        return max(measured.extrapolate(layers, name) for measured in by_density)
 
     # In a backward pass gradients replace what the forward pass saved. The worst moment is in the
     # last layer or, where gradients take more, in the second or the first.
@@ -128,7 +128,7 @@ def step_memory(
         "gradients of a layer, to be summed": reduced,
         "codes": largest("codes"),
         "saved for backward": max(
-            m.at(n_layers, "saved") - m.at(n_layers, "codes") for m in by_density
+            m.extrapolate(n_layers, "saved") - m.extrapolate(n_layers, "codes") for m in by_density
         ),
         "one block, backward": max(m.bytes["backward"] - m.bytes["saved"] for m in by_density),
         "logits of a chunk": one.logits,
@@ -149,7 +149,7 @@ def step_memory(
 
 
 class _Measured(NamedTuple):
-    """A step of a fake model: sizes of its weights in bytes, and bytes beside the weights."""
+    """Measurements of a fake model's step, in bytes: sizes of weights, and bytes beside weights."""
 
     layers: int
     whole: int  # frozen weights outside the blocks
@@ -158,12 +158,12 @@ class _Measured(NamedTuple):
     trained: int  # in elements
     trained_layer: int  # in elements
     logits: int  # workspace of the head
-    #: Peak of each phase; ``saved``: alive after the forward pass; ``codes``: those of them.
+    #: Peak of each phase; ``saved``, alive after the forward pass; ``codes``, part of ``saved``.
     bytes: dict[str, int]
     saved_layer: int
     codes_layer: int
 
-    def at(self, layers: int, name: str) -> int:
+    def extrapolate(self, layers: int, name: str) -> int:
         """Return ``bytes[name]`` of a model of ``layers`` layers."""
         more = self.codes_layer if name == "codes" else self.saved_layer
         return self.bytes[name] + (layers - self.layers) * more
@@ -174,7 +174,7 @@ class _StepBytes(LiveBytes):
 
     Attributes:
         phases: bytes at the worst moment of each phase.
-        layers: for each layer's forward pass, bytes alive behind it, and those of codes.
+        layers: after each layer's forward pass, the bytes alive, and the bytes of codes alive.
     """
 
     def __init__(self, workspaces: dict[Any, Callable[..., int]]) -> None:
@@ -186,7 +186,7 @@ class _StepBytes(LiveBytes):
         if func is _ops.linear_kl.default:
             self.end("forward")
         out = super().__torch_dispatch__(func, types, args, kwargs)
-        if func is _ops.nmse.default:  # once behind every layer
+        if func is _ops.nmse.default:  # the objective calls it once after every layer
             self.layers.append((self.alive, self.alive_of(_ops.encode.default)))
         return out
 
@@ -196,12 +196,12 @@ class _StepBytes(LiveBytes):
 
 
 def _measure_both(config: TrainConfig, target: Any, tokens: int, device: str) -> list[_Measured]:
-    """Measure a step with dense products and, where the adapters can, one with codes."""
+    """Measure a step with dense products and, for transcoders, a step with codes."""
     pair, adapter, loss = replace(config.pair, offload=False), config.trained, config.objective
     dtype = DTYPES[pair.dtype]
     by_density: list[float | None] = [None]
     if isinstance(adapter, AdapterConfig):
-        # "auto" is for the device, and the fake tensors are on a CPU.
+        # "auto" follows the planned device, while the fake tensors are on the CPU.
         reference = adapter.implementation == "reference" or (
             adapter.implementation == "auto" and device == "cuda" and dtype == torch.float64
         )
