@@ -52,8 +52,9 @@ study: $(VENV)/.eval  ## switch features of one of these runs, and see what they
 	PATH="$(abspath $(BIN)):$$PATH" bash reproduce/runs runs/reproduce 1 $(STUDIED)
 	$(BIN)/python -m reproduce.study runs/reproduce/$(STUDIED)
 
-lint: $(VENV)/.dev  ## ruff and mypy
+lint: $(VENV)/.dev  ## ruff, mypy, banned identifiers
 	$(BIN)/ruff check .
+	$(BIN)/python .ci/check_names.py
 	$(BIN)/ruff format --check .
 	$(BIN)/python .ci/typecheck.py
 
