@@ -44,6 +44,7 @@ def result(completed) -> dict:
     return json.loads(output.read_text())
 
 
+@pytest.mark.slow
 def test_every_part_is_checked_and_measured(result):
     assert result["right"] is True
     assert result["finished"] is True
@@ -54,6 +55,7 @@ def test_every_part_is_checked_and_measured(result):
     assert all(result["parts"].values())
 
 
+@pytest.mark.slow
 def test_every_row_of_ours_was_right_before_it_was_timed(result):
     rows = [r for name, part in result["parts"].items() for r in part if name != "lengths"]
     ours = [r for r in rows if r["kind"] == "ours"]
@@ -64,6 +66,7 @@ def test_every_row_of_ours_was_right_before_it_was_timed(result):
         assert row["times_as_fast_as"]
 
 
+@pytest.mark.slow
 def test_linear_kl_of_this_library_runs_before_slow_steps(result):
     names = [row["implementation"] for row in result["parts"]["linear_kl"]]
     order = {name: names.index(name) for name in ("GEMMs", "chunked", "triton", "reference")}
@@ -72,6 +75,7 @@ def test_linear_kl_of_this_library_runs_before_slow_steps(result):
     assert {"GEMMs", "reference"} <= set(ours["times_as_fast_as"])
 
 
+@pytest.mark.slow
 def test_the_environment_is_recorded(result):
     assert result["commit"] == "abc"
     assert len(result["sources"]) == 64
@@ -81,6 +85,7 @@ def test_the_environment_is_recorded(result):
     assert result["quick"] is True
 
 
+@pytest.mark.slow
 def test_tiny_shapes_have_no_bounds(result):
     assert result["bounds"] == []
 

@@ -25,6 +25,7 @@ def test_both_steps_agree_in_float64() -> None:
     assert step_check.in_float64("cpu") < step_check.LIMIT
 
 
+@pytest.mark.slow
 def test_the_check_covers_the_timed_kernels(device: str, monkeypatch) -> None:
     from fastadapt.kernels.transcoder import triton_forward
 

@@ -1,6 +1,6 @@
 """Every command that writes gives the same files after kills and full disks.
 
-By default, four commands are tested with one kill and one full disk. `make proof` tests all
+By default, two commands are tested with one kill and one full disk. `make proof` tests all
 commands with ten kills and three full disks.
 """
 
@@ -131,10 +131,12 @@ def test_intervene(trained: Path, folder: Path, disturb: Callable) -> None:
     disturb(None, "intervene", trained, "--ablate", "some", "--output", folder / "workdir" / "out")
 
 
+@pytest.mark.slow
 def test_features_export(trained: Path, folder: Path, disturb: Callable) -> None:
     disturb(None, "features", "export", trained, "--output", folder / "workdir" / "out")
 
 
+@pytest.mark.slow
 def test_features_collect(trained: Path, folder: Path, disturb: Callable) -> None:
     out = folder / "workdir" / "out"
     small = ("--n", 12, "--batch_tokens", 500, "--snapshot_tokens", 500)

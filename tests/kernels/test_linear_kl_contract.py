@@ -38,7 +38,14 @@ def example(
 # Registration
 
 
-@pytest.mark.parametrize("grads", [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize(
+    "grads",
+    [
+        (True, True),
+        (False, True),
+        *(pytest.param(grads, marks=pytest.mark.slow) for grads in [(True, False), (False, False)]),
+    ],
+)
 @pytest.mark.parametrize("implementation", OP_IMPLEMENTATIONS)
 def test_opcheck(implementation, grads, device):
     teacher, students, head = example(device=device)

@@ -45,10 +45,13 @@ print(json.dumps([seconds, heavy]))
 
 
 def test_import_is_quick_and_light(run, tmp_path):
-    results = [json.loads(run(TIMED, cwd=tmp_path)) for _ in range(5)]
-    assert results[0][1] == []
-    # Take the fastest of five: the first run writes byte code, and other load only adds time.
-    assert min(seconds for seconds, _ in results) < SECONDS
+    # One of five is enough: the first run writes byte code, and other load only adds time.
+    for _ in range(5):
+        seconds, heavy = json.loads(run(TIMED, cwd=tmp_path))
+        assert heavy == []
+        if seconds < SECONDS:
+            return
+    pytest.fail(f"import fastadapt took {seconds:.2f} s, expected less than {SECONDS}")
 
 
 IMPORT_ALL = """

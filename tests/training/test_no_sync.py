@@ -94,7 +94,10 @@ def run(tiny_config: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     return TrainingRun(config, tmp_path, 0.0, model, feed)
 
 
-@pytest.mark.parametrize(("policy", "codes"), [("attention", 2.0), ("full", 32.0)])
+@pytest.mark.parametrize(
+    ("policy", "codes"),
+    [("attention", 2.0), pytest.param("full", 32.0, marks=pytest.mark.slow)],
+)
 def test_a_step_reads_its_report_and_nothing_else(
     run: TrainingRun, policy: str, codes: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,7 +31,10 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {f"{g}.{n}": t for g, tensors in checkpoint.tensors.items() for n, t in tensors.items()}
 
 
-@pytest.mark.parametrize("policy", ["none", "attention", "full"])
+@pytest.mark.parametrize(
+    "policy",
+    ["attention", *(pytest.param(policy, marks=pytest.mark.slow) for policy in ("none", "full"))],
+)
 def test_the_same_bits_and_resumption_with_and_without_offload(
     tiny_config, tmp_path: Path, policy: str
 ) -> None:
