@@ -11,9 +11,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-BANNED = frozenset(
-    ["told", "tell", "tells", "found", "made", "kept", "some", "rest", "way", "there", "of", "at", "own", "asked", "gone"]
-)
+BANNED = {
+    *("told", "tell", "tells", "found", "made", "kept", "some", "rest"),
+    *("way", "there", "of", "at", "own", "asked", "gone"),
+}
 
 #: Names that a file format or an option of the command line fixes.
 FIXED = {

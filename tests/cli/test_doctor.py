@@ -52,6 +52,7 @@ def test_kernels_that_cannot_run_here_are_named(fastadapt):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU")
 @pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning:triton")  # of masked lanes
+@pytest.mark.slow
 def test_triton_kernels_are_checked_where_they_are_interpreted(fastadapt, monkeypatch):
     monkeypatch.setattr(kernel_checks, "runs_triton", runs_triton)
     # The interpreter is slow, so only one activation and one dtype of each op are checked.

@@ -17,9 +17,9 @@ from fastadapt.cli.parser import Parser
 @pytest.mark.parametrize(
     ("command", "encoding"),
     [
-        ("train --help", "latin-1"),
+        pytest.param("train --help", "latin-1", marks=pytest.mark.slow),
         ("train --help", "cp1252"),
-        ("data prepare --help", "ascii"),
+        pytest.param("data prepare --help", "ascii", marks=pytest.mark.slow),
     ],
 )
 def test_every_command_prints_in_any_encoding(encoding: str, command: str) -> None:

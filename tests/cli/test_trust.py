@@ -198,7 +198,10 @@ def test_an_architecture_of_its_own_is_refused_without_a_question(
     assert "Traceback" not in outcome.err
 
 
-@pytest.mark.parametrize("name", ["eval", "collect", "overlap"])
+@pytest.mark.parametrize(
+    "name",
+    ["eval", *(pytest.param(name, marks=pytest.mark.slow) for name in ("collect", "overlap"))],
+)
 def test_typed_trust_runs_it(name: str, foreign: Foreign, tmp_path: Path) -> None:
     """The code beside the models runs with the flag. It is executed in a subprocess."""
     command = [*_commands(foreign, tmp_path / "out")[name], "--trust_remote_code"]

@@ -95,7 +95,9 @@ def test_the_softcap_is_accurate_for_small_and_large_logits(device):
 
 @pytest.mark.usefixtures("_small_blocks", "poison")
 @pytest.mark.parametrize("implementation", ["chunked", "triton"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("distance", [1.0, 0.03])
 def test_gradient_of_logits_in_half_the_size(implementation, dtype, distance, device, monkeypatch):
     """float32 logits of 16-bit inputs, as on a GPU; a CPU emulates the product."""

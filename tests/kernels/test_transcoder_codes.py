@@ -84,7 +84,7 @@ VARIANTS: list[tuple[str, str, CodeLayout | None]] = [
     ("triton", "jumprelu", CodeLayout(dense=True)),
     ("triton", "jumprelu", CodeLayout(dense=False)),
     ("triton", "topk", None),
-    ("triton_fused", "batch_topk", None),
+    pytest.param("triton_fused", "batch_topk", None, marks=SLOW_INTERPRETED),
 ]
 
 
@@ -166,8 +166,7 @@ SHARES: list[Any] = [
         for k in (0.1, 0.29, 0.57, 0.58, 1.1, 1.15, 2.3)
         for n in (10, 100, 700)
     ),
-    ("triton", 0.29, 100),
-    pytest.param("triton", 1.15, 100, marks=SLOW_INTERPRETED),
+    *(pytest.param("triton", k, 100, marks=SLOW_INTERPRETED) for k in (0.29, 1.15)),
 ]
 
 
@@ -199,9 +198,7 @@ def test_a_decimal_k_is_exact(implementation: str, padded: bool, n_tokens: int, 
     ("implementation", "theta"),
     [
         *((name, theta) for name in ("reference", "sparse") for theta in (0.05, -0.05, -0.2)),
-        ("triton", -0.05),
-        pytest.param("triton", 0.05, marks=SLOW_INTERPRETED),
-        pytest.param("triton", -0.2, marks=SLOW_INTERPRETED),
+        *(pytest.param("triton", theta, marks=SLOW_INTERPRETED) for theta in (0.05, -0.05, -0.2)),
     ],
 )
 def test_a_penalty_raises_a_threshold_on_either_side_of_zero(

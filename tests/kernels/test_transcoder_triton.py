@@ -41,7 +41,7 @@ PROOF = os.environ.get("FASTADAPT_PROOF") == "1"
 IMPLEMENTATIONS = ["triton", "triton_fused"]
 #: (implementation, whether to use the paths for few tokens)
 VARIANTS = [("triton", False), ("triton", True), ("triton_fused", False)]
-EXAMPLES = 70 if PROOF else 6  # per variant
+EXAMPLES = 70 if PROOF else 3  # per variant
 SPARSE, DENSE = CodeLayout(dense=False), CodeLayout(dense=True)
 EXACT = {"rtol": 0, "atol": 0}
 
@@ -183,7 +183,9 @@ def test_nothing_is_truncated(implementation: str, plan: CodeLayout | None) -> N
     assert stats.n_active == 32 * T + (F - 32)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    "implementation", ["triton", pytest.param("triton_fused", marks=SLOW_INTERPRETED)]
+)
 def test_features_of_many_pieces(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_sums, "PIECE", 16)
     b_enc = torch.full((40,), -100.0)

@@ -155,6 +155,7 @@ def test_batches_give_the_tokens_of_generate(kind, make_pair) -> None:
     assert [o.generated_tokens for o in together.values()] == [out.tolist() for out in alone]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_compile(kind, make_pair) -> None:
     torch._dynamo.reset()

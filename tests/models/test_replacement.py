@@ -78,7 +78,10 @@ def test_generate_in_each_mode(architecture, make_pair) -> None:
     assert len({tuple(ids[0].tolist()) for ids in seen.values()}) == 3
 
 
-@pytest.mark.parametrize("architecture", ["qwen2", "gemma2", "phi3"])
+@pytest.mark.parametrize(
+    "architecture",
+    ["qwen2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma2", "phi3"))],
+)
 def test_compile(architecture, make_pair) -> None:
     torch._dynamo.reset()
     model = randomised(make_pair(architecture))

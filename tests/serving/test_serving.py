@@ -114,7 +114,14 @@ def test_saving_again_changes_no_logits(exported, tmp_path) -> None:
         assert torch.equal(loaded(IDS).logits, again(IDS).logits)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+#: The others have the attention and MLPs of one of these.
+QUICK = {"qwen2", "gemma3_text", "phi3"}
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(a, marks=[pytest.mark.slow] * (a not in QUICK)) for a in ARCHITECTURES],
+)
 def test_generate_batch_gives_the_tokens_of_generate(architecture, exported) -> None:
     folder, _ = exported(architecture)
     loaded = AutoModelForCausalLM.from_pretrained(folder)

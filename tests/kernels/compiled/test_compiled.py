@@ -1,8 +1,8 @@
 """Checks of the kernels as compiled for GPUs, without a GPU.
 
 ``make test`` compiles every kernel for sm_90 in bfloat16 at small widths. ``make proof`` compiles
-for all targets, dtypes and shapes, with the installed Triton and with the oldest supported one. If FASTADAPT_RESOURCES names a folder,
-each record is written there.
+for all targets, dtypes and shapes, with the installed Triton and with the oldest supported one. If
+FASTADAPT_RESOURCES names a folder, each record is written there.
 """
 
 from __future__ import annotations
