@@ -29,6 +29,8 @@ from fastadapt.errors import RunError, UserError
 
 PROOF = os.environ.get("FASTADAPT_PROOF") == "1"
 DEPTH = 100_000
+#: Offsets at which a file is truncated, and at which a bit is flipped.
+RAW = 20 if PROOF else 8
 #: Replacements of a value of a document. REMOVED removes its key.
 REMOVED = object()
 WRONG: tuple[object, ...] = (
@@ -71,7 +73,7 @@ class Damage:
             path.write_bytes(self.content)
 
 
-def raw(content: bytes, count: int = 20, seed: int = 0) -> Iterator[Damage]:
+def raw(content: bytes, count: int = RAW, seed: int = 0) -> Iterator[Damage]:
     """Yield truncations and bit flips at ``count`` offsets, and files of other formats."""
     draw = random.Random(seed)
     offsets = sorted({len(content) * i // count for i in range(count)})
@@ -235,8 +237,11 @@ def sweep(
     valid: Callable[[Damage, Any], bool],
     names: tuple[str, ...] = (),
 ) -> None:
-    """Check that ``call`` ends well with every case, see :func:`ends_well`; restore the file."""
-    sound, wrong = path.read_bytes(), []
+    """Check that ``call`` ends well, see :func:`ends_well`, with :func:`thinned` cases.
+
+    The file is restored afterwards.
+    """
+    sound, wrong, cases = path.read_bytes(), [], thinned(list(cases))
     for damage in cases:
         path.parent.mkdir(exist_ok=True)
         damage.apply(path)

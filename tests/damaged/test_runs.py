@@ -43,7 +43,7 @@ def reads_back(damage: Damage, config: Any) -> bool:
 def test_the_configuration_of_a_run(tiny_config: Callable, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     save_config(tiny_config(), path)
-    sweep(path, thinned(variants(path), 100), lambda: load_config(path), reads_back)
+    sweep(path, variants(path), lambda: load_config(path), reads_back)
 
 
 def test_a_file_of_options(tiny_config: Callable, tmp_path: Path) -> None:
