@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,12 +11,15 @@ import torch
 from benchmarks.naive_step import NaiveStep
 from fastadapt.adapter.module import AdapterConfig
 from fastadapt.batch import Batch
+from fastadapt.models.pair import ModelPair
 from fastadapt.models.replacement import ReplacementModel
 from fastadapt.objective import ObjectiveConfig, objective
 
 
 @pytest.mark.parametrize("cutoff", [0, 1, 3])
-def test_the_plain_step_equals_the_objective(cutoff: int, make_pair) -> None:
+def test_the_plain_step_equals_the_objective(
+    cutoff: int, make_pair: Callable[..., ModelPair]
+) -> None:
     pair = make_pair("qwen2", dtype="float64")
     plain_pair = copy.deepcopy(pair)
     model = ReplacementModel.create(pair, AdapterConfig(24))

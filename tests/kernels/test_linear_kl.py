@@ -147,7 +147,7 @@ def clear_top1(inputs: dict[str, Tensor | None], softcap: float | None) -> Tenso
 @pytest.mark.usefixtures("poison")
 @given(case=cases)
 @settings(max_examples=DRAWS, deadline=None, derandomize=True, database=None)
-def test_within_the_budget_of_the_oracle(case, device):
+def test_within_the_budget_of_the_oracle(case: Case, device: str) -> None:
     check(case, "chunked", device)
 
 
@@ -164,7 +164,9 @@ def test_within_the_budget_of_the_oracle(case, device):
     database=None,
     phases=(Phase.explicit, Phase.generate),  # shrinking a failing case would take an hour
 )
-def test_triton_is_within_the_budget_of_the_oracle(case, logits_dtype, block, device):
+def test_triton_is_within_the_budget_of_the_oracle(
+    case: Case, logits_dtype: torch.dtype | None, block: tuple[int, int, int], device: str
+) -> None:
     with pytest.MonkeyPatch.context() as patch:
         set_block(patch, block)
         try:
@@ -216,7 +218,7 @@ def example(
     return tuple(torch.randn(s, dtype=torch.float64, generator=generator).to(dtype) for s in shapes)
 
 
-def test_reference_is_the_formula_written_out():
+def test_reference_is_the_formula_written_out() -> None:
     teacher, students, head = example()
     weights = torch.tensor([0.0, 1, 2, 0, 0.5, 1, 1, 1, 3, 0, 0.25])
     labels = torch.tensor([0, 1, -100, 3, 4, 5, 6, 7, 8, 9, 12])
@@ -250,7 +252,7 @@ def test_reference_is_the_formula_written_out():
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("implementation", ["reference", "chunked"])
-def test_gradcheck(implementation, softcap):
+def test_gradcheck(implementation: str, softcap: float | None) -> None:
     teacher, students, head = example()
     weights = torch.linspace(0, 2, 11)
 
@@ -271,7 +273,7 @@ def test_gradcheck(implementation, softcap):
 
 
 @pytest.mark.parametrize("implementation", ["reference", "chunked"])
-def test_gradcheck_of_the_head(implementation):
+def test_gradcheck_of_the_head(implementation: str) -> None:
     """A teacher at 0 has a uniform distribution for every head, without gradient."""
     teacher, students, head = example(T=4)
     assert torch.autograd.gradcheck(
@@ -290,7 +292,7 @@ def test_gradcheck_of_the_head(implementation):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_repeated_backward_and_cotangents(dtype):
+def test_repeated_backward_and_cotangents(dtype: torch.dtype) -> None:
     teacher, students, head = example(dtype)
     students.requires_grad_()
     head.requires_grad_()
@@ -308,7 +310,7 @@ def test_repeated_backward_and_cotangents(dtype):
     assert ones[0].abs().amin(-1).gt(0).all()
 
 
-def test_second_derivatives_are_refused():
+def test_second_derivatives_are_refused() -> None:
     teacher, students, head = example()
     students.requires_grad_()
     kl = linear_kl(teacher, students, head).kl
@@ -317,7 +319,7 @@ def test_second_derivatives_are_refused():
         grad.sum().backward()
 
 
-def test_students_as_a_list():
+def test_students_as_a_list() -> None:
     teacher, students, head = example()
     parts = [s.clone().requires_grad_() for s in students]
     whole = students.clone().requires_grad_()
@@ -329,7 +331,9 @@ def test_students_as_a_list():
 
 @pytest.mark.parametrize("logits_dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_logits_dtype_keeps_the_reference_budget(dtype, logits_dtype, device):
+def test_logits_dtype_keeps_the_reference_budget(
+    dtype: torch.dtype, logits_dtype: torch.dtype | None, device: str
+) -> None:
     case = Case(2, 23, 64, 129, dtype, ("contiguous",) * 6, "bool", True, None, 8, 0.3, seed=7)
     check(case, "chunked", device, logits_dtype)
     if device == "cuda":

@@ -40,7 +40,7 @@ def example(
 
 @pytest.mark.parametrize("grads", [(True, True), (True, False), (False, True), (False, False)])
 @pytest.mark.parametrize("implementation", OP_IMPLEMENTATIONS)
-def test_opcheck(implementation, grads, device):
+def test_opcheck(implementation: str, grads: tuple[bool, bool], device: str) -> None:
     teacher, students, head = example(device=device)
     students.requires_grad_(grads[0])
     head.requires_grad_(grads[1])
@@ -53,7 +53,7 @@ def test_opcheck(implementation, grads, device):
 
 
 @pytest.mark.parametrize("implementation", OP_IMPLEMENTATIONS)
-def test_compiles_into_one_graph_and_gives_the_same_bits(implementation, device):
+def test_compiles_into_one_graph_and_gives_the_same_bits(implementation: str, device: str) -> None:
     compiled = torch.compile(linear_kl, fullgraph=True, backend="aot_eager", dynamic=True)
     for T in (11, 14):
         teacher, students, head = example(T=T, device=device)
@@ -74,7 +74,9 @@ def test_compiles_into_one_graph_and_gives_the_same_bits(implementation, device)
     ("implementation", "dtype"),
     [("chunked", torch.bfloat16), ("chunked", torch.float64), ("triton", torch.bfloat16)],
 )
-def test_fake_results_look_like_real_ones(implementation, dtype, device):
+def test_fake_results_look_like_real_ones(
+    implementation: str, dtype: torch.dtype, device: str
+) -> None:
     teacher, students, head = example(dtype=dtype, device=device)
     labels = torch.arange(11, device=device)
     real = linear_kl(teacher, students, head, labels=labels, implementation=implementation)
@@ -86,7 +88,7 @@ def test_fake_results_look_like_real_ones(implementation, dtype, device):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_autocast_changes_nothing(implementation, device):
+def test_autocast_changes_nothing(implementation: str, device: str) -> None:
     results = []
     for enabled in (False, True):
         teacher, students, head = example(device=device)
@@ -111,7 +113,9 @@ def test_autocast_changes_nothing(implementation, device):
         (True, True, False, 1 + 3),
     ],
 )
-def test_flops_are_those_of_the_required_gradients(students_grad, head_grad, grad_mode, products):
+def test_flops_are_those_of_the_required_gradients(
+    students_grad: bool, head_grad: bool, grad_mode: bool, products: int
+) -> None:
     """Shapes of a 7B model on meta tensors: 2 T D V per product."""
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -132,7 +136,7 @@ def test_flops_are_those_of_the_required_gradients(students_grad, head_grad, gra
 
 
 @pytest.mark.parametrize("wider", [False, True])
-def test_no_synchronisation_off_the_cpu(monkeypatch, wider):
+def test_no_synchronisation_off_the_cpu(monkeypatch: pytest.MonkeyPatch, wider: bool) -> None:
     """Meta tensors raise when their values are read. ``wider`` uses a GPU's products."""
     if wider:
         monkeypatch.setattr(chunks, "_accumulates_wider", lambda head, *_: True)
@@ -150,7 +154,7 @@ def test_no_synchronisation_off_the_cpu(monkeypatch, wider):
     assert d_head.shape == (2, 13, 5)
 
 
-def test_only_kl_carries_a_gradient():
+def test_only_kl_carries_a_gradient() -> None:
     teacher, students, head = example()
     output = linear_kl(teacher, students.requires_grad_(), head, labels=torch.arange(11))
     assert output.kl.requires_grad
@@ -176,7 +180,7 @@ def peak_bytes(function: Any) -> int:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("S", [1, 3])
-def test_peak_memory_is_two_chunks_of_logits(S, dtype):
+def test_peak_memory_is_two_chunks_of_logits(S: int, dtype: torch.dtype) -> None:
     """V = 152,064 and six chunks: all logits of one stream would take three times the bound."""
     T, D, V, chunk = 96, 8, 152_064, 16
     teacher, students, head = example(S, T, D, V, dtype)
@@ -195,7 +199,7 @@ def test_peak_memory_is_two_chunks_of_logits(S, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_two_threads_give_the_same_bits_every_time(dtype):
+def test_two_threads_give_the_same_bits_every_time(dtype: torch.dtype) -> None:
     teacher, students, head = example(2, 48, 64, 1500, dtype)
     students.requires_grad_()
     head.requires_grad_()

@@ -1,6 +1,7 @@
 """linear_kl for non-finite values, zero weights, empty inputs and ties; errors for misuse."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -40,7 +41,9 @@ def example(
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("place", ["teacher", "student"])
-def test_a_non_finite_token_affects_only_its_results(implementation, value, place, device):
+def test_a_non_finite_token_affects_only_its_results(
+    implementation: str, value: float, place: str, device: str
+) -> None:
     teacher, students, head = example(device)
     labels = torch.arange(11, device=device)
     clean = linear_kl(teacher, students, head, labels=labels, implementation=implementation)
@@ -61,7 +64,9 @@ def test_a_non_finite_token_affects_only_its_results(implementation, value, plac
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_tokens_of_weight_zero_give_no_gradient_but_token_results(implementation, device):
+def test_tokens_of_weight_zero_give_no_gradient_but_token_results(
+    implementation: str, device: str
+) -> None:
     teacher, students, head = example(device)
     mask = torch.arange(11, device=device) % 3 != 0
     everything = linear_kl(teacher, students, head, implementation=implementation)
@@ -79,7 +84,7 @@ def test_tokens_of_weight_zero_give_no_gradient_but_token_results(implementation
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_no_counted_token_gives_zero_and_zero_gradient(implementation, device):
+def test_no_counted_token_gives_zero_and_zero_gradient(implementation: str, device: str) -> None:
     teacher, students, head = example(device)
     students.requires_grad_()
     head.requires_grad_()
@@ -92,7 +97,7 @@ def test_no_counted_token_gives_zero_and_zero_gradient(implementation, device):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_tokens_of_probability_zero_count_as_zero(implementation, device):
+def test_tokens_of_probability_zero_count_as_zero(implementation: str, device: str) -> None:
     """An infinite row of the head gives logit -inf where the hidden state is positive."""
     shapes = ((2, 1), (1, 2, 1), (3, 1))
     teacher, students, head = (torch.ones(shape, device=device) for shape in shapes)
@@ -113,7 +118,9 @@ def test_tokens_of_probability_zero_count_as_zero(implementation, device):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_a_student_that_excludes_a_possible_token_is_infinitely_far(implementation, device):
+def test_a_student_that_excludes_a_possible_token_is_infinitely_far(
+    implementation: str, device: str
+) -> None:
     head = torch.tensor([[0.0], [-3e38]], device=device)
     teacher = torch.full((1, 1), 1e-38, device=device)
     students = torch.full((1, 1, 1), 10.0, device=device)  # 10 * -3e38 = -inf
@@ -125,7 +132,7 @@ def test_a_student_that_excludes_a_possible_token_is_infinitely_far(implementati
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_ties_go_to_the_lowest_index(implementation, device):
+def test_ties_go_to_the_lowest_index(implementation: str, device: str) -> None:
     # The last row 30 times: ties also cross blocks of the Triton kernels.
     head = torch.tensor([[1.0], [2.0], [2.0], *[[0.0]] * 30, [2.0]], device=device)
     teacher = torch.tensor([[1.0], [1.0], [0.0]], device=device)
@@ -143,8 +150,8 @@ def test_ties_go_to_the_lowest_index(implementation, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("implementation", ["chunked", "triton"])
 def test_a_student_equal_to_the_teacher_has_kl_and_gradient_zero(
-    implementation, dtype, softcap, device
-):
+    implementation: str, dtype: torch.dtype, softcap: float | None, device: str
+) -> None:
     teacher, _, head = example(device, T=19, D=33, V=70, dtype=dtype)
     wide = torch.zeros(19, 41, dtype=dtype, device=device)
     wide[:, 3:36] = teacher
@@ -159,7 +166,7 @@ def test_a_student_equal_to_the_teacher_has_kl_and_gradient_zero(
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_no_token_gives_empty_results(implementation, device):
+def test_no_token_gives_empty_results(implementation: str, device: str) -> None:
     teacher, students, head = example(device, T=0)
     labels = torch.zeros(0, dtype=torch.int64, device=device)
     output = linear_kl(teacher, students, head, labels=labels, implementation=implementation)
@@ -169,8 +176,8 @@ def test_no_token_gives_empty_results(implementation, device):
 
 @pytest.mark.parametrize("implementation", ["chunked", "triton"])
 def test_labels_outside_the_vocabulary_raise_on_a_cpu_and_give_nan_elsewhere(
-    implementation, device, monkeypatch
-):
+    implementation: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("fastadapt.kernels.linear_kl.chunks._check_labels", lambda *_: None)
     teacher, students, head = example(device)
     labels = torch.tensor([0, 12, -100, 13, -1, 2**31, -(2**62), 2**62, -99, -101, 3])
@@ -236,7 +243,9 @@ def test_labels_outside_the_vocabulary_raise_on_a_cpu_and_give_nan_elsewhere(
         ({"implementation": "fast"}, ValueError, "implementation: expected one of auto, reference"),
     ],
 )
-def test_errors_name_argument_expected_and_got(change, error, message):
+def test_errors_name_argument_expected_and_got(
+    change: dict[str, Any], error: type[Exception], message: str
+) -> None:
     teacher, students, head = example("cpu")
     arguments = {"hidden_teacher": teacher, "hidden_students": students, "head": head} | change
     with pytest.raises(error, match=message):
@@ -248,7 +257,7 @@ def test_errors_name_argument_expected_and_got(change, error, message):
         )
 
 
-def test_triton_raises_where_it_cannot_run(monkeypatch):
+def test_triton_raises_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     teacher, students, head = example("cpu")
     with pytest.raises(ValueError, match="computes in float32, got float64"):
         linear_kl(teacher.double(), students.double(), head, implementation="triton")

@@ -113,7 +113,9 @@ def test_of_a_set_behind_a_link_the_link_goes(tmp_path: Path) -> None:
     assert (disk / "old" / "manifest.json").is_file()
 
 
-def test_nothing_is_removed_until_the_new_set_verifies(tmp_path, monkeypatch) -> None:
+def test_nothing_is_removed_until_the_new_set_verifies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save(tmp_path, 1, keep=1)
 
     def damaged(path: Path) -> dict:
@@ -269,7 +271,9 @@ CALLS = {
 }
 
 
-def fail_nth(monkeypatch, where: object, name: str, nth: int, error: Exception) -> list[object]:
+def fail_nth(
+    monkeypatch: pytest.MonkeyPatch, where: object, name: str, nth: int, error: Exception
+) -> list[object]:
     """Let the ``nth`` call raise; return a list that then holds the call's arguments."""
     real, count, fired = getattr(where, name), iter(range(1, 1000)), []
 
@@ -285,7 +289,9 @@ def fail_nth(monkeypatch, where: object, name: str, nth: int, error: Exception) 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EIO])
 @pytest.mark.parametrize("call", CALLS)
-def test_a_failing_system_call_leaves_the_last_set_intact(tmp_path, call: str, code: int) -> None:
+def test_a_failing_system_call_leaves_the_last_set_intact(
+    tmp_path: Path, call: str, code: int
+) -> None:
     """Fail the first, second, ... call of a save, until a save has fewer calls."""
     save(tmp_path, 1, keep=1)
     where, name = CALLS[call]
@@ -344,7 +350,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
         save(tmp_path / "file" / "checkpoints", 1)
 
 
-def test_kills_while_saving(tmp_path: Path, capsys) -> None:
+def test_kills_while_saving(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Kill saves at random moments: each can resume, none mixes steps, none is lost."""
     kills = 100 if PROOF else 5
     program = Path(__file__).with_name("crash_saves.py")

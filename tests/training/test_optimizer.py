@@ -37,7 +37,7 @@ def run(optimizer: AdapterOptimizer, seeds: range, rate: float = 1e-3) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_equals_adamw_with_clipping(dtype) -> None:
+def test_equals_adamw_with_clipping(dtype: torch.dtype) -> None:
     """bfloat16 without masters has the released code's parameters and moments."""
     ours, theirs = parameters(dtype), parameters(dtype)
     config = OptimizerConfig(clip=0.5, weight_decay=0.1, masters=False)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ from fastadapt.kernels.transcoder import CodeLayout, codes
 from fastadapt.objective import objective
 from fastadapt.training import loop, trainer
 from fastadapt.training.code_capacity import Call, CapacityEstimator, overflow, takes_plans
+from fastadapt.training.config import TrainConfig
+from fastadapt.training.loop import TrainingRun
 from fastadapt.training.run_dir import MetricsLog, read_records
 from fastadapt.training.trainer import train
 
@@ -92,7 +96,7 @@ def test_implementations_that_take_plans(implementation: str, device: str, takes
 # --- in a run -------------------------------------------------------------------------------------
 
 
-def as_on_a_device(*args: object, plan: CodeLayout | None = None, **kwargs: object):
+def as_on_a_device(*args: object, plan: CodeLayout | None = None, **kwargs: object) -> Any:
     """Run the op as a GPU does: codes beyond the capacity raise nothing and give NaN."""
     out = real_transcoder(*args, plan=None, **kwargs)
     n_codes = int(out.stats.n_codes)
@@ -105,7 +109,9 @@ real_transcoder = adapter_module.transcoder
 
 
 @pytest.fixture
-def planned(monkeypatch, tmp_path: Path, tiny_config):
+def planned(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_config: Callable[..., TrainConfig]
+) -> Callable[..., TrainingRun]:
     """Return ``planned(name, **changes)``: a run that plans, with few active features."""
     monkeypatch.setattr(adapter_module, "transcoder", as_on_a_device)
     monkeypatch.setattr(loop, "takes_plans", lambda *_: True)
@@ -148,11 +154,13 @@ def assert_same(run: loop.TrainingRun, other: loop.TrainingRun) -> None:
     assert run.planner.expected == other.planner.expected
 
 
-def test_plans_follow_the_last_step(planned, monkeypatch) -> None:
+def test_plans_follow_the_last_step(
+    planned: Callable[..., TrainingRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, seen = planned("run"), []
     real = loop.objective
 
-    def watched(*args):
+    def watched(*args: Any) -> Any:
         out = real(*args)
         seen.append((args[-1], [c.plan for c in out.calls]))
         return out
@@ -172,7 +180,7 @@ def test_plans_follow_the_last_step(planned, monkeypatch) -> None:
     assert {r["kind"] for r in metrics_of(run)} == {"train"}
 
 
-def test_codes_are_counted_per_token_of_every_stream(planned) -> None:
+def test_codes_are_counted_per_token_of_every_stream(planned: Callable[..., TrainingRun]) -> None:
     """Behind the cutoff a call holds two streams, and twice the tokens."""
     run = planned("run", **{"objective.bridge": 0.0})
     batch, tokens = run.feed.batch(run.feed.train, [0, 1, 2])
@@ -191,7 +199,7 @@ def test_codes_are_counted_per_token_of_every_stream(planned) -> None:
     assert 0.3 < forked[1] / alone[1] < 3
 
 
-def test_a_plan_too_small_changes_no_bit(planned) -> None:
+def test_a_plan_too_small_changes_no_bit(planned: Callable[..., TrainingRun]) -> None:
     run, other = planned("run"), planned("other")
     for each in (run, other):
         each.advance()
@@ -208,7 +216,9 @@ def test_a_plan_too_small_changes_no_bit(planned) -> None:
     assert [r for r in records if r is not replan] == other_records
 
 
-def test_a_broken_step_leaves_no_expectation(planned, monkeypatch) -> None:
+def test_a_broken_step_leaves_no_expectation(
+    planned: Callable[..., TrainingRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = planned("run")
     run.advance()
     expected = run.planner.expected
@@ -221,7 +231,9 @@ def test_a_broken_step_leaves_no_expectation(planned, monkeypatch) -> None:
     assert run.planner.expected == expected
 
 
-def test_stopped_and_resumed_with_plans(planned, tiny_config, tmp_path: Path) -> None:
+def test_stopped_and_resumed_with_plans(
+    planned: Callable[..., TrainingRun], tiny_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
     """The expected counts are saved, so the first step after a resume is planned."""
     changes = {"adapter.implementation": "sparse", "run.eval_every": 0, "optimizer.max_steps": 7}
     whole = tiny_config(**{**changes, "run.output": str(tmp_path / "whole")})
@@ -249,7 +261,9 @@ def test_stopped_and_resumed_with_plans(planned, tiny_config, tmp_path: Path) ->
 
 
 @pytest.fixture
-def few(planned, monkeypatch):
+def few(
+    planned: Callable[..., TrainingRun], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., TrainingRun]:
     """Return ``few(name, implementation)``: a run of the op itself, one sequence a step."""
     monkeypatch.setattr(adapter_module, "transcoder", real_transcoder)
 
@@ -262,7 +276,9 @@ def few(planned, monkeypatch):
 
 @interpreted
 @pytest.mark.parametrize("implementation", ["triton", "triton_fused"])
-def test_training_on_the_kernels_equals_training_on_the_cpu(few, implementation: str) -> None:
+def test_training_on_the_kernels_equals_training_on_the_cpu(
+    few: Callable[..., TrainingRun], implementation: str
+) -> None:
     run, other = few("run", implementation), few("other", "sparse")
     for _ in range(2):
         run.advance()
@@ -275,7 +291,7 @@ def test_training_on_the_kernels_equals_training_on_the_cpu(few, implementation:
 
 
 @interpreted
-def test_kernel_buffers_too_short_change_no_bit(few) -> None:
+def test_kernel_buffers_too_short_change_no_bit(few: Callable[..., TrainingRun]) -> None:
     run, other = few("run", "triton"), few("other", "triton")
     for each in (run, other):
         each.advance()
@@ -294,7 +310,9 @@ OTHERS = ("transformers/masking_utils.py", "linear_kl/chunked.py")
 
 
 @interpreted
-def test_nothing_reads_from_the_device_inside_a_planned_step(few, monkeypatch) -> None:
+def test_nothing_reads_from_the_device_inside_a_planned_step(
+    few: Callable[..., TrainingRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, read = few("run", "triton"), []
     run.advance()
     batch, _ = run.feed.batch(run.feed.train, [0])
@@ -302,7 +320,7 @@ def test_nothing_reads_from_the_device_inside_a_planned_step(few, monkeypatch) -
     def watch(name: str) -> None:
         real = getattr(torch.Tensor, name)
 
-        def watched(*args: object):
+        def watched(*args: object) -> Any:
             if not sys._getframe(1).f_code.co_filename.endswith(OTHERS):
                 read.append(name)
             return real(*args)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import pytest
 import torch
@@ -58,7 +59,9 @@ def into(config: TrainConfig, folder: Path) -> TrainConfig:
 
 
 @pytest.mark.parametrize("kind", ["transcoder", pytest.param("mlp", marks=pytest.mark.slow)])
-def test_killed_at_five_steps_and_resumed_twice(tiny_config, tmp_path: Path, kind: str) -> None:
+def test_killed_at_five_steps_and_resumed_twice(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path, kind: str
+) -> None:
     """Kill before the first checkpoint (step 3), at one, between two, and at the last step."""
     kills = ["1,2", "3,5", "4,9", "7,8", "10,12"]
     config = tiny_config(**VARIANTS[kind] if kind == "mlp" else {})
@@ -96,7 +99,9 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_stopped_and_resumed(tiny_config, tmp_path: Path, variant: str) -> None:
+def test_stopped_and_resumed(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path, variant: str
+) -> None:
     config = tiny_config(**VARIANTS[variant])
     whole = train(into(config, tmp_path / "whole"))
     stop, again = Event(), into(config, tmp_path / "again")
@@ -117,11 +122,13 @@ def test_stopped_and_resumed(tiny_config, tmp_path: Path, variant: str) -> None:
     assert {k: whole[k] for k in same} == {k: resumed[k] for k in same}
 
 
-def test_every_sample_is_seen_once(tiny_config, monkeypatch) -> None:
+def test_every_sample_is_seen_once(
+    tiny_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[int] = []
     real = StepData.batch
 
-    def batch(self, data, indices):
+    def batch(self, data: Any, indices: list[int]) -> Any:
         if data is self.train:
             seen.extend(indices)
         return real(self, data, indices)
@@ -138,7 +145,7 @@ def test_every_sample_is_seen_once(tiny_config, monkeypatch) -> None:
 
 
 def test_the_newest_intact_checkpoint_is_used_and_damaged_ones_are_recorded(
-    tiny_config, tmp_path
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
     config = tiny_config()
     train(config)
@@ -158,7 +165,9 @@ def test_the_newest_intact_checkpoint_is_used_and_damaged_ones_are_recorded(
     assert weights.read_bytes() == whole  # written again with the same bits
 
 
-def test_no_whole_checkpoint_is_an_error_and_not_a_fresh_start(tiny_config, tmp_path) -> None:
+def test_no_whole_checkpoint_is_an_error_and_not_a_fresh_start(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
     config = tiny_config()
     train(config)
     for _, path in list_checkpoints(tmp_path / "run" / "checkpoints"):
@@ -167,7 +176,9 @@ def test_no_whole_checkpoint_is_an_error_and_not_a_fresh_start(tiny_config, tmp_
         train(config, resume=True)
 
 
-def test_resuming_a_finished_run_changes_nothing(tiny_config, tmp_path: Path) -> None:
+def test_resuming_a_finished_run_changes_nothing(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
     config = tiny_config()
     first = train(config)
     before = records(tmp_path / "run")
@@ -178,7 +189,9 @@ def test_resuming_a_finished_run_changes_nothing(tiny_config, tmp_path: Path) ->
     assert {**second, "wall_s": 0} == {**first, "wall_s": 0}
 
 
-def test_an_interrupted_evaluation_is_repeated(tiny_config, tmp_path: Path) -> None:
+def test_an_interrupted_evaluation_is_repeated(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
     """Stop during the evaluation of step 5: only the resumed run records the evaluation."""
     config = tiny_config()
     train(into(config, tmp_path / "whole"))
@@ -192,7 +205,9 @@ def test_an_interrupted_evaluation_is_repeated(tiny_config, tmp_path: Path) -> N
     assert ours == records(tmp_path / "whole")
 
 
-def test_other_data_is_refused(tiny_config, tiny_pair: Path, tmp_path: Path) -> None:
+def test_other_data_is_refused(
+    tiny_config: Callable[..., TrainConfig], tiny_pair: Path, tmp_path: Path
+) -> None:
     rows = (tiny_pair / "train.jsonl").read_text().splitlines()
     data = tmp_path / "train.jsonl"
     data.write_text("\n".join(rows))
@@ -204,7 +219,7 @@ def test_other_data_is_refused(tiny_config, tiny_pair: Path, tmp_path: Path) -> 
 
 
 def test_other_data_of_the_same_size_is_refused(
-    tiny_config, tiny_pair: Path, tmp_path: Path
+    tiny_config: Callable[..., TrainConfig], tiny_pair: Path, tmp_path: Path
 ) -> None:
     rows = (tiny_pair / "train.jsonl").read_text().splitlines()
     data = tmp_path / "train.jsonl"
@@ -216,7 +231,7 @@ def test_other_data_of_the_same_size_is_refused(
         train(config, resume=True)
 
 
-def test_the_saved_number_of_threads_is_restored(tiny_config) -> None:
+def test_the_saved_number_of_threads_is_restored(tiny_config: Callable[..., TrainConfig]) -> None:
     before, stop = torch.get_num_threads(), Event()
     try:
         torch.set_num_threads(2)
@@ -235,13 +250,19 @@ def test_the_saved_number_of_threads_is_restored(tiny_config) -> None:
         ("revisions", {"target": "abc", "base": None}, "began with model revisions .*abc"),
     ],
 )
-def test_another_origin_is_refused(key, value, message, tiny_config, monkeypatch) -> None:
+def test_another_origin_is_refused(
+    key: str,
+    value: Any,
+    message: str,
+    tiny_config: Callable[..., TrainConfig],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Present the checkpoint as saved on another kind of device, or with other revisions."""
     stop = Event()
     train(tiny_config(), stop=stop, sinks=[stop_after(stop, 3)])
     find = trainer.load_latest
 
-    def moved(folder):
+    def moved(folder: Path) -> tuple[Any, Any]:
         checkpoint, passed = find(folder)
         scalars = {**checkpoint.scalars, key: value}
         return dataclasses.replace(checkpoint, scalars=scalars), passed
@@ -251,7 +272,9 @@ def test_another_origin_is_refused(key, value, message, tiny_config, monkeypatch
         train(tiny_config(), resume=True)
 
 
-def test_weights_of_another_shape_are_refused(tiny_config, tmp_path: Path) -> None:
+def test_weights_of_another_shape_are_refused(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
     """Edit config.yaml to match the command line: the shapes of the tensors still differ."""
     stop = Event()
     train(tiny_config(), stop=stop, sinks=[stop_after(stop, 3)])
@@ -263,7 +286,7 @@ def test_weights_of_another_shape_are_refused(tiny_config, tmp_path: Path) -> No
         train(other, resume=True)
 
 
-def test_the_configured_number_of_threads_is_set(tiny_config) -> None:
+def test_the_configured_number_of_threads_is_set(tiny_config: Callable[..., TrainConfig]) -> None:
     before = torch.get_num_threads()
     try:
         train(tiny_config(**{"run.threads": 2, "optimizer.max_steps": 1}))

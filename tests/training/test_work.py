@@ -9,7 +9,8 @@ from transformers import Qwen2Config
 
 from benchmarks.naive_step import NaiveStep
 from fastadapt.adapter.module import AdapterConfig, TranscoderAdapter
-from fastadapt.models.pair import DTYPES, PairConfig
+from fastadapt.data.batches import Batch
+from fastadapt.models.pair import DTYPES, ModelPair, PairConfig
 from fastadapt.objective import ObjectiveConfig
 from fastadapt.training.planning.flops import (
     Setup,
@@ -39,7 +40,7 @@ def paper(**changes: object) -> Setup:
 
 
 def naive_count(setup: Setup, n_layers: int, cutoff: int) -> float:
-    def step(pair, batch) -> None:
+    def step(pair: ModelPair, batch: Batch) -> None:
         adapters = [
             TranscoderAdapter(D, setup.trained, dtype=DTYPES[setup.pair.dtype])
             for _ in pair.base_mlps
