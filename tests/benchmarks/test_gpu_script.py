@@ -108,6 +108,7 @@ def test_a_kill_leaves_the_results(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         text=True,
     )
+    assert process.stdout is not None
     lines = [process.stdout.readline() for _ in range(3)]  # the machine, one row, the next
     process.kill()
     process.communicate()
@@ -127,13 +128,13 @@ def test_time_limits_of_parts_and_of_the_run(
 ) -> None:
     from benchmarks.gpu import Run
 
-    state = SimpleNamespace(
+    state: Any = SimpleNamespace(
         options=SimpleNamespace(only=only),
         deadline=time.monotonic() + left,
         result={"cut_short": []},
         write=lambda: None,
     )
-    results = []
+    results: list[dict[str, Any]] = []
     rows = ({"op": "x", "implementation": str(i)} for i in range(5))
     Run.collect(state, "x", rows, results, part_s)
     assert len(results) == n_rows
@@ -190,12 +191,13 @@ def test_a_failed_part_is_recorded_and_a_failed_device_is_not_used_again(
 ) -> None:
     from benchmarks.gpu import Run
 
-    run = object.__new__(Run)
+    run: Any = object.__new__(Run)
     run.lost, run.deadline = False, time.monotonic() + 100
     run.options = SimpleNamespace(only=None, device="cpu")
     run.result = {"cut_short": [], "failed": {}, "seconds": {}, "checks": {}, "parts": {}}
     run.write = lambda: None
-    first, second = [], []
+    first: list[dict[str, Any]] = []
+    second: list[dict[str, Any]] = []
     assert run.attempt("a", lambda: rows_until(error), first, 100) is (error is None)
     assert len(first) == 1
     run.attempt("b", lambda: rows_until(None), second, 100)
@@ -213,12 +215,12 @@ def test_an_error_of_the_device_ends_the_part(monkeypatch: pytest.MonkeyPatch) -
         raise torch.AcceleratorError("illegal access")
 
     monkeypatch.setattr(timing, "synchronize", dead)
-    state = SimpleNamespace(
+    state: Any = SimpleNamespace(
         options=SimpleNamespace(only=None, device="cuda"),
         deadline=time.monotonic() + 100,
         write=lambda: None,
     )
-    results = []
+    results: list[dict[str, Any]] = []
     rows = ({"op": "x", "implementation": str(i), "error": "Triton"} for i in range(3))
     with pytest.raises(torch.AcceleratorError):
         Run.collect(state, "x", rows, results, 100)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ def test_the_plain_step_equals_the_objective(
     pair = make_pair("qwen2", dtype="float64")
     plain_pair = copy.deepcopy(pair)
     model = ReplacementModel.create(pair, AdapterConfig(24))
+    adapter: Any
     with torch.no_grad():
         for adapter in model.adapters:
             adapter.W_dec.normal_(std=0.1)

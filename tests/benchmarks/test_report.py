@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -99,6 +100,7 @@ def test_rows_without_time_or_of_other_shapes_have_no_verdict() -> None:
 def test_every_bound_applies_to_rows_and_has_a_reason() -> None:
     """Every bound applies to a row of one of the parts' implementations and shapes."""
     names = {name for bound in BOUNDS for name in (*bound.ours, *bound.others)}
+    shapes: dict[str, dict[str, list[Any]]]
     shapes = {"transcoder": {"L0": [0.1, 1, 10]}, "sweep": {"L0": [1]}, "topk": {"k": [8]}}
     shapes |= {"linear_kl": {"S": [1, 3]}, "serving": {"T": [1, 64]}}
     parts = {
@@ -127,7 +129,7 @@ def results(tmp_path: Path) -> Path:
     rows = [*adapter(1, 2, 10, 8, 3), *adapter(10, 2, 10, 8, 4)]
     failed = {**row("triton", 1, L0=100), "right": False, "wrong": "out: too far\nand more"}
     del failed["median_s"]
-    lengths = {"first_s": [2.0, 0.1], "again_s": [0.1, 0.1]}
+    lengths: dict[str, Any] = {"first_s": [2.0, 0.1], "again_s": [0.1, 0.1]}
     lengths |= {"implementation": "triton", "kernels_compiled": 7, "graphs_compiled": 0}
     result = {
         "date": "2026-01-02T03:04:05+00:00",

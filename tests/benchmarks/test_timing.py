@@ -10,7 +10,7 @@ from benchmarks.roofs import Roofs
 
 
 def test_each_set_is_used_in_turn_within_the_time() -> None:
-    used = []
+    used: list[str] = []
     measured = timing.measure(used.append, ["a", "b"], "cpu", seconds=0.0, least=4)
     assert measured.repeats == 4
     assert used == ["a", "a", *"abab", "a"]  # warm-up, length of one, timed, memory
@@ -104,9 +104,12 @@ def test_the_floor_is_the_larger_of_two() -> None:
 def test_the_number_of_serving_sets_follows_from_the_bytes_of_w_enc(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    requests = []
-    monkeypatch.setattr(
-        transcoder_cases, "copies", lambda n_bytes, device: requests.append(n_bytes) or 2
-    )
+    requests: list[int] = []
+
+    def copies(n_bytes: int, device: str) -> int:
+        requests.append(n_bytes)
+        return 2
+
+    monkeypatch.setattr(transcoder_cases, "copies", copies)
     transcoder_cases.serving_case(1, 8, 16, 1, torch.float32, "cpu")
     assert requests == [16 * 8 * 4]  # bytes of W_enc

@@ -3,6 +3,7 @@
 import math
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ class Case:
     distance: float  # of the students from the teacher
     seed: int
 
-    def inputs(self, device: str, fill: int = 0) -> dict[str, Tensor | None]:
+    def inputs(self, device: str, fill: int = 0) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(self.seed + fill)
 
         def normal(*shape: int) -> Tensor:
@@ -56,8 +57,8 @@ class Case:
             "weights": normal(self.T).relu().float(),
             "zero": torch.zeros(self.T, dtype=torch.bool),
         }[self.mask]
-        labels = torch.randint(-20, self.V, (self.T,), generator=generator)
-        labels = labels.where(labels >= 0, -100) if self.labels else None
+        drawn = torch.randint(-20, self.V, (self.T,), generator=generator)
+        labels = drawn.where(drawn >= 0, -100) if self.labels else None
         tensors = {
             "hidden_teacher": teacher.to(self.dtype),
             "hidden_students": students.to(self.dtype),
@@ -100,7 +101,7 @@ triton_cases = st.builds(
 
 
 def run(
-    inputs: dict[str, Tensor | None],
+    inputs: dict[str, Any],
     case: Case,
     implementation: str,
     dtype: torch.dtype,
@@ -128,7 +129,7 @@ def pooled(results: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([result[name] for result in results]) for name in results[0]}
 
 
-def clear_top1(inputs: dict[str, Tensor | None], softcap: float | None) -> Tensor:
+def clear_top1(inputs: dict[str, Any], softcap: float | None) -> Tensor:
     """Return where rounding of float32 logits cannot change the most probable tokens, [S,T]."""
     clear = []
     for hidden in (inputs["hidden_teacher"], inputs["hidden_students"]):
@@ -165,7 +166,7 @@ def test_within_the_budget_of_the_oracle(case: Case, device: str) -> None:
     phases=(Phase.explicit, Phase.generate),  # shrinking a failing case would take an hour
 )
 def test_triton_is_within_the_budget_of_the_oracle(
-    case: Case, logits_dtype: torch.dtype | None, block: tuple[int, int, int], device: str
+    case: Case, logits_dtype: torch.dtype | None, block: int | None, device: str
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         set_block(patch, block)
@@ -215,7 +216,10 @@ def example(
 ) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(3)
     shapes = ((T, D), (S, T, D), (V, D))
-    return tuple(torch.randn(s, dtype=torch.float64, generator=generator).to(dtype) for s in shapes)
+    teacher, students, head = (
+        torch.randn(s, dtype=torch.float64, generator=generator).to(dtype) for s in shapes
+    )
+    return teacher, students, head
 
 
 def test_reference_is_the_formula_written_out() -> None:
@@ -245,6 +249,7 @@ def test_reference_is_the_formula_written_out() -> None:
             total += float(weights[t]) * kl
             ce = 0.0 if labels[t] == -100 else -math.log(q[labels[t]])
             assert float(output.token_kl[s, t]) == pytest.approx(kl, rel=1e-12)
+            assert output.token_cross_entropy is not None
             assert float(output.token_cross_entropy[s, t]) == pytest.approx(ce, rel=1e-12)
             assert bool(output.token_top1[s, t]) == (p.index(max(p)) == q.index(max(q)))
         assert float(output.kl[s]) == pytest.approx(total / float(weights.sum()), rel=1e-12)
@@ -326,6 +331,7 @@ def test_students_as_a_list() -> None:
     cotangent = torch.tensor([1.5, -2.0], dtype=torch.float64)
     linear_kl(teacher, parts, head).kl.backward(cotangent)
     linear_kl(teacher, whole, head).kl.backward(cotangent)
+    assert whole.grad is not None
     assert torch.equal(torch.stack([p.grad for p in parts]), whole.grad)
 
 

@@ -59,7 +59,7 @@ def test_compiles_into_one_graph_and_gives_the_same_bits(implementation: str, de
         teacher, students, head = example(T=T, device=device)
         mask = torch.arange(T, device=device) > 2
         labels = torch.arange(T, device=device) % 13
-        settings = {"chunk_tokens": 4, "implementation": implementation}
+        settings: dict[str, Any] = {"chunk_tokens": 4, "implementation": implementation}
         results = []
         for function in (linear_kl, compiled):
             leaf = students.clone().requires_grad_()
@@ -84,6 +84,8 @@ def test_fake_results_look_like_real_ones(
         fakes = [mode.from_tensor(t) for t in (teacher, students, head, labels)]
         fake = linear_kl(*fakes[:3], labels=fakes[3], implementation=implementation)
     for a, b in zip(real, fake, strict=True):
+        assert a is not None
+        assert b is not None
         assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
 
 
@@ -158,7 +160,8 @@ def test_only_kl_carries_a_gradient() -> None:
     teacher, students, head = example()
     output = linear_kl(teacher, students.requires_grad_(), head, labels=torch.arange(11))
     assert output.kl.requires_grad
-    assert not any(t.requires_grad for t in output[1:])
+    by_token: tuple[Any, ...] = output[1:]
+    assert not any(t.requires_grad for t in by_token)
     teacher.requires_grad_()
     assert not linear_kl(teacher, students.detach(), head).kl.requires_grad
     with torch.no_grad():
@@ -211,7 +214,7 @@ def test_two_threads_give_the_same_bits_every_time(dtype: torch.dtype) -> None:
         for _ in range(250 if PROOF else 15):
             output = linear_kl(teacher, students, head, chunk_tokens=16, labels=torch.arange(48))
             grads = torch.autograd.grad(output.kl, (students, head), torch.tensor([1.0, 0.3]))
-            tensors = (*(t.detach() for t in output), *grads)
+            tensors = (*(t.detach() for t in output if t is not None), *grads)
             seen.add(
                 hash(b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in tensors))
             )

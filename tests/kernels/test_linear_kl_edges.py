@@ -60,6 +60,7 @@ def test_a_non_finite_token_affects_only_its_results(
     assert torch.equal(output.token_top1[~hit], clean.token_top1[~hit])
     assert torch.equal(output.kl.isnan(), hit.any(1))
     output.kl.sum().backward()
+    assert students.grad is not None
     assert torch.equal(students.grad.isnan().any(-1), hit)
 
 
@@ -77,6 +78,7 @@ def test_tokens_of_weight_zero_give_no_gradient_but_token_results(
     expected = everything.token_kl[:, mask].mean(1)
     torch.testing.assert_close(output.kl.detach(), expected)
     output.kl.sum().backward()
+    assert students.grad is not None
     assert not students.grad[:, ~mask].any()
     assert students.grad[:, mask].ne(0).all()
     assert output.token_kl[:, [3, 6]].isnan().all()
@@ -92,6 +94,8 @@ def test_no_counted_token_gives_zero_and_zero_gradient(implementation: str, devi
     kl = linear_kl(teacher, students, head, mask=mask, implementation=implementation).kl
     kl.sum().backward()
     assert not kl.any()
+    assert students.grad is not None
+    assert head.grad is not None
     assert not students.grad.any()
     assert not head.grad.any()
 
@@ -161,6 +165,7 @@ def test_a_student_equal_to_the_teacher_has_kl_and_gradient_zero(
     )
     output.kl.sum().backward()
     assert not output.token_kl.any()
+    assert students.grad is not None
     assert not students.grad.any()
     assert output.token_top1.all()
 
@@ -171,7 +176,8 @@ def test_no_token_gives_empty_results(implementation: str, device: str) -> None:
     labels = torch.zeros(0, dtype=torch.int64, device=device)
     output = linear_kl(teacher, students, head, labels=labels, implementation=implementation)
     assert output.kl.tolist() == [0, 0]
-    assert [t.shape for t in output[1:]] == [(2, 0)] * 3
+    by_token: tuple[Any, ...] = output[1:]
+    assert [t.shape for t in by_token] == [(2, 0)] * 3
 
 
 @pytest.mark.parametrize("implementation", ["chunked", "triton"])
@@ -184,6 +190,7 @@ def test_labels_outside_the_vocabulary_raise_on_a_cpu_and_give_nan_elsewhere(
     token_ce = linear_kl(
         teacher, students, head, labels=labels.to(device), implementation=implementation
     ).token_cross_entropy
+    assert token_ce is not None
     assert token_ce.isnan().any(0).nonzero()[:, 0].tolist() == [3, 4, 5, 6, 7, 8, 9]
     assert token_ce[:, [0, 1, 10]].gt(0).all()
     assert not token_ce[:, 2].any()

@@ -37,7 +37,7 @@ class Case:
     distance: float
     seed: int
 
-    def inputs(self, fill: int, device: str) -> dict[str, Tensor | None]:
+    def inputs(self, fill: int, device: str) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(self.seed + fill)
 
         def normal(*shape: int) -> Tensor:

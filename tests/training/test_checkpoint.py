@@ -154,6 +154,11 @@ def edit_manifest(path: Path, change: Callable[[dict], None]) -> None:
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 
+def put_a_folder(path: Path) -> None:
+    (path / "state.json").unlink()
+    (path / "state.json").mkdir()
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (
         lambda p: truncate(p / "weights.safetensors"),
@@ -194,7 +199,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "expected the name of a file in its folder, got '../x'",
     ),
     "a folder in a file's place": (
-        lambda p: ((p / "state.json").unlink(), (p / "state.json").mkdir()),
+        put_a_folder,
         "state.json cannot be read",
     ),
 }
@@ -275,7 +280,8 @@ def fail_nth(
     monkeypatch: pytest.MonkeyPatch, where: object, name: str, nth: int, error: Exception
 ) -> list[object]:
     """Let the ``nth`` call raise; return a list that then holds the call's arguments."""
-    real, count, fired = getattr(where, name), iter(range(1, 1000)), []
+    real, count = getattr(where, name), iter(range(1, 1000))
+    fired: list[object] = []
 
     def call(*args: object, **kwargs: object) -> object:
         if next(count) == nth:
@@ -297,7 +303,8 @@ def test_a_failing_system_call_leaves_the_last_set_intact(
     where, name = CALLS[call]
     failed = 0
     for nth in range(1, 100):
-        step, error = nth + 1, OSError(code, os.strerror(code))
+        step = nth + 1
+        error: Exception = OSError(code, os.strerror(code))
         if call == "save_tensors":
             error = SafetensorError(f"I/O error: {os.strerror(code)} (os error {code})")
         before = list_checkpoints(tmp_path)

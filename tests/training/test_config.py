@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -21,7 +22,7 @@ from fastadapt.training.config import (
     to_dict,
 )
 
-BAD = {
+BAD: dict[str, list[tuple[Any, str]]] = {
     "optimizer.lr": [(-1e-3, "positive"), (0.0, "positive"), (math.nan, "positive"), ("fast", "")],
     "optimizer.betas": [([0.9], "tuple"), ([0.9, 1.0], r"\[0, 1\)"), ([-0.1, 0.9], r"\[0, 1\)")],
     "optimizer.eps": [(0.0, "positive")],

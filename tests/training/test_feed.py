@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -110,9 +111,15 @@ def test_a_rank_prefetches_only_its_share(
     feed = StepData(
         config, tokenizer, CPU, len(tokenizer), share=lambda micro_batches: micro_batches[1::2]
     )
-    returned = []
-    real = feed.prefetcher.get
-    feed.prefetcher.get = lambda *request: returned.append(real(*request)) or returned[-1]
+    returned: list[Any] = []
+    prefetcher: Any = feed.prefetcher
+    real = prefetcher.get
+
+    def get(*request: Any) -> Any:
+        returned.append(real(*request))
+        return returned[-1]
+
+    prefetcher.get = get
     for step in range(feed.steps):
         for ids in feed.micro_batches(step)[1::2]:
             feed.batch(feed.train, ids)

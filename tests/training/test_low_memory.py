@@ -13,8 +13,8 @@ from torch import nn
 from fastadapt.errors import UserError
 from fastadapt.training.optimizer import AdapterOptimizer, OptimizerConfig
 
-EIGHT = {"moments": "8bit"}
-ROUNDED = {"masters": False, "stochastic_rounding": True}
+EIGHT: dict[str, Any] = {"moments": "8bit"}
+ROUNDED: dict[str, Any] = {"masters": False, "stochastic_rounding": True}
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_stochastic_rounding_applies_updates_that_rounding_to_nearest_drops(eage
     """Updates are 1e-6, a thirtieth of half the spacing of bfloat16 at 0.015."""
     moved = {}
     for random in (False, True):
-        changes = {"masters": False, "stochastic_rounding": random}
+        changes: dict[str, Any] = {"masters": False, "stochastic_rounding": random}
         optimizer = AdapterOptimizer(parameters(torch.bfloat16), OptimizerConfig(**changes))
         start = optimizer.parameters["W"].detach().float().clone()
         run(optimizer, range(30), rate=1e-6)

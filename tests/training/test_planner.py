@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from threading import Event
@@ -55,7 +55,8 @@ def test_the_first_overflow_of_each_micro_batch_is_told() -> None:
 
 def test_the_largest_count_of_the_micro_batches_is_expected() -> None:
     planner = CapacityEstimator(True)
-    assert planner.expected is None
+    before = planner.expected
+    assert before is None
     planner.applied([[call(30), call(2)], [call(20, tokens=5), call(0)], [call(0, tokens=0)] * 2])
     assert planner.expected == [4.0, 0.2]
     planner.applied([[call(10, 99), call(10, dense=True)]])
@@ -96,7 +97,7 @@ def test_implementations_that_take_plans(implementation: str, device: str, takes
 # --- in a run -------------------------------------------------------------------------------------
 
 
-def as_on_a_device(*args: object, plan: CodeLayout | None = None, **kwargs: object) -> Any:
+def as_on_a_device(*args: Any, plan: CodeLayout | None = None, **kwargs: Any) -> Any:
     """Run the op as a GPU does: codes beyond the capacity raise nothing and give NaN."""
     out = real_transcoder(*args, plan=None, **kwargs)
     n_codes = int(out.stats.n_codes)
@@ -111,7 +112,7 @@ real_transcoder = adapter_module.transcoder
 @pytest.fixture
 def planned(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_config: Callable[..., TrainConfig]
-) -> Callable[..., TrainingRun]:
+) -> Iterator[Callable[..., TrainingRun]]:
     """Return ``planned(name, **changes)``: a run that plans, with few active features."""
     monkeypatch.setattr(adapter_module, "transcoder", as_on_a_device)
     monkeypatch.setattr(loop, "takes_plans", lambda *_: True)
@@ -124,6 +125,7 @@ def planned(
         changes = {"optimizer.accumulation": 2, "optimizer.batch_size": 3, **changes}
         config = tiny_config(**{"adapter.implementation": "sparse", **changes})
         model, feed = trainer.load_model_and_data(config)
+        adapter: Any
         with torch.no_grad():
             for adapter in model.adapters:
                 adapter.b_enc.fill_(-0.25)
@@ -169,6 +171,7 @@ def test_plans_follow_the_last_step(
     run.advance()
     assert seen == [(None, [None, None])] * 2  # nothing is known yet
     first = run.planner.expected
+    assert first is not None
     assert all(0 < rate < 20 for rate in first), first
     seen.clear()
     run.advance()
@@ -184,7 +187,7 @@ def test_codes_are_counted_per_token_of_every_stream(planned: Callable[..., Trai
     """Behind the cutoff a call holds two streams, and twice the tokens."""
     run = planned("run", **{"objective.bridge": 0.0})
     batch, tokens = run.feed.batch(run.feed.train, [0, 1, 2])
-    rates = []
+    rates: list[Any] = []
     for bridge in (0.0, 1.0):
         config = type(run.config.objective)(bridge=bridge)
         out = objective(run.model, batch, 1, config)
@@ -248,8 +251,13 @@ def test_stopped_and_resumed_with_plans(
     assert train(again, stop=stop, sinks=[sink])["step"] == 4
     first: list = []
     real = loop.objective
+
+    def watched(*args: Any) -> Any:
+        first.append(args[-1])
+        return real(*args)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "objective", lambda *a: first.append(a[-1]) or real(*a))
+        patch.setattr(loop, "objective", watched)
         train(again, resume=True)
     assert isinstance(first[0], list)
     for file in ("weights", "exp_avg", "exp_avg_sq", "counters"):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -197,7 +198,7 @@ VARIANTS: dict[str, dict] = {
 @pytest.mark.slow
 def test_the_same_steps_on_one_two_and_four_ranks(
     written: Callable[..., str],
-    gemma_pair: Path,
+    gemma_pair: dict[str, str],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -205,7 +206,7 @@ def test_the_same_steps_on_one_two_and_four_ranks(
 
     The bound holds for the maximum and for the RMS of the error.
     """
-    variants = {**VARIANTS, "gemma2": gemma_pair}
+    variants: dict[str, dict[str, Any]] = {**VARIANTS, "gemma2": gemma_pair}
     names = [name.replace(" ", "-") for name in variants]
     for ranks in (1, 2, 4):
         doubles = [

@@ -101,7 +101,7 @@ class _Page(HTMLParser):
         super().__init__()
         self.stack: list[str] = []
         self.tags: list[str] = []
-        self.links: list[str] = []
+        self.links: list[str | None] = []
         self.text: list[str] = []
         self.feed(text)
         self.close()

@@ -41,8 +41,8 @@ def assert_same_run(folder: Path, whole: Path) -> None:
         assert a.read_bytes() == b.read_bytes(), file
     timeless = [{k: v for k, v in c.scalars.items() if k != "wall_s"} for c in (ours, theirs)]
     assert timeless[0] == timeless[1]
-    for file in sorted((whole / "adapter").glob("*.safetensors")):
-        assert (folder / "adapter" / file.name).read_bytes() == file.read_bytes()
+    for path in sorted((whole / "adapter").glob("*.safetensors")):
+        assert (folder / "adapter" / path.name).read_bytes() == path.read_bytes()
     assert records(folder) == records(whole)
 
 
@@ -77,7 +77,7 @@ def test_killed_at_five_steps_and_resumed_twice(
         assert resumed  # the second resumption may have dropped the record of the first
 
 
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "topk": {"adapter.activation": "topk", "adapter.k": 3},
     "batch_topk": {"adapter.activation": "batch_topk", "adapter.k": 2.5},
     "jumprelu": {
@@ -128,7 +128,7 @@ def test_every_sample_is_seen_once(
     seen: list[int] = []
     real = StepData.batch
 
-    def batch(self, data: Any, indices: list[int]) -> Any:
+    def batch(self: StepData, data: Any, indices: list[int]) -> Any:
         if data is self.train:
             seen.extend(indices)
         return real(self, data, indices)
@@ -264,6 +264,7 @@ def test_another_origin_is_refused(
 
     def moved(folder: Path) -> tuple[Any, Any]:
         checkpoint, passed = find(folder)
+        assert checkpoint is not None
         scalars = {**checkpoint.scalars, key: value}
         return dataclasses.replace(checkpoint, scalars=scalars), passed
 

@@ -57,7 +57,7 @@ def planted(monkeypatch: pytest.MonkeyPatch, steps: set[int], factor: float = ma
     """Multiply the loss of these 1-based steps (of one micro-batch each) by ``factor``."""
     real, calls = loop.objective, iter(range(1, 1000))
 
-    def objective(*args: object) -> Any:
+    def objective(*args: Any) -> Any:
         out = real(*args)
         if next(calls) not in steps:
             return out
@@ -71,7 +71,8 @@ def planted(monkeypatch: pytest.MonkeyPatch, steps: set[int], factor: float = ma
 
 
 def test_files_of_a_run(tiny_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
-    config, records = tiny_config(), []
+    config = tiny_config()
+    records: list[dict[str, Any]] = []
     summary = train(config, sinks=[records.append])
     folder = tmp_path / "run"
     assert sorted(p.name for p in folder.iterdir()) == [
@@ -189,16 +190,18 @@ def test_accumulation_is_the_average_over_sequences(
 ) -> None:
     """7 sequences have the same gradient as one batch and as micro-batches of 3, 3 and 1."""
     run = make_run(**{"pair.dtype": "float64"})
+    feed: Any = run.feed
+    parameters: dict[str, Any] = dict(run.optimizer.parameters)
     gradients = []
     for groups in ([list(range(7))], [[0, 1, 2], [3, 4, 5], [6]]):
-        run.feed.micro_batches = lambda step, groups=groups: groups  # type: ignore[method-assign]
+        feed.micro_batches = lambda step, groups=groups: groups
         with pytest.MonkeyPatch.context() as patch:
             gradient: dict[str, torch.Tensor] = {}
 
             def copy_gradient(
                 rate: float, norm: torch.Tensor, gradient: dict[str, torch.Tensor] = gradient
             ) -> None:
-                gradient.update({n: p.grad.clone() for n, p in run.optimizer.parameters.items()})
+                gradient.update({n: p.grad.clone() for n, p in parameters.items()})
                 run.optimizer.discard()
 
             patch.setattr(run.optimizer, "step", copy_gradient)
@@ -217,8 +220,9 @@ def test_accumulation_is_the_average_over_sequences(
 def test_dead_features_are_counted_in_tokens(make_run: Callable[..., TrainingRun]) -> None:
     """A feature that cannot fire is dead after the window; features that fire are not."""
     run = make_run(**{"run.dead_window": 60})
+    adapter: Any = run.model.adapters[0]
     with torch.no_grad():
-        run.model.adapters[0].b_enc[5] = -1e6
+        adapter.b_enc[5] = -1e6
     tokens = 0
     for _ in range(4):
         tokens += sum(run.feed.batch(run.feed.train, ids)[1] for ids in _batches(run))
@@ -241,9 +245,10 @@ def test_the_running_threshold_follows_the_smallest_activation(
     make_run: Callable[..., TrainingRun],
 ) -> None:
     run = make_run(**{"adapter.activation": "batch_topk", "adapter.k": 2})
-    assert [a.threshold.item() for a in run.model.adapters] == [0, 0]
+    adapters: Any = run.model.adapters
+    assert [a.threshold.item() for a in adapters] == [0, 0]
     run.advance()
-    assert all(a.threshold.item() > 0 for a in run.model.adapters)
+    assert all(a.threshold.item() > 0 for a in adapters)
 
 
 # --- batches that are not finite ------------------------------------------------------------------
@@ -277,7 +282,8 @@ def test_a_bad_gradient_changes_nothing(make_run: Callable[..., TrainingRun]) ->
     before = state_of(run)
     working = {n: p.detach().clone() for n, p in run.optimizer.parameters.items()}
     ids = run.feed.rows([i for ids in run.feed.micro_batches(run.step) for i in ids])
-    hook = run.model.adapters[1].W_enc.register_hook(lambda grad: grad * math.nan)
+    adapter: Any = run.model.adapters[1]
+    hook = adapter.W_enc.register_hook(lambda grad: grad * math.nan)
     run.advance()
     hook.remove()
     assert all(torch.equal(t, before[name]) for name, t in state_of(run).items())
@@ -317,7 +323,7 @@ def test_too_many_bad_batches_end_the_run(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(
-    tiny_config: Callable[..., TrainConfig], tmp_path: Path, number: int
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path, number: signal.Signals
 ) -> None:
     def sink(record: dict) -> None:
         if (record["kind"], record["step"]) == ("train", 4):
@@ -385,7 +391,7 @@ def test_a_full_disk_ends_the_run_with_the_last_checkpoint_intact(
 ) -> None:
     real, calls = checkpoint_module.save_tensors, iter(range(1000))
 
-    def save_tensors(*args: object) -> None:
+    def save_tensors(*args: Any) -> None:
         if next(calls) >= 7:  # a checkpoint has five files
             raise OSError(28, "No space left on device")
         real(*args)

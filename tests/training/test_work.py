@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 from transformers import Qwen2Config
@@ -23,7 +24,7 @@ from fastadapt.training.planning.flops import (
 D, INNER, F, V, T, L = 3584, 18_944, 8192, 152_064, 7500, 28
 
 
-def paper(**changes: object) -> Setup:
+def paper(**changes: Any) -> Setup:
     """Return a setup with the shapes of the 7B pair."""
     config = Qwen2Config(
         hidden_size=D,
@@ -41,6 +42,7 @@ def paper(**changes: object) -> Setup:
 
 def naive_count(setup: Setup, n_layers: int, cutoff: int) -> float:
     def step(pair: ModelPair, batch: Batch) -> None:
+        assert isinstance(setup.trained, AdapterConfig)
         adapters = [
             TranscoderAdapter(D, setup.trained, dtype=DTYPES[setup.pair.dtype])
             for _ in pair.base_mlps
