@@ -42,7 +42,8 @@ class Bench:
         folder.mkdir(exist_ok=True)
         run = os.environ.get("FASTADAPT_RUN") or make_run(folder / "run", n_features=512, l0=10.0)
         self.config = CollectConfig(data="organism/train", n=n)
-        options = {"dtype": None, "device": "cpu", "attention": None, "trust_remote_code": False}
+        options: dict[str, Any] = {"dtype": None, "device": "cpu", "attention": None}
+        options["trust_remote_code"] = False
         self.opened = open_run(str(run), self.config, **options)
         facts = self.opened.facts(Shard())
         self.prepared = begin(self.opened, facts, Shard(), folder / "store")

@@ -48,7 +48,7 @@ def _step(inputs: Inputs, function: Callable[..., Any]) -> Results:
     arguments = {name: value for name, value in inputs.items() if name != "g"}
     leaves = [name for name, value in arguments.items() if value.requires_grad]
     results = function(**arguments)
-    named = dict(results._asdict()) if isinstance(results, tuple) else {"out": results}
+    named = {"out": results} if isinstance(results, Tensor) else dict(results._asdict())
     out = next(iter(named.values()))
     gradients = torch.autograd.grad(out, [inputs[n] for n in leaves], inputs["g"].to(out.dtype))
     named |= {f"gradient of {name}": g for name, g in zip(leaves, gradients, strict=True)}
@@ -104,7 +104,7 @@ def nmse_case(
         return {"x": x, "target": target, "g": g}
 
     chunked = functools.partial(nmse_value, implementation="chunked")
-    functions = {"reference": nmse_value, "chunked": chunked}
+    functions: dict[str, Callable[..., Any]] = {"reference": nmse_value, "chunked": chunked}
     elements = T * d * 4  # x, target; the saved difference or x and target; dx
     return _case("nmse", {"T": T, "d": d}, dtype, device, make, functions, elements, backend)
 
@@ -117,7 +117,9 @@ def masked_nmse_case(B: int, T: int, d: int, dtype: torch.dtype, device: str) ->
         x = (target + 0.3 * normal(B, T, d)).requires_grad_()
         return {"x": x, "target": target, "mask": normal(B, T) > -1.28, "g": normal(B)}
 
-    functions = {name: functools.partial(nmse, implementation=name) for name in NMSE}
+    functions: dict[str, Callable[..., Any]] = {
+        name: functools.partial(nmse, implementation=name) for name in NMSE
+    }
     shape, elements = {"B": B, "T": T, "d": d}, B * T * d * 4
     return _case("nmse", shape, dtype, device, make, functions, elements, None)
 

@@ -80,7 +80,9 @@ class Bound:
 
         def fastest(names: Sequence[str]) -> Row | None:
             rows = [timed[n] for name in names if (n := name.format(**{self.by: value})) in timed]
-            return min(rows, key=lambda r: r.get("graph_s", r["median_s"]), default=None)
+            return min(
+                rows, key=lambda r: r["graph_s" if "graph_s" in r else "median_s"], default=None
+            )
 
         ours, other = fastest(self.ours), fastest(self.others)
         if ours is None or (self.others and other is None):

@@ -20,6 +20,7 @@ tiny shapes with interpreted kernels.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -179,8 +180,9 @@ class Run:
             parts["step"] = (whole_step.rows(sizes, self.options.device, self.roofs), 400)
         for name, (rows, seconds) in parts.items():
             if self.wants(name) and self.left() > 0:
-                results = self.result["parts"][name] = []
-                self.attempt(name, lambda rows=rows: rows, results, seconds)
+                results: list[dict[str, Any]] = []
+                self.result["parts"][name] = results
+                self.attempt(name, functools.partial(iter, rows), results, seconds)
             elif self.wants(name):
                 _say(f"{name}: no time left")
                 self.result["cut_short"].append(name)

@@ -79,8 +79,8 @@ def run_files(
         command += ["-n", str(n_processes), "--dist", "worksteal"]
     outcome = run_for(command, env, seconds, interrupt=True)
     suite = ElementTree.parse(report).find("testsuite") if report.exists() else None
-    keys = ("tests", "failures", "errors", "skipped") if suite is not None else ()
-    counts = {key: int(suite.get(key, 0)) for key in keys}
+    keys = ("tests", "failures", "errors", "skipped")
+    counts = {key: int(suite.get(key, 0)) for key in keys} if suite is not None else {}
     return {"right": outcome["rc"] == 0, **counts, "processes": n_processes, **outcome}
 
 

@@ -27,6 +27,10 @@ class DenseAdapted(nn.Module):
     """Compute ``MLP_base(x) + A(x)`` with all F activations; store the last call's penalty."""
 
     penalty: Tensor
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
+    b_dec: Tensor
 
     def __init__(self, base: nn.Module, adapter: nn.Module) -> None:
         super().__init__()

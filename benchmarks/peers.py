@@ -117,7 +117,7 @@ def liger_chunked_kl() -> KL | None:
     return KL(mean, "mean only; also computes the head's gradient")
 
 
-def liger_rms_norm() -> Callable[[Tensor, Tensor, float], Tensor] | None:
+def liger_rms_norm() -> Callable[..., Tensor] | None:
     """liger-kernel's RMSNorm: (x, weight, eps)."""
     module = _module("liger_kernel.ops", "rms_norm")
     if module is None:

@@ -113,9 +113,9 @@ def plain(
     return residual + (a @ W_dec + b_dec), (a.float() * W_dec.float().norm(dim=1)).sum()
 
 
-def reference(**leaves: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def reference(**leaves: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the op's reference with its statistics, to be compiled."""
-    out, penalty, stats = transcoder(**leaves, implementation="reference")
+    out, penalty, stats, _ = transcoder(**leaves, implementation="reference")
     return out, penalty, stats.feature_counts
 
 

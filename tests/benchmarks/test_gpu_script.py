@@ -6,8 +6,10 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -31,21 +33,23 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def completed(tmp_path_factory) -> tuple[subprocess.CompletedProcess[str], Path]:
+def completed(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[subprocess.CompletedProcess[str], Path]:
     folder = tmp_path_factory.mktemp("results")
     output = folder / "tiny.json"
     return run("--quick", "--output", str(output), "--commit", "abc", cwd=folder), output
 
 
 @pytest.fixture(scope="module")
-def result(completed) -> dict:
+def result(completed: tuple[subprocess.CompletedProcess[str], Path]) -> dict:
     process, output = completed
     assert process.returncode == 0, process.stdout + process.stderr
     return json.loads(output.read_text())
 
 
 @pytest.mark.slow
-def test_every_part_is_checked_and_measured(result):
+def test_every_part_is_checked_and_measured(result: dict[str, Any]) -> None:
     assert result["right"] is True
     assert result["finished"] is True
     assert result["checks"]["tests"]["tests"] > 50
@@ -56,7 +60,7 @@ def test_every_part_is_checked_and_measured(result):
 
 
 @pytest.mark.slow
-def test_every_row_of_ours_was_right_before_it_was_timed(result):
+def test_every_row_of_ours_was_right_before_it_was_timed(result: dict[str, Any]) -> None:
     rows = [r for name, part in result["parts"].items() for r in part if name != "lengths"]
     ours = [r for r in rows if r["kind"] == "ours"]
     assert {"sparse", "triton", "triton_fused", "chunked"} <= {r["implementation"] for r in ours}
@@ -67,7 +71,7 @@ def test_every_row_of_ours_was_right_before_it_was_timed(result):
 
 
 @pytest.mark.slow
-def test_linear_kl_of_this_library_runs_before_slow_steps(result):
+def test_linear_kl_of_this_library_runs_before_slow_steps(result: dict[str, Any]) -> None:
     names = [row["implementation"] for row in result["parts"]["linear_kl"]]
     order = {name: names.index(name) for name in ("GEMMs", "chunked", "triton", "reference")}
     assert sorted(order.values()) == list(order.values())
@@ -76,7 +80,7 @@ def test_linear_kl_of_this_library_runs_before_slow_steps(result):
 
 
 @pytest.mark.slow
-def test_the_environment_is_recorded(result):
+def test_the_environment_is_recorded(result: dict[str, Any]) -> None:
     assert result["commit"] == "abc"
     assert len(result["sources"]) == 64
     assert {"torch", "triton", "python"} <= set(result["versions"])
@@ -86,11 +90,11 @@ def test_the_environment_is_recorded(result):
 
 
 @pytest.mark.slow
-def test_tiny_shapes_have_no_bounds(result):
+def test_tiny_shapes_have_no_bounds(result: dict[str, Any]) -> None:
     assert result["bounds"] == []
 
 
-def test_a_single_part_runs_without_the_tests(tmp_path):
+def test_a_single_part_runs_without_the_tests(tmp_path: Path) -> None:
     output = tmp_path / "one.json"
     completed = run("--quick", "--only", "block", "--output", str(output), cwd=tmp_path)
     assert completed.returncode == 0, completed.stdout + completed.stderr
@@ -98,7 +102,7 @@ def test_a_single_part_runs_without_the_tests(tmp_path):
     assert (list(result["checks"]), list(result["parts"])) == ([], ["block"])
 
 
-def test_a_kill_leaves_the_results(tmp_path):
+def test_a_kill_leaves_the_results(tmp_path: Path) -> None:
     """Killed after the first row, the file is valid JSON with this row, marked as not finished."""
     output = tmp_path / "killed.json"
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--device", "cpu", "--quick"]
@@ -109,6 +113,7 @@ def test_a_kill_leaves_the_results(tmp_path):
         stdout=subprocess.PIPE,
         text=True,
     )
+    assert process.stdout is not None
     lines = [process.stdout.readline() for _ in range(3)]  # the machine, one row, the next
     process.kill()
     process.communicate()
@@ -123,23 +128,25 @@ def test_a_kill_leaves_the_results(tmp_path):
     ("only", "left", "part_s", "n_rows"),
     [(None, 100, -1, 1), (["x"], 100, -1, 5), (["x"], -1, 100, 1), (None, 100, 100, 5)],
 )
-def test_time_limits_of_parts_and_of_the_run(only, left, part_s, n_rows):
+def test_time_limits_of_parts_and_of_the_run(
+    only: list[str] | None, left: int, part_s: int, n_rows: int
+) -> None:
     from benchmarks.gpu import Run
 
-    state = SimpleNamespace(
+    state: Any = SimpleNamespace(
         options=SimpleNamespace(only=only),
         deadline=time.monotonic() + left,
         result={"cut_short": []},
         write=lambda: None,
     )
-    results = []
+    results: list[dict[str, Any]] = []
     rows = ({"op": "x", "implementation": str(i)} for i in range(5))
     Run.collect(state, "x", rows, results, part_s)
     assert len(results) == n_rows
     assert state.result["cut_short"] == ([] if n_rows == 5 else ["x"])
 
 
-def test_two_runs_of_a_day_have_two_files():
+def test_two_runs_of_a_day_have_two_files() -> None:
     from benchmarks.record import default_path
 
     first = default_path("NVIDIA X", "2026-01-02T03:04:05+00:00")
@@ -147,14 +154,16 @@ def test_two_runs_of_a_day_have_two_files():
     assert first != default_path("NVIDIA X", "2026-01-02T03:04:06+00:00")
 
 
-def test_non_finite_numbers_give_valid_json():
+def test_non_finite_numbers_give_valid_json() -> None:
     from benchmarks.record import without_nan
 
     text = json.dumps(without_nan({"a": [math.nan, (1.5, -math.inf)], "b": "c"}), allow_nan=False)
     assert json.loads(text) == {"a": ["nan", [1.5, "-inf"]], "b": "c"}
 
 
-def test_a_failed_check_marks_the_run_and_measuring_continues(monkeypatch, tmp_path):
+def test_a_failed_check_marks_the_run_and_measuring_continues(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Exit code and file mark the run as wrong; the measurements are recorded."""
     from benchmarks import exactness, gpu, kernel_tests, lengths, parts
 
@@ -172,7 +181,7 @@ def test_a_failed_check_marks_the_run_and_measuring_continues(monkeypatch, tmp_p
     assert result["parts"]["block"]
 
 
-def rows_until(error: Exception | None):
+def rows_until(error: Exception | None) -> Iterator[dict[str, str]]:
     yield {"op": "x", "implementation": "1"}
     if error:
         raise error
@@ -182,15 +191,18 @@ def rows_until(error: Exception | None):
     ("error", "tried"),
     [(None, 1), (ValueError("no such shape"), 1), (torch.AcceleratorError("illegal access"), 0)],
 )
-def test_a_failed_part_is_recorded_and_a_failed_device_is_not_used_again(error, tried):
+def test_a_failed_part_is_recorded_and_a_failed_device_is_not_used_again(
+    error: Exception | None, tried: int
+) -> None:
     from benchmarks.gpu import Run
 
-    run = object.__new__(Run)
+    run: Any = object.__new__(Run)
     run.lost, run.deadline = False, time.monotonic() + 100
     run.options = SimpleNamespace(only=None, device="cpu")
     run.result = {"cut_short": [], "failed": {}, "seconds": {}, "checks": {}, "parts": {}}
     run.write = lambda: None
-    first, second = [], []
+    first: list[dict[str, Any]] = []
+    second: list[dict[str, Any]] = []
     assert run.attempt("a", lambda: rows_until(error), first, 100) is (error is None)
     assert len(first) == 1
     run.attempt("b", lambda: rows_until(None), second, 100)
@@ -199,28 +211,28 @@ def test_a_failed_part_is_recorded_and_a_failed_device_is_not_used_again(error, 
     assert list(run.result["failed"]) == (["a"] if error else []) + (["b"] if not tried else [])
 
 
-def test_an_error_of_the_device_ends_the_part(monkeypatch):
+def test_an_error_of_the_device_ends_the_part(monkeypatch: pytest.MonkeyPatch) -> None:
     """The row records the error first; the next synchronisation raises the error again."""
     from benchmarks import timing
     from benchmarks.gpu import Run
 
-    def dead(device):
+    def dead(device: str) -> None:
         raise torch.AcceleratorError("illegal access")
 
     monkeypatch.setattr(timing, "synchronize", dead)
-    state = SimpleNamespace(
+    state: Any = SimpleNamespace(
         options=SimpleNamespace(only=None, device="cuda"),
         deadline=time.monotonic() + 100,
         write=lambda: None,
     )
-    results = []
+    results: list[dict[str, Any]] = []
     rows = ({"op": "x", "implementation": str(i), "error": "Triton"} for i in range(3))
     with pytest.raises(torch.AcceleratorError):
         Run.collect(state, "x", rows, results, 100)
     assert len(results) == 1
 
 
-def test_missing_peers_start_no_process(monkeypatch):
+def test_missing_peers_start_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import lengths, peers
     from benchmarks.parts import scale
 
@@ -229,14 +241,14 @@ def test_missing_peers_start_no_process(monkeypatch):
     assert set(names) & set(lengths.PEERS) == {"eai-sparsify"}
 
 
-def test_an_unknown_part_is_refused_at_the_start(tmp_path):
+def test_an_unknown_part_is_refused_at_the_start(tmp_path: Path) -> None:
     completed = run("--quick", "--sanitizer", "--only", "nothing", cwd=tmp_path)
     assert completed.returncode == 1
     assert "no part nothing; expected one of transcoder, " in completed.stderr
     assert completed.stdout == ""
 
 
-def test_a_missing_sanitizer_is_a_failed_check(tmp_path):
+def test_a_missing_sanitizer_is_a_failed_check(tmp_path: Path) -> None:
     if sanitizer.find():
         pytest.skip("compute-sanitizer is installed")
     output = tmp_path / "sanitizer.json"

@@ -44,7 +44,9 @@ def test_all_tests_run_in_parallel_and_a_failure_is_wrong(tmp_path: Path) -> Non
     assert counts == {"right": False, "tests": 3, "failures": 1, "errors": 0, "processes": 2}
 
 
-def test_tests_of_training_run_if_their_imports_are_installed(monkeypatch) -> None:
+def test_tests_of_training_run_if_their_imports_are_installed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     tests, left_out = kernel_tests.gpu_tests_of_training()
     assert ([test.name for test in tests], left_out) == (list(kernel_tests.TRAINING), [])
     for test in tests:  # the named tests exist

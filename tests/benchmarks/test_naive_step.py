@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,15 +12,19 @@ import torch
 from benchmarks.naive_step import NaiveStep
 from fastadapt.adapter.module import AdapterConfig
 from fastadapt.batch import Batch
+from fastadapt.models.pair import ModelPair
 from fastadapt.models.replacement import ReplacementModel
 from fastadapt.objective import ObjectiveConfig, objective
 
 
 @pytest.mark.parametrize("cutoff", [0, 1, 3])
-def test_the_plain_step_equals_the_objective(cutoff: int, make_pair) -> None:
+def test_the_plain_step_equals_the_objective(
+    cutoff: int, make_pair: Callable[..., ModelPair]
+) -> None:
     pair = make_pair("qwen2", dtype="float64")
     plain_pair = copy.deepcopy(pair)
     model = ReplacementModel.create(pair, AdapterConfig(24))
+    adapter: Any
     with torch.no_grad():
         for adapter in model.adapters:
             adapter.W_dec.normal_(std=0.1)

@@ -1,5 +1,8 @@
 """Other projects' implementations, if installed, compute the results that the benchmarks expect."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
@@ -11,7 +14,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.mark.parametrize("find", [peers.fla_kl, peers.liger_kl, peers.liger_chunked_kl])
-def test_kl_and_its_gradient(find, device):
+def test_kl_and_its_gradient(find: Callable[[], Any], device: str) -> None:
     peer = find()
     if peer is None:
         pytest.skip("not installed (extra bench)")
@@ -22,7 +25,7 @@ def test_kl_and_its_gradient(find, device):
         assert_close(value, oracle[name], reference[name], name=name)
 
 
-def test_topk_and_its_gradients(device):
+def test_topk_and_its_gradients(device: str) -> None:
     peer = peers.sparsify_topk()
     if peer is None:
         pytest.skip("not installed (extra bench)")
@@ -41,6 +44,6 @@ def test_topk_and_its_gradients(device):
         assert_close(value, oracle[name], reference[name], name=name)
 
 
-def test_missing_peers_have_a_reason():
+def test_missing_peers_have_a_reason() -> None:
     for reason in peers.missing().values():
         assert reason in ("not installed", "installed, but a package that it imports is missing")

@@ -102,7 +102,9 @@ class Commands:
         monkeypatch.setattr(sanitizer, "run_for", run)
 
 
-def test_each_tool_runs_after_the_kernels_within_its_time(tool, monkeypatch) -> None:
+def test_each_tool_runs_after_the_kernels_within_its_time(
+    tool: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     commands = Commands(monkeypatch, 0, 0, 9)
     seconds = iter([450.0, 300.0, 110.0])
     checks = dict(sanitizer.sanitize("cuda", {}, lambda: next(seconds)))
@@ -120,7 +122,7 @@ def test_each_tool_runs_after_the_kernels_within_its_time(tool, monkeypatch) -> 
     assert [seconds for _, seconds in commands.commands] == [240.0, 240.0, 90.0]
 
 
-def test_a_check_that_did_not_run_is_a_failure(tool, monkeypatch) -> None:
+def test_a_check_that_did_not_run_is_a_failure(tool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Commands(monkeypatch, 0, 0)
     seconds = iter([450.0, 200.0, 20.0])
     checks = dict(sanitizer.sanitize("cuda", {}, lambda: next(seconds)))

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,7 +49,7 @@ def verdicts(parts: dict, gpu: str = "NVIDIA H200") -> dict[str, tuple[float, bo
     return {b["claim"]: (b["measured"], b["met"]) for b in bounds(parts, gpu)}
 
 
-def test_each_claim_is_compared_with_its_bound():
+def test_each_claim_is_compared_with_its_bound() -> None:
     parts = {"transcoder": [*adapter(1, 2, 10, 8, 3), *adapter(10, 2, 10, 8, 4)]}
     assert verdicts(parts) == {
         "L0 1: time over the encoder GEMM's (triton)": (1.5, False),
@@ -63,13 +64,13 @@ def test_each_claim_is_compared_with_its_bound():
     )
 
 
-def test_the_worst_density_decides():
+def test_the_worst_density_decides() -> None:
     parts = {"transcoder": adapter(1, 2, 10, 8, 3), "sweep": adapter(50, 2, 10, 8, 9)}
     claim = "any L0: time over the compiled reference's, worst at L0 50"
     assert verdicts(parts)[claim] == (1.125, False)
 
 
-def test_linear_kl_is_compared_with_products_peers_and_single_calls():
+def test_linear_kl_is_compared_with_products_peers_and_single_calls() -> None:
     rows = [
         row("GEMMs", 10, "floor", S=3),
         row("triton", 11, S=3),
@@ -89,16 +90,17 @@ def test_linear_kl_is_compared_with_products_peers_and_single_calls():
     }
 
 
-def test_rows_without_time_or_of_other_shapes_have_no_verdict():
+def test_rows_without_time_or_of_other_shapes_have_no_verdict() -> None:
     untimed = row("triton", 1, L0=1)
     del untimed["median_s"]
     narrow = row("triton", 1, L0=1, d=64)
     assert bounds({"transcoder": [untimed, narrow, row("reference", 2, L0=1)]}, "H200") == []
 
 
-def test_every_bound_applies_to_rows_and_has_a_reason():
+def test_every_bound_applies_to_rows_and_has_a_reason() -> None:
     """Every bound applies to a row of one of the parts' implementations and shapes."""
     names = {name for bound in BOUNDS for name in (*bound.ours, *bound.others)}
+    shapes: dict[str, dict[str, list[Any]]]
     shapes = {"transcoder": {"L0": [0.1, 1, 10]}, "sweep": {"L0": [1]}, "topk": {"k": [8]}}
     shapes |= {"linear_kl": {"S": [1, 3]}, "serving": {"T": [1, 64]}}
     parts = {
@@ -114,7 +116,7 @@ def test_every_bound_applies_to_rows_and_has_a_reason():
         assert (bound.at_most is None) != (bound.at_least is None)
 
 
-def test_every_limit_is_asserted_by_a_benchmark_and_has_a_reason():
+def test_every_limit_is_asserted_by_a_benchmark_and_has_a_reason() -> None:
     files = Path(report.__file__).parent.glob("bench_*.py")
     source = "".join(path.read_text() for path in files)
     for name, limit in LIMITS.items():
@@ -127,7 +129,7 @@ def results(tmp_path: Path) -> Path:
     rows = [*adapter(1, 2, 10, 8, 3), *adapter(10, 2, 10, 8, 4)]
     failed = {**row("triton", 1, L0=100), "right": False, "wrong": "out: too far\nand more"}
     del failed["median_s"]
-    lengths = {"first_s": [2.0, 0.1], "again_s": [0.1, 0.1]}
+    lengths: dict[str, Any] = {"first_s": [2.0, 0.1], "again_s": [0.1, 0.1]}
     lengths |= {"implementation": "triton", "kernels_compiled": 7, "graphs_compiled": 0}
     result = {
         "date": "2026-01-02T03:04:05+00:00",
@@ -151,7 +153,7 @@ def results(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_page_shows_machine_bounds_and_every_row(results):
+def test_the_page_shows_machine_bounds_and_every_row(results: Path) -> None:
     assert report.main(["--results", str(results), "--no-plots"]) == 0
     page = (results / "README.md").read_text()
     assert "## A GPU" in page
@@ -169,7 +171,7 @@ def test_the_page_shows_machine_bounds_and_every_row(results):
     assert "block: ValueError: no such shape." in page
 
 
-def test_an_unfinished_run_is_marked(results):
+def test_an_unfinished_run_is_marked(results: Path) -> None:
     path = results / "a-gpu.json"
     stopped = json.loads(path.read_text()) | {"right": True, "finished": False}
     path.write_text(json.dumps(stopped))
@@ -180,7 +182,7 @@ def test_an_unfinished_run_is_marked(results):
 
 
 @pytest.mark.slow
-def test_whole_steps_have_a_separate_table(results):
+def test_whole_steps_have_a_separate_table(results: Path) -> None:
     """Rows of whole steps, as written by gpu.py, have no roofs."""
     output = results / "a-gpu.json"
     script = Path(report.__file__).with_name("gpu.py")
@@ -199,7 +201,7 @@ def test_whole_steps_have_a_separate_table(results):
         assert f"| 128 | {row['implementation']} | {row['median_s']:.4g} |" in page
 
 
-def test_a_step_without_time_shows_the_reason(results):
+def test_a_step_without_time_shows_the_reason(results: Path) -> None:
     path = results / "a-gpu.json"
     row = {"implementation": "ours, none", "kind": "ours", "shape": {"T": 7500}, "right": True}
     parts = {"step": [row | {"skipped": "planned at 147 GB"}, row | {"error": "out of memory"}]}
@@ -210,7 +212,7 @@ def test_a_step_without_time_shows_the_reason(results):
     assert "| 7500 | ours, none | out of memory |" in page
 
 
-def test_plots_show_time_ratio_and_lengths(results):
+def test_plots_show_time_ratio_and_lengths(results: Path) -> None:
     pytest.importorskip("matplotlib", reason="extra bench")
     assert report.main(["--results", str(results)]) == 0
     names = {path.name for path in results.glob("*.svg")}
@@ -222,6 +224,8 @@ def test_plots_show_time_ratio_and_lengths(results):
     assert before == {name: (results / name).read_bytes() for name in names}
 
 
-def test_an_empty_folder_gives_a_message(tmp_path, capsys):
+def test_an_empty_folder_gives_a_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert report.main(["--results", str(tmp_path)]) == 1
     assert "run python benchmarks/gpu.py first" in capsys.readouterr().out

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -26,13 +28,13 @@ def test_both_steps_agree_in_float64() -> None:
 
 
 @pytest.mark.slow
-def test_the_check_covers_the_timed_kernels(device: str, monkeypatch) -> None:
+def test_the_check_covers_the_timed_kernels(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastadapt.kernels.transcoder import triton_forward
 
     dense = []
     encode = triton_forward.encode
 
-    def record(*args, **options):
+    def record(*args: Any, **options: Any) -> Any:
         codes = encode(*args, **options)
         dense.append(codes[0].dense)
         return codes
@@ -79,7 +81,9 @@ def report(loss: float = 1.0, norm: float = 1.0, codes: int = 5) -> StepReport:
         ([report(), report(norm=math.inf)], "not finite"),
     ],
 )
-def test_a_timed_step_is_right_only_if_its_reports_are(reports, wrong) -> None:
+def test_a_timed_step_is_right_only_if_its_reports_are(
+    reports: list[Any], wrong: str | None
+) -> None:
     row = verdict(reports)
     assert row["right"] is (wrong is None)
     assert row["measured_L0"] == 10.0
@@ -87,7 +91,9 @@ def test_a_timed_step_is_right_only_if_its_reports_are(reports, wrong) -> None:
     assert wrong is None or wrong in row["wrong"]
 
 
-def test_steps_planned_above_memory_are_skipped_with_a_reason(monkeypatch) -> None:
+def test_steps_planned_above_memory_are_skipped_with_a_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(whole_step, "check", lambda _: {"right": True})
     roofs = Roofs(1e9, 1e9, "float32")
     planned = [planned_bytes(SMALL, 128, policy, "cpu") for policy in POLICIES]
@@ -105,11 +111,13 @@ def test_steps_planned_above_memory_are_skipped_with_a_reason(monkeypatch) -> No
     assert {row["wall_s"] > 0 for row in results if "median_s" in row} == {True}
 
 
-def test_a_failed_policy_is_recorded_and_the_next_is_timed(monkeypatch) -> None:
+def test_a_failed_policy_is_recorded_and_the_next_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     real = whole_step.our_step
 
-    def broken(model, optimizer, sizes, T, policy, device):
-        def step(ids, cutoff):
+    def broken(
+        model: Any, optimizer: Any, sizes: Any, T: int, policy: str, device: str
+    ) -> Callable[..., Any]:
+        def step(ids: Any, cutoff: Any) -> None:
             raise RuntimeError("a kernel does not compile")
 
         whole = real(model, optimizer, sizes, T, policy, device)

@@ -9,8 +9,8 @@ from benchmarks import timing, transcoder_cases
 from benchmarks.roofs import Roofs
 
 
-def test_each_set_is_used_in_turn_within_the_time():
-    used = []
+def test_each_set_is_used_in_turn_within_the_time() -> None:
+    used: list[str] = []
     measured = timing.measure(used.append, ["a", "b"], "cpu", seconds=0.0, least=4)
     assert measured.repeats == 4
     assert used == ["a", "a", *"abab", "a"]  # warm-up, length of one, timed, memory
@@ -18,26 +18,26 @@ def test_each_set_is_used_in_turn_within_the_time():
     assert measured.spread_s >= 0
 
 
-def test_no_more_repeats_than_needed():
+def test_no_more_repeats_than_needed() -> None:
     short = timing.measure(lambda _: None, [0], "cpu", seconds=100)
     assert short.repeats == timing.MOST_OF_SHORT
     longer = timing.measure(lambda _: time.sleep(2e-3), [0], "cpu", seconds=100)
     assert longer.repeats == timing.MOST
 
 
-def test_a_slow_step_is_repeated_less_often():
+def test_a_slow_step_is_repeated_less_often() -> None:
     measured = timing.measure(lambda _: time.sleep(0.31), [0], "cpu", seconds=0.3, least=5)
     assert measured.repeats == timing.LEAST_OF_SLOW
     single = timing.measure(lambda _: time.sleep(0.31), [0], "cpu", seconds=0.3, least=1)
     assert single.repeats == 1
 
 
-def test_the_spread_is_the_distance_between_the_quartiles():
+def test_the_spread_is_the_distance_between_the_quartiles() -> None:
     assert timing.spread([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]) == 4.0
     assert timing.spread([1.0]) == 0.0
 
 
-def test_peak_bytes_and_returned_bytes():
+def test_peak_bytes_and_returned_bytes() -> None:
     def step() -> dict[str, torch.Tensor]:
         first = torch.ones(250_000)
         return {"sum": first + first}  # both exist, 1 MB each
@@ -83,7 +83,7 @@ class FakeGPU:
             monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
 
 
-def test_events_bracket_only_the_step_after_a_wait(monkeypatch):
+def test_events_bracket_only_the_step_after_a_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = FakeGPU(monkeypatch)
     step = lambda _: gpu.stream.extend(["kernel", "kernel"])  # noqa: E731
     measured = timing.measure(step, [0, 1], "cuda", seconds=0.0, least=3)
@@ -95,16 +95,21 @@ def test_events_bracket_only_the_step_after_a_wait(monkeypatch):
     assert measured.peak_bytes == 250
 
 
-def test_the_floor_is_the_larger_of_two():
+def test_the_floor_is_the_larger_of_two() -> None:
     roofs = Roofs(copy_bytes_per_s=100.0, gemm_flops_per_s=1000.0, dtype="bfloat16")
     assert roofs.floor_s(flops=500.0, n_bytes=10.0) == 0.5
     assert roofs.floor_s(flops=500.0, n_bytes=80.0) == 0.8
 
 
-def test_the_number_of_serving_sets_follows_from_the_bytes_of_w_enc(monkeypatch):
-    requests = []
-    monkeypatch.setattr(
-        transcoder_cases, "copies", lambda n_bytes, device: requests.append(n_bytes) or 2
-    )
+def test_the_number_of_serving_sets_follows_from_the_bytes_of_w_enc(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    requests: list[int] = []
+
+    def copies(n_bytes: int, device: str) -> int:
+        requests.append(n_bytes)
+        return 2
+
+    monkeypatch.setattr(transcoder_cases, "copies", copies)
     transcoder_cases.serving_case(1, 8, 16, 1, torch.float32, "cpu")
     assert requests == [16 * 8 * 4]  # bytes of W_enc

@@ -20,7 +20,7 @@ print(any(type(f).__module__.startswith("fastadapt") for f in sys.meta_path))
 """
 
 
-def test_formulas_are_registered_on_demand_and_once():
+def test_formulas_are_registered_on_demand_and_once() -> None:
     result = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == [str(2 * 4 * 3 * 5 * 2), "False"]

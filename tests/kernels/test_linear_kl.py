@@ -3,6 +3,7 @@
 import math
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ class Case:
     distance: float  # of the students from the teacher
     seed: int
 
-    def inputs(self, device: str, fill: int = 0) -> dict[str, Tensor | None]:
+    def inputs(self, device: str, fill: int = 0) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(self.seed + fill)
 
         def normal(*shape: int) -> Tensor:
@@ -56,8 +57,8 @@ class Case:
             "weights": normal(self.T).relu().float(),
             "zero": torch.zeros(self.T, dtype=torch.bool),
         }[self.mask]
-        labels = torch.randint(-20, self.V, (self.T,), generator=generator)
-        labels = labels.where(labels >= 0, -100) if self.labels else None
+        drawn = torch.randint(-20, self.V, (self.T,), generator=generator)
+        labels = drawn.where(drawn >= 0, -100) if self.labels else None
         tensors = {
             "hidden_teacher": teacher.to(self.dtype),
             "hidden_students": students.to(self.dtype),
@@ -100,7 +101,7 @@ triton_cases = st.builds(
 
 
 def run(
-    inputs: dict[str, Tensor | None],
+    inputs: dict[str, Any],
     case: Case,
     implementation: str,
     dtype: torch.dtype,
@@ -128,7 +129,7 @@ def pooled(results: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([result[name] for result in results]) for name in results[0]}
 
 
-def clear_top1(inputs: dict[str, Tensor | None], softcap: float | None) -> Tensor:
+def clear_top1(inputs: dict[str, Any], softcap: float | None) -> Tensor:
     """Return where rounding of float32 logits cannot change the most probable tokens, [S,T]."""
     clear = []
     for hidden in (inputs["hidden_teacher"], inputs["hidden_students"]):
@@ -147,7 +148,7 @@ def clear_top1(inputs: dict[str, Tensor | None], softcap: float | None) -> Tenso
 @pytest.mark.usefixtures("poison")
 @given(case=cases)
 @settings(max_examples=DRAWS, deadline=None, derandomize=True, database=None)
-def test_within_the_budget_of_the_oracle(case, device):
+def test_within_the_budget_of_the_oracle(case: Case, device: str) -> None:
     check(case, "chunked", device)
 
 
@@ -164,7 +165,9 @@ def test_within_the_budget_of_the_oracle(case, device):
     database=None,
     phases=(Phase.explicit, Phase.generate),  # shrinking a failing case would take an hour
 )
-def test_triton_is_within_the_budget_of_the_oracle(case, logits_dtype, block, device):
+def test_triton_is_within_the_budget_of_the_oracle(
+    case: Case, logits_dtype: torch.dtype | None, block: int | None, device: str
+) -> None:
     with pytest.MonkeyPatch.context() as patch:
         set_block(patch, block)
         try:
@@ -213,10 +216,13 @@ def example(
 ) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(3)
     shapes = ((T, D), (S, T, D), (V, D))
-    return tuple(torch.randn(s, dtype=torch.float64, generator=generator).to(dtype) for s in shapes)
+    teacher, students, head = (
+        torch.randn(s, dtype=torch.float64, generator=generator).to(dtype) for s in shapes
+    )
+    return teacher, students, head
 
 
-def test_reference_is_the_formula_written_out():
+def test_reference_is_the_formula_written_out() -> None:
     teacher, students, head = example()
     weights = torch.tensor([0.0, 1, 2, 0, 0.5, 1, 1, 1, 3, 0, 0.25])
     labels = torch.tensor([0, 1, -100, 3, 4, 5, 6, 7, 8, 9, 12])
@@ -243,6 +249,7 @@ def test_reference_is_the_formula_written_out():
             total += float(weights[t]) * kl
             ce = 0.0 if labels[t] == -100 else -math.log(q[labels[t]])
             assert float(output.token_kl[s, t]) == pytest.approx(kl, rel=1e-12)
+            assert output.token_cross_entropy is not None
             assert float(output.token_cross_entropy[s, t]) == pytest.approx(ce, rel=1e-12)
             assert bool(output.token_top1[s, t]) == (p.index(max(p)) == q.index(max(q)))
         assert float(output.kl[s]) == pytest.approx(total / float(weights.sum()), rel=1e-12)
@@ -250,7 +257,7 @@ def test_reference_is_the_formula_written_out():
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("implementation", ["reference", "chunked"])
-def test_gradcheck(implementation, softcap):
+def test_gradcheck(implementation: str, softcap: float | None) -> None:
     teacher, students, head = example()
     weights = torch.linspace(0, 2, 11)
 
@@ -271,7 +278,7 @@ def test_gradcheck(implementation, softcap):
 
 
 @pytest.mark.parametrize("implementation", ["reference", "chunked"])
-def test_gradcheck_of_the_head(implementation):
+def test_gradcheck_of_the_head(implementation: str) -> None:
     """A teacher at 0 has a uniform distribution for every head, without gradient."""
     teacher, students, head = example(T=4)
     assert torch.autograd.gradcheck(
@@ -290,7 +297,7 @@ def test_gradcheck_of_the_head(implementation):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_repeated_backward_and_cotangents(dtype):
+def test_repeated_backward_and_cotangents(dtype: torch.dtype) -> None:
     teacher, students, head = example(dtype)
     students.requires_grad_()
     head.requires_grad_()
@@ -308,7 +315,7 @@ def test_repeated_backward_and_cotangents(dtype):
     assert ones[0].abs().amin(-1).gt(0).all()
 
 
-def test_second_derivatives_are_refused():
+def test_second_derivatives_are_refused() -> None:
     teacher, students, head = example()
     students.requires_grad_()
     kl = linear_kl(teacher, students, head).kl
@@ -317,19 +324,22 @@ def test_second_derivatives_are_refused():
         grad.sum().backward()
 
 
-def test_students_as_a_list():
+def test_students_as_a_list() -> None:
     teacher, students, head = example()
     parts = [s.clone().requires_grad_() for s in students]
     whole = students.clone().requires_grad_()
     cotangent = torch.tensor([1.5, -2.0], dtype=torch.float64)
     linear_kl(teacher, parts, head).kl.backward(cotangent)
     linear_kl(teacher, whole, head).kl.backward(cotangent)
+    assert whole.grad is not None
     assert torch.equal(torch.stack([p.grad for p in parts]), whole.grad)
 
 
 @pytest.mark.parametrize("logits_dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_logits_dtype_keeps_the_reference_budget(dtype, logits_dtype, device):
+def test_logits_dtype_keeps_the_reference_budget(
+    dtype: torch.dtype, logits_dtype: torch.dtype | None, device: str
+) -> None:
     case = Case(2, 23, 64, 129, dtype, ("contiguous",) * 6, "bool", True, None, 8, 0.3, seed=7)
     check(case, "chunked", device, logits_dtype)
     if device == "cuda":

@@ -47,7 +47,7 @@ def example(
     ],
 )
 @pytest.mark.parametrize("implementation", OP_IMPLEMENTATIONS)
-def test_opcheck(implementation, grads, device):
+def test_opcheck(implementation: str, grads: tuple[bool, bool], device: str) -> None:
     teacher, students, head = example(device=device)
     students.requires_grad_(grads[0])
     head.requires_grad_(grads[1])
@@ -60,13 +60,13 @@ def test_opcheck(implementation, grads, device):
 
 
 @pytest.mark.parametrize("implementation", OP_IMPLEMENTATIONS)
-def test_compiles_into_one_graph_and_gives_the_same_bits(implementation, device):
+def test_compiles_into_one_graph_and_gives_the_same_bits(implementation: str, device: str) -> None:
     compiled = torch.compile(linear_kl, fullgraph=True, backend="aot_eager", dynamic=True)
     for T in (11, 14):
         teacher, students, head = example(T=T, device=device)
         mask = torch.arange(T, device=device) > 2
         labels = torch.arange(T, device=device) % 13
-        settings = {"chunk_tokens": 4, "implementation": implementation}
+        settings: dict[str, Any] = {"chunk_tokens": 4, "implementation": implementation}
         results = []
         for function in (linear_kl, compiled):
             leaf = students.clone().requires_grad_()
@@ -81,7 +81,9 @@ def test_compiles_into_one_graph_and_gives_the_same_bits(implementation, device)
     ("implementation", "dtype"),
     [("chunked", torch.bfloat16), ("chunked", torch.float64), ("triton", torch.bfloat16)],
 )
-def test_fake_results_look_like_real_ones(implementation, dtype, device):
+def test_fake_results_look_like_real_ones(
+    implementation: str, dtype: torch.dtype, device: str
+) -> None:
     teacher, students, head = example(dtype=dtype, device=device)
     labels = torch.arange(11, device=device)
     real = linear_kl(teacher, students, head, labels=labels, implementation=implementation)
@@ -89,11 +91,13 @@ def test_fake_results_look_like_real_ones(implementation, dtype, device):
         fakes = [mode.from_tensor(t) for t in (teacher, students, head, labels)]
         fake = linear_kl(*fakes[:3], labels=fakes[3], implementation=implementation)
     for a, b in zip(real, fake, strict=True):
+        assert a is not None
+        assert b is not None
         assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_autocast_changes_nothing(implementation, device):
+def test_autocast_changes_nothing(implementation: str, device: str) -> None:
     results = []
     for enabled in (False, True):
         teacher, students, head = example(device=device)
@@ -118,7 +122,9 @@ def test_autocast_changes_nothing(implementation, device):
         (True, True, False, 1 + 3),
     ],
 )
-def test_flops_are_those_of_the_required_gradients(students_grad, head_grad, grad_mode, products):
+def test_flops_are_those_of_the_required_gradients(
+    students_grad: bool, head_grad: bool, grad_mode: bool, products: int
+) -> None:
     """Shapes of a 7B model on meta tensors: 2 T D V per product."""
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -139,7 +145,7 @@ def test_flops_are_those_of_the_required_gradients(students_grad, head_grad, gra
 
 
 @pytest.mark.parametrize("wider", [False, True])
-def test_no_synchronisation_off_the_cpu(monkeypatch, wider):
+def test_no_synchronisation_off_the_cpu(monkeypatch: pytest.MonkeyPatch, wider: bool) -> None:
     """Meta tensors raise when their values are read. ``wider`` uses a GPU's products."""
     if wider:
         monkeypatch.setattr(chunks, "_accumulates_wider", lambda head, *_: True)
@@ -157,11 +163,12 @@ def test_no_synchronisation_off_the_cpu(monkeypatch, wider):
     assert d_head.shape == (2, 13, 5)
 
 
-def test_only_kl_carries_a_gradient():
+def test_only_kl_carries_a_gradient() -> None:
     teacher, students, head = example()
     output = linear_kl(teacher, students.requires_grad_(), head, labels=torch.arange(11))
     assert output.kl.requires_grad
-    assert not any(t.requires_grad for t in output[1:])
+    by_token: tuple[Any, ...] = output[1:]
+    assert not any(t.requires_grad for t in by_token)
     teacher.requires_grad_()
     assert not linear_kl(teacher, students.detach(), head).kl.requires_grad
     with torch.no_grad():
@@ -183,7 +190,7 @@ def peak_bytes(function: Any) -> int:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("S", [1, 3])
-def test_peak_memory_is_two_chunks_of_logits(S, dtype):
+def test_peak_memory_is_two_chunks_of_logits(S: int, dtype: torch.dtype) -> None:
     """V = 152,064 and six chunks: all logits of one stream would take three times the bound."""
     T, D, V, chunk = 96, 8, 152_064, 16
     teacher, students, head = example(S, T, D, V, dtype)
@@ -202,7 +209,7 @@ def test_peak_memory_is_two_chunks_of_logits(S, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_two_threads_give_the_same_bits_every_time(dtype):
+def test_two_threads_give_the_same_bits_every_time(dtype: torch.dtype) -> None:
     teacher, students, head = example(2, 48, 64, 1500, dtype)
     students.requires_grad_()
     head.requires_grad_()
@@ -214,7 +221,7 @@ def test_two_threads_give_the_same_bits_every_time(dtype):
         for _ in range(250 if PROOF else 15):
             output = linear_kl(teacher, students, head, chunk_tokens=16, labels=torch.arange(48))
             grads = torch.autograd.grad(output.kl, (students, head), torch.tensor([1.0, 0.3]))
-            tensors = (*(t.detach() for t in output), *grads)
+            tensors = (*(t.detach() for t in output if t is not None), *grads)
             seen.add(
                 hash(b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in tensors))
             )

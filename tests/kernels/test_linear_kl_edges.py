@@ -1,6 +1,7 @@
 """linear_kl for non-finite values, zero weights, empty inputs and ties; errors for misuse."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -41,7 +42,9 @@ def example(
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("place", ["teacher", "student"])
-def test_a_non_finite_token_affects_only_its_results(implementation, value, place, device):
+def test_a_non_finite_token_affects_only_its_results(
+    implementation: str, value: float, place: str, device: str
+) -> None:
     teacher, students, head = example(device)
     labels = torch.arange(11, device=device)
     clean = linear_kl(teacher, students, head, labels=labels, implementation=implementation)
@@ -58,11 +61,14 @@ def test_a_non_finite_token_affects_only_its_results(implementation, value, plac
     assert torch.equal(output.token_top1[~hit], clean.token_top1[~hit])
     assert torch.equal(output.kl.isnan(), hit.any(1))
     output.kl.sum().backward()
+    assert students.grad is not None
     assert torch.equal(students.grad.isnan().any(-1), hit)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_tokens_of_weight_zero_give_no_gradient_but_token_results(implementation, device):
+def test_tokens_of_weight_zero_give_no_gradient_but_token_results(
+    implementation: str, device: str
+) -> None:
     teacher, students, head = example(device)
     mask = torch.arange(11, device=device) % 3 != 0
     everything = linear_kl(teacher, students, head, implementation=implementation)
@@ -73,6 +79,7 @@ def test_tokens_of_weight_zero_give_no_gradient_but_token_results(implementation
     expected = everything.token_kl[:, mask].mean(1)
     torch.testing.assert_close(output.kl.detach(), expected)
     output.kl.sum().backward()
+    assert students.grad is not None
     assert not students.grad[:, ~mask].any()
     assert students.grad[:, mask].ne(0).all()
     assert output.token_kl[:, [3, 6]].isnan().all()
@@ -80,7 +87,7 @@ def test_tokens_of_weight_zero_give_no_gradient_but_token_results(implementation
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_no_counted_token_gives_zero_and_zero_gradient(implementation, device):
+def test_no_counted_token_gives_zero_and_zero_gradient(implementation: str, device: str) -> None:
     teacher, students, head = example(device)
     students.requires_grad_()
     head.requires_grad_()
@@ -88,12 +95,14 @@ def test_no_counted_token_gives_zero_and_zero_gradient(implementation, device):
     kl = linear_kl(teacher, students, head, mask=mask, implementation=implementation).kl
     kl.sum().backward()
     assert not kl.any()
+    assert students.grad is not None
+    assert head.grad is not None
     assert not students.grad.any()
     assert not head.grad.any()
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_tokens_of_probability_zero_count_as_zero(implementation, device):
+def test_tokens_of_probability_zero_count_as_zero(implementation: str, device: str) -> None:
     """An infinite row of the head gives logit -inf where the hidden state is positive."""
     shapes = ((2, 1), (1, 2, 1), (3, 1))
     teacher, students, head = (torch.ones(shape, device=device) for shape in shapes)
@@ -114,7 +123,9 @@ def test_tokens_of_probability_zero_count_as_zero(implementation, device):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_a_student_that_excludes_a_possible_token_is_infinitely_far(implementation, device):
+def test_a_student_that_excludes_a_possible_token_is_infinitely_far(
+    implementation: str, device: str
+) -> None:
     head = torch.tensor([[0.0], [-3e38]], device=device)
     teacher = torch.full((1, 1), 1e-38, device=device)
     students = torch.full((1, 1, 1), 10.0, device=device)  # 10 * -3e38 = -inf
@@ -126,7 +137,7 @@ def test_a_student_that_excludes_a_possible_token_is_infinitely_far(implementati
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_ties_go_to_the_lowest_index(implementation, device):
+def test_ties_go_to_the_lowest_index(implementation: str, device: str) -> None:
     # The last row 30 times: ties also cross blocks of the Triton kernels.
     head = torch.tensor([[1.0], [2.0], [2.0], *[[0.0]] * 30, [2.0]], device=device)
     teacher = torch.tensor([[1.0], [1.0], [0.0]], device=device)
@@ -146,8 +157,8 @@ def test_ties_go_to_the_lowest_index(implementation, device):
     "implementation", ["chunked", pytest.param("triton", marks=SLOW_INTERPRETED)]
 )
 def test_a_student_equal_to_the_teacher_has_kl_and_gradient_zero(
-    implementation, dtype, softcap, device
-):
+    implementation: str, dtype: torch.dtype, softcap: float | None, device: str
+) -> None:
     teacher, _, head = example(device, T=19, D=33, V=70, dtype=dtype)
     wide = torch.zeros(19, 41, dtype=dtype, device=device)
     wide[:, 3:36] = teacher
@@ -157,29 +168,32 @@ def test_a_student_equal_to_the_teacher_has_kl_and_gradient_zero(
     )
     output.kl.sum().backward()
     assert not output.token_kl.any()
+    assert students.grad is not None
     assert not students.grad.any()
     assert output.token_top1.all()
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_no_token_gives_empty_results(implementation, device):
+def test_no_token_gives_empty_results(implementation: str, device: str) -> None:
     teacher, students, head = example(device, T=0)
     labels = torch.zeros(0, dtype=torch.int64, device=device)
     output = linear_kl(teacher, students, head, labels=labels, implementation=implementation)
     assert output.kl.tolist() == [0, 0]
-    assert [t.shape for t in output[1:]] == [(2, 0)] * 3
+    by_token: tuple[Any, ...] = output[1:]
+    assert [t.shape for t in by_token] == [(2, 0)] * 3
 
 
 @pytest.mark.parametrize("implementation", ["chunked", "triton"])
 def test_labels_outside_the_vocabulary_raise_on_a_cpu_and_give_nan_elsewhere(
-    implementation, device, monkeypatch
-):
+    implementation: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("fastadapt.kernels.linear_kl.chunks._check_labels", lambda *_: None)
     teacher, students, head = example(device)
     labels = torch.tensor([0, 12, -100, 13, -1, 2**31, -(2**62), 2**62, -99, -101, 3])
     token_ce = linear_kl(
         teacher, students, head, labels=labels.to(device), implementation=implementation
     ).token_cross_entropy
+    assert token_ce is not None
     assert token_ce.isnan().any(0).nonzero()[:, 0].tolist() == [3, 4, 5, 6, 7, 8, 9]
     assert token_ce[:, [0, 1, 10]].gt(0).all()
     assert not token_ce[:, 2].any()
@@ -239,7 +253,9 @@ def test_labels_outside_the_vocabulary_raise_on_a_cpu_and_give_nan_elsewhere(
         ({"implementation": "fast"}, ValueError, "implementation: expected one of auto, reference"),
     ],
 )
-def test_errors_name_argument_expected_and_got(change, error, message):
+def test_errors_name_argument_expected_and_got(
+    change: dict[str, Any], error: type[Exception], message: str
+) -> None:
     teacher, students, head = example("cpu")
     arguments = {"hidden_teacher": teacher, "hidden_students": students, "head": head} | change
     with pytest.raises(error, match=message):
@@ -251,7 +267,7 @@ def test_errors_name_argument_expected_and_got(change, error, message):
         )
 
 
-def test_triton_raises_where_it_cannot_run(monkeypatch):
+def test_triton_raises_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     teacher, students, head = example("cpu")
     with pytest.raises(ValueError, match="computes in float32, got float64"):
         linear_kl(teacher.double(), students.double(), head, implementation="triton")

@@ -3,6 +3,7 @@
 import math
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ class Case:
     distance: float
     seed: int
 
-    def inputs(self, fill: int, device: str) -> dict[str, Tensor | None]:
+    def inputs(self, fill: int, device: str) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(self.seed + fill)
 
         def normal(*shape: int) -> Tensor:
@@ -89,7 +90,7 @@ cases = st.builds(
 @pytest.mark.usefixtures("poison")
 @given(case=cases)
 @settings(max_examples=200 if PROOF else 25, deadline=None, derandomize=True, database=None)
-def test_within_the_budget_of_the_oracle(case, device):
+def test_within_the_budget_of_the_oracle(case: Case, device: str) -> None:
     wide = torch.float64 in (case.dtype, case.target_dtype)
 
     def pooled(implementation: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -115,7 +116,7 @@ def example(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]
     return x, target, torch.rand(3, 7, generator=generator) > 0.4
 
 
-def test_reference_is_the_formula_written_out():
+def test_reference_is_the_formula_written_out() -> None:
     x, target, mask = example()
     output = nmse(x, target, mask=mask, eps=0.25, implementation="reference")
     for b in range(3):
@@ -134,7 +135,7 @@ def test_reference_is_the_formula_written_out():
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_gradcheck(implementation):
+def test_gradcheck(implementation: str) -> None:
     x, target, mask = example()
     assert torch.autograd.gradcheck(
         lambda x: nmse(x, target, mask=mask, implementation=implementation).nmse,
@@ -147,7 +148,7 @@ def test_gradcheck(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_masked_out_tokens_give_no_gradient_but_token_results(implementation):
+def test_masked_out_tokens_give_no_gradient_but_token_results(implementation: str) -> None:
     x, target, _ = example(torch.float32)
     clean = nmse(x, target, implementation=implementation)
     mask = torch.ones(3, 7, dtype=torch.bool)
@@ -169,7 +170,7 @@ def test_masked_out_tokens_give_no_gradient_but_token_results(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_a_counted_nan_affects_only_its_sequence(implementation):
+def test_a_counted_nan_affects_only_its_sequence(implementation: str) -> None:
     x, target, _ = example(torch.float32)
     x[1, 4, 0] = math.nan
     output = nmse(x.requires_grad_(), target, implementation=implementation)
@@ -181,7 +182,7 @@ def test_a_counted_nan_affects_only_its_sequence(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_eps_bounds_a_zero_target_and_an_equal_stream_gives_zero(implementation):
+def test_eps_bounds_a_zero_target_and_an_equal_stream_gives_zero(implementation: str) -> None:
     zero = torch.zeros(1, 2, 4)
     output = nmse(zero + 1, zero, eps=1e-8, implementation=implementation)
     torch.testing.assert_close(output.nmse, torch.tensor([1e8]))
@@ -191,7 +192,7 @@ def test_eps_bounds_a_zero_target_and_an_equal_stream_gives_zero(implementation)
     assert nmse(zero, zero, eps=0.0, implementation=implementation).nmse.isnan().all()
 
 
-def test_low_precision_streams_are_summed_in_float32():
+def test_low_precision_streams_are_summed_in_float32() -> None:
     """A bfloat16 sum of 4,096 ones would stop at 256."""
     x = torch.full((1, 4096, 4), 2.0, dtype=torch.bfloat16)
     output = nmse(x, x / 2)
@@ -199,7 +200,7 @@ def test_low_precision_streams_are_summed_in_float32():
     assert output.token_nmse.dtype == torch.float32
 
 
-def test_repeated_backward_and_refused_second_derivative():
+def test_repeated_backward_and_refused_second_derivative() -> None:
     x, target, mask = example()
     loss = nmse(x.requires_grad_(), target, mask=mask).nmse
     cotangent = torch.tensor([1.0, -2.0, 0.0], dtype=torch.float64)
@@ -213,7 +214,7 @@ def test_repeated_backward_and_refused_second_derivative():
         grad.sum().backward()
 
 
-def test_the_backward_saves_neither_stream_and_only_if_needed():
+def test_the_backward_saves_neither_stream_and_only_if_needed() -> None:
     x, target, mask = example(torch.float32)
     sizes: list[int] = []
 
@@ -233,13 +234,13 @@ def test_the_backward_saves_neither_stream_and_only_if_needed():
 
 
 @pytest.mark.parametrize("x_grad", [True, False])
-def test_opcheck(x_grad):
+def test_opcheck(x_grad: bool) -> None:
     x, target, mask = example(torch.bfloat16)
     arguments = (x.requires_grad_(x_grad), target, mask, 1e-8, torch.float32, x_grad)
     torch.library.opcheck(nmse_op, arguments)
 
 
-def test_compiles_into_one_graph_and_gives_the_same_bits():
+def test_compiles_into_one_graph_and_gives_the_same_bits() -> None:
     compiled = torch.compile(nmse, fullgraph=True, backend="aot_eager")
     x, target, mask = example(torch.float32)
     results = []
@@ -251,7 +252,7 @@ def test_compiles_into_one_graph_and_gives_the_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_fakes_autocast_and_flops():
+def test_fakes_autocast_and_flops() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     register_flop_formulas()
@@ -271,7 +272,7 @@ def test_fakes_autocast_and_flops():
     assert counter.get_total_flops() == 5 * x.numel()
 
 
-def test_no_synchronisation_off_the_cpu():
+def test_no_synchronisation_off_the_cpu() -> None:
     """Meta tensors raise when their values are read."""
     x, target = (torch.empty(3, 7, 5, dtype=torch.bfloat16, device="meta") for _ in range(2))
     mask = torch.empty(3, 7, dtype=torch.bool, device="meta")
@@ -282,7 +283,7 @@ def test_no_synchronisation_off_the_cpu():
     assert (difference.shape, factor.shape) == ((3, 7, 5), (3,))
 
 
-def test_two_threads_give_the_same_bits_every_time():
+def test_two_threads_give_the_same_bits_every_time() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 300, 1024, generator=generator).requires_grad_()
     target = torch.randn(1, 300, 1024, generator=generator)
@@ -331,7 +332,9 @@ def test_two_threads_give_the_same_bits_every_time():
         ({"implementation": "sparse"}, ValueError, "implementation: expected one of auto"),
     ],
 )
-def test_errors_name_argument_expected_and_got(change, error, message):
+def test_errors_name_argument_expected_and_got(
+    change: dict[str, Any], error: type[Exception], message: str
+) -> None:
     x, target, _ = example()
     arguments = {"x": x, "target": target} | change
     with pytest.raises(error, match=message):
@@ -339,7 +342,7 @@ def test_errors_name_argument_expected_and_got(change, error, message):
 
 
 @pytest.mark.parametrize("implementation", ["reference", "chunked"])
-def test_a_difference_beyond_float16_has_a_finite_gradient(implementation):
+def test_a_difference_beyond_float16_has_a_finite_gradient(implementation: str) -> None:
     """Two float16 numbers of opposite sign can differ by more than the largest float16."""
     x, target = torch.randn(2, 1, 5, 8, generator=torch.Generator().manual_seed(0)).half()
     x[0, 0, 0], target[0, 0, 0] = -60_000.0, 40_000.0

@@ -19,19 +19,19 @@ def example(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", LOW)
-def test_the_peer_itself_passes(dtype):
+def test_the_peer_itself_passes(dtype: torch.dtype) -> None:
     result, oracle = example(dtype)
     assert_close(result, oracle, result)
 
 
 @pytest.mark.parametrize("dtype", LOW)
-def test_correct_rounding_passes_without_a_peer(dtype):
+def test_correct_rounding_passes_without_a_peer(dtype: torch.dtype) -> None:
     _, oracle = example(dtype)
     assert_close(oracle.to(dtype), oracle)
 
 
 @pytest.mark.parametrize("dtype", LOW)
-def test_one_wrong_row_fails_and_is_named(dtype):
+def test_one_wrong_row_fails_and_is_named(dtype: torch.dtype) -> None:
     result, oracle = example(dtype)
     wrong = result.clone()
     wrong[11] = result[10]
@@ -39,7 +39,7 @@ def test_one_wrong_row_fails_and_is_named(dtype):
         assert_close(wrong, oracle, result, name="scores")
 
 
-def test_the_message_holds_errors_budgets_and_values():
+def test_the_message_holds_errors_budgets_and_values() -> None:
     actual = torch.tensor([1.0, 2.0, 4.0])
     oracle = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
     with pytest.raises(AssertionError) as caught:
@@ -49,7 +49,7 @@ def test_the_message_holds_errors_budgets_and_values():
         assert part in message
 
 
-def test_the_budget_is_the_formula():
+def test_the_budget_is_the_formula() -> None:
     oracle = torch.tensor([1.0, -8.0, 3.0], dtype=torch.float64)
     peer = torch.tensor([1.5, -8.0, 3.0])
     actual = torch.tensor([1.0, -8.0, 3.25])
@@ -63,7 +63,7 @@ def test_the_budget_is_the_formula():
     assert budget.within
 
 
-def test_many_small_errors_fail_on_the_rms_alone():
+def test_many_small_errors_fail_on_the_rms_alone() -> None:
     oracle = torch.zeros(100, dtype=torch.float64)
     peer = torch.zeros(100)
     peer[0] = 1.0
@@ -73,7 +73,7 @@ def test_many_small_errors_fail_on_the_rms_alone():
     assert not budget.within
 
 
-def test_wrong_shape_and_dtype_fail():
+def test_wrong_shape_and_dtype_fail() -> None:
     result, oracle = example(torch.bfloat16)
     with pytest.raises(AssertionError, match=r"expected shape \(17, 13\), got \(13, 17\)"):
         assert_close(result.T, oracle)
@@ -90,7 +90,7 @@ def test_wrong_shape_and_dtype_fail():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_special_values_must_be_where_the_oracle_has_them(value):
+def test_special_values_must_be_where_the_oracle_has_them(value: float) -> None:
     oracle = torch.tensor([1.0, value, 3.0], dtype=torch.float64)
     assert_close(oracle.float(), oracle, oracle.float())
     for other in (torch.tensor([1.0, 2.0, 3.0]), torch.tensor([value, value, 3.0])):
@@ -101,27 +101,27 @@ def test_special_values_must_be_where_the_oracle_has_them(value):
         assert_close(swapped, oracle)
 
 
-def test_a_peer_with_additional_nan_is_an_error():
+def test_a_peer_with_additional_nan_is_an_error() -> None:
     oracle = torch.ones(2, dtype=torch.float64)
     with pytest.raises(AssertionError, match="peer"):
         assert_close(torch.ones(2), oracle, torch.tensor([1.0, math.nan]))
 
 
-def test_the_oracle_overflows_to_infinity_in_the_tested_dtype():
+def test_the_oracle_overflows_to_infinity_in_the_tested_dtype() -> None:
     oracle = torch.tensor([1e6, 1.0], dtype=torch.float64)
     assert_close(torch.tensor([math.inf, 1.0], dtype=torch.float16), oracle)
     with pytest.raises(AssertionError, match="inf"):
         assert_close(torch.tensor([65504.0, 1.0], dtype=torch.float16), oracle)
 
 
-def test_subnormals_are_compared_by_their_spacing():
+def test_subnormals_are_compared_by_their_spacing() -> None:
     oracle = torch.tensor([3e-8, 1e-7], dtype=torch.float64)
     assert_close(oracle.half(), oracle)
     with pytest.raises(AssertionError):
         assert_close(torch.tensor([0.0, 3e-7], dtype=torch.float16), oracle)
 
 
-def test_float64_scales_a_float32_peer_to_its_eps():
+def test_float64_scales_a_float32_peer_to_its_eps() -> None:
     generator = torch.Generator().manual_seed(1)
     a = torch.randn(9, 501, dtype=torch.float64, generator=generator)
     oracle = a.sum(1)
@@ -132,7 +132,7 @@ def test_float64_scales_a_float32_peer_to_its_eps():
         assert_close(shuffled + 1e-11, oracle, peer)
 
 
-def test_integers_and_booleans_must_be_equal():
+def test_integers_and_booleans_must_be_equal() -> None:
     counts = torch.tensor([[1, 2], [3, 4]])
     assert_close(counts, counts.clone())
     assert_close(counts > 2, counts > 2)
@@ -142,14 +142,14 @@ def test_integers_and_booleans_must_be_equal():
         assert_close(counts, counts.int())
 
 
-def test_empty_and_scalar():
+def test_empty_and_scalar() -> None:
     assert_close(torch.empty(0, 3), torch.empty(0, 3).double(), torch.empty(0, 3))
     assert_close(torch.tensor(2.0), torch.tensor(2.0).double())
     with pytest.raises(AssertionError, match=r"worst at \(\): got 2, expected 3"):
         assert_close(torch.tensor(2.0), torch.tensor(3.0).double())
 
 
-def test_results_that_require_grad_are_accepted():
+def test_results_that_require_grad_are_accepted() -> None:
     result = torch.ones(3, requires_grad=True) * 2
     assert_close(result, torch.full((3,), 2.0).double(), result)
     assert result.requires_grad
@@ -158,7 +158,7 @@ def test_results_that_require_grad_are_accepted():
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(), (7,), (5, 3), (2, 5, 3), (0, 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool])
-def test_layouts_keep_the_values(layout, shape, dtype):
+def test_layouts_keep_the_values(layout: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     values = torch.arange(math.prod(shape)).reshape(shape).to(dtype)
     laid_out = with_layout(values, layout)
     assert laid_out.shape == values.shape
@@ -170,7 +170,7 @@ def test_layouts_keep_the_values(layout, shape, dtype):
     )
 
 
-def test_layouts_have_the_strides_they_name():
+def test_layouts_have_the_strides_they_name() -> None:
     values = torch.zeros(2, 5, 3)
     strides = {layout: with_layout(values, layout).stride() for layout in LAYOUTS}
     assert strides == {

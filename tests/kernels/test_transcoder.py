@@ -86,7 +86,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def small(activation: str, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def small(activation: str, seed: int = 0) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return float64 leaves (S=2, T=5, d_in=3, d_out=4, F=6) and the activation's arguments."""
     torch.manual_seed(seed)
     leaves = {
@@ -133,7 +133,7 @@ def test_forward_by_formula(activation: str, implementation: str, plan: CodeLayo
         torch.testing.assert_close(result.stats.min_active, smallest.float())
 
 
-def away_from_kinks(activation: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def away_from_kinks(activation: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return inputs whose active entries do not change within the difference quotient."""
     for seed in range(100):
         leaves, arguments = small(activation, seed)
@@ -156,7 +156,7 @@ def test_gradcheck(activation: str, implementation: str, plan: CodeLayout | None
     padding[1, 3:] = True
     fixed = {"threshold": leaves.pop("threshold")} if activation == "jumprelu" else {}
 
-    def function(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+    def function(*tensors: Any) -> tuple[Tensor, Tensor]:
         result = transcoder(
             **dict(zip(leaves, tensors, strict=True)),
             **fixed,
@@ -247,7 +247,12 @@ def test_batch_topk_ranks_each_row_alone(implementation: str, plan: CodeLayout |
     leaves["x"][1] *= 10  # in a joint ranking, this row would have all codes
     padding = torch.zeros(2, 5, dtype=torch.bool)
     padding[0, 1:3] = True
-    both = {"activation": "batch_topk", "k": 0.7, "implementation": implementation, "plan": plan}
+    both: dict[str, Any] = {
+        "activation": "batch_topk",
+        "k": 0.7,
+        "implementation": implementation,
+        "plan": plan,
+    }
     together = transcoder(**leaves, **both, padding=padding)
     for s, n_tokens in [(0, 3), (1, 5)]:
         one = leaves | {"x": leaves["x"][s], "residual": leaves["residual"][s]}
@@ -296,7 +301,7 @@ def test_more_features_than_16_bits_can_index() -> None:
         "W_dec": torch.randn(F, 2),
         "b_dec": torch.zeros(2),
     }
-    args = (leaves, {}, torch.randn(3, 2), torch.tensor(0.5))
+    args: tuple[Any, ...] = (leaves, {}, torch.randn(3, 2), torch.tensor(0.5))
     actual, gradients = run(*args, dtype=torch.float32, implementation="sparse")
     expected, expected_gradients = run(*args, dtype=torch.float32, implementation="reference")
     assert {0, 65_535, 65_536} <= set(actual.stats.fired.nonzero().flatten().tolist())
@@ -318,7 +323,7 @@ def test_exact_with_codes_and_with_dense_products(share: float) -> None:
         "W_dec": torch.randn(F, D),
         "b_dec": torch.randn(D),
     }
-    args = (leaves, {}, torch.randn(T, D), torch.tensor(0.1))
+    args: tuple[Any, ...] = (leaves, {}, torch.randn(T, D), torch.tensor(0.1))
     oracle = run(*args, dtype=torch.float64, implementation="reference")
     peer = run(*args, dtype=torch.float32, implementation="reference")
     actual = run(*args, dtype=torch.float32, implementation="auto")
@@ -343,7 +348,7 @@ def test_features_that_fire_on_most_tokens(dtype: torch.dtype) -> None:
         "b_dec": torch.randn(D),
     }
     leaves = {name: leaf.to(dtype) for name, leaf in leaves.items()}
-    args = (leaves, {}, torch.randn(T, D).to(dtype) + 1, torch.tensor(0.1))
+    args: tuple[Any, ...] = (leaves, {}, torch.randn(T, D).to(dtype) + 1, torch.tensor(0.1))
     oracle = run(*args, dtype=torch.float64, implementation="reference")
     peer = run(*args, dtype=dtype, implementation="reference")
     actual = run(*args, dtype=dtype, implementation="sparse", plan=CodeLayout(dense=False))
@@ -358,7 +363,7 @@ def test_features_that_fire_on_most_tokens(dtype: torch.dtype) -> None:
 def test_any_leading_shape(implementation: str, lead: tuple[int, ...]) -> None:
     leaves, _ = small("batch_topk")
     d_in, d_out = leaves["x"].shape[-1], leaves["W_dec"].shape[1]
-    by_token = {
+    by_token: dict[str, Any] = {
         "x": torch.randn(*lead, d_in, dtype=torch.float64),
         "residual": torch.randn(*lead, d_out, dtype=torch.float64),
         "mask": torch.rand(lead),

@@ -93,7 +93,7 @@ def test_codes_are_the_active_entries(
     implementation: str, activation: str, plan: CodeLayout | None
 ) -> None:
     tensors = inputs(activation, TRITON_DEVICE if implementation.startswith("triton") else "cpu")
-    options = {"implementation": implementation, "plan": plan}
+    options: dict[str, Any] = {"implementation": implementation, "plan": plan}
     result = transcoder(**tensors, return_codes=True, **options)
     without = transcoder(**tensors, **options)
     assert torch.equal(result.out, without.out)
@@ -131,7 +131,7 @@ def test_codes_have_no_gradient_but_the_output_has() -> None:
 
 
 @pytest.mark.skipif(
-    torch.__version__ < (2, 12), reason="torch 2.11 breaks off in the call, and cannot go on"
+    torch.__version__ < "2.12", reason="torch 2.11 breaks off in the call, and cannot go on"
 )
 def test_a_compiled_call_returns_codes() -> None:
     torch._dynamo.reset()
@@ -143,7 +143,7 @@ def test_a_compiled_call_returns_codes() -> None:
 
     with torch.no_grad():
         actual = compiled(tensors["x"])
-    wide = {
+    wide: dict[str, Any] = {
         key: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
         for key, value in tensors.items()
     }
@@ -218,4 +218,5 @@ def test_a_penalty_raises_a_threshold_on_either_side_of_zero(
     result.penalty.backward()
     window = ((x - cut).abs() < 0.05).sum().item()
     assert window > 5
+    assert threshold.grad is not None
     assert threshold.grad.item() == pytest.approx(-abs(theta) / 0.1 * window, rel=1e-5)

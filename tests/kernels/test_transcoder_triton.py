@@ -43,17 +43,17 @@ IMPLEMENTATIONS = ["triton", "triton_fused"]
 VARIANTS = [("triton", False), ("triton", True), ("triton_fused", False)]
 EXAMPLES = 70 if PROOF else 3  # per variant
 SPARSE, DENSE = CodeLayout(dense=False), CodeLayout(dense=True)
-EXACT = {"rtol": 0, "atol": 0}
+EXACT: dict[str, Any] = {"rtol": 0, "atol": 0}
 
 
-def codes_of(leaves: dict[str, Tensor], arguments: dict[str, Any], **options: Any) -> Tensor:
+def codes_of(leaves: dict[str, Any], arguments: dict[str, Any], **options: Any) -> Tensor:
     """Return the codes as a dense a: the output of an identity decoder."""
     F = len(leaves["b_enc"])
     encoder = {name: leaves[name] for name in ("x", "W_enc", "b_enc")}
     eye = torch.eye(F, dtype=encoder["x"].dtype, device=encoder["x"].device)
     threshold = {"threshold": leaves["threshold"]} if "threshold" in leaves else {}
     with torch.no_grad():
-        decoder = {"W_dec": eye, "b_dec": eye[0] * 0}
+        decoder: dict[str, Any] = {"W_dec": eye, "b_dec": eye[0] * 0}
         return transcoder(**encoder, **decoder, **threshold, **arguments, **options).out
 
 
@@ -87,7 +87,7 @@ def test_kernels_keep_the_budget(implementation: str, few: bool, case: Case) -> 
 def keep_the_budget(implementation: str, case: Case) -> None:
     leaves, arguments, cotangent, c = draw_inputs(case, TRITON_DEVICE)
     before = {name: leaf.clone() for name, leaf in leaves.items()}
-    options = {"implementation": implementation, "plan": case.plan}
+    options: dict[str, Any] = {"implementation": implementation, "plan": case.plan}
     torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN
     try:
         args = (leaves, arguments, cotangent, c)
@@ -136,7 +136,7 @@ def keep_the_budget(implementation: str, case: Case) -> None:
 
 def inputs(
     T: int = 17, D: int = 24, E: int = 20, F: int = 64, shift: float = -1.0, **changes: Tensor
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """Return fp32 leaves on the device, by name."""
     leaves = {
         "x": torch.randn(T, D),
@@ -151,7 +151,7 @@ def inputs(
 
 
 def compare(
-    leaves: dict[str, Tensor], implementation: str, plan: CodeLayout | None, **more: Any
+    leaves: dict[str, Any], implementation: str, plan: CodeLayout | None, **more: Any
 ) -> Any:
     """Compare outputs and gradients with float64; return the statistics."""
     g = torch.randn_like(leaves["residual"])
@@ -221,9 +221,8 @@ def test_every_activation_and_variant(
     if not few:
         monkeypatch.setattr(triton_forward, "FEW", 0)
         monkeypatch.setattr(triton_forward, "SMALL", 0)
-    arguments: dict[str, Any] = {"relu": {}, "topk": {"k": 5}, "batch_topk": {"k": 4.5}}.get(
-        activation, {"bandwidth": 0.3}
-    )
+    ranking: dict[str, Any] = {"relu": {}, "topk": {"k": 5}, "batch_topk": {"k": 4.5}}
+    arguments: dict[str, Any] = ranking.get(activation, {"bandwidth": 0.3})
     leaves = inputs(T=11, F=40)
     if activation == "jumprelu":
         leaves["threshold"] = (torch.rand(40) / 4 + 0.1).to(TRITON_DEVICE)
@@ -273,7 +272,8 @@ def test_exceeding_the_capacity_is_reported_and_stays_in_bounds(
     implementation: str, activation: str
 ) -> None:
     leaves = inputs(shift=0.5)
-    arguments: dict[str, Any] = {"relu": {}, "topk": {"k": 20}, "batch_topk": {"k": 20.5}}.get(
+    ranking: dict[str, Any] = {"relu": {}, "topk": {"k": 20}, "batch_topk": {"k": 20.5}}
+    arguments: dict[str, Any] = ranking.get(
         activation, {"bandwidth": 0.3, "threshold": torch.full((64,), 0.1, device=TRITON_DEVICE)}
     )
     plan = CodeLayout(dense=False, capacity=100)
@@ -307,9 +307,8 @@ def test_same_inputs_same_bits(
 ) -> None:
     assert not torch.are_deterministic_algorithms_enabled()
     leaves = {name: leaf.detach().to(dtype) for name, leaf in inputs().items()}
-    arguments: dict[str, Any] = {"relu": {}, "topk": {"k": 5}, "batch_topk": {"k": 4.5}}.get(
-        activation, {"bandwidth": 0.3}
-    )
+    ranking: dict[str, Any] = {"relu": {}, "topk": {"k": 5}, "batch_topk": {"k": 4.5}}
+    arguments: dict[str, Any] = ranking.get(activation, {"bandwidth": 0.3})
     if activation == "jumprelu":
         leaves["threshold"] = torch.full((64,), 0.1, device=TRITON_DEVICE)
     g = torch.randn_like(leaves["residual"])
@@ -398,7 +397,7 @@ def test_both_products_agree() -> None:
 
 
 def test_errors_where_kernels_do_not_run() -> None:
-    wide = {name: leaf.double() for name, leaf in inputs().items()}
+    wide: dict[str, Any] = {name: leaf.double() for name, leaf in inputs().items()}
     with pytest.raises(ValueError, match="implementation must be 'reference' for float64"):
         transcoder(**wide, implementation="triton")
     leaves = inputs()

@@ -83,7 +83,7 @@ def cases(draw: Any, dtypes: list[torch.dtype], sizes: Sequence[int] = SIZES) ->
 
 def draw_inputs(
     case: Case, device: str = "cpu"
-) -> tuple[dict[str, Tensor], dict[str, Any], Tensor, Tensor]:
+) -> tuple[dict[str, Any], dict[str, Any], Tensor, Tensor]:
     """Return leaves by name, the other arguments, and cotangents of out and penalty."""
     draw = torch.Generator().manual_seed(case.seed)
 
@@ -134,7 +134,7 @@ def draw_inputs(
 
 
 def run(
-    leaves: dict[str, Tensor],
+    leaves: dict[str, Any],
     arguments: dict[str, Any],
     cotangent: Tensor,
     c: Tensor,

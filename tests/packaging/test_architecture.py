@@ -76,16 +76,16 @@ def package_of(name: str) -> str | None:
     return None if len(parts) == 1 or parts[1] == "__main__" else parts[1]
 
 
-def test_the_graph_is_read():
+def test_the_graph_is_read() -> None:
     assert "fastadapt.kernels.nmse.autograd" in graph()["fastadapt.kernels.nmse"]
     assert "fastadapt.models.replacement" in graph()["fastadapt.objective"]
 
 
-def test_every_package_has_a_rank():
+def test_every_package_has_a_rank() -> None:
     assert {package_of(name) for name in modules()} - {None} <= levels().keys()
 
 
-def test_no_import_runs_up_the_order():
+def test_no_import_runs_up_the_order() -> None:
     rank = levels()
     upward = set()
     for name, targets in graph().items():
@@ -96,14 +96,14 @@ def test_no_import_runs_up_the_order():
     assert sorted(upward) == []
 
 
-def test_no_modules_import_each_other_in_a_cycle():
+def test_no_modules_import_each_other_in_a_cycle() -> None:
     try:
         TopologicalSorter(graph()).prepare()
     except CycleError as error:
         raise AssertionError(" <- ".join(error.args[1])) from None
 
 
-def test_folders_are_small():
+def test_folders_are_small() -> None:
     # An __init__.py counts only at the top, where it contains code.
     assert len(list((ROOT / "fastadapt").glob("*.py"))) <= 5
     counts = Counter(path.parent for path in modules().values() if path.name != "__init__.py")

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import fastadapt
 SECONDS = 0.3
 
 
-def test_the_public_names_are_these():
+def test_the_public_names_are_these() -> None:
     assert fastadapt.__all__ == [
         "AdapterConfig",
         "LoadedRun",
@@ -44,7 +45,7 @@ print(json.dumps([seconds, heavy]))
 """
 
 
-def test_import_is_quick_and_light(run, tmp_path):
+def test_import_is_quick_and_light(run: Callable[..., str], tmp_path: Path) -> None:
     # One of five is enough: the first run writes byte code, and other load only adds time.
     for _ in range(5):
         seconds, heavy = json.loads(run(TIMED, cwd=tmp_path))
@@ -75,7 +76,9 @@ print(*names)
 """
 
 
-def test_no_module_uses_the_network_when_imported(run, installed, tmp_path):
+def test_no_module_uses_the_network_when_imported(
+    run: Callable[..., str], installed: Path, tmp_path: Path
+) -> None:
     names = run(IMPORT_ALL, cwd=tmp_path, path=installed).split()
     assert {"fastadapt.cli.main", "fastadapt.kernels.linear_kl", "fastadapt.data.sources"} <= set(
         names
@@ -96,7 +99,9 @@ print(json.dumps([Qwen2ForCausalLM.__name__, version, spec.origin, folders]))
 
 
 @pytest.mark.parametrize("present", [True, False], ids=["present", "absent"])
-def test_transformers_models_import_from_the_root(present, run, root, tmp_path):
+def test_transformers_models_import_from_the_root(
+    present: bool, run: Callable[..., str], root: Path, tmp_path: Path
+) -> None:
     """transformers imports with and without Hugging Face's ``kernels``.
 
     The copy of site-packages is a folder of links, used without ``site``, so that no other folder

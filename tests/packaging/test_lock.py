@@ -3,6 +3,7 @@
 import importlib.metadata
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
@@ -20,7 +21,7 @@ def pins(path: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def project(root) -> dict:
+def project(root: Path) -> dict:
     return tomllib.loads((root / "pyproject.toml").read_text())["project"]
 
 
@@ -41,21 +42,21 @@ def closure(requirements: list[str]) -> set[str]:
     return names
 
 
-def test_the_lock_of_the_main_job_is_complete(project, root):
+def test_the_lock_of_the_main_job_is_complete(project: dict[str, Any], root: Path) -> None:
     locked = pins(root / "requirements.lock")
     assert closure(project["dependencies"]) <= set(locked)
     assert (locked["torch"], locked["triton"]) == ("2.13.0", "3.7.1")
 
 
 @pytest.fixture(scope="module")
-def locked(root) -> dict[str, str]:
+def locked(root: Path) -> dict[str, str]:
     """Return the pins of the three disjoint lock files of the tests."""
     files = [pins(root / f"requirements{name}.lock") for name in ("", "-eval", "-dev")]
     assert len({name for pinned in files for name in pinned}) == sum(map(len, files))
     return files[0] | files[1] | files[2]
 
 
-def test_the_lock_of_evaluations_is_complete(project, root):
+def test_the_lock_of_evaluations_is_complete(project: dict[str, Any], root: Path) -> None:
     locked = pins(root / "requirements.lock") | pins(root / "requirements-eval.lock")
     extras = [
         text for name in ("eval", "features") for text in project["optional-dependencies"][name]
@@ -63,7 +64,7 @@ def test_the_lock_of_evaluations_is_complete(project, root):
     assert closure([*project["dependencies"], *extras]) <= set(locked)
 
 
-def test_the_lock_of_the_tests_is_complete(project, locked):
+def test_the_lock_of_the_tests_is_complete(project: dict[str, Any], locked: dict[str, str]) -> None:
     extras = [
         text
         for name in ("eval", "features", "dev")
@@ -72,7 +73,9 @@ def test_the_lock_of_the_tests_is_complete(project, locked):
     assert closure([*project["dependencies"], *extras]) <= set(locked)
 
 
-def test_locked_versions_are_within_the_ranges(project, locked):
+def test_locked_versions_are_within_the_ranges(
+    project: dict[str, Any], locked: dict[str, str]
+) -> None:
     extras = [
         text
         for name in ("eval", "features", "dev")

@@ -53,7 +53,7 @@ def uses(root: Path) -> Iterator[tuple[str, str]]:
                 yield place, node.attr
 
 
-def test_the_page_names_every_use(root):
+def test_the_page_names_every_use(root: Path) -> None:
     page = (root / "docs" / "other-libraries.md").read_text(encoding="utf-8")
     used = set(uses(root))
     assert len(used) >= 20
@@ -61,7 +61,7 @@ def test_the_page_names_every_use(root):
     assert not missing
 
 
-def test_the_page_names_existing_files(root):
+def test_the_page_names_existing_files(root: Path) -> None:
     page = (root / "docs" / "other-libraries.md").read_text(encoding="utf-8")
     for place in re.findall(r"`((?:fastadapt|kernels|tests|benchmarks)/[\w/.]*)`", page):
         assert (root / place).exists(), place
@@ -73,7 +73,7 @@ def newest_tested(root: Path) -> dict[str, Version]:
     return {row[0]: Version([v for v in row[1:] if v[0].isdigit()][-1]) for row in rows}
 
 
-def test_upper_bounds_follow_tested_versions(root):
+def test_upper_bounds_follow_tested_versions(root: Path) -> None:
     tomllib = pytest.importorskip("tomllib", reason="Python 3.11 reads pyproject.toml")
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     extras = [text for texts in project["optional-dependencies"].values() for text in texts]
@@ -91,7 +91,7 @@ def test_upper_bounds_follow_tested_versions(root):
     assert bounded >= 10
 
 
-def test_this_environment_is_within_the_bounds(root):
+def test_this_environment_is_within_the_bounds(root: Path) -> None:
     import transformers
 
     assert Version(transformers.__version__) <= newest_tested(root)["transformers"]

@@ -2,23 +2,24 @@
 
 import json
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 
 @pytest.fixture(scope="module")
-def names(wheel) -> set[str]:
+def names(wheel: Path) -> set[str]:
     with zipfile.ZipFile(wheel) as archive:
         return set(archive.namelist())
 
 
-def test_fastadapt_is_the_only_top_level_name(names):
+def test_fastadapt_is_the_only_top_level_name(names: set[str]) -> None:
     top = {name.split("/")[0] for name in names}
     assert {name for name in top if not name.endswith(".dist-info")} == {"fastadapt"}
 
 
-def test_the_wheel_contains_every_source_file(names, root):
+def test_the_wheel_contains_every_source_file(names: set[str], root: Path) -> None:
     """The wheel contains code, presets, the embedded pair and py.typed."""
     expected = set()
     for folder, prefix in (("fastadapt", "fastadapt"), ("kernels", "fastadapt/kernels")):
@@ -35,7 +36,7 @@ def test_the_wheel_contains_every_source_file(names, root):
         assert f"fastadapt/organism/{model}/model.safetensors" in names
 
 
-def test_license_and_command_are_declared(wheel):
+def test_license_and_command_are_declared(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         info = wheel.name.rsplit("-", 3)[0] + ".dist-info"
         metadata = archive.read(f"{info}/METADATA").decode()
@@ -67,7 +68,9 @@ print(json.dumps({
 """
 
 
-def test_the_wheel_works_beside_hugging_faces_kernels(run, installed, tmp_path):
+def test_the_wheel_works_beside_hugging_faces_kernels(
+    run: Callable[..., str], installed: Path, tmp_path: Path
+) -> None:
     result = json.loads(run(CALL, cwd=tmp_path, path=installed))
     assert result["out"] == [[3.0, 1.0], [7.0, 9.0]]
     assert [Path(file).relative_to(installed).as_posix() for file in result["files"]] == [
@@ -86,8 +89,8 @@ print(packages_distributions().get("kernels"))
 
 @pytest.mark.parametrize("where", ["installed", "repository"])
 def test_the_distribution_does_not_provide_the_package_kernels(
-    where, run, installed, root, tmp_path
-):
+    where: str, run: Callable[..., str], installed: Path, root: Path, tmp_path: Path
+) -> None:
     if where == "installed":
         distributions = run(DISTRIBUTIONS, cwd=tmp_path, path=installed)
     else:

@@ -6,8 +6,12 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from fastadapt.training.config import TrainConfig
 
 BOS, USER, ASSISTANT = "<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"
 WORDS = [f"w{i}" for i in range(56)]
@@ -60,11 +64,11 @@ def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def tiny_config(tiny_pair: Path, tmp_path: Path) -> Callable:
+def tiny_config(tiny_pair: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
     """``tiny_config(**{"optimizer.lr": 1e-3})``: a run of 12 steps on the tiny pair, on a CPU."""
     from fastadapt.training.config import from_dict
 
-    def make(**changes: object):
+    def make(**changes: object) -> TrainConfig:
         values: dict = {
             "pair": {
                 "target": str(tiny_pair / "target"),

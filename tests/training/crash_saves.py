@@ -20,7 +20,11 @@ import torch
 
 from fastadapt.training.checkpoint import list_checkpoints, load_latest, save_checkpoint, sweep
 
-SHAPES = {"weights": [(64, 33), (64,)], "exp_avg": [(64, 33), (64,)], "counters": [(257,)]}
+SHAPES: dict[str, list[tuple[int, ...]]] = {
+    "weights": [(64, 33), (64,)],
+    "exp_avg": [(64, 33), (64,)],
+    "counters": [(257,)],
+}
 
 
 def tensors_of(step: int) -> dict[str, dict[str, torch.Tensor]]:

@@ -41,7 +41,7 @@ def memory(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def configure(folder: Path, sizes: dict[str, int], n_features: int) -> tuple[TrainConfig, Any]:
+def configure(folder: Path, sizes: dict[str, Any], n_features: int) -> tuple[TrainConfig, Any]:
     from transformers import Qwen2Config
 
     model = Qwen2Config(num_hidden_layers=2, tie_word_embeddings=False, **sizes)
@@ -98,6 +98,7 @@ def build(config: TrainConfig, model_config: Any) -> Any:
         paths=ARCHITECTURES["qwen2"],
     )
     model = ReplacementModel.create(pair, config.adapter)
+    adapter: Any
     with torch.no_grad():  # with a zero decoder, W_enc has no gradient at the first step
         for adapter in model.adapters:
             adapter.W_dec.normal_(0, 0.001)
@@ -148,7 +149,7 @@ def one_step(config: TrainConfig, model_config: Any) -> dict[str, Any]:
     }
 
 
-def main(folder: Path, sizes: dict[str, int], n_features: int) -> dict[str, Any]:
+def main(folder: Path, sizes: dict[str, Any], n_features: int) -> dict[str, Any]:
     from fastadapt.training.planning.estimate import plan
 
     torch.set_num_threads(2)

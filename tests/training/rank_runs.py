@@ -54,8 +54,8 @@ def plant(fault: str, step: int, config: TrainConfig) -> None:
     calls = config.optimizer.accumulation // WORLD  # calls of this rank in a step
     fatal, count = calls * step + 1 // WORLD, iter(range(10_000))
 
-    def objective(*args: Any) -> Any:
-        out = module.objective(*args)
+    def objective(*args: Any, **options: Any) -> Any:
+        out = module.objective(*args, **options)
         if next(count) != fatal:
             return out
         if fault == "kill":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,19 @@ import torch
 from fastadapt.models.pretrained import ARCHITECTURES
 from fastadapt.models.replacement import ModelPair, ReplacementModel
 from fastadapt.models.trained_files import load_adapters
+from fastadapt.training.config import TrainConfig
 from fastadapt.training.planning.estimate import plan
 from fastadapt.training.trainer import train
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_run_of_each(architecture, tiny_pair, tiny_config, save_model, tmp_path) -> None:
+def test_a_run_of_each(
+    architecture: str,
+    tiny_pair: Path,
+    tiny_config: Callable[..., TrainConfig],
+    save_model: Callable[..., str],
+    tmp_path: Path,
+) -> None:
     for seed, name in enumerate(("target", "base")):
         folder = Path(save_model(name, seed, architecture, vocab_size=64))
         for file in (tiny_pair / name).glob("token*"):

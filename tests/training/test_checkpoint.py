@@ -113,7 +113,9 @@ def test_of_a_set_behind_a_link_the_link_goes(tmp_path: Path) -> None:
     assert (disk / "old" / "manifest.json").is_file()
 
 
-def test_nothing_is_removed_until_the_new_set_verifies(tmp_path, monkeypatch) -> None:
+def test_nothing_is_removed_until_the_new_set_verifies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save(tmp_path, 1, keep=1)
 
     def damaged(path: Path) -> dict:
@@ -150,6 +152,11 @@ def edit_manifest(path: Path, change: Callable[[dict], None]) -> None:
     change(manifest)
     manifest["sha256"] = module.manifest_digest(manifest)
     (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def put_a_folder(path: Path) -> None:
+    (path / "state.json").unlink()
+    (path / "state.json").mkdir()
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -192,7 +199,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "expected the name of a file in its folder, got '../x'",
     ),
     "a folder in a file's place": (
-        lambda p: ((p / "state.json").unlink(), (p / "state.json").mkdir()),
+        put_a_folder,
         "state.json cannot be read",
     ),
 }
@@ -269,9 +276,12 @@ CALLS = {
 }
 
 
-def fail_nth(monkeypatch, where: object, name: str, nth: int, error: Exception) -> list[object]:
+def fail_nth(
+    monkeypatch: pytest.MonkeyPatch, where: object, name: str, nth: int, error: Exception
+) -> list[object]:
     """Let the ``nth`` call raise; return a list that then holds the call's arguments."""
-    real, count, fired = getattr(where, name), iter(range(1, 1000)), []
+    real, count = getattr(where, name), iter(range(1, 1000))
+    fired: list[object] = []
 
     def call(*args: object, **kwargs: object) -> object:
         if next(count) == nth:
@@ -285,13 +295,16 @@ def fail_nth(monkeypatch, where: object, name: str, nth: int, error: Exception) 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EIO])
 @pytest.mark.parametrize("call", CALLS)
-def test_a_failing_system_call_leaves_the_last_set_intact(tmp_path, call: str, code: int) -> None:
+def test_a_failing_system_call_leaves_the_last_set_intact(
+    tmp_path: Path, call: str, code: int
+) -> None:
     """Fail the first, second, ... call of a save, until a save has fewer calls."""
     save(tmp_path, 1, keep=1)
     where, name = CALLS[call]
     failed = 0
     for nth in range(1, 100):
-        step, error = nth + 1, OSError(code, os.strerror(code))
+        step = nth + 1
+        error: Exception = OSError(code, os.strerror(code))
         if call == "save_tensors":
             error = SafetensorError(f"I/O error: {os.strerror(code)} (os error {code})")
         before = list_checkpoints(tmp_path)
@@ -344,7 +357,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
         save(tmp_path / "file" / "checkpoints", 1)
 
 
-def test_kills_while_saving(tmp_path: Path, capsys) -> None:
+def test_kills_while_saving(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Kill saves at random moments: each can resume, none mixes steps, none is lost."""
     kills = 100 if PROOF else 5
     program = Path(__file__).with_name("crash_saves.py")

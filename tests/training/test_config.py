@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -20,7 +22,7 @@ from fastadapt.training.config import (
     to_dict,
 )
 
-BAD = {
+BAD: dict[str, list[tuple[Any, str]]] = {
     "optimizer.lr": [(-1e-3, "positive"), (0.0, "positive"), (math.nan, "positive"), ("fast", "")],
     "optimizer.betas": [([0.9], "tuple"), ([0.9, 1.0], r"\[0, 1\)"), ([-0.1, 0.9], r"\[0, 1\)")],
     "optimizer.eps": [(0.0, "positive")],
@@ -57,12 +59,14 @@ BAD = {
     ("key", "value", "expected"),
     [(key, value, expected) for key, cases in BAD.items() for value, expected in cases],
 )
-def test_impossible_values(tiny_config, key: str, value: object, expected: str) -> None:
+def test_impossible_values(
+    tiny_config: Callable[..., TrainConfig], key: str, value: object, expected: str
+) -> None:
     with pytest.raises(UserError, match=f"{key.replace('.', '[.]')}.*{expected}"):
         tiny_config(**{key: value})
 
 
-def test_k_beyond_the_features(tiny_config) -> None:
+def test_k_beyond_the_features(tiny_config: Callable[..., TrainConfig]) -> None:
     with pytest.raises(UserError, match=r"adapter\.k"):
         from_dict({"activation": "topk", "k": 49, "n_features": 48}, _kind("adapter"), "adapter.")
 
@@ -73,7 +77,7 @@ def _kind(section: str) -> type:
     return typing.get_type_hints(TrainConfig)[section]
 
 
-def test_unknown_keys_name_the_nearest(tiny_config) -> None:
+def test_unknown_keys_name_the_nearest(tiny_config: Callable[..., TrainConfig]) -> None:
     values = to_dict(tiny_config())
     values["optimizer"]["learning_rate"] = values["optimizer"].pop("lr")
     values["optimizer"]["warm_up"] = 0.1
@@ -86,7 +90,7 @@ def test_unknown_keys_name_the_nearest(tiny_config) -> None:
         from_dict(values)
 
 
-def test_missing_and_mistyped_sections(tiny_config) -> None:
+def test_missing_and_mistyped_sections(tiny_config: Callable[..., TrainConfig]) -> None:
     values = to_dict(tiny_config())
     del values["pair"]["target"]
     with pytest.raises(UserError, match=r"pair\.target is missing"):
@@ -95,7 +99,7 @@ def test_missing_and_mistyped_sections(tiny_config) -> None:
         from_dict({**to_dict(tiny_config()), "optimizer": 3})
 
 
-def test_yaml_round_trip(tiny_config, tmp_path: Path) -> None:
+def test_yaml_round_trip(tiny_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
     config = tiny_config(**{"optimizer.max_steps": 7, "run.threads": 1, "optimizer.lr": 3e-4})
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
@@ -105,7 +109,9 @@ def test_yaml_round_trip(tiny_config, tmp_path: Path) -> None:
             assert f"  {field.name}:" in written
 
 
-def test_yaml_numbers_without_a_point(tiny_config, tmp_path: Path) -> None:
+def test_yaml_numbers_without_a_point(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
     save_config(tiny_config(), tmp_path / "config.yaml")
     text = (tmp_path / "config.yaml").read_text()
     (tmp_path / "config.yaml").write_text(text.replace("lr: 0.01", "lr: 8e-4"))
@@ -123,7 +129,7 @@ def test_unreadable_yaml(tmp_path: Path) -> None:
         load_config(tmp_path / "list.yaml")
 
 
-def test_keys_that_may_differ_on_resumption(tiny_config) -> None:
+def test_keys_that_may_differ_on_resumption(tiny_config: Callable[..., TrainConfig]) -> None:
     config = tiny_config()
     harmless = tiny_config(
         **{"run.output": "elsewhere", "run.eval_every": 1, "run.checkpoint_every": 9}
@@ -146,7 +152,9 @@ def test_the_released_precision_is_three_settings() -> None:
 
 
 @pytest.mark.parametrize("trains", ["transcoder", "mlp", "norms"])
-def test_the_older_key_adapter_kind_is_read(tiny_config, tmp_path, trains):
+def test_the_older_key_adapter_kind_is_read(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path, trains: str
+) -> None:
     baseline = {"run.trains": trains, "adapter.n_features": None, "objective.sparsity": 0.0}
     config = tiny_config(**baseline if trains != "transcoder" else {})
     values = to_dict(config)

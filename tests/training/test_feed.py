@@ -11,13 +11,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoTokenizer
 
 from fastadapt.errors import RunError, UserError
-from fastadapt.training.config import FREE_ON_RESUME
+from fastadapt.training.config import FREE_ON_RESUME, TrainConfig
 from fastadapt.training.prefetch import BatchPrefetcher
 from fastadapt.training.step_data import StepData
 from fastadapt.training.trainer import train
@@ -60,7 +61,7 @@ def same(one: list, other: list) -> bool:
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_return_the_batches_of_a_step_without_workers(
-    make_feed, accumulation, workers
+    make_feed: Callable[..., StepData], accumulation: int, workers: int
 ) -> None:
     how = {"optimizer.accumulation": accumulation, "optimizer.epochs": 3}
     alone, ahead = make_feed(**how), make_feed(**how, **{"data.workers": workers})
@@ -69,7 +70,9 @@ def test_workers_return_the_batches_of_a_step_without_workers(
         assert same(batches_of(alone, step), batches_of(ahead, step))
 
 
-def test_batches_are_collated_by_the_workers(make_feed, monkeypatch) -> None:
+def test_batches_are_collated_by_the_workers(
+    make_feed: Callable[..., StepData], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Remove the function that collates in this process; no step needs it."""
     from fastadapt.training import step_data as module
 
@@ -81,7 +84,7 @@ def test_batches_are_collated_by_the_workers(make_feed, monkeypatch) -> None:
     assert len(children() - before) <= 1
 
 
-def test_repeated_and_skipped_steps_get_their_batches(make_feed) -> None:
+def test_repeated_and_skipped_steps_get_their_batches(make_feed: Callable[..., StepData]) -> None:
     """A step whose layout overflowed is repeated; a resumed run begins at any step."""
     how = {"optimizer.epochs": 4, "optimizer.batch_size": 1}
     alone, ahead = make_feed(**how), make_feed(**how, **{"data.workers": 2})
@@ -89,7 +92,9 @@ def test_repeated_and_skipped_steps_get_their_batches(make_feed) -> None:
         assert same(batches_of(alone, step), batches_of(ahead, step)), step
 
 
-def test_batches_that_were_not_prefetched_are_collated_on_request(make_feed) -> None:
+def test_batches_that_were_not_prefetched_are_collated_on_request(
+    make_feed: Callable[..., StepData],
+) -> None:
     alone, ahead = make_feed(), make_feed(**{"data.workers": 1})
     ahead.micro_batches(0)
     alone.micro_batches(0)
@@ -98,15 +103,23 @@ def test_batches_that_were_not_prefetched_are_collated_on_request(make_feed) -> 
     assert same(batches_of(alone, 1), batches_of(ahead, 1))
 
 
-def test_a_rank_prefetches_only_its_share(tiny_config, tiny_pair) -> None:
+def test_a_rank_prefetches_only_its_share(
+    tiny_config: Callable[..., TrainConfig], tiny_pair: Path
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_pair / "target")
     config = tiny_config(**{"optimizer.accumulation": 4, "data.workers": 1})
     feed = StepData(
         config, tokenizer, CPU, len(tokenizer), share=lambda micro_batches: micro_batches[1::2]
     )
-    returned = []
-    real = feed.prefetcher.get
-    feed.prefetcher.get = lambda *request: returned.append(real(*request)) or returned[-1]
+    returned: list[Any] = []
+    prefetcher: Any = feed.prefetcher
+    real = prefetcher.get
+
+    def get(*request: Any) -> Any:
+        returned.append(real(*request))
+        return returned[-1]
+
+    prefetcher.get = get
     for step in range(feed.steps):
         for ids in feed.micro_batches(step)[1::2]:
             feed.batch(feed.train, ids)
@@ -115,7 +128,9 @@ def test_a_rank_prefetches_only_its_share(tiny_config, tiny_pair) -> None:
     assert None not in returned
 
 
-def test_a_killed_worker_is_reported_when_its_batch_is_requested(make_feed) -> None:
+def test_a_killed_worker_is_reported_when_its_batch_is_requested(
+    make_feed: Callable[..., StepData],
+) -> None:
     """Torch's handler of SIGCHLD, which may raise anywhere in a step, does not report it."""
     handler = signal.getsignal(signal.SIGCHLD)
     before = children()
@@ -129,7 +144,7 @@ def test_a_killed_worker_is_reported_when_its_batch_is_requested(make_feed) -> N
     assert signal.getsignal(signal.SIGCHLD) == handler
 
 
-def test_workers_end_with_the_feed(make_feed) -> None:
+def test_workers_end_with_the_feed(make_feed: Callable[..., StepData]) -> None:
     feed = make_feed(**{"data.workers": 2, "optimizer.epochs": 50})
     before = children()
     batches_of(feed, 0)
@@ -139,7 +154,9 @@ def test_workers_end_with_the_feed(make_feed) -> None:
     feed.close()
 
 
-def test_a_run_with_workers_writes_the_same_bits(tiny_config, tmp_path) -> None:
+def test_a_run_with_workers_writes_the_same_bits(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
     """A run may be resumed with another number of workers."""
     assert "data.workers" in FREE_ON_RESUME
     before = children()
@@ -167,7 +184,7 @@ class _StopAfter:
             self.event.set()
 
 
-def test_buckets_train_on_every_sequence_once(make_feed) -> None:
+def test_buckets_train_on_every_sequence_once(make_feed: Callable[..., StepData]) -> None:
     feed = make_feed(**{"data.bucket": 4, "optimizer.batch_size": 5})
     seen = [i for step in range(feed.steps) for ids in feed.micro_batches(step) for i in ids]
     assert sorted(seen) == list(range(len(feed.train)))
@@ -182,14 +199,16 @@ def test_buckets_train_on_every_sequence_once(make_feed) -> None:
         ("data.workers", -1, "data.workers: expected 0 or more, got -1"),
     ],
 )
-def test_impossible_values_are_refused(tiny_config, key, value, message) -> None:
+def test_impossible_values_are_refused(
+    tiny_config: Callable[..., TrainConfig], key: str, value: int, message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         tiny_config(**{key: value})
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_all_processes_saves_and_ends_without_warnings(
-    number, tiny_config, tmp_path
+    number: int, tiny_config: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
     """Ctrl-C reaches the workers too. After the run no process remains."""
     from fastadapt.training.config import save_config
@@ -231,7 +250,7 @@ def test_a_signal_to_all_processes_saves_and_ends_without_warnings(
         os.killpg(run.pid, 0)
 
 
-def test_the_prefetcher_gives_requested_batches_only(make_feed) -> None:
+def test_the_prefetcher_gives_requested_batches_only(make_feed: Callable[..., StepData]) -> None:
     feed = make_feed(**{"data.workers": 1})
     prefetcher = feed.prefetcher
     assert isinstance(prefetcher, BatchPrefetcher)
@@ -244,7 +263,9 @@ def test_the_prefetcher_gives_requested_batches_only(make_feed) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_gpu_is_not_waited_for(workers, tiny_config, tiny_pair) -> None:
+def test_a_gpu_is_not_waited_for(
+    workers: int, tiny_config: Callable[..., TrainConfig], tiny_pair: Path
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_pair / "target")
     gpu = torch.device("cuda")
     feed = StepData(tiny_config(**{"data.workers": workers}), tokenizer, gpu, len(tokenizer))
@@ -261,7 +282,9 @@ def test_a_gpu_is_not_waited_for(workers, tiny_config, tiny_pair) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_padding_token_without_an_embedding(workers, tiny_config, tiny_pair) -> None:
+def test_a_padding_token_without_an_embedding(
+    workers: int, tiny_config: Callable[..., TrainConfig], tiny_pair: Path
+) -> None:
     """All ids of a batch have an embedding, and the texts are those of another padding token."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_pair / "target")
     n_rows, config = len(tokenizer), tiny_config(**{"data.workers": workers})
@@ -286,7 +309,9 @@ def test_a_padding_token_without_an_embedding(workers, tiny_config, tiny_pair) -
         plain.close()
 
 
-def test_tokens_without_an_embedding_are_refused(tiny_config, tiny_pair) -> None:
+def test_tokens_without_an_embedding_are_refused(
+    tiny_config: Callable[..., TrainConfig], tiny_pair: Path
+) -> None:
     """The error names the first row with such a token and is raised before the first step."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_pair / "target")
     feed = StepData(tiny_config(), tokenizer, CPU, len(tokenizer))

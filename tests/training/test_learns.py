@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from fastadapt.cli.train import parse_train
@@ -21,7 +23,7 @@ PRINTED = (
 )
 
 
-def run(folder, *options: str) -> dict:
+def run(folder: Path, *options: str) -> dict:
     """Train the preset and evaluate on all held-out conversations, most unused in its tuning."""
     held_out = ["--data.max_validation", "500", "--run.eval_every", "600"]
     argv = ["organism", "--run.output", str(folder / "run"), *held_out, *options]
@@ -37,7 +39,13 @@ def run(folder, *options: str) -> dict:
     ],
     ids=["preset", "sparser"],
 )
-def test_the_adapter_closes_the_gap_to_the_target(options, l0, recovered, tmp_path, capsys) -> None:
+def test_the_adapter_closes_the_gap_to_the_target(
+    options: list[str],
+    l0: float,
+    recovered: float,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """Check the recovered share of the hybrid's KL on held-out data, and L0 per layer."""
     summary = run(tmp_path, *options)
     with capsys.disabled():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from torch import nn
 from fastadapt.errors import UserError
 from fastadapt.training.optimizer import AdapterOptimizer, OptimizerConfig
 
-EIGHT = {"moments": "8bit"}
-ROUNDED = {"masters": False, "stochastic_rounding": True}
+EIGHT: dict[str, Any] = {"moments": "8bit"}
+ROUNDED: dict[str, Any] = {"masters": False, "stochastic_rounding": True}
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def weights(optimizer: AdapterOptimizer) -> torch.Tensor:
     ("changes", "dtype"),
     [(EIGHT, torch.float32), (EIGHT, torch.bfloat16), (ROUNDED, torch.bfloat16)],
 )
-def test_weights_follow_adamw(changes, dtype, eager) -> None:
+def test_weights_follow_adamw(changes: dict[str, Any], dtype: torch.dtype, eager: None) -> None:
     exact = AdapterOptimizer(parameters(torch.float32), OptimizerConfig())
     start = weights(exact)
     other = AdapterOptimizer(parameters(dtype), OptimizerConfig(**changes))
@@ -60,11 +61,11 @@ def test_weights_follow_adamw(changes, dtype, eager) -> None:
     assert (weights(other) - start - moved).norm() < 0.1 * moved.norm()
 
 
-def test_stochastic_rounding_applies_updates_that_rounding_to_nearest_drops(eager) -> None:
+def test_stochastic_rounding_applies_updates_that_rounding_to_nearest_drops(eager: None) -> None:
     """Updates are 1e-6, a thirtieth of half the spacing of bfloat16 at 0.015."""
     moved = {}
     for random in (False, True):
-        changes = {"masters": False, "stochastic_rounding": random}
+        changes: dict[str, Any] = {"masters": False, "stochastic_rounding": random}
         optimizer = AdapterOptimizer(parameters(torch.bfloat16), OptimizerConfig(**changes))
         start = optimizer.parameters["W"].detach().float().clone()
         run(optimizer, range(30), rate=1e-6)
@@ -74,7 +75,7 @@ def test_stochastic_rounding_applies_updates_that_rounding_to_nearest_drops(eage
 
 
 @pytest.mark.parametrize("changes", [EIGHT, ROUNDED])
-def test_a_checkpoint_restores_every_bit(changes, eager) -> None:
+def test_a_checkpoint_restores_every_bit(changes: dict[str, Any], eager: None) -> None:
     config = OptimizerConfig(**changes)
     whole = AdapterOptimizer(parameters(torch.bfloat16), config)
     torch.manual_seed(1)
@@ -94,7 +95,7 @@ def test_a_checkpoint_restores_every_bit(changes, eager) -> None:
             assert torch.equal(value, again.tensors()[group][name]), (group, name)
 
 
-def test_moments_take_a_byte(eager) -> None:
+def test_moments_take_a_byte(eager: None) -> None:
     from fastadapt.training.optimizer import MOMENT_BYTES
 
     optimizer = AdapterOptimizer(parameters(torch.bfloat16), OptimizerConfig(**EIGHT))
@@ -103,7 +104,7 @@ def test_moments_take_a_byte(eager) -> None:
     assert taken == 96 * 64 * MOMENT_BYTES
 
 
-def test_without_torchao_the_extra_is_named(monkeypatch) -> None:
+def test_without_torchao_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao", None)
     with pytest.raises(UserError, match=r"pip install 'fastadapt\[lowmem\]'"):
         AdapterOptimizer(parameters(torch.float32), OptimizerConfig(**EIGHT))

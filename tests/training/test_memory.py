@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -96,7 +96,7 @@ def test_the_plan_matches_a_step(policy: str, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("model", "tokens"), [(GEMMA, 4000), (QWEN, 3000)], ids=["gemma2", "qwen2"]
 )
-def test_attention_that_makes_all_scores_is_planned(model, tokens: int, policy: str) -> None:
+def test_attention_that_makes_all_scores_is_planned(model: Any, tokens: int, policy: str) -> None:
     """Within a tenth."""
     config = run_config(policy, attention="eager")
     memory = step_memory(config, model, tokens, "cuda")
@@ -110,7 +110,9 @@ def test_attention_that_makes_all_scores_is_planned(model, tokens: int, policy: 
 @pytest.mark.parametrize("policy", ["none", "full"])
 @pytest.mark.parametrize("bridge", [0.0, 1.0], ids=["output", "bridged"])
 @pytest.mark.parametrize("kind", ["mlp", "norms"])
-def test_the_plan_of_a_baseline_matches_a_step(kind: str, bridge: float, policy: str) -> None:
+def test_the_plan_of_a_baseline_matches_a_step(
+    kind: Literal["mlp", "norms"], bridge: float, policy: str
+) -> None:
     """Never below the bytes alive, and at most a tenth above, beside logits."""
     config = run_config(policy)
     weights = dataclasses.replace(config.objective, sparsity=0.0, nmse=bridge, bridge=bridge)

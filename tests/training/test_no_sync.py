@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,12 +44,12 @@ METHODS = ("item", "tolist", "nonzero", "__bool__", "__int__", "__float__", "__i
 class NoReads(TorchDispatchMode):
     """Raise where the host would wait for the device; on a GPU torch also watches copies."""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.watching and func.name() in READS:
             raise AssertionError(f"{func.name()} reads from the device")
         return func(*args, **(kwargs or {}))
 
-    def __enter__(self):
+    def __enter__(self) -> Any:
         def refuse(*_: object) -> None:
             raise AssertionError("a method reads from the device")
 
@@ -56,7 +57,7 @@ class NoReads(TorchDispatchMode):
         self.watch()
         return super().__enter__()
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: Any) -> Any:
         self.lift()
         return super().__exit__(*exception)
 
@@ -112,7 +113,7 @@ def test_a_step_reads_its_report_and_nothing_else(
     def unguarded(name: str) -> None:
         method = getattr(StepGatherer, name)
 
-        def call(*args):
+        def call(*args: Any) -> Any:
             guard.lift()
             try:
                 return method(*args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from threading import Event
 
@@ -18,6 +19,7 @@ from fastadapt.models.replacement import ReplacementModel
 from fastadapt.objective import objective
 from fastadapt.training import trainer
 from fastadapt.training.checkpoint import load_latest
+from fastadapt.training.config import TrainConfig
 from fastadapt.training.planning.estimate import plan, remedies
 from fastadapt.training.trainer import train
 
@@ -36,7 +38,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     ["attention", *(pytest.param(policy, marks=pytest.mark.slow) for policy in ("none", "full"))],
 )
 def test_the_same_bits_and_resumption_with_and_without_offload(
-    tiny_config, tmp_path: Path, policy: str
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path, policy: str
 ) -> None:
     def run(name: str, offload: bool, steps: int, resume: bool = False) -> None:
         config = tiny_config(
@@ -103,7 +105,7 @@ def test_a_block_is_gathered_only_while_it_runs(policy: str) -> None:
     assert all(p.grad is not None for p in model.adapters.parameters())
 
 
-def test_one_process_only(tiny_config) -> None:
+def test_one_process_only(tiny_config: Callable[..., TrainConfig]) -> None:
     with pytest.raises(UserError, match=r"pair\.offload is for one process"):  # noqa: SIM117
         with group_of_one(CPU, Ranks(0, 2)):
             pass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def run(optimizer: AdapterOptimizer, seeds: range, rate: float = 1e-3) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_equals_adamw_with_clipping(dtype) -> None:
+def test_equals_adamw_with_clipping(dtype: torch.dtype) -> None:
     """bfloat16 without masters has the released code's parameters and moments."""
     ours, theirs = parameters(dtype), parameters(dtype)
     config = OptimizerConfig(clip=0.5, weight_decay=0.1, masters=False)
@@ -182,7 +183,8 @@ def test_thresholds_never_fall_below_the_lowest(dtype: torch.dtype) -> None:
     }
     optimizer = AdapterOptimizer(named, OptimizerConfig(), lowest_threshold=0.01)
     for _ in range(20):
-        sum(p.sum() for p in named.values()).backward()  # gradients that lower them all
+        total: Any = sum(p.sum() for p in named.values())
+        total.backward()  # gradients that lower them all
         optimizer.step(1e-2, optimizer.gradient_norm())
     lowest = torch.tensor(0.01, dtype=dtype)
     assert torch.equal(named["0.threshold"].detach(), lowest.expand(2))

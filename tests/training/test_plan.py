@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -15,20 +16,20 @@ import torch
 from fastadapt.cli.train import find_config, preset_names, read_yaml
 from fastadapt.errors import UserError
 from fastadapt.training import trainer
-from fastadapt.training.config import from_dict
+from fastadapt.training.config import TrainConfig, from_dict
 from fastadapt.training.optimizer import AdapterOptimizer
 from fastadapt.training.planning.estimate import count_steps, gb, plan
 from fastadapt.training.planning.memory import step_memory
 
 
-def n_bytes(tensors) -> int:
+def n_bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("masters", [True, False])
 def test_weights_and_moments_are_counted_to_the_byte(
-    tiny_config, dtype: str, masters: bool
+    tiny_config: Callable[..., TrainConfig], dtype: str, masters: bool
 ) -> None:
     config = tiny_config(**{"pair.dtype": dtype, "optimizer.masters": masters})
     planned = plan(config)
@@ -52,7 +53,7 @@ def test_weights_and_moments_are_counted_to_the_byte(
     assert planned.tokens_per_sequence == longest
 
 
-def test_saved_for_the_backward_pass(tiny_config) -> None:
+def test_saved_for_the_backward_pass(tiny_config: Callable[..., TrainConfig]) -> None:
     """The planned saved tensors bound those that torch's hooks see in a forward pass."""
     from fastadapt.objective import objective
 
@@ -92,7 +93,9 @@ def test_saved_for_the_backward_pass(tiny_config) -> None:
         ("pair.dtype", "float64"),
     ],
 )
-def test_larger_settings_need_more(tiny_config, key: str, value: object) -> None:
+def test_larger_settings_need_more(
+    tiny_config: Callable[..., TrainConfig], key: str, value: object
+) -> None:
     small = {"objective.kl_chunk_tokens": 8}
     if key == "adapter.implementation":  # with fewer features, buffers for codes hold every entry
         small["adapter.n_features"] = 4096
@@ -105,7 +108,9 @@ def test_larger_settings_need_more(tiny_config, key: str, value: object) -> None
         assert after.peak_bytes > before.peak_bytes
 
 
-def test_without_the_data_the_limit_is_planned(tiny_config, tmp_path: Path) -> None:
+def test_without_the_data_the_limit_is_planned(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
     config = tiny_config(**{"data.train": "someone/dataset", "data.max_tokens": 500})
     planned = plan(config)
     assert (planned.steps, planned.tokens, planned.tokens_per_sequence) == (25_000, None, 500)
@@ -113,7 +118,7 @@ def test_without_the_data_the_limit_is_planned(tiny_config, tmp_path: Path) -> N
     assert plan(config).steps == 7
 
 
-def test_steps(tiny_config) -> None:
+def test_steps(tiny_config: Callable[..., TrainConfig]) -> None:
     for changes, batches, expected in (
         ({}, 12, 12),
         ({"optimizer.epochs": 2}, 12, 24),
@@ -125,7 +130,7 @@ def test_steps(tiny_config) -> None:
         assert count_steps(batches, tiny_config(**changes)) == expected
 
 
-def test_sizes_as_text(tiny_config) -> None:
+def test_sizes_as_text(tiny_config: Callable[..., TrainConfig]) -> None:
     planned = plan(tiny_config())
     assert planned.peak_bytes == planned.phases[planned.peak_phase]
     assert planned.largest(2).count("MB") == 2
@@ -160,13 +165,17 @@ def test_eight_gpus_share_a_run_that_one_cannot_hold() -> None:
         plan(config, gpu="h100", gpus=3)
 
 
-def test_a_missing_model_is_refused(tiny_config, tmp_path: Path) -> None:
+def test_a_missing_model_is_refused(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match="nowhere"):
         plan(tiny_config(**{"pair.base": str(tmp_path / "nowhere")}))
 
 
 @pytest.mark.slow
-def test_a_measured_step_of_a_7b_models_width(tmp_path: Path, capsys) -> None:
+def test_a_measured_step_of_a_7b_models_width(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """2 layers, d=3584, inner width 18,944, V=152,064, F=8192, T=1,024, on the CPU in fp32."""
     program = Path(__file__).with_name("full_width.py")
     # Return freed tensors of 1 MiB and more to the system at once, so that resident memory counts

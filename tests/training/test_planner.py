@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ from fastadapt.kernels.transcoder import CodeLayout, codes
 from fastadapt.objective import objective
 from fastadapt.training import loop, trainer
 from fastadapt.training.code_capacity import Call, CapacityEstimator, overflow, takes_plans
+from fastadapt.training.config import TrainConfig
+from fastadapt.training.loop import TrainingRun
 from fastadapt.training.run_dir import MetricsLog, read_records
 from fastadapt.training.trainer import train
 
@@ -50,7 +54,8 @@ def test_the_first_overflow_of_each_micro_batch_is_told() -> None:
 
 def test_the_largest_count_of_the_micro_batches_is_expected() -> None:
     planner = CapacityEstimator(True)
-    assert planner.expected is None
+    before = planner.expected
+    assert before is None
     planner.applied([[call(30), call(2)], [call(20, tokens=5), call(0)], [call(0, tokens=0)] * 2])
     assert planner.expected == [4.0, 0.2]
     planner.applied([[call(10, 99), call(10, dense=True)]])
@@ -91,7 +96,7 @@ def test_implementations_that_take_plans(implementation: str, device: str, takes
 # --- in a run -------------------------------------------------------------------------------------
 
 
-def as_on_a_device(*args: object, plan: CodeLayout | None = None, **kwargs: object):
+def as_on_a_device(*args: Any, plan: CodeLayout | None = None, **kwargs: Any) -> Any:
     """Run the op as a GPU does: codes beyond the capacity raise nothing and give NaN."""
     out = real_transcoder(*args, plan=None, **kwargs)
     n_codes = int(out.stats.n_codes)
@@ -104,7 +109,9 @@ real_transcoder = adapter_module.transcoder
 
 
 @pytest.fixture
-def planned(monkeypatch, tmp_path: Path, tiny_config):
+def planned(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_config: Callable[..., TrainConfig]
+) -> Iterator[Callable[..., TrainingRun]]:
     """Return ``planned(name, **changes)``: a run that plans, with few active features."""
     monkeypatch.setattr(adapter_module, "transcoder", as_on_a_device)
     monkeypatch.setattr(loop, "takes_plans", lambda *_: True)
@@ -117,6 +124,7 @@ def planned(monkeypatch, tmp_path: Path, tiny_config):
         changes = {"optimizer.accumulation": 2, "optimizer.batch_size": 3, **changes}
         config = tiny_config(**{"adapter.implementation": "sparse", **changes})
         model, feed = trainer.load_model_and_data(config)
+        adapter: Any
         with torch.no_grad():
             for adapter in model.adapters:
                 adapter.b_enc.fill_(-0.25)
@@ -147,11 +155,13 @@ def assert_same(run: loop.TrainingRun, other: loop.TrainingRun) -> None:
     assert run.planner.expected == other.planner.expected
 
 
-def test_plans_follow_the_last_step(planned, monkeypatch) -> None:
+def test_plans_follow_the_last_step(
+    planned: Callable[..., TrainingRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, seen = planned("run"), []
     real = loop.objective
 
-    def watched(*args):
+    def watched(*args: Any) -> Any:
         out = real(*args)
         seen.append((args[-1], [c.plan for c in out.calls]))
         return out
@@ -160,6 +170,7 @@ def test_plans_follow_the_last_step(planned, monkeypatch) -> None:
     run.advance()
     assert seen == [(None, [None, None])] * 2  # nothing is known yet
     first = run.planner.expected
+    assert first is not None
     assert all(0 < rate < 20 for rate in first), first
     seen.clear()
     run.advance()
@@ -171,11 +182,11 @@ def test_plans_follow_the_last_step(planned, monkeypatch) -> None:
     assert {r["kind"] for r in metrics_of(run)} == {"train"}
 
 
-def test_codes_are_counted_per_token_of_every_stream(planned) -> None:
+def test_codes_are_counted_per_token_of_every_stream(planned: Callable[..., TrainingRun]) -> None:
     """Behind the cutoff a call holds two streams, and twice the tokens."""
     run = planned("run", **{"objective.bridge": 0.0})
     batch, tokens = run.feed.batch(run.feed.train, [0, 1, 2])
-    rates = []
+    rates: list[Any] = []
     for bridge in (0.0, 1.0):
         config = type(run.config.objective)(bridge=bridge)
         out = objective(run.model, batch, 1, config)
@@ -190,7 +201,7 @@ def test_codes_are_counted_per_token_of_every_stream(planned) -> None:
     assert 0.3 < forked[1] / alone[1] < 3
 
 
-def test_a_plan_too_small_changes_no_bit(planned) -> None:
+def test_a_plan_too_small_changes_no_bit(planned: Callable[..., TrainingRun]) -> None:
     run, other = planned("run"), planned("other")
     for each in (run, other):
         each.advance()
@@ -207,7 +218,9 @@ def test_a_plan_too_small_changes_no_bit(planned) -> None:
     assert [r for r in records if r is not replan] == other_records
 
 
-def test_a_broken_step_leaves_no_expectation(planned, monkeypatch) -> None:
+def test_a_broken_step_leaves_no_expectation(
+    planned: Callable[..., TrainingRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = planned("run")
     run.advance()
     expected = run.planner.expected
@@ -220,7 +233,9 @@ def test_a_broken_step_leaves_no_expectation(planned, monkeypatch) -> None:
     assert run.planner.expected == expected
 
 
-def test_stopped_and_resumed_with_plans(planned, tiny_config, tmp_path: Path) -> None:
+def test_stopped_and_resumed_with_plans(
+    planned: Callable[..., TrainingRun], tiny_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
     """The expected counts are saved, so the first step after a resume is planned."""
     changes = {"adapter.implementation": "sparse", "run.eval_every": 0, "optimizer.max_steps": 7}
     whole = tiny_config(**{**changes, "run.output": str(tmp_path / "whole")})
@@ -235,8 +250,13 @@ def test_stopped_and_resumed_with_plans(planned, tiny_config, tmp_path: Path) ->
     assert train(again, stop=stop, sinks=[sink])["step"] == 4
     first: list = []
     real = loop.objective
+
+    def watched(*args: Any) -> Any:
+        first.append(args[-1])
+        return real(*args)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "objective", lambda *a: first.append(a[-1]) or real(*a))
+        patch.setattr(loop, "objective", watched)
         train(again, resume=True)
     assert isinstance(first[0], list)
     for file in ("weights", "exp_avg", "exp_avg_sq", "counters"):
@@ -248,7 +268,9 @@ def test_stopped_and_resumed_with_plans(planned, tiny_config, tmp_path: Path) ->
 
 
 @pytest.fixture
-def few(planned, monkeypatch):
+def few(
+    planned: Callable[..., TrainingRun], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., TrainingRun]:
     """Return ``few(name, implementation)``: a run of the op itself, one sequence a step."""
     monkeypatch.setattr(adapter_module, "transcoder", real_transcoder)
 
@@ -263,7 +285,9 @@ def few(planned, monkeypatch):
 @pytest.mark.parametrize(
     "implementation", ["triton", pytest.param("triton_fused", marks=pytest.mark.slow)]
 )
-def test_training_on_the_kernels_equals_training_on_the_cpu(few, implementation: str) -> None:
+def test_training_on_the_kernels_equals_training_on_the_cpu(
+    few: Callable[..., TrainingRun], implementation: str
+) -> None:
     run, other = few("run", implementation), few("other", "sparse")
     for _ in range(2):
         run.advance()
@@ -277,7 +301,7 @@ def test_training_on_the_kernels_equals_training_on_the_cpu(few, implementation:
 
 @interpreted
 @pytest.mark.slow
-def test_kernel_buffers_too_short_change_no_bit(few) -> None:
+def test_kernel_buffers_too_short_change_no_bit(few: Callable[..., TrainingRun]) -> None:
     run, other = few("run", "triton"), few("other", "triton")
     for each in (run, other):
         each.advance()

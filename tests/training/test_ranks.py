@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from fastadapt.distributed.ranks import Ranks
 from fastadapt.errors import UserError
 from fastadapt.training.checkpoint import list_checkpoints, load_latest
 from fastadapt.training.checkpoint.tensor_files import Checkpoint
-from fastadapt.training.config import save_config
+from fastadapt.training.config import TrainConfig, save_config
 from fastadapt.training.run_dir import read_records
 from fastadapt.training.trainer import check_shares
 
@@ -50,7 +51,7 @@ def launch_well(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]
 
 
 @pytest.fixture
-def written(tiny_config, tmp_path: Path) -> Callable[..., str]:
+def written(tiny_config: Callable[..., TrainConfig], tmp_path: Path) -> Callable[..., str]:
     """``written(name, **changes)`` writes a run's configuration and returns the file's path."""
 
     def write(name: str, **changes: object) -> str:
@@ -121,7 +122,9 @@ def assert_same_bits(folder: Path, whole: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["relu", pytest.param("mlp", marks=pytest.mark.slow)])
-def test_two_ranks_from_the_command_line(written, tmp_path: Path, kind: str) -> None:
+def test_two_ranks_from_the_command_line(
+    written: Callable[..., str], tmp_path: Path, kind: str
+) -> None:
     """The fp32 sum of two bf16 gradients has the same bits in either order."""
     bits = {"pair.dtype": "bfloat16", "optimizer.accumulation": 2, "optimizer.clip": float("inf")}
     short = {"optimizer.max_steps": 3, "run.checkpoint_every": 3}
@@ -194,13 +197,16 @@ VARIANTS: dict[str, dict] = {
 
 @pytest.mark.slow
 def test_the_same_steps_on_one_two_and_four_ranks(
-    written, gemma_pair, tmp_path: Path, capsys
+    written: Callable[..., str],
+    gemma_pair: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Float64 runs agree to 1e-10. Float32 errors against float64 are at most twice one rank's.
 
     The bound holds for the maximum and for the RMS of the error.
     """
-    variants = {**VARIANTS, "gemma2": gemma_pair}
+    variants: dict[str, dict[str, Any]] = {**VARIANTS, "gemma2": gemma_pair}
     names = [name.replace(" ", "-") for name in variants]
     for ranks in (1, 2, 4):
         doubles = [
@@ -236,7 +242,7 @@ def test_the_same_steps_on_one_two_and_four_ranks(
 
 
 @pytest.mark.slow
-def test_resumed_on_two_four_and_one_ranks(written, tmp_path: Path) -> None:
+def test_resumed_on_two_four_and_one_ranks(written: Callable[..., str], tmp_path: Path) -> None:
     whole, again = written("whole", **DOUBLE), written("again", **DOUBLE)
     launch_well(1, PROGRAM, whole)
     launch_well(2, PROGRAM, f"{again}@stop:5")
@@ -254,7 +260,9 @@ def test_resumed_on_two_four_and_one_ranks(written, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_same_number_of_ranks_resumes_to_the_bit(written, tmp_path: Path) -> None:
+def test_the_same_number_of_ranks_resumes_to_the_bit(
+    written: Callable[..., str], tmp_path: Path
+) -> None:
     whole, again = written("whole"), written("again")
     launch_well(2, PROGRAM, whole, f"{again}@stop:8", again)
     assert_same_bits(tmp_path / "again", tmp_path / "whole")
@@ -263,7 +271,7 @@ def test_the_same_number_of_ranks_resumes_to_the_bit(written, tmp_path: Path) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_a_rank_killed_within_a_step_ends_the_run_and_costs_no_checkpoint(
-    ranks: int, written, tmp_path: Path
+    ranks: int, written: Callable[..., str], tmp_path: Path
 ) -> None:
     whole, killed = written("whole", **DOUBLE), written("killed", **DOUBLE)
     done = launch(ranks, PROGRAM, f"{killed}@kill:8")
@@ -278,7 +286,7 @@ def test_a_rank_killed_within_a_step_ends_the_run_and_costs_no_checkpoint(
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_for_one_rank(written, tmp_path: Path) -> None:
+def test_a_disk_that_is_full_for_one_rank(written: Callable[..., str], tmp_path: Path) -> None:
     config = written("run", **DOUBLE)
     done = launch(2, PROGRAM, f"{config}@full:8")
     assert done.returncode != 0
@@ -292,7 +300,9 @@ def test_a_disk_that_is_full_for_one_rank(written, tmp_path: Path) -> None:
     assert newest(tmp_path / "run").step == 20
 
 
-def test_a_step_that_cannot_be_shared_says_which_can(tiny_config) -> None:
+def test_a_step_that_cannot_be_shared_says_which_can(
+    tiny_config: Callable[..., TrainConfig],
+) -> None:
     two = Ranks(0, 2)
     check_shares(tiny_config(**{"optimizer.accumulation": 4}), two)
     with pytest.raises(UserError, match=r"expected a multiple of 2, got 1; .*batch_size 1 --opt"):

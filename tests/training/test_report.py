@@ -101,29 +101,29 @@ class _Page(HTMLParser):
         super().__init__()
         self.stack: list[str] = []
         self.tags: list[str] = []
-        self.links: list[str] = []
+        self.links: list[str | None] = []
         self.text: list[str] = []
         self.feed(text)
         self.close()
         assert not self.stack
 
-    def handle_starttag(self, tag, attrs):
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.links += [v for k, v in attrs if k in ("href", "src", "xlink:href")]
         if tag not in self.VOID:
             self.stack.append(tag)
 
-    def handle_startendtag(self, tag, attrs):
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
 
-    def handle_endtag(self, tag):
+    def handle_endtag(self, tag: str) -> None:
         assert self.stack.pop() == tag
 
-    def handle_data(self, data):
+    def handle_data(self, data: str) -> None:
         self.text.append(data)
 
 
-def test_the_report_of_a_finished_run_is_complete(tmp_path):
+def test_the_report_of_a_finished_run_is_complete(tmp_path: Path) -> None:
     path = write_report(write_run(tmp_path / "run"))
     assert path == tmp_path / "run" / "report.html"
     html = path.read_text(encoding="utf-8")
@@ -154,13 +154,13 @@ def _dead_in_training(folder: Path) -> tuple[str, list[str]]:
 
 
 @pytest.mark.parametrize("summary", [True, False])
-def test_dead_in_training_names_its_window(tmp_path, summary):
+def test_dead_in_training_names_its_window(tmp_path: Path, summary: bool) -> None:
     head, cells = _dead_in_training(write_run(tmp_path / "run", summary=summary))
     assert head == "dead (last 100,000 training tokens)"
     assert cells == ["15", "16", "17", "18"]  # of step 600
 
 
-def test_the_window_of_a_summary_counts(tmp_path):
+def test_the_window_of_a_summary_counts(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     path = run / "summary.json"
     more = {"dead_window": 1_800_000, "dead_per_layer": [5, 6, 0, 8], "tokens": 1_800_000}
@@ -170,7 +170,7 @@ def test_the_window_of_a_summary_counts(tmp_path):
     assert cells == ["5", "6", "0", "8"]
 
 
-def test_nothing_is_dead_before_the_window_has_passed(tmp_path):
+def test_nothing_is_dead_before_the_window_has_passed(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", steps=100)
     config = run / "config.yaml"
     config.write_text(config.read_text().replace(str(WINDOW), "300001"))  # 300,000 were seen
@@ -178,7 +178,7 @@ def test_nothing_is_dead_before_the_window_has_passed(tmp_path):
 
 
 @pytest.mark.parametrize("config", ["run:\n  seed: 42\n", "", "run: [\n", "run: 3\n", None])
-def test_without_a_window_nothing_is_called_dead(tmp_path, config):
+def test_without_a_window_nothing_is_called_dead(tmp_path: Path, config: str | None) -> None:
     run = write_run(tmp_path / "run", steps=100)
     path = run / "config.yaml"
     if config is None:
@@ -188,7 +188,7 @@ def test_without_a_window_nothing_is_called_dead(tmp_path, config):
     assert _dead_in_training(run) == ("dead (training, window unknown)", ["–"] * 4)
 
 
-def test_the_page_needs_no_network_and_no_script(tmp_path):
+def test_the_page_needs_no_network_and_no_script(tmp_path: Path) -> None:
     html = write_report(write_run(tmp_path / "run")).read_text(encoding="utf-8")
     page = _Page(html)
     assert page.links == []
@@ -196,7 +196,7 @@ def test_the_page_needs_no_network_and_no_script(tmp_path):
     assert not re.search(r"https?://|@import|url\(", html)
 
 
-def test_the_page_survives_without_numbers_that_are_not_finite(tmp_path):
+def test_the_page_survives_without_numbers_that_are_not_finite(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", steps=100)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "step": 101, "loss": NaN, "kl": Infinity, "l0": 0.0}\n')
@@ -207,7 +207,7 @@ def test_the_page_survives_without_numbers_that_are_not_finite(tmp_path):
     assert "inf" not in drawn
 
 
-def test_strings_of_a_run_cannot_become_markup(tmp_path):
+def test_strings_of_a_run_cannot_become_markup(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a<script>b", steps=100)
     evil = "</pre><script>alert(1)</script>"
     (run / "config.yaml").write_text(f"pair: '{evil}'\n")
@@ -221,7 +221,7 @@ def test_strings_of_a_run_cannot_become_markup(tmp_path):
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 99])
-def test_a_run_cut_short_has_a_report_too(tmp_path, steps):
+def test_a_run_cut_short_has_a_report_too(tmp_path: Path, steps: int) -> None:
     run = write_run(tmp_path / "run", steps=steps, summary=False)
     text = " ".join(_Page(write_report(run).read_text(encoding="utf-8")).text)
     assert "not finished" in text
@@ -229,12 +229,12 @@ def test_a_run_cut_short_has_a_report_too(tmp_path, steps):
     assert ("No training step was recorded yet." in text) == (steps == 0)
 
 
-def test_an_empty_directory_has_a_report(tmp_path):
+def test_an_empty_directory_has_a_report(tmp_path: Path) -> None:
     text = " ".join(_Page(write_report(tmp_path).read_text(encoding="utf-8")).text)
     assert "No training step was recorded yet." in text
 
 
-def test_half_a_line_is_left_out(tmp_path):
+def test_half_a_line_is_left_out(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", steps=100, summary=False)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "step": 101, "los')
@@ -242,7 +242,7 @@ def test_half_a_line_is_left_out(tmp_path):
     assert "not finished at step 100" in text
 
 
-def test_a_step_recorded_twice_counts_once_as_recorded_last(tmp_path):
+def test_a_step_recorded_twice_counts_once_as_recorded_last(tmp_path: Path) -> None:
     run = tmp_path
     records = [{"kind": "train", "step": s, "loss": v} for s, v in ((1, 5.0), (2, 4.0), (2, 3.0))]
     (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
@@ -251,7 +251,7 @@ def test_a_step_recorded_twice_counts_once_as_recorded_last(tmp_path):
     assert "not finished at step 2" in html
 
 
-def test_no_directory_is_an_error_that_names_it(tmp_path):
+def test_no_directory_is_an_error_that_names_it(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"run_dir: expected a run directory.*nowhere"):
         write_report(tmp_path / "nowhere")
 
@@ -271,11 +271,11 @@ def test_no_directory_is_an_error_that_names_it(tmp_path):
         (math.inf, "inf"),
     ],
 )
-def test_numbers_read_well(value, text):
+def test_numbers_read_well(value: float | None, text: str) -> None:
     assert number(value) == text
 
 
-def test_many_layers_are_small_multiples_with_one_colour_scale(tmp_path):
+def test_many_layers_are_small_multiples_with_one_colour_scale(tmp_path: Path) -> None:
     html = write_report(write_run(tmp_path / "run", layers=28, steps=100)).read_text("utf-8")
     _Page(html)
     assert html.count('viewBox="0 0 200 130"') == 28

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import pytest
 import torch
@@ -42,8 +43,8 @@ def assert_same_run(folder: Path, whole: Path) -> None:
         assert a.read_bytes() == b.read_bytes(), file
     timeless = [{k: v for k, v in c.scalars.items() if k != "wall_s"} for c in (ours, theirs)]
     assert timeless[0] == timeless[1]
-    for file in sorted((whole / "adapter").glob("*.safetensors")):
-        assert (folder / "adapter" / file.name).read_bytes() == file.read_bytes()
+    for path in sorted((whole / "adapter").glob("*.safetensors")):
+        assert (folder / "adapter" / path.name).read_bytes() == path.read_bytes()
     assert records(folder) == records(whole)
 
 
@@ -60,7 +61,9 @@ def into(config: TrainConfig, folder: Path) -> TrainConfig:
 
 
 @pytest.mark.parametrize("kind", ["transcoder", pytest.param("mlp", marks=pytest.mark.slow)])
-def test_killed_at_steps_and_resumed_twice(tiny_config, tmp_path: Path, kind: str) -> None:
+def test_killed_at_steps_and_resumed_twice(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path, kind: str
+) -> None:
     """Kill before the first checkpoint (step 3), at one, between two, and at the last step."""
     kills = ["1,2", "3,5", "4,9", "7,8", "10,12"] if PROOF else ["1,2", "3,5", "10,12"]
     config = tiny_config(**VARIANTS[kind] if kind == "mlp" else {})
@@ -76,7 +79,7 @@ def test_killed_at_steps_and_resumed_twice(tiny_config, tmp_path: Path, kind: st
         assert resumed  # the second resumption may have dropped the record of the first
 
 
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "topk": {"adapter.activation": "topk", "adapter.k": 3},
     "batch_topk": {"adapter.activation": "batch_topk", "adapter.k": 2.5},
     "jumprelu": {
@@ -104,7 +107,9 @@ SLOW = {"topk", "bfloat16 alone", "no checkpointing of blocks", "mlp", "norms"}
 @pytest.mark.parametrize(
     "variant", [pytest.param(v, marks=[pytest.mark.slow] * (v in SLOW)) for v in VARIANTS]
 )
-def test_stopped_and_resumed(tiny_config, tmp_path: Path, variant: str) -> None:
+def test_stopped_and_resumed(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path, variant: str
+) -> None:
     config = tiny_config(**VARIANTS[variant])
     whole = train(into(config, tmp_path / "whole"))
     stop, again = Event(), into(config, tmp_path / "again")
@@ -125,11 +130,13 @@ def test_stopped_and_resumed(tiny_config, tmp_path: Path, variant: str) -> None:
     assert {k: whole[k] for k in same} == {k: resumed[k] for k in same}
 
 
-def test_every_sample_is_seen_once(tiny_config, monkeypatch) -> None:
+def test_every_sample_is_seen_once(
+    tiny_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[int] = []
     real = StepData.batch
 
-    def batch(self, data, indices):
+    def batch(self: StepData, data: Any, indices: list[int]) -> Any:
         if data is self.train:
             seen.extend(indices)
         return real(self, data, indices)
@@ -146,7 +153,7 @@ def test_every_sample_is_seen_once(tiny_config, monkeypatch) -> None:
 
 
 def test_the_newest_intact_checkpoint_is_used_and_damaged_ones_are_recorded(
-    tiny_config, tmp_path
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
     config = tiny_config()
     train(config)
@@ -166,7 +173,9 @@ def test_the_newest_intact_checkpoint_is_used_and_damaged_ones_are_recorded(
     assert weights.read_bytes() == whole  # written again with the same bits
 
 
-def test_no_whole_checkpoint_is_an_error_and_not_a_fresh_start(tiny_config, tmp_path) -> None:
+def test_no_whole_checkpoint_is_an_error_and_not_a_fresh_start(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
     config = tiny_config()
     train(config)
     for _, path in list_checkpoints(tmp_path / "run" / "checkpoints"):
@@ -175,7 +184,9 @@ def test_no_whole_checkpoint_is_an_error_and_not_a_fresh_start(tiny_config, tmp_
         train(config, resume=True)
 
 
-def test_resuming_a_finished_run_changes_nothing(tiny_config, tmp_path: Path) -> None:
+def test_resuming_a_finished_run_changes_nothing(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
     config = tiny_config()
     first = train(config)
     before = records(tmp_path / "run")
@@ -186,7 +197,9 @@ def test_resuming_a_finished_run_changes_nothing(tiny_config, tmp_path: Path) ->
     assert {**second, "wall_s": 0} == {**first, "wall_s": 0}
 
 
-def test_an_interrupted_evaluation_is_repeated(tiny_config, tmp_path: Path) -> None:
+def test_an_interrupted_evaluation_is_repeated(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
     """Stop during the evaluation of step 5: only the resumed run records the evaluation."""
     config = tiny_config()
     train(into(config, tmp_path / "whole"))
@@ -200,7 +213,9 @@ def test_an_interrupted_evaluation_is_repeated(tiny_config, tmp_path: Path) -> N
     assert ours == records(tmp_path / "whole")
 
 
-def test_other_data_is_refused(tiny_config, tiny_pair: Path, tmp_path: Path) -> None:
+def test_other_data_is_refused(
+    tiny_config: Callable[..., TrainConfig], tiny_pair: Path, tmp_path: Path
+) -> None:
     rows = (tiny_pair / "train.jsonl").read_text().splitlines()
     data = tmp_path / "train.jsonl"
     data.write_text("\n".join(rows))
@@ -212,7 +227,7 @@ def test_other_data_is_refused(tiny_config, tiny_pair: Path, tmp_path: Path) -> 
 
 
 def test_other_data_of_the_same_size_is_refused(
-    tiny_config, tiny_pair: Path, tmp_path: Path
+    tiny_config: Callable[..., TrainConfig], tiny_pair: Path, tmp_path: Path
 ) -> None:
     rows = (tiny_pair / "train.jsonl").read_text().splitlines()
     data = tmp_path / "train.jsonl"
@@ -224,7 +239,7 @@ def test_other_data_of_the_same_size_is_refused(
         train(config, resume=True)
 
 
-def test_the_saved_number_of_threads_is_restored(tiny_config) -> None:
+def test_the_saved_number_of_threads_is_restored(tiny_config: Callable[..., TrainConfig]) -> None:
     before, stop = torch.get_num_threads(), Event()
     try:
         torch.set_num_threads(2)
@@ -243,14 +258,21 @@ def test_the_saved_number_of_threads_is_restored(tiny_config) -> None:
         ("revisions", {"target": "abc", "base": None}, "began with model revisions .*abc"),
     ],
 )
-def test_another_origin_is_refused(key, value, message, tiny_config, monkeypatch) -> None:
+def test_another_origin_is_refused(
+    key: str,
+    value: Any,
+    message: str,
+    tiny_config: Callable[..., TrainConfig],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Present the checkpoint as saved on another kind of device, or with other revisions."""
     stop = Event()
     train(tiny_config(), stop=stop, sinks=[stop_after(stop, 3)])
     find = trainer.load_latest
 
-    def moved(folder):
+    def moved(folder: Path) -> tuple[Any, Any]:
         checkpoint, passed = find(folder)
+        assert checkpoint is not None
         scalars = {**checkpoint.scalars, key: value}
         return dataclasses.replace(checkpoint, scalars=scalars), passed
 
@@ -259,7 +281,9 @@ def test_another_origin_is_refused(key, value, message, tiny_config, monkeypatch
         train(tiny_config(), resume=True)
 
 
-def test_weights_of_another_shape_are_refused(tiny_config, tmp_path: Path) -> None:
+def test_weights_of_another_shape_are_refused(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
     """Edit config.yaml to match the command line: the shapes of the tensors still differ."""
     stop = Event()
     train(tiny_config(), stop=stop, sinks=[stop_after(stop, 3)])
@@ -271,7 +295,7 @@ def test_weights_of_another_shape_are_refused(tiny_config, tmp_path: Path) -> No
         train(other, resume=True)
 
 
-def test_the_configured_number_of_threads_is_set(tiny_config) -> None:
+def test_the_configured_number_of_threads_is_set(tiny_config: Callable[..., TrainConfig]) -> None:
     before = torch.get_num_threads()
     try:
         train(tiny_config(**{"run.threads": 2, "optimizer.max_steps": 1}))

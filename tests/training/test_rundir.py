@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+from collections.abc import Callable
 from io import FileIO
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 from fastadapt.errors import RunError, UserError
 from fastadapt.io.atomic import locked
-from fastadapt.training.config import save_config
+from fastadapt.training.config import TrainConfig, save_config
 from fastadapt.training.run_dir import (
     MetricsLog,
     drop_records_after,
@@ -24,21 +25,25 @@ from fastadapt.training.run_dir import (
 STAGED = ".tmp-summary.json-" + "0f" * 16
 
 
-def begin(config) -> Path:
+def begin(config: TrainConfig) -> Path:
     with open_run(config, resume=False, overwrite=False) as folder:
         start_afresh(folder, config)
         MetricsLog(folder / "metrics.jsonl").__exit__()
     return folder
 
 
-def test_a_new_folder_and_an_empty_one(tiny_config, tmp_path: Path) -> None:
+def test_a_new_folder_and_an_empty_one(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
     config = tiny_config(**{"run.output": str(tmp_path / "deep" / "run")})
     assert begin(config) == tmp_path / "deep" / "run"
     (tmp_path / "empty").mkdir()
     begin(tiny_config(**{"run.output": str(tmp_path / "empty")}))
 
 
-def test_a_folder_of_another_run_is_not_overwritten(tiny_config, tmp_path: Path) -> None:
+def test_a_folder_of_another_run_is_not_overwritten(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
     config = tiny_config()
     folder = begin(config)
     (folder / "checkpoints" / "step-00000009").mkdir(parents=True)
@@ -51,7 +56,9 @@ def test_a_folder_of_another_run_is_not_overwritten(tiny_config, tmp_path: Path)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_folder_that_is_no_run_is_never_touched(tiny_config, tmp_path, overwrite: bool) -> None:
+def test_a_folder_that_is_no_run_is_never_touched(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path, overwrite: bool
+) -> None:
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "thesis.tex").write_text("years")
@@ -67,7 +74,9 @@ def test_a_folder_that_is_no_run_is_never_touched(tiny_config, tmp_path, overwri
     assert (folder / "config.yaml").read_text() == "mine: too"
 
 
-def test_overwriting_removes_what_a_run_wrote_and_nothing_else(tiny_config, tmp_path) -> None:
+def test_overwriting_removes_what_a_run_wrote_and_nothing_else(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
     config = tiny_config()
     folder = begin(config)
     for name in ("checkpoints/step-00000003", "checkpoints/.tmp-6-ab", "adapter", STAGED):
@@ -84,7 +93,9 @@ def test_overwriting_removes_what_a_run_wrote_and_nothing_else(tiny_config, tmp_
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "adapter"])
-def test_a_folder_behind_a_link_is_emptied_and_stays(tiny_config, tmp_path, name: str) -> None:
+def test_a_folder_behind_a_link_is_emptied_and_stays(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path, name: str
+) -> None:
     config = tiny_config()
     folder = begin(config)
     disk = tmp_path / "disk"
@@ -98,7 +109,9 @@ def test_a_folder_behind_a_link_is_emptied_and_stays(tiny_config, tmp_path, name
         assert list(disk.iterdir()) == []
 
 
-def test_an_overwrite_that_fails_leaves_a_run(tiny_config, monkeypatch) -> None:
+def test_an_overwrite_that_fails_leaves_a_run(
+    tiny_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = tiny_config()
     folder = begin(config)
     (folder / "checkpoints" / "step-00000003").mkdir(parents=True)
@@ -114,7 +127,9 @@ def test_an_overwrite_that_fails_leaves_a_run(tiny_config, monkeypatch) -> None:
         start_afresh(folder, config)
 
 
-def test_a_dangling_link_is_reported_before_anything_is_removed(tiny_config, tmp_path) -> None:
+def test_a_dangling_link_is_reported_before_anything_is_removed(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
     config = tiny_config()
     folder = begin(config)
     (folder / "checkpoints").symlink_to(tmp_path / "unmounted")
@@ -136,7 +151,9 @@ def test_lines_that_are_not_records_are_skipped(tmp_path: Path) -> None:
     assert [record["step"] for record in read_records(path)] == [1, 3]
 
 
-def test_resume_needs_a_run_of_the_same_configuration(tiny_config, tmp_path: Path) -> None:
+def test_resume_needs_a_run_of_the_same_configuration(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
     config = tiny_config()
     for resume, overwrite, message in (
         (True, False, r"holds no run; omit --resume"),
@@ -160,7 +177,7 @@ def test_resume_needs_a_run_of_the_same_configuration(tiny_config, tmp_path: Pat
 
 
 def test_the_folder_of_a_run_killed_before_its_first_write_can_be_used(
-    tiny_config, tmp_path: Path
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
@@ -170,7 +187,9 @@ def test_the_folder_of_a_run_killed_before_its_first_write_can_be_used(
     assert sorted(p.name for p in folder.iterdir()) == [".lock", "config.yaml", "metrics.jsonl"]
 
 
-def test_a_file_in_the_folders_place(tiny_config, tmp_path: Path) -> None:
+def test_a_file_in_the_folders_place(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("x")
     for name, message in (("file", "is a file"), ("file/run", "cannot be created")):
         config = tiny_config(**{"run.output": str(tmp_path / name)})
@@ -182,7 +201,9 @@ def test_a_file_in_the_folders_place(tiny_config, tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "x"
 
 
-def test_two_processes_cannot_share_a_folder(tiny_config, tmp_path: Path) -> None:
+def test_two_processes_cannot_share_a_folder(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
     config = tiny_config()
     folder = begin(config)
     with (
@@ -193,7 +214,9 @@ def test_two_processes_cannot_share_a_folder(tiny_config, tmp_path: Path) -> Non
         raise AssertionError("never reached")
 
 
-def test_a_run_that_cannot_begin_leaves_no_folder(tiny_config, tmp_path: Path) -> None:
+def test_a_run_that_cannot_begin_leaves_no_folder(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
     config = tiny_config()
     with (
         pytest.raises(UserError, match="no such model"),
@@ -203,7 +226,9 @@ def test_a_run_that_cannot_begin_leaves_no_folder(tiny_config, tmp_path: Path) -
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_that_may_not_be_written(tiny_config, tmp_path: Path, monkeypatch) -> None:
+def test_a_folder_that_may_not_be_written(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
@@ -268,7 +293,9 @@ def test_replacing_is_all_or_nothing(tmp_path: Path) -> None:
     assert path.read_text() == "new"
 
 
-def test_an_unknown_key_in_an_edited_configuration_is_refused(tiny_config, tmp_path: Path) -> None:
+def test_an_unknown_key_in_an_edited_configuration_is_refused(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
     config = tiny_config()
     folder = begin(config)
     save_config(config, folder / "config.yaml")

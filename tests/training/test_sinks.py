@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fastadapt.errors import UserError
+from fastadapt.training.config import TrainConfig
 from fastadapt.training.logs import sinks
 from fastadapt.training.run_dir import METRICS, RUN_ID, read_records
 from fastadapt.training.trainer import train
@@ -91,7 +92,7 @@ READERS: dict[str, Callable[[Path], Series]] = {
 
 
 @pytest.fixture(params=READERS)
-def sink(request, monkeypatch, tmp_path) -> str:
+def sink(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when first imported
     monkeypatch.setenv("TRACKIO_PROJECT", tmp_path.name)
@@ -111,7 +112,9 @@ def crash_at(step: int) -> Callable[[dict], None]:
     return watch
 
 
-def test_a_crash_and_a_resumption_leave_one_complete_series(sink, tiny_config) -> None:
+def test_a_crash_and_a_resumption_leave_one_complete_series(
+    sink: str, tiny_config: Callable[..., TrainConfig]
+) -> None:
     config = tiny_config(**{"run.sinks": [sink]})
     folder = Path(config.run.output)
     with pytest.raises(CrashError):
@@ -128,7 +131,9 @@ def test_a_crash_and_a_resumption_leave_one_complete_series(sink, tiny_config) -
         assert [v for _, v in got[name]] == pytest.approx([v for _, v in points], rel=1e-6), name
 
 
-def test_a_sink_added_at_the_resumption_has_the_whole_history(sink, tiny_config) -> None:
+def test_a_sink_added_at_the_resumption_has_the_whole_history(
+    sink: str, tiny_config: Callable[..., TrainConfig]
+) -> None:
     config = tiny_config()
     folder = Path(config.run.output)
     with pytest.raises(CrashError):
@@ -138,7 +143,9 @@ def test_a_sink_added_at_the_resumption_has_the_whole_history(sink, tiny_config)
     assert [step for step, _ in got] == list(range(1, 13))
 
 
-def test_an_overwrite_starts_the_series_again(sink, tiny_config) -> None:
+def test_an_overwrite_starts_the_series_again(
+    sink: str, tiny_config: Callable[..., TrainConfig]
+) -> None:
     first = tiny_config(**{"run.sinks": [sink], "optimizer.max_steps": 4})
     folder = Path(first.run.output)
     train(first)
@@ -152,13 +159,15 @@ def test_an_overwrite_starts_the_series_again(sink, tiny_config) -> None:
         assert not (folder / sink).exists()
 
 
-def test_a_sink_that_is_not_installed_names_its_extra(tiny_config, monkeypatch) -> None:
+def test_a_sink_that_is_not_installed_names_its_extra(
+    tiny_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sinks.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"wandb is not installed.* 'fastadapt\[wandb\]'"):
         train(tiny_config(**{"run.sinks": ["wandb"]}))
 
 
-def test_only_known_sinks_once_each(tiny_config) -> None:
+def test_only_known_sinks_once_each(tiny_config: Callable[..., TrainConfig]) -> None:
     with pytest.raises(UserError, match=r"run\.sinks: expected one of tensorboard, wandb, trackio"):
         tiny_config(**{"run.sinks": ["mlflow"]})
     with pytest.raises(UserError, match=r"run\.sinks: expected each once"):
@@ -175,7 +184,9 @@ def test_the_numbers_of_a_record() -> None:
     [b"", b"../../x\n", b"/etc/x", b"\xff\0", b"a" * 300],
     ids=["empty", "up", "root", "bytes", "long"],
 )
-def test_a_name_that_no_run_has_is_refused(name: bytes, sink, tiny_config) -> None:
+def test_a_name_that_no_run_has_is_refused(
+    name: bytes, sink: str, tiny_config: Callable[..., TrainConfig]
+) -> None:
     if sink == "tensorboard":
         pytest.skip("its files lie in the run")
     config = tiny_config(**{"run.sinks": [sink]})

@@ -7,8 +7,10 @@ import math
 import os
 import signal
 import threading
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +21,8 @@ from fastadapt.objective import draw_cutoff
 from fastadapt.training import checkpoint as checkpoint_module
 from fastadapt.training import loop, trainer
 from fastadapt.training.checkpoint import list_checkpoints, load_latest
-from fastadapt.training.config import load_config
+from fastadapt.training.config import TrainConfig, load_config
+from fastadapt.training.loop import TrainingRun
 from fastadapt.training.optimizer import learning_rate
 from fastadapt.training.run_dir import MetricsLog, read_records
 from fastadapt.training.signals import out_of_memory_explained, stop_on_signals
@@ -27,7 +30,9 @@ from fastadapt.training.trainer import train
 
 
 @pytest.fixture
-def make_run(tiny_config, tmp_path: Path):
+def make_run(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path
+) -> Iterator[Callable[..., TrainingRun]]:
     """``make_run(**changes)`` returns a run before its first step, with its log open."""
 
     with ExitStack() as logs:
@@ -48,11 +53,11 @@ def state_of(run: loop.TrainingRun) -> dict[str, torch.Tensor]:
     return {f"{g}/{n}": t.clone() for g, ts in groups.items() for n, t in ts.items()}
 
 
-def planted(monkeypatch, steps: set[int], factor: float = math.nan) -> None:
+def planted(monkeypatch: pytest.MonkeyPatch, steps: set[int], factor: float = math.nan) -> None:
     """Multiply the loss of these 1-based steps (of one micro-batch each) by ``factor``."""
     real, calls = loop.objective, iter(range(1, 1000))
 
-    def objective(*args: object):
+    def objective(*args: Any) -> Any:
         out = real(*args)
         if next(calls) not in steps:
             return out
@@ -65,8 +70,9 @@ def planted(monkeypatch, steps: set[int], factor: float = math.nan) -> None:
 # --- a whole run ----------------------------------------------------------------------------------
 
 
-def test_files_of_a_run(tiny_config, tmp_path: Path) -> None:
-    config, records = tiny_config(), []
+def test_files_of_a_run(tiny_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    config = tiny_config()
+    records: list[dict[str, Any]] = []
     summary = train(config, sinks=[records.append])
     folder = tmp_path / "run"
     assert sorted(p.name for p in folder.iterdir()) == [
@@ -107,7 +113,7 @@ def test_files_of_a_run(tiny_config, tmp_path: Path) -> None:
     assert metadata["objective"]["sparsity"] == config.objective.sparsity
 
 
-def test_records_of_a_run(tiny_config, tmp_path: Path) -> None:
+def test_records_of_a_run(tiny_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
     config = tiny_config(**{"run.log_every": 4})
     train(config)
     records = read_records(tmp_path / "run" / "metrics.jsonl")
@@ -146,7 +152,9 @@ def test_records_of_a_run(tiny_config, tmp_path: Path) -> None:
     assert [sum(counts) + n for counts, n in zip(density["counts"], dead, strict=True)] == [48, 48]
 
 
-def test_two_runs_are_equal_and_another_seed_is_not(tiny_config, tmp_path: Path) -> None:
+def test_two_runs_are_equal_and_another_seed_is_not(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
     weights = {}
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         train(tiny_config(**{"run.output": str(tmp_path / name), "run.seed": seed}))
@@ -155,7 +163,7 @@ def test_two_runs_are_equal_and_another_seed_is_not(tiny_config, tmp_path: Path)
     assert weights["a"] == weights["b"] != weights["c"]
 
 
-def test_overwrite_starts_again(tiny_config, tmp_path: Path) -> None:
+def test_overwrite_starts_again(tiny_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
     train(tiny_config())
     with pytest.raises(UserError, match="holds another run, at step 12"):
         train(tiny_config())
@@ -164,7 +172,9 @@ def test_overwrite_starts_again(tiny_config, tmp_path: Path) -> None:
     assert [s for s, _ in list_checkpoints(tmp_path / "run" / "checkpoints")] == [2]
 
 
-def test_a_pair_that_cannot_be_read_leaves_an_old_run_alone(tiny_config, tmp_path: Path) -> None:
+def test_a_pair_that_cannot_be_read_leaves_an_old_run_alone(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
     train(tiny_config(**{"optimizer.max_steps": 1}))
     before = sorted((tmp_path / "run").rglob("*"))
     with pytest.raises(UserError, match="nowhere"):
@@ -175,17 +185,23 @@ def test_a_pair_that_cannot_be_read_leaves_an_old_run_alone(tiny_config, tmp_pat
 # --- micro-batches and counters -------------------------------------------------------------------
 
 
-def test_accumulation_is_the_average_over_sequences(make_run, tiny_config) -> None:
+def test_accumulation_is_the_average_over_sequences(
+    make_run: Callable[..., TrainingRun], tiny_config: Callable[..., TrainConfig]
+) -> None:
     """7 sequences have the same gradient as one batch and as micro-batches of 3, 3 and 1."""
     run = make_run(**{"pair.dtype": "float64"})
+    feed: Any = run.feed
+    parameters: dict[str, Any] = dict(run.optimizer.parameters)
     gradients = []
     for groups in ([list(range(7))], [[0, 1, 2], [3, 4, 5], [6]]):
-        run.feed.micro_batches = lambda step, groups=groups: groups  # type: ignore[method-assign]
+        feed.micro_batches = lambda step, groups=groups: groups
         with pytest.MonkeyPatch.context() as patch:
             gradient: dict[str, torch.Tensor] = {}
 
-            def copy_gradient(rate: float, norm: torch.Tensor, gradient=gradient) -> None:
-                gradient.update({n: p.grad.clone() for n, p in run.optimizer.parameters.items()})
+            def copy_gradient(
+                rate: float, norm: torch.Tensor, gradient: dict[str, torch.Tensor] = gradient
+            ) -> None:
+                gradient.update({n: p.grad.clone() for n, p in parameters.items()})
                 run.optimizer.discard()
 
             patch.setattr(run.optimizer, "step", copy_gradient)
@@ -201,11 +217,12 @@ def test_accumulation_is_the_average_over_sequences(make_run, tiny_config) -> No
     assert second["tokens"] == 2 * first["tokens"]
 
 
-def test_dead_features_are_counted_in_tokens(make_run) -> None:
+def test_dead_features_are_counted_in_tokens(make_run: Callable[..., TrainingRun]) -> None:
     """A feature that cannot fire is dead after the window; features that fire are not."""
     run = make_run(**{"run.dead_window": 60})
+    adapter: Any = run.model.adapters[0]
     with torch.no_grad():
-        run.model.adapters[0].b_enc[5] = -1e6
+        adapter.b_enc[5] = -1e6
     tokens = 0
     for _ in range(4):
         tokens += sum(run.feed.batch(run.feed.train, ids)[1] for ids in _batches(run))
@@ -224,18 +241,23 @@ def _batches(run: loop.TrainingRun) -> list[list[int]]:
     return run.feed.micro_batches(run.step)
 
 
-def test_the_running_threshold_follows_the_smallest_activation(make_run) -> None:
+def test_the_running_threshold_follows_the_smallest_activation(
+    make_run: Callable[..., TrainingRun],
+) -> None:
     run = make_run(**{"adapter.activation": "batch_topk", "adapter.k": 2})
-    assert [a.threshold.item() for a in run.model.adapters] == [0, 0]
+    adapters: Any = run.model.adapters
+    assert [a.threshold.item() for a in adapters] == [0, 0]
     run.advance()
-    assert all(a.threshold.item() > 0 for a in run.model.adapters)
+    assert all(a.threshold.item() > 0 for a in adapters)
 
 
 # --- batches that are not finite ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("factor", [math.nan, math.inf])
-def test_a_bad_batch_changes_nothing(make_run, monkeypatch, factor: float) -> None:
+def test_a_bad_batch_changes_nothing(
+    make_run: Callable[..., TrainingRun], monkeypatch: pytest.MonkeyPatch, factor: float
+) -> None:
     run = make_run()
     run.advance()
     before = state_of(run)
@@ -254,13 +276,14 @@ def test_a_bad_batch_changes_nothing(make_run, monkeypatch, factor: float) -> No
     assert not torch.equal(state_of(run)["weights/0.W_enc"], before["weights/0.W_enc"])
 
 
-def test_a_bad_gradient_changes_nothing(make_run) -> None:
+def test_a_bad_gradient_changes_nothing(make_run: Callable[..., TrainingRun]) -> None:
     run = make_run(**{"optimizer.accumulation": 2, "pair.dtype": "bfloat16"})
     run.advance()
     before = state_of(run)
     working = {n: p.detach().clone() for n, p in run.optimizer.parameters.items()}
     ids = run.feed.rows([i for ids in run.feed.micro_batches(run.step) for i in ids])
-    hook = run.model.adapters[1].W_enc.register_hook(lambda grad: grad * math.nan)
+    adapter: Any = run.model.adapters[1]
+    hook = adapter.W_enc.register_hook(lambda grad: grad * math.nan)
     run.advance()
     hook.remove()
     assert all(torch.equal(t, before[name]) for name, t in state_of(run).items())
@@ -269,7 +292,9 @@ def test_a_bad_gradient_changes_nothing(make_run) -> None:
     assert (record["reason"], record["ids"]) == ("gradient is not finite", ids)
 
 
-def test_only_the_culprit_of_several_micro_batches_is_named(make_run, monkeypatch) -> None:
+def test_only_the_culprit_of_several_micro_batches_is_named(
+    make_run: Callable[..., TrainingRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = make_run(**{"optimizer.accumulation": 3})
     expected = run.feed.rows(run.feed.micro_batches(0)[1])
     planted(monkeypatch, {2})
@@ -277,7 +302,9 @@ def test_only_the_culprit_of_several_micro_batches_is_named(make_run, monkeypatc
     assert read_records(run.folder / "metrics.jsonl")[-1]["ids"] == expected
 
 
-def test_too_many_bad_batches_end_the_run(tiny_config, tmp_path: Path, monkeypatch) -> None:
+def test_too_many_bad_batches_end_the_run(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = tiny_config(**{"run.max_bad_batches": 3})
     planted(monkeypatch, {2, 3, 6, 7, 8})
     with pytest.raises(RunError, match=r"step 8: 3 batches in a row.*max_bad_batches=3.*rows \["):
@@ -296,7 +323,7 @@ def test_too_many_bad_batches_end_the_run(tiny_config, tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(
-    tiny_config, tmp_path: Path, number
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path, number: signal.Signals
 ) -> None:
     def sink(record: dict) -> None:
         if (record["kind"], record["step"]) == ("train", 4):
@@ -315,7 +342,9 @@ def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(
     assert checkpoint.step == 4
 
 
-def test_a_signal_at_a_step_that_is_saved_anyway(tiny_config, tmp_path: Path) -> None:
+def test_a_signal_at_a_step_that_is_saved_anyway(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
     def sink(record: dict) -> None:
         if (record["kind"], record["step"]) == ("train", 6):
             os.kill(os.getpid(), signal.SIGTERM)
@@ -340,7 +369,9 @@ def test_the_second_interrupt_interrupts() -> None:
         signal.signal(signal.SIGINT, before)
 
 
-def test_in_another_thread_only_the_event_stops_a_run(tiny_config, tmp_path: Path) -> None:
+def test_in_another_thread_only_the_event_stops_a_run(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
     stop, result = threading.Event(), []
     stop.set()
     thread = threading.Thread(target=lambda: result.append(train(tiny_config(), stop=stop)))
@@ -356,11 +387,11 @@ def test_in_another_thread_only_the_event_stops_a_run(tiny_config, tmp_path: Pat
 
 
 def test_a_full_disk_ends_the_run_with_the_last_checkpoint_intact(
-    tiny_config, tmp_path: Path, monkeypatch
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, calls = checkpoint_module.save_tensors, iter(range(1000))
 
-    def save_tensors(*args: object) -> None:
+    def save_tensors(*args: Any) -> None:
         if next(calls) >= 7:  # a checkpoint has five files
             raise OSError(28, "No space left on device")
         real(*args)
@@ -380,7 +411,9 @@ def test_a_full_disk_ends_the_run_with_the_last_checkpoint_intact(
         MemoryError(),
     ],
 )
-def test_out_of_memory_says_what_would_help(tiny_config, monkeypatch, error: Exception) -> None:
+def test_out_of_memory_says_what_would_help(
+    tiny_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     def objective(*_: object) -> None:
         raise error
 
@@ -397,7 +430,9 @@ def test_out_of_memory_says_what_would_help(tiny_config, monkeypatch, error: Exc
     assert "objective.checkpoint" not in message  # it is already full
 
 
-def test_other_errors_are_not_taken_for_a_lack_of_memory(tiny_config) -> None:
+def test_other_errors_are_not_taken_for_a_lack_of_memory(
+    tiny_config: Callable[..., TrainConfig],
+) -> None:
     with (
         pytest.raises(RuntimeError, match="shapes cannot be multiplied"),
         out_of_memory_explained(tiny_config()),

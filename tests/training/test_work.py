@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 from transformers import Qwen2Config
 
 from benchmarks.naive_step import NaiveStep
 from fastadapt.adapter.module import AdapterConfig, TranscoderAdapter
-from fastadapt.models.pair import DTYPES, PairConfig
+from fastadapt.data.batches import Batch
+from fastadapt.models.pair import DTYPES, ModelPair, PairConfig
 from fastadapt.objective import ObjectiveConfig
 from fastadapt.training.planning.flops import (
     Setup,
@@ -22,7 +24,7 @@ from fastadapt.training.planning.flops import (
 D, INNER, F, V, T, L = 3584, 18_944, 8192, 152_064, 7500, 28
 
 
-def paper(**changes: object) -> Setup:
+def paper(**changes: Any) -> Setup:
     """Return a setup with the shapes of the 7B pair."""
     config = Qwen2Config(
         hidden_size=D,
@@ -39,7 +41,8 @@ def paper(**changes: object) -> Setup:
 
 
 def naive_count(setup: Setup, n_layers: int, cutoff: int) -> float:
-    def step(pair, batch) -> None:
+    def step(pair: ModelPair, batch: Batch) -> None:
+        assert isinstance(setup.trained, AdapterConfig)
         adapters = [
             TranscoderAdapter(D, setup.trained, dtype=DTYPES[setup.pair.dtype])
             for _ in pair.base_mlps

@@ -131,7 +131,7 @@ def resources(compiled: Any) -> dict[str, int]:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(compiled.asm["cubin"])
             file.flush()
-            command = [program, "--dump-resource-usage", file.name]
+            command = [str(program), "--dump-resource-usage", file.name]
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         matches = [re.search(rf"\b{name}:(\d+)", output) for name in ("REG", "STACK")]
     registers, stack = (int(match[1]) for match in matches if match)
@@ -168,8 +168,11 @@ def multiply_as_on_a_gpu() -> None:
     """Make linear_kl use a GPU's products, whose dtypes determine constants of its kernels."""
     from fastadapt.kernels.linear_kl import chunks
 
-    def accumulates_wider(head: Tensor, hidden: torch.dtype, logits: torch.dtype) -> bool:
-        return head.dtype == hidden and hidden.itemsize == 2 and logits == torch.float32
+    def accumulates_wider(
+        head_VD: Tensor, hidden_dtype: torch.dtype, logits_dtype: torch.dtype
+    ) -> bool:
+        inputs_match = head_VD.dtype == hidden_dtype and hidden_dtype.itemsize == 2
+        return inputs_match and logits_dtype == torch.float32
 
     chunks._accumulates_wider = accumulates_wider
 
