@@ -18,10 +18,15 @@ from torch import Tensor, nn
 
 from fastadapt.errors import UserError
 from fastadapt.kernels.device import runs_triton
-from fastadapt.kernels.transcoder import IMPLEMENTATIONS, CodeLayout, TranscoderStats, transcoder
+from fastadapt.kernels.transcoder import (
+    ACTIVATIONS,
+    IMPLEMENTATIONS,
+    CodeLayout,
+    TranscoderStats,
+    transcoder,
+)
 from fastadapt.kernels.transcoder.reference import SparseCodes, activate, row_shape
 
-ACTIVATIONS = ("relu", "topk", "batch_topk", "jumprelu")
 N_FEATURES = 8192  # arXiv 2602.20904, 7B models
 
 

@@ -141,7 +141,7 @@ def transcoder(
         residual = None if residual is None else residual.to(dtype)
     chosen = resolve_implementation(implementation, x, threshold, plan)
     acc = accumulator(x.dtype)
-    if activation == "batch_topk" and threshold is not None:
+    if threshold is not None and activation != "jumprelu":  # a constant, not a parameter
         threshold = threshold.detach().to(acc).expand(W_enc.shape[0])
     lead = x.shape[:-1]
     rows = row_shape(lead)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor
-from transcoder_cases import ACTIVATIONS, DTYPES, PLANS, Case, cases, draw_inputs, run
+from transcoder_cases import DTYPES, PLANS, Case, cases, draw_inputs, run
 
 from fastadapt.kernels.testing import assert_close
-from fastadapt.kernels.transcoder import CodeLayout, transcoder
+from fastadapt.kernels.transcoder import ACTIVATIONS, CodeLayout, transcoder
 
 VARIANTS = [("reference", None), *(("sparse", plan) for plan in PLANS)]
 STATS = ("n_active", "feature_counts", "n_tokens", "min_active", "n_codes")

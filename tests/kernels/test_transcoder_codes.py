@@ -9,7 +9,15 @@ import pytest
 import torch
 from hypothesis import given
 from torch import Tensor
-from transcoder_cases import DTYPES, SLOW_INTERPRETED, TRITON_DEVICE, Case, cases, draw_inputs
+from transcoder_cases import (
+    DTYPES,
+    SETTINGS,
+    SLOW_INTERPRETED,
+    TRITON_DEVICE,
+    Case,
+    cases,
+    draw_inputs,
+)
 
 from fastadapt.kernels.testing import assert_close
 from fastadapt.kernels.transcoder import CodeLayout, SparseCodes, TranscoderOutput, transcoder
@@ -21,12 +29,6 @@ PLANS = [
     CodeLayout(dense=False, capacity=4000),
 ]
 S, T, D, E, F = 2, 9, 12, 10, 64
-SETTINGS: dict[str, dict[str, Any]] = {
-    "relu": {},
-    "topk": {"k": 3},
-    "batch_topk": {"k": 2.5},
-    "jumprelu": {"bandwidth": 0.5},
-}
 
 
 def inputs(activation: str, device: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
-from transcoder_cases import SLOW_INTERPRETED, TRITON_DEVICE
+from transcoder_cases import SETTINGS, SLOW_INTERPRETED, TRITON_DEVICE
 
 from fastadapt.kernels.flops import register_flop_formulas
 from fastadapt.kernels.transcoder import SAVED_OPS, CodeLayout, TranscoderOutput, transcoder
@@ -25,12 +25,6 @@ from fastadapt.kernels.transcoder.codes import Codes
 register_flop_formulas()
 
 PROOF = os.environ.get("FASTADAPT_PROOF") == "1"
-SETTINGS: dict[str, dict[str, Any]] = {
-    "relu": {},
-    "topk": {"k": 3},
-    "batch_topk": {"k": 2.5},
-    "jumprelu": {"bandwidth": 0.5},
-}
 PLANS = [
     None,
     CodeLayout(dense=True),

@@ -14,7 +14,6 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from torch import Tensor
 from transcoder_cases import (
-    ACTIVATIONS,
     SLOW_INTERPRETED,
     TRITON_DEVICE,
     TRITON_DTYPES,
@@ -27,6 +26,7 @@ from transcoder_cases import (
 
 from fastadapt.kernels.testing import assert_close
 from fastadapt.kernels.transcoder import (
+    ACTIVATIONS,
     CodeLayout,
     TranscoderOutput,
     transcoder,

@@ -13,9 +13,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastadapt.kernels.testing import LAYOUTS, with_layout
-from fastadapt.kernels.transcoder import CodeLayout, TranscoderOutput, transcoder
+from fastadapt.kernels.transcoder import ACTIVATIONS, CodeLayout, TranscoderOutput, transcoder
 
-ACTIVATIONS = ["relu", "topk", "batch_topk", "jumprelu"]
+#: Arguments of every activation.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "relu": {},
+    "topk": {"k": 3},
+    "batch_topk": {"k": 2.5},
+    "jumprelu": {"bandwidth": 0.5},
+}
+assert SETTINGS.keys() == set(ACTIVATIONS)
 SIZES = [0, 1, 2, 3, 7, 8, 9, 13, 31, 33, 64, 65]
 PLANS = [
     None,
