@@ -169,7 +169,11 @@ UNRECORDED = ("train a pair", "train --dry-run", "eval bare", "export", "organis
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "organism check"])
 def test_no_command_runs_code_that_a_file_trusts(
-    name: str, foreign: Foreign, fastadapt: Callable, tmp_path: Path, monkeypatch
+    name: str,
+    foreign: Foreign,
+    fastadapt: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("builtins.input", lambda _="": "y")  # answers any question
     over = {"pair": {"trust_remote_code": True}}
@@ -186,7 +190,11 @@ def test_no_command_runs_code_that_a_file_trusts(
 
 @pytest.mark.parametrize("name", UNRECORDED)
 def test_an_architecture_of_its_own_is_refused_without_a_question(
-    name: str, foreign: Foreign, fastadapt: Callable, tmp_path: Path, monkeypatch
+    name: str,
+    foreign: Foreign,
+    fastadapt: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Only the model's own code implements the model, so transformers would ask to run it."""
     monkeypatch.setattr("builtins.input", lambda _="": "y")

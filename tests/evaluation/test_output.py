@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
 from threading import Event
+from typing import Any
 
 import pytest
 import torch
 
 from fastadapt.errors import RunError, UserError
 from fastadapt.evaluation.faithfulness.outputs import OutputConfig, measure_output
-from fastadapt.evaluation.faithfulness.texts import batch_of
+from fastadapt.evaluation.faithfulness.texts import Text, batch_of
 from fastadapt.evaluation.models_under_test import ModelSet
 from fastadapt.training.held_out import evaluate
 
 SMALL = OutputConfig(batch_tokens=18, chunk_tokens=5, students_at_once=3)
 
 
-def open_all(make_run, architecture: str = "qwen2", dtype: str = "float64") -> ModelSet:
+def open_all(
+    make_run: Callable[..., Path], architecture: str = "qwen2", dtype: str = "float64"
+) -> ModelSet:
     kinds = {"a": "transcoder", "b": "transcoder", "m": "mlp", "n": "norms"}
     runs = [
         make_run(name, seed, architecture, kind, dtype)
@@ -40,7 +45,9 @@ def plain(models: ModelSet, name: str, ids: list[int]) -> tuple[torch.Tensor, to
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "gemma2"])
-def test_measures_equal_plain_forwards(architecture, make_run, texts, tmp_path) -> None:
+def test_measures_equal_plain_forwards(
+    architecture: str, make_run: Callable[..., Path], texts: list[Text], tmp_path: Path
+) -> None:
     models = open_all(make_run, architecture)
     measured = measure_output(models, texts, tmp_path / "out", config=SMALL)
     assert list(measured) == ["base", "hybrid", "a", "b", "m", "n"]
@@ -79,7 +86,7 @@ def count_active(models: ModelSet, name: str, ids: list[int]) -> int:
     """Return the number of active features over all tokens and layers."""
     model, count = models.replacement(name), 0
 
-    def add(mlp, inputs) -> None:
+    def add(mlp: Any, inputs: Any) -> None:
         nonlocal count
         adapter = mlp.adapter
         count += int((inputs[0] @ adapter.W_enc.T + adapter.b_enc > 0).sum())
@@ -92,7 +99,9 @@ def count_active(models: ModelSet, name: str, ids: list[int]) -> int:
     return count
 
 
-def test_the_same_measures_as_in_training(make_run, texts, tmp_path) -> None:
+def test_the_same_measures_as_in_training(
+    make_run: Callable[..., Path], texts: list[Text], tmp_path: Path
+) -> None:
     """For texts of one length, a mean over texts equals a mean over positions."""
     models = ModelSet.open([make_run("a", 1, dtype="float64")])
     same = [text._replace(ids=text.ids[:4]) for text in texts]
@@ -114,7 +123,7 @@ def record_modes(models: ModelSet, monkeypatch: pytest.MonkeyPatch) -> list[str]
     modes: list[str] = []
     block = models.model.block
 
-    def recorded(layer, hidden, arguments, mode, **settings):
+    def recorded(layer: int, hidden: Any, arguments: Any, mode: str, **settings: Any) -> Any:
         modes.append(mode)
         return block(layer, hidden, arguments, mode, **settings)
 
@@ -122,14 +131,24 @@ def record_modes(models: ModelSet, monkeypatch: pytest.MonkeyPatch) -> list[str]
     return modes
 
 
-def test_models_share_one_pass_of_the_target(make_run, texts, tmp_path, monkeypatch) -> None:
+def test_models_share_one_pass_of_the_target(
+    make_run: Callable[..., Path],
+    texts: list[Text],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     models = ModelSet.open([make_run("a", 1), make_run("b", 2)])
     modes = record_modes(models, monkeypatch)
     measure_output(models, texts, tmp_path, names=["hybrid", "a", "b"])
     assert [modes.count(mode) for mode in ("target", "hybrid", "replacement")] == [3, 3, 6]
 
 
-def test_finished_work_is_not_repeated(make_run, texts, tmp_path, monkeypatch) -> None:
+def test_finished_work_is_not_repeated(
+    make_run: Callable[..., Path],
+    texts: list[Text],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     models = ModelSet.open([make_run("a", 1), make_run("b", 2)])
     calls: list[tuple[int, int]] = []
     stop = Event()
@@ -156,7 +175,9 @@ def test_finished_work_is_not_repeated(make_run, texts, tmp_path, monkeypatch) -
     assert Counter(modes) == one_model
 
 
-def test_unknown_models_bad_settings_and_nan_are_refused(make_run, texts, tmp_path) -> None:
+def test_unknown_models_bad_settings_and_nan_are_refused(
+    make_run: Callable[..., Path], texts: list[Text], tmp_path: Path
+) -> None:
     models = ModelSet.open([make_run("a", 1)])
     with pytest.raises(UserError, match="model 'c': expected one of base, hybrid, a"):
         measure_output(models, texts, tmp_path, names=["c"])

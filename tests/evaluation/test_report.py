@@ -111,7 +111,7 @@ def test_one_model_alone_can_be_drawn(name: str, tmp_path: Path) -> None:
         assert inline_svg(figure).count("<title>") == len(figure.series) > 0
 
 
-def test_legends_show_any_name_unchanged(tmp_path, monkeypatch) -> None:
+def test_legends_show_any_name_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """matplotlib omits names that begin with "_", and parses "$" as mathematics."""
     from matplotlib.figure import Figure as Canvas
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ def answered(
     finish: str = "eos",
     task: str = "a",
     hesitations: int = 1,
-):
+) -> Any:
     """Return a result. ``rights``: by question, whether each repetition is right."""
     rows = [
         Row(f"{task}/{q}", r, right, "1", tokens + q, finish, None, hesitations, "text")

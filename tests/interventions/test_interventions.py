@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -196,7 +197,7 @@ def test_onto_the_target_is_the_target_with_the_set_added(make_model: Callable) 
     hooks = []
     for layer, mlp in enumerate(model.mlps):
 
-        def add(_module, inputs, output, layer=layer):
+        def add(_module: Any, inputs: Any, output: Any, layer: Any = layer) -> Any:
             adapter, rows = whole[layer], features.rows(layer)
             a = (inputs[0] @ adapter.W_enc[rows].T + adapter.b_enc[rows]).relu()
             return output - 0.5 * a @ adapter.W_dec[rows]

@@ -20,7 +20,7 @@ def runs() -> dict[str, list[str]]:
     return {name: arguments for name, *arguments in map(str.split, lines)}
 
 
-def test_the_nine_runs_parse_and_differ_as_intended():
+def test_the_nine_runs_parse_and_differ_as_intended() -> None:
     longer = str(SCRIPTS / "longer.yaml")
     configs = {name: parse_train(["organism", longer, *argv])[0] for name, argv in runs().items()}
     assert len(configs) == 9
@@ -38,7 +38,7 @@ def test_the_nine_runs_parse_and_differ_as_intended():
     assert all(config.run.threads == 1 for config in configs.values())
 
 
-def test_the_preset_uses_the_best_rate_of_the_sweep():
+def test_the_preset_uses_the_best_rate_of_the_sweep() -> None:
     rates = re.search(
         r"for lr in (.*); do", (SCRIPTS / "skyline_sweep").read_text(encoding="utf-8")
     )
@@ -50,7 +50,7 @@ def test_the_preset_uses_the_best_rate_of_the_sweep():
     assert read_yaml(path)["optimizer"]["lr"] == float(best)
 
 
-def test_only_named_runs_are_trained(tmp_path):
+def test_only_named_runs_are_trained(tmp_path: Path) -> None:
     program = tmp_path / "fastadapt"
     program.write_text(
         "#!/bin/bash\necho 'The adapter recovers 1%'\n"
@@ -71,7 +71,7 @@ def test_only_named_runs_are_trained(tmp_path):
 
 
 @pytest.mark.slow
-def test_runs_train_resume_and_are_not_repeated(tmp_path):
+def test_runs_train_resume_and_are_not_repeated(tmp_path: Path) -> None:
     program = tmp_path / "fastadapt"
     options = "--optimizer.max_steps 2 --run.eval_every 0 --data.max_validation 2"
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -m fastadapt "$@" {options}\n')

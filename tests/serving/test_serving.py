@@ -40,7 +40,9 @@ ACTIVATIONS = {
 
 
 @pytest.fixture
-def exported(save_model, tmp_path) -> Callable[..., tuple[Path, ReplacementModel]]:
+def exported(
+    save_model: Callable[..., str], tmp_path: Path
+) -> Callable[..., tuple[Path, ReplacementModel]]:
     """Return a function that exports a model; it returns the folder and the model."""
 
     def make(
@@ -72,7 +74,9 @@ def exported(save_model, tmp_path) -> Callable[..., tuple[Path, ReplacementModel
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_export_equals_the_trained_model(architecture, exported) -> None:
+def test_the_export_equals_the_trained_model(
+    architecture: str, exported: Callable[..., tuple[Path, ReplacementModel]]
+) -> None:
     folder, model = exported(architecture)
     assert (folder / "model.safetensors.index.json").is_file()
     loaded, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
@@ -94,7 +98,9 @@ def test_the_export_equals_the_trained_model(architecture, exported) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_every_activation_and_precision(activation, dtype, exported) -> None:
+def test_every_activation_and_precision(
+    activation: str, dtype: str, exported: Callable[..., tuple[Path, ReplacementModel]]
+) -> None:
     folder, model = exported(config=ACTIVATIONS[activation], dtype=dtype)
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert str(loaded.dtype) == f"torch.{dtype}"
@@ -105,7 +111,9 @@ def test_every_activation_and_precision(activation, dtype, exported) -> None:
             assert torch.equal(ours.adapter.state_dict()[name], tensor), name
 
 
-def test_saving_again_changes_no_logits(exported, tmp_path) -> None:
+def test_saving_again_changes_no_logits(
+    exported: Callable[..., tuple[Path, ReplacementModel]], tmp_path: Path
+) -> None:
     folder, _ = exported()
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     loaded.save_pretrained(tmp_path / "again")
@@ -115,7 +123,9 @@ def test_saving_again_changes_no_logits(exported, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_generate_batch_gives_the_tokens_of_generate(architecture, exported) -> None:
+def test_generate_batch_gives_the_tokens_of_generate(
+    architecture: str, exported: Callable[..., tuple[Path, ReplacementModel]]
+) -> None:
     folder, _ = exported(architecture)
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     prompts = [[5, 9, 23], [7, 31, 8, 12, 3], [4]]
@@ -139,7 +149,9 @@ def test_generate_batch_gives_the_tokens_of_generate(architecture, exported) -> 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are captured on a GPU")
 @pytest.mark.parametrize("n_tokens", [1, 7, 300_000])
-def test_an_adapter_is_captured_as_a_graph(n_tokens, exported) -> None:
+def test_an_adapter_is_captured_as_a_graph(
+    n_tokens: int, exported: Callable[..., tuple[Path, ReplacementModel]]
+) -> None:
     """Small calls buffer all codes, larger ones use dense products; neither synchronizes."""
     folder, _ = exported()
     loaded = AutoModelForCausalLM.from_pretrained(folder).cuda()
@@ -156,7 +168,9 @@ def test_an_adapter_is_captured_as_a_graph(n_tokens, exported) -> None:
     torch.testing.assert_close(captured, expected)
 
 
-def test_the_targets_files_and_settings_are_copied(exported, tmp_path) -> None:
+def test_the_targets_files_and_settings_are_copied(
+    exported: Callable[..., tuple[Path, ReplacementModel]], tmp_path: Path
+) -> None:
     target = Path(tmp_path / "target")
     target.mkdir()
     (target / "chat_template.jinja").write_text("{{ messages[0].content }}")
@@ -173,7 +187,9 @@ def test_the_targets_files_and_settings_are_copied(exported, tmp_path) -> None:
 
 @pytest.mark.parametrize("named", ["LlamaTokenizerFast", "Qwen2Tokenizer", None])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_tokenizer_is_the_targets(architecture, named, save_model, tmp_path) -> None:
+def test_the_tokenizer_is_the_targets(
+    architecture: str, named: str | None, save_model: Callable[..., str], tmp_path: Path
+) -> None:
     """transformers picks the same class with and without adapters, whatever the files name."""
     target, ours = Path(save_model("target", 0, architecture)), tmp_path / "ours"
     file = target / "tokenizer_config.json"
@@ -191,7 +207,9 @@ def test_the_tokenizer_is_the_targets(architecture, named, save_model, tmp_path)
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_vllm_finds_every_weight(architecture, tied, exported) -> None:
+def test_vllm_finds_every_weight(
+    architecture: str, tied: bool, exported: Callable[..., tuple[Path, ReplacementModel]]
+) -> None:
     """vLLM stores the module of ``AutoModel`` as ``.model`` and the head as ``.lm_head``."""
     folder, _ = exported(architecture, tie_word_embeddings=tied)
     with torch.device("meta"):
@@ -210,7 +228,7 @@ def test_vllm_finds_every_weight(architecture, tied, exported) -> None:
         assert any(n.endswith(parts[-1]) for n in names) or "norm" in pattern, pattern
 
 
-def test_the_vllm_plugin_registers_each_architecture(monkeypatch) -> None:
+def test_the_vllm_plugin_registers_each_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in for vLLM, which is not installed, records the registrations."""
     import sys
     import types
@@ -230,7 +248,11 @@ def test_the_vllm_plugin_registers_each_architecture(monkeypatch) -> None:
     }
 
 
-def test_adapters_that_do_not_fit_are_refused(exported, save_model, tmp_path) -> None:
+def test_adapters_that_do_not_fit_are_refused(
+    exported: Callable[..., tuple[Path, ReplacementModel]],
+    save_model: Callable[..., str],
+    tmp_path: Path,
+) -> None:
     exported()
     base = str(tmp_path / "base")
     for changes, message in (
