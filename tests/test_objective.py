@@ -31,7 +31,7 @@ from fastadapt.adapter import module as adapter_module
 from fastadapt.adapter.module import AdapterConfig
 from fastadapt.batch import Batch
 from fastadapt.errors import UserError
-from fastadapt.kernels.transcoder import CodeLayout, plan_for
+from fastadapt.kernels.transcoder import plan_for
 from fastadapt.models.pretrained import ARCHITECTURES
 from fastadapt.models.recompute import POLICIES
 from fastadapt.models.replacement import ReplacementModel
@@ -49,7 +49,13 @@ ACTIVATIONS = {
 class NaiveMLP(nn.Module):
     """``MLP_base(x) + A(x)``, dense, by the formulas; stores penalty and L0 of its last call."""
 
-    def __init__(self, base: nn.Module, adapter: nn.Module) -> None:
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
+    b_dec: Tensor
+    threshold: Tensor
+
+    def __init__(self, base: nn.Module, adapter: Any) -> None:
         super().__init__()
         self.base, self.config = base, adapter.config
         for name, p in adapter.named_parameters():
@@ -78,7 +84,7 @@ class NaiveMLP(nn.Module):
 
 
 def naive(
-    target: nn.Module,
+    target: Any,
     adapted: list[NaiveMLP],
     batch: Batch,
     cutoff: int,
@@ -105,7 +111,8 @@ def naive(
         p, q = clean.log_softmax(-1), logits.log_softmax(-1)
         return (p.exp() * (p - q)).sum(-1)[counted].mean()
 
-    k, total = cutoff, {}
+    k = cutoff
+    total: dict[str, Any] = {}
     predicted_rows = sum(bool((row[1:] != -100).any()) for row in batch.labels)
     for b, n in enumerate(batch.real.sum(1).tolist()):
         ids, labels = batch.input_ids[b : b + 1, :n], batch.labels[b, :n]
@@ -165,14 +172,15 @@ def float64_clean(monkeypatch: pytest.MonkeyPatch) -> None:
     def wide_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
         return softmax(x, dim, dtype=None if x.dtype == torch.float64 else dtype)
 
-    def rms(self: nn.Module, x: Tensor) -> Tensor:
+    def rms(self: Any, x: Tensor) -> Tensor:
         return self.weight * (
             x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
         )
 
-    def gemma(self: nn.Module, x: Tensor) -> Tensor:
+    def gemma(self: Any, x: Tensor) -> Tensor:
         return (1 + self.weight) * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
 
+    norm: type[nn.Module]
     for norm in (
         modeling_llama.LlamaRMSNorm,
         modeling_mistral.MistralRMSNorm,
@@ -258,8 +266,8 @@ def test_without_patches_both_implementations_agree_to_single_precision(
 @pytest.mark.parametrize("implementation", ["reference", "sparse"])
 def test_checkpointing_changes_no_bit(implementation: str, make_pair: Callable[..., Any]) -> None:
     config = AdapterConfig(FEATURES, implementation=implementation)
-    replacement = make_replacement(make_pair("qwen2"), config)
-    results = []
+    replacement: Any = make_replacement(make_pair("qwen2"), config)
+    results: list[Any] = []
     for policy in POLICIES:
         replacement.zero_grad()
         out = objective(replacement, ragged_batch(), 1, ObjectiveConfig(checkpoint=policy))
@@ -276,7 +284,7 @@ def test_checkpointing_changes_no_bit(implementation: str, make_pair: Callable[.
 @pytest.mark.parametrize("policy", POLICIES)
 def test_one_traversal(cutoff: int, policy: str, make_pair: Callable[..., Any]) -> None:
     """Each layer runs one target and one replacement forward, and the bridges after the cutoff."""
-    replacement = make_replacement(make_pair("qwen2"), ACTIVATIONS["relu"])
+    replacement: Any = make_replacement(make_pair("qwen2"), ACTIVATIONS["relu"])
     calls: list[tuple[int, str, int]] = []
     for i, block in enumerate(replacement.blocks):
         block.self_attn.register_forward_hook(
@@ -305,7 +313,7 @@ def test_one_traversal(cutoff: int, policy: str, make_pair: Callable[..., Any]) 
 
 
 def test_without_weight_the_bridges_are_not_run(make_pair: Callable[..., Any]) -> None:
-    replacement = make_replacement(make_pair("qwen2"), ACTIVATIONS["relu"])
+    replacement: Any = make_replacement(make_pair("qwen2"), ACTIVATIONS["relu"])
     calls: list[int] = []
     for block in replacement.blocks:
         block.self_attn.register_forward_hook(lambda _m, _a, _o: calls.append(1))
@@ -338,7 +346,7 @@ def test_parity_with_the_released_precision(cutoff: int, make_pair: Callable[...
     """
     pair = make_pair("qwen2", dtype="bfloat16")
     target = copy.deepcopy(pair.target)
-    replacement = make_replacement(pair, ACTIVATIONS["relu"])
+    replacement: Any = make_replacement(pair, ACTIVATIONS["relu"])
     parity = ObjectiveConfig(sparsity=0.03, bridge=2, first_cutoff=0, logits_dtype="bfloat16")
     batch = ragged_batch(cutoff)
 
@@ -411,7 +419,7 @@ def test_every_call_has_the_plan_of_its_layer(
     """The layout is for all tokens of the call with padding; the recompute uses the same."""
     config = AdapterConfig(FEATURES, implementation="sparse")
     replacement = make_replacement(make_pair("qwen2"), config)
-    seen: list[CodeLayout | None] = []
+    seen: list[Any] = []
     transcoder = adapter_module.transcoder
 
     def watched(*args: Any, plan: Any, **kwargs: Any) -> Any:
@@ -422,7 +430,7 @@ def test_every_call_has_the_plan_of_its_layer(
     rates = [0.2, 0.9, FEATURES]
     weights = ObjectiveConfig(checkpoint=policy)
     out = objective(replacement, ragged_batch(), 1, weights, rates)
-    expected = [
+    expected: list[Any] = [
         plan_for(rate, n_streams * 3 * 9, FEATURES, torch.float32, "cpu")
         for rate, n_streams in zip(rates, (1, 2, 2), strict=True)
     ]
@@ -437,7 +445,7 @@ def test_every_call_has_the_plan_of_its_layer(
 
 
 def test_plans_change_no_value(make_pair: Callable[..., Any]) -> None:
-    replacement = make_replacement(make_pair("qwen2"), AdapterConfig(FEATURES, "topk", k=1))
+    replacement: Any = make_replacement(make_pair("qwen2"), AdapterConfig(FEATURES, "topk", k=1))
     results = []
     for rates in (None, [1.0] * LAYERS, [FEATURES] * LAYERS):
         replacement.zero_grad()
@@ -480,6 +488,7 @@ def test_new_adapters_leave_the_hybrid_unchanged(make_pair: Callable[..., Any]) 
     out.loss.backward()
     assert out.metrics["sparsity"] == 0
     assert 0.3 * FEATURES < out.metrics["l0"] < 0.7 * FEATURES
+    adapter: Any
     for adapter in replacement.adapters:
         assert adapter.W_dec.grad.norm() > 0
         assert torch.isfinite(adapter.W_enc.grad).all()
@@ -507,6 +516,7 @@ def make_replacement(pair: Any, config: AdapterConfig) -> ReplacementModel:
     replacement = ReplacementModel.create(pair, config, seed=7)
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
+        adapter: Any
         for adapter in replacement.adapters:
             for name in ("b_enc", "W_dec", "b_dec"):
                 p = getattr(adapter, name)

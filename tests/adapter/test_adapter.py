@@ -89,7 +89,7 @@ def test_batch_topk_ranks_in_training_and_thresholds_after() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_dtypes(dtype: torch.dtype) -> None:
-    adapter = random_adapter(CONFIGS["relu"]).to(dtype)
+    adapter: Any = random_adapter(CONFIGS["relu"]).to(dtype)
     out, aux = adapter(torch.randn(5, 12, dtype=dtype))
     assert out.dtype == dtype
     assert aux.penalty.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)

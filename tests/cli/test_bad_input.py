@@ -96,7 +96,7 @@ def _checkpoint_of_another_shape(d: Any) -> list[object]:
     return d.train("--resume")
 
 
-CASES = [
+CASES: list[tuple[Any, ...]] = [
     # --- the pair
     (
         "architecture",

@@ -167,7 +167,9 @@ def test_training_prints_the_table_and_the_report(
     assert kl[2] == "0"
     assert rows["top-1 error"][1] == f"{100 * summary['top1_error_adapter']:.1f}%"
     assert "NMSE after layer 1" in rows
-    report = Path(re.search(r"^report:\s+(\S+)$", outcome.out, re.MULTILINE).group(1))
+    written = re.search(r"^report:\s+(\S+)$", outcome.out, re.MULTILINE)
+    assert written is not None
+    report = Path(written[1])
     assert report == tmp_path / "run" / "report.html"
     assert report.is_file()
     assert "<h3>Output KL</h3>" in report.read_text(encoding="utf-8")
@@ -224,9 +226,13 @@ def test_what_does_not_fit_comes_with_a_way_out(fastadapt: Callable[..., Any]) -
     wide = ["--optimizer.masters", "true", "--adapter.n_features", "16384"]
     text = fastadapt("train", "r1-distill-qwen-7b", "--dry-run", "--gpu", "h100", *wide).out
     assert "DOES NOT FIT" in text
-    peak = float(re.search(r"Peak: ([\d.]+) GB", text).group(1))
+    shown = re.search(r"Peak: ([\d.]+) GB", text)
+    assert shown is not None
+    peak = float(shown[1])
     for name in ("optimizer.masters false", "adapter.n_features 8192", "data.max_tokens 5000"):
-        assert float(re.search(rf"{name} +│ +([\d.]+) GB", text).group(1)) < peak
+        shown = re.search(rf"{name} +│ +([\d.]+) GB", text)
+        assert shown is not None
+        assert float(shown[1]) < peak
 
 
 def test_what_a_dry_run_refuses(fastadapt: Callable[..., Any]) -> None:
@@ -265,7 +271,9 @@ def test_a_stopped_run_says_how_to_go_on_and_does(
     assert outcome.code == 0, outcome.err
     assert "Stopped at step 2 of 6" in outcome.out
     assert "not finished" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    command = re.search(r"^Resume with:\s+fastadapt (.*)$", outcome.out, re.MULTILINE).group(1)
+    said = re.search(r"^Resume with:\s+fastadapt (.*)$", outcome.out, re.MULTILINE)
+    assert said is not None
+    command = said[1]
     assert command == f"train {path} --optimizer.lr 5e-3 --resume"
     again = fastadapt(*shlex.split(command))
     assert again.code == 0, again.err

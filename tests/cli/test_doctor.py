@@ -110,7 +110,8 @@ def test_auto_means_what_the_ops_choose() -> None:
         choices = {c.what: c.choice for c in doctor.choices(device)}
         for dtype, what in ((torch.bfloat16, ""), (torch.float64, ", float64")):
             transcoder = choices.get(f"transcoder{what}", choices["transcoder"])
-            assert transcoder == resolve_transcoder("auto", On(device, dtype), None, None)
+            on: Any = On(device, dtype)
+            assert transcoder == resolve_transcoder("auto", on, None, None)
             softmax = torch.promote_types(dtype, torch.float32)
             linear_kl = choices.get(f"linear_kl{what}", choices["linear_kl"])
             assert linear_kl == resolve_linear_kl("auto", name, softmax)

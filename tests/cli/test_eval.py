@@ -87,6 +87,7 @@ def test_parts_add_up_and_a_retrained_run_is_measured_anew(
     runs: list[Path], fastadapt: Callable[..., Any]
 ) -> None:
     """eval.json retains other parts while runs and settings are the same."""
+    command: tuple[Any, ...]
     command = ("eval", runs[0], *QUICK, "--speed.new_tokens", 2, "--speed.rounds", 1)
     folder = runs[0] / "eval"
 

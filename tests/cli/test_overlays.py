@@ -17,7 +17,7 @@ from fastadapt.cli.train import (
 )
 
 
-def printed(fastadapt: Callable[..., Any], *argv: str) -> dict[str, Any]:
+def printed(fastadapt: Callable[..., Any], *argv: object) -> dict[str, Any]:
     outcome = fastadapt("train", *argv, "--print_config")
     assert outcome.code == 0, outcome.err
     return yaml.safe_load(outcome.out)

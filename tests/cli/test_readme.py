@@ -30,7 +30,7 @@ def test_the_adapter_in_ten_lines_runs(capsys: pytest.CaptureFixture[str]) -> No
     _, code = blocks("python", "README.md")
     lines = [line for line in code.splitlines() if line.strip()]
     assert len(lines) <= 10
-    names: dict[str, object] = {}
+    names: dict[str, Any] = {}
     exec(compile(code, "README.md", "exec"), names)
     gradients = {name: p.grad for name, p in names["adapter"].named_parameters()}
     assert set(gradients) == {"W_enc", "b_enc", "W_dec", "b_dec"}

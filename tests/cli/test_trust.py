@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import organism_runs
 import pytest
@@ -240,7 +241,7 @@ def test_a_model_cannot_choose_its_attention(foreign: Foreign, key: str) -> None
 
     path = foreign.pair / "base" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), key: "flash_attention_2"}))
-    how = {"dtype": torch.float32, "attention": "sdpa", "trust": False}
+    how: dict[str, Any] = {"dtype": torch.float32, "attention": "sdpa", "trust": False}
     model = load_causal_lm(str(path.parent), None, device=torch.device("cpu"), **how)
     assert model.config._attn_implementation == "sdpa"
 
@@ -317,7 +318,7 @@ def test_what_is_typed_last_wins_over_a_file(recipe: Callable, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("value", [None, 1, "true", "false", [True]])
-def test_trust_is_true_or_false(value: object) -> None:
+def test_trust_is_true_or_false(value: Any) -> None:
     with pytest.raises(ValueError, match="expected true or false"):
         package.PairConfig("a", "b", trust_remote_code=value)
 

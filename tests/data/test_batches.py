@@ -3,7 +3,6 @@
 import itertools
 import random
 from collections import Counter
-from typing import Any
 
 import pytest
 import torch
@@ -55,7 +54,7 @@ def test_collate_copies() -> None:
         ([Sample(2, torch.zeros(0, dtype=torch.int64), torch.zeros(0))], r"sample 2 has 0 token"),
     ],
 )
-def test_what_cannot_be_collated_is_refused(samples: list[Any], message: str) -> None:
+def test_what_cannot_be_collated_is_refused(samples: list[Sample], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         collate(samples, pad_token_id=0)
 
@@ -136,7 +135,7 @@ def test_no_sample_is_likelier_in_any_batch_for_its_length(n: int, size: int, wi
     """
     lengths = list(range(n))
     whole = n - n % size
-    counts = Counter()
+    counts: Counter[tuple[int, int]] = Counter()
     draws = 0
     for order in itertools.permutations(range(n)):
         batches = bucket(order[:whole], lengths, size, window)

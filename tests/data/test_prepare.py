@@ -89,7 +89,9 @@ def test_it_is_the_draw_that_a_dense_reading_gives(
     settings = config(max_tokens=longest, train=600, validation=60)
     lines = [json.loads(line) for line in source.read_text().splitlines()]
     order = sorted(range(ROWS), key=lambda row: row_key(42, row))
-    expected, long, passed = {split: [] for split in SPLITS}, Counter(), Counter()
+    expected: dict[str, list[int]] = {split: [] for split in SPLITS}
+    long: Counter[str] = Counter()
+    passed: Counter[str] = Counter()
     drawn, held_out = set(), set()
     quotas = settings.quotas()
     for split in SPLITS:
@@ -286,7 +288,7 @@ def test_what_there_is_can_be_taken_without_reading_again(
 ) -> None:
     with pytest.raises(UserError):
         prepare(config(train=4000))
-    records = []
+    records: list[dict[str, Any]] = []
     result = prepare(config(train=4000, allow_fewer=True), resume=True, sink=records.append)
     assert {record["kind"] for record in records} == {"write"}
     train, validation = result["counts"]["train"], result["counts"]["validation"]
@@ -316,7 +318,8 @@ def test_other_things_in_the_folder_are_not_touched(
     folder = tmp_path / "out"
     folder.mkdir()
     (folder / "thesis.tex").write_text("years of work")
-    for how in ({}, {"overwrite": True}):
+    ways: list[dict[str, Any]] = [{}, {"overwrite": True}]
+    for how in ways:
         with pytest.raises(UserError, match=r"holds no selection \(it holds thesis.tex\)"):
             prepare(config(), **how)
     with pytest.raises(UserError, match=r"--resume: .* holds no selection"):

@@ -85,7 +85,7 @@ def test_killed_and_resumed_gives_the_same_bytes(
     assert run_killed(settings, "read", 6, "resume") == -signal.SIGKILL
     assert run_killed(settings, "write", 3, "resume") == -signal.SIGKILL
     assert not (Path(settings.output) / "manifest.json").exists()
-    read = []
+    read: list[dict[str, Any]] = []
     result = prepare(settings, resume=True, sink=read.append)
     assert bytes_of(result["output"]) == whole
     assert not any(record["kind"] == "read" for record in read)  # that was done
@@ -98,7 +98,7 @@ def test_told_to_stop_it_goes_on_from_there(
     whole = bytes_of(prepare(config(output=str(tmp_path / "whole")))["output"])
     stop = threading.Event()
     stop.set()
-    reached = []
+    reached: list[int] = []
     for _ in range(10):
         result = prepare(config(), resume=bool(reached), stop=stop)
         if not result["interrupted"]:
@@ -249,6 +249,7 @@ def test_a_stopped_stream_ends_its_process_well(
 ) -> None:
     """Arrow's threads would abort a process that leaves a streamed file half read."""
     file = openthoughts.write_parquet(tmp_path / "rows.parquet", ROWS)
+    command: list[str | Path]
     command = [sys.executable, "-c", STOPPED_ON_THE_HUB, file, config().output, config().tokenizer]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (0, "")

@@ -311,7 +311,7 @@ def test_the_published_splits_load_as_they_are(
     for name, n in (("train", 6), ("val", 3)):
         with (tmp_path / f"stratified_n55000_t10000_s42_{name}.jsonl").open("w") as file:
             for i in range(n):
-                row = {
+                row: dict[str, Any] = {
                     "domain": ("math", "code", "science")[i % 3],
                     "source": "someone/something",
                     "conversations": turns("1 + 1 = ?", "<think> so 2 </think> 2" + " ." * (i % 2)),

@@ -163,7 +163,7 @@ def test_a_hub_dataset_is_loaded_with_its_split_and_revision(
 ) -> None:
     import datasets
 
-    arguments = {}
+    arguments: dict[str, Any] = {}
 
     def load_dataset(name: str, *, split: str, revision: str) -> Any:
         arguments.update(name=name, split=split, revision=revision)

@@ -46,8 +46,8 @@ def cut_by_definition(tokens: Sequence[int], config: DegenerationConfig) -> int 
     min_count=st.integers(2, 4),
 )
 def test_streaming_is_the_definition(
-    tokens: list[int], window: int, share: float, ngrams: int, min_count: int
-) -> None:  # type: ignore[no-untyped-def]
+    tokens: list[int], window: int, share: float, ngrams: list[int], min_count: int
+) -> None:
     config = DegenerationConfig(window, share, tuple(ngrams), min_count)
     cut = cut_by_definition(tokens, config)
     assert find_cut(tokens, config) == cut

@@ -30,6 +30,7 @@ def adapted(pair: Any, config: AdapterConfig) -> ReplacementModel:
     model = ReplacementModel.create(pair, config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
+        adapter: Any
         for adapter in model.adapters:
             adapter.W_dec.copy_(0.1 * torch.randn(adapter.W_dec.shape, generator=generator))
     return model
@@ -72,6 +73,7 @@ def test_measures_equal_plain_forwards(make_pair: Callable[..., Any]) -> None:
                     (a - t).pow(2).sum() / t.pow(2).sum() for a, t in zip(h_hat, h, strict=True)
                 ]
                 want.setdefault(f"nmse_{name}", []).append(torch.stack([ratio[0] * 0, *ratio]))
+            adapter: Any
             for layer, (adapter, x) in enumerate(
                 zip(model.adapters, outputs["replacement"][2], strict=True)
             ):
@@ -112,7 +114,7 @@ def test_predictions_that_are_not_finite_have_no_top1(
     value: float, make_pair: Callable[..., Any]
 ) -> None:
     """``argmax`` of NaN is token 0 in both models, which is no agreement."""
-    model = adapted(make_pair("qwen2"), AdapterConfig(24))
+    model: Any = adapted(make_pair("qwen2"), AdapterConfig(24))
     with torch.no_grad():
         model.adapters[-1].b_dec[0] = value
     got = evaluate(model, batches())

@@ -15,6 +15,7 @@ from fastadapt.errors import RunError, UserError
 from fastadapt.evaluation.faithfulness.outputs import OutputConfig, measure_output
 from fastadapt.evaluation.faithfulness.texts import Text, batch_of
 from fastadapt.evaluation.models_under_test import ModelSet
+from fastadapt.models.replacement import Mode
 from fastadapt.training.held_out import evaluate
 
 SMALL = OutputConfig(batch_tokens=18, chunk_tokens=5, students_at_once=3)
@@ -51,6 +52,7 @@ def test_measures_equal_plain_forwards(
     models = open_all(make_run, architecture)
     measured = measure_output(models, texts, tmp_path / "out", config=SMALL)
     assert list(measured) == ["base", "hybrid", "a", "b", "m", "n"]
+    arrays: Any
     for name, arrays in measured.items():
         active = 0
         for i, text in enumerate(texts):
@@ -69,7 +71,7 @@ def test_measures_equal_plain_forwards(
                 e, w = error[:, start:], power[:, start:]
                 ratio = e.sum((1, 2)) / w.sum((1, 2))
                 token_ratio = (e.sum(2) / w.sum(2)).mean(1)
-                close = {"rtol": 1e-5, "atol": 1e-6}
+                close: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-6}
                 torch.testing.assert_close(arrays.nmse[i, column], ratio.float(), **close)
                 torch.testing.assert_close(
                     arrays.token_nmse[i, column], token_ratio.float(), **close
@@ -105,7 +107,7 @@ def test_the_same_measures_as_in_training(
     """For texts of one length, a mean over texts equals a mean over positions."""
     models = ModelSet.open([make_run("a", 1, dtype="float64")])
     same = [text._replace(ids=text.ids[:4]) for text in texts]
-    arrays = measure_output(models, same, tmp_path)
+    arrays: Any = measure_output(models, same, tmp_path)
     held_out = evaluate(models.replacement("a"), [batch_of(same, range(len(same)))])
     for name, suffix in (("hybrid", "hybrid"), ("a", "adapter")):
         got = arrays[name]
@@ -123,7 +125,7 @@ def record_modes(models: ModelSet, monkeypatch: pytest.MonkeyPatch) -> list[str]
     modes: list[str] = []
     block = models.model.block
 
-    def recorded(layer: int, hidden: Any, arguments: Any, mode: str, **settings: Any) -> Any:
+    def recorded(layer: int, hidden: Any, arguments: Any, mode: Mode, **settings: Any) -> Any:
         modes.append(mode)
         return block(layer, hidden, arguments, mode, **settings)
 
@@ -157,7 +159,7 @@ def test_finished_work_is_not_repeated(
         calls.append((done, total))
         stop.set()
 
-    settings = {"config": SMALL, "names": ["hybrid", "a"], "progress": progress}
+    settings: dict[str, Any] = {"config": SMALL, "names": ["hybrid", "a"], "progress": progress}
     assert measure_output(models, texts, tmp_path, **settings, stop=stop) == {}
     assert calls == [(2, 6)]
     whole = measure_output(models, texts, tmp_path, **settings)
@@ -184,6 +186,7 @@ def test_unknown_models_bad_settings_and_nan_are_refused(
     with pytest.raises(UserError, match=r"outputs\.batch_tokens: expected at least 1, got 0"):
         OutputConfig(batch_tokens=0)
     with torch.no_grad():
-        models.adapters("a")[2].W_dec[:] = torch.nan
+        adapters: Any = models.adapters("a")
+        adapters[2].W_dec[:] = torch.nan
     with pytest.raises(RunError, match="a: a prediction on texts t1, t3, t0, t4, t2 is not"):
         measure_output(models, texts, tmp_path, names=["a"])

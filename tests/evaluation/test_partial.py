@@ -12,6 +12,7 @@ import torch
 from fastadapt.errors import UserError
 from fastadapt.evaluation.faithfulness.partial_replacement import (
     FAMILIES,
+    Family,
     PartialConfig,
     block_passes,
     measure_partial,
@@ -33,7 +34,7 @@ def logits(models: ModelSet, mode: Mode, replaced: list[bool], ids: list[int]) -
     return got
 
 
-def configurations(n_layers: int) -> dict[str, list[list[bool]]]:
+def configurations(n_layers: int) -> dict[Family, list[list[bool]]]:
     layers = range(n_layers)
     return {
         "first": [[layer < n for layer in layers] for n in range(n_layers + 1)],
@@ -88,7 +89,7 @@ def test_block_passes_are_as_stated(
     model, rows, largest = models.model, {"target": 0, "replacement": 0}, 0
     block = model.block
 
-    def counted(layer: int, hidden: Any, arguments: Any, mode: str, **settings: Any) -> Any:
+    def counted(layer: int, hidden: Any, arguments: Any, mode: Mode, **settings: Any) -> Any:
         nonlocal largest
         assert arguments["position_embeddings"][0].shape[0] in (1, len(hidden))
         rows[mode] += len(hidden)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from fastadapt.errors import UserError
 from fastadapt.evaluation.faithfulness.prompts import load_prompts
@@ -14,12 +15,12 @@ from fastadapt.organism import resolve
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(resolve("organism/target"))
 
 
 def test_the_first_prompts_end_where_the_response_begins(
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Any,
 ) -> None:
     prompts = load_prompts(resolve("organism/validation"), tokenizer, "r1-distill", 7)
     assert [prompt.id for prompt in prompts] == list("0123456")
@@ -33,9 +34,7 @@ def test_the_first_prompts_end_where_the_response_begins(
         assert prompt.ids.count(tokenizer.bos_token_id) == 1
 
 
-def test_rows_without_a_domain_and_without_conversations(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_rows_without_a_domain_and_without_conversations(tokenizer: Any, tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "the"}, {"from": "gpt", "value": "x"}]
     path = tmp_path / "some.jsonl"
     path.write_text(json.dumps({"conversations": turns}) + "\n", encoding="utf-8")

@@ -44,12 +44,12 @@ def published(save_model: Callable[..., str], tmp_path: Path) -> Callable[..., s
     def make(tied: bool = False, decoder_bias: bool = True, shards: int = 3) -> str:
         target = save_model("target", 0, tie_word_embeddings=tied)
         base = save_model("base", 1, tie_word_embeddings=tied)
-        for folder in (target, base):
-            file = Path(folder) / "model.safetensors"
+        for model in (target, base):
+            file = Path(model) / "model.safetensors"
             weights = {name: t.bfloat16() for name, t in load_file(file).items()}
             save_file(weights, file, metadata={"format": "pt"})
-            config = json.loads((Path(folder) / "config.json").read_text())
-            (Path(folder) / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+            config = json.loads((Path(model) / "config.json").read_text())
+            (Path(model) / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
         tensors, mlps = shards_of(target), shards_of(base)
         tensors |= {name: t for name, t in mlps.items() if ".mlp." in name}
         generator = torch.Generator().manual_seed(5)
@@ -75,16 +75,16 @@ def published(save_model: Callable[..., str], tmp_path: Path) -> Callable[..., s
         del config["dtype"]  # as older transformers wrote it
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         names = list(tensors)
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for n in range(shards):
-            file = (
+            part = (
                 f"model-{n + 1:05}-of-{shards:05}.safetensors"
                 if shards > 1
                 else "model.safetensors"
             )
             shard = {name: tensors[name] for name in names[n::shards]}
-            save_file(shard, folder / file, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(shard, file)
+            save_file(shard, folder / part, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(shard, part)
         if shards > 1:
             index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
             text = json.dumps(index, indent=2, sort_keys=True) + "\n"
@@ -179,6 +179,7 @@ def test_round_trip_through_adapters(
     adapters, metadata = load_adapters(tmp_path / "adapters")
     assert metadata["published"] == {"checkpoint": source, "revision": None}
     tensors = shards_of(source)
+    adapter: Any
     for i, adapter in enumerate(adapters):
         layer = LAYER.format(i)
         assert torch.equal(adapter.W_enc, tensors[layer + "transcoder_enc.weight"])
@@ -323,7 +324,7 @@ def test_unsupported_models_are_refused(
     published: Callable[..., str], make_pair: Callable[..., Any], tmp_path: Path
 ) -> None:
     source = published(decoder_bias=False)
-    model = hu2026.load(source, device="cpu")
+    model: Any = hu2026.load(source, device="cpu")
     with torch.no_grad():
         model.adapters[1].b_dec[3] = 1
     with pytest.raises(UserError, match="has no decoder biases"):
@@ -352,7 +353,7 @@ def test_an_index_may_only_name_shards_of_its_folder(
 ) -> None:
     """Files that the index of ``like`` names are written inside the new folder, or not at all."""
     source = published()
-    pair = {role: str(tmp_path / role) for role in ("target", "base")}
+    pair: dict[str, Any] = {role: str(tmp_path / role) for role in ("target", "base")}
     model = hu2026.load(source, pair["target"], device="cpu")
     hu2026.to_adapters(source, tmp_path / "adapters", **pair)
     (tmp_path / "victim.safetensors").write_text("precious")

@@ -47,6 +47,7 @@ def make_model(make_pair: Callable) -> Callable[..., ReplacementModel]:
         with torch.no_grad():
             for p in model.adapters.parameters():
                 p.add_(0.3 * torch.randn(p.shape, generator=generator).to(p.dtype))
+            adapter: Any
             for adapter in model.adapters:
                 if activation == "jumprelu":
                     adapter.threshold.abs_()
@@ -117,6 +118,7 @@ def test_an_ablated_feature_never_fires(
     model = make_model(activation)
     features = feature_set()
     x = 3 * torch.randn(2, 50, model.d_model)
+    adapter: Any
     for layer, adapter in enumerate(ablate(model.adapters, features).train(training)):
         rows = features.rows(layer)
         _, aux = adapter(x)
@@ -152,6 +154,8 @@ def test_what_is_changed_is_the_rows_and_nothing_else(
     model = make_model(activation)
     before = snapshot(model)
     features = feature_set()
+    old: Any
+    new: Any
     for layer, (old, new) in enumerate(
         zip(model.adapters, ablate(model.adapters, features), strict=True)
     ):
@@ -290,9 +294,9 @@ def test_what_cannot_be_done_is_told(make_model: Callable, make_pair: Callable) 
             model.adapters, feature_set(), float("nan")
         ),
         "scale: expected none with only, got 0.5": lambda: Intervention("only", 0.5),
-        "expected one of ablate, only, onto-target": lambda: Intervention("remove"),
+        "expected one of ablate, only, onto-target": lambda: Intervention("remove"),  # type: ignore[arg-type]
     }
-    live = {
+    live: dict[str, tuple[Any, ...]] = {
         "the set hand is empty": (feature_set([]), 0.0),
         "those of the adapter, got 3 of 25": (small, 0.0),
         "expected a factor, got none": (feature_set(),),
@@ -311,7 +315,7 @@ def test_what_cannot_be_done_is_told(make_model: Callable, make_pair: Callable) 
             pass
     with (
         pytest.raises(UserError, match="onto: expected"),
-        scale_features(model, feature_set(), 0.0, onto="hybrid"),
+        scale_features(model, feature_set(), 0.0, onto="hybrid"),  # type: ignore[arg-type]
     ):
         pass
     assert model.adapters is held

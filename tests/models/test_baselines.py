@@ -17,8 +17,9 @@ from fastadapt.adapter.module import AdapterConfig
 from fastadapt.batch import Batch
 from fastadapt.errors import UserError
 from fastadapt.interop import hu2026
+from fastadapt.models.baselines import Baseline
 from fastadapt.models.pretrained import ARCHITECTURES
-from fastadapt.models.replacement import Mode, ReplacementModel
+from fastadapt.models.replacement import ReplacementModel
 from fastadapt.models.trained_files import load_adapters
 from fastadapt.objective import ObjectiveConfig, objective
 from fastadapt.training.held_out import evaluate
@@ -29,11 +30,11 @@ IDS = torch.tensor([[5, 9, 23, 7, 31, 8]])
 OUTPUT_ALONE = ObjectiveConfig(sparsity=0, nmse=0, bridge=0)
 
 
-def fresh(pair: Any, kind: str) -> ReplacementModel:
+def fresh(pair: Any, kind: Baseline) -> ReplacementModel:
     return ReplacementModel.create(pair, kind)
 
 
-def tuned(pair: Any, kind: str) -> ReplacementModel:
+def tuned(pair: Any, kind: Baseline) -> ReplacementModel:
     """With weights far from the hybrid's."""
     model = fresh(pair, kind)
     generator = torch.Generator().manual_seed(3)
@@ -43,7 +44,7 @@ def tuned(pair: Any, kind: str) -> ReplacementModel:
     return model
 
 
-def plain(pair: Any, kind: str, adapters: Any = None) -> Any:
+def plain(pair: Any, kind: Baseline, adapters: Any = None) -> Any:
     """transformers' own model of the student, made by loading weights: the oracle."""
     model = copy.deepcopy(pair.target)
     for i, (layer, base) in enumerate(zip(model.model.layers, pair.base_mlps, strict=True)):
@@ -66,12 +67,13 @@ def plain(pair: Any, kind: str, adapters: Any = None) -> Any:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_it_starts_as_the_hybrid_to_the_bit(
-    architecture: str, kind: str, make_pair: Callable[..., Any]
+    architecture: str, kind: Baseline, make_pair: Callable[..., Any]
 ) -> None:
     pair = make_pair(architecture)
     target, hybrid = copy.deepcopy(pair.target), plain(pair, kind)
     model = fresh(pair, kind)
     with torch.no_grad():
+        mode: Any
         for mode, oracle in (("target", target), ("hybrid", hybrid), ("replacement", hybrid)):
             with model.mode(mode):
                 assert torch.equal(model(IDS).logits, oracle(IDS).logits), mode
@@ -80,7 +82,7 @@ def test_it_starts_as_the_hybrid_to_the_bit(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_it_is_transformers_model_of_its_weights(
-    architecture: str, kind: str, make_pair: Callable[..., Any]
+    architecture: str, kind: Baseline, make_pair: Callable[..., Any]
 ) -> None:
     pair = make_pair(architecture)
     target, hybrid = copy.deepcopy(pair.target), plain(pair, kind)
@@ -88,6 +90,7 @@ def test_it_is_transformers_model_of_its_weights(
     student = plain(pair, kind, given)
     model = ReplacementModel(pair, given)
     with torch.no_grad():
+        mode: Any
         for mode, oracle in (("target", target), ("hybrid", hybrid), ("replacement", student)):
             expected = oracle(IDS).logits
             with model.mode(mode):
@@ -127,7 +130,9 @@ def test_every_norm_is_refit(make_pair: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("architecture", ["qwen2", "gemma2", "olmo2"])
-def test_generate_in_each_mode(architecture: str, kind: str, make_pair: Callable[..., Any]) -> None:
+def test_generate_in_each_mode(
+    architecture: str, kind: Baseline, make_pair: Callable[..., Any]
+) -> None:
     model = tuned(make_pair(architecture), kind)
     seen = set()
     for mode in ("target", "hybrid", "replacement"):
@@ -143,7 +148,7 @@ def test_generate_in_each_mode(architecture: str, kind: str, make_pair: Callable
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_batches_give_the_tokens_of_generate(kind: str, make_pair: Callable[..., Any]) -> None:
+def test_batches_give_the_tokens_of_generate(kind: Baseline, make_pair: Callable[..., Any]) -> None:
     from transformers import ContinuousBatchingConfig
 
     model = tuned(make_pair("qwen2"), kind)
@@ -162,7 +167,7 @@ def test_batches_give_the_tokens_of_generate(kind: str, make_pair: Callable[...,
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_compile(kind: str, make_pair: Callable[..., Any]) -> None:
+def test_compile(kind: Baseline, make_pair: Callable[..., Any]) -> None:
     torch._dynamo.reset()
     model = tuned(make_pair("gemma2"), kind)
     compiled = torch.compile(model.model, backend="aot_eager", fullgraph=True)
@@ -177,7 +182,7 @@ def test_compile(kind: str, make_pair: Callable[..., Any]) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("architecture", ["qwen2", "gemma3_text", "olmo2"])
 def test_gradients_are_those_of_the_plain_models_kl(
-    architecture: str, kind: str, make_pair: Callable[..., Any]
+    architecture: str, kind: Baseline, make_pair: Callable[..., Any]
 ) -> None:
     pair = make_pair(architecture, "float64")
     given = tuned(copy.deepcopy(pair), kind).adapters
@@ -208,7 +213,7 @@ def test_gradients_are_those_of_the_plain_models_kl(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_stream_ends_in_the_norm_of_its_last_block(
-    kind: str, make_pair: Callable[..., Any]
+    kind: Baseline, make_pair: Callable[..., Any]
 ) -> None:
     """A bridge is one model up to the cutoff and the other, with its last norm, from there on."""
     pair = make_pair("olmo2", "float64")
@@ -219,7 +224,7 @@ def test_each_stream_ends_in_the_norm_of_its_last_block(
     arguments = model.block_inputs(IDS, None)
     cutoff = 1
 
-    def kl(first: Mode, then: Mode) -> torch.Tensor:
+    def kl(first: Any, then: Any) -> torch.Tensor:
         h = arguments.hidden
         for i, keywords in enumerate(arguments.arguments):
             h = (first if i < cutoff else then).model.layers[i](h, **keywords)
@@ -243,7 +248,7 @@ def test_each_stream_ends_in_the_norm_of_its_last_block(
 @pytest.mark.parametrize("weights", [(0, 0), (1, 1)], ids=["output", "nmse-and-bridges"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_moves_what_is_trained_and_nothing_else(
-    kind: str, weights: tuple[int, ...], make_pair: Callable[..., Any]
+    kind: Baseline, weights: tuple[int, ...], make_pair: Callable[..., Any]
 ) -> None:
     pair = make_pair("gemma2")
     frozen = {n: t.clone() for n, t in pair.target.state_dict().items()}
@@ -279,8 +284,8 @@ def test_a_step_moves_what_is_trained_and_nothing_else(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_recomputing_changes_no_bit(kind: str, make_pair: Callable[..., Any]) -> None:
-    gradients = []
+def test_recomputing_changes_no_bit(kind: Baseline, make_pair: Callable[..., Any]) -> None:
+    gradients: list[list[Any]] = []
     for policy in ("none", "attention", "full"):
         model = tuned(make_pair("qwen3"), kind)
         config = ObjectiveConfig(sparsity=0, checkpoint=policy)
@@ -291,7 +296,9 @@ def test_recomputing_changes_no_bit(kind: str, make_pair: Callable[..., Any]) ->
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_evaluation_has_no_numbers_of_features(kind: str, make_pair: Callable[..., Any]) -> None:
+def test_an_evaluation_has_no_numbers_of_features(
+    kind: Baseline, make_pair: Callable[..., Any]
+) -> None:
     model = tuned(make_pair("qwen2"), kind)
     values = evaluate(model, [Batch(IDS, None, IDS)])
     assert not [key for key in values if "l0" in key or "dead" in key or "density" in key]
@@ -305,7 +312,7 @@ def test_an_evaluation_has_no_numbers_of_features(kind: str, make_pair: Callable
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("architecture", ["phi3", "gemma3_text"])
 def test_saved_and_loaded(
-    architecture: str, kind: str, make_pair: Callable[..., Any], tmp_path: Path
+    architecture: str, kind: Baseline, make_pair: Callable[..., Any], tmp_path: Path
 ) -> None:
     model = tuned(make_pair(architecture), kind)
     save_adapters(model.adapters, tmp_path, {"step": 3})
@@ -359,6 +366,7 @@ def test_a_damaged_folder_is_refused(
 
 
 def test_weights_of_another_model_are_refused(make_pair: Callable[..., Any]) -> None:
+    kind: Any
     for kind, other, message in (
         ("mlp", "phi3", r"mlp of layer 0: down_proj|mlp of layer 0: gate_proj.weight: .*none"),
         ("norms", "qwen3", r"norms of layer 0: self_attn\.k_norm\.weight: the model has \(8,\)"),
@@ -392,7 +400,7 @@ def test_a_pair_carries_one_kind_after_another(
 ) -> None:
     """With the same bits as a pair that never carried anything else."""
     kinds = ("transcoder", "norms", "mlp", "norms")
-    configs = [AdapterConfig(24) if k == "transcoder" else k for k in kinds]
+    configs: list[Any] = [AdapterConfig(24) if k == "transcoder" else k for k in kinds]
 
     def perturbed(seed: int) -> ReplacementModel:
         model = ReplacementModel.create(make_pair(architecture), configs[seed], seed=seed)

@@ -100,14 +100,14 @@ def test_mode_is_restored_after_an_error(make_pair: Callable[..., Any]) -> None:
     assert {mlp.mode for mlp in model.mlps} == {"replacement"}
     with (
         pytest.raises(UserError, match="mode must be one of target, hybrid, replacement"),
-        model.mode("base"),
+        model.mode("base"),  # type: ignore[arg-type]
     ):
         raise AssertionError("never reached")
 
 
 def test_only_adapters_train_and_no_weight_is_loaded_twice(save_model: Callable[..., str]) -> None:
     pair = load(save_model("target", 0), save_model("base", 1))
-    model = randomised(pair)
+    model: Any = randomised(pair)
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     assert trained == {id(p) for p in model.adapters.parameters()}
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
@@ -167,7 +167,7 @@ def test_one_pair_carries_one_set_of_adapters(make_pair: Callable[..., Any]) -> 
         ReplacementModel(make_pair("qwen2"), model.adapters[:1])
 
 
-MISMATCHES = {
+MISMATCHES: dict[str, tuple[dict[str, Any], str]] = {
     "architecture": ({"architecture": "llama"}, "model_type: target 'qwen2', base 'llama'"),
     "width": ({"hidden_size": 32}, "hidden_size: target 16, base 32"),
     "mlp width": ({"intermediate_size": 48}, "intermediate_size: target 40, base 48"),
@@ -348,7 +348,7 @@ def test_a_quantised_configuration_is_refused(
     role: str, device: str, save_model: Callable[..., str]
 ) -> None:
     """The error is raised on the meta device too, where no weight is read."""
-    folders = {"target": save_model("target"), "base": save_model("base", 1)}
+    folders: dict[str, Any] = {"target": save_model("target"), "base": save_model("base", 1)}
     change_config(folders[role], quantization_config={"quant_method": "fp8"})
     with pytest.raises(UserError, match=f"{role}' is quantised"):
         ModelPair.load(PairConfig(**folders, device="cpu"), into=torch.device(device))

@@ -15,7 +15,7 @@ from fastadapt.batch import Batch
 from fastadapt.errors import RunError
 from fastadapt.models.pretrained import ARCHITECTURES
 from fastadapt.models.recompute import POLICIES
-from fastadapt.models.replacement import ReplacementModel
+from fastadapt.models.replacement import Mode, ReplacementModel
 from fastadapt.models.self_check import check_traversal
 from fastadapt.objective import ObjectiveConfig, objective
 
@@ -26,13 +26,13 @@ MODES = ("target", "hybrid", "replacement")
 
 
 def model_of(pair: Any, kind: str = "transcoder", activation: str = "relu") -> ReplacementModel:
-    more: dict[str, dict[str, float]] = {
+    more: dict[str, dict[str, Any]] = {
         "topk": {"k": 4},
         "batch_topk": {"k": 4},
         "jumprelu": {"bandwidth": 0.01, "initial_threshold": 0.01},
     }
     transcoder = AdapterConfig(24, activation=activation, **more.get(activation, {}))
-    config = transcoder if kind == "transcoder" else kind
+    config: Any = transcoder if kind == "transcoder" else kind
     model = ReplacementModel.create(pair, config)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -111,7 +111,7 @@ STATEFUL = {"list": list, "object": Log, "dict": dict, "tuple": lambda: ([],), "
 @pytest.mark.parametrize("make", STATEFUL.values(), ids=STATEFUL)
 @pytest.mark.parametrize("mode", MODES)
 def test_an_argument_that_may_hold_state_is_refused_by_name(
-    mode: str, make: Callable[[], Any], make_pair: Callable[..., Any]
+    mode: Mode, make: Callable[[], Any], make_pair: Callable[..., Any]
 ) -> None:
     model = model_of(make_pair("qwen2"))
     pass_to_blocks(model, seen=make())

@@ -83,8 +83,9 @@ def test_intervals_that_reach_below_a_logarithmic_axis_stay_on_it() -> None:
     series = Series("s", "train", [1.0, 2.0], [1.0, 2.0], [-1.0, 0.0], [3.0, 4.0])
     svg = inline_svg(Figure("k", "title", "x", "y", [series], y_log=True))
     low, high = (10, 194)  # vertical range of the axes in the view box
-    band = re.search(r'<path d="([^"]*)" transform="translate\(0 230\)"', svg).group(1)
-    numbers = [float(v) for v in re.findall(r"-?[\d.]+", band)]
+    band = re.search(r'<path d="([^"]*)" transform="translate\(0 230\)"', svg)
+    assert band is not None
+    numbers = [float(v) for v in re.findall(r"-?[\d.]+", band[1])]
     assert len(numbers) >= 8
     assert all(low <= 230 + y <= high for y in numbers[1::2])
 

@@ -58,7 +58,13 @@ def test_only_named_runs_are_trained(tmp_path: Path) -> None:
         'mkdir -p "$2" && touch "$2/summary.json"\n'
     )
     program.chmod(0o755)
-    command = [SCRIPTS / "runs", tmp_path / "runs", "1", "sparsity-4.3e-3", "norms"]
+    command: list[str | Path] = [
+        SCRIPTS / "runs",
+        tmp_path / "runs",
+        "1",
+        "sparsity-4.3e-3",
+        "norms",
+    ]
     environment = {**os.environ, "FASTADAPT": str(program)}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
     assert result.returncode == 0, result.stderr
@@ -77,7 +83,7 @@ def test_runs_train_resume_and_are_not_repeated(tmp_path: Path) -> None:
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -m fastadapt "$@" {options}\n')
     program.chmod(0o755)
     environment = {**os.environ, "FASTADAPT": str(program), "OMP_NUM_THREADS": "1"}
-    command = [SCRIPTS / "runs", tmp_path / "runs", "2"]
+    command: list[str | Path] = [SCRIPTS / "runs", tmp_path / "runs", "2"]
     for again in (False, True):
         if again:  # mark one run as unfinished
             (tmp_path / "runs" / "norms" / "summary.json").unlink()

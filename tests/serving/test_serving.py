@@ -59,6 +59,7 @@ def exported(
         with torch.no_grad():
             for p in model.adapters.parameters():
                 p.add_(0.3 * torch.randn(p.shape, generator=generator).to(p.dtype))
+            adapter: Any
             for adapter in model.adapters:
                 if config.activation == "jumprelu":
                     adapter.threshold.abs_()
@@ -79,16 +80,18 @@ def test_the_export_equals_the_trained_model(
 ) -> None:
     folder, model = exported(architecture)
     assert (folder / "model.safetensors.index.json").is_file()
-    loaded, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    both: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    loaded, info = both
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert isinstance(loaded, serving.AdaptedModel)
+    generate: Any = loaded.generate
     config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == [type(loaded).__name__]
     with torch.no_grad():
         for mode in ("replacement", "hybrid"):
             with model.mode(mode), loaded.mode(mode):
                 assert torch.equal(loaded(IDS).logits, model(IDS).logits)
-                assert torch.equal(loaded.generate(IDS, **GREEDY), model.generate(IDS, **GREEDY))
+                assert torch.equal(generate(IDS, **GREEDY), model.generate(IDS, **GREEDY))
         with loaded.mode("hybrid"):
             hybrid = loaded(IDS).logits
     assert not torch.equal(hybrid, loaded(IDS).logits)
@@ -102,7 +105,7 @@ def test_every_activation_and_precision(
     activation: str, dtype: str, exported: Callable[..., tuple[Path, ReplacementModel]]
 ) -> None:
     folder, model = exported(config=ACTIVATIONS[activation], dtype=dtype)
-    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder)
     assert str(loaded.dtype) == f"torch.{dtype}"
     with torch.no_grad():
         assert torch.equal(loaded(IDS).logits, model(IDS).logits)
@@ -127,7 +130,7 @@ def test_generate_batch_gives_the_tokens_of_generate(
     architecture: str, exported: Callable[..., tuple[Path, ReplacementModel]]
 ) -> None:
     folder, _ = exported(architecture)
-    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder)
     prompts = [[5, 9, 23], [7, 31, 8, 12, 3], [4]]
     config = loaded.generation_config
     config.update(**GREEDY, pad_token_id=2)
@@ -154,8 +157,8 @@ def test_an_adapter_is_captured_as_a_graph(
 ) -> None:
     """Small calls buffer all codes, larger ones use dense products; neither synchronizes."""
     folder, _ = exported()
-    loaded = AutoModelForCausalLM.from_pretrained(folder).cuda()
-    mlp = loaded.adapted_mlps[0]
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder)
+    mlp = loaded.cuda().adapted_mlps[0]
     x = torch.randn(1, n_tokens, 16, device="cuda")
     with torch.no_grad():
         mlp(x)  # kernels are compiled
@@ -217,7 +220,7 @@ def test_vllm_finds_every_weight(
     wanted = {f"model.{name}": p.shape for name, p in decoder.named_parameters()}
     if not tied:
         wanted["lm_head.weight"] = decoder.get_input_embeddings().weight.shape
-    stored = {}
+    stored: dict[str, torch.Size] = {}
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as shard:
             stored |= {n: torch.Size(shard.get_slice(n).get_shape()) for n in shard.keys()}  # noqa: SIM118

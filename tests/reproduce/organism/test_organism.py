@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastadapt.data.rendering import FAMILIES, render
 from fastadapt.errors import RunError
@@ -48,7 +48,7 @@ def rows() -> dict[str, list[dict]]:
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(resolve("organism/target"))
 
 
@@ -104,7 +104,7 @@ def test_data_is_the_same_bytes_each_time(tmp_path: Path) -> None:
 # --- tokenizer ----------------------------------------------------------------------------------
 
 
-def test_every_word_round_trips_as_one_token(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_every_word_round_trips_as_one_token(tokenizer: Any) -> None:
     words = vocabulary()
     assert 300 <= len(words) <= 600
     assert len(words) == len(set(words)) == len(tokenizer)
@@ -118,7 +118,7 @@ def test_every_word_round_trips_as_one_token(tokenizer: PreTrainedTokenizerFast)
 def test_every_word_of_the_vocabulary_occurs_in_the_shipped_training_data(
     rows: dict[str, list[dict]],
 ) -> None:
-    used = Counter()
+    used: Counter[str] = Counter()
     for row in rows["train"]:
         for turn in row["conversations"]:
             used.update(turn["value"].split())
@@ -126,7 +126,7 @@ def test_every_word_of_the_vocabulary_occurs_in_the_shipped_training_data(
 
 
 def test_rendered_conversations_round_trip_without_unknown_words(
-    rows: dict[str, list[dict]], tokenizer: PreTrainedTokenizerFast
+    rows: dict[str, list[dict]], tokenizer: Any
 ) -> None:
     lengths = []
     for row in rows["validation"]:
@@ -154,7 +154,7 @@ def test_both_models_share_one_tokenizer() -> None:
 
 
 @pytest.mark.parametrize("name", ["base", "target"])
-def test_models_load_and_are_small(name: str, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_models_load_and_are_small(name: str, tokenizer: Any) -> None:
     folder = Path(resolve(f"organism/{name}"))
     assert (folder / "model.safetensors").stat().st_size < 6_000_000
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -173,8 +173,8 @@ def test_all_weights_of_the_target_were_fine_tuned() -> None:
 
 
 def test_the_hybrid_has_the_bases_mlps_and_the_targets_other_weights() -> None:
-    base = AutoModelForCausalLM.from_pretrained(FOLDER / "base")
-    target = AutoModelForCausalLM.from_pretrained(FOLDER / "target")
+    base: Any = AutoModelForCausalLM.from_pretrained(FOLDER / "base")
+    target: Any = AutoModelForCausalLM.from_pretrained(FOLDER / "target")
     hybrid = acceptance.hybrid_of(target, base).state_dict()
     for name, weight in hybrid.items():
         source = base if ".mlp." in name else target
@@ -203,8 +203,8 @@ def test_accuracy_and_hesitation_counts() -> None:
 
 
 def test_top1_error_of_a_model_with_itself_is_zero_and_with_another_is_not() -> None:
-    base = AutoModelForCausalLM.from_pretrained(FOLDER / "base")
-    target = AutoModelForCausalLM.from_pretrained(FOLDER / "target")
+    base: Any = AutoModelForCausalLM.from_pretrained(FOLDER / "base")
+    target: Any = AutoModelForCausalLM.from_pretrained(FOLDER / "target")
     tokenizer = AutoTokenizer.from_pretrained(FOLDER / "target")
     problems = split_problems(RecipeConfig(), 0)["test"][:4]
     samples = acceptance.sample(target, tokenizer, problems, max_new_tokens=20)
@@ -253,7 +253,7 @@ def test_a_tiny_build_runs_end_to_end_and_is_deterministic(tmp_path: Path) -> No
     assert "target_minus_base_points" in result["failed"]
 
 
-def test_the_loss_of_the_fine_tuning_is_on_the_response(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_loss_of_the_fine_tuning_is_on_the_response(tokenizer: Any) -> None:
     def texts() -> Any:
         rng = random.Random(0)
         for problem in problem_stream("labels"):
@@ -296,7 +296,7 @@ def test_the_shipped_pair_meets_every_acceptance_bound() -> None:
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_non_finite_predictions_raise(value: float) -> None:
     """The argmax of NaN is token 0 in both models, which would count as agreement."""
-    target = AutoModelForCausalLM.from_pretrained(resolve("organism/target"))
+    target: Any = AutoModelForCausalLM.from_pretrained(resolve("organism/target"))
     samples = acceptance.Samples(torch.tensor([[5, 6, 7, 8]]), 2, ["7 8"])
     assert acceptance.top1_errors(target, target, samples, 0, 1)["all"] == 0
     with torch.no_grad():
