@@ -11,6 +11,8 @@ import copy
 import itertools
 import math
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +31,7 @@ from fastadapt.adapter import module as adapter_module
 from fastadapt.adapter.module import AdapterConfig
 from fastadapt.batch import Batch
 from fastadapt.errors import UserError
-from fastadapt.kernels.transcoder import CodeLayout, plan_for
+from fastadapt.kernels.transcoder import plan_for
 from fastadapt.models.pretrained import ARCHITECTURES
 from fastadapt.models.recompute import POLICIES
 from fastadapt.models.replacement import ReplacementModel
@@ -47,7 +49,13 @@ ACTIVATIONS = {
 class NaiveMLP(nn.Module):
     """``MLP_base(x) + A(x)``, dense, by the formulas; stores penalty and L0 of its last call."""
 
-    def __init__(self, base: nn.Module, adapter: nn.Module) -> None:
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
+    b_dec: Tensor
+    threshold: Tensor
+
+    def __init__(self, base: nn.Module, adapter: Any) -> None:
         super().__init__()
         self.base, self.config = base, adapter.config
         for name, p in adapter.named_parameters():
@@ -76,7 +84,7 @@ class NaiveMLP(nn.Module):
 
 
 def naive(
-    target: nn.Module,
+    target: Any,
     adapted: list[NaiveMLP],
     batch: Batch,
     cutoff: int,
@@ -103,7 +111,8 @@ def naive(
         p, q = clean.log_softmax(-1), logits.log_softmax(-1)
         return (p.exp() * (p - q)).sum(-1)[counted].mean()
 
-    k, total = cutoff, {}
+    k = cutoff
+    total: dict[str, Any] = {}
     predicted_rows = sum(bool((row[1:] != -100).any()) for row in batch.labels)
     for b, n in enumerate(batch.real.sum(1).tolist()):
         ids, labels = batch.input_ids[b : b + 1, :n], batch.labels[b, :n]
@@ -163,14 +172,15 @@ def float64_clean(monkeypatch: pytest.MonkeyPatch) -> None:
     def wide_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
         return softmax(x, dim, dtype=None if x.dtype == torch.float64 else dtype)
 
-    def rms(self: nn.Module, x: Tensor) -> Tensor:
+    def rms(self: Any, x: Tensor) -> Tensor:
         return self.weight * (
             x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
         )
 
-    def gemma(self: nn.Module, x: Tensor) -> Tensor:
+    def gemma(self: Any, x: Tensor) -> Tensor:
         return (1 + self.weight) * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
 
+    norm: type[nn.Module]
     for norm in (
         modeling_llama.LlamaRMSNorm,
         modeling_mistral.MistralRMSNorm,
@@ -196,7 +206,14 @@ def ragged_batch(seed: int = 0) -> Batch:
     return Batch(ids, real, labels)
 
 
-def check(replacement, reference_target, cutoff, config, batch, tolerance) -> None:
+def check(
+    replacement: ReplacementModel,
+    reference_target: Any,
+    cutoff: int,
+    config: ObjectiveConfig,
+    batch: Batch,
+    tolerance: float,
+) -> None:
     adapted = [
         NaiveMLP(base, adapter)
         for base, adapter in zip(replacement.pair.base_mlps, replacement.adapters, strict=True)
@@ -225,7 +242,7 @@ CASES += [(a, activation) for a in ("qwen2", "gemma2") for activation in list(AC
 
 @pytest.mark.parametrize(("architecture", "activation"), CASES)
 def test_every_loss_and_gradient_equals_the_naive_ones(
-    architecture, activation, make_pair, float64_clean
+    architecture: str, activation: str, make_pair: Callable[..., Any], float64_clean: None
 ) -> None:
     pair = make_pair(architecture, dtype="float64")
     target = copy.deepcopy(pair.target)
@@ -237,7 +254,7 @@ def test_every_loss_and_gradient_equals_the_naive_ones(
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_without_patches_both_implementations_agree_to_single_precision(
-    activation, make_pair
+    activation: str, make_pair: Callable[..., Any]
 ) -> None:
     pair = make_pair("qwen2", dtype="float64")
     target = copy.deepcopy(pair.target)
@@ -247,10 +264,10 @@ def test_without_patches_both_implementations_agree_to_single_precision(
 
 
 @pytest.mark.parametrize("implementation", ["reference", "sparse"])
-def test_checkpointing_changes_no_bit(implementation, make_pair) -> None:
+def test_checkpointing_changes_no_bit(implementation: str, make_pair: Callable[..., Any]) -> None:
     config = AdapterConfig(FEATURES, implementation=implementation)
-    replacement = make_replacement(make_pair("qwen2"), config)
-    results = []
+    replacement: Any = make_replacement(make_pair("qwen2"), config)
+    results: list[Any] = []
     for policy in POLICIES:
         replacement.zero_grad()
         out = objective(replacement, ragged_batch(), 1, ObjectiveConfig(checkpoint=policy))
@@ -265,9 +282,9 @@ def test_checkpointing_changes_no_bit(implementation, make_pair) -> None:
 
 @pytest.mark.parametrize("cutoff", range(LAYERS + 1))
 @pytest.mark.parametrize("policy", POLICIES)
-def test_one_traversal(cutoff, policy, make_pair) -> None:
+def test_one_traversal(cutoff: int, policy: str, make_pair: Callable[..., Any]) -> None:
     """Each layer runs one target and one replacement forward, and the bridges after the cutoff."""
-    replacement = make_replacement(make_pair("qwen2"), ACTIVATIONS["relu"])
+    replacement: Any = make_replacement(make_pair("qwen2"), ACTIVATIONS["relu"])
     calls: list[tuple[int, str, int]] = []
     for i, block in enumerate(replacement.blocks):
         block.self_attn.register_forward_hook(
@@ -295,8 +312,8 @@ def test_one_traversal(cutoff, policy, make_pair) -> None:
     assert again == ([] if policy == "none" else sorted(expected))
 
 
-def test_without_weight_the_bridges_are_not_run(make_pair) -> None:
-    replacement = make_replacement(make_pair("qwen2"), ACTIVATIONS["relu"])
+def test_without_weight_the_bridges_are_not_run(make_pair: Callable[..., Any]) -> None:
+    replacement: Any = make_replacement(make_pair("qwen2"), ACTIVATIONS["relu"])
     calls: list[int] = []
     for block in replacement.blocks:
         block.self_attn.register_forward_hook(lambda _m, _a, _o: calls.append(1))
@@ -310,7 +327,7 @@ def test_without_weight_the_bridges_are_not_run(make_pair) -> None:
     torch.testing.assert_close(bare["loss"], full["loss"] - bridges)
 
 
-def test_logits_can_be_rounded_as_in_the_released_code(make_pair) -> None:
+def test_logits_can_be_rounded_as_in_the_released_code(make_pair: Callable[..., Any]) -> None:
     replacement = make_replacement(make_pair("qwen2"), ACTIVATIONS["relu"])
     exact = objective(replacement, ragged_batch(), 1, ObjectiveConfig()).metrics
     rounded = ObjectiveConfig(logits_dtype="bfloat16")
@@ -321,7 +338,7 @@ def test_logits_can_be_rounded_as_in_the_released_code(make_pair) -> None:
 
 
 @pytest.mark.parametrize("cutoff", range(LAYERS + 1))
-def test_parity_with_the_released_precision(cutoff, make_pair) -> None:
+def test_parity_with_the_released_precision(cutoff: int, make_pair: Callable[..., Any]) -> None:
     """bfloat16 weights and logits are as close to float64 as the released implementation.
 
     The released implementation runs separate passes with dense bfloat16 adapters, a softmax in
@@ -329,7 +346,7 @@ def test_parity_with_the_released_precision(cutoff, make_pair) -> None:
     """
     pair = make_pair("qwen2", dtype="bfloat16")
     target = copy.deepcopy(pair.target)
-    replacement = make_replacement(pair, ACTIVATIONS["relu"])
+    replacement: Any = make_replacement(pair, ACTIVATIONS["relu"])
     parity = ObjectiveConfig(sparsity=0.03, bridge=2, first_cutoff=0, logits_dtype="bfloat16")
     batch = ragged_batch(cutoff)
 
@@ -360,7 +377,7 @@ class Counted(TorchDispatchMode):
         self.ops: Counter[str] = Counter()
         self.products: Counter[tuple[int, ...]] = Counter()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         self.ops[func.name()] += 1
         if func.name() in ("aten::mm", "aten::addmm"):
@@ -368,7 +385,7 @@ class Counted(TorchDispatchMode):
         return out
 
 
-def test_what_the_backward_pass_recomputes(make_pair) -> None:
+def test_what_the_backward_pass_recomputes(make_pair: Callable[..., Any]) -> None:
     """Dense codes are recomputed, attention under ``full`` only, sparse codes and down never."""
     encode, decode = "fastadapt::encode", "fastadapt::decode"
     attention = "aten::_scaled_dot_product_flash_attention_for_cpu"
@@ -396,14 +413,16 @@ def test_what_the_backward_pass_recomputes(make_pair) -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_every_call_has_the_plan_of_its_layer(policy, make_pair, monkeypatch) -> None:
+def test_every_call_has_the_plan_of_its_layer(
+    policy: str, make_pair: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The layout is for all tokens of the call with padding; the recompute uses the same."""
     config = AdapterConfig(FEATURES, implementation="sparse")
     replacement = make_replacement(make_pair("qwen2"), config)
-    seen: list[CodeLayout | None] = []
+    seen: list[Any] = []
     transcoder = adapter_module.transcoder
 
-    def watched(*args, plan, **kwargs):
+    def watched(*args: Any, plan: Any, **kwargs: Any) -> Any:
         seen.append(plan)
         return transcoder(*args, plan=plan, **kwargs)
 
@@ -411,7 +430,7 @@ def test_every_call_has_the_plan_of_its_layer(policy, make_pair, monkeypatch) ->
     rates = [0.2, 0.9, FEATURES]
     weights = ObjectiveConfig(checkpoint=policy)
     out = objective(replacement, ragged_batch(), 1, weights, rates)
-    expected = [
+    expected: list[Any] = [
         plan_for(rate, n_streams * 3 * 9, FEATURES, torch.float32, "cpu")
         for rate, n_streams in zip(rates, (1, 2, 2), strict=True)
     ]
@@ -425,8 +444,8 @@ def test_every_call_has_the_plan_of_its_layer(policy, make_pair, monkeypatch) ->
     )
 
 
-def test_plans_change_no_value(make_pair) -> None:
-    replacement = make_replacement(make_pair("qwen2"), AdapterConfig(FEATURES, "topk", k=1))
+def test_plans_change_no_value(make_pair: Callable[..., Any]) -> None:
+    replacement: Any = make_replacement(make_pair("qwen2"), AdapterConfig(FEATURES, "topk", k=1))
     results = []
     for rates in (None, [1.0] * LAYERS, [FEATURES] * LAYERS):
         replacement.zero_grad()
@@ -441,7 +460,7 @@ def test_plans_change_no_value(make_pair) -> None:
             torch.testing.assert_close(a, b, rtol=2e-4, atol=1e-6)
 
 
-def test_a_batch_is_the_mean_of_its_sequences(make_pair) -> None:
+def test_a_batch_is_the_mean_of_its_sequences(make_pair: Callable[..., Any]) -> None:
     pair = make_pair("qwen2", dtype="float64")
     replacement = make_replacement(pair, ACTIVATIONS["batch_topk"])
     batch = ragged_batch()
@@ -455,7 +474,7 @@ def test_a_batch_is_the_mean_of_its_sequences(make_pair) -> None:
         assert math.isclose(whole[name], mean, rel_tol=1e-7), name
 
 
-def test_new_adapters_leave_the_hybrid_unchanged(make_pair) -> None:
+def test_new_adapters_leave_the_hybrid_unchanged(make_pair: Callable[..., Any]) -> None:
     """A new replacement equals the hybrid, and the bridges already have gradients."""
     pair = make_pair("qwen2")
     replacement = ReplacementModel.create(pair, AdapterConfig(FEATURES))
@@ -469,6 +488,7 @@ def test_new_adapters_leave_the_hybrid_unchanged(make_pair) -> None:
     out.loss.backward()
     assert out.metrics["sparsity"] == 0
     assert 0.3 * FEATURES < out.metrics["l0"] < 0.7 * FEATURES
+    adapter: Any
     for adapter in replacement.adapters:
         assert adapter.W_dec.grad.norm() > 0
         assert torch.isfinite(adapter.W_enc.grad).all()
@@ -485,17 +505,18 @@ def test_cutoffs_are_uniform_and_reproducible() -> None:
     assert draws != [draw_cutoff(4, config, seed=43, step=s) for s in range(2000)]
 
 
-def test_a_cutoff_outside_the_model_is_refused(make_pair) -> None:
+def test_a_cutoff_outside_the_model_is_refused(make_pair: Callable[..., Any]) -> None:
     replacement = make_replacement(make_pair("qwen2"), ACTIVATIONS["relu"])
     with pytest.raises(ValueError, match=r"cutoff must lie in 0\.\.3, got 4"):
         objective(replacement, ragged_batch(), 4, ObjectiveConfig())
 
 
-def make_replacement(pair, config: AdapterConfig) -> ReplacementModel:
+def make_replacement(pair: Any, config: AdapterConfig) -> ReplacementModel:
     """Return a replacement model with random adapters, so that no gradient is zero."""
     replacement = ReplacementModel.create(pair, config, seed=7)
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
+        adapter: Any
         for adapter in replacement.adapters:
             for name in ("b_enc", "W_dec", "b_dec"):
                 p = getattr(adapter, name)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,7 +51,7 @@ def test_a_new_adapter_adds_nothing_and_half_of_its_features_fire() -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("training", [True, False])
-def test_encode_then_decode_is_forward(name, training) -> None:
+def test_encode_then_decode_is_forward(name: str, training: bool) -> None:
     adapter = random_adapter(CONFIGS[name]).train(training)
     if name == "batch_topk":
         adapter.update_threshold(torch.tensor(0.08))
@@ -85,8 +88,8 @@ def test_batch_topk_ranks_in_training_and_thresholds_after() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_dtypes(dtype) -> None:
-    adapter = random_adapter(CONFIGS["relu"]).to(dtype)
+def test_dtypes(dtype: torch.dtype) -> None:
+    adapter: Any = random_adapter(CONFIGS["relu"]).to(dtype)
     out, aux = adapter(torch.randn(5, 12, dtype=dtype))
     assert out.dtype == dtype
     assert aux.penalty.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -95,7 +98,7 @@ def test_dtypes(dtype) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_saved_adapters_are_loaded_unchanged(name, tmp_path) -> None:
+def test_saved_adapters_are_loaded_unchanged(name: str, tmp_path: Path) -> None:
     adapters = [random_adapter(CONFIGS[name]) for _ in range(3)]
     if name == "batch_topk":
         adapters[1].update_threshold(torch.tensor(0.3))
@@ -115,19 +118,19 @@ def test_saved_adapters_are_loaded_unchanged(name, tmp_path) -> None:
     assert card["orientation"]["W_dec"] == "[n_features, d_out]"
 
 
-def edit_tensors(folder, change) -> None:
+def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
     file = folder / "layer_1.safetensors"
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file)
 
 
-def edit_card(folder, **changes) -> None:
+def edit_card(folder: Path, **changes: Any) -> None:
     file = folder / "fastadapt.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
-def edit_settings(folder, **changes) -> None:
+def edit_settings(folder: Path, **changes: Any) -> None:
     settings = json.loads((folder / "fastadapt.json").read_text())["adapter"]
     edit_card(folder, adapter={**settings, **changes})
 
@@ -190,7 +193,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_faulty_folder_is_refused(fault, tmp_path) -> None:
+def test_a_faulty_folder_is_refused(fault: str, tmp_path: Path) -> None:
     save_adapters([random_adapter(CONFIGS["relu"]) for _ in range(2)], tmp_path)
     spoil, message = FAULTS[fault]
     spoil(tmp_path)
@@ -198,7 +201,7 @@ def test_a_faulty_folder_is_refused(fault, tmp_path) -> None:
         load_adapters(tmp_path)
 
 
-def test_adapters_of_one_folder_must_be_alike(tmp_path) -> None:
+def test_adapters_of_one_folder_must_be_alike(tmp_path: Path) -> None:
     mixed = [random_adapter(CONFIGS["relu"]), random_adapter(CONFIGS["topk"])]
     with pytest.raises(UserError, match="layer 1 differs from layer 0"):
         save_adapters(mixed, tmp_path)
@@ -221,7 +224,7 @@ def test_adapters_of_one_folder_must_be_alike(tmp_path) -> None:
         ),
     ],
 )
-def test_impossible_settings(settings, message) -> None:
+def test_impossible_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         AdapterConfig(**settings)
 
@@ -240,7 +243,9 @@ def test_impossible_settings(settings, message) -> None:
         ("triton", "cpu", "bfloat16", "interpreted on a CPU"),
     ],
 )
-def test_where_implementations_run(implementation, device, dtype, message, monkeypatch) -> None:
+def test_where_implementations_run(
+    implementation: str, device: str, dtype: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     config = AdapterConfig(8, implementation=implementation)
     with pytest.raises(UserError, match=message) if message else nullcontext():

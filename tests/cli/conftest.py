@@ -77,7 +77,9 @@ def recipe(tiny_pair: Path, tmp_path: Path) -> Callable[..., Path]:
 class Desk:
     """Functions with which a test case prepares files and a command line."""
 
-    def __init__(self, pair: Path, folder: Path, recipe: Callable[..., Path], run: Callable):
+    def __init__(
+        self, pair: Path, folder: Path, recipe: Callable[..., Path], run: Callable
+    ) -> None:
         self.pair, self.folder, self.recipe, self.run = pair, folder, recipe, run
 
     def train(self, *options: object, **changes: object) -> list[object]:

@@ -5,6 +5,8 @@ the error message, and the exit code if it is not 2.
 """
 
 import shutil
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ TURNS = [{"from": "user", "value": "w1 w2"}, {"from": "assistant", "value": "w3 
 CONVERSATION = {"conversations": TURNS}
 
 
-def _vocabulary_renamed(d):
+def _vocabulary_renamed(d: Any) -> list[object]:
     from fastadapt.organism import FOLDER
 
     base = d.folder / "other-base"
@@ -23,14 +25,14 @@ def _vocabulary_renamed(d):
     return d.train(**{"pair.target": "organism/target", "pair.base": str(base)})
 
 
-def _weights_cut(d, keep):
+def _weights_cut(d: Any, keep: float) -> list[object]:
     path = d.model("target") / "model.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * keep)])
     return d.train(**{"pair.target": str(path.parent)})
 
 
-def _weights(d, which, change):
+def _weights(d: Any, which: str, change: Callable[[dict[str, torch.Tensor]], Any]) -> list[object]:
     from safetensors.torch import load_file, save_file
 
     path = d.model(which) / "model.safetensors"
@@ -40,42 +42,42 @@ def _weights(d, which, change):
     return d.train(**{f"pair.{which}": str(path.parent)})
 
 
-def _other(d, **config):
+def _other(d: Any, **config: Any) -> list[object]:
     return d.train(**{"pair.base": str(d.model("base", **config))})
 
 
-def _no_config(d):
+def _no_config(d: Any) -> list[object]:
     base = d.model("base")
     (base / "config.json").unlink()
     return d.train(**{"pair.base": str(base)})
 
 
-def _rows(*rows, **changes):
+def _rows(*rows: Any, **changes: Any) -> Callable[[Any], list[object]]:
     return lambda d: d.train(**{"data.train": d.data(*rows), **changes})
 
 
-def _file_in_place_of_folder(d):
+def _file_in_place_of_folder(d: Any) -> list[object]:
     (d.folder / "run").write_text("not a folder")
     return d.train()
 
 
-def _folder_of_something_else(d):
+def _folder_of_something_else(d: Any) -> list[object]:
     (d.folder / "run").mkdir()
     (d.folder / "run" / "thesis.tex").write_text("years of work")
     return d.train("--overwrite")
 
 
-def _second_run(d):
+def _second_run(d: Any) -> list[object]:
     d.finished_run()
     return d.train()
 
 
-def _resume_another(d):
+def _resume_another(d: Any) -> list[object]:
     d.finished_run()
     return d.train("--resume", "--optimizer.lr", "2e-3")
 
 
-def _all_checkpoints_damaged(d):
+def _all_checkpoints_damaged(d: Any) -> list[object]:
     for path in (d.finished_run() / "checkpoints").glob("step-*/*.safetensors"):
         content = bytearray(path.read_bytes())
         content[-1] ^= 1
@@ -83,7 +85,7 @@ def _all_checkpoints_damaged(d):
     return d.train("--resume")
 
 
-def _checkpoint_of_another_shape(d):
+def _checkpoint_of_another_shape(d: Any) -> list[object]:
     run = d.finished_run(**{"adapter.n_features": 16})
     moved = d.folder / "kept"
     shutil.move(run / "checkpoints", moved)
@@ -94,7 +96,7 @@ def _checkpoint_of_another_shape(d):
     return d.train("--resume")
 
 
-CASES = [
+CASES: list[tuple[Any, ...]] = [
     # --- the pair
     (
         "architecture",
@@ -223,12 +225,14 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case[0].replace(" ", "-") for case in CASES])
-def test_a_mistake_gets_one_clear_error(case, expect_error):
+def test_a_mistake_gets_one_clear_error(
+    case: tuple[Any, ...], expect_error: Callable[..., None]
+) -> None:
     _, arrange, *expected = case
     expect_error(arrange, *expected)
 
 
-def test_every_case_has_words_of_its_own(emitted):
+def test_every_case_has_words_of_its_own(emitted: dict[str, str]) -> None:
     """The messages of all cases that have run so far are different."""
     assert len({name for name, *_ in CASES}) == len(CASES) >= 30
     by_message: dict[str, list[str]] = {}

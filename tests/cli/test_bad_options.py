@@ -5,13 +5,16 @@ of the error message.
 """
 
 import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 
 
-def option(name, value, message):
+def option(name: str, value: Any, message: str) -> tuple[str, Callable[[Any], list[object]], str]:
     return (f"{name} {value}", lambda d: d.train(name, value), message)
 
 
@@ -181,14 +184,18 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case[0].replace(" ", "-") for case in CASES])
-def test_a_mistake_gets_one_clear_error(case, expect_error):
+def test_a_mistake_gets_one_clear_error(
+    case: tuple[Any, ...], expect_error: Callable[..., None]
+) -> None:
     _, arrange, *expected = case
     expect_error(arrange, *expected)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("name", ["triton", "triton_fused"])
-def test_triton_without_a_gpu(expect_error, monkeypatch, name):
+def test_triton_without_a_gpu(
+    expect_error: Callable[..., None], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     monkeypatch.setattr("fastadapt.adapter.module.runs_triton", lambda device: False)
     _, arrange, message = option(
         "--adapter.implementation",
@@ -199,14 +206,14 @@ def test_triton_without_a_gpu(expect_error, monkeypatch, name):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_triton_interpreted_in_bfloat16(expect_error):
+def test_triton_interpreted_in_bfloat16(expect_error: Callable[..., None]) -> None:
     expect_error(
         lambda d: d.train("--adapter.implementation", "triton", "--pair.dtype", "bfloat16"),
         "'triton' is interpreted on a CPU, where Triton multiplies bfloat16 wrongly",
     )
 
 
-def test_every_case_has_words_of_its_own(emitted):
+def test_every_case_has_words_of_its_own(emitted: dict[str, str]) -> None:
     """The messages of all cases that have run so far are different."""
     assert len({name for name, *_ in CASES}) == len(CASES) >= 30
     by_message: dict[str, list[str]] = {}
@@ -215,7 +222,9 @@ def test_every_case_has_words_of_its_own(emitted):
     assert {said: cases for said, cases in by_message.items() if len(cases) > 1} == {}
 
 
-def test_a_missing_extra_is_named(fastadapt, recipe, monkeypatch):
+def test_a_missing_extra_is_named(
+    fastadapt: Callable[..., Any], recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import transformers.utils
 
     monkeypatch.setattr(transformers.utils, "is_flash_attn_2_available", lambda: False)
@@ -225,7 +234,9 @@ def test_a_missing_extra_is_named(fastadapt, recipe, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there(fastadapt, recipe):
+def test_a_gpu_that_is_not_there(
+    fastadapt: Callable[..., Any], recipe: Callable[..., Path]
+) -> None:
     outcome = fastadapt("train", recipe(), "--pair.device", "cuda")
     assert outcome.code == 2
     assert re.search(r"pair\.device is cuda, but torch finds no GPU", outcome.err)

@@ -4,7 +4,9 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -36,7 +38,7 @@ OPTIONS = re.findall(
 )
 
 
-def test_the_options_of_train_are_frozen():
+def test_the_options_of_train_are_frozen() -> None:
     """Scripts start runs, so removing or renaming an option breaks them."""
     from fastadapt.cli.train import train_parser
 
@@ -49,7 +51,7 @@ PREPARE_OPTIONS = """
 """
 
 
-def test_the_options_of_data_prepare_are_frozen(fastadapt):
+def test_the_options_of_data_prepare_are_frozen(fastadapt: Callable[..., Any]) -> None:
     text = fastadapt("data", "prepare", "--help").out
     assert sorted(set(re.findall(r"^  (?:-h, )?(--\w+)", text, re.MULTILINE))) == (
         PREPARE_OPTIONS.split()
@@ -72,7 +74,7 @@ EVAL_OPTIONS = """
 """
 
 
-def test_the_options_of_eval_are_frozen():
+def test_the_options_of_eval_are_frozen() -> None:
     from fastadapt.cli.main import open_command
 
     assert sorted(open_command("eval").parser.option_names()) == EVAL_OPTIONS.split()
@@ -81,7 +83,7 @@ def test_the_options_of_eval_are_frozen():
 FEATURES = "check classify collect describe export merge overlap select serve sets"
 
 
-def test_the_commands_are_frozen(fastadapt):
+def test_the_commands_are_frozen(fastadapt: Callable[..., Any]) -> None:
     from fastadapt.cli.main import COMMANDS
 
     features = [f"features {name}" for name in FEATURES.split()]
@@ -92,7 +94,7 @@ def test_the_commands_are_frozen(fastadapt):
 
 
 @pytest.mark.parametrize("option", ["--help", "--version"])
-def test_help_and_version_import_no_torch(option):
+def test_help_and_version_import_no_torch(option: str) -> None:
     code = (
         "import sys; from fastadapt.cli.main import main; "
         f"main(['{option}']); sys.exit('torch' in sys.modules)"
@@ -100,13 +102,13 @@ def test_help_and_version_import_no_torch(option):
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
-def test_version_and_help(fastadapt):
+def test_version_and_help(fastadapt: Callable[..., Any]) -> None:
     assert re.fullmatch(r"fastadapt \d+\.\d+\.\d+\S*\n", fastadapt("--version").out)
     assert fastadapt() == fastadapt("--help")
     assert fastadapt("--help").code == 0
 
 
-def test_help_of_train_tells_every_option_with_its_meaning(fastadapt):
+def test_help_of_train_tells_every_option_with_its_meaning(fastadapt: Callable[..., Any]) -> None:
     outcome = fastadapt("train", "--help")
     assert outcome.code == 0
     for option in OPTIONS:
@@ -117,7 +119,7 @@ def test_help_of_train_tells_every_option_with_its_meaning(fastadapt):
 
 
 @pytest.mark.parametrize("preset", ["organism", "r1-distill-qwen-7b"])
-def test_presets_parse_and_print_whole(fastadapt, preset):
+def test_presets_parse_and_print_whole(fastadapt: Callable[..., Any], preset: str) -> None:
     from fastadapt.training.config import TrainConfig, from_dict, to_dict
 
     outcome = fastadapt("train", preset, "--print_config")
@@ -127,7 +129,7 @@ def test_presets_parse_and_print_whole(fastadapt, preset):
     assert to_dict(config) == yaml.safe_load(outcome.out)
 
 
-def test_every_preset_is_tested_and_shipped():
+def test_every_preset_is_tested_and_shipped() -> None:
     from fastadapt.cli.train import preset_names
 
     known = ["r1-distill-qwen-1.5b", "r1-distill-qwen-7b", "r1-distill-qwen-7b-text"]
@@ -135,7 +137,9 @@ def test_every_preset_is_tested_and_shipped():
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_what_is_typed_wins_over_the_file_wherever_it_stands(fastadapt, recipe, first):
+def test_what_is_typed_wins_over_the_file_wherever_it_stands(
+    fastadapt: Callable[..., Any], recipe: Callable[..., Path], first: bool
+) -> None:
     path = recipe()
     typed = ["--optimizer.lr", "3e-3", "--optimizer.betas", "[0.5, 0.75]", "--adapter.k=null"]
     order = [path, *typed] if first else [*typed, path]
@@ -146,7 +150,9 @@ def test_what_is_typed_wins_over_the_file_wherever_it_stands(fastadapt, recipe, 
     assert config["optimizer"]["epochs"] == 1  # from the dataclass
 
 
-def test_training_prints_the_table_and_the_report(fastadapt, recipe, tmp_path):
+def test_training_prints_the_table_and_the_report(
+    fastadapt: Callable[..., Any], recipe: Callable[..., Path], tmp_path: Path
+) -> None:
     outcome = fastadapt("train", recipe())
     assert outcome.code == 0, outcome.err
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -161,7 +167,9 @@ def test_training_prints_the_table_and_the_report(fastadapt, recipe, tmp_path):
     assert kl[2] == "0"
     assert rows["top-1 error"][1] == f"{100 * summary['top1_error_adapter']:.1f}%"
     assert "NMSE after layer 1" in rows
-    report = Path(re.search(r"^report:\s+(\S+)$", outcome.out, re.MULTILINE).group(1))
+    written = re.search(r"^report:\s+(\S+)$", outcome.out, re.MULTILINE)
+    assert written is not None
+    report = Path(written[1])
     assert report == tmp_path / "run" / "report.html"
     assert report.is_file()
     assert "<h3>Output KL</h3>" in report.read_text(encoding="utf-8")
@@ -171,7 +179,12 @@ def test_training_prints_the_table_and_the_report(fastadapt, recipe, tmp_path):
     assert "held-out KL" in outcome.err
 
 
-def test_a_dry_run_reads_no_weights_and_makes_no_folder(fastadapt, recipe, tmp_path, monkeypatch):
+def test_a_dry_run_reads_no_weights_and_makes_no_folder(
+    fastadapt: Callable[..., Any],
+    recipe: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     import safetensors
 
     def refuse(*_: object, **__: object) -> None:
@@ -186,7 +199,9 @@ def test_a_dry_run_reads_no_weights_and_makes_no_folder(fastadapt, recipe, tmp_p
     assert not (tmp_path / "run").exists()
 
 
-def test_the_papers_run_is_planned_offline(fastadapt, monkeypatch):
+def test_the_papers_run_is_planned_offline(
+    fastadapt: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Plan for an 80 GB GPU and 10,000 tokens; standard output is one JSON object."""
     import socket
 
@@ -207,16 +222,20 @@ def test_the_papers_run_is_planned_offline(fastadapt, monkeypatch):
     assert planned["flops_per_step"] < 900e12
 
 
-def test_what_does_not_fit_comes_with_a_way_out(fastadapt):
+def test_what_does_not_fit_comes_with_a_way_out(fastadapt: Callable[..., Any]) -> None:
     wide = ["--optimizer.masters", "true", "--adapter.n_features", "16384"]
     text = fastadapt("train", "r1-distill-qwen-7b", "--dry-run", "--gpu", "h100", *wide).out
     assert "DOES NOT FIT" in text
-    peak = float(re.search(r"Peak: ([\d.]+) GB", text).group(1))
+    shown = re.search(r"Peak: ([\d.]+) GB", text)
+    assert shown is not None
+    peak = float(shown[1])
     for name in ("optimizer.masters false", "adapter.n_features 8192", "data.max_tokens 5000"):
-        assert float(re.search(rf"{name} +│ +([\d.]+) GB", text).group(1)) < peak
+        shown = re.search(rf"{name} +│ +([\d.]+) GB", text)
+        assert shown is not None
+        assert float(shown[1]) < peak
 
 
-def test_what_a_dry_run_refuses(fastadapt):
+def test_what_a_dry_run_refuses(fastadapt: Callable[..., Any]) -> None:
     train = ["train", "r1-distill-qwen-7b"]
     assert "--json goes with --dry-run" in fastadapt(*train, "--json").err
     assert "--gpu goes with --dry-run" in fastadapt(*train, "--gpu", "h100").err
@@ -225,7 +244,12 @@ def test_what_a_dry_run_refuses(fastadapt):
     assert "--gpu: expected one of a100, h100, h200, got 'tpu'" in outcome.err
 
 
-def test_a_stopped_run_says_how_to_go_on_and_does(fastadapt, recipe, tmp_path, monkeypatch):
+def test_a_stopped_run_says_how_to_go_on_and_does(
+    fastadapt: Callable[..., Any],
+    recipe: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """SIGTERM after the second step exits with 0; the printed command finishes the run."""
     import os
     import shlex
@@ -247,7 +271,9 @@ def test_a_stopped_run_says_how_to_go_on_and_does(fastadapt, recipe, tmp_path, m
     assert outcome.code == 0, outcome.err
     assert "Stopped at step 2 of 6" in outcome.out
     assert "not finished" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    command = re.search(r"^Resume with:\s+fastadapt (.*)$", outcome.out, re.MULTILINE).group(1)
+    said = re.search(r"^Resume with:\s+fastadapt (.*)$", outcome.out, re.MULTILINE)
+    assert said is not None
+    command = said[1]
     assert command == f"train {path} --optimizer.lr 5e-3 --resume"
     again = fastadapt(*shlex.split(command))
     assert again.code == 0, again.err
@@ -255,7 +281,9 @@ def test_a_stopped_run_says_how_to_go_on_and_does(fastadapt, recipe, tmp_path, m
     assert "report:" in again.out
 
 
-def test_nothing_is_overwritten_without_being_asked(fastadapt, recipe, tmp_path):
+def test_nothing_is_overwritten_without_being_asked(
+    fastadapt: Callable[..., Any], recipe: Callable[..., Path], tmp_path: Path
+) -> None:
     path = recipe()
     assert fastadapt("train", path).code == 0
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
@@ -266,7 +294,9 @@ def test_nothing_is_overwritten_without_being_asked(fastadapt, recipe, tmp_path)
     assert fastadapt("train", path, "--overwrite").code == 0
 
 
-def test_a_bug_keeps_its_traceback(fastadapt, recipe, monkeypatch):
+def test_a_bug_keeps_its_traceback(
+    fastadapt: Callable[..., Any], recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from fastadapt.training import trainer
 
     def break_down(*_: object, **__: object) -> None:
@@ -277,7 +307,7 @@ def test_a_bug_keeps_its_traceback(fastadapt, recipe, monkeypatch):
         fastadapt("train", recipe())
 
 
-def test_the_installed_command_exits_with_the_code():
+def test_the_installed_command_exits_with_the_code() -> None:
     from shutil import which
 
     command = which("fastadapt", path=str(Path(sys.executable).parent))
@@ -289,7 +319,9 @@ def test_the_installed_command_exits_with_the_code():
     assert "Traceback" not in done.stderr
 
 
-def test_an_interrupt_ends_without_a_traceback(fastadapt, recipe, monkeypatch):
+def test_an_interrupt_ends_without_a_traceback(
+    fastadapt: Callable[..., Any], recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from fastadapt.training import trainer
 
     def interrupt(*_: object, **__: object) -> None:

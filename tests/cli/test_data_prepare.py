@@ -6,20 +6,22 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import openthoughts
 import pytest
 
 
 @pytest.fixture
-def source(tmp_path) -> Path:
+def source(tmp_path: Path) -> Path:
     return openthoughts.write_jsonl(tmp_path / "rows.jsonl", 2400)
 
 
 @pytest.fixture
-def command(source, tmp_path):
-    def make(*more) -> list[str]:
+def command(source: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    def make(*more: str) -> list[str]:
         sizes = ["--train", "400", "--validation=40", "--max-tokens", "60"]
         where = ["--output", tmp_path / "out", "--tokenizer", "organism/target"]
         return [str(a) for a in ("data", "prepare", source, *where, *sizes, *more)]
@@ -27,7 +29,9 @@ def command(source, tmp_path):
     return make
 
 
-def test_it_selects_and_says_what(fastadapt, command, tmp_path):
+def test_it_selects_and_says_what(
+    fastadapt: Callable[..., Any], command: Callable[..., list[str]], tmp_path: Path
+) -> None:
     outcome = fastadapt(*command())
     assert outcome.code == 0, outcome.err
     lines = [line.replace("┃", "│").split("│") for line in outcome.out.splitlines()]
@@ -47,7 +51,9 @@ def test_it_selects_and_says_what(fastadapt, command, tmp_path):
     assert "writing: " in outcome.err
 
 
-def test_dashes_are_as_good_as_underscores(fastadapt, command):
+def test_dashes_are_as_good_as_underscores(
+    fastadapt: Callable[..., Any], command: Callable[..., list[str]]
+) -> None:
     assert fastadapt(*command("--allow-fewer", "--seed=3")).code == 0
     again = fastadapt(*command("--allow_fewer", "--seed", "3", "--resume"))
     assert again.code == 0, again.err
@@ -68,7 +74,9 @@ def test_dashes_are_as_good_as_underscores(fastadapt, command):
         (["--output", "/proc/fastadapt"], "--output: /proc/fastadapt cannot be created"),
     ],
 )
-def test_a_mistake_gets_one_clear_line(more, message, fastadapt, command):
+def test_a_mistake_gets_one_clear_line(
+    more: list[str], message: str, fastadapt: Callable[..., Any], command: Callable[..., list[str]]
+) -> None:
     outcome = fastadapt(*command(*more))
     assert outcome.code == 2
     assert outcome.out == ""
@@ -77,11 +85,13 @@ def test_a_mistake_gets_one_clear_line(more, message, fastadapt, command):
     assert message in said[0]
 
 
-def test_without_a_subcommand_it_helps(fastadapt):
+def test_without_a_subcommand_it_helps(fastadapt: Callable[..., Any]) -> None:
     assert "prepare" in fastadapt("data").out
 
 
-def test_ctrl_c_says_how_to_go_on(command, tmp_path, fastadapt):
+def test_ctrl_c_says_how_to_go_on(
+    command: Callable[..., list[str]], tmp_path: Path, fastadapt: Callable[..., Any]
+) -> None:
     """A signal stops the command with exit code 0; the printed command finishes the selection."""
     big = openthoughts.write_jsonl(tmp_path / "big.jsonl", 60_000)
     argv = command()

@@ -2,8 +2,9 @@
 
 import json
 import platform
+from collections.abc import Callable
 from importlib.metadata import version
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -14,12 +15,12 @@ runs_triton = kernel_checks.runs_triton
 
 
 @pytest.fixture(autouse=True)
-def _not_interpreted(monkeypatch):
+def _not_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Remove the effect of TRITON_INTERPRET, which must be set whenever triton is imported."""
     monkeypatch.setattr(kernel_checks, "runs_triton", lambda device: device == "cuda")
 
 
-def test_all_checks_of_this_machine_pass(fastadapt):
+def test_all_checks_of_this_machine_pass(fastadapt: Callable[..., Any]) -> None:
     outcome = fastadapt("doctor", "--json")
     diagnosis = json.loads(outcome.out)
     assert outcome.code == 0, diagnosis["checks"]
@@ -44,7 +45,7 @@ def test_all_checks_of_this_machine_pass(fastadapt):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU")
-def test_kernels_that_cannot_run_here_are_named(fastadapt):
+def test_kernels_that_cannot_run_here_are_named(fastadapt: Callable[..., Any]) -> None:
     outcome = fastadapt("doctor")
     assert "cannot run here and were not checked: they need a GPU" in outcome.out
     assert "device is cpu" in outcome.out
@@ -53,7 +54,9 @@ def test_kernels_that_cannot_run_here_are_named(fastadapt):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU")
 @pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning:triton")  # of masked lanes
 @pytest.mark.slow
-def test_triton_kernels_are_checked_where_they_are_interpreted(fastadapt, monkeypatch):
+def test_triton_kernels_are_checked_where_they_are_interpreted(
+    fastadapt: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(kernel_checks, "runs_triton", runs_triton)
     # The interpreter is slow, so only one activation and one dtype of each op are checked.
     monkeypatch.setattr(kernel_checks, "ACTIVATIONS", {"jumprelu": {"bandwidth": 0.5}})
@@ -74,7 +77,7 @@ def test_triton_kernels_are_checked_where_they_are_interpreted(fastadapt, monkey
     assert "interpreted on the CPU" in diagnosis["notes"][0]
 
 
-def test_failures_have_a_row_each_and_the_rest_one_together():
+def test_failures_have_a_row_each_and_the_rest_one_together() -> None:
     good = {"op": "a", "implementation": "i", "dtype": "d", "device": "cpu", "ok": True}
     good |= {"case": "small", "share": 0.1, "worst": "out", "message": ""}
     worse = good | {"case": "", "share": 0.25}
@@ -88,14 +91,14 @@ def test_failures_have_a_row_each_and_the_rest_one_together():
     ]
 
 
-def test_the_table_says_what_and_why(fastadapt):
+def test_the_table_says_what_and_why(fastadapt: Callable[..., Any]) -> None:
     outcome = fastadapt("doctor")
     assert outcome.code == 0
     for word in ("processor", "memory", "transformers", "pair.attention", "transcoder", "because"):
         assert word in outcome.out
 
 
-def test_auto_means_what_the_ops_choose():
+def test_auto_means_what_the_ops_choose() -> None:
     from fastadapt.kernels.linear_kl import resolve_implementation as resolve_linear_kl
     from fastadapt.kernels.transcoder import resolve_implementation as resolve_transcoder
 
@@ -108,7 +111,8 @@ def test_auto_means_what_the_ops_choose():
         choices = {c.what: c.choice for c in doctor.choices(device)}
         for dtype, what in ((torch.bfloat16, ""), (torch.float64, ", float64")):
             transcoder = choices.get(f"transcoder{what}", choices["transcoder"])
-            assert transcoder == resolve_transcoder("auto", On(device, dtype), None, None)
+            on: Any = On(device, dtype)
+            assert transcoder == resolve_transcoder("auto", on, None, None)
             softmax = torch.promote_types(dtype, torch.float32)
             linear_kl = choices.get(f"linear_kl{what}", choices["linear_kl"])
             assert linear_kl == resolve_linear_kl("auto", name, softmax)
@@ -123,10 +127,12 @@ def test_auto_means_what_the_ops_choose():
         lambda real: real._replace(out=real.out + float("nan")),
     ],
 )
-def test_a_kernel_that_is_wrong_here_is_found(fastadapt, monkeypatch, wrong):
+def test_a_kernel_that_is_wrong_here_is_found(
+    fastadapt: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, wrong: Callable[..., Any]
+) -> None:
     right = kernel_checks.transcoder
 
-    def bent(*args, implementation, **kwargs):
+    def bent(*args: Any, implementation: str, **kwargs: Any) -> Any:
         out = right(*args, implementation=implementation, **kwargs)
         return wrong(out) if implementation == "sparse" else out
 
@@ -139,10 +145,12 @@ def test_a_kernel_that_is_wrong_here_is_found(fastadapt, monkeypatch, wrong):
     assert "float32" in {c["dtype"] for c in failed}
 
 
-def test_a_kernel_that_does_not_run_here_is_found(fastadapt, monkeypatch):
+def test_a_kernel_that_does_not_run_here_is_found(
+    fastadapt: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     right = kernel_checks.nmse
 
-    def broken(*args, implementation, **kwargs):
+    def broken(*args: Any, implementation: str, **kwargs: Any) -> Any:
         if implementation == "chunked":
             raise RuntimeError("no kernel image is available\nmore")
         return right(*args, implementation=implementation, **kwargs)

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,7 +37,9 @@ def files(folder: Path) -> dict[str, int]:
     }
 
 
-def test_runs_are_compared_and_nothing_is_measured_twice(runs, fastadapt) -> None:
+def test_runs_are_compared_and_nothing_is_measured_twice(
+    runs: list[Path], fastadapt: Callable[..., Any]
+) -> None:
     outcome = fastadapt("eval", *runs, *OUTPUTS, *QUICK)
     assert outcome.code == 0, outcome.err
     folder = runs[0].parent / "eval"
@@ -66,7 +69,9 @@ def test_runs_are_compared_and_nothing_is_measured_twice(runs, fastadapt) -> Non
     assert json.loads((folder / "eval.json").read_text()) == result
 
 
-def test_another_run_adds_only_itself(runs, fastadapt, tmp_path: Path) -> None:
+def test_another_run_adds_only_itself(
+    runs: list[Path], fastadapt: Callable[..., Any], tmp_path: Path
+) -> None:
     output = ("--output", tmp_path / "out")
     assert fastadapt("eval", runs[0], *output, *OUTPUTS, *QUICK).code == 0
     before = files(tmp_path / "out")
@@ -78,8 +83,11 @@ def test_another_run_adds_only_itself(runs, fastadapt, tmp_path: Path) -> None:
     assert any("tuned" in name for name in after.keys() - before.keys())
 
 
-def test_parts_add_up_and_a_retrained_run_is_measured_anew(runs, fastadapt) -> None:
+def test_parts_add_up_and_a_retrained_run_is_measured_anew(
+    runs: list[Path], fastadapt: Callable[..., Any]
+) -> None:
     """eval.json retains other parts while runs and settings are the same."""
+    command: tuple[Any, ...]
     command = ("eval", runs[0], *QUICK, "--speed.new_tokens", 2, "--speed.rounds", 1)
     folder = runs[0] / "eval"
 
@@ -105,7 +113,7 @@ def test_parts_add_up_and_a_retrained_run_is_measured_anew(runs, fastadapt) -> N
 
 
 @pytest.mark.slow
-def test_a_killed_evaluation_is_gone_on_with(runs, tmp_path: Path) -> None:
+def test_a_killed_evaluation_is_gone_on_with(runs: list[Path], tmp_path: Path) -> None:
     """After SIGKILL at several moments, the numbers equal those of an uninterrupted evaluation."""
     command = [sys.executable, "-m", "fastadapt", "eval", *map(str, runs), *OUTPUTS]
     command += [*map(str, QUICK), "--outputs.batch_tokens", "16", "--partial.batch_tokens", "16"]
@@ -196,7 +204,7 @@ BAD = {
 }
 
 
-def without_adapter(desk) -> Path:
+def without_adapter(desk: Any) -> Path:
     folder = desk.finished_run()
     shutil.rmtree(folder / "adapter")
     return folder
@@ -208,12 +216,14 @@ def long_row() -> dict:
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_what_cannot_be_evaluated_is_said_at_once(case: str, expect_error) -> None:
+def test_what_cannot_be_evaluated_is_said_at_once(
+    case: str, expect_error: Callable[..., None]
+) -> None:
     arrange, message = BAD[case]
     expect_error(arrange, message)
 
 
-def test_an_adapter_of_another_pair(runs, fastadapt) -> None:
+def test_an_adapter_of_another_pair(runs: list[Path], fastadapt: Callable[..., Any]) -> None:
     from fastadapt.organism import resolve
 
     card = runs[1] / "adapter" / "fastadapt.json"

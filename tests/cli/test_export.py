@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ def of_the_run(folder: Path) -> torch.Tensor:
         return ReplacementModel(pair, adapters)(IDS).logits
 
 
-def run_printed_code(outcome) -> dict:
+def run_printed_code(outcome: Any) -> dict:
     """Run the printed line of code and return its variables."""
     assert (outcome.code, outcome.err) == (0, "")
     names: dict = {}
@@ -30,7 +32,9 @@ def run_printed_code(outcome) -> dict:
     return names
 
 
-def test_a_run_crosses_over_and_comes_back(desk, fastadapt, tmp_path) -> None:
+def test_a_run_crosses_over_and_comes_back(
+    desk: Any, fastadapt: Callable[..., Any], tmp_path: Path
+) -> None:
     from transformers import AutoModelForCausalLM
 
     run = desk.finished_run()
@@ -57,7 +61,9 @@ def test_a_run_crosses_over_and_comes_back(desk, fastadapt, tmp_path) -> None:
         assert torch.equal(AutoModelForCausalLM.from_pretrained(again)(IDS).logits, expected)
 
 
-def test_the_embedded_pair_exports_by_its_names(fastadapt, tmp_path) -> None:
+def test_the_embedded_pair_exports_by_its_names(
+    fastadapt: Callable[..., Any], tmp_path: Path
+) -> None:
     from transformers import AutoConfig, AutoTokenizer
 
     from fastadapt.adapter.files import save_adapters
@@ -104,17 +110,19 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes(mistake, expect_error) -> None:
+def test_mistakes(mistake: str, expect_error: Callable[..., None]) -> None:
     expect_error(*MISTAKES[mistake])
 
 
-def test_a_run_that_is_not_finished(desk, expect_error) -> None:
+def test_a_run_that_is_not_finished(desk: Any, expect_error: Callable[..., None]) -> None:
     run = desk.finished_run()
     (run / "adapter" / "fastadapt.json").unlink()
     expect_error(lambda desk: ["export", run, "--output", desk.folder / "out"], "not finished")
 
 
-def test_an_export_is_replaced_with_overwrite_alone(desk, fastadapt, tmp_path) -> None:
+def test_an_export_is_replaced_with_overwrite_alone(
+    desk: Any, fastadapt: Callable[..., Any], tmp_path: Path
+) -> None:
     run, out = desk.finished_run(), tmp_path / "out"
     assert fastadapt("export", run, "--output", out).code == 0
     before = {path.name: path.read_bytes() for path in out.iterdir()}

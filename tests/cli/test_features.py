@@ -10,6 +10,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -88,7 +89,11 @@ def test_texts_that_were_left_out_are_told(run: Path, fastadapt: Callable) -> No
 @pytest.mark.parametrize("command", [("features", "collect"), ("eval",)])
 @pytest.mark.parametrize("flags", [(), ("--overwrite",)])
 def test_what_was_stopped_says_how_to_go_on(
-    run: Path, fastadapt: Callable, monkeypatch: pytest.MonkeyPatch, command, flags
+    run: Path,
+    fastadapt: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    command: tuple[str, ...],
+    flags: tuple[Any, ...],
 ) -> None:
     monkeypatch.setattr(Progress, "__call__", lambda *_: signal.raise_signal(signal.SIGTERM))
     outcome = fastadapt(*command, run, "--device", "cpu", *flags)
@@ -113,7 +118,9 @@ def test_shards_are_merged(run: Path, fastadapt: Callable, tmp_path: Path) -> No
         assert whole == (run / "features" / name).read_bytes()
 
 
-def test_a_set_is_taken_out_and_put_onto_the_target(collected, fastadapt, tmp_path) -> None:
+def test_a_set_is_taken_out_and_put_onto_the_target(
+    collected: Path, fastadapt: Callable[..., Any], tmp_path: Path
+) -> None:
     select = ("features", "select", collected)
     sql = "SELECT layer, feature FROM features WHERE count > {}"
     many = fastadapt(*select, "many", "--sql", sql.format(0))
@@ -155,7 +162,9 @@ def test_a_set_is_taken_out_and_put_onto_the_target(collected, fastadapt, tmp_pa
         (("intervene", "{run}", "--ablate", "nope", "--output", "{run}/x"), "no set 'nope'"),
     ],
 )
-def test_what_is_refused(collected: Path, fastadapt: Callable, argv, message: str) -> None:
+def test_what_is_refused(
+    collected: Path, fastadapt: Callable, argv: tuple[str, ...], message: str
+) -> None:
     before = sorted(path for path in collected.rglob("*"))
     outcome = fastadapt(*(text.format(run=collected) for text in argv))
     assert outcome.code == 2, outcome.out
@@ -163,7 +172,9 @@ def test_what_is_refused(collected: Path, fastadapt: Callable, argv, message: st
     assert sorted(path for path in collected.rglob("*")) == before
 
 
-def test_a_store_of_another_adapter_is_refused(collected, fastadapt, tmp_path) -> None:
+def test_a_store_of_another_adapter_is_refused(
+    collected: Path, fastadapt: Callable[..., Any], tmp_path: Path
+) -> None:
     other = make_run(tmp_path / "other", seed=1)
     shutil.move(collected / "features", other / "features")
     for argv in (
@@ -175,7 +186,9 @@ def test_a_store_of_another_adapter_is_refused(collected, fastadapt, tmp_path) -
         assert "--overwrite" in outcome.err
 
 
-def test_sets_of_another_adapter_are_listed_as_such(collected, fastadapt) -> None:
+def test_sets_of_another_adapter_are_listed_as_such(
+    collected: Path, fastadapt: Callable[..., Any]
+) -> None:
     sql = "SELECT layer, feature FROM features"
     for name in ("mine", "old"):
         assert fastadapt("features", "select", collected, name, "--sql", sql).code == 0
@@ -189,7 +202,9 @@ def test_sets_of_another_adapter_are_listed_as_such(collected, fastadapt) -> Non
     assert "of another adapter: select it again" in old
 
 
-def test_costs_are_told_and_need_consent(collected, fastadapt, monkeypatch) -> None:
+def test_costs_are_told_and_need_consent(
+    collected: Path, fastadapt: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without a terminal, no calls are made. The address refuses any call."""
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     outcome = fastadapt(

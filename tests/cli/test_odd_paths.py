@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -201,7 +202,7 @@ def _dangling(path: Path) -> None:
 
 
 #: Replacements of a file, with the expected message.
-NO_FILE = {
+NO_FILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "pipe": (os.mkfifo, "is a pipe; expected a file"),
     "folder": (Path.mkdir, "is a folder; expected a file"),
     "loop": (_loop, "is a link that leads to itself"),
@@ -209,10 +210,11 @@ NO_FILE = {
     "device": (lambda path: path.symlink_to("/dev/zero"), "is a device; expected a file"),
 }
 #: Messages of readers that open a path without a check, and messages about links.
+REASONS: tuple[str, ...]
 REASONS = ("Not a regular file", "Is a directory", "Too many levels", "No such file", "is missing")
 REASONS += ("leads out of", "is no regular file")
 ABLATE = ("intervene", "run", "--ablate", "some", "--output", "o")
-READS = {
+READS: dict[str, list[tuple[object, ...]]] = {
     "config.yaml": [ABLATE, ("eval", "run", "--output", "o"), ("features", "collect", "run")],
     "adapter/fastadapt.json": [ABLATE, ("export", "run", "--output", "o")],
     "adapter/layer_0.safetensors": [ABLATE, ("export", "run", "--output", "o")],

@@ -1,7 +1,9 @@
 """Overlays override presets and files, and every combination has its own output folder."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -15,13 +17,13 @@ from fastadapt.cli.train import (
 )
 
 
-def printed(fastadapt, *argv):
+def printed(fastadapt: Callable[..., Any], *argv: object) -> dict[str, Any]:
     outcome = fastadapt("train", *argv, "--print_config")
     assert outcome.code == 0, outcome.err
     return yaml.safe_load(outcome.out)
 
 
-def changed(before, after):
+def changed(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     """Return the keys in which two configurations differ, with the values of the second."""
     return {
         f"{component}.{key}": value
@@ -33,7 +35,9 @@ def changed(before, after):
 
 @pytest.mark.parametrize("preset", ["organism", "r1-distill-qwen-7b", "qwq-32b"])
 @pytest.mark.parametrize("overlay", overlay_names())
-def test_an_overlay_changes_what_it_says_and_the_folder(fastadapt, preset, overlay):
+def test_an_overlay_changes_what_it_says_and_the_folder(
+    fastadapt: Callable[..., Any], preset: str, overlay: str
+) -> None:
     before, after = printed(fastadapt, preset), printed(fastadapt, preset, overlay)
     written = read_yaml(OVERLAYS / f"{overlay}.yaml")
     variant = OVERLAYS / preset / f"{overlay}.yaml"
@@ -47,7 +51,7 @@ def test_an_overlay_changes_what_it_says_and_the_folder(fastadapt, preset, overl
     assert after["run"]["output"] == f"{before['run']['output']}-{overlay}"
 
 
-def test_the_baselines_of_the_method(fastadapt):
+def test_the_baselines_of_the_method(fastadapt: Callable[..., Any]) -> None:
     whole = printed(fastadapt, "r1-distill-qwen-7b")
     dense, bare, skyline, norms = (
         printed(fastadapt, "r1-distill-qwen-7b", name)
@@ -62,7 +66,9 @@ def test_the_baselines_of_the_method(fastadapt):
         assert {tuned["objective"][name] for name in ("sparsity", "nmse", "bridge")} == {0}
 
 
-def test_the_older_option_adapter_kind_is_accepted(fastadapt, recipe, tmp_path):
+def test_the_older_option_adapter_kind_is_accepted(
+    fastadapt: Callable[..., Any], recipe: Callable[..., Path], tmp_path: Path
+) -> None:
     file = tmp_path / "old.yaml"
     file.write_text("adapter: {kind: mlp, n_features: null}\nobjective: {sparsity: 0}\n")
     typed = ("--adapter.kind", "mlp", "--adapter.n_features", "null", "--objective.sparsity", 0)
@@ -71,14 +77,16 @@ def test_the_older_option_adapter_kind_is_accepted(fastadapt, recipe, tmp_path):
     assert printed(fastadapt, recipe(), "norms", "--adapter.kind", "mlp")["run"]["trains"] == "mlp"
 
 
-def test_every_overlay_of_a_preset_has_both():
+def test_every_overlay_of_a_preset_has_both() -> None:
     assert overlay_names() == ["dense", "no-bridge", "norms", "skyline"]
     for path in OVERLAYS.glob("*/*.yaml"):
         assert path.parent.name in preset_names()
         assert path.stem in overlay_names()
 
 
-def test_later_ones_win_and_what_is_typed_wins_over_all(fastadapt, recipe, tmp_path):
+def test_later_ones_win_and_what_is_typed_wins_over_all(
+    fastadapt: Callable[..., Any], recipe: Callable[..., Path], tmp_path: Path
+) -> None:
     first, second = tmp_path / "fast.yaml", tmp_path / "short.yaml"
     first.write_text("optimizer: {lr: 0.5, warmup: 0.25}\nobjective: {nmse: 0.5}\n")
     second.write_text("optimizer: {lr: 0.125}\nrun: {log_every: 2}\n")
@@ -92,7 +100,9 @@ def test_later_ones_win_and_what_is_typed_wins_over_all(fastadapt, recipe, tmp_p
     assert printed(fastadapt, "--optimizer.lr", 1, recipe(), second)["optimizer"]["lr"] == 1
 
 
-def test_a_file_that_names_the_folder_names_it_whole(fastadapt, recipe, tmp_path):
+def test_a_file_that_names_the_folder_names_it_whole(
+    fastadapt: Callable[..., Any], recipe: Callable[..., Path], tmp_path: Path
+) -> None:
     file = tmp_path / "there.yaml"
     file.write_text("run: {output: there}\n")
     assert printed(fastadapt, recipe(), file)["run"]["output"] == "there"
@@ -102,13 +112,13 @@ def test_a_file_that_names_the_folder_names_it_whole(fastadapt, recipe, tmp_path
     assert printed(fastadapt, recipe(), file, "dense")["run"]["output"] == "there-dense"
 
 
-def test_the_preset_does_not_change_with_what_goes_over_it(fastadapt):
+def test_the_preset_does_not_change_with_what_goes_over_it(fastadapt: Callable[..., Any]) -> None:
     whole = printed(fastadapt, "organism")
     printed(fastadapt, "organism", "skyline")
     assert printed(fastadapt, "organism") == whole
 
 
-def test_help_names_them(fastadapt):
+def test_help_names_them(fastadapt: Callable[..., Any]) -> None:
     text = " ".join(fastadapt("train", "--help").out.split())
     assert "PRESET_OR_YAML [PRESET_OR_YAML ...]" in text
     assert ", ".join(overlay_names()) in text
@@ -118,7 +128,9 @@ KINDS = {"skyline": "tuned MLPs", "norms": "refit norms"}
 
 
 @pytest.mark.parametrize("overlay", KINDS)
-def test_a_baseline_from_one_command(fastadapt, recipe, tmp_path, overlay):
+def test_a_baseline_from_one_command(
+    fastadapt: Callable[..., Any], recipe: Callable[..., Path], tmp_path: Path, overlay: str
+) -> None:
     run = ["train", recipe(), overlay, "--optimizer.max_steps", 6, "--optimizer.lr", 1e-2]
     outcome = fastadapt(*run)
     assert outcome.code == 0, outcome.err
@@ -143,7 +155,9 @@ def test_a_baseline_from_one_command(fastadapt, recipe, tmp_path, overlay):
     assert fastadapt(*run, "--resume").code == 0
 
 
-def test_the_command_to_go_on_with_names_them_all(recipe, monkeypatch):
+def test_the_command_to_go_on_with_names_them_all(
+    recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from fastadapt.cli.parser import resume_command
 
     argv = [str(recipe()), "skyline", "--optimizer.lr", "1e-3"]
@@ -161,7 +175,7 @@ def test_the_command_to_go_on_with_names_them_all(recipe, monkeypatch):
         *(pytest.param(o, marks=pytest.mark.slow) for o in ("norms", "no-bridge", "dense")),
     ],
 )
-def test_what_it_needs(fastadapt, overlay):
+def test_what_it_needs(fastadapt: Callable[..., Any], overlay: str) -> None:
     preset, plan = ("train", "r1-distill-qwen-7b"), ("--dry-run", "--json", "--gpu", "h200")
     planned, whole = (json.loads(fastadapt(*preset, *over, *plan).out) for over in ([overlay], []))
     width, inner, layers = 3584, 18944, 28
@@ -173,7 +187,9 @@ def test_what_it_needs(fastadapt, overlay):
     assert ("at L0" in text) == (overlay not in KINDS)
 
 
-def test_exports_refuse_what_is_no_transcoder(fastadapt, recipe, tmp_path):
+def test_exports_refuse_what_is_no_transcoder(
+    fastadapt: Callable[..., Any], recipe: Callable[..., Path], tmp_path: Path
+) -> None:
     assert fastadapt("train", recipe(), "skyline", "--optimizer.max_steps", 2).code == 0
     for format in ("huggingface", "hu2026"):
         outcome = fastadapt(

@@ -27,7 +27,7 @@ def step(index: int, **more: object) -> dict:
     return {"kind": "train", "step": index, **terms, "tokens_per_s": 4321.0, **more}
 
 
-def test_a_bar_on_a_terminal(monkeypatch):
+def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")  # tqdm cuts the end of a bar that does not fit
     stream = Terminal()
     with Progress(stream) as progress:
@@ -39,7 +39,7 @@ def test_a_bar_on_a_terminal(monkeypatch):
         assert part in last
 
 
-def test_a_bar_goes_on_where_the_run_does():
+def test_a_bar_goes_on_where_the_run_does() -> None:
     stream = Terminal()
     with Progress(stream) as progress:
         progress.record({"kind": "start", "step": 0, "steps": 10})
@@ -49,7 +49,7 @@ def test_a_bar_goes_on_where_the_run_does():
     assert "8/10" in stream.getvalue().split("\r")[-1]
 
 
-def test_a_line_every_so_often_elsewhere():
+def test_a_line_every_so_often_elsewhere() -> None:
     stream, clock = io.StringIO(), Clock()
     with Progress(stream, clock) as progress:
         progress.record({"kind": "start", "step": 0, "steps": 100})
@@ -65,7 +65,7 @@ def test_a_line_every_so_often_elsewhere():
 
 
 @pytest.mark.parametrize("stream", [io.StringIO(), Terminal()])
-def test_what_goes_wrong_is_said_at_once(stream):
+def test_what_goes_wrong_is_said_at_once(stream: io.StringIO) -> None:
     with Progress(stream) as progress:
         damaged = {"path": "checkpoints/step-6", "reason": "flipped bit"}
         progress.record({"kind": "resume", "step": 3, "steps": 9, "passed_over": [damaged]})
@@ -76,7 +76,7 @@ def test_what_goes_wrong_is_said_at_once(stream):
     assert "step 4: skipped, loss is not finite (rows [7])" in stream.getvalue()
 
 
-def test_markers_in_the_data_are_said():
+def test_markers_in_the_data_are_said() -> None:
     stream = io.StringIO()
     start = {"kind": "start", "step": 0, "steps": 4, "sequences": 1200}
     Progress(stream).record({**start, "with_markers": 0})
@@ -85,7 +85,7 @@ def test_markers_in_the_data_are_said():
     assert stream.getvalue().startswith("training data: 3 of 1,200 conversations have markers")
 
 
-def test_numbers_that_are_not_there_are_dashes():
+def test_numbers_that_are_not_there_are_dashes() -> None:
     stream = io.StringIO()
     with Progress(stream) as progress:
         progress.record({"kind": "start", "step": 0, "steps": 1})
@@ -97,7 +97,7 @@ def reading(rows: int, fraction: float | None) -> dict:
     return {"kind": "read", "rows": rows, "kept": rows // 2, "fraction": fraction}
 
 
-def test_reading_a_source_is_a_bar_whose_end_is_estimated():
+def test_reading_a_source_is_a_bar_whose_end_is_estimated() -> None:
     stream = Terminal()
     with Progress(stream) as progress:
         progress.record(reading(1000, 0.25))
@@ -109,7 +109,7 @@ def test_reading_a_source_is_a_bar_whose_end_is_estimated():
     assert "30/30" in stream.getvalue().split("\r")[-1]
 
 
-def test_a_source_of_unknown_length_has_a_bar_without_an_end():
+def test_a_source_of_unknown_length_has_a_bar_without_an_end() -> None:
     stream = Terminal()
     with Progress(stream) as progress:
         progress.record(reading(1000, None))
@@ -117,7 +117,7 @@ def test_a_source_of_unknown_length_has_a_bar_without_an_end():
     assert "2000 rows" in stream.getvalue().split("\r")[-1]
 
 
-def test_reading_elsewhere_is_a_line_now_and_then():
+def test_reading_elsewhere_is_a_line_now_and_then() -> None:
     stream, clock = io.StringIO(), Clock()
     with Progress(stream, clock) as progress:
         for rows in range(1000, 6000, 1000):

@@ -26,11 +26,11 @@ def blocks(language: str, *pages: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
-def test_the_adapter_in_ten_lines_runs(capsys):
+def test_the_adapter_in_ten_lines_runs(capsys: pytest.CaptureFixture[str]) -> None:
     _, code = blocks("python", "README.md")
     lines = [line for line in code.splitlines() if line.strip()]
     assert len(lines) <= 10
-    names: dict[str, object] = {}
+    names: dict[str, Any] = {}
     exec(compile(code, "README.md", "exec"), names)
     gradients = {name: p.grad for name, p in names["adapter"].named_parameters()}
     assert set(gradients) == {"W_enc", "b_enc", "W_dec", "b_dec"}
@@ -39,7 +39,9 @@ def test_the_adapter_in_ten_lines_runs(capsys):
     assert 200 < float(capsys.readouterr().out.split("(")[-1].rstrip(")\n")) < 312  # half of 512
 
 
-def test_a_run_gives_the_features_of_a_text(tmp_path, monkeypatch, capsys):
+def test_a_run_gives_the_features_of_a_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     code, _ = blocks("python", "README.md")
     shutil.copytree(
         Path(__file__).parent / "old_files" / "finished", tmp_path / "runs" / "organism"
@@ -49,7 +51,7 @@ def test_a_run_gives_the_features_of_a_text(tmp_path, monkeypatch, capsys):
     assert re.findall(r"^(\d) tensor", capsys.readouterr().out, re.MULTILINE) == list("0123")
 
 
-def test_the_op_runs():
+def test_the_op_runs() -> None:
     (code,) = blocks("python", "docs/kernels.md")
     names: dict[str, Any] = {}
     exec(compile(code, "docs/kernels.md", "exec"), names)
@@ -57,7 +59,7 @@ def test_the_op_runs():
     assert 0 < names["stats"].n_active <= min(8 * 20, names["plan"].capacity)
 
 
-def test_features_are_scaled_for_one_prompt(tmp_path):
+def test_features_are_scaled_for_one_prompt(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", n_features=512)
     model = ModelSet.open([run], device="cpu").model
     names = {"model": model, "input_ids": torch.tensor([[5, 6, 7]])}
@@ -66,7 +68,7 @@ def test_features_are_scaled_for_one_prompt(tmp_path):
     assert torch.equal(model(input_ids=names["input_ids"]).logits, before)
 
 
-def test_the_commands_are_understood(tmp_path):
+def test_the_commands_are_understood(tmp_path: Path) -> None:
     from fastadapt.cli.main import COMMANDS, open_command
     from fastadapt.cli.train import parse_train
 
@@ -98,21 +100,21 @@ def test_the_commands_are_understood(tmp_path):
 
 
 @pytest.mark.parametrize("target", ["train", "test", "proof", "reproduce", "study"])
-def test_the_make_targets_exist(target):
+def test_the_make_targets_exist(target: str) -> None:
     assert any(f"make {target}" in page for page in PAGES.values())
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_no_comment_is_left(page):
+def test_no_comment_is_left(page: str) -> None:
     assert "<!--" not in PAGES[page]
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_lead_somewhere(page):
+def test_links_lead_somewhere(page: str) -> None:
     for link in re.findall(r"\]\((?!https?:)([^)]+)\)", PAGES[page]):
         assert ((ROOT / page).parent / link).exists(), link
 
 
-def test_the_readme_is_short():
+def test_the_readme_is_short() -> None:
     assert len(README.splitlines()) <= 180

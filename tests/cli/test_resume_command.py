@@ -12,7 +12,7 @@ from fastadapt.cli.parser import resume_command
 
 
 @pytest.fixture
-def installed(tmp_path, monkeypatch):
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Create a program `fastadapt` in a folder with a space in its name."""
     folder = tmp_path / "my env" / "bin"
     folder.mkdir(parents=True)
@@ -25,7 +25,9 @@ def installed(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("absolute", [False, True])
-def test_a_program_off_the_path_is_named_by_its_path(installed, monkeypatch, absolute):
+def test_a_program_off_the_path_is_named_by_its_path(
+    installed: Path, monkeypatch: pytest.MonkeyPatch, absolute: bool
+) -> None:
     started = str(installed) if absolute else "my env/bin/fastadapt"
     monkeypatch.setattr(sys, "argv", [started, "train"])
     command = resume_command(["my run.yaml", "--overwrite", "--optimizer.lr", "5e-3"])
@@ -34,7 +36,9 @@ def test_a_program_off_the_path_is_named_by_its_path(installed, monkeypatch, abs
     assert done.stdout == "train|my run.yaml|--optimizer.lr|5e-3|--resume|"
 
 
-def test_another_fastadapt_on_the_path_is_not_taken_for_it(installed, monkeypatch, tmp_path):
+def test_another_fastadapt_on_the_path_is_not_taken_for_it(
+    installed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     other = tmp_path / "other" / "fastadapt"
     other.parent.mkdir()
     other.write_text("#!/bin/sh\n")
@@ -45,7 +49,9 @@ def test_another_fastadapt_on_the_path_is_not_taken_for_it(installed, monkeypatc
 
 
 @pytest.mark.parametrize("link", [False, True])
-def test_a_program_on_the_path_is_named_by_its_name(installed, monkeypatch, tmp_path, link):
+def test_a_program_on_the_path_is_named_by_its_name(
+    installed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, link: bool
+) -> None:
     folder = installed.parent
     if link:
         folder = tmp_path / "links"
@@ -57,6 +63,8 @@ def test_a_program_on_the_path_is_named_by_its_name(installed, monkeypatch, tmp_
 
 
 @pytest.mark.parametrize("embedding", ["-c", "", str(Path("/usr/lib/pytest/__main__.py"))])
-def test_embedded_it_is_named_by_its_name(installed, monkeypatch, embedding):
+def test_embedded_it_is_named_by_its_name(
+    installed: Path, monkeypatch: pytest.MonkeyPatch, embedding: str
+) -> None:
     monkeypatch.setattr(sys, "argv", [embedding])
     assert resume_command(["organism"]) == "fastadapt train organism --resume"

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import organism_runs
 import pytest
@@ -169,7 +170,11 @@ UNRECORDED = ("train a pair", "train --dry-run", "eval bare", "export", "organis
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "organism check"])
 def test_no_command_runs_code_that_a_file_trusts(
-    name: str, foreign: Foreign, fastadapt: Callable, tmp_path: Path, monkeypatch
+    name: str,
+    foreign: Foreign,
+    fastadapt: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("builtins.input", lambda _="": "y")  # answers any question
     over = {"pair": {"trust_remote_code": True}}
@@ -186,7 +191,11 @@ def test_no_command_runs_code_that_a_file_trusts(
 
 @pytest.mark.parametrize("name", UNRECORDED)
 def test_an_architecture_of_its_own_is_refused_without_a_question(
-    name: str, foreign: Foreign, fastadapt: Callable, tmp_path: Path, monkeypatch
+    name: str,
+    foreign: Foreign,
+    fastadapt: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Only the model's own code implements the model, so transformers would ask to run it."""
     monkeypatch.setattr("builtins.input", lambda _="": "y")
@@ -235,7 +244,7 @@ def test_a_model_cannot_choose_its_attention(foreign: Foreign, key: str) -> None
 
     path = foreign.pair / "base" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), key: "flash_attention_2"}))
-    how = {"dtype": torch.float32, "attention": "sdpa", "trust": False}
+    how: dict[str, Any] = {"dtype": torch.float32, "attention": "sdpa", "trust": False}
     model = load_causal_lm(str(path.parent), None, device=torch.device("cpu"), **how)
     assert model.config._attn_implementation == "sdpa"
 
@@ -312,7 +321,7 @@ def test_what_is_typed_last_wins_over_a_file(recipe: Callable, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("value", [None, 1, "true", "false", [True]])
-def test_trust_is_true_or_false(value: object) -> None:
+def test_trust_is_true_or_false(value: Any) -> None:
     with pytest.raises(ValueError, match="expected true or false"):
         package.PairConfig("a", "b", trust_remote_code=value)
 

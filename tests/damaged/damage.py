@@ -100,6 +100,7 @@ def document(content: bytes, *, is_yaml: bool = False) -> Iterator[Damage]:
         first = next(iter(values))
         twice = json.dumps({first: values[first]})[1:-1]
         yield Damage("equal keys", f"{{{twice}, {twice}}}".encode())
+    other: Any
     for other in (None, 3, "x", [], {}, [[]]):
         yield Damage(f"document is {other!r}", json.dumps(other).encode())
     for path in _paths(values):

@@ -107,6 +107,7 @@ def test_a_signed_set_of_another_content_is_refused_at_resume(stopped: Any) -> N
             pytest.fail(f"{what}: accepted")  # the run has newer checkpoints now
 
     for key in ("updates", "step", "tokens", "bad_in_row", "threads", "wall_s", "codes_per_token"):
+        value: Any
         for value in ("x", -1, {}, [None], 10**30):
             (folder / SCALARS).write_text(json.dumps({**state, key: value}))
             attempt(f"{key} {value!r}")

@@ -16,7 +16,7 @@ from damage import REMOVED, Damage, document, raw, sweep, variants
 from fastadapt.errors import UserError
 from fastadapt.evaluation.benchmarks.datasets import BENCHMARKS, questions
 from fastadapt.evaluation.benchmarks.runner import Row, _write, read_rows
-from fastadapt.evaluation.faithfulness.partial_results import Arrays, PartialResults
+from fastadapt.evaluation.faithfulness.partial_results import PartialResults
 from fastadapt.evaluation.faithfulness.prompts import held_out
 from fastadapt.evaluation.folder import PARTS, read_part
 from fastadapt.evaluation.generation.responses import (
@@ -162,7 +162,7 @@ def test_speed_json(measured_speed: Callable[[], Any], tmp_path: Path) -> None:
 
 # --- arrays ---------------------------------------------------------------------------------------
 
-ARRAYS: Arrays = {
+ARRAYS: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
     "kl": (torch.float32, (5,)),
     "agrees": (torch.bool, (5,)),
     "nmse": (torch.float32, (2, 2, 3)),
@@ -176,7 +176,7 @@ SHAPES = [
 
 def piece(i: int) -> dict[str, torch.Tensor]:
     return {
-        name: torch.ones((SHAPES[i][name], *shape[1:]), dtype=dtype)  # type: ignore[arg-type]
+        name: torch.ones((SHAPES[i][name], *shape[1:]), dtype=dtype)
         for name, (dtype, shape) in ARRAYS.items()
     }
 
@@ -259,7 +259,7 @@ def test_lines_of_responses(number: int, tmp_path: Path) -> None:
         read_responses(path)
         return entries
 
-    possible = {
+    possible: dict[str, tuple[Any, ...]] = {
         "id": ("x", "12"), "repetition": (10**9,), "text": ("x", "12"), "batching": ("x", "12"),
         "seed": (-1, 0, 10**9, 2**63, 2**64), "cut": (0, 10**9), "tokens": (0, 10**9, []),
         "prompt_tokens": ([], 0, 10**9), "seconds": (0, 10**9, 1.5, 2**63, 2**64),

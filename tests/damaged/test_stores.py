@@ -250,6 +250,7 @@ def test_manifest(folder: Path, pages: list[object]) -> None:
         return known or listed or damage.name.startswith("bit flip")
 
     # If a file contradicts the manifest, the message names that file.
+    names: tuple[str, ...]
     names = ("manifest.json", ".parquet", "no adapter units")
     sweep(path, variants(path), command("features", "sets", folder), valid, names)
     cases = list(accepted)
@@ -343,7 +344,12 @@ def test_a_hash_is_taken_once_and_again_after_a_change(
 
     read: list[Path] = []
     real = module.digest_of_input
-    monkeypatch.setattr(module, "digest_of_input", lambda path: read.append(path) or real(path))
+
+    def noted(path: Path) -> Any:
+        read.append(path)
+        return real(path)
+
+    monkeypatch.setattr(module, "digest_of_input", noted)
     store = Store.open(folder)
     store.read("lens", layer=0)
     assert not read

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fastadapt.data.rendering import FAMILIES
 
+WORDS: tuple[str, ...]
 WORDS = ("what", "is", "1", "2", "3", "4", "+", "=", "?", ".", "wait", "so", "user")
 WORDS += ("assistant", "model")
 

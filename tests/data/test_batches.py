@@ -18,7 +18,7 @@ def sample(index: int, *ids: int, first_label: int = 0) -> Sample:
     return Sample(index, torch.tensor(ids), torch.tensor(labels))
 
 
-def test_shorter_samples_are_padded_on_the_right():
+def test_shorter_samples_are_padded_on_the_right() -> None:
     batch = collate([sample(0, 5, 6), sample(1, 7, 8, 9, 4, first_label=2)], pad_token_id=3)
     assert batch.input_ids.tolist() == [[5, 6, 3, 3], [7, 8, 9, 4]]
     assert batch.attention_mask is not None
@@ -28,19 +28,19 @@ def test_shorter_samples_are_padded_on_the_right():
     assert batch.attention_mask.dtype == torch.bool
 
 
-def test_a_real_token_that_equals_the_padding_still_counts():
+def test_a_real_token_that_equals_the_padding_still_counts() -> None:
     batch = collate([sample(0, 3, 3, 3), sample(1, 3, 3)], pad_token_id=3)
     assert batch.real.tolist() == [[True] * 3, [True, True, False]]
     assert batch.labels.tolist() == [[3, 3, 3], [3, 3, -100]]
 
 
-def test_without_padding_there_is_no_mask():
+def test_without_padding_there_is_no_mask() -> None:
     batch = collate([sample(0, 1, 2), sample(1, 3, 4)], pad_token_id=0)
     assert batch.attention_mask is None
     assert batch.real.all()
 
 
-def test_collate_copies():
+def test_collate_copies() -> None:
     one = sample(0, 1, 2)
     collate([one], pad_token_id=0).input_ids.fill_(9)
     assert one.input_ids.tolist() == [1, 2]
@@ -54,13 +54,13 @@ def test_collate_copies():
         ([Sample(2, torch.zeros(0, dtype=torch.int64), torch.zeros(0))], r"sample 2 has 0 token"),
     ],
 )
-def test_what_cannot_be_collated_is_refused(samples, message):
+def test_what_cannot_be_collated_is_refused(samples: list[Sample], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         collate(samples, pad_token_id=0)
 
 
 @given(n=st.integers(1, 200), size=st.integers(1, 33), seed=st.integers(0, 2**63))
-def test_an_epoch_sees_every_sample_once(n, size, seed):
+def test_an_epoch_sees_every_sample_once(n: int, size: int, seed: int) -> None:
     plan = BatchPlan(n, size, seed)
     batches = [plan[step] for step in range(plan.n_batches)]
     assert sorted(i for batch in batches for i in batch) == list(range(n))
@@ -69,21 +69,21 @@ def test_an_epoch_sees_every_sample_once(n, size, seed):
 
 
 @given(n=st.integers(1, 60), size=st.integers(1, 9), steps=st.lists(st.integers(0, 300)))
-def test_a_batch_depends_on_its_step_alone(n, size, steps):
+def test_a_batch_depends_on_its_step_alone(n: int, size: int, steps: list[int]) -> None:
     """A plan resumed at any step gives the batches of an uninterrupted plan."""
     plan = BatchPlan(n, size, seed=1)
     for step in steps:
         assert plan[step] == BatchPlan(n, size, seed=1)[step]
 
 
-def test_epochs_and_seeds_are_shuffled_differently():
+def test_epochs_and_seeds_are_shuffled_differently() -> None:
     plan = BatchPlan(100, 100, seed=0)
     orders = [plan[0], plan[1], plan[2], BatchPlan(100, 100, seed=1)[0]]
     assert all(sorted(order) == list(range(100)) for order in orders)
     assert len({tuple(order) for order in [*orders, range(100)]}) == 5
 
 
-def test_the_order_is_the_same_in_every_version():
+def test_the_order_is_the_same_in_every_version() -> None:
     assert BatchPlan(8, 3, seed=42)[0] == [7, 2, 5]
     assert BatchPlan(8, 3, seed=42)[5] == [0, 5]
 
@@ -92,12 +92,12 @@ def test_the_order_is_the_same_in_every_version():
     ("n", "size", "message"),
     [(0, 1, "n: expected at least 1, got 0"), (3, 0, "batch_size: expected at least 1, got 0")],
 )
-def test_an_empty_plan_is_refused(n, size, message):
+def test_an_empty_plan_is_refused(n: int, size: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         BatchPlan(n, size, seed=0)
 
 
-def test_a_negative_step_is_refused():
+def test_a_negative_step_is_refused() -> None:
     with pytest.raises(IndexError, match="expected 0 or more, got -1"):
         BatchPlan(3, 1, seed=0)[-1]
 
@@ -111,7 +111,9 @@ def test_a_negative_step_is_refused():
     window=st.integers(1, 7),
     seed=st.integers(0, 2**63),
 )
-def test_an_epoch_of_buckets_sees_every_sample_once(n, size, window, seed):
+def test_an_epoch_of_buckets_sees_every_sample_once(
+    n: int, size: int, window: int, seed: int
+) -> None:
     lengths = [(i * 7919) % 97 for i in range(n)]
     plan = BatchPlan(n, size, seed, lengths=lengths, window=window)
     for epoch in range(2):
@@ -126,14 +128,14 @@ def test_an_epoch_of_buckets_sees_every_sample_once(n, size, window, seed):
 
 
 @pytest.mark.parametrize(("n", "size", "window"), [(5, 2, 2), (6, 2, 2), (6, 2, 3), (7, 3, 2)])
-def test_no_sample_is_likelier_in_any_batch_for_its_length(n, size, window):
+def test_no_sample_is_likelier_in_any_batch_for_its_length(n: int, size: int, window: int) -> None:
     """Over all permutations and all orders of batches, each sample is in each batch equally often.
 
     A plan without buckets has this property, and ``permutation`` draws uniformly.
     """
     lengths = list(range(n))
     whole = n - n % size
-    counts = Counter()
+    counts: Counter[tuple[int, int]] = Counter()
     draws = 0
     for order in itertools.permutations(range(n)):
         batches = bucket(order[:whole], lengths, size, window)
@@ -147,7 +149,7 @@ def test_no_sample_is_likelier_in_any_batch_for_its_length(n, size, window):
             assert counts[sample, place] * n == draws * width
 
 
-def test_the_longest_sample_is_anywhere_in_drawn_epochs():
+def test_the_longest_sample_is_anywhere_in_drawn_epochs() -> None:
     """The batch of the shortest, the middle and the longest sample is uniform over 2,000 epochs."""
     n, size = 21, 4
     plan = BatchPlan(n, size, 0, lengths=list(range(n)), window=3)
@@ -161,11 +163,11 @@ def test_the_longest_sample_is_anywhere_in_drawn_epochs():
         assert chi_squared < 20.5  # 5 degrees of freedom, p = 0.001
 
 
-def test_buckets_pad_less():
+def test_buckets_pad_less() -> None:
     draw = random.Random(0)
     lengths = [draw.randint(1, 1000) for _ in range(640)]
 
-    def padded(window):
+    def padded(window: int) -> float:
         plan = BatchPlan(640, 8, 0, lengths=lengths, window=window)
         return sum(8 * max(lengths[i] for i in plan[step]) for step in range(80)) / sum(lengths)
 
@@ -173,18 +175,18 @@ def test_buckets_pad_less():
     assert padded(10) < 1.1
 
 
-def test_a_window_of_one_is_the_plain_order():
+def test_a_window_of_one_is_the_plain_order() -> None:
     lengths = list(range(30))
     plain, windowed = BatchPlan(30, 4, 7), BatchPlan(30, 4, 7, lengths=lengths, window=1)
     assert [plain[i] for i in range(20)] == [windowed[i] for i in range(20)]
 
 
-def test_the_order_of_buckets_is_the_same_in_every_version():
+def test_the_order_of_buckets_is_the_same_in_every_version() -> None:
     plan = BatchPlan(8, 3, seed=42, lengths=[5, 1, 7, 3, 2, 8, 6, 4], window=2)
     assert [plan[i] for i in range(3)] == [[3, 7, 0], [6, 2, 5], [4, 1]]
 
 
 @pytest.mark.parametrize("lengths", [None, [1, 2]])
-def test_buckets_need_the_lengths(lengths):
+def test_buckets_need_the_lengths(lengths: list[int] | None) -> None:
     with pytest.raises(ValueError, match="lengths: expected 3, one per sample, got"):
         BatchPlan(3, 1, 0, lengths=lengths, window=2)

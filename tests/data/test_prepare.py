@@ -3,8 +3,10 @@
 import json
 import threading
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import openthoughts
 import pyarrow.parquet as pq
@@ -12,7 +14,7 @@ import pytest
 
 from fastadapt.data.prepare import prepare
 from fastadapt.data.prepare.report import summary
-from fastadapt.data.prepare.selection import prompt_hash
+from fastadapt.data.prepare.selection import PrepareConfig, prompt_hash
 from fastadapt.data.rendering import render
 from fastadapt.data.sequences import DataConfig, load_sequences
 from fastadapt.errors import UserError
@@ -24,16 +26,16 @@ ROWS = 5000
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return openthoughts.write_jsonl(tmp_path_factory.mktemp("source") / "rows.jsonl", ROWS)
 
 
 @pytest.fixture
-def config(source, selection):
+def config(source: Path, selection: Callable[..., PrepareConfig]) -> Callable[..., PrepareConfig]:
     return partial(selection, source=str(source))
 
 
-def test_quotas_are_met_and_nothing_is_in_both(config):
+def test_quotas_are_met_and_nothing_is_in_both(config: Callable[..., PrepareConfig]) -> None:
     """Counts are within 1 of their shares; the splits share no row and no prompt."""
     result = prepare(config())
     splits = {split: rows_of(result["output"], split) for split in ("train", "validation")}
@@ -53,7 +55,9 @@ def test_quotas_are_met_and_nothing_is_in_both(config):
     assert result["counts"]["train"]["prompts"] == len(prompts["train"]) < 1000
 
 
-def test_rows_are_those_of_the_source_and_short_enough(config, source):
+def test_rows_are_those_of_the_source_and_short_enough(
+    config: Callable[..., PrepareConfig], source: Path
+) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(NAMES["organism/target"])
@@ -72,7 +76,9 @@ def test_rows_are_those_of_the_source_and_short_enough(config, source):
     assert len(difficulties) > 2
 
 
-def test_it_is_the_draw_that_a_dense_reading_gives(config, source):
+def test_it_is_the_draw_that_a_dense_reading_gives(
+    config: Callable[..., PrepareConfig], source: Path
+) -> None:
     """The result equals a draw with all rows in memory, sorted by key."""
     from transformers import AutoTokenizer
 
@@ -83,7 +89,9 @@ def test_it_is_the_draw_that_a_dense_reading_gives(config, source):
     settings = config(max_tokens=longest, train=600, validation=60)
     lines = [json.loads(line) for line in source.read_text().splitlines()]
     order = sorted(range(ROWS), key=lambda row: row_key(42, row))
-    expected, long, passed = {split: [] for split in SPLITS}, Counter(), Counter()
+    expected: dict[str, list[int]] = {split: [] for split in SPLITS}
+    long: Counter[str] = Counter()
+    passed: Counter[str] = Counter()
     drawn, held_out = set(), set()
     quotas = settings.quotas()
     for split in SPLITS:
@@ -112,7 +120,9 @@ def test_it_is_the_draw_that_a_dense_reading_gives(config, source):
         assert reasons["more than max_tokens tokens"] == long[domain] > 0
 
 
-def test_columns_of_another_kind_are_left_empty(config, tmp_path):
+def test_columns_of_another_kind_are_left_empty(
+    config: Callable[..., PrepareConfig], tmp_path: Path
+) -> None:
     response = "<think> 1 </think> 1"
     kinds = [(7.0, 7, "s", "s"), ("hard", None, 3, None), (True, None, None, None), (7.5, None) * 2]
     path = tmp_path / "rows.jsonl"
@@ -136,7 +146,9 @@ def whole_row(i: int) -> dict:
     return {"domain": "math", "conversations": sides}
 
 
-def test_what_a_column_cannot_hold_is_left_empty(config, tmp_path):
+def test_what_a_column_cannot_hold_is_left_empty(
+    config: Callable[..., PrepareConfig], tmp_path: Path
+) -> None:
     """Integers beyond 64 bits and text with half a surrogate pair become null."""
     lines = [whole_row(i) for i in range(6)]
     values = [10**19, -(2**63), 1e30, 2**63 - 1, -(2**63) - 1, 5.0]
@@ -157,7 +169,9 @@ def test_what_a_column_cannot_hold_is_left_empty(config, tmp_path):
         assert row["conversations"][0]["from"] is None
 
 
-def test_markers_in_the_text_are_counted(config, tmp_path):
+def test_markers_in_the_text_are_counted(
+    config: Callable[..., PrepareConfig], tmp_path: Path
+) -> None:
     lines = [whole_row(i) for i in range(4)]
     for i, line in enumerate(lines):
         line["conversations"][1]["value"] += " <\uff5cAssistant\uff5c>" * (i % 2)
@@ -173,7 +187,9 @@ def test_markers_in_the_text_are_counted(config, tmp_path):
     assert summary(result)
 
 
-def test_the_manifest_says_what_is_there(config, source):
+def test_the_manifest_says_what_is_there(
+    config: Callable[..., PrepareConfig], source: Path
+) -> None:
     import hashlib
 
     result = prepare(config())
@@ -206,7 +222,7 @@ def test_the_manifest_says_what_is_there(config, source):
     assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
 
 
-def test_the_files_train(config):
+def test_the_files_train(config: Callable[..., PrepareConfig]) -> None:
     result = prepare(config())
     from transformers import AutoTokenizer
 
@@ -221,7 +237,7 @@ def test_the_files_train(config):
     assert len(load_sequences(folder, tokenizer, whole, split="validation")) == 100
 
 
-def test_again_gives_the_same_bytes(config, tmp_path):
+def test_again_gives_the_same_bytes(config: Callable[..., PrepareConfig], tmp_path: Path) -> None:
     first = bytes_of(prepare(config(output=str(tmp_path / "a")))["output"])
     assert bytes_of(prepare(config(output=str(tmp_path / "b")))["output"]) == first
     assert bytes_of(prepare(config(output=str(tmp_path / "a")), overwrite=True)["output"]) == first
@@ -229,7 +245,9 @@ def test_again_gives_the_same_bytes(config, tmp_path):
     assert other["train.parquet"] != first["train.parquet"]
 
 
-def test_parquet_and_jsonl_give_the_same_rows(config, tmp_path):
+def test_parquet_and_jsonl_give_the_same_rows(
+    config: Callable[..., PrepareConfig], tmp_path: Path
+) -> None:
     folder = tmp_path / "parts"
     folder.mkdir()
     whole = openthoughts.write_parquet(tmp_path / "rows.parquet", ROWS)
@@ -251,7 +269,9 @@ def test_parquet_and_jsonl_give_the_same_rows(config, tmp_path):
 # --- quotas that cannot be filled -----------------------------------------------------------------
 
 
-def test_a_quota_that_cannot_be_filled_says_which_and_how_many(config):
+def test_a_quota_that_cannot_be_filled_says_which_and_how_many(
+    config: Callable[..., PrepareConfig],
+) -> None:
     with pytest.raises(UserError) as caught:
         prepare(config(train=4000))
     said = str(caught.value)
@@ -263,10 +283,12 @@ def test_a_quota_that_cannot_be_filled_says_which_and_how_many(config):
     assert "\n" not in said
 
 
-def test_what_there_is_can_be_taken_without_reading_again(config):
+def test_what_there_is_can_be_taken_without_reading_again(
+    config: Callable[..., PrepareConfig],
+) -> None:
     with pytest.raises(UserError):
         prepare(config(train=4000))
-    records = []
+    records: list[dict[str, Any]] = []
     result = prepare(config(train=4000, allow_fewer=True), resume=True, sink=records.append)
     assert {record["kind"] for record in records} == {"write"}
     train, validation = result["counts"]["train"], result["counts"]["validation"]
@@ -274,7 +296,9 @@ def test_what_there_is_can_be_taken_without_reading_again(config):
     assert validation["conversations"] == validation["wanted"]
 
 
-def test_a_reserve_that_was_too_small_says_so(config, tmp_path):
+def test_a_reserve_that_was_too_small_says_so(
+    config: Callable[..., PrepareConfig], tmp_path: Path
+) -> None:
     source = openthoughts.write_jsonl(tmp_path / "rows.jsonl", ROWS, copies=200)
     few = config(source=str(source), validation=12, train=1400, reserve=1.0)
     with pytest.raises(UserError, match="Raise --reserve and start again"):
@@ -288,11 +312,14 @@ def test_a_reserve_that_was_too_small_says_so(config, tmp_path):
 # --- invalid folders and sources ------------------------------------------------------------------
 
 
-def test_other_things_in_the_folder_are_not_touched(config, tmp_path):
+def test_other_things_in_the_folder_are_not_touched(
+    config: Callable[..., PrepareConfig], tmp_path: Path
+) -> None:
     folder = tmp_path / "out"
     folder.mkdir()
     (folder / "thesis.tex").write_text("years of work")
-    for how in ({}, {"overwrite": True}):
+    ways: list[dict[str, Any]] = [{}, {"overwrite": True}]
+    for how in ways:
         with pytest.raises(UserError, match=r"holds no selection \(it holds thesis.tex\)"):
             prepare(config(), **how)
     with pytest.raises(UserError, match=r"--resume: .* holds no selection"):
@@ -300,14 +327,16 @@ def test_other_things_in_the_folder_are_not_touched(config, tmp_path):
     assert [path.name for path in folder.iterdir()] == ["thesis.tex"]
 
 
-def test_files_beside_a_selection_survive_an_overwrite(config):
+def test_files_beside_a_selection_survive_an_overwrite(
+    config: Callable[..., PrepareConfig],
+) -> None:
     folder = Path(prepare(config())["output"])
     (folder / "notes.txt").write_text("mine")
     prepare(config(seed=1), overwrite=True)
     assert (folder / "notes.txt").read_text() == "mine"
 
 
-def test_a_selection_is_not_replaced_unasked(config):
+def test_a_selection_is_not_replaced_unasked(config: Callable[..., PrepareConfig]) -> None:
     before = bytes_of(prepare(config())["output"])
     with pytest.raises(UserError, match=r"holds a selection already\. Replace it"):
         prepare(config())
@@ -316,7 +345,7 @@ def test_a_selection_is_not_replaced_unasked(config):
     assert bytes_of(config().output) == before
 
 
-def test_an_unfinished_one_is_not_replaced_unasked(config):
+def test_an_unfinished_one_is_not_replaced_unasked(config: Callable[..., PrepareConfig]) -> None:
     stop = threading.Event()
     stop.set()
     prepare(config(), stop=stop)
@@ -325,8 +354,8 @@ def test_an_unfinished_one_is_not_replaced_unasked(config):
     assert not prepare(config(), overwrite=True)["interrupted"]
 
 
-def test_a_folder_is_one_process_at_a_time(config):
-    def again(_):
+def test_a_folder_is_one_process_at_a_time(config: Callable[..., PrepareConfig]) -> None:
+    def again(_: Any) -> None:
         with pytest.raises(UserError, match="another process is writing"):
             prepare(config(), resume=True)
         seen.append(1)
@@ -336,7 +365,7 @@ def test_a_folder_is_one_process_at_a_time(config):
     assert seen
 
 
-def test_a_mistake_leaves_no_folder(config, tmp_path):
+def test_a_mistake_leaves_no_folder(config: Callable[..., PrepareConfig], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file or folder"):
         prepare(config(source=str(tmp_path / "absent.jsonl")))
     with pytest.raises(UserError, match=r"<\|im_start\|>"):
@@ -351,7 +380,9 @@ def test_a_mistake_leaves_no_folder(config, tmp_path):
         ({"domain": "math"}, r"line 1: no column 'conversations'"),
     ],
 )
-def test_a_source_of_another_form_is_named(row, message, config, tmp_path):
+def test_a_source_of_another_form_is_named(
+    row: dict[str, Any], message: str, config: Callable[..., PrepareConfig], tmp_path: Path
+) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row) + "\n")
     with pytest.raises(UserError, match=message):

@@ -35,7 +35,7 @@ def peak(folder: Path, rows: int, *, words: int, group: int) -> int:
 
 
 @pytest.mark.slow
-def test_the_real_source_needs_less_than_a_gigabyte(tmp_path):
+def test_the_real_source_needs_less_than_a_gigabyte(tmp_path: Path) -> None:
     # A word with its space has 3 bytes, and a row has 3/4 of `words` on average.
     real_size = {"words": 9_000, "group": 1000}
     few, more = (peak(tmp_path, n, **real_size) for n in (3_000, 12_000))

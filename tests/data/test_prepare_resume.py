@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import openthoughts
 import pyarrow.parquet as pq
@@ -25,12 +27,12 @@ ROWS = 5000
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return openthoughts.write_jsonl(tmp_path_factory.mktemp("source") / "rows.jsonl", ROWS)
 
 
 @pytest.fixture
-def config(source, selection):
+def config(source: Path, selection: Callable[..., PrepareConfig]) -> Callable[..., PrepareConfig]:
     return partial(selection, source=str(source))
 
 
@@ -64,7 +66,13 @@ def run_killed(config: PrepareConfig, kind: str, count: int, *more: str) -> int:
 
 
 @pytest.mark.parametrize("kind", ["jsonl", pytest.param("parquet", marks=pytest.mark.slow)])
-def test_killed_and_resumed_gives_the_same_bytes(kind, config, source, tmp_path, monkeypatch):
+def test_killed_and_resumed_gives_the_same_bytes(
+    kind: str,
+    config: Callable[..., PrepareConfig],
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """SIGKILL twice while reading and once while writing gives the files of one run."""
     if kind == "parquet":
         source = openthoughts.write_parquet(tmp_path / "rows.parquet", ROWS, group=333)
@@ -77,18 +85,20 @@ def test_killed_and_resumed_gives_the_same_bytes(kind, config, source, tmp_path,
     assert run_killed(settings, "read", 6, "resume") == -signal.SIGKILL
     assert run_killed(settings, "write", 3, "resume") == -signal.SIGKILL
     assert not (Path(settings.output) / "manifest.json").exists()
-    read = []
+    read: list[dict[str, Any]] = []
     result = prepare(settings, resume=True, sink=read.append)
     assert bytes_of(result["output"]) == whole
     assert not any(record["kind"] == "read" for record in read)  # that was done
     assert sorted(path.name for path in Path(result["output"]).iterdir()) == sorted(FILES)
 
 
-def test_told_to_stop_it_goes_on_from_there(config, tmp_path):
+def test_told_to_stop_it_goes_on_from_there(
+    config: Callable[..., PrepareConfig], tmp_path: Path
+) -> None:
     whole = bytes_of(prepare(config(output=str(tmp_path / "whole")))["output"])
     stop = threading.Event()
     stop.set()
-    reached = []
+    reached: list[int] = []
     for _ in range(10):
         result = prepare(config(), resume=bool(reached), stop=stop)
         if not result["interrupted"]:
@@ -98,7 +108,7 @@ def test_told_to_stop_it_goes_on_from_there(config, tmp_path):
     assert bytes_of(result["output"]) == whole
 
 
-def test_a_finished_one_is_verified_on_resume(config):
+def test_a_finished_one_is_verified_on_resume(config: Callable[..., PrepareConfig]) -> None:
     result = prepare(config())
     assert prepare(config(), resume=True) == result
     path = Path(result["output"]) / "train.parquet"
@@ -111,7 +121,9 @@ def test_a_finished_one_is_verified_on_resume(config):
         prepare(config(), resume=True)
 
 
-def test_a_kill_after_the_manifest_leaves_nothing_behind(config, monkeypatch):
+def test_a_kill_after_the_manifest_leaves_nothing_behind(
+    config: Callable[..., PrepareConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The kill is after the last write and before the first removal."""
     with monkeypatch.context() as patched:
         patched.setattr(module.output_folder, "clean", lambda folder: None)
@@ -122,7 +134,9 @@ def test_a_kill_after_the_manifest_leaves_nothing_behind(config, monkeypatch):
     assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
 
 
-def test_resume_needs_the_same_settings_and_source(config, source, tmp_path):
+def test_resume_needs_the_same_settings_and_source(
+    config: Callable[..., PrepareConfig], source: Path, tmp_path: Path
+) -> None:
     copy = tmp_path / "rows.jsonl"
     shutil.copy(source, copy)
     stop = threading.Event()
@@ -136,12 +150,14 @@ def test_resume_needs_the_same_settings_and_source(config, source, tmp_path):
         prepare(config(source=str(copy)), resume=True)
 
 
-def test_no_room_leaves_what_there_is(config, tmp_path, monkeypatch):
+def test_no_room_leaves_what_there_is(
+    config: Callable[..., PrepareConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A full disk raises one error, and a resumed selection gives the same bytes."""
     whole = bytes_of(prepare(config(output=str(tmp_path / "whole")))["output"])
     add, written = Ledger.add, []
 
-    def full(ledger, entries):
+    def full(ledger: Ledger, entries: Any) -> None:
         written.append(len(entries))
         if len(written) == 3:  # at its bound on pages, SQLite reports a full disk
             ledger._connection.execute("PRAGMA max_page_count = 1")
@@ -155,7 +171,9 @@ def test_no_room_leaves_what_there_is(config, tmp_path, monkeypatch):
     assert bytes_of(prepare(config(), resume=True)["output"]) == whole
 
 
-def test_files_of_an_earlier_version_are_refused_and_swept(config):
+def test_files_of_an_earlier_version_are_refused_and_swept(
+    config: Callable[..., PrepareConfig],
+) -> None:
     stop = threading.Event()
     stop.set()
     folder = Path(prepare(config(), stop=stop)["output"])
@@ -169,7 +187,9 @@ def test_files_of_an_earlier_version_are_refused_and_swept(config):
 # --- the hub --------------------------------------------------------------------------------------
 
 
-def test_the_hub_is_streamed_at_one_commit(config, tmp_path, monkeypatch):
+def test_the_hub_is_streamed_at_one_commit(
+    config: Callable[..., PrepareConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`datasets` streams local files; only their location is replaced."""
     import datasets
     import huggingface_hub
@@ -182,7 +202,7 @@ def test_the_hub_is_streamed_at_one_commit(config, tmp_path, monkeypatch):
     pq.write_table(table.slice(2600), folder / "train-1.parquet")
     real, calls = datasets.load_dataset, []
 
-    def load(name, **how):
+    def load(name: str, **how: Any) -> Any:
         calls.append((name, how))
         files = sorted(map(str, folder.glob("*.parquet")))
         return real("parquet", data_files=files, split="train", streaming=how["streaming"])
@@ -224,14 +244,17 @@ assert result["rows"] == 1000
 """
 
 
-def test_a_stopped_stream_ends_its_process_well(config, tmp_path):
+def test_a_stopped_stream_ends_its_process_well(
+    config: Callable[..., PrepareConfig], tmp_path: Path
+) -> None:
     """Arrow's threads would abort a process that leaves a streamed file half read."""
     file = openthoughts.write_parquet(tmp_path / "rows.parquet", ROWS)
+    command: list[str | Path]
     command = [sys.executable, "-c", STOPPED_ON_THE_HUB, file, config().output, config().tokenizer]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
-def test_a_hub_out_of_reach_says_so(config):
+def test_a_hub_out_of_reach_says_so(config: Callable[..., PrepareConfig]) -> None:
     with pytest.raises(UserError, match=r"dataset of this name from the hub .* failed"):
         prepare(config(source="nobody/nothing"))

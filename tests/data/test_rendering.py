@@ -2,8 +2,11 @@
 
 import copy
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from fastadapt.data.rendering import FAMILIES, render, render_parts
 from fastadapt.data.tokens import encode
@@ -13,41 +16,45 @@ R1_BOS = "<｜begin▁of▁sentence｜>"
 RESPONSE = "<think>\nFirst, 1 + 1.\n</think>\n\nIt is 2."
 
 
-def conversation(prompt="What is 1 + 1?", response=RESPONSE, names=("human", "gpt")):
+def conversation(
+    prompt: Any = "What is 1 + 1?",
+    response: Any = RESPONSE,
+    names: Sequence[str] = ("human", "gpt"),
+) -> list[dict[str, Any]]:
     return [
         {"from": names[0], "value": prompt},
         {"from": names[1], "value": response},
     ]
 
 
-def test_r1_distill_is_rendered_to_the_letter():
+def test_r1_distill_is_rendered_to_the_letter() -> None:
     assert render(conversation(), "r1-distill") == (
         "<｜begin▁of▁sentence｜><｜User｜>What is 1 + 1?<｜Assistant｜>"
         "<think>\nFirst, 1 + 1.\n</think>\n\nIt is 2."
     )
 
 
-def test_qwen_is_rendered_to_the_letter():
+def test_qwen_is_rendered_to_the_letter() -> None:
     assert render(conversation(response="It is 2."), "qwen") == (
         "<|im_start|>user\nWhat is 1 + 1?<|im_end|>\n<|im_start|>assistant\nIt is 2.<|im_end|>\n"
     )
 
 
-def test_llama3_is_rendered_to_the_letter():
+def test_llama3_is_rendered_to_the_letter() -> None:
     assert render(conversation(response="It is 2."), "llama3") == (
         "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nWhat is 1 + 1?<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\nIt is 2.<|eot_id|>"
     )
 
 
-def test_gemma_is_rendered_to_the_letter():
+def test_gemma_is_rendered_to_the_letter() -> None:
     assert render(conversation(response="It is 2."), "gemma") == (
         "<bos><start_of_turn>user\nWhat is 1 + 1?<end_of_turn>\n"
         "<start_of_turn>model\nIt is 2.<end_of_turn>\n"
     )
 
 
-def test_a_family_names_every_special_string_it_writes():
+def test_a_family_names_every_special_string_it_writes() -> None:
     """Every marker-like string of a template is listed, since `check_markers` checks the list."""
     for family in FAMILIES.values():
         text = family.before_prompt + family.before_response + family.after_response
@@ -70,7 +77,7 @@ MESSAGES = [
 
 
 @pytest.fixture
-def adds_bos(tokenizer):
+def adds_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """Return a tokenizer with a template that adds BOS to every text, like R1-Distill's."""
     from tokenizers.processors import TemplateProcessing
 
@@ -82,13 +89,15 @@ def adds_bos(tokenizer):
     return again
 
 
-def test_the_template_would_strip_the_reasoning(adds_bos):
+def test_the_template_would_strip_the_reasoning(adds_bos: Any) -> None:
     templated = adds_bos.apply_chat_template(MESSAGES, tokenize=False)
     assert "First, 1 + 1." not in templated
     assert "First, 1 + 1." in render(conversation(), "r1-distill")
 
 
-def test_the_generation_prompt_would_open_the_reasoning_twice(adds_bos):
+def test_the_generation_prompt_would_open_the_reasoning_twice(
+    adds_bos: Any,
+) -> None:
     prompt = adds_bos.apply_chat_template(MESSAGES[:1], tokenize=False, add_generation_prompt=True)
     assert prompt.endswith("<think>\n")
     assert (prompt + RESPONSE).count("<think>") == 2
@@ -97,7 +106,9 @@ def test_the_generation_prompt_would_open_the_reasoning_twice(adds_bos):
     assert prompt + RESPONSE.removeprefix("<think>\n") == rendered
 
 
-def test_tokenising_the_template_again_would_double_the_bos(adds_bos):
+def test_tokenising_the_template_again_would_double_the_bos(
+    adds_bos: Any,
+) -> None:
     bos = adds_bos.bos_token_id
     templated = adds_bos.apply_chat_template(MESSAGES, tokenize=False)
     assert adds_bos(templated)["input_ids"][:2] == [bos, bos]
@@ -105,7 +116,7 @@ def test_tokenising_the_template_again_would_double_the_bos(adds_bos):
     assert [i for i, token in enumerate(ids) if token == bos] == [0]
 
 
-def test_ascii_look_alikes_are_not_the_markers(tokenizer):
+def test_ascii_look_alikes_are_not_the_markers(tokenizer: PreTrainedTokenizerFast) -> None:
     """The pair's tokenizer has no tokens for markers written with | and _."""
     for marker in FAMILIES["r1-distill"].markers:
         assert len(tokenizer(marker, add_special_tokens=False)["input_ids"]) == 1
@@ -113,7 +124,7 @@ def test_ascii_look_alikes_are_not_the_markers(tokenizer):
         assert tokenizer.convert_tokens_to_ids(typed) == tokenizer.unk_token_id
 
 
-def test_no_eos_follows_the_response_of_r1(adds_bos):
+def test_no_eos_follows_the_response_of_r1(adds_bos: Any) -> None:
     assert adds_bos.apply_chat_template(MESSAGES, tokenize=False).endswith("<eos>")
     (ids,) = encode(adds_bos, [render(conversation(), "r1-distill")])["input_ids"]
     assert adds_bos.eos_token_id not in ids
@@ -122,14 +133,14 @@ def test_no_eos_follows_the_response_of_r1(adds_bos):
 # --- rendered text --------------------------------------------------------------------------------
 
 
-def test_r1_markers_are_the_fullwidth_ones():
+def test_r1_markers_are_the_fullwidth_ones() -> None:
     text = render(conversation(prompt="q", response="r"), "r1-distill")
     assert {character for character in text if not character.isascii()} == {"\uff5c", "\u2581"}
     assert "|" not in text
     assert "_" not in text
 
 
-def test_r1_has_one_bos_and_no_eos():
+def test_r1_has_one_bos_and_no_eos() -> None:
     text = render(conversation(), "r1-distill")
     assert text.count(R1_BOS) == 1
     assert text.startswith(R1_BOS)
@@ -138,7 +149,7 @@ def test_r1_has_one_bos_and_no_eos():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_reasoning_before_the_closing_marker_stays(family):
+def test_the_reasoning_before_the_closing_marker_stays(family: str) -> None:
     assert "First, 1 + 1.\n</think>" in render(conversation(), family)
 
 
@@ -156,27 +167,29 @@ def test_the_reasoning_before_the_closing_marker_stays(family):
         ("<think> a </think> <think> b", "<think>\na </think> <think> b"),
     ],
 )
-def test_a_leading_think_is_followed_by_a_line_break(family, response, expected):
+def test_a_leading_think_is_followed_by_a_line_break(
+    family: str, response: str, expected: str
+) -> None:
     _, rendered = render_parts(conversation(response=response), family)
     assert rendered == expected + FAMILIES[family].after_response
 
 
-def test_the_prompt_is_not_touched():
+def test_the_prompt_is_not_touched() -> None:
     prompt = "  <think> keep me \n"
     assert f"<｜User｜>{prompt}<｜Assistant｜>" in render(conversation(prompt=prompt), "r1-distill")
 
 
 @pytest.mark.parametrize("names", [("human", "gpt"), ("user", "assistant"), ("alice", "bob")])
-def test_turns_count_by_position(names):
+def test_turns_count_by_position(names: tuple[str, ...]) -> None:
     assert render(conversation(names=names), "r1-distill") == render(conversation(), "r1-distill")
 
 
-def test_turns_need_no_name():
+def test_turns_need_no_name() -> None:
     turns = [{"value": turn["value"]} for turn in conversation()]
     assert render(turns, "r1-distill") == render(conversation(), "r1-distill")
 
 
-def test_the_parts_meet_where_the_response_begins():
+def test_the_parts_meet_where_the_response_begins() -> None:
     before, after = render_parts(conversation(), "r1-distill")
     assert before.endswith("<｜Assistant｜>")
     assert after == RESPONSE
@@ -202,14 +215,14 @@ def test_the_parts_meet_where_the_response_begins():
         (conversation(response="a\ud800"), "holds half a surrogate pair at character 1"),
     ],
 )
-def test_a_malformed_conversation_says_what_is_wrong(turns, message):
+def test_a_malformed_conversation_says_what_is_wrong(turns: Any, message: str) -> None:
     with pytest.raises(UserError) as caught:
         render(turns, "r1-distill")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_an_unknown_family_lists_the_known_ones():
+def test_an_unknown_family_lists_the_known_ones() -> None:
     with pytest.raises(
         UserError, match=r"expected one of \['gemma', 'llama3', 'qwen', 'r1-distill'\], got 'mamba'"
     ):

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from fractions import Fraction
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -17,6 +18,7 @@ from fastadapt.data.prepare.selection import (
     TOO_LONG,
     Candidate,
     PrepareConfig,
+    Selection,
     Shortlist,
     apportion,
     conversation_hash,
@@ -30,12 +32,14 @@ from fastadapt.data.prepare.selection import (
 from fastadapt.errors import UserError
 
 
-def candidate(key, domain="math", prompt=None, conversation=None):
+def candidate(
+    key: int, domain: str = "math", prompt: str | None = None, conversation: str | None = None
+) -> Candidate:
     prompt, conversation = prompt or f"p{domain}{key}", conversation or f"c{domain}{key}"
     return Candidate(key, key, domain, prompt, conversation, 10, 1)
 
 
-def test_the_quotas_of_the_paper():
+def test_the_quotas_of_the_paper() -> None:
     quotas = PrepareConfig().quotas()
     assert quotas["train"] == {"math": 35_436, "code": 10_410, "science": 4_154}
     assert quotas["validation"] == {"math": 3_544, "code": 1_041, "science": 415}
@@ -49,19 +53,21 @@ def test_the_quotas_of_the_paper():
         st.text("abc", min_size=1), st.fractions(Fraction(1, 1000), 1), min_size=1
     ),
 )
-def test_quotas_add_up_and_are_within_one_of_their_share(n, shares):
+def test_quotas_add_up_and_are_within_one_of_their_share(
+    n: int, shares: dict[str, Fraction]
+) -> None:
     counts = apportion(n, shares)
     assert sum(counts.values()) == n
     total = sum(shares.values())
     assert all(abs(counts[d] - n * shares[d] / total) < 1 for d in shares)
 
 
-def test_shares_are_exact():
+def test_shares_are_exact() -> None:
     assert parse_shares("math=.7, code=1/3") == {"math": Fraction(7, 10), "code": Fraction(1, 3)}
 
 
 @pytest.mark.parametrize("text", ["", "math", "math=0", "math=-1", "math=x", "a=1,a=1", "=1"])
-def test_other_shares_are_refused(text):
+def test_other_shares_are_refused(text: str) -> None:
     with pytest.raises(UserError, match="--shares: expected domain=share"):
         parse_shares(text)
 
@@ -78,18 +84,18 @@ def test_other_shares_are_refused(text):
         ({"family": "nobody"}, "expected one of"),
     ],
 )
-def test_impossible_values_are_refused(changes, message):
+def test_impossible_values_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         PrepareConfig(**changes)
 
 
-def test_keys_are_the_same_in_every_version():
+def test_keys_are_the_same_in_every_version() -> None:
     assert row_key(42, 0) == 5672782413942647296
     assert row_key(42, 1_199_999) == 3806046940342673144
     assert row_key(43, 0) != row_key(42, 0)
 
 
-def test_keys_are_uniform_wherever_the_row_stands():
+def test_keys_are_uniform_wherever_the_row_stands() -> None:
     """The rows with the lowest tenth of the keys are uniform over 20 sections of the source."""
     n, stretches = 40_000, 20
     lowest = sorted(range(n), key=lambda row: row_key(42, row))[: n // 10]
@@ -99,7 +105,7 @@ def test_keys_are_uniform_wherever_the_row_stands():
     assert chi_squared < 43.8  # 19 degrees of freedom, p = 0.001
 
 
-def row(response="<think> a </think> b", **changes):
+def row(response: str = "<think> a </think> b", **changes: Any) -> dict[str, Any]:
     turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": response}]
     return {"domain": "math", "conversations": turns, **changes}
 
@@ -124,16 +130,16 @@ def row(response="<think> a </think> b", **changes):
         (row("<think> a </ think>"), NO_END),
     ],
 )
-def test_a_row_is_looked_at(values, expected):
+def test_a_row_is_looked_at(values: dict[str, Any], expected: tuple[str, str] | str) -> None:
     assert parse_row(values, {"math", "code"}) == expected
 
 
-def test_turns_count_by_position_not_by_name():
+def test_turns_count_by_position_not_by_name() -> None:
     values = row(conversations=[{"value": "q"}, {"from": "alice", "value": "<think></think>"}])
     assert parse_row(values, {"math"}) == ("q", "<think></think>")
 
 
-def test_prompts_are_equal_up_to_white_space():
+def test_prompts_are_equal_up_to_white_space() -> None:
     assert prompt_hash("a  b\n") == prompt_hash("a b") != prompt_hash("ab")
     assert conversation_hash("a b", "c") == conversation_hash("a  b", "c")
     assert conversation_hash("a b", "c ") != conversation_hash("a b", "c")
@@ -143,7 +149,7 @@ def test_prompts_are_equal_up_to_white_space():
     keys=st.lists(st.integers(0, 60), max_size=80),
     limit=st.integers(1, 12),
 )
-def test_a_shortlist_keeps_the_lowest(keys, limit):
+def test_a_shortlist_keeps_the_lowest(keys: list[int], limit: int) -> None:
     """Rows may have equal keys, and rows may have been dropped before."""
     shortlist = Shortlist({"math": limit})
     rows = [Candidate(key, i, "math", "", str(i), 10, 1) for i, key in enumerate(keys)]
@@ -154,25 +160,25 @@ def test_a_shortlist_keeps_the_lowest(keys, limit):
     assert ("math" in shortlist.full) == (len(keys) > limit)
 
 
-def shortlist_of(*candidates, limit=100):
+def shortlist_of(*candidates: Candidate, limit: int = 100) -> Shortlist:
     shortlist = Shortlist({"math": limit, "code": limit})
     for each in candidates:
         shortlist.add(each)
     return shortlist
 
 
-def keys_of(selection):
+def keys_of(selection: Selection) -> dict[str, list[int]]:
     return {split: [c.key for c in taken] for split, taken in selection.splits.items()}
 
 
-def quotas(train, validation):
+def quotas(train: tuple[int, int], validation: tuple[int, int]) -> dict[str, dict[str, int]]:
     return {
         "train": {"math": train[0], "code": train[1]},
         "validation": {"math": validation[0], "code": validation[1]},
     }
 
 
-def test_validation_draws_first_and_both_are_in_the_order_of_the_keys():
+def test_validation_draws_first_and_both_are_in_the_order_of_the_keys() -> None:
     math = [candidate(key) for key in (1, 4, 5, 8)]
     code = [candidate(key, "code") for key in (2, 3, 7, 9)]
     selection = draw(shortlist_of(*math, *code), quotas((2, 1), (1, 2)))
@@ -180,7 +186,7 @@ def test_validation_draws_first_and_both_are_in_the_order_of_the_keys():
     assert selection.missing == {}
 
 
-def test_training_passes_over_prompts_of_validation_in_any_domain():
+def test_training_passes_over_prompts_of_validation_in_any_domain() -> None:
     shortlist = shortlist_of(
         candidate(1, prompt="p"),
         candidate(2, prompt="p"),
@@ -194,13 +200,13 @@ def test_training_passes_over_prompts_of_validation_in_any_domain():
     assert selection.left_out["math"][HELD_OUT] == selection.left_out["code"][HELD_OUT] == 1
 
 
-def test_a_prompt_may_come_again_within_a_split():
+def test_a_prompt_may_come_again_within_a_split() -> None:
     shortlist = shortlist_of(*(candidate(key, prompt="p") for key in (1, 2, 3)))
     selection = draw(shortlist, quotas((3, 0), (0, 0)))
     assert keys_of(selection)["train"] == [1, 2, 3]
 
 
-def test_the_same_conversation_is_taken_once():
+def test_the_same_conversation_is_taken_once() -> None:
     shortlist = shortlist_of(
         candidate(1, prompt="p", conversation="c"),
         candidate(2, prompt="p", conversation="c"),
@@ -211,7 +217,7 @@ def test_the_same_conversation_is_taken_once():
     assert selection.left_out["math"][REPEATED] == 1
 
 
-def test_what_a_domain_lacks_is_told():
+def test_what_a_domain_lacks_is_told() -> None:
     selection = draw(shortlist_of(candidate(1), candidate(2)), quotas((3, 2), (1, 1)))
     assert selection.missing == {
         "validation": {"code": 1},
@@ -220,7 +226,7 @@ def test_what_a_domain_lacks_is_told():
     assert keys_of(selection) == {"validation": [1], "train": [2]}
 
 
-def test_only_long_rows_that_were_drawn_are_counted():
+def test_only_long_rows_that_were_drawn_are_counted() -> None:
     shortlist = shortlist_of(candidate(3), candidate(7))
     for key in (1, 2, 5, 6, 8):
         shortlist.add_too_long("math", key)
@@ -230,6 +236,6 @@ def test_only_long_rows_that_were_drawn_are_counted():
 
 
 @given(tokens=st.lists(st.integers(1, 97)), longest=st.integers(97, 200))
-def test_a_histogram_counts_every_length_once(tokens, longest):
+def test_a_histogram_counts_every_length_once(tokens: list[int], longest: int) -> None:
     assert sum(length_histogram(tokens, longest)) == len(tokens)
     assert length_histogram([1, longest], longest) == [1, *[0] * 8, 1]

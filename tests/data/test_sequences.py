@@ -2,21 +2,25 @@
 
 import json
 import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from fastadapt.data.rendering import FAMILIES, render
 from fastadapt.data.sequences import DataConfig, load_sequences
 from fastadapt.errors import UserError
 
 
-def config(**changes) -> DataConfig:
+def config(**changes: Any) -> DataConfig:
     return DataConfig(**{"train": "unused", "validation": "unused", **changes})
 
 
 @pytest.fixture
-def rows(turns):
+def rows(turns: Callable[[str, str], list[dict[str, str]]]) -> list[list[dict[str, str]]]:
     # 13 tokens when rendered as r1-distill; every fifth row has two more.
     return [
         turns("1 + 1 = ?", "<think> so 2 </think> 2" + (" wait ." if i % 5 == 2 else ""))
@@ -25,7 +29,12 @@ def rows(turns):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_ids_are_those_of_the_rendered_text(family, rows, tokenizer, write_jsonl):
+def test_ids_are_those_of_the_rendered_text(
+    family: str,
+    rows: list[list[dict[str, str]]],
+    tokenizer: PreTrainedTokenizerFast,
+    write_jsonl: Callable[..., str],
+) -> None:
     sequences = load_sequences(write_jsonl(rows), tokenizer, config(family=family), split="train")
     assert len(sequences) == len(rows)
     for index in (0, 2, 127, 128, 299):
@@ -39,7 +48,12 @@ def test_ids_are_those_of_the_rendered_text(family, rows, tokenizer, write_jsonl
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_markers_in_the_text_are_counted_and_read_as_ever(family, turns, tokenizer, write_jsonl):
+def test_markers_in_the_text_are_counted_and_read_as_ever(
+    family: str,
+    turns: Callable[[str, str], list[dict[str, str]]],
+    tokenizer: PreTrainedTokenizerFast,
+    write_jsonl: Callable[..., str],
+) -> None:
     marker = FAMILIES[family].markers[-1]
     rows = [turns("1 + 1", "2"), turns(f"1 {marker} 2", "3"), turns("1 + 2", f"so {marker} 3")]
     sequences = load_sequences(write_jsonl(rows), tokenizer, config(family=family), split="train")
@@ -48,13 +62,21 @@ def test_markers_in_the_text_are_counted_and_read_as_ever(family, turns, tokeniz
     assert sequences[1].input_ids.tolist() == expected
 
 
-def test_there_is_one_bos_and_no_eos(rows, tokenizer, write_jsonl):
+def test_there_is_one_bos_and_no_eos(
+    rows: list[list[dict[str, str]]],
+    tokenizer: PreTrainedTokenizerFast,
+    write_jsonl: Callable[..., str],
+) -> None:
     ids = load_sequences(write_jsonl(rows[:1]), tokenizer, config(), split="train")[0].input_ids
     assert (ids == tokenizer.bos_token_id).nonzero().flatten().tolist() == [0]
     assert (ids != tokenizer.eos_token_id).all()
 
 
-def test_padding_and_truncation_set_in_the_tokenizer_do_not_act(rows, tokenizer, write_jsonl):
+def test_padding_and_truncation_set_in_the_tokenizer_do_not_act(
+    rows: list[list[dict[str, str]]],
+    tokenizer: PreTrainedTokenizerFast,
+    write_jsonl: Callable[..., str],
+) -> None:
     expected = [
         s.input_ids for s in load_sequences(write_jsonl(rows), tokenizer, config(), split="train")
     ]
@@ -69,14 +91,23 @@ def test_padding_and_truncation_set_in_the_tokenizer_do_not_act(rows, tokenizer,
         backend.no_truncation()
 
 
-def test_every_token_counts_by_default(rows, tokenizer, write_jsonl):
+def test_every_token_counts_by_default(
+    rows: list[list[dict[str, str]]],
+    tokenizer: PreTrainedTokenizerFast,
+    write_jsonl: Callable[..., str],
+) -> None:
     sample = load_sequences(write_jsonl(rows[:1]), tokenizer, config(), split="train")[0]
     assert torch.equal(sample.labels, sample.input_ids)
     assert sample.labels.data_ptr() != sample.input_ids.data_ptr()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_prompt_tokens_can_be_left_out_of_the_loss(family, rows, tokenizer, write_jsonl):
+def test_prompt_tokens_can_be_left_out_of_the_loss(
+    family: str,
+    rows: list[list[dict[str, str]]],
+    tokenizer: PreTrainedTokenizerFast,
+    write_jsonl: Callable[..., str],
+) -> None:
     sample = load_sequences(
         write_jsonl(rows[:1]),
         tokenizer,
@@ -88,7 +119,11 @@ def test_prompt_tokens_can_be_left_out_of_the_loss(family, rows, tokenizer, writ
     assert torch.equal(sample.labels[first:], sample.input_ids[first:])
 
 
-def test_longer_conversations_are_left_out_and_counted(rows, tokenizer, write_jsonl):
+def test_longer_conversations_are_left_out_and_counted(
+    rows: list[list[dict[str, str]]],
+    tokenizer: PreTrainedTokenizerFast,
+    write_jsonl: Callable[..., str],
+) -> None:
     everything = load_sequences(write_jsonl(rows), tokenizer, config(), split="train")
     assert everything.counts == (300, 300, 0, 240 * 13 + 60 * 15, 15, 0)
     short = load_sequences(write_jsonl(rows), tokenizer, config(max_tokens=13), split="train")
@@ -98,7 +133,11 @@ def test_longer_conversations_are_left_out_and_counted(rows, tokenizer, write_js
         assert torch.equal(short[i].input_ids, everything[row].input_ids)
 
 
-def test_only_validation_is_cut_short(rows, tokenizer, write_jsonl):
+def test_only_validation_is_cut_short(
+    rows: list[list[dict[str, str]]],
+    tokenizer: PreTrainedTokenizerFast,
+    write_jsonl: Callable[..., str],
+) -> None:
     settings = config(max_validation=7, max_tokens=13)
     path = write_jsonl(rows)
     held_out = load_sequences(path, tokenizer, settings, split="validation")
@@ -106,7 +145,12 @@ def test_only_validation_is_cut_short(rows, tokenizer, write_jsonl):
     assert len(load_sequences(path, tokenizer, settings, split="train")) == 240
 
 
-def test_the_split_selects_the_files_of_a_folder(rows, tokenizer, write_jsonl, tmp_path):
+def test_the_split_selects_the_files_of_a_folder(
+    rows: list[list[dict[str, str]]],
+    tokenizer: PreTrainedTokenizerFast,
+    write_jsonl: Callable[..., str],
+    tmp_path: Path,
+) -> None:
     write_jsonl(rows[:3], "train.jsonl")
     write_jsonl(rows[:2], "validation.jsonl")
     write_jsonl(rows[:1], "test.jsonl")
@@ -117,7 +161,11 @@ def test_the_split_selects_the_files_of_a_folder(rows, tokenizer, write_jsonl, t
     assert len(load_sequences(source, tokenizer, other, split="validation")) == 1
 
 
-def test_indices_run_as_in_a_list(rows, tokenizer, write_jsonl):
+def test_indices_run_as_in_a_list(
+    rows: list[list[dict[str, str]]],
+    tokenizer: PreTrainedTokenizerFast,
+    write_jsonl: Callable[..., str],
+) -> None:
     sequences = load_sequences(write_jsonl(rows[:4]), tokenizer, config(), split="train")
     assert sequences[-1].index == 3
     assert [sample.index for sample in sequences] == [0, 1, 2, 3]
@@ -125,7 +173,13 @@ def test_indices_run_as_in_a_list(rows, tokenizer, write_jsonl):
         sequences[4]
 
 
-def test_local_files_leave_no_trace(rows, tokenizer, write_jsonl, tmp_path, monkeypatch):
+def test_local_files_leave_no_trace(
+    rows: list[list[dict[str, str]]],
+    tokenizer: PreTrainedTokenizerFast,
+    write_jsonl: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     path = write_jsonl(rows)
     with warnings.catch_warnings():
@@ -139,17 +193,22 @@ class NoWords:
 
     unk_token_id = None
 
-    def __init__(self, n_tokens: int):
+    def __init__(self, n_tokens: int) -> None:
         self.n_tokens = n_tokens
 
-    def __call__(self, text, **_):
+    def __call__(self, text: Any, **_: Any) -> dict[str, Any]:
         if isinstance(text, str):
             return {"input_ids": [5]}
         offsets = [[(0, 1)] * self.n_tokens for _ in text]
         return {"input_ids": [[5] * self.n_tokens for _ in text], "offset_mapping": offsets}
 
 
-def test_a_malformed_conversation_is_located(rows, turns, tokenizer, write_jsonl):
+def test_a_malformed_conversation_is_located(
+    rows: list[list[dict[str, str]]],
+    turns: Callable[[str, str], list[dict[str, str]]],
+    tokenizer: PreTrainedTokenizerFast,
+    write_jsonl: Callable[..., str],
+) -> None:
     bad = turns("1 + 1 = ?", "")
     path = write_jsonl([*rows[:140], bad, *rows])
     with pytest.raises(UserError) as caught:
@@ -160,26 +219,36 @@ def test_a_malformed_conversation_is_located(rows, turns, tokenizer, write_jsonl
 
 
 @pytest.mark.parametrize(("n_tokens", "count"), [(0, "0 token(s)"), (1, "1 token(s)")])
-def test_a_one_token_sample_is_refused(n_tokens, count, rows, write_jsonl):
+def test_a_one_token_sample_is_refused(
+    n_tokens: int, count: str, rows: list[list[dict[str, str]]], write_jsonl: Callable[..., str]
+) -> None:
     with pytest.raises(UserError, match=r"line 1: the conversation has") as caught:
         load_sequences(write_jsonl(rows), NoWords(n_tokens), config(), split="train")
     assert count in str(caught.value)
 
 
-def test_a_response_without_tokens_is_refused(rows, write_jsonl):
+def test_a_response_without_tokens_is_refused(
+    rows: list[list[dict[str, str]]], write_jsonl: Callable[..., str]
+) -> None:
     settings = config(train_on_prompt=False)
     with pytest.raises(UserError, match="line 1: the response has no token"):
         load_sequences(write_jsonl(rows), NoWords(3), settings, split="train")
 
 
-def test_a_source_without_conversations_is_refused(tokenizer, tmp_path):
+def test_a_source_without_conversations_is_refused(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
     path = tmp_path / "none.jsonl"
     path.write_text("\n")
     with pytest.raises(UserError, match=r"\(train\): expected conversations, got none"):
         load_sequences(str(path), tokenizer, config(), split="train")
 
 
-def test_nothing_left_names_the_setting_and_the_shortest(rows, tokenizer, write_jsonl):
+def test_nothing_left_names_the_setting_and_the_shortest(
+    rows: list[list[dict[str, str]]],
+    tokenizer: PreTrainedTokenizerFast,
+    write_jsonl: Callable[..., str],
+) -> None:
     with pytest.raises(UserError) as caught:
         load_sequences(write_jsonl(rows), tokenizer, config(max_tokens=12), split="validation")
     assert str(caught.value).endswith(
@@ -188,7 +257,9 @@ def test_nothing_left_names_the_setting_and_the_shortest(rows, tokenizer, write_
     )
 
 
-def test_a_tokenizer_of_another_family_is_refused(rows, write_jsonl):
+def test_a_tokenizer_of_another_family_is_refused(
+    rows: list[list[dict[str, str]]], write_jsonl: Callable[..., str]
+) -> None:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -208,13 +279,15 @@ def test_a_tokenizer_of_another_family_is_refused(rows, write_jsonl):
         ({"max_validation": 0}, "data.max_validation: expected at least 1 or null, got 0"),
     ],
 )
-def test_an_impossible_setting_is_refused_at_once(changes, message):
+def test_an_impossible_setting_is_refused_at_once(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
         config(**changes)
     assert str(caught.value) == message
 
 
-def test_the_columns_of_the_real_data_load(rows, tokenizer, tmp_path):
+def test_the_columns_of_the_real_data_load(
+    rows: list[list[dict[str, str]]], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
     lines = [
         {"difficulty": d, "source": "s", "domain": "math", "conversations": row}
         for d, row in zip([None, 7], rows, strict=False)
@@ -224,17 +297,21 @@ def test_the_columns_of_the_real_data_load(rows, tokenizer, tmp_path):
     assert len(load_sequences(str(path), tokenizer, config(), split="train")) == 2
 
 
-def test_a_split_is_train_or_validation(tokenizer):
+def test_a_split_is_train_or_validation(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ValueError, match="split: expected 'train' or 'validation', got 'test'"):
         load_sequences("unused", tokenizer, config(), split="test")
 
 
-def test_the_published_splits_load_as_they_are(tokenizer, turns, tmp_path):
+def test_the_published_splits_load_as_they_are(
+    tokenizer: PreTrainedTokenizerFast,
+    turns: Callable[[str, str], list[dict[str, str]]],
+    tmp_path: Path,
+) -> None:
     """File names and columns are those of the published splits; some rows have `difficulty`."""
     for name, n in (("train", 6), ("val", 3)):
         with (tmp_path / f"stratified_n55000_t10000_s42_{name}.jsonl").open("w") as file:
             for i in range(n):
-                row = {
+                row: dict[str, Any] = {
                     "domain": ("math", "code", "science")[i % 3],
                     "source": "someone/something",
                     "conversations": turns("1 + 1 = ?", "<think> so 2 </think> 2" + " ." * (i % 2)),

@@ -3,7 +3,9 @@
 import errno
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,11 +16,11 @@ from fastadapt.errors import UserError
 
 
 @pytest.fixture
-def rows(turns):
+def rows(turns: Callable[[str, str], list[dict[str, str]]]) -> list[list[dict[str, str]]]:
     return [turns(f"{i} + 1 ?", f"<think> so {i} </think> {i + 1}") for i in range(5)]
 
 
-def read(source, split="train"):
+def read(source: str | Path, split: str = "train") -> list[Any]:
     return [conversation for _, conversation in read_rows(str(source), split=split)]
 
 
@@ -28,12 +30,14 @@ def write_parquet(path: Path, columns: dict) -> Path:
     return path
 
 
-def test_jsonl_and_parquet_hold_the_same_rows(rows, write_jsonl, tmp_path):
+def test_jsonl_and_parquet_hold_the_same_rows(
+    rows: list[list[dict[str, str]]], write_jsonl: Callable[..., str], tmp_path: Path
+) -> None:
     parquet = write_parquet(tmp_path / "rows.parquet", {"conversations": rows})
     assert read(write_jsonl(rows)) == read(parquet) == rows
 
 
-def test_other_columns_are_ignored(rows, tmp_path):
+def test_other_columns_are_ignored(rows: list[list[dict[str, str]]], tmp_path: Path) -> None:
     line = {"difficulty": None, "source": "s", "domain": "math", "conversations": rows[0]}
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(line))
@@ -43,19 +47,25 @@ def test_other_columns_are_ignored(rows, tmp_path):
     assert read(path) == read(parquet) == rows[:1]
 
 
-def test_blank_lines_and_a_byte_order_mark_are_no_rows(rows, write_jsonl, tmp_path):
+def test_blank_lines_and_a_byte_order_mark_are_no_rows(
+    rows: list[list[dict[str, str]]], write_jsonl: Callable[..., str], tmp_path: Path
+) -> None:
     plain = Path(write_jsonl(rows)).read_text()
     path = tmp_path / "marked.jsonl"
     path.write_text("\ufeff" + plain.replace("\n", "\r\n\r\n"), encoding="utf-8")
     assert read(path) == rows
 
 
-def test_a_line_separator_within_a_value_does_not_end_the_row(turns, write_jsonl):
+def test_a_line_separator_within_a_value_does_not_end_the_row(
+    turns: Callable[[str, str], list[dict[str, str]]], write_jsonl: Callable[..., str]
+) -> None:
     rows = [turns("a\u2028b", "c\u0085d")]
     assert read(write_jsonl(rows)) == rows
 
 
-def test_a_folder_is_read_in_the_order_of_its_paths(rows, write_jsonl, tmp_path):
+def test_a_folder_is_read_in_the_order_of_its_paths(
+    rows: list[list[dict[str, str]]], write_jsonl: Callable[..., str], tmp_path: Path
+) -> None:
     write_jsonl(rows[2:], "b.jsonl")
     write_parquet(tmp_path / "a" / "0.parquet", {"conversations": rows[:2]})
     write_jsonl(rows, ".cache/hidden.jsonl")
@@ -63,7 +73,9 @@ def test_a_folder_is_read_in_the_order_of_its_paths(rows, write_jsonl, tmp_path)
     assert read(tmp_path) == rows
 
 
-def test_a_folder_named_after_splits_gives_the_split(rows, write_jsonl, tmp_path):
+def test_a_folder_named_after_splits_gives_the_split(
+    rows: list[list[dict[str, str]]], write_jsonl: Callable[..., str], tmp_path: Path
+) -> None:
     write_jsonl(rows[:1], "data/train-00000-of-00002.jsonl")
     write_jsonl(rows[1:3], "data/train-00001-of-00002.jsonl")
     write_jsonl(rows[3:], "data/validation.jsonl")
@@ -74,7 +86,9 @@ def test_a_folder_named_after_splits_gives_the_split(rows, write_jsonl, tmp_path
 
 
 @pytest.mark.parametrize("group", [1, 3, 100])
-def test_files_are_read_on_from_any_row(group, turns, tmp_path):
+def test_files_are_read_on_from_any_row(
+    group: int, turns: Callable[[str, str], list[dict[str, str]]], tmp_path: Path
+) -> None:
     """Reading from a cursor gives the remaining rows with the same locations."""
     rows = [turns(f"{i} + 1 ?", f"{i}") for i in range(11)]
     paths = [tmp_path / name for name in ("a.jsonl", "b.parquet", "c.parquet", "d.jsonl")]
@@ -90,7 +104,9 @@ def test_files_are_read_on_from_any_row(group, turns, tmp_path):
         assert list(read_files(paths, optional=("n",), start=record.after)) == whole[i + 1 :]
 
 
-def test_folders_behind_links_are_read_each_once(rows, write_jsonl, tmp_path):
+def test_folders_behind_links_are_read_each_once(
+    rows: list[list[dict[str, str]]], write_jsonl: Callable[..., str], tmp_path: Path
+) -> None:
     folder, disk = tmp_path / "set", tmp_path / "disk"
     write_jsonl(rows[:1], "set/a.jsonl")
     write_jsonl(rows[1:3], "disk/deep/b.jsonl")
@@ -104,27 +120,35 @@ def test_folders_behind_links_are_read_each_once(rows, write_jsonl, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["more", "b.jsonl"])
-def test_a_link_that_leads_nowhere_is_told(name, rows, write_jsonl, tmp_path):
+def test_a_link_that_leads_nowhere_is_told(
+    name: str, rows: list[list[dict[str, str]]], write_jsonl: Callable[..., str], tmp_path: Path
+) -> None:
     write_jsonl(rows, "set/a.jsonl")
     (tmp_path / "set" / name).symlink_to(tmp_path / "unmounted")
     with pytest.raises(UserError, match=rf"{name} is a link to .*unmounted, which is missing"):
         read(tmp_path / "set")
 
 
-def test_parts_in_a_folder_that_is_called_as_a_file(rows, tmp_path):
+def test_parts_in_a_folder_that_is_called_as_a_file(
+    rows: list[list[dict[str, str]]], tmp_path: Path
+) -> None:
     write_parquet(tmp_path / "set.parquet" / "part-0.parquet", {"conversations": rows[:2]})
     write_parquet(tmp_path / "set.parquet" / "part-1.parquet", {"conversations": rows[2:]})
     assert read(tmp_path) == read(tmp_path / "set.parquet") == rows
 
 
-def test_parts_in_folders_that_are_called_as_splits(rows, tmp_path):
+def test_parts_in_folders_that_are_called_as_splits(
+    rows: list[list[dict[str, str]]], tmp_path: Path
+) -> None:
     write_parquet(tmp_path / "train.parquet" / "part-0.parquet", {"conversations": rows[:2]})
     write_parquet(tmp_path / "test.parquet" / "part-0.parquet", {"conversations": rows[2:]})
     assert read(tmp_path, "train") == rows[:2]
     assert read(tmp_path, "test") == rows[2:]
 
 
-def test_rows_say_where_they_stand(rows, write_jsonl, tmp_path):
+def test_rows_say_where_they_stand(
+    rows: list[list[dict[str, str]]], write_jsonl: Callable[..., str], tmp_path: Path
+) -> None:
     path = write_jsonl(rows)
     assert [where for where, _ in read_rows(path, split="train")][:2] == [
         f"{path}, line 1",
@@ -134,12 +158,14 @@ def test_rows_say_where_they_stand(rows, write_jsonl, tmp_path):
     assert [where for where, _ in read_rows(str(parquet), split="train")][-1].endswith("row 5")
 
 
-def test_a_hub_dataset_is_loaded_with_its_split_and_revision(rows, monkeypatch):
+def test_a_hub_dataset_is_loaded_with_its_split_and_revision(
+    rows: list[list[dict[str, str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import datasets
 
-    arguments = {}
+    arguments: dict[str, Any] = {}
 
-    def load_dataset(name, *, split, revision):
+    def load_dataset(name: str, *, split: str, revision: str) -> Any:
         arguments.update(name=name, split=split, revision=revision)
         return datasets.Dataset.from_dict({"domain": ["math"] * 5, "conversations": rows})
 
@@ -150,7 +176,9 @@ def test_a_hub_dataset_is_loaded_with_its_split_and_revision(rows, monkeypatch):
     assert loaded[3][0] == "someone/rows (train[:5]), row 3"
 
 
-def test_a_hub_dataset_without_the_column_names_those_it_has(monkeypatch):
+def test_a_hub_dataset_without_the_column_names_those_it_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     import datasets
 
     table = datasets.Dataset.from_dict({"prompt": ["a"], "answer": ["b"]})
@@ -175,7 +203,9 @@ BAD_LINES = {
 
 
 @pytest.mark.parametrize("case", BAD_LINES)
-def test_a_bad_line_is_named(case, rows, write_jsonl):
+def test_a_bad_line_is_named(
+    case: str, rows: list[list[dict[str, str]]], write_jsonl: Callable[..., str]
+) -> None:
     line, message = BAD_LINES[case]
     path = write_jsonl(rows[:1])
     with Path(path).open("ab") as file:
@@ -221,7 +251,7 @@ def bad_sources(folder: Path) -> dict[str, tuple[str, str]]:
         "not on the hub",
     ],
 )
-def test_a_source_that_cannot_be_read_says_why(case, tmp_path):
+def test_a_source_that_cannot_be_read_says_why(case: str, tmp_path: Path) -> None:
     source, message = bad_sources(tmp_path)[case]
     with pytest.raises(UserError) as caught:
         read(source)
@@ -229,10 +259,14 @@ def test_a_source_that_cannot_be_read_says_why(case, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_without_permission_says_so(rows, write_jsonl, monkeypatch):
+def test_a_file_without_permission_says_so(
+    rows: list[list[dict[str, str]]],
+    write_jsonl: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     path = write_jsonl(rows)
 
-    def refuse(*_):
+    def refuse(*_: Any) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
 
     # chmod does not restrict root, so the error is raised by a patch.

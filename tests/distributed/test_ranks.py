@@ -33,7 +33,7 @@ def test_operations_of_a_single_process_are_the_identity() -> None:
     assert torch.equal(ALONE.all_reduce_or(rows > 0), rows > 0)
 
 
-def test_one_rank_reports_an_error(monkeypatch) -> None:
+def test_one_rank_reports_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     error = UserError("x")
     assert should_report(error)
     monkeypatch.setenv("RANK", "1")
@@ -52,7 +52,7 @@ def test_the_reason_of_a_lost_rank_is_one_sentence() -> None:
     assert not is_lost(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
-def test_the_resume_command_starts_all_ranks(monkeypatch) -> None:
+def test_the_resume_command_starts_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("WORLD_SIZE", 8), ("LOCAL_WORLD_SIZE", 4), ("GROUP_WORLD_SIZE", 2)):
         monkeypatch.setenv(name, str(value))
     assert resume_command(["organism", "--overwrite"]) == (

@@ -37,8 +37,8 @@ def make_run(tmp_path: Path, save_model: Callable[..., str]) -> Callable[..., Pa
                 )
                 for i, role in enumerate(("target", "base"))
             }
-        settings = {**pairs[architecture], "device": "cpu", "dtype": dtype}
-        config = AdapterConfig(24) if kind == "transcoder" else kind
+        settings: dict[str, Any] = {**pairs[architecture], "device": "cpu", "dtype": dtype}
+        config: Any = AdapterConfig(24) if kind == "transcoder" else kind
         pair = ModelPair.load(PairConfig(**settings))
         model = ReplacementModel.create(pair, config, seed=seed)
         generator = torch.Generator().manual_seed(seed)

@@ -47,7 +47,7 @@ def replacement() -> ReplacementModel:
     from fastadapt.organism import resolve
 
     config = PairConfig(resolve("organism/target"), resolve("organism/base"), device="cpu")
-    model = ReplacementModel.create(ModelPair.load(config), AdapterConfig(n_features=64))
+    model: Any = ReplacementModel.create(ModelPair.load(config), AdapterConfig(n_features=64))
     torch.manual_seed(0)
     with torch.no_grad():
         for adapter in model.adapters:
@@ -327,7 +327,11 @@ class _Loose(yaml.SafeLoader):
     pass
 
 
-_Loose.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))
+def _scalar(loader: yaml.SafeLoader, node: Any) -> Any:
+    return loader.construct_scalar(node)
+
+
+_Loose.add_constructor("!function", _scalar)
 
 
 # --- runs --------------------------------------------------------------------------------------

@@ -45,7 +45,9 @@ def cut_by_definition(tokens: Sequence[int], config: DegenerationConfig) -> int 
     ngrams=st.lists(st.integers(1, 4), min_size=1, max_size=3, unique=True),
     min_count=st.integers(2, 4),
 )
-def test_streaming_is_the_definition(tokens, window, share, ngrams, min_count):  # type: ignore[no-untyped-def]
+def test_streaming_is_the_definition(
+    tokens: list[int], window: int, share: float, ngrams: list[int], min_count: int
+) -> None:
     config = DegenerationConfig(window, share, tuple(ngrams), min_count)
     cut = cut_by_definition(tokens, config)
     assert find_cut(tokens, config) == cut

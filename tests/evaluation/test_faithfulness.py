@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -24,16 +26,17 @@ def batches() -> list[Batch]:
     ]
 
 
-def adapted(pair, config: AdapterConfig) -> ReplacementModel:
+def adapted(pair: Any, config: AdapterConfig) -> ReplacementModel:
     model = ReplacementModel.create(pair, config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
+        adapter: Any
         for adapter in model.adapters:
             adapter.W_dec.copy_(0.1 * torch.randn(adapter.W_dec.shape, generator=generator))
     return model
 
 
-def test_measures_equal_plain_forwards(make_pair) -> None:
+def test_measures_equal_plain_forwards(make_pair: Callable[..., Any]) -> None:
     model = adapted(make_pair("qwen2", dtype="float64"), AdapterConfig(24))
     got = evaluate(model, batches(), chunk_tokens=3)
     want: dict[str, list[torch.Tensor]] = {}
@@ -70,6 +73,7 @@ def test_measures_equal_plain_forwards(make_pair) -> None:
                     (a - t).pow(2).sum() / t.pow(2).sum() for a, t in zip(h_hat, h, strict=True)
                 ]
                 want.setdefault(f"nmse_{name}", []).append(torch.stack([ratio[0] * 0, *ratio]))
+            adapter: Any
             for layer, (adapter, x) in enumerate(
                 zip(model.adapters, outputs["replacement"][2], strict=True)
             ):
@@ -88,7 +92,7 @@ def test_measures_equal_plain_forwards(make_pair) -> None:
     assert (got["tokens"], got["sequences"]) == (16, 3)
 
 
-def test_fresh_adapters_are_the_hybrid_and_mode_is_restored(make_pair) -> None:
+def test_fresh_adapters_are_the_hybrid_and_mode_is_restored(make_pair: Callable[..., Any]) -> None:
     config = AdapterConfig(24, "batch_topk", k=1.5)
     model = ReplacementModel.create(make_pair("llama"), config)
     model.adapters.train()
@@ -99,16 +103,18 @@ def test_fresh_adapters_are_the_hybrid_and_mode_is_restored(make_pair) -> None:
     assert model.adapters.training
 
 
-def test_nothing_to_evaluate(make_pair) -> None:
+def test_nothing_to_evaluate(make_pair: Callable[..., Any]) -> None:
     model = adapted(make_pair("qwen2"), AdapterConfig(24))
     with pytest.raises(UserError, match="no sequence has a token to predict"):
         evaluate(model, [])
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_predictions_that_are_not_finite_have_no_top1(value, make_pair) -> None:
+def test_predictions_that_are_not_finite_have_no_top1(
+    value: float, make_pair: Callable[..., Any]
+) -> None:
     """``argmax`` of NaN is token 0 in both models, which is no agreement."""
-    model = adapted(make_pair("qwen2"), AdapterConfig(24))
+    model: Any = adapted(make_pair("qwen2"), AdapterConfig(24))
     with torch.no_grad():
         model.adapters[-1].b_dec[0] = value
     got = evaluate(model, batches())

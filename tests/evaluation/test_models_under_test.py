@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from fastadapt.evaluation.models_under_test import ModelSet
 IDS = torch.tensor([[5, 9, 23, 7, 31, 8]])
 
 
-def test_each_name_gives_its_model(make_run) -> None:
+def test_each_name_gives_its_model(make_run: Callable[..., Path]) -> None:
     from transformers import AutoModelForCausalLM
 
     models = ModelSet.open([make_run("a", 1), make_run("b", 2)])
@@ -42,7 +43,7 @@ def test_each_name_gives_its_model(make_run) -> None:
     assert all(not torch.equal(a, b) for i, a in enumerate(values) for b in values[:i])
 
 
-def test_the_base_shares_its_mlps_and_adapters_are_restored(make_run) -> None:
+def test_the_base_shares_its_mlps_and_adapters_are_restored(make_run: Callable[..., Path]) -> None:
     models = ModelSet.open([make_run("a", 1), make_run("b", 2)])
     before = models.model.adapters
     with models.generating("b"), models.base() as base:
@@ -56,7 +57,7 @@ def test_the_base_shares_its_mlps_and_adapters_are_restored(make_run) -> None:
     assert not any(p.requires_grad for p in models.adapters("a").parameters())
 
 
-def test_facts_of_a_run(make_run) -> None:
+def test_facts_of_a_run(make_run: Callable[..., Path]) -> None:
     facts = {
         "objective": {"sparsity": 0.01, "bridge": 0.0},
         "measured": {"l0_mean": 3.5, "tokens": 1000},
@@ -79,7 +80,9 @@ def test_facts_of_a_run(make_run) -> None:
     assert ModelSet.open([run], dtype="bfloat16", device="cpu").config.dtype == "bfloat16"
 
 
-def test_fingerprints_depend_on_models_and_adapters(make_run, tmp_path) -> None:
+def test_fingerprints_depend_on_models_and_adapters(
+    make_run: Callable[..., Path], tmp_path: Path
+) -> None:
     run, other = make_run("a", 1), make_run("b", 2)
     shutil.copytree(run, tmp_path / "copy")
     models = ModelSet.open([run, other, tmp_path / "copy"])
@@ -97,7 +100,7 @@ def test_fingerprints_depend_on_models_and_adapters(make_run, tmp_path) -> None:
     assert models.fingerprint("hybrid") != digests["hybrid"]
 
 
-def test_bad_runs(make_run, tmp_path) -> None:
+def test_bad_runs(make_run: Callable[..., Path], tmp_path: Path) -> None:
     run = make_run("a", 1)
     with pytest.raises(UserError, match="at least one run"):
         ModelSet.open([])
@@ -118,7 +121,7 @@ def test_bad_runs(make_run, tmp_path) -> None:
         ModelSet.open([run])
 
 
-def test_bad_names_and_dtypes(make_run, tmp_path) -> None:
+def test_bad_names_and_dtypes(make_run: Callable[..., Path], tmp_path: Path) -> None:
     run, other = make_run("a", 1), make_run("b", 2)
     with pytest.raises(UserError, match=r"several runs have the name 'a' .*pass --names"):
         ModelSet.open([run, run])
@@ -138,7 +141,7 @@ def test_bad_names_and_dtypes(make_run, tmp_path) -> None:
     assert ModelSet.open([run, other], dtype="float32").runs == ["a", "b"]
 
 
-def test_the_family_is_not_guessed(make_run) -> None:
+def test_the_family_is_not_guessed(make_run: Callable[..., Path]) -> None:
     models = ModelSet.open([make_run("a", family=None)])
     with pytest.raises(UserError, match=r"benchmarks: no rendering family recorded in a;"):
         complete_config(models, BenchmarkConfig(), SamplingConfig())

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
 from threading import Event
+from typing import Any
 
 import pytest
 import torch
 
 from fastadapt.errors import RunError, UserError
 from fastadapt.evaluation.faithfulness.outputs import OutputConfig, measure_output
-from fastadapt.evaluation.faithfulness.texts import batch_of
+from fastadapt.evaluation.faithfulness.texts import Text, batch_of
 from fastadapt.evaluation.models_under_test import ModelSet
+from fastadapt.models.replacement import Mode
 from fastadapt.training.held_out import evaluate
 
 SMALL = OutputConfig(batch_tokens=18, chunk_tokens=5, students_at_once=3)
 
 
-def open_all(make_run, architecture: str = "qwen2", dtype: str = "float64") -> ModelSet:
+def open_all(
+    make_run: Callable[..., Path], architecture: str = "qwen2", dtype: str = "float64"
+) -> ModelSet:
     kinds = {"a": "transcoder", "b": "transcoder", "m": "mlp", "n": "norms"}
     runs = [
         make_run(name, seed, architecture, kind, dtype)
@@ -40,10 +46,13 @@ def plain(models: ModelSet, name: str, ids: list[int]) -> tuple[torch.Tensor, to
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "gemma2"])
-def test_measures_equal_plain_forwards(architecture, make_run, texts, tmp_path) -> None:
+def test_measures_equal_plain_forwards(
+    architecture: str, make_run: Callable[..., Path], texts: list[Text], tmp_path: Path
+) -> None:
     models = open_all(make_run, architecture)
     measured = measure_output(models, texts, tmp_path / "out", config=SMALL)
     assert list(measured) == ["base", "hybrid", "a", "b", "m", "n"]
+    arrays: Any
     for name, arrays in measured.items():
         active = 0
         for i, text in enumerate(texts):
@@ -62,7 +71,7 @@ def test_measures_equal_plain_forwards(architecture, make_run, texts, tmp_path) 
                 e, w = error[:, start:], power[:, start:]
                 ratio = e.sum((1, 2)) / w.sum((1, 2))
                 token_ratio = (e.sum(2) / w.sum(2)).mean(1)
-                close = {"rtol": 1e-5, "atol": 1e-6}
+                close: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-6}
                 torch.testing.assert_close(arrays.nmse[i, column], ratio.float(), **close)
                 torch.testing.assert_close(
                     arrays.token_nmse[i, column], token_ratio.float(), **close
@@ -79,7 +88,7 @@ def count_active(models: ModelSet, name: str, ids: list[int]) -> int:
     """Return the number of active features over all tokens and layers."""
     model, count = models.replacement(name), 0
 
-    def add(mlp, inputs) -> None:
+    def add(mlp: Any, inputs: Any) -> None:
         nonlocal count
         adapter = mlp.adapter
         count += int((inputs[0] @ adapter.W_enc.T + adapter.b_enc > 0).sum())
@@ -92,11 +101,13 @@ def count_active(models: ModelSet, name: str, ids: list[int]) -> int:
     return count
 
 
-def test_the_same_measures_as_in_training(make_run, texts, tmp_path) -> None:
+def test_the_same_measures_as_in_training(
+    make_run: Callable[..., Path], texts: list[Text], tmp_path: Path
+) -> None:
     """For texts of one length, a mean over texts equals a mean over positions."""
     models = ModelSet.open([make_run("a", 1, dtype="float64")])
     same = [text._replace(ids=text.ids[:4]) for text in texts]
-    arrays = measure_output(models, same, tmp_path)
+    arrays: Any = measure_output(models, same, tmp_path)
     held_out = evaluate(models.replacement("a"), [batch_of(same, range(len(same)))])
     for name, suffix in (("hybrid", "hybrid"), ("a", "adapter")):
         got = arrays[name]
@@ -114,7 +125,7 @@ def record_modes(models: ModelSet, monkeypatch: pytest.MonkeyPatch) -> list[str]
     modes: list[str] = []
     block = models.model.block
 
-    def recorded(layer, hidden, arguments, mode, **settings):
+    def recorded(layer: int, hidden: Any, arguments: Any, mode: Mode, **settings: Any) -> Any:
         modes.append(mode)
         return block(layer, hidden, arguments, mode, **settings)
 
@@ -122,14 +133,24 @@ def record_modes(models: ModelSet, monkeypatch: pytest.MonkeyPatch) -> list[str]
     return modes
 
 
-def test_models_share_one_pass_of_the_target(make_run, texts, tmp_path, monkeypatch) -> None:
+def test_models_share_one_pass_of_the_target(
+    make_run: Callable[..., Path],
+    texts: list[Text],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     models = ModelSet.open([make_run("a", 1), make_run("b", 2)])
     modes = record_modes(models, monkeypatch)
     measure_output(models, texts, tmp_path, names=["hybrid", "a", "b"])
     assert [modes.count(mode) for mode in ("target", "hybrid", "replacement")] == [3, 3, 6]
 
 
-def test_finished_work_is_not_repeated(make_run, texts, tmp_path, monkeypatch) -> None:
+def test_finished_work_is_not_repeated(
+    make_run: Callable[..., Path],
+    texts: list[Text],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     models = ModelSet.open([make_run("a", 1), make_run("b", 2)])
     calls: list[tuple[int, int]] = []
     stop = Event()
@@ -138,7 +159,7 @@ def test_finished_work_is_not_repeated(make_run, texts, tmp_path, monkeypatch) -
         calls.append((done, total))
         stop.set()
 
-    settings = {"config": SMALL, "names": ["hybrid", "a"], "progress": progress}
+    settings: dict[str, Any] = {"config": SMALL, "names": ["hybrid", "a"], "progress": progress}
     assert measure_output(models, texts, tmp_path, **settings, stop=stop) == {}
     assert calls == [(2, 6)]
     whole = measure_output(models, texts, tmp_path, **settings)
@@ -156,13 +177,16 @@ def test_finished_work_is_not_repeated(make_run, texts, tmp_path, monkeypatch) -
     assert Counter(modes) == one_model
 
 
-def test_unknown_models_bad_settings_and_nan_are_refused(make_run, texts, tmp_path) -> None:
+def test_unknown_models_bad_settings_and_nan_are_refused(
+    make_run: Callable[..., Path], texts: list[Text], tmp_path: Path
+) -> None:
     models = ModelSet.open([make_run("a", 1)])
     with pytest.raises(UserError, match="model 'c': expected one of base, hybrid, a"):
         measure_output(models, texts, tmp_path, names=["c"])
     with pytest.raises(UserError, match=r"outputs\.batch_tokens: expected at least 1, got 0"):
         OutputConfig(batch_tokens=0)
     with torch.no_grad():
-        models.adapters("a")[2].W_dec[:] = torch.nan
+        adapters: Any = models.adapters("a")
+        adapters[2].W_dec[:] = torch.nan
     with pytest.raises(RunError, match="a: a prediction on texts t1, t3, t0, t4, t2 is not"):
         measure_output(models, texts, tmp_path, names=["a"])

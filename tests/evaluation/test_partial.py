@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
 from fastadapt.errors import UserError
 from fastadapt.evaluation.faithfulness.partial_replacement import (
     FAMILIES,
+    Family,
     PartialConfig,
     block_passes,
     measure_partial,
 )
+from fastadapt.evaluation.faithfulness.texts import Text
 from fastadapt.evaluation.models_under_test import ModelSet
 from fastadapt.models.replacement import Mode
 
@@ -28,7 +34,7 @@ def logits(models: ModelSet, mode: Mode, replaced: list[bool], ids: list[int]) -
     return got
 
 
-def configurations(n_layers: int) -> dict[str, list[list[bool]]]:
+def configurations(n_layers: int) -> dict[Family, list[list[bool]]]:
     layers = range(n_layers)
     return {
         "first": [[layer < n for layer in layers] for n in range(n_layers + 1)],
@@ -38,7 +44,9 @@ def configurations(n_layers: int) -> dict[str, list[list[bool]]]:
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "gemma2", "olmo2"])
-def test_equals_one_model_after_another(architecture, make_run, texts, tmp_path) -> None:
+def test_equals_one_model_after_another(
+    architecture: str, make_run: Callable[..., Path], texts: list[Text], tmp_path: Path
+) -> None:
     kinds = {"a": "transcoder", "m": "mlp", "n": "norms"}
     runs = [
         make_run(name, seed, architecture, kind, "float64")
@@ -70,12 +78,18 @@ def test_equals_one_model_after_another(architecture, make_run, texts, tmp_path)
 
 
 @pytest.mark.parametrize("at_once", [1, 3, 100])
-def test_block_passes_are_as_stated(at_once, make_run, texts, tmp_path, monkeypatch) -> None:
+def test_block_passes_are_as_stated(
+    at_once: int,
+    make_run: Callable[..., Path],
+    texts: list[Text],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     models = ModelSet.open([make_run("a", 1)])
     model, rows, largest = models.model, {"target": 0, "replacement": 0}, 0
     block = model.block
 
-    def counted(layer, hidden, arguments, mode, **settings):
+    def counted(layer: int, hidden: Any, arguments: Any, mode: Mode, **settings: Any) -> Any:
         nonlocal largest
         assert arguments["position_embeddings"][0].shape[0] in (1, len(hidden))
         rows[mode] += len(hidden)
@@ -100,7 +114,9 @@ def test_about_half_of_one_by_one() -> None:
 
 
 @pytest.mark.parametrize("n_layers", [1, 2])
-def test_few_layers(n_layers, make_run, texts, tmp_path) -> None:
+def test_few_layers(
+    n_layers: int, make_run: Callable[..., Path], texts: list[Text], tmp_path: Path
+) -> None:
     """With one or two layers, families share most of their streams."""
     models = ModelSet.open([make_run("a", dtype="float64", n_layers=n_layers)])
     got = measure_partial(models, texts, tmp_path / "out", names=["hybrid"])["hybrid"]
@@ -116,7 +132,9 @@ def test_few_layers(n_layers, make_run, texts, tmp_path) -> None:
         assert not torch.equal(got.kl["single"][:, 0], full)
 
 
-def test_the_base_and_bad_settings_are_refused(make_run, texts, tmp_path) -> None:
+def test_the_base_and_bad_settings_are_refused(
+    make_run: Callable[..., Path], texts: list[Text], tmp_path: Path
+) -> None:
     models = ModelSet.open([make_run("a", 1)])
     with pytest.raises(UserError, match="models that share the target's attention, got 'base'"):
         measure_partial(models, texts, tmp_path, names=["base"])

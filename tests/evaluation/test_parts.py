@@ -19,7 +19,7 @@ def part(i: int) -> dict[str, torch.Tensor]:
     return {"x": torch.full((i + 1, 2), float(i)), "flag": torch.tensor([bool(i)])}
 
 
-def test_parts_become_one_file_in_their_order(tmp_path) -> None:
+def test_parts_become_one_file_in_their_order(tmp_path: Path) -> None:
     parts = PartialResults(tmp_path, "a", PRINT, 3)
     for i in (2, 0):
         parts.add(i, part(i))
@@ -38,7 +38,9 @@ def test_parts_become_one_file_in_their_order(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("step", ["torch.cat", "sync_folder", "shutil.rmtree"])
-def test_an_interruption_while_joining_loses_nothing(step, tmp_path, monkeypatch) -> None:
+def test_an_interruption_while_joining_loses_nothing(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     parts = PartialResults(tmp_path, "a", PRINT, 2)
     parts.add(0, part(0))
 
@@ -54,7 +56,7 @@ def test_an_interruption_while_joining_loses_nothing(step, tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == [parts.whole]
 
 
-def test_a_damaged_or_foreign_file_is_named(tmp_path) -> None:
+def test_a_damaged_or_foreign_file_is_named(tmp_path: Path) -> None:
     parts = PartialResults(tmp_path, "a", PRINT, 1)
     parts.add(0, part(0))
     foreign = PartialResults(tmp_path, "a", PRINT[:16] + OTHER, 1)
@@ -65,13 +67,13 @@ def test_a_damaged_or_foreign_file_is_named(tmp_path) -> None:
         parts.read()
 
 
-def test_a_folder_that_cannot_be_written(tmp_path) -> None:
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match=r"cannot be written.*Finished measurements are intact"):
         PartialResults(tmp_path / "file", "a", PRINT, 1).add(0, part(0))
 
 
-def test_a_full_disk(tmp_path) -> None:
+def test_a_full_disk(tmp_path: Path) -> None:
     parts = PartialResults(tmp_path, "a", PRINT, 2)
     parts.add(0, part(0))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -85,7 +87,7 @@ def test_a_full_disk(tmp_path) -> None:
     assert len(list((tmp_path / f"a-{PRINT[:16]}").iterdir())) == 1
 
 
-def test_missing_parts_are_yielded_in_groups(tmp_path) -> None:
+def test_missing_parts_are_yielded_in_groups(tmp_path: Path) -> None:
     stores = {name: PartialResults(tmp_path, name, PRINT, 3) for name in ("a", "b", "c")}
     stores["a"].add(1, part(1))
     seen, calls, stop = [], [], Event()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
@@ -14,11 +15,13 @@ from fastadapt.organism import resolve
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
+def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(resolve("organism/target"))
 
 
-def test_the_first_prompts_end_where_the_response_begins(tokenizer) -> None:
+def test_the_first_prompts_end_where_the_response_begins(
+    tokenizer: Any,
+) -> None:
     prompts = load_prompts(resolve("organism/validation"), tokenizer, "r1-distill", 7)
     assert [prompt.id for prompt in prompts] == list("0123456")
     assert {prompt.domain for prompt in prompts} <= {"math", "code", "science"}
@@ -31,7 +34,7 @@ def test_the_first_prompts_end_where_the_response_begins(tokenizer) -> None:
         assert prompt.ids.count(tokenizer.bos_token_id) == 1
 
 
-def test_rows_without_a_domain_and_without_conversations(tokenizer, tmp_path: Path) -> None:
+def test_rows_without_a_domain_and_without_conversations(tokenizer: Any, tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "the"}, {"from": "gpt", "value": "x"}]
     path = tmp_path / "some.jsonl"
     path.write_text(json.dumps({"conversations": turns}) + "\n", encoding="utf-8")

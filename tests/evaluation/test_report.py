@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from results import LAYERS, MODELS, synthetic_result
@@ -111,15 +112,18 @@ def test_one_model_alone_can_be_drawn(name: str, tmp_path: Path) -> None:
         assert inline_svg(figure).count("<title>") == len(figure.series) > 0
 
 
-def test_legends_show_any_name_unchanged(tmp_path, monkeypatch) -> None:
+def test_legends_show_any_name_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """matplotlib omits names that begin with "_", and parses "$" as mathematics."""
     from matplotlib.figure import Figure as Canvas
 
-    legends = []
+    legends: list[Any] = []
     real = Canvas.legend
-    monkeypatch.setattr(
-        Canvas, "legend", lambda *a, **k: legends.append(real(*a, **k)) or legends[-1]
-    )
+
+    def legend(*a: Any, **k: Any) -> Any:
+        legends.append(real(*a, **k))
+        return legends[-1]
+
+    monkeypatch.setattr(Canvas, "legend", legend)
     names = ["_old", "new", "a$b$c", "<b>x</b>"]
     series = [Series(name, "mlp", [1.0, 2.0], [1.0, 2.0], [1.0, 2.0], [1.0, 2.0]) for name in names]
     series.append(Series("__base", "base", [], [1.0], [0.5], [2.0]))

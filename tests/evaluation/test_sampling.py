@@ -142,7 +142,7 @@ def test_replacement_at_temperature_0_is_a_loop_of_full_forwards(batching: Any) 
     from reproduce.organism.recipe import FAMILY, RecipeConfig, conversation, split_problems
 
     config = PairConfig(resolve("organism/target"), resolve("organism/base"), device="cpu")
-    model = ReplacementModel.create(ModelPair.load(config), AdapterConfig(n_features=64))
+    model: Any = ReplacementModel.create(ModelPair.load(config), AdapterConfig(n_features=64))
     with torch.no_grad():
         for adapter in model.adapters:
             adapter.W_dec.normal_(0, 0.1)

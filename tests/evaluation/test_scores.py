@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 
 from fastadapt.errors import UserError
 from fastadapt.evaluation.benchmarks.runner import Row, summarize
 from fastadapt.evaluation.benchmarks.scores import MEAN, summarise_benchmarks
-from fastadapt.evaluation.generation.responses import Speed
+from fastadapt.evaluation.generation.responses import Finish, Speed
 
 SPEED = Speed(tokens=1000, seconds=2.0, batching="static")
 
@@ -17,10 +18,10 @@ SPEED = Speed(tokens=1000, seconds=2.0, batching="static")
 def answered(
     rights: list[list[bool]],
     tokens: int = 10,
-    finish: str = "eos",
+    finish: Finish = "eos",
     task: str = "a",
     hesitations: int = 1,
-):
+) -> Any:
     """Return a result. ``rights``: by question, whether each repetition is right."""
     rows = [
         Row(f"{task}/{q}", r, right, "1", tokens + q, finish, None, hesitations, "text")

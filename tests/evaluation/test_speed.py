@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from fastadapt.evaluation.models_under_test import ModelSet
 QUICK = SpeedConfig(batch_size=2, prompt_tokens=3, new_tokens=4, rounds=3)
 
 
-def test_speeds_are_relative_to_the_target_and_stored(make_run, tmp_path: Path) -> None:
+def test_speeds_are_relative_to_the_target_and_stored(
+    make_run: Callable[..., Path], tmp_path: Path
+) -> None:
     models = ModelSet.open([make_run("a"), make_run("b", seed=1)])
     calls: list[tuple[int, int]] = []
     path = tmp_path / "speed.json"
@@ -31,7 +34,9 @@ def test_speeds_are_relative_to_the_target_and_stored(make_run, tmp_path: Path) 
     assert measure_speed(models, path, more)["new_tokens"] == 5
 
 
-def test_medians_of_the_rounds_are_reported(make_run, tmp_path: Path, monkeypatch) -> None:
+def test_medians_of_the_rounds_are_reported(
+    make_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     models = ModelSet.open([make_run("a")])
     # A warm-up, then three rounds of target, hybrid, a on a machine that slows down.
     times = iter([9.0, 9.0, 9.0, 1.0, 1.1, 1.5, 2.0, 2.2, 3.0, 4.0, 4.4, 8.0])
@@ -42,7 +47,7 @@ def test_medians_of_the_rounds_are_reported(make_run, tmp_path: Path, monkeypatc
     assert speeds["target"]["tokens_per_s"] == 8 / 2.0
 
 
-def test_a_stopped_measurement_is_not_stored(make_run, tmp_path: Path) -> None:
+def test_a_stopped_measurement_is_not_stored(make_run: Callable[..., Path], tmp_path: Path) -> None:
     stop = threading.Event()
     models = ModelSet.open([make_run("a")])
     path = tmp_path / "speed.json"

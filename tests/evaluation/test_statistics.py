@@ -63,7 +63,7 @@ def noise(level: float) -> float:
 @pytest.mark.parametrize(
     "kind", ["log-normal 0.5", "exponential", "errors 0.5/3", "errors 0.1/10", "errors 0.02/20"]
 )
-def test_coverage_is_as_stated(kind, n) -> None:
+def test_coverage_is_as_stated(kind: str, n: int) -> None:
     sums, counts, truth = draw(kind, n)
     bounds = (0, 1) if kind.startswith("errors") else (0, math.inf)
     covered = coverage(ratio(sums, counts, bounds=bounds, config=FAST), truth)
@@ -71,7 +71,7 @@ def test_coverage_is_as_stated(kind, n) -> None:
 
 
 @pytest.mark.parametrize("p", [0.002, 0.998])
-def test_coverage_near_the_bounds_is_at_least_the_level(p) -> None:
+def test_coverage_near_the_bounds_is_at_least_the_level(p: float) -> None:
     sums, counts, _ = draw("errors 0.002/50", 50)
     if p > 0.5:
         sums = counts - sums
@@ -106,7 +106,7 @@ def test_simpler_methods_fail_the_same_test() -> None:
 
 
 @pytest.mark.parametrize(("questions", "repetitions"), [(30, 10), (40, 10), (198, 3), (500, 1)])
-def test_accuracy_over_questions_and_repetitions(questions, repetitions) -> None:
+def test_accuracy_over_questions_and_repetitions(questions: int, repetitions: int) -> None:
     """Sizes of the published benchmarks, with questions of very different difficulty."""
     shape = (EXPERIMENTS, questions)
     rate = torch.distributions.Beta(0.6, 0.4).sample(shape)
@@ -168,7 +168,7 @@ def test_one_observation_per_unit_is_wilsons_interval() -> None:
 
 
 @pytest.mark.parametrize("hit", [0.0, 1.0])
-def test_all_wrong_and_all_right(hit) -> None:
+def test_all_wrong_and_all_right(hit: float) -> None:
     counts = torch.full((40,), 100.0)
     got = ratio(hit * counts, counts, bounds=(0, 1))
     want = wilson(40 * hit, 40)
@@ -210,7 +210,7 @@ def test_equal_ratios_have_an_interval_of_width_0() -> None:
 
 
 @pytest.mark.parametrize("level", [0.9, 0.95])
-def test_the_upper_end_of_a_rate_without_events(level) -> None:
+def test_the_upper_end_of_a_rate_without_events(level: float) -> None:
     """At the upper end, a sample without events has the probability of one tail."""
     high = most_of_none(50.0, level)
     assert math.exp(-50 * high) == pytest.approx((1 - level) / 2)

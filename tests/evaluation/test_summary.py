@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastadapt.evaluation.faithfulness.outputs import Measured
-from fastadapt.evaluation.faithfulness.partial_replacement import Partial
+from fastadapt.evaluation.faithfulness.partial_replacement import Family, Partial
 from fastadapt.evaluation.faithfulness.summary import (
     gaps,
     order,
@@ -81,9 +81,11 @@ def test_means_are_over_the_stated_positions() -> None:
         mask = (arrays.position >= curve["edges"][i]) & (arrays.position < curve["edges"][i + 1])
         assert interval["mean"] == pytest.approx(arrays.kl[mask].mean().item())
     assert a["l0"] == 1.5
+    assert arrays.nmse is not None
     assert [i["mean"] for i in a["nmse_per_layer"]] == pytest.approx(
         arrays.nmse[:, 0].mean(0).tolist()
     )
+    assert arrays.token_nmse is not None
     assert [i["mean"] for i in a["nmse_token_per_layer_without_first"]] == pytest.approx(
         arrays.token_nmse[:, 1].mean(0).tolist()
     )
@@ -123,7 +125,7 @@ def test_the_order_of_models_is_paired() -> None:
 def partial(single: float) -> Partial:
     scale = torch.rand(N, 1, generator=torch.Generator().manual_seed(2)).double() + 0.5
     curve = torch.tensor([0, 1.0, 2, 3], dtype=torch.float64)
-    kl = {
+    kl: dict[Family, torch.Tensor] = {
         "first": scale * curve,
         "last": scale * curve * curve / 3,
         "single": scale * torch.tensor([1, single, 1 / 3], dtype=torch.float64),

@@ -47,7 +47,7 @@ def test_regions_are_of_the_token_that_is_predicted() -> None:
         (("a", "</think>"), [0, 0, 1], 3),  # an empty answer
     ],
 )
-def test_starts_of_answers(words, ids, start) -> None:
+def test_starts_of_answers(words: tuple[str, ...], ids: list[int], start: int) -> None:
     assert answer_starts([Text("a", ids, prompt_length=1)], Words(*words)) == [start]
 
 
@@ -56,7 +56,7 @@ def test_a_text_without_prompt_or_thinking() -> None:
     assert region_of(4, 4, 4).tolist() == [0, 0, 0]
 
 
-def test_batches_hold_each_text_once_within_the_budget(texts) -> None:
+def test_batches_hold_each_text_once_within_the_budget(texts: list[Text]) -> None:
     batches = batches_of(texts, 18)
     assert batches == [[1], [3, 0], [4, 2]]
     assert batches_of(texts, 1) == [[1], [3], [0], [4], [2]]
@@ -66,7 +66,7 @@ def test_batches_hold_each_text_once_within_the_budget(texts) -> None:
     assert batch.input_ids[1, :6].tolist() == texts[0].ids
 
 
-def test_bad_texts(texts) -> None:
+def test_bad_texts(texts: list[Text]) -> None:
     for wrong, message in (
         ([], "expected at least one text, got none"),
         ([*texts, texts[0]], "text t0: expected unique ids"),
@@ -77,7 +77,7 @@ def test_bad_texts(texts) -> None:
             batches_of(wrong, 10)
 
 
-def test_the_digest_depends_on_tokens_and_order(texts) -> None:
+def test_the_digest_depends_on_tokens_and_order(texts: list[Text]) -> None:
     digest = digest_of(texts)
     assert digest_of([text._replace(id="x", domain=None) for text in texts]) == digest
     assert digest_of(texts[::-1]) != digest

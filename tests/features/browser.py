@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
@@ -103,7 +104,7 @@ def go(tab: Tab, fragment: str) -> None:
 
 
 @contextmanager
-def serving(source: Store) -> Iterator[str]:
+def serving(source: Store | Path) -> Iterator[str]:
     """Serve a store's pages in a thread, and yield their address."""
     stop, ready, addresses = Event(), Event(), []
 

@@ -35,7 +35,7 @@ def make_run(
     folder: Path, *, n_features: int = 24, l0: float = 3.0, seed: int = 0, **config: Any
 ) -> Path:
     """Write a finished run's folder: ``config.yaml`` and ``adapter/``."""
-    named = {role: resolve(name) for role, name in PAIR.items()}
+    named: dict[str, Any] = {role: resolve(name) for role, name in PAIR.items()}
     pair = ModelPair.load(PairConfig(**named, device="cpu"))
     model = ReplacementModel.create(pair, AdapterConfig(n_features, **config), seed=seed).eval()
     draw = torch.Generator().manual_seed(seed)
@@ -45,6 +45,7 @@ def make_run(
     inputs = model.block_inputs(batch.input_ids, batch.attention_mask)
     hidden = inputs.hidden
     with torch.no_grad():
+        adapter: Any
         for layer, adapter in enumerate(model.adapters):
             seen: list[torch.Tensor] = []
             handle = adapter.register_forward_pre_hook(
@@ -74,7 +75,7 @@ def dense_activations(
     """
     models = ModelSet.open([run], device="cpu")
     model = models.replacement(models.runs[0])
-    modules = list(model.adapters)
+    modules: list[Any] = list(model.adapters)
     if kind != "adapter":
         modules = [getattr(mlp, kind).down_proj for mlp in model.mlps]
     seen: list[torch.Tensor] = []

@@ -28,7 +28,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
-def test_a_token_of_incomplete_characters_shows_its_bytes(tokenizer) -> None:
+def test_a_token_of_incomplete_characters_shows_its_bytes(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
     strings = token_strings(tokenizer, len(tokenizer))
     ids = tokenizer("\u662f")["input_ids"]
     assert len(ids) > 1
@@ -46,7 +48,9 @@ def test_a_token_of_byte_fallback_shows_its_byte() -> None:
     assert strings[1 + 0x41] == "A"
 
 
-def test_pieces_of_consecutive_tokens_join_to_their_text(tokenizer) -> None:
+def test_pieces_of_consecutive_tokens_join_to_their_text(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
     strings = token_strings(tokenizer, len(tokenizer))
     ids = tokenizer(TEXT)["input_ids"]
     pieces = join_characters([strings[i] for i in ids])
@@ -58,7 +62,7 @@ def test_pieces_of_consecutive_tokens_join_to_their_text(tokenizer) -> None:
         assert cut.replace("\u27e9\u27e8", " ") == whole
 
 
-def _bytes(tokenizer, token: int) -> bytes:
+def _bytes(tokenizer: PreTrainedTokenizerFast, token: int) -> bytes:
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     table = {letter: byte for byte, letter in bytes_to_unicode().items()}
@@ -66,7 +70,7 @@ def _bytes(tokenizer, token: int) -> bytes:
 
 
 def test_a_judge_sees_text_and_a_character_that_is_active_at_any_of_its_tokens(
-    tokenizer, tmp_path: Path
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     strings = token_strings(tokenizer, len(tokenizer))
     ids = tokenizer(TEXT)["input_ids"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -71,7 +72,7 @@ def test_a_store_records_the_settings_of_the_lens(tmp_path: Path, demeaned: bool
     store = collect(run, None, CollectConfig(n=3, demeaned=demeaned))
     assert store is not None
     assert store.manifest["lens"] == {"demeaned": demeaned, "final_norm": False}
-    model = ModelSet.open([run], device="cpu").model
+    model: Any = ModelSet.open([run], device="cpu").model
     ids, logits = lens(model.head, model.adapters[2].W_dec.detach(), demeaned=demeaned)
     rows = store.read("lens", layer=2).to_pylist()
     strings = store.read("tokens")["string"].to_pylist()

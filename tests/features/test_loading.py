@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,6 +57,7 @@ def test_features_are_the_encoders_active_entries(run: Path) -> None:
     for given in (TEXT, ids.tolist(), ids, ids[None]):
         layers = model.features(given)
         assert len(layers) == model.n_layers
+        adapter: Any
         for codes, adapter, x in zip(layers, model.adapters, read, strict=True):
             dense = (x[0] @ adapter.W_enc.T + adapter.b_enc).relu()
             values = torch.zeros_like(dense)
@@ -66,6 +68,7 @@ def test_features_are_the_encoders_active_entries(run: Path) -> None:
 
 def test_ids_of_another_shape_are_refused(run: Path) -> None:
     model = load_run(run, device="cpu").model
+    ids: Any
     for ids in (torch.zeros(1, 2, 3, dtype=torch.int64), [], torch.tensor(3)):
         with pytest.raises(UserError, match=r"features: expected token ids \[T\] or \[B, T\]"):
             model.features(ids)

@@ -44,6 +44,7 @@ def states(run: Path, ids: list[list[int]]) -> dict[str, list[np.ndarray]]:
     """Return pre-activations ``[N, F]`` of every layer's encoder in each model, text by text."""
     models = ModelSet.open([run], device="cpu")
     model = models.replacement(models.runs[0])
+    adapters: Any = model.adapters
     actual: dict[str, list[np.ndarray]] = {}
     with models.base() as base:
         for name, whole in (("replacement", model.model), ("target", model.model), ("base", base)):
@@ -64,7 +65,7 @@ def states(run: Path, ids: list[list[int]]) -> dict[str, list[np.ndarray]]:
                 torch.cat([x[0] @ a.W_enc.T + a.b_enc for x in seen[layer :: model.n_layers]])
                 .detach()
                 .numpy()
-                for layer, a in enumerate(model.adapters)
+                for layer, a in enumerate(adapters)
             ]
     return actual
 
@@ -119,7 +120,7 @@ def test_the_store_is_locked_until_the_plot_is_written(
     assert overlap(run, config=OverlapConfig(tokens=1), progress=check_locked) is not None
     assert len(checks) == 4 + 1  # in each layer, and at the plot
     with writing(folder), pytest.raises(UserError, match="another process is writing"):
-        overlap(run, config=OverlapConfig(tokens=1), progress=pytest.fail)
+        overlap(run, config=OverlapConfig(tokens=1), progress=pytest.fail)  # type: ignore[arg-type]
 
 
 def test_models_have_the_dtype_of_the_collection(run: Path, tmp_path: Path) -> None:

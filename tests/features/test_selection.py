@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -165,7 +167,7 @@ def test_dead_features_can_be_excluded(data: StoreData) -> None:
         if not row["count"]
     }
     assert dead
-    config = {"sql": "SELECT layer, feature FROM features"}
+    config: dict[str, Any] = {"sql": "SELECT layer, feature FROM features"}
     assert len(select(data.store, SelectConfig(**config))) == L * F
     living = select(data.store, SelectConfig(**config, alive=True))
     assert set(living) == set(select(data.store, SelectConfig(**config))) - dead

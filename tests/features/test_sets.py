@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from fastadapt.features.store.sets import (
 )
 from fastadapt.features.store.store import Store
 
-OF = {"adapter": "0" * 64, "shape": (2, 6)}
+OF: dict[str, Any] = {"adapter": "0" * 64, "shape": (2, 6)}
 
 
 @pytest.fixture

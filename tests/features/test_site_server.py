@@ -216,6 +216,7 @@ def test_missing_and_outdated_pages_are_exported(store: Store) -> None:
 
 def test_an_export_is_served_without_its_store(store: Store, tmp_path: Path) -> None:
     site = export(store, tmp_path / "pages")
+    assert site is not None
     store.folder.rename(tmp_path / "gone")
     with serving(site) as address:
         status, answer = get(int(address.rsplit(":", 1)[1].strip("/")), "/index.html")

@@ -44,12 +44,12 @@ def published(save_model: Callable[..., str], tmp_path: Path) -> Callable[..., s
     def make(tied: bool = False, decoder_bias: bool = True, shards: int = 3) -> str:
         target = save_model("target", 0, tie_word_embeddings=tied)
         base = save_model("base", 1, tie_word_embeddings=tied)
-        for folder in (target, base):
-            file = Path(folder) / "model.safetensors"
+        for model in (target, base):
+            file = Path(model) / "model.safetensors"
             weights = {name: t.bfloat16() for name, t in load_file(file).items()}
             save_file(weights, file, metadata={"format": "pt"})
-            config = json.loads((Path(folder) / "config.json").read_text())
-            (Path(folder) / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+            config = json.loads((Path(model) / "config.json").read_text())
+            (Path(model) / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
         tensors, mlps = shards_of(target), shards_of(base)
         tensors |= {name: t for name, t in mlps.items() if ".mlp." in name}
         generator = torch.Generator().manual_seed(5)
@@ -75,16 +75,16 @@ def published(save_model: Callable[..., str], tmp_path: Path) -> Callable[..., s
         del config["dtype"]  # as older transformers wrote it
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         names = list(tensors)
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for n in range(shards):
-            file = (
+            part = (
                 f"model-{n + 1:05}-of-{shards:05}.safetensors"
                 if shards > 1
                 else "model.safetensors"
             )
             shard = {name: tensors[name] for name in names[n::shards]}
-            save_file(shard, folder / file, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(shard, file)
+            save_file(shard, folder / part, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(shard, part)
         if shards > 1:
             index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
             text = json.dumps(index, indent=2, sort_keys=True) + "\n"
@@ -110,7 +110,7 @@ def reference_logits(folder: str) -> torch.Tensor:
     for i, layer in enumerate(plain.model.layers):
         names = LAYER.format(i) + "transcoder_{}.{}"
 
-        def add(_module, inputs, output, names=names):
+        def add(_module: Any, inputs: Any, output: Any, names: Any = names) -> Any:
             enc, dec = ([tensors[names.format(m, n)] for n in ("weight", "bias")] for m in MODULES)
             return output + linear(linear(inputs[0], *enc).relu(), *dec)
 
@@ -120,7 +120,9 @@ def reference_logits(folder: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("case", [{}, {"tied": True}, {"decoder_bias": False}, {"shards": 1}])
-def test_round_trip_through_a_model(case, published, tmp_path) -> None:
+def test_round_trip_through_a_model(
+    case: dict[str, Any], published: Callable[..., str], tmp_path: Path
+) -> None:
     source = published(**case)
     target = str(tmp_path / "target")
     model = hu2026.load(source, target, device="cpu")
@@ -133,13 +135,15 @@ def test_round_trip_through_a_model(case, published, tmp_path) -> None:
         assert torch.equal(logits(model, mode), logits(again, mode))
 
 
-def test_logits_follow_the_formula(published, tmp_path) -> None:
+def test_logits_follow_the_formula(published: Callable[..., str], tmp_path: Path) -> None:
     source = published()
     model = hu2026.load(source, str(tmp_path / "target"), device="cpu", dtype="float32")
     torch.testing.assert_close(logits(model, "replacement"), reference_logits(source))
 
 
-def test_no_report_of_unexpected_tensors(published, monkeypatch) -> None:
+def test_no_report_of_unexpected_tensors(
+    published: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """transformers would report the transcoders as unexpected, although they are loaded."""
     records: list[logging.LogRecord] = []
     handler = logging.Handler()
@@ -149,7 +153,7 @@ def test_no_report_of_unexpected_tensors(published, monkeypatch) -> None:
     assert not [r.getMessage() for r in records if "UNEXPECTED" in r.getMessage()]
 
 
-def test_the_target_mode_is_the_target(published, tmp_path) -> None:
+def test_the_target_mode_is_the_target(published: Callable[..., str], tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     source, target = published(), str(tmp_path / "target")
@@ -166,13 +170,16 @@ def test_the_target_mode_is_the_target(published, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("decoder_bias", [True, False])
-def test_round_trip_through_adapters(decoder_bias, published, tmp_path) -> None:
+def test_round_trip_through_adapters(
+    decoder_bias: bool, published: Callable[..., str], tmp_path: Path
+) -> None:
     source = published(decoder_bias=decoder_bias)
     target, base = str(tmp_path / "target"), str(tmp_path / "base")
     hu2026.to_adapters(source, tmp_path / "adapters", target=target, base=base)
     adapters, metadata = load_adapters(tmp_path / "adapters")
     assert metadata["published"] == {"checkpoint": source, "revision": None}
     tensors = shards_of(source)
+    adapter: Any
     for i, adapter in enumerate(adapters):
         layer = LAYER.format(i)
         assert torch.equal(adapter.W_enc, tensors[layer + "transcoder_enc.weight"])
@@ -186,7 +193,9 @@ def test_round_trip_through_adapters(decoder_bias, published, tmp_path) -> None:
     assert files_of(tmp_path / "back") == files_of(source)
 
 
-def test_library_adapters_become_a_published_checkpoint(published, tmp_path) -> None:
+def test_library_adapters_become_a_published_checkpoint(
+    published: Callable[..., str], tmp_path: Path
+) -> None:
     published()  # writes the pair
     target, base = str(tmp_path / "target"), str(tmp_path / "base")
     adapters = [TranscoderAdapter(WIDTH, AdapterConfig(40)) for _ in range(LAYERS)]
@@ -213,12 +222,14 @@ def test_library_adapters_become_a_published_checkpoint(published, tmp_path) -> 
         assert torch.equal(tensor, shards_of(out)[name])
 
 
-def test_one_shard_is_in_memory_at_a_time(published, tmp_path, monkeypatch) -> None:
+def test_one_shard_is_in_memory_at_a_time(
+    published: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Writing holds at most one shard and the next tensor."""
     source = published(shards=1)
     sizes: list[int] = []
 
-    def save_and_measure(tensors, file, metadata):
+    def save_and_measure(tensors: dict[str, torch.Tensor], file: Any, metadata: Any) -> None:
         sizes.append(sum(t.nbytes for t in tensors.values()))
         save_file(tensors, file, metadata)
 
@@ -230,7 +241,9 @@ def test_one_shard_is_in_memory_at_a_time(published, tmp_path, monkeypatch) -> N
     assert max(sizes) <= 4000 < total / 3
 
 
-def test_another_target_is_refused(published, save_model, tmp_path) -> None:
+def test_another_target_is_refused(
+    published: Callable[..., str], save_model: Callable[..., str], tmp_path: Path
+) -> None:
     source = published()
     other = save_model("other", 7)
     with pytest.raises(PairMismatchError, match="of the weights that they should share differ"):
@@ -240,12 +253,12 @@ def test_another_target_is_refused(published, save_model, tmp_path) -> None:
         hu2026.load(source, wider, device="cpu")
 
 
-def test_faulty_checkpoints_are_refused(published, tmp_path) -> None:
+def test_faulty_checkpoints_are_refused(published: Callable[..., str], tmp_path: Path) -> None:
     source = Path(published(shards=1))
     file = source / "model.safetensors"
     whole, name = load_file(file), LAYER.format(1) + "transcoder_dec.weight"
 
-    def attempt(tensors) -> str:
+    def attempt(tensors: dict[str, torch.Tensor]) -> str:
         save_file(tensors, file, metadata={"format": "pt"})
         with pytest.raises(UserError) as error:
             hu2026.to_adapters(str(source), tmp_path / "adapters")
@@ -266,7 +279,9 @@ def test_faulty_checkpoints_are_refused(published, tmp_path) -> None:
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize("folder", ["published", "target", "base"])
 @pytest.mark.parametrize("part", ["mlp.up_proj.weight", "self_attn.q_proj.weight"])
-def test_codes_of_quantised_weights_are_refused(part, folder, dtype, published, tmp_path) -> None:
+def test_codes_of_quantised_weights_are_refused(
+    part: str, folder: str, dtype: torch.dtype, published: Callable[..., str], tmp_path: Path
+) -> None:
     """Each command that reads the checkpoint raises and writes no file."""
     source = published(shards=1)
     pair: dict[str, Any] = {name: str(tmp_path / name) for name in ("target", "base")}
@@ -293,7 +308,7 @@ def test_codes_of_quantised_weights_are_refused(part, folder, dtype, published, 
     assert not out.exists()
 
 
-def test_a_stale_index_is_ignored(published, tmp_path) -> None:
+def test_a_stale_index_is_ignored(published: Callable[..., str], tmp_path: Path) -> None:
     """A checkpoint in one file beside an older index is written back as one file."""
     source = Path(published(shards=3))
     whole = shards_of(source)
@@ -305,9 +320,11 @@ def test_a_stale_index_is_ignored(published, tmp_path) -> None:
     assert shards_of(tmp_path / "out").keys() == whole.keys()
 
 
-def test_unsupported_models_are_refused(published, make_pair, tmp_path) -> None:
+def test_unsupported_models_are_refused(
+    published: Callable[..., str], make_pair: Callable[..., Any], tmp_path: Path
+) -> None:
     source = published(decoder_bias=False)
-    model = hu2026.load(source, device="cpu")
+    model: Any = hu2026.load(source, device="cpu")
     with torch.no_grad():
         model.adapters[1].b_dec[3] = 1
     with pytest.raises(UserError, match="has no decoder biases"):
@@ -331,10 +348,12 @@ ODD += ["config.json", "model.safetensors.index.json"]
 
 
 @pytest.mark.parametrize("name", ODD, ids=lambda name: ascii(name)[:30])
-def test_an_index_may_only_name_shards_of_its_folder(name: str, published, tmp_path) -> None:
+def test_an_index_may_only_name_shards_of_its_folder(
+    name: str, published: Callable[..., str], tmp_path: Path
+) -> None:
     """Files that the index of ``like`` names are written inside the new folder, or not at all."""
     source = published()
-    pair = {role: str(tmp_path / role) for role in ("target", "base")}
+    pair: dict[str, Any] = {role: str(tmp_path / role) for role in ("target", "base")}
     model = hu2026.load(source, pair["target"], device="cpu")
     hu2026.to_adapters(source, tmp_path / "adapters", **pair)
     (tmp_path / "victim.safetensors").write_text("precious")

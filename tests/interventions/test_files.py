@@ -43,13 +43,16 @@ def make_run(tmp_path: Path, save_model: Callable[..., str]) -> Callable[..., Pa
     """``make_run(activation)``: write a run of a tiny pair with random adapters."""
 
     def make(activation: str = "relu", config: AdapterConfig | None = None) -> Path:
-        names = {role: save_model(role, i) for i, role in enumerate(("target", "base"))}
+        names: dict[str, Any] = {
+            role: save_model(role, i) for i, role in enumerate(("target", "base"))
+        }
         pair = ModelPair.load(PairConfig(**names, device="cpu"))
         model = ReplacementModel.create(pair, config or ACTIVATIONS[activation])
         generator = torch.Generator().manual_seed(3)
         with torch.no_grad():
             for p in model.adapters.parameters():
                 p.add_(0.3 * torch.randn(p.shape, generator=generator))
+            adapter: Any
             for adapter in model.adapters:
                 if activation == "jumprelu":
                     adapter.threshold.abs_()
@@ -172,19 +175,20 @@ def test_it_is_exported_and_served(kind: Intervention, make_run: Callable, tmp_p
     run = make_run("jumprelu")
     out = intervene(run, tmp_path / "out", set_of(run), kind)
     convert(str(out), str(tmp_path / "served"))
-    served = AutoModelForCausalLM.from_pretrained(tmp_path / "served")
+    served: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "served")
     assert isinstance(served, serving.AdaptedModel)
+    generate: Any = served.generate
     students = ModelSet.open([out], names=["run"])
     with torch.no_grad():
         assert torch.equal(served(IDS).logits, logits(out))
         with students.generating("run") as model:
             written = model.generate(IDS, **GREEDY)
-        assert torch.equal(served.generate(IDS, **GREEDY), written)
+        assert torch.equal(generate(IDS, **GREEDY), written)
         # scale_features also works with a served model.
         features = set_of(out, (0, 1), (2, 4))
         with scale_features(served, features, -3.0), scale_features(students.model, features, -3.0):
             assert torch.equal(served(IDS).logits, students.model(IDS).logits)
-        assert torch.equal(served.generate(IDS, **GREEDY), written)
+        assert torch.equal(generate(IDS, **GREEDY), written)
         with (
             pytest.raises(UserError, match="does not hold the target's MLPs"),
             scale_features(served, features, 1.0, onto="target"),

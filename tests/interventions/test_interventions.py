@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -46,6 +47,7 @@ def make_model(make_pair: Callable) -> Callable[..., ReplacementModel]:
         with torch.no_grad():
             for p in model.adapters.parameters():
                 p.add_(0.3 * torch.randn(p.shape, generator=generator).to(p.dtype))
+            adapter: Any
             for adapter in model.adapters:
                 if activation == "jumprelu":
                     adapter.threshold.abs_()
@@ -116,6 +118,7 @@ def test_an_ablated_feature_never_fires(
     model = make_model(activation)
     features = feature_set()
     x = 3 * torch.randn(2, 50, model.d_model)
+    adapter: Any
     for layer, adapter in enumerate(ablate(model.adapters, features).train(training)):
         rows = features.rows(layer)
         _, aux = adapter(x)
@@ -151,6 +154,8 @@ def test_what_is_changed_is_the_rows_and_nothing_else(
     model = make_model(activation)
     before = snapshot(model)
     features = feature_set()
+    old: Any
+    new: Any
     for layer, (old, new) in enumerate(
         zip(model.adapters, ablate(model.adapters, features), strict=True)
     ):
@@ -196,7 +201,7 @@ def test_onto_the_target_is_the_target_with_the_set_added(make_model: Callable) 
     hooks = []
     for layer, mlp in enumerate(model.mlps):
 
-        def add(_module, inputs, output, layer=layer):
+        def add(_module: Any, inputs: Any, output: Any, layer: Any = layer) -> Any:
             adapter, rows = whole[layer], features.rows(layer)
             a = (inputs[0] @ adapter.W_enc[rows].T + adapter.b_enc[rows]).relu()
             return output - 0.5 * a @ adapter.W_dec[rows]
@@ -289,9 +294,9 @@ def test_what_cannot_be_done_is_told(make_model: Callable, make_pair: Callable) 
             model.adapters, feature_set(), float("nan")
         ),
         "scale: expected none with only, got 0.5": lambda: Intervention("only", 0.5),
-        "expected one of ablate, only, onto-target": lambda: Intervention("remove"),
+        "expected one of ablate, only, onto-target": lambda: Intervention("remove"),  # type: ignore[arg-type]
     }
-    live = {
+    live: dict[str, tuple[Any, ...]] = {
         "the set hand is empty": (feature_set([]), 0.0),
         "those of the adapter, got 3 of 25": (small, 0.0),
         "expected a factor, got none": (feature_set(),),
@@ -310,7 +315,7 @@ def test_what_cannot_be_done_is_told(make_model: Callable, make_pair: Callable) 
             pass
     with (
         pytest.raises(UserError, match="onto: expected"),
-        scale_features(model, feature_set(), 0.0, onto="hybrid"),
+        scale_features(model, feature_set(), 0.0, onto="hybrid"),  # type: ignore[arg-type]
     ):
         pass
     assert model.adapters is held

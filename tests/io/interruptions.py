@@ -67,13 +67,13 @@ def attempt(
                 os.dup2(file.fileno(), 2)
             if limit is not None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-            moments = watch(workdir, kill_at)
+            count = watch(workdir, kill_at)
             from fastadapt.cli.main import main
 
             code = main(command)
             sys.stdout.flush()
             sys.stderr.flush()
-            counted.write_text(str(moments()))
+            counted.write_text(str(count()))
         except BaseException:
             import traceback
 
@@ -137,13 +137,13 @@ def watch(workdir: Path, kill_at: int | None) -> Callable[[], int]:
     os.fsync, os.write = counted_call(os.fsync), counted_call(os.write)
     save, write_table = safetensors.torch.save_file, pq.ParquetWriter.write_table
 
-    def save_file(tensors: Any, path: Any, metadata: Any = None) -> None:
+    def save_file(tensors: Any, filename: Any, metadata: Any = None) -> None:
         def half() -> None:
-            save(tensors, path, metadata)
-            os.truncate(path, os.path.getsize(path) // 2)
+            save(tensors, filename, metadata)
+            os.truncate(filename, os.path.getsize(filename) // 2)
 
         moment(half)
-        save(tensors, path, metadata)
+        save(tensors, filename, metadata)
 
     def write_rows(self: Any, *arguments: Any, **more: Any) -> None:
         moment()

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import NamedTuple
 
 import fastadapt
@@ -302,10 +303,11 @@ def _lasting(listing: Listing) -> Listing:
 
 def _lines() -> list[tuple[str, int]]:
     """Return the calling lines of the library, as file in the package and line number."""
+    frame: FrameType | None
     frame, lines = sys._getframe(2), []
     while frame is not None:
         path = Path(frame.f_code.co_filename)
         if path.is_relative_to(PACKAGE):
             lines.append((path.relative_to(PACKAGE).as_posix(), frame.f_lineno))
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return lines

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typing_extensions import NotRequired, TypedDict
@@ -209,7 +210,7 @@ def test_a_document_keeps_what_its_schema_does_not_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("read", [read_json, read_yaml])
-def test_files_that_cannot_be_read_are_named(read, tmp_path: Path) -> None:
+def test_files_that_cannot_be_read_are_named(read: Callable[..., Any], tmp_path: Path) -> None:
     with pytest.raises(DocumentError, match=r"x\.json is missing"):
         read(tmp_path / "x.json")
     with pytest.raises(DocumentError, match="cannot be read: Is a directory"):
@@ -218,7 +219,9 @@ def test_files_that_cannot_be_read_are_named(read, tmp_path: Path) -> None:
         read(f"{tmp_path}/a\0b")
 
 
-def test_a_file_beyond_the_limit_is_not_parsed(tmp_path: Path, monkeypatch) -> None:
+def test_a_file_beyond_the_limit_is_not_parsed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("fastadapt.io.documents.MAX_BYTES", 10)
     path = tmp_path / "big.json"
     path.write_text("[" + "1," * 10 + "1]")

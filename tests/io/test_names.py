@@ -1,12 +1,14 @@
 """Names that become paths must be plain and stay in their folder."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fastadapt.errors import UserError
 from fastadapt.io.names import check_name, inside
 
+ODD: list[Any]
 ODD = ["", ".", "..", "../x", "/abs", "a/b", "a\\b", "C:x", "a\0b", "a\nb", "x" * 300, "é" * 130]
 ODD += ["\ud800", 3, None, True, ["x"]]
 

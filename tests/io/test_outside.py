@@ -141,7 +141,9 @@ READERS: dict[str, tuple[Callable[[Path, str], None], Callable[[Path], object]]]
 
 @pytest.mark.parametrize("name", ODD, ids=lambda name: ascii(name)[:14])
 @pytest.mark.parametrize("reader", READERS)
-def test_a_file_names_files_of_its_folder(reader: str, name: str, folder, untouched) -> None:
+def test_a_file_names_files_of_its_folder(
+    reader: str, name: str, folder: Path, untouched: Callable[[], bool]
+) -> None:
     if (reader, name) == ("shards", "link"):
         pytest.skip("shards may be links: the hub's cache consists of them")
     write, read = READERS[reader]
@@ -162,7 +164,9 @@ def test_shards_may_be_links(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a/b", *ODD[:-1], "é" * 130], ids=lambda name: ascii(name)[:14])
-def test_sets_and_runs_have_plain_names(name: str, folder: Path, untouched) -> None:
+def test_sets_and_runs_have_plain_names(
+    name: str, folder: Path, untouched: Callable[[], bool]
+) -> None:
     store = make(folder / "store")
     features = FeatureSet.from_pairs([(0, 1)], adapter="0" * 64, shape=(2, 6), expression="hand")
     untouched()
@@ -175,7 +179,7 @@ def test_sets_and_runs_have_plain_names(name: str, folder: Path, untouched) -> N
     assert untouched()
 
 
-def test_a_set_is_not_written_through_a_link(folder: Path, untouched) -> None:
+def test_a_set_is_not_written_through_a_link(folder: Path, untouched: Callable[[], bool]) -> None:
     store = make(folder / "store")
     features = FeatureSet.from_pairs(
         [(0, 1)], adapter=store.manifest["adapter"], shape=(2, 6), expression="hand"
@@ -242,7 +246,7 @@ def companion(model: Path, out: Path) -> None:
     write_checkpoint(out, {"w": lambda: torch.ones(1)}, "{}", companions=str(model))
 
 
-def test_a_companion_is_a_file_of_its_model(folder: Path, untouched) -> None:
+def test_a_companion_is_a_file_of_its_model(folder: Path, untouched: Callable[[], bool]) -> None:
     (folder / "real.json").write_text("{}")
     (folder / "vocab.json").symlink_to("real.json")
     companion(folder, folder.parent / "out")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from fastadapt.adapter.module import AdapterConfig
 from fastadapt.batch import Batch
 from fastadapt.errors import UserError
 from fastadapt.interop import hu2026
+from fastadapt.models.baselines import Baseline
 from fastadapt.models.pretrained import ARCHITECTURES
 from fastadapt.models.replacement import ReplacementModel
 from fastadapt.models.trained_files import load_adapters
@@ -27,11 +30,11 @@ IDS = torch.tensor([[5, 9, 23, 7, 31, 8]])
 OUTPUT_ALONE = ObjectiveConfig(sparsity=0, nmse=0, bridge=0)
 
 
-def fresh(pair, kind: str) -> ReplacementModel:
+def fresh(pair: Any, kind: Baseline) -> ReplacementModel:
     return ReplacementModel.create(pair, kind)
 
 
-def tuned(pair, kind: str) -> ReplacementModel:
+def tuned(pair: Any, kind: Baseline) -> ReplacementModel:
     """With weights far from the hybrid's."""
     model = fresh(pair, kind)
     generator = torch.Generator().manual_seed(3)
@@ -41,7 +44,7 @@ def tuned(pair, kind: str) -> ReplacementModel:
     return model
 
 
-def plain(pair, kind: str, adapters=None):
+def plain(pair: Any, kind: Baseline, adapters: Any = None) -> Any:
     """transformers' own model of the student, made by loading weights: the oracle."""
     model = copy.deepcopy(pair.target)
     for i, (layer, base) in enumerate(zip(model.model.layers, pair.base_mlps, strict=True)):
@@ -63,11 +66,14 @@ def plain(pair, kind: str, adapters=None):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_it_starts_as_the_hybrid_to_the_bit(architecture, kind, make_pair) -> None:
+def test_it_starts_as_the_hybrid_to_the_bit(
+    architecture: str, kind: Baseline, make_pair: Callable[..., Any]
+) -> None:
     pair = make_pair(architecture)
     target, hybrid = copy.deepcopy(pair.target), plain(pair, kind)
     model = fresh(pair, kind)
     with torch.no_grad():
+        mode: Any
         for mode, oracle in (("target", target), ("hybrid", hybrid), ("replacement", hybrid)):
             with model.mode(mode):
                 assert torch.equal(model(IDS).logits, oracle(IDS).logits), mode
@@ -75,13 +81,16 @@ def test_it_starts_as_the_hybrid_to_the_bit(architecture, kind, make_pair) -> No
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_it_is_transformers_model_of_its_weights(architecture, kind, make_pair) -> None:
+def test_it_is_transformers_model_of_its_weights(
+    architecture: str, kind: Baseline, make_pair: Callable[..., Any]
+) -> None:
     pair = make_pair(architecture)
     target, hybrid = copy.deepcopy(pair.target), plain(pair, kind)
     given = tuned(copy.deepcopy(pair), kind).adapters
     student = plain(pair, kind, given)
     model = ReplacementModel(pair, given)
     with torch.no_grad():
+        mode: Any
         for mode, oracle in (("target", target), ("hybrid", hybrid), ("replacement", student)):
             expected = oracle(IDS).logits
             with model.mode(mode):
@@ -98,7 +107,7 @@ def test_it_is_transformers_model_of_its_weights(architecture, kind, make_pair) 
     assert not torch.equal(student(IDS).logits, hybrid(IDS).logits)
 
 
-def test_every_norm_is_refit(make_pair) -> None:
+def test_every_norm_is_refit(make_pair: Callable[..., Any]) -> None:
     block = {"input_layernorm.weight", "post_attention_layernorm.weight"}
     around = {"pre_feedforward_layernorm.weight", "post_feedforward_layernorm.weight"}
     heads = {"self_attn.q_norm.weight", "self_attn.k_norm.weight"}
@@ -121,7 +130,9 @@ def test_every_norm_is_refit(make_pair) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("architecture", ["qwen2", "gemma2", "olmo2"])
-def test_generate_in_each_mode(architecture, kind, make_pair) -> None:
+def test_generate_in_each_mode(
+    architecture: str, kind: Baseline, make_pair: Callable[..., Any]
+) -> None:
     model = tuned(make_pair(architecture), kind)
     seen = set()
     for mode in ("target", "hybrid", "replacement"):
@@ -137,7 +148,7 @@ def test_generate_in_each_mode(architecture, kind, make_pair) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_batches_give_the_tokens_of_generate(kind, make_pair) -> None:
+def test_batches_give_the_tokens_of_generate(kind: Baseline, make_pair: Callable[..., Any]) -> None:
     from transformers import ContinuousBatchingConfig
 
     model = tuned(make_pair("qwen2"), kind)
@@ -157,7 +168,7 @@ def test_batches_give_the_tokens_of_generate(kind, make_pair) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_compile(kind, make_pair) -> None:
+def test_compile(kind: Baseline, make_pair: Callable[..., Any]) -> None:
     torch._dynamo.reset()
     model = tuned(make_pair("gemma2"), kind)
     compiled = torch.compile(model.model, backend="aot_eager", fullgraph=True)
@@ -171,7 +182,9 @@ def test_compile(kind, make_pair) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("architecture", ["qwen2", "gemma3_text", "olmo2"])
-def test_gradients_are_those_of_the_plain_models_kl(architecture, kind, make_pair) -> None:
+def test_gradients_are_those_of_the_plain_models_kl(
+    architecture: str, kind: Baseline, make_pair: Callable[..., Any]
+) -> None:
     pair = make_pair(architecture, "float64")
     given = tuned(copy.deepcopy(pair), kind).adapters
     student = plain(pair, kind, given).requires_grad_(True)
@@ -200,7 +213,9 @@ def test_gradients_are_those_of_the_plain_models_kl(architecture, kind, make_pai
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_stream_ends_in_the_norm_of_its_last_block(kind, make_pair) -> None:
+def test_each_stream_ends_in_the_norm_of_its_last_block(
+    kind: Baseline, make_pair: Callable[..., Any]
+) -> None:
     """A bridge is one model up to the cutoff and the other, with its last norm, from there on."""
     pair = make_pair("olmo2", "float64")
     target = copy.deepcopy(pair.target)
@@ -210,7 +225,7 @@ def test_each_stream_ends_in_the_norm_of_its_last_block(kind, make_pair) -> None
     arguments = model.block_inputs(IDS, None)
     cutoff = 1
 
-    def kl(first, then) -> torch.Tensor:
+    def kl(first: Any, then: Any) -> torch.Tensor:
         h = arguments.hidden
         for i, keywords in enumerate(arguments.arguments):
             h = (first if i < cutoff else then).model.layers[i](h, **keywords)
@@ -233,7 +248,9 @@ def test_each_stream_ends_in_the_norm_of_its_last_block(kind, make_pair) -> None
 
 @pytest.mark.parametrize("weights", [(0, 0), (1, 1)], ids=["output", "nmse-and-bridges"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_step_moves_what_is_trained_and_nothing_else(kind, weights, make_pair) -> None:
+def test_a_step_moves_what_is_trained_and_nothing_else(
+    kind: Baseline, weights: tuple[int, ...], make_pair: Callable[..., Any]
+) -> None:
     pair = make_pair("gemma2")
     frozen = {n: t.clone() for n, t in pair.target.state_dict().items()}
     base = [{n: t.clone() for n, t in mlp.state_dict().items()} for mlp in pair.base_mlps]
@@ -268,8 +285,8 @@ def test_a_step_moves_what_is_trained_and_nothing_else(kind, weights, make_pair)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_recomputing_changes_no_bit(kind, make_pair) -> None:
-    gradients = []
+def test_recomputing_changes_no_bit(kind: Baseline, make_pair: Callable[..., Any]) -> None:
+    gradients: list[list[Any]] = []
     for policy in ("none", "attention", "full"):
         model = tuned(make_pair("qwen3"), kind)
         config = ObjectiveConfig(sparsity=0, checkpoint=policy)
@@ -280,7 +297,9 @@ def test_recomputing_changes_no_bit(kind, make_pair) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_evaluation_has_no_numbers_of_features(kind, make_pair) -> None:
+def test_an_evaluation_has_no_numbers_of_features(
+    kind: Baseline, make_pair: Callable[..., Any]
+) -> None:
     model = tuned(make_pair("qwen2"), kind)
     values = evaluate(model, [Batch(IDS, None, IDS)])
     assert not [key for key in values if "l0" in key or "dead" in key or "density" in key]
@@ -293,7 +312,9 @@ def test_an_evaluation_has_no_numbers_of_features(kind, make_pair) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("architecture", ["phi3", "gemma3_text"])
-def test_saved_and_loaded(architecture, kind, make_pair, tmp_path: Path) -> None:
+def test_saved_and_loaded(
+    architecture: str, kind: Baseline, make_pair: Callable[..., Any], tmp_path: Path
+) -> None:
     model = tuned(make_pair(architecture), kind)
     save_adapters(model.adapters, tmp_path, {"step": 3})
     card = json.loads((tmp_path / "fastadapt.json").read_text())
@@ -335,7 +356,9 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_folder_is_refused(damage, make_pair, tmp_path: Path) -> None:
+def test_a_damaged_folder_is_refused(
+    damage: str, make_pair: Callable[..., Any], tmp_path: Path
+) -> None:
     save_adapters(fresh(make_pair("qwen2"), "mlp").adapters, tmp_path)
     change, message = DAMAGE[damage]
     change(tmp_path)
@@ -343,7 +366,8 @@ def test_a_damaged_folder_is_refused(damage, make_pair, tmp_path: Path) -> None:
         load_adapters(tmp_path)
 
 
-def test_weights_of_another_model_are_refused(make_pair) -> None:
+def test_weights_of_another_model_are_refused(make_pair: Callable[..., Any]) -> None:
+    kind: Any
     for kind, other, message in (
         ("mlp", "phi3", r"mlp of layer 0: down_proj|mlp of layer 0: gate_proj.weight: .*none"),
         ("norms", "qwen3", r"norms of layer 0: self_attn\.k_norm\.weight: the model has \(8,\)"),
@@ -359,7 +383,9 @@ def test_weights_of_another_model_are_refused(make_pair) -> None:
         ReplacementModel(make_pair("qwen2"), mixed)
 
 
-def test_what_wants_transcoders_refuses_others_by_name(make_pair, tmp_path: Path) -> None:
+def test_what_wants_transcoders_refuses_others_by_name(
+    make_pair: Callable[..., Any], tmp_path: Path
+) -> None:
     model = fresh(make_pair("qwen2"), "mlp")
     save_adapters(model.adapters, tmp_path / "mlp")
     with pytest.raises(UserError, match=r"this export is for transcoder adapters.*kind 'mlp'"):
@@ -370,10 +396,12 @@ def test_what_wants_transcoders_refuses_others_by_name(make_pair, tmp_path: Path
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "gemma2", "qwen3"])
-def test_a_pair_carries_one_kind_after_another(architecture, make_pair) -> None:
+def test_a_pair_carries_one_kind_after_another(
+    architecture: str, make_pair: Callable[..., Any]
+) -> None:
     """With the same bits as a pair that never carried anything else."""
     kinds = ("transcoder", "norms", "mlp", "norms")
-    configs = [AdapterConfig(24) if k == "transcoder" else k for k in kinds]
+    configs: list[Any] = [AdapterConfig(24) if k == "transcoder" else k for k in kinds]
 
     def perturbed(seed: int) -> ReplacementModel:
         model = ReplacementModel.create(make_pair(architecture), configs[seed], seed=seed)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from fastadapt.models.replacement import ModelPair, PairConfig, PairMismatchErro
 IDS = torch.tensor([[5, 9, 23, 7, 31, 8]])
 
 
-def randomised(pair, features: int = 24) -> ReplacementModel:
+def randomised(pair: Any, features: int = 24) -> ReplacementModel:
     model = ReplacementModel.create(pair, AdapterConfig(features))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -30,12 +32,12 @@ def randomised(pair, features: int = 24) -> ReplacementModel:
     return model
 
 
-def load(target: str, base: str, **changes) -> ModelPair:
+def load(target: str, base: str, **changes: Any) -> ModelPair:
     return ModelPair.load(PairConfig(target, base, device="cpu", **changes))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_three_modes(architecture, save_model) -> None:
+def test_three_modes(architecture: str, save_model: Callable[..., str]) -> None:
     from transformers import AutoModelForCausalLM
 
     target = save_model("target", 0, architecture)
@@ -53,7 +55,7 @@ def test_three_modes(architecture, save_model) -> None:
             assert torch.equal(model(IDS).logits, plain(IDS).logits)
         for layer, adapter in zip(plain.model.layers, model.adapters, strict=True):
 
-            def add(_module, inputs, output, adapter=adapter):
+            def add(_module: Any, inputs: Any, output: Any, adapter: Any = adapter) -> Any:
                 a = (inputs[0] @ adapter.W_enc.T + adapter.b_enc).relu()
                 return output + a @ adapter.W_dec + adapter.b_dec
 
@@ -62,7 +64,7 @@ def test_three_modes(architecture, save_model) -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_generate_in_each_mode(architecture, make_pair) -> None:
+def test_generate_in_each_mode(architecture: str, make_pair: Callable[..., Any]) -> None:
     model = randomised(make_pair(architecture))
     seen = {}
     for mode in ("target", "hybrid", "replacement"):
@@ -82,7 +84,7 @@ def test_generate_in_each_mode(architecture, make_pair) -> None:
     "architecture",
     ["qwen2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma2", "phi3"))],
 )
-def test_compile(architecture, make_pair) -> None:
+def test_compile(architecture: str, make_pair: Callable[..., Any]) -> None:
     torch._dynamo.reset()
     model = randomised(make_pair(architecture))
     compiled = torch.compile(model.model, backend="aot_eager", fullgraph=True)
@@ -94,21 +96,21 @@ def test_compile(architecture, make_pair) -> None:
                 )
 
 
-def test_mode_is_restored_after_an_error(make_pair) -> None:
+def test_mode_is_restored_after_an_error(make_pair: Callable[..., Any]) -> None:
     model = randomised(make_pair("qwen2"))
     with pytest.raises(RuntimeError, match="inside"), model.mode("target"):
         raise RuntimeError("inside")
     assert {mlp.mode for mlp in model.mlps} == {"replacement"}
     with (
         pytest.raises(UserError, match="mode must be one of target, hybrid, replacement"),
-        model.mode("base"),
+        model.mode("base"),  # type: ignore[arg-type]
     ):
         raise AssertionError("never reached")
 
 
-def test_only_adapters_train_and_no_weight_is_loaded_twice(save_model) -> None:
+def test_only_adapters_train_and_no_weight_is_loaded_twice(save_model: Callable[..., str]) -> None:
     pair = load(save_model("target", 0), save_model("base", 1))
-    model = randomised(pair)
+    model: Any = randomised(pair)
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     assert trained == {id(p) for p in model.adapters.parameters()}
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
@@ -123,7 +125,7 @@ def test_only_adapters_train_and_no_weight_is_loaded_twice(save_model) -> None:
     ]
 
 
-def test_block_by_block_equals_the_models_own_forward(make_pair) -> None:
+def test_block_by_block_equals_the_models_own_forward(make_pair: Callable[..., Any]) -> None:
     for architecture in ARCHITECTURES:
         model = randomised(make_pair(architecture))
         ids = torch.randint(3, 40, (2, 7))
@@ -144,7 +146,9 @@ def test_block_by_block_equals_the_models_own_forward(make_pair) -> None:
     assert all("forward" not in vars(block) for block in model.blocks)
 
 
-def test_graph_capture_needs_no_synchronization(make_pair, monkeypatch) -> None:
+def test_graph_capture_needs_no_synchronization(
+    make_pair: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Calls too large for a buffer of all entries use dense products, but only during a capture."""
     from torch._subclasses import FakeTensorMode
 
@@ -157,7 +161,7 @@ def test_graph_capture_needs_no_synchronization(make_pair, monkeypatch) -> None:
         assert mlp._capture_plan(many) == expected
 
 
-def test_one_pair_carries_one_set_of_adapters(make_pair) -> None:
+def test_one_pair_carries_one_set_of_adapters(make_pair: Callable[..., Any]) -> None:
     pair = make_pair("qwen2")
     model = randomised(pair)
     with pytest.raises(UserError, match="already carries adapters"):
@@ -166,7 +170,7 @@ def test_one_pair_carries_one_set_of_adapters(make_pair) -> None:
         ReplacementModel(make_pair("qwen2"), model.adapters[:1])
 
 
-MISMATCHES = {
+MISMATCHES: dict[str, tuple[dict[str, Any], str]] = {
     "architecture": ({"architecture": "llama"}, "model_type: target 'qwen2', base 'llama'"),
     "width": ({"hidden_size": 32}, "hidden_size: target 16, base 32"),
     "mlp width": ({"intermediate_size": 48}, "intermediate_size: target 40, base 48"),
@@ -177,14 +181,16 @@ MISMATCHES = {
 
 
 @pytest.mark.parametrize("case", MISMATCHES)
-def test_a_mismatched_pair_says_what_differs(case, save_model) -> None:
+def test_a_mismatched_pair_says_what_differs(case: str, save_model: Callable[..., str]) -> None:
     changes, message = MISMATCHES[case]
     with pytest.raises(PairMismatchError) as error:
         load(save_model("target"), save_model("base", 1, **changes))
     assert message in str(error.value)
 
 
-def test_the_error_for_a_multimodal_model_names_its_text_model(tmp_path, save_model) -> None:
+def test_the_error_for_a_multimodal_model_names_its_text_model(
+    tmp_path: Path, save_model: Callable[..., str]
+) -> None:
     from transformers import AutoConfig
 
     AutoConfig.for_model("gemma3").save_pretrained(tmp_path / "gemma3")
@@ -192,7 +198,7 @@ def test_the_error_for_a_multimodal_model_names_its_text_model(tmp_path, save_mo
         load(str(tmp_path / "gemma3"), save_model("base"))
 
 
-def test_renamed_added_tokens_are_a_note(save_model) -> None:
+def test_renamed_added_tokens_are_a_note(save_model: Callable[..., str]) -> None:
     from transformers import AutoTokenizer
 
     ours, theirs = (AutoTokenizer.from_pretrained(save_model(n)) for n in ("a", "b"))
@@ -201,7 +207,7 @@ def test_renamed_added_tokens_are_a_note(save_model) -> None:
     assert check_tokenizers(ours, ours) == []
 
 
-def test_missing_sources(tmp_path, save_model) -> None:
+def test_missing_sources(tmp_path: Path, save_model: Callable[..., str]) -> None:
     good = save_model("good")
     with pytest.raises(UserError, match="cannot be loaded"):
         load(good, str(tmp_path / "nowhere"))
@@ -211,10 +217,10 @@ def test_missing_sources(tmp_path, save_model) -> None:
 
 
 @pytest.mark.parametrize("role", ["target", "base"])
-def test_missing_extra_and_misshapen_weights(role, save_model) -> None:
+def test_missing_extra_and_misshapen_weights(role: str, save_model: Callable[..., str]) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
 
-    def attempt(change) -> str:
+    def attempt(change: Callable[[dict[str, torch.Tensor]], Any]) -> str:
         folders = {"target": save_model("target"), "base": save_model("base", 1)}
         file = Path(folders[role]) / "model.safetensors"
         tensors = load_file(file)
@@ -224,7 +230,7 @@ def test_missing_extra_and_misshapen_weights(role, save_model) -> None:
             load(**folders)
         return str(error.value)
 
-    def misshape(tensors) -> None:
+    def misshape(tensors: dict[str, torch.Tensor]) -> None:
         tensors[name] = tensors[name][:7].clone()
 
     assert name in attempt(lambda tensors: tensors.pop(name))
@@ -232,7 +238,7 @@ def test_missing_extra_and_misshapen_weights(role, save_model) -> None:
 
 
 @pytest.mark.parametrize("role", ["target", "base"])
-def test_truncated_weights(role, save_model) -> None:
+def test_truncated_weights(role: str, save_model: Callable[..., str]) -> None:
     folders = {"target": save_model("target"), "base": save_model("base", 1)}
     file = Path(folders[role]) / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
@@ -247,14 +253,14 @@ def test_truncated_weights(role, save_model) -> None:
         RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
     ],
 )
-def test_out_of_memory_errors_pass_unchanged(error) -> None:
+def test_out_of_memory_errors_pass_unchanged(error: RuntimeError) -> None:
     with pytest.raises(RuntimeError) as raised, reading("target", "somewhere"):
         raise error
     assert raised.value is error
 
 
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a/../../b"])
-def test_shards_stay_in_their_folder(name, save_model) -> None:
+def test_shards_stay_in_their_folder(name: str, save_model: Callable[..., str]) -> None:
     base = Path(save_model("base"))
     (base / "model.safetensors").unlink()
     (base / "model.safetensors.index.json").write_text(
@@ -264,7 +270,7 @@ def test_shards_stay_in_their_folder(name, save_model) -> None:
         load(save_model("target"), str(base))
 
 
-def test_sharded_checkpoints_load(save_model) -> None:
+def test_sharded_checkpoints_load(save_model: Callable[..., str]) -> None:
     from transformers import AutoModelForCausalLM
 
     target, base = save_model("target"), save_model("base", 1)
@@ -278,7 +284,7 @@ def test_sharded_checkpoints_load(save_model) -> None:
         assert torch.equal(a, b)
 
 
-def test_choices_of_device_and_attention(monkeypatch) -> None:
+def test_choices_of_device_and_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_device("cpu").type == "cpu"
     with pytest.raises(UserError, match="torch knows no device 'gpu'"):
         choose_device("gpu")
@@ -299,7 +305,9 @@ def test_choices_of_device_and_attention(monkeypatch) -> None:
 @pytest.mark.parametrize("architecture", ["gemma2", "gemma3_text", "qwen2"])
 @pytest.mark.parametrize("attention", ["eager", "auto"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_changes_nothing_in_any_dtype(architecture, attention, side, save_model) -> None:
+def test_padding_changes_nothing_in_any_dtype(
+    architecture: str, attention: str, side: str, save_model: Callable[..., str]
+) -> None:
     """A window that holds only padding is a row of minus infinities in a float32 softmax."""
     target = save_model("target", 0, architecture)
     base = save_model("base", 1, architecture)
@@ -316,7 +324,7 @@ def test_padding_changes_nothing_in_any_dtype(architecture, attention, side, sav
         torch.testing.assert_close(padded, alone, rtol=1e-4, atol=1e-5)
 
 
-def change_config(folder: str, **changes) -> None:
+def change_config(folder: str, **changes: Any) -> None:
     path = Path(folder) / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
@@ -325,7 +333,9 @@ def change_config(folder: str, **changes) -> None:
 @pytest.mark.parametrize(
     "dtype", [torch.int8, torch.uint8, torch.int32, torch.bool, torch.float8_e4m3fn]
 )
-def test_codes_of_quantised_weights_are_refused(role, dtype, save_model) -> None:
+def test_codes_of_quantised_weights_are_refused(
+    role: str, dtype: torch.dtype, save_model: Callable[..., str]
+) -> None:
     folders = {"target": save_model("target"), "base": save_model("base", 1)}
     file = Path(folders[role]) / "model.safetensors"
     tensors, name = load_file(file), "model.layers.1.mlp.up_proj.weight"
@@ -337,16 +347,20 @@ def test_codes_of_quantised_weights_are_refused(role, dtype, save_model) -> None
 
 @pytest.mark.parametrize("role", ["target", "base"])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_a_quantised_configuration_is_refused(role, device, save_model) -> None:
+def test_a_quantised_configuration_is_refused(
+    role: str, device: str, save_model: Callable[..., str]
+) -> None:
     """The error is raised on the meta device too, where no weight is read."""
-    folders = {"target": save_model("target"), "base": save_model("base", 1)}
+    folders: dict[str, Any] = {"target": save_model("target"), "base": save_model("base", 1)}
     change_config(folders[role], quantization_config={"quant_method": "fp8"})
     with pytest.raises(UserError, match=f"{role}' is quantised"):
         ModelPair.load(PairConfig(**folders, device="cpu"), into=torch.device(device))
 
 
 @pytest.mark.parametrize("same", [True, False], ids=["stale index", "different files"])
-def test_a_single_file_takes_precedence_over_an_index(same, save_model) -> None:
+def test_a_single_file_takes_precedence_over_an_index(
+    same: bool, save_model: Callable[..., str]
+) -> None:
     """Saving in one file leaves the index of earlier shards behind; transformers ignores it."""
     from transformers import AutoModelForCausalLM
 
@@ -368,7 +382,7 @@ def test_a_single_file_takes_precedence_over_an_index(same, save_model) -> None:
 
 
 @pytest.mark.parametrize("role", ["target", "base"])
-def test_weights_in_other_files_are_refused(role, save_model) -> None:
+def test_weights_in_other_files_are_refused(role: str, save_model: Callable[..., str]) -> None:
     """transformers would read other weights than those of the folder's usual files."""
     folders = {"target": save_model("target"), "base": save_model("base", 1)}
     for name in ("other.safetensors", "model.safetensors.index.json"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
@@ -14,7 +15,7 @@ from fastadapt.batch import Batch
 from fastadapt.errors import RunError
 from fastadapt.models.pretrained import ARCHITECTURES
 from fastadapt.models.recompute import POLICIES
-from fastadapt.models.replacement import ReplacementModel
+from fastadapt.models.replacement import Mode, ReplacementModel
 from fastadapt.models.self_check import check_traversal
 from fastadapt.objective import ObjectiveConfig, objective
 
@@ -24,14 +25,14 @@ WHOLE = Batch(IDS[:1], None, IDS[:1])
 MODES = ("target", "hybrid", "replacement")
 
 
-def model_of(pair, kind: str = "transcoder", activation: str = "relu") -> ReplacementModel:
-    more: dict[str, dict[str, float]] = {
+def model_of(pair: Any, kind: str = "transcoder", activation: str = "relu") -> ReplacementModel:
+    more: dict[str, dict[str, Any]] = {
         "topk": {"k": 4},
         "batch_topk": {"k": 4},
         "jumprelu": {"bandwidth": 0.01, "initial_threshold": 0.01},
     }
     transcoder = AdapterConfig(24, activation=activation, **more.get(activation, {}))
-    config = transcoder if kind == "transcoder" else kind
+    config: Any = transcoder if kind == "transcoder" else kind
     model = ReplacementModel.create(pair, config)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -59,7 +60,9 @@ def pass_to_blocks(model: ReplacementModel, **more: Any) -> None:
 
 @pytest.mark.parametrize("batch", [WHOLE, PADDED], ids=["whole", "padded"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_traversal_equals_the_models_own_forward(architecture, batch, make_pair) -> None:
+def test_traversal_equals_the_models_own_forward(
+    architecture: str, batch: Batch, make_pair: Callable[..., Any]
+) -> None:
     model = model_of(make_pair(architecture))
     state = torch.get_rng_state()
     check_traversal(model, batch)
@@ -68,21 +71,21 @@ def test_traversal_equals_the_models_own_forward(architecture, batch, make_pair)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
-def test_every_dtype(dtype, make_pair) -> None:
+def test_every_dtype(dtype: str, make_pair: Callable[..., Any]) -> None:
     check_traversal(model_of(make_pair("qwen2", dtype=dtype)), WHOLE)
 
 
 @pytest.mark.parametrize("activation", ["topk", "batch_topk", "jumprelu"])
-def test_every_activation(activation, make_pair) -> None:
+def test_every_activation(activation: str, make_pair: Callable[..., Any]) -> None:
     check_traversal(model_of(make_pair("qwen2"), activation=activation), PADDED)
 
 
 @pytest.mark.parametrize("kind", ["mlp", "norms"])
-def test_tuned_weights(kind, make_pair) -> None:
+def test_tuned_weights(kind: str, make_pair: Callable[..., Any]) -> None:
     check_traversal(model_of(make_pair("qwen2"), kind), PADDED)
 
 
-def test_a_cache_is_replaced_by_none_under_any_keyword(make_pair) -> None:
+def test_a_cache_is_replaced_by_none_under_any_keyword(make_pair: Callable[..., Any]) -> None:
     from transformers import DynamicCache
 
     model = model_of(make_pair("qwen2"))
@@ -107,7 +110,9 @@ STATEFUL = {"list": list, "object": Log, "dict": dict, "tuple": lambda: ([],), "
 
 @pytest.mark.parametrize("make", STATEFUL.values(), ids=STATEFUL)
 @pytest.mark.parametrize("mode", MODES)
-def test_an_argument_that_may_hold_state_is_refused_by_name(mode, make, make_pair) -> None:
+def test_an_argument_that_may_hold_state_is_refused_by_name(
+    mode: Mode, make: Callable[[], Any], make_pair: Callable[..., Any]
+) -> None:
     model = model_of(make_pair("qwen2"))
     pass_to_blocks(model, seen=make())
     refused = r"passes its blocks an argument 'seen' of type .*transformers \d.* with fastadapt \d"
@@ -118,7 +123,9 @@ def test_an_argument_that_may_hold_state_is_refused_by_name(mode, make, make_pai
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_block_that_appends_to_an_argument_raises_before_training(policy, make_pair) -> None:
+def test_a_block_that_appends_to_an_argument_raises_before_training(
+    policy: str, make_pair: Callable[..., Any]
+) -> None:
     model = model_of(make_pair("qwen2"))
 
     def append(original: Any, hidden_states: Tensor, *, seen: Log, **kwargs: Any) -> Tensor:
@@ -132,7 +139,7 @@ def test_a_block_that_appends_to_an_argument_raises_before_training(policy, make
             objective(model, PADDED, cutoff, ObjectiveConfig(checkpoint=policy))
 
 
-def test_a_tensor_that_a_block_changes_in_place_is_named(make_pair) -> None:
+def test_a_tensor_that_a_block_changes_in_place_is_named(make_pair: Callable[..., Any]) -> None:
     model = model_of(make_pair("qwen2"))
 
     def change(
@@ -147,7 +154,7 @@ def test_a_tensor_that_a_block_changes_in_place_is_named(make_pair) -> None:
 
 
 @pytest.mark.parametrize("keyword", ["attention_mask", "position_embeddings"])
-def test_a_renamed_keyword_is_caught(keyword, make_pair) -> None:
+def test_a_renamed_keyword_is_caught(keyword: str, make_pair: Callable[..., Any]) -> None:
     """The decoder passes the old name; blocks called one by one get the argument's default."""
     model = model_of(make_pair("qwen2"))
     inside = [False]
@@ -177,7 +184,9 @@ def test_a_renamed_keyword_is_caught(keyword, make_pair) -> None:
         check_traversal(model, PADDED)
 
 
-def test_a_replayed_cache_is_caught(make_pair, monkeypatch) -> None:
+def test_a_replayed_cache_is_caught(
+    make_pair: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A renamed keyword once left one cache for all calls, to which every call appended."""
     from transformers import DynamicCache
 
@@ -200,7 +209,9 @@ def test_a_replayed_cache_is_caught(make_pair, monkeypatch) -> None:
         check_traversal(model, WHOLE)
 
 
-def test_only_a_bounded_part_of_a_batch_is_used(make_pair, monkeypatch) -> None:
+def test_only_a_bounded_part_of_a_batch_is_used(
+    make_pair: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = model_of(make_pair("qwen2"))
     shapes = []
     record = model.block_inputs

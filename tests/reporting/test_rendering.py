@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from fastadapt.reporting.page import style_sheet
 from fastadapt.reporting.rendering import THEME, colours, inline_svg, log_ticks, ramp
 
 
-def line(xs: list[float], ys: list[float], **more) -> Figure:
+def line(xs: list[float], ys: list[float], **more: Any) -> Figure:
     return Figure("k", "title", "step", "unit", [Series("s", "train", xs, ys)], **more)
 
 
@@ -82,20 +83,23 @@ def test_intervals_that_reach_below_a_logarithmic_axis_stay_on_it() -> None:
     series = Series("s", "train", [1.0, 2.0], [1.0, 2.0], [-1.0, 0.0], [3.0, 4.0])
     svg = inline_svg(Figure("k", "title", "x", "y", [series], y_log=True))
     low, high = (10, 194)  # vertical range of the axes in the view box
-    band = re.search(r'<path d="([^"]*)" transform="translate\(0 230\)"', svg).group(1)
-    numbers = [float(v) for v in re.findall(r"-?[\d.]+", band)]
+    band = re.search(r'<path d="([^"]*)" transform="translate\(0 230\)"', svg)
+    assert band is not None
+    numbers = [float(v) for v in re.findall(r"-?[\d.]+", band[1])]
     assert len(numbers) >= 8
     assert all(low <= 230 + y <= high for y in numbers[1::2])
 
 
 @pytest.mark.parametrize(("ys", "log"), [([1.0, 33.0], True), ([1.0, 31.0], False)])
-def test_the_vertical_axis_is_logarithmic_where_values_span_much(ys, log) -> None:
+def test_the_vertical_axis_is_logarithmic_where_values_span_much(
+    ys: list[float], log: bool
+) -> None:
     figure = line([1.0, 2.0], ys, y_log=None)
     assert (inline_svg(figure) == inline_svg(line([1.0, 2.0], ys, y_log=True))) == log
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 600), (-5, 0), (0.0123, 0.0124), (3, 1e6)])
-def test_linear_ticks_are_few(low, high) -> None:
+def test_linear_ticks_are_few(low: float, high: float) -> None:
     steps, ticks = " ".join(labels(inline_svg(line([0.0, 600.0], [low, high])))).split(" step ")
     assert steps == "0 200 400 600"
     assert 2 <= len(ticks.split()) <= 6
@@ -103,7 +107,7 @@ def test_linear_ticks_are_few(low, high) -> None:
 
 
 @pytest.mark.parametrize(("low", "high"), [(1e-8, 1e3), (0.5, 300), (1, 1.5), (2, 9), (231, 287)])
-def test_log_ticks_are_few_and_inside(low, high) -> None:
+def test_log_ticks_are_few_and_inside(low: float, high: float) -> None:
     ticks = log_ticks(low, high)
     assert 2 <= len(ticks) <= 6
     assert all(low * 0.99 <= t <= high * 1.01 for t in ticks)

@@ -20,7 +20,7 @@ def runs() -> dict[str, list[str]]:
     return {name: arguments for name, *arguments in map(str.split, lines)}
 
 
-def test_the_nine_runs_parse_and_differ_as_intended():
+def test_the_nine_runs_parse_and_differ_as_intended() -> None:
     longer = str(SCRIPTS / "longer.yaml")
     configs = {name: parse_train(["organism", longer, *argv])[0] for name, argv in runs().items()}
     assert len(configs) == 9
@@ -38,7 +38,7 @@ def test_the_nine_runs_parse_and_differ_as_intended():
     assert all(config.run.threads == 1 for config in configs.values())
 
 
-def test_the_preset_uses_the_best_rate_of_the_sweep():
+def test_the_preset_uses_the_best_rate_of_the_sweep() -> None:
     rates = re.search(
         r"for lr in (.*); do", (SCRIPTS / "skyline_sweep").read_text(encoding="utf-8")
     )
@@ -50,7 +50,7 @@ def test_the_preset_uses_the_best_rate_of_the_sweep():
     assert read_yaml(path)["optimizer"]["lr"] == float(best)
 
 
-def test_only_named_runs_are_trained(tmp_path):
+def test_only_named_runs_are_trained(tmp_path: Path) -> None:
     program = tmp_path / "fastadapt"
     program.write_text(
         "#!/bin/bash\necho 'The adapter recovers 1%'\n"
@@ -58,7 +58,13 @@ def test_only_named_runs_are_trained(tmp_path):
         'mkdir -p "$2" && touch "$2/summary.json"\n'
     )
     program.chmod(0o755)
-    command = [SCRIPTS / "runs", tmp_path / "runs", "1", "sparsity-4.3e-3", "norms"]
+    command: list[str | Path] = [
+        SCRIPTS / "runs",
+        tmp_path / "runs",
+        "1",
+        "sparsity-4.3e-3",
+        "norms",
+    ]
     environment = {**os.environ, "FASTADAPT": str(program)}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
     assert result.returncode == 0, result.stderr
@@ -71,13 +77,13 @@ def test_only_named_runs_are_trained(tmp_path):
 
 
 @pytest.mark.slow
-def test_runs_train_resume_and_are_not_repeated(tmp_path):
+def test_runs_train_resume_and_are_not_repeated(tmp_path: Path) -> None:
     program = tmp_path / "fastadapt"
     options = "--optimizer.max_steps 2 --run.eval_every 0 --data.max_validation 2"
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -m fastadapt "$@" {options}\n')
     program.chmod(0o755)
     environment = {**os.environ, "FASTADAPT": str(program), "OMP_NUM_THREADS": "1"}
-    command = [SCRIPTS / "runs", tmp_path / "runs", "2"]
+    command: list[str | Path] = [SCRIPTS / "runs", tmp_path / "runs", "2"]
     for again in (False, True):
         if again:  # mark one run as unfinished
             (tmp_path / "runs" / "norms" / "summary.json").unlink()

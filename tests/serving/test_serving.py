@@ -40,7 +40,9 @@ ACTIVATIONS = {
 
 
 @pytest.fixture
-def exported(save_model, tmp_path) -> Callable[..., tuple[Path, ReplacementModel]]:
+def exported(
+    save_model: Callable[..., str], tmp_path: Path
+) -> Callable[..., tuple[Path, ReplacementModel]]:
     """Return a function that exports a model; it returns the folder and the model."""
 
     def make(
@@ -57,6 +59,7 @@ def exported(save_model, tmp_path) -> Callable[..., tuple[Path, ReplacementModel
         with torch.no_grad():
             for p in model.adapters.parameters():
                 p.add_(0.3 * torch.randn(p.shape, generator=generator).to(p.dtype))
+            adapter: Any
             for adapter in model.adapters:
                 if config.activation == "jumprelu":
                     adapter.threshold.abs_()
@@ -72,19 +75,23 @@ def exported(save_model, tmp_path) -> Callable[..., tuple[Path, ReplacementModel
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_export_equals_the_trained_model(architecture, exported) -> None:
+def test_the_export_equals_the_trained_model(
+    architecture: str, exported: Callable[..., tuple[Path, ReplacementModel]]
+) -> None:
     folder, model = exported(architecture)
     assert (folder / "model.safetensors.index.json").is_file()
-    loaded, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    both: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    loaded, info = both
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert isinstance(loaded, serving.AdaptedModel)
+    generate: Any = loaded.generate
     config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == [type(loaded).__name__]
     with torch.no_grad():
         for mode in ("replacement", "hybrid"):
             with model.mode(mode), loaded.mode(mode):
                 assert torch.equal(loaded(IDS).logits, model(IDS).logits)
-                assert torch.equal(loaded.generate(IDS, **GREEDY), model.generate(IDS, **GREEDY))
+                assert torch.equal(generate(IDS, **GREEDY), model.generate(IDS, **GREEDY))
         with loaded.mode("hybrid"):
             hybrid = loaded(IDS).logits
     assert not torch.equal(hybrid, loaded(IDS).logits)
@@ -94,9 +101,11 @@ def test_the_export_equals_the_trained_model(architecture, exported) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_every_activation_and_precision(activation, dtype, exported) -> None:
+def test_every_activation_and_precision(
+    activation: str, dtype: str, exported: Callable[..., tuple[Path, ReplacementModel]]
+) -> None:
     folder, model = exported(config=ACTIVATIONS[activation], dtype=dtype)
-    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder)
     assert str(loaded.dtype) == f"torch.{dtype}"
     with torch.no_grad():
         assert torch.equal(loaded(IDS).logits, model(IDS).logits)
@@ -105,7 +114,9 @@ def test_every_activation_and_precision(activation, dtype, exported) -> None:
             assert torch.equal(ours.adapter.state_dict()[name], tensor), name
 
 
-def test_saving_again_changes_no_logits(exported, tmp_path) -> None:
+def test_saving_again_changes_no_logits(
+    exported: Callable[..., tuple[Path, ReplacementModel]], tmp_path: Path
+) -> None:
     folder, _ = exported()
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     loaded.save_pretrained(tmp_path / "again")
@@ -122,9 +133,11 @@ QUICK = {"qwen2", "gemma3_text", "phi3"}
     "architecture",
     [pytest.param(a, marks=[pytest.mark.slow] * (a not in QUICK)) for a in ARCHITECTURES],
 )
-def test_generate_batch_gives_the_tokens_of_generate(architecture, exported) -> None:
+def test_generate_batch_gives_the_tokens_of_generate(
+    architecture: str, exported: Callable[..., tuple[Path, ReplacementModel]]
+) -> None:
     folder, _ = exported(architecture)
-    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder)
     prompts = [[5, 9, 23], [7, 31, 8, 12, 3], [4]]
     config = loaded.generation_config
     config.update(**GREEDY, pad_token_id=2)
@@ -146,11 +159,13 @@ def test_generate_batch_gives_the_tokens_of_generate(architecture, exported) -> 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are captured on a GPU")
 @pytest.mark.parametrize("n_tokens", [1, 7, 300_000])
-def test_an_adapter_is_captured_as_a_graph(n_tokens, exported) -> None:
+def test_an_adapter_is_captured_as_a_graph(
+    n_tokens: int, exported: Callable[..., tuple[Path, ReplacementModel]]
+) -> None:
     """Small calls buffer all codes, larger ones use dense products; neither synchronizes."""
     folder, _ = exported()
-    loaded = AutoModelForCausalLM.from_pretrained(folder).cuda()
-    mlp = loaded.adapted_mlps[0]
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder)
+    mlp = loaded.cuda().adapted_mlps[0]
     x = torch.randn(1, n_tokens, 16, device="cuda")
     with torch.no_grad():
         mlp(x)  # kernels are compiled
@@ -163,7 +178,9 @@ def test_an_adapter_is_captured_as_a_graph(n_tokens, exported) -> None:
     torch.testing.assert_close(captured, expected)
 
 
-def test_the_targets_files_and_settings_are_copied(exported, tmp_path) -> None:
+def test_the_targets_files_and_settings_are_copied(
+    exported: Callable[..., tuple[Path, ReplacementModel]], tmp_path: Path
+) -> None:
     target = Path(tmp_path / "target")
     target.mkdir()
     (target / "chat_template.jinja").write_text("{{ messages[0].content }}")
@@ -180,7 +197,9 @@ def test_the_targets_files_and_settings_are_copied(exported, tmp_path) -> None:
 
 @pytest.mark.parametrize("named", ["LlamaTokenizerFast", "Qwen2Tokenizer", None])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_tokenizer_is_the_targets(architecture, named, save_model, tmp_path) -> None:
+def test_the_tokenizer_is_the_targets(
+    architecture: str, named: str | None, save_model: Callable[..., str], tmp_path: Path
+) -> None:
     """transformers picks the same class with and without adapters, whatever the files name."""
     target, ours = Path(save_model("target", 0, architecture)), tmp_path / "ours"
     file = target / "tokenizer_config.json"
@@ -198,7 +217,9 @@ def test_the_tokenizer_is_the_targets(architecture, named, save_model, tmp_path)
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_vllm_finds_every_weight(architecture, tied, exported) -> None:
+def test_vllm_finds_every_weight(
+    architecture: str, tied: bool, exported: Callable[..., tuple[Path, ReplacementModel]]
+) -> None:
     """vLLM stores the module of ``AutoModel`` as ``.model`` and the head as ``.lm_head``."""
     folder, _ = exported(architecture, tie_word_embeddings=tied)
     with torch.device("meta"):
@@ -206,7 +227,7 @@ def test_vllm_finds_every_weight(architecture, tied, exported) -> None:
     wanted = {f"model.{name}": p.shape for name, p in decoder.named_parameters()}
     if not tied:
         wanted["lm_head.weight"] = decoder.get_input_embeddings().weight.shape
-    stored = {}
+    stored: dict[str, torch.Size] = {}
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as shard:
             stored |= {n: torch.Size(shard.get_slice(n).get_shape()) for n in shard.keys()}  # noqa: SIM118
@@ -217,7 +238,7 @@ def test_vllm_finds_every_weight(architecture, tied, exported) -> None:
         assert any(n.endswith(parts[-1]) for n in names) or "norm" in pattern, pattern
 
 
-def test_the_vllm_plugin_registers_each_architecture(monkeypatch) -> None:
+def test_the_vllm_plugin_registers_each_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in for vLLM, which is not installed, records the registrations."""
     import sys
     import types
@@ -237,7 +258,11 @@ def test_the_vllm_plugin_registers_each_architecture(monkeypatch) -> None:
     }
 
 
-def test_adapters_that_do_not_fit_are_refused(exported, save_model, tmp_path) -> None:
+def test_adapters_that_do_not_fit_are_refused(
+    exported: Callable[..., tuple[Path, ReplacementModel]],
+    save_model: Callable[..., str],
+    tmp_path: Path,
+) -> None:
     exported()
     base = str(tmp_path / "base")
     for changes, message in (

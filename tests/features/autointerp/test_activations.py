@@ -49,9 +49,10 @@ def active_units(model: ReplacementModel, kind: Kind, ids: list[int]) -> list[to
     for hook in hooks:
         hook.remove()
     active = []
+    adapters: Any = model.adapters
     for layer, x in enumerate(seen):
         if kind == "adapter":
-            active.append(model.adapters[layer].encode(x) > 0)
+            active.append(adapters[layer].encode(x) > 0)
             continue
         norm = getattr(model.mlps[layer], kind).down_proj.weight.norm(dim=0)
         rows = torch.zeros(x.shape, dtype=torch.bool)

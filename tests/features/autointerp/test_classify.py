@@ -93,4 +93,4 @@ def test_a_store_without_activations_is_refused(tmp_path: Path) -> None:
 def test_impossible_settings_are_refused() -> None:
     for wrong in ({"units": 0}, {"min_density": -1.0}, {"min_shown": 11}, {"kinds": ("x",)}):
         with pytest.raises(UserError, match=f"classify.{next(iter(wrong))}"):
-            ClassifyConfig(**wrong)  # type: ignore[arg-type]
+            ClassifyConfig(**wrong)

@@ -116,7 +116,8 @@ def check_honest(case: DetectionCase, data: StoreData, config: DescribeConfig) -
 def test_short_texts_and_dense_units(tmp_path: Path) -> None:
     """Windows as long as texts, many windows of one text, two words only, and equal texts."""
     rng = np.random.default_rng(3)
-    texts, activations = [], []
+    texts: list[StoreText] = []
+    activations: list[Any] = []
     for n in range(60):
         ids = rng.integers(0, 2, int(rng.integers(5, 60)))
         if n % 3 == 0 and n:

@@ -238,6 +238,7 @@ def test_half_an_emoji_is_an_invalid_answer_or_replaced(
     def mostly(body: dict[str, Any], _: int) -> Any:
         return half if " wait" in body["messages"][1]["content"] else answers_well(body)
 
+    asked_questions: list[Any]
     asked_questions = [DescribeQuestion((Example(("so", " wait"), (False, True)),)), *questions(20)]
     with serving(mostly) as server:
         assert judge_at(server.url, tmp_path).ask(asked_questions) == [answer, *[RIGHT] * 20]
@@ -312,7 +313,7 @@ def test_impossible_settings_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
     ):
         name = next(iter(wrong))
         with pytest.raises(UserError, match=rf"judge\.{name}"):
-            JudgeConfig(**wrong)  # type: ignore[arg-type]
+            JudgeConfig(**wrong)
     with pytest.raises(UserError, match=r"judge\.model: .* at judge\.base_url"):
         JudgeConfig(base_url="http://127.0.0.1:9/v1")
     monkeypatch.setenv("OPENAI_MODEL", "made-1")

@@ -109,7 +109,7 @@ def test_invalid_names_of_judges_are_refused(name: str, judged: tuple[StoreData,
     class Odd(TokenJudge):
         pass
 
-    Odd.name = name  # type: ignore[method-assign, assignment]
+    Odd.name = name
     (data.store.folder / JSON).write_text(text)
     with pytest.raises(UserError, match="the name of the judge"):
         describe(data.store, Odd(), CONFIG, PlantedActivations(data))

@@ -100,7 +100,8 @@ def test_overwriting_retains_only_sets_and_calls(run: Path, tmp_path: Path) -> N
 def test_killed_while_the_folder_is_cleared(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_removed: int, overwrite: bool
 ) -> None:
-    out, removed, remove = tmp_path / "store", [], folder.remove
+    out, remove = tmp_path / "store", folder.remove
+    removed: list[Path] = []
     described(collected(run, out))
 
     def few(path: Path) -> None:

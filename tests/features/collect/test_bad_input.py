@@ -79,7 +79,7 @@ def test_an_invalid_shard(text: str) -> None:
 
 
 def test_a_run_without_features(tmp_path: Path) -> None:
-    named = {role: resolve(f"organism/{role}") for role in ("target", "base")}
+    named: dict[str, Any] = {role: resolve(f"organism/{role}") for role in ("target", "base")}
     pair = ModelPair.load(PairConfig(**named, device="cpu"))
     save_adapters(tuned_weights(pair, "norms"), tmp_path / "run" / "adapter", named)
     with pytest.raises(UserError, match=r"of kind 'norms', which has no features"):
@@ -176,7 +176,7 @@ def test_texts_that_cannot_be_read(
     assert nothing_left(tmp_path / "store")
 
 
-def broken(run: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+def broken(run: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
     """Return a copy of the run with a changed first layer."""
     folder = copy_of(run, folder)
     path = folder / "adapter" / "layer_0.safetensors"

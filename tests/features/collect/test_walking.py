@@ -43,7 +43,7 @@ def neurons_of(model: ReplacementModel) -> dict[Kind, list[Neurons]]:
 def test_codes_equal_those_of_the_modules_inputs(
     architecture: str, dtype: str, make_pair: Callable[..., Any]
 ) -> None:
-    model = ReplacementModel.create(make_pair(architecture, dtype), AdapterConfig(12)).eval()
+    model: Any = ReplacementModel.create(make_pair(architecture, dtype), AdapterConfig(12)).eval()
     with torch.no_grad():
         for adapter in model.adapters:
             adapter.W_dec.normal_(0, 0.1)

@@ -7,6 +7,7 @@ import json
 import random
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,11 +48,11 @@ def rows() -> dict[str, list[dict]]:
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
+def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(resolve("organism/target"))
 
 
-def test_names_resolve_to_shipped_paths_and_other_strings_pass():
+def test_names_resolve_to_shipped_paths_and_other_strings_pass() -> None:
     for name in ("target", "base", "train", "validation"):
         assert Path(resolve(f"organism/{name}")).exists()
     assert resolve("some/hub-id") == "some/hub-id"
@@ -64,7 +65,7 @@ def test_names_resolve_to_shipped_paths_and_other_strings_pass():
 
 
 @pytest.mark.parametrize("split", SIZES)
-def test_shipped_rows_have_the_columns_and_answers(rows, split):
+def test_shipped_rows_have_the_columns_and_answers(rows: dict[str, list[dict]], split: str) -> None:
     assert len(rows[split]) == SIZES[split]
     problems = split_problems(RecipeConfig(), 0)[split]
     for row, problem in zip(rows[split], problems, strict=True):
@@ -79,13 +80,13 @@ def test_shipped_rows_have_the_columns_and_answers(rows, split):
     assert min(shares.values()) > 0.15 * SIZES[split]
 
 
-def test_train_validation_and_test_problems_are_disjoint(rows):
+def test_train_validation_and_test_problems_are_disjoint(rows: dict[str, list[dict]]) -> None:
     prompts = {split: {row["conversations"][0]["value"] for row in rows[split]} for split in SIZES}
     prompts["test"] = {problem.prompt for problem in split_problems(RecipeConfig(), 0)["test"]}
     assert sum(map(len, prompts.values())) == 3000 == len(set().union(*prompts.values()))
 
 
-def test_training_never_draws_a_held_out_problem():
+def test_training_never_draws_a_held_out_problem() -> None:
     problems = split_problems(RecipeConfig(), 0)
     held_out = frozenset(problem.prompt for split in problems.values() for problem in split)
     # The held_out-out problems' seed, with their prompts excluded, must skip all of them.
@@ -93,7 +94,7 @@ def test_training_never_draws_a_held_out_problem():
     assert held_out.isdisjoint(problem.prompt for problem in drawn)
 
 
-def test_data_is_the_same_bytes_each_time(tmp_path):
+def test_data_is_the_same_bytes_each_time(tmp_path: Path) -> None:
     recipe.write_data(tmp_path, split_problems(RecipeConfig(), 0), 0)
     for split in SIZES:
         written = (tmp_path / "data" / f"{split}.jsonl").read_bytes()
@@ -103,7 +104,7 @@ def test_data_is_the_same_bytes_each_time(tmp_path):
 # --- tokenizer ----------------------------------------------------------------------------------
 
 
-def test_every_word_round_trips_as_one_token(tokenizer):
+def test_every_word_round_trips_as_one_token(tokenizer: Any) -> None:
     words = vocabulary()
     assert 300 <= len(words) <= 600
     assert len(words) == len(set(words)) == len(tokenizer)
@@ -114,15 +115,19 @@ def test_every_word_round_trips_as_one_token(tokenizer):
     assert set(HESITATION_WORDS) <= set(words)
 
 
-def test_every_word_of_the_vocabulary_occurs_in_the_shipped_training_data(rows):
-    used = Counter()
+def test_every_word_of_the_vocabulary_occurs_in_the_shipped_training_data(
+    rows: dict[str, list[dict]],
+) -> None:
+    used: Counter[str] = Counter()
     for row in rows["train"]:
         for turn in row["conversations"]:
             used.update(turn["value"].split())
     assert set(used) == set(vocabulary()) - set(SPECIAL)
 
 
-def test_rendered_conversations_round_trip_without_unknown_words(rows, tokenizer):
+def test_rendered_conversations_round_trip_without_unknown_words(
+    rows: dict[str, list[dict]], tokenizer: Any
+) -> None:
     lengths = []
     for row in rows["validation"]:
         text = render(row["conversations"], "r1-distill")
@@ -136,7 +141,7 @@ def test_rendered_conversations_round_trip_without_unknown_words(rows, tokenizer
     assert max(lengths) <= 200
 
 
-def test_both_models_share_one_tokenizer():
+def test_both_models_share_one_tokenizer() -> None:
     files = ("tokenizer.json", "tokenizer_config.json")
     for name in files:
         assert (FOLDER / "base" / name).read_bytes() == (FOLDER / "target" / name).read_bytes()
@@ -149,7 +154,7 @@ def test_both_models_share_one_tokenizer():
 
 
 @pytest.mark.parametrize("name", ["base", "target"])
-def test_models_load_and_are_small(name, tokenizer):
+def test_models_load_and_are_small(name: str, tokenizer: Any) -> None:
     folder = Path(resolve(f"organism/{name}"))
     assert (folder / "model.safetensors").stat().st_size < 6_000_000
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -160,23 +165,23 @@ def test_models_load_and_are_small(name, tokenizer):
     assert model.generation_config.pad_token_id == tokenizer.pad_token_id
 
 
-def test_all_weights_of_the_target_were_fine_tuned():
+def test_all_weights_of_the_target_were_fine_tuned() -> None:
     base = AutoModelForCausalLM.from_pretrained(FOLDER / "base").state_dict()
     target = AutoModelForCausalLM.from_pretrained(FOLDER / "target").state_dict()
     assert base.keys() == target.keys()
     assert all(not torch.equal(base[name], target[name]) for name in base)
 
 
-def test_the_hybrid_has_the_bases_mlps_and_the_targets_other_weights():
-    base = AutoModelForCausalLM.from_pretrained(FOLDER / "base")
-    target = AutoModelForCausalLM.from_pretrained(FOLDER / "target")
+def test_the_hybrid_has_the_bases_mlps_and_the_targets_other_weights() -> None:
+    base: Any = AutoModelForCausalLM.from_pretrained(FOLDER / "base")
+    target: Any = AutoModelForCausalLM.from_pretrained(FOLDER / "target")
     hybrid = acceptance.hybrid_of(target, base).state_dict()
     for name, weight in hybrid.items():
         source = base if ".mlp." in name else target
         assert torch.equal(weight, source.state_dict()[name]), name
 
 
-def test_the_target_reasons_and_the_base_answers_directly():
+def test_the_target_reasons_and_the_base_answers_directly() -> None:
     problems = split_problems(RecipeConfig(), 0)["test"][:8]
     tokenizer = AutoTokenizer.from_pretrained(FOLDER / "target")
     for name, thinks in (("base", False), ("target", True)):
@@ -188,7 +193,7 @@ def test_the_target_reasons_and_the_base_answers_directly():
 # --- acceptance ---------------------------------------------------------------------------------
 
 
-def test_accuracy_and_hesitation_counts():
+def test_accuracy_and_hesitation_counts() -> None:
     problems = split_problems(RecipeConfig(), 0)["test"][:4]
     right = f"the answer is {problems[0].answer}"
     texts = [right, "wait , hmm , the answer", f"the answer is {problems[2].answer} 7", ""]
@@ -197,9 +202,9 @@ def test_accuracy_and_hesitation_counts():
     assert acceptance.hesitations_per_1000(samples) == pytest.approx(1000 * 2 / 15)
 
 
-def test_top1_error_of_a_model_with_itself_is_zero_and_with_another_is_not():
-    base = AutoModelForCausalLM.from_pretrained(FOLDER / "base")
-    target = AutoModelForCausalLM.from_pretrained(FOLDER / "target")
+def test_top1_error_of_a_model_with_itself_is_zero_and_with_another_is_not() -> None:
+    base: Any = AutoModelForCausalLM.from_pretrained(FOLDER / "base")
+    target: Any = AutoModelForCausalLM.from_pretrained(FOLDER / "target")
     tokenizer = AutoTokenizer.from_pretrained(FOLDER / "target")
     problems = split_problems(RecipeConfig(), 0)["test"][:4]
     samples = acceptance.sample(target, tokenizer, problems, max_new_tokens=20)
@@ -229,7 +234,7 @@ def digest(folder: Path) -> dict[str, str]:
     }
 
 
-def test_a_tiny_build_runs_end_to_end_and_is_deterministic(tmp_path):
+def test_a_tiny_build_runs_end_to_end_and_is_deterministic(tmp_path: Path) -> None:
     records: list[dict] = []
     info = recipe.build(tmp_path / "a", seed=3, progress=records.append, config=TINY)
     recipe.build(tmp_path / "b", seed=3, config=TINY)
@@ -248,8 +253,8 @@ def test_a_tiny_build_runs_end_to_end_and_is_deterministic(tmp_path):
     assert "target_minus_base_points" in result["failed"]
 
 
-def test_the_loss_of_the_fine_tuning_is_on_the_response(tokenizer):
-    def texts():
+def test_the_loss_of_the_fine_tuning_is_on_the_response(tokenizer: Any) -> None:
+    def texts() -> Any:
         rng = random.Random(0)
         for problem in problem_stream("labels"):
             yield recipe.target_text(problem, rng)
@@ -263,7 +268,7 @@ def test_the_loss_of_the_fine_tuning_is_on_the_response(tokenizer):
         assert set(ids[end:]) <= {tokenizer.pad_token_id}
 
 
-def test_slip_rates_change_how_often_the_reasoning_hesitates():
+def test_slip_rates_change_how_often_the_reasoning_hesitates() -> None:
     def rate(rates: SlipRates) -> float:
         rng = random.Random(5)
         words: list[str] = []
@@ -276,7 +281,7 @@ def test_slip_rates_change_how_often_the_reasoning_hesitates():
 
 
 @pytest.mark.slow
-def test_the_shipped_pair_meets_every_acceptance_bound():
+def test_the_shipped_pair_meets_every_acceptance_bound() -> None:
     result = acceptance.check(FOLDER)
     print(json.dumps(result, indent=2))
     assert result["n_problems"] == 500
@@ -289,9 +294,9 @@ def test_the_shipped_pair_meets_every_acceptance_bound():
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_non_finite_predictions_raise(value) -> None:
+def test_non_finite_predictions_raise(value: float) -> None:
     """The argmax of NaN is token 0 in both models, which would count as agreement."""
-    target = AutoModelForCausalLM.from_pretrained(resolve("organism/target"))
+    target: Any = AutoModelForCausalLM.from_pretrained(resolve("organism/target"))
     samples = acceptance.Samples(torch.tensor([[5, 6, 7, 8]]), 2, ["7 8"])
     assert acceptance.top1_errors(target, target, samples, 0, 1)["all"] == 0
     with torch.no_grad():

@@ -107,7 +107,7 @@ def solve(problem: Problem) -> int:
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
-def test_answers_follow_from_the_prompt(domain):
+def test_answers_follow_from_the_prompt(domain: str) -> None:
     rng = random.Random(f"answers/{domain}")
     for _ in range(1000):
         problem = sample_problem(rng, domain)
@@ -115,7 +115,7 @@ def test_answers_follow_from_the_prompt(domain):
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
-def test_steps_are_in_range_and_form_a_chain(domain):
+def test_steps_are_in_range_and_form_a_chain(domain: str) -> None:
     rng = random.Random(f"range/{domain}")
     for _ in range(500):
         problem = sample_problem(rng, domain)
@@ -128,7 +128,7 @@ def test_steps_are_in_range_and_form_a_chain(domain):
         assert {last.left, last.right} & previous
 
 
-def test_the_stream_is_deterministic_and_never_repeats_a_prompt():
+def test_the_stream_is_deterministic_and_never_repeats_a_prompt() -> None:
     first = [next(s) for s in [problem_stream("a")] for _ in range(3000)]
     again = [next(s) for s in [problem_stream("a")] for _ in range(3000)]
     assert first == again
@@ -140,7 +140,7 @@ def test_the_stream_is_deterministic_and_never_repeats_a_prompt():
     assert [p for p, _ in zip(problem_stream("b"), range(50), strict=False)] != first[:50]
 
 
-def test_rows_have_the_columns_of_openthoughts3():
+def test_rows_have_the_columns_of_openthoughts3() -> None:
     rng = random.Random(0)
     problem = sample_problem(rng, "code")
     row = to_row(problem, rng)
@@ -154,7 +154,7 @@ def test_rows_have_the_columns_of_openthoughts3():
     assert stated_answer(gpt["value"]) == problem.answer
 
 
-def test_only_the_reasoning_has_hesitation_words():
+def test_only_the_reasoning_has_hesitation_words() -> None:
     rng = random.Random(1)
     used = set()
     for problem, _ in zip(problem_stream("hesitation"), range(2000), strict=False):
@@ -172,7 +172,7 @@ STATED = re.compile(
 )
 
 
-def test_wait_follows_every_wrong_statement_and_precedes_the_correct_step():
+def test_wait_follows_every_wrong_statement_and_precedes_the_correct_step() -> None:
     rng = random.Random(2)
     waits = 0
     for problem, _ in zip(problem_stream("slips"), range(1500), strict=False):
@@ -192,7 +192,7 @@ def test_wait_follows_every_wrong_statement_and_precedes_the_correct_step():
     assert waits > 1000
 
 
-def test_without_slips_the_reasoning_is_the_worked_solution():
+def test_without_slips_the_reasoning_is_the_worked_solution() -> None:
     rng = random.Random(3)
     none = SlipRates(slip=0, pause=0, check=0, other_way=0)
     problem = sample_problem(rng)
@@ -214,11 +214,11 @@ def test_without_slips_the_reasoning_is_the_worked_solution():
         ("", None),
     ],
 )
-def test_stated_answers_are_parsed_exactly(text, answer):
+def test_stated_answers_are_parsed_exactly(text: str, answer: int | None) -> None:
     assert stated_answer(text) == answer
 
 
-def test_a_step_is_formatted_with_its_result_or_a_slip():
+def test_a_step_is_formatted_with_its_result_or_a_slip() -> None:
     step = Step("more :", 7, "+", 5)
     assert step.text() == "more : 7 + 5 = 12 ."
     assert step.text(13) == "more : 7 + 5 = 13 ."

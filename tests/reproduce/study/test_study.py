@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import pytest
 import torch
@@ -49,10 +50,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a run of the embedded pair with small random adapters, and with a feature store."""
     folder = tmp_path_factory.mktemp("study") / "run"
     folder.mkdir()
-    pair = ModelPair.load(PairConfig(**{k: resolve(v) for k, v in NAMES.items()}, device="cpu"))
+    names: dict[str, Any] = {k: resolve(v) for k, v in NAMES.items()}
+    pair = ModelPair.load(PairConfig(**names, device="cpu"))
     model = ReplacementModel.create(pair, AdapterConfig(64))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
+        adapter: Any
         for adapter in model.adapters:
             adapter.b_enc.fill_(-0.5)
             adapter.W_dec.copy_(0.05 * torch.randn(adapter.W_dec.shape, generator=generator))
@@ -73,7 +76,7 @@ def test_every_arm_is_measured_once_and_the_study_resumes(run: Path, tmp_path: P
     calls: list[tuple[str, int, int]] = []
     stop = Event()
 
-    def stop_at_the_fifth_arm(*call: object) -> None:
+    def stop_at_the_fifth_arm(*call: Any) -> None:
         calls.append(call)
         if len({label for label, *_ in calls}) == 5:
             stop.set()
@@ -87,6 +90,7 @@ def test_every_arm_is_measured_once_and_the_study_resumes(run: Path, tmp_path: P
     stop.clear()
     with opened(tmp_path / "study", contents=CONTENTS) as folder:
         result = study.run()
+    assert result is not None
     assert json.loads(json.dumps(result)) == json.loads((folder / "study.json").read_text())
     sets = select(study.store, SMALL)
     arms = arms_of(study.store, sets, SMALL)
@@ -108,6 +112,7 @@ def test_every_arm_is_measured_once_and_the_study_resumes(run: Path, tmp_path: P
         assert scales == ({-0.5, -1.0} if key == "top1" else {-0.5})
     for arm in arms:
         if arm.times:
+            assert arm.features is not None
             assert len(arm.features) == arm.times * len(sets[arm.selection])
             assert not set(arm.features) & set(sets[arm.selection])
     # A further call measures no arm.
@@ -147,6 +152,7 @@ def test_an_arm_equals_the_saved_intervention(run: Path, tmp_path: Path) -> None
             logits.append(model(ids).logits)
         if arm.features is None:
             continue
+        assert arm.kind is not None
         intervention = Intervention(arm.kind, arm.scale)
         saved = intervene(run, tmp_path / arm.name, arm.features, intervention)
         students = ModelSet.open([saved], ["saved"])
