@@ -56,7 +56,7 @@ def words_for(n_tokens: int, n_features: int, like: Tensor) -> Tensor:
 
 @triton.jit
 def activate(z, cut, half_bandwidth, ACTIVATION: tl.constexpr):
-    """(a, flags) of pre-activations in x's dtype; flags are int32, and set for NaN."""
+    """Return (a, flags) of pre-activations in x's dtype; flags are int32, and set for NaN."""
     wide = z.to(tl.float32)
     flags = ~((wide <= 0) | (wide <= cut))
     a = z
