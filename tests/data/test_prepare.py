@@ -293,7 +293,9 @@ def test_other_things_in_the_folder_are_not_touched(config, tmp_path):
     folder.mkdir()
     (folder / "thesis.tex").write_text("years of work")
     for how in ({}, {"overwrite": True}):
-        with pytest.raises(UserError, match=r"holds no selection \(it holds thesis.tex\)"):
+        with pytest.raises(
+            UserError, match=r"holds no selection of conversations \(it holds thesis.tex\)"
+        ):
             prepare(config(), **how)
     with pytest.raises(UserError, match=r"--resume: .* holds no selection"):
         prepare(config(), resume=True)
