@@ -210,7 +210,7 @@ CASES = [
     (
         "resume another",
         _resume_another,
-        r"--resume: .*another configuration \(optimizer\.lr: 0\.002, was 0\.01\)",
+        r"--resume: .*other values \(optimizer\.lr: 0\.002, was 0\.01\)",
     ),
     (
         "damaged checkpoints",
