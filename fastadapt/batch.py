@@ -54,8 +54,8 @@ class TokenWeights(NamedTuple):
     """Weights that sum to 1 over the batch; floating ``[B, T]``.
 
     Attributes:
-        tokens: of every token that is not padding.
-        predictions: of every position whose next token is predicted.
+        tokens: weight of every token; 0 at padding.
+        predictions: weight of every position; 0 where the next token is not predicted.
     """
 
     tokens: Tensor

@@ -23,7 +23,7 @@ class RunError(RuntimeError):
 
 
 def require(fine: bool, key: str, expected: str, got: object) -> None:
-    """Raise :class:`UserError` for the value of a setting unless ``fine``.
+    """Raise :class:`UserError` for the value ``got`` of the setting ``key`` unless ``fine``.
 
     Example:
         >>> require(False, "optimizer.lr", "a positive number", -1)

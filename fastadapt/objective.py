@@ -97,10 +97,10 @@ class ObjectiveConfig:
 
 
 class AdapterCall(NamedTuple):
-    """Call of one layer's adapter.
+    """Call of one layer's adapter in :func:`objective`.
 
     Attributes:
-        penalty: 0-d.
+        penalty: decoder-norm-weighted L1 of the call, 0-d.
         stats: counts over the tokens of the replacement stream.
         plan: layout of the codes; None if the op read their number itself.
         n_streams: streams in the call, 1 or 2.

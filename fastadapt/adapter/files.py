@@ -1,7 +1,8 @@
 """Read and write folders of adapters: ``fastadapt.json`` and ``layer_{i}.safetensors``.
 
-Transcoders have the kind ``transcoder_adapter`` and are added to the base's MLPs. Other kinds
-replace weights of the model and are read by :mod:`fastadapt.models.trained_files`.
+Transcoders, of the kind ``transcoder_adapter``, are added to the base's MLPs. Weights of the other
+kinds, ``mlp`` and ``norms``, replace weights of the model and are read by
+:mod:`fastadapt.models.trained_files`.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ MAX_LAYERS, MAX_WIDTH, MAX_FEATURES = 10_000, 1 << 20, 1 << 26
 
 @runtime_checkable
 class HasCard(Protocol):
-    """A layer's weights that can be saved: a transcoder, or those of a baseline."""
+    """Weights of one layer that can be saved: a transcoder's, or a baseline's trained weights."""
 
     def card(self) -> dict[str, Any]:
         """Return the entries of ``fastadapt.json`` that describe the weights."""
@@ -66,7 +67,7 @@ def save_adapters(
         metadata: JSON-serialisable, such as model ids, revisions, loss weights, measured L0.
 
     Raises:
-        UserError: no adapter, or adapters that differ.
+        UserError: no adapter, or adapters that differ in configuration or width.
         RunError: the folder cannot be written. Its contents are unchanged.
 
     Example:
@@ -88,7 +89,7 @@ def write_adapters(
     """Write the files of :func:`save_adapters` into an existing, empty folder.
 
     Raises:
-        UserError: no adapter, or adapters that differ.
+        UserError: no adapter, or adapters that differ in configuration or width.
         OSError, SafetensorError: the folder cannot be written.
     """
     first: dict[str, Any] | None = None
@@ -97,7 +98,10 @@ def write_adapters(
         assert isinstance(adapter, HasCard)
         first = first or adapter.card()
         if adapter.card() != first:
-            raise UserError(f"layer {len(shapes)} differs from layer 0 in configuration or width")
+            raise UserError(
+                f"layer {len(shapes)} differs from layer 0 in configuration or width; save "
+                "adapters of one configuration"
+            )
         tensors = adapter.state_dict()
         save_tensors(tensors, path / f"layer_{len(shapes)}.safetensors")
         shapes.append({name: list(tensor.shape) for name, tensor in tensors.items()})
@@ -122,7 +126,9 @@ def adapters_of(source: str | os.PathLike[str]) -> Path:
     if has_file(folder / "adapter" / CARD):
         return folder / "adapter"
     if has_file(folder / "config.yaml"):
-        raise UserError(f"{folder}: this run is not finished: it has no adapter/ yet")
+        raise UserError(
+            f"{folder}: this run is not finished: it has no adapter/ yet; resume it (--resume)"
+        )
     raise UserError(f"{source}: expected a run or a folder of adapters with fastadapt.json")
 
 
@@ -151,7 +157,7 @@ class Revisions(TypedDict, total=False):
 
 
 class Weights(TypedDict, total=False):
-    """Weights of the losses. Other settings of the objective are not read."""
+    """Loss weights of the run, as read from ``metadata``. Other settings are not read."""
 
     sparsity: NonNegative | None
     nmse: NonNegative | None
@@ -159,14 +165,14 @@ class Weights(TypedDict, total=False):
 
 
 class Measured(TypedDict, total=False):
-    """Measurements of a run that are read; null for a number that was not finite."""
+    """Measurements of the run, as read from ``metadata``; null for a number that was not finite."""
 
     l0_mean: NonNegative | None
     tokens: Count | None
 
 
 class ChangedSet(TypedDict):
-    """Set of features of an intervention."""
+    """The set of features that an intervention changes."""
 
     name: Name | None
     size: Count
@@ -182,7 +188,7 @@ class Change(TypedDict):
 
 
 class Metadata(TypedDict, total=False):
-    """Optional keys of ``metadata`` that are read. Other keys are allowed."""
+    """Optional keys of ``metadata`` in ``fastadapt.json`` that are read. Other keys are allowed."""
 
     target: Name | None
     base: Name | None
@@ -194,7 +200,7 @@ class Metadata(TypedDict, total=False):
 
 
 class Card(TypedDict):
-    """Keys of every ``fastadapt.json``, for all kinds of weights."""
+    """Keys that every ``fastadapt.json`` has, whether of transcoders or of a baseline."""
 
     schema_version: int
     kind: str
@@ -206,32 +212,35 @@ class Card(TypedDict):
 
 
 class TranscoderCard(Card):
-    """Keys of ``fastadapt.json`` for transcoders."""
+    """Keys that the ``fastadapt.json`` of transcoders has."""
 
     adapter: AdapterSection
 
 
 def read_card(path: Path) -> dict[str, Any]:
-    """Read ``fastadapt.json`` of a folder and check the keys that all kinds have.
+    """Read ``fastadapt.json`` of a folder and check the keys that every such file has.
 
     Raises:
-        UserError: no such file, another schema version, or a value of another type.
+        UserError: no such file, an unknown schema version, or a value of the wrong type.
     """
     card_file = path / CARD
     if not has_file(card_file):
-        raise UserError(f"{path} holds no adapters: fastadapt.json is missing")
+        raise UserError(
+            f"{path} holds no adapters: fastadapt.json is missing; give a folder that holds it"
+        )
     card: dict[str, Any] = read_json(card_file, dict[str, Any], constants=True)
     version = card.get("schema_version")
     if type(version) is not int or version != SCHEMA_VERSION:
         raise UserError(
-            f"{card_file}: schema_version is {version!r:.80}, this fastadapt reads {SCHEMA_VERSION}"
+            f"{card_file}: schema_version is {version!r:.80}; this fastadapt reads "
+            f"{SCHEMA_VERSION}. Use the version of fastadapt that wrote the file"
         )
     check(card, Card, str(card_file))
     return card
 
 
 def read_settings(settings: Any, source: str) -> AdapterConfig:
-    """Return the configuration of transcoders from settings that must be complete.
+    """Build the transcoders' configuration from a file's settings, which must be complete.
 
     Args:
         settings: the value of ``adapter`` in ``fastadapt.json`` or ``config.json``.
@@ -252,17 +261,18 @@ def read_settings(settings: Any, source: str) -> AdapterConfig:
 def layer_readers(
     path: Path, card: Mapping[str, Any], read_layer: Callable[[Path, int, Mapping[str, Any]], T]
 ) -> list[Callable[[], T]]:
-    """Return a function for every layer that reads its file, layer 0 first.
+    """Return one function per layer, layer 0 first, that reads the layer's file.
 
     Raises:
-        UserError: a layer of the card has no file, or a file has no layer in the card.
+        UserError: the layers that ``card`` declares and the files ``layer_*`` do not match.
     """
     expected = {f"layer_{i}.safetensors" for i in range(card["n_layers"])}
     present = {p.name for p in path.glob("layer_*.safetensors")}
     if expected != present:
         raise UserError(
             f"{path}: layers of the adapters do not match fastadapt.json: "
-            f"missing {sorted(expected - present)}, unexpected {sorted(present - expected)}"
+            f"missing {sorted(expected - present)}, unexpected {sorted(present - expected)}. "
+            "Copy the folder again"
         )
     files = [path / f"layer_{i}.safetensors" for i in range(card["n_layers"])]
     return [partial(read_layer, file, i, card) for i, file in enumerate(files)]
@@ -274,7 +284,7 @@ def transcoder_readers(path: Path, card: dict[str, Any]) -> list[Callable[[], Tr
     ``card["adapter"]`` becomes an :class:`AdapterConfig`.
 
     Raises:
-        UserError: the card is not one of transcoders, or does not match the files.
+        UserError: ``card`` does not describe transcoders, or does not match the files.
     """
     card_file = str(path / CARD)
     if card["additive"] is not True:
@@ -291,20 +301,20 @@ def read_transcoders(
 
     Args:
         folder: as :func:`save_adapters` writes it.
-        purpose: subject of the error message for weights of another kind.
+        purpose: what needs transcoders, as subject of the error message: ``this export``.
 
     Returns:
         A function for every layer that reads its adapter, layer 0 first; and the contents of
         ``fastadapt.json``, of which ``adapter`` is an :class:`AdapterConfig`.
 
     Raises:
-        UserError: weights of another kind, or a damaged folder.
+        UserError: the weights are not transcoders, or the folder is damaged.
     """
     path = Path(folder)
     card = read_card(path)
     if card["kind"] != TRANSCODER:
         raise UserError(
-            f"{folder}: {purpose} is for transcoder adapters; these are of kind "
+            f"{folder}: {purpose} needs transcoder adapters; the folder holds weights of kind "
             f"{card['kind']!r:.80}"
         )
     return transcoder_readers(path, card), card

@@ -69,7 +69,8 @@ class AdapterConfig:
         if wants_k != (self.k is not None):
             raise UserError(
                 f"adapter.k is {'needed' if wants_k else 'not used'} with "
-                f"activation={self.activation!r}, got k={self.k}"
+                f"activation={self.activation!r}, got k={self.k}; "
+                f"{'give' if wants_k else 'omit'} adapter.k"
             )
         if self.k is not None and not 0 < self.k <= n_features:
             raise UserError(f"adapter.k must lie in (0, n_features={n_features}], got {self.k}")
@@ -85,7 +86,8 @@ class AdapterConfig:
             if (self.activation == "jumprelu") != (value is not None):
                 use = "needed" if self.activation == "jumprelu" else "not used"
                 raise UserError(
-                    f"adapter.{name} is {use} with activation={self.activation!r}, got {value}"
+                    f"adapter.{name} is {use} with activation={self.activation!r}, got {value}; "
+                    f"{'give' if use == 'needed' else 'omit'} adapter.{name}"
                 )
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"adapter.{name} must be a positive number, got {value}")
@@ -111,7 +113,7 @@ class AdapterConfig:
         """Check that the implementation runs on ``device`` with parameters of ``dtype``.
 
         Raises:
-            UserError: the implementation needs another device or dtype.
+            UserError: the implementation does not support ``device`` or ``dtype``.
         """
         name, kind, reason = self.implementation, device.type, ""
         if name == "sparse" and kind not in ("cpu", "meta"):
@@ -323,7 +325,9 @@ class TranscoderAdapter(nn.Module):
             UserError: the activation is not ``batch_topk``.
         """
         if self.config.activation != "batch_topk" or self.threshold is None:
-            raise UserError(f"{self.config.activation} has no running threshold to update")
+            raise UserError(
+                f"{self.config.activation} has no running threshold to update; use batch_topk"
+            )
         new = min_active.to(self.threshold)
         mean = torch.where(self.threshold == 0, new, torch.lerp(new, self.threshold, decay))
         self.threshold.copy_(torch.where(new.isnan(), self.threshold, mean))

@@ -228,14 +228,15 @@ def _tokenised(
             ids = encoded["input_ids"][i]
             if len(ids) < 2:
                 raise UserError(
-                    f"{where}: the conversation has {len(ids)} token(s); at least 2 are needed"
+                    f"{where}: the conversation has {len(ids)} token(s); at least 2 are needed. "
+                    "Remove the row"
                 )
             first_label = 0
             if not config.train_on_prompt:
                 cut = len(parts[i][0])
                 first_label = sum(start < cut for start, _ in encoded["offset_mapping"][i])
                 if first_label == len(ids):
-                    raise UserError(f"{where}: the response has no token")
+                    raise UserError(f"{where}: the response has no token; remove the row")
             yield ids, first_label, holds_markers(texts[i], config.family)
 
 

@@ -33,7 +33,8 @@ def group_of_one(device: torch.device, ranks: Ranks) -> Iterator[None]:
     """
     if ranks.world > 1:
         raise UserError(
-            "pair.offload is for one process; several ranks shard the frozen weights already"
+            "pair.offload needs a single process; several ranks shard the frozen weights already. "
+            "Use --pair.offload false"
         )
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

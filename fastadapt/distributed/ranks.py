@@ -47,7 +47,7 @@ class Ranks:
         return self.rank == 0
 
     def shard(self, items: Iterable[T]) -> Iterator[tuple[T, bool]]:
-        """Yield this rank's items, which the ranks take in turn, each with whether it counts.
+        """Yield (item, counts) for this rank's share of ``items``; a repeat does not count.
 
         Every rank gets the same number of items, since all must take part in gathering weights. If
         the last round has too few items, a rank repeats one of them, which does not count.
@@ -94,7 +94,7 @@ class Ranks:
         return result[0]  # type: ignore[return-value]
 
     def interleave(self, rows: Tensor) -> Tensor:
-        """Gather ``[n, ...]`` of every rank to ``[n * world, ...]``, in the order of :meth:`shard`.
+        """Gather each rank's ``[n, ...]`` into ``[n * world, ...]``, in the order of :meth:`shard`.
 
         ``n`` is the same on all ranks; repeats that do not count come last.
         """
@@ -157,8 +157,8 @@ def joined(device: torch.device, timeout_s: float) -> Iterator[Ranks]:
     On GPUs, the current device of a rank becomes the one with its local rank as number.
 
     Args:
-        device: kind of device, ``cuda`` or ``cpu``.
-        timeout_s: seconds that a rank waits for another before the run ends.
+        device: device type, ``cuda`` or ``cpu``.
+        timeout_s: seconds that a rank waits for another rank before the run ends.
 
     Raises:
         UserError: the device names one GPU by its number, or the machine has fewer GPUs than ranks.

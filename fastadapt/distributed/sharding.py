@@ -5,9 +5,9 @@ shard of the rows of each weight. The whole block exists only during its forward
 pass. Gradients are reduced to shards, so the optimizer's moments are sharded too. Embeddings, last
 norm and head are frozen and replicated on every rank.
 
-With master weights (:class:`fastadapt.training.optimizer.OptimizerConfig`), the shards *are* the
-fp32 masters: all-gather rounds them to the working dtype, and gradients are summed over ranks in
-fp32, as they are over micro-batches.
+With fp32 master weights (:class:`fastadapt.training.optimizer.OptimizerConfig`), the shards *are*
+the master weights: all-gather rounds them to the working dtype, and gradients are summed over ranks
+in fp32, as they are over micro-batches.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def shard(model: ReplacementModel, ranks: Ranks, device: torch.device, *, master
         model: model, changed in place; on ranks other than 0 it is on the meta device.
         ranks: ranks of the run, more than one.
         device: device of the shards.
-        masters: hold the adapters' shards in fp32 where their dtype is lower.
+        masters: keep fp32 master weights: adapters of lower precision have shards in fp32.
 
     Raises:
         RunError: the models of two ranks differ in a tensor's name, shape or dtype.
@@ -94,9 +94,9 @@ def _check_same(model: ReplacementModel, ranks: Ranks) -> None:
     theirs = ranks.on_main(lambda: ours)
     if odd := sorted(name for name, _ in ours.items() ^ theirs.items()):
         raise RunError(
-            f"rank {ranks.rank}: expected the model of rank 0, got another ({odd[0]}: "
-            f"{ours.get(odd[0], 'none')}, on rank 0 {theirs.get(odd[0], 'none')}). Use the same "
-            "versions and the same files on every machine."
+            f"rank {ranks.rank}: the model differs from rank 0's: {odd[0]} is "
+            f"{ours.get(odd[0], 'missing')} here and {theirs.get(odd[0], 'missing')} on rank 0. "
+            "Use the same versions and the same files on every machine."
         )
 
 
@@ -131,7 +131,7 @@ def whole_adapters(model: ReplacementModel) -> nn.ModuleList:
 
 
 def _like(adapter: nn.Module, tensors: dict[str, torch.Tensor]) -> nn.Module:
-    """Return an adapter of the same kind and shape with the given tensors."""
+    """Return an adapter of the class and shape of ``adapter`` that holds ``tensors``."""
     if isinstance(adapter, TunedWeights):
         return type(adapter)(adapter.d_in, tensors)
     assert isinstance(adapter, TranscoderAdapter)

@@ -72,7 +72,7 @@ def load(
 
     Raises:
         UserError: the checkpoint cannot be read, or a tensor is missing or unexpected.
-        PairMismatchError: the checkpoint was built from another target.
+        PairMismatchError: the checkpoint was not built from ``target``.
     """
     config = published_config(source, revision)
     tensors = published_tensors(source, revision)
@@ -151,15 +151,15 @@ def save(
         overwrite: replace an existing export after the new one is on disk.
 
     Raises:
-        UserError: the format does not support the architecture or activation, or the folder is in
-            use.
+        UserError: the format does not support the architecture or activation, or the folder
+            holds other files.
         RunError: the folder cannot be written; it is left as it was.
     """
     first = model.adapters[0]
     if not isinstance(first, TranscoderAdapter):
         kind = getattr(first, "kind", type(first).__name__)
         raise UserError(
-            "the published format is for transcoder adapters; this model's adapters are of kind "
+            "the published format needs transcoder adapters; this model's adapters are of kind "
             f"{kind!r}"
         )
     # named_parameters lists a tied weight once, state_dict under each of its names.
@@ -198,7 +198,8 @@ def to_adapters(
             recorded, since it holds the base's MLPs.
 
     Raises:
-        UserError: the checkpoint cannot be read, lacks a tensor, or the folder is in use.
+        UserError: the checkpoint cannot be read, lacks a tensor, or the folder holds other
+            files.
     """
     check_output(Path(folder), overwrite=overwrite)
     config = published_config(source, revision)
@@ -267,7 +268,8 @@ def _check_shared(target: str, revision: str | None, published: Mapping[str, Laz
     if differing:
         raise PairMismatchError(
             f"target {target} is not the model that the checkpoint was built from: "
-            f"{len(differing)} of the weights that they should share differ: {differing[:3]}"
+            f"{len(differing)} of the weights that they should share differ: {differing[:3]}. "
+            "Give the target that it was built from"
         )
 
 

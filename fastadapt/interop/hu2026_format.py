@@ -50,7 +50,7 @@ class PublishedKeys(TypedDict, total=False):
 
 
 def published_tensors(source: str, revision: str | None) -> dict[str, Lazy]:
-    """Return readers of a checkpoint's adapter tensors, by name."""
+    """Return, by tensor name, functions that read a checkpoint's adapter tensors."""
     tensors = lazy_tensors(source, revision, "checkpoint")
     return {name: read for name, read in tensors.items() if _ADAPTER.fullmatch(name)}
 
@@ -59,7 +59,7 @@ def published_config(source: str, revision: str | None) -> Any:
     """Return transformers' configuration of a published checkpoint.
 
     Raises:
-        UserError: the checkpoint has another format.
+        UserError: the checkpoint does not have the published format.
     """
     config = model_config(source, revision, trust=False)
     features = getattr(config, "transcoder_n_features", None)
@@ -129,7 +129,7 @@ def write_published(
     """
     if config.get("model_type") != "qwen2" or first.config.activation != "relu":
         raise UserError(
-            "the published format is for Qwen2 models with ReLU adapters; this is "
+            "the published format needs a Qwen2 model with ReLU adapters; this is "
             f"{config.get('model_type')} with {first.config.activation}"
         )
     biased, index, text = True, None, None

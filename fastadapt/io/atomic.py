@@ -254,7 +254,7 @@ def sweep_tree(folder: Path, *, but: Collection[str] = ()) -> list[Path]:
 
     Args:
         folder: folder whose lock the caller holds.
-        but: names to skip, because their writers hold another lock.
+        but: names to skip, because other locks than the folder's protect them.
 
     Raises:
         OSError: a leftover cannot be removed.

@@ -32,7 +32,7 @@ _UNWRITABLE = (
 
 
 class Ledger:
-    """Values in bytes, with a fingerprint and a part number as key.
+    """SQLite file of values in bytes, each under a fingerprint and a part number as key.
 
     The caller holds the lock of the folder. A commit is atomic: a kill, a full disk or a power cut
     leaves the previous commit.
@@ -83,7 +83,7 @@ class Ledger:
             raise
 
     def _count_rows(self) -> int:
-        """Return the number of rows, which the header has as ``user_version``.
+        """Return the number of rows; raise if it differs from the header's ``user_version``.
 
         A damaged page may lose rows without an error of SQLite. Ledgers of earlier versions have a
         ``user_version`` of 0 until the next commit.

@@ -173,7 +173,7 @@ def _real(path: Path) -> Path:
 
 
 def _cannot_open(path: str) -> str | None:
-    """Return the property that a path must have for a system to open it, or None if it has all."""
+    """Return the requirement that a path does not meet, for a message, or None if it meets all."""
     try:
         encoded = path.encode("utf-8")
     except UnicodeEncodeError:

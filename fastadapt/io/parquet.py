@@ -33,7 +33,7 @@ def open_parquet(
         schema: columns that the file must have, with their types.
 
     Raises:
-        UserError: the file is no Parquet file, is damaged, lacks a column, has a column of another
+        UserError: the file is no Parquet file, is damaged, lacks a column, has a column of a wrong
             type, or declares more rows than it has.
     """
     path = Path(path)
@@ -100,7 +100,7 @@ def check_contents(path: Path, rows: pa.Table, schema: pa.Schema | None) -> None
 
 
 def check_columns(path: Path, actual: pa.Schema, expected: pa.Schema) -> None:
-    """Raise ``UserError`` for a column that is missing, repeated or of another type."""
+    """Raise ``UserError`` for a column that is missing, repeated or of the wrong type."""
     for field in expected:
         n = actual.names.count(field.name)
         if n != 1:

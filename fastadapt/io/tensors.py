@@ -24,7 +24,7 @@ _CHUNK = 1 << 22
 
 
 class TensorError(UserError):
-    """A safetensors file cannot be read, or a tensor in it has another dtype, shape or value."""
+    """A safetensors file cannot be read, or a tensor in it has a wrong dtype, shape or value."""
 
 
 @contextmanager
@@ -91,7 +91,7 @@ def check_tensor(
     shape: Collection[int] | None = None,
     finite: bool = False,
 ) -> None:
-    """Check that a tensor is of floating point and ``shape`` and, with ``finite``, is finite.
+    """Check that a tensor has a floating dtype and ``shape`` and, if ``finite`` is set, is finite.
 
     Args:
         tensor: a tensor from a file, on any device.

@@ -71,7 +71,7 @@ class Workspace:
         return UserError(f"{self.option}: {self.folder} {reason}")
 
     def foreign(self, reason: str, names: Sequence[str]) -> UserError:
-        """Return the error for a folder that holds the files ``names`` of another origin."""
+        """Return the error for a folder with files ``names`` that the command did not write."""
         return self.refusal(
             f"{reason} (it holds {', '.join(names[:3])}); nothing in it was touched. "
             "Give a new folder."

@@ -6,6 +6,6 @@ Each op is a package with a public function of the same name:
 - :mod:`fastadapt.kernels.linear_kl`: language-model head and KL of one teacher and many students;
 - :mod:`fastadapt.kernels.nmse`: normalised squared error of two streams.
 
-:mod:`fastadapt.kernels.testing` compares an implementation with its float64 oracle.
+:mod:`fastadapt.kernels.testing` compares an implementation with the op's reference in float64.
 The ops' sources are in ``kernels/`` at the root of the repository.
 """

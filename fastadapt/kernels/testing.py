@@ -1,4 +1,4 @@
-"""Compare a result with its float64 oracle under a computed error budget.
+"""Compare a result with a float64 reference (the *oracle*) under a computed error budget.
 
 The *oracle* is the op's reference, run in float64 on the same inputs, which are already rounded to
 the tested dtype. The *peer* is the same reference run in the tested dtype, i.e. the result of plain
@@ -21,7 +21,7 @@ LAYOUTS = ("contiguous", "transposed", "sliced", "parent", "offset", "expanded")
 
 
 class ErrorBudget(NamedTuple):
-    """Absolute errors of a result against its oracle, and their budgets."""
+    """Absolute errors of a result against the float64 reference, and the errors allowed."""
 
     max_error: float  # infinite if NaN or infinities are not where the oracle has them
     rms_error: float
@@ -31,7 +31,7 @@ class ErrorBudget(NamedTuple):
 
     @property
     def within(self) -> bool:
-        """Whether both errors are within their budgets."""
+        """Whether the maximum and the RMS error are within their budgets."""
         return self.max_error <= self.max_budget and self.rms_error <= self.rms_budget
 
 
@@ -72,7 +72,10 @@ def error_budget(actual: Tensor, oracle: Tensor, peer: Tensor | None = None) -> 
         peer_error = _error(peer, oracle, oracle.to(peer.dtype))
         peer_max, peer_rms = _max(peer_error), _rms(peer_error)
         if not math.isfinite(peer_max):
-            raise ValueError("peer: expected NaN and infinities where the oracle has them")
+            raise ValueError(
+                "peer: expected NaN and infinities at the same entries as in the float64 oracle; "
+                "pass a peer that does not overflow"
+            )
         ratio = info.eps / torch.finfo(peer.dtype).eps  # 1, except for a float64 actual
         peer_max, peer_rms = peer_max * ratio, peer_rms * ratio
     factor = 4 if actual.dtype == torch.float64 else 2
@@ -126,7 +129,7 @@ def assert_close(
 
 
 def with_layout(tensor: Tensor, layout: str) -> Tensor:
-    """Return the values of ``tensor`` in another memory layout.
+    """Return a tensor with the values of ``tensor`` in the given memory layout.
 
     Memory between the entries is filled with NaN (integers: the dtype's maximum).
 
@@ -184,11 +187,11 @@ def _check_comparable(actual: Tensor, oracle: Tensor, peer: Tensor | None) -> No
         raise ValueError(f"peer: expected shape {tuple(oracle.shape)}, got {tuple(peer.shape)}")
     scaled = actual.dtype == torch.float64 and peer.dtype == torch.float32
     if peer.dtype != actual.dtype and not scaled:
-        raise ValueError(f"dtype: expected the peer's {peer.dtype}, got {actual.dtype}")
+        raise ValueError(f"actual: expected the peer's dtype {peer.dtype}, got {actual.dtype}")
 
 
 def _error(result: Tensor, oracle: Tensor, oracle_rounded: Tensor) -> Tensor:
-    """Return the absolute errors.
+    """Return the absolute errors of ``result`` against the float64 reference.
 
     An error is infinite where only one of the two is finite, and 0 where both are the same
     non-finite value. The oracle's device computes the errors, since it supports float64.

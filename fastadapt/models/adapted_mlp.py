@@ -23,7 +23,7 @@ MODES: tuple[Mode, ...] = ("target", "hybrid", "replacement")
 
 @dataclass
 class Call:
-    """Adapter arguments for one call of a block, and the aux that the adapter returned."""
+    """Adapter arguments for one call of a block, and the :class:`Aux` that the adapter returned."""
 
     mask: Tensor | None
     padding: Tensor | None
@@ -51,7 +51,7 @@ class AdaptedMLP(nn.Module):
 
     @contextmanager
     def call_context(self, mode: Mode, call: Call | None) -> Iterator[None]:
-        """Set ``mode`` and ``call`` inside the context."""
+        """Set this MLP's ``mode`` and ``call`` inside the context; restore both on exit."""
         before = self.mode, self.call
         self.mode, self.call = mode, call
         try:
@@ -87,7 +87,7 @@ class AdaptedMLP(nn.Module):
         return out + self.base(x)
 
     def _capture_plan(self, x: Tensor) -> CodeLayout | None:
-        """Return a plan that needs no synchronization while a CUDA graph is captured, else None.
+        """Return a code layout that needs no synchronization in a CUDA graph capture, else None.
 
         The op never synchronizes for small calls. Larger calls get dense products, which hold any
         number of codes.

@@ -59,7 +59,7 @@ class TunedWeights(nn.Module):
         return {"kind": self.kind, "additive": False, "d_in": self.d_in, "d_out": self.d_out}
 
     def call(self, module: nn.Module, name: str, x: Tensor) -> Tensor:
-        """Return ``module(x)`` computed with the weights under ``name``; all weights if empty."""
+        """Return ``module(x)`` with the weights ``name.*``, or with all if ``name`` is empty."""
         weights: dict[str, Tensor] = dict(self.get_submodule(name).named_parameters())
         out: Tensor = functional_call(module, weights, (x,))
         return out
@@ -68,7 +68,7 @@ class TunedWeights(nn.Module):
         """Check that the weights have the names and shapes of the model's layer.
 
         Raises:
-            UserError: a weight is missing, extra or of another shape; names the weight.
+            UserError: a weight is missing, extra or of a wrong shape; the message names it.
         """
         ours = {name: tuple(p.shape) for name, p in self.named_parameters()}
         expected = {name: tuple(t.shape) for name, t in model_weights.items()}
@@ -91,9 +91,9 @@ class TunedMLP(TunedWeights):
 
 
 class TunedNorms(TunedWeights):
-    """Weights of a block's norms, with which these compute in the mode ``replacement``.
+    """Weights of a block's norms, with which the norms compute in the mode ``replacement``.
 
-    Those of the last layer include the model's last norm, as ``final_norm``.
+    The weights of the last layer include the model's last norm, as ``final_norm``.
     """
 
     kind = "norms"
@@ -134,7 +134,7 @@ TUNED: Mapping[Baseline, type[TunedWeights]] = {kind.kind: kind for kind in (Tun
 
 
 def norms_of(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the RMSNorms of a block with their names; of a switched norm, the target's norm."""
+    """Yield a block's RMSNorms with their names; for a :class:`SwitchedNorm`, the target's norm."""
     # The classes have this suffix in every architecture of transformers: Qwen2RMSNorm.
     switched: set[nn.Module] = set()
     for name, part in module.named_modules():
@@ -179,7 +179,7 @@ def tuned_weights(pair: ModelPair, kind: Baseline) -> nn.ModuleList:
 
 
 def switch_norms(pair: ModelPair) -> None:
-    """Replace the target's norms by switched norms, unless they are already; its MLPs are adapted.
+    """Replace each norm of a target with adapted MLPs by a :class:`SwitchedNorm`, at most once.
 
     A model that never gets refit norms keeps transformers' modules.
     """

@@ -65,10 +65,10 @@ class _Recorder(nn.Module):
 
 
 def versions() -> str:
-    """Return a sentence with both versions, for errors that a newer transformers can cause."""
+    """Return advice with the versions in use, for errors that a newer transformers can cause."""
     return (
         f"This is transformers {version('transformers')} with fastadapt {version('fastadapt')}; "
-        "pyproject.toml names the versions of transformers that were tested."
+        "install a version of transformers that was tested (pyproject.toml names them)."
     )
 
 
@@ -103,7 +103,7 @@ def _cache_keyword(decoder: nn.Module) -> str:
 def record_inputs(
     model: nn.Module, paths: Paths, input_ids: Tensor, attention_mask: Tensor | None
 ) -> BlockInputs:
-    """See :meth:`fastadapt.models.replacement.ReplacementModel.block_inputs`."""
+    """Record each block's arguments; see :meth:`.replacement.ReplacementModel.block_inputs`."""
     from transformers import DynamicCache
 
     arguments: list[dict[str, Any]] = []

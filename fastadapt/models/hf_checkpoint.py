@@ -56,7 +56,7 @@ COMPANIONS = (
 
 
 def lazy_tensors(source: str, revision: str | None, role: str) -> dict[str, Lazy]:
-    """Return a reader of every tensor of a checkpoint, by name; error messages use ``role``."""
+    """Return, by name, functions that read the tensors; ``role`` names the checkpoint in errors."""
     from safetensors import safe_open
 
     tensors: dict[str, Lazy] = {}
@@ -93,7 +93,10 @@ def replacement_tensors(
     base_tensors = lazy_tensors(base, revisions.get("base"), "base")
     mlps = {name: read for name, read in base_tensors.items() if mlp.match(name)}
     if missing := sorted({name for name in tensors if mlp.match(name)} - mlps.keys()):
-        raise UserError(f"base {base}: {len(missing)} MLP weights are missing: {missing[:3]}")
+        raise UserError(
+            f"base {base}: {len(missing)} MLP weights are missing: {missing[:3]}. Give the model "
+            "that the target was fine-tuned from"
+        )
     return {name: mlps.get(name, read) for name, read in tensors.items()}
 
 
@@ -127,7 +130,7 @@ def read_json(source: str, name: str, revision: str | None) -> dict[str, Any]:
     """
     file = fetch(source, name, revision)
     if file is None:
-        raise UserError(f"{source}: {name} is missing")
+        raise UserError(f"{source}: {name} is missing; give the folder or hub id of a checkpoint")
     values: dict[str, Any] = documents.read_json(file, dict[str, Any], constants=True)
     return values
 
@@ -159,8 +162,8 @@ def write_checkpoint(
         overwrite: replace an existing export.
 
     Raises:
-        UserError: the folder is in use, or a file to copy is a link that leads out of its model, is
-            not a regular file, or is too large.
+        UserError: the folder holds other files, or a file to copy is a link that leads out of its
+            model, is not a regular file, or is too large.
         RunError: the folder cannot be written.
     """
     check_output(folder, overwrite=overwrite)
@@ -195,11 +198,9 @@ def check_output(folder: Path, *, overwrite: bool) -> None:
     if half_filled(folder) and all(unstaged(name) == folder.resolve().name for name in foreign):
         return
     if foreign or not names or not _is_export(folder):
-        raise UserError(f"{folder} is in use; give a new folder")
+        raise UserError(f"{folder} is neither an empty folder nor an export; give a new folder")
     if not overwrite:
-        raise UserError(
-            f"{folder} is in use; give a new folder, or replace the export in it (--overwrite)"
-        )
+        raise UserError(f"{folder} holds an export; give a new folder, or replace it (--overwrite)")
 
 
 def _is_export(folder: Path) -> bool:

@@ -75,7 +75,7 @@ class PairConfig:
 
     @property
     def named(self) -> dict[str, str | None]:
-        """Both models and their revisions, with the keys of result files."""
+        """Both models and their revisions, under the keys that result files use."""
         keys = ("target", "target_revision", "base", "base_revision")
         return {key: getattr(self, key) for key in keys}
 
@@ -119,7 +119,8 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as e:
-        raise UserError(f"pair.device: torch knows no device {name!r}") from e
+        message = f"pair.device: torch knows no device {name!r}; use auto, cuda or cpu"
+        raise UserError(message) from e
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("pair.device is cuda, but torch finds no GPU; use --pair.device cpu")
     return device
@@ -283,7 +284,10 @@ def check_configs(target: Any, base: Any) -> None:
         if getattr(target, name, None) != getattr(base, name, None)
     ]
     if differing:
-        raise PairMismatchError("these models are not a pair: " + "; ".join(differing))
+        raise PairMismatchError(
+            f"these models are not a pair: {'; '.join(differing)}. Give the model that the target "
+            "was fine-tuned from"
+        )
 
 
 def check_tokenizers(target: Any, base: Any) -> list[str]:
@@ -306,7 +310,8 @@ def check_tokenizers(target: Any, base: Any) -> list[str]:
         token = odd[0][0]
         raise PairMismatchError(
             f"these models are not a pair: their tokenizers differ in {len({t for t, _ in odd})} "
-            f"tokens; {token!r}: target {target_ids.get(token)}, base {base_ids.get(token)}"
+            f"tokens; {token!r}: target {target_ids.get(token)}, base {base_ids.get(token)}. Give "
+            "the model that the target was fine-tuned from"
         )
     a, b = target.get_added_vocab(), base.get_added_vocab()
     if a == b:

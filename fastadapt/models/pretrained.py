@@ -133,7 +133,7 @@ def reading(role: str, source: str) -> Iterator[None]:
         yield
     except SafetensorError as e:
         raise UserError(
-            f"{role} {source!r}: a safetensors file is truncated or damaged: {e}"
+            f"{role} {source!r}: a safetensors file is truncated or damaged: {e}. Download it again"
         ) from e
     # transformers and tokenizers raise errors of any type for malformed files.
     except Exception as e:
@@ -222,7 +222,7 @@ def fetch(source: str, name: str, revision: str | None) -> Path | None:
 
 
 def tensor_files(source: str, revision: str | None) -> dict[str, Path]:
-    """Return the file of every shard, by name.
+    """Return the file of every shard (safetensors file) of a checkpoint, by name.
 
     A single file takes precedence over an index, as in transformers: saving a model in one file
     leaves the index of its earlier shards behind.
@@ -267,7 +267,9 @@ def _tensor_files(source: str, revision: str | None) -> dict[str, Path]:
         check_name(name, f"{index}: weight_map")
         file = fetch(source, name, revision)
         if file is None:
-            raise UserError(f"{source}: shard {name!r}, which the index names, is missing")
+            raise UserError(
+                f"{source}: shard {name!r}, which the index names, is missing; download it again"
+            )
         files[name] = file
     return files
 

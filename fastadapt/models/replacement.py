@@ -263,7 +263,7 @@ class ReplacementModel(nn.Module):
             ``features`` and ``values``, one entry per active feature.
 
         Raises:
-            UserError: the run has no transcoders, or the ids have another shape.
+            UserError: the run has no transcoders, or the ids have a wrong shape.
 
         Example:
             >>> from fastadapt import AdapterConfig, ModelPair, PairConfig, ReplacementModel
@@ -278,7 +278,7 @@ class ReplacementModel(nn.Module):
             text = self.pair.tokenizer(text)["input_ids"]
         ids = torch.as_tensor(text, dtype=torch.int64, device=self.device)
         if ids.ndim not in (1, 2) or ids.numel() == 0:
-            raise UserError(f"features: expected token ids [T] or [B, T], got {list(ids.shape)}")
+            raise UserError(f"text: expected token ids [T] or [B, T], got shape {list(ids.shape)}")
         inputs = self.block_inputs(ids if ids.ndim == 2 else ids[None], None)
         hidden, layers = inputs.hidden, []
         for layer, arguments in enumerate(inputs.arguments):
@@ -309,8 +309,9 @@ def _check_fit(pair: ModelPair, adapters: nn.ModuleList) -> None:
     n_layers, width = len(pair.base_mlps), pair.target.config.hidden_size
     if len(adapters) != n_layers:
         raise UserError(f"expected {n_layers} adapters, one per layer, got {len(adapters)}")
+    names = sorted({type(adapter).__name__ for adapter in adapters})
     if len({type(adapter) for adapter in adapters}) > 1:
-        raise UserError("adapters: expected one kind for all layers, got several")
+        raise UserError(f"adapters: expected the same class in all layers, got {', '.join(names)}")
     for i, adapter in enumerate(adapters):
         if (adapter.d_in, adapter.d_out) != (width, width):
             raise UserError(

@@ -80,12 +80,13 @@ def check_traversal(model: ReplacementModel, batch: Batch) -> None:
         if tensor._version != version:
             raise RunError(
                 f"A block of {type(model.model).__name__} changed its argument {name!r} in place; "
-                f"a later call with the same arguments would be wrong. {versions()}"
+                f"a later call with the same arguments would be wrong, so this model cannot be "
+                f"used. {versions()}"
             )
 
 
 def _part(batch: Batch) -> Batch:
-    """Return the longest and the shortest row, cut to ``TOKENS``."""
+    """Return a batch of the longest and the shortest row, each cut to ``TOKENS`` tokens."""
     order = batch.real.sum(1).argsort(descending=True, stable=True)
     rows = order[[0, -1]] if len(order) > 1 else order
     mask = batch.attention_mask

@@ -85,7 +85,7 @@ def load_adapters(
             ``batch_topk`` keeps its dtype.
 
     Raises:
-        UserError: a file or tensor is missing, unexpected, of another shape or an integer type, or
+        UserError: a file or tensor is missing, unexpected, of a wrong shape or an integer type, or
             holds a number that is not finite. The message names it.
     """
     layers, card = read_adapters(folder)

@@ -46,7 +46,7 @@ def export(
         overwrite: replace an existing export after the new one is on disk.
 
     Raises:
-        UserError: the adapters do not fit the models, or the folder is in use.
+        UserError: the adapters do not fit the models, or the folder holds other files.
         RunError: the folder cannot be written; it is left as it was.
     """
     revisions = revisions or {}
@@ -63,7 +63,8 @@ def export(
     for name, (size, expected) in sizes.items():
         if size != expected:
             raise UserError(
-                f"{name}: adapters {adapters} have {size}, but target {target} has {expected}"
+                f"{name}: adapters {adapters} have {size}, but target {target} has {expected}; "
+                "give the pair that they were trained with"
             )
     paths = ARCHITECTURES[architecture]
     settings = dataclasses.replace(card["adapter"], implementation="auto")

@@ -82,7 +82,7 @@ class CapacityEstimator:
         self.expected: list[float] | None = None
 
     def applied(self, calls: Sequence[Sequence[Call]]) -> None:
-        """Take each layer's largest count of an applied step, ``calls[micro-batch][layer]``."""
+        """Record each layer's largest count of an applied step, ``calls[micro-batch][layer]``."""
         if self.enabled:
             by_layer = zip(*calls, strict=True)
             self.expected = [max(c.codes / max(c.tokens, 1) for c in layer) for layer in by_layer]

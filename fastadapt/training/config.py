@@ -70,8 +70,8 @@ class RunConfig:
         threads: CPU threads of torch (None: torch's choice). Equal bits need equal threads.
         sinks: destinations of metrics beside ``metrics.jsonl``: any of ``tensorboard``, ``wandb``,
             ``trackio``, each an extra of the same name.
-        rank_timeout: with several ranks, seconds that a rank waits for another before the run ends.
-            Writing a checkpoint must take less.
+        rank_timeout: with several ranks, seconds that a rank waits for the others before the run
+            ends. Writing a checkpoint must take less.
 
     Raises:
         UserError: an impossible value.
@@ -165,7 +165,7 @@ def from_dict(values: Mapping[str, Any], kind: type = TrainConfig, prefix: str =
 
     Raises:
         UserError: an unknown key (the message names the nearest known one), a missing key, a value
-            of another type, or an impossible value.
+            of the wrong type, or an impossible value.
 
     Example:
         >>> from_dict({"lr": 1, "betas": [0.9, 0.99]}, OptimizerConfig).betas
@@ -264,7 +264,7 @@ def recorded_trust(path: Path) -> bool:
 
 
 def differences(config: TrainConfig, other: TrainConfig) -> dict[str, tuple[Any, Any]]:
-    """Return both values of each key that differs and may not change on a resumption."""
+    """Return both values of each key that differs but may not change when a run is resumed."""
     ours, theirs = _flat(to_dict(config)), _flat(to_dict(other))
     return {
         key: (ours.get(key), theirs.get(key))
@@ -279,13 +279,13 @@ def _check_unused(trains: object, settings: Mapping[str, Any]) -> None:
         value = settings.get(field.name, field.default)
         if value != field.default:
             raise UserError(
-                f"adapter.{field.name} is of transcoders and not used with run.trains={trains!r}: "
-                f"expected {field.default}, got {value!r}"
+                f"adapter.{field.name} is a setting of transcoders, not used with "
+                f"run.trains={trains!r}: expected {field.default}, got {value!r}; leave it out"
             )
 
 
 def _choices(hint: Any) -> tuple[str, ...]:
-    """Return the values of a ``Literal``."""
+    """Return the values that a ``Literal`` type allows."""
     return typing.get_args(hint)
 
 

@@ -6,8 +6,8 @@ Measures, averaged over each sequence and then over sequences, as in the objecti
 - top-1 error: share of predicted tokens at which the model's most likely token is not the target's;
 - NMSE of the residual stream after every block.
 
-L0 and feature density are averages over all tokens. B sequences, T tokens, D width, F features,
-L layers.
+L0 and feature density (share of tokens on which a feature fires) are averages over all tokens.
+B sequences, T tokens, D width, F features, L layers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ STUDENTS: tuple[Mode, Mode] = ("hybrid", "replacement")
 
 
 class _Sums:
-    """Sums over the sequences or tokens of all batches so far."""
+    """Sums of the measures over the sequences or tokens of all batches so far."""
 
     def __init__(self, n_layers: int, n_features: int, device: torch.device) -> None:
         wide = {"device": device, "dtype": torch.float64}

@@ -1,8 +1,8 @@
-"""AdamW on fp32 masters, with clipping and a schedule that is a pure function of the step.
+"""AdamW on fp32 master weights, with clipping and a schedule that is a pure function of the step.
 
 For bfloat16 parameters of magnitude 0.01 to 0.017, half the spacing of neighbouring numbers is
 3e-5. The small updates at the end of a cosine schedule would round to 0. Updates are therefore
-applied to masters, which are fp32 copies. After every step the parameters are rounded from them.
+applied to *masters*, which are fp32 copies. After every step the parameters are rounded from them.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
 
 
 class AdapterOptimizer:
-    """AdamW over named parameters, with fp32 masters of parameters of lower precision.
+    """AdamW over named parameters, with fp32 copies (masters) of parameters of lower precision.
 
     Gradients are summed over backward passes. A parameter of fp32 or fp64 is its own master and
     holds the sum itself. Otherwise a hook adds each gradient to the fp32 sum in the master and
@@ -224,7 +224,7 @@ class AdapterOptimizer:
         """Restore the values of :meth:`tensors` and :meth:`scalars`.
 
         Raises:
-            UserError: a tensor is missing, extra, or of another shape or dtype. Nothing changes.
+            UserError: a tensor is missing, extra, or of a wrong shape or dtype. Nothing changes.
         """
         for group, expected in self.tensors().items():
             _check_same(group, expected, tensors.get(group, {}))
@@ -241,7 +241,7 @@ class AdapterOptimizer:
         return [master.grad for master in self.masters.values() if master.grad is not None]
 
     def _set_moments(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Set AdamW's whole state, zeros before the first update, so that all can be saved."""
+        """Set AdamW's whole state, zeros before an update: a checkpoint saves every tensor."""
         for name, master in self.masters.items():
             low = self.config.low_memory
             step = torch.tensor(float(self.updates), device=None if low else master.device)
@@ -290,7 +290,7 @@ def _low_memory_adam(
         from torchao import optim
     except ModuleNotFoundError as error:
         raise UserError(
-            "optimizer.moments 8bit and optimizer.stochastic_rounding need torchao; install the "
+            "optimizer.moments=8bit and optimizer.stochastic_rounding need torchao; install the "
             "extra: pip install 'fastadapt[lowmem]'"
         ) from error
     kind = optim.AdamW8bit if eight_bit else optim._AdamW
@@ -298,13 +298,13 @@ def _low_memory_adam(
 
 
 def _low_memory_moment(adam: Any, master: Tensor, moment: str) -> Tensor:
-    """Return torchao's zero moment: 8-bit from 4,096 elements on, else of the master's dtype."""
+    """Return torchao's zero moment: 8-bit from 4,096 elements on, else in ``master``'s dtype."""
     value: Tensor = adam._new_buffer(master, moment == "exp_avg")
     return value
 
 
 def _plain_tensors(name: str, value: Tensor) -> dict[str, Tensor]:
-    """Return the plain tensors of a moment by name: itself, or 8-bit codes and their scales."""
+    """Return a moment's plain tensors by name: the moment itself, or 8-bit codes and scales."""
     parts = {part: getattr(value, part, None) for part in ("codes", "scale")}
     named = {f"{name}.{part}": t for part, t in parts.items() if t is not None}
     return named or {name: value}

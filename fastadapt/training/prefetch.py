@@ -46,7 +46,7 @@ class _Entry(NamedTuple):
 class BatchPrefetcher:
     """Prefetch the batches of the next steps.
 
-    If a request is not for the next prefetched batch (a repeated step, another step), :meth:`get`
+    If a request is not for the next prefetched batch (a repeated or skipped step), :meth:`get`
     returns None and the caller collates the batch.
 
     Args:

@@ -172,7 +172,7 @@ def _l0_over_time(run: RunLog) -> list[Figure]:
 
 
 def _density(run: RunLog) -> tuple[list[float], list[list[int]]]:
-    """Return edges and counts per layer, without lower decades that are empty in every layer.
+    """Return density edges and counts per layer, without low decades empty in every layer.
 
     Decades above 1e-4 are never removed.
     """

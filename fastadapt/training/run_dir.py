@@ -50,7 +50,7 @@ Sink = Callable[[Record], None]
 
 
 class RecordKey(TypedDict):
-    """Keys of every record of ``metrics.jsonl``."""
+    """Keys that every record of ``metrics.jsonl`` has."""
 
     kind: str
     step: Count
@@ -102,7 +102,7 @@ def open_run(config: TrainConfig, *, resume: bool, overwrite: bool) -> Iterator[
     Raises:
         UserError: the path is not a folder, cannot be created, is in use by another process, holds
             a run (without ``resume`` or ``overwrite``), holds no run to resume or to overwrite, or
-            holds a run with another configuration.
+            holds a run whose configuration differs.
     """
     if resume and overwrite:
         raise UserError("--resume continues a run, --overwrite removes it: choose one")
@@ -279,6 +279,6 @@ def _check_same_config(folder: Path, config: TrainConfig) -> None:
     if differing:
         changes = "; ".join(f"{key}: {new!r}, was {old!r}" for key, (new, old) in differing.items())
         raise UserError(
-            f"--resume: the run in {folder} has another configuration ({changes}). Pass the old "
-            "values, or start a new run with another --run.output."
+            f"--resume: the run in {folder} was started with other values ({changes}). Pass "
+            "the old values, or start a new run with another --run.output."
         )

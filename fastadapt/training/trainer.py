@@ -116,13 +116,13 @@ def check_shares(config: TrainConfig, ranks: Ranks) -> None:
     optimizer, n = config.optimizer, ranks.world
     if n > 1 and config.run.trains == "norms":
         raise UserError(
-            "run.trains norms is for one process: the last norm lies outside the blocks that "
-            "ranks shard"
+            "run.trains=norms needs a single process: the last norm lies outside the blocks that "
+            "ranks shard. Start the run without torchrun"
         )
     if n > 1 and optimizer.low_memory:
         raise UserError(
-            "optimizer.moments 8bit and optimizer.stochastic_rounding are for one process; several "
-            "ranks shard masters and moments already"
+            "optimizer.moments=8bit and optimizer.stochastic_rounding need a single process; omit "
+            "them, since several ranks shard the master weights and moments already"
         )
     if optimizer.accumulation % n == 0:
         return

@@ -73,9 +73,9 @@ def linear_kl(
             with float32 logits use 16-bit products with float32 accumulation, for the logits and
             for the gradient of the hidden states. The gradient of the logits is then rounded to
             the 16-bit dtype.
-        implementation: "reference" (dense, the specification), "chunked" (PyTorch, any device and
-            dtype), "triton" (two Triton kernels between the library's products; a GPU, float32
-            softmax), or "auto": "triton" if it runs on the GPU, else "chunked".
+        implementation: "reference" (dense PyTorch that defines the results), "chunked" (PyTorch,
+            any device and dtype), "triton" (two Triton kernels between the library's products; a
+            GPU, float32 softmax), or "auto": "triton" if it runs on the GPU, else "chunked".
 
     If several tokens are most probable, the lowest index counts. A token whose KL is NaN never
     agrees. NaN and infinite hidden states give NaN in their tokens and, if counted, in ``kl``.

@@ -1,4 +1,4 @@
-"""Compute linear + KL chunk by chunk of tokens, with the gradient in the same pass.
+"""Compute the head, KL and gradient in one pass, chunk by chunk of tokens.
 
 Two buffers of [chunk, V] serve all streams. One holds the teacher's results, which all students
 read. The other holds one student's logits, which their gradient then overwrites. Matrix products

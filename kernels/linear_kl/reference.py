@@ -1,4 +1,4 @@
-"""The specification of linear + KL: dense PyTorch with plain autograd, all logits at once.
+"""Reference of the fused head and KL: dense PyTorch, plain autograd, all logits at once.
 
 S students, T tokens, D width, V vocabulary size.
 """

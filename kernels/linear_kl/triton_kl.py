@@ -151,7 +151,7 @@ def student_kernel(
     NARROW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Pass 2: KL, cross-entropy and agreement; unit * d kl / d logits overwrites the logits.
+    """Pass 2: KL, cross-entropy, agreement; d kl / d logits, times ``unit``, overwrites the logits.
 
     ``NARROW``: the gradient's dtype has half the logits' size; its rows have the same distance in
     bytes. A block of the gradient then overlaps logits of the same and of earlier blocks, so all

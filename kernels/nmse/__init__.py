@@ -46,7 +46,7 @@ def nmse(
             gradient, even if not finite; ``token_nmse`` is computed for every token.
         eps: added to the mean square of ``target``, >= 0.
         implementation: "chunked" (PyTorch over small blocks of tokens, on every device),
-            "reference" (the specification), or "auto": "chunked".
+            "reference" (dense PyTorch that defines the results), or "auto": "chunked".
 
     Returns:
         :class:`NMSEOutput`. NaN and infinities give NaN or infinity in their tokens and, if

@@ -1,4 +1,4 @@
-"""The specification of the normalised squared error: dense PyTorch with plain autograd.
+"""Reference of the normalised squared error: dense PyTorch with plain autograd.
 
 B sequences, T tokens, D width.
 """

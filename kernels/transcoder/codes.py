@@ -84,7 +84,7 @@ def plan_for(
 
 
 class Codes(NamedTuple):
-    """Result of the encoder, for the decoder and both backward passes."""
+    """Codes that the encoder returns, for the decoder and both backward passes."""
 
     values: Tensor  #: x's dtype, [C]; dense: [N * F].
     features: Tensor  #: int32 [C]; dense: [0].

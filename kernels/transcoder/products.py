@@ -1,4 +1,4 @@
-"""Multiply codes with tables. Sums run in a fixed order, without atomics or scatter.
+"""Multiply codes with tables (of weights). Sums run in a fixed order, without atomics or scatter.
 
 Shape suffixes: N tokens, E width, F features, C codes; a table of M rows of D.
 """
@@ -17,7 +17,7 @@ PIECE = 256
 
 
 def segments(offsets: Tensor) -> Tensor:
-    """Return the segment of each entry, int64 [C]."""
+    """Return the number of the segment that holds each entry, int64 [C]."""
     every = torch.arange(len(offsets) - 1, device=offsets.device)
     return every.repeat_interleave(offsets.diff())
 

@@ -1,9 +1,10 @@
-"""The specification of the transcoder op: dense PyTorch that follows the formulas.
+"""Reference of the transcoder op: dense PyTorch that follows the formulas.
 
     z = W_enc x + b_enc        a = activation(z)        out = residual + W_decᵀ a + b_dec
     penalty = Σ_t w_t Σ_i a_ti ‖W_dec,i‖₂
 
-Any device and any floating dtype; float64 for oracles. Autograd computes the gradients, except θ's.
+Any device and any floating dtype; float64 for the oracles of tests. Autograd computes the
+gradients, except θ's.
 Shape suffixes: S groups (rows ranked together by batch_topk), T tokens, D and E widths in and out,
 F features.
 """

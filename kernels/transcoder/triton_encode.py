@@ -56,7 +56,7 @@ def words_for(n_tokens: int, n_features: int, like: Tensor) -> Tensor:
 
 @triton.jit
 def activate(z, cut, half_bandwidth, ACTIVATION: tl.constexpr):
-    """(a, flags) of pre-activations in x's dtype; flags are int32, and set for NaN."""
+    """Return (a, flags) of pre-activations in x's dtype; flags are int32, and set for NaN."""
     wide = z.to(tl.float32)
     flags = ~((wide <= 0) | (wide <= cut))
     a = z
@@ -81,7 +81,7 @@ def mark(
     DENSE: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """Replace pre-activations in `values` by activations, write flags; DENSE: zeros, window too."""
+    """Replace pre-activations in `values` by activations, write flags; DENSE: 0s and window too."""
     row = tl.program_id(0).to(tl.int64)
     first_word = tl.program_id(1).to(tl.int64) * BLOCK_W
     feature = first_word * 32 + (tl.arange(0, BLOCK_W) * 32)[:, None] + tl.arange(0, 32)[None, :]

@@ -85,12 +85,13 @@ def cut_rows(
 
 
 def keep_largest_(words: Tensor, values_NF: Tensor, count_G: Tensor) -> Tensor:
-    """Clear the flags of all but each group's `count` largest entries, in place.
+    """Clear the flags of all but each group's `count_G` largest entries, in place.
 
     Of equal entries, the lowest (token, feature) ranks first. NaN ranks above all numbers.
 
     Args:
-        words, values_NF: flags and values of positive entries. Group g consists of the tokens from
+        words: flags of the positive entries, one bit each, int32 [N, ceil(F / 32)].
+        values_NF: values of the flagged entries. Group g of G consists of the tokens from
             g * N / G to (g + 1) * N / G.
         count_G: entries to keep per group, int64, on the device.
 

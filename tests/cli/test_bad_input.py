@@ -212,7 +212,7 @@ CASES: list[tuple[Any, ...]] = [
     (
         "resume another",
         _resume_another,
-        r"--resume: .*another configuration \(optimizer\.lr: 0\.002, was 0\.01\)",
+        r"--resume: .*other values \(optimizer\.lr: 0\.002, was 0\.01\)",
     ),
     (
         "damaged checkpoints",

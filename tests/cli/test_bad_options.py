@@ -159,11 +159,15 @@ CASES = [
     ),
     option("--adapter.kind", "lora", r"adapter\.kind .*transcoder, mlp, norms, got 'lora'"),
     option("--run.trains", "lora", r"run\.trains: expected one of .*'norms', got 'lora'"),
-    option("--adapter.kind", "mlp", r"n_features is of transcoders .*'mlp': expected None, got 24"),
+    option(
+        "--adapter.kind",
+        "mlp",
+        r"n_features is a setting of transcoders.*'mlp': expected None, got 24",
+    ),
     (
         "activation of norms",
         lambda d: d.train("norms", "--adapter.activation", "topk"),
-        r"adapter\.activation is of transcoders .*'norms': expected relu, got 'topk'",
+        r"adapter\.activation is a setting of transcoders.*'norms': expected relu, got 'topk'",
     ),
     (
         "sparsity of an MLP",

@@ -88,7 +88,7 @@ MISTAKES = {
     ),
     "an output in use": (
         lambda desk: ["export", desk.folder / "no", "--output", desk.pair],
-        "--output: .* is in use; give a new folder",
+        "--output: .* is neither an empty folder nor an export; give a new folder",
     ),
     "no output": (lambda desk: ["export", desk.folder], "--output is missing|output"),
     "a format that is none": (
@@ -136,4 +136,4 @@ def test_an_export_is_replaced_with_overwrite_alone(
     assert fastadapt("export", run, "--output", out, "--overwrite").code == 2
     for other in (desk.pair / "target", run / "adapter"):
         refused = fastadapt("export", run, "--output", other, "--overwrite")
-        assert (refused.code, "is in use" in refused.err) == (2, True)
+        assert (refused.code, "nor an export" in refused.err) == (2, True)

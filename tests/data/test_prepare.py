@@ -318,9 +318,11 @@ def test_other_things_in_the_folder_are_not_touched(
     folder = tmp_path / "out"
     folder.mkdir()
     (folder / "thesis.tex").write_text("years of work")
-    ways: list[dict[str, Any]] = [{}, {"overwrite": True}]
-    for how in ways:
-        with pytest.raises(UserError, match=r"holds no selection \(it holds thesis.tex\)"):
+    settings: list[dict[str, Any]] = [{}, {"overwrite": True}]
+    for how in settings:
+        with pytest.raises(
+            UserError, match=r"holds no selection of conversations \(it holds thesis.tex\)"
+        ):
             prepare(config(), **how)
     with pytest.raises(UserError, match=r"--resume: .* holds no selection"):
         prepare(config(), resume=True)

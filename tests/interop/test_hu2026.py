@@ -330,12 +330,12 @@ def test_unsupported_models_are_refused(
     with pytest.raises(UserError, match="has no decoder biases"):
         hu2026.save(model, tmp_path / "out", like=source)
     llama = ReplacementModel.create(make_pair("llama"), AdapterConfig(8))
-    with pytest.raises(UserError, match="Qwen2 models with ReLU adapters; this is llama with relu"):
+    with pytest.raises(UserError, match="Qwen2 model with ReLU adapters; this is llama with relu"):
         hu2026.save(llama, tmp_path / "out")
     topk = ReplacementModel.create(make_pair("qwen2"), AdapterConfig(8, "topk", k=2))
     with pytest.raises(UserError, match="this is qwen2 with topk"):
         hu2026.save(topk, tmp_path / "out")
-    with pytest.raises(UserError, match="is in use; give a new folder"):
+    with pytest.raises(UserError, match="holds an export; give a new folder"):
         hu2026.save(model, source)
 
 

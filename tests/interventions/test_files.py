@@ -270,5 +270,5 @@ def test_only_an_intervention_is_replaced(make_run: Callable, tmp_path: Path) ->
 
 def test_what_has_no_features_is_told(make_run: Callable, tmp_path: Path) -> None:
     run = make_run("norms", "norms")
-    with pytest.raises(UserError, match="an intervention is for transcoder adapters"):
+    with pytest.raises(UserError, match="an intervention needs transcoder adapters"):
         intervene(run, tmp_path / "out", set_of(run), ABLATE)

@@ -77,7 +77,7 @@ def test_wrong_shape_and_dtype_fail() -> None:
     result, oracle = example(torch.bfloat16)
     with pytest.raises(AssertionError, match=r"expected shape \(17, 13\), got \(13, 17\)"):
         assert_close(result.T, oracle)
-    with pytest.raises(AssertionError, match=r"peer's torch.bfloat16, got torch.float32"):
+    with pytest.raises(AssertionError, match=r"peer's dtype torch.bfloat16, got torch.float32"):
         assert_close(oracle.float(), oracle, result)
     with pytest.raises(AssertionError, match=r"oracle: expected dtype torch.float64"):
         assert_close(result, oracle.float())

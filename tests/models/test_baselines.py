@@ -379,7 +379,7 @@ def test_weights_of_another_model_are_refused(make_pair: Callable[..., Any]) -> 
         ReplacementModel.create(pair, kind)  # the pair is as it was
     mixed = fresh(make_pair("qwen2"), "mlp").adapters
     mixed[1] = fresh(make_pair("qwen2"), "norms").adapters[1]
-    with pytest.raises(UserError, match="one kind for all layers"):
+    with pytest.raises(UserError, match="the same class in all layers"):
         ReplacementModel(make_pair("qwen2"), mixed)
 
 
@@ -388,9 +388,9 @@ def test_what_wants_transcoders_refuses_others_by_name(
 ) -> None:
     model = fresh(make_pair("qwen2"), "mlp")
     save_adapters(model.adapters, tmp_path / "mlp")
-    with pytest.raises(UserError, match=r"this export is for transcoder adapters.*kind 'mlp'"):
+    with pytest.raises(UserError, match=r"this export needs transcoder adapters.*kind 'mlp'"):
         read_transcoders(tmp_path / "mlp", "this export")
-    with pytest.raises(UserError, match=r"published format is for transcoder adapters.*'mlp'"):
+    with pytest.raises(UserError, match=r"published format needs transcoder adapters.*'mlp'"):
         hu2026.save(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -272,7 +272,9 @@ def test_adapters_that_do_not_fit_are_refused(
         other = save_model("other", 0, **changes)
         with pytest.raises(UserError, match=message):
             serving.export(tmp_path / "adapter", tmp_path / "out", target=other, base=base)
-    with pytest.raises(UserError, match="is in use; give a new folder"):
+    with pytest.raises(
+        UserError, match="is neither an empty folder nor an export; give a new folder"
+    ):
         serving.export(
             tmp_path / "adapter", tmp_path / "base", target=str(tmp_path / "target"), base=base
         )

@@ -177,7 +177,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "edited manifest": (
         lambda p: (p / "manifest.json").write_text('{"step": 9}'),
-        "does not match its own SHA-256",
+        "its SHA-256 differs",
     ),
     "manifest is a list": (
         lambda p: (p / "manifest.json").write_text("[]"),
@@ -189,7 +189,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "swapped sets": (
         lambda p: shutil.copytree(p.parent / "step-00000001", p, dirs_exist_ok=True),
-        "of step 1, not of step-00000002",
+        "records step 1, but its folder is step-00000002",
     ),
     "other schema": (lambda p: edit_manifest(p, lambda m: m.update(schema_version=1)), "version 1"),
     "path outside": (

@@ -106,11 +106,11 @@ def test_a_block_is_gathered_only_while_it_runs(policy: str) -> None:
 
 
 def test_one_process_only(tiny_config: Callable[..., TrainConfig]) -> None:
-    with pytest.raises(UserError, match=r"pair\.offload is for one process"):  # noqa: SIM117
+    with pytest.raises(UserError, match=r"pair\.offload needs a single process"):  # noqa: SIM117
         with group_of_one(CPU, Ranks(0, 2)):
             pass
     config = tiny_config(**{"pair.offload": True, "optimizer.accumulation": 2})
-    with pytest.raises(UserError, match=r"pair\.offload is for one GPU"):
+    with pytest.raises(UserError, match=r"pair\.offload needs --gpus 1"):
         plan(config, gpus=2)
 
 

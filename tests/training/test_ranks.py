@@ -311,5 +311,5 @@ def test_a_step_that_cannot_be_shared_says_which_can(
     with pytest.raises(UserError, match="a step has 9 sequences, which 2 ranks cannot share"):
         check_shares(odd, two)
     norms = tiny_config(**NORMS, **{"optimizer.accumulation": 4})
-    with pytest.raises(UserError, match=r"run\.trains norms is for one process"):
+    with pytest.raises(UserError, match=r"run\.trains=norms needs a single process"):
         check_shares(norms, two)

@@ -116,7 +116,7 @@ def prepare(
 
 
 def _limits(config: PrepareConfig) -> dict[str, int]:
-    """Return the number of candidates to store of each domain."""
+    """Return, by domain, how many candidates the pass stores."""
     quotas = config.quotas()
     wanted = {d: sum(quotas[split][d] for split in SPLITS) for d in quotas["train"]}
     return {domain: math.ceil(config.reserve * n) + 64 for domain, n in wanted.items()}
@@ -142,10 +142,10 @@ def _settings(config: PrepareConfig, stream: SourceStream, tokenizer: Any) -> Re
 def _write(
     folder: Path, selection: Selection, store: CandidateStore, family: str, report: Sink
 ) -> tuple[Record, dict[str, int]]:
-    """Write each split atomically.
+    """Write the conversations of each split to its Parquet file, atomically.
 
     Returns:
-        Size, SHA-256 and rows of each file, and the number of rows with markers of each split.
+        By file, its size, SHA-256 and rows; by split, the number of rows with markers.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

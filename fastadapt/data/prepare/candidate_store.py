@@ -34,7 +34,7 @@ _RESTART = "Start again with --overwrite."
 
 
 class CandidateStore:
-    """Candidates and counts of an unfinished pass.
+    """Candidates and counts of an unfinished pass over the source, stored in a ledger.
 
     Args:
         folder: folder of the ledger. An existing ledger is loaded.
@@ -58,8 +58,8 @@ class CandidateStore:
         self._entries: list[tuple[str, int, bytes]] = []
         for name in OLD:
             if has_file(folder / name):
-                message = f"{folder / name} was written by an earlier version, which stored rows"
-                raise RunError(f"{message} in another format. {_RESTART}")
+                message = f"{folder / name} was written by an earlier version of fastadapt in"
+                raise RunError(f"{message} a different format. {_RESTART}")
         self._ledger = Ledger(folder / LEDGER, RESUME_ADVICE, _RESTART)
         try:
             self._load()
@@ -84,7 +84,7 @@ class CandidateStore:
             self._shortlist.add(Candidate(key, row, *values))
 
     def add(self, row: int, domain: str, hashes: tuple[str, str], tokens: int, values: Any) -> None:
-        """Add a candidate.
+        """Add a candidate to the shortlist; :meth:`commit` stores the candidate.
 
         Args:
             row: row of the source, counted from 0.
@@ -101,7 +101,7 @@ class CandidateStore:
         self._append(row, [domain, *hashes, tokens, len(text)])
 
     def add_too_long(self, row: int, domain: str) -> None:
-        """Add a row that has too many tokens."""
+        """Add a row that has too many tokens to the shortlist; :meth:`commit` stores its domain."""
         self._append(row, [domain])
 
     def _append(self, row: int, values: list[Any]) -> None:
@@ -125,7 +125,7 @@ class CandidateStore:
         self._entries = []
 
     def text(self, candidate: Candidate) -> dict[str, Any]:
-        """Return the columns of a candidate's row."""
+        """Return the stored columns of a candidate's row, as JSON values."""
         import pyarrow as pa
 
         packed = self._ledger.get("text", candidate.row)

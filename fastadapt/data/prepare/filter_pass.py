@@ -32,7 +32,7 @@ _ENCODE_ROWS = 64  # conversations per call of the tokenizer, which needs 100 by
 
 
 class _PendingRow(NamedTuple):
-    """A row that passed every filter except the one for its length."""
+    """A row that passed every filter, but whose tokens are not counted yet."""
 
     row: int
     values: Mapping[str, Any]
@@ -57,7 +57,7 @@ class FilterPass:
         self._n_added = 0
 
     def run(self, report: Sink, stop: Event | None) -> bool:
-        """Read to the end of the source, or until ``stop`` is set; return whether it ended."""
+        """Read until the source ends or ``stop`` is set; return whether the source ended."""
         store = self._store
         if store.done:
             return True
@@ -93,7 +93,7 @@ class FilterPass:
                 self._count_tokens()
 
     def _count_tokens(self) -> None:
-        """Render and tokenize the pending rows, and add those that are short enough."""
+        """Render and tokenize the pending rows; store those of at most ``max_tokens`` tokens."""
         pending, self._pending = self._pending, []
         if not pending:
             return

@@ -1,4 +1,4 @@
-"""Claim, check and finish the output folder of a selection.
+"""Claim, check and finish the output folder of a selection of conversations.
 
 ::
 
@@ -59,7 +59,7 @@ Settings = Mapping[str, Any]
 
 
 class WrittenFile(TypedDict):
-    """Entry of a file in the manifest."""
+    """Entry of one Parquet file in ``manifest.json``."""
 
     rows: Count
     bytes: Count
@@ -67,7 +67,7 @@ class WrittenFile(TypedDict):
 
 
 class SplitCounts(TypedDict):
-    """Counts of a split; ``lengths`` is a histogram of tokens per conversation."""
+    """Counts of one split in ``manifest.json``; ``lengths`` counts conversations by tokens."""
 
     conversations: dict[str, Count]
     wanted: dict[str, Count]
@@ -79,7 +79,7 @@ class SplitCounts(TypedDict):
 
 
 class Counts(TypedDict):
-    """Counts of the rows read, drawn and left out."""
+    """Counts of the rows read, drawn and left out, in ``manifest.json``."""
 
     rows: Count
     domains: dict[str, Count]
@@ -137,7 +137,7 @@ def _check(workspace: Workspace, *, resume: bool, overwrite: bool) -> None:
                 state = "an unfinished selection. Resume it (--resume), start again"
             raise workspace.refusal(f"holds {state} (--overwrite), or give another folder.")
     elif names:
-        raise workspace.foreign("is not empty and holds no selection", names)
+        raise workspace.foreign("is not empty and holds no selection of conversations", names)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -172,11 +172,13 @@ def _check_counts(manifest: Mapping[str, Any], source: str) -> None:
     longest = {"max_tokens": manifest["settings"].get("max_tokens")}
     check(longest, dict[str, Positive], f"{source}: settings")
     if len(counts["train"]["lengths"]) != len(counts["validation"]["lengths"]):
-        raise DocumentError(f"{source}: counts: expected as many 'lengths' in both splits")
+        raise DocumentError(f"{source}: counts: the splits have different numbers of 'lengths'")
     for split in SPLITS:
         for key in ("conversations", "wanted"):
             if counts[split][key].keys() != counts["domains"].keys():
-                raise DocumentError(f"{source}: counts.{split}.{key}: expected the keys of domains")
+                raise DocumentError(
+                    f"{source}: counts.{split}.{key}: expected the keys of counts.domains"
+                )
 
 
 def verify(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -232,6 +234,6 @@ def finish(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def clean(folder: Path) -> None:
-    """Remove the files of the unfinished pass."""
+    """Remove the files of the unfinished pass from the folder."""
     for name in (_SETTINGS, LEDGER, f"{LEDGER}-journal", *OLD):
         remove(folder / WORK / name)

@@ -21,7 +21,7 @@ _LABELS = {
 
 
 def summary(manifest: Mapping[str, Any]) -> list[Table]:
-    """Return head and rows of each table, as text."""
+    """Return the tables that describe a manifest: head and rows of each, as text."""
     return [_domains(manifest), _lengths(manifest), _left_out(manifest)]
 
 

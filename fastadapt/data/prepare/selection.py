@@ -114,10 +114,11 @@ def parse_shares(text: str) -> dict[str, Fraction]:
 
 
 def apportion(n: int, shares: Mapping[str, Fraction]) -> dict[str, int]:
-    """Divide ``n`` by the largest remainder method: counts that sum to ``n``, each within 1.
+    """Divide ``n`` by shares (largest remainder method) into counts that sum to ``n``.
 
-    The shares need not sum to 1 (those of arXiv 2602.20904 sum to .999). The published splits hold
-    49,952 and 4,996 conversations, since each part of 55,000 was rounded separately.
+    Each count is within 1 of its exact share. The shares need not sum to 1 (those of arXiv
+    2602.20904 sum to .999). The published splits hold 49,952 and 4,996 conversations instead of
+    50,000 and 5,000, since each domain's part of 55,000 was rounded separately.
 
     Example:
         >>> apportion(10, parse_shares("math=2,code=1"))
@@ -154,7 +155,7 @@ def _hash(data: bytes, size: int) -> bytes:
 def parse_row(values: Mapping[str, Any], domains: Iterable[str]) -> tuple[str, str] | str:
     """Return prompt and response of a row, or the reason for leaving it out.
 
-    Its tokens are not counted.
+    The length in tokens is not checked.
     """
     if not isinstance(values["domain"], str) or values["domain"] not in domains:
         return OTHER_DOMAIN
@@ -177,8 +178,8 @@ class Candidate(NamedTuple):
         key: :func:`row_key` of the row.
         row: row of the source, counted from 0.
         domain: domain of the row.
-        prompt: :func:`prompt_hash`.
-        conversation: :func:`conversation_hash`.
+        prompt: :func:`prompt_hash` of the row's prompt.
+        conversation: :func:`conversation_hash` of the row.
         tokens: tokens of the rendered conversation.
         unpacked: bytes of its columns as JSON.
     """
@@ -236,7 +237,7 @@ class Shortlist:
         return sorted((c for _, _, c in self._heaps[domain]), key=lambda c: (c.key, c.row))
 
     def too_long(self, domain: str, last: int) -> int:
-        """Return the number of too long rows whose key is at most ``last``."""
+        """Return how many too long rows of a domain have a key of at most ``last``."""
         return sum(key <= last for key in self._too_long[domain])
 
 
@@ -256,7 +257,7 @@ class Selection:
 
 
 def draw(shortlist: Shortlist, quotas: Mapping[str, Mapping[str, int]]) -> Selection:
-    """Fill the quotas of validation, then those of training, in the order of the keys."""
+    """Draw candidates in the order of their keys, for validation first, then for training."""
     domains = list(quotas["train"])
     candidates = {domain: iter(shortlist.ordered(domain)) for domain in domains}
     left_out: dict[str, Counter[str]] = {domain: Counter() for domain in domains}

@@ -50,7 +50,7 @@ _NAME = re.compile(r"step-(\d{8,})")
 
 
 class FileEntry(TypedDict):
-    """Entry of a file in the manifest."""
+    """Entry of one checkpoint file in ``manifest.json``."""
 
     bytes: Count
     sha256: Sha256
@@ -71,7 +71,7 @@ class CheckpointDamagedError(Exception):
 
 @dataclass(frozen=True)
 class PassedOver:
-    """Checkpoint that does not verify, and the reason."""
+    """Checkpoint that is not used because verification failed, and the reason."""
 
     path: Path
     reason: str
@@ -161,12 +161,12 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
         The manifest.
 
     Raises:
-        CheckpointDamagedError: a file is missing or has another size or SHA-256, or the manifest
-            has another step or schema version.
+        CheckpointDamagedError: a file is missing, its size or SHA-256 is wrong, or the manifest's
+            step or schema version is wrong.
     """
     manifest = _read_json(path, MANIFEST)
     if manifest.get("sha256") != manifest_digest(manifest):
-        raise CheckpointDamagedError(f"{MANIFEST} does not match its own SHA-256")
+        raise CheckpointDamagedError(f"{MANIFEST} was changed after the save: its SHA-256 differs")
     if manifest.get("schema_version") != SCHEMA_VERSION:
         raise CheckpointDamagedError(
             f"{MANIFEST} has schema version {manifest.get('schema_version')!r}, "
@@ -178,7 +178,7 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointDamagedError(str(error)) from None
     if path.name != f"step-{manifest['step']:08d}":
         raise CheckpointDamagedError(
-            f"{MANIFEST} is of step {manifest['step']}, not of {path.name}"
+            f"{MANIFEST} records step {manifest['step']}, but its folder is {path.name}"
         )
     present = {file.name for file in path.glob("*.safetensors")}
     if SCALARS not in manifest["files"] or not any(name in present for name in manifest["files"]):

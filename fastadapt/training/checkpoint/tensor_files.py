@@ -41,19 +41,19 @@ class Checkpoint:
         return read(self.path)
 
     def read(self, like: Groups) -> dict[str, dict[str, Tensor]]:
-        """Return the tensors; of those that are sharded in ``like``, only this rank's shards."""
+        """Return all tensors; of a tensor that is sharded in ``like``, only this rank's shard."""
         return read(self.path, like)
 
 
 def named(groups: Groups) -> dict[str, Tensor]:
-    """Return the tensors of ``groups`` by their names in the files."""
+    """Return the tensors of ``groups`` by their names in the files, ``group.name``."""
     return {
         f"{group}.{name}": t for group, tensors in groups.items() for name, t in tensors.items()
     }
 
 
 def split(groups: Groups) -> tuple[Groups, Groups]:
-    """Return the groups with sharded tensors, and the other groups."""
+    """Return the groups that hold a sharded tensor, and the groups that hold none."""
     sharded = {
         group: tensors
         for group, tensors in groups.items()

@@ -73,7 +73,7 @@ class StepGatherer:
         self._fired: list[Tensor] = []  # bool [L, F]
 
     def add(self, out: ObjectiveOutput, weight: float, tokens: int) -> None:
-        """Add a micro-batch.
+        """Record the metrics of a micro-batch on the device.
 
         Args:
             out: result of the objective.
@@ -101,7 +101,7 @@ class StepGatherer:
         self._fired.append(_stacked([s.fired for s in stats], loss).bool())
 
     def combine(self, n_micro_batches: int) -> None:
-        """Gather the ``n_micro_batches`` micro-batches of all ranks."""
+        """Gather the metrics of all ranks' ``n_micro_batches`` micro-batches, on every rank."""
         n_layers = len(self._n_streams)
         sizes = [len(self._names), 1, 1, *(n_layers for _ in _STATISTICS)]
         rows = self._ranks.interleave(torch.stack(self._rows))[:n_micro_batches]
@@ -120,7 +120,7 @@ class StepGatherer:
         return self._ranks.all_reduce_or(torch.stack(self._fired).any(0))
 
     def valid(self, grad_norm: Tensor) -> Tensor:
-        """Return a 0-d bool on the device: all is finite and no call overflows its layout."""
+        """Return a 0-d bool on the device: loss and gradient are finite, and no call overflows."""
         return self._fits.bool().all() & grad_norm.isfinite()
 
     def min_active(self) -> Tensor:
@@ -169,7 +169,7 @@ class DeadFeatures:
         self.since_LF = torch.zeros(shape, dtype=torch.int64, device=device)
 
     def update(self, fired_LF: Tensor, tokens: int, counted: Tensor) -> None:
-        """Count a step of ``tokens`` tokens if ``counted`` (0-d bool on the device) is true."""
+        """Add a step's ``tokens`` to the counters if ``counted``, a 0-d bool on the device."""
         after = (self.since_LF + tokens).masked_fill(fired_LF, 0)
         self.since_LF = torch.where(counted, after, self.since_LF)
 
@@ -181,9 +181,9 @@ class DeadFeatures:
 def evaluation_record(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the record of an evaluation in ``metrics.jsonl``.
 
-    The densities of the features become a histogram per layer. The counts of held-out data are
-    renamed to ``eval_tokens`` and ``eval_sequences``, since ``tokens`` are training tokens in every
-    record.
+    Feature densities (share of tokens on which a feature fires) become a histogram per layer.
+    The counts of held-out data are renamed to ``eval_tokens`` and ``eval_sequences``, since
+    ``tokens`` are training tokens in every record.
     """
     record = {key: value for key, value in values.items() if key != "feature_density"}
     for name in ("tokens", "sequences"):

@@ -31,7 +31,7 @@ _PerLayer = list[_Value] | None
 
 
 class Histograms(TypedDict, total=False):
-    """Number of features by density, per layer."""
+    """Number of features per bin of density (share of tokens on which one fires), per layer."""
 
     log10_edges: list[Finite]
     counts: list[list[Count]]
@@ -132,7 +132,7 @@ def read_run(run_dir: str | Path) -> RunLog:
 
     Raises:
         FileNotFoundError: `run_dir` is not a directory.
-        DocumentError: the summary or a record holds a value of another type.
+        DocumentError: the summary or a record holds a value of the wrong type.
         UserError: the configuration is a link to a file outside the run.
     """
     folder = Path(run_dir)

@@ -42,7 +42,7 @@ def check_sinks(names: tuple[str, ...]) -> None:
     """Check that the packages of the sinks are installed.
 
     Raises:
-        UserError: a package is not installed; names the extra to install.
+        UserError: a package is not installed; the message names the extra to install.
     """
     for name in names:
         if importlib.util.find_spec(_PACKAGES[name]) is None:
@@ -61,7 +61,7 @@ def open_sinks(config: TrainConfig, folder: Path) -> Iterator[list[Sink]]:
 
 
 def scalars(record: Record) -> dict[str, float]:
-    """Return the numbers of a record as ``kind/name``, those of a list as ``kind/name/index``.
+    """Return a record's numbers except ``step``: ``kind/name``, or ``kind/name/index`` in a list.
 
     Values that are null (not finite) or not a number are omitted.
 
@@ -176,7 +176,7 @@ def _run_id(folder: Path) -> str:
     """Return the run's identifier on servers: 8 hexadecimal digits, drawn once and saved.
 
     Raises:
-        UserError: the file holds another text.
+        UserError: the file holds anything else.
     """
     file = folder / RUN_ID
     if not has_file(file):
@@ -185,7 +185,9 @@ def _run_id(folder: Path) -> str:
     with file.open("rb") as opened:
         name = opened.read(10).decode("utf-8", errors="replace")
     if not re.fullmatch(r"[0-9a-f]{8}\n?", name):
-        raise UserError(f"{file}: expected 8 hexadecimal digits, got {name!r}")
+        raise UserError(
+            f"{file}: expected 8 hexadecimal digits, got {name!r}; remove the file for new series"
+        )
     return name.strip()
 
 

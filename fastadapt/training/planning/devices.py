@@ -51,11 +51,11 @@ DATA_SHEETS = {
 
 
 def planned_device(gpu: str | None, kind: str, dtype: torch.dtype) -> Device:
-    """Return the named GPU; without a name, this machine's device of the kind, or an H100.
+    """Return the GPU ``gpu``; without a name, this machine's device of type ``kind``, or an H100.
 
     Args:
         gpu: a key of :data:`DATA_SHEETS`, or None.
-        kind: ``cuda`` or ``cpu``, the kind that the run uses; ignored if ``gpu`` is given.
+        kind: ``cuda`` or ``cpu``, the device type that the run uses; ignored if ``gpu`` is given.
         dtype: dtype of the products.
 
     Raises:
@@ -69,8 +69,9 @@ def planned_device(gpu: str | None, kind: str, dtype: torch.dtype) -> Device:
     title, memory, rate = DATA_SHEETS[name]
     if dtype.itemsize > 2:
         raise UserError(
-            f"--gpu {name}: expected a 16-bit pair.dtype, which its data sheet's rate is for; got "
-            f"{str(dtype)[6:]}. Plan with --pair.dtype bfloat16, or on the machine itself"
+            f"--gpu {name}: expected a 16-bit pair.dtype, since its data sheet states the rate "
+            f"of 16-bit products; got {str(dtype)[6:]}. Plan with --pair.dtype bfloat16, or on "
+            "the machine itself"
         )
     return Device(title, "cuda", memory, rate, "data sheet, an upper bound")
 

@@ -124,7 +124,8 @@ def plan(config: TrainConfig, gpu: str | None = None, gpus: int = 1) -> Resource
         )
     if gpus > 1 and config.pair.offload:
         raise UserError(
-            "pair.offload is for one GPU; with --gpus above 1 the frozen weights are sharded"
+            "pair.offload needs --gpus 1; more GPUs shard the frozen weights already. Use "
+            "--pair.offload false"
         )
     target = _target(config)
     device = planned_device(gpu, device_kind(config, gpu), DTYPES[config.pair.dtype])
@@ -174,7 +175,7 @@ def as_json(config: TrainConfig, planned: ResourceEstimate) -> dict[str, Any]:
 
 
 def device_kind(config: TrainConfig, gpu: str | None = None) -> str:
-    """Return ``cuda`` or ``cpu``, the kind that the run is configured for."""
+    """Return ``cuda`` or ``cpu``, the device type that the run is configured for."""
     name = config.pair.device
     if gpu is None and name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"

@@ -5,9 +5,9 @@ The objective runs forward and backward at the true shapes, on a model of at mos
 workspace that their code for the planned device allocates inside a call. With the cutoff at 1, the
 earliest one that makes both bridges, every further layer adds the same bytes.
 
-Two densities are measured, and the larger bytes count: dense products, as in the first steps, and
-the highest density at which codes are stored. The estimate leaves out the interpreter, libraries,
-and what an allocator holds beyond the tensors in it.
+Two densities (shares of active entries) are measured, and the larger bytes count: dense products,
+as in the first steps, and the highest density at which codes are stored. The estimate leaves out
+the interpreter, libraries, and what an allocator holds beyond the tensors in it.
 
 L layers.
 """
@@ -54,9 +54,9 @@ class StepMemory:
         parts: bytes by part, each at its own largest.
         phases: bytes alive at the worst moment of each phase.
         parameters: number of trained parameters, on all devices together.
-        host_bytes: of frozen weights in host memory (``pair.offload``).
-        state_bytes: of the weights and moments in one checkpoint.
-        adapter_bytes: of the trained weights in the pair's dtype.
+        host_bytes: bytes of frozen weights in host memory (``pair.offload``).
+        state_bytes: bytes of the weights and moments in one checkpoint.
+        adapter_bytes: bytes of the trained weights in the pair's dtype.
     """
 
     parts: dict[str, int]
@@ -81,7 +81,7 @@ def step_memory(
         config: the run's configuration; ``objective.checkpoint`` must not be ``auto``.
         target: transformers' configuration of the target.
         tokens: number of tokens of the longest sequence.
-        device: the kind that the run is planned for, ``cuda`` or ``cpu``.
+        device: device type that the run is planned for, ``cuda`` or ``cpu``.
         ranks: number of devices that share the run.
     """
     optimizer, n_layers = config.optimizer, target.num_hidden_layers
