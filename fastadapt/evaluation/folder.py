@@ -102,7 +102,7 @@ def read_part(folder: Path, part: Part, result: Mapping[str, Any]) -> dict[str, 
 
 
 def write(result: Mapping[str, Any], folder: Path) -> None:
-    """Write ``eval.json``, and the tables, plots and page of it."""
+    """Write ``eval.json``, and its tables, plots and page, into an evaluation's folder."""
     present(result, tables(result), figures(result), folder, "evaluation", "eval.json")
 
 
@@ -159,7 +159,7 @@ def opened(
         output, "--output", "evaluating into", contents, advice=RESUME_ADVICE, unusable=RunError
     )
     if foreign := sorted(set(workspace.names()) - set(contents)):
-        raise workspace.foreign("holds something that is no evaluation", foreign)
+        raise workspace.foreign("holds files that are not an evaluation", foreign)
     with workspace.claimed(), workspace.disk_errors():
         sweep_tree(output)
         for path in list(output.iterdir()) if overwrite else ():

@@ -37,7 +37,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Figure:
-    """Series on common axes.
+    """A figure: series on common axes.
 
     Attributes:
         key: name of the figure's file, without suffix.
@@ -102,7 +102,7 @@ def _against_l0(result: Mapping[str, Any]) -> list[Figure]:
 
 
 def over_l0(result: Mapping[str, Any], values: Mapping[str, Interval]) -> list[Series]:
-    """Return one value per model over its L0.
+    """Return series that plot one value per model over the model's L0.
 
     Models with an L0 are points, others levels. The points of the sweep (transcoders trained with
     the bridge and a sparsity) are one series.
@@ -144,7 +144,7 @@ def series_of(name: str, kind: str, x: Sequence[float], values: Sequence[Interva
 def _per_model(
     result: Mapping[str, Any], curves: Mapping[str, tuple[Sequence[float], Sequence[Interval]]]
 ) -> list[Series]:
-    """Return one series per model, in the order of ``result``, with the sweep sorted by L0."""
+    """Return one series per model, in the order of ``result``; runs of the sweep sorted by L0."""
     models = [m for m in result["students"] if m["name"] in curves]
     sweep = iter(sorted(filter(_in_sweep, models), key=lambda m: m["l0"] or 0.0))
     ordered = [next(sweep) if _in_sweep(m) else m for m in models]

@@ -25,7 +25,7 @@ def style_sheet() -> str:
 
 
 def render_page(path: Path, template: str, **values: Any) -> None:
-    """Write a page. An existing file is replaced.
+    """Write an HTML page from a template; an existing file is replaced.
 
     Args:
         path: of the page.

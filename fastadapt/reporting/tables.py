@@ -19,7 +19,7 @@ Interval = Mapping[str, float | None]
 
 @dataclass(frozen=True)
 class Table:
-    """A table of texts.
+    """A table whose cells are texts.
 
     Attributes:
         title: of the table.

@@ -28,7 +28,7 @@ LETTERS = "ABCD"
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Kind and source of a benchmark.
+    """How a benchmark is graded, and where its data come from.
 
     Attributes:
         kind: ``math``, ``choice`` or ``organism`` (of the embedded pair).
@@ -49,7 +49,7 @@ class Benchmark:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Columns that the data must have."""
+        """Columns that the data of the benchmark must have."""
         return (self.question, self.answer, *self.wrong)
 
 
@@ -102,7 +102,7 @@ def dataset(
 def questions(
     benchmark: str, *, family: str, data: str | None, few_shot: int, seed: int
 ) -> list[Row]:
-    """Return the rows of :func:`dataset`.
+    """Return the questions of a benchmark, as rows of :func:`dataset`.
 
     Raises:
         UserError: the benchmark is unknown, its data or a column is missing, or ``few_shot`` is
@@ -161,7 +161,7 @@ def _format(benchmark: str, number: int, row: Row, seed: int) -> Row:
 
 
 def _text(value: Any, where: str) -> str:
-    """Return a cell of a benchmark's data as text. Numbers are converted."""
+    """Return a cell of a benchmark's data as text; a number is converted to text."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not (isinstance(value, str) or (number and math.isfinite(value))):
         got = "null" if value is None else type(value).__name__ if not number else value
@@ -208,7 +208,10 @@ def _read(benchmark: str, data: str | None) -> Sequence[Row]:
         require_columns(loaded.column_names, spec.columns, f"{name} ({split})")
         rows = list(loaded)
     if not rows:
-        raise UserError(f"benchmark {benchmark}: expected questions in its data, got none")
+        raise UserError(
+            f"benchmark {benchmark}: expected questions in its data, got none; give a folder with "
+            "data as --benchmarks.data"
+        )
     return rows
 
 

@@ -48,7 +48,7 @@ EMBEDDED = ("organism_math", "organism_code", "organism_science")
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """Settings of benchmarks.
+    """Settings of a run of benchmarks.
 
     Args:
         tasks: names of benchmarks; default: the published ones, or those of the embedded pair.
@@ -87,7 +87,7 @@ class BenchmarkConfig:
             raise UserError(f"benchmarks.few_shot: expected 0 or more, got {self.few_shot}")
 
     def fingerprint(self, model: str) -> str:
-        """Return the SHA-256 of ``model`` (a fingerprint) and settings that affect responses."""
+        """Return the SHA-256 of a model's fingerprint and the settings that affect responses."""
         settings = (self.data, self.family, self.few_shot, self.seed, self.sampling.fingerprint())
         return hashlib.sha256(repr((model, settings)).encode()).hexdigest()
 
@@ -100,7 +100,7 @@ class BenchmarkConfig:
 
 @dataclass(frozen=True)
 class Row:
-    """A graded response.
+    """One response to a benchmark's question, with its grade.
 
     Attributes:
         question: id of the question.
@@ -168,7 +168,7 @@ def run_benchmarks(
     progress: Progress | None = None,
     stop: Event | None = None,
 ) -> dict[str, BenchmarkResult]:
-    """Run each task on a model.
+    """Run each benchmark of ``config.tasks`` on a model.
 
     Args:
         model, source: see :func:`fastadapt.evaluation.generation.sampling.sample`.
@@ -240,10 +240,10 @@ def summarize(task: str, rows: Sequence[Row], speed: Speed | None = None) -> Ben
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Return the rows of a ``<task>.rows.jsonl``.
+    """Return the graded responses in a ``<task>.rows.jsonl``.
 
     Raises:
-        DocumentError: the file cannot be read, or a line is no row.
+        DocumentError: the file cannot be read, or a line is not a graded response.
     """
     names = [column.name for column in fields(Row)]
     try:
@@ -252,7 +252,9 @@ def read_rows(path: Path) -> list[Row]:
     except OSError as error:
         raise DocumentError(f"{path} cannot be read: {error.strerror}") from error
     if lines.pop():
-        raise DocumentError(f"{path}, line {len(lines) + 1} is cut short")
+        raise DocumentError(
+            f"{path}, line {len(lines) + 1} is incomplete; delete the file and evaluate again"
+        )
     values = [parse_line(line, f"{path}, line {i}", Row) for i, line in enumerate(lines, 1)]
     return [Row(**{name: value[name] for name in names}) for value in values]
 

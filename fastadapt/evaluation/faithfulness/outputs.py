@@ -59,7 +59,7 @@ class OutputConfig:
 
 @dataclass(frozen=True)
 class Measured:
-    """Arrays of one model over n texts, on the CPU.
+    """Measurements of one model on n texts, as arrays on the CPU.
 
     Attributes:
         kl: float32 ``[P]``: KL(target ‖ model) in nats, at the positions of text 0, then 1, ...
@@ -139,7 +139,7 @@ def open_stores(
     n_parts: int,
     arrays: Callable[[str], Arrays],
 ) -> dict[str, PartialResults]:
-    """Return the stored results of each model.
+    """Return the store of each model's results, by name of the model.
 
     Args:
         models: the runs, with their base and hybrid.
@@ -165,7 +165,10 @@ def open_stores(
 def check_finite(name: str, values: Tensor, texts: Sequence[str]) -> None:
     """Raise ``RunError`` if a value of ``values`` is not finite."""
     if not values.isfinite().all():
-        raise RunError(f"{name}: a prediction on texts {', '.join(texts)} is not finite")
+        raise RunError(
+            f"{name}: a prediction on texts {', '.join(texts)} is NaN or infinite; pass --dtype "
+            "float32"
+        )
 
 
 def _arrays(models: ModelSet, texts: Sequence[Text], n_batches: int, name: str) -> Arrays:

@@ -23,8 +23,8 @@ _RESUME_ADVICE = "Finished measurements are intact. Run the same command again t
 class PartialResults:
     """Arrays of one model, in one file per batch until all batches are measured, then in one file.
 
-    File names have the model's name and the fingerprint. Another measurement, of other texts or of
-    another adapter of the same name, neither reads nor overwrites them.
+    File names have the model's name and the fingerprint. A measurement of other texts, or of a
+    different adapter with the same name, neither reads nor overwrites them.
 
     Args:
         folder: of the files; created with the first part.
@@ -59,7 +59,7 @@ class PartialResults:
         return [part for part in range(self.n_parts) if not self._piece(part).is_file()]
 
     def add(self, part: int, tensors: Mapping[str, Tensor]) -> None:
-        """Store a part. The last part joins all of them into one file.
+        """Store one part (batch) of the arrays. The last part joins all parts into one file.
 
         Args:
             part: index, 0 to ``n_parts - 1``.
@@ -82,7 +82,10 @@ class PartialResults:
             UserError: parts are missing, a file is damaged, or it has other arrays than expected.
         """
         if missing := self.missing():
-            raise UserError(f"{self._pieces}: {len(missing)} of {self.n_parts} parts are missing")
+            raise UserError(
+                f"{self._pieces}: {len(missing)} of {self.n_parts} parts are missing; evaluate "
+                "again to measure them"
+            )
         if not self.whole.is_file():
             self._join()  # add() was interrupted before its own _join()
         return self._read(self.whole)
@@ -124,7 +127,7 @@ class PartialResults:
 
 
 def _check(tensors: Mapping[str, Tensor], arrays: Arrays, source: str, *, whole: bool) -> None:
-    """Check names, dtypes and shapes of arrays; of a part (not ``whole``), not dimension 0.
+    """Check names, dtypes and shapes of arrays; for a part (not ``whole``), except dimension 0.
 
     Raises:
         TensorError: an array is not as expected.

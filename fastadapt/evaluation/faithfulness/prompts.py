@@ -18,7 +18,7 @@ from fastadapt.io.names import has_file
 
 
 class Prompt(NamedTuple):
-    """A prompt.
+    """The rendered prompt of a held-out conversation.
 
     Attributes:
         id: index of the conversation in its source.
@@ -63,7 +63,7 @@ def held_out(run: Path) -> HeldOut | None:
     try:
         data = read_yaml(path, _RunFile)["data"]
     except DocumentError as error:
-        raise UserError(f"{path} is no run's configuration: {error}") from error
+        raise UserError(f"{path} is not a run's configuration: {error}") from error
     return HeldOut(data["validation"], data["validation_split"], data["revision"], data["family"])
 
 
@@ -90,7 +90,9 @@ def load_prompts(
     check_markers(tokenizer, family)
     rows = list(islice(read_values(source, split=split, revision=revision, optional=["domain"]), n))
     if not rows:
-        raise UserError(f"data source {source!r}: it holds no conversation")
+        raise UserError(
+            f"data source {source!r} holds no conversation; give another one (--texts.prompts)"
+        )
     texts, domains = [], []
     for where, values in rows:
         try:
