@@ -72,7 +72,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Counts of prepared texts.
+    """Counts of the texts that :func:`prepare` has written.
 
     Attributes:
         read: conversations of the source, those of other shards included.
@@ -141,7 +141,9 @@ def prepare(
             if short:
                 writer.write_table(pa.Table.from_pylist(short, schema=TEXTS))
     if not read:
-        raise UserError(f"data source {source.name!r} holds no conversation")
+        raise UserError(
+            f"data source {source.name!r} holds no conversation; pass another one (--data)"
+        )
     return Prepared(read, too_long, texts, tokens, sorted(domains), with_markers)
 
 
@@ -190,7 +192,7 @@ class Text(NamedTuple):
 
 
 def read_group(path: Path, file: pq.ParquetFile, group: int) -> list[Text]:
-    """Return the texts of a row group of the file at ``path``.
+    """Return the texts of one row group of a file that :func:`prepare` wrote.
 
     Raises:
         UserError: the file is damaged, or a column has values that no text has.
@@ -212,7 +214,7 @@ def read_group(path: Path, file: pq.ParquetFile, group: int) -> list[Text]:
 
 
 def batches_of(texts: list[Text], batch_tokens: int) -> Iterator[list[Text]]:
-    """Yield the batches of a group's texts, those of a batch in the order of their numbers."""
+    """Yield the batches of a group's texts; texts of a batch are ordered by their numbers."""
     for indices in batch_by_length([len(text.tokens) for text in texts], batch_tokens):
         yield [texts[i] for i in sorted(indices)]
 
@@ -225,7 +227,7 @@ def batch_of(texts: list[Text]) -> Batch:
 def locate_tokens(
     texts: list[Text], domains: list[str], config: CollectConfig, device: torch.device
 ) -> BatchTokens:
-    """Return the place of every token of the texts' batch. Places of padding are never read."""
+    """Return where each token of a batch of texts is. Entries of padding are never read."""
     longest = max(len(text.tokens) for text in texts)
     slot = np.zeros((len(texts), longest), dtype=np.int64)
     for row, text in zip(slot, texts, strict=True):

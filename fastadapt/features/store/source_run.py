@@ -49,7 +49,7 @@ def students_of(
     )
     if adapter_digest(students.folder("run")) != store.manifest["adapter"]:
         raise UserError(
-            f"{store.folder}: these features are of another adapter than {run} has now; collect "
-            "them again (fastadapt features collect --overwrite)"
+            f"{store.folder}: these features were collected from other adapters than {run} has "
+            "now; collect the features again (fastadapt features collect --overwrite)"
         )
     return students
