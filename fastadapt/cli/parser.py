@@ -112,8 +112,8 @@ class Typed:
 
     Attributes:
         option: spelling of the option, if it is not the parameter's name.
-        flags: of a dataclass: booleans are flags without a value, tuples several words.
-        skip: of a dataclass of components: fields of a component without an option.
+        flags: for a dataclass: booleans are flags without a value, tuples several words.
+        skip: for a dataclass of components: the fields of each component without an option.
     """
 
     option: str | None = None

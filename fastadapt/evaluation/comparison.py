@@ -76,7 +76,7 @@ class Comparison:
 
     Attributes:
         models: the runs, their base and their hybrid.
-        folder: of the evaluation, claimed by :func:`fastadapt.evaluation.folder.opened`.
+        folder: folder of the evaluation, claimed by :func:`fastadapt.evaluation.folder.opened`.
         config: settings.
         progress: called with (label, completed, total).
         stop: set it to stop after the current batch.

@@ -73,7 +73,7 @@ def read_part(folder: Path, part: Part, result: Mapping[str, Any]) -> dict[str, 
     Returns an empty dict if the file has other models, runs or settings than ``result``.
 
     Args:
-        folder: of the evaluation.
+        folder: folder of the evaluation.
         part: a part that was not measured this time.
         result: the new contents of the file.
 
@@ -118,10 +118,10 @@ def present(
 
     Args:
         result: has the keys ``pair``, ``settings`` and ``versions``.
-        tables, figures: of the result.
-        folder: to write into.
-        subject: of the page, in one word.
-        name: of the JSON file.
+        tables, figures: tables and plots of the result.
+        folder: folder to write into.
+        subject: subject of the page, in one word.
+        name: name of the JSON file.
 
     Raises:
         RunError: the folder cannot be written.

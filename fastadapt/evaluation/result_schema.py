@@ -240,5 +240,5 @@ def check_sections(sections: Mapping[str, Any], schema: Any, source: str) -> Non
     names = {*sections.get("benchmarks", ()), "mean"}
     if differing := sorted(names ^ {*sections.get("benchmark_counts", ()), "mean"}):
         raise DocumentError(
-            f"{source}: benchmarks, benchmark_counts: expected {differing[0]!r} in both"
+            f"{source}: benchmarks, benchmark_counts: expected {differing[0]!r} in both sections"
         )

@@ -140,8 +140,8 @@ def read_pair(folder: Path, metadata: Mapping[str, Any]) -> PairConfig:
     is not read: see :func:`with_trust`.
 
     Args:
-        folder: of the adapters.
-        metadata: of the adapters' card, see :func:`fastadapt.models.trained_files.read_adapters`.
+        folder: folder of the adapters.
+        metadata: metadata of their card, see :func:`fastadapt.models.trained_files.read_adapters`.
 
     Raises:
         UserError: the run's configuration cannot be read, names another pair than the adapters, or

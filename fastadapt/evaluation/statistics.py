@@ -141,7 +141,7 @@ def wilson(successes: Tensor | float, trials: Tensor | float, level: float = 0.9
     """Return Wilson's interval (1927) of a proportion of independent trials.
 
     Args:
-        successes, trials: of one shape, with 0 <= successes <= trials; integers or not.
+        successes, trials: numbers, of one shape, with 0 <= successes <= trials; integers or not.
         level: confidence level.
 
     Example:

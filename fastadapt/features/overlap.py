@@ -88,7 +88,7 @@ def overlap(
         run: folder of the run.
         source: folder of the store; the run's own if not given.
         config: number of tokens, and limits of memory.
-        dtype: of the pair; by default the dtype that the features were collected in.
+        dtype: dtype of the pair; by default the dtype that the features were collected in.
         device, attention: override the run's settings of the pair.
         trust_remote_code: run Python code that comes with the models.
         progress: called with (layers done, layers).

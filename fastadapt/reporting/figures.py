@@ -42,7 +42,7 @@ class Figure:
     Attributes:
         key: name of the figure's file, without suffix.
         title, x_label, y_label: plain texts, without markup.
-        series: in drawing order.
+        series: the series, in drawing order.
         x_log: whether the horizontal axis is logarithmic.
         y_log: whether the vertical axis is logarithmic. None: it is if all values are positive and
             the largest is more than 32 times the smallest.
@@ -109,7 +109,7 @@ def over_l0(result: Mapping[str, Any], values: Mapping[str, Interval]) -> list[S
 
     Args:
         result: the contents of ``eval.json``.
-        values: by name of the model.
+        values: intervals by name of the model.
     """
     series: list[Series] = []
     sweep: list[tuple[float, Interval]] = []

@@ -174,7 +174,7 @@ class LegendKey(NamedTuple):
     """An entry of a page's legend.
 
     Attributes:
-        name: of the series.
+        name: name of the series.
         colour: CSS colour.
         line: CSS line style.
         value: last value of the series, as text.

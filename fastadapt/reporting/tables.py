@@ -22,7 +22,7 @@ class Table:
     """A table whose cells are texts.
 
     Attributes:
-        title: of the table.
+        title: title of the table.
         head: names of the columns.
         rows: cells, as many per row as in ``head``.
         note: explanation of the contents.

@@ -84,10 +84,10 @@ def dataset(
 
     Args:
         benchmark: a key of ``BENCHMARKS``.
-        family: of the rendering, see :mod:`fastadapt.data.rendering`.
+        family: family of the rendering, see :mod:`fastadapt.data.rendering`.
         data: folder with ``<benchmark>.jsonl`` or ``.parquet``; None: the hub.
         few_shot: number of worked examples in the prompt.
-        seed: of the order of options and of the choice of examples.
+        seed: seed of the order of options and of the choice of examples.
 
     Returns:
         Rows of ``id, question, answer, prompt`` (rendered). Rows of GPQA also have ``order``: the
@@ -168,9 +168,9 @@ def _text(value: Any, where: str) -> str:
         raise UserError(f"{where}: expected text or a number, got {got}")
     text = str(value)
     if text_or_none(text) is None:
-        raise UserError(f"{where} is not UTF-8")
+        raise UserError(f"{where} is not UTF-8; correct this row")
     if not text.strip():
-        raise UserError(f"{where} is empty")
+        raise UserError(f"{where} is empty; fill in or remove this row")
     return text.strip()
 
 

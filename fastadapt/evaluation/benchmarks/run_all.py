@@ -54,8 +54,8 @@ def run_models(
 
     Args:
         models: the runs.
-        config: from :func:`complete_config`. With ``few_shot``, the base and the hybrid are run in
-            further modes, see :func:`prompt_modes`.
+        config: settings, from :func:`complete_config`. With ``few_shot``, the base and the hybrid
+            are run in further modes, see :func:`prompt_modes`.
         folder: stores one folder per model and mode.
         progress: called with (model and mode, completed responses, total responses).
         stop: set it to stop early; the results are incomplete then.

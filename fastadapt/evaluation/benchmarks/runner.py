@@ -54,7 +54,7 @@ class BenchmarkConfig:
         tasks: names of benchmarks; default: the published ones, or those of the embedded pair.
         data: folder with ``<task>.jsonl`` or ``<task>.parquet``; None: the hub. Benchmarks of the
             embedded pair need no data.
-        family: of the rendering, see :mod:`fastadapt.data.rendering`.
+        family: family of the rendering, see :mod:`fastadapt.data.rendering`.
         few_shot: number of worked examples in the prompt.
         seed: seed of the order of GPQA's options and of the choice of examples.
         repetitions: responses per question; None: the published number.
@@ -137,7 +137,7 @@ class BenchmarkResult:
         truncated: share of responses that reached the token budget or the context.
         degenerate: share of responses that were cut for degeneration.
         hesitations_per_1000: words of hesitation per 1,000 tokens.
-        speed: of the sampling; None if not known.
+        speed: speed of the sampling; None if not known.
         rows: the graded responses.
     """
 
@@ -172,7 +172,7 @@ def run_benchmarks(
 
     Args:
         model, source: see :func:`fastadapt.evaluation.generation.sampling.sample`.
-        tokenizer: of the pair.
+        tokenizer: tokenizer of the pair.
         config: settings.
         out: folder for ``<task>.responses.jsonl``, whose responses are reused, and
             ``<task>.rows.jsonl``.

@@ -41,8 +41,8 @@ def summarise_benchmarks(
     """Summarise accuracy, length and hesitation of every model on every benchmark.
 
     Args:
-        results: of models on the same questions. ``recovered`` needs ``target`` and ``hybrid``,
-            ``recovered_from_base`` needs ``target`` and ``base``.
+        results: results of models on the same questions. ``recovered`` needs ``target`` and
+            ``hybrid``, ``recovered_from_base`` needs ``target`` and ``base``.
         config: settings of the intervals.
 
     Returns:

@@ -154,9 +154,9 @@ def measure_partial(
             continue
         tensors = {key: values[order] for key, values in store.read().items()}
         if not torch.equal(tensors["positions"], predicted):
-            raise store.damaged("tensor positions: expected one less than each text's tokens")
+            raise store.damaged("tensor 'positions': expected one less than each text's tokens")
         if bool((tensors["wrong"] < 0).any() or (tensors["wrong"] > predicted[:, None]).any()):
-            raise store.damaged("tensor wrong: expected counts from 0 to each text's positions")
+            raise store.damaged("tensor 'wrong': expected counts from 0 to each text's positions")
         measured[name] = _split_families(tensors)
     return measured
 

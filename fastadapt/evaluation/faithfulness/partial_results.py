@@ -27,8 +27,8 @@ class PartialResults:
     different adapter with the same name, neither reads nor overwrites them.
 
     Args:
-        folder: of the files; created with the first part.
-        name: of the model.
+        folder: folder of the files; created with the first part.
+        name: name of the model.
         fingerprint: hexadecimal digest of everything that the arrays depend on.
         n_parts: number of parts.
         arrays: expected arrays; None for any.
@@ -63,7 +63,8 @@ class PartialResults:
 
         Args:
             part: index, 0 to ``n_parts - 1``.
-            tensors: of the same names in every part. Parts are joined along dimension 0.
+            tensors: arrays of the part, with the same names in every part. Parts are joined along
+                dimension 0.
 
         Raises:
             RunError: the folder cannot be written.
@@ -161,7 +162,7 @@ def iter_missing(
     The caller must add the part to the stores of these models before the next iteration.
 
     Args:
-        stores: by name of the model.
+        stores: the stores of results, by name of the model.
         at_once: largest number of models yielded together.
         progress: called with (completed parts, total parts), summed over models.
         stop: set it to end the iteration.

@@ -23,7 +23,7 @@ class Prompt(NamedTuple):
     Attributes:
         id: index of the conversation in its source.
         ids: tokens of the prompt.
-        domain: of the problem, if the data have that column.
+        domain: domain of the problem, if the data have that column.
     """
 
     id: str
@@ -80,7 +80,7 @@ def load_prompts(
 
     Args:
         source, split, revision: see :func:`fastadapt.data.sources.read_rows`.
-        tokenizer: of the pair.
+        tokenizer: tokenizer of the pair.
         family: a key of :data:`fastadapt.data.rendering.FAMILIES`.
         n: largest number of prompts.
 

@@ -26,7 +26,7 @@ class Text(NamedTuple):
         id: unique among the texts.
         ids: tokens of the prompt and the response.
         prompt_length: number of tokens of the prompt.
-        domain: of the problem; None if not known.
+        domain: domain of the problem; None if not known.
     """
 
     id: str

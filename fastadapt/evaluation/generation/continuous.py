@@ -173,7 +173,10 @@ def _collect(
         ended = []
         if output is not None and output.request_id in left:
             if output.error is not None:
-                raise RunError(f"continuous batching failed: {output.error}")
+                raise RunError(
+                    f"continuous batching failed: {output.error}. Pass --sampling.batching static "
+                    "to sample without it."
+                )
             if output.is_finished() and watch.take(output.request_id, output.generated_tokens):
                 ended.append(output.request_id)
         while not watch.ended.empty():

@@ -35,7 +35,7 @@ class Request:
     """One repetition of a prompt to be answered.
 
     Attributes:
-        id: of the prompt, unique in a file.
+        id: id of the prompt, unique in a file.
         prompt: token ids, including BOS; no token is added.
         repetition: index of the repetition, from 0.
     """
@@ -55,8 +55,8 @@ class Response:
     """The response to a request.
 
     Attributes:
-        id, repetition: of the request.
-        seed: of the request's random numbers, see
+        id, repetition: id and repetition of the request.
+        seed: seed of the request's random numbers, see
             :func:`fastadapt.evaluation.generation.gumbel.request_seed`.
         prompt_tokens: ids of the prompt.
         tokens: ids of the response, including the end-of-sequence token, or all tokens up to the
@@ -107,7 +107,7 @@ class ResponseFile:
     """A file of responses, open for appending; see :func:`open_responses`.
 
     Attributes:
-        path: of the file.
+        path: path of the file.
         finished: responses by id and repetition.
         speeds: records of earlier calls.
     """
@@ -180,7 +180,7 @@ def open_responses(path: Path, settings: Mapping[str, Any]) -> Iterator[Response
     """Open or create the file of responses at ``path``, locked for this process.
 
     Args:
-        path: of the file.
+        path: path of the file.
         settings: settings that determine the tokens; JSON values.
 
     Raises:
@@ -214,7 +214,7 @@ def read_responses(path: Path) -> list[Response]:
         UserError: the file does not exist, or is not a file of responses.
     """
     if not has_file(path):
-        raise UserError(f"{path}: no such file of responses")
+        raise UserError(f"{path} does not exist; sample responses into it first")
     return [
         _parse(Response, record, f"{path}, line {number}")
         for number, record, _ in _records(path)

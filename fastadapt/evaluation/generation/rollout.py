@@ -58,7 +58,7 @@ class SamplingConfig:
             known = "auto, continuous or static"
             raise UserError(f"sampling.batching: expected {known}, got {self.batching!r}")
         if "" in self.stop:
-            raise UserError("sampling.stop: an empty string would end every response")
+            raise UserError("sampling.stop: an empty string would end every response; remove it")
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the settings that determine the tokens of a response."""

@@ -56,8 +56,8 @@ class Sampled:
     """Responses that :func:`sample` returns, with their speed.
 
     Attributes:
-        responses: to the finished requests, in the order of the requests.
-        speed: of this call and the earlier calls recorded in ``out``; None if no token was
+        responses: responses to the finished requests, in the order of the requests.
+        speed: speed of this call and the earlier calls recorded in ``out``; None if no token was
             generated.
         complete: whether every request is finished.
     """

@@ -118,7 +118,7 @@ def _as_json(held: Mapping[str, Any], path: Path) -> bytes:
         text = json.dumps(held, indent=1, ensure_ascii=False, allow_nan=False)
         return f"{text}\n".encode()
     except ValueError as error:  # a lone surrogate or an infinite number
-        raise UserError(f"{path}: a value that JSON cannot hold: {error}") from None
+        raise UserError(f"{path}: a result cannot be written as JSON: {error}") from None
 
 
 def _collected(store: Store) -> str:

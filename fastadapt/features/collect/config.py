@@ -32,7 +32,7 @@ class CollectConfig:
         neurons_per_token: neurons of a layer that count as active on a token: the largest products
             of activation and norm of the neuron's output, if positive. Without this bound about
             half of the neurons fire on any token. If not given, the run's measured L0, rounded up.
-        seed: of the uniform draw.
+        seed: seed of the uniform draw.
         batch_tokens: tokens of a batch, padding included; a longer text is a batch of its own.
         snapshot_tokens: tokens between two snapshots, from which an interrupted run resumes.
         demeaned: subtract the mean over the vocabulary from the logit lens.

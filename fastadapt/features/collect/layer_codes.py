@@ -28,9 +28,9 @@ def walk(
     """Yield each layer with the batch's codes, of the adapter and of the requested neurons.
 
     Args:
-        model: in ``eval()``, with its adapters.
+        model: replacement model in ``eval()``, with its adapters.
         batch: on the model's device.
-        neurons: of kind ``base`` and ``target``, one per layer.
+        neurons: neurons to read, by kind ``base`` and ``target``; one entry per layer.
     """
     real, attention = batch.real, batch.attention_mask
     padding = None if attention is None else ~real

@@ -45,7 +45,8 @@ def shards_of(folders: Sequence[Path]) -> list[Part]:
         first = next(iter(parts.values()), Part(folder, facts))
         if changes := work.differing(_shared(first.facts), _shared(facts)):
             raise UserError(
-                f"{folder} and {first.folder} are not shards of one collection: {changes:.300}"
+                f"{folder} and {first.folder} are not shards of one collection: {changes:.300}; "
+                "give only shards with equal settings"
             )
         if n != first.facts["shard"][1] or i in parts:
             raise UserError(

@@ -47,7 +47,7 @@ class Source:
 
     Attributes:
         name: file, folder, hub id, or a name of the embedded pair's data.
-        split, revision: of a folder or of the hub.
+        split, revision: split and revision to read, of a folder or of a hub repository.
         family: model family, which gives the template.
         n: number of conversations to read; None for all.
         max_tokens: longer conversations are left out.
@@ -77,8 +77,8 @@ class Prepared:
     Attributes:
         read: conversations of the source, those of other shards included.
         too_long: conversations of this shard that were left out.
-        texts, tokens: of this shard.
-        domains: of these texts, sorted.
+        texts, tokens: numbers of texts and tokens of this shard.
+        domains: domains of these texts, sorted.
         with_markers: texts with a marker of the family in prompt or response, which the tokenizer
             reads as the marker.
     """

@@ -54,9 +54,9 @@ def read_layer(
 
     Args:
         store: the store.
-        kind: of the units.
+        kind: kind of the units.
         layer: index of the layer.
-        domains: of the store.
+        domains: domains of the store's texts.
         classes: pairs (class, subclass) of the kind, see :func:`class_names`.
 
     Raises:

@@ -89,7 +89,7 @@ class SiteServer(ThreadingHTTPServer):
     """HTTP server of exported pages, on the loopback interface.
 
     Attributes:
-        folder: of the pages, as a path without links.
+        folder: folder of the pages, as a path without links.
     """
 
     daemon_threads = True
@@ -118,7 +118,9 @@ def listen(port: int) -> SiteServer:
             raise UserError(
                 f"port: {port} is {why}; pass another port, or 0 for any free one"
             ) from error
-        raise RunError(f"cannot listen on {HOST}:{port}: {error.strerror}") from error
+        raise RunError(
+            f"cannot listen on {HOST}:{port}: {error.strerror}; pass another port (--port)"
+        ) from error
 
 
 def _end_with(server: SiteServer, stop: Event) -> None:

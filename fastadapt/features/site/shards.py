@@ -32,8 +32,8 @@ def shard(name: str, stamp: str, facts: Any, columns: Mapping[str, np.ndarray]) 
     """Return the script that hands a shard's facts and columns to a page.
 
     Args:
-        name: of the file without suffix: letters, digits and hyphens.
-        stamp: of the export. Pages reject shards with another stamp.
+        name: name of the file without suffix: letters, digits and hyphens.
+        stamp: stamp of the export. Pages reject shards with a different stamp than theirs.
         facts: a JSON value.
         columns: arrays of the types in :data:`TYPES`; they are flattened.
     """

@@ -48,7 +48,7 @@ class SelectConfig:
         top: number of promoted tokens that count, up to 10.
         share: share of the strongest examples that ``template``, ``at`` and ``before`` require.
         times: number of features drawn per feature of the set, for ``random``.
-        seed: of the draw.
+        seed: seed of the random draw.
         alive: only features that fired on the texts of the store.
     """
 

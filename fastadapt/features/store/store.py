@@ -137,8 +137,8 @@ class Store:
         path = folder / MANIFEST
         if not has_file(path):
             raise UserError(
-                f"{source} has no features yet: expected {path.name} in it, or in features/ "
-                "(fastadapt features collect)"
+                f"{source} has no features yet: no {path.name} in this folder or its features/; "
+                "run fastadapt features collect"
             )
         manifest = read_json(path)
         require_version(manifest, SCHEMA_VERSION, path)
@@ -328,7 +328,10 @@ class Store:
                     connection.close()
                     reason = next(iter(str(error).splitlines()), "")[:200]
                     path = self.path(table, kind)
-                    raise UserError(f"{path} cannot be read as Parquet: {reason}") from error
+                    raise UserError(
+                        f"{path} cannot be read as Parquet ({reason}); collect or judge the "
+                        "features again"
+                    ) from error
         # DuckDB checks the pattern itself (allowed_paths) and each file that it matches.
         allowed = _quoted(f"{self.folder.resolve()}/")
         connection.execute(f"SET allowed_directories = [{allowed}]")

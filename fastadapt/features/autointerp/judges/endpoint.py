@@ -116,7 +116,7 @@ class EndpointJudge:
         model = config.model_name
         if model is None:
             raise UserError(
-                f"judge.model is not set; give the model's name there or in the environment "
+                "judge.model: not set; give the model's name by judge.model or by the environment "
                 f"variable {MODEL}"
             )
         self.config, self.name = config, model

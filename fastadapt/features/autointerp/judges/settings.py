@@ -86,8 +86,8 @@ class JudgeConfig:
             )
         if self.base_url is not None and self.model_name is None:
             raise UserError(
-                "judge.model is not set; give the name of a model that judge.base_url serves there "
-                f"or in the environment variable {MODEL}"
+                "judge.model: not set; give the name of a model at judge.base_url by judge.model "
+                f"or by the environment variable {MODEL}"
             )
         reserved = {
             "model",
