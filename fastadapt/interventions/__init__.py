@@ -56,7 +56,8 @@ class Intervention:
         scale: factor of ``onto-target``, by default -0.5; None for the other kinds.
 
     Raises:
-        UserError: the kind is unknown, or the scale is not finite or belongs to another kind.
+        UserError: the kind is unknown, or the scale is not finite or given with a kind other than
+            ``onto-target``.
 
     Example:
         >>> Intervention("onto-target").scale
