@@ -1,4 +1,4 @@
-"""`fastadapt features describe` and `classify`."""
+"""Commands `fastadapt features describe` and `classify`, in which a judge explains features."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def describe(
     judge: JudgeConfig,
     describe: DescribeConfig,
 ) -> int:
-    """Let a judge describe features from examples, and score each description by detection on
-    held-out texts: which of them fire the feature? Without --judge.model (or OPENAI_MODEL) the
-    judge is one that needs no language model.
+    """Let a judge describe features from examples, and score each description by detection: how
+    well the judge tells from it on which held-out texts the feature fires. Without --judge.model
+    (or OPENAI_MODEL) the judge is one that needs no language model.
 
     Args:
         run: a run with collected features, or a store
@@ -81,7 +81,7 @@ def classify(run: str, *, yes: bool = False, judge: JudgeConfig, classify: Class
 
 
 def _approve(estimate: Estimate, *, agreed: bool) -> bool:
-    """Print the costs of the calls and ask for consent; raise if standard input is no terminal."""
+    """Print the costs of the calls and ask for consent; raise if stdin is not a terminal."""
     print(estimate.words, file=sys.stderr)
     if agreed:
         return True

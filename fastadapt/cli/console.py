@@ -31,7 +31,7 @@ _STAND_INS = str.maketrans(
 
 
 def _stand_in(error: UnicodeError) -> tuple[str, int]:
-    """Replace characters that cannot be encoded, or write Python's escape of them."""
+    """Return similar ASCII text for characters that cannot be encoded, or Python's escapes."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     text = error.object[error.start : error.end].translate(_STAND_INS)
@@ -67,7 +67,7 @@ def print_error(message: str) -> None:
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: bool = False) -> None:
-    """Print a table; columns after the first are aligned right, or left with ``left``."""
+    """Print a table. Columns after the first are right-aligned; left-aligned if ``left``."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -83,7 +83,7 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: boo
 
 
 def quiet_transformers() -> None:
-    """Turn off the progress bars of transformers, which would cross those of the commands."""
+    """Turn off the progress bars of transformers, which would mix with those of the commands."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

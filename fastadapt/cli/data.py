@@ -21,8 +21,9 @@ def prepare(
     trust_remote_code: bool = False,
     argv: list[str],
 ) -> int:
-    """Select training and validation conversations: streamed, filtered, by domain, in a seeded
-    order, no prompt in both. Without options, the selection of arXiv 2602.20904.
+    """Select training and validation conversations from a data set: streamed, filtered, drawn by
+    domain in a seeded order, with no prompt in both files. Without options, repeat the selection
+    of arXiv 2602.20904.
 
     Args:
         source: hub id, or .jsonl or .parquet file, or folder of such files

@@ -75,8 +75,8 @@ def diagnose(device: str = "auto") -> dict[str, Any]:
 
     Returns:
         ``{"ok": bool, "hardware": {name: text}, "versions": {package: version or None},
-        "choices": [Choice as dict], "checks": [Check as dict], "notes": [text]}``; `ok` if all
-        checks are; the notes name what could not be checked.
+        "choices": [Choice as dict], "checks": [Check as dict], "notes": [text]}``; `ok` is
+        true if all checks are; the notes name what could not be checked.
     """
     chosen = choose_device(device)
     checks = run_checks(chosen)
@@ -131,7 +131,7 @@ def versions() -> dict[str, str | None]:
 
 
 def choices(device: torch.device) -> list[Choice]:
-    """Return the meaning of `auto` on `device` for every setting that has it."""
+    """Return what `auto` selects on `device`, for every setting that accepts `auto`."""
     on = device.type
     why = "a GPU is available" if on == "cuda" else "torch finds no GPU"
     chosen = [Choice("pair.device", on, why if on in ("cpu", "cuda") else "requested")]

@@ -1,4 +1,4 @@
-"""`fastadapt eval`: how faithful trained runs are."""
+"""`fastadapt eval`: measure how faithful trained runs are to their target."""
 
 from __future__ import annotations
 
@@ -30,12 +30,13 @@ def evaluate(
     overwrite: bool = False,
     config: Annotated[EvalConfig, Typed(skip=SKIPPED)],
 ) -> int:
-    """Measure how faithful trained runs of one pair are to its target, beside the base and the
-    hybrid: tables, plots and a report. The same command resumes an unfinished evaluation.
+    """Measure how faithful trained runs of one pair are to its target, compared with the base and
+    the hybrid, and write tables, plots and a report. The same command resumes an unfinished
+    evaluation.
 
     Args:
         runs: folders of runs
-        output: folder to write; of one run: eval in it, of several: eval beside them
+        output: folder to write; by default eval in the run, or beside the runs if there are several
         names: names of the runs, as [a, b]; by default those of their folders
         parts: parts to measure: any of outputs, partial, speed, benchmarks; parts measured before
             with the same runs and settings stay in eval.json
@@ -64,7 +65,7 @@ def evaluate(
 
 
 def default_output(runs: Sequence[str]) -> Path:
-    """Return ``eval`` in the run's folder, or in the folder that holds all of several."""
+    """Return the default output: ``eval`` in the only run, or in the folder that holds all runs."""
     folders = [Path(os.path.realpath(typed_path(run, "run"))) for run in runs]
     if len(folders) == 1:
         return folders[0] / "eval"

@@ -1,4 +1,4 @@
-"""`fastadapt export`: a run, adapters or a published checkpoint in another format."""
+"""`fastadapt export`: convert a run, adapters or a published checkpoint to another format."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ def convert(
     base: str | None = None,
     overwrite: bool = False,
 ) -> str:
-    """Write ``source`` in another format and return code that loads it; arguments as of `export`.
+    """Write ``source`` in the format and return code that loads it; arguments as of `export`.
 
     Raises:
-        UserError: no such source, no pair, or a folder in use.
+        UserError: the source does not exist, the pair is not known, or the folder is in use.
         RunError: the folder cannot be written; its contents are unchanged.
     """
     from fastadapt import serving
@@ -98,7 +98,7 @@ def convert(
 
 
 def _check_apart(output: Path, sources: Sequence[str | None]) -> None:
-    """Refuse to replace what is read."""
+    """Raise ``UserError`` if the output folder is a source of the export."""
     for source in sources:
         if source is None:
             continue

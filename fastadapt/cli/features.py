@@ -1,4 +1,4 @@
-"""`fastadapt features ...` without a judge, and `fastadapt intervene`."""
+"""Commands `fastadapt features ...` that need no judge, and `fastadapt intervene`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def collect(
         run: folder of a finished run
         output: folder of the store; by default features in the run
         shard: i/n, from 0/n on: collect this part of the texts only; merge the parts afterwards
-        overwrite: replace another collection in the folder
+        overwrite: replace a collection with other settings in the folder
     """
     from fastadapt.features.collect import Shard
     from fastadapt.features.collect import collect as collect_features
@@ -63,7 +63,7 @@ def collect(
 
 
 def merge(shards: list[str], *, output: str, overwrite: bool = False) -> int:
-    """Merge all shards into one store, the same as of a single pass.
+    """Merge all shards of a collection into one store, equal to that of a single pass.
 
     Args:
         shards: folders of the shards
@@ -121,7 +121,7 @@ def export(run: str, *, output: str | None = None) -> int:
 
 
 def serve(run: str, *, port: int = PORT) -> int:
-    """Serve the pages of a store to this machine only, until Ctrl-C.
+    """Serve pages to browse the features of a store, to this machine only, until Ctrl-C.
 
     Args:
         run: a run with collected features, a store, or exported pages
@@ -149,8 +149,8 @@ def overlap(
     trust_remote_code: bool = False,
     config: OverlapConfig,
 ) -> int:
-    """Compare the tokens on which a feature fires most if its encoder reads the target and if it
-    reads the base (arXiv 2602.20904, appendix G).
+    """Compare the tokens on which a feature fires most in the replacement model with those on which
+    its encoder responds most in the target and in the base (arXiv 2602.20904, appendix G).
 
     Args:
         run: a run with collected features
@@ -212,7 +212,7 @@ def select(
 
 
 def sets(run: str) -> int:
-    """List the sets of a store.
+    """List the named sets of features of a store.
 
     Args:
         run: a run with collected features, or a store
@@ -224,7 +224,7 @@ def sets(run: str) -> int:
         if "broken" in s:
             print(f"{s['name']}: broken: {s['broken']}")
             continue
-        stale = "(of another adapter: select it again) " if s["stale"] else ""
+        stale = "(selected from other adapters: select it again) " if s["stale"] else ""
         rows.append([s["name"], f"{s['size']:,}", _join(s["per_layer"]), f"{stale}{s['made']}"])
     print_table(["set", "features", "by layer", "selected by"], rows, left=True)
     return 0
@@ -235,8 +235,8 @@ def _join(values: Any) -> str:
 
 
 def check(run: str) -> int:
-    """Compare every file of a store with its size and SHA-256 in the manifest, and its rows with
-    each other. Exit code 1 if anything is wrong.
+    """Check a store: compare every file with its size and SHA-256 in the manifest, and the rows of
+    the tables with each other. Exit code 1 if there is a defect.
 
     Args:
         run: a run with collected features, or a store
@@ -253,7 +253,10 @@ def check(run: str) -> int:
     print_table(["file", "rows", "SHA-256", "state"], rows, left=True)
     lines = [f"{file.name}: {line}" for file in files for line in file.wrong]
     if lines:
-        raise RunError(f"{store.folder}: {len(lines)} wrong:\n  " + "\n  ".join(lines))
+        raise RunError(
+            f"{store.folder}: defects: {len(lines)}. Collect or judge these features again.\n  "
+            + "\n  ".join(lines)
+        )
     return 0
 
 

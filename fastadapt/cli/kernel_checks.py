@@ -63,7 +63,7 @@ class Check:
 
 
 class Case(NamedTuple):
-    """A case of an op; ``run(implementation, **inputs)`` returns the outputs by name."""
+    """Inputs to check an op with; ``run(implementation, **inputs)`` returns outputs by name."""
 
     op: str
     name: str
@@ -73,7 +73,7 @@ class Case(NamedTuple):
 
 
 def run_checks(device: torch.device) -> list[Check]:
-    """Check every op, implementation, case and dtype that runs on `device`."""
+    """Return a check of every op, implementation, case and dtype that runs on `device`."""
     return [
         _check(case, implementation, dtype, device)
         for case in _cases(device.type)
@@ -83,7 +83,7 @@ def run_checks(device: torch.device) -> list[Check]:
 
 
 def dtypes(implementation: str, device_type: str) -> tuple[torch.dtype, ...]:
-    """Return the dtypes in which an implementation is checked."""
+    """Return the dtypes in which an implementation is checked on a type of device."""
     if device_type == "cuda":
         wanted = (torch.float32, torch.float16)
         return (*wanted, torch.bfloat16) if torch.cuda.is_bf16_supported() else wanted
@@ -208,7 +208,7 @@ def _forward_backward(run: Run, implementation: str, inputs: Tensors) -> Tensors
 
 
 def _share(actual: Tensor, oracle: Tensor, peer: Tensor) -> float:
-    """Return the larger ratio of error to allowed error, of the maximum and of the RMS."""
+    """Return error / allowed error, of the maximum or the RMS error, whichever is larger."""
     budget = error_budget(actual, oracle, peer)
     return max(budget.max_error / budget.max_budget, budget.rms_error / budget.rms_budget)
 

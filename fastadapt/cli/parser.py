@@ -58,7 +58,7 @@ HELP_FLAGS = frozenset({"-h", "--help"})
 
 
 def _load_yaml(text: str) -> Any:
-    """Return a typed value, or the contents of a file of them; text that is no YAML stays text."""
+    """Parse an option's value, or a file of options, as YAML; return other text unchanged."""
     try:
         parse_yaml(text, f"value {text!r:.40}")  # before jsonargparse's, which recurses in C
     except DocumentError as error:
@@ -72,7 +72,7 @@ set_loader("fastadapt", _load_yaml, (yaml.YAMLError,))
 
 
 class Parser(ArgumentParser):
-    """Raises :class:`UserError` where argparse prints and exits; takes no abbreviated options."""
+    """Parser that raises :class:`UserError` where argparse exits; takes no abbreviated options."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         defaults = {"allow_abbrev": False, "print_config": None, "parser_mode": "fastadapt"}
@@ -83,7 +83,7 @@ class Parser(ArgumentParser):
         raise UserError(f"{self._explain(message)} (see {self.prog} --help)") from ex
 
     def option_names(self) -> list[str]:
-        """Return every option, with its dashes."""
+        """Return the names of all options of the command, with their dashes."""
         return [name for name in self._option_string_actions if name.startswith("--")]
 
     def _explain(self, message: str) -> str:
@@ -108,12 +108,12 @@ class Parser(ArgumentParser):
 
 @dataclasses.dataclass(frozen=True)
 class Typed:
-    """Metadata of an annotated parameter: how it is typed where its type does not say.
+    """Metadata of an annotated parameter: how it is written on the command line.
 
     Attributes:
-        option: another spelling than the parameter's name.
-        flags: of a dataclass: booleans are flags without a value, tuples several words.
-        skip: of a dataclass of components: fields of a component without an option.
+        option: spelling of the option, if it is not the parameter's name.
+        flags: for a dataclass: booleans are flags without a value, tuples several words.
+        skip: for a dataclass of components: the fields of each component without an option.
     """
 
     option: str | None = None
@@ -122,7 +122,7 @@ class Typed:
 
 
 class Command:
-    """A function as a command.
+    """Command whose options come from the signature and docstring of a function.
 
     A parameter ``argv`` gets the arguments unparsed; a function with no other parses them itself.
 
@@ -148,7 +148,7 @@ class Command:
         self.parser.usage = " ".join([*usage, "[--OPTION VALUE ...]"])
 
     def parse(self, argv: Sequence[str]) -> dict[str, Any]:
-        """Return the arguments of the function.
+        """Parse the words of the command line into the arguments of the command's function.
 
         Raises:
             UserError: an unknown option, a missing argument or an impossible value.
@@ -193,7 +193,7 @@ class Command:
             self.parser.add_class_arguments(kind, prefix, skip=skip)
 
     def _spell(self, word: str) -> str:
-        """Accept --max-tokens for --max_tokens."""
+        """Return an option's word with the known spelling: --max_tokens for --max-tokens."""
         name, equals, value = word.partition("=")
         spelled = "--" + name[2:].replace("-", "_")
         known = self.parser.option_names()
@@ -236,7 +236,7 @@ def _parameters(function: Callable[..., Any]) -> dict[str, _Parameter]:
 
 
 def _add_argument(parser: Parser, parameter: _Parameter) -> list[str]:
-    """Add an argument, and return what usage says about it."""
+    """Add a parameter's argument to the parser, and return its words in the usage line."""
     is_required = parameter.default is inspect.Parameter.empty
     upper = parameter.name.upper()
     options: dict[str, Any] = {"type": parameter.hint, "help": parameter.help}

@@ -21,7 +21,7 @@ SHOWN = {"loss": "loss", "kl": "KL", "nmse": "NMSE", "sparsity": "L1", "l0": "L0
 
 
 class Progress:
-    """Draws how far a command is.
+    """Shows the progress of a long command.
 
     Call it with a task and two counts, or pass :meth:`record` as a sink to
     `fastadapt.training.trainer.train` or `fastadapt.data.prepare.prepare`.
@@ -141,7 +141,7 @@ class Progress:
 
 @contextmanager
 def stoppable() -> Iterator[tuple[Event, Progress]]:
-    """Give a long command an event that Ctrl-C and SIGTERM set, and its progress."""
+    """Yield an event that Ctrl-C and SIGTERM set, and the :class:`Progress` of a command."""
     from fastadapt.training.signals import stop_on_signals
 
     with stop_on_signals(None) as (stop, _), Progress(sys.stderr) as progress:
@@ -149,12 +149,12 @@ def stoppable() -> Iterator[tuple[Event, Progress]]:
 
 
 def resume_hint(*, overwrite: bool = False) -> str:
-    """Say how a stopped command is resumed; with ``--overwrite`` it would start again."""
+    """Return a hint to resume a stopped command, without ``--overwrite``, which restarts it."""
     return f"Re-run the same command{' without --overwrite' if overwrite else ''} to resume."
 
 
 def evaluation_line(record: dict[str, Any]) -> str:
-    """Format the numbers of an evaluation in one line."""
+    """Format a record of an evaluation during training as one line."""
     return (
         f"KL {_short(record.get('kl_adapter'))} (hybrid {_short(record.get('kl_hybrid'))}, "
         f"recovered {_short(record.get('kl_recovered_vs_hybrid'))}), "

@@ -156,7 +156,7 @@ def read_configs(names: Sequence[str]) -> dict[str, Any]:
     runs of one preset share a folder.
 
     Raises:
-        UserError: no such preset or file, no YAML, or an overlay without a preset below it.
+        UserError: no such preset or file, no YAML, or an overlay without a preset before it.
     """
     first = names[0]
     values = _read_values(find_config(first))
@@ -206,7 +206,7 @@ def _write_over(values: dict[str, Any], changes: Mapping[str, Any], source: str 
 
 
 def train(argv: list[str]) -> int:
-    """`fastadapt train`."""
+    """Run `fastadapt train`: train adapters as presets, files and options say."""
     if HELP_FLAGS & set(argv):
         train_parser().print_help()
         return 0

@@ -72,11 +72,11 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class Comparison:
-    """An evaluation of runs in a folder.
+    """An evaluation of runs, with its results in a folder.
 
     Attributes:
         models: the runs, their base and their hybrid.
-        folder: of the evaluation, claimed by :func:`fastadapt.evaluation.folder.opened`.
+        folder: folder of the evaluation, claimed by :func:`fastadapt.evaluation.folder.opened`.
         config: settings.
         progress: called with (label, completed, total).
         stop: set it to stop after the current batch.
@@ -89,7 +89,7 @@ class Comparison:
     stop: Event
 
     def run(self, parts: Sequence[Part]) -> dict[str, Any] | None:
-        """Measure ``parts``, and write ``eval.json``, tables and plots.
+        """Measure the named parts of the evaluation, and write ``eval.json``, tables and plots.
 
         Args:
             parts: names of the parts. ``eval.json`` keeps other parts that were measured with the
@@ -194,7 +194,7 @@ class Comparison:
         }
 
     def _bridge(self, measured: Mapping[str, Partial]) -> list[dict[str, Any]]:
-        """Compare adapters without the bridge with adapters of the same sparsity, paired by text.
+        """Compare adapters trained without and with the bridge, of one sparsity, paired by text.
 
         When only the last layers are replaced, their inputs come from layers of the target. The
         bridge trains adapters for such inputs (target→adapter).
@@ -249,7 +249,7 @@ class Comparison:
         }
 
     def _cards(self, measured: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Describe each model. L0 is that of this evaluation, or else that of the training run."""
+        """Return facts of each model. L0 is that of this evaluation, else of the training run."""
         return [
             {
                 **dataclasses.asdict(model),

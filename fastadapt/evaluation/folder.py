@@ -73,7 +73,7 @@ def read_part(folder: Path, part: Part, result: Mapping[str, Any]) -> dict[str, 
     Returns an empty dict if the file has other models, runs or settings than ``result``.
 
     Args:
-        folder: of the evaluation.
+        folder: folder of the evaluation.
         part: a part that was not measured this time.
         result: the new contents of the file.
 
@@ -102,7 +102,7 @@ def read_part(folder: Path, part: Part, result: Mapping[str, Any]) -> dict[str, 
 
 
 def write(result: Mapping[str, Any], folder: Path) -> None:
-    """Write ``eval.json``, and the tables, plots and page of it."""
+    """Write ``eval.json``, and its tables, plots and page, into an evaluation's folder."""
     present(result, tables(result), figures(result), folder, "evaluation", "eval.json")
 
 
@@ -118,10 +118,10 @@ def present(
 
     Args:
         result: has the keys ``pair``, ``settings`` and ``versions``.
-        tables, figures: of the result.
-        folder: to write into.
-        subject: of the page, in one word.
-        name: of the JSON file.
+        tables, figures: tables and plots of the result.
+        folder: folder to write into.
+        subject: subject of the page, in one word.
+        name: name of the JSON file.
 
     Raises:
         RunError: the folder cannot be written.
@@ -159,7 +159,7 @@ def opened(
         output, "--output", "evaluating into", contents, advice=RESUME_ADVICE, unusable=RunError
     )
     if foreign := sorted(set(workspace.names()) - set(contents)):
-        raise workspace.foreign("holds something that is no evaluation", foreign)
+        raise workspace.foreign("holds files that are not an evaluation", foreign)
     with workspace.claimed(), workspace.disk_errors():
         sweep_tree(output)
         for path in list(output.iterdir()) if overwrite else ():

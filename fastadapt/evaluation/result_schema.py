@@ -23,7 +23,7 @@ _Difference = Annotated[float, msgspec.Meta(ge=-1, le=1)]
 
 
 class Interval(TypedDict):
-    """An estimate and the ends of its interval; null for a value that is not defined."""
+    """An estimate and the ends of its confidence interval; null for values not defined."""
 
     mean: Finite | None
     low: Finite | None
@@ -31,7 +31,7 @@ class Interval(TypedDict):
 
 
 class Known(TypedDict):
-    """An interval whose estimate is defined."""
+    """An estimate that is always defined, and the ends of its interval."""
 
     mean: Finite
     low: Finite | None
@@ -39,7 +39,7 @@ class Known(TypedDict):
 
 
 class Shares(TypedDict):
-    """An interval of a proportion."""
+    """A proportion between 0 and 1, and the ends of its interval."""
 
     mean: _Share | None
     low: Finite | None
@@ -47,7 +47,7 @@ class Shares(TypedDict):
 
 
 class Differences(TypedDict):
-    """An interval of a difference of proportions."""
+    """A difference of two proportions, and the ends of its interval."""
 
     mean: _Difference | None
     low: Finite | None
@@ -55,7 +55,7 @@ class Differences(TypedDict):
 
 
 class Region(TypedDict):
-    """Output faithfulness on the positions of a region or domain."""
+    """A model's output faithfulness on the positions of one region or domain of the texts."""
 
     kl: Interval
     top1_error: Shares
@@ -63,7 +63,7 @@ class Region(TypedDict):
 
 
 class Regions(TypedDict):
-    """Output faithfulness by region of a text."""
+    """A model's output faithfulness by region of the texts."""
 
     prompt: Region
     thinking: Region
@@ -71,14 +71,14 @@ class Regions(TypedDict):
 
 
 class ByPosition(TypedDict):
-    """KL per bin of positions, with one edge more than bins."""
+    """A model's KL in each bin of text positions; ``edges`` has one entry more than bins."""
 
     edges: list[Count]
     kl: list[Interval]
 
 
 class Faithfulness(TypedDict):
-    """Output faithfulness of a model."""
+    """How closely one model's outputs follow the target's: a value of ``faithfulness``."""
 
     kl: Interval
     top1_error: Shares
@@ -91,7 +91,7 @@ class Faithfulness(TypedDict):
 
 
 class Neighbours(TypedDict):
-    """Two adjacent models of the expected order."""
+    """Differences between two adjacent models of the order that is expected."""
 
     above: str
     below: str
@@ -101,7 +101,7 @@ class Neighbours(TypedDict):
 
 
 class Texts(TypedDict):
-    """Counts of the texts on which models were compared."""
+    """Numbers of texts, and of predicted tokens, on which models were compared."""
 
     n: Count
     n_partial: Count
@@ -109,13 +109,13 @@ class Texts(TypedDict):
 
 
 class Excess(TypedDict):
-    """KL in excess of that of the full replacement."""
+    """How far the KL of partial replacement exceeds that of the full replacement."""
 
     worst: Interval
 
 
 class PartialCurves(TypedDict):
-    """Partial replacement by one model."""
+    """One model's KL as a function of the layers that it replaces: a value of ``partial``."""
 
     first: Annotated[list[Interval], msgspec.Meta(min_length=2)]
     last: Annotated[list[Interval], msgspec.Meta(min_length=2)]
@@ -134,7 +134,7 @@ Bridge = TypedDict(
 
 
 class Answered(TypedDict):
-    """Results of one model on a benchmark, in one mode of prompting."""
+    """Results of one model on one benchmark, in one prompt mode."""
 
     accuracy: Shares
     length: Interval
@@ -147,14 +147,14 @@ class Answered(TypedDict):
 
 
 class ModelSpeed(TypedDict):
-    """Speed of one model."""
+    """Generation speed of one model, and its overhead relative to the target."""
 
     tokens_per_s: NonNegative
     overhead: Finite
 
 
 class Speeds(TypedDict):
-    """The section ``speed`` of ``eval.json`` and ``speed.json``."""
+    """The section ``speed`` of ``eval.json`` and of ``speed.json``, with its settings."""
 
     batch_size: Positive
     prompt_tokens: Positive
@@ -172,7 +172,7 @@ class SpeedFile(TypedDict):
 
 
 class OutputsPart(TypedDict):
-    """Sections of the part ``outputs``."""
+    """Sections of ``eval.json`` that the evaluation part ``outputs`` writes."""
 
     faithfulness: dict[str, Faithfulness]
     order: NotRequired[list[Neighbours]]
@@ -180,7 +180,7 @@ class OutputsPart(TypedDict):
 
 
 class PartialPart(TypedDict):
-    """Sections of the part ``partial``."""
+    """Sections of ``eval.json`` that the evaluation part ``partial`` writes."""
 
     partial: dict[str, PartialCurves]
     bridge: NotRequired[list[Bridge]]
@@ -188,7 +188,7 @@ class PartialPart(TypedDict):
 
 
 class SpeedPart(TypedDict):
-    """Sections of the part ``speed``."""
+    """Sections of ``eval.json`` that the evaluation part ``speed`` writes."""
 
     speed: Speeds
 
@@ -198,14 +198,14 @@ _ByModel = Annotated[dict[str, _Answers], msgspec.Meta(min_length=1)]
 
 
 class BenchmarksPart(TypedDict):
-    """Sections of the part ``benchmarks``: by benchmark, model and mode of prompting."""
+    """Sections of ``eval.json`` that the part ``benchmarks`` writes, by task, model and mode."""
 
     benchmarks: dict[str, _ByModel]
     benchmark_counts: dict[str, str]
 
 
 def check_sections(sections: Mapping[str, Any], schema: Any, source: str) -> None:
-    """Check the sections of a part.
+    """Check the sections of ``eval.json`` that one part of an evaluation writes.
 
     Args:
         sections: sections of the part by name.
@@ -228,17 +228,17 @@ def check_sections(sections: Mapping[str, Any], schema: Any, source: str) -> Non
     sizes |= {len(pair["last"]) for pair in sections.get("bridge", ())}
     if len(sizes) > 1:
         raise DocumentError(
-            f"{source}: partial, bridge: expected one number of values of 'first' and 'last' for "
-            f"all models, and one less of 'single'; got {', '.join(map(str, sorted(sizes)))}"
+            f"{source}: partial, bridge: expected lists 'first' and 'last' of equal length for all "
+            f"models, and 'single' one shorter; got {', '.join(map(str, sorted(sizes)))}"
         )
     measured = sections.get("faithfulness", {}).values()
     for key in ("nmse_per_layer", "nmse_token_per_layer"):
         if len({len(values[key]) for values in measured if values[key] is not None}) > 1:
             raise DocumentError(
-                f"{source}: faithfulness: expected lists {key!r} of one length for all models"
+                f"{source}: faithfulness: expected lists {key!r} of equal length for all models"
             )
     names = {*sections.get("benchmarks", ()), "mean"}
     if differing := sorted(names ^ {*sections.get("benchmark_counts", ()), "mean"}):
         raise DocumentError(
-            f"{source}: benchmarks, benchmark_counts: expected {differing[0]!r} in both"
+            f"{source}: benchmarks, benchmark_counts: expected {differing[0]!r} in both sections"
         )

@@ -57,7 +57,7 @@ class ComparedModel:
 
     @property
     def description(self) -> str:
-        """The model in words."""
+        """Description of the model in words, for tables."""
         if self.kind == "transcoder":
             weight = "" if self.sparsity is None else f", λ={self.sparsity:g}"
             bridge = ", no bridge" if self.bridge == 0 and self.sparsity != 0 else ""
@@ -120,12 +120,11 @@ def run_names(runs: Sequence[str | os.PathLike[str]], names: Sequence[str] | Non
     for name in names:
         if name in BUILT_IN:
             raise UserError(
-                f"a run's name: expected another than {name!r}, which is a model of every pair; "
-                "pass --names"
+                f"a run's name: {name!r} is already the name of a model of every pair; pass --names"
             )
         if not name or not all(c.isalnum() or c in "._-+=" for c in name) or name[0] == ".":
             raise UserError(
-                f"a run's name: expected letters, digits and ._-+=, got {name!r} (--names)"
+                f"a run's name: expected letters, digits and ._-+=, got {name!r}; pass --names"
             )
         check_name(name, "a run's name (--names)")
         if names.count(name) > 1:
@@ -135,14 +134,14 @@ def run_names(runs: Sequence[str | os.PathLike[str]], names: Sequence[str] | Non
 
 
 def read_pair(folder: Path, metadata: Mapping[str, Any]) -> PairConfig:
-    """Return the pair of adapters, at the commits that they name.
+    """Return the settings of the pair that adapters belong to, at the commits that they name.
 
     The settings come from the run's ``config.yaml`` if ``folder`` is in a run. Trust in remote code
     is not read: see :func:`with_trust`.
 
     Args:
-        folder: of the adapters.
-        metadata: of the adapters' card, see :func:`fastadapt.models.trained_files.read_adapters`.
+        folder: folder of the adapters.
+        metadata: metadata of their card, see :func:`fastadapt.models.trained_files.read_adapters`.
 
     Raises:
         UserError: the run's configuration cannot be read, names another pair than the adapters, or
@@ -155,7 +154,7 @@ def read_pair(folder: Path, metadata: Mapping[str, Any]) -> PairConfig:
         try:
             run_pair = read_yaml(config, RunFile)["pair"]
         except DocumentError as error:
-            raise UserError(f"{config} is no run's configuration: {error}") from error
+            raise UserError(f"{config} is not a run's configuration: {error}") from error
         expected = {role: run_pair[role] for role in named}
         if named != expected:
             raise UserError(
@@ -165,7 +164,10 @@ def read_pair(folder: Path, metadata: Mapping[str, Any]) -> PairConfig:
         values = {key: value for key, value in run_pair.items() if key != TRUST}
     known = {field.name for field in fields(PairConfig)}
     if not {"target", "base"} <= set(values) <= known:
-        raise UserError(f"{folder}: expected a target and a base, got {dict(values)}")
+        raise UserError(
+            f"{folder}: expected the names of a target and a base in fastadapt.json or "
+            f"config.yaml, got {dict(values)}"
+        )
     try:
         pair = PairConfig(**values)
     except UserError as error:

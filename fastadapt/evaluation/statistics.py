@@ -1,11 +1,12 @@
 """Confidence intervals of quantities that are measured on a sample of sequences or questions.
 
-Every reported quantity is a ratio of sums over *units*. Top-1 error is the number of wrong
-positions of all sequences over the number of positions. Accuracy is the number of right answers to
-all questions over the number of answers. Positions of one sequence depend on each other, and so do
-answers to one question. Units are independent, so units are resampled: sequences for faithfulness,
-questions with all their repetitions for benchmarks. A difference of two models on the same units,
-and the share of a gain that a model recovers, are ratios of sums too. This pairs the models.
+Every reported quantity is a ratio of sums over *units* (sequences or questions). Top-1 error is the
+number of wrong positions of all sequences over the number of positions. Accuracy is the number of
+right answers to all questions over the number of answers. Positions of one sequence depend on each
+other, and so do answers to one question. Units are independent, so units are resampled: sequences
+for faithfulness, questions with all their repetitions for benchmarks. A difference of two models on
+the same units, and the share of a gain that a model recovers, are ratios of sums too. This pairs
+the models.
 
 The interval is the bootstrap-t (Efron and Tibshirani 1993, chapter 12). Its error in coverage is of
 the order 1/n at each end; that of the percentile interval is 1/sqrt(n). Measured coverage of 95%
@@ -38,7 +39,7 @@ _ENTRIES = 1 << 24  # largest size of the [R, n] matrix of draws per resample an
 
 @dataclass(frozen=True)
 class BootstrapConfig:
-    """Settings of the intervals.
+    """Settings of the bootstrap confidence intervals.
 
     Args:
         level: confidence level, in [0.5, 1).
@@ -140,7 +141,7 @@ def wilson(successes: Tensor | float, trials: Tensor | float, level: float = 0.9
     """Return Wilson's interval (1927) of a proportion of independent trials.
 
     Args:
-        successes, trials: of one shape, with 0 <= successes <= trials; integers or not.
+        successes, trials: numbers, of one shape, with 0 <= successes <= trials; integers or not.
         level: confidence level.
 
     Example:
@@ -214,7 +215,7 @@ def quotient(a: Intervals, b: Intervals) -> Intervals:
 
 
 def _resampled(moments: Tensor, resamples: int, seed: int) -> list[Tensor]:
-    """Return sums over the units of each resample: of ``[5, K, n]``, chunks of ``[5, R, K]``."""
+    """Return sums over the units of each resample: ``[5, R, K]`` in chunks, from ``[5, K, n]``."""
     generator = torch.Generator().manual_seed(seed)
     n = moments.shape[-1]
     chunk = max(1, _ENTRIES // max(n, 1))
@@ -250,7 +251,7 @@ def _t_statistic(resampled: tuple[Tensor, Tensor], mean: Tensor) -> Tensor:
 
 
 def _quantiles(t: Tensor, probabilities: Tensor) -> Tensor:
-    """Return ``[2, K]``: the nearest resamples, as t is infinite for resamples without spread."""
+    """Return quantiles of t, ``[2, K]``, without interpolation, since t may be infinite."""
     largest = torch.finfo(t.dtype).max  # torch interpolates first, and inf - inf is NaN
     finite = t.clamp(-largest, largest)
     ends = torch.nanquantile(finite, probabilities, dim=0, interpolation="nearest")

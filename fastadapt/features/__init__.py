@@ -1,1 +1,1 @@
-"""What the features of an adapter mean: collected, browsed, described, judged, selected."""
+"""Find out what an adapter's features mean: collect, browse, describe, judge and select them."""

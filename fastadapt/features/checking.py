@@ -35,7 +35,7 @@ class Checked:
         rows: rows of a table, or features of a set; None for other files.
         hashed: whether the manifest has the file's size and SHA-256.
         wrong: a line for each defect; empty if the file is sound.
-        note: a remark that is no defect.
+        note: a remark that is not a defect.
     """
 
     name: str
@@ -92,7 +92,7 @@ def check_store(store: Store) -> list[Checked]:
 
 
 class _Reader:
-    """Check one table, one row group at a time."""
+    """Checks one table of a store, one row group at a time."""
 
     def __init__(
         self, store: Store, table: str, kind: Kind, known: dict[str, int], lengths: np.ndarray
@@ -103,7 +103,7 @@ class _Reader:
         self.lengths = np.zeros(0, np.int64)
 
     def lines(self) -> Iterator[str]:
-        """Yield a line for each defect, in the order of the file."""
+        """Yield a line for each defect of the table, in the order of its rows."""
         table, store = self._table, self._store
         schema = SHARED[table] if table in SHARED else TABLES[table]
         path = store.path(table, self._kind)

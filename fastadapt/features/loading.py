@@ -30,7 +30,7 @@ class LoadedRun:
 
     @property
     def pair(self) -> ModelPair:
-        """The target, the base's MLPs and the tokenizer."""
+        """The pair of the run: the target, the base's MLPs and the tokenizer."""
         return self.model.pair
 
 

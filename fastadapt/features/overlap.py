@@ -88,7 +88,7 @@ def overlap(
         run: folder of the run.
         source: folder of the store; the run's own if not given.
         config: number of tokens, and limits of memory.
-        dtype: of the pair; by default the dtype that the features were collected in.
+        dtype: dtype of the pair; by default the dtype that the features were collected in.
         device, attention: override the run's settings of the pair.
         trust_remote_code: run Python code that comes with the models.
         progress: called with (layers done, layers).
@@ -98,8 +98,8 @@ def overlap(
         The table, a row per feature that is active on any of the tokens; None if stopped.
 
     Raises:
-        UserError: the store does not exist or is of another adapter, another process writes to it,
-            or plots cannot be drawn.
+        UserError: the store does not exist or was collected from other adapters, another process
+            writes to it, or plots cannot be drawn.
         RunError: the store cannot be written.
     """
     config = config or OverlapConfig()
@@ -195,7 +195,7 @@ def _layers(
 def _agreements(
     adapter: Any, layer: int, inputs: dict[str, Tensor], n_F: Tensor, config: OverlapConfig
 ) -> pa.Table:
-    """Return a layer's rows of :data:`~fastadapt.features.store.schema.OVERLAP`."""
+    """Return a layer's agreements as rows of :data:`~fastadapt.features.store.schema.OVERLAP`."""
     # Sorted by count, since a chunk of features costs a top-k of its largest count.
     features = n_F.argsort(stable=True)
     features = features[n_F[features] > 0]
@@ -252,7 +252,7 @@ def distribution(table: pa.Table) -> dict[str, list[float]]:
 
 
 def figure(table: pa.Table) -> Figure:
-    """Return the figure of both distributions."""
+    """Return the figure of agreement with the target and with the base."""
     middles = [(i + 0.5) / BINS for i in range(BINS)]
     names = {"target": "reads the target", "base": "reads the base"}
     return Figure(
@@ -268,10 +268,10 @@ def figure(table: pa.Table) -> Figure:
 
 
 def medians(table: pa.Table) -> dict[str, float]:
-    """Return the median agreement by ``target``, ``base``."""
+    """Return the features' median agreement with ``target`` and with ``base``, by name."""
     return {other: float(np.median(table[other].to_numpy())) for other in OTHERS}
 
 
 def plot_of(store: Store) -> Path:
-    """Return the file of the plot."""
+    """Return the path of the store's plot of agreement."""
     return store.path("overlap").with_suffix(".png")

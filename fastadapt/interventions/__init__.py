@@ -56,7 +56,8 @@ class Intervention:
         scale: factor of ``onto-target``, by default -0.5; None for the other kinds.
 
     Raises:
-        UserError: the kind is unknown, or the scale is not finite or belongs to another kind.
+        UserError: the kind is unknown, or the scale is not finite or given with a kind other than
+            ``onto-target``.
 
     Example:
         >>> Intervention("onto-target").scale
@@ -77,7 +78,7 @@ class Intervention:
             raise UserError(f"scale: expected a finite number, got {self.scale}")
 
     def apply(self, adapter: TranscoderAdapter, rows: list[int]) -> TranscoderAdapter:
-        """Return a changed copy of an adapter; ``rows`` are the features of the set."""
+        """Return a changed copy of one layer's adapter; ``rows`` are the set's features in it."""
         selected = {"ablate": 0.0, "only": 1.0}.get(self.kind, self.scale)
         others = float(self.kind == "ablate")
         factors = torch.full((adapter.n_features,), others, dtype=torch.float64)
@@ -188,13 +189,13 @@ def scale_features(
 ) -> Iterator[None]:
     """Scale features of a live model inside the context, and restore the model afterwards.
 
-    Factor 0 has the effect of :func:`ablate`. Any factor with ``onto="target"`` has the effect of
-    :func:`onto_target`. Contexts nest: an inner context scales the adapters of the outer one. The
-    changed adapters are copies, which exist as long as the context.
+    Factor 0 has the effect of :func:`ablate`. With ``onto="target"`` the effect is that of
+    :func:`onto_target` with the same factor. Contexts nest: an inner context scales the adapters of
+    the outer one. The changed adapters are copies, which exist as long as the context.
 
-    The logits have the bits of a saved intervention if the model's adapters are in float32. In 16
-    bits this holds for 0 and for powers of two of either sign; a row scaled by another factor is
-    rounded twice.
+    The logits equal those of a saved intervention bit for bit if the model's adapters are in
+    float32. In 16 bits this holds only for 0 and for powers of two of either sign; any other factor
+    rounds the scaled row of ``W_dec`` once more.
 
     Args:
         model: model to change, for ``generate`` and all other calls.
@@ -252,7 +253,7 @@ def _factors(
     if isinstance(features, FeatureSet):
         check_fit(features.not_empty(), n_layers, n_features)
         if factor is None:
-            raise UserError(f"{features.label}: expected a factor, got none")
+            raise UserError(f"{features.label}: expected a factor, got none; pass factor")
         features = dict.fromkeys(features, factor)
     elif factor is not None:
         raise UserError(f"factor: expected none with factors per feature, got {factor}")

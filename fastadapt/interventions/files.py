@@ -65,8 +65,8 @@ def intervene(
     digest, history = adapter_digest(source), list(metadata.get("interventions") or [])
     if features.not_empty().adapter not in {digest, *(step["adapter"] for step in history)}:
         raise UserError(
-            f"{features.label} is of another adapter than {source}; select a set from the features "
-            "of this run"
+            f"{features.label} was selected from other adapters than those of {source}; select a "
+            "set from the features of this run"
         )
     check_fit(features, len(layers), card["adapter"].features)
     config = _config_of(source, metadata)

@@ -37,12 +37,12 @@ class Series:
 
 @dataclass(frozen=True)
 class Figure:
-    """Series on common axes.
+    """A figure: series on common axes.
 
     Attributes:
         key: name of the figure's file, without suffix.
         title, x_label, y_label: plain texts, without markup.
-        series: in drawing order.
+        series: the series, in drawing order.
         x_log: whether the horizontal axis is logarithmic.
         y_log: whether the vertical axis is logarithmic. None: it is if all values are positive and
             the largest is more than 32 times the smallest.
@@ -102,14 +102,14 @@ def _against_l0(result: Mapping[str, Any]) -> list[Figure]:
 
 
 def over_l0(result: Mapping[str, Any], values: Mapping[str, Interval]) -> list[Series]:
-    """Return one value per model over its L0.
+    """Return series that plot one value per model over the model's L0.
 
     Models with an L0 are points, others levels. The points of the sweep (transcoders trained with
     the bridge and a sparsity) are one series.
 
     Args:
         result: the contents of ``eval.json``.
-        values: by name of the model.
+        values: intervals by name of the model.
     """
     series: list[Series] = []
     sweep: list[tuple[float, Interval]] = []
@@ -144,7 +144,7 @@ def series_of(name: str, kind: str, x: Sequence[float], values: Sequence[Interva
 def _per_model(
     result: Mapping[str, Any], curves: Mapping[str, tuple[Sequence[float], Sequence[Interval]]]
 ) -> list[Series]:
-    """Return one series per model, in the order of ``result``, with the sweep sorted by L0."""
+    """Return one series per model, in the order of ``result``; runs of the sweep sorted by L0."""
     models = [m for m in result["students"] if m["name"] in curves]
     sweep = iter(sorted(filter(_in_sweep, models), key=lambda m: m["l0"] or 0.0))
     ordered = [next(sweep) if _in_sweep(m) else m for m in models]

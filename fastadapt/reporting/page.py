@@ -25,10 +25,10 @@ def style_sheet() -> str:
 
 
 def render_page(path: Path, template: str, **values: Any) -> None:
-    """Write a page. An existing file is replaced.
+    """Write an HTML page from a template; an existing file is replaced.
 
     Args:
-        path: of the page.
+        path: path of the page.
         template: name of a file in ``templates/``.
         values: variables of the template.
 
@@ -65,8 +65,8 @@ def write_page(
         result: the contents of ``eval.json``.
         tables: the tables.
         figures: the plots.
-        path: of the page.
-        subject: of the page, in one word.
+        path: path of the page.
+        subject: subject of the page, in one word.
     """
     pair = result["pair"]
     facts = {"pair": pair, **result["settings"], "versions": result["versions"]}

@@ -174,7 +174,7 @@ class LegendKey(NamedTuple):
     """An entry of a page's legend.
 
     Attributes:
-        name: of the series.
+        name: name of the series.
         colour: CSS colour.
         line: CSS line style.
         value: last value of the series, as text.
@@ -201,7 +201,7 @@ def legend_keys(figure: Figure) -> list[LegendKey]:
 
 
 def _titles(figure: Figure) -> list[str]:
-    """Return the title of each handle of :func:`_plot`."""
+    """Return the SVG title (name of the series) of each handle that :func:`_plot` returned."""
     if figure.mark != "bars":
         return [s.name for s in figure.series]
     return [
@@ -386,7 +386,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def tick_label(value: float) -> str:
-    """Format the value of a tick.
+    """Format the value of an axis tick.
 
     Example:
         >>> tick_label(-25_000), tick_label(2e-05), tick_label(0.1 + 0.2)

@@ -19,10 +19,10 @@ Interval = Mapping[str, float | None]
 
 @dataclass(frozen=True)
 class Table:
-    """A table of texts.
+    """A table whose cells are texts.
 
     Attributes:
-        title: of the table.
+        title: title of the table.
         head: names of the columns.
         rows: cells, as many per row as in ``head``.
         note: explanation of the contents.

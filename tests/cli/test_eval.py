@@ -174,7 +174,7 @@ BAD = {
     ),
     "a folder of something else": (
         lambda d: ["eval", d.finished_run(), "--output", d.pair],
-        r"holds something that is no evaluation .* nothing in it was touched",
+        r"holds files that are not an evaluation .* nothing in it was touched",
     ),
     "benchmarks whose data are not there": (
         lambda d: [

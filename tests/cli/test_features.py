@@ -198,8 +198,8 @@ def test_sets_of_another_adapter_are_listed_as_such(
     assert listed.code == 0, listed.err
     (mine,) = (line for line in listed.out.splitlines() if "mine" in line)
     (old,) = (line for line in listed.out.splitlines() if "old" in line)
-    assert "another adapter" not in mine
-    assert "of another adapter: select it again" in old
+    assert "other adapters" not in mine
+    assert "selected from other adapters: select it again" in old
 
 
 def test_costs_are_told_and_need_consent(

@@ -300,7 +300,7 @@ def test_a_response_that_no_request_of_these_settings_has(tmp_path: Path) -> Non
         ({"tokens": [1] * 5}, "tokens: expected 1 to 4, got 5"),
         ({"tokens": [6]}, "tokens: expected ids below 6, got 6"),
         ({"cut": 9}, "cut: expected at most 3, got 9"),
-        ({"prompt_tokens": [1]}, "another prompt"),
+        ({"prompt_tokens": [1]}, "a different prompt"),
     ):
         with pytest.raises(UserError, match=rf"0\.jsonl.*{reason}"):
             check(**changes)

@@ -117,7 +117,7 @@ def test_bad_runs(make_run: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"expected adapters of .*llama.*got adapters of .*qwen2"):
         ModelSet.open([run])
     (run / "config.yaml").write_text("[")
-    with pytest.raises(UserError, match=r"config\.yaml is no run's configuration"):
+    with pytest.raises(UserError, match=r"config\.yaml is not a run's configuration"):
         ModelSet.open([run])
 
 
@@ -125,7 +125,7 @@ def test_bad_names_and_dtypes(make_run: Callable[..., Path], tmp_path: Path) -> 
     run, other = make_run("a", 1), make_run("b", 2)
     with pytest.raises(UserError, match=r"several runs have the name 'a' .*pass --names"):
         ModelSet.open([run, run])
-    with pytest.raises(UserError, match="expected another than 'hybrid'"):
+    with pytest.raises(UserError, match="'hybrid' is already the name of a model"):
         ModelSet.open([run], ["hybrid"])
     with pytest.raises(UserError, match=r"letters, digits and \._-\+=, got '\.\./x'"):
         ModelSet.open([run], ["../x"])

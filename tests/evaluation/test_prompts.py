@@ -40,7 +40,7 @@ def test_rows_without_a_domain_and_without_conversations(tokenizer: Any, tmp_pat
     path.write_text(json.dumps({"conversations": turns}) + "\n", encoding="utf-8")
     assert load_prompts(str(path), tokenizer, "r1-distill", 5)[0].domain is None
     path.write_text("", encoding="utf-8")
-    with pytest.raises(UserError, match="holds no conversation"):
+    with pytest.raises(UserError, match="holds no conversation; give another one"):
         load_prompts(str(path), tokenizer, "r1-distill", 5)
     path.write_text(json.dumps({"conversations": turns[:1]}) + "\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"some\.jsonl, line 1: conversations: expected two turns"):

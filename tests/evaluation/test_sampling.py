@@ -269,7 +269,7 @@ def test_a_file_of_other_settings_is_refused(tiny: tuple[Any, Any], tmp_path: Pa
     with pytest.raises(UserError, match="source was"):
         sample(*tiny, wanted, CONFIG, out=out, source={"model": "b"})
     other = [replace(wanted[1], prompt=(9, 9))]
-    with pytest.raises(UserError, match="another prompt with the id 'q1'"):
+    with pytest.raises(UserError, match="with the id 'q1' to a different prompt"):
         sample(*tiny, other, CONFIG, out=out, source={"model": "a"})
     assert out.read_bytes() == before
     # The size of batches is no such setting.
@@ -286,7 +286,7 @@ def test_bad_requests_are_refused_before_sampling(tiny: tuple[Any, Any], tmp_pat
     long = Request("long", (5,) * 64)
     with pytest.raises(UserError, match=r"'long': expected .* context of 64 tokens, got 64 tokens"):
         sample(*tiny, [*requests(), long], CONFIG, out=out)
-    with pytest.raises(UserError, match="'q0', repetition 0: expected unique requests"):
+    with pytest.raises(UserError, match="'q0', repetition 0: this request is given twice"):
         sample(*tiny, requests() * 2, CONFIG, out=out)
     with pytest.raises(UserError, match="'none': the prompt is empty"):
         sample(*tiny, [Request("none", ())], CONFIG, out=out)

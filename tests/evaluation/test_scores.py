@@ -121,7 +121,9 @@ def test_no_hesitation_in_few_tokens_has_a_wide_interval() -> None:
 
 
 def test_models_with_different_questions_are_refused() -> None:
-    with pytest.raises(UserError, match=r"expected one number of questions for all models, got"):
+    with pytest.raises(
+        UserError, match=r"expected the same number of questions for all models, got"
+    ):
         summarise_benchmarks(
             {
                 "target": {"sampled": {"a": answered(drawn(0.5, 9, 4))}},

@@ -69,7 +69,7 @@ def test_batches_hold_each_text_once_within_the_budget(texts: list[Text]) -> Non
 def test_bad_texts(texts: list[Text]) -> None:
     for wrong, message in (
         ([], "expected at least one text, got none"),
-        ([*texts, texts[0]], "text t0: expected unique ids"),
+        ([*texts, texts[0]], "text t0: expected a different id for each text"),
         ([Text("short", [3], 0)], "text short: expected at least 2 tokens, got 1"),
         ([Text("long", [3, 4], 3)], "text long: expected a prompt of 0 to 2 tokens, got 3"),
     ):

@@ -224,5 +224,5 @@ def test_bad_settings_and_foreign_stores_are_refused(run: Path, tmp_path: Path) 
     with pytest.raises(UserError, match="has no features yet"):
         overlap(other)
     shutil.copytree(run / "features", other / "features")
-    with pytest.raises(UserError, match="are of another adapter"):
+    with pytest.raises(UserError, match="were collected from other adapters"):
         overlap(other)

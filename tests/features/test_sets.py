@@ -56,7 +56,9 @@ def test_set_operations() -> None:
 
 def test_sets_of_two_adapters_do_not_combine() -> None:
     other = FeatureSet.from_pairs([(0, 1)], adapter="1" * 64, shape=(2, 6), expression="other")
-    with pytest.raises(UserError, match="the set hand and the set other are of two adapters"):
+    with pytest.raises(
+        UserError, match="the set hand and the set other were selected from different adapters"
+    ):
         feature_set((0, 1)) | other
 
 
@@ -107,8 +109,8 @@ def test_a_set_of_another_adapter_is_listed_as_stale(store: Store) -> None:
         ({"features": [[1, 0], [1, 0]]}, "distinct"),
         ({"features": [[1]]}, r"features\[0\]: expected array of length 2"),
         ({"features": None}, "features: expected array, got null"),
-        ({"adapter": "1" * 64}, "set 'mine' is of another adapter"),
-        ({"n_features": 7}, "set 'mine' is of another adapter"),
+        ({"adapter": "1" * 64}, "set 'mine' was selected from other adapters"),
+        ({"n_features": 7}, "set 'mine' was selected from other adapters"),
         ({"schema_version": 7}, "schema_version is 7"),
     ],
 )
@@ -125,7 +127,7 @@ def test_missing_empty_and_foreign_sets_are_refused(store: Store, tmp_path: Path
     with pytest.raises(UserError, match="the set hand is empty"):
         save_set(store, feature_set(), "mine")
     other = FeatureSet.from_pairs([(0, 1)], adapter="1" * 64, shape=(2, 6), expression="other")
-    with pytest.raises(UserError, match="of another adapter than the features in"):
+    with pytest.raises(UserError, match="was selected from other adapters than those of"):
         save_set(store, other, "mine")
     for name in ("", ".x", "a/b", "..", "a b"):
         with pytest.raises(UserError, match="a set's name"):

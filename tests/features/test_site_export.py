@@ -234,9 +234,9 @@ def test_a_folder_with_other_contents_is_refused(store: Store, tmp_path: Path) -
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="is no site of features"):
+    with pytest.raises(UserError, match="holds files that are not exported pages"):
         export(store, mine)
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         export(store, mine / "thesis.tex")
     assert (mine / "thesis.tex").read_text() == "years of work"
     assert export(store, tmp_path / "new" / "pages") == (tmp_path / "new" / "pages").resolve()
@@ -245,7 +245,7 @@ def test_a_folder_with_other_contents_is_refused(store: Store, tmp_path: Path) -
 def test_kinds_that_the_store_lacks_are_refused(store: Store) -> None:
     with pytest.raises(UserError, match="no base units"):
         export(store, kinds=["base"])
-    with pytest.raises(UserError, match="kinds: expected some of adapter"):
+    with pytest.raises(UserError, match="kinds: expected one or more of adapter"):
         export(store, kinds=[])
 
 

@@ -185,7 +185,7 @@ def test_it_listens_on_this_machine_only(port: int) -> None:
 
 
 def test_ports_in_use_and_invalid_ports_are_refused(store: Store, port: int) -> None:
-    with pytest.raises(UserError, match=f"port: {port} is in use; pass another, or 0"):
+    with pytest.raises(UserError, match=f"port: {port} is in use; pass another port, or 0"):
         serve(store, port=port)
     with pytest.raises(UserError, match="port: expected 0 to 65535, got 65536"):
         serve(store, port=65536)

@@ -92,7 +92,7 @@ def test_damaged_stores_are_refused(folder: Path, change: object, message: str) 
 
 
 def test_a_store_of_another_adapter_is_refused(folder: Path) -> None:
-    with pytest.raises(UserError, match="of another adapter"):
+    with pytest.raises(UserError, match="collected from other adapters"):
         Store.open(folder, adapter="1" * 64)
     assert Store.open(folder, adapter="0" * 64).kinds == ["adapter"]
 

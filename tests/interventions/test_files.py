@@ -228,7 +228,7 @@ def test_what_cannot_be_done_leaves_nothing(make_run: Callable, tmp_path: Path) 
         [(0, 1)], adapter=features.adapter, shape=(3, 9), expression="narrow"
     )
     for wrong, message in (
-        (other, "set 'mine' is of another adapter than"),
+        (other, "set 'mine' was selected from other adapters than"),
         (replace(features, features=()), "set 'mine' is empty"),
         (narrow, "expected 3 layers of 24 features, those of the adapter, got 3 of 9"),
     ):

@@ -28,7 +28,7 @@ LETTERS = "ABCD"
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Kind and source of a benchmark.
+    """How a benchmark is graded, and where its data come from.
 
     Attributes:
         kind: ``math``, ``choice`` or ``organism`` (of the embedded pair).
@@ -49,7 +49,7 @@ class Benchmark:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Columns that the data must have."""
+        """Columns that the data of the benchmark must have."""
         return (self.question, self.answer, *self.wrong)
 
 
@@ -84,10 +84,10 @@ def dataset(
 
     Args:
         benchmark: a key of ``BENCHMARKS``.
-        family: of the rendering, see :mod:`fastadapt.data.rendering`.
+        family: family of the rendering, see :mod:`fastadapt.data.rendering`.
         data: folder with ``<benchmark>.jsonl`` or ``.parquet``; None: the hub.
         few_shot: number of worked examples in the prompt.
-        seed: of the order of options and of the choice of examples.
+        seed: seed of the order of options and of the choice of examples.
 
     Returns:
         Rows of ``id, question, answer, prompt`` (rendered). Rows of GPQA also have ``order``: the
@@ -102,7 +102,7 @@ def dataset(
 def questions(
     benchmark: str, *, family: str, data: str | None, few_shot: int, seed: int
 ) -> list[Row]:
-    """Return the rows of :func:`dataset`.
+    """Return the questions of a benchmark, as rows of :func:`dataset`.
 
     Raises:
         UserError: the benchmark is unknown, its data or a column is missing, or ``few_shot`` is
@@ -161,16 +161,16 @@ def _format(benchmark: str, number: int, row: Row, seed: int) -> Row:
 
 
 def _text(value: Any, where: str) -> str:
-    """Return a cell of a benchmark's data as text. Numbers are converted."""
+    """Return a cell of a benchmark's data as text; a number is converted to text."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not (isinstance(value, str) or (number and math.isfinite(value))):
         got = "null" if value is None else type(value).__name__ if not number else value
         raise UserError(f"{where}: expected text or a number, got {got}")
     text = str(value)
     if text_or_none(text) is None:
-        raise UserError(f"{where} is not UTF-8")
+        raise UserError(f"{where} is not UTF-8; correct this row")
     if not text.strip():
-        raise UserError(f"{where} is empty")
+        raise UserError(f"{where} is empty; fill in or remove this row")
     return text.strip()
 
 
@@ -208,7 +208,10 @@ def _read(benchmark: str, data: str | None) -> Sequence[Row]:
         require_columns(loaded.column_names, spec.columns, f"{name} ({split})")
         rows = list(loaded)
     if not rows:
-        raise UserError(f"benchmark {benchmark}: expected questions in its data, got none")
+        raise UserError(
+            f"benchmark {benchmark}: expected questions in its data, got none; give a folder with "
+            "data as --benchmarks.data"
+        )
     return rows
 
 

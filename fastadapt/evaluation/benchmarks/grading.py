@@ -108,7 +108,7 @@ def chosen_letter(text: str) -> str | None:
 
 
 def _boxed_letter(content: str) -> str | None:
-    """Return the option in a box; None for other contents."""
+    """Return the option, A to D, in a box's contents; None if they are not an option."""
     content, before = _SWITCH.sub(" ", content), None
     while content != before:
         before, content = content, _WRAPPED.sub(lambda match: match[1] or match[2] or "", content)

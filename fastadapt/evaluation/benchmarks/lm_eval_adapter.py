@@ -95,11 +95,11 @@ class SampledLM(LM):
 
     # Abstract methods of lm-eval's base class, which our tasks do not use.
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Not supported."""
+        """Raise ``NotImplementedError``: this model generates text, and computes no likelihoods."""
         raise NotImplementedError("expected a task that generates, got one of likelihoods")
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """Not supported."""
+        """Raise ``NotImplementedError``: this model generates text, and computes no likelihoods."""
         raise NotImplementedError("expected a task that generates, got one of likelihoods")
 
 

@@ -23,15 +23,15 @@ from fastadapt.evaluation.models_under_test import ModelSet
 def complete_config(
     models: ModelSet, config: BenchmarkConfig, sampling: SamplingConfig
 ) -> BenchmarkConfig:
-    """Return ``config`` with ``sampling``, the runs' family and, if it has no tasks, the pair's.
+    """Return ``config`` with ``sampling``, the runs' family and, if it names no tasks, defaults.
 
     Raises:
         UserError: the first run records no rendering family.
     """
     if models.family is None:
         raise UserError(
-            f"benchmarks: no rendering family recorded in {models.runs[0]}; pass the folder of a "
-            "run that records one as the first"
+            f"benchmarks: no rendering family recorded in {models.runs[0]}; give, as the first "
+            "run, one whose config.yaml records a family"
         )
     return replace(
         config,
@@ -54,8 +54,8 @@ def run_models(
 
     Args:
         models: the runs.
-        config: from :func:`complete_config`. With ``few_shot``, the base and the hybrid are run in
-            further modes, see :func:`prompt_modes`.
+        config: settings, from :func:`complete_config`. With ``few_shot``, the base and the hybrid
+            are run in further modes, see :func:`prompt_modes`.
         folder: stores one folder per model and mode.
         progress: called with (model and mode, completed responses, total responses).
         stop: set it to stop early; the results are incomplete then.
@@ -82,7 +82,7 @@ def run_models(
 
 
 def prompt_modes(model: str, config: BenchmarkConfig) -> dict[str, BenchmarkConfig]:
-    """Return the settings of a model's modes of prompting, by name.
+    """Return the settings of a model's prompt modes, by name.
 
     Every model has the mode ``sampled``. With ``few_shot``, the base and the hybrid also have two
     modes with examples, sampled and greedy.
@@ -98,7 +98,7 @@ def prompt_modes(model: str, config: BenchmarkConfig) -> dict[str, BenchmarkConf
 
 
 def count_texts(results: Results) -> dict[str, str]:
-    """Return the numbers of questions and repetitions by benchmark, as texts."""
+    """Return a text for each benchmark that gives its numbers of questions and repetitions."""
     by_task = results["target"][SAMPLED]
     counts = {
         name: f"{result.n_questions} questions × {result.repetitions}"

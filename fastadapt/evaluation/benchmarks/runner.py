@@ -48,13 +48,13 @@ EMBEDDED = ("organism_math", "organism_code", "organism_science")
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """Settings of benchmarks.
+    """Settings of a run of benchmarks.
 
     Args:
         tasks: names of benchmarks; default: the published ones, or those of the embedded pair.
         data: folder with ``<task>.jsonl`` or ``<task>.parquet``; None: the hub. Benchmarks of the
             embedded pair need no data.
-        family: of the rendering, see :mod:`fastadapt.data.rendering`.
+        family: family of the rendering, see :mod:`fastadapt.data.rendering`.
         few_shot: number of worked examples in the prompt.
         seed: seed of the order of GPQA's options and of the choice of examples.
         repetitions: responses per question; None: the published number.
@@ -87,7 +87,7 @@ class BenchmarkConfig:
             raise UserError(f"benchmarks.few_shot: expected 0 or more, got {self.few_shot}")
 
     def fingerprint(self, model: str) -> str:
-        """Return the SHA-256 of ``model`` (a fingerprint) and settings that affect responses."""
+        """Return the SHA-256 of a model's fingerprint and the settings that affect responses."""
         settings = (self.data, self.family, self.few_shot, self.seed, self.sampling.fingerprint())
         return hashlib.sha256(repr((model, settings)).encode()).hexdigest()
 
@@ -100,7 +100,7 @@ class BenchmarkConfig:
 
 @dataclass(frozen=True)
 class Row:
-    """A graded response.
+    """One response to a benchmark's question, with its grade.
 
     Attributes:
         question: id of the question.
@@ -137,7 +137,7 @@ class BenchmarkResult:
         truncated: share of responses that reached the token budget or the context.
         degenerate: share of responses that were cut for degeneration.
         hesitations_per_1000: words of hesitation per 1,000 tokens.
-        speed: of the sampling; None if not known.
+        speed: speed of the sampling; None if not known.
         rows: the graded responses.
     """
 
@@ -168,11 +168,11 @@ def run_benchmarks(
     progress: Progress | None = None,
     stop: Event | None = None,
 ) -> dict[str, BenchmarkResult]:
-    """Run each task on a model.
+    """Run each benchmark of ``config.tasks`` on a model.
 
     Args:
         model, source: see :func:`fastadapt.evaluation.generation.sampling.sample`.
-        tokenizer: of the pair.
+        tokenizer: tokenizer of the pair.
         config: settings.
         out: folder for ``<task>.responses.jsonl``, whose responses are reused, and
             ``<task>.rows.jsonl``.
@@ -240,10 +240,10 @@ def summarize(task: str, rows: Sequence[Row], speed: Speed | None = None) -> Ben
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Return the rows of a ``<task>.rows.jsonl``.
+    """Return the graded responses in a ``<task>.rows.jsonl``.
 
     Raises:
-        DocumentError: the file cannot be read, or a line is no row.
+        DocumentError: the file cannot be read, or a line is not a graded response.
     """
     names = [column.name for column in fields(Row)]
     try:
@@ -252,7 +252,9 @@ def read_rows(path: Path) -> list[Row]:
     except OSError as error:
         raise DocumentError(f"{path} cannot be read: {error.strerror}") from error
     if lines.pop():
-        raise DocumentError(f"{path}, line {len(lines) + 1} is cut short")
+        raise DocumentError(
+            f"{path}, line {len(lines) + 1} is incomplete; delete the file and evaluate again"
+        )
     values = [parse_line(line, f"{path}, line {i}", Row) for i, line in enumerate(lines, 1)]
     return [Row(**{name: value[name] for name in names}) for value in values]
 

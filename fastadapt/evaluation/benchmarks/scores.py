@@ -41,8 +41,8 @@ def summarise_benchmarks(
     """Summarise accuracy, length and hesitation of every model on every benchmark.
 
     Args:
-        results: of models on the same questions. ``recovered`` needs ``target`` and ``hybrid``,
-            ``recovered_from_base`` needs ``target`` and ``base``.
+        results: results of models on the same questions. ``recovered`` needs ``target`` and
+            ``hybrid``, ``recovered_from_base`` needs ``target`` and ``base``.
         config: settings of the intervals.
 
     Returns:
@@ -104,8 +104,8 @@ def _check_same(sums: Mapping[str, Mapping[str, _Sums]], task: str) -> None:
     counts = {len(scores.correct) for modes in sums.values() for scores in modes.values()}
     if len(counts) > 1:
         raise UserError(
-            f"benchmark {task}: expected one number of questions for all models, got "
-            f"{sorted(counts)}"
+            f"benchmark {task}: expected the same number of questions for all models, got "
+            f"{sorted(counts)}; evaluate all models with the same --benchmarks.limit"
         )
 
 
@@ -131,7 +131,7 @@ def _intervals(scores: _Sums, config: BootstrapConfig | None) -> dict[str, Any]:
 def _recovered(
     scores: _Sums, floor: _Sums | None, ceiling: _Sums | None, config: BootstrapConfig | None
 ) -> Any:
-    """Return the recovered share; None for the floor and the ceiling, or without one of them."""
+    """Return the share of the gain from floor to ceiling; None for these two models themselves."""
     if floor is None or ceiling is None or scores is floor or scores is ceiling:
         return None
     a, b, c = (each.correct / each.responses * each.weight for each in (scores, floor, ceiling))

@@ -59,7 +59,7 @@ class OutputConfig:
 
 @dataclass(frozen=True)
 class Measured:
-    """Arrays of one model over n texts, on the CPU.
+    """Measurements of one model on n texts, as arrays on the CPU.
 
     Attributes:
         kl: float32 ``[P]``: KL(target ‖ model) in nats, at the positions of text 0, then 1, ...
@@ -97,7 +97,7 @@ def measure_output(
         models: the runs, with their base and hybrid.
         texts: responses of the target with their prompts.
         folder: stores one file per model, and until a model is finished one file per batch.
-        names: of the models to measure; default: all, including the base.
+        names: names of the models to measure; default: all, including the base.
         config: settings.
         progress: called with (completed batches, total batches), summed over models.
         stop: set it to stop after the current batch.
@@ -139,12 +139,12 @@ def open_stores(
     n_parts: int,
     arrays: Callable[[str], Arrays],
 ) -> dict[str, PartialResults]:
-    """Return the stored results of each model.
+    """Return the store of each model's results, by name of the model.
 
     Args:
         models: the runs, with their base and hybrid.
-        names: of the models; default: all.
-        folder: of the files.
+        names: names of the models; default: all.
+        folder: folder of the stored files.
         facts: values that the results depend on beside the model. They select the file.
         n_parts: number of parts of the results.
         arrays: returns dtypes and shapes of a model's arrays by its name.
@@ -165,7 +165,9 @@ def open_stores(
 def check_finite(name: str, values: Tensor, texts: Sequence[str]) -> None:
     """Raise ``RunError`` if a value of ``values`` is not finite."""
     if not values.isfinite().all():
-        raise RunError(f"{name}: a prediction on texts {', '.join(texts)} is not finite")
+        raise RunError(
+            f"{name}: a prediction on texts {', '.join(texts)} is not finite; pass --dtype float32"
+        )
 
 
 def _arrays(models: ModelSet, texts: Sequence[Text], n_batches: int, name: str) -> Arrays:

@@ -128,7 +128,8 @@ def measure_partial(
     names = [n for n in models.compared if n != "base"] if names is None else list(names)
     if "base" in names:
         raise UserError(
-            "partial replacement: expected models that share the target's attention, got 'base'"
+            "partial replacement: expected models that share the target's attention, got 'base'; "
+            "leave it out of the names"
         )
     batches = batches_of(texts, config.batch_tokens)
     facts = ("partial", _SCHEMA, digest_of(texts), *vars(config).values())
@@ -153,9 +154,9 @@ def measure_partial(
             continue
         tensors = {key: values[order] for key, values in store.read().items()}
         if not torch.equal(tensors["positions"], predicted):
-            raise store.damaged("tensor positions: expected one less than each text's tokens")
+            raise store.damaged("tensor 'positions': expected one less than each text's tokens")
         if bool((tensors["wrong"] < 0).any() or (tensors["wrong"] > predicted[:, None]).any()):
-            raise store.damaged("tensor wrong: expected counts from 0 to each text's positions")
+            raise store.damaged("tensor 'wrong': expected counts from 0 to each text's positions")
         measured[name] = _split_families(tensors)
     return measured
 
@@ -240,7 +241,7 @@ def _ends(
 
 
 def _split_families(tensors: dict[str, Tensor]) -> Partial:
-    """Split the streams into families. Streams that families share are copied to each."""
+    """Split sums by stream into the families first, last and single; copy shared streams."""
 
     def spread(sums: Tensor) -> dict[Family, Tensor]:
         n_layers = sums.shape[1] // 3 + 1

@@ -23,12 +23,12 @@ _RESUME_ADVICE = "Finished measurements are intact. Run the same command again t
 class PartialResults:
     """Arrays of one model, in one file per batch until all batches are measured, then in one file.
 
-    File names have the model's name and the fingerprint. Another measurement, of other texts or of
-    another adapter of the same name, neither reads nor overwrites them.
+    File names have the model's name and the fingerprint. A measurement of other texts, or of a
+    different adapter with the same name, neither reads nor overwrites them.
 
     Args:
-        folder: of the files; created with the first part.
-        name: of the model.
+        folder: folder of the files; created with the first part.
+        name: name of the model.
         fingerprint: hexadecimal digest of everything that the arrays depend on.
         n_parts: number of parts.
         arrays: expected arrays; None for any.
@@ -59,11 +59,12 @@ class PartialResults:
         return [part for part in range(self.n_parts) if not self._piece(part).is_file()]
 
     def add(self, part: int, tensors: Mapping[str, Tensor]) -> None:
-        """Store a part. The last part joins all of them into one file.
+        """Store one part (batch) of the arrays. The last part joins all parts into one file.
 
         Args:
             part: index, 0 to ``n_parts - 1``.
-            tensors: of the same names in every part. Parts are joined along dimension 0.
+            tensors: arrays of the part, with the same names in every part. Parts are joined along
+                dimension 0.
 
         Raises:
             RunError: the folder cannot be written.
@@ -82,7 +83,10 @@ class PartialResults:
             UserError: parts are missing, a file is damaged, or it has other arrays than expected.
         """
         if missing := self.missing():
-            raise UserError(f"{self._pieces}: {len(missing)} of {self.n_parts} parts are missing")
+            raise UserError(
+                f"{self._pieces}: {len(missing)} of {self.n_parts} parts are missing; evaluate "
+                "again to measure them"
+            )
         if not self.whole.is_file():
             self._join()  # add() was interrupted before its own _join()
         return self._read(self.whole)
@@ -124,7 +128,7 @@ class PartialResults:
 
 
 def _check(tensors: Mapping[str, Tensor], arrays: Arrays, source: str, *, whole: bool) -> None:
-    """Check names, dtypes and shapes of arrays; of a part (not ``whole``), not dimension 0.
+    """Check names, dtypes and shapes of arrays; for a part (not ``whole``), except dimension 0.
 
     Raises:
         TensorError: an array is not as expected.
@@ -158,7 +162,7 @@ def iter_missing(
     The caller must add the part to the stores of these models before the next iteration.
 
     Args:
-        stores: by name of the model.
+        stores: the stores of results, by name of the model.
         at_once: largest number of models yielded together.
         progress: called with (completed parts, total parts), summed over models.
         stop: set it to end the iteration.

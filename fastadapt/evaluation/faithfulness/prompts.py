@@ -18,12 +18,12 @@ from fastadapt.io.names import has_file
 
 
 class Prompt(NamedTuple):
-    """A prompt.
+    """The rendered prompt of a held-out conversation.
 
     Attributes:
         id: index of the conversation in its source.
         ids: tokens of the prompt.
-        domain: of the problem, if the data have that column.
+        domain: domain of the problem, if the data have that column.
     """
 
     id: str
@@ -63,7 +63,7 @@ def held_out(run: Path) -> HeldOut | None:
     try:
         data = read_yaml(path, _RunFile)["data"]
     except DocumentError as error:
-        raise UserError(f"{path} is no run's configuration: {error}") from error
+        raise UserError(f"{path} is not a run's configuration: {error}") from error
     return HeldOut(data["validation"], data["validation_split"], data["revision"], data["family"])
 
 
@@ -80,7 +80,7 @@ def load_prompts(
 
     Args:
         source, split, revision: see :func:`fastadapt.data.sources.read_rows`.
-        tokenizer: of the pair.
+        tokenizer: tokenizer of the pair.
         family: a key of :data:`fastadapt.data.rendering.FAMILIES`.
         n: largest number of prompts.
 
@@ -90,7 +90,9 @@ def load_prompts(
     check_markers(tokenizer, family)
     rows = list(islice(read_values(source, split=split, revision=revision, optional=["domain"]), n))
     if not rows:
-        raise UserError(f"data source {source!r}: it holds no conversation")
+        raise UserError(
+            f"data source {source!r} holds no conversation; give another one (--texts.prompts)"
+        )
     texts, domains = [], []
     for where, values in rows:
         try:

@@ -151,7 +151,7 @@ def order(
 def partial_gaps(
     a: Partial, b: Partial, family: Family, config: BootstrapConfig | None = None
 ) -> list[dict[str, Any]]:
-    """Return intervals of the KL of ``a`` minus that of ``b``, paired by text, along a family."""
+    """Return intervals of the KL of ``a`` minus ``b``, paired by text, of a whole family."""
     curve: list[dict[str, Any]] = _curve(a, a.kl[family] - b.kl[family], config)
     return curve
 
@@ -175,7 +175,7 @@ class _Sums:
         return {key: self._interval(key, sums[key][selected], counts) for key in sums}
 
     def with_count(self, positions: Tensor | None, texts: Tensor | None = None) -> dict[str, Any]:
-        """Return the intervals, and the number of positions."""
+        """Return :meth:`intervals` with the number of positions as ``positions``."""
         selected = torch.ones_like(self.text, dtype=torch.bool) if positions is None else positions
         if texts is not None:
             selected = selected & texts[self.text]

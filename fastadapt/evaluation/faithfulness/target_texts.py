@@ -67,8 +67,8 @@ def target_texts(
     family = models.family or (recorded and recorded.family)
     if source is None or family is None:
         raise UserError(
-            f"{first}: no validation data or rendering family recorded; pass the folder of a run "
-            "as the first"
+            f"{first}: no validation data or rendering family recorded; give, as the first run, "
+            "one whose config.yaml records both"
         )
     default = recorded if config.prompts is None else None
     prompts = load_prompts(

@@ -26,7 +26,7 @@ class Text(NamedTuple):
         id: unique among the texts.
         ids: tokens of the prompt and the response.
         prompt_length: number of tokens of the prompt.
-        domain: of the problem; None if not known.
+        domain: domain of the problem; None if not known.
     """
 
     id: str
@@ -36,7 +36,7 @@ class Text(NamedTuple):
 
 
 def check_texts(texts: Sequence[Text]) -> None:
-    """Check that texts can be measured.
+    """Raise ``UserError`` if models cannot be compared on these texts.
 
     Raises:
         UserError: ``texts`` is empty, two texts have one id, a text has fewer than 2 tokens, or a
@@ -47,7 +47,9 @@ def check_texts(texts: Sequence[Text]) -> None:
     seen: set[str] = set()
     for text in texts:
         if text.id in seen:
-            raise UserError(f"text {text.id}: expected unique ids, got this one twice")
+            raise UserError(
+                f"text {text.id}: expected a different id for each text, got this one twice"
+            )
         seen.add(text.id)
         if len(text.ids) < 2:
             raise UserError(f"text {text.id}: expected at least 2 tokens, got {len(text.ids)}")

@@ -34,7 +34,7 @@ CPU_PAGE, CPU_BATCH, CPU_TOKENS = 16, 64, 2048
 
 
 class _Key(ContinuousBatchingLogitsProcessor):
-    """Passes half of the key of each request's next token to the device."""
+    """Logits processor that passes one half of each request's next noise key to the device."""
 
     def __init__(self, half: int, keys_of: Callable[[Any], tuple[int, int]]) -> None:
         self.supported_kwargs, self.ignored_kwargs = {}, ()
@@ -54,7 +54,7 @@ class _Key(ContinuousBatchingLogitsProcessor):
 
 
 class _Drawing(_Key):
-    """Passes the second half of the keys, and applies ``draw`` with both halves."""
+    """Logits processor that passes the second half of the keys and applies ``draw`` with both."""
 
     def __init__(self, high: _Key, draw: Draw, keys_of: Callable[[Any], tuple[int, int]]) -> None:
         super().__init__(1, keys_of)
@@ -87,7 +87,7 @@ class _Watch:
         return rollout.key_at(state.position_offset)
 
     def take(self, name: str, tokens: list[int]) -> bool:
-        """Feed the new ones of a request's ``tokens``; return whether its response has ended."""
+        """Feed a request's ``tokens`` that are new; return whether its response has ended."""
         rollout = self.rollouts[name]
         for token in tokens[len(rollout.tokens) :]:
             if rollout.feed(token):
@@ -95,7 +95,7 @@ class _Watch:
         return rollout.finish is not None
 
     def _tokens(self, state: Any) -> list[int]:
-        """Return all generated tokens. A preempted request has the older ones in its prompt."""
+        """Return a request's generated tokens. After preemption its prompt holds the older ones."""
         prompt = len(self.rollouts[state.request_id].request.prompt)
         if len(state.initial_tokens) > prompt:
             return [*state.initial_tokens[prompt:], *state.generated_tokens]
@@ -173,7 +173,10 @@ def _collect(
         ended = []
         if output is not None and output.request_id in left:
             if output.error is not None:
-                raise RunError(f"continuous batching failed: {output.error}")
+                raise RunError(
+                    f"continuous batching failed: {output.error}. Pass --sampling.batching static "
+                    "to sample without it."
+                )
             if output.is_finished() and watch.take(output.request_id, output.generated_tokens):
                 ended.append(output.request_id)
         while not watch.ended.empty():
@@ -186,7 +189,8 @@ def _collect(
                 done(watch.rollouts[name])
         if output is None and not ended and left and not manager.is_running():
             raise RunError(
-                f"continuous batching stopped: {manager.background_thread_status.fatal_error}"
+                f"continuous batching stopped: {manager.background_thread_status.fatal_error}. "
+                "Pass --sampling.batching static to sample without it."
             )
 
 

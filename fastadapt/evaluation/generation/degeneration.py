@@ -7,20 +7,20 @@ it. A response is cut at the left edge of its earliest degenerate window, and th
 cut is scored (arXiv 2602.20904, which does not publish its set of n).
 
 Sensitivity. An n-gram needs ``m_n = max(min_count, ⌊share·window/n⌋ + 1)`` occurrences. For the
-default window and share these are 26 for n=2, 17 for 3, 11 for 5, 6 for 10, 4 for 15 and 3 for 20.
-Without ``min_count``, two would suffice from n=26 and one above n=50. A loop of period p repeats an
-n-gram every p tokens. Occurrences of an n-gram longer than p do not overlap at multiples of p from
-n on. So n detects the loop if ``(m_n - 1) · p·⌈n/p⌉ + n ≤ window``: n=24 up to a period of 88, n=10
-up to 38, n=5 up to 19, n=2 up to 7. Loops of short periods do not need a small n. A small n
-tolerates more noise in a loop, since fewer consecutive tokens must be equal.
+defaults (window 200, share 1/4, min_count 3) these are 26 for n=2, 17 for 3, 11 for 5, 6 for 10,
+4 for 15 and 3 for 20. Without ``min_count``, two occurrences would suffice from n=26, and one above
+n=50. A loop of period p repeats an n-gram every p tokens, and occurrences that do not overlap are
+``p·⌈n/p⌉`` tokens apart. So n detects the loop if ``(m_n - 1) · p·⌈n/p⌉ + n ≤ window``: n=24 up to
+a period of 88, n=10 up to 38, n=5 up to 19, n=2 up to 7. Loops of short periods do not need a small
+n. A small n tolerates more noise in a loop, since fewer consecutive tokens must be equal.
 
 False positives. Where digits are single tokens, as in Qwen's tokenizer, the separators of a table
 or list ("| 0.3 | 0.4", "3, 7, 12") are n-grams of two to four tokens that cover most of it. Two
 separators with a digit between them are n-grams of seven to nine tokens. In our tests, n=2 and
 {2..10, 15, 20} took two sound tables in three for a loop, {5..10, 15, 20} one in 25. An equation of
 11 to 20 tokens that is stated three to six times also covers a quarter of a window. With n=24 an
-equation must be longer than that and stated three times within a window. The default {10, 24}
-detects long loops by n=24, and noisy loops by n=10.
+equation is taken for a loop only if it has 24 tokens or more and is stated three times in a window.
+The default {10, 24} detects long loops by n=24, and noisy loops by n=10.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class DegenerationDetector:
         self._enough = False
 
     def feed(self, token: int) -> bool:
-        """Take the next token; return whether a degenerate window is complete."""
+        """Take the response's next token; return whether a degenerate window is complete."""
         if self.cut is not None:
             return True
         tokens = self._tokens

@@ -24,7 +24,7 @@ def request_seed(seed: int, request: str, repetition: int) -> int:
 
 
 def position_key(request: int, position: int) -> tuple[int, int]:
-    """Return the two int32 of a position's key, by SplitMix64.
+    """Return the key of a position's random numbers as two int32, by SplitMix64.
 
     Args:
         request: seed of the request, see :func:`request_seed`.

@@ -35,7 +35,7 @@ class Request:
     """One repetition of a prompt to be answered.
 
     Attributes:
-        id: of the prompt, unique in a file.
+        id: id of the prompt, unique in a file.
         prompt: token ids, including BOS; no token is added.
         repetition: index of the repetition, from 0.
     """
@@ -46,7 +46,7 @@ class Request:
 
     @property
     def key(self) -> Key:
-        """Id and repetition."""
+        """Id and repetition of the request, which identify it in a file."""
         return self.id, self.repetition
 
 
@@ -55,8 +55,8 @@ class Response:
     """The response to a request.
 
     Attributes:
-        id, repetition: of the request.
-        seed: of the request's random numbers, see
+        id, repetition: id and repetition of the request.
+        seed: seed of the request's random numbers, see
             :func:`fastadapt.evaluation.generation.gumbel.request_seed`.
         prompt_tokens: ids of the prompt.
         tokens: ids of the response, including the end-of-sequence token, or all tokens up to the
@@ -78,7 +78,7 @@ class Response:
 
     @property
     def key(self) -> Key:
-        """Id and repetition."""
+        """Id and repetition of the request, which identify it in a file."""
         return self.id, self.repetition
 
     @property
@@ -99,7 +99,7 @@ class Speed:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens per second; 0 for no time."""
+        """Generated tokens per second; 0 if no time was measured."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
@@ -107,7 +107,7 @@ class ResponseFile:
     """A file of responses, open for appending; see :func:`open_responses`.
 
     Attributes:
-        path: of the file.
+        path: path of the file.
         finished: responses by id and repetition.
         speeds: records of earlier calls.
     """
@@ -131,20 +131,22 @@ class ResponseFile:
             where, kind = f"{self.path}, line {number}", record.pop("kind", None)
             if (kind == "settings") != (number == 1) or kind not in KINDS:
                 wanted = "a file of responses" if number == 1 else "a response or a speed"
-                raise UserError(f"{where}: expected {wanted}, got kind {kind!r:.40}")
+                raise UserError(f"{where}: expected {wanted}, got a record of kind {kind!r:.40}")
             if kind == "settings":
                 _compare(self.path, record, {k: v for k, v in settings.items() if k != "kind"})
             elif kind == "response":
                 response = _parse(Response, record, where)
                 if response.key in self.finished:
-                    raise UserError(f"{where}: expected one response {response.key}, got two")
+                    raise UserError(
+                        f"{where}: expected one response {response.key}, got two; delete this line"
+                    )
                 self.finished[response.key] = response
             else:
                 self.speeds.append(_parse(Speed, record, where))
         return size
 
     def add(self, response: Response) -> None:
-        """Append a finished response."""
+        """Append a finished response to the file."""
         self.finished[response.key] = response
         self._write({"kind": "response", **asdict(response)})
 
@@ -155,7 +157,7 @@ class ResponseFile:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file; no response can be added afterwards."""
         self._file.close()
 
     def _write(self, record: Mapping[str, Any]) -> None:
@@ -178,11 +180,11 @@ def open_responses(path: Path, settings: Mapping[str, Any]) -> Iterator[Response
     """Open or create the file of responses at ``path``, locked for this process.
 
     Args:
-        path: of the file.
+        path: path of the file.
         settings: settings that determine the tokens; JSON values.
 
     Raises:
-        UserError: the file has responses of other settings, or is no file of responses.
+        UserError: the file has responses of other settings, or is not a file of responses.
         RunError: the file cannot be written, or another process samples into it.
     """
     lock = lock_file(path)
@@ -198,7 +200,9 @@ def open_responses(path: Path, settings: Mapping[str, Any]) -> Iterator[Response
             finally:
                 lock.unlink(missing_ok=True)
     except BlockingIOError:
-        raise RunError(f"{path}: another process samples into this file") from None
+        raise RunError(
+            f"{path}: another process is sampling into this file; wait until it ends"
+        ) from None
     except OSError as error:
         raise RunError(cannot_write(path, error, _RESUME_ADVICE)) from error
 
@@ -207,10 +211,10 @@ def read_responses(path: Path) -> list[Response]:
     """Return the responses of a file, in the order in which they finished.
 
     Raises:
-        UserError: the file does not exist, or is no file of responses.
+        UserError: the file does not exist, or is not a file of responses.
     """
     if not has_file(path):
-        raise UserError(f"{path}: no such file of responses")
+        raise UserError(f"{path} does not exist; sample responses into it first")
     return [
         _parse(Response, record, f"{path}, line {number}")
         for number, record, _ in _records(path)

@@ -20,7 +20,7 @@ _IN_FLIGHT = 8
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """Settings of the sampling.
+    """Settings of the sampling of responses.
 
     Args:
         temperature: temperature of the softmax; 0 takes the most likely token.
@@ -58,10 +58,10 @@ class SamplingConfig:
             known = "auto, continuous or static"
             raise UserError(f"sampling.batching: expected {known}, got {self.batching!r}")
         if "" in self.stop:
-            raise UserError("sampling.stop: an empty string would end every response")
+            raise UserError("sampling.stop: an empty string would end every response; remove it")
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return the settings that determine the tokens."""
+        """Return the settings that determine the tokens of a response."""
         settings = asdict(self)
         for name in ("batching", "batch_size"):
             del settings[name]
@@ -122,7 +122,7 @@ class Rollout:
         return self.finish is not None
 
     def response(self) -> Response:
-        """Return the response. It must have ended."""
+        """Return the finished response; call only after it has ended."""
         assert self.finish is not None
         cut = None if self._detector is None else self._detector.cut
         text = self._text(self.tokens[:cut])

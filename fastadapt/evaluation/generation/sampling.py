@@ -53,11 +53,11 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Sampled:
-    """Result of :func:`sample`.
+    """Responses that :func:`sample` returns, with their speed.
 
     Attributes:
-        responses: to the finished requests, in the order of the requests.
-        speed: of this call and the earlier calls recorded in ``out``; None if no token was
+        responses: responses to the finished requests, in the order of the requests.
+        speed: speed of this call and the earlier calls recorded in ``out``; None if no token was
             generated.
         complete: whether every request is finished.
     """
@@ -93,12 +93,12 @@ class _Session:
         self.report()
 
     def report(self) -> None:
-        """Call ``progress``."""
+        """Call ``progress`` with the numbers of finished and of all requests."""
         if self.progress is not None:
             self.progress(self.done_before + len(self.finished), self.total)
 
     def stopped(self) -> bool:
-        """Return whether ``stop`` is set."""
+        """Return whether the caller has set ``stop``."""
         return self.stop is not None and self.stop.is_set()
 
 
@@ -209,7 +209,8 @@ def check_requests(requests: Sequence[Request], context: int, vocabulary: int) -
         name = f"request {request.id!r}"
         if request.key in seen:
             raise UserError(
-                f"{name}, repetition {request.repetition}: expected unique requests, got two"
+                f"{name}, repetition {request.repetition}: this request is given twice; give each "
+                "request another id or repetition than the others"
             )
         seen.add(request.key)
         if not request.prompt:
@@ -237,8 +238,8 @@ def _check_old(
             continue
         if tuple(response.prompt_tokens) != request.prompt:
             raise UserError(
-                f"{out} holds a response to another prompt with the id {request.id!r}; sample into "
-                "another file, or delete this one"
+                f"{out} holds a response with the id {request.id!r} to a different prompt; sample "
+                "into another file, or delete this one"
             )
         n, limit = len(response.tokens), limits[request.key]
         expected = request_seed(seed, *request.key)

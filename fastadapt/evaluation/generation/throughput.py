@@ -144,7 +144,7 @@ def _ratios(taken: Sequence[float], target: Sequence[float]) -> list[float]:
 
 @torch.no_grad()
 def _time(model: Any, ids: torch.Tensor, new_tokens: int) -> float:
-    """Return the seconds of one generation."""
+    """Return the seconds in which a model generates one batch."""
     if ids.is_cuda:
         torch.cuda.synchronize(ids.device)
     began = time.perf_counter()

@@ -1,1 +1,1 @@
-"""Autointerp: a judge describes and classifies units; detection scores the descriptions."""
+"""Autointerp: a judge describes and classifies features or neurons, scored by detection."""

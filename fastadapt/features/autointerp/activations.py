@@ -1,4 +1,4 @@
-"""Activations of units in whole texts, computed by the model.
+"""Activations of units (features or neurons) in whole texts, computed by the model.
 
 A store holds some of the active positions of a unit only; whether the unit is silent in a window
 needs the model.
@@ -26,7 +26,7 @@ Places = dict[tuple[int, int], np.ndarray]
 
 
 class Activations(Protocol):
-    """Source of the positions at which units are active."""
+    """Interface that returns the positions of texts at which units are active."""
 
     def places(
         self,
@@ -40,7 +40,7 @@ class Activations(Protocol):
         """Return every position in ``texts`` at which a unit of ``units`` (by layer) is active.
 
         Raises:
-            UserError: the kind is not available.
+            UserError: activations of this kind of unit are not available.
         """
 
 
@@ -108,7 +108,9 @@ class ModelActivations:
         if kind == "adapter":
             return {}
         if self._k is None:
-            raise UserError(f"{kind} neurons: expected neurons_per_token, got None")
+            raise UserError(
+                f"{kind} neurons: neurons_per_token is None; pass the setting of the store"
+            )
         layers = range(self._model.n_layers)
         rows = [output_rows(self._model, kind, layer) for layer in layers]
         return {kind: [Neurons(row.float().norm(dim=1), self._k) for row in rows]}

@@ -1,4 +1,4 @@
-"""Classify units by a judge, into ``classes.parquet``, with the share of each class by layer."""
+"""Let a judge classify features or neurons; write ``classes.parquet`` and the shares by layer."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def classify(
     approve: Callable[[Estimate], bool] | None = None,
     stop: Event | None = None,
 ) -> dict[str, Any] | None:
-    """Let a judge classify units from examples and logit lens.
+    """Let a judge classify units (features or neurons) by their examples and logit lens.
 
     Arguments, cached answers and replaced rows are as in
     :func:`fastadapt.features.autointerp.describe.describe`.
@@ -101,7 +101,7 @@ def classify(
 def _questions(
     store: Store, config: ClassifyConfig
 ) -> tuple[list[Unit], list[ClassifyQuestion], dict[Kind, list[dict[str, int]]]]:
-    """Return units, their questions, and numbers of units judged or not, by kind and layer."""
+    """Return the units to classify, their questions, and by layer the numbers judged or not."""
     vocabulary = Vocabulary(store)
     units: list[Unit] = []
     questions: list[ClassifyQuestion] = []
@@ -140,9 +140,9 @@ def _questions(
             )
     if not units:
         raise UserError(
-            f"{store.folder}: no unit to classify: none is active on at least "
-            f"{config.min_density:g} of the tokens (classify.min_density) with "
-            f"{config.min_shown} examples or more"
+            f"{store.folder}: no unit to classify: no feature or neuron is active on at least "
+            f"{config.min_density:g} of the tokens and has {config.min_shown} examples or more; "
+            "lower classify.min_density or classify.min_shown"
         )
     return units, questions, counts
 

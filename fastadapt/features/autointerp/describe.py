@@ -1,4 +1,4 @@
-"""Describe units and score the descriptions by detection, into ``descriptions`` and ``scores``."""
+"""Let a judge describe features or neurons, and score the descriptions by detection."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def describe(
     approve: Callable[[Estimate], bool] | None = None,
     stop: Event | None = None,
 ) -> dict[str, Any] | None:
-    """Let a judge describe units, and score the descriptions on texts not shown to it.
+    """Let a judge describe units (features or neurons); score descriptions on texts not shown.
 
     Rows of other judges stay in the tables; earlier rows of this judge are replaced. The tables are
     written after the last answer. Paid answers are cached at once, so that a second call with the
@@ -115,7 +115,7 @@ def _all_questions(
     descriptions: Sequence[DescribeQuestion],
     vocabulary: Vocabulary,
 ) -> list[DescribeQuestion | DetectQuestion]:
-    """Return all questions; unknown descriptions have the maximum length."""
+    """Return all questions, to estimate costs; descriptions not yet known have maximum length."""
     questions: list[DescribeQuestion | DetectQuestion] = list(descriptions)
     for case, question in zip(selection.cases, descriptions, strict=True):
         known = judge.cached_answer(question)

@@ -24,7 +24,7 @@ MEASURES = ("accuracy", "precision", "recall")
 
 
 def score(case: DetectionCase, judge: str, predictions: Sequence[bool]) -> dict[str, Any]:
-    """Return a row of ``SCORES``.
+    """Return the detection scores of one unit's description, as a row of ``SCORES``.
 
     Args:
         case: unit with its scored texts.
@@ -50,7 +50,7 @@ def score(case: DetectionCase, judge: str, predictions: Sequence[bool]) -> dict[
 def summarise(
     rows: Sequence[Mapping[str, Any]], n_layers: int, config: BootstrapConfig
 ) -> dict[str, Any]:
-    """Return means over all units and by layer.
+    """Return mean detection scores over all units and by layer.
 
     Args:
         rows: rows of ``SCORES`` of one kind, judge and variant.

@@ -1,4 +1,4 @@
-"""Selection of units, of the examples shown to the describer, and of the scored texts.
+"""Selection of units (features or neurons), of examples for the describer, and of scored texts.
 
 The describer sees examples of a unit from the store. The description is scored on *held-out*
 windows, on which the unit fires, and on *negatives*, on which it is silent. Rules of the selection:
@@ -40,7 +40,7 @@ REASONS = ("too rare", "too few examples", "no silent text")
 
 @dataclass(frozen=True)
 class DetectionCase:
-    """Unit with the shown windows of one sample, and its scored ``texts``, shuffled."""
+    """A unit to judge, the windows of one sample to show, and its scored ``texts``, shuffled."""
 
     unit: Unit
     sample: SampleKind
@@ -55,7 +55,7 @@ class DetectionCase:
 
 @dataclass(frozen=True)
 class Selection:
-    """Cases of all kinds, and the numbers of units judged or not, by kind, layer and reason."""
+    """Cases to judge, and the numbers of units judged or not, by kind, layer and reason."""
 
     cases: list[DetectionCase]
     counts: dict[Kind, list[dict[str, int]]]
@@ -69,7 +69,7 @@ def draw(
     progress: Progress | None = None,
     stop: Event | None = None,
 ) -> Selection | None:
-    """Select units, shown examples and scored texts.
+    """Draw the units to judge, their shown examples and their scored texts.
 
     Args:
         store: store of features.
@@ -115,10 +115,11 @@ def draw(
             count["judged"] = len({c.unit for c in cases if (c.unit[:2] == (kind, layer))})
     if not cases:
         raise UserError(
-            f"{store.folder}: no unit to judge: none of {', '.join(kinds)} is active on at least "
-            f"{config.min_density:g} of the tokens (describe.min_density) with "
-            f"{config.min_shown + config.scored} examples or more that do not overlap, and has as "
-            f"many negatives; not judged: {_describe(counts)}"
+            f"{store.folder}: no unit of kind {', '.join(kinds)} to judge: none is active on at "
+            f"least {config.min_density:g} of the tokens with {config.min_shown + config.scored} "
+            "examples or more that do not overlap, and has as many negatives; lower "
+            "describe.min_density, describe.min_shown or describe.scored. Not judged: "
+            f"{_describe(counts)}"
         )
     return Selection(cases, counts)
 
@@ -140,7 +141,7 @@ _Split = dict[SampleKind, tuple[list[Window], list[Window]]]  # shown, held out
 def _splits(
     store: Store, kind: Kind, config: DescribeConfig
 ) -> tuple[dict[Unit, _Split], list[dict[str, int]]]:
-    """Return units with enough examples of every sample, and by layer the numbers of others."""
+    """Return units with enough examples of every sample, and the numbers left out, by layer."""
     n_layers, _ = store.shape(kind)
     splits: dict[Unit, _Split] = {}
     counts = []
@@ -210,7 +211,8 @@ def _check_model(
     if sum(agrees) < _MIN_AGREEMENT * len(agrees):
         raise UserError(
             f"{store.folder}: this is not the model that its features were collected from: of "
-            f"{len(agrees):,} examples of {kind} units, it fires on {sum(agrees):,}"
+            f"{len(agrees):,} examples of {kind} units, {sum(agrees):,} fire; collect the features "
+            "again"
         )
 
 

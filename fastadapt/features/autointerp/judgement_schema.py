@@ -57,7 +57,7 @@ class _Classes(_Shares):
 
 
 class _Drawing(TypedDict):
-    """Settings of both parts."""
+    """Settings that describing and classifying share."""
 
     units: Positive
     min_density: _Density
@@ -82,7 +82,7 @@ class _ClassifySettings(_Drawing):
 
 
 class _Result(TypedDict):
-    """Fields of both parts; tables show the level."""
+    """Fields that results of describing and of classifying share; tables show the level."""
 
     collected: NotRequired[Sha256]
     judge: NotRequired[dict[str, str | int | None]]
@@ -107,14 +107,14 @@ class Classified(_Result):
 
 
 class Parts(TypedDict, total=False):
-    """Results of one judge."""
+    """Results of one judge: of describing, of classifying, or of both."""
 
     described: Described
     classified: Classified
 
 
 class JudgementsFile(TypedDict):
-    """Content of ``judgements.json``."""
+    """Contents of ``judgements.json``: results of each judge."""
 
     schema_version: int
     judges: dict[Name, dict[str, Any]]  # each is Parts, checked apart for messages with its name
@@ -141,7 +141,7 @@ def check_fit(parts: Mapping[Part, Any], store: Store, source: str) -> None:
             known = ", ".join(store.kinds)
             raise UserError(f"{key}: expected kinds of the store ({known}), got {kind}")
         if len(layers) != (n_layers := store.shape(kind)[0]):
-            raise UserError(f"{key}.layers: expected {n_layers}, got {len(layers)}")
+            raise UserError(f"{key}.layers: expected {n_layers} entries, got {len(layers)}")
 
 
 def _by_layer(
@@ -164,6 +164,6 @@ def _by_layer(
 
 def _expect(key: str, names: Sequence[str], fields: Mapping[str, Any]) -> None:
     if missing := set(names) - fields.keys():
-        raise UserError(f"{key}: no {', '.join(sorted(missing))}")
+        raise UserError(f"{key}: missing keys: {', '.join(sorted(missing))}")
     if unknown := fields.keys() - set(names):
-        raise UserError(f"{key}: expected {', '.join(names)}, got {min(unknown)!r:.80} too")
+        raise UserError(f"{key}: unknown key {min(unknown)!r:.80}; expected {', '.join(names)}")

@@ -107,7 +107,8 @@ def _read(path: Path) -> dict[str, Any]:
     version = plain.get("schema_version")
     if type(version) is not int or version != SCHEMA_VERSION:
         raise UserError(
-            f"{path}: schema_version is {version!r:.80}, this fastadapt reads {SCHEMA_VERSION}"
+            f"{path}: schema_version is {version!r:.80}, but this fastadapt reads version "
+            f"{SCHEMA_VERSION}; {_ADVICE}"
         )
     return plain
 
@@ -117,7 +118,7 @@ def _as_json(held: Mapping[str, Any], path: Path) -> bytes:
         text = json.dumps(held, indent=1, ensure_ascii=False, allow_nan=False)
         return f"{text}\n".encode()
     except ValueError as error:  # a lone surrogate or an infinite number
-        raise UserError(f"{path}: value that JSON cannot hold: {error}") from None
+        raise UserError(f"{path}: a result cannot be written as JSON: {error}") from None
 
 
 def _collected(store: Store) -> str:
@@ -153,7 +154,7 @@ def write_judgements(store: Store, judge: str, part: Part, result: Mapping[str, 
 
 
 def tables(held: Mapping[str, Any]) -> list[Table]:
-    """Return tables of the contents of ``judgements.json``."""
+    """Return the tables that show the contents of ``judgements.json``."""
     tables_ = []
     for judge, parts in held["judges"].items():
         if "described" in parts:
@@ -236,7 +237,7 @@ def _figures(held: Mapping[str, Any]) -> list[Figure]:
 
 
 def file_names(judges: Iterable[str]) -> dict[str, str]:
-    """Return a short and unique name for file names, by judge.
+    """Return, for each judge, a short and unique name to use in file names.
 
     Example:
         >>> file_names(["m-1", "m/1"])

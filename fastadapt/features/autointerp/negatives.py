@@ -1,4 +1,4 @@
-"""Sampling of negatives: windows of the corpus in which a unit is silent."""
+"""Sampling of negatives: windows of the corpus in which a feature or neuron is silent."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Corpus:
         return window.start == 0, window.end == self._lengths[window.text]
 
     def window_at(self, position: int, length: int) -> Window:
-        """Return the silent window that begins at a position of the corpus."""
+        """Return the window of ``length`` silent tokens that begins at a position of the corpus."""
         i = int(np.searchsorted(self.starts, position, side="right")) - 1
         start = position - int(self.starts[i])
         tokens = tuple(self.tokens[i][start : start + length])

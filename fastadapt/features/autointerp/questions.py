@@ -1,4 +1,4 @@
-"""Questions to a judge and its answers, as strings: a judge needs no model of the pair."""
+"""Questions to a judge and its answers, as strings, so that a judge does not load the pair."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Progress = Callable[[int, int], None]  # (completed, total)
 
 @dataclass(frozen=True)
 class Example:
-    """Excerpt of a text, and for each of its pieces whether the unit is active."""
+    """Excerpt of a text, and whether the unit is active on each of its pieces."""
 
     pieces: Pieces
     fires: tuple[bool, ...]
@@ -104,7 +104,7 @@ class Estimate(NamedTuple):
 
     @property
     def words(self) -> str:
-        """Summary in one line."""
+        """The estimate in one line."""
         if self.tokens_out is None:
             answers, cost = "any number of answers", "no limit (judge.max_tokens)"
         else:
@@ -122,7 +122,7 @@ class Estimate(NamedTuple):
 
 
 class Judge(Protocol):
-    """Answers questions."""
+    """Interface of a judge, which answers questions about units (features or neurons)."""
 
     @property
     def name(self) -> str:
@@ -130,7 +130,7 @@ class Judge(Protocol):
 
     @property
     def about(self) -> dict[str, str | int | None]:
-        """Further facts for ``judgements.json``, without secrets."""
+        """Facts about the judge for ``judgements.json``, without secrets."""
 
     @property
     def can_classify(self) -> bool:
@@ -153,4 +153,4 @@ class Judge(Protocol):
         """Return the answer if it needs no paid call, else None."""
 
     def estimate(self, questions: Sequence[Question]) -> Estimate:
-        """Estimate the cost of asking."""
+        """Estimate the cost of asking these questions."""

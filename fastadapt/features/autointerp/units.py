@@ -1,4 +1,4 @@
-"""Units, and the windows of text in which they are active."""
+"""Units (features or neurons), and the windows of text in which they are active."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastadapt.features.store.store import Store
 
 
 class Unit(NamedTuple):
-    """Feature of the adapter, or neuron."""
+    """A feature of the adapter, or a neuron of an MLP, in one layer."""
 
     kind: Kind
     layer: int
@@ -26,7 +26,7 @@ class Unit(NamedTuple):
 
 @dataclass(frozen=True)
 class Window:
-    """Window of a text: its start, its tokens, and for each whether the unit is active."""
+    """Window of a text: its start, its tokens, and whether the unit is active on each token."""
 
     text: int
     start: int
@@ -36,7 +36,7 @@ class Window:
 
     @property
     def end(self) -> int:
-        """Position after the last token."""
+        """Position in the text after the window's last token."""
         return self.start + len(self.tokens)
 
     def overlaps(self, other: Window) -> bool:
@@ -46,7 +46,7 @@ class Window:
 
 
 class Vocabulary:
-    """Strings of token ids."""
+    """The store's vocabulary: the string of each token id."""
 
     def __init__(self, store: Store) -> None:
         self._path = store.path("tokens")
@@ -82,9 +82,9 @@ class Vocabulary:
 def eligible(
     store: Store, kind: Kind, layer: int, min_density: float, seed: int
 ) -> tuple[list[int], int]:
-    """Return the units of a layer with ``min_density`` or more, shuffled, and the number of others.
+    """Return a layer's units with ``min_density`` or more, shuffled, and how many it leaves out.
 
-    Units that never fired count as others for every ``min_density``.
+    Units that never fired are left out for every ``min_density``.
     """
     table = store.read("features", kind, columns=["feature", "density", "count"], layer=layer)
     is_frequent = pc.and_(

@@ -1,4 +1,4 @@
-"""Collect where every unit of a run fires: activation counts, and examples with windows.
+"""Collect where every unit (feature or neuron) of a run fires: counts, and examples.
 
 Held-out texts pass once through the replacement model, whose adapters return their codes. The
 device reduces the codes, without a loop over activations, to counts (by domain, region and tenth
@@ -70,7 +70,7 @@ def collect(
 
     Raises:
         UserError: the run has no features or is not finished, the texts cannot be read, or the
-            folder holds something else.
+            folder holds other files or other settings.
         RunError: no unit fires, an activation is not finite, or the folder cannot be written.
     """
     part = Shard(*(shard or Shard())).checked()
@@ -103,7 +103,7 @@ def merge(
     *,
     overwrite: bool = False,
 ) -> Store:
-    """Merge all shards into the store that a single pass gives. Loads no model.
+    """Merge all shards of a collection into the store that a single pass gives. Loads no model.
 
     Args:
         shards: folders of the shards, in any order.
@@ -142,7 +142,7 @@ def merge(
 
 
 def _finished(out: Path, facts: Mapping[str, Any]) -> Store | None:
-    """Return the finished store if its settings match; raise if the folder holds another one."""
+    """Return the finished store if its settings match; raise if the folder's settings differ."""
     recorded: Mapping[str, Any] | None = work.read_facts(out)
     store = None
     if recorded is None and has_file(out / MANIFEST):

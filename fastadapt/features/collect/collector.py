@@ -64,11 +64,11 @@ class Opened:
 
     @property
     def name(self) -> str:
-        """Name of the run among ``students``."""
+        """Name of the run in the model set ``students``."""
         return self.students.runs[0]
 
     def facts(self, shard: Shard) -> work.Facts:
-        """Return what determines the result: equal facts give equal stores."""
+        """Return adapter, models, data and settings, which determine the store."""
         pair = self.students.config
         settings = asdict(self.config)
         for name in _ELSEWHERE:
@@ -137,7 +137,7 @@ def open_run(
 def begin(
     opened: Opened, facts: work.Facts, shard: Shard, folder: Path, *, anew: bool = False
 ) -> Prepared:
-    """Prepare texts, vocabulary and logit lens, unless an earlier call has.
+    """Prepare the texts, vocabulary and logit lens of a collection, unless already prepared.
 
     The folder's former contents are removed only after everything is prepared, so a mistake in
     the settings loses nothing.
@@ -169,7 +169,8 @@ def begin(
         if prepared.texts == 0 and shard.n == 1:
             raise UserError(
                 f"data source {opened.source.name!r}: all {prepared.read} conversations are longer "
-                f"than {longest} tokens (--max_tokens, at most the model's context)"
+                f"than {longest} tokens; raise --max_tokens, up to the model's context, or pass "
+                "shorter conversations (--data)"
             )
         strings = token_strings(tokenizer, len(model.head))
         write_tokens(strings, staged / "tokens.parquet")
@@ -194,7 +195,9 @@ def gather(
     progress: Progress | None = None,
     stop: Event | None = None,
 ) -> dict[Kind, FeatureStats] | None:
-    """Pass the texts through the model, from the last snapshot on; return None if stopped.
+    """Return statistics of all texts, which pass the model from the last snapshot on.
+
+    None is returned if ``stop`` is set.
 
     Raises:
         RunError: an activation is not finite, or the folder cannot be written.
@@ -247,7 +250,7 @@ def gather(
 
 
 def empty_stats(opened: Opened, prepared: Prepared) -> dict[Kind, FeatureStats]:
-    """Return statistics without activations, for each kind that is collected."""
+    """Return empty statistics for each kind of unit (features, neurons) that is collected."""
     model, config = opened.students.replacement(opened.name), opened.config
     stats = {}
     for kind in config.kinds:

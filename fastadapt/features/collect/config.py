@@ -14,13 +14,13 @@ DOMAINS = 64  #: at most; the counts of 28 layers of 8,192 units then take 2 GB
 
 @dataclass(frozen=True)
 class CollectConfig:
-    """The texts to read, and the examples to store of each unit.
+    """The texts to read, and the examples to store of each unit (feature or neuron).
 
     Args:
         data: conversations, named as ``data.train`` is; the run's held-out data if not given. A
             column ``domain`` may have 64 different values at most: each unit is counted in each.
-        split: of ``data``, where that is on the hub or a folder; ``validation`` if not given.
-        n: the first so many conversations; all if not given.
+        split: split of ``data`` on the hub or in a folder; ``validation`` if not given.
+        n: number of conversations to read, from the first; all if not given.
         max_tokens: longer conversations are left out, and so are those longer than the model's
             context.
         top: strongest activations stored of each unit.
@@ -32,7 +32,7 @@ class CollectConfig:
         neurons_per_token: neurons of a layer that count as active on a token: the largest products
             of activation and norm of the neuron's output, if positive. Without this bound about
             half of the neurons fire on any token. If not given, the run's measured L0, rounded up.
-        seed: of the uniform draw.
+        seed: seed of the uniform draw.
         batch_tokens: tokens of a batch, padding included; a longer text is a batch of its own.
         snapshot_tokens: tokens between two snapshots, from which an interrupted run resumes.
         demeaned: subtract the mean over the vocabulary from the logit lens.
@@ -64,35 +64,35 @@ class CollectConfig:
             raise UserError(f"seed: expected less than 2**63, got {self.seed}")
         if self.split is not None and self.data is None:
             raise UserError(
-                f"split: expected --data beside it, of which {self.split!r} is a split, got none; "
-                "the run's held-out data has its own"
+                f"split: {self.split!r} is given without data; pass --data too, or leave out "
+                "--split to read the run's held-out data"
             )
         kinds = tuple(self.kinds)
         if not kinds or set(kinds) - set(KINDS) or len(set(kinds)) < len(kinds):
             raise UserError(
-                f"kinds: expected some of {', '.join(KINDS)}, each once, got "
+                f"kinds: expected one or more of {', '.join(KINDS)}, each once, got "
                 f"{', '.join(kinds) or 'none'}"
             )
         object.__setattr__(self, "kinds", tuple(kind for kind in KINDS if kind in kinds))
 
     @property
     def width(self) -> int:
-        """Tokens of a window, W."""
+        """Number of tokens of a window, W."""
         return self.before + 1 + self.after
 
 
 class Shard(NamedTuple):
-    """Part ``i`` of ``n``, counted from 0."""
+    """Part ``i`` of ``n`` parts of the texts, counted from 0."""
 
     i: int = 0
     n: int = 1
 
     @classmethod
     def parse(cls, text: str) -> Shard:
-        """Parse ``i/n``.
+        """Parse a shard that is written as ``i/n``.
 
         Raises:
-            UserError: the text has another form, or i is not below n.
+            UserError: the text does not have this form, or i is not below n.
         """
         match = re.fullmatch(r"(\d+)/(\d+)", text)
         if match is None:

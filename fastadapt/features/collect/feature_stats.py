@@ -1,4 +1,4 @@
-"""Running statistics of every unit of a kind: activation counts, histogram, sum, and examples.
+"""Running statistics of the features, or neurons, of a model: counts, histogram, sum, examples.
 
 The state is sums of integers and top-k's, so the order of batches does not change a bit of it.
 N tokens of a batch (padding counted), F units of a layer, U units of all layers, C codes.
@@ -37,7 +37,7 @@ _HALF_OCTAVE = math.floor((math.sqrt(2) - 1) * 2**23)
 
 
 class BatchTokens(NamedTuple):
-    """The place of each token of a batch: int64 ``[N]`` each."""
+    """Where each token of a batch is in the texts, and its window: int64 ``[N]`` each."""
 
     slot: Tensor  #: ``domain * SLOTS + slot``.
     place: Tensor  #: see :func:`fastadapt.features.collect.topk_buffer.place_of`.
@@ -61,7 +61,7 @@ def bins_of(values: Tensor) -> Tensor:
 
 
 class FeatureStats:
-    """Statistics and examples of one kind of unit.
+    """Statistics and examples of all units of one kind (features, or neurons of one model).
 
     Attributes:
         counts: int64 ``[U, domains + 1, SLOTS]``, active tokens; the last domain stands for none.
@@ -97,7 +97,7 @@ class FeatureStats:
         ]
 
     def add(self, layer: int, codes: SparseCodes, batch: BatchTokens) -> None:
-        """Add a layer's codes of one batch.
+        """Add one layer's codes of a batch to the statistics.
 
         Raises:
             RunError: an activation is not finite or not positive.
@@ -108,7 +108,8 @@ class FeatureStats:
         least, most = values.aminmax()  # NaN if any value is
         if not (least > 0 and most < torch.inf):
             raise RunError(
-                f"layer {layer}: an activation of the {self.kind} is not a finite, positive number"
+                f"layer {layer}: an activation of the {self.kind} is not a finite, positive "
+                "number; pass --dtype float32"
             )
         tokens, features = codes.tokens, codes.features
         self._count(layer, features, rows(batch.slot, tokens), values)
@@ -152,7 +153,7 @@ class FeatureStats:
             self.sums[units, part] += torch.bincount(features, whole, minlength=F).long()
 
     def merge(self, other: Mapping[str, Tensor], domains: Sequence[int]) -> None:
-        """Add the statistics of other texts.
+        """Add the statistics of other texts, such as those of another shard, to these.
 
         Args:
             other: returned by :meth:`tensors` of the other statistics.
@@ -169,7 +170,7 @@ class FeatureStats:
                 buffer.merge(theirs.candidates(units))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the state as tensors by name."""
+        """Return the statistics as tensors by name."""
         examples = {
             f"{name}.{field}": tensor
             for name, buffer in self.examples.items()

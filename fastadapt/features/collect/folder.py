@@ -87,12 +87,12 @@ def check_folder(folder: Path) -> None:
     """Raise unless the folder is missing, empty, or holds a collection.
 
     Raises:
-        UserError: the folder holds other files, or the path is no folder.
+        UserError: the folder holds other files, or the path is not a folder.
     """
     workspace = Workspace(folder, "--output", "writing to", ())
     names = workspace.names()
     if set(names) - _BESIDE and not (WORK in names or _is_store(folder) or _is_leftover(folder)):
-        raise workspace.foreign("is not empty and holds no features", names)
+        raise workspace.foreign("is not empty and is not a store of features", names)
 
 
 def _is_store(folder: Path) -> bool:
@@ -114,12 +114,12 @@ def _is_leftover(folder: Path) -> bool:
 
 
 def _unstaged(path: Path) -> str:
-    """Return the final name of a file, which may be staged."""
+    """Return the final name of a file that may still have the name of an unfinished write."""
     return unstaged(path.name) or path.name
 
 
 def read_facts(folder: Path) -> Facts | None:
-    """Return the facts of the collection in a folder; None if the folder has no collection.
+    """Return adapter, models, data and settings of a folder's collection; None if it has none.
 
     Raises:
         UserError: the facts cannot be read.
@@ -136,7 +136,7 @@ def read_facts(folder: Path) -> Facts | None:
 
 
 def config_of(folder: Path, facts: Facts) -> CollectConfig:
-    """Return the settings in the facts of a folder.
+    """Return the settings of the collection in a folder.
 
     Raises:
         UserError: a setting is missing, unknown or impossible.
@@ -149,7 +149,7 @@ def config_of(folder: Path, facts: Facts) -> CollectConfig:
 
 
 def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Write the facts of a collection into its ``collecting.next``.
+    """Write adapter, models, data and settings of a collection into its ``collecting.next``.
 
     Raises:
         OSError: the file cannot be written.
@@ -238,7 +238,7 @@ def sweep(folder: Path) -> None:
 
 
 def clear_work(folder: Path) -> None:
-    """Remove the files that only collecting needs."""
+    """Remove the files of a folder that only collecting needs."""
     if (folder / WORK / FACTS).exists():
         (folder / WORK / FACTS).unlink()  # first: a folder without facts has no collection
         sync_folder(folder / WORK)

@@ -1,4 +1,4 @@
-"""Codes of every kind of unit, from one pass of a batch through the layers.
+"""Codes of features and of MLP neurons, from one pass of a batch through the layers.
 
 Features come as sparse codes from the adapter's own forward. The base's neurons are read in the
 replacement model. The target's neurons are read in the target, which runs beside the replacement
@@ -25,12 +25,12 @@ from fastadapt.models.replacement import Mode, ReplacementModel
 def walk(
     model: ReplacementModel, batch: Batch, neurons: Mapping[Kind, Sequence[Neurons]]
 ) -> Iterator[tuple[int, dict[Kind, SparseCodes]]]:
-    """Yield each layer and its codes of a batch: of the adapter, and of the requested neurons.
+    """Yield each layer with the batch's codes, of the adapter and of the requested neurons.
 
     Args:
-        model: in ``eval()``, with its adapters.
+        model: replacement model in ``eval()``, with its adapters.
         batch: on the model's device.
-        neurons: of kind ``base`` and ``target``, one per layer.
+        neurons: neurons to read, by kind ``base`` and ``target``; one entry per layer.
     """
     real, attention = batch.real, batch.attention_mask
     padding = None if attention is None else ~real

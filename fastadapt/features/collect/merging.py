@@ -1,4 +1,4 @@
-"""Merge shards into the statistics that a single pass gives."""
+"""Merge shards of a collection into the statistics that a single pass gives."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastadapt.io.tensors import open_tensors
 
 
 class Part(NamedTuple):
-    """A finished shard: its folder and its facts."""
+    """A finished shard: its folder, and the facts of its collection."""
 
     folder: Path
     facts: work.Facts
@@ -29,7 +29,7 @@ def shards_of(folders: Sequence[Path]) -> list[Part]:
     """Return all shards of one collection, in order.
 
     Raises:
-        UserError: a shard is missing, given twice, not finished, or of another collection.
+        UserError: a shard is missing, given twice, not finished, or of a different collection.
     """
     if not folders:
         raise UserError("expected the folders of shards to merge, got none")
@@ -45,11 +45,12 @@ def shards_of(folders: Sequence[Path]) -> list[Part]:
         first = next(iter(parts.values()), Part(folder, facts))
         if changes := work.differing(_shared(first.facts), _shared(facts)):
             raise UserError(
-                f"{folder} and {first.folder} are not shards of one collection: {changes:.300}"
+                f"{folder} and {first.folder} are not shards of one collection: {changes:.300}; "
+                "give only shards with equal settings"
             )
         if n != first.facts["shard"][1] or i in parts:
             raise UserError(
-                f"{folder}: expected another part of {first.facts['shard'][1]}, got {i}/{n}"
+                f"{folder}: expected a different shard in each folder, got {i}/{n} again"
             )
         parts[i] = Part(folder, facts)
         _check_finished(folder, f"{i}/{n}")
@@ -57,7 +58,7 @@ def shards_of(folders: Sequence[Path]) -> list[Part]:
     if missing := sorted(set(range(wanted)) - set(parts)):
         raise UserError(
             f"expected all {wanted} shards to merge; "
-            f"{', '.join(f'{i}/{wanted}' for i in missing)} missing"
+            f"{', '.join(f'{i}/{wanted}' for i in missing)} missing; give their folders too"
         )
     return [parts[i] for i in range(wanted)]
 
@@ -77,7 +78,7 @@ def _check_finished(folder: Path, shard: str) -> None:
 
 
 def merged_texts(parts: Sequence[Part]) -> Prepared:
-    """Return the counts of the texts of all shards."""
+    """Return the counts of texts, tokens and conversations of all shards together."""
     each = [Prepared(**part.facts["prepared"]) for part in parts]
     return Prepared(
         each[0].read,  # every shard counts the whole source
@@ -104,14 +105,17 @@ def merged_stats(parts: Sequence[Part], domains: Sequence[str]) -> dict[Kind, Fe
                 snapshots.require_like(file, kind, like, path)
                 tensors = dict(snapshots.Prefixed(file, kind))
                 for name in wrong_values(tensors, like):
-                    raise UserError(f"{path}: tensor {kind}.{name}: it has impossible values")
+                    raise UserError(
+                        f"{path}: tensor {kind}.{name} has impossible values; collect this shard "
+                        "again"
+                    )
                 if kind not in merged:
                     cpu = torch.device("cpu")
                     merged[kind] = FeatureStats(kind, shape, len(domains), config, cpu)
                 if shape != (merged[kind].n_layers, merged[kind].n_features):
                     raise UserError(
                         f"{part.folder}: units.{kind}: expected the shape of the other shards, "
-                        f"got {shape}"
+                        f"got {shape}; collect this shard again"
                     )
                 merged[kind].merge(tensors, indices)
     return merged

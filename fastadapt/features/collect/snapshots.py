@@ -44,7 +44,7 @@ def save(tallies: Mapping[Kind, FeatureStats], cursor: Cursor, path: Path) -> No
 
 
 def load(tallies: Mapping[Kind, FeatureStats], path: Path) -> Cursor:
-    """Load a snapshot into ``tallies``, in place; without a file, return a cursor at the start.
+    """Load a snapshot into the statistics ``tallies``; return its cursor, at 0 without a file.
 
     Raises:
         UserError: the file cannot be read, or its tensors do not match ``tallies``.
@@ -57,12 +57,12 @@ def load(tallies: Mapping[Kind, FeatureStats], path: Path) -> Cursor:
             require_like(file, kind, tally, path)
             tally.load(Prefixed(file, kind))
             for name in wrong_values(tally.tensors(), tally):
-                raise TensorError(f"{path}: tensor {kind}.{name}: it has impossible values")
+                raise TensorError(f"{path}: tensor {kind}.{name} has impossible values")
     return cursor
 
 
 def cursor_of(path: Path) -> Cursor:
-    """Return the cursor of a snapshot.
+    """Return the position in the texts at which a snapshot was saved.
 
     Raises:
         UserError: the file cannot be read.
@@ -79,7 +79,7 @@ def _cursor(file: Any, path: Path) -> Cursor:
 
 
 def require_like(file: Any, kind: Kind, tally: FeatureStats, path: Path) -> None:
-    """Check names, shapes and dtypes of a kind's tensors in an open file against ``tally``.
+    """Check names, shapes and dtypes of a kind's tensors in a file against those of ``tally``.
 
     Only the file's header is read; ``tally`` may be on ``meta``.
 

@@ -23,7 +23,7 @@ from fastadapt.io.parquet import open_parquet, read_group
 
 
 class Texts(NamedTuple):
-    """The finished table of texts: ``[n]`` each."""
+    """Columns of the finished table of texts: ``[n]`` each."""
 
     path: Path
     numbers: np.ndarray  #: int64, number of each row's conversation in the source; ascending.
@@ -34,7 +34,7 @@ class Texts(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Tokens of all texts."""
+        """Number of tokens of all texts."""
         return int(self.lengths.sum())
 
 
@@ -93,7 +93,7 @@ def _first(table: pa.Table) -> int:
 def write_units(
     stats: FeatureStats, texts: Texts, domains: Sequence[str], folder: Path
 ) -> list[Path]:
-    """Write ``features.parquet`` and ``examples.parquet`` of one kind of unit; return the paths.
+    """Write ``features.parquet`` and ``examples.parquet`` of a kind of unit; return their paths.
 
     Raises:
         RunError: a table cannot be written.
@@ -184,8 +184,8 @@ def _rows_of(texts: Texts, number: np.ndarray, position: np.ndarray) -> np.ndarr
         first = int(np.flatnonzero(~exists)[0])
         raise UserError(
             f"the snapshot (state.safetensors) has an activation at token {position[first]} of "
-            f"conversation {number[first]}, which {texts.path} does not have; collect again "
-            "(--overwrite)"
+            f"conversation {number[first]}, which {texts.path} does not have; collect the "
+            "features again (--overwrite)"
         )
     return row
 
@@ -256,7 +256,7 @@ def check_fires(stats: FeatureStats, texts: Texts, source: str) -> None:
     if not bool(stats.counts.any()):
         raise RunError(
             f"nothing fires: none of the {stats.n_layers} x {stats.n_features} {stats.kind} units "
-            f"is active on any of the {texts.tokens} tokens of {source}"
+            f"is active on any of the {texts.tokens} tokens of {source}; pass other texts (--data)"
         )
 
 

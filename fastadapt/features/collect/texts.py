@@ -47,7 +47,7 @@ class Source:
 
     Attributes:
         name: file, folder, hub id, or a name of the embedded pair's data.
-        split, revision: of a folder or of the hub.
+        split, revision: split and revision to read, of a folder or of a hub repository.
         family: model family, which gives the template.
         n: number of conversations to read; None for all.
         max_tokens: longer conversations are left out.
@@ -72,13 +72,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Counts of prepared texts.
+    """Counts of the texts that :func:`prepare` has written.
 
     Attributes:
         read: conversations of the source, those of other shards included.
         too_long: conversations of this shard that were left out.
-        texts, tokens: of this shard.
-        domains: of these texts, sorted.
+        texts, tokens: numbers of texts and tokens of this shard.
+        domains: domains of these texts, sorted.
         with_markers: texts with a marker of the family in prompt or response, which the tokenizer
             reads as the marker.
     """
@@ -141,7 +141,9 @@ def prepare(
             if short:
                 writer.write_table(pa.Table.from_pylist(short, schema=TEXTS))
     if not read:
-        raise UserError(f"data source {source.name!r} holds no conversation")
+        raise UserError(
+            f"data source {source.name!r} holds no conversation; pass another one (--data)"
+        )
     return Prepared(read, too_long, texts, tokens, sorted(domains), with_markers)
 
 
@@ -190,7 +192,7 @@ class Text(NamedTuple):
 
 
 def read_group(path: Path, file: pq.ParquetFile, group: int) -> list[Text]:
-    """Return the texts of a row group of the file at ``path``.
+    """Return the texts of one row group of a file that :func:`prepare` wrote.
 
     Raises:
         UserError: the file is damaged, or a column has values that no text has.
@@ -212,7 +214,7 @@ def read_group(path: Path, file: pq.ParquetFile, group: int) -> list[Text]:
 
 
 def batches_of(texts: list[Text], batch_tokens: int) -> Iterator[list[Text]]:
-    """Yield the batches of a group's texts, those of a batch in the order of their numbers."""
+    """Yield the batches of a group's texts; texts of a batch are ordered by their numbers."""
     for indices in batch_by_length([len(text.tokens) for text in texts], batch_tokens):
         yield [texts[i] for i in sorted(indices)]
 
@@ -225,7 +227,7 @@ def batch_of(texts: list[Text]) -> Batch:
 def locate_tokens(
     texts: list[Text], domains: list[str], config: CollectConfig, device: torch.device
 ) -> BatchTokens:
-    """Return the place of every token of the texts' batch. Places of padding are never read."""
+    """Return where each token of a batch of texts is. Entries of padding are never read."""
     longest = max(len(text.tokens) for text in texts)
     slot = np.zeros((len(texts), longest), dtype=np.int64)
     for row, text in zip(slot, texts, strict=True):

@@ -1,4 +1,4 @@
-"""The top k activations of every unit, whatever the order in which activations come.
+"""The top k activations of every feature or neuron, in whatever order activations come.
 
 U units, k entries per unit, W tokens per window, m candidates.
 """
@@ -27,7 +27,7 @@ def rows(tensor: Tensor, index: Tensor) -> Tensor:
 
 
 def topk_per_group(group: Tensor, key: Tensor, place: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k items of the largest keys of each group; equal keys go by the lowest place.
+    """Return the k items with the largest keys of each group; of equal keys, the lowest places.
 
     Args:
         group, key, place: int64 ``[m]``, in any order.
@@ -69,7 +69,7 @@ class Candidates:
 
 @dataclass(frozen=True)
 class TopKBuffer:
-    """The top k of each unit so far, by rank: ``[U, k]`` each, and windows ``[U, k, W]``.
+    """The top k activations of each unit so far, by rank: ``[U, k]``, and windows ``[U, k, W]``.
 
     Empty entries have key -1. An entry's window stays at its ``slot`` when the entry changes rank:
     ranks change often, and windows are most of the memory.
@@ -83,14 +83,14 @@ class TopKBuffer:
 
     @classmethod
     def empty(cls, n_units: int, k: int, width: int, device: torch.device) -> TopKBuffer:
-        """Return a buffer without entries."""
+        """Return a buffer for U units that has no entries."""
         key = torch.full((n_units, k), -1, dtype=torch.int64, device=device)
         value = torch.zeros(n_units, k, device=device)
         return cls(key, key.clone(), value, key.clone(), value.new_zeros(n_units, k, width))
 
     @property
     def k(self) -> int:
-        """Entries per unit."""
+        """Number of entries per unit."""
         return self.key.shape[1]
 
     def may_enter(self, unit: Tensor, key: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ class TopKBuffer:
         return Candidates(unit, key, place, value, self.window[unit, slot])
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the state as tensors by name."""
+        """Return the buffer's entries as tensors by name."""
         return {name: getattr(self, name) for name in FIELDS}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Reads the units of one layer of a store as flat columns for shards."""
+"""Reads one layer's features or neurons as flat columns, for the data files of the pages."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _NO_BYTE = 255  # missing value of a u8 column
 
 @dataclass(frozen=True)
 class Layer:
-    """Columns of the F units of a layer.
+    """The F units (features or neurons) of a layer, as columns.
 
     Attributes:
         index: columns of the list: ``[F]``, and ``promoted`` tokens ``[F, K]``.
@@ -50,13 +50,13 @@ class Layer:
 def read_layer(
     store: Store, kind: Kind, layer: int, domains: Sequence[str], classes: Sequence[Sequence[Any]]
 ) -> Layer:
-    """Read the units of a layer.
+    """Read the units (features or neurons) of one layer of a store.
 
     Args:
         store: the store.
-        kind: of the units.
+        kind: kind of the units.
         layer: index of the layer.
-        domains: of the store.
+        domains: domains of the store's texts.
         classes: pairs (class, subclass) of the kind, see :func:`class_names`.
 
     Raises:
@@ -115,7 +115,7 @@ def select_descriptions(
 
 
 def class_names(store: Store, kind: Kind) -> list[list[Any]]:
-    """Return the pairs (class, subclass) of a kind, sorted.
+    """Return the pairs (class, subclass) that judges gave to units of a kind, sorted.
 
     Raises:
         UserError: the kind has more than 255 pairs, the most that a byte can encode.
@@ -201,12 +201,15 @@ def _examples(
     rows = store.read("examples", kind, layer=layer, columns=_SHOWN)
     units = rows["feature"].to_numpy()
     if np.any(np.diff(units) < 0):
-        raise UserError(f"{store.path('examples', kind)}: expected rows sorted by feature")
+        raise UserError(
+            f"{store.path('examples', kind)}: expected rows sorted by feature; collect again"
+        )
     tokens, begins = _flatten(rows["tokens"])
     values, value_begins = _flatten(rows["values"])
     if not np.array_equal(begins, value_begins):
         raise UserError(
-            f"{store.path('examples', kind)}: expected as many values as tokens in every row"
+            f"{store.path('examples', kind)}: expected as many values as tokens in every row; "
+            "collect the features again"
         )
     fires = np.flatnonzero(values)
     first_fire = np.searchsorted(fires, begins)  # [rows + 1]: offsets of the examples in `fires`
@@ -239,7 +242,7 @@ def _codes(column: pa.ChunkedArray, names: Sequence[str]) -> np.ndarray:
 
 
 def cut(layer: Layer, low: int, high: int) -> dict[str, np.ndarray]:
-    """Return the flat columns of the pages of units ``low`` to ``high - 1``."""
+    """Return the flat columns that the pages of units ``low`` to ``high - 1`` need."""
     out = {name: column[low:high].reshape(-1) for name, column in layer.detail.items()}
     begin, end = int(layer.first[low]), int(layer.first[high])
     out["examples"] = np.diff(layer.first[low : high + 1]).astype("<u4")
@@ -256,7 +259,7 @@ def cut(layer: Layer, low: int, high: int) -> dict[str, np.ndarray]:
 
 
 def parts(n_features: int, span: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (index, first unit, end) of the shards of a layer.
+    """Yield (index, first unit, end) of each shard (data file of the pages) of a layer.
 
     Example:
         >>> list(parts(100, 64))

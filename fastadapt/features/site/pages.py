@@ -71,14 +71,16 @@ def export(
     chosen = tuple(store.kinds if kinds is None else kinds)
     shapes = {kind: store.shape(kind) for kind in chosen}
     if not chosen:
-        raise UserError(f"kinds: expected some of {', '.join(store.kinds)}, got none")
+        raise UserError(f"kinds: expected one or more of {', '.join(store.kinds)}, got none")
     chosen_folder = store.folder / SITE if folder is None else typed_path(folder, "--output")
     target = Path(os.path.realpath(chosen_folder))
     is_site = half_filled(target) or has_file(target / RECORD)
     if target.is_dir() and not is_site and any(target.iterdir()):
-        raise UserError(f"{target} is no site of features; give a folder that is new or empty")
+        raise UserError(
+            f"{target} holds files that are not exported pages; give a folder that is new or empty"
+        )
     if target.exists() and not target.is_dir():
-        raise UserError(f"{target} is no folder")
+        raise UserError(f"{target} is not a folder; give a folder that is new or empty")
     store.check_files(chosen)
     try:
         with writing_folder(target, last=RECORD) as staged:
@@ -90,7 +92,7 @@ def export(
 
 
 class _StoppedError(Exception):
-    """Ends the export, so that the staged folder is discarded."""
+    """Ends an export that was stopped, so that its unfinished folder is discarded."""
 
 
 class _Record(TypedDict):
@@ -128,7 +130,7 @@ def stamp(store: Store, kinds: Sequence[Kind]) -> str:
 
 
 def units_per_shard(n_features: int, layers: int) -> int:
-    """Return the number of units whose examples share a shard.
+    """Return the number of units whose examples share a shard (data file of the pages).
 
     Args:
         n_features: number of units per layer.

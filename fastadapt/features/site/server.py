@@ -86,10 +86,10 @@ def serve(
 
 
 class SiteServer(ThreadingHTTPServer):
-    """A server on the loopback interface.
+    """HTTP server of exported pages, on the loopback interface.
 
     Attributes:
-        folder: of the pages, as a path without links.
+        folder: folder of the pages, as a path without links.
     """
 
     daemon_threads = True
@@ -115,8 +115,12 @@ def listen(port: int) -> SiteServer:
     except OSError as error:
         if error.errno in (errno.EADDRINUSE, errno.EACCES):
             why = "in use" if error.errno == errno.EADDRINUSE else "not permitted for this user"
-            raise UserError(f"port: {port} is {why}; pass another, or 0 for a free one") from error
-        raise RunError(f"cannot listen on {HOST}:{port}: {error.strerror}") from error
+            raise UserError(
+                f"port: {port} is {why}; pass another port, or 0 for any free one"
+            ) from error
+        raise RunError(
+            f"cannot listen on {HOST}:{port}: {error.strerror}; pass another port (--port)"
+        ) from error
 
 
 def _end_with(server: SiteServer, stop: Event) -> None:
@@ -197,4 +201,4 @@ class _Handler(BaseHTTPRequestHandler):
         raise AttributeError(name)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Do not print requests."""
+        """Print nothing, instead of a line for each request."""

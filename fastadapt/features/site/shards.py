@@ -1,4 +1,4 @@
-"""Writes data as scripts, which ``static/shards.js`` unpacks.
+"""Writes the pages' data as scripts (shards), which ``static/shards.js`` unpacks.
 
 A shard is the call ``fastadapt.shard(name, stamp, data)``. The data are base64 of a zlib stream
 of::
@@ -29,11 +29,11 @@ _LEVEL = 4  # level 6 takes twice the time for files that are 1% smaller
 
 
 def shard(name: str, stamp: str, facts: Any, columns: Mapping[str, np.ndarray]) -> bytes:
-    """Return the script of a shard.
+    """Return the script that hands a shard's facts and columns to a page.
 
     Args:
-        name: of the file without suffix: letters, digits and hyphens.
-        stamp: of the export. Pages reject shards with another stamp.
+        name: name of the file without suffix: letters, digits and hyphens.
+        stamp: stamp of the export. Pages reject shards with a different stamp than theirs.
         facts: a JSON value.
         columns: arrays of the types in :data:`TYPES`; they are flattened.
     """

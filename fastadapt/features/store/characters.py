@@ -17,7 +17,7 @@ _MOST = 16  # tokens that may share characters
 
 
 def show_bytes(raw: bytes) -> str:
-    """Return bytes as text, with bytes that are no character in hexadecimal.
+    """Return bytes as text, with bytes that are not part of a character in hexadecimal.
 
     Example:
         >>> show_bytes(b" a\\xe4\\xbd")
@@ -55,7 +55,7 @@ def _byte_of_letter() -> dict[str, int]:
 
 
 def join_characters(strings: Sequence[str]) -> list[tuple[str, int]]:
-    """Return pieces of text with their number of tokens: 1, or more that share characters.
+    """Join tokens that share a character; return pieces of text with their numbers of tokens.
 
     Args:
         strings: texts of consecutive tokens.

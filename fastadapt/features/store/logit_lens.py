@@ -1,4 +1,4 @@
-"""The logit lens: the tokens that a unit's output row promotes, and those it suppresses.
+"""The logit lens: tokens that a feature's or neuron's output row promotes or suppresses.
 
 The logits are ``lm_head @ W_dec,i``, without the gain of the final norm (arXiv 2602.20904 and the
 code released with it). Demeaning subtracts each unit's mean over the vocabulary: softmax and ranks
@@ -30,11 +30,11 @@ _CHUNK_ENTRIES = 2**25  # logits in memory at once
 
 
 def token_strings(tokenizer: Any, n: int) -> list[str]:
-    """Return the text of each of the first ``n`` tokens, with its leading space if it has one.
+    """Return the text of each token id below ``n``, with its leading space if it has one.
 
     A token that holds part of a character is shown by its bytes, see
-    :mod:`fastadapt.features.store.characters`. A token whose bytes are not known, or without text,
-    is shown by its name in the vocabulary, and one beyond the tokenizer's vocabulary as ``<id>``.
+    :mod:`fastadapt.features.store.characters`. A token whose bytes are not known, or that has no
+    text, is shown by its name in the vocabulary; an id beyond the vocabulary as ``<id>``.
     """
     names = tokenizer.convert_ids_to_tokens(list(range(min(n, len(tokenizer)))))
     # Decode each token behind another one: some tokenizers drop a space at the start of a text.
@@ -112,7 +112,7 @@ def _largest(values: Tensor, k: int) -> Tensor:
 def write_lens(
     model: ReplacementModel, kind: Kind, strings: list[str], path: Path, *, demeaned: bool
 ) -> None:
-    """Write the lens of every unit of a kind over the tokenizer's vocabulary, as a table.
+    """Write the logit lens of all units of a kind, over the tokenizer's vocabulary, as a table.
 
     Raises:
         RunError: the table cannot be written.

@@ -1,4 +1,4 @@
-"""Select features: by promoted tokens, place of firing, class, SQL, or at random.
+"""Select features: by promoted tokens, by where they fire, by class, by SQL, or at random.
 
 Each criterion is one SELECT over the store, on a DuckDB connection that reads only the store
 (:meth:`fastadapt.features.store.store.Store.connect`). The criteria follow arXiv 2602.20904:
@@ -48,7 +48,7 @@ class SelectConfig:
         top: number of promoted tokens that count, up to 10.
         share: share of the strongest examples that ``template``, ``at`` and ``before`` require.
         times: number of features drawn per feature of the set, for ``random``.
-        seed: of the draw.
+        seed: seed of the random draw.
         alive: only features that fired on the texts of the store.
     """
 
@@ -89,7 +89,7 @@ class SelectConfig:
             got = ", ".join(chosen) or "none"
             raise UserError(
                 f"a set is selected in one way: expected one of {', '.join(self.WAYS)}; got {got}. "
-                "To combine criteria, save a set of each, then select by union, intersection or "
+                "To combine criteria, save one set for each, then select by union, intersection or "
                 "difference."
             )
         for region in self.at:
@@ -108,7 +108,7 @@ def select(store: Store, config: SelectConfig) -> FeatureSet:
     """Return the features of the store's adapter that ``config`` selects, without saving the set.
 
     Raises:
-        UserError: DuckDB is not installed, a table or a set is missing, the SQL is no SELECT of
+        UserError: DuckDB is not installed, a table or a set is missing, the SQL is not a SELECT of
             features, or too few features are left to draw from.
     """
     selected = _select(store, config)
@@ -274,7 +274,7 @@ _SPACES = " \t\r\n\v\f\u00a0"
 
 def _plain(words: Sequence[str]) -> list[str]:
     if isinstance(words, str) or not words or not all(word.strip() for word in words):
-        raise UserError(f"tokens: expected a list of words, got {words!r}")
+        raise UserError(f"tokens: expected a list of strings, got {words!r}")
     return [word.strip().lower() for word in words]
 
 

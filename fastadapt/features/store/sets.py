@@ -30,7 +30,7 @@ Pair = tuple[int, int]
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """Features of one adapter.
+    """A set of features of one adapter.
 
     ``a | b``, ``a & b``, ``a - b`` and ``~a`` are sets of the same adapter.
 
@@ -63,13 +63,16 @@ class FeatureSet:
                     f"to {n_features - 1}, got feature {feature} of layer {layer}"
                 )
         if any(a >= b for a, b in zip(self.features, self.features[1:], strict=False)):
-            raise UserError(f"{self.label}: expected distinct features, sorted by layer and number")
+            raise UserError(
+                f"{self.label}: expected distinct features, sorted by layer and number; build the "
+                "set with FeatureSet.from_pairs"
+            )
 
     @classmethod
     def from_pairs(
         cls, pairs: Iterable[Pair], *, adapter: str, shape: tuple[int, int], expression: str
     ) -> FeatureSet:
-        """Return the set of pairs in any order, with or without repeats."""
+        """Return the set of these pairs (layer, feature), given in any order and with repeats."""
         return cls(adapter, shape, tuple(sorted(set(pairs))), expression)
 
     @property
@@ -119,7 +122,7 @@ class FeatureSet:
     def not_empty(self) -> FeatureSet:
         """Return the set itself; raise ``UserError`` if it is empty."""
         if not self.features:
-            raise UserError(f"{self.label} is empty: no feature of the adapter is in it")
+            raise UserError(f"{self.label} is empty; choose another criterion")
         return self
 
     def digest(self) -> str:
@@ -147,7 +150,10 @@ class FeatureSet:
 
     def _combined(self, other: FeatureSet, pairs: Iterable[Pair], sign: str) -> FeatureSet:
         if (self.adapter, self.shape) != (other.adapter, other.shape):
-            raise UserError(f"{self.label} and {other.label} are of two adapters")
+            raise UserError(
+                f"{self.label} and {other.label} were selected from different adapters; combine "
+                "sets of one run"
+            )
         expression = f"({self.expression}) {sign} ({other.expression})"
         return replace(self, features=tuple(sorted(pairs)), expression=expression, name="")
 
@@ -189,7 +195,7 @@ def save_set(store: Store, features: FeatureSet, name: str, *, overwrite: bool =
     """Save a set in the store as ``name``, and return its file.
 
     Raises:
-        UserError: the set is empty or of another adapter than the store, the name cannot be a file
+        UserError: the set is empty or of other adapters than the store, the name cannot be a file
             name, a set of that name exists (without ``overwrite``), or another process writes to
             the store.
         RunError: the store cannot be written.
@@ -209,10 +215,10 @@ def save_set(store: Store, features: FeatureSet, name: str, *, overwrite: bool =
 
 
 def load_set(store: Store, name: str) -> FeatureSet:
-    """Load a set of the store.
+    """Load the set with this name from the store.
 
     Raises:
-        UserError: no set has that name, or the set is of another adapter than the store.
+        UserError: no set has that name, or the set belongs to other adapters than the store.
     """
     path = _path(store, name)
     if not has_file(path):
@@ -243,8 +249,8 @@ def names_of_sets(store: Store) -> list[str]:
 def list_sets(store: Store) -> list[dict[str, Any]]:
     """Return ``name``, ``size``, ``per_layer``, ``made`` and ``stale`` of each set of the store.
 
-    A set whose file cannot be read has ``name`` and ``broken``, the reason. A stale set is of
-    another adapter than the store: sets stay when features are collected again.
+    A set whose file cannot be read has ``name`` and ``broken``, the reason. A stale set
+    belongs to other adapters than the store: sets stay when features are collected again.
     """
     listed: list[dict[str, Any]] = []
     for name in names_of_sets(store):
@@ -279,6 +285,6 @@ def _is_of(store: Store, features: FeatureSet) -> bool:
 def _check_of(store: Store, features: FeatureSet) -> None:
     if not _is_of(store, features):
         raise UserError(
-            f"{features.label} is of another adapter than the features in {store.folder}; select "
-            "it again"
+            f"{features.label} was selected from other adapters than those of {store.folder}; "
+            "select it again"
         )

@@ -26,7 +26,7 @@ def students_of(
         store: the store of features.
         run: folder of the run; by default the one that contains the store, or else the one that
             the manifest names.
-        dtype: of the pair; by default the dtype that the features were collected in.
+        dtype: dtype of the pair; by default the dtype that the features were collected in.
         device, attention: override the run's settings of the pair.
         trust_remote_code: run Python code that comes with the models.
 
@@ -49,7 +49,7 @@ def students_of(
     )
     if adapter_digest(students.folder("run")) != store.manifest["adapter"]:
         raise UserError(
-            f"{store.folder}: these features are of another adapter than {run} has now; collect "
-            "them again (fastadapt features collect --overwrite)"
+            f"{store.folder}: these features were collected from other adapters than {run} has "
+            "now; collect the features again (fastadapt features collect --overwrite)"
         )
     return students

@@ -56,14 +56,14 @@ PerLayer = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 
 
 class Units(TypedDict):
-    """Layers, and units per layer, of one kind of unit."""
+    """Numbers of layers, and of units per layer, of one kind (features or neurons)."""
 
     n_layers: Layers
     n_features: PerLayer
 
 
 class Listed(TypedDict):
-    """A file that the manifest lists."""
+    """Size and SHA-256 of a file, as the manifest lists them."""
 
     bytes: Count
     sha256: Sha256
@@ -105,7 +105,7 @@ _checked: set[tuple[str, int, int, str]] = set()
 
 
 class Store:
-    """A finished store.
+    """A finished store of collected features.
 
     Attributes:
         folder: folder of the store.
@@ -128,7 +128,7 @@ class Store:
             complete: whether to require every file, and a row of each unit in ``features``.
 
         Raises:
-            UserError: no store exists, it has another version or another adapter, or a file is
+            UserError: no store exists, its version or adapter is not as expected, or a file is
                 missing.
         """
         folder = typed_path(source, "store")
@@ -137,16 +137,17 @@ class Store:
         path = folder / MANIFEST
         if not has_file(path):
             raise UserError(
-                f"{source} has no features yet: expected {path.name} in it, or in features/ "
-                "(fastadapt features collect)"
+                f"{source} has no features yet: no {path.name} in this folder or its features/; "
+                "run fastadapt features collect"
             )
         manifest = read_json(path)
         require_version(manifest, SCHEMA_VERSION, path)
         check(manifest, Manifest, str(path))
         if adapter is not None and manifest["adapter"] != adapter:
             raise UserError(
-                f"{folder}: these features are of another adapter (of {manifest['run']}); collect "
-                "them again (--overwrite), or give the store of this run"
+                f"{folder}: these features were collected from other adapters, those of "
+                f"{manifest['run']}; collect the features again (--overwrite), or give the store "
+                "of this run"
             )
         store = cls(folder, manifest)
         for name in manifest["files"]:
@@ -157,7 +158,7 @@ class Store:
         collected += [store.path(table, kind) for kind in store.kinds for table in COLLECTED]
         for file in collected:  # a file that is not listed has no SHA-256 to check
             if (name := file.relative_to(folder).as_posix()) not in manifest["files"]:
-                raise UserError(f"{path}: files: expected {name}, got none")
+                raise UserError(f"{path}: files: {name} is not listed; collect the features again")
         for kind in store.kinds if complete else ():
             store._check_rows(kind)
         return store
@@ -166,24 +167,30 @@ class Store:
         n_layers, n_features = self.shape(kind)
         path = self.path("features", kind)
         if not has_file(path):
-            raise UserError(f"{self.folder}: {kind}/{path.name} is missing; collect again")
+            raise UserError(
+                f"{self.folder}: {kind}/{path.name} is missing; collect the features again"
+            )
         with open_parquet(path, TABLES["features"]) as file:
             rows = file.metadata.num_rows
         if rows != n_layers * n_features:
             raise UserError(
-                f"{self.folder / MANIFEST}: units.{kind}: {n_layers:,} n_layers of {n_features:,} "
-                f"n_features are {n_layers * n_features:,} units, {path} has {rows:,}"
+                f"{self.folder / MANIFEST}: units.{kind}: n_layers={n_layers} times "
+                f"n_features={n_features} gives {n_layers * n_features} units, but {path} has "
+                f"{rows} rows; collect the features again"
             )
 
     @property
     def kinds(self) -> list[Kind]:
-        """Kinds of unit that were collected."""
+        """Kinds of unit in the store: ``adapter`` (features), ``base``, ``target`` (neurons)."""
         return [kind for kind in KINDS if kind in self.manifest["units"]]
 
     def shape(self, kind: Kind) -> tuple[int, int]:
-        """Return the layers, and units per layer, of a kind."""
+        """Return the numbers of layers, and of units per layer, of a kind."""
         if kind not in self.manifest["units"]:
-            raise UserError(f"{self.folder}: no {kind} units in it; it has {', '.join(self.kinds)}")
+            raise UserError(
+                f"{self.folder} holds no {kind} units, only {', '.join(self.kinds)}; "
+                "collect them (--kinds)"
+            )
         units = self.manifest["units"][kind]
         return int(units["n_layers"]), int(units["n_features"])
 
@@ -215,7 +222,16 @@ class Store:
         """
         path = self.path(table, kind)
         if not self.has(table, kind):
-            raise UserError(f"{self.folder} has no {table} of {kind} units yet")
+            commands = {
+                "descriptions": "describe",
+                "scores": "describe",
+                "classes": "classify",
+                "overlap": "overlap",
+            }
+            raise UserError(
+                f"{self.folder} has no {table} of {kind} units yet; run fastadapt features "
+                f"{commands.get(table, 'collect')}"
+            )
         filters = [] if layer is None else [("layer", "=", layer)]
         if features is not None:
             filters.append(("feature", "in", sorted(set(features))))  # type: ignore[arg-type]
@@ -267,7 +283,7 @@ class Store:
         _checked.add(known)
 
     def check_files(self, kinds: Iterable[Kind]) -> None:
-        """Call :meth:`check_file` for every file that was collected of the kinds."""
+        """Call :meth:`check_file` for every collected file of the given kinds of unit."""
         for table in SHARED:
             self.check_file(self.path(table))
         for kind in kinds:
@@ -275,7 +291,7 @@ class Store:
                 self.check_file(self.path(table, kind))
 
     def check_unit(self, kind: Kind, layer: int, feature: int) -> None:
-        """Raise ``UserError`` unless the unit exists."""
+        """Raise ``UserError`` unless the store has this unit (kind, layer, feature)."""
         n_layers, n_features = self.shape(kind)
         if not 0 <= layer < n_layers:
             raise UserError(f"layer: expected 0 to {n_layers - 1}, got {layer}")
@@ -293,7 +309,10 @@ class Store:
         try:
             import duckdb
         except ImportError:
-            raise UserError("SQL over features needs: pip install 'fastadapt[features]'") from None
+            raise UserError(
+                "SQL over features needs duckdb, which is not installed; run pip install "
+                "'fastadapt[features]'"
+            ) from None
         connection = duckdb.connect()
         patterns = []
         for table in (*TABLES, *SHARED):
@@ -309,7 +328,10 @@ class Store:
                     connection.close()
                     reason = next(iter(str(error).splitlines()), "")[:200]
                     path = self.path(table, kind)
-                    raise UserError(f"{path} cannot be read as Parquet: {reason}") from error
+                    raise UserError(
+                        f"{path} cannot be read as Parquet ({reason}); collect or judge the "
+                        "features again"
+                    ) from error
         # DuckDB checks the pattern itself (allowed_paths) and each file that it matches.
         allowed = _quoted(f"{self.folder.resolve()}/")
         connection.execute(f"SET allowed_directories = [{allowed}]")
@@ -331,11 +353,14 @@ def require_version(document: Any, expected: int, path: Path) -> None:
     """Raise ``UserError`` unless a JSON document has the ``schema_version`` that is expected."""
     version = document.get("schema_version") if isinstance(document, dict) else None
     if type(version) is not int or version != expected:
-        raise UserError(f"{path}: schema_version is {version!r}, this fastadapt reads {expected}")
+        raise UserError(
+            f"{path}: schema_version is {version!r}, but this fastadapt reads version {expected}; "
+            "collect or select the features again with this version"
+        )
 
 
 def _quoted(text: str) -> str:
-    """Return a string literal of SQL."""
+    """Return a text as a string literal of SQL."""
     return "'" + text.replace("'", "''") + "'"
 
 
@@ -418,6 +443,8 @@ def writing(store: Path) -> Iterator[None]:
             sweep_tree(store, but=["site"])  # its writer has another lock
             yield
     except BlockingIOError:
-        raise UserError(f"{store}: another process is writing to this store") from None
+        raise UserError(
+            f"{store}: another process is writing to this store; wait until it ends"
+        ) from None
     except OSError as error:
         raise RunError(cannot_write(store, error, "Run the same command again.")) from error

@@ -1,4 +1,4 @@
-"""The units of each kind in the model: their output rows, and when they are active."""
+"""Units (features or MLP neurons) in the model: their output rows, and when they are active."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastadapt.models.replacement import AdaptedMLP, ReplacementModel
 
 
 def output_rows(model: ReplacementModel, kind: Kind, layer: int) -> Tensor:
-    """Return the output row of each unit of a layer: ``[F, D]``."""
+    """Return the output row of each unit (feature or neuron) of a layer: ``[F, D]``."""
     if kind == "adapter":
         return cast("TranscoderAdapter", model.adapters[layer]).W_dec.detach()
     return output_matrix(model.mlps[layer], kind).weight.detach().T
@@ -29,8 +29,8 @@ def output_matrix(mlp: AdaptedMLP, kind: Kind) -> nn.Linear:
     matrix: Any = getattr(getattr(mlp, kind), "down_proj", None)
     if not isinstance(matrix, nn.Linear):
         raise UserError(
-            f"neurons of {type(getattr(mlp, kind)).__name__} cannot be collected: it has no "
-            "down_proj; collect the adapter alone (--kinds adapter)"
+            f"neurons of {type(getattr(mlp, kind)).__name__} cannot be collected, because this MLP "
+            "has no down_proj; collect the adapter alone (--kinds adapter)"
         )
     return matrix
 

@@ -1,7 +1,7 @@
 """Check the values of a store's tables: names, indices in range, lists of equal length.
 
-Readers index units, tokens and texts by number. An index out of range would give another's row or
-an ``IndexError``, so readers of a table check its rows here first.
+Readers index units, tokens and texts by number. An index out of range would give the row of a
+different unit or an ``IndexError``, so readers of a table check its rows here first.
 """
 
 from __future__ import annotations

@@ -129,10 +129,13 @@ def test_common_file_names_do_not_mark_a_store(run: Path, tmp_path: Path) -> Non
         copy.parent.mkdir(parents=True)
         copy.write_text("{}")
         out = tmp_path / name.replace("/", "-")
-        with pytest.raises(UserError, match="is not empty and holds no features"):
+        with pytest.raises(UserError, match="is not empty and is not a store of features"):
             collect(run, out, FEW, overwrite=True)
         assert copy.read_text() == "{}"
-    with writing(out), pytest.raises(UserError, match="is not empty and holds no features"):
+    with (
+        writing(out),
+        pytest.raises(UserError, match="is not empty and is not a store of features"),
+    ):
         collect(run, out, FEW, overwrite=True)
 
 

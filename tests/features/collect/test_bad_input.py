@@ -54,9 +54,9 @@ def nothing_left(folder: Path) -> bool:
         ({"max_tokens": 1}, r"max_tokens: expected 2"),
         ({"neurons_per_token": 0}, r"neurons_per_token: expected 1"),
         ({"seed": 2**63}, r"seed: expected less than"),
-        ({"split": "train"}, r"split: expected --data beside it"),
+        ({"split": "train"}, r"split: 'train' is given without data"),
         ({"kinds": ()}, r"kinds: .* got none"),
-        ({"kinds": ("adapter", "hybrid")}, r"kinds: expected some of adapter, base"),
+        ({"kinds": ("adapter", "hybrid")}, r"kinds: expected one or more of adapter, base"),
         ({"kinds": ("base", "base")}, r"kinds: .* each once"),
     ],
 )
@@ -208,7 +208,7 @@ def test_an_activation_that_is_not_finite(tmp_path: Path, run: Path) -> None:
 def test_a_folder_with_other_contents(tmp_path: Path, run: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("words")
-    with pytest.raises(UserError, match="is not empty and holds no features"):
+    with pytest.raises(UserError, match="is not empty and is not a store of features"):
         collect(run, tmp_path / "mine", FEW, overwrite=True)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "words"
     with pytest.raises(UserError, match="is a file"):
@@ -231,7 +231,7 @@ def test_features_of_another_adapter_or_other_settings(tmp_path: Path, run: Path
     assert store is not None
     assert store.manifest["settings"]["top"] == 7
     assert (folder / "sets" / "mine.json").exists()
-    with pytest.raises(UserError, match="are of another adapter"):
+    with pytest.raises(UserError, match="were collected from other adapters"):
         Store.open(folder, adapter="0" * 64)
 
 
@@ -244,7 +244,7 @@ def test_incomplete_or_different_shards(tmp_path: Path, run: Path) -> None:
         merge([], out)
     with pytest.raises(UserError, match=r"expected all 2 shards to merge; 1/2 missing"):
         merge(folders[:1], out)
-    with pytest.raises(UserError, match=r"expected another part of 2, got 0/2"):
+    with pytest.raises(UserError, match=r"a different shard in each folder, got 0/2 again"):
         merge([folders[0], folders[0]], out)
     with pytest.raises(UserError, match="holds no shard"):
         merge([tmp_path], out)

@@ -174,5 +174,5 @@ def test_impossible_studies_are_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is empty"):
         study.run()
     (tmp_path / "other").write_text("")
-    with pytest.raises(UserError, match="no evaluation"), opened(tmp_path, contents=CONTENTS):
+    with pytest.raises(UserError, match="not an evaluation"), opened(tmp_path, contents=CONTENTS):
         pass

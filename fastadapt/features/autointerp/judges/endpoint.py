@@ -65,7 +65,7 @@ class JudgeReply:
 
 
 class ErrorBudget:
-    """Count of replies and of invalid ones, against the share that may be invalid.
+    """Counts replies and invalid replies, and compares them with the share that may be invalid.
 
     Args:
         total: number of questions.
@@ -90,7 +90,7 @@ class ErrorBudget:
 
     @property
     def exceeded(self) -> bool:
-        """Whether too many replies are invalid for the whole, or all of the first ones are."""
+        """Whether more replies are invalid than the share allows, or all of the first ones are."""
         with self._lock:
             all_invalid = self.replies >= _MIN_REPLIES and self.invalid == self.replies
             return all_invalid or self.invalid > self.max_share * self.total
@@ -115,7 +115,10 @@ class EndpointJudge:
     ) -> None:
         model = config.model_name
         if model is None:
-            raise UserError(f"judge.model: expected a name, here or in {MODEL}, got none")
+            raise UserError(
+                "judge.model: not set; give the model's name by judge.model or by the environment "
+                f"variable {MODEL}"
+            )
         self.config, self.name = config, model
         self._url = config.base_url or os.environ.get(BASE_URL) or HOSTED
         self._key = os.environ.get(config.key_variable) or None
@@ -130,7 +133,7 @@ class EndpointJudge:
             import openai  # noqa: F401
         except ImportError:
             raise UserError(
-                "the package openai is not installed: pip install 'fastadapt[features]'"
+                "the package openai is not installed; run pip install 'fastadapt[features]'"
             ) from None
 
     @property
@@ -223,7 +226,7 @@ class EndpointJudge:
     def _reply(
         self, question: Question, send: Callable[[dict[str, Any]], str | None]
     ) -> JudgeReply | None:
-        """Return the reply to a question, sent a second time if invalid; None if not sent."""
+        """Return the reply to a question, asked again if it is invalid; None if never asked."""
         messages = prompts.messages(question)
         requests: list[Mapping[str, Any]] = []
         text = ""
@@ -241,7 +244,7 @@ class EndpointJudge:
         return JudgeReply(None, text, requests)
 
     def _request(self, messages: Sequence[prompts.Message]) -> dict[str, Any]:
-        """Return everything that a reply depends on: the key of the cache."""
+        """Return everything that a reply depends on, which is the key of the reply cache."""
         c = self.config
         parameters = c.fields
         if c.temperature is not None:

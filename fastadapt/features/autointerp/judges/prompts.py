@@ -90,11 +90,11 @@ alone."""
 
 
 class InvalidAnswerError(ValueError):
-    """Reply of another form than requested; the message is sent to the judge."""
+    """A reply does not have the requested form; the message is sent to the judge."""
 
 
 def messages(question: Question) -> list[Message]:
-    """Return the chat messages of a question."""
+    """Return the chat messages that put a question to a judge."""
     if isinstance(question, DetectQuestion):
         system = _DETECT.format(n=len(question.texts))
         excerpts = {str(i): "".join(text) for i, text in enumerate(question.texts, 1)}
@@ -121,7 +121,7 @@ def again(question: Sequence[Message], reply: str, what: str) -> list[Message]:
 
 
 def read(question: Question, text: str) -> Answer:
-    """Parse a judge's reply.
+    """Return the answer in a judge's reply to a question.
 
     Raises:
         InvalidAnswerError: the reply is not of the form requested.

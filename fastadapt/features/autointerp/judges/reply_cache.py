@@ -45,7 +45,7 @@ class ReplyCache:
     def put(
         self, request: Mapping[str, Any], answer: str, usage: Mapping[str, Any] | None = None
     ) -> None:
-        """Write a reply, and the token counts that the endpoint reports.
+        """Write the reply to a request, and the token counts that the endpoint reports.
 
         Raises:
             RunError: the folder cannot be written.

@@ -66,7 +66,9 @@ class JudgeConfig:
                 got = getattr(self, name)
                 raise UserError(f"judge.{name}: expected {minimum} or more, got {got}")
         if not 0 < self.timeout < math.inf:
-            raise UserError(f"judge.timeout: expected seconds above 0, got {self.timeout}")
+            raise UserError(
+                f"judge.timeout: expected a number of seconds above 0, got {self.timeout}"
+            )
         if not 0 <= self.invalid_share < 1:
             got = self.invalid_share
             raise UserError(f"judge.invalid_share: expected a share in [0, 1), got {got}")
@@ -84,8 +86,8 @@ class JudgeConfig:
             )
         if self.base_url is not None and self.model_name is None:
             raise UserError(
-                f"judge.model: expected the name of a model at judge.base_url, here or in {MODEL}, "
-                "got none"
+                "judge.model: not set; give the name of a model at judge.base_url by judge.model "
+                f"or by the environment variable {MODEL}"
             )
         reserved = {
             "model",
@@ -98,12 +100,12 @@ class JudgeConfig:
         }
         if taken := sorted(reserved & set(self.fields)):
             raise UserError(
-                f"judge.extra: expected no field that is fixed or has a setting, got {taken[0]}"
+                f"judge.extra: the field {taken[0]} is fixed or has its own setting; remove it"
             )
 
     @property
     def fields(self) -> dict[str, Any]:
-        """Fields of ``extra``.
+        """Fields of ``extra``, which are added to every request.
 
         Raises:
             UserError: ``extra`` is not a JSON object.
@@ -216,7 +218,7 @@ class ClassifyConfig:
 
 
 def check_drawing(config: Any, section: str) -> None:
-    """Raise ``UserError`` for an invalid ``min_density`` or ``kinds``."""
+    """Raise ``UserError`` for invalid ``min_density`` or ``kinds``, which limit the units drawn."""
     if not 0 <= config.min_density <= 1:
         raise UserError(
             f"{section}.min_density: expected a share of tokens in [0, 1], got {config.min_density}"

@@ -40,7 +40,7 @@ Key = tuple[str, ...]
 
 
 class Form(NamedTuple):
-    """Form of a rule.
+    """Form of a token rule: what its keys are, and how it is put in words.
 
     Attributes:
         key: returns the key at a position of a text; None without one.
@@ -73,7 +73,7 @@ class TokenJudge:
 
     @property
     def about(self) -> dict[str, str | int | None]:
-        """Null for model, endpoint and prompts."""
+        """Facts for ``judgements.json``: null for model, endpoint and prompts."""
         return {"model": None, "endpoint": None, "prompts": None}
 
     def ask(
@@ -110,7 +110,7 @@ class TokenJudge:
         )
 
     def estimate(self, questions: Sequence[Question]) -> Estimate:
-        """Return an estimate of no calls."""
+        """Return an estimate of no calls, since this judge sends none."""
         return Estimate(0, len(questions), 0, 0, 0.0, "no language model")
 
 
