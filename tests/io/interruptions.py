@@ -20,6 +20,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -250,7 +251,10 @@ class Trial:
                 (ended.output.count("error: ") == 1, "not one error"),
                 ("cannot be written" in flat(ended.output), "no 'cannot be written'"),
                 (any(reason in flat(ended.output) for reason in reasons), "no reason"),
-                ("again" in flat(ended.output) or "--resume" in ended.output, "no advice"),
+                (
+                    re.search(r"again|--resume|[Rr]e-run", flat(ended.output)) is not None,
+                    "no advice",
+                ),
             ):
                 if not is_right:
                     self.faults.append(f"{when}: {fault}: {ended.output[-700:]}")

@@ -79,7 +79,7 @@ def check(tensors: dict[str, Any], codes: SparseCodes, a: Tensor) -> None:
 
 
 #: All variants of the CPU, and one per activation of Triton, whose interpreter is slow.
-VARIANTS: list[tuple[str, str, CodeLayout | None]] = [
+VARIANTS: list[Any] = [
     *(("reference", activation, None) for activation in SETTINGS),
     *(("sparse", activation, plan) for activation in SETTINGS for plan in PLANS),
     ("triton", "relu", CodeLayout(dense=False, capacity=4000)),
