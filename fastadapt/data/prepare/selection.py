@@ -118,7 +118,7 @@ def apportion(n: int, shares: Mapping[str, Fraction]) -> dict[str, int]:
 
     Each count is within 1 of its exact share. The shares need not sum to 1 (those of arXiv
     2602.20904 sum to .999). The published splits hold 49,952 and 4,996 conversations instead of
-    50,000 and 5,000, since each domain's part of 55,000 was rounded separately.
+    50,000 and 5,000, since each part of 55,000 was rounded separately.
 
     Example:
         >>> apportion(10, parse_shares("math=2,code=1"))
