@@ -53,7 +53,7 @@ def write_any_text() -> None:
 
 
 def is_unicode(stream: Any) -> bool:
-    """Return whether a stream's encoding has every character."""
+    """Return whether a stream's encoding can represent every Unicode character."""
     return (getattr(stream, "encoding", None) or "").lower().replace("-", "").startswith("utf")
 
 

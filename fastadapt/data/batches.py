@@ -88,7 +88,7 @@ def batch_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Return the indices of each batch, with sequences sorted from the longest to the shortest.
 
     A batch holds at most ``max_tokens`` tokens, padding included. A longer sequence gets a batch
-    with no other sequence. The largest batch comes first, so a lack of memory shows at once.
+    with no other sequence. The longest sequences come first, so a lack of memory shows early.
 
     Example:
         >>> batch_by_length([2, 5, 3, 5], max_tokens=10)

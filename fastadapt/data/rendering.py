@@ -160,7 +160,7 @@ def _value(turn: Any, where: str, wrong: frozenset[str]) -> str:
     name = turn.get("from")
     if isinstance(name, str) and name.lower() in wrong | {"system", "tool"}:
         raise UserError(
-            f"{where}: is from {name!r}; expected the user's prompt, then the assistant's response"
+            f"{where} is from {name!r}; expected the user's prompt, then the assistant's response"
         )
     if "value" not in turn:
         raise UserError(f"{where}: no 'value'; it has {sorted(map(str, turn))}")

@@ -94,7 +94,7 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
         reason = getattr(error, "strerror", None) or error
         raise DocumentError(f"{path} cannot be read: {reason}") from error
     if len(content) > MAX_BYTES:
-        raise DocumentError(f"{path} has more than {MAX_BYTES:,} bytes")
+        raise DocumentError(f"{path} has more than {MAX_BYTES:,} bytes, the most that is read")
     return content
 
 

@@ -138,7 +138,9 @@ def activate_(
     activation: str,
     k: float,
 ) -> Tensor:
-    """Replace z by a, in place. NaN counts as active, since `NaN <= cut` is false."""
+    """Replace pre-activations z by activations a, in place.
+
+    NaN counts as active, since `NaN <= cut` is false."""
     inactive_NF = None
     if activation == "topk":
         inactive_NF = ~_largest(z_NF, int(k))

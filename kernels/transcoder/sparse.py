@@ -246,7 +246,7 @@ def _norm(W_dec_FE: Tensor) -> Tensor:
 
 
 def _column_counts(a_NF: Tensor, counted_N: Tensor) -> Tensor:
-    """Return each feature's number of active entries in counted rows, int64 [F]."""
+    """Return each feature's number of active entries in the rows of `counted_N`, int64 [F]."""
     counts_F = torch.zeros(a_NF.shape[1], dtype=torch.int64, device=a_NF.device)
     for a_nF, counted_n in zip(
         a_NF.split(COUNTED_ROWS), counted_N.split(COUNTED_ROWS), strict=True

@@ -181,7 +181,9 @@ def multiply_few_mark(
     W_stride, half_bandwidth, ACTIVATION: tl.constexpr, HAS_PADDING: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """x Wᵀ for up to BLOCK_N tokens and 32 features per program, so that W is read once."""
+    """Compute x Wᵀ for up to BLOCK_N tokens, and flag the active entries.
+
+    A program computes 32 features of all tokens, so each row of W is read once."""
     BLOCK_F: tl.constexpr = 32
     first_feature = tl.program_id(0).to(tl.int64) * BLOCK_F
     features = first_feature + tl.arange(0, BLOCK_F)

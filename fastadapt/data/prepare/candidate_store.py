@@ -101,7 +101,7 @@ class CandidateStore:
         self._append(row, [domain, *hashes, tokens, len(text)])
 
     def add_too_long(self, row: int, domain: str) -> None:
-        """Add a row that has too many tokens to the shortlist; :meth:`commit` stores its domain."""
+        """Record a row that has too many tokens. :meth:`commit` stores its key and domain."""
         self._append(row, [domain])
 
     def _append(self, row: int, values: list[Any]) -> None:

@@ -194,13 +194,13 @@ class Candidate(NamedTuple):
 
 
 class Shortlist:
-    """Candidates with the lowest keys of each domain, and keys of the rows that are too long.
+    """The candidates with the lowest random keys in each domain, and the keys of too long rows.
 
     Args:
         limits: largest number of candidates of each domain.
 
     Attributes:
-        full: domains of which candidates were dropped.
+        full: domains that had more candidates than their limit.
     """
 
     def __init__(self, limits: Mapping[str, int]) -> None:

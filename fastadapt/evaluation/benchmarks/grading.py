@@ -144,7 +144,7 @@ def stated_answer(response: str) -> int | None:
 
 
 def hesitations(text: str, words: Sequence[str]) -> int:
-    """Return the number of occurrences of words or phrases in a text, ignoring case.
+    """Return how often the given words or phrases occur in a text, as whole words in any case.
 
     Example:
         >>> hesitations("Wait, no. But wait: butter.", ("wait", "but"))

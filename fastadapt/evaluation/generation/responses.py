@@ -83,7 +83,7 @@ class Response:
 
     @property
     def scored_tokens(self) -> int:
-        """Number of tokens before the cut and the end-of-sequence token."""
+        """Number of tokens before the cut or the end-of-sequence token, whichever comes first."""
         if self.cut is not None:
             return self.cut
         return len(self.tokens) - (self.finish == "eos")

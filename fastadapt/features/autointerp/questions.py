@@ -104,7 +104,7 @@ class Estimate(NamedTuple):
 
     @property
     def words(self) -> str:
-        """The estimate in one line."""
+        """Return the estimated requests, tokens and costs in one line."""
         if self.tokens_out is None:
             answers, cost = "any number of answers", "no limit (judge.max_tokens)"
         else:

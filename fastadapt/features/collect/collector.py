@@ -195,9 +195,9 @@ def gather(
     progress: Progress | None = None,
     stop: Event | None = None,
 ) -> dict[Kind, FeatureStats] | None:
-    """Return statistics of all texts, which pass the model from the last snapshot on.
+    """Run the texts after the last snapshot through the model; return statistics of all texts.
 
-    None is returned if ``stop`` is set.
+    Return None if ``stop`` was set.
 
     Raises:
         RunError: an activation is not finite, or the folder cannot be written.

@@ -205,7 +205,9 @@ def _flat(facts: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
 
 
 def clear(folder: Path) -> None:
-    """Remove a folder's collection and every file derived from it, except sets and judges' answers.
+    """Remove a folder's collection and what was derived from it.
+
+    Saved sets of features and answers of judges stay.
 
     Raises:
         RunError: a file cannot be removed.

@@ -146,7 +146,7 @@ def save_checkpoint(
 
 @contextmanager
 def _disk_errors(folder: Path, step: int, staged: Path) -> Iterator[None]:
-    """Turn errors of the disk into a :class:`RunError`, and remove the staged folder."""
+    """Remove the staged folder after a disk error, and raise the error as :class:`RunError`."""
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -164,7 +164,7 @@ class _Measured(NamedTuple):
     codes_layer: int
 
     def extrapolate(self, layers: int, name: str) -> int:
-        """Return ``bytes[name]`` of a model of ``layers`` layers."""
+        """Extrapolate ``bytes[name]`` from the measured model to one of ``layers`` layers."""
         more = self.codes_layer if name == "codes" else self.saved_layer
         return self.bytes[name] + (layers - self.layers) * more
 
