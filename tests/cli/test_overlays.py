@@ -168,13 +168,8 @@ def test_the_command_to_go_on_with_names_them_all(
     assert (resumed, flags.resume) == (config, True)
 
 
-@pytest.mark.parametrize(
-    "overlay",
-    [
-        "skyline",
-        *(pytest.param(o, marks=pytest.mark.slow) for o in ("norms", "no-bridge", "dense")),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("overlay", [*KINDS, "no-bridge", "dense"])
 def test_what_it_needs(fastadapt: Callable[..., Any], overlay: str) -> None:
     preset, plan = ("train", "r1-distill-qwen-7b"), ("--dry-run", "--json", "--gpu", "h200")
     planned, whole = (json.loads(fastadapt(*preset, *over, *plan).out) for over in ([overlay], []))

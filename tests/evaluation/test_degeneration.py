@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Sequence
 
@@ -17,7 +18,8 @@ from fastadapt.evaluation.generation.degeneration import (
     find_cut,
 )
 
-N_SOUND, N_LOOPS = 2000, 200
+PROOF = os.environ.get("FASTADAPT_PROOF") == "1"
+N_SOUND, N_LOOPS = (2000, 200) if PROOF else (400, 100)
 
 
 def cut_by_definition(tokens: Sequence[int], config: DegenerationConfig) -> int | None:

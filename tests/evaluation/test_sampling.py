@@ -352,8 +352,15 @@ def test_requests_of_the_warm_up_have_key_0() -> None:
 
 
 @pytest.mark.parametrize("batching", BATCHINGS)
-@pytest.mark.parametrize("temperature", [0.0, 0.7])
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize(
+    ("temperature", "value"),
+    [
+        (0.7, torch.nan),
+        pytest.param(0.0, torch.inf, marks=pytest.mark.slow),
+        pytest.param(0.0, torch.nan, marks=pytest.mark.slow),
+        pytest.param(0.7, torch.inf, marks=pytest.mark.slow),
+    ],
+)
 def test_logits_that_are_not_finite_end_the_sampling(
     value: float, temperature: float, batching: Any, tiny: tuple[Any, Any], tmp_path: Path
 ) -> None:

@@ -42,8 +42,10 @@ def example(
     "grads",
     [
         (True, True),
-        (False, True),
-        *(pytest.param(grads, marks=pytest.mark.slow) for grads in [(True, False), (False, False)]),
+        *(
+            pytest.param(grads, marks=pytest.mark.slow)
+            for grads in [(False, True), (True, False), (False, False)]
+        ),
     ],
 )
 @pytest.mark.parametrize("implementation", OP_IMPLEMENTATIONS)

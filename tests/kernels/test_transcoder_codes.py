@@ -135,6 +135,7 @@ def test_codes_have_no_gradient_but_the_output_has() -> None:
 @pytest.mark.skipif(
     torch.__version__ < "2.12", reason="torch 2.11 breaks off in the call, and cannot go on"
 )
+@pytest.mark.slow
 def test_a_compiled_call_returns_codes() -> None:
     torch._dynamo.reset()
     tensors = inputs("relu", "cpu")

@@ -68,7 +68,10 @@ def assert_penalty(result: TranscoderOutput, a: Tensor, W_dec: Tensor, mask: Ten
     assert_close(result.penalty, penalty(torch.float64), penalty(torch.float32), name="penalty")
 
 
-@pytest.mark.parametrize(("implementation", "few"), VARIANTS)
+@pytest.mark.parametrize(
+    ("implementation", "few"),
+    [pytest.param(*variant, marks=SLOW_INTERPRETED if variant[1] else []) for variant in VARIANTS],
+)
 @settings(
     max_examples=EXAMPLES,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
@@ -263,7 +266,9 @@ def test_ties_across_tokens_go_to_the_first(
         assert not result.out[s][padding[s]].any()
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    "implementation", ["triton", pytest.param("triton_fused", marks=SLOW_INTERPRETED)]
+)
 @pytest.mark.parametrize(
     "activation",
     ["relu", *(pytest.param(name, marks=SLOW_INTERPRETED) for name in ACTIVATIONS[1:])],

@@ -206,7 +206,9 @@ def test_impossible_values_are_refused(
         tiny_config(**{key: value})
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_signal_to_all_processes_saves_and_ends_without_warnings(
     number: int, tiny_config: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
