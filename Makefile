@@ -16,7 +16,7 @@ PYTHON ?= $(shell for name in python3.11 python3 python; do \
 	&& { echo "$$name"; break; }; done)
 
 # Tests side by side, a file's in one process; benchmarks need the machine for themselves.
-IN_PARALLEL := -p no:benchmark -n logical --maxprocesses 4 --dist loadfile
+IN_PARALLEL := -p no:benchmark -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(IN_PARALLEL)
 COVERAGE := --cov --cov-report=term:skip-covered
 

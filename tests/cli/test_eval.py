@@ -69,6 +69,7 @@ def test_runs_are_compared_and_nothing_is_measured_twice(
     assert json.loads((folder / "eval.json").read_text()) == result
 
 
+@pytest.mark.slow
 def test_another_run_adds_only_itself(
     runs: list[Path], fastadapt: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from damage import Damage, command, ends_well, raw, sweep, variants
+from damage import PROOF, Damage, command, ends_well, raw, sweep, variants
 
 from fastadapt.errors import UserError
 from fastadapt.features.site import export
@@ -199,7 +200,7 @@ def test_signed_contents_that_cannot_be(folder: Path, table: str, pages: list[ob
     path = folder / f"{table}.parquet"
     wrong, n = [], 0
     sound = path.read_bytes(), (folder / "manifest.json").read_bytes()
-    for column, how, rows in contents(pq.read_table(path)):
+    for column, how, rows in islice(contents(pq.read_table(path)), 0, None, 1 if PROOF else 4):
         n += 1
         pq.write_table(rows, path)
         sign(folder)

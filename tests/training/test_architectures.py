@@ -17,8 +17,14 @@ from fastadapt.training.config import TrainConfig
 from fastadapt.training.planning.estimate import plan
 from fastadapt.training.trainer import train
 
+#: The others have the blocks of one of these.
+QUICK = {"qwen2", "gemma2", "gemma3_text", "phi3"}
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(a, marks=[pytest.mark.slow] * (a not in QUICK)) for a in ARCHITECTURES],
+)
 def test_a_run_of_each(
     architecture: str,
     tiny_pair: Path,

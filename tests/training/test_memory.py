@@ -75,7 +75,10 @@ def test_the_tracker_adds_the_workspace_of_an_op() -> None:
     assert live.alive_of(torch.ops.aten.mul.Tensor) == b.nbytes
 
 
-@pytest.mark.parametrize("policy", ["none", "attention", "full"])
+@pytest.mark.parametrize(
+    "policy",
+    ["attention", *(pytest.param(policy, marks=pytest.mark.slow) for policy in ("none", "full"))],
+)
 def test_the_plan_matches_a_step(policy: str, capsys: pytest.CaptureFixture[str]) -> None:
     """At the 7B pair's width, 10,000 tokens: at most 2% above, beside what ops allocate inside."""
     config = run_config(policy)
@@ -92,7 +95,7 @@ def test_the_plan_matches_a_step(policy: str, capsys: pytest.CaptureFixture[str]
     assert backward <= planned_backward <= 1.02 * backward
 
 
-@pytest.mark.parametrize("policy", ["none", "full"])
+@pytest.mark.parametrize("policy", [pytest.param("none", marks=pytest.mark.slow), "full"])
 @pytest.mark.parametrize(
     ("model", "tokens"), [(GEMMA, 4000), (QWEN, 3000)], ids=["gemma2", "qwen2"]
 )
@@ -107,8 +110,10 @@ def test_attention_that_makes_all_scores_is_planned(model: Any, tokens: int, pol
         assert live <= planned <= 1.1 * live + logits
 
 
-@pytest.mark.parametrize("policy", ["none", "full"])
-@pytest.mark.parametrize("bridge", [0.0, 1.0], ids=["output", "bridged"])
+@pytest.mark.parametrize("policy", [pytest.param("none", marks=pytest.mark.slow), "full"])
+@pytest.mark.parametrize(
+    "bridge", [0.0, pytest.param(1.0, marks=pytest.mark.slow)], ids=["output", "bridged"]
+)
 @pytest.mark.parametrize("kind", ["mlp", "norms"])
 def test_the_plan_of_a_baseline_matches_a_step(
     kind: Literal["mlp", "norms"], bridge: float, policy: str
@@ -164,7 +169,7 @@ def measure(
     return forward, backward
 
 
-@pytest.mark.parametrize("n_layers", [1, 2, 7])
+@pytest.mark.parametrize("n_layers", [1, 2, pytest.param(7, marks=pytest.mark.slow)])
 def test_any_depth_is_planned(n_layers: int) -> None:
     """Models of fewer layers than the measured ones, and of more."""
     config = run_config("attention")

@@ -87,10 +87,15 @@ def test_saved_for_the_backward_pass(tiny_config: Callable[..., TrainConfig]) ->
     [
         ("adapter.n_features", 96),
         ("optimizer.batch_size", 4),
-        ("objective.checkpoint", "none"),
-        ("objective.kl_chunk_tokens", 4096),
-        ("adapter.implementation", "reference"),
-        ("pair.dtype", "float64"),
+        *(
+            pytest.param(*change, marks=pytest.mark.slow)
+            for change in [
+                ("objective.checkpoint", "none"),
+                ("objective.kl_chunk_tokens", 4096),
+                ("adapter.implementation", "reference"),
+                ("pair.dtype", "float64"),
+            ]
+        ),
     ],
 )
 def test_larger_settings_need_more(
@@ -138,7 +143,17 @@ def test_sizes_as_text(tiny_config: Callable[..., TrainConfig]) -> None:
     assert gb(5 * 10**6) == "5.0 MB"
 
 
-@pytest.mark.parametrize("preset", [n for n in preset_names() if n != "organism"])
+QUICK = {"r1-distill-qwen-7b", "qwq-32b"}
+
+
+@pytest.mark.parametrize(
+    "preset",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK))
+        for name in preset_names()
+        if name != "organism"
+    ],
+)
 def test_presets_are_planned_from_shipped_configurations(preset: str) -> None:
     """An 80 GB GPU holds the 7B pair, with fp32 masters too, but not the 32B pair."""
     planned = plan(from_dict(read_yaml(find_config(preset))), gpu="h100")

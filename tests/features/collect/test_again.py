@@ -96,7 +96,10 @@ def test_overwriting_retains_only_sets_and_calls(run: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("overwrite", [True, False])
-@pytest.mark.parametrize("n_removed", range(8))
+@pytest.mark.parametrize(
+    "n_removed",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n not in (0, 3, 7))) for n in range(8)],
+)
 def test_killed_while_the_folder_is_cleared(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_removed: int, overwrite: bool
 ) -> None:
