@@ -191,5 +191,7 @@ def test_exports_refuse_what_is_no_transcoder(
             "export", tmp_path / "run-skyline", "--output", tmp_path / "out", "--format", format
         )
         assert outcome.code == 2
-        assert "for transcoder adapters; these are of kind 'mlp'" in " ".join(outcome.err.split())
+        assert "needs transcoder adapters; the folder holds weights of kind 'mlp'" in " ".join(
+            outcome.err.split()
+        )
         assert not Path(tmp_path / "out").exists()

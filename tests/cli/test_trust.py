@@ -381,7 +381,7 @@ def test_trust_is_said_in_every_call_that_may_run_code() -> None:
             if opens and isinstance(value, ast.Name) and value.id in callers:
                 assert "trust_remote_code" in {k.arg for k in node.keywords}, (path, node.lineno)
                 calls += 1
-    assert calls >= 7
+    assert calls >= 6
     for path in root.rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         for name in ("torch.load(", "import pickle", "allow_pickle", "yaml.unsafe_load"):

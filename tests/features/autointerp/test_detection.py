@@ -238,7 +238,7 @@ def test_judgements_of_other_judges_are_checked(tmp_path: Path) -> None:
         "missing required field settings": {k: v for k, v in part.items() if k != "settings"},
         "samples": {**part, "settings": {**part["settings"], "samples": ["x/../../../y"]}},
         "detection": {**part, "detection": {"of": detection}},
-        "no top": {**part, "detection": {"adapter": {"uniform": detection["uniform"]}}},
+        "missing keys: top": {**part, "detection": {"adapter": {"uniform": detection["uniform"]}}},
         "level": {**part, "level": "x"},
         "units": {
             **part,
