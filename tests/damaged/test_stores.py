@@ -189,7 +189,7 @@ FREE = {
     *((name, "one 100") for name in ("true_positives", "true_negatives", "by_domain", "by_tenth")),
     *((name, "one -0.5") for name in ("promoted_logits", "suppressed_logits")),
     *((name, "doubles") for name in ("accuracy", "target", "base")),
-    ("domain", "nulls"), ("subclass", "nulls"), ("domain", "strings"),
+    ("domain", "nulls"), ("subclass", "nulls"), ("domain", "strings"), ("accuracy", "one nan"),
     *((name, "one 100") for name in ("start", "histogram", "by_region")),
 }  # fmt: skip
 

@@ -131,6 +131,8 @@ def _outside(name: str, values: pa.ChunkedArray, top: int | None) -> Iterator[st
 
 def _not_numbers(name: str, values: pa.ChunkedArray, from_0: bool) -> Iterator[str]:
     numbers = values.to_numpy()
+    if name == "accuracy":  # NaN: the share of no texts
+        numbers = numbers[~np.isnan(numbers)]
     odd = numbers[~np.isfinite(numbers)]
     if len(odd):
         yield f"the column {name!r}: expected finite numbers, got {odd[0]}"
