@@ -94,6 +94,7 @@ def test_tiny_shapes_have_no_bounds(result: dict[str, Any]) -> None:
     assert result["bounds"] == []
 
 
+@pytest.mark.slow
 def test_a_single_part_runs_without_the_tests(tmp_path: Path) -> None:
     output = tmp_path / "one.json"
     completed = run("--quick", "--only", "block", "--output", str(output), cwd=tmp_path)

@@ -35,6 +35,7 @@ def test_completed_tests_are_counted_after_a_timeout(tmp_path: Path, n_processes
         assert "2 passed" in result["end"]
 
 
+@pytest.mark.slow
 @needs_xdist
 def test_all_tests_run_in_parallel_and_a_failure_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "test_a.py").write_text("def test_one(): ...\ndef test_two(): assert False\n")

@@ -91,6 +91,7 @@ def test_a_timed_step_is_right_only_if_its_reports_are(
     assert wrong is None or wrong in row["wrong"]
 
 
+@pytest.mark.slow
 def test_steps_planned_above_memory_are_skipped_with_a_reason(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -224,6 +224,7 @@ def test_the_papers_run_is_planned_offline(
 
 def test_what_does_not_fit_comes_with_a_way_out(fastadapt: Callable[..., Any]) -> None:
     wide = ["--optimizer.masters", "true", "--adapter.n_features", "16384"]
+    wide += ["--objective.checkpoint", "full"]
     text = fastadapt("train", "r1-distill-qwen-7b", "--dry-run", "--gpu", "h100", *wide).out
     assert "DOES NOT FIT" in text
     shown = re.search(r"Peak: ([\d.]+) GB", text)

@@ -89,6 +89,7 @@ def test_without_a_subcommand_it_helps(fastadapt: Callable[..., Any]) -> None:
     assert "prepare" in fastadapt("data").out
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on(
     command: Callable[..., list[str]], tmp_path: Path, fastadapt: Callable[..., Any]
 ) -> None:

@@ -84,6 +84,7 @@ def test_another_run_adds_only_itself(
     assert any("tuned" in name for name in after.keys() - before.keys())
 
 
+@pytest.mark.slow
 def test_parts_add_up_and_a_retrained_run_is_measured_anew(
     runs: list[Path], fastadapt: Callable[..., Any]
 ) -> None:

@@ -19,7 +19,7 @@ from fastadapt.evaluation.generation.degeneration import (
 )
 
 PROOF = os.environ.get("FASTADAPT_PROOF") == "1"
-N_SOUND, N_LOOPS = (2000, 200) if PROOF else (400, 100)
+N_SOUND, N_LOOPS = (2000, 200) if PROOF else (200, 100)
 
 
 def cut_by_definition(tokens: Sequence[int], config: DegenerationConfig) -> int | None:

@@ -45,7 +45,7 @@ def plain(models: ModelSet, name: str, ids: list[int]) -> tuple[torch.Tensor, to
     return got.logits[0, :-1], torch.stack(hidden)[:, 0]
 
 
-@pytest.mark.parametrize("architecture", ["qwen2", "gemma2"])
+@pytest.mark.parametrize("architecture", [pytest.param("qwen2", marks=pytest.mark.slow), "gemma2"])
 def test_measures_equal_plain_forwards(
     architecture: str, make_run: Callable[..., Path], texts: list[Text], tmp_path: Path
 ) -> None:

@@ -272,7 +272,7 @@ def test_filters_without_a_match_are_reset(browser: Any, file: str) -> None:
     assert tab.complaints == []
 
 
-@pytest.mark.parametrize("width", [1300, 430])
+@pytest.mark.parametrize("width", [pytest.param(1300, marks=pytest.mark.slow), 430])
 def test_nothing_is_wider_than_the_window(browser: Any, file: str, width: int) -> None:
     tab = open_site(browser, file, width=width)
     for fragment in ("#/1/17", "#/?q=nobodysaysthis", "#/2/3"):

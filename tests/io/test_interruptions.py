@@ -100,6 +100,7 @@ def disturb(folder: Path) -> Callable[..., dict]:
     return trial
 
 
+@pytest.mark.slow
 def test_the_end_of_training(trained: Path, recipe: Path, folder: Path, disturb: Callable) -> None:
     before = folder / "before"
     shutil.copytree(trained, before / "run", ignore=shutil.ignore_patterns("features"))

@@ -97,7 +97,11 @@ def test_the_plan_matches_a_step(policy: str, capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.parametrize("policy", [pytest.param("none", marks=pytest.mark.slow), "full"])
 @pytest.mark.parametrize(
-    ("model", "tokens"), [(GEMMA, 4000), (QWEN, 3000)], ids=["gemma2", "qwen2"]
+    ("model", "tokens"),
+    [
+        pytest.param(GEMMA, 4000, id="gemma2"),
+        pytest.param(QWEN, 3000, id="qwen2", marks=pytest.mark.slow),
+    ],
 )
 def test_attention_that_makes_all_scores_is_planned(model: Any, tokens: int, policy: str) -> None:
     """Within a tenth."""
@@ -180,6 +184,7 @@ def test_any_depth_is_planned(n_layers: int) -> None:
     assert memory.parts["gradients"] == memory.adapter_bytes == 2 * memory.parameters
 
 
+@pytest.mark.slow
 def test_codes_need_more_with_more_features() -> None:
     config = run_config("full")
     few, many = (

@@ -65,7 +65,7 @@ def test_killed_at_steps_and_resumed_twice(
     tiny_config: Callable[..., TrainConfig], tmp_path: Path, kind: str
 ) -> None:
     """Kill before the first checkpoint (step 3), at one, between two, and at the last step."""
-    kills = ["1,2", "3,5", "4,9", "7,8", "10,12"] if PROOF else ["1,2", "3,5"]
+    kills = ["1,2", "3,5", "4,9", "7,8", "10,12"] if PROOF else ["3,5"]
     config = tiny_config(**VARIANTS[kind] if kind == "mlp" else {})
     save_config(config, tmp_path / "config.yaml")
     program = Path(__file__).with_name("crash_runs.py")

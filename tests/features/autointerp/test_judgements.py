@@ -147,6 +147,7 @@ def test_judgements_of_another_collection_are_ignored(judged: tuple[StoreData, s
     assert list(read_judgements(data.store)["judges"]) == ["tokens"]
 
 
+@pytest.mark.slow
 def test_long_and_similar_names_of_judges_have_separate_plots(
     judged: tuple[StoreData, str],
 ) -> None:

@@ -149,7 +149,7 @@ def shards(run: Path, tmp_path: Path) -> list[Path]:
     return [tmp_path / f"shard-{i}" for i in range(2)]
 
 
-@pytest.mark.parametrize("overwrite", [True, False])
+@pytest.mark.parametrize("overwrite", [pytest.param(True, marks=pytest.mark.slow), False])
 @pytest.mark.parametrize("point", ["write_texts", "write_units", "write_manifest", "half a table"])
 def test_a_killed_merge_can_be_repeated(
     tmp_path: Path,

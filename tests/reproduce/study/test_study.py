@@ -72,6 +72,7 @@ def open_study(run: Path, folder: Path, config: StudyConfig, stop: Event, calls:
     return Study(students, store, folder, config, lambda *call: calls.append(call), stop)
 
 
+@pytest.mark.slow
 def test_every_arm_is_measured_once_and_the_study_resumes(run: Path, tmp_path: Path) -> None:
     calls: list[tuple[str, int, int]] = []
     stop = Event()
