@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help train test coverage reproduce study lint proof oldest newest bench clean
+.PHONY: help train test coverage reproduce study lint proof prove-kernels oldest newest bench clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -33,7 +33,7 @@ unexport PYTHONHOME
 unexport VIRTUAL_ENV
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 train: $(VENV)/.runtime  ## train an adapter on the embedded pair; prints a table, writes a report
 	$(BIN)/fastadapt train organism --overwrite
@@ -63,6 +63,11 @@ proof: lint $(VENV)/triton-3.6  ## every claim at its full count: slow tests, be
 	$(MAKE) bench
 	bash .ci/clean_clone timeout 720 make train
 
+prove-kernels: $(VENV)/.dev  ## execute the compiled kernels on this CPU: faults, races, errors against float64
+	FASTADAPT_IR=ttir $(PYTEST) tests/kernels -k triton
+	for target in 80 90 100; do FASTADAPT_IR=ttgir FASTADAPT_IR_TARGET=$$target \
+		$(PYTEST) tests/kernels -k "$(ONCE)"; done
+
 oldest: $(VENV)/oldest/.done  ## the quick tests with the oldest versions that pyproject.toml allows; fetches gigabytes of CUDA
 	OMP_NUM_THREADS=1 $(VENV)/oldest/bin/python -m pytest $(IN_PARALLEL) -m "not slow"
 
@@ -88,8 +93,10 @@ $(VENV)/.eval: requirements-eval.lock $(VENV)/.runtime
 	$(PIP) -r requirements-eval.lock
 	@touch $@
 
+# ttsem asks for Python 3.12, and runs on 3.11; it needs NumPy alone.
 $(VENV)/.dev: requirements-dev.lock $(VENV)/.eval
 	$(PIP) -r requirements-dev.lock
+	$(PIP) --no-deps --ignore-requires-python ttsem==0.1.0
 	@touch $@
 
 # The oldest versions of all that is asked for by name, under the oldest Python that is there. Compiled

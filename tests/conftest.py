@@ -25,7 +25,7 @@ except ModuleNotFoundError:  # a machine with a GPU and little else: tests that 
 
 PROOF = os.environ.get("FASTADAPT_PROOF") == "1"
 
-if not torch.cuda.is_available():
+if not torch.cuda.is_available() and "FASTADAPT_IR" not in os.environ:
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 torch.set_num_threads(1)
 if hypothesis is not None:

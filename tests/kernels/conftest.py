@@ -1,19 +1,46 @@
-"""Device and dtypes of kernel tests: the GPU if available, else Triton's interpreter."""
+"""Where Triton's kernels run in these tests.
+
+On a GPU if there is one. Else in Triton's interpreter, or compiled and executed on the CPU if
+FASTADAPT_IR is set (see :mod:`executed`).
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
+import executed
 import pytest
 import torch
+from transcoder_cases import TRITON_DEVICE, TRITON_DTYPES
+
+RECORD = executed.start() if executed.STAGE else None
 
 
 @pytest.fixture(scope="session")
 def device() -> str:
-    """Device of Triton kernels: "cuda", or "cpu" for the interpreter."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """Device of Triton kernels: "cuda", or "cpu" without a GPU."""
+    return TRITON_DEVICE
 
 
 @pytest.fixture(scope="session")
 def triton_dtypes() -> list[torch.dtype]:
     """Dtypes of Triton kernels; the interpreter multiplies bfloat16 incorrectly."""
-    exact = [torch.float32, torch.float16]
-    return [*exact, torch.bfloat16] if torch.cuda.is_available() else exact
+    return TRITON_DTYPES
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Send a worker's record to the process that reports."""
+    if RECORD is not None and hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["executed"] = RECORD.as_tuple()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    if RECORD is not None and "executed" in getattr(node, "workeroutput", {}):
+        RECORD.add(*node.workeroutput["executed"])
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if RECORD is not None:
+        for line in RECORD.lines():
+            terminalreporter.write_line(line)

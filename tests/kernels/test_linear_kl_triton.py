@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transcoder_cases import TRITON_DTYPES
 
 from fastadapt.kernels import linear_kl as package
 from fastadapt.kernels.linear_kl import chunks, linear_kl
@@ -48,7 +49,7 @@ def test_auto_selects_an_implementation(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("V", [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 61])
 @pytest.mark.usefixtures("_small_blocks", "poison")
 def test_statistics_of_rows(V: int, device: str) -> None:
-    for dtype in (torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])):
+    for dtype in TRITON_DTYPES:
         logits = (4 * torch.randn(9, V)).to(device, dtype)
         top, log_total, first = statistics(logits)
         assert torch.equal(top, logits.float().amax(-1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,8 +35,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 #: Device and dtypes of Triton kernels; the interpreter multiplies bfloat16 incorrectly.
 TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON_DTYPES = [torch.float32, torch.float16]
-TRITON_DTYPES += [torch.bfloat16] if torch.cuda.is_available() else []
-#: Marks of tests that are slow only in the interpreter.
+TRITON_DTYPES += [] if os.environ.get("TRITON_INTERPRET") == "1" else [torch.bfloat16]
+#: Marks of tests that are slow without a GPU.
 SLOW_INTERPRETED = [] if torch.cuda.is_available() else [pytest.mark.slow]
 #: The interpreter takes milliseconds per token and feature.
 TRITON_SIZES = SIZES if torch.cuda.is_available() else [0, 1, 2, 3, 7, 8, 13, 31, 33]

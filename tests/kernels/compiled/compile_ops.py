@@ -13,7 +13,6 @@ run the kernel. Values of tensors are therefore arbitrary, and matrix products a
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import json
 import os
 import re
@@ -28,6 +27,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported
 
 import torch
 import triton
+from device_code import launched_kernels
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -175,26 +175,6 @@ def multiply_as_on_a_gpu() -> None:
         return inputs_match and logits_dtype == torch.float32
 
     chunks._accumulates_wider = accumulates_wider
-
-
-def device_modules() -> list[Any]:
-    """Import every module with device code."""
-    import fastadapt.kernels
-
-    folders = [
-        Path(importlib.import_module(f"fastadapt.kernels.{op}").__file__ or "").parent
-        for op in ("transcoder", "linear_kl")
-    ]
-    names = [f"{f.name}.{file.stem}" for f in folders for file in sorted(f.glob("triton_*.py"))]
-    return [importlib.import_module(f"{fastadapt.kernels.__name__}.{name}") for name in names]
-
-
-def launched_kernels() -> list[str]:
-    """Return the names of kernels with a launch ``name[grid](...)`` in a module."""
-    modules = device_modules()
-    kernels = {k for m in modules for k, v in vars(m).items() if isinstance(v, JITFunction)}
-    sources = "\n".join(inspect.getsource(m) for m in modules)
-    return sorted(k for k in kernels if re.search(rf"(?<![\w.]){k}\[", sources))
 
 
 def replace_text(folder: str, op: str, file: str, *texts: str) -> None:
