@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.library import define, impl, register_autograd, register_fake
 
 from . import sparse
-from .codes import CodeLayout, Codes, active_codes
-from .products import PIECE
+from .codes import GPU_PIECE, CodeLayout, Codes, active_codes
 from .reference import TranscoderOutput, TranscoderStats, accumulator
 
 ops = torch.ops.fastadapt
@@ -402,8 +401,8 @@ def _wide_bytes(t: Tensor) -> int:
 
 
 def _pieces(codes: Codes, W: Tensor) -> int:
-    """Return the bytes of the fp32 sums of a feature's codes after the first ``PIECE`` of them."""
-    return codes.values.numel() // PIECE * W.shape[1] * 4
+    """Return the bytes of the fp32 sums of a feature's codes after the first ``GPU_PIECE``."""
+    return codes.values.numel() // GPU_PIECE * W.shape[1] * 4
 
 
 WORKSPACE_FORMULAS: dict[Any, Any] = {

@@ -36,6 +36,8 @@ CAPACITY_STEP = 16_384
 # Largest number of entries for which, without a plan or gradients, buffers for all entries cost
 # less than a synchronisation. Generation then never synchronises and can be captured as a graph.
 SMALL_ENTRIES = 2**22
+# Codes of a feature that one program of a GPU sums.
+GPU_PIECE = 64
 # Tokens sampled for the choice between codes and dense products, which need not be exact.
 SAMPLE = 256
 # Features tested for codes at once: most blocks have none, and a maximum is a cheap test.

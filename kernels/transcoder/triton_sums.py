@@ -19,14 +19,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .codes import GPU_PIECE as PIECE
 from .codes import Codes
 from .triton_encode import JUMPRELU, RELU, last_contiguous
 
-#: Codes of a feature per program.
-PIECE = 256
-TOKEN_SUMS: dict[str, Any] = {"BLOCK_C": 8, "BLOCK_E": 512, "num_warps": 4}
-SAMPLED: dict[str, Any] = {"BLOCK_C": 8, "BLOCK_E": 512, "num_warps": 4}
-FEATURE_SUMS: dict[str, Any] = {"BLOCK_C": 8, "BLOCK_E": 512, "num_warps": 4}
+# A program sums whole rows where it can, few codes at a time: all codes of a column then belong to
+# one thread, and the loops need neither barriers nor shared memory.
+TOKEN_SUMS: dict[str, Any] = {"BLOCK_C": 2, "num_warps": 4}
+FEATURE_SUMS: dict[str, Any] = {"BLOCK_C": 2, "num_warps": 4}
+WIDEST = 4096  #: columns of a program
+SAMPLED: dict[str, Any] = {"BLOCK_C": 4, "BLOCK_E": 1024, "num_warps": 4}
 FEATURE_SCALARS: dict[str, Any] = {"BLOCK_C": 1024, "num_warps": 4}
 PIECES: dict[str, Any] = {"BLOCK_F": 1024, "num_warps": 4}
 
@@ -274,6 +276,11 @@ def sum_scalars(
         tl.store(dtheta_ptr + feature, tl.sum(window, axis=0))
 
 
+def _block_of(E: int) -> int:
+    """Return the columns of a program that sums rows of width E."""
+    return min(WIDEST, max(16, triton.next_power_of_2(E)))
+
+
 def token_sums(
     scales_C: Tensor, codes: Codes, table_FE: Tensor, *, skip_zeros: bool = False
 ) -> Tensor:
@@ -303,8 +310,8 @@ def decode_sums(
     out = table_FE.new_empty(N, E)
     costs = codes.values.new_empty(N, dtype=torch.float32)
     if N:
-        grid = (N, max(1, triton.cdiv(E, TOKEN_SUMS["BLOCK_E"])))
-        sum_by_token[grid](
+        block = _block_of(E)
+        sum_by_token[(N, max(1, triton.cdiv(E, block)))](
             scales_C,
             codes.values,
             codes.features,
@@ -324,6 +331,7 @@ def decode_sums(
             HAS_RESIDUAL=residual_NE is not None,
             HAS_NORMS=norm_F is not None,
             HAS_WEIGHTS=weight_N is not None,
+            BLOCK_E=block,
             **TOKEN_SUMS,
         )
     return out, costs
@@ -408,7 +416,8 @@ def feature_sums(
     count_pieces[(1,)](codes.feature_offsets, piece_offsets, F, PIECE=PIECE, **PIECES)
     n_pieces = len(codes.values) // PIECE  # upper bound: a further piece follows a full one
     pieces = table_NE.new_empty((n_pieces, E), dtype=torch.float32)
-    slices = triton.cdiv(E, FEATURE_SUMS["BLOCK_E"])
+    block = _block_of(E)
+    slices = triton.cdiv(E, block)
     common = (
         scales_C,
         codes.values,
@@ -427,6 +436,7 @@ def feature_sums(
             table_NE.stride(0),
             SKIP_ZEROS=skip_zeros,
             PIECE=PIECE,
+            BLOCK_E=block,
             **FEATURE_SUMS,
         )
     sum_by_feature[(F, slices)](
@@ -442,6 +452,7 @@ def feature_sums(
         SKIP_ZEROS=skip_zeros,
         HAS_C=penalty is not None,
         PIECE=PIECE,
+        BLOCK_E=block,
         **FEATURE_SUMS,
     )
     return out

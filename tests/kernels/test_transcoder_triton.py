@@ -9,6 +9,7 @@ import math
 import os
 from typing import Any
 
+import executed
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
@@ -412,6 +413,7 @@ def test_errors_where_kernels_do_not_run() -> None:
         transcoder(**leaves, **jumprelu, implementation="triton")
 
 
+@pytest.mark.skipif(executed.STAGE is not None, reason="executing a kernel reads its tensors")
 def test_a_step_with_a_plan_never_synchronises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_forward, "FEW", 8)
     leaves = inputs()
