@@ -16,7 +16,6 @@ import importlib.util
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -25,6 +24,7 @@ from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported
 
+import sass
 import torch
 import triton
 from device_code import launched_kernels
@@ -114,6 +114,7 @@ def describe(case: str, kernel: JITFunction, compiled: Any) -> dict[str, Any]:
         "narrow_products": narrow_products(text),
         "dot": {"rows": int(dot[1]), "dtype": dot[2]} if dot else None,
         "wgmma": "wgmma.mma_async" in compiled.asm.get("ptx", ""),
+        "loops": sass.loops(compiled.asm["cubin"]) if "cubin" in compiled.asm else [],
         **resources(compiled),
     }
 
@@ -127,12 +128,7 @@ def resources(compiled: Any) -> dict[str, int]:
             for name in ("vgpr_count", "private_segment_fixed_size")
         ]
     else:
-        program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(compiled.asm["cubin"])
-            file.flush()
-            command = [str(program), "--dump-resource-usage", file.name]
-            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        output = sass.dump("cuobjdump", "--dump-resource-usage", cubin=compiled.asm["cubin"])
         matches = [re.search(rf"\b{name}:(\d+)", output) for name in ("REG", "STACK")]
     registers, stack = (int(match[1]) for match in matches if match)
     return {"registers": registers, "stack": stack}

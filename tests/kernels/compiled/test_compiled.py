@@ -186,6 +186,36 @@ def test_compiles(
     check(record)
 
 
+#: Kernels whose loops gather rows of a table.
+GATHERS = {"sum_by_token", "sum_by_feature", "sum_further_pieces"}
+WARP_REGISTERS = 65_536 // 32  # of a processor, per lane
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("triton", ["installed", "oldest"])
+def test_sums_gather_whole_vectors_without_barriers(
+    proof: dict[tuple[str, str], Future[dict[str, Any]]], triton: str
+) -> None:
+    """At the paper's width, for 16 bits: 128-bit loads, no shared memory, at least 24 warps."""
+    if (triton, "sm_90") not in proof:
+        pytest.skip("FASTADAPT_OLDEST_TRITON names no folder; `make proof` makes one")
+    kernels = [
+        kernel
+        for kernel in proof[triton, "sm_90"].result()["kernels"]
+        if kernel["kernel"] in GATHERS and " F=8192" in kernel["case"]
+        if kernel["pointers"]["table_ptr"] != "*fp32"
+    ]
+    assert {kernel["kernel"] for kernel in kernels} == GATHERS
+    for kernel in kernels:
+        name = f"{kernel['kernel']} {kernel['constants']}"
+        gathers = [loop for loop in kernel["loops"] if loop.get("LDG.E.128", 0) > 1]
+        assert gathers, name
+        for loop in gathers:
+            waits = [op for op in loop if op.startswith(("BAR", "LDS", "STS", "SHFL"))]
+            assert not waits, f"{name}: {loop}"
+        assert WARP_REGISTERS // kernel["registers"] >= 24, name
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("op", "file", "kernel"),
