@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 ACTIVATIONS = ("relu", "topk", "batch_topk", "jumprelu")
-IMPLEMENTATIONS = ("auto", "reference", "sparse", "triton", "triton_fused")
+IMPLEMENTATIONS = ("auto", "reference", "sparse", "triton")
 
 
 def transcoder(
@@ -103,11 +103,10 @@ def transcoder(
             there are more codes than ``plan.capacity``. A CPU then raises. A GPU cannot raise
             without synchronising; its results are invalid and ``stats.n_codes > plan.capacity``.
             The reference ignores the plan.
-        implementation: ``"reference"`` (dense, plain autograd), ``"sparse"`` (CPU, on codes),
-            ``"triton"`` (GPU, on codes after the library's product) or ``"triton_fused"`` (GPU,
-            product in Triton). The Triton implementations support 16-bit dtypes and float32.
-            ``"auto"``: sparse on a CPU and, with a plan, on the meta device; triton on a GPU; the
-            reference elsewhere and for float64 on a GPU.
+        implementation: ``"reference"`` (dense, plain autograd), ``"sparse"`` (CPU, on codes) or
+            ``"triton"`` (GPU, on codes after the library's product), for 16-bit dtypes and
+            float32. ``"auto"``: sparse on a CPU and, with a plan, on the meta device; triton on a
+            GPU; the reference elsewhere and for float64 on a GPU.
         return_codes: also return the codes; on a GPU this synchronises.
 
     Returns:

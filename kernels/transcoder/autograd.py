@@ -13,11 +13,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as nnf
 from torch import Tensor
 from torch.library import define, impl, register_autograd, register_fake
 
 from . import sparse
-from .codes import GPU_PIECE, CodeLayout, Codes, active_codes
+from .codes import GPU_PIECE, SMALL, CodeLayout, Codes, active_codes
+from .products import norms
 from .reference import TranscoderOutput, TranscoderStats, accumulator
 
 ops = torch.ops.fastadapt
@@ -40,17 +42,18 @@ define(
 )
 define(
     "fastadapt::decode",
-    f"({CODES}, Tensor W_dec, Tensor b_dec, Tensor? residual, Tensor? weight, "
+    f"({CODES}, Tensor W_dec, Tensor b_dec, Tensor? residual, Tensor? norm, Tensor? weight, "
     "str implementation) -> (Tensor, Tensor)",
 )
 define(
     "fastadapt::decode_backward",
-    f"(Tensor? g, Tensor? c, {CODES}, Tensor W_dec, Tensor? weight, bool need_values, bool need_W, "
-    "str implementation) -> (Tensor, Tensor)",
+    f"(Tensor? g, Tensor? c, {CODES}, Tensor W_dec, Tensor norm, Tensor? weight, "
+    "bool need_values, bool need_W, str implementation) -> (Tensor, Tensor)",
 )
+define("fastadapt::norms", "(Tensor W_dec) -> Tensor")
 
 #: Ops whose results selective checkpointing should save.
-SAVED_OPS = [ops.encode.default]
+SAVED_OPS = [ops.encode.default, ops.norms.default]
 _DENSE = [a.name for a in ops.encode.default._schema.arguments].index("dense")
 
 
@@ -58,7 +61,8 @@ def should_save(op: Any, args: Sequence[Any], output: Sequence[Tensor] | None = 
     """Return whether selective checkpointing should save the result of ``op(*args)``.
 
     Sparse codes of the encoder are saved: they are small, and a recompute then skips the encoder's
-    product. Dense codes are as large as any activation and are not saved. Other ops are not saved.
+    product. Dense codes are as large as any activation and are not saved. The norms of the decoder
+    are saved. Other ops are not saved.
 
     Args:
         op: an op overload, as passed to a policy of ``torch.utils.checkpoint``.
@@ -66,8 +70,8 @@ def should_save(op: Any, args: Sequence[Any], output: Sequence[Tensor] | None = 
         output: the op's result, or None if it has not run. Torch 2.11 calls the policy before the
             op runs, and again in the recompute; codes without a plan count as dense then.
     """
-    if op not in SAVED_OPS:
-        return False
+    if op is not ops.encode.default:
+        return op in SAVED_OPS
     dense = args[_DENSE]
     if dense is None:
         dense = output is None or Codes(*output[:N_CODES]).dense
@@ -115,9 +119,13 @@ def transcode(
     n_active, counts_F, n_tokens, min_active, n_codes = results[N_CODES:]
     active = active_codes(codes, W_enc_FD.shape[0]) if return_codes else None
     residual_NE = None if residual_STE is None else residual_STE.flatten(0, 1)
-    out_NE, penalty = ops.decode(*codes, W_dec_FE, b_dec_E, residual_NE, weight_N, implementation)
+    # The norms that a gradient needs; without one, few tokens need the norms of few rows.
+    norm = ops.norms(W_dec_FE) if ordered or x_STD.shape[:-1].numel() > SMALL else None
+    out_NE, penalty = ops.decode(
+        *codes, W_dec_FE, b_dec_E, residual_NE, norm, weight_N, implementation
+    )
     out_STE = out_NE.view(*x_STD.shape[:-1], W_dec_FE.shape[1])
-    min_active = min_active.masked_fill(min_active == -1, torch.nan)  # -1: no active value
+    min_active = nnf.threshold(min_active, -0.5, torch.nan)  # -1: no active value
     stats = TranscoderStats(n_active, counts_F, n_tokens, min_active, n_codes)
     return TranscoderOutput(out_STE, penalty, stats, active)
 
@@ -130,13 +138,12 @@ def _encode(*args: Any) -> tuple[Tensor, ...]:
     plan = None if dense is None else CodeLayout(dense, capacity)
     call: tuple[Any, ...] = (*inputs, plan, ordered)
     if implementation == "sparse":
-        codes, *stats = sparse.encode(*call)
+        codes, stats = sparse.encode(*call)
     else:
         from . import triton_forward
 
-        call = (*call, implementation == "triton_fused")
         with torch.cuda.device_of(inputs[0]):  # Triton launches kernels on the current device
-            codes, *stats = triton_forward.encode(*call)
+            codes, stats = triton_forward.encode(*call)
     return (*codes, *stats)
 
 
@@ -182,6 +189,7 @@ impl("fastadapt::encode", DEVICES, _encode)
 impl("fastadapt::encode_backward", DEVICES, _encode_backward)
 impl("fastadapt::decode", DEVICES, _decode)
 impl("fastadapt::decode_backward", DEVICES, _decode_backward)
+impl("fastadapt::norms", DEVICES, norms)
 
 
 # --- fakes ----------------------------------------------------------------------------------------
@@ -189,7 +197,7 @@ impl("fastadapt::decode_backward", DEVICES, _decode_backward)
 
 @register_fake("fastadapt::encode")
 def _fake_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    activation, (dense, capacity, ordered, _) = args[3], args[-4:]
+    activation, (dense, capacity, ordered, implementation) = args[3], args[-4:]
     N, F = x.shape[0] * x.shape[1], W_enc.shape[0]
     jumps = activation == "jumprelu"
     n_values: Any = N * F
@@ -204,6 +212,9 @@ def _fake_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, *args: Any) -> tuple[T
             n_values = torch.library.get_ctx().new_dynamic_size()
         n_codes, n_window = n_values, 0
     n_ordered = n_codes if ordered else 0
+    n_pieces: Any = 0
+    if ordered and implementation != "sparse" and not dense:
+        n_pieces = F + 1 if dense is not None else torch.library.get_ctx().new_dynamic_size()
     return (
         x.new_empty(n_values),
         x.new_empty(n_codes, dtype=torch.int32),
@@ -211,6 +222,7 @@ def _fake_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, *args: Any) -> tuple[T
         x.new_empty(n_ordered, dtype=torch.int64),
         x.new_empty(n_ordered, dtype=torch.int32),
         x.new_empty(F + 1 if ordered else 0, dtype=torch.int64),
+        x.new_empty(n_pieces, dtype=torch.int32),
         x.new_empty(n_window, dtype=torch.bool),
         x.new_empty((), dtype=torch.int64),
         x.new_empty(F, dtype=torch.int64),
@@ -244,11 +256,16 @@ def _fake_decode(*args: Any) -> tuple[Tensor, Tensor]:
 def _fake_decode_backward(
     g: Tensor | None, c: Tensor | None, values: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor]:
-    W_dec, _, need_values, need_W, _ = args[N_CODES - 1 :]
+    W_dec, _, _, need_values, need_W, _ = args[N_CODES - 1 :]
     return (
         values.new_empty(values.shape if need_values else 0),
         W_dec.new_empty(W_dec.shape if need_W else 0),
     )
+
+
+@register_fake("fastadapt::norms")
+def _fake_norms(W_dec: Tensor) -> Tensor:
+    return W_dec.new_empty(W_dec.shape[0], dtype=accumulator(W_dec.dtype))
 
 
 # --- autograd -------------------------------------------------------------------------------------
@@ -274,20 +291,22 @@ def _differentiate_encode(ctx: Any, da: Tensor | None, *_: None) -> tuple[Tensor
 
 
 def _setup_decode(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *codes_and_W_dec, _, _, weight, ctx.implementation = inputs
+    *codes_and_W_dec, _, _, norm, weight, ctx.implementation = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*codes_and_W_dec, weight)
+    ctx.save_for_backward(*codes_and_W_dec, norm, weight)
 
 
 def _differentiate_decode(
     ctx: Any, g: Tensor | None, c: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     need_values = ctx.needs_input_grad[0]
-    need_W, need_b, need_residual, _, _ = ctx.needs_input_grad[N_CODES:]
+    need_W, need_b, need_residual = ctx.needs_input_grad[N_CODES : N_CODES + 3]
     da = dW = None
     if (need_values or need_W) and not (g is None and c is None):
+        *inputs, norm, weight = ctx.saved_tensors
+        norm = ops.norms(inputs[-1]) if norm is None else norm
         da, dW = ops.decode_backward(
-            g, c, *ctx.saved_tensors, need_values, need_W, ctx.implementation
+            g, c, *inputs, norm, weight, need_values, need_W, ctx.implementation
         )
     return (
         da if need_values else None,
@@ -297,6 +316,7 @@ def _differentiate_decode(
         g if need_residual else None,
         None,
         None,
+        None,
     )
 
 
@@ -304,6 +324,15 @@ def _refuse(ctx: Any, *_: Any) -> None:
     raise RuntimeError("fastadapt::encode and fastadapt::decode have no second derivative")
 
 
+def _setup_norms(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.mark_non_differentiable(output)  # decode differentiates the penalty
+
+
+def _differentiate_norms(ctx: Any, _: Tensor | None) -> None:
+    return None
+
+
+register_autograd("fastadapt::norms", _differentiate_norms, setup_context=_setup_norms)
 register_autograd("fastadapt::encode_backward", _refuse)
 register_autograd("fastadapt::decode_backward", _refuse)
 register_autograd("fastadapt::encode", _differentiate_encode, setup_context=_setup_encode)
@@ -352,7 +381,7 @@ def _encode_workspace(device_type: str, x: Tensor, W_enc: Tensor, *args: Any) ->
     is_ranked = activation == "topk" or (activation == "batch_topk" and threshold is None)
     z = 0 if dense else x.element_size()
     if device_type == "cuda":
-        return n_entries * (z + 1 + 4 * is_ranked) + 24 * n_codes
+        return n_entries * (z + 4 * is_ranked) + n_entries // 2
     window = 2 * accumulator(x.dtype).itemsize if activation == "jumprelu" else 0
     return n_entries * (z + 2 + 16 * is_ranked + window) + 64 * n_codes
 

@@ -36,6 +36,9 @@ CAPACITY_STEP = 16_384
 # Largest number of entries for which, without a plan or gradients, buffers for all entries cost
 # less than a synchronisation. Generation then never synchronises and can be captured as a graph.
 SMALL_ENTRIES = 2**22
+# Largest number of tokens for which, without gradients, reading the codes' rows of W_dec twice
+# costs less than a pass over all of W_dec.
+SMALL = 256
 # Codes of a feature that one program of a GPU sums.
 GPU_PIECE = 64
 # Tokens sampled for the choice between codes and dense products, which need not be exact.
@@ -94,6 +97,7 @@ class Codes(NamedTuple):
     order: Tensor  #: int64 [C]: code indices in feature order; dense: [0].
     tokens: Tensor  #: int32 [C]: each code's token, in feature order; dense: [0].
     feature_offsets: Tensor  #: int64 [F + 1]; [0] without feature order.
+    piece_offsets: Tensor  #: GPU: int32 [F + 1], prefix sums of the features' further pieces.
     window: Tensor  #: bool [N * F] for dense jumprelu, else [0].
 
     @property
@@ -207,7 +211,8 @@ def dense_codes(a_NF: Tensor, window_NF: Tensor | None, *, ordered: bool) -> Cod
     index = torch.zeros(0, dtype=torch.int64, device=a_NF.device)
     rows, columns = index.new_zeros(N + 1), index.new_zeros(F + 1 if ordered else 0)
     window = index.bool() if window_NF is None else window_NF.flatten()
-    return Codes(a_NF.flatten(), index.int(), rows, index, index.int(), columns, window)
+    flat = a_NF.flatten()
+    return Codes(flat, index.int(), rows, index, index.int(), columns, index.int(), window)
 
 
 def sparse_codes(
@@ -231,6 +236,7 @@ def sparse_codes(
         none,
         none.int(),
         none.clone(),
+        none.int(),
         none.bool(),
     )
     if ordered:

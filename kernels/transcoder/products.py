@@ -76,3 +76,8 @@ def sampled_product(g_NE: Tensor, W_FE: Tensor, rows_C: Tensor, codes: Codes) ->
         rows_C,
         0,
     )
+
+
+def norms(W_dec_FE: Tensor) -> Tensor:
+    """Return ``‖W_dec,i‖₂`` [F] in the accumulator's dtype."""
+    return torch.linalg.vector_norm(W_dec_FE, dim=-1, dtype=accumulator(W_dec_FE.dtype))

@@ -24,8 +24,8 @@ from .codes import (
     prefers_dense,
     sparse_codes,
 )
-from .products import gather_sum, sampled_product, segment_sum, segments
-from .reference import accumulator
+from .products import gather_sum, norms, sampled_product, segment_sum, segments
+from .reference import TranscoderStats, accumulator
 
 # Rows counted at once: a product of ones and zeros is eight times faster than a sum of booleans.
 COUNTED_ROWS = 128
@@ -43,8 +43,8 @@ def encode(
     bandwidth: float,
     plan: CodeLayout | None,
     ordered: bool,
-) -> tuple[Codes, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return codes and the fields of ``TranscoderStats``, after one dense product.
+) -> tuple[Codes, TranscoderStats]:
+    """Return codes and statistics, after one dense product.
 
     With `ordered`, codes include the feature order, which gradients need. `min_active` is -1
     without active values; the caller replaces -1 by NaN, so that results of the op compare equal.
@@ -88,7 +88,7 @@ def encode(
         counts_F = torch.bincount(live.features[active_C], minlength=F)
         if activation == "batch_topk":
             min_active = _mean_smallest(live.values, active_C, live.row_offsets[:: max(T, 1)])
-    return codes, counts_F.sum(), counts_F, counted_N.sum(), min_active, n_codes
+    return codes, TranscoderStats(counts_F.sum(), counts_F, counted_N.sum(), min_active, n_codes)
 
 
 def encode_backward(
@@ -147,10 +147,11 @@ def decode(
     W_dec_FE: Tensor,
     b_dec_E: Tensor,
     residual_NE: Tensor | None,
+    norm_F: Tensor | None,
     weight_N: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return ``out = residual + W_decᵀ a + b_dec``, rounded once, and the penalty."""
-    norm_F = _norm(W_dec_FE)
+    norm_F = norms(W_dec_FE) if norm_F is None else norm_F
     if codes.dense:
         a_NF = codes.values.view(-1, W_dec_FE.shape[0])
         penalty_N = a_NF.to(norm_F.dtype) @ norm_F
@@ -174,6 +175,7 @@ def decode_backward(
     c: Tensor | None,
     codes: Codes,
     W_dec_FE: Tensor,
+    norm_F: Tensor,
     weight_N: Tensor | None,
     need_values: bool,
     need_W: bool,
@@ -186,7 +188,6 @@ def decode_backward(
     """
     F, E = W_dec_FE.shape
     da = dW = W_dec_FE.new_empty(0)
-    norm_F = _norm(W_dec_FE)
     spent_F = norm_F.new_zeros(F)  # Σ_t w_t a_ti
     if codes.dense:
         a_NF = codes.values.view(-1, F)
@@ -238,11 +239,6 @@ def _dense_da(
     if g_NE is None:
         return cost.expand_as(a_NF).clone()
     return torch.addmm(cost, g_NE, W_dec_FE.T)
-
-
-def _norm(W_dec_FE: Tensor) -> Tensor:
-    """Return ``‖W_dec,i‖₂`` in the accumulator's dtype."""
-    return torch.linalg.vector_norm(W_dec_FE, dim=-1, dtype=accumulator(W_dec_FE.dtype))
 
 
 def _column_counts(a_NF: Tensor, counted_N: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from . import triton_dense, triton_sums
 from .codes import Codes
-from .triton_forward import norms
 
 
 def encode_backward(
@@ -47,21 +46,19 @@ def encode_backward(
     else:
         if need[0]:
             dx = triton_sums.token_sums(da, codes, W_enc_FD, skip_zeros=jumps)
-        if need[1]:
-            dW = triton_sums.feature_sums(da, codes, x_ND, skip_zeros=jumps)
-        if need[2] or need[3]:
-            cut_F = None
-            if jumps:
-                assert threshold_F is not None
-                cut_F = threshold_F.float().clamp(min=0).contiguous()
-            db, window_sums = triton_sums.feature_scalars(
-                da, codes, cut_F=cut_F, half_bandwidth=bandwidth / 2
-            )
+        if need[1] or need[2]:
+            table = x_ND if need[1] else x_ND[:, :0]
+            dW, db = triton_sums.feature_sums(da, codes, table, skip_zeros=jumps)
+        if need[3]:
+            assert threshold_F is not None
+            cut_F = threshold_F.float().clamp(min=0).contiguous()
+            window_sums = triton_sums.window_sums(da, codes, cut_F, bandwidth / 2)
     dtheta = x_ND.new_empty(0)
     if need[3]:
         assert threshold_F is not None
         dtheta = (-(threshold_F.double().abs() / bandwidth) * window_sums).to(threshold_F.dtype)
-    return dx, dW, db.to(x_ND.dtype) if need[2] else x_ND.new_empty(0), dtheta
+    none = x_ND.new_empty(0)
+    return dx, dW if need[1] else none, db.to(x_ND.dtype) if need[2] else none.clone(), dtheta
 
 
 def decode_backward(
@@ -69,6 +66,7 @@ def decode_backward(
     c: Tensor | None,
     codes: Codes,
     W_dec_FE: Tensor,
+    norm_F: Tensor,
     weight_N: Tensor | None,
     need_values: bool,
     need_W: bool,
@@ -77,7 +75,6 @@ def decode_backward(
     N, F = len(codes.row_offsets) - 1, W_dec_FE.shape[0]
     da = dW = W_dec_FE.new_empty(0)
     weight_N = None if weight_N is None else weight_N.contiguous()
-    norm_F = norms(W_dec_FE)
     if codes.dense:
         a_NF = codes.values.view(N, F)
         if need_values:
@@ -93,11 +90,10 @@ def decode_backward(
         da = triton_sums.code_gradients(g_NE, c, codes, W_dec_FE, norm_F, weight_N)
     if need_W:
         table = W_dec_FE.new_zeros(1, 1).expand(N, W_dec_FE.shape[1]) if g_NE is None else g_NE
-        penalty = None
-        if c is not None:
-            spent_F, _ = triton_sums.feature_scalars(codes.values, codes, weight_N=weight_N)
-            penalty = (c, spent_F, norm_F, W_dec_FE)
-        dW = triton_sums.feature_sums(codes.values, codes, table, penalty=penalty)
+        penalty = None if c is None else (c, norm_F, W_dec_FE)
+        dW, _ = triton_sums.feature_sums(
+            codes.values, codes, table, weight_N=weight_N, penalty=penalty
+        )
     return da, dW
 
 

@@ -1,11 +1,14 @@
 """Compute the encoder on a GPU: products, activations, and flags of the codes.
 
-Every launcher returns `words`, int32 ``[N, ceil(F / 32)]``, with one flag per entry that is set for
-codes, and `values`, x's dtype ``[N, F]``, with activations at the codes and arbitrary values
-elsewhere. No buffer can overflow, and the order of programs does not matter. Three launchers:
+Both launchers produce flags and values::
 
-- :func:`mark_product`: one pass over the result of the library's product.
-- :func:`multiply_and_mark`: a persistent Triton product; pre-activations stay in registers.
+    words   int32   [N, W]   bit j of word w: whether entry 32 w + j is a code
+    values  x's     [N, F]   the activation at a code, arbitrary elsewhere
+
+No buffer can overflow, and the order of programs does not matter.
+
+- :func:`mark_product`: one pass over the result of the library's product, a row per program. It
+  is bound by reading that result (123 MB at 7,500 tokens and 8,192 features in 16 bits).
 - :func:`multiply_few_and_mark`: few tokens, bound by reading W_enc once.
 
 Product and bias are summed in fp32 and rounded once to x's dtype (by the library's ``linear`` for
@@ -18,30 +21,19 @@ Shape suffixes: N tokens, D width, F features, W words of 32 features.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .triton_bits import pack, pack_rows
+from .triton_bits import pack, pack_rows, popcount
 
 # Activations of the kernels. Ranked activations flag all positive entries; the cut follows later.
 RELU, THRESHOLD, JUMPRELU = (tl.constexpr(kind) for kind in range(3))
 
 MARK: dict[str, Any] = {"BLOCK_W": 64, "num_warps": 4}
-# 128 x 128 x 64 with 8 warps packs the flags without register spills.
-MULTIPLY_16_BITS: dict[str, Any] = {
-    "BLOCK_N": 128,
-    "BLOCK_F": 128,
-    "BLOCK_D": 64,
-    "GROUP": 8,
-    "num_warps": 8,
-    "num_stages": 3,
-}
-MULTIPLY_32_BITS = MULTIPLY_16_BITS | {"BLOCK_N": 64, "BLOCK_F": 64, "BLOCK_D": 32}
 # One word of features per program, so that about 256 programs saturate the memory bandwidth.
 MULTIPLY_FEW_16_BITS: dict[str, Any] = {"BLOCK_D": 128, "num_warps": 4, "num_stages": 3}
 MULTIPLY_FEW_32_BITS = MULTIPLY_FEW_16_BITS | {"BLOCK_D": 64}
@@ -66,45 +58,47 @@ def activate(z, cut, half_bandwidth, ACTIVATION: tl.constexpr):
     return a, flags.to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit
 def mark(
-    values_ptr,
-    cut_ptr,
-    padding_ptr,
-    words_ptr,
-    window_ptr,
-    N,
-    F,
-    half_bandwidth,
-    ACTIVATION: tl.constexpr,
-    HAS_PADDING: tl.constexpr,
-    DENSE: tl.constexpr,
+    values_ptr, cut_ptr, padding_ptr, words_ptr, before_ptr, counts_ptr, window_ptr, F,
+    half_bandwidth, ACTIVATION: tl.constexpr, HAS_PADDING: tl.constexpr, DENSE: tl.constexpr,
     BLOCK_W: tl.constexpr,
-):
-    """Replace pre-activations in `values` by activations, write flags; DENSE: 0s and window too."""
+):  # fmt: skip
+    """Replace a row of pre-activations by activations; write flags and their numbers.
+
+    DENSE writes zeros at inactive entries and JumpReLU's window, and no numbers before a word.
+    """
     row = tl.program_id(0).to(tl.int64)
-    first_word = tl.program_id(1).to(tl.int64) * BLOCK_W
-    feature = first_word * 32 + (tl.arange(0, BLOCK_W) * 32)[:, None] + tl.arange(0, 32)[None, :]
-    inside = feature < F
-    place = row * F + feature
-    z = tl.load(values_ptr + place, mask=inside, other=0.0)
-    cut = 0.0
-    if ACTIVATION != RELU:
-        cut = tl.load(cut_ptr + feature, mask=inside, other=0.0)
-    a, flags = activate(z, cut, half_bandwidth, ACTIVATION)
-    flags = tl.where(inside, flags, 0)
-    if HAS_PADDING:
-        flags = tl.where(tl.load(padding_ptr + row) != 0, 0, flags)
-    word = first_word + tl.arange(0, BLOCK_W)
     n_words = (F + 31) // 32
-    tl.store(words_ptr + row * n_words + word, pack(flags), mask=word < n_words)
-    if DENSE:
-        tl.store(values_ptr + place, tl.where(flags != 0, a, 0.0).to(a.dtype), mask=inside)
-        if ACTIVATION == JUMPRELU:
-            window = (flags != 0) & (tl.abs(z.to(tl.float32) - cut) < half_bandwidth)
-            tl.store(window_ptr + place, window.to(tl.int8), mask=inside)
-    elif ACTIVATION == JUMPRELU:  # other codes' activations equal their pre-activations
-        tl.store(values_ptr + place, a, mask=flags != 0)
+    n_codes = 0
+    for w0 in tl.range(0, n_words, BLOCK_W):
+        word = w0 + tl.arange(0, BLOCK_W)
+        feature = word[:, None] * 32 + tl.arange(0, 32)[None, :]
+        inside = feature < F
+        place = row * F + feature
+        z = tl.load(values_ptr + place, mask=inside, other=0.0)
+        cut = 0.0
+        if ACTIVATION != RELU:
+            cut = tl.load(cut_ptr + feature, mask=inside, other=0.0)
+        a, flags = activate(z, cut, half_bandwidth, ACTIVATION)
+        flags = tl.where(inside, flags, 0)
+        if HAS_PADDING:
+            flags = tl.where(tl.load(padding_ptr + row) != 0, 0, flags)
+        words = pack(flags)
+        counts = popcount(words)
+        tl.store(words_ptr + row * n_words + word, words, mask=word < n_words)
+        if DENSE:
+            tl.store(values_ptr + place, tl.where(flags != 0, a, 0.0).to(a.dtype), mask=inside)
+            if ACTIVATION == JUMPRELU:
+                window = (flags != 0) & (tl.abs(z.to(tl.float32) - cut) < half_bandwidth)
+                tl.store(window_ptr + place, window.to(tl.int8), mask=inside)
+        else:
+            before = n_codes + tl.cumsum(counts, 0) - counts
+            tl.store(before_ptr + row * n_words + word, before, mask=word < n_words)
+            if ACTIVATION == JUMPRELU:  # other codes' activations equal their pre-activations
+                tl.store(values_ptr + place, a, mask=flags != 0)
+        n_codes += tl.sum(counts, axis=0)
+    tl.store(counts_ptr + row, n_codes)
 
 
 @triton.jit
@@ -137,42 +131,6 @@ def _finish_tile(
         mask=(rows < N)[:, None] & (word < n_words)[None, :],
     )
     tl.store(values_ptr + rows[:, None] * F + features[None, :], a, mask=flags != 0)
-
-
-@triton.jit(do_not_specialize=["N"])
-def multiply_mark(
-    x_desc, W_desc, bias_ptr, cut_ptr, padding_ptr, values_ptr, words_ptr, N, F, D, half_bandwidth,
-    ACTIVATION: tl.constexpr, HAS_PADDING: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """Persistent x Wᵀ; tiles in groups of GROUP blocks of rows share blocks of W in the L2."""
-    blocks_N = tl.cdiv(N, BLOCK_N)
-    blocks_F = tl.cdiv(F, BLOCK_F)
-    for tile in tl.range(tl.program_id(0), blocks_N * blocks_F, tl.num_programs(0)):
-        group = tile // (GROUP * blocks_F)
-        first = group * GROUP
-        size = tl.minimum(blocks_N - first, GROUP)
-        inside_group = tile % (GROUP * blocks_F)
-        block_N = first + inside_group % size
-        block_F = inside_group // size
-        acc = tl.zeros((BLOCK_N, BLOCK_F), dtype=tl.float32)
-        for d in tl.range(0, D, BLOCK_D):
-            x = x_desc.load([block_N * BLOCK_N, d])
-            W = W_desc.load([block_F * BLOCK_F, d])
-            acc = tl.dot(x, W.T, acc, input_precision="ieee")
-        rows = block_N.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-        first_feature = block_F.to(tl.int64) * BLOCK_F
-        # Process half a tile at a time: flags, values and addresses of a tile exceed the registers.
-        halves = tl.reshape(acc, (BLOCK_N, 2, BLOCK_F // 2)).permute(0, 2, 1)
-        left, right = tl.split(halves)
-        _finish_tile(
-            left, rows, first_feature, bias_ptr, cut_ptr, padding_ptr, values_ptr, words_ptr, N, F,
-            half_bandwidth, ACTIVATION, HAS_PADDING, BLOCK_N, BLOCK_F // 2,
-        )  # fmt: skip
-        _finish_tile(
-            right, rows, first_feature + BLOCK_F // 2, bias_ptr, cut_ptr, padding_ptr, values_ptr,
-            words_ptr, N, F, half_bandwidth, ACTIVATION, HAS_PADDING, BLOCK_N, BLOCK_F // 2,
-        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -229,63 +187,44 @@ class Activation:
         self.constants = {"ACTIVATION": kind.value, "HAS_PADDING": padding_N is not None}
 
 
-def mark_product(z_NF: Tensor, activation: Activation, *, dense: bool) -> tuple[Tensor, Tensor]:
+class Flags(NamedTuple):
+    """Flags of the codes, and their numbers."""
+
+    words: Tensor  #: int32 [N, W].
+    before: Tensor  #: int32 [N, W]: number of a row's flags before each word.
+    counts: Tensor  #: int32 [N]: number of a row's flags.
+
+
+def empty_flags(words: Tensor) -> Flags:
+    """Return the flags of `words`, with uninitialised numbers."""
+    return Flags(words, torch.empty_like(words), words.new_empty(len(words)))
+
+
+def mark_product(z_NF: Tensor, activation: Activation, *, dense: bool) -> tuple[Flags, Tensor]:
     """Replace pre-activations by activations, in place.
 
-    With `dense`, `z_NF` becomes 0 at inactive entries.
+    With `dense`, `z_NF` becomes 0 at inactive entries, and `before` stays uninitialised.
 
     Returns:
-        words [N, W], and window: bool [N, F] for dense jumprelu, else [0].
+        flags, and window: bool [N, F] for dense jumprelu, else [0].
     """
     N, F = z_NF.shape
-    words = words_for(N, F, z_NF)
+    flags = empty_flags(words_for(N, F, z_NF))
     window = z_NF.new_empty((N, F) if dense and activation.jumps else 0, dtype=torch.bool)
-    if z_NF.numel():
-        grid = (N, triton.cdiv(words.shape[1], MARK["BLOCK_W"]))
-        mark[grid](
+    if N:
+        mark[(N,)](
             z_NF,
             activation.cut_F,
             activation.padding_N,
-            words,
+            *flags,
             window.view(torch.uint8),
-            N,
             F,
             activation.half_bandwidth,
             **activation.constants,
             DENSE=dense,
             **MARK,
         )
-    return words, window
-
-
-def multiply_and_mark(
-    x_ND: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, activation: Activation
-) -> tuple[Tensor, Tensor]:
-    """Compute words and values with one persistent kernel; pre-activations stay in registers."""
-    (N, D), F = x_ND.shape, W_enc_FD.shape[0]
-    values = x_ND.new_empty(N, F)
-    words = words_for(N, F, x_ND)
-    if values.numel():
-        config = dict(MULTIPLY_32_BITS if x_ND.dtype == torch.float32 else MULTIPLY_16_BITS)
-        tiles = triton.cdiv(N, config["BLOCK_N"]) * triton.cdiv(F, config["BLOCK_F"])
-        multiply_mark[(min(tiles, _processors(x_ND)),)](
-            TensorDescriptor.from_tensor(_aligned(x_ND), [config["BLOCK_N"], config["BLOCK_D"]]),
-            TensorDescriptor.from_tensor(
-                _aligned(W_enc_FD), [config["BLOCK_F"], config["BLOCK_D"]]
-            ),
-            b_enc_F.contiguous(),
-            activation.cut_F,
-            activation.padding_N,
-            values,
-            words,
-            N,
-            F,
-            D,
-            activation.half_bandwidth,
-            **activation.constants,
-            **config,
-        )
-    return words, values
+    return flags, window
 
 
 def multiply_few_and_mark(
@@ -323,22 +262,3 @@ def multiply_few_and_mark(
 def last_contiguous(t: Tensor) -> Tensor:
     """Return `t`, copied if its last dimension is not contiguous."""
     return t if t.stride(-1) == 1 or t.numel() == 0 else t.contiguous()
-
-
-def _aligned(t: Tensor) -> Tensor:
-    """Return `t` with rows and start at multiples of 16 bytes, as hardware tile copies need."""
-    size = t.element_size()
-    D = t.shape[1]
-    rows = t.stride(0) * size % 16 == 0 and t.stride(0) >= D > 0
-    if rows and t.stride(1) == 1 and t.data_ptr() % 16 == 0:
-        return t
-    padded = t.new_zeros(t.shape[0], max(1, -(-D * size // 16)) * 16 // size)
-    padded[:, :D] = t
-    return padded[:, : max(1, D)]  # a width of 0 is one column of zeros
-
-
-def _processors(t: Tensor) -> int:
-    """Return the number of programs of a persistent grid."""
-    if t.device.type == "cuda":
-        return torch.cuda.get_device_properties(t.device).multi_processor_count
-    return 4

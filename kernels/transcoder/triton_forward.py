@@ -14,18 +14,15 @@ from torch import Tensor
 
 from . import triton_codes, triton_dense, triton_select, triton_sums
 from .codes import SMALL_ENTRIES, CodeLayout, Codes, dense_codes, dense_share
-from .reference import WHOLE, accumulator, codes_of
+from .products import norms
+from .reference import WHOLE, TranscoderStats, codes_of
 from .triton_encode import (
     FEW,
     Activation,
+    Flags,
     mark_product,
-    multiply_and_mark,
     multiply_few_and_mark,
 )
-
-#: Largest number of tokens for which reading the codes' rows of W_dec twice costs less than a pass
-#: over all of W_dec.
-SMALL = 256
 
 
 def encode(
@@ -40,23 +37,23 @@ def encode(
     bandwidth: float,
     plan: CodeLayout | None,
     ordered: bool,
-    fused: bool,
-) -> tuple[Codes, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return codes and the fields of ``TranscoderStats``; `fused` runs the product in Triton."""
+) -> tuple[Codes, TranscoderStats]:
+    """Return codes and statistics; `min_active` is -1 without active values."""
     S, T, _ = x_STD.shape
     N, F = S * T, W_enc_FD.shape[0]
     x_ND = x_STD.flatten(0, 1)
+    weight_N = None if weight_N is None else weight_N.contiguous()
     kind = Activation(activation, threshold_F, bandwidth, padding_N)
     ranked = activation == "topk" or (activation == "batch_topk" and threshold_F is None)
-    dense_directly = plan is not None and plan.dense and not ranked and not fused
+    dense_directly = plan is not None and plan.dense and not ranked
     window = W_enc_FD.new_empty(0, dtype=torch.bool)
-    if fused:
-        words, values = multiply_and_mark(x_ND, W_enc_FD, b_enc_F, kind)
-    elif N <= FEW and not dense_directly:
+    if N <= FEW and not dense_directly:
         words, values = multiply_few_and_mark(x_ND, W_enc_FD, b_enc_F, kind)
+        flags = None
     else:
         values = nnf.linear(x_ND, W_enc_FD, b_enc_F)
-        words, window = mark_product(values, kind, dense=dense_directly)
+        flags, window = mark_product(values, kind, dense=dense_directly)
+        words = flags.words
 
     smallest_N = None
     if ranked:
@@ -67,31 +64,28 @@ def encode(
         else:
             count_G = (k * (~padding_N).view(S, T).sum(1).double() * WHOLE).floor().long()
         smallest_N = triton_select.keep_largest_(words, values, count_G)
-
-    counted_N = None if weight_N is None else weight_N != 0
-    if padding_N is not None:
-        counted_N = ~padding_N if counted_N is None else counted_N & ~padding_N
-    counts_F = triton_codes.feature_counts(words, values, counted_N, skip_zeros=kind.jumps)
-    n_tokens = words.new_full((), N, dtype=torch.int64) if counted_N is None else counted_N.sum()
-    rows_N = triton_codes.row_counts(words)
-    offsets = rows_N.new_zeros(N + 1, dtype=torch.int64)
-    torch.cumsum(rows_N, 0, dtype=torch.int64, out=offsets[1:])
-    n_codes = offsets[-1].clone()
-    min_active = _min_active(values, words, rows_N, smallest_N, counted_N, S, activation)
+    if flags is None or ranked:
+        flags = triton_codes.count_flags(words)
 
     if plan is None and not ordered and N * F <= SMALL_ENTRIES:
         plan = CodeLayout(dense=False, capacity=N * F)
-    if plan is None:
-        total = int(n_codes)
-        plan = CodeLayout(total > dense_share(x_STD.dtype, "cuda") * N * F, total)
+    capacity = None if plan is None else plan.capacity
+    if plan is None or (capacity is None and not plan.dense):
+        capacity = int(flags.counts.sum())
+        if plan is None:
+            too_many = capacity > dense_share(x_STD.dtype, "cuda") * N * F
+            plan = CodeLayout(too_many, capacity)
+    codes, stats = triton_codes.encode_flags(
+        flags, values, weight_N, kind, capacity or 0, dense=plan.dense, ordered=ordered
+    )
     if plan.dense:
         if not dense_directly:
             window = triton_codes.spread_(words, values, kind)
         codes = dense_codes(values, window if kind.jumps else None, ordered=ordered)
-    else:
-        capacity = int(n_codes) if plan.capacity is None else plan.capacity
-        codes = triton_codes.codes_from_flags(words, values, offsets, capacity, ordered=ordered)
-    return codes, counts_F.sum(), counts_F, n_tokens, min_active, n_codes
+    if activation == "batch_topk":
+        least = _min_active(values, flags, smallest_N, weight_N, padding_N, S)
+        stats = stats._replace(min_active=least)
+    return codes, stats
 
 
 def decode(
@@ -99,51 +93,48 @@ def decode(
     W_dec_FE: Tensor,
     b_dec_E: Tensor,
     residual_NE: Tensor | None,
+    norm_F: Tensor | None,
     weight_N: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return ``out = residual + W_decᵀ a + b_dec`` and the penalty."""
-    N = len(codes.row_offsets) - 1
+    """Return ``out = residual + W_decᵀ a + b_dec`` and the penalty.
+
+    Without `norm_F`, the norms of the codes' rows are computed, which is faster for few tokens.
+    """
     weight_N = None if weight_N is None else weight_N.contiguous()
     if codes.dense:
-        a_NF = codes.values.view(N, -1)
-        penalty = triton_dense.row_costs(a_NF, norms(W_dec_FE), weight_N).sum()
+        a_NF = codes.values.view(len(codes.row_offsets) - 1, -1)
+        norm_F = norms(W_dec_FE) if norm_F is None else norm_F
+        penalty = triton_dense.row_costs(a_NF, norm_F, weight_N).sum()
         if residual_NE is None:
             return torch.addmm(b_dec_E, a_NF, W_dec_FE), penalty
         return torch.addmm(residual_NE, a_NF, W_dec_FE).add_(b_dec_E), penalty
-    if N <= SMALL:
-        out, _ = triton_sums.decode_sums(
-            codes.values, codes, W_dec_FE, b_dec_E, residual_NE, None, None
-        )
-        return out, triton_sums.token_costs(codes, W_dec_FE, weight_N).sum()
     out, costs_N = triton_sums.decode_sums(
-        codes.values, codes, W_dec_FE, b_dec_E, residual_NE, norms(W_dec_FE), weight_N
+        codes.values, codes, W_dec_FE, b_dec_E, residual_NE, norm_F, weight_N
     )
+    if norm_F is None:
+        costs_N = triton_sums.token_costs(codes, W_dec_FE, weight_N)
     return out, costs_N.sum()
-
-
-def norms(W_dec_FE: Tensor) -> Tensor:
-    """Return ``‖W_dec,i‖₂``, fp32 [F]."""
-    return torch.linalg.vector_norm(W_dec_FE, dim=-1, dtype=accumulator(W_dec_FE.dtype))
 
 
 def _min_active(
     values_NF: Tensor,
-    words: Tensor,
-    rows_N: Tensor,
+    flags: Flags,
     smallest_N: Tensor | None,
-    counted_N: Tensor | None,
+    weight_N: Tensor | None,
+    padding_N: Tensor | None,
     S: int,
-    activation: str,
 ) -> Tensor:
     """Return the smallest active value of a row of x, averaged over rows with one; else -1."""
     none = values_NF.new_full((), -1.0, dtype=torch.float32)
-    if activation != "batch_topk" or values_NF.numel() == 0:
+    if values_NF.numel() == 0:
         return none
     if smallest_N is None:  # with a threshold, entries were not ranked
-        smallest_N = triton_select.smallest_flagged(words, values_NF)
-    fires_N = rows_N > 0
-    if counted_N is not None:
-        fires_N &= counted_N
+        smallest_N = triton_select.smallest_flagged(flags.words, values_NF)
+    fires_N = flags.counts > 0
+    if weight_N is not None:
+        fires_N &= weight_N != 0
+    if padding_N is not None:
+        fires_N &= ~padding_N
     fires_S = fires_N.view(S, -1).any(1)
     least_S = torch.where(fires_N, smallest_N, torch.inf).view(S, -1).amin(1)
     mean = torch.where(fires_S, least_S, 0).sum() / fires_S.sum()

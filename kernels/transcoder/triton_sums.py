@@ -1,9 +1,14 @@
 """Sum codes on a GPU: by token (decoder, dx, sampled product) and by feature (weights).
 
 Every program sums in a fixed order without atomics, so equal inputs give bitwise equal results.
-Widths are divided into slices, the slower axis of the grid, so that a slice of the gathered table
-stays in the cache. One program sums the first PIECE codes of a feature. Frequent features have
-further pieces, which other programs sum; the feature's program adds these sums in order.
+A program sums whole rows (slices of WIDEST columns of wider ones)::
+
+    by token     out[t] = Σ scale[c] table[features[c]]   c in row_offsets[t] .. [t + 1]
+    by feature   out[f] = Σ scale[o] table[tokens[c]]     c in feature_offsets[f] .. [f + 1],
+                                                          o = order[c]
+
+One program sums the first GPU_PIECE codes of a feature. Frequent features have further pieces,
+which other programs sum; the feature's program adds these sums in order.
 
 Shape suffixes: N tokens, E width, F features, C codes, P further pieces.
 """
@@ -19,9 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .codes import GPU_PIECE as PIECE
-from .codes import Codes
-from .triton_encode import JUMPRELU, RELU, last_contiguous
+from .codes import GPU_PIECE, Codes
+from .triton_encode import last_contiguous
 
 # A program sums whole rows where it can, few codes at a time: all codes of a column then belong to
 # one thread, and the loops need neither barriers nor shared memory.
@@ -29,8 +33,7 @@ TOKEN_SUMS: dict[str, Any] = {"BLOCK_C": 2, "num_warps": 4}
 FEATURE_SUMS: dict[str, Any] = {"BLOCK_C": 2, "num_warps": 4}
 WIDEST = 4096  #: columns of a program
 SAMPLED: dict[str, Any] = {"BLOCK_C": 4, "BLOCK_E": 1024, "num_warps": 4}
-FEATURE_SCALARS: dict[str, Any] = {"BLOCK_C": 1024, "num_warps": 4}
-PIECES: dict[str, Any] = {"BLOCK_F": 1024, "num_warps": 4}
+WINDOW: dict[str, Any] = {"BLOCK_C": 1024, "num_warps": 4}
 
 
 @triton.jit
@@ -150,27 +153,14 @@ def sampled_product(
 
 
 @triton.jit
-def count_pieces(feature_offsets_ptr, piece_offsets_ptr, F, PIECE: tl.constexpr,
-                 BLOCK_F: tl.constexpr):  # fmt: skip
-    """Write prefix sums [F + 1] of the features' numbers of further pieces; one program."""
-    before = 0
-    for f0 in tl.range(0, F, BLOCK_F):
-        f = f0 + tl.arange(0, BLOCK_F)
-        start = tl.load(feature_offsets_ptr + f, mask=f < F, other=0)
-        end = tl.load(feature_offsets_ptr + f + 1, mask=f < F, other=0)
-        further = tl.maximum((end - start + (PIECE - 1)) // PIECE - 1, 0).to(tl.int32)
-        tl.store(piece_offsets_ptr + f + 1, before + tl.cumsum(further, 0), mask=f < F)
-        before += tl.sum(further, axis=0)
-    tl.store(piece_offsets_ptr, 0)
-
-
-@triton.jit
 def _sum_piece(
-    scales_ptr, values_ptr, order_ptr, tokens_ptr, table_ptr, start, end, columns, inside,
-    table_stride, SKIP_ZEROS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
+    scales_ptr, values_ptr, order_ptr, tokens_ptr, weights_ptr, table_ptr, start, end, columns,
+    inside, table_stride, SKIP_ZEROS: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """``Σ_c scale_c table[token_c]`` over the codes start..end in feature order."""
+    """``Σ_c scale_c table[token_c]`` and ``Σ_c w_c scale_c``, c from start to end by feature."""
     total = tl.zeros((BLOCK_E,), dtype=tl.float32)
+    weighed = tl.zeros((BLOCK_C,), dtype=tl.float32)
     for c0 in tl.range(start, end, BLOCK_C):
         place = c0 + tl.arange(0, BLOCK_C)
         live = place < end
@@ -183,13 +173,17 @@ def _sum_piece(
             other=0.0,
         )
         total += tl.sum(scale[:, None] * entries.to(tl.float32), axis=0)
-    return total
+        if HAS_WEIGHTS:
+            scale = scale * tl.load(weights_ptr + token, mask=live, other=0.0)
+        weighed += scale
+    return total, tl.sum(weighed, axis=0)
 
 
 @triton.jit
 def sum_further_pieces(
-    scales_ptr, values_ptr, order_ptr, tokens_ptr, feature_offsets_ptr, piece_offsets_ptr,
-    table_ptr, pieces_ptr, F, E, table_stride, SKIP_ZEROS: tl.constexpr, PIECE: tl.constexpr,
+    scales_ptr, values_ptr, order_ptr, tokens_ptr, weights_ptr, feature_offsets_ptr,
+    piece_offsets_ptr, table_ptr, pieces_ptr, piece_scalars_ptr, F, E, table_stride,
+    SKIP_ZEROS: tl.constexpr, HAS_WEIGHTS: tl.constexpr, PIECE: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Write the sums of further pieces; each program finds its piece by binary search."""
@@ -209,71 +203,71 @@ def sum_further_pieces(
     end = tl.minimum(start + PIECE, tl.load(feature_offsets_ptr + low + 1))
     columns = tl.program_id(1).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
     inside = columns < E
-    total = _sum_piece(
-        scales_ptr, values_ptr, order_ptr, tokens_ptr, table_ptr, start, end, columns, inside,
-        table_stride, SKIP_ZEROS, BLOCK_C, BLOCK_E,
+    total, weighed = _sum_piece(
+        scales_ptr, values_ptr, order_ptr, tokens_ptr, weights_ptr, table_ptr, start, end, columns,
+        inside, table_stride, SKIP_ZEROS, HAS_WEIGHTS, BLOCK_C, BLOCK_E,
     )  # fmt: skip
     tl.store(pieces_ptr + piece.to(tl.int64) * E + columns, total, mask=inside)
+    tl.store(piece_scalars_ptr + piece, weighed, mask=tl.program_id(1) == 0)
 
 
 @triton.jit
 def sum_by_feature(
-    scales_ptr, values_ptr, order_ptr, tokens_ptr, feature_offsets_ptr, piece_offsets_ptr,
-    table_ptr, pieces_ptr, out_ptr, W_ptr, norms_ptr, spent_ptr, c_ptr, E, table_stride, W_stride,
-    SKIP_ZEROS: tl.constexpr, HAS_C: tl.constexpr, PIECE: tl.constexpr, BLOCK_C: tl.constexpr,
+    scales_ptr, values_ptr, order_ptr, tokens_ptr, weights_ptr, feature_offsets_ptr,
+    piece_offsets_ptr, table_ptr, pieces_ptr, piece_scalars_ptr, out_ptr, scalars_ptr, W_ptr,
+    norms_ptr, c_ptr, E, table_stride, W_stride, SKIP_ZEROS: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr, HAS_C: tl.constexpr, PIECE: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Write ``out_i = Σ_c scale_c table[token_c] + c spent_i W_i / ‖W_i‖``, c over i's codes."""
+    """Write ``scalar_i = Σ_c w_c scale_c`` and ``Σ_c scale_c table[token_c]``, c over i's codes.
+
+    HAS_C adds ``c scalar_i W_i / ‖W_i‖`` to the second.
+    """
     feature = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
     inside = columns < E
     start = tl.load(feature_offsets_ptr + feature)
     end = tl.load(feature_offsets_ptr + feature + 1)
-    total = _sum_piece(
-        scales_ptr, values_ptr, order_ptr, tokens_ptr, table_ptr, start,
-        tl.minimum(end, start + PIECE), columns, inside, table_stride, SKIP_ZEROS, BLOCK_C, BLOCK_E,
+    total, weighed = _sum_piece(
+        scales_ptr, values_ptr, order_ptr, tokens_ptr, weights_ptr, table_ptr, start,
+        tl.minimum(end, start + PIECE), columns, inside, table_stride, SKIP_ZEROS, HAS_WEIGHTS,
+        BLOCK_C, BLOCK_E,
     )  # fmt: skip
     first = tl.load(piece_offsets_ptr + feature).to(tl.int64)
     last = tl.load(piece_offsets_ptr + feature + 1).to(tl.int64)
     for piece in tl.range(first, last):
         total += tl.load(pieces_ptr + piece * E + columns, mask=inside, other=0.0)
+        weighed += tl.load(piece_scalars_ptr + piece)
     if HAS_C:
         norm = tl.load(norms_ptr + feature)
         if (end > start) & (norm > 0):
-            factor = tl.div_rn(tl.load(c_ptr) * tl.load(spent_ptr + feature), norm)
+            factor = tl.div_rn(tl.load(c_ptr) * weighed, norm)
             W = tl.load(W_ptr + feature * W_stride + columns, mask=inside, other=0.0)
             total += factor * W.to(tl.float32)
     tl.store(out_ptr + feature * E + columns, total.to(out_ptr.dtype.element_ty), mask=inside)
+    scalar = weighed.to(scalars_ptr.dtype.element_ty)
+    tl.store(scalars_ptr + feature, scalar, mask=tl.program_id(1) == 0)
 
 
 @triton.jit
-def sum_scalars(
-    scales_ptr, values_ptr, order_ptr, tokens_ptr, feature_offsets_ptr, weights_ptr, cut_ptr,
-    out_ptr, dtheta_ptr, half_bandwidth, HAS_WEIGHTS: tl.constexpr, ACTIVATION: tl.constexpr,
+def sum_window(
+    scales_ptr, values_ptr, order_ptr, feature_offsets_ptr, cut_ptr, out_ptr, half_bandwidth,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Write each feature's ``Σ_c w_t scale_c``; jumprelu: over active codes and over the window."""
+    """Write each feature's ``Σ_c scale_c`` over its codes in JumpReLU's window."""
     feature = tl.program_id(0).to(tl.int64)
     end = tl.load(feature_offsets_ptr + feature + 1)
-    total = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    cut = tl.load(cut_ptr + feature)
     window = tl.zeros((BLOCK_C,), dtype=tl.float32)
     for c0 in tl.range(tl.load(feature_offsets_ptr + feature), end, BLOCK_C):
         place = c0 + tl.arange(0, BLOCK_C)
         live = place < end
         code = tl.load(order_ptr + place, mask=live, other=0)
         scale = tl.load(scales_ptr + code, mask=live, other=0.0).to(tl.float32)
-        if HAS_WEIGHTS:
-            token = tl.load(tokens_ptr + place, mask=live, other=0).to(tl.int64)
-            scale = scale * tl.load(weights_ptr + token, mask=live, other=0.0)
-        if ACTIVATION == JUMPRELU:
-            value = tl.load(values_ptr + code, mask=live, other=0.0).to(tl.float32)
-            near = tl.abs(value - tl.load(cut_ptr + feature)) < half_bandwidth
-            window += tl.where(near | (value == 0), scale, 0.0)
-            scale = tl.where(value == 0, 0.0, scale)
-        total += scale
-    tl.store(out_ptr + feature, tl.sum(total, axis=0))
-    if ACTIVATION == JUMPRELU:
-        tl.store(dtheta_ptr + feature, tl.sum(window, axis=0))
+        value = tl.load(values_ptr + code, mask=live, other=0.0).to(tl.float32)
+        near = tl.abs(value - cut) < half_bandwidth
+        window += tl.where(near | (value == 0), scale, 0.0)
+    tl.store(out_ptr + feature, tl.sum(window, axis=0))
 
 
 def _block_of(E: int) -> int:
@@ -397,97 +391,82 @@ def feature_sums(
     codes: Codes,
     table_NE: Tensor,
     *,
+    weight_N: Tensor | None = None,
     skip_zeros: bool = False,
-    penalty: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
-) -> Tensor:
-    """Return each feature's ``Σ_c scale_c table[token_c]``, [F, E] in the table's dtype.
+    penalty: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return each feature's ``Σ_c scale_c table[token_c]`` and ``Σ_c w_c scale_c``.
 
     Args:
-        penalty: (c, spent_F, norm_F, W_FE) adds ``c spent_i W_i / ‖W_i‖``, 0 at a zero row.
+        penalty: (c, norm_F, W_FE) adds ``c scalar_i W_i / ‖W_i‖`` to the first sum, 0 at a zero
+            row; ``scalar_i`` is the second sum.
+
+    Returns:
+        [F, E] and [F], in the table's dtype.
     """
     F, E = len(codes.feature_offsets) - 1, table_NE.shape[1]
     table_NE = last_contiguous(table_NE)
-    out = table_NE.new_empty(F, E)
-    if out.numel() == 0:
-        return out
-    c, spent_F, norm_F, W_FE = (None,) * 4 if penalty is None else penalty
+    out, scalars = table_NE.new_empty(F, E), table_NE.new_empty(F)
+    if F == 0:
+        return out, scalars
+    c, norm_F, W_FE = (None,) * 3 if penalty is None else penalty
     W_FE = None if W_FE is None else last_contiguous(W_FE)
-    piece_offsets = codes.features.new_empty(F + 1)
-    count_pieces[(1,)](codes.feature_offsets, piece_offsets, F, PIECE=PIECE, **PIECES)
-    n_pieces = len(codes.values) // PIECE  # upper bound: a further piece follows a full one
-    pieces = table_NE.new_empty((n_pieces, E), dtype=torch.float32)
+    n_pieces = len(codes.values) // GPU_PIECE  # upper bound: a further piece follows a full one
     block = _block_of(E)
-    slices = triton.cdiv(E, block)
+    slices = max(1, triton.cdiv(E, block))
     common = (
         scales_C,
         codes.values,
         codes.order,
         codes.tokens,
+        weight_N,
         codes.feature_offsets,
-        piece_offsets,
+        codes.piece_offsets,
         table_NE,
-        pieces,
+        table_NE.new_empty((n_pieces, E), dtype=torch.float32),
+        table_NE.new_empty(n_pieces, dtype=torch.float32),
     )
+    constants = {
+        "SKIP_ZEROS": skip_zeros,
+        "HAS_WEIGHTS": weight_N is not None,
+        "PIECE": GPU_PIECE,
+        "BLOCK_E": block,
+        **FEATURE_SUMS,
+    }
     if n_pieces:
-        sum_further_pieces[(n_pieces, slices)](
-            *common,
-            F,
-            E,
-            table_NE.stride(0),
-            SKIP_ZEROS=skip_zeros,
-            PIECE=PIECE,
-            BLOCK_E=block,
-            **FEATURE_SUMS,
-        )
+        sum_further_pieces[(n_pieces, slices)](*common, F, E, table_NE.stride(0), **constants)
     sum_by_feature[(F, slices)](
         *common,
         out,
+        scalars,
         W_FE,
         norm_F,
-        spent_F,
         c,
         E,
         table_NE.stride(0),
         0 if W_FE is None else W_FE.stride(0),
-        SKIP_ZEROS=skip_zeros,
         HAS_C=penalty is not None,
-        PIECE=PIECE,
-        BLOCK_E=block,
-        **FEATURE_SUMS,
+        **constants,
     )
-    return out
+    return out, scalars
 
 
-def feature_scalars(
-    scales_C: Tensor,
-    codes: Codes,
-    *,
-    weight_N: Tensor | None = None,
-    cut_F: Tensor | None = None,
-    half_bandwidth: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """Return ``Σ_c w_t scale_c`` over active codes and over jumprelu's window, both fp32 [F].
+def window_sums(scales_C: Tensor, codes: Codes, cut_F: Tensor, half_bandwidth: float) -> Tensor:
+    """Return each feature's ``Σ_c scale_c`` over JumpReLU's window, fp32 [F].
 
-    `cut_F` is max(θ, 0) of jumprelu. Without `cut_F`, the first sum includes all codes, and the
-    second is empty.
+    `cut_F` is max(θ, 0).
     """
     F = len(codes.feature_offsets) - 1
     out = codes.values.new_empty(F, dtype=torch.float32)
-    window = out.new_empty(0 if cut_F is None else F)
     if F:
-        sum_scalars[(F,)](
+        sum_window[(F,)](
             scales_C,
             codes.values,
             codes.order,
-            codes.tokens,
             codes.feature_offsets,
-            weight_N,
             cut_F,
             out,
-            window,
             half_bandwidth,
-            HAS_WEIGHTS=weight_N is not None,
-            ACTIVATION=(RELU if cut_F is None else JUMPRELU).value,
-            **FEATURE_SCALARS,
+            **WINDOW,
         )
-    return out, window
+    return out

@@ -43,9 +43,9 @@ FAULTS: dict[str, tuple[ModuleType, str, str, str, str]] = {
     "two programs that write the same sums": (
         triton_codes,
         "count_columns",
-        "tl.store(counts_ptr + split * F + features,",
-        "tl.store(counts_ptr + features,",
-        r"program instances .* both touch element \d+ of `counts_ptr`",
+        "at = block * F + features\n    tl.store(blocks_ptr",
+        "at = features\n    tl.store(blocks_ptr",
+        r"program instances .* both touch element \d+ of `blocks_ptr`",
     ),
     "an output in the memory of an input": (
         triton_sums,
@@ -55,9 +55,9 @@ FAULTS: dict[str, tuple[ModuleType, str, str, str, str]] = {
         r"program instances .* both touch element \d+ of `(out|table)_ptr`",
     ),
     "memory that is read and never written": (
-        triton_sums,
-        "count_pieces",
-        "    tl.store(piece_offsets_ptr, 0)\n",
+        triton_codes,
+        "scan",
+        "            tl.store(piece_offsets_ptr, 0)\n",
         "",
         r"kernel `sum_further_pieces`.* reads \d+ element\(s\)",
     ),

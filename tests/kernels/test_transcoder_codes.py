@@ -86,7 +86,7 @@ VARIANTS: list[Any] = [
     ("triton", "jumprelu", CodeLayout(dense=True)),
     ("triton", "jumprelu", CodeLayout(dense=False)),
     ("triton", "topk", None),
-    pytest.param("triton_fused", "batch_topk", None, marks=SLOW_INTERPRETED),
+    pytest.param("triton", "batch_topk", None, marks=SLOW_INTERPRETED),
 ]
 
 

@@ -44,8 +44,8 @@ VARIANTS += [
             ("triton", "jumprelu", SPARSE),
             ("triton", "jumprelu", CodeLayout(dense=True)),
             ("triton", "topk", None),
-            ("triton_fused", "batch_topk", CodeLayout(dense=False)),
-            ("triton_fused", "relu", CodeLayout(dense=True)),
+            ("triton", "batch_topk", CodeLayout(dense=False)),
+            ("triton", "relu", CodeLayout(dense=True)),
         ]
     ),
 ]

@@ -30,6 +30,7 @@ from fastadapt.kernels.transcoder import (
     ACTIVATIONS,
     CodeLayout,
     TranscoderOutput,
+    autograd,
     transcoder,
     triton_codes,
     triton_encode,
@@ -39,10 +40,9 @@ from fastadapt.kernels.transcoder import (
 from fastadapt.kernels.transcoder.codes import sparse_codes
 
 PROOF = os.environ.get("FASTADAPT_PROOF") == "1"
-IMPLEMENTATIONS = ["triton", "triton_fused"]
-#: (implementation, whether to use the paths for few tokens)
-VARIANTS = [("triton", False), ("triton", True), ("triton_fused", False)]
-EXAMPLES = 70 if PROOF else 3  # per variant
+#: Whether to use the paths for few tokens.
+FEW = [False, True]
+EXAMPLES = 100 if PROOF else 4  # per path
 SPARSE, DENSE = CodeLayout(dense=False), CodeLayout(dense=True)
 EXACT: dict[str, Any] = {"rtol": 0, "atol": 0}
 
@@ -69,29 +69,26 @@ def assert_penalty(result: TranscoderOutput, a: Tensor, W_dec: Tensor, mask: Ten
     assert_close(result.penalty, penalty(torch.float64), penalty(torch.float32), name="penalty")
 
 
-@pytest.mark.parametrize(
-    ("implementation", "few"),
-    [pytest.param(*variant, marks=SLOW_INTERPRETED if variant[1] else []) for variant in VARIANTS],
-)
+@pytest.mark.parametrize("few", FEW)
 @settings(
     max_examples=EXAMPLES,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     phases=[Phase.explicit, Phase.generate],  # shrinking takes minutes in the interpreter
 )
 @given(case=cases(TRITON_DTYPES, TRITON_SIZES))
-def test_kernels_keep_the_budget(implementation: str, few: bool, case: Case) -> None:
+def test_kernels_keep_the_budget(few: bool, case: Case) -> None:
     with pytest.MonkeyPatch.context() as patch:
         if not few:
             patch.setattr(triton_forward, "FEW", 0)
-            patch.setattr(triton_forward, "SMALL", 0)
+            patch.setattr(autograd, "SMALL", 0)
             patch.setattr(triton_forward, "SMALL_ENTRIES", 0)
-        keep_the_budget(implementation, case)
+        keep_the_budget(case)
 
 
-def keep_the_budget(implementation: str, case: Case) -> None:
+def keep_the_budget(case: Case) -> None:
     leaves, arguments, cotangent, c = draw_inputs(case, TRITON_DEVICE)
     before = {name: leaf.clone() for name, leaf in leaves.items()}
-    options: dict[str, Any] = {"implementation": implementation, "plan": case.plan}
+    options: dict[str, Any] = {"implementation": "triton", "plan": case.plan}
     torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN
     try:
         args = (leaves, arguments, cotangent, c)
@@ -154,13 +151,11 @@ def inputs(
     return {name: leaf.to(TRITON_DEVICE).requires_grad_() for name, leaf in leaves.items()}
 
 
-def compare(
-    leaves: dict[str, Any], implementation: str, plan: CodeLayout | None, **more: Any
-) -> Any:
+def compare(leaves: dict[str, Any], plan: CodeLayout | None, **more: Any) -> Any:
     """Compare outputs and gradients with float64; return the statistics."""
     g = torch.randn_like(leaves["residual"])
     args = (leaves, more, g, torch.tensor(0.7, device=g.device))
-    actual = run(*args, dtype=torch.float32, implementation=implementation, plan=plan)
+    actual = run(*args, dtype=torch.float32, implementation="triton", plan=plan)
     oracle = run(*args, dtype=torch.float64, implementation="reference")
     peer = run(*args, dtype=torch.float32, implementation="reference")
     for name in ("n_active", "feature_counts", "n_tokens", "n_codes"):
@@ -173,58 +168,42 @@ def compare(
     return actual[0].stats
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("plan", [SPARSE, DENSE, None])
-def test_nothing_is_truncated(implementation: str, plan: CodeLayout | None) -> None:
+def test_nothing_is_truncated(plan: CodeLayout | None) -> None:
     T, F = 20, 80
     b_enc = torch.full((F,), -100.0)
     b_enc[32:64] = 100.0  # one word of a tile, active on every token
     x = torch.randn(T, 24)
     x[7] = 1000 * torch.ones(24)  # a token on which every feature is active
     W_enc = torch.rand(F, 24)
-    stats = compare(inputs(T=T, x=x, W_enc=W_enc, b_enc=b_enc, F=F), implementation, plan)
+    stats = compare(inputs(T=T, x=x, W_enc=W_enc, b_enc=b_enc, F=F), plan)
     assert stats.feature_counts[32:64].tolist() == [T] * 32
     assert stats.n_active == 32 * T + (F - 32)
 
 
-@pytest.mark.parametrize(
-    "implementation", ["triton", pytest.param("triton_fused", marks=SLOW_INTERPRETED)]
-)
-def test_features_of_many_pieces(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_sums, "PIECE", 16)
+def test_features_of_many_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (triton_codes, triton_sums):
+        monkeypatch.setattr(module, "GPU_PIECE", 16)
     b_enc = torch.full((40,), -100.0)
     b_enc[[0, 13, 39]] = 100.0
     b_enc[20:25] = torch.tensor([-0.2, 0.0, 0.2, 0.4, 0.6])  # codes for a few pieces
     leaves = inputs(T=65, D=8, E=8, F=40, b_enc=b_enc)
-    stats = compare(leaves, implementation, SPARSE)
+    stats = compare(leaves, SPARSE)
     assert stats.feature_counts[[0, 13, 39]].tolist() == [65] * 3
 
 
-COMBINATIONS = [
-    (activation, plan, *variant)
-    for activation in ("relu", "topk", "batch_topk", "jumprelu", "threshold")
-    for plan in (SPARSE, DENSE)
-    for variant in VARIANTS
-]
-
-
-@pytest.mark.parametrize(
-    ("activation", "plan", "implementation", "few"),
-    [
-        pytest.param(*case, marks=SLOW_INTERPRETED if i % 2 else [])
-        for i, case in enumerate(COMBINATIONS)
-    ],
-)
+@pytest.mark.parametrize("few", FEW)
+@pytest.mark.parametrize("plan", [SPARSE, DENSE])
+@pytest.mark.parametrize("activation", ["relu", "topk", "batch_topk", "jumprelu", "threshold"])
 def test_every_activation_and_variant(
     activation: str,
     plan: CodeLayout,
-    implementation: str,
     few: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if not few:
         monkeypatch.setattr(triton_forward, "FEW", 0)
-        monkeypatch.setattr(triton_forward, "SMALL", 0)
+        monkeypatch.setattr(autograd, "SMALL", 0)
     ranking: dict[str, Any] = {"relu": {}, "topk": {"k": 5}, "batch_topk": {"k": 4.5}}
     arguments: dict[str, Any] = ranking.get(activation, {"bandwidth": 0.3})
     leaves = inputs(T=11, F=40)
@@ -232,15 +211,12 @@ def test_every_activation_and_variant(
         leaves["threshold"] = (torch.rand(40) / 4 + 0.1).to(TRITON_DEVICE)
     if activation == "threshold":
         activation, arguments = "batch_topk", {"threshold": leaves["b_dec"].new_full((), 0.2)}
-    compare(leaves, implementation, plan, activation=activation, **arguments)
+    compare(leaves, plan, activation=activation, **arguments)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("plan", [SPARSE, DENSE])
 @pytest.mark.parametrize("padded", [False, True])
-def test_ties_across_tokens_go_to_the_first(
-    implementation: str, plan: CodeLayout, padded: bool
-) -> None:
+def test_ties_across_tokens_go_to_the_first(plan: CodeLayout, padded: bool) -> None:
     S, T, F, k = 2, 3, 33, 15.5
     arguments = [
         torch.zeros(S, T, 2),
@@ -256,7 +232,7 @@ def test_ties_across_tokens_go_to_the_first(
         activation="batch_topk",
         k=k,
         padding=padding,
-        implementation=implementation,
+        implementation="triton",
         plan=plan,
     )
     for s in range(S):
@@ -268,15 +244,10 @@ def test_ties_across_tokens_go_to_the_first(
 
 
 @pytest.mark.parametrize(
-    "implementation", ["triton", pytest.param("triton_fused", marks=SLOW_INTERPRETED)]
-)
-@pytest.mark.parametrize(
     "activation",
     ["relu", *(pytest.param(name, marks=SLOW_INTERPRETED) for name in ACTIVATIONS[1:])],
 )
-def test_exceeding_the_capacity_is_reported_and_stays_in_bounds(
-    implementation: str, activation: str
-) -> None:
+def test_exceeding_the_capacity_is_reported_and_stays_in_bounds(activation: str) -> None:
     leaves = inputs(shift=0.5)
     ranking: dict[str, Any] = {"relu": {}, "topk": {"k": 20}, "batch_topk": {"k": 20.5}}
     arguments: dict[str, Any] = ranking.get(
@@ -284,22 +255,21 @@ def test_exceeding_the_capacity_is_reported_and_stays_in_bounds(
     )
     plan = CodeLayout(dense=False, capacity=100)
     out, penalty, stats, _ = transcoder(
-        **leaves, activation=activation, **arguments, implementation=implementation, plan=plan
+        **leaves, activation=activation, **arguments, implementation="triton", plan=plan
     )
     enough = transcoder(
-        **leaves, activation=activation, **arguments, implementation=implementation, plan=SPARSE
+        **leaves, activation=activation, **arguments, implementation="triton", plan=SPARSE
     )
     assert stats.n_codes > 100
     assert torch.equal(stats.n_codes, enough.stats.n_codes)
     (out.sum() + penalty).backward()  # invalid, but within the buffers
     exact = CodeLayout(dense=False, capacity=int(stats.n_codes))
     fits = transcoder(
-        **leaves, activation=activation, **arguments, implementation=implementation, plan=exact
+        **leaves, activation=activation, **arguments, implementation="triton", plan=exact
     )
     assert torch.equal(fits.out, enough.out)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("plan", [SPARSE, DENSE])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(
@@ -308,9 +278,7 @@ def test_exceeding_the_capacity_is_reported_and_stays_in_bounds(
         pytest.param(dtype, marks=SLOW_INTERPRETED) for dtype in (torch.float32, torch.float16)
     ],
 )
-def test_same_inputs_same_bits(
-    implementation: str, plan: CodeLayout, activation: str, dtype: torch.dtype
-) -> None:
+def test_same_inputs_same_bits(plan: CodeLayout, activation: str, dtype: torch.dtype) -> None:
     assert not torch.are_deterministic_algorithms_enabled()
     leaves = {name: leaf.detach().to(dtype) for name, leaf in inputs().items()}
     ranking: dict[str, Any] = {"relu": {}, "topk": {"k": 5}, "batch_topk": {"k": 4.5}}
@@ -327,7 +295,7 @@ def test_same_inputs_same_bits(
             g,
             torch.tensor(0.5, device=TRITON_DEVICE),
             dtype=dtype,
-            implementation=implementation,
+            implementation="triton",
             plan=plan,
         )
         bits = [result.out, result.penalty, *result.stats, *gradients.values()]
@@ -336,17 +304,15 @@ def test_same_inputs_same_bits(
             assert torch.equal(a, b) or (a.isnan() & b.isnan()).all()
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("T", [1, 2, 16, 17, 64, 65])
-def test_every_number_of_tokens(implementation: str, T: int) -> None:
+def test_every_number_of_tokens(T: int) -> None:
     """One token as in generation, blocks of few tokens, and just above; without a plan."""
-    compare(inputs(T=T, F=33), implementation, None)
+    compare(inputs(T=T, F=33), None)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("plan", [SPARSE, DENSE])
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of numpy, in the interpreter
-def test_non_finite_and_tiny_values(implementation: str, plan: CodeLayout) -> None:
+def test_non_finite_and_tiny_values(plan: CodeLayout) -> None:
     values = [math.nan, math.inf, -math.inf, -0.0, 0.0, 1e-40, 1.0, 1.0, 2.0, -1.0]
     active: dict[Any, list[int]] = {
         "relu": [0, 1, 5, 6, 7, 8],
@@ -370,36 +336,41 @@ def test_non_finite_and_tiny_values(implementation: str, plan: CodeLayout) -> No
             result = transcoder(
                 *(t.to(TRITON_DEVICE) for t in arguments),
                 **ranking,
-                implementation=implementation,
+                implementation="triton",
                 plan=plan,
             )
             assert result.stats.fired.nonzero().flatten().tolist() == expected, (k, name)
             assert result.out.isnan().all() == (k != 0)
 
 
-@pytest.mark.parametrize("F", [32_766, 32_767, 32_768, 65_535, 65_536, 65_537])
-def test_feature_order_around_16_bits(F: int) -> None:
-    a = torch.zeros(3, F)
-    a[:, [0, 1, F // 2, F - 2, F - 1]] = torch.rand(3, 5) + 0.1
-    a[1, F - 1] = 0
-    expected = sparse_codes(a, None, None, ordered=True)
+@pytest.mark.parametrize(
+    ("N", "F"),
+    [(1, 31), (300, 130), (513, 33), pytest.param(3, 65_537, marks=SLOW_INTERPRETED)],
+)
+def test_codes_equal_those_of_the_cpu(N: int, F: int) -> None:
+    """Tokens and features of several blocks; a last word of one feature; an unused tail."""
+    a = torch.where(torch.rand(N, F) < 3 / F, torch.rand(N, F) + 0.1, 0)
+    a[:, [0, F - 1]] = 1
+    capacity = int(a.count_nonzero()) + 5
+    plan = CodeLayout(dense=False, capacity=capacity)
+    expected = sparse_codes(a, None, plan, ordered=True)
     values = a.to(TRITON_DEVICE)
-    words, _ = triton_encode.mark_product(
-        values, triton_encode.Activation("relu", None, 0.0, None), dense=False
+    kind = triton_encode.Activation("relu", None, 0.0, None)
+    flags, _ = triton_encode.mark_product(values, kind, dense=False)
+    actual, stats = triton_codes.encode_flags(
+        flags, values, None, kind, capacity, dense=False, ordered=True
     )
-    counts = triton_codes.row_counts(words)
-    offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-    actual = triton_codes.codes_from_flags(words, values, offsets, 14, ordered=True)
+    assert stats.n_codes == capacity - 5
+    assert torch.equal(stats.feature_counts.cpu(), (a != 0).sum(0))
+    tail = {"features": F, "order": torch.arange(capacity)}
+    for name, value in tail.items():
+        getattr(expected, name)[-5:] = value if isinstance(value, int) else value[-5:]
+    pieces = (expected.feature_offsets.diff() - 1).clamp(min=0) // triton_codes.GPU_PIECE
+    pieces = torch.nn.functional.pad(pieces.cumsum(0), (1, 0))
+    expected = expected._replace(piece_offsets=pieces.int())
     for name, one, two in zip(actual._fields, actual, expected, strict=True):
         assert torch.equal(one.cpu(), two), name
         assert one.dtype == two.dtype
-
-
-def test_both_products_agree() -> None:
-    leaves = inputs()
-    results = [transcoder(**leaves, implementation=i, plan=SPARSE) for i in IMPLEMENTATIONS]
-    assert torch.equal(*(r.stats.feature_counts for r in results))
-    torch.testing.assert_close(results[0].out, results[1].out)
 
 
 def test_errors_where_kernels_do_not_run() -> None:
