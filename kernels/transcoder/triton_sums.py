@@ -117,14 +117,23 @@ def cost_by_token(
     tl.store(costs_ptr + row, spent)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "capacity"])
 def sampled_product(
-    g_ptr, W_ptr, features_ptr, row_offsets_ptr, norms_ptr, c_ptr, weights_ptr, da_ptr, E,
-    g_stride, W_stride, HAS_G: tl.constexpr, HAS_C: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
+    g_ptr, W_ptr, features_ptr, row_offsets_ptr, norms_ptr, c_ptr, weights_ptr, da_ptr, N,
+    E, capacity, g_stride, W_stride, HAS_G: tl.constexpr, HAS_C: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Write ``da_c = g_t · W[feature_c] + c w_t norm[feature_c]`` for every code."""
+    """Write ``da_c = g_t · W[feature_c] + c w_t norm[feature_c]`` for every code.
+
+    Further programs write 0 in the unused tail.
+    """
     row = tl.program_id(0).to(tl.int64)
+    if row >= N:
+        place = (row - N) * BLOCK_E + tl.arange(0, BLOCK_E)
+        unused = (place >= tl.load(row_offsets_ptr + N)) & (place < capacity)
+        nothing = tl.zeros((BLOCK_E,), dtype=da_ptr.dtype.element_ty)
+        tl.store(da_ptr + place, nothing, mask=unused)
+        return
     end = tl.load(row_offsets_ptr + row + 1)
     for c0 in tl.range(tl.load(row_offsets_ptr + row), end, BLOCK_C):
         place = c0 + tl.arange(0, BLOCK_C)
@@ -364,9 +373,10 @@ def code_gradients(
     N, E = len(codes.row_offsets) - 1, W_dec_FE.shape[1]
     W_dec_FE = last_contiguous(W_dec_FE)
     g_NE = None if g_NE is None else last_contiguous(g_NE)
-    da = torch.zeros_like(codes.values)
-    if N:
-        sampled_product[(N,)](
+    capacity = len(codes.values)
+    da = torch.empty_like(codes.values)
+    if capacity:
+        sampled_product[(N + triton.cdiv(capacity, SAMPLED["BLOCK_E"]),)](
             g_NE,
             W_dec_FE,
             codes.features,
@@ -375,7 +385,9 @@ def code_gradients(
             c,
             weight_N,
             da,
+            N,
             E,
+            capacity,
             0 if g_NE is None else g_NE.stride(0),
             W_dec_FE.stride(0),
             HAS_G=g_NE is not None,
