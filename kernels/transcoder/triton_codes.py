@@ -36,10 +36,10 @@ from .triton_encode import JUMPRELU, Activation, Flags, empty_flags
 
 COUNT: dict[str, Any] = {"BLOCK_W": 256, "num_warps": 2}
 #: One warp per token: a lane takes the set bits of its words one by one.
-COMPACT: dict[str, Any] = {"BLOCK_W": 256, "BLOCK_TAIL": 1024, "num_warps": 1}
+COMPACT: dict[str, Any] = {"BLOCK_W": 128, "BLOCK_TAIL": 1024, "num_warps": 1}
 SPREAD: dict[str, Any] = {"BLOCK_W": 64, "num_warps": 4}
-COLUMNS: dict[str, Any] = {"BLOCK_N": 32, "BLOCK_W": 4, "num_warps": 4}
-ORDER: dict[str, Any] = {"BLOCK_N": 16, "BLOCK_W": 4, "num_warps": 4}
+COLUMNS: dict[str, Any] = {"BLOCK_N": 16, "BLOCK_W": 4, "num_warps": 4}
+ORDER: dict[str, Any] = {"BLOCK_N": 16, "BLOCK_W": 2, "num_warps": 4}
 BLOCKS: dict[str, Any] = {"BLOCK_F": 128, "num_warps": 4}
 SCAN: dict[str, Any] = {"BLOCK": 1024, "num_warps": 4}
 #: Tokens of a block, whose flags are counted by feature.

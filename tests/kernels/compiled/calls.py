@@ -31,32 +31,25 @@ STYLES = ("plain", "all arguments", "only out", "only penalty", "inference")
 
 def calls_of(part: str, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
     """Yield titles and calls: of every shape (``shapes``) or of 20 lengths (``lengths``)."""
-    implementations = ("triton", "triton_fused")
     if part == "shapes":
-        for implementation in implementations:
-            yield from transcoder_shapes(dtype, implementation)
+        yield from transcoder_shapes(dtype)
         yield from linear_kl_shapes(dtype)
         return
     weights = transcoder_weights(64, 192, dtype)
     for N in LENGTHS:
-        for implementation in implementations:
-            for name, settings in activations(192).items():
-                for dense in (False, True):
-                    yield (
-                        f"transcoder {implementation} {name} dense={dense} N={N}",
-                        partial(
-                            call_transcoder, weights, N, settings, dense, STYLES[1], implementation
-                        ),
-                    )
+        for name, settings in activations(192).items():
+            for dense in (False, True):
+                yield (
+                    f"transcoder {name} dense={dense} N={N}",
+                    partial(call_transcoder, weights, N, settings, dense, STYLES[1]),
+                )
         yield (
             f"linear_kl T={N}",
             partial(call_linear_kl, 1031, N, 2, dtype, torch.float32, labels=True, trained=True),
         )
 
 
-def transcoder_shapes(
-    dtype: torch.dtype, implementation: str
-) -> Iterator[tuple[str, Callable[[], None]]]:
+def transcoder_shapes(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
     """Yield calls of every activation and path, for the widths of the paper and others."""
     for D, F, lengths in SHAPES:
         weights = transcoder_weights(D, F, dtype)
@@ -64,8 +57,8 @@ def transcoder_shapes(
             for dense in (False, True):
                 for N in lengths:
                     for style in STYLES if N == 320 else STYLES[:2]:
-                        title = f"transcoder {implementation} {name} dense={dense} N={N} F={F}"
-                        arguments = (weights, N, settings, dense, style, implementation)
+                        title = f"transcoder {name} dense={dense} N={N} F={F}"
+                        arguments = (weights, N, settings, dense, style)
                         yield f"{title}, {style}", partial(call_transcoder, *arguments)
 
 
@@ -91,7 +84,6 @@ def call_transcoder(
     settings: dict[str, Any],
     dense: bool,
     style: str,
-    implementation: str,
 ) -> None:
     """Run forward and backward."""
     F, D = weights[0].shape
@@ -104,7 +96,7 @@ def call_transcoder(
         arguments["mask"] = torch.ones(N)
     plan = CodeLayout(dense, None if dense else N * min(F, 64))
     with torch.set_grad_enabled(style != "inference"):
-        result = transcoder(x, *weights, **arguments, plan=plan, implementation=implementation)
+        result = transcoder(x, *weights, **arguments, plan=plan, implementation="triton")
     if style == "inference":
         return
     outputs = {
