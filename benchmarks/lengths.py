@@ -43,7 +43,7 @@ def names(s: Scale) -> list[str]:
     """Return the implementations of this library, then available peers."""
     result = ["sparse"] if s.device == "cpu" else []
     if runs_triton(s.device):
-        result += ["triton", "triton_fused", "linear_kl triton"]
+        result += ["triton", "linear_kl triton"]
     result += [COMPILED] if s.backend else []
     missing = peers.missing() if s.device == "cuda" else PEERS
     return result + [name for name in PEERS if name not in missing]

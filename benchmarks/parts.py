@@ -92,7 +92,7 @@ def shapes(s: Scale) -> Iterator[Case]:
     """Other numbers of tokens and features."""
     for l0, F, T in itertools.product(s.l0s_of_shapes, s.features, s.lengths):
         full = transcoder_case(T, s.d, F, l0, s.dtype, s.device, backend=None)
-        yield full.only("reference", "encoder GEMM", "sparse", "triton", "triton_fused")
+        yield full.only("reference", "encoder GEMM", "sparse", "triton")
 
 
 def block(s: Scale) -> Iterator[Case]:

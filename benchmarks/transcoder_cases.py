@@ -37,7 +37,7 @@ NO_STATISTICS = "no statistics"
 def implementations(device: str) -> list[str]:
     """Return the op's implementations on a device, except for the reference."""
     names = ["sparse"] if device == "cpu" else []
-    return [*names, "triton", "triton_fused"] if runs_triton(device) else names
+    return [*names, "triton"] if runs_triton(device) else names
 
 
 def count_codes(inputs: Inputs) -> int:

@@ -42,8 +42,8 @@ class AdapterConfig:
         bandwidth: ``jumprelu`` only: width ε of the straight-through window around the threshold.
         initial_threshold: ``jumprelu`` only: θ at the start, > 0.
         implementation: implementation of the kernel: ``auto``, ``reference``, ``sparse`` (on a
-            CPU), ``triton`` or ``triton_fused`` (on a GPU); see
-            :func:`fastadapt.kernels.transcoder.transcoder`.
+            CPU) or ``triton`` (on a GPU); see :func:`fastadapt.kernels.transcoder.transcoder`.
+            Files of earlier versions may name ``triton_fused``, which is read as ``triton``.
 
     Raises:
         UserError: an impossible value, or a setting that the activation needs or does not use.
@@ -57,6 +57,8 @@ class AdapterConfig:
     implementation: str = "auto"
 
     def __post_init__(self) -> None:
+        if self.implementation == "triton_fused":  # in files of earlier versions
+            object.__setattr__(self, "implementation", "triton")
         n_features = self.features
         if n_features < 1:
             raise UserError(f"adapter.n_features must be at least 1, got {n_features}")

@@ -208,11 +208,11 @@ def prefers_dense(a_NF: Tensor, window_NF: Tensor | None) -> bool:
 def dense_codes(a_NF: Tensor, window_NF: Tensor | None, *, ordered: bool) -> Codes:
     """Return all entries of a [N, F] in the dense layout."""
     N, F = a_NF.shape
-    index = torch.zeros(0, dtype=torch.int64, device=a_NF.device)
+    index = a_NF.new_empty(0, dtype=torch.int64)
+    features, tokens, pieces = (index.new_empty(0, dtype=torch.int32) for _ in range(3))
     rows, columns = index.new_zeros(N + 1), index.new_zeros(F + 1 if ordered else 0)
-    window = index.bool() if window_NF is None else window_NF.flatten()
-    flat = a_NF.flatten()
-    return Codes(flat, index.int(), rows, index, index.int(), columns, index.int(), window)
+    window = a_NF.new_empty(0, dtype=torch.bool) if window_NF is None else window_NF.flatten()
+    return Codes(a_NF.flatten(), features, rows, index, tokens, columns, pieces, window)
 
 
 def sparse_codes(

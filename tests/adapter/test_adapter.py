@@ -236,10 +236,10 @@ def test_impossible_settings(settings: dict[str, Any], message: str) -> None:
         ("sparse", "cpu", "bfloat16", ""),
         ("sparse", "cuda", "float32", "'sparse' runs on a CPU, and the device is cuda"),
         ("triton", "cuda", "bfloat16", ""),
-        ("triton_fused", "meta", "bfloat16", ""),
+        ("triton", "meta", "bfloat16", ""),
         ("triton", "cpu", "float32", ""),  # interpreted
         ("triton", "mps", "float32", "'triton' needs a GPU, and the device is mps; use 'auto'"),
-        ("triton_fused", "cuda", "float64", "'triton_fused' computes in float32 at most"),
+        ("triton", "cuda", "float64", "'triton' computes in float32 at most"),
         ("triton", "cpu", "bfloat16", "interpreted on a CPU"),
     ],
 )

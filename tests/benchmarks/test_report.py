@@ -41,7 +41,6 @@ def adapter(l0: float, gemm: float, reference: float, compiled: float, triton: f
         row("reference compiled", compiled, "reference", L0=l0),
         row("encoder GEMM", gemm, "floor", L0=l0),
         row("triton", triton, L0=l0),
-        row("triton_fused", 2 * triton, L0=l0),
     ]
 
 

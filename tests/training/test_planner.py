@@ -86,7 +86,6 @@ def test_the_state_is_loaded() -> None:
         ("reference", "cuda", False),
         ("sparse", "cpu", False),
         ("triton", "cpu", True),
-        ("triton_fused", "cuda", True),
     ],
 )
 def test_implementations_that_take_plans(implementation: str, device: str, takes: bool) -> None:
@@ -282,13 +281,10 @@ def few(
 
 
 @interpreted
-@pytest.mark.parametrize(
-    "implementation", ["triton", pytest.param("triton_fused", marks=pytest.mark.slow)]
-)
 def test_training_on_the_kernels_equals_training_on_the_cpu(
-    few: Callable[..., TrainingRun], implementation: str
+    few: Callable[..., TrainingRun],
 ) -> None:
-    run, other = few("run", implementation), few("other", "sparse")
+    run, other = few("run", "triton"), few("other", "sparse")
     for _ in range(2):
         run.advance()
         other.advance()
