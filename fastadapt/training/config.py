@@ -68,6 +68,9 @@ class RunConfig:
             after which the run ends.
         dead_window: number of training tokens after which a feature that has not fired is dead.
         threads: CPU threads of torch (None: torch's choice). Equal bits need equal threads.
+        deterministic: on a GPU, use only algorithms whose results do not vary between repeats; the
+            backward pass of attention varies by default. A run resumed there has the bits of an
+            uninterrupted one only with this setting. It slows attention down.
         sinks: destinations of metrics beside ``metrics.jsonl``: any of ``tensorboard``, ``wandb``,
             ``trackio``, each an extra of the same name.
         rank_timeout: with several ranks, seconds that a rank waits for the others before the run
@@ -87,6 +90,7 @@ class RunConfig:
     max_bad_batches: int = 3
     dead_window: int = 1_000_000
     threads: int | None = None
+    deterministic: bool = False
     sinks: tuple[SinkName, ...] = ()
     rank_timeout: int = 1800
 

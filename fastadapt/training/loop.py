@@ -2,7 +2,8 @@
 
 A step is a pure function of weights, moments and step number, since the order of the data, the
 cutoff and the learning rate follow from (seed, step). A killed and resumed run therefore writes the
-same bits as an uninterrupted one.
+same bits as an uninterrupted one, if the device repeats its results: a CPU with equal threads does,
+a GPU with ``run.deterministic``.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
@@ -74,6 +75,7 @@ def train(
     with (
         joined(device, config.run.rank_timeout) as ranks,
         group_of_one(device, ranks) if config.pair.offload else nullcontext(),
+        _deterministic_algorithms() if config.run.deterministic else nullcontext(),
         stop_on_signals(stop) as (stopping, caught),
         _opened(config, ranks, resume=resume, overwrite=overwrite) as folder,
         open_sinks(config, folder) as more_sinks,
@@ -101,6 +103,22 @@ def train(
                 run.save_if_due()
                 run.evaluate_if_due(stopping)
             return run.finish() if run.done else run.interrupted(caught)
+
+
+@contextmanager
+def _deterministic_algorithms() -> Iterator[None]:
+    """Let torch use deterministic algorithms only; an operation without one raises."""
+    # Read by cuBLAS with its first product. https://docs.pytorch.org/docs/stable/notes/randomness.html
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled()
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, finds faults alone
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = fills
 
 
 @contextmanager

@@ -31,7 +31,8 @@ OPTIONS = re.findall(
 --pair.target
 --pair.target_revision --pair.trust_remote_code
 --print_config --resume
---run --run.checkpoint_every --run.dead_window --run.eval_every --run.keep_checkpoints
+--run --run.checkpoint_every --run.dead_window --run.deterministic --run.eval_every
+--run.keep_checkpoints
 --run.log_every --run.max_bad_batches --run.output --run.rank_timeout --run.seed
 --run.sinks --run.threads --run.trains
 """,

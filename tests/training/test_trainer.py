@@ -163,6 +163,21 @@ def test_two_runs_are_equal_and_another_seed_is_not(
     assert weights["a"] == weights["b"] != weights["c"]
 
 
+def test_deterministic_algorithms_are_used_in_the_run_alone(
+    tiny_config: Callable[..., TrainConfig],
+) -> None:
+    used = []
+
+    def sink(_: dict) -> None:
+        fills = torch.utils.deterministic.fill_uninitialized_memory
+        used.append((torch.are_deterministic_algorithms_enabled(), fills))
+
+    train(tiny_config(**{"run.deterministic": True, "optimizer.max_steps": 2}), sinks=[sink])
+    assert set(used) == {(True, False)}
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
+
+
 def test_overwrite_starts_again(tiny_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
     train(tiny_config())
     with pytest.raises(UserError, match="holds another run, at step 12"):
