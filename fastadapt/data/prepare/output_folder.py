@@ -234,6 +234,10 @@ def finish(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def clean(folder: Path) -> None:
-    """Remove the files of the unfinished pass from the folder."""
-    for name in (_SETTINGS, LEDGER, f"{LEDGER}-journal", *OLD):
+    """Remove the files of the unfinished pass from the folder.
+
+    The settings are removed last: while a file is left, the selection counts as unfinished, and
+    ``--resume`` removes the rest.
+    """
+    for name in (LEDGER, f"{LEDGER}-journal", *OLD, _SETTINGS):
         remove(folder / WORK / name)
