@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import torch
 
@@ -110,15 +111,16 @@ def _deterministic_algorithms() -> Iterator[None]:
     """Let torch use deterministic algorithms only; an operation without one raises."""
     # Read by cuBLAS with its first product. https://docs.pytorch.org/docs/stable/notes/randomness.html
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    deterministic: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled()
-    fills = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, finds faults alone
+    fills = deterministic.fill_uninitialized_memory
+    deterministic.fill_uninitialized_memory = False  # costs time, and only finds faults
     torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
-        torch.utils.deterministic.fill_uninitialized_memory = fills
+        deterministic.fill_uninitialized_memory = fills
 
 
 @contextmanager

@@ -96,10 +96,10 @@ def count_columns(
             value = tl.load(values_ptr + place, mask=flags != 0, other=0.0)
             flags = tl.where(value == 0, 0, flags)
         counted += flags
-    at = block * F + features
-    tl.store(blocks_ptr + at, tl.sum(total, axis=0), mask=features < F)
+    index = block * F + features
+    tl.store(blocks_ptr + index, tl.sum(total, axis=0), mask=features < F)
     if HAS_WEIGHTS or SKIP_ZEROS:
-        tl.store(counted_ptr + at, tl.sum(counted, axis=0), mask=features < F)
+        tl.store(counted_ptr + index, tl.sum(counted, axis=0), mask=features < F)
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -112,12 +112,12 @@ def add_blocks(
     total = tl.zeros((BLOCK_F,), dtype=tl.int32)
     counted = tl.zeros((BLOCK_F,), dtype=tl.int32)
     for block in tl.range(0, B):
-        at = block.to(tl.int64) * F + f
-        count = tl.load(blocks_ptr + at, mask=f < F, other=0)
-        tl.store(blocks_ptr + at, total, mask=f < F)
+        index = block.to(tl.int64) * F + f
+        count = tl.load(blocks_ptr + index, mask=f < F, other=0)
+        tl.store(blocks_ptr + index, total, mask=f < F)
         total += count
         if COUNTED:
-            counted += tl.load(counted_ptr + at, mask=f < F, other=0)
+            counted += tl.load(counted_ptr + index, mask=f < F, other=0)
     tl.store(totals_ptr + f, total, mask=f < F)
     tl.store(feature_counts_ptr + f, (counted if COUNTED else total).to(tl.int64), mask=f < F)
 
@@ -188,9 +188,9 @@ def compact_rows(
         W = (F + 31) // 32
         for w0 in tl.range(0, W, BLOCK_W):
             word = w0 + tl.arange(0, BLOCK_W)
-            at = row * W + word
-            words = tl.load(words_ptr + at, mask=word < W, other=0)
-            place = start + tl.load(before_ptr + at, mask=word < W, other=0)
+            index = row * W + word
+            words = tl.load(words_ptr + index, mask=word < W, other=0)
+            place = start + tl.load(before_ptr + index, mask=word < W, other=0)
             for _ in tl.range(0, tl.max(popcount(words), axis=0)):
                 live = (words != 0) & (place < end)
                 lowest = words & -words
@@ -227,11 +227,11 @@ def order_codes(
     place += tl.load(blocks_ptr + block * F + features, mask=features < F, other=0)
     for n0 in tl.range(0, TOKENS, BLOCK_N):
         rows = block * TOKENS + n0 + tl.arange(0, BLOCK_N)
-        at = rows[:, None] * W + word[None, :]
+        index = rows[:, None] * W + word[None, :]
         live = (rows < N)[:, None] & (word < W)[None, :]
-        words = tl.load(words_ptr + at, mask=live, other=0)
+        words = tl.load(words_ptr + index, mask=live, other=0)
         first = tl.load(row_offsets_ptr + rows, mask=rows < N, other=0)[:, None]
-        first += tl.load(before_ptr + at, mask=live, other=0)
+        first += tl.load(before_ptr + index, mask=live, other=0)
         flags = (words[:, :, None] >> lanes[None, None, :]) & 1
         target = place[None, :, :] + (tl.cumsum(flags, 0) - flags)
         below = words[:, :, None] & ((1 << lanes) - 1)[None, None, :]

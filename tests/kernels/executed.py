@@ -19,6 +19,8 @@ from collections import Counter
 from contextlib import ExitStack
 from typing import Any
 
+from torch import Tensor
+
 STAGE = os.environ.get("FASTADAPT_IR")
 TARGET = int(os.environ.get("FASTADAPT_IR_TARGET", "90"))
 _open = ExitStack()  # the session, until the process ends
@@ -58,10 +60,10 @@ class Record:
 
     def lines(self) -> list[str]:
         """Return the record as text."""
-        found = f"{sum(self.launches.values())} launches of {len(self.launches)} kernels"
+        numbers = f"{sum(self.launches.values())} launches of {len(self.launches)} kernels"
         errors = [f"{dtype} {ratio:.2f}" for dtype, ratio in sorted(self.worst.items())]
         return [
-            f"executed {STAGE} for sm_{TARGET}: {found}, {self.unchecked} not checked for races",
+            f"executed {STAGE} for sm_{TARGET}: {numbers}, {self.unchecked} not checked for races",
             f"largest error over its budget: {', '.join(errors)}",
             f"kernels without a launch: {', '.join(self.missing()) or 'none'}",
             *(f"  {name}: {n}" for name, n in sorted(self.launches.items())),
@@ -80,10 +82,11 @@ def start() -> Record:
     device.runs_triton = lambda device_type: True  # before an op imports the function
     compiled = harness.ir_for_launch
 
-    def module_of(launch: Any, stage: str, target: Any) -> str:
-        return compiled(launch, STAGE, target)
+    def module(launch: Any, _: str, target: Any) -> str:
+        return compiled(launch, STAGE or "ttir", target)
 
-    harness.ir_for_launch = module_of
+    replaceable: Any = harness
+    replaceable.ir_for_launch = module
     state = _open.enter_context(sanitize.session(TARGET, "tests", cuda_is_cpu=False))
     unstub_torch_cuda()  # tensors are on the CPU, and torch says so
     execute = JITFunction.run
@@ -98,13 +101,14 @@ def start() -> Record:
     JITFunction.run = run
     measure = testing.error_budget
 
-    def error_budget(actual: Any, *references: Any) -> testing.ErrorBudget:
-        found = measure(actual, *references)
-        dtype = str(actual.dtype).removeprefix("torch.")
-        if found.max_budget:
-            ratio = max(found.max_error / found.max_budget, found.rms_error / found.rms_budget)
-            record.add({}, 0, {dtype: ratio})
-        return found
+    def error_budget(
+        actual: Tensor, oracle: Tensor, peer: Tensor | None = None
+    ) -> testing.ErrorBudget:
+        budget = measure(actual, oracle, peer)
+        if budget.max_budget:
+            worst = max(budget.max_error / budget.max_budget, budget.rms_error / budget.rms_budget)
+            record.add({}, 0, {str(actual.dtype).removeprefix("torch."): worst})
+        return budget
 
     testing.error_budget = error_budget
     return record

@@ -43,8 +43,8 @@ FAULTS: dict[str, tuple[ModuleType, str, str, str, str]] = {
     "two programs that write the same sums": (
         triton_codes,
         "count_columns",
-        "at = block * F + features\n    tl.store(blocks_ptr",
-        "at = features\n    tl.store(blocks_ptr",
+        "index = block * F + features\n    tl.store(blocks_ptr",
+        "index = features\n    tl.store(blocks_ptr",
         r"program instances .* both touch element \d+ of `blocks_ptr`",
     ),
     "an output in the memory of an input": (

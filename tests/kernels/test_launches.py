@@ -51,7 +51,7 @@ def launches(patch: pytest.MonkeyPatch, N: int, *, dense: bool, backward: bool) 
     b_enc, b_dec, weight = torch.zeros(F), torch.zeros(D), torch.ones(N)
     g, c = torch.randn(N, D), torch.ones(())
     layout = (dense, None if dense else 4096)
-    with Launches(patch) as found:
+    with Launches(patch) as calls:
         results = autograd._encode(
             x[None], W_enc, b_enc, None, weight, None, "relu", 0.0, 0.0, *layout, backward, "triton"
         )
@@ -65,7 +65,7 @@ def launches(patch: pytest.MonkeyPatch, N: int, *, dense: bool, backward: bool) 
             need = [True, True, True, False]
             autograd._encode_backward(da, x[None], W_enc, None, None, *codes, 0.0, need, "triton")
             g.sum(0)
-    return [*found.names, "threshold"]  # of min_active, outside the ops
+    return [*calls.names, "threshold"]  # of min_active, outside the ops
 
 
 @pytest.mark.parametrize(

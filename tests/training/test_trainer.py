@@ -166,16 +166,17 @@ def test_two_runs_are_equal_and_another_seed_is_not(
 def test_deterministic_algorithms_are_used_in_the_run_alone(
     tiny_config: Callable[..., TrainConfig],
 ) -> None:
+    settings: Any = torch.utils.deterministic
     used = []
 
     def sink(_: dict) -> None:
-        fills = torch.utils.deterministic.fill_uninitialized_memory
+        fills = settings.fill_uninitialized_memory
         used.append((torch.are_deterministic_algorithms_enabled(), fills))
 
     train(tiny_config(**{"run.deterministic": True, "optimizer.max_steps": 2}), sinks=[sink])
     assert set(used) == {(True, False)}
     assert not torch.are_deterministic_algorithms_enabled()
-    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert settings.fill_uninitialized_memory
 
 
 def test_overwrite_starts_again(tiny_config: Callable[..., TrainConfig], tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def loops(cubin: bytes) -> list[dict[str, int]]:
     """Count the instructions of each loop by opcode; an outer loop includes its inner ones."""
     opcodes: list[str] = []
     labels: dict[str, int] = {}
-    found = []
+    counts = []
     for line in dump("nvdisasm", "-c", cubin=cubin).splitlines():
         if label := _LABEL.match(line):
             labels[label[1]] = len(opcodes)
@@ -39,5 +39,5 @@ def loops(cubin: bytes) -> list[dict[str, int]]:
             if instruction[1].startswith("BRA") and target and target[1] in labels:
                 start = labels[target[1]]
                 if start < len(opcodes) - 1:  # the last instruction of a kernel is its own target
-                    found.append(dict(Counter(opcodes[start:])))
-    return found
+                    counts.append(dict(Counter(opcodes[start:])))
+    return counts
