@@ -96,8 +96,8 @@ def notes(device: torch.device) -> list[str]:
     """Return notes on checks that `device` cannot run, with the reason."""
     if not runs_triton(device.type):
         return [
-            "The Triton kernels (transcoder: triton; linear_kl: triton) cannot run here "
-            f" and were not checked: they need a GPU, and the device is {device.type}."
+            "The Triton kernels (transcoder: triton; linear_kl: triton) cannot run "
+            f"here and were not checked: they need a GPU, and the device is {device.type}."
         ]
     if device.type != "cuda":
         return [

@@ -41,7 +41,7 @@ SPREAD: dict[str, Any] = {"BLOCK_W": 64, "num_warps": 4}
 COLUMNS: dict[str, Any] = {"BLOCK_N": 16, "BLOCK_W": 4, "num_warps": 4}
 ORDER: dict[str, Any] = {"BLOCK_N": 16, "BLOCK_W": 2, "num_warps": 4}
 BLOCKS: dict[str, Any] = {"BLOCK_F": 128, "num_warps": 4}
-SCAN: dict[str, Any] = {"BLOCK": 1024, "num_warps": 4}
+SCAN: dict[str, Any] = {"BLOCK": 1024, "num_warps": 8}
 #: Tokens of a block, whose flags are counted by feature.
 BLOCK_TOKENS = 256
 
@@ -111,13 +111,14 @@ def add_blocks(
     f = tl.program_id(0).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
     total = tl.zeros((BLOCK_F,), dtype=tl.int32)
     counted = tl.zeros((BLOCK_F,), dtype=tl.int32)
-    for block in tl.range(0, B):
-        index = block.to(tl.int64) * F + f
+    index = f
+    for _ in tl.range(0, B):
         count = tl.load(blocks_ptr + index, mask=f < F, other=0)
         tl.store(blocks_ptr + index, total, mask=f < F)
         total += count
         if COUNTED:
             counted += tl.load(counted_ptr + index, mask=f < F, other=0)
+        index += F
     tl.store(totals_ptr + f, total, mask=f < F)
     tl.store(feature_counts_ptr + f, (counted if COUNTED else total).to(tl.int64), mask=f < F)
 

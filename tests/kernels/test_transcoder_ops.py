@@ -236,15 +236,18 @@ def test_opcheck(implementation: str, activation: str, plan: CodeLayout | None) 
     codes = [t.detach() for t in ops.encode(*inputs)[: len(Codes._fields)]]
     codes[0].requires_grad_()
     residual = torch.randn(S * 5, E, requires_grad=True, device=device)
+    torch.library.opcheck(ops.norms.default, (tensors[3],))
+    norm = ops.norms(tensors[3].detach())
     torch.library.opcheck(
-        ops.decode.default, (*codes, *tensors[3:5], residual, weight, implementation)
+        ops.decode.default, (*codes, *tensors[3:5], residual, norm, weight, implementation)
     )
     codes[0] = codes[0].detach()
     g, c = torch.randn(S * 5, E, device=device), torch.randn((), device=device)
     da = torch.randn_like(codes[0])
     W_enc, W_dec = tensors[1].detach(), tensors[3].detach()
     torch.library.opcheck(
-        ops.decode_backward.default, (g, c, *codes, W_dec, weight, True, True, implementation)
+        ops.decode_backward.default,
+        (g, c, *codes, W_dec, norm, weight, True, True, implementation),
     )
     theta = None if threshold is None else threshold.detach()
     need = [True, True, False, theta is not None]

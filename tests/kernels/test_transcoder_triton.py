@@ -42,6 +42,7 @@ from fastadapt.kernels.transcoder.codes import sparse_codes
 PROOF = os.environ.get("FASTADAPT_PROOF") == "1"
 #: Whether to use the paths for few tokens.
 FEW = [False, True]
+FEW_SLOW = [False, pytest.param(True, marks=SLOW_INTERPRETED)]
 EXAMPLES = 100 if PROOF else 4  # per path
 SPARSE, DENSE = CodeLayout(dense=False), CodeLayout(dense=True)
 EXACT: dict[str, Any] = {"rtol": 0, "atol": 0}
@@ -69,7 +70,7 @@ def assert_penalty(result: TranscoderOutput, a: Tensor, W_dec: Tensor, mask: Ten
     assert_close(result.penalty, penalty(torch.float64), penalty(torch.float32), name="penalty")
 
 
-@pytest.mark.parametrize("few", FEW)
+@pytest.mark.parametrize("few", FEW_SLOW)
 @settings(
     max_examples=EXAMPLES,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
@@ -345,7 +346,11 @@ def test_non_finite_and_tiny_values(plan: CodeLayout) -> None:
 
 @pytest.mark.parametrize(
     ("N", "F"),
-    [(1, 31), (300, 130), (513, 33), pytest.param(3, 65_537, marks=SLOW_INTERPRETED)],
+    [
+        (1, 31),
+        (300, 33),
+        *(pytest.param(*shape, marks=SLOW_INTERPRETED) for shape in ((513, 130), (3, 65_537))),
+    ],
 )
 def test_codes_equal_those_of_the_cpu(N: int, F: int) -> None:
     """Tokens and features of several blocks; a last word of one feature; an unused tail."""

@@ -43,6 +43,8 @@ def calls_of(part: str, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], 
                     f"transcoder {name} dense={dense} N={N}",
                     partial(call_transcoder, weights, N, settings, dense, STYLES[1]),
                 )
+        arguments = (weights, N, {"activation": "relu"}, False, "inference")
+        yield f"transcoder relu N={N}, inference", partial(call_transcoder, *arguments)
         yield (
             f"linear_kl T={N}",
             partial(call_linear_kl, 1031, N, 2, dtype, torch.float32, labels=True, trained=True),

@@ -40,6 +40,8 @@ device.runs_triton = lambda device_type: True  # before an op imports the functi
 
 from calls import calls_of  # noqa: E402
 
+#: Kernels whose loops gather rows of a table.
+GATHERS = {"sum_by_token", "sum_by_feature", "sum_further_pieces"}
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -114,7 +116,9 @@ def describe(case: str, kernel: JITFunction, compiled: Any) -> dict[str, Any]:
         "narrow_products": narrow_products(text),
         "dot": {"rows": int(dot[1]), "dtype": dot[2]} if dot else None,
         "wgmma": "wgmma.mma_async" in compiled.asm.get("ptx", ""),
-        "loops": sass.loops(compiled.asm["cubin"]) if "cubin" in compiled.asm else [],
+        "loops": sass.loops(compiled.asm["cubin"])
+        if kernel.fn.__name__ in GATHERS and "cubin" in compiled.asm
+        else [],
         **resources(compiled),
     }
 
