@@ -153,7 +153,7 @@ def inputs(
 
 
 def compare(leaves: dict[str, Any], plan: CodeLayout | None, **more: Any) -> Any:
-    """Compare outputs and gradients with float64; return the statistics."""
+    """Compare outputs and gradients, and outputs alone, with float64; return the statistics."""
     g = torch.randn_like(leaves["residual"])
     args = (leaves, more, g, torch.tensor(0.7, device=g.device))
     actual = run(*args, dtype=torch.float32, implementation="triton", plan=plan)
@@ -161,9 +161,12 @@ def compare(leaves: dict[str, Any], plan: CodeLayout | None, **more: Any) -> Any
     peer = run(*args, dtype=torch.float32, implementation="reference")
     for name in ("n_active", "feature_counts", "n_tokens", "n_codes"):
         assert torch.equal(getattr(actual[0].stats, name), getattr(oracle[0].stats, name)), name
+    with torch.no_grad():
+        alone = transcoder(**leaves, **more, implementation="triton", plan=plan)
     for name in ("out", "penalty"):
         values = [getattr(r[0], name) for r in (actual, oracle, peer)]
         assert_close(*values, name=name)
+        assert_close(getattr(alone, name), *values[1:], name=f"{name} without gradients")
     for name, gradient in actual[1].items():
         assert_close(gradient, oracle[1][name], peer[1][name], name=f"gradient of {name}")
     return actual[0].stats

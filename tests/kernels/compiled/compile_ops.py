@@ -94,7 +94,7 @@ class Recorder:
 
 def describe(case: str, kernel: JITFunction, compiled: Any) -> dict[str, Any]:
     """Return the report's entry of a compiled kernel."""
-    source, text = compiled.src, compiled.asm["ttir"]
+    source, text, cubin = compiled.src, compiled.asm["ttir"], compiled.asm.get("cubin")
     # Constants: declared ones, absent pointers (None), and specialised numbers (1).
     named = {kernel.arg_names[path[0]]: value for path, value in source.constants.items()}
     declared = [kernel.arg_names[index] for index in kernel.constexprs]
@@ -116,9 +116,7 @@ def describe(case: str, kernel: JITFunction, compiled: Any) -> dict[str, Any]:
         "narrow_products": narrow_products(text),
         "dot": {"rows": int(dot[1]), "dtype": dot[2]} if dot else None,
         "wgmma": "wgmma.mma_async" in compiled.asm.get("ptx", ""),
-        "loops": sass.loops(compiled.asm["cubin"])
-        if kernel.fn.__name__ in GATHERS and "cubin" in compiled.asm
-        else [],
+        "loops": sass.loops(cubin) if cubin and kernel.fn.__name__ in GATHERS else [],
         **resources(compiled),
     }
 
