@@ -64,6 +64,7 @@ lint: $(VENV)/.dev  ## ruff, mypy, banned identifiers
 
 proof: lint $(VENV)/triton-3.6  ## every claim at its full count: slow tests, benchmarks, and the main job from a fresh clone
 	FASTADAPT_PROOF=1 FASTADAPT_OLDEST_TRITON=$(abspath $(VENV)/triton-3.6) $(PYTEST) $(COVERAGE) --durations=20
+	FASTADAPT_PROOF=1 $(MAKE) prove-kernels
 	$(MAKE) bench
 	bash .ci/clean_clone timeout 720 make train
 

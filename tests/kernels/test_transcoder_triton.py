@@ -43,7 +43,7 @@ PROOF = os.environ.get("FASTADAPT_PROOF") == "1"
 #: Whether to use the paths for few tokens.
 FEW = [False, True]
 FEW_SLOW = [False, pytest.param(True, marks=SLOW_INTERPRETED)]
-EXAMPLES = 100 if PROOF else 4  # per path
+EXAMPLES = 30 if PROOF else 4  # per path
 SPARSE, DENSE = CodeLayout(dense=False), CodeLayout(dense=True)
 EXACT: dict[str, Any] = {"rtol": 0, "atol": 0}
 
