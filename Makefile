@@ -15,8 +15,10 @@ PYTHON ?= $(shell for name in python3.11 python3 python; do \
 	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	&& { echo "$$name"; break; }; done)
 
-# Tests side by side, a file's in one process; benchmarks need the machine for themselves.
-IN_PARALLEL := -p no:benchmark -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# Tests side by side, a file's in one process; benchmarks need the machine for themselves. One process
+# more than cores: tests of commands, signals and servers wait.
+WORKERS := $(shell echo $$(( $$(nproc 2>/dev/null || echo 2) < 3 ? 3 : 4 )))
+IN_PARALLEL := -p no:benchmark -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(IN_PARALLEL)
 COVERAGE := --cov --cov-report=term:skip-covered
 
@@ -69,9 +71,9 @@ proof: lint $(VENV)/triton-3.6  ## every claim at its full count: slow tests, be
 	bash .ci/clean_clone timeout 720 make train
 
 prove-kernels: $(VENV)/.dev  ## execute the compiled kernels on this CPU: faults, races, errors against float64
-	FASTADAPT_IR=ttir $(PYTEST) tests/kernels -k triton
+	FASTADAPT_IR=ttir $(PYTEST) tests/kernels --ignore tests/kernels/compiled -k "triton or faults"
 	for target in 80 90 100; do FASTADAPT_IR=ttgir FASTADAPT_IR_TARGET=$$target \
-		$(PYTEST) tests/kernels -k "$(EVERY_KERNEL)"; done
+		$(PYTEST) tests/kernels --ignore tests/kernels/compiled -k "$(EVERY_KERNEL)"; done
 
 oldest: $(VENV)/oldest/.done  ## the quick tests with the oldest versions that pyproject.toml allows; fetches gigabytes of CUDA
 	OMP_NUM_THREADS=1 $(VENV)/oldest/bin/python -m pytest $(IN_PARALLEL) -m "not slow"

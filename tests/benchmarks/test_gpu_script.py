@@ -249,6 +249,7 @@ def test_an_unknown_part_is_refused_at_the_start(tmp_path: Path) -> None:
     assert completed.stdout == ""
 
 
+@pytest.mark.slow
 def test_a_missing_sanitizer_is_a_failed_check(tmp_path: Path) -> None:
     if sanitizer.find():
         pytest.skip("compute-sanitizer is installed")

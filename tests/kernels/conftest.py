@@ -6,6 +6,8 @@ FASTADAPT_IR is set (see :mod:`executed`).
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import executed
@@ -14,6 +16,16 @@ import torch
 from transcoder_cases import TRITON_DEVICE, TRITON_DTYPES
 
 RECORD = executed.start() if executed.STAGE else None
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave interpreted kernels to `make proof` where `make test` executes compiled ones."""
+    if RECORD is not None or torch.cuda.is_available() or find_spec("ttsem") is None:
+        return
+    for item in items:
+        if item.path.is_relative_to(HERE) and "triton" in item.nodeid:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

@@ -17,12 +17,15 @@ import atexit
 import os
 from collections import Counter
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 STAGE = os.environ.get("FASTADAPT_IR")
 TARGET = int(os.environ.get("FASTADAPT_IR_TARGET", "90"))
+#: Compiled kernels, whose text has another form than in Triton's own cache.
+CACHE = Path(__file__).parents[2] / "build" / "triton-executed"
 _open = ExitStack()  # the session, until the process ends
 atexit.register(_open.close)
 
@@ -78,6 +81,7 @@ def start() -> Record:
 
     from fastadapt.kernels import device, testing
 
+    os.environ.setdefault("TRITON_CACHE_DIR", str(CACHE))
     record = Record()
     device.runs_triton = lambda device_type: True  # before an op imports the function
     compiled = harness.ir_for_launch

@@ -17,8 +17,8 @@ from fastadapt.training.config import TrainConfig
 from fastadapt.training.planning.estimate import plan
 from fastadapt.training.trainer import train
 
-#: The others have the blocks of one of these.
-QUICK = {"qwen2", "gemma2", "gemma3_text", "phi3"}
+#: The plainest block, and the one with the most norms; `make proof` trains the others.
+QUICK = {"qwen2", "gemma3_text"}
 
 
 @pytest.mark.parametrize(

@@ -206,6 +206,7 @@ def test_impossible_values_are_refused(
         tiny_config(**{key: value})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
 )

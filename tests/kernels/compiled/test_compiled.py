@@ -30,16 +30,11 @@ OLDEST_TRITON = os.environ.get("FASTADAPT_OLDEST_TRITON")
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 # Reasons for a stack.
 OCCUPANCY = "the assembler spills a few values for more threads"
-ODD_ROWS = "addresses of values in rows that do not start at multiples of 16 bytes"
-NO_COPIES = "addresses of float32 tiles on a GPU without hardware tile copies"
 #: Allowed bytes of a thread's stack by kernel, target and condition; 0 for other kernels.
 MAY_SPILL = {
     ("mark", "sm_80", "16 bits"): (8, OCCUPANCY),
     ("mark", "sm_90", "16 bits"): (8, OCCUPANCY),
     ("sum_by_token", "sm_80", "odd F"): (24, OCCUPANCY),
-    ("multiply_mark", "sm_80", "odd F"): (128, ODD_ROWS),
-    ("multiply_mark", "sm_90", "odd F"): (32, ODD_ROWS),
-    ("multiply_mark", "sm_80", "32 bits"): (40, NO_COPIES),
 }
 
 
@@ -221,7 +216,7 @@ def test_sums_gather_whole_vectors_without_barriers(
     ("op", "file", "kernel"),
     [
         ("transcoder", "triton_encode", "mark"),
-        ("transcoder", "triton_encode", "multiply_mark"),
+        ("transcoder", "triton_encode", "multiply_few_mark"),
         ("transcoder", "triton_sums", "sampled_product"),
         ("transcoder", "triton_sums", "sum_by_feature"),
         ("linear_kl", "triton_kl", "row_statistics_kernel"),

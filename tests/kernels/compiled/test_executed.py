@@ -1,7 +1,7 @@
 """Execute the compiled kernels on this CPU: no fault, results within the budget, faults reported.
 
-``make prove-kernels`` runs every test of a Triton kernel in this way; see
-``tests/kernels/executed.py``.
+The quick tests of Triton kernels run here and not in Triton's interpreter, which finds less and
+takes as long. ``make prove-kernels`` runs all of them; see ``tests/kernels/executed.py``.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 
 KERNELS = Path(__file__).parents[1]
+#: Tests of every kernel. The others in the folder run in `make prove-kernels`.
 TESTS = (
     "test_faults.py",
-    "test_transcoder_triton.py::test_kernels_keep_the_budget",
-    "test_linear_kl.py::test_triton_is_within_the_budget_of_the_oracle",
+    "test_transcoder_triton.py",
+    "test_linear_kl_triton.py",
+    "test_linear_kl_edges.py",
 )
 
 
@@ -30,12 +32,14 @@ def test_compiled_kernels_are_right_and_faults_are_reported(tmp_path: Path) -> N
     }
     environment.pop("TRITON_INTERPRET", None)
     environment.pop("FASTADAPT_PROOF", None)
-    tests = [str(KERNELS / test) for test in TESTS]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += [str(KERNELS / test) for test in TESTS]
     ended = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
+        [*command, "-m", "not slow", "-k", "triton or faults"],
         env=environment,
         capture_output=True,
         text=True,
     )
     assert ended.returncode == 0, ended.stdout[-5000:] + ended.stderr[-2000:]
     assert " 0 not checked for races" in ended.stdout
+    assert "kernels without a launch: none" in ended.stdout
