@@ -119,7 +119,7 @@ def transcode(
     n_active, counts_F, n_tokens, min_active, n_codes = results[N_CODES:]
     active = active_codes(codes, W_enc_FD.shape[0]) if return_codes else None
     residual_NE = None if residual_STE is None else residual_STE.flatten(0, 1)
-    # The norms that a gradient needs; without one, few tokens need the norms of few rows.
+    # Gradients need all norms. Without gradients, `decode` computes those of few tokens' codes.
     norm = ops.norms(W_dec_FE) if ordered or x_STD.shape[:-1].numel() > SMALL else None
     out_NE, penalty = ops.decode(
         *codes, W_dec_FE, b_dec_E, residual_NE, norm, weight_N, implementation
@@ -380,8 +380,9 @@ def _encode_workspace(device_type: str, x: Tensor, W_enc: Tensor, *args: Any) ->
     n_entries, n_codes = x.shape[0] * x.shape[1] * W_enc.shape[0], capacity or 0
     is_ranked = activation == "topk" or (activation == "batch_topk" and threshold is None)
     z = 0 if dense else x.element_size()
-    if device_type == "cuda":
-        return n_entries * (z + 4 * is_ranked) + n_entries // 2
+    if device_type == "cuda":  # ranking counts 256 digits of a token, in up to four copies
+        n_tokens = x.shape[0] * x.shape[1]
+        return n_entries * z + n_entries // 2 + n_tokens * 8192 * is_ranked
     window = 2 * accumulator(x.dtype).itemsize if activation == "jumprelu" else 0
     return n_entries * (z + 2 + 16 * is_ranked + window) + 64 * n_codes
 

@@ -51,7 +51,7 @@ class CodeLayout(NamedTuple):
     """Layout of the codes: a host value, so that path and shapes are known before the call."""
 
     dense: bool  #: use dense products instead of codes.
-    capacity: int | None = None  #: length of the code buffers (sparse only); None: as needed.
+    capacity: int | None = None  #: length of the code buffers; None: as needed, which synchronises.
 
 
 def dense_share(dtype: torch.dtype, device_type: str) -> float:

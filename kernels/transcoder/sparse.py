@@ -150,7 +150,7 @@ def decode(
     norm_F: Tensor | None,
     weight_N: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return ``out = residual + W_decᵀ a + b_dec``, rounded once, and the penalty."""
+    """Return ``out = residual + W_decᵀ a + b_dec`` (on codes rounded once) and the penalty."""
     norm_F = norms(W_dec_FE) if norm_F is None else norm_F
     if codes.dense:
         a_NF = codes.values.view(-1, W_dec_FE.shape[0])

@@ -89,10 +89,12 @@ def decode_backward(
     if need_values:
         da = triton_sums.code_gradients(g_NE, c, codes, W_dec_FE, norm_F, weight_N)
     if need_W:
-        table = W_dec_FE.new_zeros(1, 1).expand(N, W_dec_FE.shape[1]) if g_NE is None else g_NE
-        penalty = None if c is None else (c, norm_F, W_dec_FE)
+        table = W_dec_FE.new_zeros(1, W_dec_FE.shape[1]).expand(N, -1) if g_NE is None else g_NE
+        penalty, spent_weight_N = None, None
+        if c is not None:
+            penalty, spent_weight_N = (c, norm_F, W_dec_FE), weight_N
         dW, _ = triton_sums.feature_sums(
-            codes.values, codes, table, weight_N=weight_N, penalty=penalty
+            codes.values, codes, table, weight_N=spent_weight_N, penalty=penalty
         )
     return da, dW
 

@@ -2,8 +2,8 @@
 
 The codes of a token stand together, in ascending feature order; `order` lists them by feature::
 
-    flags [N, W]                    by feature [F], in blocks of 256 tokens
-      |  prefix sums of a row         |  prefix sums over blocks, then over features
+    words [N, W]                    by feature [F], in blocks of 256 tokens: count_columns
+      |  scan                         |  add_blocks, scan
       v                               v
     row_offsets [N + 1]             feature_offsets [F + 1]
       |  compact_rows                 |  order_codes
@@ -12,8 +12,8 @@ The codes of a token stand together, in ascending feature order; `order` lists t
 
 Every place is a prefix sum of exact counts, so the result does not depend on the order of programs,
 and nothing is sorted. Codes beyond the capacity are not written, and offsets are clamped to the
-capacity. The caller has the exact number of codes. Seven launches with the library's product, of
-which one has two programs, and the others hundreds or thousands.
+capacity. The caller has the exact number of codes. With the library's product, encoding takes seven
+launches. `scan` has two programs and `add_blocks` F / 128; the others have thousands.
 
 Shape suffixes: N tokens, F features, W words of 32 features, C codes, B blocks of tokens.
 """
@@ -107,7 +107,7 @@ def add_blocks(
     blocks_ptr, counted_ptr, totals_ptr, feature_counts_ptr, F, B, COUNTED: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """Replace each block's numbers by those of the blocks before it; write both sums."""
+    """Replace each block's count by the sum of earlier blocks; write the features' totals."""
     f = tl.program_id(0).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
     total = tl.zeros((BLOCK_F,), dtype=tl.int32)
     counted = tl.zeros((BLOCK_F,), dtype=tl.int32)
@@ -141,12 +141,12 @@ def scan(
             offset = codes + tl.cumsum(count, 0)
             tl.store(row_offsets_ptr + n + 1, tl.minimum(offset, capacity), mask=n < N)
             codes += tl.sum(count, axis=0)
-            counts = n < N
+            is_counted = n < N
             if HAS_WEIGHTS:
-                counts = counts & (tl.load(weights_ptr + n, mask=n < N, other=0) != 0)
+                is_counted = is_counted & (tl.load(weights_ptr + n, mask=n < N, other=0) != 0)
             if HAS_PADDING:
-                counts = counts & (tl.load(padding_ptr + n, mask=n < N, other=1) == 0)
-            tokens += counts.to(tl.int64)
+                is_counted = is_counted & (tl.load(padding_ptr + n, mask=n < N, other=1) == 0)
+            tokens += is_counted.to(tl.int64)
         tl.store(row_offsets_ptr, tl.zeros((), dtype=tl.int64))
         tl.store(n_codes_ptr, codes)
         tl.store(n_tokens_ptr, tl.sum(tokens, axis=0))

@@ -1,7 +1,7 @@
 """Implement ``fastadapt::encode`` and ``fastadapt::decode`` on a GPU.
 
 The functions compute the results of those in ``sparse.py``, with kernels instead of library calls.
-With a plan, they never synchronise with the device.
+With a dense plan or a capacity, they never synchronise with the device.
 
 Shape suffixes: S rows of x, T tokens of a row, N = S * T, D and E widths in and out, F features.
 """
@@ -98,7 +98,7 @@ def decode(
 ) -> tuple[Tensor, Tensor]:
     """Return ``out = residual + W_decᵀ a + b_dec`` and the penalty.
 
-    Without `norm_F`, the norms of the codes' rows are computed, which is faster for few tokens.
+    Without `norm_F`, codes take only the norms of their own rows, which is faster for few tokens.
     """
     weight_N = None if weight_N is None else weight_N.contiguous()
     if codes.dense:

@@ -65,7 +65,10 @@ def cut_rows(
     words_ptr, values_ptr, cut_ptr, quota_ptr, smallest_ptr, F, group_size,
     KEY_BITS: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Clear a row's flags below the group's cut, and those equal to it beyond the row's quota."""
+    """Clear a row's flags below the group's cut, and those equal to it beyond the row's quota.
+
+    The smallest remaining value is written too.
+    """
     row = tl.program_id(0).to(tl.int64)
     cut = tl.load(cut_ptr + row // group_size)
     quota = tl.load(quota_ptr + row)

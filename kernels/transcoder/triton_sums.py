@@ -10,7 +10,7 @@ A program sums whole rows (slices of WIDEST columns of wider ones)::
 One program sums the first GPU_PIECE codes of a feature. Frequent features have further pieces,
 which other programs sum; the feature's program adds these sums in order.
 
-Shape suffixes: N tokens, E width, F features, C codes, P further pieces.
+Shape suffixes: N tokens, E width, F features, C codes.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -167,7 +167,7 @@ def _sum_piece(
     inside, table_stride, SKIP_ZEROS: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """``Σ_c scale_c table[token_c]`` and ``Σ_c w_c scale_c``, c from start to end by feature."""
+    """``Σ_c scale_c table[token_c]`` and ``Σ_c w_c scale_c``, start ≤ c < end in feature order."""
     total = tl.zeros((BLOCK_E,), dtype=tl.float32)
     weighed = tl.zeros((BLOCK_C,), dtype=tl.float32)
     for c0 in tl.range(start, end, BLOCK_C):
@@ -418,9 +418,9 @@ def feature_sums(
     """
     F, E = len(codes.feature_offsets) - 1, table_NE.shape[1]
     table_NE = last_contiguous(table_NE)
+    if F == 0 or len(table_NE) == 0:
+        return table_NE.new_zeros(F, E), table_NE.new_zeros(F)
     out, scalars = table_NE.new_empty(F, E), table_NE.new_empty(F)
-    if F == 0:
-        return out, scalars
     c, norm_F, W_FE = (None,) * 3 if penalty is None else penalty
     W_FE = None if W_FE is None else last_contiguous(W_FE)
     n_pieces = len(codes.values) // GPU_PIECE  # upper bound: a further piece follows a full one

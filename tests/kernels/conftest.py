@@ -13,7 +13,7 @@ from typing import Any
 import executed
 import pytest
 import torch
-from transcoder_cases import TRITON_DEVICE, TRITON_DTYPES
+from transcoder_cases import TRITON_DEVICE
 
 RECORD = executed.start() if executed.STAGE else None
 HERE = Path(__file__).parent
@@ -34,16 +34,14 @@ def device() -> str:
     return TRITON_DEVICE
 
 
-@pytest.fixture(scope="session")
-def triton_dtypes() -> list[torch.dtype]:
-    """Dtypes of Triton kernels; the interpreter multiplies bfloat16 incorrectly."""
-    return TRITON_DTYPES
-
-
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Send a worker's record to the process that reports."""
-    if RECORD is not None and hasattr(session.config, "workeroutput"):
+    """Send a worker's record to the process that reports; fail if a kernel was not executed."""
+    if RECORD is None:
+        return
+    if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["executed"] = RECORD.as_tuple()
+    elif executed.EVERY_KERNEL and (RECORD.missing() or RECORD.unchecked):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.hookimpl(optionalhook=True)

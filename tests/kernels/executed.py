@@ -6,7 +6,7 @@ and execute the compiler's intermediate representation with ttsem. FASTADAPT_IR 
 the GPU (layouts, tensor cores, tile copies). FASTADAPT_IR_TARGET is the compute capability, 90 by
 default.
 
-A launch fails its test if it reads or writes outside the tensors that it was given, if two programs
+A launch fails its test if it leaves the storage of the tensors that it was given, if two programs
 use the same bytes and one of them writes, or if an operation is undefined. Products of bfloat16
 matrices, which the interpreter gets wrong, are correct here.
 """
@@ -24,6 +24,8 @@ from torch import Tensor
 
 STAGE = os.environ.get("FASTADAPT_IR")
 TARGET = int(os.environ.get("FASTADAPT_IR_TARGET", "90"))
+#: Whether a run fails that leaves a kernel out, or does not check a launch for races.
+EVERY_KERNEL = os.environ.get("FASTADAPT_IR_EVERY_KERNEL") == "1"
 #: Compiled kernels, whose text has another form than in Triton's own cache.
 CACHE = Path(__file__).parents[2] / "build" / "triton-executed"
 _open = ExitStack()  # the session, until the process ends

@@ -54,7 +54,7 @@ FAULTS: dict[str, tuple[ModuleType, str, str, str, str]] = {
         "out = table_FE.detach()[:N]",
         r"program instances .* both touch element \d+ of `(out|table)_ptr`",
     ),
-    "memory that is read and never written": (
+    "an index that is read and never written": (
         triton_codes,
         "scan",
         "            tl.store(piece_offsets_ptr, 0)\n",
@@ -80,7 +80,7 @@ def copy_of(module: ModuleType, old: str, new: str, folder: Path) -> ModuleType:
 
 
 def step() -> None:
-    """Run forward and backward: 300 tokens, of which one feature's codes fill several pieces."""
+    """Run forward and backward: 300 tokens, and three features that are active on all of them."""
     N, D, E, F = 300, 8, 20, 320
     draw = torch.Generator().manual_seed(0)
     b_enc = torch.full((F,), -100.0)

@@ -1,6 +1,6 @@
 """The transcoder's Triton kernels: accuracy against float64, special inputs, determinism.
 
-Kernels run on a GPU if available, else in Triton's interpreter (``tests/conftest.py``).
+Where they run: ``tests/kernels/conftest.py``.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ PROOF = os.environ.get("FASTADAPT_PROOF") == "1"
 #: Whether to use the paths for few tokens.
 FEW = [False, True]
 FEW_SLOW = [False, pytest.param(True, marks=SLOW_INTERPRETED)]
-EXAMPLES = 30 if PROOF else 4  # per path
+EXAMPLES = 30 if PROOF else 3  # per path
 SPARSE, DENSE = CodeLayout(dense=False), CodeLayout(dense=True)
 EXACT: dict[str, Any] = {"rtol": 0, "atol": 0}
 
@@ -134,6 +134,46 @@ def keep_the_budget(case: Case) -> None:
             assert_close(gradient, oracle[1][name], peer[1][name], name=f"gradient of {name}")
     else:
         assert case.dtype != torch.float32 or not case.coarse
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(d, marks=SLOW_INTERPRETED if d != TRITON_DTYPES[-1] else [])
+        for d in TRITON_DTYPES
+    ],
+)
+def test_products_of_tiles(dtype: torch.dtype) -> None:
+    """Enough tokens and columns for whole tiles of tensor cores."""
+    layouts = ("contiguous",) * 8
+    shape = {"S": None, "T": 40, "d_in": 160, "d_out": 48, "F": 96}
+    off = {"coarse": False, "inference": False, "masked": None, "padded": False}
+    case = Case("relu", dtype, **shape, **off, k=0, shift=-0.5, layouts=layouts, residual=True,
+                plan=CodeLayout(False, 4000), seed=0)  # fmt: skip
+    keep_the_budget(case)
+
+
+@pytest.mark.parametrize("plan", [SPARSE, DENSE, CodeLayout(False, 0), None])
+@pytest.mark.parametrize(("T", "E", "F"), [(0, 20, 64), (17, 0, 64), (17, 20, 0)])
+def test_nothing_to_sum(T: int, E: int, F: int, plan: CodeLayout | None) -> None:
+    leaves = inputs(T=T, E=E, F=F)
+    if plan == CodeLayout(False, 0):
+        leaves["b_enc"] = torch.full_like(leaves["b_enc"], -100.0).requires_grad_()
+    compare(leaves, plan)
+
+
+@pytest.mark.parametrize(
+    "activation", ["jumprelu", pytest.param("threshold", marks=SLOW_INTERPRETED)]
+)
+def test_too_many_codes_without_a_plan_become_dense(activation: str) -> None:
+    leaves = inputs(T=70, shift=1.0)
+    arguments: dict[str, Any] = {"activation": "jumprelu", "bandwidth": 0.3}
+    if activation == "jumprelu":
+        leaves["threshold"] = (torch.rand(64) / 4 + 0.1).to(TRITON_DEVICE)
+    else:
+        threshold = leaves["b_dec"].new_full((), 0.2)
+        arguments = {"activation": "batch_topk", "threshold": threshold}
+    compare(leaves, None, **arguments)
 
 
 def inputs(

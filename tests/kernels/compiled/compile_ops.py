@@ -108,7 +108,7 @@ def describe(case: str, kernel: JITFunction, compiled: Any) -> dict[str, Any]:
             name: kind
             for name, kind in source.signature.items()
             if name not in declared and named.get(name) is None
-            if name in named or str(kind).startswith(("*", "tensordesc"))
+            if name in named or str(kind).startswith("*")
         },
         "num_warps": options.num_warps,
         "num_stages": options.num_stages,
@@ -199,8 +199,6 @@ def main(target: str, dtypes: str, part: str, *changes: str) -> None:
     library = skip_products()
     recorder = Recorder(TARGETS[target])
     recorder.start()
-    if recorder.target.backend == "hip":
-        torch.version.hip = "6"  # launchers check this attribute
     with tempfile.TemporaryDirectory() as folder:
         if changes:
             replace_text(folder, *changes)
