@@ -375,7 +375,7 @@ FLOP_FORMULAS = {
 
 
 def _encode_workspace(device_type: str, x: Tensor, W_enc: Tensor, *args: Any) -> int:
-    """Return the bytes of z where codes replace it, of flags, and of ranking and sorting."""
+    """Return the bytes of z where codes replace it, of flags and ranking; on a CPU, of sorting."""
     activation, threshold, (dense, capacity) = args[4], args[1], args[-4:-2]
     n_entries, n_codes = x.shape[0] * x.shape[1] * W_enc.shape[0], capacity or 0
     is_ranked = activation == "topk" or (activation == "batch_topk" and threshold is None)

@@ -5,14 +5,13 @@ The tests run where compiled kernels are executed (see :mod:`executed`), and are
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import executed
 import pytest
 import torch
+from device_code import load
 
 from fastadapt.kernels.transcoder import (
     CodeLayout,
@@ -70,13 +69,7 @@ def copy_of(module: ModuleType, old: str, new: str, folder: Path) -> ModuleType:
     assert source.count(old) == 1
     path = folder / f"{module.__name__.rpartition('.')[2]}.py"
     path.write_text(source.replace(old, new))
-    spec = importlib.util.spec_from_file_location(f"{module.__name__}_copy", path)
-    assert spec is not None
-    assert spec.loader is not None
-    copy = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = copy
-    spec.loader.exec_module(copy)
-    return copy
+    return load(f"{module.__name__}_copy", path)
 
 
 def step() -> None:

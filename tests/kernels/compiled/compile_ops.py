@@ -12,7 +12,7 @@ run the kernel. Values of tensors are therefore arbitrary, and matrix products a
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
 import re
@@ -27,7 +27,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported
 import sass
 import torch
 import triton
-from device_code import launched_kernels
+from device_code import GATHERS, launched_kernels, load
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -40,8 +40,6 @@ device.runs_triton = lambda device_type: True  # before an op imports the functi
 
 from calls import calls_of  # noqa: E402
 
-#: Kernels whose loops gather rows of a table.
-GATHERS = {"sum_by_token", "sum_by_feature", "sum_further_pieces"}
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -185,13 +183,7 @@ def replace_text(folder: str, op: str, file: str, *texts: str) -> None:
         source = source.replace(old, new, 1)
     edited = Path(folder) / f"{file}.py"
     edited.write_text(source)
-    spec = importlib.util.spec_from_file_location(f"{package.__name__}.{file}", edited)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    setattr(package, file, module)
+    setattr(package, file, load(f"{package.__name__}.{file}", edited))
 
 
 def main(target: str, dtypes: str, part: str, *changes: str) -> None:

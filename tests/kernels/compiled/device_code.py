@@ -1,12 +1,17 @@
-"""The modules with device code, and the kernels that they launch."""
+"""The modules with device code, the kernels that they launch, and edited copies of modules."""
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import inspect
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+#: Kernels whose loops gather rows of a table.
+GATHERS = {"sum_by_token", "sum_by_feature", "sum_further_pieces"}
 
 
 def device_modules() -> list[Any]:
@@ -27,3 +32,14 @@ def launched_kernels() -> list[str]:
     kernels = {k for m in modules for k, v in vars(m).items() if isinstance(v, JITFunction)}
     sources = "\n".join(inspect.getsource(m) for m in modules)
     return sorted(k for k in kernels if re.search(rf"(?<![\w.]){k}\[", sources))
+
+
+def load(name: str, path: Path) -> ModuleType:
+    """Load a file as the module ``name``, in place of a module of this name."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module

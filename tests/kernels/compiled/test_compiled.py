@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from device_code import GATHERS
 
 PROGRAM = Path(__file__).with_name("compile_ops.py")
 KERNELS = Path(__file__).parents[3] / "kernels"
@@ -181,8 +182,6 @@ def test_compiles(
     check(record)
 
 
-#: Kernels whose loops gather rows of a table.
-GATHERS = {"sum_by_token", "sum_by_feature", "sum_further_pieces"}
 WARP_REGISTERS = 65_536 // 32  # of a processor, per lane
 
 
