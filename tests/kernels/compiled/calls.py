@@ -58,7 +58,8 @@ def transcoder_shapes(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], No
         for name, settings in activations(F).items():
             for dense in (False, True):
                 for N in lengths:
-                    for style in STYLES if N == 320 else STYLES[:2]:
+                    # Below 256 tokens, "inference" computes the norms of few rows.
+                    for style in STYLES if N == 320 else (*STYLES[:2], "inference"):
                         title = f"transcoder {name} dense={dense} N={N} F={F}"
                         arguments = (weights, N, settings, dense, style)
                         yield f"{title}, {style}", partial(call_transcoder, *arguments)
