@@ -125,6 +125,38 @@ def make_pair() -> Callable[..., Any]:
 
 
 @pytest.fixture
+def float64_clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute norms and softmax in float64; transformers' float32 leaves an error of 2e-8."""
+    from importlib import import_module
+
+    from torch import nn
+
+    from fastadapt.models.pretrained import ARCHITECTURES
+
+    softmax = nn.functional.softmax
+
+    def wide_softmax(x: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return softmax(x, dim, dtype=None if x.dtype == torch.float64 else dtype)
+
+    def rms(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * (
+            x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        )
+
+    def gemma(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return (1 + self.weight) * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
+
+    for architecture in ARCHITECTURES:
+        name = architecture.removesuffix("_text")
+        modeling = import_module(f"transformers.models.{name}.modeling_{name}")
+        norms = [kind for kind in vars(modeling) if kind.endswith("RMSNorm")]
+        assert len(norms) == 1, norms
+        forward = gemma if name.startswith("gemma") else rms
+        monkeypatch.setattr(getattr(modeling, norms[0]), "forward", forward)
+    monkeypatch.setattr(nn.functional, "softmax", wide_softmax)
+
+
+@pytest.fixture
 def save_model(tmp_path: Path) -> Callable[..., str]:
     """``save_model(name, seed, **config changes)``: a tiny checkpoint with a tokenizer on disk."""
     from tokenizers import Tokenizer, models, pre_tokenizers

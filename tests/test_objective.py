@@ -18,14 +18,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers.models.gemma2 import modeling_gemma2
-from transformers.models.gemma3 import modeling_gemma3
-from transformers.models.llama import modeling_llama
-from transformers.models.mistral import modeling_mistral
-from transformers.models.olmo2 import modeling_olmo2
-from transformers.models.phi3 import modeling_phi3
-from transformers.models.qwen2 import modeling_qwen2
-from transformers.models.qwen3 import modeling_qwen3
 
 from fastadapt.adapter import module as adapter_module
 from fastadapt.adapter.module import AdapterConfig
@@ -162,37 +154,6 @@ def naive(
         name: torch.zeros_like(p) if g is None else g
         for (name, p), g in zip(parameters.items(), grads, strict=True)
     }
-
-
-@pytest.fixture
-def float64_clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compute norms and softmax in float64; transformers' float32 leaves an error of 2e-8."""
-    softmax = nn.functional.softmax
-
-    def wide_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
-        return softmax(x, dim, dtype=None if x.dtype == torch.float64 else dtype)
-
-    def rms(self: Any, x: Tensor) -> Tensor:
-        return self.weight * (
-            x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        )
-
-    def gemma(self: Any, x: Tensor) -> Tensor:
-        return (1 + self.weight) * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
-
-    norm: type[nn.Module]
-    for norm in (
-        modeling_llama.LlamaRMSNorm,
-        modeling_mistral.MistralRMSNorm,
-        modeling_olmo2.Olmo2RMSNorm,
-        modeling_phi3.Phi3RMSNorm,
-        modeling_qwen2.Qwen2RMSNorm,
-        modeling_qwen3.Qwen3RMSNorm,
-    ):
-        monkeypatch.setattr(norm, "forward", rms)
-    for norm in (modeling_gemma2.Gemma2RMSNorm, modeling_gemma3.Gemma3RMSNorm):
-        monkeypatch.setattr(norm, "forward", gemma)
-    monkeypatch.setattr(nn.functional, "softmax", wide_softmax)
 
 
 def ragged_batch(seed: int = 0) -> Batch:

@@ -41,6 +41,8 @@ class PairConfig:
         device: ``auto`` (the GPU if available, else the CPU), or torch's name of a device.
         trust_remote_code: run Python code that comes with a model. The user sets this option; a
             file never does.
+        fused_blocks: on a GPU, run RMSNorms, gated products and rotary embeddings of frozen blocks
+            as one kernel each (:mod:`fastadapt.kernels.frozen`). Without effect on a CPU.
         offload: while training, keep the frozen weights of the blocks in host memory and copy each
             block to the GPU when needed. Saves GPU memory and costs time.
 
@@ -57,6 +59,7 @@ class PairConfig:
     device: str = "auto"
     trust_remote_code: bool = False
     offload: bool = False
+    fused_blocks: bool = True
 
     def __post_init__(self) -> None:
         for role in ("target", "base"):

@@ -85,10 +85,11 @@ class ModelFile(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Paths:
-    """Attribute names of an architecture's parts, and its attention implementation.
+    """Attribute names of an architecture's parts, its attention implementation, its norms' formula.
 
     ``attention`` is used where flash-attn is not: ``eager`` for Gemma 2, since torch's fused
-    attention cannot soft-cap scores.
+    attention cannot soft-cap scores. ``norm_offset`` and ``norm_rounds_first`` are arguments of
+    :func:`fastadapt.kernels.frozen.rms_norm`.
     """
 
     decoder: str = "model"
@@ -96,16 +97,18 @@ class Paths:
     mlp: str = "mlp"
     norm: str = "norm"
     attention: str = "sdpa"
+    norm_offset: float = 0.0
+    norm_rounds_first: bool = True
 
 
 #: Supported architectures: those whose gradients and modes are tested.
 ARCHITECTURES: Mapping[str, Paths] = {
     "qwen2": Paths(),
     "llama": Paths(),
-    "gemma2": Paths(attention="eager"),
-    "gemma3_text": Paths(),
+    "gemma2": Paths(attention="eager", norm_offset=1.0, norm_rounds_first=False),
+    "gemma3_text": Paths(norm_offset=1.0, norm_rounds_first=False),
     "mistral": Paths(),
-    "olmo2": Paths(),
+    "olmo2": Paths(norm_rounds_first=False),
     "phi3": Paths(),
     "qwen3": Paths(),
 }

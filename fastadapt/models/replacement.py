@@ -32,6 +32,7 @@ from fastadapt.models.baselines import (
     weights_of,
 )
 from fastadapt.models.block_inputs import BlockInputs, record_inputs
+from fastadapt.models.fused_blocks import FusedBlocks
 from fastadapt.models.pair import ModelPair, PairConfig, PairMismatchError
 
 __all__ = [
@@ -49,7 +50,8 @@ class ReplacementModel(nn.Module):
     """Target, hybrid and replacement in one Hugging Face model, :attr:`model`.
 
     ``model`` is the target with :class:`AdaptedMLP` as MLPs. ``generate``, hooks and third-party
-    tools work on ``model`` in every mode. Only the adapters are trainable.
+    tools work on ``model`` in every mode. Only the adapters are trainable. ``fused`` switches the
+    fused kernels of frozen blocks (:mod:`fastadapt.models.fused_blocks`).
 
     Args:
         pair: the two models. The MLPs of the pair's target are wrapped in place.
@@ -71,6 +73,8 @@ class ReplacementModel(nn.Module):
         pair.base_mlps.requires_grad_(False)
         if isinstance(getattr(layers[0], paths.mlp), AdaptedMLP):
             raise UserError("this pair's target already carries adapters; load the pair again")
+        self.fused = FusedBlocks("auto" if pair.config.fused_blocks else "off")
+        self.fused.fuse(decoder, pair.base_mlps, pair.target.config, paths)
         for layer, base, adapter in zip(layers, pair.base_mlps, adapters, strict=True):
             setattr(layer, paths.mlp, AdaptedMLP(getattr(layer, paths.mlp), base, adapter))
         if isinstance(adapters[0], TunedNorms):

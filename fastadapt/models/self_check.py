@@ -30,7 +30,9 @@ def check_traversal(model: ReplacementModel, batch: Batch) -> None:
     """Raise if the block-by-block traversal and the model's own forward differ in any mode.
 
     The arguments of the blocks are recorded once and used for all modes, as in a training step.
-    Both sides run the same operations on the same inputs and may differ only in the order of sums.
+    Both sides compute the same formulas on the same inputs and may differ only in rounding and in
+    the order of sums: on a GPU the blocks run fused kernels (:mod:`fastadapt.models.fused_blocks`),
+    the model's own forward does not.
     The RMS of the logits' difference may be at most ``4 eps sqrt(2 L)`` times the RMS of the
     logits, where ``eps`` is the dtype's spacing at 1: the random walk of one rounding for each of
     the 2 L additions to the residual stream, times 4. Weights, gradients and random states do not
@@ -138,8 +140,9 @@ def _traversed(
 
 
 def _forward(model: ReplacementModel, part: Batch, mode: Mode, positions: Tensor) -> Tensor:
-    """Return the logits of the model's own forward."""
+    """Return the logits of the model's own forward, without fused kernels."""
     with ExitStack() as contexts:
+        contexts.enter_context(model.fused.off())
         for mlp in model.mlps:  # with a call set, the MLP sums in the order of the traversal
             contexts.enter_context(mlp.call_context(mode, Call(None, None, None)))
         output = model.model(

@@ -12,6 +12,7 @@ from transformers import Gemma2Config, Qwen2Config
 from fastadapt.adapter.module import AdapterConfig
 from fastadapt.batch import Batch
 from fastadapt.kernels.transcoder.codes import dense_share
+from fastadapt.models.pair import DTYPES
 from fastadapt.models.replacement import ReplacementModel
 from fastadapt.objective import objective
 from fastadapt.training.config import TrainConfig, from_dict
@@ -152,6 +153,7 @@ def measure(
         codes = [8192.0 if dense else share * 8192 * 0.999] * LAYERS
     with fake_pair(setup, LAYERS) as pair:
         model = ReplacementModel.create(pair, config.trained)
+        model.fused.plan_for("cuda", DTYPES[config.pair.dtype])
         ids = torch.zeros(1, tokens, dtype=torch.int64)
         with LiveBytes() as live:
             for parameter in model.parameters():

@@ -222,6 +222,7 @@ def _measure(setup: Setup, device: str, codes_per_token: float | None) -> _Measu
     shape = (setup.sequences, setup.tokens)
     with fake_pair(setup, layers) as pair:
         model = ReplacementModel.create(pair, setup.trained)
+        model.fused.plan_for(device, DTYPES[setup.pair.dtype])
         ids = torch.zeros(shape, dtype=torch.int64)
         padding = torch.ones(shape, dtype=torch.bool) if setup.sequences > 1 else None
         for parameter in model.adapters.parameters():

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastadapt.kernels.frozen import ACTIVATIONS, gated, rms_norm, rope
 from fastadapt.kernels.linear_kl import linear_kl
 from fastadapt.kernels.transcoder import CodeLayout, transcoder
 
@@ -34,6 +35,7 @@ def calls_of(part: str, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], 
     if part == "shapes":
         yield from transcoder_shapes(dtype)
         yield from linear_kl_shapes(dtype)
+        yield from frozen_shapes(dtype)
         return
     weights = transcoder_weights(64, 192, dtype)
     for N in LENGTHS:
@@ -49,6 +51,7 @@ def calls_of(part: str, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], 
             f"linear_kl T={N}",
             partial(call_linear_kl, 1031, N, 2, dtype, torch.float32, labels=True, trained=True),
         )
+        yield f"frozen T={N}", partial(call_frozen, N, 64, 192, 4, 2, 16, 16, dtype)
 
 
 def transcoder_shapes(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -144,3 +147,49 @@ def call_linear_kl(
     result = linear_kl(hidden, students, head, **more)
     if S:
         result.kl.sum().backward()
+
+
+#: D, I, heads of q and k, width of a head, its rotated columns: 7B and 405B models, OLMo's and
+#: Phi's kind, and odd sizes.
+BLOCKS = [
+    (3584, 18_944, 28, 4, 128, 128),
+    (16_384, 53_248, 128, 8, 128, 128),
+    (128, 192, 4, 4, 96, 72),
+    (37, 131, 3, 1, 10, 6),
+]
+
+
+def frozen_shapes(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Yield calls of a frozen block's operations for the widths of several models."""
+    for shape in BLOCKS:
+        yield f"frozen {shape}", partial(call_frozen, 7, *shape, dtype)
+
+
+def call_frozen(
+    T: int,
+    D: int,
+    width: int,
+    heads: int,
+    kv_heads: int,
+    head: int,
+    rotated: int,
+    dtype: torch.dtype,
+) -> None:
+    """Run forward and backward of every operation."""
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, requires_grad=True)
+
+    def run(outputs: tuple[Tensor, ...], *inputs: Tensor) -> None:
+        torch.autograd.grad(outputs, inputs, [torch.empty_like(out) for out in outputs])
+
+    x, weight = empty(1, T, D), torch.empty(D, dtype=dtype)
+    for offset, rounds_first in ((0.0, True), (1.0, False)):
+        more: dict[str, Any] = {"offset": offset, "rounds_first": rounds_first}
+        run((rms_norm(x, weight, 1e-6, **more, implementation="triton"),), x)
+    joint = empty(1, T, 2 * width)
+    for activation in ACTIVATIONS:
+        run((gated(*joint.chunk(2, -1), activation, implementation="triton"),), joint)
+    q, k = empty(1, T, heads, head), empty(1, T, kv_heads, head)
+    angles = torch.empty(1, T, rotated, dtype=dtype), torch.empty(1, T, rotated, dtype=dtype)
+    run(rope(q.transpose(1, 2), k.transpose(1, 2), *angles, implementation="triton"), q, k)

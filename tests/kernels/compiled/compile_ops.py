@@ -19,6 +19,7 @@ import re
 import sys
 import tempfile
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def describe(case: str, kernel: JITFunction, compiled: Any) -> dict[str, Any]:
     # Constants: declared ones, absent pointers (None), and specialised numbers (1).
     named = {kernel.arg_names[path[0]]: value for path, value in source.constants.items()}
     declared = [kernel.arg_names[index] for index in kernel.constexprs]
-    options = compiled.metadata
+    options, assembly = compiled.metadata, compiled.asm.get("ptx", "")
     dot = re.search(r"tt\.dot .* tensor<(\d+)x\d+x(\w+)> \* .*", text)
     return {
         "kernel": kernel.fn.__name__,
@@ -113,7 +114,10 @@ def describe(case: str, kernel: JITFunction, compiled: Any) -> dict[str, Any]:
         "shared": options.shared,
         "narrow_products": narrow_products(text),
         "dot": {"rows": int(dot[1]), "dtype": dot[2]} if dot else None,
-        "wgmma": "wgmma.mma_async" in compiled.asm.get("ptx", ""),
+        "wgmma": "wgmma.mma_async" in assembly,
+        "accesses": Counter(
+            re.findall(r"(?:ld|st)\.global(?:\.v\d)?", compiled.asm.get("ptx", ""))
+        ),
         "loops": sass.loops(cubin) if cubin and kernel.fn.__name__ in GATHERS else [],
         **resources(compiled),
     }

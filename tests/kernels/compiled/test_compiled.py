@@ -182,6 +182,13 @@ def test_compiles(
     check(record)
 
 
+FROZEN = {
+    "rms_norm_kernel",
+    "rms_norm_backward_kernel",
+    "gated_kernel",
+    "gated_backward_kernel",
+    "rope_kernel",
+}
 WARP_REGISTERS = 65_536 // 32  # of a processor, per lane
 
 
@@ -208,6 +215,25 @@ def test_sums_gather_whole_vectors_without_barriers(
             waits = [op for op in loop if op.startswith(("BAR", "LDS", "STS", "SHFL"))]
             assert not waits, f"{name}: {loop}"
         assert WARP_REGISTERS // kernel["registers"] >= 24, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("triton", ["installed", "oldest"])
+def test_frozen_blocks_move_whole_vectors(
+    proof: dict[tuple[str, str], Future[dict[str, Any]]], triton: str
+) -> None:
+    """At the 7B model's widths: 128 bits a load and store, but for a row's 1/rms; 28 warps."""
+    if (triton, "sm_90") not in proof:
+        pytest.skip("FASTADAPT_OLDEST_TRITON names no folder; `make proof` makes one")
+    record = proof[triton, "sm_90"].result()
+    kernels = [k for k in record["kernels"] if k["case"].startswith("frozen (3584")]
+    assert {k["kernel"] for k in kernels} == FROZEN
+    for kernel in kernels:
+        assert kernel["num_warps"] in (4, 8)
+        narrow = {op: n for op, n in kernel["accesses"].items() if not op.endswith(".v4")}
+        assert sum(narrow.values()) <= kernel["kernel"].startswith("rms_norm"), kernel
+        if "*fp32" not in kernel["pointers"].values():
+            assert WARP_REGISTERS // kernel["registers"] >= 28, kernel
 
 
 @pytest.mark.slow
