@@ -16,13 +16,13 @@ from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.case import Case, Cost, Inputs, Results, Step, cast, compiled, copies
+from fastadapt.kernels.device import runs_triton
 from fastadapt.kernels.nmse import nmse
 
 __all__ = ["masked_nmse_case", "nmse_case", "rms_norm_case", "swiglu_case"]
 
 EPS = 1e-6
 Normal = Callable[..., Tensor]  # shape -> float32 tensor of standard normal values
-NMSE = ("reference", "chunked")
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -41,6 +41,11 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def nmse_value(x: Tensor, target: Tensor, implementation: str = "reference") -> Tensor:
     """Return the op's value without the values per token."""
     return nmse(x, target, implementation=implementation).nmse
+
+
+def _implementations(device: str) -> list[str]:
+    """Return the implementations of nmse that run on a device."""
+    return ["reference", "chunked", *(["triton"] if runs_triton(device) else [])]
 
 
 def _step(inputs: Inputs, function: Callable[..., Any]) -> Results:
@@ -79,7 +84,7 @@ def _case(
     plain = functions["reference"]
     if backend:
         functions = functions | {"reference compiled": compiled(plain, backend, False)}
-    kinds = {"chunked": "ours", "liger-kernel": "peer"}
+    kinds = {"chunked": "ours", "triton": "ours", "liger-kernel": "peer"}
     steps = {
         name: Step(functools.partial(_step, function=f), kinds.get(name, "reference"))
         for name, f in functions.items()
@@ -103,9 +108,11 @@ def nmse_case(
         g = torch.ones((), dtype=torch.float64, device=device)
         return {"x": x, "target": target, "g": g}
 
-    chunked = functools.partial(nmse_value, implementation="chunked")
-    functions: dict[str, Callable[..., Any]] = {"reference": nmse_value, "chunked": chunked}
-    elements = T * d * 4  # x, target; the saved difference or x and target; dx
+    functions: dict[str, Callable[..., Any]] = {
+        name: functools.partial(nmse_value, implementation=name)
+        for name in _implementations(device)
+    }
+    elements = T * d * 5  # x, target, the saved difference; the difference, dx
     return _case("nmse", {"T": T, "d": d}, dtype, device, make, functions, elements, backend)
 
 
@@ -118,9 +125,9 @@ def masked_nmse_case(B: int, T: int, d: int, dtype: torch.dtype, device: str) ->
         return {"x": x, "target": target, "mask": normal(B, T) > -1.28, "g": normal(B)}
 
     functions: dict[str, Callable[..., Any]] = {
-        name: functools.partial(nmse, implementation=name) for name in NMSE
+        name: functools.partial(nmse, implementation=name) for name in _implementations(device)
     }
-    shape, elements = {"B": B, "T": T, "d": d}, B * T * d * 4
+    shape, elements = {"B": B, "T": T, "d": d}, B * T * d * 5
     return _case("nmse", shape, dtype, device, make, functions, elements, None)
 
 

@@ -145,12 +145,14 @@ def choices(device: torch.device) -> list[Choice]:
         chosen.append(Choice("transcoder, float64", "reference", "the Triton kernels sum in fp32"))
         chosen.append(Choice("linear_kl", "triton", f"{chunks}, read twice and written once"))
         chosen.append(Choice("linear_kl, float64", "chunked", "the Triton kernels sum in fp32"))
+        chosen.append(Choice("nmse", "triton", "reads both streams once"))
+        chosen.append(Choice("nmse, float64", "chunked", "the Triton kernels sum in fp32"))
     else:
         cpu = Choice("transcoder", "sparse", "on a CPU, work on active features alone is faster")
         other = Choice("transcoder", "reference", f"no other implementation runs on {on}")
         chosen.append(cpu if on == "cpu" else other)
         chosen.append(Choice("linear_kl", "chunked", f"{chunks}; Triton kernels need a GPU"))
-    chosen.append(Choice("nmse", "chunked", chunks))
+        chosen.append(Choice("nmse", "chunked", f"{chunks}; Triton kernels need a GPU"))
     return chosen
 
 

@@ -96,7 +96,7 @@ def notes(device: torch.device) -> list[str]:
     """Return notes on checks that `device` cannot run, with the reason."""
     if not runs_triton(device.type):
         return [
-            "The Triton kernels (transcoder: triton; linear_kl: triton) cannot run "
+            "The Triton kernels (transcoder, linear_kl and nmse: triton) cannot run "
             f"here and were not checked: they need a GPU, and the device is {device.type}."
         ]
     if device.type != "cuda":
@@ -139,7 +139,7 @@ def _cases(device_type: str) -> Iterator[Case]:
     on_gpu = ("triton",) if triton else ()
     yield Case("linear_kl", "", _linear_kl, heads, ("reference", "chunked", *on_gpu))
     streams = {"x": random(2, 9, 32), "target": random(2, 9, 32)}
-    yield Case("nmse", "", _nmse, streams, ("reference", "chunked"))
+    yield Case("nmse", "", _nmse, streams, ("reference", "chunked", *on_gpu))
 
 
 def _transcoder(

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .chunked import CHUNKED
-from .chunks import Elementwise, block_elements, linear_kl_chunks
+from .chunks import Elementwise, block_elements, chunk_rows, linear_kl_chunks
 
 
 @torch.library.custom_op("fastadapt::linear_kl", mutates_args=())
@@ -137,7 +137,7 @@ def _workspace(
 ) -> int:
     """Return the bytes of the two buffers [C, V], of a block's temporaries, of hidden states."""
     T, D = teacher.shape
-    n_tokens = min(chunk_tokens, T)
+    n_tokens = chunk_rows(T, chunk_tokens, device_type)
     entries, wide = n_tokens * head.shape[0], weights.element_size()
     hidden = 2 * n_tokens * D * wide
     if device_type == "cuda" and wide == 4:  # Triton: the teacher's logits stay in their dtype

@@ -7,6 +7,7 @@ are the library's; an :class:`Elementwise` processes the logits between them.
 S students, T tokens, D width, V vocabulary size, C tokens of a chunk.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 _BLOCK_ELEMENTS = {"cpu": 2**19}  # of fp32 temporaries: 2 MiB, which fits in cache
 _BLOCK_ELEMENTS_ELSEWHERE = 2**24
+_TILE_ROWS = 128  # of a GPU's matrix products
 
 
 class Elementwise(NamedTuple):
@@ -87,7 +89,7 @@ def linear_kl_chunks(
     grad_students = grad_students if students_grad else students_STD.new_empty(0)
     grad_head = weights_T.new_zeros((S, V, D) if head_grad else (0,))
 
-    chunk = max(1, min(chunk_tokens, T))
+    chunk = chunk_rows(T, chunk_tokens, head_VD.device.type)
     # All streams use one buffer for the product, so equal hidden states give equal bits and KL 0.
     hidden_CD = teacher_TD.new_empty(chunk, D)
     logits_CV = new((chunk, V), dtype=logits_dtype)
@@ -125,6 +127,27 @@ def linear_kl_chunks(
                 _add_head_gradient(gradient, hidden, scale_T[rows], grad_head[s])
     kl = torch.where(weights_T != 0, scale_T * token_kl, 0).sum(-1)
     return kl, token_kl, token_ce, token_top1, scale_T, grad_students, grad_head
+
+
+def chunk_rows(T: int, chunk_tokens: int, device_type: str) -> int:
+    """Return the tokens of every chunk but the last, which has the remainder.
+
+    On a GPU, T tokens are divided into as few chunks of at most ``chunk_tokens`` as possible, all
+    of nearly equal size, because a short last chunk reads the whole head for few tokens. Sizes are
+    multiples of the rows of a product's tile; other sizes would add partly empty tiles. On a CPU,
+    where products of other sizes have other bits, all chunks but the last are full.
+
+    Example:
+        >>> chunk_rows(2100, 1024, "cuda"), chunk_rows(2100, 1024, "cpu")
+        (768, 1024)
+    """
+    T = max(1, T)
+    full = min(chunk_tokens, T)
+    if device_type != "cuda":
+        return full
+    n_chunks = math.ceil(T / full)
+    tiles = math.ceil(T / n_chunks / _TILE_ROWS)
+    return min(full, tiles * _TILE_ROWS)
 
 
 def block_elements(device_type: str) -> int:
@@ -179,7 +202,8 @@ def _project_back(gradient: Gradient, head_VD: Tensor, dtype: torch.dtype, out_C
     if head_VD.dtype == dtype == out_CD.dtype:
         torch.mm(grad_CV, head_VD, out=out_CD)
     elif grad_CV.dtype != dtype:
-        out_CD.copy_(torch.mm(grad_CV, head_VD, out_dtype=dtype).div_(gradient.unit))
+        # Not a 16-bit product: torch lets the library add parts of the sum in the result's dtype.
+        torch.div(torch.mm(grad_CV, head_VD, out_dtype=dtype), gradient.unit, out=out_CD)
     else:
         total_CD = grad_CV.new_zeros(out_CD.shape)
         for block in row_blocks(head_VD):

@@ -5,12 +5,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastadapt.kernels.device import runs_triton
+
 from .autograd import nmse_op
 from .reference import nmse_reference
 
 __all__ = ["NMSEOutput", "nmse"]
 
-_IMPLEMENTATIONS = ("auto", "reference", "chunked")
+_IMPLEMENTATIONS = ("auto", "reference", "chunked", "triton")
+#: Dtypes of x and target that the Triton kernels read.
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class NMSEOutput(NamedTuple):
@@ -40,20 +44,22 @@ def nmse(
 
     Args:
         x, target: [B,T,D] or [T,D], floating, of equal shape. Squares are summed in float32
-            (float64 if either is float64). The backward pass saves only their difference, in x's
-            dtype.
+            (float64 if either is float64). Of the two, the backward pass saves only their
+            difference, in x's dtype.
         mask: [B,T] or [T], bool: tokens that count; None is all tokens. Other tokens give no
             gradient, even if not finite; ``token_nmse`` is computed for every token.
         eps: added to the mean square of ``target``, >= 0.
-        implementation: "chunked" (PyTorch over small blocks of tokens, on every device),
-            "reference" (dense PyTorch that defines the results), or "auto": "chunked".
+        implementation: "reference" (dense PyTorch that defines the results), "chunked" (PyTorch
+            over small blocks of tokens, any device and dtype), "triton" (three Triton kernels; a
+            GPU, inputs in float32, bfloat16 or float16), or "auto": "triton" if it runs on the GPU,
+            else "chunked".
 
     Returns:
         :class:`NMSEOutput`. NaN and infinities give NaN or infinity in their tokens and, if
         selected, in their sequence. Equal inputs give bitwise equal results.
 
     Raises:
-        TypeError, ValueError: an argument is not as above (nmse has no Triton kernel).
+        TypeError, ValueError: an argument is not as above, or "triton" cannot run on it.
 
     Example:
         >>> target = torch.ones(1, 4, 8)
@@ -61,6 +67,7 @@ def nmse(
         tensor([0.2500])
     """
     _validate(x, target, mask, eps, implementation)
+    implementation = resolve_implementation(implementation, x.device.type, x.dtype, target.dtype)
     dtype = torch.float64 if torch.float64 in (x.dtype, target.dtype) else torch.float32
     if mask is None:
         mask = x.new_ones(x.shape[:-1], dtype=torch.bool)
@@ -72,7 +79,7 @@ def nmse(
         per_sequence, per_token = nmse_reference(x, target, mask, eps, dtype)
     else:
         x_grad = torch.is_grad_enabled() and x.requires_grad
-        per_sequence, per_token, *_ = nmse_op(x, target, mask, eps, dtype, x_grad)
+        per_sequence, per_token, *_ = nmse_op(x, target, mask, eps, dtype, implementation, x_grad)
         per_token = per_token.detach()
     return (
         NMSEOutput(per_sequence[0], per_token[0]) if single else NMSEOutput(per_sequence, per_token)
@@ -102,15 +109,30 @@ def _validate(
             raise ValueError(f"mask: expected device {x.device}, got {mask.device}")
     if not eps >= 0:
         raise ValueError(f"eps: expected a number >= 0, got {eps}")
-    if implementation == "triton":
-        raise ValueError(
-            'implementation: nmse has no Triton kernel; use "auto", which runs "chunked" (PyTorch) '
-            "on every device"
-        )
     if implementation not in _IMPLEMENTATIONS:
         raise ValueError(
             f"implementation: expected one of {', '.join(_IMPLEMENTATIONS)}, got {implementation!r}"
         )
+
+
+def resolve_implementation(implementation: str, device_type: str, *dtypes: torch.dtype) -> str:
+    """Replace "auto" by the implementation to run; raise if "triton" cannot run."""
+    narrow = all(dtype in _TRITON_DTYPES for dtype in dtypes)
+    if implementation == "auto":
+        on_gpu = device_type == "cuda" and runs_triton(device_type)
+        return "triton" if on_gpu and narrow else "chunked"
+    if implementation == "triton" and not narrow:
+        got = " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(
+            'implementation: "triton" reads float32, bfloat16 and float16, got x and target in '
+            f'{got}; use "auto" or "chunked"'
+        )
+    if implementation == "triton" and not runs_triton(device_type):
+        raise ValueError(
+            f'implementation: "triton" needs a GPU, got tensors on {device_type}; use "auto", or '
+            "set TRITON_INTERPRET=1 to interpret the kernels (for tests)"
+        )
+    return implementation
 
 
 def _expect_tensor(name: str, value: Any) -> None:

@@ -20,6 +20,11 @@ def block_elements(device_type: str) -> int:
     return _BLOCK_ELEMENTS.get(device_type, _BLOCK_ELEMENTS_ELSEWHERE)
 
 
+def saved_share(dtype: torch.dtype) -> float:
+    """Return the share of the difference that is saved for an x of ``dtype``."""
+    return 0.5 if dtype == torch.float16 else 1.0
+
+
 def nmse_chunked(
     x_BTD: Tensor,
     target_BTD: Tensor,
@@ -41,7 +46,7 @@ def nmse_chunked(
     difference_RD = x_RD.new_empty((B * T, D) if x_grad else (0,))
     error_R = torch.empty(B * T, dtype=dtype, device=x_BTD.device)
     power_R = torch.empty_like(error_R)
-    share = 0.5 if x_BTD.dtype == torch.float16 else 1.0
+    share = saved_share(x_BTD.dtype)
     step = max(1, block_elements(x_BTD.device.type) // max(1, D))
     for start in range(0, B * T, step):
         rows = slice(start, start + step)
@@ -61,3 +66,14 @@ def nmse_chunked(
     factor_B = 2 / share / (entries_B * denominator_B)
     shape = (B, T, D) if x_grad else (0,)
     return error_B / denominator_B, token_nmse, difference_RD.view(shape), factor_B
+
+
+def nmse_backward_chunked(
+    cotangent_B: Tensor, difference_BTD: Tensor, factor_B: Tensor, mask_BT: Tensor
+) -> Tensor:
+    """Return the gradient of x, in its dtype."""
+    gradient_BTD = (difference_BTD * (cotangent_B * factor_B)[:, None, None]).to(
+        difference_BTD.dtype
+    )
+    # The factor of a sequence with NaN is NaN, and so is its product with 0.
+    return gradient_BTD.masked_fill_(~mask_BT[..., None], 0)

@@ -33,7 +33,7 @@ def test_all_checks_of_this_machine_pass(fastadapt: Callable[..., Any]) -> None:
     dtypes = ["float32", "bfloat16"]
     if torch.cuda.is_available():
         dtypes.append("float16")
-        expected |= {("transcoder", "triton"), ("linear_kl", "triton")}
+        expected |= {(op, "triton") for op in ("transcoder", "linear_kl", "nmse")}
     else:
         expected.add(("transcoder", "sparse"))
     assert checked == {(*e, d) for e in expected for d in dtypes}
@@ -70,7 +70,7 @@ def test_triton_kernels_are_checked_where_they_are_interpreted(
         if c["implementation"].startswith("triton")
     }
     expected = {("transcoder", "triton", f"jumprelu, {c}") for c in ("codes", "dense")}
-    expected.add(("linear_kl", "triton", ""))
+    expected |= {("linear_kl", "triton", ""), ("nmse", "triton", "")}
     assert chosen == expected
     assert dtypes("triton", "cpu") == (torch.float32, torch.float16)  # no bfloat16
     assert "interpreted on the CPU" in diagnosis["notes"][0]
@@ -99,6 +99,7 @@ def test_the_table_says_what_and_why(fastadapt: Callable[..., Any]) -> None:
 
 def test_auto_means_what_the_ops_choose() -> None:
     from fastadapt.kernels.linear_kl import resolve_implementation as resolve_linear_kl
+    from fastadapt.kernels.nmse import resolve_implementation as resolve_nmse
     from fastadapt.kernels.transcoder import resolve_implementation as resolve_transcoder
 
     class On(NamedTuple):
@@ -115,6 +116,8 @@ def test_auto_means_what_the_ops_choose() -> None:
             softmax = torch.promote_types(dtype, torch.float32)
             linear_kl = choices.get(f"linear_kl{what}", choices["linear_kl"])
             assert linear_kl == resolve_linear_kl("auto", name, softmax)
+            nmse = choices.get(f"nmse{what}", choices["nmse"])
+            assert nmse == resolve_nmse("auto", name, dtype, dtype)
 
 
 @pytest.mark.parametrize(

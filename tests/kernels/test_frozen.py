@@ -102,7 +102,7 @@ def test_wide_rows_triton(columns: int) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_triton(layout: str) -> None:
+def test_frozen_layouts_triton(layout: str) -> None:
     x, up = normal(3, 5, 24), normal(3, 5, 24)
     g = [normal(3, 5, 24)]
     compare(norm_op(0.0, True), [x], [normal(24)], g, torch.float16, layout)

@@ -1,12 +1,16 @@
 """linear_kl as an op: registration, fakes, compilation, work done, memory, determinism."""
 
+import math
 import os
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastadapt.kernels.flops import register_flop_formulas
 from fastadapt.kernels.linear_kl import chunks, linear_kl
@@ -144,6 +148,43 @@ def test_flops_are_those_of_the_required_gradients(
     # The students' head gradients are summed with weights.
     weighted_sum = 2 * 3 * V * D if head_grad and grad_mode else 0
     assert counter.get_total_flops() == 2 * T * D * V * products + weighted_sum
+
+
+@given(T=st.integers(0, 20_000), chunk_tokens=st.integers(1, 4096))
+def test_chunks_on_a_gpu_are_even_and_have_as_few_tiles(T: int, chunk_tokens: int) -> None:
+    full = chunks.chunk_rows(T, chunk_tokens, "cpu")
+    even = chunks.chunk_rows(T, chunk_tokens, "cuda")
+    assert full == max(1, min(chunk_tokens, T))
+    assert 1 <= even <= full
+    sizes = {n: [min(n, T - start) for start in range(0, T, n)] for n in (full, even)}
+    assert len(sizes[even]) == len(sizes[full])
+    assert sum(sizes[even]) == T
+    assert sizes[even][-1:] >= sizes[full][-1:]
+    if chunk_tokens % 128 == 0:  # rows of a product's tile
+        assert sum(math.ceil(n / 128) for n in sizes[even]) == math.ceil(T / 128)
+        differences = [max(sizes[even]) - n for n in sizes[even]]
+        assert all(d < 128 * len(sizes[even]) for d in differences)
+
+
+def test_a_gradient_of_hidden_states_is_a_product_and_one_pass() -> None:
+    """As on a GPU: bfloat16 gradient of logits, float32 product, bfloat16 result."""
+
+    names: list[str] = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    grad, head, out = (
+        torch.empty(shape, dtype=torch.bfloat16, device="meta")
+        for shape in ((5, 40), (40, 8), (5, 8))
+    )
+    with Names():
+        chunks._project_back(chunks.Gradient(grad, 1.0), head, torch.float32, out)
+    assert names == ["aten.mm.dtype", "aten.div.out"]
 
 
 @pytest.mark.parametrize("wider", [False, True])

@@ -9,8 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastadapt.errors import UserError
+from fastadapt.kernels.testing import assert_close
+from fastadapt.training import optimizer as optimizers
 from fastadapt.training.optimizer import AdapterOptimizer, OptimizerConfig, learning_rate
 
 
@@ -53,6 +57,60 @@ def test_equals_adamw_with_clipping(dtype: torch.dtype) -> None:
         adam.zero_grad()
     for name in ours:
         assert torch.equal(ours[name], theirs[name])
+
+
+class Passes(TorchDispatchMode):
+    """Lists the operations that write several tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        if name.startswith(("_foreach", "_fused")):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("clip", [1e-3, 0.5, 1e6, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_update_that_clips_has_one_pass_and_equals_clipping(
+    dtype: torch.dtype, clip: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The update of a GPU, run on a CPU; oracle and peer clip in a pass."""
+    config = OptimizerConfig(clip=clip, weight_decay=0.1)
+    weights: dict[str, dict[str, torch.Tensor]] = {}
+    passes: dict[str, list[str]] = {}
+    for name in ("oracle", "peer", "actual"):
+        clips = name == "actual"
+        monkeypatch.setattr(optimizers, "_divides_gradients", lambda *_, clips=clips: clips)
+        named = parameters(dtype)
+        if name == "oracle":
+            named = {key: nn.Parameter(value.double()) for key, value in named.items()}
+        optimizer = AdapterOptimizer(named, config)
+        with Passes() as calls:
+            run(optimizer, range(5))
+        passes[name] = [call for call in calls.names if call not in ("_foreach_norm",)]
+        weights[name] = {k: v.detach() for k, v in optimizer.masters.items()}
+        weights[name] |= optimizer.tensors()["exp_avg"]
+    assert passes["peer"].count("_foreach_mul_") == 5
+    assert "_foreach_mul_" not in passes["actual"]
+    assert passes["actual"].count("_fused_adamw_") == 5
+    for name, oracle in weights["oracle"].items():
+        assert_close(weights["actual"][name], oracle, weights["peer"][name], name=name)
+
+
+def test_the_update_clips_on_a_gpu_where_factor_and_gradients_allow() -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        narrow, wide = (
+            torch.empty(3, dtype=d, device="cuda") for d in (torch.float32, torch.float64)
+        )
+        adam = torch.optim.AdamW([nn.Parameter(torch.ones(3))], fused=True)
+        assert optimizers._divides_gradients(adam, [narrow, narrow.bfloat16()])
+        assert not optimizers._divides_gradients(adam, [narrow, wide])
+        assert not optimizers._divides_gradients(adam, [torch.ones(3)])
+        assert not optimizers._divides_gradients(object(), [narrow])
 
 
 def test_masters_move_where_bfloat16_would_not() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastadapt.kernels.frozen import ACTIVATIONS, gated, rms_norm, rope
 from fastadapt.kernels.linear_kl import linear_kl
+from fastadapt.kernels.nmse import nmse
 from fastadapt.kernels.transcoder import CodeLayout, transcoder
 
 #: Lengths of sequences and of generation steps, some divisible by 16.
@@ -36,6 +37,7 @@ def calls_of(part: str, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], 
         yield from transcoder_shapes(dtype)
         yield from linear_kl_shapes(dtype)
         yield from frozen_shapes(dtype)
+        yield from nmse_shapes(dtype)
         return
     weights = transcoder_weights(64, 192, dtype)
     for N in LENGTHS:
@@ -52,6 +54,7 @@ def calls_of(part: str, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], 
             partial(call_linear_kl, 1031, N, 2, dtype, torch.float32, labels=True, trained=True),
         )
         yield f"frozen T={N}", partial(call_frozen, N, 64, 192, 4, 2, 16, 16, dtype)
+        yield f"nmse T={N}", partial(call_nmse, torch.empty(2, N, 64, dtype=dtype), dtype)
 
 
 def transcoder_shapes(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -193,3 +196,23 @@ def call_frozen(
     q, k = empty(1, T, heads, head), empty(1, T, kv_heads, head)
     angles = torch.empty(1, T, rotated, dtype=dtype), torch.empty(1, T, rotated, dtype=dtype)
     run(rope(q.transpose(1, 2), k.transpose(1, 2), *angles, implementation="triton"), q, k)
+
+
+def nmse_shapes(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Yield calls for two widths, both dtypes of targets, whole and strided streams."""
+    for D in (3584, 37):
+        for target in {dtype, torch.float32}:
+            x = torch.empty(2, 5, D, dtype=dtype)
+            yield f"nmse D={D} target={target}", partial(call_nmse, x, target)
+        yield f"nmse D={D}, transposed", partial(call_nmse, x.mT.contiguous().mT, dtype)
+        yield f"nmse D={D}, values only", partial(call_nmse, x, dtype, trained=False)
+
+
+def call_nmse(x: Tensor, target_dtype: torch.dtype, *, trained: bool = True) -> None:
+    """Run forward and, if trained, backward."""
+    x = x.detach().requires_grad_(trained)
+    mask = torch.ones(x.shape[:-1], dtype=torch.bool)
+    target = torch.empty_like(x, dtype=target_dtype)
+    result = nmse(x, target, mask=mask, implementation="triton")
+    if trained:
+        result.nmse.sum().backward()

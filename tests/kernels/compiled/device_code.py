@@ -18,7 +18,7 @@ def device_modules() -> list[Any]:
     """Import every module with device code."""
     folders = [
         Path(importlib.import_module(f"fastadapt.kernels.{op}").__file__ or "").parent
-        for op in ("transcoder", "linear_kl", "frozen")
+        for op in ("transcoder", "linear_kl", "nmse", "frozen")
     ]
     names = [f"{f.name}.{file.stem}" for f in folders for file in sorted(f.glob("triton_*.py"))]
     return [importlib.import_module(f"fastadapt.kernels.{name}") for name in names]

@@ -245,6 +245,7 @@ def test_frozen_blocks_move_whole_vectors(
         ("transcoder", "triton_sums", "sampled_product"),
         ("transcoder", "triton_sums", "sum_by_feature"),
         ("linear_kl", "triton_kl", "row_statistics_kernel"),
+        ("nmse", "triton_nmse", "row_sums"),
     ],
 )
 def test_detects_any_removed_cast(cache: Path, op: str, file: str, kernel: str) -> None:

@@ -20,6 +20,7 @@ TESTS = (
     "test_transcoder_triton.py",
     "test_linear_kl_triton.py",
     "test_linear_kl_edges.py",
+    "test_nmse.py",
 )
 
 
