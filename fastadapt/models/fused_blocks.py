@@ -141,13 +141,13 @@ class FusedBlocks:
         if not isinstance(plain, FunctionType) or _ROTARY not in plain.__code__.co_names:
             self._attention[kind] = None
             return None
-        own: Any = plain.__globals__[_ROTARY]
-        casts = _casts(own)
+        unfused: Any = plain.__globals__[_ROTARY]
+        casts = _casts(unfused)
 
         def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *more: Any, **named: Any) -> Any:
             default = not more and not named and (casts or cos.dtype == q.dtype)
             if not default or not self._replaces(q):
-                return own(q, k, cos, sin, *more, **named)
+                return unfused(q, k, cos, sin, *more, **named)
             return rope(q, k, cos, sin, implementation=self.implementation)
 
         forward = FunctionType(
@@ -164,8 +164,8 @@ class FusedBlocks:
 
 def _own_forward(module: nn.Module, x: Tensor) -> Tensor:
     """Run the forward of a module's class."""
-    own: Any = type(module).forward
-    out: Tensor = own(module, x)
+    forward: Any = type(module).forward
+    out: Tensor = forward(module, x)
     return out
 
 

@@ -43,7 +43,7 @@ def rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tens
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     R = cos.shape[-1]
-    first, second, rest = x.split((R // 2, R // 2, x.shape[-1] - R), -1)
+    first, second, unrotated = x.split((R // 2, R // 2, x.shape[-1] - R), -1)
     turned = torch.cat((-second, first), -1)
     out = (torch.cat((first, second), -1) * cos + turned * sin).to(x.dtype)
-    return torch.cat((out, rest), -1) if rest.shape[-1] else out
+    return torch.cat((out, unrotated), -1) if unrotated.shape[-1] else out

@@ -80,8 +80,8 @@ def gated_backward_kernel(
     grad = tl.load(grad_ptr + row * grad_stride + columns, mask=inside, other=0.0).to(tl.float32)
     x = tl.load(gate_ptr + row * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    s, rest, slope = _gate(x, SILU)
-    slope = s * (1.0 + x * slope * rest)
+    s, complement, slope = _gate(x, SILU)
+    slope = s * (1.0 + x * slope * complement)
     dtype = grad_gate_ptr.dtype.element_ty
     grad_up = grad * (x * s).to(dtype).to(tl.float32)
     tl.store(grad_gate_ptr + row * D + columns, (grad * up * slope).to(dtype), mask=inside)

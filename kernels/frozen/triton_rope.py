@@ -4,8 +4,8 @@ A program rotates BLOCK_H heads of one token, so that the token's angles are rea
 
     axis 0: token (b, t)      axis 1: blocks of heads, those of q before those of k
 
-        columns  [ first R/2 | second R/2 | rest ]
-                     x1           x2        copied
+        columns  [ first R/2 | second R/2 | others ]
+                     x1           x2         copied
         out1 = x1 cos1 - x2 sin1        (inverse: x1 cos1 + x2 sin2)
         out2 = x2 cos2 + x1 sin2        (inverse: x2 cos2 - x1 sin1)
 
@@ -38,7 +38,7 @@ def _rotate(
     R: tl.constexpr,
     INVERSE: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
+    BLOCK_COPY: tl.constexpr,
 ):
     half = tl.arange(0, BLOCK_R)
     turned = half < R // 2
@@ -61,10 +61,10 @@ def _rotate(
     tl.store(out, out_1.to(dtype), mask=inside)
     tl.store(out + R // 2, out_2.to(dtype), mask=inside)
     if R < D:
-        rest = R + tl.arange(0, BLOCK_REST)
-        kept = (heads < H)[:, None] & (rest < D)[None, :]
-        x = tl.load(x_ptr + heads[:, None] * head_stride + rest[None, :], mask=kept, other=0.0)
-        tl.store(out_ptr + heads[:, None] * D + rest[None, :], x, mask=kept)
+        columns = R + tl.arange(0, BLOCK_COPY)
+        inside = (heads < H)[:, None] & (columns < D)[None, :]
+        x = tl.load(x_ptr + heads[:, None] * head_stride + columns[None, :], mask=inside, other=0.0)
+        tl.store(out_ptr + heads[:, None] * D + columns[None, :], x, mask=inside)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -91,7 +91,7 @@ def rope_kernel(
     INVERSE: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
+    BLOCK_COPY: tl.constexpr,
 ):
     """Rotate BLOCK_H heads of q or of k of one token."""
     token = tl.program_id(0).to(tl.int64)
@@ -107,7 +107,7 @@ def rope_kernel(
         out_ptr = q_out_ptr + token * H_Q * D
         _rotate(
             x_ptr, out_ptr, q_head_stride, cos_ptr, sin_ptr, heads, H_Q, D, R, INVERSE,
-            BLOCK_R, BLOCK_REST,
+            BLOCK_R, BLOCK_COPY,
         )  # fmt: skip
     else:
         heads = (block - blocks_of_q) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -115,7 +115,7 @@ def rope_kernel(
         out_ptr = k_out_ptr + token * H_K * D
         _rotate(
             x_ptr, out_ptr, k_head_stride, cos_ptr, sin_ptr, heads, H_K, D, R, INVERSE,
-            BLOCK_R, BLOCK_REST,
+            BLOCK_R, BLOCK_COPY,
         )  # fmt: skip
 
 
@@ -154,7 +154,7 @@ def rotate(
                 INVERSE=inverse,
                 BLOCK_H=block_h,
                 BLOCK_R=max(1, triton.next_power_of_2(R // 2)),
-                BLOCK_REST=max(1, triton.next_power_of_2(D - R)),
+                BLOCK_COPY=max(1, triton.next_power_of_2(D - R)),
                 num_warps=4,
             )
     return q_out.transpose(1, 2), k_out.transpose(1, 2)

@@ -82,8 +82,8 @@ def test_every_operation_is_replaced(
     inputs = model.block_inputs(IDS, None)
     with torch.no_grad(), Names() as seen:
         model.block(0, inputs.hidden, inputs.arguments[0], "target")
-    own = {"aten::pow", "aten::rsqrt", "aten::silu", "aten::gelu", "aten::neg", "aten::cat"}
-    assert not own & set(seen.names)
+    unfused = {"aten::pow", "aten::rsqrt", "aten::silu", "aten::gelu", "aten::neg", "aten::cat"}
+    assert not unfused & set(seen.names)
     norms = {"gemma2": 4, "gemma3_text": 6, "olmo2": 4, "qwen3": 4}.get(architecture, 2)
     assert seen.names.count("fastadapt::rms_norm") == norms
     assert seen.names.count("fastadapt::gated") == seen.names.count("fastadapt::rope") == 1
@@ -123,8 +123,8 @@ def test_a_hook_on_an_activation_switches_the_product_off(make_pair: Callable[..
     model = adapted(make_pair("qwen2"))
     model.fused.implementation = "reference"
     seen: list[Tensor] = []
-    act = model.mlps[0].target.act_fn  # type: ignore[union-attr]
-    handle = act.register_forward_hook(lambda _m, _i, out: seen.append(out))
+    target: Any = model.mlps[0].target
+    handle = target.act_fn.register_forward_hook(lambda _m, _i, out: seen.append(out))
     with torch.no_grad(), model.mode("target"):
         model(IDS)
         handle.remove()

@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from test_work import L, paper
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from benchmarks.step_models import PAPER, model_config, pair_config
+from fastadapt.adapter.module import AdapterConfig
 from fastadapt.batch import Batch
 from fastadapt.models.replacement import ReplacementModel
-from fastadapt.objective import objective
+from fastadapt.objective import ObjectiveConfig, objective
 from fastadapt.training.planning.flops import Setup, fake_pair
 
 #: Operations that launch nothing, beside views; fake tensors ask for their device by one.
@@ -91,7 +92,7 @@ def whole(setup: Setup, fused: bool) -> tuple[Counter[str], Counter[str]]:
         for kind in total:
             first = getattr(two, name)[kind]
             steps = [getattr(more, name)[kind] - first for more in (below, above)]
-            total[kind] = first + (L // 2 - 1) * sum(steps)
+            total[kind] = first + (PAPER.layers // 2 - 1) * sum(steps)
     return launches, moved
 
 
@@ -103,7 +104,10 @@ def whole(setup: Setup, fused: bool) -> tuple[Counter[str], Counter[str]]:
 def test_budget(
     fused: bool, gigabytes: int, launches: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    counts, moved = whole(paper(checkpoint="attention"), fused)
+    config = ObjectiveConfig(checkpoint="attention")
+    adapter = AdapterConfig(PAPER.features)
+    setup = Setup(model_config(PAPER), pair_config(PAPER), adapter, config, 1, tokens=7500)
+    counts, moved = whole(setup, fused)
     total = sum(counts.values())
     with capsys.disabled():
         print(

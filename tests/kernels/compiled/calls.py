@@ -192,7 +192,8 @@ def call_frozen(
         run((rms_norm(x, weight, 1e-6, **more, implementation="triton"),), x)
     joint = empty(1, T, 2 * width)
     for activation in ACTIVATIONS:
-        run((gated(*joint.chunk(2, -1), activation, implementation="triton"),), joint)
+        gate, up = joint.chunk(2, -1)
+        run((gated(gate, up, activation, implementation="triton"),), joint)
     q, k = empty(1, T, heads, head), empty(1, T, kv_heads, head)
     angles = torch.empty(1, T, rotated, dtype=dtype), torch.empty(1, T, rotated, dtype=dtype)
     run(rope(q.transpose(1, 2), k.transpose(1, 2), *angles, implementation="triton"), q, k)
