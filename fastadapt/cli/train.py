@@ -282,6 +282,18 @@ def _print_plan(config: Any, gpu: str | None, gpus: int, *, as_json: bool) -> in
     for title, sizes in (("memory, by part", planned.parts), ("by phase", planned.phases)):
         print_table([title, "at most"], [[name, gb(size)] for name, size in sizes.items()])
         print()
+    if planned.recompute:
+        heads = ["recomputation, layers by policy", *planned.recompute[0].layers, "peak"]
+        rows = [
+            [
+                f"{each.tokens:,} tokens",
+                *(f"{n:.1f}" for n in each.layers.values()),
+                gb(each.peak_bytes),
+            ]
+            for each in planned.recompute
+        ]
+        print_table(heads, rows)
+        print("Layers are means over cutoffs, of adapters with sparse codes.\n")
     print(
         f"Peak: {gb(planned.peak_bytes)}, in {planned.peak_phase}, for sequences of up to "
         f"{planned.tokens_per_sequence:,} tokens, with objective.checkpoint {planned.checkpoint}."

@@ -88,7 +88,8 @@ class Paths:
     """Attribute names of an architecture's parts, and its attention implementation.
 
     ``attention`` is used where flash-attn is not: ``eager`` for Gemma 2, since torch's fused
-    attention cannot soft-cap scores.
+    attention cannot soft-cap scores. ``projections`` are the linear layers of an MLP that read its
+    input.
     """
 
     decoder: str = "model"
@@ -96,6 +97,7 @@ class Paths:
     mlp: str = "mlp"
     norm: str = "norm"
     attention: str = "sdpa"
+    projections: tuple[str, ...] = ("gate_proj", "up_proj")
 
 
 #: Supported architectures: those whose gradients and modes are tested.
@@ -106,7 +108,7 @@ ARCHITECTURES: Mapping[str, Paths] = {
     "gemma3_text": Paths(),
     "mistral": Paths(),
     "olmo2": Paths(),
-    "phi3": Paths(),
+    "phi3": Paths(projections=("gate_up_proj",)),
     "qwen3": Paths(),
 }
 
