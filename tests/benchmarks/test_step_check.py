@@ -130,10 +130,11 @@ def test_a_failed_policy_is_recorded_and_the_next_is_timed(monkeypatch: pytest.M
     assert {row["implementation"]: row["right"] for row in results} == {
         "plain": True,
         "ours, none": True,
+        "ours, mlp": True,
         "ours, attention": False,
         "ours, full": True,
     }
-    assert results[2]["error"] == "RuntimeError: a kernel does not compile"
+    assert results[3]["error"] == "RuntimeError: a kernel does not compile"
 
 
 def test_memory_of_the_plain_step_is_extrapolated_from_two_short_steps() -> None:

@@ -203,10 +203,10 @@ def test_ranks_take_the_policies_of_their_longest_micro_batch(
 ) -> None:
     config = tiny_config(**{"optimizer.accumulation": 4})
     model, feed = trainer.load_model_and_data(config)
-    asked: list[tuple[int, int]] = []
+    requested: list[tuple[int, int]] = []
 
     def policies(tokens: int, cutoff: int, _: Any) -> tuple[str, ...]:
-        asked.append((tokens, cutoff))
+        requested.append((tokens, cutoff))
         return ("none", "none")
 
     plan: Any = SimpleNamespace(policies=policies)
@@ -215,7 +215,7 @@ def test_ranks_take_the_policies_of_their_longest_micro_batch(
     batches = [feed.batch(feed.train, ids)[0] for ids in micro_batches]
     assert widths == [batch.input_ids.shape[1] for batch in batches]
     for rank in range(2):
-        asked.clear()
+        requested.clear()
         run = TrainingRun(config, tmp_path, 0.0, model, feed, Ranks(rank, 2), plan)
         assert len(run._policies(micro_batches, 1, None)) == 2
-        assert asked == [(max(widths[:2]), 1), (max(widths[2:]), 1)]
+        assert requested == [(max(widths[:2]), 1), (max(widths[2:]), 1)]
