@@ -55,9 +55,10 @@ class ObjectiveConfig:
         first_cutoff: smallest cutoff, 0 or 1. The cutoff is uniform on ``first_cutoff..L``; 1 in
             the paper, 0 in its released code.
         checkpoint: which activations of a block the backward pass recomputes
-            (:mod:`fastadapt.models.recompute`): ``none``, ``attention`` (all except attention) or
-            ``full`` (all). ``auto`` takes the first of these whose planned memory fits; it is for
-            training runs only.
+            (:mod:`fastadapt.models.recompute`): ``none``, ``mlp`` (all except attention and the
+            MLP's gate and up), ``attention`` (all except attention) or ``full`` (all). ``auto``
+            selects one of these for each layer and batch, with the least recomputation whose
+            planned memory fits; it is for training runs only.
         kl_chunk_tokens: number of tokens whose logits exist at the same time.
         logits_dtype: dtype to which logits are rounded before the softmax in float32. Null:
             float32, since near-equal distributions cancel in 16 bits. ``bfloat16``: as in the
@@ -172,6 +173,12 @@ def _plan(model: ReplacementModel, hidden: Tensor, codes_per_token: float) -> Co
     return plan_for(codes_per_token, n_tokens, model.n_features, hidden.dtype, kind)
 
 
+def _mean_nmse(student: Tensor, target: Tensor, real: Tensor, tokens_BT: Tensor) -> list[Tensor]:
+    """Return the NMSE averaged over sequences, and over tokens with their weights."""
+    error = nmse(student, target, mask=real)
+    return [error.nmse.mean(), (error.token_nmse * tokens_BT).sum()]
+
+
 def _traverse(
     model: ReplacementModel,
     batch: Batch,
@@ -179,6 +186,7 @@ def _traverse(
     config: ObjectiveConfig,
     tokens_BT: Tensor,
     codes_per_token: Sequence[float] | None,
+    policies: Sequence[str],
 ) -> _Streams:
     """Run every block once per stream and compute the NMSE of the hidden states."""
     n_layers, (n_rows, _) = model.n_layers, batch.input_ids.shape
@@ -213,18 +221,19 @@ def _traverse(
         plan = None if codes_per_token is None else _plan(model, h_rep, codes_per_token[layer])
         run = partial(_run_block, model, layer, "replacement", inputs.arguments[layer])
         run = partial(run, mask=mask, padding=pad, plan=plan)
-        h_rep, penalty, counts = recomputed(config.checkpoint, run, h_rep)
+        products = model.projections(layer, "replacement")
+        h_rep, penalty, counts = recomputed(policies[layer], run, h_rep, products=products)
         if penalty is not None and counts is not None:
             calls.append(AdapterCall(penalty, counts, plan, 2 if forked else 1))
         if bridge is not None:
             run = partial(_run_block, model, layer, "target", single.arguments[layer])
-            bridge, _, _ = recomputed(config.checkpoint, run, bridge)
+            products = model.projections(layer, "target")
+            bridge, _, _ = recomputed(policies[layer], run, bridge, products=products)
         model.reshard_layer(layer)
         # At weight 0 the NMSE is a metric only and needs no graph.
         free = h_rep[:n_rows] if config.nmse else h_rep[:n_rows].detach()
-        error = nmse(free, h, mask=real)
-        nmse_sum = nmse_sum + error.nmse.mean()
-        token_sum = token_sum + (error.token_nmse * tokens_BT).sum()
+        of_sequences, of_tokens = _mean_nmse(free, h, real, tokens_BT)
+        nmse_sum, token_sum = nmse_sum + of_sequences, token_sum + of_tokens
     return _Streams(
         target=h,
         replacement=h_rep[:n_rows],
@@ -242,6 +251,7 @@ def objective(
     cutoff: int,
     config: ObjectiveConfig,
     codes_per_token: Sequence[float] | None = None,
+    policies: Sequence[str] | None = None,
 ) -> ObjectiveOutput:
     """Return the loss of a batch and all its terms, computed in one traversal.
 
@@ -256,6 +266,9 @@ def objective(
             follows (:func:`fastadapt.kernels.transcoder.plan_for`). None: the op reads the number
             of codes itself. On a GPU the result is invalid if a call has more codes than its layout
             holds.
+        policies: what each layer saves for the backward pass, one of
+            :data:`fastadapt.models.recompute.POLICIES` per layer. None: ``config.checkpoint`` in
+            every layer. No policy changes a bit of the result.
 
     Returns:
         The loss; its terms ``loss, kl, nmse, nmse_token, bridge_adapter_to_target,
@@ -263,13 +276,17 @@ def objective(
         A bridge that does not exist is absent. A baseline has no sparsity, no L0 and no calls.
 
     Raises:
-        ValueError: the cutoff lies outside 0..L.
+        ValueError: the cutoff lies outside 0..L, or ``policies`` has not one entry per layer.
     """
     if not 0 <= cutoff <= model.n_layers:
         raise ValueError(f"cutoff must lie in 0..{model.n_layers}, got {cutoff}")
+    if policies is None:
+        policies = [config.checkpoint] * model.n_layers
+    if len(policies) != model.n_layers:
+        raise ValueError(f"expected {model.n_layers} policies, one per layer, got {len(policies)}")
     wide = torch.float64 if model.head.dtype == torch.float64 else torch.float32
     tokens_BT, predictions_BT = token_weights(batch, wide)
-    streams = _traverse(model, batch, cutoff, config, tokens_BT, codes_per_token)
+    streams = _traverse(model, batch, cutoff, config, tokens_BT, codes_per_token, policies)
 
     forked = streams.adapter_to_target is not None
     # Each stream with the mode of its last block, which selects the final norm.

@@ -235,6 +235,12 @@ def test_checkpointing_changes_no_bit(implementation: str, make_pair: Callable[.
         out.loss.backward()
         grads = [p.grad.clone() for p in replacement.adapters.parameters()]
         results.append((out.metrics, grads))
+    for policies in itertools.product(POLICIES, repeat=LAYERS):
+        replacement.zero_grad()
+        out = objective(replacement, ragged_batch(), 1, ObjectiveConfig(), policies=policies)
+        out.loss.backward()
+        grads = [p.grad.clone() for p in replacement.adapters.parameters()]
+        results.append((out.metrics, grads))
     (m1, g1), *others = results
     for m2, g2 in others:
         assert {k: v.item() for k, v in m1.items()} == {k: v.item() for k, v in m2.items()}
@@ -370,7 +376,27 @@ def test_what_the_backward_pass_recomputes(make_pair: Callable[..., Any]) -> Non
         assert backward.ops[attention] == LAYERS * (policy == "full")
         # Products [tokens, inner] are the gradient through down and the recomputed gate and up. The
         # first block has none: no gradient passes its MLP. (tests/training/test_work.py has down.)
-        assert backward.products[tokens, inner] == (LAYERS - 1) * (3 if again else 1)
+        gate_and_up = 2 * (policy in ("attention", "full"))
+        assert backward.products[tokens, inner] == (LAYERS - 1) * (1 + gate_and_up)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_saved_products_of_the_mlp(architecture: str, make_pair: Callable[..., Any]) -> None:
+    """Under ``mlp`` the backward pass repeats fewer products of [tokens, inner] than there are."""
+    batch = ragged_batch()
+    repeated: dict[str, int] = {}
+    for policy in ("none", "mlp", "attention"):
+        pair = make_pair(architecture)
+        replacement = make_replacement(pair, ACTIVATIONS["relu"])
+        weights = ObjectiveConfig(checkpoint=policy)
+        out = objective(replacement, batch, 1, weights)
+        with Counted() as backward:
+            out.loss.backward()
+        inner = pair.target.config.intermediate_size
+        repeated[policy] = sum(
+            n for (_, width), n in backward.products.items() if width in (inner, 2 * inner)
+        )
+    assert repeated["none"] == repeated["mlp"] < repeated["attention"]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -470,6 +496,12 @@ def test_a_cutoff_outside_the_model_is_refused(make_pair: Callable[..., Any]) ->
     replacement = make_replacement(make_pair("qwen2"), ACTIVATIONS["relu"])
     with pytest.raises(ValueError, match=r"cutoff must lie in 0\.\.3, got 4"):
         objective(replacement, ragged_batch(), 4, ObjectiveConfig())
+
+
+def test_policies_of_another_number_of_layers_are_refused(make_pair: Callable[..., Any]) -> None:
+    replacement = make_replacement(make_pair("qwen2"), ACTIVATIONS["relu"])
+    with pytest.raises(ValueError, match="expected 3 policies, one per layer, got 2"):
+        objective(replacement, ragged_batch(), 1, ObjectiveConfig(), policies=["none", "full"])
 
 
 def make_replacement(pair: Any, config: AdapterConfig) -> ReplacementModel:

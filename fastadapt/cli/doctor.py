@@ -17,6 +17,7 @@ import torch
 
 from fastadapt.cli.console import print_table
 from fastadapt.cli.kernel_checks import notes, run_checks
+from fastadapt.cli.train import ALLOCATOR, ALLOCATOR_VARIABLES
 from fastadapt.errors import RunError
 from fastadapt.models.pair import choose_attention, choose_device
 
@@ -138,6 +139,8 @@ def choices(device: torch.device) -> list[Choice]:
     for dtype in (torch.float32, torch.bfloat16):
         choice, why = choose_attention("auto", device, dtype)
         chosen.append(Choice(f"pair.attention, {_name(dtype)}", choice, why))
+    if on == "cuda":
+        chosen.append(_allocator())
     chunks = "never more than a chunk of intermediate values"
     if on == "cuda":
         codes = "codes, behind the library's matrix product, faster than dense where they are few"
@@ -154,6 +157,15 @@ def choices(device: torch.device) -> list[Choice]:
         chosen.append(Choice("linear_kl", "chunked", f"{chunks}; Triton kernels need a GPU"))
         chosen.append(Choice("nmse", "chunked", f"{chunks}; Triton kernels need a GPU"))
     return chosen
+
+
+def _allocator() -> Choice:
+    """Return the settings of the GPU's allocator that `fastadapt train` uses."""
+    for name in ALLOCATOR_VARIABLES:
+        if name in os.environ:
+            return Choice("allocator of train", os.environ[name], f"{name} is set")
+    why = "batches differ in length, which fragments segments of a fixed size"
+    return Choice("allocator of train", ALLOCATOR, why)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import typing
 from collections.abc import Mapping, Sequence
@@ -202,6 +203,21 @@ def _write_over(values: dict[str, Any], changes: Mapping[str, Any], source: str 
         below.update(fields)
 
 
+#: Variables from which torch reads the settings of a GPU's allocator, and the setting of a run.
+ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+ALLOCATOR = "expandable_segments:True"
+
+
+def set_allocator() -> None:
+    """Let the allocator of a GPU grow its segments, unless a variable has its settings.
+
+    Batches differ in length, so that the free parts of segments of a fixed size fit no later
+    tensor. Torch reads the variable when it is imported or later.
+    """
+    if not any(name in os.environ for name in ALLOCATOR_VARIABLES):
+        os.environ[ALLOCATOR_VARIABLES[0]] = ALLOCATOR
+
+
 # --- the command ----------------------------------------------------------------------------------
 
 
@@ -210,6 +226,7 @@ def train(argv: list[str]) -> int:
     if HELP_FLAGS & set(argv):
         train_parser().print_help()
         return 0
+    set_allocator()
     config, flags = parse_train(argv)
     if flags.print_config:
         import yaml
@@ -282,6 +299,18 @@ def _print_plan(config: Any, gpu: str | None, gpus: int, *, as_json: bool) -> in
     for title, sizes in (("memory, by part", planned.parts), ("by phase", planned.phases)):
         print_table([title, "at most"], [[name, gb(size)] for name, size in sizes.items()])
         print()
+    if planned.recompute:
+        heads = ["recomputation, layers by policy", *planned.recompute[0].layers, "peak"]
+        rows = [
+            [
+                f"{each.tokens:,} tokens",
+                *(f"{n:.1f}" for n in each.layers.values()),
+                gb(each.peak_bytes),
+            ]
+            for each in planned.recompute
+        ]
+        print_table(heads, rows)
+        print("Layers are means over cutoffs, of adapters with sparse codes.\n")
     print(
         f"Peak: {gb(planned.peak_bytes)}, in {planned.peak_phase}, for sequences of up to "
         f"{planned.tokens_per_sequence:,} tokens, with objective.checkpoint {planned.checkpoint}."

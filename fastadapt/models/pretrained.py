@@ -88,7 +88,8 @@ class Paths:
     """Attribute names of an architecture's parts, its attention implementation, its norms' formula.
 
     ``attention`` is used where flash-attn is not: ``eager`` for Gemma 2, since torch's fused
-    attention cannot soft-cap scores. ``norm_offset`` and ``norm_rounds_first`` are arguments of
+    attention cannot soft-cap scores. ``projections`` are the linear layers of an MLP that read its
+    input. ``norm_offset`` and ``norm_rounds_first`` are arguments of
     :func:`fastadapt.kernels.frozen.rms_norm`.
     """
 
@@ -99,6 +100,7 @@ class Paths:
     attention: str = "sdpa"
     norm_offset: float = 0.0
     norm_rounds_first: bool = True
+    projections: tuple[str, ...] = ("gate_proj", "up_proj")
 
 
 #: Supported architectures: those whose gradients and modes are tested.
@@ -109,7 +111,7 @@ ARCHITECTURES: Mapping[str, Paths] = {
     "gemma3_text": Paths(norm_offset=1.0, norm_rounds_first=False),
     "mistral": Paths(),
     "olmo2": Paths(norm_rounds_first=False),
-    "phi3": Paths(),
+    "phi3": Paths(projections=("gate_up_proj",)),
     "qwen3": Paths(),
 }
 

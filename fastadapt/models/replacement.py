@@ -177,6 +177,15 @@ class ReplacementModel(nn.Module):
         """The :class:`AdaptedMLP` of each layer."""
         return [getattr(block, self.paths.mlp) for block in self.blocks]
 
+    def projections(self, layer: int, mode: Mode) -> list[nn.Module]:
+        """Return block ``layer``'s linear layers that read the MLP's input, such as gate and up.
+
+        In the mode ``target`` they are the target's, in the other modes the base's.
+        """
+        mlp = self.mlps[layer]
+        owner = mlp.target if mode == "target" else mlp.base
+        return [getattr(owner, name) for name in self.paths.projections]
+
     @property
     def blocks(self) -> nn.ModuleList:
         """transformers' decoder layers, layer 0 first."""

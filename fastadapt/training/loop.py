@@ -41,6 +41,7 @@ from fastadapt.training.logs.metrics import (
     evaluation_record,
 )
 from fastadapt.training.optimizer import AdapterOptimizer, learning_rate
+from fastadapt.training.planning.recompute import RecomputePlanner
 from fastadapt.training.run_dir import MetricsLog, Record, Sink
 from fastadapt.training.step_data import StepData
 
@@ -58,7 +59,10 @@ class TrainingRun:
         model: ReplacementModel,
         feed: StepData,
         ranks: Ranks = ALONE,
+        recompute: RecomputePlanner | None = None,
     ) -> None:
+        #: Chooses what each layer saves; None: ``objective.checkpoint`` of ``config``.
+        self.recompute = recompute
         self.config, self.folder, self.started = config, folder, started
         self.model, self.feed, self.ranks = model, feed, ranks
         self.steps = feed.steps
@@ -196,14 +200,32 @@ class TrainingRun:
         shares = [(ids, n * len(ids) / n_sequences) for ids, n in self.ranks.shard(micro_batches)]
         # All batches first: a copy to the device waits for the device's queued work.
         batches = [self.feed.batch(self.feed.train, ids) for ids, _ in shares]
-        for (_, weight), (batch, tokens) in zip(shares, batches, strict=True):
-            out = objective(self.model, batch, cutoff, self.config.objective, expected)
+        policies = self._policies(micro_batches, cutoff, expected)
+        for (_, weight), (batch, tokens), saved in zip(shares, batches, policies, strict=True):
+            out = objective(
+                self.model, batch, cutoff, self.config.objective, expected, policies=saved
+            )
             (out.loss * weight).backward()
             gathered.add(out, weight, tokens)
         gathered.combine(len(micro_batches))
         norm = self.optimizer.gradient_norm()
         self.dead.update(gathered.fired(), gathered.tokens, gathered.valid(norm))
         return gathered, norm, gathered.report(norm, self.dead.per_layer())
+
+    def _policies(
+        self, micro_batches: list[list[int]], cutoff: int, expected: list[float] | None
+    ) -> list[tuple[str, ...] | None]:
+        """Return what each layer saves in each of this rank's micro-batches; None: as configured.
+
+        Ranks gather each other's shards layer by layer, so all take the policies of the longest of
+        the micro-batches that they run at the same time.
+        """
+        starts = range(0, len(micro_batches), self.ranks.world)
+        if self.recompute is None:
+            return [None] * len(starts)
+        widths = self.feed.widths(micro_batches)
+        together = [max(widths[i : i + self.ranks.world]) for i in starts]
+        return [self.recompute.policies(width, cutoff, expected) for width in together]
 
     def _skip(self, report: StepReport, micro_batches: list[list[int]]) -> None:
         """Discard a gradient that is not finite and record the rows of its batches."""

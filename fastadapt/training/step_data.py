@@ -94,6 +94,11 @@ class StepData:
         last = min(first + optimizer.accumulation, self._order.n_batches * optimizer.epochs)
         return [self._order[i] for i in range(first, last)]
 
+    def widths(self, micro_batches: list[list[int]]) -> list[int]:
+        """Return the number of tokens per sequence of each micro-batch, with padding."""
+        lengths = self.train.lengths
+        return [max(lengths[i] for i in indices) for indices in micro_batches]
+
     def batch(self, data: Sequences, indices: Sequence[int]) -> tuple[Batch, int]:
         """Return the batch of these sequences on the device, and its number of tokens."""
         prefetched = None

@@ -28,6 +28,7 @@ from fastadapt.training.logs.sinks import open_sinks
 from fastadapt.training.loop import TrainingRun
 from fastadapt.training.planning.devices import this_device
 from fastadapt.training.planning.estimate import with_policy
+from fastadapt.training.planning.recompute import RecomputePlanner
 from fastadapt.training.run_dir import Record, Sink
 from fastadapt.training.signals import (
     lost_ranks_explained,
@@ -91,9 +92,8 @@ def train(
         model, data = load_model_and_data(config, ranks, device)
         _check_same_data(data, ranks)
         check_traversal(model, data.first_batch())
-        run = TrainingRun(
-            _with_policy(config, model, data, ranks), folder, started, model, data, ranks
-        )
+        resolved, planner = _with_policy(config, model, data, ranks)
+        run = TrainingRun(resolved, folder, started, model, data, ranks, planner)
         if not resume:
             ranks.on_main(lambda: run_dir.start_afresh(folder, config))
         with closing(data), run.begin(checkpoint, [*sinks, *more_sinks], resume=resume):
@@ -206,10 +206,10 @@ def _step_data(config: TrainConfig, model: ReplacementModel) -> StepData:
 
 def _with_policy(
     config: TrainConfig, model: ReplacementModel, data: StepData, ranks: Ranks
-) -> TrainConfig:
-    """Return ``config`` with the checkpointing policy that fits this machine's memory."""
+) -> tuple[TrainConfig, RecomputePlanner | None]:
+    """Resolve ``objective.checkpoint`` for the memory of rank 0's device, on all ranks alike."""
     longest = max(data.train.counts.longest, data.held_out.counts.longest)
-    device = this_device(model.device.type)
+    device = ranks.on_main(lambda: this_device(model.device.type))
     return with_policy(config, model.model.config, longest, device, ranks.world)
 
 

@@ -191,7 +191,7 @@ def test_whole_steps_have_a_separate_table(results: Path) -> None:
     assert process.returncode == 0, process.stdout + process.stderr
     rows = json.loads(output.read_text())["parts"]["step"]
     names = [row["implementation"] for row in rows]
-    assert names == ["plain", "ours, none", "ours, attention", "ours, full"]
+    assert names == ["plain", "ours, none", "ours, mlp", "ours, attention", "ours, full"]
     assert all(row["right"] and row["kernels"] for row in rows)
     assert report.main(["--results", str(results), "--no-plots"]) == 0
     page = (results / "README.md").read_text()

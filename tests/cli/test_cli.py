@@ -221,6 +221,13 @@ def test_the_papers_run_is_planned_offline(
     assert planned["fits"] is True
     assert planned["hours"] == pytest.approx(planned["steps"] * planned["step_s"] / 3600)
     assert planned["flops_per_step"] < 900e12
+    assert planned["checkpoint"] == "auto"
+    longest, median = planned["recompute"]
+    assert (longest["tokens"], median["tokens"]) == (10_000, 7600)
+    for each in (longest, median):
+        assert sum(each["layers"].values()) == pytest.approx(28)
+        assert each["peak_bytes"] <= 76e9
+    assert longest["layers"]["none"] < median["layers"]["none"]
 
 
 def test_what_does_not_fit_comes_with_a_way_out(fastadapt: Callable[..., Any]) -> None:

@@ -1,7 +1,10 @@
 """`fastadapt doctor` describes this machine correctly, and detects a wrong kernel."""
 
+import ast
 import json
 import platform
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any, NamedTuple
@@ -10,6 +13,7 @@ import pytest
 import torch
 
 from fastadapt.cli import doctor, kernel_checks
+from fastadapt.cli.train import ALLOCATOR_VARIABLES
 
 runs_triton = kernel_checks.runs_triton
 
@@ -161,3 +165,34 @@ def test_a_kernel_that_does_not_run_here_is_found(
     outcome = fastadapt("doctor")
     assert outcome.code == 1
     assert "FAILED: RuntimeError: no kernel image is available" in outcome.out
+
+
+@pytest.mark.parametrize("variable", [None, *ALLOCATOR_VARIABLES])
+def test_the_allocator_of_a_run(variable: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`train` sets it before torch is imported, unless a variable is set; `doctor` shows it."""
+    for name in ALLOCATOR_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    if variable is not None:
+        monkeypatch.setenv(variable, "backend:native")
+    choices = {c.what: c for c in doctor.choices(torch.device("cuda"))}
+    shown = choices["allocator of train"]
+    program = (
+        "import os, sys\n"
+        "from fastadapt.cli import train\n"
+        "def stop(_):\n"
+        "    raise SystemExit(str(dict(os.environ)) if 'torch' not in sys.modules else '')\n"
+        "train.parse_train = stop\n"
+        "train.train(['organism'])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    environment = ast.literal_eval(done.stderr)
+    values = {n: environment[n] for n in ALLOCATOR_VARIABLES if n in environment}
+    if variable is None:
+        assert values == {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+        assert shown.choice == "expandable_segments:True"
+    else:
+        assert values == {variable: "backend:native"}
+        assert (shown.choice, shown.why) == ("backend:native", f"{variable} is set")
+    assert "allocator of train" not in {c.what for c in doctor.choices(torch.device("cpu"))}

@@ -115,7 +115,7 @@ def test_one_process_only(tiny_config: Callable[..., TrainConfig]) -> None:
 
 
 def test_the_plan_moves_offloaded_weights_to_host_memory() -> None:
-    config, _ = parse_train(["r1-distill-qwen-7b"])
+    config, _ = parse_train(["r1-distill-qwen-7b", "--objective.checkpoint", "attention"])
     offloaded = dataclasses.replace(config, pair=dataclasses.replace(config.pair, offload=True))
     full, less = plan(config, "h100"), plan(offloaded, "h100")
     moved = full.parts["frozen target"] + full.parts["frozen base MLPs"]

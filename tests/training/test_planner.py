@@ -160,8 +160,8 @@ def test_plans_follow_the_last_step(
     run, seen = planned("run"), []
     real = loop.objective
 
-    def watched(*args: Any) -> Any:
-        out = real(*args)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        out = real(*args, **kwargs)
         seen.append((args[-1], [c.plan for c in out.calls]))
         return out
 
@@ -225,7 +225,9 @@ def test_a_broken_step_leaves_no_expectation(
     expected = run.planner.expected
     real = loop.objective
     monkeypatch.setattr(
-        loop, "objective", lambda *a: (o := real(*a))._replace(metrics={"loss": o.loss * torch.nan})
+        loop,
+        "objective",
+        lambda *a, **k: (o := real(*a, **k))._replace(metrics={"loss": o.loss * torch.nan}),
     )
     run.advance()
     assert run.bad_total == 1
@@ -250,9 +252,9 @@ def test_stopped_and_resumed_with_plans(
     first: list = []
     real = loop.objective
 
-    def watched(*args: Any) -> Any:
+    def watched(*args: Any, **kwargs: Any) -> Any:
         first.append(args[-1])
-        return real(*args)
+        return real(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "objective", watched)

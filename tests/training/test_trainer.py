@@ -57,8 +57,8 @@ def planted(monkeypatch: pytest.MonkeyPatch, steps: set[int], factor: float = ma
     """Multiply the loss of these 1-based steps (of one micro-batch each) by ``factor``."""
     real, calls = loop.objective, iter(range(1, 1000))
 
-    def objective(*args: Any) -> Any:
-        out = real(*args)
+    def objective(*args: Any, **kwargs: Any) -> Any:
+        out = real(*args, **kwargs)
         if next(calls) not in steps:
             return out
         loss = out.loss * factor
@@ -430,7 +430,7 @@ def test_a_full_disk_ends_the_run_with_the_last_checkpoint_intact(
 def test_out_of_memory_says_what_would_help(
     tiny_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    def objective(*_: object) -> None:
+    def objective(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(loop, "objective", objective)

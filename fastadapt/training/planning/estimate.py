@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from fastadapt.training.config import TrainConfig
 from fastadapt.training.planning.devices import Device, planned_device
 from fastadapt.training.planning.flops import Setup, flops_per_step
 from fastadapt.training.planning.memory import step_memory
+from fastadapt.training.planning.recompute import RecomputePlanner
 
 #: Training files up to this size are read, to count sequences and tokens.
 _READ_BYTES = 64 * 2**20
@@ -27,6 +29,21 @@ _READ_BYTES = 64 * 2**20
 SEQUENCES = 50_000
 MEAN_SHARE = 0.76  # mean over longest sequence: 380M tokens in 50,000 sequences of up to 10,000
 L0 = 10.0  # active features per token and layer, assumed for the prediction unless k is set
+
+
+@dataclass(frozen=True)
+class RecomputeEstimate:
+    """What layers save for the backward pass of a batch of one length, averaged over cutoffs.
+
+    Attributes:
+        tokens: tokens of the batch's longest sequence.
+        layers: mean number of layers by policy of :mod:`fastadapt.models.recompute`.
+        peak_bytes: the largest planned peak of a step.
+    """
+
+    tokens: int
+    layers: dict[str, float]
+    peak_bytes: int
 
 
 @dataclass(frozen=True)
@@ -38,7 +55,9 @@ class ResourceEstimate:
     Attributes:
         device: the planned device; ``parts`` and ``phases`` are bytes of one device.
         gpus: number of devices that share the run.
-        checkpoint: the policy of :mod:`fastadapt.models.recompute`; ``auto`` is resolved.
+        checkpoint: the policy of :mod:`fastadapt.models.recompute` of all layers; ``auto`` if it
+            depends on layer and batch.
+        recompute: policies for the longest and the median batch; empty unless they are ``auto``.
         parts: bytes by part, each at its own largest.
         phases: bytes alive at the worst moment of each phase of a step.
         tokens_per_sequence: T of the longest sequence; ``data.max_tokens`` if the data were not
@@ -54,6 +73,7 @@ class ResourceEstimate:
     device: Device
     gpus: int
     checkpoint: str
+    recompute: list[RecomputeEstimate]
     parts: dict[str, int]
     phases: dict[str, int]
     tokens_per_sequence: int
@@ -129,16 +149,21 @@ def plan(config: TrainConfig, gpu: str | None = None, gpus: int = 1) -> Resource
         )
     target = _target(config)
     device = planned_device(gpu, device_kind(config, gpu), DTYPES[config.pair.dtype])
-    steps, tokens, longest, mean = _count_data(config)
+    steps, tokens, longest, mean, median = _count_data(config)
     longest = longest or config.data.max_tokens
     mean = mean or round(MEAN_SHARE * longest)
-    config = with_policy(config, target, longest, device, gpus)
-    memory = step_memory(config, target, longest, device.kind, gpus)
+    config, planner = with_policy(config, target, longest, device, gpus)
+    policies, recompute = None, []
+    if planner is not None:
+        policies = planner.policies(longest, 1)
+        recompute = [_recompute(planner, config, target, n) for n in (longest, median or mean)]
+    memory = step_memory(config, target, longest, device.kind, gpus, policies)
     n_checkpoints = config.run.keep_checkpoints + 1
     return ResourceEstimate(
         device=device,
         gpus=gpus,
         checkpoint=config.objective.checkpoint,
+        recompute=recompute,
         parts=memory.parts,
         phases=memory.phases,
         tokens_per_sequence=longest,
@@ -155,10 +180,23 @@ def predict(config: TrainConfig, planned: ResourceEstimate) -> Prediction:
     """Predict operations and time of a planned run; takes seconds."""
     target, adapter = _target(config), config.adapter
     objective = dataclasses.replace(config.objective, checkpoint=planned.checkpoint)
-    size = config.optimizer.batch_size
-    setup = Setup(target, config.pair, config.trained, objective, size, planned.mean_tokens)
+    size, mean, n_layers = (
+        config.optimizer.batch_size,
+        planned.mean_tokens,
+        target.num_hidden_layers,
+    )
+    setup = Setup(target, config.pair, config.trained, objective, size, mean)
     l0 = None if not config.n_features else L0 if adapter.k is None else float(adapter.k)
-    micro_batch = flops_per_step(setup, target.num_hidden_layers, l0)
+    policies = None
+    if planned.checkpoint == "auto":
+        longest = planned.tokens_per_sequence
+        planner = RecomputePlanner(config, target, longest, planned.device, planned.gpus)
+        codes = None if l0 is None else [l0] * n_layers
+
+        def policies(cutoff: int) -> tuple[str, ...]:
+            return planner.policies(mean, cutoff, codes)
+
+    micro_batch = flops_per_step(setup, n_layers, l0, policies)
     per_step = micro_batch * config.optimizer.accumulation
     step_s = per_step / planned.device.flops_per_s / planned.gpus
     return Prediction(l0, per_step, step_s, planned.steps * step_s / 3600)
@@ -184,11 +222,13 @@ def device_kind(config: TrainConfig, gpu: str | None = None) -> str:
 
 def with_policy(
     config: TrainConfig, target: Any, tokens: int, device: Device, ranks: int = 1
-) -> TrainConfig:
-    """Return ``config`` with ``objective.checkpoint: auto`` resolved to the first policy that fits.
+) -> tuple[TrainConfig, RecomputePlanner | None]:
+    """Resolve ``objective.checkpoint: auto``.
 
-    Policies are tried from the least recomputation to the least memory; without a fit, the policy
-    of the least memory is chosen.
+    Returns:
+        The configuration with one policy for all steps, and None: the configured policy, ``none``
+        if the longest batch fits so, or ``full`` if no policies fit. Else the configuration with
+        ``auto``, and the planner that chooses the policies of each batch.
 
     Args:
         config: the run's configuration.
@@ -198,13 +238,29 @@ def with_policy(
         ranks: number of devices that share the run.
     """
     if config.objective.checkpoint != "auto":
-        return config
-    for policy in POLICIES:
-        chosen = _with(config, "objective", checkpoint=policy)
-        memory = step_memory(chosen, target, tokens, device.kind, ranks)
-        if memory.peak_bytes <= device.usable_bytes:
-            break
-    return chosen
+        return config, None
+    planner = RecomputePlanner(config, target, tokens, device, ranks)
+    if not planner.recomputes:
+        return _with(config, "objective", checkpoint="none"), None
+    if not planner.fits:
+        return _with(config, "objective", checkpoint="full"), None
+    return config, planner
+
+
+def _recompute(
+    planner: RecomputePlanner, config: TrainConfig, target: Any, tokens: int
+) -> RecomputeEstimate:
+    """Estimate what layers save at one length, for adapters of sparse codes."""
+    n_layers = target.num_hidden_layers
+    codes = [L0] * n_layers if config.n_features else None
+    cutoffs = range(config.objective.first_cutoff, n_layers + 1)
+    chosen = {cutoff: planner.policies(tokens, cutoff, codes) for cutoff in cutoffs}
+    counts = {p: sum(each.count(p) for each in chosen.values()) for p in POLICIES}
+    return RecomputeEstimate(
+        tokens=tokens,
+        layers={policy: n / len(cutoffs) for policy, n in counts.items()},
+        peak_bytes=max(planner.peak_bytes(tokens, k, p, codes) for k, p in chosen.items()),
+    )
 
 
 def remedies(config: TrainConfig, planned: ResourceEstimate) -> Iterator[tuple[str, int]]:
@@ -214,7 +270,9 @@ def remedies(config: TrainConfig, planned: ResourceEstimate) -> Iterator[tuple[s
     def peak(changed: TrainConfig, tokens: int = planned.tokens_per_sequence) -> int:
         return step_memory(changed, target, tokens, kind, n).peak_bytes
 
-    config = _with(config, "objective", checkpoint=planned.checkpoint)
+    # What does not fit with policies by layer does not fit with less memory than "full" needs.
+    policy = "full" if planned.checkpoint == "auto" else planned.checkpoint
+    config = _with(config, "objective", checkpoint=policy)
     tokens, chunk = planned.tokens_per_sequence, config.objective.kl_chunk_tokens
     tried = {
         "objective.checkpoint full": _with(config, "objective", checkpoint="full"),
@@ -275,12 +333,12 @@ def _target(config: TrainConfig) -> Any:
     return target
 
 
-def _count_data(config: TrainConfig) -> tuple[int, int | None, int | None, int | None]:
-    """Return steps, tokens, longest and mean sequence; the last three None for data not read."""
+def _count_data(config: TrainConfig) -> tuple[int, int | None, int | None, int | None, int | None]:
+    """Return steps, tokens, longest, mean and median sequence; None for data not read."""
     path = typed_path(resolve(config.data.train), "data.train")
     size = config.optimizer.batch_size
     if not path.is_file() or path.stat().st_size > _READ_BYTES:
-        return count_steps(-(-SEQUENCES // size), config), None, None, None
+        return count_steps(-(-SEQUENCES // size), config), None, None, None, None
     pair = config.pair
     tokenizer = load_tokenizer(resolve(pair.target), pair.target_revision, pair.trust_remote_code)
     loaded = [
@@ -291,4 +349,5 @@ def _count_data(config: TrainConfig) -> tuple[int, int | None, int | None, int |
     longest = max(each.counts.longest for each in loaded)
     steps = count_steps(-(-len(loaded[0]) // size), config)
     mean = max(2, round(counts.tokens / len(loaded[0])))
-    return steps, counts.tokens * config.optimizer.epochs, longest, mean
+    median = round(statistics.median(loaded[0].lengths))
+    return steps, counts.tokens * config.optimizer.epochs, longest, mean, median

@@ -3,15 +3,15 @@
 The step runs at the true shapes, and torch's counter adds up its matrix products. A multiply-add
 counts as two operations. Fused causal attention computes half of the scores and counts half.
 
-A step's operations are linear in the number of layers before the cutoff and in the number behind
-it, so models of two and three layers give the count at any depth.
+A step's operations are a sum over its layers, which differ by what they recompute and by whether
+they lie before the cutoff. Models of two and three layers give the count at any depth.
 
 T tokens, D width, F features, L layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -117,35 +117,43 @@ def count_of(setup: Setup, n_layers: int, step: Callable[[ModelPair, Batch], Non
     return total
 
 
-def flops_per_step(setup: Setup, n_layers: int, codes_per_token: float | None) -> float:
-    """Return the operations of a step, averaged over the cutoffs that the objective may draw."""
+def flops_per_step(
+    setup: Setup,
+    n_layers: int,
+    codes_per_token: float | None,
+    policies: Callable[[int], Sequence[str]] | None = None,
+) -> float:
+    """Return the operations of a step, averaged over the cutoffs that the objective may draw.
+
+    A step is summed from its layers: models of two and three layers give the operations of a layer
+    with and without bridges, and of the first layer together with the head.
+
+    Args:
+        setup: shapes and settings.
+        n_layers: L.
+        codes_per_token: as in :func:`count`.
+        policies: returns what each layer saves at a cutoff (:mod:`fastadapt.models.recompute`).
+            None: ``objective.checkpoint`` in all layers.
+    """
 
     @cache
-    def counted(depth: int, cutoff: int) -> float:
-        return count(setup, depth, cutoff, codes_per_token)
+    def counted(policy: str, depth: int, cutoff: int) -> float:
+        changed = replace(setup, objective=replace(setup.objective, checkpoint=policy))
+        return count(changed, depth, cutoff, codes_per_token)
 
-    def count_at(depth: int, cutoff: int) -> float:
-        return counted(depth, cutoff % depth)  # at both ends one bridge repeats the output's KL
+    def layer(policy: str, forked: bool) -> float:
+        return counted(policy, 3, int(forked)) - counted(policy, 2, int(forked))
 
-    return mean_over_cutoffs(count_at, n_layers, setup.objective.first_cutoff)
+    def summed(cutoff: int) -> float:
+        chosen = policies(cutoff) if policies else [setup.objective.checkpoint] * n_layers
+        # At both ends one bridge repeats the output's KL.
+        forks = cutoff if cutoff < n_layers else 0
+        first, *others = chosen
+        total = counted(first, 2, int(forks > 0)) - layer(first, forks > 0)
+        return total + sum(layer(p, 0 < forks <= i) for i, p in enumerate(others, 1))
 
-
-def mean_over_cutoffs(count_at: Callable[[int, int], float], n_layers: int, first: int) -> float:
-    """Return the mean of ``count_at(n_layers, k)`` over k in ``first..n_layers``.
-
-    ``count_at`` is called for depths 2 and 3 only. Between its ends it is linear in the number of
-    layers up to the cutoff and in the number behind it.
-    """
-    two, three = count_at(2, 0), count_at(3, 0)
-    ends = {0: two + (n_layers - 2) * (three - two)}
-    two, three = count_at(2, 2), count_at(3, 3)
-    ends[n_layers] = two + (n_layers - 2) * (three - two)
-    one_each = count_at(2, 1)
-    before, behind = count_at(3, 2) - one_each, count_at(3, 1) - one_each
-    constant = one_each - before - behind
-    cutoffs = range(first, n_layers + 1)
-    each = [ends.get(k, k * before + (n_layers - k) * behind + constant) for k in cutoffs]
-    return sum(each) / len(each)
+    cutoffs = range(setup.objective.first_cutoff, n_layers + 1)
+    return sum(map(summed, cutoffs)) / len(cutoffs)
 
 
 def _attention(query: Any, key: Any, *_: Any, **__: Any) -> int:

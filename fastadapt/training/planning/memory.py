@@ -1,9 +1,11 @@
 """Memory of a training step, measured on fake tensors: no weight is read, no device is used.
 
-The objective runs forward and backward at the true shapes, on a model of at most three layers.
-:class:`LiveBytes` counts the tensors alive; the ops of :mod:`fastadapt.kernels` declare the
-workspace that their code for the planned device allocates inside a call. With the cutoff at 1, the
-earliest one that makes both bridges, every further layer adds the same bytes.
+The objective runs forward and backward at the true shapes, on a model of four layers with the
+cutoff in the middle. :class:`LiveBytes` counts the tensors alive; the ops of
+:mod:`fastadapt.kernels` declare the workspace that their code for the planned device allocates
+inside a call. A layer's bytes depend on its role (:data:`Role`) and on what it saves for the
+backward pass (:mod:`fastadapt.models.recompute`), and a step of any depth, with any cutoff and any
+policies, is summed from its layers.
 
 Two densities (shares of active entries) are measured, and the larger bytes count: dense products,
 as in the first steps, and the highest density at which codes are stored. The estimate leaves out
@@ -14,10 +16,10 @@ L layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,13 +39,18 @@ from fastadapt.training.planning.flops import Setup, fake_pair
 from fastadapt.training.planning.live_bytes import LiveBytes
 
 FP32 = 4  #: bytes
-_LAYERS = 3  # of the measured model: the first, the first with both bridges, one more
 _WORKSPACES: dict[Any, Callable[..., int]] = {
     **linear_kl.WORKSPACE_FORMULAS,
     **nmse.WORKSPACE_FORMULAS,
     **transcoder.WORKSPACE_FORMULAS,
 }
 _ops = torch.ops.fastadapt
+
+#: The first layer, whose input has no gradient; a layer before the cutoff; the layer in which the
+#: bridges start; a layer behind it, with both bridges.
+Role = Literal["first", "before", "fork", "behind"]
+_LAYERS = 4  # of the measured model: one of each role
+_CUTOFF = 2
 
 
 @dataclass(frozen=True)
@@ -72,132 +79,268 @@ class StepMemory:
         return max(self.phases.values())
 
 
-def step_memory(
-    config: TrainConfig, target: Any, tokens: int, device: str, ranks: int = 1
-) -> StepMemory:
-    """Measure a training step on fake tensors, in about a second.
+class LayerBytes(NamedTuple):
+    """Bytes of one layer beside weights.
+
+    Attributes:
+        saved: what the layer's forward pass leaves for the backward pass.
+        codes: part of ``saved``.
+        forward: the most alive in the forward pass, beyond what earlier layers saved.
+        backward: the most alive in the backward pass, beyond what this and earlier layers saved.
+    """
+
+    saved: int
+    codes: int
+    forward: int
+    backward: int
+
+
+class MeasuredStep(NamedTuple):
+    """Measurements of the fake model's step under one policy: sizes of weights, and bytes beside.
+
+    Attributes:
+        whole: bytes of frozen weights outside the blocks.
+        frozen_block: bytes of a block's frozen weights without the base's MLP.
+        mlp: bytes of a block's base MLP.
+        trained: trained weights of each layer, in elements.
+        logits: workspace of the head.
+        head: the most alive in the head, beyond what the layers saved.
+        behind_head: bytes alive after the head, beyond what the layers saved.
+        layers: the layers by role.
+        last: role of the last layer, whose backward pass starts beside the head's gradients.
+    """
+
+    whole: int
+    frozen_block: int
+    mlp: int
+    trained: tuple[int, ...]
+    logits: int
+    head: int
+    behind_head: int
+    layers: dict[Role, LayerBytes]
+    last: Role
+
+
+@dataclass(frozen=True)
+class FixedMemory:
+    """What a step holds on each device whatever its batch; bytes, unless stated otherwise.
+
+    Attributes:
+        weights: weights and moments by part.
+        gradient: gradient of a layer, as summed over micro-batches.
+        gradients: gradients of all layers.
+        earlier: gradients of earlier micro-batches, alive in the whole step; 0 without them.
+        reduced: copy of a layer's gradient in which FSDP sums it; 0 without FSDP.
+        parameters: number of trained parameters, on all devices together.
+        state: weights and moments in one checkpoint.
+    """
+
+    weights: dict[str, int]
+    gradient: int
+    gradients: int
+    earlier: int
+    reduced: int
+    parameters: int
+    state: int
+
+    @classmethod
+    def for_run(
+        cls, config: TrainConfig, n_layers: int, measured: MeasuredStep, ranks: int = 1
+    ) -> FixedMemory:
+        """Return the fixed memory of a run whose model has ``n_layers`` layers."""
+        optimizer = config.optimizer
+        element = DTYPES[config.pair.dtype].itemsize
+        has_masters = element < FP32 and optimizer.masters
+        summed = FP32 if has_masters else element
+        moment = MOMENT_BYTES if optimizer.moments == "8bit" else summed
+        layer, last = measured.trained[0], measured.trained[-1]
+        trained = (n_layers - 1) * layer + last
+        block = measured.frozen_block + measured.mlp
+        gathered = 4 * block * config.pair.offload  # two blocks, each beside its copy from the host
+        if ranks > 1:
+            gathered = 2 * (block + layer * element)
+        share = 0 if config.pair.offload else 1 / ranks
+        gradient = layer // ranks * summed
+        gradients = n_layers * gradient
+        return cls(
+            weights={
+                "frozen target": measured.whole + int(n_layers * measured.frozen_block * share),
+                "frozen base MLPs": int(n_layers * measured.mlp * share),
+                # Sharded adapters with masters are views of the masters.
+                "adapters": 0 if ranks > 1 and has_masters else trained // ranks * element,
+                "fp32 masters": trained // ranks * FP32 if has_masters else 0,
+                "moments": int(2 * trained // ranks * moment),
+                "gathered blocks": gathered,
+            },
+            gradient=gradient,
+            gradients=gradients,
+            earlier=gradients if optimizer.accumulation > ranks else 0,
+            # FSDP sums a layer's gradients in a whole copy of the summed dtype.
+            reduced=layer * summed if ranks > 1 else 0,
+            parameters=trained,
+            state=int(trained * (summed + 2 * moment)),
+        )
+
+
+class StepBytes(NamedTuple):
+    """Bytes alive at the worst moment of each phase, weights included; bytes saved for backward."""
+
+    forward: int
+    head: int
+    backward: int
+    saved: int
+    codes: int
+
+
+def roles(config: TrainConfig, n_layers: int, cutoff: int) -> list[Role]:
+    """Return the role of each layer at a cutoff in 0..L."""
+    if config.objective.bridge == 0 or not 0 < cutoff < n_layers:
+        cutoff = n_layers
+    names: dict[int, Role] = {0: "first", cutoff: "fork"}
+    return [names.get(i, "before" if i < cutoff else "behind") for i in range(n_layers)]
+
+
+def layers_of(
+    measured: Mapping[str, MeasuredStep], of_layers: Sequence[Role], policies: Sequence[str]
+) -> list[LayerBytes]:
+    """Return the bytes of a step's layers, whose last one runs beside the head's gradients.
 
     Args:
-        config: the run's configuration; ``objective.checkpoint`` must not be ``auto``.
+        measured: measurements by policy.
+        of_layers: role of each layer.
+        policies: policy of each layer.
+    """
+    layers = [measured[p].layers[role] for role, p in zip(of_layers, policies, strict=True)]
+    last = measured[policies[-1]]
+    if of_layers[-1] != last.last:
+        layers[-1] = layers[-1]._replace(backward=layers[-1].backward + last.behind_head)
+    return layers
+
+
+def sum_layers(layers: Sequence[LayerBytes], head: MeasuredStep, fixed: FixedMemory) -> StepBytes:
+    """Sum a step's bytes over its layers, layer 0 first.
+
+    In the backward pass gradients of layers replace what their forward pass saved.
+    """
+    alive = forward = backward = 0
+    for i, layer in enumerate(layers):
+        forward = max(forward, alive + layer.forward)
+        alive += layer.saved
+        gradients = fixed.earlier or (len(layers) - i) * fixed.gradient
+        backward = max(backward, alive + layer.backward + gradients)
+    weights = sum(fixed.weights.values())
+    return StepBytes(
+        forward=weights + fixed.earlier + forward,
+        head=weights + fixed.earlier + alive + head.head,
+        backward=weights + fixed.reduced + backward,
+        saved=alive + head.behind_head,
+        codes=sum(layer.codes for layer in layers),
+    )
+
+
+def step_memory(
+    config: TrainConfig,
+    target: Any,
+    tokens: int,
+    device: str,
+    ranks: int = 1,
+    policies: Sequence[str] | None = None,
+    cutoff: int = 1,
+) -> StepMemory:
+    """Measure a training step on fake tensors, in about a second for each policy.
+
+    Args:
+        config: the run's configuration.
         target: transformers' configuration of the target.
         tokens: number of tokens of the longest sequence.
         device: device type that the run is planned for, ``cuda`` or ``cpu``.
         ranks: number of devices that share the run.
+        policies: policy of each layer. None: ``objective.checkpoint``, which must not be ``auto``,
+            in all layers.
+        cutoff: the bridges' cutoff; a step at cutoff 1 needs the most.
     """
-    optimizer, n_layers = config.optimizer, target.num_hidden_layers
-    element = DTYPES[config.pair.dtype].itemsize
-    by_density = _measure_both(config, target, tokens, device)
-    one = by_density[0]
-
-    has_masters = element < FP32 and optimizer.masters
-    summed = FP32 if has_masters else element
-    moment = MOMENT_BYTES if optimizer.moments == "8bit" else summed
-    trained = one.trained + (n_layers - one.layers) * one.trained_layer
-    block = one.frozen_block + one.mlp
-    gathered = 4 * block * config.pair.offload  # two blocks, each beside its copy from the host
-    if ranks > 1:
-        gathered = 2 * (block + one.trained_layer * element)
-    share = 0 if config.pair.offload else 1 / ranks
-    weights = {
-        "frozen target": one.whole + int(n_layers * one.frozen_block * share),
-        "frozen base MLPs": int(n_layers * one.mlp * share),
-        # Sharded adapters with masters are views of the masters.
-        "adapters": 0 if ranks > 1 and has_masters else trained // ranks * element,
-        "fp32 masters": trained // ranks * FP32 if has_masters else 0,
-        "moments": int(2 * trained // ranks * moment),
-        "gathered blocks": gathered,
-    }
-    gradient = one.trained_layer // ranks * summed
-    # FSDP sums a layer's gradients in a whole copy of the summed dtype.
-    reduced = one.trained_layer * summed if ranks > 1 else 0
-    fixed, gradients = sum(weights.values()), n_layers * gradient
-    earlier = gradients if optimizer.accumulation > ranks else 0  # of the micro-batches before
-
-    def largest(name: str, layers: int = n_layers) -> int:
-        return max(measured.extrapolate(layers, name) for measured in by_density)
-
-    # In a backward pass gradients replace what the forward pass saved. The worst moment is in the
-    # last layer or, where gradients take more, in the second or the first.
-    backward = max(
-        largest("backward", layers) + (earlier or (n_layers - layers + 1) * gradient)
-        for layers in {1, min(2, n_layers), n_layers}
-    )
+    n_layers = target.num_hidden_layers
+    policies = policies or [config.objective.checkpoint] * n_layers
+    measured = {p: measure(config, target, tokens, device, p) for p in set(policies)}
+    by_density = [
+        {policy: each[density] for policy, each in measured.items()}
+        for density in range(len(measured[policies[0]]))
+    ]
+    one = by_density[0][policies[-1]]
+    fixed = FixedMemory.for_run(config, n_layers, one, ranks)
+    of_layers = roles(config, n_layers, cutoff)
+    summed = [(layers_of(each, of_layers, policies), each[policies[-1]]) for each in by_density]
+    steps = [sum_layers(layers, head, fixed) for layers, head in summed]
     parts = {
-        **weights,
-        "gradients": gradients,
-        "gradients of a layer, to be summed": reduced,
-        "codes": largest("codes"),
-        "saved for backward": max(
-            m.extrapolate(n_layers, "saved") - m.extrapolate(n_layers, "codes") for m in by_density
-        ),
-        "one block, backward": max(m.bytes["backward"] - m.bytes["saved"] for m in by_density),
+        **fixed.weights,
+        "gradients": fixed.gradients,
+        "gradients of a layer, to be summed": fixed.reduced,
+        "codes": max(step.codes for step in steps),
+        "saved for backward": max(step.saved - step.codes for step in steps),
+        "one block, backward": max(layer.backward for layers, _ in summed for layer in layers),
         "logits of a chunk": one.logits,
     }
     return StepMemory(
         parts={name: size for name, size in parts.items() if size},
         phases={
-            "forward": fixed + earlier + largest("forward"),
-            "head": fixed + earlier + largest("head"),
-            "backward": fixed + backward + reduced,
-            "update": fixed + gradients,
+            "forward": max(step.forward for step in steps),
+            "head": max(step.head for step in steps),
+            "backward": max(step.backward for step in steps),
+            "update": sum(fixed.weights.values()) + fixed.gradients,
         },
-        parameters=trained,
-        host_bytes=n_layers * block * config.pair.offload,
-        state_bytes=int(trained * (summed + 2 * moment)),
-        adapter_bytes=trained * element,
+        parameters=fixed.parameters,
+        host_bytes=n_layers * (one.frozen_block + one.mlp) * config.pair.offload,
+        state_bytes=fixed.state,
+        adapter_bytes=fixed.parameters * DTYPES[config.pair.dtype].itemsize,
     )
 
 
-class _Measured(NamedTuple):
-    """Measurements of a fake model's step, in bytes: sizes of weights, and bytes beside weights."""
-
-    layers: int
-    whole: int  # frozen weights outside the blocks
-    frozen_block: int  # of one block, without the base's MLP
-    mlp: int  # of one block
-    trained: int  # in elements
-    trained_layer: int  # in elements
-    logits: int  # workspace of the head
-    #: Peak of each phase; ``saved``, alive after the forward pass; ``codes``, part of ``saved``.
-    bytes: dict[str, int]
-    saved_layer: int
-    codes_layer: int
-
-    def extrapolate(self, layers: int, name: str) -> int:
-        """Extrapolate ``bytes[name]`` from the measured model to one of ``layers`` layers."""
-        more = self.codes_layer if name == "codes" else self.saved_layer
-        return self.bytes[name] + (layers - self.layers) * more
-
-
 class _StepBytes(LiveBytes):
-    """Bytes of a step, with a peak for each phase.
+    """Bytes alive in a step of a model, with a peak for each part of the step.
 
     Attributes:
-        phases: bytes at the worst moment of each phase.
-        layers: after each layer's forward pass, the bytes alive, and the bytes of codes alive.
+        bounds: at the end of each part, its peak, the bytes alive, and the bytes of codes alive.
+            The parts are each layer's forward pass, the head, and each layer's backward pass, the
+            last layer first.
     """
 
-    def __init__(self, workspaces: dict[Any, Callable[..., int]]) -> None:
+    def __init__(self, workspaces: dict[Any, Callable[..., int]], model: ReplacementModel) -> None:
         super().__init__(workspaces)
-        self.phases: dict[str, int] = {}
-        self.layers: list[tuple[int, int]] = []
+        self.bounds: list[tuple[int, int, int]] = []
+        self._hooks = [
+            block.register_forward_pre_hook(partial(self._enter_block, mlp))
+            for block, mlp in zip(model.blocks, model.mlps, strict=True)
+        ]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is _ops.linear_kl.default:
-            self.end("forward")
         out = super().__torch_dispatch__(func, types, args, kwargs)
         if func is _ops.nmse.default:  # the objective calls it once after every layer
-            self.layers.append((self.alive, self.alive_of(_ops.encode.default)))
+            self.end()
         return out
 
-    def end(self, phase: str) -> None:
-        """Store the peak of a phase; start the next phase."""
-        self.phases[phase], self.peak = self.peak, self.alive
+    def end(self) -> None:
+        """End a part of the step; start the next."""
+        self.bounds.append((self.peak, self.alive, self.alive_of(_ops.encode.default)))
+        self.peak = self.alive
+
+    def end_head(self) -> None:
+        """End the head; the backward pass calls the blocks again, which starts no part."""
+        self.end()
+        for hook in self._hooks:
+            hook.remove()
+
+    def _enter_block(self, mlp: Any, _: nn.Module, args: tuple[Tensor]) -> None:
+        if mlp.mode == "replacement" and args[0].requires_grad:
+            # The gradient of the layer's input ends its backward pass.
+            args[0].register_hook(lambda _: self.end())
 
 
-def _measure_both(config: TrainConfig, target: Any, tokens: int, device: str) -> list[_Measured]:
-    """Measure a step with dense products and, for transcoders, a step with codes."""
-    pair, adapter, loss = replace(config.pair, offload=False), config.trained, config.objective
+def measure(
+    config: TrainConfig, target: Any, tokens: int, device: str, policy: str
+) -> list[MeasuredStep]:
+    """Measure a step under one policy: with dense products and, for transcoders, with codes."""
+    pair, adapter = replace(config.pair, offload=False), config.trained
+    loss = replace(config.objective, checkpoint=policy)
     dtype = DTYPES[pair.dtype]
     by_density: list[float | None] = [None]
     if isinstance(adapter, AdapterConfig):
@@ -214,47 +357,68 @@ def _measure_both(config: TrainConfig, target: Any, tokens: int, device: str) ->
     return [_measure(setup, device, codes_per_token) for codes_per_token in by_density]
 
 
-@lru_cache(maxsize=64)
-def _measure(setup: Setup, device: str, codes_per_token: float | None) -> _Measured:
-    """Measure one step of a fake model of up to three layers, cutoff 1."""
-    layers = min(_LAYERS, setup.target.num_hidden_layers)
-    codes = None if codes_per_token is None else [codes_per_token] * layers
+@lru_cache(maxsize=256)
+def _measure(setup: Setup, device: str, codes_per_token: float | None) -> MeasuredStep:
+    """Measure one step of a fake model that has a layer of each role."""
+    codes = None if codes_per_token is None else [codes_per_token] * _LAYERS
     shape = (setup.sequences, setup.tokens)
-    with fake_pair(setup, layers) as pair:
+    with fake_pair(setup, _LAYERS) as pair:
         model = ReplacementModel.create(pair, setup.trained)
         model.fused.plan_for(device, DTYPES[setup.pair.dtype])
         ids = torch.zeros(shape, dtype=torch.int64)
         padding = torch.ones(shape, dtype=torch.bool) if setup.sequences > 1 else None
         for parameter in model.adapters.parameters():
             parameter.register_post_accumulate_grad_hook(_drop_gradient)
-        with _StepBytes({op: partial(f, device) for op, f in _WORKSPACES.items()}) as live:
+        live = _StepBytes({op: partial(f, device) for op, f in _WORKSPACES.items()}, model)
+        with live:
             for parameter in model.parameters():
                 live.see(parameter.data)
             weights = live.peak = live.alive
-            out = objective(model, Batch(ids, padding, ids), 1, setup.objective, codes)
-            live.end("head")
-            saved, of_codes = live.alive - weights, live.alive_of(_ops.encode.default)
+            out = objective(model, Batch(ids, padding, ids), _CUTOFF, setup.objective, codes)
+            live.end_head()
             out.loss.backward()
-            live.end("backward")
+            live.end()
         mlp, block = _bytes(model.mlps[0].base), _bytes(model.blocks[0])
-        trained = [sum(p.numel() for p in part.parameters()) for part in model.adapters]
         frozen_block = block - mlp - _bytes(model.adapters[0])
-        whole = weights - _bytes(model.adapters) - layers * (frozen_block + mlp)
-    behind = [(0, 0), *live.layers]
-    saved_layer, codes_layer = (b - a for a, b in zip(*behind[-2:], strict=True))
-    return _Measured(
-        layers=layers,
+        whole = weights - _bytes(model.adapters) - _LAYERS * (frozen_block + mlp)
+        trained = tuple(sum(p.numel() for p in part.parameters()) for part in model.adapters)
+    forward, (head, alive, _), backward = (
+        live.bounds[:_LAYERS],
+        live.bounds[_LAYERS],
+        live.bounds[:_LAYERS:-1],
+    )
+    before = [(weights, 0), *((alive, codes) for _, alive, codes in forward)]
+    layers = [
+        LayerBytes(
+            saved=_in_blocks(before[i + 1][0] - before[i][0]),
+            codes=before[i + 1][1] - before[i][1],
+            forward=forward[i][0] - before[i][0],
+            backward=backward[i][0] - before[i + 1][0],
+        )
+        for i in range(_LAYERS)
+    ]
+    of_layers: list[Role] = ["first", "before", "fork", "behind"]
+    if setup.objective.bridge == 0:
+        of_layers = ["first", "before", "before", "before"]
+    return MeasuredStep(
         whole=whole,
         frozen_block=frozen_block,
         mlp=mlp,
-        trained=sum(trained),
-        trained_layer=trained[0],
+        trained=trained,
         logits=live.workspace[_ops.linear_kl.default],
-        bytes={"saved": saved, "codes": of_codes}
-        | {phase: peak - weights for phase, peak in live.phases.items()},
-        saved_layer=saved_layer,
-        codes_layer=codes_layer,
+        head=head - before[-1][0],
+        behind_head=alive - before[-1][0],
+        layers=dict(zip(of_layers, layers, strict=True)),
+        last=of_layers[-1],
     )
+
+
+def _in_blocks(n: int) -> int:
+    """Round up to the blocks of 512 bytes that CUDA's allocator hands out.
+
+    This covers the few bytes by which layers of one role differ.
+    """
+    return -(-n // 512) * 512
 
 
 def _drop_gradient(parameter: Tensor) -> None:
