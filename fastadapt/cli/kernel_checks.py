@@ -24,12 +24,20 @@ from fastadapt.kernels.transcoder import CodeLayout, transcoder
 Tensors = dict[str, Tensor]
 Run = Callable[..., Tensors]
 
-#: Rows of the transcoder's x, width, features.
-S, D, F = 2, 32, 64
-#: Tokens of a row by device. On a GPU, the number selects the kernels of training instead of those
-#: for few tokens, and the sum over tokens of a feature that is always active has several parts.
-TOKENS = {"cuda": 300}
-FEW_TOKENS = 13  # on other devices, since Triton's interpreter is slow
+
+class Sizes(NamedTuple):
+    """Sizes of the transcoder's inputs: rows of x, tokens of a row, width, features."""
+
+    rows: int
+    tokens: int
+    width: int
+    features: int
+
+
+#: Sizes by device. On a GPU, the tokens select the kernels of training instead of those for few
+#: tokens, and the sum over tokens of a feature that is always active has several parts.
+SIZES = {"cuda": Sizes(2, 300, 32, 64)}
+FEW = Sizes(2, 13, 32, 64)  # on other devices, since Triton's interpreter is slow
 #: Arguments of the activations.
 ACTIVATIONS: dict[str, dict[str, Any]] = {
     "relu": {},
@@ -76,10 +84,21 @@ def run_checks(device: torch.device) -> list[Check]:
     """Return a check of every op, implementation, case and dtype that runs on `device`."""
     return [
         _check(case, implementation, dtype, device)
-        for case in _cases(device.type)
+        for case in _cases(device.type, SIZES.get(device.type, FEW))
         for implementation in case.implementations
         for dtype in dtypes(implementation, device.type)
     ]
+
+
+def checks_of(device: torch.device, sizes: Sizes, dtype: torch.dtype) -> Iterator[Check]:
+    """Yield the checks of every op, implementation and case in one dtype, at other sizes.
+
+    The transcoder's encoder is exact in every dtype up to a width of about 72.
+    """
+    for case in _cases(device.type, sizes):
+        for implementation in case.implementations:
+            if dtype in dtypes(implementation, device.type):
+                yield _check(case, implementation, dtype, device)
 
 
 def dtypes(implementation: str, device_type: str) -> tuple[torch.dtype, ...]:
@@ -107,14 +126,14 @@ def notes(device: torch.device) -> list[str]:
     return []
 
 
-def _cases(device_type: str) -> Iterator[Case]:
+def _cases(device_type: str, sizes: Sizes) -> Iterator[Case]:
     generator = torch.Generator().manual_seed(0)
     random = partial(torch.randn, generator=generator, dtype=torch.float64)
     triton = runs_triton(device_type)
     # x and W_enc are small multiples of 1 and 1/4, b_enc is a multiple of 1/4 plus 1/8. z is thus
     # exact in bfloat16, never 0, and never at the edge of JumpReLU's window. With this b_enc, few
     # features are active, except one that is active on every token.
-    T = TOKENS.get(device_type, FEW_TOKENS)
+    S, T, D, F = sizes
     grid = partial(torch.randint, generator=generator, dtype=torch.float64)
     adapter = {
         "x": grid(-2, 3, (S, T, D)),
