@@ -1,7 +1,6 @@
 """Cases of elementwise work: nmse, and a frozen block's RMSNorm and SwiGLU.
 
-This library has no kernel for the block's ops. The rows show whether a kernel would be faster than
-PyTorch's compiler and another project's kernels. Weights are frozen and get no gradient.
+Weights are frozen and get no gradient; another project's RMSNorm computes the gradient anyway.
 """
 
 from __future__ import annotations
@@ -11,12 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as nnf
 from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.case import Case, Cost, Inputs, Results, Step, cast, compiled, copies
 from fastadapt.kernels.device import runs_triton
+from fastadapt.kernels.frozen import gated, rms_norm
 from fastadapt.kernels.nmse import nmse
 
 __all__ = ["masked_nmse_case", "nmse_case", "rms_norm_case", "swiglu_case"]
@@ -25,27 +24,24 @@ EPS = 1e-6
 Normal = Callable[..., Tensor]  # shape -> float32 tensor of standard normal values
 
 
-def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """RMSNorm of Qwen2 and Llama: computed in fp32, rounded before multiplying by the weight."""
-    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
-    wide = x.to(acc)
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)
-    return weight * normed.to(x.dtype)
-
-
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """Return silu(gate) * up."""
-    return nnf.silu(gate) * up
-
-
 def nmse_value(x: Tensor, target: Tensor, implementation: str = "reference") -> Tensor:
     """Return the op's value without the values per token."""
     return nmse(x, target, implementation=implementation).nmse
 
 
-def _implementations(device: str) -> list[str]:
-    """Return the implementations of nmse that run on a device."""
-    return ["reference", "chunked", *(["triton"] if runs_triton(device) else [])]
+def _implementations(device: str, *portable: str) -> list[str]:
+    """Return the implementations of an op that run on a device."""
+    return [*portable, *(["triton"] if runs_triton(device) else [])]
+
+
+def _frozen(
+    op: Callable[..., Tensor], device: str, **options: Any
+) -> dict[str, Callable[..., Any]]:
+    """Return the implementations of an operation of frozen blocks by name."""
+    return {
+        name: functools.partial(op, **options, implementation=name)
+        for name in _implementations(device, "reference")
+    }
 
 
 def _step(inputs: Inputs, function: Callable[..., Any]) -> Results:
@@ -110,7 +106,7 @@ def nmse_case(
 
     functions: dict[str, Callable[..., Any]] = {
         name: functools.partial(nmse_value, implementation=name)
-        for name in _implementations(device)
+        for name in _implementations(device, "reference", "chunked")
     }
     elements = T * d * 5  # x, target, the saved difference; the difference, dx
     return _case("nmse", {"T": T, "d": d}, dtype, device, make, functions, elements, backend)
@@ -125,7 +121,8 @@ def masked_nmse_case(B: int, T: int, d: int, dtype: torch.dtype, device: str) ->
         return {"x": x, "target": target, "mask": normal(B, T) > -1.28, "g": normal(B)}
 
     functions: dict[str, Callable[..., Any]] = {
-        name: functools.partial(nmse, implementation=name) for name in _implementations(device)
+        name: functools.partial(nmse, implementation=name)
+        for name in _implementations(device, "reference", "chunked")
     }
     shape, elements = {"B": B, "T": T, "d": d}, B * T * d * 5
     return _case("nmse", shape, dtype, device, make, functions, elements, None)
@@ -140,7 +137,7 @@ def rms_norm_case(
         weight = 1 + 0.1 * normal(d)
         return {"x": normal(T, d).requires_grad_(), "weight": weight, "g": normal(T, d)}
 
-    functions: dict[str, Callable[..., Any]] = {"reference": rms_norm}
+    functions = _frozen(rms_norm, device, eps=EPS)
     if device == "cuda" and (liger := peers.liger_rms_norm()) is not None:
         functions["liger-kernel"] = functools.partial(liger, eps=EPS)
     elements = T * d * 5  # x, out; x, g, dx
@@ -156,7 +153,7 @@ def swiglu_case(
         gate, up, g = (normal(T, d) for _ in range(3))
         return {"gate": gate.requires_grad_(), "up": up.requires_grad_(), "g": g}
 
-    functions: dict[str, Callable[..., Any]] = {"reference": swiglu}
+    functions = _frozen(gated, device, activation="silu")
     if device == "cuda" and (liger := peers.liger_swiglu()) is not None:
         # liger-kernel's function takes positional arguments only.
         functions["liger-kernel"] = lambda gate, up: liger(gate, up)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.profiling import kernel_times
 from benchmarks.roofs import Roofs
 from benchmarks.timing import LEAST, measure, measure_graph
 from fastadapt.kernels.testing import assert_close
@@ -110,6 +111,11 @@ class Case:
         for key, result in actual.items():
             assert_close(result, oracle[key], peer[key], name=f"{name}: {key}")
 
+    def split(self) -> tuple[Case, Case]:
+        """Return the case without, and with only, steps that take long to compile, and peers."""
+        late = {n for n, s in self.steps.items() if s.kind == "peer" or n.endswith(" compiled")}
+        return self.only(*(self.steps.keys() - late)), self.only(*late)
+
     def only(self, *names: str) -> Case:
         """Return the case with only the named steps; unknown names are ignored."""
         return replace(self, steps={n: step for n, step in self.steps.items() if n in names})
@@ -160,7 +166,7 @@ def copies(set_bytes: int, device: str) -> int:
 
 
 def row(case: Case, name: str, roofs: Roofs, *, seconds: float = 0.4, least: int = LEAST) -> Row:
-    """Check and time one step.
+    """Check and time one step; of floors and this library's steps, list the kernels' times.
 
     An implementation of this library with wrong results is not timed; a peer or a reference is
     timed and labelled. Errors of a peer and out-of-memory errors of any step are recorded in the
@@ -176,6 +182,9 @@ def row(case: Case, name: str, roofs: Roofs, *, seconds: float = 0.4, least: int
             if result["right"] is False and step.kind == "ours":
                 return result
             timed = measure(step.run, case.sets, case.device, seconds=seconds, least=least)
+            if step.kind in ("ours", "floor"):
+                run = partial(step.run, case.sets[0])
+                result["kernels"] = kernel_times(run, case.device)
         except torch.OutOfMemoryError:
             return result | {"error": "out of memory"}
         except Exception as error:
@@ -226,12 +235,14 @@ def shares(cost: Cost, seconds: float, roofs: Roofs) -> Row:
 
 
 def add_ratios(rows: Sequence[Row]) -> None:
-    """Add to each row of a case its speed relative to every reference, peer and floor."""
-    others = {r["implementation"]: r for r in rows if r["kind"] != "ours" and "median_s" in r}
-    for r in rows:
-        if "median_s" in r:
-            r["times_as_fast_as"] = {
-                name: other["median_s"] / r["median_s"]
-                for name, other in others.items()
-                if other is not r
+    """Add to each row its speed relative to every reference, peer and floor of its shape."""
+    for row in rows:
+        if "median_s" in row:
+            row["times_as_fast_as"] = {
+                other["implementation"]: other["median_s"] / row["median_s"]
+                for other in rows
+                if other["kind"] != "ours"
+                and other is not row
+                and "median_s" in other
+                and (other["op"], other["shape"]) == (row["op"], row["shape"])
             }

@@ -10,25 +10,29 @@ import os
 import re
 import sys
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from benchmarks.processes import run_for
 
-__all__ = ["gpu_tests_of_training", "needing", "run_files", "run_tests"]
+__all__ = ["gpu_tests_of_training", "needing", "rows", "run_files"]
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS_S = 170.0
 MOST_PROCESSES = 6
+SHARD = "FASTADAPT_TESTS_SHARD"  # "i/n": run the tests i, i + n, i + 2n, ...
+COUNTS = ("tests", "failures", "errors", "skipped")
 TRAINING = ("test_no_sync.py", "test_feed.py::test_a_gpu_is_not_waited_for")
 TRAINING_NEEDS = ("datasets", "tokenizers", "transformers")  # several are imported lazily
 
 
-def run_tests(env: dict[str, str], *, quick: bool, seconds: float = TESTS_S) -> dict[str, Any]:
-    """Run the kernels' quick tests; return counts, the exit code and the names of excluded files.
+def rows(
+    *, quick: bool, env: dict[str, str], left: Callable[[], float]
+) -> Iterator[dict[str, Any]]:
+    """Run the kernels' quick tests; yield counts, exit codes and the names of excluded files.
 
-    Test files with missing imports are excluded. Tests that exceed ``seconds`` count as failed;
+    Test files with missing imports are excluded. Tests that do not end in time count as failed;
     the counts then include the completed tests only.
     """
     folder = ROOT / "tests" / "kernels"
@@ -41,14 +45,20 @@ def run_tests(env: dict[str, str], *, quick: bool, seconds: float = TESTS_S) -> 
         selected = [folder, *training]
         # Tests that compile ahead of time need no GPU.
         left_out += [*without, folder / "compiled"]
-    report = Path(env["PYTHONPATH"].split(os.pathsep)[0]) / "junit.xml"
-    n_processes = 1
-    if not quick and _is_installed("xdist"):
-        # Compilation on the host takes most of the time. Processes share the GPU's memory, of which
-        # tests need little (one needs 9 GB), and Triton's cache, which is written atomically.
-        n_processes = max(1, min(MOST_PROCESSES, (os.cpu_count() or 1) // 2))
-    result = run_files(selected, left_out, report, env, seconds, n_processes)
-    return {**result, "left_out": [path.name for path in left_out]}
+    # Compilation on the host takes most of the time. Processes share the GPU's memory, of which
+    # tests need little (one needs 9 GB), and Triton's cache, which is written atomically.
+    n = 1 if quick else max(1, min(MOST_PROCESSES, (os.cpu_count() or 1) // 2))
+    reports = Path(env["PYTHONPATH"].split(os.pathsep)[0])
+    result = run_files(selected, left_out, reports, env, left(), n)
+    names = [path.name for path in left_out]
+    yield {"op": "tests", "implementation": "kernels", **result, "left_out_files": names}
+
+
+def pytest_collection_modifyitems(items: list[Any]) -> None:
+    """Select every n-th test, if this module is loaded as a plugin of one of n processes."""
+    if SHARD in os.environ:
+        first, n = map(int, os.environ[SHARD].split("/"))
+        items[:] = items[first::n]
 
 
 def gpu_tests_of_training() -> tuple[list[Path], list[Path]]:
@@ -64,24 +74,32 @@ def _is_installed(package: str) -> bool:
 def run_files(
     selected: Sequence[Path],
     left_out: Sequence[Path],
-    report: Path,
+    reports: Path,
     env: dict[str, str],
     seconds: float,
     n_processes: int,
 ) -> dict[str, Any]:
-    """Run test files; return ``right``, counts, the exit code and the end of the output."""
-    report.unlink(missing_ok=True)
+    """Run test files; return ``right``, counts, and the exit code and end of a failed process."""
     command = [sys.executable, "-m", "pytest", *map(str, selected), "-q", "-m", "not slow"]
     # Warnings differ between versions and are no errors here.
-    command += ["-Wdefault", "-pno:cacheprovider", "--maxfail=5", f"--junit-xml={report}"]
-    command += [f"--ignore={path}" for path in left_out if path.exists()]
-    if n_processes > 1:
-        command += ["-n", str(n_processes), "--dist", "worksteal"]
-    outcome = run_for(command, env, seconds, interrupt=True)
-    suite = ElementTree.parse(report).find("testsuite") if report.exists() else None
-    keys = ("tests", "failures", "errors", "skipped")
-    counts = {key: int(suite.get(key, 0)) for key in keys} if suite is not None else {}
-    return {"right": outcome["rc"] == 0, **counts, "processes": n_processes, **outcome}
+    command += ["-Wdefault", "-pno:cacheprovider", "-pno:xdist", "-pno:randomly", "--maxfail=5"]
+    command += ["-pbenchmarks.kernel_tests", *(f"--ignore={p}" for p in left_out if p.exists())]
+
+    def run(i: int) -> tuple[dict[str, Any], dict[str, int]]:
+        report = reports / f"junit-{i}.xml"
+        report.unlink(missing_ok=True)
+        shard = {SHARD: f"{i}/{n_processes}"}
+        outcome = run_for([*command, f"--junit-xml={report}"], env | shard, seconds, interrupt=True)
+        suite = ElementTree.parse(report).find("testsuite") if report.exists() else None
+        return outcome, {key: int(suite.get(key, 0)) for key in COUNTS} if suite is not None else {}
+
+    with ThreadPoolExecutor(n_processes) as pool:
+        results = list(pool.map(run, range(n_processes)))
+    counts = {key: sum(counts.get(key, 0) for _, counts in results) for key in COUNTS}
+    # 5: a process without tests.
+    failed = next((outcome for outcome, _ in results if outcome["rc"] not in (0, 5)), {"rc": 0})
+    right = failed["rc"] == 0 and counts["tests"] > 0
+    return {"right": right, **counts, "processes": n_processes, **failed}
 
 
 def needing(package: str, folder: Path) -> list[Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from benchmarks.head_cases import case as head_case
 from benchmarks.transcoder_cases import case as transcoder_case
 from benchmarks.transcoder_cases import serving_case, topk_case
 
-__all__ = ["CPU_PARTS", "PARTS", "Part", "Scale", "scale"]
+__all__ = ["CPU_PARTS", "PARTS", "Scale", "block", "scale"]
 
 
 @dataclass(frozen=True)
@@ -127,22 +127,6 @@ def masked_nmse(s: Scale) -> Iterator[Case]:
         yield masked_nmse_case(B, T, d, getattr(torch, name), s.device)
 
 
-@dataclass(frozen=True)
-class Part:
-    """Cases of a part, and its time limit on a GPU in seconds; later rows are skipped."""
-
-    cases: Callable[[Scale], Iterator[Case]]
-    seconds: float
-
-
-# Most important first.
-PARTS = {
-    "transcoder": Part(transcoder, 110),
-    "linear_kl": Part(linear_kl, 60),
-    "topk": Part(topk, 25),
-    "serving": Part(serving, 25),
-    "sweep": Part(sweep, 40),
-    "block": Part(block, 20),
-    "shapes": Part(shapes, 30),
-}
-CPU_PARTS = {f.__name__: Part(f, 0) for f in (densities, vocabularies, masked_nmse)}
+#: Functions of a scale that yield the cases of a part.
+PARTS = {f.__name__: f for f in (transcoder, linear_kl, topk, serving, sweep, block, shapes)}
+CPU_PARTS = {f.__name__: f for f in (densities, vocabularies, masked_nmse)}

@@ -1,4 +1,4 @@
-"""Run a command with a time limit, and end all processes that the command started."""
+"""Time limits: of a command and all processes that it started, and of code of this process."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["run_for"]
+__all__ = ["OutOfTime", "interrupted_after", "run_for"]
 
 ROOT = Path(__file__).resolve().parent.parent
 END = 4000  # characters at the end of the output to record
@@ -20,6 +21,26 @@ GRACE_S = 10.0
 DEFAULTS = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
 # A process group instead of a session, so that ending this process's session ends the command.
 START = DEFAULTS + "os.setpgid(0, 0); os.execvp(sys.argv[1], sys.argv[1:])"
+
+
+class OutOfTime(BaseException):
+    """The time of a block of code ended; not an Exception, which code may catch and continue."""
+
+
+@contextlib.contextmanager
+def interrupted_after(seconds: float) -> Iterator[None]:
+    """Raise OutOfTime in the block after ``seconds``, or once a call into C returns; repeatedly."""
+
+    def interrupt(*_: object) -> None:
+        raise OutOfTime
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3), 5)
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def run_for(

@@ -40,12 +40,14 @@ def without_nan(value: Any) -> Any:
 def line_of(row: dict[str, Any]) -> str:
     """Format a row as one line for the terminal."""
     shape = " ".join(f"{key}={value}" for key, value in row.get("shape", {}).items())
-    words = [row["op"], shape, row["implementation"] + ":"]
+    words = [row["op"], *([shape] if shape else []), row["implementation"] + ":"]
     if "median_s" in row:
         words.append(f"{row['median_s'] * 1e3:.4g} ms ± {row['spread_s'] * 1e3:.2g}")
         words.append(f"{row['peak_bytes'] / 1e9:.3g} GB")
     if "claim" in row:
         words.append(row["claim"])
+    if "tests" in row:
+        words.append(f"{row['tests']} tests in {row['processes']} processes")
     if "first_s" in row:
         words.append(f"{sum(row['first_s']):.3g} s, then {sum(row['again_s']):.3g} s")
     if row.get("right") is False:

@@ -18,6 +18,7 @@ __all__ = ["main", "page", "plots"]
 Row = dict[str, Any]
 FOLDER = Path(__file__).resolve().parent / "results"
 WIDTH, HEIGHT = 7.0, 4.5  # inches
+MOST_L0 = 10  # of the rows whose kernels are shown
 MET = {True: "yes", False: "**no**"}
 
 
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     paths = sorted(options.results.glob("*.json"))
     if not paths:
-        print(f"No results in {options.results}; run python benchmarks/gpu.py first.")
+        print(f"No results in {options.results}; run python benchmarks/gpu.py kernels first.")
         return 1
     sections = []
     for path in paths:
@@ -50,7 +51,7 @@ def page(result: Row, name: str, images: Iterable[Path] = ()) -> str:
     versions = ", ".join(f"{key} {value}" for key, value in result["versions"].items())
     commit = (result["commit"] or "unknown")[:12] + (" (changed)" if result["changed"] else "")
     lines = [
-        f"## {machine}",
+        f"## {machine}: {result['command']}",
         "",
         f"[{name}]({name}), {result['date']}, commit {commit}, sources {result['sources'][:12]}; "
         f"{versions}.",
@@ -66,28 +67,51 @@ def page(result: Row, name: str, images: Iterable[Path] = ()) -> str:
     if not result["finished"]:
         lines += ["The run did not finish; the results are partial.", ""]
     lines += [f"{name}: {why}.\n" for name, why in result["failed"].items()]
-    lines += _checks(result)
+    lines += _checks(result["parts"])
     lines += _bounds(result["bounds"])
     lines += [f"![{image.stem}]({image.name})" for image in images]
     for part, rows in result["parts"].items():
-        table = {"lengths": _lengths, "step": _steps}.get(part, _rows)
-        lines += ["", f"### {part}", "", *table(rows)]
-    if result["cut_short"]:
-        lines += ["", f"Parts that reached their time limit: {', '.join(result['cut_short'])}."]
-    for peer, why in result["peers_missing"].items():
-        lines += ["", f"{peer}: {why}."]
+        timed = [row for row in rows if not _is_check(row)]
+        if timed:
+            table = {"lengths": _lengths, "random lengths": _lengths, "step": _steps}
+            lines += ["", f"### {part}", "", *table.get(part, _rows)(timed)]
+        if part in ("transcoder", "step"):
+            lines += _kernels(timed)
+    lines += [f"\nLeft out: {name}: {why}." for name, why in result["left_out"].items()]
     return "\n".join(lines) + "\n"
 
 
-def _checks(result: Row) -> list[str]:
-    words = []
-    for name, check in result["checks"].items():
-        verdict = "right" if check["right"] else "WRONG"
-        count = check.get("tests", len(check.get("rows", [])))
-        words.append(f"{name}: {verdict}" + (f" ({count})" if count else ""))
-        if check.get("left_out"):
-            words[-1] += f", without {', '.join(check['left_out'])}"
-    return [f"Checks: {'; '.join(words) or 'none'}.", ""]
+def _is_check(row: Row) -> bool:
+    return row.get("kind") is None or "claim" in row
+
+
+def _checks(parts: dict[str, list[Row]]) -> list[str]:
+    """Count the checks of each part, and name those that failed."""
+    words, failed = [], []
+    for part, rows in parts.items():
+        checks = [row for row in rows if _is_check(row)]
+        wrong = [row for row in checks if not row["right"] and row.get("kind") != "floor"]
+        count = sum(row.get("tests", 1) for row in checks)
+        if checks:
+            words.append(f"{part}: {'WRONG' if wrong else 'right'} ({count})")
+        if files := [name for row in checks for name in row.get("left_out_files", ())]:
+            words[-1] += f", without {', '.join(files)}"
+        failed += [f"- {part}, {r['op']} {r['implementation']}: {_why(r)}" for r in wrong]
+    return [f"Checks: {'; '.join(words) or 'none'}.", "", *failed, ""]
+
+
+def _kernels(rows: Sequence[Row]) -> list[str]:
+    """Format the times of single kernels, or of a step's categories, of this library's rows."""
+    table = []
+    for r in rows:
+        if r["kind"] == "ours" and r["shape"].get("L0", 0) <= MOST_L0:
+            shape = " ".join(f"{key}={value}" for key, value in r["shape"].items())
+            for item in r.get("categories") or r.get("kernels", []):
+                name = item.get("category") or item["name"]
+                cells = [shape, r["implementation"], name, str(item["calls"])]
+                table.append([*cells, f"{item['us']:.4g}"])
+    header = ["shape", "implementation", "kernel", "calls", "µs"]
+    return ["", *_table(header, table)] if table else []
 
 
 def _bounds(bounds: Sequence[Row]) -> list[str]:
@@ -122,11 +146,9 @@ def _rows(rows: Sequence[Row]) -> list[str]:
 
 
 def _steps(rows: Sequence[Row]) -> list[str]:
-    """Format whole training steps.
-
-    Planned memory is the trainer's estimate; for the plain step, an extrapolation of short steps.
-    """
-    header = ["T", "implementation", "s", "spread, s", "tokens/s", "GB", "GB planned"]
+    """Format whole training steps; planned memory is the trainer's estimate."""
+    header = ["T", "implementation", "s", "spread, s", "s, host", "s, kernels", "tokens/s", "GB"]
+    header += ["GB reserved", "GB planned"]
     header += ["fraction of product rate", "hours for 380M tokens", "L0"]
     table = []
     for r in rows:
@@ -136,8 +158,10 @@ def _steps(rows: Sequence[Row]) -> list[str]:
             table.append([*line, _why(r)])
             continue
         planned, l0 = r.get("planned_bytes"), r.get("measured_L0")
-        line += [f"{r['median_s']:.4g}", f"{r['spread_s']:.2g}", f"{r['tokens_per_s']:.4g}"]
-        line += [f"{r['peak_bytes'] / 1e9:.3g}", "" if planned is None else f"{planned / 1e9:.3g}"]
+        line += [f"{r['median_s']:.4g}", f"{r['spread_s']:.2g}", f"{r['wall_s']:.4g}"]
+        line += [f"{r['device_s']:.4g}", f"{r['tokens_per_s']:.4g}", f"{r['peak_bytes'] / 1e9:.3g}"]
+        line += [f"{r['reserved_bytes'] / 1e9:.3g}"]
+        line += ["" if planned is None else f"{planned / 1e9:.3g}"]
         line += [f"{r['share_of_gemm_rate']:.0%}", f"{r['hours_for_380M_tokens']:.3g}"]
         table.append([*line, "" if l0 is None else f"{l0:.3g}"])
     return _table(header, table)
@@ -157,7 +181,7 @@ def _lengths(rows: Sequence[Row]) -> list[str]:
             table.append([r["implementation"], r.get("error", "")])
             continue
         first, again = sum(r["first_s"]), sum(r["again_s"])
-        counts = [str(r["kernels_compiled"]), str(r["graphs_compiled"])]
+        counts = [str(r.get(key, "")) for key in ("kernels_compiled", "graphs_compiled")]
         table.append([r["implementation"], f"{first:.3g}", f"{again:.3g}", *counts])
     return _table(header, table)
 

@@ -7,49 +7,51 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
 
+from benchmarks.case import Row
 from benchmarks.processes import run_for
 
-__all__ = ["find", "sanitize"]
+__all__ = ["find", "rows"]
 
 TOOL = "compute-sanitizer"
 FOLDERS = "/usr/local/cuda*/bin"  # locations of CUDA's tools outside the PATH
 # Failed API calls are not reported: the allocator makes calls that may fail and handles that.
 KINDS = {"memcheck": ["--report-api-errors", "no"], "racecheck": []}
-MOST_S, RESERVE_S = 240.0, 20.0
+MOST_S, RESERVE_S = 240.0, 5.0
 
 
-def sanitize(
-    device: str, env: dict[str, str], left: Callable[[], float]
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield name and result of each check. A check that did not run counts as failed.
+def rows(device: str, env: dict[str, str], left: Callable[[], float]) -> Iterator[Row]:
+    """Yield a row of each check, or the reason why the checks are left out.
 
     Args:
         device: "cuda"; on a CPU the tool cannot observe kernels.
         env: environment in which the package can be imported.
-        left: returns the seconds until the end of the run.
+        left: returns the seconds until the end of the time.
     """
-    failed = {"right": False, "ran": False}
     tool = find()
-    if tool is None:
-        yield "sanitizer", failed | {"why": f"{TOOL}: neither on the PATH nor in {FOLDERS}"}
+    if device != "cuda" or tool is None:
+        where = f"{TOOL}: neither on the PATH nor in {FOLDERS}"
+        yield {"left_out": where if device == "cuda" else f"{TOOL} needs a GPU"}
         return
     command = [sys.executable, "-m", "benchmarks.every_kernel", device]
-    # A first run without the tool fills Triton's cache; the tool would slow the compiler down.
-    alone = run_for(command, env, min(MOST_S, left() - RESERVE_S))
-    if alone["rc"] != 0:
-        yield "sanitizer", failed | alone | {"why": "the kernels do not run without the tool"}
+
+    def outcome(kind: str, command: list[str], env: dict[str, str]) -> Row:
+        result = run_for(command, env, min(MOST_S, left() - RESERVE_S))
+        return {"op": "sanitizer", "implementation": kind, "right": result["rc"] == 0, **result}
+
+    if left() <= RESERVE_S:
+        yield {"left_out": "no time left"}
         return
+    # A first run without the tool fills Triton's cache; the tool would slow the compiler down.
+    alone = outcome("the kernels without the tool", command, env)
+    yield alone
     env = env | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    for kind, options in KINDS.items():
-        seconds = min(MOST_S, left() - RESERVE_S)
-        if seconds <= 0:
-            yield kind, failed | {"why": "no time left"}
+    for kind, options in KINDS.items() if alone["right"] else ():
+        if left() <= RESERVE_S:
+            yield {"left_out": f"no time left for {kind}"}
             continue
         check = [tool, "--tool", kind, "--error-exitcode", "9", *options, *command]
-        outcome = run_for(check, env, seconds)
-        yield kind, {"right": outcome["rc"] == 0, "ran": True, **outcome}
+        yield outcome(kind, check, env)
 
 
 def find() -> str | None:

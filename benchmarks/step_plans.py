@@ -1,7 +1,4 @@
-"""Estimate operations and memory of whole steps.
-
-Memory comes from the trainer's plan, or from an extrapolation of two short steps. T tokens.
-"""
+"""Estimate operations and memory of whole steps, by the trainer's counts. T tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from fastadapt.training.config import from_dict
 from fastadapt.training.planning.flops import Setup, count
 from fastadapt.training.planning.memory import step_memory
 
-__all__ = ["extrapolate", "necessary_flops", "planned_bytes"]
+__all__ = ["necessary_flops", "planned_bytes"]
 
 
 @cache
@@ -42,9 +39,3 @@ def planned_bytes(sizes: Sizes, T: int, policy: str, device: str) -> int:
         }
     )
     return step_memory(config, model_config(sizes), T, device).peak_bytes
-
-
-def extrapolate(peaks: dict[int, int], T: int) -> int:
-    """Return the bytes at T tokens by linear extrapolation from two numbers of tokens."""
-    (few, low), (many, high) = sorted(peaks.items())
-    return round(low + (high - low) / (many - few) * (T - few))

@@ -125,15 +125,15 @@ def case(
         run = differentiated(compiled(function, backend, False))
         return {f"{function.__name__} compiled": Step(run, "reference", note)}
 
-    steps = {"reference": Step(planned("reference"), "reference"), **fast(reference, backend or "")}
-    steps["plain"] = Step(differentiated(plain), "reference", NO_STATISTICS)
-    steps |= fast(plain, NO_STATISTICS)
-    steps["encoder GEMM"] = Step(encoder_gemm, "floor", cost=Cost(2.0 * T * d * F, 0))
+    steps = {"encoder GEMM": Step(encoder_gemm, "floor", cost=Cost(2.0 * T * d * F, 0))}
     for name in implementations(device):
         steps[name] = Step(planned(name))
         if name != "sparse":
             for path in ("dense", "sparse"):
                 steps[f"{name}, {path}"] = Step(planned(name, f"{path} plan"))
+    steps["reference"] = Step(planned("reference"), "reference")
+    steps["plain"] = Step(differentiated(plain), "reference", NO_STATISTICS)
+    steps |= fast(reference, backend or "") | fast(plain, NO_STATISTICS)
     return Case(
         "transcoder",
         {"T": T, "d": d, "F": F, "L0": l0},

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from fastadapt.kernels.device import runs_triton
+from fastadapt.kernels.frozen import ACTIVATIONS as GATES
+from fastadapt.kernels.frozen import gated, rms_norm, rope
 from fastadapt.kernels.linear_kl import linear_kl
 from fastadapt.kernels.nmse import nmse
 from fastadapt.kernels.testing import error_budget
@@ -24,12 +26,20 @@ from fastadapt.kernels.transcoder import CodeLayout, transcoder
 Tensors = dict[str, Tensor]
 Run = Callable[..., Tensors]
 
-#: Rows of the transcoder's x, width, features.
-S, D, F = 2, 32, 64
-#: Tokens of a row by device. On a GPU, the number selects the kernels of training instead of those
-#: for few tokens, and the sum over tokens of a feature that is always active has several parts.
-TOKENS = {"cuda": 300}
-FEW_TOKENS = 13  # on other devices, since Triton's interpreter is slow
+
+class Sizes(NamedTuple):
+    """Sizes of the transcoder's inputs: rows of x, tokens of a row, width, features."""
+
+    rows: int
+    tokens: int
+    width: int
+    features: int
+
+
+#: Sizes by device. On a GPU, the tokens select the kernels of training instead of those for few
+#: tokens, and the sum over tokens of a feature that is always active has several parts.
+SIZES = {"cuda": Sizes(2, 300, 32, 64)}
+FEW = Sizes(2, 13, 32, 64)  # on other devices, since Triton's interpreter is slow
 #: Arguments of the activations.
 ACTIVATIONS: dict[str, dict[str, Any]] = {
     "relu": {},
@@ -37,6 +47,8 @@ ACTIVATIONS: dict[str, dict[str, Any]] = {
     "batch_topk": {"k": 2.5},
     "jumprelu": {"bandwidth": 0.5},
 }
+#: Inputs without a gradient.
+CONSTANTS = ("teacher", "target", "weight", "cos", "sin")
 PLANS = {"codes": CodeLayout(dense=False), "dense": CodeLayout(dense=True)}
 
 
@@ -76,10 +88,21 @@ def run_checks(device: torch.device) -> list[Check]:
     """Return a check of every op, implementation, case and dtype that runs on `device`."""
     return [
         _check(case, implementation, dtype, device)
-        for case in _cases(device.type)
+        for case in _cases(device.type, SIZES.get(device.type, FEW))
         for implementation in case.implementations
         for dtype in dtypes(implementation, device.type)
     ]
+
+
+def checks_of(device: torch.device, sizes: Sizes, dtype: torch.dtype) -> Iterator[Check]:
+    """Yield the checks of every op, implementation and case in one dtype, at other sizes.
+
+    The transcoder's encoder is exact in every dtype up to a width of about 72.
+    """
+    for case in _cases(device.type, sizes):
+        for implementation in case.implementations:
+            if dtype in dtypes(implementation, device.type):
+                yield _check(case, implementation, dtype, device)
 
 
 def dtypes(implementation: str, device_type: str) -> tuple[torch.dtype, ...]:
@@ -96,7 +119,7 @@ def notes(device: torch.device) -> list[str]:
     """Return notes on checks that `device` cannot run, with the reason."""
     if not runs_triton(device.type):
         return [
-            "The Triton kernels (transcoder, linear_kl and nmse: triton) cannot run "
+            "The Triton kernels (triton, of every op) cannot run "
             f"here and were not checked: they need a GPU, and the device is {device.type}."
         ]
     if device.type != "cuda":
@@ -107,14 +130,14 @@ def notes(device: torch.device) -> list[str]:
     return []
 
 
-def _cases(device_type: str) -> Iterator[Case]:
+def _cases(device_type: str, sizes: Sizes) -> Iterator[Case]:
     generator = torch.Generator().manual_seed(0)
     random = partial(torch.randn, generator=generator, dtype=torch.float64)
     triton = runs_triton(device_type)
     # x and W_enc are small multiples of 1 and 1/4, b_enc is a multiple of 1/4 plus 1/8. z is thus
     # exact in bfloat16, never 0, and never at the edge of JumpReLU's window. With this b_enc, few
     # features are active, except one that is active on every token.
-    T = TOKENS.get(device_type, FEW_TOKENS)
+    S, T, D, F = sizes
     grid = partial(torch.randint, generator=generator, dtype=torch.float64)
     adapter = {
         "x": grid(-2, 3, (S, T, D)),
@@ -140,6 +163,19 @@ def _cases(device_type: str) -> Iterator[Case]:
     yield Case("linear_kl", "", _linear_kl, heads, ("reference", "chunked", *on_gpu))
     streams = {"x": random(2, 9, 32), "target": random(2, 9, 32)}
     yield Case("nmse", "", _nmse, streams, ("reference", "chunked", *on_gpu))
+    # Operations of frozen blocks, with heads of q and k as attention has them.
+    rows = {"x": random(2, 9, 40), "weight": 1 + random(40) / 4}
+    for name, options in {"Llama": {}, "Gemma": {"offset": 1.0, "rounds_first": False}}.items():
+        norm = partial(_rms_norm, **options)
+        yield Case("rms_norm", name, norm, rows, ("reference", *on_gpu))
+    products = {"gate": random(2, 9, 40), "up": random(2, 9, 40)}
+    for gate in GATES:
+        run = partial(_gated, activation=gate)
+        yield Case("gated", gate, run, products, ("reference", *on_gpu))
+    angle = random(1, 9, 12)
+    heads = {"q": random(2, 4, 9, 16), "k": random(2, 2, 9, 16)}
+    heads |= {"cos": angle.cos(), "sin": angle.sin()}
+    yield Case("rope", "", _rope, heads, ("reference", *on_gpu))
 
 
 def _transcoder(
@@ -171,6 +207,19 @@ def _nmse(implementation: str, x: Tensor, target: Tensor) -> Tensors:
     return {"nmse": nmse(x, target, implementation=implementation).nmse}
 
 
+def _rms_norm(implementation: str, x: Tensor, weight: Tensor, **options: Any) -> Tensors:
+    return {"out": rms_norm(x, weight.detach(), 1e-6, **options, implementation=implementation)}
+
+
+def _gated(implementation: str, gate: Tensor, up: Tensor, activation: str) -> Tensors:
+    return {"out": gated(gate, up, activation, implementation=implementation)}
+
+
+def _rope(implementation: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Tensors:
+    rotated = rope(q, k, cos, sin, implementation=implementation)
+    return dict(zip(("q rotated", "k rotated"), rotated, strict=True))
+
+
 def _check(case: Case, implementation: str, dtype: torch.dtype, device: torch.device) -> Check:
     name = str(dtype).removeprefix("torch.")
     about = (case.op, implementation, case.name, name, str(device))
@@ -199,7 +248,7 @@ def _forward_backward(run: Run, implementation: str, inputs: Tensors) -> Tensors
         torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
         for value in outputs.values()
     ]
-    wanted = [name for name in leaves if name not in ("teacher", "target")]
+    wanted = [name for name in leaves if name not in CONSTANTS]
     gradients = torch.autograd.grad(
         list(outputs.values()), [leaves[name] for name in wanted], cotangents
     )

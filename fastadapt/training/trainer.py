@@ -77,7 +77,7 @@ def train(
     with (
         joined(device, config.run.rank_timeout) as ranks,
         group_of_one(device, ranks) if config.pair.offload else nullcontext(),
-        _deterministic_algorithms() if config.run.deterministic else nullcontext(),
+        deterministic_algorithms() if config.run.deterministic else nullcontext(),
         stop_on_signals(stop) as (stopping, caught),
         _opened(config, ranks, resume=resume, overwrite=overwrite) as folder,
         open_sinks(config, folder) as more_sinks,
@@ -107,7 +107,7 @@ def train(
 
 
 @contextmanager
-def _deterministic_algorithms() -> Iterator[None]:
+def deterministic_algorithms() -> Iterator[None]:
     """Let torch use deterministic algorithms only; an operation without one raises."""
     # Read by cuBLAS with its first product. https://docs.pytorch.org/docs/stable/notes/randomness.html
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py runs all parts without a GPU, at tiny shapes with interpreted kernels."""
+"""The commands of benchmarks/gpu.py run without a GPU, at tiny shapes with interpreted kernels."""
 
 import json
 import math
@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,99 +14,138 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import sanitizer
+from benchmarks import every_kernel, gpu, kernel_tests, lengths, peers, timing
+from benchmarks.commands import Entry
+from benchmarks.parts import scale
+from benchmarks.profiling import by_category
+from benchmarks.report import main
+from fastadapt.models.recompute import POLICIES
 
 ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = str(ROOT / "benchmarks" / "gpu.py")
+#: Imports that fail on a machine with torch, Triton, transformers, numpy and pytest alone.
+WITHOUT = """
+import sys
+from importlib.machinery import PathFinder
+ABSENT = {"datasets", "jsonargparse", "hypothesis", "xdist", "pyarrow", "matplotlib", "jinja2"}
+class Few(PathFinder):
+    @classmethod
+    def find_spec(cls, name, *arguments):
+        return None if name.split(".")[0] in ABSENT else PathFinder.find_spec(name, *arguments)
+sys.meta_path[:] = [Few if finder is PathFinder else finder for finder in sys.meta_path]
+"""
 
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run the script from another folder and without this process's PYTHONPATH."""
-    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    """Run the script from another folder, with few packages, and without this PYTHONPATH."""
+    packages = cwd / "packages"
+    packages.mkdir(exist_ok=True)
+    (packages / "sitecustomize.py").write_text(WITHOUT)
     return subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--device", "cpu", *arguments],
+        [sys.executable, SCRIPT, *arguments, "--device", "cpu", "--commit", "abc"],
         cwd=cwd,
-        env=env | {"OMP_NUM_THREADS": "1"},
+        env=os.environ
+        | {"PYTHONPATH": str(packages), "OMP_NUM_THREADS": "1"}
+        | {"PYTEST_ADDOPTS": "-p no:hypothesispytest"},
         capture_output=True,
         text=True,
         check=False,
     )
 
 
-@pytest.fixture(scope="module")
-def completed(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[subprocess.CompletedProcess[str], Path]:
-    folder = tmp_path_factory.mktemp("results")
-    output = folder / "tiny.json"
-    return run("--quick", "--output", str(output), "--commit", "abc", cwd=folder), output
-
-
-@pytest.fixture(scope="module")
-def result(completed: tuple[subprocess.CompletedProcess[str], Path]) -> dict:
-    process, output = completed
-    assert process.returncode == 0, process.stdout + process.stderr
-    return json.loads(output.read_text())
-
-
-@pytest.mark.slow
-def test_every_part_is_checked_and_measured(result: dict[str, Any]) -> None:
-    assert result["right"] is True
-    assert result["finished"] is True
-    assert result["checks"]["tests"]["tests"] > 50
-    assert result["checks"]["repeats"]["rows"]
-    parts = ["transcoder", "linear_kl", "topk", "serving", "sweep", "block", "shapes", "lengths"]
-    assert list(result["parts"]) == parts
-    assert all(result["parts"].values())
-
-
-@pytest.mark.slow
-def test_every_row_of_ours_was_right_before_it_was_timed(result: dict[str, Any]) -> None:
-    rows = [r for name, part in result["parts"].items() for r in part if name != "lengths"]
-    ours = [r for r in rows if r["kind"] == "ours"]
-    assert {"sparse", "triton", "chunked"} <= {r["implementation"] for r in ours}
-    for row in ours:
-        assert row["right"] is True
-        assert row["median_s"] > 0
-        assert row["times_as_fast_as"]
-
-
-@pytest.mark.slow
-def test_linear_kl_of_this_library_runs_before_slow_steps(result: dict[str, Any]) -> None:
-    names = [row["implementation"] for row in result["parts"]["linear_kl"]]
-    order = {name: names.index(name) for name in ("GEMMs", "chunked", "triton", "reference")}
-    assert sorted(order.values()) == list(order.values())
-    ours = next(r for r in result["parts"]["linear_kl"] if r["implementation"] == "triton")
-    assert {"GEMMs", "reference"} <= set(ours["times_as_fast_as"])
-
-
-@pytest.mark.slow
-def test_the_environment_is_recorded(result: dict[str, Any]) -> None:
-    assert result["commit"] == "abc"
+def result_of(command: str, folder: Path) -> dict[str, Any]:
+    """Run a whole command; return the content of its file."""
+    output = folder / f"{command}.json"
+    process = run(command, "--quick", "--seconds", "1800", "--output", str(output), cwd=folder)
+    assert process.returncode == 0, process.stdout + process.stderr[-2000:]
+    result = json.loads(output.read_text())
+    assert (result["right"], result["finished"], result["failed"]) == (True, True, {})
+    assert (result["command"], result["commit"]) == (command, "abc")
+    assert result["quick"] is True
+    assert result["bounds"] == []  # of tiny shapes
     assert len(result["sources"]) == 64
     assert {"torch", "triton", "python"} <= set(result["versions"])
     assert result["hardware"]["cpu"]
     assert result["roofs"]["copy_bytes_per_s"] > 0
-    assert result["quick"] is True
+    return result
+
+
+def assert_timed(rows: list[dict[str, Any]], *names: str) -> None:
+    """Rows of this library were right before they were timed, and list their kernels."""
+    ours = [row for row in rows if row["kind"] == "ours"]
+    assert set(names) <= {row["implementation"] for row in ours}
+    for row in ours:
+        assert row["right"] is True
+        assert row["median_s"] > 0
+        assert row["times_as_fast_as"]
+        assert all(k["us"] >= 0 and k["calls"] > 0 and k["name"] for k in row["kernels"])
+        assert row["kernels"]
 
 
 @pytest.mark.slow
-def test_tiny_shapes_have_no_bounds(result: dict[str, Any]) -> None:
-    assert result["bounds"] == []
+def test_kernels_are_checked_then_this_library_is_timed_before_compiled_code(
+    tmp_path: Path,
+) -> None:
+    result = result_of("kernels", tmp_path)
+    assert list(result["parts"]) == ["every kernel", "transcoder", "block", "shapes"]
+    checks = result["parts"]["every kernel"]
+    assert {row["op"] for row in checks} >= {"transcoder", "linear_kl", "nmse", "serving"}
+    assert {row["implementation"] for row in checks} >= {"sparse", "triton", "chunked"}
+    names = [row["implementation"] for row in result["parts"]["transcoder"]]
+    assert names[:3] == ["encoder GEMM", "sparse", "triton"]
+    assert names[-2:] == ["reference compiled", "plain compiled"]
+    assert_timed(result["parts"]["transcoder"], "sparse", "triton")
+    assert_timed(result["parts"]["block"], "chunked")
+    assert set(result["left_out"]) <= {"peer eai-sparsify", "peer fla-core", "peer liger-kernel"}
 
 
 @pytest.mark.slow
-def test_a_single_part_runs_without_the_tests(tmp_path: Path) -> None:
-    output = tmp_path / "one.json"
-    completed = run("--quick", "--only", "block", "--output", str(output), cwd=tmp_path)
-    assert completed.returncode == 0, completed.stdout + completed.stderr
-    result = json.loads(output.read_text())
-    assert (list(result["checks"]), list(result["parts"])) == ([], ["block"])
+def test_steps_are_compared_timed_and_repeated(tmp_path: Path) -> None:
+    result = result_of("step", tmp_path)
+    parts = result["parts"]
+    assert list(parts) == ["agreement", "step", "repeated step", "random lengths"]
+    assert len(parts["agreement"]) == 3
+    names = [row["implementation"] for row in parts["step"]]
+    assert names == ["plain, checkpointed", *(f"ours, {policy}" for policy in POLICIES)]
+    for row in parts["step"]:
+        total = sum(category["us"] for category in row["categories"])
+        assert total == pytest.approx(row["device_s"] * 1e6)
+        assert {"wall_s", "peak_bytes", "reserved_bytes", "tokens_per_s"} <= set(row)
+    assert [row["right"] for row in parts["repeated step"]] == [True, True]
+    on, off = parts["random lengths"]
+    assert on["lengths"] == off["lengths"]
+    assert len(on["lengths"]) == len(on["first_s"]) == len(on["again_s"])
+    assert on["attention"]
+    assert main(["--results", str(tmp_path), "--no-plots"]) == 0
+    page = (tmp_path / "README.md").read_text()
+    assert "Checks: agreement: right (3); repeated step: right (2)." in page
+    for row in parts["step"]:
+        assert f"| 128 | {row['implementation']} | {row['median_s']:.4g} |" in page
+
+
+@pytest.mark.slow
+def test_checks_test_repeat_and_time_the_other_ops(tmp_path: Path) -> None:
+    result = result_of("checks", tmp_path)
+    parts = result["parts"]
+    assert list(parts) == [
+        *("tests", "repeats", "indices", "linear_kl", "topk", "serving", "sweep"),
+        *("lengths", "sanitizer"),
+    ]
+    assert parts["tests"][0]["tests"] > 50
+    assert parts["repeats"]
+    names = [row["implementation"] for row in parts["linear_kl"]]
+    order = [names.index(name) for name in ("GEMMs", "chunked", "triton", "reference")]
+    assert sorted(order) == order
+    assert names[-2:] == ["compiled chunks"] * 2
+    for part in ("linear_kl", "topk", "serving", "sweep"):
+        assert_timed(parts[part], "triton")
+    assert {"indices", "sanitizer"} <= set(result["left_out"])
 
 
 def test_a_kill_leaves_the_results(tmp_path: Path) -> None:
     """Killed after the first row, the file is valid JSON with this row, marked as not finished."""
     output = tmp_path / "killed.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--device", "cpu", "--quick"]
+    command = [sys.executable, SCRIPT, "kernels", "--device", "cpu", "--quick"]
     process = subprocess.Popen(
         [*command, "--only", "block", "--output", str(output)],
         cwd=tmp_path,
@@ -125,26 +164,57 @@ def test_a_kill_leaves_the_results(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".json"] == ["killed.json"]
 
 
-@pytest.mark.parametrize(
-    ("only", "left", "part_s", "n_rows"),
-    [(None, 100, -1, 1), (["x"], 100, -1, 5), (["x"], -1, 100, 1), (None, 100, 100, 5)],
-)
-def test_time_limits_of_parts_and_of_the_run(
-    only: list[str] | None, left: int, part_s: int, n_rows: int
-) -> None:
-    from benchmarks.gpu import Run
+def make_run(*entries: Entry, seconds: float, only: list[str] | None = None) -> Any:
+    """Return a run of these entries without measuring the machine."""
+    run: Any = object.__new__(gpu.Run)
+    run.options = SimpleNamespace(only=only, device="cpu", seconds=seconds)
+    run.deadline = run.end = time.monotonic() + seconds
+    run.lost, run.entries = False, entries
+    run.result = {"parts": {}, "seconds": {}, "left_out": {}, "failed": {}}
+    run.write = lambda: None
+    return run
 
-    state: Any = SimpleNamespace(
-        options=SimpleNamespace(only=only),
-        deadline=time.monotonic() + left,
-        result={"cut_short": []},
-        write=lambda: None,
+
+def rows_of(n: int, seconds: float, name: str = "x") -> Callable[[], Iterator[dict[str, Any]]]:
+    def rows() -> Iterator[dict[str, Any]]:
+        for i in range(n):
+            time.sleep(seconds)
+            yield {"op": name, "implementation": str(i)}
+
+    return rows
+
+
+def test_later_parts_get_their_share_of_the_time_after_an_overrun() -> None:
+    """The first part stops after the row in progress; unused time goes to later parts."""
+    first, second = Entry("first", rows_of(9, 0.55), 1), Entry("second", rows_of(99, 0.05), 2)
+    run = make_run(first, second, seconds=3)
+    start = time.monotonic()
+    run.work()
+    assert time.monotonic() - start < 3.5
+    assert len(run.result["parts"]["first"]) == 2
+    assert len(run.result["parts"]["second"]) >= 5
+    assert run.result["left_out"]["first"] == "stopped at its time limit after 2 rows"
+    assert run.result["seconds"]["first"] == pytest.approx(1.1, abs=0.15)
+    assert run.is_right
+
+
+def test_a_row_that_does_not_end_is_interrupted() -> None:
+    run = make_run(
+        Entry("first", rows_of(1, 60), 1), Entry("second", rows_of(3, 0.01), 1), seconds=2
     )
-    results: list[dict[str, Any]] = []
-    rows = ({"op": "x", "implementation": str(i)} for i in range(5))
-    Run.collect(state, "x", rows, results, part_s)
-    assert len(results) == n_rows
-    assert state.result["cut_short"] == ([] if n_rows == 5 else ["x"])
+    start = time.monotonic()
+    run.work()
+    assert time.monotonic() - start < 2
+    assert run.result["left_out"] == {"first": "the row after 0 rows did not end in time"}
+    assert len(run.result["parts"]["second"]) == 3
+
+
+def test_a_part_without_time_is_left_out_and_wrong_if_named() -> None:
+    for only in (None, ["first"]):
+        run = make_run(Entry("first", rows_of(1, 0), 1), seconds=-1, only=only)
+        run.work()
+        assert run.result["left_out"] == {"first": "no time left"}
+        assert run.is_right is (only is None)
 
 
 def test_two_runs_of_a_day_have_two_files() -> None:
@@ -166,20 +236,18 @@ def test_a_failed_check_marks_the_run_and_measuring_continues(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Exit code and file mark the run as wrong; the measurements are recorded."""
-    from benchmarks import exactness, gpu, kernel_tests, lengths, parts
-
+    wrong = {"op": "tests", "implementation": "kernels", "claim": "", "right": False, "why": "late"}
     monkeypatch.setattr(sys, "path", list(sys.path))  # the script changes it
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(kernel_tests, "run_tests", lambda *_, **__: {"right": False, "why": "late"})
-    monkeypatch.setattr(parts, "PARTS", {"block": parts.PARTS["block"]})
-    for module, name in ((exactness, "repeats"), (lengths, "rows")):
-        monkeypatch.setattr(module, name, lambda *_, **__: iter(()))
+    monkeypatch.setattr(kernel_tests, "rows", lambda **_: iter([wrong]))
     output = tmp_path / "wrong.json"
-    assert gpu.main(["--device", "cpu", "--quick", "--output", str(output)]) == 1
+    only = ["--only", "tests", "--only", "topk"]
+    options = ["checks", "--device", "cpu", "--quick", *only, "--output", str(output)]
+    assert gpu.main(options) == 1
     result = json.loads(output.read_text())
-    assert result["checks"]["tests"] == {"right": False, "why": "late"}
+    assert result["parts"]["tests"] == [wrong]
     assert result["right"] is False
-    assert result["parts"]["block"]
+    assert result["parts"]["topk"]
 
 
 def rows_until(error: Exception | None) -> Iterator[dict[str, str]]:
@@ -195,67 +263,67 @@ def rows_until(error: Exception | None) -> Iterator[dict[str, str]]:
 def test_a_failed_part_is_recorded_and_a_failed_device_is_not_used_again(
     error: Exception | None, tried: int
 ) -> None:
-    from benchmarks.gpu import Run
-
-    run: Any = object.__new__(Run)
-    run.lost, run.deadline = False, time.monotonic() + 100
-    run.options = SimpleNamespace(only=None, device="cpu")
-    run.result = {"cut_short": [], "failed": {}, "seconds": {}, "checks": {}, "parts": {}}
-    run.write = lambda: None
-    first: list[dict[str, Any]] = []
-    second: list[dict[str, Any]] = []
-    assert run.attempt("a", lambda: rows_until(error), first, 100) is (error is None)
-    assert len(first) == 1
-    run.attempt("b", lambda: rows_until(None), second, 100)
-    assert len(second) == tried
+    entries = Entry("a", lambda: rows_until(error), 1), Entry("b", lambda: rows_until(None), 1)
+    run = make_run(*entries, seconds=100)
+    run.work()
+    assert len(run.result["parts"]["a"]) == 1
+    assert len(run.result["parts"].get("b", [])) == tried
     assert run.is_right is (error is None)
     assert list(run.result["failed"]) == (["a"] if error else []) + (["b"] if not tried else [])
 
 
 def test_an_error_of_the_device_ends_the_part(monkeypatch: pytest.MonkeyPatch) -> None:
     """The row records the error first; the next synchronisation raises the error again."""
-    from benchmarks import timing
-    from benchmarks.gpu import Run
 
     def dead(device: str) -> None:
         raise torch.AcceleratorError("illegal access")
 
     monkeypatch.setattr(timing, "synchronize", dead)
-    state: Any = SimpleNamespace(
-        options=SimpleNamespace(only=None, device="cuda"),
-        deadline=time.monotonic() + 100,
-        write=lambda: None,
-    )
-    results: list[dict[str, Any]] = []
-    rows = ({"op": "x", "implementation": str(i), "error": "Triton"} for i in range(3))
-    with pytest.raises(torch.AcceleratorError):
-        Run.collect(state, "x", rows, results, 100)
-    assert len(results) == 1
+    row = {"op": "x", "implementation": "", "error": "Triton"}
+    run = make_run(Entry("a", lambda: iter([row] * 3), 1), seconds=100)
+    run.work()
+    assert run.result["parts"]["a"] == [row]
+    assert run.lost is True
 
 
 def test_missing_peers_start_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks import lengths, peers
-    from benchmarks.parts import scale
-
     monkeypatch.setattr(peers, "missing", lambda: {"fla-core": "", "liger-kernel": ""})
     names = lengths.names(scale("cuda", quick=True))
     assert set(names) & set(lengths.PEERS) == {"eai-sparsify"}
 
 
 def test_an_unknown_part_is_refused_at_the_start(tmp_path: Path) -> None:
-    completed = run("--quick", "--sanitizer", "--only", "nothing", cwd=tmp_path)
+    completed = run("kernels", "--quick", "--only", "nothing", cwd=tmp_path)
     assert completed.returncode == 1
-    assert "no part nothing; expected one of transcoder, " in completed.stderr
+    assert "no part nothing; expected one of every kernel, transcoder, " in completed.stderr
     assert completed.stdout == ""
 
 
-@pytest.mark.slow
-def test_a_missing_sanitizer_is_a_failed_check(tmp_path: Path) -> None:
-    if sanitizer.find():
-        pytest.skip("compute-sanitizer is installed")
-    output = tmp_path / "sanitizer.json"
-    completed = run("--quick", "--only", "sanitizer", "--output", str(output), cwd=tmp_path)
-    assert completed.returncode == 1, completed.stdout + completed.stderr
-    result = json.loads(output.read_text())
-    assert result["checks"]["sanitizer"]["ran"] is False
-    assert (result["right"], result["parts"]) == (False, {})
+def test_a_kernel_that_no_case_launches_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are found in the modules of the ops."""
+    monkeypatch.setattr(every_kernel, "ODD", (every_kernel.TINY,))
+    monkeypatch.setattr(every_kernel, "checks_of", lambda *_: iter(()))
+    monkeypatch.setattr(every_kernel, "runs_triton", lambda _: True)
+    monkeypatch.setattr(every_kernel, "implementations", lambda _: [])
+    *_, last = every_kernel.rows("cpu")
+    assert last["right"] is False
+    assert last["wrong"].startswith("not launched: ")
+    assert {"mark", "sum_by_feature", "student_kernel"} <= set(every_kernel.kernels())
+    assert "mark" in last["wrong"].split(": ")[1].split(", ")
+
+
+def test_kernels_have_one_category_and_this_librarys_their_own() -> None:
+    names = {
+        "cudnn_generated_fort_native_sdpa_sm90_flash_bprop": "attention",
+        "nvjet_tst_128x256_64x4_2x1_v_bz_TNT": "matrix products",
+        "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add>": (
+            "elementwise work and reductions"
+        ),
+        "void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>": "optimizer",
+        "Memcpy DtoD (Device -> Device)": "copies",
+        "sum_by_token": "this library's kernels",
+        "something": "other",
+    }
+    kernels = [{"name": name, "calls": 2, "us": 3.0} for name in names]
+    categories = by_category(kernels, ["sum_by_token"])
+    assert {c["category"]: c["us"] for c in categories} == dict.fromkeys(names.values(), 3.0)

@@ -17,9 +17,10 @@ from fastadapt.models.replacement import ReplacementModel
 from fastadapt.objective import ObjectiveConfig, objective
 
 
+@pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.parametrize("cutoff", [0, 1, 3])
 def test_the_plain_step_equals_the_objective(
-    cutoff: int, make_pair: Callable[..., ModelPair]
+    cutoff: int, checkpoint: bool, make_pair: Callable[..., ModelPair]
 ) -> None:
     pair = make_pair("qwen2", dtype="float64")
     plain_pair = copy.deepcopy(pair)
@@ -28,7 +29,7 @@ def test_the_plain_step_equals_the_objective(
     with torch.no_grad():
         for adapter in model.adapters:
             adapter.W_dec.normal_(std=0.1)
-    plain = NaiveStep(plain_pair, list(model.adapters))
+    plain = NaiveStep(plain_pair, list(model.adapters), checkpoint=checkpoint)
     ids = torch.randint(3, 40, (1, 9))
     config = ObjectiveConfig(sparsity=0.03, nmse=0.7, bridge=1.3)
     ours = objective(model, Batch(ids, None, ids), cutoff, config)

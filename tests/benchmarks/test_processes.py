@@ -106,12 +106,13 @@ def test_each_tool_runs_after_the_kernels_within_its_time(
     tool: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commands = Commands(monkeypatch, 0, 0, 9)
-    seconds = iter([450.0, 300.0, 110.0])
-    checks = dict(sanitizer.sanitize("cuda", {}, lambda: next(seconds)))
-    assert checks == {
-        "memcheck": {"right": True, "ran": True, "rc": 0},
-        "racecheck": {"right": False, "ran": True, "rc": 9},
-    }
+    seconds = iter([450.0, 450.0, 300.0, 300.0, 110.0, 110.0])
+    rows = list(sanitizer.rows("cuda", {}, lambda: next(seconds)))
+    assert [(row["implementation"], row["right"]) for row in rows] == [
+        ("the kernels without the tool", True),
+        ("memcheck", True),
+        ("racecheck", False),
+    ]
     alone, memcheck, racecheck = (command for command, _ in commands.commands)
     assert alone[0] == sys.executable
     assert memcheck[:7] == [
@@ -119,17 +120,22 @@ def test_each_tool_runs_after_the_kernels_within_its_time(
         *("--report-api-errors", "no"),
     ]
     assert racecheck[:6] == [str(tool), "--tool", "racecheck", "--error-exitcode", "9", alone[0]]
-    assert [seconds for _, seconds in commands.commands] == [240.0, 240.0, 90.0]
+    assert [seconds for _, seconds in commands.commands] == [240.0, 240.0, 105.0]
 
 
-def test_a_check_that_did_not_run_is_a_failure(tool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_that_did_not_run_is_left_out_with_the_reason(
+    tool: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Commands(monkeypatch, 0, 0)
-    seconds = iter([450.0, 200.0, 20.0])
-    checks = dict(sanitizer.sanitize("cuda", {}, lambda: next(seconds)))
-    assert checks["racecheck"] == {"right": False, "ran": False, "why": "no time left"}
+    seconds = iter([450.0, 450.0, 200.0, 200.0, 3.0])
+    *_, last = sanitizer.rows("cuda", {}, lambda: next(seconds))
+    assert last == {"left_out": "no time left for racecheck"}
     Commands(monkeypatch, 1)
-    checks = dict(sanitizer.sanitize("cuda", {}, lambda: 450.0))
-    assert (checks["sanitizer"]["right"], checks["sanitizer"]["ran"]) == (False, False)
+    (row,) = sanitizer.rows("cuda", {}, lambda: 450.0)
+    assert (row["implementation"], row["right"]) == ("the kernels without the tool", False)
+    assert list(sanitizer.rows("cuda", {}, float)) == [{"left_out": "no time left"}]
     tool.unlink()
     (tool.parents[2] / "cuda-12.4" / "bin" / sanitizer.TOOL).unlink()
-    assert "neither on the PATH" in dict(sanitizer.sanitize("cuda", {}, float))["sanitizer"]["why"]
+    (row,) = sanitizer.rows("cuda", {}, float)
+    assert "neither on the PATH" in row["left_out"]
+    assert list(sanitizer.rows("cpu", {}, float)) == [{"left_out": f"{sanitizer.TOOL} needs a GPU"}]

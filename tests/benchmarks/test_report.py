@@ -1,8 +1,6 @@
 """Bounds, tables and plots of a synthetic result."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +127,12 @@ def results(tmp_path: Path) -> Path:
     failed = {**row("triton", 1, L0=100), "right": False, "wrong": "out: too far\nand more"}
     del failed["median_s"]
     lengths: dict[str, Any] = {"first_s": [2.0, 0.1], "again_s": [0.1, 0.1]}
-    lengths |= {"implementation": "triton", "kernels_compiled": 7, "graphs_compiled": 0}
+    lengths |= {
+        "implementation": "triton",
+        "kind": "ours",
+        "kernels_compiled": 7,
+        "graphs_compiled": 0,
+    }
     result = {
         "date": "2026-01-02T03:04:05+00:00",
         "commit": "0123456789abcdef",
@@ -141,12 +144,15 @@ def results(tmp_path: Path) -> Path:
         "quick": False,
         "right": False,
         "finished": True,
-        "checks": {"tests": {"right": True, "tests": 12, "left_out": ["test_x.py"]}},
-        "parts": {"transcoder": [*rows, failed], "lengths": [lengths]},
+        "command": "kernels",
+        "parts": {
+            "tests": [{"op": "tests", "right": True, "tests": 12, "left_out_files": ["test_x.py"]}],
+            "transcoder": [*rows, failed],
+            "lengths": [lengths],
+        },
         "bounds": bounds({"transcoder": rows}, "H200"),
-        "cut_short": ["sweep"],
+        "left_out": {"sweep": "no time left", "peer fla-core": "not installed"},
         "failed": {"block": "ValueError: no such shape"},
-        "peers_missing": {"fla-core": "not installed"},
     }
     (tmp_path / "a-gpu.json").write_text(json.dumps(result))
     return tmp_path
@@ -155,7 +161,7 @@ def results(tmp_path: Path) -> Path:
 def test_the_page_shows_machine_bounds_and_every_row(results: Path) -> None:
     assert report.main(["--results", str(results), "--no-plots"]) == 0
     page = (results / "README.md").read_text()
-    assert "## A GPU" in page
+    assert "## A GPU: kernels" in page
     assert "commit 0123456789ab, sources ffffffffffff; torch 2.13.0." in page
     assert "copy 4 TB/s, products in bfloat16 750 TFLOP/s" in page
     assert "Checks: tests: right (12), without test_x.py." in page
@@ -163,8 +169,8 @@ def test_the_page_shows_machine_bounds_and_every_row(results: Path) -> None:
     assert "| T=7500 d=3584 F=8192 L0=1 | triton | 3000 | 30 | 3 | 50% | 3.33 |" in page
     assert "L0=100 | triton (not exact) | out: too far |" in page
     assert "| triton | 2.1 | 0.2 | 7 | 0 |" in page
-    assert "Parts that reached their time limit: sweep." in page
-    assert "fla-core: not installed." in page
+    assert "Left out: sweep: no time left." in page
+    assert "Left out: peer fla-core: not installed." in page
     assert "**A check failed in this run; the figures are not valid.**" in page
     assert "did not finish" not in page
     assert "block: ValueError: no such shape." in page
@@ -180,24 +186,15 @@ def test_an_unfinished_run_is_marked(results: Path) -> None:
     assert "A check failed" not in page
 
 
-@pytest.mark.slow
-def test_whole_steps_have_a_separate_table(results: Path) -> None:
-    """Rows of whole steps, as written by gpu.py, have no roofs."""
-    output = results / "a-gpu.json"
-    script = Path(report.__file__).with_name("gpu.py")
-    arguments = ["--device", "cpu", "--quick", "--only", "step", "--output", str(output)]
-    command = [sys.executable, str(script), *arguments]
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert process.returncode == 0, process.stdout + process.stderr
-    rows = json.loads(output.read_text())["parts"]["step"]
-    names = [row["implementation"] for row in rows]
-    assert names == ["plain", "ours, none", "ours, mlp", "ours, attention", "ours, full"]
-    assert all(row["right"] and row["kernels"] for row in rows)
+def test_times_of_kernels_have_a_table(results: Path) -> None:
+    path = results / "a-gpu.json"
+    result = json.loads(path.read_text())
+    kernel = {"name": "sum_by_token", "calls": 2, "us": 101.25}
+    result["parts"]["transcoder"][3]["kernels"] = [kernel]
+    path.write_text(json.dumps(result))
     assert report.main(["--results", str(results), "--no-plots"]) == 0
     page = (results / "README.md").read_text()
-    assert "| T | implementation | s | spread, s | tokens/s | GB |" in page
-    for row in rows:
-        assert f"| 128 | {row['implementation']} | {row['median_s']:.4g} |" in page
+    assert "| T=7500 d=3584 F=8192 L0=1 | triton | sum_by_token | 2 | 101.2 |" in page
 
 
 def test_a_step_without_time_shows_the_reason(results: Path) -> None:
@@ -227,4 +224,4 @@ def test_an_empty_folder_gives_a_message(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert report.main(["--results", str(tmp_path)]) == 1
-    assert "run python benchmarks/gpu.py first" in capsys.readouterr().out
+    assert "run python benchmarks/gpu.py kernels first" in capsys.readouterr().out

@@ -12,7 +12,7 @@ import torch
 from benchmarks import step_check, whole_step
 from benchmarks.roofs import Roofs
 from benchmarks.step_models import SMALL
-from benchmarks.step_plans import extrapolate, necessary_flops, planned_bytes
+from benchmarks.step_plans import necessary_flops, planned_bytes
 from benchmarks.whole_step import rows, verdict
 from fastadapt.kernels.transcoder import CodeLayout
 from fastadapt.models.recompute import POLICIES
@@ -95,13 +95,13 @@ def test_a_timed_step_is_right_only_if_its_reports_are(
 def test_steps_planned_above_memory_are_skipped_with_a_reason(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(whole_step, "check", lambda _: {"right": True})
+    monkeypatch.setattr(whole_step, "check", lambda _: iter(()))
     roofs = Roofs(1e9, 1e9, "float32")
     planned = [planned_bytes(SMALL, 128, policy, "cpu") for policy in POLICIES]
     results = list(rows(SMALL, "cpu", roofs, usable_bytes=sorted(planned)[-2]))
     timed = {row["implementation"]: "median_s" in row for row in results}
     assert timed == {
-        "plain": True,
+        "plain, checkpointed": True,
         "ours, none": False,
         "ours, mlp": True,
         "ours, attention": True,
@@ -109,7 +109,7 @@ def test_steps_planned_above_memory_are_skipped_with_a_reason(
     }
     (skipped,) = [row["skipped"] for row in results if "median_s" not in row]
     assert skipped.startswith("planned at 0 GB, above")
-    assert all(row["right"] for row in results)
+    assert all(row["right"] for row in results if "median_s" in row)
     assert {row["wall_s"] > 0 for row in results if "median_s" in row} == {True}
 
 
@@ -125,21 +125,17 @@ def test_a_failed_policy_is_recorded_and_the_next_is_timed(monkeypatch: pytest.M
         whole = real(model, optimizer, sizes, T, policy, device)
         return step if policy == "attention" else whole
 
-    monkeypatch.setattr(whole_step, "check", lambda _: {"right": True})
+    monkeypatch.setattr(whole_step, "check", lambda _: iter(()))
     monkeypatch.setattr(whole_step, "our_step", broken)
     results = list(rows(SMALL, "cpu", Roofs(1e9, 1e9, "float32")))
     assert {row["implementation"]: row["right"] for row in results} == {
-        "plain": True,
+        "plain, checkpointed": True,
         "ours, none": True,
         "ours, mlp": True,
         "ours, attention": False,
         "ours, full": True,
     }
     assert results[3]["error"] == "RuntimeError: a kernel does not compile"
-
-
-def test_memory_of_the_plain_step_is_extrapolated_from_two_short_steps() -> None:
-    assert extrapolate({750: 65_500_000_000, 1500: 91_000_000_000}, 2500) == 125_000_000_000
 
 
 def test_operations_are_counted_once() -> None:

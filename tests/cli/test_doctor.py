@@ -34,10 +34,12 @@ def test_all_checks_of_this_machine_pass(fastadapt: Callable[..., Any]) -> None:
     checked = {(c["op"], c["implementation"], c["dtype"]) for c in diagnosis["checks"]}
     expected = {("transcoder", "reference"), ("linear_kl", "reference"), ("linear_kl", "chunked")}
     expected |= {("nmse", "reference"), ("nmse", "chunked")}
+    frozen = ("rms_norm", "gated", "rope")
+    expected |= {(op, "reference") for op in frozen}
     dtypes = ["float32", "bfloat16"]
     if torch.cuda.is_available():
         dtypes.append("float16")
-        expected |= {(op, "triton") for op in ("transcoder", "linear_kl", "nmse")}
+        expected |= {(op, "triton") for op in ("transcoder", "linear_kl", "nmse", *frozen)}
     else:
         expected.add(("transcoder", "sparse"))
     assert checked == {(*e, d) for e in expected for d in dtypes}
@@ -74,7 +76,9 @@ def test_triton_kernels_are_checked_where_they_are_interpreted(
         if c["implementation"].startswith("triton")
     }
     expected = {("transcoder", "triton", f"jumprelu, {c}") for c in ("codes", "dense")}
-    expected |= {("linear_kl", "triton", ""), ("nmse", "triton", "")}
+    expected |= {(op, "triton", "") for op in ("linear_kl", "nmse", "rope")}
+    expected |= {("rms_norm", "triton", name) for name in ("Llama", "Gemma")}
+    expected |= {("gated", "triton", name) for name in ("silu", "gelu_tanh")}
     assert chosen == expected
     assert dtypes("triton", "cpu") == (torch.float32, torch.float16)  # no bfloat16
     assert "interpreted on the CPU" in diagnosis["notes"][0]

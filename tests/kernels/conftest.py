@@ -13,7 +13,6 @@ from typing import Any
 import executed
 import pytest
 import torch
-from transcoder_cases import TRITON_DEVICE
 
 RECORD = executed.start() if executed.STAGE else None
 HERE = Path(__file__).parent
@@ -31,7 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def device() -> str:
     """Device of Triton kernels: "cuda", or "cpu" without a GPU."""
-    return TRITON_DEVICE
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
+from random_cases import cases
 from torch import Tensor
-from transcoder_cases import DTYPES, PLANS, Case, cases, draw_inputs, run
+from transcoder_cases import DTYPES, PLANS, Case, draw_inputs, run
 
 from fastadapt.kernels.testing import assert_close
 from fastadapt.kernels.transcoder import ACTIVATIONS, CodeLayout, transcoder

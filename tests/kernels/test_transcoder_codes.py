@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given
+from random_cases import cases
 from torch import Tensor
 from transcoder_cases import (
     DTYPES,
@@ -15,7 +16,6 @@ from transcoder_cases import (
     SLOW_INTERPRETED,
     TRITON_DEVICE,
     Case,
-    cases,
     draw_inputs,
 )
 

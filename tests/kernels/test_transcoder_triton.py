@@ -13,6 +13,7 @@ import executed
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
+from random_cases import cases
 from torch import Tensor
 from transcoder_cases import (
     SLOW_INTERPRETED,
@@ -20,7 +21,6 @@ from transcoder_cases import (
     TRITON_DTYPES,
     TRITON_SIZES,
     Case,
-    cases,
     draw_inputs,
     run,
 )
