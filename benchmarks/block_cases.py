@@ -1,6 +1,6 @@
 """Cases of elementwise work: nmse, and a frozen block's RMSNorm and SwiGLU.
 
-Weights are frozen and get no gradient; another project's RMSNorm computes the gradient anyway.
+Weights are frozen and get no gradient.
 """
 
 from __future__ import annotations
