@@ -100,6 +100,7 @@ def test_depth_and_cutoff_are_linear(policy: str) -> None:
     assert flops_per_step(setup, 4, 10.0) == pytest.approx(sum(cutoffs) / 5, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_policies_of_layers_are_summed() -> None:
     setup = dataclasses.replace(paper(), tokens=300)
     policies = ("none", "mlp", "full", "attention")
