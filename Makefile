@@ -25,7 +25,8 @@ COVERAGE := --cov --cov-report=term:skip-covered
 # Tests that together launch every kernel, as few as possible.
 EVERY_KERNEL := test_every_activation_and_variant or test_features_of_many_pieces or test_products_of_tiles \
 	or test_statistics_of_rows or test_gradient_of_logits_in_half_the_size or test_frozen_layouts \
-	or test_triton_sums_rows_and_sequences_of_many_blocks
+	or test_triton_sums_rows_and_sequences_of_many_blocks \
+	or test_every_activation_keeps_the_budget
 
 # What `make reproduce` compares, in the order of its tables.
 REPRODUCED := norms sparsity-2.3e-1 sparsity-1e-1 sparsity-3.7e-2 sparsity-1.2e-2 sparsity-4.3e-3 \

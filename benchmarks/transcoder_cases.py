@@ -26,7 +26,7 @@ from benchmarks.transcoder_steps import (
 )
 from fastadapt.kernels.device import runs_triton
 from fastadapt.kernels.flops import register_flop_formulas
-from fastadapt.kernels.transcoder import CodeLayout, plan_for, transcoder
+from fastadapt.kernels.transcoder import CodeLayout, plan_for, transcode
 
 __all__ = ["case", "implementations", "plan_of", "serving_case", "topk_case"]
 
@@ -204,10 +204,8 @@ def serving_case(T: int, d: int, F: int, l0: float, dtype: torch.dtype, device: 
         if encoder_only:
             leaves |= {name: inputs[f"narrow {name}"] for name in ("W_dec", "b_dec")}
             del leaves["residual"]
-        plan = None if implementation in ("reference", "sparse") else inputs["plan"]
         with torch.no_grad():
-            output = transcoder(**leaves, plan=plan, implementation=implementation)
-        return {"out": output.out, "penalty": output.penalty}
+            return {"out": transcode(**leaves, implementation=implementation)}
 
     def expected(inputs: Inputs, wanted: torch.dtype, encoder_only: bool) -> Results:
         return forward(cast(inputs, wanted), "reference", encoder_only)

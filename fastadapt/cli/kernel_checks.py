@@ -21,7 +21,7 @@ from fastadapt.kernels.frozen import gated, rms_norm, rope
 from fastadapt.kernels.linear_kl import linear_kl
 from fastadapt.kernels.nmse import nmse
 from fastadapt.kernels.testing import error_budget
-from fastadapt.kernels.transcoder import CodeLayout, transcoder
+from fastadapt.kernels.transcoder import CodeLayout, transcode, transcoder
 
 Tensors = dict[str, Tensor]
 Run = Callable[..., Tensors]
@@ -193,9 +193,12 @@ def _transcoder(
     weight = torch.ones(x.shape[:2], device=x.device)
     weight[:, -3], weight[:, -2] = 0.5, 0
     tensors = x, W_enc, b_enc, W_dec, b_dec
-    options |= {"padding": padding, "mask": weight, "implementation": implementation}
-    out, penalty, *_ = transcoder(*tensors, **options)
-    return {"out": out, "penalty": penalty}
+    plan = options.pop("plan", None)
+    options |= {"padding": padding, "implementation": implementation}
+    out, penalty, *_ = transcoder(*tensors, **options, mask=weight, plan=plan)
+    with torch.no_grad():
+        alone = transcode(*tensors, **options, dense=None if plan is None else plan.dense)
+    return {"out": out, "penalty": penalty, "out alone": alone}
 
 
 def _linear_kl(implementation: str, teacher: Tensor, students: Tensor, head: Tensor) -> Tensors:
@@ -245,14 +248,13 @@ def _forward_backward(run: Run, implementation: str, inputs: Tensors) -> Tensors
     leaves = {name: value.clone().requires_grad_() for name, value in inputs.items()}
     outputs = run(implementation, **leaves)
     generator = torch.Generator().manual_seed(1)
+    trained = [value for value in outputs.values() if value.requires_grad]
     cotangents = [
         torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
-        for value in outputs.values()
+        for value in trained
     ]
     wanted = [name for name in leaves if name not in CONSTANTS]
-    gradients = torch.autograd.grad(
-        list(outputs.values()), [leaves[name] for name in wanted], cotangents
-    )
+    gradients = torch.autograd.grad(trained, [leaves[name] for name in wanted], cotangents)
     named = dict(zip((f"gradient of {name}" for name in wanted), gradients, strict=True))
     return {**{name: value.detach() for name, value in outputs.items()}, **named}
 

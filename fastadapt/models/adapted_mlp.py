@@ -36,8 +36,8 @@ class AdaptedMLP(nn.Module):
     """Replace the target's MLP in a block; :attr:`mode` selects the MLP that computes the output.
 
     ``forward`` maps ``[..., D]`` to ``[..., D]``. The adapter's penalty and statistics are written
-    to the :class:`Call` set by :meth:`call_context`. They are dropped where no call is set, as in
-    ``generate``. ``target`` is None if the target's MLP was not loaded; ``forward`` in the mode
+    to the :class:`Call` set by :meth:`call_context`. They are not computed where no call is set, as
+    in ``generate``. ``target`` is None if the target's MLP was not loaded; ``forward`` in the mode
     ``target`` then raises :class:`UserError`.
     """
 
@@ -74,7 +74,7 @@ class AdaptedMLP(nn.Module):
             return out
         call = self.call
         if call is None:
-            return self.adapter(x, residual=self.base(x), plan=self._capture_plan(x))[0]
+            return self.adapter.transcode(x, self.base(x), dense=self._dense_in_capture(x))
         # The base runs last, so that a recompute can stop before its down_proj: see
         # fastadapt.models.recompute.
         out, call.aux = self.adapter(
@@ -86,18 +86,16 @@ class AdaptedMLP(nn.Module):
         )
         return out + self.base(x)
 
-    def _capture_plan(self, x: Tensor) -> CodeLayout | None:
-        """Return a code layout that needs no synchronization in a CUDA graph capture, else None.
+    def _dense_in_capture(self, x: Tensor) -> bool | None:
+        """Return True where the capture of a CUDA graph forbids a choice that synchronizes.
 
-        The op never synchronizes for small calls. Larger calls get dense products, which hold any
-        number of codes.
+        The op chooses small calls without synchronizing.
         """
         if not x.is_cuda or torch.compiler.is_compiling():
             return None
         assert isinstance(self.adapter, TranscoderAdapter)
         small = x.shape[:-1].numel() * self.adapter.n_features <= SMALL_ENTRIES
-        capturing = torch.cuda.is_current_stream_capturing()
-        return CodeLayout(dense=True) if capturing and not small else None
+        return True if torch.cuda.is_current_stream_capturing() and not small else None
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """Transcoder op: encoder, ReLU-like activation, sparse decoder and decoder-norm penalty.
 
-:func:`transcoder` is the op. :data:`SAVED_OPS` lists the ops whose results selective checkpointing
-should save, so that a recompute skips the encoder's matrix product. :func:`should_save` restricts
-this to sparse codes::
+:func:`transcoder` is the op. :func:`transcode` is its output alone, for inference.
+
+:data:`SAVED_OPS` lists the ops whose results selective checkpointing should save, so that a
+recompute skips the encoder's matrix product. :func:`should_save` restricts this to sparse codes::
 
     context_fn = partial(create_selective_checkpoint_contexts, SAVED_OPS)
     checkpoint(block, h, use_reentrant=False, context_fn=context_fn)
@@ -18,7 +19,8 @@ from torch import Tensor
 
 from fastadapt.kernels import device as devices
 
-from .autograd import SAVED_OPS, should_save, transcode
+from . import autograd
+from .autograd import SAVED_OPS, encode_and_decode, should_save
 from .codes import SMALL_ENTRIES, CodeLayout, plan_for
 from .reference import (
     SparseCodes,
@@ -40,6 +42,7 @@ __all__ = [
     "TranscoderStats",
     "plan_for",
     "should_save",
+    "transcode",
     "transcoder",
 ]
 
@@ -146,7 +149,7 @@ def transcoder(
     rows = row_shape(lead)
     extra: dict[str, Any] = {"plan": plan, "implementation": chosen}
     with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
-        result = (reference if chosen == "reference" else transcode)(
+        result = (reference if chosen == "reference" else encode_and_decode)(
             x.reshape(*rows, x.shape[-1]),
             W_enc,
             b_enc,
@@ -165,6 +168,98 @@ def transcoder(
     # torch 2.11 cannot compile _replace of a named tuple.
     out = result.out.view(*lead, W_dec.shape[1])
     return TranscoderOutput(out, result.penalty, result.stats, result.codes)
+
+
+def transcode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    *,
+    activation: str = "relu",
+    k: float | None = None,
+    threshold: Tensor | None = None,
+    bandwidth: float | None = None,
+    residual: Tensor | None = None,
+    padding: Tensor | None = None,
+    dense: bool | None = None,
+    implementation: str = "auto",
+) -> Tensor:
+    """Return ``out`` of :func:`transcoder` alone, faster for few tokens: for generation.
+
+    Without penalty, statistics and codes, a call of up to 64 tokens takes two launches on a GPU
+    (three with ``topk``), and nothing can exceed a capacity. The result equals that of
+    :func:`transcoder` up to rounding. The output of a token does not depend on other tokens of the
+    call, except by ``batch_topk`` with `k` and by the rounding of the encoder's product. If a
+    gradient is needed, :func:`transcoder` computes the result.
+
+    Args:
+        x, W_enc, b_enc, W_dec, b_dec, activation, k, threshold, bandwidth, residual, padding: as
+            in :func:`transcoder`.
+        dense: whether to decode by a dense product. None chooses; a GPU then synchronises once if
+            there are more than :data:`SMALL_ENTRIES` tokens times features.
+        implementation: as in :func:`transcoder`. The reference computes all results of
+            :func:`transcoder` and ignores `dense`.
+
+    Returns:
+        ``out`` with the shape of `residual`, in x's dtype.
+
+    Raises:
+        TypeError, ValueError: as in :func:`transcoder`.
+
+    Example:
+        >>> x, W = torch.tensor([[1.0, -2.0]]), torch.eye(2)
+        >>> transcode(x, W, torch.zeros(2), W, torch.zeros(2), residual=torch.ones(1, 2))
+        tensor([[2., 1.]])
+    """
+    _validate(x, W_enc, b_enc, W_dec, b_dec, residual, None, padding)
+    _validate_activation(activation, k, threshold, bandwidth, W_enc)
+    plan = None if dense is None else CodeLayout(dense)
+    leaves = x, W_enc, b_enc, W_dec, b_dec, threshold, residual
+    differentiable = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in leaves
+    )
+    chosen = resolve_implementation(implementation, x, threshold, plan)
+    if differentiable or chosen == "reference":
+        return transcoder(
+            x,
+            W_enc,
+            b_enc,
+            W_dec,
+            b_dec,
+            activation=activation,
+            k=k,
+            threshold=threshold,
+            bandwidth=bandwidth,
+            residual=residual,
+            padding=padding,
+            plan=plan,
+            implementation=chosen,
+        ).out
+    autocast = _autocasts(x)
+    if autocast:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, W_enc, b_enc, W_dec, b_dec = (t.to(dtype) for t in (x, W_enc, b_enc, W_dec, b_dec))
+        residual = None if residual is None else residual.to(dtype)
+    lead = x.shape[:-1]
+    rows = row_shape(lead)
+    with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
+        out = autograd.transcode(
+            x.reshape(*rows, x.shape[-1]),
+            W_enc,
+            b_enc,
+            W_dec,
+            b_dec,
+            activation=activation,
+            k=k,
+            threshold=None if threshold is None else threshold.expand(W_enc.shape[0]),
+            residual_STE=None if residual is None else residual.reshape(*rows, W_dec.shape[1]),
+            padding_ST=None if padding is None else padding.reshape(rows),
+            dense=dense,
+            implementation=chosen,
+        )
+    return out.view(*lead, W_dec.shape[1])
 
 
 def _autocasts(x: Tensor) -> bool:

@@ -1,7 +1,8 @@
-"""Register the ops ``fastadapt::encode`` and ``fastadapt::decode``: fakes, autograd, formulas.
+"""Register the ops ``fastadapt::encode``, ``decode``, ``transcode``: fakes, autograd, formulas.
 
 `encode` returns codes and statistics, which selective checkpointing saves. `decode` returns output
-and penalty; it is recomputed and saves neither its output nor the residual. The number of codes
+and penalty; it is recomputed and saves neither its output nor the residual. `transcode` returns the
+output alone, in fewer launches, where no gradient is needed. The number of codes
 depends on the data: without a plan, the fakes return it as an unbacked size. Each op's backward is
 an op too, so that compilers and FLOP counters see it. The last argument of an op is the
 implementation to run.
@@ -51,6 +52,12 @@ define(
     "bool need_values, bool need_W, str implementation) -> (Tensor, Tensor)",
 )
 define("fastadapt::norms", "(Tensor W_dec) -> Tensor")
+define(
+    "fastadapt::transcode",
+    "(Tensor x, Tensor W_enc, Tensor b_enc, Tensor W_dec, Tensor b_dec, Tensor? threshold, "
+    "Tensor? residual, Tensor? padding, str activation, float k, bool? dense, "
+    "str implementation) -> Tensor",
+)
 
 #: Ops whose results selective checkpointing should save.
 SAVED_OPS = [ops.encode.default, ops.norms.default]
@@ -78,7 +85,7 @@ def should_save(op: Any, args: Sequence[Any], output: Sequence[Tensor] | None = 
     return not dense
 
 
-def transcode(
+def encode_and_decode(
     x_STD: Tensor,
     W_enc_FD: Tensor,
     b_enc_F: Tensor,
@@ -128,6 +135,40 @@ def transcode(
     min_active = nnf.threshold(min_active, -0.5, torch.nan)  # -1: no active value
     stats = TranscoderStats(n_active, counts_F, n_tokens, min_active, n_codes)
     return TranscoderOutput(out_STE, penalty, stats, active)
+
+
+def transcode(
+    x_STD: Tensor,
+    W_enc_FD: Tensor,
+    b_enc_F: Tensor,
+    W_dec_FE: Tensor,
+    b_dec_E: Tensor,
+    *,
+    activation: str,
+    k: float | None,
+    threshold: Tensor | None,
+    residual_STE: Tensor | None,
+    padding_ST: Tensor | None,
+    dense: bool | None,
+    implementation: str,
+) -> Tensor:
+    """Compute ``out`` [S, T, E] on validated arguments with the registered op."""
+    out_NE = ops.transcode(
+        x_STD,
+        W_enc_FD,
+        b_enc_F,
+        W_dec_FE,
+        b_dec_E,
+        threshold,
+        None if residual_STE is None else residual_STE.flatten(0, 1),
+        None if padding_ST is None else padding_ST.flatten(),
+        activation,
+        0.0 if k is None else float(k),
+        dense,
+        implementation,
+    )
+    out: Tensor = out_NE.view(*x_STD.shape[:-1], W_dec_FE.shape[1])
+    return out
 
 
 # --- implementations ------------------------------------------------------------------------------
@@ -183,6 +224,16 @@ def _decode_backward(g: Tensor | None, c: Tensor | None, *args: Any) -> tuple[Te
         return triton_backward.decode_backward(*call)
 
 
+def _transcode(*args: Any) -> Tensor:
+    *inputs, implementation = args
+    if implementation == "sparse":
+        return sparse.transcode(*inputs)
+    from . import triton_forward
+
+    with torch.cuda.device_of(inputs[0]):
+        return triton_forward.transcode(*inputs)
+
+
 # Triton's interpreter also runs kernels on CPU tensors.
 DEVICES = ("cpu", "cuda")
 impl("fastadapt::encode", DEVICES, _encode)
@@ -190,6 +241,7 @@ impl("fastadapt::encode_backward", DEVICES, _encode_backward)
 impl("fastadapt::decode", DEVICES, _decode)
 impl("fastadapt::decode_backward", DEVICES, _decode_backward)
 impl("fastadapt::norms", DEVICES, norms)
+impl("fastadapt::transcode", DEVICES, _transcode)
 
 
 # --- fakes ----------------------------------------------------------------------------------------
@@ -268,6 +320,11 @@ def _fake_norms(W_dec: Tensor) -> Tensor:
     return W_dec.new_empty(W_dec.shape[0], dtype=accumulator(W_dec.dtype))
 
 
+@register_fake("fastadapt::transcode")
+def _fake_transcode(x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, *_: Any) -> Tensor:
+    return W_dec.new_empty(x.shape[0] * x.shape[1], W_dec.shape[1])
+
+
 # --- autograd -------------------------------------------------------------------------------------
 
 
@@ -324,6 +381,10 @@ def _refuse(ctx: Any, *_: Any) -> None:
     raise RuntimeError("fastadapt::encode and fastadapt::decode have no second derivative")
 
 
+def _refuse_gradient(ctx: Any, *_: Any) -> None:
+    raise RuntimeError("fastadapt::transcode has no gradient; use encode and decode")
+
+
 def _setup_norms(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.mark_non_differentiable(output)  # decode differentiates the penalty
 
@@ -333,6 +394,7 @@ def _differentiate_norms(ctx: Any, _: Tensor | None) -> None:
 
 
 register_autograd("fastadapt::norms", _differentiate_norms, setup_context=_setup_norms)
+register_autograd("fastadapt::transcode", _refuse_gradient)
 register_autograd("fastadapt::encode_backward", _refuse)
 register_autograd("fastadapt::decode_backward", _refuse)
 register_autograd("fastadapt::encode", _differentiate_encode, setup_context=_setup_encode)
@@ -363,7 +425,17 @@ def _count_decode_backward(*args: Any, **_: Any) -> int:
     return int(2 * values_shape[0] * W_dec_shape[1] * (need_values + need_W))
 
 
+def _count_transcode(
+    x_shape: Any, W_enc_shape: Any, b: Any, W_dec_shape: Any, *args: Any, **_: Any
+) -> int:
+    """Count the encoder's product and, if `dense`, the decoder's; codes are not known before."""
+    S, T, D = x_shape
+    widths = D + (W_dec_shape[1] if args[-2] else 0)
+    return int(2 * S * T * W_enc_shape[0] * widths)
+
+
 FLOP_FORMULAS = {
+    ops.transcode: _count_transcode,
     ops.encode: _count_encode,
     ops.encode_backward: _count_encode_backward,
     ops.decode: _count_decode,
@@ -425,6 +497,17 @@ def _decode_backward_workspace(
     return (n_tokens * W_dec.shape[1] + 2 * W_dec.numel()) * wide + 40 * codes.values.numel()
 
 
+def _transcode_workspace(
+    device_type: str, x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, *args: Any
+) -> int:
+    """Return the bytes of z and of flags; on a CPU also of wide copies, of all entries at most."""
+    n_tokens, n_entries = x.shape[0] * x.shape[1], x.shape[0] * x.shape[1] * W_enc.shape[0]
+    if device_type == "cuda":
+        return n_entries * x.element_size() + n_entries // 4 + n_tokens * 8192
+    wide = (W_dec.numel() + n_tokens * W_dec.shape[1]) * _wide_bytes(W_dec)
+    return n_entries * (x.element_size() + 18) + wide
+
+
 def _wide_bytes(t: Tensor) -> int:
     """Return the bytes per element of a copy in the accumulator's dtype; 0 where none is made."""
     return 0 if accumulator(t.dtype) == t.dtype else accumulator(t.dtype).itemsize
@@ -437,6 +520,7 @@ def _pieces(codes: Codes, W: Tensor) -> int:
 
 WORKSPACE_FORMULAS: dict[Any, Any] = {
     ops.encode.default: _encode_workspace,
+    ops.transcode.default: _transcode_workspace,
     ops.encode_backward.default: _encode_backward_workspace,
     ops.decode.default: _decode_workspace,
     ops.decode_backward.default: _decode_backward_workspace,

@@ -63,6 +63,15 @@ def _bags(table_MD: Tensor, index_C: Tensor, offsets: Tensor, scale_C: Tensor) -
     )[0]
 
 
+def decode_dense(
+    a_NF: Tensor, W_dec_FE: Tensor, b_dec_E: Tensor, residual_NE: Tensor | None
+) -> Tensor:
+    """Return ``residual + W_decᵀ a + b_dec`` by a dense product."""
+    if residual_NE is None:
+        return torch.addmm(b_dec_E, a_NF, W_dec_FE)
+    return torch.addmm(residual_NE, a_NF, W_dec_FE).add_(b_dec_E)
+
+
 def sampled_product(g_NE: Tensor, W_FE: Tensor, rows_C: Tensor, codes: Codes) -> Tensor:
     """Return ``g[row_c] · W[feature_c]`` for every code, in the accumulator's dtype."""
     acc = accumulator(W_FE.dtype)

@@ -24,7 +24,7 @@ from .codes import (
     prefers_dense,
     sparse_codes,
 )
-from .products import gather_sum, norms, sampled_product, segment_sum, segments
+from .products import decode_dense, gather_sum, norms, sampled_product, segment_sum, segments
 from .reference import TranscoderStats, accumulator
 
 # Rows counted at once: a product of ones and zeros is eight times faster than a sum of booleans.
@@ -51,9 +51,7 @@ def encode(
     """
     S, T, _ = x_STD.shape
     N, F = S * T, W_enc_FD.shape[0]
-    if padding_N is not None:
-        x_STD = x_STD.masked_fill(padding_N.view(S, T, 1), 0)
-    z_NF = nnf.linear(x_STD, W_enc_FD, b_enc_F).reshape(N, F)
+    z_NF = _product(x_STD, W_enc_FD, b_enc_F, padding_N)
     window_NF = None
     if activation == "jumprelu":
         assert threshold_F is not None
@@ -156,18 +154,55 @@ def decode(
         a_NF = codes.values.view(-1, W_dec_FE.shape[0])
         penalty_N = a_NF.to(norm_F.dtype) @ norm_F
         penalty = penalty_N.sum() if weight_N is None else penalty_N @ weight_N
-        if residual_NE is None:
-            return torch.addmm(b_dec_E, a_NF, W_dec_FE), penalty
-        return torch.addmm(residual_NE, a_NF, W_dec_FE).add_(b_dec_E), penalty
+        return decode_dense(a_NF, W_dec_FE, b_dec_E, residual_NE), penalty
     live = codes.live()
     cost_C = live.values.to(norm_F.dtype) * norm_F[live.features]
     if weight_N is not None:
         cost_C *= weight_N[segments(live.row_offsets)]
+    return _decode_sparse(live, W_dec_FE, b_dec_E, residual_NE), cost_C.sum()
+
+
+def transcode(
+    x_STD: Tensor,
+    W_enc_FD: Tensor,
+    b_enc_F: Tensor,
+    W_dec_FE: Tensor,
+    b_dec_E: Tensor,
+    threshold_F: Tensor | None,
+    residual_NE: Tensor | None,
+    padding_N: Tensor | None,
+    activation: str,
+    k: float,
+    dense: bool | None,
+) -> Tensor:
+    """Return ``out`` alone, from the codes without JumpReLU's window."""
+    if threshold_F is not None and activation == "batch_topk":
+        threshold_F = threshold_F.to(accumulator(x_STD.dtype))
+    z_NF = _product(x_STD, W_enc_FD, b_enc_F, padding_N)
+    a_NF = activate_(z_NF, x_STD.shape[0], threshold_F, padding_N, activation, k)
+    if prefers_dense(a_NF, None) if dense is None else dense:
+        return decode_dense(a_NF, W_dec_FE, b_dec_E, residual_NE)
+    codes = sparse_codes(a_NF, None, None, ordered=False)
+    return _decode_sparse(codes, W_dec_FE, b_dec_E, residual_NE)
+
+
+def _product(x_STD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, padding_N: Tensor | None) -> Tensor:
+    """Return the pre-activations z [N, F]; those of padding are finite."""
+    S, T, _ = x_STD.shape
+    if padding_N is not None:
+        x_STD = x_STD.masked_fill(padding_N.view(S, T, 1), 0)
+    return nnf.linear(x_STD, W_enc_FD, b_enc_F).reshape(S * T, W_enc_FD.shape[0])
+
+
+def _decode_sparse(
+    live: Codes, W_dec_FE: Tensor, b_dec_E: Tensor, residual_NE: Tensor | None
+) -> Tensor:
+    """Return ``residual + W_decᵀ a + b_dec`` of codes without a tail, rounded once."""
     out_NE = gather_sum(W_dec_FE, live.features, live.row_offsets, live.values)
     out_NE += b_dec_E
     if residual_NE is not None:
         out_NE += residual_NE
-    return out_NE.to(W_dec_FE.dtype), cost_C.sum()
+    return out_NE.to(W_dec_FE.dtype)
 
 
 def decode_backward(

@@ -1,6 +1,6 @@
 """Device functions on words of 32 flags and on floats as ordered keys, for the kernels.
 
-A tile of flags has the shape ``[..., W, 32]``: bit j of word w is the flag of feature ``32 w + j``.
+A tile of flags has the shape ``[W, 32]``: bit j of word w is the flag of feature ``32 w + j``.
 
 Device functions return only at their end: Triton also compiles the code after a return under a
 constant condition.
@@ -37,15 +37,36 @@ def pack(flags):
 
 
 @triton.jit
-def pack_rows(flags):
-    """Pack [N, W, 32] flags into int32 [N, W] words."""
-    return tl.sum(flags << tl.arange(0, 32)[None, None, :], axis=2)
-
-
-@triton.jit
 def unpack(words):
     """Unpack [W] words into int32 [W, 32] flags."""
     return (words[:, None] >> tl.arange(0, 32)[None, :]) & 1
+
+
+@triton.jit
+def _descend(counts, place, n, SIZE: tl.constexpr):
+    """Go to the upper SIZE bits from `place` if the lower ones, with `counts` set, end before n.
+
+    Returns the new place, and n less the set bits that were passed.
+    """
+    below = (counts >> place) & (2 * SIZE - 1)
+    beyond = n >= below
+    return tl.where(beyond, place + SIZE, place), tl.where(beyond, n - below, n)
+
+
+@triton.jit
+def nth_set_bit(words, n):
+    """Place of the n-th set bit, from 0, of each word, int32; arbitrary without such a bit."""
+    # Numbers of set bits, in fields of 2, 4, 8 and 16 bits.
+    in_2 = words - ((words >> 1) & 0x55555555)
+    in_4 = (in_2 & 0x33333333) + ((in_2 >> 2) & 0x33333333)
+    in_8 = (in_4 + (in_4 >> 4)) & 0x0F0F0F0F
+    in_16 = in_8 + (in_8 >> 8)
+    place, n = _descend(in_16, tl.zeros_like(words), n, 16)
+    place, n = _descend(in_8, place, n, 8)
+    place, n = _descend(in_4, place, n, 4)
+    place, n = _descend(in_2, place, n, 2)
+    place, n = _descend(words, place, n, 1)
+    return place
 
 
 @triton.jit

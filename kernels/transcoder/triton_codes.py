@@ -32,7 +32,7 @@ from torch import Tensor
 from .codes import GPU_PIECE, Codes
 from .reference import TranscoderStats
 from .triton_bits import popcount, unpack
-from .triton_encode import JUMPRELU, Activation, Flags, empty_flags
+from .triton_encode import JUMPRELU, Activation, Flags, empty_flags, load_cut
 
 COUNT: dict[str, Any] = {"BLOCK_W": 256, "num_warps": 2}
 #: One warp per token: a lane takes the set bits of its words one by one.
@@ -248,7 +248,7 @@ def order_codes(
 @triton.jit
 def spread_rows(
     words_ptr, values_ptr, cut_ptr, window_ptr, F, half_bandwidth, ACTIVATION: tl.constexpr,
-    BLOCK_W: tl.constexpr,
+    CUT_STRIDE: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """Zero values without a flag; for jumprelu, also write the window's mask."""
     row = tl.program_id(0).to(tl.int64)
@@ -261,7 +261,7 @@ def spread_rows(
     value = tl.load(values_ptr + place, mask=flags, other=0.0)
     tl.store(values_ptr + place, value, mask=features < F)
     if ACTIVATION == JUMPRELU:
-        cut = tl.load(cut_ptr + features, mask=features < F, other=0.0)
+        cut = load_cut(cut_ptr, features, features < F, CUT_STRIDE)
         near = tl.abs(value.to(tl.float32) - cut) < half_bandwidth
         window = flags & (near | (value == 0))
         tl.store(window_ptr + place, window.to(tl.int8), mask=features < F)
@@ -402,11 +402,11 @@ def spread_(words: Tensor, values_NF: Tensor, activation: Activation) -> Tensor:
         spread_rows[(N, triton.cdiv(words.shape[1], SPREAD["BLOCK_W"]))](
             words,
             values_NF,
-            activation.cut_F,
+            activation.threshold_F,
             window.view(torch.uint8),
             F,
             activation.half_bandwidth,
-            ACTIVATION=activation.constants["ACTIVATION"],
+            **activation.cut,
             **SPREAD,
         )
     return window

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_bits import pack, pack_rows, popcount
+from .triton_bits import pack, popcount
 
 # Activations of the kernels. Ranked activations flag all positive entries; the cut follows later.
 RELU, THRESHOLD, JUMPRELU = (tl.constexpr(kind) for kind in range(3))
@@ -47,6 +47,16 @@ def words_for(n_tokens: int, n_features: int, like: Tensor) -> Tensor:
 
 
 @triton.jit
+def load_cut(cut_ptr, features, inside, CUT_STRIDE: tl.constexpr):
+    """Load max(θ, 0) in fp32. A NaN stays NaN, below which every positive entry is active."""
+    if CUT_STRIDE == 0:
+        cut = tl.where(inside, tl.load(cut_ptr).to(tl.float32), 0.0)
+    else:
+        cut = tl.load(cut_ptr + features, mask=inside, other=0.0).to(tl.float32)
+    return tl.where(cut < 0, 0.0, cut)
+
+
+@triton.jit
 def activate(z, cut, half_bandwidth, ACTIVATION: tl.constexpr):
     """Return (a, flags) of pre-activations in x's dtype; flags are int32, and set for NaN."""
     wide = z.to(tl.float32)
@@ -61,8 +71,8 @@ def activate(z, cut, half_bandwidth, ACTIVATION: tl.constexpr):
 @triton.jit
 def mark(
     values_ptr, cut_ptr, padding_ptr, words_ptr, before_ptr, counts_ptr, window_ptr, F,
-    half_bandwidth, ACTIVATION: tl.constexpr, HAS_PADDING: tl.constexpr, DENSE: tl.constexpr,
-    BLOCK_W: tl.constexpr,
+    half_bandwidth, ACTIVATION: tl.constexpr, CUT_STRIDE: tl.constexpr, HAS_PADDING: tl.constexpr,
+    DENSE: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """Replace a row of pre-activations by activations; write flags and their numbers.
 
@@ -79,7 +89,7 @@ def mark(
         z = tl.load(values_ptr + place, mask=inside, other=0.0)
         cut = 0.0
         if ACTIVATION != RELU:
-            cut = tl.load(cut_ptr + feature, mask=inside, other=0.0)
+            cut = load_cut(cut_ptr, feature, inside, CUT_STRIDE)
         a, flags = activate(z, cut, half_bandwidth, ACTIVATION)
         flags = tl.where(inside, flags, 0)
         if HAS_PADDING:
@@ -101,52 +111,22 @@ def mark(
     tl.store(counts_ptr + row, n_codes)
 
 
-@triton.jit
-def _finish_tile(
-    acc, rows, first_feature, bias_ptr, cut_ptr, padding_ptr, values_ptr, words_ptr, N, F,
-    half_bandwidth, ACTIVATION: tl.constexpr, HAS_PADDING: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-):  # fmt: skip
-    """Write a tile's flags, and its values where a flag is set, from a tile of products.
-
-    The store of values, mostly masked out, has no branch around it: a branch saves little, and the
-    compiler for Blackwell rejects it.
-    """
-    features = first_feature + tl.arange(0, BLOCK_F)
-    bias = tl.load(bias_ptr + features, mask=features < F, other=0.0).to(tl.float32)
-    cut = 0.0
-    if ACTIVATION != RELU:
-        cut = tl.load(cut_ptr + features, mask=features < F, other=0.0)[None, :]
-    z = (acc + bias[None, :]).to(values_ptr.dtype.element_ty)
-    a, flags = activate(z, cut, half_bandwidth, ACTIVATION)
-    inside = (rows < N)[:, None] & (features < F)[None, :]
-    if HAS_PADDING:
-        inside = inside & (tl.load(padding_ptr + rows, mask=rows < N, other=1) == 0)[:, None]
-    flags = tl.where(inside, flags, 0)
-    word = first_feature // 32 + tl.arange(0, BLOCK_F // 32)
-    n_words = (F + 31) // 32
-    tl.store(
-        words_ptr + rows[:, None] * n_words + word[None, :],
-        pack_rows(tl.reshape(flags, [BLOCK_N, BLOCK_F // 32, 32])),
-        mask=(rows < N)[:, None] & (word < n_words)[None, :],
-    )
-    tl.store(values_ptr + rows[:, None] * F + features[None, :], a, mask=flags != 0)
-
-
 @triton.jit(do_not_specialize=["N"])
 def multiply_few_mark(
     x_ptr, W_ptr, bias_ptr, cut_ptr, padding_ptr, values_ptr, words_ptr, N, F, D, x_stride,
-    W_stride, half_bandwidth, ACTIVATION: tl.constexpr, HAS_PADDING: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    W_stride, half_bandwidth, ACTIVATION: tl.constexpr, CUT_STRIDE: tl.constexpr,
+    HAS_PADDING: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Compute x Wᵀ for up to BLOCK_N tokens, and flag the active entries.
+    """Compute x Wᵀ for up to BLOCK_N tokens; write flags, and values where a flag is set.
 
-    A program computes 32 features of all tokens, so each row of W is read once."""
-    BLOCK_F: tl.constexpr = 32
-    first_feature = tl.program_id(0).to(tl.int64) * BLOCK_F
-    features = first_feature + tl.arange(0, BLOCK_F)
+    A program computes one word of features of all tokens, so each row of W is read once. The store
+    of values, mostly masked out, has no branch around it: a branch saves little, and the compiler
+    for Blackwell rejects it.
+    """
+    word = tl.program_id(0).to(tl.int64)
+    features = word * 32 + tl.arange(0, 32)
     rows = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = tl.zeros((BLOCK_N, BLOCK_F), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_N, 32), dtype=tl.float32)
     for d0 in tl.range(0, D, BLOCK_D):
         d = d0 + tl.arange(0, BLOCK_D)
         x = tl.load(
@@ -160,31 +140,42 @@ def multiply_few_mark(
             other=0.0,
         )
         acc = tl.dot(x, W.T, acc, input_precision="ieee")
-    _finish_tile(
-        acc, rows, first_feature, bias_ptr, cut_ptr, padding_ptr, values_ptr, words_ptr, N, F,
-        half_bandwidth, ACTIVATION, HAS_PADDING, BLOCK_N, BLOCK_F,
-    )  # fmt: skip
+    bias = tl.load(bias_ptr + features, mask=features < F, other=0.0).to(tl.float32)
+    cut = 0.0
+    if ACTIVATION != RELU:
+        cut = load_cut(cut_ptr, features, features < F, CUT_STRIDE)[None, :]
+    z = (acc + bias[None, :]).to(values_ptr.dtype.element_ty)
+    a, flags = activate(z, cut, half_bandwidth, ACTIVATION)
+    inside = (rows < N)[:, None] & (features < F)[None, :]
+    if HAS_PADDING:
+        inside = inside & (tl.load(padding_ptr + rows, mask=rows < N, other=1) == 0)[:, None]
+    flags = tl.where(inside, flags, 0)
+    tl.store(words_ptr + rows * ((F + 31) // 32) + word, pack(flags), mask=rows < N)
+    tl.store(values_ptr + rows[:, None] * F + features[None, :], a, mask=flags != 0)
 
 
 class Activation:
     """Kernel arguments of an activation.
 
     Args:
-        name: name of the activation in the public function.
-        threshold_F: θ, or None.
-        bandwidth: ε of jumprelu.
+        threshold_F: θ, or None for relu and for the ranked activations.
+        bandwidth: ε of jumprelu, whose window then holds codes too; 0 for no window.
         padding_N: bool, True on padding; or None.
     """
 
     def __init__(
-        self, name: str, threshold_F: Tensor | None, bandwidth: float, padding_N: Tensor | None
+        self, threshold_F: Tensor | None, bandwidth: float, padding_N: Tensor | None
     ) -> None:
-        kind = RELU if threshold_F is None else JUMPRELU if name == "jumprelu" else THRESHOLD
-        self.jumps = name == "jumprelu"
+        self.jumps = threshold_F is not None and bandwidth > 0
+        kind = RELU if threshold_F is None else JUMPRELU if self.jumps else THRESHOLD
         self.half_bandwidth = bandwidth / 2
-        self.cut_F = None if threshold_F is None else threshold_F.float().clamp(min=0).contiguous()
+        if threshold_F is not None and threshold_F.stride(0) > 1:
+            threshold_F = threshold_F.contiguous()
+        self.threshold_F = threshold_F
+        stride = 0 if threshold_F is None else min(threshold_F.stride(0), 1)  # 0: one θ for all
         self.padding_N = None if padding_N is None else padding_N.contiguous().view(torch.uint8)
-        self.constants = {"ACTIVATION": kind.value, "HAS_PADDING": padding_N is not None}
+        self.cut = {"ACTIVATION": kind.value, "CUT_STRIDE": stride}
+        self.constants = self.cut | {"HAS_PADDING": padding_N is not None}
 
 
 class Flags(NamedTuple):
@@ -214,7 +205,7 @@ def mark_product(z_NF: Tensor, activation: Activation, *, dense: bool) -> tuple[
     if N:
         mark[(N,)](
             z_NF,
-            activation.cut_F,
+            activation.threshold_F,
             activation.padding_N,
             *flags,
             window.view(torch.uint8),
@@ -238,11 +229,14 @@ def multiply_few_and_mark(
         x_ND, W_enc_FD = last_contiguous(x_ND), last_contiguous(W_enc_FD)
         block = 16 if N <= 16 else FEW  # two sizes only: every size compiles a kernel
         wide = x_ND.dtype == torch.float32
+        options = MULTIPLY_FEW_32_BITS if wide else MULTIPLY_FEW_16_BITS
+        if x_ND.stride(0) % 16 or W_enc_FD.stride(0) % 16:  # single elements take more registers
+            options = options | {"BLOCK_D": options["BLOCK_D"] // 2}
         multiply_few_mark[(words.shape[1], triton.cdiv(N, block))](
             x_ND,
             W_enc_FD,
             b_enc_F.contiguous(),
-            activation.cut_F,
+            activation.threshold_F,
             activation.padding_N,
             values,
             words,
@@ -254,7 +248,7 @@ def multiply_few_and_mark(
             activation.half_bandwidth,
             **activation.constants,
             BLOCK_N=block,
-            **(MULTIPLY_FEW_32_BITS if wide else MULTIPLY_FEW_16_BITS),
+            **options,
         )
     return words, values
 

@@ -1,4 +1,4 @@
-"""Implement ``fastadapt::encode`` and ``fastadapt::decode`` on a GPU.
+"""Implement ``fastadapt::encode``, ``decode`` and ``transcode`` on a GPU.
 
 The functions compute the results of those in ``sparse.py``, with kernels instead of library calls.
 With a dense plan or a capacity, they never synchronise with the device.
@@ -8,13 +8,15 @@ Shape suffixes: S rows of x, T tokens of a row, N = S * T, D and E widths in and
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from . import triton_codes, triton_dense, triton_select, triton_sums
+from . import triton_codes, triton_decode, triton_dense, triton_select, triton_sums
 from .codes import SMALL_ENTRIES, CodeLayout, Codes, dense_codes, dense_share
-from .products import norms
+from .products import decode_dense, norms
 from .reference import WHOLE, TranscoderStats, codes_of
 from .triton_encode import (
     FEW,
@@ -41,31 +43,13 @@ def encode(
     """Return codes and statistics; `min_active` is -1 without active values."""
     S, T, _ = x_STD.shape
     N, F = S * T, W_enc_FD.shape[0]
-    x_ND = x_STD.flatten(0, 1)
     weight_N = None if weight_N is None else weight_N.contiguous()
-    kind = Activation(activation, threshold_F, bandwidth, padding_N)
-    ranked = activation == "topk" or (activation == "batch_topk" and threshold_F is None)
-    dense_directly = plan is not None and plan.dense and not ranked
-    window = W_enc_FD.new_empty(0, dtype=torch.bool)
-    if N <= FEW and not dense_directly:
-        words, values = multiply_few_and_mark(x_ND, W_enc_FD, b_enc_F, kind)
-        flags = None
-    else:
-        values = nnf.linear(x_ND, W_enc_FD, b_enc_F)
-        flags, window = mark_product(values, kind, dense=dense_directly)
-        words = flags.words
-
-    smallest_N = None
-    if ranked:
-        if activation == "topk":
-            count_G = torch.full((N,), int(k), device=x_STD.device)
-        elif padding_N is None:
-            count_G = torch.full((S,), codes_of(k, T), device=x_STD.device)
-        else:
-            count_G = (k * (~padding_N).view(S, T).sum(1).double() * WHOLE).floor().long()
-        smallest_N = triton_select.keep_largest_(words, values, count_G)
-    if flags is None or ranked:
-        flags = triton_codes.count_flags(words)
+    kind = Activation(threshold_F, bandwidth, padding_N)
+    marks = _mark(
+        x_STD, W_enc_FD, b_enc_F, kind, activation, k, dense=plan is not None and plan.dense
+    )
+    words, values, window = marks.words, marks.values, marks.window
+    flags = triton_codes.count_flags(words) if marks.flags is None else marks.flags
 
     if plan is None and not ordered and N * F <= SMALL_ENTRIES:
         plan = CodeLayout(dense=False, capacity=N * F)
@@ -79,11 +63,11 @@ def encode(
         flags, values, weight_N, kind, capacity or 0, dense=plan.dense, ordered=ordered
     )
     if plan.dense:
-        if not dense_directly:
+        if not marks.dense:
             window = triton_codes.spread_(words, values, kind)
         codes = dense_codes(values, window if kind.jumps else None, ordered=ordered)
     if activation == "batch_topk":
-        least = _min_active(values, flags, smallest_N, weight_N, padding_N, S)
+        least = _min_active(values, flags, marks.smallest, weight_N, padding_N, S)
         stats = stats._replace(min_active=least)
     return codes, stats
 
@@ -105,15 +89,90 @@ def decode(
         a_NF = codes.values.view(len(codes.row_offsets) - 1, -1)
         norm_F = norms(W_dec_FE) if norm_F is None else norm_F
         penalty = triton_dense.row_costs(a_NF, norm_F, weight_N).sum()
-        if residual_NE is None:
-            return torch.addmm(b_dec_E, a_NF, W_dec_FE), penalty
-        return torch.addmm(residual_NE, a_NF, W_dec_FE).add_(b_dec_E), penalty
+        return decode_dense(a_NF, W_dec_FE, b_dec_E, residual_NE), penalty
     out, costs_N = triton_sums.decode_sums(
         codes.values, codes, W_dec_FE, b_dec_E, residual_NE, norm_F, weight_N
     )
     if norm_F is None:
         costs_N = triton_sums.token_costs(codes, W_dec_FE, weight_N)
     return out, costs_N.sum()
+
+
+def transcode(
+    x_STD: Tensor,
+    W_enc_FD: Tensor,
+    b_enc_F: Tensor,
+    W_dec_FE: Tensor,
+    b_dec_E: Tensor,
+    threshold_F: Tensor | None,
+    residual_NE: Tensor | None,
+    padding_N: Tensor | None,
+    activation: str,
+    k: float,
+    dense: bool | None,
+) -> Tensor:
+    """Return ``out`` alone: without codes, hence of no capacity, and without counts."""
+    S, T, _ = x_STD.shape
+    N, F = S * T, W_enc_FD.shape[0]
+    kind = Activation(threshold_F, 0.0, padding_N)
+    marks = _mark(x_STD, W_enc_FD, b_enc_F, kind, activation, k, dense=bool(dense))
+    if dense is None and N * F > SMALL_ENTRIES:
+        flags = triton_codes.count_flags(marks.words) if marks.flags is None else marks.flags
+        dense = int(flags.counts.sum()) > dense_share(x_STD.dtype, "cuda") * N * F
+    if not dense:
+        return triton_decode.decode_words(marks.words, marks.values, W_dec_FE, b_dec_E, residual_NE)
+    if not marks.dense:
+        triton_codes.spread_(marks.words, marks.values, kind)
+    return decode_dense(marks.values, W_dec_FE, b_dec_E, residual_NE)
+
+
+class _Marks(NamedTuple):
+    """Activations and flags of the codes."""
+
+    words: Tensor  #: int32 [N, W].
+    values: Tensor  #: [N, F]: a where a flag is set; elsewhere 0 if `dense`, else arbitrary.
+    dense: bool
+    window: Tensor  #: bool [N, F] for dense jumprelu, else [0].
+    flags: Flags | None  #: the words with their numbers, if these were counted.
+    smallest: Tensor | None  #: fp32 [N]: smallest flagged value, of batch_topk that ranks.
+
+
+def _mark(
+    x_STD: Tensor,
+    W_enc_FD: Tensor,
+    b_enc_F: Tensor,
+    kind: Activation,
+    activation: str,
+    k: float,
+    *,
+    dense: bool,
+) -> _Marks:
+    """Compute and rank the activations; `dense` zeros inactive ones where that is free."""
+    S, T, _ = x_STD.shape
+    x_ND = x_STD.flatten(0, 1)
+    ranked = kind.threshold_F is None and activation != "relu"
+    dense = dense and not ranked
+    window = W_enc_FD.new_empty(0, dtype=torch.bool)
+    if S * T <= FEW and not dense:
+        words, values = multiply_few_and_mark(x_ND, W_enc_FD, b_enc_F, kind)
+        flags = None
+    else:
+        values = nnf.linear(x_ND, W_enc_FD, b_enc_F)
+        flags, window = mark_product(values, kind, dense=dense)
+        words = flags.words
+    if not ranked:
+        return _Marks(words, values, dense, window, flags, None)
+    smallest_N = None
+    if activation == "topk":
+        triton_select.keep_largest_of_tokens_(words, values, int(k))
+    else:
+        if kind.padding_N is None:
+            count_S = torch.full((S,), codes_of(k, T), device=x_STD.device)
+        else:
+            count_S = (kind.padding_N == 0).view(S, T).sum(1).double()
+            count_S = (k * count_S * WHOLE).floor().long()
+        smallest_N = triton_select.keep_largest_(words, values, count_S)
+    return _Marks(words, values, dense, window, None, smallest_N)
 
 
 def _min_active(

@@ -2,10 +2,13 @@
 
 The bits of a positive float, read as an integer key, keep its order. Keys are processed in digits
 of 8 bits, from the most significant. Each row's entries are counted by digit. Counts summed over a
-group (a token, or a row of x) give the digit of the k-th largest key. After the last digit, the
-key of the k-th largest entry and the number of equal entries to keep are known.
+group give the digit of the k-th largest key. After the last digit, the key of the k-th largest
+entry and the number of equal entries to keep are known.
 
-Shape suffixes: N tokens, G groups that are ranked separately (tokens, or rows of x), F features.
+- :func:`keep_largest_of_tokens_` (topk): a token is ranked by one program, in one launch.
+- :func:`keep_largest_` (batch_topk): the tokens of a row of x are ranked together.
+
+Shape suffixes: N tokens, G groups of tokens that are ranked together, F features.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -25,6 +28,7 @@ DIGIT = tl.constexpr(8)  # bits
 DIGITS = tl.constexpr(256)
 COUNT: dict[str, Any] = {"BLOCK_W": 64, "num_warps": 4}
 CUT: dict[str, Any] = {"BLOCK_W": 64, "num_warps": 4}
+SELECT: dict[str, Any] = {"BLOCK_W": 32, "num_warps": 4}
 
 
 @triton.jit
@@ -40,14 +44,11 @@ def _keys(
     return flags, tl.where(flags != 0, order_key(values, KEY_BITS), 0), values
 
 
-@triton.jit(do_not_specialize=["group_size", "shift"])
-def count_digits(
-    words_ptr, values_ptr, prefix_ptr, counts_ptr, F, group_size, shift,
-    KEY_BITS: tl.constexpr, BLOCK_W: tl.constexpr,
+@triton.jit
+def _count_row(
+    words_ptr, values_ptr, row, prefix, shift, F, KEY_BITS: tl.constexpr, BLOCK_W: tl.constexpr
 ):  # fmt: skip
-    """Count the next digits of a row's keys that begin with the group's prefix."""
-    row = tl.program_id(0).to(tl.int64)
-    prefix = tl.load(prefix_ptr + row // group_size)
+    """Number of a row's keys by their digit at `shift`, of the keys that begin with `prefix`."""
     counts = tl.zeros((DIGITS,), dtype=tl.int32)
     for f0 in tl.range(0, F, BLOCK_W * 32):
         flags, keys, _ = _keys(words_ptr, values_ptr, row, f0, F, KEY_BITS, BLOCK_W)
@@ -57,21 +58,17 @@ def count_digits(
         counts += tl.histogram(
             tl.reshape(digit, [BLOCK_W * 32]), DIGITS, mask=tl.reshape(live, [BLOCK_W * 32])
         )
-    tl.store(counts_ptr + row * DIGITS + tl.arange(0, DIGITS), counts)
+    return counts
 
 
-@triton.jit(do_not_specialize=["group_size"])
-def cut_rows(
-    words_ptr, values_ptr, cut_ptr, quota_ptr, smallest_ptr, F, group_size,
-    KEY_BITS: tl.constexpr, BLOCK_W: tl.constexpr,
+@triton.jit
+def _cut_row(
+    words_ptr, values_ptr, row, cut, quota, F, KEY_BITS: tl.constexpr, BLOCK_W: tl.constexpr
 ):  # fmt: skip
-    """Clear a row's flags below the group's cut, and those equal to it beyond the row's quota.
+    """Clear a row's flags below the cut, and those equal to it beyond the quota.
 
-    The smallest remaining value is written too.
+    Returns the smallest remaining value.
     """
-    row = tl.program_id(0).to(tl.int64)
-    cut = tl.load(cut_ptr + row // group_size)
-    quota = tl.load(quota_ptr + row)
     W = (F + 31) // 32
     equal_before = 0
     smallest = tl.full((BLOCK_W, 32), float("inf"), dtype=tl.float32)
@@ -84,7 +81,66 @@ def cut_rows(
         tl.store(words_ptr + row * W + word, pack(keep.to(tl.int32)), mask=word < W)
         smallest = tl.minimum(smallest, tl.where(keep, values.to(tl.float32), float("inf")))
         equal_before += tl.sum(tl.sum(equal, axis=1), axis=0)
-    tl.store(smallest_ptr + row, tl.min(tl.min(smallest, axis=1), axis=0))
+    return tl.min(tl.min(smallest, axis=1), axis=0)
+
+
+@triton.jit(do_not_specialize=["group_size", "shift"])
+def count_digits(
+    words_ptr, values_ptr, prefix_ptr, counts_ptr, F, group_size, shift,
+    KEY_BITS: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """Count the next digits of a row's keys that begin with the group's prefix."""
+    row = tl.program_id(0).to(tl.int64)
+    prefix = tl.load(prefix_ptr + row // group_size)
+    counts = _count_row(words_ptr, values_ptr, row, prefix, shift, F, KEY_BITS, BLOCK_W)
+    tl.store(counts_ptr + row * DIGITS + tl.arange(0, DIGITS), counts)
+
+
+@triton.jit(do_not_specialize=["group_size"])
+def cut_rows(
+    words_ptr, values_ptr, cut_ptr, quota_ptr, smallest_ptr, F, group_size,
+    KEY_BITS: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """Clear each row's flags below its group's cut; write the smallest remaining value."""
+    row = tl.program_id(0).to(tl.int64)
+    cut = tl.load(cut_ptr + row // group_size)
+    quota = tl.load(quota_ptr + row)
+    smallest = _cut_row(words_ptr, values_ptr, row, cut, quota, F, KEY_BITS, BLOCK_W)
+    tl.store(smallest_ptr + row, smallest)
+
+
+@triton.jit(do_not_specialize=["k"])
+def select_rows(
+    words_ptr, values_ptr, F, k, KEY_BITS: tl.constexpr, BLOCK_W: tl.constexpr
+):  # fmt: skip
+    """Clear the flags of all but the k largest values of each row; k > 0."""
+    row = tl.program_id(0).to(tl.int64)
+    digits = tl.arange(0, DIGITS)
+    cut = tl.zeros((), dtype=tl.int32)
+    left = k
+    for n in tl.static_range(KEY_BITS // DIGIT):
+        shift = KEY_BITS - DIGIT * (n + 1)
+        counts = _count_row(words_ptr, values_ptr, row, cut, shift, F, KEY_BITS, BLOCK_W)
+        # The digit of the k-th largest key; 0 if the row has fewer keys, so that all remain.
+        above = tl.cumsum(counts, 0, reverse=True)
+        digit = tl.max(tl.where(above >= left, digits, 0), axis=0)
+        left -= tl.sum(tl.where(digits > digit, counts, 0), axis=0)
+        cut = (cut << DIGIT) | digit
+    _cut_row(words_ptr, values_ptr, row, cut, left, F, KEY_BITS, BLOCK_W)
+
+
+def keep_largest_of_tokens_(words: Tensor, values_NF: Tensor, k: int) -> None:
+    """Clear the flags of all but each token's `k` largest entries, in place.
+
+    Of equal entries, the lowest feature ranks first. NaN ranks above all numbers. `words` and
+    `values_NF` are as in :func:`keep_largest_`.
+    """
+    N, F = values_NF.shape
+    if k == 0:
+        words.zero_()
+    elif k < F and N:
+        key_bits = 8 * values_NF.element_size()
+        select_rows[(N,)](words, values_NF, F, k, KEY_BITS=key_bits, **SELECT)
 
 
 def keep_largest_(words: Tensor, values_NF: Tensor, count_G: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastadapt.kernels.nmse import nmse
-from fastadapt.kernels.transcoder import autograd
+from fastadapt.kernels.transcoder import autograd, transcode
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() or executed.STAGE is not None,
@@ -44,6 +44,9 @@ class Launches(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.removeprefix("aten::")
+        if name == "fastadapt::transcode":
+            with self:
+                return autograd._transcode(*args)
         if name not in VIEWS:
             self.names.append(name)
         return func(*args, **(kwargs or {}))
@@ -78,10 +81,10 @@ def launches(patch: pytest.MonkeyPatch, N: int, *, dense: bool, backward: bool) 
         pytest.param(300, False, True, 18, id="step on codes"),
         pytest.param(300, True, True, 32, id="dense step"),
         pytest.param(300, False, False, 10, id="evaluation"),
-        pytest.param(64, False, False, 10, id="generation"),
+        pytest.param(64, False, False, 10, id="evaluation of few tokens"),
     ],
 )
-def test_launches(
+def test_launches_with_statistics(
     N: int, dense: bool, backward: bool, n: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = launches(monkeypatch, N, dense=dense, backward=backward)
@@ -145,3 +148,33 @@ def test_bytes_of_nmse(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> N
     moved.n_bytes = 0
     nmse(x.detach(), target, implementation="triton")
     assert 2 * stream <= moved.n_bytes <= 2 * stream + tokens
+
+
+@pytest.mark.parametrize(
+    ("activation", "N", "names"),
+    [
+        ("relu", 64, ["triton multiply_few_mark", "triton decode_flagged"]),
+        ("threshold", 1, ["triton multiply_few_mark", "triton decode_flagged"]),
+        ("jumprelu", 1, ["triton multiply_few_mark", "triton decode_flagged"]),
+        ("topk", 1, ["triton multiply_few_mark", "triton select_rows", "triton decode_flagged"]),
+        ("relu", 65, ["linear", "triton mark", "triton decode_flagged"]),
+    ],
+)
+def test_launches_of_generation(
+    activation: str, N: int, names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dtype = torch.bfloat16
+    tensors = [torch.empty(s, dtype=dtype) for s in ((1, N, D), (F, D), (F,), (F, D), (D,))]
+    settings: dict[str, dict[str, Any]] = {
+        "relu": {},
+        "threshold": {"activation": "batch_topk", "threshold": torch.tensor(0.1)},
+        "topk": {"activation": "topk", "k": 3},
+        "jumprelu": {
+            "activation": "jumprelu",
+            "threshold": torch.empty(F, dtype=dtype),
+            "bandwidth": 0.1,
+        },
+    }
+    with torch.no_grad(), Launches(monkeypatch) as calls:
+        transcode(*tensors, **settings[activation], residual=tensors[0], implementation="triton")
+    assert calls.names == names

@@ -414,7 +414,7 @@ def test_codes_equal_those_of_the_cpu(N: int, F: int) -> None:
     plan = CodeLayout(dense=False, capacity=capacity)
     expected = sparse_codes(a, None, plan, ordered=True)
     values = a.to(TRITON_DEVICE)
-    kind = triton_encode.Activation("relu", None, 0.0, None)
+    kind = triton_encode.Activation(None, 0.0, None)
     flags, _ = triton_encode.mark_product(values, kind, dense=False)
     actual, stats = triton_codes.encode_flags(
         flags, values, None, kind, capacity, dense=False, ordered=True

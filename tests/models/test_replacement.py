@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from fastadapt.adapter.module import AdapterConfig
 from fastadapt.errors import UserError
-from fastadapt.kernels.transcoder import SMALL_ENTRIES, CodeLayout
+from fastadapt.kernels.transcoder import SMALL_ENTRIES
 from fastadapt.models.hf_checkpoint import lazy_tensors
 from fastadapt.models.pair import check_tokenizers, choose_attention, choose_device
 from fastadapt.models.pretrained import ARCHITECTURES, reading
@@ -149,16 +149,16 @@ def test_block_by_block_equals_the_models_own_forward(make_pair: Callable[..., A
 def test_graph_capture_needs_no_synchronization(
     make_pair: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Calls too large for a buffer of all entries use dense products, but only during a capture."""
+    """Calls too large to choose without a synchronization are dense, but only in a capture."""
     from torch._subclasses import FakeTensorMode
 
     mlp = randomised(make_pair("qwen2")).mlps[0]
     with FakeTensorMode():
         few, many = (torch.empty(1, n, 16, device="cuda") for n in (1, SMALL_ENTRIES // 24 + 1))
-    for capturing, expected in ((True, CodeLayout(dense=True)), (False, None)):
+    for capturing, expected in ((True, True), (False, None)):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda c=capturing: c)
-        assert mlp._capture_plan(few) is None
-        assert mlp._capture_plan(many) == expected
+        assert mlp._dense_in_capture(few) is None
+        assert mlp._dense_in_capture(many) is expected
 
 
 def test_one_pair_carries_one_set_of_adapters(make_pair: Callable[..., Any]) -> None:

@@ -162,7 +162,7 @@ def test_generate_batch_gives_the_tokens_of_generate(
 def test_an_adapter_is_captured_as_a_graph(
     n_tokens: int, exported: Callable[..., tuple[Path, ReplacementModel]]
 ) -> None:
-    """Small calls buffer all codes, larger ones use dense products; neither synchronizes."""
+    """Small calls sum rows of the decoder, larger ones use dense products; none synchronizes."""
     folder, _ = exported()
     loaded: Any = AutoModelForCausalLM.from_pretrained(folder)
     mlp = loaded.cuda().adapted_mlps[0]

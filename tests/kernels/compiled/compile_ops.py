@@ -28,7 +28,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported
 import sass
 import torch
 import triton
-from device_code import GATHERS, launched_kernels, load
+from device_code import SUMS, launched_kernels, load
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -115,10 +115,8 @@ def describe(case: str, kernel: JITFunction, compiled: Any) -> dict[str, Any]:
         "narrow_products": narrow_products(text),
         "dot": {"rows": int(dot[1]), "dtype": dot[2]} if dot else None,
         "wgmma": "wgmma.mma_async" in assembly,
-        "accesses": Counter(
-            re.findall(r"(?:ld|st)\.global(?:\.v\d)?", compiled.asm.get("ptx", ""))
-        ),
-        "loops": sass.loops(cubin) if cubin and kernel.fn.__name__ in GATHERS else [],
+        "accesses": Counter(re.findall(r"(?:ld|st)\.global(?:\.v\d)?", assembly)),
+        "loops": sass.loops(cubin) if cubin and kernel.fn.__name__ in SUMS else [],
         **resources(compiled),
     }
 

@@ -17,6 +17,7 @@ KERNELS = Path(__file__).parents[1]
 #: Tests of every kernel. The others in the folder run in `make prove-kernels`.
 TESTS = (
     "test_faults.py",
+    "test_transcode.py",
     "test_transcoder_triton.py",
     "test_linear_kl_triton.py",
     "test_linear_kl_edges.py",
