@@ -49,7 +49,10 @@ def words_for(n_tokens: int, n_features: int, like: Tensor) -> Tensor:
 @triton.jit
 def load_cut(cut_ptr, features, inside, CUT_STRIDE: tl.constexpr):
     """Load max(θ, 0) in fp32. A NaN stays NaN, below which every positive entry is active."""
-    cut = tl.load(cut_ptr + features * CUT_STRIDE, mask=inside, other=0.0).to(tl.float32)
+    if CUT_STRIDE == 0:
+        cut = tl.where(inside, tl.load(cut_ptr).to(tl.float32), 0.0)
+    else:
+        cut = tl.load(cut_ptr + features, mask=inside, other=0.0).to(tl.float32)
     return tl.where(cut < 0, 0.0, cut)
 
 
@@ -226,6 +229,9 @@ def multiply_few_and_mark(
         x_ND, W_enc_FD = last_contiguous(x_ND), last_contiguous(W_enc_FD)
         block = 16 if N <= 16 else FEW  # two sizes only: every size compiles a kernel
         wide = x_ND.dtype == torch.float32
+        options = MULTIPLY_FEW_32_BITS if wide else MULTIPLY_FEW_16_BITS
+        if x_ND.stride(0) % 16 or W_enc_FD.stride(0) % 16:  # single elements take more registers
+            options = options | {"BLOCK_D": options["BLOCK_D"] // 2}
         multiply_few_mark[(words.shape[1], triton.cdiv(N, block))](
             x_ND,
             W_enc_FD,
@@ -242,7 +248,7 @@ def multiply_few_and_mark(
             activation.half_bandwidth,
             **activation.constants,
             BLOCK_N=block,
-            **(MULTIPLY_FEW_32_BITS if wide else MULTIPLY_FEW_16_BITS),
+            **options,
         )
     return words, values
 

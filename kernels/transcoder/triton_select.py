@@ -28,7 +28,7 @@ DIGIT = tl.constexpr(8)  # bits
 DIGITS = tl.constexpr(256)
 COUNT: dict[str, Any] = {"BLOCK_W": 64, "num_warps": 4}
 CUT: dict[str, Any] = {"BLOCK_W": 64, "num_warps": 4}
-SELECT: dict[str, Any] = {"BLOCK_W": 64, "num_warps": 4}
+SELECT: dict[str, Any] = {"BLOCK_W": 32, "num_warps": 4}
 
 
 @triton.jit

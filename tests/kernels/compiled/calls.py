@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastadapt.kernels.linear_kl import linear_kl
-from fastadapt.kernels.transcoder import CodeLayout, transcoder
+from fastadapt.kernels.transcoder import CodeLayout, transcode, transcoder
 
 #: Lengths of sequences and of generation steps, some divisible by 16.
 LENGTHS = (1, 16, 37, 48, 61, 64, 65, 80, 97, 128, 131, 160, 199, 240, 251, 256, 257, 272, 293, 320)
@@ -45,6 +45,8 @@ def calls_of(part: str, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], 
                 )
         arguments = (weights, N, {"activation": "relu"}, False, "inference")
         yield f"transcoder relu N={N}, inference", partial(call_transcoder, *arguments)
+        for name, settings in activations(192).items():
+            yield f"transcode {name} N={N}", partial(call_transcode, weights, N, settings)
         yield (
             f"linear_kl T={N}",
             partial(call_linear_kl, 1031, N, 2, dtype, torch.float32, labels=True, trained=True),
@@ -56,6 +58,10 @@ def transcoder_shapes(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], No
     for D, F, lengths in SHAPES:
         weights = transcoder_weights(D, F, dtype)
         for name, settings in activations(F).items():
+            for N in (1, 64, 70):
+                for padded in (False, True):
+                    title = f"transcode {name} N={N} F={F}, padded={padded}"
+                    yield title, partial(call_transcode, weights, N, settings, padded=padded)
             for dense in (False, True):
                 for N in lengths:
                     # Below 256 tokens, "inference" computes the norms of few rows.
@@ -113,6 +119,19 @@ def call_transcoder(
         [torch.empty_like(output) for output in outputs],
         allow_unused=True,
     )
+
+
+def call_transcode(
+    weights: list[Tensor], N: int, settings: dict[str, Any], *, padded: bool = True
+) -> None:
+    """Compute the output alone; `padded` adds padding and a residual."""
+    x = torch.empty(N, weights[0].shape[1], dtype=weights[0].dtype)
+    arguments = dict(settings)
+    if padded:
+        arguments["residual"] = torch.empty_like(x)
+        arguments["padding"] = torch.zeros(N, dtype=torch.bool)
+    with torch.no_grad():
+        transcode(x, *weights, **arguments, implementation="triton")
 
 
 def linear_kl_shapes(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:

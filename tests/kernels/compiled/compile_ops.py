@@ -27,7 +27,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported
 import sass
 import torch
 import triton
-from device_code import GATHERS, launched_kernels, load
+from device_code import SUMS, launched_kernels, load
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -114,7 +114,7 @@ def describe(case: str, kernel: JITFunction, compiled: Any) -> dict[str, Any]:
         "narrow_products": narrow_products(text),
         "dot": {"rows": int(dot[1]), "dtype": dot[2]} if dot else None,
         "wgmma": "wgmma.mma_async" in compiled.asm.get("ptx", ""),
-        "loops": sass.loops(cubin) if cubin and kernel.fn.__name__ in GATHERS else [],
+        "loops": sass.loops(cubin) if cubin and kernel.fn.__name__ in SUMS else [],
         **resources(compiled),
     }
 

@@ -10,8 +10,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-#: Kernels whose loops gather rows of a table.
-GATHERS = {"sum_by_token", "sum_by_feature", "sum_further_pieces"}
+#: Kernels whose loops sum rows of a table.
+SUMS = {"sum_by_token", "sum_by_feature", "sum_further_pieces", "decode_flagged"}
+#: Kernels that read rows by index.
+GATHERS = SUMS | {"sampled_product", "cost_by_token"}
 
 
 def device_modules() -> list[Any]:

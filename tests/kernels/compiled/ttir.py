@@ -32,7 +32,7 @@ _BOUNDED_BY_SOURCES = (
     "tt.splat", "tt.broadcast", "tt.expand_dims", "tt.reshape", "tt.trans",
 )  # fmt: skip
 #: Operations whose operands do not influence the address's size.
-_OPAQUE = ("tt.load", "tt.descriptor_load", "tt.descriptor_gather", "arith.cmpi", "arith.cmpf")
+_OPAQUE = ("tt.load", "arith.cmpi", "arith.cmpf")
 
 
 @dataclass(eq=False)
@@ -107,7 +107,7 @@ def _may_wrap(value: Value) -> bool:
 
 
 def _addresses(text: str) -> list[Value]:
-    """Return offsets added to pointers, and descriptors' coordinates and strides."""
+    """Return offsets added to pointers."""
     reader = _Reader()
     for line in _LOCATION.sub("", text).splitlines():
         reader.read(line.strip())
@@ -176,12 +176,8 @@ class _Reader:
                 result.sources += operands
         elif operation == "tt.addptr":
             self.addresses.append(operands[1])
-        elif operation == "tt.make_tensor_descriptor":
-            strides = body[body.rindex("[", 0, body.index(":")) : body.index(":")]
-            self.addresses += [self._find(n) for n in _NAME.findall(strides)]
-        elif operation.startswith("tt.descriptor_"):
-            between = body[body.index("[") : body.index("]")]
-            self.addresses += [self._find(n) for n in _NAME.findall(between)]
+        elif operation.startswith(("tt.descriptor_", "tt.make_tensor_descriptor")):
+            raise ValueError(f"descriptors are not followed: {line!r}")
         opens = line.endswith("{")
         sources = [] if operation == "scf.if" else operands
         results = self._define(head, operation, line, sources)
