@@ -150,9 +150,11 @@ class FusedBlocks:
                 return unfused(q, k, cos, sin, *more, **named)
             return rope(q, k, cos, sin, implementation=self.implementation)
 
+        # torch.compile takes the globals of a function with this name from the module itself.
+        names = {name: value for name, value in plain.__globals__.items() if name != "__name__"}
         forward = FunctionType(
             plain.__code__,
-            {**plain.__globals__, _ROTARY: rotary},
+            names | {_ROTARY: rotary},
             plain.__name__,
             plain.__defaults__,
             plain.__closure__,

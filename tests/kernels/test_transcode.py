@@ -254,13 +254,13 @@ def test_gradients_are_those_of_the_transcoder(implementation: str, activation: 
     options = SETTINGS[activation]
     leaves = {n: t for n, t in tensors.items() if n != "threshold" or activation == "jumprelu"}
     leaves = {n: t.float().requires_grad_() for n, t in leaves.items()}
-    rest = {n: t.float() for n, t in tensors.items() if n not in leaves}
-    out = transcode(**leaves, **rest, **options, implementation=implementation)
+    constants = {n: t.float() for n, t in tensors.items() if n not in leaves}
+    out = transcode(**leaves, **constants, **options, implementation=implementation)
     g = torch.randn_like(out)
     actual = torch.autograd.grad(out, list(leaves.values()), g)
     _, expected = run(
         {n: t.detach() for n, t in leaves.items()},
-        options | rest,
+        options | constants,
         g,
         torch.zeros((), device=device),
         dtype=torch.float32,

@@ -132,11 +132,12 @@ def call_transcode(
 ) -> None:
     """Compute the output alone; `padded` adds padding and a residual."""
     x = torch.empty(N, weights[0].shape[1], dtype=weights[0].dtype)
-    more: dict[str, Any] = {}
+    arguments = dict(settings)
     if padded:
-        more = {"residual": torch.empty_like(x), "padding": torch.zeros(N, dtype=torch.bool)}
+        arguments["residual"] = torch.empty_like(x)
+        arguments["padding"] = torch.zeros(N, dtype=torch.bool)
     with torch.no_grad():
-        transcode(x, *weights, **settings, **more, implementation="triton")
+        transcode(x, *weights, **arguments, implementation="triton")
 
 
 def linear_kl_shapes(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
