@@ -18,11 +18,15 @@ class Batch(NamedTuple):
         attention_mask: bool ``[B, T]``, false at padding. None if the batch has no padding, so that
             the host knows this without reading from the device.
         labels: int64 ``[B, T]``, the token itself if its prediction counts, else -100.
+        passes_mask: whether models get ``attention_mask``. Causal attention gives the same hidden
+            states at real tokens without it, since padding comes last. On a GPU transformers waits
+            for the device when it reads a mask, and the mask excludes flash attention.
     """
 
     input_ids: Tensor
     attention_mask: Tensor | None
     labels: Tensor
+    passes_mask: bool = True
 
     @property
     def real(self) -> Tensor:
@@ -31,6 +35,11 @@ class Batch(NamedTuple):
             return torch.ones_like(self.input_ids, dtype=torch.bool)
         return self.attention_mask.bool()
 
+    @property
+    def model_mask(self) -> Tensor | None:
+        """The attention mask that models get, bool ``[B, T]`` or None."""
+        return self.attention_mask if self.passes_mask else None
+
     def pinned(self) -> Batch:
         """Return the batch in pinned memory, from which a GPU copies asynchronously."""
         mask = self.attention_mask
@@ -38,6 +47,7 @@ class Batch(NamedTuple):
             self.input_ids.pin_memory(),
             None if mask is None else mask.pin_memory(),
             self.labels.pin_memory(),
+            self.passes_mask,
         )
 
     def to(self, device: torch.device | str) -> Batch:
@@ -47,6 +57,7 @@ class Batch(NamedTuple):
             self.input_ids.to(device, non_blocking=True),
             None if mask is None else mask.to(device, non_blocking=True),
             self.labels.to(device, non_blocking=True),
+            self.passes_mask,
         )
 
 

@@ -190,8 +190,8 @@ def _traverse(
 ) -> _Streams:
     """Run every block once per stream and compute the NMSE of the hidden states."""
     n_layers, (n_rows, _) = model.n_layers, batch.input_ids.shape
-    real, attention = batch.real, batch.attention_mask
-    padding = None if attention is None else ~real
+    real, attention = batch.real, batch.model_mask
+    padding = None if batch.attention_mask is None else ~real
     forks = 0 < cutoff < n_layers and config.bridge > 0
 
     single = model.block_inputs(batch.input_ids, attention)

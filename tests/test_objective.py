@@ -27,6 +27,7 @@ from fastadapt.kernels.transcoder import plan_for
 from fastadapt.models.pretrained import ARCHITECTURES
 from fastadapt.models.recompute import POLICIES
 from fastadapt.models.replacement import ReplacementModel
+from fastadapt.models.traversal import Stream, side_by_side
 from fastadapt.objective import ObjectiveConfig, draw_cutoff, objective
 
 LAYERS, WIDTH, FEATURES, VOCABULARY = 3, 16, 24, 40
@@ -211,6 +212,57 @@ def test_every_loss_and_gradient_equals_the_naive_ones(
     config = ObjectiveConfig(sparsity=0.03, nmse=0.7, bridge=1.3, kl_chunk_tokens=5)
     for cutoff in range(LAYERS + 1):
         check(replacement, target, cutoff, config, ragged_batch(cutoff), 1e-10)
+
+
+def without_mask(batch: Batch, width: int) -> Batch:
+    """Return the batch padded to ``width``, as on a GPU: no model gets its mask."""
+    more = width - batch.input_ids.shape[1]
+
+    def widened(x: Tensor, value: int) -> Tensor:
+        return nn.functional.pad(x, (0, more), value=value)
+
+    ids, labels = widened(batch.input_ids, 2), widened(batch.labels, -100)
+    return Batch(ids, widened(batch.real, False), labels, passes_mask=False)
+
+
+@pytest.mark.parametrize(("architecture", "activation"), CASES)
+def test_padding_without_a_mask_changes_no_loss_and_no_gradient(
+    architecture: str, activation: str, make_pair: Callable[..., Any], float64_clean: None
+) -> None:
+    """Also in windows of attention that hold padding only, and for one sequence."""
+    pair = make_pair(architecture, dtype="float64")
+    target = copy.deepcopy(pair.target)
+    replacement = make_replacement(pair, ACTIVATIONS[activation])
+    config = ObjectiveConfig(sparsity=0.03, nmse=0.7, bridge=1.3, kl_chunk_tokens=5)
+    batch = without_mask(ragged_batch(), 16)
+    check(replacement, target, 1, config, batch, 1e-10)
+    alone = Batch(batch.input_ids[:1], batch.real[:1], batch.labels[:1], passes_mask=False)
+    check(replacement, target, 2, config, alone, 1e-10)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_hidden_states_of_padding_without_a_mask_are_finite(
+    architecture: str, make_pair: Callable[..., Any]
+) -> None:
+    replacement = make_replacement(make_pair(architecture), ACTIVATIONS["relu"])
+    batch, n = without_mask(ragged_batch(), 32), 0
+    for passed in side_by_side(replacement, batch, [Stream("hybrid"), Stream("replacement")]):
+        n += all(h.isfinite().all() for h in (passed.target, *passed.students))
+    assert n == LAYERS
+
+
+def test_the_model_gets_no_mask_of_padding(make_pair: Callable[..., Any]) -> None:
+    """On a CPU a batch passes its mask, and its bits are those of before."""
+    replacement: Any = make_replacement(make_pair("qwen2"), ACTIVATIONS["relu"])
+    masks: list[Any] = []
+    replacement.blocks[0].register_forward_pre_hook(
+        lambda _m, _a, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    objective(replacement, without_mask(ragged_batch(), 16), 1, ObjectiveConfig())
+    assert masks == [None, None]
+    masks.clear()
+    objective(replacement, ragged_batch(), 1, ObjectiveConfig())
+    assert [mask.shape for mask in masks] == [(3, 1, 9, 9)] * 2
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -31,17 +31,28 @@ def padding_id(tokenizer: Any, n_rows: int) -> int:
     return int(token) if token is not None and 0 <= token < n_rows else 0
 
 
-def collate(samples: Sequence[Sample], pad_token_id: int) -> Batch:
+def padded_width(longest: int, multiple: int) -> int:
+    """Return the smallest multiple that holds ``longest`` tokens.
+
+    Example:
+        >>> padded_width(128, 128), padded_width(129, 128), padded_width(129, 1)
+        (128, 256, 129)
+    """
+    return -(-longest // multiple) * multiple
+
+
+def collate(samples: Sequence[Sample], pad_token_id: int, multiple: int = 1) -> Batch:
     """Stack samples, padded on the right to the length of the longest sample.
 
     Args:
         samples: at least one sample. Each sample has at least two tokens.
-        pad_token_id: fills ``input_ids`` at padding. Padding is masked everywhere, so any id of
-            the vocabulary may be used.
+        pad_token_id: fills ``input_ids`` at padding. No loss and no statistic counts padding, so
+            any id of the vocabulary may be used.
+        multiple: T is padded further, to a multiple of this number of tokens.
 
     Returns:
         ``Batch``: input_ids int64 [B, T]; attention_mask bool [B, T], False at padding, or None
-        if all samples have the same length; labels int64 [B, T], -100 at padding and where the
+        if nothing is padded; labels int64 [B, T], -100 at padding and where the
         sample's label is -100. As in transformers, label ``t`` is the target of the prediction
         made at ``t - 1``.
 
@@ -57,7 +68,7 @@ def collate(samples: Sequence[Sample], pad_token_id: int) -> Batch:
                 "at least 2 are needed, since the last token predicts nothing"
             )
     lengths = [sample.input_ids.numel() for sample in samples]
-    length = max(lengths)
+    length = padded_width(max(lengths), multiple)
     shape = (len(samples), length)
     input_ids = torch.full(shape, pad_token_id, dtype=torch.int64)
     labels = torch.full(shape, IGNORED, dtype=torch.int64)

@@ -215,7 +215,8 @@ class ReplacementModel(nn.Module):
 
         Args:
             input_ids: int64 ``[B, T]``.
-            attention_mask: bool ``[B, T]``, True on real tokens; None if no token is padding.
+            attention_mask: bool ``[B, T]``, True on real tokens; None if no token is padding or
+                all padding is on the right, where causal attention needs no mask.
 
         Returns:
             The embeddings ``[B, T, D]``, scaled where the architecture scales them, and each

@@ -56,7 +56,7 @@ def check_traversal(model: ReplacementModel, batch: Batch) -> None:
         >>> check_traversal(model, Batch(ids, None, ids))
     """
     part = _part(batch)
-    inputs = model.block_inputs(part.input_ids, part.attention_mask)
+    inputs = model.block_inputs(part.input_ids, part.model_mask)
     tensors = _tensors(inputs)
     before = [tensor._version for _, tensor in tensors]
     positions = _positions(part)
@@ -96,6 +96,7 @@ def _part(batch: Batch) -> Batch:
         batch.input_ids[rows, :TOKENS],
         None if mask is None else mask[rows, :TOKENS],
         batch.labels[rows, :TOKENS],
+        batch.passes_mask,
     )
 
 
@@ -147,7 +148,7 @@ def _forward(model: ReplacementModel, part: Batch, mode: Mode, positions: Tensor
             contexts.enter_context(mlp.call_context(mode, Call(None, None, None)))
         output = model.model(
             input_ids=part.input_ids,
-            attention_mask=part.attention_mask,
+            attention_mask=part.model_mask,
             use_cache=False,
             logits_to_keep=positions,
         )

@@ -57,9 +57,9 @@ def side_by_side(
     Each stream's block gets the states of the same stream. The model's adapters are restored at the
     end. The batch must be on the model's device.
     """
-    real, attention = batch.real, batch.attention_mask
-    inputs = model.block_inputs(batch.input_ids, attention)
-    padding = None if attention is None else ~real
+    real = batch.real
+    inputs = model.block_inputs(batch.input_ids, batch.model_mask)
+    padding = None if batch.attention_mask is None else ~real
     h, students = inputs.hidden, [inputs.hidden] * len(streams)
     with carrying(model, None):
         for layer in range(model.n_layers):

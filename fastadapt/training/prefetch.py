@@ -22,20 +22,35 @@ _EACH = 4  # batches that each worker prefetches
 CountedBatch = tuple[Batch, int]
 
 
-def make_batch(data: Sequences, indices: Sequence[int], pad: int) -> CountedBatch:
+class Collation(NamedTuple):
+    """How sequences are collated into the batches of a run.
+
+    Attributes:
+        pad: token id at padding.
+        multiple: number of tokens of which the width of a batch is a multiple.
+        passes_mask: whether models get the attention mask (:class:`fastadapt.batch.Batch`).
+    """
+
+    pad: int
+    multiple: int = 1
+    passes_mask: bool = True
+
+
+def make_batch(data: Sequences, indices: Sequence[int], how: Collation) -> CountedBatch:
     """Collate the sequences of the given indices into a batch on the host."""
     samples = [data[i] for i in indices]
-    return collate(samples, pad), sum(sample.input_ids.numel() for sample in samples)
+    batch = collate(samples, how.pad, how.multiple)._replace(passes_mask=how.passes_mask)
+    return batch, sum(sample.input_ids.numel() for sample in samples)
 
 
 class _Batches:
     """Data set of the workers: ``data[[3, 1]]`` is the batch of sequences 3 and 1."""
 
-    def __init__(self, data: Sequences, pad: int) -> None:
-        self._data, self._pad = data, pad
+    def __init__(self, data: Sequences, how: Collation) -> None:
+        self._data, self._how = data, how
 
     def __getitem__(self, indices: list[int]) -> CountedBatch:
-        return make_batch(self._data, indices, self._pad)
+        return make_batch(self._data, indices, self._how)
 
 
 class _Entry(NamedTuple):
@@ -51,7 +66,7 @@ class BatchPrefetcher:
 
     Args:
         data: the sequences.
-        pad: token id at padding.
+        how: how sequences are collated.
         micro_batches: returns the indices of each micro-batch of a step.
         steps: number of steps of the run.
         workers: number of processes, at least 1.
@@ -61,14 +76,14 @@ class BatchPrefetcher:
     def __init__(
         self,
         data: Sequences,
-        pad: int,
+        how: Collation,
         micro_batches: Callable[[int], list[list[int]]],
         steps: int,
         *,
         workers: int,
         pin: bool,
     ) -> None:
-        self._batches = _Batches(data, pad)
+        self._batches = _Batches(data, how)
         self._micro_batches, self._steps = micro_batches, steps
         self._workers, self._pin = workers, pin
         self._loader: Iterator[CountedBatch] | None = None

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from fastadapt.batch import Batch
-from fastadapt.data.batches import BatchPlan, padding_id
+from fastadapt.data.batches import BatchPlan, padded_width, padding_id
 from fastadapt.data.sequences import Sequences, load_sequences
 from fastadapt.organism import resolve
 from fastadapt.training.config import TrainConfig
 from fastadapt.training.planning.estimate import count_steps
-from fastadapt.training.prefetch import BatchPrefetcher, make_batch
+from fastadapt.training.prefetch import BatchPrefetcher, Collation, make_batch
 
 
 class StepData:
@@ -44,7 +44,12 @@ class StepData:
         )
         for data_of_split in (self.train, self.held_out):
             data_of_split.check_vocabulary(n_rows)
-        self._pad = padding_id(tokenizer, n_rows)
+        self._how = Collation(
+            padding_id(tokenizer, n_rows),
+            data.multiple(device.type),
+            # On a CPU transformers sums in another order without a mask.
+            passes_mask=device.type != "cuda",
+        )
         self._order = BatchPlan(
             len(self.train),
             config.optimizer.batch_size,
@@ -59,7 +64,7 @@ class StepData:
             select = share or (lambda micro_batches: micro_batches)
             self.prefetcher = BatchPrefetcher(
                 self.train,
-                self._pad,
+                self._how,
                 lambda step: select(self._indices(step)),
                 self.steps,
                 workers=data.workers,
@@ -97,21 +102,29 @@ class StepData:
     def widths(self, micro_batches: list[list[int]]) -> list[int]:
         """Return the number of tokens per sequence of each micro-batch, with padding."""
         lengths = self.train.lengths
-        return [max(lengths[i] for i in indices) for indices in micro_batches]
+        return [self._width(max(lengths[i] for i in indices)) for indices in micro_batches]
+
+    @property
+    def largest_width(self) -> int:
+        """Largest number of tokens per sequence of any batch, with padding."""
+        return self._width(max(self.train.counts.longest, self.held_out.counts.longest))
+
+    def _width(self, longest: int) -> int:
+        return padded_width(longest, self._how.multiple)
 
     def batch(self, data: Sequences, indices: Sequence[int]) -> tuple[Batch, int]:
         """Return the batch of these sequences on the device, and its number of tokens."""
         prefetched = None
         if self.prefetcher is not None and data is self.train:
             prefetched = self.prefetcher.get(self._step, list(indices))
-        batch, n_tokens = prefetched or make_batch(data, indices, self._pad)
+        batch, n_tokens = prefetched or make_batch(data, indices, self._how)
         if self._device.type == "cuda":
             batch = batch.pinned()
         return batch.to(self._device), n_tokens
 
     def first_batch(self) -> Batch:
         """Return the first training batch on the device; the same on every rank."""
-        return make_batch(self.train, self._order[0], self._pad)[0].to(self._device)
+        return make_batch(self.train, self._order[0], self._how)[0].to(self._device)
 
     def held_out_batches(self) -> Iterator[Batch]:
         """Yield batches of all held-out sequences in order."""

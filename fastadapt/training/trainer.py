@@ -208,9 +208,8 @@ def _with_policy(
     config: TrainConfig, model: ReplacementModel, data: StepData, ranks: Ranks
 ) -> tuple[TrainConfig, RecomputePlanner | None]:
     """Resolve ``objective.checkpoint`` for the memory of rank 0's device, on all ranks alike."""
-    longest = max(data.train.counts.longest, data.held_out.counts.longest)
     device = ranks.on_main(lambda: this_device(model.device.type))
-    return with_policy(config, model.model.config, longest, device, ranks.world)
+    return with_policy(config, model.model.config, data.largest_width, device, ranks.world)
 
 
 def _find_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[PassedOver]]:

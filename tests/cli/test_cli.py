@@ -16,9 +16,9 @@ OPTIONS = re.findall(
     """
 --adapter --adapter.activation --adapter.bandwidth --adapter.implementation
 --adapter.initial_threshold --adapter.k --adapter.kind --adapter.n_features
---data --data.bucket --data.family --data.max_tokens --data.max_validation --data.revision
---data.train --data.train_on_prompt --data.train_split --data.validation --data.validation_split
---data.workers
+--data --data.bucket --data.family --data.max_tokens --data.max_validation --data.pad_to
+--data.revision --data.train --data.train_on_prompt --data.train_split --data.validation
+--data.validation_split --data.workers
 --dry-run --gpu --gpus --help --json
 --objective --objective.bridge --objective.checkpoint --objective.first_cutoff
 --objective.kl_chunk_tokens --objective.logits_dtype --objective.nmse --objective.sparsity
@@ -27,8 +27,8 @@ OPTIONS = re.findall(
 --optimizer.moments --optimizer.stochastic_rounding
 --optimizer.warmup --optimizer.weight_decay
 --overwrite
---pair --pair.attention --pair.base --pair.base_revision --pair.device --pair.dtype --pair.offload
---pair.target
+--pair --pair.attention --pair.base --pair.base_revision --pair.device --pair.dtype
+--pair.fused_blocks --pair.offload --pair.target
 --pair.target_revision --pair.trust_remote_code
 --print_config --resume
 --run --run.checkpoint_every --run.dead_window --run.deterministic --run.eval_every

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastadapt.data.batches import BatchPlan, bucket, collate, cut
-from fastadapt.data.sequences import Sample
+from fastadapt.data.batches import BatchPlan, bucket, collate, cut, padded_width
+from fastadapt.data.sequences import DataConfig, Sample
 
 
 def sample(index: int, *ids: int, first_label: int = 0) -> Sample:
@@ -38,6 +38,31 @@ def test_without_padding_there_is_no_mask() -> None:
     batch = collate([sample(0, 1, 2), sample(1, 3, 4)], pad_token_id=0)
     assert batch.attention_mask is None
     assert batch.real.all()
+
+
+def test_batches_are_padded_to_a_multiple() -> None:
+    samples = [sample(0, 5, 6), sample(1, 7, 8, 9, 4, 6)]
+    batch, plain = collate(samples, 3, multiple=4), collate(samples, 3)
+    assert batch.input_ids.shape == (2, 8)
+    assert torch.equal(batch.input_ids[:, :5], plain.input_ids)
+    assert torch.equal(batch.labels[:, :5], plain.labels)
+    assert torch.equal(batch.real[:, :5], plain.real)
+    assert (batch.input_ids[:, 5:] == 3).all()
+    assert (batch.labels[:, 5:] == -100).all()
+    assert not batch.real[:, 5:].any()
+    alone = collate(samples[1:], 3, multiple=4)
+    assert alone.real.tolist() == [[True] * 5 + [False] * 3]
+    assert collate(samples[1:], 3, multiple=5).attention_mask is None
+
+
+def test_a_gpu_sees_few_widths() -> None:
+    data = DataConfig("train", "validation")  # sequences of up to 10,000 tokens, as in the paper
+    lengths = range(2, data.max_tokens + 1)
+    widths = {padded_width(n, data.multiple("cuda")) for n in lengths}
+    assert len(widths) <= 80
+    assert all(width % 128 == 0 for width in widths)
+    assert [padded_width(n, data.multiple("cpu")) for n in lengths] == list(lengths)
+    assert DataConfig("train", "validation", pad_to=64).multiple("cpu") == 64
 
 
 def test_collate_copies() -> None:

@@ -22,6 +22,7 @@ from fastadapt.objective import ObjectiveConfig, objective
 IDS = torch.tensor([[5, 9, 23, 7, 31, 8], [3, 4, 8, 0, 0, 0]])
 PADDED = Batch(IDS, IDS > 0, IDS)
 WHOLE = Batch(IDS[:1], None, IDS[:1])
+UNMASKED = PADDED._replace(passes_mask=False)
 MODES = ("target", "hybrid", "replacement")
 
 
@@ -58,7 +59,7 @@ def pass_to_blocks(model: ReplacementModel, **more: Any) -> None:
     )
 
 
-@pytest.mark.parametrize("batch", [WHOLE, PADDED], ids=["whole", "padded"])
+@pytest.mark.parametrize("batch", [WHOLE, PADDED, UNMASKED], ids=["whole", "padded", "unmasked"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_traversal_equals_the_models_own_forward(
     architecture: str, batch: Batch, make_pair: Callable[..., Any]

@@ -17,6 +17,7 @@ from fastadapt.objective import objective
 from fastadapt.training import trainer
 from fastadapt.training.logs.metrics import StepGatherer
 from fastadapt.training.loop import TrainingRun
+from fastadapt.training.prefetch import Collation
 from fastadapt.training.run_dir import MetricsLog
 
 # Interpreted kernels warn about masked lanes.
@@ -75,20 +76,33 @@ class NoReads(TorchDispatchMode):
             torch.cuda.set_sync_debug_mode("default")
 
 
+def without_mask(pad: int, multiple: int, *, passes_mask: bool) -> Collation:
+    """Collate as on a GPU."""
+    assert passes_mask != torch.cuda.is_available()
+    return Collation(pad, multiple, passes_mask=False)
+
+
 @pytest.fixture
-def run(tiny_config: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainingRun:
-    """A run with one sequence per batch, and with the kernels and layouts of a GPU."""
+def run(
+    tiny_config: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> TrainingRun:
+    """A run with the kernels, layouts and padded batches of a GPU; by default of one sequence."""
     on_gpu = functools.partial(linear_kl, implementation="triton")
     monkeypatch.setattr("fastadapt.objective.linear_kl", on_gpu)
     config = tiny_config(
         **{
-            "optimizer.batch_size": 1,
+            "optimizer.batch_size": getattr(request, "param", 1),
+            "data.pad_to": 32,
             "optimizer.accumulation": 2,
             "adapter.n_features": 32,
             "adapter.implementation": "triton",
             "pair.device": "auto",
         }
     )
+    monkeypatch.setattr("fastadapt.training.step_data.Collation", without_mask)
     model, feed = trainer.load_model_and_data(config)
     assert config.pair.device == "auto"
     assert model.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
@@ -96,8 +110,13 @@ def run(tiny_config: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(
-    ("policy", "codes"),
-    [("attention", 2.0), pytest.param("full", 32.0, marks=pytest.mark.slow)],
+    ("policy", "codes", "run"),
+    [
+        ("attention", 2.0, 1),
+        ("attention", 2.0, 3),
+        pytest.param("full", 32.0, 1, marks=pytest.mark.slow),
+    ],
+    indirect=["run"],
 )
 def test_a_step_reads_its_report_and_nothing_else(
     run: TrainingRun, policy: str, codes: float, monkeypatch: pytest.MonkeyPatch
@@ -141,6 +160,16 @@ def test_a_read_is_seen() -> None:
     for read in (lambda: value.sum().item(), lambda: bool(value.any()), lambda: value.nonzero()):
         with NoReads(), pytest.raises((AssertionError, RuntimeError), match=r"reads|synchroniz"):
             read()
+
+
+@pytest.mark.parametrize("run", [1, 3], indirect=True)
+def test_a_mask_passed_to_the_model_is_read(run: TrainingRun) -> None:
+    batch, _ = run.feed.batch(run.feed.train, run.feed.micro_batches(0)[0])
+    assert batch.attention_mask is not None
+    with NoReads():
+        run.model.block_inputs(batch.input_ids, batch.model_mask)
+    with NoReads(), pytest.raises((AssertionError, RuntimeError), match=r"reads|synchroniz"):
+        run.model.block_inputs(batch.input_ids, batch.attention_mask)
 
 
 def test_without_a_layout_the_op_reads_from_the_device(run: TrainingRun) -> None:

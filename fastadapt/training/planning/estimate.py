@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fastadapt.data.batches import padded_width
 from fastadapt.data.sequences import load_sequences
 from fastadapt.errors import UserError
 from fastadapt.io.names import typed_path
@@ -60,8 +61,8 @@ class ResourceEstimate:
         recompute: policies for the longest and the median batch; empty unless they are ``auto``.
         parts: bytes by part, each at its own largest.
         phases: bytes alive at the worst moment of each phase of a step.
-        tokens_per_sequence: T of the longest sequence; ``data.max_tokens`` if the data were not
-            read.
+        tokens_per_sequence: tokens of the longest sequence, without padding; ``data.max_tokens`` if
+            the data were not read.
         mean_tokens: mean tokens of a sequence; assumed if the data were not read.
         steps: optimiser steps; those of the paper's data if the data were not read.
         tokens: training tokens over all epochs; None if the data were not read.
@@ -152,12 +153,16 @@ def plan(config: TrainConfig, gpu: str | None = None, gpus: int = 1) -> Resource
     steps, tokens, longest, mean, median = _count_data(config)
     longest = longest or config.data.max_tokens
     mean = mean or round(MEAN_SHARE * longest)
-    config, planner = with_policy(config, target, longest, device, gpus)
+    width = _width(config, device.kind, longest)
+    config, planner = with_policy(config, target, width, device, gpus)
     policies, recompute = None, []
     if planner is not None:
-        policies = planner.policies(longest, 1)
-        recompute = [_recompute(planner, config, target, n) for n in (longest, median or mean)]
-    memory = step_memory(config, target, longest, device.kind, gpus, policies)
+        policies = planner.policies(width, 1)
+        recompute = [
+            _recompute(planner, config, target, n, _width(config, device.kind, n))
+            for n in (longest, median or mean)
+        ]
+    memory = step_memory(config, target, width, device.kind, gpus, policies)
     n_checkpoints = config.run.keep_checkpoints + 1
     return ResourceEstimate(
         device=device,
@@ -180,16 +185,17 @@ def predict(config: TrainConfig, planned: ResourceEstimate) -> Prediction:
     """Predict operations and time of a planned run; takes seconds."""
     target, adapter = _target(config), config.adapter
     objective = dataclasses.replace(config.objective, checkpoint=planned.checkpoint)
-    size, mean, n_layers = (
+    size, n_layers, kind = (
         config.optimizer.batch_size,
-        planned.mean_tokens,
         target.num_hidden_layers,
+        planned.device.kind,
     )
+    mean = _width(config, kind, planned.mean_tokens)
     setup = Setup(target, config.pair, config.trained, objective, size, mean)
     l0 = None if not config.n_features else L0 if adapter.k is None else float(adapter.k)
     policies = None
     if planned.checkpoint == "auto":
-        longest = planned.tokens_per_sequence
+        longest = _width(config, kind, planned.tokens_per_sequence)
         planner = RecomputePlanner(config, target, longest, planned.device, planned.gpus)
         codes = None if l0 is None else [l0] * n_layers
 
@@ -233,7 +239,7 @@ def with_policy(
     Args:
         config: the run's configuration.
         target: transformers' configuration of the target.
-        tokens: tokens of the longest sequence.
+        tokens: tokens of the longest sequence, with padding.
         device: the device whose usable memory the step must fit into.
         ranks: number of devices that share the run.
     """
@@ -248,18 +254,21 @@ def with_policy(
 
 
 def _recompute(
-    planner: RecomputePlanner, config: TrainConfig, target: Any, tokens: int
+    planner: RecomputePlanner, config: TrainConfig, target: Any, tokens: int, width: int
 ) -> RecomputeEstimate:
-    """Estimate what layers save at one length, for adapters of sparse codes."""
+    """Estimate what layers save at one length, for adapters of sparse codes.
+
+    ``width`` is the length with padding.
+    """
     n_layers = target.num_hidden_layers
     codes = [L0] * n_layers if config.n_features else None
     cutoffs = range(config.objective.first_cutoff, n_layers + 1)
-    chosen = {cutoff: planner.policies(tokens, cutoff, codes) for cutoff in cutoffs}
+    chosen = {cutoff: planner.policies(width, cutoff, codes) for cutoff in cutoffs}
     counts = {p: sum(each.count(p) for each in chosen.values()) for p in POLICIES}
     return RecomputeEstimate(
         tokens=tokens,
         layers={policy: n / len(cutoffs) for policy, n in counts.items()},
-        peak_bytes=max(planner.peak_bytes(tokens, k, p, codes) for k, p in chosen.items()),
+        peak_bytes=max(planner.peak_bytes(width, k, p, codes) for k, p in chosen.items()),
     )
 
 
@@ -268,7 +277,8 @@ def remedies(config: TrainConfig, planned: ResourceEstimate) -> Iterator[tuple[s
     target, kind, n = _target(config), planned.device.kind, planned.gpus
 
     def peak(changed: TrainConfig, tokens: int = planned.tokens_per_sequence) -> int:
-        return step_memory(changed, target, tokens, kind, n).peak_bytes
+        width = _width(changed, kind, tokens)
+        return step_memory(changed, target, width, kind, n).peak_bytes
 
     # What does not fit with policies by layer does not fit with less memory than "full" needs.
     policy = "full" if planned.checkpoint == "auto" else planned.checkpoint
@@ -317,6 +327,11 @@ def gb(n: int) -> str:
 def _with(config: TrainConfig, component: str, **changes: Any) -> TrainConfig:
     part = dataclasses.replace(getattr(config, component), **changes)
     return dataclasses.replace(config, **{component: part})
+
+
+def _width(config: TrainConfig, device_type: str, tokens: int) -> int:
+    """Return the number of tokens with padding of a batch whose longest sequence has ``tokens``."""
+    return padded_width(tokens, config.data.multiple(device_type))
 
 
 def _target(config: TrainConfig) -> Any:

@@ -354,11 +354,14 @@ def measure(
     if device == "cpu":
         loss = replace(loss, logits_dtype=None)
     setup = Setup(target, pair, adapter, loss, config.optimizer.batch_size, tokens)
-    return [_measure(setup, device, codes_per_token) for codes_per_token in by_density]
+    padded = setup.sequences > 1 or config.data.multiple(device) > 1
+    return [_measure(setup, device, codes_per_token, padded) for codes_per_token in by_density]
 
 
 @lru_cache(maxsize=256)
-def _measure(setup: Setup, device: str, codes_per_token: float | None) -> MeasuredStep:
+def _measure(
+    setup: Setup, device: str, codes_per_token: float | None, padded: bool
+) -> MeasuredStep:
     """Measure one step of a fake model that has a layer of each role."""
     codes = None if codes_per_token is None else [codes_per_token] * _LAYERS
     shape = (setup.sequences, setup.tokens)
@@ -366,7 +369,8 @@ def _measure(setup: Setup, device: str, codes_per_token: float | None) -> Measur
         model = ReplacementModel.create(pair, setup.trained)
         model.fused.plan_for(device, DTYPES[setup.pair.dtype])
         ids = torch.zeros(shape, dtype=torch.int64)
-        padding = torch.ones(shape, dtype=torch.bool) if setup.sequences > 1 else None
+        real = torch.ones(shape, dtype=torch.bool) if padded else None
+        batch = Batch(ids, real, ids, passes_mask=device != "cuda")
         for parameter in model.adapters.parameters():
             parameter.register_post_accumulate_grad_hook(_drop_gradient)
         live = _StepBytes({op: partial(f, device) for op, f in _WORKSPACES.items()}, model)
@@ -374,7 +378,7 @@ def _measure(setup: Setup, device: str, codes_per_token: float | None) -> Measur
             for parameter in model.parameters():
                 live.see(parameter.data)
             weights = live.peak = live.alive
-            out = objective(model, Batch(ids, padding, ids), _CUTOFF, setup.objective, codes)
+            out = objective(model, batch, _CUTOFF, setup.objective, codes)
             live.end_head()
             out.loss.backward()
             live.end()

@@ -45,7 +45,7 @@ class RecomputePlanner:
     Args:
         config: the run's configuration; ``objective.checkpoint`` is not read.
         target: transformers' configuration of the target.
-        longest: tokens of the longest sequence.
+        longest: tokens of the longest sequence, with padding.
         device: device whose usable memory a step must fit into.
         ranks: number of devices that share the run.
     """
@@ -80,7 +80,7 @@ class RecomputePlanner:
         """Return the policy of each layer for a batch; all ``full`` if no policies fit.
 
         Args:
-            tokens: tokens of the batch's longest sequence.
+            tokens: tokens of the batch's longest sequence, with padding.
             cutoff: the bridges' cutoff, 0..L.
             codes_per_token: expected codes per token of each layer, as in
                 :func:`fastadapt.objective.objective`. None: the densities are not known, and each
