@@ -94,7 +94,8 @@ $(VENV)/bin/python:
 	@[ -n "$(PYTHON)" ] || { echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11" >&2; exit 1; }
 	"$(PYTHON)" -m venv $(VENV)
 
-$(VENV)/.runtime: requirements.lock pyproject.toml setup.py | $(VENV)/bin/python
+# setup.py maps the folders of kernels/, so that a new one has to be installed.
+$(VENV)/.runtime: requirements.lock pyproject.toml setup.py $(wildcard kernels/*/__init__.py) | $(VENV)/bin/python
 	$(PIP) -r requirements.lock
 	$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
