@@ -102,7 +102,7 @@ def test_larger_settings_need_more(
 ) -> None:
     small = {"objective.kl_chunk_tokens": 8}
     if key == "adapter.implementation":  # with fewer features, buffers for codes hold every entry
-        small["adapter.n_features"] = 4096
+        small["adapter.n_features"] = 16_384
     before = plan(tiny_config(**small))
     after = plan(tiny_config(**{**small, key: value}))
     if key == "objective.kl_chunk_tokens":
