@@ -74,7 +74,11 @@ class AdaptedMLP(nn.Module):
             return out
         call = self.call
         if call is None:
-            return self.adapter.transcode(x, self.base(x), dense=self._dense_in_capture(x))
+            dense = self._dense_in_capture(x)
+            if not has_hooks(self.adapter):
+                return self.adapter.transcode(x, self.base(x), dense=dense)
+            plan = None if dense is None else CodeLayout(dense)
+            return self.adapter(x, residual=self.base(x), plan=plan)[0]
         # The base runs last, so that a recompute can stop before its down_proj: see
         # fastadapt.models.recompute.
         out, call.aux = self.adapter(
@@ -96,6 +100,16 @@ class AdaptedMLP(nn.Module):
         assert isinstance(self.adapter, TranscoderAdapter)
         small = x.shape[:-1].numel() * self.adapter.n_features <= SMALL_ENTRIES
         return True if torch.cuda.is_current_stream_capturing() and not small else None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether hooks observe the calls of a module, which must then run its own forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 @contextmanager

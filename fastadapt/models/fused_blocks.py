@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastadapt.kernels.frozen import DTYPES, gated, rms_norm, rope, runs
+from fastadapt.models.adapted_mlp import has_hooks
 from fastadapt.models.pretrained import Paths
 
 #: ``auto``: fused where the kernels run. ``off``: the modules' own operations. ``triton`` and
@@ -117,7 +118,7 @@ class FusedBlocks:
     def _mlp(self, activation: str) -> Any:
         def forward(mlp: Any, x: Tensor) -> Tensor:
             joint = hasattr(mlp, "gate_up_proj")  # Phi-3: one product, cut into halves
-            if _has_hooks(mlp.activation_fn if joint else mlp.act_fn) or not self._replaces(x):
+            if has_hooks(mlp.activation_fn if joint else mlp.act_fn) or not self._replaces(x):
                 return _own_forward(mlp, x)
             if joint:
                 gate, up = mlp.gate_up_proj(x).chunk(2, dim=-1)
@@ -169,15 +170,6 @@ def _own_forward(module: nn.Module, x: Tensor) -> Tensor:
     forward: Any = type(module).forward
     out: Tensor = forward(module, x)
     return out
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
 
 
 def _casts(rotary: Any) -> bool:

@@ -49,7 +49,7 @@ def gated_kernel(
 ):
     """Write BLOCK columns of one row of the product."""
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    columns = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < D
     x = tl.load(gate_ptr + row * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + columns, mask=inside, other=0.0).to(tl.float32)
@@ -75,7 +75,7 @@ def gated_backward_kernel(
 ):
     """Write BLOCK columns of one row of both gradients."""
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    columns = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < D
     grad = tl.load(grad_ptr + row * grad_stride + columns, mask=inside, other=0.0).to(tl.float32)
     x = tl.load(gate_ptr + row * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)

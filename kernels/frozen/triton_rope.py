@@ -99,7 +99,7 @@ def rope_kernel(
     angle = b * angle_batch_stride + t * angle_token_stride
     cos_ptr += angle
     sin_ptr += angle
-    block = tl.program_id(1)
+    block = tl.program_id(1).to(tl.int64)
     blocks_of_q: tl.constexpr = (H_Q + BLOCK_H - 1) // BLOCK_H
     if block < blocks_of_q:
         heads = block * BLOCK_H + tl.arange(0, BLOCK_H)

@@ -74,7 +74,7 @@ CASES = [
     option(
         "--objective.checkpoint",
         "maybe",
-        r"objective\.checkpoint must be auto or one of none, attention, full, got 'maybe'",
+        r"objective\.checkpoint must be auto or one of none, mlp, attention, full, got 'maybe'",
     ),
     (
         "both",

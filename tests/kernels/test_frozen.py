@@ -83,9 +83,9 @@ def norm_op(offset: float, rounds_first: bool) -> Callable[[str], Op]:
 @pytest.mark.parametrize(
     "shape",
     [
-        (1, 7),
+        pytest.param((1, 7), marks=SLOW_INTERPRETED),
         (3, 5, 37),
-        (2, 3, 4, 8),  # heads
+        pytest.param((2, 3, 4, 8), marks=SLOW_INTERPRETED),  # heads
     ],
 )
 def test_rms_norm_triton(
@@ -120,7 +120,14 @@ def gated_with(activation: str) -> Callable[[str], Op]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("shape", [(1,), (3, 5, 37), (2, 1025)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param((1,), marks=SLOW_INTERPRETED),
+        (3, 5, 37),
+        pytest.param((2, 1025), marks=SLOW_INTERPRETED),
+    ],
+)
 def test_gated_triton(shape: tuple[int, ...], activation: str, dtype: torch.dtype) -> None:
     gate, up = normal(*shape, scale=3), normal(*shape)
     compare(gated_with(activation), [gate, up], [], [normal(*shape)], dtype)

@@ -22,6 +22,7 @@ TESTS = (
     "test_linear_kl_triton.py",
     "test_linear_kl_edges.py",
     "test_nmse.py",
+    "test_frozen.py",
 )
 
 
