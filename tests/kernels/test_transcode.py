@@ -91,6 +91,10 @@ def keep_the_budget(
     return actual.cpu()
 
 
+#: The quick tests execute every kernel in other tests of this file.
+SLOW_TRITON = pytest.param("triton", marks=SLOW_INTERPRETED)
+
+
 @pytest.mark.parametrize("activation", SETTINGS)
 @pytest.mark.parametrize(("implementation", "dtype"), IMPLEMENTATIONS)
 def test_every_activation_keeps_the_budget(
@@ -102,7 +106,7 @@ def test_every_activation_keeps_the_budget(
 
 
 @pytest.mark.parametrize("T", [0, 2, 16, 64, 65])
-@pytest.mark.parametrize("implementation", ["sparse", "triton"])
+@pytest.mark.parametrize("implementation", ["sparse", SLOW_TRITON])
 def test_every_number_of_tokens(implementation: str, T: int) -> None:
     keep_the_budget(draw("relu", T, F=33), implementation, torch.float32)
 
@@ -144,7 +148,7 @@ def test_nothing_is_truncated(implementation: str, active: str) -> None:
 
 
 @pytest.mark.parametrize("F", [8_192 + 65, pytest.param(65_537, marks=[pytest.mark.slow])])
-@pytest.mark.parametrize("implementation", ["sparse", "triton"])
+@pytest.mark.parametrize("implementation", ["sparse", SLOW_TRITON])
 def test_more_words_than_a_block(implementation: str, F: int) -> None:
     """A token with active features at both ends of several blocks, and one with a few."""
     tensors = draw("relu", 2, D=4, E=5, F=F, shift=-9.0)
@@ -158,7 +162,7 @@ def test_more_words_than_a_block(implementation: str, F: int) -> None:
 
 
 @pytest.mark.parametrize("empty", ["D", "E", "F"])
-@pytest.mark.parametrize("implementation", ["sparse", "triton"])
+@pytest.mark.parametrize("implementation", ["sparse", SLOW_TRITON])
 def test_empty_widths(implementation: str, empty: str) -> None:
     keep_the_budget(draw("relu", 3, **{empty: 0}), implementation, torch.float32)
 
@@ -183,7 +187,7 @@ def test_non_finite_and_tiny_values(implementation: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "parent", "offset"])
-@pytest.mark.parametrize("implementation", ["sparse", "triton"])
+@pytest.mark.parametrize("implementation", ["sparse", SLOW_TRITON])
 def test_layouts(implementation: str, layout: str) -> None:
     tensors = draw("jumprelu", 6)
     options = SETTINGS["jumprelu"]
@@ -202,7 +206,7 @@ def test_layouts(implementation: str, layout: str) -> None:
         assert torch.equal(view, before[name]), name
 
 
-@pytest.mark.parametrize("implementation", ["reference", "sparse", "triton"])
+@pytest.mark.parametrize("implementation", ["reference", "sparse", SLOW_TRITON])
 def test_any_leading_shape(implementation: str) -> None:
     tensors = {n: t.float().to(place(implementation)) for n, t in draw("topk", 6).items()}
     flat = transcode(**tensors, **SETTINGS["topk"], implementation=implementation)
@@ -230,7 +234,7 @@ def test_a_token_depends_on_no_other(implementation: str, activation: str) -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("implementation", ["sparse", "triton"])
+@pytest.mark.parametrize("implementation", ["sparse", SLOW_TRITON])
 def test_dtypes_of_the_threshold(implementation: str, dtype: torch.dtype) -> None:
     device = place(implementation)
     tensors = {n: t.float().to(device) for n, t in draw("threshold", 5).items()}

@@ -112,7 +112,7 @@ def run(
 @pytest.mark.parametrize(
     ("policy", "codes", "run"),
     [
-        ("attention", 2.0, 1),
+        pytest.param("attention", 2.0, 1, marks=pytest.mark.slow),
         ("attention", 2.0, 3),
         pytest.param("full", 32.0, 1, marks=pytest.mark.slow),
     ],
