@@ -32,6 +32,8 @@ _ROTARY = "apply_rotary_pos_emb"  # the function's name in every model of transf
 class FusedBlocks:
     """Fused operations of one model's frozen modules, and the switch for all of them.
 
+    Copies of the model share the switch.
+
     Attributes:
         implementation: which implementation runs, see :data:`Implementation`.
         fused: names of the kinds of modules that were fused, of ``norms, mlps, rotary``.
@@ -41,6 +43,10 @@ class FusedBlocks:
         self.implementation: Implementation = implementation
         self.fused: set[str] = set()
         self._attention: dict[type[nn.Module], FunctionType | None] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FusedBlocks:
+        """Return the switch itself, which the forwards of copied modules read too."""
+        return self
 
     def plan_for(self, device_type: str, dtype: torch.dtype) -> None:
         """Select what ``auto`` selects on a device, for fake tensors that stand for tensors there.
@@ -65,8 +71,8 @@ class FusedBlocks:
     def fuse(self, decoder: nn.Module, base_mlps: nn.ModuleList, config: Any, paths: Paths) -> None:
         """Fuse the modules of a decoder and the MLPs of its base.
 
-        A module whose forward was replaced, or whose operations are not those of the kernels, is
-        left as it is.
+        Modules are recognised by the names of transformers' classes and by the configuration's
+        activation. A module whose forward was replaced is left as it is.
 
         Args:
             decoder: embeddings, blocks and last norm of the target.

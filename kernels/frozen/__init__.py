@@ -4,8 +4,8 @@ In plain PyTorch each of them is 4 to 14 kernels that read and write whole activ
 one kernel forward and one backward. Weights are constants: only activations get gradients. Saved
 for the backward pass are the inputs, and one number per row of a norm.
 
-The formulas and their roundings are those of transformers' modules, which
-:mod:`fastadapt.models.fused_blocks` calls through these functions.
+The formulas are those of transformers' modules, in which :mod:`fastadapt.models.fused_blocks` calls
+these functions. Norms and gated products round as the modules do; the rotary kernel rounds once.
 
 B sequences, T tokens, H heads, D width.
 """

@@ -149,6 +149,7 @@ def test_a_copy_runs_its_own_weights(make_pair: Callable[..., Any]) -> None:
         for p in other.model.parameters():
             p.zero_()
         assert torch.equal(model(IDS).logits, before)
+        assert other.fused is model.fused
         assert not other(IDS).logits.any()
 
 
