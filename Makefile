@@ -22,12 +22,6 @@ IN_PARALLEL := -p no:benchmark -n $(WORKERS) --dist loadfile --no-loadscope-reor
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(IN_PARALLEL)
 COVERAGE := --cov --cov-report=term:skip-covered
 
-# Tests that together launch every kernel, as few as possible.
-EVERY_KERNEL := test_every_activation_and_variant or test_features_of_many_pieces or test_products_of_tiles \
-	or test_statistics_of_rows or test_gradient_of_logits_in_half_the_size or test_frozen_layouts \
-	or test_triton_sums_rows_and_sequences_of_many_blocks \
-	or test_every_activation_keeps_the_budget
-
 # What `make reproduce` compares, in the order of its tables.
 REPRODUCED := norms sparsity-2.3e-1 sparsity-1e-1 sparsity-3.7e-2 sparsity-1.2e-2 sparsity-4.3e-3 \
 	no-bridge dense skyline
@@ -76,7 +70,7 @@ prove-kernels: $(VENV)/.dev  ## execute the compiled kernels on this CPU: faults
 	FASTADAPT_IR_EVERY_KERNEL=1 FASTADAPT_IR=ttir $(PYTEST) tests/kernels --ignore tests/kernels/compiled -k "triton or faults"
 	for target in 80 90 100; do FASTADAPT_IR_EVERY_KERNEL=1 \
 		FASTADAPT_IR=ttgir FASTADAPT_IR_TARGET=$$target \
-		$(PYTEST) tests/kernels --ignore tests/kernels/compiled -k "$(EVERY_KERNEL)" || exit 1; done
+		$(PYTEST) tests/kernels --ignore tests/kernels/compiled -m every_kernel || exit 1; done
 
 oldest: $(VENV)/oldest/.done  ## the quick tests with the oldest versions that pyproject.toml allows; fetches gigabytes of CUDA
 	OMP_NUM_THREADS=1 $(VENV)/oldest/bin/python -m pytest $(IN_PARALLEL) -m "not slow"

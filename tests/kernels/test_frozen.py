@@ -102,6 +102,7 @@ def test_wide_rows_triton(columns: int) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.every_kernel
 def test_frozen_layouts_triton(layout: str) -> None:
     x, up = normal(3, 5, 24), normal(3, 5, 24)
     g = [normal(3, 5, 24)]

@@ -48,6 +48,7 @@ def test_auto_selects_an_implementation(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("V", [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 61])
 @pytest.mark.usefixtures("_small_blocks", "poison")
+@pytest.mark.every_kernel
 def test_statistics_of_rows(V: int, device: str) -> None:
     for dtype in TRITON_DTYPES:
         logits = (4 * torch.randn(9, V)).to(device, dtype)
@@ -101,6 +102,7 @@ def test_the_softcap_is_accurate_for_small_and_large_logits(device: str) -> None
     "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize("distance", [1.0, 0.03])
+@pytest.mark.every_kernel
 def test_gradient_of_logits_in_half_the_size(
     implementation: str,
     dtype: torch.dtype,

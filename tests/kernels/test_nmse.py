@@ -143,6 +143,7 @@ def test_triton_is_within_the_budget_of_the_oracle(
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("block", [None, 16])
+@pytest.mark.every_kernel
 def test_triton_sums_rows_and_sequences_of_many_blocks(
     block: int | None, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

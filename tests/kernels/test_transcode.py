@@ -97,6 +97,7 @@ SLOW_TRITON = pytest.param("triton", marks=SLOW_INTERPRETED)
 
 @pytest.mark.parametrize("activation", SETTINGS)
 @pytest.mark.parametrize(("implementation", "dtype"), IMPLEMENTATIONS)
+@pytest.mark.every_kernel
 def test_every_activation_keeps_the_budget(
     implementation: str, dtype: torch.dtype, activation: str
 ) -> None:

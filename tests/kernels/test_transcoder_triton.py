@@ -140,6 +140,7 @@ def keep_the_budget(case: Case) -> None:
     "dtype",
     [TRITON_DTYPES[-1], *(pytest.param(d, marks=SLOW_INTERPRETED) for d in TRITON_DTYPES[:-1])],
 )
+@pytest.mark.every_kernel
 def test_products_of_tiles(dtype: torch.dtype) -> None:
     """Enough tokens and columns for whole tiles of tensor cores."""
     case = Case(
@@ -236,6 +237,7 @@ def test_nothing_is_truncated(plan: CodeLayout | None) -> None:
     assert stats.n_active == 32 * T + (F - 32)
 
 
+@pytest.mark.every_kernel
 def test_features_of_many_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (triton_codes, triton_sums):
         monkeypatch.setattr(module, "GPU_PIECE", 16)
@@ -250,6 +252,7 @@ def test_features_of_many_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("few", FEW)
 @pytest.mark.parametrize("plan", [SPARSE, DENSE])
 @pytest.mark.parametrize("activation", ["relu", "topk", "batch_topk", "jumprelu", "threshold"])
+@pytest.mark.every_kernel
 def test_every_activation_and_variant(
     activation: str,
     plan: CodeLayout,
