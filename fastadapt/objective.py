@@ -221,14 +221,14 @@ def _traverse(
         plan = None if codes_per_token is None else _plan(model, h_rep, codes_per_token[layer])
         run = partial(_run_block, model, layer, "replacement", inputs.arguments[layer])
         run = partial(run, mask=mask, padding=pad, plan=plan)
-        products = model.projections(layer, "replacement")
-        h_rep, penalty, counts = recomputed(policies[layer], run, h_rep, products=products)
+        modules = model.saving_modules(layer, "replacement")
+        h_rep, penalty, counts = recomputed(policies[layer], run, h_rep, modules=modules)
         if penalty is not None and counts is not None:
             calls.append(AdapterCall(penalty, counts, plan, 2 if forked else 1))
         if bridge is not None:
             run = partial(_run_block, model, layer, "target", single.arguments[layer])
-            products = model.projections(layer, "target")
-            bridge, _, _ = recomputed(policies[layer], run, bridge, products=products)
+            modules = model.saving_modules(layer, "target")
+            bridge, _, _ = recomputed(policies[layer], run, bridge, modules=modules)
         model.reshard_layer(layer)
         # At weight 0 the NMSE is a metric only and needs no graph.
         free = h_rep[:n_rows] if config.nmse else h_rep[:n_rows].detach()

@@ -96,6 +96,7 @@ class Paths:
     decoder: str = "model"
     layers: str = "layers"
     mlp: str = "mlp"
+    attention_module: str = "self_attn"
     norm: str = "norm"
     attention: str = "sdpa"
     norm_offset: float = 0.0

@@ -34,6 +34,7 @@ from fastadapt.models.baselines import (
 from fastadapt.models.block_inputs import BlockInputs, record_inputs
 from fastadapt.models.fused_blocks import FusedBlocks
 from fastadapt.models.pair import ModelPair, PairConfig, PairMismatchError
+from fastadapt.models.recompute import SavingModules
 
 __all__ = [
     "AdaptedMLP",
@@ -177,14 +178,18 @@ class ReplacementModel(nn.Module):
         """The :class:`AdaptedMLP` of each layer."""
         return [getattr(block, self.paths.mlp) for block in self.blocks]
 
-    def projections(self, layer: int, mode: Mode) -> list[nn.Module]:
-        """Return block ``layer``'s linear layers that read the MLP's input, such as gate and up.
+    def saving_modules(self, layer: int, mode: Mode) -> SavingModules:
+        """Return the modules of block ``layer`` whose results a recompute may need not repeat.
 
-        In the mode ``target`` they are the target's, in the other modes the base's.
+        In the mode ``target`` the products are the target's, in the other modes the base's.
         """
         mlp = self.mlps[layer]
         owner = mlp.target if mode == "target" else mlp.base
-        return [getattr(owner, name) for name in self.paths.projections]
+        return SavingModules(
+            attention=getattr(self.blocks[layer], self.paths.attention_module),
+            adapter=mlp.adapter if mode == "replacement" else None,
+            products=[getattr(owner, name) for name in self.paths.projections],
+        )
 
     @property
     def blocks(self) -> nn.ModuleList:
