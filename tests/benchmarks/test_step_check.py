@@ -113,6 +113,7 @@ def test_steps_planned_above_memory_are_skipped_with_a_reason(
     assert {row["wall_s"] > 0 for row in results if "median_s" in row} == {True}
 
 
+@pytest.mark.slow
 def test_a_failed_policy_is_recorded_and_the_next_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     real = whole_step.our_step
 

@@ -65,7 +65,8 @@ def run_killed(config: PrepareConfig, kind: str, count: int, *more: str) -> int:
     return subprocess.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}).returncode
 
 
-@pytest.mark.parametrize("kind", ["jsonl", pytest.param("parquet", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_killed_and_resumed_gives_the_same_bytes(
     kind: str,
     config: Callable[..., PrepareConfig],

@@ -89,14 +89,19 @@ def run(
     monkeypatch: pytest.MonkeyPatch,
     request: pytest.FixtureRequest,
 ) -> TrainingRun:
-    """A run with the kernels, layouts and padded batches of a GPU; by default of one sequence."""
+    """A run with the kernels, layouts and padded batches of a GPU.
+
+    The parameter is the number of sequences, by default one. A batch of three has one micro-batch:
+    interpreted kernels take long.
+    """
+    sequences = getattr(request, "param", 1)
     on_gpu = functools.partial(linear_kl, implementation="triton")
     monkeypatch.setattr("fastadapt.objective.linear_kl", on_gpu)
     config = tiny_config(
         **{
-            "optimizer.batch_size": getattr(request, "param", 1),
+            "optimizer.batch_size": sequences,
             "data.pad_to": 32,
-            "optimizer.accumulation": 2,
+            "optimizer.accumulation": 2 if sequences == 1 else 1,
             "adapter.n_features": 32,
             "adapter.implementation": "triton",
             "pair.device": "auto",

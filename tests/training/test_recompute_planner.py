@@ -167,6 +167,7 @@ def test_work_of_the_papers_step(
     assert flops <= budget
 
 
+@pytest.mark.slow
 def test_policies_by_batch_change_no_bit(
     tiny_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

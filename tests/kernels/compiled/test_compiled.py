@@ -134,6 +134,7 @@ def test_lengths_do_not_recompile(lengths: dict[str, Any]) -> None:
 # --- the checks detect faults ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_detects_a_removed_cast_and_a_specialised_length(cache: Path) -> None:
     cast = without_cast("transcoder", "triton_dense", "cost_of_rows")
     old = '@triton.jit(do_not_specialize=["N"])\ndef sum_columns('
