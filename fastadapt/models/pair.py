@@ -1,12 +1,14 @@
 """Load two checkpoints as a pair: the whole target and the base's MLPs; check that they match.
 
 Only safetensors files are read. A weight missing from a checkpoint raises an error, since
-transformers would initialise the weight at random.
+transformers would initialise the weight at random. MLP weights in which target and base agree bit
+for bit are in memory once.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import nn
 
 from fastadapt.errors import UserError
 from fastadapt.io.names import typed_path
+from fastadapt.models.adapted_mlp import AdaptedMLP
 from fastadapt.models.pretrained import (
     ARCHITECTURES,
     Paths,
@@ -22,7 +25,17 @@ from fastadapt.models.pretrained import (
     load_mlps,
     load_tokenizer,
     model_config,
+    shipped_config,
 )
+from fastadapt.models.sources import peft_loading
+from fastadapt.models.sources.checks import (
+    PairMismatchError,
+    check_configs,
+    check_tokenizers,
+)
+from fastadapt.models.sources.fingerprint import fingerprint
+from fastadapt.models.sources.low_rank import shared_names
+from fastadapt.models.sources.peft_folder import PeftFolder, choose_base, find_peft
 from fastadapt.organism import resolve
 
 
@@ -31,9 +44,12 @@ class PairConfig:
     """Sources of the two models, and dtype, device and attention implementation to load them with.
 
     Args:
-        target: the fine-tuned model: a local folder or a hub id.
-        base: the model that the target was fine-tuned from: a local folder or a hub id.
+        target: the fine-tuned model: a local folder or a hub id, of a whole model or of a PEFT
+            adapter (LoRA, rank-stabilised LoRA, DoRA).
+        base: the model that the target was fine-tuned from: a local folder or a hub id. Empty: the
+            base that the PEFT adapter names.
         target_revision, base_revision: branch, tag or commit on the hub.
+        tokenizer: a local folder or a hub id, if the target's own tokenizer is not to be used.
         dtype: dtype of the frozen weights and the adapters' working copies: ``float32``,
             ``bfloat16``, ``float16`` or ``float64``.
         attention: ``auto``, or transformers' name of an attention implementation: letters, digits
@@ -51,9 +67,10 @@ class PairConfig:
     """
 
     target: str
-    base: str
+    base: str = ""
     target_revision: str | None = None
     base_revision: str | None = None
+    tokenizer: str | None = None
     dtype: str = "float32"
     attention: str = "auto"
     device: str = "auto"
@@ -62,8 +79,10 @@ class PairConfig:
     fused_blocks: bool = True
 
     def __post_init__(self) -> None:
-        for role in ("target", "base"):
-            typed_path(getattr(self, role), f"pair.{role}")  # a hub id also fits a path's length
+        for role in ("target", "base", "tokenizer"):
+            name = getattr(self, role)
+            if role == "target" or name not in ("", None):
+                typed_path(name, f"pair.{role}")  # a hub id also fits a path's length
         if self.dtype not in DTYPES:
             raise UserError(f"pair.dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if type(self.trust_remote_code) is not bool:  # transformers would ask at the terminal
@@ -92,23 +111,6 @@ DTYPES = {
 
 
 _ATTENTION = re.compile("[A-Za-z0-9_]+")
-
-
-class PairMismatchError(UserError):
-    """Two checkpoints are not a model and its fine-tuning; the message names the differences."""
-
-
-#: Configuration keys that must agree for the base's MLPs to work inside the target.
-SAME = (
-    "model_type",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "hidden_act",
-    "hidden_activation",
-    "mlp_bias",
-    "vocab_size",
-)
 
 
 def choose_device(name: str) -> torch.device:
@@ -180,6 +182,8 @@ class ModelPair:
         paths: attribute names of the architecture's parts.
         revisions: commit of each model, if its source is a hub repository.
         notes: harmless differences, such as renamed added tokens.
+        weights: fingerprint of each model's weights, by role
+            (:mod:`fastadapt.models.sources.fingerprint`); empty if no weight was read.
     """
 
     target: Any
@@ -189,6 +193,7 @@ class ModelPair:
     paths: Paths
     revisions: dict[str, str | None] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    weights: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def load(cls, config: PairConfig, *, into: torch.device | None = None) -> ModelPair:
@@ -203,33 +208,15 @@ class ModelPair:
             PairMismatchError: architecture, a size, the vocabulary or the tokenizer differs.
             UserError: a source cannot be read or lacks a weight.
         """
-        config = replace(config, target=resolve(config.target), base=resolve(config.base))
+        sources = Sources.of(config)
+        config = sources.config
         device, dtype = choose_device(config.device), DTYPES[config.dtype]
-        trust = config.trust_remote_code
-        target_config = model_config(config.target, config.target_revision, trust)
-        base_config = model_config(config.base, config.base_revision, trust)
-        check_configs(target_config, base_config)
-        tokenizer = load_tokenizer(config.target, config.target_revision, trust)
-        notes = check_tokenizers(
-            tokenizer, load_tokenizer(config.base, config.base_revision, trust)
-        )
+        target_config, base_config = sources.configs()
+        tokenizer = sources.tokenizer()
         paths = ARCHITECTURES[target_config.model_type]
         attention, _ = choose_attention(config.attention, device, dtype, paths.attention)
         place = into or device
-        target = _target(config, target_config, attention, place)
-        if (config.base, config.base_revision) == (config.target, config.target_revision):
-            # The target is its own base, as for adapters applied to the target: share the weights.
-            blocks = getattr(getattr(target, paths.decoder), paths.layers)
-            base_mlps = nn.ModuleList(getattr(block, paths.mlp) for block in blocks)
-        else:
-            base_mlps = load_mlps(
-                config.base,
-                config.base_revision,
-                base_config,
-                device=place,
-                dtype=dtype,
-                trust=trust,
-            )
+        target, base_mlps = sources.models(target_config, base_config, attention, place)
         return cls(
             target=target,
             base_mlps=base_mlps,
@@ -240,8 +227,146 @@ class ModelPair:
                 "target": getattr(target_config, "_commit_hash", None),
                 "base": getattr(base_config, "_commit_hash", None),
             },
-            notes=notes,
+            notes=[*sources.notes, *sources.tokenizer_notes(tokenizer)],
+            weights={} if place.type == "meta" else sources.fingerprints(),
         )
+
+    @property
+    def target_mlps(self) -> nn.ModuleList:
+        """The target's MLP modules, one per layer, also if its blocks carry adapters."""
+        blocks = getattr(getattr(self.target, self.paths.decoder), self.paths.layers)
+        mlps = [getattr(block, self.paths.mlp) for block in blocks]
+        return nn.ModuleList(m.target if isinstance(m, AdaptedMLP) else m for m in mlps)
+
+    @property
+    def shared_mlps(self) -> list[str]:
+        """Names of the base's MLP weights that are in memory once, as weights of the target too."""
+        return shared_names(self.target_mlps, self.base_mlps)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where a pair's models are read from.
+
+    Attributes:
+        config: settings of the pair, with the names of the embedded pair resolved, and the base.
+        peft: the target as a PEFT folder; None if it is a whole model.
+        notes: what a user should know about the choice of the base.
+    """
+
+    config: PairConfig
+    peft: PeftFolder | None
+    notes: list[str]
+
+    @classmethod
+    def of(cls, config: PairConfig) -> Sources:
+        """Find the models of a pair.
+
+        Raises:
+            UserError: the base is missing, or is another one than a PEFT target names.
+        """
+        target, base = resolve(config.target), resolve(config.base)
+        peft = None if shipped_config(target) else find_peft(target, config.target_revision)
+        notes: list[str] = []
+        revision = config.base_revision
+        if peft is not None:
+            base, notes = choose_base(peft, base)
+            if not config.base:
+                revision = revision or peft.settings.get("revision")
+        elif not base:
+            raise UserError(
+                f"pair.base is missing: give the model that {config.target} was fine-tuned from"
+            )
+        config = replace(config, target=target, base=base, base_revision=revision)
+        return cls(config, peft, notes)
+
+    @property
+    def is_own_base(self) -> bool:
+        """Whether the target is its own base, as for adapters applied to the target."""
+        config = self.config
+        return (config.base, config.base_revision) == (config.target, config.target_revision)
+
+    def configs(self, read: Callable[[str, str | None, bool], Any] = model_config) -> list[Any]:
+        """Return transformers' configurations of target and base; ``read`` reads one of them.
+
+        Raises:
+            PairMismatchError: architecture or a size differs.
+            UserError: a model cannot be read, or is quantised.
+        """
+        config, trust = self.config, self.config.trust_remote_code
+        base = read(config.base, config.base_revision, trust)
+        if self.peft is None:
+            target = read(config.target, config.target_revision, trust)
+        else:
+            target = peft_loading.peft_config(self.peft, config.base, base, trust)
+        check_configs(target, base)
+        return [target, base]
+
+    def tokenizer(self) -> Any:
+        """Load the pair's tokenizer: ``pair.tokenizer``, or the target's."""
+        config = self.config
+        source, revision = config.target, config.target_revision
+        if config.tokenizer is not None:
+            source, revision = resolve(config.tokenizer), None
+        elif self.peft is not None and not self.peft.has_tokenizer():
+            source, revision = config.base, config.base_revision
+        return load_tokenizer(source, revision, config.trust_remote_code)
+
+    def tokenizer_notes(self, tokenizer: Any) -> list[str]:
+        """Return how the base's tokenizer differs; the base needs none, but may be a wrong one."""
+        config = self.config
+        if self.is_own_base:
+            return []
+        try:
+            base = load_tokenizer(config.base, config.base_revision, config.trust_remote_code)
+            return check_tokenizers(tokenizer, base)
+        except PairMismatchError as error:
+            return [str(error)]
+        except UserError:
+            return [f"base {config.base} has no tokenizer that can be read; the target's is used"]
+
+    def fingerprints(self) -> dict[str, str]:
+        """Return the fingerprint of each model's weights, by role."""
+        config = self.config
+        return {
+            "target": fingerprint(config.target, config.target_revision),
+            "base": fingerprint(config.base, config.base_revision),
+        }
+
+    def models(
+        self, target_config: Any, base_config: Any, attention: str, place: torch.device
+    ) -> tuple[Any, nn.ModuleList]:
+        """Load the target and the base's MLPs on ``place``; see :meth:`ModelPair.load`."""
+        config, dtype = self.config, DTYPES[self.config.dtype]
+        trust = config.trust_remote_code
+        if self.peft is not None:
+            if place.type == "meta":
+                return peft_loading.empty_pair(self.peft, target_config, attention, dtype, trust)
+            return peft_loading.load_pair(
+                self.peft,
+                config.base,
+                config.base_revision,
+                target_config,
+                device=place,
+                dtype=dtype,
+                attention=attention,
+                trust=trust,
+            )
+        target = _target(config, target_config, attention, place)
+        paths = ARCHITECTURES[target_config.model_type]
+        if self.is_own_base:
+            blocks = getattr(getattr(target, paths.decoder), paths.layers)
+            return target, nn.ModuleList(getattr(block, paths.mlp) for block in blocks)
+        base_mlps = load_mlps(
+            config.base,
+            config.base_revision,
+            base_config,
+            device=place,
+            dtype=dtype,
+            trust=trust,
+            beside=target,
+        )
+        return target, base_mlps
 
 
 def _target(config: PairConfig, target_config: Any, attention: str, place: torch.device) -> Any:
@@ -263,61 +388,3 @@ def _target(config: PairConfig, target_config: Any, attention: str, place: torch
         attention=attention,
         trust=trust,
     )
-
-
-# --- checks ---------------------------------------------------------------------------------------
-
-
-def check_configs(target: Any, base: Any) -> None:
-    """Raise :class:`PairMismatchError` with every key of :data:`SAME` in which two configs differ.
-
-    Raises:
-        UserError: the target's architecture is not supported.
-    """
-    if target.model_type not in ARCHITECTURES:
-        inner = getattr(target.get_text_config(), "model_type", None)
-        text = f" (its text model {inner!r} is)" if inner in ARCHITECTURES else ""
-        raise UserError(
-            f"architecture {target.model_type!r} is not supported{text}; "
-            f"supported: {', '.join(sorted(ARCHITECTURES))}"
-        )
-    differing = [
-        f"{name}: target {getattr(target, name, None)!r}, base {getattr(base, name, None)!r}"
-        for name in SAME
-        if getattr(target, name, None) != getattr(base, name, None)
-    ]
-    if differing:
-        raise PairMismatchError(
-            f"these models are not a pair: {'; '.join(differing)}. Give the model that the target "
-            "was fine-tuned from"
-        )
-
-
-def check_tokenizers(target: Any, base: Any) -> list[str]:
-    """Compare two tokenizers; return notes on harmless differences.
-
-    Ordinary tokens must have the same ids. Added tokens may differ, as where a fine-tuned model
-    renames its chat markers: text is always tokenized with the target's tokenizer.
-
-    Raises:
-        PairMismatchError: an ordinary token has different ids.
-    """
-
-    def ordinary(tokenizer: Any) -> dict[str, int]:
-        added = set(tokenizer.get_added_vocab())
-        return {t: i for t, i in tokenizer.get_vocab().items() if t not in added}
-
-    target_ids, base_ids = ordinary(target), ordinary(base)
-    if target_ids != base_ids:
-        odd = sorted(target_ids.items() ^ base_ids.items())
-        token = odd[0][0]
-        raise PairMismatchError(
-            f"these models are not a pair: their tokenizers differ in {len({t for t, _ in odd})} "
-            f"tokens; {token!r}: target {target_ids.get(token)}, base {base_ids.get(token)}. Give "
-            "the model that the target was fine-tuned from"
-        )
-    a, b = target.get_added_vocab(), base.get_added_vocab()
-    if a == b:
-        return []
-    renamed = sorted({t for t, _ in a.items() ^ b.items()})
-    return [f"{len(renamed)} added tokens differ; the target's are used: {renamed[:4]}"]

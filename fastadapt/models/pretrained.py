@@ -17,6 +17,7 @@ from fastadapt.errors import RunError, UserError
 from fastadapt.io.documents import check, read_json
 from fastadapt.io.names import check_name, typed_path
 from fastadapt.io.tensors import check_tensor, open_tensors
+from fastadapt.models.sources.low_rank import same_bits
 
 _Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 28)]
 _Number = int | float | None
@@ -120,7 +121,7 @@ ARCHITECTURES: Mapping[str, Paths] = {
 _STORED = ("F64", "F32", "BF16", "F16")
 
 #: Files with a checkpoint's weights or its shard index; transformers prefers the first.
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 #: Configurations of the presets' models.
 SHAPES = Path(__file__).parents[1] / "presets" / "shapes.json"
@@ -180,7 +181,7 @@ def model_config(source: str, revision: str | None, trust: bool) -> Any:
             "unquantised weights. Give the model before quantisation"
         )
     named = getattr(config, "transformers_weights", None)
-    if named not in (None, _WEIGHTS[0]):
+    if named not in (None, WEIGHT_FILES[0]):
         raise UserError(
             f"model {source!r} names its weights in its config.json (transformers_weights "
             f"{named!r}), which is not supported. Rename the file to model.safetensors and delete "
@@ -257,7 +258,7 @@ def tensor_files(source: str, revision: str | None) -> dict[str, Path]:
 
 
 def _tensor_files(source: str, revision: str | None) -> dict[str, Path]:
-    whole, shards = _WEIGHTS
+    whole, shards = WEIGHT_FILES
     single = fetch(source, whole, revision)
     if single is not None:
         return {whole: single}
@@ -376,6 +377,7 @@ def load_mlps(
     dtype: torch.dtype,
     trust: bool,
     role: str = "base",
+    beside: nn.Module | None = None,
 ) -> nn.ModuleList:
     """Load the MLP modules of a checkpoint, one per layer; read no other weights.
 
@@ -385,6 +387,8 @@ def load_mlps(
         device, dtype: of the weights. On the meta device no weight is read.
         trust: run Python code that comes with the model.
         role: the checkpoint's name in error messages.
+        beside: a model on the same device. Weights with the bits of its weights of the same names
+            become its parameters, so that they are in memory once.
 
     Raises:
         UserError: an MLP weight is missing or misshapen, or a file is damaged.
@@ -406,6 +410,7 @@ def load_mlps(
     if device.type == "meta":
         return mlps.to(dtype).eval()
     tensors: dict[str, Tensor] = {}
+    ours = {} if beside is None else dict(beside.named_parameters())
     for file in tensor_files(source, revision).values():
         with (
             reading(role, str(file)),
@@ -414,7 +419,9 @@ def load_mlps(
             for name in wanted & set(shard.keys()):
                 tensor = shard.get_tensor(name)
                 check_tensor(tensor, str(file), name)
-                tensors[name] = tensor.to(dtype)
+                tensor = tensor.to(dtype)
+                same = name in ours and same_bits(ours[name], tensor)
+                tensors[name] = ours[name] if same else tensor
     if missing := sorted(wanted - set(tensors)):
         raise UserError(f"{role} {source}: {len(missing)} MLP weights are missing: {missing[:3]}")
     for prefix, mlp in zip(prefixes, mlps, strict=True):

@@ -9,12 +9,12 @@ from typing import Any
 from fastadapt.adapter.files import read_transcoders
 from fastadapt.errors import UserError
 from fastadapt.models.hf_checkpoint import (
-    CONFIG,
     SHARD_BYTES,
     adapter_tensors,
     as_json,
-    read_json,
+    companions_of,
     replacement_tensors,
+    target_values,
     write_checkpoint,
 )
 from fastadapt.models.hf_classes import classes_of, model_type_of
@@ -51,7 +51,7 @@ def export(
     """
     revisions = revisions or {}
     layers, card = read_transcoders(adapters, "this export")
-    config = read_json(target, CONFIG, revisions.get("target"))
+    config = target_values(target, base, revisions)
     architecture = str(config.get("model_type"))
     if architecture not in ARCHITECTURES:
         raise UserError(
@@ -85,8 +85,7 @@ def export(
         Path(folder),
         tensors,
         as_json(values),
-        companions=target,
-        revision=revisions.get("target"),
+        companions=companions_of(target, base, revisions),
         shard_bytes=shard_bytes,
         overwrite=overwrite,
     )

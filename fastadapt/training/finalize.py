@@ -56,12 +56,14 @@ def write(
         "adapter_kind": config.run.trains,
         **counts,
         "output": str(folder),
+        "weights": pair.weights,
         **versions(),
     }
     metadata = {
         "target": config.pair.target,
         "base": config.pair.base,
         "revisions": pair.revisions,
+        "weights": pair.weights,
         "objective": dataclasses.asdict(config.objective),
         "family": config.data.family,
         "seed": config.run.seed,

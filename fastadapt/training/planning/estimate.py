@@ -14,8 +14,8 @@ from fastadapt.data.batches import padded_width
 from fastadapt.data.sequences import load_sequences
 from fastadapt.errors import UserError
 from fastadapt.io.names import typed_path
-from fastadapt.models.pair import DTYPES, check_configs
-from fastadapt.models.pretrained import load_tokenizer, model_config, shipped_config
+from fastadapt.models.pair import DTYPES, Sources
+from fastadapt.models.pretrained import model_config, shipped_config
 from fastadapt.models.recompute import POLICIES
 from fastadapt.organism import resolve
 from fastadapt.training.config import TrainConfig
@@ -336,16 +336,11 @@ def _width(config: TrainConfig, device_type: str, tokens: int) -> int:
 
 def _target(config: TrainConfig) -> Any:
     """Return the target's configuration; raise ``UserError`` if the base's does not match."""
-    source = config.pair
-    target, base = (
-        shipped_config(name) or model_config(resolve(name), revision, source.trust_remote_code)
-        for name, revision in (
-            (source.target, source.target_revision),
-            (source.base, source.base_revision),
-        )
-    )
-    check_configs(target, base)
-    return target
+
+    def read(name: str, revision: str | None, trust: bool) -> Any:
+        return shipped_config(name) or model_config(name, revision, trust)
+
+    return Sources.of(config.pair).configs(read)[0]
 
 
 def _count_data(config: TrainConfig) -> tuple[int, int | None, int | None, int | None, int | None]:
@@ -354,8 +349,7 @@ def _count_data(config: TrainConfig) -> tuple[int, int | None, int | None, int |
     size = config.optimizer.batch_size
     if not path.is_file() or path.stat().st_size > _READ_BYTES:
         return count_steps(-(-SEQUENCES // size), config), None, None, None, None
-    pair = config.pair
-    tokenizer = load_tokenizer(resolve(pair.target), pair.target_revision, pair.trust_remote_code)
+    tokenizer = Sources.of(config.pair).tokenizer()
     loaded = [
         load_sequences(resolve(source), tokenizer, config.data, split=split)
         for source, split in ((config.data.train, "train"), (config.data.validation, "validation"))
