@@ -93,6 +93,7 @@ def convert(
         target=resolve(str(pair["target"])),
         base=resolve(str(pair["base"])),
         revisions=revisions,
+        tokenizer=metadata.get("tokenizer"),
         overwrite=overwrite,
     )
     if format == "hu2026":

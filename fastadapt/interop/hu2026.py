@@ -225,6 +225,7 @@ def from_adapters(
     target: str,
     base: str,
     revisions: Mapping[str, str | None] | None = None,
+    tokenizer: str | None = None,
     like: str | None = None,
     shard_bytes: float = SHARD_BYTES,
     overwrite: bool = False,
@@ -235,6 +236,7 @@ def from_adapters(
         adapters: a folder written by :func:`fastadapt.save_adapters`.
         target, base: folders or hub ids of the pair.
         revisions: revisions with the keys ``target`` and ``base``.
+        tokenizer: folder or hub id of the tokenizer, if it is not the target's.
         folder, like, shard_bytes, overwrite: as in :func:`save`, which also lists the errors.
     """
     revisions = revisions or {}
@@ -252,7 +254,7 @@ def from_adapters(
         tensors,
         config,
         layers[0](),
-        companions=companions_of(target, base, revisions),
+        companions=companions_of(target, base, revisions, tokenizer),
         like=like,
         shard_bytes=shard_bytes,
         overwrite=overwrite,

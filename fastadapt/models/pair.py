@@ -8,8 +8,7 @@ for bit are in memory once.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,25 +17,9 @@ from torch import nn
 from fastadapt.errors import UserError
 from fastadapt.io.names import typed_path
 from fastadapt.models.adapted_mlp import AdaptedMLP
-from fastadapt.models.pretrained import (
-    ARCHITECTURES,
-    Paths,
-    load_causal_lm,
-    load_mlps,
-    load_tokenizer,
-    model_config,
-    shipped_config,
-)
-from fastadapt.models.sources import peft_loading
-from fastadapt.models.sources.checks import (
-    PairMismatchError,
-    check_configs,
-    check_tokenizers,
-)
-from fastadapt.models.sources.fingerprint import fingerprint
+from fastadapt.models.pretrained import ARCHITECTURES, Paths
 from fastadapt.models.sources.low_rank import shared_names
-from fastadapt.models.sources.peft_folder import PeftFolder, choose_base, find_peft
-from fastadapt.organism import resolve
+from fastadapt.models.sources.pair_sources import Sources
 
 
 @dataclass(frozen=True)
@@ -235,156 +218,24 @@ class ModelPair:
     def target_mlps(self) -> nn.ModuleList:
         """The target's MLP modules, one per layer, also if its blocks carry adapters."""
         blocks = getattr(getattr(self.target, self.paths.decoder), self.paths.layers)
-        mlps = [getattr(block, self.paths.mlp) for block in blocks]
-        return nn.ModuleList(m.target if isinstance(m, AdaptedMLP) else m for m in mlps)
+        mlps: list[Any] = [getattr(block, self.paths.mlp) for block in blocks]
+        own: list[Any] = [m.target if isinstance(m, AdaptedMLP) else m for m in mlps]
+        return nn.ModuleList(own)
+
+    def check_mlps_differ(self) -> None:
+        """Check that fine-tuning changed an MLP weight.
+
+        Raises:
+            UserError: the MLPs of target and base are equal, bit for bit.
+        """
+        if len(self.shared_mlps) == len(list(self.base_mlps.parameters())):
+            raise UserError(
+                f"the MLPs of target {self.config.target} and base {self.config.base} are equal, "
+                "bit for bit: fine-tuning changed other parts only. There is no MLP difference "
+                "that adapters could learn"
+            )
 
     @property
     def shared_mlps(self) -> list[str]:
         """Names of the base's MLP weights that are in memory once, as weights of the target too."""
         return shared_names(self.target_mlps, self.base_mlps)
-
-
-@dataclass(frozen=True)
-class Sources:
-    """Where a pair's models are read from.
-
-    Attributes:
-        config: settings of the pair, with the names of the embedded pair resolved, and the base.
-        peft: the target as a PEFT folder; None if it is a whole model.
-        notes: what a user should know about the choice of the base.
-    """
-
-    config: PairConfig
-    peft: PeftFolder | None
-    notes: list[str]
-
-    @classmethod
-    def of(cls, config: PairConfig) -> Sources:
-        """Find the models of a pair.
-
-        Raises:
-            UserError: the base is missing, or is another one than a PEFT target names.
-        """
-        target, base = resolve(config.target), resolve(config.base)
-        peft = None if shipped_config(target) else find_peft(target, config.target_revision)
-        notes: list[str] = []
-        revision = config.base_revision
-        if peft is not None:
-            base, notes = choose_base(peft, base)
-            if not config.base:
-                revision = revision or peft.settings.get("revision")
-        elif not base:
-            raise UserError(
-                f"pair.base is missing: give the model that {config.target} was fine-tuned from"
-            )
-        config = replace(config, target=target, base=base, base_revision=revision)
-        return cls(config, peft, notes)
-
-    @property
-    def is_own_base(self) -> bool:
-        """Whether the target is its own base, as for adapters applied to the target."""
-        config = self.config
-        return (config.base, config.base_revision) == (config.target, config.target_revision)
-
-    def configs(self, read: Callable[[str, str | None, bool], Any] = model_config) -> list[Any]:
-        """Return transformers' configurations of target and base; ``read`` reads one of them.
-
-        Raises:
-            PairMismatchError: architecture or a size differs.
-            UserError: a model cannot be read, or is quantised.
-        """
-        config, trust = self.config, self.config.trust_remote_code
-        base = read(config.base, config.base_revision, trust)
-        if self.peft is None:
-            target = read(config.target, config.target_revision, trust)
-        else:
-            target = peft_loading.peft_config(self.peft, config.base, base, trust)
-        check_configs(target, base)
-        return [target, base]
-
-    def tokenizer(self) -> Any:
-        """Load the pair's tokenizer: ``pair.tokenizer``, or the target's."""
-        config = self.config
-        source, revision = config.target, config.target_revision
-        if config.tokenizer is not None:
-            source, revision = resolve(config.tokenizer), None
-        elif self.peft is not None and not self.peft.has_tokenizer():
-            source, revision = config.base, config.base_revision
-        return load_tokenizer(source, revision, config.trust_remote_code)
-
-    def tokenizer_notes(self, tokenizer: Any) -> list[str]:
-        """Return how the base's tokenizer differs; the base needs none, but may be a wrong one."""
-        config = self.config
-        if self.is_own_base:
-            return []
-        try:
-            base = load_tokenizer(config.base, config.base_revision, config.trust_remote_code)
-            return check_tokenizers(tokenizer, base)
-        except PairMismatchError as error:
-            return [str(error)]
-        except UserError:
-            return [f"base {config.base} has no tokenizer that can be read; the target's is used"]
-
-    def fingerprints(self) -> dict[str, str]:
-        """Return the fingerprint of each model's weights, by role."""
-        config = self.config
-        return {
-            "target": fingerprint(config.target, config.target_revision),
-            "base": fingerprint(config.base, config.base_revision),
-        }
-
-    def models(
-        self, target_config: Any, base_config: Any, attention: str, place: torch.device
-    ) -> tuple[Any, nn.ModuleList]:
-        """Load the target and the base's MLPs on ``place``; see :meth:`ModelPair.load`."""
-        config, dtype = self.config, DTYPES[self.config.dtype]
-        trust = config.trust_remote_code
-        if self.peft is not None:
-            if place.type == "meta":
-                return peft_loading.empty_pair(self.peft, target_config, attention, dtype, trust)
-            return peft_loading.load_pair(
-                self.peft,
-                config.base,
-                config.base_revision,
-                target_config,
-                device=place,
-                dtype=dtype,
-                attention=attention,
-                trust=trust,
-            )
-        target = _target(config, target_config, attention, place)
-        paths = ARCHITECTURES[target_config.model_type]
-        if self.is_own_base:
-            blocks = getattr(getattr(target, paths.decoder), paths.layers)
-            return target, nn.ModuleList(getattr(block, paths.mlp) for block in blocks)
-        base_mlps = load_mlps(
-            config.base,
-            config.base_revision,
-            base_config,
-            device=place,
-            dtype=dtype,
-            trust=trust,
-            beside=target,
-        )
-        return target, base_mlps
-
-
-def _target(config: PairConfig, target_config: Any, attention: str, place: torch.device) -> Any:
-    """Load the target model on ``place``; raise if a weight is missing."""
-    from transformers import AutoModelForCausalLM
-
-    dtype, trust = DTYPES[config.dtype], config.trust_remote_code
-    if place.type == "meta":
-        with place:
-            model = AutoModelForCausalLM.from_config(
-                target_config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust
-            )
-        return model.eval()
-    return load_causal_lm(
-        config.target,
-        config.target_revision,
-        device=place,
-        dtype=dtype,
-        attention=attention,
-        trust=trust,
-    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -123,6 +124,9 @@ _STORED = ("F64", "F32", "BF16", "F16")
 #: Files with a checkpoint's weights or its shard index; transformers prefers the first.
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
+#: Files of which a folder with a tokenizer has at least one.
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
 #: Configurations of the presets' models.
 SHAPES = Path(__file__).parents[1] / "presets" / "shapes.json"
 
@@ -165,6 +169,7 @@ def model_config(source: str, revision: str | None, trust: bool) -> Any:
 
     looks_local = source.startswith(("/", ".", "~")) or source.count("/") > 1
     typed_path(source, "model")  # a hub id also fits a path's length
+    _check_format(Path(source))
     if looks_local and not Path(source).is_dir():
         raise UserError(
             f"model {source!r} cannot be loaded: no such folder; expected a folder or a hub id"
@@ -191,6 +196,25 @@ def model_config(source: str, revision: str | None, trust: bool) -> Any:
     return config
 
 
+def _check_format(path: Path) -> None:
+    """Raise for weights that are not safetensors, with the way to convert them."""
+    names = sorted(file.name for file in path.iterdir()) if path.is_dir() else [path.name]
+    if any(name in names for name in WEIGHT_FILES):
+        return
+    if gguf := [name for name in names if name.endswith(".gguf")]:
+        raise UserError(
+            f"model {str(path)!r}: {gguf[0]} has GGUF weights; only safetensors checkpoints are "
+            "read. Convert it with transformers (gguf_file=...) and save_pretrained, and give that "
+            "folder"
+        )
+    if pickled := [name for name in names if fnmatch(name, "pytorch_model*.bin")]:
+        raise UserError(
+            f"model {str(path)!r}: {pickled[0]} holds pickled weights, which can run code; only "
+            "safetensors checkpoints are read. Load the model with transformers and save it again "
+            "(save_pretrained)"
+        )
+
+
 def shipped_config(source: str) -> Any | None:
     """Return transformers' configuration of a preset's hub model without network access.
 
@@ -208,6 +232,12 @@ def load_tokenizer(source: str, revision: str | None, trust: bool) -> Any:
     from transformers import AutoTokenizer
 
     typed_path(source, "tokenizer")
+    folder = Path(source)
+    if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZERS):
+        raise UserError(
+            f"{source} holds no tokenizer (none of {', '.join(_TOKENIZERS)}); give the folder or "
+            "hub id of one (--pair.tokenizer)"
+        )
     with reading("tokenizer of", source):
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust)
 

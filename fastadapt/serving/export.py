@@ -28,6 +28,7 @@ def export(
     target: str,
     base: str,
     revisions: dict[str, str | None] | None = None,
+    tokenizer: str | None = None,
     shard_bytes: float = SHARD_BYTES,
     overwrite: bool = False,
 ) -> None:
@@ -42,6 +43,7 @@ def export(
         folder: a new or empty folder, or with ``overwrite`` an export.
         target, base: folders or hub ids of the pair.
         revisions: revisions with the keys ``target`` and ``base``.
+        tokenizer: folder or hub id of the tokenizer, if it is not the target's.
         shard_bytes: largest size of a shard in bytes.
         overwrite: replace an existing export after the new one is on disk.
 
@@ -85,7 +87,7 @@ def export(
         Path(folder),
         tensors,
         as_json(values),
-        companions=companions_of(target, base, revisions),
+        companions=companions_of(target, base, revisions, tokenizer),
         shard_bytes=shard_bytes,
         overwrite=overwrite,
     )

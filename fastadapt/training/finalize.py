@@ -65,6 +65,7 @@ def write(
         "revisions": pair.revisions,
         "weights": pair.weights,
         "objective": dataclasses.asdict(config.objective),
+        **({"tokenizer": config.pair.tokenizer} if config.pair.tokenizer else {}),
         "family": config.data.family,
         "seed": config.run.seed,
         "measured": {name: summary[name] for name in _MEASURED if name in summary},

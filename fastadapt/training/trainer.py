@@ -21,6 +21,7 @@ from fastadapt.models.pair import DTYPES, choose_device
 from fastadapt.models.replacement import ModelPair, ReplacementModel
 from fastadapt.models.self_check import check_traversal
 from fastadapt.models.sources.low_rank import share
+from fastadapt.models.sources.pair_sources import Sources
 from fastadapt.organism import resolve
 from fastadapt.training import run_dir
 from fastadapt.training.checkpoint import Checkpoint, PassedOver, load_latest
@@ -71,6 +72,9 @@ def train(
             loss of another rank.
     """
     started = time.monotonic()
+    sources = Sources.of(config.pair)
+    sources.check_differ()
+    config = dataclasses.replace(config, pair=sources.located())
     device = choose_device(config.pair.device)
     config.adapter.check_runs(device, DTYPES[config.pair.dtype])
     if config.run.threads is not None:
@@ -183,6 +187,8 @@ def load_model_and_data(
 
     def load(into: str | None, shared: Sequence[str] = ()) -> ReplacementModel:
         pair = ModelPair.load(source, into=None if into is None else torch.device(into))
+        if pair.weights:  # they were read
+            pair.check_mlps_differ()
         share(pair.target_mlps, pair.base_mlps, shared)
         return ReplacementModel.create(pair, config.trained, seed=config.run.seed, runs_on=device)
 

@@ -21,6 +21,7 @@ from fastadapt.errors import UserError
 from fastadapt.models.pair import ModelPair, PairConfig
 from fastadapt.models.recompute import POLICIES
 from fastadapt.models.replacement import ReplacementModel
+from fastadapt.models.sources.pair_sources import Sources
 from fastadapt.models.sources.peft_folder import choose_base, find_peft
 from fastadapt.objective import ObjectiveConfig, objective
 
@@ -110,7 +111,9 @@ def losses_and_gradients(pair: ModelPair, **settings: Any) -> dict[str, torch.Te
     ids = torch.arange(3, 21).reshape(2, 9)
     out = objective(model, Batch(ids, None, ids), 1, ObjectiveConfig(**settings))
     out.loss.backward()
-    gradients = {name: p.grad for name, p in model.adapters.named_parameters()}
+    gradients = {
+        name: p.grad for name, p in model.adapters.named_parameters() if p.grad is not None
+    }
     return {**{k: torch.as_tensor(v) for k, v in out.metrics.items()}, **gradients}
 
 
@@ -214,7 +217,7 @@ def test_added_tokens_need_their_rows(save_peft: Callable[..., Any]) -> None:
         _, base, _ = save_peft("llama", {}, {"tie_word_embeddings": tied})
         model = whole(base)
         model.resize_token_embeddings(64, mean_resizing=False)
-        trained = {"modules_to_save": ["embed_tokens", "lm_head"]} if save else {}
+        trained: dict[str, Any] = {"modules_to_save": ["embed_tokens", "lm_head"]} if save else {}
         if not save:
             trained = {"trainable_token_indices": [45]}
         if tied:
@@ -309,18 +312,25 @@ def test_an_adapter_of_another_base_is_refused(
 ) -> None:
     target, base, _ = save_peft()
     wide = save_model("wide", 1, "llama", intermediate_size=48)
+    for other in (wide, save_model("other", 2, "llama")):
+        message = refused(target, other, monkeypatch)
+        assert "weights differ. Give that base" in message
+        assert base in message
+        assert other in message
+    shutil.rmtree(base)  # the adapter was trained elsewhere, on a base of another shape
     message = refused(target, wide, monkeypatch)
-    assert "is not an adapter of base" in message
-    assert base in message
-    assert wide in message
+    assert re.search(r"lora_\w\.weight has shape .* and the base has a part for", message)
 
 
-def test_an_adapter_without_mlps_is_refused(
-    save_peft: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pair_without_a_difference_cannot_be_trained(save_peft: Callable[..., Any]) -> None:
     target, base, _ = save_peft("llama", {"target_modules": ["q_proj", "v_proj"]})
-    message = refused(target, base, monkeypatch)
-    assert "changes q_proj, v_proj and no MLP" in message
+    sources = Sources.of(PairConfig(target, base))
+    with pytest.raises(UserError, match="changes q_proj, v_proj and no MLP"):
+        sources.check_differ()
+    with pytest.raises(UserError, match="bit for bit: fine-tuning changed other parts only"):
+        load(target, base).check_mlps_differ()
+    with pytest.raises(UserError, match=r"pair\.target and pair\.base are both"):
+        Sources.of(PairConfig(base, base)).check_differ()
 
 
 def test_pickled_adapters_are_refused(

@@ -39,6 +39,10 @@ class LowRankLinear(nn.Linear):
         (True, True)
     """
 
+    lora_A: Tensor  # noqa: N815
+    lora_B: Tensor  # noqa: N815
+    gain: Tensor | None
+
     def __init__(
         self,
         layer: nn.Linear,

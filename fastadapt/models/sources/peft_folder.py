@@ -19,7 +19,7 @@ from typing_extensions import TypedDict
 from fastadapt.errors import UserError
 from fastadapt.io.documents import Name, read_json
 from fastadapt.io.tensors import open_tensors
-from fastadapt.models.pretrained import WEIGHT_FILES, Paths, fetch
+from fastadapt.models.pretrained import ARCHITECTURES, WEIGHT_FILES, Paths, fetch
 from fastadapt.organism import resolve
 
 CONFIG = "adapter_config.json"
@@ -151,14 +151,14 @@ class PeftFolder:
             )
         return rows
 
-    def check_mlps(self, paths: Paths) -> None:
+    def check_mlps(self) -> None:
         """Check that the folder changes an MLP.
 
         Raises:
             UserError: the MLPs of target and base are equal.
         """
-        inside = re.compile(rf"{paths.decoder}\.{paths.layers}\.\d+\.{paths.mlp}\.")
-        if not any(inside.match(name) for name in self.shapes):
+        mlps = {f".{paths.mlp}." for paths in ARCHITECTURES.values()}
+        if not any(mlp in name for name in self.shapes for mlp in mlps):
             parts = sorted({_split(name)[0].rpartition(".")[2] for name in self.shapes})
             raise UserError(
                 f"target {self.source}: the adapter changes {', '.join(parts)} and no MLP, so "

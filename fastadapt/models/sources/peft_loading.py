@@ -12,7 +12,7 @@ import re
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastadapt.errors import UserError
 from fastadapt.io.tensors import check_tensor, open_tensors
@@ -33,12 +33,11 @@ def peft_config(folder: PeftFolder, base: str, base_config: Any, trust: bool) ->
     The entry :data:`RANKS` has the largest rank of every part of a block, by name.
 
     Raises:
-        UserError: the base is another base than the adapter's, or the adapter changes no MLP.
+        UserError: the base is another base than the adapter's.
     """
     config = copy.deepcopy(base_config)
     if config.model_type not in ARCHITECTURES:
         return config
-    folder.check_mlps(ARCHITECTURES[config.model_type])
     config.vocab_size = folder.rows(config.vocab_size)
     folder.check_fits(_empty(config, "eager", torch.float32, trust), base)
     config._commit_hash = folder.commit
@@ -134,15 +133,19 @@ def load_pair(
             autocast_adapter_dtype=False,
         ).eval()
         tensors = _read(folder, device, dtype)
-        loaded = set_peft_model_state_dict(wrapped, tensors)
-    names = dict(wrapped.named_parameters(remove_duplicate=False))
-    filled = {id(p) for name, p in names.items() if name not in loaded.missing_keys}
-    missing = [n for n in loaded.missing_keys if _is_adapters(n) and id(names.get(n)) not in filled]
-    for what, names in (("missing", missing), ("unexpected", loaded.unexpected_keys)):
-        if names:
+        loaded: Any = set_peft_model_state_dict(wrapped, tensors)
+    parameters = dict(wrapped.named_parameters(remove_duplicate=False))
+    filled = {id(p) for name, p in parameters.items() if name not in loaded.missing_keys}
+    missing = [
+        name
+        for name in loaded.missing_keys
+        if _is_adapters(name) and id(parameters.get(name)) not in filled
+    ]
+    for what, odd in (("missing", missing), ("unexpected", loaded.unexpected_keys)):
+        if odd:
             raise UserError(
-                f"target {folder.source}: {len(names)} tensors of the adapter are {what}: "
-                f"{sorted(names)[:3]}; save the adapter again with peft"
+                f"target {folder.source}: {len(odd)} tensors of the adapter are {what}: "
+                f"{sorted(odd)[:3]}; save the adapter again with peft"
             )
     for block in blocks:
         _convert(block, folder)
@@ -213,8 +216,14 @@ def _convert(block: nn.Module, folder: PeftFolder) -> None:
                 f"target {folder.source}: {name}: this kind of low-rank layer is not supported; "
                 "merge the adapter into its base (peft: merge_and_unload)"
             )
-        A, B, gain = layer.lora_A[key].weight, layer.lora_B[key].weight, None
+        A, B = _weight(layer.lora_A[key]), _weight(layer.lora_B[key])
+        gain = None
         s = float(layer.scaling[key])
         if dora:
-            gain = dora_gain(inner.weight, A, B, s, layer.lora_magnitude_vector[key].weight)
+            gain = dora_gain(inner.weight, A, B, s, _weight(layer.lora_magnitude_vector[key]))
         block.set_submodule(name, LowRankLinear(inner, A, B, s, inner.bias, gain))
+
+
+def _weight(module: Any) -> Tensor:
+    weight: Tensor = module.weight
+    return weight

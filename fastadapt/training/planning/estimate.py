@@ -14,9 +14,10 @@ from fastadapt.data.batches import padded_width
 from fastadapt.data.sequences import load_sequences
 from fastadapt.errors import UserError
 from fastadapt.io.names import typed_path
-from fastadapt.models.pair import DTYPES, Sources
+from fastadapt.models.pair import DTYPES
 from fastadapt.models.pretrained import model_config, shipped_config
 from fastadapt.models.recompute import POLICIES
+from fastadapt.models.sources.pair_sources import Sources
 from fastadapt.organism import resolve
 from fastadapt.training.config import TrainConfig
 from fastadapt.training.planning.devices import Device, planned_device
@@ -148,6 +149,7 @@ def plan(config: TrainConfig, gpu: str | None = None, gpus: int = 1) -> Resource
             "pair.offload needs --gpus 1; more GPUs shard the frozen weights already. Use "
             "--pair.offload false"
         )
+    Sources.of(config.pair).check_differ()
     target = _target(config)
     device = planned_device(gpu, device_kind(config, gpu), DTYPES[config.pair.dtype])
     steps, tokens, longest, mean, median = _count_data(config)
