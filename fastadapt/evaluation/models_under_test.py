@@ -37,7 +37,7 @@ from fastadapt.models.pretrained import (
     model_config,
 )
 from fastadapt.models.replacement import ModelPair, PairConfig, ReplacementModel
-from fastadapt.models.sources.checks import PairMismatchError, check_tokenizers
+from fastadapt.models.sources.checks import conflicting_id
 from fastadapt.models.sources.fingerprint import fingerprint, warn_of_changes
 from fastadapt.models.trained_files import load_adapters, read_adapters
 from fastadapt.models.traversal import Stream, carrying
@@ -213,11 +213,7 @@ class ModelSet:
             base = load_tokenizer(config.base, config.base_revision, config.trust_remote_code)
         except UserError:
             return None  # a base without a tokenizer, which reads the target's ids
-        try:
-            check_tokenizers(self.tokenizer, base)
-        except PairMismatchError as error:
-            return str(error)
-        return None
+        return conflicting_id(self.tokenizer, base)
 
     def reads_base(self, ids: Iterable[int]) -> bool:
         """Return whether the base can read ``ids``; note why not, or which tokens are compared."""

@@ -191,7 +191,7 @@ class ModelPair:
             PairMismatchError: architecture, a size, the vocabulary or the tokenizer differs.
             UserError: a source cannot be read or lacks a weight.
         """
-        sources = Sources.of(config)
+        sources = Sources.find(config)
         config = sources.config
         device, dtype = choose_device(config.device), DTYPES[config.dtype]
         target_config, base_config = sources.configs()
@@ -219,8 +219,7 @@ class ModelPair:
         """The target's MLP modules, one per layer, also if its blocks carry adapters."""
         blocks = getattr(getattr(self.target, self.paths.decoder), self.paths.layers)
         mlps: list[Any] = [getattr(block, self.paths.mlp) for block in blocks]
-        own: list[Any] = [m.target if isinstance(m, AdaptedMLP) else m for m in mlps]
-        return nn.ModuleList(own)
+        return nn.ModuleList([m.target if isinstance(m, AdaptedMLP) else m for m in mlps])
 
     def check_mlps_differ(self) -> None:
         """Check that fine-tuning changed an MLP weight.

@@ -276,7 +276,7 @@ def _check_same_config(folder: Path, config: TrainConfig) -> None:
             "--pair.trust_remote_code true"
         )
     pair = replace(before.pair, trust_remote_code=trusted)
-    before = replace(before, pair=Sources.of(pair).located())
+    before = replace(before, pair=Sources.find(pair).located())
     differing = differences(config, before)
     if differing:
         changes = "; ".join(f"{key}: {new!r}, was {old!r}" for key, (new, old) in differing.items())

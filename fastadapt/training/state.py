@@ -144,9 +144,9 @@ def restore(run: TrainingRun, checkpoint: Checkpoint) -> None:
 def _check_weights(run: TrainingRun, recorded: Mapping[str, str]) -> None:
     pair = run.model.pair
     names = {"target": pair.config.target, "base": pair.config.base}
-    if found := changes(recorded, pair.weights, names):
+    if changed := changes(recorded, pair.weights, names):
         raise UserError(
-            f"--resume: the run began with other weights: {'; '.join(found)}. Give the models as "
+            f"--resume: the run began with other weights: {'; '.join(changed)}. Give the models as "
             "they were, or start over with --overwrite."
         )
 

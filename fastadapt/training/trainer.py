@@ -72,7 +72,7 @@ def train(
             loss of another rank.
     """
     started = time.monotonic()
-    sources = Sources.of(config.pair)
+    sources = Sources.find(config.pair)
     sources.check_differ()
     config = dataclasses.replace(config, pair=sources.located())
     device = choose_device(config.pair.device)

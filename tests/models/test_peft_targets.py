@@ -24,6 +24,8 @@ from fastadapt.models.replacement import ReplacementModel
 from fastadapt.models.sources.pair_sources import Sources
 from fastadapt.models.sources.peft_folder import choose_base, find_peft
 from fastadapt.objective import ObjectiveConfig, objective
+from fastadapt.training.config import from_dict
+from fastadapt.training.planning.memory import step_memory
 
 peft = pytest.importorskip("peft")
 
@@ -175,6 +177,22 @@ def test_base_weights_are_in_memory_once(kind: str, save_peft: Callable[..., Any
         assert shapes[0] == shapes[1]
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora", "saved modules"])
+def test_the_plan_counts_them_once(kind: str, save_peft: Callable[..., Any]) -> None:
+    target, base, _ = save_peft("llama", KINDS[kind][0])
+    pair = load(target, base)
+    values = {
+        "pair": {"target": target, "base": base, "dtype": "float64", "device": "cpu"},
+        "adapter": {"n_features": 24},
+        "data": {"train": "organism/train", "validation": "organism/validation"},
+        "objective": {"checkpoint": "none"},
+        "run": {"output": "run"},
+    }
+    planned = step_memory(from_dict(values), Sources.find(pair.config).configs()[0], 16, "cpu")
+    frozen = sum(planned.parts[name] for name in ("frozen target", "frozen base MLPs"))
+    assert frozen == bytes_of(pair.target, pair.base_mlps)
+
+
 def test_layers_that_fine_tuning_left_are_in_memory_once(
     tmp_path: Path, save_model: Callable[..., str]
 ) -> None:
@@ -324,13 +342,13 @@ def test_an_adapter_of_another_base_is_refused(
 
 def test_a_pair_without_a_difference_cannot_be_trained(save_peft: Callable[..., Any]) -> None:
     target, base, _ = save_peft("llama", {"target_modules": ["q_proj", "v_proj"]})
-    sources = Sources.of(PairConfig(target, base))
+    sources = Sources.find(PairConfig(target, base))
     with pytest.raises(UserError, match="changes q_proj, v_proj and no MLP"):
         sources.check_differ()
     with pytest.raises(UserError, match="bit for bit: fine-tuning changed other parts only"):
         load(target, base).check_mlps_differ()
     with pytest.raises(UserError, match=r"pair\.target and pair\.base are both"):
-        Sources.of(PairConfig(base, base)).check_differ()
+        Sources.find(PairConfig(base, base)).check_differ()
 
 
 def test_pickled_adapters_are_refused(

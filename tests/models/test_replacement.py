@@ -19,7 +19,7 @@ from fastadapt.models.hf_checkpoint import lazy_tensors
 from fastadapt.models.pair import choose_attention, choose_device
 from fastadapt.models.pretrained import ARCHITECTURES, reading
 from fastadapt.models.replacement import ModelPair, PairConfig, PairMismatchError, ReplacementModel
-from fastadapt.models.sources.checks import check_tokenizers
+from fastadapt.models.sources.checks import tokenizer_notes
 
 IDS = torch.tensor([[5, 9, 23, 7, 31, 8]])
 
@@ -201,7 +201,10 @@ def test_vocabularies_need_not_agree(save_model: Callable[..., str]) -> None:
     target = save_model("target")
     for base, note in (
         (save_model("larger", 1, vocab_size=44), "differ in 4 tokens; 'w40': target None, base 40"),
-        (save_model("other", 1, words="v"), "their tokenizers differ in 74 tokens; 'v10'"),
+        (
+            save_model("other", 1, words="v"),
+            "tokenizers of target and base differ in 74 tokens; 'v10'",
+        ),
     ):
         pair = load(target, base)
         assert note in pair.notes[0]
@@ -213,8 +216,8 @@ def test_renamed_added_tokens_are_a_note(save_model: Callable[..., str]) -> None
 
     ours, theirs = (AutoTokenizer.from_pretrained(save_model(n)) for n in ("a", "b"))
     ours.add_tokens(["<think>"])
-    assert "<think>" in check_tokenizers(ours, theirs)[0]
-    assert check_tokenizers(ours, ours) == []
+    assert "<think>" in tokenizer_notes(ours, theirs)[0]
+    assert tokenizer_notes(ours, ours) == []
 
 
 def test_missing_sources(tmp_path: Path, save_model: Callable[..., str]) -> None:

@@ -49,31 +49,43 @@ def check_configs(target: Any, base: Any) -> None:
         )
 
 
-def check_tokenizers(target: Any, base: Any) -> list[str]:
-    """Compare two tokenizers; return notes on harmless differences.
+def tokenizer_notes(target: Any, base: Any) -> list[str]:
+    """Return how two tokenizers differ, as notes.
 
-    Ordinary tokens must have the same ids. Added tokens may differ, as where a fine-tuned model
-    renames its chat markers: text is always tokenized with the target's tokenizer.
-
-    Raises:
-        PairMismatchError: an ordinary token has different ids.
+    Text is always tokenized with the target's, and the base gives the pair only its MLPs, so that
+    no difference prevents training. Ordinary tokens with other ids may mean a wrong base.
     """
-
-    def ordinary(tokenizer: Any) -> dict[str, int]:
-        added = set(tokenizer.get_added_vocab())
-        return {t: i for t, i in tokenizer.get_vocab().items() if t not in added}
-
-    target_ids, base_ids = ordinary(target), ordinary(base)
-    if target_ids != base_ids:
-        odd = sorted(target_ids.items() ^ base_ids.items())
+    ours, theirs = _ordinary(target), _ordinary(base)
+    if ours != theirs:
+        odd = sorted(ours.items() ^ theirs.items())
         token = odd[0][0]
-        raise PairMismatchError(
-            f"these models are not a pair: their tokenizers differ in {len({t for t, _ in odd})} "
-            f"tokens; {token!r}: target {target_ids.get(token)}, base {base_ids.get(token)}. Give "
-            "the model that the target was fine-tuned from"
-        )
+        return [
+            f"the tokenizers of target and base differ in {len({t for t, _ in odd})} tokens; "
+            f"{token!r}: target {ours.get(token)}, base {theirs.get(token)}. The target's is used"
+        ]
     a, b = target.get_added_vocab(), base.get_added_vocab()
     if a == b:
         return []
     renamed = sorted({t for t, _ in a.items() ^ b.items()})
     return [f"{len(renamed)} added tokens differ; the target's are used: {renamed[:4]}"]
+
+
+def conflicting_id(target: Any, base: Any) -> str | None:
+    """Return a token id with two meanings, in words; None if the base can read the target's ids.
+
+    Ids that only one of the tokenizers knows, and added tokens, may differ.
+    """
+    ours, theirs = ({i: t for t, i in _ordinary(each).items()} for each in (target, base))
+    odd = [i for i in sorted(ours.keys() & theirs.keys()) if ours[i] != theirs[i]]
+    if not odd:
+        return None
+    first = odd[0]
+    return (
+        f"{len(odd)} token ids have other meanings for the base; id {first} is {ours[first]!r} for "
+        f"the target and {theirs[first]!r} for the base"
+    )
+
+
+def _ordinary(tokenizer: Any) -> dict[str, int]:
+    added = set(tokenizer.get_added_vocab())
+    return {t: i for t, i in tokenizer.get_vocab().items() if t not in added}

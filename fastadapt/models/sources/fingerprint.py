@@ -91,9 +91,9 @@ def warn_of_changes(
     run: str, recorded: Mapping[str, Any], now: Fingerprints, names: Mapping[str, str]
 ) -> None:
     """Warn that a run was trained with other weights than its models have now."""
-    if found := changes(recorded, now, names):
+    if changed := changes(recorded, now, names):
         warnings.warn(
-            f"{run} was trained with other weights than its models have now: {'; '.join(found)}. "
+            f"{run} was trained with other weights than its models have now: {'; '.join(changed)}. "
             "What is computed now does not describe the trained pair",
             ModelsChangedWarning,
             stacklevel=2,

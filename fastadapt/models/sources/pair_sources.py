@@ -21,7 +21,7 @@ from fastadapt.models.pretrained import (
     shipped_config,
 )
 from fastadapt.models.sources import peft_loading
-from fastadapt.models.sources.checks import PairMismatchError, check_configs, check_tokenizers
+from fastadapt.models.sources.checks import check_configs, tokenizer_notes
 from fastadapt.models.sources.fingerprint import fingerprint
 from fastadapt.models.sources.peft_folder import PeftFolder, choose_base, find_peft
 from fastadapt.organism import resolve
@@ -71,7 +71,7 @@ class Sources:
     notes: list[str]
 
     @classmethod
-    def of(cls, config: PairConfig) -> Sources:
+    def find(cls, config: PairConfig) -> Sources:
         """Find the models of a pair.
 
         Raises:
@@ -90,8 +90,8 @@ class Sources:
             raise UserError(
                 f"pair.base is missing: give the model that {config.target} was fine-tuned from"
             )
-        found = replace(config, target=target, base=base, base_revision=revision)
-        return cls(config, found, peft, notes)
+        resolved = replace(config, target=target, base=base, base_revision=revision)
+        return cls(config, resolved, peft, notes)
 
     @property
     def is_own_base(self) -> bool:
@@ -140,10 +140,10 @@ class Sources:
             UserError: a model cannot be read, or is quantised.
         """
         config, trust = self.config, self.config.trust_remote_code
-        base = read(config.base, config.base_revision, trust)
         if self.peft is None:
             target = read(config.target, config.target_revision, trust)
-        else:
+        base = read(config.base, config.base_revision, trust)
+        if self.peft is not None:
             target = peft_loading.peft_config(self.peft, config.base, base, trust)
         check_configs(target, base)
         return [target, base]
@@ -165,11 +165,9 @@ class Sources:
             return []
         try:
             base = load_tokenizer(config.base, config.base_revision, config.trust_remote_code)
-            return check_tokenizers(tokenizer, base)
-        except PairMismatchError as error:
-            return [str(error)]
         except UserError:
             return [f"base {config.base} has no tokenizer that can be read; the target's is used"]
+        return tokenizer_notes(tokenizer, base)
 
     def fingerprints(self) -> dict[str, str]:
         """Return the fingerprint of each model's weights, by role."""

@@ -26,6 +26,8 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # of every tensor's name in a PEFT folder
 _WRAPPERS = re.compile(r"\.(modules_to_save|base_layer)\.")
+#: Mark of the base's tensor in a place where the adapter has a saved module.
+ORIGINAL = ".original_module."
 _Rank = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
 _Names = list[str] | str | None
 
@@ -128,22 +130,22 @@ class PeftFolder:
         Raises:
             UserError: tensors disagree about the number of rows.
         """
-        found: dict[int, str] = {}
+        sizes: dict[int, str] = {}
         last = -1
         for name, shape in self.shapes.items():
             module, part = _split(name)
             if module.endswith(("embed_tokens", "lm_head")):
                 if part == "weight":
-                    found[shape[0]] = name
+                    sizes[shape[0]] = name
                 elif part == "lora_embedding_A":
-                    found[shape[-1]] = name
+                    sizes[shape[-1]] = name
         trained = self.settings.get("trainable_token_indices") or ()
         for indices in trained.values() if isinstance(trained, dict) else (trained,):
             last = max([last, *indices])
-        if len(found) > 1:
-            text = " and ".join(f"{n} in {name}" for n, name in sorted(found.items()))
+        if len(sizes) > 1:
+            text = " and ".join(f"{n} in {name}" for n, name in sorted(sizes.items()))
             raise UserError(f"{self.weights}: the vocabulary has {text}; expected one size")
-        rows = next(iter(found), max(vocab_size, last + 1))
+        rows = next(iter(sizes), max(vocab_size, last + 1))
         if last >= rows:
             raise UserError(
                 f"{self.source}: trainable_token_indices: {last} is beyond the {rows} rows of the "
@@ -272,6 +274,8 @@ def find_peft(source: str, revision: str | None) -> PeftFolder | None:
     shapes = {}
     with open_tensors(weights) as file:
         for name in file.keys():  # noqa: SIM118
+            if ORIGINAL in name:
+                continue
             plain = _WRAPPERS.sub(".", name.removeprefix(_PREFIX))
             shapes[plain] = tuple(file.get_slice(name).get_shape())
     if odd := sorted(name for name in shapes if not _split(name)[1]):
@@ -327,12 +331,12 @@ def choose_base(folder: PeftFolder, base: str) -> tuple[str, list[str]]:
         return named, []
     if named is None or base in (named, resolve(named)):
         return base, []
-    here, there = Path(base).is_dir(), Path(named).is_dir()
-    if here and there and os.path.realpath(base) == os.path.realpath(named):
+    is_folder, is_named_folder = Path(base).is_dir(), Path(named).is_dir()
+    if is_folder and is_named_folder and os.path.realpath(base) == os.path.realpath(named):
         return base, []
-    if here != there or _is_path(base) or _is_path(named):
+    if is_folder != is_named_folder or _is_path(base) or _is_path(named):
         return base, [f"the target's {CONFIG} names the base {named}; used is pair.base {base}"]
-    if base.casefold() == named.casefold() and not here:
+    if base.casefold() == named.casefold() and not is_folder:
         return base, []
     raise UserError(
         f"pair.base is {base}, but target {folder.source} is an adapter of {named} ({CONFIG}). "

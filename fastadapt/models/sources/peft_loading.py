@@ -24,7 +24,7 @@ from fastadapt.models.sources.low_rank import (
     dora_gain,
     sharing_copy,
 )
-from fastadapt.models.sources.peft_folder import READ, PeftFolder
+from fastadapt.models.sources.peft_folder import ORIGINAL, READ, PeftFolder
 
 
 def peft_config(folder: PeftFolder, base: str, base_config: Any, trust: bool) -> Any:
@@ -162,9 +162,12 @@ def _read(folder: PeftFolder, device: torch.device, dtype: torch.dtype) -> dict[
     tensors = {}
     with open_tensors(folder.weights, device) as file:
         for name in file.keys():  # noqa: SIM118
+            if ORIGINAL in name:
+                continue
             tensor = file.get_tensor(name)
             check_tensor(tensor, str(folder.weights), name, finite=True)
-            tensors[name] = tensor.to(dtype)
+            # A saved module may be in the file under both names.
+            tensors[name.replace(".modules_to_save.", ".")] = tensor.to(dtype)
     return tensors
 
 

@@ -149,7 +149,7 @@ def plan(config: TrainConfig, gpu: str | None = None, gpus: int = 1) -> Resource
             "pair.offload needs --gpus 1; more GPUs shard the frozen weights already. Use "
             "--pair.offload false"
         )
-    Sources.of(config.pair).check_differ()
+    Sources.find(config.pair).check_differ()
     target = _target(config)
     device = planned_device(gpu, device_kind(config, gpu), DTYPES[config.pair.dtype])
     steps, tokens, longest, mean, median = _count_data(config)
@@ -342,7 +342,7 @@ def _target(config: TrainConfig) -> Any:
     def read(name: str, revision: str | None, trust: bool) -> Any:
         return shipped_config(name) or model_config(name, revision, trust)
 
-    return Sources.of(config.pair).configs(read)[0]
+    return Sources.find(config.pair).configs(read)[0]
 
 
 def _count_data(config: TrainConfig) -> tuple[int, int | None, int | None, int | None, int | None]:
@@ -351,7 +351,7 @@ def _count_data(config: TrainConfig) -> tuple[int, int | None, int | None, int |
     size = config.optimizer.batch_size
     if not path.is_file() or path.stat().st_size > _READ_BYTES:
         return count_steps(-(-SEQUENCES // size), config), None, None, None, None
-    tokenizer = Sources.of(config.pair).tokenizer()
+    tokenizer = Sources.find(config.pair).tokenizer()
     loaded = [
         load_sequences(resolve(source), tokenizer, config.data, split=split)
         for source, split in ((config.data.train, "train"), (config.data.validation, "validation"))
