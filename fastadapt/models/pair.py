@@ -18,7 +18,7 @@ from fastadapt.errors import UserError
 from fastadapt.io.names import typed_path
 from fastadapt.models.adapted_mlp import AdaptedMLP
 from fastadapt.models.pretrained import ARCHITECTURES, Paths
-from fastadapt.models.sources.low_rank import shared_names
+from fastadapt.models.sources.low_rank import same_bits, shared_names
 from fastadapt.models.sources.pair_sources import Sources
 
 
@@ -218,8 +218,11 @@ class ModelPair:
     def target_mlps(self) -> nn.ModuleList:
         """The target's MLP modules, one per layer, also if its blocks carry adapters."""
         blocks = getattr(getattr(self.target, self.paths.decoder), self.paths.layers)
-        mlps: list[Any] = [getattr(block, self.paths.mlp) for block in blocks]
-        return nn.ModuleList([m.target if isinstance(m, AdaptedMLP) else m for m in mlps])
+        target_mlps = nn.ModuleList()
+        for block in blocks:
+            mlp: Any = getattr(block, self.paths.mlp)
+            target_mlps.append(mlp.target if isinstance(mlp, AdaptedMLP) else mlp)
+        return target_mlps
 
     def check_mlps_differ(self) -> None:
         """Check that fine-tuning changed an MLP weight.
@@ -227,7 +230,13 @@ class ModelPair:
         Raises:
             UserError: the MLPs of target and base are equal, bit for bit.
         """
-        if len(self.shared_mlps) == len(list(self.base_mlps.parameters())):
+        ours = dict(self.target_mlps.named_parameters())
+        theirs = dict(self.base_mlps.named_parameters())
+        # Equal matrices are shared; vectors may be copies.
+        if ours.keys() == theirs.keys() and all(
+            p is ours[name] or (p.ndim < 2 and same_bits(p, ours[name]))
+            for name, p in theirs.items()
+        ):
             raise UserError(
                 f"the MLPs of target {self.config.target} and base {self.config.base} are equal, "
                 "bit for bit: fine-tuning changed other parts only. There is no MLP difference "

@@ -24,7 +24,7 @@ def save_target(pair: Path, folder: Path, kind: str) -> Path:
     source = pair / ("base" if kind == "peft" else "target")
     tokenizer = AutoTokenizer.from_pretrained(source)
     tokenizer.add_tokens([f"<t{i}>" for i in range(8)])
-    model = AutoModelForCausalLM.from_pretrained(source)
+    model: Any = AutoModelForCausalLM.from_pretrained(source)
     if kind == "tied":
         model.config.tie_word_embeddings = True
         model.tie_weights()
@@ -33,7 +33,11 @@ def save_target(pair: Path, folder: Path, kind: str) -> Path:
         from peft import LoraConfig, get_peft_model
 
         saved = ["embed_tokens", "lm_head"]
-        settings = {"r": 4, "target_modules": "all-linear", "modules_to_save": saved}
+        settings: dict[str, Any] = {
+            "r": 4,
+            "target_modules": "all-linear",
+            "modules_to_save": saved,
+        }
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
@@ -78,7 +82,7 @@ def test_a_target_with_added_tokens(
     assert expected.shape[-1] == 128
     outcome = fastadapt("export", run, "--output", tmp_path / "out")
     assert outcome.code == 0, outcome.err
-    served = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    served: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     with torch.no_grad():
         torch.testing.assert_close(served(ids).logits, expected)
         served.generate(ids, max_new_tokens=4, do_sample=False)

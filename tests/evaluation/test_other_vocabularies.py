@@ -24,7 +24,7 @@ def compared(tmp_path: Path, save_model: Callable[..., str]) -> Callable[..., Mo
     """Open a run whose target and base have the given numbers of embedding rows."""
 
     def make(target: int, base: int, words: str = "w", **changes: Any) -> ModelSet:
-        pair = {
+        pair: dict[str, Any] = {
             "target": save_model("target", 0, vocab_size=target, **changes),
             "base": save_model("base", 1, vocab_size=base, words=words, **changes),
         }
