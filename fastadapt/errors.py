@@ -1,4 +1,4 @@
-"""The two errors that end a command with a message instead of a traceback.
+"""The two errors that end a command with a message instead of a traceback, and a warning.
 
 A message says what was expected, what was found, and what to type next.
 """
@@ -20,6 +20,10 @@ class RunError(RuntimeError):
     exit_code = 1
     #: Whether another rank reported this error; None: the run has one process.
     is_reported: bool | None = None
+
+
+class ModelsChangedWarning(UserWarning):
+    """A run's models have other weights than when it was trained."""
 
 
 def require(fine: bool, key: str, expected: str, got: object) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import codecs
 import io
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
+
+from fastadapt.errors import ModelsChangedWarning
 
 #: Replacements for characters of the library's texts that an encoding lacks.
 _STAND_INS = str.maketrans(
@@ -64,6 +67,21 @@ def print_error(message: str) -> None:
 
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     console.print(Text("error: ", style="bold red"), Text(message), sep="", end="\n")
+
+
+def show_warnings() -> None:
+    """Print the library's own warnings as `warning: ` and the message, each time they arise."""
+    shown = warnings.showwarning
+
+    def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, ModelsChangedWarning):
+            say(f"warning: {message}")
+        else:
+            shown(message, category, *where, **more)
+
+    if shown.__name__ != show.__name__:
+        warnings.showwarning = show
+        warnings.simplefilter("always", ModelsChangedWarning)
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: bool = False) -> None:

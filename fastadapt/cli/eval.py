@@ -59,6 +59,8 @@ def evaluate(
         print(table.title)
         print_table(table.head, table.rows)
         print()
+    for note in result.get("notes", {}).values():
+        print(f"{note}\n")
     for name in ("eval.json", "tables.md", "tables.tex", "plots", "report.html"):
         print(f"{name}: {(folder / name).resolve()}")
     return 0

@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from fastadapt import __version__
-from fastadapt.cli.console import print_error, write_any_text
+from fastadapt.cli.console import print_error, show_warnings, write_any_text
 from fastadapt.errors import RunError, UserError
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from fastadapt.io.names import unusable_path
 
     write_any_text()
+    show_warnings()
     try:
         return _dispatch(list(sys.argv[1:] if argv is None else argv))
     except (UserError, RunError) as error:

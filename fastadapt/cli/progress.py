@@ -71,6 +71,8 @@ class Progress:
         """Show a record of a training run or of a selection of conversations."""
         kind, step = record["kind"], record.get("step", 0)
         if kind in ("start", "resume"):
+            for note in record.get("notes", ()):
+                self.write(f"note: {note}")
             self._begin(step, record)
         elif kind == "train":
             self._step(step, record)

@@ -26,6 +26,7 @@ from fastadapt.distributed.ranks import Ranks
 from fastadapt.errors import RunError
 from fastadapt.models.baselines import TunedWeights
 from fastadapt.models.replacement import ReplacementModel
+from fastadapt.models.sources.low_rank import share_parameter
 
 _LOW = (torch.bfloat16, torch.float16)
 
@@ -105,7 +106,12 @@ def _broadcast(module: nn.Module, ranks: Ranks, device: torch.device) -> None:
     if ranks.is_main:
         module.to(device)
     else:
-        module.to_empty(device=device)
+        names = dict(module.named_parameters(remove_duplicate=False))
+        module.to_empty(device=device)  # which gives each name a parameter of its own
+        first: dict[int, str] = {}
+        for name, parameter in names.items():
+            if (other := first.setdefault(id(parameter), name)) != name:
+                share_parameter(module, name, other)
     for tensor in chain(module.parameters(), module.buffers()):
         ranks.broadcast(tensor.detach())
 

@@ -137,6 +137,8 @@ class Comparison:
         if self.stop.is_set():
             return None
         result = {**self._about(), **sections}
+        if self.models.notes:
+            result["notes"] = self.models.notes
         for part in set(PARTS) - set(parts):
             result |= read_part(self.folder, part, result)
         result["students"] = self._cards(result.get("faithfulness", {}))

@@ -64,7 +64,7 @@ _SECTIONS: Mapping[Part, Any] = {
     "benchmarks": BenchmarksPart,
 }
 #: Sections that several parts have.
-_SHARED = {"texts"}
+_SHARED = {"texts", "notes"}
 
 
 def read_part(folder: Path, part: Part, result: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import gc
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastadapt.adapter.files import adapters_of
 from fastadapt.errors import UserError
@@ -31,12 +31,20 @@ from fastadapt.evaluation.runs import (
 from fastadapt.io.atomic import digest_of_input
 from fastadapt.io.names import typed_path
 from fastadapt.models.pair import DTYPES
-from fastadapt.models.pretrained import load_causal_lm, tensor_files
+from fastadapt.models.pretrained import (
+    load_causal_lm,
+    load_tokenizer,
+    model_config,
+)
 from fastadapt.models.replacement import ModelPair, PairConfig, ReplacementModel
+from fastadapt.models.sources.checks import conflicting_id
+from fastadapt.models.sources.fingerprint import fingerprint, warn_of_changes
 from fastadapt.models.trained_files import load_adapters, read_adapters
 from fastadapt.models.traversal import Stream, carrying
 
-_HASHED_BYTES = 1 << 20  # at either end of a weight file
+
+class UnreadableError(UserError):
+    """The base has no row in its embedding for a token of the target."""
 
 
 class ModelSet:
@@ -54,11 +62,15 @@ class ModelSet:
         folders: Mapping[str, Path],
         compared: Mapping[str, ComparedModel],
         family: str | None = None,
+        weights: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         self.config = config
         self.compared = dict(compared)
         self.family = family
+        #: Sentences about models whose vocabulary is not the target's, by their name.
+        self.notes: dict[str, str] = {}
         self._folders = dict(folders)
+        self._weights = dict(weights or {})
         self._adapters: dict[str, nn.ModuleList] = {}
 
     @classmethod
@@ -92,6 +104,7 @@ class ModelSet:
         compared = {name: ComparedModel(name, name) for name in BUILT_IN if name != "target"}
         first: PairConfig | None = None
         family: str | None = None
+        weights: dict[str, Mapping[str, Any]] = {}
         for run, folder, name in zip(runs, folders, names, strict=True):
             card = read_adapters(folder)[1]
             pair = with_trust(read_pair(folder, card["metadata"]), folder, trust_remote_code)
@@ -99,11 +112,12 @@ class ModelSet:
             if first is None:
                 first, family = pair, card["metadata"].get("family")
             check_same_pair(first, pair, str(runs[0]), str(run))
+            weights[str(run)] = card["metadata"].get("weights") or {}
             compared[name] = ComparedModel.from_card(name, typed_path(run, "run"), card)
         assert first is not None
         changed = {"device": device, "attention": attention}
         config = replace(first, **{k: v for k, v in changed.items() if v is not None})  # type: ignore[arg-type]
-        return cls(config, dict(zip(names, folders, strict=True)), compared, family)
+        return cls(config, dict(zip(names, folders, strict=True)), compared, family, weights)
 
     @property
     def runs(self) -> list[str]:
@@ -118,6 +132,9 @@ class ModelSet:
     def model(self) -> ReplacementModel:
         """The pair, loaded on first access. :meth:`replacement` sets its adapters."""
         pair = ModelPair.load(self.config)
+        models = {"target": pair.config.target, "base": pair.config.base}
+        for name, weights in self._weights.items():
+            warn_of_changes(name, weights, pair.weights, models)
         model = ReplacementModel(pair, self._load(self.runs[0], pair))
         model.eval()
         return model
@@ -165,10 +182,61 @@ class ModelSet:
             with carrying(self.model, self.adapters(name)), self.model.mode("replacement"):
                 yield self.model.model
 
+    def base_obstacle(self, ids: Iterable[int]) -> str | None:
+        """Return why the base cannot read token ids of the target's tokenizer; None if it can.
+
+        The base reads the ids of the target, so ordinary tokens must have the same ids in both
+        tokenizers, and the base's embedding must have a row for every id. It may have fewer rows
+        than the target's, or more.
+        """
+        if self._tokenizer_obstacle is not None:
+            return self._tokenizer_obstacle
+        if (highest := max(ids, default=0)) < self._base_rows:
+            return None
+        token = self.tokenizer.convert_ids_to_tokens(highest)
+        return (
+            f"the texts contain token {highest} ({token!r}), and the base's embedding has "
+            f"{self._base_rows} rows"
+        )
+
+    @cached_property
+    def _base_rows(self) -> int:
+        config = self.model.pair.config
+        return int(
+            model_config(config.base, config.base_revision, config.trust_remote_code).vocab_size
+        )
+
+    @cached_property
+    def _tokenizer_obstacle(self) -> str | None:
+        config = self.model.pair.config
+        try:
+            base = load_tokenizer(config.base, config.base_revision, config.trust_remote_code)
+        except UserError:
+            return None  # a base without a tokenizer, which reads the target's ids
+        return conflicting_id(self.tokenizer, base)
+
+    def reads_base(self, ids: Iterable[int]) -> bool:
+        """Return whether the base can read ``ids``; note why not, or which tokens are compared."""
+        reason = self.base_obstacle(ids)
+        n_target = self.model.head.shape[0]
+        if reason is not None:
+            self.notes["base"] = f"The base is not measured: {reason}."
+        elif n_target != self._base_rows:
+            self.notes["base"] = (
+                f"The target has logits for {n_target:,} tokens and the base for "
+                f"{self._base_rows:,}: the base's KL is between their distributions over the "
+                f"{min(n_target, self._base_rows):,} tokens that both have."
+            )
+        return reason is None
+
     @contextmanager
     def base(self) -> Iterator[Any]:
-        """Yield the base as a complete model, with the MLPs of the pair; free it at exit."""
-        pair, config = self.model.pair, self.config
+        """Yield the base as a complete model, with the MLPs of the pair; free it at exit.
+
+        Raises:
+            UserError: a call of the model gets an id for which its embedding has no row.
+        """
+        pair, config = self.model.pair, self.model.pair.config
         base = load_causal_lm(
             config.base,
             config.base_revision,
@@ -181,16 +249,23 @@ class ModelSet:
         blocks = getattr(getattr(base, pair.paths.decoder), pair.paths.layers)
         for block, mlp in zip(blocks, pair.base_mlps, strict=True):
             setattr(block, pair.paths.mlp, mlp)
+        base.get_input_embeddings().register_forward_pre_hook(self._check_ids)
         try:
             yield base
         finally:
             del base, blocks
             gc.collect()
 
+    def _check_ids(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if int(args[0].max()) >= self._base_rows:
+            self.reads_base([int(args[0].max())])
+            raise UnreadableError(self.notes["base"])
+
     def fingerprint(self, name: str) -> str:
         """Return the SHA-256 of the weights and settings that this model's outputs depend on.
 
-        Model weight files are hashed by size and by their first and last MiB, adapters completely.
+        Adapters are hashed completely, models by
+        :func:`fastadapt.models.sources.fingerprint.fingerprint`.
         """
         config, sha256 = self.config, hashlib.sha256()
         sha256.update(repr((name in BUILT_IN, config.dtype, config.trust_remote_code)).encode())
@@ -198,21 +273,11 @@ class ModelSet:
             (config.target, config.target_revision),
             (config.base, config.base_revision),
         ):
-            sha256.update(self._weights_digest(source, revision))
+            sha256.update(fingerprint(source, revision).encode())
         for file in sorted(self._folders[name].iterdir()) if name in self._folders else ():
             if file.suffix == ".safetensors":
                 sha256.update(f"{file.name} {digest_of_input(file)}".encode())
         return sha256.hexdigest()
-
-    def _weights_digest(self, source: str, revision: str | None) -> bytes:
-        sha256 = hashlib.sha256()
-        for name, path in sorted(tensor_files(source, revision).items()):
-            size = path.stat().st_size
-            with path.open("rb") as file:
-                start = file.read(_HASHED_BYTES)
-                file.seek(max(0, size - _HASHED_BYTES))
-                sha256.update(f"{name} {size}".encode() + start + file.read())
-        return sha256.digest()
 
     def _load(self, name: str, pair: ModelPair) -> nn.ModuleList:
         if name not in self._adapters:

@@ -177,6 +177,7 @@ class OutputsPart(TypedDict):
     faithfulness: dict[str, Faithfulness]
     order: NotRequired[list[Neighbours]]
     texts: Texts
+    notes: NotRequired[dict[str, str]]
 
 
 class PartialPart(TypedDict):
@@ -202,6 +203,7 @@ class BenchmarksPart(TypedDict):
 
     benchmarks: dict[str, _ByModel]
     benchmark_counts: dict[str, str]
+    notes: NotRequired[dict[str, str]]
 
 
 def check_sections(sections: Mapping[str, Any], schema: Any, source: str) -> None:

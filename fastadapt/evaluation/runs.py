@@ -93,6 +93,7 @@ class PairSection(TypedDict):
     base: Name
     target_revision: NotRequired[Name | None]
     base_revision: NotRequired[Name | None]
+    tokenizer: NotRequired[Name | None]
     dtype: NotRequired[str]
     attention: NotRequired[str]
     device: NotRequired[str]
@@ -148,8 +149,10 @@ def read_pair(folder: Path, metadata: Mapping[str, Any]) -> PairConfig:
             has unknown settings.
     """
     config = folder.parent / "config.yaml"
+    words = metadata.get("tokenizer")
     named = {role: metadata.get(role) for role in ("target", "base")}
     values: dict[str, Any] = {role: name for role, name in named.items() if name is not None}
+    values |= {} if words is None else {"tokenizer": words}
     if folder.name == "adapter" and has_file(config):
         try:
             run_pair = read_yaml(config, RunFile)["pair"]

@@ -29,16 +29,16 @@ from fastadapt.interop.hu2026_format import (
     write_published,
 )
 from fastadapt.models.hf_checkpoint import (
-    CONFIG,
     SHARD_BYTES,
     Lazy,
     adapter_tensors,
     check_output,
+    companions_of,
     lazy_tensors,
-    read_json,
     replacement_tensors,
+    target_values,
 )
-from fastadapt.models.pair import DTYPES, check_configs, choose_attention, choose_device
+from fastadapt.models.pair import DTYPES, choose_attention, choose_device
 from fastadapt.models.pretrained import (
     ARCHITECTURES,
     load_causal_lm,
@@ -47,6 +47,8 @@ from fastadapt.models.pretrained import (
     model_config,
 )
 from fastadapt.models.replacement import ModelPair, PairConfig, PairMismatchError, ReplacementModel
+from fastadapt.models.sources.checks import check_configs
+from fastadapt.models.sources.low_rank import merged_state
 
 
 def load(
@@ -162,18 +164,20 @@ def save(
             "the published format needs transcoder adapters; this model's adapters are of kind "
             f"{kind!r}"
         )
-    # named_parameters lists a tied weight once, state_dict under each of its names.
-    untied = {name for name, _ in model.model.named_parameters()}
     write_published(
         folder,
         {
-            name.replace(".mlp.base.", ".mlp."): partial(_to_cpu, tensor)
-            for name, tensor in model.model.state_dict().items()
-            if name in untied and ".mlp.target." not in name
+            name.replace(".mlp.base.", ".mlp."): partial(_to_cpu, read)
+            for name, read in merged_state(model.model, besides=".mlp.target.")
         },
         model.model.config.to_diff_dict(),
         first,
-        companions=model.pair.config.target,
+        companions=companions_of(
+            model.pair.config.target,
+            model.pair.config.base,
+            model.pair.revisions,
+            model.pair.config.tokenizer,
+        ),
         like=like,
         shard_bytes=shard_bytes,
         overwrite=overwrite,
@@ -221,6 +225,7 @@ def from_adapters(
     target: str,
     base: str,
     revisions: Mapping[str, str | None] | None = None,
+    tokenizer: str | None = None,
     like: str | None = None,
     shard_bytes: float = SHARD_BYTES,
     overwrite: bool = False,
@@ -231,11 +236,12 @@ def from_adapters(
         adapters: a folder written by :func:`fastadapt.save_adapters`.
         target, base: folders or hub ids of the pair.
         revisions: revisions with the keys ``target`` and ``base``.
+        tokenizer: folder or hub id of the tokenizer, if it is not the target's.
         folder, like, shard_bytes, overwrite: as in :func:`save`, which also lists the errors.
     """
     revisions = revisions or {}
     layers, _ = read_transcoders(adapters, "the published format")
-    config = read_json(target, CONFIG, revisions.get("target"))
+    config = target_values(target, base, revisions)
     if len(layers) != config.get("num_hidden_layers"):
         raise UserError(
             f"{adapters}: expected one adapter per layer of target {target} "
@@ -248,8 +254,7 @@ def from_adapters(
         tensors,
         config,
         layers[0](),
-        companions=target,
-        revision=revisions.get("target"),
+        companions=companions_of(target, base, revisions, tokenizer),
         like=like,
         shard_bytes=shard_bytes,
         overwrite=overwrite,
@@ -273,5 +278,5 @@ def _check_shared(target: str, revision: str | None, published: Mapping[str, Laz
         )
 
 
-def _to_cpu(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu()
+def _to_cpu(read: Lazy) -> Tensor:
+    return read().cpu()

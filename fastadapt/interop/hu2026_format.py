@@ -24,8 +24,10 @@ from fastadapt.io.tensors import check_tensor
 from fastadapt.models.hf_checkpoint import (
     CONFIG,
     INDEX,
+    Companions,
     Lazy,
     as_json,
+    companions_of,
     indexed_files,
     lazy_tensors,
     write_checkpoint,
@@ -115,10 +117,9 @@ def write_published(
     config: Mapping[str, Any],
     first: TranscoderAdapter,
     *,
-    companions: str,
+    companions: Companions,
     like: str | None,
     shard_bytes: float,
-    revision: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write ``tensors`` as a published checkpoint.
@@ -141,7 +142,7 @@ def write_published(
         index = _text(like, INDEX) if single is None else None
         if index is not None:
             indexed_files(index, f"{like}: {INDEX}")  # raises before files are written
-        shard_bytes, companions, revision = float("inf"), like, None
+        shard_bytes, companions = float("inf"), companions_of(like, like)
     if text is None:
         dtype = str(first.W_enc.dtype).removeprefix("torch.")
         values = {key: value for key, value in config.items() if key != "torch_dtype"}
@@ -163,7 +164,6 @@ def write_published(
         published,
         text,
         companions=companions,
-        revision=revision,
         index=index,
         shard_bytes=shard_bytes,
         overwrite=overwrite,

@@ -23,6 +23,7 @@ from fastadapt.interventions import Intervention, check_fit
 from fastadapt.io.atomic import half_filled, unstaged, writing_folder
 from fastadapt.io.documents import read_yaml
 from fastadapt.io.names import has_file, typed_path
+from fastadapt.models.sources.fingerprint import fingerprint, warn_of_changes
 
 SET = "set.json"
 _CONFIG, _ADAPTER = "config.yaml", "adapter"
@@ -69,6 +70,7 @@ def intervene(
             "set from the features of this run"
         )
     check_fit(features, len(layers), card["adapter"].features)
+    _warn_of_changes(source, metadata)
     config = _config_of(source, metadata)
     # Measurements of the unchanged adapter do not apply to the changed one.
     metadata = {key: value for key, value in metadata.items() if key != "measured"}
@@ -89,6 +91,9 @@ def intervene(
             "base": metadata["target"],
             "revisions": {"target": revision, "base": revision},
         }
+        if "weights" in metadata:
+            weights = metadata["weights"]["target"]
+            metadata["weights"] = {"target": weights, "base": weights}
     metadata["interventions"] = [*history, step]
     out = typed_path(output, "--output")
     _check_output(out, source, overwrite=overwrite)
@@ -103,6 +108,17 @@ def intervene(
             (staged / _CONFIG).write_text(text, encoding="utf-8")
         features.write(staged / SET)
     return out
+
+
+def _warn_of_changes(source: Path, metadata: Mapping[str, Any]) -> None:
+    """Warn if the models of adapters have other weights than in the training, where they exist."""
+    recorded = metadata.get("weights") or {}
+    pair = read_pair(source, metadata)
+    names = {"target": pair.target, "base": pair.base}
+    revisions = {"target": pair.target_revision, "base": pair.base_revision}
+    folders = [role for role, name in names.items() if role in recorded and Path(name).is_dir()]
+    now = {role: fingerprint(names[role], revisions[role]) for role in folders}
+    warn_of_changes(str(source), recorded, now, names)
 
 
 def _config_of(source: Path, metadata: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastadapt.adapter.module import TranscoderAdapter
@@ -30,6 +31,9 @@ from fastadapt.models.pretrained import (
     reading,
     tensor_files,
 )
+from fastadapt.models.sources.low_rank import merged_state
+from fastadapt.models.sources.peft_folder import PeftFolder, find_peft
+from fastadapt.models.sources.peft_loading import load_pair, peft_config
 
 #: A function that reads one tensor.
 Lazy = Callable[[], Tensor]
@@ -40,6 +44,8 @@ INDEX = "model.safetensors.index.json"
 _EXPORTED = (CONFIG, INDEX, "model.safetensors", "model-*-of-*.safetensors")
 #: Largest size of a shard in bytes. A larger tensor gets a shard for itself.
 SHARD_BYTES = 5_000_000_000
+#: Source and revision of each file of :data:`COMPANIONS`.
+Companions = Mapping[str, tuple[str, str | None]]
 #: Files copied unchanged with a model: generation settings, tokenizer, chat template.
 COMPANIONS = (
     "generation_config.json",
@@ -85,6 +91,9 @@ def replacement_tensors(
         UserError: the base lacks an MLP weight of the target, or a checkpoint is quantised.
     """
     revisions = revisions or {}
+    peft = find_peft(target, revisions.get("target"))
+    if peft is not None:
+        return _merged_tensors(peft, base, revisions.get("base"))
     config = model_config(target, revisions.get("target"), trust=False)
     model_config(base, revisions.get("base"), trust=False)  # raises if the base is quantised
     paths = ARCHITECTURES[config.model_type]
@@ -98,6 +107,73 @@ def replacement_tensors(
             "that the target was fine-tuned from"
         )
     return {name: mlps.get(name, read) for name, read in tensors.items()}
+
+
+def _merged_tensors(peft: PeftFolder, base: str, revision: str | None) -> dict[str, Lazy]:
+    """Return the tensors of :func:`replacement_tensors` for a PEFT target, merged into its base.
+
+    The model is in host memory in the dtype of its base's configuration, and each changed weight
+    is merged when it is read.
+    """
+    base_config = model_config(base, revision, trust=False)
+    config = peft_config(peft, base, base_config, trust=False)
+    paths = ARCHITECTURES[config.model_type]
+    model, base_mlps = load_pair(
+        peft,
+        base,
+        revision,
+        config,
+        device=torch.device("cpu"),
+        dtype=base_config.dtype or torch.float32,
+        attention="eager",
+        trust=False,
+    )
+    blocks = getattr(getattr(model, paths.decoder), paths.layers)
+    for block, mlp in zip(blocks, base_mlps, strict=True):
+        setattr(block, paths.mlp, mlp)
+    return dict(merged_state(model))
+
+
+def target_values(
+    target: str, base: str, revisions: Mapping[str, str | None] | None = None
+) -> dict[str, Any]:
+    """Return the contents of the target's ``config.json``; a PEFT target's from its base's.
+
+    Raises:
+        UserError: a file is missing, or holds no JSON object.
+    """
+    revisions = revisions or {}
+    peft = find_peft(target, revisions.get("target"))
+    if peft is None:
+        return read_json(target, CONFIG, revisions.get("target"))
+    values = read_json(base, CONFIG, revisions.get("base"))
+    model = peft_config(peft, base, model_config(base, revisions.get("base"), False), trust=False)
+    tied = model.tie_word_embeddings and not peft.unties()
+    return {**values, "vocab_size": model.vocab_size, "tie_word_embeddings": tied}
+
+
+def companions_of(
+    target: str,
+    base: str,
+    revisions: Mapping[str, str | None] | None = None,
+    tokenizer: str | None = None,
+) -> dict[str, tuple[str, str | None]]:
+    """Return where each file of :data:`COMPANIONS` comes from: the target, for a PEFT target partly
+    its base.
+
+    Args:
+        target, base, revisions: the pair.
+        tokenizer: folder or hub id of the tokenizer, if it is not the target's.
+    """
+    revisions = revisions or {}
+    model = words = (target, revisions.get("target"))
+    peft = find_peft(*model)
+    if peft is not None:
+        model = (base, revisions.get("base"))
+        words = words if peft.has_tokenizer() else model
+    if tokenizer is not None:
+        words = (tokenizer, None)
+    return {name: model if name == COMPANIONS[0] else words for name in COMPANIONS}
 
 
 def adapter_tensors(
@@ -140,8 +216,7 @@ def write_checkpoint(
     tensors: Mapping[str, Lazy],
     config: str,
     *,
-    companions: str,
-    revision: str | None = None,
+    companions: Companions,
     index: str | None = None,
     shard_bytes: float = SHARD_BYTES,
     overwrite: bool = False,
@@ -154,9 +229,8 @@ def write_checkpoint(
         folder: a new or empty folder, or with ``overwrite`` an export; see :func:`check_output`.
         tensors: readers by tensor name, called in this order.
         config: text of ``config.json``.
-        companions: folder or hub id whose tokenizer, chat template and generation settings are
-            copied.
-        revision: branch, tag or commit of ``companions``.
+        companions: sources of tokenizer, chat template and generation settings, which are copied;
+            see :func:`companions_of`.
         index: text of a shard index whose division into shards is reproduced.
         shard_bytes: largest size of a shard in bytes, if ``index`` is None.
         overwrite: replace an existing export.
@@ -168,9 +242,9 @@ def write_checkpoint(
     """
     check_output(folder, overwrite=overwrite)
     with writing_folder(folder, last=CONFIG) as staged:
-        for name in COMPANIONS:
-            if (file := fetch(companions, name, revision)) is not None:
-                (staged / name).write_bytes(documents.read_bytes(in_model(file, companions)))
+        for name, (source, revision) in companions.items():
+            if (file := fetch(source, name, revision)) is not None:
+                (staged / name).write_bytes(documents.read_bytes(in_model(file, source)))
         if index is None:
             _write_shards(staged, tensors, shard_bytes)
         else:

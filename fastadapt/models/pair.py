@@ -1,13 +1,14 @@
 """Load two checkpoints as a pair: the whole target and the base's MLPs; check that they match.
 
 Only safetensors files are read. A weight missing from a checkpoint raises an error, since
-transformers would initialise the weight at random.
+transformers would initialise the weight at random. MLP weights in which target and base agree bit
+for bit are in memory once.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,15 +16,10 @@ from torch import nn
 
 from fastadapt.errors import UserError
 from fastadapt.io.names import typed_path
-from fastadapt.models.pretrained import (
-    ARCHITECTURES,
-    Paths,
-    load_causal_lm,
-    load_mlps,
-    load_tokenizer,
-    model_config,
-)
-from fastadapt.organism import resolve
+from fastadapt.models.adapted_mlp import AdaptedMLP
+from fastadapt.models.pretrained import ARCHITECTURES, Paths
+from fastadapt.models.sources.low_rank import same_bits, shared_names
+from fastadapt.models.sources.pair_sources import Sources
 
 
 @dataclass(frozen=True)
@@ -31,9 +27,12 @@ class PairConfig:
     """Sources of the two models, and dtype, device and attention implementation to load them with.
 
     Args:
-        target: the fine-tuned model: a local folder or a hub id.
-        base: the model that the target was fine-tuned from: a local folder or a hub id.
+        target: the fine-tuned model: a local folder or a hub id, of a whole model or of a PEFT
+            adapter (LoRA, rank-stabilised LoRA, DoRA).
+        base: the model that the target was fine-tuned from: a local folder or a hub id. Empty: the
+            base that the PEFT adapter names.
         target_revision, base_revision: branch, tag or commit on the hub.
+        tokenizer: a local folder or a hub id, if the target's own tokenizer is not to be used.
         dtype: dtype of the frozen weights and the adapters' working copies: ``float32``,
             ``bfloat16``, ``float16`` or ``float64``.
         attention: ``auto``, or transformers' name of an attention implementation: letters, digits
@@ -51,9 +50,10 @@ class PairConfig:
     """
 
     target: str
-    base: str
+    base: str = ""
     target_revision: str | None = None
     base_revision: str | None = None
+    tokenizer: str | None = None
     dtype: str = "float32"
     attention: str = "auto"
     device: str = "auto"
@@ -62,8 +62,10 @@ class PairConfig:
     fused_blocks: bool = True
 
     def __post_init__(self) -> None:
-        for role in ("target", "base"):
-            typed_path(getattr(self, role), f"pair.{role}")  # a hub id also fits a path's length
+        for role in ("target", "base", "tokenizer"):
+            name = getattr(self, role)
+            if role == "target" or name not in ("", None):
+                typed_path(name, f"pair.{role}")  # a hub id also fits a path's length
         if self.dtype not in DTYPES:
             raise UserError(f"pair.dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if type(self.trust_remote_code) is not bool:  # transformers would ask at the terminal
@@ -92,23 +94,6 @@ DTYPES = {
 
 
 _ATTENTION = re.compile("[A-Za-z0-9_]+")
-
-
-class PairMismatchError(UserError):
-    """Two checkpoints are not a model and its fine-tuning; the message names the differences."""
-
-
-#: Configuration keys that must agree for the base's MLPs to work inside the target.
-SAME = (
-    "model_type",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "hidden_act",
-    "hidden_activation",
-    "mlp_bias",
-    "vocab_size",
-)
 
 
 def choose_device(name: str) -> torch.device:
@@ -180,6 +165,8 @@ class ModelPair:
         paths: attribute names of the architecture's parts.
         revisions: commit of each model, if its source is a hub repository.
         notes: harmless differences, such as renamed added tokens.
+        weights: fingerprint of each model's weights, by role
+            (:mod:`fastadapt.models.sources.fingerprint`); empty if no weight was read.
     """
 
     target: Any
@@ -189,6 +176,7 @@ class ModelPair:
     paths: Paths
     revisions: dict[str, str | None] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    weights: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def load(cls, config: PairConfig, *, into: torch.device | None = None) -> ModelPair:
@@ -203,33 +191,15 @@ class ModelPair:
             PairMismatchError: architecture, a size, the vocabulary or the tokenizer differs.
             UserError: a source cannot be read or lacks a weight.
         """
-        config = replace(config, target=resolve(config.target), base=resolve(config.base))
+        sources = Sources.find(config)
+        config = sources.config
         device, dtype = choose_device(config.device), DTYPES[config.dtype]
-        trust = config.trust_remote_code
-        target_config = model_config(config.target, config.target_revision, trust)
-        base_config = model_config(config.base, config.base_revision, trust)
-        check_configs(target_config, base_config)
-        tokenizer = load_tokenizer(config.target, config.target_revision, trust)
-        notes = check_tokenizers(
-            tokenizer, load_tokenizer(config.base, config.base_revision, trust)
-        )
+        target_config, base_config = sources.configs()
+        tokenizer = sources.tokenizer()
         paths = ARCHITECTURES[target_config.model_type]
         attention, _ = choose_attention(config.attention, device, dtype, paths.attention)
         place = into or device
-        target = _target(config, target_config, attention, place)
-        if (config.base, config.base_revision) == (config.target, config.target_revision):
-            # The target is its own base, as for adapters applied to the target: share the weights.
-            blocks = getattr(getattr(target, paths.decoder), paths.layers)
-            base_mlps = nn.ModuleList(getattr(block, paths.mlp) for block in blocks)
-        else:
-            base_mlps = load_mlps(
-                config.base,
-                config.base_revision,
-                base_config,
-                device=place,
-                dtype=dtype,
-                trust=trust,
-            )
+        target, base_mlps = sources.models(target_config, base_config, attention, place)
         return cls(
             target=target,
             base_mlps=base_mlps,
@@ -240,84 +210,40 @@ class ModelPair:
                 "target": getattr(target_config, "_commit_hash", None),
                 "base": getattr(base_config, "_commit_hash", None),
             },
-            notes=notes,
+            notes=[*sources.notes, *sources.tokenizer_notes(tokenizer)],
+            weights={} if place.type == "meta" else sources.fingerprints(),
         )
 
+    @property
+    def target_mlps(self) -> nn.ModuleList:
+        """The target's MLP modules, one per layer, also if its blocks carry adapters."""
+        blocks = getattr(getattr(self.target, self.paths.decoder), self.paths.layers)
+        target_mlps = nn.ModuleList()
+        for block in blocks:
+            mlp: Any = getattr(block, self.paths.mlp)
+            target_mlps.append(mlp.target if isinstance(mlp, AdaptedMLP) else mlp)
+        return target_mlps
 
-def _target(config: PairConfig, target_config: Any, attention: str, place: torch.device) -> Any:
-    """Load the target model on ``place``; raise if a weight is missing."""
-    from transformers import AutoModelForCausalLM
+    def check_mlps_differ(self) -> None:
+        """Check that fine-tuning changed an MLP weight.
 
-    dtype, trust = DTYPES[config.dtype], config.trust_remote_code
-    if place.type == "meta":
-        with place:
-            model = AutoModelForCausalLM.from_config(
-                target_config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust
+        Raises:
+            UserError: the MLPs of target and base are equal, bit for bit.
+        """
+        ours = dict(self.target_mlps.named_parameters())
+        theirs = dict(self.base_mlps.named_parameters())
+        # Equal matrices are shared; vectors may be copies.
+        if ours.keys() == theirs.keys() and all(
+            p is ours[name] or (p.ndim < 2 and same_bits(p, ours[name]))
+            for name, p in theirs.items()
+        ):
+            raise UserError(
+                f"the MLPs of target {self.config.target} and base {self.config.base} are equal, "
+                "bit for bit: fine-tuning changed other parts only. There is no MLP difference "
+                "that adapters could learn"
             )
-        return model.eval()
-    return load_causal_lm(
-        config.target,
-        config.target_revision,
-        device=place,
-        dtype=dtype,
-        attention=attention,
-        trust=trust,
-    )
 
-
-# --- checks ---------------------------------------------------------------------------------------
-
-
-def check_configs(target: Any, base: Any) -> None:
-    """Raise :class:`PairMismatchError` with every key of :data:`SAME` in which two configs differ.
-
-    Raises:
-        UserError: the target's architecture is not supported.
-    """
-    if target.model_type not in ARCHITECTURES:
-        inner = getattr(target.get_text_config(), "model_type", None)
-        text = f" (its text model {inner!r} is)" if inner in ARCHITECTURES else ""
-        raise UserError(
-            f"architecture {target.model_type!r} is not supported{text}; "
-            f"supported: {', '.join(sorted(ARCHITECTURES))}"
-        )
-    differing = [
-        f"{name}: target {getattr(target, name, None)!r}, base {getattr(base, name, None)!r}"
-        for name in SAME
-        if getattr(target, name, None) != getattr(base, name, None)
-    ]
-    if differing:
-        raise PairMismatchError(
-            f"these models are not a pair: {'; '.join(differing)}. Give the model that the target "
-            "was fine-tuned from"
-        )
-
-
-def check_tokenizers(target: Any, base: Any) -> list[str]:
-    """Compare two tokenizers; return notes on harmless differences.
-
-    Ordinary tokens must have the same ids. Added tokens may differ, as where a fine-tuned model
-    renames its chat markers: text is always tokenized with the target's tokenizer.
-
-    Raises:
-        PairMismatchError: an ordinary token has different ids.
-    """
-
-    def ordinary(tokenizer: Any) -> dict[str, int]:
-        added = set(tokenizer.get_added_vocab())
-        return {t: i for t, i in tokenizer.get_vocab().items() if t not in added}
-
-    target_ids, base_ids = ordinary(target), ordinary(base)
-    if target_ids != base_ids:
-        odd = sorted(target_ids.items() ^ base_ids.items())
-        token = odd[0][0]
-        raise PairMismatchError(
-            f"these models are not a pair: their tokenizers differ in {len({t for t, _ in odd})} "
-            f"tokens; {token!r}: target {target_ids.get(token)}, base {base_ids.get(token)}. Give "
-            "the model that the target was fine-tuned from"
-        )
-    a, b = target.get_added_vocab(), base.get_added_vocab()
-    if a == b:
-        return []
-    renamed = sorted({t for t, _ in a.items() ^ b.items()})
-    return [f"{len(renamed)} added tokens differ; the target's are used: {renamed[:4]}"]
+    @property
+    def shared_mlps(self) -> list[str]:
+        """Names of the base's MLP weights that are in memory once, as weights of the target too."""
+        return shared_names(self.target_mlps, self.base_mlps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ from fastadapt.errors import RunError, UserError
 from fastadapt.io.documents import check, read_json
 from fastadapt.io.names import check_name, typed_path
 from fastadapt.io.tensors import check_tensor, open_tensors
+from fastadapt.models.sources.low_rank import same_bits
 
 _Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 28)]
 _Number = int | float | None
@@ -121,7 +123,10 @@ ARCHITECTURES: Mapping[str, Paths] = {
 _STORED = ("F64", "F32", "BF16", "F16")
 
 #: Files with a checkpoint's weights or its shard index; transformers prefers the first.
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+
+#: Files of which a folder with a tokenizer has at least one.
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 #: Configurations of the presets' models.
 SHAPES = Path(__file__).parents[1] / "presets" / "shapes.json"
@@ -165,6 +170,7 @@ def model_config(source: str, revision: str | None, trust: bool) -> Any:
 
     looks_local = source.startswith(("/", ".", "~")) or source.count("/") > 1
     typed_path(source, "model")  # a hub id also fits a path's length
+    _check_format(Path(source))
     if looks_local and not Path(source).is_dir():
         raise UserError(
             f"model {source!r} cannot be loaded: no such folder; expected a folder or a hub id"
@@ -181,7 +187,7 @@ def model_config(source: str, revision: str | None, trust: bool) -> Any:
             "unquantised weights. Give the model before quantisation"
         )
     named = getattr(config, "transformers_weights", None)
-    if named not in (None, _WEIGHTS[0]):
+    if named not in (None, WEIGHT_FILES[0]):
         raise UserError(
             f"model {source!r} names its weights in its config.json (transformers_weights "
             f"{named!r}), which is not supported. Rename the file to model.safetensors and delete "
@@ -189,6 +195,25 @@ def model_config(source: str, revision: str | None, trust: bool) -> Any:
         )
     config._attn_implementation = config._experts_implementation = None
     return config
+
+
+def _check_format(path: Path) -> None:
+    """Raise for weights that are not safetensors, with the way to convert them."""
+    names = sorted(file.name for file in path.iterdir()) if path.is_dir() else [path.name]
+    if any(name in names for name in WEIGHT_FILES):
+        return
+    if gguf := [name for name in names if name.endswith(".gguf")]:
+        raise UserError(
+            f"model {str(path)!r}: {gguf[0]} has GGUF weights; only safetensors checkpoints are "
+            "read. Convert it with transformers (gguf_file=...) and save_pretrained, and give that "
+            "folder"
+        )
+    if pickled := [name for name in names if fnmatch(name, "pytorch_model*.bin")]:
+        raise UserError(
+            f"model {str(path)!r}: {pickled[0]} holds pickled weights, which can run code; only "
+            "safetensors checkpoints are read. Load the model with transformers and save it again "
+            "(save_pretrained)"
+        )
 
 
 def shipped_config(source: str) -> Any | None:
@@ -208,6 +233,12 @@ def load_tokenizer(source: str, revision: str | None, trust: bool) -> Any:
     from transformers import AutoTokenizer
 
     typed_path(source, "tokenizer")
+    folder = Path(source)
+    if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZERS):
+        raise UserError(
+            f"{source} holds no tokenizer (none of {', '.join(_TOKENIZERS)}); give the folder or "
+            "hub id of one (--pair.tokenizer)"
+        )
     with reading("tokenizer of", source):
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust)
 
@@ -258,7 +289,7 @@ def tensor_files(source: str, revision: str | None) -> dict[str, Path]:
 
 
 def _tensor_files(source: str, revision: str | None) -> dict[str, Path]:
-    whole, shards = _WEIGHTS
+    whole, shards = WEIGHT_FILES
     single = fetch(source, whole, revision)
     if single is not None:
         return {whole: single}
@@ -377,6 +408,7 @@ def load_mlps(
     dtype: torch.dtype,
     trust: bool,
     role: str = "base",
+    beside: nn.Module | None = None,
 ) -> nn.ModuleList:
     """Load the MLP modules of a checkpoint, one per layer; read no other weights.
 
@@ -386,6 +418,8 @@ def load_mlps(
         device, dtype: of the weights. On the meta device no weight is read.
         trust: run Python code that comes with the model.
         role: the checkpoint's name in error messages.
+        beside: a model on the same device. Weights with the bits of its weights of the same names
+            become its parameters, so that they are in memory once.
 
     Raises:
         UserError: an MLP weight is missing or misshapen, or a file is damaged.
@@ -407,6 +441,7 @@ def load_mlps(
     if device.type == "meta":
         return mlps.to(dtype).eval()
     tensors: dict[str, Tensor] = {}
+    ours = {} if beside is None else dict(beside.named_parameters())
     for file in tensor_files(source, revision).values():
         with (
             reading(role, str(file)),
@@ -415,7 +450,9 @@ def load_mlps(
             for name in wanted & set(shard.keys()):
                 tensor = shard.get_tensor(name)
                 check_tensor(tensor, str(file), name)
-                tensors[name] = tensor.to(dtype)
+                tensor = tensor.to(dtype)
+                same = name in ours and same_bits(ours[name], tensor)
+                tensors[name] = ours[name] if same else tensor
     if missing := sorted(wanted - set(tensors)):
         raise UserError(f"{role} {source}: {len(missing)} MLP weights are missing: {missing[:3]}")
     for prefix, mlp in zip(prefixes, mlps, strict=True):

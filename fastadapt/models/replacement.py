@@ -33,8 +33,9 @@ from fastadapt.models.baselines import (
 )
 from fastadapt.models.block_inputs import BlockInputs, record_inputs
 from fastadapt.models.fused_blocks import FusedBlocks
-from fastadapt.models.pair import ModelPair, PairConfig, PairMismatchError
+from fastadapt.models.pair import ModelPair, PairConfig
 from fastadapt.models.recompute import SavingModules
+from fastadapt.models.sources.checks import PairMismatchError
 
 __all__ = [
     "AdaptedMLP",

@@ -102,7 +102,8 @@ def _outputs(result: Mapping[str, Any]) -> Table | None:
         rows,
         f"{result['texts']['n']:,} responses of the target, {result['texts']['predicted']:,} "
         f"predicted tokens; intervals of {percent(result['level'])} over sequences. KL is "
-        "KL(target ‖ model) in nats per predicted token, NMSE the mean over layers 0..L.",
+        "KL(target ‖ model) in nats per predicted token, NMSE the mean over layers 0..L."
+        + "".join(f" {note}" for note in result.get("notes", {}).values()),
     )
 
 

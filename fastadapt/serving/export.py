@@ -9,12 +9,12 @@ from typing import Any
 from fastadapt.adapter.files import read_transcoders
 from fastadapt.errors import UserError
 from fastadapt.models.hf_checkpoint import (
-    CONFIG,
     SHARD_BYTES,
     adapter_tensors,
     as_json,
-    read_json,
+    companions_of,
     replacement_tensors,
+    target_values,
     write_checkpoint,
 )
 from fastadapt.models.hf_classes import classes_of, model_type_of
@@ -28,6 +28,7 @@ def export(
     target: str,
     base: str,
     revisions: dict[str, str | None] | None = None,
+    tokenizer: str | None = None,
     shard_bytes: float = SHARD_BYTES,
     overwrite: bool = False,
 ) -> None:
@@ -42,6 +43,7 @@ def export(
         folder: a new or empty folder, or with ``overwrite`` an export.
         target, base: folders or hub ids of the pair.
         revisions: revisions with the keys ``target`` and ``base``.
+        tokenizer: folder or hub id of the tokenizer, if it is not the target's.
         shard_bytes: largest size of a shard in bytes.
         overwrite: replace an existing export after the new one is on disk.
 
@@ -51,7 +53,7 @@ def export(
     """
     revisions = revisions or {}
     layers, card = read_transcoders(adapters, "this export")
-    config = read_json(target, CONFIG, revisions.get("target"))
+    config = target_values(target, base, revisions)
     architecture = str(config.get("model_type"))
     if architecture not in ARCHITECTURES:
         raise UserError(
@@ -85,8 +87,7 @@ def export(
         Path(folder),
         tensors,
         as_json(values),
-        companions=target,
-        revision=revisions.get("target"),
+        companions=companions_of(target, base, revisions, tokenizer),
         shard_bytes=shard_bytes,
         overwrite=overwrite,
     )

@@ -56,13 +56,16 @@ def write(
         "adapter_kind": config.run.trains,
         **counts,
         "output": str(folder),
+        "weights": pair.weights,
         **versions(),
     }
     metadata = {
         "target": config.pair.target,
         "base": config.pair.base,
         "revisions": pair.revisions,
+        "weights": pair.weights,
         "objective": dataclasses.asdict(config.objective),
+        **({"tokenizer": config.pair.tokenizer} if config.pair.tokenizer else {}),
         "family": config.data.family,
         "seed": config.run.seed,
         "measured": {name: summary[name] for name in _MEASURED if name in summary},

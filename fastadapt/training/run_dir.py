@@ -36,6 +36,7 @@ from fastadapt.io.atomic import (
 from fastadapt.io.documents import Count, DocumentError, parse_line
 from fastadapt.io.names import has_file, typed_path
 from fastadapt.io.workspace import Workspace
+from fastadapt.models.sources.pair_sources import Sources
 from fastadapt.training.checkpoint import list_checkpoints
 from fastadapt.training.config import (
     TrainConfig,
@@ -274,7 +275,8 @@ def _check_same_config(folder: Path, config: TrainConfig) -> None:
             f"{config.pair.target} or {config.pair.base}. To run that code again, type "
             "--pair.trust_remote_code true"
         )
-    before = replace(before, pair=replace(before.pair, trust_remote_code=trusted))
+    pair = replace(before.pair, trust_remote_code=trusted)
+    before = replace(before, pair=Sources.find(pair).located())
     differing = differences(config, before)
     if differing:
         changes = "; ".join(f"{key}: {new!r}, was {old!r}" for key, (new, old) in differing.items())

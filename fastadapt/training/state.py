@@ -12,6 +12,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from fastadapt.errors import UserError
 from fastadapt.io.documents import Count, check
+from fastadapt.models.sources.fingerprint import changes
 from fastadapt.training.checkpoint import SCALARS, Checkpoint
 from fastadapt.training.finalize import versions
 
@@ -32,9 +33,10 @@ class Scalars(TypedDict):
     threads: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
     wall_s: Annotated[float, msgspec.Meta(ge=0, le=1e12)]
     codes_per_token: NotRequired[list[Annotated[float, msgspec.Meta(ge=0, le=2**31)]] | None]
-    data_sha256: Any  # these three are compared with the run's values
+    data_sha256: Any  # these four are compared with the run's values
     device_type: Any
     revisions: Any
+    weights: NotRequired[dict[str, str]]
 
 
 _MISMATCH = {
@@ -82,6 +84,7 @@ def _origin(run: TrainingRun) -> dict[str, Any]:
         "data_sha256": run.feed.sha256,
         "device_type": run.model.device.type,
         "revisions": run.model.pair.revisions,
+        "weights": run.model.pair.weights,
     }
 
 
@@ -111,7 +114,9 @@ def restore(run: TrainingRun, checkpoint: Checkpoint) -> None:
             "Pass the data of the original run."
         )
     for key, now in _origin(run).items():
-        if scalars[key] != now:
+        if key == "weights":
+            _check_weights(run, scalars.get("weights", {}))
+        elif scalars[key] != now:
             raise UserError(_MISMATCH[key].format(then=scalars[key], now=now))
     if run.config.run.threads is None:
         torch.set_num_threads(scalars["threads"])
@@ -134,6 +139,16 @@ def restore(run: TrainingRun, checkpoint: Checkpoint) -> None:
     run.bad_in_row, run.bad_total = scalars["bad_in_row"], scalars["bad_total"]
     run.wall_before = scalars["wall_s"]
     run.planner.load(scalars)
+
+
+def _check_weights(run: TrainingRun, recorded: Mapping[str, str]) -> None:
+    pair = run.model.pair
+    names = {"target": pair.config.target, "base": pair.config.base}
+    if changed := changes(recorded, pair.weights, names):
+        raise UserError(
+            f"--resume: the run began with other weights: {'; '.join(changed)}. Give the models as "
+            "they were, or start over with --overwrite."
+        )
 
 
 def _saved(
@@ -168,6 +183,7 @@ def facts(run: TrainingRun) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in run.model.adapters.parameters()),
         "device": run.model.device.type if run.ranks.world > 1 else str(run.model.device),
         "ranks": run.ranks.world,
+        "notes": run.model.pair.notes,
         "checkpoint": run.config.objective.checkpoint,
         "threads": torch.get_num_threads(),
     }

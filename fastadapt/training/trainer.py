@@ -20,6 +20,8 @@ from fastadapt.errors import RunError, UserError
 from fastadapt.models.pair import DTYPES, choose_device
 from fastadapt.models.replacement import ModelPair, ReplacementModel
 from fastadapt.models.self_check import check_traversal
+from fastadapt.models.sources.low_rank import share
+from fastadapt.models.sources.pair_sources import Sources
 from fastadapt.organism import resolve
 from fastadapt.training import run_dir
 from fastadapt.training.checkpoint import Checkpoint, PassedOver, load_latest
@@ -70,6 +72,9 @@ def train(
             loss of another rank.
     """
     started = time.monotonic()
+    sources = Sources.find(config.pair)
+    sources.check_differ()
+    config = dataclasses.replace(config, pair=sources.located())
     device = choose_device(config.pair.device)
     config.adapter.check_runs(device, DTYPES[config.pair.dtype])
     if config.run.threads is not None:
@@ -180,8 +185,11 @@ def load_model_and_data(
     source = config.pair
     source = dataclasses.replace(source, target=resolve(source.target), base=resolve(source.base))
 
-    def load(into: str | None) -> ReplacementModel:
+    def load(into: str | None, shared: Sequence[str] = ()) -> ReplacementModel:
         pair = ModelPair.load(source, into=None if into is None else torch.device(into))
+        if pair.weights:  # they were read
+            pair.check_mlps_differ()
+        share(pair.target_mlps, pair.base_mlps, shared)
         return ReplacementModel.create(pair, config.trained, seed=config.run.seed, runs_on=device)
 
     if ranks.world == 1:
@@ -194,7 +202,10 @@ def load_model_and_data(
     # Only rank 0 reads the weights. An error on rank 0 is raised on all ranks.
     loaded: list[ReplacementModel] = []
     ranks.on_main(lambda: loaded.append(load("cpu")))
-    model = loaded[0] if loaded else load("meta")
+    # Which weights agree bit for bit is known to rank 0 only.
+    shared = ranks.on_main(lambda: loaded[0].pair.shared_mlps)
+    model = loaded[0] if loaded else load("meta", shared)
+    model.pair.weights = ranks.on_main(lambda: loaded[0].pair.weights)
     shard(model, ranks, device, masters=config.optimizer.masters)
     return model, _step_data(config, model)
 

@@ -6,6 +6,7 @@ the error message, and the exit code if it is not 2.
 
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,14 +16,39 @@ TURNS = [{"from": "user", "value": "w1 w2"}, {"from": "assistant", "value": "w3 
 CONVERSATION = {"conversations": TURNS}
 
 
-def _vocabulary_renamed(d: Any) -> list[object]:
-    from fastadapt.organism import FOLDER
+def _equal_mlps(d: Any) -> list[object]:
+    """The target differs from its base in attention only."""
+    from safetensors.torch import load_file, save_file
 
-    base = d.folder / "other-base"
-    shutil.copytree(FOLDER / "base", base)
-    path = base / "tokenizer.json"
-    path.write_text(path.read_text().replace('"wait"', '"pause"'))
-    return d.train(**{"pair.target": "organism/target", "pair.base": str(base)})
+    copy = d.folder / "copy"
+    shutil.copytree(d.model("target"), copy)
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.weight"] += 1
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    return d.train(**{"pair.base": str(copy)})
+
+
+def _without(d: Any, pattern: str) -> Path:
+    target: Path = d.model("target")
+    for path in target.glob(pattern):
+        path.unlink()
+    return target
+
+
+def _no_tokenizer(d: Any) -> list[object]:
+    return d.train(**{"pair.target": str(_without(d, "*token*"))})
+
+
+def _pickled_weights(d: Any) -> list[object]:
+    target = _without(d, "*.safetensors")
+    torch.save({}, target / "pytorch_model.bin")
+    return d.train(**{"pair.target": str(target)})
+
+
+def _gguf_weights(d: Any) -> list[object]:
+    target = _without(d, "*")
+    (target / "model.Q4_1.gguf").write_bytes(b"GGUF")
+    return d.train(**{"pair.target": str(target)})
 
 
 def _weights_cut(d: Any, keep: float) -> list[object]:
@@ -119,19 +145,34 @@ CASES: list[tuple[Any, ...]] = [
         r"not a pair: .*num_hidden_layers: target 2, base 3",
     ),
     (
-        "vocabulary",
-        lambda d: _other(d, vocab_size=65),
-        r"not a pair: .*vocab_size: target 64, base 65",
-    ),
-    (
         "activation function",
         lambda d: _other(d, hidden_act="gelu"),
         r"not a pair: .*hidden_act: target 'silu', base 'gelu'",
     ),
     (
-        "tokenizer",
-        _vocabulary_renamed,
-        r"not a pair: their tokenizers differ in 2 tokens; 'pause': target None",
+        "target as base",
+        lambda d: d.train(**{"pair.base": str(d.pair / "target")}),
+        r"pair\.target and pair\.base are both .*no difference",
+    ),
+    (
+        "equal MLPs",
+        _equal_mlps,
+        r"the MLPs of target .*target and base .*copy are equal, bit for bit",
+    ),
+    (
+        "no tokenizer",
+        _no_tokenizer,
+        r"target holds no tokenizer .*--pair\.tokenizer",
+    ),
+    (
+        "pickled weights",
+        _pickled_weights,
+        r"pytorch_model\.bin holds pickled weights",
+    ),
+    (
+        "GGUF weights",
+        _gguf_weights,
+        r"model\.Q4_1\.gguf has GGUF weights",
     ),
     (
         "no model",

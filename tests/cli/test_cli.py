@@ -28,7 +28,7 @@ OPTIONS = re.findall(
 --optimizer.warmup --optimizer.weight_decay
 --overwrite
 --pair --pair.attention --pair.base --pair.base_revision --pair.device --pair.dtype
---pair.fused_blocks --pair.offload --pair.target
+--pair.fused_blocks --pair.offload --pair.target --pair.tokenizer
 --pair.target_revision --pair.trust_remote_code
 --print_config --resume
 --run --run.checkpoint_every --run.dead_window --run.deterministic --run.eval_every

@@ -65,7 +65,7 @@ def write_store_manifest(folder: Path) -> None:
 
 def write_export(folder: Path) -> None:
     tensors = {"w": lambda: torch.ones(3)}
-    write_checkpoint(folder / "out", tensors, "{}", companions=str(folder))
+    write_checkpoint(folder / "out", tensors, "{}", companions={})
 
 
 def write_over_adapters(folder: Path) -> None:

@@ -28,7 +28,7 @@ from fastadapt.io import documents
 from fastadapt.io.atomic import digest, replacing, staged_beside, sweep
 from fastadapt.io.parquet import read_table
 from fastadapt.io.tensors import read_tensors
-from fastadapt.models.hf_checkpoint import write_checkpoint
+from fastadapt.models.hf_checkpoint import companions_of, write_checkpoint
 from fastadapt.models.pretrained import tensor_files
 from fastadapt.training import checkpoint
 from fastadapt.training.logs.run_log import read_run
@@ -243,7 +243,9 @@ def test_a_sweep_removes_a_link_and_not_what_it_leads_to(folder: Path) -> None:
 
 
 def companion(model: Path, out: Path) -> None:
-    write_checkpoint(out, {"w": lambda: torch.ones(1)}, "{}", companions=str(model))
+    write_checkpoint(
+        out, {"w": lambda: torch.ones(1)}, "{}", companions=companions_of(str(model), "")
+    )
 
 
 def test_a_companion_is_a_file_of_its_model(folder: Path, untouched: Callable[[], bool]) -> None:

@@ -51,7 +51,7 @@ def test_license_and_command_are_declared(wheel: Path) -> None:
         "[vllm.general_plugins]",
         "fastadapt = fastadapt.serving.vllm_plugin:register",
     ]
-    extras = "flash tensorboard wandb trackio eval features lowmem interop bench dev"
+    extras = "flash peft tensorboard wandb trackio eval features lowmem interop bench dev"
     for extra in extras.split():
         assert f"Provides-Extra: {extra}\n" in metadata
 

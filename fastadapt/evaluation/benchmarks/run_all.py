@@ -17,7 +17,7 @@ from fastadapt.evaluation.benchmarks.runner import (
 )
 from fastadapt.evaluation.benchmarks.scores import MEAN, SAMPLED, Results
 from fastadapt.evaluation.generation.sampling import SamplingConfig
-from fastadapt.evaluation.models_under_test import ModelSet
+from fastadapt.evaluation.models_under_test import ModelSet, UnreadableError
 
 
 def complete_config(
@@ -50,7 +50,7 @@ def run_models(
 ) -> Results:
     """Run the benchmarks for the target, the base, the hybrid and every run.
 
-    Stored responses are reused.
+    Stored responses are reused. A base that cannot read the prompts is left out.
 
     Args:
         models: the runs.
@@ -66,15 +66,18 @@ def run_models(
         with models.generating(model) as generates:
             for mode, settings in prompt_modes(model, config).items():
                 digest = settings.fingerprint(sha256)[:16]
-                result = run_benchmarks(
-                    generates,
-                    models.tokenizer,
-                    settings,
-                    folder / f"{model}-{mode.replace(', ', '-')}-{digest}",
-                    source={"model": model, "sha256": sha256},
-                    progress=partial(progress, f"{model}, {mode}"),
-                    stop=stop,
-                )
+                try:
+                    result = run_benchmarks(
+                        generates,
+                        models.tokenizer,
+                        settings,
+                        folder / f"{model}-{mode.replace(', ', '-')}-{digest}",
+                        source={"model": model, "sha256": sha256},
+                        progress=partial(progress, f"{model}, {mode}"),
+                        stop=stop,
+                    )
+                except UnreadableError:  # of the base, which notes the reason
+                    break
                 if stop.is_set():
                     return results
                 results.setdefault(model, {})[mode] = result

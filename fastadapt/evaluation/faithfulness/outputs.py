@@ -97,7 +97,8 @@ def measure_output(
         models: the runs, with their base and hybrid.
         texts: responses of the target with their prompts.
         folder: stores one file per model, and until a model is finished one file per batch.
-        names: names of the models to measure; default: all, including the base.
+        names: names of the models to measure; default: all, including the base if it can read
+            the texts (:meth:`ModelSet.reads_base`).
         config: settings.
         progress: called with (completed batches, total batches), summed over models.
         stop: set it to stop after the current batch.
@@ -110,6 +111,9 @@ def measure_output(
         RunError: a prediction is not finite, or the folder cannot be written.
     """
     config = config or OutputConfig()
+    if names is None:
+        reads = models.reads_base(i for text in texts for i in text.ids)
+        names = [name for name in models.compared if reads or name != "base"]
     batches = batches_of(texts, config.batch_tokens)
     facts = ("output", _SCHEMA, digest_of(texts), config.batch_tokens, config.chunk_tokens)
     arrays = partial(_arrays, models, texts, len(batches))
@@ -221,15 +225,7 @@ def _measure(
                 out[name]["tokens"] = batch.real.sum()[None]
     if "base" in names:
         final = _last_hidden(base, model, batch)
-        # The op has one head for both models. Concatenated heads, with hidden states padded by
-        # zeros, give each model the logits of its own head.
-        head = base.get_output_embeddings().weight
-        heads = torch.cat([model.head, head.to(model.head.dtype)], 1)
-        zeros = torch.zeros_like(teacher)
-        teacher = torch.cat([teacher, zeros], -1)
-        final = torch.cat([zeros, final], -1)
-        got = _kl(model, teacher, [final], heads, predicts, chunk_tokens)
-        out["base"] = {"kl": got.token_kl[0], "agrees": got.token_top1[0]}
+        out["base"] = _of_base(model, base, teacher, final, predicts, chunk_tokens)
     return {
         name: {key: _stored(values) for key, values in tensors.items()}
         for name, tensors in out.items()
@@ -271,6 +267,35 @@ def _kl(
         softcap=model.softcap,
         chunk_tokens=chunk_tokens,
     )
+
+
+def _of_base(
+    model: ReplacementModel,
+    base: Any,
+    teacher: Tensor,
+    final: Tensor,
+    predicts: Tensor,
+    chunk_tokens: int,
+) -> dict[str, Tensor]:
+    """Return KL and top-1 agreement of the base, over the tokens that both models have.
+
+    Both distributions are renormalised over these. A token that the base lacks and that is the
+    target's most likely one counts as a disagreement.
+    """
+    heads = model.head, base.get_output_embeddings().weight.to(model.head.dtype)
+    common = min(map(len, heads))
+    # The op has one head for both models. Concatenated heads, with hidden states padded by
+    # zeros, give each model the logits of its own head.
+    head = torch.cat([each[:common] for each in heads], 1)
+    zeros = torch.zeros_like(teacher)
+    padded = torch.cat([teacher, zeros], -1)
+    final = torch.cat([zeros, final], -1)
+    got = _kl(model, padded, [final], head, predicts, chunk_tokens)
+    agrees = got.token_top1[0]
+    if len(model.head) > common:
+        chunks = teacher[:, :-1][predicts].split(chunk_tokens)
+        agrees &= torch.cat([(h @ model.head.T).argmax(-1) for h in chunks]) < common
+    return {"kl": got.token_kl[0], "agrees": agrees}
 
 
 def _last_hidden(base: Any, model: ReplacementModel, batch: Batch) -> Tensor:

@@ -124,7 +124,8 @@ class Store:
 
         Args:
             source: folder of a store, or of a run.
-            adapter: SHA-256 that the store's adapter must have; any if not given.
+            adapter: SHA-256 that the store's adapter must have; by default that of the run that
+                the folder lies in, or any if it lies in none.
             complete: whether to require every file, and a row of each unit in ``features``.
 
         Raises:
@@ -143,11 +144,12 @@ class Store:
         manifest = read_json(path)
         require_version(manifest, SCHEMA_VERSION, path)
         check(manifest, Manifest, str(path))
+        adapter = adapter or _adapter_of_run(folder)
         if adapter is not None and manifest["adapter"] != adapter:
             raise UserError(
-                f"{folder}: these features were collected from other adapters, those of "
-                f"{manifest['run']}; collect the features again (--overwrite), or give the store "
-                "of this run"
+                f"{folder}: these features were collected from other adapters than the run has "
+                f"now, those of {manifest['run']} at that time; collect the features again "
+                "(fastadapt features collect --overwrite), or give the store of this run"
             )
         store = cls(folder, manifest)
         for name in manifest["files"]:
@@ -362,6 +364,12 @@ def require_version(document: Any, expected: int, path: Path) -> None:
 def _quoted(text: str) -> str:
     """Return a text as a string literal of SQL."""
     return "'" + text.replace("'", "''") + "'"
+
+
+def _adapter_of_run(folder: Path) -> str | None:
+    """Return the digest of the adapters of the run that a store lies in; None outside a run."""
+    adapters = folder.resolve().parent / "adapter"
+    return adapter_digest(adapters) if has_file(adapters / "fastadapt.json") else None
 
 
 def adapter_digest(folder: Path) -> str:

@@ -14,9 +14,10 @@ from fastadapt.data.batches import padded_width
 from fastadapt.data.sequences import load_sequences
 from fastadapt.errors import UserError
 from fastadapt.io.names import typed_path
-from fastadapt.models.pair import DTYPES, check_configs
-from fastadapt.models.pretrained import load_tokenizer, model_config, shipped_config
+from fastadapt.models.pair import DTYPES
+from fastadapt.models.pretrained import model_config, shipped_config
 from fastadapt.models.recompute import POLICIES
+from fastadapt.models.sources.pair_sources import Sources
 from fastadapt.organism import resolve
 from fastadapt.training.config import TrainConfig
 from fastadapt.training.planning.devices import Device, planned_device
@@ -148,6 +149,7 @@ def plan(config: TrainConfig, gpu: str | None = None, gpus: int = 1) -> Resource
             "pair.offload needs --gpus 1; more GPUs shard the frozen weights already. Use "
             "--pair.offload false"
         )
+    Sources.find(config.pair).check_differ()
     target = _target(config)
     device = planned_device(gpu, device_kind(config, gpu), DTYPES[config.pair.dtype])
     steps, tokens, longest, mean, median = _count_data(config)
@@ -336,16 +338,11 @@ def _width(config: TrainConfig, device_type: str, tokens: int) -> int:
 
 def _target(config: TrainConfig) -> Any:
     """Return the target's configuration; raise ``UserError`` if the base's does not match."""
-    source = config.pair
-    target, base = (
-        shipped_config(name) or model_config(resolve(name), revision, source.trust_remote_code)
-        for name, revision in (
-            (source.target, source.target_revision),
-            (source.base, source.base_revision),
-        )
-    )
-    check_configs(target, base)
-    return target
+
+    def read(name: str, revision: str | None, trust: bool) -> Any:
+        return shipped_config(name) or model_config(name, revision, trust)
+
+    return Sources.find(config.pair).configs(read)[0]
 
 
 def _count_data(config: TrainConfig) -> tuple[int, int | None, int | None, int | None, int | None]:
@@ -354,8 +351,7 @@ def _count_data(config: TrainConfig) -> tuple[int, int | None, int | None, int |
     size = config.optimizer.batch_size
     if not path.is_file() or path.stat().st_size > _READ_BYTES:
         return count_steps(-(-SEQUENCES // size), config), None, None, None, None
-    pair = config.pair
-    tokenizer = load_tokenizer(resolve(pair.target), pair.target_revision, pair.trust_remote_code)
+    tokenizer = Sources.find(config.pair).tokenizer()
     loaded = [
         load_sequences(resolve(source), tokenizer, config.data, split=split)
         for source, split in ((config.data.train, "train"), (config.data.validation, "validation"))

@@ -28,6 +28,7 @@ from fastadapt.models.pair import DTYPES, ModelPair, PairConfig
 from fastadapt.models.pretrained import ARCHITECTURES
 from fastadapt.models.recompute import ATTENTION_OPS
 from fastadapt.models.replacement import ReplacementModel
+from fastadapt.models.sources.low_rank import RANKS, attach_ranks, sharing_copy
 from fastadapt.objective import ObjectiveConfig, objective
 
 
@@ -70,8 +71,14 @@ def fake_pair(setup: Setup, n_layers: int) -> Any:
             ).eval()
             for _ in range(2)
         ]
-        blocks = getattr(getattr(models[1], paths.decoder), paths.layers)
+        target_blocks, blocks = (
+            getattr(getattr(model, paths.decoder), paths.layers) for model in models
+        )
         mlps = nn.ModuleList(getattr(block, paths.mlp) for block in blocks)
+        if ranks := getattr(setup.target, RANKS, None):  # a PEFT target shares its base's weights
+            mlps = nn.ModuleList(sharing_copy(getattr(block, paths.mlp)) for block in target_blocks)
+            for block in target_blocks:
+                attach_ranks(block, ranks)
         pair = replace(setup.pair, device="cpu")
         yield ModelPair(models[0], mlps, None, pair, paths)
 

@@ -1,0 +1,384 @@
+"""Targets that are PEFT folders: equal to the merged checkpoint, over weights in memory once."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fastadapt.adapter.module import AdapterConfig
+from fastadapt.batch import Batch
+from fastadapt.errors import UserError
+from fastadapt.models.pair import ModelPair, PairConfig
+from fastadapt.models.recompute import POLICIES
+from fastadapt.models.replacement import ReplacementModel
+from fastadapt.models.sources.pair_sources import Sources
+from fastadapt.models.sources.peft_folder import choose_base, find_peft
+from fastadapt.objective import ObjectiveConfig, objective
+from fastadapt.training.config import from_dict
+from fastadapt.training.planning.memory import step_memory
+
+peft = pytest.importorskip("peft")
+
+#: Settings of the adapter, and of the base's configuration.
+KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "lora": ({}, {}),
+    "rank-stabilised": ({"use_rslora": True}, {}),
+    "dora": ({"use_dora": True}, {}),
+    "patterns": (
+        {"rank_pattern": {"layers.1.mlp.up_proj": 5}, "alpha_pattern": {"q_proj": 7}},
+        {},
+    ),
+    "saved modules": ({"modules_to_save": ["embed_tokens", "lm_head"]}, {}),
+    "tied, saved embedding": (
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        {"tie_word_embeddings": True},
+    ),
+    "tokens": ({"trainable_token_indices": [3, 5]}, {}),
+    "tokens, tied": ({"trainable_token_indices": [3, 5]}, {"tie_word_embeddings": True}),
+    "embedding and head": ({"target_modules": ["gate_proj", "embed_tokens", "lm_head"]}, {}),
+    "tied embedding, in part": (
+        {"target_modules": ["gate_proj", "embed_tokens"]},
+        {"tie_word_embeddings": True},
+    ),
+    "biases": ({"bias": "all"}, {"mlp_bias": True}),
+}
+
+
+def whole(folder: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+
+
+def adapted(base: Any, settings: dict[str, Any], seed: int = 5) -> Any:
+    """Return a PEFT model over ``base`` whose trained weights are random."""
+    from peft import LoraConfig, get_peft_model
+
+    chosen = {"r": 3, "lora_alpha": 5, "target_modules": "all-linear", **settings}
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        torch.manual_seed(seed)
+        warnings.simplefilter("ignore")  # of peft, about tied weights
+        model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **chosen))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@pytest.fixture
+def save_peft(tmp_path: Path, save_model: Callable[..., str]) -> Callable[..., Any]:
+    """Save a base and an adapter; return their folders and the PEFT model in float64."""
+
+    def save(
+        architecture: str = "llama",
+        settings: dict[str, Any] | None = None,
+        changes: dict[str, Any] | None = None,
+    ) -> tuple[str, str, Any]:
+        base = save_model("base", 1, architecture, **(changes or {}))
+        wrapped = adapted(whole(base), settings or {})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of peft, which saves the embedding too
+            wrapped.save_pretrained(tmp_path / "peft")
+        return str(tmp_path / "peft"), base, wrapped
+
+    return save
+
+
+def load(target: str, base: str = "", **changes: Any) -> ModelPair:
+    return ModelPair.load(PairConfig(target, base, device="cpu", dtype="float64", **changes))
+
+
+def replacement(pair: ModelPair) -> ReplacementModel:
+    model = ReplacementModel.create(pair, AdapterConfig(24))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in model.adapters.parameters():
+            p.add_(0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+    return model
+
+
+def losses_and_gradients(pair: ModelPair, **settings: Any) -> dict[str, torch.Tensor]:
+    model = replacement(pair)
+    ids = torch.arange(3, 21).reshape(2, 9)
+    out = objective(model, Batch(ids, None, ids), 1, ObjectiveConfig(**settings))
+    out.loss.backward()
+    gradients = {
+        name: p.grad for name, p in model.adapters.named_parameters() if p.grad is not None
+    }
+    return {**{k: torch.as_tensor(v) for k, v in out.metrics.items()}, **gradients}
+
+
+def bytes_of(*modules: nn.Module) -> int:
+    return sum(p.nbytes for p in {p for module in modules for p in module.parameters()})
+
+
+ALL = [("llama", kind) for kind in KINDS] + [("qwen2", "lora"), ("gemma2", "dora")]
+
+
+@pytest.mark.parametrize(("architecture", "kind"), ALL)
+def test_a_peft_target_equals_the_merged_checkpoint(
+    architecture: str,
+    kind: str,
+    tmp_path: Path,
+    save_peft: Callable[..., Any],
+    float64_clean: None,
+) -> None:
+    settings, changes = KINDS[kind]
+    target, base, wrapped = save_peft(architecture, settings, changes)
+    ids = torch.tensor([[3, 5, 8]])
+    logits = wrapped(ids).logits
+    got = load(target, base).target(ids).logits
+    torch.testing.assert_close(got, logits, rtol=1e-10, atol=1e-10)
+    if kind == "tied embedding, in part":
+        return  # peft would merge the embedding's part into the head too
+    merged = wrapped.merge_and_unload()
+    embedding, head = merged.get_input_embeddings(), merged.get_output_embeddings()
+    merged.config.tie_word_embeddings = embedding.weight is head.weight
+    merged.save_pretrained(tmp_path / "merged")
+    for file in Path(base).glob("*token*"):
+        shutil.copy(file, tmp_path / "merged")
+    ours = losses_and_gradients(load(target, base))
+    theirs = losses_and_gradients(load(str(tmp_path / "merged"), base))
+    control = losses_and_gradients(load(str(tmp_path / "merged"), str(tmp_path / "merged")))
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        error = (ours[name] - expected).abs().max() / expected.abs().max().clamp(min=1e-12)
+        assert error < 1e-10, f"{name}: relative error {error:.1e}"
+    assert abs(control["loss"] - ours["loss"]) > 1e-3 * ours["loss"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_base_weights_are_in_memory_once(kind: str, save_peft: Callable[..., Any]) -> None:
+    settings, changes = KINDS[kind]
+    target, base, _ = save_peft("llama", settings, changes)
+    pair = load(target, base)
+    folder = find_peft(target, None)
+    assert folder is not None
+    low_rank = 8 * sum(torch.Size(shape).numel() for shape in folder.shapes.values())
+    assert bytes_of(pair.target, pair.base_mlps) <= 1.03 * (bytes_of(whole(base)) + low_rank)
+    matrices = [name for name, p in pair.base_mlps.named_parameters() if p.ndim > 1]
+    assert pair.shared_mlps == matrices
+    # Ranks other than 0 build the pair without values.
+    empty = ModelPair.load(pair.config, into=torch.device("meta"))
+    assert empty.shared_mlps == matrices
+    for real, meta in ((pair.target, empty.target), (pair.base_mlps, empty.base_mlps)):
+        shapes = [{n: (p.shape, p.dtype) for n, p in m.named_parameters()} for m in (real, meta)]
+        assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "saved modules"])
+def test_the_plan_counts_them_once(kind: str, save_peft: Callable[..., Any]) -> None:
+    target, base, _ = save_peft("llama", KINDS[kind][0])
+    pair = load(target, base)
+    values = {
+        "pair": {"target": target, "base": base, "dtype": "float64", "device": "cpu"},
+        "adapter": {"n_features": 24},
+        "data": {"train": "organism/train", "validation": "organism/validation"},
+        "objective": {"checkpoint": "none"},
+        "run": {"output": "run"},
+    }
+    planned = step_memory(from_dict(values), Sources.find(pair.config).configs()[0], 16, "cpu")
+    frozen = sum(planned.parts[name] for name in ("frozen target", "frozen base MLPs"))
+    assert frozen == bytes_of(pair.target, pair.base_mlps)
+
+
+def test_layers_that_fine_tuning_left_are_in_memory_once(
+    tmp_path: Path, save_model: Callable[..., str]
+) -> None:
+    base, target = save_model("base", 1), save_model("target", 1)
+    from safetensors.torch import load_file, save_file
+
+    file = Path(target) / "model.safetensors"
+    tensors = load_file(file)
+    changed = "model.layers.1.mlp.up_proj.weight"
+    tensors[changed] = tensors[changed] + 1
+    save_file(tensors, file, {"format": "pt"})
+    pair = load(target, base)
+    names = [name for name, _ in pair.base_mlps.named_parameters()]
+    assert pair.shared_mlps == [name for name in names if name != "1.up_proj.weight"]
+    model = replacement(pair)
+    assert model.pair.shared_mlps == pair.shared_mlps  # also with adapters in the model
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_recomputation_changes_no_bit(kind: str, save_peft: Callable[..., Any]) -> None:
+    target, base, _ = save_peft("llama", KINDS[kind][0])
+    first, *others = (
+        losses_and_gradients(load(target, base), checkpoint=policy) for policy in POLICIES
+    )
+    for other in others:
+        assert all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_the_base_of_the_adapter_is_the_default(save_peft: Callable[..., Any]) -> None:
+    target, base, _ = save_peft()
+    assert load(target).config.base == base
+    assert load(target).notes == []
+    copied = shutil.copytree(base, f"{base}-copy")
+    assert load(target, copied).config.base == copied
+
+
+def test_added_tokens_need_their_rows(save_peft: Callable[..., Any]) -> None:
+    """The adapter adds 8 tokens and holds the resized embedding and head, or not."""
+    for save, tied in ((True, False), (False, False), (True, True)):
+        _, base, _ = save_peft("llama", {}, {"tie_word_embeddings": tied})
+        model = whole(base)
+        model.resize_token_embeddings(64, mean_resizing=False)
+        trained: dict[str, Any] = {"modules_to_save": ["embed_tokens", "lm_head"]} if save else {}
+        if not save:
+            trained = {"trainable_token_indices": [45]}
+        if tied:
+            trained = {}
+        wrapped = adapted(model, trained)
+        target = f"{base}-peft-{save}-{tied}"
+        wrapped.save_pretrained(target, save_embedding_layers=tied)
+        if not save:
+            with pytest.raises(UserError, match="the adapter adds tokens 40 to 44"):
+                load(target, base)
+            continue
+        pair = load(target, base)
+        ids = torch.tensor([[3, 45, 63]])
+        torch.testing.assert_close(pair.target(ids).logits, wrapped(ids).logits)
+        assert pair.target.config.vocab_size == 64
+
+
+# --- refusals, before a weight is read ------------------------------------------------------------
+
+
+def refused(target: str, base: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the message of loading a pair, during which no weight may be read."""
+    import safetensors
+
+    opened = safetensors.safe_open
+
+    class HeaderOnly:
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self.file = opened(*args, **kwargs)
+
+        def __enter__(self) -> HeaderOnly:
+            self.file.__enter__()
+            return self
+
+        def __exit__(self, *error: Any) -> None:
+            self.file.__exit__(*error)
+
+        def keys(self) -> Any:
+            return self.file.keys()
+
+        def get_slice(self, name: str) -> Any:
+            return self.file.get_slice(name)
+
+        def get_tensor(self, name: str) -> Any:
+            raise AssertionError(f"{name} was read")
+
+    monkeypatch.setattr(safetensors, "safe_open", HeaderOnly)
+    with pytest.raises(UserError) as error:
+        load(target, base)
+    return str(error.value)
+
+
+def change(folder: str, **values: Any) -> None:
+    path = Path(folder) / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "another kind": ({"peft_type": "IA3"}, "expected a LoRA.* got peft_type IA3"),
+    "changed base": ({"init_lora_weights": "pissa"}, "pissa, which changes the base's weights"),
+    "repeated layers": ({"layer_replication": [[0, 2]]}, "got layer_replication"),
+    "quantised base": (
+        {"base_model_name_or_path": "unsloth/llama-3-8b-bnb-4bit"},
+        "base unsloth/llama-3-8b-bnb-4bit is quantised",
+    ),
+    "damaged": ({"r": "three"}, r"adapter_config.json: r: "),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_an_adapter_may_not_be(
+    case: str, save_peft: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, base, _ = save_peft()
+    values, message = REFUSED[case]
+    change(target, **values)
+    assert re.search(message, refused(target, base, monkeypatch))
+
+
+def test_a_quantised_base_is_refused(
+    save_peft: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, base, _ = save_peft()
+    path = Path(base) / "config.json"
+    quantised = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **quantised}))
+    assert "is quantised (quantization_config" in refused(target, base, monkeypatch)
+
+
+def test_an_adapter_of_another_base_is_refused(
+    save_peft: Callable[..., Any], save_model: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, base, _ = save_peft()
+    wide = save_model("wide", 1, "llama", intermediate_size=48)
+    for other in (wide, save_model("other", 2, "llama")):
+        message = refused(target, other, monkeypatch)
+        assert "weights differ. Give that base" in message
+        assert base in message
+        assert other in message
+    shutil.rmtree(base)  # the adapter was trained elsewhere, on a base of another shape
+    message = refused(target, wide, monkeypatch)
+    assert re.search(r"lora_\w\.weight has shape .* and the base has a part for", message)
+
+
+def test_a_pair_without_a_difference_cannot_be_trained(save_peft: Callable[..., Any]) -> None:
+    target, base, _ = save_peft("llama", {"target_modules": ["q_proj", "v_proj"]})
+    sources = Sources.find(PairConfig(target, base))
+    with pytest.raises(UserError, match="changes q_proj, v_proj and no MLP"):
+        sources.check_differ()
+    with pytest.raises(UserError, match="bit for bit: fine-tuning changed other parts only"):
+        load(target, base).check_mlps_differ()
+    with pytest.raises(UserError, match=r"pair\.target and pair\.base are both"):
+        Sources.find(PairConfig(base, base)).check_differ()
+
+
+def test_pickled_adapters_are_refused(
+    save_peft: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, base, _ = save_peft()
+    (Path(target) / "adapter_model.safetensors").unlink()
+    torch.save({}, Path(target) / "adapter_model.bin")
+    assert "read from safetensors only" in refused(target, base, monkeypatch)
+
+
+def test_two_hub_ids_must_be_one(save_peft: Callable[..., Any]) -> None:
+    target, base, _ = save_peft()
+    change(target, base_model_name_or_path="meta-llama/Llama-3.1-8B")
+    folder = find_peft(target, None)
+    assert folder is not None
+    with pytest.raises(UserError, match=r"pair\.base is Qwen/Qwen2.5-7B, but .*meta-llama/Llama"):
+        choose_base(folder, "Qwen/Qwen2.5-7B")
+    assert choose_base(folder, "")[0] == "meta-llama/Llama-3.1-8B"
+    assert choose_base(folder, "meta-llama/Llama-3.1-8B") == ("meta-llama/Llama-3.1-8B", [])
+    name, notes = choose_base(folder, base)
+    assert name == base
+    assert "names the base meta-llama/Llama-3.1-8B; used is pair.base" in notes[0]
+    change(target, base_model_name_or_path=None)
+    with pytest.raises(UserError, match=r"pair.base is missing, and .* names none"):
+        load(target)
+
+
+def test_peft_is_an_extra(save_peft: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    target, base, _ = save_peft()
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(UserError, match=r"pip install 'fastadapt\[peft\]'"):
+        load(target, base)
