@@ -26,6 +26,7 @@ class StepData:
         tokenizer: the pair's tokenizer.
         device: device of the batches.
         n_rows: rows of the model's embedding.
+        max_positions: tokens that the model can read; None: any number.
         share: selects the micro-batches of a step that this process reads; default: all.
     """
 
@@ -35,12 +36,19 @@ class StepData:
         tokenizer: Any,
         device: torch.device,
         n_rows: int,
+        max_positions: int | None = None,
         share: Callable[[list[list[int]]], list[list[int]]] | None = None,
     ) -> None:
         data, self._config, self._device = config.data, config, device
-        self.train = load_sequences(resolve(data.train), tokenizer, data, split="train")
+        self.train = load_sequences(
+            resolve(data.train), tokenizer, data, split="train", max_positions=max_positions
+        )
         self.held_out = load_sequences(
-            resolve(data.validation), tokenizer, data, split="validation"
+            resolve(data.validation),
+            tokenizer,
+            data,
+            split="validation",
+            max_positions=max_positions,
         )
         for data_of_split in (self.train, self.held_out):
             data_of_split.check_vocabulary(n_rows)

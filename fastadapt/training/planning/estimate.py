@@ -150,7 +150,7 @@ def plan(config: TrainConfig, gpu: str | None = None, gpus: int = 1) -> Resource
         )
     target = _target(config)
     device = planned_device(gpu, device_kind(config, gpu), DTYPES[config.pair.dtype])
-    steps, tokens, longest, mean, median = _count_data(config)
+    steps, tokens, longest, mean, median = _count_data(config, target)
     longest = longest or config.data.max_tokens
     mean = mean or round(MEAN_SHARE * longest)
     width = _width(config, device.kind, longest)
@@ -348,7 +348,9 @@ def _target(config: TrainConfig) -> Any:
     return target
 
 
-def _count_data(config: TrainConfig) -> tuple[int, int | None, int | None, int | None, int | None]:
+def _count_data(
+    config: TrainConfig, target: Any
+) -> tuple[int, int | None, int | None, int | None, int | None]:
     """Return steps, tokens, longest, mean and median sequence; None for data not read."""
     path = typed_path(resolve(config.data.train), "data.train")
     size = config.optimizer.batch_size
@@ -356,8 +358,9 @@ def _count_data(config: TrainConfig) -> tuple[int, int | None, int | None, int |
         return count_steps(-(-SEQUENCES // size), config), None, None, None, None
     pair = config.pair
     tokenizer = load_tokenizer(resolve(pair.target), pair.target_revision, pair.trust_remote_code)
+    context = target.get_text_config().max_position_embeddings
     loaded = [
-        load_sequences(resolve(source), tokenizer, config.data, split=split)
+        load_sequences(resolve(source), tokenizer, config.data, split=split, max_positions=context)
         for source, split in ((config.data.train, "train"), (config.data.validation, "validation"))
     ]
     counts = loaded[0].counts
