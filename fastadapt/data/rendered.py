@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
-from fastadapt.data.turns import Role
+from fastadapt.data.turns import Role, Turn
 
 THINK, END_THINK = "<think>", "</think>"
 #: Family of data without conversations: plain text and token ids.
@@ -98,3 +98,23 @@ class Rendered:
         begin = self.responses()[-1][0]
         before = tuple(piece for piece, start, _ in self.spans() if start < begin)
         return Rendered(before, self.thinking)
+
+
+class Form(Protocol):
+    """A form of chat.
+
+    Attributes:
+        spec: name or mapping from which ``rendering.get_form`` makes this form again.
+        markers: special strings that each must be one token of the pair's tokenizer.
+        thinking: markers around the assistant's reasoning.
+    """
+
+    @property
+    def spec(self) -> Spec: ...
+    @property
+    def markers(self) -> tuple[str, ...]: ...
+    @property
+    def thinking(self) -> tuple[str, str]: ...
+
+    def render(self, turns: Sequence[Turn]) -> Rendered:
+        """Return the text of a conversation; raise ``UserError`` for turns that have no form."""

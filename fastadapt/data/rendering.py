@@ -12,32 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from fastadapt.data.families import FAMILIES, get_family, inline_family
-from fastadapt.data.rendered import END_THINK, TEXT_ONLY, THINK, Rendered, Spec
+from fastadapt.data.rendered import END_THINK, TEXT_ONLY, THINK, Form, Rendered, Spec
+from fastadapt.data.templates import Template
 from fastadapt.data.turns import Turn, read_turns
 from fastadapt.errors import UserError
-
-
-class Form(Protocol):
-    """A form of chat.
-
-    Attributes:
-        spec: name or mapping from which :func:`get_form` makes this form again.
-        markers: special strings that each must be one token of the pair's tokenizer.
-        thinking: markers around the assistant's reasoning.
-    """
-
-    @property
-    def spec(self) -> Spec: ...
-    @property
-    def markers(self) -> tuple[str, ...]: ...
-    @property
-    def thinking(self) -> tuple[str, str]: ...
-
-    def render(self, turns: Sequence[Turn]) -> Rendered:
-        """Return the text of a conversation; raise ``UserError`` for turns that have no form."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +58,6 @@ def get_form(spec: Spec) -> Form:
         return TextOnly()
     if isinstance(spec, Mapping):
         if "template" in spec:
-            from fastadapt.data.templates import Template
-
             return Template.of(spec)
         return inline_family(spec)
     return get_family(spec)

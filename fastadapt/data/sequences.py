@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastadapt.data.rendered import AUTO
 from fastadapt.data.rendering import get_form
-from fastadapt.data.sources import BadRows, Policy, Source, read_contents
+from fastadapt.data.sources import BadRows, MixedSource, Policy, Source, read_contents
 from fastadapt.data.tokenised import Loss, RowTokeniser
 from fastadapt.data.tokens import Markers, check_ids
 from fastadapt.errors import UserError, require
@@ -32,7 +32,9 @@ class DataConfig:
     Attributes:
         train: training data: file (.jsonl, .json, .csv, .parquet), folder of such files or of a
             dataset saved by ``datasets``, or dataset id on the hub. Rows are conversations
-            (``messages``, ``conversations``), a prompt and a response, plain text, or token ids.
+            (``messages``, ``conversations``), a prompt and a response, plain text, or token ids. In
+            a file also a mixture: a list of {source, weight, split, revision, subset, columns}, of
+            which source alone is required; weights are shares of the training tokens.
         validation: held-out data: file, folder or dataset id.
         family: form of chat. auto: the tokenizer's chat template where it writes every turn as it
             is, else the family that the tokenizer knows. Families: r1-distill, qwen, qwen3, llama3,
@@ -64,7 +66,7 @@ class DataConfig:
             process. The order and every bit of a run stay the same.
     """
 
-    train: str
+    train: str | tuple[MixedSource, ...]
     validation: str
     family: str | dict[str, Any] = AUTO
     columns: str | None = None
@@ -87,6 +89,13 @@ class DataConfig:
         for name, choices in (("loss", Loss), ("bad_rows", Policy), ("markers", Markers)):
             known, value = get_args(choices), getattr(self, name)
             require(value in known, f"data.{name}", f"one of {', '.join(known)}", value)
+        if not isinstance(self.train, str):
+            require(len(self.train) > 0, "data.train", "at least one source", [])
+            if self.bucket > 1:
+                raise UserError(
+                    f"data.bucket: expected 1 with several sources, whose shares sorting would "
+                    f"change, got {self.bucket}"
+                )
         if self.max_tokens < 2:
             raise UserError(f"data.max_tokens: expected at least 2, got {self.max_tokens}")
         for name, least in (("bucket", 1), ("workers", 0)):
@@ -181,9 +190,9 @@ class Sequences(Sequence[Sample]):
         self.source = source
         self.counts = counts
         self.rows = rows
-        self._tokens = tokens  # int32 [N], all sequences end to end
+        self.tokens = tokens  # int32 [N], all sequences end to end
         self._ends = ends
-        self._label_spans = label_spans  # first token and end, for each stretch of labels
+        self.label_spans = label_spans  # first token and end, for each stretch of labels
         self.bad = bad or BadRows()
 
     def check_vocabulary(self, n_rows: int) -> None:
@@ -196,9 +205,9 @@ class Sequences(Sequence[Sample]):
             UserError: a token is ``n_rows`` or more; the message names the first row of the source
                 with such a token, counted from 1.
         """
-        for index in (self._tokens >= n_rows).nonzero()[:1, 0].tolist():
+        for index in (self.tokens >= n_rows).nonzero()[:1, 0].tolist():
             row = self.rows[bisect_right(self._ends, index)]
-            check_ids(self._tokens[index : index + 1], n_rows, f"{self.source}, row {row + 1}")
+            check_ids(self.tokens[index : index + 1], n_rows, f"{self.source}, row {row + 1}")
 
     @property
     def lengths(self) -> list[int]:
@@ -214,8 +223,8 @@ class Sequences(Sequence[Sample]):
             raise IndexError(f"index: expected less than {len(self)}, got {index}")
         index %= len(self)
         start = self._ends[index - 1] if index else 0
-        input_ids = self._tokens[start : self._ends[index]].to(torch.int64)
-        spans = self._label_spans[index]
+        input_ids = self.tokens[start : self._ends[index]].to(torch.int64)
+        spans = self.label_spans[index]
         if tuple(spans) == (0, len(input_ids)):
             return Sample(index, input_ids, input_ids.clone())
         labels = torch.full_like(input_ids, -100)
@@ -231,7 +240,7 @@ def load_sequences(
     *,
     split: str,
     max_positions: int | None = None,
-    read_as: Source | None = None,
+    part: MixedSource | None = None,
 ) -> Sequences:
     """Read, render and tokenize the texts of a source.
 
@@ -246,7 +255,7 @@ def load_sequences(
         split: "train" or "validation". Selects ``config.train_split`` or ``validation_split`` of
             a hub dataset or folder. ``config.max_validation`` applies to "validation" only.
         max_positions: tokens that the model can read; None: any number.
-        read_as: how the source is read, if not as ``config`` says.
+        part: source of a mixture, whose settings come before those of ``config``.
 
     Raises:
         UserError: the source cannot be read or has no text, a row is malformed, all texts are too
@@ -256,7 +265,15 @@ def load_sequences(
         raise ValueError(f"split: expected 'train' or 'validation', got {split!r}")
     limit = config.max_validation if split == "validation" else None
     bad = BadRows(config.bad_rows, _BAD_ROW_HINT)
-    how = read_as or config.source(source, split)
+    how = config.source(source, split)
+    if part is not None:
+        how = Source(
+            source,
+            part.split or how.split,
+            part.revision or how.revision,
+            part.subset or how.subset,
+            part.columns or how.columns,
+        )
     tokens, ends, sequence_rows = array("i"), array("q"), array("q")
     label_spans: list[array[int]] = []
     read = too_long = beyond_model = longest = with_markers = counted = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections import Counter
@@ -57,6 +58,31 @@ class Source:
     revision: str | None = None
     subset: str | None = None
     columns: str | None = None
+
+
+@dataclass(frozen=True)
+class MixedSource:
+    """One source of a mixture.
+
+    Attributes:
+        source: file, folder or dataset id on the hub.
+        weight: share of the training tokens, relative to those of the other sources.
+        split, revision, subset, columns: how the source is read; None: as ``data`` says.
+    """
+
+    source: str
+    weight: float = 1.0
+    split: str | None = None
+    revision: str | None = None
+    subset: str | None = None
+    columns: str | None = None
+
+    def __post_init__(self) -> None:
+        if not (self.weight > 0 and math.isfinite(self.weight)):
+            raise UserError(
+                f"data.train: weight of {self.source!r}: expected a number above 0, got "
+                f"{self.weight:g}; leave the source out to train without it"
+            )
 
 
 class Row(NamedTuple):
@@ -129,8 +155,9 @@ def read_contents(
             that may hold the data.
     """
     policy = bad or BadRows()
-    quiet = (lambda _: None) if policy.policy == "skip" else policy.take
-    first = list(islice(read_values(source, (), None, on_bad=quiet), PEEKED))
+    # Rows that cannot be read are met again, in their order, when the source is read.
+    peeked = read_values(source, (), None, on_bad=lambda _: None)
+    first = list(islice(peeked, PEEKED))
     if not first:
         return None, _read(source, None, optional, policy)
     layout = find_layout([row for _, row in first], source.columns, source.name)

@@ -21,6 +21,7 @@ from typing import Any
 
 from fastadapt.data.families import FAMILIES
 from fastadapt.data.rendered import AUTO, END_THINK, TEXT_ONLY, THINK, Part, Piece, Rendered, Spec
+from fastadapt.data.tokens import is_one_token
 from fastadapt.data.turns import Role, Turn
 from fastadapt.errors import UserError
 
@@ -63,7 +64,7 @@ class Template:
     template: str
     tokens: tuple[tuple[str, str], ...] = ()
     thinking: tuple[str, str] = (THINK, END_THINK)
-    _frames: dict[tuple[Role, ...], tuple[Piece, ...]] = field(
+    _apart: dict[tuple[Role, ...], tuple[Piece, ...]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -123,15 +124,15 @@ class Template:
                 its text the assistant writes.
         """
         roles = tuple(turn.role for turn in turns)
-        if roles not in self._frames:
-            self._frames[roles] = self._take_apart(roles)
+        if roles not in self._apart:
+            self._apart[roles] = self._take_apart(roles)
         whole = self._run(turns)
         for words, others in _TRIMS:
             said = (words(t.text) if t.role == "assistant" else others(t.text) for t in turns)
             texts = iter(list(said))
             pieces = [
                 piece._replace(text=next(texts)) if piece.part == "text" else piece
-                for piece in self._frames[roles]
+                for piece in self._apart[roles]
             ]
             rendered = Rendered(tuple(p for p in pieces if p.text), self.thinking)
             if rendered.text == whole:
@@ -283,8 +284,6 @@ def family_of(tokenizer: Any) -> str | None:
     A family is recognised only by tokens around its turns. BOS and EOS alone, which many
     tokenizers share, are not enough.
     """
-    from fastadapt.data.tokens import is_one_token
-
     known = [
         family
         for family in FAMILIES.values()

@@ -8,8 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from fastadapt.data.rendered import Piece, Rendered
-from fastadapt.data.rendering import Form
+from fastadapt.data.rendered import Form, Piece, Rendered
 from fastadapt.errors import UserError
 
 Markers = Literal["text", "tokens"]

@@ -327,7 +327,7 @@ def test_the_published_splits_load_as_they_are(
         train=str(tmp_path / "stratified_n55000_t10000_s42_train.jsonl"),
         validation=str(tmp_path / "stratified_n55000_t10000_s42_val.jsonl"),
     )
-    train = load_sequences(settings.train, tokenizer, settings, split="train")
+    train = load_sequences(str(settings.train), tokenizer, settings, split="train")
     held_out = load_sequences(settings.validation, tokenizer, settings, split="validation")
     assert (len(train), len(held_out)) == (6, 3)
     text = render(turns("1 + 1 = ?", "<think> so 2 </think> 2 ."), "r1-distill")

@@ -45,9 +45,11 @@ class HeldOut(NamedTuple):
 
     def __repr__(self) -> str:
         """Return the fields that are not defaults: the text identifies stored responses."""
-        values = self._asdict().items()
-        given = [f"{k}={v!r}" for k, v in values if v != self._field_defaults.get(k, ...)]
-        return f"HeldOut({', '.join(given)})"
+        values = self._asdict()
+        for name, default in (("subset", None), ("columns", None), ("bad_rows", "stop")):
+            if values[name] == default:
+                del values[name]
+        return f"HeldOut({', '.join(f'{name}={value!r}' for name, value in values.items())})"
 
     def read_as(self) -> Source:
         """Return how the data are read."""
