@@ -22,7 +22,8 @@ class Family:
         tool: the same of a tool's turn; without it, such turns are refused.
         bos: text at the beginning.
         lead: text before the assistant's words that the model writes itself.
-        between: text after a turn of the assistant that another turn follows.
+        between: text after a turn of the assistant that another turn follows, which the assistant
+            does not write.
         thinking: markers around the assistant's reasoning.
         markers: special strings; each must be one token of the pair's tokenizer.
         name: key of ``FAMILIES``; empty for an inline family.
@@ -94,7 +95,7 @@ class Family:
             pieces.append(Piece(text, "text", role))
             pieces.append(Piece(frame[1], "end" if role == "assistant" else "marker", role))
             if role == "assistant" and i + 1 < len(turns):
-                pieces.append(Piece(self.between, "end", role))
+                pieces.append(Piece(self.between, "marker", turns[i + 1].role))
         if pending:
             raise UserError("turn 1: a system turn needs a turn of the user after it")
         return Rendered(tuple(piece for piece in pieces if piece.text), self.thinking)
