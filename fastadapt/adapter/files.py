@@ -193,7 +193,7 @@ class Metadata(TypedDict, total=False):
     target: Name | None
     base: Name | None
     revisions: Revisions | None
-    family: Name | None
+    family: Name | dict[str, Any] | None
     objective: Weights | None
     measured: Measured | None
     interventions: list[Change] | None

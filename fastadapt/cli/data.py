@@ -1,14 +1,20 @@
-"""`fastadapt data prepare`: training and validation conversations from a data set."""
+"""`fastadapt data`: select conversations from a data set, and look at a data set."""
 
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-from fastadapt.cli.console import print_table
-from fastadapt.cli.parser import resume_command
+from fastadapt.cli.console import is_unicode, print_table
+from fastadapt.cli.parser import Typed, resume_command
 from fastadapt.cli.progress import stoppable
 from fastadapt.data.prepare.selection import PrepareConfig
+from fastadapt.errors import UserError
+
+if TYPE_CHECKING:
+    from fastadapt.data.inspection import Inspection
 
 
 def prepare(
@@ -55,3 +61,130 @@ def prepare(
     for name in result["files"]:
         print(f"{name}: {(Path(result['output']) / name).resolve()}")
     return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class InspectConfig:
+    """How a data set is read.
+
+    Attributes:
+        family: as --data.family of train
+        columns: column to read, or prompt,response
+        loss: all, assistant or thinking
+        markers: text or tokens
+        max_tokens: leave out longer texts
+        split: split of a hub dataset or folder; by default train
+        subset: configuration of a hub dataset, or folder in a folder
+        revision: branch, tag or commit of a hub dataset
+        rows: number of rows to read; by default all
+        examples: number of examples to print
+    """
+
+    family: str | None = None
+    columns: str | None = None
+    loss: str | None = None
+    markers: str | None = None
+    max_tokens: int | None = None
+    split: str | None = None
+    subset: str | None = None
+    revision: str | None = None
+    rows: int | None = None
+    examples: int = 3
+
+    def __post_init__(self) -> None:
+        for name, least in (("rows", 1), ("examples", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"--{name}: expected {least} or more, got {value}")
+
+
+def inspect(
+    source: str,
+    *,
+    pair: str,
+    config: Annotated[InspectConfig, Typed(flags=True)],
+    trust_remote_code: bool = False,
+) -> int:
+    """Show how a run would read a data set: what its columns hold, three examples with the tokens
+    that the losses on the output count, lengths, and what would be left out and why.
+
+    Args:
+        source: file, folder, or hub id, as data.train
+        pair: the pair that is to be trained: a preset or YAML file, whose data settings are
+            defaults here; or the folder or hub id of the target
+    """
+    from fastadapt.data.inspection import inspect_source
+    from fastadapt.data.sequences import DataConfig
+    from fastadapt.models.pretrained import load_tokenizer, model_config, shipped_config
+    from fastadapt.organism import resolve
+    from fastadapt.training.config import from_dict
+
+    target, revision, data = _target_of(pair)
+    typed = {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
+    examples, rows = typed.pop("examples"), typed.pop("rows", None)
+    split = typed.pop("split", "train")
+    values = {"validation": "", **data, **typed, "train": source}
+    settings: DataConfig = from_dict(values, DataConfig, "data.")
+    tokenizer = load_tokenizer(resolve(target), revision, trust_remote_code)
+    architecture = shipped_config(target) or model_config(
+        resolve(target), revision, trust_remote_code
+    )
+    found = inspect_source(
+        dataclasses.replace(settings.source(resolve(source), "train"), split=split),
+        tokenizer,
+        settings,
+        max_positions=architecture.get_text_config().max_position_embeddings,
+        rows=rows,
+        examples=examples,
+    )
+    _print_inspection(found, settings.loss)
+    return 0
+
+
+def _target_of(pair: str) -> tuple[str, str | None, dict[str, Any]]:
+    """Return name and revision of a pair's target, and the data settings of a preset or file."""
+    from fastadapt.cli.train import preset_names, read_configs
+    from fastadapt.training.config import take_trust
+
+    if pair not in preset_names() and Path(pair).suffix not in (".yaml", ".yml"):
+        return pair, None, {}
+    values = read_configs([pair])
+    take_trust(values)
+    models, data = values.get("pair"), values.get("data")
+    if not isinstance(models, dict) or not isinstance(models.get("target"), str):
+        raise UserError(f"--pair {pair}: expected pair.target in this file")
+    return models["target"], models.get("target_revision"), dict(data or {})
+
+
+def _print_inspection(found: Inspection, loss: str) -> None:
+    from fastadapt.data.inspection import form_name
+
+    print(f"columns: {found.layout}")
+    if found.layout.kind in ("conversation", "prompt and response"):
+        print(f"form:    {form_name(found.form)}")
+    opening, closing = ("⟦", "⟧") if is_unicode(sys.stdout) else ("[[", "]]")
+    print(f"\nTokens between {opening} and {closing} are counted (data.loss {loss}).")
+    for example in found.examples:
+        print(f"\n--- {example.where}: {example.tokens:,} tokens, {example.counted:,} counted")
+        pieces = (f"{opening}{t}{closing}" if counted else t for t, counted in example.pieces)
+        print("".join(pieces).rstrip("\n"))
+    print()
+    quantiles = found.quantiles()
+    if quantiles:
+        print_table(
+            ["quantile", *(f"{q:g}" for q in quantiles)],
+            [["tokens", *(f"{n:,}" for n in quantiles.values())]],
+        )
+    share = found.counted / max(found.tokens, 1)
+    print(
+        f"\n{found.used:,} of {found.read:,} rows would be used: {found.tokens:,} tokens, "
+        f"{found.counted:,} of them counted ({share:.0%})"
+    )
+    if found.with_markers:
+        print(f"{found.with_markers:,} have special tokens in what was said, see data.markers")
+    if found.left_out:
+        print()
+        rows = [[reason, f"{n:,}"] for reason, n in found.left_out.items()]
+        print_table(["left out", "rows"], rows)
+    for message in found.bad:
+        print(message)

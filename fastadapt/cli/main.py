@@ -35,6 +35,7 @@ COMMANDS = {
     "features check": ("features:check", "verify every file and row of a store"),
     "intervene": ("features:intervene", "ablate features, isolate them or add them to the target"),
     "data prepare": ("data:prepare", "select training and validation conversations"),
+    "data inspect": ("data:inspect", "show how a run would read a data set"),
     "export": ("export:export", "write a run as one checkpoint, or in another format"),
     "doctor": ("doctor:doctor", "show what will be used on this machine, and check the kernels"),
 }

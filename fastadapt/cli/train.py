@@ -104,6 +104,8 @@ def train_parser() -> Parser:
     parser.add_argument("--gpus", type=int, default=None, help=with_gpus)
     add_components(parser, TrainConfig)
     parser.add_argument("--adapter.kind", type=str, help="former name of --run.trains")
+    former = "former form of --data.loss: true is all, false is assistant"
+    parser.add_argument("--data.train_on_prompt", type=bool, help=former)
     return parser
 
 

@@ -1,41 +1,58 @@
-"""Load conversations as token sequences into host memory (4 bytes per token)."""
+"""Load texts as token sequences into host memory (4 bytes per token)."""
 
 from __future__ import annotations
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn, get_args
 
 import torch
 from torch import Tensor
 
-from fastadapt.data.rendering import get_family, holds_markers, render_parts
-from fastadapt.data.sources import Row, read_rows
-from fastadapt.data.tokens import check_ids, check_markers, encode
-from fastadapt.errors import UserError
+from fastadapt.data.rendered import AUTO
+from fastadapt.data.rendering import get_form
+from fastadapt.data.sources import BadRows, MixedSource, Policy, Source, read_contents
+from fastadapt.data.tokenised import Loss, RowTokeniser
+from fastadapt.data.tokens import Markers, check_ids
+from fastadapt.errors import UserError, require
 
-_CHUNK = 128  # conversations per call of the tokenizer
 #: Default of ``data.pad_to`` on a GPU, where cuDNN builds a plan of attention for each new length.
 GPU_MULTIPLE = 128
 
 
+_BAD_ROW_HINT = " (--data.bad_rows skip leaves such rows out)"
+
+
 @dataclass(frozen=True)
 class DataConfig:
-    """Sources of conversations, and settings that turn them into sequences.
+    """Sources of texts, and settings that turn them into sequences.
 
     Attributes:
-        train: training data: file (.jsonl, .parquet), folder of such files, or dataset id on the
-            hub.
+        train: training data: file (.jsonl, .json, .csv, .parquet), folder of such files or of a
+            dataset saved by ``datasets``, or dataset id on the hub. Rows are conversations
+            (``messages``, ``conversations``), a prompt and a response, plain text, or token ids. In
+            a file also a mixture: a list of {source, weight, split, revision, subset, columns}, of
+            which source alone is required; weights are shares of the training tokens.
         validation: held-out data: file, folder or dataset id.
-        family: template of the text, a key of ``fastadapt.data.rendering.FAMILIES``.
-        max_tokens: leave out (and count) longer conversations. They are not cut, so that every
-            sequence holds its whole reasoning.
+        family: form of chat. auto: the tokenizer's chat template where it writes every turn as it
+            is, else the family that the tokenizer knows. Families: r1-distill, qwen, qwen3, llama3,
+            llama2, mistral, olmo2, phi3, gemma; text: no conversations. In a file also a mapping:
+            user and assistant: [before, after], and system, tool, bos, lead, between, thinking,
+            markers.
+        columns: column to read, or prompt,response. Null: recognised by name.
+        loss: tokens that the losses on the output count: all; assistant, the assistant's turns;
+            thinking, the assistant's reasoning. Plain text and token ids count as a whole.
+        bad_rows: what happens to a row that cannot be read or rendered. stop: an error; skip: leave
+            such rows out, and count them.
+        markers: special tokens inside what was said: text, they stay text; tokens, they become
+            tokens, as in versions without this setting.
+        max_tokens: leave out (and count) longer texts. They are not cut, so that every sequence
+            holds its whole reasoning.
         max_validation: largest number of validation sequences, taken from the start; None for all.
-        train_on_prompt: whether the losses on the output include predictions of prompt tokens.
         revision: branch, tag or commit of hub datasets.
+        subset: configuration of hub datasets, or folder within folders.
         train_split: split of a hub dataset or folder to train on.
         validation_split: split of a hub dataset or folder to validate on.
         bucket: number of batches whose sequences are sorted together by length, which reduces
@@ -49,13 +66,17 @@ class DataConfig:
             process. The order and every bit of a run stay the same.
     """
 
-    train: str
+    train: str | tuple[MixedSource, ...]
     validation: str
-    family: str = "r1-distill"
+    family: str | dict[str, Any] = AUTO
+    columns: str | None = None
+    loss: Loss = "all"
+    bad_rows: Policy = "stop"
+    markers: Markers = "text"
     max_tokens: int = 10_000
     max_validation: int | None = None
-    train_on_prompt: bool = True
     revision: str | None = None
+    subset: str | None = None
     train_split: str = "train"
     validation_split: str = "validation"
     bucket: int = 1
@@ -63,7 +84,18 @@ class DataConfig:
     workers: int = 0
 
     def __post_init__(self) -> None:
-        get_family(self.family)
+        if self.family != AUTO:
+            get_form(self.family)
+        for name, choices in (("loss", Loss), ("bad_rows", Policy), ("markers", Markers)):
+            known, value = get_args(choices), getattr(self, name)
+            require(value in known, f"data.{name}", f"one of {', '.join(known)}", value)
+        if not isinstance(self.train, str):
+            require(len(self.train) > 0, "data.train", "at least one source", [])
+            if self.bucket > 1:
+                raise UserError(
+                    f"data.bucket: expected 1 with several sources, whose shares sorting would "
+                    f"change, got {self.bucket}"
+                )
         if self.max_tokens < 2:
             raise UserError(f"data.max_tokens: expected at least 2, got {self.max_tokens}")
         for name, least in (("bucket", 1), ("workers", 0)):
@@ -75,6 +107,11 @@ class DataConfig:
             raise UserError(
                 f"data.max_validation: expected at least 1 or null, got {self.max_validation}"
             )
+
+    def source(self, name: str, split: str) -> Source:
+        """Return how a source is read; ``split`` is "train" or "validation"."""
+        chosen = self.train_split if split == "train" else self.validation_split
+        return Source(name, chosen, self.revision, self.subset, self.columns)
 
     def multiple(self, device_type: str) -> int:
         """Return the number of tokens of which the width of every batch is a multiple.
@@ -105,16 +142,18 @@ class Sample(NamedTuple):
 
 
 class SequenceCounts(NamedTuple):
-    """Counts of the conversations and sequences of a source.
+    """Counts of the rows and sequences of a source.
 
     Attributes:
-        read: conversations read.
+        read: rows read.
         sequences: sequences loaded.
-        too_long: conversations left out because they have more than ``max_tokens`` tokens.
+        too_long: texts left out because they have more than ``max_tokens`` tokens.
         tokens: tokens of all sequences.
         longest: tokens of the longest sequence.
-        with_markers: sequences whose prompt or response contains a marker of the family. The
-            tokenizer reads it as a marker.
+        with_markers: sequences with a marker or another special token in what was said.
+        beyond_model: texts left out because the model has fewer positions than they have tokens.
+        bad: rows left out because they cannot be read or rendered.
+        counted: tokens that the losses on the output count.
     """
 
     read: int
@@ -123,6 +162,9 @@ class SequenceCounts(NamedTuple):
     tokens: int
     longest: int
     with_markers: int = 0
+    beyond_model: int = 0
+    bad: int = 0
+    counted: int = 0
 
 
 class Sequences(Sequence[Sample]):
@@ -132,6 +174,7 @@ class Sequences(Sequence[Sample]):
         source: name of the source.
         counts: ``SequenceCounts`` of the source.
         rows: row of the source of each sequence, counted from 0.
+        bad: the rows that were left out.
     """
 
     def __init__(
@@ -140,15 +183,17 @@ class Sequences(Sequence[Sample]):
         counts: SequenceCounts,
         tokens: Tensor,
         ends: Sequence[int],
-        first_labels: Sequence[int],
+        label_spans: Sequence[Sequence[int]],
         rows: Sequence[int],
+        bad: BadRows | None = None,
     ) -> None:
         self.source = source
         self.counts = counts
         self.rows = rows
-        self._tokens = tokens  # int32 [N], all sequences end to end
+        self.tokens = tokens  # int32 [N], all sequences end to end
         self._ends = ends
-        self._first_labels = first_labels
+        self.label_spans = label_spans  # first token and end, for each stretch of labels
+        self.bad = bad or BadRows()
 
     def check_vocabulary(self, n_rows: int) -> None:
         """Check that the model has an embedding for every token.
@@ -160,9 +205,9 @@ class Sequences(Sequence[Sample]):
             UserError: a token is ``n_rows`` or more; the message names the first row of the source
                 with such a token, counted from 1.
         """
-        for index in (self._tokens >= n_rows).nonzero()[:1, 0].tolist():
+        for index in (self.tokens >= n_rows).nonzero()[:1, 0].tolist():
             row = self.rows[bisect_right(self._ends, index)]
-            check_ids(self._tokens[index : index + 1], n_rows, f"{self.source}, row {row + 1}")
+            check_ids(self.tokens[index : index + 1], n_rows, f"{self.source}, row {row + 1}")
 
     @property
     def lengths(self) -> list[int]:
@@ -178,17 +223,30 @@ class Sequences(Sequence[Sample]):
             raise IndexError(f"index: expected less than {len(self)}, got {index}")
         index %= len(self)
         start = self._ends[index - 1] if index else 0
-        input_ids = self._tokens[start : self._ends[index]].to(torch.int64)
-        labels = input_ids.clone()
-        labels[: self._first_labels[index]] = -100
+        input_ids = self.tokens[start : self._ends[index]].to(torch.int64)
+        spans = self.label_spans[index]
+        if tuple(spans) == (0, len(input_ids)):
+            return Sample(index, input_ids, input_ids.clone())
+        labels = torch.full_like(input_ids, -100)
+        for first, end in zip(spans[::2], spans[1::2], strict=True):
+            labels[first:end] = input_ids[first:end]
         return Sample(index, input_ids, labels)
 
 
-def load_sequences(source: str, tokenizer: Any, config: DataConfig, *, split: str) -> Sequences:
-    """Read, render and tokenize the conversations of a source.
+def load_sequences(
+    source: str,
+    tokenizer: Any,
+    config: DataConfig,
+    *,
+    split: str,
+    max_positions: int | None = None,
+    part: MixedSource | None = None,
+) -> Sequences:
+    """Read, render and tokenize the texts of a source.
 
-    A malformed conversation is an error: leaving it out silently would change the training data. A
-    conversation longer than ``config.max_tokens`` is left out and counted in ``Sequences.counts``.
+    A row that cannot be read is an error, or left out and counted (``config.bad_rows``). A text
+    longer than ``config.max_tokens`` or than the model can read is left out and counted in
+    ``Sequences.counts``.
 
     Args:
         source: see ``DataConfig.train``.
@@ -196,74 +254,81 @@ def load_sequences(source: str, tokenizer: Any, config: DataConfig, *, split: st
         config: family, limits and loss positions.
         split: "train" or "validation". Selects ``config.train_split`` or ``validation_split`` of
             a hub dataset or folder. ``config.max_validation`` applies to "validation" only.
+        max_positions: tokens that the model can read; None: any number.
+        part: source of a mixture, whose settings come before those of ``config``.
 
     Raises:
-        UserError: the source cannot be read or has no conversation, a conversation is malformed,
-            all are too long, or the tokenizer does not know the family's markers.
+        UserError: the source cannot be read or has no text, a row is malformed, all texts are too
+            long, or the tokenizer does not know the family's markers.
     """
     if split not in ("train", "validation"):
         raise ValueError(f"split: expected 'train' or 'validation', got {split!r}")
-    check_markers(tokenizer, config.family)
-    name = config.train_split if split == "train" else config.validation_split
     limit = config.max_validation if split == "validation" else None
-    rows = read_rows(source, split=name, revision=config.revision)
-
-    tokens, ends, first_labels, sequence_rows = array("i"), array("q"), array("q"), array("q")
-    read = too_long = longest = with_markers = 0
+    bad = BadRows(config.bad_rows, _BAD_ROW_HINT)
+    how = config.source(source, split)
+    if part is not None:
+        how = Source(
+            source,
+            part.split or how.split,
+            part.revision or how.revision,
+            part.subset or how.subset,
+            part.columns or how.columns,
+        )
+    tokens, ends, sequence_rows = array("i"), array("q"), array("q")
+    label_spans: list[array[int]] = []
+    read = too_long = beyond_model = longest = with_markers = counted = 0
     shortest_left_out: int | None = None
-    for ids, first_label, marked in _tokenised(rows, tokenizer, config):
+    tokeniser = RowTokeniser(tokenizer, config.family, markers=config.markers, loss=config.loss)
+    _, rows = read_contents(how, bad=bad)
+    for row, _, encoded, labels in tokeniser.tokenise(rows, bad):
         read += 1
-        if len(ids) > config.max_tokens:
-            too_long += 1
-            shortest_left_out = min(len(ids), shortest_left_out or len(ids))
+        n = len(encoded.ids)
+        beyond = max_positions is not None and n > max_positions
+        if n > config.max_tokens or beyond:
+            too_long += n > config.max_tokens
+            beyond_model += n <= config.max_tokens
+            shortest_left_out = min(n, shortest_left_out or n)
             continue
-        tokens.extend(ids)
+        tokens.extend(encoded.ids)
         ends.append(len(tokens))
-        first_labels.append(first_label)
-        sequence_rows.append(read - 1)
-        longest = max(longest, len(ids))
-        with_markers += marked
+        label_spans.append(array("i", labels))
+        counted += sum(labels[1::2]) - sum(labels[::2])
+        sequence_rows.append(row.number)
+        longest = max(longest, n)
+        with_markers += encoded.marked
         if len(ends) == limit:
             break
-    if not read:
-        raise UserError(f"data source {source!r} ({split}): expected conversations, got none")
+    read += bad.n
     if not ends:
-        raise UserError(
-            f"data source {source!r} ({split}): all {read} conversations are longer than "
-            f"data.max_tokens={config.max_tokens}; the shortest has {shortest_left_out} tokens"
-        )
-    counts = SequenceCounts(read, len(ends), too_long, len(tokens), longest, with_markers)
+        _refuse_empty(f"data source {source!r} ({split})", read, bad, config, shortest_left_out)
+    counts = SequenceCounts(
+        read,
+        len(ends),
+        too_long,
+        len(tokens),
+        longest,
+        with_markers,
+        beyond_model,
+        bad.n,
+        counted,
+    )
     packed = torch.frombuffer(tokens, dtype=torch.int32)
-    return Sequences(source, counts, packed, ends, first_labels, sequence_rows)
+    return Sequences(source, counts, packed, ends, label_spans, sequence_rows, bad)
 
 
-def _tokenised(
-    rows: Iterator[Row], tokenizer: Any, config: DataConfig
-) -> Iterator[tuple[list[int], int, bool]]:
-    """Yield the token ids of each row, the first index of a label, and :func:`holds_markers`."""
-    while chunk := list(islice(rows, _CHUNK)):
-        parts = [_render_row(row, config.family) for row in chunk]
-        texts = [prompt + response for prompt, response in parts]
-        encoded = encode(tokenizer, texts, offsets=not config.train_on_prompt)
-        for i, (where, _) in enumerate(chunk):
-            ids = encoded["input_ids"][i]
-            if len(ids) < 2:
-                raise UserError(
-                    f"{where}: the conversation has {len(ids)} token(s); at least 2 are needed. "
-                    "Remove the row"
-                )
-            first_label = 0
-            if not config.train_on_prompt:
-                cut = len(parts[i][0])
-                first_label = sum(start < cut for start, _ in encoded["offset_mapping"][i])
-                if first_label == len(ids):
-                    raise UserError(f"{where}: the response has no token; remove the row")
-            yield ids, first_label, holds_markers(texts[i], config.family)
-
-
-def _render_row(row: Row, family: str) -> tuple[str, str]:
-    where, conversation = row
-    try:
-        return render_parts(conversation, family)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+def _refuse_empty(
+    source: str, read: int, bad: BadRows, config: DataConfig, shortest: int | None
+) -> NoReturn:
+    if not read:
+        raise UserError(f"{source}: expected conversations, got none")
+    if shortest is None:
+        raise UserError(f"{source}: none of {read} rows can be used; the first: {bad.examples[0]}")
+    if shortest > config.max_tokens:
+        raise UserError(
+            f"{source}: all {read} conversations are longer than "
+            f"data.max_tokens={config.max_tokens}; the shortest has {shortest} tokens"
+        )
+    raise UserError(
+        f"{source}: all {read} conversations are longer than the model can read "
+        f"(max_position_embeddings); the shortest has {shortest} tokens"
+    )

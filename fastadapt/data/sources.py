@@ -1,108 +1,271 @@
-"""Read rows of conversations from a file, a folder or the hub.
-
-Local files are read in place, without a cache and without the network.
-"""
+"""Find and read the rows of a data set: files, folders, and datasets of the hub."""
 
 from __future__ import annotations
 
+import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
+from typing_extensions import TypedDict
+
+from fastadapt.data.formats import (
+    READABLE,
+    SUFFIXES,
+    OnBad,
+    raise_bad,
+    read_files,
+    require_columns,
+)
+from fastadapt.data.layouts import PEEKED, Content, Layout, find_layout
 from fastadapt.errors import UserError
-from fastadapt.io.documents import parse_line
-from fastadapt.io.files import open_regular
+from fastadapt.io.documents import read_json
 from fastadapt.io.names import has_file, typed_path
 
 COLUMN = "conversations"
-SUFFIXES = (".jsonl", ".parquet")
 
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 _SPLITS = ("train", "validation", "test")
+_EXAMPLES = 5  # bad rows whose errors are shown
 
-Row = tuple[str, Any]
-"""Location of the row for messages ("train.jsonl, line 3"), and its unchecked conversation."""
-
-Cursor = tuple[int, int, int]
-"""Position in a list of files: index of the file, offset in it (JSONL: bytes; Parquet: rows), and
-the number of lines or rows before the position."""
+Policy = Literal["stop", "skip"]
 
 
-class Record(NamedTuple):
-    """A row of a file.
+@dataclass(frozen=True)
+class Source:
+    """A data set, and how it is read.
 
     Attributes:
-        where: location of the row, for messages.
+        name: a .jsonl, .json, .csv or .parquet file, a folder of .jsonl, .parquet or .csv files or
+            of a dataset that ``datasets`` saved, or the id of a dataset on the hub. A folder is
+            read in the order of the paths; links are followed. If files, or folders that hold the
+            parts of one file, are named after splits (``train-00000.parquet``), only those of
+            ``split`` are read. ``datasets`` downloads and caches a dataset of the hub.
+        split: split of the hub's dataset or of the folder; ignored for a single file.
+        revision: branch, tag or commit on the hub.
+        subset: configuration of a hub dataset, or folder within a folder.
+        columns: column to read, or prompt,response; None: recognised by name.
+    """
+
+    name: str
+    split: str = "train"
+    revision: str | None = None
+    subset: str | None = None
+    columns: str | None = None
+
+
+@dataclass(frozen=True)
+class MixedSource:
+    """One source of a mixture.
+
+    Attributes:
+        source: file, folder or dataset id on the hub.
+        weight: share of the training tokens, relative to those of the other sources.
+        split, revision, subset, columns: how the source is read; None: as ``data`` says.
+    """
+
+    source: str
+    weight: float = 1.0
+    split: str | None = None
+    revision: str | None = None
+    subset: str | None = None
+    columns: str | None = None
+
+    def __post_init__(self) -> None:
+        if not (self.weight > 0 and math.isfinite(self.weight)):
+            raise UserError(
+                f"data.train: weight of {self.source!r}: expected a number above 0, got "
+                f"{self.weight:g}; leave the source out to train without it"
+            )
+
+
+class Row(NamedTuple):
+    """A row of a source.
+
+    Attributes:
+        where: location of the row for messages ("train.jsonl, line 3").
+        number: number of the row in the source, from 0; rows that are left out are counted.
+        content: what the row holds.
         values: columns of the row.
-        after: position after the row.
     """
 
     where: str
+    number: int
+    content: Content
     values: dict[str, Any]
-    after: Cursor
 
 
-def read_rows(source: str, *, split: str, revision: str | None = None) -> Iterator[Row]:
-    """Yield the rows of a source in order.
+@dataclass
+class BadRows:
+    """What happens to rows that cannot be read, and which they were.
+
+    Attributes:
+        policy: "stop" raises the error of the first one, "skip" leaves them out.
+        hint: end of that error's message.
+        counts: number of rows by reason, without their locations.
+        examples: messages of the first rows.
+    """
+
+    policy: Policy = "stop"
+    hint: str = ""
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: list[str] = field(default_factory=list)
+
+    def take(self, error: UserError, where: str = "") -> None:
+        """Raise the error, or count the row.
+
+        Args:
+            error: says what is wrong.
+            where: location of the row, if the message does not begin with one.
+        """
+        message = f"{where}: {error}" if where else str(error)
+        if self.policy == "stop":
+            raise UserError(message + self.hint) from None
+        self.counts[str(error) if where else re.sub(r"^.*, (line|row) \d+: ", "", message)] += 1
+        if len(self.examples) < _EXAMPLES:
+            self.examples.append(message)
+
+    @property
+    def n(self) -> int:
+        """Number of rows that were left out."""
+        return self.counts.total()
+
+
+def read_contents(
+    source: Source, *, optional: Sequence[str] = (), bad: BadRows | None = None
+) -> tuple[Layout | None, Iterator[Row]]:
+    """Return what the columns of a source hold, and its rows in order.
 
     Args:
-        source: a ``.jsonl`` or ``.parquet`` file, a folder of such files, or the id of a dataset on
-            the hub. A folder is read in the order of the paths; links are followed. If files, or
-            folders that hold the parts of one file, are named after splits
-            (``train-00000.parquet``), only those of ``split`` are read. ``datasets`` downloads and
-            caches a dataset of the hub.
-        split: split of the hub's dataset or of the folder; ignored for a single file.
-        revision: branch, tag or commit on the hub.
+        source: the data set.
+        optional: columns to read besides those of the content if the source has them.
+        bad: what happens to rows that cannot be read; default: the first one is an error.
+
+    Returns:
+        The layout, or None if the source has no rows; and an iterator over the rows.
 
     Raises:
-        UserError: the source does not exist, has no .jsonl or .parquet file, holds malformed JSON
-            (the message names the line), or lacks the column ``conversations`` (the message lists
-            the columns).
+        UserError: the source does not exist, cannot be read, or has no column or several columns
+            that may hold the data.
     """
-    values = read_values(source, split=split, revision=revision)
-    return ((where, row[COLUMN]) for where, row in values)
+    policy = bad or BadRows()
+    # Rows that cannot be read are met again, in their order, when the source is read.
+    peeked = read_values(source, (), None, on_bad=lambda _: None)
+    first = list(islice(peeked, PEEKED))
+    if not first:
+        return None, _read(source, None, optional, policy)
+    layout = find_layout([row for _, row in first], source.columns, source.name)
+    return layout, _read(source, layout, optional, policy)
+
+
+def _read(
+    source: Source, layout: Layout | None, optional: Sequence[str], bad: BadRows
+) -> Iterator[Row]:
+    bad_lines = 0
+
+    def on_bad(error: UserError) -> None:
+        nonlocal bad_lines
+        bad_lines += 1
+        bad.take(error)
+
+    if layout is None:
+        # Only rows that cannot be read, or none: on_bad counts them.
+        yield from (Row(w, 0, Content(), v) for w, v in read_values(source, on_bad=on_bad))
+        return
+    beside = [*layout.beside, *optional]
+    rows = read_values(source, layout.columns, beside, on_bad=on_bad)
+    for read, (where, values) in enumerate(rows):
+        number = read + bad_lines
+        try:
+            content = layout.read(values)
+        except UserError as error:
+            bad.take(error, where)
+            continue
+        yield Row(where, number, content, values)
 
 
 def read_values(
-    source: str, *, split: str, revision: str | None = None, optional: Sequence[str] = ()
+    source: Source,
+    required: Sequence[str] = (),
+    optional: Sequence[str] | None = (),
+    *,
+    on_bad: OnBad = raise_bad,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the location and the columns of each row of a source; raise as :func:`read_rows` does.
+    """Yield the location and the columns of each row of a source.
 
     Args:
-        source, split, revision: see :func:`read_rows`.
-        optional: columns to read besides ``conversations`` if the source has them. Rows may hold
+        source: the data set; its ``columns`` are not used.
+        required: columns that each row must have.
+        optional: columns to read besides if the source has them; None for all. Rows may hold
             further columns.
+        on_bad: called for a row that is malformed or lacks a column.
+
+    Raises:
+        UserError: the source does not exist, has no file that can be read, holds malformed JSON
+            (the message names the line), or lacks a required column (the message lists the
+            columns).
     """
-    files = find_files(source, split)
+    files = find_files(source.name, source.split, source.subset)
     if files is None:
-        return _read_hub(source, split, revision, optional)
-    return ((row.where, row.values) for row in read_files(files, optional=optional))
+        return _read_hub(source, required, optional)
+    rows = read_files(files, required, optional, on_bad=on_bad)
+    return ((row.where, row.values) for row in rows)
 
 
-def find_files(source: str, split: str) -> list[Path] | None:
+class _Saved(TypedDict):
+    """Keys of ``state.json`` that ``datasets.Dataset.save_to_disk`` writes."""
+
+    _data_files: list[dict[str, str]]
+
+
+def find_files(source: str, split: str, subset: str | None = None) -> list[Path] | None:
     """Return the files of a local source in order, or None for the id of a dataset on the hub.
 
     Raises:
-        UserError: the source does not exist, or has no .jsonl or .parquet file of the split.
+        UserError: the source does not exist, or has no file of the split that can be read.
     """
     path = typed_path(source, "data source")
     if path.is_dir():
-        return _select_files(path, split)
+        folder = path / subset if subset else path
+        if not folder.is_dir():
+            raise UserError(f"data source {source!r}: no folder {subset!r} (data.subset)")
+        return _saved_files(folder, split) or _select_files(folder, split)
     if has_file(path):
         return [path]
-    looks_local = path.suffix in (*SUFFIXES, ".json", ".csv") or not _HUB_ID.fullmatch(source)
+    looks_local = path.suffix in READABLE or not _HUB_ID.fullmatch(source)
     if looks_local:
         raise UserError(f"data source {source!r}: no such file or folder")
     return None
 
 
+def _saved_files(folder: Path, split: str) -> list[Path]:
+    """Return the files of a dataset that ``datasets`` saved; an empty list if it is none."""
+    if (folder / "dataset_dict.json").is_file():
+        splits = read_json(folder / "dataset_dict.json", dict[str, list[str]])["splits"]
+        if split not in splits:
+            raise UserError(
+                f"data source {str(folder)!r}: no split {split!r} among {', '.join(splits)}"
+            )
+        folder = folder / Path(split).name
+    if not (folder / "state.json").is_file() or not (folder / "dataset_info.json").is_file():
+        return []
+    state = read_json(folder / "state.json", _Saved)
+    return [folder / Path(entry["filename"]).name for entry in state["_data_files"]]
+
+
 def _select_files(folder: Path, split: str) -> list[Path]:
-    files = sorted(_list_files(folder))
+    files = sorted(_list_files(folder, SUFFIXES)) or sorted(_list_files(folder, (".csv",)))
     if not files:
-        raise UserError(f"data source {str(folder)!r}: the folder holds no .jsonl or .parquet file")
+        raise UserError(
+            f"data source {str(folder)!r}: the folder holds no .jsonl or .parquet file, no .csv "
+            "file, and no dataset that datasets.save_to_disk wrote"
+        )
     names = {path: _split_name(path.relative_to(folder)) for path in files}
     if not any(name in (*_SPLITS, split) for name in names.values()):
         return files
@@ -115,8 +278,8 @@ def _select_files(folder: Path, split: str) -> list[Path]:
     return chosen
 
 
-def _list_files(folder: Path) -> Iterator[Path]:
-    """Yield .jsonl and .parquet files below ``folder``; follow links, visit each folder once."""
+def _list_files(folder: Path, suffixes: Sequence[str]) -> Iterator[Path]:
+    """Yield files with these suffixes below a folder; follow links, visit each folder once."""
     visited: set[str] = set()
     links = [folder]
     while links:
@@ -135,7 +298,7 @@ def _list_files(folder: Path) -> Iterator[Path]:
                         f"data source {str(folder)!r}: {path} is a link to {os.readlink(path)}, "
                         "which is missing"
                     )
-                if path.suffix in SUFFIXES:
+                if path.suffix in suffixes:
                     yield path
 
 
@@ -146,103 +309,24 @@ def _cannot_list(error: OSError) -> NoReturn:
 
 def _split_name(path: Path) -> str:
     """Return the part of a path that may name a split: ``train`` for ``train.parquet/part-0``."""
-    name = next(part for part in path.parts if Path(part).suffix in SUFFIXES)
+    name = next(part for part in path.parts if Path(part).suffix in READABLE)
     return re.split(r"[-_.]", Path(name).stem)[0]
 
 
-def read_files(
-    paths: Sequence[Path],
-    required: Sequence[str] = (COLUMN,),
-    optional: Sequence[str] = (),
-    start: Cursor = (0, 0, 0),
-) -> Iterator[Record]:
-    """Yield the rows of ``.jsonl`` and ``.parquet`` files in order, from a position on.
-
-    Args:
-        paths: the files.
-        required: columns that each row must have.
-        optional: columns to read if a file has them.
-        start: ``Record.after`` of the last row that was read before.
-
-    Raises:
-        UserError: a file cannot be read, has a malformed row, or lacks a required column.
-    """
-    first, offset, before = start
-    for index, path in enumerate(paths[first:], start=first):
-        if path.suffix == ".jsonl":
-            rows = _read_jsonl(path, required, offset, before)
-        elif path.suffix == ".parquet":
-            rows = _read_parquet(path, required, optional, before)
-        else:
-            raise UserError(f"data source {str(path)!r}: expected a .jsonl or .parquet file")
-        for where, values, offset, number in rows:
-            yield Record(where, values, (index, offset, number))
-        offset = before = 0
-
-
-#: Location, columns, offset after the row, and number of lines or rows up to it.
-_FileRow = tuple[str, dict[str, Any], int, int]
-
-
-def _read_jsonl(
-    path: Path, required: Sequence[str], offset: int, before: int
-) -> Iterator[_FileRow]:
-    with _open(path) as file:
-        file.seek(offset)
-        for number, line in enumerate(file, start=before + 1):
-            offset += len(line)
-            where = f"{path}, line {number}"
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            except UnicodeDecodeError as error:
-                raise UserError(f"{where}: not UTF-8 at byte {error.start}") from None
-            if not text:
-                continue
-            row = parse_line(text, where)
-            if not isinstance(row, dict):
-                raise UserError(f"{where}: expected a JSON object, got {type(row).__name__}")
-            require_columns(row, required, where)
-            yield where, row, offset, number
-
-
-def _read_parquet(
-    path: Path, required: Sequence[str], optional: Sequence[str], before: int
-) -> Iterator[_FileRow]:
-    import pyarrow.parquet as pq
-
-    from fastadapt.io.parquet import parquet_errors
-
-    with _open(path) as file, parquet_errors(path):
-        # A small buffer reads page by page, so that no row group is in memory as a whole.
-        table = pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
-        names = table.schema_arrow.names
-        require_columns(names, required, str(path))
-        columns = [*required, *(name for name in optional if name in names)]
-        done = 0
-        for group in range(table.num_row_groups):
-            rows = table.metadata.row_group(group).num_rows
-            if done + rows <= before:
-                done += rows
-                continue
-            for batch in table.iter_batches(256, row_groups=[group], columns=columns):
-                # ``done`` rows precede this batch; skip those of its rows before the start.
-                skipped = min(max(before - done, 0), len(batch))
-                unread = batch.slice(skipped).to_pylist()
-                for number, values in enumerate(unread, start=done + skipped + 1):
-                    yield f"{path}, row {number}", values, number, number
-                done += len(batch)
-
-
 def _read_hub(
-    name: str, split: str, revision: str | None, optional: Sequence[str]
+    source: Source, required: Sequence[str], optional: Sequence[str] | None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     import datasets
 
+    name, split, revision = source.name, source.split, source.revision
+    subset = () if source.subset is None else (source.subset,)
     with reading_hub(name, split, revision):
-        rows = datasets.load_dataset(name, split=split, revision=revision)
-    require_columns(rows.column_names, (COLUMN,), f"{name} ({split})")
-    columns = [COLUMN, *(column for column in optional if column in rows.column_names)]
-    for number, row in enumerate(rows.select_columns(columns)):
+        rows = datasets.load_dataset(name, *subset, split=split, revision=revision)
+    require_columns(rows.column_names, required, f"{name} ({split})")
+    if optional is not None:
+        columns = [*required, *(column for column in optional if column in rows.column_names)]
+        rows = rows.select_columns(columns)
+    for number, row in enumerate(rows):
         yield f"{name} ({split}), row {number}", row
 
 
@@ -266,21 +350,3 @@ def reading_hub(name: str, split: str, revision: str | None) -> Iterator[None]:
             f"data source {name!r}: no such file or folder, and loading a dataset of this name "
             f"from the hub (split {split!r}, revision {revision or 'main'!r}) failed: {reason}"
         ) from None
-
-
-def _open(path: Path) -> Any:
-    try:
-        return open_regular(path)
-    except OSError as error:
-        raise UserError(f"data source {str(path)!r}: cannot be read: {error.strerror}") from None
-
-
-def require_columns(columns: Iterable[str], required: Iterable[str], where: str) -> None:
-    """Raise ``UserError`` for the first required column that is missing or occurs twice."""
-    names = list(columns)
-    for column in required:
-        if column not in names:
-            listed = ", ".join(map(repr, names)) or "none"
-            raise UserError(f"{where}: no column {column!r}; the columns are {listed}")
-        if names.count(column) > 1:
-            raise UserError(f"{where}: expected one column {column!r}, got {names.count(column)}")

@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastadapt.adapter.files import adapters_of
+from fastadapt.data.rendered import Spec
 from fastadapt.errors import UserError
 from fastadapt.evaluation.runs import (
     BUILT_IN,
@@ -61,7 +62,7 @@ class ModelSet:
         config: PairConfig,
         folders: Mapping[str, Path],
         compared: Mapping[str, ComparedModel],
-        family: str | None = None,
+        family: Spec | None = None,
         weights: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         self.config = config
@@ -103,7 +104,7 @@ class ModelSet:
         names = run_names(runs, names)
         compared = {name: ComparedModel(name, name) for name in BUILT_IN if name != "target"}
         first: PairConfig | None = None
-        family: str | None = None
+        family: Spec | None = None
         weights: dict[str, Mapping[str, Any]] = {}
         for run, folder, name in zip(runs, folders, names, strict=True):
             card = read_adapters(folder)[1]

@@ -27,6 +27,7 @@ from fastadapt.objective import ObjectiveConfig
 from fastadapt.training.optimizer import OptimizerConfig
 
 #: Keys that may change when a run is resumed, since they do not affect the weights.
+#: (``data.markers`` does if it changes the tokens, whose digest a resumed run compares.)
 #: (``run.threads`` does: it changes the order of sums, and so the bits.)
 FREE_ON_RESUME = frozenset(
     (
@@ -40,7 +41,7 @@ FREE_ON_RESUME = frozenset(
         "run.sinks",
         "objective.checkpoint",
     )
-) | {"data.workers", "pair.offload"}
+) | {"data.workers", "pair.offload", "data.markers"}
 
 #: Key of a pair's configuration that is taken from the command line, never from a file.
 TRUST = "trust_remote_code"
@@ -200,15 +201,24 @@ def from_dict(values: Mapping[str, Any], kind: type = TrainConfig, prefix: str =
 
 
 def move_old_keys(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values with ``adapter.kind``, the name of ``run.trains`` in older files, moved.
+    """Return the values with keys of older files moved to those that replaced them.
+
+    ``adapter.kind`` is now ``run.trains``; ``data.train_on_prompt`` is now ``data.loss``. Files
+    with the latter date from versions that read markers in a turn's words as tokens.
 
     Raises:
-        UserError: ``adapter.kind`` is impossible or contradicts ``run.trains``.
+        UserError: an old key is impossible, or contradicts the one that replaced it.
 
     Example:
         >>> move_old_keys({"adapter": {"kind": "mlp", "k": None}, "run": {"output": "a"}})
         {'adapter': {'k': None}, 'run': {'trains': 'mlp', 'output': 'a'}}
+        >>> move_old_keys({"data": {"train_on_prompt": False}})
+        {'data': {'loss': 'assistant', 'markers': 'tokens'}}
     """
+    return _move_train_on_prompt(_move_kind(values))
+
+
+def _move_kind(values: Mapping[str, Any]) -> dict[str, Any]:
     adapter, run = values.get("adapter"), values.get("run") or {}
     if not isinstance(adapter, Mapping) or "kind" not in adapter or not isinstance(run, Mapping):
         return dict(values)
@@ -219,6 +229,26 @@ def move_old_keys(values: Mapping[str, Any]) -> dict[str, Any]:
     )
     remaining = {key: value for key, value in adapter.items() if key != "kind"}
     return {**values, "adapter": remaining, "run": {"trains": kind, **run}}
+
+
+def _move_train_on_prompt(values: dict[str, Any]) -> dict[str, Any]:
+    data = values.get("data")
+    if not isinstance(data, Mapping) or "train_on_prompt" not in data:
+        return values
+    with_prompt = data["train_on_prompt"]
+    if type(with_prompt) is str:  # as typed
+        with_prompt = {"true": True, "false": False}.get(with_prompt, with_prompt)
+    key = "data.train_on_prompt (now data.loss)"
+    require(type(with_prompt) is bool, key, "true or false", with_prompt)
+    loss = "all" if with_prompt else "assistant"
+    require(
+        data.get("loss", loss) == loss,
+        key,
+        f"agreement with data.loss {data.get('loss')}",
+        with_prompt,
+    )
+    remaining = {key: value for key, value in data.items() if key != "train_on_prompt"}
+    return {**values, "data": {**remaining, "loss": loss, "markers": data.get("markers", "tokens")}}
 
 
 def save_config(config: TrainConfig, path: Path) -> None:
@@ -325,7 +355,7 @@ def _typed(value: Any, hint: Any, key: str) -> Any:
         if value is None and type(None) in choices:
             return None
         inner = [choice for choice in choices if choice is not type(None)]
-        for choice in sorted(inner, key=lambda kind: not isinstance(value, kind)):
+        for choice in sorted(inner, key=lambda kind: not _fits(value, kind)):
             return _typed(value, choice, key)
     if origin is typing.Literal:
         require(value in choices, key, f"one of {', '.join(map(str, choices))}", value)
@@ -350,3 +380,9 @@ def _typed(value: Any, hint: Any, key: str) -> Any:
         return value
     name = getattr(hint, "__name__", str(hint))
     raise UserError(f"{key}: expected {name}, got {value!r}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Return whether a value is of a type, whose parameters do not count; YAML has no tuples."""
+    kind = typing.get_origin(hint) or hint
+    return isinstance(value, (list, tuple) if kind is tuple else kind)

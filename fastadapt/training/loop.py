@@ -149,9 +149,17 @@ class TrainingRun:
             "dead_window": self.config.run.dead_window,
             "bad_batches": self.bad_total,
             "wall_s": self.wall_s,
+            **self._mixed(),
         }
         about = self.folder, self.config, self.model.pair
         return self.ranks.on_main(lambda: finalize.write(*about, adapters, counts))
+
+    def _mixed(self) -> Record:
+        """Return the tokens of each source of a mixture; nothing for a single source."""
+        sources = self.feed.sources(self.steps)
+        names = ("source", "weight", "trained", "share")
+        mixed = [{name: source[name] for name in names} for source in sources[1:] and sources]
+        return {"sources": mixed} if mixed else {}
 
     # --- one step ---------------------------------------------------------------------------------
 
@@ -247,7 +255,7 @@ class TrainingRun:
             raise RunError(
                 f"step {self.step}: {self.bad_in_row} batches in a row gave a {reason} that is not "
                 f"finite (run.max_bad_batches={self.config.run.max_bad_batches}); the last one "
-                f"holds rows {rows} of {self.config.data.train}. No update was made with them. "
+                f"holds rows {rows} of {self.feed.train.source}. No update was made with them. "
                 "Check these rows, or lower optimizer.lr. Re-run with --resume to continue from "
                 "the last checkpoint."
             )

@@ -25,6 +25,7 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
+from fastadapt.data.rendered import AUTO
 from fastadapt.distributed.ranks import Ranks
 from fastadapt.errors import RunError, UserError
 from fastadapt.io.atomic import (
@@ -277,6 +278,8 @@ def _check_same_config(folder: Path, config: TrainConfig) -> None:
         )
     pair = replace(before.pair, trust_remote_code=trusted)
     before = replace(before, pair=Sources.find(pair).located())
+    if config.data.family == AUTO:  # the run's form, see trainer
+        config = replace(config, data=replace(config.data, family=before.data.family))
     differing = differences(config, before)
     if differing:
         changes = "; ".join(f"{key}: {new!r}, was {old!r}" for key, (new, old) in differing.items())

@@ -41,7 +41,8 @@ class Scalars(TypedDict):
 
 _MISMATCH = {
     "data_sha256": "--resume: data.train or data.validation holds other tokens than when the run "
-    "began. Pass the data of the original run, or start over with --overwrite.",
+    "began. Pass the data of the original run, or start over with --overwrite. A run of a version "
+    "without data.markers needs --data.markers tokens if its texts hold special tokens.",
     "device_type": "--resume: the run began on {then}, now pair.device is {now}; the bits would "
     "differ. Use --pair.device {then}, or start over with --overwrite.",
     "revisions": "--resume: the run began with model revisions {then}, now they are {now}. Name "
@@ -176,6 +177,10 @@ def facts(run: TrainingRun) -> dict[str, Any]:
         "epoch_tokens": run.feed.train.counts.tokens,
         "too_long": run.feed.train.counts.too_long,
         "with_markers": run.feed.train.counts.with_markers,
+        "beyond_model": run.feed.train.counts.beyond_model,
+        "bad_rows": run.feed.train.counts.bad,
+        "counted_tokens": run.feed.train.counts.counted,
+        "sources": run.feed.sources(run.steps),
         "n_layers": run.model.n_layers,
         "d_model": run.model.d_model,
         "adapter_kind": run.config.run.trains,

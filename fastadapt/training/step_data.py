@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from fastadapt.batch import Batch
-from fastadapt.data.batches import BatchPlan, padded_width, padding_id
-from fastadapt.data.sequences import Sequences, load_sequences
-from fastadapt.organism import resolve
+from fastadapt.data.batches import padded_width, padding_id
+from fastadapt.data.mixtures import Mixture, load_held_out, load_training, plan_batches
+from fastadapt.data.sequences import Sequences
 from fastadapt.training.config import TrainConfig
 from fastadapt.training.planning.estimate import count_steps
 from fastadapt.training.prefetch import BatchPrefetcher, Collation, make_batch
@@ -26,6 +26,7 @@ class StepData:
         tokenizer: the pair's tokenizer.
         device: device of the batches.
         n_rows: rows of the model's embedding.
+        max_positions: tokens that the model can read; None: any number.
         share: selects the micro-batches of a step that this process reads; default: all.
     """
 
@@ -35,13 +36,12 @@ class StepData:
         tokenizer: Any,
         device: torch.device,
         n_rows: int,
+        max_positions: int | None = None,
         share: Callable[[list[list[int]]], list[list[int]]] | None = None,
     ) -> None:
         data, self._config, self._device = config.data, config, device
-        self.train = load_sequences(resolve(data.train), tokenizer, data, split="train")
-        self.held_out = load_sequences(
-            resolve(data.validation), tokenizer, data, split="validation"
-        )
+        self.train = load_training(data, tokenizer, max_positions)
+        self.held_out = load_held_out(data, tokenizer, max_positions)
         for data_of_split in (self.train, self.held_out):
             data_of_split.check_vocabulary(n_rows)
         self._how = Collation(
@@ -50,12 +50,8 @@ class StepData:
             # On a CPU transformers sums in another order without a mask.
             passes_mask=device.type != "cuda",
         )
-        self._order = BatchPlan(
-            len(self.train),
-            config.optimizer.batch_size,
-            config.run.seed,
-            lengths=self.train.lengths,
-            window=data.bucket,
+        self._order = plan_batches(
+            self.train, config.optimizer.batch_size, config.run.seed, data.bucket
         )
         self.steps = count_steps(self._order.n_batches, config)
         self._step = 0  # the last requested step
@@ -133,6 +129,34 @@ class StepData:
             indices = range(first, min(first + size, len(self.held_out)))
             yield self.batch(self.held_out, indices)[0]
 
-    def rows(self, indices: Sequence[int]) -> list[int]:
-        """Return the 0-based rows of training sequences in their source."""
-        return [self.train.rows[i] for i in indices]
+    def rows(self, indices: Sequence[int]) -> list[int] | list[str]:
+        """Return the 0-based rows of training sequences in their source; of a mixture with it."""
+        rows, train = [self.train.rows[i] for i in indices], self.train
+        if not isinstance(train, Mixture):
+            return rows
+        sources = [train.parts[train.part_of(i)].source for i in indices]
+        return [f"{source}: {row}" for source, row in zip(sources, rows, strict=True)]
+
+    def sources(self, steps: int) -> list[dict[str, Any]]:
+        """Return the counts of each training source, and its tokens in the first ``steps`` steps.
+
+        ``weight`` is the share that the source was given, ``share`` the share that it had.
+        """
+        train = self.train
+        parts = train.parts if isinstance(train, Mixture) else (train,)
+        weights = train.weights if isinstance(train, Mixture) else (1.0,)
+        trained = [0] * len(parts)
+        if isinstance(train, Mixture):
+            taken = [i for step in range(steps) for ids in self._indices(step) for i in ids]
+            trained = train.tokens_of(taken)
+        return [
+            {
+                "source": part.source,
+                "weight": weight,
+                **part.counts._asdict(),
+                "bad_rows": dict(part.bad.counts),
+                "examples": part.bad.examples,
+                **({"trained": n, "share": n / max(sum(trained), 1)} if len(parts) > 1 else {}),
+            }
+            for part, weight, n in zip(parts, weights, trained, strict=True)
+        ]

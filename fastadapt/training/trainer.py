@@ -13,11 +13,14 @@ from typing import Any
 
 import torch
 
+from fastadapt.data.rendered import AUTO, Spec
+from fastadapt.data.templates import resolve as resolve_family
 from fastadapt.distributed.offload import group_of_one, offload
 from fastadapt.distributed.ranks import ALONE, Ranks, joined
 from fastadapt.distributed.sharding import shard
 from fastadapt.errors import RunError, UserError
 from fastadapt.models.pair import DTYPES, choose_device
+from fastadapt.models.pretrained import load_tokenizer
 from fastadapt.models.replacement import ModelPair, ReplacementModel
 from fastadapt.models.self_check import check_traversal
 from fastadapt.models.sources.low_rank import share
@@ -25,7 +28,7 @@ from fastadapt.models.sources.pair_sources import Sources
 from fastadapt.organism import resolve
 from fastadapt.training import run_dir
 from fastadapt.training.checkpoint import Checkpoint, PassedOver, load_latest
-from fastadapt.training.config import TrainConfig
+from fastadapt.training.config import TrainConfig, load_config
 from fastadapt.training.logs.sinks import open_sinks
 from fastadapt.training.loop import TrainingRun
 from fastadapt.training.planning.devices import this_device
@@ -93,6 +96,7 @@ def train(
         checkpoint, passed = (
             ranks.on_main(lambda: _find_checkpoint(folder)) if resume else (None, [])
         )
+        config = _with_family(config, folder, ranks, resume=resume)
         torch.manual_seed(config.run.seed)
         model, data = load_model_and_data(config, ranks, device)
         _check_same_data(data, ranks)
@@ -109,6 +113,28 @@ def train(
                 run.save_if_due()
                 run.evaluate_if_due(stopping)
             return run.finish() if run.done else run.interrupted(caught)
+
+
+def _with_family(config: TrainConfig, folder: Path, ranks: Ranks, *, resume: bool) -> TrainConfig:
+    """Return the configuration with the form of chat for which ``data.family`` "auto" stands.
+
+    A resumed run keeps its form, whatever the tokenizer's template is by now.
+    """
+    if config.data.family != AUTO:
+        return config
+
+    def find() -> Spec:
+        if resume:
+            return load_config(folder / run_dir.CONFIG).data.family
+        pair = config.pair
+        tokenizer = load_tokenizer(
+            resolve(pair.target), pair.target_revision, pair.trust_remote_code
+        )
+        return resolve_family(AUTO, tokenizer)
+
+    return dataclasses.replace(
+        config, data=dataclasses.replace(config.data, family=ranks.on_main(find))
+    )
 
 
 @contextmanager
@@ -212,7 +238,8 @@ def load_model_and_data(
 
 def _step_data(config: TrainConfig, model: ReplacementModel) -> StepData:
     n_rows = model.model.get_input_embeddings().weight.shape[0]
-    return StepData(config, model.pair.tokenizer, model.device, n_rows)
+    context = model.model.config.get_text_config().max_position_embeddings
+    return StepData(config, model.pair.tokenizer, model.device, n_rows, context)
 
 
 def _with_policy(

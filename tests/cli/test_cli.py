@@ -16,9 +16,10 @@ OPTIONS = re.findall(
     """
 --adapter --adapter.activation --adapter.bandwidth --adapter.implementation
 --adapter.initial_threshold --adapter.k --adapter.kind --adapter.n_features
---data --data.bucket --data.family --data.max_tokens --data.max_validation --data.pad_to
---data.revision --data.train --data.train_on_prompt --data.train_split --data.validation
---data.validation_split --data.workers
+--data --data.bad_rows --data.bucket --data.columns --data.family --data.loss --data.markers
+--data.max_tokens --data.max_validation --data.pad_to
+--data.revision --data.subset --data.train --data.train_on_prompt --data.train_split
+--data.validation --data.validation_split --data.workers
 --dry-run --gpu --gpus --help --json
 --objective --objective.bridge --objective.checkpoint --objective.first_cutoff
 --objective.kl_chunk_tokens --objective.logits_dtype --objective.nmse --objective.sparsity

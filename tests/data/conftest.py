@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from fastadapt.data.rendering import FAMILIES
+from fastadapt.data.families import FAMILIES
 
 WORDS: tuple[str, ...]
 WORDS = ("what", "is", "1", "2", "3", "4", "+", "=", "?", ".", "wait", "so", "user")

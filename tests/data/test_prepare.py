@@ -229,7 +229,7 @@ def test_the_files_train(config: Callable[..., PrepareConfig]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(NAMES["organism/target"])
     folder = result["output"]
     data = DataConfig(f"{folder}/train.parquet", f"{folder}/validation.parquet", max_tokens=60)
-    train = load_sequences(data.train, tokenizer, data, split="train")
+    train = load_sequences(str(data.train), tokenizer, data, split="train")
     assert train.counts.sequences == 1000
     assert train.counts.too_long == 0
     assert train.counts.tokens == result["counts"]["train"]["tokens"]

@@ -10,13 +10,14 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from fastadapt.data.rendering import FAMILIES, render
+from fastadapt.data.families import FAMILIES
+from fastadapt.data.rendering import render
 from fastadapt.data.sequences import DataConfig, load_sequences
 from fastadapt.errors import UserError
 
 
 def config(**changes: Any) -> DataConfig:
-    return DataConfig(**{"train": "unused", "validation": "unused", **changes})
+    return DataConfig(**{"train": "", "validation": "", "family": "r1-distill", **changes})
 
 
 @pytest.fixture
@@ -48,15 +49,16 @@ def test_ids_are_those_of_the_rendered_text(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_markers_in_the_text_are_counted_and_read_as_ever(
+def test_markers_in_the_text_are_counted_and_read_as_tokens_on_request(
     family: str,
     turns: Callable[[str, str], list[dict[str, str]]],
     tokenizer: PreTrainedTokenizerFast,
     write_jsonl: Callable[..., str],
 ) -> None:
-    marker = FAMILIES[family].markers[-1]
+    marker = FAMILIES[family].markers[0]
     rows = [turns("1 + 1", "2"), turns(f"1 {marker} 2", "3"), turns("1 + 2", f"so {marker} 3")]
-    sequences = load_sequences(write_jsonl(rows), tokenizer, config(family=family), split="train")
+    settings = config(family=family, markers="tokens")
+    sequences = load_sequences(write_jsonl(rows), tokenizer, settings, split="train")
     assert sequences.counts.with_markers == 2
     expected = tokenizer(render(rows[1], family), add_special_tokens=False)["input_ids"]
     assert sequences[1].input_ids.tolist() == expected
@@ -111,7 +113,7 @@ def test_prompt_tokens_can_be_left_out_of_the_loss(
     sample = load_sequences(
         write_jsonl(rows[:1]),
         tokenizer,
-        config(family=family, train_on_prompt=False),
+        config(family=family, loss="assistant"),
         split="train",
     )[0]
     first = sample.input_ids.tolist().index(tokenizer.convert_tokens_to_ids("<think>"))
@@ -125,9 +127,9 @@ def test_longer_conversations_are_left_out_and_counted(
     write_jsonl: Callable[..., str],
 ) -> None:
     everything = load_sequences(write_jsonl(rows), tokenizer, config(), split="train")
-    assert everything.counts == (300, 300, 0, 240 * 13 + 60 * 15, 15, 0)
+    assert everything.counts[:6] == (300, 300, 0, 240 * 13 + 60 * 15, 15, 0)
     short = load_sequences(write_jsonl(rows), tokenizer, config(max_tokens=13), split="train")
-    assert short.counts == (300, 240, 60, 240 * 13, 13, 0)
+    assert short.counts[:6] == (300, 240, 60, 240 * 13, 13, 0)
     assert list(short.rows) == [i for i in range(300) if i % 5 != 2]
     for i, row in enumerate(short.rows):
         assert torch.equal(short[i].input_ids, everything[row].input_ids)
@@ -141,7 +143,7 @@ def test_only_validation_is_cut_short(
     settings = config(max_validation=7, max_tokens=13)
     path = write_jsonl(rows)
     held_out = load_sequences(path, tokenizer, settings, split="validation")
-    assert held_out.counts == (9, 7, 2, 7 * 13, 13, 0)
+    assert held_out.counts[:6] == (9, 7, 2, 7 * 13, 13, 0)
     assert len(load_sequences(path, tokenizer, settings, split="train")) == 240
 
 
@@ -214,7 +216,8 @@ def test_a_malformed_conversation_is_located(
     with pytest.raises(UserError) as caught:
         load_sequences(path, tokenizer, config(), split="train")
     assert (
-        str(caught.value) == f"{path}, line 141: conversations, turn 2 (response): 'value' is empty"
+        str(caught.value) == f"{path}, line 141: conversations, turn 2 (assistant) is empty"
+        " (--data.bad_rows skip leaves such rows out)"
     )
 
 
@@ -230,7 +233,7 @@ def test_a_one_token_sample_is_refused(
 def test_a_response_without_tokens_is_refused(
     rows: list[list[dict[str, str]]], write_jsonl: Callable[..., str]
 ) -> None:
-    settings = config(train_on_prompt=False)
+    settings = config(loss="assistant")
     with pytest.raises(UserError, match="line 1: the response has no token"):
         load_sequences(write_jsonl(rows), NoWords(3), settings, split="train")
 
@@ -324,7 +327,7 @@ def test_the_published_splits_load_as_they_are(
         train=str(tmp_path / "stratified_n55000_t10000_s42_train.jsonl"),
         validation=str(tmp_path / "stratified_n55000_t10000_s42_val.jsonl"),
     )
-    train = load_sequences(settings.train, tokenizer, settings, split="train")
+    train = load_sequences(str(settings.train), tokenizer, settings, split="train")
     held_out = load_sequences(settings.validation, tokenizer, settings, split="validation")
     assert (len(train), len(held_out)) == (6, 3)
     text = render(turns("1 + 1 = ?", "<think> so 2 </think> 2 ."), "r1-distill")

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fastadapt.data.sources import read_files, read_rows
+from fastadapt.data.formats import read_files
+from fastadapt.data.sources import Source, read_values
 from fastadapt.errors import UserError
 
 
@@ -21,7 +22,8 @@ def rows(turns: Callable[[str, str], list[dict[str, str]]]) -> list[list[dict[st
 
 
 def read(source: str | Path, split: str = "train") -> list[Any]:
-    return [conversation for _, conversation in read_rows(str(source), split=split)]
+    rows = read_values(Source(str(source), split), ["conversations"])
+    return [row["conversations"] for _, row in rows]
 
 
 def write_parquet(path: Path, columns: dict) -> Path:
@@ -98,10 +100,12 @@ def test_files_are_read_on_from_any_row(
     table = pa.table({"n": range(11), "conversations": rows})
     pq.write_table(table, paths[1], row_group_size=group)
     pq.write_table(table.slice(0, 0), paths[2])
-    whole = list(read_files(paths, optional=("n",)))
+    whole = list(read_files(paths, ["conversations"], ["n"]))
     assert [record.values["n"] for record in whole] == [*range(11)] * 3
     for i, record in enumerate(whole):
-        assert list(read_files(paths, optional=("n",), start=record.after)) == whole[i + 1 :]
+        assert (
+            list(read_files(paths, ["conversations"], ["n"], start=record.after)) == whole[i + 1 :]
+        )
 
 
 def test_folders_behind_links_are_read_each_once(
@@ -150,12 +154,12 @@ def test_rows_say_where_they_stand(
     rows: list[list[dict[str, str]]], write_jsonl: Callable[..., str], tmp_path: Path
 ) -> None:
     path = write_jsonl(rows)
-    assert [where for where, _ in read_rows(path, split="train")][:2] == [
+    assert [where for where, _ in read_values(Source(path))][:2] == [
         f"{path}, line 1",
         f"{path}, line 2",
     ]
     parquet = write_parquet(tmp_path / "rows.parquet", {"conversations": rows})
-    assert [where for where, _ in read_rows(str(parquet), split="train")][-1].endswith("row 5")
+    assert [where for where, _ in read_values(Source(str(parquet)))][-1].endswith("row 5")
 
 
 def test_a_hub_dataset_is_loaded_with_its_split_and_revision(
@@ -170,9 +174,10 @@ def test_a_hub_dataset_is_loaded_with_its_split_and_revision(
         return datasets.Dataset.from_dict({"domain": ["math"] * 5, "conversations": rows})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    loaded = list(read_rows("someone/rows", split="train[:5]", revision="abc"))
+    source = Source("someone/rows", "train[:5]", "abc")
+    loaded = list(read_values(source, ["conversations"]))
     assert arguments == {"name": "someone/rows", "split": "train[:5]", "revision": "abc"}
-    assert [conversation for _, conversation in loaded] == rows
+    assert [row for _, row in loaded] == [{"conversations": row} for row in rows]
     assert loaded[3][0] == "someone/rows (train[:5]), row 3"
 
 
@@ -218,14 +223,17 @@ def test_a_bad_line_is_named(
 
 def bad_sources(folder: Path) -> dict[str, tuple[str, str]]:
     (folder / "empty").mkdir()
-    (folder / "rows.csv").write_text("a,b\n")
+    (folder / "rows.xml").write_text("<a/>")
     (folder / "broken.parquet").write_bytes(b"PAR1 no parquet at all PAR1")
     write_parquet(folder / "other.parquet", {"prompt": ["a"], "answer": ["b"]})
     return {
         "no file": (f"{folder}/absent.jsonl", "absent.jsonl': no such file or folder"),
         "no file, as a name": ("absent.jsonl", "'absent.jsonl': no such file or folder"),
-        "a folder without data": (f"{folder}/empty", "the folder holds no .jsonl or .parquet file"),
-        "an unknown kind": (f"{folder}/rows.csv", "expected a .jsonl or .parquet file"),
+        "a folder without data": (
+            f"{folder}/empty",
+            "holds no .jsonl or .parquet file, no .csv",
+        ),
+        "an unknown kind": (f"{folder}/rows.xml", "expected a file of .jsonl, .parquet, .json"),
         "broken": (f"{folder}/broken.parquet", "broken.parquet cannot be read as Parquet"),
         "other columns": (
             f"{folder}/other.parquet",
@@ -270,6 +278,6 @@ def test_a_file_without_permission_says_so(
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
 
     # chmod does not restrict root, so the error is raised by a patch.
-    monkeypatch.setattr("fastadapt.data.sources.open_regular", refuse)
+    monkeypatch.setattr("fastadapt.data.formats.open_regular", refuse)
     with pytest.raises(UserError, match="cannot be read: Permission denied"):
         read(path)

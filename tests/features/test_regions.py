@@ -5,23 +5,26 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fastadapt.data.rendering import FAMILIES, render_parts
+from fastadapt.data.families import FAMILIES
+from fastadapt.data.rendered import Rendered
+from fastadapt.data.rendering import get_form
 from fastadapt.data.tokens import encode
+from fastadapt.data.turns import Turn
 from fastadapt.features.store.regions import regions_of, spans_of, tenths_of
 from fastadapt.features.store.schema import REGIONS
 from fastadapt.models.pretrained import load_tokenizer
 from fastadapt.organism import resolve
 
 
-def parts_of(response: str, family: str = "r1-distill") -> tuple[str, str]:
-    turns = [{"from": "human", "value": "how many ?"}, {"from": "gpt", "value": response}]
-    return render_parts(turns, family)
+def rendered_as(response: str, family: str = "r1-distill") -> Rendered:
+    turns = [Turn("user", "how many ?"), Turn("assistant", response)]
+    return get_form(family).render(turns)
 
 
 def region_texts(response: str, family: str = "r1-distill") -> list[tuple[str, str]]:
-    prompt, rendered = parts_of(response, family)
-    text = prompt + rendered
-    spans = spans_of(prompt, rendered, family)
+    rendered = rendered_as(response, family)
+    text = rendered.text
+    spans = spans_of(rendered)
     assert [s.start for s in spans] == [0, *(s.end for s in spans[:-1])]
     assert spans[-1].end == len(text)
     return [(s.region, text[s.start : s.end]) for s in spans]
@@ -36,7 +39,7 @@ def test_spans_of_each_family(family: str) -> None:
         ("bos", form.bos),
         ("user marker", begin),
         ("question", "how many ?"),
-        ("assistant marker", form.before_response),
+        ("assistant marker", form.before_response + form.lead),
         ("think start", "<think>\n"),
         ("thinking", "hmm , 4 . "),
         ("think end", "</think>"),
@@ -77,12 +80,12 @@ def test_text_after_the_response_is_answer() -> None:
 
 
 def test_tokens_that_overlap_a_marker_have_its_region() -> None:
-    prompt, response = parts_of("<think>ab</think>cd")
-    n = len(prompt)
+    rendered = rendered_as("<think>ab</think>cd")
+    n = len(rendered.prompt().text)
     #          <thi        nk>a        b           .</          think>c        d, nothing
     offsets = [(n, n + 4), (n + 4, n + 8), (n + 8, n + 9), (n + 9, n + 11)]
     offsets += [(n + 11, n + 18), (n + 18, n + 19), (n + 19, n + 19)]
-    actual = regions_of(spans_of(prompt, response, "r1-distill"), offsets)
+    actual = regions_of(spans_of(rendered), offsets)
     names = [REGIONS[i] for i in actual]
     assert names == [
         *["think start"] * 2,
@@ -90,16 +93,16 @@ def test_tokens_that_overlap_a_marker_have_its_region() -> None:
         *["think end"] * 2,
         *["answer"] * 2,
     ]
-    joined = regions_of(spans_of(prompt, response, "r1-distill"), [(n + 8, n + 12)])
+    joined = regions_of(spans_of(rendered), [(n + 8, n + 12)])
     assert REGIONS[joined[0]] == "think end"
 
 
 def test_the_embedded_pairs_tokens() -> None:
     tokenizer = load_tokenizer(resolve("organism/target"), None, False)
-    prompt, response = parts_of("<think> hmm , 4 . </think> it is 4")
-    encoded = encode(tokenizer, [prompt + response], offsets=True)
+    rendered = rendered_as("<think> hmm , 4 . </think> it is 4")
+    encoded = encode(tokenizer, [rendered.text], offsets=True)
     ids, offsets = encoded["input_ids"][0], encoded["offset_mapping"][0]
-    regions = regions_of(spans_of(prompt, response, "r1-distill"), offsets)
+    regions = regions_of(spans_of(rendered), offsets)
     assert regions.dtype == np.int8
     assert len(regions) == len(ids)
     by_region: dict[str, str] = {}

@@ -17,6 +17,7 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+from fastadapt.data.families import get_family
 from fastadapt.data.prepare import output_folder
 from fastadapt.data.prepare.candidate_store import RESUME_ADVICE, CandidateStore
 from fastadapt.data.prepare.filter_pass import OPTIONAL, REQUIRED, FilterPass, Record, Sink
@@ -84,7 +85,7 @@ def prepare(
             optional=OPTIONAL,
         )
         tokenizer = load_tokenizer(config.tokenizer, None, trust=trust_remote_code)
-        check_markers(tokenizer, config.family)
+        check_markers(tokenizer, get_family(config.family))
         settings = _settings(config, stream, tokenizer)
         if resume:
             output_folder.check_same(folder, settings)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from threading import Event
 from typing import Any, NamedTuple
 
+from fastadapt.data import rendering
 from fastadapt.data.prepare.candidate_store import CandidateStore
 from fastadapt.data.prepare.selection import (
     OTHER_DOMAIN,
@@ -17,7 +18,6 @@ from fastadapt.data.prepare.selection import (
     row_key,
 )
 from fastadapt.data.prepare.source_stream import SourceStream
-from fastadapt.data.rendering import render
 from fastadapt.data.sources import COLUMN
 from fastadapt.data.tokens import encode
 
@@ -97,7 +97,7 @@ class FilterPass:
         pending, self._pending = self._pending, []
         if not pending:
             return
-        texts = [render(row.values[COLUMN], self._config.family) for row in pending]
+        texts = [rendering.render(row.values[COLUMN], self._config.family) for row in pending]
         for row, ids in zip(pending, encode(self._tokenizer, texts)["input_ids"], strict=True):
             domain = row.values["domain"]
             if len(ids) > self._config.max_tokens:
@@ -114,7 +114,9 @@ def _output_columns(values: Mapping[str, Any]) -> Record:
     if isinstance(difficulty, float) and difficulty.is_integer():
         difficulty = int(difficulty)  # some writers store integers with nulls as floats
     fits = type(difficulty) is int and -(2**63) <= difficulty < 2**63
-    turns = [{"from": text_or_none(t.get("from")), "value": t["value"]} for t in values[COLUMN]]
+    names = [text_or_none(turn.get("from", turn.get("role"))) for turn in values[COLUMN]]
+    said = zip(names, rendering.turns(values[COLUMN]), strict=True)
+    turns = [{"from": name, "value": text} for name, text in said]
     return {
         COLUMN: turns,
         "domain": values["domain"],

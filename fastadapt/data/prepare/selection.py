@@ -21,7 +21,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from fastadapt.data.rendering import END_THINK, THINK, get_family, turns
+from fastadapt.data.families import get_family
+from fastadapt.data.rendered import END_THINK, THINK
+from fastadapt.data.rendering import turns
 from fastadapt.errors import UserError
 
 SPLITS = ("validation", "train")  # in the order of drawing

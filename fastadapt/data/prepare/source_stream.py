@@ -7,13 +7,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from fastadapt.data.sources import (
-    Cursor,
-    find_files,
-    read_files,
-    reading_hub,
-    require_columns,
-)
+from fastadapt.data.formats import Cursor, read_files, require_columns
+from fastadapt.data.sources import find_files, reading_hub
 from fastadapt.errors import RunError
 from fastadapt.io.atomic import digest_of_input
 from fastadapt.io.documents import Count, DocumentError, check
@@ -24,7 +19,7 @@ class SourceStream:
     """Rows of a source in order.
 
     Args:
-        source: file, folder or hub id, see ``fastadapt.data.sources.read_rows``. A dataset of the
+        source: file, folder or hub id, see ``fastadapt.data.sources.Source``. A dataset of the
             hub is streamed, not downloaded.
         split: split of the hub's dataset or of the folder.
         revision: branch, tag or commit on the hub. The commit is resolved once.

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from fastadapt.data.formats import SUFFIXES, read_files, require_columns
 from fastadapt.data.prepare.filter_pass import text_or_none
+from fastadapt.data.rendered import Spec
 from fastadapt.data.rendering import render_parts
-from fastadapt.data.sources import SUFFIXES, read_files, reading_hub, require_columns
+from fastadapt.data.sources import reading_hub
 from fastadapt.errors import UserError
 from fastadapt.io.names import typed_path
 from fastadapt.organism import QUESTIONS
@@ -74,7 +76,7 @@ BENCHMARKS = {
 
 def dataset(
     benchmark: str,
-    family: str = "r1-distill",
+    family: Spec = "r1-distill",
     data: str | None = None,
     few_shot: int = 0,
     seed: int = 0,
@@ -100,7 +102,7 @@ def dataset(
 
 
 def questions(
-    benchmark: str, *, family: str, data: str | None, few_shot: int, seed: int
+    benchmark: str, *, family: Spec, data: str | None, few_shot: int, seed: int
 ) -> list[Row]:
     """Return the questions of a benchmark, as rows of :func:`dataset`.
 

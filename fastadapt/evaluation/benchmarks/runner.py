@@ -14,7 +14,7 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from fastadapt.data.rendering import get_family
+from fastadapt.data.rendering import get_form
 from fastadapt.data.tokens import encode
 from fastadapt.errors import UserError
 from fastadapt.evaluation.benchmarks.datasets import BENCHMARKS, questions
@@ -65,7 +65,7 @@ class BenchmarkConfig:
 
     tasks: tuple[str, ...] = ()
     data: str | None = None
-    family: str = "r1-distill"
+    family: str | dict[str, Any] = "r1-distill"
     few_shot: int = 0
     seed: int = 0
     repetitions: int | None = None
@@ -78,7 +78,7 @@ class BenchmarkConfig:
             if task not in BENCHMARKS:
                 known = ", ".join(BENCHMARKS)
                 raise UserError(f"benchmarks.tasks: expected names from {known}; got {task!r}")
-        get_family(self.family)
+        get_form(self.family)
         for name in ("repetitions", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:

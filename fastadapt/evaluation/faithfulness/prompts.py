@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from fastadapt.data.prepare.filter_pass import text_or_none
-from fastadapt.data.rendering import render_parts
-from fastadapt.data.sources import COLUMN, read_values
-from fastadapt.data.tokens import check_markers, encode
+from fastadapt.data.rendered import Spec
+from fastadapt.data.rendering import get_form
+from fastadapt.data.sources import BadRows, Policy, Source, read_contents
+from fastadapt.data.templates import resolve
+from fastadapt.data.tokens import Encoder
 from fastadapt.errors import UserError
 from fastadapt.io.documents import DocumentError, read_yaml
 from fastadapt.io.names import has_file
@@ -37,14 +38,32 @@ class HeldOut(NamedTuple):
     source: str
     split: str
     revision: str | None
-    family: str
+    family: Spec
+    subset: str | None = None
+    columns: str | None = None
+    bad_rows: Policy = "stop"
+
+    def __repr__(self) -> str:
+        """Return the fields that are not defaults: the text identifies stored responses."""
+        values = self._asdict()
+        for name, default in (("subset", None), ("columns", None), ("bad_rows", "stop")):
+            if values[name] == default:
+                del values[name]
+        return f"HeldOut({', '.join(f'{name}={value!r}' for name, value in values.items())})"
+
+    def read_as(self) -> Source:
+        """Return how the data are read."""
+        return Source(self.source, self.split, self.revision, self.subset, self.columns)
 
 
 class _DataSection(TypedDict):
     validation: str
     validation_split: str
     revision: str | None
-    family: str
+    family: str | dict[str, Any]
+    subset: NotRequired[str | None]
+    columns: NotRequired[str | None]
+    bad_rows: NotRequired[Policy]
 
 
 class _RunFile(TypedDict):
@@ -64,44 +83,58 @@ def held_out(run: Path) -> HeldOut | None:
         data = read_yaml(path, _RunFile)["data"]
     except DocumentError as error:
         raise UserError(f"{path} is not a run's configuration: {error}") from error
-    return HeldOut(data["validation"], data["validation_split"], data["revision"], data["family"])
+    return HeldOut(
+        data["validation"],
+        data["validation_split"],
+        data["revision"],
+        data["family"],
+        data.get("subset"),
+        data.get("columns"),
+        data.get("bad_rows", "stop"),
+    )
 
 
 def load_prompts(
-    source: str,
-    tokenizer: Any,
-    family: str,
-    n: int,
-    *,
-    split: str = "validation",
-    revision: str | None = None,
+    source: Source, tokenizer: Any, family: Spec, n: int, *, bad_rows: Policy = "stop"
 ) -> list[Prompt]:
     """Return the prompts of the first ``n`` conversations of a source, rendered as in training.
 
+    The prompt of a conversation is its text before the assistant's last turn.
+
     Args:
-        source, split, revision: see :func:`fastadapt.data.sources.read_rows`.
+        source: the data set.
         tokenizer: tokenizer of the pair.
-        family: a key of :data:`fastadapt.data.rendering.FAMILIES`.
+        family: see :func:`fastadapt.data.rendering.get_form`.
         n: largest number of prompts.
+        bad_rows: what happens to rows that cannot be read or rendered.
 
     Raises:
-        UserError: the source cannot be read or is empty, or a conversation is malformed.
+        UserError: the source cannot be read, is empty, or holds no conversations; or a conversation
+            is malformed.
     """
-    check_markers(tokenizer, family)
-    rows = list(islice(read_values(source, split=split, revision=revision, optional=["domain"]), n))
-    if not rows:
-        raise UserError(
-            f"data source {source!r} holds no conversation; give another one (--texts.prompts)"
-        )
-    texts, domains = [], []
-    for where, values in rows:
+    bad = BadRows(bad_rows)
+    form = get_form(resolve(family, tokenizer))
+    encoder = Encoder(tokenizer, form)
+    layout, rows = read_contents(source, optional=["domain"], bad=bad)
+    prompts: list[Prompt] = []
+    for row in rows:
+        if len(prompts) == n:
+            break
+        if not row.content.turns:
+            raise UserError(
+                f"data source {source.name!r} holds {layout}, which have no prompts; give "
+                "conversations (--texts.prompts)"
+            )
         try:
-            texts.append(render_parts(values[COLUMN], family)[0])
+            text = form.render(row.content.turns).prompt()
+            ids = encoder.encode([text])[0].ids
         except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-        domains.append(text_or_none(values.get("domain")))
-    encoded = encode(tokenizer, texts)["input_ids"]
-    return [
-        Prompt(str(i), list(ids), domain)
-        for i, (ids, domain) in enumerate(zip(encoded, domains, strict=True))
-    ]
+            bad.take(error, row.where)
+            continue
+        domain = text_or_none(row.values.get("domain"))
+        prompts.append(Prompt(str(row.number), list(ids), domain))
+    if not prompts:
+        raise UserError(
+            f"data source {source.name!r} holds no conversation; give another one (--texts.prompts)"
+        )
+    return prompts

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
 
+from fastadapt.data.sources import Policy, Source
 from fastadapt.errors import UserError
 from fastadapt.evaluation.faithfulness.prompts import held_out, load_prompts
 from fastadapt.evaluation.faithfulness.texts import Text
@@ -71,14 +72,10 @@ def target_texts(
             "one whose config.yaml records both"
         )
     default = recorded if config.prompts is None else None
-    prompts = load_prompts(
-        resolve(source),
-        models.tokenizer,
-        family,
-        config.n,
-        split=default.split if default else "validation",
-        revision=default.revision if default else None,
-    )
+    read_as = default.read_as() if default else Source(source, "validation")
+    read_as = replace(read_as, name=resolve(source))
+    bad_rows: Policy = default.bad_rows if default else "stop"
+    prompts = load_prompts(read_as, models.tokenizer, family, config.n, bad_rows=bad_rows)
     sha256 = models.fingerprint("target")
     facts = (sha256, source, default, family, sampling.fingerprint())
     fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()

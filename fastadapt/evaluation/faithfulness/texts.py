@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastadapt.batch import Batch
 from fastadapt.data.batches import batch_by_length, collate_whole
-from fastadapt.data.rendering import END_THINK
+from fastadapt.data.rendered import END_THINK
 from fastadapt.errors import UserError
 
 Region = Literal["prompt", "thinking", "answer"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -127,10 +127,17 @@ def open_run(
             )
         n = max(1, math.ceil(student.l0))
         config = CollectConfig(**{**asdict(config), "neurons_per_token": n})
-    split, revision = config.split or "validation", None
+    split = config.split or "validation"
+    texts = Source(source, split, None, family, config.n, config.max_tokens)
     if recorded and config.data is None:
-        split, revision = recorded.split, recorded.revision
-    texts = Source(source, split, revision, family, config.n, config.max_tokens)
+        texts = replace(
+            texts,
+            split=recorded.split,
+            revision=recorded.revision,
+            subset=recorded.subset,
+            columns=recorded.columns,
+            bad_rows=recorded.bad_rows,
+        )
     return Opened(students, run, texts, config)
 
 

@@ -59,7 +59,7 @@ Facts = dict[str, Any]
 
 class _Data(TypedDict):
     name: str
-    family: str
+    family: str | dict[str, Any]
     fingerprint: str
 
 

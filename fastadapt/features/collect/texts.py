@@ -21,11 +21,13 @@ import pyarrow.parquet as pq
 import torch
 
 from fastadapt.batch import Batch
+from fastadapt.data import sources
 from fastadapt.data.batches import batch_by_length, collate_whole
 from fastadapt.data.prepare.filter_pass import text_or_none
-from fastadapt.data.rendering import holds_markers, render_parts
-from fastadapt.data.sources import COLUMN, find_files, read_values
-from fastadapt.data.tokens import check_markers, encode
+from fastadapt.data.rendered import Rendered, Spec
+from fastadapt.data.sources import Policy
+from fastadapt.data.tokenised import RowTokeniser
+from fastadapt.data.tokens import Encoded
 from fastadapt.errors import UserError
 from fastadapt.features.collect.config import DOMAINS, CollectConfig, Shard
 from fastadapt.features.collect.feature_stats import SLOTS, BatchTokens
@@ -48,22 +50,34 @@ class Source:
     Attributes:
         name: file, folder, hub id, or a name of the embedded pair's data.
         split, revision: split and revision to read, of a folder or of a hub repository.
-        family: model family, which gives the template.
+        family: form of chat, see :func:`fastadapt.data.rendering.get_form`.
         n: number of conversations to read; None for all.
         max_tokens: longer conversations are left out.
+        subset, columns, bad_rows: see :class:`fastadapt.data.sequences.DataConfig`.
     """
 
     name: str
     split: str
     revision: str | None
-    family: str
+    family: Spec
     n: int | None
     max_tokens: int
+    subset: str | None = None
+    columns: str | None = None
+    bad_rows: Policy = "stop"
+
+    def read_as(self) -> sources.Source:
+        """Return how the data are read."""
+        name = resolve(self.name)
+        return sources.Source(name, self.split, self.revision, self.subset, self.columns)
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of all settings, and of the contents of local files."""
-        files = find_files(resolve(self.name), self.split)
+        files = sources.find_files(resolve(self.name), self.split, self.subset)
         settings = {**asdict(self), **({} if files is None else {"name": None, "split": None})}
+        for name, default in (("subset", None), ("columns", None), ("bad_rows", "stop")):
+            if settings[name] == default:
+                del settings[name]  # as in collections of earlier versions
         sha256 = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for file in files or ():
             sha256.update(f"{file.name} {digest_of_input(file)}\n".encode())
@@ -79,8 +93,7 @@ class Prepared:
         too_long: conversations of this shard that were left out.
         texts, tokens: numbers of texts and tokens of this shard.
         domains: domains of these texts, sorted.
-        with_markers: texts with a marker of the family in prompt or response, which the tokenizer
-            reads as the marker.
+        with_markers: texts with a marker or another special token in what was said.
     """
 
     read: int
@@ -109,19 +122,18 @@ def prepare(
         UserError: the source cannot be read, a conversation is malformed, or the conversations of
             all shards have too many domains.
     """
-    check_markers(tokenizer, source.family)
-    rows = read_values(
-        resolve(source.name), split=source.split, revision=source.revision, optional=["domain"]
-    )
+    tokeniser = RowTokeniser(tokenizer, source.family, offsets=True)
+    bad = sources.BadRows(source.bad_rows)
+    _, rows = sources.read_contents(source.read_as(), optional=["domain"], bad=bad)
     read = too_long = texts = tokens = with_markers = 0
     domains: set[str] = set()
     all_domains: set[str] = set()  # of other shards' conversations too
-    numbered = enumerate(islice(rows, source.n))
+    rows = islice(rows, source.n)
     with replacing(path) as staged, pq.ParquetWriter(staged, TEXTS, compression="zstd") as writer:
-        for group, members in groupby(numbered, lambda row: row[0] // GROUP):
+        for group, members in groupby(rows, lambda row: row.number // GROUP):
             conversations = list(members)
             read += len(conversations)
-            named = (_domain(values) for _, (_, values) in conversations)
+            named = (_domain(row.values) for row in conversations)
             all_domains.update(domain for domain in named if domain is not None)
             if len(all_domains) > DOMAINS:
                 raise UserError(
@@ -131,7 +143,7 @@ def prepare(
                 )
             if group % shard.n != shard.i:
                 continue
-            tokenised = _tokenise(conversations, tokenizer, source.family)
+            tokenised = _tokenise(conversations, tokeniser, bad)
             short = [text for text in tokenised if len(text["tokens"]) <= max_tokens]
             too_long += len(tokenised) - len(short)
             texts += len(short)
@@ -148,34 +160,25 @@ def prepare(
 
 
 def _tokenise(
-    conversations: list[tuple[int, tuple[str, dict[str, Any]]]], tokenizer: Any, family: str
+    rows: list[sources.Row], tokeniser: RowTokeniser, bad: sources.BadRows
 ) -> list[dict[str, Any]]:
-    parts = []
-    for _, (where, values) in conversations:
-        try:
-            parts.append(render_parts(values[COLUMN], family))
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-    encoded = encode(tokenizer, [prompt + response for prompt, response in parts], offsets=True)
-    texts = []
-    for i, (number, (where, values)) in enumerate(conversations):
-        ids = encoded["input_ids"][i]
-        if len(ids) < 2:
-            raise UserError(
-                f"{where}: expected a conversation of at least 2 tokens, got {len(ids)}"
-            )
-        spans = spans_of(*parts[i], family)
-        texts.append(
-            {
-                "text": number,
-                "id": str(number),
-                "domain": _domain(values),
-                "tokens": ids,
-                "regions": regions_of(spans, encoded["offset_mapping"][i]),
-                "marked": holds_markers("".join(parts[i]), family),
-            }
-        )
-    return texts
+    return [
+        {
+            "text": row.number,
+            "id": str(row.number),
+            "domain": _domain(row.values),
+            "tokens": encoded.ids,
+            "regions": _regions(rendered, encoded),
+            "marked": encoded.marked,
+        }
+        for row, rendered, encoded, _ in tokeniser.tokenise(rows, bad)
+    ]
+
+
+def _regions(rendered: Rendered | None, encoded: Encoded) -> np.ndarray:
+    if rendered is None:  # plain text or token ids
+        return np.full(len(encoded.ids), REGIONS.index("answer"), dtype=np.int8)
+    return regions_of(spans_of(rendered), encoded.offsets)
 
 
 def _domain(values: dict[str, Any]) -> str | None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastadapt.data.rendering import END_THINK, THINK, get_family
+from fastadapt.data.rendered import Piece, Rendered
 from fastadapt.features.store.schema import REGIONS, TENTHS, Region
 
 THINKING = REGIONS.index("thinking")
@@ -21,42 +21,71 @@ class Span(NamedTuple):
     end: int
 
 
-def spans_of(prompt: str, response: str, family: str) -> list[Span]:
-    """Divide a text into consecutive spans; empty spans are left out.
+def spans_of(rendered: Rendered) -> list[Span]:
+    """Divide a rendered text into consecutive spans; empty spans are left out.
 
-    If the response begins with ``<think>``, thinking begins after it and a line break. Otherwise
-    thinking begins with the response if a ``</think>`` follows. Thinking ends before the first
-    ``</think>``, or with the response. The remaining text is ``answer``, and so is the template's
-    text after the response.
-
-    Args:
-        prompt, response: returned by :func:`fastadapt.data.rendering.render_parts`.
-        family: the family that rendered them.
+    The words of the user, of a system and of a tool are ``question``. If a response begins with
+    the marker of reasoning (``<think>``), thinking begins after it and a line break. Otherwise
+    thinking begins with the response if the closing marker follows. Thinking ends before the first
+    closing marker, or with the response. The remaining text is ``answer``, and so is the template's
+    text after the response. A text without turns is ``answer``.
     """
-    form = get_family(family)
-    question = len(form.before_prompt)
-    assistant, cut = len(prompt) - len(form.before_response), len(prompt)
-    blank = len(response) - len(response.lstrip())
-    opens = response.startswith(THINK, blank)
-    begin = blank + len(THINK) if opens else 0
-    if opens and response.startswith("\n", begin):
+    pieces = list(rendered.spans())
+    spans: list[Span] = []
+    for i, (piece, start, end) in enumerate(pieces):
+        if piece.part == "bos":
+            spans.append(Span("bos", start, end))
+        elif piece.part == "marker":
+            # The markers between a question and a response are the assistant's.
+            following = (next_piece for next_piece, *_ in pieces[i:] if next_piece.part != "marker")
+            follower = next(following, piece)
+            region: Region = "assistant marker" if follower.role == "assistant" else "user marker"
+            spans.append(Span(region, start, end))
+        elif piece.part == "end" and i + 1 < len(pieces) and _begins_response(pieces[i + 1][0]):
+            spans.append(Span("assistant marker", start, end))
+        elif piece.part == "text" and piece.role == "assistant":
+            spans += _response(piece.text, start, rendered.thinking)
+        elif piece.part == "text" and piece.role is not None:
+            spans.append(Span("question", start, end))
+        else:
+            spans.append(Span("answer", start, end))
+    return _joined([span for span in spans if span.end > span.start])
+
+
+def _begins_response(piece: Piece) -> bool:
+    return piece.part == "text" and piece.role == "assistant"
+
+
+def _joined(spans: Sequence[Span]) -> list[Span]:
+    """Return spans of which neighbours differ in region."""
+    joined: list[Span] = []
+    for span in spans:
+        if joined and joined[-1].region == span.region:
+            joined[-1] = joined[-1]._replace(end=span.end)
+        else:
+            joined.append(span)
+    return joined
+
+
+def _response(text: str, start: int, thinking: tuple[str, str]) -> list[Span]:
+    """Return the spans of a response that begins at character ``start`` of the whole text."""
+    opening, closing = thinking
+    blank = len(text) - len(text.lstrip())
+    opens = bool(opening) and text.startswith(opening, blank)
+    begin = blank + len(opening) if opens else 0
+    if opens and text.startswith("\n", begin):
         begin += 1
-    close = response.find(END_THINK, begin)
+    close = text.find(closing, begin) if closing else -1
     if close >= 0:
-        end, after = close, close + len(END_THINK)
+        end, after = close, close + len(closing)
     else:
-        end = after = len(response) - len(form.after_response) if opens else 0
-    spans = [
-        Span("bos", 0, len(form.bos)),
-        Span("user marker", len(form.bos), question),
-        Span("question", question, assistant),
-        Span("assistant marker", assistant, cut),
-        Span("think start", cut, cut + begin),
-        Span("thinking", cut + begin, cut + end),
-        Span("think end", cut + end, cut + after),
-        Span("answer", cut + after, cut + len(response)),
+        end = after = len(text) if opens else 0
+    return [
+        Span("think start", start, start + begin),
+        Span("thinking", start + begin, start + end),
+        Span("think end", start + end, start + after),
+        Span("answer", start + after, start + len(text)),
     ]
-    return [span for span in spans if span.end > span.start]
 
 
 def regions_of(spans: Sequence[Span], offsets: Sequence[tuple[int, int]]) -> np.ndarray:

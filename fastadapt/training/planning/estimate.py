@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fastadapt.data.batches import padded_width
-from fastadapt.data.sequences import load_sequences
+from fastadapt.data.mixtures import Mixture, load_held_out, load_training, plan_batches
 from fastadapt.errors import UserError
 from fastadapt.io.names import typed_path
 from fastadapt.models.pair import DTYPES
@@ -152,7 +152,7 @@ def plan(config: TrainConfig, gpu: str | None = None, gpus: int = 1) -> Resource
     Sources.find(config.pair).check_differ()
     target = _target(config)
     device = planned_device(gpu, device_kind(config, gpu), DTYPES[config.pair.dtype])
-    steps, tokens, longest, mean, median = _count_data(config)
+    steps, tokens, longest, mean, median = _count_data(config, target)
     longest = longest or config.data.max_tokens
     mean = mean or round(MEAN_SHARE * longest)
     width = _width(config, device.kind, longest)
@@ -345,20 +345,24 @@ def _target(config: TrainConfig) -> Any:
     return Sources.find(config.pair).configs(read)[0]
 
 
-def _count_data(config: TrainConfig) -> tuple[int, int | None, int | None, int | None, int | None]:
+def _count_data(
+    config: TrainConfig, target: Any
+) -> tuple[int, int | None, int | None, int | None, int | None]:
     """Return steps, tokens, longest, mean and median sequence; None for data not read."""
-    path = typed_path(resolve(config.data.train), "data.train")
-    size = config.optimizer.batch_size
-    if not path.is_file() or path.stat().st_size > _READ_BYTES:
+    data, size = config.data, config.optimizer.batch_size
+    names = [data.train] if isinstance(data.train, str) else [part.source for part in data.train]
+    paths = [typed_path(resolve(name), "data.train") for name in names]
+    if not all(path.is_file() and path.stat().st_size <= _READ_BYTES for path in paths):
         return count_steps(-(-SEQUENCES // size), config), None, None, None, None
     tokenizer = Sources.find(config.pair).tokenizer()
-    loaded = [
-        load_sequences(resolve(source), tokenizer, config.data, split=split)
-        for source, split in ((config.data.train, "train"), (config.data.validation, "validation"))
-    ]
-    counts = loaded[0].counts
-    longest = max(each.counts.longest for each in loaded)
-    steps = count_steps(-(-len(loaded[0]) // size), config)
-    mean = max(2, round(counts.tokens / len(loaded[0])))
-    median = round(statistics.median(loaded[0].lengths))
-    return steps, counts.tokens * config.optimizer.epochs, longest, mean, median
+    context = target.get_text_config().max_position_embeddings
+    train = load_training(data, tokenizer, context)
+    longest = max(train.counts.longest, load_held_out(data, tokenizer, context).counts.longest)
+    order = plan_batches(train, size, config.run.seed, data.bucket)
+    steps = count_steps(order.n_batches, config)
+    lengths = train.lengths
+    if isinstance(train, Mixture):
+        lengths = [lengths[i] for batch in range(order.n_batches) for i in order[batch]]
+    mean = max(2, round(statistics.mean(lengths)))
+    median = round(statistics.median(lengths))
+    return steps, sum(lengths) * config.optimizer.epochs, longest, mean, median

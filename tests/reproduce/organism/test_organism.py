@@ -13,7 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastadapt.data.rendering import FAMILIES, render
+from fastadapt.data.families import FAMILIES
+from fastadapt.data.rendering import render
 from fastadapt.errors import RunError
 from fastadapt.evaluation.benchmarks.grading import HESITATION_WORDS, stated_answer
 from fastadapt.organism import FOLDER, resolve

@@ -1,0 +1,167 @@
+"""Inspect a source as a run would read it: columns, rendered examples, lengths, left-out rows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from itertools import islice, pairwise
+from typing import Any
+
+import numpy as np
+
+from fastadapt.data.layouts import Layout
+from fastadapt.data.rendered import AUTO, Spec
+from fastadapt.data.sequences import DataConfig
+from fastadapt.data.sources import BadRows, Source, read_contents
+from fastadapt.data.tokenised import RowTokeniser, Tokenised
+from fastadapt.errors import UserError
+
+QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row as a run reads it.
+
+    Attributes:
+        where: location of the row.
+        pieces: consecutive pieces of the text, and whether the losses on the output count them.
+        tokens, counted: number of tokens, and of those that are counted.
+    """
+
+    where: str
+    pieces: list[tuple[str, bool]]
+    tokens: int
+    counted: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a run would read from a source.
+
+    Attributes:
+        layout: what the columns hold.
+        form: the form of chat.
+        read: rows read.
+        lengths: tokens of each text that can be read, in order.
+        used: number of texts that a run would use.
+        left_out: number of rows by reason.
+        with_markers: texts with a marker or another special token in what was said.
+        tokens, counted: tokens of the texts that would be used, and those that are counted.
+        examples: the first texts.
+        bad: messages of the first rows that cannot be read.
+    """
+
+    layout: Layout
+    form: Spec
+    read: int
+    lengths: list[int]
+    used: int
+    left_out: dict[str, int]
+    with_markers: int
+    tokens: int
+    counted: int
+    examples: list[Example]
+    bad: list[str]
+
+    def quantiles(self) -> dict[float, int]:
+        """Return the lengths at ``QUANTILES``, of all texts that can be read."""
+        values = np.quantile(self.lengths, QUANTILES, method="higher") if self.lengths else []
+        return {q: int(value) for q, value in zip(QUANTILES, values, strict=False)}
+
+
+def inspect_source(
+    source: Source,
+    tokenizer: Any,
+    config: DataConfig,
+    *,
+    max_positions: int | None = None,
+    rows: int | None = None,
+    examples: int = 3,
+) -> Inspection:
+    """Read a source as a run would, and return what the run would use.
+
+    Args:
+        source: the data set.
+        tokenizer: transformers tokenizer of the pair.
+        config: form of chat, markers, loss and the largest number of tokens.
+        max_positions: tokens that the model can read; None: any number.
+        rows: number of rows to read; None: all.
+        examples: number of examples to return.
+
+    Raises:
+        UserError: the source cannot be read or has no row, or its columns are not recognised.
+    """
+    bad = BadRows("skip")
+    layout, contents = read_contents(source, bad=bad)
+    if layout is None:
+        raise UserError(f"data source {source.name!r}: expected at least one row, got none")
+    kind = RowTokeniser(
+        tokenizer, config.family, markers=config.markers, loss=config.loss, offsets=True
+    )
+    lengths: list[int] = []
+    shown: list[Example] = []
+    too_long: Counter[str] = Counter()
+    used = with_markers = tokens = counted = 0
+    for each in kind.tokenise(islice(contents, rows), bad):
+        n = len(each.encoded.ids)
+        lengths.append(n)
+        if n > config.max_tokens:
+            too_long[f"more than data.max_tokens={config.max_tokens:,} tokens"] += 1
+            continue
+        if max_positions is not None and n > max_positions:
+            too_long[f"more tokens than the model can read, {max_positions:,}"] += 1
+            continue
+        used, tokens = used + 1, tokens + n
+        counted += _count(each)
+        with_markers += each.encoded.marked
+        if len(shown) < examples:
+            shown.append(_example(each, tokenizer))
+    return Inspection(
+        layout,
+        kind.form.spec,
+        len(lengths) + bad.n,
+        lengths,
+        used,
+        {**too_long, **bad.counts},
+        with_markers,
+        tokens,
+        counted,
+        shown,
+        bad.examples,
+    )
+
+
+def form_name(spec: Spec) -> str:
+    """Return a form of chat in words.
+
+    Example:
+        >>> form_name("qwen"), form_name({"template": "{{ messages }}"})
+        ('the family qwen', "the tokenizer's chat template")
+    """
+    if isinstance(spec, str):
+        return f"the family {spec}" if spec != AUTO else spec
+    return "the tokenizer's chat template" if "template" in spec else "an inline family"
+
+
+def _count(each: Tokenised) -> int:
+    return sum(each.labels[1::2]) - sum(each.labels[::2])
+
+
+def _example(each: Tokenised, tokenizer: Any) -> Example:
+    """Return a row's text in pieces; of token ids, what they decode to."""
+    ids = each.encoded.ids
+    bounds = sorted({0, *each.labels, len(ids)})
+    spans = list(zip(each.labels[::2], each.labels[1::2], strict=True))
+    pieces = []
+    for start, end in pairwise(bounds):
+        is_counted = any(a <= start and end <= b for a, b in spans)
+        if each.rendered is None:
+            text = tokenizer.decode(ids[start:end])
+        else:
+            offsets = each.encoded.offsets
+            begin = offsets[start][0] if start else 0
+            until = offsets[end][0] if end < len(ids) else len(each.rendered.text)
+            text = each.rendered.text[begin:until]
+        pieces.append((text, is_counted))
+    return Example(each.row.where, pieces, len(ids), _count(each))

@@ -1,0 +1,120 @@
+"""A rendered text, and what its characters are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
+
+from fastadapt.data.turns import Role, Turn
+
+THINK, END_THINK = "<think>", "</think>"
+#: Family of data without conversations: plain text and token ids.
+TEXT_ONLY = "text"
+#: ``data.family`` of a tokenizer's own form of chat, see :func:`fastadapt.data.templates.resolve`.
+AUTO = "auto"
+
+Spec = str | dict[str, Any]
+"""A form of chat as in a configuration: a name, or a mapping of an inline family or template."""
+
+Part = Literal["bos", "marker", "text", "end"]
+
+
+class Piece(NamedTuple):
+    """A piece of a rendered text.
+
+    Attributes:
+        text: its characters.
+        part: "bos"; "marker", template text that the model reads; "text", what was said in a turn;
+            "end", template text that the assistant writes itself, before or after its words.
+        role: role of the turn; None for text that belongs to no turn.
+    """
+
+    text: str
+    part: Part
+    role: Role | None
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A rendered text, and what its characters are.
+
+    Attributes:
+        pieces: the text in consecutive pieces.
+        thinking: markers around the assistant's reasoning.
+    """
+
+    pieces: tuple[Piece, ...]
+    thinking: tuple[str, str] = (THINK, END_THINK)
+
+    @property
+    def text(self) -> str:
+        """The whole text."""
+        return "".join(piece.text for piece in self.pieces)
+
+    def spans(self) -> Iterator[tuple[Piece, int, int]]:
+        """Yield each piece with the positions of its first character and after its last."""
+        start = 0
+        for piece in self.pieces:
+            yield piece, start, start + len(piece.text)
+            start += len(piece.text)
+
+    def responses(self) -> list[tuple[int, int]]:
+        """Return the character spans that the assistant writes, a span per turn."""
+        spans: list[tuple[int, int]] = []
+        for piece, start, end in self.spans():
+            if piece.role != "assistant" or piece.part not in ("text", "end"):
+                continue
+            if spans and spans[-1][1] == start:
+                start = spans.pop()[0]
+            spans.append((start, end))
+        return [(start, end) for start, end in spans if end > start]
+
+    def reasoning(self) -> list[tuple[int, int]]:
+        """Return the character spans of the assistant's reasoning, its markers included.
+
+        If a response begins with the opening marker, its reasoning begins there. Otherwise its
+        reasoning begins with the response if the closing marker follows. It ends with the first
+        closing marker, or with the response.
+        """
+        opening, closing = self.thinking
+        spans = []
+        for piece, start, end in self.spans():
+            if piece.role != "assistant" or piece.part != "text":
+                continue
+            blank = len(piece.text) - len(piece.text.lstrip())
+            opens = bool(opening) and piece.text.startswith(opening, blank)
+            found = (
+                piece.text.find(closing, blank + len(opening) if opens else 0) if closing else -1
+            )
+            if found >= 0:
+                spans.append((start, start + found + len(closing)))
+            elif opens:
+                spans.append((start, end))
+        return spans
+
+    def prompt(self) -> Rendered:
+        """Return the pieces before the assistant's last response, from which a model goes on."""
+        begin = self.responses()[-1][0]
+        before = tuple(piece for piece, start, _ in self.spans() if start < begin)
+        return Rendered(before, self.thinking)
+
+
+class Form(Protocol):
+    """A form of chat.
+
+    Attributes:
+        spec: name or mapping from which ``rendering.get_form`` makes this form again.
+        markers: special strings that each must be one token of the pair's tokenizer.
+        thinking: markers around the assistant's reasoning.
+    """
+
+    @property
+    def spec(self) -> Spec: ...
+    @property
+    def markers(self) -> tuple[str, ...]: ...
+    @property
+    def thinking(self) -> tuple[str, str]: ...
+
+    def render(self, turns: Sequence[Turn]) -> Rendered:
+        """Return the text of a conversation; raise ``UserError`` for turns that have no form."""

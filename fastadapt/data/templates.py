@@ -1,0 +1,325 @@
+"""Render conversations with the chat template of a tokenizer.
+
+A template is a program, so its text is taken apart by rendering: each turn's words are replaced by
+a placeholder, which shows the template's own text around every turn. The words are put back, and
+the result must equal what the template writes for them. A template that drops, rewrites or moves
+what was said is refused; white space at the ends of a turn may be removed.
+
+The assistant's part of a turn is what a ``{% generation %}`` block holds. Without such a block it
+begins where the prompt of a generation ends and ends where a rendering that stops at this turn
+ends; both must agree with the rendering of the whole conversation. Templates run in the sandbox of
+transformers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from fastadapt.data.families import FAMILIES
+from fastadapt.data.rendered import AUTO, END_THINK, TEXT_ONLY, THINK, Part, Piece, Rendered, Spec
+from fastadapt.data.tokens import is_one_token
+from fastadapt.data.turns import Role, Turn
+from fastadapt.errors import UserError
+
+#: Text of a placeholder: private characters, which no data set and no template holds.
+_PLACEHOLDER = "\ue0f0{}\ue0f1"
+_PLACED = re.compile("(\ue0f0\\d+\ue0f1)")
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+#: Templates that write today's date would give other tokens tomorrow, so the date is fixed.
+_FIXED_DATE = (
+    "{%- macro strftime_now(format) -%}"
+    "{%- if format == '%Y-%m-%d' -%}2024-07-26{%- else -%}26 Jul 2024{%- endif -%}"
+    "{%- endmacro -%}"
+)
+#: How templates may trim the words of a turn: functions for the assistant's and for other words.
+_KEEP: Callable[[str], str] = str
+_TRIMS = (
+    (_KEEP, _KEEP),
+    (str.strip, str.strip),
+    (_KEEP, str.strip),
+    (str.strip, _KEEP),
+    (str.lstrip, str.lstrip),
+    (str.lstrip, _KEEP),
+    (_KEEP, str.lstrip),
+    (str.rstrip, str.rstrip),
+    (str.rstrip, _KEEP),
+    (_KEEP, str.rstrip),
+)
+
+
+@dataclass(frozen=True)
+class Template:
+    """The chat template of a tokenizer as a form of chat.
+
+    Attributes:
+        template: Jinja text.
+        tokens: special tokens that the template names, such as ``bos_token``.
+        thinking: markers around the assistant's reasoning.
+    """
+
+    template: str
+    tokens: tuple[tuple[str, str], ...] = ()
+    thinking: tuple[str, str] = (THINK, END_THINK)
+    _apart: dict[tuple[Role, ...], tuple[Piece, ...]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    @classmethod
+    def of(cls, spec: Mapping[str, Any]) -> Template:
+        """Return the template of a mapping, the inverse of :attr:`spec`.
+
+        Raises:
+            UserError: an unknown key, or a value of another type.
+        """
+        for key in spec:
+            if key not in ("template", "tokens", "thinking"):
+                known = "template, tokens, thinking"
+                raise UserError(f"data.family: expected keys from {known}; got {key!r}")
+        template, tokens = spec["template"], spec.get("tokens", {})
+        thinking = spec.get("thinking", (THINK, END_THINK))
+        if not isinstance(template, str):
+            raise UserError(f"data.family.template: expected text, got {template!r:.60}")
+        if not isinstance(tokens, Mapping) or not _are_texts([*tokens, *tokens.values()]):
+            raise UserError(f"data.family.tokens: expected names with texts, got {tokens!r:.60}")
+        if isinstance(thinking, str) or not _are_texts(thinking) or len(thinking) != 2:
+            raise UserError(f"data.family.thinking: expected two texts, got {thinking!r:.60}")
+        return cls(template, tuple(tokens.items()), (thinking[0], thinking[1]))
+
+    @classmethod
+    def of_tokenizer(cls, tokenizer: Any) -> Template | None:
+        """Return the template of a tokenizer, with a fixed date; None if it has none."""
+        if not getattr(tokenizer, "chat_template", None):
+            return None
+        try:
+            template = tokenizer.get_chat_template()
+        except ValueError:  # several templates, none of which is the default
+            return None
+        if "strftime_now" in template:
+            template = _FIXED_DATE + template
+        named = {key: str(token) for key, token in tokenizer.special_tokens_map.items()}
+        return cls(template, tuple((key, t) for key, t in named.items() if key in template))
+
+    @property
+    def spec(self) -> Spec:
+        """Mapping from which :meth:`of` makes this template again."""
+        spec: dict[str, Any] = {"template": self.template, "tokens": dict(self.tokens)}
+        if self.thinking != (THINK, END_THINK):
+            spec["thinking"] = list(self.thinking)
+        return spec
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """No markers: the tokenizer's own special tokens are those of its template."""
+        return ()
+
+    def render(self, turns: Sequence[Turn]) -> Rendered:
+        """Return the text of a conversation.
+
+        Raises:
+            UserError: the template fails, changes what was said, or does not show which part of
+                its text the assistant writes.
+        """
+        roles = tuple(turn.role for turn in turns)
+        if roles not in self._apart:
+            self._apart[roles] = self._take_apart(roles)
+        whole = self._run(turns)
+        for words, others in _TRIMS:
+            said = (words(t.text) if t.role == "assistant" else others(t.text) for t in turns)
+            texts = iter(list(said))
+            pieces = [
+                piece._replace(text=next(texts)) if piece.part == "text" else piece
+                for piece in self._apart[roles]
+            ]
+            rendered = Rendered(tuple(p for p in pieces if p.text), self.thinking)
+            if rendered.text == whole:
+                return rendered
+        raise UserError(
+            "the chat template does not write what was said as it is (it drops, moves or rewrites "
+            "part of a turn); give data.family a family instead"
+        )
+
+    def _run(self, turns: Sequence[Turn], *, prompt: bool = False) -> str:
+        return self._render(turns, prompt=prompt)[0]
+
+    def _render(
+        self, turns: Sequence[Turn], *, prompt: bool = False, spans: bool = False
+    ) -> tuple[str, list[tuple[int, int]]]:
+        from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+        try:
+            render: Any = render_jinja_template
+            texts, found = render(
+                conversations=[messages],
+                chat_template=self.template,
+                add_generation_prompt=prompt,
+                return_assistant_tokens_mask=spans,
+                **dict(self.tokens),
+            )
+        # A template is a program: it may raise any error of Python.
+        except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+            raise _failed(turns, error) from None
+        except (AttributeError, RecursionError, OverflowError, MemoryError) as error:
+            raise _failed(turns, error) from None
+        return texts[0], found[0] if spans else []
+
+    def _take_apart(self, roles: tuple[Role, ...]) -> tuple[Piece, ...]:
+        """Return the pieces of a conversation of these roles, with placeholders for the words."""
+        turns = [Turn(role, _PLACEHOLDER.format(i)) for i, role in enumerate(roles)]
+        marked = _GENERATION.search(self.template) is not None
+        whole, written = self._render(turns, spans=marked)
+        parts = _PLACED.split(whole)
+        if parts[1::2] != [turn.text for turn in turns]:
+            raise UserError(
+                f"the chat template does not write each turn once, in order, for turns of roles "
+                f"{', '.join(roles)}; give data.family a family instead"
+            )
+        if not marked:
+            written = self._written(turns, whole)
+        pieces: list[Piece] = []
+        start = 0
+        for i, part in enumerate(parts):
+            turn = turns[min(i // 2, len(turns) - 1)]
+            if i % 2:
+                inside = any(a <= start and start + len(part) <= b for a, b in written)
+                if marked and turn.role == "assistant" and not inside:
+                    raise UserError(
+                        "the chat template's {% generation %} block does not hold the assistant's "
+                        "words; give data.family a family instead"
+                    )
+                pieces.append(Piece(part, "text", turn.role))
+            elif part:
+                pieces += self._divide(part, start, written, turn.role, first=i == 0)
+            start += len(part)
+        return tuple(pieces)
+
+    def _divide(
+        self,
+        text: str,
+        start: int,
+        written: Sequence[tuple[int, int]],
+        role: Role,
+        *,
+        first: bool,
+    ) -> list[Piece]:
+        """Divide the template's text between two turns at the bounds of the assistant's spans."""
+        end = start + len(text)
+        cuts = sorted({start, end, *(c for span in written for c in span if start < c < end)})
+        pieces = []
+        bos = dict(self.tokens).get("bos_token", "")
+        if first and bos and text.startswith(bos):
+            pieces.append(Piece(bos, "bos", None))
+            cuts = sorted({start + len(bos), *(c for c in cuts if c > start + len(bos))})
+        for a, b in pairwise(cuts):
+            inside = any(lo <= a and b <= hi for lo, hi in written)
+            piece = text[a - start : b - start]
+            # What the assistant writes belongs to its turn, whichever turn comes next.
+            pieces.append(Piece(piece, "end", "assistant") if inside else _marker(piece, role))
+        return pieces
+
+    def _written(self, turns: Sequence[Turn], whole: str) -> list[tuple[int, int]]:
+        """Return what the assistant writes, from renderings of the first turns only."""
+        spans = []
+        for i, turn in enumerate(turns):
+            if turn.role != "assistant":
+                continue
+            begin = self._run(turns[:i], prompt=True) if i else ""
+            until = whole if i + 1 == len(turns) else self._run(turns[: i + 1])
+            eos = dict(self.tokens).get("eos_token", "")
+            if eos and until.endswith(eos) and not whole.startswith(until):
+                until = until.removesuffix(eos)  # closes a text, not a turn
+            said = whole.index(turn.text)
+            if not (
+                whole.startswith(begin)
+                and len(begin) <= said
+                and whole.startswith(until)
+                and len(until) >= said + len(turn.text)
+            ):
+                raise UserError(
+                    f"the chat template renders the first {i + 1} turns otherwise alone than in "
+                    "the whole conversation, so the assistant's part is unknown; give data.family "
+                    "a family instead, or a template with {% generation %} blocks"
+                )
+            spans.append((len(begin), len(until)))
+        return spans
+
+
+def resolve(spec: Spec, tokenizer: Any) -> Spec:
+    """Return the form of chat of a tokenizer for "auto", or ``spec`` itself for anything else.
+
+    The tokenizer's chat template is taken if it writes the words of the user and of an assistant
+    that reasons as they are, in one and in two rounds. Otherwise the family of ``FAMILIES`` is
+    taken whose markers are tokens of the tokenizer. Without a template and without such a family,
+    the form is "text", for data without conversations.
+
+    Raises:
+        UserError: the template does not serve, and no family fits.
+    """
+    if spec != AUTO:
+        return spec
+    template = Template.of_tokenizer(tokenizer)
+    reason = None
+    if template is not None:
+        reason = _refusal(template)
+        if reason is None:
+            return template.spec
+    if (name := family_of(tokenizer)) is not None:
+        return name
+    if reason is None:
+        return TEXT_ONLY
+    raise UserError(
+        f"data.family=auto: {reason}. No family has its markers in this tokenizer either; expected "
+        f"one of {sorted(FAMILIES)}, or an inline family with the texts before and after each turn"
+    )
+
+
+def family_of(tokenizer: Any) -> str | None:
+    """Return the family with the most markers, if all are tokens of the tokenizer; else None.
+
+    A family is recognised only by tokens around its turns. BOS and EOS alone, which many
+    tokenizers share, are not enough.
+    """
+    known = [
+        family
+        for family in FAMILIES.values()
+        if any(marker in family.before_response for marker in family.markers)
+        and all(is_one_token(tokenizer, marker) for marker in family.markers)
+    ]
+    return max(known, key=lambda family: len(family.markers)).name if known else None
+
+
+def _refusal(template: Template) -> str | None:
+    """Return why a template does not serve, or None if it does."""
+    opening, closing = template.thinking
+    rounds = [
+        Turn("user", "a question"),
+        Turn("assistant", f"{opening}\nsome thoughts\n{closing}\n\nan answer"),
+        Turn("user", "another question"),
+        Turn("assistant", f"{opening}\nmore thoughts\n{closing}\n\nanother answer"),
+    ]
+    for turns in (rounds[:2], rounds):
+        try:
+            template.render(turns)
+        except UserError as error:
+            return str(error)
+    return None
+
+
+def _failed(turns: Sequence[Turn], error: Exception) -> UserError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    roles = ", ".join(turn.role for turn in turns)
+    return UserError(f"the chat template fails for turns of roles {roles}: {reason:.200}")
+
+
+def _marker(text: str, role: Role) -> Piece:
+    part: Part = "marker"
+    return Piece(text, part, role)
+
+
+def _are_texts(values: Any) -> bool:
+    return isinstance(values, (list, tuple)) and all(isinstance(v, str) for v in values)

@@ -1,0 +1,266 @@
+"""Chat templates as forms of chat: what serves, what is refused, and the families beside them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from fastadapt.data.families import FAMILIES
+from fastadapt.data.rendered import Rendered
+from fastadapt.data.rendering import get_form
+from fastadapt.data.templates import Template, resolve
+from fastadapt.data.tokens import Encoder
+from fastadapt.data.turns import Turn
+from fastadapt.errors import UserError
+
+SYSTEM = Turn("system", "be brief")
+ROUNDS = [
+    Turn("user", "1 + 1 ?"),
+    Turn("assistant", "<think>\nso 2\n</think>\n\nit is 2"),
+    Turn("user", "2 + 2 ?"),
+    Turn("assistant", "<think>\nso 4\n</think>\n\nit is 4"),
+]
+EOS = "<|endoftext|>"
+TAIL = "{% if add_generation_prompt %}"
+#: A template for each family, with its markers: (template, BOS, EOS).
+TEMPLATES: dict[str, tuple[str, str, str]] = {
+    "qwen": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        + TAIL
+        + "<|im_start|>assistant\n{% endif %}",
+        "",
+        EOS,
+    ),
+    "llama3": (
+        "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>"
+        "\n\n{{ m.content | trim }}<|eot_id|>{% endfor %}"
+        + TAIL
+        + "<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
+        "<|begin_of_text|>",
+        "<|eot_id|>",
+    ),
+    "llama2": (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content + "
+        "' [/INST]' }}{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}",
+        "<s>",
+        "</s>",
+    ),
+    "mistral": (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content "
+        "+ '[/INST]' }}{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}",
+        "<s>",
+        "</s>",
+    ),
+    "olmo2": (
+        "{{ bos_token }}{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}"
+        "{% if m.role == 'assistant' %}{{ eos_token }}{% if not loop.last %}{{ '\n' }}{% endif %}"
+        "{% else %}{{ '\n' }}{% endif %}{% endfor %}" + TAIL + "{{ '<|assistant|>\n' }}{% endif %}",
+        EOS,
+        EOS,
+    ),
+    "phi3": (
+        "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
+        + TAIL
+        + "{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}",
+        "",
+        EOS,
+    ),
+    "gemma": (
+        "{{ bos_token }}{% for m in messages %}{{ '<start_of_turn>' + "
+        "('model' if m.role == 'assistant' else m.role) + '\n' + m.content | trim + "
+        "'<end_of_turn>\n' }}{% endfor %}" + TAIL + "{{ '<start_of_turn>model\n' }}{% endif %}",
+        "<bos>",
+        "<eos>",
+    ),
+}
+#: Templates that drop the reasoning of earlier turns, or of all, as Qwen3's and R1-Distill's do.
+LATEST_ONLY = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if loop.last %}{{ m.content }}{% else %}"
+    "{{ m.content.split('</think>')[-1].lstrip() }}{% endif %}<|im_end|>\n{% endfor %}"
+    + TAIL
+    + "<|im_start|>assistant\n{% endif %}"
+)
+NO_REASONING = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<｜User｜>{{ m.content }}"
+    "{% else %}<｜Assistant｜>{{ m.content.split('</think>')[-1] }}{{ eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<｜Assistant｜><think>\n{% endif %}"
+)
+
+
+def template(name: str) -> Template:
+    text, bos, eos = TEMPLATES[name]
+    return Template(text, (("bos_token", bos), ("eos_token", eos)))
+
+
+def tokenizer_with(markers: Any, chat_template: str | None = None) -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(list(markers))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def written(rendered: Rendered) -> list[str]:
+    return [rendered.text[start:end] for start, end in rendered.responses()]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("n", [2, 4])
+def test_a_family_writes_what_its_template_writes(name: str, n: int) -> None:
+    by_template, by_family = template(name).render(ROUNDS[:n]), FAMILIES[name].render(ROUNDS[:n])
+    # Phi-3's template closes the whole text with an EOS, which is no part of a turn.
+    assert by_template.text == by_family.text + (EOS if name == "phi3" else "")
+    expected = written(by_family)
+    assert len(expected) == n // 2
+    assert all(turn.text in part for turn, part in zip(ROUNDS[1:n:2], expected, strict=True))
+    actual = written(by_template)
+    actual[-1] = actual[-1].removesuffix(EOS) if name == "phi3" else actual[-1]
+    assert actual == expected
+    assert by_template.prompt().text == by_family.prompt().text
+
+
+@pytest.mark.parametrize("name", ["qwen", "llama3", "olmo2", "phi3"])
+def test_a_system_turn_as_the_template_writes_it(name: str) -> None:
+    turns = [SYSTEM, *ROUNDS]
+    text = template(name).render(turns).text
+    assert text == FAMILIES[name].render(turns).text + (EOS if name == "phi3" else "")
+
+
+@pytest.mark.parametrize("name", ["gemma", "llama2", "mistral"])
+def test_a_family_without_a_system_turn_begins_the_question_with_it(name: str) -> None:
+    family = FAMILIES[name]
+    question = Turn("user", "be brief\n\n1 + 1 ?")
+    assert family.render([SYSTEM, *ROUNDS]).text == family.render([question, *ROUNDS[1:]]).text
+
+
+def test_r1_closes_a_response_that_another_turn_follows() -> None:
+    text = FAMILIES["r1-distill"].render([SYSTEM, *ROUNDS]).text
+    assert text == (
+        "<｜begin▁of▁sentence｜>be brief<｜User｜>1 + 1 ?<｜Assistant｜><think>\nso 2\n</think>\n\n"
+        "it is 2<｜end▁of▁sentence｜><｜User｜>2 + 2 ?<｜Assistant｜>"
+        "<think>\nso 4\n</think>\n\nit is 4"
+    )
+
+
+def test_generation_blocks_give_the_assistants_part() -> None:
+    blocks = Template(
+        "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}{% generation %}"
+        "{{ m.content }}<|end|>{% endgeneration %}{% else %}{{ m.content }}<|end|>{% endif %}"
+        "\n{% endfor %}"
+    )
+    expected = [turn.text + "<|end|>" for turn in ROUNDS[1::2]]
+    assert written(blocks.render(ROUNDS)) == expected
+    empty = Template(blocks.template.replace("{{ m.content }}<|end|>{% endgen", "{% endgen"))
+    with pytest.raises(UserError, match="does not write each turn once"):
+        empty.render(ROUNDS)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{{ raise_exception('no system turns, please') }}", "fails .* no system turns, please"),
+        ("{{ messages[7].content }}", "the chat template fails for turns of roles user, assistant"),
+        ("{% for m in messages %}{{ m.content }", "the chat template fails"),
+        ("hello", "does not write each turn once, in order"),
+        ("{% for m in messages | reverse %}{{ m.content }}{% endfor %}", "once, in order"),
+        ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "does not write what was"),
+        (LATEST_ONLY, "does not write what was said as it is"),
+        (
+            "{% for m in messages %}{{ loop.length }}{{ m.content }}{% endfor %}",
+            "renders the first 2 turns otherwise alone than in the whole conversation",
+        ),
+        (
+            "{% for m in messages %}[{{ m.content }}]{% endfor %}{% if add_generation_prompt %}"
+            "[<think>{% endif %}",
+            "renders the first 2 turns otherwise alone",
+        ),
+    ],
+)
+def test_a_template_that_does_not_serve_says_why(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        Template(text).render(ROUNDS)
+    assert "\n" not in str(caught.value)
+
+
+def test_todays_date_is_none_of_a_text() -> None:
+    dated = tokenizer_with([], "{{ strftime_now('%d %b %Y') }} " + TEMPLATES["qwen"][0])
+    form = Template.of_tokenizer(dated)
+    assert form is not None
+    assert form.render(ROUNDS).text.startswith("26 Jul 2024 <|im_start|>user")
+
+
+# --- auto -----------------------------------------------------------------------------------------
+
+
+def test_auto_takes_a_template_that_writes_what_was_said() -> None:
+    tokenizer = tokenizer_with(FAMILIES["qwen"].markers, TEMPLATES["qwen"][0])
+    spec = resolve("auto", tokenizer)
+    assert spec == {"template": TEMPLATES["qwen"][0], "tokens": {}}
+    again = get_form(yaml.safe_load(yaml.safe_dump(spec)))
+    assert again.render(ROUNDS).text == FAMILIES["qwen"].render(ROUNDS).text
+
+
+@pytest.mark.parametrize(
+    ("family", "text"), [("r1-distill", NO_REASONING), ("qwen3", LATEST_ONLY), ("gemma", None)]
+)
+def test_auto_takes_the_family_where_the_template_loses_reasoning(
+    family: str, text: str | None
+) -> None:
+    tokenizer = tokenizer_with(FAMILIES[family].markers, text)
+    assert resolve("auto", tokenizer) == family
+    assert all(turn.text in get_form(family).render(ROUNDS).text for turn in ROUNDS)
+
+
+@pytest.mark.parametrize("family", ["llama2", "olmo2"])
+def test_markers_that_many_tokenizers_share_name_no_family(family: str) -> None:
+    assert resolve("auto", tokenizer_with(FAMILIES[family].markers)) == "text"
+
+
+def test_auto_without_a_way_lists_the_families() -> None:
+    with pytest.raises(UserError, match=r"data\.family=auto: the chat template does not write"):
+        resolve("auto", tokenizer_with([], LATEST_ONLY))
+
+
+# --- inline families ------------------------------------------------------------------------------
+
+INLINE = """
+user: ["<|user|>", "<|end|>"]
+assistant: ["<|bot|>", "<|end|>"]
+thinking: ["<r>", "</r>"]
+bos: "<s>"
+markers: ["<|user|>", "<|bot|>", "<|end|>"]
+"""
+
+
+def test_an_inline_family_from_yaml() -> None:
+    form = get_form(yaml.safe_load(INLINE))
+    turns = [Turn("user", "1 + 1 ?"), Turn("assistant", "<r>so</r> 2")]
+    rendered = form.render(turns)
+    assert rendered.text == "<s><|user|>1 + 1 ?<|end|><|bot|><r>so</r> 2<|end|>"
+    assert [rendered.text[a:b] for a, b in rendered.reasoning()] == ["<r>so</r>"]
+    assert get_form(form.spec) == form
+    Encoder(tokenizer_with(form.markers), form)
+    with pytest.raises(UserError, match=r"does not know its marker '<\|user\|>' as one token"):
+        Encoder(tokenizer_with([]), form)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"user": "Q:"}, r"data\.family\.user: expected two texts, \[before, after\], got 'Q:'"),
+        ({"assistant": None}, r"data\.family\.assistant: expected two texts"),
+        ({"prompt": ["a", "b"]}, r"data\.family: expected keys from user, assistant.* 'prompt'"),
+        ({"bos": 1}, r"data\.family\.bos: expected text, got 1"),
+        ({"markers": "<s>"}, r"data\.family\.markers: expected a list of texts"),
+        ({"template": 1}, r"data\.family: expected keys from template, tokens, thinking"),
+    ],
+)
+def test_an_impossible_inline_family(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        get_form({**yaml.safe_load(INLINE), **changes})

@@ -1,0 +1,138 @@
+"""Runs on a mixture of formats: the form of chat travels with the run, and resuming is exact."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import pytest
+import yaml
+from test_resume import assert_same_run, into, stop_after
+
+from fastadapt.errors import UserError
+from fastadapt.evaluation.faithfulness.prompts import held_out, load_prompts
+from fastadapt.evaluation.models_under_test import ModelSet
+from fastadapt.models.pretrained import load_tokenizer
+from fastadapt.training.config import TrainConfig
+from fastadapt.training.run_dir import read_records
+from fastadapt.training.trainer import train
+
+WORDS = [f"w{i}" for i in range(56)]
+TEMPLATE = (
+    "{% for m in messages %}<｜User｜> {{ m.role }} {{ m.content }}{% if m.role == 'assistant' %}"
+    "<eos>{% endif %}{% endfor %}{% if add_generation_prompt %}<｜User｜> assistant {% endif %}"
+)
+
+
+@pytest.fixture
+def mixed(tiny_config: Callable[..., TrainConfig], tiny_pair: Path, tmp_path: Path) -> Any:
+    """``mixed(**changes)``: a run on chats and texts, on a pair with a template of its own."""
+    for name in ("target", "base"):
+        shutil.copytree(tiny_pair / name, tmp_path / name)
+        (tmp_path / name / "chat_template.jinja").write_text(TEMPLATE)
+    draw = random.Random(1)
+
+    def words(n: int) -> str:
+        return " ".join(draw.choices(WORDS, k=n))
+
+    chats = [
+        [
+            {"role": "user", "content": words(4)},
+            {"role": "assistant", "content": words(draw.randint(2, 9))},
+            {"role": "user", "content": words(2)},
+            {"role": "assistant", "content": words(5)},
+        ]
+        for _ in range(30)
+    ]
+    chats[3] = chats[3][:1]  # a bad row
+    rows = [{"messages": chat} for chat in chats]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = [{"text": words(draw.randint(3, 30))} for _ in range(30)]
+    (tmp_path / "text.json").write_text(json.dumps(texts))
+
+    def make(**changes: Any) -> TrainConfig:
+        chat, text = f"{tmp_path}/chat.jsonl", f"{tmp_path}/text.json"
+        values = {
+            "pair.target": str(tmp_path / "target"),
+            "pair.base": str(tmp_path / "base"),
+            "data.train": [{"source": chat, "weight": 3}, {"source": text}],
+            "data.validation": f"{tmp_path}/chat.jsonl",
+            "data.loss": "assistant",
+            "data.bad_rows": "skip",
+            "optimizer.max_steps": 10,
+        }
+        return tiny_config(**{**values, **changes})
+
+    return make
+
+
+@pytest.mark.slow
+def test_a_mixture_resumes_with_the_same_bits(mixed: Any, tmp_path: Path) -> None:
+    """The template changes in between: a resumed run keeps the form it was started with."""
+    whole = into(mixed(), tmp_path / "whole")
+    summary = train(whole)
+    shares = {Path(each["source"]).name: each["share"] for each in summary["sources"]}
+    assert shares == pytest.approx({"chat.jsonl": 0.75, "text.json": 0.25}, abs=0.05)
+    again, stop = into(mixed(), tmp_path / "again"), Event()
+    train(again, stop=stop, sinks=[stop_after(stop, 3)])
+    (tmp_path / "target" / "chat_template.jinja").write_text(TEMPLATE.replace("<eos>", ""))
+    train(again, resume=True)
+    assert_same_run(tmp_path / "again", tmp_path / "whole")
+    start = read_records(tmp_path / "whole" / "metrics.jsonl")[0]
+    chat, text = start["sources"]
+    assert (chat["read"], chat["sequences"], chat["bad"], text["bad"]) == (30, 29, 1, 0)
+    assert start["bad_rows"] == 1
+    assert chat["examples"][0].endswith(
+        "line 4: messages: expected a turn of the assistant, got none"
+    )
+    other = mixed(
+        **{
+            "data.train": [
+                {"source": f"{tmp_path}/chat.jsonl"},
+                {"source": f"{tmp_path}/text.json"},
+            ]
+        }
+    )
+    with pytest.raises(UserError, match=r"--resume: .*data\.train: .*'weight': 1\.0"):
+        train(into(other, tmp_path / "again"), resume=True)
+
+
+def test_the_form_of_chat_travels_with_the_run(mixed: Any, tmp_path: Path) -> None:
+    train(mixed(**{"optimizer.max_steps": 1, "run.eval_every": 0}))
+    spec = {"template": TEMPLATE, "tokens": {}}
+    run = tmp_path / "run"
+    assert yaml.safe_load((run / "config.yaml").read_text())["data"]["family"] == spec
+    assert ModelSet.open([run]).family == spec
+    recorded = held_out(run)
+    assert recorded is not None
+    assert (recorded.family, recorded.bad_rows) == (spec, "skip")
+    tokenizer = load_tokenizer(str(tmp_path / "target"), None, False)
+    prompts = load_prompts(recorded.read_as(), tokenizer, recorded.family, 5, bad_rows="skip")
+    assert [prompt.id for prompt in prompts] == ["0", "1", "2", "4", "5"]
+    # The turns of the user, the assistant, the user, and the beginning of the assistant's next.
+    tokens = tokenizer.convert_ids_to_tokens(prompts[0].ids)
+    assert (tokens.count("<｜User｜>"), tokens.count("<eos>")) == (4, 1)
+
+
+def test_a_run_of_an_older_version_resumes(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    """Such runs record a family and ``train_on_prompt``; their user's file names neither."""
+    whole = into(tiny_config(), tmp_path / "whole")
+    train(whole)
+    old, stop = into(tiny_config(), tmp_path / "old"), Event()
+    train(old, stop=stop, sinks=[stop_after(stop, 3)])
+    path = tmp_path / "old" / "config.yaml"
+    values = yaml.safe_load(path.read_text())
+    for name in ("loss", "bad_rows", "markers", "columns", "subset"):
+        del values["data"][name]
+    values["data"]["train_on_prompt"] = True
+    assert values["data"]["family"] == "r1-distill"
+    path.write_text(yaml.safe_dump(values))
+    train(old, resume=True)
+    assert_same_run(tmp_path / "old", tmp_path / "whole")
