@@ -15,6 +15,7 @@ from fastadapt.errors import UserError
 
 if TYPE_CHECKING:
     from fastadapt.data.inspection import Inspection
+    from fastadapt.models.sources.pair_sources import Sources
 
 
 def prepare(
@@ -115,23 +116,20 @@ def inspect(
     """
     from fastadapt.data.inspection import inspect_source
     from fastadapt.data.sequences import DataConfig
-    from fastadapt.models.pretrained import load_tokenizer, model_config, shipped_config
+    from fastadapt.models.sources.pair_sources import planned_config
     from fastadapt.organism import resolve
     from fastadapt.training.config import from_dict
 
-    target, revision, data = _target_of(pair)
+    models, data = _models_of(pair, trust_remote_code)
     typed = {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
     examples, rows = typed.pop("examples"), typed.pop("rows", None)
     split = typed.pop("split", "train")
     values = {"validation": "", **data, **typed, "train": source}
     settings: DataConfig = from_dict(values, DataConfig, "data.")
-    tokenizer = load_tokenizer(resolve(target), revision, trust_remote_code)
-    architecture = shipped_config(target) or model_config(
-        resolve(target), revision, trust_remote_code
-    )
+    architecture = models.configs(planned_config)[0]
     found = inspect_source(
         dataclasses.replace(settings.source(resolve(source), "train"), split=split),
-        tokenizer,
+        models.tokenizer(),
         settings,
         max_positions=architecture.get_text_config().max_position_embeddings,
         rows=rows,
@@ -141,19 +139,28 @@ def inspect(
     return 0
 
 
-def _target_of(pair: str) -> tuple[str, str | None, dict[str, Any]]:
-    """Return name and revision of a pair's target, and the data settings of a preset or file."""
+def _models_of(pair: str, trust: bool) -> tuple[Sources, dict[str, Any]]:
+    """Return the models of a pair, and the data settings of a preset or file.
+
+    A whole model without a base stands for both: nothing here reads the base.
+    """
     from fastadapt.cli.train import preset_names, read_configs
-    from fastadapt.training.config import take_trust
+    from fastadapt.models.pair import PairConfig
+    from fastadapt.models.sources import pair_sources
+    from fastadapt.models.sources.peft_folder import find_peft
+    from fastadapt.organism import resolve
+    from fastadapt.training.config import TRUST, from_dict, take_trust
 
     if pair not in preset_names() and Path(pair).suffix not in (".yaml", ".yml"):
-        return pair, None, {}
+        base = "" if find_peft(resolve(pair), None) else pair
+        return pair_sources.Sources.find(PairConfig(pair, base, trust_remote_code=trust)), {}
     values = read_configs([pair])
     take_trust(values)
     models, data = values.get("pair"), values.get("data")
     if not isinstance(models, dict) or not isinstance(models.get("target"), str):
         raise UserError(f"--pair {pair}: expected pair.target in this file")
-    return models["target"], models.get("target_revision"), dict(data or {})
+    config: PairConfig = from_dict({**models, TRUST: trust}, PairConfig, "pair.")
+    return pair_sources.Sources.find(config), dict(data or {})
 
 
 def _print_inspection(found: Inspection, loss: str) -> None:

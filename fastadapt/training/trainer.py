@@ -20,7 +20,6 @@ from fastadapt.distributed.ranks import ALONE, Ranks, joined
 from fastadapt.distributed.sharding import shard
 from fastadapt.errors import RunError, UserError
 from fastadapt.models.pair import DTYPES, choose_device
-from fastadapt.models.pretrained import load_tokenizer
 from fastadapt.models.replacement import ModelPair, ReplacementModel
 from fastadapt.models.self_check import check_traversal
 from fastadapt.models.sources.low_rank import share
@@ -126,11 +125,7 @@ def _with_family(config: TrainConfig, folder: Path, ranks: Ranks, *, resume: boo
     def find() -> Spec:
         if resume:
             return load_config(folder / run_dir.CONFIG).data.family
-        pair = config.pair
-        tokenizer = load_tokenizer(
-            resolve(pair.target), pair.target_revision, pair.trust_remote_code
-        )
-        return resolve_family(AUTO, tokenizer)
+        return resolve_family(AUTO, Sources.find(config.pair).tokenizer())
 
     return dataclasses.replace(
         config, data=dataclasses.replace(config.data, family=ranks.on_main(find))

@@ -54,6 +54,11 @@ def _check_copy(peft: PeftFolder, base: str, notes: list[str]) -> list[str]:
     return []
 
 
+def planned_config(name: str, revision: str | None, trust: bool) -> Any:
+    """Return a model's configuration, for models of presets without network access."""
+    return shipped_config(name) or model_config(name, revision, trust)
+
+
 @dataclass(frozen=True)
 class Sources:
     """Where a pair's models are read from.

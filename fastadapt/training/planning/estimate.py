@@ -15,7 +15,6 @@ from fastadapt.data.mixtures import Mixture, load_held_out, load_training, plan_
 from fastadapt.errors import UserError
 from fastadapt.io.names import typed_path
 from fastadapt.models.pair import DTYPES
-from fastadapt.models.pretrained import model_config, shipped_config
 from fastadapt.models.recompute import POLICIES
 from fastadapt.models.sources.pair_sources import Sources
 from fastadapt.organism import resolve
@@ -338,11 +337,7 @@ def _width(config: TrainConfig, device_type: str, tokens: int) -> int:
 
 def _target(config: TrainConfig) -> Any:
     """Return the target's configuration; raise ``UserError`` if the base's does not match."""
-
-    def read(name: str, revision: str | None, trust: bool) -> Any:
-        return shipped_config(name) or model_config(name, revision, trust)
-
-    return Sources.find(config.pair).configs(read)[0]
+    return Sources.find(config.pair).configs(planned_config)[0]
 
 
 def _count_data(
