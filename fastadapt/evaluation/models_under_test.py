@@ -39,6 +39,28 @@ from fastadapt.models.traversal import Stream, carrying
 _HASHED_BYTES = 1 << 20  # at either end of a weight file
 
 
+def load_base(pair: ModelPair) -> Any:
+    """Load the base of a pair as a complete model, with the MLPs that the pair has in memory.
+
+    Raises:
+        UserError: see :func:`fastadapt.models.pretrained.load_causal_lm`.
+    """
+    config = pair.config
+    base = load_causal_lm(
+        config.base,
+        config.base_revision,
+        device=next(pair.base_mlps.parameters()).device,
+        dtype=DTYPES[config.dtype],
+        attention=pair.target.config._attn_implementation,
+        trust=config.trust_remote_code,
+        role="base",
+    ).requires_grad_(False)
+    blocks = getattr(getattr(base, pair.paths.decoder), pair.paths.layers)
+    for block, mlp in zip(blocks, pair.base_mlps, strict=True):
+        setattr(block, pair.paths.mlp, mlp)
+    return base
+
+
 class ModelSet:
     """Runs of one pair, with the pair's base and hybrid.
 
@@ -168,23 +190,11 @@ class ModelSet:
     @contextmanager
     def base(self) -> Iterator[Any]:
         """Yield the base as a complete model, with the MLPs of the pair; free it at exit."""
-        pair, config = self.model.pair, self.config
-        base = load_causal_lm(
-            config.base,
-            config.base_revision,
-            device=self.model.device,
-            dtype=DTYPES[config.dtype],
-            attention=pair.target.config._attn_implementation,
-            trust=config.trust_remote_code,
-            role="base",
-        ).requires_grad_(False)
-        blocks = getattr(getattr(base, pair.paths.decoder), pair.paths.layers)
-        for block, mlp in zip(blocks, pair.base_mlps, strict=True):
-            setattr(block, pair.paths.mlp, mlp)
+        base = load_base(self.model.pair)
         try:
             yield base
         finally:
-            del base, blocks
+            del base
             gc.collect()
 
     def fingerprint(self, name: str) -> str:

@@ -221,13 +221,8 @@ def _measure(
                 out[name]["tokens"] = batch.real.sum()[None]
     if "base" in names:
         final = _last_hidden(base, model, batch)
-        # The op has one head for both models. Concatenated heads, with hidden states padded by
-        # zeros, give each model the logits of its own head.
         head = base.get_output_embeddings().weight
-        heads = torch.cat([model.head, head.to(model.head.dtype)], 1)
-        zeros = torch.zeros_like(teacher)
-        teacher = torch.cat([teacher, zeros], -1)
-        final = torch.cat([zeros, final], -1)
+        teacher, (final,), heads = join_heads(teacher, [final], model.head, head)
         got = _kl(model, teacher, [final], heads, predicts, chunk_tokens)
         out["base"] = {"kl": got.token_kl[0], "agrees": got.token_top1[0]}
     return {
@@ -270,6 +265,29 @@ def _kl(
         head,
         softcap=model.softcap,
         chunk_tokens=chunk_tokens,
+    )
+
+
+def join_heads(
+    teacher: Tensor, students: Sequence[Tensor], head: Tensor, students_head: Tensor
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Return arguments of the op for students whose head is not the teacher's.
+
+    The op has one head for all models. Concatenated heads, with hidden states padded by zeros, give
+    each model the logits of its own head.
+
+    Args:
+        teacher, students: last hidden states ``[..., D]``.
+        head, students_head: ``[V, D]``.
+
+    Returns:
+        Teacher and students ``[..., 2D]``, and the head ``[V, 2D]``.
+    """
+    zeros = torch.zeros_like(teacher)
+    return (
+        torch.cat([teacher, zeros], -1),
+        [torch.cat([zeros, student], -1) for student in students],
+        torch.cat([head, students_head.to(head.dtype)], 1),
     )
 
 

@@ -1,0 +1,233 @@
+"""Tables and figures of ``where.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastadapt.reporting.figures import Figure, Series, series_of
+from fastadapt.reporting.formatting import number, percent
+from fastadapt.reporting.tables import Table, shown
+
+#: Names of the parts in tables, in their order.
+NAMES = {
+    "attention": "attention",
+    "mlps": "MLPs",
+    "norms": "norms",
+    "embeddings": "embeddings and head",
+}
+#: Kinds of series by part, which select their colours.
+_KINDS = {"attention": "attention", "mlps": "mlp", "norms": "norms", "embeddings": "embeddings"}
+_KL = "KL to the target, nats per predicted token"
+
+
+def difference_tables(result: Mapping[str, Any]) -> list[Table]:
+    """Return the tables of ``result``, the contents of ``where.json``."""
+    tables = [
+        _shares(result),
+        _hybrids(result),
+        _layers(result),
+        _generation(result),
+        _positions(result),
+    ]
+    return [table for table in tables if table is not None]
+
+
+def difference_figures(result: Mapping[str, Any]) -> list[Figure]:
+    """Return the figures of ``result``, the contents of ``where.json``."""
+    figures = [_kl_by_layer(result), _change_by_layer(result), _gamma(result), _profile(result)]
+    return [figure for figure in figures if figure is not None]
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def regions_of(result: Mapping[str, Any]) -> list[str]:
+    """Return ``all`` and, if the texts have several regions, the names of those with positions."""
+    names = [name for name, region in result["regions"].items() if region["positions"]]
+    return names if len(names) > 2 else ["all"]
+
+
+def _shares(result: Mapping[str, Any]) -> Table:
+    regions, all_ = regions_of(result), result["regions"]["all"]
+    rows = [
+        [
+            NAMES[part],
+            shown(all_["shapley"][part]["nats"]),
+            *(shown(result["regions"][r]["shapley"][part]["share"], percent) for r in regions),
+        ]
+        for part in result["parts"]
+    ]
+    kls = [shown(result["regions"][region]["kl"]) for region in regions]
+    rows.append(["together, nats", kls[0], "100%", *kls[1:]])
+    notes = "".join(f" Note: {note}." for note in result["notes"])
+    return Table(
+        "Where the difference lies",
+        ["part", "nats", *("share" if r == "all" else f"… {r}" for r in regions)],
+        rows,
+        f"{result['verdict']} Shapley values of KL(target ‖ hybrid) and their shares of "
+        f"KL(target ‖ base), over {result['texts']['predicted']:,} predicted tokens of "
+        f"{result['texts']['n']:,} texts; intervals of {percent(result['level'])} over texts.{notes}",
+    )
+
+
+def _from_base(parts: Sequence[str]) -> str:
+    return " + ".join(NAMES[part] for part in parts) or "nothing (the target)"
+
+
+def _hybrids(result: Mapping[str, Any]) -> Table:
+    rows = [
+        [_from_base(each["from_base"]), shown(each["kl"]), shown(each["top1_error"], percent)]
+        for each in sorted(result["combinations"], key=lambda each: len(each["from_base"]))
+    ]
+    return Table(
+        "Hybrids",
+        ["of the base", "KL, nats", "top-1 error"],
+        rows,
+        "The target with these parts of the base. The row with all parts is the base.",
+    )
+
+
+def _layers(result: Mapping[str, Any]) -> Table:
+    changes = {(each["part"], each["layer"]): each for each in result["weights"]}
+    rows = [
+        [
+            str(i),
+            shown(layer["kl"]["mlps"]),
+            shown(layer["kl"]["attention"]),
+            *(percent(changes[part, i]["change"]) for part in ("mlps", "attention", "norms")),
+            _mean_rank(changes["mlps", i]),
+            _mean_rank(changes["attention", i]),
+            number(layer["gamma"]),
+        ]
+        for i, layer in enumerate(result["layers"])
+    ]
+    return Table(
+        "Layers",
+        [
+            "layer",
+            "KL: MLP",
+            "KL: attention",
+            "change: MLP",
+            "… attention",
+            "… norms",
+            "rank: MLP",
+            "… attention",
+            "γ",
+        ],
+        rows,
+        "KL with one layer's MLP or attention of the base, nats. Change: ‖ΔW‖ / ‖W‖ of the weights. "
+        "Rank: stable / effective rank of ΔW, means over the part's matrices. γ: ‖mean‖ / "
+        "‖standard deviation‖ of the MLP's inputs, without first tokens; far above 1, features that "
+        "never fire are to be expected.",
+    )
+
+
+def _mean_rank(change: Mapping[str, Any]) -> str:
+    """Return the means of stable and effective rank over the matrices that changed."""
+    changed = [m for m in change["matrices"].values() if m["stable_rank"] is not None]
+    if not changed:
+        return "–"
+    means = (sum(m[key] for m in changed) / len(changed) for key in ("stable_rank", "effective_rank"))
+    return " / ".join(map(number, means))
+
+
+def _generation(result: Mapping[str, Any]) -> Table | None:
+    answers = result.get("generation")
+    if not answers:
+        return None
+    # The mean over benchmarks, or the only benchmark, is the last.
+    task = answers[-1]["task"]
+    chosen = [each for each in answers if each["task"] == task]
+    rows = [
+        [
+            _from_base(each["from_base"]),
+            shown(each["accuracy"], percent),
+            shown(each["length"]),
+            percent(each["truncated"]),
+        ]
+        for each in sorted(chosen, key=lambda each: len(each["from_base"]))
+    ]
+    return Table(
+        "Answers",
+        ["of the base", "accuracy", "length, tokens", "cut off"],
+        rows,
+        f"Sampled answers to questions: {task}. Intervals over questions.",
+    )
+
+
+def _positions(result: Mapping[str, Any]) -> Table | None:
+    if not result["positions"]:
+        return None
+    rows = [
+        [
+            each["text"],
+            number(each["position"]),
+            _visible(each["before"])[-40:],
+            _visible(each["token"]),
+            *(f"{_visible(each[r]['token'])} {percent(each[r]['p'])}" for r in ("target", "base")),
+            number(each["kl"]),
+            f"{NAMES[each['reason']]} {number(each['shapley'][each['reason']])}",
+        ]
+        for each in result["positions"]
+    ]
+    return Table(
+        "Positions where target and base differ most",
+        ["text", "token", "after", "text has", "target", "base", "KL, nats", "reason, nats"],
+        rows,
+        "The most likely token of either model and its probability. Reason: the part with the "
+        "largest Shapley value at this position. Texts are named by their row in the data.",
+    )
+
+
+def _visible(text: str) -> str:
+    """Return a text with line breaks and tabs as escapes."""
+    return text.replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
+
+
+# --- figures --------------------------------------------------------------------------------------
+
+
+def _kl_by_layer(result: Mapping[str, Any]) -> Figure:
+    layers = result["layers"]
+    x = list(range(len(layers)))
+    series = [
+        series_of(NAMES[part], _KINDS[part], x, [layer["kl"][part] for layer in layers])
+        for part in ("mlps", "attention")
+    ]
+    return Figure("kl-layer", "One layer of the base", "layer", _KL, series)
+
+
+def _change_by_layer(result: Mapping[str, Any]) -> Figure:
+    series = []
+    for part in ("mlps", "attention", "norms"):
+        points = [
+            (float(each["layer"]), each["change"])
+            for each in result["weights"]
+            if each["part"] == part and each["layer"] is not None and each["change"] is not None
+        ]
+        if points:
+            x, y = zip(*points, strict=True)
+            series.append(Series(NAMES[part], _KINDS[part], list(x), list(y)))
+    label = "‖ΔW‖ / ‖W‖"
+    return Figure("change-layer", "Change of the weights", "layer", label, series, y_log=None)
+
+
+def _gamma(result: Mapping[str, Any]) -> Figure:
+    points = [(i, layer["gamma"]) for i, layer in enumerate(result["layers"])]
+    points = [(float(i), gamma) for i, gamma in points if gamma is not None]
+    series = [Series("γ", "mlp", [i for i, _ in points], [gamma for _, gamma in points])]
+    label = "‖mean‖ / ‖standard deviation‖"
+    return Figure("gamma-layer", "Inputs of the MLPs", "layer", label, series if points else [])
+
+
+def _profile(result: Mapping[str, Any]) -> Figure | None:
+    profile = result.get("profile")
+    if profile is None:
+        return None
+    x = [float(i) for i in range(1, len(profile["kl"]) + 1)]
+    series = [Series("together", "base", x, profile["kl"])]
+    series += [
+        Series(NAMES[part], _KINDS[part], x, nats) for part, nats in profile["shapley"].items()
+    ]
+    return Figure("kl-token", "The text, token by token", "token", "nats", series)
