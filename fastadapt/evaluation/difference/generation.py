@@ -65,7 +65,10 @@ def answer(
         {
             "task": task,
             "from_base": list(hybrid.parts),
-            **{key: by_model[hybrid.name][SAMPLED][key] for key in ("accuracy", "length", "truncated")},
+            **{
+                key: by_model[hybrid.name][SAMPLED][key]
+                for key in ("accuracy", "length", "truncated")
+            },
         }
         for task, by_model in summary.items()
         for hybrid in hybrids

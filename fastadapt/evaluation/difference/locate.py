@@ -79,7 +79,7 @@ class WhereConfig:
 
 
 @dataclass(frozen=True)
-class Request:
+class WhereRequest:
     """What to measure.
 
     Attributes:
@@ -112,7 +112,9 @@ class Request:
         )
 
 
-def locate(request: Request, folder: Path, progress: Progress, stop: Event) -> dict[str, Any] | None:
+def locate(
+    request: WhereRequest, folder: Path, progress: Progress, stop: Event
+) -> dict[str, Any] | None:
     """Measure where target and base differ; write ``where.json``, tables, plots and a page.
 
     Args:
@@ -134,7 +136,7 @@ def locate(request: Request, folder: Path, progress: Progress, stop: Event) -> d
         require_questions(request.questions())
     models = TwoModels.load(request.pair)
     texts = _texts(request, models)
-    weights = repr(ModelSet(models.pair.config, {}, {}).fingerprint("target"))
+    weights = ModelSet(models.pair.config, {}, {}).fingerprint("target")
     fingerprint = f"{weights} {models.pair.target.config._attn_implementation}"
     measured = measure(
         models,
@@ -170,7 +172,7 @@ def locate(request: Request, folder: Path, progress: Progress, stop: Event) -> d
     return result
 
 
-def _texts(request: Request, models: TwoModels) -> list[Text]:
+def _texts(request: WhereRequest, models: TwoModels) -> list[Text]:
     tokenizer = models.pair.tokenizer
     n_rows = min(
         model.get_input_embeddings().weight.shape[0] for model in (models.pair.target, models.base)
@@ -182,7 +184,7 @@ def _texts(request: Request, models: TwoModels) -> list[Text]:
 
 
 def _result(
-    request: Request,
+    request: WhereRequest,
     models: TwoModels,
     texts: list[Text],
     measured: Measured,

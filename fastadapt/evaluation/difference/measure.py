@@ -56,7 +56,9 @@ class DifferenceConfig:
             ("models_at_once", 1),
         ):
             if getattr(self, name) < least:
-                raise UserError(f"where.{name}: expected {least} or more, got {getattr(self, name)}")
+                raise UserError(
+                    f"where.{name}: expected {least} or more, got {getattr(self, name)}"
+                )
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from fastadapt.batch import Batch
 from fastadapt.evaluation.models_under_test import load_base
 from fastadapt.models.baselines import norms_of
 from fastadapt.models.pair import ModelPair, PairConfig, PairMismatchError
+from fastadapt.models.pretrained import Paths
 
 Role = Literal["target", "base"]
 Part = Literal["attention", "mlps", "norms", "embeddings"]
@@ -209,25 +210,29 @@ def _swaps(pair: ModelPair, base: Any) -> list[Swap]:
             if name not in norms:
                 part: Part = "mlps" if name == paths.mlp else "attention"
                 other = theirs.get_submodule(name)
-                swaps.append(
-                    Swap(part, layer, f"{prefix}.{name}", module, other, ((ours, name),))
-                )
+                swaps.append(Swap(part, layer, f"{prefix}.{name}", module, other, ((ours, name),)))
         for name in norms:
             owner, _, attribute = name.rpartition(".")
             parents = [ours.get_submodule(owner)] + [theirs.get_submodule(owner)] * bool(owner)
-            modules = [block.get_submodule(name) for block in (ours, theirs)]
             places = tuple((parent, attribute) for parent in parents)
-            swaps.append(Swap("norms", layer, f"{prefix}.{name}", *modules, places))
-    decoder = decoders[0]
-    last = [getattr(each, paths.norm) for each in decoders]
-    name = f"{paths.decoder}.{paths.norm}"
-    swaps.append(Swap("norms", None, name, *last, ((decoder, paths.norm),)))
-    embeddings = [model.get_input_embeddings() for model in (target, base)]
-    heads = [model.get_output_embeddings() for model in (target, base)]
-    for parent, prefix, modules in ((decoder, f"{paths.decoder}.", embeddings), (target, "", heads)):
-        (name,) = (n for n, module in parent.named_children() if module is modules[0])
-        swaps.append(Swap("embeddings", None, prefix + name, *modules, ((parent, name),)))
+            norm, other = ours.get_submodule(name), theirs.get_submodule(name)
+            swaps.append(Swap("norms", layer, f"{prefix}.{name}", norm, other, places))
+    for part, parent, prefix, module, other in _outside(paths, target, base):
+        (name,) = (name for name, child in parent.named_children() if child is module)
+        swaps.append(Swap(part, None, f"{prefix}{name}", module, other, ((parent, name),)))
     return swaps
+
+
+def _outside(
+    paths: Paths, target: Any, base: Any
+) -> Iterator[tuple[Part, nn.Module, str, nn.Module, nn.Module]]:
+    """Yield part, parent, the parent's path, and both models' modules outside of the blocks."""
+    ours, theirs = (getattr(model, paths.decoder) for model in (target, base))
+    prefix = f"{paths.decoder}."
+    yield "norms", ours, prefix, getattr(ours, paths.norm), getattr(theirs, paths.norm)
+    embeddings = (model.get_input_embeddings() for model in (target, base))
+    yield "embeddings", ours, prefix, *embeddings
+    yield "embeddings", target, "", *(model.get_output_embeddings() for model in (target, base))
 
 
 def _check_heads(target: Any, base: Any) -> None:
@@ -247,7 +252,7 @@ def _config_notes(target: Any, base: Any) -> list[str]:
     """Return a note for each setting that differs, and with which hybrids compute."""
     return [
         f"{key} differs: target {getattr(target, key, None)}, base {getattr(base, key, None)}; "
-        "masks, positions and logits of every hybrid follow the target's, modules have their model's"
+        "what has no weights (masks, rotary embeddings, soft cap) is the target's in every hybrid"
         for key in _COMPUTING
         if getattr(target, key, None) != getattr(base, key, None)
     ]

@@ -44,14 +44,17 @@ def widest(
         text = texts[index]
         if index not in states:
             states[index] = _states(models, text)
-        likely = {role: _most_likely(models, h[position], role) for role, h in states[index].items()}
+        likely: dict[str, dict[str, Any]] = {}
+        for role, hidden in states[index].items():
+            token_id, p = _most_likely(models, hidden[position], role)
+            likely[role] = {"token": decode([token_id]), "p": p}
         listed.append(
             {
                 "text": text.id,
                 "position": position + 1,
                 "before": decode(text.ids[max(0, position + 1 - _BEFORE) : position + 1]),
                 "token": decode(text.ids[position + 1 : position + 2]),
-                **{r: {"token": decode([token]), "p": p} for r, (token, p) in likely.items()},
+                **likely,
                 "kl": measured.kl[row, -1].item(),
                 "shapley": dict(zip(models.parts, nats, strict=True)),
                 "reason": models.parts[nats.index(max(nats))],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from fastadapt.reporting.figures import Figure, Series, series_of
@@ -18,6 +20,7 @@ NAMES = {
 }
 #: Kinds of series by part, which select their colours.
 _KINDS = {"attention": "attention", "mlps": "mlp", "norms": "norms", "embeddings": "embeddings"}
+_NATS = "nats per predicted token"
 _KL = "KL to the target, nats per predicted token"
 
 
@@ -35,8 +38,13 @@ def difference_tables(result: Mapping[str, Any]) -> list[Table]:
 
 def difference_figures(result: Mapping[str, Any]) -> list[Figure]:
     """Return the figures of ``result``, the contents of ``where.json``."""
-    figures = [_kl_by_layer(result), _change_by_layer(result), _gamma(result), _profile(result)]
-    return [figure for figure in figures if figure is not None]
+    figures = [
+        _profile(result) or _by_position(result),
+        _kl_by_layer(result),
+        _change_by_layer(result),
+        _gamma(result),
+    ]
+    return [figure for figure in figures if figure.series]
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -61,13 +69,14 @@ def _shares(result: Mapping[str, Any]) -> Table:
     kls = [shown(result["regions"][region]["kl"]) for region in regions]
     rows.append(["together, nats", kls[0], "100%", *kls[1:]])
     notes = "".join(f" Note: {note}." for note in result["notes"])
+    counts = result["texts"]
     return Table(
         "Where the difference lies",
         ["part", "nats", *("share" if r == "all" else f"… {r}" for r in regions)],
         rows,
         f"{result['verdict']} Shapley values of KL(target ‖ hybrid) and their shares of "
-        f"KL(target ‖ base), over {result['texts']['predicted']:,} predicted tokens of "
-        f"{result['texts']['n']:,} texts; intervals of {percent(result['level'])} over texts.{notes}",
+        f"KL(target ‖ base), over {counts['predicted']:,} predicted tokens of {counts['n']:,} "
+        f"texts; intervals of {percent(result['level'])} over texts.{notes}",
     )
 
 
@@ -116,10 +125,9 @@ def _layers(result: Mapping[str, Any]) -> Table:
             "γ",
         ],
         rows,
-        "KL with one layer's MLP or attention of the base, nats. Change: ‖ΔW‖ / ‖W‖ of the weights. "
-        "Rank: stable / effective rank of ΔW, means over the part's matrices. γ: ‖mean‖ / "
-        "‖standard deviation‖ of the MLP's inputs, without first tokens; far above 1, features that "
-        "never fire are to be expected.",
+        "KL with one layer's MLP or attention of the base, nats. Change: ‖ΔW‖ / ‖W‖ of the "
+        "weights. Rank: stable / effective rank of ΔW, means over the part's matrices. γ: ‖mean‖ / "
+        "‖standard deviation‖ of the MLP's inputs, without first tokens.",
     )
 
 
@@ -128,7 +136,9 @@ def _mean_rank(change: Mapping[str, Any]) -> str:
     changed = [m for m in change["matrices"].values() if m["stable_rank"] is not None]
     if not changed:
         return "–"
-    means = (sum(m[key] for m in changed) / len(changed) for key in ("stable_rank", "effective_rank"))
+    means = (
+        sum(m[key] for m in changed) / len(changed) for key in ("stable_rank", "effective_rank")
+    )
     return " / ".join(map(number, means))
 
 
@@ -188,6 +198,17 @@ def _visible(text: str) -> str:
 # --- figures --------------------------------------------------------------------------------------
 
 
+def _by_position(result: Mapping[str, Any]) -> Figure:
+    bins = result["by_position"]
+    x = [math.sqrt((a + 1) * b) for a, b in pairwise(bins["edges"])]
+    series = [series_of("together", "base", x, bins["kl"])]
+    series += [
+        series_of(NAMES[part], _KINDS[part], x, nats) for part, nats in bins["shapley"].items()
+    ]
+    label = "position in the text, from 1"
+    return Figure("shapley-position", "The parts along the texts", label, _NATS, series, x_log=True)
+
+
 def _kl_by_layer(result: Mapping[str, Any]) -> Figure:
     layers = result["layers"]
     x = list(range(len(layers)))
@@ -214,11 +235,11 @@ def _change_by_layer(result: Mapping[str, Any]) -> Figure:
 
 
 def _gamma(result: Mapping[str, Any]) -> Figure:
-    points = [(i, layer["gamma"]) for i, layer in enumerate(result["layers"])]
-    points = [(float(i), gamma) for i, gamma in points if gamma is not None]
-    series = [Series("γ", "mlp", [i for i, _ in points], [gamma for _, gamma in points])]
+    gammas = {float(i): layer["gamma"] for i, layer in enumerate(result["layers"])}
+    x = [layer for layer, gamma in gammas.items() if gamma is not None]
+    series = [Series("γ", "mlp", x, [gammas[layer] for layer in x])] if x else []
     label = "‖mean‖ / ‖standard deviation‖"
-    return Figure("gamma-layer", "Inputs of the MLPs", "layer", label, series if points else [])
+    return Figure("gamma-layer", "Inputs of the MLPs", "layer", label, series)
 
 
 def _profile(result: Mapping[str, Any]) -> Figure | None:
@@ -230,4 +251,4 @@ def _profile(result: Mapping[str, Any]) -> Figure | None:
     series += [
         Series(NAMES[part], _KINDS[part], x, nats) for part, nats in profile["shapley"].items()
     ]
-    return Figure("kl-token", "The text, token by token", "token", "nats", series)
+    return Figure("kl-token", "The text, token by token", "token", _NATS, series)

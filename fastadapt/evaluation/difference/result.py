@@ -42,6 +42,14 @@ class Regions(TypedDict):
     answer: Region
 
 
+class ByPosition(TypedDict):
+    """The difference and its parts in each bin of positions; one edge more than bins."""
+
+    edges: list[Count]
+    kl: list[Interval]
+    shapley: dict[Part, list[Interval]]
+
+
 class Hybrid(TypedDict):
     """A hybrid, by the parts that it takes from the base, and how far it is from the target."""
 
@@ -51,7 +59,7 @@ class Hybrid(TypedDict):
 
 
 class Layer(TypedDict):
-    """KL and top-1 error with one layer's MLP or attention of the base, and γ of the MLP's input."""
+    """KL and top-1 error with one layer's MLP or attention of the base; γ of the MLP's input."""
 
     kl: dict[Part, Interval]
     top1_error: dict[Part, Shares]
@@ -136,6 +144,7 @@ class WhereFile(TypedDict):
     verdict: str
     combinations: list[Hybrid]
     regions: Regions
+    by_position: ByPosition
     layers: list[Layer]
     weights: list[Change]
     positions: list[Position]

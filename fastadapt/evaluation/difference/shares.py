@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastadapt.evaluation.difference.measure import BY_LAYER, Measured
 from fastadapt.evaluation.difference.parts import Part, combinations
+from fastadapt.evaluation.faithfulness.summary import doubling_edges
 from fastadapt.evaluation.faithfulness.texts import REGIONS, Text, region_of
 from fastadapt.evaluation.statistics import BootstrapConfig, ratio
 
@@ -57,7 +58,9 @@ def summarise(
     answers: Sequence[int],
     config: BootstrapConfig | None = None,
 ) -> dict[str, Any]:
-    """Return the sections ``combinations``, ``regions`` and ``layers`` of ``where.json``.
+    """Return the sections of ``where.json`` that are means over positions, with intervals.
+
+    These are ``combinations``, ``regions``, ``by_position`` and ``layers``.
 
     Args:
         measured: arrays over ``texts``.
@@ -83,6 +86,7 @@ def summarise(
             for hybrid, each in zip(combinations(parts), of_all.hybrids(config), strict=True)
         ],
         "regions": {name: each.shares(parts, config) for name, each in sums.items()},
+        "by_position": _by_position(measured, parts, len(texts), config),
         "layers": _layers(measured, of_all.counts, config),
     }
 
@@ -103,6 +107,7 @@ class _Sums:
         """Return the intervals ``kl`` and ``top1_error`` of each combination."""
         kl = ratio(self.kl.T, self.counts, bounds=_POSITIVE, config=config).plain()
         wrong = ratio(self.wrong.T, self.counts, bounds=_SHARE, config=config).plain()
+        wrong[0] = dict(kl[0])  # the target itself: 0 without uncertainty
         return [{"kl": a, "top1_error": b} for a, b in zip(kl, wrong, strict=True)]
 
     def shares(self, parts: Sequence[Part], config: BootstrapConfig | None) -> dict[str, Any]:
@@ -122,6 +127,24 @@ class _Sums:
                 for part, a, b in zip(parts, nats, of_whole, strict=True)
             },
         }
+
+
+def _by_position(
+    measured: Measured, parts: Sequence[Part], n: int, config: BootstrapConfig | None
+) -> dict[str, Any]:
+    """Return ``edges``, and the base's KL and the Shapley values in nats, per bin of positions.
+
+    Bin i holds the positions from ``edges[i]`` up to, not including, ``edges[i+1]``.
+    """
+    edges = doubling_edges(int(measured.position.max()) + 1)
+    bins = torch.bucketize(measured.position, torch.tensor(edges[1:]), right=True)
+    sums = [_Sums(measured, bins == i, n) for i in range(len(edges) - 1)]
+    each = [one.shares(parts, config) for one in sums]
+    return {
+        "edges": edges,
+        "kl": [one["kl"] for one in each],
+        "shapley": {part: [one["shapley"][part]["nats"] for one in each] for part in parts},
+    }
 
 
 def _layers(

@@ -39,9 +39,7 @@ def ranks(matrix: Tensor) -> Ranks:
     powers = powers.where(powers > 1e-14 * powers.max(), 0)
     values = powers.sqrt()
     share = values / values.sum()
-    return Ranks(
-        (powers.sum() / powers.max()).item(), torch.special.entr(share).sum().exp().item()
-    )
+    return Ranks((powers.sum() / powers.max()).item(), torch.special.entr(share).sum().exp().item())
 
 
 def weight_changes(
@@ -62,7 +60,7 @@ def weight_changes(
         progress: called with (compared modules, all modules).
         stop: set it to stop after the current module; the list is incomplete then.
     """
-    entries = []
+    entries: list[dict[str, Any]] = []
     done, total = 0, len(models.swaps)
     for part in PARTS:
         for layer in (*range(models.n_layers), None):
@@ -85,7 +83,10 @@ def _change(swaps: Sequence[Swap], offset: float) -> dict[str, Any]:
     matrices: dict[str, dict[str, float | None]] = {}
     for name, target, base in _weights(swaps):
         delta = target.double() - base.double()
-        power, reference = delta.square().sum().item(), (base + offset).double().square().sum().item()
+        power, reference = (
+            delta.square().sum().item(),
+            (base + offset).double().square().sum().item(),
+        )
         changed, whole = changed + power, whole + reference
         if base.ndim == 2:
             each = ranks(delta) if power else None
