@@ -206,13 +206,16 @@ class _Comparison:
         """Return KLs and top-1 agreement of hybrids, ``[S, P]`` each."""
         rows: dict[int, tuple[Tensor, Tensor]] = {}
         for of_base in (False, True):
-            same_head = [i for i, t in enumerate(takings) if ("embeddings" in t.parts) == of_base]
+            same_head = [i for i, t in enumerate(takings) if self._has_base_head(t) == of_base]
             for first in range(0, len(same_head), self.config.models_at_once):
                 group = same_head[first : first + self.config.models_at_once]
                 got = self._kl([self._states(takings[i]) for i in group], of_base)
                 rows |= zip(group, zip(got.token_kl, got.token_top1, strict=True), strict=True)
         kl, agrees = zip(*(rows[i] for i in range(len(takings))), strict=True)
         return torch.stack(kl), torch.stack(agrees)
+
+    def _has_base_head(self, taking: _Taking) -> bool:
+        return "embeddings" in taking.parts and not self.models.has_one_head
 
     def _states(self, taking: _Taking) -> Tensor:
         with self.models.taking(taking.parts, taking.layer):

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from itertools import compress
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from fastadapt.batch import Batch
@@ -95,6 +96,7 @@ class TwoModels:
         parts: the parts that hybrids can take from the base: :data:`PARTS`, without ``embeddings``
             if the vocabularies have different sizes.
         notes: facts about the pair that limit what hybrids show.
+        has_one_head: whether the weights of both heads are equal.
 
     Args:
         pair: the pair, whose target has transformers' own MLPs.
@@ -113,7 +115,9 @@ class TwoModels:
         self.swaps = _swaps(pair, base)
         self.parts: tuple[Part, ...] = PARTS
         self.notes = [*pair.notes, *_config_notes(target.config, base.config)]
-        sizes = [tuple(self._head(model).shape) for model in (target, base)]
+        heads = [self._head(model) for model in (target, base)]
+        self.has_one_head = torch.equal(*heads)
+        sizes = [tuple(head.shape) for head in heads]
         if sizes[0] != sizes[1]:
             self.parts = PARTS[:-1]
             self.swaps = [swap for swap in self.swaps if swap.part != "embeddings"]

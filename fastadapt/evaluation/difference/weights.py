@@ -103,22 +103,29 @@ def _relative(power: float, reference: float) -> float | None:
 
 
 def _weights(swaps: Sequence[Swap]) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield name, target's and base's tensor of each weight; names begin with the module's."""
+    """Yield name, target's and base's tensor of each weight; names begin with the module's.
+
+    Norms inside of attention are left out, since they are swaps of the part ``norms``.
+    """
     seen: set[int] = set()
     for swap in swaps:
-        inside = _nested_norms(swap)
-        ours, theirs = dict(swap.target.named_parameters()), dict(swap.base.named_parameters())
-        for name, base in theirs.items():
-            if name not in inside and id(base) not in seen:
-                seen.add(id(base))
-                module = swap.name.rpartition(".")[2]
-                yield f"{module}.{name}", ours[name], base
+        for path, module in swap.base.named_modules():
+            if swap.part == "attention" and type(module).__name__.endswith("RMSNorm"):
+                continue
+            other = swap.target.get_submodule(path)
+            for name, base in module.named_parameters(recurse=False):
+                if id(base) not in seen:
+                    seen.add(id(base))
+                    parts = (swap.name.rpartition(".")[2], path, name)
+                    yield ".".join(filter(None, parts)), _tensor(other, name), base
 
 
-def _nested_norms(swap: Swap) -> set[str]:
-    """Return the names of the weights of norms inside of attention, which are no part of it."""
-    if swap.part != "attention":
-        return set()
-    modules: dict[str, nn.Module] = dict(swap.base.named_modules())
-    norms = [name for name, module in modules.items() if type(module).__name__.endswith("RMSNorm")]
-    return {f"{norm}.{name}" for norm in norms for name, _ in modules[norm].named_parameters()}
+def _tensor(module: nn.Module, name: str) -> Tensor:
+    """Return a weight of a module; of a low-rank layer, the weight of the plain layer equal to it.
+
+    Such a layer has a method ``merged``, which returns this weight.
+    """
+    tensor: Tensor = getattr(module, name)
+    if name == "weight" and hasattr(module, "merged"):
+        tensor = module.merged()
+    return tensor
