@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import permutations
 from pathlib import Path
@@ -66,10 +66,11 @@ class Plain:
         """Logits of every predicting position, text by text, without padding."""
         return torch.cat([model(torch.tensor([t.ids])).logits[0, :-1].double() for t in self.texts])
 
-    def compare(self, takes: Callable[[str], bool]) -> tuple[Tensor, Tensor]:
-        """KL and top-1 agreement of the target with the base's weights whose names ``takes``."""
+    def compare(self, parts: Sequence[str], within: str = "") -> tuple[Tensor, Tensor]:
+        """KL and top-1 agreement of the target with weights of the base: parts, by name."""
         ours, theirs = self.target.state_dict(), self.base.state_dict()
-        self.hybrid.load_state_dict({n: (theirs if takes(n) else ours)[n] for n in ours})
+        taken = {name for name in ours if part_of(name) in parts and within in name}
+        self.hybrid.load_state_dict({n: (theirs if n in taken else ours)[n] for n in ours})
         got = self.logits(self.hybrid)
         p, q = self.expected.log_softmax(-1), got.log_softmax(-1)
         return (p.exp() * (p - q)).sum(-1), got.argmax(-1) == self.expected.argmax(-1)
@@ -87,7 +88,8 @@ def save_pair(save_model: Callable[..., str]) -> Callable[..., dict[str, str]]:
 
 
 def load(folders: dict[str, str], dtype: str = "float64") -> TwoModels:
-    return TwoModels.load(PairConfig(**folders, dtype=dtype, device="cpu"))
+    target, base = folders["target"], folders["base"]
+    return TwoModels.load(PairConfig(target, base, dtype=dtype, device="cpu"))
 
 
 def measured_on(models: TwoModels, texts: list[Text], folder: Path) -> Measured:
@@ -125,7 +127,7 @@ def test_hybrids_equal_plain_models_assembled_by_hand(
     plain = Plain(folders, texts, models.pair.target.config._attn_implementation)
     kls = []
     for i, hybrid in enumerate(combinations(models.parts)):
-        kl, agrees = plain.compare(lambda name, parts=hybrid.parts: part_of(name) in parts)
+        kl, agrees = plain.compare(hybrid.parts)
         torch.testing.assert_close(got.kl[:, i], kl, rtol=0, atol=1e-10)
         assert torch.equal(got.agrees[:, i], agrees)
         kls.append(kl)
@@ -147,9 +149,7 @@ def test_single_layers_equal_plain_models_assembled_by_hand(
     plain = Plain(folders, texts, "sdpa")
     for p, part in enumerate(("mlps", "attention")):
         for layer in range(3):
-            kl, agrees = plain.compare(
-                lambda n, p=part, i=layer: part_of(n) == p and f".layers.{i}." in n
-            )
+            kl, agrees = plain.compare((part,), within=f".layers.{layer}.")
             for i in range(len(texts)):
                 of_text = got.text == i
                 assert abs(got.layer_kl[i, p, layer] - kl[of_text].sum()) < 1e-10
@@ -198,7 +198,7 @@ def test_the_models_are_restored_and_never_copied(make_pair: Callable[..., Model
     assert state() == before
     targets = {id(p) for p in models.pair.target.parameters()}
     attention = list(models.base.model.layers[1].self_attn.parameters())
-    with models.taking(("attention",), layer=1) as hybrid:
+    with models.taking(PARTS[:1], layer=1) as hybrid:  # attention
         taken = {id(p) for p in hybrid.parameters()} - targets
         assert taken == {id(p) for p in attention if p.ndim == 2}  # its norms stay the target's
     assert state() == before
@@ -245,6 +245,7 @@ def test_an_interrupted_measurement_is_resumed(
     for name in vars(whole):
         assert torch.equal(getattr(whole, name), getattr(resumed, name)), name
     again = measure(*arguments, config=BATCHES, progress=lambda *_: pytest.fail("measured again"))
+    assert again is not None
     assert torch.equal(again.kl, whole.kl)
     assert measure(*arguments[:3], "other", config=BATCHES, stop=stop) is None
 
@@ -382,14 +383,16 @@ def test_gamma_is_that_of_the_inputs_without_first_tokens(
 def test_a_text_is_typed_or_in_a_file(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(resolve("organism/target"), None, trust=False)
     (tmp_path / "text.txt").write_text("tom has 3 apples")
-    typed = typed_text("tom has 3 apples", tokenizer, 424)
-    assert typed.ids == typed_text(str(tmp_path / "text.txt"), tokenizer, 424).ids
+    typed = typed_text("tom has 3 apples", tokenizer, 424, 9)
+    assert typed.ids == typed_text(str(tmp_path / "text.txt"), tokenizer, 424, 9).ids
     assert typed.ids == tokenizer("tom has 3 apples")["input_ids"]
     assert typed.prompt_length == len(typed.ids) == 4
     with pytest.raises(UserError, match="--text: expected a text of 2 tokens or more"):
-        typed_text("tom", tokenizer, 424)
+        typed_text("tom", tokenizer, 424, 9)
+    with pytest.raises(UserError, match="expected at most 3 tokens, the context"):
+        typed_text("tom has 3 apples", tokenizer, 424, 3)
     with pytest.raises(UserError, match="expected tokens below 6"):
-        typed_text("tom has", tokenizer, 6)
+        typed_text("tom has", tokenizer, 6, 9)
 
 
 def test_a_profile_has_every_token_of_the_text(

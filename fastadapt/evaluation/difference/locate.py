@@ -173,12 +173,11 @@ def locate(
 
 
 def _texts(request: WhereRequest, models: TwoModels) -> list[Text]:
-    tokenizer = models.pair.tokenizer
-    n_rows = min(
-        model.get_input_embeddings().weight.shape[0] for model in (models.pair.target, models.base)
-    )
+    tokenizer, both = models.pair.tokenizer, (models.pair.target, models.base)
+    n_rows = min(model.get_input_embeddings().weight.shape[0] for model in both)
     if request.text is not None:
-        return [typed_text(request.text, tokenizer, n_rows)]
+        longest = min(model.config.max_position_embeddings for model in both)
+        return [typed_text(request.text, tokenizer, n_rows, longest)]
     assert request.data is not None
     return held_out_texts(request.data, tokenizer, request.config.where.n, n_rows)
 

@@ -43,16 +43,17 @@ def held_out_texts(data: DataConfig, tokenizer: Any, n: int, n_rows: int) -> lis
     ]
 
 
-def typed_text(text: str, tokenizer: Any, n_rows: int) -> Text:
+def typed_text(text: str, tokenizer: Any, n_rows: int, longest: int) -> Text:
     """Return a text that was typed, or is in a file, with the tokenizer's own special tokens.
 
     Args:
         text: the text, or the path of a file that holds it.
         tokenizer: tokenizer of the pair.
         n_rows: rows of the models' embeddings.
+        longest: number of tokens that the models can read.
 
     Raises:
-        UserError: the file cannot be read, or the text has fewer than 2 tokens.
+        UserError: the file cannot be read, or the text has fewer than 2 tokens or too many.
     """
     name = "the text"
     if "\n" not in text and has_file(Path(text)):
@@ -60,5 +61,10 @@ def typed_text(text: str, tokenizer: Any, n_rows: int) -> Text:
     ids = tokenizer(text, verbose=False)["input_ids"]
     if len(ids) < 2:
         raise UserError(f"--text: expected a text of 2 tokens or more, or a file, got {text!r:.40}")
+    if len(ids) > longest:
+        raise UserError(
+            f"--text: expected at most {longest:,} tokens, the context of the models, got "
+            f"{len(ids):,}; shorten the text"
+        )
     check_ids(ids, n_rows, name)
     return Text(name, ids, len(ids))

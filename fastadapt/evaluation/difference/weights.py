@@ -125,7 +125,8 @@ def _tensor(module: nn.Module, name: str) -> Tensor:
 
     Such a layer has a method ``merged``, which returns this weight.
     """
+    merged: Callable[[], Tensor] | None = getattr(module, "merged", None)
+    if name == "weight" and merged is not None:
+        return merged()
     tensor: Tensor = getattr(module, name)
-    if name == "weight" and hasattr(module, "merged"):
-        tensor = module.merged()
     return tensor
