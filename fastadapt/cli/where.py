@@ -143,9 +143,18 @@ def _source_of_data(word: str) -> str:
 
 def _read_values(name: str) -> dict[str, Any]:
     """Return the components ``pair`` and ``data`` of a preset, a YAML file, a run or adapters."""
-    folder = typed_path(name, "PAIR_OR_YAML")
-    values = _run_values(folder) if folder.is_dir() else read_configs([name])
+    folder = _folder(name)
+    values = read_configs([name]) if folder is None else _run_values(folder)
     return {key: values[key] for key in ("pair", "data") if key in values}
+
+
+def _folder(name: str) -> Path | None:
+    """Return the folder of a run or of adapters; None for presets and files."""
+    folder = typed_path(name, "PAIR_OR_YAML")
+    if not folder.is_dir():
+        return None
+    in_run = folder.name == "adapter" and has_file(folder.parent / "config.yaml")
+    return folder.parent if in_run else folder
 
 
 def _run_values(folder: Path) -> dict[str, Any]:
@@ -176,7 +185,7 @@ def _run_values(folder: Path) -> dict[str, Any]:
 
 def _default_output(name: str | None, request: WhereRequest) -> Path:
     suffix = "where" if request.text is None else "where-text"
-    if name is not None and typed_path(name, "PAIR_OR_YAML").is_dir():
-        return typed_path(name, "PAIR_OR_YAML") / suffix
+    if name is not None and (folder := _folder(name)) is not None:
+        return folder / suffix
     stem = Path(request.pair.target).name if name is None else find_config(name).stem
     return Path("runs") / f"{stem}-{suffix}"

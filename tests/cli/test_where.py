@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def test_one_text_is_measured_token_by_token(
     assert (tmp_path / "runs" / "target-where-text" / "plots" / "kl-token.png").is_file()
 
 
-def test_a_run_is_a_pair_with_its_data() -> None:
+def test_a_run_is_a_pair_with_its_data(tmp_path: Path) -> None:
     from fastadapt.cli.where import parse_where
     from fastadapt.organism import resolve
     from fastadapt.training.config import load_config
@@ -93,10 +94,13 @@ def test_a_run_is_a_pair_with_its_data() -> None:
     assert (request.data.validation, request.data.family) == ("other.jsonl", "qwen")
     assert request.pair.dtype == "float64"
     assert overwrite
-    adapters = parse_where([str(run / "adapter"), "--data=other.jsonl"])[0]
-    assert adapters.pair.target == pair[0]
-    assert adapters.data is not None
-    assert adapters.data.family == config.data.family
+    assert parse_where([str(run / "adapter")]) == parse_where([str(run)])
+    shutil.copytree(run / "adapter", tmp_path / "shared")  # adapters without their run
+    request, folder, _ = parse_where([str(tmp_path / "shared"), "--data=other.jsonl"])
+    assert (request.pair.target, request.pair.base) == pair
+    assert request.data is not None
+    assert (request.data.validation, request.data.family) == ("other.jsonl", config.data.family)
+    assert folder == tmp_path / "shared" / "where"
 
 
 def test_presets_and_files_name_the_folder(recipe: Callable[..., Path]) -> None:
