@@ -93,7 +93,7 @@ WHERE_OPTIONS = """
 --sampling.seed --sampling.stop --sampling.stop_degenerate --sampling.temperature
 --sampling.top_p --statistics --statistics.level --statistics.resamples --statistics.seed --text
 --where --where.batch_tokens --where.chunk_tokens --where.models_at_once --where.n
---where.positions
+--where.positions --where.ranks
 """
 
 

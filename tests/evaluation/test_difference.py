@@ -310,6 +310,38 @@ def test_the_only_part_that_differs_has_the_whole_share(
         assert {each["part"] for each in changes if each["change"]} == {part}
 
 
+@pytest.mark.parametrize(
+    ("share", "extent"),
+    [
+        ((0.9, None, None), "explain most of this pair's difference: the MLPs' share is 90.0% of"),
+        ((0.9, 0.8, 0.95), "most of this pair's difference: the MLPs' share is 90.0% [80.0, 95.0]"),
+        ((0.52, 0.48, 0.56), "explain about half"),
+        ((0.3, 0.2, 0.4), "explain the smaller part"),
+        ((0.3, None, None), "explain the smaller part"),
+    ],
+)
+def test_the_verdict_follows_the_interval(share: tuple[float | None, ...], extent: str) -> None:
+    def interval(*ends: float | None) -> dict[str, float | None]:
+        return dict(zip(("mean", "low", "high"), ends, strict=True))
+
+    hybrids = {("mlps",): 1.5, ("attention",): 2.5}
+    sections = {
+        "combinations": [
+            {"from_base": list(parts), "kl": interval(kl, kl, kl)} for parts, kl in hybrids.items()
+        ],
+        "regions": {
+            "all": {
+                "kl": interval(4.0, 3.9, 4.1),
+                "shapley": {"mlps": {"share": interval(*share)}},
+            }
+        },
+    }
+    sentence = verdict(sections, ["attention", "mlps"])
+    assert extent in sentence
+    assert "in the target cost 1.50 nats" in sentence
+    assert "in the base leave 2.50 nats" in sentence
+
+
 def test_equal_models_have_no_difference(
     make_pair: Callable[..., ModelPair], texts: list[Text], tmp_path: Path
 ) -> None:
@@ -351,6 +383,37 @@ def test_changes_and_ranks_are_those_of_the_singular_values(
             stable, effective = (values**2).sum() / values.max() ** 2, -(share * np.log(share))
             assert math.isclose(matrix["stable_rank"], stable, rel_tol=1e-9)
             assert math.isclose(matrix["effective_rank"], np.exp(effective.sum()), rel_tol=1e-6)
+
+
+def test_without_ranks_the_changes_are_the_same(make_pair: Callable[..., ModelPair]) -> None:
+    models = planted(make_pair, *PARTS)
+    whole, quick = (weight_changes(models, with_ranks=given) for given in (True, False))
+    assert [each["change"] for each in quick] == [each["change"] for each in whole]
+    matrices = [matrix for each in quick for matrix in each["matrices"].values()]
+    assert {matrix["stable_rank"] for matrix in matrices} == {None}
+    assert all(matrix["change"] for matrix in matrices)
+
+
+def test_a_low_rank_layer_counts_as_the_layer_it_equals(
+    make_pair: Callable[..., ModelPair],
+) -> None:
+    delta = torch.outer(torch.ones(16), torch.arange(32.0)).double()
+
+    class LowRank(torch.nn.Linear):
+        def merged(self) -> Tensor:
+            return self.weight + delta
+
+    models = planted(make_pair)
+    attention = models.pair.target.model.layers[1].self_attn
+    layer = LowRank(32, 16, bias=False, dtype=torch.float64)
+    layer.weight = attention.o_proj.weight
+    attention.o_proj = layer
+    (changed,) = (each for each in weight_changes(models) if each["change"])
+    assert (changed["part"], changed["layer"]) == ("attention", 1)
+    (matrix,) = (m for m in changed["matrices"].values() if m["change"])
+    assert math.isclose(matrix["stable_rank"], 1, rel_tol=1e-9)
+    base = models.base.model.layers[1].self_attn.o_proj.weight
+    assert math.isclose(matrix["change"], delta.norm() / base.norm(), rel_tol=1e-6)
 
 
 def test_the_rank_of_a_low_rank_change() -> None:
@@ -409,4 +472,4 @@ def test_a_profile_has_every_token_of_the_text(
 @pytest.mark.parametrize("name", ["n", "batch_tokens", "chunk_tokens", "models_at_once"])
 def test_impossible_settings_are_refused(name: str) -> None:
     with pytest.raises(UserError, match=f"where.{name}: expected 1 or more, got 0"):
-        DifferenceConfig(**{name: 0})
+        DifferenceConfig(**{name: 0})  # type: ignore[arg-type]

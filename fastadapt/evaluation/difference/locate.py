@@ -149,7 +149,12 @@ def locate(
     )
     if measured is None:
         return None
-    changes = weight_changes(models, progress=partial(progress, "weights"), stop=stop)
+    changes = weight_changes(
+        models,
+        with_ranks=request.config.where.ranks,
+        progress=partial(progress, "weights"),
+        stop=stop,
+    )
     answers = None
     if request.generate and not stop.is_set():
         answers = answer(

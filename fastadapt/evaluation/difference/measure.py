@@ -36,6 +36,8 @@ class DifferenceConfig:
     Args:
         n: largest number of texts, from the start of the data.
         positions: number of positions to list, those where target and base differ most.
+        ranks: whether to compute the ranks of the changes of matrices. They take about a second for
+            each matrix of a 7B model on a GPU.
         batch_tokens: tokens of a batch, padding included. A longer text is a separate batch.
         chunk_tokens: number of tokens whose logits are in memory at a time.
         models_at_once: number of hybrids whose last states are in memory together.
@@ -43,6 +45,7 @@ class DifferenceConfig:
 
     n: int = 100
     positions: int = 20
+    ranks: bool = True
     batch_tokens: int = 4096
     chunk_tokens: int = 1024
     models_at_once: int = 8

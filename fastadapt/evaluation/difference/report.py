@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 from fastadapt.reporting.figures import Figure, Series, series_of
 from fastadapt.reporting.formatting import number, percent
-from fastadapt.reporting.tables import Table, shown
+from fastadapt.reporting.tables import Interval, Table, shown
 
 #: Names of the parts in tables, in their order.
 NAMES = {
@@ -20,6 +20,7 @@ NAMES = {
 }
 #: Kinds of series by part, which select their colours.
 _KINDS = {"attention": "attention", "mlps": "mlp", "norms": "norms", "embeddings": "embeddings"}
+_CONTEXT, _TOKEN = 32, 14  # characters of a cell, so that the table fits a page
 _NATS = "nats per predicted token"
 _KL = "KL to the target, nats per predicted token"
 
@@ -47,6 +48,16 @@ def difference_figures(result: Mapping[str, Any]) -> list[Figure]:
     return [figure for figure in figures if figure.series]
 
 
+def count_text(n: int) -> str:
+    """Return the number of texts in words.
+
+    Example:
+        >>> count_text(1), count_text(2000)
+        ('1 text', '2,000 texts')
+    """
+    return "1 text" if n == 1 else f"{n:,} texts"
+
+
 # --- tables ---------------------------------------------------------------------------------------
 
 
@@ -56,17 +67,23 @@ def regions_of(result: Mapping[str, Any]) -> list[str]:
     return names if len(names) > 2 else ["all"]
 
 
+def _shown(value: Interval, show: Callable[[float | None], str] = number) -> str:
+    """Format an interval, without ends if a single text or question gives none."""
+    has_ends = value["low"] is not None or value["high"] is not None
+    return shown(value, show) if has_ends else show(value["mean"])
+
+
 def _shares(result: Mapping[str, Any]) -> Table:
     regions, all_ = regions_of(result), result["regions"]["all"]
     rows = [
         [
             NAMES[part],
-            shown(all_["shapley"][part]["nats"]),
-            *(shown(result["regions"][r]["shapley"][part]["share"], percent) for r in regions),
+            _shown(all_["shapley"][part]["nats"]),
+            *(_shown(result["regions"][r]["shapley"][part]["share"], percent) for r in regions),
         ]
         for part in result["parts"]
     ]
-    kls = [shown(result["regions"][region]["kl"]) for region in regions]
+    kls = [_shown(result["regions"][region]["kl"]) for region in regions]
     rows.append(["together, nats", kls[0], "100%", *kls[1:]])
     notes = "".join(f" Note: {note}." for note in result["notes"])
     counts = result["texts"]
@@ -75,8 +92,8 @@ def _shares(result: Mapping[str, Any]) -> Table:
         ["part", "nats", *("share" if r == "all" else f"… {r}" for r in regions)],
         rows,
         f"{result['verdict']} Shapley values of KL(target ‖ hybrid) and their shares of "
-        f"KL(target ‖ base), over {counts['predicted']:,} predicted tokens of {counts['n']:,} "
-        f"texts; intervals of {percent(result['level'])} over texts.{notes}",
+        f"KL(target ‖ base), over {counts['predicted']:,} predicted tokens of "
+        f"{count_text(counts['n'])}; intervals of {percent(result['level'])} over texts.{notes}",
     )
 
 
@@ -86,7 +103,7 @@ def _from_base(parts: Sequence[str]) -> str:
 
 def _hybrids(result: Mapping[str, Any]) -> Table:
     rows = [
-        [_from_base(each["from_base"]), shown(each["kl"]), shown(each["top1_error"], percent)]
+        [_from_base(each["from_base"]), _shown(each["kl"]), _shown(each["top1_error"], percent)]
         for each in sorted(result["combinations"], key=lambda each: len(each["from_base"]))
     ]
     return Table(
@@ -102,8 +119,8 @@ def _layers(result: Mapping[str, Any]) -> Table:
     rows = [
         [
             str(i),
-            shown(layer["kl"]["mlps"]),
-            shown(layer["kl"]["attention"]),
+            _shown(layer["kl"]["mlps"]),
+            _shown(layer["kl"]["attention"]),
             *(percent(changes[part, i]["change"]) for part in ("mlps", "attention", "norms")),
             _mean_rank(changes["mlps", i]),
             _mean_rank(changes["attention", i]),
@@ -152,8 +169,8 @@ def _generation(result: Mapping[str, Any]) -> Table | None:
     rows = [
         [
             _from_base(each["from_base"]),
-            shown(each["accuracy"], percent),
-            shown(each["length"]),
+            _shown(each["accuracy"], percent),
+            _shown(each["length"]),
             percent(each["truncated"]),
         ]
         for each in sorted(chosen, key=lambda each: len(each["from_base"]))
@@ -173,11 +190,11 @@ def _positions(result: Mapping[str, Any]) -> Table | None:
         [
             each["text"],
             number(each["position"]),
-            _visible(each["before"])[-40:],
-            _visible(each["token"]),
-            *(f"{_visible(each[r]['token'])} {percent(each[r]['p'])}" for r in ("target", "base")),
+            _visible(each["before"])[-_CONTEXT:],
+            _cut(each["token"]),
+            *(f"{_cut(each[r]['token'])} {percent(each[r]['p'])}" for r in ("target", "base")),
             number(each["kl"]),
-            f"{NAMES[each['reason']]} {number(each['shapley'][each['reason']])}",
+            f"{NAMES[each['reason']].split()[0]} {number(each['shapley'][each['reason']])}",
         ]
         for each in result["positions"]
     ]
@@ -193,6 +210,12 @@ def _positions(result: Mapping[str, Any]) -> Table | None:
 def _visible(text: str) -> str:
     """Return a text with line breaks and tabs as escapes."""
     return text.replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
+
+
+def _cut(token: str) -> str:
+    """Return the beginning of a token, for a cell."""
+    text = _visible(token)
+    return text if len(text) <= _TOKEN else f"{text[: _TOKEN - 1]}…"
 
 
 # --- figures --------------------------------------------------------------------------------------

@@ -187,16 +187,13 @@ def verdict(sections: dict[str, Any], parts: list[Part]) -> str:
             f"The MLPs of target and base are equal in effect: all of the difference of "
             f"{number(total)} nats lies in other parts, and MLP adapters have nothing to learn."
         )
+    low, high = share["low"], share["high"]
     ends = ""
-    if share["low"] is not None and share["high"] is not None:
-        ends = f" [{percent(share['low']).rstrip('%')}, {percent(share['high']).rstrip('%')}]"
-    extent = (
-        "most"
-        if (share["low"] or 0) > 0.5
-        else "the smaller part"
-        if (1 if share["high"] is None else share["high"]) < 0.5
-        else "about half"
-    )
+    if low is None or high is None:  # a single text
+        low = high = share["mean"]
+    else:
+        ends = f" [{percent(low).rstrip('%')}, {percent(high).rstrip('%')}]"
+    extent = "most" if low > 0.5 else "the smaller part" if high < 0.5 else "about half"
     return (
         f"MLP adapters can explain {extent} of this pair's difference: the MLPs' share is "
         f"{percent(share['mean'])}{ends} of {number(total)} nats per token. The base's MLPs in the "

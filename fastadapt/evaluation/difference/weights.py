@@ -45,6 +45,7 @@ def ranks(matrix: Tensor) -> Ranks:
 def weight_changes(
     models: TwoModels,
     *,
+    with_ranks: bool = True,
     progress: Callable[[int, int], None] | None = None,
     stop: Event | None = None,
 ) -> list[dict[str, Any]]:
@@ -53,10 +54,12 @@ def weight_changes(
     The entry of a part outside of the blocks has the layer None. ``change`` is ``‖ΔW‖ / ‖W‖`` over
     all weights of the part in the layer, ``W`` being the base's (in Gemma's norms with the 1 that
     they add), null if these are 0. ``matrices`` has, by name of the matrix, its own ``change`` and
-    the ranks of ``ΔW``, null where nothing changed. A weight that is shared counts once.
+    the ranks of ``ΔW``, null where nothing changed, or without ranks. A weight that is
+    shared counts once.
 
     Args:
         models: the two models.
+        with_ranks: whether to compute the ranks, whose eigenvalues take most of the time.
         progress: called with (compared modules, all modules).
         stop: set it to stop after the current module; the list is incomplete then.
     """
@@ -70,7 +73,7 @@ def weight_changes(
             if stop is not None and stop.is_set():
                 return entries
             offset = models.pair.paths.norm_offset if part == "norms" else 0.0
-            entries.append({"part": part, "layer": layer, **_change(swaps, offset)})
+            entries.append({"part": part, "layer": layer, **_change(swaps, offset, with_ranks)})
             done += len(swaps)
             if progress is not None:
                 progress(done, total)
@@ -78,7 +81,7 @@ def weight_changes(
 
 
 @torch.no_grad()
-def _change(swaps: Sequence[Swap], offset: float) -> dict[str, Any]:
+def _change(swaps: Sequence[Swap], offset: float, with_ranks: bool) -> dict[str, Any]:
     changed = whole = 0.0
     matrices: dict[str, dict[str, float | None]] = {}
     for name, target, base in _weights(swaps):
@@ -89,7 +92,7 @@ def _change(swaps: Sequence[Swap], offset: float) -> dict[str, Any]:
         )
         changed, whole = changed + power, whole + reference
         if base.ndim == 2:
-            each = ranks(delta) if power else None
+            each = ranks(delta) if power and with_ranks else None
             matrices[name] = {
                 "change": _relative(power, reference),
                 "stable_rank": each and each.stable,
