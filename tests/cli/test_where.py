@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,22 @@ def test_bad_requests_get_one_clear_error(
 
 
 @pytest.mark.slow
+def test_the_embedded_pair_takes_less_than_two_minutes(
+    fastadapt: Callable[..., Any], tmp_path: Path
+) -> None:
+    before = time.process_time()
+    outcome = fastadapt("where", "organism", "--output", tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    assert time.process_time() - before < 120
+    whole = read_result(tmp_path / "out" / "where.json")["regions"]["all"]
+    # A trial before this command existed, on other texts of the pair: 3.89 nats.
+    assert abs(whole["kl"]["mean"] - 3.89) < 0.1
+    trial = {"mlps": 0.46, "attention": 0.34, "embeddings": 0.22, "norms": -0.01}
+    for part, share in trial.items():
+        assert abs(whole["shapley"][part]["share"]["mean"] - share) < 0.015
+
+
+@pytest.mark.slow
 def test_hybrids_of_the_embedded_pair_answer_questions(
     fastadapt: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -171,7 +188,3 @@ def test_hybrids_of_the_embedded_pair_answer_questions(
     assert answers[()]["length"]["mean"] > 2 * answers[parts]["length"]["mean"]
     assert answers[()]["accuracy"]["mean"] >= 0.5
     assert "Answers" in outcome.out
-    stored = {p: p.stat().st_mtime_ns for p in (tmp_path / "out/generated").rglob("*.responses.*")}
-    assert len(stored) == 16
-    assert fastadapt(*command).code == 0
-    assert {p: p.stat().st_mtime_ns for p in stored} == stored

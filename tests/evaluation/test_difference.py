@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -290,6 +291,15 @@ def test_shares_sum_to_the_whole_in_every_region(
         inside = (got.position >= low) & (got.position < high)
         assert math.isclose(each["mean"], got.kl[inside, -1].mean(), rel_tol=1e-12)
     assert summary["combinations"][0]["top1_error"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+
+
+def test_two_tokens_are_a_text(make_pair: Callable[..., ModelPair], tmp_path: Path) -> None:
+    models, text = planted(make_pair, *PARTS), Text("short", [5, 6], 2)
+    got = measured_on(models, [text], tmp_path / "parts")
+    sections = summarise(got, models.parts, [text], [2])
+    assert [layer["gamma"] for layer in sections["layers"]] == [None] * 3
+    assert sections["by_position"]["edges"] == [0, 1]
+    json.dumps(sections, allow_nan=False)
 
 
 def test_the_only_part_that_differs_has_the_whole_share(

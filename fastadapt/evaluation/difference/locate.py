@@ -179,7 +179,7 @@ def locate(
 
 def _texts(request: WhereRequest, models: TwoModels) -> list[Text]:
     tokenizer, both = models.pair.tokenizer, (models.pair.target, models.base)
-    n_rows = min(model.get_input_embeddings().weight.shape[0] for model in both)
+    n_rows = models.pair.target.get_input_embeddings().weight.shape[0]
     if request.text is not None:
         longest = min(model.config.max_position_embeddings for model in both)
         return [typed_text(request.text, tokenizer, n_rows, longest)]

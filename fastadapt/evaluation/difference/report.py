@@ -116,6 +116,11 @@ def _hybrids(result: Mapping[str, Any]) -> Table:
 
 def _layers(result: Mapping[str, Any]) -> Table:
     changes = {(each["part"], each["layer"]): each for each in result["weights"]}
+    outside = "".join(
+        f" {name} changed by {percent(changes[part, None]['change'])}."
+        for part, name in (("norms", "The last norm"), ("embeddings", "Embeddings and head"))
+        if (part, None) in changes
+    )
     rows = [
         [
             str(i),
@@ -144,7 +149,7 @@ def _layers(result: Mapping[str, Any]) -> Table:
         rows,
         "KL with one layer's MLP or attention of the base, nats. Change: ‖ΔW‖ / ‖W‖ of the "
         "weights. Rank: stable / effective rank of ΔW, means over the part's matrices. γ: ‖mean‖ / "
-        "‖standard deviation‖ of the MLP's inputs, without first tokens.",
+        f"‖standard deviation‖ of the MLP's inputs, without first tokens.{outside}",
     )
 
 

@@ -158,7 +158,7 @@ def _layers(
         {
             "kl": {part: kl[p][layer] for p, part in enumerate(BY_LAYER)},
             "top1_error": {part: error[p][layer] for p, part in enumerate(BY_LAYER)},
-            "gamma": gamma,
+            "gamma": gamma if math.isfinite(gamma) else None,  # a single token has no deviation
         }
         for layer, gamma in enumerate(measured.gamma.tolist())
     ]

@@ -23,7 +23,7 @@ def held_out_texts(data: DataConfig, tokenizer: Any, n: int, n_rows: int) -> lis
         data: source and rendering. ``data.max_validation`` bounds ``n``.
         tokenizer: tokenizer of the pair.
         n: largest number of texts.
-        n_rows: rows of the models' embeddings.
+        n_rows: rows of the target's embedding.
 
     Raises:
         UserError: the source cannot be read, or a token has no embedding.
@@ -49,7 +49,7 @@ def typed_text(text: str, tokenizer: Any, n_rows: int, longest: int) -> Text:
     Args:
         text: the text, or the path of a file that holds it.
         tokenizer: tokenizer of the pair.
-        n_rows: rows of the models' embeddings.
+        n_rows: rows of the target's embedding.
         longest: number of tokens that the models can read.
 
     Raises:
