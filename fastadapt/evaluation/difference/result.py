@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 from typing_extensions import NotRequired, TypedDict
 
-from fastadapt.errors import UserError
-from fastadapt.evaluation.difference.parts import Part
+from fastadapt.evaluation.difference.measure import BY_LAYER
+from fastadapt.evaluation.difference.parts import Part, combinations
 from fastadapt.evaluation.result_schema import Interval, Shares
-from fastadapt.io.documents import Count, Finite, NonNegative, Positive, read_json
+from fastadapt.io.documents import (
+    Count,
+    DocumentError,
+    Finite,
+    Name,
+    NonNegative,
+    Positive,
+    read_json,
+)
 from fastadapt.reporting.formatting import number, percent
 
 SCHEMA_VERSION = 1
+
+
+_Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+
+
+class Pair(TypedDict):
+    """Names and revisions of the two models."""
+
+    target: Name
+    target_revision: Name | None
+    base: Name
+    base_revision: Name | None
 
 
 class Value(TypedDict):
@@ -87,7 +108,7 @@ class Likely(TypedDict):
     """A model's most likely token and its probability."""
 
     token: str
-    p: NonNegative
+    p: _Share
 
 
 class Position(TypedDict):
@@ -119,7 +140,7 @@ class Answers(TypedDict):
     from_base: list[Part]
     accuracy: Shares
     length: Interval
-    truncated: NonNegative
+    truncated: _Share
 
 
 class Texts(TypedDict):
@@ -134,9 +155,9 @@ class WhereFile(TypedDict):
     """``where.json``."""
 
     schema_version: Annotated[int, msgspec.Meta(ge=1, le=SCHEMA_VERSION)]
-    pair: dict[str, str | None]
+    pair: Pair
     settings: dict[str, Any]
-    level: NonNegative
+    level: _Share
     versions: dict[str, str]
     parts: list[Part]
     notes: list[str]
@@ -159,13 +180,44 @@ def read_result(path: Path) -> dict[str, Any]:
         DocumentError: the file is missing, damaged, or of a later version of the library.
     """
     result: dict[str, Any] = read_json(path, WhereFile)
-    parts = result["parts"]
-    if len(result["combinations"]) != 1 << len(parts):
-        raise UserError(
-            f"{path}: expected {1 << len(parts)} combinations of {len(parts)} parts, got "
-            f"{len(result['combinations'])}"
-        )
+    for key, expected, got in _sizes(result):
+        if got != expected:
+            raise DocumentError(f"{path}: {key}: expected {expected}, got {got}")
     return result
+
+
+def _sizes(result: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Yield key, expected and actual value of what the lists of ``where.json`` have in common."""
+    parts, n_layers = result["parts"], len(result["layers"])
+    yield "parts", sorted(set(parts) | {"mlps"}), sorted(parts)
+    hybrids = [list(hybrid.parts) for hybrid in combinations(parts)]
+    yield "parts, combinations", hybrids, [each["from_base"] for each in result["combinations"]]
+    bins = result["by_position"]
+    by_part = {"by_position.shapley": bins["shapley"]}
+    by_part |= {f"regions.{name}.shapley": r["shapley"] for name, r in result["regions"].items()}
+    by_part |= {f"positions[{i}].shapley": p["shapley"] for i, p in enumerate(result["positions"])}
+    if "profile" in result:
+        profile = result["profile"]
+        by_part["profile.shapley"] = profile["shapley"]
+        yield "profile.tokens", len(profile["kl"]), len(profile["tokens"])
+        for part, nats in profile["shapley"].items():
+            yield f"profile.shapley.{part}", len(profile["kl"]), len(nats)
+    for key, values in by_part.items():
+        yield key, sorted(parts), sorted(values)
+    yield "by_position.edges", sorted(set(bins["edges"])), bins["edges"]
+    for key, values in (("kl", bins["kl"]), *bins["shapley"].items()):
+        yield f"by_position.{key}", len(bins["edges"]) - 1, len(values)
+    for i, layer in enumerate(result["layers"]):
+        for key in ("kl", "top1_error"):
+            yield f"layers[{i}].{key}", sorted(BY_LAYER), sorted(layer[key])
+    for each in result["weights"]:
+        for name, matrix in each["matrices"].items():
+            absent = [matrix[key] is None for key in ("stable_rank", "effective_rank")]
+            yield f"weights: matrices.{name}: stable_rank is null", absent[1], absent[0]
+    for part in ("mlps", "attention", "norms"):
+        layers = [each["layer"] for each in result["weights"] if each["part"] == part]
+        inside = [layer for layer in layers if layer is not None]
+        yield f"layers, weights of part {part}", list(range(n_layers)), inside
 
 
 def verdict(sections: dict[str, Any], parts: list[Part]) -> str:
