@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 COMMANDS = {
     "train": ("train:train", "train transcoder adapters, or a baseline, on a model pair"),
     "eval": ("eval:evaluate", "measure how faithful runs are: tables, plots, benchmarks, report"),
+    "where": (
+        "where:where",
+        "measure in which parts of the models a pair differs, before training",
+    ),
     "features collect": ("features:collect", "collect where each feature of a run fires"),
     "features merge": ("features:merge", "merge shards into one store"),
     "features export": ("features:export", "write pages to browse the features"),
@@ -40,7 +44,7 @@ COMMANDS = {
     "doctor": ("doctor:doctor", "show what will be used on this machine, and check the kernels"),
 }
 #: Commands that print their help if they are called without arguments.
-_HELPFUL = ("eval", "intervene")
+_HELPFUL = ("eval", "intervene", "where")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

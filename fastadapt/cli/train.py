@@ -115,7 +115,7 @@ def parse_train(argv: Sequence[str]) -> tuple[TrainConfig, Namespace]:
     Raises:
         UserError: an unknown option, preset or key, or an impossible value.
     """
-    from fastadapt.training.config import TRUST, from_dict, move_old_keys, take_trust
+    from fastadapt.training.config import from_dict
 
     parser = train_parser()
     # Without defaults: unset options take the files' values, or else those of the dataclasses.
@@ -123,25 +123,51 @@ def parse_train(argv: Sequence[str]) -> tuple[TrainConfig, Namespace]:
     if not typed.get("config"):
         parser.error(f"PRESET_OR_YAML is missing; presets: {_known()}")
     values = read_configs(typed.config)
-    from_file = take_trust(values)
     names = [flag.lstrip("-").replace("-", "_") for flag in TRAIN_FLAGS]
     flags = Namespace({name: bool(typed.get(name)) for name in names})
     flags.gpu, flags.gpus = typed.get("gpu"), typed.get("gpus")
     for name in ("json", "gpu", "gpus"):
         if flags[name] not in (None, False) and not flags.dry_run:
             parser.error(f"--{name} goes with --dry-run")
-    components = {name: keys for name, keys in typed.as_dict().items() if isinstance(keys, dict)}
+    write_typed(values, components_of(typed), argv, typed.config)
+    return from_dict(values), flags
+
+
+def components_of(typed: Namespace) -> dict[str, Any]:
+    """Return the typed options ``--component.key``, by component."""
+    return {name: keys for name, keys in typed.as_dict().items() if isinstance(keys, dict)}
+
+
+def write_typed(
+    values: dict[str, Any],
+    components: Mapping[str, Any],
+    argv: Sequence[str],
+    files: Sequence[str],
+) -> None:
+    """Write typed options over the values of files. Trust in code is taken from options only.
+
+    Args:
+        values: values of the files by component; changed in place.
+        components: the typed options, from :func:`components_of`.
+        argv: the words of the command line.
+        files: names of the files, for the message.
+
+    Raises:
+        UserError: a file trusts the code of a model, and no option does.
+    """
+    from fastadapt.training.config import TRUST, move_old_keys, take_trust
+
+    from_file = take_trust(values)
     _write_over(values, move_old_keys(components))
     trust = _typed_trust(argv)
     # Check again, since `--pair FILE` reads a file, too.
     if trust is None and (take_trust(values) or from_file):
         raise UserError(
-            f"pair.{TRUST} is true in a file ({', '.join(typed.config)}). Trust in the code of a "
+            f"pair.{TRUST} is true in a file ({', '.join(files)}). Trust in the code of a "
             f"model is typed, never read from a file: to run that code, type --pair.{TRUST} true"
         )
     if trust is not None and isinstance(values.get("pair"), dict):
         values["pair"][TRUST] = trust
-    return from_dict(values), flags
 
 
 def _typed_trust(argv: Sequence[str]) -> bool | None:

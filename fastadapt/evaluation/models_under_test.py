@@ -48,6 +48,28 @@ class UnreadableError(UserError):
     """The base has no row in its embedding for a token of the target."""
 
 
+def load_base(pair: ModelPair) -> Any:
+    """Load the base of a pair as a complete model, with the MLPs that the pair has in memory.
+
+    Raises:
+        UserError: see :func:`fastadapt.models.pretrained.load_causal_lm`.
+    """
+    config = pair.config
+    base = load_causal_lm(
+        config.base,
+        config.base_revision,
+        device=next(pair.base_mlps.parameters()).device,
+        dtype=DTYPES[config.dtype],
+        attention=pair.target.config._attn_implementation,
+        trust=config.trust_remote_code,
+        role="base",
+    ).requires_grad_(False)
+    blocks = getattr(getattr(base, pair.paths.decoder), pair.paths.layers)
+    for block, mlp in zip(blocks, pair.base_mlps, strict=True):
+        setattr(block, pair.paths.mlp, mlp)
+    return base
+
+
 class ModelSet:
     """Runs of one pair, with the pair's base and hybrid.
 
@@ -237,24 +259,12 @@ class ModelSet:
         Raises:
             UserError: a call of the model gets an id for which its embedding has no row.
         """
-        pair, config = self.model.pair, self.model.pair.config
-        base = load_causal_lm(
-            config.base,
-            config.base_revision,
-            device=self.model.device,
-            dtype=DTYPES[config.dtype],
-            attention=pair.target.config._attn_implementation,
-            trust=config.trust_remote_code,
-            role="base",
-        ).requires_grad_(False)
-        blocks = getattr(getattr(base, pair.paths.decoder), pair.paths.layers)
-        for block, mlp in zip(blocks, pair.base_mlps, strict=True):
-            setattr(block, pair.paths.mlp, mlp)
+        base = load_base(self.model.pair)
         base.get_input_embeddings().register_forward_pre_hook(self._check_ids)
         try:
             yield base
         finally:
-            del base, blocks
+            del base
             gc.collect()
 
     def _check_ids(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -35,6 +35,9 @@ COLOURS = {
     "hybrid": "#D55E00",
     "base": "#8a8a8a",
     "target": "#999933",
+    # Parts of a model, beside mlp and norms.
+    "attention": "#0072B2",
+    "embeddings": "#CC79A7",
     # Sets of features of the study.
     "selected": "#009E73",
     "selected otherwise": "#E69F00",

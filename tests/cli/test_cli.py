@@ -82,6 +82,28 @@ def test_the_options_of_eval_are_frozen() -> None:
     assert sorted(open_command("eval").parser.option_names()) == EVAL_OPTIONS.split()
 
 
+WHERE_OPTIONS = """
+--benchmarks --benchmarks.data --benchmarks.few_shot --benchmarks.hesitation_words
+--benchmarks.limit --benchmarks.repetitions --benchmarks.seed --benchmarks.tasks --data
+--data.family --data.max_tokens --data.max_validation --data.revision --data.validation
+--data.validation_split --generate --help --output --overwrite --pair --pair.attention --pair.base
+--pair.base_revision --pair.device --pair.dtype --pair.target --pair.target_revision
+--pair.trust_remote_code --sampling --sampling.batch_size --sampling.batching
+--sampling.degeneration --sampling.degeneration.min_count --sampling.degeneration.ngrams
+--sampling.degeneration.share --sampling.degeneration.window --sampling.max_new_tokens
+--sampling.seed --sampling.stop --sampling.stop_degenerate --sampling.temperature
+--sampling.top_p --statistics --statistics.level --statistics.resamples --statistics.seed --text
+--where --where.batch_tokens --where.chunk_tokens --where.models_at_once --where.n
+--where.positions --where.ranks
+"""
+
+
+def test_the_options_of_where_are_frozen() -> None:
+    from fastadapt.cli.where import where_parser
+
+    assert sorted(where_parser().option_names()) == WHERE_OPTIONS.split()
+
+
 FEATURES = "check classify collect describe export merge overlap select serve sets"
 
 
@@ -90,7 +112,7 @@ def test_the_commands_are_frozen(fastadapt: Callable[..., Any]) -> None:
 
     features = [f"features {name}" for name in FEATURES.split()]
     frozen = ["data prepare", "doctor", "eval", "export", *features, "intervene"]
-    assert sorted(COMMANDS) == [*frozen, "train"]
+    assert sorted(COMMANDS) == [*frozen, "train", "where"]
     for command in COMMANDS:
         assert command in fastadapt("--help").out
 

@@ -71,6 +71,7 @@ def test_features_are_scaled_for_one_prompt(tmp_path: Path) -> None:
 def test_the_commands_are_understood(tmp_path: Path) -> None:
     from fastadapt.cli.main import COMMANDS, open_command
     from fastadapt.cli.train import parse_train
+    from fastadapt.cli.where import parse_where
 
     values = yaml.safe_load(blocks("yaml", "README.md")[0])
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values))
@@ -85,6 +86,12 @@ def test_the_commands_are_understood(tmp_path: Path) -> None:
                 assert config.optimizer.lr == (4e-4 if "--optimizer.lr" in argv else 8e-4)
             assert flags.resume == ("--resume" in argv)
             seen += 1
+        elif words[:2] == ["fastadapt", "where"]:
+            argv = [str(tmp_path / w) if w == "mine.yaml" else w for w in words[2:]]
+            request, folder, _ = parse_where(argv)
+            assert request.generate == ("--generate" in argv)
+            assert (request.text is None) == folder.name.endswith("where")
+            seen += 1
         elif words[:1] == ["fastadapt"] and "--help" not in words:
             n_words = 2 if words[1] in COMMANDS else 3
             typed = open_command(" ".join(words[1:n_words])).parse(words[n_words:])
@@ -96,7 +103,7 @@ def test_the_commands_are_understood(tmp_path: Path) -> None:
             program = words[1] if words[1] != "-m" else words[2].replace(".", "/") + ".py"
             assert (ROOT / program).is_file()
             seen += 1
-    assert seen == 31
+    assert seen == 36
 
 
 @pytest.mark.parametrize("target", ["train", "test", "proof", "reproduce", "study"])

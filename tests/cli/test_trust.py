@@ -126,6 +126,10 @@ def _commands(foreign: Foreign, out: Path) -> dict[str, list[object]]:
         "eval": ["eval", run, "--output", out, "--parts", "[partial]"],
         "eval adapters": ["eval", run / "adapter", "--output", out, "--parts", "[partial]"],
         "eval bare": ["eval", foreign.bare, "--output", out, "--parts", "[speed]"],
+        "where": ["where", run, "--output", out, "--where.n", "2"],
+        "where adapters": ["where", run / "adapter", "--output", out, "--where.n", "2"],
+        "where over": ["where", foreign.run.parent / "over.yaml", *models, "--output", out],
+        "where a pair": ["where", *models, "--text", "tom has 3 apples", "--output", out],
         "collect": ["features", "collect", run, "--output", out, "--n", "4"],
         "overlap": ["features", "overlap", run],
         "describe": ["features", "describe", run, "--yes"],
@@ -157,6 +161,9 @@ REFUSED = {
     "train --pair": "--pair",
     "eval": "type --trust_remote_code",
     "eval adapters": "type --trust_remote_code",
+    "where": "type --pair.trust_remote_code true",
+    "where adapters": "type --pair.trust_remote_code true",
+    "where over": "type --pair.trust_remote_code true",
     "collect": "type --trust_remote_code",
     "overlap": "type --trust_remote_code",
     "describe": "type --trust_remote_code",
@@ -165,7 +172,14 @@ REFUSED = {
 
 NAMES = list(_commands(Foreign(Path("x")), Path("y")))
 #: Commands that read a pair without a run, which would record the flag.
-UNRECORDED = ("train a pair", "train --dry-run", "eval bare", "export", "organism check")
+UNRECORDED = (
+    "train a pair",
+    "where a pair",
+    "train --dry-run",
+    "eval bare",
+    "export",
+    "organism check",
+)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "organism check"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,11 @@ from damage import REMOVED, Damage, document, raw, sweep, variants
 from fastadapt.errors import UserError
 from fastadapt.evaluation.benchmarks.datasets import BENCHMARKS, questions
 from fastadapt.evaluation.benchmarks.runner import Row, _write, read_rows
+from fastadapt.evaluation.difference.locate import WhereConfig, WhereRequest, locate
+from fastadapt.evaluation.difference.measure import DifferenceConfig
+from fastadapt.evaluation.difference.parts import PARTS as PARTS_OF_MODELS
+from fastadapt.evaluation.difference.report import difference_figures, difference_tables
+from fastadapt.evaluation.difference.result import read_result
 from fastadapt.evaluation.faithfulness.partial_results import PartialResults
 from fastadapt.evaluation.faithfulness.prompts import held_out
 from fastadapt.evaluation.folder import PARTS, read_part
@@ -27,6 +33,8 @@ from fastadapt.evaluation.generation.responses import (
 )
 from fastadapt.evaluation.generation.throughput import SpeedConfig, measure_speed
 from fastadapt.evaluation.runs import read_pair
+from fastadapt.evaluation.statistics import BootstrapConfig
+from fastadapt.models.pair import PairConfig
 from fastadapt.reporting.figures import figures
 from fastadapt.reporting.tables import as_latex, as_markdown, tables
 
@@ -107,9 +115,51 @@ _POSSIBLE: dict[str, tuple[object, ...]] = {
 }
 
 
+#: Valid values of keys of ``where.json``, among the values that the generator writes.
+_POSSIBLE_WHERE: dict[str, tuple[object, ...]] = {
+    **dict.fromkeys(("mean", "low", "high"), (None, -1, 0, 10**9, 1.5, 2**63, 2**64)),
+    **dict.fromkeys(("stable_rank", "effective_rank"), (0, 10**9, 1.5, 2**63, 2**64)),
+    **dict.fromkeys(("change", "gamma"), (None, 0, 10**9, 1.5, 2**63, 2**64)),
+    "matrices": ({},),
+    **dict.fromkeys(("kl", *PARTS_OF_MODELS), (-1, 0, 10**9, 1.5, 2**63, 2**64)),
+    **dict.fromkeys(("p", "level"), (0,)),
+    **dict.fromkeys(("position", "positions"), (0, 10**9, [], REMOVED)),
+    **dict.fromkeys(("profile", "fastadapt", "torch", "transformers"), (REMOVED,)),
+    **dict.fromkeys(("n", "predicted"), (10**9,)),
+}
+
+
+def test_where_json(tiny_pair: Path, tmp_path: Path) -> None:
+    pair = PairConfig(str(tiny_pair / "target"), str(tiny_pair / "base"), device="cpu")
+    settings = WhereConfig(DifferenceConfig(positions=2), BootstrapConfig(resamples=200))
+    request = WhereRequest(pair, None, "w5 w6 w7 w8", config=settings)
+    assert locate(request, tmp_path, lambda *_: None, Event()) is not None
+    path = tmp_path / "where.json"
+
+    def read() -> dict[str, Any]:
+        result_read = read_result(path)
+        shown = difference_tables(result_read)
+        as_markdown(shown), as_latex(shown), difference_figures(result_read)
+        return result_read
+
+    def valid(damage: Damage, result_read: dict[str, Any]) -> bool:
+        same = result_read == json.loads(damage.content or b"")
+        if damage.name.startswith("bit flip"):  # of a digit or a letter
+            return same
+        text = isinstance(damage.value, str) or damage.key in ("settings", "versions", "pair")
+        values = _POSSIBLE_WHERE.get(damage.key, ())
+        text = text or damage.keys[-2:-1] == ("matrices",)
+        return same and (text or "settings" in damage.keys or _is_among(damage.value, values))
+
+    sweep(path, variants(path), read, valid)
+
+
+def _is_among(value: object, values: tuple[object, ...]) -> bool:
+    return any(type(each) is type(value) and each == value for each in values)
+
+
 def _possible(damage: Damage) -> bool:
-    allowed = _POSSIBLE.get(damage.key, ())
-    return any(type(value) is type(damage.value) and value == damage.value for value in allowed)
+    return _is_among(damage.value, _POSSIBLE.get(damage.key, ()))
 
 
 @pytest.fixture

@@ -282,20 +282,38 @@ def _of_base(
     Both distributions are renormalised over these. A token that the base lacks and that is the
     target's most likely one counts as a disagreement.
     """
-    heads = model.head, base.get_output_embeddings().weight.to(model.head.dtype)
+    heads = model.head, base.get_output_embeddings().weight
     common = min(map(len, heads))
-    # The op has one head for both models. Concatenated heads, with hidden states padded by
-    # zeros, give each model the logits of its own head.
-    head = torch.cat([each[:common] for each in heads], 1)
-    zeros = torch.zeros_like(teacher)
-    padded = torch.cat([teacher, zeros], -1)
-    final = torch.cat([zeros, final], -1)
-    got = _kl(model, padded, [final], head, predicts, chunk_tokens)
+    padded, students, head = join_heads(teacher, [final], *(each[:common] for each in heads))
+    got = _kl(model, padded, students, head, predicts, chunk_tokens)
     agrees = got.token_top1[0]
     if len(model.head) > common:
         chunks = teacher[:, :-1][predicts].split(chunk_tokens)
         agrees &= torch.cat([(h @ model.head.T).argmax(-1) for h in chunks]) < common
     return {"kl": got.token_kl[0], "agrees": agrees}
+
+
+def join_heads(
+    teacher: Tensor, students: Sequence[Tensor], head: Tensor, students_head: Tensor
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Return arguments of the op for students whose head is not the teacher's.
+
+    The op has one head for all models. Concatenated heads, with hidden states padded by zeros, give
+    each model the logits of its own head.
+
+    Args:
+        teacher, students: last hidden states ``[..., D]``.
+        head, students_head: ``[V, D]``.
+
+    Returns:
+        Teacher and students ``[..., 2D]``, and the head ``[V, 2D]``.
+    """
+    zeros = torch.zeros_like(teacher)
+    return (
+        torch.cat([teacher, zeros], -1),
+        [torch.cat([zeros, student], -1) for student in students],
+        torch.cat([head, students_head.to(head.dtype)], 1),
+    )
 
 
 def _last_hidden(base: Any, model: ReplacementModel, batch: Batch) -> Tensor:

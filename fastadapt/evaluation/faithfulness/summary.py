@@ -59,7 +59,7 @@ def summarise_output(
     )
     domains = sorted({text.domain for text in texts if text.domain is not None})
     in_domain = {d: torch.tensor([text.domain == d for text in texts]) for d in domains}
-    edges = _edges(max(len(text.ids) - 1 for text in texts))
+    edges = doubling_edges(max(len(text.ids) - 1 for text in texts))
     summary: dict[str, Any] = {}
     for name, arrays in measured.items():
         sums = _Sums(arrays, len(texts), config)
@@ -203,8 +203,13 @@ def _wrong(arrays: Measured) -> Tensor:
     return (~arrays.agrees).double()
 
 
-def _edges(positions: int) -> list[int]:
-    """Return 0, 1, 2, 4, 8, ...: edges of bins that double, the last one at ``positions``."""
+def doubling_edges(positions: int) -> list[int]:
+    """Return 0, 1, 2, 4, 8, ...: edges of bins that double, the last one at ``positions``.
+
+    Example:
+        >>> doubling_edges(5)
+        [0, 1, 2, 4, 5]
+    """
     edges = [0]
     while edges[-1] < positions:
         edges.append(min(positions, max(1, 2 * edges[-1])))

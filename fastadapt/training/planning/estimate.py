@@ -16,7 +16,7 @@ from fastadapt.errors import UserError
 from fastadapt.io.names import typed_path
 from fastadapt.models.pair import DTYPES
 from fastadapt.models.recompute import POLICIES
-from fastadapt.models.sources.pair_sources import Sources
+from fastadapt.models.sources.pair_sources import Sources, planned_config
 from fastadapt.organism import resolve
 from fastadapt.training.config import TrainConfig
 from fastadapt.training.planning.devices import Device, planned_device
