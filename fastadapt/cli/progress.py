@@ -114,6 +114,8 @@ class Progress:
             from fastadapt.reporting.formatting import markers_note
 
             self.write(f"training data: {markers_note(marked, record['sequences'])}")
+        for source in record.get("sources", ()):
+            self._source(source)
         if record["kind"] == "resume":
             self.write(f"resuming after step {step} of {self._steps}")
             for passed in record.get("passed_over", ()):
@@ -122,6 +124,21 @@ class Progress:
             bar = self._draw("", step, self._steps, unit=" step", note="")
             bar.initial = step
             bar.refresh()
+
+    def _source(self, source: dict[str, Any]) -> None:
+        """Write the share of a source in a mixture, and what was left out of it."""
+        name, read = source["source"], source["read"]
+        if "share" in source:
+            self.write(f"{name}: {source['share']:.1%} of the training tokens")
+        if n := source["bad"]:
+            first = source["examples"][0]
+            lost = f"{n:,} of {read:,} rows cannot be read and are left out"
+            self.write(f"{name}: {lost}; the first: {first}")
+        if n := source["beyond_model"]:
+            self.write(
+                f"{name}: {n:,} of {read:,} texts are longer than the model can read and are left "
+                "out"
+            )
 
     def _step(self, step: int, record: dict[str, Any]) -> None:
         terms = [f"{name} {_short(record[key])}" for key, name in SHOWN.items() if key in record]

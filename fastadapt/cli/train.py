@@ -102,7 +102,10 @@ def train_parser() -> Parser:
     parser.add_argument("--gpu", type=str, default=None, help=with_gpu)
     with_gpus = "with --dry-run: plan for this number of GPUs that share the run"
     parser.add_argument("--gpus", type=int, default=None, help=with_gpus)
-    add_components(parser, TrainConfig)
+    # A mixture is written in a file; typed, the data are one source.
+    add_components(parser, TrainConfig, {"data": {"train"}})
+    source = "training data: file, folder or hub id; in a YAML file also a list of sources"
+    parser.add_argument("--data.train", type=str, help=source)
     parser.add_argument("--adapter.kind", type=str, help="former name of --run.trains")
     former = "former form of --data.loss: true is all, false is assistant"
     parser.add_argument("--data.train_on_prompt", type=bool, help=former)

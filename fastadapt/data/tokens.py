@@ -49,7 +49,7 @@ class Encoder:
         added = getattr(tokenizer, "added_tokens_decoder", {}).values()
         special = {str(token) for token in added if token.special} | set(form.markers)
         special -= {*form.thinking, ""}
-        thinking = {marker for marker in form.thinking if marker}
+        thinking = {*form.thinking} & {str(token) for token in added}  # others are plain text
         self._special, self._thinking = _any_of(special), _any_of(thinking)
         self._any = _any_of(special | thinking)
         #: Markers that ``split_special_tokens`` does not split.

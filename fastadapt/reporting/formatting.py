@@ -57,13 +57,10 @@ def duration(seconds: float | None) -> str:
 
 
 def markers_note(n: int, total: int) -> str:
-    """Return a note on conversations with chat markers in their text.
+    """Return a note on texts with special tokens in what was said.
 
     Example:
-        >>> markers_note(2, 1000)[:60]
-        '2 of 1,000 conversations have markers of the family in their'
+        >>> markers_note(2, 1000)
+        '2 of 1,000 texts have special tokens in what was said (data.markers)'
     """
-    return (
-        f"{n:,} of {total:,} conversations have markers of the family in their text, which the "
-        "tokenizer reads as markers"
-    )
+    return f"{n:,} of {total:,} texts have special tokens in what was said (data.markers)"

@@ -217,13 +217,28 @@ CASES: list[tuple[Any, ...]] = [
     # --- the data
     ("no data", lambda d: d.train(**{"data.train": str(d.folder / "no.jsonl")}), r"no\.jsonl"),
     ("kind of file", lambda d: d.train(**{"data.train": str(d.recipe())}), r"run\.yaml.*jsonl"),
-    ("no column", _rows({"text": "w1"}), r"rows\.jsonl.*conversations.*text"),
+    ("no column", _rows({"title": "w1"}), r"rows\.jsonl: no column 'conversations'.*'title'"),
+    (
+        "two plausible columns",
+        _rows({**CONVERSATION, "text": "w1 w2"}),
+        r"several columns may hold the data .*set data\.columns to conversations or text",
+    ),
+    (
+        "a template that fails",
+        lambda d: d.train(**{"data.family": {"template": "{{ raise_exception('no chats') }}"}}),
+        r"train\.jsonl, line 1: the chat template fails for turns of roles .*: no chats",
+    ),
+    (
+        "a weight of 0",
+        lambda d: d.train(**{"data.train": [{"source": d.data(CONVERSATION), "weight": 0}]}),
+        r"data\.train: weight of .*rows\.jsonl': expected a number above 0, got 0; leave the",
+    ),
     ("no JSON", _rows(CONVERSATION, "{broken"), r"rows\.jsonl, line 2: .*JSON"),
     ("no rows", _rows(), r"rows\.jsonl.*(empty|got none)"),
     (
         "one turn",
         _rows({"conversations": TURNS[:1]}),
-        r"rows\.jsonl, line 1: conversations: expected two turns",
+        r"rows\.jsonl, line 1: conversations: expected a turn of the assistant, got none",
     ),
     (
         "empty sample",

@@ -61,6 +61,19 @@ def test_the_options_of_data_prepare_are_frozen(fastadapt: Callable[..., Any]) -
     assert "SOURCE" in text
 
 
+INSPECT_OPTIONS = """
+--columns --examples --family --help --loss --markers --max_tokens --pair --revision --rows --split
+--subset --trust_remote_code
+"""
+
+
+def test_the_options_of_data_inspect_are_frozen(fastadapt: Callable[..., Any]) -> None:
+    text = fastadapt("data", "inspect", "--help").out
+    assert sorted(set(re.findall(r"^  (?:-h, )?(--\w+)", text, re.MULTILINE))) == (
+        INSPECT_OPTIONS.split()
+    )
+
+
 EVAL_OPTIONS = """
 --benchmarks --benchmarks.data --benchmarks.few_shot --benchmarks.hesitation_words
 --benchmarks.limit --benchmarks.repetitions --benchmarks.seed --benchmarks.tasks --device
@@ -111,7 +124,7 @@ def test_the_commands_are_frozen(fastadapt: Callable[..., Any]) -> None:
     from fastadapt.cli.main import COMMANDS
 
     features = [f"features {name}" for name in FEATURES.split()]
-    frozen = ["data prepare", "doctor", "eval", "export", *features, "intervene"]
+    frozen = ["data inspect", "data prepare", "doctor", "eval", "export", *features, "intervene"]
     assert sorted(COMMANDS) == [*frozen, "train", "where"]
     for command in COMMANDS:
         assert command in fastadapt("--help").out

@@ -82,7 +82,24 @@ def test_markers_in_the_data_are_said() -> None:
     Progress(stream).record({**start, "with_markers": 0})
     assert stream.getvalue() == ""
     Progress(stream).record({**start, "with_markers": 3})
-    assert stream.getvalue().startswith("training data: 3 of 1,200 conversations have markers")
+    assert stream.getvalue().startswith("training data: 3 of 1,200 texts have special tokens")
+
+
+def test_rows_that_are_left_out_and_shares_are_said() -> None:
+    stream = io.StringIO()
+    source = {"source": "a.jsonl", "bad": 0, "beyond_model": 0, "read": 9, "examples": []}
+    sources = [
+        {**source, "bad": 2, "examples": ["a.jsonl, line 3: text is empty"], "share": 0.7496},
+        {**source, "source": "b.csv", "beyond_model": 1, "share": 0.2504},
+    ]
+    Progress(stream).record({"kind": "start", "step": 0, "steps": 4, "sources": sources})
+    assert stream.getvalue().splitlines() == [
+        "a.jsonl: 75.0% of the training tokens",
+        "a.jsonl: 2 of 9 rows cannot be read and are left out; the first: "
+        "a.jsonl, line 3: text is empty",
+        "b.csv: 25.0% of the training tokens",
+        "b.csv: 1 of 9 texts are longer than the model can read and are left out",
+    ]
 
 
 def test_numbers_that_are_not_there_are_dashes() -> None:
