@@ -252,8 +252,8 @@ def _add_argument(parser: Parser, parameter: _Parameter) -> list[str]:
         return [option, upper] if is_required else []
     usage = upper = upper.removesuffix("S")
     if typing.get_origin(parameter.hint) is list:
-        options |= {"type": str, "nargs": "+"}
-        usage = f"{upper} [{upper} ...]"
+        options |= {"type": str, "nargs": "+" if is_required else "*"}
+        usage = f"{upper} [{upper} ...]" if is_required else f"[{upper} ...]"
     elif not is_required:
         options["nargs"] = "?"
         usage = f"[{upper}]"

@@ -81,7 +81,7 @@ def test_the_options_of_eval_are_frozen() -> None:
     assert sorted(open_command("eval").parser.option_names()) == EVAL_OPTIONS.split()
 
 
-FEATURES = "check classify collect describe export merge overlap select serve sets"
+FEATURES = "check classify collect describe export merge overlap select serve sets show"
 
 
 def test_the_commands_are_frozen(fastadapt: Callable[..., Any]) -> None:
