@@ -6,7 +6,7 @@ import json as json_module
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
-from fastadapt.cli.console import print_table
+from fastadapt.cli.console import print_table, say
 from fastadapt.cli.parser import Typed
 from fastadapt.errors import UserError
 from fastadapt.features.store.schema import Kind
@@ -14,6 +14,8 @@ from fastadapt.features.store.store import Store
 from fastadapt.reporting.formatting import number, percent
 
 if TYPE_CHECKING:
+    from fastadapt.effects.trace import Trace
+    from fastadapt.features.loading import LoadedRun
     from fastadapt.features.store.details import UnitDetails
 
 
@@ -108,6 +110,165 @@ def _lines(unit: UnitDetails) -> list[str]:
         place = f"text {e.text}, token {e.position:,}, {e.region}"
         lines.append(f"    {number(e.value):>6}  {e.before}[{e.token}]{e.after}  ({place})")
     return lines
+
+
+def trace(
+    run: str,
+    prompt: str,
+    *,
+    response: str | None = None,
+    max_new_tokens: int = 64,
+    plain: bool = False,
+    top: int = 3,
+    no_base: bool = False,
+    json: bool = False,
+    dtype: str | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+) -> int:
+    """Show, for each token of a prompt and its response, which features fire, what they promote,
+    and the KL of base, hybrid and adapter to the target's next-token distribution.
+
+    Args:
+        run: folder of a finished run
+        prompt: a user's prompt, rendered as the training data of the run were
+        response: text of the response; by default the most likely response of the target
+        max_new_tokens: number of tokens of the target's response, at most; 0: the prompt alone
+        plain: read the prompt as it is, without the markers of a conversation
+        top: features shown per token
+        no_base: leave out the base, which is then not loaded as a whole model
+        json: print JSON
+    """
+    from fastadapt.effects.generate import GenerateConfig, generate
+    from fastadapt.effects.requests import prompt_ids, response_ids
+    from fastadapt.effects.trace import trace as trace_text
+
+    for name, value in (("--max_new_tokens", max_new_tokens), ("--top", top)):
+        if value < 0:
+            raise UserError(f"{name}: expected 0 or more, got {value}")
+    loaded = _load(run, dtype, device, trust_remote_code)
+    ids = prompt_ids(loaded.models, prompt, plain=plain)
+    answer: list[int] = []
+    if response is not None:
+        answer = response_ids(loaded.models, response) if response else []
+    elif max_new_tokens:
+        settings = GenerateConfig(models=("target",), max_new_tokens=max_new_tokens)
+        (generated,) = generate(loaded, ids, settings)
+        answer = generated.tokens
+    traced = trace_text(loaded, ids + answer, len(ids), base=not no_base)
+    if json:
+        print(json_module.dumps(asdict(traced), indent=2, ensure_ascii=False))
+    else:
+        _print_trace(loaded, traced, top)
+    return 0
+
+
+def _load(run: str, dtype: str | None, device: str | None, trust: bool) -> LoadedRun:
+    from fastadapt.features.loading import load_run
+
+    loaded = load_run(run, dtype=dtype, device=device, trust_remote_code=trust)
+    if not loaded.model.n_features:
+        raise UserError(f"{run}: this run trained no transcoders, so it has no features")
+    return loaded
+
+
+def _print_trace(run: LoadedRun, traced: Trace, top: int) -> None:
+    from fastadapt.effects.trace import promotes
+    from fastadapt.features.store.details import token_text
+
+    shown = {firing.pair for here in traced.fires for firing in here[:top]}
+    totals = traced.totals()[: max(10, top)]
+    promoted = promotes(run, sorted(shown | {firing.pair for firing in totals}))
+
+    def name(pair: tuple[int, int]) -> str:
+        return f"{pair[0]}/{pair[1]} {token_text(promoted[pair][0])}"
+
+    rows = []
+    for i, token in enumerate(traced.tokens):
+        following, share = traced.predicted["target"][i]
+        row = [str(i), token_text(token), f"{token_text(following)} {percent(share)}"]
+        for model, kl in traced.kl.items():
+            said = traced.predicted[model][i][0]
+            row.append(number(kl[i]) + ("" if said == following else f" {token_text(said)}"))
+        rows.append([*row, "  ".join(name(firing.pair) for firing in traced.fires[i][:top])])
+    heads = [f"KL of {model}" for model in traced.kl]
+    print_table(["", "token", "target, next", *heads, "features, promote"], rows, left=True)
+    print("\nA KL is followed by the model's most likely next token where it is not the target's.")
+    parts = {
+        "prompt": slice(0, traced.prompt_length),
+        "response": slice(traced.prompt_length, None),
+    }
+    rows = []
+    for part, places in parts.items():
+        if len(traced.ids[places]):
+            means = [sum(kl[places]) / len(kl[places]) for kl in traced.kl.values()]
+            rows.append([part, f"{len(traced.ids[places]):,}", *map(number, means)])
+    print()
+    print_table(["mean", "tokens", *heads], rows)
+    print()
+    rows = [
+        [
+            f"{firing.layer}/{firing.feature}",
+            number(firing.contribution / len(traced.ids)),
+            " ".join(map(token_text, promoted[firing.pair])),
+        ]
+        for firing in totals
+    ]
+    print_table(["feature", "contribution", "promotes"], rows, left=True)
+
+
+def generate(
+    run: str,
+    prompt: str,
+    *,
+    without: tuple[str, ...] = (),
+    scale: tuple[str, ...] = (),
+    models: tuple[str, ...] = ("adapter",),
+    temperature: float = 0.0,
+    max_new_tokens: int = 512,
+    seed: int = 0,
+    plain: bool = False,
+    json: bool = False,
+    dtype: str | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+) -> int:
+    """Generate a response with a run's adapter, with features removed or scaled, or with the other
+    models of the pair.
+
+    Args:
+        run: folder of a finished run
+        prompt: a user's prompt, rendered as the training data of the run were
+        without: features to remove: sets of the run, or features such as 2/17,3/401
+        scale: features and their factor, such as 2/17=0 or a set with hesitation=-0.5
+        models: models to generate with: any of base, hybrid, adapter, target
+        temperature: temperature of the softmax; 0 takes the most likely token
+        max_new_tokens: largest number of tokens of a response
+        seed: seed of the random numbers
+        plain: read the prompt as it is, without the markers of a conversation
+        json: print JSON
+    """
+    from fastadapt.effects.generate import GenerateConfig
+    from fastadapt.effects.generate import generate as generate_responses
+    from fastadapt.effects.requests import factors_of, prompt_ids
+
+    settings = GenerateConfig(
+        tuple(models), temperature=temperature, max_new_tokens=max_new_tokens, seed=seed
+    )
+    loaded = _load(run, dtype, device, trust_remote_code)
+    factors = factors_of(loaded, without, scale)
+    ids = prompt_ids(loaded.models, prompt, plain=plain)
+    responses = generate_responses(loaded, ids, settings, factors)
+    if json:
+        print(json_module.dumps([asdict(each) for each in responses], indent=2, ensure_ascii=False))
+        return 0
+    for i, each in enumerate(responses):
+        if len(responses) > 1:
+            print("\n" * (i > 0) + f"--- {each.model}")
+        print(each.text)
+        if each.finish == "length":
+            say(f"{each.model}: ended after {len(each.tokens):,} tokens (--max_new_tokens)")
+    return 0
 
 
 def intervene(

@@ -35,12 +35,14 @@ COMMANDS = {
     "features sets": ("features:sets", "list the sets"),
     "features check": ("features:check", "verify every file and row of a store"),
     "intervene": ("effects:intervene", "ablate features, isolate them or add them to the target"),
+    "trace": ("effects:trace", "show which features fire on a prompt, and each model's KL"),
+    "generate": ("effects:generate", "generate with features removed or scaled"),
     "data prepare": ("data:prepare", "select training and validation conversations"),
     "export": ("export:export", "write a run as one checkpoint, or in another format"),
     "doctor": ("doctor:doctor", "show what will be used on this machine, and check the kernels"),
 }
 #: Commands that print their help if they are called without arguments.
-_HELPFUL = ("eval", "intervene")
+_HELPFUL = ("eval", "generate", "intervene", "trace")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -271,8 +271,8 @@ OPTIONS = {
 --examples --json --kind --top
 """,
     "select": """
---alive --at --before --classes --difference --features --hesitation --intersection --overwrite --promotes
---random --seed --share --sql --template --times --top --union
+--alive --at --before --classes --difference --features --hesitation --intersection --overwrite
+--promotes --random --seed --share --sql --template --times --top --union
 """,
     "sets": "",
     "intervene": """

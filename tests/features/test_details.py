@@ -78,7 +78,7 @@ def test_details_are_the_rows_of_the_store(data: StoreData) -> None:
 def test_texts_of_the_store_cannot_move_the_cursor(data: StoreData) -> None:
     """Control characters and reordering ones are shown, not printed."""
     pairs = [(layer, i) for layer in range(L) for i in range(F)]
-    shown = repr([u for u in read_details(data.store, pairs, examples=20)])
+    shown = repr(read_details(data.store, pairs, examples=20))
     assert "\\x1b" not in shown
     assert "\\u202e" not in shown
     assert "⟨U+001B⟩[2J" in shown

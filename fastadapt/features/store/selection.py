@@ -1,7 +1,7 @@
 """Select features: by name, promoted tokens, where they fire, class, SQL, or at random.
 
-Each criterion but names is one SELECT over the store, on a DuckDB connection that reads only the store
-(:meth:`fastadapt.features.store.store.Store.connect`). The criteria follow arXiv 2602.20904:
+Each criterion but names is one SELECT over the store, on a DuckDB connection that reads only the
+store (:meth:`fastadapt.features.store.store.Store.connect`). The criteria follow arXiv 2602.20904:
 hesitation features have such a word among their ten most promoted tokens, and template features
 have at least 80% of their strongest examples at markers of the template.
 """
