@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json as json_module
+from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 from fastadapt.cli.console import print_table, say
 from fastadapt.cli.parser import Typed
+from fastadapt.cli.progress import stoppable
+from fastadapt.effects.ablation import EffectsConfig
 from fastadapt.errors import UserError
 from fastadapt.features.store.schema import Kind
 from fastadapt.features.store.store import Store
@@ -57,13 +61,16 @@ def show(
         for i, unit in enumerate(units):
             print("\n" * (i > 0) + "\n".join(_lines(unit)))
     else:
-        rows = [_row(unit) for unit in units]
-        head = ["feature", "contribution", "share", "ΔKL", "density", "mostly in", "promotes"]
-        print_table(head, rows, left=True)
+        _print_list(units)
         if pairs:
             name = f"{pairs[0][0]}/{pairs[0][1]}"
             print(f"\nAll about one: fastadapt features show {run} {name}")
     return 0
+
+
+def _print_list(units: Sequence[UnitDetails]) -> None:
+    head = ["feature", "contribution", "share", "ΔKL", "density", "mostly in", "promotes"]
+    print_table(head, [_row(unit) for unit in units], left=True)
 
 
 def _row(unit: UnitDetails) -> list[str]:
@@ -110,6 +117,50 @@ def _lines(unit: UnitDetails) -> list[str]:
         place = f"text {e.text}, token {e.position:,}, {e.region}"
         lines.append(f"    {number(e.value):>6}  {e.before}[{e.token}]{e.after}  ({place})")
     return lines
+
+
+def effects(
+    run: str,
+    *,
+    store: str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    config: Annotated[EffectsConfig, Typed(flags=True)],
+) -> int:
+    """Measure what the strongest features do to the output: ablate each one, and measure the rise
+    of the KL to the target on the texts of the store.
+
+    Args:
+        run: a run with collected features
+        store: store of the features; by default features in the run
+        dtype: dtype of weights and streams; by default as collected
+    """
+    from fastadapt.effects.ablation import effects as measure_effects
+    from fastadapt.features.store.details import read_details
+
+    with stoppable() as (stop, progress):
+        rows = measure_effects(
+            run,
+            store,
+            config,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            progress=partial(progress, "texts"),
+            stop=stop,
+        )
+    if rows is None:
+        print("Stopped; nothing was written.")
+        return 0
+    pairs = zip(rows["layer"].to_pylist(), rows["feature"].to_pylist(), strict=True)
+    units = read_details(Store.open(store or run), list(pairs), examples=0)
+    _print_list(sorted(units, key=lambda unit: -(unit.delta_kl or 0.0)))
+    print(
+        f"\nΔKL: rise of the KL to the target without the feature, nats per token; mean over "
+        f"{rows['positions'][0].as_py():,} predicted tokens of the store's texts."
+    )
+    return 0
 
 
 def trace(

@@ -31,6 +31,7 @@ COMMANDS = {
     "features classify": ("autointerp:classify", "classify features: language, domain, reasoning"),
     "features overlap": ("features:overlap", "compare the tokens that fire in target and base"),
     "features show": ("effects:show", "show features, or list the strongest"),
+    "features effects": ("effects:effects", "ablate the strongest features, one by one"),
     "features select": ("features:select", "save a named set of features"),
     "features sets": ("features:sets", "list the sets"),
     "features check": ("features:check", "verify every file and row of a store"),

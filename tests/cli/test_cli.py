@@ -81,15 +81,15 @@ def test_the_options_of_eval_are_frozen() -> None:
     assert sorted(open_command("eval").parser.option_names()) == EVAL_OPTIONS.split()
 
 
-FEATURES = "check classify collect describe export merge overlap select serve sets show"
+FEATURES = "check classify collect describe effects export merge overlap select serve sets show"
 
 
 def test_the_commands_are_frozen(fastadapt: Callable[..., Any]) -> None:
     from fastadapt.cli.main import COMMANDS
 
     features = [f"features {name}" for name in FEATURES.split()]
-    frozen = ["data prepare", "doctor", "eval", "export", *features, "intervene"]
-    assert sorted(COMMANDS) == [*frozen, "train"]
+    frozen = ["data prepare", "doctor", "eval", "export", *features, "generate", "intervene"]
+    assert sorted(COMMANDS) == [*frozen, "trace", "train"]
     for command in COMMANDS:
         assert command in fastadapt("--help").out
 

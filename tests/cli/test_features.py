@@ -267,6 +267,9 @@ OPTIONS = {
     "overlap": """
 --batch_tokens --device --dtype --features_at_once --store --tokens --trust_remote_code
 """,
+    "effects": """
+--device --dtype --features --store --texts --top --trust_remote_code
+""",
     "show": """
 --examples --json --kind --top
 """,

@@ -99,6 +99,8 @@ def test_shards_have_the_units_of_the_store(store: Store) -> None:
                 assert index["count"][feature] == row["count"]
                 assert index["density"][feature] == np.float32(row["density"])
                 assert index["max"][feature] == np.float32(row["max"])
+                written = np.float32(row["density"] * row["mean"] * row["norm"])
+                assert index["contribution"][feature] == written
                 most = int(np.argmax(row["by_region"])) if row["count"] else 255
                 assert index["region"][feature] == most
                 for name in ("histogram", "by_domain", "by_region", "by_tenth"):

@@ -60,6 +60,9 @@ function drawFeature(main, context) {
     head,
     ...judgements(notes),
     tiles([
+      ["Contribution", formatNumber(units.contribution[unit]), "density × mean × norm"],
+      ...(notes.effects ?? []).map(({ delta_kl: rise }) =>
+        ["When ablated", `${rise < 0 ? "−" : "+"}${formatNumber(Math.abs(rise))}`, "KL, nats per token"]),
       ["Density", formatPercent(units.density[unit]), "of tokens"],
       ["Active", formatInteger(units.count[unit]), "tokens"],
       ["Maximum", formatNumber(max), "activation"],
