@@ -12,9 +12,11 @@ from fastadapt.cli.console import print_table, say
 from fastadapt.cli.parser import Typed
 from fastadapt.cli.progress import stoppable
 from fastadapt.effects.ablation import EffectsConfig
+from fastadapt.effects.changes import ChangesConfig
 from fastadapt.errors import UserError
 from fastadapt.features.store.schema import Kind
 from fastadapt.features.store.store import Store
+from fastadapt.io.names import typed_path
 from fastadapt.reporting.formatting import number, percent
 
 if TYPE_CHECKING:
@@ -319,6 +321,43 @@ def generate(
         print(each.text)
         if each.finish == "length":
             say(f"{each.model}: ended after {len(each.tokens):,} tokens (--max_new_tokens)")
+    return 0
+
+
+def changes(
+    run: str,
+    *,
+    dtype: str | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    config: Annotated[ChangesConfig, Typed(flags=True)],
+) -> int:
+    """Write the page 'what changed' of a run: effects by layer and by feature, the positions where
+    hybrid and target disagree most and the features that close the gap, and responses of base,
+    hybrid, adapter and target side by side.
+
+    Args:
+        run: a run with collected features
+        dtype: dtype of weights and streams; by default as collected
+    """
+    from fastadapt.effects.changes import changes as measure_changes
+    from fastadapt.effects.page import write_changes
+
+    folder = typed_path(run, "run")
+    collected = Store.open(folder).manifest["pair"].get("dtype")
+    loaded = _load(run, dtype or collected, device, trust_remote_code)
+    with stoppable() as (stop, progress):
+        measured = measure_changes(loaded, config, progress=progress, stop=stop)
+    if measured is None:
+        print("Stopped; nothing was written.")
+        return 0
+    page = write_changes(folder, measured, folder.resolve().name)
+    kl = measured["kl"]
+    print(
+        f"KL to the target, nats per token: hybrid {number(kl['hybrid'])}, adapter "
+        f"{number(kl['adapter'])}"
+    )
+    print(f"what changed: {page.resolve()}")
     return 0
 
 

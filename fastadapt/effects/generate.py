@@ -92,13 +92,25 @@ def generate(
             and ``adapter`` does not generate.
         RunError: a prediction is not finite.
     """
+    (responses,) = generate_all(run, [prompt], config, factors)
+    return responses
+
+
+def generate_all(
+    run: LoadedRun,
+    prompts: Sequence[Sequence[int]],
+    config: GenerateConfig | None = None,
+    factors: Mapping[Pair, float] | None = None,
+) -> list[list[Generated]]:
+    """Generate a response to each prompt with each model, see :func:`generate`."""
     config = config or GenerateConfig()
     if factors and ADAPTER not in config.models:
         raise UserError(
             f"features are those of the model {ADAPTER}; expected it among --models, got "
             f"{', '.join(config.models)}"
         )
-    responses = []
+    requests = [Request(f"prompt {i}", tuple(prompt)) for i, prompt in enumerate(prompts)]
+    by_prompt: list[list[Generated]] = [[] for _ in prompts]
     for name in config.models:
         scaled = scale_features(run.model, factors) if name == ADAPTER and factors else None
         # The features are scaled second: a run's adapters are set when its model is entered.
@@ -106,8 +118,7 @@ def generate(
             run.models.generating(RUN if name == ADAPTER else name) as model,
             scaled or nullcontext(),
         ):
-            requests = [Request("prompt", tuple(prompt))]
             sampled = sample(model, run.pair.tokenizer, requests, config.sampling())
-        (response,) = sampled.responses
-        responses.append(Generated(name, response.tokens, response.text, response.finish))
-    return responses
+        for responses, each in zip(by_prompt, sampled.responses, strict=True):
+            responses.append(Generated(name, each.tokens, each.text, each.finish))
+    return by_prompt
