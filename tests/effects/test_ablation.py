@@ -143,6 +143,6 @@ def test_effects_that_cannot_be_measured_are_refused(finished: Path) -> None:
         ({"features": ("1.2",)}, "LAYER/NUMBER, such as 2/17"),
     ):
         with pytest.raises(UserError, match=message):
-            EffectsConfig(**settings)  # type: ignore[arg-type]
+            EffectsConfig(**settings)
     with pytest.raises(UserError, match="feature: expected 0 to 15, got 16"):
         effects(finished, config=EffectsConfig(features=("1/16",)), device="cpu")
