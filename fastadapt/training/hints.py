@@ -36,8 +36,8 @@ def hints(result: Record, sparsity: float | None = None) -> list[str]:
         now = "" if sparsity is None else f" (now {sparsity:g})"
         lines.append(
             f"L0 is {number(l0)}, {percent(l0 / n)} of the {n:,} features of a layer: too many to "
-            f"read. Raise objective.sparsity{now} by a factor of 3 to 10, or train longer: L0 falls "
-            "with the steps."
+            f"read. Raise objective.sparsity{now} by a factor of 3 to 10, or train longer: L0 "
+            "falls with the steps."
         )
     return lines
 

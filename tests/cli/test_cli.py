@@ -88,8 +88,8 @@ def test_the_commands_are_frozen(fastadapt: Callable[..., Any]) -> None:
     from fastadapt.cli.main import COMMANDS
 
     features = [f"features {name}" for name in FEATURES.split()]
-    frozen = ["data prepare", "doctor", "eval", "export", *features, "generate", "intervene"]
-    assert sorted(COMMANDS) == [*frozen, "trace", "train"]
+    frozen = ["changes", "data prepare", "doctor", "eval", "export", *features, "generate"]
+    assert sorted(COMMANDS) == [*frozen, "intervene", "trace", "train"]
     for command in COMMANDS:
         assert command in fastadapt("--help").out
 
