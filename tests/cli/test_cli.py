@@ -196,7 +196,8 @@ def test_a_dry_run_reads_no_weights_and_makes_no_folder(
     assert outcome.code == 0, outcome.err
     assert "Peak:" in outcome.out
     assert "It fits into" in outcome.out
-    assert "measured here" in outcome.out
+    assert re.search(r"about \S+ s and \S+ h for the run, at \d+% of the \S+ TFLOP/s", outcome.out)
+    assert "the share of a step of two layers, timed here" in outcome.out
     assert not (tmp_path / "run").exists()
 
 
@@ -220,6 +221,8 @@ def test_the_papers_run_is_planned_offline(
     assert planned["peak_bytes"] == max(planned["phases"].values()) < 76e9
     assert planned["fits"] is True
     assert planned["hours"] == pytest.approx(planned["steps"] * planned["step_s"] / 3600)
+    assert planned["share"] is None  # a data sheet's rate: the time is a lower bound
+    assert planned["step_s"] == planned["flops_per_step"] / planned["device"]["flops_per_s"]
     assert planned["flops_per_step"] < 900e12
     assert planned["checkpoint"] == "auto"
     longest, median = planned["recompute"]

@@ -34,6 +34,11 @@ def random_adapters(bias: float = 0.3, seed: int = 5) -> nn.ModuleList:
     return adapters
 
 
+def token_name(i: int) -> str:
+    """Return the text of a token of the tiny tokenizer."""
+    return {0: "<bos>", 1: "<eos>", 2: "<pad>"}.get(i, f"w{i}")
+
+
 class ByHand(nn.Module):
     """An MLP with an adapter beside it, by the formula."""
 

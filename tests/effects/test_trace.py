@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from by_hand import F, L, TinyRun, kl_by_hand, models_by_hand, random_adapters
+from by_hand import F, L, TinyRun, kl_by_hand, models_by_hand, random_adapters, token_name
 
 from fastadapt import UserError, load_run
 from fastadapt.effects.trace import promotes, trace
@@ -28,7 +28,9 @@ def test_divergences_and_features_are_those_of_plain_models(
         assert kl.min() > 1e-3  # models that agree would show nothing
     for name in models:
         shares, tokens = logits[name].softmax(-1).max(-1)
-        assert [text for text, _ in traced.predicted[name]] == [f"w{i}" for i in tokens.tolist()]
+        assert [text for text, _ in traced.predicted[name]] == list(
+            map(token_name, tokens.tolist())
+        )
         expected = torch.tensor([share for _, share in traced.predicted[name]])
         torch.testing.assert_close(expected, shares.float(), rtol=1e-6, atol=0)
     fires = {(t, f.layer, f.feature): f for t, here in enumerate(traced.fires) for f in here}
@@ -72,8 +74,7 @@ def test_promoted_tokens_are_those_of_the_largest_logits(tiny_run: TinyRun) -> N
     for layer, feature in pairs:
         adapter = run.model.adapters[layer]
         top = (run.model.head @ adapter.W_dec[feature]).topk(3).indices.tolist()
-        names = {0: "<bos>", 1: "<eos>", 2: "<pad>"}
-        assert texts[layer, feature] == [names.get(i, f"w{i}") for i in top]
+        assert texts[layer, feature] == list(map(token_name, top))
 
 
 def test_texts_that_cannot_be_read_are_refused(tiny_run: TinyRun) -> None:

@@ -1,72 +1,59 @@
-"""The predicted time of a step comes from a share that was measured here, or says that it did not."""
+"""The share of a device's rate that a step reaches is timed on a real step, or is not stated."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 
+from fastadapt.adapter.module import AdapterConfig
 from fastadapt.batch import Batch
-from fastadapt.cli.train import parse_train
+from fastadapt.models.pair import PairConfig
+from fastadapt.models.pretrained import shipped_config
 from fastadapt.models.replacement import ReplacementModel
-from fastadapt.objective import objective
-from fastadapt.training.planning import estimate
+from fastadapt.objective import ObjectiveConfig, objective
+from fastadapt.organism import resolve
 from fastadapt.training.planning.devices import MEASURED, Device
-from fastadapt.training.planning.flops import count, random_pair
+from fastadapt.training.planning.flops import Setup, count, random_pair
+from fastadapt.training.planning.share import measured_share
 
 CPU = Device("this CPU", "cpu", 16 * 2**30, 5e10, MEASURED)
 
 
-def planned(*argv: str, device: Device = CPU) -> tuple[Any, Any]:
-    config, _ = parse_train(list(argv))
-    return config, replace(estimate.plan(config), device=device)
+def setup_of(target: object, n_features: int, tokens: int) -> Setup:
+    pair = PairConfig("target", "base", dtype="float32", device="cpu")
+    return Setup(target, pair, AdapterConfig(n_features), ObjectiveConfig(), 2, tokens)
 
 
-def test_hours_are_those_of_the_measured_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate, "measured_share", lambda *_: 0.25)
-    config, plan = planned("organism")
-    predicted = estimate.predict(config, plan)
-    assert predicted.share == 0.25
-    assert predicted.step_s == pytest.approx(predicted.flops_per_step / (0.25 * 5e10))
-    assert predicted.hours == pytest.approx(plan.steps * predicted.step_s / 3600)
-    elsewhere = replace(CPU, source="data sheet, an upper bound")
-    bound = estimate.predict(config, replace(plan, device=elsewhere))
-    assert bound.share is None
-    assert bound.hours == pytest.approx(predicted.hours / 4)
+def test_the_share_is_the_rate_of_a_real_step() -> None:
+    """The same step, timed here: the rates differ by noise. The slower device reaches more."""
+    from transformers import AutoConfig
 
-
-def test_the_share_is_the_time_of_a_real_step() -> None:
-    """The step that is timed, run once more here: the two rates differ by noise only."""
-    config, plan = planned("organism", "--pair.device", "cpu")
-    captured: list[Any] = []
-    measure = estimate.measured_share
-
-    def capture(setup: Any, device: Device) -> float | None:
-        captured.append(setup)
-        return measure(setup, device)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(estimate, "measured_share", capture)
-        predicted = estimate.predict(config, plan)
-    (setup,) = captured
-    assert predicted.share is not None
-    model = ReplacementModel.create(random_pair(setup, 2), setup.trained)
-    tokens = min(setup.tokens, 512)
-    ids = torch.zeros(max(1, min(setup.sequences, 512 // tokens)), tokens, dtype=torch.int64)
+    setup = setup_of(AutoConfig.from_pretrained(resolve("organism/target")), 128, 64)
+    share = measured_share(setup, CPU)
+    assert share is not None
     settings = replace(setup.objective, checkpoint="none")
+    model = ReplacementModel.create(random_pair(setup, 2), setup.trained)
+    ids = torch.zeros(2, 64, dtype=torch.int64)
     seconds = []
-    for _ in range(3):
-        began = time.perf_counter()
+    for _ in range(4):
+        began = time.process_time()
         objective(model, Batch(ids, None, ids), 1, settings).loss.backward()
-        seconds.append(time.perf_counter() - began)
-    setup = replace(setup, objective=settings, sequences=len(ids))
-    rate = count(setup, 2, 1, float(model.n_features)) / min(seconds) / CPU.flops_per_s
-    assert 0.2 < predicted.share / rate < 5
+        seconds.append(time.process_time() - began)
+    rate = count(replace(setup, objective=settings), 2, 1, 128.0) / min(seconds)
+    assert share <= 2 * rate / CPU.flops_per_s
+    slow = measured_share(setup, replace(CPU, flops_per_s=CPU.flops_per_s / 1000))
+    assert slow is not None
+    assert slow > 10 * share
 
 
-def test_a_model_too_large_to_time_has_no_share() -> None:
-    config, plan = planned("r1-distill-qwen-7b", "--pair.device", "cpu")
-    assert estimate.predict(config, plan).share is None
+def test_a_model_too_large_to_time_has_no_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("weights were made")
+
+    monkeypatch.setattr("fastadapt.training.planning.share.random_pair", refuse)
+    large = shipped_config("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B")
+    assert large is not None
+    assert measured_share(setup_of(large, 8192, 7600), CPU) is None
