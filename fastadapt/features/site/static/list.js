@@ -160,6 +160,10 @@ class List {
     const { units } = this;
     if (!units) return;
     const chosen = this.matches[this.chosen];
+    // Sorted by ΔKL, the list shows it in place of the contribution.
+    this.column = this.form.elements.sort.value === "effect" ? "effect" : "contribution";
+    this.grid.querySelector(".head").children[1].textContent =
+      this.column === "effect" ? "ΔKL" : "Contribution";
     this.matches = units.match(this.wanted(), this.tokens);
     this.chosen = fromTop ? -1 : this.matches.indexOf(chosen);
     if (fromTop) this.grid.scrollTop = 0;
@@ -240,7 +244,7 @@ class List {
     const region = units.region[unit] === 255 ? "never fired" : this.regions[units.region[unit]];
     const cells = [
       cell("name", el("a", { href: row.address, tabindex: -1 }, name)),
-      cell("contribution", formatNumber(units.contribution[unit])),
+      cell("contribution", formatNumber(units[this.column][unit] || null)),
       cell("density", el("i", { style: { "--share": share } }), formatPercent(units.density[unit])),
       cell("region", region),
     ];
