@@ -16,7 +16,7 @@ import numpy as np
 
 from fastadapt.effects.ablation import AblatedText, first_texts, predicted_sum
 from fastadapt.effects.generate import MODELS, GenerateConfig, generate_all
-from fastadapt.effects.trace import ADAPTER, firings, logits_of
+from fastadapt.effects.trace import ADAPTER, firings, logits_of, promotes
 from fastadapt.errors import UserError
 from fastadapt.features.collect.texts import Text
 from fastadapt.features.loading import LoadedRun
@@ -188,11 +188,12 @@ def _disagreement(run: LoadedRun, text: Text, place: _Place, count: int) -> dict
     ids, t = text.tokens.tolist(), place.position
     ids = ids[: t + 1]
     read = AblatedText(run.model, ids)
-    candidates = firings(run, ids)[t][:_CANDIDATES]
+    firing = [f.pair for f in firings(run, ids)[t]]
     whole = float(read.kl[t])
-    rises = [(float(read.without([f.pair])[t]) - whole, f.pair) for f in candidates]
+    rises = [(float(read.without([pair])[t]) - whole, pair) for pair in firing[:_CANDIDATES]]
     closing = sorted(rises, reverse=True)[:_CLOSING]
-    together = float(read.without([f.pair for f in candidates])[t]) - whole
+    together = float(read.without(firing)[t]) - whole
+    promoted = promotes(run, [pair for _, pair in closing], n=1)
     likely = {name: _likely(run, name, ids) for name in ("target", "hybrid", ADAPTER)}
     start = max(0, t - _BEFORE)
     strings = strings_of(run.pair.tokenizer, text.tokens[start : t + 2].tolist())
@@ -208,9 +209,15 @@ def _disagreement(run: LoadedRun, text: Text, place: _Place, count: int) -> dict
         "kl": {"hybrid": place.hybrid, ADAPTER: whole},
         "likely": likely,
         "features": [
-            {"layer": pair[0], "feature": pair[1], "delta_kl": rise} for rise, pair in closing
+            {
+                "layer": pair[0],
+                "feature": pair[1],
+                "delta_kl": rise,
+                "promotes": token_text(promoted[pair][0]),
+            }
+            for rise, pair in closing
         ],
-        "firing": len(candidates),
+        "firing": len(firing),
         "together": together,
     }
 
@@ -220,7 +227,8 @@ def _line(strings: Sequence[str]) -> str:
 
 
 def _likely(run: LoadedRun, name: str, ids: Sequence[int]) -> list[tuple[str, float]]:
-    shares, tokens = logits_of(run.models, name, ids)[-1].double().softmax(-1).topk(_LIKELY)
+    (logits,) = logits_of(run.models, name, ids, last=1)
+    shares, tokens = logits.double().softmax(-1).topk(_LIKELY)
     texts = map(token_text, strings_of(run.pair.tokenizer, tokens.tolist()))
     return list(zip(texts, shares.tolist(), strict=True))
 

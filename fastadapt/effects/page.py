@@ -114,7 +114,7 @@ def _disagreement(each: Mapping[str, Any]) -> dict[str, Any]:
     """Return a position with its numbers as texts."""
     alike = "" if each["alike"] == 1 else f", {each['alike']} places alike"
     features = [
-        f"{_name(feature)}  KL {feature['delta_kl']:+.3g}"
+        f"{_name(feature)} {feature['promotes']} {feature['delta_kl']:+.3g}"
         for feature in each["features"]
         if feature["delta_kl"] > 0
     ]
@@ -131,5 +131,5 @@ def _disagreement(each: Mapping[str, Any]) -> dict[str, Any]:
         "place": f"text {each['text']}, token {each['position']:,}, {each['region']}{alike}",
         "models": models,
         "features": features,
-        "together": f"all {each['firing']} that fire here: KL {each['together']:+.3g}",
+        "together": f"without all {each['firing']} that fire here: KL {each['together']:+.3g}",
     }

@@ -116,13 +116,14 @@ def trace(
     return Trace(list(ids), texts, length, predicted, kl, firings(run, ids))
 
 
-def logits_of(models: ModelSet, name: str, ids: Sequence[int]) -> Tensor:
+def logits_of(models: ModelSet, name: str, ids: Sequence[int], *, last: int = 0) -> Tensor:
     """Return a model's logits after each token, ``[T, V]``, from its own forward.
 
     Args:
         models: the run.
         name: ``target``, ``base``, ``hybrid`` or ``adapter``.
         ids: tokens of the text.
+        last: number of tokens, from the end, whose logits are computed; 0: all.
 
     Raises:
         RunError: a logit is not finite.
@@ -130,7 +131,7 @@ def logits_of(models: ModelSet, name: str, ids: Sequence[int]) -> Tensor:
     with models.generating(RUN if name == ADAPTER else name) as model:
         device = models.model.device
         input_ids = torch.tensor([list(ids)], dtype=torch.int64, device=device)
-        logits: Tensor = model(input_ids=input_ids, use_cache=False).logits[0]
+        logits: Tensor = model(input_ids=input_ids, use_cache=False, logits_to_keep=last).logits[0]
     if not logits.isfinite().all():
         raise RunError(f"{name}: a prediction is not finite; pass --dtype float32")
     return logits
@@ -140,8 +141,8 @@ def divergences(target: Tensor, model: Tensor) -> Tensor:
     """Return KL(target ‖ model) of each row of logits ``[T, V]``: float64 ``[T]``, in nats.
 
     Example:
-        >>> divergences(torch.zeros(1, 2), torch.tensor([[0.0, 1.0]])).tolist()
-        [0.12011450695827745]
+        >>> divergences(torch.zeros(1, 2), torch.tensor([[0.0, 1.0]]))
+        tensor([0.1201], dtype=torch.float64)
     """
     out = []
     for p, q in zip(target.split(_CHUNK), model.split(_CHUNK), strict=True):

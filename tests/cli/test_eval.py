@@ -149,7 +149,7 @@ def test_benchmarks_run_only_when_requested() -> None:
     from fastadapt.cli.main import open_command
 
     def parts(*argv: str) -> list[str]:
-        return default_parts(open_command("eval").parse(["run", *argv])["config"])
+        return [*default_parts(open_command("eval").parse(["run", *argv])["config"])]
 
     offline = ["outputs", "partial", "speed"]
     assert parts() == offline
