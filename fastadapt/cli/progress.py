@@ -175,13 +175,12 @@ class Pace:
         self._taken: list[tuple[float, int]] = []  # seconds and steps between two records
         self._evaluated: list[int] = []  # steps of the evaluations
         self._evaluation = 0.0  # seconds of the last one
-        self._first = 0  # step that this process began after
 
     def record(self, record: dict[str, Any]) -> None:
         """Note the time of a record of a run."""
         kind, step, now = record["kind"], record.get("step", 0), float(self._clock())
         if kind in ("start", "resume"):
-            self._first, self._taken = step, []
+            self._taken = []
         elif self._last is not None:
             seconds, steps = now - self._last[0], step - self._last[1]
             if kind == "train" and steps > 0:

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import torch
 
+from fastadapt.adapter.module import AdapterConfig
 from fastadapt.batch import Batch
 from fastadapt.models.replacement import ReplacementModel
 from fastadapt.objective import objective
@@ -33,7 +34,8 @@ def measured_share(setup: Setup, device: Device) -> float | None:
         device: this machine's device, with its measured rate.
 
     Returns:
-        The share; None if two layers of the run are too large to be measured in seconds.
+        The share; None if two layers of the run are too large to be timed in seconds, or do not fit
+        into the free memory.
     """
     config = setup.target
     width, inner = config.hidden_size, config.intermediate_size
@@ -47,19 +49,27 @@ def measured_share(setup: Setup, device: Device) -> float | None:
         sequences=max(1, min(setup.sequences, _TOKENS[device.kind] // tokens)),
         objective=replace(setup.objective, checkpoint="none"),
     )
+    try:
+        seconds = _seconds(small, device.kind)
+    except torch.OutOfMemoryError:  # of a GPU that others use
+        return None
+    # With new adapters half of the features fire, so products are dense.
+    trained = small.trained
+    dense = float(trained.n_features) if isinstance(trained, AdapterConfig) else None
+    return count(small, _LAYERS, 1, dense) / seconds / device.flops_per_s
+
+
+def _seconds(setup: Setup, kind: str) -> float:
+    """Return the median seconds of a step of random weights on this machine's device."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        pair = random_pair(small, _LAYERS, device.kind)
-        model = ReplacementModel.create(pair, small.trained)
-    ids = torch.zeros(small.sequences, tokens, dtype=torch.int64, device=device.kind)
+        model = ReplacementModel.create(random_pair(setup, _LAYERS, kind), setup.trained)
+    ids = torch.zeros(setup.sequences, setup.tokens, dtype=torch.int64, device=kind)
     seconds = []
     for _ in range(_ROUNDS + 1):
         began = time.perf_counter()
-        objective(model, Batch(ids, None, ids), 1, small.objective).loss.backward()
-        if device.kind == "cuda":
+        objective(model, Batch(ids, None, ids), 1, setup.objective).loss.backward()
+        if kind == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
-    # With new adapters half of the features fire, so products are dense.
-    dense = float(model.n_features) if model.n_features else None
-    operations = count(small, _LAYERS, 1, dense)
-    return operations / statistics.median(seconds[1:]) / device.flops_per_s
+    return statistics.median(seconds[1:])
