@@ -13,14 +13,14 @@ from fastadapt.cli.parser import Typed
 from fastadapt.cli.progress import stoppable
 from fastadapt.effects.ablation import EffectsConfig
 from fastadapt.effects.changes import ChangesConfig
+from fastadapt.effects.texts import UNIT_HEAD, trace_tables, unit_lines, unit_row
 from fastadapt.errors import UserError
 from fastadapt.features.store.schema import Kind
 from fastadapt.features.store.store import Store
 from fastadapt.io.names import typed_path
-from fastadapt.reporting.formatting import number, percent
+from fastadapt.reporting.formatting import number
 
 if TYPE_CHECKING:
-    from fastadapt.effects.trace import Trace
     from fastadapt.features.loading import LoadedRun
     from fastadapt.features.store.details import UnitDetails
 
@@ -61,7 +61,7 @@ def show(
         print(json_module.dumps([asdict(unit) for unit in units], indent=2, ensure_ascii=False))
     elif features:
         for i, unit in enumerate(units):
-            print("\n" * (i > 0) + "\n".join(_lines(unit)))
+            print("\n" * (i > 0) + "\n".join(unit_lines(unit)))
     else:
         _print_list(units)
         if pairs:
@@ -71,54 +71,7 @@ def show(
 
 
 def _print_list(units: Sequence[UnitDetails]) -> None:
-    head = ["feature", "contribution", "share", "ΔKL", "density", "mostly in", "promotes"]
-    print_table(head, [_row(unit) for unit in units], left=True)
-
-
-def _row(unit: UnitDetails) -> list[str]:
-    said = [described["description"] for described in unit.descriptions[:1]]
-    promoted = " ".join(token for token, _ in unit.promoted[:5])
-    return [
-        f"{unit.layer}/{unit.feature}",
-        number(unit.contribution),
-        percent(unit.share),
-        number(unit.delta_kl),
-        percent(unit.density),
-        unit.region or "never fired",
-        ": ".join([*said, promoted]),
-    ]
-
-
-def _lines(unit: UnitDetails) -> list[str]:
-    """Return everything about a unit as lines."""
-    noun = "feature" if unit.kind == "adapter" else f"neuron of the {unit.kind}"
-    lines = [f"Layer {unit.layer}, {noun} {unit.feature}"]
-    for described in unit.descriptions:
-        score = described["accuracy"]
-        scored = "" if score is None else f", detection {percent(score)}"
-        lines.append(f"  {described['description']}  ({described['judge']}{scored})")
-    lines += [f"  class         {name}" for name in unit.classes]
-    if unit.rank is None:
-        return [*lines, "  never fired on the texts of the store"]
-    lines += [
-        f"  fires on      {percent(unit.density)} of tokens ({unit.count:,}), mostly in "
-        f"{unit.region}",
-        f"  activation    mean {number(unit.mean)} where active, largest {number(unit.max)}; "
-        f"norm of the output row {number(unit.norm)}",
-        f"  contribution  {number(unit.contribution)}, {percent(unit.share)} of all, "
-        f"rank {unit.rank:,}",
-    ]
-    if unit.delta_kl is not None:
-        lines.append(f"  when ablated  KL {unit.delta_kl:+.3g} nats per predicted token")
-    for name, tokens in (("promotes", unit.promoted), ("suppresses", unit.suppressed)):
-        texts = [f"{token} {number(logit)}" for token, logit in tokens]
-        lines.append(f"  {name:<13} {' · '.join(texts)}")
-    if unit.examples:
-        lines.append("  strongest examples")
-    for e in unit.examples:
-        place = f"text {e.text}, token {e.position:,}, {e.region}"
-        lines.append(f"    {number(e.value):>6}  {e.before}[{e.token}]{e.after}  ({place})")
-    return lines
+    print_table(UNIT_HEAD, [unit_row(unit) for unit in units], left=True)
 
 
 def effects(
@@ -212,7 +165,14 @@ def trace(
     if json:
         print(json_module.dumps(asdict(traced), indent=2, ensure_ascii=False))
     else:
-        _print_trace(loaded, traced, top)
+        tokens, means, features = trace_tables(loaded, traced, top)
+        print_table(*tokens, left=True)
+        print(
+            "\nA KL is followed by the model's most likely next token unless it is the target's.\n"
+        )
+        print_table(*means)
+        print()
+        print_table(*features, left=True)
     return 0
 
 
@@ -223,51 +183,6 @@ def _load(run: str, dtype: str | None, device: str | None, trust: bool) -> Loade
     if not loaded.model.n_features:
         raise UserError(f"{run}: this run trained no transcoders, so it has no features")
     return loaded
-
-
-def _print_trace(run: LoadedRun, traced: Trace, top: int) -> None:
-    from fastadapt.effects.trace import promotes
-    from fastadapt.features.store.details import token_text
-
-    shown = {firing.pair for here in traced.fires for firing in here[:top]}
-    totals = traced.totals()[: max(10, top)]
-    promoted = promotes(run, sorted(shown | {firing.pair for firing in totals}))
-
-    def name(pair: tuple[int, int]) -> str:
-        return f"{pair[0]}/{pair[1]} {token_text(promoted[pair][0])}"
-
-    rows = []
-    for i, token in enumerate(traced.tokens):
-        following, share = traced.predicted["target"][i]
-        row = [str(i), token_text(token), f"{token_text(following)} {percent(share)}"]
-        for model, kl in traced.kl.items():
-            said = traced.predicted[model][i][0]
-            row.append(number(kl[i]) + ("" if said == following else f" {token_text(said)}"))
-        rows.append([*row, "  ".join(name(firing.pair) for firing in traced.fires[i][:top])])
-    heads = [f"KL of {model}" for model in traced.kl]
-    print_table(["", "token", "target, next", *heads, "features, promote"], rows, left=True)
-    print("\nA KL is followed by the model's most likely next token where it is not the target's.")
-    parts = {
-        "prompt": slice(0, traced.prompt_length),
-        "response": slice(traced.prompt_length, None),
-    }
-    rows = []
-    for part, places in parts.items():
-        if len(traced.ids[places]):
-            means = [sum(kl[places]) / len(kl[places]) for kl in traced.kl.values()]
-            rows.append([part, f"{len(traced.ids[places]):,}", *map(number, means)])
-    print()
-    print_table(["mean", "tokens", *heads], rows)
-    print()
-    rows = [
-        [
-            f"{firing.layer}/{firing.feature}",
-            number(firing.contribution / len(traced.ids)),
-            " ".join(map(token_text, promoted[firing.pair])),
-        ]
-        for firing in totals
-    ]
-    print_table(["feature", "contribution", "promotes"], rows, left=True)
 
 
 def generate(
