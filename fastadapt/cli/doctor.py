@@ -29,8 +29,17 @@ PACKAGES = (
     "safetensors",
     "datasets",
     "jsonargparse",
-    "flash-attn",
 )
+#: Packages of each extra of this package, and what needs them.
+EXTRAS = {
+    "eval": (("lm-eval", "math-verify"), "benchmarks of fastadapt eval"),
+    "features": (("duckdb", "openai"), "queries over features; language models as judges"),
+    "flash": (("flash-attn",), "FlashAttention of GPUs"),
+    "lowmem": (("torchao",), "optimizer.moments 8bit, and 16-bit rounding"),
+    "tensorboard": (("tensorboard",), "run.sinks tensorboard"),
+    "trackio": (("trackio",), "run.sinks trackio"),
+    "wandb": (("wandb",), "run.sinks wandb"),
+}
 
 
 def doctor(*, json: bool = False) -> int:
@@ -53,6 +62,11 @@ def _print_diagnosis(diagnosis: dict[str, Any]) -> None:
     versions = [[name, text or "not installed"] for name, text in diagnosis["versions"].items()]
     print_table(["package", "version"], versions, left=True)
     print()
+    extras = [
+        [name, _installed(e["packages"]), e["for"]] for name, e in diagnosis["extras"].items()
+    ]
+    print_table(["extra", "packages", "for"], extras, left=True)
+    print()
     chosen = [[c["what"], c["choice"], c["why"]] for c in diagnosis["choices"]]
     print_table(["setting", "auto means", "because"], chosen, left=True)
     print()
@@ -60,6 +74,10 @@ def _print_diagnosis(diagnosis: dict[str, Any]) -> None:
     print_table(head, summary(diagnosis["checks"]), left=True)
     for note in diagnosis["notes"]:
         print(f"\n{note}")
+
+
+def _installed(packages: dict[str, str | None]) -> str:
+    return ", ".join(f"{name} {text or 'not installed'}" for name, text in packages.items())
 
 
 @dataclass(frozen=True)
@@ -76,8 +94,9 @@ def diagnose(device: str = "auto") -> dict[str, Any]:
 
     Returns:
         ``{"ok": bool, "hardware": {name: text}, "versions": {package: version or None},
-        "choices": [Choice as dict], "checks": [Check as dict], "notes": [text]}``; `ok` is
-        true if all checks are; the notes name what could not be checked.
+        "extras": {extra: {"packages": {package: version or None}, "for": text}}, "choices":
+        [Choice as dict], "checks": [Check as dict], "notes": [text]}``; `ok` is true if all checks
+        are; the notes name what could not be checked.
     """
     chosen = choose_device(device)
     checks = run_checks(chosen)
@@ -85,6 +104,10 @@ def diagnose(device: str = "auto") -> dict[str, Any]:
         "ok": all(check.ok for check in checks),
         "hardware": hardware(),
         "versions": versions(),
+        "extras": {
+            name: {"packages": {package: _version(package) for package in packages}, "for": use}
+            for name, (packages, use) in EXTRAS.items()
+        },
         "choices": [asdict(choice) for choice in choices(chosen)],
         "checks": [asdict(check) for check in checks],
         "notes": notes(chosen),
@@ -122,13 +145,16 @@ def _processor() -> str:
 def versions() -> dict[str, str | None]:
     """Return versions of Python, of required packages and of CUDA; None if not installed."""
     installed: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            installed[package] = version(package)
-        except PackageNotFoundError:
-            installed[package] = None
+    installed |= {package: _version(package) for package in PACKAGES}
     installed["cuda (of torch)"] = torch.version.cuda
     return installed
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def choices(device: torch.device) -> list[Choice]:

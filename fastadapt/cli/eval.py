@@ -11,7 +11,7 @@ from fastadapt.cli.console import print_table
 from fastadapt.cli.parser import Typed
 from fastadapt.cli.progress import resume_hint, stoppable
 from fastadapt.evaluation.comparison import Comparison, EvalConfig
-from fastadapt.evaluation.folder import PARTS, opened
+from fastadapt.evaluation.folder import PARTS, Part, opened
 from fastadapt.io.names import typed_path
 
 #: Settings of a component that the evaluation sets itself.
@@ -23,7 +23,7 @@ def evaluate(
     *,
     output: str | None = None,
     names: list[str] | None = None,
-    parts: list[Literal[PARTS]] = list(PARTS),  # type: ignore[valid-type] # noqa: B006
+    parts: list[Literal[PARTS]] | None = None,  # type: ignore[valid-type]
     dtype: str | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
@@ -38,8 +38,9 @@ def evaluate(
         runs: folders of runs
         output: folder to write; by default eval in the run, or beside the runs if there are several
         names: names of the runs, as [a, b]; by default those of their folders
-        parts: parts to measure: any of outputs, partial, speed, benchmarks; parts measured before
-            with the same runs and settings stay in eval.json
+        parts: parts to measure: any of outputs, partial, speed, benchmarks; by default the first
+            three, which need no network, and benchmarks if one of their settings is typed; parts
+            measured before with the same runs and settings stay in eval.json
         overwrite: remove the contents of --output first
     """
     from fastadapt.evaluation.models_under_test import ModelSet
@@ -49,8 +50,9 @@ def evaluate(
     students = ModelSet.open(
         runs, names, dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )
+    chosen = default_parts(config) if parts is None else parts
     with opened(folder, overwrite=overwrite) as out, stoppable() as (stop, progress):
-        result = Comparison(students, out, config, progress, stop).run(parts)
+        result = Comparison(students, out, config, progress, stop).run(chosen)
     if result is None:
         print(f"Stopped; finished measurements are saved in {folder}.")
         print(resume_hint(overwrite=overwrite))
@@ -64,6 +66,12 @@ def evaluate(
     for name in ("eval.json", "tables.md", "tables.tex", "plots", "report.html"):
         print(f"{name}: {(folder / name).resolve()}")
     return 0
+
+
+def default_parts(config: EvalConfig) -> list[Part]:
+    """Return the parts that need no network, and benchmarks if a setting of them is changed."""
+    requested = config.benchmarks != EvalConfig().benchmarks
+    return [part for part in PARTS if part != "benchmarks" or requested]
 
 
 def default_output(runs: Sequence[str]) -> Path:

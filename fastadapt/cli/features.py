@@ -1,4 +1,4 @@
-"""Commands `fastadapt features ...` that need no judge, and `fastadapt intervene`."""
+"""Commands `fastadapt features ...` that need no judge."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from fastadapt.cli.console import print_table
 from fastadapt.cli.parser import Typed
 from fastadapt.cli.progress import resume_hint, stoppable
-from fastadapt.errors import RunError, UserError
+from fastadapt.errors import RunError
 from fastadapt.features.collect import CollectConfig
 from fastadapt.features.overlap import OverlapConfig
 from fastadapt.features.site.server import PORT
@@ -257,52 +257,4 @@ def check(run: str) -> int:
             f"{store.folder}: defects: {len(lines)}. Collect or judge these features again.\n  "
             + "\n  ".join(lines)
         )
-    return 0
-
-
-def intervene(
-    run: str,
-    *,
-    ablate: str | None = None,
-    only: str | None = None,
-    onto_target: Annotated[str | None, Typed("--onto-target")] = None,
-    scale: float | None = None,
-    output: str,
-    store: str | None = None,
-    overwrite: bool = False,
-) -> int:
-    """Change a run's adapter by one of --ablate, --only and --onto-target, and save it as a run of
-    its own, which evaluation, generation and serving read like any other.
-
-    Args:
-        run: a run with collected features
-        ablate: remove these features: a set of the run, or its file
-        only: remove all other features
-        onto_target: add these features, scaled, to the target itself
-        scale: factor of --onto-target, such as -0.5
-        output: a new folder
-        store: store of the features; by default features in the run
-        overwrite: replace an earlier intervention in the folder
-    """
-    from fastadapt.features.store.sets import find_set
-    from fastadapt.interventions import Intervention
-    from fastadapt.interventions.files import intervene as save_intervention
-
-    typed = {"ablate": ablate, "only": only, "onto-target": onto_target}
-    chosen = {kind: name for kind, name in typed.items() if name is not None}
-    if len(chosen) != 1:
-        got = ", ".join(f"--{kind}" for kind in chosen) or "none"
-        raise UserError(f"expected one of --ablate, --only, --onto-target, got {got}")
-    ((kind, name),) = chosen.items()
-    folder = save_intervention(
-        run,
-        output,
-        find_set(store or run, name),
-        Intervention(kind, scale=scale),  # type: ignore[arg-type]
-        overwrite=overwrite,
-    )
-    print(f"adapter: {folder.resolve()}")
-    # --onto-target makes another pair, the target with itself, which shares no evaluation.
-    source = "" if kind == "onto-target" else f"{run} "
-    print(f"Compare with:  fastadapt eval {source}{folder}")
     return 0

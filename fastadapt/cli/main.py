@@ -34,17 +34,22 @@ COMMANDS = {
     "features describe": ("autointerp:describe", "describe features, and score descriptions"),
     "features classify": ("autointerp:classify", "classify features: language, domain, reasoning"),
     "features overlap": ("features:overlap", "compare the tokens that fire in target and base"),
+    "features show": ("effects:show", "show features, or list the strongest"),
+    "features effects": ("effects:effects", "ablate the strongest features, one by one"),
     "features select": ("features:select", "save a named set of features"),
     "features sets": ("features:sets", "list the sets"),
     "features check": ("features:check", "verify every file and row of a store"),
-    "intervene": ("features:intervene", "ablate features, isolate them or add them to the target"),
+    "intervene": ("effects:intervene", "ablate features, isolate them or add them to the target"),
+    "changes": ("effects:changes", "write the page 'what changed' of a run"),
+    "trace": ("effects:trace", "show which features fire on a prompt, and each model's KL"),
+    "generate": ("effects:generate", "generate with features removed or scaled"),
     "data prepare": ("data:prepare", "select training and validation conversations"),
     "data inspect": ("data:inspect", "show how a run would read a data set"),
     "export": ("export:export", "write a run as one checkpoint, or in another format"),
     "doctor": ("doctor:doctor", "show what will be used on this machine, and check the kernels"),
 }
 #: Commands that print their help if they are called without arguments.
-_HELPFUL = ("eval", "intervene", "where")
+_HELPFUL = ("eval", "generate", "intervene", "trace", "where")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

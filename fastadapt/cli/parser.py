@@ -245,15 +245,16 @@ def _add_argument(parser: Parser, parameter: _Parameter) -> list[str]:
     elif not is_required:
         options["default"] = parameter.default
     if typing.get_origin(parameter.hint) is tuple:
-        options |= {"type": str, "nargs": "+", "default": []}
+        default = [] if is_required else list(parameter.default or ())
+        options |= {"type": str, "nargs": "+", "default": default}
     if not parameter.is_positional:
         option = parameter.typed.option or f"--{parameter.name}"
         parser.add_argument(option, required=is_required, **options)
         return [option, upper] if is_required else []
     usage = upper = upper.removesuffix("S")
     if typing.get_origin(parameter.hint) is list:
-        options |= {"type": str, "nargs": "+"}
-        usage = f"{upper} [{upper} ...]"
+        options |= {"type": str, "nargs": "+" if is_required else "*"}
+        usage = f"{upper} [{upper} ...]" if is_required else f"[{upper} ...]"
     elif not is_required:
         options["nargs"] = "?"
         usage = f"[{upper}]"

@@ -38,7 +38,7 @@ class Progress:
         self._task: str | None = None
         self._last_line = clock()
         self._steps = 0
-        self._first = (0.0, 0)  # when and at which step this process began
+        self._pace = Pace(clock)
 
     def __enter__(self) -> Self:
         return self
@@ -70,6 +70,7 @@ class Progress:
     def record(self, record: dict[str, Any]) -> None:
         """Show a record of a training run or of a selection of conversations."""
         kind, step = record["kind"], record.get("step", 0)
+        self._pace.record(record)
         if kind in ("start", "resume"):
             for note in record.get("notes", ()):
                 self.write(f"note: {note}")
@@ -78,6 +79,7 @@ class Progress:
             self._step(step, record)
         elif kind == "eval":
             self.write(f"step {step}: held-out {evaluation_line(record)}")
+            self._hint(record)
         elif kind == "bad_batch":
             self.write(f"step {step}: skipped, {record['reason']} (rows {record['ids']})")
         elif kind == "read":
@@ -109,7 +111,6 @@ class Progress:
 
     def _begin(self, step: int, record: dict[str, Any]) -> None:
         self._steps = record["steps"]
-        self._first = (self._clock(), step)
         if marked := record.get("with_markers"):
             from fastadapt.reporting.formatting import markers_note
 
@@ -122,6 +123,7 @@ class Progress:
                 self.write(f"passed over {passed['path']}: {passed['reason']}")
         if self._is_terminal:
             bar = self._draw("", step, self._steps, unit=" step", note="")
+            bar.bar_format = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
             bar.initial = step
             bar.refresh()
 
@@ -144,6 +146,7 @@ class Progress:
         terms = [f"{name} {_short(record[key])}" for key, name in SHOWN.items() if key in record]
         terms.append(f"{record['tokens_per_s']:,.0f} tok/s")
         if self._is_terminal:
+            terms.insert(0, f"{self._time_left(step)} left")
             self._draw("", step, self._steps, unit=" step", note=", ".join(terms))
         elif self._is_due() or step in (1, self._steps):
             left = self._time_left(step)
@@ -152,10 +155,72 @@ class Progress:
     def _time_left(self, step: int) -> str:
         from fastadapt.reporting.formatting import duration
 
-        start, first = self._first
-        if step <= first:
-            return "?"
-        return duration((self._clock() - start) / (step - first) * (self._steps - step))
+        seconds = self._pace.seconds_left(step, self._steps)
+        return "?" if seconds is None else duration(seconds)
+
+    def _hint(self, record: dict[str, Any]) -> None:
+        """Write before the first step what already speaks against training."""
+        if record["step"] == 0:
+            from fastadapt.training.hints import hints
+
+            for line in hints(record):
+                self.write(f"hint: {line}")
+
+
+class Pace:
+    """Time of a step and of an evaluation of a run, from the times of its records.
+
+    The first step of a process is left out if others are known, since it loads and compiles, and so
+    are evaluations: those to come are added at their own time and distance.
+
+    Args:
+        clock: seconds, monotonic.
+
+    Example:
+        >>> now = iter([0, 60, 65, 66, 67])  # evaluation: 60 s; first step: 5 s; then 1 s each
+        >>> pace = Pace(lambda: next(now))
+        >>> kinds = ["start", "eval", "train", "train", "train"]
+        >>> for kind, step in zip(kinds, [0, 0, 1, 2, 3]):
+        ...     pace.record({"kind": kind, "step": step})
+        >>> pace.seconds_left(3, 100)  # 97 steps, and the last evaluation
+        157.0
+    """
+
+    _RECENT = 50  # records whose mean is the time of a step
+
+    def __init__(self, clock: Any = time.monotonic) -> None:
+        self._clock = clock
+        self._last: tuple[float, int] | None = None  # time and step of the last record
+        self._taken: list[tuple[float, int]] = []  # seconds and steps between two records
+        self._evaluated: list[int] = []  # steps of the evaluations
+        self._evaluation = 0.0  # seconds of the last one
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Note the time of a record of a run."""
+        kind, step, now = record["kind"], record.get("step", 0), float(self._clock())
+        if kind in ("start", "resume"):
+            self._taken = []
+        elif self._last is not None:
+            seconds, steps = now - self._last[0], step - self._last[1]
+            if kind == "train" and steps > 0:
+                self._taken.append((seconds, steps))
+            elif kind == "eval" and steps == 0:
+                self._evaluation = seconds
+        if kind == "eval":
+            self._evaluated.append(step)
+        self._last = now, step
+
+    def seconds_left(self, step: int, steps: int) -> float | None:
+        """Return the seconds from ``step`` to the end of ``steps``; None before the second step."""
+        taken = self._taken[1:][-self._RECENT :]
+        if step == steps:
+            return self._evaluation
+        if not taken:
+            return None
+        pace = sum(seconds for seconds, _ in taken) / sum(n for _, n in taken)
+        distance = self._evaluated[-1] - self._evaluated[-2] if len(self._evaluated) > 1 else 0
+        to_come = (steps - step) // distance if distance > 0 else 1
+        return pace * (steps - step) + self._evaluation * to_come
 
 
 @contextmanager

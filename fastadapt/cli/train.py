@@ -26,6 +26,8 @@ from fastadapt.io.names import typed_path
 
 if typing.TYPE_CHECKING:
     from fastadapt.training.config import TrainConfig
+    from fastadapt.training.planning.devices import Device
+    from fastadapt.training.planning.estimate import Prediction
 
 PRESETS = Path(__file__).parents[1] / "presets"
 #: ``overlays/NAME.yaml``; ``overlays/PRESET/NAME.yaml`` overrides it for one preset.
@@ -286,7 +288,7 @@ def train(argv: list[str]) -> int:
         return 0
     if summary["interrupted"]:
         return _stopped(summary, argv)
-    _print_summary(summary)
+    _print_summary(summary, config)
     return 0
 
 
@@ -300,8 +302,9 @@ def _stopped(summary: dict[str, Any], argv: list[str]) -> int:
     return 0
 
 
-def _print_summary(summary: dict[str, Any]) -> None:
+def _print_summary(summary: dict[str, Any], config: TrainConfig) -> None:
     from fastadapt.reporting.formatting import duration, number, percent
+    from fastadapt.training.hints import hints
     from fastadapt.training.logs.run_log import TRAINED, comparison
 
     print()
@@ -314,6 +317,8 @@ def _print_summary(summary: dict[str, Any]) -> None:
     if per_layer := summary.get("l0_per_layer"):
         print("L0 per layer:", ", ".join(map(number, per_layer)))
     print(f"{number(summary['tokens'])} training tokens in {duration(summary['wall_s'])}")
+    for line in hints(summary, config.objective.sparsity):
+        print(f"hint: {line}")
     print(f"adapter: {summary['adapter']}")
     print(f"report:  {Path(summary['report']).resolve()}")
 
@@ -367,8 +372,21 @@ def _print_plan(config: Any, gpu: str | None, gpus: int, *, as_json: bool) -> in
         at_l0 = f" at L0 {predicted.l0:g} (more at the first steps, whose products are dense)"
     print(
         f"Prediction: {predicted.flops_per_step / 1e12:,.4g} TFLOP a step{at_l0}, "
-        f"{predicted.step_s:.3g} s, "
-        f"{predicted.hours:.3g} h for the run, at {device.flops_per_s / 1e12:.4g} TFLOP/s of "
-        f"{device.name} ({device.source})."
+        f"{_pace(predicted, device)}."
     )
     return 0
+
+
+def _pace(predicted: Prediction, device: Device) -> str:
+    """Return the time of a step and of the run, and the rate that they were computed from."""
+    rate = f"{device.flops_per_s / 1e12:.4g} TFLOP/s of {device.name} ({device.source})"
+    if predicted.share is None:
+        here = "" if device.is_here else "; run --dry-run on that machine to measure its share"
+        return (
+            f"at least {predicted.step_s:.3g} s and {predicted.hours:.3g} h for the run, at all of "
+            f"the {rate}, which no run reaches{here}"
+        )
+    return (
+        f"about {predicted.step_s:.3g} s and {predicted.hours:.3g} h for the run, at "
+        f"{100 * predicted.share:.0f}% of the {rate}: the share of a step of two layers, timed here"
+    )

@@ -22,11 +22,13 @@ class LoadedRun:
         model: the replacement model with the run's adapters, in ``eval()``; frozen.
         store: the features that ``fastadapt features collect`` has written into the run, or None.
         config: the run's configuration; None for a folder of adapters without one.
+        models: the run under the name ``run``, with the pair's base, hybrid and target.
     """
 
     model: ReplacementModel
     store: Store | None
     config: TrainConfig | None
+    models: ModelSet
 
     @property
     def pair(self) -> ModelPair:
@@ -74,4 +76,5 @@ def load_run(
     if has_file(folder / "features" / MANIFEST):
         store = Store.open(folder, adapter=adapter_digest(students.folder("run")))
     config = folder / "config.yaml"
-    return LoadedRun(students.model, store, load_config(config) if has_file(config) else None)
+    settings = load_config(config) if has_file(config) else None
+    return LoadedRun(students.model, store, settings, students)

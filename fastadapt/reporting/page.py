@@ -6,6 +6,7 @@ all texts. Plots come from :mod:`fastadapt.reporting.rendering`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -16,6 +17,8 @@ from fastadapt.reporting.figures import Figure
 from fastadapt.reporting.rendering import inline_svg, legend_keys
 from fastadapt.reporting.tables import Table
 
+#: Ends of an interval in a cell, see :func:`fastadapt.reporting.tables.shown`.
+_INTERVAL = re.compile(r"(\[[^\[\]]+, [^\[\]]+\])")
 _TEMPLATES = resources.files("fastadapt.reporting") / "templates"
 
 
@@ -47,9 +50,20 @@ def render_page(path: Path, template: str, **values: Any) -> None:
     )
     environment.filters["svg"] = lambda figure, size: Markup(inline_svg(figure, size))
     environment.filters["legend"] = legend_keys
+    environment.filters["ends"] = _with_ends
     text = environment.get_template(template).render(values)
     with replacing(path) as staged:
         staged.write_text(text + "\n", encoding="utf-8")
+
+
+def _with_ends(cell: str) -> Any:
+    """Return a cell as HTML in which the ends of an interval stay on one line."""
+    from markupsafe import Markup, escape
+
+    parts = _INTERVAL.split(cell)
+    whole = [escape(part) for part in parts[::2]]
+    ends = [Markup('<span class="ends">{}</span>').format(part) for part in parts[1::2]]
+    return Markup("").join(part for pair in zip(whole, [*ends, ""], strict=True) for part in pair)
 
 
 def write_page(

@@ -163,13 +163,14 @@ def _bridge(result: Mapping[str, Any]) -> Table | None:
     if not pairs:
         return None
     n_layers = len(pairs[0]["last"]) - 1
+    # A row per number of layers: a model of many layers would give too many columns.
     rows = [
-        [f"{pair['without']} − {pair['with']}", *(shown(gap) for gap in pair["last"][1:])]
-        for pair in pairs
+        [f"last {n}" if n < n_layers else "all", *(shown(pair["last"][n]) for pair in pairs)]
+        for n in range(1, n_layers + 1)
     ]
     return Table(
         "Effect of the bridge with only the last layers replaced",
-        ["KL without − with", *(f"last {n}" for n in range(1, n_layers)), "all"],
+        ["KL without − with", *(f"{pair['without']} − {pair['with']}" for pair in pairs)],
         rows,
         "Adapters of the same sparsity, on the same texts; nats per predicted token.",
     )

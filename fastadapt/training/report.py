@@ -17,6 +17,7 @@ from fastadapt.io.atomic import disk_errors
 from fastadapt.reporting.figures import Figure, Series
 from fastadapt.reporting.formatting import duration, number, percent
 from fastadapt.reporting.page import render_page
+from fastadapt.training.hints import hints
 from fastadapt.training.logs.run_log import RunLog, comparison, read_run, value_at
 from fastadapt.training.run_dir import RESUME_HINT
 
@@ -70,6 +71,7 @@ def write_report(run_dir: str | Path) -> Path:
             finished=bool(run.summary),
             state=_state(run),
             tiles=_tiles(run),
+            hints=hints(run.result, run.sparsity),
             comparison=None if run.result.get("kl_adapter") is None else comparison(run.result),
             curves=_curves(run, CURVES, log=None),
             sparsity=over_time if small else over_time + (densities or _no_density(over_time)),

@@ -8,6 +8,7 @@
     adapter/        the trained adapters
     summary.json    the final numbers
     report.html     the numbers as a page
+    changes.json    and changes.html: what the adapter changed (fastadapt.effects.changes)
     tensorboard/    and wandb/, run-id.txt: files of sinks (fastadapt.training.logs.sinks)
 """
 
@@ -64,6 +65,7 @@ CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter"
 SUMMARY = "summary.json"
 REPORT = "report.html"
+CHANGES = ("changes.json", "changes.html")
 TENSORBOARD = "tensorboard"
 WANDB = "wandb"
 RUN_ID = "run-id.txt"
@@ -83,6 +85,7 @@ _WRITTEN = (
     METRICS,
     SUMMARY,
     REPORT,
+    *CHANGES,
 )
 
 
@@ -91,7 +94,7 @@ def _workspace(folder: Path) -> Workspace:
         folder,
         "run.output",
         "training in",
-        replaced=(CONFIG, METRICS, SUMMARY, ADAPTER, REPORT, RUN_ID),
+        replaced=(CONFIG, METRICS, SUMMARY, ADAPTER, REPORT, *CHANGES, RUN_ID),
         written=_WRITTEN,
         marker=CONFIG,
     )

@@ -117,15 +117,15 @@ def test_the_options_of_where_are_frozen() -> None:
     assert sorted(where_parser().option_names()) == WHERE_OPTIONS.split()
 
 
-FEATURES = "check classify collect describe export merge overlap select serve sets"
+FEATURES = "check classify collect describe effects export merge overlap select serve sets show"
 
 
 def test_the_commands_are_frozen(fastadapt: Callable[..., Any]) -> None:
     from fastadapt.cli.main import COMMANDS
 
     features = [f"features {name}" for name in FEATURES.split()]
-    frozen = ["data inspect", "data prepare", "doctor", "eval", "export", *features, "intervene"]
-    assert sorted(COMMANDS) == [*frozen, "train", "where"]
+    frozen = ["changes", "data inspect", "data prepare", "doctor", "eval", "export", *features]
+    assert sorted(COMMANDS) == [*frozen, "generate", "intervene", "trace", "train", "where"]
     for command in COMMANDS:
         assert command in fastadapt("--help").out
 
@@ -232,7 +232,8 @@ def test_a_dry_run_reads_no_weights_and_makes_no_folder(
     assert outcome.code == 0, outcome.err
     assert "Peak:" in outcome.out
     assert "It fits into" in outcome.out
-    assert "measured here" in outcome.out
+    assert re.search(r"about \S+ s and \S+ h for the run, at \d+% of the \S+ TFLOP/s", outcome.out)
+    assert "the share of a step of two layers, timed here" in outcome.out
     assert not (tmp_path / "run").exists()
 
 
@@ -261,6 +262,8 @@ def test_the_papers_run_is_planned_offline(
     assert planned["peak_bytes"] == max(planned["phases"].values()) < 76e9
     assert planned["fits"] is True
     assert planned["hours"] == pytest.approx(planned["steps"] * planned["step_s"] / 3600)
+    assert planned["share"] is None  # a data sheet's rate: the time is a lower bound
+    assert planned["step_s"] == planned["flops_per_step"] / planned["device"]["flops_per_s"]
     assert planned["flops_per_step"] < 900e12
     assert planned["checkpoint"] == policy
     if policy == "full":

@@ -3,10 +3,12 @@
 import ast
 import json
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,6 +17,7 @@ import torch
 from fastadapt.cli import doctor, kernel_checks
 from fastadapt.cli.train import ALLOCATOR_VARIABLES
 
+ROOT = Path(__file__).parents[2]
 runs_triton = kernel_checks.runs_triton
 
 
@@ -200,3 +203,25 @@ def test_the_allocator_of_a_run(variable: str | None, monkeypatch: pytest.Monkey
         assert values == {variable: "backend:native"}
         assert (shown.choice, shown.why) == ("backend:native", f"{variable} is set")
     assert "allocator of train" not in {c.what for c in doctor.choices(torch.device("cpu"))}
+
+
+def test_extras_are_listed_with_what_needs_them(fastadapt: Callable[..., Any]) -> None:
+    """Every extra of pyproject.toml that a user may need, and no other."""
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {
+        extra: tuple(re.split(r"[\[<>=!~]", line)[0] for line in lines)
+        for extra, lines in project["optional-dependencies"].items()
+        if lines and extra not in ("bench", "dev")
+    }
+    assert {extra: packages for extra, (packages, _) in doctor.EXTRAS.items()} == declared
+    outcome = fastadapt("doctor")
+    for extra, packages in declared.items():
+        (line,) = (row for row in outcome.out.splitlines() if row.startswith(f"{extra} "))
+        for package in packages:
+            try:
+                state = version(package)
+            except PackageNotFoundError:
+                state = "not installed"
+            assert f"{package} {state}" in line

@@ -144,6 +144,20 @@ def test_a_killed_evaluation_is_gone_on_with(runs: list[Path], tmp_path: Path) -
     assert results[0] == results[1]
 
 
+def test_benchmarks_run_only_when_requested() -> None:
+    from fastadapt.cli.eval import default_parts
+    from fastadapt.cli.main import open_command
+
+    def parts(*argv: str) -> list[str]:
+        return [*default_parts(open_command("eval").parse(["run", *argv])["config"])]
+
+    offline = ["outputs", "partial", "speed"]
+    assert parts() == offline
+    assert parts("--texts.n", "3") == offline
+    assert parts("--benchmarks.few_shot", "4") == [*offline, "benchmarks"]
+    assert parts("--benchmarks.tasks", "[math500]") == [*offline, "benchmarks"]
+
+
 BAD = {
     "no run": (lambda d: ["eval", d.folder / "nothing"], r"nothing: expected a run"),
     "a run without an adapter": (

@@ -153,6 +153,9 @@ def test_a_set_is_taken_out_and_put_onto_the_target(
         (("features", "export", "{run}/adapter"), "has no features yet"),
         (("features", "select", "{run}", "a/b", "--template"), "a set's name"),
         (("features", "select", "{run}", "none", "--promotes", "qqqq"), "is empty"),
+        (("features", "show", "{run}", "2.17"), "LAYER/NUMBER, such as 2/17"),
+        (("features", "show", "{run}", "0/24"), "feature: expected 0 to 23, got 24"),
+        (("features", "show", "{run}", "--top", "-1"), "--top: expected 0 or more, got -1"),
         (("features", "select", "{run}", "none"), "a set is selected in one way"),
         (("features", "select", "{run}", "none", "--sql", "DROP TABLE features"), "SELECT"),
         (("features", "classify", "{run}"), "cannot classify"),
@@ -264,9 +267,15 @@ OPTIONS = {
     "overlap": """
 --batch_tokens --device --dtype --features_at_once --store --tokens --trust_remote_code
 """,
+    "effects": """
+--device --dtype --features --store --texts --top --trust_remote_code
+""",
+    "show": """
+--examples --json --kind --top
+""",
     "select": """
---alive --at --before --classes --difference --hesitation --intersection --overwrite --promotes
---random --seed --share --sql --template --times --top --union
+--alive --at --before --classes --difference --features --hesitation --intersection --overwrite
+--promotes --random --seed --share --sql --template --times --top --union
 """,
     "sets": "",
     "intervene": """

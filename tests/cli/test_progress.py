@@ -146,3 +146,37 @@ def test_reading_elsewhere_is_a_line_now_and_then() -> None:
         "reading: 4,000 of 10,000 rows  2,000 kept",
         "writing: 7 of 9 rows",
     ]
+
+
+@pytest.mark.parametrize("first", [0.5, 4.0, 60.0])
+@pytest.mark.parametrize("evaluation", [0.0, 50.0])
+def test_the_first_time_left_is_near_the_truth(first: float, evaluation: float) -> None:
+    """A run of 200 steps of 1.5 s, evaluated every 50; its first step also compiles."""
+    stream, clock = io.StringIO(), Clock()
+    took: list[float] = []
+    with Progress(stream, clock) as progress:
+        progress.record({"kind": "start", "step": 0, "steps": 200})
+        for index in range(201):
+            if index:
+                clock.now += first if index == 1 else 1.5
+                progress.record(step(index))
+                took.append(clock.now)
+            if index % 50 == 0:
+                clock.now += evaluation
+                values = dict.fromkeys(("kl_adapter", "kl_hybrid", "kl_recovered_vs_hybrid"), 1.0)
+                progress.record({"kind": "eval", "step": index, **values})
+    lines = [line for line in stream.getvalue().splitlines() if line.endswith(" left")]
+    shown = [line for line in lines if not line.endswith("? left")]
+    index = int(shown[0].split()[1].split("/")[0])
+    assert index < 15
+    minutes, seconds = shown[0].split("  ")[-1].removesuffix(" s left").split(" min ")
+    left = 60 * int(minutes) + int(seconds)
+    assert 0.5 < left / (clock.now - took[index - 1]) < 2
+
+
+def test_a_hybrid_that_is_the_target_is_said_before_the_first_step() -> None:
+    stream = io.StringIO()
+    with Progress(stream) as progress:
+        for kl in (1.0, 0.0):
+            progress.record({"kind": "eval", "step": 0, "kl_hybrid": kl, "kl_adapter": kl})
+            assert ("hint: The hybrid's KL" in stream.getvalue()) == (kl == 0)

@@ -132,6 +132,10 @@ def _commands(foreign: Foreign, out: Path) -> dict[str, list[object]]:
         "where a pair": ["where", *models, "--text", "tom has 3 apples", "--output", out],
         "collect": ["features", "collect", run, "--output", out, "--n", "4"],
         "overlap": ["features", "overlap", run],
+        "effects": ["features", "effects", run, "--top", "1", "--texts", "1"],
+        "trace": ["trace", run, "tom has 3 apples", "--max_new_tokens", "1"],
+        "generate": ["generate", run, "tom has 3 apples", "--max_new_tokens", "1"],
+        "changes": ["changes", run, "--texts", "1", "--prompts", "0"],
         "describe": ["features", "describe", run, "--yes"],
         "classify": ["features", "classify", run, "--yes"],
         "features export": ["features", "export", run, "--output", out],
@@ -166,6 +170,10 @@ REFUSED = {
     "where over": "type --pair.trust_remote_code true",
     "collect": "type --trust_remote_code",
     "overlap": "type --trust_remote_code",
+    "effects": "type --trust_remote_code",
+    "trace": "type --trust_remote_code",
+    "generate": "type --trust_remote_code",
+    "changes": "type --trust_remote_code",
     "describe": "type --trust_remote_code",
 }
 

@@ -25,7 +25,9 @@ from fastadapt.features.store.store import Store, write_manifest, write_table
 from stores import StoreText, make_store  # isort: skip
 
 LISTED = ("texts", "tokens", "adapter/features", "adapter/examples", "adapter/lens")
-ADDED = ("adapter/descriptions", "adapter/scores", "adapter/classes", "adapter/overlap")
+ADDED = tuple(
+    f"adapter/{name}" for name in ("descriptions", "scores", "classes", "overlap", "effects")
+)
 UNIT = {"layer": 1, "feature": 3}
 JUDGED: dict[str, dict[str, Any]] = {
     "descriptions": {
@@ -37,6 +39,7 @@ JUDGED: dict[str, dict[str, Any]] = {
     },
     "classes": {"judge": "made", "class": "domain", "subclass": "math", "reason": "sums"},
     "overlap": {"target": 0.75, "base": 0.5},
+    "effects": {"delta_kl": -0.01, "positions": 117},
 }  # fmt: skip
 
 

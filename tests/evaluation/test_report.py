@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import results
+from browser import chromium
 from results import LAYERS, MODELS, synthetic_result
 
 from fastadapt.reporting.figures import Figure, Series, figures
@@ -29,8 +31,9 @@ def test_tables_have_a_row_for_every_measured_model() -> None:
     assert [row[0] for row in partial.rows] == names[1:]
     assert [row[0] for row in benchmark.rows] == ["target", *names]
     assert [row[-1] for row in order.rows] == ["yes", "tie"]
-    assert bridge.head[1:] == ["last 1", "last 2", "last 3", "all"]
-    assert bridge.rows[0][0] == "no-bridge − l0_10%"
+    assert [row[0] for row in bridge.rows] == ["last 1", "last 2", "last 3", "all"]
+    assert bridge.head[1:] == ["no-bridge − l0_10%"]
+    assert bridge.rows[2][1] == shown({"mean": 0.3, "low": 0.27, "high": 0.33})
     assert all(len(row) == len(t.head) for t in tables(synthetic_result()) for row in t.rows)
     # The answer region has no position, so it has no column.
     assert outputs.head[5:] == ["… prompt", "… thinking", "NMSE"]
@@ -143,3 +146,32 @@ def test_underscores_at_the_ends_of_words_are_escaped_in_markdown() -> None:
     assert r"| \_old\_ | \_\_x\_\_ |" in text
     assert r"|  | a_b\|c |" in text
     assert "| top_1 | - |" in text
+
+
+def test_tables_fit_a_page_of_1300_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """28 layers, long names, and every column; the control cannot break its lines."""
+    monkeypatch.setattr(results, "LAYERS", 28)
+    result = synthetic_result()
+    names = {m["name"]: f"r1-distill-qwen-7b-{m['name']}" for m in result["students"]}
+    for model in result["students"]:
+        model |= {
+            "name": names[model["name"]],
+            "what": "adapter, λ=0.0003, no bridge, ablate x (9)",
+        }
+    for section in ("faithfulness", "partial"):
+        result[section] = {names[name]: values for name, values in result[section].items()}
+    for values in result["faithfulness"].values():
+        values["regions"]["answer"] = values["regions"]["prompt"]
+    measured = result["benchmarks"]["sums"]
+    result["benchmarks"]["sums"] = {names.get(n, n): values for n, values in measured.items()}
+    result["bridge"] *= 3
+    path = tmp_path / "report.html"
+    write_page(result, tables(result), [], path)
+    with chromium() as browser:
+        page = browser.new_page(viewport={"width": 1300, "height": 900})
+        page.goto(path.as_uri())
+        widths = "[...document.querySelectorAll('.scroll')].map(e => e.scrollWidth - e.clientWidth)"
+        assert page.evaluate(widths)[:5] == [0] * 5
+        assert not page.locator("details").get_attribute("open")
+        page.add_style_tag(content="td, th { white-space: nowrap !important }")
+        assert max(page.evaluate(widths)) > 0

@@ -226,7 +226,7 @@ def test_saved_sets_are_combined_and_matched(data: StoreData) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "expected one of hesitation.*got none"),
+        ({}, "expected one of features.*got none"),
         ({"hesitation": True, "template": True}, "got hesitation, template"),
         ({"at": ("nowhere",)}, "at: expected regions among bos"),
         ({"hesitation": True, "top": 11}, "top: expected 1 to 10"),

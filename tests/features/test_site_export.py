@@ -21,7 +21,7 @@ from fastadapt.errors import RunError, UserError
 from fastadapt.features.site import export
 from fastadapt.features.site.pages import STATIC, is_current
 from fastadapt.features.site.shards import TYPES
-from fastadapt.features.store.schema import CLASSES, DESCRIPTIONS, REGIONS, SCORES, TENTHS
+from fastadapt.features.store.schema import CLASSES, DESCRIPTIONS, EFFECTS, REGIONS, SCORES, TENTHS
 from fastadapt.features.store.store import Store
 from fastadapt.io.atomic import locked
 
@@ -76,6 +76,20 @@ def judge(store: Store) -> None:
     store.add("classes", pa.Table.from_pylist([classed], schema=CLASSES))
 
 
+def test_effects_are_columns_and_notes(store: Store) -> None:
+    """A feature that makes the adapter worse sorts with those that were not measured."""
+    effects = {"layer": [1, 1], "feature": [3, 5], "delta_kl": [0.25, -0.5], "positions": [99, 99]}
+    store.add("effects", pa.table(effects).cast(EFFECTS))
+    data = export(store) / "data"  # type: ignore[operator]
+    _, index = unpack(data / "adapter-1.js")
+    assert {int(i): index["effect"][i] for i in np.flatnonzero(index["effect"])} == {3: 0.25}
+    notes = unpack(data / "adapter-1-0.js")[0]["notes"]
+    assert {unit: tables["effects"][0]["delta_kl"] for unit, tables in notes.items()} == {
+        "3": 0.25,
+        "5": -0.5,
+    }
+
+
 def test_shards_have_the_units_of_the_store(store: Store) -> None:
     site = export(store)
     assert site == store.folder.resolve() / "site"
@@ -99,6 +113,8 @@ def test_shards_have_the_units_of_the_store(store: Store) -> None:
                 assert index["count"][feature] == row["count"]
                 assert index["density"][feature] == np.float32(row["density"])
                 assert index["max"][feature] == np.float32(row["max"])
+                written = np.float32(row["density"] * row["mean"] * row["norm"])
+                assert index["contribution"][feature] == written
                 most = int(np.argmax(row["by_region"])) if row["count"] else 255
                 assert index["region"][feature] == most
                 for name in ("histogram", "by_domain", "by_region", "by_tenth"):

@@ -130,8 +130,14 @@ def test_the_list_shows_the_matching_units(browser: Any, store: Store, file: str
     assert tab.complaints == []
 
 
+def written(row: dict[str, Any]) -> np.float32:
+    """Return the contribution of a feature: density × mean activation × norm."""
+    return np.float32(row["density"] * row["mean"] * row["norm"])
+
+
 SORTS: list[tuple[str, Any]] = [
-    ("", lambda r: (-np.float32(r["density"]), r["layer"], r["feature"])),
+    ("", lambda r: (-written(r), r["layer"], r["feature"])),
+    ("densest", lambda r: (-np.float32(r["density"]), r["layer"], r["feature"])),
     ("rarest", lambda r: (np.float32(r["density"]), -r["layer"], -r["feature"])),
     ("max", lambda r: (-r["max"], r["layer"], r["feature"])),
     ("weakest", lambda r: (r["max"], -r["layer"], -r["feature"])),

@@ -12,11 +12,12 @@ import pyarrow.compute as pc
 
 from fastadapt.errors import UserError
 from fastadapt.features.site.shards import NONE, integers
+from fastadapt.features.store.ranking import contributions
 from fastadapt.features.store.schema import REGIONS, SAMPLES, TENTHS, Kind
 from fastadapt.features.store.store import Store
 
 #: Tables that are added to a store after collection, shown on the page of a unit.
-JUDGED = ("descriptions", "scores", "classes", "overlap")
+JUDGED = ("descriptions", "scores", "classes", "overlap", "effects")
 _THINKING = REGIONS.index("thinking")
 #: Columns of an example on the page of a unit.
 _SHOWN = (
@@ -73,7 +74,10 @@ def read_layer(
         return out
 
     by_region = _matrix(rows["by_region"], units, n, "<f8", 0)
+    contribution = np.zeros(n, "<f4")
+    contribution[units] = contributions(rows)
     index = {
+        "contribution": contribution,
         "count": column("count", "<f8"),
         "density": column("density", "<f4"),
         "max": column("max", "<f4"),
@@ -91,7 +95,10 @@ def read_layer(
             detail[name] = _matrix(lens[name], units, n, "<f4", 0)
     notes = _notes(store, kind, layer)
     index["class"] = np.full(n, _NO_BYTE, "<u1")
+    index["effect"] = np.zeros(n, "<f4")  # for sorting: 0 where not measured, or not positive
     for unit, tables in notes.items():
+        if "effects" in tables:
+            index["effect"][unit] = max(0.0, tables["effects"][0]["delta_kl"])
         if "classes" in tables:
             row = tables["classes"][0]
             index["class"][unit] = classes.index([row["class"], row["subclass"]])

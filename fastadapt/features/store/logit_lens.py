@@ -9,7 +9,7 @@ V tokens, D width, F units of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,26 +30,36 @@ _CHUNK_ENTRIES = 2**25  # logits in memory at once
 
 
 def token_strings(tokenizer: Any, n: int) -> list[str]:
-    """Return the text of each token id below ``n``, with its leading space if it has one.
+    """Return the text of each token id below ``n``, see :func:`strings_of`."""
+    return strings_of(tokenizer, range(n))
+
+
+def strings_of(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Return the text of each token, with its leading space if it has one.
 
     A token that holds part of a character is shown by its bytes, see
     :mod:`fastadapt.features.store.characters`. A token whose bytes are not known, or that has no
     text, is shown by its name in the vocabulary; an id beyond the vocabulary as ``<id>``.
     """
-    names = tokenizer.convert_ids_to_tokens(list(range(min(n, len(tokenizer)))))
+    known = len(tokenizer)
+    names = iter(tokenizer.convert_ids_to_tokens([i for i in ids if i < known]))
     # Decode each token behind another one: some tokenizers drop a space at the start of a text.
     anchor = next(iter(tokenizer("a", add_special_tokens=False)["input_ids"]), None)
     before = "" if anchor is None else tokenizer.decode([anchor])
     options = {"clean_up_tokenization_spaces": False}
     strings = []
-    for i, name in enumerate(names):
+    for i in ids:
+        if i >= known:
+            strings.append(f"<{i}>")
+            continue
+        name = next(names)
         text = tokenizer.decode([i] if anchor is None else [anchor, i], **options)
         text = text[len(before) :] if text.startswith(before) else tokenizer.decode([i], **options)
         if "\ufffd" in text:
             raw = token_bytes(name, tokenizer.decode([i], **options))
             text = "" if raw is None else show_bytes(raw)
         strings.append(text or name)
-    return strings + [f"<{i}>" for i in range(len(names), n)]
+    return strings
 
 
 def write_tokens(strings: list[str], path: Path) -> None:

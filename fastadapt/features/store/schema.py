@@ -10,7 +10,8 @@ the same way as a baseline. A store is a folder::
         features.parquet             a row per unit: how often, how strongly, where
         examples.parquet             where each fires: strongest, and drawn uniformly
         lens.parquet                 the tokens that its output row promotes and suppresses
-        descriptions.parquet, scores.parquet, classes.parquet, overlap.parquet   once computed
+        descriptions.parquet, scores.parquet, classes.parquet, overlap.parquet,
+        effects.parquet              once computed
     sets/NAME.json                 named sets of features
     calls/                         answers of judges, by a hash of the question
     judgements.json, judgements.md, judgements/   summary of the judges' answers: tables, plots
@@ -163,6 +164,15 @@ OVERLAP = pa.schema(
     ]
 )
 
+#: Effect of a feature on the output: the rise of the KL to the target without the feature.
+EFFECTS = pa.schema(
+    [
+        *_UNIT,
+        pa.field("delta_kl", pa.float64(), False),  # nats per predicted token; may be negative
+        pa.field("positions", pa.int64(), False),  # predicted tokens, on which it is a mean
+    ]
+)
+
 #: Tables of each kind of unit, by file name without its ending.
 TABLES = {
     "features": FEATURES,
@@ -172,6 +182,7 @@ TABLES = {
     "scores": SCORES,
     "classes": CLASSES,
     "overlap": OVERLAP,
+    "effects": EFFECTS,
 }
 SHARED = {"texts": TEXTS, "tokens": TOKENS}
 #: The ``TABLES`` that collecting writes and the manifest lists.

@@ -1,7 +1,7 @@
-"""Select features: by promoted tokens, by where they fire, by class, by SQL, or at random.
+"""Select features: by name, promoted tokens, where they fire, class, SQL, or at random.
 
-Each criterion is one SELECT over the store, on a DuckDB connection that reads only the store
-(:meth:`fastadapt.features.store.store.Store.connect`). The criteria follow arXiv 2602.20904:
+Each criterion but names is one SELECT over the store, on a DuckDB connection that reads only the
+store (:meth:`fastadapt.features.store.store.Store.connect`). The criteria follow arXiv 2602.20904:
 hesitation features have such a word among their ten most promoted tokens, and template features
 have at least 80% of their strongest examples at markers of the template.
 """
@@ -21,7 +21,7 @@ from fastadapt.data.prepare.filter_pass import text_or_none
 from fastadapt.errors import UserError
 from fastadapt.evaluation.benchmarks.grading import HESITATION_WORDS
 from fastadapt.features.store.schema import MARKERS, Region
-from fastadapt.features.store.sets import FeatureSet, load_set
+from fastadapt.features.store.sets import FeatureSet, load_set, named, pair_of
 from fastadapt.features.store.store import Store
 
 #: Promoted tokens in a row of lens.parquet.
@@ -32,9 +32,10 @@ SAME_DENSITY = 2**0.5
 
 @dataclass(frozen=True)
 class SelectConfig:
-    """Criterion of a set: exactly one of ``hesitation`` to ``difference``.
+    """Criterion of a set: exactly one of ``features`` to ``difference``.
 
     Args:
+        features: these features, each as LAYER/NUMBER, such as 2/17.
         hesitation: features that promote one of the words that evaluation counts as hesitation.
         promotes: features that promote one of these tokens, compared stripped and in lower case.
         template: features whose strongest examples are at markers of the template.
@@ -52,6 +53,7 @@ class SelectConfig:
         alive: only features that fired on the texts of the store.
     """
 
+    features: tuple[str, ...] = ()
     hesitation: bool = False
     promotes: tuple[str, ...] = ()
     template: bool = False
@@ -70,6 +72,7 @@ class SelectConfig:
     alive: bool = False
 
     WAYS: ClassVar[tuple[str, ...]] = (
+        "features",
         "hesitation",
         "promotes",
         "template",
@@ -92,6 +95,8 @@ class SelectConfig:
                 "To combine criteria, save one set for each, then select by union, intersection or "
                 "difference."
             )
+        for name in self.features:
+            pair_of(name)
         for region in self.at:
             if region not in get_args(Region):
                 known = ", ".join(get_args(Region))
@@ -116,6 +121,8 @@ def select(store: Store, config: SelectConfig) -> FeatureSet:
 
 
 def _select(store: Store, config: SelectConfig) -> FeatureSet:
+    if config.features:
+        return named(store, config.features)
     if config.hesitation or config.promotes:
         return promoting(store, config.promotes or HESITATION_WORDS, config.top)
     if config.template or config.at:

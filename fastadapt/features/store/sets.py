@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,22 @@ from fastadapt.io.names import has_file, inside, typed_path
 FOLDER = "sets"
 SCHEMA_VERSION = 1
 Pair = tuple[int, int]
+_PAIR = re.compile(r"(\d{1,9})/(\d{1,9})", re.ASCII)
+
+
+def pair_of(text: str) -> Pair:
+    """Return layer and feature of a name like ``2/17``.
+
+    Raises:
+        UserError: the text is no such name.
+
+    Example:
+        >>> pair_of("2/17")
+        (2, 17)
+    """
+    if (match := _PAIR.fullmatch(text.strip())) is None:
+        raise UserError(f"expected a feature as LAYER/NUMBER, such as 2/17, got {text!r}")
+    return int(match[1]), int(match[2])
 
 
 @dataclass(frozen=True)
@@ -230,14 +247,31 @@ def load_set(store: Store, name: str) -> FeatureSet:
 
 
 def find_set(source: str | os.PathLike[str], name: str) -> FeatureSet:
-    """Load the set ``name`` of the store (or run) in ``source``, or the JSON file of that name.
+    """Load the set ``name`` of the store (or run) in ``source``.
+
+    A name that ends with ``.json`` is a file; features like ``2/17,3/401`` are a set themselves.
 
     Raises:
         UserError: as :func:`read_set` and :func:`load_set`; or ``source`` has no store.
     """
     if name.endswith(".json"):
         return read_set(typed_path(name, "set"))
-    return load_set(Store.open(source), name)
+    store = Store.open(source)
+    return named(store, name.split(",")) if "/" in name else load_set(store, name)
+
+
+def named(store: Store, names: Sequence[str]) -> FeatureSet:
+    """Return the set of the features with these names, such as ``2/17``.
+
+    Raises:
+        UserError: a name is none, or the adapter has no such feature.
+    """
+    return FeatureSet.from_pairs(
+        map(pair_of, names),
+        adapter=str(store.manifest["adapter"]),
+        shape=store.shape("adapter"),
+        expression=f"features {' '.join(names)}",
+    )
 
 
 def names_of_sets(store: Store) -> list[str]:

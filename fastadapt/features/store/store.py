@@ -229,6 +229,7 @@ class Store:
                 "scores": "describe",
                 "classes": "classify",
                 "overlap": "overlap",
+                "effects": "effects",
             }
             raise UserError(
                 f"{self.folder} has no {table} of {kind} units yet; run fastadapt features "

@@ -21,10 +21,14 @@ from fastadapt.features.store.schema import REGIONS, SAMPLES, TENTHS
 _FROM_0: tuple[str, ...] = ("count", "rank", "text", "position", "token", "start", "tokens")
 _FROM_0 += ("priority",)
 _FROM_0 += ("histogram", "by_domain", "by_region", "by_tenth", "promoted", "suppressed", "shown")
+_FROM_0 += ("positions",)
 _FROM_0 += ("positives", "negatives", "true_positives", "true_negatives")
 _FINITE: tuple[str, ...] = ("density", "max", "mean", "norm", "value", "values")
 _FINITE += ("promoted_logits", "suppressed_logits", "target", "base", "accuracy")
-_NOT_NEGATIVE = tuple(name for name in _FINITE if not name.endswith("_logits"))
+_FINITE += ("delta_kl",)
+_NOT_NEGATIVE = tuple(
+    name for name in _FINITE if not name.endswith("_logits") and name != "delta_kl"
+)
 #: Columns of each table whose lists have equal lengths in a row.
 _ALIKE: Mapping[str, Sequence[Sequence[str]]] = {
     "examples": [("tokens", "values")],

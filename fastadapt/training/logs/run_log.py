@@ -105,12 +105,20 @@ class RunLog:
     def dead_window(self) -> int | None:
         """``run.dead_window`` in training tokens; None if neither file records it."""
         window = self.summary.get("dead_window")
-        if window is None:
-            try:
-                window = parse_yaml(self.config, CONFIG)["run"]["dead_window"]
-            except (DocumentError, LookupError, TypeError):  # no such key, or no such file
-                return None
+        window = self._setting("run", "dead_window") if window is None else window
         return window if isinstance(window, int) else None
+
+    @property
+    def sparsity(self) -> float | None:
+        """``objective.sparsity``; None if the configuration does not record it."""
+        weight = self._setting("objective", "sparsity")
+        return float(weight) if isinstance(weight, int | float) else None
+
+    def _setting(self, component: str, key: str) -> Any:
+        try:
+            return parse_yaml(self.config, CONFIG)[component][key]
+        except (DocumentError, LookupError, TypeError):  # no such key, or no such file
+            return None
 
     @property
     def dead_in_training(self) -> list[int]:

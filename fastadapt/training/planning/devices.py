@@ -13,6 +13,8 @@ import torch
 
 from fastadapt.errors import UserError
 
+#: Source of a rate that was measured on this machine.
+MEASURED = "measured here on large products"
 #: Bytes of a GPU reserved for the driver, libraries' workspaces and fragmentation.
 RESERVED = 4_000_000_000
 
@@ -34,6 +36,11 @@ class Device:
     memory_bytes: int
     flops_per_s: float
     source: str
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the device is this machine's, so that its rates can be measured."""
+        return self.source == MEASURED
 
     @property
     def usable_bytes(self) -> int:
@@ -78,12 +85,11 @@ def planned_device(gpu: str | None, kind: str, dtype: torch.dtype) -> Device:
 
 def this_device(kind: str, rate: float = float("nan")) -> Device:
     """Return this machine's GPU or CPU, with a measured ``rate`` in FLOP/s."""
-    source = "measured here on large products"
     if kind == "cpu":
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return Device("this CPU", "cpu", memory, rate, source)
+        return Device("this CPU", "cpu", memory, rate, MEASURED)
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return Device(properties.name, "cuda", properties.total_memory, rate, source)
+    return Device(properties.name, "cuda", properties.total_memory, rate, MEASURED)
 
 
 def measured_rate(kind: str, dtype: torch.dtype) -> float:

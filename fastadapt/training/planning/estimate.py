@@ -23,6 +23,7 @@ from fastadapt.training.planning.devices import Device, planned_device
 from fastadapt.training.planning.flops import Setup, flops_per_step
 from fastadapt.training.planning.memory import step_memory
 from fastadapt.training.planning.recompute import RecomputePlanner
+from fastadapt.training.planning.share import measured_share
 
 #: Training files up to this size are read, to count sequences and tokens.
 _READ_BYTES = 64 * 2**20
@@ -114,12 +115,16 @@ class Prediction:
         l0: assumed active features per token and layer: k if it is set, else 10; None without
             transcoders.
         flops_per_step: operations of a step at the mean length, on all devices together.
-        step_s: seconds of a step at the device's rate of large products.
+        share: share of the device's rate that a step reaches, measured here; None if the device is
+            not here, or the model too large to measure.
+        step_s: seconds of a step at this share of the device's rate; without one, at the whole
+            rate, which no step reaches.
         hours: hours of all steps at the same rate.
     """
 
     l0: float | None
     flops_per_step: float
+    share: float | None
     step_s: float
     hours: float
 
@@ -205,8 +210,10 @@ def predict(config: TrainConfig, planned: ResourceEstimate) -> Prediction:
 
     micro_batch = flops_per_step(setup, n_layers, l0, policies)
     per_step = micro_batch * config.optimizer.accumulation
-    step_s = per_step / planned.device.flops_per_s / planned.gpus
-    return Prediction(l0, per_step, step_s, planned.steps * step_s / 3600)
+    share = measured_share(setup, planned.device) if planned.device.is_here else None
+    rate = planned.device.flops_per_s * (share or 1.0)
+    step_s = per_step / rate / planned.gpus
+    return Prediction(l0, per_step, share, step_s, planned.steps * step_s / 3600)
 
 
 def as_json(config: TrainConfig, planned: ResourceEstimate) -> dict[str, Any]:

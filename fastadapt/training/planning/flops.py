@@ -54,6 +54,13 @@ class Setup:
 def fake_pair(setup: Setup, n_layers: int) -> Any:
     """Create a pair of ``n_layers`` layers on fake tensors, and yield it in their mode."""
     from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield random_pair(setup, n_layers)
+
+
+def random_pair(setup: Setup, n_layers: int, device: str = "cpu") -> ModelPair:
+    """Create a pair of ``n_layers`` layers with random weights, at the shapes of ``setup``."""
     from transformers import AutoModelForCausalLM
 
     config = type(setup.target).from_dict(
@@ -61,7 +68,7 @@ def fake_pair(setup: Setup, n_layers: int) -> Any:
     )
     paths = ARCHITECTURES[config.model_type]
     attention = paths.attention if setup.pair.attention == "auto" else setup.pair.attention
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with torch.device(device):
         models = [
             AutoModelForCausalLM.from_config(
                 config,
@@ -71,16 +78,15 @@ def fake_pair(setup: Setup, n_layers: int) -> Any:
             ).eval()
             for _ in range(2)
         ]
-        target_blocks, blocks = (
-            getattr(getattr(model, paths.decoder), paths.layers) for model in models
-        )
-        mlps = nn.ModuleList(getattr(block, paths.mlp) for block in blocks)
-        if ranks := getattr(setup.target, RANKS, None):  # a PEFT target shares its base's weights
-            mlps = nn.ModuleList(sharing_copy(getattr(block, paths.mlp)) for block in target_blocks)
-            for block in target_blocks:
-                attach_ranks(block, ranks)
-        pair = replace(setup.pair, device="cpu")
-        yield ModelPair(models[0], mlps, None, pair, paths)
+    target_blocks, blocks = (
+        getattr(getattr(model, paths.decoder), paths.layers) for model in models
+    )
+    mlps = nn.ModuleList(getattr(block, paths.mlp) for block in blocks)
+    if ranks := getattr(setup.target, RANKS, None):  # a PEFT target shares its base's weights
+        mlps = nn.ModuleList(sharing_copy(getattr(block, paths.mlp)) for block in target_blocks)
+        for block in target_blocks:
+            attach_ranks(block, ranks)
+    return ModelPair(models[0], mlps, None, replace(setup.pair, device=device), paths)
 
 
 def count(setup: Setup, n_layers: int, cutoff: int, codes_per_token: float | None) -> float:

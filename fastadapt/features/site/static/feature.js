@@ -65,6 +65,9 @@ function drawFeature(main, context) {
       ["Maximum", formatNumber(max), "activation"],
       ["Mean", formatNumber(detail.mean), "where active"],
       [units.kind === "adapter" ? "Decoder norm" : "Output norm", formatNumber(detail.norm), "of its row"],
+      ["Contribution", formatNumber(units.contribution[unit]), "density × mean × norm"],
+      ...(notes.effects ?? []).map(({ delta_kl: rise }) =>
+        ["When ablated", `${rise < 0 ? "−" : "+"}${formatNumber(Math.abs(rise))}`, "KL, nats per token"]),
     ]),
     el("div", { class: "parts" },
       el("div", { class: "lens" }, ...lens(units.promotedOf(unit), detail, tokens)),

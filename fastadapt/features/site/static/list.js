@@ -1,6 +1,16 @@
 // The list of units: filters, and the rows in the visible part of the list.
 "use strict";
 
+/** The column that each order sorts by; others: the contribution. */
+const SORTS = new Map([
+  ["effect", "effect"],
+  ["densest", "density"],
+  ["rarest", "density"],
+  ["max", "max"],
+  ["weakest", "max"],
+  ["index", "index"],
+]);
+
 class List {
   /** navigate: called with an address to show; onQuery: called with the query of the filters. */
   constructor(navigate, onQuery) {
@@ -68,12 +78,13 @@ class List {
     });
     options("class", entries.sort((a, b) => (a[1] < b[1] ? -1 : 1)));
     document.getElementById("class-field").hidden = classes.length === 0;
+    form.querySelector("option[value=effect]").hidden = !units.tables.includes("effects");
     const described = units.tables.includes("descriptions");
     form.elements.q.placeholder = described
       ? "Search descriptions and promoted tokens"
       : "Search promoted tokens";
     this.grid.classList.toggle("with-class", classes.length > 0);
-    const heads = ["Layer / no.", "Density", "Max", "Mostly in"];
+    const heads = ["Layer / no.", "Contribution", "Density", "Mostly in"];
     if (classes.length) heads.push("Class");
     heads.push(described ? "Description, promoted tokens" : "Promoted tokens");
     const cells = heads.map((text) => el("span", { role: "columnheader" }, text));
@@ -139,7 +150,7 @@ class List {
       from: bounds[0],
       to: bounds[1],
       dead: elements.dead.checked,
-      key: { max: "max", weakest: "max", index: "index" }[sort] ?? "density",
+      key: SORTS.get(sort) ?? "contribution",
       rising: sort === "rarest" || sort === "weakest",
     };
   }
@@ -149,6 +160,10 @@ class List {
     const { units } = this;
     if (!units) return;
     const chosen = this.matches[this.chosen];
+    // Sorted by ΔKL, the list shows it in place of the contribution.
+    this.column = this.form.elements.sort.value === "effect" ? "effect" : "contribution";
+    this.grid.querySelector(".head").children[1].textContent =
+      this.column === "effect" ? "ΔKL" : "Contribution";
     this.matches = units.match(this.wanted(), this.tokens);
     this.chosen = fromTop ? -1 : this.matches.indexOf(chosen);
     if (fromTop) this.grid.scrollTop = 0;
@@ -229,8 +244,8 @@ class List {
     const region = units.region[unit] === 255 ? "never fired" : this.regions[units.region[unit]];
     const cells = [
       cell("name", el("a", { href: row.address, tabindex: -1 }, name)),
+      cell("contribution", formatNumber(units[this.column][unit] || null)),
       cell("density", el("i", { style: { "--share": share } }), formatPercent(units.density[unit])),
-      cell("max", formatNumber(units.max[unit])),
       cell("region", region),
     ];
     if (units.classes.length) {

@@ -9,6 +9,8 @@ class Units {
     this.count = new Float64Array(this.n);
     this.density = new Float32Array(this.n);
     this.max = new Float32Array(this.n);
+    this.contribution = new Float32Array(this.n); // density × mean activation × norm of the row
+    this.effect = new Float32Array(this.n); // rise of the KL without the unit, 0 if not measured
     this.region = new Uint8Array(this.n).fill(255);
     this.class = new Uint8Array(this.n).fill(255);
     this.width = 0; // promoted tokens per unit
@@ -33,7 +35,7 @@ class Units {
 
   insert(layer, { facts, columns }) {
     const first = layer * this.features;
-    for (const name of ["count", "density", "max", "region", "class"]) {
+    for (const name of ["count", "density", "max", "contribution", "effect", "region", "class"]) {
       this[name].set(columns[name], first);
     }
     if (columns.promoted) {
@@ -98,7 +100,7 @@ class Units {
   /**
    * Returns the units that match, in order.
    * wanted: q, token (text); layer, region (numbers, or null); classes (a Set of codes, or null);
-   * from, to (densities, or null); dead; key (density, max, index); rising.
+   * from, to (densities, or null); dead; key (contribution, effect, density, max, index); rising.
    */
   match(wanted, tokens) {
     const order = this.order(wanted.key);

@@ -1,0 +1,1 @@
+"""What features do to the output: on one prompt, by ablation, and for a whole run."""

@@ -1,0 +1,124 @@
+"""Generate responses to one prompt with any model of a run, with features removed or scaled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+from fastadapt.effects.requests import RUN
+from fastadapt.effects.trace import ADAPTER, COMPARED
+from fastadapt.errors import UserError
+from fastadapt.evaluation.generation.responses import Request
+from fastadapt.evaluation.generation.sampling import SamplingConfig, sample
+from fastadapt.features.loading import LoadedRun
+from fastadapt.features.store.sets import Pair
+from fastadapt.interventions import scale_features
+
+#: Models that can generate, in the order of their distance from the target.
+MODELS = (*COMPARED, "target")
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Settings of a generation.
+
+    Args:
+        models: models to generate with, among ``MODELS``.
+        temperature: temperature of the softmax; 0 takes the most likely token.
+        max_new_tokens: largest number of tokens; the context may end a response earlier.
+        seed: seed of the random numbers.
+
+    Raises:
+        UserError: a setting is impossible.
+    """
+
+    models: tuple[str, ...] = (ADAPTER,)
+    temperature: float = 0.0
+    max_new_tokens: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in self.models or ("none",):
+            if name not in MODELS:
+                raise UserError(f"--models: expected any of {', '.join(MODELS)}, got {name!r}")
+        self.sampling()
+
+    def sampling(self) -> SamplingConfig:
+        """Return the settings of the sampler. A response that repeats itself is not cut."""
+        return SamplingConfig(
+            temperature=self.temperature,
+            max_new_tokens=self.max_new_tokens,
+            seed=self.seed,
+            stop_degenerate=False,
+            batching="static",
+        )
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A response.
+
+    Attributes:
+        model: name of the model.
+        tokens: ids of the response, with the end-of-sequence token.
+        text: their text, without special tokens.
+        finish: ``eos``, or ``length`` if the largest number of tokens or the context ended it.
+    """
+
+    model: str
+    tokens: list[int]
+    text: str
+    finish: str
+
+
+def generate(
+    run: LoadedRun,
+    prompt: Sequence[int],
+    config: GenerateConfig | None = None,
+    factors: Mapping[Pair, float] | None = None,
+) -> list[Generated]:
+    """Generate a response with each model.
+
+    Args:
+        run: the run, see :func:`fastadapt.load_run`.
+        prompt: tokens of the prompt.
+        config: settings.
+        factors: factor of features of the model ``adapter``, see
+            :func:`fastadapt.interventions.scale_features`; 0 removes a feature.
+
+    Raises:
+        UserError: the prompt is empty or too long, a feature does not exist, or factors are given
+            and ``adapter`` does not generate.
+        RunError: a prediction is not finite.
+    """
+    (responses,) = generate_all(run, [prompt], config, factors)
+    return responses
+
+
+def generate_all(
+    run: LoadedRun,
+    prompts: Sequence[Sequence[int]],
+    config: GenerateConfig | None = None,
+    factors: Mapping[Pair, float] | None = None,
+) -> list[list[Generated]]:
+    """Generate a response to each prompt with each model, see :func:`generate`."""
+    config = config or GenerateConfig()
+    if factors and ADAPTER not in config.models:
+        raise UserError(
+            f"features are those of the model {ADAPTER}; expected it among --models, got "
+            f"{', '.join(config.models)}"
+        )
+    requests = [Request(f"prompt {i}", tuple(prompt)) for i, prompt in enumerate(prompts)]
+    by_prompt: list[list[Generated]] = [[] for _ in prompts]
+    for name in config.models:
+        scaled = scale_features(run.model, factors) if name == ADAPTER and factors else None
+        # The features are scaled second: a run's adapters are set when its model is entered.
+        with (
+            run.models.generating(RUN if name == ADAPTER else name) as model,
+            scaled or nullcontext(),
+        ):
+            sampled = sample(model, run.pair.tokenizer, requests, config.sampling())
+        for responses, each in zip(by_prompt, sampled.responses, strict=True):
+            responses.append(Generated(name, each.tokens, each.text, each.finish))
+    return by_prompt

@@ -1,0 +1,115 @@
+"""What a user types about a run: a prompt, and factors of features."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastadapt.data.rendering import render_parts
+from fastadapt.data.tokens import check_ids, encode
+from fastadapt.errors import UserError
+from fastadapt.evaluation.faithfulness.prompts import held_out
+from fastadapt.evaluation.generation.sampling import context_of, vocabulary_of
+from fastadapt.evaluation.models_under_test import ModelSet
+from fastadapt.features.loading import LoadedRun
+from fastadapt.features.store.sets import Pair, find_set, pair_of
+from fastadapt.features.store.store import adapter_digest
+from fastadapt.models.trained_files import read_adapters
+
+RUN = "run"  # name of the run in LoadedRun.models
+
+
+def prompt_ids(models: ModelSet, prompt: str, *, plain: bool = False) -> list[int]:
+    """Return the tokens of a user's prompt, rendered as the run's training data were.
+
+    Args:
+        models: the run; its tokenizer and its rendering family are used.
+        prompt: the user's text.
+        plain: encode the text as it is, with the tokenizer's default special tokens.
+
+    Raises:
+        UserError: the prompt is empty, or the run records no rendering family.
+    """
+    if plain:
+        ids = list(models.tokenizer(prompt)["input_ids"])
+        if not prompt or not ids:
+            raise UserError("prompt: expected a text, got none")
+        return ids
+    first = models.compared[models.runs[0]].run
+    recorded = None if first is None else held_out(Path(first))
+    family = models.family or (recorded and recorded.family)
+    if family is None:
+        raise UserError(
+            f"{first}: no rendering family recorded, so a prompt cannot be written as a turn of a "
+            "conversation; pass --plain to read the text as it is"
+        )
+    turns = [{"from": "user", "value": prompt}, {"from": "assistant", "value": "-"}]
+    return response_ids(models, render_parts(turns, family)[0])
+
+
+def response_ids(models: ModelSet, text: str) -> list[int]:
+    """Return the tokens of a text that continues another, without special tokens at its start."""
+    return list(encode(models.tokenizer, [text])["input_ids"][0])
+
+
+def check_text(models: ModelSet, ids: Sequence[int]) -> None:
+    """Raise ``UserError`` for a text that the target cannot read: too long, or unknown tokens."""
+    context = context_of(models.model.model)
+    if len(ids) > context:
+        raise UserError(
+            f"expected a text of at most {context:,} tokens, the model's context, got "
+            f"{len(ids):,}; shorten it"
+        )
+    check_ids(ids, vocabulary_of(models.model.model), "prompt")
+
+
+def factors_of(
+    run: LoadedRun, without: Sequence[str] = (), scale: Sequence[str] = ()
+) -> dict[Pair, float]:
+    """Return the factor of each feature that a request scales.
+
+    Args:
+        run: the run.
+        without: features to remove: sets of the run's store, JSON files of sets, or features like
+            ``2/17,3/401``.
+        scale: features and factor, such as ``2/17=0`` or ``hesitation=-0.5``.
+
+    Raises:
+        UserError: a text is none of these, a set does not exist or is of other adapters, or a
+            feature is scaled twice.
+    """
+    requests = [(name, 0.0) for name in without] + [_scale(text) for text in scale]
+    factors: dict[Pair, float] = {}
+    for name, factor in requests:
+        for pair in _features(run, name):
+            if pair in factors:
+                raise UserError(f"feature {pair[0]}/{pair[1]} is scaled twice; name it once")
+            factors[pair] = factor
+    return factors
+
+
+def _scale(text: str) -> tuple[str, float]:
+    name, equals, value = text.rpartition("=")
+    try:
+        factor = float(value)
+    except ValueError:
+        factor = math.nan
+    if not equals or not math.isfinite(factor):
+        raise UserError(f"--scale: expected FEATURE=FACTOR, such as 2/17=0, got {text!r}")
+    return name, factor
+
+
+def _features(run: LoadedRun, name: str) -> Sequence[Pair]:
+    if "/" in name and not name.endswith(".json"):
+        return [pair_of(part) for part in name.split(",")]
+    folder = run.models.folder(RUN)
+    features = find_set(folder.parent if run.store is None else run.store.folder, name)
+    history = read_adapters(folder)[1]["metadata"].get("interventions") or ()
+    known = {adapter_digest(folder), *(step["adapter"] for step in history)}
+    if features.not_empty().adapter not in known:
+        raise UserError(
+            f"{features.label} was selected from other adapters than those of {folder}; select a "
+            "set from the features of this run"
+        )
+    return features.features

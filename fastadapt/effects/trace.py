@@ -1,0 +1,194 @@
+"""Trace a text: what fires at each token, and how far each model's prediction is from the target's.
+
+The models are read through their own forward on the whole text. KL is KL(target ‖ model) of the
+next-token distribution after each token, in nats, computed in float64 from the models' logits.
+
+T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastadapt.effects.requests import RUN, check_text
+from fastadapt.errors import RunError, UserError
+from fastadapt.evaluation.models_under_test import ModelSet
+from fastadapt.features.loading import LoadedRun
+from fastadapt.features.store.logit_lens import lens, strings_of
+from fastadapt.features.store.sets import Pair
+
+#: Name of the replacement model in traces and generations.
+ADAPTER = "adapter"
+#: Models that a trace compares with the target.
+COMPARED = ("base", "hybrid", ADAPTER)
+_CHUNK = 64  # positions whose distributions are in memory at a time
+
+
+@dataclass(frozen=True)
+class Firing:
+    """An active feature at one token; ``contribution`` is its activation × decoder norm."""
+
+    layer: int
+    feature: int
+    value: float
+    contribution: float
+
+    @property
+    def pair(self) -> Pair:
+        """Layer and number of the feature."""
+        return self.layer, self.feature
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Features and predictions at each token of a text; lists have one entry per token.
+
+    Attributes:
+        ids: the tokens.
+        tokens: their texts.
+        prompt_length: number of tokens of the prompt.
+        predicted: by model, ``target`` included: the most likely next token's text and its
+            probability.
+        kl: by model of ``COMPARED``: KL(target ‖ model) of the next token, in nats.
+        fires: active features, the largest contribution first.
+    """
+
+    ids: list[int]
+    tokens: list[str]
+    prompt_length: int
+    predicted: dict[str, list[tuple[str, float]]]
+    kl: dict[str, list[float]]
+    fires: list[list[Firing]]
+
+    def totals(self) -> list[Firing]:
+        """Return each feature that fires once: values and contributions summed over tokens, the
+        largest contribution first."""
+        sums: dict[Pair, tuple[float, float]] = {}
+        for firing in (firing for here in self.fires for firing in here):
+            value, contribution = sums.get(firing.pair, (0.0, 0.0))
+            sums[firing.pair] = value + firing.value, contribution + firing.contribution
+        totals = [Firing(*pair, *summed) for pair, summed in sums.items()]
+        return sorted(totals, key=lambda firing: (-firing.contribution, firing.pair))
+
+
+@torch.no_grad()
+def trace(
+    run: LoadedRun,
+    ids: Sequence[int],
+    prompt_length: int | None = None,
+    *,
+    base: bool = True,
+) -> Trace:
+    """Read a text through base, hybrid, adapter and target.
+
+    Args:
+        run: the run, see :func:`fastadapt.load_run`.
+        ids: tokens of the text.
+        prompt_length: number of tokens of the prompt; all by default.
+        base: load the base as a whole model and compare it, too.
+
+    Raises:
+        UserError: the text has no token, is longer than the context, or the run has no features.
+        RunError: a prediction is not finite.
+
+    Example::
+
+        run = load_run("runs/organism")
+        ids = run.pair.tokenizer("tom has 3 apples")["input_ids"]
+        trace(run, ids).kl["hybrid"]
+    """
+    if not ids:
+        raise UserError("expected a text of at least one token, got none")
+    check_text(run.models, ids)
+    target = logits_of(run.models, "target", ids)
+    kl, predicted = {}, {"target": _most_likely(run, target)}
+    for name in COMPARED if base else COMPARED[1:]:
+        logits = logits_of(run.models, name, ids)
+        kl[name] = divergences(target, logits).tolist()
+        predicted[name] = _most_likely(run, logits)
+    length = len(ids) if prompt_length is None else prompt_length
+    texts = strings_of(run.pair.tokenizer, list(ids))
+    return Trace(list(ids), texts, length, predicted, kl, firings(run, ids))
+
+
+def logits_of(models: ModelSet, name: str, ids: Sequence[int], *, last: int = 0) -> Tensor:
+    """Return a model's logits after each token, ``[T, V]``, from its own forward.
+
+    Args:
+        models: the run.
+        name: ``target``, ``base``, ``hybrid`` or ``adapter``.
+        ids: tokens of the text.
+        last: number of tokens, from the end, whose logits are computed; 0: all.
+
+    Raises:
+        RunError: a logit is not finite.
+    """
+    with models.generating(RUN if name == ADAPTER else name) as model:
+        device = models.model.device
+        input_ids = torch.tensor([list(ids)], dtype=torch.int64, device=device)
+        logits: Tensor = model(input_ids=input_ids, use_cache=False, logits_to_keep=last).logits[0]
+    if not logits.isfinite().all():
+        raise RunError(f"{name}: a prediction is not finite; pass --dtype float32")
+    return logits
+
+
+def divergences(target: Tensor, model: Tensor) -> Tensor:
+    """Return KL(target ‖ model) of each row of logits ``[T, V]``: float64 ``[T]``, in nats.
+
+    Example:
+        >>> divergences(torch.zeros(1, 2), torch.tensor([[0.0, 1.0]]))
+        tensor([0.1201], dtype=torch.float64)
+    """
+    out = []
+    for p, q in zip(target.split(_CHUNK), model.split(_CHUNK), strict=True):
+        log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+        out.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    return torch.cat(out)
+
+
+def firings(run: LoadedRun, ids: Sequence[int]) -> list[list[Firing]]:
+    """Return the active features of each token of a text, the largest contribution first."""
+    fires: list[list[Firing]] = [[] for _ in ids]
+    adapter: Any
+    layers = zip(run.model.features(list(ids)), run.model.adapters, strict=True)
+    for layer, (codes, adapter) in enumerate(layers):
+        norms = adapter.W_dec.float().norm(dim=1)[codes.features]
+        sizes = (codes.values.float() * norms).tolist()
+        entries = zip(
+            codes.tokens.tolist(),
+            codes.features.tolist(),
+            codes.values.tolist(),
+            sizes,
+            strict=True,
+        )
+        for token, feature, value, size in entries:
+            fires[token].append(Firing(layer, feature, value, size))
+    for here in fires:
+        here.sort(key=lambda firing: (-firing.contribution, firing.pair))
+    return fires
+
+
+def promotes(run: LoadedRun, pairs: Sequence[Pair], n: int = 5) -> dict[Pair, list[str]]:
+    """Return the texts of the ``n`` tokens that each feature promotes most, by the logit lens."""
+    tokenizer = run.pair.tokenizer
+    head = run.model.head[: min(len(run.model.head), len(tokenizer))]
+    texts: dict[Pair, list[str]] = {}
+    for layer in sorted({layer for layer, _ in pairs}):
+        chosen = sorted({feature for other, feature in pairs if other == layer})
+        adapter: Any = run.model.adapters[layer]
+        ids, _ = lens(head, adapter.W_dec[chosen])
+        for feature, row in zip(chosen, ids[:, 0, :n].tolist(), strict=True):
+            texts[layer, feature] = strings_of(tokenizer, row)
+    return texts
+
+
+def _most_likely(run: LoadedRun, logits: Tensor) -> list[tuple[str, float]]:
+    pairs = [chunk.double().softmax(-1).max(-1) for chunk in logits.split(_CHUNK)]
+    shares = torch.cat([values for values, _ in pairs]).tolist()
+    tokens = torch.cat([indices for _, indices in pairs]).tolist()
+    return list(zip(strings_of(run.pair.tokenizer, tokens), shares, strict=True))
