@@ -78,14 +78,14 @@ def random_pair(setup: Setup, n_layers: int, device: str = "cpu") -> ModelPair:
             ).eval()
             for _ in range(2)
         ]
-    target_blocks, blocks = (
-        getattr(getattr(model, paths.decoder), paths.layers) for model in models
-    )
-    mlps = nn.ModuleList(getattr(block, paths.mlp) for block in blocks)
-    if ranks := getattr(setup.target, RANKS, None):  # a PEFT target shares its base's weights
-        mlps = nn.ModuleList(sharing_copy(getattr(block, paths.mlp)) for block in target_blocks)
-        for block in target_blocks:
-            attach_ranks(block, ranks)
+        target_blocks, blocks = (
+            getattr(getattr(model, paths.decoder), paths.layers) for model in models
+        )
+        mlps = nn.ModuleList(getattr(block, paths.mlp) for block in blocks)
+        if ranks := getattr(setup.target, RANKS, None):  # a PEFT target shares its base's weights
+            mlps = nn.ModuleList(sharing_copy(getattr(block, paths.mlp)) for block in target_blocks)
+            for block in target_blocks:
+                attach_ranks(block, ranks)
     return ModelPair(models[0], mlps, None, replace(setup.pair, device=device), paths)
 
 
