@@ -218,11 +218,8 @@ class ModelPair:
     def target_mlps(self) -> nn.ModuleList:
         """The target's MLP modules, one per layer, also if its blocks carry adapters."""
         blocks = getattr(getattr(self.target, self.paths.decoder), self.paths.layers)
-        target_mlps = nn.ModuleList()
-        for block in blocks:
-            mlp: Any = getattr(block, self.paths.mlp)
-            target_mlps.append(mlp.target if isinstance(mlp, AdaptedMLP) else mlp)
-        return target_mlps
+        mlps: list[Any] = [getattr(block, self.paths.mlp) for block in blocks]
+        return nn.ModuleList(mlp.target if isinstance(mlp, AdaptedMLP) else mlp for mlp in mlps)
 
     def check_mlps_differ(self) -> None:
         """Check that fine-tuning changed an MLP weight.

@@ -25,8 +25,9 @@ from fastadapt.evaluation.difference.shares import shapley, summarise
 from fastadapt.evaluation.difference.texts import typed_text
 from fastadapt.evaluation.difference.weights import ranks, weight_changes
 from fastadapt.evaluation.faithfulness.texts import Text
-from fastadapt.models.pair import ModelPair, PairConfig, PairMismatchError
+from fastadapt.models.pair import ModelPair, PairConfig
 from fastadapt.models.pretrained import load_tokenizer
+from fastadapt.models.sources.checks import PairMismatchError
 from fastadapt.organism import resolve
 
 #: Norms of queries and keys within attention, a soft cap; an MLP of one projection; plain ones.

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from fastadapt.batch import Batch
 from fastadapt.evaluation.models_under_test import load_base
 from fastadapt.models.baselines import norms_of
-from fastadapt.models.pair import ModelPair, PairConfig, PairMismatchError
+from fastadapt.models.pair import ModelPair, PairConfig
 from fastadapt.models.pretrained import Paths
+from fastadapt.models.sources.checks import PairMismatchError
 
 Role = Literal["target", "base"]
 Part = Literal["attention", "mlps", "norms", "embeddings"]

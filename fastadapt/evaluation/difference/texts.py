@@ -29,15 +29,15 @@ def held_out_texts(data: DataConfig, tokenizer: Any, n: int, n_rows: int) -> lis
         UserError: the source cannot be read, or a token has no embedding.
     """
     limit = min(n, data.max_validation or n)
-    # The labels then begin with the response.
-    data = replace(data, max_validation=limit, train_on_prompt=False)
+    # The labels then begin with the first response, or with the text if it is no chat.
+    data = replace(data, max_validation=limit, loss="assistant")
     sequences = load_sequences(resolve(data.validation), tokenizer, data, split="validation")
     sequences.check_vocabulary(n_rows)
     return [
         Text(
             str(sequences.rows[sample.index] + 1),
             sample.input_ids.tolist(),
-            int((sample.labels != IGNORE).nonzero()[0]),
+            max(1, int((sample.labels != IGNORE).nonzero()[0])),
         )
         for sample in sequences
     ]
