@@ -1,4 +1,4 @@
-"""The values of the page 'what changed' equal those of whole forwards of one model at a time."""
+"""The values of the page 'what changed' equal those of whole forwards of each model."""
 
 from __future__ import annotations
 

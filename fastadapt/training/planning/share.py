@@ -55,7 +55,8 @@ def measured_share(setup: Setup, device: Device) -> float | None:
         return None
     # With new adapters half of the features fire, so products are dense.
     trained = small.trained
-    dense = float(trained.n_features) if isinstance(trained, AdapterConfig) else None
+    n_features = trained.n_features if isinstance(trained, AdapterConfig) else None
+    dense = None if n_features is None else float(n_features)
     return count(small, _LAYERS, 1, dense) / seconds / device.flops_per_s
 
 
