@@ -32,9 +32,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.add_special_tokens([AddedToken(t) for t in ("<|im_start|>", "<|im_end|>")])
     backend.add_tokens([AddedToken(t) for t in ("<think>", "</think>")])
-    made = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", pad_token="<pad>")
-    made.chat_template = CHATML
-    return made
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", pad_token="<pad>")
+    fast.chat_template = CHATML
+    return fast
 
 
 def messages(*turns: tuple[str, Any]) -> dict[str, Any]:
