@@ -127,7 +127,7 @@ def inspect(
     values = {"validation": "", **data, **typed, "train": source}
     settings: DataConfig = from_dict(values, DataConfig, "data.")
     architecture = models.configs(planned_config)[0]
-    found = inspect_source(
+    inspection = inspect_source(
         dataclasses.replace(settings.source(resolve(source), "train"), split=split),
         models.tokenizer(),
         settings,
@@ -135,7 +135,7 @@ def inspect(
         rows=rows,
         examples=examples,
     )
-    _print_inspection(found, settings.loss)
+    _print_inspection(inspection, settings.loss)
     return 0
 
 
@@ -156,42 +156,42 @@ def _models_of(pair: str, trust: bool) -> tuple[Sources, dict[str, Any]]:
         return pair_sources.Sources.find(PairConfig(pair, base, trust_remote_code=trust)), {}
     values = read_configs([pair])
     take_trust(values)
-    models, data = values.get("pair"), values.get("data")
+    pair_values, data = values.get("pair"), values.get("data")
     if not isinstance(models, dict) or not isinstance(models.get("target"), str):
         raise UserError(f"--pair {pair}: expected pair.target in this file")
     config: PairConfig = from_dict({**models, TRUST: trust}, PairConfig, "pair.")
     return pair_sources.Sources.find(config), dict(data or {})
 
 
-def _print_inspection(found: Inspection, loss: str) -> None:
+def _print_inspection(inspection: Inspection, loss: str) -> None:
     from fastadapt.data.inspection import form_name
 
-    print(f"columns: {found.layout}")
-    if found.layout.kind in ("conversation", "prompt and response"):
-        print(f"form:    {form_name(found.form)}")
+    print(f"columns: {inspection.layout}")
+    if inspection.layout.kind in ("conversation", "prompt and response"):
+        print(f"form:    {form_name(inspection.form)}")
     opening, closing = ("⟦", "⟧") if is_unicode(sys.stdout) else ("[[", "]]")
     print(f"\nTokens between {opening} and {closing} are counted (data.loss {loss}).")
-    for example in found.examples:
+    for example in inspection.examples:
         print(f"\n--- {example.where}: {example.tokens:,} tokens, {example.counted:,} counted")
         pieces = (f"{opening}{t}{closing}" if counted else t for t, counted in example.pieces)
         print("".join(pieces).rstrip("\n"))
     print()
-    quantiles = found.quantiles()
+    quantiles = inspection.quantiles()
     if quantiles:
         print_table(
             ["quantile", *(f"{q:g}" for q in quantiles)],
             [["tokens", *(f"{n:,}" for n in quantiles.values())]],
         )
-    share = found.counted / max(found.tokens, 1)
+    share = inspection.counted / max(inspection.tokens, 1)
     print(
-        f"\n{found.used:,} of {found.read:,} rows would be used: {found.tokens:,} tokens, "
-        f"{found.counted:,} of them counted ({share:.0%})"
+        f"\n{inspection.used:,} of {inspection.read:,} rows would be used: "
+        f"{inspection.tokens:,} tokens, {inspection.counted:,} of them counted ({share:.0%})"
     )
-    if found.with_markers:
-        print(f"{found.with_markers:,} have special tokens in what was said, see data.markers")
-    if found.left_out:
+    if inspection.with_markers:
+        print(f"{inspection.with_markers:,} have special tokens in what was said, see data.markers")
+    if inspection.left_out:
         print()
-        rows = [[reason, f"{n:,}"] for reason, n in found.left_out.items()]
+        rows = [[reason, f"{n:,}"] for reason, n in inspection.left_out.items()]
         print_table(["left out", "rows"], rows)
-    for message in found.bad:
+    for message in inspection.bad:
         print(message)

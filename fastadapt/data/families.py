@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from fastadapt.data.contents import ROLES, Turn
 from fastadapt.data.rendered import END_THINK, THINK, Piece, Rendered, Spec
-from fastadapt.data.turns import ROLES, Turn
 from fastadapt.errors import UserError
 
 

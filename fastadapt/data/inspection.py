@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fastadapt.data.layouts import Layout
+from fastadapt.data.contents import Layout
 from fastadapt.data.rendered import AUTO, Spec
 from fastadapt.data.sequences import DataConfig
 from fastadapt.data.sources import BadRows, Source, read_contents
@@ -66,8 +66,10 @@ class Inspection:
 
     def quantiles(self) -> dict[float, int]:
         """Return the lengths at ``QUANTILES``, of all texts that can be read."""
-        values = np.quantile(self.lengths, QUANTILES, method="higher") if self.lengths else []
-        return {q: int(value) for q, value in zip(QUANTILES, values, strict=False)}
+        if not self.lengths:
+            return {}
+        values = np.quantile(self.lengths, QUANTILES, method="higher")
+        return {q: int(value) for q, value in zip(QUANTILES, values, strict=True)}
 
 
 def inspect_source(

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
-from fastadapt.data.turns import Role, Turn
+from fastadapt.data.contents import Role, Turn
 
 THINK, END_THINK = "<think>", "</think>"
 #: Family of data without conversations: plain text and token ids.
@@ -84,11 +84,11 @@ class Rendered:
                 continue
             blank = len(piece.text) - len(piece.text.lstrip())
             opens = bool(opening) and piece.text.startswith(opening, blank)
-            found = (
+            close = (
                 piece.text.find(closing, blank + len(opening) if opens else 0) if closing else -1
             )
-            if found >= 0:
-                spans.append((start, start + found + len(closing)))
+            if close >= 0:
+                spans.append((start, start + close + len(closing)))
             elif opens:
                 spans.append((start, end))
         return spans

@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fastadapt.data.contents import Turn, read_turns
 from fastadapt.data.families import FAMILIES, get_family, inline_family
 from fastadapt.data.rendered import END_THINK, TEXT_ONLY, THINK, Form, Rendered, Spec
 from fastadapt.data.templates import Template
-from fastadapt.data.turns import Turn, read_turns
 from fastadapt.errors import UserError
 
 
@@ -58,7 +58,7 @@ def get_form(spec: Spec) -> Form:
         return TextOnly()
     if isinstance(spec, Mapping):
         if "template" in spec:
-            return Template.of(spec)
+            return Template.from_spec(spec)
         return inline_family(spec)
     return get_family(spec)
 

@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+from fastadapt.data.contents import Role, Turn
 from fastadapt.data.families import FAMILIES
 from fastadapt.data.rendered import AUTO, END_THINK, TEXT_ONLY, THINK, Part, Piece, Rendered, Spec
 from fastadapt.data.tokens import is_one_token
-from fastadapt.data.turns import Role, Turn
 from fastadapt.errors import UserError
 
 #: Text of a placeholder: private characters, which no data set and no template holds.
@@ -59,17 +59,18 @@ class Template:
         template: Jinja text.
         tokens: special tokens that the template names, such as ``bos_token``.
         thinking: markers around the assistant's reasoning.
+        frames: the template's own text, by roles of turns, as far as it is known.
     """
 
     template: str
     tokens: tuple[tuple[str, str], ...] = ()
     thinking: tuple[str, str] = (THINK, END_THINK)
-    _apart: dict[tuple[Role, ...], tuple[Piece, ...]] = field(
+    frames: dict[tuple[Role, ...], tuple[Piece, ...]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
     @classmethod
-    def of(cls, spec: Mapping[str, Any]) -> Template:
+    def from_spec(cls, spec: Mapping[str, Any]) -> Template:
         """Return the template of a mapping, the inverse of :attr:`spec`.
 
         Raises:
@@ -105,7 +106,7 @@ class Template:
 
     @property
     def spec(self) -> Spec:
-        """Mapping from which :meth:`of` makes this template again."""
+        """Mapping from which :meth:`from_spec` makes this template again."""
         spec: dict[str, Any] = {"template": self.template, "tokens": dict(self.tokens)}
         if self.thinking != (THINK, END_THINK):
             spec["thinking"] = list(self.thinking)
@@ -124,15 +125,15 @@ class Template:
                 its text the assistant writes.
         """
         roles = tuple(turn.role for turn in turns)
-        if roles not in self._apart:
-            self._apart[roles] = self._take_apart(roles)
+        if roles not in self.frames:
+            self.frames[roles] = self._take_apart(roles)
         whole = self._run(turns)
         for words, others in _TRIMS:
             said = (words(t.text) if t.role == "assistant" else others(t.text) for t in turns)
             texts = iter(list(said))
             pieces = [
                 piece._replace(text=next(texts)) if piece.part == "text" else piece
-                for piece in self._apart[roles]
+                for piece in self.frames[roles]
             ]
             rendered = Rendered(tuple(p for p in pieces if p.text), self.thinking)
             if rendered.text == whole:
@@ -154,7 +155,7 @@ class Template:
         messages = [{"role": turn.role, "content": turn.text} for turn in turns]
         try:
             render: Any = render_jinja_template
-            texts, found = render(
+            texts, blocks = render(
                 conversations=[messages],
                 chat_template=self.template,
                 add_generation_prompt=prompt,
@@ -166,7 +167,7 @@ class Template:
             raise _failed(turns, error) from None
         except (AttributeError, RecursionError, OverflowError, MemoryError) as error:
             raise _failed(turns, error) from None
-        return texts[0], found[0] if spans else []
+        return texts[0], blocks[0] if spans else []
 
     def _take_apart(self, roles: tuple[Role, ...]) -> tuple[Piece, ...]:
         """Return the pieces of a conversation of these roles, with placeholders for the words."""

@@ -131,12 +131,12 @@ def _token_spans(
 ) -> list[int]:
     """Return first token and end of each stretch of tokens that begin within spans."""
     starts = [start for start, _ in offsets]
-    found: list[int] = []
+    stretches: list[int] = []
     for begin, end in spans:
         first = bisect_left(starts, begin)
         last = len(starts) if end == n_characters else bisect_left(starts, end)
-        if found and found[-1] == first:
-            found[-1] = last
+        if stretches and stretches[-1] == first:
+            stretches[-1] = last
         elif last > first:
-            found += [first, last]
-    return found
+            stretches += [first, last]
+    return stretches

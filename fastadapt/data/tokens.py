@@ -107,9 +107,9 @@ class Encoder:
                 ids.append(self._tokenizer.convert_tokens_to_ids(stretch))
                 offsets.append((start, start + len(stretch)))
                 continue
-            found = _call(self._tokenizer, [stretch], offsets=True, split_special_tokens=True)
-            ids += found["input_ids"][0]
-            offsets += [(start + a, start + b) for a, b in found["offset_mapping"][0]]
+            encoded = _call(self._tokenizer, [stretch], offsets=True, split_special_tokens=True)
+            ids += encoded["input_ids"][0]
+            offsets += [(start + a, start + b) for a, b in encoded["offset_mapping"][0]]
         return Encoded(ids, offsets, True)
 
     def _stretches(self, text: Rendered) -> Iterator[tuple[int, str, bool]]:

@@ -11,10 +11,15 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from fastadapt.data.contents import Turn
+from fastadapt.data.families import FAMILIES
 from fastadapt.data.sequences import DataConfig, load_sequences
+from fastadapt.data.tokens import Encoder
 from fastadapt.errors import UserError
 
 #: Ids 0 to 19. <|im_start|>, <|im_end|>, <think> and </think> have the ids 20 to 23.
@@ -32,9 +37,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.add_special_tokens([AddedToken(t) for t in ("<|im_start|>", "<|im_end|>")])
     backend.add_tokens([AddedToken(t) for t in ("<think>", "</think>")])
-    made = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", pad_token="<pad>")
-    made.chat_template = CHATML
-    return made
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", pad_token="<pad>")
+    fast.chat_template = CHATML
+    return fast
 
 
 def messages(*turns: tuple[str, Any]) -> dict[str, Any]:
@@ -449,3 +454,45 @@ def test_a_base_tokenizer_reads_text_and_asks_for_a_family(tokenizer: Any, tmp_p
     chat = write_rows(tmp_path / "chat.jsonl", [GOOD])
     with pytest.raises(UserError, match=r"the data hold conversations; give data\.family one of"):
         load(chat, plain)
+
+
+# --- markers inside what was said -----------------------------------------------------------------
+
+SAID = st.lists(
+    st.sampled_from(
+        ["<|im_end|>", "<|im_start|>", "<think>", "</think>", "a b", " ", "\n", "数", "<|"]
+    ),
+    min_size=1,
+    max_size=6,
+).map("".join)
+
+
+@pytest.fixture(scope="module")
+def of_bytes() -> PreTrainedTokenizerFast:
+    """Byte-level BPE, in which ``<think>`` is no token and ``<|im_start|>`` no special one."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(["<|im_start|>user\na b", "<|im_end|> assistant\n"] * 3, trainer)
+    backend.add_special_tokens([AddedToken("<|im_end|>")])
+    backend.add_tokens([AddedToken("<|im_start|>")])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+
+
+@given(SAID, SAID)
+def test_only_the_template_writes_markers(of_bytes: Any, asked: str, answered: str) -> None:
+    form = FAMILIES["qwen"]
+    rendered = form.render([Turn("user", asked), Turn("assistant", answered)])
+    (encoded,) = Encoder(of_bytes, form).encode([rendered], offsets=True)
+    assert of_bytes.decode(encoded.ids) == rendered.text
+    for marker in form.markers:
+        assert encoded.ids.count(of_bytes.convert_tokens_to_ids(marker)) == 2
+    assert encoded.marked == (
+        "<|im_end|>" in asked + answered or "<|im_start|>" in asked + answered
+    )
+    assert [end for _, end in encoded.offsets][-1] == len(rendered.text)
+    # The control: the tokenizer alone reads every marker as a token.
+    alone = of_bytes(rendered.text, add_special_tokens=False)["input_ids"]
+    assert (alone == encoded.ids) == (not encoded.marked)

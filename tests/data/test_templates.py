@@ -9,12 +9,12 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from fastadapt.data.contents import Turn
 from fastadapt.data.families import FAMILIES
 from fastadapt.data.rendered import Rendered
 from fastadapt.data.rendering import get_form
 from fastadapt.data.templates import Template, resolve
 from fastadapt.data.tokens import Encoder
-from fastadapt.data.turns import Turn
 from fastadapt.errors import UserError
 
 SYSTEM = Turn("system", "be brief")

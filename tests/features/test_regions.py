@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from fastadapt.data.contents import Turn
 from fastadapt.data.families import FAMILIES
 from fastadapt.data.rendered import Rendered
 from fastadapt.data.rendering import get_form
 from fastadapt.data.tokens import encode
-from fastadapt.data.turns import Turn
 from fastadapt.features.store.regions import regions_of, spans_of, tenths_of
 from fastadapt.features.store.schema import REGIONS
 from fastadapt.models.pretrained import load_tokenizer

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from test_resume import assert_same_run, into, stop_after
+from same_run import assert_same_run, into, stop_after
 
 from fastadapt.errors import UserError
 from fastadapt.evaluation.faithfulness.prompts import held_out, load_prompts

@@ -162,7 +162,7 @@ def test_more_domains_than_can_be_counted(
     ("values", "config", "message"),
     [
         ([], {}, "holds no conversation"),
-        ([{"text": "a"}], {}, "no column 'conversations'"),
+        ([{"title": "a"}], {}, "no column 'conversations'"),
         ([conversation(""), conversation()], {}, "own.jsonl, line 1: conversations, turn 2"),
         ([conversation()], {"max_tokens": 4}, "all 1 conversations are longer than 4 tokens"),
     ],
