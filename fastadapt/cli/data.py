@@ -157,9 +157,9 @@ def _models_of(pair: str, trust: bool) -> tuple[Sources, dict[str, Any]]:
     values = read_configs([pair])
     take_trust(values)
     pair_values, data = values.get("pair"), values.get("data")
-    if not isinstance(models, dict) or not isinstance(models.get("target"), str):
+    if not isinstance(pair_values, dict) or not isinstance(pair_values.get("target"), str):
         raise UserError(f"--pair {pair}: expected pair.target in this file")
-    config: PairConfig = from_dict({**models, TRUST: trust}, PairConfig, "pair.")
+    config: PairConfig = from_dict({**pair_values, TRUST: trust}, PairConfig, "pair.")
     return pair_sources.Sources.find(config), dict(data or {})
 
 

@@ -219,7 +219,8 @@ class ModelPair:
         """The target's MLP modules, one per layer, also if its blocks carry adapters."""
         blocks = getattr(getattr(self.target, self.paths.decoder), self.paths.layers)
         mlps: list[Any] = [getattr(block, self.paths.mlp) for block in blocks]
-        return nn.ModuleList(mlp.target if isinstance(mlp, AdaptedMLP) else mlp for mlp in mlps)
+        mlps = [mlp.target if isinstance(mlp, AdaptedMLP) else mlp for mlp in mlps]
+        return nn.ModuleList(mlps)
 
     def check_mlps_differ(self) -> None:
         """Check that fine-tuning changed an MLP weight.
