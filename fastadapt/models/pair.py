@@ -220,8 +220,9 @@ class ModelPair:
         blocks = getattr(getattr(self.target, self.paths.decoder), self.paths.layers)
         target_mlps = nn.ModuleList()
         for block in blocks:
-            mlp: Any = getattr(block, self.paths.mlp)
-            target_mlps.append(mlp.target if isinstance(mlp, AdaptedMLP) else mlp)
+            mlp = getattr(block, self.paths.mlp)
+            target_mlp: Any = mlp.target if isinstance(mlp, AdaptedMLP) else mlp
+            target_mlps.append(target_mlp)
         return target_mlps
 
     def check_mlps_differ(self) -> None:
