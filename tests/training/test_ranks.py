@@ -7,6 +7,7 @@ trains many configurations (``rank_runs.py``).
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -193,6 +194,39 @@ VARIANTS: dict[str, dict] = {
     "ranks without a share": {"adapter.n_features": 5},  # rows of 2, 2, 1 and 0 features
     "mlp": {"run.trains": "mlp", "adapter.n_features": None, "objective.sparsity": 0.0},
 }
+
+
+@pytest.mark.slow
+def test_weights_that_models_share_on_two_ranks(
+    tiny_pair: Path, written: Callable[..., str], tmp_path: Path
+) -> None:
+    """A PEFT target, whose base weights are shared, and a target with one layer of its base."""
+    peft = pytest.importorskip("peft")
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_pair / "base")
+    adapted = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules="all-linear"))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    adapted.save_pretrained(tmp_path / "peft")
+    partly = Path(shutil.copytree(tiny_pair / "target", tmp_path / "partly"))
+    file = partly / "model.safetensors"
+    layer = {n: t for n, t in load_file(tiny_pair / "base" / file.name).items() if "0.mlp" in n}
+    save_file({**load_file(file), **layer}, file, metadata={"format": "pt"})
+
+    bits = {"pair.dtype": "bfloat16", "optimizer.accumulation": 2, "optimizer.clip": float("inf")}
+    short = {"optimizer.max_steps": 3, "run.checkpoint_every": 3}
+    for ranks in (1, 2):
+        paths = [
+            written(f"{name}-{ranks}", **bits, **short, **{"pair.target": str(tmp_path / name)})
+            for name in ("peft", "partly")
+        ]
+        launch_well(ranks, PROGRAM, *paths)
+    for name in ("peft", "partly"):
+        assert_same_bits(tmp_path / f"{name}-2", tmp_path / f"{name}-1")
 
 
 @pytest.mark.slow

@@ -20,22 +20,21 @@ RANKS = "fastadapt_low_rank"
 
 
 class LowRankLinear(nn.Linear):
-    """Linear layer ``(W x + s B A x) · g + b`` on the weight of another layer.
+    """Linear layer ``(W x + B A x) · g + b`` on the weight of another layer.
 
     ``g``, one factor per output, is present for DoRA only. All parameters are frozen.
 
     Args:
         layer: the layer whose weight is shared, ``W [out, in]``.
-        lora_A: ``A [r, in]``.
+        lora_A: ``A [r, in]``, with the adapter's scaling.
         lora_B: ``B [out, r]``.
-        scaling: s.
         bias: ``b [out]``, or None.
         gain: ``g [out]``, or None.
 
     Example:
         >>> layer = nn.Linear(3, 2, bias=False)
-        >>> low = LowRankLinear(layer, torch.ones(1, 3), torch.ones(2, 1), 0.5)
-        >>> low.weight is layer.weight, torch.equal(low.merged(), layer.weight + 0.5)
+        >>> low = LowRankLinear(layer, torch.ones(1, 3), torch.ones(2, 1))
+        >>> low.weight is layer.weight, torch.equal(low.merged(), layer.weight + 1)
         (True, True)
     """
 
@@ -48,20 +47,18 @@ class LowRankLinear(nn.Linear):
         layer: nn.Linear,
         lora_A: Tensor,
         lora_B: Tensor,
-        scaling: float,
         bias: Tensor | None = None,
         gain: Tensor | None = None,
     ) -> None:
         super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
         self.weight = layer.weight
-        self.scaling = scaling
         parts = {"bias": bias, "lora_A": lora_A, "lora_B": lora_B, "gain": gain}
         for name, tensor in parts.items():
             frozen = None if tensor is None else nn.Parameter(tensor.detach(), requires_grad=False)
             self.register_parameter(name, frozen)
 
     def forward(self, x: Tensor) -> Tensor:
-        low = F.linear(x, self.lora_A) * self.scaling
+        low = F.linear(x, self.lora_A)
         out = F.linear(x, self.weight) + F.linear(low, self.lora_B)
         if self.gain is not None:
             out = out * self.gain
@@ -75,18 +72,16 @@ class LowRankLinear(nn.Linear):
         """
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         A, B, W = (t.to(wide) for t in (self.lora_A, self.lora_B, self.weight))
-        out = W + self.scaling * (B @ A)
+        out = W + B @ A
         if self.gain is not None:
             out *= self.gain.to(wide)[:, None]
         return out.to(self.weight.dtype)
 
 
-def dora_gain(
-    weight: Tensor, lora_A: Tensor, lora_B: Tensor, s: float, magnitude: Tensor
-) -> Tensor:
-    """Return DoRA's factor of each output: ``magnitude`` over the norm of its row of W + s B A."""
+def dora_gain(weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor) -> Tensor:
+    """Return DoRA's factor of each output: ``magnitude`` over the norm of its row of W + B A."""
     wide = torch.promote_types(weight.dtype, torch.float32)
-    merged = weight.to(wide) + s * (lora_B.to(wide) @ lora_A.to(wide))
+    merged = weight.to(wide) + lora_B.to(wide) @ lora_A.to(wide)
     return (magnitude.to(wide) / torch.linalg.norm(merged, dim=1)).to(weight.dtype)
 
 
@@ -108,7 +103,7 @@ def attach_ranks(block: nn.Module, ranks: Mapping[str, tuple[int, bool]]) -> Non
         A = layer.weight.new_empty(rank, layer.in_features)
         B = layer.weight.new_empty(layer.out_features, rank)
         gain = layer.weight.new_empty(layer.out_features) if dora else None
-        block.set_submodule(name, LowRankLinear(layer, A, B, 1.0, layer.bias, gain))
+        block.set_submodule(name, LowRankLinear(layer, A, B, layer.bias, gain))
 
 
 def merged_state(

@@ -219,12 +219,12 @@ def _convert(block: nn.Module, folder: PeftFolder) -> None:
                 f"target {folder.source}: {name}: this kind of low-rank layer is not supported; "
                 "merge the adapter into its base (peft: merge_and_unload)"
             )
-        A, B = _weight(layer.lora_A[key]), _weight(layer.lora_B[key])
+        A, B = layer.scaling[key] * _weight(layer.lora_A[key]), _weight(layer.lora_B[key])
         gain = None
-        s = float(layer.scaling[key])
         if dora:
-            gain = dora_gain(inner.weight, A, B, s, _weight(layer.lora_magnitude_vector[key]))
-        block.set_submodule(name, LowRankLinear(inner, A, B, s, inner.bias, gain))
+            magnitude = _weight(layer.lora_magnitude_vector[key])
+            gain = dora_gain(inner.weight, A, B, magnitude)
+        block.set_submodule(name, LowRankLinear(inner, A, B, inner.bias, gain))
 
 
 def _weight(module: Any) -> Tensor:
