@@ -21,7 +21,7 @@ from typing_extensions import NotRequired, TypedDict
 from fastadapt.adapter.module import AdapterConfig, TranscoderAdapter
 from fastadapt.errors import UserError
 from fastadapt.io.atomic import save_tensors, writing_folder
-from fastadapt.io.documents import Count, Finite, Name, NonNegative, check, read_json
+from fastadapt.io.documents import Count, Finite, Mapped, Name, NonNegative, check, read_json
 from fastadapt.io.names import has_file, typed_path
 from fastadapt.io.tensors import read_tensors
 
@@ -193,7 +193,7 @@ class Metadata(TypedDict, total=False):
     target: Name | None
     base: Name | None
     revisions: Revisions | None
-    family: Name | dict[str, Any] | None
+    family: Name | Mapped | None
     objective: Weights | None
     measured: Measured | None
     interventions: list[Change] | None

@@ -41,6 +41,8 @@ NonNegative = Annotated[float, msgspec.Meta(ge=0, le=1e300)]
 #: most the length of a path on Linux.
 Name = Annotated[str, msgspec.Meta(max_length=4095, pattern=r"^[^\x00-\x1f\x7f\ud800-\udfff]*\Z")]
 _HALF = re.compile("[\ud800-\udfff]")
+#: A mapping with at least one key.
+Mapped = Annotated[dict[str, Any], msgspec.Meta(min_length=1)]
 #: SHA-256 in lower-case hexadecimal.
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 

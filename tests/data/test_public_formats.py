@@ -482,15 +482,15 @@ def of_bytes() -> PreTrainedTokenizerFast:
 
 
 @given(SAID, SAID)
-def test_only_the_template_writes_markers(of_bytes: Any, asked: str, answered: str) -> None:
+def test_only_the_template_writes_markers(of_bytes: Any, question: str, answer: str) -> None:
     form = FAMILIES["qwen"]
-    rendered = form.render([Turn("user", asked), Turn("assistant", answered)])
+    rendered = form.render([Turn("user", question), Turn("assistant", answer)])
     (encoded,) = Encoder(of_bytes, form).encode([rendered], offsets=True)
     assert of_bytes.decode(encoded.ids) == rendered.text
     for marker in form.markers:
         assert encoded.ids.count(of_bytes.convert_tokens_to_ids(marker)) == 2
     assert encoded.marked == (
-        "<|im_end|>" in asked + answered or "<|im_start|>" in asked + answered
+        "<|im_end|>" in question + answer or "<|im_start|>" in question + answer
     )
     assert [end for _, end in encoded.offsets][-1] == len(rendered.text)
     # The control: the tokenizer alone reads every marker as a token.

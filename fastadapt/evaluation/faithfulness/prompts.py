@@ -14,7 +14,7 @@ from fastadapt.data.sources import BadRows, Policy, Source, read_contents
 from fastadapt.data.templates import resolve
 from fastadapt.data.tokens import Encoder
 from fastadapt.errors import UserError
-from fastadapt.io.documents import DocumentError, read_yaml
+from fastadapt.io.documents import DocumentError, Mapped, read_yaml
 from fastadapt.io.names import has_file
 
 
@@ -60,7 +60,7 @@ class _DataSection(TypedDict):
     validation: str
     validation_split: str
     revision: str | None
-    family: str | dict[str, Any]
+    family: str | Mapped
     subset: NotRequired[str | None]
     columns: NotRequired[str | None]
     bad_rows: NotRequired[Policy]

@@ -35,7 +35,7 @@ from fastadapt.io.atomic import (
     sync_folder,
     unstaged,
 )
-from fastadapt.io.documents import Count, DocumentError, Positive, read_json
+from fastadapt.io.documents import Count, DocumentError, Mapped, Positive, read_json
 from fastadapt.io.names import has_file
 from fastadapt.io.workspace import Workspace
 from fastadapt.training.config import from_dict
@@ -59,7 +59,7 @@ Facts = dict[str, Any]
 
 class _Data(TypedDict):
     name: str
-    family: str | dict[str, Any]
+    family: str | Mapped
     fingerprint: str
 
 
