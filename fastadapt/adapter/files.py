@@ -193,7 +193,8 @@ class Metadata(TypedDict, total=False):
     target: Name | None
     base: Name | None
     revisions: Revisions | None
-    family: Name | Mapped | None
+    # msgspec 0.22 corrupts memory for a string of two constraints, such as Name, beside a mapping.
+    family: str | Mapped | None
     objective: Weights | None
     measured: Measured | None
     interventions: list[Change] | None

@@ -36,6 +36,7 @@ EXTRAS = {
     "features": (("duckdb", "openai"), "queries over features; language models as judges"),
     "flash": (("flash-attn",), "FlashAttention of GPUs"),
     "lowmem": (("torchao",), "optimizer.moments 8bit, and 16-bit rounding"),
+    "peft": (("peft",), "targets that are PEFT folders (LoRA, DoRA)"),
     "tensorboard": (("tensorboard",), "run.sinks tensorboard"),
     "trackio": (("trackio",), "run.sinks trackio"),
     "wandb": (("wandb",), "run.sinks wandb"),

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 SECONDS_BETWEEN_LINES = 10.0
 #: Training metric: its name in the bar.
 SHOWN = {"loss": "loss", "kl": "KL", "nmse": "NMSE", "sparsity": "L1", "l0": "L0"}
+_RECENT = 50  # records whose mean is the time of a step
 
 
 class Progress:
@@ -186,8 +187,6 @@ class Pace:
         157.0
     """
 
-    _RECENT = 50  # records whose mean is the time of a step
-
     def __init__(self, clock: Any = time.monotonic) -> None:
         self._clock = clock
         self._last: tuple[float, int] | None = None  # time and step of the last record
@@ -212,7 +211,7 @@ class Pace:
 
     def seconds_left(self, step: int, steps: int) -> float | None:
         """Return the seconds from ``step`` to the end of ``steps``; None before the second step."""
-        taken = self._taken[1:][-self._RECENT :]
+        taken = self._taken[1:][-_RECENT:]
         if step == steps:
             return self._evaluation
         if not taken:

@@ -143,8 +143,10 @@ def _source_of_data(word: str) -> str:
 
 def _read_values(name: str) -> dict[str, Any]:
     """Return the components ``pair`` and ``data`` of a preset, a YAML file, a run or adapters."""
+    from fastadapt.training.config import move_old_keys
+
     folder = _folder(name)
-    values = read_configs([name]) if folder is None else _run_values(folder)
+    values = move_old_keys(read_configs([name]) if folder is None else _run_values(folder))
     return {key: values[key] for key in ("pair", "data") if key in values}
 
 

@@ -125,7 +125,9 @@ def _with_family(config: TrainConfig, folder: Path, ranks: Ranks, *, resume: boo
     def find() -> Spec:
         if resume:
             return load_config(folder / run_dir.CONFIG).data.family
-        return resolve_family(AUTO, Sources.find(config.pair).tokenizer())
+        sources = Sources.find(config.pair)
+        sources.configs()  # a model that cannot be read is named before its tokenizer
+        return resolve_family(AUTO, sources.tokenizer())
 
     return dataclasses.replace(
         config, data=dataclasses.replace(config.data, family=ranks.on_main(find))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -250,3 +252,15 @@ def test_where_implementations_run(
     config = AdapterConfig(8, implementation=implementation)
     with pytest.raises(UserError, match=message) if message else nullcontext():
         config.check_runs(torch.device(device), getattr(torch, dtype))
+
+
+@pytest.mark.parametrize("family", ["qwen", {"user": "> "}])
+def test_a_process_that_reads_adapters_ends_well(family: Any, tmp_path: Path) -> None:
+    """A schema that msgspec frees wrongly aborts the process at its end."""
+    save_adapters([random_adapter(CONFIGS["relu"])], tmp_path / "set", {"family": family})
+    program = f"""
+from fastadapt.models.trained_files import load_adapters
+assert load_adapters({str(tmp_path / "set")!r})[1]["family"] == {family!r}
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")

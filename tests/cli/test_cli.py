@@ -98,10 +98,11 @@ def test_the_options_of_eval_are_frozen() -> None:
 WHERE_OPTIONS = """
 --benchmarks --benchmarks.data --benchmarks.few_shot --benchmarks.hesitation_words
 --benchmarks.limit --benchmarks.repetitions --benchmarks.seed --benchmarks.tasks --data
---data.family --data.max_tokens --data.max_validation --data.revision --data.validation
---data.validation_split --generate --help --output --overwrite --pair --pair.attention --pair.base
---pair.base_revision --pair.device --pair.dtype --pair.target --pair.target_revision
---pair.trust_remote_code --sampling --sampling.batch_size --sampling.batching
+--data.bad_rows --data.columns --data.family --data.markers --data.max_tokens --data.max_validation
+--data.revision --data.subset --data.validation --data.validation_split --generate --help --output
+--overwrite --pair --pair.attention --pair.base --pair.base_revision --pair.device --pair.dtype
+--pair.target --pair.target_revision --pair.tokenizer --pair.trust_remote_code --sampling
+--sampling.batch_size --sampling.batching
 --sampling.degeneration --sampling.degeneration.min_count --sampling.degeneration.ngrams
 --sampling.degeneration.share --sampling.degeneration.window --sampling.max_new_tokens
 --sampling.seed --sampling.stop --sampling.stop_degenerate --sampling.temperature

@@ -52,7 +52,8 @@ def described(store: Store) -> None:
 
 
 def mistaken(folder: Path) -> dict[str, CollectConfig]:
-    good = json.dumps({"conversations": [{"from": "human", "value": "2?"}]})
+    turns = [{"from": "human", "value": "2?"}, {"from": "gpt", "value": "2"}]
+    good = json.dumps({"conversations": turns})
     (folder / "bad.jsonl").write_text(good + "\n{")
     return {
         "malformed": CollectConfig(data=str(folder / "bad.jsonl")),
@@ -220,5 +221,5 @@ def test_a_run_is_the_same_however_its_path_is_spelt(
     shutil.rmtree(Path(spelt) / "adapter")
     other = make_run(tmp_path / "other", seed=1)
     shutil.copytree(other / "adapter", Path(spelt) / "adapter")
-    with pytest.raises(UserError, match="adapter: "):
+    with pytest.raises(UserError, match="collected from other adapters than the run has now"):
         collect(spelt, None, config)
