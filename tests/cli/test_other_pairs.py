@@ -90,6 +90,7 @@ def test_a_target_with_added_tokens(
     assert words("<t3>")["input_ids"] == AutoTokenizer.from_pretrained(target)("<t3>")["input_ids"]
 
 
+@pytest.mark.slow
 def test_the_base_is_the_one_that_the_adapter_names(
     tiny_pair: Path, recipe: Callable[..., Path], fastadapt: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -126,7 +127,7 @@ def scale_weights(model: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("role", ["target", "base"])
+@pytest.mark.parametrize("role", ["target", pytest.param("base", marks=pytest.mark.slow)])
 def test_changed_weights_are_noticed(
     role: str,
     moved_pair: Path,

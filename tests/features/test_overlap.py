@@ -123,6 +123,7 @@ def test_the_store_is_locked_until_the_plot_is_written(
         overlap(run, config=OverlapConfig(tokens=1), progress=pytest.fail)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_models_have_the_dtype_of_the_collection(run: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("features")))
     store = collect(copy, None, CollectConfig(n=30), dtype="bfloat16")
@@ -169,7 +170,7 @@ def one_by_one(z_FN: torch.Tensor, n_F: torch.Tensor) -> torch.Tensor:
     return top
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_the_result_equals_a_loop_over_features(
     run: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
