@@ -53,10 +53,13 @@ class Target:
         """Return the states ``[R, T, D]`` that the target reads."""
         return trace.final if self.layer is None else trace.mlp_in[self.layer]
 
+    def measure(self, state: Tensor) -> Tensor:
+        """Return the value ``[...]`` of states ``[..., D]``, which may come from a changed model."""
+        return state @ self.direction.to(state) + self.constant
+
     def value(self, trace: Trace) -> float:
         """Return the target's value on the trace's text."""
-        state = self.state(trace)[0, self.position].detach()
-        return float(state @ self.direction.to(state)) + self.constant
+        return float(self.measure(self.state(trace)[0, self.position].detach()))
 
 
 class Leaves:

@@ -48,7 +48,7 @@ class _Carry(torch.autograd.Function):
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
         return None, gradients[0]
 
 
@@ -64,7 +64,7 @@ def carry(value: Tensor, carrier: Tensor) -> Tensor:
     """
     if not carrier.requires_grad:
         return value.detach()
-    out: Tensor = _Carry.apply(value.detach(), carrier)  # type: ignore[no-untyped-call]
+    out: Tensor = _Carry.apply(value.detach(), carrier)
     return out
 
 

@@ -179,9 +179,7 @@ def _recording(modules: Sequence[nn.Module]) -> Iterator[list[tuple[Tensor, Tens
     calls: list[tuple[Tensor, Tensor]] = []
     with ExitStack() as stack:
         for module in modules:
-            hook = module.register_forward_hook(
-                lambda _, args, out: calls.append((args[0], out))  # type: ignore[func-returns-value]
-            )
+            hook = module.register_forward_hook(lambda _, args, out: calls.append((args[0], out)))
             stack.callback(hook.remove)
         yield calls
 

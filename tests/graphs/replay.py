@@ -27,6 +27,7 @@ def randomised(pair: Any, features: int = 12) -> ReplacementModel:
     with torch.no_grad():
         for p in model.adapters.parameters():
             p.add_(0.3 * torch.randn(p.shape, generator=draw).to(p))
+        adapter: Any
         for adapter in model.adapters:
             adapter.b_enc.sub_(0.5)
         for module in [*model.blocks.modules(), *pair.base_mlps.modules()]:
@@ -70,7 +71,7 @@ class Replay:
                     "decoder bias": adapter.b_dec,
                     "error": None if errors is None else errors[layer][at],
                 }[kind]
-                self.now[layer][row, at] -= change.detach()  # type: ignore[union-attr]
+                self.now[layer][row, at] -= change.detach()
         with self._hooked(self._play):
             return self._run(embedding)
 

@@ -71,7 +71,8 @@ def test_a_head_without_values_has_no_loading(
 ) -> None:
     model = randomised(make_pair(architecture, "float64"))
     with torch.no_grad():  # heads 2 of layer 1 write nothing
-        model.blocks[1].self_attn.o_proj.weight.unflatten(1, (4, -1))[:, 2] = 0
+        attention: Any = model.blocks[1].self_attn
+        attention.o_proj.weight.unflatten(1, (4, -1))[:, 2] = 0
     trace = record(model, IDS, rows=4)
     leaves = Leaves(trace)
     target = Target("", 6, model.head[3].detach())
