@@ -54,7 +54,7 @@ class Target:
         return trace.final if self.layer is None else trace.mlp_in[self.layer]
 
     def measure(self, state: Tensor) -> Tensor:
-        """Return the value ``[...]`` of states ``[..., D]``, which may come from a changed model."""
+        """Return the value ``[...]`` of states ``[..., D]``, also of a changed model."""
         return state @ self.direction.to(state) + self.constant
 
     def value(self, trace: Trace) -> float:
@@ -89,8 +89,8 @@ class Leaves:
                 layers.repeat(blocks),
             ]
         )
-        at = torch.cat([codes.tokens.cpu() for codes in trace.codes])
-        self.position = torch.cat([at, positions, positions.repeat(blocks * n_layers)])
+        active = torch.cat([codes.tokens.cpu() for codes in trace.codes])
+        self.position = torch.cat([active, positions, positions.repeat(blocks * n_layers)])
         sizes = [self.n_features, n_tokens, *[n_layers * n_tokens] * blocks]
         self.kind = torch.tensor([KINDS.index(kind) for kind in kinds]).repeat_interleave(
             torch.tensor(sizes)
@@ -111,7 +111,7 @@ class Leaves:
     def __len__(self) -> int:
         return len(self.kind)
 
-    def of(self, kind: Kind) -> Tensor:
+    def mask(self, kind: Kind) -> Tensor:
         """Return a mask bool ``[N]`` of the leaves of one kind."""
         return self.kind == KINDS.index(kind)
 
@@ -167,12 +167,12 @@ def gradients(trace: Trace, outputs: Sequence[Tensor], cotangents: Sequence[Tens
         for given, grad in zip(inputs, through, strict=True)
     ]
     n = trace.n_layers
-    rest = iter(filled[1 + 2 * n :])
+    of_biases = iter(filled[1 + 2 * n :])
     return Gradients(
         filled[0],
         filled[1 : 1 + n],
         [
-            next(rest) if bias.output.requires_grad else torch.zeros_like(bias.output)
+            next(of_biases) if bias.output.requires_grad else torch.zeros_like(bias.output)
             for bias in trace.biases
         ],
         filled[1 + n : 1 + 2 * n],
@@ -187,7 +187,7 @@ def leaf_rows(trace: Trace, leaves: Leaves, grads: Gradients) -> Tensor:
     for layer, grad in enumerate(grads.mlp_out):
         parts.append(grad @ _adapter(trace, layer).b_dec.to(grad))
     for part in ("attention", "mlp"):
-        if bool(leaves.of(f"{part} bias").any()):  # type: ignore[arg-type]
+        if bool(leaves.mask(f"{part} bias").any()):  # type: ignore[arg-type]
             edges = torch.zeros(trace.n_layers, *grads.embedding.shape[:2]).to(grads.embedding)
             for bias, grad in zip(trace.biases, grads.biases, strict=True):
                 if bias.part == part:
@@ -219,7 +219,9 @@ def target_gradients(trace: Trace, targets: Sequence[Target]) -> Gradients:
     """Return the gradients of up to R targets, a row each; other rows are 0."""
     if not 0 < len(targets) <= trace.rows:
         raise ValueError(f"expected 1 to {trace.rows} targets, got {len(targets)}")
-    places = sorted({target.layer for target in targets}, key=lambda at: -1 if at is None else at)
+    places = sorted(
+        {target.layer for target in targets}, key=lambda place: -1 if place is None else place
+    )
     outputs, cotangents = [], []
     for place in places:
         state = trace.final if place is None else trace.mlp_in[place]
@@ -293,13 +295,13 @@ def head_loadings(
     for layer in reversed(range(trace.n_layers)):
         into = left.head_in[layer][0].unflatten(-1, (n_heads, -1))
         for first in range(0, n_heads, trace.rows):
-            some = range(first, min(first + trace.rows, n_heads))
+            batch = range(first, min(first + trace.rows, n_heads))
             cotangent = torch.zeros_like(trace.head_in[layer]).unflatten(-1, (n_heads, -1))
-            for row, head in enumerate(some):
+            for row, head in enumerate(batch):
                 cotangent[row, :, head] = into[:, head]
             taken = gradients(trace, [trace.head_in[layer]], [cotangent.flatten(-2)])
-            rows = leaf_rows(trace, leaves, taken)[: len(some), sources]
-            heads[:, layer, list(some)] = rows.T
+            rows = leaf_rows(trace, leaves, taken)[: len(batch), sources]
+            heads[:, layer, list(batch)] = rows.T
             _subtract(left, taken, layer)
     return HeadLoadings(heads, leaf_rows(trace, leaves, left)[0, sources])
 

@@ -142,7 +142,7 @@ class Graph:
     def flow(self) -> Flow:
         """Return where the influence of the targets ends."""
         of_leaves, of_rows = self.influence()
-        features, tokens, errors = (self.leaves.of(k) for k in ("feature", "token", "error"))
+        features, tokens, errors = (self.leaves.mask(k) for k in ("feature", "token", "error"))
         open_features = features.clone()
         open_features[list(self.expanded)] = False
         pruned, constants, complete = float(of_leaves[open_features].sum()), 0.0, 0.0

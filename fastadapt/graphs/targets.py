@@ -166,13 +166,13 @@ class Difference(NamedTuple):
 
 
 @torch.no_grad()
-def most_different(model: ReplacementModel, ids: Tensor, at: int | None = None) -> Difference:
+def most_different(model: ReplacementModel, ids: Tensor, position: int | None = None) -> Difference:
     """Return the position of the largest KL(target ‖ hybrid) where their top tokens differ.
 
     Args:
         model: the replacement model.
         ids: token ids ``[T]``.
-        at: consider this position alone.
+        position: consider this position alone.
 
     Raises:
         UserError: both predict the same token at every position considered.
@@ -185,11 +185,11 @@ def most_different(model: ReplacementModel, ids: Tensor, at: int | None = None) 
         y, z = (logits_of(model, state[part]).log_softmax(-1) for state in states.values())
         kl, tops = (y.exp() * (y - z)).sum(-1), (y.argmax(-1), z.argmax(-1))
         for i in range(len(kl)):
-            differs = bool(tops[0][i] != tops[1][i]) and at in (None, first + i)
+            differs = bool(tops[0][i] != tops[1][i]) and position in (None, first + i)
             if differs and (best is None or float(kl[i]) > best.kl):
                 best = Difference(first + i, int(tops[0][i]), int(tops[1][i]), float(kl[i]))
     if best is None:
-        where = "everywhere" if at is None else f"at position {at}"
+        where = "everywhere" if position is None else f"at position {position}"
         raise UserError(
             f"target and hybrid predict the same token {where}, so there is no default contrast; "
             "give --token, and --against for a contrast"

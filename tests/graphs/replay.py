@@ -58,20 +58,20 @@ class Replay:
         self.now = [part.repeat(n, 1, 1) for part in self.added]
         self.biased: dict[tuple[str, int], list[tuple[int, int]]] = {}
         for i in range(len(leaves)):
-            row, layer, at = 1 + i, int(leaves.layer[i]), int(leaves.position[i])
+            row, layer, position = 1 + i, int(leaves.layer[i]), int(leaves.position[i])
             kind = KINDS[int(leaves.kind[i])]
             if kind == "token":
-                embedding[row, at] = 0
+                embedding[row, position] = 0
             elif kind in ("attention bias", "mlp bias"):
-                self.biased.setdefault((kind.split()[0], layer), []).append((row, at))
+                self.biased.setdefault((kind.split()[0], layer), []).append((row, position))
             else:
                 adapter: Any = self.model.adapters[layer]
                 change = {
                     "feature": leaves.activation[i] * adapter.W_dec[leaves.feature[i]],
                     "decoder bias": adapter.b_dec,
-                    "error": None if errors is None else errors[layer][at],
+                    "error": None if errors is None else errors[layer][position],
                 }[kind]
-                self.now[layer][row, at] -= change.detach()
+                self.now[layer][row, position] -= change.detach()
         with self._hooked(self._play):
             return self._run(embedding)
 
@@ -108,8 +108,8 @@ class Replay:
         for layer, block in enumerate(self.model.blocks):
             attention: Any = block.self_attn
             if module in attention.modules() and isinstance(module, nn.Linear):
-                for row, at in self.biased.get(("attention", layer), ()):
-                    out[row, at] -= module.bias
+                for row, position in self.biased.get(("attention", layer), ()):
+                    out[row, position] -= module.bias
                 recorded = self.outputs[id(module)].expand_as(out)
                 if module in (getattr(attention, "q_proj", 0), getattr(attention, "k_proj", 0)):
                     return recorded
@@ -118,8 +118,8 @@ class Replay:
                     return torch.cat([recorded[..., :-width], out[..., -width:]], -1)
         for layer, base in enumerate(self.bases):
             if isinstance(module, nn.Linear) and module in base.modules():
-                for row, at in self.biased.get(("mlp", layer), ()):
-                    out[row, at] -= module.bias
+                for row, position in self.biased.get(("mlp", layer), ()):
+                    out[row, position] -= module.bias
         return out
 
     def _gated(self, mlp: Any, x: Tensor) -> Tensor:

@@ -63,10 +63,13 @@ def test_most_different(make_pair: Callable[..., Any]) -> None:
         z = model(IDS[None]).logits[0].log_softmax(-1)
     kl = (y.exp() * (y - z)).sum(-1)
     kl[y.argmax(-1) == z.argmax(-1)] = -1
-    at = most_different(model, IDS)
-    assert at.position == int(kl.argmax())
-    assert at.kl == pytest.approx(float(kl.max()))
-    assert (at.token, at.against) == (int(y[at.position].argmax()), int(z[at.position].argmax()))
+    place = most_different(model, IDS)
+    assert place.position == int(kl.argmax())
+    assert place.kl == pytest.approx(float(kl.max()))
+    assert (place.token, place.against) == (
+        int(y[place.position].argmax()),
+        int(z[place.position].argmax()),
+    )
     same = [i for i in range(len(IDS)) if kl[i] < 0]
     for i in same[:1]:
         with pytest.raises(UserError, match=f"the same token at position {i}"):
@@ -102,7 +105,7 @@ def test_influence_equals_the_sum_over_all_paths(make_pair: Callable[..., Any]) 
     flow = graph.flow()
     assert flow.pruned == pytest.approx(0, abs=1e-9)
     assert flow.tokens + flow.errors + flow.biases == pytest.approx(1)
-    assert flow.tokens == pytest.approx(float(total[graph.leaves.of("token")].sum()))
+    assert flow.tokens == pytest.approx(float(total[graph.leaves.mask("token")].sum()))
     assert 0 < flow.replacement < flow.completeness < 1
     assert float(of_rows[0]) == 1
 
