@@ -34,6 +34,7 @@ COMMANDS = {
     "features sets": ("features:sets", "list the sets"),
     "features check": ("features:check", "verify every file and row of a store"),
     "intervene": ("features:intervene", "ablate features, isolate them or add them to the target"),
+    "graph": ("graph:graph", "explain a prediction by tokens, features and biases"),
     "data prepare": ("data:prepare", "select training and validation conversations"),
     "export": ("export:export", "write a run as one checkpoint, or in another format"),
     "doctor": ("doctor:doctor", "show what will be used on this machine, and check the kernels"),

@@ -88,7 +88,7 @@ def test_the_commands_are_frozen(fastadapt: Callable[..., Any]) -> None:
     from fastadapt.cli.main import COMMANDS
 
     features = [f"features {name}" for name in FEATURES.split()]
-    frozen = ["data prepare", "doctor", "eval", "export", *features, "intervene"]
+    frozen = ["data prepare", "doctor", "eval", "export", *features, "graph", "intervene"]
     assert sorted(COMMANDS) == [*frozen, "train"]
     for command in COMMANDS:
         assert command in fastadapt("--help").out
