@@ -150,14 +150,15 @@ def _print_evidence(document: GraphFile) -> None:
     if evidence is None:
         return
     rows = []
-    for line in evidence["correlations"]:
-        cells = [
-            f"{number(mean, 2)} [{number(low, 2)}, {number(high, 2)}]"
-            for mean, low, high in (line["spearman"], line["pearson"])
-        ]
-        rows.append([line["predictor"], *cells])
+    for sample in evidence["samples"]:
+        for line in sample["correlations"]:
+            cells = [
+                f"{number(mean, 2)} [{number(low, 2)}, {number(high, 2)}]"
+                for mean, low, high in (line["spearman"], line["pearson"])
+            ]
+            rows.append([f"{len(sample['nodes'])} {sample['name']}", line["predictor"], *cells])
     print()
-    print_table([f"{len(evidence['nodes'])} ablations predicted by", "Spearman", "Pearson"], rows)
+    print_table(["ablated features", "predicted by", "Spearman", "Pearson"], rows)
     curve = evidence["curve"]
     columns = ("ablated", "ablated_random", "isolated", "isolated_random")
     print()

@@ -185,7 +185,7 @@ def leaf_rows(trace: Trace, leaves: Leaves, grads: Gradients) -> Tensor:
     parts = [_feature_edges(trace, layer, grads.mlp_out[layer]) for layer in range(trace.n_layers)]
     parts.append((grads.embedding * trace.embedding).sum(-1))
     for layer, grad in enumerate(grads.mlp_out):
-        parts.append(grad @ _adapter(trace, layer).b_dec.to(grad))
+        parts.append(grad @ adapter_of(trace, layer).b_dec.to(grad))
     for part in ("attention", "mlp"):
         if bool(leaves.mask(f"{part} bias").any()):  # type: ignore[arg-type]
             edges = torch.zeros(trace.n_layers, *grads.embedding.shape[:2]).to(grads.embedding)
@@ -199,7 +199,7 @@ def leaf_rows(trace: Trace, leaves: Leaves, grads: Gradients) -> Tensor:
 
 
 def _feature_edges(trace: Trace, layer: int, grad: Tensor) -> Tensor:
-    codes, W_dec = trace.codes[layer], _adapter(trace, layer).W_dec
+    codes, W_dec = trace.codes[layer], adapter_of(trace, layer).W_dec
     edges = grad.new_empty(len(grad), len(codes.tokens))
     step = max(1, _CHUNK // (len(grad) * grad.shape[-1]))
     for i in range(0, len(codes.tokens), step):
@@ -209,7 +209,8 @@ def _feature_edges(trace: Trace, layer: int, grad: Tensor) -> Tensor:
     return edges
 
 
-def _adapter(trace: Trace, layer: int) -> TranscoderAdapter:
+def adapter_of(trace: Trace, layer: int) -> TranscoderAdapter:
+    """Return the adapter of a layer."""
     adapter = trace.model.mlps[layer].adapter
     assert isinstance(adapter, TranscoderAdapter)
     return adapter
@@ -251,7 +252,7 @@ def feature_target(trace: Trace, leaves: Leaves, index: int) -> Target:
     if not 0 <= index < leaves.n_features:
         raise ValueError(f"expected the index of a feature below {leaves.n_features}, got {index}")
     layer, feature = int(leaves.layer[index]), int(leaves.feature[index])
-    adapter = _adapter(trace, layer)
+    adapter = adapter_of(trace, layer)
     return Target(
         f"feature {layer}/{feature}",
         int(leaves.position[index]),

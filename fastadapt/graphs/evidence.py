@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastadapt.errors import UserError
-from fastadapt.graphs.attribution import KINDS, Leaves, Target, edges
+from fastadapt.graphs.attribution import KINDS, Leaves, Target, adapter_of, edges
 from fastadapt.graphs.graph import Row
 from fastadapt.graphs.trace import Trace, record
 from fastadapt.models.replacement import ReplacementModel
@@ -159,8 +159,8 @@ class EvidenceConfig:
     """Ablations that test a graph.
 
     Args:
-        ablations: features to ablate one by one, drawn uniformly from those that can reach the
-            target, at least 3; 0: no evidence.
+        ablations: features to ablate one by one: the strongest of the graph, and as many drawn
+            uniformly from those that can reach the target; at least 3; 0: no evidence.
         copies: ablated copies of the text to run at once.
         seed: seed of the draws and of the bootstrap.
         resamples: bootstrap samples of the intervals.
@@ -202,16 +202,27 @@ class Curve(NamedTuple):
     isolated_random: list[float]
 
 
-class Evidence(NamedTuple):
-    """Measured effects of ablations beside their predictions.
+class Sample(NamedTuple):
+    """Features that were ablated one by one, and the agreement of their effects with predictors.
 
-    ``effects`` are values without a feature minus values with it; ``returned`` is the share of the
-    effects with held adapters that later adapters undo (negative: that they add).
+    ``name`` says which features: the ``strongest`` in the graph's order, or a ``random`` draw.
+    ``effects`` are values without a feature minus values with it.
     """
 
+    name: str
     nodes: list[int]
     effects: list[float]
     correlations: list[Correlation]
+
+
+class Evidence(NamedTuple):
+    """Measured effects of ablations beside their predictions.
+
+    ``returned`` is the share of the strongest features' effects with held adapters that later
+    adapters undo (negative: that they add to).
+    """
+
+    samples: list[Sample]
     curve: Curve
     returned: float
 
@@ -242,40 +253,60 @@ def measure_evidence(
     draw = torch.Generator().manual_seed(config.seed)
     total = edges(record(trace.model, trace.ids, features="linear"), leaves, [target])[0, :n]
     direct = edges(trace, leaves, [target])[0, :n]
-    sample = nodes[torch.randperm(len(nodes), generator=draw)[: config.ablations]].sort().values
-    effects = _effects(trace, leaves, target, [i[None] for i in sample], config)
-    held = _effects(trace, leaves, target, [i[None] for i in sample], config, held=True)
-    norms = torch.stack(
+    order = nodes[total[nodes].abs().argsort(descending=True)]
+    drawn = nodes[torch.randperm(len(nodes), generator=draw)]
+    samples, predictors = [], _predictors(trace, leaves, total, direct, draw)
+    for name, chosen in (("strongest", order), ("random", drawn)):
+        sample = chosen[: config.ablations]
+        effects = _effects(trace, leaves, target, [i[None] for i in sample], config)
+        samples.append(_sample(name, sample, effects, predictors, config, draw))
+    strongest = order[: config.ablations]
+    held = _effects(trace, leaves, target, [i[None] for i in strongest], config, held=True)
+    free = torch.tensor(samples[0].effects, dtype=torch.float64)
+    return Evidence(
+        samples,
+        _curve(trace, leaves, target, order, config, draw),
+        returned=1 - float((free * held.sign()).sum() / held.abs().sum()),
+    )
+
+
+def _predictors(
+    trace: Trace, leaves: Leaves, total: Tensor, direct: Tensor, draw: torch.Generator
+) -> dict[str, Tensor]:
+    """Return predicted effects of ablating each feature, float64 ``[features]``."""
+    norms = torch.cat(
         [
-            trace.model.mlps[layer].adapter.W_dec[feature].detach().norm().cpu()
-            for layer, feature in zip(
-                leaves.layer[sample].tolist(), leaves.feature[sample].tolist(), strict=True
-            )
+            adapter_of(trace, layer).W_dec.detach().norm(dim=1).cpu()[codes.features.cpu()]
+            for layer, codes in enumerate(trace.codes)
         ]
     )
-    predictors = {
-        "graph": -total[sample],
-        "direct edge": -direct[sample],
-        "activation": -leaves.activation[sample] * norms,
-        "random": torch.randn(len(sample), generator=draw),
+    n = leaves.n_features
+    return {
+        "graph": -total.double(),
+        "direct edge": -direct.double(),
+        "activation": -(leaves.activation[:n] * norms).double(),
+        "random": torch.randn(n, generator=draw, dtype=torch.float64),
     }
-    picks = torch.randint(len(sample), (config.resamples, len(sample)), generator=draw)
-    return Evidence(
-        nodes=sample.tolist(),
-        effects=effects.tolist(),
-        correlations=[
-            Correlation(
-                name,
-                _interval(ranks(values), ranks(effects), picks),
-                _interval(values.double(), effects, picks),
-            )
-            for name, values in predictors.items()
-        ],
-        curve=_curve(
-            trace, leaves, target, nodes[total[nodes].abs().argsort(descending=True)], config, draw
-        ),
-        returned=1 - float((effects * held.sign()).sum() / held.abs().sum()),
-    )
+
+
+def _sample(
+    name: str,
+    nodes: Tensor,
+    effects: Tensor,
+    predictors: dict[str, Tensor],
+    config: EvidenceConfig,
+    draw: torch.Generator,
+) -> Sample:
+    picks = torch.randint(len(nodes), (config.resamples, len(nodes)), generator=draw)
+    correlations = [
+        Correlation(
+            predictor,
+            _interval(ranks(values[nodes]), ranks(effects), picks),
+            _interval(values[nodes], effects, picks),
+        )
+        for predictor, values in predictors.items()
+    ]
+    return Sample(name, nodes.tolist(), effects.tolist(), correlations)
 
 
 def _effects(

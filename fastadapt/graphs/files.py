@@ -120,7 +120,7 @@ def describe(
         adapter: digest of the run's adapters.
         account: the account of the first target.
         heads: head loadings of edges into the first target; their nodes are indices of leaves.
-        evidence: measured ablations; its nodes are indices of leaves.
+        evidence: measured ablations; their nodes are indices of leaves.
     """
     trace, leaves = graph.trace, graph.leaves
     influence, _ = graph.influence()
@@ -128,7 +128,8 @@ def describe(
     for row in graph.rows:
         mentioned.update(row.sources.tolist())
     mentioned.update(edge["node"] for edge in heads)
-    mentioned.update(() if evidence is None else evidence.nodes)
+    for sample in () if evidence is None else evidence.samples:
+        mentioned.update(sample.nodes)
     order = sorted(mentioned)
     number = {leaf: i for i, leaf in enumerate(order)}
     pair = trace.model.pair
@@ -189,8 +190,14 @@ def describe(
     if evidence is not None:
         document["evidence"] = {
             **evidence._asdict(),
-            "nodes": [number[i] for i in evidence.nodes],
-            "correlations": [c._asdict() for c in evidence.correlations],
+            "samples": [
+                {
+                    **sample._asdict(),
+                    "nodes": [number[i] for i in sample.nodes],
+                    "correlations": [line._asdict() for line in sample.correlations],
+                }
+                for sample in evidence.samples
+            ],
             "curve": evidence.curve._asdict(),
         }
     return document

@@ -106,28 +106,32 @@ def test_evidence(make_pair: Callable[..., Any]) -> None:
     trace = record(model, IDS, rows=4)
     leaves = Leaves(trace)
     target = contrast(trace, 7, 11, 6)
-    config = EvidenceConfig(ablations=500, copies=7, resamples=200)
+    config = EvidenceConfig(ablations=40, copies=7, resamples=200)
     evidence = measure_evidence(trace, leaves, target, config)
-    assert len(evidence.nodes) == int((leaves.position[: leaves.n_features] <= 6).sum())
-    one = run(
-        model, IDS, target, surgery=Surgery([torch.tensor([evidence.nodes[5]])]), leaves=leaves
-    )
-    assert evidence.effects[5] == pytest.approx(float(one[0]) - measured(model, target))
-    by_name = {line.predictor: line for line in evidence.correlations}
-    for line in evidence.correlations:
-        for mean, low, high in line[1:]:
-            assert -1 <= low <= mean <= high <= 1
-    # The prediction is the edge through all paths.
-    total = edges(record(model, IDS, features="linear"), leaves, [target])[0, evidence.nodes]
-    both = torch.stack([-total, torch.tensor(evidence.effects, dtype=torch.float64)])
-    assert by_name["graph"].pearson[0] == pytest.approx(float(torch.corrcoef(both)[0, 1]))
-    both = torch.stack([ranks(row) for row in both])
-    assert by_name["graph"].spearman[0] == pytest.approx(float(torch.corrcoef(both)[0, 1]))
-    # It agrees with the effects, and random numbers do not.
-    assert by_name["graph"].spearman[1] > by_name["random"].spearman[2]
+    total = edges(record(model, IDS, features="linear"), leaves, [target])[0, : leaves.n_features]
+    strongest, drawn = evidence.samples
+    assert strongest.nodes == total.abs().topk(40).indices.tolist()
+    assert len(set(drawn.nodes)) == 40
+    for sample in evidence.samples:
+        ablated = Surgery([torch.tensor([i]) for i in sample.nodes])
+        values = run(model, IDS, target, surgery=ablated, leaves=leaves)
+        assert sample.effects == pytest.approx((values - measured(model, target)).tolist())
+        by_name = {line.predictor: line for line in sample.correlations}
+        for line in sample.correlations:
+            for mean, low, high in line[1:]:
+                assert -1 <= low <= mean <= high <= 1
+        # The prediction is the edge through all paths.
+        effects = torch.tensor(sample.effects, dtype=torch.float64)
+        both = torch.stack([-total[sample.nodes], effects])
+        assert by_name["graph"].pearson[0] == pytest.approx(float(torch.corrcoef(both)[0, 1]))
+        both = torch.stack([ranks(row) for row in both])
+        assert by_name["graph"].spearman[0] == pytest.approx(float(torch.corrcoef(both)[0, 1]))
+    # The graph agrees with the effects of the strongest features, and random numbers do not.
+    by_name = {line.predictor: line for line in strongest.correlations}
+    assert by_name["graph"].spearman[1] > 0
     assert by_name["random"].spearman[1] < 0 < by_name["random"].spearman[2]
     curve = evidence.curve
-    assert curve.n[-1] == len(evidence.nodes)
+    assert curve.n[-1] == int((leaves.position[: leaves.n_features] <= 6).sum())
     for column in curve[1:]:
         assert column[-1] == pytest.approx(1)
     again = measure_evidence(trace, leaves, target, config)

@@ -61,7 +61,9 @@ def test_a_graph_is_read_as_written(document: Any, tmp_path: Path) -> None:
     assert sum(read["flow"][end] for end in ("tokens", "biases", "errors", "pruned")) == (
         pytest.approx(1)
     )
-    assert len(read["evidence"]["effects"]) == 5
+    for sample in read["evidence"]["samples"]:
+        assert len(sample["effects"]) == len(sample["nodes"]) == 5
+        assert {read["nodes"][i]["kind"] for i in sample["nodes"]} == {"feature"}
 
 
 DAMAGE: dict[str, Callable[[Any], Any]] = {
