@@ -10,14 +10,13 @@ import torch
 from replay import IDS, randomised
 
 from fastadapt.errors import UserError
+from fastadapt.graphs.ablation import Surgery, run
 from fastadapt.graphs.attribution import KINDS, Leaves, edges
 from fastadapt.graphs.evidence import (
     EvidenceConfig,
-    Surgery,
     account,
     measure_evidence,
     ranks,
-    run,
 )
 from fastadapt.graphs.graph import GraphConfig, grow
 from fastadapt.graphs.targets import contrast, logit, named_feature
