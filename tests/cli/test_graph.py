@@ -43,6 +43,25 @@ def test_a_graph_and_its_tables(run: Path, fastadapt: Callable[..., Any]) -> Non
     assert "exists. Replace it (--overwrite)" in again.err
 
 
+def test_the_default_question(run: Path, tmp_path: Path, fastadapt: Callable[..., Any]) -> None:
+    from fastadapt.evaluation.models_under_test import ModelSet
+    from fastadapt.graphs.explain import token_ids
+    from fastadapt.graphs.targets import most_different
+
+    text = "<｜User｜>tom has 3 apples and gets 4 apples . how many now ?<｜Assistant｜><think>"
+    path = tmp_path / "a.json"
+    none = ("--nodes", 0, "--evidence.ablations", 0, "--device", "cpu", "--output", path)
+    outcome = fastadapt("graph", run, text, *none)
+    assert outcome.code == 0, outcome.err
+    model = ModelSet.open([run], device="cpu").model
+    place = most_different(model, token_ids(model, text))
+    names = [repr(model.pair.tokenizer.decode([i])) for i in (place.token, place.against)]
+    row = json.loads(path.read_text())["rows"][0]
+    assert row["position"] == place.position
+    for name in names:
+        assert name.strip("' ") in row["name"]
+
+
 def test_the_targets_own_text(run: Path, tmp_path: Path, fastadapt: Callable[..., Any]) -> None:
     path = tmp_path / "a.json"
     arguments = ("--feature", "3/2", "--stream", "target", "--output", path)
