@@ -24,7 +24,7 @@ import torch
 from benchmarks.case import Case, Row
 from benchmarks.exactness import check_claim
 from benchmarks.transcoder_cases import implementations, serving_case
-from fastadapt.cli.kernel_checks import FEW, SIZES, Sizes, checks_of
+from fastadapt.kernels.checks import FEW, SIZES, Sizes, checks_of
 from fastadapt.kernels.device import runs_triton
 
 __all__ = ["kernels", "launches", "rows"]

@@ -1,6 +1,6 @@
 """`fastadapt doctor`: show the hardware and the meaning of `auto`, and check the kernels.
 
-The command downloads no files. `fastadapt.cli.kernel_checks` defines the checks.
+The command downloads no files. `fastadapt.kernels.checks` defines the checks.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from fastadapt.cli.console import print_table
-from fastadapt.cli.kernel_checks import notes, run_checks
 from fastadapt.cli.train import ALLOCATOR, ALLOCATOR_VARIABLES
 from fastadapt.errors import RunError
+from fastadapt.kernels.checks import notes, run_checks
 from fastadapt.models.pair import choose_attention, choose_device
 
 PACKAGES = (

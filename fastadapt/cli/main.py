@@ -43,6 +43,7 @@ COMMANDS = {
     "changes": ("effects:changes", "write the page 'what changed' of a run"),
     "trace": ("effects:trace", "show which features fire on a prompt, and each model's KL"),
     "generate": ("effects:generate", "generate with features removed or scaled"),
+    "graph": ("graph:graph", "explain a prediction by tokens, features and biases"),
     "data prepare": ("data:prepare", "select training and validation conversations"),
     "data inspect": ("data:inspect", "show how a run would read a data set"),
     "export": ("export:export", "write a run as one checkpoint, or in another format"),

@@ -126,7 +126,15 @@ def test_the_commands_are_frozen(fastadapt: Callable[..., Any]) -> None:
 
     features = [f"features {name}" for name in FEATURES.split()]
     frozen = ["changes", "data inspect", "data prepare", "doctor", "eval", "export", *features]
-    assert sorted(COMMANDS) == [*frozen, "generate", "intervene", "trace", "train", "where"]
+    assert sorted(COMMANDS) == [
+        *frozen,
+        "generate",
+        "graph",
+        "intervene",
+        "trace",
+        "train",
+        "where",
+    ]
     for command in COMMANDS:
         assert command in fastadapt("--help").out
 

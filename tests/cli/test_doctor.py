@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from fastadapt.cli import doctor, kernel_checks
+from fastadapt.cli import doctor
 from fastadapt.cli.train import ALLOCATOR_VARIABLES
+from fastadapt.kernels import checks as kernel_checks
 
 ROOT = Path(__file__).parents[2]
 runs_triton = kernel_checks.runs_triton

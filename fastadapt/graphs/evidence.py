@@ -1,0 +1,277 @@
+"""Whether a graph is true: its account of the difference, and ablations against its predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastadapt.errors import UserError
+from fastadapt.graphs.ablation import Surgery, run
+from fastadapt.graphs.attribution import KINDS, Leaves, Target, adapter_of, edges
+from fastadapt.graphs.graph import Row
+from fastadapt.graphs.trace import Trace, record
+
+
+class Account(NamedTuple):
+    """The change of a target's value when the adapters are off, and the parts of the graph's row.
+
+    ``with_adapters - hybrid`` is the sum of ``features``, ``decoder_biases``, ``errors``,
+    ``coefficients`` and ``remainder``.
+    """
+
+    with_adapters: float  #: value on the graph's stream
+    hybrid: float  #: value in the hybrid, on the same text
+    features: float  #: edges of active features
+    decoder_biases: float  #: edges of the adapters' biases
+    errors: float  #: edges of errors; 0 for the stream ``replacement``
+    #: Change of what tokens and frozen biases give, because attention patterns, gates and norms
+    #: differ from the hybrid's.
+    coefficients: float
+    remainder: float  #: what the row misses of the value: rounding
+
+
+def account(trace: Trace, row: Row) -> Account:
+    """Split the difference between a graph's stream and the hybrid, for the row of a target.
+
+    Tokens and frozen biases are leaves of the hybrid too. With held coefficients, they give its
+    whole value there; here they give another part, and the change is the coefficients'.
+    """
+    off = float(run(trace.model, trace.ids, row.target, "hybrid"))
+    sums = dict(zip(KINDS, row.sums, strict=True))
+    shared = sums["token"] + sums["attention bias"] + sums["mlp bias"]
+    return Account(
+        with_adapters=row.value,
+        hybrid=off,
+        features=sums["feature"],
+        decoder_biases=sums["decoder bias"],
+        errors=sums["error"],
+        coefficients=shared + row.target.constant - off,
+        remainder=row.value - sum(row.sums) - row.target.constant,
+    )
+
+
+@dataclass(frozen=True)
+class EvidenceConfig:
+    """Ablations that test a graph.
+
+    Args:
+        ablations: features to ablate one by one: the strongest of the graph, and as many drawn
+            uniformly from those that can reach the target; at least 3; 0: no evidence.
+        copies: ablated copies of the text to run at once.
+        seed: seed of the draws and of the bootstrap.
+        resamples: bootstrap samples of the intervals.
+    """
+
+    ablations: int = 64
+    copies: int = 16
+    seed: int = 0
+    resamples: int = 1000
+
+    def __post_init__(self) -> None:
+        least_ablations = 0 if self.ablations == 0 else 3
+        for name, least in (("ablations", least_ablations), ("copies", 1), ("resamples", 200)):
+            if getattr(self, name) < least:
+                raise UserError(
+                    f"--evidence.{name}: expected {least} or more, got {getattr(self, name)}"
+                )
+
+
+class Correlation(NamedTuple):
+    """Agreement of a predictor with measured effects, with ends of 95% intervals over nodes."""
+
+    predictor: str
+    spearman: tuple[float, float, float]  #: estimate, low, high
+    pearson: tuple[float, float, float]
+
+
+class Curve(NamedTuple):
+    """Ablating, or isolating, the first n features in the graph's order, and in a random order.
+
+    ``ablated`` are effects as shares of the effect of ablating all of them. ``isolated`` are shares
+    of that effect which do not occur while only n features stay.
+    """
+
+    n: list[int]
+    ablated: list[float]
+    ablated_random: list[float]
+    isolated: list[float]
+    isolated_random: list[float]
+
+
+class Sample(NamedTuple):
+    """Features that were ablated one by one, and the agreement of their effects with predictors.
+
+    ``name`` says which features: the ``strongest`` in the graph's order, or a ``random`` draw.
+    ``effects`` are values without a feature minus values with it.
+    """
+
+    name: str
+    nodes: list[int]
+    effects: list[float]
+    correlations: list[Correlation]
+
+
+class Evidence(NamedTuple):
+    """Measured effects of ablations beside their predictions.
+
+    ``returned`` is the share of the strongest features' effects with held adapters that later
+    adapters undo (negative: that they add to).
+    """
+
+    samples: list[Sample]
+    curve: Curve
+    returned: float
+
+
+def measure_evidence(
+    trace: Trace, leaves: Leaves, target: Target, config: EvidenceConfig | None = None
+) -> Evidence:
+    """Ablate features one by one and in groups, and compare with what the graph predicts.
+
+    The prediction of a feature's effect is minus its edge through all paths: directly, and through
+    active features of later layers, which respond in proportion. Compared predictors are the direct
+    edge, the size of the activation (times the norm of the decoder row) and random numbers.
+
+    Raises:
+        UserError: the stream is not ``replacement``, or fewer than 3 features can reach the target.
+    """
+    config = config or EvidenceConfig()
+    if trace.stream != "replacement":
+        raise UserError("evidence: expected the stream replacement, whose features can be ablated")
+    n = leaves.n_features
+    top = trace.n_layers if target.layer is None else target.layer
+    reach = (leaves.position[:n] <= target.position) & (leaves.layer[:n] < top)
+    nodes = reach.nonzero()[:, 0]
+    if len(nodes) < 3:
+        raise UserError(
+            f"evidence: expected 3 or more features before the target, got {len(nodes)}"
+        )
+    draw = torch.Generator().manual_seed(config.seed)
+    total = edges(record(trace.model, trace.ids, features="linear"), leaves, [target])[0, :n]
+    direct = edges(trace, leaves, [target])[0, :n]
+    order = nodes[total[nodes].abs().argsort(descending=True)]
+    drawn = nodes[torch.randperm(len(nodes), generator=draw)]
+    samples, predictors = [], _predictors(trace, leaves, total, direct, draw)
+    for name, chosen in (("strongest", order), ("random", drawn)):
+        sample = chosen[: config.ablations]
+        effects = _effects(trace, leaves, target, [i[None] for i in sample], config)
+        samples.append(_sample(name, sample, effects, predictors, config, draw))
+    strongest = order[: config.ablations]
+    held = _effects(trace, leaves, target, [i[None] for i in strongest], config, held=True)
+    free = torch.tensor(samples[0].effects, dtype=torch.float64)
+    return Evidence(
+        samples,
+        _curve(trace, leaves, target, order, config, draw),
+        returned=1 - float((free * held.sign()).sum() / held.abs().sum()),
+    )
+
+
+def _predictors(
+    trace: Trace, leaves: Leaves, total: Tensor, direct: Tensor, draw: torch.Generator
+) -> dict[str, Tensor]:
+    """Return predicted effects of ablating each feature, float64 ``[features]``."""
+    norms = torch.cat(
+        [
+            adapter_of(trace, layer).W_dec.detach().norm(dim=1).cpu()[codes.features.cpu()]
+            for layer, codes in enumerate(trace.codes)
+        ]
+    )
+    n = leaves.n_features
+    return {
+        "graph": -total.double(),
+        "direct edge": -direct.double(),
+        "activation": -(leaves.activation[:n] * norms).double(),
+        "random": torch.randn(n, generator=draw, dtype=torch.float64),
+    }
+
+
+def _sample(
+    name: str,
+    nodes: Tensor,
+    effects: Tensor,
+    predictors: dict[str, Tensor],
+    config: EvidenceConfig,
+    draw: torch.Generator,
+) -> Sample:
+    picks = torch.randint(len(nodes), (config.resamples, len(nodes)), generator=draw)
+    correlations = [
+        Correlation(
+            predictor,
+            _interval(ranks(values[nodes]), ranks(effects), picks),
+            _interval(values[nodes], effects, picks),
+        )
+        for predictor, values in predictors.items()
+    ]
+    return Sample(name, nodes.tolist(), effects.tolist(), correlations)
+
+
+def _effects(
+    trace: Trace,
+    leaves: Leaves,
+    target: Target,
+    sets: Sequence[Tensor],
+    config: EvidenceConfig,
+    *,
+    keep: bool = False,
+    held: bool = False,
+) -> Tensor:
+    """Return the change of the target's value by each surgery, float64 ``[sets]``."""
+    values = []
+    for i in range(0, len(sets), config.copies):
+        # The unchanged text runs in the same batch: another batch size rounds differently.
+        batch = [*sets[i : i + config.copies]]
+        none = torch.arange(leaves.n_features) if keep else torch.empty(0, dtype=torch.int64)
+        surgery = Surgery([none, *batch], keep=keep, held=held)
+        got = run(trace.model, trace.ids, target, "replacement", surgery, leaves).double().cpu()
+        values.append(got[1:] - got[0])
+    return torch.cat(values)
+
+
+def _curve(
+    trace: Trace,
+    leaves: Leaves,
+    target: Target,
+    order: Tensor,
+    config: EvidenceConfig,
+    draw: torch.Generator,
+) -> Curve:
+    sizes = sorted({min(2**i, len(order)) for i in range(len(order).bit_length() + 1)})
+    shuffled = order[torch.randperm(len(order), generator=draw)]
+    columns = []
+    for keep in (False, True):
+        whole = order[:0] if keep else order  # both leave no feature of the order
+        without = _effects(trace, leaves, target, [whole], config, keep=keep)
+        for ranking in (order, shuffled):
+            sets = [ranking[:n] for n in sizes]
+            share = _effects(trace, leaves, target, sets, config, keep=keep) / without
+            columns.append((1 - share if keep else share).tolist())
+    return Curve(sizes, *columns)
+
+
+def ranks(values: Tensor) -> Tensor:
+    """Return the ranks of ``[n]`` values as float64, ties with their mean rank.
+
+    Example:
+        >>> ranks(torch.tensor([3.0, 1.0, 3.0])).tolist()
+        [1.5, 0.0, 1.5]
+    """
+    below = (values[None] < values[:, None]).sum(1)
+    ties = (values[None] == values[:, None]).sum(1)
+    return below.double() + (ties.double() - 1) / 2
+
+
+def _interval(x: Tensor, y: Tensor, picks: Tensor) -> tuple[float, float, float]:
+    """Return the correlation of ``[n]`` values, and its 95% percentile interval over nodes."""
+    drawn = _correlation(x[picks], y[picks])
+    drawn = drawn[drawn.isfinite()]
+    low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return float(_correlation(x, y)), low, high
+
+
+def _correlation(x: Tensor, y: Tensor) -> Tensor:
+    x, y = x - x.mean(-1, keepdim=True), y - y.mean(-1, keepdim=True)
+    return (x * y).sum(-1) / (x.square().sum(-1) * y.square().sum(-1)).sqrt()

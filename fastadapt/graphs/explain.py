@@ -1,0 +1,178 @@
+"""From a run and a prompt to a graph's document: target, expansion, account, heads, evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastadapt.errors import UserError
+from fastadapt.evaluation.models_under_test import ModelSet
+from fastadapt.features.store.logit_lens import token_strings
+from fastadapt.features.store.store import adapter_digest
+from fastadapt.graphs.attribution import Target, head_loadings
+from fastadapt.graphs.evidence import EvidenceConfig, account, measure_evidence
+from fastadapt.graphs.files import GraphFile, Heads, describe
+from fastadapt.graphs.graph import Graph, GraphConfig, grow
+from fastadapt.graphs.targets import (
+    contrast,
+    direction_of,
+    logit,
+    most_different,
+    named_feature,
+    one_token,
+)
+from fastadapt.graphs.trace import Stream, Trace, check_ids, record
+from fastadapt.models.replacement import ReplacementModel
+
+HEADS = 10  # edges of the first target that are split by heads
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a graph explains; by default the target's top token against the hybrid's.
+
+    Args:
+        token: a token, as text: its logit, minus the mean over the vocabulary.
+        against: with ``token``: the difference to this token's logit.
+        feature: ``layer/number``: the pre-activation of this feature.
+        direction: a safetensors file with a tensor ``direction`` of the model's width, which is
+            applied to the state after the final norm.
+        position: index of the token to explain, from 0. By default the last one; for the default
+            question, the one at which target and hybrid differ most.
+
+    Raises:
+        UserError: more than one of ``token``, ``feature`` and ``direction``, or ``against`` without
+            ``token``.
+    """
+
+    token: str | None = None
+    against: str | None = None
+    feature: str | None = None
+    direction: str | None = None
+    position: int | None = None
+
+    def __post_init__(self) -> None:
+        names = ("token", "feature", "direction")
+        given = [f"--{name}" for name in names if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise UserError(f"expected one of --token, --feature, --direction, got {given}")
+        if self.against is not None and self.token is None:
+            raise UserError("--against: expected with --token; give --token too")
+
+    def target(self, trace: Trace) -> Target:
+        """Return the question's target on a traced text.
+
+        Raises:
+            UserError: the position is not in the text, a token is not in the vocabulary, or target
+                and hybrid agree where the default question looks for a difference.
+        """
+        n_tokens, tokenizer = trace.n_tokens, trace.model.pair.tokenizer
+        if self.position is not None and not 0 <= self.position < n_tokens:
+            raise UserError(
+                f"--position: expected 0 to {n_tokens - 1}, the tokens of the prompt, got "
+                f"{self.position}"
+            )
+        last = n_tokens - 1 if self.position is None else self.position
+        if self.direction is not None:
+            return direction_of(trace, self.direction, last)
+        if self.feature is not None:
+            return named_feature(trace, self.feature, last)
+        if self.token is None:
+            place = most_different(trace.model, trace.ids, self.position)
+            a, b, last = place.token, place.against, place.position
+        else:
+            a = one_token(tokenizer, self.token, "--token")
+            if self.against is None:
+                return logit(trace, a, last, f"logit of {_quoted(trace.model, a)}")
+            b = one_token(tokenizer, self.against, "--against")
+        name = f"logit of {_quoted(trace.model, a)} - {_quoted(trace.model, b)}"
+        return contrast(trace, a, b, last, name)
+
+
+def _quoted(model: ReplacementModel, token: int) -> str:
+    return repr(token_strings(model.pair.tokenizer, token + 1)[token])
+
+
+def token_ids(model: ReplacementModel, prompt: str) -> Tensor:
+    """Return the ids ``[T]`` of a prompt, tokenized with the tokenizer's defaults.
+
+    Raises:
+        UserError: the prompt has no tokens, or more than the model can read.
+    """
+    ids = model.pair.tokenizer(prompt, verbose=False)["input_ids"]
+    if not ids:
+        raise UserError(f"prompt: expected a text, got {prompt!r}, which has no tokens")
+    return check_ids(model, ids)
+
+
+def explain(
+    run: str,
+    prompt: str,
+    question: Question,
+    config: GraphConfig,
+    evidence: EvidenceConfig,
+    *,
+    stream: Stream = "replacement",
+    dtype: str = "float32",
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Callable[[int, int], Any] | None = None,
+) -> tuple[Graph, GraphFile]:
+    """Return the graph of a prompt, and its document.
+
+    Args:
+        run: folder of a finished run with transcoders.
+        prompt: the text, with the markers that the model expects.
+        question: what to explain.
+        config: size of the graph.
+        evidence: ablations to measure; only for the stream ``replacement``.
+        stream: whose states to explain.
+        dtype: dtype of weights and states; relevance is lost to rounding in 16 bits.
+        device, trust_remote_code: settings of the pair.
+        progress: called with numbers of expanded features.
+
+    Raises:
+        UserError: an impossible question, prompt or run.
+    """
+    if dtype not in ("float32", "float64"):
+        raise UserError(
+            f"--dtype: expected float32 or float64, got {dtype}; in 16 bits the edges do not "
+            "sum to the value"
+        )
+    students = ModelSet.open(
+        [run], ["run"], dtype=dtype, device=device, trust_remote_code=trust_remote_code
+    )
+    model = students.model
+    trace = record(model, token_ids(model, prompt), stream=stream, rows=config.rows)
+    target = question.target(trace)
+    graph = grow(trace, [target], config, progress=progress)
+    measured = None
+    if evidence.ablations and stream == "replacement":
+        measured = measure_evidence(trace, graph.leaves, target, evidence)
+    document = describe(
+        graph,
+        adapter=adapter_digest(students.folder("run")),
+        account=account(trace, graph.rows[0]),
+        heads=_heads(graph),
+        evidence=measured,
+    )
+    return graph, document
+
+
+def _heads(graph: Graph) -> list[Heads]:
+    """Return the strongest edges into the first target by their last attention head."""
+    row = graph.rows[0]
+    sources = row.sources[:HEADS]
+    if len(sources) == 0:
+        return []
+    split = head_loadings(graph.trace, graph.leaves, row.target, sources)
+    loaded: list[Heads] = []
+    for i, leaf in enumerate(sources.tolist()):
+        places = [(int(a), int(b)) for a, b in torch.nonzero(split.heads[i])]
+        heads = [(layer, head, float(split.heads[i, layer, head])) for layer, head in places]
+        loaded.append({"node": leaf, "direct": float(split.direct[i]), "heads": heads})
+    return loaded

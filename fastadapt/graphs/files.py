@@ -1,0 +1,251 @@
+"""Write and read graphs as JSON.
+
+A file holds the text, the nodes and edges of the expanded rows with the exact sums of what is left
+out, and the graph's evidence. Nodes that no stored edge mentions are left out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from typing_extensions import NotRequired, TypedDict
+
+from fastadapt.errors import UserError
+from fastadapt.features.store.logit_lens import token_strings
+from fastadapt.graphs.attribution import KINDS, Kind
+from fastadapt.graphs.evidence import Account, Evidence
+from fastadapt.graphs.graph import Graph
+from fastadapt.graphs.trace import Stream
+from fastadapt.io.atomic import disk_errors, make_folder, replacing
+from fastadapt.io.documents import (
+    Count,
+    DocumentError,
+    Finite,
+    Name,
+    NonNegative,
+    Positive,
+    Sha256,
+    check,
+    read_json,
+)
+
+SCHEMA_VERSION = 1
+_Index = Annotated[int, msgspec.Meta(ge=-1, le=2**53)]
+
+
+class Node(TypedDict):
+    """A leaf: ``layer`` is -1 for tokens, ``feature`` -1 for all kinds but features."""
+
+    kind: Kind
+    layer: _Index
+    position: Count
+    feature: _Index
+    activation: Finite
+    influence: NonNegative
+
+
+class Edges(TypedDict):
+    """The edges into a target of the graph (``node`` is null) or into a node."""
+
+    node: Count | None
+    name: str
+    position: Count
+    layer: Count | None
+    value: Finite
+    constant: Finite
+    sums: dict[Kind, Finite]
+    size: NonNegative
+    first_position: NonNegative
+    sources: list[Count]
+    weights: list[Finite]
+    remainder: Finite
+    pruned: NonNegative
+
+
+class _Models(TypedDict):
+    target: Name
+    target_revision: str | None
+    base: Name
+    base_revision: str | None
+
+
+class Heads(TypedDict):
+    """An edge into the first target by its last attention head: ``[layer, head, part of edge]``."""
+
+    node: Count
+    direct: Finite
+    heads: list[tuple[Count, Count, Finite]]
+
+
+class GraphFile(TypedDict):
+    """Schema of a graph's file. Rows of targets come first; ``flow`` is that of
+    :class:`.graph.Flow`, ``account`` and ``evidence`` those of :mod:`.evidence`."""
+
+    schema_version: Positive
+    kind: Literal["attribution graph"]
+    models: _Models
+    adapter: Sha256
+    dtype: str
+    stream: Stream
+    ids: list[Count]
+    tokens: list[str]
+    n_layers: Positive
+    n_features: Positive
+    targets: Positive
+    nodes: list[Node]
+    rows: list[Edges]
+    flow: dict[str, Finite]
+    account: dict[str, Finite]
+    heads: list[Heads]
+    evidence: NotRequired[dict[str, Any]]
+
+
+def describe(
+    graph: Graph,
+    *,
+    adapter: str,
+    account: Account,
+    heads: list[Heads],
+    evidence: Evidence | None = None,
+) -> GraphFile:
+    """Return a graph as a document.
+
+    Args:
+        graph: the graph.
+        adapter: digest of the run's adapters.
+        account: the account of the first target.
+        heads: head loadings of edges into the first target; their nodes are indices of leaves.
+        evidence: measured ablations; their nodes are indices of leaves.
+    """
+    trace, leaves = graph.trace, graph.leaves
+    influence, _ = graph.influence()
+    mentioned = {row.node for row in graph.rows if row.node is not None}
+    for row in graph.rows:
+        mentioned.update(row.sources.tolist())
+    mentioned.update(edge["node"] for edge in heads)
+    for sample in () if evidence is None else evidence.samples:
+        mentioned.update(sample.nodes)
+    order = sorted(mentioned)
+    number = {leaf: i for i, leaf in enumerate(order)}
+    pair = trace.model.pair
+    strings = token_strings(pair.tokenizer, trace.model.head.shape[0])
+    flow = graph.flow()
+    document: GraphFile = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "attribution graph",
+        "models": pair.config.named,  # type: ignore[typeddict-item]
+        "adapter": adapter,
+        "dtype": str(trace.embedding.dtype).removeprefix("torch."),
+        "stream": trace.stream,
+        "ids": trace.ids.tolist(),
+        "tokens": [strings[i] for i in trace.ids.tolist()],
+        "n_layers": trace.n_layers,
+        "n_features": trace.model.n_features,
+        "targets": graph.n_targets,
+        "nodes": [
+            {
+                "kind": KINDS[int(leaves.kind[i])],
+                "layer": int(leaves.layer[i]),
+                "position": int(leaves.position[i]),
+                "feature": int(leaves.feature[i]),
+                "activation": float(leaves.activation[i]),
+                "influence": float(influence[i]),
+            }
+            for i in order
+        ],
+        "rows": [
+            {
+                "node": None if row.node is None else number[row.node],
+                "name": row.target.name,
+                "position": row.target.position,
+                "layer": row.target.layer,
+                "value": row.value,
+                "constant": row.target.constant,
+                "sums": dict(zip(KINDS, row.sums, strict=True)),
+                "size": row.size,
+                "first_position": row.first_position,
+                "sources": [number[i] for i in row.sources.tolist()],
+                "weights": row.weights.tolist(),
+                "remainder": row.remainder,
+                "pruned": row.pruned,
+            }
+            for row in graph.rows
+        ],
+        "flow": {
+            "replacement": flow.replacement,
+            "completeness": flow.completeness,
+            "tokens": flow.tokens,
+            "errors": flow.errors,
+            "biases": flow.biases,
+            "pruned": flow.pruned,
+        },
+        "account": account._asdict(),
+        "heads": [{**edge, "node": number[edge["node"]]} for edge in heads],
+    }
+    if evidence is not None:
+        document["evidence"] = {
+            **evidence._asdict(),
+            "samples": [
+                {
+                    **sample._asdict(),
+                    "nodes": [number[i] for i in sample.nodes],
+                    "correlations": [line._asdict() for line in sample.correlations],
+                }
+                for sample in evidence.samples
+            ],
+            "curve": evidence.curve._asdict(),
+        }
+    return document
+
+
+def write_graph(document: GraphFile, path: Path, *, overwrite: bool = False) -> None:
+    """Write a graph's file.
+
+    Raises:
+        UserError: the file exists and ``overwrite`` is not set.
+        RunError: the file cannot be written.
+    """
+    if os.path.lexists(path) and not overwrite:
+        raise UserError(f"{path} exists. Replace it (--overwrite), or give another --output")
+    text = json.dumps(document, allow_nan=False)
+    with disk_errors(path):
+        make_folder(path.parent)
+        with replacing(path) as staged:
+            staged.write_text(text + "\n", encoding="utf-8")
+
+
+def read_graph(path: str | os.PathLike[str]) -> GraphFile:
+    """Read a graph's file.
+
+    Raises:
+        DocumentError: the file cannot be read, is no graph of a version that this fastadapt reads,
+            or names nodes that it does not hold.
+    """
+    plain: Any = read_json(path)
+    version = plain.get("schema_version") if isinstance(plain, Mapping) else None
+    if type(version) is not int or version != SCHEMA_VERSION:
+        raise DocumentError(
+            f"{path}: schema_version is {version!r}, but this fastadapt reads version "
+            f"{SCHEMA_VERSION}; make the graph again with this version"
+        )
+    check(plain, GraphFile, str(path))
+    document: GraphFile = plain
+    n = len(document["nodes"])
+    for i, row in enumerate(document["rows"]):
+        if len(row["sources"]) != len(row["weights"]):
+            raise DocumentError(f"{path}: rows[{i}]: sources and weights differ in length")
+        if max([*row["sources"], row["node"] or 0]) >= max(n, 1):
+            raise DocumentError(f"{path}: rows[{i}]: expected nodes below {n:,}, the file's number")
+        if (row["node"] is None) != (i < document["targets"]):
+            raise DocumentError(f"{path}: rows[{i}]: expected the rows of targets first")
+    for i, node in enumerate(document["nodes"]):
+        if node["position"] >= len(document["ids"]):
+            raise DocumentError(f"{path}: nodes[{i}]: expected a position in the text")
+    if len(document["tokens"]) != len(document["ids"]):
+        raise DocumentError(f"{path}: tokens and ids differ in length")
+    return document

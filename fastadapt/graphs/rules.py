@@ -1,0 +1,172 @@
+"""Propagation rules: make a replacement model linear around one text, without changing its outputs.
+
+Inside :func:`linearized`, every module returns the bits that it returns outside, but its gradient
+is that of a linear map whose coefficients are held at their values on this text (relevance
+propagation, RelP, arXiv 2508.21258). A gradient times the value that it belongs to is then a share
+of the output, and the shares of all inputs sum to the output: relevance is conserved.
+
+==========================  ======================================================================
+part                        gradient
+==========================  ======================================================================
+RMSNorm                     ``x · (norm(x) / x)`` with the quotient held
+SiLU, GELU                  ``g · (act(g) / g)`` with the quotient held
+gate × up                   half to each factor
+attention                   pattern held: queries and keys are constants, values are not
+linear, rotary, residual    their own
+adapter                     none (``leaves``), or its own with the active features held (``linear``)
+target's MLP                that of the base's MLP in its place
+==========================  ======================================================================
+
+A quotient is 0 where its denominator is. No forward of a model is copied: the rules are hooks on
+transformers' own modules, so that every attention implementation gives the held pattern, and memory
+stays linear in the length of the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from fastadapt.adapter.module import TranscoderAdapter
+from fastadapt.errors import UserError
+from fastadapt.models.adapted_mlp import AdaptedMLP
+from fastadapt.models.replacement import ReplacementModel
+
+#: How adapters pass gradients: not at all, or through their active features.
+Features = Literal["leaves", "linear"]
+
+
+class _Carry(torch.autograd.Function):
+    """Return the bits of ``value`` with the gradient of ``carrier``."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, carrier: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        return None, gradients[0]
+
+
+def carry(value: Tensor, carrier: Tensor) -> Tensor:
+    """Return ``value`` bit for bit, differentiated as if it were ``carrier`` of the same shape.
+
+    Example:
+        >>> x = torch.tensor(3.0, requires_grad=True)
+        >>> y = carry(x.exp(), 2 * x)
+        >>> y.backward()
+        >>> bool(y == x.exp()), x.grad.item()
+        (True, 2.0)
+    """
+    if not carrier.requires_grad:
+        return value.detach()
+    out: Tensor = _Carry.apply(value.detach(), carrier)
+    return out
+
+
+def held_quotient(x: Tensor, y: Tensor) -> Tensor:
+    """Return the constant ``y / x``, elementwise; 0 where ``x`` is 0."""
+    x, y = x.detach(), y.detach()
+    return torch.where(x == 0, 0, y / x)
+
+
+@contextmanager
+def linearized(model: ReplacementModel, features: Features = "leaves") -> Iterator[None]:
+    """Apply the rules to a model's modules inside the context.
+
+    The graph of a forward inside the context stays valid after it.
+
+    Args:
+        model: a replacement model with transcoders. All of its modes keep their outputs.
+        features: ``leaves``: adapters are constants. ``linear``: the activation of an active
+            feature is its pre-activation, and passes its gradient to the MLP's input.
+
+    Raises:
+        UserError: the model has no transcoders, or ``features`` is neither.
+
+    Example:
+        >>> from fastadapt import AdapterConfig, ModelPair, PairConfig, ReplacementModel
+        >>> pair = ModelPair.load(PairConfig("organism/target", "organism/base", device="cpu"))
+        >>> model = ReplacementModel.create(pair, AdapterConfig(n_features=8))
+        >>> with linearized(model):
+        ...     h = model.block_inputs(torch.tensor([[5, 9]]), None).hidden.requires_grad_()
+        ...     norm = model.final_norm(h, "replacement")
+        >>> (gradient,) = torch.autograd.grad(norm[0, 1, 3], h)
+        >>> torch.allclose((gradient * h).sum(), norm[0, 1, 3])
+        True
+    """
+    if features not in get_args(Features):
+        raise UserError(f"features: expected one of leaves, linear, got {features!r}")
+    if model.n_features == 0:
+        raise UserError("graphs: expected a run with transcoders, got a baseline's trained weights")
+    with ExitStack() as stack:
+        stack.enter_context(model.fused.off())
+        for module, hook in _hooks(model, features):
+            stack.callback(module.register_forward_hook(hook).remove)
+        yield
+
+
+_Hook = Callable[[Any, Any, Any], Any]
+
+
+def _hooks(model: ReplacementModel, features: Features) -> Iterator[tuple[nn.Module, _Hook]]:
+    """Yield every module that has a rule, with the forward hook that applies it."""
+    decoder = getattr(model.model, model.paths.decoder)
+    for module in decoder.modules():
+        kind = type(module).__name__
+        if kind.endswith("RMSNorm"):
+            yield module, _hold_quotient
+        elif kind.endswith("Attention"):
+            yield from _attention_hooks(module)
+    bases = {id(mlp.base): mlp.base for mlp in model.mlps}  # a pair may share one module
+    for base in bases.values():
+        for name in model.paths.projections:
+            yield getattr(base, name), _halve
+        yield activation_of(base), _hold_quotient
+    for mlp in model.mlps:
+        yield mlp, _linear_mlp if features == "linear" else _constant_adapter
+
+
+def _attention_hooks(attention: nn.Module) -> Iterator[tuple[nn.Module, _Hook]]:
+    if not hasattr(attention, "qkv_proj"):
+        for name in ("q_proj", "k_proj"):
+            yield getattr(attention, name), lambda _, args, out: out.detach()
+        return
+    joint: Any = attention.qkv_proj  # Phi-3: queries, keys and values in one product
+
+    def hold(_: Any, args: Any, out: Tensor) -> Tensor:
+        width = (out.shape[-1] - attention.o_proj.in_features) // 2  # type: ignore[union-attr, operator]
+        pattern, values = out.split([out.shape[-1] - width, width], dim=-1)
+        return torch.cat([pattern.detach(), values], dim=-1)
+
+    yield joint, hold
+
+
+def activation_of(mlp: nn.Module) -> nn.Module:
+    """Return the module of a gated MLP that applies the activation to the gate."""
+    activation: nn.Module = getattr(mlp, "act_fn", None) or mlp.activation_fn  # type: ignore[assignment]
+    return activation
+
+
+def _hold_quotient(_: Any, args: Any, out: Tensor) -> Tensor:
+    return carry(out, args[0] * held_quotient(args[0], out))
+
+
+def _halve(_: Any, args: Any, out: Tensor) -> Tensor:
+    return carry(out, out / 2)
+
+
+def _constant_adapter(mlp: AdaptedMLP, args: Any, out: Tensor) -> Tensor:
+    return carry(out, mlp.base(args[0]))
+
+
+def _linear_mlp(mlp: AdaptedMLP, args: Any, out: Tensor) -> Tensor:
+    linear: Tensor = mlp.base(args[0])
+    if mlp.mode != "hybrid":
+        assert isinstance(mlp.adapter, TranscoderAdapter)
+        linear = linear + mlp.adapter(args[0])[0]
+    return carry(out, linear)
