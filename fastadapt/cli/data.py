@@ -103,6 +103,7 @@ def inspect(
     source: str,
     *,
     pair: str,
+    base: str = "",
     config: Annotated[InspectConfig, Typed(flags=True)],
     trust_remote_code: bool = False,
 ) -> int:
@@ -113,6 +114,7 @@ def inspect(
         source: file, folder, or hub id, as data.train
         pair: the pair that is to be trained: a preset or YAML file, whose data settings are
             defaults here; or the folder or hub id of the target
+        base: base of a target that is a PEFT folder; by default the one that the folder names
     """
     from fastadapt.data.inspection import inspect_source
     from fastadapt.data.sequences import DataConfig
@@ -120,7 +122,7 @@ def inspect(
     from fastadapt.organism import resolve
     from fastadapt.training.config import from_dict
 
-    models, data = _models_of(pair, trust_remote_code)
+    models, data = _models_of(pair, base, trust_remote_code)
     typed = {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
     examples, rows = typed.pop("examples"), typed.pop("rows", None)
     split = typed.pop("split", "train")
@@ -139,7 +141,7 @@ def inspect(
     return 0
 
 
-def _models_of(pair: str, trust: bool) -> tuple[Sources, dict[str, Any]]:
+def _models_of(pair: str, base: str, trust: bool) -> tuple[Sources, dict[str, Any]]:
     """Return the models of a pair, and the data settings of a preset or file.
 
     A whole model without a base stands for both: nothing here reads the base.
@@ -152,7 +154,7 @@ def _models_of(pair: str, trust: bool) -> tuple[Sources, dict[str, Any]]:
     from fastadapt.training.config import TRUST, from_dict, take_trust
 
     if pair not in preset_names() and Path(pair).suffix not in (".yaml", ".yml"):
-        base = "" if find_peft(resolve(pair), None) else pair
+        base = base if find_peft(resolve(pair), None) else pair
         return pair_sources.Sources.find(PairConfig(pair, base, trust_remote_code=trust)), {}
     values = read_configs([pair])
     take_trust(values)

@@ -62,8 +62,8 @@ def test_the_options_of_data_prepare_are_frozen(fastadapt: Callable[..., Any]) -
 
 
 INSPECT_OPTIONS = """
---columns --examples --family --help --loss --markers --max_tokens --pair --revision --rows --split
---subset --trust_remote_code
+--base --columns --examples --family --help --loss --markers --max_tokens --pair --revision --rows
+--split --subset --trust_remote_code
 """
 
 
