@@ -221,7 +221,7 @@ CASES: list[tuple[Any, ...]] = [
     (
         "two plausible columns",
         _rows({**CONVERSATION, "text": "w1 w2"}),
-        r"several columns may hold the data .*set data\.columns .*--columns\) to conversations or text",
+        r"several columns may hold .*set data\.columns .*--columns\) to conversations or text",
     ),
     (
         "a template that fails",
