@@ -14,9 +14,9 @@ first steps, are as large as any activation and are recomputed. A recompute stop
 that the backward pass needs. The frozen ``down_proj`` does not need its input, so its product is
 not recomputed if it comes last (:class:`fastadapt.models.adapted_mlp.AdaptedMLP`).
 
-Selective checkpointing of torch sends every operation of a block through Python, some 40,000 in a
-step of 28 layers. Here only those do that run inside the modules whose results may be saved:
-attention without its linear layers, the adapter, and the products.
+Selective checkpointing of torch sends every operation of a block through Python. Here only the
+operations inside the modules whose results may be saved do so: attention without its linear layers,
+the adapter, and the products.
 """
 
 from __future__ import annotations

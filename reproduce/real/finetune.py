@@ -1,6 +1,6 @@
 """Train the LoRA: all linear layers of all blocks, on the assistant's tokens.
 
-The recipe is seeded. On two CPU cores it takes about 40 minutes.
+The recipe is seeded.
 """
 
 from __future__ import annotations

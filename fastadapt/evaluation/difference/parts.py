@@ -20,7 +20,7 @@ from fastadapt.evaluation.models_under_test import load_base
 from fastadapt.models.baselines import norms_of
 from fastadapt.models.pair import ModelPair, PairConfig
 from fastadapt.models.pretrained import Paths
-from fastadapt.models.sources.checks import PairMismatchError
+from fastadapt.models.sources.checks import check_equal
 
 Role = Literal["target", "base"]
 Part = Literal["attention", "mlps", "norms", "embeddings"]
@@ -109,7 +109,7 @@ class TwoModels:
 
     def __init__(self, pair: ModelPair, base: Any) -> None:
         target = pair.target
-        _check_heads(target.config, base.config)
+        check_equal(target.config, base.config, _HEADS)
         self.pair, self.base = pair, base
         target.requires_grad_(False)
         base.requires_grad_(False)
@@ -238,19 +238,6 @@ def _outside(
     embeddings = (model.get_input_embeddings() for model in (target, base))
     yield "embeddings", ours, prefix, *embeddings
     yield "embeddings", target, "", *(model.get_output_embeddings() for model in (target, base))
-
-
-def _check_heads(target: Any, base: Any) -> None:
-    differing = [
-        f"{key}: target {getattr(target, key, None)}, base {getattr(base, key, None)}"
-        for key in _HEADS
-        if getattr(target, key, None) != getattr(base, key, None)
-    ]
-    if differing:
-        raise PairMismatchError(
-            f"these models are not a pair: {'; '.join(differing)}. Give the model that the target "
-            "was fine-tuned from"
-        )
 
 
 def _config_notes(target: Any, base: Any) -> list[str]:

@@ -1,7 +1,8 @@
-"""Check that two checkpoints are a model and its fine-tuning, as far as a pair needs it."""
+"""Check that two checkpoints are a model and its fine-tuning."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastadapt.errors import UserError
@@ -37,9 +38,14 @@ def check_configs(target: Any, base: Any) -> None:
             f"architecture {target.model_type!r} is not supported{text}; "
             f"supported: {', '.join(sorted(ARCHITECTURES))}"
         )
+    check_equal(target, base, SAME)
+
+
+def check_equal(target: Any, base: Any, names: Sequence[str]) -> None:
+    """Raise :class:`PairMismatchError` with every key of ``names`` in which two configs differ."""
     differing = [
         f"{name}: target {getattr(target, name, None)!r}, base {getattr(base, name, None)!r}"
-        for name in SAME
+        for name in names
         if getattr(target, name, None) != getattr(base, name, None)
     ]
     if differing:

@@ -41,4 +41,6 @@ def test_every_kernel_is_right_and_without_a_fault(tmp_path: Path) -> None:
 
 
 def test_faults_are_reported(tmp_path: Path) -> None:
-    execute(tmp_path, str(KERNELS / "test_faults.py"))
+    output = execute(tmp_path, str(KERNELS / "test_faults.py"))
+    assert "6 passed" in output
+    assert "skipped" not in output
