@@ -4,7 +4,7 @@ A fingerprint is a SHA-256 over each file's name, size and header, which has eve
 dtype, shape and position, and over the bytes of the tensors: all bytes of files of up to 64 MiB; in
 larger files the first and the last 4 KiB of every tensor. It therefore detects other weights of the
 same shapes, and any training that moved every tensor. A change inside a large file that leaves both
-ends of every tensor as they were is not detected. A 7B model takes well under a second.
+ends of every tensor as they were is not detected.
 """
 
 from __future__ import annotations
