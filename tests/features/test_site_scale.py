@@ -20,6 +20,8 @@ from fastadapt.features.store.store import Store
 FIRST_PAINT = 2.0  # seconds
 FILTER = 0.5
 FILES = 2000
+#: Repetitions of each filter, of which the fastest counts: other processes only make one slower.
+TIMES = 5
 
 #: Filters that are set one at a time: selector of the field, and value.
 ACTIONS = {
@@ -63,7 +65,7 @@ print(json.dumps({
 
 
 def measure(tab: Tab, address: str) -> dict[str, Any]:
-    """Return seconds until the first paint, the first layer, all layers, and of each filter."""
+    """Return seconds until the first paint, the first layer, all layers, and of the filters."""
     tab.page.goto(address)
     rows = tab.marked("rows")
     paint = tab.page.evaluate(
@@ -73,9 +75,12 @@ def measure(tab: Tab, address: str) -> dict[str, Any]:
     tab.page.wait_for_timeout(300)
     counts, filters = {}, {}
     for name, (selector, value) in ACTIONS.items():
-        filters[name] = tab.page.evaluate(_ACT, [selector, value]) / 1000
-        counts[name] = int(str(tab.page.text_content("#count")).split()[0].replace(",", ""))
-        filters[f"{name}, off again"] = tab.page.evaluate(_ACT, [selector, ""]) / 1000
+        on, off = [], []
+        for _ in range(TIMES):
+            on.append(tab.page.evaluate(_ACT, [selector, value]) / 1000)
+            counts[name] = int(str(tab.page.text_content("#count")).split()[0].replace(",", ""))
+            off.append(tab.page.evaluate(_ACT, [selector, ""]) / 1000)
+        filters[name], filters[f"{name}, off again"] = min(on), min(off)
     out["filters"], out["counts"] = filters, counts
     tab.page.evaluate("location.hash = '#/1/5'")
     started = time.monotonic()
