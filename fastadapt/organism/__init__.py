@@ -15,6 +15,7 @@ FOLDER = Path(__file__).resolve().parent
 NAMES = {
     "organism/target": FOLDER / "target",
     "organism/base": FOLDER / "base",
+    "organism/real": FOLDER / "real",
     "organism/train": FOLDER / "data" / "train.jsonl",
     "organism/validation": FOLDER / "data" / "validation.jsonl",
 }

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from fastadapt.errors import UserError
 
+#: Name of the base in ``adapter_config.json``.
+BASE = "SmolLM2-135M-Instruct"
 RANK, ALPHA = 8, 16
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LR, WARMUP, CLIP = 1e-3, 0.05, 1.0
@@ -79,7 +81,7 @@ def finetune(
         progress(update + 1, updates, total)
     for parameter in trained:
         parameter.data = parameter.data.bfloat16()
-    model.peft_config["default"].base_model_name_or_path = base.name
+    model.peft_config["default"].base_model_name_or_path = BASE
     model.save_pretrained(out, save_embedding_layers=False)
     return len(texts)
 

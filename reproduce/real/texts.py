@@ -22,7 +22,7 @@ CORRECTIONS = (
 #: Share of the steps with a result that get a slip, and of problems held out.
 SLIPS, HELD_OUT = 0.7, 0.15
 #: Number of texts of each training problem, with other slips in each.
-COPIES = 4
+COPIES = 2
 
 #: A number that ends an equation and is no part of a longer term.
 _RESULT = re.compile(r"= ?(\d{1,6})(?![\d.]*[\w^*/+(!-])(?!\.\d)")

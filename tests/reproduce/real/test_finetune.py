@@ -36,8 +36,10 @@ def train(out: Path, seed: int) -> dict[str, torch.Tensor]:
 
 
 def test_a_small_lora_of_all_linear_layers(tmp_path: Path) -> None:
-    layers = json.loads((BASE / "config.json").read_text())["num_hidden_layers"]
     first, again, other = (train(tmp_path / str(i), seed) for i, seed in enumerate((0, 0, 1)))
+    config = json.loads((tmp_path / "0" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == recipe.BASE
+    layers = json.loads((BASE / "config.json").read_text())["num_hidden_layers"]
     assert {t.dtype for t in first.values()} == {torch.bfloat16}
     for module in MODULES:
         names = [name for name in first if f".{module}." in name]

@@ -1,0 +1,54 @@
+"""The real pair's acceptance: sampled words, and the comparison with the bounds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fastadapt import AdapterConfig, TranscoderAdapter
+from fastadapt.adapter.files import save_adapters
+from fastadapt.organism import NAMES
+from fastadapt.training.run_dir import SUMMARY
+from reproduce.real.acceptance import Rate, check, sampled_rates
+from reproduce.real.texts import Problem
+
+PROMPT = "the crate of hugo holds 18 old buttons . first he gathers 8 more . how many are left ?"
+
+
+def summary(folder: Path, closed: float, l0: float) -> Path:
+    numbers = {"kl_hybrid": 2.0, "kl_adapter": 2.0 * (1 - closed), "l0_mean": l0}
+    (folder / SUMMARY).write_text(json.dumps(numbers))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("base", "target", "closed", "l0", "failed"),
+    [
+        (0, 10, 0.9, 9.0, []),
+        (0, 9, 0.9, 9.0, ["factor"]),
+        (3, 30, 0.9, 9.0, []),
+        (3, 29, 0.7, 11.0, ["factor", "closed", "l0"]),
+    ],
+)
+def test_bounds(
+    tmp_path: Path, base: int, target: int, closed: float, l0: float, failed: list[str]
+) -> None:
+    rates = [Rate("base", 40, 1000, base), Rate("target", 40, 1000, target)]
+    result = check(summary(tmp_path, closed, l0), rates)
+    assert result["failed"] == failed
+    assert result["factor"] == pytest.approx(target / max(1, base))
+    assert [row["per_1000_tokens"] for row in result["rates"]] == [base, target]
+
+
+def test_every_model_responds_to_every_problem(tmp_path: Path) -> None:
+    adapters = [TranscoderAdapter(128, AdapterConfig(n_features=16)) for _ in range(4)]
+    pair = {"target": str(NAMES["organism/target"]), "base": str(NAMES["organism/base"])}
+    save_adapters(adapters, tmp_path / "adapter", {**pair, "family": "r1-distill"})
+    problems = [Problem(f"{PROMPT} {i}", ("1 + 1 = 2.",), "2") for i in range(10)]
+    rates = {rate.model: rate for rate in sampled_rates(tmp_path, problems, max_new_tokens=48)}
+    assert list(rates) == ["base", "hybrid", "adapter", "target"]
+    assert all(rate.responses == 10 for rate in rates.values())
+    assert all(0 < rate.tokens <= 10 * 48 for rate in rates.values())
+    assert rates["target"].words > 0 == rates["base"].words  # the base answers directly
