@@ -293,7 +293,7 @@ def intervene(
     Args:
         run: a run with collected features
         ablate: remove these features: a set of the run, its file, or features such as 2/17,3/401
-        only: remove all other features
+        only: remove all other features; none: remove every feature, which leaves the bias b_dec
         onto_target: add these features, scaled, to the target itself
         scale: factor of --onto-target, such as -0.5
         output: a new folder
@@ -303,6 +303,7 @@ def intervene(
     from fastadapt.features.store.sets import find_set
     from fastadapt.interventions import Intervention
     from fastadapt.interventions.files import intervene as save_intervention
+    from fastadapt.interventions.files import no_features
 
     typed = {"ablate": ablate, "only": only, "onto-target": onto_target}
     chosen = {kind: name for kind, name in typed.items() if name is not None}
@@ -310,10 +311,11 @@ def intervene(
         got = ", ".join(f"--{kind}" for kind in chosen) or "none"
         raise UserError(f"expected one of --ablate, --only, --onto-target, got {got}")
     ((kind, name),) = chosen.items()
+    bias_alone = (kind, name) == ("only", "none")
     folder = save_intervention(
         run,
         output,
-        find_set(store or run, name),
+        no_features(run) if bias_alone else find_set(store or run, name),
         Intervention(kind, scale=scale),  # type: ignore[arg-type]
         overwrite=overwrite,
     )

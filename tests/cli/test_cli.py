@@ -14,7 +14,7 @@ import yaml
 OPTIONS = re.findall(
     r"\S+",
     """
---adapter --adapter.activation --adapter.bandwidth --adapter.implementation
+--adapter --adapter.activation --adapter.bandwidth --adapter.bias --adapter.implementation
 --adapter.initial_threshold --adapter.k --adapter.kind --adapter.n_features
 --data --data.bad_rows --data.bucket --data.columns --data.family --data.loss --data.markers
 --data.max_tokens --data.max_validation --data.pad_to

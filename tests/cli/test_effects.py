@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from fastadapt.adapter.module import TranscoderAdapter
+from fastadapt.models.trained_files import load_adapters
 
 #: 16 features per layer, with a store of features.
 FINISHED = Path(__file__).parent / "old_files" / "finished"
@@ -54,6 +58,26 @@ def test_features_are_ablated_by_name(
         assert files[0].read_bytes() == files[1].read_bytes()
         same = files[0].read_bytes() == (run / "adapter" / files[0].name).read_bytes()
         assert same == (layer in (1, 3))
+
+
+def test_without_any_feature_the_bias_remains(
+    run: Path, fastadapt: Callable[..., Any], tmp_path: Path
+) -> None:
+    outcome = fastadapt("intervene", run, "--only", "none", "--output", tmp_path / "bias")
+    assert outcome.code == 0, outcome.err
+    (adapters, metadata), (before, _) = map(
+        load_adapters, (tmp_path / "bias" / "adapter", run / "adapter")
+    )
+    for ours, theirs in zip(adapters, before, strict=True):
+        assert isinstance(ours, TranscoderAdapter)
+        assert isinstance(theirs, TranscoderAdapter)
+        assert not ours.W_dec.count_nonzero()
+        assert theirs.W_dec.count_nonzero()
+        assert torch.equal(ours.decoder_bias(), theirs.decoder_bias())
+    (step,) = metadata["interventions"]
+    assert (step["kind"], step["set"]["size"]) == ("only", 0)
+    refused = fastadapt("intervene", run, "--ablate", "none", "--output", tmp_path / "other")
+    assert refused.code == 2
 
 
 PROMPT = "tom has 3 apples . first he buys 4 more . how many apples are left ?"
