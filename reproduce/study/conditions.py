@@ -10,7 +10,7 @@ from fastadapt.errors import UserError
 from fastadapt.evaluation.benchmarks.runner import BenchmarkConfig
 from fastadapt.evaluation.generation.sampling import SamplingConfig
 from fastadapt.evaluation.statistics import BootstrapConfig
-from fastadapt.features.store.selection import alive, matched, promoting, standing_at
+from fastadapt.features.store.selection import alive, matched, on_template, promoting
 from fastadapt.features.store.sets import FeatureSet
 from fastadapt.features.store.store import Store
 from fastadapt.interventions import KINDS, SCALE, Kind
@@ -26,7 +26,8 @@ class StudyConfig:
     Args:
         tops: numbers of most promoted tokens that count, one selection each. The first selection
             is the main one; its two kinds of features are also studied separately.
-        share: least fraction of a template feature's strongest examples at the template's markers.
+        share: least fraction of a template feature's strongest examples at one position of the
+            template.
         times: sizes of the random sets, as multiples of the selected set's size.
         draws: number of random sets of each size.
         scales: scales of the main selection's transfer; -0.5 is measured for every set.
@@ -100,7 +101,7 @@ def select(store: Store, config: StudyConfig) -> dict[str, FeatureSet]:
     Raises:
         UserError: a set is empty.
     """
-    template, living = standing_at(store, share=config.share), alive(store)
+    template, living = on_template(store, config.share), alive(store)
     words = config.benchmarks.hesitation_words
     hesitation = {top: promoting(store, words, top) for top in config.tops}
     sets = {
