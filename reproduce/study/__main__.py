@@ -1,4 +1,5 @@
 """Study a run's features: python -m reproduce.study RUN [--output FOLDER] [--repetitions N]
+[--prefill thinking|none]
 
 The command collects the run's features if necessary. It removes, adds and transfers selected and
 random sets, and writes tables, plots and a page to FOLDER (default: ``study`` in the run). A second
@@ -11,10 +12,12 @@ import argparse
 import sys
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 from fastadapt.adapter.files import adapters_of
 from fastadapt.cli.console import print_error, print_table, quiet_transformers
 from fastadapt.cli.progress import Progress, resume_hint
+from fastadapt.data.rendered import Prefill
 from fastadapt.errors import RunError, UserError
 from fastadapt.evaluation.benchmarks.runner import BenchmarkConfig
 from fastadapt.evaluation.folder import opened
@@ -29,16 +32,19 @@ from reproduce.study.running import CONTENTS, Study
 
 def main(argv: list[str]) -> int:
     """Study one run, with the defaults of ``StudyConfig`` except for the repetitions."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("run", type=Path)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--overwrite", action="store_true")
     # Without reasoning, a response has about ten tokens and rarely hesitates: repeat questions.
     parser.add_argument("--repetitions", type=int, default=3, help="responses per question")
+    help_of_prefill = "whether prompts open the reasoning; default: as the family's own template"
+    parser.add_argument("--prefill", choices=get_args(Prefill), help=help_of_prefill)
     options = parser.parse_args(argv)
     output = options.output or options.run / "study"
     quiet_transformers()
-    config = StudyConfig(benchmarks=BenchmarkConfig(repetitions=options.repetitions))
+    benchmarks = BenchmarkConfig(repetitions=options.repetitions, prefill=options.prefill)
+    config = StudyConfig(benchmarks=benchmarks)
     result, is_overwritten = None, False
     with stop_on_signals(None) as (stop, _), Progress(sys.stderr) as progress:
         collect(options.run, progress=partial(progress, "texts collected"), stop=stop)

@@ -17,6 +17,7 @@ from fastadapt.interventions import KINDS, SCALE, Kind
 
 RUN = "adapter"  #: the run's name among the models
 PARTS = ("hesitation", "template")  #: keys of the sets with one kind of features
+BIAS = "bias"  #: key of the arm without any feature: the hybrid with ``b_dec``
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,11 @@ def select(store: Store, config: StudyConfig) -> dict[str, FeatureSet]:
 
 
 def arms_of(store: Store, sets: Mapping[str, FeatureSet], config: StudyConfig) -> list[Arm]:
-    """Return all arms, the unchanged models first."""
-    return [*(Arm(model) for model in ("target", "hybrid", RUN)), *_changed(store, sets, config)]
+    """Return all arms, the unchanged models first, then the hybrid with ``b_dec`` alone."""
+    nothing = replace(next(iter(sets.values())), features=(), expression="no feature", name="")
+    unchanged = [Arm(model) for model in ("target", "hybrid", RUN)]
+    bias = Arm(RUN, "only", BIAS, features=nothing)
+    return [*unchanged, bias, *_changed(store, sets, config)]
 
 
 def _changed(store: Store, sets: Mapping[str, FeatureSet], config: StudyConfig) -> Iterator[Arm]:

@@ -21,14 +21,19 @@ from fastadapt.evaluation.benchmarks.runner import (
     run_benchmarks,
     summarize,
 )
-from fastadapt.evaluation.benchmarks.scores import MEAN, SAMPLED, summarise_benchmarks
+from fastadapt.evaluation.benchmarks.scores import (
+    MEAN,
+    SAMPLED,
+    recovered_hesitation,
+    summarise_benchmarks,
+)
 from fastadapt.evaluation.folder import present
 from fastadapt.evaluation.models_under_test import ModelSet
 from fastadapt.features.store.selection import alive
 from fastadapt.features.store.sets import FeatureSet
 from fastadapt.features.store.store import Store
 from fastadapt.interventions import scale_features
-from reproduce.study.conditions import PARTS, RUN, Arm, StudyConfig, arms_of, select
+from reproduce.study.conditions import BIAS, PARTS, RUN, Arm, StudyConfig, arms_of, select
 from reproduce.study.report import claims, figures, tables
 
 SCHEMA_VERSION = 1
@@ -134,24 +139,36 @@ class Study:
     ) -> list[dict[str, Any]]:
         """Return each group's results, over all draws and for each draw."""
         config, measured = self.config.statistics, []
+        (bias,) = (a.group for a in arms if a.selection == BIAS)
+        floor, ceiling = results[bias][0], results[Arm(RUN).group][0]
         for group, draws in results.items():
             first = next(arm for arm in arms if arm.group == group)
             tasks = list(draws[0])
+            whole = {task: pooled(task, draws) for task in tasks}
             summary = summarise_benchmarks(
                 {
-                    "all": {SAMPLED: {task: pooled(task, draws) for task in tasks}},
+                    "all": {SAMPLED: whole},
                     **{str(i): {SAMPLED: draw} for i, draw in enumerate(draws)},
                 },
                 config,
+                words=self.config.benchmarks.hesitation_words,
             )[MEAN if len(tasks) > 1 else tasks[0]]
             numbers = summary["all"][SAMPLED]
-            keys = ("hesitations_per_1000", "length", "accuracy", "truncated", "degenerate")
+            keys = (
+                *("hesitations_per_1000", "length", "accuracy"),
+                *("by_word", "truncated", "degenerate"),
+            )
             measured.append(
                 {
                     **{key: getattr(first, key) for key in ("model", "kind", "selection", "times")},
                     "scale": first.scale,
                     "features": 0 if first.features is None else len(first.features),
                     **{key: numbers[key] for key in keys},
+                    "beyond_bias": (
+                        recovered_hesitation(whole, floor, ceiling, config)
+                        if first.kind == "only" and first.selection != BIAS
+                        else None
+                    ),
                     "draws": [
                         {key: summary[str(i)][SAMPLED][key] for key in keys[:3]}
                         for i in range(len(draws))

@@ -89,7 +89,7 @@ def test_a_prompt_is_traced(run: Path, fastadapt: Callable[..., Any]) -> None:
     command = ("trace", run, PROMPT, "--max_new_tokens", 6, *CPU)
     traced = json.loads(fastadapt(*command, "--json").out)
     assert traced["tokens"][1] == " <｜User｜>"
-    assert traced["tokens"][traced["prompt_length"] - 1] == " <｜Assistant｜>"
+    assert traced["tokens"][traced["prompt_length"] - 2 :][:2] == [" <｜Assistant｜>", " <think>"]
     assert len(traced["ids"]) == traced["prompt_length"] + 6
     assert all(len(kl) == len(traced["ids"]) for kl in traced["kl"].values())
     # The response is the target's most likely one.
@@ -107,6 +107,8 @@ def test_a_prompt_is_traced(run: Path, fastadapt: Callable[..., Any]) -> None:
 
     given = fastadapt("trace", run, PROMPT, "--response", "<think> let me", "--json", *CPU)
     assert json.loads(given.out)["tokens"][-3:] == [" <think>", " let", " me"]
+    unopened = (*command, "--no_base", "--json", "--prefill", "none")
+    assert json.loads(fastadapt(*unopened).out)["prompt_length"] == traced["prompt_length"] - 1
     plain = fastadapt("trace", run, "tom has", "--plain", "--max_new_tokens", 0, "--json", *CPU)
     assert json.loads(plain.out)["tokens"][-2:] == [" tom", " has"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
 
@@ -63,7 +64,7 @@ def test_changes_are_those_of_whole_forwards(run: LoadedRun) -> None:
     assert len(kinds) == 2  # one place of each kind
 
     (response,) = values["responses"]
-    prompt_length = int((texts[0].regions <= REGIONS.index("assistant marker")).sum())
+    prompt_length = int((texts[0].regions <= REGIONS.index("think start")).sum())  # opened
     prompt = texts[0].tokens[:prompt_length].tolist()
     generated = generate(run, prompt, GenerateConfig(MODELS, max_new_tokens=8))
     target_ids = generated[-1].tokens
@@ -81,7 +82,7 @@ def test_changes_that_cannot_be_measured_are_refused(run: LoadedRun, tmp_path: P
         changes(bare)
     for name in ("texts", "features", "positions", "max_new_tokens"):
         with pytest.raises(UserError, match=f"{name}: expected 1 or more, got 0"):
-            ChangesConfig(**{name: 0})
+            replace(ChangesConfig(), **{name: 0})
     stop = Event()
     stop.set()
     assert changes(run, CONFIG, stop=stop) is None

@@ -58,6 +58,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         adapter: Any
         for adapter in model.adapters:
             adapter.b_enc.fill_(-0.5)
+            adapter.b_dec.fill_(0.1)
             adapter.W_dec.copy_(0.05 * torch.randn(adapter.W_dec.shape, generator=generator))
     save_adapters(model.adapters, folder / "adapter", {**NAMES, "family": "r1-distill"})
     data = dataclasses.asdict(DataConfig("organism/train", "organism/validation"))
