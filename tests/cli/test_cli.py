@@ -135,6 +135,7 @@ def test_the_commands_are_frozen(fastadapt: Callable[..., Any]) -> None:
         "generate",
         "graph",
         "intervene",
+        "study",
         "trace",
         "train",
         "where",

@@ -337,6 +337,12 @@ def require_questions(config: BenchmarkConfig) -> None:
         _questions(task, config)
 
 
+def count_responses(config: BenchmarkConfig) -> dict[str, int]:
+    """Return the number of responses to each benchmark; raise as :func:`require_questions`."""
+    _require_lm_eval()
+    return {task: len(_questions(task, config)) * config.repeats(task) for task in config.tasks}
+
+
 def _require_lm_eval() -> None:
     try:
         import lm_eval  # noqa: F401

@@ -13,7 +13,7 @@ from fastadapt.interventions import SCALE
 from fastadapt.reporting.figures import Figure, Series, series_of
 from fastadapt.reporting.formatting import number, percent
 from fastadapt.reporting.tables import Interval, Table, shown, words_shown
-from reproduce.study.conditions import BIAS
+from fastadapt.study.conditions import BIAS
 
 #: Effects expected from arXiv 2602.20904.
 REMOVED, SPARED, ADDED = 0.7, 0.15, 5.0

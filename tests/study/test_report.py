@@ -13,7 +13,7 @@ from fastadapt.evaluation.statistics import Intervals, quotient
 from fastadapt.reporting.page import write_page
 from fastadapt.reporting.rendering import inline_svg, write_png
 from fastadapt.reporting.tables import as_latex, as_markdown
-from reproduce.study.report import claims, figures, tables, verdict
+from fastadapt.study.report import claims, figures, tables, verdict
 
 
 def interval(mean: float, width: float = 0.1) -> dict[str, float]:
