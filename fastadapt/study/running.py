@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from threading import Event
@@ -139,9 +139,14 @@ class Study:
     def _benchmarks(self) -> BenchmarkConfig:
         return complete_config(self.students, self.config.benchmarks, self.config.sampling)
 
+    @cached_property
+    def _weights(self) -> dict[str, str]:
+        """SHA-256 of the weights of each model."""
+        return {name: self.students.fingerprint(name) for name in ("target", "hybrid", RUN)}
+
     def _sha256(self, arm: Arm) -> str:
         """Return the SHA-256 of all that an arm's model depends on."""
-        sha256 = self.students.fingerprint(arm.model if arm.kind is None else RUN)
+        sha256 = self._weights[arm.model if arm.kind is None else RUN]
         if arm.features is None:
             return sha256
         changed = (sha256, arm.kind, arm.scale, arm.features.digest())

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import pytest
 import torch
@@ -81,8 +81,9 @@ def test_changes_that_cannot_be_measured_are_refused(run: LoadedRun, tmp_path: P
     with pytest.raises(UserError, match="features collect before fastadapt changes"):
         changes(bare)
     for name in ("texts", "features", "positions", "max_new_tokens"):
+        impossible: Any = {name: 0}
         with pytest.raises(UserError, match=f"{name}: expected 1 or more, got 0"):
-            replace(ChangesConfig(), **{name: 0})
+            ChangesConfig(**impossible)
     stop = Event()
     stop.set()
     assert changes(run, CONFIG, stop=stop) is None

@@ -61,10 +61,11 @@ def run_models(
         stop: set it to stop early; the results are incomplete then.
     """
     results: dict[str, dict[str, dict[str, BenchmarkResult]]] = {}
+    bos = models.base_bos if config.few_shot else ""
     for model in ("target", *models.compared):
         sha256 = models.fingerprint(model)
         with models.generating(model) as generates:
-            for mode, settings in prompt_modes(model, config, models.base_bos).items():
+            for mode, settings in prompt_modes(model, config, bos).items():
                 digest = settings.fingerprint(sha256)[:16]
                 try:
                     result = run_benchmarks(
