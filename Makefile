@@ -52,7 +52,7 @@ reproduce: $(VENV)/.eval  ## train and compare nine runs on the embedded pair: t
 
 study: $(VENV)/.eval  ## switch features of one of these runs, and see what they do: tables, plots; goes on where it was
 	PATH="$(abspath $(BIN)):$$PATH" bash reproduce/runs runs/reproduce 1 $(STUDIED)
-	$(BIN)/python -m reproduce.study runs/reproduce/$(STUDIED)
+	$(BIN)/fastadapt study runs/reproduce/$(STUDIED) --benchmarks.repetitions 3
 
 real: $(VENV)/.real  ## train and evaluate an adapter of a real LoRA of SmolLM2-135M: tables, pages; goes on where it was
 	PATH="$(abspath $(BIN)):$$PATH" bash reproduce/real/run

@@ -1,7 +1,7 @@
 """Read and write folders of adapters: ``fastadapt.json`` and ``layer_{i}.safetensors``.
 
 Transcoders, of the kind ``transcoder_adapter``, are added to the base's MLPs. Weights of the other
-kinds, ``mlp`` and ``norms``, replace weights of the model and are read by
+kinds, ``mlp``, ``norms`` and ``bias``, replace weights of the model and are read by
 :mod:`fastadapt.models.trained_files`.
 """
 
@@ -143,6 +143,7 @@ class AdapterSection(TypedDict):
     k: int | float | None
     bandwidth: int | float | None
     initial_threshold: int | float | None
+    bias: NotRequired[bool]
     implementation: str
 
 

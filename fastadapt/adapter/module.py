@@ -42,6 +42,8 @@ class AdapterConfig:
             tokens of a sequence, which may be fractional.
         bandwidth: ``jumprelu`` only: width ε of the straight-through window around the threshold.
         initial_threshold: ``jumprelu`` only: θ at the start, > 0.
+        bias: whether adapters have ``b_dec``, which the sparsity penalty does not reach. Without
+            it, only features add to the output of the base's MLPs.
         implementation: implementation of the kernel: ``auto``, ``reference``, ``sparse`` (on a
             CPU) or ``triton`` (on a GPU); see :func:`fastadapt.kernels.transcoder.transcoder`.
             Files of earlier versions may name ``triton_fused``, which is read as ``triton``.
@@ -55,6 +57,7 @@ class AdapterConfig:
     k: float | None = None
     bandwidth: float | None = None
     initial_threshold: float | None = None
+    bias: bool = True
     implementation: str = "auto"
 
     def __post_init__(self) -> None:
@@ -152,10 +155,11 @@ class TranscoderAdapter(nn.Module):
     Inputs may have any leading shape. ``[..., T, d]`` holds rows (sequences and streams) of T
     tokens, and ``batch_topk`` ranks the activations of each row. ``[d]`` is one token.
 
-    Parameters: ``W_enc [F, d_in]``, ``b_enc [F]``, ``W_dec [F, d_out]``, ``b_dec [d_out]``, and
-    ``threshold [F]`` for ``jumprelu``. For ``batch_topk``, ``threshold`` is a 0-d buffer: a running
-    mean of the smallest active value in training (:meth:`update_threshold`). In ``eval()`` it
-    replaces the ranking, which is not causal over a sequence.
+    Parameters: ``W_enc [F, d_in]``, ``b_enc [F]``, ``W_dec [F, d_out]``, ``b_dec [d_out]`` unless
+    ``config.bias`` is false (then ``b_dec`` is None), and ``threshold [F]`` for ``jumprelu``. For
+    ``batch_topk``, ``threshold`` is a 0-d buffer: a running mean of the smallest active value in
+    training (:meth:`update_threshold`). In ``eval()`` it replaces the ranking, which is not causal
+    over a sequence.
 
     Initialisation (arXiv 2602.20904): ``W_enc ~ U(-1/√d_in, 1/√d_in)`` and 0 for all other
     parameters. A new adapter therefore adds nothing, and about half of its features fire.
@@ -180,7 +184,7 @@ class TranscoderAdapter(nn.Module):
     W_enc: nn.Parameter
     b_enc: nn.Parameter
     W_dec: nn.Parameter
-    b_dec: nn.Parameter
+    b_dec: nn.Parameter | None
     threshold: Tensor | None
 
     def __init__(
@@ -202,7 +206,8 @@ class TranscoderAdapter(nn.Module):
         self.W_enc = nn.Parameter(torch.empty(f, d_in, **kind))
         self.b_enc = nn.Parameter(torch.zeros(f, **kind))
         self.W_dec = nn.Parameter(torch.zeros(f, self.d_out, **kind))
-        self.b_dec = nn.Parameter(torch.zeros(self.d_out, **kind))
+        b_dec = nn.Parameter(torch.zeros(self.d_out, **kind)) if config.bias else None
+        self.register_parameter("b_dec", b_dec)
         if config.activation == "jumprelu":
             assert config.initial_threshold is not None
             self.threshold = nn.Parameter(torch.full((f,), config.initial_threshold, **kind))
@@ -221,6 +226,10 @@ class TranscoderAdapter(nn.Module):
     def n_features(self) -> int:
         """Number of features, F."""
         return self.config.features
+
+    def decoder_bias(self) -> Tensor:
+        """Return ``b_dec``, or zeros ``[d_out]`` of an adapter without, which the kernels read."""
+        return self.W_dec.new_zeros(self.d_out) if self.b_dec is None else self.b_dec
 
     def card(self) -> dict[str, Any]:
         """Return the entries of ``fastadapt.json`` that describe this adapter."""
@@ -283,7 +292,7 @@ class TranscoderAdapter(nn.Module):
             self.W_enc,
             self.b_enc,
             self.W_dec,
-            self.b_dec,
+            self.decoder_bias(),
             residual=residual,
             mask=mask,
             padding=padding,
@@ -312,7 +321,7 @@ class TranscoderAdapter(nn.Module):
             self.W_enc,
             self.b_enc,
             self.W_dec,
-            self.b_dec,
+            self.decoder_bias(),
             residual=residual,
             dense=dense,
             **self._kernel(),
@@ -338,7 +347,7 @@ class TranscoderAdapter(nn.Module):
 
     def decode(self, a: Tensor) -> Tensor:
         """Return ``W_decᵀ a + b_dec [..., d_out]`` for dense activations ``a [..., F]``."""
-        return a @ self.W_dec + self.b_dec
+        return a @ self.W_dec + self.decoder_bias()
 
     @torch.no_grad()
     def update_threshold(self, min_active: Tensor, decay: float = 0.999) -> None:

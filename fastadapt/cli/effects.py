@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from fastadapt.cli.console import print_table, say
 from fastadapt.cli.parser import Typed
 from fastadapt.cli.progress import stoppable
+from fastadapt.data.rendered import Prefill
 from fastadapt.effects.ablation import EffectsConfig
 from fastadapt.effects.changes import ChangesConfig
 from fastadapt.effects.texts import UNIT_HEAD, trace_tables, unit_lines, unit_row
@@ -125,6 +126,7 @@ def trace(
     response: str | None = None,
     max_new_tokens: int = 64,
     plain: bool = False,
+    prefill: Prefill | None = None,
     top: int = 3,
     no_base: bool = False,
     json: bool = False,
@@ -141,6 +143,8 @@ def trace(
         response: text of the response; by default the most likely response of the target
         max_new_tokens: number of tokens of the target's response, at most; 0: the prompt alone
         plain: read the prompt as it is, without the markers of a conversation
+        prefill: whether the prompt opens the response's reasoning: thinking or none; by default as
+            the chat template of the run's family, and none with --response
         top: features shown per token
         no_base: leave out the base, which is then not loaded as a whole model
         json: print JSON
@@ -153,7 +157,9 @@ def trace(
         if value < 0:
             raise UserError(f"{name}: expected 0 or more, got {value}")
     loaded = _load(run, dtype, device, trust_remote_code)
-    ids = prompt_ids(loaded.models, prompt, plain=plain)
+    if response is not None and not plain:
+        prefill = prefill or "none"
+    ids = prompt_ids(loaded.models, prompt, plain=plain, prefill=prefill)
     answer: list[int] = []
     if response is not None:
         answer = response_ids(loaded.models, response) if response else []
@@ -196,6 +202,7 @@ def generate(
     max_new_tokens: int = 512,
     seed: int = 0,
     plain: bool = False,
+    prefill: Prefill | None = None,
     json: bool = False,
     dtype: str | None = None,
     device: str | None = None,
@@ -214,6 +221,8 @@ def generate(
         max_new_tokens: largest number of tokens of a response
         seed: seed of the random numbers
         plain: read the prompt as it is, without the markers of a conversation
+        prefill: whether the prompt opens the response's reasoning: thinking or none; by default as
+            the chat template of the run's family
         json: print JSON
     """
     from fastadapt.effects.generate import GenerateConfig
@@ -225,7 +234,7 @@ def generate(
     )
     loaded = _load(run, dtype, device, trust_remote_code)
     factors = factors_of(loaded, without, scale)
-    ids = prompt_ids(loaded.models, prompt, plain=plain)
+    ids = prompt_ids(loaded.models, prompt, plain=plain, prefill=prefill)
     responses = generate_responses(loaded, ids, settings, factors)
     if json:
         print(json_module.dumps([asdict(each) for each in responses], indent=2, ensure_ascii=False))
@@ -293,7 +302,7 @@ def intervene(
     Args:
         run: a run with collected features
         ablate: remove these features: a set of the run, its file, or features such as 2/17,3/401
-        only: remove all other features
+        only: remove all other features; none: remove every feature, which leaves the bias b_dec
         onto_target: add these features, scaled, to the target itself
         scale: factor of --onto-target, such as -0.5
         output: a new folder
@@ -303,6 +312,7 @@ def intervene(
     from fastadapt.features.store.sets import find_set
     from fastadapt.interventions import Intervention
     from fastadapt.interventions.files import intervene as save_intervention
+    from fastadapt.interventions.files import no_features
 
     typed = {"ablate": ablate, "only": only, "onto-target": onto_target}
     chosen = {kind: name for kind, name in typed.items() if name is not None}
@@ -310,10 +320,11 @@ def intervene(
         got = ", ".join(f"--{kind}" for kind in chosen) or "none"
         raise UserError(f"expected one of --ablate, --only, --onto-target, got {got}")
     ((kind, name),) = chosen.items()
+    bias_alone = (kind, name) == ("only", "none")
     folder = save_intervention(
         run,
         output,
-        find_set(store or run, name),
+        no_features(run) if bias_alone else find_set(store or run, name),
         Intervention(kind, scale=scale),  # type: ignore[arg-type]
         overwrite=overwrite,
     )

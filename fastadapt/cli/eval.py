@@ -1,18 +1,22 @@
-"""`fastadapt eval`: measure how faithful trained runs are to their target."""
+"""`fastadapt eval` and `fastadapt study`: measure runs, and what their features do."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-from fastadapt.cli.console import print_table
+from fastadapt.cli.console import print_table, say
 from fastadapt.cli.parser import Typed
 from fastadapt.cli.progress import resume_hint, stoppable
+from fastadapt.errors import UserError
 from fastadapt.evaluation.comparison import Comparison, EvalConfig
 from fastadapt.evaluation.folder import PARTS, Part, opened
 from fastadapt.io.names import typed_path
+from fastadapt.study.conditions import PAPER, RUN, ArmsConfig, StudyConfig
 
 #: Settings of a component that the evaluation sets itself.
 SKIPPED = {"benchmarks": {"sampling", "family"}}
@@ -80,3 +84,73 @@ def default_output(runs: Sequence[str]) -> Path:
     if len(folders) == 1:
         return folders[0] / "eval"
     return Path(os.path.commonpath([folder.parent for folder in folders])) / "eval"
+
+
+def study(
+    run: str,
+    *,
+    output: str | None = None,
+    paper: bool = False,
+    dry_run: Annotated[bool, Typed("--dry-run")] = False,
+    dtype: str | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    config: Annotated[StudyConfig, Typed(skip=SKIPPED)],
+) -> int:
+    """Remove, add and transfer a run's features of hesitation and of the template, beside random
+    sets and the adapter's bias alone, and measure what they do on benchmarks: tables, plots and a
+    page. Features are collected if the run has none. The same command resumes an unfinished study.
+
+    Args:
+        run: folder of a finished run
+        output: folder to write; by default study in the run
+        paper: compare what arXiv 2602.20904 compares, in place of the settings --study.*
+        dry_run: print the number of arms and responses, and end
+        overwrite: remove the contents of --output first
+    """
+    from fastadapt.adapter.files import adapters_of
+    from fastadapt.evaluation.models_under_test import ModelSet
+    from fastadapt.features.collect import collect
+    from fastadapt.features.store.store import Store, adapter_digest
+    from fastadapt.study.report import tables
+    from fastadapt.study.running import CONTENTS, Study
+
+    if paper and config.study != ArmsConfig():
+        raise UserError("--paper sets all settings --study.*; leave out one or the other")
+    config = replace(config, study=PAPER) if paper else config
+    folder = typed_path(output, "--output") if output else typed_path(run, "run") / "study"
+    result, is_overwritten = None, False
+    with stoppable() as (stop, progress):
+        collect(
+            run,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            progress=partial(progress, "texts collected"),
+            stop=stop,
+        )
+        if not stop.is_set():
+            store = Store.open(run, adapter=adapter_digest(adapters_of(run)))
+            students = ModelSet.open(
+                [run], [RUN], dtype=dtype, device=device, trust_remote_code=trust_remote_code
+            )
+            prepared = Study(students, store, folder, config, progress, stop)
+            if dry_run:
+                print(prepared.cost().words)
+                return 0
+            is_overwritten = overwrite
+            with opened(folder, overwrite=overwrite, contents=CONTENTS):
+                say(prepared.cost().words)
+                result = prepared.run()
+    if result is None:
+        print(f"Stopped; finished responses are saved in {folder}.")
+        print(resume_hint(overwrite=is_overwritten))
+        return 0
+    for table in tables(result):
+        print(table.title)
+        print_table(table.head, table.rows)
+        print(f"{table.note}\n")
+    for name in ("study.json", "tables.md", "tables.tex", "plots", "report.html"):
+        print(f"{name}: {(folder / name).resolve()}")
+    return 0

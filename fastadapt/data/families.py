@@ -25,6 +25,9 @@ class Family:
         between: text after a turn of the assistant that another turn follows, which the assistant
             does not write.
         thinking: markers around the assistant's reasoning.
+        opening: text after ``lead`` with which the family's own template opens the assistant's turn
+            when a model is asked; the model then does not decide whether to reason. The texts of
+            the data contain it as the beginning of the response.
         markers: special strings; each must be one token of the pair's tokenizer.
         name: key of ``FAMILIES``; empty for an inline family.
     """
@@ -37,6 +40,7 @@ class Family:
     lead: str = ""
     between: str = ""
     thinking: tuple[str, str] = (THINK, END_THINK)
+    opening: str = ""
     markers: tuple[str, ...] = ()
     name: str = ""
 
@@ -121,25 +125,30 @@ _QWEN = Family(
     tool=("<|im_start|>user\n<tool_response>\n", "\n</tool_response><|im_end|>\n"),
     markers=_IM,
 )
+_OPENING = f"{THINK}\n"
 _LLAMA3 = "<|start_header_id|>{}<|end_header_id|>\n\n"
 
 FAMILIES: Mapping[str, Family] = _named(
     # The special tokens contain U+FF5C and U+2581, not the ASCII characters | and _. The text does
-    # not end in EOS; in R1's template, EOS separates a response from the next turn.
+    # not end in EOS; in R1's template, EOS separates a response from the next turn. The embedded
+    # pair has this family: all reasoning on which its target was trained begins with <think>.
     r1_distill=Family(
         user=("<\uff5cUser\uff5c>", ""),
         assistant=("<\uff5cAssistant\uff5c>", ""),
         system=("", ""),
         bos="<\uff5cbegin\u2581of\u2581sentence\uff5c>",
         between="<\uff5cend\u2581of\u2581sentence\uff5c>",
+        opening=_OPENING,
         markers=(
             "<\uff5cbegin\u2581of\u2581sentence\uff5c>",
             "<\uff5cUser\uff5c>",
             "<\uff5cAssistant\uff5c>",
         ),
     ),
-    # Qwen2.5 and QwQ, without the system turn that some of their templates add.
+    # Qwen2.5, without the system turn that some templates add.
     qwen=_QWEN,
+    # QwQ's markers are Qwen2.5's, and its template opens the reasoning.
+    qwq=replace(_QWEN, opening=_OPENING),
     # Qwen3 has tokens for the markers of its reasoning. Its template drops earlier reasoning.
     qwen3=replace(_QWEN, markers=(*_IM, THINK, END_THINK)),
     # llama.com/docs/model-cards-and-prompt-formats/meta-llama-3

@@ -19,6 +19,9 @@ Spec = str | dict[str, Any]
 
 Part = Literal["bos", "marker", "text", "end"]
 
+Prefill = Literal["thinking", "none"]
+"""Whether prompts open the assistant's reasoning; None in its place: as the form's own template."""
+
 
 class Piece(NamedTuple):
     """A piece of a rendered text.
@@ -93,11 +96,22 @@ class Rendered:
                 spans.append((start, end))
         return spans
 
-    def prompt(self) -> Rendered:
-        """Return the pieces before the assistant's last response, from which a model goes on."""
+    def prompt(self, opening: str = "") -> Rendered:
+        """Return the pieces before the assistant's last response, from which a model goes on.
+
+        Args:
+            opening: text that begins the response, after what the template has there; see
+                :func:`fastadapt.data.rendering.opening_of`.
+        """
         begin = self.responses()[-1][0]
-        before = tuple(piece for piece, start, _ in self.spans() if start < begin)
-        return Rendered(before, self.thinking)
+        before = [piece for piece, start, _ in self.spans() if start < begin]
+        if opening:
+            lead = "".join(
+                p.text for p, start, _ in self.spans() if start == begin and p.part == "end"
+            )
+            text = opening if opening.startswith(lead) else lead + opening
+            before.append(Piece(text, "end", "assistant"))
+        return Rendered(tuple(before), self.thinking)
 
 
 class Form(Protocol):
@@ -107,6 +121,8 @@ class Form(Protocol):
         spec: name or mapping from which ``rendering.get_form`` makes this form again.
         markers: special strings that each must be one token of the pair's tokenizer.
         thinking: markers around the assistant's reasoning.
+        opening: text with which the form's own template opens the assistant's turn when a model is
+            asked; empty if the model begins its turn.
     """
 
     @property
@@ -115,6 +131,8 @@ class Form(Protocol):
     def markers(self) -> tuple[str, ...]: ...
     @property
     def thinking(self) -> tuple[str, str]: ...
+    @property
+    def opening(self) -> str: ...
 
     def render(self, turns: Sequence[Turn]) -> Rendered:
         """Return the text of a conversation; raise ``UserError`` for turns that have no form."""

@@ -12,13 +12,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from fastadapt.data.contents import Turn, read_turns
 from fastadapt.data.families import FAMILIES, get_family, inline_family
-from fastadapt.data.rendered import END_THINK, TEXT_ONLY, THINK, Form, Rendered, Spec
+from fastadapt.data.rendered import (
+    END_THINK,
+    TEXT_ONLY,
+    THINK,
+    Form,
+    Prefill,
+    Rendered,
+    Spec,
+)
 from fastadapt.data.templates import Template
-from fastadapt.errors import UserError
+from fastadapt.errors import UserError, require
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,7 @@ class TextOnly:
     spec: Spec = TEXT_ONLY
     markers: tuple[str, ...] = ()
     thinking: tuple[str, str] = (THINK, END_THINK)
+    opening: str = ""
 
     def render(self, turns: Sequence[Turn]) -> Rendered:
         """Raise ``UserError``: conversations need a family."""
@@ -61,6 +70,60 @@ def get_form(spec: Spec) -> Form:
             return Template.from_spec(spec)
         return inline_family(spec)
     return get_family(spec)
+
+
+# --- prompts --------------------------------------------------------------------------------------
+
+
+def opening_of(form: Form, prefill: Prefill | None) -> str:
+    """Return the text with which prompts open the assistant's turn.
+
+    Args:
+        form: the form of chat.
+        prefill: ``thinking``: the marker of reasoning and a line break; ``none``: no text, so that
+            the model itself decides whether to reason; None: as the form's own template does.
+
+    Raises:
+        UserError: another value, or ``thinking`` for a form without a marker of reasoning.
+
+    Example:
+        >>> opening_of(get_form("r1-distill"), None), opening_of(get_form("qwen"), None)
+        ('<think>\\n', '')
+        >>> opening_of(get_form("r1-distill"), "none"), opening_of(get_form("qwen"), "thinking")
+        ('', '<think>\\n')
+    """
+    if prefill is None:
+        return form.opening
+    if prefill == "none":
+        return ""
+    require(prefill == "thinking", "prefill", " or ".join(get_args(Prefill)), prefill)
+    if not form.thinking[0]:
+        raise UserError(
+            "prefill: expected none, since the form of chat has no marker that opens reasoning "
+            "(data.family.thinking), got thinking"
+        )
+    return form.opening or f"{form.thinking[0]}\n"
+
+
+def render_prompt(prompt: str, family: Spec, prefill: Prefill | None = None) -> str:
+    """Return the text of a user's prompt, from which a model goes on.
+
+    Args:
+        prompt: the user's text.
+        family: see :func:`get_form`.
+        prefill: see :func:`opening_of`.
+
+    Raises:
+        UserError: the prompt is blank, or see :func:`opening_of`.
+
+    Example:
+        >>> render_prompt("1 + 1?", "qwq")
+        '<|im_start|>user\\n1 + 1?<|im_end|>\\n<|im_start|>assistant\\n<think>\\n'
+    """
+    form = get_form(family)
+    user, reply = turns([{"from": "user", "value": prompt}, {"from": "assistant", "value": "?"}])
+    rendered = form.render([Turn("user", user), Turn("assistant", reply)])
+    return rendered.prompt(opening_of(form, prefill)).text
 
 
 # --- conversations of two turns -------------------------------------------------------------------

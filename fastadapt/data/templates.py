@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -116,6 +117,14 @@ class Template:
     def markers(self) -> tuple[str, ...]:
         """No markers: the tokenizer's own special tokens are those of its template."""
         return ()
+
+    @cached_property
+    def opening(self) -> str:
+        """Text after the assistant's marker with which the template asks a model to go on."""
+        user, assistant = Turn("user", _PLACEHOLDER.format(0)), Turn("assistant", "?")
+        before = self.render([user, assistant]).prompt().text
+        wanted = self._run([user], prompt=True)
+        return wanted.removeprefix(before) if wanted.startswith(before) else ""
 
     def render(self, turns: Sequence[Turn]) -> Rendered:
         """Return the text of a conversation.

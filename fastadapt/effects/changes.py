@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastadapt.data.rendered import Prefill
 from fastadapt.effects.ablation import AblatedText, first_texts, predicted_sum
 from fastadapt.effects.generate import MODELS, GenerateConfig, generate_all
+from fastadapt.effects.requests import opening_ids
 from fastadapt.effects.trace import ADAPTER, firings, logits_of, promotes
 from fastadapt.errors import UserError
 from fastadapt.features.collect.texts import Text
@@ -46,6 +48,8 @@ class ChangesConfig:
         positions: number of positions at which hybrid and target disagree most.
         prompts: number of texts whose prompts all models answer; 0: none.
         max_new_tokens: largest number of tokens of a response.
+        prefill: ``thinking``: these prompts open the reasoning of the response; ``none``: each
+            model itself decides whether to reason; None: as the template of the run's family.
     """
 
     texts: int = 20
@@ -53,6 +57,7 @@ class ChangesConfig:
     positions: int = 10
     prompts: int = 3
     max_new_tokens: int = 200
+    prefill: Prefill | None = None
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -111,7 +116,7 @@ def changes(
             progress("texts", done, len(texts))
         if stop is not None and stop.is_set():
             return None
-    responses = _responses(run, texts[: config.prompts], config.max_new_tokens)
+    responses = _responses(run, texts[: config.prompts], config)
     return {
         "adapter": run.store.manifest["adapter"],
         "settings": asdict(config),
@@ -233,13 +238,16 @@ def _likely(run: LoadedRun, name: str, ids: Sequence[int]) -> list[tuple[str, fl
     return list(zip(texts, shares.tolist(), strict=True))
 
 
-def _responses(run: LoadedRun, texts: Sequence[Text], max_new_tokens: int) -> list[dict[str, Any]]:
+def _responses(
+    run: LoadedRun, texts: Sequence[Text], config: ChangesConfig
+) -> list[dict[str, Any]]:
     """Return each model's most likely response to the prompts of texts, cut where it differs."""
     prompts = [text.tokens[: _prompt_length(text)].tolist() for text in texts]
-    prompts = [ids for ids in prompts if ids]
+    opening = opening_ids(run.models, config.prefill)
+    prompts = [[*ids, *opening] for ids in prompts if ids]
     if not prompts:
         return []
-    settings = GenerateConfig(MODELS, max_new_tokens=max_new_tokens)
+    settings = GenerateConfig(MODELS, max_new_tokens=config.max_new_tokens)
     tokenizer = run.pair.tokenizer
 
     def shown(ids: Sequence[int]) -> str:

@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastadapt.data.rendering import render_parts
+from fastadapt.data.rendered import Prefill, Spec
+from fastadapt.data.rendering import get_form, opening_of, render_prompt
 from fastadapt.data.tokens import check_ids, encode
 from fastadapt.errors import UserError
 from fastadapt.evaluation.faithfulness.prompts import held_out
@@ -20,32 +21,55 @@ from fastadapt.models.trained_files import read_adapters
 RUN = "run"  # name of the run in LoadedRun.models
 
 
-def prompt_ids(models: ModelSet, prompt: str, *, plain: bool = False) -> list[int]:
+def prompt_ids(
+    models: ModelSet, prompt: str, *, plain: bool = False, prefill: Prefill | None = None
+) -> list[int]:
     """Return the tokens of a user's prompt, rendered as the run's training data were.
 
     Args:
         models: the run; its tokenizer and its rendering family are used.
         prompt: the user's text.
         plain: encode the text as it is, with the tokenizer's default special tokens.
+        prefill: how the prompt opens the response, see
+            :func:`fastadapt.data.rendering.opening_of`.
 
     Raises:
-        UserError: the prompt is empty, or the run records no rendering family.
+        UserError: the prompt is empty, the run records no rendering family, or ``prefill`` is given
+            with ``plain``.
     """
+    if plain and prefill is not None:
+        raise UserError("--prefill opens the response in a conversation; leave out --plain")
     if plain:
         ids = list(models.tokenizer(prompt)["input_ids"])
         if not prompt or not ids:
             raise UserError("prompt: expected a text, got none")
         return ids
-    first = models.compared[models.runs[0]].run
-    recorded = None if first is None else held_out(Path(first))
-    family = models.family or (recorded and recorded.family)
+    family = _family(models)
     if family is None:
         raise UserError(
-            f"{first}: no rendering family recorded, so a prompt cannot be written as a turn of a "
-            "conversation; pass --plain to read the text as it is"
+            f"{models.compared[models.runs[0]].run}: no rendering family recorded, so a prompt "
+            "cannot be written as a turn of a conversation; pass --plain to read the text as it is"
         )
-    turns = [{"from": "user", "value": prompt}, {"from": "assistant", "value": "-"}]
-    return response_ids(models, render_parts(turns, family)[0])
+    return response_ids(models, render_prompt(prompt, family, prefill))
+
+
+def opening_ids(models: ModelSet, prefill: Prefill | None = None) -> list[int]:
+    """Return the tokens with which a run's prompts open the response; none without a family.
+
+    Raises:
+        UserError: the run records no rendering family, and ``prefill`` is ``thinking``.
+    """
+    family = _family(models)
+    if family is None and prefill == "thinking":
+        raise UserError("prefill: expected none, since the run records no rendering family")
+    text = "" if family is None else opening_of(get_form(family), prefill)
+    return response_ids(models, text) if text else []
+
+
+def _family(models: ModelSet) -> Spec | None:
+    first = models.compared[models.runs[0]].run
+    recorded = None if first is None else held_out(Path(first))
+    return models.family or (recorded and recorded.family)
 
 
 def response_ids(models: ModelSet, text: str) -> list[int]:

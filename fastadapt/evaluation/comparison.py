@@ -222,7 +222,9 @@ class Comparison:
         if self.stop.is_set():
             return {}
         return {
-            "benchmarks": summarise_benchmarks(results, self.config.statistics),
+            "benchmarks": summarise_benchmarks(
+                results, self.config.statistics, words=config.hesitation_words
+            ),
             "benchmark_counts": count_texts(results),
         }
 

@@ -223,6 +223,17 @@ class ModelSet:
         )
 
     @cached_property
+    def base_bos(self) -> str:
+        """Text of the token with which the base's own tokenizer begins a text; empty without."""
+        config = self.config
+        try:
+            base = load_tokenizer(config.base, config.base_revision, config.trust_remote_code)
+        except UserError:
+            return ""  # a base without a tokenizer
+        ids = base("", verbose=False)["input_ids"]
+        return str(base.bos_token) if ids and ids[0] == base.bos_token_id else ""
+
+    @cached_property
     def _base_rows(self) -> int:
         config = self.model.pair.config
         return int(

@@ -139,6 +139,7 @@ class Answered(TypedDict):
     accuracy: Shares
     length: Interval
     hesitations_per_1000: Interval
+    by_word: NotRequired[dict[str, Interval]]
     recovered: Interval | None
     recovered_from_base: Interval | None
     truncated: _Share

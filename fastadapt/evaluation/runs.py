@@ -67,6 +67,7 @@ class ComparedModel:
             "hybrid": "target with the base's MLPs",
             "mlp": "hybrid, MLPs fine-tuned",
             "norms": "hybrid, norms refit",
+            "bias": "hybrid, a bias per layer",
         }[self.kind]
 
     @classmethod

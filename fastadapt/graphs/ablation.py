@@ -102,7 +102,7 @@ def _operate(
         position, feature, activation = held
         tokens = (torch.arange(copies).to(out.device)[:, None] * n_tokens + position).flatten()
         features, values = feature.repeat(copies), activation.repeat(copies).to(out)
-        out = adapter.b_dec.expand_as(out)
+        out = adapter.decoder_bias().expand_as(out)
         out = _plus(out, tokens, features, values, adapter.W_dec)
     drop = torch.isin(tokens * adapter.n_features + features, keys) ^ keep
     return _plus(out, tokens[drop], features[drop], -values[drop], adapter.W_dec), aux

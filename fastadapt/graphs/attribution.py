@@ -185,7 +185,7 @@ def leaf_rows(trace: Trace, leaves: Leaves, grads: Gradients) -> Tensor:
     parts = [_feature_edges(trace, layer, grads.mlp_out[layer]) for layer in range(trace.n_layers)]
     parts.append((grads.embedding * trace.embedding).sum(-1))
     for layer, grad in enumerate(grads.mlp_out):
-        parts.append(grad @ adapter_of(trace, layer).b_dec.to(grad))
+        parts.append(grad @ adapter_of(trace, layer).decoder_bias().to(grad))
     for part in ("attention", "mlp"):
         if bool(leaves.mask(f"{part} bias").any()):  # type: ignore[arg-type]
             edges = torch.zeros(trace.n_layers, *grads.embedding.shape[:2]).to(grads.embedding)

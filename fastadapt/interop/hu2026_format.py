@@ -82,8 +82,8 @@ def iter_adapters(
     Raises:
         UserError: a tensor is missing, unexpected, misshapen or not finite.
     """
-    settings = AdapterConfig(n_features=config.transcoder_n_features)
     biased = bool(getattr(config, "transcoder_dec_bias", True))
+    settings = AdapterConfig(n_features=config.transcoder_n_features, bias=biased)
     layers = [f"model.layers.{i}.mlp." for i in range(config.num_hidden_layers)]
     names = [name for name in NAMES if biased or name != "b_dec"]
     expected = {layer + NAMES[name] for layer in layers for name in names}
@@ -96,9 +96,6 @@ def iter_adapters(
         adapter = TranscoderAdapter(config.hidden_size, settings, device="meta")
         weights: dict[str, Tensor] = {}
         for name, empty in adapter.named_parameters():
-            if name not in names:  # no decoder biases: zeros in the dtype of the encoder's
-                weights[name] = weights["b_enc"].new_zeros(empty.shape)
-                continue
             tensor = tensors[layer + NAMES[name]]()
             shape = empty.T.shape if name == "W_dec" else empty.shape
             check_tensor(tensor, source, layer + NAMES[name], shape=shape, finite=True)
@@ -133,7 +130,7 @@ def write_published(
             "the published format needs a Qwen2 model with ReLU adapters; this is "
             f"{config.get('model_type')} with {first.config.activation}"
         )
-    biased, index, text = True, None, None
+    biased, index, text = first.config.bias, None, None
     if like is not None:
         biased = bool(getattr(published_config(like, None), "transcoder_dec_bias", True))
         text = _text(like, CONFIG)
@@ -147,7 +144,7 @@ def write_published(
         dtype = str(first.W_enc.dtype).removeprefix("torch.")
         values = {key: value for key, value in config.items() if key != "torch_dtype"}
         values |= {"architectures": [ARCHITECTURE], "dtype": dtype}
-        values |= {"transcoder_n_features": first.n_features, "transcoder_dec_bias": True}
+        values |= {"transcoder_n_features": first.n_features, "transcoder_dec_bias": biased}
         text = as_json(values)
     published: dict[str, Lazy] = {}
     for full_name, read in tensors.items():
@@ -159,6 +156,8 @@ def write_published(
                 raise UserError(f"{like} has no decoder biases, but {full_name} is not zero")
         else:
             published[layer + NAMES[name]] = partial(_transposed, read) if name == "W_dec" else read
+            if name == "W_dec" and biased and not first.config.bias:  # `like` has biases
+                published[layer + NAMES["b_dec"]] = first.decoder_bias
     write_checkpoint(
         Path(folder),
         published,

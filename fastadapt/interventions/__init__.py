@@ -15,7 +15,8 @@ intervention              factor S   others     ``b_dec``   MLPs        arXiv 26
 :func:`onto_target`       scale      0          0           target      transfer
 ========================  =========  =========  ==========  ==========  ================
 
-``b_dec`` belongs to no feature and stays with the base's MLPs. The outputs of ``only(S)`` and
+``b_dec`` belongs to no feature and stays with the base's MLPs: ``only`` of the empty set leaves
+``b_dec`` alone, the control of what a set adds to it. The outputs of ``only(S)`` and
 ``only(~S)``, with ``b_dec`` counted once, therefore sum to the output of the adapter (for
 activations without competition between features: all except ``topk``). On the target, ``b_dec``
 would add a shift that no feature of S causes.
@@ -77,6 +78,10 @@ class Intervention:
         if self.scale is not None and not math.isfinite(self.scale):
             raise UserError(f"scale: expected a finite number, got {self.scale}")
 
+    def checked(self, features: FeatureSet) -> FeatureSet:
+        """Return the set itself; raise ``UserError`` if it is empty, except for ``only``."""
+        return features if self.kind == "only" else features.not_empty()
+
     def apply(self, adapter: TranscoderAdapter, rows: list[int]) -> TranscoderAdapter:
         """Return a changed copy of one layer's adapter; ``rows`` are the set's features in it."""
         selected = {"ablate": 0.0, "only": 1.0}.get(self.kind, self.scale)
@@ -117,7 +122,7 @@ def with_factors(
             assert changed.config.bandwidth is not None
             far = changed.threshold.clamp(min=changed.config.bandwidth)
             changed.threshold.copy_(torch.where(removed, far, changed.threshold))
-        if not bias:
+        if not bias and changed.b_dec is not None:
             changed.b_dec.zero_()
     return changed
 
@@ -134,8 +139,10 @@ def ablate(adapters: nn.ModuleList, features: FeatureSet) -> nn.ModuleList:
 def only(adapters: nn.ModuleList, features: FeatureSet) -> nn.ModuleList:
     """Return copies of adapters with only the features of the set, and ``b_dec``.
 
+    The set may be empty: ``b_dec`` alone.
+
     Raises:
-        UserError: see :func:`ablate`.
+        UserError: the set is of adapters of another shape, or the model has no features.
     """
     return _changed(adapters, features, Intervention("only"))
 
@@ -154,7 +161,7 @@ def onto_target(
 def _changed(
     adapters: nn.ModuleList, features: FeatureSet, intervention: Intervention
 ) -> nn.ModuleList:
-    check_fit(features.not_empty(), len(adapters), _transcoder(adapters[0]).n_features)
+    check_fit(intervention.checked(features), len(adapters), _transcoder(adapters[0]).n_features)
     return nn.ModuleList(
         intervention.apply(_transcoder(adapter), features.rows(layer))
         for layer, adapter in enumerate(adapters)

@@ -47,7 +47,7 @@ def intervene(
     Args:
         run: folder of a run, or of adapters.
         output: a new folder.
-        features: features of the run's adapter.
+        features: features of the run's adapter; the empty set for ``only`` keeps ``b_dec`` alone.
         intervention: kind and scale.
         overwrite: replace an earlier intervention in the folder. A folder with other files is
             refused nevertheless.
@@ -56,15 +56,16 @@ def intervene(
         ``output``.
 
     Raises:
-        UserError: the run does not exist, the set is empty or of another adapter, or the folder is
-            in use.
+        UserError: the run does not exist, the set is of another adapter or empty with a kind other
+            than ``only``, or the folder is in use.
         RunError: the folder cannot be written.
     """
     source = adapters_of(run)
     layers, card = read_transcoders(source, "an intervention")
     metadata = card["metadata"]
     digest, history = adapter_digest(source), list(metadata.get("interventions") or [])
-    if features.not_empty().adapter not in {digest, *(step["adapter"] for step in history)}:
+    known = {digest, *(step["adapter"] for step in history)}
+    if intervention.checked(features).adapter not in known:
         raise UserError(
             f"{features.label} was selected from other adapters than those of {source}; select a "
             "set from the features of this run"
@@ -108,6 +109,18 @@ def intervene(
             (staged / _CONFIG).write_text(text, encoding="utf-8")
         features.write(staged / SET)
     return out
+
+
+def no_features(run: str | os.PathLike[str]) -> FeatureSet:
+    """Return the empty set of a run's adapter, of which ``only`` leaves ``b_dec`` alone.
+
+    Raises:
+        UserError: the run does not exist, or has no transcoders.
+    """
+    source = adapters_of(run)
+    layers, card = read_transcoders(source, "an intervention")
+    shape = len(layers), card["adapter"].features
+    return FeatureSet(adapter_digest(source), shape, (), "no feature", "no features")
 
 
 def _warn_of_changes(source: Path, metadata: Mapping[str, Any]) -> None:

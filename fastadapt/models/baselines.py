@@ -1,11 +1,13 @@
-"""Baselines: runs that train weights of the model itself, its MLPs or its norms.
+"""Baselines: runs that train weights of the model itself, its MLPs, its norms or biases.
 
-Both baselines are from arXiv 2602.20904 and start as the hybrid, bit for bit:
+All start as the hybrid, bit for bit. The first two are from arXiv 2602.20904:
 
 - ``mlp``, the fine-tuning skyline, trains all weights of the base's MLPs. It bounds what adapters
   beside these MLPs can reach.
 - ``norms`` refits the weights of every RMSNorm: those of the blocks, those of queries and keys if
   the architecture has them, and the last one. The base's MLPs stay unchanged.
+- ``bias`` trains one vector per layer, which is added to the output of the base's MLP. An adapter
+  contains such a vector as ``b_dec``, so this bounds what needs no features.
 
 The trained weights are copies with the names of the weights in the model. In the mode
 ``replacement`` the model's own modules compute with the copies.
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from fastadapt.models.pair import ModelPair
 
 #: Names of the baselines.
-Baseline = Literal["mlp", "norms"]
+Baseline = Literal["mlp", "norms", "bias"]
 #: Name of the model's last norm among the weights of the last layer.
 FINAL_NORM = "final_norm"
 
@@ -104,6 +106,18 @@ class TunedNorms(TunedWeights):
         return out
 
 
+class TunedBias(TunedWeights):
+    """Bias ``[D]`` of an MLP's output, 0 in the hybrid, for the mode ``replacement``."""
+
+    kind = "bias"
+    bias: nn.Parameter
+
+    def forward(self, x: Tensor, base: nn.Module) -> Tensor:
+        """Return ``base(x) + bias``; ``x [..., D]``."""
+        out: Tensor = base(x)
+        return out + self.bias
+
+
 class SwitchedNorm(nn.Module):
     """Norm that uses its refit weight while its block's MLP is in the mode ``replacement``.
 
@@ -130,7 +144,9 @@ class SwitchedNorm(nn.Module):
         return out
 
 
-TUNED: Mapping[Baseline, type[TunedWeights]] = {kind.kind: kind for kind in (TunedMLP, TunedNorms)}
+TUNED: Mapping[Baseline, type[TunedWeights]] = {
+    kind.kind: kind for kind in (TunedMLP, TunedNorms, TunedBias)
+}
 
 
 def norms_of(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -154,6 +170,10 @@ def weights_of(pair: ModelPair, kind: Baseline) -> Sequence[Mapping[str, Tensor]
     """Return the hybrid's weights that a baseline trains, by name for each layer."""
     if kind == "mlp":
         return [dict(base.named_parameters()) for base in pair.base_mlps]
+    if kind == "bias":
+        width = pair.target.config.hidden_size
+        weight = next(pair.base_mlps.parameters())
+        return [{"bias": weight.new_zeros(width)} for _ in pair.base_mlps]
     decoder, blocks = _blocks(pair)
     layers = [
         {

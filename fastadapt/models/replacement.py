@@ -100,8 +100,8 @@ class ReplacementModel(nn.Module):
 
         Args:
             pair: the two models.
-            config: settings of transcoders, or a baseline (``mlp`` or ``norms``), whose new weights
-                are copies of the hybrid's.
+            config: settings of transcoders, or a baseline (``mlp``, ``norms`` or ``bias``), whose
+                new weights are copies of the hybrid's.
             seed: determines ``W_enc``.
             dtype: dtype of transcoders; None is the pair's.
             runs_on: device that the model will run on; None is the pair's.

@@ -32,6 +32,7 @@ COLOURS = {
     "changed": THEME["ink"],
     "mlp": "#009E73",
     "norms": "#E69F00",
+    "bias": "#F0E442",
     "hybrid": "#D55E00",
     "base": "#8a8a8a",
     "target": "#999933",

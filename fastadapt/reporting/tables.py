@@ -191,7 +191,22 @@ def _benchmarks(result: Mapping[str, Any]) -> list[Table]:
     ]
 
 
+def words_shown(rates: Mapping[str, Interval] | None) -> str:
+    """Format the rates of words, without their intervals.
+
+    Example:
+        >>> words_shown({"wait": {"mean": 3.2, "low": 2.9, "high": 3.5}})
+        'wait 3.20'
+    """
+    return (
+        ", ".join(f"{word} {number(rate['mean'])}" for word, rate in (rates or {}).items()) or "–"
+    )
+
+
 def _benchmark(result: Mapping[str, Any], name: str, measured: Mapping[str, Any]) -> Table:
+    # Evaluations of earlier versions counted the words that are now given one by one.
+    settings = result["settings"].get("benchmarks", {})
+    counted = ", ".join(settings.get("counted_words", ["hesitations"]))
     rows = []
     for model in ("target", *(compared["name"] for compared in result["students"])):
         for mode, scores in measured.get(model, {}).items():
@@ -204,6 +219,7 @@ def _benchmark(result: Mapping[str, Any], name: str, measured: Mapping[str, Any]
                     shown(scores["recovered_from_base"], percent),
                     shown(scores["length"]),
                     shown(scores["hesitations_per_1000"]),
+                    words_shown(scores.get("by_word")),
                     percent(scores["truncated"]),
                     percent(scores["degenerate"]),
                     "–" if speed is None else f"{speed:,.0f}",
@@ -217,15 +233,22 @@ def _benchmark(result: Mapping[str, Any], name: str, measured: Mapping[str, Any]
             "recovered from hybrid",
             "recovered from base",
             "tokens",
-            "hesitations / 1,000 tokens",
+            f"{counted} / 1,000 tokens",
+            "by word",
             "truncated",
             "degenerate",
             "tokens/s",
         ],
         rows,
         f"{result['benchmark_counts'][name]}; intervals over questions. Recovered: share of the "
-        "target's gain in accuracy over the hybrid or the base.",
+        "target's gain in accuracy over the hybrid, or over the base, which was asked "
+        + _how_asked(measured.get("base", {})),
     )
+
+
+def _how_asked(modes: Mapping[str, Any]) -> str:
+    few = [mode.partition("-")[0] for mode in modes if mode.endswith("-shot, greedy")]
+    return f"with {few[0]} examples at temperature 0." if few else "without examples."
 
 
 def _speed(result: Mapping[str, Any]) -> Table | None:

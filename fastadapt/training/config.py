@@ -57,8 +57,9 @@ class RunConfig:
     Args:
         output: run directory.
         trains: ``transcoder``, an adapter beside every MLP of the base; or a baseline: ``mlp``, the
-            base's MLPs themselves; ``norms``, the weights of every RMSNorm. A baseline has no
-            features and uses no setting of ``adapter``.
+            base's MLPs themselves; ``norms``, the weights of every RMSNorm; ``bias``, a vector per
+            layer that is added to the output of the base's MLP. A baseline has no features and uses
+            no setting of ``adapter``.
         seed: seed of the adapters' initialisation, the order of the data, and the cutoffs.
         log_every: optimiser steps between records of training metrics.
         eval_every: optimiser steps between held-out evaluations, beside those before the first and

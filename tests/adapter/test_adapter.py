@@ -25,6 +25,7 @@ CONFIGS = {
     "topk": AdapterConfig(40, "topk", k=4),
     "batch_topk": AdapterConfig(40, "batch_topk", k=1.5),
     "jumprelu": AdapterConfig(40, "jumprelu", bandwidth=0.1, initial_threshold=0.05),
+    "without b_dec": AdapterConfig(40, bias=False),
 }
 
 
@@ -32,9 +33,9 @@ def random_adapter(config: AdapterConfig, d_in: int = 12, d_out: int = 10) -> Tr
     generator = torch.Generator().manual_seed(0)
     adapter = TranscoderAdapter(d_in, config, d_out=d_out, generator=generator)
     with torch.no_grad():
-        for name in ("b_enc", "W_dec", "b_dec"):
-            p = getattr(adapter, name)
-            p.copy_(0.1 * torch.randn(p.shape, generator=generator))
+        for p in (adapter.b_enc, adapter.W_dec, adapter.b_dec):
+            if p is not None:
+                p.copy_(0.1 * torch.randn(p.shape, generator=generator))
     return adapter
 
 
@@ -67,6 +68,42 @@ def test_encode_then_decode_is_forward(name: str, training: bool) -> None:
         assert aux.stats.n_active == (a > 0).sum()
         expected = (a * adapter.W_dec.norm(dim=1)).sum()
         torch.testing.assert_close(aux.penalty, expected)
+
+
+def test_an_adapter_without_b_dec_is_one_whose_b_dec_is_frozen_at_0(tmp_path: Path) -> None:
+    """Nothing is trained, counted or stored of it; outputs and gradients are equal to the bit."""
+    bare, frozen = random_adapter(CONFIGS["without b_dec"]), random_adapter(CONFIGS["relu"])
+    assert {name for name, _ in bare.named_parameters()} == {"W_enc", "b_enc", "W_dec"}
+    assert bare.state_dict().keys() == {"W_enc", "b_enc", "W_dec"}
+    with torch.no_grad():
+        assert frozen.b_dec is not None
+        frozen.b_dec.requires_grad_(False).zero_()
+    results = []
+    for adapter in (bare, frozen):
+        x = torch.randn(7, 12, generator=torch.Generator().manual_seed(5), requires_grad=True)
+        out, aux = adapter(x)
+        (out.square().sum() + aux.penalty).backward()
+        tensors = (x, adapter.W_enc, adapter.b_enc, adapter.W_dec)
+        with torch.no_grad():
+            results.append([out, adapter.transcode(x), *(t.grad for t in tensors)])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
+    save_adapters([bare, bare], tmp_path)
+    assert "b_dec" not in load_file(tmp_path / "layer_1.safetensors")
+    edit_tensors(tmp_path, lambda tensors: tensors.update(b_dec=torch.zeros(10)))
+    with pytest.raises(UserError, match="b_dec"):
+        load_adapters(tmp_path)
+
+
+def test_folders_without_the_setting_have_b_dec(tmp_path: Path) -> None:
+    save_adapters([random_adapter(CONFIGS["relu"]) for _ in range(2)], tmp_path)
+    file = tmp_path / "fastadapt.json"
+    card = json.loads(file.read_text())
+    assert card["adapter"].pop("bias") is True
+    file.write_text(json.dumps(card))
+    (first, _), _ = load_adapters(tmp_path)
+    assert isinstance(first, TranscoderAdapter)
+    assert first.config.bias
+    assert first.b_dec is not None
 
 
 def test_batch_topk_ranks_in_training_and_thresholds_after() -> None:

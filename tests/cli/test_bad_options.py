@@ -36,7 +36,7 @@ CASES = [
     (
         "second preset",
         lambda d: d.train("more"),
-        r"more: no such preset\. Known: organism.*; overlays: dense, no-bridge, norms",
+        r"more: no such preset\. Known: organism.*; overlays: bias, dense, no-bridge, norms",
     ),
     (
         "nearest overlay",
@@ -157,8 +157,8 @@ CASES = [
         lambda d: d.train("--adapter.activation", "topk", "--adapter.k", 25),
         r"adapter\.k .*24.*got 25",
     ),
-    option("--adapter.kind", "lora", r"adapter\.kind .*transcoder, mlp, norms, got 'lora'"),
-    option("--run.trains", "lora", r"run\.trains: expected one of .*'norms', got 'lora'"),
+    option("--adapter.kind", "lora", r"adapter\.kind .*transcoder, mlp, norms, bias, got 'lora'"),
+    option("--run.trains", "lora", r"run\.trains: expected one of .*'bias', got 'lora'"),
     option(
         "--adapter.kind",
         "mlp",

@@ -14,7 +14,7 @@ import yaml
 OPTIONS = re.findall(
     r"\S+",
     """
---adapter --adapter.activation --adapter.bandwidth --adapter.implementation
+--adapter --adapter.activation --adapter.bandwidth --adapter.bias --adapter.implementation
 --adapter.initial_threshold --adapter.k --adapter.kind --adapter.n_features
 --data --data.bad_rows --data.bucket --data.columns --data.family --data.loss --data.markers
 --data.max_tokens --data.max_validation --data.pad_to
@@ -75,8 +75,10 @@ def test_the_options_of_data_inspect_are_frozen(fastadapt: Callable[..., Any]) -
 
 
 EVAL_OPTIONS = """
---benchmarks --benchmarks.data --benchmarks.few_shot --benchmarks.hesitation_words
---benchmarks.limit --benchmarks.repetitions --benchmarks.seed --benchmarks.tasks --device
+--benchmarks --benchmarks.counted_words --benchmarks.data --benchmarks.few_shot
+--benchmarks.hesitation_words
+--benchmarks.limit --benchmarks.prefill --benchmarks.repetitions --benchmarks.seed
+--benchmarks.tasks --device
 --dtype --help --names --names+ --output --outputs --outputs.batch_tokens --outputs.chunk_tokens
 --outputs.students_at_once --overwrite --partial --partial.batch_tokens --partial.chunk_tokens
 --partial.streams_at_once --parts --parts+ --sampling --sampling.batch_size --sampling.batching
@@ -85,7 +87,7 @@ EVAL_OPTIONS = """
 --sampling.seed --sampling.stop --sampling.stop_degenerate --sampling.temperature
 --sampling.top_p --speed --speed.batch_size --speed.new_tokens --speed.prompt_tokens
 --speed.rounds --statistics --statistics.level --statistics.resamples --statistics.seed --texts
---texts.n --texts.n_partial --texts.prompts --trust_remote_code
+--texts.n --texts.n_partial --texts.prefill --texts.prompts --trust_remote_code
 """
 
 
@@ -96,8 +98,10 @@ def test_the_options_of_eval_are_frozen() -> None:
 
 
 WHERE_OPTIONS = """
---benchmarks --benchmarks.data --benchmarks.few_shot --benchmarks.hesitation_words
---benchmarks.limit --benchmarks.repetitions --benchmarks.seed --benchmarks.tasks --data
+--benchmarks --benchmarks.counted_words --benchmarks.data --benchmarks.few_shot
+--benchmarks.hesitation_words
+--benchmarks.limit --benchmarks.prefill --benchmarks.repetitions --benchmarks.seed
+--benchmarks.tasks --data
 --data.bad_rows --data.columns --data.family --data.markers --data.max_tokens --data.max_validation
 --data.revision --data.subset --data.validation --data.validation_split --generate --help --output
 --overwrite --pair --pair.attention --pair.base --pair.base_revision --pair.device --pair.dtype
@@ -131,6 +135,7 @@ def test_the_commands_are_frozen(fastadapt: Callable[..., Any]) -> None:
         "generate",
         "graph",
         "intervene",
+        "study",
         "trace",
         "train",
         "where",

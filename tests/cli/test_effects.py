@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from fastadapt.adapter.module import TranscoderAdapter
+from fastadapt.models.trained_files import load_adapters
 
 #: 16 features per layer, with a store of features.
 FINISHED = Path(__file__).parent / "old_files" / "finished"
@@ -56,6 +60,26 @@ def test_features_are_ablated_by_name(
         assert same == (layer in (1, 3))
 
 
+def test_without_any_feature_the_bias_remains(
+    run: Path, fastadapt: Callable[..., Any], tmp_path: Path
+) -> None:
+    outcome = fastadapt("intervene", run, "--only", "none", "--output", tmp_path / "bias")
+    assert outcome.code == 0, outcome.err
+    (adapters, metadata), (before, _) = map(
+        load_adapters, (tmp_path / "bias" / "adapter", run / "adapter")
+    )
+    for ours, theirs in zip(adapters, before, strict=True):
+        assert isinstance(ours, TranscoderAdapter)
+        assert isinstance(theirs, TranscoderAdapter)
+        assert not ours.W_dec.count_nonzero()
+        assert theirs.W_dec.count_nonzero()
+        assert torch.equal(ours.decoder_bias(), theirs.decoder_bias())
+    (step,) = metadata["interventions"]
+    assert (step["kind"], step["set"]["size"]) == ("only", 0)
+    refused = fastadapt("intervene", run, "--ablate", "none", "--output", tmp_path / "other")
+    assert refused.code == 2
+
+
 PROMPT = "tom has 3 apples . first he buys 4 more . how many apples are left ?"
 CPU = ("--device", "cpu")
 
@@ -65,7 +89,7 @@ def test_a_prompt_is_traced(run: Path, fastadapt: Callable[..., Any]) -> None:
     command = ("trace", run, PROMPT, "--max_new_tokens", 6, *CPU)
     traced = json.loads(fastadapt(*command, "--json").out)
     assert traced["tokens"][1] == " <｜User｜>"
-    assert traced["tokens"][traced["prompt_length"] - 1] == " <｜Assistant｜>"
+    assert traced["tokens"][traced["prompt_length"] - 2 :][:2] == [" <｜Assistant｜>", " <think>"]
     assert len(traced["ids"]) == traced["prompt_length"] + 6
     assert all(len(kl) == len(traced["ids"]) for kl in traced["kl"].values())
     # The response is the target's most likely one.
@@ -83,6 +107,8 @@ def test_a_prompt_is_traced(run: Path, fastadapt: Callable[..., Any]) -> None:
 
     given = fastadapt("trace", run, PROMPT, "--response", "<think> let me", "--json", *CPU)
     assert json.loads(given.out)["tokens"][-3:] == [" <think>", " let", " me"]
+    unopened = (*command, "--no_base", "--json", "--prefill", "none")
+    assert json.loads(fastadapt(*unopened).out)["prompt_length"] == traced["prompt_length"] - 1
     plain = fastadapt("trace", run, "tom has", "--plain", "--max_new_tokens", 0, "--json", *CPU)
     assert json.loads(plain.out)["tokens"][-2:] == [" tom", " has"]
 

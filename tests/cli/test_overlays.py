@@ -53,14 +53,14 @@ def test_an_overlay_changes_what_it_says_and_the_folder(
 
 def test_the_baselines_of_the_method(fastadapt: Callable[..., Any]) -> None:
     whole = printed(fastadapt, "r1-distill-qwen-7b")
-    dense, bare, skyline, norms = (
+    dense, bare, skyline, norms, bias = (
         printed(fastadapt, "r1-distill-qwen-7b", name)
-        for name in ("dense", "no-bridge", "skyline", "norms")
+        for name in ("dense", "no-bridge", "skyline", "norms", "bias")
     )
     folder = whole["run"]["output"]
     assert changed(whole, dense) == {"objective.sparsity": 0, "run.output": f"{folder}-dense"}
     assert changed(whole, bare) == {"objective.bridge": 0, "run.output": f"{folder}-no-bridge"}
-    for tuned, kind in ((skyline, "mlp"), (norms, "norms")):
+    for tuned, kind in ((skyline, "mlp"), (norms, "norms"), (bias, "bias")):
         assert tuned["run"]["trains"] == kind
         assert tuned["adapter"]["n_features"] is None
         assert {tuned["objective"][name] for name in ("sparsity", "nmse", "bridge")} == {0}
@@ -78,7 +78,7 @@ def test_the_older_option_adapter_kind_is_accepted(
 
 
 def test_every_overlay_of_a_preset_has_both() -> None:
-    assert overlay_names() == ["dense", "no-bridge", "norms", "skyline"]
+    assert overlay_names() == ["bias", "dense", "no-bridge", "norms", "skyline"]
     for path in OVERLAYS.glob("*/*.yaml"):
         assert path.parent.name in preset_names()
         assert path.stem in overlay_names()
@@ -124,7 +124,7 @@ def test_help_names_them(fastadapt: Callable[..., Any]) -> None:
     assert ", ".join(overlay_names()) in text
 
 
-KINDS = {"skyline": "tuned MLPs", "norms": "refit norms"}
+KINDS = {"skyline": "tuned MLPs", "norms": "refit norms", "bias": "biases"}
 
 
 @pytest.mark.parametrize("overlay", KINDS)
@@ -139,7 +139,7 @@ def test_a_baseline_from_one_command(
     assert "L0" not in outcome.out + outcome.err
     assert "dead" not in outcome.out + outcome.err
     card = json.loads((folder / "adapter" / "fastadapt.json").read_text())
-    assert card["kind"] in ("mlp", "norms")
+    assert card["kind"] in ("mlp", "norms", "bias")
     assert card["additive"] is False
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["adapter_kind"] == card["kind"]

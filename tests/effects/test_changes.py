@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ def test_changes_are_those_of_whole_forwards(run: LoadedRun) -> None:
     assert len(kinds) == 2  # one place of each kind
 
     (response,) = values["responses"]
-    prompt_length = int((texts[0].regions <= REGIONS.index("assistant marker")).sum())
+    prompt_length = int((texts[0].regions <= REGIONS.index("think start")).sum())  # opened
     prompt = texts[0].tokens[:prompt_length].tolist()
     generated = generate(run, prompt, GenerateConfig(MODELS, max_new_tokens=8))
     target_ids = generated[-1].tokens
@@ -80,8 +81,9 @@ def test_changes_that_cannot_be_measured_are_refused(run: LoadedRun, tmp_path: P
     with pytest.raises(UserError, match="features collect before fastadapt changes"):
         changes(bare)
     for name in ("texts", "features", "positions", "max_new_tokens"):
+        impossible: Any = {name: 0}
         with pytest.raises(UserError, match=f"{name}: expected 1 or more, got 0"):
-            ChangesConfig(**{name: 0})
+            ChangesConfig(**impossible)
     stop = Event()
     stop.set()
     assert changes(run, CONFIG, stop=stop) is None

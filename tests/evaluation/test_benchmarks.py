@@ -236,7 +236,7 @@ def test_prompts_have_the_published_wording_and_the_familys_rendering(tmp_path: 
     (row,) = questions("amc23", family="r1-distill", data=str(tmp_path), few_shot=0, seed=0)
     assert row["prompt"] == (
         f"{BOS}<｜User｜>Problem: What is 1+1?\nMark your solution with \\boxed\nAnswer:"
-        "<｜Assistant｜>"
+        "<｜Assistant｜><think>\n"
     )
     assert row["answer"] == "2"
 
@@ -256,7 +256,7 @@ def test_examples_precede_the_question(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="few_shot: expected at most 5 for math500, got 6"):
         questions("math500", family="qwen", data=str(tmp_path), few_shot=6, seed=0)
     embedded = questions("organism_math", family="r1-distill", data=None, few_shot=2, seed=0)
-    assert embedded[0]["prompt"].count("<think>") == 2
+    assert embedded[0]["prompt"].count("<think>") == 3  # two examples, and what opens the response
     assert embedded[0]["prompt"].count(BOS) == 1
     assert embedded == questions(
         "organism_math", family="r1-distill", data=None, few_shot=2, seed=0

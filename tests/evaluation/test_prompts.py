@@ -31,7 +31,7 @@ def test_the_first_prompts_end_where_the_response_begins(
         turns = json.loads(row)["conversations"]
         text = tokenizer.decode(prompt.ids)
         assert turns[0]["value"] in text
-        assert text.rstrip().endswith("<｜Assistant｜>")
+        assert text.rstrip().endswith("<｜Assistant｜> <think>")
         assert prompt.ids.count(tokenizer.bos_token_id) == 1
 
 

@@ -9,8 +9,13 @@ import pytest
 
 from fastadapt.errors import UserError
 from fastadapt.evaluation.benchmarks.runner import Row, summarize
-from fastadapt.evaluation.benchmarks.scores import MEAN, summarise_benchmarks
+from fastadapt.evaluation.benchmarks.scores import (
+    MEAN,
+    recovered_hesitation,
+    summarise_benchmarks,
+)
 from fastadapt.evaluation.generation.responses import Finish, Speed
+from fastadapt.evaluation.statistics import BootstrapConfig
 
 SPEED = Speed(tokens=1000, seconds=2.0, batching="static")
 
@@ -69,6 +74,74 @@ def test_the_recovered_share_is_paired_with_target_and_hybrid() -> None:
     got = summary["run"]["sampled"]["recovered"]
     assert got["low"] < 0.5 < got["high"]
     assert got["high"] - got["low"] < 0.2
+
+
+def test_each_word_has_a_rate_beside_what_is_counted() -> None:
+    texts = [["wait wait but no", "but"], ["hmm", "so"], ["wait", "Wait , alternatively"]] * 10
+    rows = [
+        Row(f"a/{q}", r, True, "1", 10, "eos", None, text.count("wait"), text)
+        for q, repetitions in enumerate(texts)
+        for r, text in enumerate(repetitions)
+    ]
+    results = {"run": {"sampled": {"a": summarize("a", rows, SPEED)}}}
+    rates = summarise_benchmarks(results)["a"]["run"]["sampled"]["by_word"]
+    counts = {"wait": 4, "hmm": 1, "but": 2, "alternatively": 1}
+    assert {word: rate["mean"] for word, rate in rates.items()} == {
+        word: pytest.approx(1000 * n / 60)
+        for word, n in counts.items()  # of every three questions
+    }
+    assert all(rate["low"] <= rate["mean"] <= rate["high"] for rate in rates.values())
+    few = summarise_benchmarks(results, words=("no",))["a"]["run"]["sampled"]["by_word"]
+    assert few["no"]["mean"] == pytest.approx(1000 / 60)
+
+
+def test_the_floor_of_the_gain_is_the_base_with_examples_at_temperature_0() -> None:
+    """If the base was asked so; then its zero-shot answers change nothing."""
+    target, few, run = drawn(0.8, 300, 2), drawn(0.4, 300, 3), drawn(0.6, 300, 4)
+    results = {
+        name: {mode: {"a": answered(rights)} for mode, rights in modes.items()}
+        for name, modes in {
+            "target": {"sampled": target},
+            "base": {"sampled": drawn(0.05, 300, 5), "4-shot": target, "4-shot, greedy": few},
+            "run": {"sampled": run},
+        }.items()
+    }
+    means = [sum(map(sum, rights)) / 900 for rights in (run, few, target)]
+    summary = summarise_benchmarks(results)["a"]
+    share = summary["run"]["sampled"]["recovered_from_base"]
+    assert share["mean"] == pytest.approx((means[0] - means[1]) / (means[2] - means[1]))
+    assert summary["base"]["4-shot, greedy"]["recovered_from_base"] is None
+    del results["base"]["4-shot"], results["base"]["4-shot, greedy"]
+    zero = summarise_benchmarks(results)["a"]["run"]["sampled"]["recovered_from_base"]
+    assert zero["mean"] > share["mean"]
+
+
+def test_hesitation_is_recovered_beyond_a_floor() -> None:
+    """The share is that of the rates; its interval covers a known share, and needs a clear gain."""
+
+    def model(rates: list[float], seed: int) -> Any:
+        draw = random.Random(seed)
+        rows = []
+        for q, rate in enumerate(rates):
+            tokens = draw.randrange(20, 60)
+            n = sum(draw.random() < rate for _ in range(tokens))
+            rows.append(Row(f"a/{q}", 0, True, "1", tokens, "eos", None, n, "text"))
+        return {"a": summarize("a", rows, SPEED)}
+
+    covered = 0
+    for seed in range(40):
+        draw = random.Random(f"questions {seed}")
+        shared = [draw.uniform(0.5, 1.5) for _ in range(300)]
+        floor, ceiling, middle = (
+            model([0.1 * level * factor for factor in shared], 3 * seed + i)
+            for i, level in enumerate((0.2, 1.0, 0.6))
+        )
+        share = recovered_hesitation(middle, floor, ceiling, BootstrapConfig(resamples=200))
+        rates = [m["a"].hesitations_per_1000 for m in (middle, floor, ceiling)]
+        assert share["mean"] == pytest.approx((rates[0] - rates[1]) / (rates[2] - rates[1]))
+        covered += share["low"] <= 0.5 <= share["high"]
+    assert covered >= 34  # of 40 at 95%: fewer has a probability of 0.3%
+    assert recovered_hesitation(middle, floor, floor)["mean"] is None
 
 
 def test_a_clear_gain_on_few_questions_is_detected() -> None:

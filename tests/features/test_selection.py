@@ -80,13 +80,40 @@ def test_template_positions_are_shares_of_the_strongest_examples(data: StoreData
             shares = _shares(data, lambda row, r=regions: row["region"] in r)
             wanted = {pair for pair, value in shares.items() if value >= share}
             assert set(selection.standing_at(data.store, regions, share)) == wanted
-    template = select(data.store, SelectConfig(template=True))
-    assert {(0, 2), (0, 3), (0, 4)} <= set(template)
-    assert (0, 5) not in template
     start = select(data.store, SelectConfig(at=("think start",)))
     assert (0, 3) in start
     assert (0, 2) not in start
     assert len(select(data.store, SelectConfig(at=REGIONS))) == len(selection.alive(data.store))
+
+
+def test_template_features_stand_at_one_position(data: StoreData) -> None:
+    """Features that spread over several positions of the template are none."""
+
+    def position(row: dict) -> tuple[str, int] | None:
+        regions = data.texts[row["text"]].regions
+        first = row["position"]
+        while first and regions[first - 1] == regions[row["position"]]:
+            first -= 1
+        place = row["region"], row["position"] - first
+        return place if place[0] in MARKERS or place == ("thinking", 0) else None
+
+    results: dict[tuple[int, int], list[Any]] = {}
+    for row in data.store.read("examples").to_pylist():
+        if row["sample"] == "top":
+            results.setdefault((row["layer"], row["feature"]), []).append(position(row))
+    pooled = set(selection.standing_at(data.store, (*MARKERS, "thinking"), 0.3))
+    for share in (0.8, 0.3, 1.0):
+        wanted = {
+            pair
+            for pair, places in results.items()
+            if any(places.count(p) / len(places) >= share for p in set(places) - {None})
+        }
+        assert set(selection.on_template(data.store, share)) == wanted
+        assert (wanted < pooled) or share != 0.3  # the rule is narrower than that of regions
+    template = select(data.store, SelectConfig(template=True))
+    assert template == selection.on_template(data.store)
+    assert (0, 3) in template
+    assert (0, 5) not in template
 
 
 def test_preceding_tokens_are_those_of_the_text(data: StoreData) -> None:
@@ -209,7 +236,7 @@ def test_dead_features_are_matched_with_dead_ones(data: StoreData) -> None:
 
 def test_saved_sets_are_combined_and_matched(data: StoreData) -> None:
     a = selection.promoting(data.store)
-    b = selection.standing_at(data.store)
+    b = selection.on_template(data.store)
     save_set(data.store, a, "hesitation", overwrite=True)
     save_set(data.store, b, "template", overwrite=True)
     names = ("hesitation", "template")

@@ -186,11 +186,38 @@ def test_round_trip_through_adapters(
         assert torch.equal(adapter.W_dec, tensors[layer + "transcoder_dec.weight"].T)
         assert torch.equal(adapter.b_enc, tensors[layer + "transcoder_enc.bias"])
         expected = tensors.get(layer + "transcoder_dec.bias", torch.zeros(WIDTH).bfloat16())
-        assert torch.equal(adapter.b_dec, expected)
+        assert torch.equal(adapter.decoder_bias(), expected)
+        assert (adapter.b_dec is not None) == decoder_bias
     hu2026.from_adapters(
         tmp_path / "adapters", tmp_path / "back", target=target, base=base, like=source
     )
     assert files_of(tmp_path / "back") == files_of(source)
+
+
+@pytest.mark.parametrize("like", [None, True, False])
+def test_adapters_without_biases_become_a_published_checkpoint(
+    like: bool | None, published: Callable[..., str], tmp_path: Path
+) -> None:
+    """Without biases, or with zeros if another checkpoint's format asks for biases."""
+    source = published(decoder_bias=like is not False)
+    target, base = str(tmp_path / "target"), str(tmp_path / "base")
+    adapters = [
+        TranscoderAdapter(WIDTH, AdapterConfig(FEATURES, bias=False)) for _ in range(LAYERS)
+    ]
+    for adapter in adapters:
+        torch.nn.init.normal_(adapter.W_dec, std=0.2)
+    save_adapters([a.bfloat16() for a in adapters], tmp_path / "adapters")
+    out = tmp_path / "out"
+    as_source = None if like is None else source
+    hu2026.from_adapters(tmp_path / "adapters", out, target=target, base=base, like=as_source)
+    assert json.loads((out / "config.json").read_text())["transcoder_dec_bias"] is bool(like)
+    biases = [t for name, t in shards_of(out).items() if name.endswith("transcoder_dec.bias")]
+    assert len(biases) == (LAYERS if like else 0)
+    assert not any(bias.count_nonzero() for bias in biases)
+    model: Any = hu2026.load(str(out), target, device="cpu")
+    for ours, theirs in zip(adapters, model.adapters, strict=True):
+        assert torch.equal(ours.W_dec, theirs.W_dec)
+        assert theirs.config.bias is bool(like)
 
 
 def test_library_adapters_become_a_published_checkpoint(
@@ -200,6 +227,7 @@ def test_library_adapters_become_a_published_checkpoint(
     target, base = str(tmp_path / "target"), str(tmp_path / "base")
     adapters = [TranscoderAdapter(WIDTH, AdapterConfig(40)) for _ in range(LAYERS)]
     for adapter in adapters:
+        assert adapter.b_dec is not None
         torch.nn.init.normal_(adapter.W_dec, std=0.2)
         torch.nn.init.normal_(adapter.b_dec, std=0.2)
     save_adapters([a.bfloat16() for a in adapters], tmp_path / "adapters")
@@ -325,6 +353,9 @@ def test_unsupported_models_are_refused(
 ) -> None:
     source = published(decoder_bias=False)
     model: Any = hu2026.load(source, device="cpu")
+    width = model.d_model
+    adapters = [TranscoderAdapter(width, AdapterConfig(model.n_features)) for _ in model.adapters]
+    model.set_adapters(torch.nn.ModuleList(adapter.bfloat16() for adapter in adapters))
     with torch.no_grad():
         model.adapters[1].b_dec[3] = 1
     with pytest.raises(UserError, match="has no decoder biases"):

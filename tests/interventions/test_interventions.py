@@ -110,6 +110,25 @@ def test_an_ablated_feature_was_never_there(
     assert (full - never).abs().max() > 1e-2 * scale  # the set matters
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_only_the_empty_set_is_the_hybrid_with_b_dec(activation: str, make_model: Callable) -> None:
+    """The whole adapter and the hybrid are the controls; nothing else may be empty."""
+    model = make_model(activation)
+    whole, full = model.adapters, logits(model)
+    with model.mode("hybrid"):
+        hybrid = logits(model)
+    with torch.no_grad(), scale_features(model, ~feature_set([]), 0.0):
+        live = model(IDS).logits
+    bias = logits(model, only(whole, feature_set([])))
+    assert torch.equal(bias, live)
+    for mlp, adapter in zip(model.mlps, whole, strict=True):
+        mlp.base.register_forward_hook(lambda *call, b=adapter.b_dec: call[2] + b)
+    with model.mode("hybrid"):
+        expected = logits(model)
+    torch.testing.assert_close(bias, expected, rtol=0, atol=1e-6)
+    assert all((bias - other).abs().max() > 1e-2 for other in (full, hybrid))
+
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_an_ablated_feature_never_fires(

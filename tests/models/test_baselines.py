@@ -1,4 +1,4 @@
-"""MLPs and norms that are trained themselves: the hybrid at first, then what their weights say."""
+"""MLPs, norms and biases that are trained themselves: first the hybrid, then their weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fastadapt.objective import ObjectiveConfig, objective
 from fastadapt.training.held_out import evaluate
 from fastadapt.training.optimizer import AdapterOptimizer, OptimizerConfig
 
-KINDS = ("mlp", "norms")
+KINDS = ("mlp", "norms", "bias")
 IDS = torch.tensor([[5, 9, 23, 7, 31, 8]])
 OUTPUT_ALONE = ObjectiveConfig(sparsity=0, nmse=0, bridge=0)
 
@@ -44,6 +44,17 @@ def tuned(pair: Any, kind: Baseline) -> ReplacementModel:
     return model
 
 
+class Biased(torch.nn.Module):
+    """An MLP with a bias of its output: the oracle of the kind ``bias``."""
+
+    def __init__(self, mlp: torch.nn.Module, bias: torch.Tensor) -> None:
+        super().__init__()
+        self.mlp, self.bias = mlp, torch.nn.Parameter(bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mlp(x) + self.bias
+
+
 def plain(pair: Any, kind: Baseline, adapters: Any = None) -> Any:
     """transformers' own model of the student, made by loading weights: the oracle."""
     model = copy.deepcopy(pair.target)
@@ -55,6 +66,9 @@ def plain(pair: Any, kind: Baseline, adapters: Any = None) -> Any:
         }
         if kind == "mlp" and weights:
             layer.mlp.load_state_dict(weights)
+        elif kind == "bias":
+            if weights:
+                layer.mlp = Biased(layer.mlp, weights["bias"].clone())
         elif weights:
             missing, unexpected = layer.load_state_dict(weights, strict=False)
             assert not unexpected
@@ -400,7 +414,7 @@ def test_a_pair_carries_one_kind_after_another(
     architecture: str, make_pair: Callable[..., Any]
 ) -> None:
     """With the same bits as a pair that never carried anything else."""
-    kinds = ("transcoder", "norms", "mlp", "norms")
+    kinds = ("transcoder", "norms", "mlp", "bias", "norms")
     configs: list[Any] = [AdapterConfig(24) if k == "transcoder" else k for k in kinds]
 
     def perturbed(seed: int) -> ReplacementModel:

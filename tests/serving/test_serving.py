@@ -36,6 +36,7 @@ ACTIVATIONS = {
     "topk": AdapterConfig(24, "topk", k=3),
     "batch_topk": AdapterConfig(24, "batch_topk", k=2.5),
     "jumprelu": AdapterConfig(24, "jumprelu", bandwidth=0.4, initial_threshold=0.15),
+    "without b_dec": AdapterConfig(24, bias=False),
 }
 
 

@@ -17,8 +17,8 @@ from typing import Any
 
 from fastadapt.data.formats import SUFFIXES, read_files, require_columns
 from fastadapt.data.prepare.filter_pass import text_or_none
-from fastadapt.data.rendered import Spec
-from fastadapt.data.rendering import render_parts
+from fastadapt.data.rendered import Prefill, Spec
+from fastadapt.data.rendering import get_form, opening_of, render_prompt
 from fastadapt.data.sources import reading_hub
 from fastadapt.errors import UserError
 from fastadapt.io.names import typed_path
@@ -80,6 +80,7 @@ def dataset(
     data: str | None = None,
     few_shot: int = 0,
     seed: int = 0,
+    prefill: Prefill | None = None,
     **_: Any,
 ) -> dict[str, Any]:
     """Return ``{"test": Dataset}`` of a benchmark: lm-eval's ``custom_dataset`` of our tasks.
@@ -90,19 +91,29 @@ def dataset(
         data: folder with ``<benchmark>.jsonl`` or ``.parquet``; None: the hub.
         few_shot: number of worked examples in the prompt.
         seed: seed of the order of options and of the choice of examples.
+        prefill: how prompts open the response, see :func:`fastadapt.data.rendering.opening_of`.
 
     Returns:
-        Rows of ``id, question, answer, prompt`` (rendered). Rows of GPQA also have ``order``: the
-        indices of the options under A, B, C, D, where 0 is the right one.
+        Rows of ``id, question, answer, prompt`` (rendered), ``opening`` (text with which the prompt
+        opens the response). Rows of GPQA also have ``order``: the indices of the options under A,
+        B, C, D, where 0 is the right one.
     """
     import datasets
 
-    rows = questions(benchmark, family=family, data=data, few_shot=few_shot, seed=seed)
+    rows = questions(
+        benchmark, family=family, data=data, few_shot=few_shot, seed=seed, prefill=prefill
+    )
     return {"test": datasets.Dataset.from_list(rows)}
 
 
 def questions(
-    benchmark: str, *, family: Spec, data: str | None, few_shot: int, seed: int
+    benchmark: str,
+    *,
+    family: Spec,
+    data: str | None,
+    few_shot: int,
+    seed: int,
+    prefill: Prefill | None = None,
 ) -> list[Row]:
     """Return the questions of a benchmark, as rows of :func:`dataset`.
 
@@ -123,13 +134,14 @@ def questions(
     available = len(examples) - (examples is rows)  # a question is no example of itself
     if few_shot > available:
         raise UserError(f"few_shot: expected at most {available} for {benchmark}, got {few_shot}")
+    opening = opening_of(get_form(family), prefill)
     for row in rows:
         draw = random.Random(f"{seed}/{benchmark}/{row['id']}/examples")
         others = [e for e in examples if e["id"] != row["id"]] if few_shot else []
         shots = [f"{e['problem']} {e['solution']}" for e in draw.sample(others, few_shot)]
         problem = "\n\n".join([*shots, row["problem"]])
-        turns = [{"from": "human", "value": problem}, {"from": "gpt", "value": "?"}]
-        row["prompt"] = render_parts(turns, family)[0]
+        row["prompt"] = render_prompt(problem, family, prefill)
+        row["opening"] = opening
     hidden = ("problem", "solution")
     return [{k: v for k, v in row.items() if k not in hidden} for row in rows]
 

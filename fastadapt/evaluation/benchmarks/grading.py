@@ -8,8 +8,10 @@ from collections.abc import Iterator, Sequence
 
 from fastadapt.errors import UserError
 
-#: Words of hesitation counted by default (arXiv 2602.20904, section 5).
+#: Words of hesitation, by which features are selected (arXiv 2602.20904, section 5).
 HESITATION_WORDS = ("wait", "hmm", "but", "alternatively")
+#: Words that are counted in responses by default (same section).
+COUNTED_WORDS = ("wait",)
 # An option, alone or followed by its wording. Does not match "A, B, C or D" and "A catalyst".
 _LETTER = re.compile(r"\(?([A-D])\)?(?:[.:)].*)?", re.DOTALL)
 _PREFIX = re.compile(r"(?i:^(?:the )?(?:option|answer|choice)\b(?: is)?:?\s*)")

@@ -15,7 +15,7 @@ from fastadapt.evaluation.benchmarks.runner import (
     default_tasks,
     run_benchmarks,
 )
-from fastadapt.evaluation.benchmarks.scores import MEAN, SAMPLED, Results
+from fastadapt.evaluation.benchmarks.scores import GREEDY, MEAN, SAMPLED, Results
 from fastadapt.evaluation.generation.sampling import SamplingConfig
 from fastadapt.evaluation.models_under_test import ModelSet, UnreadableError
 
@@ -61,10 +61,11 @@ def run_models(
         stop: set it to stop early; the results are incomplete then.
     """
     results: dict[str, dict[str, dict[str, BenchmarkResult]]] = {}
+    bos = models.base_bos if config.few_shot else ""
     for model in ("target", *models.compared):
         sha256 = models.fingerprint(model)
         with models.generating(model) as generates:
-            for mode, settings in prompt_modes(model, config).items():
+            for mode, settings in prompt_modes(model, config, bos).items():
                 digest = settings.fingerprint(sha256)[:16]
                 try:
                     result = run_benchmarks(
@@ -84,19 +85,27 @@ def run_models(
     return results
 
 
-def prompt_modes(model: str, config: BenchmarkConfig) -> dict[str, BenchmarkConfig]:
+def prompt_modes(
+    model: str, config: BenchmarkConfig, base_bos: str = ""
+) -> dict[str, BenchmarkConfig]:
     """Return the settings of a model's prompt modes, by name.
 
     Every model has the mode ``sampled``. With ``few_shot``, the base and the hybrid also have two
-    modes with examples, sampled and greedy.
+    modes with examples, sampled and greedy. The base was not trained on the target's form of chat,
+    so no prompt opens its reasoning, and its examples are plain text after ``base_bos``.
     """
+    if model == "base":
+        config = replace(config, prefill="none")
     modes = {SAMPLED: replace(config, few_shot=0)}
     if config.few_shot and model in ("base", "hybrid"):
         # Few-shot prompts make models continue with another question after their answer.
+        if model == "base":
+            plain = {"user": ["", ""], "assistant": ["", ""], "bos": base_bos}
+            config = replace(config, family=plain)
         sampled = replace(config.sampling, stop=(*config.sampling.stop, "\nProblem:"))
         greedy = replace(sampled, temperature=0.0)
         modes[f"{config.few_shot}-shot"] = replace(config, sampling=sampled)
-        modes[f"{config.few_shot}-shot, greedy"] = replace(config, sampling=greedy)
+        modes[f"{config.few_shot}{GREEDY}"] = replace(config, sampling=greedy)
     return modes
 
 

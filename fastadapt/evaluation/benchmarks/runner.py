@@ -14,11 +14,13 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from fastadapt.data.rendering import get_form
+from fastadapt.data.rendered import Prefill
+from fastadapt.data.rendering import get_form, opening_of
 from fastadapt.data.tokens import encode
 from fastadapt.errors import UserError
 from fastadapt.evaluation.benchmarks.datasets import BENCHMARKS, questions
 from fastadapt.evaluation.benchmarks.grading import (
+    COUNTED_WORDS,
     HESITATION_WORDS,
     hesitations,
     letter_is_right,
@@ -55,21 +57,27 @@ class BenchmarkConfig:
         data: folder with ``<task>.jsonl`` or ``<task>.parquet``; None: the hub. Benchmarks of the
             embedded pair need no data.
         family: family of the rendering, see :mod:`fastadapt.data.rendering`.
+        prefill: ``thinking``: prompts open the reasoning of the response; ``none``: the model
+            itself decides whether to reason; None: as the family's own template. ``fastadapt eval``
+            asks the base without.
         few_shot: number of worked examples in the prompt.
         seed: seed of the order of GPQA's options and of the choice of examples.
         repetitions: responses per question; None: the published number.
         limit: number of questions per benchmark, from the first; None: all.
-        hesitation_words: words and phrases that count as hesitation.
+        counted_words: words and phrases that count as hesitation.
+        hesitation_words: words and phrases whose rates are also given one by one.
         sampling: settings of the sampling.
     """
 
     tasks: tuple[str, ...] = ()
     data: str | None = None
     family: str | dict[str, Any] = "r1-distill"
+    prefill: Prefill | None = None
     few_shot: int = 0
     seed: int = 0
     repetitions: int | None = None
     limit: int | None = None
+    counted_words: tuple[str, ...] = COUNTED_WORDS
     hesitation_words: tuple[str, ...] = HESITATION_WORDS
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
@@ -78,7 +86,7 @@ class BenchmarkConfig:
             if task not in BENCHMARKS:
                 known = ", ".join(BENCHMARKS)
                 raise UserError(f"benchmarks.tasks: expected names from {known}; got {task!r}")
-        get_form(self.family)
+        opening_of(get_form(self.family), self.prefill)
         for name in ("repetitions", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -86,9 +94,17 @@ class BenchmarkConfig:
         if self.few_shot < 0:
             raise UserError(f"benchmarks.few_shot: expected 0 or more, got {self.few_shot}")
 
+    @property
+    def opening(self) -> str:
+        """Text with which prompts open the response; empty without."""
+        return opening_of(get_form(self.family), self.prefill)
+
     def fingerprint(self, model: str) -> str:
         """Return the SHA-256 of a model's fingerprint and the settings that affect responses."""
-        settings = (self.data, self.family, self.few_shot, self.seed, self.sampling.fingerprint())
+        sampling = self.sampling.fingerprint()
+        settings: tuple[Any, ...] = (self.data, self.family, self.few_shot, self.seed, sampling)
+        if self.opening:  # without, the fingerprint is that of versions that had no opening
+            settings += (self.opening,)
         return hashlib.sha256(repr((model, settings)).encode()).hexdigest()
 
     def repeats(self, task: str) -> int:
@@ -109,8 +125,8 @@ class Row:
         answer: the right answer.
         length_tokens: tokens of the response before the cut and the end-of-sequence token.
         finish, cut: see :class:`fastadapt.evaluation.generation.responses.Response`.
-        hesitations: number of words of hesitation in the text.
-        text: the response, up to the cut.
+        hesitations: number of ``counted_words`` in the text.
+        text: the response, up to the cut, without the text with which its prompt opened it.
     """
 
     question: str
@@ -136,7 +152,7 @@ class BenchmarkResult:
         length_tokens: mean length of a response.
         truncated: share of responses that reached the token budget or the context.
         degenerate: share of responses that were cut for degeneration.
-        hesitations_per_1000: words of hesitation per 1,000 tokens.
+        hesitations_per_1000: ``counted_words`` per 1,000 tokens.
         speed: speed of the sampling; None if not known.
         rows: the graded responses.
     """
@@ -194,7 +210,9 @@ def run_benchmarks(
     )
 
     prompts = {"family": config.family, "few_shot": config.few_shot, "seed": config.seed}
-    metadata = {**prompts, "data": config.data}
+    metadata = {**prompts, "data": config.data, "prefill": config.prefill}
+    if config.opening:
+        prompts["opening"] = config.opening
     _check_all(model, tokenizer, config)
     results: dict[str, BenchmarkResult] = {}
     for task in config.tasks:
@@ -294,19 +312,20 @@ def score_stated(doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, fl
 
 def _score(grade: Any, doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, float]:
     (texts,) = results
-    return {"accuracy": sum(grade(text, doc["answer"]) for text in texts) / len(texts)}
+    graded = [grade(doc.get("opening", "") + text, doc["answer"]) for text in texts]
+    return {"accuracy": sum(graded) / len(graded)}
 
 
 def _row(task: str, response: Response, answer: str, config: BenchmarkConfig) -> Row:
     return Row(
         question=response.id,
         repetition=response.repetition,
-        correct=GRADERS[BENCHMARKS[task].kind](response.text, answer),
+        correct=GRADERS[BENCHMARKS[task].kind](config.opening + response.text, answer),
         answer=answer,
         length_tokens=response.scored_tokens,
         finish=response.finish,
         cut=response.cut,
-        hesitations=hesitations(response.text, config.hesitation_words),
+        hesitations=hesitations(response.text, config.counted_words),
         text=response.text,
     )
 
@@ -316,6 +335,12 @@ def require_questions(config: BenchmarkConfig) -> None:
     _require_lm_eval()
     for task in config.tasks:
         _questions(task, config)
+
+
+def count_responses(config: BenchmarkConfig) -> dict[str, int]:
+    """Return the number of responses to each benchmark; raise as :func:`require_questions`."""
+    _require_lm_eval()
+    return {task: len(_questions(task, config)) * config.repeats(task) for task in config.tasks}
 
 
 def _require_lm_eval() -> None:
@@ -332,7 +357,12 @@ def _require_lm_eval() -> None:
 
 def _questions(task: str, config: BenchmarkConfig) -> list[dict[str, Any]]:
     rows = questions(
-        task, family=config.family, data=config.data, few_shot=config.few_shot, seed=config.seed
+        task,
+        family=config.family,
+        data=config.data,
+        few_shot=config.few_shot,
+        seed=config.seed,
+        prefill=config.prefill,
     )
     return rows[: config.limit]
 

@@ -16,13 +16,23 @@ import torch
 from torch import Tensor
 
 from fastadapt.errors import UserError
+from fastadapt.evaluation.benchmarks.grading import HESITATION_WORDS
+from fastadapt.evaluation.benchmarks.grading import hesitations as occurrences
 from fastadapt.evaluation.benchmarks.runner import BenchmarkResult
-from fastadapt.evaluation.statistics import BootstrapConfig, most_of_none, ratio, recovered
+from fastadapt.evaluation.statistics import (
+    BootstrapConfig,
+    Intervals,
+    most_of_none,
+    ratio,
+    recovered,
+)
 
 #: Results by model, mode of prompting (``sampled``, ``4-shot``, ...) and task.
 Results = Mapping[str, Mapping[str, Mapping[str, BenchmarkResult]]]
 MEAN = "mean"
 SAMPLED = "sampled"
+#: End of the names of modes with examples at temperature 0.
+GREEDY = "-shot, greedy"
 
 
 class _Sums(NamedTuple):
@@ -36,7 +46,10 @@ class _Sums(NamedTuple):
 
 
 def summarise_benchmarks(
-    results: Results, config: BootstrapConfig | None = None
+    results: Results,
+    config: BootstrapConfig | None = None,
+    *,
+    words: Sequence[str] = HESITATION_WORDS,
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Summarise accuracy, length and hesitation of every model on every benchmark.
 
@@ -44,13 +57,17 @@ def summarise_benchmarks(
         results: results of models on the same questions. ``recovered`` needs ``target`` and
             ``hybrid``, ``recovered_from_base`` needs ``target`` and ``base``.
         config: settings of the intervals.
+        words: words whose rates are given one by one.
 
     Returns:
         A dict by benchmark (and ``mean``, if there are several), model and mode, each with:
 
         - intervals ``accuracy``, ``length`` (tokens) and ``hesitations_per_1000`` (tokens);
+        - ``by_word``: an interval per 1,000 tokens of each word of ``words``;
         - intervals ``recovered`` and ``recovered_from_base``: share of the target's gain in
-          accuracy over the hybrid or the base, both in mode ``sampled``; None if not defined;
+          accuracy over the hybrid in mode ``sampled``, or over the base with examples at
+          temperature 0 if it was asked so (arXiv 2602.20904, appendix D), else in mode ``sampled``;
+          None if not defined;
         - shares ``truncated`` and ``degenerate``, and ``tokens_per_s``.
 
     Raises:
@@ -68,6 +85,8 @@ def summarise_benchmarks(
         }
         _check_same(sums, task)
         ends = {m: sums.get(m, {}).get(SAMPLED) for m in ("base", "hybrid", "target")}
+        if greedy := [mode for mode in sums.get("base", {}) if mode.endswith(GREEDY)]:
+            ends["base"] = sums["base"][greedy[0]]
         summary[task] = {}
         for model, modes in sums.items():
             summary[task][model] = {}
@@ -75,6 +94,9 @@ def summarise_benchmarks(
                 rows = [row for t in members for row in results[model][mode][t].rows]
                 summary[task][model][mode] = {
                     **_intervals(scores, config),
+                    "by_word": _by_word(
+                        [results[model][mode][t] for t in members], scores, words, config
+                    ),
                     "recovered": _recovered(scores, ends["hybrid"], ends["target"], config),
                     "recovered_from_base": _recovered(scores, ends["base"], ends["target"], config),
                     "truncated": sum(row.finish == "length" for row in rows) / len(rows),
@@ -84,8 +106,39 @@ def summarise_benchmarks(
     return summary
 
 
+def recovered_hesitation(
+    model: Mapping[str, BenchmarkResult],
+    floor: Mapping[str, BenchmarkResult],
+    ceiling: Mapping[str, BenchmarkResult],
+    config: BootstrapConfig | None = None,
+) -> dict[str, Any]:
+    """Return the share of a gain in hesitation per 1,000 tokens that a model recovers.
+
+    A rate is a quotient of sums over questions. Each question stands for its linear contribution to
+    the rate, so that a resample takes the same questions of all three
+    (:func:`fastadapt.evaluation.statistics.recovered`).
+
+    Args:
+        model, floor, ceiling: results by task, on the same questions; all tasks weigh the same.
+        config: settings of the interval.
+
+    Returns:
+        An interval; its values are None if the interval of the gain reaches 0.
+    """
+
+    def contributions(results: Mapping[str, BenchmarkResult]) -> Tensor:
+        scores = _joined([_sums(result) for result in results.values()])
+        scale = scores.weight / scores.responses
+        x, c = 1000 * scores.hesitations * scale, scores.tokens * scale
+        rate = x.sum() / c.sum()
+        return rate + (x - rate * c) / c.mean()
+
+    ends = contributions(floor), contributions(ceiling)
+    return recovered(contributions(model), *ends, config).plain()
+
+
 def _sums(result: BenchmarkResult) -> _Sums:
-    index = {question: i for i, question in enumerate(sorted({r.question for r in result.rows}))}
+    index = _index(result)
     n = len(index)
     sums = torch.zeros(4, n, dtype=torch.float64)
     for row in result.rows:
@@ -126,6 +179,41 @@ def _intervals(scores: _Sums, config: BootstrapConfig | None) -> dict[str, Any]:
         "length": interval(scores.tokens, scores.responses),
         "hesitations_per_1000": hesitations,
     }
+
+
+def _by_word(
+    results: Sequence[BenchmarkResult],
+    scores: _Sums,
+    words: Sequence[str],
+    config: BootstrapConfig | None,
+) -> dict[str, Any]:
+    """Return an interval of each word's rate per 1,000 tokens, all from the same resamples."""
+    if not words:
+        return {}
+    scale = scores.weight / scores.responses
+    rates = ratio(
+        1000 * torch.cat([_words(result, words) for result in results], 1) * scale,
+        scores.tokens * scale,
+        bounds=(0.0, math.inf),
+        config=config,
+    )
+    return {
+        word: Intervals(*(values[i] for values in rates)).plain() for i, word in enumerate(words)
+    }
+
+
+def _words(result: BenchmarkResult, words: Sequence[str]) -> Tensor:
+    """Return each word's occurrences in the responses to each question, float64 ``[W, n]``."""
+    index = _index(result)
+    sums = torch.zeros(len(words), len(index), dtype=torch.float64)
+    for row in result.rows:
+        counts = [occurrences(row.text, (word,)) for word in words]
+        sums[:, index[row.question]] += torch.tensor(counts, dtype=torch.float64)
+    return sums
+
+
+def _index(result: BenchmarkResult) -> dict[str, int]:
+    return {question: i for i, question in enumerate(sorted({r.question for r in result.rows}))}
 
 
 def _recovered(

@@ -60,7 +60,7 @@ def answer(
         if stop.is_set():
             return None
         results[hybrid.name] = {SAMPLED: result}
-    summary = summarise_benchmarks(results, statistics)
+    summary = summarise_benchmarks(results, statistics, words=())
     return [
         {
             "task": task,

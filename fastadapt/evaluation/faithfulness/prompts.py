@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from typing_extensions import NotRequired, TypedDict
 
 from fastadapt.data.prepare.filter_pass import text_or_none
-from fastadapt.data.rendered import Spec
-from fastadapt.data.rendering import get_form
+from fastadapt.data.rendered import Prefill, Spec
+from fastadapt.data.rendering import get_form, opening_of
 from fastadapt.data.sources import BadRows, Policy, Source, read_contents
 from fastadapt.data.templates import resolve
 from fastadapt.data.tokens import Encoder
@@ -95,7 +95,13 @@ def held_out(run: Path) -> HeldOut | None:
 
 
 def load_prompts(
-    source: Source, tokenizer: Any, family: Spec, n: int, *, bad_rows: Policy = "stop"
+    source: Source,
+    tokenizer: Any,
+    family: Spec,
+    n: int,
+    *,
+    bad_rows: Policy = "stop",
+    prefill: Prefill | None = None,
 ) -> list[Prompt]:
     """Return the prompts of the first ``n`` conversations of a source, rendered as in training.
 
@@ -107,6 +113,7 @@ def load_prompts(
         family: see :func:`fastadapt.data.rendering.get_form`.
         n: largest number of prompts.
         bad_rows: what happens to rows that cannot be read or rendered.
+        prefill: how prompts open the response, see :func:`fastadapt.data.rendering.opening_of`.
 
     Raises:
         UserError: the source cannot be read, is empty, or holds no conversations; or a conversation
@@ -114,7 +121,7 @@ def load_prompts(
     """
     bad = BadRows(bad_rows)
     form = get_form(resolve(family, tokenizer))
-    encoder = Encoder(tokenizer, form)
+    opening, encoder = opening_of(form, prefill), Encoder(tokenizer, form)
     layout, rows = read_contents(source, optional=["domain"], bad=bad)
     prompts: list[Prompt] = []
     for row in rows:
@@ -126,7 +133,7 @@ def load_prompts(
                 "conversations (--texts.prompts)"
             )
         try:
-            text = form.render(row.content.turns).prompt()
+            text = form.render(row.content.turns).prompt(opening)
             ids = encoder.encode([text])[0].ids
         except UserError as error:
             bad.take(error, row.where)

@@ -7,7 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
+from typing import Any
 
+from fastadapt.data import templates
+from fastadapt.data.rendered import Prefill
+from fastadapt.data.rendering import get_form, opening_of
 from fastadapt.data.sources import Policy, Source
 from fastadapt.errors import UserError
 from fastadapt.evaluation.faithfulness.prompts import held_out, load_prompts
@@ -25,11 +29,14 @@ class TextsConfig:
     Args:
         prompts: source of the conversations whose prompts the target answers, in the form of
             ``data.train``; default: the held-out data of the first run.
+        prefill: ``thinking``: prompts open the reasoning of the response; ``none``: the target
+            itself decides whether to reason; None: as the family's own template.
         n: number of prompts, from the start of the source.
         n_partial: number of texts, from the start, on which partial replacement is measured.
     """
 
     prompts: str | None = None
+    prefill: Prefill | None = None
     n: int = 500
     n_partial: int = 100
 
@@ -75,15 +82,18 @@ def target_texts(
     read_as = default.read_as() if default else Source(source, "validation")
     read_as = replace(read_as, name=resolve(source))
     bad_rows: Policy = default.bad_rows if default else "stop"
-    prompts = load_prompts(read_as, models.tokenizer, family, config.n, bad_rows=bad_rows)
+    tokenizer, prefill = models.tokenizer, config.prefill
+    prompts = load_prompts(read_as, tokenizer, family, config.n, bad_rows=bad_rows, prefill=prefill)
     sha256 = models.fingerprint("target")
-    facts = (sha256, source, default, family, sampling.fingerprint())
+    facts: tuple[Any, ...] = (sha256, source, default, family, sampling.fingerprint())
+    if opening := opening_of(get_form(templates.resolve(family, tokenizer)), prefill):
+        facts += (opening,)  # without, the file is that of versions that had no opening
     fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()
     requests = [Request(prompt.id, tuple(prompt.ids)) for prompt in prompts]
     with models.generating("target") as model:
         sampled = sample(
             model,
-            models.tokenizer,
+            tokenizer,
             requests,
             sampling,
             out=folder / f"{fingerprint[:16]}.jsonl",

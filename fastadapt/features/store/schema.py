@@ -46,8 +46,8 @@ Region = Literal[
     "answer",
 ]
 REGIONS: tuple[Region, ...] = get_args(Region)
-#: Regions that a template writes, whatever the conversation.
-MARKERS: tuple[Region, ...] = ("bos", "user marker", "assistant marker", "think start", "think end")
+#: Regions that a template writes before a response, whatever the conversation.
+MARKERS: tuple[Region, ...] = ("bos", "user marker", "assistant marker", "think start")
 TENTHS = 10  # of the thinking, by position
 
 #: Samples of a unit's activations: the strongest, and a uniform draw.

@@ -3,7 +3,9 @@
 Each criterion but names is one SELECT over the store, on a DuckDB connection that reads only the
 store (:meth:`fastadapt.features.store.store.Store.connect`). The criteria follow arXiv 2602.20904:
 hesitation features have such a word among their ten most promoted tokens, and template features
-have at least 80% of their strongest examples at markers of the template.
+have at least 80% of their strongest examples at one position of the template: BOS, a token of the
+user's or the assistant's marker, ``<think>``, the line break after it, or the first token of the
+reasoning.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from fastadapt.features.store.store import Store
 
 #: Promoted tokens in a row of lens.parquet.
 LENS_TOKENS = 10
+#: Tokens of the longest marker of a template. Later tokens of a region count as one position.
+_LONGEST_MARKER = 32
 #: Largest factor between two densities that match.
 SAME_DENSITY = 2**0.5
 
@@ -36,9 +40,10 @@ class SelectConfig:
 
     Args:
         features: these features, each as LAYER/NUMBER, such as 2/17.
-        hesitation: features that promote one of the words that evaluation counts as hesitation.
+        hesitation: features that promote one of the words of hesitation.
         promotes: features that promote one of these tokens, compared stripped and in lower case.
-        template: features whose strongest examples are at markers of the template.
+        template: features whose strongest examples are at one position of the template, see
+            :func:`on_template`.
         at: features whose strongest examples are in one of these regions.
         before: features whose strongest examples are directly before one of these tokens.
         classes: features of one of these classes or subclasses.
@@ -125,8 +130,10 @@ def _select(store: Store, config: SelectConfig) -> FeatureSet:
         return named(store, config.features)
     if config.hesitation or config.promotes:
         return promoting(store, config.promotes or HESITATION_WORDS, config.top)
-    if config.template or config.at:
-        return standing_at(store, config.at or MARKERS, config.share)
+    if config.template:
+        return on_template(store, config.share)
+    if config.at:
+        return standing_at(store, config.at, config.share)
     if config.before:
         return preceding(store, config.before, config.share)
     if config.classes:
@@ -157,9 +164,30 @@ def promoting(
     return _set(store, rows, f"promotes {', '.join(words)} (top {top})")
 
 
-def standing_at(
-    store: Store, regions: Sequence[Region] = MARKERS, share: float = 0.8
-) -> FeatureSet:
+def on_template(store: Store, share: float = 0.8) -> FeatureSet:
+    """Return the features with at least ``share`` of their strongest examples at one position.
+
+    The positions are those of a template before a response: each token of the regions ``MARKERS``,
+    counted from the region's begin, and the first token of the reasoning.
+    """
+    rows = _ask(
+        store,
+        "WITH placed AS (SELECT layer, feature, examples.region AS place, list_position("
+        "list_transform(range(?), lambda k: regions[greatest(position - k, 0)] IS DISTINCT FROM "
+        "regions[position + 1]), true) AS nth FROM examples JOIN texts USING (text) "
+        "WHERE sample = 'top' AND list_contains(?, examples.region)), "
+        "counted AS (SELECT layer, feature, count(*) AS at_one FROM placed "
+        "WHERE place <> 'thinking' OR nth = 1 GROUP BY layer, feature, place, nth), "
+        "total AS (SELECT layer, feature, count(*) AS n FROM examples WHERE sample = 'top' "
+        "GROUP BY layer, feature) "
+        "SELECT DISTINCT layer, feature FROM counted JOIN total USING (layer, feature) "
+        "WHERE at_one / n >= ?",
+        [_LONGEST_MARKER, [*MARKERS, "thinking"], share],
+    )
+    return _set(store, rows, f"at one position of the template (share {share:g})")
+
+
+def standing_at(store: Store, regions: Sequence[Region], share: float = 0.8) -> FeatureSet:
     """Return the features with at least ``share`` of their strongest examples in ``regions``."""
     rows = _ask(
         store,

@@ -23,7 +23,12 @@ from fastadapt.training.config import Trained
 from fastadapt.training.run_dir import CONFIG, METRICS, SUMMARY, Record, read_records
 
 #: Name of the trained part in tables, by ``run.trains``.
-TRAINED = {"transcoder": "adapter", "mlp": "tuned MLPs", "norms": "refit norms"}
+TRAINED = {
+    "transcoder": "adapter",
+    "mlp": "tuned MLPs",
+    "norms": "refit norms",
+    "bias": "biases",
+}
 
 
 _Value = Finite | None

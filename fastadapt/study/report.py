@@ -12,12 +12,12 @@ from fastadapt.evaluation.statistics import Intervals, quotient
 from fastadapt.interventions import SCALE
 from fastadapt.reporting.figures import Figure, Series, series_of
 from fastadapt.reporting.formatting import number, percent
-from fastadapt.reporting.tables import Interval, Table, shown
+from fastadapt.reporting.tables import Interval, Table, shown, words_shown
+from fastadapt.study.conditions import BIAS
 
 #: Effects expected from arXiv 2602.20904.
 REMOVED, SPARED, ADDED = 0.7, 0.15, 5.0
 RATE = "hesitations_per_1000"
-_UNIT = "hesitation words per 1,000 tokens"
 
 Arm = Mapping[str, Any]
 
@@ -36,7 +36,7 @@ def claims(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     parts = {entry["key"] for entry in result["sets"] if entry["part"]}
     records = []
     for arm in result["arms"]:
-        if arm["kind"] is None:
+        if arm["kind"] is None or arm["selection"] == BIAS:
             continue
         value, claim, holds = _claim(result, arm, arm[RATE])
         each = {_claim(result, arm, draw[RATE])[2].split(",")[0] for draw in arm["draws"]}
@@ -122,19 +122,20 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
     """Return the tables of removal, addition and transfer."""
     benchmarks = result["settings"]["benchmarks"]
     tasks = f"{len(benchmarks['tasks'])} benchmarks of equal weight"
-    words = ", ".join(benchmarks["hesitation_words"])
+    words = ", ".join(benchmarks["counted_words"])
     sets = "; ".join(
         f"{s['name']}: {s['size']:,} features, by layer {', '.join(map(str, s['per_layer']))}"
         for s in result["sets"]
     )
     common = (
-        f"Hesitation: {words}, per 1,000 tokens. {tasks}; {percent(result['level'])} intervals "
-        f"over questions. {sets}; {result['features']['alive']:,} of "
-        f"{result['features']['total']:,} features fired on the texts of the store. Random sets "
+        f"Hesitation: {words}, per 1,000 tokens; by word: the means. {tasks}; "
+        f"{percent(result['level'])} intervals over questions. {sets}; "
+        f"{result['features']['alive']:,} of {result['features']['total']:,} features fired on the "
+        "texts of the store. Random sets "
         "have equal density. Values of random sets pool all draws; intervals do not cover the "
         "choice of a draw, so the hesitation of each draw is listed."
     )
-    head = ["features", "hesitation / 1,000 tokens", "hesitation by draw"]
+    head = ["features", "hesitation / 1,000 tokens", "by word", "hesitation by draw"]
     tail = ["tokens", "accuracy", "expected", "holds"]
     reduction = "Reduction: relative decrease of hesitation; negative values are increases."
     expected = "Expected: the effects reported by arXiv 2602.20904."
@@ -150,14 +151,23 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
         ),
         Table(
             "Addition to the hybrid",
-            ["added", *head, "selected / random", *tail],
+            ["added", *head, "selected / random", *tail, "beyond b_dec"],
             [
-                _row(result, _unchanged(result, "hybrid"), "none (hybrid)"),
-                _row(result, _unchanged(result, "adapter"), "all (adapter)"),
-                *_rows(result, "only", number),
+                [*_row(result, _unchanged(result, "hybrid"), "none (hybrid)"), "–"],
+                [*_row(result, _bias(result), "none, b_dec alone"), "–"],
+                [*_row(result, _unchanged(result, "adapter"), "all (adapter)"), "–"],
+                *(
+                    [*row, shown(arm["beyond_bias"], percent)]
+                    for arm, row in zip(
+                        _arms(result, "only"), _rows(result, "only", number), strict=True
+                    )
+                ),
             ],
-            f"{common} Selected / random: ratio of the selected set's hesitation to the random "
-            f"set's; no value if the random set has no hesitation. {expected}",
+            f"{common} All rows but the first have the adapter's b_dec. Beyond b_dec: share of the "
+            "adapter's hesitation beyond that of b_dec alone which the set recovers; no value if "
+            "the two do not differ clearly. Selected / random: ratio of the selected set's "
+            "hesitation to the random set's; no value if the random set has no hesitation. "
+            f"{expected}",
         ),
         Table(
             "Transfer to the target",
@@ -171,6 +181,16 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
     ]
 
 
+def _arms(result: Mapping[str, Any], kind: str) -> list[Arm]:
+    """Return the arms of an intervention, without the one that keeps no feature."""
+    return [arm for arm in result["arms"] if arm["kind"] == kind and arm["selection"] != BIAS]
+
+
+def _bias(result: Mapping[str, Any]) -> Arm:
+    """Return the arm of the hybrid with ``b_dec`` alone."""
+    return next(arm for arm in result["arms"] if arm["selection"] == BIAS)
+
+
 def _selection(result: Mapping[str, Any], arm: Arm) -> Mapping[str, Any]:
     """Return the selected set of an arm; for a random set, the set that it is the control of."""
     return next(entry for entry in result["sets"] if entry["key"] == arm["selection"])
@@ -178,9 +198,7 @@ def _selection(result: Mapping[str, Any], arm: Arm) -> Mapping[str, Any]:
 
 def _rows(result: Mapping[str, Any], kind: str, show: Any) -> list[list[str]]:
     rows = []
-    for arm in result["arms"]:
-        if arm["kind"] != kind:
-            continue
+    for arm in _arms(result, kind):
         name = str(_selection(result, arm)["name"])
         if arm["times"]:
             size = "same size" if arm["times"] == 1 else f"{arm['times']} times the size"
@@ -200,6 +218,7 @@ def _row(result: Mapping[str, Any], arm: Arm, name: str, show: Any = number) -> 
         name,
         number(arm["features"]) if arm["kind"] else "–",
         shown(arm[RATE]),
+        words_shown(arm["by_word"]),
         ", ".join(number(draw[RATE]["mean"]) for draw in arm["draws"]) if arm["times"] else "–",
         shown(claim["value"], show),
         shown(arm["length"]),
@@ -215,13 +234,15 @@ def _row(result: Mapping[str, Any], arm: Arm, name: str, show: Any = number) -> 
 def figures(result: Mapping[str, Any]) -> list[Figure]:
     """Return the figures of removal, addition and transfer."""
     levels = {name: _level(result, name) for name in ("target", "hybrid", "adapter")}
+    bias = _series("b_dec alone", "bias", [], [_bias(result)])
+    unit = ", ".join(result["settings"]["benchmarks"]["counted_words"]) + " per 1,000 tokens"
     label = "features, of " + number(result["features"]["total"])
     return [
         Figure(
             "removal",
             "Features removed from the replacement model",
             label,
-            _UNIT,
+            unit,
             [*_by_size(result, "ablate"), levels["adapter"], levels["target"]],
             x_log=True,
             mark="points",
@@ -230,8 +251,8 @@ def figures(result: Mapping[str, Any]) -> list[Figure]:
             "addition",
             "Features added to the hybrid",
             label,
-            _UNIT,
-            [*_by_size(result, "only"), levels["hybrid"], levels["adapter"]],
+            unit,
+            [*_by_size(result, "only"), levels["hybrid"], bias, levels["adapter"]],
             x_log=True,
             mark="points",
         ),
@@ -239,7 +260,7 @@ def figures(result: Mapping[str, Any]) -> list[Figure]:
             "transfer",
             "Features transferred to the target",
             "scale",
-            _UNIT,
+            unit,
             [*_by_scale(result), levels["target"]],
         ),
     ]
@@ -252,7 +273,7 @@ def _level(result: Mapping[str, Any], model: str) -> Series:
 
 def _by_size(result: Mapping[str, Any], kind: str) -> list[Series]:
     """Return hesitation by the number of features: a series per selection, one of random sets."""
-    same_kind = [arm for arm in result["arms"] if arm["kind"] == kind]
+    same_kind = _arms(result, kind)
     groups = []
     for entry in result["sets"]:
         arms = [a for a in same_kind if a["selection"] == entry["key"] and not a["times"]]

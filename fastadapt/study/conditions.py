@@ -10,30 +10,28 @@ from fastadapt.errors import UserError
 from fastadapt.evaluation.benchmarks.runner import BenchmarkConfig
 from fastadapt.evaluation.generation.sampling import SamplingConfig
 from fastadapt.evaluation.statistics import BootstrapConfig
-from fastadapt.features.store.selection import alive, matched, promoting, standing_at
+from fastadapt.features.store.selection import alive, matched, on_template, promoting
 from fastadapt.features.store.sets import FeatureSet
 from fastadapt.features.store.store import Store
 from fastadapt.interventions import KINDS, SCALE, Kind
 
 RUN = "adapter"  #: the run's name among the models
 PARTS = ("hesitation", "template")  #: keys of the sets with one kind of features
+BIAS = "bias"  #: key of the arm without any feature: the hybrid with ``b_dec``
 
 
 @dataclass(frozen=True)
-class StudyConfig:
-    """Settings of the study.
+class ArmsConfig:
+    """What a study compares.
 
     Args:
         tops: numbers of most promoted tokens that count, one selection each. The first selection
             is the main one; its two kinds of features are also studied separately.
-        share: least fraction of a template feature's strongest examples at the template's markers.
+        share: least fraction of a template feature's strongest examples at one position of the
+            template.
         times: sizes of the random sets, as multiples of the selected set's size.
         draws: number of random sets of each size.
         scales: scales of the main selection's transfer; -0.5 is measured for every set.
-        benchmarks: questions; the pair's benchmarks if none is named. ``sampling`` below and the
-            run's family replace its ``sampling`` and ``family``.
-        sampling: sampling of the responses.
-        statistics: settings of the intervals.
 
     Raises:
         UserError: a value is out of range.
@@ -44,17 +42,40 @@ class StudyConfig:
     times: tuple[int, ...] = (1, 10)
     draws: int = 3
     scales: tuple[float, ...] = (-0.25, -0.5, -0.75, -1.0)
-    benchmarks: BenchmarkConfig = field(default_factory=BenchmarkConfig)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    statistics: BootstrapConfig = field(default_factory=BootstrapConfig)
 
     def __post_init__(self) -> None:
         for name in ("tops", "times"):
             values = getattr(self, name)
             if not values or min(values) < 1 or len(set(values)) < len(values):
-                raise UserError(f"{name}: expected distinct numbers of 1 or more, got {values}")
+                raise UserError(
+                    f"study.{name}: expected distinct numbers of 1 or more, got {values}"
+                )
+        if not 0 < self.share <= 1:
+            raise UserError(f"study.share: expected more than 0, at most 1, got {self.share}")
         if self.draws < 1:
-            raise UserError(f"draws: expected 1 or more, got {self.draws}")
+            raise UserError(f"study.draws: expected 1 or more, got {self.draws}")
+
+
+#: What arXiv 2602.20904 compares: the ten most promoted tokens, a random set of ten times the size.
+PAPER = ArmsConfig(tops=(10,), times=(10,), draws=1, scales=(-0.5, -1.0))
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """Settings of a study.
+
+    Args:
+        study: what is compared.
+        benchmarks: questions; the pair's benchmarks if none is named. ``sampling`` below and the
+            run's family replace its ``sampling`` and ``family``.
+        sampling: sampling of the responses.
+        statistics: settings of the intervals.
+    """
+
+    study: ArmsConfig = field(default_factory=ArmsConfig)
+    benchmarks: BenchmarkConfig = field(default_factory=BenchmarkConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    statistics: BootstrapConfig = field(default_factory=BootstrapConfig)
 
 
 @dataclass(frozen=True)
@@ -100,22 +121,25 @@ def select(store: Store, config: StudyConfig) -> dict[str, FeatureSet]:
     Raises:
         UserError: a set is empty.
     """
-    template, living = standing_at(store, share=config.share), alive(store)
+    template, living = on_template(store, config.study.share), alive(store)
     words = config.benchmarks.hesitation_words
-    hesitation = {top: promoting(store, words, top) for top in config.tops}
+    hesitation = {top: promoting(store, words, top) for top in config.study.tops}
     sets = {
         f"top{top}": replace(features | template, name=f"hesitation (top {top}) + template")
         for top, features in hesitation.items()
     }
-    main = config.tops[0]
+    main = config.study.tops[0]
     sets["hesitation"] = replace(hesitation[main], name=f"hesitation (top {main}) alone")
     sets["template"] = replace(template, name="template alone")
     return {key: replace(s & living, name=s.name).not_empty() for key, s in sets.items()}
 
 
 def arms_of(store: Store, sets: Mapping[str, FeatureSet], config: StudyConfig) -> list[Arm]:
-    """Return all arms, the unchanged models first."""
-    return [*(Arm(model) for model in ("target", "hybrid", RUN)), *_changed(store, sets, config)]
+    """Return all arms, the unchanged models first, then the hybrid with ``b_dec`` alone."""
+    nothing = replace(next(iter(sets.values())), features=(), expression="no feature", name="")
+    unchanged = [Arm(model) for model in ("target", "hybrid", RUN)]
+    bias = Arm(RUN, "only", BIAS, features=nothing)
+    return [*unchanged, bias, *_changed(store, sets, config)]
 
 
 def _changed(store: Store, sets: Mapping[str, FeatureSet], config: StudyConfig) -> Iterator[Arm]:
@@ -123,13 +147,13 @@ def _changed(store: Store, sets: Mapping[str, FeatureSet], config: StudyConfig) 
     for key, features in sets.items():
         draws = {
             (n, seed): matched(store, features, n, seed)
-            for n in _sizes(len(features), len(living - features), config.times)
-            for seed in range(config.draws)
+            for n in _sizes(len(features), len(living - features), config.study.times)
+            for seed in range(config.study.draws)
         }
         for kind in KINDS:
             onto = kind == "onto-target"
             model = "target" if onto else RUN
-            scales = dict.fromkeys((*config.scales, SCALE)) if key == main else (SCALE,)
+            scales = dict.fromkeys((*config.study.scales, SCALE)) if key == main else (SCALE,)
             for scale in scales if onto else (None,):
                 yield Arm(model, kind, key, scale=scale, features=features)
             # Sets with one kind of features have random controls for removal only.

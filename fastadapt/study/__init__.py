@@ -3,7 +3,11 @@
 The selected features promote a hesitation word, or have their strongest examples at the template's
 markers. They are *removed* from the replacement model, *added* to the hybrid (all other features
 removed), and *transferred* to the target with a negative scale. Controls are random sets of equal
-density, of the same size and of ten times the size, and each of the two kinds of features alone.
+density, of the same size and of ten times the size, each of the two kinds of features alone, and
+the hybrid with ``b_dec`` alone: what a set adds to the hybrid is measured over this bias, which
+``only`` keeps. Prompts open the reasoning as the family's template does (``benchmarks.prefill``).
+Otherwise features at the template's markers decide whether a model reasons at all.
+
 The study measures hesitation words per 1,000 tokens, length and accuracy on the pair's benchmarks,
 with the sampling, grading and intervals of ``fastadapt eval``.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -18,6 +19,7 @@ import yaml
 
 from fastadapt.adapter.files import adapters_of, save_adapters
 from fastadapt.adapter.module import AdapterConfig
+from fastadapt.cli.main import main
 from fastadapt.cli.progress import Progress
 from fastadapt.data.sequences import DataConfig
 from fastadapt.errors import UserError
@@ -31,15 +33,12 @@ from fastadapt.interventions import Intervention
 from fastadapt.interventions.files import intervene
 from fastadapt.models.replacement import ModelPair, PairConfig, ReplacementModel
 from fastadapt.organism import resolve
-from reproduce.study.conditions import RUN, StudyConfig, arms_of, select
-from reproduce.study.running import CONTENTS, Study
+from fastadapt.study.conditions import PAPER, RUN, ArmsConfig, StudyConfig, arms_of, select
+from fastadapt.study.running import CONTENTS, Study
 
 NAMES = {"target": "organism/target", "base": "organism/base"}
 SMALL = StudyConfig(
-    tops=(1,),
-    times=(1, 10),
-    draws=1,
-    scales=(-1.0,),
+    ArmsConfig(tops=(1,), times=(1, 10), draws=1, scales=(-1.0,)),
     benchmarks=BenchmarkConfig(tasks=("organism_math",), limit=2),
     sampling=SamplingConfig(max_new_tokens=12),
 )
@@ -58,6 +57,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         adapter: Any
         for adapter in model.adapters:
             adapter.b_enc.fill_(-0.5)
+            adapter.b_dec.fill_(0.1)
             adapter.W_dec.copy_(0.05 * torch.randn(adapter.W_dec.shape, generator=generator))
     save_adapters(model.adapters, folder / "adapter", {**NAMES, "family": "r1-distill"})
     data = dataclasses.asdict(DataConfig("organism/train", "organism/validation"))
@@ -133,15 +133,32 @@ def test_a_stopped_study_prints_how_to_resume(
 ) -> None:
     ignored = None if collected else shutil.ignore_patterns("features")
     copy = shutil.copytree(run, tmp_path / "run", ignore=ignored)
-    from reproduce.study.__main__ import main
-
     few = partial(collect, config=CollectConfig(n=40))
-    monkeypatch.setitem(main.__globals__, "collect", few)
+    monkeypatch.setattr("fastadapt.features.collect.collect", few)
     monkeypatch.setattr(Progress, "__call__", lambda *_: signal.raise_signal(signal.SIGTERM))
-    assert main([str(copy), "--overwrite"]) == 0
+    assert main(["study", str(copy), "--overwrite"]) == 0
     # An earlier study is overwritten only after features are collected.
     option = " without --overwrite" if collected else ""
     assert f"Re-run the same command{option} to resume." in capsys.readouterr().out
+
+
+def test_the_cost_is_said_first(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = partial(collect, config=CollectConfig(n=40))
+    monkeypatch.setattr("fastadapt.features.collect.collect", few)
+    command = ["study", str(run), "--dry-run", "--benchmarks.repetitions", "2"]
+    assert main(command) == 0
+    (whole,) = re.findall(r"(\d+) arms, 0 of them measured; ([\d,]+) res", capsys.readouterr().out)
+    assert int(whole[1].replace(",", "")) == int(whole[0]) * 500 * 2
+    assert main([*command, "--paper"]) == 0
+    store = Store.open(run, adapter=adapter_digest(adapters_of(run)))
+    arms = arms_of(store, select(store, StudyConfig(PAPER)), StudyConfig(PAPER))
+    assert f"{len(arms)} arms, 0 of them measured" in capsys.readouterr().out
+    assert len(arms) < int(whole[0])
+    assert not (run / "study").exists()
+    assert main([*command, "--paper", "--study.draws", "2"]) == 2
+    assert "--paper sets all settings --study.*" in capsys.readouterr().err
 
 
 def test_an_arm_equals_the_saved_intervention(run: Path, tmp_path: Path) -> None:
@@ -164,12 +181,13 @@ def test_an_arm_equals_the_saved_intervention(run: Path, tmp_path: Path) -> None
 
 def test_impossible_studies_are_refused(run: Path, tmp_path: Path) -> None:
     for values, message in (
-        ({"tops": ()}, "tops: expected distinct"),
-        ({"times": (0,)}, "times: expected distinct"),
-        ({"draws": 0}, "draws: expected"),
+        ({"tops": ()}, r"study\.tops: expected distinct"),
+        ({"times": (0,)}, r"study\.times: expected distinct"),
+        ({"share": 0.0}, r"study\.share: expected more than 0"),
+        ({"draws": 0}, r"study\.draws: expected"),
     ):
         with pytest.raises(UserError, match=message):
-            replace(SMALL, **values)
+            replace(SMALL.study, **values)
     words = replace(SMALL.benchmarks, hesitation_words=("never",))
     study = open_study(run, tmp_path, replace(SMALL, benchmarks=words), Event(), [])
     with pytest.raises(UserError, match="is empty"):

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from threading import Event
@@ -17,19 +17,24 @@ from fastadapt.evaluation.benchmarks.run_all import complete_config
 from fastadapt.evaluation.benchmarks.runner import (
     BenchmarkConfig,
     BenchmarkResult,
-    require_questions,
+    count_responses,
     run_benchmarks,
     summarize,
 )
-from fastadapt.evaluation.benchmarks.scores import MEAN, SAMPLED, summarise_benchmarks
+from fastadapt.evaluation.benchmarks.scores import (
+    MEAN,
+    SAMPLED,
+    recovered_hesitation,
+    summarise_benchmarks,
+)
 from fastadapt.evaluation.folder import present
 from fastadapt.evaluation.models_under_test import ModelSet
 from fastadapt.features.store.selection import alive
 from fastadapt.features.store.sets import FeatureSet
 from fastadapt.features.store.store import Store
 from fastadapt.interventions import scale_features
-from reproduce.study.conditions import PARTS, RUN, Arm, StudyConfig, arms_of, select
-from reproduce.study.report import claims, figures, tables
+from fastadapt.study.conditions import BIAS, PARTS, RUN, Arm, StudyConfig, arms_of, select
+from fastadapt.study.report import claims, figures, tables
 
 SCHEMA_VERSION = 1
 #: Entries of a study's output folder.
@@ -42,6 +47,31 @@ CONTENTS = (
     "plots",
     "report.html",
 )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a study takes.
+
+    Attributes:
+        arms: number of arms.
+        measured: number of arms whose responses are complete.
+        responses: responses of the other arms.
+        max_new_tokens: largest number of tokens of a response.
+    """
+
+    arms: int
+    measured: int
+    responses: int
+    max_new_tokens: int
+
+    @property
+    def words(self) -> str:
+        """The cost as a sentence."""
+        return (
+            f"{self.arms} arms, {self.measured} of them measured; {self.responses:,} responses to "
+            f"sample, each of at most {self.max_new_tokens:,} tokens."
+        )
 
 
 @dataclass(frozen=True)
@@ -64,6 +94,22 @@ class Study:
     progress: Callable[[str, int, int], None]
     stop: Event
 
+    def cost(self) -> Cost:
+        """Return what remains to be done.
+
+        Raises:
+            UserError: a required package is not installed, or a selection is empty.
+        """
+        benchmarks = self._benchmarks()
+        each = count_responses(benchmarks)
+        arms = arms_of(self.store, select(self.store, self.config), self.config)
+        measured = sum(
+            all((self._folder(arm, benchmarks) / f"{t}.rows.jsonl").is_file() for t in each)
+            for arm in arms
+        )
+        responses = (len(arms) - measured) * sum(each.values())
+        return Cost(len(arms), measured, responses, self.config.sampling.max_new_tokens)
+
     def run(self) -> dict[str, Any] | None:
         """Run the benchmarks of missing arms; write ``study.json``, tables, plots and page.
 
@@ -73,8 +119,8 @@ class Study:
         Raises:
             UserError: a required package is not installed, or a selection is empty.
         """
-        benchmarks = complete_config(self.students, self.config.benchmarks, self.config.sampling)
-        require_questions(benchmarks)
+        benchmarks = self._benchmarks()
+        count_responses(benchmarks)  # fails before the first arm if questions are missing
         sets = select(self.store, self.config)
         arms = arms_of(self.store, sets, self.config)
         results: dict[tuple[Any, ...], list[dict[str, BenchmarkResult]]] = {}
@@ -89,6 +135,26 @@ class Study:
         result["claims"] = claims(result)
         present(result, tables(result), figures(result), self.folder, "study", "study.json")
         return result
+
+    def _benchmarks(self) -> BenchmarkConfig:
+        return complete_config(self.students, self.config.benchmarks, self.config.sampling)
+
+    @cached_property
+    def _weights(self) -> dict[str, str]:
+        """SHA-256 of the weights of each model."""
+        return {name: self.students.fingerprint(name) for name in ("target", "hybrid", RUN)}
+
+    def _sha256(self, arm: Arm) -> str:
+        """Return the SHA-256 of all that an arm's model depends on."""
+        sha256 = self._weights[arm.model if arm.kind is None else RUN]
+        if arm.features is None:
+            return sha256
+        changed = (sha256, arm.kind, arm.scale, arm.features.digest())
+        return hashlib.sha256(repr(changed).encode()).hexdigest()
+
+    def _folder(self, arm: Arm, benchmarks: BenchmarkConfig) -> Path:
+        digest = benchmarks.fingerprint(self._sha256(arm))[:16]
+        return self.folder / "benchmarks" / f"{arm.name}-{digest}"
 
     @contextmanager
     def _generating(self, arm: Arm) -> Iterator[Any]:
@@ -110,17 +176,13 @@ class Study:
     def _run_arm(
         self, arm: Arm, benchmarks: BenchmarkConfig, label: str
     ) -> dict[str, BenchmarkResult]:
-        sha256 = self.students.fingerprint(arm.model if arm.kind is None else RUN)
-        if arm.features is not None:
-            changed = (sha256, arm.kind, arm.scale, arm.features.digest())
-            sha256 = hashlib.sha256(repr(changed).encode()).hexdigest()
         with self._generating(arm) as model:
             return run_benchmarks(
                 model,
                 self.students.tokenizer,
                 benchmarks,
-                self.folder / "benchmarks" / f"{arm.name}-{benchmarks.fingerprint(sha256)[:16]}",
-                source={"model": arm.name, "sha256": sha256},
+                self._folder(arm, benchmarks),
+                source={"model": arm.name, "sha256": self._sha256(arm)},
                 progress=partial(self.progress, label),
                 stop=self.stop,
             )
@@ -134,24 +196,36 @@ class Study:
     ) -> list[dict[str, Any]]:
         """Return each group's results, over all draws and for each draw."""
         config, measured = self.config.statistics, []
+        (bias,) = (a.group for a in arms if a.selection == BIAS)
+        floor, ceiling = results[bias][0], results[Arm(RUN).group][0]
         for group, draws in results.items():
             first = next(arm for arm in arms if arm.group == group)
             tasks = list(draws[0])
+            whole = {task: pooled(task, draws) for task in tasks}
             summary = summarise_benchmarks(
                 {
-                    "all": {SAMPLED: {task: pooled(task, draws) for task in tasks}},
+                    "all": {SAMPLED: whole},
                     **{str(i): {SAMPLED: draw} for i, draw in enumerate(draws)},
                 },
                 config,
+                words=self.config.benchmarks.hesitation_words,
             )[MEAN if len(tasks) > 1 else tasks[0]]
             numbers = summary["all"][SAMPLED]
-            keys = ("hesitations_per_1000", "length", "accuracy", "truncated", "degenerate")
+            keys = (
+                *("hesitations_per_1000", "length", "accuracy"),
+                *("by_word", "truncated", "degenerate"),
+            )
             measured.append(
                 {
                     **{key: getattr(first, key) for key in ("model", "kind", "selection", "times")},
                     "scale": first.scale,
                     "features": 0 if first.features is None else len(first.features),
                     **{key: numbers[key] for key in keys},
+                    "beyond_bias": (
+                        recovered_hesitation(whole, floor, ceiling, config)
+                        if first.kind == "only" and first.selection != BIAS
+                        else None
+                    ),
                     "draws": [
                         {key: summary[str(i)][SAMPLED][key] for key in keys[:3]}
                         for i in range(len(draws))

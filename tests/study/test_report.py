@@ -13,7 +13,7 @@ from fastadapt.evaluation.statistics import Intervals, quotient
 from fastadapt.reporting.page import write_page
 from fastadapt.reporting.rendering import inline_svg, write_png
 from fastadapt.reporting.tables import as_latex, as_markdown
-from reproduce.study.report import claims, figures, tables, verdict
+from fastadapt.study.report import claims, figures, tables, verdict
 
 
 def interval(mean: float, width: float = 0.1) -> dict[str, float]:
@@ -29,9 +29,11 @@ def arm(model: str, rate: float, kind: str | None = None, **more: Any) -> dict[s
         "scale": None,
         "features": 40 if kind else 0,
         "hesitations_per_1000": interval(rate),
+        "by_word": {"wait": interval(rate), "but": interval(2.0)},
         "length": interval(48.0),
         "accuracy": interval(0.5),
         "draws": [{"hesitations_per_1000": interval(rate)}],
+        "beyond_bias": interval(0.25) if kind == "only" else None,
         **more,
     }
 
@@ -42,13 +44,14 @@ def feature_set(key: str, size: int) -> dict[str, Any]:
 
 
 def result(*arms: dict[str, Any]) -> dict[str, Any]:
-    unchanged = [arm("target", 11.0), arm("hybrid", 0.0), arm("adapter", 10.0)]
+    bias = arm("adapter", 3.0, "only", selection="bias", features=0, beyond_bias=None)
+    unchanged = [arm("target", 11.0), arm("hybrid", 0.0), arm("adapter", 10.0), bias]
     values: dict[str, Any] = {
         "pair": {"target": "a", "base": "b"},
         "level": 0.95,
         "features": {"alive": 90, "total": 100},
         "sets": [feature_set("top1", 40), feature_set("template", 10)],
-        "settings": {"benchmarks": {"tasks": ["x", "y"], "hesitation_words": ["wait"]}},
+        "settings": {"benchmarks": {"tasks": ["x", "y"], "counted_words": ["wait"]}},
         "versions": {},
         "arms": [*unchanged, *arms],
     }
@@ -161,13 +164,23 @@ def test_tables_figures_and_page(tmp_path: Path) -> None:
         arm("target", 10.0, "onto-target", scale=-0.5, times=1),
     )
     study_tables = tables(values)
-    assert [len(table.rows) for table in study_tables] == [4, 4, 4]
+    assert [len(table.rows) for table in study_tables] == [4, 5, 4]
     assert all(len(row) == len(table.head) for table in study_tables for row in table.rows)
     assert [row[-1] for row in study_tables[0].rows] == ["–", "yes", "yes, not clearly", "–"]
     assert study_tables[0].rows[2][0] == "random, same size (2 draws)"
-    assert [row[3] for row in study_tables[0].rows] == ["–", "–", "10.0, 9.00", "4.00"]
-    assert study_tables[0].rows[1][4].startswith("80.0% [")
+    assert study_tables[0].rows[1][3] == "wait 2.00, but 2.00"
+    assert [row[4] for row in study_tables[0].rows] == ["–", "–", "10.0, 9.00", "4.00"]
+    assert study_tables[0].rows[1][5].startswith("80.0% [")
     assert study_tables[2].rows[1][0] == "set top1, × -0.25"
+    added = study_tables[1]
+    assert added.head[-1] == "beyond b_dec"
+    assert [row[0] for row in added.rows[:3]] == [
+        "none (hybrid)",
+        "none, b_dec alone",
+        "all (adapter)",
+    ]
+    assert [row[-1] for row in added.rows] == ["–", "–", "–", *["25.0% [22.5, 27.5]"] * 2]
+    assert [row[1] for row in added.rows[:3]] == ["–", "0", "–"]
     assert as_markdown(study_tables).count("\n## ") == 2
     assert as_latex(study_tables).count(r"\begin{table}") == 3
     study_figures = figures(values)
