@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,9 +17,12 @@ from fastadapt.graphs.graph import GraphConfig
 from fastadapt.graphs.trace import Stream
 
 if TYPE_CHECKING:
+    from fastadapt.evaluation.models_under_test import ModelSet
     from fastadapt.graphs.files import GraphFile
     from fastadapt.graphs.graph import Graph
+    from fastadapt.graphs.places import Place, PlaceConfig
 
+GRAPHS = "graphs"  # folder in the run
 _SHOWN = 12  # edges in the table
 _PATHS = 5
 _LEAST = 0.05  # share of an edge from which a head is named
@@ -24,8 +30,14 @@ _LEAST = 0.05  # share of an edge from which a head is named
 
 def graph(
     run: str,
-    prompt: str,
+    prompt: str | None = None,
     *,
+    prompts: str | None = None,
+    responses: str | None = None,
+    at: tuple[str, ...] = (),
+    above: float | None = None,
+    after: str | None = None,
+    place: tuple[str, ...] = (),
     token: str | None = None,
     against: str | None = None,
     feature: str | None = None,
@@ -43,54 +55,183 @@ def graph(
     """Explain a prediction of a run's replacement model: which tokens, features and biases it came
     from, how much of the difference to the hybrid each part gives, and whether ablations agree. By
     default the target's most likely token is explained against the hybrid's, where both differ
-    most.
+    most. `fastadapt graph serve` and `fastadapt graph export` show the graphs.
 
     Args:
         run: folder of a finished run
         prompt: the text, with the markers that the model expects
+        prompts: folder of prompts, one .txt file each; graphs that exist are skipped
+        responses: file of sampled responses: list the places that --at describes
+        at: with --responses: words; list places where one of them is the most likely token
+        above: with --at: list places where the words' probability rises to this value instead
+        after: with --at: only places after this text in the response, such as `the answer is`
+        place: with --at: numbers of places to explain, or `all`; graphs that exist are skipped
         token: explain the logit of this token
-        against: with --token: explain the difference to the logit of this token
+        against: with --token or --place: explain the difference to the logit of this token
         feature: explain the pre-activation of this feature, as layer/number
         direction: explain a direction of the last state: a safetensors file with a tensor
             `direction`
         position: index of the token to explain; by default the last
         stream: replacement, or target with what the adapters miss as error nodes
-        output: file to write; by default in graphs in the run
+        output: file to write; for several graphs, a folder; by default graphs in the run
         dtype: float32 or float64
-        overwrite: replace the file
+        overwrite: replace files that exist
     """
-    from fastadapt.cli.progress import stoppable
     from fastadapt.errors import UserError
-    from fastadapt.graphs.explain import explain
-    from fastadapt.graphs.files import write_graph
+    from fastadapt.graphs.places import PlaceConfig
     from fastadapt.io.names import typed_path
 
-    question = Question(token, against, feature, direction, position)
-    settings = json.dumps([prompt, stream, dtype, vars(question), vars(config)], sort_keys=True)
-    name = f"{hashlib.sha256(settings.encode('utf-8', 'surrogatepass')).hexdigest()[:12]}.json"
-    folder = typed_path(run, "run")
-    path = folder / "graphs" / name if output is None else typed_path(output, "--output")
-    if path.exists() and not overwrite:
-        raise UserError(f"{path} exists. Replace it (--overwrite), or give another --output")
-    with stoppable() as (_, progress):
-        result, document = explain(
-            run,
-            prompt,
-            question,
-            config,
-            evidence,
-            stream=stream,
-            dtype=dtype,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            progress=lambda done, n: progress("features", done, n),
-        )
-    write_graph(document, path, overwrite=overwrite)
-    _print(result, document, path)
+    sources = {"PROMPT": prompt, "--prompts": prompts, "--responses": responses}
+    given = [name for name, value in sources.items() if value is not None]
+    if len(given) != 1:
+        raise UserError(f"expected one of {', '.join(sources)}, got {', '.join(given) or 'none'}")
+    question = Question(None if place else token, against, feature, direction, position)
+    wanted = PlaceConfig(at, above, after) if responses is not None or at else None
+    if (responses is None) != (wanted is None):
+        raise UserError("--at: expected with --responses, a file of sampled responses")
+    work = _Work(run, stream, config, evidence, dtype, device, trust_remote_code, overwrite)
+    if responses is None and (place or above is not None or after is not None):
+        raise UserError("--place, --above, --after: expected with --responses and --at")
+    folder = typed_path(run, "run") / GRAPHS if output is None else typed_path(output, "--output")
+    if prompt is not None:
+        path = folder if output is not None else folder / work.name(prompt, question)
+        if path.exists() and not overwrite:
+            raise UserError(f"{path} exists. Replace it (--overwrite), or give another --output")
+        work.explain(prompt, question, path)
+    elif prompts is not None:
+        for text in _prompts(typed_path(prompts, "--prompts")):
+            work.explain_new(text, question, folder)
+    else:
+        for spot in _pick(work.list_places(str(responses), wanted), place):
+            work.explain_new(spot.ids, Question(spot.token, against), folder)
     return 0
 
 
-def _print(graph: Graph, document: GraphFile, path: Path) -> None:
+@dataclass
+class _Work:
+    """The settings of a call, and the run once it is loaded."""
+
+    run: str
+    stream: Stream
+    config: GraphConfig
+    evidence: EvidenceConfig
+    dtype: str
+    device: str | None
+    trust_remote_code: bool
+    overwrite: bool
+
+    @cached_property
+    def models(self) -> ModelSet:
+        from fastadapt.graphs.explain import open_models
+
+        return open_models(
+            self.run,
+            dtype=self.dtype,
+            device=self.device,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+    def name(self, text: str | Sequence[int], question: Question) -> str:
+        """Return the name of a graph's file, which is that of its settings."""
+        settings = [text, self.stream, self.dtype, vars(question), vars(self.config)]
+        packed = json.dumps(settings, sort_keys=True).encode("utf-8", "surrogatepass")
+        return f"{hashlib.sha256(packed).hexdigest()[:12]}.json"
+
+    def explain_new(self, text: str | Sequence[int], question: Question, folder: Path) -> None:
+        """Explain a text unless its graph exists."""
+        path = folder / self.name(text, question)
+        if path.exists() and not self.overwrite:
+            print(f"exists: {path.resolve()}")
+        else:
+            self.explain(text, question, path)
+
+    def explain(self, text: str | Sequence[int], question: Question, path: Path) -> None:
+        from fastadapt.cli.progress import stoppable
+        from fastadapt.graphs.explain import explain
+        from fastadapt.graphs.files import write_graph
+
+        with stoppable() as (_, progress):
+            result, document = explain(
+                self.models,
+                text,
+                question,
+                self.config,
+                self.evidence,
+                stream=self.stream,
+                progress=lambda done, n: progress("features", done, n),
+            )
+        write_graph(document, path, overwrite=self.overwrite)
+        _print(result, document, path, _labels(Path(self.run), document))
+
+    def list_places(self, responses: str, config: PlaceConfig | None) -> list[Place]:
+        """Print and return the places of sampled responses."""
+        from fastadapt.cli.progress import stoppable
+        from fastadapt.evaluation.generation.responses import read_responses
+        from fastadapt.graphs.places import find_places
+        from fastadapt.io.names import typed_path
+        from fastadapt.reporting.formatting import number
+
+        assert config is not None
+        read = read_responses(typed_path(responses, "--responses"))
+        model = self.models.model
+        with stoppable() as (_, progress):
+            places = find_places(
+                model,
+                read,
+                config,
+                stream=self.stream,
+                progress=lambda done, n: progress("responses", done, n),
+            )
+        rows = [
+            [str(i), f"{p.id} {p.repetition}", str(p.position), number(p.probability, 2), p.before]
+            for i, p in enumerate(places)
+        ]
+        print_table(["place", "response", "position", "p", "text before"], rows, left=True)
+        print(f"\n{len(places):,} places in {len(read):,} responses. Explain some: --place 0 1")
+        return places
+
+
+def _prompts(folder: Path) -> list[str]:
+    """Return the texts of the ``.txt`` files of a folder, in the order of their names."""
+    from fastadapt.errors import UserError
+    from fastadapt.io.documents import read_text
+
+    files = sorted(folder.glob("*.txt"))
+    if not files:
+        raise UserError(f"--prompts: expected a folder with .txt files, got {folder}")
+    return [read_text(file).rstrip("\n") for file in files]
+
+
+def _pick(places: Sequence[Place], numbers: Sequence[str]) -> list[Place]:
+    from fastadapt.errors import UserError
+
+    if list(numbers) == ["all"]:
+        return list(places)
+    wrong = [n for n in numbers if not (n.isascii() and n.isdigit() and int(n) < len(places))]
+    if wrong:
+        raise UserError(
+            f"--place: expected numbers from 0 to {len(places) - 1}, or all, got {' '.join(wrong)}"
+        )
+    return [places[int(n)] for n in numbers]
+
+
+def _labels(run: Path, document: GraphFile) -> dict[tuple[int, int], str]:
+    """Return texts of the graph's features from the store of the run, none without one."""
+    from fastadapt.errors import UserError
+    from fastadapt.graphs.labels import feature_labels, store_of, units_of
+
+    try:
+        store = store_of(run, document)
+    except UserError as error:
+        print(f"Features are shown without their texts: {error}\n")
+        return {}
+    return {} if store is None else feature_labels(store, units_of(document))
+
+
+def _print(
+    graph: Graph, document: GraphFile, path: Path, labels: dict[tuple[int, int], str]
+) -> None:
+    from fastadapt.graphs.labels import node_name, path_in_words, strongest_paths
     from fastadapt.reporting.formatting import number, percent
 
     row = document["rows"][0]
@@ -105,7 +246,7 @@ def _print(graph: Graph, document: GraphFile, path: Path) -> None:
         through = ", ".join(
             f"{layer}.{head} {percent(part / weight)}" for layer, head, part in loads
         )
-        rows.append([_name(document, node), number(weight), through or "–"])
+        rows.append([node_name(document, node), number(weight), through or "–"])
     print_table(["from", "edge", "through heads"], rows)
     print()
     _print_account(document)
@@ -117,12 +258,9 @@ def _print(graph: Graph, document: GraphFile, path: Path) -> None:
         f"{percent(flow['pruned'])}; position 0 gives "
         f"{percent(row['first_position'] / row['size'] if row['size'] else 0)} of the edges\n"
     )
-    names = {leaf: _leaf_name(graph, document, leaf) for _, p in graph.paths(_PATHS) for leaf in p}
-    paths = [
-        [" -> ".join([*(names[leaf] for leaf in reversed(path)), "target"]), percent(strength)]
-        for strength, path in graph.paths(_PATHS)
-    ]
-    print_table(["path", "strength"], paths)
+    print("strongest paths, with their share of the influence:")
+    for strength, nodes in strongest_paths(graph, document, _PATHS):
+        print(f"  {percent(abs(strength))}: {path_in_words(document, nodes, labels)}")
     _print_evidence(document)
     print(f"\ngraph: {path.resolve()}")
 
@@ -170,24 +308,3 @@ def _print_evidence(document: GraphFile) -> None:
         ],
     )
     print(f"\nLater adapters undo {percent(evidence['returned'])} of the ablations' effects.")
-
-
-def _leaf_name(graph: Graph, document: GraphFile, leaf: int) -> str:
-    from fastadapt.graphs.attribution import KINDS
-
-    leaves = graph.leaves
-    kind, layer, position = KINDS[int(leaves.kind[leaf])], leaves.layer[leaf], leaves.position[leaf]
-    return _label(document, kind, int(layer), int(position), int(leaves.feature[leaf]))
-
-
-def _name(document: GraphFile, i: int) -> str:
-    node = document["nodes"][i]
-    return _label(document, node["kind"], node["layer"], node["position"], node["feature"])
-
-
-def _label(document: GraphFile, kind: str, layer: int, position: int, feature: int) -> str:
-    place = f"{document['tokens'][position]!r}@{position}"
-    if kind == "token":
-        return f"token {place}"
-    unit = f"feature {layer}/{feature}" if kind == "feature" else f"{kind} {layer}"
-    return f"{unit} {place}"

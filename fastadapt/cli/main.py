@@ -44,13 +44,15 @@ COMMANDS = {
     "trace": ("effects:trace", "show which features fire on a prompt, and each model's KL"),
     "generate": ("effects:generate", "generate with features removed or scaled"),
     "graph": ("graph:graph", "explain a prediction by tokens, features and biases"),
+    "graph export": ("graph_pages:export", "write graphs as pages, or for other viewers"),
+    "graph serve": ("graph_pages:serve", "serve the pages of graphs to this machine"),
     "data prepare": ("data:prepare", "select training and validation conversations"),
     "data inspect": ("data:inspect", "show how a run would read a data set"),
     "export": ("export:export", "write a run as one checkpoint, or in another format"),
     "doctor": ("doctor:doctor", "show what will be used on this machine, and check the kernels"),
 }
 #: Commands that print their help if they are called without arguments.
-_HELPFUL = ("eval", "generate", "intervene", "trace", "where")
+_HELPFUL = ("eval", "generate", "graph", "intervene", "trace", "where")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,6 +95,8 @@ def open_command(name: str) -> Command:
 def _dispatch(argv: list[str]) -> int:
     first = argv[0] if argv else "--help"
     group = [name for name in COMMANDS if name.startswith(f"{first} ")]
+    if first in COMMANDS and " ".join(argv[:2]) not in group:
+        group = []  # `graph` is a command and a group: `graph RUN`, `graph serve`
     n_words = 2 if group else 1
     if first == "--version":
         print(f"fastadapt {__version__}")
