@@ -85,13 +85,16 @@ def graph(
     given = [name for name, value in sources.items() if value is not None]
     if len(given) != 1:
         raise UserError(f"expected one of {', '.join(sources)}, got {', '.join(given) or 'none'}")
-    question = Question(None if place else token, against, feature, direction, position)
-    wanted = PlaceConfig(at, above, after) if responses is not None or at else None
-    if (responses is None) != (wanted is None):
+    if responses is None and (at or place or above is not None or after is not None):
         raise UserError("--at: expected with --responses, a file of sampled responses")
+    if responses is not None and (token, feature, direction, position) != (None,) * 4:
+        raise UserError(
+            "--token: a place gives the token and its position; leave out --token, --feature, "
+            "--direction and --position"
+        )
+    contrast = against if responses is None else None
+    question = Question(token, contrast, feature, direction, position)
     work = _Work(run, stream, config, evidence, dtype, device, trust_remote_code, overwrite)
-    if responses is None and (place or above is not None or after is not None):
-        raise UserError("--place, --above, --after: expected with --responses and --at")
     folder = typed_path(run, "run") / GRAPHS if output is None else typed_path(output, "--output")
     if prompt is not None:
         path = folder if output is not None else folder / work.name(prompt, question)
@@ -102,7 +105,8 @@ def graph(
         for text in _prompts(typed_path(prompts, "--prompts")):
             work.explain_new(text, question, folder)
     else:
-        for spot in _pick(work.list_places(str(responses), wanted), place):
+        places = work.list_places(str(responses), PlaceConfig(at, above, after))
+        for spot in _pick(places, place):
             work.explain_new(spot.ids, Question(spot.token, against), folder)
     return 0
 
@@ -163,7 +167,7 @@ class _Work:
         write_graph(document, path, overwrite=self.overwrite)
         _print(result, document, path, _labels(Path(self.run), document))
 
-    def list_places(self, responses: str, config: PlaceConfig | None) -> list[Place]:
+    def list_places(self, responses: str, config: PlaceConfig) -> list[Place]:
         """Print and return the places of sampled responses."""
         from fastadapt.cli.progress import stoppable
         from fastadapt.evaluation.generation.responses import read_responses
@@ -171,7 +175,6 @@ class _Work:
         from fastadapt.io.names import typed_path
         from fastadapt.reporting.formatting import number
 
-        assert config is not None
         read = read_responses(typed_path(responses, "--responses"))
         model = self.models.model
         with stoppable() as (_, progress):

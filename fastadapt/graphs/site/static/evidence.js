@@ -48,14 +48,19 @@ function drawAblations({ samples, curve, returned }) {
   const rows = samples.flatMap(({ name, nodes, correlations }) => correlations.map(({ predictor, spearman, pearson }, i) =>
     [i ? "" : `${nodes.length} ${name}`, predictor, interval(spearman), interval(pearson)]));
   const shares = curve.n.map((n, i) =>
-    [formatInteger(n), ...["ablated", "ablated_random", "isolated", "isolated_random"].map((name) => formatPercent(curve[name][i]))]);
+    [formatInteger(n), ...["ablated", "ablated_random", "isolated", "isolated_random"].map((name) => tenths(curve[name][i]))]);
   return [
     card("Effects of removing one feature", "measured against predicted",
       table(["features", "predicted by", "Spearman", "Pearson"], rows),
-      el("p", { class: "note" }, `Later adapters undo ${formatPercent(returned)} of the effects.`)),
+      el("p", { class: "note" }, `Later adapters undo ${signedPercent(returned)} of the effects.`)),
     card("Removing and leaving the first n features", "share of the effect of all",
       table(["n", "removed", "random", "only these", "random"], shares)),
   ];
+}
+
+/** Formats a share as a percentage with one decimal. */
+function tenths(share) {
+  return `${(Math.round(1000 * share) / 10 + 0).toFixed(1).replace("-", "−")}%`;
 }
 
 function round(value) {

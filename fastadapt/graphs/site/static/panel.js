@@ -48,6 +48,26 @@ function ended({ kind }) {
   return kind === "feature" ? "This feature was not expanded: its influence counts as pruned." : "None: influence ends here.";
 }
 
+/** Returns what the store says of a feature in one line: its description, or promoted tokens. */
+function saying({ units, tokens }, { kind, layer, feature }) {
+  if (kind !== "feature" || !units?.ready[layer]) return null;
+  const unit = layer * units.features + feature;
+  if (units.description[unit] !== undefined) return inlineText(units.description[unit]);
+  const texts = units.promotedOf(unit).slice(0, 4).map((token) => tokenText(tokens.text(token)));
+  return texts.length ? `promotes ${texts.join(", ")}` : null;
+}
+
+/** Draws a line for an item, which selects it. */
+function itemLine(context, item, size, sign, number, tip) {
+  const { graph, select } = context;
+  const text = saying(context, graph.items[item]);
+  return el("button", {
+    type: "button", class: "edge-line", "data-item": item, "data-tip": tip, on: { click: () => select(item) },
+  }, el("span", { class: "label" }, graph.name(item), " ", tokenChip(graph.token(graph.items[item].position))),
+  el("i", { class: sign < 0 ? "lowers" : "raises", style: { "--size": size } }), el("b", {}, number),
+  text ? el("bdi", { class: "saying" }, text) : null);
+}
+
 /** Draws what the store says of a feature: its description and the tokens that it promotes. */
 function said({ units, tokens }, { kind, layer, feature }) {
   if (kind !== "feature" || !units?.ready[layer]) return [];
@@ -81,13 +101,17 @@ function facts({ graph }, item) {
   return list;
 }
 
+function signedPercent(share) {
+  return `${share < 0 ? "−" : ""}${formatPercent(Math.abs(share))}`;
+}
+
 function signedNumber(value) {
   return `${value > 0 ? "+" : ""}${formatNumber(value)}`;
 }
 
 /** Draws edges to or from an item. */
 function edgeList(context, key, title, edges, end, row) {
-  const { graph, select, all } = context;
+  const { graph, all } = context;
   const order = [...edges].sort((a, b) => Math.abs(b.weight) - Math.abs(a.weight));
   if (end === "target") order.sort((a, b) => b.flow - a.flow);
   const size = (edge) => (end === "source" ? Math.abs(edge.weight) : edge.flow);
@@ -97,13 +121,10 @@ function edgeList(context, key, title, edges, end, row) {
   for (const edge of shown) {
     const other = edge[end];
     const heads = end === "source" && graph.isTarget(edge.target) ? graph.heads.get(other) : null;
-    const bar = el("i", { class: edge.weight < 0 ? "lowers" : "raises", style: { "--size": size(edge) / largest } });
-    const line = el("button", {
-      type: "button", class: "edge-line", "data-item": other, on: { click: () => select(other) },
-      "data-tip": `${graph.fullName(other)} · edge ${signedNumber(edge.weight)} · ${formatPercent(edge.flow)} of the target`,
-    }, el("span", { class: "label" }, graph.name(other), " ", tokenChip(graph.token(graph.items[other].position))),
-    bar, el("b", {}, signedNumber(edge.weight)));
-    list.append(el("li", {}, line, heads ? el("span", { class: "heads" }, headText(heads, edge.weight)) : null));
+    const tip = `${graph.fullName(other)} · edge ${signedNumber(edge.weight)} · ${formatPercent(edge.flow)} of the target`;
+    const line = itemLine(context, other, size(edge) / largest, edge.weight, signedNumber(edge.weight), tip);
+    const text = heads ? headText(heads, edge.weight) : "";
+    list.append(el("li", {}, line, text ? el("span", { class: "heads" }, text) : null));
   }
   const children = [list];
   if (order.length > LISTED) {
@@ -124,22 +145,19 @@ function edgeList(context, key, title, edges, end, row) {
 function headText({ direct, heads }, weight) {
   const loads = heads.filter(([, , part]) => Math.abs(part) >= LEAST_HEAD * Math.abs(weight));
   loads.sort((a, b) => Math.abs(b[2]) - Math.abs(a[2]));
-  const texts = loads.slice(0, 4).map(([layer, head, part]) => `head ${layer}.${head} ${formatPercent(part / weight)}`);
-  if (Math.abs(direct) >= LEAST_HEAD * Math.abs(weight)) texts.unshift(`no head ${formatPercent(direct / weight)}`);
+  if (!loads.length) return "";
+  const texts = loads.slice(0, 4).map(([layer, head, part]) => `head ${layer}.${head} ${signedPercent(part / weight)}`);
+  if (Math.abs(direct) >= LEAST_HEAD * Math.abs(weight)) texts.push(`no head ${signedPercent(direct / weight)}`);
   return texts.join(", ");
 }
 
 function strongest(context) {
-  const { graph, select } = context;
-  const list = el("ol", { class: "edges" });
+  const { graph } = context;
   const first = graph.order.slice(0, LISTED);
   const largest = graph.items[first[0]]?.influence ?? 1;
-  for (const item of first) {
-    const { influence, position } = graph.items[item];
-    list.append(el("li", {}, el("button", { type: "button", class: "edge-line", "data-item": item, on: { click: () => select(item) } },
-      el("span", { class: "label" }, graph.name(item), " ", tokenChip(graph.token(position))),
-      el("i", { class: graph.signed[item] < 0 ? "lowers" : "raises", style: { "--size": influence / largest } }),
-      el("b", {}, formatPercent(influence)))));
-  }
-  return card("Most influence", "share of the target", list);
+  const lines = first.map((item) => {
+    const { influence } = graph.items[item];
+    return el("li", {}, itemLine(context, item, influence / largest, graph.signed[item], formatPercent(influence), graph.fullName(item)));
+  });
+  return card("Most influence", "share of the target", el("ol", { class: "edges" }, ...lines));
 }

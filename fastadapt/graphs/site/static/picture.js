@@ -39,7 +39,10 @@ function drawPicture(box, state) {
     label.dataset.tip = `${text} · position ${position}`;
     svg.append(label);
   });
+  const { scrollLeft } = box;
+  const isFirst = box.firstChild === null;
   box.replaceChildren(svg);
+  box.scrollLeft = isFirst ? layout.width : scrollLeft; // first to the target, which is on the right
 }
 
 /** Returns places of items, columns of positions and lines of layers. */

@@ -2,7 +2,7 @@
 // "#/graph?node=…&pins=…&group=…&nodes=…&edges=…", "#/graph/layer/feature?…".
 "use strict";
 
-const DEFAULTS = { nodes: 70, edges: 70 }; // percent of the influence
+const DEFAULTS = { nodes: 85, edges: 80 }; // percent of the influence
 const current = { graph: null, unit: null, node: null, pins: [], groups: [], ...DEFAULTS };
 const graphs = new Map(); // index to a promise of a Graph
 const all = new Set(); // lists of edges that are shown in full
@@ -145,9 +145,11 @@ async function showGraph(visit) {
   if (showGraph.drawn !== graph) {
     drawLegend(document.getElementById("legend"), graph);
     drawEvidence(document.getElementById("evidence"), graph);
+    document.getElementById("picture").replaceChildren();
     showGraph.drawn = graph;
-    all.clear();
   }
+  if (showGraph.node !== current.node) all.clear();
+  showGraph.node = current.node;
   draw();
   markDrawn("graph");
   if (!units) return;
