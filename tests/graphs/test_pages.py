@@ -57,6 +57,11 @@ def whole(tab: Tab, selector: str) -> int:
     return int(tab.page.locator(selector).count())
 
 
+def wait_for(tab: Tab, part: str) -> None:
+    """Wait until the address has a part."""
+    tab.page.wait_for_function("part => location.hash.includes(part)", arg=part)
+
+
 ALL = "#/0?nodes=100&edges=100"
 
 
@@ -100,10 +105,10 @@ def test_thresholds_leave_the_largest(browser: Any, graph: Any, file: str) -> No
     assert sorted(shown) == sorted([*order[:n], len(influence)])
     few = whole(tab, "#picture .edge")
     tab.page.keyboard.press("}")
-    tab.page.wait_for_function("() => location.hash.includes('edges=35')")
+    wait_for(tab, "edges=35")
     assert whole(tab, "#picture .edge") > few
     tab.page.keyboard.press("[")
-    tab.page.wait_for_function("() => location.hash.includes('nodes=45')")
+    wait_for(tab, "nodes=45")
     assert whole(tab, "#picture .node") <= n
     assert tab.complaints == []
 
@@ -174,18 +179,18 @@ def test_keys_pins_and_groups_are_in_the_address(browser: Any, graph: Any, file:
     order = sorted(range(len(graph["nodes"])), key=lambda i: -graph["nodes"][i]["influence"])
     for i in range(3):
         page.keyboard.press("j")
-        page.wait_for_function("n => location.hash.includes(`node=${n}`)", arg=order[i])
+        wait_for(tab, f"node={order[i]}")
         page.keyboard.press("p")
     pins = ".".join(map(str, order[:3]))
-    page.wait_for_function("pins => location.hash.includes(`pins=${pins}`)", arg=pins)
+    wait_for(tab, f"pins={pins}")
     assert whole(tab, "#picture .pinned") == 3
     assert whole(tab, "#groups .box") == 4
     page.keyboard.press("g")
-    page.wait_for_function("() => location.hash.includes('group=')")
+    wait_for(tab, "group=")
     assert whole(tab, "#groups .box") == 2
     page.fill("#groups input", "digits: & more")
     page.keyboard.press("Tab")
-    page.wait_for_function("() => location.hash.includes('digits')")
+    wait_for(tab, "digits")
     address = page.evaluate("location.href")
 
     again = opened(browser, address)
@@ -210,7 +215,7 @@ def test_keys_pins_and_groups_are_in_the_address(browser: Any, graph: Any, file:
         "n => location.hash.includes(`node=${n}`)", arg=len(graph["nodes"])
     )
     again.page.keyboard.press("ArrowDown")
-    again.page.wait_for_function("n => location.hash.includes(`node=${n}`)", arg=into["sources"][0])
+    wait_for(again, f"node={into['sources'][0]}")
     again.page.keyboard.press("?")
     assert whole(again, "dialog[open]") == 1
     assert again.complaints == tab.complaints == []

@@ -15,8 +15,8 @@ from fastadapt.graphs.explain import token_ids
 from fastadapt.graphs.places import PlaceConfig, find_places, word_tokens
 
 TEXT = (
-    "<｜User｜>tom has 3 apples and gets 4 apples . how many now ?<｜Assistant｜><think> 3 + 4 = 8 . "
-    "wait , 3 + 4 = 7 . so the answer is 7 . </think> the answer is 7"
+    "<｜User｜>tom has 3 apples and gets 4 apples . how many now ?<｜Assistant｜><think> 3 + 4 "
+    "= 8 . wait , 3 + 4 = 7 . so the answer is 7 . </think> the answer is 7"
 )
 N_PROMPT = 14
 

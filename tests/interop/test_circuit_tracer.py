@@ -51,9 +51,9 @@ def scores(document: dict[str, Any], order: tuple[str, ...] = ORDER) -> tuple[fl
     influence, step = np.zeros(len(nodes)), weights @ matrix
     while step.any():
         influence, step = influence + step, step @ matrix
-    of = {k: np.array([n["feature_type"] == k for n in nodes]) for k in order}
-    tokens, errors = influence[of["embedding"]].sum(), influence[of[ORDER[1]]].sum()
-    share = 1 - matrix[:, of[ORDER[1]]].sum(1)
+    masks = {k: np.array([n["feature_type"] == k for n in nodes]) for k in order}
+    tokens, errors = influence[masks["embedding"]].sum(), influence[masks[ORDER[1]]].sum()
+    share = 1 - matrix[:, masks[ORDER[1]]].sum(1)
     complete = (share * (influence + weights)).sum() / (influence + weights).sum()
     return tokens / (tokens + errors), complete
 
