@@ -301,13 +301,15 @@ def _print_evidence(document: GraphFile) -> None:
     print()
     print_table(["ablated features", "predicted by", "Spearman", "Pearson"], rows)
     curve = evidence["curve"]
-    columns = ("ablated", "ablated_random", "isolated", "isolated_random")
+    columns = (
+        curve["ablated"],
+        curve["ablated_random"],
+        curve["isolated"],
+        curve["isolated_random"],
+    )
     print()
     print_table(
         ["features", "ablated", "random", "only these", "random"],
-        [
-            [str(n), *(percent(curve[name][i]) for name in columns)]
-            for i, n in enumerate(curve["n"])
-        ],
+        [[str(n), *(percent(column[i]) for column in columns)] for i, n in enumerate(curve["n"])],
     )
     print(f"\nLater adapters undo {percent(evidence['returned'])} of the ablations' effects.")

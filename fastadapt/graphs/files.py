@@ -248,7 +248,7 @@ def describe(
     }
     if evidence is not None:
         document["evidence"] = {
-            **evidence._asdict(),
+            **evidence._asdict(),  # type: ignore[typeddict-item]
             "samples": [
                 {
                     **sample._asdict(),

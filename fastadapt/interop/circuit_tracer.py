@@ -29,7 +29,7 @@ from fastadapt.io.atomic import disk_errors, make_folder, replacing
 from fastadapt.io.documents import Count, Finite, NonNegative, read_json
 from fastadapt.io.names import has_file
 
-SCHEMA_VERSION = 1  # of the format, not of this library
+SCHEMA_VERSION: Literal[1] = 1  # of the format, not of this library
 #: The list of the graphs in a folder, which circuit-tracer's local page reads.
 LIST = "graph-metadata.json"
 _SLUG = re.compile(r"[a-z0-9]+(?:[-_][a-z0-9]+)*")
@@ -245,7 +245,7 @@ def _node(
     is_feature = place.type == "cross layer transcoder"
     number = cantor(place.layer, place.number) if is_feature else -1
     number = place.position if place.type == "embedding" else number
-    return _blank(place, graph, number) | {  # type: ignore[return-value]
+    return _blank(place, graph, number) | {
         "clerp": clerp,
         "influence": share,
         "activation": activation,
@@ -260,7 +260,7 @@ def _logit(place: _Place, graph: GraphFile, i: int) -> Node:
         name = " - ".join(f'"{logit["string"]}"' for logit in logits)
     else:
         name = f'"{graph["rows"][i]["name"]}"'
-    return _blank(place, graph, place.number) | {  # type: ignore[return-value]
+    return _blank(place, graph, place.number) | {
         "clerp": f"Output {name.replace('(p=', '(p =')} (p={probability:.3f})",
         "token_prob": probability,
         "is_target_logit": i == 0,

@@ -103,8 +103,8 @@ def sampled(path: Path, n_prompt: int = 8) -> list[Any]:
     batch = collate(list(texts), 0)
     written = []
     with open_responses(path, {}) as file:
-        for i, (ids, mask) in enumerate(zip(batch.input_ids, batch.attention_mask, strict=True)):
-            tokens = ids[mask.bool()].tolist()
+        for i, (ids, real) in enumerate(zip(batch.input_ids, batch.real, strict=True)):
+            tokens = ids[real].tolist()
             answer = tokens[n_prompt:]
             written.append(
                 Response(

@@ -122,12 +122,12 @@ def test_the_readers_scores_are_those_of_the_graph() -> None:
             if graph["nodes"][source]["kind"] in ("attention bias", "mlp bias", "error"):
                 row["weights"][i] = 0.0
     replacement, completeness = scores(converted(graph))
-    shares, flow = dict.fromkeys(range(len(graph["nodes"])), 0.0), {None: 1.0}
+    shares = dict.fromkeys(range(len(graph["nodes"])), 0.0)
     for row in graph["rows"]:
         size = sum(map(abs, row["weights"]))
         for i, weight in zip(row["sources"], row["weights"], strict=True):
-            shares[i] += flow.get(row["node"], 0.0) * abs(weight) / (size or 1.0)
-        flow |= shares
+            flow = 1.0 if row["node"] is None else shares[row["node"]]
+            shares[i] += flow * abs(weight) / (size or 1.0)
     tokens = sum(v for i, v in shares.items() if graph["nodes"][i]["kind"] == "token")
     biases = sum(v for i, v in shares.items() if graph["nodes"][i]["kind"] == "decoder bias")
     assert replacement == pytest.approx(tokens / (tokens + biases))
