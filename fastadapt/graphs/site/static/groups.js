@@ -2,6 +2,7 @@
 "use strict";
 
 const BOX = { width: 168, height: 44, across: 26, up: 46 };
+const SHIFT = 56; // of every other line, so that edges past a box stay visible
 
 /**
  * Draws the card of pins. context: graph, pins (array of items), groups (array of {name, items}),
@@ -54,11 +55,11 @@ function drawReduced({ graph, select }, boxes) {
   });
   const order = [...lines.keys()].sort((a, b) => b - a);
   const most = Math.max(...[...lines.values()].map((line) => line.length));
-  const width = most * (BOX.width + BOX.across) + BOX.across;
+  const width = most * (BOX.width + BOX.across) + BOX.across + 2 * SHIFT;
   order.forEach((layer, i) => {
     const line = lines.get(layer).sort((a, b) => graph.items[a.items[0]].position - graph.items[b.items[0]].position);
     line.forEach((box, k) => {
-      box.x = (width - line.length * (BOX.width + BOX.across) + BOX.across) / 2 + k * (BOX.width + BOX.across);
+      box.x = (width - line.length * (BOX.width + BOX.across) + BOX.across) / 2 + k * (BOX.width + BOX.across) + (i % 2 ? SHIFT : -SHIFT);
       box.y = 4 + i * (BOX.height + BOX.up);
     });
   });

@@ -6,6 +6,7 @@ const MORE_RADIUS = 10; // of the node with the largest influence
 const CELL = 132; // widest cell before its nodes continue on another line
 const GAP = 10; // between columns
 const GUTTER = 58; // labels of layers
+const LONGEST = 14; // characters of a token below the picture
 
 /**
  * Draws the picture into a box.
@@ -18,10 +19,11 @@ function drawPicture(box, state) {
     width: layout.width, height: layout.height, viewBox: `0 0 ${layout.width} ${layout.height}`,
     class: state.selected === null ? null : "focused",
   });
+  // The names of layers stay in view while the picture is scrolled.
+  const names = el("div", { class: "layers" });
   layout.lines.forEach(({ y, height, label }, i) => {
-    svg.append(
-      el("rect", { class: i % 2 ? "band" : "band odd", x: 0, y, width: layout.width, height }),
-      el("text", { class: "layer", x: 8, y: y + height / 2, "dominant-baseline": "middle" }, label));
+    svg.append(el("rect", { class: i % 2 ? "band" : "band odd", x: 0, y, width: layout.width, height }));
+    names.append(el("span", { style: { top: `${y + height / 2}px` } }, label));
   });
   const { selected } = state;
   const largest = Math.max(...state.edges.map(({ flow }) => flow), 1e-300);
@@ -34,15 +36,18 @@ function drawPicture(box, state) {
   layout.columns.forEach(({ x, width, position }) => {
     const text = tokenText(state.graph.token(position));
     const label = el("text", { class: "place", x: 0, y: 0, "text-anchor": "end",
-      transform: `translate(${x + width / 2 + 4} ${layout.foot + 14}) rotate(-38)` },
-    text.length > 14 ? `${text.slice(0, 13)}…` : text);
+      transform: `translate(${x + width / 2 + 4} ${layout.foot + 14}) rotate(-38)` }, shortened(text));
     label.dataset.tip = `${text} · position ${position}`;
     svg.append(label);
   });
   const { scrollLeft } = box;
   const isFirst = box.firstChild === null;
-  box.replaceChildren(svg);
+  box.replaceChildren(names, svg);
   box.scrollLeft = isFirst ? layout.width : scrollLeft; // first to the target, which is on the right
+}
+
+function shortened(text) {
+  return text.length > LONGEST ? `${text.slice(0, LONGEST - 1)}…` : text;
 }
 
 /** Returns places of items, columns of positions and lines of layers. */
@@ -107,7 +112,8 @@ function arrange(graph, items, room) {
       top += row.height;
     }
   }
-  return { points, columns, lines, foot: y, width: Math.max(x + 8, room), height: y + 74 };
+  const longest = Math.max(...positions.map((position) => shortened(tokenText(graph.token(position))).length));
+  return { points, columns, lines, foot: y, width: Math.max(x + 8, room), height: y + 24 + 4.4 * longest };
 }
 
 function drawEdge({ source, target, weight }, { points }, share, near) {

@@ -135,12 +135,17 @@ function showGraphs() {
   markDrawn("graphs");
 }
 
-async function showGraph(visit) {
+function drawGraphTitle() {
   const { file } = graph;
   const [row] = file.rows;
+  const name = (path) => inlineText(String(path).split("/").pop());
   drawTitle(inlineText(row.name), `after ${tokenText(graph.token(row.position))} (position ${row.position} of ` +
     `${formatInteger(file.ids.length)}) · value ${formatNumber(row.value)} · stream ${file.stream} · ` +
-    `${inlineText(String(file.models.target).split("/").pop())} against ${inlineText(String(file.models.base).split("/").pop())}`);
+    `${name(file.models.target)} against ${name(file.models.base)}`);
+}
+
+async function showGraph(visit) {
+  drawGraphTitle();
   show("graph");
   if (showGraph.drawn !== graph) {
     drawLegend(document.getElementById("legend"), graph);
@@ -206,7 +211,7 @@ async function showFeature(visit) {
     label();
   };
   label();
-  drawTitle(`Layer ${layer}, feature ${feature}`, inlineText(graph.file.rows[0].name));
+  drawGraphTitle();
   show("feature");
   scrollTo(0, 0);
   main.focus({ preventScroll: true });
