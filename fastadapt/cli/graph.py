@@ -108,6 +108,8 @@ def graph(
         places = work.list_places(str(responses), PlaceConfig(at, above, after))
         for spot in _pick(places, place):
             work.explain_new(spot.ids, Question(spot.token, against), folder)
+    if work.stopped:
+        print("Stopped; finished graphs are saved. Run the same command again to go on.")
     return 0
 
 
@@ -123,6 +125,7 @@ class _Work:
     device: str | None
     trust_remote_code: bool
     overwrite: bool
+    stopped: bool = False  # by a signal: no further graph is begun
 
     @cached_property
     def models(self) -> ModelSet:
@@ -144,6 +147,8 @@ class _Work:
     def explain_new(self, text: str | Sequence[int], question: Question, folder: Path) -> None:
         """Explain a text unless its graph exists."""
         path = folder / self.name(text, question)
+        if self.stopped:
+            return
         if path.exists() and not self.overwrite:
             print(f"exists: {path.resolve()}")
         else:
@@ -154,7 +159,7 @@ class _Work:
         from fastadapt.graphs.explain import explain
         from fastadapt.graphs.files import write_graph
 
-        with stoppable() as (_, progress):
+        with stoppable() as (stop, progress):
             result, document = explain(
                 self.models,
                 text,
@@ -164,6 +169,7 @@ class _Work:
                 stream=self.stream,
                 progress=lambda done, n: progress("features", done, n),
             )
+        self.stopped = stop.is_set()
         write_graph(document, path, overwrite=self.overwrite)
         _print(result, document, path, _labels(Path(self.run), document))
 
@@ -171,6 +177,7 @@ class _Work:
         """Print and return the places of sampled responses."""
         from fastadapt.cli.progress import stoppable
         from fastadapt.evaluation.generation.responses import read_responses
+        from fastadapt.features.store.characters import visible
         from fastadapt.graphs.places import find_places
         from fastadapt.io.names import typed_path
         from fastadapt.reporting.formatting import number
@@ -185,10 +192,10 @@ class _Work:
                 stream=self.stream,
                 progress=lambda done, n: progress("responses", done, n),
             )
-        rows = [
-            [str(i), f"{p.id} {p.repetition}", str(p.position), number(p.probability, 2), p.before]
-            for i, p in enumerate(places)
-        ]
+        rows = []
+        for i, p in enumerate(places):
+            cells = (f"{p.id} {p.repetition}", str(p.position), number(p.probability, 2))
+            rows.append([str(i), *cells, visible(p.before)])
         print_table(["place", "response", "position", "p", "text before"], rows, left=True)
         print(f"\n{len(places):,} places in {len(read):,} responses. Explain some: --place 0 1")
         return places

@@ -51,3 +51,17 @@ def test_a_damaged_graph_gets_one_message(tmp_path: Path, fastadapt: Callable[..
             assert len(outcome.err.strip().splitlines()) == 1
     outcome = fastadapt("graph", "export", tmp_path / "none")
     assert "expected the file of a graph, or a run with graphs" in outcome.err
+
+
+def test_pages_as_files(tmp_path: Path, fastadapt: Callable[..., Any]) -> None:
+    write_document(tmp_path / "run" / "graphs" / "a.json")
+    outcome = fastadapt("graph", "export", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    page = tmp_path / "run" / "graphs" / "site" / "index.html"
+    assert outcome.out == f"pages: {page}\n"
+    assert {"data", "index.html", "viewer.js"} <= {path.name for path in page.parent.iterdir()}
+    outcome = fastadapt("graph", "serve", tmp_path / "run", "--port", 70000)
+    assert (outcome.code, "port: expected 0 to 65535" in outcome.err) == (2, True)
+    outcome = fastadapt("graph", "serve", tmp_path / "run", "--features", tmp_path / "run")
+    assert outcome.code == 2
+    assert "has no features yet" in outcome.err
