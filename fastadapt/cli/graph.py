@@ -184,14 +184,16 @@ class _Work:
 
         read = read_responses(typed_path(responses, "--responses"))
         model = self.models.model
-        with stoppable() as (_, progress):
+        with stoppable() as (stop, progress):
             places = find_places(
                 model,
                 read,
                 config,
                 stream=self.stream,
                 progress=lambda done, n: progress("responses", done, n),
+                stop=stop,
             )
+        self.stopped = stop.is_set()
         rows = []
         for i, p in enumerate(places):
             cells = (f"{p.id} {p.repetition}", str(p.position), number(p.probability, 2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from threading import Event
 from typing import Any, NamedTuple
 
 import torch
@@ -78,6 +79,7 @@ def find_places(
     *,
     stream: Stream = "replacement",
     progress: Callable[[int, int], Any] | None = None,
+    stop: Event | None = None,
 ) -> list[Place]:
     """Return the places of responses, in the order of the file.
 
@@ -87,6 +89,7 @@ def find_places(
         config: words and conditions.
         stream: the model that reads the responses: replacement or target.
         progress: called with numbers of responses.
+        stop: set it to return the places of the responses read so far.
 
     Raises:
         UserError: a word is no token, or a response does not fit into the model.
@@ -106,6 +109,8 @@ def find_places(
                 places.append(Place(*key, i, token, probability, is_top, before, read))
         if progress is not None:
             progress(done, len(responses))
+        if stop is not None and stop.is_set():
+            break
     return places
 
 

@@ -221,6 +221,16 @@ def test_keys_pins_and_groups_are_in_the_address(browser: Any, graph: Any, file:
     assert again.complaints == tab.complaints == []
 
 
+def test_an_address_with_unknown_items(browser: Any, graph: Any, file: str) -> None:
+    n = len(graph["nodes"])
+    tab = opened(browser, file, f"#/0?node={n + 1}&pins=1.{n}.99999&group=1.99999:a&group=7:b")
+    assert whole(tab, "#picture .pinned") == 1
+    assert whole(tab, "#picture .selected") == 0
+    assert whole(tab, "#groups input") == 1
+    assert tab.page.locator("#trouble").is_hidden()
+    assert tab.complaints == []
+
+
 def test_the_evidence_is_that_of_the_file(browser: Any, graph: Any, file: str) -> None:
     tab = opened(browser, file)
     tiles = tab.page.locator("#evidence .tile b").all_text_contents()

@@ -23,6 +23,25 @@ WHOLE = PruneConfig(1, 1)
 ORDER = ("cross layer transcoder", "mlp reconstruction error", "embedding", "logit")
 
 
+#: Required keys of the published schemas, Neuronpedia's (draft-07, 1.0.0) and circuit-tracer's.
+METADATA = {"slug": str, "scan": str, "transcoder_list": list, "prompt_tokens": list, "prompt": str}
+STATE = {"pinnedIds": list, "supernodes": list, "linkType": str, "clickedId": str, "sg_pos": str}
+NODE = {
+    "node_id": str,
+    "feature": int,
+    "layer": str,
+    "ctx_idx": int,
+    "feature_type": str,
+    "jsNodeId": str,
+    "clerp": str,
+}
+LINK = {"source": str, "target": str, "weight": float}
+
+
+def has_keys(value: dict[str, Any], keys: dict[str, type]) -> bool:
+    return all(type(value.get(key)) is kind for key, kind in keys.items())
+
+
 def converted(graph: Any, config: PruneConfig = WHOLE, **options: Any) -> dict[str, Any]:
     document, _ = convert(graph, config, slug="a", scan="model", **options)
     read: dict[str, Any] = json.loads(json.dumps(document, allow_nan=False))
@@ -62,6 +81,10 @@ def test_the_schema_and_the_rules_beside_it() -> None:
     graph = make_document()
     document = converted(graph)
     check(document, Document, "document")
+    assert has_keys(document["metadata"], METADATA)
+    assert has_keys(document["qParams"], STATE)
+    assert all(has_keys(node, NODE) for node in document["nodes"])
+    assert all(has_keys(link, LINK) for link in document["links"])
     assert len({node["node_id"] for node in document["nodes"]}) == len(document["nodes"])
     assert document["metadata"]["schema_version"] == 1
     assert document["metadata"]["prompt_tokens"] == TOKENS

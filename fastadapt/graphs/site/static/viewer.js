@@ -40,8 +40,8 @@ function parse(hash) {
     const pins = [...new Set(numbers(query.get("pins")))];
     const groups = query.getAll("group").map((group) => {
       const [, items, name] = /^([\d.]*)(?::(.*))?$/su.exec(group) ?? [null, "", ""];
-      return { name: name || "group", items: numbers(items).filter((item) => pins.includes(item)) };
-    }).filter(({ items }) => items.length);
+      return { name: name || "group", items: numbers(items) };
+    });
     const node = number(query.get("node") ?? "");
     return { node: node >= 0 ? node : null, pins, groups, nodes: percent("nodes"), edges: percent("edges") };
   }
@@ -73,11 +73,16 @@ function select(item) {
 }
 
 function pin(item) {
-  const pins = current.pins.includes(item) ? current.pins.filter((other) => other !== item) : [...current.pins, item];
-  const groups = current.groups
-    .map(({ name, items }) => ({ name, items: items.filter((other) => pins.includes(other)) }))
+  setPins(current.pins.includes(item) ? current.pins.filter((other) => other !== item) : [...current.pins, item]);
+  change({});
+}
+
+/** Sets the pins, and leaves the others out of the groups. */
+function setPins(pins) {
+  current.pins = pins;
+  current.groups = current.groups
+    .map(({ name, items }) => ({ name, items: items.filter((item) => pins.includes(item)) }))
     .filter(({ items }) => items.length);
-  change({ pins, groups });
 }
 
 async function route() {
@@ -89,9 +94,8 @@ async function route() {
     const loaded = await readGraph(current.graph);
     if (visit !== visits) return;
     graph = loaded;
-    const known = (item) => item < graph.items.length;
-    if (current.node !== null && !known(current.node)) current.node = null;
-    current.pins = current.pins.filter((item) => item < graph.n);
+    if (current.node >= graph.items.length) current.node = null;
+    setPins(current.pins.filter((item) => item < graph.n));
     if (current.unit !== null) await showFeature(visit);
     else await showGraph(visit);
   } catch (error) {
