@@ -52,7 +52,7 @@ COMMANDS = {
     "doctor": ("doctor:doctor", "show what will be used on this machine, and check the kernels"),
 }
 #: Commands that print their help if they are called without arguments.
-_HELPFUL = ("eval", "generate", "graph", "intervene", "trace", "where")
+_HELPFUL = ("eval", "generate", "intervene", "trace", "where")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
