@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ NODE = {
 LINK = {"source": str, "target": str, "weight": float}
 
 
-def has_keys(value: dict[str, Any], keys: dict[str, type]) -> bool:
+def has_keys(value: dict[str, Any], keys: Mapping[str, type]) -> bool:
     return all(type(value.get(key)) is kind for key, kind in keys.items())
 
 
