@@ -18,6 +18,7 @@ BANNED = {
 
 #: Names that a file format or an option of the command line fixes.
 FIXED = {
+    ("fastadapt/cli/graph/explain.py", "at"),  # graph --at
     ("fastadapt/features/store/selection.py", "at"),  # features select --at
     ("fastadapt/features/store/sets.py", "made"),  # key of a set's file
 }

@@ -44,7 +44,9 @@ COMMANDS = {
     "changes": ("effects:changes", "write the page 'what changed' of a run"),
     "trace": ("effects:trace", "show which features fire on a prompt, and each model's KL"),
     "generate": ("effects:generate", "generate with features removed or scaled"),
-    "graph": ("graph:graph", "explain a prediction by tokens, features and biases"),
+    "graph": ("graph.explain:graph", "explain a prediction by tokens, features and biases"),
+    "graph export": ("graph.pages:export", "write graphs as pages, or for other viewers"),
+    "graph serve": ("graph.pages:serve", "serve the pages of graphs to this machine"),
     "data prepare": ("data:prepare", "select training and validation conversations"),
     "data inspect": ("data:inspect", "show how a run would read a data set"),
     "export": ("export:export", "write a run as one checkpoint, or in another format"),
@@ -94,6 +96,8 @@ def open_command(name: str) -> Command:
 def _dispatch(argv: list[str]) -> int:
     first = argv[0] if argv else "--help"
     group = [name for name in COMMANDS if name.startswith(f"{first} ")]
+    if first in COMMANDS and " ".join(argv[:2]) not in group:
+        group = []  # `graph` is a command and a group: `graph RUN`, `graph serve`
     n_words = 2 if group else 1
     if first == "--version":
         print(f"fastadapt {__version__}")

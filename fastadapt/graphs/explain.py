@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,7 @@ class Question:
     """What a graph explains; by default the target's top token against the hybrid's.
 
     Args:
-        token: a token, as text: its logit, minus the mean over the vocabulary.
+        token: a token, as text or id: its logit, minus the mean over the vocabulary.
         against: with ``token``: the difference to this token's logit.
         feature: ``layer/number``: the pre-activation of this feature.
         direction: a safetensors file with a tensor ``direction`` of the model's width, which is
@@ -49,8 +49,8 @@ class Question:
             ``token``.
     """
 
-    token: str | None = None
-    against: str | None = None
+    token: str | int | None = None
+    against: str | int | None = None
     feature: str | None = None
     direction: str | None = None
     position: int | None = None
@@ -109,9 +109,31 @@ def token_ids(model: ReplacementModel, prompt: str) -> Tensor:
     return check_ids(model, ids)
 
 
-def explain(
+def open_models(
     run: str,
-    prompt: str,
+    *,
+    dtype: str = "float32",
+    device: str | None = None,
+    trust_remote_code: bool = False,
+) -> ModelSet:
+    """Open a run for graphs; arguments as of :func:`explain`.
+
+    Raises:
+        UserError: the run is none, or the dtype has 16 bits.
+    """
+    if dtype not in ("float32", "float64"):
+        raise UserError(
+            f"--dtype: expected float32 or float64, got {dtype}; in 16 bits the edges do not "
+            "sum to the value"
+        )
+    return ModelSet.open(
+        [run], ["run"], dtype=dtype, device=device, trust_remote_code=trust_remote_code
+    )
+
+
+def explain(
+    run: str | ModelSet,
+    prompt: str | Sequence[int],
     question: Question,
     config: GraphConfig,
     evidence: EvidenceConfig,
@@ -125,8 +147,8 @@ def explain(
     """Return the graph of a prompt, and its document.
 
     Args:
-        run: folder of a finished run with transcoders.
-        prompt: the text, with the markers that the model expects.
+        run: folder of a finished run with transcoders, or a run that :func:`open_models` opened.
+        prompt: the text, with the markers that the model expects; or token ids.
         question: what to explain.
         config: size of the graph.
         evidence: ablations to measure; only for the stream ``replacement``.
@@ -138,16 +160,14 @@ def explain(
     Raises:
         UserError: an impossible question, prompt or run.
     """
-    if dtype not in ("float32", "float64"):
-        raise UserError(
-            f"--dtype: expected float32 or float64, got {dtype}; in 16 bits the edges do not "
-            "sum to the value"
+    students = run
+    if not isinstance(students, ModelSet):
+        students = open_models(
+            str(run), dtype=dtype, device=device, trust_remote_code=trust_remote_code
         )
-    students = ModelSet.open(
-        [run], ["run"], dtype=dtype, device=device, trust_remote_code=trust_remote_code
-    )
     model = students.model
-    trace = record(model, token_ids(model, prompt), stream=stream, rows=config.rows)
+    ids = token_ids(model, prompt) if isinstance(prompt, str) else check_ids(model, prompt)
+    trace = record(model, ids, stream=stream, rows=config.rows)
     target = question.target(trace)
     graph = grow(trace, [target], config, progress=progress)
     measured = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,10 +17,11 @@ from typing_extensions import NotRequired, TypedDict
 
 from fastadapt.errors import UserError
 from fastadapt.features.store.logit_lens import token_strings
-from fastadapt.graphs.attribution import KINDS, Kind
+from fastadapt.graphs.attribution import KINDS, Kind, Target
 from fastadapt.graphs.evidence import Account, Evidence
 from fastadapt.graphs.graph import Graph
-from fastadapt.graphs.trace import Stream
+from fastadapt.graphs.targets import LogitTarget, logits_of
+from fastadapt.graphs.trace import Stream, Trace
 from fastadapt.io.atomic import disk_errors, make_folder, replacing
 from fastadapt.io.documents import (
     Count,
@@ -74,6 +75,15 @@ class _Models(TypedDict):
     base_revision: str | None
 
 
+class Logit(TypedDict):
+    """A token whose logit a target weighs, and its probability on the graph's stream."""
+
+    token: Count
+    string: str
+    weight: Finite
+    probability: NonNegative
+
+
 class Heads(TypedDict):
     """An edge into the first target by its last attention head: ``[layer, head, part of edge]``."""
 
@@ -82,9 +92,56 @@ class Heads(TypedDict):
     heads: list[tuple[Count, Count, Finite]]
 
 
+class _Flow(TypedDict):
+    replacement: Finite
+    completeness: Finite
+    tokens: Finite
+    errors: Finite
+    biases: Finite
+    pruned: Finite
+
+
+class _Account(TypedDict):
+    with_adapters: Finite
+    hybrid: Finite
+    features: Finite
+    decoder_biases: Finite
+    errors: Finite
+    coefficients: Finite
+    remainder: Finite
+
+
+class _Correlation(TypedDict):
+    predictor: str
+    spearman: tuple[Finite, Finite, Finite]
+    pearson: tuple[Finite, Finite, Finite]
+
+
+class _Sample(TypedDict):
+    name: str
+    nodes: list[Count]
+    effects: list[Finite]
+    correlations: list[_Correlation]
+
+
+class _Curve(TypedDict):
+    n: list[Count]
+    ablated: list[Finite]
+    ablated_random: list[Finite]
+    isolated: list[Finite]
+    isolated_random: list[Finite]
+
+
+class _Evidence(TypedDict):
+    samples: list[_Sample]
+    curve: _Curve
+    returned: Finite
+
+
 class GraphFile(TypedDict):
     """Schema of a graph's file. Rows of targets come first; ``flow`` is that of
-    :class:`.graph.Flow`, ``account`` and ``evidence`` those of :mod:`.evidence`."""
+    :class:`.graph.Flow`, ``account`` and ``evidence`` those of :mod:`.evidence`. ``logits`` has the
+    tokens of each target, none for features and directions."""
 
     schema_version: Positive
     kind: Literal["attribution graph"]
@@ -99,10 +156,11 @@ class GraphFile(TypedDict):
     targets: Positive
     nodes: list[Node]
     rows: list[Edges]
-    flow: dict[str, Finite]
-    account: dict[str, Finite]
+    flow: _Flow
+    account: _Account
     heads: list[Heads]
-    evidence: NotRequired[dict[str, Any]]
+    logits: NotRequired[list[list[Logit]]]
+    evidence: NotRequired[_Evidence]
 
 
 def describe(
@@ -184,12 +242,13 @@ def describe(
             "biases": flow.biases,
             "pruned": flow.pruned,
         },
-        "account": account._asdict(),
+        "account": account._asdict(),  # type: ignore[typeddict-item]
         "heads": [{**edge, "node": number[edge["node"]]} for edge in heads],
+        "logits": [_logits(trace, row.target, strings) for row in graph.rows[: graph.n_targets]],
     }
     if evidence is not None:
         document["evidence"] = {
-            **evidence._asdict(),
+            **evidence._asdict(),  # type: ignore[typeddict-item]
             "samples": [
                 {
                     **sample._asdict(),
@@ -201,6 +260,17 @@ def describe(
             "curve": evidence.curve._asdict(),
         }
     return document
+
+
+def _logits(trace: Trace, target: Target, strings: list[str]) -> list[Logit]:
+    if not isinstance(target, LogitTarget):
+        return []
+    state = trace.final[0, target.position].detach()
+    shares = logits_of(trace.model, state).double().softmax(-1)
+    return [
+        {"token": i, "string": strings[i], "weight": weight, "probability": float(shares[i])}
+        for i, weight in zip(target.tokens, target.weights, strict=True)
+    ]
 
 
 def write_graph(document: GraphFile, path: Path, *, overwrite: bool = False) -> None:
@@ -235,17 +305,42 @@ def read_graph(path: str | os.PathLike[str]) -> GraphFile:
         )
     check(plain, GraphFile, str(path))
     document: GraphFile = plain
-    n = len(document["nodes"])
-    for i, row in enumerate(document["rows"]):
-        if len(row["sources"]) != len(row["weights"]):
-            raise DocumentError(f"{path}: rows[{i}]: sources and weights differ in length")
-        if max([*row["sources"], row["node"] or 0]) >= max(n, 1):
-            raise DocumentError(f"{path}: rows[{i}]: expected nodes below {n:,}, the file's number")
-        if (row["node"] is None) != (i < document["targets"]):
-            raise DocumentError(f"{path}: rows[{i}]: expected the rows of targets first")
-    for i, node in enumerate(document["nodes"]):
-        if node["position"] >= len(document["ids"]):
-            raise DocumentError(f"{path}: nodes[{i}]: expected a position in the text")
     if len(document["tokens"]) != len(document["ids"]):
         raise DocumentError(f"{path}: tokens and ids differ in length")
+    for i, row in enumerate(document["rows"]):
+        _check_row(document, i, row, f"{path}: rows[{i}]")
+    for i, node in enumerate(document["nodes"]):
+        _check_node(document, node, f"{path}: nodes[{i}]")
+    for name, nodes in _nodes_of(document):
+        if max(nodes, default=-1) >= len(document["nodes"]):
+            raise DocumentError(f"{path}: {name}: expected nodes of the file")
     return document
+
+
+def _check_row(document: GraphFile, i: int, row: Edges, where: str) -> None:
+    n = len(document["nodes"])
+    if len(row["sources"]) != len(row["weights"]):
+        raise DocumentError(f"{where}: sources and weights differ in length")
+    if max([*row["sources"], row["node"] or 0]) >= max(n, 1):
+        raise DocumentError(f"{where}: expected nodes below {n:,}, the file's number")
+    if (row["node"] is None) != (i < document["targets"]):
+        raise DocumentError(f"{where}: expected the rows of targets first")
+    if row["position"] >= len(document["ids"]):
+        raise DocumentError(f"{where}: expected a position in the text")
+
+
+def _check_node(document: GraphFile, node: Node, where: str) -> None:
+    if node["position"] >= len(document["ids"]):
+        raise DocumentError(f"{where}: expected a position in the text")
+    is_feature, is_token = node["kind"] == "feature", node["kind"] == "token"
+    if is_token != (node["layer"] < 0) or node["layer"] >= document["n_layers"]:
+        raise DocumentError(f"{where}: expected a layer of the model, and -1 for a token")
+    if is_feature != (node["feature"] >= 0) or node["feature"] >= document["n_features"]:
+        raise DocumentError(f"{where}: expected a feature of the layer, and -1 for other nodes")
+
+
+def _nodes_of(document: GraphFile) -> Iterator[tuple[str, list[int]]]:
+    """Yield the nodes that the parts of a document beside its rows name."""
+    yield "heads", [edge["node"] for edge in document["heads"]]
+    for sample in document["evidence"]["samples"] if "evidence" in document else ():
+        yield "evidence", sample["nodes"]

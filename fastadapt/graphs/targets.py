@@ -140,12 +140,14 @@ def named_feature(trace: Trace, name: str, position: int) -> Target:
     return Target(f"feature {name}", position, row, layer, bias, number)
 
 
-def one_token(tokenizer: Any, text: str, option: str) -> int:
-    """Return the id of a text that is one token.
+def one_token(tokenizer: Any, text: str | int, option: str) -> int:
+    """Return the id of a text that is one token; an id is returned as given.
 
     Raises:
         UserError: the text is no single token of the vocabulary.
     """
+    if isinstance(text, int):
+        return text
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) == 1 and (ids[0] != tokenizer.unk_token_id or text == tokenizer.unk_token):
         return int(ids[0])

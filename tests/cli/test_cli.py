@@ -134,6 +134,8 @@ def test_the_commands_are_frozen(fastadapt: Callable[..., Any]) -> None:
         *frozen,
         "generate",
         "graph",
+        "graph export",
+        "graph serve",
         "intervene",
         "study",
         "trace",

@@ -225,7 +225,7 @@ def test_pages_are_replaced_atomically(store: Store, monkeypatch: pytest.MonkeyP
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(exporting, "_write_static", full)
+        patch.setattr(exporting, "write_static", full)
         with pytest.raises(RunError, match="cannot be written: No space left"):
             export(store)
     assert (site / "data" / "old.js").is_file()

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from typing_extensions import TypedDict
@@ -32,14 +32,19 @@ from fastadapt.io.documents import DocumentError, read_json
 from fastadapt.io.names import has_file, typed_path
 from fastadapt.reporting.page import style_sheet
 
+if TYPE_CHECKING:
+    from importlib.abc import Traversable
+
 SITE = "site"
 #: File with the stamp of the export, for :func:`is_current`. It marks a folder as a site.
 RECORD = "site.json"
 #: Largest number of shards of examples. With it, sites of up to 64 layers of three kinds have fewer
 #: than 2,000 files.
 _MOST_SHARDS = 1792
+#: Writes a shard: name, facts, columns.
+Put = Callable[[str, Any, dict[str, np.ndarray]], None]
 _LEAST_UNITS = 64  # per shard of examples
-_SCRIPTS = ("shards", "units", "dom", "list", "charts", "feature", "router")
+_SCRIPTS = ("shards", "units", "dom", "shell", "list", "charts", "feature", "router")
 STATIC = ("index.html", *(f"{name}.js" for name in _SCRIPTS))
 
 
@@ -72,15 +77,7 @@ def export(
     shapes = {kind: store.shape(kind) for kind in chosen}
     if not chosen:
         raise UserError(f"kinds: expected one or more of {', '.join(store.kinds)}, got none")
-    chosen_folder = store.folder / SITE if folder is None else typed_path(folder, "--output")
-    target = Path(os.path.realpath(chosen_folder))
-    is_site = half_filled(target) or has_file(target / RECORD)
-    if target.is_dir() and not is_site and any(target.iterdir()):
-        raise UserError(
-            f"{target} holds files that are not exported pages; give a folder that is new or empty"
-        )
-    if target.exists() and not target.is_dir():
-        raise UserError(f"{target} is not a folder; give a folder that is new or empty")
+    target = site_folder(store.folder / SITE if folder is None else typed_path(folder, "--output"))
     store.check_files(chosen)
     try:
         with writing_folder(target, last=RECORD) as staged:
@@ -88,6 +85,23 @@ def export(
                 raise _StoppedError
     except _StoppedError:
         return None
+    return target
+
+
+def site_folder(folder: Path) -> Path:
+    """Return the real path of a folder for pages.
+
+    Raises:
+        UserError: the folder holds other files, or is a file.
+    """
+    target = Path(os.path.realpath(folder))
+    is_site = half_filled(target) or has_file(target / RECORD)
+    if target.is_dir() and not is_site and any(target.iterdir()):
+        raise UserError(
+            f"{target} holds files that are not exported pages; give a folder that is new or empty"
+        )
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target} is not a folder; give a folder that is new or empty")
     return target
 
 
@@ -158,8 +172,7 @@ def _write(
     def put(name: str, facts: Any, columns: dict[str, np.ndarray]) -> None:
         (data / f"{name}.js").write_bytes(shard(name, mark, facts, columns))
 
-    manifest = store.manifest
-    domains = list(manifest["domains"])
+    domains = list(store.manifest["domains"])
     layers = sum(n_layers for n_layers, _ in shapes.values())
     listed, done = [], 0
     for kind, (n_layers, n_features) in shapes.items():
@@ -178,23 +191,37 @@ def _write(
             done += 1
             if progress is not None:
                 progress(done, layers)
-        tables = [table for table in JUDGED if store.has(table, kind)]
-        listed.append(
-            {
-                "kind": kind,
-                "layers": n_layers,
-                "features": n_features,
-                "span": span,
-                "classes": classes,
-                "tables": tables,
-            }
-        )
+        listed.append(kind_facts(store, kind, span, classes))
+    put_shared(store, listed, put)
+    files = resources.files("fastadapt.features.site") / "static"
+    write_static(folder, [files / name for name in STATIC], [files / "site.css"])
+    record = {"stamp": mark, "kinds": list(shapes)}
+    (folder / RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
+    return True
+
+
+def kind_facts(store: Store, kind: Kind, span: int, classes: Sequence[Any]) -> dict[str, Any]:
+    """Return what the pages know about a kind of units; ``span`` is the units per shard."""
+    n_layers, n_features = store.shape(kind)
+    return {
+        "kind": kind,
+        "layers": n_layers,
+        "features": n_features,
+        "span": span,
+        "classes": classes,
+        "tables": [table for table in JUDGED if store.has(table, kind)],
+    }
+
+
+def put_shared(store: Store, listed: Sequence[Mapping[str, Any]], put: Put) -> None:
+    """Write the shards that pages of all units share: tokens, texts, and facts of the store."""
     tokens = store.read("tokens")
     put("tokens", {"strings": tokens["string"].to_pylist()}, {"token": _u32(tokens["token"])})
     texts = store.read("texts", columns=["text", "id"])
     put("texts", {"ids": texts["id"].to_pylist()}, {"text": _u32(texts["text"])})
+    manifest, domains = store.manifest, list(store.manifest["domains"])
     facts = {
-        "kinds": listed,
+        "kinds": list(listed),
         "regions": list(REGIONS),
         "domains": domains,
         "edges": list(manifest["edges"]),
@@ -202,18 +229,14 @@ def _write(
         **{key: manifest[key] for key in ("run", "pair", "data", "settings", "lens")},
     }
     put("site", facts, {})
-    _write_static(folder)
-    record = {"stamp": mark, "kinds": list(shapes)}
-    (folder / RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
-    return True
 
 
-def _write_static(folder: Path) -> None:
-    source = resources.files("fastadapt.features.site") / "static"
-    for name in STATIC:
-        (folder / name).write_bytes((source / name).read_bytes())
-    rules = (source / "site.css").read_text(encoding="utf-8")
-    (folder / "style.css").write_text(style_sheet() + rules, encoding="utf-8")
+def write_static(folder: Path, files: Sequence[Traversable], rules: Sequence[Traversable]) -> None:
+    """Copy files of a site, and write its style sheet: the shared rules, then ``rules``."""
+    for file in files:
+        (folder / file.name).write_bytes(file.read_bytes())
+    sheets = [style_sheet(), *(rule.read_text(encoding="utf-8") for rule in rules)]
+    (folder / "style.css").write_text("".join(sheets), encoding="utf-8")
 
 
 def _u32(column: Any) -> np.ndarray:

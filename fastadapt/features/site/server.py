@@ -63,16 +63,42 @@ def serve(
         UserError: the port is invalid or in use, or ``source`` is neither a store nor a site.
         RunError: the pages cannot be written.
     """
-    server = listen(port)  # before the export, which may take minutes, to fail early
-    try:
+
+    def prepare() -> Path | None:
         site = None if isinstance(source, Store) else typed_path(source, "store")
-        if site is None or not has_file(site / RECORD):
-            store = source if isinstance(source, Store) else Store.open(source)
-            folder = store.folder / SITE
-            if not is_current(store, folder) and not export(store, progress=progress, stop=stop):
-                return
-        else:
-            folder = site
+        if site is not None and has_file(site / RECORD):
+            return site
+        store = source if isinstance(source, Store) else Store.open(source)
+        folder = store.folder / SITE
+        if is_current(store, folder):
+            return folder
+        return export(store, progress=progress, stop=stop)
+
+    serve_folder(prepare, port=port, ready=ready, stop=stop)
+
+
+def serve_folder(
+    prepare: Callable[[], Path | None],
+    *,
+    port: int = PORT,
+    ready: Callable[[str], None] | None = None,
+    stop: Event | None = None,
+) -> None:
+    """Serve a folder of pages until Ctrl-C.
+
+    Args:
+        prepare: returns the folder, or None to end. It is called when the port is open, so that an
+            invalid port fails before an export of minutes.
+        port, ready, stop: see :func:`serve`.
+
+    Raises:
+        UserError: the port is invalid or in use.
+    """
+    server = listen(port)
+    try:
+        folder = prepare()
+        if folder is None:
+            return
         server.folder = folder.resolve()
         if stop is not None:
             Thread(target=_end_with, args=(server, stop), daemon=True).start()

@@ -2,10 +2,12 @@
 // or attributes, never markup.
 "use strict";
 
+const DRAWN = new Set(["svg", "g", "path", "circle", "rect", "line", "text"]); // elements of SVG
+
 /** Creates an element. properties: attributes, `on` for listeners, `style` for CSS properties. */
 function el(tag, properties = {}, ...children) {
-  const svg = tag === "svg" ? "http://www.w3.org/2000/svg" : "http://www.w3.org/1999/xhtml";
-  const out = document.createElementNS(svg, tag);
+  const space = DRAWN.has(tag) ? "http://www.w3.org/2000/svg" : "http://www.w3.org/1999/xhtml";
+  const out = document.createElementNS(space, tag);
   for (const [name, value] of Object.entries(properties)) {
     if (value === null || value === undefined || value === false) continue;
     if (name === "on") Object.entries(value).forEach(([event, f]) => out.addEventListener(event, f));

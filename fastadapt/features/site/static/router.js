@@ -37,12 +37,6 @@ function parse(hash) {
   return { kind, unit, query: new URLSearchParams(query).toString() };
 }
 
-function showError(error) {
-  const line = document.getElementById("trouble");
-  line.textContent = error ? error.message : "";
-  line.hidden = !error;
-}
-
 async function route() {
   const visit = ++visits;
   const before = { ...current };
@@ -74,17 +68,6 @@ async function route() {
     if (visit === visits) showError(error);
   }
   readAll(units, layer);
-}
-
-function readTokens() {
-  readTokens.once ??= fastadapt.load("tokens").then((read) => new Tokens(read));
-  return readTokens.once;
-}
-
-function readTexts() {
-  readTexts.once ??= fastadapt.load("texts").then(({ facts, columns }) =>
-    new Map(Array.from(columns.text, (text, i) => [text, facts.ids[i]])));
-  return readTexts.once;
 }
 
 /** Reads all layers, one after the other, from the one after `first`. Runs once per kind. */
@@ -142,11 +125,6 @@ async function showFeature(units, unit, layer, visit) {
   scrollTo(0, 0);
   main.focus({ preventScroll: true });
   markDrawn("feature");
-}
-
-/** Marks the time at which the present changes are on the screen. */
-function markDrawn(name) {
-  requestAnimationFrame(() => setTimeout(() => performance.mark(name)));
 }
 
 /** Returns the previous and the next unit: in the list if it was shown or filtered, else by number. */
@@ -249,23 +227,6 @@ function onKey(event) {
   else if (!onPage && !target.closest("button, a")) return list.key(event);
   else return;
   event.preventDefault();
-}
-
-function enableTooltips() {
-  const tip = document.getElementById("tip");
-  document.addEventListener("pointerover", (event) => {
-    const owner = event.target.closest?.("[data-tip]");
-    tip.hidden = !owner;
-    if (!owner) return;
-    tip.textContent = owner.dataset.tip;
-    const boxes = Array.from(owner.getClientRects()); // one per line of the text
-    const box = boxes.find(({ bottom }) => event.clientY <= bottom) ?? owner.getBoundingClientRect();
-    const left = Math.min(Math.max(8, box.left), innerWidth - tip.offsetWidth - 8);
-    const above = box.top - tip.offsetHeight - 6;
-    tip.style.left = `${Math.max(8, left)}px`;
-    tip.style.top = `${above > 4 ? above : box.bottom + 6}px`;
-  });
-  addEventListener("scroll", () => (tip.hidden = true), { passive: true, capture: true });
 }
 
 async function start() {

@@ -1,0 +1,1 @@
+"""Commands `fastadapt graph`, `fastadapt graph export` and `fastadapt graph serve`."""
