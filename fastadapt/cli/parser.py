@@ -38,7 +38,7 @@ _MESSAGES = [
         (r"Expected an? <class '(\w+)'>\. Got value: (.*)$", r"expected \1, got '\2'"),
         (r"Expected a typing\.Literal\[(.*)\]\. Got value: (.*)$", r"expected one of \1, got '\2'"),
         (r"Expected (.*)\. Got value: (.*)$", r"expected \1, got '\2'"),
-        (r'^(?:Parser key "|argument --)([^\s":]+)"?:', r"--\1:"),
+        (r'^(?:Parser key "|argument --)([^\s":]+)"?(?: element \d+)?:', r"--\1:"),
     )
 ]
 _MISSING = "the following arguments are required: "

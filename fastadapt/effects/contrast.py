@@ -64,8 +64,8 @@ class ContrastConfig:
             it.
         features: sets of features for interventions: sets of the run, their files, or features
             such as 2/17,3/401.
-        places: slips, the ends of slips in the embedded pair's data; or words, the places before a
-            word of the set. By default slips on the embedded pair's data, else words.
+        places: slips, the ends of slips in the embedded pair's data; words, the places before a
+            word of the set; or auto: slips on the embedded pair's data, else words.
         n: largest number of texts, from the start of the data.
         draws: random sets of equal density, for each set and intervention.
         scales: factors of the sets that are added to the target.
@@ -83,7 +83,7 @@ class ContrastConfig:
 
     words: tuple[str, ...] = ("wait",)
     features: tuple[str, ...] = ()
-    places: Source | None = None
+    places: Literal["auto", "slips", "words"] = "auto"
     n: int = 500
     draws: int = 3
     scales: tuple[float, ...] = (SCALE,)
@@ -148,7 +148,7 @@ def contrast(
         scales=config.scales,
         draws=config.draws,
     )
-    source = config.places or _source(run, responses)
+    source = _source(run, responses) if config.places == "auto" else config.places
     reading = _Reading(run, texts, folder / "read", config.batch_tokens, progress, stop)
     labelled = _labelled(reading, arms, source, config, strings, words)
     if labelled is None:
