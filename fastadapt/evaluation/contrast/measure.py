@@ -49,18 +49,18 @@ class Quantity(NamedTuple):
     Attributes:
         key: name and arguments, which select the stored file.
         width: number of values per place.
-        of: returns the values ``[n, width]`` of float64 logits ``[n, V]``.
+        compute: returns the values ``[n, width]`` of float64 logits ``[n, V]``.
     """
 
     key: tuple[object, ...]
     width: int
-    of: Callable[[Tensor], Tensor]
+    compute: Callable[[Tensor], Tensor]
 
 
 def log_odds_of(sets: Sequence[Sequence[int]]) -> Quantity:
     """Return the log-odds ``log P(set) - log P(not in set)`` of sets of token ids."""
 
-    def of(logits: Tensor) -> Tensor:
+    def compute(logits: Tensor) -> Tensor:
         columns = []
         for ids in sets:
             index = torch.tensor([i for i in ids if i < logits.shape[1]], device=logits.device)
@@ -68,7 +68,7 @@ def log_odds_of(sets: Sequence[Sequence[int]]) -> Quantity:
             columns.append(logits[:, index].logsumexp(1) - others.logsumexp(1))
         return torch.stack(columns, 1)
 
-    return Quantity(("log-odds", tuple(map(tuple, sets))), len(sets), of)
+    return Quantity(("log-odds", tuple(map(tuple, sets))), len(sets), compute)
 
 
 def _entropy(logits: Tensor) -> Tensor:
@@ -151,5 +151,5 @@ def _read(
     values = []
     for chunk in states[row, position].to(wide).split(_CHUNK):
         logits = (chunk @ head.T).double()
-        values.append(quantity.of(logits if cap is None else cap * torch.tanh(logits / cap)))
+        values.append(quantity.compute(logits if cap is None else cap * torch.tanh(logits / cap)))
     return torch.cat(values)

@@ -128,22 +128,15 @@ def contrast_figures(result: Mapping[str, Any]) -> list[Figure]:
 
 
 def _figure(result: Mapping[str, Any], kind: str, key: str) -> Figure:
-    series = []
+    series: list[Series] = []
     for model in result["models"]:
-        values = model["kinds"][kind]
-        colour = "random" if model["random"] else _COLOURS.get(model["kind"], model["kind"])
+        values, colour, name = model["kinds"][kind], model["kind"], model["name"]
+        if model["random"]:  # one entry of the legend for all random features
+            colour = "random"
+            name = "" if any(s.kind == colour for s in series) else "random features"
         x = [values["matched"]["mean"]]
-        series.append(series_of(model["name"], colour, x, [values["labelled"]]))
-    ends = [v for s in series for v in (*s.x, *s.y) if v > 0]
-    if ends:
-        line = [min(ends), max(ends)]
-        series.append(Series("no contrast", "reference", line, line))
-    return Figure(
-        key,
-        _title(result, kind),
-        "P at matched places",
-        "P at labelled places",
-        series,
-        x_log=True,
-        y_log=True,
-    )
+        colour = _COLOURS.get(colour, colour)
+        series.append(series_of(name, colour, x, [values["labelled"]]))
+    most = max(max(s.x) for s in series)
+    series.append(Series("no contrast", "reference", [0.0, most], [0.0, most]))
+    return Figure(key, _title(result, kind), "P at matched places", "P at labelled places", series)
