@@ -40,7 +40,7 @@ COMMANDS = {
     "features sets": ("features:sets", "list the sets"),
     "features check": ("features:check", "verify every file and row of a store"),
     "intervene": ("effects:intervene", "ablate features, isolate them or add them to the target"),
-    "contrast": ("contrast:contrast", "compare P(word) at labelled places and at matched ones"),
+    "contrast": ("eval:contrast", "compare P(word) at labelled places and at matched ones"),
     "changes": ("effects:changes", "write the page 'what changed' of a run"),
     "trace": ("effects:trace", "show which features fire on a prompt, and each model's KL"),
     "generate": ("effects:generate", "generate with features removed or scaled"),
