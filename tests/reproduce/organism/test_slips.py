@@ -65,7 +65,7 @@ def test_the_ends_are_those_that_the_generator_wrote(monkeypatch: pytest.MonkeyP
     for _ in range(600):
         words, expected = watched.write(next(stream), rng)
         assert step_ends(words) == expected
-        counts += Counter(end.slip for end in expected)
+        counts.update(end.slip for end in expected)
     assert min(counts[kind] for kind in SLIPS) > 100
 
 
