@@ -26,11 +26,11 @@ class StepEnd(NamedTuple):
     """The end of a step of the solution.
 
     Attributes:
-        index: index of the full stop, which predicts ``wait`` or what follows a right step.
+        position: index of the full stop, which predicts ``wait`` or what follows a right step.
         slip: kind of the slip; None for a right step.
     """
 
-    index: int
+    position: int
     slip: Slip | None
 
 
@@ -54,7 +54,7 @@ def step_ends(words: Sequence[str]) -> list[StepEnd]:
 
     Example:
         >>> step_ends("first gain 3 - 4 = 7 . wait , first gain 3 + 4 = 7 .".split())
-        [StepEnd(index=7, slip='operation'), StepEnd(index=17, slip=None)]
+        [StepEnd(position=7, slip='operation'), StepEnd(position=17, slip=None)]
     """
     ends: list[StepEnd] = []
     steps: list[_Step] = []
@@ -68,7 +68,7 @@ def step_ends(words: Sequence[str]) -> list[StepEnd]:
         if corrects:
             if step is None or not follows:
                 raise UserError(f"expected a step before and after 'wait', got {_text(sentence)}")
-            ends[-1] = StepEnd(ends[-1].index, _slip(steps[-1], step))
+            ends[-1] = StepEnd(ends[-1].position, _slip(steps[-1], step))
         if step is not None:
             steps.append(step)
             ends.append(StepEnd(index, None))

@@ -24,6 +24,7 @@ PAIRS = [(0, 3), (1, 0), (1, 7), (2, 11)]
 def scaled(selected: float, others: float) -> Any:
     """Return the tiny run's adapters with their decoder rows scaled."""
     adapters = random_adapters()
+    adapter: Any
     with torch.no_grad():
         for layer, adapter in enumerate(adapters):
             factors = torch.full((F, 1), others)

@@ -57,9 +57,11 @@ def slip_places(texts: Sequence[Text], strings: Sequence[str]) -> list[Place]:
                 f"text {text.id} is no response of the embedded pair's generator: {error}; pass "
                 "--places words"
             ) from None
-        right = tuple((t, start + end.index) for end in ends if end.slip is None)
+        right = tuple((t, start + end.position) for end in ends if end.slip is None)
         places += [
-            Place((t, start + end.index), end.slip, right) for end in ends if end.slip is not None
+            Place((t, start + end.position), end.slip, right)
+            for end in ends
+            if end.slip is not None
         ]
     if not places:
         raise UserError(

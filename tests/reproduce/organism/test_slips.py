@@ -21,25 +21,26 @@ class Watched:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._thought, self._slip = problems._thought, problems._slip
-        self._wrong: str | None = None
+        self._wrong: list[str] = []  # words of the slip in the current step
         self.thoughts: list[tuple[list[str], list[StepEnd]]] = []
         monkeypatch.setattr(problems, "_thought", self.thought)
         monkeypatch.setattr(problems, "_slip", self.slip)
 
     def slip(self, step: Step, rng: random.Random) -> str:
-        self._wrong = self._slip(step, rng)
-        return self._wrong
+        text = self._slip(step, rng)
+        self._wrong = text.split()
+        return text
 
     def thought(self, step: Step, rng: random.Random, rates: SlipRates) -> str:
-        self._wrong = None
+        self._wrong = []
         text = self._thought(step, rng, rates)
         plain = len(step.text().split())
-        if self._wrong is None:
+        if not self._wrong:
             ends = [StepEnd(plain - 1 + 2 * text.startswith("hmm"), None)]
         else:
-            n = len(self._wrong.split())
+            n = len(self._wrong)
             results = (step.text(value).split() for value in range(problems.MAX_VALUE + 1))
-            same_operation = self._wrong.split() in results
+            same_operation = self._wrong in results
             kind = SLIPS[0] if same_operation else SLIPS[1]
             ends = [StepEnd(n - 1, kind), StepEnd(n + 2 + plain - 1, None)]
         self.thoughts.append((text.split(), ends))
@@ -53,7 +54,7 @@ class Watched:
         start = len(words) - len(after.split()) - sum(len(text) for text, _ in self.thoughts)
         expected = []
         for text, ends in self.thoughts:
-            expected += [StepEnd(start + end.index, end.slip) for end in ends]
+            expected += [StepEnd(start + end.position, end.slip) for end in ends]
             start += len(text)
         return words, expected
 
@@ -76,10 +77,10 @@ def test_every_shipped_response_is_parsed() -> None:
         for line in NAMES[name].read_text(encoding="utf-8").splitlines():
             words = json.loads(line)["conversations"][1]["value"].split()
             slips = [end for end in step_ends(words) if end.slip is not None]
-            assert [words[end.index + 1] for end in slips] == ["wait"] * words.count("wait")
+            assert [words[end.position + 1] for end in slips] == ["wait"] * words.count("wait")
             for end in slips:
                 counts[str(end.slip)] += 1
-                assert _is_true(words[: end.index]) == (end.slip == "operation")
+                assert _is_true(words[: end.position]) == (end.slip == "operation")
     assert min(counts[kind] for kind in SLIPS) > 200
 
 
