@@ -40,6 +40,7 @@ COMMANDS = {
     "features sets": ("features:sets", "list the sets"),
     "features check": ("features:check", "verify every file and row of a store"),
     "intervene": ("effects:intervene", "ablate features, isolate them or add them to the target"),
+    "contrast": ("contrast:contrast", "compare P(word) at labelled places and at matched ones"),
     "study": ("eval:study", "measure what a run's features of hesitation do, beside controls"),
     "changes": ("effects:changes", "write the page 'what changed' of a run"),
     "trace": ("effects:trace", "show which features fire on a prompt, and each model's KL"),
@@ -53,7 +54,7 @@ COMMANDS = {
     "doctor": ("doctor:doctor", "show what will be used on this machine, and check the kernels"),
 }
 #: Commands that print their help if they are called without arguments.
-_HELPFUL = ("eval", "generate", "intervene", "study", "trace", "where")
+_HELPFUL = ("contrast", "eval", "generate", "intervene", "study", "trace", "where")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -38,7 +38,7 @@ _MESSAGES = [
         (r"Expected an? <class '(\w+)'>\. Got value: (.*)$", r"expected \1, got '\2'"),
         (r"Expected a typing\.Literal\[(.*)\]\. Got value: (.*)$", r"expected one of \1, got '\2'"),
         (r"Expected (.*)\. Got value: (.*)$", r"expected \1, got '\2'"),
-        (r'^(?:Parser key "|argument --)([^\s":]+)"?:', r"--\1:"),
+        (r'^(?:Parser key "|argument --)([^\s":]+)"?(?: element \d+)?:', r"--\1:"),
     )
 ]
 _MISSING = "the following arguments are required: "
@@ -246,7 +246,8 @@ def _add_argument(parser: Parser, parameter: _Parameter) -> list[str]:
         options["default"] = parameter.default
     if typing.get_origin(parameter.hint) is tuple:
         default = [] if is_required else list(parameter.default or ())
-        options |= {"type": str, "nargs": "+", "default": default}
+        kind = float if typing.get_args(parameter.hint)[0] is float else str
+        options |= {"type": kind, "nargs": "+", "default": default}
     if not parameter.is_positional:
         option = parameter.typed.option or f"--{parameter.name}"
         parser.add_argument(option, required=is_required, **options)

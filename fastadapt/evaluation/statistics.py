@@ -176,18 +176,20 @@ def recovered(
     The share is a ratio of means over questions. A resample takes the same questions of all three.
 
     Args:
-        scores, floor, ceiling: ``[n]``: scores of the model, the hybrid (or base) and the target on
-            each question, each a mean over repetitions.
+        scores: ``[..., n]``: scores of one or more models on each question, each a mean over
+            repetitions.
+        floor, ceiling: ``[n]``: scores of the hybrid (or base) and of the target.
         config: settings of the intervals.
 
     Returns:
-        A 0-d interval. Its values are NaN if the interval of the gain reaches 0.
+        Intervals of the leading shape of ``scores``. They are NaN if the interval of the gain
+        reaches 0.
     """
     gains = ceiling - floor
     largest = gains.abs().max().item()
     gain = ratio(gains, torch.ones_like(floor), bounds=(-largest, largest), config=config)
     if not gain.low > 0:
-        undefined = torch.tensor(math.nan, dtype=torch.float64)
+        undefined = torch.full(scores.shape[:-1], math.nan, dtype=torch.float64)
         return Intervals(undefined, undefined, undefined)
     return ratio(scores - floor, gains, config=config)
 

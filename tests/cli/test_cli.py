@@ -122,6 +122,19 @@ def test_the_options_of_where_are_frozen() -> None:
     assert sorted(where_parser().option_names()) == WHERE_OPTIONS.split()
 
 
+CONTRAST_OPTIONS = """
+--batch_tokens --caliper --device --draws --dtype --entropy --factors --features --help --n
+--output --overwrite --places --responses --scales --seed --statistics --statistics.level
+--statistics.resamples --statistics.seed --trust_remote_code --words
+"""
+
+
+def test_the_options_of_contrast_are_frozen() -> None:
+    from fastadapt.cli.main import open_command
+
+    assert sorted(open_command("contrast").parser.option_names()) == CONTRAST_OPTIONS.split()
+
+
 FEATURES = "check classify collect describe effects export merge overlap select serve sets show"
 
 
@@ -129,9 +142,10 @@ def test_the_commands_are_frozen(fastadapt: Callable[..., Any]) -> None:
     from fastadapt.cli.main import COMMANDS
 
     features = [f"features {name}" for name in FEATURES.split()]
-    frozen = ["changes", "data inspect", "data prepare", "doctor", "eval", "export", *features]
+    frozen = ["changes", "contrast", "data inspect", "data prepare", "doctor", "eval", "export"]
     assert sorted(COMMANDS) == [
         *frozen,
+        *features,
         "generate",
         "graph",
         "graph export",

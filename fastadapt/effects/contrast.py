@@ -1,0 +1,388 @@
+"""Contrast models and interventions: P(word) at labelled places of texts against matched places.
+
+Texts are read, not sampled. On the embedded pair's data the labelled places are the ends of slips,
+and the matched places are the ends of the other steps. On other texts they are the places before a
+word of the set, and places of equal entropy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from threading import Event
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastadapt.data.tokens import check_ids
+from fastadapt.effects.arms import Arm, arms_of
+from fastadapt.effects.requests import RUN
+from fastadapt.errors import UserError
+from fastadapt.evaluation.contrast.measure import ENTROPY, Quantity, Reader, log_odds_of, read
+from fastadapt.evaluation.contrast.places import (
+    Place,
+    Site,
+    matched_places,
+    rows_of,
+    sites_of,
+    slip_places,
+    word_sites,
+)
+from fastadapt.evaluation.contrast.report import contrast_figures, contrast_tables
+from fastadapt.evaluation.contrast.result import SCHEMA_VERSION, ContrastFile, Source
+from fastadapt.evaluation.contrast.summary import ALL, Contrast, kinds_of, summarise
+from fastadapt.evaluation.difference.texts import held_out_texts
+from fastadapt.evaluation.faithfulness.texts import Text
+from fastadapt.evaluation.folder import LOCK, present
+from fastadapt.evaluation.generation.responses import read_responses
+from fastadapt.evaluation.statistics import BootstrapConfig, ratio
+from fastadapt.features.loading import LoadedRun
+from fastadapt.features.store.logit_lens import token_strings
+from fastadapt.interventions import SCALE
+from fastadapt.io.documents import check
+from fastadapt.io.names import typed_path
+from fastadapt.organism import NAMES
+
+RESULT = "contrast.json"
+#: All entries that the folder may have.
+CONTENTS = (LOCK, "read", RESULT, "tables.md", "tables.tex", "plots", "report.html")
+#: Progress callback: label, completed, total.
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class ContrastConfig:
+    """Which words, places and interventions are compared.
+
+    Args:
+        words: the set of words. All tokens that equal a word, stripped and in lower case, belong to
+            it.
+        features: sets of features for interventions: sets of the run, their files, or features
+            such as 2/17,3/401.
+        places: slips, the ends of slips in the embedded pair's data; words, the places before a
+            word of the set; or auto: slips on the embedded pair's data, else words.
+        n: largest number of texts, from the start of the data.
+        draws: random sets of equal density, for each set and intervention.
+        scales: factors of the sets that are added to the target.
+        factors: factors of the sets in the adapter, beside 0, which is ablation.
+        entropy: with places words: the model, target or hybrid, whose entropy is equal at labelled
+            and matched places.
+        caliper: largest difference of entropy of a match within a text, in nats; a place without
+            such a match gets the nearest of all texts.
+        seed: seed of the matching.
+        batch_tokens: tokens of a batch, padding included. A longer text is a separate batch.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+
+    words: tuple[str, ...] = ("wait",)
+    features: tuple[str, ...] = ()
+    places: Literal["auto", "slips", "words"] = "auto"
+    n: int = 500
+    draws: int = 3
+    scales: tuple[float, ...] = (SCALE,)
+    factors: tuple[float, ...] = ()
+    entropy: Literal["target", "hybrid"] = "target"
+    caliper: float = 0.1
+    seed: int = 0
+    batch_tokens: int = 8192
+
+    def __post_init__(self) -> None:
+        for name, least in (("n", 1), ("draws", 0), ("caliper", 0), ("batch_tokens", 1)):
+            if not getattr(self, name) >= least:
+                raise UserError(f"{name}: expected {least} or more, got {getattr(self, name)}")
+        plain = list(map(_plain, self.words))
+        if not plain or not all(plain) or len(set(plain)) < len(plain):
+            raise UserError(f"words: expected different words, got {list(self.words)}")
+        for name in ("features", "scales", "factors"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise UserError(f"{name}: expected different values, got {list(values)}")
+
+
+def contrast(
+    run: LoadedRun,
+    folder: Path,
+    config: ContrastConfig,
+    statistics: BootstrapConfig,
+    *,
+    responses: str | None = None,
+    progress: Progress,
+    stop: Event,
+) -> dict[str, Any] | None:
+    """Measure the contrast of all models; write ``contrast.json``, tables, plots and a page.
+
+    Args:
+        run: the run.
+        folder: folder of the results, claimed by :func:`fastadapt.evaluation.folder.opened` with
+            :data:`CONTENTS`.
+        config: words, places and interventions.
+        statistics: settings of the intervals.
+        responses: file of the target's responses to read; None: the run's held-out data.
+        progress: called with (label, completed, total).
+        stop: set it to stop after the current batch.
+
+    Returns:
+        The contents of ``contrast.json``; None if stopped before all models were read.
+
+    Raises:
+        UserError: a word is no token, no place is labelled, a set does not exist or is of other
+            adapters, the texts are missing, or a stored file is damaged.
+        RunError: a prediction is not finite, or the folder cannot be written.
+    """
+    strings = token_strings(run.pair.tokenizer, len(run.model.head))
+    words = tokens_of(strings, config.words)
+    texts = _texts(run, config.n, responses)
+    ids = [i for each in (*(text.ids for text in texts), *words.values()) for i in each]
+    arms = arms_of(
+        run,
+        config.features,
+        base=run.models.reads_base(ids),
+        factors=config.factors,
+        scales=config.scales,
+        draws=config.draws,
+    )
+    source = _source(run, responses) if config.places == "auto" else config.places
+    reading = _Reading(run, texts, folder / "read", config.batch_tokens, progress, stop)
+    labelled = _labelled(reading, arms, source, config, strings, words)
+    if labelled is None:
+        return None
+    sets = [[i for each in words.values() for i in each]]
+    quantity = log_odds_of([*sets, *words.values()] if len(words) > 1 else sets)
+    odds = {}
+    for number, arm in enumerate(arms, 1):
+        draws = []
+        for reader in arm.readers:
+            label = f"{number} of {len(arms)}, {arm.name}"
+            values = reading(reader, labelled.sites, quantity, label)
+            if values is None:
+                return None
+            draws.append(values)
+        odds[arm.name] = torch.stack(draws)
+    result = {
+        "schema_version": SCHEMA_VERSION,
+        "pair": run.models.config.named,
+        "run": str(run.models.compared[RUN].run),
+        "settings": {
+            **dataclasses.asdict(config),
+            "responses": responses,
+            "statistics": dataclasses.asdict(statistics),
+        },
+        "level": statistics.level,
+        "versions": {name: version(name) for name in ("fastadapt", "torch", "transformers")},
+        "words": {word: [strings[i] for i in each] for word, each in words.items()},
+        "places": _describe(labelled, source, texts, config.entropy, statistics),
+        "notes": list(run.models.notes.values()),
+        "models": _models(arms, odds, labelled, len(texts), list(words), statistics),
+    }
+    check(result, ContrastFile, RESULT)
+    tables, figures = contrast_tables(result), contrast_figures(result)
+    present(result, tables, figures, folder, "contrast", RESULT)
+    return result
+
+
+def tokens_of(strings: Sequence[str], words: Sequence[str]) -> dict[str, list[int]]:
+    """Return the ids of the tokens that equal each word, stripped and in lower case.
+
+    Args:
+        strings: the text of every token id.
+        words: the words.
+
+    Raises:
+        UserError: a word is no token.
+
+    Example:
+        >>> tokens_of(["wait", " Wait", "waiting"], ["wait"])
+        {'wait': [0, 1]}
+    """
+    ids: dict[str, list[int]] = {_plain(word): [] for word in words}
+    for i, string in enumerate(strings):
+        if (plain := _plain(string)) in ids:
+            ids[plain].append(i)
+    if missing := [word for word, each in ids.items() if not each]:
+        raise UserError(
+            f"words: expected words that are one token of the pair's tokenizer, got "
+            f"{', '.join(map(repr, missing))}; give others (--words)"
+        )
+    return ids
+
+
+def _plain(word: str) -> str:
+    return word.strip().lower()
+
+
+# --- texts and places -----------------------------------------------------------------------------
+
+
+def _source(run: LoadedRun, responses: str | None) -> Source:
+    """Return where labels come from by default: the embedded pair's data have slips."""
+    generated = run.config is not None and run.config.data.validation in NAMES
+    return "slips" if generated and responses is None else "words"
+
+
+def _texts(run: LoadedRun, n: int, responses: str | None) -> list[Text]:
+    """Return the first responses of a file with their prompts, or the run's held-out data."""
+    n_rows, context = len(run.model.head), run.model.model.config.max_position_embeddings
+    if responses is None:
+        if run.config is None:
+            raise UserError(
+                "this folder of adapters records no held-out data; give texts (--responses FILE)"
+            )
+        # The bound of the validation during training does not count: --n is the bound here.
+        data = dataclasses.replace(run.config.data, max_validation=None)
+        return held_out_texts(data, run.pair.tokenizer, n, n_rows)
+    texts = []
+    for each in read_responses(typed_path(responses, "--responses"))[:n]:
+        ids = [*each.prompt_tokens, *each.tokens[: each.scored_tokens]]
+        text = Text(f"{each.id}/{each.repetition}", ids, len(each.prompt_tokens))
+        check_ids(ids, n_rows, f"{responses}, response {text.id}")
+        if len(ids) > context:
+            raise UserError(
+                f"{responses}, response {text.id}: expected at most {context:,} tokens, the "
+                f"target's context, got {len(ids):,}"
+            )
+        texts.append(text)
+    return texts
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """Reads models at places of the texts, and stores what was read."""
+
+    run: LoadedRun
+    texts: list[Text]
+    folder: Path
+    batch_tokens: int
+    progress: Progress
+    stop: Event
+
+    def __call__(
+        self, reader: Reader, sites: Sequence[Site], quantity: Quantity, label: str
+    ) -> Tensor | None:
+        return read(
+            reader,
+            self.texts,
+            sites,
+            quantity,
+            self.folder,
+            decoder=self.run.model.paths.decoder,
+            batch_tokens=self.batch_tokens,
+            progress=partial(self.progress, label),
+            stop=self.stop,
+        )
+
+
+class _Labelled(NamedTuple):
+    """The places, all sites to read, entropy by site, and places matched within their text."""
+
+    places: list[Place]
+    sites: list[Site]
+    entropy: dict[Site, float]
+    same_text: int
+
+
+def _labelled(
+    reading: _Reading,
+    arms: Sequence[Arm],
+    source: Source,
+    config: ContrastConfig,
+    strings: Sequence[str],
+    words: Mapping[str, Sequence[int]],
+) -> _Labelled | None:
+    """Return the places with their matched places; None if stopped."""
+    (reader,) = next(arm.readers for arm in arms if arm.name == config.entropy)
+    label = f"entropy of the {config.entropy}"
+    if source == "slips":
+        places = slip_places(reading.texts, strings)
+        sites = sites_of(places)
+        entropy = reading(reader, sites, ENTROPY, label)
+        if entropy is None:
+            return None
+        n_matched = sum(len(place.matched) for place in places)
+        return _Labelled(places, sites, _by_site(sites, entropy), n_matched)
+    of_words = word_sites(reading.texts, {i: w for w, ids in words.items() for i in ids})
+    sites = sorted([*(site for site, _ in of_words.before), *of_words.others])
+    entropy = reading(reader, sites, ENTROPY, label)
+    if entropy is None:
+        return None
+    by_site = _by_site(sites, entropy)
+    places, same_text = matched_places(of_words, by_site, caliper=config.caliper, seed=config.seed)
+    return _Labelled(places, sites_of(places), by_site, same_text)
+
+
+def _by_site(sites: Sequence[Site], values: Tensor) -> dict[Site, float]:
+    return dict(zip(sites, values[:, 0].tolist(), strict=True))
+
+
+# --- contents of contrast.json --------------------------------------------------------------------
+
+
+def _describe(
+    labelled: _Labelled,
+    source: Source,
+    texts: Sequence[Text],
+    entropy_of: str,
+    statistics: BootstrapConfig,
+) -> dict[str, Any]:
+    """Return the section ``places``."""
+    places, entropy = labelled.places, labelled.entropy
+    sums = torch.zeros(3, len(texts), dtype=torch.float64)
+    for place in places:
+        nats = entropy[place.site]
+        others = sum(entropy[site] for site in place.matched) / len(place.matched)
+        sums[:, place.site[0]] += torch.tensor([1, nats, others], dtype=torch.float64)
+    counts, *nats_of = sums
+    both = torch.stack([*nats_of, nats_of[0] - nats_of[1]])
+    intervals = ratio(both, counts, config=statistics).plain()
+    return {
+        "source": source,
+        "texts": len(texts),
+        "texts_with_places": int((counts > 0).sum()),
+        "labelled": {
+            kind: sum(kind in (ALL, place.kind) for place in places) for kind in kinds_of(places)
+        },
+        "matched": sum(len(place.matched) for place in places),
+        "same_text": labelled.same_text,
+        "entropy": {
+            "model": entropy_of,
+            **dict(zip(("labelled", "matched", "difference"), intervals, strict=True)),
+        },
+    }
+
+
+def _models(
+    arms: Sequence[Arm],
+    odds: Mapping[str, Tensor],
+    labelled: _Labelled,
+    n_texts: int,
+    words: Sequence[str],
+    statistics: BootstrapConfig,
+) -> list[dict[str, Any]]:
+    """Return the section ``models``."""
+    rows = rows_of(labelled.places, labelled.sites)
+    contrasts = {name: Contrast.of_draws(draws, rows) for name, draws in odds.items()}
+    references = {arm.name: arm.reference for arm in arms if arm.reference is not None}
+    summary = summarise(contrasts, references, labelled.places, rows, n_texts, words, statistics)
+    listed = []
+    for arm in arms:
+        drawn = odds[arm.name][:, rows.labelled, 0].sigmoid().mean(1).tolist()
+        listed.append(
+            {
+                "name": arm.name,
+                "kind": arm.kind,
+                "set": arm.set_name,
+                "random": arm.random,
+                "features": arm.features,
+                "factor": arm.factor,
+                "reference": arm.reference,
+                "draws": drawn if arm.random else [],
+                **summary[arm.name],
+            }
+        )
+    return listed

@@ -1,0 +1,1 @@
+"""P(word) at labelled places of texts against matched places, without sampling."""

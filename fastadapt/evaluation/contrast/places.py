@@ -1,0 +1,179 @@
+"""Find the places of texts at which models are compared: labelled ones, and matched ones.
+
+A place is the index of a token in a text, at which a model predicts the next token. Labelled places
+are followed by a word of the set in a text (or, on the embedded pair, by a correction). Matched
+places could carry the word as well, but do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastadapt.errors import UserError
+from fastadapt.evaluation.contrast.matching import Candidates, match
+from fastadapt.evaluation.faithfulness.texts import Text
+from fastadapt.organism.slips import step_ends
+
+#: Index of a text, and of a token in it.
+Site = tuple[int, int]
+
+
+class Place(NamedTuple):
+    """A labelled place with its matched places.
+
+    Attributes:
+        site: the place.
+        kind: kind of the slip, or the word that the text has next.
+        matched: the matched places, one or more.
+    """
+
+    site: Site
+    kind: str
+    matched: tuple[Site, ...]
+
+
+def slip_places(texts: Sequence[Text], strings: Sequence[str]) -> list[Place]:
+    """Return the ends of slips in the embedded pair's texts, each with the text's right steps.
+
+    Args:
+        texts: conversations with responses of the pair's generator.
+        strings: the text of every token id.
+
+    Raises:
+        UserError: a response is not of the generator, or no response has a slip.
+    """
+    places = []
+    for t, text in enumerate(texts):
+        start = text.prompt_length
+        try:
+            ends = step_ends([strings[i].strip() for i in text.ids[start:]])
+        except UserError as error:
+            raise UserError(
+                f"text {text.id} is no response of the embedded pair's generator: {error}; pass "
+                "--places words"
+            ) from None
+        right = tuple((t, start + end.position) for end in ends if end.slip is None)
+        places += [
+            Place((t, start + end.position), end.slip, right)
+            for end in ends
+            if end.slip is not None
+        ]
+    if not places:
+        raise UserError(
+            f"no slip in {len(texts):,} texts, so no place is labelled; give more texts (--n), or "
+            "pass --places words"
+        )
+    return places
+
+
+class WordSites(NamedTuple):
+    """Places of texts by what follows them.
+
+    Attributes:
+        before: places whose next token is a word of the set, with the word.
+        others: places in responses whose own token precedes a word of the set elsewhere, and whose
+            next token is no such word.
+    """
+
+    before: list[tuple[Site, str]]
+    others: list[Site]
+
+
+def word_sites(texts: Sequence[Text], words: Mapping[int, str]) -> WordSites:
+    """Return the places in responses before a word of the set, and places that could be.
+
+    Args:
+        texts: conversations.
+        words: the word of each token id of the set.
+
+    Raises:
+        UserError: no response has a word of the set.
+    """
+    responses = list(_predicting(texts))
+    before = [(site, words[after]) for site, _, after in responses if after in words]
+    if not before:
+        raise UserError(
+            f"no response of {len(texts):,} texts has a word of the set "
+            f"({', '.join(sorted(set(words.values())))}), so no place is labelled; give more texts "
+            "(--n), other ones (--responses) or other words (--words)"
+        )
+    preceding = {token for _, token, after in responses if after in words}
+    others = [s for s, token, after in responses if token in preceding and after not in words]
+    return WordSites(before, others)
+
+
+def _predicting(texts: Sequence[Text]) -> Iterator[tuple[Site, int, int]]:
+    """Yield each place that predicts a token of a response, its own token and the next one."""
+    for t, text in enumerate(texts):
+        for p in range(max(0, text.prompt_length - 1), len(text.ids) - 1):
+            yield (t, p), text.ids[p], text.ids[p + 1]
+
+
+def matched_places(
+    sites: WordSites, entropy: Mapping[Site, float], *, caliper: float, seed: int
+) -> tuple[list[Place], int]:
+    """Match each place before a word with a place of equal entropy.
+
+    Args:
+        sites: the places.
+        entropy: entropy at each place, in nats.
+        caliper, seed: see :func:`fastadapt.evaluation.contrast.matching.match`.
+
+    Returns:
+        The places, and the number of those that are matched within their text.
+
+    Raises:
+        UserError: there are too few other places.
+    """
+    before = [site for site, _ in sites.before]
+    chosen, same = match(
+        *(
+            Candidates(np.array([t for t, _ in each]), np.array([entropy[site] for site in each]))
+            for each in (before, sites.others)
+        ),
+        caliper=caliper,
+        seed=seed,
+    )
+    places = [
+        Place(site, word, (sites.others[i],))
+        for (site, word), i in zip(sites.before, chosen.tolist(), strict=True)
+    ]
+    return places, int(same.sum())
+
+
+def sites_of(places: Collection[Place]) -> list[Site]:
+    """Return all places to measure, labelled and matched, sorted and each once."""
+    return sorted({site for place in places for site in (place.site, *place.matched)})
+
+
+class Rows(NamedTuple):
+    """Where the places are among measured sites; N places, C matched places of all N.
+
+    Attributes:
+        labelled: int64 ``[N]``, rows of the labelled places.
+        matched: int64 ``[C]``, rows of the matched places.
+        owner: int64 ``[C]``, the place that each matched place belongs to.
+        text: int64 ``[N]``, text of each labelled place.
+    """
+
+    labelled: Tensor
+    matched: Tensor
+    owner: Tensor
+    text: Tensor
+
+
+def rows_of(places: Sequence[Place], sites: Sequence[Site]) -> Rows:
+    """Return the rows of places in measurements at ``sites``."""
+    row = {site: i for i, site in enumerate(sites)}
+    owners = [(i, site) for i, place in enumerate(places) for site in place.matched]
+    return Rows(
+        torch.tensor([row[place.site] for place in places]),
+        torch.tensor([row[site] for _, site in owners]),
+        torch.tensor([i for i, _ in owners]),
+        torch.tensor([place.site[0] for place in places]),
+    )

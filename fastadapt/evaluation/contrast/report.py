@@ -1,0 +1,142 @@
+"""Tables and figure of ``contrast.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastadapt.evaluation.contrast.summary import ALL
+from fastadapt.reporting.figures import Figure, Series, series_of
+from fastadapt.reporting.formatting import number, percent
+from fastadapt.reporting.tables import Table, shown
+
+#: Kinds of series by kind of model, which select their colours.
+_COLOURS = {
+    "adapter": "transcoder",
+    "bias": "norms",
+    "ablate": "selected",
+    "only": "selected otherwise",
+    "scale": "hesitation",
+    "onto-target": "template",
+}
+_SLIPS = {
+    "result": "slips with a wrong result",
+    "operation": "slips with a wrong operation",
+}
+
+
+def contrast_tables(result: Mapping[str, Any]) -> list[Table]:
+    """Return the tables of ``result``, the contents of ``contrast.json``."""
+    kinds = list(result["places"]["labelled"])
+    tables = [_contrasts(result, kind) for kind in kinds]
+    return [*tables, _by_word(result)] if len(result["words"]) > 1 else tables
+
+
+def _contrasts(result: Mapping[str, Any], kind: str) -> Table:
+    rows = []
+    for model in result["models"]:
+        values = model["kinds"][kind]
+        rows.append(
+            [
+                model["name"],
+                number(model["features"]),
+                shown(values["labelled"], percent),
+                shown(values["matched"], percent),
+                shown(values["difference"], percent),
+                shown(values["log_odds"]),
+                shown(values["recovered"], percent),
+                shown(values.get("change"), percent),
+                shown(values.get("cut"), percent),
+            ]
+        )
+    return Table(
+        _title(result, kind),
+        [
+            "model",
+            "features",
+            "labelled",
+            "matched",
+            "difference",
+            "log-odds",
+            "of the target's",
+            "change",
+            "cut",
+        ],
+        rows,
+        _note(result) if kind == ALL else "",
+    )
+
+
+def _title(result: Mapping[str, Any], kind: str) -> str:
+    places = result["places"]
+    labels = f"{places['labelled'][kind]:,} places"
+    if kind != ALL:
+        kind = _SLIPS[kind] if places["source"] == "slips" else f"places before {kind!r}"
+        return f"P({_set(result)}): {kind}, {labels}"
+    slips = " after a slip" if places["source"] == "slips" else " before a word of the set"
+    return f"P({_set(result)}) at {labels}{slips}, and at matched places"
+
+
+def _set(result: Mapping[str, Any]) -> str:
+    return ", ".join(result["words"])
+
+
+def _note(result: Mapping[str, Any]) -> str:
+    places, entropy = result["places"], result["places"]["entropy"]
+    origin = (
+        "Matched places: the ends of all other steps of the same text."
+        if places["source"] == "slips"
+        else "Matched places: of equal entropy, after a token that precedes a word of the set "
+        f"elsewhere; {places['same_text']:,} of {places['matched']:,} in the same text."
+    )
+    references = sorted(
+        {f"{m['kind']}: {m['reference']}" for m in result["models"] if m["reference"]}
+    )
+    compared = f" Change and cut are relative to ({'; '.join(references)})." if references else ""
+    notes = "".join(f" {note}" for note in result["notes"])
+    return (
+        f"{places['texts_with_places']:,} of {places['texts']:,} texts have places; intervals of "
+        f"{percent(result['level'])} over texts. {origin} Entropy of the {entropy['model']} there: "
+        f"{shown(entropy['labelled'])} and {shown(entropy['matched'])} nats. Difference: labelled "
+        "minus matched. Of the target's: share of the target's difference over the hybrid's. "
+        "Change: the difference minus the reference's, as such a share. Cut: 1 - P/P of the "
+        f"reference, at labelled places.{compared}{notes}"
+    )
+
+
+def _by_word(result: Mapping[str, Any]) -> Table:
+    words = list(result["words"])
+    rows = [
+        [
+            model["name"],
+            *(
+                shown(model["words"][word][group], percent)
+                for word in words
+                for group in ("labelled", "matched")
+            ),
+        ]
+        for model in result["models"]
+    ]
+    head = [f"{word}, {group}" for word in words for group in ("labelled", "matched")]
+    return Table("P(word) at labelled and at matched places", ["model", *head], rows)
+
+
+def contrast_figures(result: Mapping[str, Any]) -> list[Figure]:
+    """Return the figures of ``result``: P(set) at labelled over matched places, by kind."""
+    kinds = result["places"]["labelled"]
+    return [_figure(result, kind, f"contrast-{i}") for i, kind in enumerate(kinds)]
+
+
+def _figure(result: Mapping[str, Any], kind: str, key: str) -> Figure:
+    series: list[Series] = []
+    for model in result["models"]:
+        values, colour, name = model["kinds"][kind], model["kind"], model["name"]
+        if model["random"]:  # one entry of the legend for all random features
+            colour = "random"
+            name = "" if any(s.kind == colour for s in series) else "random features"
+        x = [values["matched"]["mean"]]
+        colour = _COLOURS.get(colour, colour)
+        series.append(series_of(name, colour, x, [values["labelled"]]))
+    most = max(max(s.x) for s in series)
+    series.append(Series("no contrast", "reference", [0.0, most], [0.0, most]))
+    return Figure(key, _title(result, kind), "P at matched places", "P at labelled places", series)

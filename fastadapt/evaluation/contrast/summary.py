@@ -1,0 +1,165 @@
+"""Summarise log-odds at labelled and matched places: probabilities, contrasts, shares, intervals.
+
+The contrast of a model is P(set) at labelled places minus the mean P(set) at their matched places.
+It is a ratio of sums over texts, so that all quantities are paired by text, see
+:mod:`fastadapt.evaluation.statistics`. N labelled places, C matched places, K sets of tokens, n
+texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastadapt.evaluation.contrast.places import Place, Rows
+from fastadapt.evaluation.statistics import BootstrapConfig, ratio, recovered
+
+ALL = "all"  # key of the places of every kind
+_SHARE = (0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """P(set) at the places, and the difference in log-odds; float64 ``[N, K]`` each.
+
+    Attributes:
+        labelled: P(set) at the labelled places.
+        matched: mean P(set) at their matched places.
+        log_odds: log-odds at the labelled places minus the mean log-odds at their matched places.
+    """
+
+    labelled: Tensor
+    matched: Tensor
+    log_odds: Tensor
+
+    @classmethod
+    def of_draws(cls, draws: Tensor, rows: Rows) -> Contrast:
+        """Return the mean contrast of models from their log-odds ``[draws, S, K]``."""
+        p, odds = draws.sigmoid().mean(0), draws.mean(0)
+        return cls(
+            p[rows.labelled],
+            _means(p[rows.matched], rows),
+            odds[rows.labelled] - _means(odds[rows.matched], rows),
+        )
+
+
+def _means(values: Tensor, rows: Rows) -> Tensor:
+    """Return the mean ``[N, K]`` over each place's matched places of values ``[C, K]``."""
+    n = len(rows.labelled)
+    counts = torch.bincount(rows.owner, minlength=n)[:, None]
+    return values.new_zeros(n, values.shape[1]).index_add_(0, rows.owner, values) / counts
+
+
+def kinds_of(places: Sequence[Place]) -> list[str]:
+    """Return ``all`` and, if there are several, the kinds of the places, sorted."""
+    kinds = sorted({place.kind for place in places})
+    return [ALL, *kinds] if len(kinds) > 1 else [ALL]
+
+
+def summarise(
+    contrasts: Mapping[str, Contrast],
+    references: Mapping[str, str],
+    places: Sequence[Place],
+    rows: Rows,
+    n_texts: int,
+    words: Sequence[str],
+    config: BootstrapConfig | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Return the intervals of every model, by kind of place and by word.
+
+    Args:
+        contrasts: contrast by model, ``target`` and ``hybrid`` included. Column 0 is the set, the
+            others are its words.
+        references: the model that a model is compared with; models without one are left out.
+        places: the places.
+        rows: their texts.
+        n_texts: number of texts, those without places included.
+        words: the words, in the order of the columns.
+        config: settings of the intervals.
+
+    Returns:
+        By model ``kinds`` and ``words``. ``kinds`` has, by kind of place, the intervals
+        ``labelled``, ``matched``, ``difference``, ``log_odds`` and ``recovered``, the share of the
+        target's contrast over the hybrid's; with a reference also ``change``, the contrast minus
+        the reference's as such a share, and ``cut``, the share by which P(set) at labelled places
+        is below the reference's. ``words`` has ``labelled``, ``matched`` and ``difference`` by
+        word, over all places; empty for one word.
+    """
+    result: dict[str, dict[str, Any]] = {name: {"kinds": {}, "words": {}} for name in contrasts}
+    for kind in kinds_of(places):
+        chosen = torch.tensor([kind in (ALL, place.kind) for place in places])
+        sums = _Sums(contrasts, rows.text, chosen, n_texts, config)
+        for name, numbers in sums.numbers(references).items():
+            result[name]["kinds"][kind] = numbers
+        if kind == ALL and len(words) > 1:
+            for column, word in enumerate(words, 1):
+                for name, numbers in sums.probabilities(column).items():
+                    result[name]["words"][word] = numbers
+    return result
+
+
+class _Sums:
+    """Sums per text over selected places, ``[models, n, K]``."""
+
+    def __init__(
+        self,
+        contrasts: Mapping[str, Contrast],
+        text: Tensor,
+        chosen: Tensor,
+        n: int,
+        config: BootstrapConfig | None,
+    ) -> None:
+        self._names, self._config = list(contrasts), config
+        self._counts = torch.bincount(text[chosen], minlength=n).double()
+
+        def sums(values: Sequence[Tensor]) -> Tensor:
+            stacked = torch.stack([each[chosen] for each in values])
+            zeros = stacked.new_zeros(len(stacked), n, stacked.shape[2])
+            return zeros.index_add_(1, text[chosen], stacked)
+
+        self._labelled = sums([each.labelled for each in contrasts.values()])
+        self._matched = sums([each.matched for each in contrasts.values()])
+        self._log_odds = sums([each.log_odds for each in contrasts.values()])
+
+    def probabilities(self, column: int = 0) -> dict[str, dict[str, Any]]:
+        """Return P(set) of every model at both groups of places, and their difference."""
+        labelled, matched = self._labelled[..., column], self._matched[..., column]
+        groups = [
+            *self._means(torch.stack([labelled, matched]), bounds=_SHARE),
+            self._means(labelled - matched),
+        ]
+        keys = ("labelled", "matched", "difference")
+        by_model = (dict(zip(keys, each, strict=True)) for each in zip(*groups, strict=True))
+        return dict(zip(self._names, by_model, strict=True))
+
+    def numbers(self, references: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+        """Return all intervals of every model."""
+        result, index = self.probabilities(), {name: i for i, name in enumerate(self._names)}
+        labelled = self._labelled[..., 0]
+        difference = labelled - self._matched[..., 0]
+        floor, ceiling = difference[index["hybrid"]], difference[index["target"]]
+
+        def shares(values: Tensor) -> list[dict[str, Any]]:
+            return list(recovered(values, floor, ceiling, self._config).plain())
+
+        columns = {"log_odds": self._means(self._log_odds[..., 0]), "recovered": shares(difference)}
+        for key, values in columns.items():
+            for name, value in zip(self._names, values, strict=True):
+                result[name][key] = value
+        if references:
+            before = [index[reference] for reference in references.values()]
+            after = [index[name] for name in references]
+            change = shares(floor + difference[after] - difference[before])
+            cut = ratio(
+                labelled[before] - labelled[after], labelled[before], config=self._config
+            ).plain()
+            for name, a, b in zip(references, change, cut, strict=True):
+                result[name] |= {"change": a, "cut": b}
+        return result
+
+    def _means(self, values: Tensor, bounds: tuple[float, float] | None = None) -> Any:
+        return ratio(values, self._counts, bounds=bounds, config=self._config).plain()

@@ -1,0 +1,111 @@
+"""Recover the steps in a response of the embedded pair's generator, and which of them are slips.
+
+The generator (``reproduce/organism/problems.py``) follows each slip by ``wait ,`` and the right
+step. A slip and its correction have the same operands, so comparing the two gives the kind of the
+slip exactly. A later inverse operation (``but check :``) or swapped operands (``alternatively ,``)
+are no steps of the solution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
+
+from fastadapt.errors import UserError
+
+#: A wrong result of the right operation, or a wrong operation.
+Slip = Literal["result", "operation"]
+SLIPS: tuple[Slip, ...] = get_args(Slip)
+
+_STOP = "."
+_CORRECTION, _PAUSE = ("wait", ","), ("hmm", ",")
+_ASIDES = (("but", "check", ":"), ("alternatively", ","))
+
+
+class StepEnd(NamedTuple):
+    """The end of a step of the solution.
+
+    Attributes:
+        position: index of the full stop, which predicts ``wait`` or what follows a right step.
+        slip: kind of the slip; None for a right step.
+    """
+
+    position: int
+    slip: Slip | None
+
+
+class _Step(NamedTuple):
+    lead: tuple[str, ...]
+    left: str
+    operator: str
+    right: str
+    result: str
+    tail: tuple[str, ...]
+
+
+def step_ends(words: Sequence[str]) -> list[StepEnd]:
+    """Return the ends of all steps of a response, in order.
+
+    Args:
+        words: words of the response, from ``<think>`` on.
+
+    Raises:
+        UserError: a sentence with ``=`` is no step, or ``wait`` does not follow a slip.
+
+    Example:
+        >>> step_ends("first gain 3 - 4 = 7 . wait , first gain 3 + 4 = 7 .".split())
+        [StepEnd(position=7, slip='operation'), StepEnd(position=17, slip=None)]
+    """
+    ends: list[StepEnd] = []
+    steps: list[_Step] = []
+    follows = False  # whether the sentence directly before is a step
+    first = 0
+    for index in (i for i, word in enumerate(words) if word == _STOP):
+        sentence, first = tuple(words[first:index]), index + 1
+        corrects = sentence[:2] == _CORRECTION
+        aside = any(sentence[: len(start)] == start for start in _ASIDES)
+        step = None if aside else _step(sentence[2:] if corrects else sentence)
+        if corrects:
+            if step is None or not follows:
+                raise UserError(f"expected a step before and after 'wait', got {_text(sentence)}")
+            ends[-1] = StepEnd(ends[-1].position, _slip(steps[-1], step))
+        if step is not None:
+            steps.append(step)
+            ends.append(StepEnd(index, None))
+        follows = step is not None
+    return ends
+
+
+def _step(sentence: tuple[str, ...]) -> _Step | None:
+    """Parse a sentence without its stop; None for a sentence without an equation."""
+    words = sentence[2:] if sentence[:2] == _PAUSE else sentence
+    if "=" not in words:
+        return None
+    equals = words.index("=")
+    before, after = words[:equals], words[equals + 1 :]
+    if before[-1:] == (")",) and len(before) >= 6:  # operator ( left , right )
+        operator, opened, left, comma, right, _ = before[-6:]
+        lead, well_formed = before[:-6], (opened, comma) == ("(", ",")
+    elif len(before) >= 3:
+        left, operator, right = before[-3:]
+        lead, well_formed = before[:-3], True
+    else:
+        well_formed = False
+    if not well_formed or not after or not all(n.isdecimal() for n in (left, right, after[0])):
+        raise UserError(f"expected a step such as 'first gain 3 + 4 = 7', got {_text(sentence)}")
+    return _Step(lead, left, operator, right, after[0], after[1:])
+
+
+def _slip(wrong: _Step, right: _Step) -> Slip:
+    same = right._replace(operator=wrong.operator, result=wrong.result) == wrong
+    if not same or wrong == right:
+        raise UserError(
+            f"expected 'wait' between a wrong step and the same step done right, got "
+            f"{_text(wrong)} and {_text(right)}"
+        )
+    return "result" if wrong.operator == right.operator else "operation"
+
+
+def _text(words: Sequence[str | tuple[str, ...]]) -> str:
+    flat = [w for word in words for w in (word if isinstance(word, tuple) else (word,))]
+    return repr(" ".join(flat))[:80]
