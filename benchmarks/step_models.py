@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from fastadapt.adapter.module import AdapterConfig, TranscoderAdapter
+from fastadapt.models.architectures import ARCHITECTURES
 from fastadapt.models.pair import ModelPair, PairConfig
-from fastadapt.models.pretrained import ARCHITECTURES
 
 __all__ = [
     "L0",

@@ -77,6 +77,17 @@ def tiny_config(architecture: str, **changes: Any) -> Any:
     special: dict[str, dict[str, Any]] = {
         "gemma2": {"head_dim": 4, "sliding_window": 4, "final_logit_softcapping": 5.0},
         "gemma3_text": {"head_dim": 4, "sliding_window": 4, "layer_types": layer_types},
+        "gemma4_text": {
+            "head_dim": 4,
+            "global_head_dim": 8,
+            "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True,
+            "sliding_window": 4,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+            "hidden_size_per_layer_input": 6,
+            "vocab_size_per_layer_input": changes.get("vocab_size", TINY["vocab_size"]),
+            "final_logit_softcapping": 5.0,
+        },
         "mistral": {"sliding_window": 4},
         "phi3": {"sliding_window": 5},
         "qwen3": {
@@ -84,6 +95,15 @@ def tiny_config(architecture: str, **changes: Any) -> Any:
             "use_sliding_window": True,
             "sliding_window": 4,
             "layer_types": layer_types,
+        },
+        "qwen3_5_text": {
+            "head_dim": 8,
+            "partial_rotary_factor": 0.5,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 4,
+            "linear_value_head_dim": 5,
+            "layer_types": ["full_attention", "linear_attention", "linear_attention"],
         },
     }
     kind = type(AutoConfig.for_model(architecture))
@@ -100,6 +120,9 @@ def tiny_model(architecture: str, seed: int, dtype: torch.dtype, **changes: Any)
         with torch.no_grad():
             for p in model.parameters():
                 p.normal_(0, 0.3)
+            for name, buffer in model.named_buffers():
+                if name.endswith("layer_scalar"):  # Gemma 4; 1 in a new model
+                    buffer.uniform_(0.7, 0.9)
     return model.to(dtype).eval()
 
 
@@ -108,8 +131,8 @@ def make_pair() -> Callable[..., Any]:
     """``make_pair(architecture, dtype="float32")``: an unrelated target and base as a pair."""
     from torch import nn
 
+    from fastadapt.models.architectures import ARCHITECTURES
     from fastadapt.models.pair import DTYPES, ModelPair, PairConfig
-    from fastadapt.models.pretrained import ARCHITECTURES
 
     def make(architecture: str, dtype: str = "float32") -> ModelPair:
         base = tiny_model(architecture, 1, DTYPES[dtype])
@@ -126,12 +149,15 @@ def make_pair() -> Callable[..., Any]:
 
 @pytest.fixture
 def float64_clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compute norms and softmax in float64; transformers' float32 leaves an error of 2e-8."""
+    """Compute norms, softmax and linear attention in float64 instead of transformers' float32.
+
+    Float32 leaves an error of 2e-8 between two exact ways.
+    """
     from importlib import import_module
 
     from torch import nn
 
-    from fastadapt.models.pretrained import ARCHITECTURES
+    from fastadapt.models.architectures import ARCHITECTURES
 
     softmax = nn.functional.softmax
 
@@ -146,13 +172,34 @@ def float64_clean(monkeypatch: pytest.MonkeyPatch) -> None:
     def gemma(self: Any, x: torch.Tensor) -> torch.Tensor:
         return (1 + self.weight) * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
 
+    def gemma4(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return self._norm(x) * (self.weight if self.with_scale else 1)
+
+    class Wide:
+        """The module ``torch`` of linear attention, in which float32 is float64."""
+
+        float32 = torch.float64
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(torch, name)
+
+    to_float32 = torch.Tensor.float
+
+    def wide_float(x: torch.Tensor) -> torch.Tensor:
+        return x if x.dtype == torch.float64 else to_float32(x)
+
+    special: dict[str, Any] = dict.fromkeys(("gemma2", "gemma3", "qwen3_5"), gemma)
+    special["gemma4"] = gemma4
     for architecture in ARCHITECTURES:
         name = architecture.removesuffix("_text")
         modeling = import_module(f"transformers.models.{name}.modeling_{name}")
         norms = [kind for kind in vars(modeling) if kind.endswith("RMSNorm")]
         assert len(norms) == 1, norms
-        forward = gemma if name.startswith("gemma") else rms
+        forward = special.get(name, rms)
         monkeypatch.setattr(getattr(modeling, norms[0]), "forward", forward)
+        if name == "qwen3_5":
+            monkeypatch.setattr(modeling, "torch", Wide())
+    monkeypatch.setattr(torch.Tensor, "float", wide_float)
     monkeypatch.setattr(nn.functional, "softmax", wide_softmax)
 
 

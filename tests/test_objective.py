@@ -24,7 +24,7 @@ from fastadapt.adapter.module import AdapterConfig
 from fastadapt.batch import Batch
 from fastadapt.errors import UserError
 from fastadapt.kernels.transcoder import plan_for
-from fastadapt.models.pretrained import ARCHITECTURES
+from fastadapt.models.architectures import ARCHITECTURES
 from fastadapt.models.recompute import POLICIES
 from fastadapt.models.replacement import ReplacementModel
 from fastadapt.models.traversal import Stream, side_by_side

@@ -86,7 +86,8 @@ def linearized(model: ReplacementModel, features: Features = "leaves") -> Iterat
             feature is its pre-activation, and passes its gradient to the MLP's input.
 
     Raises:
-        UserError: the model has no transcoders, or ``features`` is neither.
+        UserError: the model has no transcoders, parts of its blocks have no rule, or ``features``
+            is neither.
 
     Example:
         >>> from fastadapt import AdapterConfig, ModelPair, PairConfig, ReplacementModel
@@ -101,13 +102,27 @@ def linearized(model: ReplacementModel, features: Features = "leaves") -> Iterat
     """
     if features not in get_args(Features):
         raise UserError(f"features: expected one of leaves, linear, got {features!r}")
-    if model.n_features == 0:
-        raise UserError("graphs: expected a run with transcoders, got a baseline's trained weights")
+    check_model(model)
     with ExitStack() as stack:
         stack.enter_context(model.fused.off())
         for module, hook in _hooks(model, features):
             stack.callback(module.register_forward_hook(hook).remove)
         yield
+
+
+def check_model(model: ReplacementModel) -> None:
+    """Check that a model has transcoders, and that the operations of its blocks have rules.
+
+    Raises:
+        UserError: it has not.
+    """
+    if model.n_features == 0:
+        raise UserError("graphs: expected a run with transcoders, got a baseline's trained weights")
+    if model.paths.without_rules:
+        kind = model.model.config.model_type
+        raise UserError(
+            f"graphs: architecture {kind!r} is not supported: {model.paths.without_rules}"
+        )
 
 
 _Hook = Callable[[Any, Any, Any], Any]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastadapt.errors import UserError
-from fastadapt.graphs.rules import Features, linearized
+from fastadapt.graphs.rules import Features, check_model, linearized
 from fastadapt.kernels.transcoder import SparseCodes
 from fastadapt.models.replacement import ReplacementModel
 
@@ -128,6 +128,7 @@ def record(
     """
     if stream not in STREAMS:
         raise UserError(f"stream: expected one of {', '.join(STREAMS)}, got {stream!r}")
+    check_model(model)
     ids = check_ids(model, ids)
     with ExitStack() as stack, torch.enable_grad():
         biases: dict[tuple[int, str, str], Bias] = {}

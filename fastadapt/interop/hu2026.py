@@ -28,6 +28,7 @@ from fastadapt.interop.hu2026_format import (
     published_tensors,
     write_published,
 )
+from fastadapt.models.architectures import ARCHITECTURES
 from fastadapt.models.hf_checkpoint import (
     SHARD_BYTES,
     Lazy,
@@ -40,7 +41,6 @@ from fastadapt.models.hf_checkpoint import (
 )
 from fastadapt.models.pair import DTYPES, choose_attention, choose_device
 from fastadapt.models.pretrained import (
-    ARCHITECTURES,
     load_causal_lm,
     load_mlps,
     load_tokenizer,

@@ -149,15 +149,24 @@ TUNED: Mapping[Baseline, type[TunedWeights]] = {
 }
 
 
+def _is_weighted_norm(module: nn.Module) -> bool:
+    # Gemma 4 normalises values without a weight.
+    return type(module).__name__.endswith("RMSNorm") and hasattr(module, "weight")
+
+
 def norms_of(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield a block's RMSNorms with their names; for a :class:`SwitchedNorm`, the target's norm."""
+    """Yield a block's RMSNorms that have weights, with their names.
+
+    For a :class:`SwitchedNorm` this is the target's norm. The norms of linear attention (Qwen 3.5),
+    which are gated, are parts of attention.
+    """
     # The classes have this suffix in every architecture of transformers: Qwen2RMSNorm.
     switched: set[nn.Module] = set()
     for name, part in module.named_modules():
         if isinstance(part, SwitchedNorm):
             switched.add(part.norm)
             yield name, part.norm
-        elif type(part).__name__.endswith("RMSNorm") and part not in switched:
+        elif _is_weighted_norm(part) and part not in switched:
             yield name, part
 
 

@@ -8,17 +8,18 @@ None under any keyword. An argument of any other type raises an error that names
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import UserDict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastadapt.errors import RunError
-from fastadapt.models.pretrained import Paths
+from fastadapt.models.architectures import Paths
 
 #: Types that hold no state. fastadapt.models.self_check detects in-place changes of tensors.
 _CONSTANT = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, Tensor)
@@ -72,14 +73,33 @@ def versions() -> str:
     )
 
 
-def _stateless(name: str, value: Any, owner: str) -> Any:
-    """Return ``value`` if it holds no state, None if it is a cache.
+class Unread(UserDict[str, Any]):
+    """Mapping for values that a block leaves for later blocks, which do not read them: holds none.
+
+    Raises:
+        RunError: a block reads a value.
+    """
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        """Drop the value."""
+
+    def __missing__(self, key: str) -> Any:
+        raise RunError(
+            f"a block reads {key!r}, which an earlier block left for it; blocks are called one by "
+            f"one, so this model cannot be used. {versions()}"
+        )
+
+
+def _stateless(name: str, value: Any, owner: str, unread: Sequence[str] = ()) -> Any:
+    """Return ``value`` if it holds no state, None for a cache, :class:`Unread` for ``unread``.
 
     Raises:
         RunError: ``value`` has any other type.
     """
     from transformers.cache_utils import Cache
 
+    if name in unread and isinstance(value, UserDict):
+        return Unread()
     if isinstance(value, Cache):
         return None
     if isinstance(value, tuple) and type(value) in (tuple, torch.Size):
@@ -100,6 +120,13 @@ def _cache_keyword(decoder: nn.Module) -> str:
     return "cache" if "cache" in accepted else "past_key_values"
 
 
+def _positional_names(block: nn.Module) -> list[str]:
+    """Return the names of a block's arguments that may be positional, after the hidden states."""
+    kinds = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = signature(type(block).forward).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.kind in kinds][2:]
+
+
 def record_inputs(
     model: nn.Module, paths: Paths, input_ids: Tensor, attention_mask: Tensor | None
 ) -> BlockInputs:
@@ -109,20 +136,24 @@ def record_inputs(
     arguments: list[dict[str, Any]] = []
 
     def record(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args:
-            raise RunError(
-                f"{type(model).__name__} passes {len(args) + 1} positional arguments to its "
-                f"blocks; expected only the hidden states to be positional. {versions()}"
-            )
         if not arguments:
             embeddings.append(hidden_states)
         owner = type(model).__name__
-        arguments.append({name: _stateless(name, value, owner) for name, value in kwargs.items()})
+        if len(args) > len(positional):
+            raise RunError(
+                f"{owner} passes {len(args) + 1} positional arguments to its blocks, which have "
+                f"names for {len(positional) + 1}. {versions()}"
+            )
+        named = {**dict(zip(positional, args, strict=False)), **kwargs}
+        arguments.append(
+            {name: _stateless(name, value, owner, paths.unread) for name, value in named.items()}
+        )
         return hidden_states
 
     embeddings: list[Tensor] = []
     decoder = getattr(model, paths.decoder)
     blocks = getattr(decoder, paths.layers)
+    positional = _positional_names(blocks[0])
     # Replace the blocks, not only their forwards: hooks of a block, such as FSDP's all-gather of
     # its weights, must not run.
     setattr(decoder, paths.layers, nn.ModuleList(_Recorder(block, record) for block in blocks))

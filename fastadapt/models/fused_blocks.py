@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from types import FunctionType, MethodType
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from fastadapt.kernels.frozen import DTYPES, gated, rms_norm, rope, runs
 from fastadapt.models.adapted_mlp import has_hooks
-from fastadapt.models.pretrained import Paths
+from fastadapt.models.architectures import Paths
 
 #: ``auto``: fused where the kernels run. ``off``: the modules' own operations. ``triton`` and
 #: ``reference`` select an implementation on every device, for plans and tests.
@@ -85,7 +86,7 @@ class FusedBlocks:
             kind = type(module).__name__
             if "forward" in vars(module):
                 continue
-            if kind.endswith("RMSNorm"):
+            if kind.endswith("RMSNorm") and hasattr(module, "weight"):
                 module.forward = MethodType(self._norm(paths), module)
                 self.fused.add("norms")
             elif kind.endswith("MLP") and name in _ACTIVATIONS and hasattr(module, "down_proj"):
@@ -149,6 +150,9 @@ class FusedBlocks:
             self._attention[kind] = None
             return None
         unfused: Any = plain.__globals__[_ROTARY]
+        if list(signature(unfused).parameters)[:4] != ["q", "k", "cos", "sin"]:  # Gemma 4
+            self._attention[kind] = None
+            return None
         casts = _casts(unfused)
 
         def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *more: Any, **named: Any) -> Any:

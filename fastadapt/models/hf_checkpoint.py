@@ -22,14 +22,13 @@ from fastadapt.errors import UserError
 from fastadapt.io import documents
 from fastadapt.io.atomic import half_filled, save_tensors, unstaged, writing_folder
 from fastadapt.io.names import check_name, in_model, inside
+from fastadapt.models.architectures import ARCHITECTURES, MULTIMODAL, Paths
 from fastadapt.models.pretrained import (
-    ARCHITECTURES,
-    Paths,
     ShardIndex,
     fetch,
     model_config,
     reading,
-    tensor_files,
+    stored_tensors,
 )
 from fastadapt.models.sources.low_rank import merged_state
 from fastadapt.models.sources.peft_folder import PeftFolder, find_peft
@@ -62,14 +61,12 @@ COMPANIONS = (
 
 
 def lazy_tensors(source: str, revision: str | None, role: str) -> dict[str, Lazy]:
-    """Return, by name, functions that read the tensors; ``role`` names the checkpoint in errors."""
-    from safetensors import safe_open
+    """Return, by their names in the model, functions that read a language model's tensors.
 
-    tensors: dict[str, Lazy] = {}
-    for file in tensor_files(source, revision).values():
-        with reading(role, str(file)), safe_open(file, framework="pt") as shard:
-            tensors |= {name: partial(_read, file, name, role) for name in shard.keys()}  # noqa: SIM118
-    return tensors
+    ``role`` names the checkpoint in errors.
+    """
+    places = stored_tensors(source, revision)
+    return {name: partial(_read, place.file, place.name, role) for name, place in places.items()}
 
 
 def _read(file: Path, name: str, role: str) -> Tensor:
@@ -139,17 +136,28 @@ def target_values(
 ) -> dict[str, Any]:
     """Return the contents of the target's ``config.json``; a PEFT target's from its base's.
 
+    For a multimodal model, these are the values of its text model.
+
     Raises:
         UserError: a file is missing, or holds no JSON object.
     """
     revisions = revisions or {}
     peft = find_peft(target, revisions.get("target"))
     if peft is None:
-        return read_json(target, CONFIG, revisions.get("target"))
-    values = read_json(base, CONFIG, revisions.get("base"))
+        return _config_values(target, revisions.get("target"))
+    values = _config_values(base, revisions.get("base"))
     model = peft_config(peft, base, model_config(base, revisions.get("base"), False), trust=False)
     tied = model.tie_word_embeddings and not peft.unties()
     return {**values, "vocab_size": model.vocab_size, "tie_word_embeddings": tied}
+
+
+def _config_values(source: str, revision: str | None) -> dict[str, Any]:
+    values = read_json(source, CONFIG, revision)
+    if values.get("model_type") not in MULTIMODAL:
+        return values
+    config = model_config(source, revision, trust=False)
+    text: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    return text
 
 
 def companions_of(

@@ -16,7 +16,7 @@ from torch import nn
 from fastadapt.adapter.files import read_settings
 from fastadapt.adapter.module import TranscoderAdapter
 from fastadapt.models.adapted_mlp import AdaptedMLP, Mode, in_mode
-from fastadapt.models.pretrained import ARCHITECTURES, Paths
+from fastadapt.models.architectures import ARCHITECTURES, Paths
 
 PREFIX = "fastadapt_"
 

@@ -17,7 +17,7 @@ from torch import nn
 from fastadapt.errors import UserError
 from fastadapt.io.names import typed_path
 from fastadapt.models.adapted_mlp import AdaptedMLP
-from fastadapt.models.pretrained import ARCHITECTURES, Paths
+from fastadapt.models.architectures import ARCHITECTURES, Paths
 from fastadapt.models.sources.low_rank import same_bits, shared_names
 from fastadapt.models.sources.pair_sources import Sources
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import torch
@@ -18,7 +18,9 @@ from fastadapt.errors import RunError, UserError
 from fastadapt.io.documents import check, read_json
 from fastadapt.io.names import check_name, typed_path
 from fastadapt.io.tensors import check_tensor, open_tensors
+from fastadapt.models.architectures import ARCHITECTURES
 from fastadapt.models.sources.low_rank import same_bits
+from fastadapt.models.sources.text_tower import text_config, text_names, text_prefixes
 
 _Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 28)]
 _Number = int | float | None
@@ -83,40 +85,7 @@ class ModelFile(TypedDict, total=False):
     eos_token_id: int | list[int] | None
     dtype: _Dtype | None
     torch_dtype: _Dtype | None
-
-
-@dataclass(frozen=True)
-class Paths:
-    """Attribute names of an architecture's parts, its attention implementation, its norms' formula.
-
-    ``attention`` is used where flash-attn is not: ``eager`` for Gemma 2, since torch's fused
-    attention cannot soft-cap scores. ``projections`` are the linear layers of an MLP that read its
-    input. ``norm_offset`` and ``norm_rounds_first`` are arguments of
-    :func:`fastadapt.kernels.frozen.rms_norm`.
-    """
-
-    decoder: str = "model"
-    layers: str = "layers"
-    mlp: str = "mlp"
-    attention_module: str = "self_attn"
-    norm: str = "norm"
-    attention: str = "sdpa"
-    norm_offset: float = 0.0
-    norm_rounds_first: bool = True
-    projections: tuple[str, ...] = ("gate_proj", "up_proj")
-
-
-#: Supported architectures: those whose gradients and modes are tested.
-ARCHITECTURES: Mapping[str, Paths] = {
-    "qwen2": Paths(),
-    "llama": Paths(),
-    "gemma2": Paths(attention="eager", norm_offset=1.0, norm_rounds_first=False),
-    "gemma3_text": Paths(norm_offset=1.0, norm_rounds_first=False),
-    "mistral": Paths(),
-    "olmo2": Paths(norm_rounds_first=False),
-    "phi3": Paths(projections=("gate_up_proj",)),
-    "qwen3": Paths(),
-}
+    text_config: ModelFile | None
 
 
 #: Safetensors' names of the dtypes of unquantised weights.
@@ -160,6 +129,8 @@ def reading(role: str, source: str) -> Iterator[None]:
 def model_config(source: str, revision: str | None, trust: bool) -> Any:
     """Return transformers' configuration of a local folder or hub id.
 
+    For a multimodal model, this is the configuration of its text model.
+
     The attention implementation is cleared and left to the caller: in ``config.json`` it can name
     code on the hub, which transformers would run even without ``trust``.
 
@@ -178,7 +149,8 @@ def model_config(source: str, revision: str | None, trust: bool) -> Any:
     with reading("model", source):
         if (file := fetch(source, "config.json", revision)) is not None:
             keys = read_json(file, ModelFile, constants=True)
-            implementations = {key: v for key, v in keys.items() if "implementation" in key}
+            given = [*keys.items(), *(keys.get("text_config") or {}).items()]
+            implementations = {key: value for key, value in given if "implementation" in key}
             check(implementations, dict[str, _Implementation | None], str(file))
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust)
     if getattr(config, "quantization_config", None) is not None:
@@ -193,6 +165,7 @@ def model_config(source: str, revision: str | None, trust: bool) -> Any:
             f"{named!r}), which is not supported. Rename the file to model.safetensors and delete "
             "the key"
         )
+    config = text_config(config)
     config._attn_implementation = config._experts_implementation = None
     return config
 
@@ -288,6 +261,36 @@ def tensor_files(source: str, revision: str | None) -> dict[str, Path]:
     return files
 
 
+def _tensor_names(files: Mapping[str, Path]) -> dict[str, Path]:
+    """Return the file of every tensor of shards, by the tensor's name."""
+    names: dict[str, Path] = {}
+    for file in files.values():
+        with reading("model", str(file)), open_tensors(file) as shard:
+            names |= dict.fromkeys(shard.keys(), file)
+    return names
+
+
+class Stored(NamedTuple):
+    """File of a tensor, and the tensor's name in it."""
+
+    file: Path
+    name: str
+
+
+def stored_tensors(source: str, revision: str | None) -> dict[str, Stored]:
+    """Return where the tensors of a causal language model lie, by their names in the model.
+
+    Of a multimodal checkpoint, these are the tensors of the text model.
+
+    Raises:
+        UserError: see :func:`tensor_files`.
+    """
+    files = _tensor_names(tensor_files(source, revision))
+    return {
+        name: Stored(files[stored], stored) for stored, name in text_names(files, source).items()
+    }
+
+
 def _tensor_files(source: str, revision: str | None) -> dict[str, Path]:
     whole, shards = WEIGHT_FILES
     single = fetch(source, whole, revision)
@@ -337,7 +340,9 @@ def load_causal_lm(
     """
     from transformers import AutoModelForCausalLM
 
-    tensor_files(source, revision)
+    stored = _tensor_names(tensor_files(source, revision))
+    prefixes = text_prefixes(stored, source)
+    besides = {*besides, *(stored.keys() - text_names(stored, source).keys())}
     config = model_config(source, revision, trust)
     with reading(role, source), _errors_only() if besides else nullcontext():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -350,6 +355,7 @@ def load_causal_lm(
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # the check below names the weight
             output_loading_info=True,
+            key_mapping={f"^{re.escape(part)}": name for part, name in prefixes.items()} or None,
             **({"device_map": {"": device}} if device.type != "cpu" else {}),
         )
     model, info = loaded
@@ -442,14 +448,17 @@ def load_mlps(
         return mlps.to(dtype).eval()
     tensors: dict[str, Tensor] = {}
     ours = {} if beside is None else dict(beside.named_parameters())
-    for file in tensor_files(source, revision).values():
+    places = {
+        name: place for name, place in stored_tensors(source, revision).items() if name in wanted
+    }
+    for file in sorted({place.file for place in places.values()}):
         with (
             reading(role, str(file)),
             safe_open(file, framework="pt", device=str(device)) as shard,
         ):
-            for name in wanted & set(shard.keys()):
-                tensor = shard.get_tensor(name)
-                check_tensor(tensor, str(file), name)
+            for name in (name for name, place in places.items() if place.file == file):
+                tensor = shard.get_tensor(places[name].name)
+                check_tensor(tensor, str(file), places[name].name)
                 tensor = tensor.to(dtype)
                 same = name in ours and same_bits(ours[name], tensor)
                 tensors[name] = ours[name] if same else tensor

@@ -187,7 +187,7 @@ class ReplacementModel(nn.Module):
         mlp = self.mlps[layer]
         owner = mlp.target if mode == "target" else mlp.base
         return SavingModules(
-            attention=getattr(self.blocks[layer], self.paths.attention_module),
+            attention=self.paths.attention_of(self.blocks[layer]),
             adapter=mlp.adapter if mode == "replacement" else None,
             products=[getattr(owner, name) for name in self.paths.projections],
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastadapt.adapter.files import read_transcoders
 from fastadapt.errors import UserError
+from fastadapt.models.architectures import ARCHITECTURES
 from fastadapt.models.hf_checkpoint import (
     SHARD_BYTES,
     adapter_tensors,
@@ -18,7 +19,6 @@ from fastadapt.models.hf_checkpoint import (
     write_checkpoint,
 )
 from fastadapt.models.hf_classes import classes_of, model_type_of
-from fastadapt.models.pretrained import ARCHITECTURES
 
 
 def export(

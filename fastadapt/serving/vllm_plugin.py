@@ -8,9 +8,9 @@ buffers, since its threshold is a buffer. The plugin has not been run on a GPU y
 
 from __future__ import annotations
 
+from fastadapt.models.architectures import ARCHITECTURES
 from fastadapt.models.hf_classes import classes_of
 from fastadapt.models.hf_classes import register as register_with_transformers
-from fastadapt.models.pretrained import ARCHITECTURES
 
 #: vLLM's class for causal language models of transformers.
 BACKEND = "vllm.model_executor.models.transformers:TransformersForCausalLM"

@@ -30,21 +30,23 @@ from fastadapt.models.pretrained import load_tokenizer
 from fastadapt.models.sources.checks import PairMismatchError
 from fastadapt.organism import resolve
 
-#: Norms of queries and keys within attention, a soft cap; an MLP of one projection; plain ones.
-FAMILIES = [
-    "qwen3",
-    "gemma2",
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2", "olmo2", "phi3")),
-]
+#: Norms of queries and keys within attention, a soft cap; an MLP of one projection; plain ones;
+#: attention of two kinds; embeddings in blocks.
+SLOW = ("qwen2", "olmo2", "phi3", "qwen3_5_text", "gemma4_text")
+FAMILIES = ["qwen3", "gemma2", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 BATCHES = DifferenceConfig(batch_tokens=20, chunk_tokens=5, models_at_once=3)
 
 
 def part_of(weight: str) -> str:
-    """The part of a weight, by its name in a checkpoint."""
+    """The part of a weight, by its name in a checkpoint; a buffer is of none."""
+    if ".linear_attn." in weight:
+        return "attention"
     if "norm" in weight:
         return "norms"
     if ".mlp." in weight:
         return "mlps"
+    if "layer_scalar" in weight:
+        return ""
     return "attention" if ".self_attn." in weight else "embeddings"
 
 

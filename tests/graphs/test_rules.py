@@ -13,13 +13,14 @@ from fastadapt.errors import UserError
 from fastadapt.graphs.attribution import Leaves, Target, edges, feature_target
 from fastadapt.graphs.rules import carry, linearized
 from fastadapt.graphs.trace import STREAMS, record
-from fastadapt.models.pretrained import ARCHITECTURES
+from fastadapt.models.architectures import ARCHITECTURES
 from fastadapt.models.replacement import ReplacementModel
 
 MODES = ("target", "hybrid", "replacement")
+RULED = [name for name, paths in ARCHITECTURES.items() if not paths.without_rules]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", RULED)
 @pytest.mark.parametrize("features", ["leaves", "linear"])
 def test_no_bit_changes(architecture: str, features: Any, make_pair: Callable[..., Any]) -> None:
     model = randomised(make_pair(architecture))
@@ -34,7 +35,7 @@ def test_no_bit_changes(architecture: str, features: Any, make_pair: Callable[..
         assert torch.equal(model(IDS[None]).logits, plain)  # and no rule stays
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", RULED)
 @pytest.mark.parametrize("stream", STREAMS)
 def test_relevance_is_conserved(
     architecture: str, stream: Any, make_pair: Callable[..., Any]
@@ -117,6 +118,10 @@ def test_bad_requests(make_pair: Callable[..., Any]) -> None:
         record(model, [3, 40])
     with pytest.raises(UserError, match=r"expected token ids \[T\], got shape \[0\]"):
         record(model, [])
+    for kind, part in (("qwen3_5_text", "linear attention"), ("gemma4_text", "embeddings")):
+        other = randomised(make_pair(kind))
+        with pytest.raises(UserError, match=f"graphs: architecture '{kind}' .* rule for .*{part}"):
+            record(other, IDS)
     baseline = ReplacementModel.create(make_pair("llama"), "norms")
     with pytest.raises(UserError, match="run with transcoders, got a baseline"):
         record(baseline, IDS)

@@ -17,13 +17,14 @@ from fastadapt import serving
 from fastadapt.adapter.files import save_adapters
 from fastadapt.adapter.module import AdapterConfig
 from fastadapt.cli.export import convert
-from fastadapt.errors import RunError, UserError
+from fastadapt.errors import ModelsChangedWarning, RunError, UserError
 from fastadapt.evaluation.models_under_test import ModelSet
 from fastadapt.features.store.sets import FeatureSet, read_set
 from fastadapt.features.store.store import adapter_digest
 from fastadapt.interventions import Intervention, ablate, only, onto_target, scale_features
 from fastadapt.interventions.files import intervene
 from fastadapt.models.replacement import ModelPair, PairConfig, ReplacementModel
+from fastadapt.models.sources.fingerprint import fingerprint
 from fastadapt.models.trained_files import load_adapters
 
 F = 24
@@ -67,6 +68,7 @@ def make_run(tmp_path: Path, save_model: Callable[..., str]) -> Callable[..., Pa
         }
         (folder / "config.yaml").write_text(yaml.safe_dump(settings))
         metadata = {**names, "family": "r1-distill", "measured": {"l0_mean": 3.0}}
+        metadata["weights"] = pair.weights
         save_adapters(model.adapters, folder / "adapter", metadata)
         return folder
 
@@ -117,6 +119,33 @@ def test_it_says_what_was_done_to_what(make_run: Callable, tmp_path: Path) -> No
     card = load_adapters(intervene(run, tmp_path / "onto", features, ONTO) / "adapter")[1]
     assert card["interventions"][0]["scale"] == -0.5
     assert card["base"] == card["target"]
+
+
+@pytest.mark.parametrize("kind", [ABLATE, ONTO], ids=["ablate", "onto-target"])
+@pytest.mark.parametrize("role", ["target", "base"])
+def test_changed_weights_of_a_model_are_named(
+    role: str, kind: Intervention, make_run: Callable, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    run = make_run()
+    features = set_of(run)
+    intervene(run, tmp_path / "before", features, kind)  # here a warning would be an error
+    recorded = load_adapters(run / "adapter")[1]["weights"]
+    folder = yaml.safe_load((run / "config.yaml").read_text())["pair"][role]
+    file = Path(folder) / "model.safetensors"
+    scaled = {name: 1.01 * tensor for name, tensor in load_file(file).items()}
+    save_file(scaled, file, metadata={"format": "pt"})
+    with pytest.warns(ModelsChangedWarning, match="was trained with other weights") as warned:
+        out = intervene(run, tmp_path / "after", features, kind)
+    (message,) = (str(warning.message) for warning in warned)
+    assert f"{role} {folder} has weights {fingerprint(folder, None)[:12]}" in message
+    assert f"not {recorded[role][:12]}" in message
+    assert message.count(" has weights ") == 1
+    # The new run keeps the record of the training, so that its readers warn too.
+    after = load_adapters(out / "adapter")[1]["weights"]
+    trained = recorded["target"] if kind == ONTO else recorded["base"]
+    assert after == {"target": recorded["target"], "base": trained}
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -21,6 +21,7 @@ from fastadapt.errors import UserError
 from fastadapt.models.pair import ModelPair, PairConfig
 from fastadapt.models.recompute import POLICIES
 from fastadapt.models.replacement import ReplacementModel
+from fastadapt.models.sources.low_rank import LowRankLinear
 from fastadapt.models.sources.pair_sources import Sources
 from fastadapt.models.sources.peft_folder import choose_base, find_peft
 from fastadapt.objective import ObjectiveConfig, objective
@@ -124,6 +125,7 @@ def bytes_of(*modules: nn.Module) -> int:
 
 
 ALL = [("llama", kind) for kind in KINDS] + [("qwen2", "lora"), ("gemma2", "dora")]
+ALL += [("phi3", "lora"), ("phi3", "dora")]  # one layer for q, k and v, and one for gate and up
 
 
 @pytest.mark.parametrize(("architecture", "kind"), ALL)
@@ -211,9 +213,43 @@ def test_layers_that_fine_tuning_left_are_in_memory_once(
     assert model.pair.shared_mlps == pair.shared_mlps  # also with adapters in the model
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_recomputation_changes_no_bit(kind: str, save_peft: Callable[..., Any]) -> None:
-    target, base, _ = save_peft("llama", KINDS[kind][0])
+def test_fused_projections_of_phi3(save_peft: Callable[..., Any]) -> None:
+    target, base, wrapped = save_peft("phi3", {"target_modules": ["qkv_proj", "gate_up_proj"]})
+    pair = load(target, base)
+    ids = torch.tensor([[3, 5, 8]])
+    with torch.no_grad():
+        torch.testing.assert_close(pair.target(ids).logits, wrapped(ids).logits)
+        assert not torch.allclose(pair.target(ids).logits, whole(base)(ids).logits, atol=1e-2)
+    blocks = pair.target.model.layers
+    low = [name for name, part in blocks[1].named_modules() if isinstance(part, LowRankLinear)]
+    assert low == ["self_attn.qkv_proj", "mlp.gate_up_proj"]
+    assert pair.shared_mlps == [name for name, _ in pair.base_mlps.named_parameters()]
+    model = replacement(pair)
+    for mode in ("target", "hybrid"):
+        products = model.saving_modules(1, mode).products
+        assert [isinstance(p, LowRankLinear) for p in products] == [mode == "target"]
+
+
+def test_an_adapter_of_a_multimodal_model_is_refused(save_peft: Callable[..., Any]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    target, base, _ = save_peft()
+    file = Path(target) / "adapter_model.safetensors"
+    tensors = {
+        n.replace(".layers.", ".language_model.layers."): t for n, t in load_file(file).items()
+    }
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(UserError, match=r"is an adapter of a multimodal model, .* Merge it into"):
+        load(target, base)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind"), [("llama", "lora"), ("llama", "dora"), ("phi3", "lora")]
+)
+def test_recomputation_changes_no_bit(
+    architecture: str, kind: str, save_peft: Callable[..., Any]
+) -> None:
+    target, base, _ = save_peft(architecture, KINDS[kind][0])
     first, *others = (
         losses_and_gradients(load(target, base), checkpoint=policy) for policy in POLICIES
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastadapt.adapter.module import AdapterConfig
 from fastadapt.batch import Batch
 from fastadapt.errors import RunError
-from fastadapt.models.pretrained import ARCHITECTURES
+from fastadapt.models.architectures import ARCHITECTURES
 from fastadapt.models.recompute import POLICIES
 from fastadapt.models.replacement import Mode, ReplacementModel
 from fastadapt.models.self_check import check_traversal

@@ -24,8 +24,8 @@ from fastadapt import serving
 from fastadapt.adapter.files import save_adapters
 from fastadapt.adapter.module import AdapterConfig
 from fastadapt.errors import UserError
+from fastadapt.models.architectures import ARCHITECTURES
 from fastadapt.models.hf_classes import classes_of
-from fastadapt.models.pretrained import ARCHITECTURES
 from fastadapt.models.replacement import ModelPair, PairConfig, ReplacementModel
 
 IDS = torch.tensor([[5, 9, 23, 7, 31, 8]])
@@ -132,7 +132,11 @@ QUICK = {"qwen2", "gemma3_text", "phi3"}
 
 @pytest.mark.parametrize(
     "architecture",
-    [pytest.param(a, marks=[pytest.mark.slow] * (a not in QUICK)) for a in ARCHITECTURES],
+    [
+        pytest.param(a, marks=[pytest.mark.slow] * (a not in QUICK))
+        for a, paths in ARCHITECTURES.items()
+        if paths.paged
+    ],
 )
 def test_generate_batch_gives_the_tokens_of_generate(
     architecture: str, exported: Callable[..., tuple[Path, ReplacementModel]]
@@ -225,7 +229,7 @@ def test_vllm_finds_every_weight(
     folder, _ = exported(architecture, tie_word_embeddings=tied)
     with torch.device("meta"):
         decoder = AutoModel.from_config(AutoConfig.from_pretrained(folder))
-    wanted = {f"model.{name}": p.shape for name, p in decoder.named_parameters()}
+    wanted = {f"model.{name}": tensor.shape for name, tensor in decoder.state_dict().items()}
     if not tied:
         wanted["lm_head.weight"] = decoder.get_input_embeddings().weight.shape
     stored: dict[str, torch.Size] = {}
@@ -236,7 +240,8 @@ def test_vllm_finds_every_weight(
     for pattern in decoder.config.base_model_tp_plan:
         parts = pattern.split("*.")
         names = [n for n, _ in decoder.named_modules() if n.startswith(parts[0])]
-        assert any(n.endswith(parts[-1]) for n in names) or "norm" in pattern, pattern
+        optional = "norm" in pattern or "experts" in pattern
+        assert any(n.endswith(parts[-1]) for n in names) or optional, pattern
 
 
 def test_the_vllm_plugin_registers_each_architecture(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,7 +82,7 @@ def build(config: TrainConfig, model_config: Any) -> Any:
     from transformers.initialization import no_init_weights
     from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
-    from fastadapt.models.pretrained import ARCHITECTURES
+    from fastadapt.models.architectures import ARCHITECTURES
     from fastadapt.models.replacement import ModelPair, ReplacementModel
 
     with no_init_weights():

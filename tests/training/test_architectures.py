@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastadapt.models.pretrained import ARCHITECTURES
+from fastadapt.models.architectures import ARCHITECTURES
 from fastadapt.models.replacement import ModelPair, ReplacementModel
 from fastadapt.models.trained_files import load_adapters
 from fastadapt.training.config import TrainConfig

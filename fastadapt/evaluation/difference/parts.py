@@ -17,19 +17,29 @@ from torch import Tensor, nn
 
 from fastadapt.batch import Batch
 from fastadapt.evaluation.models_under_test import load_base
+from fastadapt.models.architectures import Paths
 from fastadapt.models.baselines import norms_of
 from fastadapt.models.pair import ModelPair, PairConfig
-from fastadapt.models.pretrained import Paths
-from fastadapt.models.sources.checks import check_equal
+from fastadapt.models.sources.checks import PairMismatchError, check_equal
 
 Role = Literal["target", "base"]
 Part = Literal["attention", "mlps", "norms", "embeddings"]
 #: The parts of a model. ``norms`` are all RMSNorms, those of queries and keys and the last one too;
-#: ``embeddings`` are the embedding and the head.
+#: ``embeddings`` are the embedding and the head, and what adds embeddings in blocks (Gemma 4).
 PARTS: tuple[Part, ...] = ("attention", "mlps", "norms", "embeddings")
 
 #: Keys of a configuration that fix the shapes of attention.
-_HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim")
+_HEADS = (
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "per_layer_config",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "hidden_size_per_layer_input",
+)
 #: Keys that change what modules compute, beside their weights.
 _COMPUTING = (
     "rope_parameters",
@@ -116,6 +126,7 @@ class TwoModels:
         self.swaps = _swaps(pair, base)
         self.parts: tuple[Part, ...] = PARTS
         self.notes = [*pair.notes, *_config_notes(target.config, base.config)]
+        self.notes += _buffer_notes(target, base)
         heads = [self._head(model) for model in (target, base)]
         self.has_one_head = torch.equal(*heads)
         sizes = [tuple(head.shape) for head in heads]
@@ -214,7 +225,8 @@ def _swaps(pair: ModelPair, base: Any) -> list[Swap]:
         for name, module in ours.named_children():
             if name not in norms:
                 part: Part = "mlps" if name == paths.mlp else "attention"
-                other = theirs.get_submodule(name)
+                part = "embeddings" if name in paths.per_layer_inputs else part
+                other = _same_child(theirs, name, f"{prefix}.{name}")
                 swaps.append(Swap(part, layer, f"{prefix}.{name}", module, other, ((ours, name),)))
         for name in norms:
             owner, _, attribute = name.rpartition(".")
@@ -228,15 +240,28 @@ def _swaps(pair: ModelPair, base: Any) -> list[Swap]:
     return swaps
 
 
+def _same_child(parent: nn.Module, name: str, path: str) -> nn.Module:
+    """Return the base's module of a name; raise if only the target has one."""
+    module = getattr(parent, name, None)
+    if not isinstance(module, nn.Module):
+        raise PairMismatchError(
+            f"these models are not a pair: target has {path}, base has no such part. Give the "
+            "model that the target was fine-tuned from"
+        )
+    return module
+
+
 def _outside(
     paths: Paths, target: Any, base: Any
 ) -> Iterator[tuple[Part, nn.Module, str, nn.Module, nn.Module]]:
     """Yield part, parent, the parent's path, and both models' modules outside of the blocks."""
     ours, theirs = (getattr(model, paths.decoder) for model in (target, base))
     prefix = f"{paths.decoder}."
-    yield "norms", ours, prefix, getattr(ours, paths.norm), getattr(theirs, paths.norm)
-    embeddings = (model.get_input_embeddings() for model in (target, base))
-    yield "embeddings", ours, prefix, *embeddings
+    for name, module in ours.named_children():
+        if name == paths.layers or next(module.parameters(), None) is None:
+            continue
+        part: Part = "norms" if type(module).__name__.endswith("RMSNorm") else "embeddings"
+        yield part, ours, prefix, module, _same_child(theirs, name, prefix + name)
     yield "embeddings", target, "", *(model.get_output_embeddings() for model in (target, base))
 
 
@@ -248,3 +273,16 @@ def _config_notes(target: Any, base: Any) -> list[str]:
         for key in _COMPUTING
         if getattr(target, key, None) != getattr(base, key, None)
     ]
+
+
+def _buffer_notes(target: Any, base: Any) -> list[str]:
+    """Return a note if buffers with values of their own differ, such as Gemma 4's layer_scalar."""
+    stored, theirs = target.state_dict().keys(), dict(base.named_buffers())
+    names = [
+        name
+        for name, buffer in target.named_buffers()
+        if name in stored and not torch.equal(buffer, theirs[name])
+    ]
+    if not names:
+        return []
+    return [f"{len(names)} buffers differ ({names[0]}, …); every hybrid has the target's"]

@@ -30,7 +30,8 @@ class SamplingConfig:
         stop: strings that end a response; they are not part of its text.
         stop_degenerate: end a response with its first degenerate window.
         degeneration: definition of a degenerate window.
-        batching: ``auto`` (``static`` on a CPU, else ``continuous``), ``continuous`` or ``static``.
+        batching: ``auto`` (``static`` on a CPU, and for Gemma 4 and Qwen 3.5; else
+            ``continuous``), ``continuous`` or ``static``.
         batch_size: sequences per batch; None: 64, or with continuous batching on a GPU as many as
             fit.
     """

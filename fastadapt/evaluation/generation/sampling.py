@@ -14,7 +14,8 @@ Two kinds of batching give the same tokens:
 - ``static``: transformers' ``generate`` on left-padded batches, each until its last response ends.
 
 On a CPU, static batches take two thirds of the time (embedded pair, 192 prompts: 3,160 tokens per
-CPU second against 2,100). ``auto`` is ``static`` on a CPU and ``continuous`` on a GPU.
+CPU second against 2,100). ``auto`` is ``static`` on a CPU and ``continuous`` on a GPU,
+except for models that a paged cache cannot run (Gemma 4, Qwen 3.5).
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from fastadapt.evaluation.generation.responses import (
     read_responses,
 )
 from fastadapt.evaluation.generation.rollout import Draw, LogitsError, Rollout, SamplingConfig, keys
+from fastadapt.models.architectures import ARCHITECTURES
 
 __all__ = ["Request", "Response", "Sampled", "SamplingConfig", "Speed", "read_responses", "sample"]
 
@@ -258,11 +260,27 @@ def _check_old(
         )
 
 
+def choose_batching(model: Any, batching: str) -> str:
+    """Return ``static`` or ``continuous`` for a value of ``sampling.batching``.
+
+    Raises:
+        UserError: transformers' continuous batching cannot run the model.
+    """
+    kind = model.config.model_type
+    paged = ARCHITECTURES[kind].paged if kind in ARCHITECTURES else True
+    if batching == "continuous" and not paged:
+        raise UserError(
+            f"sampling.batching: transformers' continuous batching cannot run {kind!r}; expected "
+            "auto or static"
+        )
+    if batching == "auto":
+        return "continuous" if paged and model.device.type != "cpu" else "static"
+    return batching
+
+
 def _generate(session: _Session, rollouts: list[Rollout]) -> Speed:
     """Run the rollouts. Their speed is stored even if an error or ``stop`` ends them early."""
-    batching = session.config.batching
-    if batching == "auto":
-        batching = "static" if session.model.device.type == "cpu" else "continuous"
+    batching = choose_batching(session.model, session.config.batching)
     seconds = 0.0
     begun = time.perf_counter()
     try:

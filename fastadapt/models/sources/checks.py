@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastadapt.errors import UserError
-from fastadapt.models.pretrained import ARCHITECTURES
+from fastadapt.models.architectures import check_supported
 
 
 class PairMismatchError(UserError):
@@ -25,28 +25,25 @@ SAME = (
 )
 
 
-def check_configs(target: Any, base: Any) -> None:
+def check_configs(target: Any, base: Any, trust: bool = False) -> None:
     """Raise :class:`PairMismatchError` with every key of :data:`SAME` in which two configs differ.
 
     Raises:
-        UserError: the target's architecture is not supported.
+        UserError: the target's architecture is not supported
+            (:func:`fastadapt.models.architectures.check_supported`; ``trust`` is its argument).
     """
-    if target.model_type not in ARCHITECTURES:
-        inner = getattr(target.get_text_config(), "model_type", None)
-        text = f" (its text model {inner!r} is)" if inner in ARCHITECTURES else ""
-        raise UserError(
-            f"architecture {target.model_type!r} is not supported{text}; "
-            f"supported: {', '.join(sorted(ARCHITECTURES))}"
-        )
+    check_supported(target, trust)
     check_equal(target, base, SAME)
 
 
 def check_equal(target: Any, base: Any, names: Sequence[str]) -> None:
     """Raise :class:`PairMismatchError` with every key of ``names`` in which two configs differ."""
+    # An attribute of single layers raises an error; the dictionaries have those layers' values.
+    ours, theirs = target.to_dict(), base.to_dict()
     differing = [
-        f"{name}: target {getattr(target, name, None)!r}, base {getattr(base, name, None)!r}"
+        f"{name}: target {ours.get(name)!r}, base {theirs.get(name)!r}"
         for name in names
-        if getattr(target, name, None) != getattr(base, name, None)
+        if ours.get(name) != theirs.get(name)
     ]
     if differing:
         raise PairMismatchError(

@@ -12,8 +12,8 @@ from torch import nn
 
 from fastadapt.errors import UserError
 from fastadapt.io.names import typed_path
+from fastadapt.models.architectures import ARCHITECTURES
 from fastadapt.models.pretrained import (
-    ARCHITECTURES,
     load_causal_lm,
     load_mlps,
     load_tokenizer,
@@ -150,7 +150,7 @@ class Sources:
         base = read(config.base, config.base_revision, trust)
         if self.peft is not None:
             target = peft_loading.peft_config(self.peft, config.base, base, trust)
-        check_configs(target, base)
+        check_configs(target, base, trust)
         return [target, base]
 
     def tokenizer(self) -> Any:

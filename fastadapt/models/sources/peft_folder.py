@@ -19,7 +19,8 @@ from typing_extensions import TypedDict
 from fastadapt.errors import UserError
 from fastadapt.io.documents import Name, read_json
 from fastadapt.io.tensors import open_tensors
-from fastadapt.models.pretrained import ARCHITECTURES, WEIGHT_FILES, Paths, fetch
+from fastadapt.models.architectures import ARCHITECTURES, Paths
+from fastadapt.models.pretrained import WEIGHT_FILES, fetch
 from fastadapt.organism import resolve
 
 CONFIG = "adapter_config.json"
@@ -178,6 +179,12 @@ class PeftFolder:
         Raises:
             UserError: the adapter is one of another base.
         """
+        if any(".language_model." in f".{name}" for name in self.shapes):
+            raise UserError(
+                f"target {self.source} is an adapter of a multimodal model, of which only the text "
+                "model is read. Merge it into its base (peft: merge_and_unload, save_pretrained) "
+                "and give that folder"
+            )
         for name, shape in sorted(self.shapes.items()):
             expected = _expected_shape(model, *_split(name), shape)
             if expected != shape:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from fastadapt.errors import UserError
 from fastadapt.io.tensors import check_tensor, open_tensors
-from fastadapt.models.pretrained import ARCHITECTURES, load_causal_lm, reading
+from fastadapt.models.architectures import ARCHITECTURES
+from fastadapt.models.pretrained import load_causal_lm, reading
 from fastadapt.models.sources.low_rank import (
     RANKS,
     LowRankLinear,

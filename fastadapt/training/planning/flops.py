@@ -23,9 +23,9 @@ from torch import nn
 from fastadapt.adapter.module import AdapterConfig
 from fastadapt.batch import Batch
 from fastadapt.kernels.flops import register_flop_formulas
+from fastadapt.models.architectures import ARCHITECTURES
 from fastadapt.models.baselines import Baseline
 from fastadapt.models.pair import DTYPES, ModelPair, PairConfig
-from fastadapt.models.pretrained import ARCHITECTURES
 from fastadapt.models.recompute import ATTENTION_OPS
 from fastadapt.models.replacement import ReplacementModel
 from fastadapt.models.sources.low_rank import RANKS, attach_ranks, sharing_copy
@@ -63,9 +63,7 @@ def random_pair(setup: Setup, n_layers: int, device: str = "cpu") -> ModelPair:
     """Create a pair of ``n_layers`` layers with random weights, at the shapes of ``setup``."""
     from transformers import AutoModelForCausalLM
 
-    config = type(setup.target).from_dict(
-        {**setup.target.to_dict(), "num_hidden_layers": n_layers, "layer_types": None}
-    )
+    config = _shortened(setup.target, n_layers)
     paths = ARCHITECTURES[config.model_type]
     attention = paths.attention if setup.pair.attention == "auto" else setup.pair.attention
     with torch.device(device):
@@ -87,6 +85,18 @@ def random_pair(setup: Setup, n_layers: int, device: str = "cpu") -> ModelPair:
             for block in target_blocks:
                 attach_ranks(block, ranks)
     return ModelPair(models[0], mlps, None, replace(setup.pair, device=device), paths)
+
+
+def _shortened(config: Any, n_layers: int) -> Any:
+    """Return a configuration of the last ``n_layers`` layers of a model, or of its layers again."""
+    values = config.to_dict()
+    last = [i % config.num_hidden_layers for i in range(-n_layers, 0)]
+    if types := values.get("layer_types"):
+        values["layer_types"] = [types[i] for i in last]
+    if layers := values.get("per_layer_config"):  # settings that differ by layer, by its index
+        given = {int(i): settings for i, settings in layers.items()}
+        values["per_layer_config"] = {new: given[i] for new, i in enumerate(last) if i in given}
+    return type(config).from_dict({**values, "num_hidden_layers": n_layers})
 
 
 def count(setup: Setup, n_layers: int, cutoff: int, codes_per_token: float | None) -> float:

@@ -16,7 +16,7 @@ from fastadapt.errors import UserError
 from fastadapt.features.collect.layer_codes import walk
 from fastadapt.features.store.schema import Kind
 from fastadapt.features.store.units import Neurons, output_matrix, output_rows
-from fastadapt.models.pretrained import ARCHITECTURES
+from fastadapt.models.architectures import ARCHITECTURES
 from fastadapt.models.replacement import ReplacementModel
 
 K = 3
