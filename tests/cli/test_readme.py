@@ -106,7 +106,7 @@ def test_the_commands_are_understood(tmp_path: Path) -> None:
     assert seen == 61
 
 
-@pytest.mark.parametrize("target", ["train", "test", "proof", "reproduce", "study"])
+@pytest.mark.parametrize("target", ["train", "test", "proof", "reproduce", "study", "real"])
 def test_the_make_targets_exist(target: str) -> None:
     assert any(f"make {target}" in page for page in PAGES.values())
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
