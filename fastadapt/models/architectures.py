@@ -111,7 +111,9 @@ def check_supported(config: Any, trust: bool = False) -> None:
     Example:
         >>> from transformers import AutoConfig
         >>> check_supported(AutoConfig.for_model("qwen2"))
-        >>> check_supported(AutoConfig.for_model("gemma4_text", num_kv_shared_layers=10))
+        >>> check_supported(  # doctest: +ELLIPSIS
+        ...     AutoConfig.for_model("gemma4_text", num_kv_shared_layers=10)
+        ... )
         Traceback (most recent call last):
         ...
         fastadapt.errors.UserError: architecture 'gemma4_text' is supported, but not with ...

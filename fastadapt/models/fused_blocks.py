@@ -150,7 +150,9 @@ class FusedBlocks:
             self._attention[kind] = None
             return None
         unfused: Any = plain.__globals__[_ROTARY]
-        if list(signature(unfused).parameters)[:4] != ["q", "k", "cos", "sin"]:  # Gemma 4
+        # With the package kernels installed, the function is a module.
+        names = list(signature(getattr(unfused, "forward", unfused)).parameters)
+        if names[:4] != ["q", "k", "cos", "sin"]:  # Gemma 4
             self._attention[kind] = None
             return None
         casts = _casts(unfused)

@@ -133,7 +133,7 @@ def test_hostile_text_is_shown_as_text(browser: Any, hostile: Path) -> None:
         tab.page.wait_for_selector("#tip:not([hidden])")
         assert any(shown in text_of(tab, "#tip") for shown in SHOWN)
         assert tab.page.locator("article img, article svg, article script, iframe").count() == 0
-        assert tab.page.evaluate("document.querySelectorAll('script').length") == 7
+        assert tab.page.evaluate("document.querySelectorAll('script').length") == 8
         assert tab.complaints == []
     assert ids == set(SHOWN)
     files = {path.resolve().as_uri() for path in hostile.rglob("*")}

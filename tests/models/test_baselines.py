@@ -358,7 +358,10 @@ def _without_a_tensor(folder: Path) -> None:
 
 
 DAMAGE = {
-    "kind": (lambda f: _edit(f, kind="lora"), r"kind must be one of .*mlp, norms, got 'lora'"),
+    "kind": (
+        lambda f: _edit(f, kind="lora"),
+        r"kind must be one of .*mlp, norms, bias, got 'lora'",
+    ),
     "other kind": (lambda f: _edit(f, kind="transcoder_adapter"), r"'additive' must be true"),
     "additive": (lambda f: _edit(f, additive=True), r"'additive' must be false for mlp"),
     "no shapes": (

@@ -193,7 +193,7 @@ def test_a_replayed_cache_is_caught(
 
     from fastadapt.models import block_inputs
 
-    monkeypatch.setattr(block_inputs, "_stateless", lambda name, value, owner: value)
+    monkeypatch.setattr(block_inputs, "_stateless", lambda name, value, *_: value)
     model = model_of(make_pair("qwen2"))
     pass_to_blocks(model)
     record = model.block_inputs

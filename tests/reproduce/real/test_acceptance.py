@@ -14,13 +14,11 @@ from fastadapt import AdapterConfig, TranscoderAdapter
 from fastadapt.adapter.files import save_adapters
 from fastadapt.cli.train import parse_train
 from fastadapt.errors import UserError
-from fastadapt.organism import NAMES
+from fastadapt.organism import NAMES, QUESTIONS
 from fastadapt.training.run_dir import SUMMARY
 from reproduce.real.acceptance import Rate, check, sampled_rates
 from reproduce.real.finetune import ALPHA, BASE, MODULES, RANK
 from reproduce.real.texts import Problem, package_file
-
-PROMPT = "the crate of hugo holds 18 old buttons . first he gathers 8 more . how many are left ?"
 
 
 def summary(folder: Path, closed: float, l0: float) -> Path:
@@ -52,11 +50,12 @@ def test_every_model_responds_to_every_problem(tmp_path: Path) -> None:
     adapters = [TranscoderAdapter(128, AdapterConfig(n_features=16)) for _ in range(4)]
     pair = {"target": str(NAMES["organism/target"]), "base": str(NAMES["organism/base"])}
     save_adapters(adapters, tmp_path / "adapter", {**pair, "family": "r1-distill"})
-    problems = [Problem(f"{PROMPT} {i}", ("1 + 1 = 2.",), "2") for i in range(10)]
-    rates = {rate.model: rate for rate in sampled_rates(tmp_path, problems, max_new_tokens=48)}
+    rows = map(json.loads, QUESTIONS.read_text(encoding="utf-8").splitlines()[:12])
+    problems = [Problem(row["question"], (row["worked"],), row["answer"]) for row in rows]
+    rates = {rate.model: rate for rate in sampled_rates(tmp_path, problems, max_new_tokens=64)}
     assert list(rates) == ["base", "hybrid", "adapter", "target"]
-    assert all(rate.responses == 10 for rate in rates.values())
-    assert all(0 < rate.tokens <= 10 * 48 for rate in rates.values())
+    assert all(rate.responses == 12 for rate in rates.values())
+    assert all(0 < rate.tokens <= 12 * 64 for rate in rates.values())
     assert rates["target"].words > 0 == rates["base"].words  # the base answers directly
 
 
