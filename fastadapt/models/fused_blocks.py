@@ -151,8 +151,8 @@ class FusedBlocks:
             return None
         unfused: Any = plain.__globals__[_ROTARY]
         # With the package kernels installed, the function is a module.
-        names = list(signature(getattr(unfused, "forward", unfused)).parameters)
-        if names[:4] != ["q", "k", "cos", "sin"]:  # Gemma 4
+        arguments = list(signature(getattr(unfused, "forward", unfused)).parameters)
+        if arguments[:4] != ["q", "k", "cos", "sin"]:  # Gemma 4
             self._attention[kind] = None
             return None
         casts = _casts(unfused)
