@@ -11,6 +11,7 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import gc
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,6 +36,12 @@ if hypothesis is not None:
     settings.register_profile("quick", max_examples=25, deadline=None, derandomize=True)
     settings.register_profile("proof", max_examples=200, deadline=None, print_blob=True)
     settings.load_profile("proof" if PROOF else "quick")
+
+
+def pytest_collection_finish() -> None:
+    """Leave the libraries' objects out of later garbage collections: a million at each."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -276,7 +276,9 @@ def test_without_patches_both_implementations_agree_to_single_precision(
         check(replacement, target, cutoff, ObjectiveConfig(sparsity=0.03), ragged_batch(), 1e-6)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "sparse"])
+@pytest.mark.parametrize(
+    "implementation", [pytest.param("reference", marks=pytest.mark.slow), "sparse"]
+)
 def test_checkpointing_changes_no_bit(implementation: str, make_pair: Callable[..., Any]) -> None:
     config = AdapterConfig(FEATURES, implementation=implementation)
     replacement: Any = make_replacement(make_pair("qwen2"), config)

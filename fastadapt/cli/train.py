@@ -287,18 +287,19 @@ def train(argv: list[str]) -> int:
     if not is_main():
         return 0
     if summary["interrupted"]:
-        return _stopped(summary, argv)
+        return _stopped(summary, config, argv)
     _print_summary(summary, config)
     return 0
 
 
-def _stopped(summary: dict[str, Any], argv: list[str]) -> int:
+def _stopped(summary: dict[str, Any], config: TrainConfig, argv: list[str]) -> int:
     """Print where a run was stopped, and the command that resumes it."""
     from fastadapt.training.report import write_report
 
     print(f"Stopped at step {summary['step']} of {summary['steps']}; finished steps are saved.")
     print(f"Resume with: {resume_command(argv)}")
-    print(f"Report:      {write_report(summary['output'])}")
+    if config.run.report:
+        print(f"Report:      {write_report(summary['output'])}")
     return 0
 
 
@@ -320,7 +321,8 @@ def _print_summary(summary: dict[str, Any], config: TrainConfig) -> None:
     for line in hints(summary, config.objective.sparsity):
         print(f"hint: {line}")
     print(f"adapter: {summary['adapter']}")
-    print(f"report:  {Path(summary['report']).resolve()}")
+    if "report" in summary:
+        print(f"report:  {Path(summary['report']).resolve()}")
 
 
 def _print_plan(config: Any, gpu: str | None, gpus: int, *, as_json: bool) -> int:

@@ -38,6 +38,7 @@ FREE_ON_RESUME = frozenset(
         "run.keep_checkpoints",
         "run.max_bad_batches",
         "run.rank_timeout",
+        "run.report",
         "run.sinks",
         "objective.checkpoint",
     )
@@ -75,6 +76,7 @@ class RunConfig:
             uninterrupted one only with this setting. It slows attention down.
         sinks: destinations of metrics beside ``metrics.jsonl``: any of ``tensorboard``, ``wandb``,
             ``trackio``, each an extra of the same name.
+        report: write ``report.html`` when the run ends; its plots take one to three seconds.
         rank_timeout: with several ranks, seconds that a rank waits for the others before the run
             ends. Writing a checkpoint must take less.
 
@@ -94,6 +96,7 @@ class RunConfig:
     threads: int | None = None
     deterministic: bool = False
     sinks: tuple[SinkName, ...] = ()
+    report: bool = True
     rank_timeout: int = 1800
 
     def __post_init__(self) -> None:

@@ -36,9 +36,11 @@ def write(
     adapters: nn.ModuleList,
     counts: dict[str, Any],
 ) -> dict[str, Any]:
-    """Write ``adapter/``, ``summary.json`` and ``report.html``; return the summary.
+    """Write ``adapter/``, ``summary.json`` and, with ``run.report``, ``report.html``.
 
-    The summary is the last evaluation in the log with ``counts`` of the training.
+    Returns:
+        The summary: the last evaluation in the log with ``counts`` of the training, and the path of
+        the report.
 
     Raises:
         RunError: the folder cannot be written; resuming the run writes the missing files.
@@ -82,7 +84,7 @@ def write(
     path = folder / run_dir.SUMMARY
     with disk_errors(path, run_dir.RESUME_HINT), replacing(path) as staged:
         staged.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    return {**summary, "report": str(write_report(folder))}
+    return {**summary, "report": str(write_report(folder))} if config.run.report else summary
 
 
 def versions() -> dict[str, dict[str, str]]:

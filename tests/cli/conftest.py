@@ -62,7 +62,12 @@ def recipe(tiny_pair: Path, tmp_path: Path) -> Callable[..., Path]:
                 "validation": str(tiny_pair / "validation.jsonl"),
             },
             "optimizer": {"batch_size": 2, "max_steps": 6, "lr": 1e-2},
-            "run": {"output": str(tmp_path / "run"), "eval_every": 3, "checkpoint_every": 3},
+            "run": {
+                "output": str(tmp_path / "run"),
+                "eval_every": 3,
+                "checkpoint_every": 3,
+                "report": False,
+            },
         }
         for key, value in changes.items():
             section, name = key.split(".")

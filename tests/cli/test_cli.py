@@ -34,7 +34,7 @@ OPTIONS = re.findall(
 --print_config --resume
 --run --run.checkpoint_every --run.dead_window --run.deterministic --run.eval_every
 --run.keep_checkpoints
---run.log_every --run.max_bad_batches --run.output --run.rank_timeout --run.seed
+--run.log_every --run.max_bad_batches --run.output --run.rank_timeout --run.report --run.seed
 --run.sinks --run.threads --run.trains
 """,
 )
@@ -220,7 +220,7 @@ def test_what_is_typed_wins_over_the_file_wherever_it_stands(
 def test_training_prints_the_table_and_the_report(
     fastadapt: Callable[..., Any], recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
-    outcome = fastadapt("train", recipe())
+    outcome = fastadapt("train", recipe(), "--run.report", "true")
     assert outcome.code == 0, outcome.err
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     rows = {
@@ -306,6 +306,7 @@ def test_the_papers_run_is_planned_offline(
     assert longest["layers"]["none"] < median["layers"]["none"]
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_comes_with_a_way_out(fastadapt: Callable[..., Any]) -> None:
     wide = ["--optimizer.masters", "true", "--adapter.n_features", "16384"]
     wide += ["--objective.checkpoint", "full"]
@@ -352,14 +353,14 @@ def test_a_stopped_run_says_how_to_go_on_and_does(
 
     with monkeypatch.context() as patch:
         patch.setattr(Progress, "record", kill_at_two)
-        outcome = fastadapt("train", path, "--optimizer.lr", "5e-3")
+        outcome = fastadapt("train", path, "--optimizer.lr", "5e-3", "--run.report", "true")
     assert outcome.code == 0, outcome.err
     assert "Stopped at step 2 of 6" in outcome.out
     assert "not finished" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     said = re.search(r"^Resume with:\s+fastadapt (.*)$", outcome.out, re.MULTILINE)
     assert said is not None
     command = said[1]
-    assert command == f"train {path} --optimizer.lr 5e-3 --resume"
+    assert command == f"train {path} --optimizer.lr 5e-3 --run.report true --resume"
     again = fastadapt(*shlex.split(command))
     assert again.code == 0, again.err
     assert "resuming after step 2 of 6" in again.err

@@ -109,6 +109,7 @@ def check_site(store: Store, site: Path) -> None:
                 assert tab.complaints == []
 
 
+@pytest.mark.slow
 def test_a_small_store_opens_and_filters(tmp_path: Path) -> None:
     size = Size(3, 1024, 2, 1, texts=20, text_tokens=300, vocabulary=2000, described=9, classed=9)
     store = write_synthetic(tmp_path / "features", size)

@@ -111,13 +111,8 @@ def test_the_end_of_training(trained: Path, recipe: Path, folder: Path, disturb:
     disturb(before, "train", recipe, "--resume", varying=times)
 
 
-@pytest.mark.parametrize(
-    "format",
-    [
-        "hu2026",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("huggingface", "adapters")),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["hu2026", "huggingface", "adapters"])
 def test_export(trained: Path, folder: Path, disturb: Callable, format: str) -> None:
     source = trained
     if format == "adapters":

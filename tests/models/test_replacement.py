@@ -82,10 +82,8 @@ def test_generate_in_each_mode(architecture: str, make_pair: Callable[..., Any])
     assert len({tuple(ids[0].tolist()) for ids in seen.values()}) == 3
 
 
-@pytest.mark.parametrize(
-    "architecture",
-    ["qwen2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma2", "phi3"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["qwen2", "gemma2", "phi3"])
 def test_compile(architecture: str, make_pair: Callable[..., Any]) -> None:
     torch._dynamo.reset()
     model = randomised(make_pair(architecture))

@@ -98,7 +98,10 @@ print(json.dumps([Qwen2ForCausalLM.__name__, version, spec.origin, folders]))
 """
 
 
-@pytest.mark.parametrize("present", [True, False], ids=["present", "absent"])
+@pytest.mark.parametrize(
+    "present",
+    [pytest.param(True, marks=pytest.mark.slow, id="present"), pytest.param(False, id="absent")],
+)
 def test_transformers_models_import_from_the_root(
     present: bool, run: Callable[..., str], root: Path, tmp_path: Path
 ) -> None:

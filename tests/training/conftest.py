@@ -87,6 +87,7 @@ def tiny_config(tiny_pair: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
                 "eval_every": 5,
                 "checkpoint_every": 3,
                 "dead_window": 40,
+                "report": False,
             },
         }
         for key, value in changes.items():

@@ -100,13 +100,11 @@ def test_the_plan_matches_a_step(policy: str, capsys: pytest.CaptureFixture[str]
     assert backward <= planned_backward <= 1.02 * backward
 
 
-@pytest.mark.parametrize("policy", [pytest.param("none", marks=pytest.mark.slow), "full"])
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["none", "full"])
 @pytest.mark.parametrize(
     ("model", "tokens"),
-    [
-        pytest.param(GEMMA, 4000, id="gemma2"),
-        pytest.param(QWEN, 3000, id="qwen2", marks=pytest.mark.slow),
-    ],
+    [pytest.param(GEMMA, 4000, id="gemma2"), pytest.param(QWEN, 3000, id="qwen2")],
 )
 def test_attention_that_makes_all_scores_is_planned(model: Any, tokens: int, policy: str) -> None:
     """Within a tenth."""
@@ -123,7 +121,7 @@ def test_attention_that_makes_all_scores_is_planned(model: Any, tokens: int, pol
 @pytest.mark.parametrize(
     "bridge", [0.0, pytest.param(1.0, marks=pytest.mark.slow)], ids=["output", "bridged"]
 )
-@pytest.mark.parametrize("kind", ["mlp", "norms"])
+@pytest.mark.parametrize("kind", ["mlp", pytest.param("norms", marks=pytest.mark.slow)])
 def test_the_plan_of_a_baseline_matches_a_step(
     kind: Literal["mlp", "norms"], bridge: float, policy: str
 ) -> None:

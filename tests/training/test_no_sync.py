@@ -118,7 +118,7 @@ def run(
     ("policy", "codes", "run"),
     [
         pytest.param("attention", 2.0, 1, marks=pytest.mark.slow),
-        ("attention", 2.0, 3),
+        pytest.param("attention", 2.0, 3, marks=pytest.mark.slow),
         pytest.param("full", 32.0, 1, marks=pytest.mark.slow),
     ],
     indirect=["run"],

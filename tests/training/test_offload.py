@@ -114,6 +114,7 @@ def test_one_process_only(tiny_config: Callable[..., TrainConfig]) -> None:
         plan(config, gpus=2)
 
 
+@pytest.mark.slow
 def test_the_plan_moves_offloaded_weights_to_host_memory() -> None:
     config, _ = parse_train(["r1-distill-qwen-7b", "--objective.checkpoint", "attention"])
     offloaded = dataclasses.replace(config, pair=dataclasses.replace(config.pair, offload=True))

@@ -25,8 +25,16 @@ def n_bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("masters", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "masters"),
+    [
+        ("bfloat16", True),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [("bfloat16", False), ("float32", True), ("float32", False)]
+        ),
+    ],
+)
 def test_weights_and_moments_are_counted_to_the_byte(
     tiny_config: Callable[..., TrainConfig], dtype: str, masters: bool
 ) -> None:
@@ -85,10 +93,10 @@ def test_saved_for_the_backward_pass(tiny_config: Callable[..., TrainConfig]) ->
     ("key", "value"),
     [
         ("adapter.n_features", 96),
-        ("optimizer.batch_size", 4),
         *(
             pytest.param(*change, marks=pytest.mark.slow)
             for change in [
+                ("optimizer.batch_size", 4),
                 ("objective.checkpoint", "none"),
                 ("objective.kl_chunk_tokens", 4096),
                 ("adapter.implementation", "reference"),
@@ -112,6 +120,7 @@ def test_larger_settings_need_more(
         assert after.peak_bytes > before.peak_bytes
 
 
+@pytest.mark.slow
 def test_without_the_data_the_limit_is_planned(
     tiny_config: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
@@ -142,17 +151,8 @@ def test_sizes_as_text(tiny_config: Callable[..., TrainConfig]) -> None:
     assert gb(5 * 10**6) == "5.0 MB"
 
 
-QUICK = {"qwq-32b"}
-
-
-@pytest.mark.parametrize(
-    "preset",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK))
-        for name in preset_names()
-        if name != "organism"
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", [name for name in preset_names() if name != "organism"])
 def test_presets_are_planned_from_shipped_configurations(preset: str) -> None:
     """An 80 GB GPU holds the 7B pair, with fp32 masters too, but not the 32B pair."""
     planned = plan(from_dict(read_yaml(find_config(preset))), gpu="h100")

@@ -72,7 +72,7 @@ def planted(monkeypatch: pytest.MonkeyPatch, steps: set[int], factor: float = ma
 
 
 def test_files_of_a_run(tiny_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
-    config = tiny_config()
+    config = tiny_config(**{"run.report": True})
     records: list[dict[str, Any]] = []
     summary = train(config, sinks=[records.append])
     folder = tmp_path / "run"
@@ -117,7 +117,8 @@ def test_files_of_a_run(tiny_config: Callable[..., TrainConfig], tmp_path: Path)
 
 def test_records_of_a_run(tiny_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
     config = tiny_config(**{"run.log_every": 4})
-    train(config)
+    assert "report" not in train(config)
+    assert not (tmp_path / "run" / "report.html").exists()
     records = read_records(tmp_path / "run" / "metrics.jsonl")
     assert [(r["kind"], r["step"]) for r in records] == [
         ("start", 0),

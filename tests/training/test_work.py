@@ -87,13 +87,8 @@ def test_a_layer_by_hand() -> None:
     assert layer == pytest.approx(target + replacement + backward, rel=2e-3)
 
 
-@pytest.mark.parametrize(
-    "policy",
-    [
-        "attention",
-        *(pytest.param(policy, marks=pytest.mark.slow) for policy in ("none", "mlp", "full")),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["none", "mlp", "attention", "full"])
 def test_depth_and_cutoff_are_linear(policy: str) -> None:
     setup = dataclasses.replace(paper(checkpoint=policy), tokens=300)
     cutoffs = [count(setup, 4, k, 10.0) for k in range(5)]
@@ -129,6 +124,7 @@ def test_the_plain_step_is_linear_too() -> None:
     assert mean == pytest.approx(sum(each) / 5, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_what_is_recomputed() -> None:
     """Down is never recomputed, dense adapters always, the others as the policies say."""
     counts = {

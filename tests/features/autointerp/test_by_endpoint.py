@@ -106,6 +106,7 @@ describe(data.store, judge, DescribeConfig(units=6, samples=("top",)), PlantedAc
 """
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     enough = threading.Event()
 
