@@ -62,6 +62,10 @@ class DataConfig:
             that few lengths occur; 1: no more than the longest sequence. Null: 128 on a GPU, where
             each new length costs time, 1 elsewhere. Padding changes losses and gradients by
             rounding only.
+        pack: largest number of tokens of a row that holds several texts of a batch, one after the
+            other, each with its own positions and attention; null: a text a row. Reduces padding if
+            optimizer.batch_size is above 1. Texts count as they do apart, so losses and gradients
+            change by rounding only.
         workers: processes that prepare batches ahead of the steps; 0: prepare them in the training
             process. The order and every bit of a run stay the same.
     """
@@ -81,6 +85,7 @@ class DataConfig:
     validation_split: str = "validation"
     bucket: int = 1
     pad_to: int | None = None
+    pack: int | None = None
     workers: int = 0
 
     def __post_init__(self) -> None:
@@ -101,8 +106,10 @@ class DataConfig:
         for name, least in (("bucket", 1), ("workers", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"data.{name}: expected {least} or more, got {getattr(self, name)}")
-        if self.pad_to is not None and self.pad_to < 1:
-            raise UserError(f"data.pad_to: expected at least 1 or null, got {self.pad_to}")
+        for name, least in (("pad_to", 1), ("pack", 4)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"data.{name}: expected at least {least} or null, got {value}")
         if self.max_validation is not None and self.max_validation < 1:
             raise UserError(
                 f"data.max_validation: expected at least 1 or null, got {self.max_validation}"

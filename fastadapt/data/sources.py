@@ -28,8 +28,6 @@ from fastadapt.errors import UserError
 from fastadapt.io.documents import read_json
 from fastadapt.io.names import has_file, typed_path
 
-COLUMN = "conversations"
-
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 _SPLITS = ("train", "validation", "test")
 _EXAMPLES = 5  # bad rows whose errors are shown

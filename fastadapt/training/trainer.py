@@ -21,7 +21,7 @@ from fastadapt.distributed.sharding import shard
 from fastadapt.errors import RunError, UserError
 from fastadapt.models.pair import DTYPES, choose_device
 from fastadapt.models.replacement import ModelPair, ReplacementModel
-from fastadapt.models.self_check import check_traversal
+from fastadapt.models.self_check import check_packing, check_traversal
 from fastadapt.models.sources.low_rank import share
 from fastadapt.models.sources.pair_sources import Sources
 from fastadapt.organism import resolve
@@ -100,6 +100,8 @@ def train(
         model, data = load_model_and_data(config, ranks, device)
         _check_same_data(data, ranks)
         check_traversal(model, data.first_batch())
+        if config.data.pack is not None:
+            check_packing(model, *data.packed_and_apart())
         resolved, planner = _with_policy(config, model, data, ranks)
         run = TrainingRun(resolved, folder, started, model, data, ranks, planner)
         if not resume:
