@@ -147,7 +147,8 @@ def model_config(source: str, revision: str | None, trust: bool) -> Any:
             f"model {source!r} cannot be loaded: no such folder; expected a folder or a hub id"
         )
     with reading("model", source):
-        if (file := fetch(source, "config.json", revision)) is not None:
+        file = fetch(source, "config.json", revision)
+        if file is not None:
             keys = read_json(file, ModelFile, constants=True)
             given = [*keys.items(), *(keys.get("text_config") or {}).items()]
             implementations = {key: value for key, value in given if "implementation" in key}
@@ -167,7 +168,21 @@ def model_config(source: str, revision: str | None, trust: bool) -> Any:
         )
     config = text_config(config)
     config._attn_implementation = config._experts_implementation = None
+    config._commit_hash = commit_of(file)
     return config
+
+
+def commit_of(file: Path | None) -> str | None:
+    """Return the commit of a file in the hub's cache; None for any other file.
+
+    Example:
+        >>> commit_of(Path("hub/models--a--b/snapshots/c0ffee/config.json"))
+        'c0ffee'
+    """
+    # Configurations of transformers 5.22 do not record it.
+    if file is None or file.parent.parent.name != "snapshots":
+        return None
+    return file.parent.name
 
 
 def _check_format(path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastadapt.data.contents import PEEKED, find_layout
 from fastadapt.data.formats import SUFFIXES, Cursor, OnBad, raise_bad, read_files, require_columns
-from fastadapt.data.sources import Source, find_files, reading_hub
+from fastadapt.data.sources import Source, find_files, hub_errors, reading_hub
 from fastadapt.errors import RunError, UserError
 from fastadapt.io.atomic import digest_of_input
 from fastadapt.io.documents import Count, DocumentError, check
@@ -81,7 +81,11 @@ class SourceStream:
         """Return the first rows that can be read; the first error if there are none."""
         errors: list[UserError] = []
         if self._files is None:
-            with closing(iter(self._hub.take(PEEKED))) as stream:
+            source = self._source
+            with (
+                reading_hub(source.name, source.split, source.revision),
+                closing(iter(self._hub.take(PEEKED))) as stream,
+            ):
                 rows = list(stream)
         else:
             records = read_files(self._files, (), None, on_bad=errors.append)
@@ -130,8 +134,6 @@ class SourceStream:
         return start[0], start[1], start[2]
 
     def _hub_rows(self, start: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-        from huggingface_hub.errors import HfHubHTTPError
-
         wanted = {*self.layout.columns, *self._optional}
         if start is not None:
             self._hub.load_state_dict(start)
@@ -142,7 +144,7 @@ class SourceStream:
                 for row in rows:
                     require_columns(row, self.layout.columns, self._where)
                     yield self._where, {key: value for key, value in row.items() if key in wanted}
-        except (HfHubHTTPError, OSError) as error:
+        except hub_errors() as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise RunError(
                 f"data source {self._source.name!r}: the hub stopped answering: {reason}. "

@@ -20,7 +20,7 @@ from fastadapt.errors import UserError
 from fastadapt.io.documents import Name, read_json
 from fastadapt.io.tensors import open_tensors
 from fastadapt.models.architectures import ARCHITECTURES, Paths
-from fastadapt.models.pretrained import WEIGHT_FILES, fetch
+from fastadapt.models.pretrained import WEIGHT_FILES, commit_of, fetch
 from fastadapt.organism import resolve
 
 CONFIG = "adapter_config.json"
@@ -109,8 +109,7 @@ class PeftFolder:
     @property
     def commit(self) -> str | None:
         """The commit, if the source is a hub repository."""
-        parent = self.weights.parent
-        return parent.name if parent.parent.name == "snapshots" else None
+        return commit_of(self.weights)
 
     def has_tokenizer(self) -> bool:
         """Return whether the folder holds a tokenizer beside the adapter."""
