@@ -115,10 +115,25 @@ class DataConfig:
                 f"data.max_validation: expected at least 1 or null, got {self.max_validation}"
             )
 
-    def source(self, name: str, split: str) -> Source:
-        """Return how a source is read; ``split`` is "train" or "validation"."""
+    def source(self, name: str, split: str, part: MixedSource | None = None) -> Source:
+        """Return how a source is read.
+
+        Args:
+            name: file, folder or dataset id.
+            split: "train" or "validation".
+            part: source of a mixture, whose settings come first.
+        """
         chosen = self.train_split if split == "train" else self.validation_split
-        return Source(name, chosen, self.revision, self.subset, self.columns)
+        how = Source(name, chosen, self.revision, self.subset, self.columns)
+        if part is None:
+            return how
+        return Source(
+            name,
+            part.split or how.split,
+            part.revision or how.revision,
+            part.subset or how.subset,
+            part.columns or how.columns,
+        )
 
     def multiple(self, device_type: str) -> int:
         """Return the number of tokens of which the width of every batch is a multiple.
@@ -272,21 +287,12 @@ def load_sequences(
         raise ValueError(f"split: expected 'train' or 'validation', got {split!r}")
     limit = config.max_validation if split == "validation" else None
     bad = BadRows(config.bad_rows, _BAD_ROW_HINT)
-    how = config.source(source, split)
-    if part is not None:
-        how = Source(
-            source,
-            part.split or how.split,
-            part.revision or how.revision,
-            part.subset or how.subset,
-            part.columns or how.columns,
-        )
     tokens, ends, sequence_rows = array("i"), array("q"), array("q")
     label_spans: list[array[int]] = []
     read = too_long = beyond_model = longest = with_markers = counted = 0
     shortest_left_out: int | None = None
     tokeniser = RowTokeniser(tokenizer, config.family, markers=config.markers, loss=config.loss)
-    _, rows = read_contents(how, bad=bad)
+    _, rows = read_contents(config.source(source, split, part), bad=bad)
     for row, _, encoded, labels in tokeniser.tokenise(rows, bad):
         read += 1
         n = len(encoded.ids)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fastadapt.data.mixtures import check_sources
 from fastadapt.data.rendered import AUTO, Spec
 from fastadapt.data.templates import resolve as resolve_family
 from fastadapt.distributed.offload import group_of_one, offload
@@ -96,6 +97,7 @@ def train(
             ranks.on_main(lambda: _find_checkpoint(folder)) if resume else (None, [])
         )
         config = _with_family(config, folder, ranks, resume=resume)
+        check_sources(config.data)  # before minutes of reading weights
         torch.manual_seed(config.run.seed)
         model, data = load_model_and_data(config, ranks, device)
         _check_same_data(data, ranks)

@@ -448,17 +448,17 @@ def test_a_hub_id_of_an_adapter(
     """Adapter and the base that it names come from the hub's cache, at their commits."""
     target, base, _ = save_peft()
     change(target, base_model_name_or_path="me/the-base")
-    commits = {name: cached(name, at) for name, at in (("me/lora", target), ("me/the-base", base))}
+    commits = [cached("me/lora", target), cached("me/the-base", base)]
     sources = Sources.find(PairConfig("me/lora", "", device="cpu", dtype="float64"))
     assert (sources.config.base, sources.notes) == ("me/the-base", [])
-    assert [config._commit_hash for config in sources.configs()] == list(commits.values())
+    assert [config._commit_hash for config in sources.configs()] == commits
     of_hub, of_folder = (
         losses_and_gradients(load("me/lora")),
         losses_and_gradients(load(target, base)),
     )
     assert of_hub.keys() == of_folder.keys()
     assert all(torch.equal(of_hub[name], of_folder[name]) for name in of_hub)
-    pinned = load("me/lora", target_revision=commits["me/lora"])
+    pinned = load("me/lora", target_revision=commits[0])
     assert pinned.weights == load("me/lora").weights
 
 

@@ -188,8 +188,8 @@ def content_hashes(content: Content) -> tuple[str, str]:
 
     Example:
         >>> from fastadapt.data.contents import Turn
-        >>> asked = Turn("user", "1 +  1")
-        >>> one, two = (Content((asked, Turn("assistant", answer))) for answer in "23")
+        >>> prompt = Turn("user", "1 +  1")
+        >>> one, two = (Content((prompt, Turn("assistant", answer))) for answer in "23")
         >>> content_hashes(one)[0] == content_hashes(two)[0] == prompt_hash("1 + 1")
         True
         >>> content_hashes(one)[1] == content_hashes(two)[1]
@@ -202,13 +202,13 @@ def content_hashes(content: Content) -> tuple[str, str]:
         return prompt_hash(content.text), _hash(content.text.encode(), 16).hex()
     turns = content.turns
     first = next(i for i, turn in enumerate(turns) if turn.role == "assistant")
-    asked = [turn.text for turn in turns[:first] if turn.role != "system"]
+    prompts = [turn.text for turn in turns[:first] if turn.role != "system"]
     said = [
         (role, prompt_hash(text) if role == "user" else _hash(text.encode(), 16).hex())
         for role, text in turns
     ]
     whole = _hash(repr(said).encode(), 16).hex()
-    return prompt_hash("\n".join(asked)) if asked else whole, whole
+    return prompt_hash("\n".join(prompts)) if prompts else whole, whole
 
 
 def _hash(data: bytes, size: int) -> bytes:
@@ -222,11 +222,10 @@ def lacks_thinking(content: Content) -> str | None:
     """
     texts = [turn.text for turn in content.turns if turn.role == "assistant"]
     texts += [] if content.text is None else [content.text]
-    opened = [(text, text.find(THINK)) for text in texts if THINK in text]
+    opened = [text.partition(THINK)[2] for text in texts if THINK in text]
     if not opened:
         return NO_THINK
-    closed = any(text.find(END_THINK, at + len(THINK)) >= 0 for text, at in opened)
-    return None if closed else NO_END
+    return None if any(END_THINK in text for text in opened) else NO_END
 
 
 class Candidate(NamedTuple):
