@@ -51,20 +51,21 @@ def pack_rows(lengths: Sequence[int], limit: int, multiple: int = 1) -> list[lis
 
     Args:
         lengths: tokens of each text.
-        limit: largest width of a row with several texts.
+        limit: largest width of the rows, unless a text is longer.
         multiple: the width of the rows is a multiple of this number of tokens.
 
     Returns:
         The indices of the texts of each row.
 
     Example:
-        >>> pack_rows([9, 3, 2, 3], limit=10)
+        >>> pack_rows([9, 3, 2, 3], limit=4)  # a row may be as long as the longest text
         [[0], [1, 3, 2]]
         >>> pack_rows([9, 8, 7], limit=10)
         [[0], [1], [2]]
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    chosen, fewest = [[i] for i in order], len(order) * padded_width(max(lengths), multiple)
+    longest = padded_width(max(lengths), multiple)
+    chosen, fewest = [[i] for i in order], len(order) * longest
     for n_rows in range(len(lengths) - 1, 0, -1):
         rows: list[list[int]] = [[] for _ in range(n_rows)]
         filled = [0] * n_rows
@@ -73,9 +74,7 @@ def pack_rows(lengths: Sequence[int], limit: int, multiple: int = 1) -> list[lis
             rows[row].append(i)
             filled[row] += lengths[i]
         width = padded_width(max(filled), multiple)
-        if width > limit:
-            break
-        if n_rows * width < fewest:
+        if width <= max(limit, longest) and n_rows * width < fewest:
             chosen, fewest = rows, n_rows * width
     return chosen
 

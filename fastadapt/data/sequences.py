@@ -62,10 +62,10 @@ class DataConfig:
             that few lengths occur; 1: no more than the longest sequence. Null: 128 on a GPU, where
             each new length costs time, 1 elsewhere. Padding changes losses and gradients by
             rounding only.
-        pack: largest number of tokens of a row that holds several texts of a batch, one after the
-            other, each with its own positions and attention; null: a text a row. Reduces padding if
-            optimizer.batch_size is above 1. Texts count as they do apart, so losses and gradients
-            change by rounding only.
+        pack: put several texts of a batch into a row, one after the other, up to this number of
+            tokens or the longest text's, each with its own positions and attention; null: a text a
+            row. Reduces padding if optimizer.batch_size is above 1. Texts count as they do apart,
+            so losses and gradients change by rounding only.
         workers: processes that prepare batches ahead of the steps; 0: prepare them in the training
             process. The order and every bit of a run stay the same.
     """

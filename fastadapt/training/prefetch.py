@@ -29,7 +29,7 @@ class Collation(NamedTuple):
         pad: token id at padding.
         multiple: number of tokens of which the width of a batch is a multiple.
         passes_mask: whether models get the attention mask (:class:`fastadapt.batch.Batch`).
-        pack: largest width of a row with several texts; None: a text a row.
+        pack: largest width of rows with several texts, as ``data.pack``; None: a text a row.
     """
 
     pad: int

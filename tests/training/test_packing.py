@@ -149,3 +149,16 @@ def test_rows_hold_every_text_once_in_no_more_tokens(
     width = padded_width(max(sum(lengths[i] for i in row) for row in rows), multiple)
     assert width <= max(limit, padded_width(max(lengths), multiple))
     assert len(rows) * width <= len(lengths) * padded_width(max(lengths), multiple)
+
+
+def test_rows_are_as_few_as_they_save_tokens() -> None:
+    """A long text lets short ones share a row of its length, also beyond the limit."""
+    assert pack_rows([90, 30, 30, 30], limit=4) == [[0], [1, 2, 3]]
+    assert pack_rows([30] * 4, limit=60, multiple=32) == [
+        [0],
+        [1],
+        [2],
+        [3],
+    ]  # 128 tokens either way
+    assert pack_rows([30] * 4, limit=128, multiple=128) == [[0, 1, 2, 3]]
+    assert pack_rows([30] * 4, limit=127, multiple=128) == [[0, 1, 2, 3]]  # a text has 128 as well
