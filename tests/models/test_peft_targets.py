@@ -462,6 +462,18 @@ def test_a_hub_id_of_an_adapter(
     assert pinned.weights == load("me/lora").weights
 
 
+def test_an_adapter_on_the_hub_may_have_a_config_of_its_base(
+    save_peft: Callable[..., Any], cached: Callable[[str, str], str]
+) -> None:
+    target, base, _ = save_peft()
+    shutil.copy(Path(base) / "config.json", target)
+    cached("me/lora", target)
+    assert find_peft("me/lora", None) is not None
+    shutil.copy(Path(base) / "model.safetensors", target)
+    cached("me/whole", target)
+    assert find_peft("me/whole", None) is None
+
+
 def test_a_hub_out_of_reach(
     save_peft: Callable[..., Any], cached: Callable[[str, str], str]
 ) -> None:
