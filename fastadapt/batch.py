@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -10,8 +11,28 @@ from torch import Tensor
 IGNORE = -100
 
 
+class Packing(NamedTuple):
+    """Rows that hold several texts, one after the other.
+
+    Attributes:
+        lengths: number of tokens of each text, by row.
+        texts: int64 ``[B, T]``, number of each token's text in the order of ``lengths``; the number
+            of texts at padding.
+        positions: int64 ``[B, T]``, position of each token in its text.
+    """
+
+    lengths: tuple[tuple[int, ...], ...]
+    texts: Tensor
+    positions: Tensor
+
+    @property
+    def n_texts(self) -> int:
+        """Number of texts in all rows."""
+        return sum(map(len, self.lengths))
+
+
 class Batch(NamedTuple):
-    """Right-padded token sequences.
+    """Right-padded token sequences, one a row unless ``packing`` says otherwise.
 
     Attributes:
         input_ids: int64 ``[B, T]``.
@@ -21,12 +42,15 @@ class Batch(NamedTuple):
         passes_mask: whether models get ``attention_mask``. Causal attention gives the same hidden
             states at real tokens without it, since padding comes last. On a GPU transformers waits
             for the device when it reads a mask, and the mask excludes flash attention.
+        packing: the texts of each row, if rows hold several. Models then get the positions in place
+            of a mask; from positions that begin anew, transformers derives a mask within texts.
     """
 
     input_ids: Tensor
     attention_mask: Tensor | None
     labels: Tensor
     passes_mask: bool = True
+    packing: Packing | None = None
 
     @property
     def real(self) -> Tensor:
@@ -38,26 +62,32 @@ class Batch(NamedTuple):
     @property
     def model_mask(self) -> Tensor | None:
         """The attention mask that models get, bool ``[B, T]`` or None."""
-        return self.attention_mask if self.passes_mask else None
+        return self.attention_mask if self.passes_mask and self.packing is None else None
+
+    @property
+    def positions(self) -> Tensor | None:
+        """The positions that models get, int64 ``[B, T]``; None: those of each row's tokens."""
+        return None if self.packing is None else self.packing.positions
 
     def pinned(self) -> Batch:
         """Return the batch in pinned memory, from which a GPU copies asynchronously."""
-        mask = self.attention_mask
-        return Batch(
-            self.input_ids.pin_memory(),
-            None if mask is None else mask.pin_memory(),
-            self.labels.pin_memory(),
-            self.passes_mask,
-        )
+        return self._on(lambda tensor: tensor.pin_memory())
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on ``device``."""
-        mask = self.attention_mask
-        return Batch(
-            self.input_ids.to(device, non_blocking=True),
-            None if mask is None else mask.to(device, non_blocking=True),
-            self.labels.to(device, non_blocking=True),
-            self.passes_mask,
+        return self._on(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _on(self, move: Callable[[Tensor], Tensor]) -> Batch:
+        packing = self.packing
+        if packing is not None:
+            texts, positions = move(packing.texts), move(packing.positions)
+            packing = Packing(packing.lengths, texts, positions)
+        mask = None if self.attention_mask is None else move(self.attention_mask)
+        return self._replace(
+            input_ids=move(self.input_ids),
+            attention_mask=mask,
+            labels=move(self.labels),
+            packing=packing,
         )
 
 
@@ -76,8 +106,8 @@ class TokenWeights(NamedTuple):
 def token_weights(batch: Batch, dtype: torch.dtype = torch.float32) -> TokenWeights:
     """Return weights that average over each sequence, then over the sequences.
 
-    Sequences without a counted token are left out. ``predictions`` covers the positions 0..T-2
-    whose next token has a valid label.
+    The texts of a packed row are sequences of their own. Sequences without a counted token are left
+    out. ``predictions`` covers the positions 0..T-2 whose next token has a valid label.
 
     Example:
         >>> ids = torch.tensor([[5, 6, 7], [8, 9, 0]])
@@ -86,13 +116,20 @@ def token_weights(batch: Batch, dtype: torch.dtype = torch.float32) -> TokenWeig
         tensor([[0.2500, 0.2500, 0.0000],
                 [0.5000, 0.0000, 0.0000]])
     """
-    real = batch.real
+    real, packing = batch.real, batch.packing
     valid = torch.zeros_like(real)
     valid[:, :-1] = (batch.labels[:, 1:] != IGNORE) & real[:, 1:] & real[:, :-1]
+    if packing is not None:  # the last token of a text does not predict the first of the next one
+        valid[:, :-1] &= packing.texts[:, 1:] == packing.texts[:, :-1]
 
     def per_sequence(counted: Tensor) -> Tensor:
-        n = counted.sum(1, keepdim=True)
-        rows = (n > 0).sum().clamp(min=1)
-        return counted.to(dtype) / (n.clamp(min=1) * rows)
+        if packing is None:
+            n = counted.sum(1, keepdim=True)
+            n_sequences = (n > 0).sum()
+        else:
+            totals = torch.zeros(packing.n_texts + 1, dtype=torch.int64, device=counted.device)
+            totals.scatter_add_(0, packing.texts.flatten(), counted.flatten().long())
+            n, n_sequences = totals[packing.texts], (totals > 0).sum()
+        return counted.to(dtype) / (n.clamp(min=1) * n_sequences.clamp(min=1))
 
     return TokenWeights(per_sequence(real), per_sequence(valid))

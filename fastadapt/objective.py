@@ -11,7 +11,8 @@ token. The losses (arXiv 2602.20904) are:
   is detached;
 - ``L_1 = λ Σ_l mean_t Σ_i a_i ‖W_dec,i‖``.
 
-The objective is defined per sequence and averaged over the sequences of a batch. KL counts the
+The objective is defined per sequence and averaged over the sequences of a batch; a row of a packed
+batch holds several sequences. KL counts the
 positions whose next token has a valid label. NMSE, L_1 and L0 count every token that is not
 padding.
 
@@ -173,10 +174,27 @@ def _plan(model: ReplacementModel, hidden: Tensor, codes_per_token: float) -> Co
     return plan_for(codes_per_token, n_tokens, model.n_features, hidden.dtype, kind)
 
 
-def _mean_nmse(student: Tensor, target: Tensor, real: Tensor, tokens_BT: Tensor) -> list[Tensor]:
+def _mean_nmse(student: Tensor, target: Tensor, batch: Batch, tokens_BT: Tensor) -> list[Tensor]:
     """Return the NMSE averaged over sequences, and over tokens with their weights."""
-    error = nmse(student, target, mask=real)
-    return [error.nmse.mean(), (error.token_nmse * tokens_BT).sum()]
+    if batch.packing is None:
+        error = nmse(student, target, mask=batch.real)
+        return [error.nmse.mean(), (error.token_nmse * tokens_BT).sum()]
+    of_texts, of_tokens = [], []
+    # Unbound and split, not sliced: the backward pass then joins the gradients of a row once.
+    for row, of_target, lengths in zip(
+        student.unbind(), target.unbind(), batch.packing.lengths, strict=True
+    ):
+        sizes = [*lengths, len(row) - sum(lengths)]
+        texts = zip(row.split(sizes), of_target.split(sizes), lengths, strict=False)
+        for text, expected, _ in texts:
+            error = nmse(text, expected)
+            of_texts.append(error.nmse)
+            of_tokens.append(error.token_nmse.mean())
+    return [torch.stack(of_texts).mean(), torch.stack(of_tokens).mean()]
+
+
+def _twice(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.repeat(2, 1)
 
 
 def _traverse(
@@ -194,14 +212,14 @@ def _traverse(
     padding = None if batch.attention_mask is None else ~real
     forks = 0 < cutoff < n_layers and config.bridge > 0
 
-    single = model.block_inputs(batch.input_ids, attention)
+    single = model.block_inputs(batch.input_ids, attention, batch.positions)
     double, double_mask, double_padding = single, tokens_BT, padding
     if forks:
         double = model.block_inputs(
-            batch.input_ids.repeat(2, 1), None if attention is None else attention.repeat(2, 1)
+            batch.input_ids.repeat(2, 1), _twice(attention), _twice(batch.positions)
         )
         double_mask = torch.cat([tokens_BT, torch.zeros_like(tokens_BT)])
-        double_padding = None if padding is None else padding.repeat(2, 1)
+        double_padding = _twice(padding)
 
     h, h_rep = single.hidden, single.hidden
     bridge: Tensor | None = None
@@ -232,7 +250,7 @@ def _traverse(
         model.reshard_layer(layer)
         # At weight 0 the NMSE is a metric only and needs no graph.
         free = h_rep[:n_rows] if config.nmse else h_rep[:n_rows].detach()
-        of_sequences, of_tokens = _mean_nmse(free, h, real, tokens_BT)
+        of_sequences, of_tokens = _mean_nmse(free, h, batch, tokens_BT)
         nmse_sum, token_sum = nmse_sum + of_sequences, token_sum + of_tokens
     return _Streams(
         target=h,

@@ -28,12 +28,13 @@ def prepare(
     trust_remote_code: bool = False,
     argv: list[str],
 ) -> int:
-    """Select training and validation conversations from a data set: streamed, filtered, drawn by
-    domain in a seeded order, with no prompt in both files. Without options, repeat the selection
-    of arXiv 2602.20904.
+    """Select training and validation texts from a data set that training reads: streamed, filtered,
+    drawn by domain in a seeded order, with no prompt in both files. Without options, repeat the
+    selection of arXiv 2602.20904; --shares none --thinking any --family auto take data without
+    domains and without reasoning.
 
     Args:
-        source: hub id, or .jsonl or .parquet file, or folder of such files
+        source: file, folder or hub id, as data.train
         resume: resume the unfinished selection in --output
         overwrite: remove the selection in --output first
         allow_fewer: take fewer conversations where a domain cannot fill its quota

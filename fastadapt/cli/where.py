@@ -23,7 +23,7 @@ FLAGS = {
 #: Fields without an option: those that only training uses, or that the command sets itself.
 SKIPPED = {
     "pair": {"offload", "fused_blocks"},
-    "data": {"train", "loss", "train_split", "bucket", "pad_to", "workers"},
+    "data": {"train", "loss", "train_split", "bucket", "pad_to", "pack", "workers"},
     "benchmarks": {"sampling", "family"},
 }
 

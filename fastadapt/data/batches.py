@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastadapt.batch import Batch
+from fastadapt.batch import Batch, Packing
 from fastadapt.data.sequences import Sample
 
 IGNORED = -100
@@ -41,14 +41,59 @@ def padded_width(longest: int, multiple: int) -> int:
     return -(-longest // multiple) * multiple
 
 
-def collate(samples: Sequence[Sample], pad_token_id: int, multiple: int = 1) -> Batch:
-    """Stack samples, padded on the right to the length of the longest sample.
+def pack_rows(lengths: Sequence[int], limit: int, multiple: int = 1) -> list[list[int]]:
+    """Distribute the texts of a batch over rows, so that the batch has the fewest tokens.
+
+    Of every number of rows whose width is within the limit, the number with the smallest product of
+    rows and width is taken, and of equal ones the largest. Texts go from the longest to the
+    shortest into the row with the fewest tokens. A text in each row is one of the choices, so that
+    packing never makes a batch larger.
+
+    Args:
+        lengths: tokens of each text.
+        limit: largest width of the rows, unless a text is longer.
+        multiple: the width of the rows is a multiple of this number of tokens.
+
+    Returns:
+        The indices of the texts of each row.
+
+    Example:
+        >>> pack_rows([9, 3, 2, 3], limit=4)  # a row may be as long as the longest text
+        [[0], [1, 3, 2]]
+        >>> pack_rows([9, 8, 7], limit=10)
+        [[0], [1], [2]]
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    longest = padded_width(max(lengths), multiple)
+    chosen, fewest = [[i] for i in order], len(order) * longest
+    for n_rows in range(len(lengths) - 1, 0, -1):
+        rows: list[list[int]] = [[] for _ in range(n_rows)]
+        filled = [0] * n_rows
+        for i in order:
+            row = min(range(n_rows), key=filled.__getitem__)
+            rows[row].append(i)
+            filled[row] += lengths[i]
+        width = padded_width(max(filled), multiple)
+        if width <= max(limit, longest) and n_rows * width < fewest:
+            chosen, fewest = rows, n_rows * width
+    return chosen
+
+
+def collate(
+    samples: Sequence[Sample],
+    pad_token_id: int,
+    multiple: int = 1,
+    rows: Sequence[Sequence[int]] | None = None,
+) -> Batch:
+    """Stack samples, padded on the right to the length of the longest row.
 
     Args:
         samples: at least one sample. Each sample has at least two tokens.
         pad_token_id: fills ``input_ids`` at padding. No loss and no statistic counts padding, so
             any id of the vocabulary may be used.
         multiple: T is padded further, to a multiple of this number of tokens.
+        rows: the samples of each row, which hold them one after the other (:func:`pack_rows`);
+            None: a sample a row.
 
     Returns:
         ``Batch``: input_ids int64 [B, T]; attention_mask bool [B, T], False at padding, or None
@@ -67,18 +112,37 @@ def collate(samples: Sequence[Sample], pad_token_id: int, multiple: int = 1) -> 
                 f"samples: sample {sample.index} has {sample.input_ids.numel()} token(s); "
                 "at least 2 are needed, since the last token predicts nothing"
             )
-    lengths = [sample.input_ids.numel() for sample in samples]
-    length = padded_width(max(lengths), multiple)
-    shape = (len(samples), length)
+    placed = [[sample] for sample in samples]
+    if rows is not None:
+        placed = [[samples[i] for i in row] for row in rows]
+    lengths = [[sample.input_ids.numel() for sample in row] for row in placed]
+    filled = list(map(sum, lengths))
+    length = padded_width(max(filled), multiple)
+    shape = (len(placed), length)
     input_ids = torch.full(shape, pad_token_id, dtype=torch.int64)
     labels = torch.full(shape, IGNORED, dtype=torch.int64)
     attention_mask = torch.zeros(shape, dtype=torch.bool)
-    for row, (sample, n) in enumerate(zip(samples, lengths, strict=True)):
-        input_ids[row, :n] = sample.input_ids
-        labels[row, :n] = sample.labels
+    for row, (of_row, n) in enumerate(zip(placed, filled, strict=True)):
+        input_ids[row, :n] = torch.cat([sample.input_ids for sample in of_row])
+        labels[row, :n] = torch.cat([sample.labels for sample in of_row])
         attention_mask[row, :n] = True
-    padded = min(lengths) < length
-    return Batch(input_ids, attention_mask if padded else None, labels)
+    mask = attention_mask if min(filled) < length else None
+    packing = None if max(map(len, lengths)) == 1 else _packing(lengths, length)
+    return Batch(input_ids, mask, labels, packing=packing)
+
+
+def _packing(lengths: Sequence[Sequence[int]], width: int) -> Packing:
+    texts = torch.full((len(lengths), width), sum(map(len, lengths)), dtype=torch.int64)
+    positions = torch.empty_like(texts)
+    number = 0
+    for row, of_row in enumerate(lengths):
+        end = 0
+        for n in of_row:
+            texts[row, end : end + n] = number
+            positions[row, end : end + n] = torch.arange(n)
+            number, end = number + 1, end + n
+        positions[row, end:] = torch.arange(width - end)  # padding is like one more text
+    return Packing(tuple(map(tuple, lengths)), texts, positions)
 
 
 def collate_whole(rows: Iterable[Any]) -> Batch:

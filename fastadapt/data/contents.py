@@ -284,12 +284,12 @@ def find_layout(rows: Sequence[Mapping[str, Any]], columns: str | None, where: s
         raise UserError(
             f"{where}: no column 'conversations', 'messages', 'text' or 'input_ids', and no prompt "
             f"with a response; the columns are {listed}. Name the column, or prompt,response, with "
-            "data.columns (data inspect: --columns)"
+            "data.columns (other commands: --columns)"
         )
     choices = " or ".join(",".join(layout.columns) for layout in candidates)
     raise UserError(
         f"{where}: several columns may hold the data ({'; '.join(map(str, candidates))}); set "
-        f"data.columns (data inspect: --columns) to {choices}"
+        f"data.columns (other commands: --columns) to {choices}"
     )
 
 

@@ -12,6 +12,7 @@ import torch
 
 from fastadapt.data.batches import BatchPlan, permutation
 from fastadapt.data.sequences import DataConfig, SequenceCounts, Sequences, load_sequences
+from fastadapt.data.sources import MixedSource, read_contents
 from fastadapt.organism import resolve
 
 
@@ -58,6 +59,21 @@ class Mixture(Sequences):
         for index in indices:
             tokens[self.part_of(index)] += lengths[index]
         return tokens
+
+
+def check_sources(config: DataConfig) -> None:
+    """Find the columns of every source, without reading a source as a whole.
+
+    Raises:
+        UserError: a source does not exist, or its columns are not recognised.
+    """
+    parts: tuple[MixedSource | None, ...] = (
+        (None,) if isinstance(config.train, str) else config.train
+    )
+    for part in parts:
+        name = str(config.train) if part is None else part.source
+        read_contents(config.source(resolve(name), "train", part))
+    read_contents(config.source(resolve(config.validation), "validation"))
 
 
 def load_training(config: DataConfig, tokenizer: Any, max_positions: int | None) -> Sequences:

@@ -160,24 +160,6 @@ def render_parts(conversation: Sequence[Mapping[str, Any]], family: Spec) -> tup
     return before, rendered.text[len(before) :]
 
 
-def holds_markers(text: str, family: str) -> bool:
-    """Return whether a text of :func:`render` has more markers of the family than its template.
-
-    Args:
-        text: text returned by :func:`render`.
-        family: a key of ``FAMILIES``.
-
-    Example:
-        >>> turns = [{"from": "human", "value": "hi<end_of_turn>"}, {"from": "gpt", "value": "ho"}]
-        >>> holds_markers(render(turns, "gemma"), "gemma")
-        True
-    """
-    form = get_family(family)
-    template = form.before_prompt + form.before_response + form.after_response
-    counted = [marker for marker in form.markers if marker not in form.thinking]
-    return any(text.count(marker) > template.count(marker) for marker in counted)
-
-
 def turns(conversation: Any) -> tuple[str, str]:
     """Return prompt and response of a conversation; raise as :func:`render` does."""
     said = read_turns(conversation)

@@ -62,6 +62,10 @@ class DataConfig:
             that few lengths occur; 1: no more than the longest sequence. Null: 128 on a GPU, where
             each new length costs time, 1 elsewhere. Padding changes losses and gradients by
             rounding only.
+        pack: put several texts of a batch into a row, one after the other, up to this number of
+            tokens or the longest text's, each with its own positions and attention; null: a text a
+            row. Reduces padding if optimizer.batch_size is above 1. Texts count as they do apart,
+            so losses and gradients change by rounding only.
         workers: processes that prepare batches ahead of the steps; 0: prepare them in the training
             process. The order and every bit of a run stay the same.
     """
@@ -81,6 +85,7 @@ class DataConfig:
     validation_split: str = "validation"
     bucket: int = 1
     pad_to: int | None = None
+    pack: int | None = None
     workers: int = 0
 
     def __post_init__(self) -> None:
@@ -101,17 +106,34 @@ class DataConfig:
         for name, least in (("bucket", 1), ("workers", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"data.{name}: expected {least} or more, got {getattr(self, name)}")
-        if self.pad_to is not None and self.pad_to < 1:
-            raise UserError(f"data.pad_to: expected at least 1 or null, got {self.pad_to}")
+        for name, least in (("pad_to", 1), ("pack", 4)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"data.{name}: expected at least {least} or null, got {value}")
         if self.max_validation is not None and self.max_validation < 1:
             raise UserError(
                 f"data.max_validation: expected at least 1 or null, got {self.max_validation}"
             )
 
-    def source(self, name: str, split: str) -> Source:
-        """Return how a source is read; ``split`` is "train" or "validation"."""
+    def source(self, name: str, split: str, part: MixedSource | None = None) -> Source:
+        """Return how a source is read.
+
+        Args:
+            name: file, folder or dataset id.
+            split: "train" or "validation".
+            part: source of a mixture, whose settings come first.
+        """
         chosen = self.train_split if split == "train" else self.validation_split
-        return Source(name, chosen, self.revision, self.subset, self.columns)
+        how = Source(name, chosen, self.revision, self.subset, self.columns)
+        if part is None:
+            return how
+        return Source(
+            name,
+            part.split or how.split,
+            part.revision or how.revision,
+            part.subset or how.subset,
+            part.columns or how.columns,
+        )
 
     def multiple(self, device_type: str) -> int:
         """Return the number of tokens of which the width of every batch is a multiple.
@@ -265,21 +287,12 @@ def load_sequences(
         raise ValueError(f"split: expected 'train' or 'validation', got {split!r}")
     limit = config.max_validation if split == "validation" else None
     bad = BadRows(config.bad_rows, _BAD_ROW_HINT)
-    how = config.source(source, split)
-    if part is not None:
-        how = Source(
-            source,
-            part.split or how.split,
-            part.revision or how.revision,
-            part.subset or how.subset,
-            part.columns or how.columns,
-        )
     tokens, ends, sequence_rows = array("i"), array("q"), array("q")
     label_spans: list[array[int]] = []
     read = too_long = beyond_model = longest = with_markers = counted = 0
     shortest_left_out: int | None = None
     tokeniser = RowTokeniser(tokenizer, config.family, markers=config.markers, loss=config.loss)
-    _, rows = read_contents(how, bad=bad)
+    _, rows = read_contents(config.source(source, split, part), bad=bad)
     for row, _, encoded, labels in tokeniser.tokenise(rows, bad):
         read += 1
         n = len(encoded.ids)

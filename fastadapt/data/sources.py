@@ -28,8 +28,6 @@ from fastadapt.errors import UserError
 from fastadapt.io.documents import read_json
 from fastadapt.io.names import has_file, typed_path
 
-COLUMN = "conversations"
-
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 _SPLITS = ("train", "validation", "test")
 _EXAMPLES = 5  # bad rows whose errors are shown
@@ -330,21 +328,23 @@ def _read_hub(
         yield f"{name} ({split}), row {number}", row
 
 
+def hub_errors() -> tuple[type[Exception], ...]:
+    """Return the errors with which the hub's client and ``datasets`` fail to read from the hub."""
+    import datasets
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+
+    # Without a connection: an HTTPError of the hub's HTTP client, or an OSError of datasets.
+    client: tuple[type[Exception], ...] = (HfHubHTTPError, HTTPError, OfflineModeIsEnabled)
+    return (*client, datasets.exceptions.DatasetsError, OSError)
+
+
 @contextmanager
 def reading_hub(name: str, split: str, revision: str | None) -> Iterator[None]:
     """Raise errors of the hub and of ``datasets`` while opening a dataset as ``UserError``."""
-    import datasets
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
     try:
         yield
-    except (
-        datasets.exceptions.DatasetsError,
-        HfHubHTTPError,
-        OfflineModeIsEnabled,
-        OSError,  # no connection: errors of requests and datasets derive from OSError
-        ValueError,  # an unknown split, or a dataset with several configurations
-    ) as error:
+    # ValueError: an unknown split, or a dataset with several configurations
+    except (*hub_errors(), ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"data source {name!r}: no such file or folder, and loading a dataset of this name "

@@ -128,7 +128,11 @@ def _positional_names(block: nn.Module) -> list[str]:
 
 
 def record_inputs(
-    model: nn.Module, paths: Paths, input_ids: Tensor, attention_mask: Tensor | None
+    model: nn.Module,
+    paths: Paths,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    positions: Tensor | None = None,
 ) -> BlockInputs:
     """Record each block's arguments; see :meth:`.replacement.ReplacementModel.block_inputs`."""
     from transformers import DynamicCache
@@ -157,14 +161,12 @@ def record_inputs(
     # Replace the blocks, not only their forwards: hooks of a block, such as FSDP's all-gather of
     # its weights, must not run.
     setattr(decoder, paths.layers, nn.ModuleList(_Recorder(block, record) for block in blocks))
+    more: dict[str, Any] = {"position_ids": positions}
+    if positions is None:
+        # Without a cache, transformers synchronizes with the device to detect packed sequences.
+        more = {_cache_keyword(decoder): DynamicCache()}
     try:
-        decoder(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            # Without a cache, transformers synchronizes with the device to detect packed sequences.
-            use_cache=False,
-            **{_cache_keyword(decoder): DynamicCache()},
-        )
+        decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **more)
     finally:
         setattr(decoder, paths.layers, blocks)
     return BlockInputs(embeddings[0], arguments)

@@ -147,7 +147,8 @@ def model_config(source: str, revision: str | None, trust: bool) -> Any:
             f"model {source!r} cannot be loaded: no such folder; expected a folder or a hub id"
         )
     with reading("model", source):
-        if (file := fetch(source, "config.json", revision)) is not None:
+        file = fetch(source, "config.json", revision)
+        if file is not None:
             keys = read_json(file, ModelFile, constants=True)
             given = [*keys.items(), *(keys.get("text_config") or {}).items()]
             implementations = {key: value for key, value in given if "implementation" in key}
@@ -167,7 +168,21 @@ def model_config(source: str, revision: str | None, trust: bool) -> Any:
         )
     config = text_config(config)
     config._attn_implementation = config._experts_implementation = None
+    config._commit_hash = commit_of(file)
     return config
+
+
+def commit_of(file: Path | None) -> str | None:
+    """Return the commit of a file in the hub's cache; None for any other file.
+
+    Example:
+        >>> commit_of(Path("hub/models--a--b/snapshots/c0ffee/config.json"))
+        'c0ffee'
+    """
+    # Configurations of transformers 5.22 do not record it.
+    if file is None or file.parent.parent.name != "snapshots":
+        return None
+    return file.parent.name
 
 
 def _check_format(path: Path) -> None:
@@ -219,16 +234,46 @@ def load_tokenizer(source: str, revision: str | None, trust: bool) -> Any:
 def fetch(source: str, name: str, revision: str | None) -> Path | None:
     """Return the local path of a file in a folder or hub repository, or None if it is missing.
 
+    Without a connection to the hub, a repository in its cache has the files that the cache holds.
+
     Raises:
-        UserError: the folder or repository does not exist.
+        UserError: the folder or repository does not exist, or the hub cannot be reached and its
+            cache holds nothing of the repository.
     """
+    from huggingface_hub.errors import LocalEntryNotFoundError
     from transformers.utils import cached_file
 
     with reading("model", source):
-        path = cached_file(
-            source, name, revision=revision, _raise_exceptions_for_missing_entries=False
-        )
+        try:
+            path = cached_file(source, name, revision=revision)
+        except OSError as error:
+            if isinstance(error.__cause__, LocalEntryNotFoundError):
+                _check_cached(source, revision)
+                return None
+            # A missing file gives None, any other error is raised again.
+            path = cached_file(
+                source, name, revision=revision, _raise_exceptions_for_missing_entries=False
+            )
     return None if path is None else Path(path)
+
+
+def _check_cached(source: str, revision: str | None) -> None:
+    """Raise ``UserError`` if the hub's cache on this machine holds nothing of a repository."""
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        snapshot_download(source, revision=revision, local_files_only=True)
+    except LocalEntryNotFoundError:
+        offline = "HF_HUB_OFFLINE is set"
+        if not constants.HF_HUB_OFFLINE:
+            offline = f"{constants.ENDPOINT} cannot be reached"
+        version = "" if revision is None else f" in revision {revision!r}"
+        raise UserError(
+            f"model {source!r}{version} cannot be loaded: no such folder, the hub's cache "
+            f"({constants.HF_HUB_CACHE}) does not hold it, and {offline}. Connect to the hub, or "
+            "give a local folder"
+        ) from None
 
 
 def tensor_files(source: str, revision: str | None) -> dict[str, Path]:

@@ -216,13 +216,17 @@ class ReplacementModel(nn.Module):
             yield self
 
     @torch.no_grad()
-    def block_inputs(self, input_ids: Tensor, attention_mask: Tensor | None) -> BlockInputs:
+    def block_inputs(
+        self, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor | None = None
+    ) -> BlockInputs:
         """Record the arguments of each block in one call of the model's own forward.
 
         Args:
             input_ids: int64 ``[B, T]``.
             attention_mask: bool ``[B, T]``, True on real tokens; None if no token is padding or
                 all padding is on the right, where causal attention needs no mask.
+            positions: int64 ``[B, T]``, positions that begin anew with each text of a row, for rows
+                with several texts; needs ``attention_mask`` None.
 
         Returns:
             The embeddings ``[B, T, D]``, scaled where the architecture scales them, and each
@@ -231,7 +235,7 @@ class ReplacementModel(nn.Module):
         Raises:
             RunError: the model passes its blocks an argument that may hold state.
         """
-        return record_inputs(self.model, self.paths, input_ids, attention_mask)
+        return record_inputs(self.model, self.paths, input_ids, attention_mask, positions)
 
     def block(
         self,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastadapt.batch import Batch
-from fastadapt.errors import RunError
+from fastadapt.errors import RunError, UserError
 from fastadapt.models.adapted_mlp import MODES, Call, Mode
 from fastadapt.models.block_inputs import BlockInputs, versions
 from fastadapt.models.replacement import ReplacementModel
@@ -60,7 +60,7 @@ def check_traversal(model: ReplacementModel, batch: Batch) -> None:
     tensors = _tensors(inputs)
     before = [tensor._version for _, tensor in tensors]
     positions = _positions(part)
-    tolerance = 4 * torch.finfo(model.head.dtype).eps * math.sqrt(2 * model.n_layers)
+    tolerance = _tolerance(model)
     counted = part.real[:, positions]
     for mode in MODES:
         if mode == "target" and model.mlps[0].target is None:
@@ -98,6 +98,40 @@ def _part(batch: Batch) -> Batch:
         batch.labels[rows, :TOKENS],
         batch.passes_mask,
     )
+
+
+@torch.no_grad()
+def check_packing(model: ReplacementModel, packed: Batch, apart: Batch) -> None:
+    """Raise if texts that share a row influence each other, or get other logits than apart.
+
+    Args:
+        model: the model, on its device.
+        packed: texts in rows of several, on the same device.
+        apart: the same texts in the same order, one a row.
+
+    Raises:
+        UserError: the logits differ by more than :func:`check_traversal` allows.
+    """
+    mode: Mode = "hybrid" if model.mlps[0].target is None else "target"
+    logits = []
+    for batch in (packed, apart):
+        inputs = model.block_inputs(batch.input_ids, batch.model_mask, batch.positions)
+        every = torch.arange(batch.input_ids.shape[1], device=model.device)
+        logits.append(_traversed(model, inputs, mode, every)[batch.real])
+    error = (logits[0] - logits[1]).square().mean().sqrt().item()
+    scale = logits[1].square().mean().sqrt().item()
+    if math.isfinite(error) and error > _tolerance(model) * scale:
+        attention = model.model.config._attn_implementation
+        raise UserError(
+            f"data.pack: texts that share a row have other logits than alone in "
+            f"{type(model.model).__name__} with the attention {attention!r} (they differ by "
+            f"{error / max(scale, 1e-30):.2g} of their RMS); leave data.pack out, or try "
+            "--pair.attention sdpa"
+        )
+
+
+def _tolerance(model: ReplacementModel) -> float:
+    return 4 * torch.finfo(model.head.dtype).eps * math.sqrt(2 * model.n_layers)
 
 
 def _positions(part: Batch) -> Tensor:

@@ -147,6 +147,18 @@ class TrainConfig:
                 f"objective.sparsity: expected 0, since run.trains {trains!r} has no features, "
                 f"got {self.objective.sparsity}"
             )
+        if self.data.pack is not None:
+            size, activation = self.optimizer.batch_size, adapter.activation
+            if size == 1:
+                raise UserError(
+                    "data.pack: expected optimizer.batch_size above 1, since a row holds texts of "
+                    f"one batch, got {size}"
+                )
+            if trains == "transcoder" and activation == "batch_topk":
+                raise UserError(
+                    "data.pack: expected null with adapter.activation batch_topk, which ranks the "
+                    f"codes of a row as those of one text, got {self.data.pack}"
+                )
 
     @property
     def n_features(self) -> int:

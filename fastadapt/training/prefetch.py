@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch.utils.data import DataLoader
 
 from fastadapt.batch import Batch
-from fastadapt.data.batches import collate
+from fastadapt.data.batches import collate, pack_rows
 from fastadapt.data.sequences import Sequences
 from fastadapt.errors import RunError
 
@@ -29,18 +29,22 @@ class Collation(NamedTuple):
         pad: token id at padding.
         multiple: number of tokens of which the width of a batch is a multiple.
         passes_mask: whether models get the attention mask (:class:`fastadapt.batch.Batch`).
+        pack: largest width of rows with several texts, as ``data.pack``; None: a text a row.
     """
 
     pad: int
     multiple: int = 1
     passes_mask: bool = True
+    pack: int | None = None
 
 
 def make_batch(data: Sequences, indices: Sequence[int], how: Collation) -> CountedBatch:
     """Collate the sequences of the given indices into a batch on the host."""
     samples = [data[i] for i in indices]
-    batch = collate(samples, how.pad, how.multiple)._replace(passes_mask=how.passes_mask)
-    return batch, sum(sample.input_ids.numel() for sample in samples)
+    lengths = [sample.input_ids.numel() for sample in samples]
+    rows = None if how.pack is None else pack_rows(lengths, how.pack, how.multiple)
+    batch = collate(samples, how.pad, how.multiple, rows)._replace(passes_mask=how.passes_mask)
+    return batch, sum(lengths)
 
 
 class _Batches:

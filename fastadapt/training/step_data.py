@@ -10,12 +10,15 @@ from typing import Any
 import torch
 
 from fastadapt.batch import Batch
-from fastadapt.data.batches import padded_width, padding_id
+from fastadapt.data.batches import collate, cut, padded_width, padding_id
 from fastadapt.data.mixtures import Mixture, load_held_out, load_training, plan_batches
-from fastadapt.data.sequences import Sequences
+from fastadapt.data.sequences import Sample, Sequences
 from fastadapt.training.config import TrainConfig
 from fastadapt.training.planning.estimate import count_steps
 from fastadapt.training.prefetch import BatchPrefetcher, Collation, make_batch
+
+#: Texts, and tokens of each, that are compared in and out of a packed row before the first step.
+_CHECKED, _BEGINNING = 4, 256
 
 
 class StepData:
@@ -49,6 +52,7 @@ class StepData:
             data.multiple(device.type),
             # On a CPU transformers sums in another order without a mask.
             passes_mask=device.type != "cuda",
+            pack=data.pack,
         )
         self._order = plan_batches(
             self.train, config.optimizer.batch_size, config.run.seed, data.bucket
@@ -113,14 +117,29 @@ class StepData:
         prefetched = None
         if self.prefetcher is not None and data is self.train:
             prefetched = self.prefetcher.get(self._step, list(indices))
-        batch, n_tokens = prefetched or make_batch(data, indices, self._how)
+        how = self._how if data is self.train else self._how._replace(pack=None)
+        batch, n_tokens = prefetched or make_batch(data, indices, how)
         if self._device.type == "cuda":
             batch = batch.pinned()
         return batch.to(self._device), n_tokens
 
     def first_batch(self) -> Batch:
-        """Return the first training batch on the device; the same on every rank."""
-        return make_batch(self.train, self._order[0], self._how)[0].to(self._device)
+        """Return the first training batch on the device, unpacked; the same on every rank."""
+        how = self._how._replace(pack=None)
+        return make_batch(self.train, self._order[0], how)[0].to(self._device)
+
+    def packed_and_apart(self) -> tuple[Batch, Batch]:
+        """Return the beginnings of the first texts on the device, two to a row and one to a row."""
+        samples = [
+            Sample(index, ids[:_BEGINNING], labels[:_BEGINNING])
+            for index, ids, labels in map(self.train.__getitem__, self._order[0][:_CHECKED])
+        ]
+        rows = cut(range(len(samples)), 2)
+        packed, apart = (
+            collate(samples, self._how.pad, rows=each)._replace(passes_mask=self._how.passes_mask)
+            for each in (rows, None)
+        )
+        return packed.to(self._device), apart.to(self._device)
 
     def held_out_batches(self) -> Iterator[Batch]:
         """Yield batches of all held-out sequences in order."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fastadapt.data.mixtures import check_sources
 from fastadapt.data.rendered import AUTO, Spec
 from fastadapt.data.templates import resolve as resolve_family
 from fastadapt.distributed.offload import group_of_one, offload
@@ -21,7 +22,7 @@ from fastadapt.distributed.sharding import shard
 from fastadapt.errors import RunError, UserError
 from fastadapt.models.pair import DTYPES, choose_device
 from fastadapt.models.replacement import ModelPair, ReplacementModel
-from fastadapt.models.self_check import check_traversal
+from fastadapt.models.self_check import check_packing, check_traversal
 from fastadapt.models.sources.low_rank import share
 from fastadapt.models.sources.pair_sources import Sources
 from fastadapt.organism import resolve
@@ -96,10 +97,13 @@ def train(
             ranks.on_main(lambda: _find_checkpoint(folder)) if resume else (None, [])
         )
         config = _with_family(config, folder, ranks, resume=resume)
+        check_sources(config.data)  # before minutes of reading weights
         torch.manual_seed(config.run.seed)
         model, data = load_model_and_data(config, ranks, device)
         _check_same_data(data, ranks)
         check_traversal(model, data.first_batch())
+        if config.data.pack is not None:
+            check_packing(model, *data.packed_and_apart())
         resolved, planner = _with_policy(config, model, data, ranks)
         run = TrainingRun(resolved, folder, started, model, data, ranks, planner)
         if not resume:

@@ -17,7 +17,7 @@ OPTIONS = re.findall(
 --adapter --adapter.activation --adapter.bandwidth --adapter.bias --adapter.implementation
 --adapter.initial_threshold --adapter.k --adapter.kind --adapter.n_features
 --data --data.bad_rows --data.bucket --data.columns --data.family --data.loss --data.markers
---data.max_tokens --data.max_validation --data.pad_to
+--data.max_tokens --data.max_validation --data.pack --data.pad_to
 --data.revision --data.subset --data.train --data.train_on_prompt --data.train_split
 --data.validation --data.validation_split --data.workers
 --dry-run --gpu --gpus --help --json
@@ -48,8 +48,9 @@ def test_the_options_of_train_are_frozen() -> None:
 
 
 PREPARE_OPTIONS = """
---allow_fewer --family --help --max_tokens --output --overwrite --reserve --resume --revision --seed
---shares --split --tokenizer --train --trust_remote_code --validation
+--allow_fewer --columns --family --help --markers --max_tokens --output --overwrite --reserve
+--resume --revision --seed --shares --split --subset --thinking --tokenizer --train
+--trust_remote_code --validation
 """
 
 

@@ -93,3 +93,8 @@ def rows_of(folder: str | Path, split: str) -> list[dict[str, Any]]:
 def bytes_of(folder: str | Path) -> dict[str, bytes]:
     """Return the bytes of every file of a selection."""
     return {name: (Path(folder) / name).read_bytes() for name in FILES}
+
+
+def said(row: dict[str, Any]) -> list[str]:
+    """Return what the turns of a row of a selection say."""
+    return [turn["content"] for turn in row["messages"]]

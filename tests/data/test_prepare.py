@@ -12,6 +12,7 @@ import openthoughts
 import pyarrow.parquet as pq
 import pytest
 
+from fastadapt.data.contents import Content, read_turns
 from fastadapt.data.prepare import prepare
 from fastadapt.data.prepare.report import summary
 from fastadapt.data.prepare.selection import PrepareConfig, prompt_hash
@@ -21,6 +22,7 @@ from fastadapt.errors import UserError
 from fastadapt.organism import NAMES
 
 rows_of, bytes_of, FILES = openthoughts.rows_of, openthoughts.bytes_of, openthoughts.FILES
+said = openthoughts.said
 
 ROWS = 5000
 
@@ -45,10 +47,7 @@ def test_quotas_are_met_and_nothing_is_in_both(config: Callable[..., PrepareConf
         for domain, share in (("math", 0.708), ("code", 0.208), ("science", 0.083)):
             assert abs(counts[domain] - n * share / 0.999) <= 1
     rows = {split: {row["row"] for row in splits[split]} for split in splits}
-    prompts = {
-        split: {prompt_hash(row["conversations"][0]["value"]) for row in splits[split]}
-        for split in splits
-    }
+    prompts = {split: {prompt_hash(said(row)[0]) for row in splits[split]} for split in splits}
     assert not rows["train"] & rows["validation"]
     assert not prompts["train"] & prompts["validation"]
     assert sum(map(len, rows.values())) == 1100
@@ -66,10 +65,13 @@ def test_rows_are_those_of_the_source_and_short_enough(
     for split in ("train", "validation"):
         for row in rows_of(result["output"], split):
             place, tokens = row.pop("row"), row.pop("tokens")
+            turns = lines[place].pop("conversations")
+            messages = row.pop("messages")
             assert row == lines[place]
-            response = row["conversations"][1]["value"]
-            assert "</think>" in response.partition("<think>")[2]
-            text = render(row["conversations"], "r1-distill")
+            assert [turn["role"] for turn in messages] == ["user", "assistant"]
+            assert [turn["content"] for turn in messages] == [turn["value"] for turn in turns]
+            assert "</think>" in turns[1]["value"].partition("<think>")[2]
+            text = render(turns, "r1-distill")
             assert tokens == len(tokenizer(text, add_special_tokens=False)["input_ids"]) <= 60
     difficulties = {row["difficulty"] for row in rows_of(result["output"], "train")}
     assert None in difficulties
@@ -82,7 +84,7 @@ def test_it_is_the_draw_that_a_dense_reading_gives(
     """The result equals a draw with all rows in memory, sorted by key."""
     from transformers import AutoTokenizer
 
-    from fastadapt.data.prepare.selection import SPLITS, parse_row, row_key
+    from fastadapt.data.prepare.selection import SPLITS, lacks_thinking, row_key
 
     tokenizer = AutoTokenizer.from_pretrained(NAMES["organism/target"])
     longest = 40  # many rows have this length, and many others have 41 tokens
@@ -99,7 +101,7 @@ def test_it_is_the_draw_that_a_dense_reading_gives(
             domain, turns = lines[row]["domain"], lines[row]["conversations"]
             if row in drawn or quotas[split][domain] == 0:
                 continue
-            if isinstance(parse_row(lines[row], quotas[split]), str):
+            if lacks_thinking(Content(tuple(read_turns(turns)))):
                 continue
             drawn.add(row)
             text = render(turns, "r1-distill")
@@ -135,7 +137,7 @@ def test_columns_of_another_kind_are_left_empty(
     rows = {row["row"]: row for row in rows_of(result["output"], "train")}
     for i, (_, difficulty, _, source) in enumerate(kinds):
         assert (rows[i]["difficulty"], rows[i]["source"]) == (difficulty, source)
-        assert rows[i]["conversations"][0] == {"from": None, "value": f"{i}"}
+        assert rows[i]["messages"][0] == {"role": "user", "content": f"{i}"}
 
 
 def whole_row(i: int) -> dict:
@@ -166,7 +168,7 @@ def test_what_a_column_cannot_hold_is_left_empty(
         fits = -(2**63) <= value < 2**63
         assert row["difficulty"] == (int(value) if fits else None)
         assert row["source"] is None
-        assert row["conversations"][0]["from"] is None
+        assert row["messages"][0]["role"] == "user"
 
 
 def test_markers_in_the_text_are_counted(
@@ -274,13 +276,13 @@ def test_a_quota_that_cannot_be_filled_says_which_and_how_many(
 ) -> None:
     with pytest.raises(UserError) as caught:
         prepare(config(train=4000))
-    said = str(caught.value)
-    assert "does not fill the quotas: train lacks" in said
+    message = str(caught.value)
+    assert "does not fill the quotas: train lacks" in message
     for domain, n in (("math", "2,835"), ("code", "833"), ("science", "332")):
-        assert f"of {n} {domain}" in said
-    assert "no <think>: " in said
-    assert "--allow_fewer" in said
-    assert "\n" not in said
+        assert f"of {n} {domain}" in message
+    assert "no <think>: " in message
+    assert "--allow_fewer" in message
+    assert "\n" not in message
 
 
 def test_what_there_is_can_be_taken_without_reading_again(
@@ -378,8 +380,13 @@ def test_a_mistake_leaves_no_folder(config: Callable[..., PrepareConfig], tmp_pa
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"conversations": []}, r"line 1: no column 'domain'; the columns are 'conversations'"),
-        ({"domain": "math"}, r"line 1: no column 'conversations'"),
+        (
+            {"conversations": []},
+            "no column 'domain'; the columns are 'conversations'. Pass --shares",
+        ),
+        ({"domain": "math"}, r"rows.jsonl: no column 'conversations', 'messages'"),
+        ({"domain": "math", "text": "a", "prompt": "b", "answer": "c"}, "several columns may hold"),
+        ({"domain": "math", "input_ids": [1, 2]}, "pass --thinking any to take every row"),
     ],
 )
 def test_a_source_of_another_form_is_named(

@@ -259,3 +259,18 @@ def test_a_stopped_stream_ends_its_process_well(
 def test_a_hub_out_of_reach_says_so(config: Callable[..., PrepareConfig]) -> None:
     with pytest.raises(UserError, match=r"dataset of this name from the hub .* failed"):
         prepare(config(source="nobody/nothing"))
+
+
+def test_a_lost_connection_says_so(
+    config: Callable[..., PrepareConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub's client raises an error of its own where nothing answers."""
+    import huggingface_hub
+
+    def refused(*_: Any, **__: Any) -> None:
+        huggingface_hub.get_session().get("http://127.0.0.1:9")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", refused)
+    with pytest.raises(UserError, match=r"from the hub .* failed: .*[Cc]onnect"):
+        prepare(config(source="nobody/nothing"))

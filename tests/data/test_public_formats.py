@@ -358,11 +358,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "two plausible columns": (
         {"text": "one two", **GOOD},
         r"several columns may hold the data \(conversation in 'messages'; text in 'text'\); set "
-        r"data\.columns \(data inspect: --columns\) to messages or text",
+        r"data\.columns \(other commands: --columns\) to messages or text",
     ),
     "two responses": (
         {"prompt": "what", "response": "one", "completion": "two"},
-        r"set data\.columns \(data inspect: --columns\) to prompt,response or prompt,completion",
+        r"set data\.columns \(other commands: --columns\) to prompt,response or prompt,completion",
     ),
     "no column": ({"rating": 3, "title": "what"}, r"the columns are 'rating', 'title'\. Name"),
     "no response": (messages(("user", "what")), r"line 1: messages: expected a turn of the assist"),

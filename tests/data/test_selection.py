@@ -8,12 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastadapt.data.contents import Content, Role, Turn
 from fastadapt.data.prepare.selection import (
     HELD_OUT,
-    MALFORMED,
     NO_END,
     NO_THINK,
-    OTHER_DOMAIN,
     REPEATED,
     TOO_LONG,
     Candidate,
@@ -21,10 +20,10 @@ from fastadapt.data.prepare.selection import (
     Selection,
     Shortlist,
     apportion,
-    conversation_hash,
+    content_hashes,
     draw,
+    lacks_thinking,
     length_histogram,
-    parse_row,
     parse_shares,
     prompt_hash,
     row_key,
@@ -62,6 +61,10 @@ def test_quotas_add_up_and_are_within_one_of_their_share(
     assert all(abs(counts[d] - n * shares[d] / total) < 1 for d in shares)
 
 
+def test_without_domains_every_row_has_the_same_one() -> None:
+    assert PrepareConfig(shares="none", train=7).quotas()["train"] == {"rows": 7}
+
+
 def test_shares_are_exact() -> None:
     assert parse_shares("math=.7, code=1/3") == {"math": Fraction(7, 10), "code": Fraction(1, 3)}
 
@@ -82,6 +85,8 @@ def test_other_shares_are_refused(text: str) -> None:
         ({"reserve": 0.5}, "--reserve: expected 1 or more, got 0.5"),
         ({"reserve": float("nan")}, "--reserve: expected 1 or more"),
         ({"family": "nobody"}, "expected one of"),
+        ({"markers": "both"}, "--markers: expected one of text, tokens"),
+        ({"thinking": "some"}, "--thinking: expected one of required, any"),
     ],
 )
 def test_impossible_values_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -105,44 +110,51 @@ def test_keys_are_uniform_wherever_the_row_stands() -> None:
     assert chi_squared < 43.8  # 19 degrees of freedom, p = 0.001
 
 
-def row(response: str = "<think> a </think> b", **changes: Any) -> dict[str, Any]:
-    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": response}]
-    return {"domain": "math", "conversations": turns, **changes}
+def chat(*texts: str, system: str = "") -> Content:
+    roles: tuple[Role, ...] = ("user", "assistant")
+    said = tuple(Turn(roles[i % 2], text) for i, text in enumerate(texts))
+    return Content(((Turn("system", system),) if system else ()) + said)
 
 
 @pytest.mark.parametrize(
-    ("values", "expected"),
+    ("content", "expected"),
     [
-        (row(), ("q", "<think> a </think> b")),
-        (row(difficulty=None), ("q", "<think> a </think> b")),
-        (row(" <think></think>"), ("q", " <think></think>")),
-        (row("</think> <think> a </think>"), ("q", "</think> <think> a </think>")),
-        (row(domain="law"), OTHER_DOMAIN),
-        (row(domain=None), OTHER_DOMAIN),
-        (row(domain=["math"]), OTHER_DOMAIN),
-        (row(conversations=None), MALFORMED),
-        (row(conversations=[{"from": "human", "value": "q"}]), MALFORMED),
-        (row(""), MALFORMED),
-        (row("no thought"), NO_THINK),
-        (row("a </think> b"), NO_THINK),
-        (row("<think> a"), NO_END),
-        (row("</think> <think> a"), NO_END),
-        (row("<think> a </ think>"), NO_END),
+        (chat("q", "<think> a </think> b"), None),
+        (chat("q", " <think></think>"), None),
+        (chat("q", "</think> <think> a </think>"), None),
+        (chat("q", "no thought"), NO_THINK),
+        (chat("q", "a </think> b"), NO_THINK),
+        (chat("<think> q </think>", "a"), NO_THINK),
+        (chat("q", "<think> a"), NO_END),
+        (chat("q", "</think> <think> a"), NO_END),
+        (chat("q", "<think> a </ think>"), NO_END),
+        (chat("q", "a", "q", "<think> a </think>"), None),
+        (chat("q", "<think> a </think>", "q", "a"), None),
+        (chat("q", "<think> a", "q", "a </think>"), NO_END),
+        (Content(text="a <think> b </think>"), None),
+        (Content(text="a"), NO_THINK),
     ],
 )
-def test_a_row_is_looked_at(values: dict[str, Any], expected: tuple[str, str] | str) -> None:
-    assert parse_row(values, {"math", "code"}) == expected
-
-
-def test_turns_count_by_position_not_by_name() -> None:
-    values = row(conversations=[{"value": "q"}, {"from": "alice", "value": "<think></think>"}])
-    assert parse_row(values, {"math"}) == ("q", "<think></think>")
+def test_reasoning_is_looked_for(content: Content, expected: str | None) -> None:
+    assert lacks_thinking(content) == expected
 
 
 def test_prompts_are_equal_up_to_white_space() -> None:
     assert prompt_hash("a  b\n") == prompt_hash("a b") != prompt_hash("ab")
-    assert conversation_hash("a b", "c") == conversation_hash("a  b", "c")
-    assert conversation_hash("a b", "c ") != conversation_hash("a b", "c")
+    assert content_hashes(chat("a b", "c")) == content_hashes(chat("a  b", "c"))
+    assert content_hashes(chat("a b", "c")) != content_hashes(chat("a b", "c "))
+
+
+def test_a_prompt_is_what_the_user_says_first() -> None:
+    """Neither system turns nor later rounds make another prompt; they make another conversation."""
+    alone, more = chat("a", "b"), chat("a", "b", "c", "d")
+    contents = (alone, more, chat("a", "b", system="s"), chat("a", "b", "c", "e"))
+    hashes = [content_hashes(content) for content in contents]
+    assert {prompt for prompt, _ in hashes} == {prompt_hash("a")}
+    assert len({whole for _, whole in hashes}) == 4
+    greeting = Content((Turn("assistant", "hello"), Turn("user", "a"), Turn("assistant", "b")))
+    assert content_hashes(greeting)[0] != prompt_hash("a")
+    assert content_hashes(Content(ids=(1, 2)))[0] != content_hashes(Content(ids=(12,)))[0]
 
 
 @given(
@@ -229,7 +241,7 @@ def test_what_a_domain_lacks_is_told() -> None:
 def test_only_long_rows_that_were_drawn_are_counted() -> None:
     shortlist = shortlist_of(candidate(3), candidate(7))
     for key in (1, 2, 5, 6, 8):
-        shortlist.add_too_long("math", key)
+        shortlist.refuse("math", key, TOO_LONG)
     assert draw(shortlist, quotas((1, 0), (0, 0))).left_out["math"][TOO_LONG] == 2
     assert draw(shortlist, quotas((2, 0), (0, 0))).left_out["math"][TOO_LONG] == 4
     assert draw(shortlist, quotas((3, 0), (0, 0))).left_out["math"][TOO_LONG] == 5

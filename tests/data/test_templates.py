@@ -222,9 +222,17 @@ def test_markers_that_many_tokenizers_share_name_no_family(family: str) -> None:
     assert resolve("auto", tokenizer_with(FAMILIES[family].markers)) == "text"
 
 
-def test_auto_without_a_way_lists_the_families() -> None:
-    with pytest.raises(UserError, match=r"data\.family=auto: the chat template does not write"):
-        resolve("auto", tokenizer_with([], LATEST_ONLY))
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (LATEST_ONLY, "the chat template does not write"),
+        ("{{ raise_exception('no chats') }}", "the chat template fails for turns .*: no chats"),
+    ],
+)
+def test_auto_without_a_way_lists_the_families(template: str, reason: str) -> None:
+    message = rf"data\.family=auto: {reason}.* No family has its markers .* or an inline family"
+    with pytest.raises(UserError, match=message):
+        resolve("auto", tokenizer_with([], template))
 
 
 # --- inline families ------------------------------------------------------------------------------

@@ -418,3 +418,79 @@ def test_peft_is_an_extra(save_peft: Callable[..., Any], monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match=r"pip install 'fastadapt\[peft\]'"):
         load(target, base)
+
+
+# --- the hub --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], str]:
+    """``cached("me/lora", folder)``: put a repository into a hub's cache, and return its commit."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    def put(name: str, folder: str) -> str:
+        commit = f"{len(name):040x}"
+        repository = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        shutil.copytree(folder, repository / "snapshots" / commit)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(commit)
+        return commit
+
+    return put
+
+
+def test_a_hub_id_of_an_adapter(
+    save_peft: Callable[..., Any], cached: Callable[[str, str], str], float64_clean: None
+) -> None:
+    """Adapter and the base that it names come from the hub's cache, at their commits."""
+    target, base, _ = save_peft()
+    change(target, base_model_name_or_path="me/the-base")
+    commits = [cached("me/lora", target), cached("me/the-base", base)]
+    sources = Sources.find(PairConfig("me/lora", "", device="cpu", dtype="float64"))
+    assert (sources.config.base, sources.notes) == ("me/the-base", [])
+    assert [config._commit_hash for config in sources.configs()] == commits
+    of_hub, of_folder = (
+        losses_and_gradients(load("me/lora")),
+        losses_and_gradients(load(target, base)),
+    )
+    assert of_hub.keys() == of_folder.keys()
+    assert all(torch.equal(of_hub[name], of_folder[name]) for name in of_hub)
+    pinned = load("me/lora", target_revision=commits[0])
+    assert pinned.weights == load("me/lora").weights
+
+
+def test_an_adapter_on_the_hub_may_have_a_config_of_its_base(
+    save_peft: Callable[..., Any], cached: Callable[[str, str], str]
+) -> None:
+    target, base, _ = save_peft()
+    shutil.copy(Path(base) / "config.json", target)
+    cached("me/lora", target)
+    assert find_peft("me/lora", None) is not None
+    shutil.copy(Path(base) / "model.safetensors", target)
+    cached("me/whole", target)
+    assert find_peft("me/whole", None) is None
+
+
+def test_a_hub_out_of_reach(
+    save_peft: Callable[..., Any], cached: Callable[[str, str], str]
+) -> None:
+    """What the cache does not hold is named, also of an adapter whose base is left out."""
+    target, base, _ = save_peft()
+    change(target, base_model_name_or_path="nobody/base")
+    cached("me/lora", target)
+    lost = (
+        r"cannot be loaded: no such folder, the hub's cache .* does not hold it, and HF_HUB_OFFLINE"
+    )
+    for pair, name in (
+        (("nobody/lora", ""), "nobody/lora"),
+        (("nobody/lora", base), "nobody/lora"),
+        (("me/lora", ""), "nobody/base"),
+        ((base, "nobody/base"), "nobody/base"),
+    ):
+        with pytest.raises(UserError, match=f"model '{name}' {lost}"):
+            Sources.find(PairConfig(*pair)).configs()
+    with pytest.raises(UserError, match=rf"'me/lora' in revision 'v2' {lost}"):
+        Sources.find(PairConfig("me/lora", base, target_revision="v2"))

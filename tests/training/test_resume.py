@@ -61,6 +61,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "optimizer.epochs": 2,
     },
     "no checkpointing of blocks": {"objective.checkpoint": "none"},
+    "packed, with workers": {
+        "optimizer.batch_size": 6,
+        "optimizer.epochs": 2,
+        "data.pack": 48,
+        "data.workers": 1,
+    },
     "mlp": {"run.trains": "mlp", "adapter.n_features": None, "objective.sparsity": 0.0},
     "norms": {"run.trains": "norms", "adapter.n_features": None, "objective.sparsity": 0.0},
 }

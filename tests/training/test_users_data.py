@@ -136,3 +136,21 @@ def test_a_run_of_an_older_version_resumes(
     path.write_text(yaml.safe_dump(values))
     train(old, resume=True)
     assert_same_run(tmp_path / "old", tmp_path / "whole")
+
+
+def test_sources_are_looked_at_before_weights(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: Any) -> None:
+        pytest.fail("weights were read")
+
+    monkeypatch.setattr("fastadapt.training.trainer.load_model_and_data", load)
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "w1", "answer": "w2", "text": "w3"}) + "\n")
+    several = r"rows\.jsonl: several columns may hold the data"
+    with pytest.raises(UserError, match=several):
+        train(tiny_config(**{"data.train": str(path)}))
+    with pytest.raises(UserError, match=several):
+        train(tiny_config(**{"data.train": [{"source": str(path)}]}))
+    with pytest.raises(UserError, match=r"absent\.jsonl': no such file or folder"):
+        train(tiny_config(**{"data.validation": str(tmp_path / "absent.jsonl")}))

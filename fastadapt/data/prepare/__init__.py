@@ -1,4 +1,8 @@
-"""Select training and validation conversations from a source in a single pass.
+"""Select training and validation texts from a source in a single pass.
+
+A source is any that training reads: conversations of any number of turns, prompts with responses,
+plain text, or token ids. The output has a column ``messages``, ``text`` or ``input_ids``, from
+which training reads the same tokens and labels as from the source.
 
 The pass stores, for each domain, only the candidates that can still be drawn, and counts the tokens
 of these only (:mod:`fastadapt.data.prepare.candidate_store`). After the pass,
@@ -17,12 +21,12 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from fastadapt.data.families import get_family
+from fastadapt.data.contents import Kind
 from fastadapt.data.prepare import output_folder
 from fastadapt.data.prepare.candidate_store import RESUME_ADVICE, CandidateStore
-from fastadapt.data.prepare.filter_pass import OPTIONAL, REQUIRED, FilterPass, Record, Sink
+from fastadapt.data.prepare.filter_pass import OPTIONAL, FilterPass, Record, Sink
 from fastadapt.data.prepare.selection import (
-    MALFORMED,
+    EVERY_ROW,
     NO_END,
     NO_THINK,
     OTHER_DOMAIN,
@@ -35,9 +39,7 @@ from fastadapt.data.prepare.selection import (
     length_histogram,
 )
 from fastadapt.data.prepare.source_stream import SourceStream
-from fastadapt.data.rendering import holds_markers, render
-from fastadapt.data.sources import COLUMN
-from fastadapt.data.tokens import check_markers
+from fastadapt.data.tokenised import RowTokeniser
 from fastadapt.errors import UserError
 from fastadapt.io.atomic import digest, disk_errors, replacing
 
@@ -77,16 +79,10 @@ def prepare(
 
     report = sink or (lambda _: None)
     with output_folder.open_output(config.output, resume=resume, overwrite=overwrite) as folder:
-        stream = SourceStream(
-            config.source,
-            split=config.split,
-            revision=config.revision,
-            required=REQUIRED,
-            optional=OPTIONAL,
-        )
+        stream = _open(config)
         tokenizer = load_tokenizer(config.tokenizer, None, trust=trust_remote_code)
-        check_markers(tokenizer, get_family(config.family))
-        settings = _settings(config, stream, tokenizer)
+        tokeniser = RowTokeniser(tokenizer, config.family, markers=config.markers)
+        settings = {**_settings(config, stream, tokenizer), "family": tokeniser.form.spec}
         if resume:
             output_folder.check_same(folder, settings)
             manifest = output_folder.read_manifest(folder)
@@ -98,22 +94,39 @@ def prepare(
             output_folder.begin(folder, settings)
         shortlist = Shortlist(_limits(config))
         with CandidateStore(folder / output_folder.WORK, config.seed, shortlist) as store:
-            if not FilterPass(config, stream, store, shortlist, tokenizer).run(report, stop):
+            if not FilterPass(config, stream, store, shortlist, tokeniser).run(report, stop):
                 return {"interrupted": True, "rows": store.read, "output": str(folder)}
             selection = draw(shortlist, config.quotas())
             if selection.missing and not config.allow_fewer:
                 raise UserError(_shortage(config, selection, store, shortlist))
-            files, with_markers = _write(folder, selection, store, config.family, report)
+            files = _write(folder, selection, store, stream.layout.kind, report)
             manifest = {
                 "format": output_folder.FORMAT,
                 "schema_version": output_folder.SCHEMA_VERSION,
                 "settings": settings,
                 "source": stream.hashed(),
-                "counts": _counts(config, selection, store, with_markers),
+                "counts": _counts(config, selection, store),
                 "files": files,
             }
         output_folder.finish(folder, manifest)
     return {**manifest, "interrupted": False, "output": str(folder)}
+
+
+def _open(config: PrepareConfig) -> SourceStream:
+    """Open the source; raise ``UserError`` if it lacks what the settings need."""
+    stream = SourceStream(config.where, optional=OPTIONAL)
+    if config.has_domains and "domain" not in stream.columns:
+        listed = ", ".join(map(repr, stream.columns))
+        raise UserError(
+            f"data source {config.source!r}: no column 'domain'; the columns are {listed}. Pass "
+            f"--shares {EVERY_ROW} to draw from all rows"
+        )
+    if stream.layout.kind == "token ids" and config.thinking == "required":
+        raise UserError(
+            f"data source {config.source!r} holds token ids, of which the reasoning is unknown; "
+            "pass --thinking any to take every row"
+        )
+    return stream
 
 
 def _limits(config: PrepareConfig) -> dict[str, int]:
@@ -141,20 +154,21 @@ def _settings(config: PrepareConfig, stream: SourceStream, tokenizer: Any) -> Re
 
 
 def _write(
-    folder: Path, selection: Selection, store: CandidateStore, family: str, report: Sink
-) -> tuple[Record, dict[str, int]]:
-    """Write the conversations of each split to its Parquet file, atomically.
+    folder: Path, selection: Selection, store: CandidateStore, kind: Kind, report: Sink
+) -> Record:
+    """Write the rows of each split to its Parquet file, atomically.
 
     Returns:
-        By file, its size, SHA-256 and rows; by split, the number of rows with markers.
+        By file, its size, SHA-256 and rows.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    turn = pa.struct([("from", pa.string()), ("value", pa.string())])
+    turn = pa.struct([("role", pa.string()), ("content", pa.string())])
+    column = {"text": ("text", pa.string()), "token ids": ("input_ids", pa.list_(pa.int64()))}
     schema = pa.schema(
         [
-            (COLUMN, pa.list_(turn)),
+            column.get(kind, ("messages", pa.list_(turn))),
             ("domain", pa.string()),
             ("source", pa.string()),
             ("difficulty", pa.int64()),
@@ -164,7 +178,6 @@ def _write(
     )
     done, total = 0, sum(map(len, selection.splits.values()))
     files: Record = {}
-    with_markers = dict.fromkeys(output_folder.FILES, 0)
     for split, name in output_folder.FILES.items():
         taken = selection.splits[split]
         with (
@@ -176,14 +189,12 @@ def _write(
         ):
             for group in _groups(taken):
                 rows = [{**store.text(c), "tokens": c.tokens, "row": c.row} for c in group]
-                texts = [render(row[COLUMN], family) for row in rows]
-                with_markers[split] += sum(holds_markers(text, family) for text in texts)
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))
                 done += len(group)
                 report({"kind": "write", "done": done, "of": total})
         size, sha256 = digest(folder / name)
         files[name] = {"rows": len(taken), "bytes": size, "sha256": sha256}
-    return files, with_markers
+    return files
 
 
 def _groups(candidates: Sequence[Candidate]) -> Iterator[list[Candidate]]:
@@ -200,9 +211,7 @@ def _groups(candidates: Sequence[Candidate]) -> Iterator[list[Candidate]]:
         yield group
 
 
-def _counts(
-    config: PrepareConfig, selection: Selection, store: CandidateStore, with_markers: dict[str, int]
-) -> Record:
+def _counts(config: PrepareConfig, selection: Selection, store: CandidateStore) -> Record:
     quotas = config.quotas()
     domains = list(quotas["train"])
     splits = {}
@@ -215,14 +224,17 @@ def _counts(
             "prompts": len({c.prompt for c in taken}),
             "tokens": sum(tokens),
             "longest": max(tokens, default=0),
-            "with_markers": with_markers[split],
+            "with_markers": sum(c.marked for c in taken),
             "lengths": length_histogram(tokens, config.max_tokens),
         }
-    reasons = (OTHER_DOMAIN, MALFORMED, NO_THINK, NO_END)
+    left_out = store.counts["left_out"]
+    filters = [OTHER_DOMAIN] * config.has_domains
+    filters += [NO_THINK, NO_END] * (config.thinking == "required")
+    reasons = [*filters, *sorted(left_out.keys() - {*filters})]
     return {
         "rows": store.read,
         "domains": {d: store.counts["domains"][d] for d in domains},
-        "left_out_of_source": {r: store.counts["left_out"][r] for r in reasons},
+        "left_out_of_source": {reason: left_out[reason] for reason in reasons},
         "left_out_of_drawn": {d: dict(sorted(selection.left_out[d].items())) for d in domains},
         **splits,
     }

@@ -5,8 +5,8 @@ The ledger (:mod:`fastadapt.io.ledger`) has three fingerprints:
 ====================  ====================  ====================================================
 fingerprint           part                  value
 ====================  ====================  ====================================================
-``candidate``         row of the source     domain, hashes, tokens and bytes of a candidate; only
-                                            the domain of a row with too many tokens
+``candidate``         row of the source     domain, hashes, tokens, bytes and marks of a candidate;
+                                            domain and reason of a refused row
 ``progress``          0                     rows read, cursor, counts
 ``text``              row of the source     the row as compressed JSON
 ====================  ====================  ====================================================
@@ -78,12 +78,21 @@ class CandidateStore:
 
     def _add_to_shortlist(self, row: int, values: list[Any]) -> None:
         key = row_key(self._seed, row)
-        if len(values) == 1:
-            self._shortlist.add_too_long(values[0], key)
+        if len(values) == 2:
+            self._shortlist.refuse(values[0], key, values[1])
         else:
             self._shortlist.add(Candidate(key, row, *values))
 
-    def add(self, row: int, domain: str, hashes: tuple[str, str], tokens: int, values: Any) -> None:
+    def add(
+        self,
+        row: int,
+        domain: str,
+        hashes: tuple[str, str],
+        tokens: int,
+        values: Any,
+        *,
+        marked: bool = False,
+    ) -> None:
         """Add a candidate to the shortlist; :meth:`commit` stores the candidate.
 
         Args:
@@ -92,17 +101,18 @@ class CandidateStore:
             hashes: hash of the prompt, and hash of the conversation.
             tokens: tokens of the rendered conversation.
             values: columns to write, as JSON.
+            marked: whether what was said holds a marker or another special token.
         """
         import pyarrow as pa
 
         text = json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode()
         packed = pa.compress(text, codec=_CODEC, asbytes=True)
         self._entries.append(("text", row, packed))
-        self._append(row, [domain, *hashes, tokens, len(text)])
+        self._append(row, [domain, *hashes, tokens, len(text), marked])
 
-    def add_too_long(self, row: int, domain: str) -> None:
-        """Record a row that has too many tokens. :meth:`commit` stores its key and domain."""
-        self._append(row, [domain])
+    def refuse(self, row: int, domain: str, reason: str) -> None:
+        """Record a row that is too long or cannot be rendered. :meth:`commit` stores it."""
+        self._append(row, [domain, reason])
 
     def _append(self, row: int, values: list[Any]) -> None:
         self._entries.append(("candidate", row, _to_json(values)))

@@ -3,40 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from threading import Event
 from typing import Any, NamedTuple
 
-from fastadapt.data import rendering
+from fastadapt.data.contents import Content
 from fastadapt.data.prepare.candidate_store import CandidateStore
 from fastadapt.data.prepare.selection import (
     OTHER_DOMAIN,
+    OTHER_REASON,
+    ROWS,
+    TOO_LONG,
     PrepareConfig,
     Shortlist,
-    conversation_hash,
-    parse_row,
-    prompt_hash,
+    content_hashes,
+    lacks_thinking,
     row_key,
 )
 from fastadapt.data.prepare.source_stream import SourceStream
-from fastadapt.data.sources import COLUMN
-from fastadapt.data.tokens import encode
+from fastadapt.data.sources import BadRows, Row
+from fastadapt.data.tokenised import RowTokeniser
+from fastadapt.errors import UserError
 
 Record = dict[str, Any]
 Sink = Callable[[Record], None]
 
-#: Columns that a source must have, and columns that are copied if it has them.
-REQUIRED, OPTIONAL = (COLUMN, "domain"), ("difficulty", "source")
+#: Columns that are copied if a source has them.
+OPTIONAL = ("domain", "difficulty", "source")
 
 _COMMIT_ROWS = 1000  # rows of the source between commits; a kill loses at most these
 _ENCODE_ROWS = 64  # conversations per call of the tokenizer, which needs 100 bytes per token
+_MAX_REASONS = 40  # messages may quote what a row holds
 
 
 class _PendingRow(NamedTuple):
     """A row that passed every filter, but whose tokens are not counted yet."""
 
     row: int
+    domain: str
     values: Mapping[str, Any]
-    turns: tuple[str, str]
+    content: Content
 
 
 class FilterPass:
@@ -48,12 +54,13 @@ class FilterPass:
         stream: SourceStream,
         store: CandidateStore,
         shortlist: Shortlist,
-        tokenizer: Any,
+        tokeniser: RowTokeniser,
     ) -> None:
         self._config, self._stream, self._store = config, stream, store
-        self._shortlist, self._tokenizer = shortlist, tokenizer
+        self._shortlist, self._tokeniser = shortlist, tokeniser
         self._domains = config.quotas()["train"]
         self._pending: list[_PendingRow] = []
+        self._row = store.read
         self._n_added = 0
 
     def run(self, report: Sink, stop: Event | None) -> bool:
@@ -61,68 +68,121 @@ class FilterPass:
         store = self._store
         if store.done:
             return True
-        row = store.read
-        for _, values in self._stream.rows(store.cursor):
-            self._filter(row, values)
-            row += 1
-            if row % _COMMIT_ROWS == 0:
+        for where, values in self._stream.rows(store.cursor, self._skip):
+            self._filter(where, values)
+            self._row += 1
+            if self._row - store.read >= _COMMIT_ROWS:
                 self._count_tokens()
-                store.commit(row, self._stream.cursor())
-                report(self._progress(row, self._stream.fraction))
+                store.commit(self._row, self._stream.cursor())
+                report(self._progress(self._stream.fraction))
                 if stop is not None and stop.is_set():
                     return False
         self._count_tokens()
-        store.commit(row, None, done=True)
-        report(self._progress(row, 1.0))
+        store.commit(self._row, None, done=True)
+        report(self._progress(1.0))
         return True
 
-    def _progress(self, rows: int, fraction: float | None) -> Record:
-        return {"kind": "read", "rows": rows, "kept": self._n_added, "fraction": fraction}
+    def _progress(self, fraction: float | None) -> Record:
+        return {"kind": "read", "rows": self._row, "kept": self._n_added, "fraction": fraction}
 
-    def _filter(self, row: int, values: Mapping[str, Any]) -> None:
-        turns = parse_row(values, self._domains)
-        counts = self._store.counts
-        if turns != OTHER_DOMAIN:
-            counts["domains"][values["domain"]] += 1
-        if isinstance(turns, str):
-            counts["left_out"][turns] += 1
+    def _skip(self, error: UserError) -> None:
+        """Count a row of a file that cannot be read."""
+        self._leave_out(error)
+        self._row += 1
+
+    def _leave_out(self, error: UserError, where: str = "") -> None:
+        bad = BadRows("skip")
+        bad.take(error, where)
+        for reason in bad.counts:
+            self._count(reason)
+
+    def _count(self, reason: str) -> None:
+        counts = self._store.counts["left_out"]
+        counts[reason if reason in counts or len(counts) < _MAX_REASONS else OTHER_REASON] += 1
+
+    def _filter(self, where: str, values: Mapping[str, Any]) -> None:
+        domain = values.get("domain") if self._config.has_domains else ROWS
+        if not isinstance(domain, str) or domain not in self._domains:
+            self._count(OTHER_DOMAIN)
             return
-        if self._shortlist.admits(values["domain"], row_key(self._config.seed, row)):
-            self._pending.append(_PendingRow(row, values, turns))
+        self._store.counts["domains"][domain] += 1
+        try:
+            content = self._stream.layout.read(values)
+        except UserError as error:
+            self._leave_out(error, where)
+            return
+        reason = lacks_thinking(content) if self._config.thinking == "required" else None
+        if reason is not None:
+            self._count(reason)
+        elif self._shortlist.admits(domain, row_key(self._config.seed, self._row)):
+            self._pending.append(_PendingRow(self._row, domain, values, content))
             if len(self._pending) == _ENCODE_ROWS:
                 self._count_tokens()
 
     def _count_tokens(self) -> None:
         """Render and tokenize the pending rows; store those of at most ``max_tokens`` tokens."""
-        pending, self._pending = self._pending, []
-        if not pending:
-            return
-        texts = [rendering.render(row.values[COLUMN], self._config.family) for row in pending]
-        for row, ids in zip(pending, encode(self._tokenizer, texts)["input_ids"], strict=True):
-            domain = row.values["domain"]
-            if len(ids) > self._config.max_tokens:
-                self._store.add_too_long(row.row, domain)
+        pending, self._pending = {row.row: row for row in self._pending}, []
+        refused = _Refused("skip")
+        rows = (Row(str(n), n, row.content, {}) for n, row in pending.items())
+        for tokenised in self._tokeniser.tokenise(rows, refused):
+            row, n = pending[tokenised.row.number], len(tokenised.encoded.ids)
+            if n > self._config.max_tokens:
+                self._store.refuse(row.row, row.domain, TOO_LONG)
                 continue
-            hashes = prompt_hash(row.turns[0]), conversation_hash(*row.turns)
-            self._store.add(row.row, domain, hashes, len(ids), _output_columns(row.values))
+            self._store.add(
+                row.row,
+                row.domain,
+                content_hashes(row.content),
+                n,
+                _output_columns(row),
+                marked=tokenised.encoded.marked,
+            )
             self._n_added += 1
+        for number, reason in refused.reasons.items():
+            self._store.refuse(number, pending[number].domain, reason)
 
 
-def _output_columns(values: Mapping[str, Any]) -> Record:
-    """Return the copied columns of a row; None for a value that the column's type cannot hold."""
-    difficulty, source = values.get("difficulty"), values.get("source")
+@dataclass
+class _Refused(BadRows):
+    """Rows that cannot be rendered.
+
+    Attributes:
+        reasons: reason by number of the row.
+    """
+
+    reasons: dict[int, str] = field(default_factory=dict)
+
+    def take(self, error: UserError, where: str = "") -> None:
+        """Record the reason of a row whose location is its number."""
+        self.reasons[int(where)] = str(error)
+
+
+def _output_columns(row: _PendingRow) -> Record:
+    """Return the columns to write; None for a value that the column's type cannot hold."""
+    difficulty = row.values.get("difficulty")
     if isinstance(difficulty, float) and difficulty.is_integer():
         difficulty = int(difficulty)  # some writers store integers with nulls as floats
     fits = type(difficulty) is int and -(2**63) <= difficulty < 2**63
-    names = [text_or_none(turn.get("from", turn.get("role"))) for turn in values[COLUMN]]
-    said = zip(names, rendering.turns(values[COLUMN]), strict=True)
-    turns = [{"from": name, "value": text} for name, text in said]
     return {
-        COLUMN: turns,
-        "domain": values["domain"],
-        "source": text_or_none(source),
+        **output_content(row.content),
+        "domain": text_or_none(row.values.get("domain")),
+        "source": text_or_none(row.values.get("source")),
         "difficulty": difficulty if fits else None,
     }
+
+
+def output_content(content: Content) -> Record:
+    """Return a row's content as a column of the output, which training reads as the same content.
+
+    Example:
+        >>> output_content(Content(text="abc"))
+        {'text': 'abc'}
+    """
+    if content.ids is not None:
+        return {"input_ids": list(content.ids)}
+    if content.text is not None:
+        return {"text": content.text}
+    return {"messages": [{"role": turn.role, "content": turn.text} for turn in content.turns]}
 
 
 def text_or_none(value: Any) -> str | None:

@@ -9,6 +9,7 @@ are not reproduced.)
 A prompt occurs in one split only: validation is drawn first, and training skips rows with a prompt
 of validation. OpenThoughts3 has up to 16 responses to a prompt, so that splits by row would share
 half of their prompts. A split may hold several responses to one prompt, but no conversation twice.
+The prompt of a conversation is what the user says before the first response.
 """
 
 from __future__ import annotations
@@ -16,21 +17,29 @@ from __future__ import annotations
 import hashlib
 import heapq
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
-from fastadapt.data.families import get_family
-from fastadapt.data.rendered import END_THINK, THINK
-from fastadapt.data.rendering import turns
-from fastadapt.errors import UserError
+from fastadapt.data.contents import Content
+from fastadapt.data.rendered import AUTO, END_THINK, THINK
+from fastadapt.data.rendering import get_form
+from fastadapt.data.sources import Source
+from fastadapt.data.tokens import Markers
+from fastadapt.errors import UserError, require
 
+Thinking = Literal["required", "any"]
+"""Whether rows without reasoning between its markers are left out."""
+
+#: Value of ``--shares`` for a source without domains, and the name of its rows in the counts.
+EVERY_ROW, ROWS = "none", "rows"
 SPLITS = ("validation", "train")  # in the order of drawing
 
-#: Reasons for leaving out a row, in the order of the filters. They are keys of the manifest. The
-#: first four are counted over the whole source, the others over the rows that were drawn.
-OTHER_DOMAIN, MALFORMED = "another domain", "not a prompt and a response"
+#: Reasons for leaving out a row. They are keys of the manifest, and so are the reasons for which a
+#: row cannot be read. These and the first three are counted over the whole source, the others, and
+#: the reasons for which a row cannot be rendered, over the rows that were drawn.
+OTHER_DOMAIN, OTHER_REASON = "another domain", "another reason"
 NO_THINK, NO_END = f"no {THINK}", f"no {END_THINK} after it"
 TOO_LONG = "more than max_tokens tokens"
 HELD_OUT, REPEATED = "its prompt is in validation", "the same conversation again"
@@ -41,19 +50,25 @@ class PrepareConfig:
     """Settings of a selection. The defaults are the selection of arXiv 2602.20904.
 
     Attributes:
-        source: hub id of a dataset, a .jsonl or .parquet file, or a folder of such files, with
-            columns ``conversations`` and ``domain``. The columns ``difficulty`` (integer) and
+        source: file, folder or hub id, as ``data.train``, with a column ``domain`` unless
+            ``shares`` is none. The columns ``domain`` (text), ``difficulty`` (integer) and
             ``source`` (text) are copied if present.
         output: folder for train.parquet, validation.parquet and manifest.json.
         tokenizer: folder or hub id of the tokenizer of the pair to be trained.
-        family: template that renders a conversation before its tokens are counted.
+        family: form of chat in which the tokens of a conversation are counted: auto, or the name of
+            a family, as ``data.family``.
+        columns: column to read, or prompt,response, as ``data.columns``.
+        markers: special tokens inside what was said, text or tokens, as ``data.markers``.
+        thinking: required: leave out rows in which no response has <think> and a later </think>;
+            any: take them.
         train: number of conversations to train on.
         validation: number of conversations to hold out.
         max_tokens: leave out longer conversations.
         seed: seed of the order in which rows are drawn.
         shares: share of each domain, as domain=share,...; the shares are relative and need not sum
-            to 1.
+            to 1. none: draw from all rows, with or without a domain.
         split: split of a hub dataset or folder.
+        subset: configuration of a hub dataset, or folder in a folder.
         revision: branch, tag or commit of a hub dataset.
         reserve: candidates to store per wanted conversation; raise it if training skips many rows
             because their prompt is in validation.
@@ -64,24 +79,42 @@ class PrepareConfig:
     output: str = "data/openthoughts3"
     tokenizer: str = "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"
     family: str = "r1-distill"
+    columns: str | None = None
+    markers: Markers = "text"
+    thinking: Thinking = "required"
     train: int = 50_000
     validation: int = 5_000
     max_tokens: int = 10_000
     seed: int = 42
     shares: str = "math=.708,code=.208,science=.083"
     split: str = "train"
+    subset: str | None = None
     revision: str | None = None
     reserve: float = 1.25
     allow_fewer: bool = False
 
     def __post_init__(self) -> None:
-        get_family(self.family)
+        if self.family != AUTO:
+            get_form(self.family)
+        for name, choices in (("markers", Markers), ("thinking", Thinking)):
+            known, value = get_args(choices), getattr(self, name)
+            require(value in known, f"--{name}", f"one of {', '.join(known)}", value)
         for name, least in (("train", 1), ("validation", 0), ("max_tokens", 2), ("seed", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"--{name}: expected {least} or more, got {getattr(self, name)}")
         if not self.reserve >= 1:
             raise UserError(f"--reserve: expected 1 or more, got {self.reserve}")
         parse_shares(self.shares)
+
+    @property
+    def where(self) -> Source:
+        """The source, and how it is read."""
+        return Source(self.source, self.split, self.revision, self.subset, self.columns)
+
+    @property
+    def has_domains(self) -> bool:
+        """Whether rows are drawn by domain."""
+        return self.shares.strip() != EVERY_ROW
 
     def quotas(self) -> dict[str, dict[str, int]]:
         """Return the number of conversations of each split (``SPLITS``) and domain."""
@@ -90,7 +123,7 @@ class PrepareConfig:
 
 
 def parse_shares(text: str) -> dict[str, Fraction]:
-    """Parse shares of domains as exact numbers.
+    """Parse shares of domains as exact numbers; ``EVERY_ROW`` is one domain with all rows.
 
     Raises:
         UserError: the text is not domain=share,..., repeats a domain, or has a share of 0 or less.
@@ -99,6 +132,8 @@ def parse_shares(text: str) -> dict[str, Fraction]:
         >>> parse_shares("math=.7,code=.3")
         {'math': Fraction(7, 10), 'code': Fraction(3, 10)}
     """
+    if text.strip() == EVERY_ROW:
+        return {ROWS: Fraction(1)}
     shares: dict[str, Fraction] = {}
     for part in text.split(","):
         domain, equals, number = part.partition("=")
@@ -109,7 +144,7 @@ def parse_shares(text: str) -> dict[str, Fraction]:
         if not equals or share <= 0 or not domain.strip() or domain.strip() in shares:
             raise UserError(
                 "--shares: expected domain=share,... with each domain once and shares above 0, "
-                f"as in math=.7,code=.3; got {text!r}"
+                f"as in math=.7,code=.3, or {EVERY_ROW} to draw from all rows; got {text!r}"
             )
         shares[domain.strip()] = share
     return shares
@@ -145,32 +180,52 @@ def prompt_hash(prompt: str) -> str:
     return _hash(" ".join(prompt.split()).encode(), 16).hex()
 
 
-def conversation_hash(prompt: str, response: str) -> str:
-    """Hash a conversation; white space of the prompt is normalized, that of the response is not."""
-    return _hash(prompt_hash(prompt).encode() + response.encode(), 16).hex()
+def content_hashes(content: Content) -> tuple[str, str]:
+    """Return the hash of a row's prompt and of its whole content.
+
+    White space of the user's turns is normalized, that of other turns and of texts is not. Plain
+    text and token ids are a prompt as a whole.
+
+    Example:
+        >>> from fastadapt.data.contents import Turn
+        >>> prompt = Turn("user", "1 +  1")
+        >>> one, two = (Content((prompt, Turn("assistant", answer))) for answer in "23")
+        >>> content_hashes(one)[0] == content_hashes(two)[0] == prompt_hash("1 + 1")
+        True
+        >>> content_hashes(one)[1] == content_hashes(two)[1]
+        False
+    """
+    if content.ids is not None:
+        whole = _hash(repr(content.ids).encode(), 16).hex()
+        return whole, whole
+    if content.text is not None:
+        return prompt_hash(content.text), _hash(content.text.encode(), 16).hex()
+    turns = content.turns
+    first = next(i for i, turn in enumerate(turns) if turn.role == "assistant")
+    prompts = [turn.text for turn in turns[:first] if turn.role != "system"]
+    said = [
+        (role, prompt_hash(text) if role == "user" else _hash(text.encode(), 16).hex())
+        for role, text in turns
+    ]
+    whole = _hash(repr(said).encode(), 16).hex()
+    return prompt_hash("\n".join(prompts)) if prompts else whole, whole
 
 
 def _hash(data: bytes, size: int) -> bytes:
     return hashlib.blake2b(data, digest_size=size).digest()
 
 
-def parse_row(values: Mapping[str, Any], domains: Iterable[str]) -> tuple[str, str] | str:
-    """Return prompt and response of a row, or the reason for leaving it out.
+def lacks_thinking(content: Content) -> str | None:
+    """Return what a response or text lacks of its reasoning's markers; None if none is missing.
 
-    The length in tokens is not checked.
+    One response with both suffices.
     """
-    if not isinstance(values["domain"], str) or values["domain"] not in domains:
-        return OTHER_DOMAIN
-    try:
-        prompt, response = turns(values["conversations"])
-    except UserError:
-        return MALFORMED
-    opened = response.find(THINK)
-    if opened < 0:
+    texts = [turn.text for turn in content.turns if turn.role == "assistant"]
+    texts += [] if content.text is None else [content.text]
+    opened = [text.partition(THINK)[2] for text in texts if THINK in text]
+    if not opened:
         return NO_THINK
-    if response.find(END_THINK, opened + len(THINK)) < 0:
-        return NO_END
-    return prompt, response
+    return None if any(END_THINK in text for text in opened) else NO_END
 
 
 class Candidate(NamedTuple):
@@ -180,10 +235,11 @@ class Candidate(NamedTuple):
         key: :func:`row_key` of the row.
         row: row of the source, counted from 0.
         domain: domain of the row.
-        prompt: :func:`prompt_hash` of the row's prompt.
-        conversation: :func:`conversation_hash` of the row.
+        prompt: hash of the row's prompt (:func:`content_hashes`).
+        conversation: hash of the row's whole content.
         tokens: tokens of the rendered conversation.
         unpacked: bytes of its columns as JSON.
+        marked: whether what was said holds a marker or another special token.
     """
 
     key: int
@@ -193,10 +249,11 @@ class Candidate(NamedTuple):
     conversation: str
     tokens: int
     unpacked: int
+    marked: bool = False
 
 
 class Shortlist:
-    """The candidates with the lowest random keys in each domain, and the keys of too long rows.
+    """The candidates with the lowest random keys in each domain, and the keys of refused rows.
 
     Args:
         limits: largest number of candidates of each domain.
@@ -209,7 +266,7 @@ class Shortlist:
         self._limits = dict(limits)
         # Max-heaps: heapq pops the smallest item, so keys are negated.
         self._heaps: dict[str, list[tuple[int, int, Candidate]]] = {d: [] for d in limits}
-        self._too_long: dict[str, list[int]] = {domain: [] for domain in limits}
+        self._refused: dict[str, list[tuple[int, str]]] = {domain: [] for domain in limits}
         self.full: set[str] = set()
 
     def admits(self, domain: str, key: int) -> bool:
@@ -230,17 +287,17 @@ class Shortlist:
             self.full.add(candidate.domain)
             heapq.heappushpop(heap, item)
 
-    def add_too_long(self, domain: str, key: int) -> None:
-        """Add the key of a row that has too many tokens."""
-        self._too_long[domain].append(key)
+    def refuse(self, domain: str, key: int, reason: str) -> None:
+        """Add the key of a row that is too long, or cannot be rendered."""
+        self._refused[domain].append((key, reason))
 
     def ordered(self, domain: str) -> list[Candidate]:
         """Return the candidates of a domain in the order of drawing."""
         return sorted((c for _, _, c in self._heaps[domain]), key=lambda c: (c.key, c.row))
 
-    def too_long(self, domain: str, last: int) -> int:
-        """Return how many too long rows of a domain have a key of at most ``last``."""
-        return sum(key <= last for key in self._too_long[domain])
+    def refused(self, domain: str, last: int) -> Counter[str]:
+        """Count, by reason, the refused rows of a domain that have a key of at most ``last``."""
+        return Counter(reason for key, reason in self._refused[domain] if key <= last)
 
 
 @dataclass(frozen=True)
@@ -290,7 +347,8 @@ def draw(shortlist: Shortlist, quotas: Mapping[str, Mapping[str, int]]) -> Selec
     for domain in domains:
         # If a domain cannot fill its quota, all of its rows were drawn.
         ran_out = any(domain in lacking for lacking in missing.values())
-        left_out[domain][TOO_LONG] = shortlist.too_long(domain, 2**64 if ran_out else last[domain])
+        left_out[domain][TOO_LONG] = 0
+        left_out[domain].update(shortlist.refused(domain, 2**64 if ran_out else last[domain]))
     return Selection(splits, left_out, missing)
 
 

@@ -20,7 +20,7 @@ from fastadapt.errors import UserError
 from fastadapt.io.documents import Name, read_json
 from fastadapt.io.tensors import open_tensors
 from fastadapt.models.architectures import ARCHITECTURES, Paths
-from fastadapt.models.pretrained import WEIGHT_FILES, fetch
+from fastadapt.models.pretrained import WEIGHT_FILES, commit_of, fetch
 from fastadapt.organism import resolve
 
 CONFIG = "adapter_config.json"
@@ -109,8 +109,7 @@ class PeftFolder:
     @property
     def commit(self) -> str | None:
         """The commit, if the source is a hub repository."""
-        parent = self.weights.parent
-        return parent.name if parent.parent.name == "snapshots" else None
+        return commit_of(self.weights)
 
     def has_tokenizer(self) -> bool:
         """Return whether the folder holds a tokenizer beside the adapter."""
@@ -264,12 +263,15 @@ def find_peft(source: str, revision: str | None) -> PeftFolder | None:
     else:
         if os.path.isabs(source) or source.startswith((".", "~")) or source.count("/") > 1:
             return None  # a path at which nothing is
-        if fetch(source, "config.json", revision) is not None:
-            return None
         fetched = fetch(source, CONFIG, revision)
         if fetched is None:
             return None
         path = fetched
+        # Trainers put the base's config.json beside an adapter; a whole model has weights, too.
+        if fetch(source, "config.json", revision) is not None and _has_whole(
+            source, revision, path.parent
+        ):
+            return None
     settings = dict(read_json(path, AdapterFile, constants=True))
     _check_kind(settings, source)
     weights = fetch(source, WEIGHTS, revision)
@@ -291,6 +293,17 @@ def find_peft(source: str, revision: str | None) -> PeftFolder | None:
             "the adapter into its base (peft: merge_and_unload) and give the merged model"
         )
     return PeftFolder(source, revision, settings, weights, shapes)
+
+
+def _has_whole(source: str, revision: str | None, snapshot: Path) -> bool:
+    """Return whether a hub repository holds the weights of a whole model, without reading them."""
+    from huggingface_hub import file_exists
+    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+
+    try:
+        return any(file_exists(source, name, revision=revision) for name in WEIGHT_FILES)
+    except (HTTPError, OfflineModeIsEnabled):  # without a connection, what the cache holds
+        return any((snapshot / name).is_file() for name in WEIGHT_FILES)
 
 
 def _check_kind(settings: Mapping[str, Any], source: str) -> None:
