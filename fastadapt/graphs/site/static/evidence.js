@@ -38,8 +38,8 @@ function drawAccount(file, account) {
 }
 
 function noAblations({ stream }) {
-  const reason = stream === "replacement" ? "No ablations were measured (--evidence.ablations 0)."
-    : "Ablations are measured for the stream replacement alone.";
+  const reason = stream === "ranks" ? "Ablations are not measured for rank components."
+    : "No ablations were measured (--evidence.ablations 0).";
   return card("Ablations", "", el("p", { class: "none" }, reason));
 }
 
