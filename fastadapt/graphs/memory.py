@@ -49,7 +49,6 @@ class GraphSetup:
         stream: whose states are explained.
         config: size of the graph.
         evidence: ablations.
-        device: ``cuda`` or ``cpu``.
     """
 
     target: Any
@@ -60,7 +59,6 @@ class GraphSetup:
     stream: Stream = "replacement"
     config: GraphConfig = GraphConfig()  # noqa: RUF009
     evidence: EvidenceConfig = EvidenceConfig()  # noqa: RUF009
-    device: str = "cuda"
 
 
 @dataclass(frozen=True)
@@ -147,7 +145,8 @@ def graph_memory(setup: GraphSetup) -> GraphMemory:
     weights = one.whole + n_layers * one.block
     always = weights + states + n_layers * codes
     rows, copies = setup.config.rows, 1 + setup.evidence.copies
-    gathered = round((2 + 2 / rows) * CHUNK * item)
+    elements = min(CHUNK, rows * round(setup.l0 * T) * width)  # of gathered decoder rows
+    gathered = round((2 + 2 / rows) * elements * item)
     vocabulary = setup.target.vocab_size
     logits = 5 * min(T, POSITIONS) * vocabulary * item
     changed = copies * (3 * per_state + 3 * codes) + codes

@@ -129,6 +129,8 @@ def test_a_dry_run_reads_no_weights(
     assert re.search(r"Peak: [\d.]+ [MG]B, in \w+, for 4 tokens with 3 active", outcome.out)
     assert re.search(r"would need [\d.]+ [MG]B instead of [\d.]+ [MG]B", outcome.out)
     assert "It fits into" in outcome.out
+    outcome = fastadapt("graph", run, "--dry-run", "--tokens", 513, "--device", "cpu")
+    assert "expected at most 512 tokens, the model's context, got 513" in outcome.err
     outcome = fastadapt(
         "graph", "r1-distill-qwen-7b", "--dry-run", "--tokens", 6000, "--gpu", "h100"
     )

@@ -75,7 +75,6 @@ def test_memory_is_linear_and_planned(model: ReplacementModel, stream: Any) -> N
             stream,
             GRAPH,
             EVIDENCE,
-            "cpu",
         )
         plan = graph_memory(setup)
         assert peak <= plan.peak_bytes + plan.host_bytes < 1.5 * peak

@@ -39,7 +39,7 @@ def print_plan(
     from fastadapt.training.planning.estimate import gb
 
     place = _device(gpu, device)
-    setup = _setup(run, tokens, prompt, stream, dtype, place.kind, trust_remote_code)
+    setup = _setup(run, tokens, prompt, stream, dtype, trust_remote_code)
     setup = replace(setup, config=config, evidence=evidence)
     memory = graph_memory(setup)
     for title, sizes in (
@@ -63,8 +63,7 @@ def print_plan(
     print(
         f"It {fits} into {gb(place.usable_bytes)} of the {gb(place.memory_bytes)} of {place.name}."
     )
-    smaller = list(_remedies(setup, memory))
-    if total > place.usable_bytes and smaller:
+    if total > place.usable_bytes and (smaller := _remedies(setup, memory)):
         print_table(["with", "peak"], [[name, gb(size)] for name, size in smaller])
 
 
@@ -89,7 +88,6 @@ def _setup(
     prompt: str | None,
     stream: Stream,
     dtype: str,
-    kind: str,
     trust_remote_code: bool,
 ) -> GraphSetup:
     """Read configurations of the models and the adapters; no weights."""
@@ -127,7 +125,12 @@ def _setup(
     if tokens < 1:
         raise UserError(f"--tokens: expected 1 or more, got {tokens}")
     target = sources.configs(planned_config)[0]
-    return GraphSetup(target, replace(pair, dtype=dtype), adapter, tokens, l0, stream, device=kind)
+    if tokens > (context := target.max_position_embeddings):
+        raise UserError(
+            f"prompt: expected at most {context:,} tokens, the model's context, got {tokens:,}; "
+            "give a shorter text"
+        )
+    return GraphSetup(target, replace(pair, dtype=dtype), adapter, tokens, l0, stream)
 
 
 def _remedies(setup: GraphSetup, memory: GraphMemory) -> list[tuple[str, int]]:
