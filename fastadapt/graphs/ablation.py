@@ -99,7 +99,8 @@ def _operate(
     out: Tensor,
 ) -> Tensor:
     """Return an MLP's output without the features of ``keys``, or without all others."""
-    x, adapter = args[0], mlp.adapter
+    adapter: Any = mlp.adapter
+    x = args[0]
     copies, n_tokens = x.shape[:2]
     if surgery.held:
         added = trace.mlp_out[layer] - mlp.base(trace.mlp_in[layer])

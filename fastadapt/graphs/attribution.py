@@ -140,7 +140,7 @@ class Leaves:
             linear.part
             for of_layer in trace.linears
             for linear in of_layer
-            if linear.module.bias is not None
+            if linear.bias is not None
         }
         absent = {f"{part} bias" for part in ("attention", "mlp") if part not in parts}
         absent |= {"error"} if trace.errors is None else set()
@@ -229,9 +229,9 @@ def add_edges(trace: Trace, leaves: Leaves, into: Tensor, grads: BlockGradients)
         bias = adapter_of(trace, layer).decoder_bias()
         add("decoder bias", states[MLP_OUT] @ bias.to(states[MLP_OUT]))
     for linear in trace.linears[layer]:
-        if linear.module.bias is not None and not (trace.overlay and linear.part == "mlp"):
+        if linear.bias is not None and not (trace.overlay and linear.part == "mlp"):
             grad = states[linear.name]
-            add(f"{linear.part} bias", grad @ linear.module.bias.to(grad))  # type: ignore[arg-type]
+            add(f"{linear.part} bias", grad @ linear.bias.to(grad))  # type: ignore[arg-type]
     if trace.overlay is not None:
         add("mlp bias", states[MLP_OUT] @ trace.overlay.layers[layer].b_dec)
     if trace.errors is not None:

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from fastadapt.adapter.module import Aux, TranscoderAdapter
+from fastadapt.adapter.module import TranscoderAdapter
 from fastadapt.errors import UserError
 from fastadapt.graphs.overlay import TranscoderSet
 from fastadapt.graphs.rules import Features, check_model
@@ -202,7 +202,7 @@ def sources(model: ReplacementModel, layer: int, features: Features) -> list[Lin
         linear
         for linear in linears(model, layer, "target" if has_ranks else "base")
         if not linear.is_pattern
-        and (linear.module.bias is not None or (has_ranks and is_low_rank(linear)))
+        and (linear.bias is not None or (has_ranks and is_low_rank(linear)))
     ]
 
 
@@ -230,25 +230,20 @@ def _record_block(trace: Trace, layer: int) -> None:
         trace.units.extend(rank_units(layer, inputs))
         return
     assert isinstance(mlp.adapter, TranscoderAdapter)
-    change = None
-    if aux is None or trace.errors is not None:
-        change, aux = mlp.adapter(given[None], return_codes=True)
-        change = change[0]
-    _add_features(trace, layer, aux, change)
-
-
-def _add_features(trace: Trace, layer: int, aux: Aux, change: Tensor | None) -> None:
-    adapter: Any = trace.model.adapters[layer]
+    if trace.errors is None:
+        assert aux is not None
+        assert aux.codes is not None
+        trace.units.append(feature_units(mlp.adapter, layer, aux.codes))
+        return
+    change, aux = mlp.adapter(given[None], return_codes=True)
     assert aux.codes is not None
-    trace.units.append(feature_units(adapter, layer, aux.codes))
-    x = trace.mlp_in[layer]
-    if trace.overlay is not None:
-        units, base = trace.overlay.run(layer, x)
+    trace.units.append(feature_units(mlp.adapter, layer, aux.codes))
+    if trace.overlay is None:
+        base = mlp.base(given[None])[0]
+    else:
+        units, base = trace.overlay.run(layer, given)
         trace.units.append(units)
-    elif trace.errors is not None:
-        base = trace.model.mlps[layer].base(x[None])[0]
-    if trace.errors is not None:
-        trace.errors.append(trace.mlp_out[layer] - base - change)
+    trace.errors.append(mlp_out - base - change[0])
 
 
 @contextmanager

@@ -95,6 +95,12 @@ class Linear(NamedTuple):
     module: nn.Linear
 
     @property
+    def bias(self) -> Tensor | None:
+        """The bias ``[out]``, or None."""
+        bias: Tensor | None = self.module.bias
+        return bias
+
+    @property
     def is_pattern(self) -> bool:
         """Whether the layer gives queries or keys alone, which are held."""
         return self.name.endswith(("q_proj", "k_proj"))

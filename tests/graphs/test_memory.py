@@ -85,7 +85,8 @@ def test_larger_graphs_need_more(model: ReplacementModel) -> None:
     pair = PairConfig("target", "base", dtype="float32")
     setup = GraphSetup(model.model.config, pair, AdapterConfig(64), 100, 3.0, config=GRAPH)
     plan = graph_memory(setup)
-    deeper = Qwen2Config(**{**model.model.config.to_dict(), "num_hidden_layers": 9})
+    values = {**model.model.config.to_dict(), "num_hidden_layers": 9, "layer_types": None}
+    deeper = Qwen2Config(**values)
     for changed, part in (
         (replace(setup, config=replace(GRAPH, rows=4)), "one block, backward"),
         (replace(setup, l0=6.0), "codes"),

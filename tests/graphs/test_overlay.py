@@ -147,15 +147,14 @@ def test_sets_that_are_refused(tmp_path: Path, make_pair: Callable[..., Any]) ->
         record(model, IDS, overlay=few)
     with pytest.raises(UserError, match=r"expected a folder with config\.yaml"):
         read_transcoder_set(tmp_path)
-    for i, (changes, reason) in enumerate(
-        (
-            ({"model_kind": "cross_layer_transcoder"}, "expected model_kind transcoder_set"),
-            ({"feature_input_hook": "hook_resid_mid"}, "feature_input_hook mlp.hook_in"),
-            ({"activation": "topk"}, "ReLU or JumpReLU, got activation 'topk'"),
-        )
+    for key, value, reason in (
+        ("model_kind", "cross_layer_transcoder", "expected model_kind transcoder_set"),
+        ("feature_input_hook", "hook_resid_mid", r"feature_input_hook mlp\.hook_in"),
+        ("activation", "topk", "ReLU or JumpReLU, got activation 'topk'"),
     ):
+        changes: Any = {key: value}
         with pytest.raises(UserError, match=reason):
-            read_transcoder_set(write_set(tmp_path / str(i), **changes))
+            read_transcoder_set(write_set(tmp_path / key, **changes))
     (tmp_path / "good" / "layer_1.safetensors").unlink()
     with pytest.raises(UserError, match=r"layer_1\.safetensors is missing"):
         read_transcoder_set(tmp_path / "good")
