@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastadapt.graphs.rules import Hook, carry, linearized
+from fastadapt.graphs.rules import carry, linearized
 from fastadapt.graphs.trace import Trace
 from fastadapt.graphs.units import HEADS, MLP_IN, MLP_OUT, attention_of, input_of
 from fastadapt.models.replacement import Mode
@@ -44,14 +44,21 @@ class BlockGradients(NamedTuple):
 Visit = Callable[[BlockGradients], None]
 
 
-def walk(trace: Trace, cotangents: Mapping[Site, Tensor], visit: Visit) -> None:
+def walk(
+    trace: Trace,
+    cotangents: Mapping[Site, Tensor],
+    visit: Visit,
+    *,
+    through_heads: bool = True,
+) -> None:
     """Visit the gradients of ``Σ states · cotangents`` of each row, from the last block to block 0.
 
     Args:
         trace: the trace.
         cotangents: ``[R, T, *]`` by the state that they belong to: inputs of MLPs or of linear
             layers, heads' outputs, or the final state.
-        visit: called with the gradients of each block, which may be changed afterwards.
+        visit: called with the gradients of each block.
+        through_heads: pass gradients through attention; without, they end at the heads' outputs.
     """
     n_layers = trace.n_layers
     above = None
@@ -60,7 +67,7 @@ def walk(trace: Trace, cotangents: Mapping[Site, Tensor], visit: Visit) -> None:
     top = min(max(layer for layer, _ in cotangents), n_layers - 1)
     for layer in reversed(range(top + 1)):
         given = {name: each for (i, name), each in cotangents.items() if i == layer}
-        grads = _block(trace, layer, given, above)
+        grads = _block(trace, layer, given, above, through_heads)
         trace.model.reshard_layer(layer)
         above = grads.hidden
         visit(grads)
@@ -79,13 +86,17 @@ def _rows(state: Tensor, rows: int) -> Tensor:
 
 
 def _block(
-    trace: Trace, layer: int, cotangents: Mapping[str, Tensor], above: Tensor | None
+    trace: Trace,
+    layer: int,
+    cotangents: Mapping[str, Tensor],
+    above: Tensor | None,
+    through_heads: bool,
 ) -> BlockGradients:
     """Return the gradients of a block's states, given those of its output and of inner states."""
     rows = len(above if above is not None else next(iter(cotangents.values())))
     seen: dict[str, Tensor] = {}
     hidden = _rows(trace.hidden[layer], rows)
-    out = run_block(trace, layer, hidden, seen)
+    out = run_block(trace, layer, hidden, seen, through_heads=through_heads)
     outputs, given = [seen[name] for name in cotangents], list(cotangents.values())
     if above is not None:
         outputs.append(out)
@@ -100,7 +111,14 @@ def _block(
     return BlockGradients(layer, filled[0], dict(zip(names, filled[1:], strict=True)))
 
 
-def run_block(trace: Trace, layer: int, hidden: Tensor, seen: dict[str, Tensor]) -> Tensor:
+def run_block(
+    trace: Trace,
+    layer: int,
+    hidden: Tensor,
+    seen: dict[str, Tensor],
+    *,
+    through_heads: bool = True,
+) -> Tensor:
     """Run a linearized block on ``[R, T, D]`` and return its output.
 
     Args:
@@ -108,6 +126,7 @@ def run_block(trace: Trace, layer: int, hidden: Tensor, seen: dict[str, Tensor])
         layer: the block.
         hidden: variable.
         seen: gets the states inside the block by name.
+        through_heads: as of :func:`walk`.
     """
     model, mlp = trace.model, trace.model.mlps[layer]
     watched = [
@@ -115,12 +134,12 @@ def run_block(trace: Trace, layer: int, hidden: Tensor, seen: dict[str, Tensor])
     ]
     with ExitStack() as stack, torch.enable_grad():
         stack.enter_context(linearized(model, trace.features, layer=layer, watched=watched))
-        hooks: list[tuple[Any, Hook]] = [
-            (attention_of(model.blocks[layer]).o_proj, partial(_watch_heads, seen)),
-            (mlp, partial(_hold_mlp, trace, layer, seen)),
-        ]
-        for module, hook in hooks:
-            stack.callback(module.register_forward_hook(hook).remove)
+        output: Any = attention_of(model.blocks[layer]).o_proj
+        for hook in (
+            output.register_forward_pre_hook(partial(_watch_heads, seen, through_heads)),
+            mlp.register_forward_hook(partial(_hold_mlp, trace, layer, seen)),
+        ):
+            stack.callback(hook.remove)
         return model.block(layer, hidden, trace.arguments[layer], _MODES[trace.features])[0]
 
 
@@ -132,8 +151,10 @@ def _watch(seen: dict[str, Tensor], name: str, _: Any, args: Any, out: Tensor) -
     seen[input_of(name)], seen[name] = args[0], out
 
 
-def _watch_heads(seen: dict[str, Tensor], _: Any, args: Any, out: Tensor) -> None:
-    seen[HEADS] = args[0]
+def _watch_heads(seen: dict[str, Tensor], passes: bool, _: Any, args: Any) -> tuple[Tensor]:
+    heads: Tensor = args[0] if passes else args[0].detach().requires_grad_()
+    seen[HEADS] = heads
+    return (heads,)
 
 
 def _hold_mlp(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -31,7 +32,8 @@ def head_loadings(
 
     Every path from a leaf to the target has a last head, or none. The last head reads other
     positions and writes to the target's; after it a path stays in residual stream and MLPs. With
-    held patterns the split is exact. It takes one backward pass per layer and R heads.
+    held patterns the split is exact. It takes one backward pass without attention, which gives
+    the gradients behind the last heads, and one per layer and R heads.
 
     Args:
         trace: a trace; :attr:`.trace.Trace.rows` heads share a backward pass.
@@ -41,40 +43,26 @@ def head_loadings(
     """
     sources = torch.as_tensor(sources, dtype=torch.int64)
     n_heads = int(trace.model.model.config.num_attention_heads)
-    # What remains after all paths through a later head were taken away, by layer.
-    left: dict[int, BlockGradients] = {}
-    walk(trace, cotangents_of(trace, [target]), lambda grads: _store(left, grads))
-    heads = torch.zeros(len(sources), trace.n_layers, n_heads, dtype=trace.embedding.dtype)
-    for layer in sorted(left, reverse=True):
-        into = left[layer].states[HEADS][0].unflatten(-1, (n_heads, -1))
-        for first in range(0, n_heads, trace.rows):
-            batch = range(first, min(first + trace.rows, n_heads))
-            cotangent = into.new_zeros(len(batch), *into.shape)
-            for row, head in enumerate(batch):
-                cotangent[row, :, head] = into[:, head]
-            rows = torch.zeros(len(batch), len(leaves), dtype=heads.dtype)
+    behind: dict[int, Tensor] = {}
+    direct = torch.zeros(1, len(leaves), dtype=trace.embedding.dtype)
 
-            def take(grads: BlockGradients, rows: Tensor = rows, layer: int = layer) -> None:
-                add_edges(trace, leaves, rows, grads)
-                _subtract(left[grads.layer], grads, layer)
-
-            walk(trace, {(layer, HEADS): cotangent.flatten(-2)}, take)
-            heads[:, layer, list(batch)] = rows[:, sources].T
-    direct = torch.zeros(1, len(leaves), dtype=heads.dtype)
-    for grads in left.values():
+    def visit(grads: BlockGradients) -> None:
+        behind[grads.layer] = grads.states[HEADS][0, target.position].clone()
         add_edges(trace, leaves, direct, grads)
+
+    walk(trace, cotangents_of(trace, [target]), visit, through_heads=False)
+    heads = torch.zeros(len(sources), trace.n_layers, n_heads, dtype=direct.dtype)
+    for layer, into in behind.items():
+        for first in range(0, n_heads, trace.rows):
+            batch = list(range(first, min(first + trace.rows, n_heads)))
+            cotangent = into.new_zeros(len(batch), trace.n_tokens, n_heads, len(into) // n_heads)
+            for row, head in enumerate(batch):
+                cotangent[row, target.position, head] = into.unflatten(0, (n_heads, -1))[head]
+            rows = torch.zeros(len(batch), len(leaves), dtype=direct.dtype)
+            walk(
+                trace,
+                {(layer, HEADS): cotangent.flatten(-2)},
+                partial(add_edges, trace, leaves, rows),
+            )
+            heads[:, layer, batch] = rows[:, sources].T
     return HeadLoadings(heads, direct[0, sources])
-
-
-def _store(left: dict[int, BlockGradients], grads: BlockGradients) -> None:
-    """Store a copy: autograd returns one tensor for several states of a residual stream."""
-    states = {name: state.clone() for name, state in grads.states.items()}
-    left[grads.layer] = BlockGradients(grads.layer, grads.hidden.clone(), states)
-
-
-def _subtract(left: BlockGradients, taken: BlockGradients, layer: int) -> None:
-    """Subtract the sum over rows of ``taken`` from ``left``, in place, for paths below heads."""
-    left.hidden.sub_(taken.hidden.sum(0))
-    for name, state in taken.states.items():
-        if name != HEADS or taken.layer < layer:
-            left.states[name].sub_(state.sum(0))

@@ -154,7 +154,6 @@ def graph_memory(setup: GraphSetup) -> GraphMemory:
         "trace": always + one.forward,
         "question": always + max(logits, one.forward),
         "edges": always + max(one.backward, gathered + rows * one.gradients),
-        "heads": always + (n_layers + 1) * one.gradients + one.backward,
     }
     if setup.evidence.ablations:
         phases["evidence"] = always + one.ablated + changed
@@ -164,7 +163,6 @@ def graph_memory(setup: GraphSetup) -> GraphMemory:
         "codes": n_layers * codes,
         "one block, backward": one.backward,
         "one block, ablated copies": one.ablated + changed if setup.evidence.ablations else 0,
-        "gradients of all blocks, for heads": (n_layers + 1) * one.gradients,
         "logits of a chunk": logits,
     }
     leaves = round(setup.l0 * T) * n_layers + T * (1 + n_layers * (3 + has_errors))

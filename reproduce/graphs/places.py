@@ -32,7 +32,7 @@ def texts(run: LoadedRun, seed: int) -> list[Tensor]:
         raise UserError("expected the folder of a trained run, with config.yaml")
     context = run.model.model.config.max_position_embeddings
     sequences = load_held_out(run.config.data, run.pair.tokenizer, context)
-    ids = [torch.tensor(sequences[i].input_ids) for i in range(len(sequences))]
+    ids = [torch.as_tensor(sequences[i].input_ids) for i in range(len(sequences))]
     random.Random(seed).shuffle(ids)
     return ids
 

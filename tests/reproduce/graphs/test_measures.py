@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from organism_runs import make_run
 
 from fastadapt.features.loading import load_run
@@ -21,7 +22,13 @@ from reproduce.graphs.shares import PARTS, _parts
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_run(tmp_path_factory.mktemp("measures") / "run", n_features=48, l0=6.0)
+    """Return a run with random adapters whose file names all that a trained run's does."""
+    run = make_run(tmp_path_factory.mktemp("measures") / "run", n_features=48, l0=6.0)
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["data"] |= {"train": "organism/train", "max_validation": 20}
+    settings |= {"adapter": {"n_features": 48}, "run": {"output": str(run)}}
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    return run
 
 
 def test_places_are_where_the_models_differ_most(folder: Path) -> None:
